@@ -1,0 +1,84 @@
+//! From a backup directory to disks, chains and points.
+//!
+//! `scan` walks the directory, `name` reads file names, `manifest` reads and writes
+//! `.fleecefs/*.json`, `link` decides which file lies on which. The result is a [`Catalog`]: a
+//! value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here writes but
+//! `manifest`.
+
+use std::path::PathBuf;
+
+use crate::error::Finding;
+use crate::layer::LayerSpec;
+
+/// Everything found in a backup directory.
+#[derive(Debug, Clone, Default)]
+pub struct Catalog {
+    /// The backup directory, as an absolute path.
+    pub root: PathBuf,
+    /// The disks, sorted by path.
+    pub disks: Vec<Disk>,
+    /// What belongs to no disk (unreadable folders, links that lead outside).
+    pub findings: Vec<Finding>,
+}
+
+/// One virtual disk.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// Where it appears below the mount point, relative to it; unique in the catalog.
+    pub path: PathBuf,
+    /// All points in chain order, also those that cannot be served.
+    pub points: Vec<Point>,
+    /// What was found in this disk's files.
+    pub findings: Vec<Finding>,
+}
+
+/// What kind of backup made a point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// The root of a chain.
+    Full,
+    /// The changes since the last FULL or INC.
+    Inc,
+    /// The changes since the FULL.
+    Diff,
+    /// A full copy outside any chain.
+    Copy,
+    /// An image that fits no backup layout: a disk of its own with one point.
+    Image,
+    /// An internal snapshot of a FULL.
+    Snapshot,
+}
+
+/// One restorable state of a disk.
+#[derive(Debug, Clone)]
+pub struct Point {
+    /// The source's file name (for an internal snapshot `<file>@<snapshot name>`), unique within
+    /// the disk. The mount shows it with `.raw` appended.
+    pub name: String,
+    /// The file that ends the point.
+    pub source: PathBuf,
+    /// What kind of backup made it.
+    pub level: Level,
+    /// The name of the point at the root of its chain.
+    pub chain: String,
+    /// The point it lies on, as an index into [`Disk::points`].
+    pub parent: Option<usize>,
+    /// When it was taken, in seconds since the epoch.
+    pub time: i64,
+    /// Size in bytes of the virtual disk; 0 if the header could not be read.
+    pub size: u64,
+    /// Bytes that its own file takes on disk (allocated, not apparent).
+    pub own_bytes: u64,
+    /// The layers, bottom first; empty if the point cannot be served.
+    pub layers: Vec<LayerSpec>,
+    /// Why it cannot be served; `None` if it can.
+    pub unavailable: Option<Finding>,
+}
+
+impl Point {
+    /// Whether the mount shows it.
+    pub fn is_served(&self) -> bool {
+        self.unavailable.is_none()
+    }
+}

@@ -1,0 +1,28 @@
+//! The one definition of the command line: `--help`, completions and man pages come from it.
+
+use clap::{ArgAction, Parser, Subcommand};
+
+/// Mount a directory of QEMU backups: every point in time of every disk is a plain, read-only raw
+/// image.
+#[derive(Debug, Parser)]
+#[command(name = "fleecefs", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    /// Say more: once for progress of the work, twice for details, three times for everything
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+
+    /// Say only errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Completions(super::docs::CompletionsArgs),
+    Man(super::docs::ManArgs),
+}

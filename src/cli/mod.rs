@@ -1,0 +1,69 @@
+//! The command line: arguments in `args`, one file per subcommand, exit codes from
+//! [`crate::error::Kind::table`].
+
+mod args;
+mod docs;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::error::{Error, Kind, Result};
+use args::{Cli, Command};
+
+/// Runs the program and says how it ended.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    init_logging(&cli);
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("fleecefs: {}", e.report());
+            ExitCode::from(e.kind().exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Completions(a) => docs::completions(a),
+        Command::Man(a) => docs::man(a),
+    }
+}
+
+fn init_logging(cli: &Cli) {
+    let level = match (cli.quiet, cli.verbose) {
+        (true, _) => "error",
+        (false, 0) => "warn",
+        (false, 1) => "info",
+        (false, 2) => "debug",
+        (false, _) => "trace",
+    };
+    // fuser is chatty one level below ours.
+    let filter = format!("{level},fuser=warn");
+    let env = env_logger::Env::new().filter_or("FLEECEFS_LOG", filter);
+    env_logger::Builder::from_env(env)
+        .format(|out, r| {
+            let level = r.level().as_str().to_ascii_lowercase();
+            writeln!(out, "{} fleecefs {level}: {}", out.timestamp_seconds(), r.args())
+        })
+        .init();
+}
+
+/// Writes to standard output. A reader that went away (`| head`) is not an error.
+///
+/// # Errors
+/// `Io` or `NoSpace` if writing failed for any other reason.
+pub(crate) fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.map_err(|e| Error::io(e, "cannot write to standard output")),
+    }
+}
+
+/// A usage error.
+pub(crate) fn usage(message: impl Into<String>) -> Error {
+    Error::new(Kind::Usage, message)
+}

@@ -1,0 +1,332 @@
+//! One error type for the whole program: a small stable [`Kind`] plus context.
+//!
+//! The kind decides the errno a FUSE caller sees and the exit code a shell sees; both come from
+//! one table, [`Kind::table`]. The context (file, offset, what was tried) is for the person who
+//! reads the message. `Display` never repeats the source: print the chain with [`Error::report`].
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Result of nearly everything here.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, as far as a caller may act on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// The command line or an option makes no sense.
+    Usage,
+    /// The named file, disk or point does not exist.
+    NotFound,
+    /// The thing that should be made exists already.
+    Exists,
+    /// The operating system refused access.
+    Permission,
+    /// Somebody else holds it: a lock, a socket, a mount.
+    Busy,
+    /// No space left on the device.
+    NoSpace,
+    /// Reading or writing failed for another reason of the operating system's.
+    Io,
+    /// The bytes contradict their format.
+    Corrupt,
+    /// The file ends before the bytes that its own metadata promises.
+    Truncated,
+    /// A feature that this program does not know or deliberately refuses.
+    Unsupported,
+    /// The data is encrypted; ciphertext is never served as if it were the disk.
+    Encrypted,
+    /// A layer that the point needs is missing or unusable.
+    Incomplete,
+    /// A file changed while it was open: its old contents can no longer be had.
+    Changed,
+    /// QEMU or the guest agent answered with an error.
+    Peer,
+    /// No answer within the time allowed.
+    Timeout,
+    /// Ended by a signal or by `cancel`.
+    Interrupted,
+    /// Part of the work succeeded: some disks have a new point and others have not.
+    Partial,
+    /// Something was left out, and `--strict` makes that an error.
+    Skipped,
+    /// A check found the backup unsound.
+    Unsound,
+    /// A check could neither prove nor disprove soundness.
+    Unproven,
+}
+
+impl Kind {
+    /// The one table: errno for file system callers, exit code for shells.
+    ///
+    /// Exit code 1 is left to failures without a better word, 2 is what clap uses for usage.
+    pub fn table(self) -> (i32, u8) {
+        match self {
+            Kind::Usage => (libc::EINVAL, 2),
+            Kind::NotFound => (libc::ENOENT, 3),
+            Kind::Exists => (libc::EEXIST, 4),
+            Kind::Permission => (libc::EACCES, 5),
+            Kind::Busy => (libc::EBUSY, 6),
+            Kind::NoSpace => (libc::ENOSPC, 7),
+            Kind::Io => (libc::EIO, 1),
+            Kind::Corrupt => (libc::EIO, 10),
+            Kind::Truncated => (libc::EIO, 10),
+            // EIO, not EOPNOTSUPP: cp and qemu-img take the latter for "try another way".
+            Kind::Unsupported => (libc::EIO, 11),
+            Kind::Encrypted => (libc::EIO, 11),
+            Kind::Incomplete => (libc::EIO, 12),
+            // ESTALE would be the better word, but the kernel retries a lookup on it.
+            Kind::Changed => (libc::EIO, 13),
+            Kind::Peer => (libc::EREMOTEIO, 14),
+            Kind::Timeout => (libc::ETIMEDOUT, 15),
+            Kind::Interrupted => (libc::EINTR, 130),
+            Kind::Partial => (libc::EIO, 16),
+            Kind::Skipped => (libc::EIO, 17),
+            Kind::Unsound => (libc::EIO, 18),
+            Kind::Unproven => (libc::EIO, 19),
+        }
+    }
+
+    /// The errno that a FUSE caller gets.
+    pub fn errno(self) -> i32 {
+        self.table().0
+    }
+
+    /// The process exit code.
+    pub fn exit_code(self) -> u8 {
+        self.table().1
+    }
+}
+
+/// An error with its context.
+#[derive(Debug)]
+pub struct Error {
+    kind: Kind,
+    message: String,
+    path: Option<PathBuf>,
+    offset: Option<u64>,
+    remedy: Option<String>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    /// A new error. `message` says what was tried and what was found, without file and offset.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Error {
+            kind,
+            message: message.into(),
+            path: None,
+            offset: None,
+            remedy: None,
+            source: None,
+        }
+    }
+
+    /// An operating-system error; the kind follows the errno.
+    pub fn io(source: io::Error, message: impl Into<String>) -> Self {
+        let kind = match source.raw_os_error() {
+            Some(libc::ENOENT) | Some(libc::ENOTDIR) => Kind::NotFound,
+            Some(libc::EEXIST) => Kind::Exists,
+            Some(libc::EACCES) | Some(libc::EPERM) => Kind::Permission,
+            Some(libc::EBUSY) => Kind::Busy,
+            Some(libc::ENOSPC) | Some(libc::EDQUOT) => Kind::NoSpace,
+            Some(libc::ETIMEDOUT) => Kind::Timeout,
+            _ if source.kind() == io::ErrorKind::UnexpectedEof => Kind::Truncated,
+            _ => Kind::Io,
+        };
+        Error::new(kind, message).with_source(source)
+    }
+
+    /// Names the file. The innermost file wins: an outer caller does not overwrite it.
+    pub fn at_path(mut self, path: impl AsRef<Path>) -> Self {
+        self.path.get_or_insert_with(|| path.as_ref().to_path_buf());
+        self
+    }
+
+    /// Names the byte offset inside the file.
+    pub fn at_offset(mut self, offset: u64) -> Self {
+        self.offset.get_or_insert(offset);
+        self
+    }
+
+    /// Says what the user can do about it.
+    pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
+        self.remedy.get_or_insert_with(|| remedy.into());
+        self
+    }
+
+    /// Attaches the cause.
+    pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// What went wrong.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The errno that a FUSE caller gets.
+    pub fn errno(&self) -> i32 {
+        self.kind.errno()
+    }
+
+    /// The message alone.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The file, when one is to blame.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// The byte offset in that file.
+    pub fn offset(&self) -> Option<u64> {
+        self.offset
+    }
+
+    /// What the user can do.
+    pub fn remedy_text(&self) -> Option<&str> {
+        self.remedy.as_deref()
+    }
+
+    /// The whole story on one line: message, causes, remedy.
+    pub fn report(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause: Option<&(dyn StdError + 'static)> = self.source();
+        while let Some(c) = cause {
+            text.push_str(": ");
+            text.push_str(&c.to_string());
+            cause = c.source();
+        }
+        if let Some(r) = &self.remedy {
+            text.push_str(" (");
+            text.push_str(r);
+            text.push(')');
+        }
+        text
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(p) = &self.path {
+            write!(f, "{}", p.display())?;
+            if let Some(o) = self.offset {
+                write!(f, " at offset {o:#x}")?;
+            }
+            f.write_str(": ")?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|e| e as &(dyn StdError + 'static))
+    }
+}
+
+/// Something worth telling about a backup directory: shown by `list`, in the mount's
+/// `.fleecefs/status.json` and in the log. It never stops what is unaffected.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, serde::Serialize)]
+pub struct Finding {
+    /// Whether points become unavailable because of it.
+    pub severity: Severity,
+    /// The same small kinds as errors have.
+    pub kind: Kind,
+    /// The file it is about.
+    pub path: PathBuf,
+    /// Byte offset in that file, where there is one to name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset: Option<u64>,
+    /// What was found.
+    pub message: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+/// How bad a [`Finding`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Severity {
+    /// Worth knowing; all points are served.
+    Note,
+    /// Odd, but the bytes are right.
+    Warning,
+    /// A point, or a range of one, cannot be served.
+    Error,
+}
+
+impl Finding {
+    /// An error as a finding about `path` (unless the error names a file itself).
+    pub fn from_error(error: &Error, path: impl AsRef<Path>) -> Self {
+        let mut message = error.message.clone();
+        let mut cause = error.source();
+        while let Some(c) = cause {
+            message.push_str(": ");
+            message.push_str(&c.to_string());
+            cause = c.source();
+        }
+        Finding {
+            severity: Severity::Error,
+            kind: error.kind,
+            path: error.path.clone().unwrap_or_else(|| path.as_ref().to_path_buf()),
+            offset: error.offset,
+            message,
+            remedy: error.remedy.clone(),
+        }
+    }
+
+    /// A warning: the bytes are right, but somebody should know.
+    pub fn warning(kind: Kind, path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Finding {
+            severity: Severity::Warning,
+            kind,
+            path: path.as_ref().to_path_buf(),
+            offset: None,
+            message: message.into(),
+            remedy: None,
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())?;
+        if let Some(o) = self.offset {
+            write!(f, " at offset {o:#x}")?;
+        }
+        write!(f, ": {}", self.message)?;
+        if let Some(r) = &self.remedy {
+            write!(f, " ({r})")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_names_file_and_offset_and_never_the_source() {
+        let e = Error::io(io::Error::from_raw_os_error(libc::ENOSPC), "writing the header")
+            .at_path("/b/FULL-1-sda")
+            .at_offset(512)
+            .remedy("free some space");
+        assert_eq!(e.to_string(), "/b/FULL-1-sda at offset 0x200: writing the header");
+        assert_eq!(e.kind(), Kind::NoSpace);
+        assert!(e.report().contains("No space left") && e.report().ends_with("(free some space)"));
+    }
+
+    #[test]
+    fn the_innermost_file_wins() {
+        let e = Error::new(Kind::Corrupt, "bad magic").at_path("inner").at_path("outer");
+        assert_eq!(e.path(), Some(Path::new("inner")));
+    }
+}

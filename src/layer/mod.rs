@@ -1,0 +1,222 @@
+//! Layers: what one backup file says about guest ranges, and the bytes it holds.
+//!
+//! A layer knows its own file(s) only. It never opens another file: a name found inside an image
+//! (backing file, data file) is reported by [`probe`] and resolved by `chain`, which passes the
+//! result in through [`LayerSpec`]. Mapping is data ([`Mapping`]); reading happens elsewhere.
+
+pub mod qcow2;
+pub mod raw;
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Error, Finding, Result};
+use crate::extent::{Content, ExtentList};
+use crate::storage::{ReadAt, SourceFile};
+
+/// What a layer says about a guest range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mapping {
+    /// Nothing: ask the layer below.
+    Below,
+    /// Reads as zeros, whatever is below.
+    Zero,
+    /// Plain bytes in one of the layer's files.
+    Data {
+        /// Which of the layer's files: 0 is the image itself, 1 its external data file.
+        file: u8,
+        /// Offset of the extent's first byte in that file.
+        host: u64,
+    },
+    /// Part of a unit that has to be decompressed as a whole.
+    Compressed {
+        /// Where the compressed unit starts in file 0.
+        host: u64,
+        /// An upper limit of its compressed length in bytes.
+        len: u32,
+        /// Its length when decompressed.
+        unit: u32,
+        /// Where in the decompressed unit this extent starts.
+        skip: u32,
+    },
+    /// The range cannot be read: EIO there and nowhere else.
+    Bad,
+}
+
+impl Content for Mapping {
+    fn advanced(self, by: u64) -> Self {
+        match self {
+            Mapping::Data { file, host } => Mapping::Data { file, host: host.wrapping_add(by) },
+            Mapping::Compressed { host, len, unit, skip } => {
+                Mapping::Compressed { host, len, unit, skip: skip.wrapping_add(by as u32) }
+            }
+            other => other,
+        }
+    }
+}
+
+/// The result of [`Layer::map`]: a list that covers exactly the range asked for, and what was
+/// found wrong on the way (each such range is [`Mapping::Bad`]).
+#[derive(Debug)]
+pub struct LayerMap {
+    /// What is where.
+    pub extents: ExtentList<Mapping>,
+    /// Why ranges are bad.
+    pub findings: Vec<Finding>,
+}
+
+impl LayerMap {
+    /// An empty map beginning at guest offset `start`.
+    pub fn new(start: u64) -> Self {
+        LayerMap { extents: ExtentList::new(start), findings: Vec::new() }
+    }
+
+    /// Appends a range that cannot be read, with its reason.
+    pub fn push_bad(&mut self, len: u64, error: &Error, path: &Path) {
+        self.extents.push(len, Mapping::Bad);
+        self.findings.push(Finding::from_error(error, path));
+    }
+}
+
+/// One file's contribution to the points of a disk. Immutable once opened.
+pub trait Layer: Send + Sync {
+    /// Size in bytes of the virtual disk that this layer describes.
+    fn size(&self) -> u64;
+
+    /// What this layer says about `range`, which lies inside `0..size()`. The answer covers the
+    /// range exactly. A part that cannot be mapped is `Bad`, with a finding.
+    fn map(&self, range: Range<u64>) -> LayerMap;
+
+    /// A guest offset at or after `from` before which everything is certainly `Below`: a coarse
+    /// and cheap hint that lets sparse disks be skipped over. `size()` if nothing follows.
+    fn next_mapped(&self, from: u64) -> u64 {
+        from
+    }
+
+    /// Reads plain bytes that [`Mapping::Data`] named.
+    ///
+    /// # Errors
+    /// `Io`, `Truncated` or `Changed`, with file and offset.
+    fn read_data(&self, file: u8, host: u64, buf: &mut [u8]) -> Result<()> {
+        self.storage(file).read_exact_at(buf, host)
+    }
+
+    /// Decompresses the unit at `host` into `out`, whose length is the unit's.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Io` or `Truncated`, with file and offset.
+    fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()>;
+
+    /// The storage behind [`Mapping::Data`]'s file number.
+    fn storage(&self, file: u8) -> &dyn ReadAt;
+
+    /// Fails with `Changed` if one of the layer's files may have other bytes than when it was
+    /// opened.
+    fn check_unchanged(&self) -> Result<()> {
+        self.storage(0).check_unchanged()
+    }
+
+    /// The file to name in messages.
+    fn path(&self) -> &Path {
+        self.storage(0).name()
+    }
+}
+
+/// File formats that are recognised by their contents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// QEMU's copy-on-write format, version 2 or 3.
+    Qcow2,
+    /// The guest's bytes, one to one.
+    Raw,
+}
+
+/// What [`probe`] finds out about a file without opening another.
+#[derive(Debug, Clone)]
+pub struct ImageInfo {
+    /// The file's format.
+    pub format: Format,
+    /// Size in bytes of the virtual disk.
+    pub virtual_size: u64,
+    /// The backing file's name exactly as the image has it; never opened as such.
+    pub backing_file: Option<String>,
+    /// The backing file's format as the image has it.
+    pub backing_format: Option<String>,
+    /// The external data file's name exactly as the image has it (qcow2 header extension
+    /// 0x44415441). `Some("")` if the feature bit is set and no name is given.
+    pub data_file: Option<String>,
+    /// Internal snapshots, in table order.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// Cluster size in bytes; 0 where the format has none.
+    pub cluster_size: u32,
+    /// qcow2 version 2 or 3; 0 for other formats.
+    pub version: u32,
+    /// Odd things that do not stop reading (dirty flag, unknown autoclear bits).
+    pub findings: Vec<Finding>,
+}
+
+/// An internal snapshot of a qcow2 image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Unique id string.
+    pub id: String,
+    /// Name, as `qemu-img snapshot -l` shows it.
+    pub name: String,
+    /// Seconds since the epoch when it was taken.
+    pub time: u64,
+    /// Size in bytes of the virtual disk in this snapshot.
+    pub virtual_size: u64,
+}
+
+/// Which part of a file is a layer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub enum Part {
+    /// All of it (of a qcow2: the active state).
+    #[default]
+    Whole,
+    /// The internal snapshot with this id.
+    Snapshot(String),
+}
+
+/// Everything that is needed to open a layer.
+#[derive(Debug, Clone)]
+pub struct LayerSpec {
+    /// The file, as the scan saw it.
+    pub file: Arc<SourceFile>,
+    /// Its format, as [`probe`] found it.
+    pub format: Format,
+    /// Which part of it.
+    pub part: Part,
+    /// The external data file, resolved inside the backup directory by the caller.
+    pub data_file: Option<Arc<SourceFile>>,
+}
+
+/// Looks into a file: format, size, and the names it mentions. Reads the header and, for qcow2,
+/// the snapshot table; checks that the L1 table lies inside the file.
+///
+/// # Errors
+/// The header is corrupt, truncated, encrypted or needs an unknown feature; or reading failed.
+pub fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
+    if qcow2::has_magic(storage)? { qcow2::probe(storage) } else { raw::probe(storage) }
+}
+
+/// The format a file has by its magic bytes, or `None` if it has no magic that we know.
+pub fn sniff(storage: &dyn ReadAt) -> Result<Option<Format>> {
+    Ok(qcow2::has_magic(storage)?.then_some(Format::Qcow2))
+}
+
+/// Opens a layer.
+///
+/// # Errors
+/// As [`probe`]; also `NotFound` for a snapshot that the image does not have, and `Incomplete`
+/// where the image needs an external data file and none was passed in.
+pub fn open(spec: &LayerSpec) -> Result<Arc<dyn Layer>> {
+    let storage: Arc<dyn ReadAt> = spec.file.clone();
+    let data: Option<Arc<dyn ReadAt>> = spec.data_file.clone().map(|f| f as Arc<dyn ReadAt>);
+    match spec.format {
+        Format::Qcow2 => Ok(Arc::new(qcow2::Qcow2Layer::open(storage, data, &spec.part)?)),
+        Format::Raw => Ok(Arc::new(raw::RawLayer::new(storage))),
+    }
+}

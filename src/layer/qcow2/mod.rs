@@ -1,0 +1,159 @@
+//! qcow2 versions 2 and 3: what an image maps and the bytes it holds.
+//!
+//! Room by room: `header` (fixed fields, extensions, limits), `snapshot` (internal snapshots),
+//! `table` (L1/L2 entries to mappings), `compress` (one cluster's decompression). Nothing of an
+//! image is kept in memory but its header: L1 and L2 entries are read when a window is folded.
+
+pub mod compress;
+pub mod header;
+pub mod snapshot;
+mod table;
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Format, ImageInfo, Layer, LayerMap, Part};
+use crate::error::{Error, Finding, Kind, Result};
+use crate::storage::ReadAt;
+use header::{Header, TableRef};
+use table::Tables;
+
+/// "QFI\xfb".
+const MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// Whether the file starts with qcow2's magic bytes.
+pub(super) fn has_magic(storage: &dyn ReadAt) -> Result<bool> {
+    if storage.len() < 4 {
+        return Ok(false);
+    }
+    let mut magic = [0; 4];
+    storage.read_exact_at(&mut magic, 0)?;
+    Ok(magic == MAGIC)
+}
+
+/// See [`super::probe`].
+pub(super) fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
+    let header = Header::read(storage)?;
+    let mut findings = header.oddities(storage.name());
+    let snapshots = snapshot::read_table(storage, &header).unwrap_or_else(|e| {
+        // The active state does not depend on the snapshot table.
+        findings.push(Finding::from_error(&e, storage.name()));
+        Vec::new()
+    });
+    Ok(ImageInfo {
+        format: Format::Qcow2,
+        virtual_size: header.size,
+        data_file: header.has_data_file().then(|| header.data_file.clone().unwrap_or_default()),
+        snapshots: snapshots.into_iter().map(|s| s.info).collect(),
+        cluster_size: header.cluster_size() as u32,
+        version: header.version,
+        backing_file: header.backing_file,
+        backing_format: header.backing_format,
+        findings,
+    })
+}
+
+/// One state (the active one or an internal snapshot) of a qcow2 image.
+pub struct Qcow2Layer {
+    image: Arc<dyn ReadAt>,
+    data: Option<Arc<dyn ReadAt>>,
+    header: Header,
+    l1: TableRef,
+    size: u64,
+    look_for_holes: bool,
+}
+
+impl Qcow2Layer {
+    /// Opens `part` of the image; `data` is its external data file, if it has one.
+    ///
+    /// # Errors
+    /// See [`super::open`].
+    pub fn open(
+        image: Arc<dyn ReadAt>,
+        data: Option<Arc<dyn ReadAt>>,
+        part: &Part,
+    ) -> Result<Self> {
+        let header = Header::read(&*image)?;
+        if header.has_data_file() && data.is_none() {
+            return Err(Error::new(Kind::Incomplete, "the external data file is missing")
+                .at_path(image.name()));
+        }
+        let (l1, size) = match part {
+            Part::Whole => (header.l1, header.size),
+            Part::Snapshot(id) => find_snapshot(&*image, &header, id)?,
+        };
+        let look_for_holes = data.as_deref().unwrap_or(&*image).looks_sparse();
+        Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes })
+    }
+
+    /// The image's header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    fn tables(&self) -> Tables<'_> {
+        Tables {
+            header: &self.header,
+            l1: self.l1,
+            image: &*self.image,
+            data: self.data.as_deref().unwrap_or(&*self.image),
+            data_ix: u8::from(self.data.is_some()),
+            look_for_holes: self.look_for_holes,
+        }
+    }
+}
+
+fn find_snapshot(image: &dyn ReadAt, header: &Header, id: &str) -> Result<(TableRef, u64)> {
+    let table = snapshot::read_table(image, header)?;
+    let found = table.into_iter().find(|s| s.info.id == id).ok_or_else(|| {
+        Error::new(Kind::NotFound, format!("no internal snapshot with id '{id}'"))
+            .at_path(image.name())
+    })?;
+    header::check_snapshot_l1(image, header, found.l1, found.info.virtual_size)?;
+    Ok((found.l1, found.info.virtual_size))
+}
+
+thread_local! {
+    /// Compressed bytes on their way to the decompressor; at most 2 MiB plus a sector.
+    static INPUT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Layer for Qcow2Layer {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn map(&self, range: Range<u64>) -> LayerMap {
+        self.tables().map(range)
+    }
+
+    fn next_mapped(&self, from: u64) -> u64 {
+        self.tables().next_mapped(from, self.size)
+    }
+
+    fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()> {
+        INPUT.with_borrow_mut(|input| {
+            input.resize(len as usize, 0);
+            self.image.read_exact_at(input, host)?;
+            compress::decompress(self.header.compression, input, out).map_err(|e| {
+                Error::new(Kind::Corrupt, format!("a compressed cluster is damaged: {e}"))
+                    .at_path(self.image.name())
+                    .at_offset(host)
+                    .remedy("restore this file from another copy of the backup")
+            })
+        })
+    }
+
+    fn storage(&self, file: u8) -> &dyn ReadAt {
+        match (file, &self.data) {
+            (1, Some(data)) => &**data,
+            _ => &*self.image,
+        }
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        self.image.check_unchanged()?;
+        self.data.as_ref().map_or(Ok(()), |d| d.check_unchanged())
+    }
+}

@@ -1,0 +1,288 @@
+//! L1 and L2 tables: from table entries to [`Mapping`]s.
+//!
+//! Entry types with their reserved-bit and alignment checks come from qcow2-rs; what an entry
+//! means for subclusters, external data files and truncated files is decided here, after
+//! `docs/interop/qcow2.rst`.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use qcow2_rs::dev::{Qcow2DevParams, Qcow2Info};
+use qcow2_rs::meta::{L1Entry, L2Entry, Qcow2Header, TableEntry};
+
+use super::header::{Header, TableRef};
+use crate::error::{Error, Kind, Result};
+use crate::layer::raw::push_raw;
+use crate::layer::{LayerMap, Mapping};
+use crate::storage::ReadAt;
+
+/// Subclusters in a cluster of an image with extended L2 entries.
+const SUBCLUSTERS: u32 = 32;
+/// L1 entries read at a time when looking for the next mapped range.
+const L1_CHUNK: u64 = 512;
+
+/// One L1 table of an image together with what is needed to walk it.
+pub struct Tables<'a> {
+    pub header: &'a Header,
+    pub l1: TableRef,
+    pub image: &'a dyn ReadAt,
+    /// Where plain clusters are: the image itself or its external data file.
+    pub data: &'a dyn ReadAt,
+    /// The file number of `data` in [`Mapping::Data`].
+    pub data_ix: u8,
+    /// Whether to ask the file system for holes inside plain clusters.
+    pub look_for_holes: bool,
+}
+
+impl Tables<'_> {
+    /// Maps `range`, which lies inside the virtual disk.
+    pub fn map(&self, range: Range<u64>) -> LayerMap {
+        let mut map = LayerMap::new(range.start);
+        let span = self.header.l2_span();
+        let first = range.start / span;
+        let l1 = match self.read_l1(first, range.end.div_ceil(span) - first) {
+            Ok(l1) => l1,
+            Err(e) => {
+                map.push_bad(range.end - range.start, &e, self.image.name());
+                return map;
+            }
+        };
+        for (i, raw) in (first..).zip(l1) {
+            let part = range.start.max(i * span)..range.end.min((i + 1) * span);
+            if let Err(e) = self.map_l1_entry(&mut map, raw, i, part.clone()) {
+                map.push_bad(part.end - map.extents.end(), &e, self.image.name());
+            }
+        }
+        map
+    }
+
+    /// First guest offset at or after `from` that an L2 table may map.
+    pub fn next_mapped(&self, from: u64, size: u64) -> u64 {
+        let span = self.header.l2_span();
+        let end = self.header.l1_entries_for(size);
+        let mut at = from / span;
+        while at < end {
+            let n = L1_CHUNK.min(end - at);
+            let Ok(entries) = self.read_l1(at, n) else { return from.max(at * span) };
+            if let Some(i) = entries.iter().position(|e| *e != 0) {
+                return from.max((at + i as u64) * span);
+            }
+            at += n;
+        }
+        size.max(from)
+    }
+
+    fn read_l1(&self, first: u64, count: u64) -> Result<Vec<u64>> {
+        read_be64(self.image, self.l1.offset + first * 8, count)
+    }
+
+    fn map_l1_entry(&self, map: &mut LayerMap, raw: u64, i: u64, part: Range<u64>) -> Result<()> {
+        let at = self.l1.offset + i * 8;
+        let entry = L1Entry::try_from_plain(raw, entry_rules(self.header.cluster_bits))
+            .map_err(|e| self.corrupt(at, e.to_string()))?;
+        if entry.is_zero() {
+            map.extents.push(part.end - part.start, Mapping::Below);
+            return Ok(());
+        }
+        self.map_l2_table(map, entry.l2_offset(), part)
+    }
+
+    fn map_l2_table(&self, map: &mut LayerMap, table: u64, part: Range<u64>) -> Result<()> {
+        let bits = self.header.cluster_bits;
+        let words = if self.header.extended_l2() { 2 } else { 1 };
+        let per_table = (self.header.l2_span() >> bits) - 1;
+        let first = (part.start >> bits) & per_table;
+        let count = part.end.div_ceil(1 << bits) - (part.start >> bits);
+        let at = table + first * words * 8;
+        let there = self.image.len().saturating_sub(at) / (words * 8);
+        if there == 0 {
+            return Err(self.cut(at, "the file ends before this L2 table"));
+        }
+        let entries = read_be64(self.image, at, count.min(there) * words)?;
+        for (n, words_of) in (0..).zip(entries.chunks_exact(words as usize)) {
+            let start = (((part.start >> bits) + n) << bits).max(part.start);
+            let end = (((part.start >> bits) + n + 1) << bits).min(part.end);
+            let entry_at = at + n * words * 8;
+            if let Err(e) = self.map_cluster(map, words_of, entry_at, start..end) {
+                map.push_bad(end - map.extents.end(), &e, self.image.name());
+            }
+        }
+        if there < count {
+            return Err(self.cut(at + there * words * 8, "the file ends inside this L2 table"));
+        }
+        Ok(())
+    }
+
+    fn map_cluster(
+        &self,
+        map: &mut LayerMap,
+        words: &[u64],
+        at: u64,
+        part: Range<u64>,
+    ) -> Result<()> {
+        // The commonest entry by far, kept out of all the checks.
+        if words.iter().all(|w| *w == 0) {
+            map.extents.push(part.end - part.start, Mapping::Below);
+            return Ok(());
+        }
+        let bits = self.header.cluster_bits;
+        let entry = L2Entry::try_from_plain(words[0], entry_rules(bits))
+            .map_err(|e| self.corrupt(at, e.to_string()))?;
+        if entry.is_compressed() {
+            return self.map_compressed(map, entry, at, part);
+        }
+        if let [_, bitmap] = *words {
+            return self.map_subclusters(map, entry, bitmap, at, part);
+        }
+        let len = part.end - part.start;
+        if entry.is_zero() {
+            if self.header.version < 3 {
+                return Err(self.corrupt(at, "a version 2 image cannot have zero clusters"));
+            }
+            map.extents.push(len, Mapping::Zero);
+            return Ok(());
+        }
+        if self.is_unallocated(entry) {
+            map.extents.push(len, Mapping::Below);
+            return Ok(());
+        }
+        let skip = part.start & (self.header.cluster_size() - 1);
+        self.push_plain(map, entry.cluster_offset() + skip, len, at)
+    }
+
+    /// Offset 0 means "nothing here", but in an external data file 0 is a good place.
+    fn is_unallocated(&self, entry: L2Entry) -> bool {
+        entry.cluster_offset() == 0 && !(self.header.has_data_file() && entry.is_copied())
+    }
+
+    fn map_subclusters(
+        &self,
+        map: &mut LayerMap,
+        entry: L2Entry,
+        bitmap: u64,
+        at: u64,
+        part: Range<u64>,
+    ) -> Result<()> {
+        if entry.is_zero() {
+            return Err(self.corrupt(at, "reserved bit 0 of an extended L2 entry is set"));
+        }
+        let size = self.header.cluster_size() / u64::from(SUBCLUSTERS);
+        let base = part.start & !(self.header.cluster_size() - 1);
+        let (mut start, end) = (part.start, part.end);
+        while start < end {
+            let i = (start - base) / size;
+            let stop = (base + (i + 1) * size).min(end);
+            let allocated = bitmap >> i & 1 != 0;
+            let zero = bitmap >> (i + 32) & 1 != 0;
+            match (allocated, zero) {
+                (true, true) => return Err(self.corrupt(at, "a subcluster is data and zero")),
+                (false, true) => map.extents.push(stop - start, Mapping::Zero),
+                (false, false) => map.extents.push(stop - start, Mapping::Below),
+                (true, false) if self.is_unallocated(entry) => {
+                    return Err(self.corrupt(at, "an allocated subcluster without a place"));
+                }
+                (true, false) => {
+                    let host = entry.cluster_offset() + (start - base);
+                    self.push_plain(map, host, stop - start, at)?;
+                }
+            }
+            start = stop;
+        }
+        Ok(())
+    }
+
+    fn map_compressed(
+        &self,
+        map: &mut LayerMap,
+        entry: L2Entry,
+        at: u64,
+        part: Range<u64>,
+    ) -> Result<()> {
+        if self.header.has_data_file() {
+            return Err(self.corrupt(at, "a compressed cluster beside an external data file"));
+        }
+        let bits = self.header.cluster_bits;
+        let (host, len) = entry
+            .compressed_range(bits)
+            .ok_or_else(|| self.corrupt(at, "not a compressed cluster"))?;
+        // The length counts whole sectors, the last of which the file need not have in full.
+        let len = (len as u64).min(self.image.len().saturating_sub(host));
+        if len == 0 {
+            return Err(self.cut(at, "a compressed cluster lies past the end of the file"));
+        }
+        let skip = (part.start & ((1 << bits) - 1)) as u32;
+        let mapping = Mapping::Compressed { host, len: len as u32, unit: 1 << bits, skip };
+        map.extents.push(part.end - part.start, mapping);
+        Ok(())
+    }
+
+    /// Plain bytes at `host`; what lies past the end of the file is bad, not zero.
+    fn push_plain(&self, map: &mut LayerMap, host: u64, len: u64, at: u64) -> Result<()> {
+        let there = self.data.len().saturating_sub(host).min(len);
+        if self.look_for_holes {
+            push_raw(map, self.data, self.data_ix, host, there)?;
+        } else {
+            map.extents.push(there, Mapping::Data { file: self.data_ix, host });
+        }
+        if there < len {
+            return Err(self.cut(at, "a data cluster lies past the end of the file"));
+        }
+        Ok(())
+    }
+
+    fn corrupt(&self, at: u64, what: impl Into<String>) -> Error {
+        Error::new(Kind::Corrupt, what)
+            .at_path(self.image.name())
+            .at_offset(at)
+            .remedy("restore this file from another copy of the backup")
+    }
+
+    fn cut(&self, at: u64, what: &str) -> Error {
+        Error::new(Kind::Truncated, what)
+            .at_path(self.image.name())
+            .at_offset(at)
+            .remedy("restore this file from another copy of the backup")
+    }
+}
+
+fn read_be64(storage: &dyn ReadAt, offset: u64, count: u64) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; count as usize * 8];
+    storage.read_exact_at(&mut bytes, offset)?;
+    let word = |b: &[u8]| u64::from_be_bytes(b.try_into().expect("eight bytes"));
+    Ok(bytes.chunks_exact(8).map(word).collect())
+}
+
+/// What qcow2-rs needs to check a table entry: nothing of it but the cluster size matters, so one
+/// per cluster size is made from a minimal header.
+fn entry_rules(cluster_bits: u32) -> &'static Qcow2Info {
+    static RULES: [OnceLock<Qcow2Info>; 22] = [const { OnceLock::new() }; 22];
+    RULES[cluster_bits as usize].get_or_init(|| {
+        // Magic, version, cluster_bits, size 0, header_length 104, and an end-of-extensions mark.
+        let mut buf = [0u8; 512];
+        buf[0..4].copy_from_slice(&Qcow2Header::QCOW2_MAGIC.to_be_bytes());
+        buf[7] = 3;
+        buf[23] = cluster_bits as u8;
+        buf[99] = 4;
+        buf[103] = 104;
+        let header = Qcow2Header::from_buf(&buf).expect("a minimal header is valid");
+        // Cache geometry: the smallest slices that every cluster size allows (512 bytes, two).
+        let params = Qcow2DevParams::new(9, Some((9, 1024)), Some((9, 1024)), true, false);
+        Qcow2Info::new(&header, &params).expect("a minimal header is valid")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cluster_size_has_its_rules() {
+        for bits in 9..=21 {
+            let rules = entry_rules(bits);
+            assert_eq!(rules.cluster_size(), 1 << bits);
+            assert!(L1Entry::try_from_plain(1 << bits, rules).is_ok());
+            assert!(L1Entry::try_from_plain((1 << bits) | 2, rules).is_err());
+        }
+        assert!(L2Entry::try_from_plain(0x8000_0000_0001_0200, entry_rules(16)).is_err());
+    }
+}

@@ -1,0 +1,116 @@
+//! Raw files: the guest's bytes one to one, holes found with SEEK_DATA and SEEK_HOLE.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Format, ImageInfo, Layer, LayerMap, Mapping};
+use crate::error::{Error, Kind, Result};
+use crate::storage::ReadAt;
+
+/// A raw image. A raw file has no way to say "ask below": its holes are zeros.
+pub struct RawLayer {
+    storage: Arc<dyn ReadAt>,
+}
+
+impl RawLayer {
+    /// A raw layer over `storage`.
+    pub fn new(storage: Arc<dyn ReadAt>) -> Self {
+        RawLayer { storage }
+    }
+}
+
+/// A raw file's size is its length.
+pub(super) fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
+    Ok(ImageInfo {
+        format: Format::Raw,
+        virtual_size: storage.len(),
+        backing_file: None,
+        backing_format: None,
+        data_file: None,
+        snapshots: Vec::new(),
+        cluster_size: 0,
+        version: 0,
+        findings: Vec::new(),
+    })
+}
+
+impl Layer for RawLayer {
+    fn size(&self) -> u64 {
+        self.storage.len()
+    }
+
+    fn map(&self, range: Range<u64>) -> LayerMap {
+        let mut map = LayerMap::new(range.start);
+        if let Err(e) = push_raw(&mut map, &*self.storage, 0, range.start, range.end - range.start)
+        {
+            let rest = range.end - map.extents.end();
+            map.push_bad(rest, &e, self.storage.name());
+        }
+        map
+    }
+
+    fn decompress(&self, host: u64, _len: u32, _out: &mut [u8]) -> Result<()> {
+        Err(Error::new(Kind::Corrupt, "a raw file has no compressed data")
+            .at_path(self.storage.name())
+            .at_offset(host))
+    }
+
+    fn storage(&self, _file: u8) -> &dyn ReadAt {
+        &*self.storage
+    }
+}
+
+/// Appends `len` bytes at `host` of file number `file`: data where the file system has data, zero
+/// where it has a hole. The bytes must lie inside the file.
+///
+/// # Errors
+/// The file system would not tell; what was appended so far stays.
+pub(super) fn push_raw(
+    map: &mut LayerMap,
+    storage: &dyn ReadAt,
+    file: u8,
+    host: u64,
+    len: u64,
+) -> Result<()> {
+    let failed = |e, at| {
+        Error::io(e, "cannot find the holes of the file").at_path(storage.name()).at_offset(at)
+    };
+    let end = host + len;
+    let mut at = host;
+    while at < end {
+        let data = storage.seek_data(at).map_err(|e| failed(e, at))?.unwrap_or(end).clamp(at, end);
+        map.extents.push(data - at, Mapping::Zero);
+        at = data;
+        if at == end {
+            break;
+        }
+        let hole = storage.seek_hole(at).map_err(|e| failed(e, at))?.clamp(at, end);
+        // A file that shrinks meanwhile reports a hole where it just had data: call it data, so
+        // that the loop goes on and the read reports the change.
+        let hole = if hole == at { end } else { hole };
+        map.extents.push(hole - at, Mapping::Data { file, host: at });
+        at = hole;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::SourceFile;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn holes_are_zero_and_data_is_data() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().set_len(1 << 20).unwrap();
+        f.as_file().write_all_at(&[1; 4096], 256 << 10).unwrap();
+        let layer = RawLayer::new(Arc::new(SourceFile::look(f.path()).unwrap()));
+        let map = layer.map(4096..1 << 20);
+        map.extents.check(&(4096..1 << 20)).unwrap();
+        let at = |o: u64| map.extents.clipped(o..o + 1).next().unwrap().content;
+        assert_eq!(at(8192), Mapping::Zero);
+        assert_eq!(at(256 << 10), Mapping::Data { file: 0, host: 256 << 10 });
+        assert_eq!(at(900 << 10), Mapping::Zero);
+    }
+}

@@ -1,0 +1,14 @@
+//! fleecefs: every backup point of every disk of a QEMU backup directory as a plain raw image.
+//!
+//! The rooms, each of which imports only from those above it: [`error`], [`units`], [`progress`];
+//! [`storage`] (positioned reads); [`extent`] (the extent list); [`layer`] (one file's own map and
+//! bytes); `chain` (directory to disks, chains and points); `image` (folded maps and reads).
+
+pub mod chain;
+pub mod cli;
+pub mod error;
+pub mod extent;
+pub mod layer;
+pub mod progress;
+pub mod storage;
+pub mod units;

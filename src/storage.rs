@@ -1,0 +1,384 @@
+//! Positioned reads: the one way bytes come in.
+//!
+//! [`ReadAt`] is implemented by a lazily opened file that knows its own identity
+//! ([`SourceFile`]), by memory ([`MemStorage`]) and, for tests, by a wrapper that injects faults
+//! ([`FaultyStorage`]). Nothing here seeks, so everything can be shared between threads.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Kind, Result};
+
+/// Positioned reads of something with a length.
+pub trait ReadAt: Send + Sync {
+    /// Reads at most `buf.len()` bytes at `offset`; 0 only at the end.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// Length in bytes, as it was when the storage was first looked at.
+    fn len(&self) -> u64;
+
+    /// Whether there is no byte at all.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What to call it in messages.
+    fn name(&self) -> &Path;
+
+    /// Fails if the contents may have changed since they were first looked at.
+    fn check_unchanged(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The next offset at or after `offset` that holds data, or `None` if only a hole follows.
+    /// A storage that cannot tell says that all is data.
+    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok((offset < self.len()).then_some(offset))
+    }
+
+    /// The next offset at or after `offset` that begins a hole; the end counts as one.
+    fn seek_hole(&self, _offset: u64) -> io::Result<u64> {
+        Ok(self.len())
+    }
+
+    /// Whether so little of it is allocated on disk that looking for holes inside pays.
+    fn looks_sparse(&self) -> bool {
+        false
+    }
+
+    /// Reads exactly `buf.len()` bytes; the error names file and offset.
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at =
+                offset.checked_add(done as u64).ok_or_else(|| past_end(self.name(), offset))?;
+            match self.read_at(&mut buf[done..], at) {
+                Ok(0) => return Err(past_end(self.name(), at)),
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    return Err(Error::io(e, "reading failed").at_path(self.name()).at_offset(at));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn past_end(path: &Path, offset: u64) -> Error {
+    Error::new(Kind::Truncated, "the file ends before the data that is needed")
+        .at_path(path)
+        .at_offset(offset)
+        .remedy("restore this file from another copy of the backup")
+}
+
+/// What tells one state of a file from another. Two equal identities mean the same bytes, as far
+/// as the file system lets one know without reading them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// Device number.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Modification time in nanoseconds since the epoch.
+    pub mtime: i128,
+    /// Change time in nanoseconds since the epoch.
+    pub ctime: i128,
+    /// Link count: removing or renaming a file moves its ctime without touching its bytes.
+    pub nlink: u64,
+}
+
+impl Identity {
+    /// Reads it off file metadata.
+    pub fn of(m: &std::fs::Metadata) -> Self {
+        let nanos = |s: i64, n: i64| i128::from(s) * 1_000_000_000 + i128::from(n);
+        Identity {
+            dev: m.dev(),
+            ino: m.ino(),
+            size: m.size(),
+            mtime: nanos(m.mtime(), m.mtime_nsec()),
+            ctime: nanos(m.ctime(), m.ctime_nsec()),
+            nlink: m.nlink(),
+        }
+    }
+
+    /// Whether an already open file that looked like `self` may have other bytes now that it looks
+    /// like `now`. Adding or removing a name moves ctime and keeps the bytes.
+    fn contents_may_differ(&self, now: &Identity) -> bool {
+        let relinked = now.nlink != self.nlink;
+        self.size != now.size || self.mtime != now.mtime || (self.ctime != now.ctime && !relinked)
+    }
+}
+
+/// A file that is opened when it is first read and that must then still be what it was when the
+/// backup directory was scanned.
+#[derive(Debug)]
+pub struct SourceFile {
+    path: PathBuf,
+    identity: Identity,
+    file: OnceLock<File>,
+    changed: AtomicBool,
+}
+
+impl SourceFile {
+    /// Looks at the file without keeping it open.
+    ///
+    /// # Errors
+    /// `NotFound`/`Permission`/`Io` as `stat` says; `Unsupported` for anything but a plain file.
+    pub fn look(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let meta = std::fs::metadata(&path)
+            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+        if !meta.is_file() {
+            return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(&path));
+        }
+        Ok(Self::with_identity(path, Identity::of(&meta)))
+    }
+
+    /// A file whose identity a directory scan has read already.
+    pub fn with_identity(path: PathBuf, identity: Identity) -> Self {
+        SourceFile { path, identity, file: OnceLock::new(), changed: AtomicBool::new(false) }
+    }
+
+    /// The identity it had when it was looked at.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Marks it as replaced: from now on every check fails.
+    pub fn mark_changed(&self) {
+        self.changed.store(true, Ordering::Release);
+    }
+
+    /// Forgets the descriptor, for scans that touch more files than may be open at once.
+    pub fn close(&mut self) {
+        self.file.take();
+    }
+
+    /// The open file; opened, and its identity compared, on first use.
+    pub fn file(&self) -> Result<&File> {
+        if let Some(f) = self.file.get() {
+            return Ok(f);
+        }
+        let file = self.open()?;
+        Ok(self.file.get_or_init(|| file))
+    }
+
+    fn open(&self) -> Result<File> {
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open(&self.path)
+            .map_err(|e| self.open_error(e))?;
+        let meta = file
+            .metadata()
+            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
+        let now = Identity::of(&meta);
+        let same = (now.dev, now.ino) == (self.identity.dev, self.identity.ino);
+        if !same || self.identity.contents_may_differ(&now) {
+            self.mark_changed();
+            return Err(self.changed_error());
+        }
+        Ok(file)
+    }
+
+    fn open_error(&self, e: io::Error) -> Error {
+        let too_many = matches!(e.raw_os_error(), Some(libc::EMFILE) | Some(libc::ENFILE));
+        let error = Error::io(e, "cannot open the file").at_path(&self.path);
+        if too_many { error.remedy("raise the limit of open files (ulimit -n)") } else { error }
+    }
+
+    fn changed_error(&self) -> Error {
+        Error::new(Kind::Changed, "the file changed after the backup directory was read")
+            .at_path(&self.path)
+            .remedy("open the point again")
+    }
+
+    fn os_seek(&self, offset: u64, whence: i32) -> io::Result<Option<u64>> {
+        use std::os::fd::AsRawFd;
+        let file = self.file().map_err(io::Error::other)?;
+        // SAFETY: lseek on a descriptor we own; this file is only ever read by position.
+        let at = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
+        if at >= 0 {
+            return Ok(Some(at as u64));
+        }
+        let e = io::Error::last_os_error();
+        if e.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(e) }
+    }
+}
+
+impl ReadAt for SourceFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let file = self.file().map_err(io::Error::other)?;
+        file.read_at(buf, offset)
+    }
+
+    fn len(&self) -> u64 {
+        self.identity.size
+    }
+
+    fn name(&self) -> &Path {
+        &self.path
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        if self.changed.load(Ordering::Acquire) {
+            return Err(self.changed_error());
+        }
+        let Some(file) = self.file.get() else { return Ok(()) };
+        let meta = file
+            .metadata()
+            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
+        if self.identity.contents_may_differ(&Identity::of(&meta)) {
+            self.mark_changed();
+            return Err(self.changed_error());
+        }
+        Ok(())
+    }
+
+    fn looks_sparse(&self) -> bool {
+        // A preallocated image: clusters are mapped, yet the file system has nothing there.
+        let allocated = self.file().and_then(|f| f.metadata().map_err(|e| Error::io(e, "stat")));
+        allocated.is_ok_and(|m| m.blocks().saturating_mul(512) < m.size() / 10 * 9)
+    }
+
+    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.os_seek(offset, libc::SEEK_DATA)
+    }
+
+    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
+        Ok(self.os_seek(offset, libc::SEEK_HOLE)?.unwrap_or(self.len()))
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let file = self.file()?;
+        file.read_exact_at(buf, offset).map_err(|e| {
+            if e.kind() == io::ErrorKind::UnexpectedEof {
+                past_end(&self.path, offset)
+            } else {
+                Error::io(e, "reading failed").at_path(&self.path).at_offset(offset)
+            }
+        })
+    }
+}
+
+/// Bytes in memory: for tests and fuzzing.
+#[derive(Debug, Clone)]
+pub struct MemStorage {
+    name: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl MemStorage {
+    /// Wraps `bytes`; `name` appears in messages.
+    pub fn new(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
+        MemStorage { name: name.into(), bytes }
+    }
+}
+
+impl ReadAt for MemStorage {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(self.bytes.len());
+        let n = buf.len().min(self.bytes.len() - start);
+        buf[..n].copy_from_slice(&self.bytes[start..start + n]);
+        Ok(n)
+    }
+
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn name(&self) -> &Path {
+        &self.name
+    }
+}
+
+/// Fails reads that touch a chosen range: for faults that cannot be made otherwise.
+pub struct FaultyStorage<S> {
+    inner: S,
+    bad: std::ops::Range<u64>,
+}
+
+impl<S: ReadAt> FaultyStorage<S> {
+    /// Reads of `inner` that touch `bad` fail with EIO.
+    pub fn new(inner: S, bad: std::ops::Range<u64>) -> Self {
+        FaultyStorage { inner, bad }
+    }
+}
+
+impl<S: ReadAt> ReadAt for FaultyStorage<S> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let end = offset.saturating_add(buf.len() as u64);
+        if offset < self.bad.end && self.bad.start < end {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.inner.read_at(buf, offset)
+    }
+
+    fn len(&self) -> u64 {
+        self.inner.len()
+    }
+
+    fn name(&self) -> &Path {
+        self.inner.name()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn temp(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(f.path(), bytes).unwrap();
+        f
+    }
+
+    #[test]
+    fn a_file_changed_in_place_is_noticed() {
+        let f = temp(b"hello");
+        let s = SourceFile::look(f.path()).unwrap();
+        let mut buf = [0; 5];
+        s.read_exact_at(&mut buf, 0).unwrap();
+        s.check_unchanged().unwrap();
+        std::fs::write(f.path(), b"hello, world").unwrap();
+        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
+    }
+
+    #[test]
+    fn a_file_replaced_before_it_was_opened_is_noticed() {
+        let f = temp(b"hello");
+        let s = SourceFile::look(f.path()).unwrap();
+        let other = temp(b"world");
+        std::fs::rename(other.path(), f.path()).unwrap();
+        assert_eq!(s.file().unwrap_err().kind(), Kind::Changed);
+    }
+
+    #[test]
+    fn an_unlinked_file_stays_readable_for_those_who_hold_it() {
+        let f = temp(b"hello");
+        let s = SourceFile::look(f.path()).unwrap();
+        s.file().unwrap();
+        drop(f);
+        s.check_unchanged().unwrap();
+        s.read_exact_at(&mut [0; 5], 0).unwrap();
+    }
+
+    #[test]
+    fn reading_past_the_end_names_file_and_offset() {
+        let m = MemStorage::new("m", vec![0; 10]);
+        let e = m.read_exact_at(&mut [0; 4], 8).unwrap_err();
+        assert_eq!((e.kind(), e.offset()), (Kind::Truncated, Some(10)));
+    }
+}
