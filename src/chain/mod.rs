@@ -5,6 +5,8 @@
 //! value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here writes but
 //! `manifest`.
 
+pub mod manifest;
+
 use std::path::PathBuf;
 
 use crate::error::Finding;
