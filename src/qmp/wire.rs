@@ -174,14 +174,6 @@ impl Wire {
         }
     }
 
-    /// Drops what was read up to and including the last byte 0xff: the guest agent's sync mark.
-    pub fn skip_to_mark(&mut self) {
-        if let Some(at) = self.buf.iter().rposition(|b| *b == 0xff) {
-            self.buf.drain(..=at);
-            self.scanned = 0;
-        }
-    }
-
     fn take_line(&mut self) -> Option<Vec<u8>> {
         let fresh = self.buf.get(self.scanned..)?;
         let Some(at) = fresh.iter().position(|b| *b == b'\n') else {
