@@ -61,6 +61,7 @@ pub struct Client {
     features: Option<Features>,
     timeout: Duration,
     interrupt: Option<Arc<AtomicBool>>,
+    uncounted: bool,
 }
 
 impl Client {
@@ -97,6 +98,7 @@ impl Client {
             features: None,
             timeout: COMMAND_TIMEOUT,
             interrupt: None,
+            uncounted: false,
         };
         client.execute("qmp_capabilities", json!({}))?;
         client.read_commands()?;
@@ -167,6 +169,18 @@ impl Client {
         Ok(self.call(command, arguments)??)
     }
 
+    /// As [`Client::query`] for questions asked again and again: how often depends on time, so
+    /// they are no steps (see [`super::steps`]).
+    ///
+    /// # Errors
+    /// As [`Client::query`].
+    pub fn poll<T: DeserializeOwned>(&mut self, command: &str) -> Result<T> {
+        self.uncounted = true;
+        let answer = self.query(command, json!({}));
+        self.uncounted = false;
+        answer
+    }
+
     /// As [`Client::execute`], read into `T`.
     ///
     /// # Errors
@@ -204,12 +218,17 @@ impl Client {
             request["arguments"] = arguments;
         }
         log::debug!("QMP > {request}");
-        step(&format!("send {command}"));
+        let counted = !self.uncounted;
+        if counted {
+            step(&format!("send {command}"));
+        }
         let deadline = Instant::now() + self.timeout;
         let line = format!("{request}\n");
         self.wire.send(line.as_bytes(), pass, deadline)?;
         let answer = self.answer(command, id, deadline)?;
-        step(&format!("answer {command}"));
+        if counted {
+            step(&format!("answer {command}"));
+        }
         Ok(answer)
     }
 
@@ -266,7 +285,6 @@ impl Client {
     pub fn next_event(&mut self, deadline: Instant) -> Result<Option<Event>> {
         loop {
             if let Some(e) = self.events.pop_front() {
-                step(&format!("event {}", e.name));
                 return Ok(Some(e));
             }
             self.check_interrupt()?;

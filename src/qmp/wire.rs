@@ -194,9 +194,8 @@ impl Wire {
         }
         let mut chunk = [0u8; 65536];
         // SAFETY: the buffer is ours and as long as we say.
-        let n = unsafe {
-            libc::recv(self.fd.as_raw_fd(), chunk.as_mut_ptr().cast(), chunk.len(), 0)
-        };
+        let n =
+            unsafe { libc::recv(self.fd.as_raw_fd(), chunk.as_mut_ptr().cast(), chunk.len(), 0) };
         match usize::try_from(n) {
             Ok(0) => Err(self.gone()),
             Ok(n) => {
