@@ -5,6 +5,7 @@
 //! value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here writes but
 //! `manifest`.
 
+pub mod manifest;
 mod select;
 
 use std::path::PathBuf;
