@@ -106,7 +106,7 @@ write $work/$file $file"
 # cat_from POINT: prints the file out of the first partition of a point. As root through a loop device, as
 # for any disk image; else with a reader of ext4 that needs no privilege.
 cat_from() {
-    if [ "$(id -u)" = 0 ] && loop=$(losetup -r -P -f --show "$1" 2>/dev/null) && wait_for "${loop}p1" &&
+    if [ "$(id -u)" = 0 ] && loop=$(losetup -r -P -f --show "$1" 2>/dev/null) && partition_of "$loop" &&
         mkdir -p "$view" && mount -o ro,noload "${loop}p1" "$view"; then
         printf '$ losetup -r -P -f --show %s; mount -o ro,noload %s /view; cat /view/%s\n' \
             "${1#"$work"/}" "${loop}p1" "$file"
@@ -118,10 +118,12 @@ cat_from() {
     close_disk
 }
 
-wait_for() {
+# Waits for the first partition's device. A kernel built without GPT is told by partx.
+partition_of() {
     local tries=0
-    until [ -b "$1" ]; do
-        [ $((tries += 1)) -lt 50 ] || return 1
+    until [ -b "$1p1" ]; do
+        [ $((tries += 1)) -lt 20 ] || return 1
+        [ "$tries" != 5 ] || partx -a "$1" 2>/dev/null || true
         sleep 0.1
     done
 }
