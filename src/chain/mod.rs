@@ -32,6 +32,19 @@ pub struct Disk {
     pub findings: Vec<Finding>,
 }
 
+impl Disk {
+    /// All layers of a point, bottom first.
+    pub fn stack(&self, point: usize) -> Vec<LayerSpec> {
+        let mut parts = Vec::new();
+        let mut at = Some(point);
+        while let Some(i) = at {
+            parts.push(&self.points[i].layers);
+            at = self.points[i].parent;
+        }
+        parts.into_iter().rev().flatten().cloned().collect()
+    }
+}
+
 /// What kind of backup made a point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -70,7 +83,9 @@ pub struct Point {
     pub size: u64,
     /// Bytes that its own file takes on disk (allocated, not apparent).
     pub own_bytes: u64,
-    /// The layers, bottom first; empty if the point cannot be served.
+    /// The layers that this point adds on top of its parent's, bottom first; empty if the point
+    /// cannot be served. [`Disk::stack`] gives them all. (A list of all layers in each point
+    /// would grow with the square of the chain's length.)
     pub layers: Vec<LayerSpec>,
     /// Why it cannot be served; `None` if it can.
     pub unavailable: Option<Finding>,

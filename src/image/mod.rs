@@ -1,0 +1,12 @@
+//! A point's image: layers folded into extents, cached in windows, read by position.
+//!
+//! `map` folds the layers over one window of guest offsets, `cache` bounds what is kept, `reader`
+//! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes.
+
+mod cache;
+mod map;
+mod reader;
+
+pub use cache::{Cache, CacheFigures};
+pub use map::{FoldedExtent, Source};
+pub use reader::Image;
