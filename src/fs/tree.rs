@@ -117,6 +117,11 @@ impl PointFile {
         &self.catalog.disks[self.disk]
     }
 
+    /// Index of the disk in the catalog and of the point in the disk.
+    pub fn index(&self) -> (usize, usize) {
+        (self.disk, self.point)
+    }
+
     /// The catalog it comes from.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
@@ -135,14 +140,22 @@ pub struct Changes {
 impl Tree {
     /// Builds the tree. Images of points whose layers are the very same as in `previous` are
     /// taken over; the others are set up anew. A point that cannot be set up becomes a finding.
-    pub fn build(catalog: Catalog, previous: Option<&Tree>, cache: &Arc<Cache>) -> Tree {
+    /// New points get no number for which `in_use` is true: the kernel knows it as something else.
+    pub fn build(
+        catalog: Catalog,
+        previous: Option<&Tree>,
+        cache: &Arc<Cache>,
+        in_use: impl Fn(u64) -> bool,
+    ) -> Tree {
         let catalog = Arc::new(catalog);
         let mut files = Files::new(catalog.clone(), previous, cache);
         let folder = files.arrange();
         let Files { findings, .. } = files;
         let own_bytes = catalog.disks.iter().flat_map(|d| &d.points).map(|p| p.own_bytes);
         let own_bytes = own_bytes.fold(0, u64::saturating_add);
-        let mut nodes = Numbering { nodes: HashMap::new(), previous };
+        let old = previous.into_iter().flat_map(Tree::images).collect();
+        let taken = |ino| in_use(ino) || previous.is_some_and(|t| t.nodes.contains_key(&ino));
+        let mut nodes = Numbering { nodes: HashMap::new(), old, taken: &taken };
         nodes.folder(ROOT, ROOT, Path::new(""), folder);
         Tree { nodes: nodes.nodes, catalog, findings, own_bytes, built: SystemTime::now() }
     }
@@ -152,15 +165,44 @@ impl Tree {
         self.nodes.get(&ino)
     }
 
-    /// All nodes, in no order.
-    pub fn nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
-        self.nodes.values()
+    /// How many inodes there are.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Never: the root is always there.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
     }
 
     /// The served points, in no order.
     pub fn files(&self) -> impl Iterator<Item = &Arc<PointFile>> {
         self.nodes.values().filter_map(|n| match &n.kind {
             NodeKind::File(f) => Some(f),
+            _ => None,
+        })
+    }
+
+    /// Every served point with its path below the mount point.
+    pub fn paths(&self) -> Vec<(PathBuf, &Arc<PointFile>)> {
+        let mut found = Vec::new();
+        let mut todo = vec![(PathBuf::new(), ROOT)];
+        while let Some((path, ino)) = todo.pop() {
+            match self.node(ino).map(|n| &n.kind) {
+                Some(NodeKind::Dir(entries)) => {
+                    todo.extend(entries.iter().map(|e| (path.join(&e.name), e.ino)));
+                }
+                Some(NodeKind::File(file)) => found.push((path, file)),
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// Images by address, with the inode that stands for them.
+    fn images(&self) -> impl Iterator<Item = (*const Image, u64)> {
+        self.nodes.values().filter_map(|n| match &n.kind {
+            NodeKind::File(f) => Some((Arc::as_ptr(&f.image), n.ino)),
             _ => None,
         })
     }
@@ -352,7 +394,10 @@ impl<'a> Files<'a> {
         let old = self.old.get(&(d.path.as_path(), p.name.as_str()));
         let image = match old.filter(|o| same_layers(&o.point().layers, &p.layers)) {
             Some(old) => old.image.clone(),
-            None => Image::open(&p.layers, below.as_ref().map(|b| b.image.clone()), self.cache)?,
+            None => {
+                let below = below.as_ref().map(|b| b.image.clone());
+                Image::new(p.size, &p.layers[from..], below, self.cache)?
+            }
         };
         let estimate = match &below {
             Some(b) => b.estimate.saturating_add(p.own_bytes),
@@ -365,8 +410,7 @@ impl<'a> Files<'a> {
 
 /// `latest.raw` and `by-time/`.
 fn add_links(folder: &mut Folder, points: &[(OsString, i64)]) {
-    // Of equal times the later in chain order is the newer one: `max_by_key` takes the last.
-    if let Some((name, time)) = points.iter().max_by_key(|(_, time)| *time) {
+    if let Some((name, time)) = points.last() {
         let link = Child::Link { target: name.into(), time: *time };
         folder.children.entry("latest.raw".into()).or_insert(link);
     }
@@ -423,50 +467,45 @@ fn layer_digest(below: blake3::Hash, layer: &LayerSpec) -> blake3::Hash {
 /// Gives out inode numbers.
 struct Numbering<'a> {
     nodes: HashMap<u64, Arc<Node>>,
-    previous: Option<&'a Tree>,
+    old: HashMap<*const Image, u64>,
+    taken: &'a dyn Fn(u64) -> bool,
 }
 
 impl Numbering<'_> {
     /// Adds a folder and all below it; says how new its newest point is.
     fn folder(&mut self, ino: u64, parent: u64, path: &Path, folder: Folder) -> i64 {
         let mut entries = Vec::with_capacity(folder.children.len());
-        // Taken at once, so that no file gets it.
-        let placeholder = Node { ino, parent, time: 0, kind: NodeKind::Dir(Vec::new()) };
-        self.nodes.insert(ino, Arc::new(placeholder));
+        // Taken at once, so that nothing below gets it.
+        self.insert(ino, parent, 0, NodeKind::Dir(Vec::new()));
         let mut newest = 0;
         for (name, child) in folder.children {
-            let path = path.join(&name);
-            let (child, kind, time) = self.child(ino, &path, child);
+            let (child, kind, time) = self.child(ino, &path.join(&name), child);
             newest = newest.max(time);
             entries.push(Entry { name, ino: child, kind });
         }
-        let node = Node { ino, parent, time: newest, kind: NodeKind::Dir(entries) };
-        self.nodes.insert(ino, Arc::new(node));
+        self.insert(ino, parent, newest, NodeKind::Dir(entries));
         newest
     }
 
     fn child(&mut self, parent: u64, path: &Path, child: Child) -> (u64, EntryKind, i64) {
         match child {
             Child::Dir(folder) => {
-                let ino = self.number(path, b"dir", |_| true);
+                let ino = self.number(path, b"dir");
                 let time = self.folder(ino, parent, path, folder);
                 (ino, EntryKind::Dir, time)
             }
             Child::File(file) => {
-                let image = file.image.clone();
-                let same = |n: &Node| matches!(&n.kind, NodeKind::File(f) if Arc::ptr_eq(&f.image, &image));
-                let ino = self.number(path, file.digest.as_bytes(), same);
-                let time = file.point().time;
+                let (ino, time) = (self.file_number(path, &file), file.point().time);
                 self.insert(ino, parent, time, NodeKind::File(file));
                 (ino, EntryKind::File, time)
             }
             Child::Link { target, time } => {
-                let ino = self.number(path, target.as_os_str().as_bytes(), |_| true);
+                let ino = self.number(path, target.as_os_str().as_bytes());
                 self.insert(ino, parent, time, NodeKind::Link(target));
                 (ino, EntryKind::Link, time)
             }
             Child::Status => {
-                let ino = self.number(path, b"status", |_| true);
+                let ino = self.number(path, b"status");
                 self.insert(ino, parent, 0, NodeKind::Status);
                 (ino, EntryKind::File, 0)
             }
@@ -477,21 +516,35 @@ impl Numbering<'_> {
         self.nodes.insert(ino, Arc::new(Node { ino, parent, time, kind }));
     }
 
-    /// The number for `path`: a hash, and the next free one where that is taken, either in this
-    /// tree or in the previous by something that is not the `same` (a file that was rewritten
-    /// with its old size and time must not inherit the kernel's cached pages).
-    fn number(&self, path: &Path, identity: &[u8], same: impl Fn(&Node) -> bool) -> u64 {
-        let mut hash = blake3::Hasher::new();
-        hash.update(path.as_os_str().as_bytes());
-        hash.update(&[0]);
-        hash.update(identity);
-        let mut eight = [0; 8];
-        eight.copy_from_slice(&hash.finalize().as_bytes()[..8]);
-        let mut ino = u64::from_le_bytes(eight);
-        let previous = |ino| self.previous.and_then(|t| t.node(ino));
-        while ino <= ROOT || self.nodes.contains_key(&ino) || previous(ino).is_some_and(|n| !same(n)) {
+    fn number(&self, path: &Path, identity: &[u8]) -> u64 {
+        let mut ino = inode_hash(path, identity);
+        while ino <= ROOT || self.nodes.contains_key(&ino) {
             ino = ino.wrapping_add(1);
         }
         ino
     }
+
+    /// An image that was there before keeps its number. A new one gets none that the kernel knows:
+    /// a file rewritten with its old size and time must not inherit cached pages.
+    fn file_number(&self, path: &Path, file: &PointFile) -> u64 {
+        let kept = self.old.get(&Arc::as_ptr(&file.image));
+        if let Some(&ino) = kept.filter(|i| !self.nodes.contains_key(i)) {
+            return ino;
+        }
+        let mut ino = self.number(path, file.digest.as_bytes());
+        while ino <= ROOT || self.nodes.contains_key(&ino) || (self.taken)(ino) {
+            ino = ino.wrapping_add(1);
+        }
+        ino
+    }
+}
+
+fn inode_hash(path: &Path, identity: &[u8]) -> u64 {
+    let mut hash = blake3::Hasher::new();
+    hash.update(path.as_os_str().as_bytes());
+    hash.update(&[0]);
+    hash.update(identity);
+    let mut eight = [0; 8];
+    eight.copy_from_slice(&hash.finalize().as_bytes()[..8]);
+    u64::from_le_bytes(eight)
 }
