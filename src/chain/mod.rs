@@ -5,7 +5,12 @@
 //! value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here writes but
 //! `manifest`.
 
+pub mod manifest;
+mod select;
+
 use std::path::PathBuf;
+
+pub use select::POINT_HELP;
 
 use crate::error::Finding;
 use crate::layer::LayerSpec;
