@@ -278,10 +278,8 @@ impl Filesystem for Adapter {
         self.guard("open", |fs| match fs.open(ino.0, flags.0) {
             // Another generation is another inode, so cached pages are right for as long as
             // the kernel has them.
-            Ok((fh, true)) => reply.opened(
-                FileHandle(fh),
-                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
-            ),
+            Ok((fh, true)) => reply
+                .opened(FileHandle(fh), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
             Ok((fh, false)) => reply.opened(FileHandle(fh), FopenFlags::FOPEN_DIRECT_IO),
             Err(e) => reply.error(errno(e)),
         });
@@ -392,9 +390,8 @@ impl Filesystem for Adapter {
         mut reply: ReplyDirectory,
     ) {
         self.guard("readdir", |fs| {
-            let add = |e: Listed, next| {
-                !reply.add(INodeNo(e.ino), next, file_type(e.kind), &e.name)
-            };
+            let add =
+                |e: Listed, next| !reply.add(INodeNo(e.ino), next, file_type(e.kind), &e.name);
             match fs.readdir(fh.0, offset, add) {
                 Ok(()) => reply.ok(),
                 Err(e) => reply.error(errno(e)),

@@ -23,6 +23,8 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Mount(super::mount::MountArgs),
+    Umount(super::umount::UmountArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

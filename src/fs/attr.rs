@@ -55,9 +55,7 @@ pub fn attr(node: &Node, tree: &Tree, owner: Owner, status_size: impl FnOnce() -
             let nlink = u32::try_from(folders).unwrap_or(u32::MAX).saturating_add(2);
             (EntryKind::Dir, owner.dir_mode(), nlink, 0, 0)
         }
-        NodeKind::File(file) => {
-            (EntryKind::File, owner.mode, 1, file.image.size(), blocks(file))
-        }
+        NodeKind::File(file) => (EntryKind::File, owner.mode, 1, file.image.size(), blocks(file)),
         NodeKind::Link(target) => (EntryKind::Link, 0o777, 1, target.as_os_str().len() as u64, 0),
         NodeKind::Status => {
             let size = status_size();
@@ -89,8 +87,7 @@ fn blocks(file: &PointFile) -> u64 {
 pub fn time(seconds: i64) -> SystemTime {
     let distance = Duration::from_secs(seconds.unsigned_abs());
     let epoch = SystemTime::UNIX_EPOCH;
-    let time =
-        if seconds < 0 { epoch.checked_sub(distance) } else { epoch.checked_add(distance) };
+    let time = if seconds < 0 { epoch.checked_sub(distance) } else { epoch.checked_add(distance) };
     time.unwrap_or(epoch)
 }
 

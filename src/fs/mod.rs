@@ -155,7 +155,9 @@ impl FileSystem {
     pub fn getattr(&self, ino: u64, handle: Option<u64>) -> Result<Attr, Errno> {
         let node = self.node(ino)?;
         let open = handle.and_then(|h| self.files.get(h));
-        if let (NodeKind::Status, Some(OpenFile::Status(text))) = (&node.kind, open.as_ref().and_then(|g| g.as_deref())) {
+        if let (NodeKind::Status, Some(OpenFile::Status(text))) =
+            (&node.kind, open.as_ref().and_then(|g| g.as_deref()))
+        {
             let size = text.len() as u64;
             return Ok(attr::attr(&node, &self.tree.load(), self.owner, || size));
         }
@@ -243,9 +245,7 @@ impl FileSystem {
             OpenFile::Point(file) => {
                 let rest = file.image.size().saturating_sub(offset);
                 let n = usize::try_from(rest).unwrap_or(usize::MAX).min(buf.len());
-                file.image
-                    .read_at(&mut buf[..n], offset)
-                    .map_err(|e| self.failed(file, &e))?;
+                file.image.read_at(&mut buf[..n], offset).map_err(|e| self.failed(file, &e))?;
                 Ok(n)
             }
             OpenFile::Status(text) => {
@@ -272,9 +272,11 @@ impl FileSystem {
             return Err(libc::ENXIO);
         }
         let found = match (open.as_deref(), whence) {
-            (Some(OpenFile::Point(file)), libc::SEEK_DATA) => {
-                file.image.seek_data(offset).map_err(|e| self.failed(file, &e))?.ok_or(libc::ENXIO)?
-            }
+            (Some(OpenFile::Point(file)), libc::SEEK_DATA) => file
+                .image
+                .seek_data(offset)
+                .map_err(|e| self.failed(file, &e))?
+                .ok_or(libc::ENXIO)?,
             (Some(OpenFile::Point(file)), libc::SEEK_HOLE) => {
                 file.image.seek_hole(offset).map_err(|e| self.failed(file, &e))?
             }

@@ -282,7 +282,8 @@ impl Folder {
         let mut folder = self;
         for part in path.components() {
             let Component::Normal(name) = part else { continue };
-            let child = folder.children.entry(name.into()).or_insert_with(|| Child::Dir(Folder::default()));
+            let child =
+                folder.children.entry(name.into()).or_insert_with(|| Child::Dir(Folder::default()));
             if !matches!(child, Child::Dir(_)) {
                 *child = Child::Dir(Folder::default());
             }

@@ -268,8 +268,20 @@ fn is_remote(path: &Path) -> bool {
 fn is_remote_magic(magic: u32) -> bool {
     // NFS, SMB, CIFS, SMB2, FUSE, 9P, Ceph, AFS, Coda, GFS2, OCFS2, Lustre, GPFS, vboxsf
     const REMOTE: [u32; 14] = [
-        0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x0102_1997, 0x00c3_6400, 0x5346_414f,
-        0x7375_7245, 0x0116_1970, 0x7461_636f, 0x0bd0_0bd0, 0x4750_4653, 0x786f_4256,
+        0x6969,
+        0x517b,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x6573_5546,
+        0x0102_1997,
+        0x00c3_6400,
+        0x5346_414f,
+        0x7375_7245,
+        0x0116_1970,
+        0x7461_636f,
+        0x0bd0_0bd0,
+        0x4750_4653,
+        0x786f_4256,
     ];
     REMOTE.contains(&magic)
 }
