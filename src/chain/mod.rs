@@ -5,9 +5,19 @@
 //! value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here writes but
 //! `manifest`.
 
+mod assemble;
+mod group;
+mod link;
 pub mod manifest;
+pub mod name;
+mod points;
+mod probe;
+pub mod scan;
+mod select;
 
 use std::path::PathBuf;
+
+pub use select::POINT_HELP;
 
 use crate::error::Finding;
 use crate::layer::LayerSpec;

@@ -128,6 +128,15 @@ impl Image {
         self.stack()[usize::from(index)].spec.file.path()
     }
 
+    /// The same for file number `file` of the layer (its external data file is 1).
+    pub fn file_path(&self, index: u16, file: u8) -> &Path {
+        let spec = &self.stack()[usize::from(index)].spec;
+        match (&spec.data_file, file) {
+            (Some(data), 1) => data.path(),
+            _ => spec.file.path(),
+        }
+    }
+
     /// Marks the image as one of an old generation: every later read fails with `Changed`.
     pub fn mark_changed(&self) {
         self.changed.store(true, Ordering::Release);
