@@ -23,6 +23,11 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Backup(super::backup::BackupArgs),
+    Recover(super::recover::RecoverArgs),
+    Cancel(super::recover::CancelArgs),
+    #[command(hide = true)]
+    Guardian(super::recover::GuardianArgs),
     List(super::list::ListArgs),
     Map(super::map::MapArgs),
     Mount(super::mount::MountArgs),

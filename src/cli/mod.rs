@@ -2,6 +2,8 @@
 //! [`crate::error::Kind::table`].
 
 mod args;
+mod backup;
+mod console;
 mod daemon;
 mod docs;
 mod list;
@@ -10,6 +12,7 @@ mod map;
 mod mount;
 mod mountinfo;
 mod options;
+mod recover;
 mod serve;
 mod umount;
 
@@ -43,6 +46,10 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
+        Command::Backup(a) => backup::run(a),
+        Command::Recover(a) => recover::run(a),
+        Command::Cancel(a) => recover::cancel(a),
+        Command::Guardian(a) => recover::guard(a),
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
         Command::Mount(a) => mount::mount(a),
