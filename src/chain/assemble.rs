@@ -46,10 +46,14 @@ pub(super) struct Fates<'a> {
 
 /// Makes the catalog of a walked directory.
 pub(super) fn assemble(mut tree: Tree) -> Catalog {
-    let findings = std::mem::take(&mut tree.findings);
+    let mut findings = std::mem::take(&mut tree.findings);
     let claimed = data_files(&tree);
-    let mut groups: Vec<Group> =
-        tree.folders.iter().flat_map(|f| group(&tree, f, &claimed)).collect();
+    let mut groups = Vec::new();
+    for folder in &tree.folders {
+        let (disks, homeless) = group(&tree, folder, &claimed);
+        groups.extend(disks);
+        findings.extend(homeless);
+    }
     groups.sort_by(|a, b| a.path.cmp(&b.path));
     let mut fates = Fates::new(&tree);
     for group in &mut groups {

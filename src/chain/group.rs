@@ -33,8 +33,13 @@ pub(super) struct Group {
     pub findings: Vec<Finding>,
 }
 
-/// Sorts a folder's files into disks. `claimed` files are parts of others (external data files).
-pub(super) fn group(tree: &Tree, folder: &Folder, claimed: &HashSet<FileId>) -> Vec<Group> {
+/// Sorts a folder's files into disks; also what was found that belongs to none. `claimed` files are
+/// parts of others (external data files).
+pub(super) fn group(
+    tree: &Tree,
+    folder: &Folder,
+    claimed: &HashSet<FileId>,
+) -> (Vec<Group>, Vec<Finding>) {
     let mut sorter = Sorter { tree, folder, disks: BTreeMap::new(), images: Vec::new() };
     let files: Vec<FileId> =
         folder.files.iter().copied().filter(|f| !claimed.contains(f)).collect();
@@ -145,8 +150,16 @@ impl Sorter<'_> {
         }
     }
 
-    fn finish(self) -> Vec<Group> {
+    /// The disks, and findings that belong to none.
+    fn finish(mut self) -> (Vec<Group>, Vec<Finding>) {
         let folder = &self.folder.relative;
+        let mut homeless = Vec::new();
+        self.disks.retain(|_, m| {
+            if m.list.is_empty() {
+                homeless.append(&mut m.findings);
+            }
+            !m.list.is_empty()
+        });
         let alone = self.disks.len() == 1;
         let mut groups = Vec::new();
         for (disk, members) in self.disks {
@@ -160,7 +173,7 @@ impl Sorter<'_> {
             let member = Belongs { file, level: Level::Image, stamp: None, aliases: Vec::new() };
             groups.push(Group { path, members: vec![member], findings: Vec::new() });
         }
-        groups
+        (groups, homeless)
     }
 }
 
