@@ -150,6 +150,48 @@ fn a_full_that_is_only_a_link_to_the_outside_is_missing() {
 }
 
 #[test]
+fn a_copy_that_overwrote_the_full_carries_no_increments() {
+    let b = Backups::new();
+    b.image("d/d", None);
+    b.image("d/INC-5-d", None);
+    b.link("d/FULL-d", &b.path("d/d"));
+    b.link("d/COPY-d", &b.path("d/d"));
+    assert_eq!(b.shown(), ["d: d"]);
+}
+
+#[test]
+fn two_files_that_may_both_be_the_full_carry_no_increments() {
+    // `cp -L` makes a file of the link; nothing says that the two are the same.
+    let b = Backups::new();
+    b.image("d/d", None);
+    b.image("d/FULL-d", None);
+    b.image("d/INC-5-d", None);
+    b.image("e/e", None);
+    b.image("e/FULL-1-e", None);
+    b.image("e/INC-5-e", None);
+    b.image("e/INC-6-e", Some("INC-5-e"));
+    b.link("e/FULL-e", Path::new("e"));
+    assert_eq!(b.shown(), ["d: FULL-d", "d: d", "e: e", "e: FULL-1-e"]);
+    assert!(b.why("INC-5-d").remedy.is_some());
+}
+
+#[test]
+fn an_unfinished_backup_is_told_of() {
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.image("d/INC-2-d.partial", None);
+    let findings = b.findings();
+    assert_eq!((findings.len(), findings[0].severity), (1, Severity::Note));
+    b.image("d/INC-3-d", None);
+    assert_eq!(b.findings()[0].severity, Severity::Warning);
+    manifest(&b.path("d"), "INC-3-d", Level::Inc, Some("FULL-1-d"), 0);
+    assert_eq!(b.findings()[0].severity, Severity::Note);
+    b.image("alone/FULL-1-x.partial", None);
+    assert_eq!(b.scan().disks.len(), 1);
+    assert_eq!(b.findings().len(), 2);
+}
+
+#[test]
 fn links_are_not_followed_and_loops_do_not_hang() {
     let outside = tempfile::tempdir().unwrap();
     std::fs::write(outside.path().join("FULL-1-x"), backups::tiny(None)).unwrap();
