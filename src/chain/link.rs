@@ -333,6 +333,6 @@ mod tests {
         let at = |p: &str| normalise(Path::new("/b/d"), Path::new(p));
         assert_eq!(at("./../e//f"), Some("/b/e/f".into()));
         assert_eq!(at("/x/../y"), Some("/y".into()));
-        assert_eq!(at("../../../../etc/hostname"), Some("/etc/hostname".into()));
+        assert_eq!(at("../../../../etc/hostname"), None);
     }
 }
