@@ -25,6 +25,8 @@ pub struct Cli {
 pub enum Command {
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
+    List(super::list::ListArgs),
+    Map(super::map::MapArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

@@ -4,7 +4,9 @@
 mod args;
 mod daemon;
 mod docs;
+mod list;
 mod logging;
+mod map;
 mod mount;
 mod mountinfo;
 mod options;
@@ -43,6 +45,8 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => umount::umount(a),
+        Command::List(a) => list::run(a),
+        Command::Map(a) => map::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }

@@ -725,7 +725,8 @@ mod tests {
         let first = build(world.catalog(disks), None);
         world.write("a/INC-2-a", b"y");
         let points = [("FULL-1-a", 1), ("INC-2-a", 2)];
-        let second = build(world.catalog(vec![world.disk("a", &points)]), Some(&first));
+        let disk = world.disk("a", &points);
+        let second = build(world.catalog(vec![disk]), Some(&first));
         let full = "a/FULL-1-a.raw";
         assert_eq!(ino_of(&first, full), ino_of(&second, full));
         let changes = first.replaced_by(&second);
@@ -747,9 +748,11 @@ mod tests {
         let points = [("FULL-1-a", 1), ("INC-2-a", 2)];
         world.write("a/FULL-1-a", b"x");
         world.write("a/INC-2-a", b"x");
-        let first = build(world.catalog(vec![world.disk("a", &points)]), None);
+        let disk = world.disk("a", &points);
+        let first = build(world.catalog(vec![disk]), None);
         world.write("a/INC-2-a", b"changed");
-        let second = build(world.catalog(vec![world.disk("a", &points)]), Some(&first));
+        let disk = world.disk("a", &points);
+        let second = build(world.catalog(vec![disk]), Some(&first));
         let changes = first.replaced_by(&second);
         let (full, inc) = ("a/FULL-1-a.raw", "a/INC-2-a.raw");
         assert_eq!(ino_of(&first, full), ino_of(&second, full));
@@ -762,7 +765,8 @@ mod tests {
         assert_eq!(read(&first, inc), Err(crate::error::Kind::Changed));
         assert_eq!(read(&second, inc), Ok(()));
         // After a remount the numbers are the same as in the refreshed tree.
-        let again = build(world.catalog(vec![world.disk("a", &points)]), None);
+        let disk = world.disk("a", &points);
+        let again = build(world.catalog(vec![disk]), None);
         assert_eq!(ino_of(&again, inc), ino_of(&second, inc));
     }
 }
