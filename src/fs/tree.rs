@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::chain::{Catalog, Disk, Point};
-use crate::error::{Finding, Result};
+use crate::error::{Error, Finding, Kind, Result};
 use crate::image::{Cache, Image};
 use crate::layer::{LayerSpec, Part};
 
@@ -99,6 +99,8 @@ pub struct PointFile {
     pub image: Arc<Image>,
     /// Bytes that the layers' files take on disk: the estimate of allocated bytes.
     pub estimate: u64,
+    /// The image of the point that this one lies on.
+    below: Option<Arc<Image>>,
     catalog: Arc<Catalog>,
     disk: usize,
     point: usize,
@@ -212,15 +214,41 @@ impl Tree {
     /// by those who hold it.
     fn retire(&self, new: &Tree) -> Vec<u64> {
         let mut changed = Vec::new();
-        let mut seen = HashMap::new();
+        let mut files = HashMap::new();
+        let mut points = HashMap::new();
         for node in self.nodes.values() {
             let NodeKind::File(file) = &node.kind else { continue };
             let kept = matches!(new.nodes.get(&node.ino).map(|n| &n.kind),
                 Some(NodeKind::File(f)) if Arc::ptr_eq(&f.image, &file.image));
-            if !kept && file.point().layers.iter().any(|l| layer_changed(l, &mut seen)) {
+            if !kept && self.is_changed(file.index(), &mut points, &mut files) {
                 file.image.mark_changed();
                 changed.push(node.ino);
             }
+        }
+        changed
+    }
+
+    /// Whether one of the files below a point was changed or replaced. Remembers the answer for
+    /// every point on the way, so that long chains are walked once.
+    fn is_changed(
+        &self,
+        (disk, point): (usize, usize),
+        points: &mut HashMap<(usize, usize), bool>,
+        files: &mut HashMap<PathBuf, bool>,
+    ) -> bool {
+        let all = &self.catalog.disks[disk].points;
+        let (mut path, mut at, mut changed) = (Vec::new(), Some(point), false);
+        while let Some(i) = at {
+            if let Some(known) = points.get(&(disk, i)) {
+                changed = *known;
+                break;
+            }
+            path.push(i);
+            at = all[i].parent;
+        }
+        for i in path.into_iter().rev() {
+            changed = changed || all[i].layers.iter().any(|l| layer_changed(l, files));
+            points.insert((disk, i), changed);
         }
         changed
     }
@@ -384,28 +412,31 @@ impl<'a> Files<'a> {
         below: Option<Arc<PointFile>>,
     ) -> Result<Arc<PointFile>> {
         let (d, p) = (&self.catalog.disks[disk], &self.catalog.disks[disk].points[point]);
-        let below = below.filter(|b| is_prefix(&b.point().layers, &p.layers));
-        let (mut digest, from) = match &below {
-            Some(b) => (b.digest, b.point().layers.len()),
-            None => (blake3::hash(b"fleecefs layers"), 0),
-        };
-        for layer in &p.layers[from..] {
+        if p.parent.is_some() && below.is_none() {
+            let text = "the point that it lies on is not served";
+            return Err(Error::new(Kind::Incomplete, text).at_path(&p.source));
+        }
+        let mut digest = below.as_ref().map_or(blake3::hash(b"fleecefs layers"), |b| b.digest);
+        let mut estimate = p.own_bytes;
+        if let Some(b) = &below {
+            estimate = estimate.saturating_add(b.estimate);
+        }
+        for layer in &p.layers {
             digest = layer_digest(digest, layer);
         }
+        let below = below.map(|b| b.image.clone());
         let old = self.old.get(&(d.path.as_path(), p.name.as_str()));
-        let image = match old.filter(|o| same_layers(&o.point().layers, &p.layers)) {
-            Some(old) => old.image.clone(),
-            None => {
-                let below = below.as_ref().map(|b| b.image.clone());
-                Image::new(p.size, &p.layers[from..], below, self.cache)?
-            }
+        let same = |o: &PointFile| {
+            o.image.size() == p.size
+                && same_layers(&o.point().layers, &p.layers)
+                && same_image(o.below.as_ref(), below.as_ref())
         };
-        let estimate = match &below {
-            Some(b) => b.estimate.saturating_add(p.own_bytes),
-            None => p.own_bytes,
+        let image = match old.filter(|o| same(o)) {
+            Some(old) => old.image.clone(),
+            None => Image::new(p.size, &p.layers, below.clone(), self.cache)?,
         };
         let catalog = self.catalog.clone();
-        Ok(Arc::new(PointFile { image, estimate, catalog, disk, point, digest }))
+        Ok(Arc::new(PointFile { image, below, estimate, catalog, disk, point, digest }))
     }
 }
 
@@ -442,11 +473,15 @@ fn same_layer(a: &LayerSpec, b: &LayerSpec) -> bool {
 }
 
 fn same_layers(a: &[LayerSpec], b: &[LayerSpec]) -> bool {
-    a.len() == b.len() && is_prefix(a, b)
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same_layer(a, b))
 }
 
-fn is_prefix(a: &[LayerSpec], b: &[LayerSpec]) -> bool {
-    a.len() <= b.len() && a.iter().zip(b).all(|(a, b)| same_layer(a, b))
+fn same_image(a: Option<&Arc<Image>>, b: Option<&Arc<Image>>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
+    }
 }
 
 /// Adds a layer's identity. The device number is left out: it may differ after a reboot.
@@ -591,8 +626,7 @@ mod tests {
             let mut disk = Disk { path: path.into(), points: Vec::new(), findings: Vec::new() };
             for (i, (name, time)) in points.iter().enumerate() {
                 let source = Path::new(path).join(name);
-                let mut layers = disk.points.last().map_or_else(Vec::new, |p| p.layers.clone());
-                layers.push(self.layer(source.to_str().unwrap()));
+                let layers = vec![self.layer(source.to_str().unwrap())];
                 disk.points.push(Point {
                     name: name.to_string(),
                     source: self.dir.path().join(&source),
@@ -762,7 +796,7 @@ mod tests {
             NodeKind::File(f) => f.image.read_at(&mut [0], 0).map_err(|e| e.kind()),
             _ => panic!("not a file"),
         };
-        assert_eq!(read(&first, inc), Err(crate::error::Kind::Changed));
+        assert_eq!(read(&first, inc), Err(Kind::Changed));
         assert_eq!(read(&second, inc), Ok(()));
         // After a remount the numbers are the same as in the refreshed tree.
         let disk = world.disk("a", &points);
