@@ -28,10 +28,10 @@ pub enum Command {
     Cancel(super::recover::CancelArgs),
     #[command(hide = true)]
     Guardian(super::recover::GuardianArgs),
-    List(super::list::ListArgs),
-    Map(super::map::MapArgs),
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
+    List(super::list::ListArgs),
+    Map(super::map::MapArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

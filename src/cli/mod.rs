@@ -50,10 +50,10 @@ fn run(cli: Cli) -> Result<()> {
         Command::Recover(a) => recover::run(a),
         Command::Cancel(a) => recover::cancel(a),
         Command::Guardian(a) => recover::guard(a),
-        Command::List(a) => list::run(a),
-        Command::Map(a) => map::run(a),
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => umount::umount(a),
+        Command::List(a) => list::run(a),
+        Command::Map(a) => map::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }
