@@ -41,12 +41,17 @@ fn rounds(disks: &[(&str, &str)], more: &[&str]) {
     let churns: Vec<_> =
         disks.iter().enumerate().map(|(i, (n, _))| d.churn(n, SIZE, i as u64 + 1)).collect();
     let mut points: Vec<(String, PathBuf, Vec<u8>)> = Vec::new();
-    for level in ["full", "inc", "inc", "diff", "inc", "inc", "inc", "diff", "inc", "inc", "inc", "inc", "inc"] {
+    for level in [
+        "full", "inc", "inc", "diff", "inc", "inc", "inc", "diff", "inc", "inc", "inc", "inc",
+        "inc",
+    ] {
         let (_, views) = caller.held(level);
         assert_eq!(views.len(), disks.len());
         for (disk, view) in views {
             let image = newest(&caller.target, &disk);
-            assert!(image.file_name().unwrap().to_str().unwrap().starts_with(&level.to_uppercase()));
+            assert!(
+                image.file_name().unwrap().to_str().unwrap().starts_with(&level.to_uppercase())
+            );
             points.push((disk, image, view));
         }
     }

@@ -651,12 +651,7 @@ impl Run<'_> {
         if lost.is_empty() {
             return Ok(());
         }
-        let bytes: u64 = lost.iter().map(|r| r.end - r.start).sum();
-        self.watch.say(&format!(
-            "{}: {bytes} bytes are zeros now without a dirty bit (shrunk and \
-            grown again?): copied as well",
-            d.plan.disk.label()
-        ));
+        let before = bitmap::count(&mut self.client, view, work)?;
         let scratch = object(&self.run, Role::Scratch, d.index);
         self.client.execute(
             "blockdev-add",
@@ -678,7 +673,16 @@ impl Run<'_> {
             json!({"node": view, "target": work,
             "bitmaps": [{"node": scratch, "name": work}]}),
         )?;
-        self.client.execute("blockdev-del", json!({"node-name": scratch})).map(drop)
+        self.client.execute("blockdev-del", json!({"node-name": scratch}))?;
+        let grown = bitmap::count(&mut self.client, view, work)?.saturating_sub(before);
+        if grown > 0 {
+            self.watch.warn(&format!(
+                "{}: {grown} bytes have become zeros without a dirty bit (shrunk and grown \
+                 again?): copied as well",
+                d.plan.disk.label()
+            ));
+        }
+        Ok(())
     }
 
     fn stop_after_views(&mut self, disks: &[Active]) -> Result<()> {

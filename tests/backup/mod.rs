@@ -55,8 +55,9 @@ impl Daemon {
                 .arg(format!("{format},node-name={name},file={name}-file,discard=unmap"));
             c.arg("--blockdev")
                 .arg(format!("driver=raw,node-name={name}-top,file={name},discard=unmap"));
-            c.arg("--export")
-                .arg(format!("type=nbd,id={name}-export,node-name={name}-top,name={name},writable=on"));
+            c.arg("--export").arg(format!(
+                "type=nbd,id={name}-export,node-name={name}-top,name={name},writable=on"
+            ));
         }
         c.stdin(Stdio::null()).spawn().expect("qemu-storage-daemon starts")
     }
@@ -195,7 +196,12 @@ impl Caller {
 
     /// For a guest; state, target and fleeces lie in its folder.
     pub fn guest(g: &crate::guest::Guest) -> Self {
-        Caller { qmp: g.qmp_socket(), state: g.path("state"), target: g.path("T"), more: Vec::new() }
+        Caller {
+            qmp: g.qmp_socket(),
+            state: g.path("state"),
+            target: g.path("T"),
+            more: Vec::new(),
+        }
     }
 
     pub fn with(&self, more: &[&str]) -> Self {
@@ -298,9 +304,11 @@ pub fn same(mount: &crate::mounted::Mount, disk: &str, image: &Path, view: &[u8]
 /// What of ours is in QEMU: nodes, jobs, exports.
 pub fn ours_in_qemu(qmp: &mut crate::guest::Qmp) -> Vec<String> {
     let mut found = Vec::new();
-    for (command, key) in
-        [("query-named-block-nodes", "node-name"), ("query-jobs", "id"), ("query-block-exports", "id")]
-    {
+    for (command, key) in [
+        ("query-named-block-nodes", "node-name"),
+        ("query-jobs", "id"),
+        ("query-block-exports", "id"),
+    ] {
         let list = qmp.execute(command, serde_json::json!({}));
         for v in list.as_array().unwrap() {
             let name = v[key].as_str().unwrap_or_default();
