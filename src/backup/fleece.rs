@@ -172,7 +172,13 @@ pub fn add_view(client: &mut Client, run: &str, index: usize) -> Result<()> {
 /// # Errors
 /// QEMU refuses: "Permission conflict" if a frozen view still hangs on the filter.
 pub fn plug(client: &mut Client, qdev: &str, node: &str) -> Result<()> {
-    client.execute("qom-set", json!({"path": qdev, "property": "drive", "value": node})).map(drop)
+    // By id alone a device may be ambiguous: an NVMe controller's bus has its name.
+    let path = match qdev.starts_with('/') {
+        true => qdev.to_string(),
+        false => format!("/machine/peripheral/{qdev}"),
+    };
+    let arguments = json!({"path": path, "property": "drive", "value": node});
+    client.execute("qom-set", arguments).map(drop)
 }
 
 /// The `blockdev-reopen` options that put `below` under a raw node.
