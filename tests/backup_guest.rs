@@ -47,8 +47,17 @@ fn every_bus_under_load_at_one_moment() {
     let overlay = dir.path().join("o.img");
     run(
         "qemu-img",
-        &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base.to_str().unwrap(),
-          overlay.to_str().unwrap()],
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            base.to_str().unwrap(),
+            overlay.to_str().unwrap(),
+        ],
     );
     let disks = [
         Disk::new("a", image(dir.path(), "a", "qcow2", "")).on("virtio-blk-iothread"),

@@ -84,6 +84,11 @@ impl Guardian {
         writeln!(p, "{}", word.text()).map_err(|e| Error::io(e, "the guardian process has ended"))
     }
 
+    /// Leaves it to do what is still to be done, as if we had died.
+    pub fn leave(mut self) {
+        drop(self.pipe.take());
+    }
+
     /// Lets it go: the guest runs and is thawed.
     pub fn dismiss(mut self) {
         if let Some(mut p) = self.pipe.take() {

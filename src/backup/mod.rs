@@ -15,6 +15,7 @@ pub mod control;
 pub mod fleece;
 pub mod guardian;
 pub mod history;
+pub mod info;
 
 pub mod journal;
 pub mod lock;

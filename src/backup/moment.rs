@@ -78,8 +78,11 @@ pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
         consistency.stopped_ms = millis(stopped_at.elapsed());
         withdraw(scene, guardian.as_mut(), Record::Continue, Word::Continue)?;
     }
-    if let Some(a) = agent {
-        thaw_guest(scene, guardian.as_mut(), a, &mut consistency)?;
+    if let Some(a) = agent
+        && !thaw_guest(scene, guardian.as_mut(), a, &mut consistency)?
+        && let Some(g) = guardian.take()
+    {
+        g.leave();
     }
     judge(scene, running, whole, &mut consistency);
     log::debug!("the moment took {:?}", began.elapsed());
@@ -241,7 +244,8 @@ fn freeze_guest(
     };
     announce(scene, guardian, Record::Freeze, Word::Freeze)?;
     let mountpoints = scene.options.moment.mountpoints.clone();
-    match agent.freeze(&mountpoints, scene.options.moment.deadline) {
+    // Half of what the guardian allows: there must be time left to thaw.
+    match agent.freeze(&mountpoints, scene.options.moment.deadline / 2) {
         Ok(n) => {
             step("frozen");
             consistency.frozen = mountpoints;
@@ -257,14 +261,14 @@ fn freeze_guest(
     Ok(Some(agent))
 }
 
+/// False if the agent did not thaw: the guardian has to go on trying.
 fn thaw_guest(
     scene: &mut Scene<'_>,
     guardian: Option<&mut Guardian>,
     mut agent: Agent,
     consistency: &mut Consistency,
-) -> Result<()> {
-    let wait = scene.options.moment.agent_timeout;
-    match agent.thaw(wait) {
+) -> Result<bool> {
+    match agent.thaw(scene.options.moment.deadline / 4) {
         Ok(n) => {
             // Nothing thawed: the freeze had timed out inside the guest (Windows: 10 s).
             if n == 0 && consistency.achieved == Achieved::FileSystem {
@@ -273,12 +277,12 @@ fn thaw_guest(
                     "the guest had thawed by itself before the moment was over".into();
                 scene.watch.warn(&consistency.reason);
             }
-            withdraw(scene, guardian, Record::Thaw, Word::Thaw)
+            withdraw(scene, guardian, Record::Thaw, Word::Thaw)?;
+            Ok(true)
         }
         Err(e) => {
             scene.watch.warn(&format!("thawing failed: {}; the guardian tries on", e.report()));
-            // It keeps its orders: when we are done or dead it thaws.
-            Ok(())
+            Ok(false)
         }
     }
 }

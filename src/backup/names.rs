@@ -75,10 +75,11 @@ fn is_run(text: &str) -> bool {
     text.len() == RUN_DIGITS && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// `fleecefs-<target>-<chain>-<run>`: the bitmap that a run adds. `target` is the first eight
-/// digits of the backup directory's id; `chain` is the run of the chain's FULL.
-pub fn bitmap(target: &str, chain: &str, run: &str) -> String {
-    format!("{PREFIX}{target}-{chain}-{run}")
+/// `fleecefs-<target>-<chain>-<run>-<index>`: the bitmap that a run adds to a disk. `target` is the
+/// first eight digits of the backup directory's id; `chain` is the run of the chain's FULL; with
+/// the disk's index no two disks have one of the same name.
+pub fn bitmap(target: &str, chain: &str, run: &str, index: usize) -> String {
+    format!("{PREFIX}{target}-{chain}-{run}-{index}")
 }
 
 /// A bitmap's name taken apart.
@@ -96,6 +97,7 @@ pub struct BitmapName<'a> {
 pub fn parse_bitmap(name: &str) -> Option<BitmapName<'_>> {
     let mut parts = name.strip_prefix(PREFIX)?.split('-');
     let (target, chain, run) = (parts.next()?, parts.next()?, parts.next()?);
+    parts.next()?.parse::<usize>().ok()?;
     let whole = parts.next().is_none() && is_run(chain) && is_run(run);
     whole.then_some(BitmapName { target, chain, run })
 }
@@ -166,7 +168,7 @@ mod tests {
 
     #[test]
     fn bitmaps_come_back_and_foreign_ones_do_not() {
-        let name = bitmap("0a1b2c3d", "0123456789ab", "ba9876543210");
+        let name = bitmap("0a1b2c3d", "0123456789ab", "ba9876543210", 3);
         let parsed = parse_bitmap(&name).unwrap();
         assert_eq!((parsed.target, parsed.run), ("0a1b2c3d", "ba9876543210"));
         assert_eq!(parse_bitmap("qmpbackup-0a1b2c3d"), None);

@@ -28,6 +28,8 @@ pub struct Plan {
 /// What will be done with one disk.
 #[derive(Debug, Clone)]
 pub struct DiskPlan {
+    /// Its number in the run.
+    pub index: usize,
     /// The disk.
     pub disk: SeenDisk,
     /// Its folder in the target.
@@ -86,6 +88,8 @@ pub struct Inputs<'a> {
     pub now: i64,
     /// Why INC and DIFF are impossible in this run, if they are.
     pub no_inc: Option<String>,
+    /// Folders whose chain was found unsound, and how.
+    pub unsound: &'a [(PathBuf, String)],
 }
 
 /// Makes the plan.
@@ -105,7 +109,8 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     let folders = Folders::assign(options, &inputs, &wanted)?;
     for (disk, (dir, history)) in wanted.into_iter().zip(folders.list) {
         let label = disk.label().to_string();
-        match plan_disk(options, &inputs, disk, dir, &history) {
+        let index = plan.disks.len();
+        match plan_disk(options, &inputs, (index, disk), dir, &history) {
             Ok(d) => plan.disks.push(d),
             Err(e) => plan.refused.push((label, e)),
         }
@@ -234,13 +239,14 @@ fn image_tail(h: &History) -> Option<&str> {
 fn plan_disk(
     options: &Options,
     inputs: &Inputs<'_>,
-    disk: SeenDisk,
+    (index, disk): (usize, SeenDisk),
     dir: PathBuf,
     history: &History,
 ) -> Result<DiskPlan> {
     let last_time = history.last_time();
     let time = inputs.now.max(last_time.saturating_add(1));
     let mut plan = DiskPlan {
+        index,
         level: Level::Full,
         demoted: None,
         image: String::new(),
@@ -324,6 +330,9 @@ fn usable_base(
     diff: bool,
 ) -> Result<(Vec<Manifest>, BitmapInfo), String> {
     let chain = history.chain()?;
+    if let Some((_, why)) = inputs.unsound.iter().find(|(d, _)| *d == history.dir) {
+        return Err(why.clone());
+    }
     if let Some(reason) = &inputs.no_inc {
         return Err(reason.clone());
     }
@@ -382,7 +391,7 @@ fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, history: &History, pla
     let records = matches!(plan.level, Level::Full | Level::Inc) && !plan.disk.pflash;
     if records {
         plan.new_bitmap = Some(BitmapInfo {
-            name: names::bitmap(inputs.target_id, &plan.chain, inputs.run),
+            name: names::bitmap(inputs.target_id, &plan.chain, inputs.run, plan.index),
             node: plan.disk.node.clone(),
             granularity: plan
                 .since

@@ -12,6 +12,7 @@
 //!
 //! Whatever fails before 6 removes the new bitmap, and the old one has recorded everything.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -147,6 +148,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         server: None,
         guardian: None,
         consistency: Consistency::default(),
+        chains: HashMap::new(),
     };
     let result = r.execute();
     r.finish(result)
@@ -163,6 +165,7 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
         base: &base,
         now: now(),
         no_inc: None,
+        unsound: &[],
     };
     let plan = plan::make(options, inputs)?;
     Ok(Report { run, plan, disks: Vec::new(), consistency: Consistency::default() })
@@ -223,6 +226,8 @@ struct Run<'a> {
     server: Option<nbdserver::Server>,
     guardian: Option<Guardian>,
     consistency: Consistency,
+    /// Chains that INCs build on, by the new image's path.
+    chains: HashMap<PathBuf, ChainData>,
 }
 
 /// A disk on its way.
@@ -349,28 +354,44 @@ impl Run<'_> {
         }
     }
 
-    /// Plans; where an INC needs QEMU's NBD server and that cannot be had, plans again.
+    /// Plans; where the chain proves unsound, or an INC needs QEMU's NBD server and that cannot
+    /// be had, plans again.
     fn plan(&mut self) -> Result<Plan> {
         let seen = survey(&Answers::ask(&mut self.client)?);
         self.sweep()?;
-        let make = |run: &Self, no_inc: Option<String>| {
+        let mut unsound: Vec<(PathBuf, String)> = Vec::new();
+        // One time for all plans: it is in the images' names.
+        let time = now();
+        let make = |run: &Self, no_inc: Option<String>, unsound: &[(PathBuf, String)]| {
             let inputs = Inputs {
                 seen: seen.clone(),
                 run: &run.run,
                 target_id: &run.target_id,
                 base: &run.base,
-                now: now(),
+                now: time,
                 no_inc,
+                unsound,
             };
             plan::make(run.options, inputs)
         };
-        let first = make(self, None)?;
-        if !first.disks.iter().any(|d| d.since.is_some()) && std::env::var_os(HOLD).is_none() {
-            return Ok(first);
+        let mut plan = make(self, None, &unsound)?;
+        for d in plan.disks.iter().filter(|d| d.since.is_some()) {
+            match ChainData::open(&d.dir, &d.base) {
+                Ok(c) => drop(self.chains.insert(d.dir.join(&d.image), c)),
+                Err(e) => {
+                    unsound.push((d.dir.clone(), format!("the chain is unsound: {}", e.report())))
+                }
+            }
+        }
+        if !unsound.is_empty() {
+            plan = make(self, None, &unsound)?;
+        }
+        if !plan.disks.iter().any(|d| d.since.is_some()) && std::env::var_os(HOLD).is_none() {
+            return Ok(plan);
         }
         match self.start_server() {
-            Ok(()) => Ok(first),
-            Err(e) if e.kind() == Kind::Busy => make(self, Some(e.report())),
+            Ok(()) => Ok(plan),
+            Err(e) if e.kind() == Kind::Busy => make(self, Some(e.report()), &unsound),
             Err(e) => Err(e),
         }
     }
@@ -545,9 +566,7 @@ impl Run<'_> {
         let p = &d.plan;
         super::lock::make_dir(&p.dir)?;
         self.check_space(d)?;
-        if p.since.is_some() {
-            d.chain = Some(ChainData::open(&p.dir, &p.base)?);
-        }
+        d.chain = self.chains.remove(&p.dir.join(&p.image));
         self.journal.write(&Record::Disk(d.record.clone()))?;
         publish::announce(&p.dir, &d.manifest)?;
         let partial = p.dir.join(partial_name(&p.image));

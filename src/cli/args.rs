@@ -24,6 +24,8 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Backup(super::backup::BackupArgs),
+    Info(super::info::InfoArgs),
+    Cleanup(super::info::CleanupArgs),
     Recover(super::recover::RecoverArgs),
     Cancel(super::recover::CancelArgs),
     #[command(hide = true)]

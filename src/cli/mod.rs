@@ -6,6 +6,7 @@ mod backup;
 mod console;
 mod daemon;
 mod docs;
+mod info;
 mod list;
 mod logging;
 mod map;
@@ -47,6 +48,8 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Backup(a) => backup::run(a),
+        Command::Info(a) => info::run(a),
+        Command::Cleanup(a) => info::cleanup(a),
         Command::Recover(a) => recover::run(a),
         Command::Cancel(a) => recover::cancel(a),
         Command::Guardian(a) => recover::guard(a),

@@ -251,7 +251,7 @@ impl Caller {
     }
 }
 
-fn read_views(child: &mut Child, hold: &Path) -> Vec<(String, Vec<u8>)> {
+pub fn read_views(child: &mut Child, hold: &Path) -> Vec<(String, Vec<u8>)> {
     let ready = hold.join("ready");
     while !ready.exists() {
         if child.try_wait().unwrap().is_some() {
