@@ -172,17 +172,16 @@ impl Answers {
 
     /// The name of the file at the bottom of a node.
     fn file_of(&self, node: &Node) -> String {
-        if !node.file.starts_with("json:") {
-            return node.file.clone();
-        }
-        let mut name = node.node_name.as_str();
+        let plain = |n: &Node| !n.file.starts_with("json:") && !n.file.starts_with("blkdebug:");
+        let mut at = node;
         for _ in 0..self.nodes.len() {
-            let Some(child) = self.graph.child(name, "file") else { break };
-            let Some(n) = self.node(child) else { break };
-            if !n.file.starts_with("json:") {
-                return n.file.clone();
+            if plain(at) {
+                return at.file.clone();
             }
-            name = child;
+            let name = &at.node_name;
+            let child = self.graph.child(name, "file").or_else(|| self.graph.child(name, "image"));
+            let Some(child) = child.and_then(|c| self.node(c)) else { break };
+            at = child;
         }
         String::new()
     }

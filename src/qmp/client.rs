@@ -82,6 +82,7 @@ impl Client {
         let mut wire = Wire::connect(address, patience)?;
         let greeting = match wire.json(Instant::now() + patience) {
             Ok(Some(g)) => g,
+            Ok(None) if wire.has_fragment() => return Err(not_qmp(wire.peer())),
             Ok(None) => return Err(in_use(Path::new(wire.peer()))),
             Err(e) if e.kind() == Kind::Corrupt => return Err(not_qmp(wire.peer())),
             Err(e) => return Err(e),

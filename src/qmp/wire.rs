@@ -174,6 +174,11 @@ impl Wire {
         }
     }
 
+    /// Whether something has arrived that is no whole line yet.
+    pub fn has_fragment(&self) -> bool {
+        !self.buf.is_empty()
+    }
+
     fn take_line(&mut self) -> Option<Vec<u8>> {
         let fresh = self.buf.get(self.scanned..)?;
         let Some(at) = fresh.iter().position(|b| *b == b'\n') else {

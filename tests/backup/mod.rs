@@ -51,8 +51,9 @@ impl Daemon {
                 "driver=file,node-name={name}-file,filename={},discard=unmap",
                 file.display()
             ));
+            let child = if format.contains("blkdebug") { "image" } else { "file" };
             c.arg("--blockdev")
-                .arg(format!("{format},node-name={name},file={name}-file,discard=unmap"));
+                .arg(format!("{format},node-name={name},{child}={name}-file,discard=unmap"));
             c.arg("--blockdev")
                 .arg(format!("driver=raw,node-name={name}-top,file={name},discard=unmap"));
             c.arg("--export").arg(format!(
@@ -92,6 +93,15 @@ impl Daemon {
         // SAFETY: a signal to our own child.
         unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
         let _ = self.child.wait();
+    }
+
+    /// Starts it again with another format for `disk`.
+    pub fn heal(&mut self, disk: &str, format: &str) {
+        self.stop();
+        for d in self.disks.iter_mut().filter(|d| d.0 == disk) {
+            d.1 = format.to_string();
+        }
+        self.respawn();
     }
 
     pub fn respawn(&mut self) {
@@ -275,7 +285,8 @@ pub fn read_views(child: &mut Child, hold: &Path) -> Vec<(String, Vec<u8>)> {
 /// The images of a disk's folder by the time in their names.
 pub fn images(dir: &Path) -> Vec<PathBuf> {
     let mut list: Vec<(u64, PathBuf)> = std::fs::read_dir(dir)
-        .unwrap()
+        .into_iter()
+        .flatten()
         .flatten()
         .filter(|e| e.file_type().unwrap().is_file())
         .filter_map(|e| {
