@@ -8,6 +8,7 @@ pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod extent;
+pub mod image;
 pub mod layer;
 pub mod progress;
 pub mod storage;

@@ -5,7 +5,12 @@
 //! value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here writes but
 //! `manifest`.
 
+pub mod manifest;
+mod select;
+
 use std::path::PathBuf;
+
+pub use select::POINT_HELP;
 
 use crate::error::Finding;
 use crate::layer::LayerSpec;
@@ -30,6 +35,19 @@ pub struct Disk {
     pub points: Vec<Point>,
     /// What was found in this disk's files.
     pub findings: Vec<Finding>,
+}
+
+impl Disk {
+    /// All layers of a point, bottom first.
+    pub fn stack(&self, point: usize) -> Vec<LayerSpec> {
+        let mut parts = Vec::new();
+        let mut at = Some(point);
+        while let Some(i) = at {
+            parts.push(&self.points[i].layers);
+            at = self.points[i].parent;
+        }
+        parts.into_iter().rev().flatten().cloned().collect()
+    }
 }
 
 /// What kind of backup made a point.
@@ -70,7 +88,9 @@ pub struct Point {
     pub size: u64,
     /// Bytes that its own file takes on disk (allocated, not apparent).
     pub own_bytes: u64,
-    /// The layers, bottom first; empty if the point cannot be served.
+    /// The layers that this point adds on top of its parent's, bottom first; empty if the point
+    /// cannot be served. [`Disk::stack`] gives them all. (A list of all layers in each point
+    /// would grow with the square of the chain's length.)
     pub layers: Vec<LayerSpec>,
     /// Why it cannot be served; `None` if it can.
     pub unavailable: Option<Finding>,

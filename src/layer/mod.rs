@@ -64,18 +64,28 @@ pub struct LayerMap {
     pub extents: ExtentList<Mapping>,
     /// Why ranges are bad.
     pub findings: Vec<Finding>,
+    /// How many findings more there would have been.
+    pub suppressed: u64,
 }
+
+/// Findings kept per call of [`Layer::map`]: a table full of garbage has thousands, and the first
+/// few say all there is to say.
+const MAX_FINDINGS: usize = 8;
 
 impl LayerMap {
     /// An empty map beginning at guest offset `start`.
     pub fn new(start: u64) -> Self {
-        LayerMap { extents: ExtentList::new(start), findings: Vec::new() }
+        LayerMap { extents: ExtentList::new(start), findings: Vec::new(), suppressed: 0 }
     }
 
     /// Appends a range that cannot be read, with its reason.
     pub fn push_bad(&mut self, len: u64, error: &Error, path: &Path) {
         self.extents.push(len, Mapping::Bad);
-        self.findings.push(Finding::from_error(error, path));
+        if self.findings.len() < MAX_FINDINGS {
+            self.findings.push(Finding::from_error(error, path));
+        } else {
+            self.suppressed += 1;
+        }
     }
 }
 

@@ -19,8 +19,29 @@ impl RawLayer {
     }
 }
 
+/// Other disk image formats, by their first bytes. Taking one of them for a raw disk would serve
+/// wrong bytes; no guest's disk starts like this.
+const OTHER_FORMATS: [(&[u8], &str); 8] = [
+    (b"KDMV", "VMDK"),
+    (b"COWD", "VMDK"),
+    (b"# Disk DescriptorFile", "VMDK"),
+    (b"vhdxfile", "VHDX"),
+    (b"conectix", "VHD"),
+    (b"QED\0", "QED"),
+    (b"<<< ", "VDI"),
+    (b"WithoutFreeSpace", "Parallels"),
+];
+
 /// A raw file's size is its length.
 pub(super) fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
+    let mut start = [0; 32];
+    let n = (storage.len().min(32)) as usize;
+    storage.read_exact_at(&mut start[..n], 0)?;
+    if let Some((_, name)) = OTHER_FORMATS.iter().find(|(magic, _)| start[..n].starts_with(magic)) {
+        return Err(Error::new(Kind::Unsupported, format!("a {name} image, not a raw disk"))
+            .at_path(storage.name())
+            .remedy("convert it with 'qemu-img convert -O qcow2'"));
+    }
     Ok(ImageInfo {
         format: Format::Raw,
         virtual_size: storage.len(),

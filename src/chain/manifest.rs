@@ -1,0 +1,396 @@
+//! Manifests: `.fleecefs/<image file name>.json` beside the images, one per published image.
+//!
+//! A manifest is what file names cannot say: which file a point lies on, which bitmap records
+//! since then, what the guest's disk was. For `backup` it is the commit: an image without one is
+//! checked before it is used. Reading tolerates unknown fields; an unknown format version is an
+//! error, which a scan turns into a finding.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::Level;
+use crate::error::{Error, Kind, Result};
+
+/// The folder, beside the images, that holds the manifests. qmprestore ignores folders.
+pub const FOLDER: &str = ".fleecefs";
+
+/// The version that this program writes, and the newest it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
+/// not one, and is not read into memory.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// What is known about one published image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this structure, [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Id of the run that made it; the same for all disks of one run.
+    pub run: String,
+    /// File name of the image, without folders.
+    pub image: String,
+    /// Which disk of which guest it is.
+    #[serde(default)]
+    pub disk: DiskIdentity,
+    /// What kind of backup it is.
+    pub level: Level,
+    /// When the frozen moment was, in seconds since the epoch.
+    pub time: i64,
+    /// File name of the image that it lies on, in the same folder; `None` for a root.
+    #[serde(default)]
+    pub parent: Option<String>,
+    /// Format of the image file.
+    pub format: ImageFormat,
+    /// Whether the image holds the whole disk or only what changed since its parent.
+    pub content: Contents,
+    /// Size of the virtual disk in bytes.
+    pub virtual_size: u64,
+    /// Length of the image file in bytes.
+    pub file_size: u64,
+    /// The bitmap that records since this point.
+    #[serde(default)]
+    pub bitmap: Option<BitmapInfo>,
+    /// The bitmap that records since the chain's FULL, for DIFFs.
+    #[serde(default)]
+    pub diff_bitmap: Option<BitmapInfo>,
+    /// Bytes copied out of the frozen view.
+    #[serde(default)]
+    pub bytes_copied: u64,
+    /// How consistent the frozen moment is.
+    #[serde(default)]
+    pub consistency: Consistency,
+    /// QEMU's version, as it reports it.
+    #[serde(default)]
+    pub qemu_version: String,
+    /// How long the copy took, in milliseconds.
+    #[serde(default)]
+    pub duration_ms: u64,
+    /// BLAKE3 of the image file, in hexadecimal; `None` with `--no-hash`.
+    #[serde(default)]
+    pub blake3: Option<String>,
+    /// The guest's configuration as QEMU reports it.
+    #[serde(default)]
+    pub vm: serde_json::Value,
+    /// Files that were given with `--config`.
+    #[serde(default)]
+    pub config_files: Vec<ConfigFile>,
+    /// Disks that this run left out, and why.
+    #[serde(default)]
+    pub skipped: Vec<Skipped>,
+}
+
+/// A disk as QEMU knows it. Any of these may be empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskIdentity {
+    /// Id or QOM path of the guest device.
+    pub qdev: String,
+    /// Node name of the disk's format node; `#block…` names change at each start.
+    pub node: String,
+    /// Name of the block backend, if it has one.
+    pub device: String,
+    /// The disk's own file or device.
+    pub file: String,
+    /// The disk's own format.
+    pub format: String,
+}
+
+/// Formats that `backup` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// qcow2 version 3.
+    Qcow2,
+    /// The guest's bytes one to one.
+    Raw,
+}
+
+/// How much of the disk an image holds. It settles what a raw INC means, which its bytes cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Contents {
+    /// The whole disk: nothing below it is read.
+    Full,
+    /// Only what changed; the rest is in the parent.
+    DirtyOnly,
+}
+
+/// A dirty bitmap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitmapInfo {
+    /// Its name.
+    pub name: String,
+    /// Name of the node it is on.
+    #[serde(default)]
+    pub node: String,
+    /// Bytes per bit.
+    pub granularity: u64,
+    /// Whether it survives a restart of QEMU.
+    #[serde(default)]
+    pub persistent: bool,
+}
+
+/// What state of the guest the frozen moment is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Consistency {
+    /// What was achieved.
+    pub achieved: Achieved,
+    /// Why not more, in words; empty if there is no more.
+    pub reason: String,
+    /// Whether all disks of the run share one frozen moment.
+    pub one_moment: bool,
+    /// Mount points that were frozen.
+    pub frozen: Vec<String>,
+}
+
+/// Degrees of consistency, least first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Achieved {
+    /// As after a power cut.
+    #[default]
+    Crash,
+    /// The guest's file systems were frozen.
+    FileSystem,
+    /// The guest was stopped for the whole backup.
+    Paused,
+}
+
+/// A file kept beside the backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigFile {
+    /// Path it was read from.
+    pub path: String,
+    /// Where it is kept, relative to the folder of the image.
+    #[serde(default)]
+    pub stored: String,
+    /// BLAKE3 of its bytes, in hexadecimal.
+    #[serde(default)]
+    pub blake3: String,
+}
+
+/// A disk that was left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// Node, device or qdev name.
+    pub disk: String,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// Where the manifest of `image` in folder `dir` is.
+pub fn manifest_path(dir: &Path, image: &OsStr) -> PathBuf {
+    let mut name = image.to_os_string();
+    name.push(".json");
+    dir.join(FOLDER).join(name)
+}
+
+/// Reads the manifest of `image` in folder `dir`; `None` if there is none.
+///
+/// # Errors
+/// `Corrupt` if it is no manifest or one of another image, `Unsupported` if it is of an unknown
+/// version, or what the operating system said.
+pub fn read(dir: &Path, image: &OsStr) -> Result<Option<Manifest>> {
+    let path = manifest_path(dir, image);
+    let Some(bytes) = read_file(&path)? else { return Ok(None) };
+    let manifest = parse(&bytes).map_err(|e| e.at_path(&path))?;
+    if OsStr::new(&manifest.image) != image {
+        let what = format!("the manifest is of another image, {:?}", manifest.image);
+        return Err(Error::new(Kind::Corrupt, what).at_path(&path).remedy(REMEDY));
+    }
+    Ok(Some(manifest))
+}
+
+const REMEDY: &str = "restore the manifest from another copy of the backup, or remove it if the \
+                      image was renamed on purpose";
+
+/// Parses a manifest.
+///
+/// # Errors
+/// See [`read`].
+pub fn parse(bytes: &[u8]) -> Result<Manifest> {
+    #[derive(Deserialize)]
+    struct Version {
+        format_version: u32,
+    }
+    let corrupt = |e: serde_json::Error| {
+        Error::new(Kind::Corrupt, "not a manifest").with_source(e).remedy(REMEDY)
+    };
+    // The version first: what a later version changed must not read as damage.
+    let Version { format_version } = serde_json::from_slice(bytes).map_err(corrupt)?;
+    if format_version != FORMAT_VERSION {
+        let what = format!("manifest of version {format_version}, this program knows 1");
+        return Err(Error::new(Kind::Unsupported, what).remedy("use a newer version of fleecefs"));
+    }
+    serde_json::from_slice(bytes).map_err(corrupt)
+}
+
+fn read_file(path: &Path) -> Result<Option<Vec<u8>>> {
+    let failed = |e| Error::io(e, "cannot read the manifest").at_path(path);
+    // O_NOFOLLOW: a link could lead out of the backup directory. O_NONBLOCK: a pipe would hang.
+    let flags = libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(f) => f,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(failed(e)),
+    };
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(path));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(Error::new(Kind::Corrupt, "too large for a manifest").at_path(path));
+    }
+    Ok(Some(bytes))
+}
+
+/// Writes the manifest of `manifest.image` in folder `dir`, so that after a power cut there is
+/// either all of it or what was there before: temporary name, fsync, rename, fsync of the folder.
+///
+/// # Errors
+/// `NoSpace`, `Permission` or `Io`; the temporary file is removed.
+pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
+    let image = OsStr::new(&manifest.image);
+    if image.is_empty() || Path::new(image).file_name() != Some(image) {
+        let what = format!("{:?} is not a file name", manifest.image);
+        return Err(Error::new(Kind::Usage, what).at_path(dir));
+    }
+    let path = manifest_path(dir, image);
+    let folder = dir.join(FOLDER);
+    make_folder(dir, &folder)?;
+    let text = serde_json::to_vec_pretty(manifest)
+        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
+    let mut temporary = OsString::from(format!(".tmp-{}-", std::process::id()));
+    temporary.push(image);
+    let temporary = folder.join(temporary);
+    write_synced(&temporary, &text)
+        .and_then(|()| std::fs::rename(&temporary, &path))
+        .and_then(|()| File::open(&folder)?.sync_all())
+        .map_err(|e| {
+            let _ = std::fs::remove_file(&temporary);
+            Error::io(e, "cannot write the manifest").at_path(&path)
+        })?;
+    Ok(path)
+}
+
+fn make_folder(dir: &Path, folder: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(folder) {
+        // Its name must survive a power cut as surely as what is put into it.
+        Ok(()) => File::open(dir).and_then(|d| d.sync_all()),
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+    }
+    .map_err(|e| Error::io(e, "cannot make the folder for manifests").at_path(folder))
+}
+
+fn write_synced(path: &Path, text: &[u8]) -> std::io::Result<()> {
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.write_all(text)?;
+    file.sync_all()
+}
+
+/// Removes the manifest of `image`, if there is one, and syncs the folder.
+///
+/// # Errors
+/// What the operating system said.
+pub fn remove(dir: &Path, image: &OsStr) -> Result<()> {
+    let path = manifest_path(dir, image);
+    match std::fs::remove_file(&path) {
+        Ok(()) => File::open(dir.join(FOLDER)).and_then(|d| d.sync_all()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+    .map_err(|e| Error::io(e, "cannot remove the manifest").at_path(&path))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
+        Manifest {
+            format_version: FORMAT_VERSION,
+            run: "0123".into(),
+            image: image.into(),
+            disk: DiskIdentity { node: "drive0".into(), ..Default::default() },
+            level,
+            time: 1_700_000_000,
+            parent: parent.map(str::to_string),
+            format: ImageFormat::Qcow2,
+            content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
+            virtual_size: 1 << 20,
+            file_size: 0,
+            bitmap: None,
+            diff_bitmap: None,
+            bytes_copied: 0,
+            consistency: Consistency::default(),
+            qemu_version: "10.0.2".into(),
+            duration_ms: 5,
+            blake3: None,
+            vm: serde_json::Value::Null,
+            config_files: Vec::new(),
+            skipped: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_nothing_is_left_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let m = example("INC-2-sda", Level::Inc, Some("FULL-1-sda"));
+        let path = write(dir.path(), &m).unwrap();
+        assert_eq!(path, dir.path().join(".fleecefs/INC-2-sda.json"));
+        write(dir.path(), &m).unwrap();
+        assert_eq!(read(dir.path(), OsStr::new("INC-2-sda")).unwrap(), Some(m));
+        assert_eq!(std::fs::read_dir(dir.path().join(FOLDER)).unwrap().count(), 1);
+        assert_eq!(read(dir.path(), OsStr::new("FULL-1-sda")).unwrap(), None);
+        remove(dir.path(), OsStr::new("INC-2-sda")).unwrap();
+        remove(dir.path(), OsStr::new("INC-2-sda")).unwrap();
+        assert_eq!(read(dir.path(), OsStr::new("INC-2-sda")).unwrap(), None);
+    }
+
+    #[test]
+    fn unknown_fields_are_tolerated_and_unknown_versions_are_not() {
+        let mut v = serde_json::to_value(example("a", Level::Full, None)).unwrap();
+        v["new_field"] = 7.into();
+        assert!(parse(v.to_string().as_bytes()).is_ok());
+        v["format_version"] = 2.into();
+        v["level"] = "sideways".into();
+        assert_eq!(parse(v.to_string().as_bytes()).unwrap_err().kind(), Kind::Unsupported);
+        assert_eq!(parse(b"{").unwrap_err().kind(), Kind::Corrupt);
+        assert_eq!(parse(b"[]").unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn a_manifest_of_another_image_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), &example("a", Level::Full, None)).unwrap();
+        std::fs::rename(dir.path().join(".fleecefs/a.json"), dir.path().join(".fleecefs/b.json"))
+            .unwrap();
+        assert_eq!(read(dir.path(), OsStr::new("b")).unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn a_name_with_folders_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for bad in ["", "..", "a/b", "/etc/passwd"] {
+            assert!(write(dir.path(), &example(bad, Level::Full, None)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join(FOLDER)).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", dir.path().join(".fleecefs/a.json")).unwrap();
+        assert!(read(dir.path(), OsStr::new("a")).is_err());
+    }
+}

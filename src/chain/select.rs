@@ -1,0 +1,103 @@
+//! How a user names a point: the one rule for every subcommand.
+
+use std::path::{Component, Path, PathBuf};
+
+use super::{Catalog, Disk, Point};
+use crate::error::{Error, Kind, Result};
+
+/// Help text for arguments that name a point.
+pub const POINT_HELP: &str = "A point: its file name (INC-1706260646-sda.qcow2), with the disk's \
+    folder before it where several disks have one of that name, with or without .raw as the mount \
+    shows it; or DISK/latest";
+
+impl Catalog {
+    /// Finds the disk and point that `selector` names. See [`POINT_HELP`].
+    ///
+    /// # Errors
+    /// `NotFound` if nothing has that name, `Usage` if several points have it.
+    pub fn find(&self, selector: &Path) -> Result<(&Disk, usize)> {
+        let selector: PathBuf =
+            selector.components().filter(|c| !matches!(c, Component::CurDir)).collect();
+        let found: Vec<(&Disk, usize)> =
+            self.disks.iter().flat_map(|d| d.matching(&selector).map(move |i| (d, i))).collect();
+        match found.as_slice() {
+            [one] => Ok(*one),
+            [] => Err(self.not_found(&selector)),
+            many => {
+                let names: Vec<String> =
+                    many.iter().map(|(d, i)| d.point_path(*i).display().to_string()).collect();
+                let text = format!("'{}' names several points", selector.display());
+                Err(Error::new(Kind::Usage, text)
+                    .remedy(format!("say which: {}", names.join(", "))))
+            }
+        }
+    }
+
+    fn not_found(&self, selector: &Path) -> Error {
+        let text = format!("no point '{}' in {}", selector.display(), self.root.display());
+        Error::new(Kind::NotFound, text).remedy("'fleecefs list DIR' shows what there is")
+    }
+}
+
+impl Disk {
+    /// Where a point stands below the backup directory: disk, then point.
+    pub fn point_path(&self, point: usize) -> PathBuf {
+        self.path.join(&self.points[point].name)
+    }
+
+    /// The newest point that can be served.
+    pub fn latest(&self) -> Option<usize> {
+        self.points.iter().rposition(Point::is_served)
+    }
+
+    fn matching<'a>(&'a self, selector: &'a Path) -> impl Iterator<Item = usize> + 'a {
+        let is_latest = selector == self.path.join("latest")
+            || selector == self.path.join("latest.raw")
+            || selector == self.path;
+        let latest = is_latest.then(|| self.latest()).flatten();
+        let by_name = self.points.iter().enumerate().filter_map(move |(i, p)| {
+            let raw = format!("{}.raw", p.name);
+            let full = [&p.name, &raw].iter().any(|n| selector == self.path.join(n));
+            let short = [&p.name, &raw].iter().any(|n| selector == Path::new(n));
+            (full || short).then_some(i)
+        });
+        let has_name = !is_latest;
+        latest.into_iter().chain(by_name.filter(move |_| has_name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::Level;
+
+    fn disk(path: &str, names: &[&str]) -> Disk {
+        let point = |name: &&str| Point {
+            name: name.to_string(),
+            source: PathBuf::from(name),
+            level: Level::Full,
+            chain: names[0].to_string(),
+            parent: None,
+            time: 0,
+            size: 0,
+            own_bytes: 0,
+            layers: Vec::new(),
+            unavailable: None,
+        };
+        let points = names.iter().map(point).collect();
+        Disk { path: PathBuf::from(path), points, findings: Vec::new() }
+    }
+
+    #[test]
+    fn points_are_found_by_name_by_path_and_as_latest() {
+        let disks = vec![disk("vm/sda", &["FULL-1-x", "INC-2-x"]), disk("vm/sdb", &["FULL-1-x"])];
+        let c = Catalog { disks, ..Default::default() };
+        let find = |s: &str| c.find(Path::new(s)).map(|(d, i)| d.point_path(i));
+        assert_eq!(find("INC-2-x").unwrap(), Path::new("vm/sda/INC-2-x"));
+        assert_eq!(find("./vm/sdb/FULL-1-x.raw").unwrap(), Path::new("vm/sdb/FULL-1-x"));
+        assert_eq!(find("vm/sda/latest").unwrap(), Path::new("vm/sda/INC-2-x"));
+        assert_eq!(find("vm/sda").unwrap(), Path::new("vm/sda/INC-2-x"));
+        assert_eq!(find("FULL-1-x").unwrap_err().kind(), Kind::Usage);
+        assert_eq!(find("nope").unwrap_err().kind(), Kind::NotFound);
+    }
+}

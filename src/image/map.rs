@@ -1,0 +1,318 @@
+//! Folding: the layers of a point over one guest range become one list of extents.
+//!
+//! The fold goes from the top down and stops as soon as the range is covered. What no layer has
+//! reads as zero; so does what lies beyond the end of a layer that is asked, whatever is below
+//! that one. Layers count from the bottom, so a list folded for a parent point is valid as it
+//! stands inside its children: a cached one ends the walk.
+
+use std::ops::Range;
+
+use crate::error::{Finding, Result};
+use crate::extent::{Content, Extent, ExtentList};
+use crate::layer::{Layer, LayerMap, Mapping};
+
+/// Where the bytes of a folded extent come from. `layer` counts from the bottom of the point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// No layer has anything here: zeros.
+    Unallocated,
+    /// A layer says zero, or the range lies beyond the end of a layer that was asked.
+    Zero {
+        /// The layer that decides.
+        layer: u16,
+    },
+    /// Plain bytes of one of the layer's files.
+    Data {
+        /// The layer that has them.
+        layer: u16,
+        /// Which of its files.
+        file: u8,
+        /// Offset of the extent's first byte in that file.
+        host: u64,
+    },
+    /// Part of a compressed unit; see [`Mapping::Compressed`].
+    Compressed {
+        /// The layer that has it.
+        layer: u16,
+        /// Where the unit starts.
+        host: u64,
+        /// Upper limit of its compressed length.
+        len: u32,
+        /// Its decompressed length.
+        unit: u32,
+        /// Where in the decompressed unit the extent starts.
+        skip: u32,
+    },
+    /// Cannot be read: EIO.
+    Bad {
+        /// The layer to blame.
+        layer: u16,
+    },
+}
+
+impl Source {
+    /// Whether it certainly reads as zeros. What is bad counts as data, so that no copying tool
+    /// skips over it.
+    pub fn is_hole(self) -> bool {
+        matches!(self, Source::Unallocated | Source::Zero { .. })
+    }
+
+    /// The layer that decides, counted from the bottom.
+    pub fn layer(self) -> Option<u16> {
+        match self {
+            Source::Unallocated => None,
+            Source::Zero { layer }
+            | Source::Data { layer, .. }
+            | Source::Compressed { layer, .. }
+            | Source::Bad { layer } => Some(layer),
+        }
+    }
+
+    fn of(mapping: Mapping, layer: u16) -> Option<Source> {
+        Some(match mapping {
+            Mapping::Below => return None,
+            Mapping::Zero => Source::Zero { layer },
+            Mapping::Data { file, host } => Source::Data { layer, file, host },
+            Mapping::Compressed { host, len, unit, skip } => {
+                Source::Compressed { layer, host, len, unit, skip }
+            }
+            Mapping::Bad => Source::Bad { layer },
+        })
+    }
+}
+
+impl Content for Source {
+    fn advanced(self, by: u64) -> Self {
+        match self {
+            Source::Data { layer, file, host } => {
+                Source::Data { layer, file, host: host.wrapping_add(by) }
+            }
+            Source::Compressed { layer, host, len, unit, skip } => {
+                Source::Compressed { layer, host, len, unit, skip: skip.wrapping_add(by as u32) }
+            }
+            other => other,
+        }
+    }
+}
+
+/// An extent of a point.
+pub type FoldedExtent = Extent<Source>;
+
+/// What a fold yields.
+pub struct Folded {
+    /// Covers exactly the range that was folded.
+    pub extents: ExtentList<Source>,
+    /// Why ranges are bad.
+    pub findings: Vec<Finding>,
+}
+
+/// What is below a certain layer, known already: a parent point's cached window.
+pub struct Known<'a> {
+    /// Size in bytes of the parent's virtual disk.
+    pub size: u64,
+    /// The parent's extents; they cover the range up to `size`.
+    pub extents: &'a [FoldedExtent],
+}
+
+/// One fold in progress.
+pub struct Fold {
+    pieces: Vec<FoldedExtent>,
+    pending: Vec<Range<u64>>,
+    next: Vec<Range<u64>>,
+    findings: Vec<Finding>,
+    range: Range<u64>,
+}
+
+impl Fold {
+    /// Begins the fold of `range`.
+    pub fn new(range: Range<u64>) -> Self {
+        Fold {
+            pieces: Vec::new(),
+            pending: if range.is_empty() { Vec::new() } else { vec![range.clone()] },
+            next: Vec::new(),
+            findings: Vec::new(),
+            range,
+        }
+    }
+
+    /// Whether nothing is left to ask for.
+    pub fn is_covered(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Asks one more layer, number `index` from the bottom.
+    pub fn add_layer(&mut self, index: u16, layer: &dyn Layer) {
+        let size = layer.size();
+        for range in std::mem::take(&mut self.pending) {
+            let inside = range.start.min(size)..range.end.min(size);
+            if !inside.is_empty() {
+                let LayerMap { extents, findings, suppressed } = layer.map(inside.clone());
+                debug_assert_eq!(extents.check(&inside), Ok(()));
+                self.take(index, &extents, &inside);
+                self.note(findings, suppressed);
+            }
+            self.push(range.start.max(size)..range.end, Source::Zero { layer: index });
+        }
+        self.pending = std::mem::take(&mut self.next);
+    }
+
+    /// Ends the walk with what is known of all layers below.
+    pub fn add_known(&mut self, top: u16, known: &Known) {
+        for range in std::mem::take(&mut self.pending) {
+            let inside = range.start.min(known.size)..range.end.min(known.size);
+            self.pieces.extend(crate::extent::clipped(known.extents, inside));
+            self.push(range.start.max(known.size)..range.end, Source::Zero { layer: top });
+        }
+    }
+
+    /// Ends the fold: what is left is in no layer.
+    ///
+    /// # Errors
+    /// None today; a layer that broke its promise of covering the range shows as `Corrupt`.
+    pub fn finish(mut self) -> Result<Folded> {
+        for range in std::mem::take(&mut self.pending) {
+            self.push(range, Source::Unallocated);
+        }
+        self.pieces.sort_unstable_by_key(|e| e.start);
+        let mut extents = ExtentList::new(self.range.start);
+        for piece in &self.pieces {
+            if piece.start != extents.end() {
+                break;
+            }
+            extents.push(piece.len, piece.content);
+        }
+        extents.check(&self.range).map_err(|what| {
+            let text = format!("the folded map is inconsistent: {what}");
+            crate::error::Error::new(crate::error::Kind::Corrupt, text)
+        })?;
+        Ok(Folded { extents, findings: self.findings })
+    }
+
+    fn take(&mut self, index: u16, extents: &ExtentList<Mapping>, inside: &Range<u64>) {
+        for e in extents.clipped(inside.clone()) {
+            match Source::of(e.content, index) {
+                Some(content) => self.pieces.push(Extent { start: e.start, len: e.len, content }),
+                None => self.next.push(e.start..e.end()),
+            }
+        }
+    }
+
+    fn push(&mut self, range: Range<u64>, content: Source) {
+        if range.start < range.end {
+            self.pieces.push(Extent { start: range.start, len: range.end - range.start, content });
+        }
+    }
+
+    fn note(&mut self, mut findings: Vec<Finding>, suppressed: u64) {
+        if suppressed > 0
+            && let Some(last) = findings.last_mut()
+        {
+            last.message.push_str(&format!(" (and {suppressed} more like this)"));
+        }
+        self.findings.append(&mut findings);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, Kind};
+    use crate::storage::{MemStorage, ReadAt};
+    use proptest::prelude::*;
+
+    /// A layer given by one mapping per 512-byte block.
+    struct Blocks {
+        blocks: Vec<u8>,
+        storage: MemStorage,
+    }
+
+    const BLOCK: u64 = 512;
+
+    impl Layer for Blocks {
+        fn size(&self) -> u64 {
+            self.blocks.len() as u64 * BLOCK
+        }
+
+        fn map(&self, range: Range<u64>) -> LayerMap {
+            let mut map = LayerMap::new(range.start);
+            let mut at = range.start;
+            while at < range.end {
+                let i = at / BLOCK;
+                let len = ((i + 1) * BLOCK).min(range.end) - at;
+                match self.blocks[i as usize] {
+                    0 => map.extents.push(len, Mapping::Below),
+                    1 => map.extents.push(len, Mapping::Zero),
+                    2 => map.extents.push(len, Mapping::Data { file: 0, host: at }),
+                    _ => map.push_bad(len, &Error::new(Kind::Corrupt, "bad"), self.path()),
+                }
+                at += len;
+            }
+            map
+        }
+
+        fn decompress(&self, _: u64, _: u32, _: &mut [u8]) -> Result<()> {
+            unreachable!("no compressed blocks here")
+        }
+
+        fn storage(&self, _: u8) -> &dyn ReadAt {
+            &self.storage
+        }
+    }
+
+    fn layer(blocks: Vec<u8>) -> Blocks {
+        Blocks { blocks, storage: MemStorage::new("mem", Vec::new()) }
+    }
+
+    /// What block `i` of the point is, worked out block by block.
+    fn model(layers: &[Blocks], at: u64) -> Source {
+        for (i, l) in layers.iter().enumerate().rev() {
+            let layer = i as u16;
+            if at >= l.size() {
+                return Source::Zero { layer };
+            }
+            match l.blocks[(at / BLOCK) as usize] {
+                0 => continue,
+                1 => return Source::Zero { layer },
+                2 => return Source::Data { layer, file: 0, host: at },
+                _ => return Source::Bad { layer },
+            }
+        }
+        Source::Unallocated
+    }
+
+    proptest! {
+        #[test]
+        fn folding_agrees_with_asking_block_by_block(
+            layers in prop::collection::vec(prop::collection::vec(0u8..4, 1..40), 1..7),
+            from in 0u64..40 * 512, len in 1u64..40 * 512, cut in 0usize..7,
+        ) {
+            let layers: Vec<Blocks> = layers.into_iter().map(layer).collect();
+            let size = layers.last().unwrap().size();
+            let range = from.min(size)..(from + len).min(size);
+            let fold = |upto: usize, range: Range<u64>| {
+                let mut f = Fold::new(range);
+                for (i, l) in layers[..upto].iter().enumerate().rev() {
+                    f.add_layer(i as u16, l);
+                }
+                f.finish().unwrap().extents
+            };
+            let folded = fold(layers.len(), range.clone());
+            for at in range.clone().step_by(97) {
+                let e = folded.clipped(at..at + 1).next().unwrap();
+                prop_assert_eq!(e.content, model(&layers, at));
+            }
+            // The same with the lower layers known beforehand.
+            let cut = cut.min(layers.len() - 1);
+            if cut > 0 {
+                let lower = layers[cut - 1].size();
+                let known = fold(cut, range.start.min(lower)..range.end.min(lower));
+                let mut f = Fold::new(range.clone());
+                for (i, l) in layers.iter().enumerate().skip(cut).rev() {
+                    f.add_layer(i as u16, l);
+                }
+                f.add_known((cut - 1) as u16, &Known { size: lower, extents: known.as_slice() });
+                prop_assert_eq!(f.finish().unwrap().extents, folded);
+            }
+        }
+    }
+}

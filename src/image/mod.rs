@@ -1,0 +1,14 @@
+//! A point's image: layers folded into extents, cached in windows, read by position.
+//!
+//! `map` folds the layers over one window of guest offsets, `cache` bounds what is kept, `reader`
+//! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes.
+
+mod cache;
+mod map;
+mod points;
+mod reader;
+
+pub use cache::{Cache, CacheFigures};
+pub use map::{Fold, Folded, FoldedExtent, Known, Source};
+pub use points::{open_point, open_point_sharing};
+pub use reader::Image;

@@ -1,0 +1,472 @@
+//! [`Image`]: a point's bytes by position.
+//!
+//! State: the layers, shared with the images of the points below and opened on first use; one
+//! atomic slot per window of guest offsets. A read loads its window's slot, walks the extents that
+//! it needs and preads each; it takes no lock and allocates nothing unless a unit has to be
+//! decompressed. A missing window is folded under a lock of its own (striped), starting from the
+//! nearest parent point that still has the same window.
+//!
+//! Once one layer is seen to have changed, every further read fails: bytes of two generations are
+//! never mixed.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::cache::{Cache, SlotGroup, Window};
+use super::map::{Fold, FoldedExtent, Known, Source};
+use crate::error::{Error, Finding, Kind, Result};
+use crate::extent::{Extent, clipped};
+use crate::layer::{self, Layer, LayerSpec};
+use crate::storage::ReadAt;
+
+/// Guest bytes that are folded at once. 64 MiB of 64 KiB clusters are at most 1,024 extents.
+const WINDOW: u64 = 64 << 20;
+/// More windows than this are never made: a hostile image may claim exabytes.
+const MAX_WINDOWS: u64 = 1 << 20;
+/// Locks that keep two threads from folding the same window at the same time.
+const FOLD_LOCKS: usize = 16;
+/// Findings kept per image.
+const MAX_FINDINGS: usize = 256;
+
+/// A layer that is opened when it is first needed.
+struct LazyLayer {
+    id: u64,
+    spec: LayerSpec,
+    layer: OnceLock<Arc<dyn Layer>>,
+}
+
+impl LazyLayer {
+    fn get(&self) -> Result<&dyn Layer> {
+        if let Some(l) = self.layer.get() {
+            return Ok(&**l);
+        }
+        let opened = layer::open(&self.spec)?;
+        Ok(&**self.layer.get_or_init(|| opened))
+    }
+}
+
+/// One point of one disk as a readable image.
+pub struct Image {
+    id: u64,
+    size: u64,
+    window_size: u64,
+    /// The point this one lies on; its layers come below ours.
+    below: Option<Arc<Image>>,
+    /// The layers this point adds, bottom first.
+    own: Vec<Arc<LazyLayer>>,
+    /// All layers, bottom first; gathered on first use.
+    stack: OnceLock<Box<[Arc<LazyLayer>]>>,
+    groups: Box<[OnceLock<Arc<SlotGroup>>]>,
+    fold_locks: [Mutex<()>; FOLD_LOCKS],
+    cache: Arc<Cache>,
+    changed: AtomicBool,
+    findings: Mutex<Vec<Finding>>,
+}
+
+impl Image {
+    /// An image of `size` bytes made of `own` layers (bottom first) over the point `below`. No
+    /// file is opened before the first read.
+    ///
+    /// # Errors
+    /// `Unsupported` if there are more than 65,535 layers, `Incomplete` if there is none.
+    pub fn new(
+        size: u64,
+        own: &[LayerSpec],
+        below: Option<Arc<Image>>,
+        cache: &Arc<Cache>,
+    ) -> Result<Arc<Self>> {
+        let lazy = |spec: &LayerSpec| {
+            let (id, spec) = (cache.new_id(), spec.clone());
+            Arc::new(LazyLayer { id, spec, layer: OnceLock::new() })
+        };
+        let depth = below.as_ref().map_or(0, |b| b.depth()) + own.len();
+        if depth == 0 {
+            return Err(Error::new(Kind::Incomplete, "a point needs at least one layer"));
+        }
+        if depth > usize::from(u16::MAX) {
+            return Err(Error::new(Kind::Unsupported, "a chain of more than 65,535 layers")
+                .remedy("consolidate the chain"));
+        }
+        let window_size = size.div_ceil(MAX_WINDOWS).next_power_of_two().max(WINDOW);
+        let groups = size.div_ceil(window_size).div_ceil(SlotGroup::LEN as u64);
+        Ok(Arc::new(Image {
+            id: cache.new_id(),
+            size,
+            window_size,
+            own: own.iter().map(lazy).collect(),
+            below,
+            stack: OnceLock::new(),
+            groups: (0..groups).map(|_| OnceLock::new()).collect(),
+            fold_locks: Default::default(),
+            cache: cache.clone(),
+            changed: AtomicBool::new(false),
+            findings: Mutex::new(Vec::new()),
+        }))
+    }
+
+    /// Size in bytes of the virtual disk.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Number of layers.
+    pub fn depth(&self) -> usize {
+        // Filled in once; before that the chain is walked, which only happens while opening.
+        let mut total = 0;
+        let mut at = Some(self);
+        while let Some(image) = at {
+            total += image.own.len();
+            at = image.below.as_deref();
+        }
+        total
+    }
+
+    /// The file behind layer `index` (counted from the bottom), for messages and `map`.
+    pub fn layer_path(&self, index: u16) -> &Path {
+        self.stack()[usize::from(index)].spec.file.path()
+    }
+
+    /// The same for file number `file` of the layer (its external data file is 1).
+    pub fn file_path(&self, index: u16, file: u8) -> &Path {
+        let spec = &self.stack()[usize::from(index)].spec;
+        match (&spec.data_file, file) {
+            (Some(data), 1) => data.path(),
+            _ => spec.file.path(),
+        }
+    }
+
+    /// Marks the image as one of an old generation: every later read fails with `Changed`.
+    pub fn mark_changed(&self) {
+        self.changed.store(true, Ordering::Release);
+    }
+
+    /// What was found bad so far, each once.
+    pub fn findings(&self) -> Vec<Finding> {
+        self.findings.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Bytes that are not holes, or `None` as long as not every window has been folded once.
+    pub fn data_bytes(&self) -> Option<u64> {
+        let mut total = 0;
+        for index in 0..self.size.div_ceil(self.window_size) {
+            let group = self.groups[(index / 64) as usize].get()?;
+            let window = group.slots[(index % 64) as usize].load();
+            let data = window.as_ref()?.extents.iter().filter(|e| !e.content.is_hole());
+            total += data.map(|e| e.len).sum::<u64>();
+        }
+        Some(total)
+    }
+
+    /// Fills `buf` with the bytes at `offset`, which must lie inside the disk.
+    ///
+    /// # Errors
+    /// One bad byte fails the whole call, with the file and offset to blame; `Changed` if a layer
+    /// is no longer what it was.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.check_inside(offset, buf.len() as u64)?;
+        let end = offset + buf.len() as u64;
+        let mut rest = buf;
+        let mut at = offset;
+        while at < end {
+            let index = at / self.window_size;
+            let stop = end.min((index + 1).saturating_mul(self.window_size));
+            let (part, tail) = rest.split_at_mut((stop - at) as usize);
+            self.with_window(index, |w| self.read_window(w, part, at))??;
+            rest = tail;
+            at = stop;
+        }
+        Ok(())
+    }
+
+    fn check_inside(&self, offset: u64, len: u64) -> Result<()> {
+        if self.changed.load(Ordering::Acquire) {
+            return Err(self.changed_error());
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(Error::new(Kind::Usage, "reading past the end of the disk")),
+        }
+    }
+
+    fn changed_error(&self) -> Error {
+        Error::new(Kind::Changed, "a file of this point changed while it was open")
+            .at_path(self.own.last().map_or(Path::new(""), |l| l.spec.file.path()))
+            .remedy("open the point again")
+    }
+
+    fn read_window(&self, window: &Window, buf: &mut [u8], offset: u64) -> Result<()> {
+        let stack = self.stack();
+        let mut read_from = None;
+        for e in clipped(&window.extents, offset..offset + buf.len() as u64) {
+            let from = (e.start - offset) as usize;
+            let part = &mut buf[from..from + e.len as usize];
+            let layer = match e.content {
+                Source::Unallocated | Source::Zero { .. } => {
+                    part.fill(0);
+                    continue;
+                }
+                Source::Data { layer, .. } | Source::Compressed { layer, .. } => layer,
+                Source::Bad { layer } => return Err(self.bad_range(layer, e.start)),
+            };
+            // After the last read from a layer, make sure that it was still the same file.
+            if let Some(previous) = read_from.replace(layer)
+                && previous != layer
+            {
+                self.check_layer(&stack[usize::from(previous)])?;
+            }
+            let lazy = &stack[usize::from(layer)];
+            self.read_extent(lazy, e.content, part).inspect_err(|err| self.note_error(err))?;
+        }
+        read_from.map_or(Ok(()), |layer| self.check_layer(&stack[usize::from(layer)]))
+    }
+
+    fn read_extent(&self, lazy: &LazyLayer, source: Source, part: &mut [u8]) -> Result<()> {
+        let layer = lazy.get()?;
+        match source {
+            Source::Data { file, host, .. } => layer.read_data(file, host, part),
+            Source::Compressed { host, len, unit, skip, .. } => {
+                let data = self.cache.unit(lazy.id, host, || {
+                    let mut out = vec![0; unit as usize];
+                    layer.decompress(host, len, &mut out)?;
+                    // Bytes of a file that changed meanwhile must not get into the cache.
+                    layer.check_unchanged()?;
+                    Ok::<_, Error>(Arc::from(out))
+                })?;
+                let skip = skip as usize;
+                let bytes = data.get(skip..skip + part.len()).ok_or_else(|| {
+                    Error::new(Kind::Corrupt, "a compressed unit is shorter than its extent")
+                        .at_path(layer.path())
+                        .at_offset(host)
+                })?;
+                part.copy_from_slice(bytes);
+                Ok(())
+            }
+            Source::Unallocated | Source::Zero { .. } | Source::Bad { .. } => Ok(()),
+        }
+    }
+
+    fn check_layer(&self, lazy: &LazyLayer) -> Result<()> {
+        let spec = &lazy.spec;
+        spec.file
+            .check_unchanged()
+            .and_then(|()| spec.data_file.as_ref().map_or(Ok(()), |d| d.check_unchanged()))
+            .inspect_err(|_| self.mark_changed())
+    }
+
+    fn bad_range(&self, layer: u16, at: u64) -> Error {
+        // The finding, logged when the window was folded, has file, offset and reason.
+        Error::new(Kind::Corrupt, format!("guest offset {at:#x} cannot be read; see the findings"))
+            .at_path(self.layer_path(layer))
+    }
+
+    fn note_error(&self, error: &Error) {
+        if error.kind() == Kind::Changed {
+            self.mark_changed();
+        }
+        self.note(Finding::from_error(error, self.layer_path(0)));
+    }
+
+    fn note(&self, finding: Finding) {
+        let mut findings = self.findings.lock().unwrap_or_else(|e| e.into_inner());
+        if findings.len() < MAX_FINDINGS && !findings.contains(&finding) {
+            log::error!("{finding}");
+            findings.push(finding);
+        }
+    }
+
+    /// Calls `f` with window `index`, folded now if need be.
+    fn with_window<T>(&self, index: u64, f: impl FnOnce(&Window) -> T) -> Result<T> {
+        let group = self.group(index);
+        let slot = &group.slots[index as usize % SlotGroup::LEN];
+        if let Some(window) = &*slot.load() {
+            window.touch();
+            return Ok(f(window));
+        }
+        let window = self.fold_window(index, group)?;
+        Ok(f(&window))
+    }
+
+    fn group(&self, index: u64) -> &Arc<SlotGroup> {
+        self.groups[index as usize / SlotGroup::LEN].get_or_init(Arc::default)
+    }
+
+    fn cached_window(&self, index: u64) -> Option<Arc<Window>> {
+        let group = self.groups.get(index as usize / SlotGroup::LEN)?.get()?;
+        group.slots[index as usize % SlotGroup::LEN].load_full()
+    }
+
+    fn fold_window(&self, index: u64, group: &Arc<SlotGroup>) -> Result<Arc<Window>> {
+        let lock = &self.fold_locks[index as usize % FOLD_LOCKS];
+        let _guard = lock.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(window) = group.slots[index as usize % SlotGroup::LEN].load_full() {
+            return Ok(window);
+        }
+        let start = index * self.window_size;
+        let range = start..self.size.min(start.saturating_add(self.window_size));
+        let window = Arc::new(Window::new(self.fold(range, index)?));
+        self.cache.insert_window(self.id, index, &window, group);
+        Ok(window)
+    }
+
+    fn fold(&self, range: Range<u64>, index: u64) -> Result<Box<[FoldedExtent]>> {
+        let stack = self.stack();
+        let mut fold = Fold::new(range);
+        let mut asked = stack.len();
+        let mut below = self.below.as_deref();
+        let mut bottom = stack.len() - self.own.len();
+        while asked > 0 && !fold.is_covered() {
+            if asked == bottom
+                && let Some(image) = below
+            {
+                if image.window_size == self.window_size
+                    && let Some(window) = image.cached_window(index)
+                {
+                    let known = Known { size: image.size, extents: &window.extents };
+                    fold.add_known((asked - 1) as u16, &known);
+                    break;
+                }
+                bottom -= image.own.len();
+                below = image.below.as_deref();
+            }
+            asked -= 1;
+            fold.add_layer(asked as u16, stack[asked].get()?);
+        }
+        // Tables read while a file was being changed must not be used, now or through a parent.
+        for lazy in stack {
+            self.check_layer(lazy)?;
+        }
+        let folded = fold.finish()?;
+        folded.findings.into_iter().for_each(|f| self.note(f));
+        Ok(folded.extents.into_boxed())
+    }
+
+    fn stack(&self) -> &[Arc<LazyLayer>] {
+        self.stack.get_or_init(|| {
+            let mut parts = vec![&self.own];
+            let mut at = self.below.as_deref();
+            while let Some(image) = at {
+                parts.push(&image.own);
+                at = image.below.as_deref();
+            }
+            parts.into_iter().rev().flatten().cloned().collect()
+        })
+    }
+
+    /// What reads as zeros from `at` on because no layer has a table there: where that ends, and
+    /// what to call it. Cheap: looks at no L2 table.
+    fn quiet_until(&self, at: u64) -> Result<(u64, Source)> {
+        let mut limit = self.size;
+        for (index, lazy) in self.stack().iter().enumerate().rev() {
+            let layer = lazy.get()?;
+            if layer.size() <= at {
+                return Ok((limit, Source::Zero { layer: index as u16 }));
+            }
+            limit = limit.min(layer.next_mapped(at));
+            if layer.size() < self.size {
+                limit = limit.min(layer.size());
+            }
+            if limit <= at {
+                return Ok((at, Source::Unallocated));
+            }
+        }
+        Ok((limit, Source::Unallocated))
+    }
+
+    /// Calls `f` with each extent of `range`, in order, until it returns false. Extents are split
+    /// at window borders; [`crate::extent::ExtentList`] joins them again.
+    ///
+    /// # Errors
+    /// A layer cannot be opened, or changed.
+    pub fn for_each_extent(
+        &self,
+        range: Range<u64>,
+        mut f: impl FnMut(FoldedExtent) -> bool,
+    ) -> Result<()> {
+        self.check_inside(range.start, range.end.saturating_sub(range.start))?;
+        let mut at = range.start;
+        while at < range.end {
+            let index = at / self.window_size;
+            if self.cached_window(index).is_none() {
+                let (quiet, content) = self.quiet_until(at)?;
+                let quiet = quiet.min(range.end);
+                if quiet > at {
+                    if !f(Extent { start: at, len: quiet - at, content }) {
+                        return Ok(());
+                    }
+                    at = quiet;
+                    continue;
+                }
+            }
+            let stop = range.end.min((index + 1).saturating_mul(self.window_size));
+            let go_on = self.with_window(index, |w| clipped(&w.extents, at..stop).all(&mut f))?;
+            if !go_on {
+                return Ok(());
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// The first offset at or after `offset` that is not a hole, or `None`.
+    ///
+    /// # Errors
+    /// See [`Image::for_each_extent`].
+    pub fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
+        self.seek(offset, |e| !e.content.is_hole())
+    }
+
+    /// The first offset at or after `offset` that is a hole; the end of the disk counts as one.
+    ///
+    /// # Errors
+    /// See [`Image::for_each_extent`].
+    pub fn seek_hole(&self, offset: u64) -> Result<u64> {
+        Ok(self.seek(offset, |e| e.content.is_hole())?.unwrap_or(self.size))
+    }
+
+    fn seek(&self, offset: u64, wanted: impl Fn(&FoldedExtent) -> bool) -> Result<Option<u64>> {
+        let mut found = None;
+        self.for_each_extent(offset.min(self.size)..self.size, |e| {
+            if wanted(&e) {
+                found = Some(e.start);
+            }
+            found.is_none()
+        })?;
+        Ok(found)
+    }
+}
+
+impl ReadAt for Image {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        let n = (buf.len() as u64).min(self.size.saturating_sub(offset)) as usize;
+        Image::read_at(self, &mut buf[..n], offset).map_err(std::io::Error::other)?;
+        Ok(n)
+    }
+
+    fn len(&self) -> u64 {
+        self.size
+    }
+
+    fn name(&self) -> &Path {
+        self.own.last().map_or(Path::new("point"), |l| l.spec.file.path())
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        for (g, group) in self.groups.iter().enumerate() {
+            let Some(group) = group.get() else { continue };
+            for (s, slot) in group.slots.iter().enumerate() {
+                if slot.load().is_some() {
+                    self.cache.remove_window(self.id, (g * SlotGroup::LEN + s) as u64);
+                }
+            }
+        }
+        // A chain of ten thousand points must not be dropped by recursion.
+        let mut below = self.below.take();
+        while let Some(mut image) = below.and_then(Arc::into_inner) {
+            below = image.below.take();
+        }
+    }
+}

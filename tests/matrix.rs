@@ -1,0 +1,286 @@
+//! Every feature of the formats, as chains of 2 to 6 points: the bytes through a real mount equal
+//! `qemu-img convert` over a copy linked by `rebase -u`, and the map equals `qemu-img map`.
+
+mod mounted;
+mod qemu;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use mounted::Mount;
+use qemu::{Chain, Oracle, Rng, first_difference, qemu_io, run};
+use serde_json::Value;
+
+/// One chain of the matrix.
+struct Case {
+    name: String,
+    /// Image options of the FULL and of each INC (cycled).
+    full: String,
+    incs: Vec<String>,
+    /// Disk sizes, cycled over the points.
+    sizes: Vec<u64>,
+    twist: Twist,
+}
+
+/// What is special about a chain beside its image options.
+#[derive(Clone, Copy, PartialEq)]
+enum Twist {
+    None,
+    /// Compressed writes in INCs.
+    CompressedWrites,
+    /// The FULL goes through `qemu-img convert -c`, which packs clusters tightly.
+    PackedFull,
+    /// Internal snapshots in the FULL.
+    Snapshots,
+    /// Persistent bitmaps in every image.
+    Bitmaps,
+    /// Images that were not closed cleanly.
+    Dirty,
+    /// A raw FULL below qcow2 INCs.
+    RawFull,
+    /// Zero writes, aligned and not, over data.
+    Zeroes,
+    /// No data at all.
+    Empty,
+    /// The FULL is resized in place after data was written.
+    ResizedInPlace,
+}
+
+const MIB: u64 = 1 << 20;
+
+fn case(name: &str, full: &str, inc: &str, sizes: &[u64], twist: Twist) -> Case {
+    Case {
+        name: name.into(),
+        full: full.into(),
+        incs: vec![inc.into()],
+        sizes: sizes.to_vec(),
+        twist,
+    }
+}
+
+fn cases() -> Vec<Case> {
+    use Twist::*;
+    let mut all = Vec::new();
+    let plain = [8 * MIB];
+    for cs in
+        ["512", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "256k", "512k", "1M", "2M"]
+    {
+        let o = format!("cluster_size={cs}");
+        all.push(case(&format!("cluster-{cs}"), &o, &o, &plain, None));
+        let z = format!("cluster_size={cs},compression_type=zstd");
+        all.push(case(&format!("zstd-{cs}"), &z, &z, &plain, CompressedWrites));
+    }
+    for cs in ["512", "4k", "64k", "2M"] {
+        let o = format!("cluster_size={cs}");
+        all.push(case(&format!("zlib-{cs}"), &o, &o, &[8 * MIB - 512], CompressedWrites));
+        all.push(case(&format!("packed-{cs}"), &o, &o, &plain, PackedFull));
+        let v2 = format!("cluster_size={cs},compat=0.10");
+        all.push(case(&format!("v2-{cs}"), &v2, &v2, &plain, None));
+        all.push(case(&format!("v2-below-v3-{cs}"), &v2, &o, &plain, None));
+    }
+    for cs in ["16k", "64k", "512k", "2M"] {
+        let o = format!("cluster_size={cs},extended_l2=on");
+        all.push(case(&format!("subclusters-{cs}"), &o, &o, &plain, None));
+        all.push(case(&format!("subclusters-zeroes-{cs}"), &o, &o, &[8 * MIB + 1536], Zeroes));
+        all.push(case(&format!("subclusters-compressed-{cs}"), &o, &o, &plain, CompressedWrites));
+    }
+    for bits in ["1", "2", "4", "8", "32", "64"] {
+        let o = format!("refcount_bits={bits}");
+        all.push(case(&format!("refcount-{bits}"), &o, &o, &plain, None));
+    }
+    for kind in ["metadata", "falloc", "full"] {
+        let o = format!("preallocation={kind}");
+        all.push(case(&format!("preallocation-{kind}"), &o, "", &plain, None));
+    }
+    all.push(case(
+        "prealloc-subclusters",
+        "extended_l2=on,preallocation=metadata",
+        "",
+        &plain,
+        None,
+    ));
+    all.push(case("lazy", "lazy_refcounts=on", "lazy_refcounts=on", &plain, None));
+    all.push(case("dirty", "lazy_refcounts=on", "lazy_refcounts=on", &plain, Dirty));
+    all.push(case("grow", "", "", &[3 * MIB, 5 * MIB + 512, 9 * MIB], None));
+    all.push(case("shrink", "", "", &[9 * MIB, 5 * MIB + 512, 3 * MIB], None));
+    all.push(case("shrink-grow", "", "cluster_size=4k", &[8 * MIB, 2 * MIB, 8 * MIB], None));
+    all.push(case("odd-size", "", "", &[5 * MIB + 512], Zeroes));
+    all.push(case("one-sector", "", "", &[512], None));
+    all.push(case("one-cluster", "", "", &[65536], None));
+    all.push(case("zeroes", "", "", &plain, Zeroes));
+    all.push(case("empty", "", "", &plain, Empty));
+    all.push(case("snapshots", "", "", &plain, Snapshots));
+    all.push(case("bitmaps", "", "", &plain, Bitmaps));
+    all.push(case("raw-full", "", "cluster_size=4k", &[6 * MIB], RawFull));
+    all.push(case("raw-full-grows", "", "", &[3 * MIB, 6 * MIB], RawFull));
+    all.push(case("resized", "", "", &[6 * MIB], ResizedInPlace));
+    let mixed = ["cluster_size=512", "cluster_size=2M", "cluster_size=16k,extended_l2=on"];
+    let mut case = case("mixed", "cluster_size=4k", "", &plain, CompressedWrites);
+    case.incs = mixed.map(String::from).to_vec();
+    all.push(case);
+    all
+}
+
+/// Random writes for one point, in qemu-io's words.
+fn ops(rng: &mut Rng, case: &Case, size: u64, options: &str) -> Vec<String> {
+    let v2 = options.contains("compat=0.10");
+    let cluster = cluster_size(options);
+    let mut ops = Vec::new();
+    let mut taken = std::collections::HashSet::new();
+    let count = if case.twist == Twist::Empty { 0 } else { 3 + rng.below(12) };
+    for _ in 0..count {
+        let (at, len) = rng.range(size, 512);
+        let byte = 1 + rng.below(255);
+        let clusters = at / cluster..(at + len).div_ceil(cluster);
+        match rng.below(if case.twist == Twist::Zeroes { 3 } else { 8 }) {
+            0 => ops.push(format!("write -z {at} {len}")),
+            1 if !v2 && case.twist == Twist::Zeroes => ops.push(format!("write -z -u {at} {len}")),
+            3 if !v2 => ops.push(format!("discard {at} {len}")),
+            4..=7 if case.twist == Twist::CompressedWrites && size >= cluster => {
+                let at = rng.below(size / cluster);
+                if taken.insert(at) {
+                    ops.push(format!("write -c -P {byte} {} {cluster}", at * cluster));
+                }
+                continue;
+            }
+            _ => ops.push(format!("write -P {byte} {at} {len}")),
+        }
+        taken.extend(clusters);
+    }
+    ops
+}
+
+fn cluster_size(options: &str) -> u64 {
+    let value = options.split(',').find_map(|o| o.strip_prefix("cluster_size="));
+    fleecefs::units::parse_bytes(value.unwrap_or("64k")).unwrap()
+}
+
+fn build(parent: &Path, case: &Case, seed: u64) -> Chain {
+    let mut rng = Rng(seed);
+    let mut chain = Chain::new(parent, &case.name);
+    let points = 2 + rng.below(5).max(case.sizes.len() as u64 - 1) as usize;
+    for i in 0..points {
+        let size = case.sizes[i.min(case.sizes.len() - 1)];
+        let options = if i == 0 { &case.full } else { &case.incs[(i - 1) % case.incs.len()] };
+        let ops = ops(&mut rng, case, size, options);
+        if i == 0 && case.twist == Twist::RawFull {
+            let path = chain.next_path();
+            std::fs::rename(raw_full(&path, size, &ops), path.with_extension("raw")).unwrap();
+            *chain.files.last_mut().unwrap() = path.with_extension("raw");
+            continue;
+        }
+        let path = chain.point(options, size, &ops);
+        twist(case.twist, &path, i, size);
+    }
+    chain
+}
+
+fn raw_full(path: &Path, size: u64, ops: &[String]) -> PathBuf {
+    std::fs::File::create(path).unwrap().set_len(size).unwrap();
+    qemu_io(path, ops);
+    path.to_path_buf()
+}
+
+fn twist(twist: Twist, path: &Path, point: usize, size: u64) {
+    let p = path.to_str().unwrap();
+    match twist {
+        Twist::PackedFull if point == 0 => {
+            let packed = path.with_extension("packed");
+            let to = packed.to_str().unwrap();
+            run("qemu-img", &["convert", "-q", "-c", "-f", "qcow2", "-O", "qcow2", p, to]);
+            std::fs::rename(&packed, path).unwrap();
+        }
+        Twist::Snapshots if point == 0 => {
+            run("qemu-img", &["snapshot", "-c", "before", p]);
+            qemu_io(path, &[format!("write -P 77 0 {}", size / 2)]);
+            run("qemu-img", &["snapshot", "-c", "after", p]);
+            qemu_io(path, &["write -z 4096 8192".into()]);
+        }
+        Twist::Bitmaps => {
+            run("qemu-img", &["bitmap", "--add", "-g", "65536", p, "b0"]);
+            run("qemu-img", &["bitmap", "--add", "-g", "4096", p, "b1"]);
+        }
+        Twist::Dirty => {
+            // An abort leaves the dirty flag; the process does not end well on purpose.
+            let args = ["-f", "qcow2", "-c", "write -P 99 0 64k", "-c", "abort", p];
+            let _ = Command::new("qemu-io").args(args).output().unwrap();
+        }
+        Twist::ResizedInPlace if point == 0 => {
+            run("qemu-img", &["resize", "-q", "--shrink", p, &(size / 2).to_string()]);
+            run("qemu-img", &["resize", "-q", p, &size.to_string()]);
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn bytes_and_maps_equal_qemus() {
+    let tools = ["qemu-img", "qemu-io", "/dev/fuse"];
+    if !qemu::have("bytes_and_maps_equal_qemus", &tools) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let cases = cases();
+    assert!(cases.len() >= 60, "{} chains", cases.len());
+    let chains: Vec<Chain> =
+        cases.iter().zip(1..).map(|(c, seed)| build(dir.path(), c, seed)).collect();
+    let mount = Mount::new(dir.path());
+    let mut wrong = Vec::new();
+    for (case, chain) in cases.iter().zip(&chains) {
+        let oracle = Oracle::new(&chain.files);
+        for (i, file) in chain.files.iter().enumerate() {
+            let shown = mount.point(&chain.name, file);
+            let difference = match std::fs::read(&shown) {
+                Ok(bytes) => first_difference(&bytes, &oracle.bytes(i)),
+                Err(e) => Some(e.to_string()),
+            };
+            if let Some(d) = difference {
+                wrong.push(format!("{} point {i}: bytes differ {d}", case.name));
+            }
+            if let Some(d) = map_difference(&ours(dir.path(), chain, file), &oracle.map(i)) {
+                wrong.push(format!("{} point {i}: {d}", case.name));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} differences:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+fn ours(dir: &Path, chain: &Chain, file: &Path) -> Value {
+    let point = Path::new(&chain.name).join(file.file_name().unwrap());
+    let args = [Path::new("map"), Path::new("--output=json"), dir, &point];
+    let out = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+/// What both maps have to agree on, joined as far as it continues: QEMU splits at places that say
+/// nothing (table borders, offsets of zero clusters).
+fn joined(map: &Value) -> Vec<(u64, u64, String)> {
+    let mut rows: Vec<(u64, u64, String)> = Vec::new();
+    let mut host_end = None;
+    for row in map.as_array().unwrap() {
+        let (start, len) = (row["start"].as_u64().unwrap(), row["length"].as_u64().unwrap());
+        let flag = |k: &str| row[k].as_bool().unwrap();
+        let offset = row["offset"].as_u64().filter(|_| flag("data") && !flag("zero"));
+        let depth = if flag("present") { row["depth"].as_u64() } else { None };
+        let what = format!(
+            "depth {depth:?} present {} zero {} data {} compressed {}",
+            flag("present"),
+            flag("zero"),
+            flag("data") && !flag("zero"),
+            flag("compressed")
+        );
+        match rows.last_mut() {
+            Some(last) if last.2 == what && offset == host_end => last.1 += len,
+            _ => rows.push((start, len, what)),
+        }
+        host_end = offset.map(|o| o + len);
+    }
+    rows
+}
+
+fn map_difference(ours: &Value, qemu: &Value) -> Option<String> {
+    let (a, b) = (joined(ours), joined(qemu));
+    let at = (0..a.len().max(b.len())).find(|&i| a.get(i) != b.get(i))?;
+    Some(format!("map row {at}: ours {:?}, QEMU's {:?}", a.get(at), b.get(at)))
+}
