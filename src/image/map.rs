@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::error::{Finding, Result};
 use crate::extent::{Content, Extent, ExtentList};
-use crate::layer::{Layer, LayerMap, Mapping};
+use crate::layer::{Layer, Mapping};
 
 /// Where the bytes of a folded extent come from. `layer` counts from the bottom of the point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -235,6 +235,7 @@ impl Fold {
 mod tests {
     use super::*;
     use crate::error::{Error, Kind};
+    use crate::layer::LayerMap;
     use crate::storage::{MemStorage, ReadAt};
     use proptest::prelude::*;
 
