@@ -127,6 +127,8 @@ def backing_name(path):
         offset = int.from_bytes(header[8:16], "big")
         if offset == 0:
             return None
+        if offset > os.path.getsize(path):
+            return None
         file.seek(offset)
         return os.fsdecode(file.read(min(int.from_bytes(header[16:20], "big"), 1023)))
 
@@ -148,6 +150,7 @@ def allow_refusal(wants, target):
 
 def hash_plain(fd):
     digest = hashlib.sha256()
+    os.lseek(fd, 0, os.SEEK_SET)
     while data := os.read(fd, 1 << 20):
         digest.update(data)
     return digest.hexdigest()
@@ -328,7 +331,7 @@ def main():
     parser.add_argument("--fleecefs", default="target/release/fleecefs", metavar="PROGRAM")
     parser.add_argument("--max-mib", type=int, default=300, help="memory of one mount (%(default)s)")
     parser.add_argument("--keep-log", metavar="DIR", help="keep the mount's log of folders that fail")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.fleecefs = os.path.abspath(args.fleecefs)
     total = failed = 0
     for folder in args.folders or FOLDERS:
