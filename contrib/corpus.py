@@ -7,7 +7,7 @@ Each folder with a MANIFEST.json is copied to a temporary directory, mounted as 
 and each point's bytes are compared with the manifest's hashes. The rules:
 
   expect ok       the point is there and its bytes are right. Where its root names a backing file that
-                  is not in the folder, absence is right too: what lies below is not known.
+                  is not in the folder, or is marked corrupt, absence is right too.
   expect error    the point is absent, or reading it gives EIO.
   only `qemu`     (images of QEMU's tests, fuzzed images) refusing is right; what is served and what
                   qemu-img reads must be equal. A fuzzed image of mode `valid` must be served.
@@ -133,15 +133,23 @@ def backing_name(path):
         return os.fsdecode(file.read(min(int.from_bytes(header[16:20], "big"), 1023)))
 
 
+def is_marked_corrupt(path):
+    """Whether QEMU has set the corrupt bit (incompatible feature 1 of version 3)."""
+    with open(path, "rb") as file:
+        header = file.read(80)
+    return header[:4] == b"QFI\xfb" and header[7:8] == b"\3" and bool(header[79] & 2)
+
+
 def allow_refusal(wants, target):
-    """Marks the points of chains whose root lies on an image that is not there."""
+    """Marks the points of chains whose root lies on an image that is not there, or is marked corrupt."""
     roots = {}
     for want in wants:
         path = os.path.join(target, want.source)
         if want.case not in roots and want.device is None and os.path.isfile(path):
             name = backing_name(path)
             inside = name and os.path.exists(os.path.join(os.path.dirname(path), name))
-            roots[want.case] = bool(name) and (os.path.isabs(name) or not inside)
+            missing = bool(name) and (os.path.isabs(name) or not inside)
+            roots[want.case] = missing or is_marked_corrupt(path)
         want.may_refuse |= roots.get(want.case, False)
 
 
