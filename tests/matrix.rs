@@ -4,9 +4,10 @@
 mod mounted;
 mod qemu;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use fleecefs::chain::manifest;
 use mounted::Mount;
 use qemu::{Chain, Oracle, Rng, first_difference, qemu_io, run};
 use serde_json::Value;
@@ -162,15 +163,16 @@ fn cluster_size(options: &str) -> u64 {
 fn build(parent: &Path, case: &Case, seed: u64) -> Chain {
     let mut rng = Rng(seed);
     let mut chain = Chain::new(parent, &case.name);
+    if case.twist == Twist::RawFull {
+        chain = chain.without_extension();
+    }
     let points = 2 + rng.below(5).max(case.sizes.len() as u64 - 1) as usize;
     for i in 0..points {
         let size = case.sizes[i.min(case.sizes.len() - 1)];
         let options = if i == 0 { &case.full } else { &case.incs[(i - 1) % case.incs.len()] };
         let ops = ops(&mut rng, case, size, options);
         if i == 0 && case.twist == Twist::RawFull {
-            let path = chain.next_path();
-            std::fs::rename(raw_full(&path, size, &ops), path.with_extension("raw")).unwrap();
-            *chain.files.last_mut().unwrap() = path.with_extension("raw");
+            raw_full(&chain.next_path(), size, &ops);
             continue;
         }
         let path = chain.point(options, size, &ops);
@@ -179,10 +181,18 @@ fn build(parent: &Path, case: &Case, seed: u64) -> Chain {
     chain.finish()
 }
 
-fn raw_full(path: &Path, size: u64, ops: &[String]) -> PathBuf {
+/// A raw FULL. Its manifest says that it is one: below qcow2 increments, a FULL without qcow2's
+/// magic bytes would else be taken for a damaged image.
+fn raw_full(path: &Path, size: u64, ops: &[String]) {
     std::fs::File::create(path).unwrap().set_len(size).unwrap();
     qemu_io(path, ops);
-    path.to_path_buf()
+    let manifest = serde_json::json!({
+        "format_version": 1, "run": "test", "level": "full", "format": "raw", "content": "full",
+        "image": path.file_name().unwrap().to_str().unwrap(),
+        "time": 1_700_003_600, "virtual_size": size, "file_size": size,
+    });
+    let manifest = manifest::parse(manifest.to_string().as_bytes()).unwrap();
+    manifest::write(path.parent().unwrap(), &manifest).unwrap();
 }
 
 fn twist(twist: Twist, path: &Path, point: usize, size: u64) {

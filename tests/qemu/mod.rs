@@ -61,6 +61,7 @@ pub struct Chain {
     pub dir: PathBuf,
     pub name: String,
     pub files: Vec<PathBuf>,
+    extension: &'static str,
     time: u64,
 }
 
@@ -69,14 +70,26 @@ impl Chain {
     pub fn new(parent: &Path, name: &str) -> Self {
         let dir = parent.join(name);
         std::fs::create_dir_all(&dir).unwrap();
-        Chain { dir, name: name.to_string(), files: Vec::new(), time: 1_700_000_000 }
+        Chain {
+            dir,
+            name: name.to_string(),
+            files: Vec::new(),
+            extension: ".qcow2",
+            time: 1_700_000_000,
+        }
+    }
+
+    /// The same with file names that say nothing about the format.
+    pub fn without_extension(mut self) -> Self {
+        self.extension = "";
+        self
     }
 
     /// The path of the next point's file.
     pub fn next_path(&mut self) -> PathBuf {
         let level = if self.files.is_empty() { "FULL" } else { "INC" };
         self.time += 3600;
-        let path = self.dir.join(format!("{level}-{}-{}.qcow2", self.time, self.name));
+        let path = self.dir.join(format!("{level}-{}-{}{}", self.time, self.name, self.extension));
         self.files.push(path.clone());
         path
     }

@@ -100,6 +100,7 @@ impl Qcow2Layer {
         Tables {
             header: &self.header,
             l1: self.l1,
+            size: self.size,
             image: &*self.image,
             data: self.data.as_deref().unwrap_or(&*self.image),
             data_ix: u8::from(self.data.is_some()),
@@ -140,7 +141,7 @@ impl Layer for Qcow2Layer {
     }
 
     fn next_mapped(&self, from: u64) -> u64 {
-        self.tables().next_mapped(from, self.size)
+        self.tables().next_mapped(from)
     }
 
     fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()> {
