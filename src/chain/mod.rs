@@ -6,6 +6,7 @@
 //! `manifest`.
 
 mod assemble;
+mod foreign;
 mod group;
 mod link;
 pub mod manifest;
@@ -14,6 +15,7 @@ mod points;
 mod probe;
 pub mod scan;
 mod select;
+mod virtnbd;
 
 use std::path::PathBuf;
 

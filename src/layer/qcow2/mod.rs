@@ -82,6 +82,10 @@ impl Qcow2Layer {
         let (l1, size) = match part {
             Part::Whole => (header.l1, header.size),
             Part::Snapshot(id) => find_snapshot(&*image, &header, id)?,
+            Part::Device(_) => {
+                return Err(Error::new(Kind::NotFound, "a qcow2 image has no devices")
+                    .at_path(image.name()));
+            }
         };
         let look_for_holes = has_holes_in_clusters(data.as_deref().unwrap_or(&*image), &header);
         Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes })
