@@ -11,5 +11,6 @@ pub mod extent;
 pub mod image;
 pub mod layer;
 pub mod progress;
+pub mod restore;
 pub mod storage;
 pub mod units;
