@@ -45,9 +45,9 @@ pub trait ReadAt: Send + Sync {
         Ok(self.len())
     }
 
-    /// Whether so little of it is allocated on disk that looking for holes inside pays.
-    fn looks_sparse(&self) -> bool {
-        false
+    /// How many of its bytes the file system has not allocated.
+    fn unallocated(&self) -> u64 {
+        0
     }
 
     /// Reads exactly `buf.len()` bytes; the error names file and offset.
@@ -110,7 +110,7 @@ impl Identity {
 
     /// Whether an already open file that looked like `self` may have other bytes now that it looks
     /// like `now`. Adding or removing a name moves ctime and keeps the bytes.
-    fn contents_may_differ(&self, now: &Identity) -> bool {
+    pub(crate) fn contents_may_differ(&self, now: &Identity) -> bool {
         let relinked = now.nlink != self.nlink;
         self.size != now.size || self.mtime != now.mtime || (self.ctime != now.ctime && !relinked)
     }
@@ -159,6 +159,15 @@ impl SourceFile {
     /// Marks it as replaced: from now on every check fails.
     pub fn mark_changed(&self) {
         self.changed.store(true, Ordering::Release);
+    }
+
+    /// Whether the name now stands for other contents: the file was changed in place or replaced.
+    /// A name that is gone does not: whoever has the file open goes on reading the old bytes.
+    pub fn is_changed_on_disk(&self) -> bool {
+        let Ok(meta) = std::fs::metadata(&self.path) else { return false };
+        let now = Identity::of(&meta);
+        let same = (now.dev, now.ino) == (self.identity.dev, self.identity.ino);
+        !same || self.identity.contents_may_differ(&now)
     }
 
     /// Forgets the descriptor, for scans that touch more files than may be open at once.
@@ -247,10 +256,9 @@ impl ReadAt for SourceFile {
         Ok(())
     }
 
-    fn looks_sparse(&self) -> bool {
-        // A preallocated image: clusters are mapped, yet the file system has nothing there.
-        let allocated = self.file().and_then(|f| f.metadata().map_err(|e| Error::io(e, "stat")));
-        allocated.is_ok_and(|m| m.blocks().saturating_mul(512) < m.size() / 10 * 9)
+    fn unallocated(&self) -> u64 {
+        let meta = self.file().ok().and_then(|f| f.metadata().ok());
+        meta.map_or(0, |m| m.size().saturating_sub(m.blocks().saturating_mul(512)))
     }
 
     fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
