@@ -27,6 +27,7 @@ pub enum Command {
     Map(super::map::MapArgs),
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
+    Restore(super::restore::RestoreArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

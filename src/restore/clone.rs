@@ -77,7 +77,14 @@ impl Cloner {
     ///
     /// # Errors
     /// `NoSpace` or `Io`: it works here, but not this time. Also when cloning was insisted on.
-    pub fn clone(&self, source: &File, from: u64, target: &File, to: u64, len: u64) -> Result<bool> {
+    pub fn clone(
+        &self,
+        source: &File,
+        from: u64,
+        target: &File,
+        to: u64,
+        len: u64,
+    ) -> Result<bool> {
         let range = CloneRange {
             src_fd: i64::from(source.as_raw_fd()),
             src_offset: from,

@@ -49,7 +49,8 @@ impl Device {
         if !meta.file_type().is_block_device() {
             return Err(Error::new(Kind::Usage, "not a block device").at_path(path));
         }
-        let size = size_of_device(&file).map_err(|e| target_error(e, "cannot ask its size", path))?;
+        let size =
+            size_of_device(&file).map_err(|e| target_error(e, "cannot ask its size", path))?;
         let sector = sector_size(&file).unwrap_or(512);
         let (can_punch, can_zero) = (AtomicBool::new(true), AtomicBool::new(true));
         Ok(Device { file, path: path.to_path_buf(), size, sector, can_punch, can_zero })
@@ -118,7 +119,8 @@ impl Device {
 
     /// FALLOC_FL_PUNCH_HOLE on a device frees the range and makes it read as zeros, or fails.
     fn punch(&self, start: u64, len: u64) -> bool {
-        let (Ok(start), Ok(len)) = (libc::off_t::try_from(start), libc::off_t::try_from(len)) else {
+        let (Ok(start), Ok(len)) = (libc::off_t::try_from(start), libc::off_t::try_from(len))
+        else {
             return false;
         };
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

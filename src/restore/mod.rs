@@ -13,6 +13,7 @@ mod pool;
 pub mod qcow2;
 mod raw;
 mod readback;
+pub mod run;
 mod source;
 mod stream;
 mod temp;

@@ -98,19 +98,24 @@ impl Plan {
     pub fn new(image: &Image, work: &Work) -> Result<Self> {
         let count = usize::try_from(image.size().div_ceil(CHUNK)).map_err(|_| pool::too_large())?;
         let found = Mutex::new((Totals::default(), Vec::new()));
-        pool::run(count, work, || (), |(), i| {
-            let start = i as u64 * CHUNK;
-            let len = CHUNK.min(image.size() - start);
-            let extents = extents(image, start..start + len)?;
-            let mut totals = Totals::default();
-            extents.as_slice().iter().for_each(|e| totals.count(e));
-            let mut found = found.lock().unwrap_or_else(|e| e.into_inner());
-            found.0.add(&totals);
-            if totals.data > 0 {
-                found.1.push(Chunk { start, len, data: totals.data });
-            }
-            Ok(())
-        })?;
+        pool::run(
+            count,
+            work,
+            || (),
+            |(), i| {
+                let start = i as u64 * CHUNK;
+                let len = CHUNK.min(image.size() - start);
+                let extents = extents(image, start..start + len)?;
+                let mut totals = Totals::default();
+                extents.as_slice().iter().for_each(|e| totals.count(e));
+                let mut found = found.lock().unwrap_or_else(|e| e.into_inner());
+                found.0.add(&totals);
+                if totals.data > 0 {
+                    found.1.push(Chunk { start, len, data: totals.data });
+                }
+                Ok(())
+            },
+        )?;
         let (totals, mut chunks) = found.into_inner().unwrap_or_else(|e| e.into_inner());
         chunks.sort_unstable_by_key(|c| c.start);
         let depth = image.depth();

@@ -146,7 +146,8 @@ impl<'a> Copier<'a> {
         let size = self.reader.image.size();
         let buffer = || vec![0; BUFFER];
         pool::run(chunks.len(), self.work, buffer, |buf, i| self.chunk(&chunks[i], buf))?;
-        let (copied, cloned) = (self.copied.load(Ordering::Relaxed), self.cloned.load(Ordering::Relaxed));
+        let (copied, cloned) =
+            (self.copied.load(Ordering::Relaxed), self.cloned.load(Ordering::Relaxed));
         self.cloner.check_wanted(copied)?;
         let holes = size.saturating_sub(copied).saturating_sub(cloned);
         Ok(Summary { copied, cloned, holes, ..Summary::default() })

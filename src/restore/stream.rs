@@ -79,7 +79,8 @@ fn write_all(
     for i in 0..pieces {
         work.check()?;
         let piece = lanes[i % lanes.len()].recv();
-        let bytes = piece.map_err(|_| Error::io(std::io::Error::other("worker"), "ended early"))??;
+        let bytes =
+            piece.map_err(|_| Error::io(std::io::Error::other("worker"), "ended early"))??;
         out.write_all(&bytes).map_err(failed)?;
         work.did(bytes.len() as u64)?;
     }

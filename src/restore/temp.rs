@@ -98,9 +98,10 @@ impl Temp {
     fn take_over_owner(&self) {
         let Ok(old) = std::fs::metadata(&self.target) else { return };
         let mode = std::fs::Permissions::from_mode(old.mode() & 0o777);
-        let kept = self.file.set_permissions(mode).and_then(|()| {
-            std::os::unix::fs::fchown(&self.file, Some(old.uid()), Some(old.gid()))
-        });
+        let kept = self
+            .file
+            .set_permissions(mode)
+            .and_then(|()| std::os::unix::fs::fchown(&self.file, Some(old.uid()), Some(old.gid())));
         if let Err(e) = kept {
             log::warn!("{}: cannot keep mode and owner: {e}", self.target.display());
         }

@@ -87,7 +87,9 @@ impl Qcow2Options {
             return usage("a compressed file cannot be preallocated");
         }
         if self.l1_entries(size) > MAX_L1 {
-            return usage("the cluster size is too small for a disk of this size; use a larger one");
+            return usage(
+                "the cluster size is too small for a disk of this size; use a larger one",
+            );
         }
         Ok(())
     }
