@@ -23,10 +23,10 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    List(super::list::ListArgs),
-    Map(super::map::MapArgs),
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
+    List(super::list::ListArgs),
+    Map(super::map::MapArgs),
     Restore(super::restore::RestoreArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),

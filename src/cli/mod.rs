@@ -46,10 +46,10 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
-        Command::List(a) => list::run(a),
-        Command::Map(a) => map::run(a),
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => umount::umount(a),
+        Command::List(a) => list::run(a),
+        Command::Map(a) => map::run(a),
         Command::Restore(a) => restore::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
