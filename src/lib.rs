@@ -13,5 +13,6 @@ pub mod fuse;
 pub mod image;
 pub mod layer;
 pub mod progress;
+pub mod restore;
 pub mod storage;
 pub mod units;

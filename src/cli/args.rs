@@ -27,6 +27,7 @@ pub enum Command {
     Umount(super::umount::UmountArgs),
     List(super::list::ListArgs),
     Map(super::map::MapArgs),
+    Restore(super::restore::RestoreArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

@@ -2,6 +2,7 @@
 //! [`crate::error::Kind::table`].
 
 mod args;
+mod bar;
 mod daemon;
 mod docs;
 mod list;
@@ -10,8 +11,10 @@ mod map;
 mod mount;
 mod mountinfo;
 mod options;
+mod restore;
 mod serve;
 mod umount;
+mod work;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -47,6 +50,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Umount(a) => umount::umount(a),
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
+        Command::Restore(a) => restore::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }
