@@ -45,9 +45,9 @@ pub trait ReadAt: Send + Sync {
         Ok(self.len())
     }
 
-    /// Whether so little of it is allocated on disk that looking for holes inside pays.
-    fn looks_sparse(&self) -> bool {
-        false
+    /// How many of its bytes the file system has not allocated.
+    fn unallocated(&self) -> u64 {
+        0
     }
 
     /// Reads exactly `buf.len()` bytes; the error names file and offset.
@@ -247,10 +247,9 @@ impl ReadAt for SourceFile {
         Ok(())
     }
 
-    fn looks_sparse(&self) -> bool {
-        // A preallocated image: clusters are mapped, yet the file system has nothing there.
-        let allocated = self.file().and_then(|f| f.metadata().map_err(|e| Error::io(e, "stat")));
-        allocated.is_ok_and(|m| m.blocks().saturating_mul(512) < m.size() / 10 * 9)
+    fn unallocated(&self) -> u64 {
+        let meta = self.file().ok().and_then(|f| f.metadata().ok());
+        meta.map_or(0, |m| m.size().saturating_sub(m.blocks().saturating_mul(512)))
     }
 
     fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {

@@ -62,7 +62,8 @@ fn cases() -> Vec<Case> {
     use Twist::*;
     let mut all = Vec::new();
     let plain = [8 * MIB];
-    for cs in ["512", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "256k", "512k", "1M", "2M"]
+    for cs in
+        ["512", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "256k", "512k", "1M", "2M"]
     {
         let o = format!("cluster_size={cs}");
         all.push(case(&format!("cluster-{cs}"), &o, &o, &plain, None));
@@ -91,7 +92,13 @@ fn cases() -> Vec<Case> {
         let o = format!("preallocation={kind}");
         all.push(case(&format!("preallocation-{kind}"), &o, "", &plain, None));
     }
-    all.push(case("prealloc-subclusters", "extended_l2=on,preallocation=metadata", "", &plain, None));
+    all.push(case(
+        "prealloc-subclusters",
+        "extended_l2=on,preallocation=metadata",
+        "",
+        &plain,
+        None,
+    ));
     all.push(case("lazy", "lazy_refcounts=on", "lazy_refcounts=on", &plain, None));
     all.push(case("dirty", "lazy_refcounts=on", "lazy_refcounts=on", &plain, Dirty));
     all.push(case("grow", "", "", &[3 * MIB, 5 * MIB + 512, 9 * MIB], None));
@@ -154,8 +161,7 @@ fn build(parent: &Path, case: &Case, seed: u64) -> Chain {
     let points = 2 + rng.below(5).max(case.sizes.len() as u64 - 1) as usize;
     for i in 0..points {
         let size = case.sizes[i.min(case.sizes.len() - 1)];
-        let options =
-            if i == 0 { &case.full } else { &case.incs[(i - 1) % case.incs.len()] };
+        let options = if i == 0 { &case.full } else { &case.incs[(i - 1) % case.incs.len()] };
         let ops = ops(&mut rng, case, size, options);
         if i == 0 && case.twist == Twist::RawFull {
             let path = chain.next_path();
@@ -259,7 +265,10 @@ fn joined(map: &Value) -> Vec<(u64, u64, String)> {
         let depth = if flag("present") { row["depth"].as_u64() } else { None };
         let what = format!(
             "depth {depth:?} present {} zero {} data {} compressed {}",
-            flag("present"), flag("zero"), flag("data") && !flag("zero"), flag("compressed")
+            flag("present"),
+            flag("zero"),
+            flag("data") && !flag("zero"),
+            flag("compressed")
         );
         match rows.last_mut() {
             Some(last) if last.2 == what && offset == host_end => last.1 += len,

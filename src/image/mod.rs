@@ -9,6 +9,6 @@ mod points;
 mod reader;
 
 pub use cache::{Cache, CacheFigures};
-pub use map::{FoldedExtent, Source};
+pub use map::{Fold, Folded, FoldedExtent, Known, Source};
 pub use points::{open_point, open_point_sharing};
 pub use reader::Image;

@@ -10,9 +10,8 @@ use std::process::{Command, Output};
 pub fn have(test: &str, tools: &[&str]) -> bool {
     let found = |t: &str| match t.strip_prefix('/') {
         Some(_) => Path::new(t).exists(),
-        None => std::env::var_os("PATH").is_some_and(|p| {
-            std::env::split_paths(&p).any(|d| d.join(t).is_file())
-        }),
+        None => std::env::var_os("PATH")
+            .is_some_and(|p| std::env::split_paths(&p).any(|d| d.join(t).is_file())),
     };
     let missing: Vec<_> = tools.iter().filter(|t| !found(t)).collect();
     if missing.is_empty() {
@@ -25,7 +24,8 @@ pub fn have(test: &str, tools: &[&str]) -> bool {
 
 /// Runs a command that has to succeed.
 pub fn run(program: &str, args: &[&str]) -> Output {
-    let out = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    let out =
+        Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
     let err = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success(), "{program} {args:?}: {}\n{err}", out.status);
     out
@@ -108,8 +108,8 @@ impl Chain {
 
 fn format_of(path: &Path) -> &'static str {
     let mut magic = [0; 4];
-    let read = std::fs::File::open(path)
-        .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut magic));
+    let read =
+        std::fs::File::open(path).and_then(|mut f| std::io::Read::read_exact(&mut f, &mut magic));
     if read.is_ok() && magic == *b"QFI\xfb" { "qcow2" } else { "raw" }
 }
 
@@ -139,14 +139,34 @@ impl Oracle {
     pub fn new(files: &[PathBuf]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let folder = files[0].parent().unwrap();
-        run("cp", &["-a", "--sparse=always", &format!("{}/.", folder.display()),
-            dir.path().to_str().unwrap()]);
+        run(
+            "cp",
+            &[
+                "-a",
+                "--sparse=always",
+                &format!("{}/.", folder.display()),
+                dir.path().to_str().unwrap(),
+            ],
+        );
         let files: Vec<PathBuf> =
             files.iter().map(|f| dir.path().join(f.file_name().unwrap())).collect();
         for pair in files.windows(2) {
             let (base, top) = (&pair[0], &pair[1]);
-            run("qemu-img", &["rebase", "-q", "-u", "-f", "qcow2", "-b",
-                base.to_str().unwrap(), "-F", format_of(base), top.to_str().unwrap()]);
+            run(
+                "qemu-img",
+                &[
+                    "rebase",
+                    "-q",
+                    "-u",
+                    "-f",
+                    "qcow2",
+                    "-b",
+                    base.to_str().unwrap(),
+                    "-F",
+                    format_of(base),
+                    top.to_str().unwrap(),
+                ],
+            );
         }
         Oracle { _dir: dir, files }
     }

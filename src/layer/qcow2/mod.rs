@@ -83,7 +83,7 @@ impl Qcow2Layer {
             Part::Whole => (header.l1, header.size),
             Part::Snapshot(id) => find_snapshot(&*image, &header, id)?,
         };
-        let look_for_holes = data.as_deref().unwrap_or(&*image).looks_sparse();
+        let look_for_holes = has_holes_in_clusters(data.as_deref().unwrap_or(&*image), &header);
         Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes })
     }
 
@@ -102,6 +102,13 @@ impl Qcow2Layer {
             look_for_holes: self.look_for_holes,
         }
     }
+}
+
+/// Whether plain clusters are likely to lie in holes of the file, as in a preallocated image.
+/// Asking the file system at every extent costs far more than mapping it, so ordinary images, whose
+/// only holes are in their sparsely written metadata, are not asked.
+fn has_holes_in_clusters(data: &dyn ReadAt, header: &Header) -> bool {
+    data.unallocated() > (data.len() / 10).max(16 * header.cluster_size())
 }
 
 fn find_snapshot(image: &dyn ReadAt, header: &Header, id: &str) -> Result<(TableRef, u64)> {

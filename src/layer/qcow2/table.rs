@@ -84,7 +84,18 @@ impl Tables<'_> {
             map.extents.push(part.end - part.start, Mapping::Below);
             return Ok(());
         }
+        self.check_place(entry.l2_offset(), at)?;
         self.map_l2_table(map, entry.l2_offset(), part)
+    }
+
+    /// Nothing may lie in the image's header or in the L1 table that leads to it. (Refcount tables
+    /// are not looked at: reading does not depend on them, so their damage must not matter.)
+    fn check_place(&self, host: u64, at: u64) -> Result<()> {
+        let l1 = self.l1.offset..self.l1.offset.saturating_add(self.l1.byte_len());
+        if host < self.header.cluster_size() || l1.contains(&host) {
+            return Err(self.corrupt(at, "a table entry points into the image's own metadata"));
+        }
+        Ok(())
     }
 
     fn map_l2_table(&self, map: &mut LayerMap, table: u64, part: Range<u64>) -> Result<()> {
@@ -147,7 +158,12 @@ impl Tables<'_> {
             return Ok(());
         }
         let skip = part.start & (self.header.cluster_size() - 1);
+        self.check_data_place(entry.cluster_offset(), at)?;
         self.push_plain(map, entry.cluster_offset() + skip, len, at)
+    }
+
+    fn check_data_place(&self, host: u64, at: u64) -> Result<()> {
+        if self.header.has_data_file() { Ok(()) } else { self.check_place(host, at) }
     }
 
     /// Offset 0 means "nothing here", but in an external data file 0 is a good place.
@@ -182,6 +198,7 @@ impl Tables<'_> {
                     return Err(self.corrupt(at, "an allocated subcluster without a place"));
                 }
                 (true, false) => {
+                    self.check_data_place(entry.cluster_offset(), at)?;
                     let host = entry.cluster_offset() + (start - base);
                     self.push_plain(map, host, stop - start, at)?;
                 }
@@ -205,6 +222,7 @@ impl Tables<'_> {
         let (host, len) = entry
             .compressed_range(bits)
             .ok_or_else(|| self.corrupt(at, "not a compressed cluster"))?;
+        self.check_place(host, at)?;
         // The length counts whole sectors, the last of which the file need not have in full.
         let len = (len as u64).min(self.image.len().saturating_sub(host));
         if len == 0 {

@@ -1,0 +1,315 @@
+#!/usr/bin/env python3
+"""Measures reads through `fleecefs mount` beside qemu-storage-daemon's FUSE export of the same chain.
+
+Both serve the same files, in tmpfs, one after the other and turn about, for some rounds. What counts is
+the median over the rounds of ours/theirs: a noisy machine disturbs both. Prints a table (to standard
+output) and writes JSON where --json says.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import chains
+
+MIB = chains.MIB
+# What the project promises: metric, depth, least ratio ours/theirs.
+PROMISES = [
+    ("seq 1M direct", 10, 2.0),
+    ("seq 1M direct", 200, 10.0),
+    ("rand 4k direct, 1 job", 10, 2.0),
+    ("rand 4k direct, 1 job", 200, 20.0),
+    ("rand 4k direct, 8 jobs", 10, 3.0),
+    ("buffered, first read", 10, 2.0),
+]
+DEPTH_RATIO = 0.8  # ours, deepest chain over a single file
+SECOND_READ_RATIO = 0.9  # over a raw file in the page cache
+PEAK_MIB = 100
+MOUNT_365_SECONDS = 0.5
+LIST_10000_SECONDS = 2.0
+
+
+def wait_until(condition, what, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            raise SystemExit(f"bench: {what}: process ended with {process.returncode}")
+        if time.monotonic() > end:
+            raise SystemExit(f"bench: {what}: not ready after {seconds} s")
+        time.sleep(0.01)
+
+
+def end(process):
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def peak_mib(process):
+    with open(f"/proc/{process.pid}/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
+@contextlib.contextmanager
+def ours(args, files, work):
+    """The chain's newest point through `fleecefs mount`: yields its path and the process."""
+    mount_point = os.path.join(work, "mnt")
+    os.makedirs(mount_point, exist_ok=True)
+    backups = os.path.dirname(os.path.dirname(files[0]))
+    process = subprocess.Popen([args.fleecefs, "mount", "--foreground", backups, mount_point])
+    point = os.path.join(mount_point, "vda.qcow2", os.path.basename(files[-1]) + ".raw")
+    try:
+        wait_until(lambda: os.path.exists(point), "fleecefs mount", process)
+        yield point, process
+    finally:
+        end(process)
+
+
+@contextlib.contextmanager
+def theirs(_args, files, work):
+    """The same point through qemu-storage-daemon: one node per file, `backing` set by hand."""
+    point = os.path.join(work, "export.raw")
+    open(point, "w").close()
+    command = ["qemu-storage-daemon"]
+    for index, path in enumerate(files):
+        node = {
+            "driver": "qcow2",
+            "node-name": f"n{index}",
+            "read-only": True,
+            "file": {"driver": "file", "filename": path},
+            "backing": f"n{index - 1}" if index else None,
+        }
+        command += ["--blockdev", json.dumps(node)]
+    command += ["--export", f"type=fuse,id=e,node-name=n{len(files) - 1},mountpoint={point}"]
+    process = subprocess.Popen(command)
+    try:
+        wait_until(lambda: os.path.getsize(point) > 0, "qemu-storage-daemon", process)
+        yield point, process
+    finally:
+        end(process)
+        subprocess.run(["umount", "-q", point], check=False)
+
+
+def fio(path, size, seconds, *options):
+    command = [
+        "fio", "--name=read", f"--filename={path}", f"--size={size}", "--readonly",
+        "--ioengine=psync", "--direct=1", "--time_based", f"--runtime={seconds}",
+        "--ramp_time=0.5", "--group_reporting", "--output-format=json", *options,
+    ]  # fmt: skip
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    # fio may print notes before its JSON.
+    read = json.loads(result.stdout[result.stdout.index("{") :])["jobs"][0]["read"]
+    return read["bw_bytes"] / 1e6, read["iops"]
+
+
+def buffered(path, length):
+    """MB/s of one dd through the page cache."""
+    begin = time.monotonic()
+    command = ["dd", f"if={path}", "of=/dev/null", "bs=1M", f"count={length // MIB}"]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return length / 1e6 / (time.monotonic() - begin)
+
+
+def measure(server, args, files, work):
+    """All figures of one server over one chain, each from a fresh mount or on a warm one."""
+    size = args.size_mib * MIB
+    figures = {}
+    with server(args, files, work) as (path, process):
+        length = min(size, args.buffered_mib * MIB)
+        figures["buffered, first read"] = buffered(path, length)
+        figures["buffered, second read"] = max(buffered(path, length) for _ in range(2))
+        sequential, _ = fio(path, size, args.seconds, "--rw=read", "--bs=1M")
+        figures["seq 1M direct"] = sequential
+        for jobs in (1, 8):
+            options = ["--rw=randread", "--bs=4k", f"--numjobs={jobs}", "--norandommap", "--randrepeat=0"]
+            _, rate = fio(path, size, args.seconds, *options)
+            figures[f"rand 4k direct, {jobs} job{'s' if jobs > 1 else ''}"] = rate
+        figures["peak MiB"] = peak_mib(process)
+    return figures
+
+
+def same_bytes(args, files, work):
+    """A fast wrong answer is worth nothing: both must serve the same bytes."""
+    with ours(args, files, work) as (mine, _), theirs(args, files, work) as (other, _):
+        length = min(args.size_mib, 1024) * MIB
+        return subprocess.run(["cmp", "-n", str(length), mine, other], check=False).returncode == 0
+
+
+def raw_reference(args):
+    """MB/s of a raw file in the page cache, the best of three."""
+    length = min(args.size_mib, args.buffered_mib) * MIB
+    with tempfile.NamedTemporaryFile(dir=args.raw_dir) as file:
+        block = os.urandom(MIB)
+        for _ in range(length // MIB):
+            file.write(block)
+        file.flush()
+        return max(buffered(file.name, length) for _ in range(3))
+
+
+def rounds(args, files_by_depth, work):
+    """results[depth][who][metric] = one figure per round."""
+    servers = {"ours": ours, "theirs": theirs}
+    if args.only:
+        servers = {args.only: servers[args.only]}
+    results = {d: {who: {} for who in servers} for d in files_by_depth}
+    for number in range(args.rounds):
+        for depth, files in files_by_depth.items():
+            order = list(servers) if number % 2 == 0 else list(reversed(servers))
+            for who in order:
+                for metric, value in measure(servers[who], args, files, work).items():
+                    results[depth][who].setdefault(metric, []).append(value)
+                print(f"bench: round {number + 1}, depth {depth}, {who}", file=sys.stderr)
+    return results
+
+
+def timed(*command):
+    begin = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - begin
+
+
+def mount_many(args, work):
+    """Seconds until 365 points of a 1 TiB disk are mounted, from the command to its return."""
+    directory, mount_point = os.path.join(work, "year"), os.path.join(work, "mnt")
+    chains.make_many(directory, 1, 365, 1 << 40)
+    os.makedirs(mount_point, exist_ok=True)
+    times = []
+    for _ in range(args.rounds):
+        times.append(timed(args.fleecefs, "mount", directory, mount_point))
+        found = len([n for n in os.listdir(mount_point + "/disk0000.qcow2") if "C-" in n or "L-" in n])
+        timed(args.fleecefs, "umount", mount_point)
+        if found != 365:
+            raise SystemExit(f"bench: {found} of 365 points are mounted")
+    shutil.rmtree(directory)
+    return statistics.median(times)
+
+
+def list_many(args, work):
+    """Seconds of `list` over 10,000 point files."""
+    directory = os.path.join(work, "many")
+    chains.make_many(directory, 100, 100, 1 << 30)
+    times = [timed(args.fleecefs, "list", directory) for _ in range(args.rounds)]
+    shutil.rmtree(directory)
+    return statistics.median(times)
+
+
+def ratio(mine, other):
+    return statistics.median(a / b for a, b in zip(mine, other))
+
+
+def table(results, out):
+    """Prints the medians of each metric and depth, with the median of the rounds' ratios."""
+    promised = {(metric, depth): least for metric, depth, least in PROMISES}
+    out["ratios"] = []
+    print(f"{'':24} {'depth':>5} {'ours':>10} {'theirs':>10} {'ratio':>7}  promised")
+    for depth, whos in results.items():
+        for metric in next(iter(whos.values())):
+            medians = {who: statistics.median(values[metric]) for who, values in whos.items()}
+            row = {"metric": metric, "depth": depth, **medians}
+            cells = [f"{medians[w]:10.0f}" if w in medians else " " * 10 for w in ("ours", "theirs")]
+            verdict = ""
+            if len(medians) == 2:
+                row["ratio"] = ratio(whos["ours"][metric], whos["theirs"][metric])
+                verdict = f"{row['ratio']:7.2f}"
+                least = promised.get((metric, depth))
+                if least:
+                    row |= {"promised": least, "kept": row["ratio"] >= least}
+                    verdict += f"  >= {least:g} {'ok' if row['kept'] else 'MISSED'}"
+            print(f"{metric:24} {depth:5} {' '.join(cells)} {verdict}")
+            out["ratios"].append(row)
+
+
+def promise(out, name, value, limit, at_least):
+    kept = value >= limit if at_least else value <= limit
+    sign = ">=" if at_least else "<="
+    print(f"{name:45} {value:8.2f}  {sign} {limit:g} {'ok' if kept else 'MISSED'}")
+    out["others"].append({"metric": name, "value": value, "promised": limit, "kept": kept})
+
+
+def other_promises(args, results, raw, work, out):
+    """Promises that are not a ratio to the other server."""
+    out["others"] = []
+    if args.only == "theirs":
+        return
+    shallow, deep = min(results), max(results)
+    for metric in results[deep]["ours"]:
+        if metric != "peak MiB" and deep != shallow:
+            name = f"ours, depth {deep}/{shallow}: {metric}"
+            both = results[deep]["ours"][metric], results[shallow]["ours"][metric]
+            promise(out, name, ratio(*both), DEPTH_RATIO, True)
+    second = [v / raw for d in results.values() for v in d["ours"]["buffered, second read"]]
+    promise(out, "second read / raw file in page cache", statistics.median(second), SECOND_READ_RATIO, True)
+    promise(out, f"peak MiB, depth {deep}", max(results[deep]["ours"]["peak MiB"]), PEAK_MIB, False)
+    promise(out, "365 points of 1 TiB: mount, s", mount_many(args, work), MOUNT_365_SECONDS, False)
+    promise(out, "10,000 point files: list, s", list_many(args, work), LIST_10000_SECONDS, False)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--fleecefs", default="target/release/fleecefs")
+    parser.add_argument("--size-mib", type=int, default=4096, help="virtual disk (%(default)s)")
+    parser.add_argument("--depths", default="1,10,200", help="files per chain (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4, help="each fio run (%(default)s)")
+    parser.add_argument("--buffered-mib", type=int, default=1024, help="length of dd (%(default)s)")
+    parser.add_argument("--dir", default="/dev/shm", help="where the chains go (%(default)s)")
+    parser.add_argument("--raw-dir", default="/var/tmp", help="where the raw file goes (%(default)s)")
+    parser.add_argument("--only", choices=["ours", "theirs"], help="measure one server")
+    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--quick", action="store_true", help="a small disk, one round, one second")
+    args = parser.parse_args()
+    if args.quick:
+        args.size_mib, args.rounds, args.seconds, args.buffered_mib = 512, 1, 1, 256
+    args.fleecefs = os.path.abspath(args.fleecefs)
+    return args
+
+
+def make_chains(args, work):
+    size = args.size_mib * MIB
+    full = os.path.join(work, "full")
+    chains.make_full(full, size)
+    files = {}
+    for depth in (int(word) for word in args.depths.split(",")):
+        # Each chain's increments hold about half of the disk together, at most.
+        clusters = max(16, min(size // chains.CLUSTER // 64, size // chains.CLUSTER // 2 // depth))
+        directory = os.path.join(work, f"chain{depth}")
+        files[depth] = chains.make_chain(directory, full, size, depth, clusters)
+    return files
+
+
+def main():
+    args = arguments()
+    out = {"size_mib": args.size_mib, "rounds": args.rounds}
+    with tempfile.TemporaryDirectory(dir=args.dir, prefix="fleecefs-bench.") as work:
+        begin = time.monotonic()
+        files = make_chains(args, work)
+        print(f"bench: chains made in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+        if not args.only and not all(same_bytes(args, f, work) for f in files.values()):
+            raise SystemExit("bench: ours and theirs serve different bytes")
+        results = rounds(args, files, work)
+        raw = raw_reference(args)
+        print(f"MB/s (seq, buffered), reads/s (rand), MiB (peak); raw file in page cache: {raw:.0f} MB/s")
+        table(results, out)
+        other_promises(args, results, raw, work, out)
+    out["raw_mb_s"] = raw
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(out, file, indent=1)
+    rows = out["ratios"] + out["others"]
+    print(f"{sum(r.get('kept', False) for r in rows)} promises kept, "
+          f"{sum(not r.get('kept', True) for r in rows)} missed")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

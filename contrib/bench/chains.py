@@ -1,0 +1,94 @@
+"""Backup chains for the benchmark, made with QEMU's tools, in tmpfs if that is where they are put."""
+
+import os
+import random
+import subprocess
+
+MIB = 1 << 20
+CLUSTER = 64 * 1024
+# 2023-11-14; one point an hour.
+FIRST_POINT = 1700000000
+# qemu-io holds a whole write in memory.
+FULL_WRITE = 64 * MIB
+
+
+def run(*command):
+    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+
+
+def point_name(index, disk):
+    level = "FULL" if index == 0 else "INC"
+    return f"{level}-{FIRST_POINT + 3600 * index}-{disk}"
+
+
+def create(path, size):
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={CLUSTER}", path, size)
+
+
+def write(path, writes):
+    """Applies (offset, length, byte) writes in one process."""
+    commands = []
+    for offset, length, byte in writes:
+        commands += ["-c", f"write -q -P {byte} {offset} {length}"]
+    run("qemu-io", "-f", "qcow2", *commands, path)
+
+
+def make_full(path, size):
+    """A disk that is mostly filled: every sixteenth part stays a hole."""
+    create(path, size)
+    part = min(FULL_WRITE, size // 16)
+    offsets = [offset for offset in range(0, size, part) if offset // part % 16 != 15]
+    write(path, [(offset, part, 1 + i % 255) for i, offset in enumerate(offsets)])
+
+
+def make_increment(path, size, clusters, seed):
+    """What an incremental backup copies of a guest that wrote at random."""
+    create(path, size)
+    rng = random.Random(seed)
+    chosen = sorted(rng.sample(range(size // CLUSTER), min(clusters, size // CLUSTER)))
+    write(path, [(c * CLUSTER, CLUSTER, rng.randrange(1, 256)) for c in chosen])
+
+
+def make_chain(directory, full, size, depth, clusters):
+    """A chain of `depth` files; the FULL is a hard link to `full`. Returns the files in order."""
+    disk = os.path.join(directory, "vda.qcow2")
+    os.makedirs(disk)
+    files = [os.path.join(disk, point_name(i, "vda.qcow2")) for i in range(depth)]
+    os.link(full, files[0])
+    for index, path in enumerate(files[1:], 1):
+        make_increment(path, size, clusters, index * 1000 + depth)
+    return files
+
+
+def sparse_copy(data, path):
+    """Writes only the pages of `data` that are not zero."""
+    zero = bytes(4096)
+    with open(path, "wb") as out:
+        for at in range(0, len(data), 4096):
+            page = data[at : at + 4096]
+            if page != zero[: len(page)]:
+                out.seek(at)
+                out.write(page)
+        out.truncate(len(data))
+
+
+def templates(directory, size, count, clusters):
+    """Bytes of `count` different small images of one virtual size."""
+    images = []
+    for index in range(count):
+        path = os.path.join(directory, f"template{index}")
+        make_increment(path, size, clusters, index)
+        with open(path, "rb") as file:
+            images.append(file.read())
+        os.unlink(path)
+    return images
+
+
+def make_many(directory, disks, points, size, clusters=4):
+    """`disks` disks of `points` points each, as many different files."""
+    images = templates(directory, size, 4, clusters)
+    for number in range(disks):
+        name = f"disk{number:04}.qcow2"
+        os.makedirs(os.path.join(directory, name))
+        for index in range(points):
+            sparse_copy(images[index % 4], os.path.join(directory, name, point_name(index, name)))

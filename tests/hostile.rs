@@ -1,0 +1,107 @@
+//! Images with flipped bits: whatever stands in them, mapping and reading ends in bytes or in an
+//! error, within bounds, and never in a panic.
+
+mod qemu;
+
+use std::sync::Arc;
+
+use fleecefs::layer::qcow2::Qcow2Layer;
+use fleecefs::layer::{Layer, Mapping, Part, probe};
+use fleecefs::storage::MemStorage;
+use qemu::{Rng, qemu_io, run};
+
+/// Mutated copies tried per kind of image.
+const ROUNDS: usize = 1500;
+/// Guest bytes mapped at once.
+const SPAN: u64 = 4 << 20;
+
+fn images() -> Vec<(String, Vec<u8>)> {
+    let dir = tempfile::tempdir().unwrap();
+    let kinds = [
+        "cluster_size=512",
+        "cluster_size=4k",
+        "cluster_size=64k,compression_type=zstd",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=4k,compat=0.10",
+    ];
+    let image = |options: &&str| {
+        let path = dir.path().join("image");
+        let p = path.to_str().unwrap();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, p, "1M"]);
+        let ops = ["write -P 1 0 100k", "write -z 40k 8k", "write -c -P 7 512k 64k"];
+        qemu_io(&path, &ops.map(String::from));
+        run("qemu-img", &["snapshot", "-c", "one", p]);
+        qemu_io(&path, &["write -P 9 200k 9k".into()]);
+        (options.to_string(), std::fs::read(&path).unwrap())
+    };
+    kinds.iter().map(image).collect()
+}
+
+/// Flips a few bits, mostly where metadata is; sometimes cuts the file.
+fn mutate(rng: &mut Rng, bytes: &mut Vec<u8>) {
+    for _ in 0..1 + rng.below(4) {
+        let reach = if rng.below(2) == 0 { 128 } else { bytes.len() as u64 };
+        let at = rng.below(reach) as usize;
+        match rng.below(3) {
+            0 => bytes[at] ^= 1 << rng.below(8),
+            1 => bytes[at] = rng.next() as u8,
+            _ => bytes[at] = 0xff,
+        }
+    }
+    if rng.below(8) == 0 {
+        bytes.truncate(1 + rng.below(bytes.len() as u64 - 1) as usize);
+    }
+}
+
+/// Maps and reads the start and the end of every state in the image.
+fn look(bytes: Vec<u8>) {
+    let storage = Arc::new(MemStorage::new("image", bytes));
+    let Ok(info) = probe(&*storage) else { return };
+    let parts = info.snapshots.iter().take(4).map(|s| Part::Snapshot(s.id.clone()));
+    for part in std::iter::once(Part::Whole).chain(parts) {
+        let data = info.data_file.is_some().then(|| storage.clone() as _);
+        let Ok(layer) = Qcow2Layer::open(storage.clone(), data, &part) else { continue };
+        for start in [0, layer.size().saturating_sub(SPAN)] {
+            look_at(&layer, start..layer.size().min(start.saturating_add(SPAN)));
+        }
+    }
+}
+
+fn look_at(layer: &Qcow2Layer, range: std::ops::Range<u64>) {
+    if range.is_empty() {
+        return;
+    }
+    assert!(layer.next_mapped(range.start) >= range.start);
+    let map = layer.map(range.clone());
+    map.extents.check(&range).unwrap();
+    assert!(map.findings.len() <= 8, "findings are bounded");
+    let mut buf = vec![0; 4096];
+    for e in map.extents.as_slice().iter().take(256) {
+        match e.content {
+            Mapping::Data { file, host } => {
+                let n = (e.len as usize).min(buf.len());
+                layer.read_data(file, host, &mut buf[..n]).expect("mapped data lies in the file");
+            }
+            Mapping::Compressed { host, len, unit, .. } => {
+                let _ = layer.decompress(host, len, &mut vec![0; unit as usize]);
+            }
+            Mapping::Below | Mapping::Zero | Mapping::Bad => {}
+        }
+    }
+}
+
+#[test]
+fn flipped_bits_never_panic() {
+    if !qemu::have("flipped_bits_never_panic", &["qemu-img", "qemu-io"]) {
+        return;
+    }
+    for (seed, (_options, original)) in (1..).zip(images()) {
+        let mut rng = Rng(seed);
+        look(original.clone());
+        for _ in 0..ROUNDS {
+            let mut bytes = original.clone();
+            mutate(&mut rng, &mut bytes);
+            look(bytes);
+        }
+    }
+}
