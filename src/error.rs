@@ -239,6 +239,7 @@ pub struct Finding {
     /// The same small kinds as errors have.
     pub kind: Kind,
     /// The file it is about.
+    #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
     /// Byte offset in that file, where there is one to name.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -248,6 +249,11 @@ pub struct Finding {
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
+}
+
+/// A path that is not UTF-8 must not make the whole report fail.
+fn lossy<S: serde::Serializer>(path: &Path, to: S) -> std::result::Result<S::Ok, S::Error> {
+    to.serialize_str(&path.to_string_lossy())
 }
 
 /// How bad a [`Finding`] is.

@@ -110,7 +110,7 @@ impl Identity {
 
     /// Whether an already open file that looked like `self` may have other bytes now that it looks
     /// like `now`. Adding or removing a name moves ctime and keeps the bytes.
-    fn contents_may_differ(&self, now: &Identity) -> bool {
+    pub(crate) fn contents_may_differ(&self, now: &Identity) -> bool {
         let relinked = now.nlink != self.nlink;
         self.size != now.size || self.mtime != now.mtime || (self.ctime != now.ctime && !relinked)
     }

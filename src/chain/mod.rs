@@ -5,7 +5,14 @@
 //! value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here writes but
 //! `manifest`.
 
+mod assemble;
+mod group;
+mod link;
 pub mod manifest;
+pub mod name;
+mod points;
+mod probe;
+pub mod scan;
 mod select;
 
 use std::path::PathBuf;

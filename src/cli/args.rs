@@ -23,6 +23,8 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    List(super::list::ListArgs),
+    Map(super::map::MapArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

@@ -3,6 +3,8 @@
 
 mod args;
 mod docs;
+mod list;
+mod map;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -27,6 +29,8 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
+        Command::List(a) => list::run(a),
+        Command::Map(a) => map::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }

@@ -1,0 +1,374 @@
+//! From walked files to a catalog: links every disk's files, decides which points can be served,
+//! and lists the layers of those.
+//!
+//! A file's fate depends on the file below it, so fates are decided bottom up, without recursion:
+//! a chain may be thousands of files deep, and hostile ones may form a loop.
+
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::group::{Belongs, Group, base_name, data_files, group};
+use super::link::{Lies, Member, link, split_pointer};
+use super::name::{Name, to_text};
+use super::points::points;
+use super::probe::Content;
+use super::scan::{FileEntry, FileId, Tree};
+use super::{Catalog, Disk, Level};
+use crate::error::{Error, Finding, Kind, Severity};
+use crate::layer::{Format, LayerSpec, Part};
+use crate::storage::SourceFile;
+
+/// Why a file cannot be used.
+#[derive(Debug, Clone)]
+pub(super) struct Blocked {
+    /// The finding about the file that is the cause.
+    pub cause: Arc<Finding>,
+    /// Whether the cause is another file, somewhere below.
+    pub inherited: bool,
+}
+
+/// What is below a file.
+enum Below {
+    Nothing,
+    File(FileId),
+}
+
+/// What has been decided about each file.
+pub(super) struct Fates<'a> {
+    pub tree: &'a Tree,
+    /// What each file lies on by the layout of its disk; `Root` for files of no disk.
+    lies: Vec<Option<Result<FileId, Finding>>>,
+    below: Vec<Option<Below>>,
+    blocked: Vec<Option<Option<Blocked>>>,
+}
+
+/// Makes the catalog of a walked directory.
+pub(super) fn assemble(mut tree: Tree) -> Catalog {
+    let findings = std::mem::take(&mut tree.findings);
+    let claimed = data_files(&tree);
+    let mut groups: Vec<Group> =
+        tree.folders.iter().flat_map(|f| group(&tree, f, &claimed)).collect();
+    groups.sort_by(|a, b| a.path.cmp(&b.path));
+    let mut fates = Fates::new(&tree);
+    for group in &mut groups {
+        fates.link(group);
+    }
+    for file in 0..tree.files.len() {
+        fates.decide(file);
+    }
+    let mut taken = HashSet::new();
+    let disks = groups.into_iter().map(|g| disk(&fates, g, &mut taken)).collect();
+    Catalog { root: tree.root.clone(), disks, findings }
+}
+
+fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
+    let path = unique(&group.path, taken);
+    let mut findings = std::mem::take(&mut group.findings);
+    let points = points(fates, &group);
+    for member in &group.members {
+        let entry = &fates.tree.files[member.file];
+        findings.extend(entry.manifest_problem.clone().map(as_warning));
+        findings.extend(entry.probed.info().into_iter().flat_map(|i| i.findings.clone()));
+    }
+    // The causes once each, not once per point above them.
+    let causes = points.iter().filter_map(|(_, b)| b.as_ref().map(|b| (*b.cause).clone()));
+    let mut seen = HashSet::new();
+    findings.extend(causes);
+    findings.retain(|f| seen.insert(f.clone()));
+    Disk { path, points: points.into_iter().map(|(p, _)| p).collect(), findings }
+}
+
+fn as_warning(finding: Finding) -> Finding {
+    let message = format!("{}; names alone order the points", finding.message);
+    Finding { severity: Severity::Warning, message, ..finding }
+}
+
+/// A path that no other disk has, nor the mount's own folder.
+fn unique(path: &Path, taken: &mut HashSet<PathBuf>) -> PathBuf {
+    let free = |p: &Path| !p.starts_with(super::manifest::FOLDER) && !p.as_os_str().is_empty();
+    let mut candidate = path.to_path_buf();
+    let mut number = 2;
+    while !free(&candidate) || !taken.insert(candidate.clone()) {
+        let mut name = OsString::from(path.as_os_str());
+        name.push(format!("-{number}"));
+        candidate = match free(path) {
+            true => name.into(),
+            // `.fleecefs` is the mount's own.
+            false => Path::new("disk").join(name),
+        };
+        number += 1;
+    }
+    candidate
+}
+
+impl<'a> Fates<'a> {
+    fn new(tree: &'a Tree) -> Self {
+        let n = tree.files.len();
+        let none = |_| None;
+        Fates {
+            tree,
+            lies: (0..n).map(|_| None).collect(),
+            below: (0..n).map(|_| None).collect(),
+            blocked: (0..n).map(none).collect(),
+        }
+    }
+
+    /// Why a file cannot be used, or `None` if it can.
+    pub fn blocked(&self, file: FileId) -> Option<&Blocked> {
+        self.blocked[file].as_ref().and_then(Option::as_ref)
+    }
+
+    /// The file that `file` lies on, where that is known.
+    pub fn below(&self, file: FileId) -> Option<FileId> {
+        match self.below[file] {
+            Some(Below::File(f)) => Some(f),
+            _ => None,
+        }
+    }
+
+    /// Links the files of one disk.
+    fn link(&mut self, group: &mut Group) {
+        let tree = self.tree;
+        let members: Vec<Member> = group.members.iter().map(|b| member(tree, b)).collect();
+        let (lies, warnings) = link(&members);
+        group.findings.extend(warnings);
+        group.findings.extend(overwritten(tree, group, &lies));
+        let suspects = not_raw_after_all(&members, &lies);
+        for (belongs, lies) in group.members.iter().zip(&lies) {
+            self.lies[belongs.file] = match lies {
+                Lies::Root => None,
+                Lies::On(i) => Some(Ok(group.members[*i].file)),
+                Lies::Unknown(e) => Some(Err(Finding::from_error(e, &tree.root))),
+            };
+        }
+        for i in suspects {
+            let file = group.members[i].file;
+            let error = Error::new(
+                Kind::Corrupt,
+                "it does not begin with qcow2's magic bytes, but increments on it are qcow2",
+            );
+            let error = error.at_path(&tree.files[file].path).at_offset(0).remedy(RESTORE);
+            self.lies[file] = Some(Err(Finding::from_error(&error, &tree.root)));
+        }
+    }
+
+    /// Decides about `file` and everything below it.
+    fn decide(&mut self, file: FileId) {
+        let mut path = vec![file];
+        let mut on_path = HashSet::from([file]);
+        while let Some(&top) = path.last() {
+            if self.blocked[top].is_none() {
+                let next = self.step(top, &on_path);
+                if let Some(below) = next {
+                    path.push(below);
+                    on_path.insert(below);
+                    continue;
+                }
+            }
+            path.pop();
+            on_path.remove(&top);
+        }
+    }
+
+    /// Decides about one file, or returns the file that has to be decided about first.
+    fn step(&mut self, file: FileId, on_path: &HashSet<FileId>) -> Option<FileId> {
+        let found = self.own_problem(file).map_or_else(|| self.find_below(file), Err);
+        let own = |finding: Finding| Blocked { cause: Arc::new(finding), inherited: false };
+        let verdict = match found {
+            Err(finding) => Some(own(finding)),
+            Ok(Below::Nothing) => {
+                self.below[file] = Some(Below::Nothing);
+                None
+            }
+            Ok(Below::File(f)) if self.blocked[f].is_none() && on_path.contains(&f) => {
+                let what = "a loop: the files that it lies on lie on it";
+                let error = Error::new(Kind::Corrupt, what).at_path(&self.tree.files[file].path);
+                Some(own(Finding::from_error(&error, &self.tree.root)))
+            }
+            Ok(Below::File(f)) => {
+                self.below[file] = Some(Below::File(f));
+                let below = self.blocked[f].as_ref();
+                let Some(below) = below else { return Some(f) };
+                below.clone().map(|b| Blocked { inherited: true, ..b })
+            }
+        };
+        self.blocked[file] = Some(verdict);
+        None
+    }
+
+    fn own_problem(&self, file: FileId) -> Option<Finding> {
+        let entry = &self.tree.files[file];
+        let fail = |e: Error| Some(Finding::from_error(&e.at_path(&entry.path), &entry.path));
+        match &entry.probed.content {
+            Content::Bad(finding) => return Some(finding.clone()),
+            Content::Foreign(what) => {
+                return fail(Error::new(Kind::Unsupported, *what).remedy(UNPACK));
+            }
+            Content::Image(_) | Content::Plain => {}
+        }
+        if entry.name == Name::Ignored {
+            return fail(Error::new(Kind::Incomplete, "an unfinished or auxiliary file"));
+        }
+        manifest_problem(entry).or_else(|| self.data_file(entry).err()).and_then(fail)
+    }
+
+    fn find_below(&self, file: FileId) -> Result<Below, Finding> {
+        if let Some(lies) = &self.lies[file] {
+            return lies.clone().map(Below::File);
+        }
+        let entry = &self.tree.files[file];
+        self.backing(entry).map_err(|e| {
+            let e = e.at_path(&entry.path).remedy(
+                "put the backing image into the backup directory, or flatten the image with \
+                 'qemu-img convert'",
+            );
+            Finding::from_error(&e, &entry.path)
+        })
+    }
+
+    /// The backing image of a root: inside the backup directory or not at all.
+    fn backing(&self, entry: &FileEntry) -> Result<Below, Error> {
+        let Some(info) = entry.probed.info() else { return Ok(Below::Nothing) };
+        let Some(pointer) = info.backing_file.as_deref() else { return Ok(Below::Nothing) };
+        split_pointer(pointer)?;
+        let folder = entry.path.parent().unwrap_or(&self.tree.root);
+        let Some(file) = self.tree.lookup(folder, pointer.as_ref()) else {
+            let what = format!("its backing file {pointer:?} is not in the backup directory");
+            return Err(Error::new(Kind::Incomplete, what));
+        };
+        let found = self.tree.files[file].probed.format();
+        let fits = match info.backing_format.as_deref() {
+            None => true,
+            Some("raw") => found == Format::Raw,
+            Some("qcow2") => found == Format::Qcow2,
+            Some(_) => false,
+        };
+        if !fits {
+            let format = info.backing_format.as_deref().unwrap_or_default();
+            let what = format!("its backing file {pointer:?} is not of format {format}");
+            return Err(Error::new(Kind::Corrupt, what));
+        }
+        Ok(Below::File(file))
+    }
+
+    /// The external data file of an image, if it needs one.
+    fn data_file(&self, entry: &FileEntry) -> Result<Option<Arc<SourceFile>>, Error> {
+        let Some(name) = entry.probed.info().and_then(|i| i.data_file.as_deref()) else {
+            return Ok(None);
+        };
+        let folder = entry.path.parent().unwrap_or(&self.tree.root);
+        let found = split_pointer(name).ok().and_then(|_| self.tree.lookup(folder, name.as_ref()));
+        match found {
+            Some(file) if self.tree.files[file].path != entry.path => {
+                Ok(Some(self.tree.files[file].probed.file.clone()))
+            }
+            _ => {
+                let what = format!("its data file {name:?} is not in the backup directory");
+                Err(Error::new(Kind::Incomplete, what)
+                    .at_path(&entry.path)
+                    .remedy("put it beside the image; a name inside an image is followed inside the backup directory only"))
+            }
+        }
+    }
+
+    /// The layer that `part` of a usable file is.
+    pub fn layer(&self, file: FileId, part: Part) -> LayerSpec {
+        let entry = &self.tree.files[file];
+        LayerSpec {
+            file: entry.probed.file.clone(),
+            format: entry.probed.format(),
+            part,
+            // A usable file has its data file: `own_problem` saw to it.
+            data_file: self.data_file(entry).ok().flatten(),
+        }
+    }
+
+    /// The layers below a usable root, bottom first.
+    pub fn layers_below(&self, file: FileId) -> Vec<LayerSpec> {
+        let mut layers = Vec::new();
+        let mut at = self.below(file);
+        while let Some(f) = at {
+            layers.push(self.layer(f, Part::Whole));
+            at = self.below(f);
+        }
+        layers.reverse();
+        layers
+    }
+}
+
+const RESTORE: &str = "restore this file from another copy of the backup";
+const UNPACK: &str = "unpack or convert it to raw or qcow2";
+
+fn member<'a>(tree: &'a Tree, belongs: &'a Belongs) -> Member<'a> {
+    let entry = &tree.files[belongs.file];
+    Member {
+        path: &entry.path,
+        aliases: &belongs.aliases,
+        level: belongs.level,
+        stamp: belongs.stamp,
+        raw: matches!(entry.probed.content, Content::Plain),
+        backing: entry.probed.info().and_then(|i| i.backing_file.as_deref()),
+        manifest: entry.manifest.as_deref(),
+    }
+}
+
+/// What a manifest says that its file contradicts.
+fn manifest_problem(entry: &FileEntry) -> Option<Error> {
+    let manifest = entry.manifest.as_deref()?;
+    let fail = |kind, what| Some(Error::new(kind, what).at_path(&entry.path).remedy(RESTORE));
+    if let Name::Backup { level, .. } = entry.name {
+        if level != manifest.level {
+            return fail(Kind::Corrupt, "its name and its manifest disagree on its level".into());
+        }
+    }
+    let len = entry.probed.file.identity().size;
+    if len < manifest.file_size {
+        let what = format!("it has {len} bytes, its manifest says {}", manifest.file_size);
+        return fail(Kind::Truncated, what);
+    }
+    None
+}
+
+/// Plain roots that carry qcow2 increments: backups of raw disks have raw increments, so such a
+/// root is a qcow2 file whose beginning is damaged, unless a manifest says otherwise.
+fn not_raw_after_all(members: &[Member], lies: &[Lies]) -> Vec<usize> {
+    let mut found: Vec<usize> = (members.iter().zip(lies))
+        .filter(|(m, _)| !m.raw && m.manifest.is_none())
+        .filter_map(|(_, l)| match l {
+            Lies::On(i) if members[*i].raw && members[*i].manifest.is_none() => Some(*i),
+            _ => None,
+        })
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// A FULL without a time in its name may have been overwritten by a later one; then the increments
+/// before that do not belong to it. Nothing proves it, but file times may hint at it.
+fn overwritten(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<Finding> {
+    let mut found = Vec::new();
+    for (above, lies) in group.members.iter().zip(lies) {
+        let Lies::On(i) = lies else { continue };
+        let (full, Some(stamp)) = (&group.members[*i], above.stamp) else { continue };
+        let (entry, inc) = (&tree.files[full.file], &tree.files[above.file]);
+        let older = inc.probed.mtime < entry.probed.mtime && stamp < entry.probed.mtime;
+        if full.stamp.is_some() || inc.manifest.is_some() || !older {
+            continue;
+        }
+        let what = format!(
+            "written after {}, by the times of the files: if it was overwritten by a later full \
+             backup, that increment does not belong to it",
+            to_text(base_name(inc))
+        );
+        found.push(Finding::warning(Kind::Changed, &entry.path, what));
+    }
+    found
+}
+
+/// Whether snapshots inside a file of this level are points.
+pub(super) fn carries_snapshots(level: Level) -> bool {
+    matches!(level, Level::Full | Level::Copy | Level::Image)
+}

@@ -1,0 +1,190 @@
+//! Which files of a folder belong to which disk.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::Level;
+use super::name::{Name, Promise, promise};
+use super::probe::Content;
+use super::scan::{FileEntry, FileId, Folder, Tree};
+use crate::error::{Error, Finding, Kind};
+
+/// A file as a member of a disk.
+pub(super) struct Belongs {
+    /// The file.
+    pub file: FileId,
+    /// Its kind of backup.
+    pub level: Level,
+    /// The time in its name.
+    pub stamp: Option<i64>,
+    /// Links that stand for it.
+    pub aliases: Vec<OsString>,
+}
+
+/// A disk before its files are linked.
+pub(super) struct Group {
+    /// Where it appears, relative to the backup directory.
+    pub path: PathBuf,
+    /// Its files, by name.
+    pub members: Vec<Belongs>,
+    /// What is odd about it.
+    pub findings: Vec<Finding>,
+}
+
+/// Sorts a folder's files into disks. `claimed` files are parts of others (external data files).
+pub(super) fn group(tree: &Tree, folder: &Folder, claimed: &HashSet<FileId>) -> Vec<Group> {
+    let mut sorter = Sorter { tree, folder, disks: BTreeMap::new(), images: Vec::new() };
+    let files: Vec<FileId> =
+        folder.files.iter().copied().filter(|f| !claimed.contains(f)).collect();
+    for file in &files {
+        sorter.by_name(*file);
+    }
+    for file in &files {
+        sorter.by_neighbours(*file);
+    }
+    sorter.links();
+    sorter.finish()
+}
+
+#[derive(Default)]
+struct Members {
+    list: Vec<Belongs>,
+    findings: Vec<Finding>,
+}
+
+struct Sorter<'a> {
+    tree: &'a Tree,
+    folder: &'a Folder,
+    disks: BTreeMap<OsString, Members>,
+    images: Vec<FileId>,
+}
+
+impl Sorter<'_> {
+    fn entry(&self, file: FileId) -> &FileEntry {
+        &self.tree.files[file]
+    }
+
+    fn by_name(&mut self, file: FileId) {
+        let Name::Backup { level, stamp, disk } = self.entry(file).name.clone() else { return };
+        // A note called FULL-story.txt is no disk; a qcow2 image called FULL-disk is one.
+        if (stamp.is_none() && !self.looks_like_image(file)) || self.is_sidecar(file) {
+            return;
+        }
+        let belongs = Belongs { file, level, stamp, aliases: Vec::new() };
+        self.disks.entry(disk).or_default().list.push(belongs);
+    }
+
+    /// `FULL-1-sda.qcow2.sha256` beside `FULL-1-sda.qcow2`.
+    fn is_sidecar(&self, file: FileId) -> bool {
+        let entry = self.entry(file);
+        let name = base_name(entry);
+        let Some(dot) = name.as_bytes().iter().rposition(|b| *b == b'.') else { return false };
+        let stem = OsStr::from_bytes(&name.as_bytes()[..dot]);
+        !entry.probed.magic
+            && promise(name) == Promise::Nothing
+            && self.tree.lookup(&self.folder.path, Path::new(stem)).is_some()
+    }
+
+    fn looks_like_image(&self, file: FileId) -> bool {
+        let entry = self.entry(file);
+        let promised = promise(base_name(entry));
+        entry.probed.magic
+            || entry.manifest.is_some()
+            || matches!(promised, Promise::Qcow2 | Promise::Raw)
+    }
+
+    fn by_neighbours(&mut self, file: FileId) {
+        let entry = self.entry(file);
+        if entry.name != Name::Other {
+            return;
+        }
+        let name = base_name(entry).to_os_string();
+        let linked = self.folder.links.iter().find(|l| l.disk == name);
+        let has_increments = self.disks.get(&name).is_some_and(|m| {
+            let has = |wanted: &[Level]| m.list.iter().any(|b| wanted.contains(&b.level));
+            has(&[Level::Inc, Level::Diff]) && !has(&[Level::Full])
+        });
+        let in_own_folder =
+            self.folder.path.file_name() == Some(&name) && self.looks_like_image(file);
+        if linked.is_some() || has_increments || in_own_folder {
+            let level = linked.map_or(Level::Full, |l| l.level);
+            let belongs = Belongs { file, level, stamp: None, aliases: Vec::new() };
+            self.disks.entry(name).or_default().list.push(belongs);
+        } else if self.looks_like_image(file) {
+            self.images.push(file);
+        }
+    }
+
+    /// Gives `FULL-<disk>` links to the files that they stand for.
+    fn links(&mut self) {
+        for link in &self.folder.links {
+            let tree = self.tree;
+            let members = self.disks.entry(link.disk.clone()).or_default();
+            let beside = members.list.iter().position(|b| {
+                b.stamp.is_none() && base_name(&tree.files[b.file]) == link.disk.as_os_str()
+            });
+            let target = link.target.filter(|t| may_be_full(&tree.files[*t]));
+            match (beside, target) {
+                // After a move the link leads elsewhere or nowhere; the file beside it is meant.
+                (Some(i), _) => members.list[i].aliases.push(link.name.clone()),
+                (None, Some(file)) if !members.list.iter().any(|b| b.file == file) => {
+                    let aliases = vec![link.name.clone()];
+                    members.list.push(Belongs { file, level: link.level, stamp: None, aliases });
+                }
+                (None, Some(_)) => {}
+                (None, None) => {
+                    let what = "a link that leads to no file inside the backup directory";
+                    let error = Error::new(Kind::Incomplete, what)
+                        .at_path(self.folder.path.join(&link.name))
+                        .remedy(format!("put {} beside it", link.disk.to_string_lossy()));
+                    members.findings.push(Finding::from_error(&error, &self.folder.path));
+                }
+            }
+        }
+    }
+
+    fn finish(self) -> Vec<Group> {
+        let folder = &self.folder.relative;
+        let alone = self.disks.len() == 1;
+        let mut groups = Vec::new();
+        for (disk, members) in self.disks {
+            // In the backup directory itself there is no folder to call the disk after.
+            let own_folder = folder.file_name().is_some_and(|f| alone || f == disk);
+            let path = if own_folder { folder.clone() } else { folder.join(&disk) };
+            groups.push(Group { path, members: members.list, findings: members.findings });
+        }
+        for file in self.images {
+            let path = folder.join(base_name(&self.tree.files[file]));
+            let member = Belongs { file, level: Level::Image, stamp: None, aliases: Vec::new() };
+            groups.push(Group { path, members: vec![member], findings: Vec::new() });
+        }
+        groups
+    }
+}
+
+/// The files that are parts of images: external data files that are inside the directory.
+pub(super) fn data_files(tree: &Tree) -> HashSet<FileId> {
+    let named = |f: &FileEntry| {
+        let name = f.probed.info()?.data_file.as_deref().filter(|n| !n.is_empty())?;
+        let file = tree.lookup(f.path.parent()?, name.as_ref())?;
+        // An image in its own right stays one, whoever claims it.
+        matches!(tree.files[file].probed.content, Content::Plain).then_some(file)
+    };
+    tree.files.iter().filter_map(named).collect()
+}
+
+/// File name of an entry.
+pub(super) fn base_name(entry: &FileEntry) -> &OsStr {
+    entry.path.file_name().unwrap_or_default()
+}
+
+/// An increment is no FULL, whatever a link calls it.
+fn may_be_full(entry: &FileEntry) -> bool {
+    match entry.name {
+        Name::Other => true,
+        Name::Backup { level, .. } => matches!(level, Level::Full | Level::Copy),
+        Name::Ignored => false,
+    }
+}

@@ -1,0 +1,239 @@
+//! What a file name says. Pure: no file is touched, and any sequence of bytes is a valid input.
+//!
+//! The layout is qmpbackup's, `<LEVEL>-<seconds since the epoch>-<disk>`; see the layouts that
+//! [`super::scan`] understands. Names that are not UTF-8 are kept as they are.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use super::Level;
+
+/// What a file is, judged by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Name {
+    /// `<LEVEL>-<seconds>-<disk>`, or `<LEVEL>-<disk>` without a time.
+    Backup {
+        /// FULL, INC, DIFF or COPY.
+        level: Level,
+        /// Seconds since the epoch; `None` if the name has none.
+        stamp: Option<i64>,
+        /// The disk's name, never empty.
+        disk: OsString,
+    },
+    /// Not a point whatever it holds: `.partial`, `.config`, `uuid`, fleece images, hidden files.
+    Ignored,
+    /// Any other name. Whether it is a disk image, its contents and its neighbours decide.
+    Other,
+}
+
+/// Name extensions that promise qcow2's magic bytes.
+const QCOW2_EXTENSIONS: [&[u8]; 2] = [b"qcow2", b"qcow"];
+/// Name extensions that make a file without magic a raw image.
+const RAW_EXTENSIONS: [&[u8]; 2] = [b"raw", b"img"];
+/// Name extensions of files that are surely not the guest's bytes one to one.
+const FOREIGN_EXTENSIONS: [&[u8]; 16] = [
+    b"gz", b"zst", b"xz", b"bz2", b"lz4", b"lzo", b"zip", b"7z", b"vmdk", b"vdi", b"vhd", b"vhdx",
+    b"vpc", b"qed", b"luks", b"gpg",
+];
+
+/// What the extension of a name promises.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Promise {
+    /// A qcow2 image.
+    Qcow2,
+    /// A raw image.
+    Raw,
+    /// Something that is no disk image that we read.
+    Foreign,
+    /// Nothing.
+    Nothing,
+}
+
+/// Reads a file name.
+pub fn parse(name: &OsStr) -> Name {
+    let bytes = name.as_bytes();
+    let ignored = bytes.ends_with(b".partial")
+        || bytes.ends_with(b".config")
+        || bytes == b"uuid"
+        // Copying tools (rsync) write to hidden names first.
+        || bytes.starts_with(b".");
+    if ignored {
+        return Name::Ignored;
+    }
+    let Some((level, rest)) = split_level(bytes) else { return Name::Other };
+    let (stamp, disk) = split_stamp(rest);
+    // "." and ".." could be no folder of a disk.
+    if disk.is_empty() || disk == b"." || disk == b".." {
+        return Name::Other;
+    }
+    if stamp.is_some() && is_fleece(disk) {
+        return Name::Ignored;
+    }
+    Name::Backup { level, stamp, disk: OsString::from_vec(disk.to_vec()) }
+}
+
+/// The level and the disk's name of a `FULL-<disk>` or `COPY-<disk>` link, as `--no-timestamp`
+/// leaves it beside the image.
+pub fn parse_link(name: &OsStr) -> Option<(Level, &OsStr)> {
+    match split_level(name.as_bytes()) {
+        Some((level @ (Level::Full | Level::Copy), rest)) if !rest.is_empty() => {
+            Some((level, OsStr::from_bytes(rest)))
+        }
+        _ => None,
+    }
+}
+
+/// What the extension says, without regard to case.
+pub fn promise(name: &OsStr) -> Promise {
+    let bytes = name.as_bytes();
+    let Some(dot) = bytes.iter().rposition(|b| *b == b'.') else { return Promise::Nothing };
+    let extension = bytes[dot + 1..].to_ascii_lowercase();
+    let is_in = |list: &[&[u8]]| list.contains(&extension.as_slice());
+    match () {
+        () if is_in(&QCOW2_EXTENSIONS) => Promise::Qcow2,
+        () if is_in(&RAW_EXTENSIONS) => Promise::Raw,
+        () if is_in(&FOREIGN_EXTENSIONS) => Promise::Foreign,
+        () => Promise::Nothing,
+    }
+}
+
+/// A name as text: as it is where it is UTF-8, other bytes as `\xNN`, so that different names stay
+/// different to the eye.
+pub fn to_text(name: &OsStr) -> String {
+    let mut text = String::new();
+    for chunk in name.as_bytes().utf8_chunks() {
+        text.push_str(chunk.valid());
+        for byte in chunk.invalid() {
+            text.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    text
+}
+
+fn split_level(bytes: &[u8]) -> Option<(Level, &[u8])> {
+    const PREFIXES: [(&[u8], Level); 4] = [
+        (b"FULL-", Level::Full),
+        (b"INC-", Level::Inc),
+        (b"DIFF-", Level::Diff),
+        (b"COPY-", Level::Copy),
+    ];
+    PREFIXES.iter().find_map(|(p, level)| Some((*level, bytes.strip_prefix(*p)?)))
+}
+
+/// Splits `<digits>-<disk>`; without a time, or with one that is no 64-bit number, all is the disk.
+fn split_stamp(rest: &[u8]) -> (Option<i64>, &[u8]) {
+    let Some(dash) = rest.iter().position(|b| *b == b'-') else { return (None, rest) };
+    let (digits, disk) = (&rest[..dash], &rest[dash + 1..]);
+    if digits.is_empty() || disk.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return (None, rest);
+    }
+    match std::str::from_utf8(digits).ok().and_then(|d| d.parse().ok()) {
+        Some(stamp) => (Some(stamp), disk),
+        None => (None, rest),
+    }
+}
+
+/// `<node>.fleece.<format>`
+fn is_fleece(disk: &[u8]) -> bool {
+    let Some(dot) = disk.iter().rposition(|b| *b == b'.') else { return false };
+    disk[..dot].ends_with(b".fleece") && disk[dot + 1..].iter().all(u8::is_ascii_alphanumeric)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn backup(level: Level, stamp: Option<i64>, disk: &str) -> Name {
+        Name::Backup { level, stamp, disk: disk.into() }
+    }
+
+    #[test]
+    fn names_of_all_layouts() {
+        let p = |s: &str| parse(OsStr::new(s));
+        assert_eq!(p("FULL-1706260639-d.qcow2"), backup(Level::Full, Some(1706260639), "d.qcow2"));
+        assert_eq!(p("INC-1-a-b-c"), backup(Level::Inc, Some(1), "a-b-c"));
+        assert_eq!(p("DIFF-7-x"), backup(Level::Diff, Some(7), "x"));
+        assert_eq!(p("COPY-7-x"), backup(Level::Copy, Some(7), "x"));
+        assert_eq!(p("FULL-nt.qcow2"), backup(Level::Full, None, "nt.qcow2"));
+        assert_eq!(p("FULL-1-"), backup(Level::Full, None, "1-"));
+        assert_eq!(p("FULL-99999999999999999999-x").clone(), {
+            backup(Level::Full, None, "99999999999999999999-x")
+        });
+        for other in [
+            "full-1-x",
+            "FULL",
+            "FULL-",
+            "INC-",
+            "disk.qcow2",
+            "",
+            "FULLER-1-x",
+            "FULL-1-..",
+            "INC-.",
+        ] {
+            assert_eq!(p(other), Name::Other, "{other}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_point() {
+        for n in [
+            "FULL-1-x.partial",
+            "x.partial",
+            "sda.qcow2.config",
+            "uuid",
+            "INC-1-node.fleece.qcow2",
+            "FULL-1-a.b.fleece.raw",
+            ".FULL-1-sda.qcow2.a8Xk2p",
+        ] {
+            assert_eq!(parse(OsStr::new(n)), Name::Ignored, "{n}");
+        }
+        // A disk that happens to be called so.
+        assert_eq!(
+            parse(OsStr::new("FULL-1-my.fleece.old.qcow2")),
+            backup(Level::Full, Some(1), "my.fleece.old.qcow2")
+        );
+    }
+
+    #[test]
+    fn links_and_extensions() {
+        assert_eq!(parse_link(OsStr::new("FULL-1-x")), Some((Level::Full, OsStr::new("1-x"))));
+        assert_eq!(parse_link(OsStr::new("COPY-d")), Some((Level::Copy, OsStr::new("d"))));
+        assert_eq!(parse_link(OsStr::new("INC-d")), None);
+        assert_eq!(promise(OsStr::new("a.QCOW2")), Promise::Qcow2);
+        assert_eq!(promise(OsStr::new("a.qcow2.gz")), Promise::Foreign);
+        assert_eq!(promise(OsStr::new("a.img")), Promise::Raw);
+        assert_eq!(promise(OsStr::new("a")), Promise::Nothing);
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_stay() {
+        let name = OsStr::from_bytes(b"INC-5-d\xff\xfe.raw");
+        let Name::Backup { disk, .. } = parse(name) else { panic!() };
+        assert_eq!(disk.as_bytes(), b"d\xff\xfe.raw");
+        assert_eq!(to_text(name), "INC-5-d\\xff\\xfe.raw");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_parse(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let name = OsStr::from_bytes(&bytes);
+            parse(name);
+            parse_link(name);
+            promise(name);
+            to_text(name);
+        }
+
+        #[test]
+        fn what_is_put_together_comes_apart(
+            level in prop::sample::select(vec!["FULL", "INC", "DIFF", "COPY"]),
+            stamp in 0..i64::MAX,
+            disk in "[a-z0-9_-]{1,12}",
+        ) {
+            let parsed = parse(OsStr::new(&format!("{level}-{stamp}-{disk}")));
+            let Name::Backup { stamp: s, disk: d, .. } = parsed else { panic!() };
+            prop_assert_eq!(s, Some(stamp));
+            prop_assert_eq!(d, OsString::from(disk));
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! The points of one disk, in chain order.
+
+use std::collections::{HashMap, HashSet};
+
+use super::assemble::{Blocked, Fates, carries_snapshots};
+use super::group::{Belongs, Group, base_name};
+use super::name::to_text;
+use super::scan::FileId;
+use super::{Level, Point};
+use crate::error::{Finding, Kind, Severity};
+use crate::layer::{self, Part, SnapshotInfo};
+use crate::storage::SourceFile;
+
+/// The name that `qmprestore snapshotrebase` gives to the state before the first increment.
+const FULL_SNAPSHOT: &str = "FULL-BACKUP";
+/// The names it gives to the others, in the local time of the machine it ran on.
+const DATE_SNAPSHOT: &str = "%Y-%m-%d-%H:%M:%S";
+/// A file name has at most 255 bytes, and the mount appends `.raw`.
+const MAX_NAME: usize = 251;
+
+/// The points of a disk, each after the one it lies on, and why those that cannot be served cannot.
+pub(super) fn points(fates: &Fates, group: &Group) -> Vec<(Point, Option<Blocked>)> {
+    let mut maker =
+        Maker { fates, group, made: HashMap::new(), names: HashSet::new(), points: Vec::new() };
+    for member in in_chain_order(fates, group) {
+        maker.file(&group.members[member]);
+    }
+    maker.points
+}
+
+/// Indices of a group's members by time, but never one before the file it lies on.
+fn in_chain_order(fates: &Fates, group: &Group) -> Vec<usize> {
+    let index: HashMap<FileId, usize> =
+        group.members.iter().enumerate().map(|(i, b)| (b.file, i)).collect();
+    let mut by_time: Vec<usize> = (0..group.members.len()).collect();
+    by_time.sort_by_key(|i| {
+        let b = &group.members[*i];
+        (b.stamp, rank(b.level), base_name(&fates.tree.files[b.file]))
+    });
+    let mut done = vec![false; group.members.len()];
+    let mut order = Vec::with_capacity(done.len());
+    for i in by_time {
+        let mut path = Vec::new();
+        let mut at = Some(i);
+        // Marking on the way down also ends a loop.
+        while let Some(j) = at.filter(|j| !done[*j]) {
+            done[j] = true;
+            path.push(j);
+            at = fates.below(group.members[j].file).and_then(|f| index.get(&f).copied());
+        }
+        order.extend(path.into_iter().rev());
+    }
+    order
+}
+
+fn rank(level: Level) -> u8 {
+    match level {
+        Level::Full => 0,
+        Level::Copy => 1,
+        Level::Diff => 2,
+        Level::Inc => 3,
+        Level::Image | Level::Snapshot => 4,
+    }
+}
+
+struct Maker<'a> {
+    fates: &'a Fates<'a>,
+    group: &'a Group,
+    /// Where the point of each file is.
+    made: HashMap<FileId, usize>,
+    names: HashSet<String>,
+    points: Vec<(Point, Option<Blocked>)>,
+}
+
+impl Maker<'_> {
+    fn file(&mut self, belongs: &Belongs) {
+        let entry = &self.fates.tree.files[belongs.file];
+        let blocked = self.fates.blocked(belongs.file).cloned();
+        let is_root = !matches!(belongs.level, Level::Inc | Level::Diff);
+        let below = self.fates.below(belongs.file).filter(|_| !is_root);
+        let parent = below.and_then(|f| self.made.get(&f).copied());
+        let name = self.unique(to_text(base_name(entry)), "");
+        let chain = match parent {
+            Some(p) => self.points[p].0.chain.clone(),
+            // Whatever it lies on is not known.
+            None if !is_root && blocked.is_some() => String::new(),
+            None => name.clone(),
+        };
+        let mut layers = Vec::new();
+        if blocked.is_none() {
+            if parent.is_none() {
+                layers = self.fates.layers_below(belongs.file);
+            }
+            layers.push(self.fates.layer(belongs.file, Part::Whole));
+        }
+        let unavailable = blocked.as_ref().map(|b| reason(b, &name));
+        let mut point = Point {
+            name,
+            source: entry.path.clone(),
+            level: belongs.level,
+            chain,
+            parent,
+            time: self.time(belongs),
+            size: entry.probed.virtual_size(),
+            own_bytes: entry.probed.own_bytes,
+            layers,
+            unavailable,
+        };
+        if carries_snapshots(belongs.level) {
+            self.snapshots(belongs, &mut point, blocked.as_ref());
+        }
+        self.made.insert(belongs.file, self.points.len());
+        self.points.push((point, blocked));
+    }
+
+    /// The internal snapshots of an image are points too, older than its active state.
+    fn snapshots(&mut self, belongs: &Belongs, active: &mut Point, blocked: Option<&Blocked>) {
+        let Some(info) = self.fates.tree.files[belongs.file].probed.info() else { return };
+        let is_rebased = info.snapshots.iter().any(|s| s.name == FULL_SNAPSHOT);
+        let full_time = active.time;
+        for snapshot in &info.snapshots {
+            let time = snapshot_time(snapshot, full_time, is_rebased);
+            if is_rebased {
+                // The increments were written into the FULL: its active state is the last of them.
+                active.time = active.time.max(time);
+            }
+            let (point, blocked) = self.snapshot(belongs, active, snapshot, time, blocked.cloned());
+            self.points.push((point, blocked));
+        }
+    }
+
+    fn snapshot(
+        &mut self,
+        belongs: &Belongs,
+        active: &Point,
+        snapshot: &SnapshotInfo,
+        time: i64,
+        mut blocked: Option<Blocked>,
+    ) -> (Point, Option<Blocked>) {
+        let name = self.unique(snapshot_name(&active.name, snapshot), &snapshot.id);
+        let mut layers = Vec::new();
+        if blocked.is_none() {
+            let own = self.fates.layer(belongs.file, Part::Snapshot(snapshot.id.clone()));
+            blocked = unusable(&own);
+            layers = self.fates.layers_below(belongs.file);
+            layers.push(own);
+        }
+        if blocked.is_some() {
+            layers.clear();
+        }
+        let point = Point {
+            unavailable: blocked.as_ref().map(|b| reason(b, &name)),
+            name,
+            source: active.source.clone(),
+            level: Level::Snapshot,
+            chain: active.chain.clone(),
+            parent: None,
+            time,
+            size: snapshot.virtual_size,
+            // Its clusters are in the same file, and are counted there.
+            own_bytes: 0,
+            layers,
+        };
+        (point, blocked)
+    }
+
+    fn time(&self, belongs: &Belongs) -> i64 {
+        let entry = &self.fates.tree.files[belongs.file];
+        if let Some(time) = belongs.stamp.or(entry.manifest.as_ref().map(|m| m.time)) {
+            return time;
+        }
+        // The file's time, unless what lies on it is older: copying changes file times.
+        let first = self.group.members.iter().filter_map(|b| b.stamp).min();
+        let before_first = first.map_or(i64::MAX, |t| t.saturating_sub(1));
+        match belongs.level {
+            Level::Full => entry.probed.mtime.min(before_first),
+            _ => entry.probed.mtime,
+        }
+    }
+
+    fn unique(&mut self, name: String, id: &str) -> String {
+        let mut candidate = name.clone();
+        let mut number = 2;
+        while !self.names.insert(candidate.clone()) {
+            let suffix = if id.is_empty() { String::new() } else { format!("#{}", clean(id)) };
+            candidate = match number {
+                2 if !suffix.is_empty() => format!("{name}{suffix}"),
+                n => format!("{name}{suffix}-{n}"),
+            };
+            number += 1;
+        }
+        candidate
+    }
+}
+
+/// Opens a snapshot to see whether its table is sound; the descriptor is not kept.
+fn unusable(spec: &layer::LayerSpec) -> Option<Blocked> {
+    let fresh = |f: &SourceFile| {
+        std::sync::Arc::new(SourceFile::with_identity(f.path().to_path_buf(), f.identity()))
+    };
+    let mut spec = spec.clone();
+    spec.file = fresh(&spec.file);
+    spec.data_file = spec.data_file.as_deref().map(fresh);
+    let error = layer::open(&spec).err()?;
+    let cause = std::sync::Arc::new(Finding::from_error(&error, spec.file.path()));
+    Some(Blocked { cause, inherited: false })
+}
+
+/// The finding of a point that cannot be served: the file to blame and why.
+fn reason(blocked: &Blocked, name: &str) -> Finding {
+    let cause = (*blocked.cause).clone();
+    if !blocked.inherited {
+        return cause;
+    }
+    let file = cause.path.file_name().map(to_text).unwrap_or_default();
+    Finding {
+        severity: Severity::Error,
+        kind: Kind::Incomplete,
+        message: format!("{name} needs this file, which cannot be used: {}", cause.message),
+        remedy: cause.remedy.or(Some(format!("restore {file} from another copy of the backup"))),
+        ..cause
+    }
+}
+
+fn snapshot_time(snapshot: &SnapshotInfo, full: i64, is_rebased: bool) -> i64 {
+    let made = i64::try_from(snapshot.time).unwrap_or(i64::MAX);
+    match () {
+        () if !is_rebased => made,
+        () if snapshot.name == FULL_SNAPSHOT => full,
+        () => local_time(&snapshot.name).unwrap_or(made),
+    }
+}
+
+fn local_time(text: &str) -> Option<i64> {
+    let date = jiff::civil::DateTime::strptime(DATE_SNAPSHOT, text).ok()?;
+    Some(date.to_zoned(jiff::tz::TimeZone::system()).ok()?.timestamp().as_second())
+}
+
+/// `<file>@<snapshot name>`, or the snapshot's id where its name is empty or too long.
+fn snapshot_name(file: &str, snapshot: &SnapshotInfo) -> String {
+    let name = clean(&snapshot.name);
+    let full = format!("{file}@{name}");
+    if name.is_empty() || full.len() > MAX_NAME {
+        return format!("{file}@{}", clean(&snapshot.id));
+    }
+    full
+}
+
+/// Text from inside an image as a part of a file name.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c == '/' || c.is_control() { '_' } else { c }).take(200).collect()
+}

@@ -1,0 +1,192 @@
+//! What one file of a backup directory holds, remembered from scan to scan.
+
+use std::collections::HashMap;
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::manifest::{self, Manifest};
+use super::name::{self, Promise};
+use crate::error::{Error, Finding, Kind, Result};
+use crate::layer::{self, Format, ImageInfo};
+use crate::storage::{Identity, ReadAt, SourceFile};
+
+/// What a file holds.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// An image by its magic bytes.
+    Image(ImageInfo),
+    /// No magic that we know: raw, if it is an image at all.
+    Plain,
+    /// Surely neither an image that we read nor the guest's bytes one to one; says what it is.
+    Foreign(&'static str),
+    /// It cannot be read, or its magic is followed by nonsense.
+    Bad(Finding),
+}
+
+/// A plain file as this or an earlier scan saw it.
+#[derive(Debug)]
+pub(super) struct Probed {
+    /// The file; the same `Arc` as long as the file is unchanged.
+    pub file: Arc<SourceFile>,
+    /// Bytes allocated on disk.
+    pub own_bytes: u64,
+    /// Modification time, seconds since the epoch.
+    pub mtime: i64,
+    /// Whether it begins with an image format's magic bytes, readable or not.
+    pub magic: bool,
+    /// What is in it.
+    pub content: Content,
+}
+
+type ManifestResult = std::result::Result<Option<Arc<Manifest>>, Finding>;
+
+/// What a scan found out about files, so that the next scan of the same directory looks only at
+/// what changed, and yields the same [`SourceFile`]s for what did not.
+#[derive(Debug, Default)]
+pub struct ProbeCache {
+    files: HashMap<PathBuf, Arc<Probed>>,
+    manifests: HashMap<PathBuf, (Identity, ManifestResult)>,
+}
+
+impl ProbeCache {
+    /// Number of files that are remembered.
+    pub fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Whether nothing is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// The file at `path`, taken over from `previous` where it is unchanged. `look_inside` is false
+    /// for files that may only be used through another one.
+    pub(super) fn probe(
+        &mut self,
+        path: &Path,
+        meta: &Metadata,
+        look_inside: bool,
+        previous: Option<&ProbeCache>,
+    ) -> Arc<Probed> {
+        let now = Identity::of(meta);
+        let known = previous.and_then(|p| p.files.get(path)).filter(|p| {
+            let before = p.file.identity();
+            (before.dev, before.ino) == (now.dev, now.ino) && !before.contents_may_differ(&now)
+        });
+        let probed = match known {
+            Some(p) => p.clone(),
+            None => Arc::new(look(path, meta, now, look_inside)),
+        };
+        self.files.insert(path.to_path_buf(), probed.clone());
+        probed
+    }
+
+    /// The manifest of the image at `path`.
+    pub(super) fn manifest(&mut self, path: &Path, previous: Option<&Self>) -> ManifestResult {
+        let (Some(dir), Some(image)) = (path.parent(), path.file_name()) else { return Ok(None) };
+        let at = manifest::manifest_path(dir, image);
+        let Ok(meta) = std::fs::symlink_metadata(&at) else { return Ok(None) };
+        let now = Identity::of(&meta);
+        let known = previous.and_then(|p| p.manifests.get(&at)).filter(|(id, _)| *id == now);
+        let entry = match known {
+            Some(e) => e.clone(),
+            None => {
+                let read = manifest::read(dir, image);
+                (now, read.map(|m| m.map(Arc::new)).map_err(|e| Finding::from_error(&e, &at)))
+            }
+        };
+        self.manifests.insert(at, entry.clone());
+        entry.1
+    }
+}
+
+fn look(path: &Path, meta: &Metadata, identity: Identity, look_inside: bool) -> Probed {
+    let mut file = SourceFile::with_identity(path.to_path_buf(), identity);
+    let mut magic = false;
+    let content = if look_inside {
+        look_at_content(&file, &mut magic)
+            .unwrap_or_else(|e| Content::Bad(Finding::from_error(&e, path)))
+    } else {
+        Content::Plain
+    };
+    // A directory may hold more files than may be open at once.
+    file.close();
+    Probed {
+        file: Arc::new(file),
+        own_bytes: meta.blocks().saturating_mul(512),
+        mtime: meta.mtime(),
+        magic,
+        content,
+    }
+}
+
+fn look_at_content(file: &SourceFile, magic: &mut bool) -> Result<Content> {
+    *magic = layer::sniff(file)?.is_some();
+    if *magic {
+        return layer::probe(file).map(Content::Image);
+    }
+    let name = file.path().file_name().unwrap_or_default();
+    let is_qcow2 = name::promise(name) == Promise::Qcow2;
+    if is_qcow2 || file.is_empty() {
+        let what = match file.is_empty() {
+            true => "the file is empty",
+            false => "the file is named qcow2 but does not begin with qcow2's magic bytes",
+        };
+        return Err(Error::new(Kind::Corrupt, what)
+            .at_path(file.path())
+            .at_offset(0)
+            .remedy("restore this file from another copy of the backup"));
+    }
+    let mut start = [0; 64];
+    let len = start.len().min(usize::try_from(file.len()).unwrap_or(usize::MAX));
+    file.read_exact_at(&mut start[..len], 0)?;
+    Ok(match foreign(&start[..len]) {
+        Some(what) => Content::Foreign(what),
+        None if name::promise(name) == Promise::Foreign => Content::Foreign("not a raw image"),
+        None => Content::Plain,
+    })
+}
+
+/// Formats that would be wrong data if they were taken for raw images.
+fn foreign(start: &[u8]) -> Option<&'static str> {
+    const MAGICS: [(&[u8], &str); 11] = [
+        (b"\x1f\x8b", "compressed with gzip"),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
+        (b"\xfd7zXZ\0", "compressed with xz"),
+        (b"BZh", "compressed with bzip2"),
+        (b"\x04\x22\x4d\x18", "compressed with lz4"),
+        (b"KDMV", "a VMDK image"),
+        (b"# Disk DescriptorFile", "a VMDK description"),
+        (b"<<< ", "a VDI image"),
+        (b"vhdxfile", "a VHDX image"),
+        (b"conectix", "a VHD image"),
+        (b"QED\0", "a QED image"),
+    ];
+    MAGICS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what)
+}
+
+impl Probed {
+    /// What the header says, if there is one that can be used.
+    pub fn info(&self) -> Option<&ImageInfo> {
+        match &self.content {
+            Content::Image(info) => Some(info),
+            _ => None,
+        }
+    }
+
+    /// The format to open it with.
+    pub fn format(&self) -> Format {
+        self.info().map_or(Format::Raw, |i| i.format)
+    }
+
+    /// Size in bytes of the virtual disk; 0 if it cannot be known.
+    pub fn virtual_size(&self) -> u64 {
+        match &self.content {
+            Content::Image(info) => info.virtual_size,
+            Content::Plain => self.file.identity().size,
+            Content::Foreign(_) | Content::Bad(_) => 0,
+        }
+    }
+}

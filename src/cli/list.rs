@@ -1,0 +1,239 @@
+//! `fleecefs list`: what is in a backup directory.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::chain::name::to_text;
+use crate::chain::scan::{ScanOptions, scan};
+use crate::chain::{Catalog, Disk, Level, Point};
+use crate::error::{Error, Finding, Kind, Result, Severity};
+use crate::units::human_bytes;
+
+/// Show the disks, chains and points of a backup directory
+///
+/// Each row is a point: one state of one disk that can be mounted or restored. Points that cannot
+/// be served are listed too, with the reason; findings follow the table.
+///
+/// Only headers are looked at: 'header ok' means that nothing speaks against the point, not that
+/// its data was read. Use 'fleecefs verify' for that.
+///
+/// The exit code is 0 if the directory could be read, whatever was found in it; with --strict it is
+/// 12 if a point cannot be served.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// The backup directory
+    dir: PathBuf,
+    /// Print everything as JSON
+    #[arg(long)]
+    json: bool,
+    /// Fail (exit code 12) if a point cannot be served
+    #[arg(long)]
+    strict: bool,
+}
+
+/// What health says of a point of which only the headers were read.
+const HEADER_OK: &str = "header ok, data not checked";
+
+/// Runs `fleecefs list`.
+///
+/// # Errors
+/// The directory cannot be read; with `--strict` also `Incomplete`.
+pub fn run(args: ListArgs) -> Result<()> {
+    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let text = if args.json { json(&catalog)? } else { table(&catalog) };
+    super::print(&text)?;
+    let lost = points(&catalog).filter(|(_, p)| !p.is_served()).count();
+    if args.strict && lost > 0 {
+        let what = format!("{lost} of {} points cannot be served", points(&catalog).count());
+        return Err(Error::new(Kind::Incomplete, what).at_path(&catalog.root));
+    }
+    Ok(())
+}
+
+fn points(catalog: &Catalog) -> impl Iterator<Item = (&Disk, &Point)> {
+    catalog.disks.iter().flat_map(|d| d.points.iter().map(move |p| (d, p)))
+}
+
+fn level_name(level: Level) -> &'static str {
+    match level {
+        Level::Full => "FULL",
+        Level::Inc => "INC",
+        Level::Diff => "DIFF",
+        Level::Copy => "COPY",
+        Level::Image => "image",
+        Level::Snapshot => "snapshot",
+    }
+}
+
+/// A point's time as UTC, or the bare number where no calendar has it.
+fn iso(time: i64) -> String {
+    jiff::Timestamp::from_second(time).map_or_else(|_| format!("@{time}"), |t| t.to_string())
+}
+
+fn health(point: &Point) -> String {
+    let Some(finding) = &point.unavailable else { return HEADER_OK.into() };
+    if finding.path == point.source {
+        return format!("unavailable: {}", finding.message);
+    }
+    let file = finding.path.file_name().map(to_text).unwrap_or_default();
+    format!("unavailable: needs {file}")
+}
+
+fn table(catalog: &Catalog) -> String {
+    let titles = ["DISK", "CHAIN", "POINT", "TIME", "LEVEL", "SIZE", "OWN", "HEALTH"];
+    let mut rows = vec![titles.map(String::from)];
+    rows.extend(points(catalog).map(|(disk, p)| {
+        let size = if p.size == 0 && !p.is_served() { "-".into() } else { human_bytes(p.size) };
+        [
+            path_text(&disk.path),
+            if p.chain.is_empty() { "-".into() } else { visible(&p.chain) },
+            visible(&p.name),
+            iso(p.time),
+            level_name(p.level).into(),
+            size,
+            human_bytes(p.own_bytes),
+            visible(&health(p)),
+        ]
+    }));
+    let mut text = String::new();
+    if rows.len() == 1 {
+        let _ = writeln!(text, "no backups in {}", path_text(&catalog.root));
+    } else {
+        write_rows(&mut text, &rows);
+    }
+    write_findings(&mut text, catalog);
+    text
+}
+
+fn write_rows(text: &mut String, rows: &[[String; 8]]) {
+    let mut widths = [0; 8];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    for row in rows {
+        let mut line = String::new();
+        for (i, (cell, width)) in row.iter().zip(widths).enumerate() {
+            // Numbers to the right, everything else to the left.
+            let _ = match i {
+                5 | 6 => write!(line, "{cell:>width$}  "),
+                _ => write!(line, "{cell:<width$}  "),
+            };
+        }
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+}
+
+fn write_findings(text: &mut String, catalog: &Catalog) {
+    let findings = catalog.findings.iter().chain(catalog.disks.iter().flat_map(|d| &d.findings));
+    for (i, finding) in findings.enumerate() {
+        if i == 0 {
+            let _ = writeln!(text, "\nfindings:");
+        }
+        let word = match finding.severity {
+            Severity::Note => "note",
+            Severity::Warning => "warning",
+            Severity::Error => "error",
+        };
+        let mut line = path_text(relative(catalog, &finding.path));
+        if let Some(offset) = finding.offset {
+            let _ = write!(line, " at offset {offset:#x}");
+        }
+        let _ = write!(line, ": {}", visible(&finding.message));
+        if let Some(remedy) = &finding.remedy {
+            let _ = write!(line, " ({})", visible(remedy));
+        }
+        let _ = writeln!(text, "  {word}: {line}");
+    }
+}
+
+fn relative<'a>(catalog: &Catalog, path: &'a Path) -> &'a Path {
+    path.strip_prefix(&catalog.root).ok().filter(|p| !p.as_os_str().is_empty()).unwrap_or(path)
+}
+
+/// Names come from outside: no control character may reach the terminal.
+fn visible(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
+        .collect()
+}
+
+fn path_text(path: &Path) -> String {
+    visible(&to_text(path.as_os_str()))
+}
+
+/// The whole catalog for scripts. Paths that are not UTF-8 have `\xNN` in them.
+#[derive(Serialize)]
+struct CatalogJson<'a> {
+    root: String,
+    disks: Vec<DiskJson<'a>>,
+    findings: &'a [Finding],
+}
+
+#[derive(Serialize)]
+struct DiskJson<'a> {
+    path: String,
+    points: Vec<PointJson<'a>>,
+    findings: &'a [Finding],
+}
+
+#[derive(Serialize)]
+struct PointJson<'a> {
+    name: &'a str,
+    source: String,
+    level: Level,
+    chain: Option<&'a str>,
+    parent: Option<&'a str>,
+    /// Seconds since the epoch.
+    time: i64,
+    time_utc: String,
+    size: u64,
+    own_bytes: u64,
+    served: bool,
+    health: String,
+    /// Whether its data was read; `list` never does.
+    checked: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unavailable: Option<&'a Finding>,
+}
+
+fn json(catalog: &Catalog) -> Result<String> {
+    let value = CatalogJson {
+        root: to_text(catalog.root.as_os_str()),
+        disks: catalog.disks.iter().map(disk_json).collect(),
+        findings: &catalog.findings,
+    };
+    let mut text = serde_json::to_string_pretty(&value)
+        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))?;
+    text.push('\n');
+    Ok(text)
+}
+
+fn disk_json(disk: &Disk) -> DiskJson<'_> {
+    let name_of = |i: usize| disk.points.get(i).map(|p| p.name.as_str());
+    DiskJson {
+        path: to_text(disk.path.as_os_str()),
+        findings: &disk.findings,
+        points: (disk.points.iter())
+            .map(|p| PointJson {
+                parent: p.parent.and_then(name_of),
+                name: &p.name,
+                source: to_text(p.source.as_os_str()),
+                level: p.level,
+                chain: (!p.chain.is_empty()).then_some(p.chain.as_str()),
+                time: p.time,
+                time_utc: iso(p.time),
+                size: p.size,
+                own_bytes: p.own_bytes,
+                served: p.is_served(),
+                health: health(p),
+                checked: false,
+                unavailable: p.unavailable.as_ref(),
+            })
+            .collect(),
+    }
+}
