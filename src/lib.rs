@@ -13,3 +13,4 @@ pub mod layer;
 pub mod progress;
 pub mod storage;
 pub mod units;
+pub mod verify;

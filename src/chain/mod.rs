@@ -12,6 +12,7 @@ pub mod manifest;
 pub mod name;
 mod points;
 mod probe;
+pub mod removal;
 pub mod scan;
 mod select;
 

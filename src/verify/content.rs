@@ -74,11 +74,7 @@ fn left_len(n: usize) -> usize {
 ///
 /// # Errors
 /// None of its own; what the layer says goes to `found`.
-pub fn decompress_all(
-    layer: &dyn Layer,
-    jobs: usize,
-    found: impl Fn(Error) + Sync,
-) -> Result<()> {
+pub fn decompress_all(layer: &dyn Layer, jobs: usize, found: impl Fn(Error) + Sync) -> Result<()> {
     let windows = mapped_windows(layer);
     let work = |i: u64, out: &mut Vec<u8>| -> Result<()> {
         decompress_window(layer, windows[i as usize].clone(), out, &found);

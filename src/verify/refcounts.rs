@@ -69,8 +69,11 @@ impl Check<'_> {
 
     fn compare(&mut self, cluster: u64, count: u64, once: bool) {
         let (severity, what) = match count {
-            0 => (Severity::Error, "a cluster in use is counted as free: a table or a refcount \
-                                    block is damaged"),
+            0 => (
+                Severity::Error,
+                "a cluster in use is counted as free: a table or a refcount \
+                                    block is damaged",
+            ),
             n if once && n != 1 => {
                 (Severity::Warning, "a cluster is counted more often than it is used")
             }

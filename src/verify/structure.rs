@@ -465,7 +465,11 @@ impl<'a> Walker<'a> {
     fn data_cluster(&mut self, p: &Plain) {
         let len = self.data_len.unwrap_or(self.image.len());
         if p.needed > 0 && p.offset.checked_add(p.needed).is_none_or(|end| end > len) {
-            return self.error(Kind::Truncated, p.at, "a data cluster lies past the end of the file");
+            return self.error(
+                Kind::Truncated,
+                p.at,
+                "a data cluster lies past the end of the file",
+            );
         }
         let cluster = p.offset >> self.h.cluster_bits;
         if self.data_len.is_some() {
