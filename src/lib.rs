@@ -8,6 +8,8 @@ pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod extent;
+pub mod fs;
+pub mod fuse;
 pub mod image;
 pub mod layer;
 pub mod progress;

@@ -161,6 +161,15 @@ impl SourceFile {
         self.changed.store(true, Ordering::Release);
     }
 
+    /// Whether the name now stands for other contents: the file was changed in place or replaced.
+    /// A name that is gone does not: whoever has the file open goes on reading the old bytes.
+    pub fn is_changed_on_disk(&self) -> bool {
+        let Ok(meta) = std::fs::metadata(&self.path) else { return false };
+        let now = Identity::of(&meta);
+        let same = (now.dev, now.ino) == (self.identity.dev, self.identity.ino);
+        !same || self.identity.contents_may_differ(&now)
+    }
+
     /// Forgets the descriptor, for scans that touch more files than may be open at once.
     pub fn close(&mut self) {
         self.file.take();

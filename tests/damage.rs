@@ -44,7 +44,7 @@ fn backups(options: &str, compressed: bool) -> Backups {
             }
             chain.point(options, SIZE, &ops);
         }
-        chain
+        chain.finish()
     };
     let (victim, healthy) = (chain("victim"), chain("healthy"));
     let truth = [&victim, &healthy].map(|c| {

@@ -132,17 +132,21 @@ fn ops(rng: &mut Rng, case: &Case, size: u64, options: &str) -> Vec<String> {
         let (at, len) = rng.range(size, 512);
         let byte = 1 + rng.below(255);
         let clusters = at / cluster..(at + len).div_ceil(cluster);
+        // QEMU 10.0.2 corrupts an image of small clusters when compressed writes mix with discards or
+        // zero writes over them.
+        let compressed = case.twist == Twist::CompressedWrites;
         match rng.below(if case.twist == Twist::Zeroes { 3 } else { 8 }) {
-            0 => ops.push(format!("write -z {at} {len}")),
+            0 if !compressed => ops.push(format!("write -z {at} {len}")),
             1 if !v2 && case.twist == Twist::Zeroes => ops.push(format!("write -z -u {at} {len}")),
-            3 if !v2 => ops.push(format!("discard {at} {len}")),
-            4..=7 if case.twist == Twist::CompressedWrites && size >= cluster => {
+            3 if !v2 && !compressed => ops.push(format!("discard {at} {len}")),
+            4..=7 if compressed && size >= cluster => {
                 let at = rng.below(size / cluster);
                 if taken.insert(at) {
                     ops.push(format!("write -c -P {byte} {} {cluster}", at * cluster));
                 }
                 continue;
             }
+            _ if compressed && clusters.clone().any(|c| taken.contains(&c)) => continue,
             _ => ops.push(format!("write -P {byte} {at} {len}")),
         }
         taken.extend(clusters);
@@ -172,7 +176,7 @@ fn build(parent: &Path, case: &Case, seed: u64) -> Chain {
         let path = chain.point(options, size, &ops);
         twist(case.twist, &path, i, size);
     }
-    chain
+    chain.finish()
 }
 
 fn raw_full(path: &Path, size: u64, ops: &[String]) -> PathBuf {

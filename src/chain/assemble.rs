@@ -46,10 +46,14 @@ pub(super) struct Fates<'a> {
 
 /// Makes the catalog of a walked directory.
 pub(super) fn assemble(mut tree: Tree) -> Catalog {
-    let findings = std::mem::take(&mut tree.findings);
+    let mut findings = std::mem::take(&mut tree.findings);
     let claimed = data_files(&tree);
-    let mut groups: Vec<Group> =
-        tree.folders.iter().flat_map(|f| group(&tree, f, &claimed)).collect();
+    let mut groups = Vec::new();
+    for folder in &tree.folders {
+        let (disks, homeless) = group(&tree, folder, &claimed);
+        groups.extend(disks);
+        findings.extend(homeless);
+    }
     groups.sort_by(|a, b| a.path.cmp(&b.path));
     let mut fates = Fates::new(&tree);
     for group in &mut groups {
@@ -70,6 +74,7 @@ fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
     for member in &group.members {
         let entry = &fates.tree.files[member.file];
         findings.extend(entry.manifest_problem.clone().map(as_warning));
+        findings.extend(manifest_oddity(entry));
         findings.extend(entry.probed.info().into_iter().flat_map(|i| i.findings.clone()));
     }
     // The causes once each, not once per point above them.
@@ -329,6 +334,19 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
         return fail(Kind::Truncated, what);
     }
     None
+}
+
+/// What a manifest says that its file contradicts, without making the file useless.
+fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
+    let manifest = entry.manifest.as_deref()?;
+    let (len, size) = (entry.probed.file.identity().size, entry.probed.virtual_size());
+    let grown = manifest.file_size != 0 && len > manifest.file_size;
+    // Of a file that cannot be read the size is not known.
+    let resized = size != manifest.virtual_size && entry.probed.info().is_some();
+    (grown || resized).then(|| {
+        let what = "changed since it was published: it may hold a later state than its name says";
+        Finding::warning(Kind::Changed, &entry.path, what)
+    })
 }
 
 /// Plain roots that carry qcow2 increments: backups of raw disks have raw increments, so such a

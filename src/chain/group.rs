@@ -6,10 +6,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::Level;
-use super::name::{Name, Promise, promise};
+use super::name::{Name, Promise, parse_partial, promise};
 use super::probe::Content;
 use super::scan::{FileEntry, FileId, Folder, Tree};
-use crate::error::{Error, Finding, Kind};
+use crate::error::{Error, Finding, Kind, Severity};
 
 /// A file as a member of a disk.
 pub(super) struct Belongs {
@@ -33,8 +33,13 @@ pub(super) struct Group {
     pub findings: Vec<Finding>,
 }
 
-/// Sorts a folder's files into disks. `claimed` files are parts of others (external data files).
-pub(super) fn group(tree: &Tree, folder: &Folder, claimed: &HashSet<FileId>) -> Vec<Group> {
+/// Sorts a folder's files into disks; also what was found that belongs to none. `claimed` files are
+/// parts of others (external data files).
+pub(super) fn group(
+    tree: &Tree,
+    folder: &Folder,
+    claimed: &HashSet<FileId>,
+) -> (Vec<Group>, Vec<Finding>) {
     let mut sorter = Sorter { tree, folder, disks: BTreeMap::new(), images: Vec::new() };
     let files: Vec<FileId> =
         folder.files.iter().copied().filter(|f| !claimed.contains(f)).collect();
@@ -45,6 +50,9 @@ pub(super) fn group(tree: &Tree, folder: &Folder, claimed: &HashSet<FileId>) -> 
         sorter.by_neighbours(*file);
     }
     sorter.links();
+    for file in &files {
+        sorter.unfinished(*file);
+    }
     sorter.finish()
 }
 
@@ -101,6 +109,8 @@ impl Sorter<'_> {
             return;
         }
         let name = base_name(entry).to_os_string();
+        // With both links a copy has overwritten the FULL: COPY- sorts first, and rightly no
+        // increment lies on it.
         let linked = self.folder.links.iter().find(|l| l.disk == name);
         let has_increments = self.disks.get(&name).is_some_and(|m| {
             let has = |wanted: &[Level]| m.list.iter().any(|b| wanted.contains(&b.level));
@@ -145,8 +155,39 @@ impl Sorter<'_> {
         }
     }
 
-    fn finish(self) -> Vec<Group> {
+    /// Says that there is a backup that was never finished. Its time matters: qmpbackup forgets what
+    /// a failed increment was to copy, so that later ones lack it.
+    fn unfinished(&mut self, file: FileId) {
+        let path = &self.entry(file).path;
+        let Some((level, stamp, disk)) = parse_partial(base_name(self.entry(file))) else { return };
+        let what = "a backup that did not finish, or is still running: no point";
+        let mut finding = Finding::warning(Kind::Incomplete, path, what);
+        let members = self.disks.entry(disk).or_default();
+        let later = members.list.iter().any(|b| {
+            let entry = &self.tree.files[b.file];
+            b.level == Level::Inc && b.stamp > stamp && entry.manifest.is_none()
+        });
+        if level == Level::Inc && later {
+            finding.message =
+                "a backup that did not finish: if qmpbackup made it, increments after it may lack \
+                 what it was to copy"
+                    .into();
+        } else {
+            finding.severity = Severity::Note;
+        }
+        members.findings.push(finding);
+    }
+
+    /// The disks, and findings that belong to none.
+    fn finish(mut self) -> (Vec<Group>, Vec<Finding>) {
         let folder = &self.folder.relative;
+        let mut homeless = Vec::new();
+        self.disks.retain(|_, m| {
+            if m.list.is_empty() {
+                homeless.append(&mut m.findings);
+            }
+            !m.list.is_empty()
+        });
         let alone = self.disks.len() == 1;
         let mut groups = Vec::new();
         for (disk, members) in self.disks {
@@ -160,7 +201,7 @@ impl Sorter<'_> {
             let member = Belongs { file, level: Level::Image, stamp: None, aliases: Vec::new() };
             groups.push(Group { path, members: vec![member], findings: Vec::new() });
         }
-        groups
+        (groups, homeless)
     }
 }
 

@@ -312,3 +312,27 @@ pub(super) fn normalise(folder: &Path, path: &Path) -> Option<PathBuf> {
     }
     Some(clean)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_plain_paths_are_pointers() {
+        let split = |p: &str| split_pointer(p).ok().map(|(d, n)| (d, n.into_string().unwrap()));
+        assert_eq!(split("a"), Some(("".into(), "a".into())));
+        assert_eq!(split("../x/a"), Some(("../x".into(), "a".into())));
+        assert_eq!(split("/x/a:b"), Some(("/x".into(), "a:b".into())));
+        for bad in ["", "/", "..", "a/..", "a/", "nbd:x", "json:{}", "file:a", "https://h/a"] {
+            assert_eq!(split(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn paths_are_made_plain_without_touching_a_file() {
+        let at = |p: &str| normalise(Path::new("/b/d"), Path::new(p));
+        assert_eq!(at("./../e//f"), Some("/b/e/f".into()));
+        assert_eq!(at("/x/../y"), Some("/y".into()));
+        assert_eq!(at("../../../../etc/hostname"), None);
+    }
+}

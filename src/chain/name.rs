@@ -83,6 +83,15 @@ pub fn parse_link(name: &OsStr) -> Option<(Level, &OsStr)> {
     }
 }
 
+/// The level, time and disk of a backup that is not finished, `<backup's name>.partial`.
+pub fn parse_partial(name: &OsStr) -> Option<(Level, Option<i64>, OsString)> {
+    let finished = name.as_bytes().strip_suffix(b".partial")?;
+    match parse(OsStr::from_bytes(finished)) {
+        Name::Backup { level, stamp, disk } => Some((level, stamp, disk)),
+        _ => None,
+    }
+}
+
 /// What the extension says, without regard to case.
 pub fn promise(name: &OsStr) -> Promise {
     let bytes = name.as_bytes();
@@ -220,6 +229,7 @@ mod tests {
             let name = OsStr::from_bytes(&bytes);
             parse(name);
             parse_link(name);
+            parse_partial(name);
             promise(name);
             to_text(name);
         }

@@ -71,10 +71,7 @@ impl ProbeCache {
         previous: Option<&ProbeCache>,
     ) -> Arc<Probed> {
         let now = Identity::of(meta);
-        let known = previous.and_then(|p| p.files.get(path)).filter(|p| {
-            let before = p.file.identity();
-            (before.dev, before.ino) == (now.dev, now.ino) && !before.contents_may_differ(&now)
-        });
+        let known = previous.and_then(|p| p.files.get(path)).filter(|p| p.still_holds(&now));
         let probed = match known {
             Some(p) => p.clone(),
             None => Arc::new(look(path, meta, now, look_inside)),
@@ -89,7 +86,8 @@ impl ProbeCache {
         let at = manifest::manifest_path(dir, image);
         let Ok(meta) = std::fs::symlink_metadata(&at) else { return Ok(None) };
         let now = Identity::of(&meta);
-        let known = previous.and_then(|p| p.manifests.get(&at)).filter(|(id, _)| *id == now);
+        let known = previous.and_then(|p| p.manifests.get(&at));
+        let known = known.filter(|(id, read)| *id == now && read.is_ok());
         let entry = match known {
             Some(e) => e.clone(),
             None => {
@@ -149,6 +147,11 @@ fn look_at_content(file: &SourceFile, magic: &mut bool) -> Result<Content> {
     })
 }
 
+/// Whether reading the same bytes again would fail in the same way.
+fn is_lasting(kind: Kind) -> bool {
+    matches!(kind, Kind::Corrupt | Kind::Truncated | Kind::Unsupported | Kind::Encrypted)
+}
+
 /// Formats that would be wrong data if they were taken for raw images.
 fn foreign(start: &[u8]) -> Option<&'static str> {
     const MAGICS: [(&[u8], &str); 11] = [
@@ -168,6 +171,17 @@ fn foreign(start: &[u8]) -> Option<&'static str> {
 }
 
 impl Probed {
+    /// Whether all of this is still true of a file that now looks like `now`.
+    fn still_holds(&self, now: &Identity) -> bool {
+        let before = self.file.identity();
+        // What the operating system said may be different the next time: no memory, too many files.
+        let passing = matches!(&self.content, Content::Bad(f) if !is_lasting(f.kind));
+        (before.dev, before.ino) == (now.dev, now.ino)
+            && !before.contents_may_differ(now)
+            && !passing
+            && self.file.check_unchanged().is_ok()
+    }
+
     /// What the header says, if there is one that can be used.
     pub fn info(&self) -> Option<&ImageInfo> {
         match &self.content {

@@ -25,6 +25,8 @@ pub struct Cli {
 pub enum Command {
     List(super::list::ListArgs),
     Map(super::map::MapArgs),
+    Mount(super::mount::MountArgs),
+    Umount(super::umount::UmountArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

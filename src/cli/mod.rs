@@ -2,10 +2,18 @@
 //! [`crate::error::Kind::table`].
 
 mod args;
+mod daemon;
 mod docs;
 mod list;
+mod logging;
 mod map;
+mod mount;
+mod mountinfo;
+mod options;
+mod serve;
+mod umount;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -13,10 +21,16 @@ use clap::Parser;
 
 use crate::error::{Error, Kind, Result};
 use args::{Cli, Command};
+use options::Helper;
 
 /// Runs the program and says how it ended.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let cli = match options::helper(&args) {
+        Helper::No => Cli::parse_from(args),
+        Helper::Run(args) => Cli::parse_from(args),
+        Helper::Nothing => return ExitCode::SUCCESS,
+    };
     init_logging(&cli);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -31,6 +45,8 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
+        Command::Mount(a) => mount::mount(a),
+        Command::Umount(a) => umount::umount(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }
@@ -47,12 +63,12 @@ fn init_logging(cli: &Cli) {
     // fuser is chatty one level below ours.
     let filter = format!("{level},fuser=warn");
     let env = env_logger::Env::new().filter_or("FLEECEFS_LOG", filter);
-    env_logger::Builder::from_env(env)
-        .format(|out, r| {
-            let level = r.level().as_str().to_ascii_lowercase();
-            writeln!(out, "{} fleecefs {level}: {}", out.timestamp_seconds(), r.args())
-        })
-        .init();
+    let mut builder = env_logger::Builder::from_env(env);
+    builder.format(|out, r| {
+        let level = r.level().as_str().to_ascii_lowercase();
+        writeln!(out, "{} fleecefs {level}: {}", out.timestamp_seconds(), r.args())
+    });
+    logging::start(builder.build());
 }
 
 /// Writes to standard output. A reader that went away (`| head`) is not an error.

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::error::{Finding, Result};
 use crate::extent::{Content, Extent, ExtentList};
-use crate::layer::{Layer, LayerMap, Mapping};
+use crate::layer::{Layer, Mapping};
 
 /// Where the bytes of a folded extent come from. `layer` counts from the bottom of the point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +117,7 @@ pub struct Known<'a> {
 /// One fold in progress.
 pub struct Fold {
     pieces: Vec<FoldedExtent>,
+    /// What is not covered yet, ascending.
     pending: Vec<Range<u64>>,
     next: Vec<Range<u64>>,
     findings: Vec<Finding>,
@@ -143,14 +144,19 @@ impl Fold {
     /// Asks one more layer, number `index` from the bottom.
     pub fn add_layer(&mut self, index: u16, layer: &dyn Layer) {
         let size = layer.size();
-        for range in std::mem::take(&mut self.pending) {
-            let inside = range.start.min(size)..range.end.min(size);
-            if !inside.is_empty() {
-                let LayerMap { extents, findings, suppressed } = layer.map(inside.clone());
-                debug_assert_eq!(extents.check(&inside), Ok(()));
-                self.take(index, &extents, &inside);
-                self.note(findings, suppressed);
+        let pending = std::mem::take(&mut self.pending);
+        let (Some(first), Some(last)) = (pending.first(), pending.last()) else { return };
+        // One question for all that is pending: deep in a chain that is hundreds of small ranges,
+        // and a layer answers a whole window nearly as fast as one of them.
+        let hull = first.start.min(size)..last.end.min(size);
+        if !hull.is_empty() {
+            let map = layer.map(hull.clone());
+            debug_assert_eq!(map.extents.check(&hull), Ok(()));
+            if self.take(index, &map.extents, &pending) {
+                self.note(map.findings, map.suppressed);
             }
+        }
+        for range in pending.iter().rev().take_while(|r| r.end > size) {
             self.push(range.start.max(size)..range.end, Source::Zero { layer: index });
         }
         self.pending = std::mem::take(&mut self.next);
@@ -188,13 +194,25 @@ impl Fold {
         Ok(Folded { extents, findings: self.findings })
     }
 
-    fn take(&mut self, index: u16, extents: &ExtentList<Mapping>, inside: &Range<u64>) {
-        for e in extents.clipped(inside.clone()) {
-            match Source::of(e.content, index) {
-                Some(content) => self.pieces.push(Extent { start: e.start, len: e.len, content }),
-                None => self.next.push(e.start..e.end()),
+    /// Takes over what a layer says about the pending ranges; both are ascending. Says whether
+    /// anything bad was among it: what is bad under data of upper layers does not matter here.
+    fn take(&mut self, index: u16, map: &ExtentList<Mapping>, pending: &[Range<u64>]) -> bool {
+        let mut bad = false;
+        let mut extents = map.as_slice();
+        for range in pending {
+            let behind = extents.iter().take_while(|e| e.end() <= range.start).count();
+            extents = &extents[behind..];
+            for e in extents.iter().map_while(|e| e.clip(range)) {
+                bad |= e.content == Mapping::Bad;
+                match Source::of(e.content, index) {
+                    Some(content) => {
+                        self.pieces.push(Extent { start: e.start, len: e.len, content })
+                    }
+                    None => self.next.push(e.start..e.end()),
+                }
             }
         }
+        bad
     }
 
     fn push(&mut self, range: Range<u64>, content: Source) {
@@ -217,6 +235,7 @@ impl Fold {
 mod tests {
     use super::*;
     use crate::error::{Error, Kind};
+    use crate::layer::LayerMap;
     use crate::storage::{MemStorage, ReadAt};
     use proptest::prelude::*;
 

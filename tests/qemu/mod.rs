@@ -82,8 +82,8 @@ impl Chain {
     }
 
     /// Adds a point: an empty image with `options` (`qemu-img create -o`), then `ops` by qemu-io.
-    /// An INC is written over its predecessor, so that partial clusters are copied up, and loses
-    /// its backing pointer afterwards, as a backup job leaves it.
+    /// An INC is written over its predecessors, so that partial clusters are copied up;
+    /// [`Chain::finish`] takes the links away.
     pub fn point(&mut self, options: &str, size: u64, ops: &[String]) -> PathBuf {
         let previous = self.files.last().cloned();
         let path = self.next_path();
@@ -99,10 +99,16 @@ impl Chain {
         args.extend([p, &size]);
         run("qemu-img", &args);
         qemu_io(&path, ops);
-        if previous.is_some() {
+        path
+    }
+
+    /// Takes the backing pointers out of all INCs, as a backup job leaves them.
+    pub fn finish(self) -> Self {
+        for file in self.files.iter().skip(1) {
+            let p = file.to_str().unwrap();
             run("qemu-img", &["rebase", "-q", "-u", "-b", "", "-f", "qcow2", p]);
         }
-        path
+        self
     }
 }
 

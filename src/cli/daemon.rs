@@ -1,0 +1,126 @@
+//! Going into the background.
+//!
+//! The process forks before it has a second thread. The parent waits on a pipe: a zero byte says
+//! that all is ready, another byte is the exit code of a child that has already told why, and
+//! the pipe's end without a byte is a child that died. Until it is ready the child keeps the
+//! terminal, so that its errors are seen; then it lets go of it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::path::Path;
+
+use super::logging::{self, Sink};
+use crate::error::{Error, Kind, Result};
+
+/// Opens the log file, now, so that a wrong name is told to the user.
+///
+/// # Errors
+/// It cannot be opened for appending.
+pub fn open_log(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map_err(|e| Error::io(e, "cannot open the log file").at_path(path))
+}
+
+/// Runs `work` in a background process and returns when it calls its argument. Logs go to `log`
+/// from then on, or to the system log. Must be called while there is one thread only.
+///
+/// # Errors
+/// No process can be made, or it died; where `work` fails first, the process tells why and this
+/// one ends with the same exit code.
+pub fn background(
+    log: Option<File>,
+    work: impl FnOnce(Box<dyn FnOnce() -> Result<()>>) -> Result<()>,
+) -> Result<()> {
+    let (mut from_child, to_parent) = pipe()?;
+    // SAFETY: there is one thread, so the child may do anything after the fork.
+    match unsafe { libc::fork() } {
+        -1 => Err(Error::io(std::io::Error::last_os_error(), "cannot go into the background")),
+        0 => {
+            drop(from_child);
+            std::process::exit(child(to_parent, log, work))
+        }
+        pid => {
+            drop(to_parent);
+            let mut code = [0];
+            match from_child.read(&mut code) {
+                Ok(1) if code[0] == 0 => Ok(()),
+                Ok(1) => std::process::exit(i32::from(code[0])),
+                _ => Err(died(pid)),
+            }
+        }
+    }
+}
+
+fn pipe() -> Result<(File, File)> {
+    let mut fds = [0; 2];
+    // SAFETY: room for two descriptors.
+    if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+        return Err(Error::io(std::io::Error::last_os_error(), "cannot make a pipe"));
+    }
+    // SAFETY: two fresh descriptors.
+    Ok(unsafe { (File::from_raw_fd(fds[0]), File::from_raw_fd(fds[1])) })
+}
+
+fn died(pid: libc::pid_t) -> Error {
+    let mut status = 0;
+    // SAFETY: the pointer is valid for the call.
+    unsafe { libc::waitpid(pid, &mut status, 0) };
+    let text = format!("the background process ended before it was ready (status {status:#x})");
+    Error::new(Kind::Io, text)
+}
+
+/// The child's whole life; returns its exit code.
+fn child(
+    mut to_parent: File,
+    log: Option<File>,
+    work: impl FnOnce(Box<dyn FnOnce() -> Result<()>>) -> Result<()>,
+) -> i32 {
+    // SAFETY: cannot fail in a fresh child.
+    unsafe { libc::setsid() };
+    let told = std::rc::Rc::new(std::cell::Cell::new(false));
+    let mut pipe = match to_parent.try_clone() {
+        Ok(pipe) => Some(pipe),
+        Err(_) => None,
+    };
+    let ready_told = told.clone();
+    let ready = move || {
+        let mut pipe = pipe.take().ok_or_else(|| Error::new(Kind::Io, "no descriptor is left"))?;
+        let_go(log)?;
+        ready_told.set(true);
+        pipe.write_all(&[0]).map_err(|e| Error::io(e, "cannot tell that the mount is ready"))
+    };
+    match work(Box::new(ready)) {
+        Ok(()) => 0,
+        Err(e) if told.get() => {
+            log::error!("{}", e.report());
+            i32::from(e.kind().exit_code())
+        }
+        Err(e) => {
+            eprintln!("fleecefs: {}", e.report());
+            let code = e.kind().exit_code();
+            let _ = to_parent.write_all(&[code]);
+            i32::from(code)
+        }
+    }
+}
+
+/// Lets go of terminal, pipes and the current folder.
+fn let_go(log: Option<File>) -> Result<()> {
+    let null = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(|e| Error::io(e, "cannot open").at_path("/dev/null"))?;
+    logging::redirect(log.map_or(Sink::System, Sink::File));
+    for fd in 0..=2 {
+        // SAFETY: both descriptors are valid or, for a closed standard stream, made valid.
+        unsafe { libc::dup2(null.as_raw_fd(), fd) };
+    }
+    // Not to keep a file system busy; a root that cannot be entered does no harm.
+    let _ = std::env::set_current_dir("/");
+    Ok(())
+}

@@ -1,0 +1,256 @@
+//! `fleecefs mount`.
+//!
+//! The order matters: the background process is forked before any thread exists, watches are set
+//! before the directory is read (so that no change falls between), and the command returns only
+//! after the mount has answered a first request.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{daemon, mountinfo, options, serve};
+use crate::error::{Error, Kind, Result};
+use crate::fuse::Access;
+use crate::units::parse_bytes;
+
+/// Mount a backup directory: every point of every disk becomes a raw image
+///
+/// Below MOUNTPOINT there is a folder per disk, and in it a file per point in time, named after the
+/// backup file with .raw appended; latest.raw leads to the newest, by-time/ to each by its date.
+/// .fleecefs/status.json tells what was found. Everything is read-only. New backups appear
+/// without remounting.
+#[derive(Debug, Clone, Default, Args)]
+#[command(after_help = "\
+Examples:
+  fleecefs mount /backups/vm1 /mnt/vm1
+  qemu-img convert /mnt/vm1/sda/latest.raw restored.qcow2
+  losetup -r -P --show -f /mnt/vm1/sda/latest.raw
+  fleecefs umount /mnt/vm1
+
+In /etc/fstab:
+  /backups/vm1  /mnt/vm1  fuse.fleecefs  noauto,allow_other,mode=0440,gid=backup  0 0")]
+pub struct MountArgs {
+    /// The backup directory
+    pub backups: PathBuf,
+
+    /// An existing directory to mount at
+    pub mountpoint: PathBuf,
+
+    /// Stay in the foreground and log to standard error
+    #[arg(short, long)]
+    pub foreground: bool,
+
+    /// Let other users in, as far as owner, group and mode of the files allow (see --mode)
+    #[arg(long, conflicts_with = "allow_root")]
+    pub allow_other: bool,
+
+    /// Let root in, too
+    #[arg(long)]
+    pub allow_root: bool,
+
+    /// Owner of all files [default: the user who mounts]
+    #[arg(long, value_name = "UID")]
+    pub uid: Option<u32>,
+
+    /// Group of all files [default: that of the user who mounts]
+    #[arg(long, value_name = "GID")]
+    pub gid: Option<u32>,
+
+    /// Permission bits of the files, octal; folders get x where files have r [default: 0400]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    pub mode: Option<u16>,
+
+    /// Memory for folded maps and decompressed clusters [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub cache_size: Option<u64>,
+
+    /// Threads that serve requests [default: one per processor, 2 to 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub threads: Option<u16>,
+
+    /// Unmount after this time without use (90, 90s, 15m, 2h) [default: never]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub idle_timeout: Option<Duration>,
+
+    /// Also look for new points at this interval [default: 10s on network file systems, else
+    /// only when the kernel reports a change]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub poll_interval: Option<Duration>,
+
+    /// Where the background process logs [default: the system log]
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+
+    /// The same options as mount(8) and /etc/fstab write them: allow_other,uid=1000,cache_size=1G
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+}
+
+/// Everything that was checked and decided before mounting.
+pub struct Plan {
+    /// The backup directory, absolute.
+    pub backups: PathBuf,
+    /// The mount point, absolute.
+    pub mountpoint: PathBuf,
+    /// Who may use it.
+    pub access: Access,
+    /// Owner and mode of the files.
+    pub owner: crate::fs::attr::Owner,
+    /// Bytes of cache.
+    pub cache_size: u64,
+    /// Serving threads.
+    pub threads: usize,
+    /// Unmount after so long without use.
+    pub idle_timeout: Option<Duration>,
+    /// Polling interval, if the user wants one.
+    pub poll_interval: Option<Duration>,
+}
+
+/// Runs `fleecefs mount`.
+pub fn mount(mut args: MountArgs) -> Result<()> {
+    for list in std::mem::take(&mut args.options) {
+        options::apply(&mut args, &list)?;
+    }
+    let plan = plan(&args)?;
+    if args.foreground {
+        return serve::serve(&plan, || Ok(()));
+    }
+    let log = args.log_file.as_deref().map(daemon::open_log).transpose()?;
+    daemon::background(log, |ready| serve::serve(&plan, ready))
+}
+
+fn plan(args: &MountArgs) -> Result<Plan> {
+    let backups = directory(&args.backups, "the backup directory")?;
+    let mountpoint = directory(&args.mountpoint, "the mount point")?;
+    check_apart(&backups, &mountpoint)?;
+    if let Some(mount) = mountinfo::find(&mountpoint)?.filter(|m| m.is_fleecefs()) {
+        let text = format!("{} is mounted here already", mount.source);
+        return Err(Error::new(Kind::Busy, text)
+            .at_path(&mountpoint)
+            .remedy("'fleecefs umount MOUNTPOINT' first"));
+    }
+    let access = access(args)?;
+    // SAFETY: these calls cannot fail.
+    let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+    let cores = std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, 8);
+    let owner = crate::fs::attr::Owner {
+        uid: args.uid.unwrap_or(uid),
+        gid: args.gid.unwrap_or(gid),
+        mode: args.mode.unwrap_or(0o400),
+    };
+    if access == Access::Everybody && args.mode.is_none() && args.uid.is_none() {
+        log::warn!("--allow-other without --mode: only the owner and root may read the files");
+    }
+    Ok(Plan {
+        backups,
+        mountpoint,
+        access,
+        owner,
+        cache_size: args.cache_size.unwrap_or(64 << 20),
+        threads: args.threads.map_or(cores, usize::from),
+        idle_timeout: args.idle_timeout,
+        poll_interval: args.poll_interval,
+    })
+}
+
+fn directory(path: &Path, what: &str) -> Result<PathBuf> {
+    let absolute = path.canonicalize().map_err(|e| {
+        let dead = e.raw_os_error() == Some(libc::ENOTCONN);
+        let error = Error::io(e, format!("cannot use {what}")).at_path(path);
+        if dead { error.remedy("a dead mount is in the way: fleecefs umount it") } else { error }
+    })?;
+    if !absolute.is_dir() {
+        return Err(Error::new(Kind::Usage, format!("{what} is not a directory")).at_path(path));
+    }
+    Ok(absolute)
+}
+
+/// Neither may lie inside the other: the mount would cover what it reads, or find itself.
+fn check_apart(backups: &Path, mountpoint: &Path) -> Result<()> {
+    if backups.starts_with(mountpoint) || mountpoint.starts_with(backups) {
+        let text = "the mount point and the backup directory must not lie inside each other";
+        return Err(Error::new(Kind::Usage, text).at_path(mountpoint));
+    }
+    Ok(())
+}
+
+fn access(args: &MountArgs) -> Result<Access> {
+    let access = match (args.allow_other, args.allow_root) {
+        (true, true) => {
+            return Err(super::usage("allow_other and allow_root exclude each other"));
+        }
+        (true, false) => Access::Everybody,
+        (false, true) => Access::Root,
+        (false, false) => return Ok(Access::Owner),
+    };
+    // SAFETY: geteuid cannot fail.
+    let is_root = unsafe { libc::geteuid() } == 0;
+    let config = Path::new("/etc/fuse.conf");
+    if !is_root && !std::fs::read_to_string(config).is_ok_and(|text| allows_others(&text)) {
+        let text = "--allow-other and --allow-root need 'user_allow_other' there";
+        return Err(Error::new(Kind::Permission, text)
+            .at_path(config)
+            .remedy("ask the administrator to add a line 'user_allow_other', or mount as root"));
+    }
+    Ok(access)
+}
+
+fn allows_others(config: &str) -> bool {
+    config.lines().any(|l| l.trim() == "user_allow_other")
+}
+
+/// `0440`, `440`: permission bits. What could not be done on a read-only mount is refused.
+pub(super) fn parse_mode(text: &str) -> std::result::Result<u16, String> {
+    let mode = u16::from_str_radix(text, 8).map_err(|_| format!("'{text}' is not octal"))?;
+    if mode & !0o444 != 0 {
+        return Err(format!("'{text}' has bits other than r; the mount is read-only"));
+    }
+    Ok(mode)
+}
+
+/// `90`, `90s`, `15m`, `2h`.
+pub(super) fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
+    let wrong = || format!("'{text}' is not a time; write 90, 90s, 15m or 2h");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
+    let factor = match &text[digits..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(wrong()),
+    };
+    match number.checked_mul(factor) {
+        // A hundred years; more makes no sense to any clock.
+        Some(s) if (1..=3_155_760_000).contains(&s) => Ok(Duration::from_secs(s)),
+        _ => Err(wrong()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_and_times_read_as_written() {
+        assert_eq!(parse_mode("0440"), Ok(0o440));
+        assert!(parse_mode("0640").is_err() && parse_mode("rw").is_err());
+        assert_eq!(parse_duration("15m"), Ok(Duration::from_secs(900)));
+        for bad in ["", "0", "1d", "m", "99999999999999999999", "9999999999999999h"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_commented_line_allows_nothing() {
+        assert!(allows_others("# x\nuser_allow_other\n"));
+        assert!(!allows_others("#user_allow_other\n") && !allows_others(""));
+    }
+
+    #[test]
+    fn nesting_is_refused_and_common_prefixes_are_not() {
+        let check = |a: &str, b: &str| check_apart(Path::new(a), Path::new(b)).is_ok();
+        assert!(!check("/b", "/b") && !check("/b", "/b/mnt") && !check("/m/b", "/m"));
+        assert!(check("/b", "/b2"));
+    }
+}

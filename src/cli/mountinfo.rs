@@ -1,0 +1,170 @@
+//! What is mounted where (`/proc/self/mountinfo`), and unmounting.
+//!
+//! Nothing here touches the mount itself, so a mount whose server hangs or is dead cannot
+//! stop it from being unmounted.
+
+use std::ffi::{CString, OsString};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::{Error, Kind, Result};
+
+/// One line of `/proc/self/mountinfo`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// Where.
+    pub path: PathBuf,
+    /// Device number, `major:minor`.
+    pub dev: String,
+    /// File system type.
+    pub fstype: String,
+    /// The source, as shown by `mount`.
+    pub source: String,
+}
+
+impl Mount {
+    /// Whether it is one of ours.
+    pub fn is_fleecefs(&self) -> bool {
+        self.fstype == "fuse.fleecefs"
+    }
+
+    fn parse(line: &str) -> Option<Mount> {
+        let (front, back) = line.split_once(" - ")?;
+        let front: Vec<&str> = front.split(' ').collect();
+        let mut back = back.split(' ');
+        Some(Mount {
+            dev: (*front.get(2)?).to_string(),
+            path: PathBuf::from(unescape(front.get(4)?)),
+            fstype: back.next()?.to_string(),
+            source: unescape(back.next()?).to_string_lossy().into_owned(),
+        })
+    }
+
+    fn liveness_name(&self) -> String {
+        format!("fleecefs-mount-{}", self.dev)
+    }
+
+    /// A socket that lives as long as the process that serves this mount; it is never answered.
+    pub fn announce(&self) -> std::io::Result<UnixListener> {
+        UnixListener::bind_addr(&SocketAddr::from_abstract_name(self.liveness_name())?)
+    }
+
+    /// Connects to that socket: the connection ends when the serving process does.
+    pub fn liveness(&self) -> Option<UnixStream> {
+        let address = SocketAddr::from_abstract_name(self.liveness_name()).ok()?;
+        UnixStream::connect_addr(&address).ok()
+    }
+}
+
+/// `\040` and its like, as the kernel escapes them.
+fn unescape(text: &str) -> OsString {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut i = 0;
+    while i < bytes.len() {
+        let octal = bytes.get(i + 1..i + 4).filter(|_| bytes[i] == b'\\');
+        let value = octal.and_then(|o| std::str::from_utf8(o).ok());
+        match value.and_then(|v| u8::from_str_radix(v, 8).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                i += 4;
+            }
+            None => {
+                out.push(bytes[i]);
+                i += 1;
+            }
+        }
+    }
+    OsString::from_vec(out)
+}
+
+/// What is mounted at `path`, which must be absolute and without links; the topmost of several.
+///
+/// # Errors
+/// The list cannot be read.
+pub fn find(path: &Path) -> Result<Option<Mount>> {
+    let list = "/proc/self/mountinfo";
+    let text = std::fs::read(list)
+        .map_err(|e| Error::io(e, "cannot read the list of mounts").at_path(list))?;
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.lines().filter_map(Mount::parse).rfind(|m| m.path == path))
+}
+
+/// Unmounts what is at `path`: directly, or with fusermount where the kernel wants root.
+///
+/// # Errors
+/// `Busy` if it is in use, `NotFound` if nothing is mounted there, `Permission`.
+pub fn unmount(path: &Path, lazy: bool) -> Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| Error::new(Kind::Usage, "a path with a zero byte").at_path(path))?;
+    let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
+    // SAFETY: the path is a C string.
+    if unsafe { libc::umount2(name.as_ptr(), flags) } == 0 {
+        return Ok(());
+    }
+    let e = std::io::Error::last_os_error();
+    match e.raw_os_error() {
+        Some(libc::EPERM) => with_fusermount(path, lazy),
+        Some(libc::EBUSY) => Err(busy(path)),
+        Some(libc::EINVAL) => {
+            Err(Error::new(Kind::NotFound, "nothing is mounted here").at_path(path))
+        }
+        _ => Err(Error::io(e, "cannot unmount").at_path(path)),
+    }
+}
+
+fn busy(path: &Path) -> Error {
+    Error::new(Kind::Busy, "still in use: a file is open or a process works inside")
+        .at_path(path)
+        .remedy("close it (fuser -vm, losetup -a), or detach with --lazy")
+}
+
+fn with_fusermount(path: &Path, lazy: bool) -> Result<()> {
+    for program in ["fusermount3", "fusermount"] {
+        let mut command = Command::new(program);
+        command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(path);
+        match command.output() {
+            Ok(out) if out.status.success() => return Ok(()),
+            Ok(out) => {
+                let text = String::from_utf8_lossy(&out.stderr).trim().to_string();
+                if text.contains("busy") {
+                    return Err(busy(path));
+                }
+                return Err(Error::new(Kind::Permission, text).at_path(path));
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(e, format!("cannot run {program}"))),
+        }
+    }
+    Err(Error::new(Kind::Permission, "only root may unmount without fusermount3")
+        .at_path(path)
+        .remedy("install the package fuse3"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_the_kernel_are_read() {
+        let line =
+            "77 29 0:51 / /mnt/a\\040b ro,nosuid shared:1 - fuse.fleecefs /b\\134x ro,user_id=0";
+        let mount = Mount::parse(line).unwrap();
+        assert_eq!(mount.path, Path::new("/mnt/a b"));
+        assert_eq!((mount.dev.as_str(), mount.source.as_str()), ("0:51", "/b\\x"));
+        assert!(mount.is_fleecefs());
+        assert_eq!(Mount::parse("garbage"), None);
+    }
+
+    #[test]
+    fn the_root_is_mounted_and_a_plain_folder_is_not() {
+        assert!(find(Path::new("/")).unwrap().is_some());
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(find(dir.path()).unwrap(), None);
+        let e = unmount(dir.path(), false).unwrap_err();
+        assert!(matches!(e.kind(), Kind::NotFound | Kind::Permission));
+    }
+}

@@ -1,0 +1,190 @@
+//! Options as mount(8) and fstab write them, and the command line of a mount helper.
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use super::mount::{MountArgs, parse_duration, parse_mode};
+use crate::error::Result;
+use crate::units::parse_bytes;
+
+/// Options of mount(8) and its friends that say nothing to us: what is always so here, and what
+/// others act on.
+const IGNORED: [&str; 38] = [
+    "defaults",
+    "ro",
+    "rw",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "nofail",
+    "_netdev",
+    "dev",
+    "nodev",
+    "suid",
+    "nosuid",
+    "exec",
+    "noexec",
+    "atime",
+    "noatime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "nostrictatime",
+    "diratime",
+    "nodiratime",
+    "lazytime",
+    "nolazytime",
+    "sync",
+    "async",
+    "dirsync",
+    "silent",
+    "loud",
+    "nosymfollow",
+    "default_permissions",
+    "nonempty",
+    "iversion",
+    "noiversion",
+];
+
+/// Applies a comma-separated list.
+///
+/// # Errors
+/// `Usage` for an unknown option, a value that makes no sense, or one that is missing.
+pub fn apply(args: &mut MountArgs, list: &str) -> Result<()> {
+    let sloppy = list.split(',').any(|o| o == "sloppy");
+    for option in list.split(',').map(str::trim).filter(|o| !o.is_empty()) {
+        let (key, value) = match option.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (option, None),
+        };
+        let key = key.replace('-', "_");
+        if !set(args, &key, value)? && !is_ignored(&key) && !sloppy {
+            return Err(super::usage(format!("unknown mount option '{option}'"))
+                .remedy("'fleecefs mount --help' lists them all"));
+        }
+    }
+    Ok(())
+}
+
+fn is_ignored(key: &str) -> bool {
+    const PREFIXES: [&str; 2] = ["x_", "X_"];
+    const WITH_VALUE: [&str; 4] = ["comment", "fsname", "subtype", "sloppy"];
+    IGNORED.contains(&key)
+        || WITH_VALUE.contains(&key)
+        || PREFIXES.iter().any(|p| key.starts_with(p))
+}
+
+/// Sets one option; false if there is none of that name.
+fn set(args: &mut MountArgs, key: &str, value: Option<&str>) -> Result<bool> {
+    let need = || {
+        value.ok_or_else(|| super::usage(format!("mount option '{key}' needs a value: {key}=…")))
+    };
+    let number =
+        |text: &str| text.parse().map_err(|_| super::usage(format!("{key}={text}: not a number")));
+    let wrong = |e: String| super::usage(format!("mount option '{key}': {e}"));
+    match key {
+        "allow_other" => args.allow_other = true,
+        "allow_root" => args.allow_root = true,
+        "foreground" => args.foreground = true,
+        "uid" => args.uid = Some(number(need()?)?),
+        "gid" => args.gid = Some(number(need()?)?),
+        "mode" => args.mode = Some(parse_mode(need()?).map_err(wrong)?),
+        "cache_size" => args.cache_size = Some(parse_bytes(need()?).map_err(wrong)?),
+        "threads" => args.threads = Some(threads(number(need()?)?)?),
+        "idle_timeout" => args.idle_timeout = Some(parse_duration(need()?).map_err(wrong)?),
+        "poll_interval" => args.poll_interval = Some(parse_duration(need()?).map_err(wrong)?),
+        "log_file" => args.log_file = Some(need()?.into()),
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+fn threads(n: u32) -> Result<u16> {
+    match u16::try_from(n) {
+        Ok(n @ 1..=128) => Ok(n),
+        _ => Err(super::usage("threads must be from 1 to 128")),
+    }
+}
+
+/// What the command line asks for when the program is run as a mount helper.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Helper {
+    /// It is not.
+    No,
+    /// Continue with this command line.
+    Run(Vec<OsString>),
+    /// `mount -f`: do everything but mount.
+    Nothing,
+}
+
+/// Recognises `mount.fleecefs` and `mount.fuse.fleecefs` (names by which mount(8) calls us), and
+/// `fleecefs /SOURCE /TARGET …`, the way mount.fuse does.
+pub fn helper(args: &[OsString]) -> Helper {
+    let name = args.first().and_then(|a| Path::new(a).file_name());
+    let is_helper = [Some(OsStr::new("mount.fleecefs")), Some(OsStr::new("mount.fuse.fleecefs"))]
+        .contains(&name);
+    let by_path = args.len() >= 3 && args[1].to_string_lossy().starts_with('/');
+    if !is_helper && !by_path {
+        return Helper::No;
+    }
+    if is_helper && args.iter().skip(1).any(|a| a == "--help" || a == "-h") {
+        return Helper::Run(vec!["fleecefs".into(), "mount".into(), "--help".into()]);
+    }
+    let mut run: Vec<OsString> = vec!["fleecefs".into(), "mount".into()];
+    let mut rest = args.iter().skip(1);
+    while let Some(arg) = rest.next() {
+        match arg.to_string_lossy().as_ref() {
+            "-f" => return Helper::Nothing,
+            "-s" => run.extend(["-o".into(), "sloppy".into()]),
+            "-n" | "-v" => {}
+            "-N" | "-t" => drop(rest.next()),
+            _ => run.push(arg.clone()),
+        }
+    }
+    Helper::Run(run)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    fn applied(list: &str) -> Result<MountArgs> {
+        let mut args = MountArgs::default();
+        apply(&mut args, list).map(|()| args)
+    }
+
+    #[test]
+    fn fstab_lines_map_onto_the_same_options() {
+        let list = "rw,noauto,nofail,_netdev,x-systemd.automount,allow_other,uid=7,mode=0444,\
+            cache-size=1G,idle_timeout=5m,defaults";
+        let args = applied(list).unwrap();
+        assert!(args.allow_other && args.uid == Some(7) && args.mode == Some(0o444));
+        assert_eq!(args.cache_size, Some(1 << 30));
+    }
+
+    #[test]
+    fn unknown_options_and_bad_values_are_named() {
+        for bad in ["frobnicate", "uid", "uid=x", "mode=9", "threads=0", "cache_size=1Q"] {
+            let e = applied(bad).unwrap_err();
+            assert_eq!(e.kind(), Kind::Usage, "{bad}");
+            assert!(e.message().contains(bad.split('=').next().unwrap()), "{}", e.message());
+        }
+        assert!(applied("frobnicate,sloppy").is_ok());
+    }
+
+    #[test]
+    fn helper_names_and_flags() {
+        let args = |list: &[&str]| list.iter().map(OsString::from).collect::<Vec<_>>();
+        assert_eq!(helper(&args(&["fleecefs", "list", "/b"])), Helper::No);
+        let want = Helper::Run(args(&["fleecefs", "mount", "/b", "/m", "-o", "rw"]));
+        let by_type = ["/sbin/mount.fuse.fleecefs", "/b", "/m", "-n", "-t", "x", "-o", "rw"];
+        assert_eq!(helper(&args(&by_type)), want);
+        assert_eq!(helper(&args(&["fleecefs", "/b", "/m", "-o", "rw"])), want);
+        assert_eq!(helper(&args(&["mount.fleecefs", "/b", "/m", "-f"])), Helper::Nothing);
+    }
+}

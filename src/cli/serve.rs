@@ -1,0 +1,219 @@
+//! The life of a mount, in whichever process serves it.
+//!
+//! Threads: those of [`crate::fuse`] that serve requests; `watch`, which looks at the backup
+//! directory again, swaps the tree and tells the kernel; `control`, which unmounts on a signal or
+//! when idle; and the first, which waits for the end.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::mount::Plan;
+use super::mountinfo::{self, Mount};
+use crate::chain::scan::{self, ProbeCache, ScanOptions};
+use crate::error::{Error, Kind, Result};
+use crate::fs::FileSystem;
+use crate::fs::watch::{Waker, Watch};
+use crate::fuse::{self, Mounted, Notify};
+use crate::image::Cache;
+
+/// How far the kernel reads ahead: several of its largest requests, so that all threads have work.
+const READ_AHEAD_KB: u32 = 4096;
+/// How often the control thread looks whether there is something to do.
+const TICK: Duration = Duration::from_millis(500);
+/// Dropping a catalog of long chains must not run out of stack.
+const WATCH_STACK: usize = 16 << 20;
+
+/// Mounts, calls `ready` once the mount answers, and serves until it is unmounted.
+///
+/// # Errors
+/// Mounting failed, or the connection to the kernel broke.
+pub fn serve(plan: &Plan, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+    raise_file_limit();
+    log_panics();
+    let signals = signals()?;
+    let waker = Waker::new().map_err(|e| Error::io(e, "cannot make an eventfd"))?;
+    let waker = Arc::new(waker);
+    // First the watches, then the scan: what changes in between is noticed.
+    let watch = Watch::new(&plan.backups, plan.poll_interval);
+    let (catalog, probes) = scan::scan(&plan.backups, &ScanOptions::default(), None)?;
+    if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
+        log::warn!("{}: no point can be served", plan.backups.display());
+    }
+    let cache = Cache::new(plan.cache_size);
+    let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());
+    let fs = Arc::new(fs);
+    let mounted = fuse::mount(fs.clone(), &plan.mountpoint, &fuse_options(plan))?;
+    let _alive = settle(&plan.mountpoint)?;
+    let refresh = Refresh { fs: fs.clone(), notify: mounted.notifier(), probes };
+    start("watch", WATCH_STACK, move || refresh.run(watch, &waker))?;
+    control(plan, &fs, signals)?;
+    ready()?;
+    log::info!("{} is mounted at {}", plan.backups.display(), plan.mountpoint.display());
+    finish(mounted, plan)
+}
+
+fn fuse_options(plan: &Plan) -> fuse::Options {
+    fuse::Options {
+        access: plan.access,
+        threads: plan.threads,
+        source: plan.backups.to_string_lossy().into_owned(),
+    }
+}
+
+fn finish(mounted: Mounted, plan: &Plan) -> Result<()> {
+    mounted.wait()?;
+    log::info!("{} is unmounted", plan.mountpoint.display());
+    Ok(())
+}
+
+/// Waits for the first answer, raises read-ahead and announces that this process is alive.
+fn settle(mountpoint: &Path) -> Result<Option<std::os::unix::net::UnixListener>> {
+    std::fs::metadata(mountpoint)
+        .map_err(|e| Error::io(e, "the mount does not answer").at_path(mountpoint))?;
+    let Some(mount) = mountinfo::find(mountpoint)? else {
+        return Err(Error::new(Kind::Io, "the mount is gone again").at_path(mountpoint));
+    };
+    let setting = format!("/sys/class/bdi/{}/read_ahead_kb", mount.dev);
+    if let Err(e) = std::fs::write(&setting, READ_AHEAD_KB.to_string()) {
+        log::info!("{setting}: cannot raise read-ahead: {e}");
+    }
+    Ok(mount.announce().ok())
+}
+
+/// What the watching thread needs to look again.
+struct Refresh {
+    fs: Arc<FileSystem>,
+    notify: Notify,
+    probes: ProbeCache,
+}
+
+impl Refresh {
+    fn run(mut self, watch: Watch, waker: &Waker) {
+        watch.run(waker, || {
+            let look = std::panic::AssertUnwindSafe(|| self.look());
+            if std::panic::catch_unwind(look).is_err() {
+                log::error!("looking at the backup directory again panicked; nothing was changed");
+            }
+        });
+    }
+
+    /// Reads the directory again. Where that fails, all stays as it is.
+    fn look(&mut self) {
+        let root = self.fs.tree().catalog.root.clone();
+        match scan::scan(&root, &ScanOptions::default(), Some(&self.probes)) {
+            Ok((catalog, probes)) => {
+                self.probes = probes;
+                let changes = self.fs.install(catalog);
+                self.notify.tell(&changes);
+                log::debug!("read {} again", root.display());
+            }
+            Err(e) => log::error!("kept the old points: {}", e.report()),
+        }
+    }
+}
+
+/// Starts the threads that unmount on SIGTERM, SIGINT, SIGHUP and when idle.
+fn control(plan: &Plan, fs: &Arc<FileSystem>, signals: Signals) -> Result<()> {
+    let mount = mountinfo::find(&plan.mountpoint)?;
+    let (tell, told) = channel();
+    start("signals", 0, move || forward(signals, &tell))?;
+    let control = Control {
+        mount,
+        idle_timeout: plan.idle_timeout.map(|t| t.as_secs()),
+        fs: fs.clone(),
+        told,
+    };
+    start("control", 0, move || control.run())
+}
+
+fn forward(mut signals: Signals, tell: &Sender<i32>) {
+    for signal in signals.forever() {
+        if tell.send(signal).is_err() {
+            return;
+        }
+    }
+}
+
+struct Control {
+    mount: Option<Mount>,
+    idle_timeout: Option<u64>,
+    fs: Arc<FileSystem>,
+    told: Receiver<i32>,
+}
+
+impl Control {
+    /// Waits for a reason to unmount. A busy mount is tried again until it is free; a second
+    /// signal detaches it at once, and the process ends with its last open file.
+    fn run(self) {
+        let mut signals = 0;
+        loop {
+            match self.told.recv_timeout(TICK) {
+                Ok(signal) => {
+                    signals += 1;
+                    log::info!("signal {signal}: unmounting");
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            let idle = self.idle_timeout.is_some_and(|t| self.fs.idle_seconds() >= t);
+            if (signals > 0 || idle) && self.unmount(signals) {
+                return;
+            }
+        }
+    }
+
+    /// Tries once; true if there is nothing left to do.
+    fn unmount(&self, signals: u32) -> bool {
+        let Some(mount) = &self.mount else { return true };
+        // Somebody may have unmounted it and mounted something else.
+        if !matches!(mountinfo::find(&mount.path), Ok(Some(m)) if m.dev == mount.dev) {
+            return true;
+        }
+        match mountinfo::unmount(&mount.path, signals > 1) {
+            Ok(()) => true,
+            Err(e) => {
+                log::debug!("{}; a second signal detaches it", e.report());
+                // Somebody works inside without reading: ask again after another idle time.
+                self.fs.touch();
+                false
+            }
+        }
+    }
+}
+
+fn signals() -> Result<Signals> {
+    Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| Error::io(e, "cannot listen for signals"))
+}
+
+fn start(name: &str, stack: usize, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let mut builder = std::thread::Builder::new().name(name.into());
+    if stack > 0 {
+        builder = builder.stack_size(stack);
+    }
+    builder
+        .spawn(work)
+        .map(drop)
+        .map_err(|e| Error::io(e, format!("cannot start the thread '{name}'")))
+}
+
+/// A point's layers are all open at once: as many files as the system allows.
+fn raise_file_limit() {
+    // SAFETY: plain data and valid pointers.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}
+
+/// A panic in the background must not vanish with standard error.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|info| log::error!("{info}")));
+}

@@ -1,0 +1,75 @@
+//! `fleecefs umount`.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+
+use super::mountinfo::{self, Mount};
+use crate::error::{Error, Kind, Result};
+
+/// How long the serving process gets to end after its mount is gone.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Unmount what 'fleecefs mount' mounted, and wait until its process has ended
+#[derive(Debug, Args)]
+pub struct UmountArgs {
+    /// The mount point
+    mountpoint: PathBuf,
+
+    /// Detach now and end when the last open file is closed
+    #[arg(short, long)]
+    lazy: bool,
+}
+
+/// Runs `fleecefs umount`.
+pub fn umount(args: UmountArgs) -> Result<()> {
+    let mount = find(&args.mountpoint)?;
+    // Taken before, so that it cannot be another mount's by the time it is waited for.
+    let alive = mount.liveness();
+    mountinfo::unmount(&mount.path, args.lazy)?;
+    match alive.filter(|_| !args.lazy) {
+        Some(mut stream) => {
+            let _ = stream.set_read_timeout(Some(PATIENCE));
+            match stream.read(&mut [0]) {
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                    Err(Error::new(Kind::Timeout, "unmounted, but its process has not ended yet")
+                        .at_path(&mount.path))
+                }
+                // Its end of the connection is gone, and with it the process.
+                _ => Ok(()),
+            }
+        }
+        None => Ok(()),
+    }
+}
+
+/// The mount at `path`. The path itself is not looked at: its server may be dead.
+fn find(path: &Path) -> Result<Mount> {
+    let wrong = |e| Error::io(e, "cannot find the mount point").at_path(path);
+    let absolute = std::path::absolute(path).map_err(wrong)?;
+    let mut candidates = vec![absolute.clone()];
+    if let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name())
+        && let Ok(parent) = parent.canonicalize()
+    {
+        candidates.push(parent.join(name));
+    }
+    for candidate in &candidates {
+        if let Some(mount) = mountinfo::find(candidate)? {
+            return ours(mount);
+        }
+    }
+    match mountinfo::find(&path.canonicalize().map_err(wrong)?)? {
+        Some(mount) => ours(mount),
+        None => Err(Error::new(Kind::NotFound, "nothing is mounted here").at_path(path)),
+    }
+}
+
+fn ours(mount: Mount) -> Result<Mount> {
+    if mount.is_fleecefs() {
+        return Ok(mount);
+    }
+    let text = format!("this is a {} mount, not one of fleecefs", mount.fstype);
+    Err(Error::new(Kind::Usage, text).at_path(&mount.path).remedy("use umount(8)"))
+}

@@ -1,0 +1,166 @@
+//! What `stat` and `getxattr` say about a node.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, SystemTime};
+
+use super::tree::{EntryKind, Node, NodeKind, PointFile, Tree};
+use crate::chain::Level;
+
+/// Who owns the files and who may read them.
+#[derive(Debug, Clone, Copy)]
+pub struct Owner {
+    /// User id of everything.
+    pub uid: u32,
+    /// Group id of everything.
+    pub gid: u32,
+    /// Permission bits of files; folders get an `x` wherever this has an `r`.
+    pub mode: u16,
+}
+
+impl Owner {
+    fn dir_mode(self) -> u16 {
+        self.mode | ((self.mode & 0o444) >> 2)
+    }
+}
+
+/// The attributes of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attr {
+    /// Inode number.
+    pub ino: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Allocated 512-byte blocks.
+    pub blocks: u64,
+    /// Modification, change and access time.
+    pub time: SystemTime,
+    /// File type.
+    pub kind: EntryKind,
+    /// Permission bits.
+    pub perm: u16,
+    /// Names that lead to it; of a folder 2 and one per folder in it.
+    pub nlink: u32,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+/// The attributes of `node`. `status_size` says how long `status.json` is.
+pub fn attr(node: &Node, tree: &Tree, owner: Owner, status_size: impl FnOnce() -> u64) -> Attr {
+    let (kind, perm, nlink, size, blocks) = match &node.kind {
+        NodeKind::Dir(entries) => {
+            let folders = entries.iter().filter(|e| e.kind == EntryKind::Dir).count();
+            let nlink = u32::try_from(folders).unwrap_or(u32::MAX).saturating_add(2);
+            (EntryKind::Dir, owner.dir_mode(), nlink, 0, 0)
+        }
+        NodeKind::File(file) => (EntryKind::File, owner.mode, 1, file.image.size(), blocks(file)),
+        NodeKind::Link(target) => (EntryKind::Link, 0o777, 1, target.as_os_str().len() as u64, 0),
+        NodeKind::Status => {
+            let size = status_size();
+            (EntryKind::File, owner.mode, 1, size, size.div_ceil(512))
+        }
+    };
+    let time = match node.kind {
+        NodeKind::Status => tree.built,
+        _ => time(node.time),
+    };
+    Attr { ino: node.ino, size, blocks, time, kind, perm, nlink, uid: owner.uid, gid: owner.gid }
+}
+
+/// Allocated blocks: exact once the whole disk was folded, before that what the files take. Tools
+/// look for holes only where this is less than the size, and skip files where it is 0: so never 0
+/// where there may be data, and below the size as long as there may be holes.
+fn blocks(file: &PointFile) -> u64 {
+    let size = file.image.size();
+    match file.image.data_bytes() {
+        Some(0) => 0,
+        Some(data) if data >= size => size.div_ceil(512),
+        Some(data) => data.div_ceil(512).min(size.saturating_sub(1) / 512).max(1),
+        None if size == 0 => 0,
+        None => file.estimate.div_ceil(512).min(size.saturating_sub(1) / 512).max(1),
+    }
+}
+
+/// Seconds since the epoch as a time; what does not fit becomes the epoch.
+pub fn time(seconds: i64) -> SystemTime {
+    let distance = Duration::from_secs(seconds.unsigned_abs());
+    let epoch = SystemTime::UNIX_EPOCH;
+    let time = if seconds < 0 { epoch.checked_sub(distance) } else { epoch.checked_add(distance) };
+    time.unwrap_or(epoch)
+}
+
+/// Seconds since the epoch as `2024-01-26T09:17:26Z`.
+pub fn time_text(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds)
+        .map_or_else(|_| format!("@{seconds}"), |time| time.to_string())
+}
+
+/// A level as a word: in xattrs and in `status.json`.
+pub fn level_word(level: Level) -> &'static str {
+    match level {
+        Level::Full => "full",
+        Level::Inc => "inc",
+        Level::Diff => "diff",
+        Level::Copy => "copy",
+        Level::Image => "image",
+        Level::Snapshot => "snapshot",
+    }
+}
+
+/// All extended attributes of a node, by name.
+pub fn xattrs(node: &Node) -> Vec<(&'static str, Vec<u8>)> {
+    let NodeKind::File(file) = &node.kind else { return Vec::new() };
+    let point = file.point();
+    let source = point.source.strip_prefix(&file.catalog().root).unwrap_or(&point.source);
+    let mut all = vec![
+        ("user.fleecefs.level", level_word(point.level).into()),
+        ("user.fleecefs.chain", point.chain.clone().into_bytes()),
+        ("user.fleecefs.source", source.as_os_str().as_bytes().to_vec()),
+        ("user.fleecefs.time", time_text(point.time).into_bytes()),
+    ];
+    if let Some(parent) = point.parent.and_then(|p| file.disk().points.get(p)) {
+        all.push(("user.fleecefs.parent", parent.name.clone().into_bytes()));
+    }
+    all
+}
+
+/// The value of one extended attribute, or `None` if the node has none of that name.
+pub fn xattr(node: &Node, name: &OsStr) -> Option<Vec<u8>> {
+    // Asked for security.* at every turn: do not build the list for those.
+    if !name.as_bytes().starts_with(b"user.fleecefs.") {
+        return None;
+    }
+    xattrs(node).into_iter().find(|(n, _)| OsStr::new(n) == name).map(|(_, value)| value)
+}
+
+/// The names of all extended attributes, each ended by a zero byte, as `listxattr` wants them.
+pub fn xattr_names(node: &Node) -> Vec<u8> {
+    let mut names = Vec::new();
+    for (name, _) in xattrs(node) {
+        names.extend_from_slice(name.as_bytes());
+        names.push(0);
+    }
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_can_be_entered_by_whoever_may_read_files() {
+        let dir = |mode| Owner { uid: 0, gid: 0, mode }.dir_mode();
+        assert_eq!(dir(0o400), 0o500);
+        assert_eq!(dir(0o444), 0o555);
+        assert_eq!(dir(0o440), 0o550);
+    }
+
+    #[test]
+    fn times_before_the_epoch_and_impossible_ones_do_not_panic() {
+        assert_eq!(time(0), SystemTime::UNIX_EPOCH);
+        assert!(time(-1) < SystemTime::UNIX_EPOCH);
+        let _ = (time(i64::MAX), time(i64::MIN));
+    }
+}

@@ -1,0 +1,153 @@
+//! `.fleecefs/status.json`: what is mounted, what was found, and how the cache does.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use super::attr::time_text;
+use super::tree::Tree;
+use crate::chain::{Disk, Level, Point};
+use crate::error::Finding;
+use crate::image::CacheFigures;
+
+/// What the tree does not know about the mount.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Running {
+    /// How many times the tree was replaced since mounting.
+    pub generation: u64,
+    /// Files that are open through the mount.
+    pub open_files: u64,
+    /// How changes in the backup directory are noticed: `inotify`, `polling` or `off`.
+    pub watch: &'static str,
+    /// The cache's figures.
+    pub cache: CacheFigures,
+}
+
+#[derive(Serialize)]
+struct Status<'a> {
+    fleecefs: &'static str,
+    pid: u32,
+    backups: &'a Path,
+    scanned: String,
+    #[serde(flatten)]
+    running: Running,
+    disks: Vec<DiskStatus<'a>>,
+    findings: Vec<Finding>,
+}
+
+#[derive(Serialize)]
+struct DiskStatus<'a> {
+    path: &'a Path,
+    chains: Vec<ChainStatus<'a>>,
+    findings: &'a [Finding],
+}
+
+#[derive(Serialize)]
+struct ChainStatus<'a> {
+    name: &'a str,
+    points: Vec<PointStatus<'a>>,
+}
+
+#[derive(Serialize)]
+struct PointStatus<'a> {
+    name: &'a str,
+    level: Level,
+    parent: Option<&'a str>,
+    time: String,
+    size: u64,
+    own_bytes: u64,
+    source: &'a Path,
+    /// Below the mount point; `null` if the point is not served.
+    file: Option<&'a Path>,
+    /// Why it is not served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unavailable: Option<&'a Finding>,
+    /// Ranges that turned out to be unreadable so far.
+    bad_ranges: usize,
+}
+
+/// The file's text: JSON, ended by a newline.
+pub fn render(tree: &Tree, running: Running) -> Vec<u8> {
+    let paths = tree.paths();
+    let served: Served = paths
+        .iter()
+        .map(|(path, file)| (file.index(), (path.as_path(), file.image.findings())))
+        .collect();
+    let root = &tree.catalog.root;
+    let disks = tree.catalog.disks.iter().enumerate();
+    let status = Status {
+        fleecefs: env!("CARGO_PKG_VERSION"),
+        pid: std::process::id(),
+        backups: root,
+        scanned: scanned(tree.built),
+        running,
+        disks: disks.map(|(index, disk)| disk_status(index, disk, root, &served)).collect(),
+        findings: all_findings(tree, &served),
+    };
+    let mut text = serde_json::to_vec_pretty(&status)
+        .unwrap_or_else(|e| format!("{{\"error\": \"{e}\"}}").into_bytes());
+    text.push(b'\n');
+    text
+}
+
+/// Path below the mount point and bad ranges of each served point, by disk and point index.
+type Served<'a> = HashMap<(usize, usize), (&'a Path, Vec<Finding>)>;
+
+fn disk_status<'a>(
+    index: usize,
+    disk: &'a Disk,
+    root: &Path,
+    served: &Served<'a>,
+) -> DiskStatus<'a> {
+    let mut chains: Vec<ChainStatus> = Vec::new();
+    let mut chain_index: HashMap<&str, usize> = HashMap::new();
+    for (p, point) in disk.points.iter().enumerate() {
+        let mut status = point_status(disk, point, root);
+        if let Some((path, bad)) = served.get(&(index, p)) {
+            status.file = Some(path);
+            status.bad_ranges = bad.len();
+        }
+        let chain = *chain_index.entry(&point.chain).or_insert_with(|| {
+            chains.push(ChainStatus { name: &point.chain, points: Vec::new() });
+            chains.len() - 1
+        });
+        chains[chain].points.push(status);
+    }
+    DiskStatus { path: &disk.path, chains, findings: &disk.findings }
+}
+
+fn point_status<'a>(disk: &'a Disk, point: &'a Point, root: &Path) -> PointStatus<'a> {
+    PointStatus {
+        name: &point.name,
+        level: point.level,
+        parent: point.parent.and_then(|p| disk.points.get(p)).map(|p| p.name.as_str()),
+        time: time_text(point.time),
+        size: point.size,
+        own_bytes: point.own_bytes,
+        source: point.source.strip_prefix(root).unwrap_or(&point.source),
+        file: None,
+        unavailable: point.unavailable.as_ref(),
+        bad_ranges: 0,
+    }
+}
+
+fn scanned(built: SystemTime) -> String {
+    let since = built.duration_since(UNIX_EPOCH).unwrap_or_default();
+    time_text(i64::try_from(since.as_secs()).unwrap_or(0))
+}
+
+/// What belongs to no disk, and what reading turned up. Points that lie on each other find the
+/// same; it is told once.
+fn all_findings(tree: &Tree, served: &Served) -> Vec<Finding> {
+    let mut all: Vec<Finding> = tree.catalog.findings.clone();
+    all.extend(tree.findings.iter().cloned());
+    let mut seen: HashSet<Finding> = all.iter().cloned().collect();
+    for finding in served.values().flat_map(|(_, bad)| bad) {
+        if seen.insert(finding.clone()) {
+            all.push(finding.clone());
+        }
+    }
+    all
+}

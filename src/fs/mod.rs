@@ -1,0 +1,422 @@
+//! The file system behind the mount point, without a word about FUSE.
+//!
+//! State:
+//! - the current [`Tree`], swapped as a whole by [`FileSystem::install`];
+//! - `known`: inodes that the kernel holds, each with its node, so that an inode of an earlier tree
+//!   works until the kernel forgets it;
+//! - open files and folders ([`handle::Handles`]), each holding what it was opened on.
+//!
+//! A read goes from its handle to the image: it takes no lock, allocates nothing here and never
+//! looks at the tree. So a refresh cannot disturb it, and its file stays the generation that was
+//! opened. `known` is locked for a moment by lookups and forgets, and by nobody for longer.
+
+pub mod attr;
+pub mod control;
+pub mod handle;
+pub mod tree;
+pub mod watch;
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use arc_swap::ArcSwap;
+
+use crate::chain::Catalog;
+use crate::error::{Error, Kind};
+use crate::image::Cache;
+use attr::{Attr, Owner};
+use control::Running;
+use handle::Handles;
+use tree::{Changes, EntryKind, Node, NodeKind, PointFile, ROOT, Tree};
+use watch::Waker;
+
+/// An errno, as the kernel wants it.
+pub type Errno = i32;
+
+/// Statistics for `statfs`.
+#[derive(Debug, Clone, Copy)]
+pub struct Space {
+    /// Bytes that the backups take on disk.
+    pub used: u64,
+    /// Inodes.
+    pub files: u64,
+}
+
+/// What an open file reads from.
+enum OpenFile {
+    Point(Arc<PointFile>),
+    Status(Vec<u8>),
+}
+
+/// An open folder: its entries as they were when it was opened.
+pub struct OpenDir {
+    tree: Arc<Tree>,
+    node: Arc<Node>,
+}
+
+/// An inode that the kernel holds.
+struct Known {
+    lookups: u64,
+    node: Arc<Node>,
+}
+
+/// One name of a folder listing.
+pub struct Listed {
+    /// The name.
+    pub name: std::ffi::OsString,
+    /// Its inode.
+    pub ino: u64,
+    /// Its type.
+    pub kind: EntryKind,
+    /// The node, unless it is `.` or `..`.
+    pub node: Option<Arc<Node>>,
+}
+
+/// The file system.
+pub struct FileSystem {
+    tree: ArcSwap<Tree>,
+    known: Mutex<HashMap<u64, Known>>,
+    files: Handles<OpenFile>,
+    dirs: Handles<OpenDir>,
+    cache: Arc<Cache>,
+    owner: Owner,
+    watch: &'static str,
+    generation: AtomicU64,
+    last_use: AtomicU64,
+    waker: Arc<Waker>,
+}
+
+impl FileSystem {
+    /// A file system that shows `catalog`. `watch` says in `status.json` how changes are noticed;
+    /// `waker` is told when a read runs into a changed file.
+    pub fn new(
+        catalog: Catalog,
+        cache: Arc<Cache>,
+        owner: Owner,
+        watch: &'static str,
+        waker: Arc<Waker>,
+    ) -> Self {
+        let tree = Tree::build(catalog, None, &cache, |_| false);
+        FileSystem {
+            tree: ArcSwap::from_pointee(tree),
+            known: Mutex::default(),
+            files: Handles::default(),
+            dirs: Handles::default(),
+            cache,
+            owner,
+            watch,
+            generation: AtomicU64::new(0),
+            last_use: AtomicU64::new(now()),
+            waker,
+        }
+    }
+
+    /// Replaces the tree. The result is what the kernel has to be told to forget; tell it from a
+    /// thread that serves no requests.
+    pub fn install(&self, catalog: Catalog) -> Changes {
+        let old = self.tree.load_full();
+        let in_use = |ino| self.known().contains_key(&ino);
+        let new = Arc::new(Tree::build(catalog, Some(&old), &self.cache, in_use));
+        // Old images are marked before anybody can see the new ones.
+        let changes = old.replaced_by(&new);
+        self.tree.store(new);
+        self.generation.fetch_add(1, Ordering::Relaxed);
+        changes
+    }
+
+    /// The current tree.
+    pub fn tree(&self) -> Arc<Tree> {
+        self.tree.load_full()
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
+        self.known.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn node(&self, ino: u64) -> Result<Arc<Node>, Errno> {
+        if let Some(node) = self.tree.load().node(ino) {
+            return Ok(node.clone());
+        }
+        self.known().get(&ino).map(|k| k.node.clone()).ok_or(libc::ESTALE)
+    }
+
+    /// Attributes of a node.
+    pub fn attr(&self, node: &Node) -> Attr {
+        attr::attr(node, &self.tree.load(), self.owner, || self.status_text().len() as u64)
+    }
+
+    /// Attributes by inode number, or of an open file.
+    ///
+    /// # Errors
+    /// ESTALE if there is no such inode (any more).
+    pub fn getattr(&self, ino: u64, handle: Option<u64>) -> Result<Attr, Errno> {
+        let node = self.node(ino)?;
+        let open = handle.and_then(|h| self.files.get(h));
+        if let (NodeKind::Status, Some(OpenFile::Status(text))) =
+            (&node.kind, open.as_ref().and_then(|g| g.as_deref()))
+        {
+            let size = text.len() as u64;
+            return Ok(attr::attr(&node, &self.tree.load(), self.owner, || size));
+        }
+        Ok(self.attr(&node))
+    }
+
+    /// Finds `name` in the folder `parent`; the kernel holds the result until [`Self::forget`].
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, ESTALE.
+    pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Arc<Node>, Errno> {
+        let tree = self.tree.load();
+        let folder = match tree.node(parent) {
+            Some(node) => node.clone(),
+            None => self.node(parent)?,
+        };
+        let NodeKind::Dir(entries) = &folder.kind else { return Err(libc::ENOTDIR) };
+        let entry = tree::find(entries, name).ok_or(libc::ENOENT)?;
+        let node = tree.node(entry.ino).ok_or(libc::ENOENT)?.clone();
+        self.remember(&node);
+        Ok(node)
+    }
+
+    /// Counts one more reference of the kernel's to `node`.
+    pub fn remember(&self, node: &Arc<Node>) {
+        let mut known = self.known();
+        let entry =
+            known.entry(node.ino).or_insert_with(|| Known { lookups: 0, node: node.clone() });
+        entry.lookups = entry.lookups.saturating_add(1);
+        entry.node = node.clone();
+    }
+
+    /// The kernel gives back `count` references.
+    pub fn forget(&self, ino: u64, count: u64) {
+        let mut known = self.known();
+        let Some(entry) = known.get_mut(&ino) else { return };
+        entry.lookups = entry.lookups.saturating_sub(count);
+        let gone = if entry.lookups == 0 { known.remove(&ino) } else { None };
+        // Dropping a node may drop an image and all its windows: not under the lock.
+        drop(known);
+        drop(gone);
+    }
+
+    /// The target of a symbolic link.
+    ///
+    /// # Errors
+    /// EINVAL if it is none, ESTALE.
+    pub fn readlink(&self, ino: u64) -> Result<PathBuf, Errno> {
+        match &self.node(ino)?.kind {
+            NodeKind::Link(target) => Ok(target.clone()),
+            _ => Err(libc::EINVAL),
+        }
+    }
+
+    /// Opens a file. The result is the handle, and whether the kernel may keep cached pages.
+    ///
+    /// # Errors
+    /// EROFS for anything but reading, EISDIR, ESTALE.
+    pub fn open(&self, ino: u64, flags: i32) -> Result<(u64, bool), Errno> {
+        if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
+            return Err(libc::EROFS);
+        }
+        let node = self.node(ino)?;
+        let (file, keep) = match &node.kind {
+            NodeKind::File(file) => (OpenFile::Point(file.clone()), true),
+            NodeKind::Status => (OpenFile::Status(self.status_text()), false),
+            NodeKind::Dir(_) => return Err(libc::EISDIR),
+            NodeKind::Link(_) => return Err(libc::ELOOP),
+        };
+        Ok((self.files.insert(Arc::new(file)), keep))
+    }
+
+    /// Closes a file.
+    pub fn release(&self, handle: u64) {
+        drop(self.files.remove(handle));
+    }
+
+    /// Reads into `buf` what there is of it; 0 at the end.
+    ///
+    /// # Errors
+    /// EBADF, or the errno of the read's error, which is in the log and in the findings.
+    pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
+        let open = self.files.get(handle).ok_or(libc::EBADF)?;
+        match open.as_deref().ok_or(libc::EBADF)? {
+            OpenFile::Point(file) => {
+                let rest = file.image.size().saturating_sub(offset);
+                let n = usize::try_from(rest).unwrap_or(usize::MAX).min(buf.len());
+                file.image.read_at(&mut buf[..n], offset).map_err(|e| self.failed(file, &e))?;
+                Ok(n)
+            }
+            OpenFile::Status(text) => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
+                let n = buf.len().min(text.len() - start);
+                buf[..n].copy_from_slice(&text[start..start + n]);
+                Ok(n)
+            }
+        }
+    }
+
+    /// `lseek` for `SEEK_DATA` and `SEEK_HOLE`.
+    ///
+    /// # Errors
+    /// ENXIO past the end or where no data follows, EINVAL for another `whence`, EIO.
+    pub fn seek(&self, handle: u64, offset: i64, whence: i32) -> Result<i64, Errno> {
+        let open = self.files.get(handle).ok_or(libc::EBADF)?;
+        let offset = u64::try_from(offset).map_err(|_| libc::ENXIO)?;
+        let size = match open.as_deref().ok_or(libc::EBADF)? {
+            OpenFile::Point(file) => file.image.size(),
+            OpenFile::Status(text) => text.len() as u64,
+        };
+        if offset >= size {
+            return Err(libc::ENXIO);
+        }
+        let found = match (open.as_deref(), whence) {
+            (Some(OpenFile::Point(file)), libc::SEEK_DATA) => file
+                .image
+                .seek_data(offset)
+                .map_err(|e| self.failed(file, &e))?
+                .ok_or(libc::ENXIO)?,
+            (Some(OpenFile::Point(file)), libc::SEEK_HOLE) => {
+                file.image.seek_hole(offset).map_err(|e| self.failed(file, &e))?
+            }
+            (_, libc::SEEK_DATA) => offset,
+            (_, libc::SEEK_HOLE) => size,
+            _ => return Err(libc::EINVAL),
+        };
+        i64::try_from(found).map_err(|_| libc::EOVERFLOW)
+    }
+
+    /// The errno of a failed read. The image has logged the reason, once.
+    fn failed(&self, file: &PointFile, error: &Error) -> Errno {
+        log::debug!("{}", error.report());
+        // Once it is replaced in the tree, there is nothing new to look for.
+        let is_current = || self.tree.load().files().any(|f| Arc::ptr_eq(&f.image, &file.image));
+        if error.kind() == Kind::Changed && is_current() {
+            self.waker.wake();
+        }
+        error.errno()
+    }
+
+    /// Opens a folder.
+    ///
+    /// # Errors
+    /// ENOTDIR, ESTALE.
+    pub fn opendir(&self, ino: u64) -> Result<u64, Errno> {
+        let tree = self.tree.load_full();
+        let node = match tree.node(ino) {
+            Some(node) => node.clone(),
+            None => self.node(ino)?,
+        };
+        match node.kind {
+            NodeKind::Dir(_) => Ok(self.dirs.insert(Arc::new(OpenDir { tree, node }))),
+            _ => Err(libc::ENOTDIR),
+        }
+    }
+
+    /// Calls `f` with the entries of an open folder from `offset` on, together with the offset of
+    /// the next one, until it returns false.
+    ///
+    /// # Errors
+    /// EBADF.
+    pub fn readdir(
+        &self,
+        handle: u64,
+        offset: u64,
+        mut f: impl FnMut(Listed, u64) -> bool,
+    ) -> Result<(), Errno> {
+        let open = self.dirs.get(handle).ok_or(libc::EBADF)?;
+        let dir = open.as_deref().ok_or(libc::EBADF)?;
+        let mut at = offset;
+        while let Some(listed) = dir.entry(at) {
+            at += 1;
+            if !f(listed, at) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes a folder.
+    pub fn releasedir(&self, handle: u64) {
+        drop(self.dirs.remove(handle));
+    }
+
+    /// One extended attribute.
+    ///
+    /// # Errors
+    /// ENODATA if there is none of that name, ESTALE.
+    pub fn getxattr(&self, ino: u64, name: &OsStr) -> Result<Vec<u8>, Errno> {
+        attr::xattr(&*self.node(ino)?, name).ok_or(libc::ENODATA)
+    }
+
+    /// The names of all extended attributes, each ended by a zero byte.
+    ///
+    /// # Errors
+    /// ESTALE.
+    pub fn listxattr(&self, ino: u64) -> Result<Vec<u8>, Errno> {
+        Ok(attr::xattr_names(&*self.node(ino)?))
+    }
+
+    /// Figures for `statfs`.
+    pub fn space(&self) -> Space {
+        let tree = self.tree.load();
+        Space { used: tree.own_bytes, files: tree.len() as u64 }
+    }
+
+    fn status_text(&self) -> Vec<u8> {
+        let running = Running {
+            generation: self.generation.load(Ordering::Relaxed),
+            open_files: self.files.len(),
+            watch: self.watch,
+            cache: self.cache.figures(),
+        };
+        control::render(&self.tree.load(), running)
+    }
+
+    /// Notes that somebody uses the file system.
+    pub fn touch(&self) {
+        let now = now();
+        // Reading first: the line stays shared between the threads' caches.
+        if self.last_use.load(Ordering::Relaxed) != now {
+            self.last_use.store(now, Ordering::Relaxed);
+        }
+    }
+
+    /// Seconds since it was last used; 0 as long as something is open.
+    pub fn idle_seconds(&self) -> u64 {
+        if !self.files.is_empty() || !self.dirs.is_empty() {
+            self.touch();
+        }
+        now().saturating_sub(self.last_use.load(Ordering::Relaxed))
+    }
+}
+
+impl OpenDir {
+    fn entry(&self, index: u64) -> Option<Listed> {
+        let dots = |name: &str, ino| {
+            Some(Listed { name: name.into(), ino, kind: EntryKind::Dir, node: None })
+        };
+        match index {
+            0 => return dots(".", self.node.ino),
+            1 => return dots("..", if self.node.ino == ROOT { ROOT } else { self.node.parent }),
+            _ => {}
+        }
+        let NodeKind::Dir(entries) = &self.node.kind else { return None };
+        let entry = entries.get(usize::try_from(index - 2).ok()?)?;
+        Some(Listed {
+            name: entry.name.clone(),
+            ino: entry.ino,
+            kind: entry.kind,
+            node: self.tree.node(entry.ino).cloned(),
+        })
+    }
+}
+
+/// Seconds of a clock that never jumps; cheap enough to be read at each request.
+fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is valid for the call.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut time) };
+    time.tv_sec as u64
+}

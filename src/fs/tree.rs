@@ -1,0 +1,551 @@
+//! The names below the mount point: an immutable tree, built from a catalog.
+//!
+//! ```text
+//! <disk path>/<point>.raw                       one file per served point
+//! <disk path>/latest.raw -> <point>.raw         the newest of them
+//! <disk path>/by-time/<UTC time>.raw -> ../…    ties get -2, -3
+//! .fleecefs/status.json                         what was found
+//! ```
+//!
+//! A refresh builds a new tree and never touches the old one. Names can clash (a disk's folder may
+//! lie inside another's, a point may be called `latest`); who gives way, in this order: folders
+//! stand, points get `-2`, `latest.raw` is left out, links in `by-time` get `-2`.
+//!
+//! Inode numbers are hashes of the relative path and, for points, of all layers' identities. So
+//! they are the same after a remount, and another generation of a point is another inode: the
+//! kernel can never serve cached pages of the one for the other.
+
+use std::collections::hash_map::Entry as Slot;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::chain::{Catalog, Disk, Point};
+use crate::error::{Finding, Result};
+use crate::image::{Cache, Image};
+use crate::layer::{LayerSpec, Part};
+
+/// The root's inode number, fixed by the FUSE protocol.
+pub const ROOT: u64 = 1;
+
+/// The longest file name that Linux takes.
+const NAME_MAX: usize = 255;
+
+/// Everything below the mount point at one moment.
+pub struct Tree {
+    nodes: HashMap<u64, Arc<Node>>,
+    /// What it was built from.
+    pub catalog: Arc<Catalog>,
+    /// Points that the catalog offers and whose image could not be set up.
+    pub findings: Vec<Finding>,
+    /// Bytes that all points' own files take on disk.
+    pub own_bytes: u64,
+    /// When it was built.
+    pub built: SystemTime,
+}
+
+/// One inode.
+pub struct Node {
+    /// Its number.
+    pub ino: u64,
+    /// The folder it lies in; the root is its own.
+    pub parent: u64,
+    /// Modification time in seconds since the epoch.
+    pub time: i64,
+    /// What it is.
+    pub kind: NodeKind,
+}
+
+/// What an inode is.
+pub enum NodeKind {
+    /// A folder with its entries, sorted by name.
+    Dir(Vec<Entry>),
+    /// A point's merged image.
+    File(Arc<PointFile>),
+    /// A symbolic link and its target.
+    Link(PathBuf),
+    /// `status.json`, whose text is made when it is looked at.
+    Status,
+}
+
+/// A name in a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The name.
+    pub name: OsString,
+    /// Its inode.
+    pub ino: u64,
+    /// The inode's type.
+    pub kind: EntryKind,
+}
+
+/// The file types that exist here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EntryKind {
+    /// A folder.
+    Dir,
+    /// A plain file.
+    File,
+    /// A symbolic link.
+    Link,
+}
+
+/// A served point: its image and where the catalog describes it.
+pub struct PointFile {
+    /// The merged image.
+    pub image: Arc<Image>,
+    /// Bytes that the layers' files take on disk: the estimate of allocated bytes.
+    pub estimate: u64,
+    catalog: Arc<Catalog>,
+    disk: usize,
+    point: usize,
+    /// Identity of all layers, folded from the bottom up.
+    digest: blake3::Hash,
+}
+
+impl PointFile {
+    /// The catalog's description.
+    pub fn point(&self) -> &Point {
+        &self.catalog.disks[self.disk].points[self.point]
+    }
+
+    /// The disk it belongs to.
+    pub fn disk(&self) -> &Disk {
+        &self.catalog.disks[self.disk]
+    }
+
+    /// Index of the disk in the catalog and of the point in the disk.
+    pub fn index(&self) -> (usize, usize) {
+        (self.disk, self.point)
+    }
+
+    /// The catalog it comes from.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+}
+
+/// What the kernel has to forget when one tree follows another.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Names (with their folder's inode) that are gone or mean another inode now.
+    pub entries: Vec<(u64, OsString)>,
+    /// Inodes whose attributes or cached bytes are no longer right.
+    pub inodes: Vec<u64>,
+}
+
+impl Tree {
+    /// Builds the tree. Images of points whose layers are the very same as in `previous` are
+    /// taken over; the others are set up anew. A point that cannot be set up becomes a finding.
+    /// New points get no number for which `in_use` is true: the kernel knows it as something else.
+    pub fn build(
+        catalog: Catalog,
+        previous: Option<&Tree>,
+        cache: &Arc<Cache>,
+        in_use: impl Fn(u64) -> bool,
+    ) -> Tree {
+        let catalog = Arc::new(catalog);
+        let mut files = Files::new(catalog.clone(), previous, cache);
+        let folder = files.arrange();
+        let Files { findings, .. } = files;
+        let own_bytes = catalog.disks.iter().flat_map(|d| &d.points).map(|p| p.own_bytes);
+        let own_bytes = own_bytes.fold(0, u64::saturating_add);
+        let old = previous.into_iter().flat_map(Tree::images).collect();
+        let taken = |ino| in_use(ino) || previous.is_some_and(|t| t.nodes.contains_key(&ino));
+        let mut nodes = Numbering { nodes: HashMap::new(), old, taken: &taken };
+        nodes.folder(ROOT, ROOT, Path::new(""), folder);
+        Tree { nodes: nodes.nodes, catalog, findings, own_bytes, built: SystemTime::now() }
+    }
+
+    /// The node with this number.
+    pub fn node(&self, ino: u64) -> Option<&Arc<Node>> {
+        self.nodes.get(&ino)
+    }
+
+    /// How many inodes there are.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Never: the root is always there.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// The served points, in no order.
+    pub fn files(&self) -> impl Iterator<Item = &Arc<PointFile>> {
+        self.nodes.values().filter_map(|n| match &n.kind {
+            NodeKind::File(f) => Some(f),
+            _ => None,
+        })
+    }
+
+    /// Every served point with its path below the mount point.
+    pub fn paths(&self) -> Vec<(PathBuf, &Arc<PointFile>)> {
+        let mut found = Vec::new();
+        let mut todo = vec![(PathBuf::new(), ROOT)];
+        while let Some((path, ino)) = todo.pop() {
+            match self.node(ino).map(|n| &n.kind) {
+                Some(NodeKind::Dir(entries)) => {
+                    todo.extend(entries.iter().map(|e| (path.join(&e.name), e.ino)));
+                }
+                Some(NodeKind::File(file)) => found.push((path, file)),
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// Images by address, with the inode that stands for them.
+    fn images(&self) -> impl Iterator<Item = (*const Image, u64)> {
+        self.nodes.values().filter_map(|n| match &n.kind {
+            NodeKind::File(f) => Some((Arc::as_ptr(&f.image), n.ino)),
+            _ => None,
+        })
+    }
+
+    /// Marks the images of the old tree whose files were changed or replaced since, so that reads
+    /// through handles that are still open fail. A file that was only removed goes on being read
+    /// by those who hold it.
+    fn retire(&self, new: &Tree) -> Vec<u64> {
+        let mut changed = Vec::new();
+        let mut seen = HashMap::new();
+        for node in self.nodes.values() {
+            let NodeKind::File(file) = &node.kind else { continue };
+            let kept = matches!(new.nodes.get(&node.ino).map(|n| &n.kind),
+                Some(NodeKind::File(f)) if Arc::ptr_eq(&f.image, &file.image));
+            if !kept && file.point().layers.iter().any(|l| layer_changed(l, &mut seen)) {
+                file.image.mark_changed();
+                changed.push(node.ino);
+            }
+        }
+        changed
+    }
+
+    /// What the kernel has to forget, now that `new` takes the place of `self`. Also marks the
+    /// images of changed files.
+    pub fn replaced_by(&self, new: &Tree) -> Changes {
+        let mut changes = Changes { entries: Vec::new(), inodes: self.retire(new) };
+        for node in self.nodes.values() {
+            let NodeKind::Dir(old) = &node.kind else { continue };
+            let now = match new.nodes.get(&node.ino).map(|n| &n.kind) {
+                Some(NodeKind::Dir(now)) => now.as_slice(),
+                _ => &[],
+            };
+            if old.as_slice() != now {
+                changes.inodes.push(node.ino);
+            }
+            for entry in old {
+                if find(now, &entry.name).is_none_or(|e| e.ino != entry.ino) {
+                    changes.entries.push((node.ino, entry.name.clone()));
+                }
+            }
+        }
+        changes
+    }
+}
+
+/// Whether a layer's file has other contents now, or its name stands for another file.
+fn layer_changed(layer: &LayerSpec, seen: &mut HashMap<PathBuf, bool>) -> bool {
+    let mut changed = |file: &crate::storage::SourceFile| match seen.entry(file.path().into()) {
+        Slot::Occupied(s) => *s.get(),
+        Slot::Vacant(s) => *s.insert(file.is_changed_on_disk()),
+    };
+    changed(&layer.file) || layer.data_file.as_deref().is_some_and(changed)
+}
+
+/// The entry with this name in a sorted list.
+pub fn find<'a>(entries: &'a [Entry], name: &OsStr) -> Option<&'a Entry> {
+    entries.binary_search_by(|e| e.name.as_os_str().cmp(name)).ok().map(|i| &entries[i])
+}
+
+/// A folder while names are being given out.
+#[derive(Default)]
+struct Folder {
+    children: BTreeMap<OsString, Child>,
+}
+
+enum Child {
+    Dir(Folder),
+    File(Arc<PointFile>),
+    Link { target: PathBuf, time: i64 },
+    Status,
+}
+
+impl Folder {
+    /// The folder at `path`, made where it is missing. Only called before files get names, so
+    /// nothing but folders is in the way.
+    fn at(&mut self, path: &Path) -> &mut Folder {
+        let mut folder = self;
+        for part in path.components() {
+            let Component::Normal(name) = part else { continue };
+            let child =
+                folder.children.entry(name.into()).or_insert_with(|| Child::Dir(Folder::default()));
+            if !matches!(child, Child::Dir(_)) {
+                *child = Child::Dir(Folder::default());
+            }
+            let Child::Dir(next) = child else { unreachable!("made a folder just above") };
+            folder = next;
+        }
+        folder
+    }
+
+    /// A name that is still free: `stem.raw`, else `stem-2.raw` and so on.
+    fn free_name(&self, stem: &OsStr) -> OsString {
+        let mut name = raw_name(stem, 1);
+        let mut n = 1;
+        while self.children.contains_key(&name) {
+            n += 1;
+            name = raw_name(stem, n);
+        }
+        name
+    }
+}
+
+/// `stem.raw` (or `stem-n.raw`), without bytes that cannot be in a name and not too long.
+fn raw_name(stem: &OsStr, n: usize) -> OsString {
+    let tail = if n == 1 { ".raw".to_string() } else { format!("-{n}.raw") };
+    let mut bytes: Vec<u8> =
+        stem.as_bytes().iter().map(|&b| if b == b'/' || b == 0 { b'_' } else { b }).collect();
+    if bytes.len() + tail.len() > NAME_MAX {
+        let hash = blake3::hash(&bytes).to_hex();
+        bytes.truncate(NAME_MAX - tail.len() - 9);
+        bytes.push(b'~');
+        bytes.extend_from_slice(&hash.as_bytes()[..8]);
+    }
+    bytes.extend_from_slice(tail.as_bytes());
+    OsString::from_vec(bytes)
+}
+
+/// Gives every served point its image and its name.
+struct Files<'a> {
+    catalog: Arc<Catalog>,
+    old: HashMap<(&'a Path, &'a str), &'a Arc<PointFile>>,
+    cache: &'a Arc<Cache>,
+    findings: Vec<Finding>,
+}
+
+impl<'a> Files<'a> {
+    fn new(catalog: Arc<Catalog>, previous: Option<&'a Tree>, cache: &'a Arc<Cache>) -> Self {
+        let key = |f: &'a Arc<PointFile>| ((f.disk().path.as_path(), f.point().name.as_str()), f);
+        let old = previous.into_iter().flat_map(Tree::files).map(key).collect();
+        Files { catalog, old, cache, findings: Vec::new() }
+    }
+
+    fn arrange(&mut self) -> Folder {
+        let catalog = self.catalog.clone();
+        let mut root = Folder::default();
+        for disk in catalog.disks.iter().filter(|d| d.points.iter().any(Point::is_served)) {
+            root.at(&disk.path);
+        }
+        root.at(Path::new(".fleecefs")).children.insert("status.json".into(), Child::Status);
+        let mut named = Vec::new();
+        for (i, disk) in catalog.disks.iter().enumerate() {
+            named.push(self.add_points(i, disk, &mut root));
+        }
+        for (disk, points) in catalog.disks.iter().zip(named) {
+            if !points.is_empty() {
+                add_links(root.at(&disk.path), &points);
+            }
+        }
+        root
+    }
+
+    /// Adds a disk's points; says which name each got, in chain order, with its time.
+    fn add_points(&mut self, index: usize, disk: &Disk, root: &mut Folder) -> Vec<(OsString, i64)> {
+        let mut done: Vec<Option<Arc<PointFile>>> = vec![None; disk.points.len()];
+        let mut named = Vec::new();
+        for (i, point) in disk.points.iter().enumerate().filter(|(_, p)| p.is_served()) {
+            let below = point.parent.and_then(|p| done.get(p).cloned().flatten());
+            match self.point_file(index, i, below) {
+                Ok(file) => {
+                    let folder = root.at(&disk.path);
+                    let name = folder.free_name(OsStr::new(&point.name));
+                    folder.children.insert(name.clone(), Child::File(file.clone()));
+                    named.push((name, point.time));
+                    done[i] = Some(file);
+                }
+                Err(e) => {
+                    log::error!("{}: {}", point.name, e.report());
+                    self.findings.push(Finding::from_error(&e, &point.source));
+                }
+            }
+        }
+        named
+    }
+
+    fn point_file(
+        &self,
+        disk: usize,
+        point: usize,
+        below: Option<Arc<PointFile>>,
+    ) -> Result<Arc<PointFile>> {
+        let (d, p) = (&self.catalog.disks[disk], &self.catalog.disks[disk].points[point]);
+        let below = below.filter(|b| is_prefix(&b.point().layers, &p.layers));
+        let (mut digest, from) = match &below {
+            Some(b) => (b.digest, b.point().layers.len()),
+            None => (blake3::hash(b"fleecefs layers"), 0),
+        };
+        for layer in &p.layers[from..] {
+            digest = layer_digest(digest, layer);
+        }
+        let old = self.old.get(&(d.path.as_path(), p.name.as_str()));
+        let image = match old.filter(|o| same_layers(&o.point().layers, &p.layers)) {
+            Some(old) => old.image.clone(),
+            None => {
+                let below = below.as_ref().map(|b| b.image.clone());
+                Image::new(p.size, &p.layers[from..], below, self.cache)?
+            }
+        };
+        let estimate = match &below {
+            Some(b) => b.estimate.saturating_add(p.own_bytes),
+            None => p.own_bytes,
+        };
+        let catalog = self.catalog.clone();
+        Ok(Arc::new(PointFile { image, estimate, catalog, disk, point, digest }))
+    }
+}
+
+/// `latest.raw` and `by-time/`.
+fn add_links(folder: &mut Folder, points: &[(OsString, i64)]) {
+    if let Some((name, time)) = points.last() {
+        let link = Child::Link { target: name.into(), time: *time };
+        folder.children.entry("latest.raw".into()).or_insert(link);
+    }
+    if matches!(folder.children.get(OsStr::new("by-time")), Some(Child::Dir(_)) | None) {
+        let by_time = folder.at(Path::new("by-time"));
+        for (name, time) in points {
+            let Some(stem) = time_name(*time) else { continue };
+            let target = Path::new("..").join(name);
+            let link = by_time.free_name(OsStr::new(&stem));
+            by_time.children.insert(link, Child::Link { target, time: *time });
+        }
+    }
+}
+
+/// `20240126T091726Z`: sorts by time and has no colon, which QEMU would take for a protocol.
+fn time_name(time: i64) -> Option<String> {
+    let time = jiff::Timestamp::from_second(time).ok()?;
+    Some(time.strftime("%Y%m%dT%H%M%SZ").to_string())
+}
+
+fn same_layer(a: &LayerSpec, b: &LayerSpec) -> bool {
+    let data = match (&a.data_file, &b.data_file) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
+    };
+    Arc::ptr_eq(&a.file, &b.file) && a.format == b.format && a.part == b.part && data
+}
+
+fn same_layers(a: &[LayerSpec], b: &[LayerSpec]) -> bool {
+    a.len() == b.len() && is_prefix(a, b)
+}
+
+fn is_prefix(a: &[LayerSpec], b: &[LayerSpec]) -> bool {
+    a.len() <= b.len() && a.iter().zip(b).all(|(a, b)| same_layer(a, b))
+}
+
+/// Adds a layer's identity. The device number is left out: it may differ after a reboot.
+fn layer_digest(below: blake3::Hash, layer: &LayerSpec) -> blake3::Hash {
+    let mut hash = blake3::Hasher::new();
+    hash.update(below.as_bytes());
+    for file in [Some(&layer.file), layer.data_file.as_ref()].into_iter().flatten() {
+        let id = file.identity();
+        hash.update(&id.ino.to_le_bytes());
+        hash.update(&id.size.to_le_bytes());
+        hash.update(&id.mtime.to_le_bytes());
+    }
+    if let Part::Snapshot(id) = &layer.part {
+        hash.update(id.as_bytes());
+    }
+    hash.finalize()
+}
+
+/// Gives out inode numbers.
+struct Numbering<'a> {
+    nodes: HashMap<u64, Arc<Node>>,
+    old: HashMap<*const Image, u64>,
+    taken: &'a dyn Fn(u64) -> bool,
+}
+
+impl Numbering<'_> {
+    /// Adds a folder and all below it; says how new its newest point is.
+    fn folder(&mut self, ino: u64, parent: u64, path: &Path, folder: Folder) -> i64 {
+        let mut entries = Vec::with_capacity(folder.children.len());
+        // Taken at once, so that nothing below gets it.
+        self.insert(ino, parent, 0, NodeKind::Dir(Vec::new()));
+        let mut newest = 0;
+        for (name, child) in folder.children {
+            let (child, kind, time) = self.child(ino, &path.join(&name), child);
+            newest = newest.max(time);
+            entries.push(Entry { name, ino: child, kind });
+        }
+        self.insert(ino, parent, newest, NodeKind::Dir(entries));
+        newest
+    }
+
+    fn child(&mut self, parent: u64, path: &Path, child: Child) -> (u64, EntryKind, i64) {
+        match child {
+            Child::Dir(folder) => {
+                let ino = self.number(path, b"dir");
+                let time = self.folder(ino, parent, path, folder);
+                (ino, EntryKind::Dir, time)
+            }
+            Child::File(file) => {
+                let (ino, time) = (self.file_number(path, &file), file.point().time);
+                self.insert(ino, parent, time, NodeKind::File(file));
+                (ino, EntryKind::File, time)
+            }
+            Child::Link { target, time } => {
+                let ino = self.number(path, target.as_os_str().as_bytes());
+                self.insert(ino, parent, time, NodeKind::Link(target));
+                (ino, EntryKind::Link, time)
+            }
+            Child::Status => {
+                let ino = self.number(path, b"status");
+                self.insert(ino, parent, 0, NodeKind::Status);
+                (ino, EntryKind::File, 0)
+            }
+        }
+    }
+
+    fn insert(&mut self, ino: u64, parent: u64, time: i64, kind: NodeKind) {
+        self.nodes.insert(ino, Arc::new(Node { ino, parent, time, kind }));
+    }
+
+    fn number(&self, path: &Path, identity: &[u8]) -> u64 {
+        let mut ino = inode_hash(path, identity);
+        while ino <= ROOT || self.nodes.contains_key(&ino) {
+            ino = ino.wrapping_add(1);
+        }
+        ino
+    }
+
+    /// An image that was there before keeps its number. A new one gets none that the kernel knows:
+    /// a file rewritten with its old size and time must not inherit cached pages.
+    fn file_number(&self, path: &Path, file: &PointFile) -> u64 {
+        let kept = self.old.get(&Arc::as_ptr(&file.image));
+        if let Some(&ino) = kept.filter(|i| !self.nodes.contains_key(i)) {
+            return ino;
+        }
+        let mut ino = self.number(path, file.digest.as_bytes());
+        while ino <= ROOT || self.nodes.contains_key(&ino) || (self.taken)(ino) {
+            ino = ino.wrapping_add(1);
+        }
+        ino
+    }
+}
+
+fn inode_hash(path: &Path, identity: &[u8]) -> u64 {
+    let mut hash = blake3::Hasher::new();
+    hash.update(path.as_os_str().as_bytes());
+    hash.update(&[0]);
+    hash.update(identity);
+    let mut eight = [0; 8];
+    eight.copy_from_slice(&hash.finalize().as_bytes()[..8]);
+    u64::from_le_bytes(eight)
+}

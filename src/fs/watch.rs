@@ -1,0 +1,337 @@
+//! Noticing that the backup directory changed: inotify, and polling where that is not enough.
+//!
+//! One thread waits for three things at once: events of any folder below the backup directory, the
+//! end of the polling interval, and [`Waker::wake`]. What exactly happened does not matter: after
+//! a short quiet time everything is looked at again, which is cheap because unchanged files are
+//! not opened. Watches are set anew *before* that look whenever folders came or went, so nothing
+//! can slip in between. A flood of events delays the look by two seconds at most, and long
+//! looks are spaced out.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use inotify::{EventMask, Inotify, WatchMask};
+
+/// Events that follow each other more closely than this are taken together.
+const QUIET: Duration = Duration::from_millis(200);
+/// No change waits longer than this, however busy the directory is.
+const BOUND: Duration = Duration::from_secs(2);
+/// How often a network file system is looked at when the user does not say.
+pub const NETWORK_INTERVAL: Duration = Duration::from_secs(10);
+/// After a look, this many times its duration passes before the next.
+const REST: u32 = 5;
+
+/// Wakes the watching thread from any other. Backed by an eventfd, so waking never blocks.
+#[derive(Debug)]
+pub struct Waker(OwnedFd);
+
+impl Waker {
+    /// A new one.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: no pointers; the result is checked and owned by nobody else.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a fresh descriptor, checked above.
+        Ok(Waker(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Asks for a look at the backup directory.
+    pub fn wake(&self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: eight valid bytes. If the counter is full, a wake-up is pending anyway.
+        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+
+    fn drain(&self) {
+        let mut count = [0u8; 8];
+        // SAFETY: eight writable bytes; the descriptor does not block.
+        unsafe { libc::read(self.0.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+    }
+}
+
+/// Watches one backup directory.
+pub struct Watch {
+    root: PathBuf,
+    interval: Option<Duration>,
+    inotify: Option<Inotify>,
+}
+
+impl Watch {
+    /// Sets the watches. With `interval`, or on a network file system, the directory is also
+    /// looked at in regular intervals.
+    pub fn new(root: &Path, interval: Option<Duration>) -> Self {
+        let interval = interval.or_else(|| is_remote(root).then_some(NETWORK_INTERVAL));
+        let mut watch = Watch { root: root.to_path_buf(), interval, inotify: None };
+        watch.renew();
+        watch
+    }
+
+    /// How changes are noticed, in a word for `status.json`.
+    pub fn mode(&self) -> &'static str {
+        match (&self.inotify, self.interval) {
+            (Some(_), None) => "inotify",
+            (Some(_), Some(_)) => "inotify and polling",
+            (None, _) => "polling",
+        }
+    }
+
+    /// Watches all folders anew. Where that fails, polling takes over.
+    fn renew(&mut self) {
+        let renewed = Inotify::init().and_then(|inotify| {
+            let mut remote = false;
+            watch_below(&inotify, &self.root, &mut remote)?;
+            if remote && self.interval.is_none() {
+                self.interval = Some(NETWORK_INTERVAL);
+            }
+            Ok(inotify)
+        });
+        self.inotify = match renewed {
+            Ok(inotify) => Some(inotify),
+            Err(e) => {
+                let every = *self.interval.get_or_insert(NETWORK_INTERVAL);
+                log::warn!(
+                    "{}: cannot watch for changes, looking every {} s instead: {e}",
+                    self.root.display(),
+                    every.as_secs()
+                );
+                None
+            }
+        };
+    }
+
+    /// Calls `look` after each change, for ever.
+    pub fn run(mut self, waker: &Waker, mut look: impl FnMut()) {
+        loop {
+            let deadline = self.interval.map(|i| Instant::now() + i);
+            let Some(folders_changed) = self.wait(waker, deadline) else { continue };
+            if folders_changed || self.inotify.is_none() {
+                self.renew();
+            }
+            let began = Instant::now();
+            look();
+            std::thread::sleep(began.elapsed().saturating_mul(REST).min(BOUND * 5));
+        }
+    }
+
+    /// Waits for a reason to look, and then until it is quiet. Says whether folders came or went;
+    /// `None` if it was nothing after all.
+    fn wait(&mut self, waker: &Waker, deadline: Option<Instant>) -> Option<bool> {
+        let (mut events, mut folders) = (false, false);
+        let mut first: Option<Instant> = None;
+        loop {
+            let quiet = first.map(|f| (f + BOUND).min(Instant::now() + QUIET));
+            let ready = self.poll(waker, quiet.or(deadline));
+            let now = Instant::now();
+            match ready {
+                Ready::Nothing if first.is_some() || deadline.is_some_and(|d| d <= now) => {
+                    return Some(folders);
+                }
+                Ready::Nothing => return None,
+                Ready::Woken => events = true,
+                Ready::Events => {
+                    let seen = self.read_events();
+                    events |= seen.relevant;
+                    folders |= seen.folders;
+                }
+            }
+            if events {
+                let first = *first.get_or_insert(now);
+                if now.duration_since(first) >= BOUND {
+                    return Some(folders);
+                }
+            }
+        }
+    }
+
+    fn poll(&self, waker: &Waker, until: Option<Instant>) -> Ready {
+        let watched = self.inotify.as_ref().map_or(-1, |i| i.as_raw_fd());
+        let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut fds = [entry(watched), entry(waker.0.as_raw_fd())];
+        let wait = until.map_or(-1, |u| {
+            let left = u.saturating_duration_since(Instant::now()).as_millis();
+            // One more, or the last fraction of a millisecond is spent spinning.
+            i32::try_from(left).map_or(i32::MAX, |ms| ms.saturating_add(1))
+        });
+        // SAFETY: two valid entries; a negative descriptor is ignored.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), 2, wait) };
+        if n > 0 && fds[1].revents != 0 {
+            waker.drain();
+            return Ready::Woken;
+        }
+        if n > 0 { Ready::Events } else { Ready::Nothing }
+    }
+
+    fn read_events(&mut self) -> Seen {
+        let mut seen = Seen::default();
+        let Some(inotify) = &mut self.inotify else { return seen };
+        let mut buffer = [0; 16384];
+        match inotify.read_events(&mut buffer) {
+            Ok(events) => events.for_each(|e| seen.add(e.mask, e.name)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            // Start afresh rather than miss something.
+            Err(_) => seen = Seen { relevant: true, folders: true },
+        }
+        seen
+    }
+}
+
+enum Ready {
+    Nothing,
+    Woken,
+    Events,
+}
+
+/// What a batch of events means.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Seen {
+    relevant: bool,
+    folders: bool,
+}
+
+impl Seen {
+    fn add(&mut self, mask: EventMask, name: Option<&OsStr>) {
+        let folders = EventMask::ISDIR
+            | EventMask::Q_OVERFLOW
+            | EventMask::DELETE_SELF
+            | EventMask::MOVE_SELF
+            | EventMask::UNMOUNT;
+        let moved = EventMask::MOVED_FROM | EventMask::MOVED_TO;
+        // A backup being written is none of our business until it gets its name.
+        let unfinished = name.is_some_and(|n| n.as_bytes().ends_with(b".partial"));
+        if (unfinished && !mask.intersects(moved)) || mask.contains(EventMask::IGNORED) {
+            return;
+        }
+        self.relevant = true;
+        self.folders |= mask.intersects(folders);
+    }
+}
+
+/// Watches `root` and all folders below it; never through a symlink.
+fn watch_below(inotify: &Inotify, root: &Path, remote: &mut bool) -> io::Result<()> {
+    let mask = WatchMask::CREATE
+        | WatchMask::DELETE
+        | WatchMask::MOVE
+        | WatchMask::MODIFY
+        | WatchMask::CLOSE_WRITE
+        | WatchMask::ATTRIB
+        | WatchMask::DELETE_SELF
+        | WatchMask::MOVE_SELF
+        | WatchMask::ONLYDIR
+        | WatchMask::DONT_FOLLOW;
+    let root_dev = std::fs::metadata(root)?.dev();
+    let mut todo = vec![(root.to_path_buf(), root_dev)];
+    while let Some((dir, dev)) = todo.pop() {
+        match inotify.watches().add(&dir, mask) {
+            Ok(_) => {}
+            // The limit of watches is reached, or the directory itself is gone.
+            Err(e) if dir == root || e.raw_os_error() == Some(libc::ENOSPC) => return Err(e),
+            // Removed or forbidden meanwhile: its parent's events or the scan will tell.
+            Err(_) => continue,
+        }
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            if !entry.file_type().is_ok_and(|t| t.is_dir()) {
+                continue;
+            }
+            let path = entry.path();
+            let inner = entry.metadata().map_or(dev, |m| m.dev());
+            *remote |= inner != dev && is_remote(&path);
+            todo.push((path, inner));
+        }
+    }
+    Ok(())
+}
+
+/// Whether `path` lies on a file system that others may change without our kernel noticing.
+fn is_remote(path: &Path) -> bool {
+    let Ok(path) = std::ffi::CString::new(path.as_os_str().as_bytes()) else { return false };
+    // SAFETY: statfs is plain data; the path is a C string.
+    let magic = unsafe {
+        let mut info: libc::statfs = std::mem::zeroed();
+        if libc::statfs(path.as_ptr(), &mut info) != 0 {
+            return false;
+        }
+        info.f_type as u32
+    };
+    is_remote_magic(magic)
+}
+
+fn is_remote_magic(magic: u32) -> bool {
+    // NFS, SMB, CIFS, SMB2, FUSE, 9P, Ceph, AFS, Coda, GFS2, OCFS2, Lustre, GPFS, vboxsf
+    const REMOTE: [u32; 14] = [
+        0x6969,
+        0x517b,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x6573_5546,
+        0x0102_1997,
+        0x00c3_6400,
+        0x5346_414f,
+        0x7375_7245,
+        0x0116_1970,
+        0x7461_636f,
+        0x0bd0_0bd0,
+        0x4750_4653,
+        0x786f_4256,
+    ];
+    REMOTE.contains(&magic)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unfinished_backups_are_ignored_until_they_are_renamed() {
+        let mut seen = Seen::default();
+        let partial = Some(OsStr::new("INC-1-sda.partial"));
+        seen.add(EventMask::MODIFY, partial);
+        seen.add(EventMask::CREATE, partial);
+        assert_eq!(seen, Seen::default());
+        seen.add(EventMask::MOVED_FROM, partial);
+        assert_eq!(seen, Seen { relevant: true, folders: false });
+        seen.add(EventMask::CREATE | EventMask::ISDIR, Some(OsStr::new("sdb")));
+        assert!(seen.folders);
+    }
+
+    #[test]
+    fn an_overflow_renews_all_watches() {
+        let mut seen = Seen::default();
+        seen.add(EventMask::Q_OVERFLOW, None);
+        assert_eq!(seen, Seen { relevant: true, folders: true });
+    }
+
+    #[test]
+    fn network_file_systems_are_known_and_local_ones_are_not() {
+        assert!(is_remote_magic(0x6969) && is_remote_magic(0x6573_5546));
+        assert!(!is_remote_magic(0xef53) && !is_remote_magic(0x0102_1994));
+    }
+
+    #[test]
+    fn new_files_and_files_in_new_folders_are_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let waker = std::sync::Arc::new(Waker::new().unwrap());
+        let watch = Watch::new(dir.path(), None);
+        let (tell, told) = std::sync::mpsc::channel();
+        let root = dir.path().to_path_buf();
+        std::thread::spawn(move || {
+            watch.run(&waker, || {
+                let _ = tell.send(());
+            })
+        });
+        let wait = || told.recv_timeout(Duration::from_secs(20)).unwrap();
+        std::fs::create_dir(root.join("disk")).unwrap();
+        wait();
+        std::fs::write(root.join("disk/FULL-1-sda"), "x").unwrap();
+        wait();
+    }
+}

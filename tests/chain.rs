@@ -1,0 +1,719 @@
+//! The promise: every layout that qmpbackup made or makes is linked right, and what cannot be
+//! linked for certain is not served. Directories are built here, file by file; what the points hold
+//! is tested by `matrix`.
+
+mod backups;
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use backups::{Backups, manifest, raw_manifest};
+use fleecefs::chain::scan::{ScanOptions, scan};
+use fleecefs::chain::{Level, manifest as manifests};
+use fleecefs::error::{Kind, Severity};
+
+/// `FULL-1-d < INC-2-d` is how [`Backups::shown`] writes a point and its layers, bottom first.
+#[test]
+fn folders_by_disk_or_node_name() {
+    let b = Backups::new();
+    for disk in ["sda.qcow2", "vm1/sdb.qcow2"] {
+        let name = disk.rsplit('/').next().unwrap();
+        for file in ["FULL-100-", "INC-101-", "INC-102-"] {
+            b.image(&format!("{disk}/{file}{name}"), None);
+        }
+    }
+    // An older layout: the folder is the node, the name the disk; no extension.
+    b.image("drive0/FULL-5-disk", None);
+    b.image("drive0/INC-6-disk", None);
+    b.file("uuid", b"0123");
+    b.file("sda.qcow2.config", b"{}");
+    assert_eq!(
+        b.shown(),
+        [
+            "drive0: FULL-5-disk",
+            "drive0: FULL-5-disk < INC-6-disk",
+            "sda.qcow2: FULL-100-sda.qcow2",
+            "sda.qcow2: FULL-100-sda.qcow2 < INC-101-sda.qcow2",
+            "sda.qcow2: FULL-100-sda.qcow2 < INC-101-sda.qcow2 < INC-102-sda.qcow2",
+            "vm1/sdb.qcow2: FULL-100-sdb.qcow2",
+            "vm1/sdb.qcow2: FULL-100-sdb.qcow2 < INC-101-sdb.qcow2",
+            "vm1/sdb.qcow2: FULL-100-sdb.qcow2 < INC-101-sdb.qcow2 < INC-102-sdb.qcow2",
+        ]
+    );
+    assert!(b.findings().is_empty());
+}
+
+#[test]
+fn monthly_and_flat_folders() {
+    let b = Backups::new();
+    b.image("2024-01/d/FULL-1-d", None);
+    b.image("2024-01/d/INC-2-d", None);
+    b.image("2024-02/d/FULL-3-d", None);
+    b.image("flat/FULL-1-a", None);
+    b.image("flat/FULL-1-b", None);
+    b.image("flat/INC-2-a", None);
+    b.image("flat/INC-2-b", None);
+    b.image("FULL-9-top", None);
+    assert_eq!(
+        b.shown(),
+        [
+            "2024-01/d: FULL-1-d",
+            "2024-01/d: FULL-1-d < INC-2-d",
+            "2024-02/d: FULL-3-d",
+            "flat/a: FULL-1-a",
+            "flat/a: FULL-1-a < INC-2-a",
+            "flat/b: FULL-1-b",
+            "flat/b: FULL-1-b < INC-2-b",
+            "top: FULL-9-top",
+        ]
+    );
+}
+
+#[test]
+fn several_fulls_copies_and_diffs_in_one_folder() {
+    let b = Backups::new();
+    for name in
+        ["FULL-10", "INC-11", "COPY-12", "DIFF-13", "INC-14", "DIFF-15", "FULL-20", "INC-21"]
+    {
+        b.image(&format!("d/{name}-d"), None);
+    }
+    assert_eq!(
+        b.shown(),
+        [
+            "d: FULL-10-d",
+            "d: FULL-10-d < INC-11-d",
+            "d: COPY-12-d",
+            "d: FULL-10-d < DIFF-13-d",
+            "d: FULL-10-d < INC-11-d < INC-14-d",
+            "d: FULL-10-d < DIFF-15-d",
+            "d: FULL-20-d",
+            "d: FULL-20-d < INC-21-d",
+        ]
+    );
+    let catalog = b.scan();
+    let chains: Vec<_> = catalog.disks[0].points.iter().map(|p| p.chain.as_str()).collect();
+    assert_eq!(chains[1..5], ["FULL-10-d", "COPY-12-d", "FULL-10-d", "FULL-10-d"]);
+    assert_eq!(chains[7], "FULL-20-d");
+}
+
+#[test]
+fn no_timestamp_with_a_good_a_dangling_a_foreign_and_no_link() {
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("d"), b"not ours").unwrap();
+    for link in ["good", "relative", "dangling", "outside", "none"] {
+        let b = Backups::new();
+        b.image("d/d", None);
+        b.image("d/INC-5-d", None);
+        b.image("d/INC-6-d", Some("/elsewhere/d/INC-5-d"));
+        match link {
+            "good" => b.link("d/FULL-d", &b.path("d/d")),
+            "relative" => b.link("d/FULL-d", Path::new("d")),
+            "dangling" => b.link("d/FULL-d", Path::new("/nowhere/d/d")),
+            "outside" => b.link("d/FULL-d", &outside.path().join("d")),
+            _ => {}
+        }
+        let expected = ["d: d", "d: d < INC-5-d", "d: d < INC-5-d < INC-6-d"];
+        assert_eq!(b.shown(), expected, "{link}");
+        assert_eq!(b.scan().disks[0].points[0].level, Level::Full);
+        assert!(b.scan().disks[0].points[0].time < 5, "a FULL is before what lies on it");
+    }
+}
+
+#[test]
+fn no_timestamp_copies_flat_folders_and_pointers_by_link_name() {
+    let b = Backups::new();
+    b.image("d/d", None);
+    b.link("d/COPY-d", &b.path("d/d"));
+    b.image("flat/a", None);
+    b.link("flat/FULL-a", &b.path("flat/a"));
+    b.image("flat/INC-5-a", Some("/old/FULL-a"));
+    b.image("flat/b", None);
+    b.image("flat/INC-5-b", None);
+    assert_eq!(
+        b.shown(),
+        ["d: d", "flat/a: a", "flat/a: a < INC-5-a", "flat/b: b", "flat/b: b < INC-5-b"]
+    );
+    assert_eq!(b.scan().disks[0].points[0].level, Level::Copy);
+}
+
+#[test]
+fn a_full_that_is_only_a_link_to_the_outside_is_missing() {
+    let outside = tempfile::tempdir().unwrap();
+    let b = Backups::new();
+    std::fs::write(outside.path().join("d"), backups::tiny(None)).unwrap();
+    b.link("d/FULL-d", &outside.path().join("d"));
+    b.image("d/INC-5-d", None);
+    assert!(b.shown().is_empty());
+    assert!(b.findings().iter().any(|f| f.path.ends_with("d/FULL-d")));
+    assert_eq!(b.why("INC-5-d").kind, Kind::Incomplete);
+}
+
+#[test]
+fn a_copy_that_overwrote_the_full_carries_no_increments() {
+    let b = Backups::new();
+    b.image("d/d", None);
+    b.image("d/INC-5-d", None);
+    b.link("d/FULL-d", &b.path("d/d"));
+    b.link("d/COPY-d", &b.path("d/d"));
+    assert_eq!(b.shown(), ["d: d"]);
+}
+
+#[test]
+fn two_files_that_may_both_be_the_full_carry_no_increments() {
+    // `cp -L` makes a file of the link; nothing says that the two are the same.
+    let b = Backups::new();
+    b.image("d/d", None);
+    b.image("d/FULL-d", None);
+    b.image("d/INC-5-d", None);
+    b.image("e/e", None);
+    b.image("e/FULL-1-e", None);
+    b.image("e/INC-5-e", None);
+    b.image("e/INC-6-e", Some("INC-5-e"));
+    b.link("e/FULL-e", Path::new("e"));
+    assert_eq!(b.shown(), ["d: FULL-d", "d: d", "e: e", "e: FULL-1-e"]);
+    assert!(b.why("INC-5-d").remedy.is_some());
+}
+
+#[test]
+fn an_unfinished_backup_is_told_of() {
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.image("d/INC-2-d.partial", None);
+    let findings = b.findings();
+    assert_eq!((findings.len(), findings[0].severity), (1, Severity::Note));
+    b.image("d/INC-3-d", None);
+    assert_eq!(b.findings()[0].severity, Severity::Warning);
+    manifest(&b.path("d"), "INC-3-d", Level::Inc, Some("FULL-1-d"), 0);
+    assert_eq!(b.findings()[0].severity, Severity::Note);
+    b.image("alone/FULL-1-x.partial", None);
+    assert_eq!(b.scan().disks.len(), 1);
+    assert_eq!(b.findings().len(), 2);
+}
+
+#[test]
+fn links_are_not_followed_and_loops_do_not_hang() {
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("FULL-1-x"), backups::tiny(None)).unwrap();
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.link("d/loop", Path::new("."));
+    b.link("up", Path::new(".."));
+    b.link("outside", outside.path());
+    b.link("d/INC-2-d", &outside.path().join("FULL-1-x"));
+    b.link("d/FULL-self", Path::new("FULL-self"));
+    b.link("d/image", &b.path("d/FULL-1-d"));
+    // An increment does not become a FULL because a link calls it so.
+    b.image("e/FULL-1-e", None);
+    b.image("e/INC-2-e", None);
+    b.link("e/FULL-f", &b.path("e/INC-2-e"));
+    assert_eq!(b.shown(), ["d: FULL-1-d", "e: FULL-1-e", "e: FULL-1-e < INC-2-e"]);
+    assert!(b.findings().iter().any(|f| f.path.ends_with("INC-2-d")));
+}
+
+#[test]
+fn what_is_no_point_is_not_shown() {
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.image("d/INC-2-d.partial", None);
+    b.image("d/FULL-1-node.fleece.qcow2", None);
+    b.image("d/.INC-2-d.Xq31", None);
+    b.image("d/.fleecefs/FULL-3-d", None);
+    b.image("d/d.config", None);
+    b.file("d/FULL-1-d.sha256", b"0123  FULL-1-d");
+    b.file("d/notes.txt", b"hello");
+    b.file("d/FULL-story.txt", b"once upon a time");
+    b.file("vmlinuz", &[7; 100]);
+    assert_eq!(b.shown(), ["d: FULL-1-d"]);
+}
+
+#[test]
+fn other_images_are_disks_of_their_own() {
+    let b = Backups::new();
+    b.image("vm/noextension", None);
+    b.image("vm/over.qcow2", Some("base/base.img"));
+    b.file("vm/base/base.img", &[1; 512]);
+    b.file("vm/fake.qcow2", b"no magic here");
+    b.file("vm/zip.img", b"\x1f\x8b\x08\0 and so on");
+    b.file("vm/empty.raw", b"");
+    assert_eq!(
+        b.shown(),
+        [
+            "vm/base/base.img: base.img",
+            "vm/noextension: noextension",
+            "vm/over.qcow2: base.img < over.qcow2",
+        ]
+    );
+    assert_eq!(b.why("fake.qcow2").kind, Kind::Corrupt);
+    assert_eq!(b.why("zip.img").kind, Kind::Unsupported);
+    assert_eq!(b.why("empty.raw").kind, Kind::Corrupt);
+    assert_eq!(b.scan().disks[0].points[0].level, Level::Image);
+}
+
+#[test]
+fn raw_fulls_are_served_and_raw_increments_are_not_unless_a_manifest_says_that_they_are_whole() {
+    let b = Backups::new();
+    for name in ["FULL-1-r.raw", "INC-2-r.raw", "INC-3-r.raw", "INC-4-r.raw"] {
+        b.file(&format!("r/{name}"), &[1; 1024]);
+    }
+    b.file("s/FULL-1-s", &[1; 512]);
+    b.file("s/COPY-2-s", &[1; 512]);
+    raw_manifest(&b.path("r"), "INC-3-r.raw", manifests::Contents::Full);
+    raw_manifest(&b.path("r"), "INC-4-r.raw", manifests::Contents::DirtyOnly);
+    let expected = ["r: FULL-1-r.raw", "r: INC-3-r.raw", "s: FULL-1-s", "s: COPY-2-s"];
+    assert_eq!(b.shown(), expected);
+    assert_eq!(b.why("INC-2-r.raw").kind, Kind::Unsupported);
+    assert_eq!(b.why("INC-4-r.raw").kind, Kind::Unsupported);
+}
+
+#[test]
+fn a_damaged_qcow2_full_is_not_taken_for_a_raw_one() {
+    let b = Backups::new();
+    b.file("a.qcow2/FULL-1-a.qcow2", &[1; 4096]);
+    b.image("a.qcow2/INC-2-a.qcow2", None);
+    b.file("b/FULL-1-b", &[1; 4096]);
+    b.image("b/INC-2-b", None);
+    b.file("c/FULL-1-c", b"");
+    assert!(b.shown().is_empty(), "{:?}", b.shown());
+    let why = b.why("INC-2-a.qcow2");
+    assert_eq!((why.kind, why.offset), (Kind::Incomplete, Some(0)));
+    assert!(why.path.ends_with("FULL-1-a.qcow2") && why.remedy.is_some());
+    assert_eq!(b.why("FULL-1-b").kind, Kind::Corrupt);
+    assert_eq!(b.why("FULL-1-c").kind, Kind::Corrupt);
+}
+
+#[test]
+fn a_bad_layer_takes_only_what_is_above_it() {
+    let b = Backups::new();
+    for name in ["FULL-1-d", "INC-2-d", "INC-3-d", "INC-4-d", "FULL-5-d", "INC-6-d"] {
+        b.image(&format!("d/{name}"), None);
+    }
+    b.image("e/FULL-1-e", None);
+    b.file("d/INC-3-d", b"QFI\xfb\0\0\0\x09");
+    assert_eq!(
+        b.shown(),
+        [
+            "d: FULL-1-d",
+            "d: FULL-1-d < INC-2-d",
+            "d: FULL-5-d",
+            "d: FULL-5-d < INC-6-d",
+            "e: FULL-1-e"
+        ]
+    );
+    let why = b.why("INC-4-d");
+    assert!(why.path.ends_with("INC-3-d"), "{why}");
+    assert!(why.message.contains("INC-4-d") && why.remedy.is_some(), "{why}");
+}
+
+#[test]
+fn a_rebased_chain_may_have_moved_but_not_lost_a_file() {
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.image("d/INC-2-d", Some("FULL-1-d"));
+    b.image("d/INC-3-d", Some("/old/place/d/INC-2-d"));
+    assert_eq!(b.shown().last().unwrap(), "d: FULL-1-d < INC-2-d < INC-3-d");
+    let findings = b.findings();
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    assert_eq!(findings[0].severity, Severity::Warning);
+
+    std::fs::remove_file(b.path("d/INC-2-d")).unwrap();
+    assert_eq!(b.shown(), ["d: FULL-1-d"]);
+    let why = b.why("INC-3-d");
+    assert!(why.message.contains("INC-2-d, which is missing"), "{why}");
+}
+
+#[test]
+fn a_pointer_that_contradicts_the_names_is_not_followed() {
+    for pointer in [
+        "FULL-0-d",
+        "/etc/hostname",
+        "json:{\"file\":{\"filename\":\"INC-2-d\"}}",
+        "nbd:localhost:1/INC-2-d",
+        "nbd://localhost/INC-2-d",
+        "fat:INC-2-d",
+        "..",
+        "INC-2-d/",
+        "INC-4-d",
+        "INC-3-d",
+    ] {
+        let b = Backups::new();
+        for name in ["FULL-0-d", "FULL-1-d", "INC-2-d", "INC-4-d"] {
+            b.image(&format!("d/{name}"), None);
+        }
+        b.image("d/INC-3-d", Some(pointer));
+        let shown = b.shown();
+        assert_eq!(shown, ["d: FULL-0-d", "d: FULL-1-d", "d: FULL-1-d < INC-2-d"], "{pointer}");
+        assert!(b.why("INC-4-d").path.ends_with("INC-3-d"));
+    }
+}
+
+#[test]
+fn a_root_on_an_image_inside_the_directory() {
+    let b = Backups::new();
+    b.image("base/deep/base.qcow2", None);
+    b.image("mid.qcow2", Some(b.path("base/deep/base.qcow2").to_str().unwrap()));
+    b.image("d/FULL-1-d", Some("../mid.qcow2"));
+    b.image("d/INC-2-d", None);
+    // A root on an increment has all that the increment has.
+    b.image("e/FULL-9-e", Some("../d/./INC-2-d"));
+    let d = "base.qcow2 < mid.qcow2 < FULL-1-d";
+    assert_eq!(
+        b.shown(),
+        [
+            "base/deep/base.qcow2: base.qcow2".to_string(),
+            format!("d: {d}"),
+            format!("d: {d} < INC-2-d"),
+            format!("e: {d} < INC-2-d < FULL-9-e"),
+            "mid.qcow2: base.qcow2 < mid.qcow2".to_string(),
+        ]
+    );
+}
+
+#[test]
+fn a_root_on_anything_else_is_not_served() {
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("x"), backups::tiny(None)).unwrap();
+    let out = outside.path().join("x");
+    for pointer in [
+        "/etc/hostname",
+        "../../../../../../../../etc/hostname",
+        out.to_str().unwrap(),
+        "json:{}",
+        "nbd:unix:/run/x",
+        "FULL-1-d",
+        "INC-2-d",
+        "linked",
+        "gone",
+        "x.partial",
+    ] {
+        let b = Backups::new();
+        b.image("d/FULL-1-d", Some(pointer));
+        b.image("d/INC-2-d", None);
+        b.image("d/x.partial", None);
+        b.image("e/FULL-1-e", None);
+        b.link("d/linked", &out);
+        assert_eq!(b.shown(), ["e: FULL-1-e"], "{pointer}");
+    }
+}
+
+#[test]
+fn a_long_loop_of_roots_ends() {
+    let b = Backups::new();
+    let n = 3000;
+    for i in 0..n {
+        b.image(&format!("x/{i}.qcow2"), Some(&format!("{}.qcow2", (i + 1) % n)));
+    }
+    b.image("y.qcow2", Some("x/0.qcow2"));
+    assert!(b.shown().is_empty());
+    assert!(b.why("y.qcow2").message.contains("loop"));
+}
+
+#[test]
+fn a_very_long_chain_is_served() {
+    let b = Backups::new();
+    b.image("d/FULL-0-d", None);
+    for i in 1..3000 {
+        b.image(&format!("d/INC-{i}-d"), None);
+    }
+    let disk = &b.scan().disks[0];
+    assert_eq!(disk.points.len(), 3000);
+    assert_eq!(disk.stack(2999).len(), 3000);
+    assert!(disk.points.iter().all(|p| p.is_served() && p.layers.len() == 1));
+}
+
+#[test]
+fn one_second_two_files() {
+    let b = Backups::new();
+    for name in ["FULL-1-d", "FULL-5-d", "INC-5-d", "INC-6-d", "FULL-9-d", "INC-10-d"] {
+        b.image(&format!("d/{name}"), None);
+    }
+    let untied = ["d: FULL-1-d", "d: FULL-5-d", "d: FULL-9-d", "d: FULL-9-d < INC-10-d"];
+    assert_eq!(b.shown(), untied);
+    assert_eq!(b.why("INC-5-d").kind, Kind::Incomplete);
+
+    manifest(&b.path("d"), "INC-5-d", Level::Inc, Some("FULL-5-d"), 0);
+    let shown = b.shown();
+    assert!(shown.contains(&"d: FULL-5-d < INC-5-d".into()), "{shown:?}");
+    assert!(shown.contains(&"d: FULL-5-d < INC-5-d < INC-6-d".into()), "{shown:?}");
+}
+
+#[test]
+fn a_manifest_orders_what_a_wrong_clock_disordered() {
+    let b = Backups::new();
+    for (name, level, parent) in [
+        ("FULL-500-d", Level::Full, None),
+        ("INC-100-d", Level::Inc, Some("FULL-500-d")),
+        ("INC-200-d", Level::Inc, Some("INC-100-d")),
+        ("DIFF-150-d", Level::Diff, Some("FULL-500-d")),
+    ] {
+        b.image(&format!("d/{name}"), None);
+        manifest(&b.path("d"), name, level, parent, 0);
+    }
+    assert_eq!(
+        b.shown(),
+        [
+            "d: FULL-500-d",
+            "d: FULL-500-d < INC-100-d",
+            "d: FULL-500-d < DIFF-150-d",
+            "d: FULL-500-d < INC-100-d < INC-200-d",
+        ]
+    );
+}
+
+#[test]
+fn a_manifest_tells_of_a_missing_file_and_of_a_loop() {
+    let b = Backups::new();
+    for (name, parent) in [("INC-2-d", "FULL-1-d"), ("INC-4-d", "INC-3-d"), ("INC-5-d", "INC-4-d")]
+    {
+        b.image(&format!("d/{name}"), None);
+        manifest(&b.path("d"), name, Level::Inc, Some(parent), 0);
+    }
+    b.image("d/FULL-1-d", None);
+    for (name, parent) in [("INC-2-e", "INC-3-e"), ("INC-3-e", "INC-2-e"), ("INC-4-e", "COPY-1-e")]
+    {
+        b.image(&format!("e/{name}"), None);
+        manifest(&b.path("e"), name, Level::Inc, Some(parent), 0);
+    }
+    b.image("e/COPY-1-e", None);
+    assert_eq!(b.shown(), ["d: FULL-1-d", "d: FULL-1-d < INC-2-d", "e: COPY-1-e"]);
+    assert!(b.why("INC-4-d").message.contains("INC-3-d, which is missing"));
+    assert!(b.why("INC-5-d").path.ends_with("INC-4-d"));
+    assert!(b.why("INC-2-e").message.contains("loop"));
+    assert!(b.why("INC-4-e").message.contains("no base"));
+}
+
+#[test]
+fn a_manifest_that_its_file_contradicts() {
+    let b = Backups::new();
+    for name in ["FULL-1-d", "INC-2-d", "INC-3-d"] {
+        b.image(&format!("d/{name}"), None);
+    }
+    manifest(&b.path("d"), "INC-3-d", Level::Inc, Some("INC-2-d"), 1 << 20);
+    assert_eq!(b.why("INC-3-d").kind, Kind::Truncated);
+    manifest(&b.path("d"), "INC-3-d", Level::Full, None, 0);
+    assert_eq!(b.why("INC-3-d").kind, Kind::Corrupt);
+    // One that cannot be read leaves the names, and says so.
+    b.file("d/.fleecefs/INC-3-d.json", br#"{"format_version": 9}"#);
+    assert_eq!(b.shown().len(), 3);
+    let findings = b.findings();
+    assert_eq!((findings.len(), findings[0].severity), (1, Severity::Warning), "{findings:?}");
+    assert_eq!(findings[0].kind, Kind::Unsupported);
+}
+
+#[test]
+fn increments_without_a_full_or_without_a_time() {
+    let b = Backups::new();
+    b.image("d/INC-2-d", None);
+    b.image("d/INC-3-d", None);
+    b.image("e/FULL-1-e", None);
+    b.image("e/INC-e", None);
+    b.image("f/COPY-1-f", None);
+    b.image("f/INC-2-f", None);
+    b.image("f/DIFF-3-f", None);
+    assert_eq!(b.shown(), ["e: FULL-1-e", "f: COPY-1-f"]);
+    assert!(b.why("INC-2-d").message.contains("no FULL"));
+    assert!(b.why("DIFF-3-f").message.contains("no FULL"));
+}
+
+#[test]
+fn names_that_are_no_text_and_names_that_would_escape() {
+    let b = Backups::new();
+    let name = std::ffi::OsStr::from_bytes(b"FULL-1-d\xff");
+    std::fs::write(b.root().join(name), backups::tiny(None)).unwrap();
+    b.image("d/FULL-1-..", None);
+    b.image("FULL-1-.fleecefs", None);
+    let catalog = b.scan();
+    let paths: Vec<_> = catalog.disks.iter().map(|d| d.path.as_os_str().as_bytes()).collect();
+    assert!(paths.contains(&&b"d\xff"[..]), "{paths:?}");
+    for disk in &catalog.disks {
+        assert!(!disk.path.starts_with(".fleecefs") && !disk.path.starts_with(".."));
+        assert!(disk.path.components().all(|c| matches!(c, std::path::Component::Normal(_))));
+    }
+    let text = backups::fleecefs(&["list", "--json", b.root().to_str().unwrap()]);
+    assert!(text.status.success(), "{}", String::from_utf8_lossy(&text.stderr));
+}
+
+#[test]
+fn internal_snapshots_are_points() {
+    if !backups::have("internal_snapshots_are_points", &["qemu-img"]) {
+        return;
+    }
+    let b = Backups::new();
+    let path = b.path("d/FULL-1000-d.qcow2");
+    std::fs::create_dir_all(b.path("d")).unwrap();
+    let qemu_img =
+        |args: &[&str]| backups::run("qemu-img", &[args, &[path.to_str().unwrap()]].concat());
+    backups::run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "1M"]);
+    for name in ["FULL-BACKUP", "2024-01-26-09:17:26", "a/b", "2024-01-26-09:17:26"] {
+        qemu_img(&["snapshot", "-c", name]);
+    }
+    b.image("d/INC-2000-d.qcow2", None);
+    let catalog = b.scan();
+    let points = &catalog.disks[0].points;
+    let names: Vec<_> = points.iter().map(|p| p.name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "FULL-1000-d.qcow2@FULL-BACKUP",
+            "FULL-1000-d.qcow2@2024-01-26-09:17:26",
+            "FULL-1000-d.qcow2@a_b",
+            "FULL-1000-d.qcow2@2024-01-26-09:17:26#4",
+            "FULL-1000-d.qcow2",
+            "INC-2000-d.qcow2",
+        ]
+    );
+    assert!(points.iter().all(|p| p.is_served()));
+    assert_eq!(points[0].time, 1000);
+    // Its names are in local time: within a day of UTC.
+    assert!((points[1].time - 1_706_260_646).abs() <= 86_400);
+    assert!(points[4].time >= points[1].time);
+    assert_eq!((points[1].level, points[1].size), (Level::Snapshot, 1 << 20));
+    assert_eq!(points[5].parent, Some(4));
+}
+
+#[test]
+fn a_data_file_belongs_to_its_image() {
+    if !backups::have("a_data_file_belongs_to_its_image", &["qemu-img"]) {
+        return;
+    }
+    let b = Backups::new();
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(b.path("d")).unwrap();
+    let create = |image: &str, data: &Path| {
+        let option = format!("data_file={}", data.display());
+        let image = b.path(image);
+        let image = image.to_str().unwrap();
+        backups::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option, image, "1M"]);
+    };
+    create("d/FULL-1-d.qcow2", &b.path("d/FULL-1-d.data.raw"));
+    b.image("d/INC-2-d.qcow2", None);
+    create("out.qcow2", &outside.path().join("x.raw"));
+    create("gone.qcow2", &b.path("gone.raw"));
+    std::fs::remove_file(b.path("gone.raw")).unwrap();
+    let expected = ["d: FULL-1-d.qcow2", "d: FULL-1-d.qcow2 < INC-2-d.qcow2"];
+    assert_eq!(b.shown(), expected);
+    let catalog = b.scan();
+    let data = catalog.disks[0].points[0].layers[0].data_file.as_ref().unwrap();
+    assert!(data.path().ends_with("FULL-1-d.data.raw"));
+    assert_eq!(b.why("out.qcow2").kind, Kind::Incomplete);
+    assert_eq!(b.why("gone.qcow2").kind, Kind::Incomplete);
+}
+
+#[test]
+fn a_rescan_keeps_what_is_unchanged() {
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.image("d/INC-2-d", None);
+    let options = ScanOptions::default();
+    let (before, cache) = scan(b.root(), &options, None).unwrap();
+    b.image("d/INC-3-d", None);
+    b.image("d/INC-2-d", Some("FULL-1-d"));
+    // Another name for the same bytes changes nothing.
+    std::fs::hard_link(b.path("d/FULL-1-d"), b.path("other")).unwrap();
+    let (after, cache) = scan(b.root(), &options, Some(&cache)).unwrap();
+    let file = |c: &fleecefs::chain::Catalog, i: usize| c.disks[0].points[i].layers[0].file.clone();
+    assert!(Arc::ptr_eq(&file(&before, 0), &file(&after, 0)));
+    assert!(!Arc::ptr_eq(&file(&before, 1), &file(&after, 1)));
+    assert_eq!(after.disks[0].points.len(), 3);
+    std::fs::remove_file(b.path("d/INC-3-d")).unwrap();
+    let (last, cache) = scan(b.root(), &options, Some(&cache)).unwrap();
+    assert_eq!((last.disks[0].points.len(), cache.len()), (2, 3));
+}
+
+#[test]
+fn a_folder_can_be_left_out() {
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.image("mnt/d/FULL-1-d", None);
+    let options = ScanOptions { skip: vec![b.root().join("mnt")] };
+    let (catalog, _) = scan(b.root(), &options, None).unwrap();
+    assert_eq!(catalog.disks.len(), 1);
+}
+
+#[test]
+fn only_the_directory_itself_is_an_error() {
+    let b = Backups::new();
+    b.file("plain", b"x");
+    let options = ScanOptions::default();
+    assert!(scan(&b.path("nowhere"), &options, None).is_err());
+    assert!(scan(&b.path("plain"), &options, None).is_err());
+    assert!(scan(b.root(), &options, None).unwrap().0.disks.is_empty());
+}
+
+#[test]
+fn a_pipe_does_not_hang() {
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    let fifo = std::ffi::CString::new(b.path("d/INC-2-d").as_os_str().as_bytes()).unwrap();
+    // SAFETY: a valid C string.
+    assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+    assert_eq!(b.shown(), ["d: FULL-1-d"]);
+}
+
+#[test]
+fn list_says_what_was_checked_and_what_was_not() {
+    let b = Backups::new();
+    b.image("d/FULL-1706260639-d", None);
+    b.image("d/INC-1706260646-d", None);
+    b.file("e/FULL-1-e.qcow2", b"bad\x1b[31m");
+    let root = b.root().to_str().unwrap();
+    let out = backups::fleecefs(&["list", root]);
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(out.status.success());
+    assert!(text.contains("2024-01-26T09:17:26Z") && text.contains("not checked"), "{text}");
+    assert!(text.contains("unavailable:") && text.contains("findings:"), "{text}");
+    assert_eq!(backups::fleecefs(&["list", "--strict", root]).status.code(), Some(12));
+
+    let out = backups::fleecefs(&["list", "--json", root]);
+    let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let points = &json["disks"][0]["points"];
+    assert_eq!(points[1]["parent"], "FULL-1706260639-d");
+    assert_eq!(points[1]["time"], 1706260646);
+    assert_eq!((&points[1]["served"], &points[1]["checked"]), (&true.into(), &false.into()));
+    let bad = &json["disks"][1]["points"][0];
+    assert_eq!((&bad["served"], &bad["unavailable"]["kind"]), (&false.into(), &"corrupt".into()));
+    let missing: PathBuf = b.path("nowhere");
+    assert_eq!(backups::fleecefs(&["list", missing.to_str().unwrap()]).status.code(), Some(3));
+}
+
+/// The rules once more, as a loop over sorted names.
+fn model(files: &[(i64, &str)]) -> Vec<String> {
+    let mut files = files.to_vec();
+    files.sort_unstable();
+    let (mut full, mut last): (Option<String>, Option<String>) = (None, None);
+    let mut shown = Vec::new();
+    for (time, level) in files {
+        let name = format!("{level}-{time}-d");
+        let below = match level {
+            "INC" => last.clone(),
+            "DIFF" => full.clone(),
+            _ => Some(String::new()),
+        };
+        let Some(below) = below else { continue };
+        let line = if below.is_empty() { name } else { format!("{below} < {name}") };
+        match level {
+            "FULL" => (full, last) = (Some(line.clone()), Some(line.clone())),
+            "INC" => last = Some(line.clone()),
+            _ => {}
+        }
+        shown.push(format!("d: {line}"));
+    }
+    shown
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn random_folders_link_as_the_rules_say(
+        files in proptest::collection::btree_map(
+            1..1000i64, proptest::sample::select(vec!["FULL", "INC", "INC", "DIFF", "COPY"]), 1..20)
+    ) {
+        let b = Backups::new();
+        for (time, level) in &files {
+            b.image(&format!("d/{level}-{time}-d"), None);
+        }
+        let files: Vec<_> = files.into_iter().collect();
+        proptest::prop_assert_eq!(b.shown(), model(&files));
+    }
+}
