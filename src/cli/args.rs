@@ -25,6 +25,7 @@ pub struct Cli {
 pub enum Command {
     List(super::list::ListArgs),
     Map(super::map::MapArgs),
+    Verify(super::verify::VerifyArgs),
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
     Completions(super::docs::CompletionsArgs),

@@ -2,6 +2,7 @@
 //! [`crate::error::Kind::table`].
 
 mod args;
+mod bar;
 mod daemon;
 mod docs;
 mod list;
@@ -12,6 +13,7 @@ mod mountinfo;
 mod options;
 mod serve;
 mod umount;
+mod verify;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -45,6 +47,7 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
+        Command::Verify(a) => verify::run(a),
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => umount::umount(a),
         Command::Completions(a) => docs::completions(a),

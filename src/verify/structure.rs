@@ -27,6 +27,8 @@ const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 /// L1 entries read at a time.
 const L1_CHUNK: u64 = 4096;
+/// Marks a cluster number as one of the external data file; clusters have less than 56 bits.
+const DATA_FILE: u64 = 1 << 60;
 /// What to do about a damaged file.
 pub(super) const REMEDY: &str = "restore this file from another copy of the backup";
 
@@ -426,9 +428,9 @@ impl<'a> Walker<'a> {
             if let Some(what) = self.bad_subclusters(entry, offset, map) {
                 return self.error(Kind::Corrupt, at, what);
             }
-            if map as u32 == 0 {
-                needed = 0;
-            }
+            // Up to the last subcluster that has data: the file may end behind that.
+            let last = u64::from(32 - (map as u32).leading_zeros());
+            needed = needed.min(last * (self.h.cluster_size() / 32));
         } else if entry & ZERO != 0 {
             if self.h.version < 3 {
                 let what = "a version 2 image cannot have zero clusters";
@@ -473,7 +475,8 @@ impl<'a> Walker<'a> {
         }
         let cluster = p.offset >> self.h.cluster_bits;
         if self.data_len.is_some() {
-            if !self.seen.insert(cluster) {
+            // The other file's clusters, apart from this one's L2 tables.
+            if !self.seen.insert(cluster | DATA_FILE) {
                 self.error(Kind::Corrupt, p.at, "two guest clusters have the same place");
             }
             return;
