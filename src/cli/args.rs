@@ -26,6 +26,7 @@ pub enum Command {
     List(super::list::ListArgs),
     Map(super::map::MapArgs),
     Verify(super::verify::VerifyArgs),
+    Prune(super::prune::PruneArgs),
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
     Completions(super::docs::CompletionsArgs),

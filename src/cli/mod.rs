@@ -11,6 +11,7 @@ mod map;
 mod mount;
 mod mountinfo;
 mod options;
+mod prune;
 mod serve;
 mod umount;
 mod verify;
@@ -48,6 +49,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
         Command::Verify(a) => verify::run(a),
+        Command::Prune(a) => prune::run(a),
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => umount::umount(a),
         Command::Completions(a) => docs::completions(a),

@@ -41,6 +41,11 @@ pub(super) fn create(
             written.insert(i);
         }
     }
+    // An internal snapshot is in its file, whose hash is recorded now.
+    let sources: HashSet<PathBuf> =
+        written.iter().map(|i| disk.points[*i].source.clone()).collect();
+    let inside = |i: &usize| sources.contains(&disk.points[*i].source);
+    written.extend((0..disk.points.len()).filter(inside));
     Ok(written)
 }
 
