@@ -15,6 +15,7 @@ pub mod layer;
 pub mod lock;
 pub mod progress;
 pub mod prune;
+pub mod restore;
 pub mod storage;
 pub mod units;
 pub mod verify;

@@ -23,12 +23,14 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    List(super::list::ListArgs),
-    Map(super::map::MapArgs),
-    Verify(super::verify::VerifyArgs),
-    Prune(super::prune::PruneArgs),
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
+    List(super::list::ListArgs),
+    Map(super::map::MapArgs),
+    Restore(super::restore::RestoreArgs),
+    Verify(super::verify::VerifyArgs),
+    Prune(super::prune::PruneArgs),
+    Consolidate(super::consolidate::ConsolidateArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

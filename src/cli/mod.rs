@@ -3,6 +3,7 @@
 
 mod args;
 mod bar;
+mod consolidate;
 mod daemon;
 mod docs;
 mod list;
@@ -12,9 +13,11 @@ mod mount;
 mod mountinfo;
 mod options;
 mod prune;
+mod restore;
 mod serve;
 mod umount;
 mod verify;
+mod work;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -46,12 +49,14 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
-        Command::List(a) => list::run(a),
-        Command::Map(a) => map::run(a),
-        Command::Verify(a) => verify::run(a),
-        Command::Prune(a) => prune::run(a),
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => umount::umount(a),
+        Command::List(a) => list::run(a),
+        Command::Map(a) => map::run(a),
+        Command::Restore(a) => restore::run(a),
+        Command::Verify(a) => verify::run(a),
+        Command::Prune(a) => prune::run(a),
+        Command::Consolidate(a) => consolidate::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }

@@ -4,11 +4,13 @@
 //! stop it from being unmounted.
 
 use std::ffi::{CString, OsString};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 
@@ -43,19 +45,47 @@ impl Mount {
         })
     }
 
-    fn liveness_name(&self) -> String {
+    fn socket_name(&self) -> String {
         format!("fleecefs-mount-{}", self.dev)
     }
 
-    /// A socket that lives as long as the process that serves this mount; it is never answered.
+    /// A socket that tells `umount` which process serves this mount; nobody ever answers it.
     pub fn announce(&self) -> std::io::Result<UnixListener> {
-        UnixListener::bind_addr(&SocketAddr::from_abstract_name(self.liveness_name())?)
+        UnixListener::bind_addr(&SocketAddr::from_abstract_name(self.socket_name())?)
     }
 
-    /// Connects to that socket: the connection ends when the serving process does.
-    pub fn liveness(&self) -> Option<UnixStream> {
-        let address = SocketAddr::from_abstract_name(self.liveness_name()).ok()?;
-        UnixStream::connect_addr(&address).ok()
+    /// The process that serves this mount, if it can be told.
+    pub fn server(&self) -> Option<Server> {
+        let address = SocketAddr::from_abstract_name(self.socket_name()).ok()?;
+        let stream = UnixStream::connect_addr(&address).ok()?;
+        let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+        let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+        // SAFETY: the buffer is as long as said. As long as we are connected, the process that
+        // listens lives, so its number cannot be another's yet.
+        let pidfd = unsafe {
+            let (fd, peer) = (stream.as_raw_fd(), &raw mut peer);
+            let level = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+            if libc::getsockopt(fd, level.0, level.1, peer.cast(), &mut len) != 0 {
+                return None;
+            }
+            libc::syscall(libc::SYS_pidfd_open, (*peer).pid, 0)
+        };
+        let pidfd = i32::try_from(pidfd).ok().filter(|fd| *fd >= 0)?;
+        // SAFETY: a fresh descriptor, checked just above.
+        Some(Server(unsafe { OwnedFd::from_raw_fd(pidfd) }))
+    }
+}
+
+/// A process that serves a mount.
+pub struct Server(OwnedFd);
+
+impl Server {
+    /// Waits until it has ended; false if it has not after `patience`.
+    pub fn wait(&self, patience: Duration) -> bool {
+        let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+        // SAFETY: one valid entry.
+        unsafe { libc::poll(&mut fd, 1, ms) != 0 }
     }
 }
 

@@ -58,6 +58,8 @@ pub struct PruneArgs {
     /// Print the plan as JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    work: super::work::WorkArgs,
 }
 
 /// Runs `fleecefs prune`.
@@ -81,10 +83,18 @@ pub fn run(args: PruneArgs) -> Result<()> {
     if args.dry_run {
         return show(&make(&catalog, &rules, manner)?, args.json, true);
     }
-    let (catalog, _locks) = locked(&args.dir, catalog)?;
+    let (catalog, locks) = locked(&args.dir, catalog)?;
     let plan = make(&catalog, &rules, manner)?;
     show(&plan, args.json, false)?;
-    execute(&catalog, &plan, &Bar::new())
+    execute(&catalog, &plan, &Bar::default())?;
+    // Each consolidation takes them again.
+    drop(locks);
+    for disk in &plan.disks {
+        for until in &disk.consolidate {
+            super::consolidate::one(&args.dir, &disk.disk, until, true, &args.work)?;
+        }
+    }
+    Ok(())
 }
 
 fn make(catalog: &Catalog, rules: &Rules, manner: Manner) -> Result<Plan> {
@@ -98,7 +108,7 @@ fn make(catalog: &Catalog, rules: &Rules, manner: Manner) -> Result<Plan> {
 pub(super) fn locked(dir: &Path, catalog: Catalog) -> Result<(Catalog, Locks)> {
     let folders: BTreeSet<PathBuf> = folders(&catalog);
     let locks = Locks::take(&catalog.root, folders.iter().map(PathBuf::as_path))?;
-    let bar = Bar::new();
+    let bar = Bar::default();
     for folder in folders.iter().filter(|f| removal::journal_path(f).exists()) {
         recover(folder, &bar)?;
     }

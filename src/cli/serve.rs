@@ -39,8 +39,9 @@ pub fn serve(plan: &Plan, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     let waker = Waker::new().map_err(|e| Error::io(e, "cannot make an eventfd"))?;
     let waker = Arc::new(waker);
     // First the watches, then the scan: what changes in between is noticed.
-    let watch = Watch::new(&plan.backups, plan.poll_interval);
-    let (catalog, probes) = scan::scan(&plan.backups, &ScanOptions::default(), None)?;
+    let watch = Watch::new(&plan.backups, &plan.mountpoint, plan.poll_interval);
+    let options = ScanOptions { skip: vec![plan.mountpoint.clone()] };
+    let (catalog, probes) = scan::scan(&plan.backups, &options, None)?;
     if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
         log::warn!("{}: no point can be served", plan.backups.display());
     }
@@ -48,8 +49,8 @@ pub fn serve(plan: &Plan, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());
     let fs = Arc::new(fs);
     let mounted = fuse::mount(fs.clone(), &plan.mountpoint, &fuse_options(plan))?;
-    let _alive = settle(&plan.mountpoint)?;
-    let refresh = Refresh { fs: fs.clone(), notify: mounted.notifier(), probes };
+    settle(&plan.mountpoint)?;
+    let refresh = Refresh { fs: fs.clone(), notify: mounted.notifier(), options, probes };
     start("watch", WATCH_STACK, move || refresh.run(watch, &waker))?;
     control(plan, &fs, signals)?;
     ready()?;
@@ -72,7 +73,7 @@ fn finish(mounted: Mounted, plan: &Plan) -> Result<()> {
 }
 
 /// Waits for the first answer, raises read-ahead and announces that this process is alive.
-fn settle(mountpoint: &Path) -> Result<Option<std::os::unix::net::UnixListener>> {
+fn settle(mountpoint: &Path) -> Result<()> {
     std::fs::metadata(mountpoint)
         .map_err(|e| Error::io(e, "the mount does not answer").at_path(mountpoint))?;
     let Some(mount) = mountinfo::find(mountpoint)? else {
@@ -82,13 +83,18 @@ fn settle(mountpoint: &Path) -> Result<Option<std::os::unix::net::UnixListener>>
     if let Err(e) = std::fs::write(&setting, READ_AHEAD_KB.to_string()) {
         log::info!("{setting}: cannot raise read-ahead: {e}");
     }
-    Ok(mount.announce().ok())
+    if let Ok(socket) = mount.announce() {
+        // Its end has to be that of the process.
+        std::mem::forget(socket);
+    }
+    Ok(())
 }
 
 /// What the watching thread needs to look again.
 struct Refresh {
     fs: Arc<FileSystem>,
     notify: Notify,
+    options: ScanOptions,
     probes: ProbeCache,
 }
 
@@ -105,7 +111,7 @@ impl Refresh {
     /// Reads the directory again. Where that fails, all stays as it is.
     fn look(&mut self) {
         let root = self.fs.tree().catalog.root.clone();
-        match scan::scan(&root, &ScanOptions::default(), Some(&self.probes)) {
+        match scan::scan(&root, &self.options, Some(&self.probes)) {
             Ok((catalog, probes)) => {
                 self.probes = probes;
                 let changes = self.fs.install(catalog);

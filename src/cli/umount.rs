@@ -1,6 +1,5 @@
 //! `fleecefs umount`.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -26,23 +25,14 @@ pub struct UmountArgs {
 /// Runs `fleecefs umount`.
 pub fn umount(args: UmountArgs) -> Result<()> {
     let mount = find(&args.mountpoint)?;
-    // Taken before, so that it cannot be another mount's by the time it is waited for.
-    let alive = mount.liveness();
+    // Asked before, so that it cannot be another mount's.
+    let server = mount.server();
     mountinfo::unmount(&mount.path, args.lazy)?;
-    match alive.filter(|_| !args.lazy) {
-        Some(mut stream) => {
-            let _ = stream.set_read_timeout(Some(PATIENCE));
-            match stream.read(&mut [0]) {
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                    Err(Error::new(Kind::Timeout, "unmounted, but its process has not ended yet")
-                        .at_path(&mount.path))
-                }
-                // Its end of the connection is gone, and with it the process.
-                _ => Ok(()),
-            }
-        }
-        None => Ok(()),
+    if !args.lazy && server.is_some_and(|s| !s.wait(PATIENCE)) {
+        let text = "unmounted, but the process that served it has not ended yet";
+        return Err(Error::new(Kind::Timeout, text).at_path(&mount.path));
     }
+    Ok(())
 }
 
 /// The mount at `path`. The path itself is not looked at: its server may be dead.

@@ -59,7 +59,7 @@ pub fn run(args: VerifyArgs) -> Result<()> {
         jobs: args.jobs,
         create: args.create,
     };
-    let report = verify(&catalog, &options, &Bar::new())?;
+    let report = verify(&catalog, &options, &Bar::default())?;
     super::print(&if args.json { json(&report)? } else { text(&report) })?;
     match report.outcome {
         Outcome::Sound => Ok(()),

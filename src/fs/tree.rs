@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::chain::{Catalog, Disk, Point};
-use crate::error::{Finding, Result};
+use crate::error::{Error, Finding, Kind, Result};
 use crate::image::{Cache, Image};
 use crate::layer::{LayerSpec, Part};
 
@@ -99,6 +99,8 @@ pub struct PointFile {
     pub image: Arc<Image>,
     /// Bytes that the layers' files take on disk: the estimate of allocated bytes.
     pub estimate: u64,
+    /// The image of the point that this one lies on.
+    below: Option<Arc<Image>>,
     catalog: Arc<Catalog>,
     disk: usize,
     point: usize,
@@ -212,15 +214,41 @@ impl Tree {
     /// by those who hold it.
     fn retire(&self, new: &Tree) -> Vec<u64> {
         let mut changed = Vec::new();
-        let mut seen = HashMap::new();
+        let mut files = HashMap::new();
+        let mut points = HashMap::new();
         for node in self.nodes.values() {
             let NodeKind::File(file) = &node.kind else { continue };
             let kept = matches!(new.nodes.get(&node.ino).map(|n| &n.kind),
                 Some(NodeKind::File(f)) if Arc::ptr_eq(&f.image, &file.image));
-            if !kept && file.point().layers.iter().any(|l| layer_changed(l, &mut seen)) {
+            if !kept && self.is_changed(file.index(), &mut points, &mut files) {
                 file.image.mark_changed();
                 changed.push(node.ino);
             }
+        }
+        changed
+    }
+
+    /// Whether one of the files below a point was changed or replaced. Remembers the answer for
+    /// every point on the way, so that long chains are walked once.
+    fn is_changed(
+        &self,
+        (disk, point): (usize, usize),
+        points: &mut HashMap<(usize, usize), bool>,
+        files: &mut HashMap<PathBuf, bool>,
+    ) -> bool {
+        let all = &self.catalog.disks[disk].points;
+        let (mut path, mut at, mut changed) = (Vec::new(), Some(point), false);
+        while let Some(i) = at {
+            if let Some(known) = points.get(&(disk, i)) {
+                changed = *known;
+                break;
+            }
+            path.push(i);
+            at = all[i].parent;
+        }
+        for i in path.into_iter().rev() {
+            changed = changed || all[i].layers.iter().any(|l| layer_changed(l, files));
+            points.insert((disk, i), changed);
         }
         changed
     }
@@ -384,28 +412,31 @@ impl<'a> Files<'a> {
         below: Option<Arc<PointFile>>,
     ) -> Result<Arc<PointFile>> {
         let (d, p) = (&self.catalog.disks[disk], &self.catalog.disks[disk].points[point]);
-        let below = below.filter(|b| is_prefix(&b.point().layers, &p.layers));
-        let (mut digest, from) = match &below {
-            Some(b) => (b.digest, b.point().layers.len()),
-            None => (blake3::hash(b"fleecefs layers"), 0),
-        };
-        for layer in &p.layers[from..] {
+        if p.parent.is_some() && below.is_none() {
+            let text = "the point that it lies on is not served";
+            return Err(Error::new(Kind::Incomplete, text).at_path(&p.source));
+        }
+        let mut digest = below.as_ref().map_or(blake3::hash(b"fleecefs layers"), |b| b.digest);
+        let mut estimate = p.own_bytes;
+        if let Some(b) = &below {
+            estimate = estimate.saturating_add(b.estimate);
+        }
+        for layer in &p.layers {
             digest = layer_digest(digest, layer);
         }
+        let below = below.map(|b| b.image.clone());
         let old = self.old.get(&(d.path.as_path(), p.name.as_str()));
-        let image = match old.filter(|o| same_layers(&o.point().layers, &p.layers)) {
-            Some(old) => old.image.clone(),
-            None => {
-                let below = below.as_ref().map(|b| b.image.clone());
-                Image::new(p.size, &p.layers[from..], below, self.cache)?
-            }
+        let same = |o: &PointFile| {
+            o.image.size() == p.size
+                && same_layers(&o.point().layers, &p.layers)
+                && same_image(o.below.as_ref(), below.as_ref())
         };
-        let estimate = match &below {
-            Some(b) => b.estimate.saturating_add(p.own_bytes),
-            None => p.own_bytes,
+        let image = match old.filter(|o| same(o)) {
+            Some(old) => old.image.clone(),
+            None => Image::new(p.size, &p.layers, below.clone(), self.cache)?,
         };
         let catalog = self.catalog.clone();
-        Ok(Arc::new(PointFile { image, estimate, catalog, disk, point, digest }))
+        Ok(Arc::new(PointFile { image, below, estimate, catalog, disk, point, digest }))
     }
 }
 
@@ -442,11 +473,15 @@ fn same_layer(a: &LayerSpec, b: &LayerSpec) -> bool {
 }
 
 fn same_layers(a: &[LayerSpec], b: &[LayerSpec]) -> bool {
-    a.len() == b.len() && is_prefix(a, b)
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same_layer(a, b))
 }
 
-fn is_prefix(a: &[LayerSpec], b: &[LayerSpec]) -> bool {
-    a.len() <= b.len() && a.iter().zip(b).all(|(a, b)| same_layer(a, b))
+fn same_image(a: Option<&Arc<Image>>, b: Option<&Arc<Image>>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
+    }
 }
 
 /// Adds a layer's identity. The device number is left out: it may differ after a reboot.
@@ -548,4 +583,224 @@ fn inode_hash(path: &Path, identity: &[u8]) -> u64 {
     let mut eight = [0; 8];
     eight.copy_from_slice(&hash.finalize().as_bytes()[..8]);
     u64::from_le_bytes(eight)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::Level;
+    use crate::layer::Format;
+    use crate::storage::SourceFile;
+
+    /// A backup directory of real (raw) files, so that identities are real, too.
+    struct World {
+        dir: tempfile::TempDir,
+        files: HashMap<PathBuf, Arc<SourceFile>>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            World { dir: tempfile::tempdir().unwrap(), files: HashMap::new() }
+        }
+
+        fn write(&self, name: &str, bytes: &[u8]) {
+            let path = self.dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, bytes).unwrap();
+        }
+
+        /// Like the scan: the same `Arc` as long as the file is the same.
+        fn layer(&mut self, name: &str) -> LayerSpec {
+            let path = self.dir.path().join(name);
+            let now = SourceFile::look(&path).unwrap();
+            let file = match self.files.get(&path).filter(|f| f.identity() == now.identity()) {
+                Some(f) => f.clone(),
+                None => Arc::new(now),
+            };
+            self.files.insert(path, file.clone());
+            LayerSpec { file, format: Format::Raw, part: Part::Whole, data_file: None }
+        }
+
+        /// A disk at `path` whose points (name, time) lie on each other.
+        fn disk(&mut self, path: &str, points: &[(&str, i64)]) -> Disk {
+            let mut disk = Disk { path: path.into(), points: Vec::new(), findings: Vec::new() };
+            for (i, (name, time)) in points.iter().enumerate() {
+                let source = Path::new(path).join(name);
+                let layers = vec![self.layer(source.to_str().unwrap())];
+                disk.points.push(Point {
+                    name: name.to_string(),
+                    source: self.dir.path().join(&source),
+                    level: if i == 0 { Level::Full } else { Level::Inc },
+                    chain: points[0].0.to_string(),
+                    parent: i.checked_sub(1),
+                    time: *time,
+                    size: 1 << 20,
+                    own_bytes: 4096,
+                    layers,
+                    unavailable: None,
+                });
+            }
+            disk
+        }
+
+        fn catalog(&self, disks: Vec<Disk>) -> Catalog {
+            let root = self.dir.path().to_path_buf();
+            Catalog { root, disks, findings: Vec::new() }
+        }
+    }
+
+    fn build(catalog: Catalog, previous: Option<&Tree>) -> Tree {
+        Tree::build(catalog, previous, &Cache::new(1 << 20), |_| false)
+    }
+
+    /// Everything in the tree as sorted lines: `path`, `path/` or `path -> target`.
+    fn listing(tree: &Tree) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut todo = vec![(String::new(), ROOT)];
+        while let Some((path, ino)) = todo.pop() {
+            let node = tree.node(ino).unwrap();
+            match &node.kind {
+                NodeKind::Dir(entries) => {
+                    assert!(entries.is_sorted_by(|a, b| a.name < b.name));
+                    lines.push(format!("{path}/"));
+                    for e in entries {
+                        assert_eq!(tree.node(e.ino).unwrap().parent, ino);
+                        todo.push((format!("{path}/{}", e.name.to_str().unwrap()), e.ino));
+                    }
+                }
+                NodeKind::Link(to) => lines.push(format!("{path} -> {}", to.display())),
+                NodeKind::File(_) | NodeKind::Status => lines.push(path),
+            }
+        }
+        lines.sort();
+        lines
+    }
+
+    fn ino_of(tree: &Tree, path: &str) -> u64 {
+        Path::new(path).iter().fold(ROOT, |ino, name| {
+            let NodeKind::Dir(entries) = &tree.node(ino).unwrap().kind else { panic!("{path}") };
+            find(entries, name).unwrap_or_else(|| panic!("no {path}")).ino
+        })
+    }
+
+    #[test]
+    fn a_disk_has_its_points_and_links_to_them() {
+        let mut world = World::new();
+        for name in ["FULL-1-a", "INC-2-a", "INC-3-a"] {
+            world.write(&format!("vm/a/{name}"), b"x");
+        }
+        let t = 1_706_260_646;
+        let disk = world.disk("vm/a", &[("FULL-1-a", t - 7), ("INC-2-a", t), ("INC-3-a", t)]);
+        let tree = build(world.catalog(vec![disk]), None);
+        let want = [
+            "/",
+            "/.fleecefs/",
+            "/.fleecefs/status.json",
+            "/vm/",
+            "/vm/a/",
+            "/vm/a/FULL-1-a.raw",
+            "/vm/a/INC-2-a.raw",
+            "/vm/a/INC-3-a.raw",
+            "/vm/a/by-time/",
+            "/vm/a/by-time/20240126T091719Z.raw -> ../FULL-1-a.raw",
+            "/vm/a/by-time/20240126T091726Z-2.raw -> ../INC-3-a.raw",
+            "/vm/a/by-time/20240126T091726Z.raw -> ../INC-2-a.raw",
+            "/vm/a/latest.raw -> INC-3-a.raw",
+        ];
+        assert_eq!(listing(&tree), want);
+    }
+
+    #[test]
+    fn clashing_names_never_hide_a_point() {
+        let mut world = World::new();
+        for name in ["FULL-1-a", "latest", "FULL-1-a.raw/x", "by-time/y", "latest.raw/z"] {
+            if !name.starts_with("FULL-1-a.raw") {
+                world.write(name, b"x");
+            }
+        }
+        // The root of the backup directory is a disk; others lie in folders named like its files.
+        let root = world.disk("", &[("FULL-1-a", 1), ("latest", 2)]);
+        world.write("sub/x", b"x");
+        let mut inner = world.disk("sub", &[("x", 1)]);
+        inner.path = "FULL-1-a.raw".into();
+        let by_time = world.disk("by-time", &[("y", 3)]);
+        let latest = world.disk("latest.raw", &[("z", 4)]);
+        let tree = build(world.catalog(vec![root, inner, by_time, latest]), None);
+        let names = listing(&tree);
+        for want in [
+            "/FULL-1-a-2.raw",
+            "/FULL-1-a.raw/x.raw",
+            "/latest-2.raw",
+            "/latest.raw/z.raw",
+            "/by-time/y.raw",
+            "/by-time/19700101T000001Z.raw -> ../FULL-1-a-2.raw",
+        ] {
+            assert!(names.iter().any(|n| n == want), "no {want} in {names:#?}");
+        }
+        assert_eq!(tree.files().count(), 5);
+    }
+
+    #[test]
+    fn hostile_names_become_possible_ones() {
+        assert_eq!(raw_name(OsStr::new("a@b/../c"), 1), "a@b_.._c.raw");
+        let long = raw_name(OsStr::new(&"x".repeat(300)), 12);
+        assert_eq!(long.len(), NAME_MAX);
+        assert!(long.to_str().unwrap().ends_with("-12.raw"));
+        let other = raw_name(OsStr::new(&format!("{}y", "x".repeat(299))), 12);
+        assert_ne!(long, other);
+    }
+
+    #[test]
+    fn a_refresh_keeps_images_and_inodes_of_what_is_unchanged() {
+        let mut world = World::new();
+        world.write("a/FULL-1-a", b"x");
+        world.write("b/FULL-1-b", b"x");
+        let disks = vec![world.disk("a", &[("FULL-1-a", 1)]), world.disk("b", &[("FULL-1-b", 1)])];
+        let first = build(world.catalog(disks), None);
+        world.write("a/INC-2-a", b"y");
+        let points = [("FULL-1-a", 1), ("INC-2-a", 2)];
+        let disk = world.disk("a", &points);
+        let second = build(world.catalog(vec![disk]), Some(&first));
+        let full = "a/FULL-1-a.raw";
+        assert_eq!(ino_of(&first, full), ino_of(&second, full));
+        let changes = first.replaced_by(&second);
+        let gone = |parent: &str, name: &str| (ino_of(&first, parent), OsString::from(name));
+        assert!(changes.entries.contains(&gone("", "b")));
+        assert!(changes.entries.contains(&gone("a", "latest.raw")));
+        assert!(!changes.entries.contains(&gone("a", "FULL-1-a.raw")));
+        assert!(changes.inodes.contains(&ino_of(&first, "a")));
+        // Removed, not changed: whoever has it open goes on reading.
+        let NodeKind::File(b) = &first.node(ino_of(&first, "b/FULL-1-b.raw")).unwrap().kind else {
+            panic!("not a file")
+        };
+        assert!(b.image.read_at(&mut [0], 0).is_ok());
+    }
+
+    #[test]
+    fn a_changed_layer_makes_new_inodes_above_it_and_ends_the_old_images() {
+        let mut world = World::new();
+        let points = [("FULL-1-a", 1), ("INC-2-a", 2)];
+        world.write("a/FULL-1-a", b"x");
+        world.write("a/INC-2-a", b"x");
+        let disk = world.disk("a", &points);
+        let first = build(world.catalog(vec![disk]), None);
+        world.write("a/INC-2-a", b"changed");
+        let disk = world.disk("a", &points);
+        let second = build(world.catalog(vec![disk]), Some(&first));
+        let changes = first.replaced_by(&second);
+        let (full, inc) = ("a/FULL-1-a.raw", "a/INC-2-a.raw");
+        assert_eq!(ino_of(&first, full), ino_of(&second, full));
+        assert_ne!(ino_of(&first, inc), ino_of(&second, inc));
+        assert!(changes.inodes.contains(&ino_of(&first, inc)));
+        let read = |tree: &Tree, path: &str| match &tree.node(ino_of(tree, path)).unwrap().kind {
+            NodeKind::File(f) => f.image.read_at(&mut [0], 0).map_err(|e| e.kind()),
+            _ => panic!("not a file"),
+        };
+        assert_eq!(read(&first, inc), Err(Kind::Changed));
+        assert_eq!(read(&second, inc), Ok(()));
+        // After a remount the numbers are the same as in the refreshed tree.
+        let disk = world.disk("a", &points);
+        let again = build(world.catalog(vec![disk]), None);
+        assert_eq!(ino_of(&again, inc), ino_of(&second, inc));
+    }
 }

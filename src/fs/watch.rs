@@ -62,16 +62,19 @@ impl Waker {
 /// Watches one backup directory.
 pub struct Watch {
     root: PathBuf,
+    skip: PathBuf,
     interval: Option<Duration>,
     inotify: Option<Inotify>,
 }
 
 impl Watch {
-    /// Sets the watches. With `interval`, or on a network file system, the directory is also
-    /// looked at in regular intervals.
-    pub fn new(root: &Path, interval: Option<Duration>) -> Self {
+    /// Sets the watches below `root`, but not in the folder `skip` (the mount point, should it lie
+    /// there). With `interval`, or on a network file system, the directory is also looked at in
+    /// regular intervals.
+    pub fn new(root: &Path, skip: &Path, interval: Option<Duration>) -> Self {
         let interval = interval.or_else(|| is_remote(root).then_some(NETWORK_INTERVAL));
-        let mut watch = Watch { root: root.to_path_buf(), interval, inotify: None };
+        let (root, skip) = (root.to_path_buf(), skip.to_path_buf());
+        let mut watch = Watch { root, skip, interval, inotify: None };
         watch.renew();
         watch
     }
@@ -89,7 +92,7 @@ impl Watch {
     fn renew(&mut self) {
         let renewed = Inotify::init().and_then(|inotify| {
             let mut remote = false;
-            watch_below(&inotify, &self.root, &mut remote)?;
+            watch_below(&inotify, &self.root, &self.skip, &mut remote)?;
             if remote && self.interval.is_none() {
                 self.interval = Some(NETWORK_INTERVAL);
             }
@@ -217,7 +220,7 @@ impl Seen {
 }
 
 /// Watches `root` and all folders below it; never through a symlink.
-fn watch_below(inotify: &Inotify, root: &Path, remote: &mut bool) -> io::Result<()> {
+fn watch_below(inotify: &Inotify, root: &Path, skip: &Path, remote: &mut bool) -> io::Result<()> {
     let mask = WatchMask::CREATE
         | WatchMask::DELETE
         | WatchMask::MOVE
@@ -239,10 +242,10 @@ fn watch_below(inotify: &Inotify, root: &Path, remote: &mut bool) -> io::Result<
             Err(_) => continue,
         }
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            if !entry.file_type().is_ok_and(|t| t.is_dir()) {
+            let path = entry.path();
+            if path == skip || !entry.file_type().is_ok_and(|t| t.is_dir()) {
                 continue;
             }
-            let path = entry.path();
             let inner = entry.metadata().map_or(dev, |m| m.dev());
             *remote |= inner != dev && is_remote(&path);
             todo.push((path, inner));
@@ -320,7 +323,7 @@ mod tests {
     fn new_files_and_files_in_new_folders_are_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let waker = std::sync::Arc::new(Waker::new().unwrap());
-        let watch = Watch::new(dir.path(), None);
+        let watch = Watch::new(dir.path(), Path::new("/"), None);
         let (tell, told) = std::sync::mpsc::channel();
         let root = dir.path().to_path_buf();
         std::thread::spawn(move || {

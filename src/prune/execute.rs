@@ -111,7 +111,7 @@ fn remove_one(dir: &Path, name: &str, progress: &dyn Progress) -> Result<()> {
     match std::fs::remove_file(&path) {
         Ok(()) => {
             sync(dir)?;
-            progress.note(&format!("deleted {}", path.display()));
+            progress.advance(1);
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(Error::io(e, "cannot delete the image").at_path(&path)),

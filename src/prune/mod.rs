@@ -5,6 +5,7 @@
 //! `recover` at the start of the next run; until then the directory holds the old or the new chain
 //! whole.
 
+pub mod consolidate;
 mod execute;
 mod items;
 pub mod plan;

@@ -141,10 +141,12 @@ impl Check<'_> {
             let what = format!("it and {name} name the same bitmap, '{}'", own.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
-        let of_root = root.and_then(|i| self.records[i].manifest.as_ref()?.bitmap.as_ref());
-        if let (Some(a), Some(b)) = (chain_of(own), of_root.and_then(chain_of))
-            && a != b
-        {
+        let of_root = root.and_then(|i| self.records[i].manifest.as_ref());
+        let Some((target, chain)) = chain_of(own) else { return };
+        let Some(root) = of_root else { return };
+        let Some((of_target, of_chain)) = root.bitmap.as_ref().and_then(chain_of) else { return };
+        // A FULL made by consolidation took over a bitmap of the chain that was before.
+        if target != of_target || (chain != of_chain && chain != root.run) {
             let what = format!("its bitmap '{}' belongs to another chain", own.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
@@ -155,10 +157,10 @@ const MIXED_UP: &str = "the files of this chain are mixed up: restore them and .
                         another copy of the backup";
 
 /// Target and chain in the name of a bitmap of ours.
-fn chain_of(bitmap: &BitmapInfo) -> Option<&str> {
+fn chain_of(bitmap: &BitmapInfo) -> Option<(&str, &str)> {
     let rest = bitmap.name.strip_prefix("fleecefs-")?;
     let (chain, _run) = rest.rsplit_once('-')?;
-    chain.contains('-').then_some(chain)
+    chain.split_once('-')
 }
 
 /// Whether two identities certainly are of different disks: something that both know is equal
@@ -263,7 +265,7 @@ mod tests {
             granularity: 65536,
             persistent: true,
         };
-        assert_eq!(chain_of(&bitmap("fleecefs-0a1b2c3d-run1-run2")), Some("0a1b2c3d-run1"));
+        assert_eq!(chain_of(&bitmap("fleecefs-0a1b2c3d-run1-run2")), Some(("0a1b2c3d", "run1")));
         assert_eq!(chain_of(&bitmap("qmpbackup-x-y")), None);
         assert_eq!(chain_of(&bitmap("fleecefs-x")), None);
     }

@@ -13,8 +13,8 @@ use crate::chain::{Disk, Level};
 use crate::error::Result;
 use crate::layer::Format;
 
-/// Writes manifests for those chains of `disk` of which no point has one. Points that are unsound
-/// are left out. Returns the points that got one.
+/// Writes manifests for those chains of `disk` of which no point has one, and adds the hash to
+/// manifests without. Points that are unsound are left out. Returns the points that got one.
 ///
 /// # Errors
 /// A manifest cannot be written.
@@ -30,11 +30,18 @@ pub(super) fn create(
         .map(|(p, _)| p.chain.as_str())
         .collect();
     for (i, p) in disk.points.iter().enumerate() {
-        if recorded.contains(p.chain.as_str()) || outcome(i) != Outcome::Unproven {
+        if outcome(i) != Outcome::Unproven {
             continue;
         }
         let Some(hash) = reports.get(&p.source).and_then(|r| r.hash.clone()) else { continue };
-        let Some(mut m) = describe(disk, i) else { continue };
+        let known = records[i].manifest.as_ref();
+        let m = match known {
+            // Made without a hash: it gets one now.
+            Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
+            None if !recorded.contains(p.chain.as_str()) => describe(disk, i),
+            _ => None,
+        };
+        let Some(mut m) = m else { continue };
         m.blake3 = Some(hash);
         if let Some(dir) = p.source.parent() {
             manifest::write(dir, &m)?;

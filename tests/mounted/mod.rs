@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 /// A mounted backup directory.
 pub struct Mount {
@@ -18,14 +18,20 @@ impl Mount {
 
     /// The same with more options.
     pub fn with(backups: &Path, options: &[&str]) -> Self {
+        Self::by(|at| {
+            Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+                .arg("mount")
+                .args(options)
+                .arg(backups)
+                .arg(at)
+                .output()
+        })
+    }
+
+    /// Mounts by another command, which is given the mount point.
+    pub fn by(mount: impl FnOnce(&Path) -> std::io::Result<Output>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let out = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
-            .arg("mount")
-            .args(options)
-            .arg(backups)
-            .arg(dir.path())
-            .output()
-            .unwrap();
+        let out = mount(dir.path()).unwrap();
         assert!(out.status.success(), "mount: {}", String::from_utf8_lossy(&out.stderr));
         Mount { dir }
     }
