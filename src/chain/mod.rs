@@ -13,6 +13,7 @@ pub mod manifest;
 pub mod name;
 mod points;
 mod probe;
+pub mod removal;
 pub mod scan;
 mod select;
 mod virtnbd;

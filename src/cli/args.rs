@@ -28,6 +28,9 @@ pub enum Command {
     List(super::list::ListArgs),
     Map(super::map::MapArgs),
     Restore(super::restore::RestoreArgs),
+    Verify(super::verify::VerifyArgs),
+    Prune(super::prune::PruneArgs),
+    Consolidate(super::consolidate::ConsolidateArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

@@ -3,6 +3,7 @@
 
 mod args;
 mod bar;
+mod consolidate;
 mod daemon;
 mod docs;
 mod list;
@@ -11,9 +12,11 @@ mod map;
 mod mount;
 mod mountinfo;
 mod options;
+mod prune;
 mod restore;
 mod serve;
 mod umount;
+mod verify;
 mod work;
 
 use std::ffi::OsString;
@@ -51,6 +54,9 @@ fn run(cli: Cli) -> Result<()> {
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
         Command::Restore(a) => restore::run(a),
+        Command::Verify(a) => verify::run(a),
+        Command::Prune(a) => prune::run(a),
+        Command::Consolidate(a) => consolidate::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }
