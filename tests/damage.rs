@@ -27,7 +27,7 @@ struct Backups {
 }
 
 fn backups(options: &str, compressed: bool) -> Backups {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = qemu::tempdir();
     let mut rng = Rng(42);
     let mut chain = |name: &str| {
         let mut chain = Chain::new(dir.path(), name);

@@ -27,6 +27,10 @@ pub enum Command {
     Umount(super::umount::UmountArgs),
     List(super::list::ListArgs),
     Map(super::map::MapArgs),
+    Restore(super::restore::RestoreArgs),
+    Verify(super::verify::VerifyArgs),
+    Prune(super::prune::PruneArgs),
+    Consolidate(super::consolidate::ConsolidateArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

@@ -2,6 +2,8 @@
 //! [`crate::error::Kind::table`].
 
 mod args;
+mod bar;
+mod consolidate;
 mod daemon;
 mod docs;
 mod list;
@@ -10,8 +12,12 @@ mod map;
 mod mount;
 mod mountinfo;
 mod options;
+mod prune;
+mod restore;
 mod serve;
 mod umount;
+mod verify;
+mod work;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -47,6 +53,10 @@ fn run(cli: Cli) -> Result<()> {
         Command::Umount(a) => umount::umount(a),
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
+        Command::Restore(a) => restore::run(a),
+        Command::Verify(a) => verify::run(a),
+        Command::Prune(a) => prune::run(a),
+        Command::Consolidate(a) => consolidate::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }
