@@ -28,6 +28,10 @@ pub enum Command {
     List(super::list::ListArgs),
     Map(super::map::MapArgs),
     Restore(super::restore::RestoreArgs),
+    Merge(super::verbs::MergeArgs),
+    Rebase(super::verbs::RebaseArgs),
+    Commit(super::verbs::CommitArgs),
+    SnapshotRebase(super::verbs::SnapshotRebaseArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

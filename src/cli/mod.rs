@@ -14,6 +14,7 @@ mod options;
 mod restore;
 mod serve;
 mod umount;
+mod verbs;
 mod work;
 
 use std::ffi::OsString;
@@ -51,6 +52,10 @@ fn run(cli: Cli) -> Result<()> {
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
         Command::Restore(a) => restore::run(a),
+        Command::Merge(a) => verbs::merge(a),
+        Command::Rebase(a) => verbs::rebase(a),
+        Command::Commit(a) => verbs::commit(a),
+        Command::SnapshotRebase(a) => verbs::snapshot_rebase(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }
