@@ -32,6 +32,9 @@ pub enum Command {
     Rebase(super::verbs::RebaseArgs),
     Commit(super::verbs::CommitArgs),
     SnapshotRebase(super::verbs::SnapshotRebaseArgs),
+    Verify(super::verify::VerifyArgs),
+    Prune(super::prune::PruneArgs),
+    Consolidate(super::consolidate::ConsolidateArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }

@@ -3,6 +3,7 @@
 
 mod args;
 mod bar;
+mod consolidate;
 mod daemon;
 mod docs;
 mod list;
@@ -11,10 +12,12 @@ mod map;
 mod mount;
 mod mountinfo;
 mod options;
+mod prune;
 mod restore;
 mod serve;
 mod umount;
 mod verbs;
+mod verify;
 mod work;
 
 use std::ffi::OsString;
@@ -56,6 +59,9 @@ fn run(cli: Cli) -> Result<()> {
         Command::Rebase(a) => verbs::rebase(a),
         Command::Commit(a) => verbs::commit(a),
         Command::SnapshotRebase(a) => verbs::snapshot_rebase(a),
+        Command::Verify(a) => verify::run(a),
+        Command::Prune(a) => prune::run(a),
+        Command::Consolidate(a) => consolidate::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }

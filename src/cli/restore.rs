@@ -180,7 +180,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
         };
         let job = |(disk, point): &(&'a Disk, usize)| {
             let path = to.join(run::file_name(disk, *point, extension));
-            Ok(Job { disk: *disk, point: *point, target: args.how.file_target(&path)? })
+            Ok(Job { disk, point: *point, target: args.how.file_target(&path)? })
         };
         return run.points.iter().map(job).collect();
     }

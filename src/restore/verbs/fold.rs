@@ -15,6 +15,7 @@ use super::rebase::{only_qcow2, same_folder};
 use super::switch::{Switch, switch};
 use super::{Line, Member, files, qemu_img, side_folder};
 use crate::chain::Level;
+use crate::chain::name::to_text;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image, open_point};
 use crate::layer::{Format, LayerSpec, Part};
@@ -73,7 +74,7 @@ impl FoldPlan {
 
     /// The steps, one a line.
     pub fn lines(&self) -> Vec<String> {
-        let name = |p: &Path| p.file_name().unwrap_or_default().display().to_string();
+        let name = |p: &Path| to_text(p.file_name().unwrap_or_default());
         let full = name(&self.full.path);
         let mut lines = vec![format!("copy {full}")];
         if let Some(s) = self.snapshots.first() {

@@ -16,7 +16,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, Level, manifest};
+use crate::chain::{Catalog, Disk, Level, manifest, name};
 use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
 
@@ -118,10 +118,10 @@ fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
         return newest.ok_or_else(|| Error::new(Kind::NotFound, "the disk has no points"));
     };
     // Also as a path, as qmprestore's users complete it.
-    let name = Path::new(until).file_name().unwrap_or(until);
-    let named = |p: &crate::chain::Point| p.source.file_name() == Some(name);
+    let wanted = Path::new(until).file_name().unwrap_or(until);
+    let named = |p: &crate::chain::Point| p.source.file_name() == Some(wanted);
     disk.points.iter().position(|p| named(p) && p.level != Level::Snapshot).ok_or_else(|| {
-        let text = format!("no point '{}' of disk {}", until.display(), disk.path.display());
+        let text = format!("no point '{}' of disk {}", name::to_text(until), disk.path.display());
         Error::new(Kind::NotFound, text).remedy("'fleecefs list' shows the points")
     })
 }

@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::{Line, Member, files};
+use crate::chain::name::to_text;
 use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
 use crate::restore::target_error;
@@ -50,7 +51,7 @@ impl RebasePlan {
 
     /// The steps, one a line.
     pub fn lines(&self) -> Vec<String> {
-        let name = |m: &Member| m.path.file_name().unwrap_or_default().display().to_string();
+        let name = |m: &Member| to_text(m.path.file_name().unwrap_or_default());
         let pairs = self.members.windows(2);
         let mut lines: Vec<String> =
             pairs.map(|p| format!("link {} to {}", name(&p[1]), name(&p[0]))).collect();
