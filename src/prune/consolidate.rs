@@ -50,16 +50,20 @@ pub struct Consolidation {
     pub children: Vec<String>,
 }
 
-/// Works out what `consolidate DISK --until POINT` does.
+/// Works out what `consolidate DISK --until POINT` does; `None` if it has been done already.
 ///
 /// # Errors
 /// `Usage` if the point is no INC of a chain that can be shortened; `NotFound`; `Incomplete` if
 /// the point cannot be served.
-pub fn plan(disk: &Disk, until: &str) -> Result<Consolidation> {
+pub fn plan(disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
     let until = until.strip_suffix(".raw").unwrap_or(until);
     let find = |name: &str| disk.points.iter().position(|p| p.name == name);
     let Some(point) = find(until).or_else(|| (until == "latest").then(|| disk.latest()).flatten())
     else {
+        let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
+        if full.and_then(|f| find(&f)).is_some() {
+            return Ok(None);
+        }
         let what = format!("no point '{until}' of disk {}", disk.path.display());
         return Err(Error::new(Kind::NotFound, what));
     };
@@ -81,7 +85,7 @@ pub fn plan(disk: &Disk, until: &str) -> Result<Consolidation> {
         );
     }
     let (remove, children) = neighbours(disk, point)?;
-    Ok(Consolidation { dir, point, until: p.name.clone(), image, remove, children })
+    Ok(Some(Consolidation { dir, point, until: p.name.clone(), image, remove, children }))
 }
 
 fn usage(what: &str) -> Error {
