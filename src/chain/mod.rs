@@ -6,6 +6,7 @@
 //! `manifest`.
 
 mod assemble;
+mod foreign;
 mod group;
 mod link;
 pub mod manifest;
@@ -15,6 +16,7 @@ mod probe;
 pub mod removal;
 pub mod scan;
 mod select;
+mod virtnbd;
 
 use std::path::PathBuf;
 

@@ -330,7 +330,7 @@ impl Image {
                     && let Some(window) = image.cached_window(index)
                 {
                     let known = Known { size: image.size, extents: &window.extents };
-                    fold.add_known((asked - 1) as u16, &known);
+                    fold.add_known(&known);
                     break;
                 }
                 bottom -= image.own.len();
@@ -364,10 +364,10 @@ impl Image {
     /// what to call it. Cheap: looks at no L2 table.
     fn quiet_until(&self, at: u64) -> Result<(u64, Source)> {
         let mut limit = self.size;
-        for (index, lazy) in self.stack().iter().enumerate().rev() {
+        for lazy in self.stack().iter().rev() {
             let layer = lazy.get()?;
             if layer.size() <= at {
-                return Ok((limit, Source::Zero { layer: index as u16 }));
+                return Ok((limit, Source::Unallocated));
             }
             limit = limit.min(layer.next_mapped(at));
             if layer.size() < self.size {

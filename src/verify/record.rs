@@ -64,6 +64,12 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
         return None;
     }
     let [layer] = p.layers.as_slice() else { return None };
+    let format = match layer.format {
+        Format::Qcow2 => ImageFormat::Qcow2,
+        Format::Raw => ImageFormat::Raw,
+        // Other programs' archives have checksums of their own and are never written here.
+        Format::Vma | Format::SparseStream => return None,
+    };
     let parent = match p.parent.map(|j| &disk.points[j].source) {
         Some(below) if below.parent() != p.source.parent() => return None,
         Some(below) => Some(below.file_name()?.to_str()?.to_string()),
@@ -79,10 +85,7 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
         time: p.time,
         content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
         parent,
-        format: match layer.format {
-            Format::Qcow2 => ImageFormat::Qcow2,
-            Format::Raw => ImageFormat::Raw,
-        },
+        format,
         virtual_size: p.size,
         file_size: layer.file.identity().size,
         bitmap: None,
