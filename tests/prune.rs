@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use fleecefs::chain::manifest;
+use fleecefs::chain::removal::{self, Publish, Removal};
 use fleecefs::chain::scan::{ScanOptions, scan};
 use fleecefs::image::{Cache, open_point};
 use fleecefs::lock::Locks;
@@ -228,6 +230,73 @@ fn a_consolidated_chain_is_right_and_goes_on() {
             assert!(!b.dir.path().join("sda/.fleecefs/removal.journal").exists());
         }
     }
+}
+
+#[test]
+fn a_diff_lies_on_the_new_full() {
+    if !qemu::have("a_diff_lies_on_the_new_full", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut rng = Rng(5);
+    let written: Vec<Vec<String>> = (0..4).map(|i| ops(&mut rng, i, false)).collect();
+    let mut chain = Chain::new(dir.path(), "sda");
+    for ops in &written[..3] {
+        chain.point("", SIZE, ops);
+    }
+    // All changes since the FULL, as its dirty bitmap names them.
+    let diff = chain.dir.join("DIFF-1700012000-sda.qcow2");
+    let (full, to) = (chain.files[0].to_str().unwrap(), diff.to_str().unwrap());
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", full, "-F", "qcow2", to]);
+    qemu::qemu_io(&diff, &written[1..].concat());
+    let raw = dir.path().join("truth");
+    run("qemu-img", &["convert", "-O", "raw", to, raw.to_str().unwrap()]);
+    let truth = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(&raw).unwrap();
+    run("qemu-img", &["rebase", "-q", "-u", "-b", "", to]);
+    let chain = chain.finish();
+    let until = chain.files[2].file_name().unwrap().to_str().unwrap();
+    succeed(&["consolidate", "sda", "--until", until], dir.path());
+    let name = diff.file_name().unwrap().to_str().unwrap().to_string();
+    assert_eq!(names(dir.path()), [until.replace("INC-", "FULL-"), name.clone()]);
+    let (catalog, _) = scan(dir.path(), &ScanOptions::default(), None).unwrap();
+    let (disk, i) = catalog.find(Path::new(&name)).unwrap();
+    let mut bytes = vec![0; SIZE as usize];
+    open_point(disk, i, &Cache::new(16 << 20)).unwrap().read_at(&mut bytes, 0).unwrap();
+    assert!(bytes == truth);
+}
+
+#[test]
+fn a_backup_made_before_recovery_keeps_what_it_lies_on() {
+    if !qemu::have("a_backup_made_before_recovery_keeps_what_it_lies_on", &TOOLS) {
+        return;
+    }
+    let b = Backups::new(1, 4, "", false);
+    succeed(&["verify", "--create"], b.dir.path());
+    // A journal of consolidation, as a crash before its first step leaves it.
+    let (done, broken) = (b.copy(), b.copy());
+    succeed(&["consolidate", "sda", "--until", &b.name(3)], &done.root);
+    let full = b.name(3).replace("INC-", "FULL-");
+    let (from, to) = (done.root.join("sda"), broken.root.join("sda"));
+    std::fs::copy(from.join(&full), to.join(".fleecefs/consolidate-x")).unwrap();
+    let manifest = manifest::read(&from, full.as_ref()).unwrap().unwrap();
+    let publish = Some(Publish { temporary: "consolidate-x".into(), manifest });
+    let remove: Vec<String> = (0..4).rev().map(|i| b.name(i)).collect();
+    removal::write(&to, &Removal { publish, remove }).unwrap();
+    b.check(&broken.root, 0..5, "before recovery");
+    succeed(&["verify"], &broken.root);
+    succeed(&["prune", "--keep-last", "9"], &broken.root);
+    assert_eq!(names(&broken.root), [full, b.name(4)]);
+    b.check(&broken.root, 3..5, "after recovery");
+    succeed(&["verify"], &broken.root);
+    // A journal of deletion whose points have got a child since.
+    let broken = b.copy();
+    let to = broken.root.join("sda");
+    let remove = vec![b.name(2), b.name(1), b.name(0)];
+    removal::write(&to, &Removal { publish: None, remove }).unwrap();
+    succeed(&["prune", "--keep-last", "9"], &broken.root);
+    assert_eq!(names(&broken.root).len(), 5);
+    b.check(&broken.root, 0..5, "after recovery");
 }
 
 #[test]
