@@ -140,7 +140,7 @@ deps_fuse
 deps_filesystems
 deps_qemu
 deps_guest
-deps_packages python3-minimal
+deps_packages python3
 say "Building fleecefs"
 cargo build --release --quiet
 mkdir -p "$backups" "$mnt"

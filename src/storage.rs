@@ -281,6 +281,37 @@ impl ReadAt for SourceFile {
     }
 }
 
+/// A range of a storage as a stream.
+pub struct Section<'a> {
+    storage: &'a dyn ReadAt,
+    at: u64,
+    end: u64,
+}
+
+impl<'a> Section<'a> {
+    /// The bytes from `at` to `end`.
+    pub fn new(storage: &'a dyn ReadAt, at: u64, end: u64) -> Self {
+        Section { storage, at, end }
+    }
+
+    /// How many bytes are left.
+    pub fn left(&self) -> u64 {
+        self.end.saturating_sub(self.at)
+    }
+}
+
+impl io::Read for Section<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = usize::try_from(self.left()).unwrap_or(usize::MAX).min(buf.len());
+        if n == 0 {
+            return Ok(0);
+        }
+        let got = self.storage.read_at(&mut buf[..n], self.at)?;
+        self.at += got as u64;
+        Ok(got)
+    }
+}
+
 /// Bytes in memory: for tests and fuzzing.
 #[derive(Debug, Clone)]
 pub struct MemStorage {

@@ -68,9 +68,71 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is too large"))
 }
 
+/// Parses an age or duration, `90s`, `30m`, `12h`, `7d`, `3w`, `6M` (30 days each), `1y` (365
+/// days), into seconds; several may follow each other.
+pub fn parse_duration(text: &str) -> Result<u64, String> {
+    let bad = || format!("'{text}' is not a duration; use s, m, h, d, w, M or y as in 7d or 1y6M");
+    let (mut total, mut number) = (0u64, String::new());
+    for c in text.trim().chars() {
+        if c.is_ascii_digit() {
+            number.push(c);
+            continue;
+        }
+        let unit = match c {
+            's' => 1,
+            'm' => 60,
+            'h' => 3600,
+            'd' => 86_400,
+            'w' => 7 * 86_400,
+            'M' => 30 * 86_400,
+            'y' => 365 * 86_400,
+            _ => return Err(bad()),
+        };
+        let n: u64 = number.parse().map_err(|_| bad())?;
+        total = n.checked_mul(unit).and_then(|s| total.checked_add(s)).ok_or_else(bad)?;
+        number.clear();
+    }
+    if number.is_empty() && !text.trim().is_empty() { Ok(total) } else { Err(bad()) }
+}
+
+/// Parses a point in time: an age ([`parse_duration`]), `@` and seconds since the epoch, a date, or
+/// a date and time (local unless it says otherwise). Returns seconds since the epoch.
+pub fn parse_when(text: &str) -> Result<i64, String> {
+    let text = text.trim();
+    if let Some(seconds) = text.strip_prefix('@') {
+        return seconds.parse().map_err(|_| format!("'{text}' is no number of seconds"));
+    }
+    if let Ok(age) = parse_duration(text) {
+        let now = jiff::Timestamp::now().as_second();
+        return Ok(now.saturating_sub(i64::try_from(age).unwrap_or(i64::MAX)));
+    }
+    if let Ok(t) = text.parse::<jiff::Timestamp>() {
+        return Ok(t.as_second());
+    }
+    let local = text
+        .parse::<jiff::civil::DateTime>()
+        .and_then(|d| d.to_zoned(jiff::tz::TimeZone::system()));
+    local.map(|z| z.timestamp().as_second()).map_err(|_| {
+        format!("'{text}' is no time; use 2026-11-22, 2026-11-22T04:00, 7d or @seconds")
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_and_times_read() {
+        assert_eq!(parse_duration("7d"), Ok(604_800));
+        assert_eq!(parse_duration("1h30m"), Ok(5400));
+        for bad in ["", "7", "d", "7x", "99999999999999999999d", "-1d"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_when("@12"), Ok(12));
+        assert_eq!(parse_when("1970-01-02T00:00:00Z"), Ok(86_400));
+        assert!(parse_when("2026-11-22").is_ok());
+        assert!(parse_when("soon").is_err());
+    }
 
     #[test]
     fn sizes_read_and_print() {

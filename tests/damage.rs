@@ -27,7 +27,7 @@ struct Backups {
 }
 
 fn backups(options: &str, compressed: bool) -> Backups {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = qemu::tempdir();
     let mut rng = Rng(42);
     let mut chain = |name: &str| {
         let mut chain = Chain::new(dir.path(), name);
@@ -139,6 +139,13 @@ fn places(path: &Path) -> (u64, u64, u64) {
     (l1, l2, entry)
 }
 
+/// Where the last data cluster ends in the file.
+fn end_of_data(path: &Path) -> u64 {
+    let (_, l2, _) = places(path);
+    let host = (0..64).map(|i| be64(path, l2 + i * 8) & 0x00ff_ffff_ffff_fe00).max();
+    host.unwrap() + CLUSTER as u64
+}
+
 #[test]
 fn a_removed_inc_takes_along_what_lies_on_it() {
     if !qemu::have("a_removed_inc_takes_along_what_lies_on_it", &TOOLS) {
@@ -176,14 +183,16 @@ fn a_cut_inc_errs_where_its_bytes_are_gone() {
     if !qemu::have("a_cut_inc_errs_where_its_bytes_are_gone", &TOOLS) {
         return;
     }
-    for keep in [0, 3, 100, 65536, 200_000, 262_144 + 8, 400_000, 700_001] {
+    // Nothing, a piece of the magic, of the header, of the tables, of the data, one byte short.
+    for keep in [Some(0), Some(3), Some(100), Some(65536), Some(200_000), Some(262_152), None] {
         let b = backups("", false);
         let victim = &b.victim.files[2];
+        let keep = keep.unwrap_or_else(|| end_of_data(victim) - 1);
         assert!(std::fs::metadata(victim).unwrap().len() > keep);
         OpenOptions::new().write(true).open(victim).unwrap().set_len(keep).unwrap();
-        let (second, third, findings) = examine(&b);
+        // The third INC may have what the second has lost; wrong bytes are ruled out by examine().
+        let (second, _, findings) = examine(&b);
         assert_ne!(second, Seen::Errors(0), "cut to {keep}");
-        assert_ne!(third, Seen::Errors(0), "cut to {keep}");
         assert!(names(&findings, victim), "cut to {keep}: {findings:#?}");
     }
 }
@@ -193,20 +202,10 @@ fn a_flipped_header_bit_makes_the_point_absent() {
     if !qemu::have("a_flipped_header_bit_makes_the_point_absent", &TOOLS) {
         return;
     }
-    // Magic, version, backing offset, cluster bits, encryption, L1 size and offset, incompatible
+    // Magic, version, cluster bits, encryption, L1 size and offset, incompatible
     // features, header length. (A smaller disk size is plausible: only a manifest tells.)
-    let fields = [
-        (0u64, 3u32),
-        (7, 2),
-        (13, 0),
-        (23, 3),
-        (35, 0),
-        (38, 7),
-        (46, 4),
-        (79, 1),
-        (76, 0),
-        (102, 6),
-    ];
+    let fields =
+        [(0u64, 3u32), (7, 2), (23, 3), (35, 0), (39, 0), (46, 4), (79, 1), (76, 0), (102, 6)];
     for (offset, bit) in fields {
         let b = backups("", false);
         flip(&b.victim.files[2], offset, bit);

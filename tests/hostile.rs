@@ -16,7 +16,7 @@ const ROUNDS: usize = 1500;
 const SPAN: u64 = 4 << 20;
 
 fn images() -> Vec<(String, Vec<u8>)> {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = qemu::tempdir();
     let kinds = [
         "cluster_size=512",
         "cluster_size=4k",

@@ -289,6 +289,44 @@ fn others_get_in_only_when_they_are_let() {
 }
 
 #[test]
+fn a_user_mounts_without_root() {
+    let tools = [TOOLS.as_slice(), &["setpriv", "fusermount3", "unshare"]].concat();
+    // SAFETY: cannot fail.
+    if !have("a_user_mounts_without_root", &tools) || unsafe { libc::geteuid() } != 0 {
+        return;
+    }
+    let (dir, chain) = backups();
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(home.path(), Some(65534), Some(65534)).unwrap();
+    let program = home.path().join("fleecefs");
+    std::fs::copy(FLEECEFS, &program).unwrap();
+    // A /dev/fuse that users may open, as distributions have it, in a name space of its own, with
+    // which the mount goes away whatever happens.
+    let script = r#"
+        cd "$HOME_DIR" && mkdir mnt && mknod fuse c 10 229 && chmod 666 fuse
+        chown 65534:65534 mnt && mount --bind fuse /dev/fuse
+        user() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
+        user ./fleecefs mount "$BACKUPS" mnt || exit 1
+        user head -c 1 "mnt/sda/$POINT" >/dev/null || exit 2
+        if head -c 1 "mnt/sda/$POINT" 2>/dev/null >/dev/null; then exit 3; fi
+        user ./fleecefs umount mnt || exit 4
+        grep -q "$HOME_DIR/mnt" /proc/self/mountinfo && exit 5
+        exit 0
+    "#;
+    let mut point = chain.files[2].file_name().unwrap().to_os_string();
+    point.push(".raw");
+    let out = Command::new("unshare")
+        .args(["-m", "sh", "-c", script])
+        .env("HOME_DIR", home.path())
+        .env("BACKUPS", dir.path())
+        .env("POINT", point)
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{:?}: {}", out.status.code(), stderr(&out));
+}
+
+#[test]
 fn new_points_appear_and_removed_ones_go() {
     if !have("new_points_appear_and_removed_ones_go", &TOOLS) {
         return;

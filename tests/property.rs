@@ -163,7 +163,7 @@ fn merged_points_equal_the_model() {
     let mut config = ProptestConfig::with_cases(40);
     config.failure_persistence = None;
     proptest!(config, |(plan in plan())| {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = qemu::tempdir();
         let truth = build(dir.path(), &plan);
         let (catalog, _) = scan(dir.path(), &ScanOptions::default(), None).unwrap();
         prop_assert_eq!(catalog.disks.len(), 1);

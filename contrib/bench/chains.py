@@ -86,6 +86,7 @@ def templates(directory, size, count, clusters):
 
 def make_many(directory, disks, points, size, clusters=4):
     """`disks` disks of `points` points each, as many different files."""
+    os.makedirs(directory)
     images = templates(directory, size, 4, clusters)
     for number in range(disks):
         name = f"disk{number:04}.qcow2"

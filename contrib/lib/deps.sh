@@ -185,7 +185,7 @@ deps_filesystems() {
     deps_packages e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools gdisk fdisk lvm2 attr util-linux mount
 }
 
-deps_bench() { deps_packages fio jq python3-minimal; }
+deps_bench() { deps_packages fio jq python3; }
 
 deps_guest() { deps_packages e2fsprogs fdisk xfsprogs cpio gzip xz-utils kmod dpkg jq; }
 

@@ -27,6 +27,7 @@ use super::work::Run;
 use super::{LevelWish, Options, Watch, names, now, plan, publish, recover};
 use crate::chain::manifest::Consistency;
 use crate::error::{Error, Kind, Result};
+use crate::lock::Locks;
 use crate::qmp::Client;
 
 /// Makes the backup.
@@ -53,7 +54,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     recover::recover(&mut client, &options.state_dir, &options.qmp, watch)?;
     let base = base_dir(options);
     super::lock::make_dir(&base)?;
-    let _target_lock = Lock::target(&options.target)?;
+    let _target_lock = target_lock(options, &base)?;
     let run = names::new_run()?;
     let status = Shared::default();
     let _control =
@@ -99,6 +100,15 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
     };
     let plan = plan::make(options, inputs)?;
     Ok(Report { run, plan, disks: Vec::new(), consistency: Consistency::default() })
+}
+
+/// The lock that prune and the verbs take as well.
+fn target_lock(options: &Options, base: &Path) -> Result<Locks> {
+    let real = |p: &Path| {
+        p.canonicalize().map_err(|e| Error::io(e, "cannot find the backup directory").at_path(p))
+    };
+    let (root, base) = (real(&options.target)?, real(base)?);
+    Locks::take(&root, [base.as_path()])
 }
 
 /// The target, or its folder of this month.

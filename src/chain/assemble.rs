@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::foreign;
 use super::group::{Belongs, Group, base_name, data_files, group};
 use super::link::{Lies, Member, link, split_pointer};
 use super::name::{Name, to_text};
@@ -47,9 +48,13 @@ pub(super) struct Fates<'a> {
 /// Makes the catalog of a walked directory.
 pub(super) fn assemble(mut tree: Tree) -> Catalog {
     let mut findings = std::mem::take(&mut tree.findings);
-    let claimed = data_files(&tree);
-    let mut groups = Vec::new();
+    let mut claimed = data_files(&tree);
+    let (mut groups, mut foreign) = (Vec::new(), Vec::new());
     for folder in &tree.folders {
+        let found = foreign::find(&tree, folder, &claimed);
+        claimed.extend(found.taken);
+        findings.extend(found.findings);
+        foreign.extend(found.disks);
         let (disks, homeless) = group(&tree, folder, &claimed);
         groups.extend(disks);
         findings.extend(homeless);
@@ -63,7 +68,12 @@ pub(super) fn assemble(mut tree: Tree) -> Catalog {
         fates.decide(file);
     }
     let mut taken = HashSet::new();
-    let disks = groups.into_iter().map(|g| disk(&fates, g, &mut taken)).collect();
+    let mut disks: Vec<Disk> = groups.into_iter().map(|g| disk(&fates, g, &mut taken)).collect();
+    for disk in foreign {
+        let path = unique(&disk.path, &mut taken);
+        disks.push(Disk { path, ..disk });
+    }
+    disks.sort_by(|a, b| a.path.cmp(&b.path));
     Catalog { root: tree.root.clone(), disks, findings }
 }
 

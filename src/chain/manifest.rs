@@ -8,7 +8,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,10 @@ pub const FORMAT_VERSION: u32 = 1;
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
 /// not one, and is not read into memory.
 const MAX_BYTES: u64 = 16 << 20;
+
+/// Bytes hashed at either end of an image to tell whether it was replaced. The front holds a
+/// qcow2's header, L1 and the first tables, the back its latest clusters.
+const SAMPLE: u64 = 128 << 10;
 
 /// What is known about one published image.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -190,6 +194,27 @@ pub struct Skipped {
     pub reason: String,
 }
 
+/// BLAKE3 over both ends of a file and its length: cheap, and different for a replaced image.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn fingerprint(path: &Path) -> Result<String> {
+    let read = || -> std::io::Result<String> {
+        let file = File::open(path)?;
+        let len = file.metadata()?.len();
+        let mut hash = blake3::Hasher::new();
+        hash.update(&len.to_be_bytes());
+        for start in [0, len.saturating_sub(SAMPLE)] {
+            let n = usize::try_from(SAMPLE.min(len)).unwrap_or(0);
+            let mut buf = vec![0; n];
+            file.read_exact_at(&mut buf, start)?;
+            hash.update(&buf);
+        }
+        Ok(hash.finalize().to_hex().as_str().get(..32).unwrap_or_default().to_string())
+    };
+    read().map_err(|e| Error::io(e, "cannot read the image").at_path(path))
+}
+
 /// Where the manifest of `image` in folder `dir` is.
 pub fn manifest_path(dir: &Path, image: &OsStr) -> PathBuf {
     let mut name = image.to_os_string();
@@ -203,6 +228,14 @@ pub fn manifest_path(dir: &Path, image: &OsStr) -> PathBuf {
 /// `Corrupt` if it is no manifest or one of another image, `Unsupported` if it is of an unknown
 /// version, or what the operating system said.
 pub fn read(dir: &Path, image: &OsStr) -> Result<Option<Manifest>> {
+    Ok(read_sealed(dir, image)?.map(|(m, _)| m))
+}
+
+/// As [`read`], and whether the manifest carries its own checksum (a wrong one is an error).
+///
+/// # Errors
+/// See [`read`].
+pub fn read_sealed(dir: &Path, image: &OsStr) -> Result<Option<(Manifest, bool)>> {
     let path = manifest_path(dir, image);
     let Some(bytes) = read_file(&path)? else { return Ok(None) };
     let manifest = parse(&bytes).map_err(|e| e.at_path(&path))?;
@@ -210,7 +243,7 @@ pub fn read(dir: &Path, image: &OsStr) -> Result<Option<Manifest>> {
         let what = format!("the manifest is of another image, {:?}", manifest.image);
         return Err(Error::new(Kind::Corrupt, what).at_path(&path).remedy(REMEDY));
     }
-    Ok(Some(manifest))
+    Ok(Some((manifest, seal_place(&bytes).is_some())))
 }
 
 const REMEDY: &str = "restore the manifest from another copy of the backup, or remove it if the \
@@ -234,7 +267,44 @@ pub fn parse(bytes: &[u8]) -> Result<Manifest> {
         let what = format!("manifest of version {format_version}, this program knows 1");
         return Err(Error::new(Kind::Unsupported, what).remedy("use a newer version of fleecefs"));
     }
+    check_seal(bytes)?;
     serde_json::from_slice(bytes).map_err(corrupt)
+}
+
+/// What stands before the manifest's checksum: BLAKE3, in hexadecimal, over the whole text with
+/// zeros in the checksum's place. It is the last field of the text and no part of [`Manifest`].
+const SEAL: &[u8] = b"\"checksum\": \"";
+/// Length of the checksum.
+const SEAL_LEN: usize = 64;
+
+/// Appends the checksum to a manifest's text.
+fn seal(mut text: Vec<u8>) -> Vec<u8> {
+    // The text is a JSON object that ends in a newline and a brace.
+    text.truncate(text.len().saturating_sub(2));
+    text.extend_from_slice(b",\n  ");
+    text.extend_from_slice(SEAL);
+    let place = text.len()..text.len() + SEAL_LEN;
+    text.extend_from_slice(&[b'0'; SEAL_LEN]);
+    text.extend_from_slice(b"\"\n}\n");
+    let sum = blake3::hash(&text).to_hex();
+    text[place].copy_from_slice(sum.as_bytes());
+    text
+}
+
+fn seal_place(text: &[u8]) -> Option<std::ops::Range<usize>> {
+    let start = text.windows(SEAL.len()).rposition(|w| w == SEAL)? + SEAL.len();
+    (text.get(start..)?.len() > SEAL_LEN).then_some(start..start + SEAL_LEN)
+}
+
+/// A manifest without a checksum is accepted: people may write one by hand.
+fn check_seal(text: &[u8]) -> Result<()> {
+    let Some(place) = seal_place(text) else { return Ok(()) };
+    let mut zeroed = text.to_vec();
+    zeroed[place.clone()].fill(b'0');
+    if blake3::hash(&zeroed).to_hex().as_bytes() == &text[place] {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Corrupt, "the manifest does not match its own checksum").remedy(REMEDY))
 }
 
 fn read_file(path: &Path) -> Result<Option<Vec<u8>>> {
@@ -276,7 +346,7 @@ pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
     let mut temporary = OsString::from(format!(".tmp-{}-", std::process::id()));
     temporary.push(image);
     let temporary = folder.join(temporary);
-    write_synced(&temporary, &text)
+    write_synced(&temporary, &seal(text))
         .and_then(|()| std::fs::rename(&temporary, &path))
         .and_then(|()| File::open(&folder)?.sync_all())
         .map_err(|e| {
@@ -373,6 +443,20 @@ pub(crate) mod tests {
         assert_eq!(parse(v.to_string().as_bytes()).unwrap_err().kind(), Kind::Unsupported);
         assert_eq!(parse(b"{").unwrap_err().kind(), Kind::Corrupt);
         assert_eq!(parse(b"[]").unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(dir.path(), &example("a", Level::Full, None)).unwrap();
+        let good = std::fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            std::fs::write(&path, &bad).unwrap();
+            let found = read_sealed(dir.path(), OsStr::new("a"));
+            assert!(!matches!(found, Ok(Some((_, true)))), "byte {at}");
+        }
     }
 
     #[test]

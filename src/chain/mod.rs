@@ -6,14 +6,17 @@
 //! `manifest`.
 
 mod assemble;
+mod foreign;
 mod group;
 mod link;
 pub mod manifest;
 pub mod name;
 mod points;
 mod probe;
+pub mod removal;
 pub mod scan;
 mod select;
+mod virtnbd;
 
 use std::path::PathBuf;
 

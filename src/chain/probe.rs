@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use super::foreign::{self, Inside};
 use super::manifest::{self, Manifest};
 use super::name::{self, Promise};
 use crate::error::{Error, Finding, Kind, Result};
@@ -38,6 +39,8 @@ pub(super) struct Probed {
     pub magic: bool,
     /// What is in it.
     pub content: Content,
+    /// What is in it as a file of another program's layout; looked for when asked.
+    inside: OnceLock<Result<Inside, Finding>>,
 }
 
 type ManifestResult = std::result::Result<Option<Arc<Manifest>>, Finding>;
@@ -117,15 +120,19 @@ fn look(path: &Path, meta: &Metadata, identity: Identity, look_inside: bool) -> 
         mtime: meta.mtime(),
         magic,
         content,
+        inside: OnceLock::new(),
     }
 }
 
 fn look_at_content(file: &SourceFile, magic: &mut bool) -> Result<Content> {
+    let name = file.path().file_name().unwrap_or_default();
+    if let Some(what) = foreign::layout(name) {
+        return Ok(Content::Foreign(what));
+    }
     *magic = layer::sniff(file)?.is_some();
     if *magic {
         return layer::probe(file).map(Content::Image);
     }
-    let name = file.path().file_name().unwrap_or_default();
     let is_qcow2 = name::promise(name) == Promise::Qcow2;
     if is_qcow2 || file.is_empty() {
         let what = match file.is_empty() {
@@ -171,11 +178,23 @@ fn foreign(start: &[u8]) -> Option<&'static str> {
 }
 
 impl Probed {
+    /// What the file holds as one of another program's layout; looked at once, by a descriptor that
+    /// is not kept.
+    pub fn inside(&self) -> Result<&Inside, &Finding> {
+        let look = || {
+            let file = SourceFile::with_identity(self.file.path().into(), self.file.identity());
+            foreign::look_inside(&file).map_err(|e| Finding::from_error(&e, file.path()))
+        };
+        self.inside.get_or_init(look).as_ref()
+    }
+
     /// Whether all of this is still true of a file that now looks like `now`.
     fn still_holds(&self, now: &Identity) -> bool {
         let before = self.file.identity();
         // What the operating system said may be different the next time: no memory, too many files.
-        let passing = matches!(&self.content, Content::Bad(f) if !is_lasting(f.kind));
+        let passing = |f: &Finding| !is_lasting(f.kind);
+        let passing = matches!(&self.content, Content::Bad(f) if passing(f))
+            || matches!(self.inside.get(), Some(Err(f)) if passing(f));
         (before.dev, before.ino) == (now.dev, now.ino)
             && !before.contents_may_differ(now)
             && !passing

@@ -5,10 +5,16 @@
 //! the pipe's end without a byte is a child that died. Until it is ready the child keeps the
 //! terminal, so that its errors are seen; then it lets go of it.
 
+use std::cell::Cell;
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
+use std::rc::Rc;
 
 use super::logging::{self, Sink};
 use crate::error::{Error, Kind, Result};
@@ -81,17 +87,13 @@ fn child(
 ) -> i32 {
     // SAFETY: cannot fail in a fresh child.
     unsafe { libc::setsid() };
-    let told = std::rc::Rc::new(std::cell::Cell::new(false));
-    let mut pipe = match to_parent.try_clone() {
-        Ok(pipe) => Some(pipe),
-        Err(_) => None,
-    };
-    let ready_told = told.clone();
+    let told = Rc::new(Cell::new(false));
+    let (ready_told, pipe) = (told.clone(), to_parent.try_clone());
     let ready = move || {
-        let mut pipe = pipe.take().ok_or_else(|| Error::new(Kind::Io, "no descriptor is left"))?;
         let_go(log)?;
         ready_told.set(true);
-        pipe.write_all(&[0]).map_err(|e| Error::io(e, "cannot tell that the mount is ready"))
+        pipe.and_then(|mut p| p.write_all(&[0]))
+            .map_err(|e| Error::io(e, "cannot tell that the mount is ready"))
     };
     match work(Box::new(ready)) {
         Ok(()) => 0,
@@ -123,4 +125,24 @@ fn let_go(log: Option<File>) -> Result<()> {
     // Not to keep a file system busy; a root that cannot be entered does no harm.
     let _ = std::env::set_current_dir("/");
     Ok(())
+}
+
+/// Tells systemd that the service is ready, where it has asked to be told (`Type=notify`).
+///
+/// # Errors
+/// None: a service manager that does not listen does no harm.
+pub fn tell_systemd() -> Result<()> {
+    if let Some(name) = std::env::var_os("NOTIFY_SOCKET") {
+        let told = notify(&name, b"READY=1");
+        log::debug!("NOTIFY_SOCKET: {told:?}");
+    }
+    Ok(())
+}
+
+fn notify(name: &OsStr, message: &[u8]) -> std::io::Result<()> {
+    let address = match name.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(name)?,
+    };
+    UnixDatagram::unbound()?.send_to_addr(message, &address).map(drop)
 }

@@ -3,7 +3,9 @@
 
 mod args;
 mod backup;
+mod bar;
 mod console;
+mod consolidate;
 mod daemon;
 mod docs;
 mod info;
@@ -13,9 +15,14 @@ mod map;
 mod mount;
 mod mountinfo;
 mod options;
+mod prune;
 mod recover;
+mod restore;
 mod serve;
 mod umount;
+mod verbs;
+mod verify;
+mod work;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -57,6 +64,14 @@ fn run(cli: Cli) -> Result<()> {
         Command::Umount(a) => umount::umount(a),
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
+        Command::Restore(a) => restore::run(a),
+        Command::Merge(a) => verbs::merge(a),
+        Command::Rebase(a) => verbs::rebase(a),
+        Command::Commit(a) => verbs::commit(a),
+        Command::SnapshotRebase(a) => verbs::snapshot_rebase(a),
+        Command::Verify(a) => verify::run(a),
+        Command::Prune(a) => prune::run(a),
+        Command::Consolidate(a) => consolidate::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }

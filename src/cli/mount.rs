@@ -114,7 +114,7 @@ pub fn mount(mut args: MountArgs) -> Result<()> {
     }
     let plan = plan(&args)?;
     if args.foreground {
-        return serve::serve(&plan, || Ok(()));
+        return serve::serve(&plan, daemon::tell_systemd);
     }
     let log = args.log_file.as_deref().map(daemon::open_log).transpose()?;
     daemon::background(log, |ready| serve::serve(&plan, ready))

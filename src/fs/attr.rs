@@ -4,7 +4,8 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, SystemTime};
 
-use super::tree::{EntryKind, Node, NodeKind, PointFile, Tree};
+use super::point::PointFile;
+use super::tree::{EntryKind, Node, NodeKind, Tree};
 use crate::chain::Level;
 
 /// Who owns the files and who may read them.

@@ -13,6 +13,8 @@
 pub mod attr;
 pub mod control;
 pub mod handle;
+pub mod names;
+pub mod point;
 pub mod tree;
 pub mod watch;
 
@@ -30,7 +32,8 @@ use crate::image::Cache;
 use attr::{Attr, Owner};
 use control::Running;
 use handle::Handles;
-use tree::{Changes, EntryKind, Node, NodeKind, PointFile, ROOT, Tree};
+use point::PointFile;
+use tree::{Changes, EntryKind, Node, NodeKind, ROOT, Tree};
 use watch::Waker;
 
 /// An errno, as the kernel wants it.

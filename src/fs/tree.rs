@@ -8,31 +8,29 @@
 //! ```
 //!
 //! A refresh builds a new tree and never touches the old one. Names can clash (a disk's folder may
-//! lie inside another's, a point may be called `latest`); who gives way, in this order: folders
-//! stand, points get `-2`, `latest.raw` is left out, links in `by-time` get `-2`.
+//! lie inside another's, a point may be called `latest`): see [`super::names`].
 //!
 //! Inode numbers are hashes of the relative path and, for points, of all layers' identities. So
 //! they are the same after a remount, and another generation of a point is another inode: the
 //! kernel can never serve cached pages of the one for the other.
 
+use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
-use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Component, Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::names::{self, Child, Folder};
+use super::point::PointFile;
 use crate::chain::{Catalog, Disk, Point};
-use crate::error::{Error, Finding, Kind, Result};
+use crate::error::{Finding, Result};
 use crate::image::{Cache, Image};
-use crate::layer::{LayerSpec, Part};
+use crate::layer::LayerSpec;
 
 /// The root's inode number, fixed by the FUSE protocol.
 pub const ROOT: u64 = 1;
-
-/// The longest file name that Linux takes.
-const NAME_MAX: usize = 255;
 
 /// Everything below the mount point at one moment.
 pub struct Tree {
@@ -91,43 +89,6 @@ pub enum EntryKind {
     File,
     /// A symbolic link.
     Link,
-}
-
-/// A served point: its image and where the catalog describes it.
-pub struct PointFile {
-    /// The merged image.
-    pub image: Arc<Image>,
-    /// Bytes that the layers' files take on disk: the estimate of allocated bytes.
-    pub estimate: u64,
-    /// The image of the point that this one lies on.
-    below: Option<Arc<Image>>,
-    catalog: Arc<Catalog>,
-    disk: usize,
-    point: usize,
-    /// Identity of all layers, folded from the bottom up.
-    digest: blake3::Hash,
-}
-
-impl PointFile {
-    /// The catalog's description.
-    pub fn point(&self) -> &Point {
-        &self.catalog.disks[self.disk].points[self.point]
-    }
-
-    /// The disk it belongs to.
-    pub fn disk(&self) -> &Disk {
-        &self.catalog.disks[self.disk]
-    }
-
-    /// Index of the disk in the catalog and of the point in the disk.
-    pub fn index(&self) -> (usize, usize) {
-        (self.disk, self.point)
-    }
-
-    /// The catalog it comes from.
-    pub fn catalog(&self) -> &Catalog {
-        &self.catalog
-    }
 }
 
 /// What the kernel has to forget when one tree follows another.
@@ -290,64 +251,6 @@ pub fn find<'a>(entries: &'a [Entry], name: &OsStr) -> Option<&'a Entry> {
     entries.binary_search_by(|e| e.name.as_os_str().cmp(name)).ok().map(|i| &entries[i])
 }
 
-/// A folder while names are being given out.
-#[derive(Default)]
-struct Folder {
-    children: BTreeMap<OsString, Child>,
-}
-
-enum Child {
-    Dir(Folder),
-    File(Arc<PointFile>),
-    Link { target: PathBuf, time: i64 },
-    Status,
-}
-
-impl Folder {
-    /// The folder at `path`, made where it is missing. Only called before files get names, so
-    /// nothing but folders is in the way.
-    fn at(&mut self, path: &Path) -> &mut Folder {
-        let mut folder = self;
-        for part in path.components() {
-            let Component::Normal(name) = part else { continue };
-            let child =
-                folder.children.entry(name.into()).or_insert_with(|| Child::Dir(Folder::default()));
-            if !matches!(child, Child::Dir(_)) {
-                *child = Child::Dir(Folder::default());
-            }
-            let Child::Dir(next) = child else { unreachable!("made a folder just above") };
-            folder = next;
-        }
-        folder
-    }
-
-    /// A name that is still free: `stem.raw`, else `stem-2.raw` and so on.
-    fn free_name(&self, stem: &OsStr) -> OsString {
-        let mut name = raw_name(stem, 1);
-        let mut n = 1;
-        while self.children.contains_key(&name) {
-            n += 1;
-            name = raw_name(stem, n);
-        }
-        name
-    }
-}
-
-/// `stem.raw` (or `stem-n.raw`), without bytes that cannot be in a name and not too long.
-fn raw_name(stem: &OsStr, n: usize) -> OsString {
-    let tail = if n == 1 { ".raw".to_string() } else { format!("-{n}.raw") };
-    let mut bytes: Vec<u8> =
-        stem.as_bytes().iter().map(|&b| if b == b'/' || b == 0 { b'_' } else { b }).collect();
-    if bytes.len() + tail.len() > NAME_MAX {
-        let hash = blake3::hash(&bytes).to_hex();
-        bytes.truncate(NAME_MAX - tail.len() - 9);
-        bytes.push(b'~');
-        bytes.extend_from_slice(&hash.as_bytes()[..8]);
-    }
-    bytes.extend_from_slice(tail.as_bytes());
-    OsString::from_vec(bytes)
-}
-
 /// Gives every served point its image and its name.
 struct Files<'a> {
     catalog: Arc<Catalog>,
@@ -376,7 +279,7 @@ impl<'a> Files<'a> {
         }
         for (disk, points) in catalog.disks.iter().zip(named) {
             if !points.is_empty() {
-                add_links(root.at(&disk.path), &points);
+                names::add_links(root.at(&disk.path), &points);
             }
         }
         root
@@ -388,8 +291,9 @@ impl<'a> Files<'a> {
         let mut named = Vec::new();
         for (i, point) in disk.points.iter().enumerate().filter(|(_, p)| p.is_served()) {
             let below = point.parent.and_then(|p| done.get(p).cloned().flatten());
-            match self.point_file(index, i, below) {
+            match self.point_file((index, i), below.as_deref()) {
                 Ok(file) => {
+                    let file = Arc::new(file);
                     let folder = root.at(&disk.path);
                     let name = folder.free_name(OsStr::new(&point.name));
                     folder.children.insert(name.clone(), Child::File(file.clone()));
@@ -405,99 +309,12 @@ impl<'a> Files<'a> {
         named
     }
 
-    fn point_file(
-        &self,
-        disk: usize,
-        point: usize,
-        below: Option<Arc<PointFile>>,
-    ) -> Result<Arc<PointFile>> {
-        let (d, p) = (&self.catalog.disks[disk], &self.catalog.disks[disk].points[point]);
-        if p.parent.is_some() && below.is_none() {
-            let text = "the point that it lies on is not served";
-            return Err(Error::new(Kind::Incomplete, text).at_path(&p.source));
-        }
-        let mut digest = below.as_ref().map_or(blake3::hash(b"fleecefs layers"), |b| b.digest);
-        let mut estimate = p.own_bytes;
-        if let Some(b) = &below {
-            estimate = estimate.saturating_add(b.estimate);
-        }
-        for layer in &p.layers {
-            digest = layer_digest(digest, layer);
-        }
-        let below = below.map(|b| b.image.clone());
-        let old = self.old.get(&(d.path.as_path(), p.name.as_str()));
-        let same = |o: &PointFile| {
-            o.image.size() == p.size
-                && same_layers(&o.point().layers, &p.layers)
-                && same_image(o.below.as_ref(), below.as_ref())
-        };
-        let image = match old.filter(|o| same(o)) {
-            Some(old) => old.image.clone(),
-            None => Image::new(p.size, &p.layers, below.clone(), self.cache)?,
-        };
-        let catalog = self.catalog.clone();
-        Ok(Arc::new(PointFile { image, below, estimate, catalog, disk, point, digest }))
+    fn point_file(&self, index: (usize, usize), below: Option<&PointFile>) -> Result<PointFile> {
+        let disk = &self.catalog.disks[index.0];
+        let key = (disk.path.as_path(), disk.points[index.1].name.as_str());
+        let old = self.old.get(&key).map(|o| &***o);
+        PointFile::new(&self.catalog, index, below, old, self.cache)
     }
-}
-
-/// `latest.raw` and `by-time/`.
-fn add_links(folder: &mut Folder, points: &[(OsString, i64)]) {
-    if let Some((name, time)) = points.last() {
-        let link = Child::Link { target: name.into(), time: *time };
-        folder.children.entry("latest.raw".into()).or_insert(link);
-    }
-    if matches!(folder.children.get(OsStr::new("by-time")), Some(Child::Dir(_)) | None) {
-        let by_time = folder.at(Path::new("by-time"));
-        for (name, time) in points {
-            let Some(stem) = time_name(*time) else { continue };
-            let target = Path::new("..").join(name);
-            let link = by_time.free_name(OsStr::new(&stem));
-            by_time.children.insert(link, Child::Link { target, time: *time });
-        }
-    }
-}
-
-/// `20240126T091726Z`: sorts by time and has no colon, which QEMU would take for a protocol.
-fn time_name(time: i64) -> Option<String> {
-    let time = jiff::Timestamp::from_second(time).ok()?;
-    Some(time.strftime("%Y%m%dT%H%M%SZ").to_string())
-}
-
-fn same_layer(a: &LayerSpec, b: &LayerSpec) -> bool {
-    let data = match (&a.data_file, &b.data_file) {
-        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-        (None, None) => true,
-        _ => false,
-    };
-    Arc::ptr_eq(&a.file, &b.file) && a.format == b.format && a.part == b.part && data
-}
-
-fn same_layers(a: &[LayerSpec], b: &[LayerSpec]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same_layer(a, b))
-}
-
-fn same_image(a: Option<&Arc<Image>>, b: Option<&Arc<Image>>) -> bool {
-    match (a, b) {
-        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-        (None, None) => true,
-        _ => false,
-    }
-}
-
-/// Adds a layer's identity. The device number is left out: it may differ after a reboot.
-fn layer_digest(below: blake3::Hash, layer: &LayerSpec) -> blake3::Hash {
-    let mut hash = blake3::Hasher::new();
-    hash.update(below.as_bytes());
-    for file in [Some(&layer.file), layer.data_file.as_ref()].into_iter().flatten() {
-        let id = file.identity();
-        hash.update(&id.ino.to_le_bytes());
-        hash.update(&id.size.to_le_bytes());
-        hash.update(&id.mtime.to_le_bytes());
-    }
-    if let Part::Snapshot(id) = &layer.part {
-        hash.update(id.as_bytes());
-    }
-    hash.finalize()
 }
 
 /// Gives out inode numbers.
@@ -589,7 +406,8 @@ fn inode_hash(path: &Path, identity: &[u8]) -> u64 {
 mod tests {
     use super::*;
     use crate::chain::Level;
-    use crate::layer::Format;
+    use crate::error::Kind;
+    use crate::layer::{Format, Part};
     use crate::storage::SourceFile;
 
     /// A backup directory of real (raw) files, so that identities are real, too.
@@ -738,16 +556,6 @@ mod tests {
             assert!(names.iter().any(|n| n == want), "no {want} in {names:#?}");
         }
         assert_eq!(tree.files().count(), 5);
-    }
-
-    #[test]
-    fn hostile_names_become_possible_ones() {
-        assert_eq!(raw_name(OsStr::new("a@b/../c"), 1), "a@b_.._c.raw");
-        let long = raw_name(OsStr::new(&"x".repeat(300)), 12);
-        assert_eq!(long.len(), NAME_MAX);
-        assert!(long.to_str().unwrap().ends_with("-12.raw"));
-        let other = raw_name(OsStr::new(&format!("{}y", "x".repeat(299))), 12);
-        assert_ne!(long, other);
     }
 
     #[test]

@@ -14,9 +14,9 @@ use crate::layer::{Layer, Mapping};
 /// Where the bytes of a folded extent come from. `layer` counts from the bottom of the point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
-    /// No layer has anything here: zeros.
+    /// No layer has anything here, or the range lies beyond the end of a layer that was asked: zeros.
     Unallocated,
-    /// A layer says zero, or the range lies beyond the end of a layer that was asked.
+    /// A layer says zero.
     Zero {
         /// The layer that decides.
         layer: u16,
@@ -157,17 +157,17 @@ impl Fold {
             }
         }
         for range in pending.iter().rev().take_while(|r| r.end > size) {
-            self.push(range.start.max(size)..range.end, Source::Zero { layer: index });
+            self.push(range.start.max(size)..range.end, Source::Unallocated);
         }
         self.pending = std::mem::take(&mut self.next);
     }
 
     /// Ends the walk with what is known of all layers below.
-    pub fn add_known(&mut self, top: u16, known: &Known) {
+    pub fn add_known(&mut self, known: &Known) {
         for range in std::mem::take(&mut self.pending) {
             let inside = range.start.min(known.size)..range.end.min(known.size);
             self.pieces.extend(crate::extent::clipped(known.extents, inside));
-            self.push(range.start.max(known.size)..range.end, Source::Zero { layer: top });
+            self.push(range.start.max(known.size)..range.end, Source::Unallocated);
         }
     }
 
@@ -287,7 +287,7 @@ mod tests {
         for (i, l) in layers.iter().enumerate().rev() {
             let layer = i as u16;
             if at >= l.size() {
-                return Source::Zero { layer };
+                return Source::Unallocated;
             }
             match l.blocks[(at / BLOCK) as usize] {
                 0 => continue,
@@ -329,7 +329,7 @@ mod tests {
                 for (i, l) in layers.iter().enumerate().skip(cut).rev() {
                     f.add_layer(i as u16, l);
                 }
-                f.add_known((cut - 1) as u16, &Known { size: lower, extents: known.as_slice() });
+                f.add_known(&Known { size: lower, extents: known.as_slice() });
                 prop_assert_eq!(f.finish().unwrap().extents, folded);
             }
         }

@@ -19,7 +19,7 @@ use super::map::{Fold, FoldedExtent, Known, Source};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::{Extent, clipped};
 use crate::layer::{self, Layer, LayerSpec};
-use crate::storage::ReadAt;
+use crate::storage::{ReadAt, SourceFile};
 
 /// Guest bytes that are folded at once. 64 MiB of 64 KiB clusters are at most 1,024 extents.
 const WINDOW: u64 = 64 << 20;
@@ -113,7 +113,6 @@ impl Image {
 
     /// Number of layers.
     pub fn depth(&self) -> usize {
-        // Filled in once; before that the chain is walked, which only happens while opening.
         let mut total = 0;
         let mut at = Some(self);
         while let Some(image) = at {
@@ -135,6 +134,12 @@ impl Image {
             (Some(data), 1) => data.path(),
             _ => spec.file.path(),
         }
+    }
+
+    /// File number `file` of layer `index`, for cloning ranges of it; `None` if there is none.
+    pub fn source_file(&self, index: u16, file: u8) -> Option<&Arc<SourceFile>> {
+        let spec = &self.stack().get(usize::from(index))?.spec;
+        if file == 0 { Some(&spec.file) } else { spec.data_file.as_ref() }
     }
 
     /// Marks the image as one of an old generation: every later read fails with `Changed`.
@@ -324,7 +329,7 @@ impl Image {
                     && let Some(window) = image.cached_window(index)
                 {
                     let known = Known { size: image.size, extents: &window.extents };
-                    fold.add_known((asked - 1) as u16, &known);
+                    fold.add_known(&known);
                     break;
                 }
                 bottom -= image.own.len();
@@ -358,10 +363,10 @@ impl Image {
     /// what to call it. Cheap: looks at no L2 table.
     fn quiet_until(&self, at: u64) -> Result<(u64, Source)> {
         let mut limit = self.size;
-        for (index, lazy) in self.stack().iter().enumerate().rev() {
+        for lazy in self.stack().iter().rev() {
             let layer = lazy.get()?;
             if layer.size() <= at {
-                return Ok((limit, Source::Zero { layer: index as u16 }));
+                return Ok((limit, Source::Unallocated));
             }
             limit = limit.min(layer.next_mapped(at));
             if layer.size() < self.size {

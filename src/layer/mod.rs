@@ -6,12 +6,16 @@
 
 pub mod qcow2;
 pub mod raw;
+pub mod sparsestream;
+#[cfg(test)]
+mod testing;
+pub mod vma;
 
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::error::{Error, Finding, Result};
+use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::{Content, ExtentList};
 use crate::storage::{ReadAt, SourceFile};
 
@@ -141,6 +145,10 @@ pub enum Format {
     Qcow2,
     /// The guest's bytes, one to one.
     Raw,
+    /// A Proxmox archive, compressed or not; its disks are [`Part::Device`]s.
+    Vma,
+    /// virtnbdbackup's stream of data and zero ranges.
+    SparseStream,
 }
 
 /// What [`probe`] finds out about a file without opening another.
@@ -188,6 +196,8 @@ pub enum Part {
     Whole,
     /// The internal snapshot with this id.
     Snapshot(String),
+    /// The device with this number, of an archive that holds several.
+    Device(u8),
 }
 
 /// Everything that is needed to open a layer.
@@ -205,6 +215,10 @@ pub struct LayerSpec {
 
 /// Looks into a file: format, size, and the names it mentions. Reads the header and, for qcow2,
 /// the snapshot table; checks that the L1 table lies inside the file.
+///
+/// Archives and streams are not looked for here: a guest decides what a raw image begins with, and
+/// must not be able to make it something else. They are recognised by their names, and
+/// [`vma::read_header`] and [`sparsestream::probe`] look into them.
 ///
 /// # Errors
 /// The header is corrupt, truncated, encrypted or needs an unknown feature; or reading failed.
@@ -228,5 +242,11 @@ pub fn open(spec: &LayerSpec) -> Result<Arc<dyn Layer>> {
     match spec.format {
         Format::Qcow2 => Ok(Arc::new(qcow2::Qcow2Layer::open(storage, data, &spec.part)?)),
         Format::Raw => Ok(Arc::new(raw::RawLayer::new(storage))),
+        Format::SparseStream => Ok(Arc::new(sparsestream::StreamLayer::open(storage)?)),
+        Format::Vma => match spec.part {
+            Part::Device(id) => Ok(Arc::new(vma::open(&spec.file, id)?)),
+            _ => Err(Error::new(Kind::Usage, "an archive is read device by device")
+                .at_path(spec.file.path())),
+        },
     }
 }

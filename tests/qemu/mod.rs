@@ -31,6 +31,11 @@ pub fn run(program: &str, args: &[&str]) -> Output {
     out
 }
 
+/// A folder for images: in memory where that is possible, since QEMU's tools sync a lot.
+pub fn tempdir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// A small random number generator (splitmix64): the same seed gives the same chain everywhere.
 pub struct Rng(pub u64);
 
@@ -61,6 +66,7 @@ pub struct Chain {
     pub dir: PathBuf,
     pub name: String,
     pub files: Vec<PathBuf>,
+    extension: &'static str,
     time: u64,
 }
 
@@ -69,14 +75,26 @@ impl Chain {
     pub fn new(parent: &Path, name: &str) -> Self {
         let dir = parent.join(name);
         std::fs::create_dir_all(&dir).unwrap();
-        Chain { dir, name: name.to_string(), files: Vec::new(), time: 1_700_000_000 }
+        Chain {
+            dir,
+            name: name.to_string(),
+            files: Vec::new(),
+            extension: ".qcow2",
+            time: 1_700_000_000,
+        }
+    }
+
+    /// The same with file names that say nothing about the format.
+    pub fn without_extension(mut self) -> Self {
+        self.extension = "";
+        self
     }
 
     /// The path of the next point's file.
     pub fn next_path(&mut self) -> PathBuf {
         let level = if self.files.is_empty() { "FULL" } else { "INC" };
         self.time += 3600;
-        let path = self.dir.join(format!("{level}-{}-{}.qcow2", self.time, self.name));
+        let path = self.dir.join(format!("{level}-{}-{}{}", self.time, self.name, self.extension));
         self.files.push(path.clone());
         path
     }
@@ -137,23 +155,25 @@ pub fn qemu_io(path: &Path, ops: &[String]) {
 /// A copy of the chain whose files are linked by backing pointers: QEMU's own way to merge.
 pub struct Oracle {
     _dir: tempfile::TempDir,
+    originals: Vec<PathBuf>,
     pub files: Vec<PathBuf>,
 }
 
 impl Oracle {
     /// Copies `files` (in chain order) with everything else in their folder, and links them.
     pub fn new(files: &[PathBuf]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempdir();
         let folder = files[0].parent().unwrap();
         run(
             "cp",
             &[
                 "-a",
-                "--sparse=always",
+                "--sparse=auto",
                 &format!("{}/.", folder.display()),
                 dir.path().to_str().unwrap(),
             ],
         );
+        let originals = files.to_vec();
         let files: Vec<PathBuf> =
             files.iter().map(|f| dir.path().join(f.file_name().unwrap())).collect();
         for pair in files.windows(2) {
@@ -174,7 +194,7 @@ impl Oracle {
                 ],
             );
         }
-        Oracle { _dir: dir, files }
+        Oracle { _dir: dir, originals, files }
     }
 
     /// The merged bytes of point `i`.
@@ -185,10 +205,20 @@ impl Oracle {
         std::fs::read(&raw).unwrap()
     }
 
-    /// `qemu-img map` of point `i`.
+    /// `qemu-img map` of point `i`: of the original files, linked on the command line only, since a
+    /// copy may have its holes elsewhere.
     pub fn map(&self, i: usize) -> serde_json::Value {
-        let args = ["map", "--output=json", "-f", format_of(&self.files[i])];
-        let out = Command::new("qemu-img").args(args).arg(&self.files[i]).output().unwrap();
+        let mut node = serde_json::Value::Null;
+        for file in &self.originals[..=i] {
+            let protocol = serde_json::json!({"driver": "file", "filename": file});
+            node = match format_of(file) {
+                "qcow2" => serde_json::json!(
+                    {"driver": "qcow2", "file": protocol, "backing": node}),
+                raw => serde_json::json!({"driver": raw, "file": protocol}),
+            };
+        }
+        let name = format!("json:{node}");
+        let out = run("qemu-img", &["map", "--output=json", &name]);
         serde_json::from_slice(&out.stdout).unwrap()
     }
 }

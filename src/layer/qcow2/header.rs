@@ -21,6 +21,9 @@ const MAX_BACKING_NAME: u32 = 1023;
 /// QEMU's limit for the refcount table, in bytes.
 const MAX_REFTABLE_BYTES: u64 = Qcow2Header::MAX_REFCOUNT_TABLE_SIZE as u64;
 
+/// A disk is a whole number of these; QEMU ignores what a header says beyond.
+const SECTOR: u64 = 512;
+
 const INCOMPAT_DIRTY: u64 = 1 << 0;
 const INCOMPAT_CORRUPT: u64 = 1 << 1;
 const INCOMPAT_DATA_FILE: u64 = 1 << 2;
@@ -66,7 +69,7 @@ pub struct Header {
     pub version: u32,
     /// Cluster size is `1 << cluster_bits`, 9 to 21.
     pub cluster_bits: u32,
-    /// Size in bytes of the virtual disk.
+    /// Size in bytes of the virtual disk: whole sectors, as QEMU counts it.
     pub size: u64,
     /// The active L1 table.
     pub l1: TableRef,
@@ -274,7 +277,7 @@ fn parse_fixed(f: &Fields, cluster_bits: u32) -> Result<Header> {
     Ok(Header {
         version,
         cluster_bits,
-        size: f.u64(24)?,
+        size: f.u64(24)? & !(SECTOR - 1),
         l1: TableRef { offset: f.u64(40)?, entries: f.u32(36)? },
         reftable_offset: f.u64(48)?,
         reftable_clusters: f.u32(56)?,

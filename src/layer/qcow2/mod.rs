@@ -82,6 +82,10 @@ impl Qcow2Layer {
         let (l1, size) = match part {
             Part::Whole => (header.l1, header.size),
             Part::Snapshot(id) => find_snapshot(&*image, &header, id)?,
+            Part::Device(_) => {
+                return Err(Error::new(Kind::NotFound, "a qcow2 image has no devices")
+                    .at_path(image.name()));
+            }
         };
         let look_for_holes = has_holes_in_clusters(data.as_deref().unwrap_or(&*image), &header);
         Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes })
@@ -96,6 +100,7 @@ impl Qcow2Layer {
         Tables {
             header: &self.header,
             l1: self.l1,
+            size: self.size,
             image: &*self.image,
             data: self.data.as_deref().unwrap_or(&*self.image),
             data_ix: u8::from(self.data.is_some()),
@@ -105,10 +110,13 @@ impl Qcow2Layer {
 }
 
 /// Whether plain clusters are likely to lie in holes of the file, as in a preallocated image.
-/// Asking the file system at every extent costs far more than mapping it, so ordinary images, whose
-/// only holes are in their sparsely written metadata, are not asked.
+/// Asking the file system at every extent costs more than mapping it, so an image that is allocated
+/// nearly as far as it is long is not asked. (The bound is the one that QEMU draws, so that maps
+/// agree: a tenth of the clusters, and two at least.)
 fn has_holes_in_clusters(data: &dyn ReadAt, header: &Header) -> bool {
-    data.unallocated() > (data.len() / 10).max(16 * header.cluster_size())
+    let total = data.len().div_ceil(header.cluster_size());
+    let real = data.len().saturating_sub(data.unallocated()) / header.cluster_size();
+    total >= (real + real / 9).max(real + 2)
 }
 
 fn find_snapshot(image: &dyn ReadAt, header: &Header, id: &str) -> Result<(TableRef, u64)> {
@@ -136,7 +144,7 @@ impl Layer for Qcow2Layer {
     }
 
     fn next_mapped(&self, from: u64) -> u64 {
-        self.tables().next_mapped(from, self.size)
+        self.tables().next_mapped(from)
     }
 
     fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()> {

@@ -17,6 +17,8 @@ pub struct Snapshot {
     pub info: SnapshotInfo,
     /// Its L1 table; checked only when the snapshot is opened.
     pub l1: TableRef,
+    /// Offset in the file where its table entry ends, without padding.
+    pub end: u64,
 }
 
 /// Reads the snapshot table.
@@ -60,8 +62,9 @@ fn read_entry(storage: &dyn ReadAt, header: &Header, at: u64) -> Result<(Snapsho
     };
     let offset = u64::from_be_bytes(fixed[0..8].try_into().expect("eight bytes"));
     let l1 = TableRef { offset, entries: u32_at(8) };
-    let len = ENTRY_LEN + extra_len + id_len + name_len;
-    Ok((Snapshot { info, l1 }, at + len.next_multiple_of(8)))
+    let end = at + ENTRY_LEN + extra_len + id_len + name_len;
+    // Entries are aligned to 8 bytes, and so is the table.
+    Ok((Snapshot { info, l1, end }, end.next_multiple_of(8)))
 }
 
 fn read(storage: &dyn ReadAt, at: u64, len: u64) -> Result<Vec<u8>> {

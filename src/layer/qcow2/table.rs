@@ -25,6 +25,8 @@ const L1_CHUNK: u64 = 512;
 pub struct Tables<'a> {
     pub header: &'a Header,
     pub l1: TableRef,
+    /// Size in bytes of the virtual disk that the table maps.
+    pub size: u64,
     pub image: &'a dyn ReadAt,
     /// Where plain clusters are: the image itself or its external data file.
     pub data: &'a dyn ReadAt,
@@ -57,9 +59,9 @@ impl Tables<'_> {
     }
 
     /// First guest offset at or after `from` that an L2 table may map.
-    pub fn next_mapped(&self, from: u64, size: u64) -> u64 {
+    pub fn next_mapped(&self, from: u64) -> u64 {
         let span = self.header.l2_span();
-        let end = self.header.l1_entries_for(size);
+        let end = self.header.l1_entries_for(self.size);
         let mut at = from / span;
         while at < end {
             let n = L1_CHUNK.min(end - at);
@@ -69,7 +71,7 @@ impl Tables<'_> {
             }
             at += n;
         }
-        size.max(from)
+        self.size.max(from)
     }
 
     fn read_l1(&self, first: u64, count: u64) -> Result<Vec<u64>> {
@@ -85,13 +87,17 @@ impl Tables<'_> {
             return Ok(());
         }
         self.check_place(entry.l2_offset(), at)?;
+        if entry.l2_offset() >= self.image.len() {
+            return Err(self.cut(at, "an L2 table lies past the end of the file"));
+        }
         self.map_l2_table(map, entry.l2_offset(), part)
     }
 
     /// Nothing may lie in the image's header or in the L1 table that leads to it. (Refcount tables
     /// are not looked at: reading does not depend on them, so their damage must not matter.)
     fn check_place(&self, host: u64, at: u64) -> Result<()> {
-        let l1 = self.l1.offset..self.l1.offset.saturating_add(self.l1.byte_len());
+        let used = self.header.l1_entries_for(self.size) * 8;
+        let l1 = self.l1.offset..self.l1.offset.saturating_add(used);
         if host < self.header.cluster_size() || l1.contains(&host) {
             return Err(self.corrupt(at, "a table entry points into the image's own metadata"));
         }

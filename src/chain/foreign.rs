@@ -1,0 +1,179 @@
+//! Backups that other programs made: folders with Proxmox archives or virtnbdbackup streams.
+//!
+//! Files are taken whose *names* are of these layouts, damaged ones included: an archive that
+//! cannot be read must not turn into a raw disk. Contents never decide, because a guest can write
+//! whatever it likes into its disk.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use super::group::base_name;
+use super::name::{self, Name};
+use super::scan::{FileEntry, FileId, Folder, Tree};
+use super::{Disk, Level, Point, virtnbd};
+use crate::error::{Finding, Result};
+use crate::layer::sparsestream::{self, Meta};
+use crate::layer::{Format, LayerSpec, Part, vma};
+use crate::storage::SourceFile;
+
+/// What was found in one folder.
+#[derive(Default)]
+pub(super) struct Found {
+    /// Disks; their paths are not yet unique.
+    pub disks: Vec<Disk>,
+    /// What belongs to no disk.
+    pub findings: Vec<Finding>,
+    /// The files that are of these layouts and nobody else's business.
+    pub taken: Vec<FileId>,
+}
+
+/// What a file of these layouts holds.
+#[derive(Debug)]
+pub(super) enum Inside {
+    /// A Proxmox archive.
+    Archive(vma::Header),
+    /// A stream of virtnbdbackup.
+    Stream(Meta),
+    /// What is named like a copy in virtnbdbackup's layout, but is no stream.
+    NoStream,
+}
+
+/// What a file with this name is in one of these layouts; `None` for names that are in none.
+pub(super) fn layout(file: &OsStr) -> Option<&'static str> {
+    if name::parse(file) != Name::Other {
+        return None;
+    }
+    let text = file.to_string_lossy();
+    match () {
+        () if archive_stem(&text).is_some() => Some("a Proxmox archive"),
+        () if virtnbd::StreamName::parse(&text).is_some() => Some("a virtnbdbackup stream"),
+        () => None,
+    }
+}
+
+/// Looks into a file whose name [`layout`] knows.
+///
+/// # Errors
+/// The file is damaged or cannot be read.
+pub(super) fn look_inside(file: &SourceFile) -> Result<Inside> {
+    let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+    if archive_stem(&name).is_some() {
+        return vma::read_header(file).map(Inside::Archive);
+    }
+    let is_copy = virtnbd::StreamName::parse(&name).is_some_and(|n| n.level == Level::Copy);
+    if is_copy && !sparsestream::has_magic(file)? {
+        return Ok(Inside::NoStream);
+    }
+    sparsestream::probe(file).map(Inside::Stream)
+}
+
+/// Finds disks of these layouts in `folder`. `claimed` files are parts of other images.
+pub(super) fn find(tree: &Tree, folder: &Folder, claimed: &HashSet<FileId>) -> Found {
+    let mut found = Found::default();
+    let is_free = |f: &&FileId| !claimed.contains(*f);
+    let free: Vec<FileId> = folder.files.iter().filter(is_free).copied().collect();
+    let of_layout = |f: &&FileId| layout(base_name(&tree.files[**f])).is_some();
+    let (mut archives, mut streams) = (BTreeMap::new(), Vec::new());
+    for &file in free.iter().filter(of_layout) {
+        let entry = &tree.files[file];
+        let name = base_name(entry).to_string_lossy();
+        found.taken.push(file);
+        let Some(stem) = archive_stem(&name) else {
+            streams.push(entry);
+            continue;
+        };
+        match entry.probed.inside() {
+            Ok(Inside::Archive(header)) => {
+                add_archive(&folder.relative.join(stem), &name, entry, header, &mut archives);
+            }
+            Ok(_) => {}
+            Err(finding) => found.findings.push(finding.clone()),
+        }
+    }
+    found.disks.extend(archives.into_values());
+    if !streams.is_empty() {
+        let beside: Vec<(FileId, String)> = free
+            .iter()
+            .map(|f| (*f, base_name(&tree.files[*f]).to_string_lossy().into()))
+            .collect();
+        virtnbd::find(&folder.relative, &streams, &beside, &mut found);
+    }
+    found
+}
+
+/// An archive's name without its endings, or `None` for other files.
+fn archive_stem(name: &str) -> Option<&str> {
+    const ENDINGS: [&str; 4] = [".vma", ".vma.zst", ".vma.gz", ".vma.lzo"];
+    let stem = ENDINGS.iter().find_map(|ending| name.strip_suffix(ending))?;
+    (!stem.is_empty()).then_some(stem)
+}
+
+/// Each archive is a folder of disks. One that is there twice, compressed and not, has disks with
+/// two points.
+fn add_archive(
+    place: &Path,
+    name: &str,
+    entry: &FileEntry,
+    header: &vma::Header,
+    disks: &mut BTreeMap<PathBuf, Disk>,
+) {
+    let total: u128 = header.devices.iter().map(|d| u128::from(d.size)).sum();
+    for device in header.devices.iter().filter(|d| !d.is_state()) {
+        let path = place.join(&device.name);
+        let disk = disks.entry(path.clone()).or_insert_with(|| Disk {
+            path,
+            points: Vec::new(),
+            findings: Vec::new(),
+        });
+        // Without reading the archive, its bytes can only be shared out by size. Sizes are at
+        // least 1, and a share is at most the whole.
+        let share = u128::from(entry.probed.own_bytes) * u128::from(device.size) / total;
+        disk.points.push(Point {
+            name: name.to_owned(),
+            source: entry.path.clone(),
+            level: Level::Full,
+            chain: name.to_owned(),
+            parent: None,
+            time: header.time,
+            size: device.size,
+            own_bytes: share as u64,
+            layers: vec![LayerSpec {
+                file: entry.probed.file.clone(),
+                format: Format::Vma,
+                part: Part::Device(device.id),
+                data_file: None,
+            }],
+            unavailable: None,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::scan::{ScanOptions, scan};
+
+    #[test]
+    fn archives_go_by_their_names() {
+        assert_eq!(archive_stem("vzdump-qemu-101-x.vma.zst"), Some("vzdump-qemu-101-x"));
+        assert_eq!(archive_stem("a.vma"), Some("a"));
+        for other in ["a.vma.dat", ".vma", "a.vmax", "a.zst", "a.vma.log"] {
+            assert_eq!(archive_stem(other), None, "{other}");
+        }
+        // A backup in our own layout is one, whatever the disk is called.
+        assert_eq!(layout(OsStr::new("FULL-1700000000-sda.vma")), None);
+    }
+
+    #[test]
+    fn a_damaged_archive_is_a_finding_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("pve")).unwrap();
+        let path = dir.path().join("pve/a.vma");
+        std::fs::write(&path, [7; 20_480]).unwrap();
+        let (catalog, _) = scan(dir.path(), &ScanOptions::default(), None).unwrap();
+        assert!(catalog.disks.is_empty());
+        assert_eq!(catalog.findings.len(), 1);
+        assert!(catalog.findings[0].path.ends_with("pve/a.vma"));
+    }
+}

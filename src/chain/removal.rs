@@ -1,0 +1,100 @@
+//! What prune and consolidate were about to remove from a folder when they were broken off:
+//! `.fleecefs/removal.journal`, written before the first file goes, removed after the last.
+//!
+//! A manifest whose image is gone speaks of a lost point, unless its name is listed here.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::manifest::{FOLDER, Manifest};
+use crate::error::{Error, Kind, Result};
+
+/// The journal of one folder.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Removal {
+    /// A new image that takes the place of what is removed.
+    #[serde(default)]
+    pub publish: Option<Publish>,
+    /// Image files to remove, in this order.
+    pub remove: Vec<String>,
+}
+
+/// A new image on its way in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Publish {
+    /// Its temporary name, in `.fleecefs/`.
+    pub temporary: String,
+    /// Its manifest, with its final name.
+    pub manifest: Manifest,
+}
+
+/// Where the journal of `dir` is.
+pub fn journal_path(dir: &Path) -> PathBuf {
+    dir.join(FOLDER).join("removal.journal")
+}
+
+/// Reads the journal of `dir`; `None` if there is none.
+///
+/// # Errors
+/// It cannot be read, or is damaged: a half-written one never gets its name.
+pub fn read(dir: &Path) -> Result<Option<Removal>> {
+    let path = journal_path(dir);
+    let bytes = match std::fs::read(&path) {
+        Ok(b) => b,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io(e, "cannot read the journal of removals").at_path(path)),
+    };
+    serde_json::from_slice(&bytes).map(Some).map_err(|e| {
+        Error::new(Kind::Corrupt, "the journal of removals is damaged")
+            .with_source(e)
+            .at_path(path)
+            .remedy("verify the disk, then remove the journal")
+    })
+}
+
+/// The images that are on their way out of `dir`.
+pub fn pending(dir: &Path) -> Vec<String> {
+    read(dir).ok().flatten().map(|r| r.remove).unwrap_or_default()
+}
+
+/// Writes the journal of `dir`, so that it survives a power cut before anything it names goes.
+///
+/// # Errors
+/// What the operating system said.
+pub fn write(dir: &Path, removal: &Removal) -> Result<()> {
+    let path = journal_path(dir);
+    let temporary = path.with_extension("journal-tmp");
+    let text = serde_json::to_vec_pretty(removal)
+        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
+    let write = || {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, &path)?;
+        File::open(dir.join(FOLDER))?.sync_all()
+    };
+    write().map_err(|e| {
+        let _ = std::fs::remove_file(&temporary);
+        Error::io(e, "cannot write the journal of removals").at_path(&path)
+    })
+}
+
+/// Removes the journal of `dir`.
+///
+/// # Errors
+/// What the operating system said.
+pub fn clear(dir: &Path) -> Result<()> {
+    let path = journal_path(dir);
+    std::fs::remove_file(&path)
+        .and_then(|()| File::open(dir.join(FOLDER))?.sync_all())
+        .map_err(|e| Error::io(e, "cannot remove the journal of removals").at_path(path))
+}

@@ -1,0 +1,95 @@
+//! `fleecefs consolidate`: the oldest part of a chain becomes one new FULL.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::bar::Bar;
+use super::work::{WorkArgs, cancel_flag};
+use crate::chain::scan::{ScanOptions, scan};
+use crate::error::Result;
+use crate::prune::consolidate::{Consolidation, consolidate, plan};
+use crate::units::human_bytes;
+
+/// Merge the oldest points of a chain into one new FULL
+///
+/// The FULL and all points up to the one given become one FULL with that point's time in its name;
+/// later points, and the bitmap in the guest, go on from it. The points before are gone then. Where
+/// the file system can, the new image shares its data with the old ones while both are there. It is
+/// read back and compared with the point before anything is deleted.
+///
+/// Whatever breaks it off leaves the old or the new chain whole; the next run finishes it or takes
+/// it back.
+#[derive(Debug, Args)]
+pub struct ConsolidateArgs {
+    /// The backup directory
+    dir: PathBuf,
+    /// The disk, as 'fleecefs list' shows it
+    disk: PathBuf,
+    /// The last point to merge: its file name, or 'latest'
+    #[arg(long, value_name = "POINT")]
+    until: String,
+    /// Check only the structure of the new image, and do not read it back
+    #[arg(long)]
+    no_compare: bool,
+    /// Print what would be done and stop
+    #[arg(short = 'n', long)]
+    dry_run: bool,
+    #[command(flatten)]
+    work: WorkArgs,
+}
+
+const DONE: &str = "this point is a FULL already\n";
+
+/// Runs `fleecefs consolidate`.
+///
+/// # Errors
+/// `Usage` or `NotFound` for disk and point, `Busy` if a backup is running, or what reading and
+/// writing say.
+pub fn run(args: ConsolidateArgs) -> Result<()> {
+    if args.dry_run {
+        let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+        let plan = plan(super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
+        let text = plan.as_ref().map_or(DONE.to_string(), text);
+        return super::print(&(text + "dry run: nothing was changed\n"));
+    }
+    one(&args.dir, &args.disk, &args.until, !args.no_compare, &args.work)
+}
+
+/// Consolidates one chain.
+///
+/// # Errors
+/// See [`run`].
+pub(super) fn one(
+    dir: &Path,
+    disk: &Path,
+    until: &str,
+    compare: bool,
+    work: &WorkArgs,
+) -> Result<()> {
+    let (catalog, _) = scan(dir, &ScanOptions::default(), None)?;
+    let (catalog, _locks) = super::prune::locked(dir, catalog)?;
+    let disk = super::prune::find_disk(&catalog, disk)?;
+    let Some(plan) = plan(disk, until)? else { return super::print(DONE) };
+    super::print(&text(&plan))?;
+    let (bar, cancel) = (Bar::default(), cancel_flag()?);
+    let done = consolidate(disk, &plan, compare, &work.work(&cancel, &bar))?;
+    super::print(&format!(
+        "{}: {} ({} copied, {} cloned)\n",
+        plan.image,
+        done.way(),
+        human_bytes(done.copied),
+        human_bytes(done.cloned),
+    ))
+}
+
+fn text(plan: &Consolidation) -> String {
+    let mut out = format!("new    {}\n", plan.image);
+    for name in &plan.remove {
+        out += &format!("delete {name}\n");
+    }
+    for name in &plan.children {
+        out += &format!("relink {name}\n");
+    }
+    out
+}

@@ -1,0 +1,172 @@
+//! `fleecefs prune`: retention.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::bar::Bar;
+use crate::chain::name::to_text;
+use crate::chain::scan::{ScanOptions, scan};
+use crate::chain::{Catalog, removal};
+use crate::error::{Error, Result};
+use crate::lock::Locks;
+use crate::prune::plan::{Manner, Plan, Rules, plan};
+use crate::prune::{execute, items, recover};
+use crate::units::{human_bytes, parse_duration};
+
+/// Delete old points by retention rules
+///
+/// Each rule keeps, per disk, the newest point of each of the newest N days (weeks, ...) that have
+/// one; a point is kept if any rule keeps it. What a kept point needs is kept too; so are the newest
+/// point, the last complete run, and the other disks' points of a run that is kept. Nothing at all
+/// is deleted of a disk whose newest point is lost, unsound, or not verified (no manifest), unless
+/// forced.
+#[derive(Debug, Args)]
+pub struct PruneArgs {
+    /// The backup directory
+    dir: PathBuf,
+    /// Keep the newest N points
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
+    keep_last: usize,
+    /// Keep one point of each of the newest N days
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
+    keep_daily: usize,
+    /// Keep one point of each of the newest N weeks
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
+    keep_weekly: usize,
+    /// Keep one point of each of the newest N months
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
+    keep_monthly: usize,
+    /// Keep one point of each of the newest N years
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
+    keep_yearly: usize,
+    /// Keep all points that are at most so much older than the newest (12h, 7d, 2w, 6M, 1y)
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    keep_within: Option<u64>,
+    /// Shorten chains whose oldest points are kept only because newer ones need them: they become
+    /// one new FULL
+    #[arg(long)]
+    consolidate: bool,
+    /// Print the plan and stop
+    #[arg(short = 'n', long)]
+    dry_run: bool,
+    /// Delete even if the newest point failed or is not verified, and what cannot be restored
+    #[arg(long)]
+    force: bool,
+    /// Print the plan as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    work: super::work::WorkArgs,
+}
+
+/// Runs `fleecefs prune`.
+///
+/// # Errors
+/// `Usage` without a rule, `Busy` if a backup is running, or what deleting says.
+pub fn run(args: PruneArgs) -> Result<()> {
+    let rules = Rules {
+        last: args.keep_last,
+        daily: args.keep_daily,
+        weekly: args.keep_weekly,
+        monthly: args.keep_monthly,
+        yearly: args.keep_yearly,
+        within: args.keep_within,
+    };
+    if rules.is_empty() {
+        return Err(super::usage("no rule says what to keep; give at least one --keep-..."));
+    }
+    let manner = Manner { force: args.force, consolidate: args.consolidate };
+    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    if args.dry_run {
+        return show(&make(&catalog, &rules, manner)?, args.json, true);
+    }
+    let (catalog, locks) = locked(&args.dir, catalog)?;
+    let plan = make(&catalog, &rules, manner)?;
+    show(&plan, args.json, false)?;
+    execute(&catalog, &plan, &Bar::default())?;
+    // Each consolidation takes them again.
+    drop(locks);
+    for disk in &plan.disks {
+        for until in &disk.consolidate {
+            super::consolidate::one(&args.dir, &disk.disk, until, true, &args.work)?;
+        }
+    }
+    Ok(())
+}
+
+fn make(catalog: &Catalog, rules: &Rules, manner: Manner) -> Result<Plan> {
+    Ok(plan(&items(catalog)?, rules, &jiff::tz::TimeZone::system(), manner))
+}
+
+/// Takes the locks, finishes what an earlier run left, and reads the directory again.
+///
+/// # Errors
+/// `Busy` if somebody else is writing, or what recovery says.
+pub(super) fn locked(dir: &Path, catalog: Catalog) -> Result<(Catalog, Locks)> {
+    let folders: BTreeSet<PathBuf> = folders(&catalog);
+    let locks = Locks::take(&catalog.root, folders.iter().map(PathBuf::as_path))?;
+    let bar = Bar::default();
+    for folder in folders.iter().filter(|f| removal::journal_path(f).exists()) {
+        recover(folder, &bar)?;
+    }
+    // What it was before the lock was taken may have changed.
+    let (catalog, _) = scan(dir, &ScanOptions::default(), None)?;
+    Ok((catalog, locks))
+}
+
+fn folders(catalog: &Catalog) -> BTreeSet<PathBuf> {
+    let points = catalog.disks.iter().flat_map(|d| &d.points);
+    points.filter_map(|p| p.source.parent().map(Path::to_path_buf)).collect()
+}
+
+fn show(plan: &Plan, as_json: bool, dry_run: bool) -> Result<()> {
+    super::print(&if as_json { json(plan)? } else { text(plan, dry_run) })
+}
+
+fn json(plan: &Plan) -> Result<String> {
+    let text = serde_json::to_string_pretty(plan)
+        .map_err(|e| super::usage(format!("cannot write JSON: {e}")))?;
+    Ok(text + "\n")
+}
+
+fn text(plan: &Plan, dry_run: bool) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    for disk in &plan.disks {
+        for p in &disk.points {
+            let path = to_text(disk.disk.join(&p.point).as_os_str());
+            if p.keep.is_empty() {
+                let _ = writeln!(out, "delete {path}  {}", human_bytes(p.bytes));
+                continue;
+            }
+            let reasons: Vec<String> = p.keep.iter().map(ToString::to_string).collect();
+            let _ = writeln!(out, "keep   {path}  {}", reasons.join(", "));
+        }
+        for until in &disk.consolidate {
+            let path = to_text(disk.disk.as_os_str());
+            let _ = writeln!(out, "merge  {path}  up to {until} into one FULL");
+        }
+    }
+    let count = plan.deleted().count();
+    let _ = writeln!(out, "{count} points to delete, {}", human_bytes(plan.freed()));
+    if dry_run {
+        let _ = writeln!(out, "dry run: nothing was changed");
+    }
+    out
+}
+
+/// A disk's name as the user gives it.
+///
+/// # Errors
+/// `NotFound` if there is no such disk.
+pub(super) fn find_disk<'a>(catalog: &'a Catalog, name: &Path) -> Result<&'a crate::chain::Disk> {
+    let wanted: PathBuf = name.components().collect();
+    catalog.disks.iter().find(|d| d.path == wanted).ok_or_else(|| {
+        let text = format!("no disk '{}' in {}", name.display(), catalog.root.display());
+        Error::new(crate::error::Kind::NotFound, text)
+            .remedy("'fleecefs list DIR' shows what there is")
+    })
+}

@@ -1,0 +1,399 @@
+//! `fleecefs restore`: a point, or all disks of a run, as files, on a device, or to a pipe.
+
+use std::io::IsTerminal;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::bar::Bar;
+use super::work::{WorkArgs, cancel_flag};
+use crate::chain::scan::{ScanOptions, scan};
+use crate::chain::{Catalog, Disk, POINT_HELP};
+use crate::error::{Error, Kind, Result};
+use crate::image::{Cache, open_point};
+use crate::restore::{
+    Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, Work, run,
+};
+use crate::units::human_bytes;
+
+/// Restore a point to a file, a block device or standard output
+///
+/// The target is written under a temporary name beside it and gets its own name when it is complete
+/// and on disk; whatever goes wrong before, nothing is there under that name. What a killed run
+/// left is removed by the next restore to the same target. Holes stay holes.
+///
+/// Where backup and target share an XFS or btrfs, ranges are cloned: nothing is copied, and no new
+/// space is taken. The output says which way it went.
+///
+/// With --run, all disks of one run are restored into the folder --to. A run is named by the time
+/// in its file names (seconds) or by its id in the manifests. Without manifests it is all points of
+/// exactly that time; with them, all points of the same id.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The backup directory
+    dir: PathBuf,
+    #[arg(help = POINT_HELP, required_unless_present = "run", conflicts_with = "run")]
+    point: Option<PathBuf>,
+    /// A file to make, an existing block device, or '-' for standard output
+    #[arg(required_unless_present = "run", conflicts_with = "run")]
+    target: Option<PathBuf>,
+    /// Restore all disks of the run with this time (seconds) or id
+    #[arg(long, value_name = "TS", requires = "to")]
+    run: Option<String>,
+    /// The folder that the disks of a run are restored into
+    #[arg(long, value_name = "FOLDER", requires = "run")]
+    to: Option<PathBuf>,
+    #[command(flatten)]
+    how: How,
+    #[command(flatten)]
+    work: WorkArgs,
+}
+
+/// Options that do not depend on what is restored.
+#[derive(Debug, Args)]
+struct How {
+    /// The format of the new file; by default qcow2 if its name ends so, else raw
+    #[arg(long, value_enum)]
+    format: Option<FileFormat>,
+    /// qcow2: bytes per cluster
+    #[arg(long, value_name = "BYTES", value_parser = crate::units::parse_bytes, default_value = "64K")]
+    cluster_size: u64,
+    /// qcow2: compress the clusters
+    #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, default_missing_value = "zlib")]
+    compress: Option<CompressArg>,
+    /// qcow2: what to set aside for clusters that hold nothing
+    #[arg(long, value_enum, default_value = "off")]
+    preallocation: PreallocationArg,
+    /// Replace a target that exists
+    #[arg(long)]
+    force: bool,
+    /// Overwrite the block device
+    #[arg(long)]
+    yes: bool,
+    /// Discard the whole device first
+    #[arg(long)]
+    discard: bool,
+    /// Read the result back from the disk and compare it
+    #[arg(long)]
+    verify: bool,
+    /// Where the backup cannot be read, leave zeros, say so and go on (exit code 16)
+    #[arg(long)]
+    salvage: bool,
+    /// Whether to clone ranges instead of copying them
+    #[arg(long, value_enum, default_value = "auto", value_name = "WHEN")]
+    reflink: ReflinkArg,
+    /// Show the plan and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the plan or the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Formats of new files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FileFormat {
+    Raw,
+    Qcow2,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CompressArg {
+    Zlib,
+    Zstd,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PreallocationArg {
+    Off,
+    Metadata,
+    Falloc,
+    Full,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ReflinkArg {
+    Auto,
+    Always,
+    Never,
+}
+
+/// Memory for folded windows: the plan folds them, the execution finds them there.
+const CACHE_BYTES: u64 = 256 << 20;
+
+/// One thing to restore.
+struct Job<'a> {
+    disk: &'a Disk,
+    point: usize,
+    target: Target,
+}
+
+/// Runs `fleecefs restore`.
+///
+/// # Errors
+/// The directory, run or point cannot be read; see [`crate::restore::restore`]. `Partial` if
+/// ranges were given up.
+pub fn run(args: RestoreArgs) -> Result<()> {
+    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let jobs = jobs(&args, &catalog)?;
+    for job in &jobs {
+        check_target(&args.how, &catalog, job)?;
+    }
+    let (cancel, bar) = (cancel_flag()?, Bar::default());
+    let work = args.work.work(&cancel, &bar);
+    let mut given_up = 0;
+    for (i, job) in jobs.iter().enumerate() {
+        given_up += one(&args.how, job, &work).map_err(|e| partial(e, i, &jobs))?;
+    }
+    if given_up > 0 {
+        let text = format!("{given_up} bytes could not be read and are zeros in the result");
+        return Err(Error::new(Kind::Partial, text));
+    }
+    Ok(())
+}
+
+/// An error after some disks of a run were restored says so.
+fn partial(e: Error, done: usize, jobs: &[Job]) -> Error {
+    if done == 0 || e.kind() == Kind::Interrupted {
+        return e;
+    }
+    let text = format!(
+        "{done} of {} disks were restored, then {}: {}",
+        jobs.len(),
+        jobs[done].disk.path.display(),
+        e.report()
+    );
+    Error::new(Kind::Partial, text)
+}
+
+fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
+    if let (Some(name), Some(to)) = (&args.run, &args.to) {
+        let run = run::find(catalog, name)?;
+        for path in &run.without {
+            log::warn!("disk {} has no point of this run", path.display());
+        }
+        let extension = match args.how.format {
+            Some(FileFormat::Qcow2) => "qcow2",
+            _ => "raw",
+        };
+        let job = |(disk, point): &(&'a Disk, usize)| {
+            let path = to.join(run::file_name(disk, *point, extension));
+            Ok(Job { disk, point: *point, target: args.how.file_target(&path)? })
+        };
+        return run.points.iter().map(job).collect();
+    }
+    let (Some(point), Some(target)) = (&args.point, &args.target) else {
+        return Err(super::usage("name a point and a target, or a run and a folder"));
+    };
+    let (disk, point) = catalog.find(point)?;
+    Ok(vec![Job { disk, point, target: args.how.target(target)? }])
+}
+
+impl How {
+    fn target(&self, path: &Path) -> Result<Target> {
+        if path == Path::new("-") {
+            if self.format == Some(FileFormat::Qcow2) {
+                return Err(super::usage("a qcow2 file cannot be written to a pipe"));
+            }
+            return Ok(Target::Stdout);
+        }
+        let is_device = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+        if is_device {
+            if self.format == Some(FileFormat::Qcow2) {
+                return Err(super::usage("a block device gets the raw disk"));
+            }
+            return Ok(Target::Device(path.to_path_buf()));
+        }
+        self.file_target(path)
+    }
+
+    fn file_target(&self, path: &Path) -> Result<Target> {
+        let by_name = || match path.extension().and_then(|e| e.to_str()) {
+            Some("qcow2") => FileFormat::Qcow2,
+            _ => FileFormat::Raw,
+        };
+        match self.format.unwrap_or_else(by_name) {
+            FileFormat::Raw if self.compress.is_some() => {
+                Err(super::usage("a raw file cannot be compressed; use --format qcow2"))
+            }
+            FileFormat::Raw => Ok(Target::Raw(path.to_path_buf())),
+            FileFormat::Qcow2 => Ok(Target::Qcow2(path.to_path_buf(), self.qcow2()?)),
+        }
+    }
+
+    fn qcow2(&self) -> Result<Qcow2Options> {
+        let cluster_size = u32::try_from(self.cluster_size)
+            .map_err(|_| super::usage("the cluster size must be at most 2M"))?;
+        Ok(Qcow2Options {
+            cluster_size,
+            compression: match self.compress {
+                None => Compression::None,
+                Some(CompressArg::Zlib) => Compression::Zlib,
+                Some(CompressArg::Zstd) => Compression::Zstd,
+            },
+            preallocation: match self.preallocation {
+                PreallocationArg::Off => Preallocation::Off,
+                PreallocationArg::Metadata => Preallocation::Metadata,
+                PreallocationArg::Falloc => Preallocation::Falloc,
+                PreallocationArg::Full => Preallocation::Full,
+            },
+        })
+    }
+
+    fn options(&self) -> Options {
+        Options {
+            force: self.force,
+            verify: self.verify,
+            salvage: self.salvage,
+            discard: self.discard,
+            reflink: match self.reflink {
+                ReflinkArg::Auto => Reflink::Auto,
+                ReflinkArg::Always => Reflink::Always,
+                ReflinkArg::Never => Reflink::Never,
+            },
+        }
+    }
+}
+
+/// What can be refused before anything is read.
+fn check_target(how: &How, catalog: &Catalog, job: &Job) -> Result<()> {
+    match &job.target {
+        Target::Stdout if std::io::stdout().is_terminal() => {
+            Err(super::usage("a disk is not written to a terminal; use a pipe"))
+        }
+        Target::Stdout if how.verify => {
+            Err(super::usage("what went into a pipe cannot be read back"))
+        }
+        Target::Device(path) if !how.yes && !how.dry_run => {
+            let text = "everything on this device would be overwritten";
+            Err(Error::new(Kind::Usage, text).at_path(path).remedy("say --yes if that is meant"))
+        }
+        Target::Raw(path) | Target::Qcow2(path, _) => {
+            if let Target::Qcow2(_, q) = &job.target {
+                q.check(job.disk.points[job.point].size)?;
+            }
+            check_outside(catalog, path)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Fails for a target inside the backup directory, which is left as it is.
+///
+/// # Errors
+/// `Usage`.
+pub(crate) fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
+    // The folder may have to be made yet: the first one that exists decides.
+    let absolute = std::path::absolute(path)
+        .map_err(|e| Error::io(e, "cannot find the target's folder").at_path(path))?;
+    let folder = absolute.ancestors().skip(1).find_map(|a| a.canonicalize().ok());
+    if folder.is_some_and(|f| f.starts_with(&catalog.root)) {
+        return Err(Error::new(Kind::Usage, "the target is inside the backup directory")
+            .at_path(path)
+            .remedy("restore to another place: what lies in there counts as a backup"));
+    }
+    Ok(())
+}
+
+/// Plans and restores one point; the number of bytes that were given up.
+fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
+    let name = job.disk.point_path(job.point);
+    let image = open_point(job.disk, job.point, &Cache::new(CACHE_BYTES))?;
+    let plan = Plan::new(&image, work)?;
+    if how.dry_run {
+        return say(how, &job.target, show_plan(how, &name, &job.target, &plan)).map(|()| 0);
+    }
+    if let Target::Raw(path) | Target::Qcow2(path, _) = &job.target {
+        make_folder(path)?;
+    }
+    let summary = crate::restore::restore(&image, &plan, &job.target, &how.options(), work)?;
+    let given_up = summary.bad.iter().map(|b| b.len).sum();
+    for b in &summary.bad {
+        log::error!("{} bytes at {:#x} are zeros in the result: {}", b.len, b.start, b.reason);
+    }
+    say(how, &job.target, show_summary(how, &name, &job.target, &summary)).map(|()| given_up)
+}
+
+/// Makes the folder that the target goes into.
+///
+/// # Errors
+/// What the operating system said.
+pub(crate) fn make_folder(path: &Path) -> Result<()> {
+    let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
+    std::fs::create_dir_all(folder)
+        .map_err(|e| Error::io(e, "cannot make the target's folder").at_path(folder))
+}
+
+/// Standard output, unless the disk itself goes there.
+fn say(how: &How, target: &Target, text: String) -> Result<()> {
+    if *target == Target::Stdout && !how.dry_run {
+        eprint!("{text}");
+        return Ok(());
+    }
+    super::print(&text)
+}
+
+fn target_name(target: &Target) -> String {
+    target.path().map_or("standard output".into(), |p| p.display().to_string())
+}
+
+fn kind_name(target: &Target) -> &'static str {
+    match target {
+        Target::Raw(_) => "raw",
+        Target::Qcow2(..) => "qcow2",
+        Target::Device(_) => "device",
+        Target::Stdout => "stdout",
+    }
+}
+
+fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> String {
+    if how.json {
+        let value = json!({
+            "point": name, "target": target.path(), "kind": kind_name(target), "size": plan.size,
+            "depth": plan.depth, "totals": plan.totals, "chunks": plan.chunks,
+            "findings": plan.findings,
+        });
+        return format!("{value}\n");
+    }
+    let t = &plan.totals;
+    let mut text = format!(
+        "{} -> {} ({}): {}, {} of data ({} compressed) in {} extents of {} layers\n",
+        name.display(),
+        target_name(target),
+        kind_name(target),
+        human_bytes(plan.size),
+        human_bytes(t.data),
+        human_bytes(t.compressed),
+        t.extents,
+        plan.depth
+    );
+    if t.bad > 0 {
+        text.push_str(&format!("{} cannot be read\n", human_bytes(t.bad)));
+    }
+    plan.findings.iter().for_each(|f| text.push_str(&format!("{f}\n")));
+    text
+}
+
+fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> String {
+    if how.json {
+        let value = json!({
+            "point": name, "target": target.path(), "kind": kind_name(target), "way": s.way(),
+            "result": s,
+        });
+        return format!("{value}\n");
+    }
+    let seconds = s.duration_ms as f64 / 1000.0;
+    let verified = if s.verified { ", read back and found equal" } else { "" };
+    format!(
+        "{} -> {}: {}: {} copied, {} cloned, {} of {} are holes, {seconds:.1} s{verified}\n",
+        name.display(),
+        target_name(target),
+        s.way(),
+        human_bytes(s.copied),
+        human_bytes(s.cloned),
+        human_bytes(s.holes),
+        human_bytes(s.size),
+    )
+}

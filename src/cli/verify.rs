@@ -1,0 +1,127 @@
+//! `fleecefs verify`: whether backups are sound, unsound, or nobody can tell.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::bar::Bar;
+use crate::chain::POINT_HELP;
+use crate::chain::name::to_text;
+use crate::chain::scan::{ScanOptions, scan};
+use crate::error::{Error, Kind, Result, Severity};
+use crate::units::parse_when;
+use crate::verify::{Options, Outcome, PointReport, Report, verify};
+
+/// Check whether backups are sound
+///
+/// Looks at the structure of every file, at how the files of a chain fit together, at every
+/// compressed cluster, and compares each file with the hash in its manifest. Without a manifest
+/// with a hash, nobody can tell whether plain data is what was written: such points are "could not
+/// tell", unless something is found wrong. Nothing is repaired; each finding says what to do.
+///
+/// The exit code is 0 if all points are sound, 18 if one is unsound, 19 if none is unsound and of
+/// one it could not be told.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The backup directory
+    dir: PathBuf,
+    /// Structure and chain only: reads no data, and says nothing about it
+    #[arg(long)]
+    quick: bool,
+    #[arg(long, help = POINT_HELP)]
+    point: Option<PathBuf>,
+    /// Only points since then: a date, a time, or an age such as 7d, 12h, 3w. Of what they lie on,
+    /// structure and chain are checked
+    #[arg(long, value_name = "WHEN", value_parser = parse_when)]
+    since: Option<i64>,
+    /// Write manifests with hashes for chains that have none, so that later changes are found
+    #[arg(long, conflicts_with = "quick")]
+    create: bool,
+    /// Threads; as many as processors if left out
+    #[arg(short, long, default_value = "0", hide_default_value = true)]
+    jobs: usize,
+    /// Print the whole report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `fleecefs verify`.
+///
+/// # Errors
+/// `Unsound` or `Unproven` as the report says; or the directory cannot be read.
+pub fn run(args: VerifyArgs) -> Result<()> {
+    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let options = Options {
+        quick: args.quick,
+        point: args.point,
+        since: args.since,
+        jobs: args.jobs,
+        create: args.create,
+    };
+    let report = verify(&catalog, &options, &Bar::default())?;
+    super::print(&if args.json { json(&report)? } else { text(&report) })?;
+    match report.outcome {
+        Outcome::Sound => Ok(()),
+        Outcome::Unsound => {
+            Err(Error::new(Kind::Unsound, "the backup is unsound").at_path(&args.dir))
+        }
+        Outcome::Unproven => {
+            let what = "nothing is known to be wrong, but not everything could be proved";
+            Err(Error::new(Kind::Unproven, what)
+                .at_path(&args.dir)
+                .remedy("'fleecefs verify --create' records hashes for chains that have none"))
+        }
+    }
+}
+
+fn json(report: &Report) -> Result<String> {
+    let text = serde_json::to_string_pretty(report)
+        .map_err(|e| super::usage(format!("cannot write JSON: {e}")))?;
+    Ok(text + "\n")
+}
+
+fn text(report: &Report) -> String {
+    let mut out = String::new();
+    let known = report.points.iter().flat_map(|p| p.findings.iter().map(move |f| (p, f)));
+    let mut seen = std::collections::HashSet::new();
+    // Writing to a String cannot fail.
+    for f in known.map(|(_, f)| f).chain(&report.findings).filter(|f| seen.insert(*f)) {
+        let word = match f.severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+            Severity::Note => "note",
+        };
+        let _ = writeln!(out, "{word}: {f}");
+    }
+    for p in report.points.iter().filter(|p| p.outcome != Outcome::Sound) {
+        let _ = writeln!(out, "{}", line(p));
+    }
+    let count = |o| report.points.iter().filter(|p| p.outcome == o).count();
+    let _ = writeln!(
+        out,
+        "{} sound, {} unsound, {} could not tell{}",
+        count(Outcome::Sound),
+        count(Outcome::Unsound),
+        count(Outcome::Unproven),
+        if report.quick { " (structure and chain only)" } else { "" },
+    );
+    let recorded = report.points.iter().filter(|p| p.recorded).count();
+    if recorded > 0 {
+        let _ = writeln!(out, "{recorded} manifests written: from now on changes are found");
+    }
+    out
+}
+
+fn line(p: &PointReport) -> String {
+    let word = match p.outcome {
+        Outcome::Sound => "sound",
+        Outcome::Unproven => "could not tell",
+        Outcome::Unsound => "UNSOUND",
+    };
+    let path = to_text(p.disk.join(&p.point).as_os_str());
+    match &p.reason {
+        Some(r) => format!("{word}: {path}: {r}"),
+        None => format!("{word}: {path}"),
+    }
+}

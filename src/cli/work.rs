@@ -1,0 +1,50 @@
+//! What the long commands share: how many threads, how fast, how they are stopped.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::Args;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::restore::{RateLimit, Work};
+
+/// Options of long work.
+#[derive(Debug, Args)]
+pub struct WorkArgs {
+    /// Threads that read and write; by default as many as there are processors, at most 8
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: Option<u16>,
+    /// At most this many bytes per second (K, M, G are understood); 0 means no limit
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = crate::units::parse_bytes)]
+    pub rate_limit: u64,
+}
+
+/// More threads than this only help where each waits for a network.
+const MOST_WORKERS: usize = 8;
+
+impl WorkArgs {
+    /// The surroundings of a job that `cancel` stops.
+    pub fn work<'a>(&self, cancel: &'a AtomicBool, progress: &'a dyn Progress) -> Work<'a> {
+        // Two at least: one can read while the other writes.
+        let processors = std::thread::available_parallelism().map_or(2, |n| n.get());
+        let workers = self.workers.map_or(processors.clamp(2, MOST_WORKERS), usize::from);
+        Work { cancel, progress, workers, rate: RateLimit::new(self.rate_limit) }
+    }
+}
+
+/// A flag that SIGINT, SIGTERM and SIGHUP set. The second signal ends the process at once.
+///
+/// # Errors
+/// `Io` if the system refuses the handlers.
+pub fn cancel_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        let status = 128 + signal;
+        signal_hook::flag::register_conditional_shutdown(signal, status, flag.clone())
+            .and_then(|_| signal_hook::flag::register(signal, flag.clone()))
+            .map_err(|e| Error::io(e, "cannot set up signal handling"))?;
+    }
+    Ok(flag)
+}

@@ -1,0 +1,121 @@
+//! Names below the mount point: which are possible, and who gives way when two clash.
+//!
+//! Folders stand; points get `-2`; `latest.raw` is left out; links in `by-time` get `-2`.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use super::point::PointFile;
+
+/// The longest file name that Linux takes.
+const NAME_MAX: usize = 255;
+
+/// A folder while names are being given out.
+#[derive(Default)]
+pub struct Folder {
+    /// What is in it, sorted by name.
+    pub children: BTreeMap<OsString, Child>,
+}
+
+/// What a name stands for.
+pub enum Child {
+    /// A folder.
+    Dir(Folder),
+    /// A point.
+    File(Arc<PointFile>),
+    /// A symbolic link.
+    Link {
+        /// Where it leads, relative to its folder.
+        target: PathBuf,
+        /// The time of the point behind it.
+        time: i64,
+    },
+    /// `status.json`.
+    Status,
+}
+
+impl Folder {
+    /// The folder at `path`, made where it is missing. Only called before files get names, so
+    /// nothing but folders is in the way.
+    pub fn at(&mut self, path: &Path) -> &mut Folder {
+        let mut folder = self;
+        for part in path.components() {
+            let Component::Normal(name) = part else { continue };
+            let child =
+                folder.children.entry(name.into()).or_insert_with(|| Child::Dir(Folder::default()));
+            if !matches!(child, Child::Dir(_)) {
+                *child = Child::Dir(Folder::default());
+            }
+            let Child::Dir(next) = child else { unreachable!("made a folder just above") };
+            folder = next;
+        }
+        folder
+    }
+
+    /// A name that is still free: `stem.raw`, else `stem-2.raw` and so on.
+    pub fn free_name(&self, stem: &OsStr) -> OsString {
+        let mut name = raw_name(stem, 1);
+        let mut n = 1;
+        while self.children.contains_key(&name) {
+            n += 1;
+            name = raw_name(stem, n);
+        }
+        name
+    }
+}
+
+/// `stem.raw` (or `stem-n.raw`), without bytes that cannot be in a name and not too long.
+fn raw_name(stem: &OsStr, n: usize) -> OsString {
+    let tail = if n == 1 { ".raw".to_string() } else { format!("-{n}.raw") };
+    let mut bytes: Vec<u8> =
+        stem.as_bytes().iter().map(|&b| if b == b'/' || b == 0 { b'_' } else { b }).collect();
+    if bytes.len() + tail.len() > NAME_MAX {
+        let hash = blake3::hash(&bytes).to_hex();
+        bytes.truncate(NAME_MAX - tail.len() - 9);
+        bytes.push(b'~');
+        bytes.extend_from_slice(&hash.as_bytes()[..8]);
+    }
+    bytes.extend_from_slice(tail.as_bytes());
+    OsString::from_vec(bytes)
+}
+
+/// `latest.raw` and `by-time/`.
+pub fn add_links(folder: &mut Folder, points: &[(OsString, i64)]) {
+    if let Some((name, time)) = points.last() {
+        let link = Child::Link { target: name.into(), time: *time };
+        folder.children.entry("latest.raw".into()).or_insert(link);
+    }
+    if matches!(folder.children.get(OsStr::new("by-time")), Some(Child::Dir(_)) | None) {
+        let by_time = folder.at(Path::new("by-time"));
+        for (name, time) in points {
+            let Some(stem) = time_name(*time) else { continue };
+            let target = Path::new("..").join(name);
+            let link = by_time.free_name(OsStr::new(&stem));
+            by_time.children.insert(link, Child::Link { target, time: *time });
+        }
+    }
+}
+
+/// `20240126T091726Z`: sorts by time and has no colon, which QEMU would take for a protocol.
+fn time_name(time: i64) -> Option<String> {
+    let time = jiff::Timestamp::from_second(time).ok()?;
+    Some(time.strftime("%Y%m%dT%H%M%SZ").to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_names_become_possible_ones() {
+        assert_eq!(raw_name(OsStr::new("a@b/../c"), 1), "a@b_.._c.raw");
+        let long = raw_name(OsStr::new(&"x".repeat(300)), 12);
+        assert_eq!(long.len(), NAME_MAX);
+        assert!(long.to_str().unwrap().ends_with("-12.raw"));
+        let other = raw_name(OsStr::new(&format!("{}y", "x".repeat(299))), 12);
+        assert_ne!(long, other);
+    }
+}

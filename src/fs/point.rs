@@ -1,0 +1,115 @@
+//! A served point: its image, and what tells it from another generation of itself.
+
+use std::sync::Arc;
+
+use crate::chain::{Catalog, Disk, Point};
+use crate::error::{Error, Kind, Result};
+use crate::image::{Cache, Image};
+use crate::layer::{LayerSpec, Part};
+
+/// A served point: its image and where the catalog describes it.
+pub struct PointFile {
+    /// The merged image.
+    pub image: Arc<Image>,
+    /// Bytes that the layers' files take on disk: the estimate of allocated bytes.
+    pub estimate: u64,
+    /// The image of the point that this one lies on.
+    below: Option<Arc<Image>>,
+    catalog: Arc<Catalog>,
+    disk: usize,
+    point: usize,
+    /// Identity of all layers, folded from the bottom up.
+    pub digest: blake3::Hash,
+}
+
+impl PointFile {
+    /// Point `point` of disk `disk`, on top of `below`. The image is `old`'s where the layers are
+    /// the very same; otherwise it is set up anew.
+    ///
+    /// # Errors
+    /// `Incomplete` if the point lies on another and `below` is missing; as [`Image::new`].
+    pub fn new(
+        catalog: &Arc<Catalog>,
+        (disk, point): (usize, usize),
+        below: Option<&PointFile>,
+        old: Option<&PointFile>,
+        cache: &Arc<Cache>,
+    ) -> Result<Self> {
+        let p = &catalog.disks[disk].points[point];
+        if p.parent.is_some() && below.is_none() {
+            let text = "the point that it lies on is not served";
+            return Err(Error::new(Kind::Incomplete, text).at_path(&p.source));
+        }
+        let seed = below.map_or(blake3::hash(b"fleecefs layers"), |b| b.digest);
+        let digest = p.layers.iter().fold(seed, layer_digest);
+        let estimate = p.own_bytes.saturating_add(below.map_or(0, |b| b.estimate));
+        let below = below.map(|b| b.image.clone());
+        let same = |o: &&PointFile| {
+            o.image.size() == p.size
+                && same_layers(&o.point().layers, &p.layers)
+                && same_image(o.below.as_ref(), below.as_ref())
+        };
+        let image = match old.filter(same) {
+            Some(old) => old.image.clone(),
+            None => Image::new(p.size, &p.layers, below.clone(), cache)?,
+        };
+        Ok(PointFile { image, below, estimate, catalog: catalog.clone(), disk, point, digest })
+    }
+
+    /// The catalog's description.
+    pub fn point(&self) -> &Point {
+        &self.catalog.disks[self.disk].points[self.point]
+    }
+
+    /// The disk it belongs to.
+    pub fn disk(&self) -> &Disk {
+        &self.catalog.disks[self.disk]
+    }
+
+    /// Index of the disk in the catalog and of the point in the disk.
+    pub fn index(&self) -> (usize, usize) {
+        (self.disk, self.point)
+    }
+
+    /// The catalog it comes from.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+}
+
+fn same_layer(a: &LayerSpec, b: &LayerSpec) -> bool {
+    let data = match (&a.data_file, &b.data_file) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
+    };
+    Arc::ptr_eq(&a.file, &b.file) && a.format == b.format && a.part == b.part && data
+}
+
+fn same_layers(a: &[LayerSpec], b: &[LayerSpec]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same_layer(a, b))
+}
+
+fn same_image(a: Option<&Arc<Image>>, b: Option<&Arc<Image>>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
+    }
+}
+
+/// Adds a layer's identity. The device number is left out: it may differ after a reboot.
+fn layer_digest(below: blake3::Hash, layer: &LayerSpec) -> blake3::Hash {
+    let mut hash = blake3::Hasher::new();
+    hash.update(below.as_bytes());
+    for file in [Some(&layer.file), layer.data_file.as_ref()].into_iter().flatten() {
+        let id = file.identity();
+        hash.update(&id.ino.to_le_bytes());
+        hash.update(&id.size.to_le_bytes());
+        hash.update(&id.mtime.to_le_bytes());
+    }
+    if let Part::Snapshot(id) = &layer.part {
+        hash.update(id.as_bytes());
+    }
+    hash.finalize()
+}

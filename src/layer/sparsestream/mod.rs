@@ -1,0 +1,142 @@
+//! virtnbdbackup's streams: full, incremental, differential backups and copies of one disk.
+//!
+//! Room by room: `frame` (frame headers, metadata, the trailer with compressed sizes), `index` (one
+//! pass over the frames). A full stream or a copy lies on nothing; in an incremental one, what is
+//! not mentioned is looked for below. Compressed data is lz4 frames whose checksums are verified.
+
+mod frame;
+mod index;
+
+use std::io::{BufReader, Read};
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Layer, LayerMap, Mapping};
+use crate::error::{Error, Result};
+use crate::storage::{ReadAt, Section};
+pub use frame::Meta;
+use index::{How, Piece};
+
+/// Reads the metadata of a stream, and looks whether its last frame is there.
+///
+/// # Errors
+/// It is damaged, cut, or of an unknown version.
+pub fn probe(storage: &dyn ReadAt) -> Result<Meta> {
+    let named = |e: Error| e.at_path(storage.name());
+    let (meta, _) = frame::read_meta(storage).map_err(named)?;
+    frame::check_end(storage, &meta).map_err(named)?;
+    Ok(meta)
+}
+
+/// Whether a file begins as a stream does. A raw disk can, too: ask for its name first.
+///
+/// # Errors
+/// Reading failed.
+pub fn has_magic(storage: &dyn ReadAt) -> Result<bool> {
+    if storage.len() < frame::HEADER {
+        return Ok(false);
+    }
+    let mut bytes = [0; frame::HEADER as usize];
+    storage.read_exact_at(&mut bytes, 0)?;
+    Ok(frame::Frame::parse(&bytes).is_some_and(|f| f.kind == frame::Kinds::Meta))
+}
+
+/// One stream.
+pub struct StreamLayer {
+    storage: Arc<dyn ReadAt>,
+    meta: Meta,
+    /// Ascending, without overlap.
+    pieces: Vec<Piece>,
+}
+
+impl StreamLayer {
+    /// Reads all frame headers of the stream.
+    ///
+    /// # Errors
+    /// The stream is damaged anywhere in its structure, or cannot be read.
+    pub fn open(storage: Arc<dyn ReadAt>) -> Result<Self> {
+        let named = |e: Error| e.at_path(storage.name());
+        let (meta, at) = frame::read_meta(&*storage).map_err(named)?;
+        let pieces = index::read(&*storage, &meta, at).map_err(named)?;
+        Ok(StreamLayer { storage, meta, pieces })
+    }
+
+    /// What the stream says about itself.
+    pub fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    /// What a range that is not mentioned means.
+    fn between(&self) -> Mapping {
+        if self.meta.incremental { Mapping::Below } else { Mapping::Zero }
+    }
+
+    fn first_after(&self, at: u64) -> usize {
+        self.pieces.partition_point(|p| p.end() <= at)
+    }
+}
+
+fn mapping(piece: &Piece, skip: u64) -> Mapping {
+    match piece.how {
+        How::Zero => Mapping::Zero,
+        How::Plain => Mapping::Data { file: 0, host: piece.host + skip },
+        // The length is at most `index::MAX_UNIT`.
+        How::Lz4(len) => {
+            Mapping::Compressed { host: piece.host, len, unit: piece.len as u32, skip: skip as u32 }
+        }
+    }
+}
+
+impl Layer for StreamLayer {
+    fn size(&self) -> u64 {
+        self.meta.virtual_size
+    }
+
+    fn map(&self, range: Range<u64>) -> LayerMap {
+        let mut map = LayerMap::new(range.start);
+        for piece in &self.pieces[self.first_after(range.start)..] {
+            if piece.start >= range.end {
+                break;
+            }
+            let at = map.extents.end();
+            map.extents.push(piece.start.saturating_sub(at), self.between());
+            let from = piece.start.max(at);
+            let len = piece.end().min(range.end) - from;
+            map.extents.push(len, mapping(piece, from - piece.start));
+        }
+        map.extents.push(range.end - map.extents.end(), self.between());
+        map
+    }
+
+    fn next_mapped(&self, from: u64) -> u64 {
+        if !self.meta.incremental {
+            return from;
+        }
+        let next = self.pieces.get(self.first_after(from));
+        next.map_or(self.meta.virtual_size, |p| p.start).max(from)
+    }
+
+    fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()> {
+        let failed = |what: String| {
+            frame::corrupt(host, format!("compressed data is damaged: {what}"))
+                .at_path(self.storage.name())
+        };
+        let packed = Section::new(&*self.storage, host, host.saturating_add(u64::from(len)));
+        let mut decoder = lz4_flex::frame::FrameDecoder::new(BufReader::new(packed));
+        decoder.read_exact(out).map_err(|e| failed(e.to_string()))?;
+        // The end of the frame has the checksum of it all, and is read only now.
+        let more = decoder.read(&mut [0]).map_err(|e| failed(e.to_string()))?;
+        let rest = decoder.into_inner();
+        if more != 0 || !rest.buffer().is_empty() || rest.get_ref().left() != 0 {
+            return Err(failed("the frame has another length".into()));
+        }
+        Ok(())
+    }
+
+    fn storage(&self, _file: u8) -> &dyn ReadAt {
+        &*self.storage
+    }
+}
+
+#[cfg(test)]
+mod tests;

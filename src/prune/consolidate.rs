@@ -1,0 +1,329 @@
+//! The oldest part of a chain becomes one new FULL.
+//!
+//! The new image is made in `.fleecefs/` under a temporary name, compared with the point, synced;
+//! then the journal is written, and from there on every step can be repeated (see
+//! [`super::execute::replace`]). Before the journal a crash leaves the old chain and a temporary
+//! file, which the next run removes; after it both chains, until the old one goes, newest first.
+//! A mount that is open keeps the old files, which are unlinked and never modified.
+//!
+//! While both chains are there, two files have one time in their names, and only manifests tell
+//! what lies on which. So the point and all that come after it get manifests first, if they have
+//! none.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::execute::{make_folder, replace};
+use crate::chain::manifest::{self, Contents, ImageFormat, Manifest};
+use crate::chain::removal::{self, Publish, Removal};
+use crate::chain::{Disk, Level};
+use crate::error::{Error, Kind, Result};
+use crate::image::{Cache, open_point};
+use crate::layer::{Format, Mapping};
+use crate::restore::{self, Compression, Qcow2Options, Summary, Target, Work};
+use crate::storage::{ReadAt, SourceFile};
+use crate::verify;
+
+/// Memory for folded windows.
+const CACHE_BYTES: u64 = 256 << 20;
+/// What every temporary name begins with.
+const TEMPORARY: &str = "consolidate-";
+
+/// What is going to happen.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Consolidation {
+    /// The folder.
+    pub dir: PathBuf,
+    /// The point that becomes a FULL, as an index into the disk's points.
+    #[serde(skip)]
+    point: usize,
+    /// Its name.
+    pub until: String,
+    /// The new FULL.
+    pub image: String,
+    /// What it replaces, in the order in which it goes.
+    pub remove: Vec<String>,
+    /// What lies on it from then on.
+    pub children: Vec<String>,
+}
+
+/// Works out what `consolidate DISK --until POINT` does; `None` if it has been done already.
+///
+/// # Errors
+/// `Usage` if the point is no INC of a chain that can be shortened; `NotFound`; `Incomplete` if
+/// the point cannot be served.
+pub fn plan(disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
+    let until = until.strip_suffix(".raw").unwrap_or(until);
+    let find = |name: &str| disk.points.iter().position(|p| p.name == name);
+    let Some(point) = find(until).or_else(|| (until == "latest").then(|| disk.latest()).flatten())
+    else {
+        let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
+        if full.and_then(|f| find(&f)).is_some() {
+            return Ok(None);
+        }
+        let what = format!("no point '{until}' of disk {}", disk.path.display());
+        return Err(Error::new(Kind::NotFound, what));
+    };
+    let p = &disk.points[point];
+    if let Some(f) = &p.unavailable {
+        let what = format!("point {} cannot be served: {}", p.name, f.message);
+        return Err(Error::new(f.kind, what).at_path(&f.path));
+    }
+    check_point(disk, point)?;
+    let dir = p.source.parent().unwrap_or(Path::new("")).to_path_buf();
+    let name = own_name(&p.source)?;
+    let image = match name.strip_prefix("INC-") {
+        Some(rest) => format!("FULL-{rest}"),
+        None => return Err(usage("the file's name does not begin with INC-")),
+    };
+    if dir.join(&image).exists() {
+        return Err(
+            Error::new(Kind::Exists, "there is such a FULL already").at_path(dir.join(image))
+        );
+    }
+    let (remove, children) = neighbours(disk, point)?;
+    Ok(Some(Consolidation { dir, point, until: p.name.clone(), image, remove, children }))
+}
+
+fn usage(what: &str) -> Error {
+    Error::new(Kind::Usage, what.to_string())
+}
+
+fn own_name(path: &Path) -> Result<String> {
+    path.file_name()
+        .and_then(OsStr::to_str)
+        .map(str::to_string)
+        .ok_or_else(|| Error::new(Kind::Unsupported, "the file's name is not UTF-8").at_path(path))
+}
+
+fn check_point(disk: &Disk, point: usize) -> Result<()> {
+    let p = &disk.points[point];
+    if p.level == Level::Full {
+        return Err(usage("this point is a FULL already: there is nothing to merge"));
+    }
+    if p.level != Level::Inc {
+        return Err(usage("a chain can be consolidated up to an INC only"));
+    }
+    if p.layers.len() != 1 || p.layers[0].format != Format::Qcow2 {
+        return Err(Error::new(Kind::Unsupported, "the point is not one qcow2 file")
+            .at_path(&p.source)
+            .remedy("restore it to a new image instead"));
+    }
+    Ok(())
+}
+
+/// All of the chain that is older than the point, with the point's own file, newest first; and
+/// what lies on the new FULL: whatever lay on one of these.
+fn neighbours(disk: &Disk, point: usize) -> Result<(Vec<String>, Vec<String>)> {
+    let until = &disk.points[point];
+    let line = line(disk, point);
+    let (mut remove, mut children) = (Vec::new(), Vec::new());
+    for i in (0..disk.points.len()).rev().filter(|i| disk.points[*i].chain == until.chain) {
+        let p = &disk.points[i];
+        if p.source.parent() != until.source.parent()
+            || p.layers.iter().any(|l| l.data_file.is_some())
+        {
+            let what = "the chain is not one folder of plain images";
+            return Err(Error::new(Kind::Unsupported, what).at_path(&p.source));
+        }
+        // An internal snapshot is in its FULL's file and goes with it.
+        if p.level == Level::Snapshot {
+            continue;
+        }
+        let lies_on = line_of_parents(disk, i).any(|j| j == point);
+        let name = own_name(&p.source)?;
+        if lies_on || (p.level == Level::Diff && p.time > until.time) {
+            // A DIFF holds all that changed since the old FULL, so it is as right on the new one.
+            if p.parent.is_some_and(|j| line.contains(&j)) {
+                children.push(name);
+            }
+        } else if line.contains(&i) || p.time <= until.time {
+            remove.push(name);
+        } else {
+            let what = format!("{} is of another branch of the chain", p.name);
+            return Err(Error::new(Kind::Unsupported, what).at_path(&p.source));
+        }
+    }
+    children.reverse();
+    Ok((remove, children))
+}
+
+/// The point and all that it lies on.
+fn line(disk: &Disk, point: usize) -> BTreeSet<usize> {
+    std::iter::once(point).chain(line_of_parents(disk, point)).collect()
+}
+
+fn line_of_parents(disk: &Disk, point: usize) -> impl Iterator<Item = usize> + '_ {
+    std::iter::successors(disk.points[point].parent, |i| disk.points[*i].parent)
+}
+
+/// Carries it out. The caller holds the lock and has called [`super::recover`].
+///
+/// # Errors
+/// Reading, writing or comparing failed: everything is as it was. After the new FULL has its name,
+/// an error leaves a journal, which the next run finishes.
+pub fn consolidate(
+    disk: &Disk,
+    plan: &Consolidation,
+    compare: bool,
+    work: &Work,
+) -> Result<Summary> {
+    make_folder(&plan.dir)?;
+    remove_leftovers(&plan.dir)?;
+    record_all_from(disk, plan.point)?;
+    let temporary = format!("{TEMPORARY}{}", plan.image);
+    let path = plan.dir.join(manifest::FOLDER).join(&temporary);
+    let summary = build(disk, plan.point, &path, compare, work)?;
+    let made = describe(disk, plan, &path, work)
+        .and_then(|manifest| {
+            like_the_point(disk, plan.point, &path)?;
+            let publish = Publish { temporary, manifest };
+            let removal = Removal { publish: Some(publish.clone()), remove: plan.remove.clone() };
+            removal::write(&plan.dir, &removal)?;
+            Ok(publish)
+        })
+        .inspect_err(|_| {
+            let _ = std::fs::remove_file(&path);
+        })?;
+    replace(&plan.dir, &made, &plan.remove, work.progress)?;
+    Ok(summary)
+}
+
+/// Temporary files that no journal speaks of.
+fn remove_leftovers(dir: &Path) -> Result<()> {
+    let folder = dir.join(manifest::FOLDER);
+    let failed = |e| Error::io(e, "cannot remove what an earlier run left").at_path(&folder);
+    for entry in std::fs::read_dir(&folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        let ours = name.to_str().is_some_and(|n| {
+            n.trim_start_matches('.').starts_with(TEMPORARY) && !n.ends_with(".json")
+        });
+        if ours {
+            std::fs::remove_file(entry.path()).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+/// Manifests, without hashes, for the point and all after it in its chain that have none.
+fn record_all_from(disk: &Disk, point: usize) -> Result<()> {
+    let chain = &disk.points[point].chain;
+    for (i, p) in disk.points.iter().enumerate() {
+        let later = p.chain == *chain && p.time >= disk.points[point].time;
+        let (Some(dir), Some(name)) = (p.source.parent(), p.source.file_name()) else { continue };
+        if !later || manifest::read(dir, name)?.is_some() {
+            continue;
+        }
+        match verify::describe(disk, i) {
+            Some(m) => {
+                manifest::write(dir, &m)?;
+            }
+            None => {
+                return Err(Error::new(Kind::Unsupported, "no manifest can be written for it")
+                    .at_path(&p.source));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes the point as one image with the same cluster size.
+fn build(disk: &Disk, point: usize, path: &Path, compare: bool, work: &Work) -> Result<Summary> {
+    let image = open_point(disk, point, &Cache::new(CACHE_BYTES))?;
+    let plan = restore::Plan::new(&image, work)?;
+    let info = crate::layer::probe(&*disk.points[point].layers[0].file)?;
+    let qcow2 = Qcow2Options {
+        cluster_size: info.cluster_size,
+        compression: compression(disk, point)?,
+        ..Qcow2Options::default()
+    };
+    let options = restore::Options { verify: compare, ..restore::Options::default() };
+    let target = Target::Qcow2(path.to_path_buf(), qcow2);
+    restore::restore(&image, &plan, &target, &options, work)
+}
+
+/// What the root of the chain has: most of the data is there.
+fn compression(disk: &Disk, point: usize) -> Result<Compression> {
+    let mut root = point;
+    while let Some(i) = disk.points[root].parent {
+        root = i;
+    }
+    let Some(spec) = disk.points[root].layers.last().filter(|s| s.format == Format::Qcow2) else {
+        return Ok(Compression::None);
+    };
+    let layer = crate::layer::open(spec)?;
+    let mut at = layer.next_mapped(0);
+    while at < layer.size() {
+        let end = at.saturating_add(64 << 20).min(layer.size());
+        let map = layer.map(at..end);
+        let packed = |m: &Mapping| matches!(m, Mapping::Compressed { .. });
+        if map.extents.as_slice().iter().any(|e| packed(&e.content)) {
+            let header = crate::layer::qcow2::header::Header::read(&*spec.file)?;
+            return Ok(match header.compression {
+                crate::layer::qcow2::header::Compression::Zlib => Compression::Zlib,
+                crate::layer::qcow2::header::Compression::Zstd => Compression::Zstd,
+            });
+        }
+        // The first data decides: a backup compresses all or nothing.
+        if map.extents.as_slice().iter().any(|e| matches!(e.content, Mapping::Data { .. })) {
+            return Ok(Compression::None);
+        }
+        at = layer.next_mapped(end).max(end);
+    }
+    Ok(Compression::None)
+}
+
+/// The new FULL's manifest: the point's, with the bitmaps that record since then.
+fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Result<Manifest> {
+    let file = SourceFile::look(path)?;
+    let point = manifest::read(&plan.dir, OsStr::new(&own_name(&disk.points[plan.point].source)?))?;
+    let mut m = point.or_else(|| verify::describe(disk, plan.point)).ok_or_else(|| {
+        Error::new(Kind::Unsupported, "no manifest can be written for it").at_path(path)
+    })?;
+    let found = verify::check_structure(&file, None);
+    let wrong = found.findings.iter().chain(&found.refcounts);
+    if let Some(f) = wrong.into_iter().next() {
+        let what = format!("the new image is not as it should be: {}", f.message);
+        return Err(Error::new(Kind::Corrupt, what).at_path(path));
+    }
+    let hash = verify::hash(&file, work.workers, work.progress)?;
+    m.image = plan.image.clone();
+    m.level = Level::Full;
+    m.parent = None;
+    m.format = ImageFormat::Qcow2;
+    m.content = Contents::Full;
+    m.file_size = file.len();
+    m.blake3 = Some(hash.to_hex().to_string());
+    m.fingerprint = Some(manifest::fingerprint(path)?);
+    if !plan.children.is_empty() {
+        // Later points have bitmaps of their own. What a FULL's bitmap is needed for then is the
+        // next DIFF: the old FULL's holds more than that, so it is as right.
+        let root = root_manifest(disk, plan);
+        m.bitmap = root.as_ref().and_then(|r| r.bitmap.clone());
+        m.diff_bitmap = root.and_then(|r| r.diff_bitmap);
+    }
+    Ok(m)
+}
+
+/// The manifest of the chain's FULL.
+fn root_manifest(disk: &Disk, plan: &Consolidation) -> Option<Manifest> {
+    let root = line_of_parents(disk, plan.point).last()?;
+    manifest::read(&plan.dir, disk.points[root].source.file_name()?).ok().flatten()
+}
+
+/// Mode, owner and times of the point's file: qmprestore orders by mtime.
+fn like_the_point(disk: &Disk, point: usize, path: &Path) -> Result<()> {
+    let failed = |e| Error::io(e, "cannot set the new image's times").at_path(path);
+    let old = std::fs::metadata(&disk.points[point].source).map_err(failed)?;
+    let file = File::options().write(true).open(path).map_err(failed)?;
+    file.set_permissions(old.permissions()).map_err(failed)?;
+    // Only root may give files away; the backup stays readable to whoever made it either way.
+    let _ = std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()));
+    let modified = old.modified().map_err(failed)?;
+    file.set_modified(modified).map_err(failed)?;
+    file.sync_all().map_err(failed)
+}

@@ -1,0 +1,14 @@
+//! Retention: which points stay, and taking the others away.
+//!
+//! `plan` decides, purely; `items` turns a catalog into its input; `execute` carries a plan out.
+//! `consolidate` makes the oldest part of a chain one new FULL. What a crash leaves is finished by
+//! `recover` at the start of the next run; until then the directory holds the old or the new chain
+//! whole.
+
+pub mod consolidate;
+mod execute;
+mod items;
+pub mod plan;
+
+pub use execute::{execute, recover};
+pub use items::items;

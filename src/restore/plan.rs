@@ -1,0 +1,170 @@
+//! The plan: what a point consists of and which parts of the disk have to be written.
+//!
+//! A list of all extents of a large disk would take gigabytes, so the plan keeps a figure per
+//! chunk; the extents themselves are in the image's cached windows and are asked for again when
+//! the chunk is executed.
+
+use std::sync::Mutex;
+
+use super::pool;
+use super::work::Work;
+use crate::error::{Error, Finding, Kind, Result};
+use crate::extent::ExtentList;
+use crate::image::{FoldedExtent, Image, Source};
+
+/// Bytes of the disk that one job deals with; the same as a window of the image.
+pub const CHUNK: u64 = 64 << 20;
+
+/// A part of the disk that holds something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct Chunk {
+    /// First guest byte.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// Bytes in it that are not holes.
+    pub data: u64,
+}
+
+impl Chunk {
+    /// The guest bytes it covers.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        self.start..self.start + self.len
+    }
+}
+
+/// What the disk consists of, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Totals {
+    /// Plain, compressed and bad together: what is not a hole.
+    pub data: u64,
+    /// Of these, what has to be decompressed.
+    pub compressed: u64,
+    /// Of these, what cannot be read.
+    pub bad: u64,
+    /// What reads as zeros because nobody has anything there.
+    pub holes: u64,
+    /// How many extents there are.
+    pub extents: u64,
+}
+
+impl Totals {
+    fn count(&mut self, e: &FoldedExtent) {
+        self.extents += 1;
+        match e.content {
+            Source::Unallocated | Source::Zero { .. } => self.holes += e.len,
+            Source::Data { .. } => self.data += e.len,
+            Source::Compressed { .. } => {
+                self.data += e.len;
+                self.compressed += e.len;
+            }
+            Source::Bad { .. } => {
+                self.data += e.len;
+                self.bad += e.len;
+            }
+        }
+    }
+
+    fn add(&mut self, other: &Totals) {
+        self.data += other.data;
+        self.compressed += other.compressed;
+        self.bad += other.bad;
+        self.holes += other.holes;
+        self.extents += other.extents;
+    }
+}
+
+/// What a restore is going to do.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Plan {
+    /// Size in bytes of the virtual disk.
+    pub size: u64,
+    /// Number of layers that are read.
+    pub depth: usize,
+    /// The figures.
+    pub totals: Totals,
+    /// The chunks that hold data, ascending.
+    pub chunks: Vec<Chunk>,
+    /// What is wrong with the files, as far as their tables show it.
+    pub findings: Vec<Finding>,
+}
+
+impl Plan {
+    /// Folds the whole disk and says what there is to do.
+    ///
+    /// # Errors
+    /// A layer cannot be opened or changed meanwhile; `Interrupted`. A bad range is no error here:
+    /// see [`Plan::check_readable`].
+    pub fn new(image: &Image, work: &Work) -> Result<Self> {
+        let count = usize::try_from(image.size().div_ceil(CHUNK)).map_err(|_| pool::too_large())?;
+        let found = Mutex::new((Totals::default(), Vec::new()));
+        pool::run(
+            count,
+            work,
+            || (),
+            |(), i| {
+                let start = i as u64 * CHUNK;
+                let len = CHUNK.min(image.size() - start);
+                let extents = extents(image, start..start + len)?;
+                let mut totals = Totals::default();
+                extents.as_slice().iter().for_each(|e| totals.count(e));
+                let mut found = found.lock().unwrap_or_else(|e| e.into_inner());
+                found.0.add(&totals);
+                if totals.data > 0 {
+                    found.1.push(Chunk { start, len, data: totals.data });
+                }
+                Ok(())
+            },
+        )?;
+        let (totals, mut chunks) = found.into_inner().unwrap_or_else(|e| e.into_inner());
+        chunks.sort_unstable_by_key(|c| c.start);
+        let depth = image.depth();
+        Ok(Plan { size: image.size(), depth, totals, chunks, findings: image.findings() })
+    }
+
+    /// All chunks of the disk, also those that hold nothing.
+    pub fn all_chunks(&self) -> Vec<Chunk> {
+        let known = |start| {
+            let at = self.chunks.binary_search_by_key(&start, |c: &Chunk| c.start);
+            at.ok().map(|i| self.chunks[i])
+        };
+        let starts = (0..self.size.div_ceil(CHUNK)).map(|i| i * CHUNK);
+        let empty = |start| Chunk { start, len: CHUNK.min(self.size - start), data: 0 };
+        starts.map(|s| known(s).unwrap_or_else(|| empty(s))).collect()
+    }
+
+    /// Fails if parts of the disk cannot be read and that was not allowed.
+    ///
+    /// # Errors
+    /// The first finding, as an error.
+    pub fn check_readable(&self, salvage: bool) -> Result<()> {
+        if salvage || self.totals.bad == 0 {
+            return Ok(());
+        }
+        let text = format!("{} bytes of this point cannot be read", self.totals.bad);
+        let mut error = Error::new(Kind::Corrupt, text);
+        if let Some(f) = self.findings.first() {
+            let text = format!("{}: {}", error.message(), f.message);
+            error = Error::new(f.kind, text).at_path(&f.path);
+            if let Some(o) = f.offset {
+                error = error.at_offset(o);
+            }
+        }
+        Err(error.remedy(
+            "restore an older point, or take what is readable with --salvage (the rest is zeros)",
+        ))
+    }
+}
+
+/// The extents of `range`, joined across window borders.
+///
+/// # Errors
+/// A layer cannot be opened or changed.
+pub fn extents(image: &Image, range: std::ops::Range<u64>) -> Result<ExtentList<Source>> {
+    let mut list = ExtentList::new(range.start);
+    image.for_each_extent(range, |e| {
+        list.push(e.len, e.content);
+        true
+    })?;
+    Ok(list)
+}

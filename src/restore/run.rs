@@ -1,0 +1,85 @@
+//! All disks of one run.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use crate::chain::{Catalog, Disk, Level, manifest};
+use crate::error::{Error, Kind, Result};
+
+/// What a run consists of.
+#[derive(Debug, Default)]
+pub struct Run<'a> {
+    /// The points: disk and index.
+    pub points: Vec<(&'a Disk, usize)>,
+    /// Disks beside those that have no point of this run.
+    pub without: Vec<PathBuf>,
+}
+
+/// Finds the points of run `name`: a run's id as manifests have it, or a time in seconds.
+///
+/// A time means all points whose file names have exactly this time, and, where these have
+/// manifests, all others of the same run id. (qmpbackup gives all disks of a run one time.)
+///
+/// # Errors
+/// `NotFound` if there is none.
+pub fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
+    let all: Vec<(&Disk, usize, Option<String>)> = catalog
+        .disks
+        .iter()
+        .flat_map(|d| (0..d.points.len()).map(move |i| (d, i, run_id(d, i))))
+        .filter(|(d, i, _)| d.points[*i].level != Level::Snapshot)
+        .collect();
+    let time: Option<i64> = name.parse().ok();
+    let at_time = |d: &Disk, i: usize| time.is_some_and(|t| d.points[i].time == t);
+    let ids: BTreeSet<&str> = all
+        .iter()
+        .filter(|(d, i, id)| at_time(d, *i) || id.as_deref() == Some(name))
+        .filter_map(|(_, _, id)| id.as_deref())
+        .collect();
+    let is_in = |d: &Disk, i: usize, id: &Option<String>| match id {
+        Some(id) => ids.contains(id.as_str()),
+        None => at_time(d, i),
+    };
+    let points: Vec<(&Disk, usize)> =
+        all.iter().filter(|(d, i, id)| is_in(d, *i, id)).map(|(d, i, _)| (*d, *i)).collect();
+    if points.is_empty() {
+        let text = format!("no run '{name}' in {}", catalog.root.display());
+        return Err(Error::new(Kind::NotFound, text).remedy(
+            "'fleecefs list DIR' shows the points; a run is named by their time in seconds",
+        ));
+    }
+    let without = disks_without(catalog, &points);
+    Ok(Run { points, without })
+}
+
+fn run_id(disk: &Disk, point: usize) -> Option<String> {
+    let source = &disk.points[point].source;
+    let (dir, name) = (source.parent()?, source.file_name()?);
+    // A manifest that cannot be read is a finding of the scan's; here it is as if it were not.
+    manifest::read(dir, name).ok().flatten().map(|m| m.run).filter(|id| !id.is_empty())
+}
+
+/// Disks of the same guests (folders) that have no point among `points`.
+fn disks_without(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<PathBuf> {
+    let guests: BTreeSet<Option<&Path>> = points.iter().map(|(d, _)| d.path.parent()).collect();
+    let has = |disk: &Disk| points.iter().any(|(d, _)| d.path == disk.path);
+    let beside = catalog.disks.iter().filter(|d| guests.contains(&d.path.parent()));
+    beside.filter(|d| !has(d)).map(|d| d.path.clone()).collect()
+}
+
+/// The name of a disk's file below the folder that a run is restored to.
+pub fn file_name(disk: &Disk, point: usize, extension: &str) -> PathBuf {
+    let mut path = disk.path.clone();
+    if path.file_name().is_none() {
+        path = PathBuf::from(disk.points[point].source.file_name().unwrap_or(OsStr::new("disk")));
+    }
+    let has_it = path.extension() == Some(OsStr::new(extension));
+    if has_it {
+        return path;
+    }
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".");
+    name.push(extension);
+    path.with_file_name(name)
+}

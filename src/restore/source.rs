@@ -1,0 +1,99 @@
+//! Reading the point, and what happens where it cannot be read.
+
+use std::sync::{Arc, Mutex};
+
+use crate::error::{Error, Kind, Result};
+use crate::image::{FoldedExtent, Image};
+
+/// The smallest range that salvaging gives up as a whole.
+const SALVAGE_UNIT: usize = 4096;
+/// Bad ranges that are listed one by one.
+const MAX_LISTED: usize = 10_000;
+
+/// A range that is zeros in the target because it could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct BadRange {
+    /// First guest byte.
+    pub start: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Why.
+    pub reason: String,
+}
+
+/// A point that is being restored.
+pub struct Reader<'a> {
+    /// The point.
+    pub image: &'a Arc<Image>,
+    salvage: bool,
+    bad: Mutex<Vec<BadRange>>,
+}
+
+impl<'a> Reader<'a> {
+    /// Reads `image`; with `salvage`, unreadable ranges become zeros and are listed.
+    pub fn new(image: &'a Arc<Image>, salvage: bool) -> Self {
+        Reader { image, salvage, bad: Mutex::new(Vec::new()) }
+    }
+
+    /// The same point, to read it once more: what is given up is not listed again.
+    pub fn again(&self) -> Self {
+        Reader::new(self.image, self.salvage)
+    }
+
+    /// Fills `buf` with the bytes at `offset`.
+    ///
+    /// # Errors
+    /// What the image says; with `salvage` only what concerns more than one range.
+    pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        match self.image.read_at(buf, offset) {
+            Err(e) if self.salvage && is_local(&e) => self.salvage(buf, offset, &e),
+            other => other,
+        }
+    }
+
+    /// Whether a range that the tables already show as bad is given up; it is listed then.
+    pub fn gives_up(&self, e: &FoldedExtent) -> bool {
+        if self.salvage {
+            let finding = self.image.findings().into_iter().next();
+            let text = finding.map_or("cannot be read".to_string(), |f| f.to_string());
+            self.note(e.start, e.len, &Error::new(Kind::Corrupt, text));
+        }
+        self.salvage
+    }
+
+    fn salvage(&self, buf: &mut [u8], offset: u64, error: &Error) -> Result<()> {
+        if buf.len() <= SALVAGE_UNIT {
+            buf.fill(0);
+            self.note(offset, buf.len() as u64, error);
+            return Ok(());
+        }
+        let half = (buf.len() / 2).next_multiple_of(SALVAGE_UNIT).min(buf.len() - 1);
+        let (low, high) = buf.split_at_mut(half);
+        self.read(low, offset)?;
+        self.read(high, offset + half as u64)
+    }
+
+    fn note(&self, start: u64, len: u64, error: &Error) {
+        let mut bad = self.bad.lock().unwrap_or_else(|e| e.into_inner());
+        let reason = error.report();
+        let joins = |b: &BadRange| b.start + b.len == start && b.reason == reason;
+        match bad.iter().rposition(joins) {
+            Some(i) => bad[i].len += len,
+            None if bad.len() < MAX_LISTED => bad.push(BadRange { start, len, reason }),
+            // Bytes are never dropped from the report, only their places.
+            None => bad[MAX_LISTED - 1].len += len,
+        }
+    }
+
+    /// What was given up, ascending.
+    pub fn into_bad(self) -> Vec<BadRange> {
+        let mut bad = self.bad.into_inner().unwrap_or_else(|e| e.into_inner());
+        bad.sort_unstable_by_key(|b| b.start);
+        bad
+    }
+}
+
+/// Whether only the range that was read is affected.
+fn is_local(e: &Error) -> bool {
+    matches!(e.kind(), Kind::Corrupt | Kind::Truncated | Kind::Io)
+}

@@ -1,0 +1,63 @@
+//! Sets of host clusters: a bitmap in pages, so that a sparse or hostile file costs only what it
+//! really names.
+
+use std::collections::HashMap;
+
+/// Words in a page; a page covers 32,768 clusters (2 GiB of 64 KiB clusters) in 4 KiB.
+const PAGE_WORDS: u64 = 512;
+
+/// A set of cluster numbers.
+#[derive(Debug, Default)]
+pub struct ClusterSet {
+    pages: HashMap<u64, Box<[u64; PAGE_WORDS as usize]>>,
+}
+
+impl ClusterSet {
+    /// Adds a cluster; false if it was in already.
+    pub fn insert(&mut self, cluster: u64) -> bool {
+        let (page, word, bit) = place(cluster);
+        let page = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_WORDS as usize]));
+        let new = page[word] & bit == 0;
+        page[word] |= bit;
+        new
+    }
+
+    /// Whether a cluster is in.
+    pub fn contains(&self, cluster: u64) -> bool {
+        let (page, word, bit) = place(cluster);
+        self.pages.get(&page).is_some_and(|p| p[word] & bit != 0)
+    }
+
+    /// The 64 clusters from `first`, a multiple of 64, as one word, lowest bit first.
+    pub fn word(&self, first: u64) -> u64 {
+        let (page, word, _) = place(first);
+        self.pages.get(&page).map_or(0, |p| p[word])
+    }
+
+    /// Empties the set.
+    pub fn clear(&mut self) {
+        self.pages.clear();
+    }
+}
+
+fn place(cluster: u64) -> (u64, usize, u64) {
+    let word = cluster / 64;
+    (word / PAGE_WORDS, (word % PAGE_WORDS) as usize, 1 << (cluster % 64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn far_apart_clusters_cost_a_page_each() {
+        let mut set = ClusterSet::default();
+        for c in [0, 63, 64, 1 << 20, u64::MAX] {
+            assert!(!set.contains(c));
+            assert!(set.insert(c) && !set.insert(c) && set.contains(c));
+        }
+        assert_eq!(set.word(0), 1 | 1 << 63);
+        assert_eq!(set.word(64), 1);
+        assert_eq!(set.pages.len(), 3);
+    }
+}

@@ -1,0 +1,189 @@
+//! Contents: the BLAKE3 of a whole file, computed by several threads, and the decompression of
+//! every compressed cluster.
+//!
+//! BLAKE3 is a tree over blocks of the file. Each thread takes the next block, reads it by
+//! position and hashes its subtree, so reading runs in parallel too and no memory map (a SIGBUS on
+//! a file that shrinks) is needed.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
+
+use crate::error::{Error, Result};
+use crate::layer::{Layer, Mapping};
+use crate::progress::Progress;
+use crate::storage::ReadAt;
+
+/// Bytes hashed as one subtree: a power of two, small enough to stay in the processor's cache.
+const BLOCK: u64 = 1 << 20;
+/// Guest bytes mapped at once when looking for compressed clusters.
+const WINDOW: u64 = 64 << 20;
+
+/// BLAKE3 of all of `storage`, with `jobs` threads.
+///
+/// # Errors
+/// Reading failed, or the file became shorter.
+pub fn hash(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> Result<blake3::Hash> {
+    let len = storage.len();
+    if len <= BLOCK {
+        let mut bytes = vec![0; len as usize];
+        storage.read_exact_at(&mut bytes, 0)?;
+        progress.advance(len);
+        return Ok(blake3::hash(&bytes));
+    }
+    let blocks = len.div_ceil(BLOCK);
+    let values: Vec<OnceLock<ChainingValue>> = (0..blocks).map(|_| OnceLock::new()).collect();
+    let work = |i: u64, buf: &mut Vec<u8>| -> Result<()> {
+        let start = i * BLOCK;
+        buf.resize((len - start).min(BLOCK) as usize, 0);
+        storage.read_exact_at(buf, start)?;
+        let value = blake3::Hasher::new().set_input_offset(start).update(buf).finalize_non_root();
+        let _ = values[i as usize].set(value);
+        progress.advance(buf.len() as u64);
+        Ok(())
+    };
+    in_parallel(blocks, jobs, Vec::new, work)?;
+    let values: Vec<ChainingValue> = values.into_iter().filter_map(OnceLock::into_inner).collect();
+    Ok(root(&values))
+}
+
+/// Joins subtrees of at least two blocks.
+fn root(values: &[ChainingValue]) -> blake3::Hash {
+    let (left, right) = values.split_at(left_len(values.len()));
+    hazmat::merge_subtrees_root(&join(left), &join(right), Mode::Hash)
+}
+
+fn join(values: &[ChainingValue]) -> ChainingValue {
+    match values {
+        [one] => *one,
+        _ => {
+            let (left, right) = values.split_at(left_len(values.len()));
+            hazmat::merge_subtrees_non_root(&join(left), &join(right), Mode::Hash)
+        }
+    }
+}
+
+/// The left subtree is the largest power of two that leaves something for the right one.
+fn left_len(n: usize) -> usize {
+    n.div_ceil(2).next_power_of_two()
+}
+
+/// Maps all of `layer` and decompresses every compressed cluster; `found` gets each error.
+///
+/// # Errors
+/// None of its own; what the layer says goes to `found`.
+pub fn decompress_all(layer: &dyn Layer, jobs: usize, found: impl Fn(Error) + Sync) -> Result<()> {
+    let windows = mapped_windows(layer);
+    let work = |i: u64, out: &mut Vec<u8>| -> Result<()> {
+        decompress_window(layer, windows[i as usize].clone(), out, &found);
+        Ok(())
+    };
+    in_parallel(windows.len() as u64, jobs, Vec::new, work)
+}
+
+/// The parts of the disk that have tables; a sparse disk of exabytes has few.
+fn mapped_windows(layer: &dyn Layer) -> Vec<Range<u64>> {
+    let mut windows = Vec::new();
+    let mut at = layer.next_mapped(0);
+    while at < layer.size() {
+        let start = at - at % WINDOW;
+        let end = start.saturating_add(WINDOW).min(layer.size());
+        windows.push(start..end);
+        at = layer.next_mapped(end).max(end);
+    }
+    windows
+}
+
+fn decompress_window(
+    layer: &dyn Layer,
+    range: Range<u64>,
+    out: &mut Vec<u8>,
+    found: &(impl Fn(Error) + Sync),
+) {
+    let start = range.start;
+    let map = layer.map(range);
+    for f in &map.findings {
+        let mut error = Error::new(f.kind, &f.message).at_path(&f.path);
+        if let Some(offset) = f.offset {
+            error = error.at_offset(offset);
+        }
+        found(error);
+    }
+    for e in map.extents.as_slice() {
+        let Mapping::Compressed { host, len, unit, skip } = e.content else { continue };
+        // A unit that began in the window before was looked at there.
+        if skip != 0 && e.start == start && start != 0 {
+            continue;
+        }
+        out.resize(unit as usize, 0);
+        if let Err(error) = layer.decompress(host, len, out) {
+            found(error);
+        }
+    }
+}
+
+/// Calls `work` for each of `0..count` on `jobs` threads, each with a scratch value of its own.
+/// The first error stops the rest.
+///
+/// # Errors
+/// The first that `work` returned.
+pub(super) fn in_parallel<S>(
+    count: u64,
+    jobs: usize,
+    scratch: impl Fn() -> S + Sync,
+    work: impl Fn(u64, &mut S) -> Result<()> + Sync,
+) -> Result<()> {
+    let next = AtomicU64::new(0);
+    let failed: Mutex<Option<Error>> = Mutex::new(None);
+    let run = || {
+        let mut scratch = scratch();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= count {
+                return;
+            }
+            if let Err(e) = work(i, &mut scratch) {
+                next.store(count, Ordering::Relaxed);
+                failed.lock().unwrap_or_else(|p| p.into_inner()).get_or_insert(e);
+                return;
+            }
+        }
+    };
+    let threads = (jobs.max(1) as u64).min(count);
+    std::thread::scope(|s| {
+        for _ in 1..threads {
+            s.spawn(run);
+        }
+        run();
+    });
+    failed.into_inner().unwrap_or_else(|p| p.into_inner()).map_or(Ok(()), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+    use crate::storage::{FaultyStorage, MemStorage};
+
+    #[test]
+    fn hashes_are_blake3s() {
+        for len in [0, 1, 1024, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7, 5 * BLOCK, 8 * BLOCK] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i ^ (i >> 9)) as u8).collect();
+            let expected = blake3::hash(&bytes);
+            let storage = MemStorage::new("m", bytes);
+            for jobs in [1, 3] {
+                assert_eq!(hash(&storage, jobs, &()).unwrap(), expected, "{len} {jobs}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_read_error_is_told() {
+        let bad = 3 * BLOCK..3 * BLOCK + 1;
+        let storage = FaultyStorage::new(MemStorage::new("m", vec![1; 6 << 20]), bad);
+        let e = hash(&storage, 2, &()).unwrap_err();
+        assert_eq!((e.kind(), e.offset()), (Kind::Io, Some(3 * BLOCK)));
+    }
+}

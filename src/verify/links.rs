@@ -1,0 +1,272 @@
+//! How the files of a chain fit together: names, manifests and what they say of each other.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use super::structure::REMEDY;
+use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
+use crate::chain::{Disk, Level, Point, removal};
+use crate::error::{Error, Finding, Kind, Severity};
+
+/// What `.fleecefs/` has about a point.
+pub(super) struct Record {
+    pub manifest: Option<Manifest>,
+    /// Whether the manifest carries a checksum, which then is right.
+    pub sealed: bool,
+    problem: Option<Finding>,
+}
+
+impl Record {
+    /// Reads it.
+    pub fn read(point: &Point) -> Record {
+        let none = Record { manifest: None, sealed: false, problem: None };
+        let (Some(dir), Some(name)) = (point.source.parent(), point.source.file_name()) else {
+            return none;
+        };
+        match manifest::read_sealed(dir, name) {
+            Ok(Some((m, sealed))) => Record { manifest: Some(m), sealed, problem: None },
+            Ok(None) => none,
+            Err(e) => {
+                let path = manifest::manifest_path(dir, name);
+                Record { problem: Some(Finding::from_error(&e, path)), ..none }
+            }
+        }
+    }
+
+    /// The hash that the file must have.
+    pub fn hash(&self) -> Option<&str> {
+        self.manifest.as_ref()?.blake3.as_deref()
+    }
+}
+
+/// Compares point `i` with its manifest and with the points below it.
+pub(super) fn check(disk: &Disk, i: usize, records: &[Record]) -> Vec<Finding> {
+    let point = &disk.points[i];
+    let mut found: Vec<Finding> = records[i].problem.iter().cloned().collect();
+    match &records[i].manifest {
+        Some(m) if point.level != Level::Snapshot => {
+            let mut check = Check { disk, point, m, records, found: &mut found };
+            check.file();
+            check.parent();
+            check.bitmaps();
+        }
+        Some(_) => {}
+        None => found.extend(unrecorded(disk, i, records)),
+    }
+    found
+}
+
+struct Check<'a> {
+    disk: &'a Disk,
+    point: &'a Point,
+    m: &'a Manifest,
+    records: &'a [Record],
+    found: &'a mut Vec<Finding>,
+}
+
+impl Check<'_> {
+    fn error(&mut self, kind: Kind, what: String, remedy: &str) {
+        let error = Error::new(kind, what).at_path(&self.point.source).remedy(remedy);
+        self.found.push(Finding::from_error(&error, &self.point.source));
+    }
+
+    fn file(&mut self) {
+        let (m, p) = (self.m, self.point);
+        match std::fs::metadata(&p.source) {
+            Ok(meta) if meta.len() != m.file_size => {
+                let kind = if meta.len() < m.file_size { Kind::Truncated } else { Kind::Changed };
+                let what =
+                    format!("it has {} bytes, its manifest says {}", meta.len(), m.file_size);
+                self.error(kind, what, REMEDY);
+            }
+            _ => {}
+        }
+        if p.is_served() && p.size != m.virtual_size {
+            let what =
+                format!("its disk has {} bytes, its manifest says {}", p.size, m.virtual_size);
+            self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+        if p.level != Level::Image && p.level != m.level {
+            let what = "its name and its manifest disagree on its level".to_string();
+            self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+    }
+
+    fn parent(&mut self) {
+        let (m, p) = (self.m, self.point);
+        let below = p.parent.map(|i| (&self.disk.points[i], &self.records[i]));
+        if let Some(name) = &m.parent {
+            let dir = p.source.parent().unwrap_or(Path::new(""));
+            if !dir.join(name).exists() {
+                let what = format!("it lies on {name}, which is missing");
+                let remedy = format!("restore {name} from another copy of the backup");
+                return self.error(Kind::Incomplete, what, &remedy);
+            }
+            let same = |b: &Point| b.source.file_name() == Some(OsStr::new(name));
+            if let Some((b, _)) = below
+                && !same(b)
+            {
+                let what = format!("it lies on {name} by its manifest, not on {}", b.name);
+                return self.error(Kind::Corrupt, what, MIXED_UP);
+            }
+        }
+        let Some((b, Some(bm))) = below.map(|(b, r)| (b, r.manifest.as_ref())) else { return };
+        if bm.time > m.time {
+            let what = format!("it is older than {}, on which it lies", b.name);
+            self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+        if is_other_disk(&m.disk, &bm.disk) {
+            let what = format!("it is of another disk than {}, on which it lies", b.name);
+            self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+    }
+
+    /// A bitmap of ours is called `fleecefs-<target>-<run of the FULL>-<run>`: the generations of
+    /// one chain must agree on it, and never repeat.
+    fn bitmaps(&mut self) {
+        let Some(own) = self.m.bitmap.as_ref() else { return };
+        let mut at = self.point.parent;
+        let mut root = None;
+        let mut repeated = None;
+        while let Some(i) = at {
+            root = Some(i);
+            let below = self.records[i].manifest.as_ref().and_then(|m| m.bitmap.as_ref());
+            if below.is_some_and(|b| b.name == own.name) {
+                repeated = Some(self.disk.points[i].name.clone());
+            }
+            at = self.disk.points[i].parent;
+        }
+        if let Some(name) = repeated {
+            let what = format!("it and {name} name the same bitmap, '{}'", own.name);
+            self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+        let of_root = root.and_then(|i| self.records[i].manifest.as_ref());
+        let Some((target, chain)) = chain_of(own) else { return };
+        let Some(root) = of_root else { return };
+        let Some((of_target, of_chain)) = root.bitmap.as_ref().and_then(chain_of) else { return };
+        // A FULL made by consolidation took over a bitmap of the chain that was before.
+        if target != of_target || (chain != of_chain && chain != root.run) {
+            let what = format!("its bitmap '{}' belongs to another chain", own.name);
+            self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+    }
+}
+
+const MIXED_UP: &str = "the files of this chain are mixed up: restore them and .fleecefs/ from \
+                        another copy of the backup";
+
+/// Target and chain in the name of a bitmap of ours.
+fn chain_of(bitmap: &BitmapInfo) -> Option<(&str, &str)> {
+    let rest = bitmap.name.strip_prefix("fleecefs-")?;
+    let (chain, _run) = rest.rsplit_once('-')?;
+    chain.split_once('-')
+}
+
+/// Whether two identities certainly are of different disks: something that both know is equal
+/// nowhere. (A disk may be moved to another file, or get another device, but hardly both at once
+/// under another node name.)
+fn is_other_disk(a: &DiskIdentity, b: &DiskIdentity) -> bool {
+    let pairs = [(&a.qdev, &b.qdev), (&a.node, &b.node), (&a.file, &b.file)];
+    // Generated node names say nothing.
+    let known = |s: &String| !s.is_empty() && !s.starts_with('#');
+    let mut known = pairs.iter().filter(|(x, y)| known(x) && known(y)).peekable();
+    known.peek().is_some() && known.all(|(x, y)| x != y)
+}
+
+/// What can be said of a point without a manifest.
+fn unrecorded(disk: &Disk, i: usize, records: &[Record]) -> Option<Finding> {
+    let p = &disk.points[i];
+    if !matches!(p.level, Level::Full | Level::Inc | Level::Diff) {
+        return None;
+    }
+    let recorded = |j: usize| records[j].manifest.is_some() || records[j].problem.is_some();
+    let others = (0..disk.points.len()).any(|j| disk.points[j].chain == p.chain && recorded(j));
+    if others && records[i].problem.is_none() {
+        let what = "it has no manifest, though others of its chain have: it may be foreign, or a \
+                    backup that was broken off";
+        let mut found = Finding::warning(Kind::Incomplete, &p.source, what);
+        found.remedy = Some("the next backup of this disk adopts or removes it".into());
+        return Some(found);
+    }
+    let below = p.parent.map(|j| &disk.points[j])?;
+    let (own, below) = (cluster_size(p)?, (cluster_size(below)?, below.size));
+    (own != below.0 && p.size != below.1).then(|| {
+        let what = "its cluster size and disk size both differ from those of the point below: it \
+                    may be of another disk";
+        Finding { severity: Severity::Note, ..Finding::warning(Kind::Corrupt, &p.source, what) }
+    })
+}
+
+fn cluster_size(point: &Point) -> Option<u32> {
+    let spec = point.layers.last()?;
+    crate::layer::probe(&*spec.file).ok().map(|i| i.cluster_size)
+}
+
+/// Images whose manifests are there and which are not: each was a point once.
+pub(super) fn missing_images(disk: &Disk) -> Vec<Finding> {
+    let folders: HashSet<PathBuf> =
+        disk.points.iter().filter_map(|p| p.source.parent().map(Path::to_path_buf)).collect();
+    let mut found = Vec::new();
+    for dir in folders {
+        let leaving = removal::pending(&dir);
+        let Ok(entries) = std::fs::read_dir(dir.join(manifest::FOLDER)) else { continue };
+        for entry in entries.flatten() {
+            let file = entry.file_name();
+            let Some(image) = file.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
+            let gone = !dir.join(image).exists() && !leaving.iter().any(|l| l == image);
+            let ours = gone && is_manifest_of_disk(disk, &dir, image);
+            if ours {
+                let error = Error::new(Kind::Incomplete, "its manifest is there, the image is not")
+                    .at_path(dir.join(image))
+                    .remedy(format!(
+                        "restore it from another copy of the backup, or remove {}",
+                        entry.path().display()
+                    ));
+                found.push(Finding::from_error(&error, &dir));
+            }
+        }
+    }
+    found
+}
+
+/// In a flat folder several disks share `.fleecefs/`: a manifest is told once, with the disk of
+/// which it speaks.
+fn is_manifest_of_disk(disk: &Disk, dir: &Path, image: &str) -> bool {
+    let Ok(Some(m)) = manifest::read(dir, OsStr::new(image)) else { return false };
+    let tail = |name: &str| name.splitn(3, '-').nth(2).unwrap_or(name).to_string();
+    disk.points.iter().any(|p| tail(&p.name) == tail(&m.image))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_may_move_but_not_in_every_respect() {
+        let id = |qdev: &str, node: &str, file: &str| DiskIdentity {
+            qdev: qdev.into(),
+            node: node.into(),
+            file: file.into(),
+            ..Default::default()
+        };
+        let a = id("/machine/virtio0", "drive0", "/a.qcow2");
+        assert!(!is_other_disk(&a, &id("/machine/virtio0", "drive0", "/moved.qcow2")));
+        assert!(!is_other_disk(&a, &id("", "#block123", "")));
+        assert!(!is_other_disk(&a, &DiskIdentity::default()));
+        assert!(is_other_disk(&a, &id("/machine/virtio1", "drive1", "/b.qcow2")));
+    }
+
+    #[test]
+    fn bitmap_names_tell_the_chain() {
+        let bitmap = |name: &str| BitmapInfo {
+            name: name.into(),
+            node: String::new(),
+            granularity: 65536,
+            persistent: true,
+        };
+        assert_eq!(chain_of(&bitmap("fleecefs-0a1b2c3d-run1-run2")), Some(("0a1b2c3d", "run1")));
+        assert_eq!(chain_of(&bitmap("qmpbackup-x-y")), None);
+        assert_eq!(chain_of(&bitmap("fleecefs-x")), None);
+    }
+}

@@ -1,0 +1,343 @@
+//! Proof that backups are sound, as far as there is proof.
+//!
+//! Three looks at each file: `structure` walks over every reference of a qcow2 file (`clusters`,
+//! `refcounts`), `links` compares files, names and manifests of a chain with each other, `content`
+//! hashes whole files and decompresses every compressed cluster. `files` runs them in parallel,
+//! [`verify`] puts the results together into one outcome per point. `record` writes manifests for
+//! chains that have none. Nothing is repaired.
+//!
+//! Only a manifest with a hash proves what plain data is: without one the outcome is
+//! [`Outcome::Unproven`], however good the structure looks.
+
+mod clusters;
+mod content;
+mod files;
+mod links;
+mod record;
+mod refcounts;
+mod structure;
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+
+use crate::chain::{Catalog, Disk, Level};
+use crate::error::{Error, Finding, Kind, Result, Severity};
+use crate::progress::Progress;
+use files::{FileReport, Target};
+use links::Record;
+
+pub use content::hash;
+pub use record::describe;
+pub use structure::{Structure, check as check_structure};
+
+/// What to look at.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Structure and chain only; no data is read.
+    pub quick: bool,
+    /// Only this point and what it lies on: a path into the catalog.
+    pub point: Option<PathBuf>,
+    /// Only points taken at or after this time. Of what they lie on, structure and chain are
+    /// looked at, data is not.
+    pub since: Option<i64>,
+    /// Threads; 0 for as many as there are processors.
+    pub jobs: usize,
+    /// Write manifests, with hashes, for chains that have none.
+    pub create: bool,
+}
+
+/// How it stands. The order is from good to bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Everything that was looked at is as it should be.
+    Sound,
+    /// Could not tell: nothing is known to be wrong, but there is no proof.
+    Unproven,
+    /// Damaged, incomplete or mixed up.
+    Unsound,
+}
+
+/// The result for one point.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct PointReport {
+    /// The disk's path in the catalog.
+    pub disk: PathBuf,
+    /// The point's name.
+    pub point: String,
+    /// The file that ends the point.
+    pub file: PathBuf,
+    /// Its kind of backup.
+    pub level: Level,
+    /// Seconds since the epoch.
+    pub time: i64,
+    /// How it stands, with all that it lies on.
+    pub outcome: Outcome,
+    /// Why it is not sound, in a few words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Whether `create` wrote a manifest for it in this run.
+    pub recorded: bool,
+    /// What was found in its own files.
+    pub findings: Vec<Finding>,
+}
+
+/// The result for a backup directory.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Report {
+    /// The backup directory.
+    pub root: PathBuf,
+    /// Whether data was left out.
+    pub quick: bool,
+    /// The worst outcome.
+    pub outcome: Outcome,
+    /// All points that were looked at.
+    pub points: Vec<PointReport>,
+    /// What belongs to no point.
+    pub findings: Vec<Finding>,
+}
+
+/// Looks at the points of `catalog` that `options` names.
+///
+/// # Errors
+/// `NotFound` if there is no such point, or none at all; writing a manifest failed. What is wrong
+/// with the backups is in the report.
+pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> Result<Report> {
+    let chosen = choose(catalog, options)?;
+    let targets = targets(catalog, options, &chosen);
+    let jobs = match options.jobs {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n => n,
+    };
+    let reports = files::check_all(&targets, jobs, progress)?;
+    let mut report = Report {
+        root: catalog.root.clone(),
+        quick: options.quick,
+        outcome: Outcome::Sound,
+        points: Vec::new(),
+        findings: catalog.findings.clone(),
+    };
+    for (disk, chosen) in catalog.disks.iter().zip(&chosen) {
+        if !chosen.wanted.is_empty() {
+            disk_report(disk, chosen, options, &reports, &mut report)?;
+        }
+    }
+    report.outcome = worst(&report);
+    Ok(report)
+}
+
+fn worst(report: &Report) -> Outcome {
+    let points = report.points.iter().map(|p| match p.outcome {
+        // What `create` has just recorded is proved from now on.
+        Outcome::Unproven if p.recorded => Outcome::Sound,
+        o => o,
+    });
+    let apart = report.findings.iter().filter(|f| f.severity == Severity::Error).map(outcome_of);
+    points.chain(apart).max().unwrap_or(Outcome::Sound)
+}
+
+/// Which points of a disk are looked at.
+struct Chosen {
+    /// Those that are reported.
+    wanted: HashSet<usize>,
+    /// Those and all that they lie on.
+    needed: HashSet<usize>,
+}
+
+fn choose(catalog: &Catalog, options: &Options) -> Result<Vec<Chosen>> {
+    let only = options.point.as_deref().map(|p| catalog.find(p)).transpose()?;
+    let mut all = Vec::new();
+    for disk in &catalog.disks {
+        let wanted: HashSet<usize> = (0..disk.points.len())
+            .filter(|i| only.is_none_or(|(d, p)| std::ptr::eq(d, disk) && p == *i))
+            .filter(|i| options.since.is_none_or(|t| disk.points[*i].time >= t))
+            .collect();
+        let mut needed = HashSet::new();
+        for &i in &wanted {
+            let mut at = Some(i);
+            while let Some(j) = at.filter(|j| needed.insert(*j)) {
+                at = disk.points[j].parent;
+            }
+        }
+        all.push(Chosen { wanted, needed });
+    }
+    if all.iter().all(|c| c.wanted.is_empty()) {
+        return Err(Error::new(Kind::NotFound, "there is no backup point to verify")
+            .at_path(&catalog.root)
+            .remedy("'fleecefs list DIR' shows what there is"));
+    }
+    Ok(all)
+}
+
+/// Each file once, with all that is wanted of it.
+fn targets(catalog: &Catalog, options: &Options, chosen: &[Chosen]) -> Vec<Target> {
+    let mut targets: Vec<Target> = Vec::new();
+    let mut index: HashMap<PathBuf, usize> = HashMap::new();
+    for (disk, chosen) in catalog.disks.iter().zip(chosen) {
+        for &i in &chosen.needed {
+            let deep = !options.quick && (options.since.is_none() || chosen.wanted.contains(&i));
+            for target in Target::of_point(&disk.points[i], deep) {
+                match index.get(&target.path) {
+                    Some(known) => targets[*known].join(target),
+                    None => {
+                        index.insert(target.path.clone(), targets.len());
+                        targets.push(target);
+                    }
+                }
+            }
+        }
+    }
+    targets
+}
+
+/// What is known about a point with all that it lies on.
+#[derive(Clone)]
+struct Verdict {
+    outcome: Outcome,
+    reason: Option<String>,
+    findings: Vec<Finding>,
+}
+
+fn disk_report(
+    disk: &Disk,
+    chosen: &Chosen,
+    options: &Options,
+    reports: &HashMap<PathBuf, FileReport>,
+    out: &mut Report,
+) -> Result<()> {
+    let records: Vec<Record> = disk.points.iter().map(Record::read).collect();
+    let mut verdicts: Vec<Option<Verdict>> = vec![None; disk.points.len()];
+    // A parent comes before its children.
+    for i in (0..disk.points.len()).filter(|i| chosen.needed.contains(i)) {
+        let below = disk.points[i].parent.and_then(|p| Some((p, verdicts[p].as_ref()?)));
+        let own = own_verdict(disk, i, &records, options, reports, below.is_some());
+        let name = below.map(|(p, _)| disk.points[p].name.as_str());
+        verdicts[i] = Some(join(own, below.map(|b| b.1), name));
+    }
+    let recorded = match options.create && !options.quick {
+        true => record::create(disk, &records, reports, |i| {
+            verdicts[i].as_ref().map_or(Outcome::Unsound, |v| v.outcome)
+        })?,
+        false => HashSet::new(),
+    };
+    for (i, verdict) in verdicts.into_iter().enumerate() {
+        let Some(v) = verdict.filter(|_| chosen.wanted.contains(&i)) else { continue };
+        let p = &disk.points[i];
+        out.points.push(PointReport {
+            disk: disk.path.clone(),
+            point: p.name.clone(),
+            file: p.source.clone(),
+            level: p.level,
+            time: p.time,
+            outcome: v.outcome,
+            reason: v.reason,
+            recorded: recorded.contains(&i),
+            findings: v.findings,
+        });
+    }
+    if options.point.is_none() {
+        out.findings.extend(links::missing_images(disk));
+    }
+    Ok(())
+}
+
+fn own_verdict(
+    disk: &Disk,
+    i: usize,
+    records: &[Record],
+    options: &Options,
+    reports: &HashMap<PathBuf, FileReport>,
+    has_parent: bool,
+) -> Verdict {
+    let p = &disk.points[i];
+    let record = &records[i];
+    let mut findings = links::check(disk, i, records);
+    let mut proved = true;
+    for path in files::paths(p) {
+        let Some(report) = reports.get(&path) else { continue };
+        let known = if path == p.source { record.hash() } else { None };
+        let compared = compare(report, known, &mut findings);
+        proved &= compared || report.hash.is_none() && options_skip_data(options, p.time);
+    }
+    // A point that cannot be served because of what it lies on has its parent's verdict.
+    if let Some(f) = &p.unavailable
+        && !(has_parent && f.path != p.source)
+    {
+        findings.push(f.clone());
+    }
+    let mut seen = HashSet::new();
+    findings.retain(|f| seen.insert((f.path.clone(), f.offset, f.message.clone())));
+    let reason_unproven = match () {
+        () if record.manifest.is_none() => Some("no manifest"),
+        () if !record.sealed => Some("its manifest has no checksum of its own"),
+        () if !proved => Some("its manifest has no hash"),
+        () => None,
+    };
+    let worst = findings.iter().filter(|f| f.severity == Severity::Error);
+    match worst.max_by_key(|f| outcome_of(f)) {
+        Some(f) => {
+            let (outcome, reason) = (outcome_of(f), Some(f.message.clone()));
+            Verdict { outcome, reason, findings }
+        }
+        None => {
+            let outcome =
+                if reason_unproven.is_some() { Outcome::Unproven } else { Outcome::Sound };
+            Verdict { outcome, reason: reason_unproven.map(str::to_string), findings }
+        }
+    }
+}
+
+/// Whether the data of a point taken at `time` is left out on purpose.
+fn options_skip_data(options: &Options, time: i64) -> bool {
+    options.quick || options.since.is_some_and(|t| time < t)
+}
+
+/// Takes in what was found in one file; true if its hash is the one that is `known`.
+fn compare(report: &FileReport, known: Option<&str>, findings: &mut Vec<Finding>) -> bool {
+    findings.extend(report.findings.iter().cloned());
+    let same = match (&report.hash, known) {
+        (Some(found), Some(known)) => *found == known.to_ascii_lowercase(),
+        _ => false,
+    };
+    let differs = !same && report.hash.is_some() && known.is_some();
+    if differs {
+        let what = "the file is not what was written: its BLAKE3 differs from its manifest's";
+        let error = Error::new(Kind::Changed, what).at_path(&report.path).remedy(structure::REMEDY);
+        findings.push(Finding::from_error(&error, &report.path));
+    }
+    // Bytes that are proved to be as they were written are no damage, whatever the refcounts.
+    findings.extend(report.refcounts.iter().cloned().map(|f| match same {
+        true => Finding { severity: Severity::Warning, ..f },
+        false => f,
+    }));
+    same
+}
+
+fn join(own: Verdict, below: Option<&Verdict>, below_name: Option<&str>) -> Verdict {
+    match (below, below_name) {
+        (Some(b), Some(name)) if b.outcome > own.outcome => {
+            // Name the file that is the cause, not each one between.
+            let reason = match b.reason.as_deref() {
+                Some(r) if r.starts_with("it lies on ") => r.to_string(),
+                Some(r) => format!("it lies on {name}: {r}"),
+                None => format!("it lies on {name}"),
+            };
+            Verdict { outcome: b.outcome, reason: Some(reason), findings: own.findings }
+        }
+        _ => own,
+    }
+}
+
+/// What an error finding means: damage, or that no one could look.
+fn outcome_of(finding: &Finding) -> Outcome {
+    match finding.kind {
+        // "Changed" while it was read; a hash that differs is told apart by its file being quiet.
+        Kind::Unsupported
+        | Kind::Encrypted
+        | Kind::Permission
+        | Kind::Busy
+        | Kind::Interrupted
+        | Kind::Timeout => Outcome::Unproven,
+        _ => Outcome::Unsound,
+    }
+}

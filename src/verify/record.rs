@@ -1,0 +1,103 @@
+//! `verify --create`: manifests for chains that have none, so that later changes are noticed.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+
+use super::Outcome;
+use super::files::FileReport;
+use super::links::Record;
+use crate::chain::manifest::{
+    self, Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest,
+};
+use crate::chain::{Disk, Level};
+use crate::error::Result;
+use crate::layer::Format;
+
+/// Writes manifests for those chains of `disk` of which no point has one, and adds the hash to
+/// manifests without. Points that are unsound are left out. Returns the points that got one.
+///
+/// # Errors
+/// A manifest cannot be written.
+pub(super) fn create(
+    disk: &Disk,
+    records: &[Record],
+    reports: &HashMap<PathBuf, FileReport>,
+    outcome: impl Fn(usize) -> Outcome,
+) -> Result<HashSet<usize>> {
+    let mut written = HashSet::new();
+    let recorded: HashSet<&str> = (disk.points.iter().zip(records))
+        .filter(|(_, r)| r.manifest.is_some())
+        .map(|(p, _)| p.chain.as_str())
+        .collect();
+    for (i, p) in disk.points.iter().enumerate() {
+        if outcome(i) != Outcome::Unproven {
+            continue;
+        }
+        let Some(hash) = reports.get(&p.source).and_then(|r| r.hash.clone()) else { continue };
+        let known = records[i].manifest.as_ref();
+        let m = match known {
+            // Made without a hash: it gets one now.
+            Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
+            None if !recorded.contains(p.chain.as_str()) => describe(disk, i),
+            _ => None,
+        };
+        let Some(mut m) = m else { continue };
+        m.blake3 = Some(hash);
+        if let Some(dir) = p.source.parent() {
+            manifest::write(dir, &m)?;
+            written.insert(i);
+        }
+    }
+    // An internal snapshot is in its file, whose hash is recorded now.
+    let sources: HashSet<PathBuf> =
+        written.iter().map(|i| disk.points[*i].source.clone()).collect();
+    let inside = |i: &usize| sources.contains(&disk.points[*i].source);
+    written.extend((0..disk.points.len()).filter(inside));
+    Ok(written)
+}
+
+/// What the catalog knows about a point as a manifest; `None` if a manifest cannot say it (an
+/// internal snapshot, a plain image, a point that lies on a file in another folder).
+pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
+    let p = &disk.points[i];
+    if !matches!(p.level, Level::Full | Level::Inc | Level::Diff | Level::Copy) {
+        return None;
+    }
+    let [layer] = p.layers.as_slice() else { return None };
+    let format = match layer.format {
+        Format::Qcow2 => ImageFormat::Qcow2,
+        Format::Raw => ImageFormat::Raw,
+        // Other programs' archives have checksums of their own and are never written here.
+        Format::Vma | Format::SparseStream => return None,
+    };
+    let parent = match p.parent.map(|j| &disk.points[j].source) {
+        Some(below) if below.parent() != p.source.parent() => return None,
+        Some(below) => Some(below.file_name()?.to_str()?.to_string()),
+        None => None,
+    };
+    Some(Manifest {
+        format_version: FORMAT_VERSION,
+        // Points of one second belong to one run, as far as their names tell.
+        run: format!("time-{}", p.time),
+        image: p.source.file_name()?.to_str()?.to_string(),
+        disk: DiskIdentity::default(),
+        level: p.level,
+        time: p.time,
+        content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
+        parent,
+        format,
+        virtual_size: p.size,
+        file_size: layer.file.identity().size,
+        bitmap: None,
+        diff_bitmap: None,
+        bytes_copied: 0,
+        consistency: Consistency { reason: "recorded afterwards".into(), ..Consistency::default() },
+        qemu_version: String::new(),
+        duration_ms: 0,
+        blake3: None,
+        fingerprint: None,
+        vm: serde_json::Value::Null,
+        config_files: Vec::new(),
+        skipped: Vec::new(),
+    })
+}

@@ -1,0 +1,550 @@
+//! Our own walk over a qcow2 file: every reference in its header, tables and directories.
+//!
+//! Follows `docs/interop/qcow2.rst`. Each host cluster that something refers to is put into a set
+//! by what it holds, so that two uses that exclude each other meet. What may be shared, is: L2
+//! tables and data between internal snapshots, a host cluster between compressed clusters.
+//! Memory is bounded by a few bits per host cluster and one table.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::clusters::ClusterSet;
+use super::refcounts;
+use crate::error::{Error, Finding, Kind, Result, Severity};
+use crate::layer::qcow2::header::{Header, TableRef};
+use crate::layer::qcow2::snapshot;
+use crate::storage::ReadAt;
+
+/// Findings kept of one file; thousands more would say nothing new.
+const MAX_FINDINGS: usize = 20;
+/// Bits 9 to 55: where a table or cluster is.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// The refcount is exactly 1.
+const COPIED: u64 = 1 << 63;
+/// The cluster is compressed.
+const COMPRESSED: u64 = 1 << 62;
+/// The cluster reads as zeros.
+const ZERO: u64 = 1;
+/// L1 entries read at a time.
+const L1_CHUNK: u64 = 4096;
+/// Marks a cluster number as one of the external data file; clusters have less than 56 bits.
+const DATA_FILE: u64 = 1 << 60;
+/// What to do about a damaged file.
+pub(super) const REMEDY: &str = "restore this file from another copy of the backup";
+
+/// What the walk found.
+#[derive(Debug, Default)]
+pub struct Structure {
+    /// What makes reads wrong or fail (errors), and oddities.
+    pub findings: Vec<Finding>,
+    /// What is wrong with the refcounts of clusters in use. Reading does not need refcounts, but
+    /// a pointer that was moved by a flipped bit shows here.
+    pub refcounts: Vec<Finding>,
+    /// The header, if it could be read.
+    pub header: Option<Header>,
+    /// Whether there is any compressed cluster.
+    pub compressed: bool,
+}
+
+/// Walks over `image`; `data` is its external data file.
+pub fn check(image: &dyn ReadAt, data: Option<&Arc<dyn ReadAt>>) -> Structure {
+    let header = match Header::read(image) {
+        Ok(h) => h,
+        Err(e) => {
+            let findings = vec![Finding::from_error(&e, image.name())];
+            return Structure { findings, ..Structure::default() };
+        }
+    };
+    let mut walker = Walker::new(image, &header, data.map(|d| d.len()));
+    if let Err(e) = walker.walk() {
+        walker.out.push(Finding::from_error(&e, image.name()));
+    }
+    let refcounts = if header.is_dirty() || !walker.blocks_readable {
+        Vec::new()
+    } else {
+        refcounts::check(image, &header, &walker.used, &walker.blocks)
+    };
+    let mut findings = walker.out.finish();
+    findings.extend(header.oddities(image.name()));
+    let compressed = walker.compressed;
+    Structure { findings, refcounts, header: Some(header), compressed }
+}
+
+/// Which host clusters hold what.
+#[derive(Debug, Default)]
+pub(super) struct Used {
+    /// Header, L1 tables, refcounts, snapshot table, bitmaps: exclusively used.
+    pub meta: ClusterSet,
+    /// L2 tables.
+    pub l2: ClusterSet,
+    /// Plain data.
+    pub data: ClusterSet,
+    /// Compressed data.
+    pub packed: ClusterSet,
+}
+
+impl Used {
+    /// The use of 64 clusters from `first` on.
+    pub fn word(&self, first: u64) -> u64 {
+        [&self.meta, &self.l2, &self.data, &self.packed].iter().fold(0, |w, s| w | s.word(first))
+    }
+
+    /// Of these, the ones whose refcount must be exactly 1 if there are no snapshots.
+    pub fn word_once(&self, first: u64) -> u64 {
+        self.word(first) & !self.packed.word(first)
+    }
+}
+
+/// Findings with a bound.
+pub(super) struct Collected {
+    found: Vec<Finding>,
+    more: u64,
+}
+
+impl Collected {
+    pub fn new() -> Self {
+        Collected { found: Vec::new(), more: 0 }
+    }
+
+    pub fn push(&mut self, finding: Finding) {
+        if self.found.len() < MAX_FINDINGS {
+            self.found.push(finding);
+        } else {
+            self.more += 1;
+        }
+    }
+
+    pub fn finish(&mut self) -> Vec<Finding> {
+        let mut found = std::mem::take(&mut self.found);
+        if self.more > 0
+            && let Some(last) = found.last_mut()
+        {
+            last.message.push_str(&format!(" (and {} more findings)", self.more));
+        }
+        found
+    }
+}
+
+struct Walker<'a> {
+    image: &'a dyn ReadAt,
+    h: &'a Header,
+    /// Length of the external data file, if there is one.
+    data_len: Option<u64>,
+    used: Used,
+    /// Data and L2 clusters that the L1 table at hand refers to.
+    seen: ClusterSet,
+    /// The refcount blocks' offsets, in table order.
+    blocks: Vec<u64>,
+    blocks_readable: bool,
+    compressed: bool,
+    out: Collected,
+}
+
+/// One standard cluster's entry.
+struct Plain {
+    offset: u64,
+    /// Guest bytes that are read out of it.
+    needed: u64,
+    at: u64,
+}
+
+impl<'a> Walker<'a> {
+    fn new(image: &'a dyn ReadAt, h: &'a Header, data_len: Option<u64>) -> Self {
+        Walker {
+            image,
+            h,
+            data_len,
+            used: Used::default(),
+            seen: ClusterSet::default(),
+            blocks: Vec::new(),
+            blocks_readable: true,
+            compressed: false,
+            out: Collected::new(),
+        }
+    }
+
+    fn walk(&mut self) -> Result<()> {
+        // Metadata first: it is what others run into.
+        self.used.meta.insert(0);
+        self.refcount_table();
+        self.metadata(self.h.l1.offset, self.needed_l1(), "the L1 table");
+        let snapshots = self.snapshots();
+        self.bitmaps();
+        self.l1_table(self.h.l1, self.h.size)?;
+        for s in snapshots {
+            self.seen.clear();
+            self.l1_table(s.l1, s.info.virtual_size)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the L1 table: those that the size needs, and what the file has of the rest.
+    fn needed_l1(&self) -> u64 {
+        let all = self.h.l1.byte_len();
+        let there = self.image.len().saturating_sub(self.h.l1.offset);
+        all.min(there).max(self.h.l1_entries_for(self.h.size) * 8)
+    }
+
+    fn error(&mut self, kind: Kind, at: u64, what: impl Into<String>) {
+        self.note(Severity::Error, kind, at, what);
+    }
+
+    fn note(&mut self, severity: Severity, kind: Kind, at: u64, what: impl Into<String>) {
+        let error = Error::new(kind, what).at_path(self.image.name()).at_offset(at).remedy(REMEDY);
+        let mut finding = Finding::from_error(&error, self.image.name());
+        finding.severity = severity;
+        self.out.push(finding);
+    }
+
+    /// Marks clusters that must be used for nothing else.
+    fn metadata(&mut self, offset: u64, len: u64, what: &str) {
+        for cluster in clusters(offset..offset.saturating_add(len), self.h.cluster_bits) {
+            let free = self.is_free(cluster);
+            if !self.used.meta.insert(cluster) || !free {
+                let at = cluster << self.h.cluster_bits;
+                let text = format!("{what} and something else use the same cluster");
+                self.error(Kind::Corrupt, at, text);
+            }
+        }
+    }
+
+    fn is_free(&self, cluster: u64) -> bool {
+        let used = &self.used;
+        let sets = [&used.meta, &used.l2, &used.data, &used.packed];
+        sets.iter().all(|s| !s.contains(cluster))
+    }
+
+    fn refcount_table(&mut self) {
+        let (offset, bits) = (self.h.reftable_offset, self.h.cluster_bits);
+        let len = u64::from(self.h.reftable_clusters) << bits;
+        if offset.checked_add(len).is_none_or(|end| end > self.image.len()) {
+            return self.refcounts_unreadable(offset, "the refcount table lies past the end");
+        }
+        self.metadata(offset, len, "the refcount table");
+        let entries = match read_words(self.image, offset, len / 8) {
+            Ok(e) => e,
+            Err(e) => return self.out.push(Finding::from_error(&e, self.image.name())),
+        };
+        for (i, &entry) in (0..).zip(&entries) {
+            let block = entry & !0x1ff;
+            if entry & 0x1ff != 0 || block & (self.h.cluster_size() - 1) != 0 {
+                self.refcounts_unreadable(offset + i * 8, "a refcount table entry is not aligned");
+            } else if block.saturating_add(self.h.cluster_size()) > self.image.len() {
+                // The last block may end the file short of a whole cluster.
+                if block >= self.image.len() {
+                    self.refcounts_unreadable(offset + i * 8, "a refcount block is past the end");
+                }
+            }
+            if block != 0 && block < self.image.len() {
+                self.metadata(block, self.h.cluster_size(), "a refcount block");
+            }
+        }
+        self.blocks = entries.iter().map(|e| e & !0x1ff).collect();
+    }
+
+    /// Reading does not need the refcounts: worth a warning.
+    fn refcounts_unreadable(&mut self, at: u64, what: &str) {
+        self.blocks_readable = false;
+        let text = format!("{what}; the data can be read, but nothing may write to this image");
+        self.note(Severity::Warning, Kind::Corrupt, at, text);
+    }
+
+    fn snapshots(&mut self) -> Vec<snapshot::Snapshot> {
+        if self.h.nb_snapshots == 0 {
+            return Vec::new();
+        }
+        let table = match snapshot::read_table(self.image, self.h) {
+            Ok(t) => t,
+            Err(e) => {
+                self.out.push(Finding::from_error(&e, self.image.name()));
+                return Vec::new();
+            }
+        };
+        let end = table.last().map_or(self.h.snapshots_offset, |s| s.end);
+        let len = end.saturating_sub(self.h.snapshots_offset);
+        self.metadata(self.h.snapshots_offset, len, "the snapshot table");
+        for s in &table {
+            let (l1, name) = (s.l1, &s.info.name);
+            let aligned = l1.offset & (self.h.cluster_size() - 1) == 0;
+            let fits = l1.offset.checked_add(l1.byte_len()).is_some_and(|e| e <= self.image.len());
+            if aligned && fits && l1.byte_len() <= MAX_L1_BYTES {
+                self.metadata(l1.offset, l1.byte_len(), "a snapshot's L1 table");
+            } else {
+                let text = format!("the L1 table of snapshot '{name}' is not where it could be");
+                self.error(Kind::Corrupt, l1.offset, text);
+            }
+        }
+        let fits = |s: &snapshot::Snapshot| {
+            s.l1.offset & (self.h.cluster_size() - 1) == 0
+                && s.l1.byte_len() <= MAX_L1_BYTES
+                && s.l1.offset.checked_add(s.l1.byte_len()).is_some_and(|e| e <= self.image.len())
+        };
+        table.into_iter().filter(fits).collect()
+    }
+
+    /// Persistent bitmaps: no read needs them, so trouble is a warning unless it overlaps data.
+    fn bitmaps(&mut self) {
+        let Some(b) = self.h.bitmaps else { return };
+        if let Err(e) = self.bitmap_directory(b.directory_offset, b.directory_size, b.count) {
+            let mut finding = Finding::from_error(&e, self.image.name());
+            finding.severity = Severity::Warning;
+            self.out.push(finding);
+        }
+    }
+
+    fn bitmap_directory(&mut self, offset: u64, size: u64, count: u32) -> Result<()> {
+        let there = offset.checked_add(size).is_some_and(|end| end <= self.image.len());
+        if size > MAX_DIRECTORY_BYTES || !there || offset & (self.h.cluster_size() - 1) != 0 {
+            return Err(self.bad_bitmap(offset, "the bitmap directory is not where it could be"));
+        }
+        self.metadata(offset, size, "the bitmap directory");
+        let mut directory = vec![0; size as usize];
+        self.image.read_exact_at(&mut directory, offset)?;
+        let mut at = 0;
+        for _ in 0..count {
+            let entry = directory
+                .get(at..at + 24)
+                .ok_or_else(|| self.bad_bitmap(offset, "the bitmap directory is cut off"))?;
+            let (table, entries) = (be64(&entry[0..8]), be32(&entry[8..12]));
+            let names = u64::from(u16::from_be_bytes([entry[18], entry[19]]));
+            let extra = u64::from(be32(&entry[20..24]));
+            self.bitmap_table(table, entries)?;
+            at += (24 + names + extra).next_multiple_of(8) as usize;
+        }
+        Ok(())
+    }
+
+    fn bitmap_table(&mut self, table: u64, entries: u32) -> Result<()> {
+        let len = u64::from(entries) * 8;
+        let there = table.checked_add(len).is_some_and(|end| end <= self.image.len());
+        if !there || len > MAX_L1_BYTES || table & (self.h.cluster_size() - 1) != 0 {
+            return Err(self.bad_bitmap(table, "a bitmap's table is not where it could be"));
+        }
+        self.metadata(table, len, "a bitmap's table");
+        for (i, entry) in (0..).zip(read_words(self.image, table, u64::from(entries))?) {
+            let offset = entry & OFFSET;
+            if entry & !(OFFSET | 1) != 0 || offset & (self.h.cluster_size() - 1) != 0 {
+                return Err(self.bad_bitmap(table + i * 8, "a bitmap's table entry is impossible"));
+            }
+            if offset != 0 {
+                if offset >= self.image.len() {
+                    return Err(self.bad_bitmap(table + i * 8, "a bitmap lies past the end"));
+                }
+                self.metadata(offset, self.h.cluster_size(), "a bitmap");
+            }
+        }
+        Ok(())
+    }
+
+    fn bad_bitmap(&self, at: u64, what: &str) -> Error {
+        Error::new(Kind::Corrupt, format!("{what}; the data is not affected"))
+            .at_path(self.image.name())
+            .at_offset(at)
+            .remedy("remove the image's bitmaps from a copy of it")
+    }
+
+    fn l1_table(&mut self, l1: TableRef, size: u64) -> Result<()> {
+        let there = self.image.len().saturating_sub(l1.offset) / 8;
+        let count = u64::from(l1.entries).min(there);
+        let mut first = 0;
+        while first < count {
+            let n = L1_CHUNK.min(count - first);
+            let entries = read_words(self.image, l1.offset + first * 8, n)?;
+            for (i, entry) in (first..).zip(entries).filter(|(_, e)| *e != 0) {
+                self.l1_entry(entry, l1.offset + i * 8, i, size)?;
+            }
+            first += n;
+        }
+        Ok(())
+    }
+
+    fn l1_entry(&mut self, entry: u64, at: u64, index: u64, size: u64) -> Result<()> {
+        let table = entry & OFFSET;
+        if entry & !(OFFSET | COPIED) != 0 {
+            self.error(Kind::Corrupt, at, "reserved bits of an L1 entry are set");
+            return Ok(());
+        }
+        if table & (self.h.cluster_size() - 1) != 0 {
+            self.error(Kind::Corrupt, at, "an L2 table is not aligned");
+            return Ok(());
+        }
+        if table == 0 {
+            self.note(Severity::Warning, Kind::Corrupt, at, "an L1 entry has a flag and no table");
+            return Ok(());
+        }
+        if !self.take_l2(table, at) {
+            return Ok(());
+        }
+        self.l2_table(table, at, index.saturating_mul(self.h.l2_span()), size)
+    }
+
+    /// Marks an L2 table; false if there is no need to look into it.
+    fn take_l2(&mut self, table: u64, at: u64) -> bool {
+        let cluster = table >> self.h.cluster_bits;
+        if table >= self.image.len() {
+            self.error(Kind::Truncated, at, "an L2 table lies past the end of the file");
+            return false;
+        }
+        let used = &self.used;
+        let taken = [&used.meta, &used.data, &used.packed].iter().any(|s| s.contains(cluster));
+        if taken || !self.seen.insert(cluster) {
+            self.error(Kind::Corrupt, at, "an L2 table and something else use the same cluster");
+            return false;
+        }
+        // Known already: another snapshot's, and looked into then.
+        self.used.l2.insert(cluster)
+    }
+
+    fn l2_table(&mut self, table: u64, from: u64, guest: u64, size: u64) -> Result<()> {
+        let words: u64 = if self.h.extended_l2() { 2 } else { 1 };
+        let count = self.h.l2_span() >> self.h.cluster_bits;
+        let there = (self.image.len() - table) / (words * 8);
+        let needed = size.saturating_sub(guest).div_ceil(self.h.cluster_size()).min(count);
+        if there < needed {
+            self.error(Kind::Truncated, from, "the file ends inside an L2 table");
+        }
+        let entries = read_words(self.image, table, count.min(there) * words)?;
+        let (mut at, mut guest) = (table, guest);
+        for entry in entries.chunks_exact(words as usize) {
+            if entry.iter().any(|w| *w != 0) {
+                let needed = size.saturating_sub(guest).min(self.h.cluster_size());
+                self.l2_entry(entry[0], entry.get(1).copied(), needed, at);
+            }
+            at += words * 8;
+            guest = guest.saturating_add(self.h.cluster_size());
+        }
+        Ok(())
+    }
+
+    fn l2_entry(&mut self, entry: u64, subclusters: Option<u64>, mut needed: u64, at: u64) {
+        if entry & COMPRESSED != 0 {
+            return self.packed_cluster(entry, subclusters, at);
+        }
+        if entry & !(OFFSET | COPIED | ZERO) != 0 {
+            return self.error(Kind::Corrupt, at, "reserved bits of an L2 entry are set");
+        }
+        let offset = entry & OFFSET;
+        if let Some(map) = subclusters {
+            if let Some(what) = self.bad_subclusters(entry, offset, map) {
+                return self.error(Kind::Corrupt, at, what);
+            }
+            // Up to the last subcluster that has data: the file may end behind that.
+            let last = u64::from(32 - (map as u32).leading_zeros());
+            needed = needed.min(last * (self.h.cluster_size() / 32));
+        } else if entry & ZERO != 0 {
+            if self.h.version < 3 {
+                let what = "a version 2 image cannot have zero clusters";
+                return self.error(Kind::Corrupt, at, what);
+            }
+            needed = 0;
+        }
+        if offset & (self.h.cluster_size() - 1) != 0 {
+            return self.error(Kind::Corrupt, at, "a data cluster is not aligned");
+        }
+        let in_data_file = self.data_len.is_some();
+        if offset == 0 && !(in_data_file && entry & COPIED != 0) {
+            if entry & COPIED != 0 {
+                let what = "an L2 entry has a flag and no cluster";
+                self.note(Severity::Warning, Kind::Corrupt, at, what);
+            }
+            return;
+        }
+        self.data_cluster(&Plain { offset, needed, at });
+    }
+
+    /// What contradicts itself in a subcluster bitmap: lower half allocated, upper half zero.
+    fn bad_subclusters(&self, entry: u64, offset: u64, map: u64) -> Option<&'static str> {
+        if entry & ZERO != 0 {
+            return Some("reserved bit 0 of an extended L2 entry is set");
+        }
+        if map as u32 & (map >> 32) as u32 != 0 {
+            return Some("a subcluster is data and zero");
+        }
+        let nowhere = offset == 0 && !(self.data_len.is_some() && entry & COPIED != 0);
+        (nowhere && map as u32 != 0).then_some("an allocated subcluster without a place")
+    }
+
+    fn data_cluster(&mut self, p: &Plain) {
+        let len = self.data_len.unwrap_or(self.image.len());
+        if p.needed > 0 && p.offset.checked_add(p.needed).is_none_or(|end| end > len) {
+            return self.error(
+                Kind::Truncated,
+                p.at,
+                "a data cluster lies past the end of the file",
+            );
+        }
+        let cluster = p.offset >> self.h.cluster_bits;
+        if self.data_len.is_some() {
+            // The other file's clusters, apart from this one's L2 tables.
+            if !self.seen.insert(cluster | DATA_FILE) {
+                self.error(Kind::Corrupt, p.at, "two guest clusters have the same place");
+            }
+            return;
+        }
+        if self.used.meta.contains(cluster) || self.used.l2.contains(cluster) {
+            return self.error(Kind::Corrupt, p.at, "a data cluster lies over metadata");
+        }
+        if self.used.packed.contains(cluster) || !self.seen.insert(cluster) {
+            return self.error(Kind::Corrupt, p.at, "two guest clusters have the same place");
+        }
+        self.used.data.insert(cluster);
+    }
+
+    fn packed_cluster(&mut self, entry: u64, subclusters: Option<u64>, at: u64) {
+        if self.data_len.is_some() {
+            let what = "a compressed cluster beside an external data file";
+            return self.error(Kind::Corrupt, at, what);
+        }
+        if entry & COPIED != 0 || subclusters.is_some_and(|m| m != 0) {
+            let what = "a compressed cluster has a flag that it cannot have";
+            self.note(Severity::Warning, Kind::Corrupt, at, what);
+        }
+        let range = packed_range(entry, self.h.cluster_bits);
+        if range.start >= self.image.len() {
+            let what = "a compressed cluster lies past the end of the file";
+            return self.error(Kind::Truncated, at, what);
+        }
+        self.compressed = true;
+        for cluster in clusters(range, self.h.cluster_bits) {
+            let used = &self.used;
+            if [&used.meta, &used.l2, &used.data].iter().any(|s| s.contains(cluster)) {
+                let what = "a compressed cluster and something else use the same cluster";
+                return self.error(Kind::Corrupt, at, what);
+            }
+            self.used.packed.insert(cluster);
+        }
+    }
+}
+
+/// QEMU's limit for an L1 table, used for bitmap tables too.
+const MAX_L1_BYTES: u64 = 32 << 20;
+/// QEMU's limit for the bitmap directory: 65,535 bitmaps of 1 KiB.
+const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
+
+/// Host bytes of a compressed cluster: whole sectors, the last of which may be cut by the file's
+/// end.
+fn packed_range(entry: u64, cluster_bits: u32) -> Range<u64> {
+    let shift = 62 - (cluster_bits - 8);
+    let host = entry & ((1 << shift) - 1);
+    let sectors = (entry & (COMPRESSED - 1)) >> shift;
+    host..(host & !511) + (sectors + 1) * 512
+}
+
+fn clusters(bytes: Range<u64>, bits: u32) -> Range<u64> {
+    if bytes.is_empty() { 0..0 } else { bytes.start >> bits..((bytes.end - 1) >> bits) + 1 }
+}
+
+/// `count` big-endian 64-bit words at `offset`.
+pub(super) fn read_words(storage: &dyn ReadAt, offset: u64, count: u64) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; (count * 8) as usize];
+    storage.read_exact_at(&mut bytes, offset)?;
+    Ok(bytes.chunks_exact(8).map(be64).collect())
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |v, b| v << 8 | u64::from(*b))
+}
+
+fn be32(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0, |v, b| v << 8 | u32::from(*b))
+}

@@ -1,0 +1,173 @@
+//! Backups of other programs read as chains: virtnbdbackup's streams and Proxmox archives.
+
+use std::path::Path;
+
+use fleecefs::chain::scan::{ScanOptions, scan};
+use fleecefs::chain::{Catalog, Disk};
+use fleecefs::error::Result;
+use fleecefs::image::{Cache, open_point};
+use md5::{Digest, Md5};
+
+fn head(kind: &str, start: usize, len: usize) -> Vec<u8> {
+    format!("{kind} {start:016x} {len:016x}\r\n").into_bytes()
+}
+
+/// A stream with checkpoint `number`; the first is full and has zeros between its data.
+fn stream(disk: &str, number: u32, size: usize, data: &[(usize, Vec<u8>)]) -> Vec<u8> {
+    let parent = number.checked_sub(1).map(|n| format!("virtnbdbackup.{n}")).unwrap_or_default();
+    let meta = serde_json::json!({
+        "virtualSize": size, "dataSize": data.iter().map(|d| d.1.len()).sum::<usize>(),
+        "date": format!("2026-11-22T01:30:4{number}.480751"), "diskName": disk,
+        "diskFormat": "qcow2", "checkpointName": format!("virtnbdbackup.{number}"),
+        "compressed": false, "compressionMethod": "lz4", "parentCheckpoint": parent,
+        "incremental": number > 0, "streamVersion": 2,
+    })
+    .to_string();
+    let mut out = head("meta", 0, meta.len());
+    out.extend(meta.bytes().chain(*b"\r\n"));
+    let mut at = 0;
+    for (start, bytes) in data {
+        if number == 0 && *start > at {
+            out.extend(head("zero", at, start - at));
+        }
+        out.extend(head("data", *start, bytes.len()));
+        out.extend(bytes.iter().chain(b"\r\n"));
+        at = start + bytes.len();
+    }
+    if number == 0 && at < size {
+        out.extend(head("zero", at, size - at));
+    }
+    out.extend(head("stop", 0, 0));
+    out
+}
+
+/// An archive with one disk of one cluster: blocks 0 and 2 are stored, the others zero.
+fn archive(first: u8, third: u8) -> Vec<u8> {
+    let put = |at: &mut [u8], bytes: &[u8]| at[..bytes.len()].copy_from_slice(bytes);
+    let mut h = vec![0; 12800];
+    put(&mut h, b"VMA\0\0\0\0\x01an archive's id.");
+    put(&mut h[24..], &1_700_000_000u64.to_be_bytes());
+    put(&mut h[48..], &[12288u32, 100, 12800].map(u32::to_be_bytes).concat());
+    put(&mut h[4096 + 32..], &1u32.to_be_bytes());
+    put(&mut h[4096 + 40..], &65536u64.to_be_bytes());
+    put(&mut h[12289..], b"\x0c\0drive-scsi0\0");
+    let mut e = vec![0; 512];
+    put(&mut e, b"VMAE\0\0\0\x02an archive's id.");
+    put(&mut e[40..], &[0, 0b101, 0, 1, 0, 0, 0, 0]);
+    for (block, at) in [(&mut h, 32), (&mut e, 24)] {
+        let sum = Md5::digest(&*block);
+        put(&mut block[at..], &sum);
+    }
+    [h, e, vec![first; 4096], vec![third; 4096]].concat()
+}
+
+fn look(dir: &Path) -> Catalog {
+    scan(dir, &ScanOptions::default(), None).unwrap().0
+}
+
+fn disk<'a>(catalog: &'a Catalog, path: &str) -> &'a Disk {
+    catalog.disks.iter().find(|d| d.path == Path::new(path)).expect(path)
+}
+
+fn read(disk: &Disk, point: usize) -> Result<Vec<u8>> {
+    let image = open_point(disk, point, &Cache::new(1 << 20))?;
+    let mut bytes = vec![0xee; image.size() as usize];
+    image.read_at(&mut bytes, 0).map(|()| bytes)
+}
+
+fn put(dir: &Path, name: &str, bytes: Vec<u8>) {
+    let path = dir.join(name);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// Three streams of a disk that grows; the last lies on the second, not on the newest file.
+fn three_streams(dir: &Path) -> Vec<Vec<u8>> {
+    let mut states = vec![vec![0u8; 300_000]];
+    states[0][70_000..80_000].fill(1);
+    put(dir, "vm/sda.inc.virtnbdbackup.2.data", {
+        stream("sda", 2, 400_000, &[(390_000, vec![3; 10_000])])
+    });
+    put(dir, "vm/sda.inc.virtnbdbackup.1.data", {
+        stream("sda", 1, 300_000, &[(0, vec![2; 512]), (79_000, vec![0; 2000])])
+    });
+    put(dir, "vm/sda.full.data", stream("sda", 0, 300_000, &[(70_000, vec![1; 10_000])]));
+    put(dir, "vm/sda.inc.virtnbdbackup.3.data.partial", b"half".to_vec());
+    let mut next = states[0].clone();
+    next[..512].fill(2);
+    next[79_000..81_000].fill(0);
+    states.push(next.clone());
+    next.resize(400_000, 0);
+    next[390_000..].fill(3);
+    states.push(next);
+    states
+}
+
+#[test]
+fn streams_are_read_as_a_chain_in_the_order_of_their_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let states = three_streams(dir.path());
+    let catalog = look(dir.path());
+    assert_eq!(catalog.disks.len(), 1);
+    let sda = disk(&catalog, "vm/sda");
+    assert_eq!(sda.points.len(), 3);
+    for (i, state) in states.iter().enumerate() {
+        assert!(read(sda, i).unwrap() == *state, "{}", sda.points[i].name);
+    }
+}
+
+#[test]
+fn a_damaged_increment_spoils_what_lies_on_it_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let states = three_streams(dir.path());
+    let path = dir.path().join("vm/sda.inc.virtnbdbackup.1.data");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let data = bytes.windows(5).position(|w| w == b"data ").unwrap();
+    bytes[data + 30] = b'x';
+    std::fs::write(&path, bytes).unwrap();
+    let catalog = look(dir.path());
+    let sda = disk(&catalog, "vm/sda");
+    assert!(read(sda, 0).unwrap() == states[0]);
+    assert!(read(sda, 1).is_err() && read(sda, 2).is_err());
+}
+
+#[test]
+fn archives_show_a_disk_for_each_device_and_their_damage_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = archive(5, 6);
+    put(dir.path(), "dump/vzdump-qemu-100-a.vma", whole.clone());
+    put(dir.path(), "dump/b.vma.zst", zstd::encode_all(&whole[..], 1).unwrap());
+    put(dir.path(), "dump/cut.vma", whole[..whole.len() - 1].to_vec());
+    put(dir.path(), "dump/not.vma", vec![7; 65536]);
+    put(dir.path(), "dump/vzdump-qemu-100-a.log", b"INFO: starting".to_vec());
+    let catalog = look(dir.path());
+    let mut want = vec![0; 65536];
+    want[..4096].fill(5);
+    want[8192..12288].fill(6);
+    for place in ["vzdump-qemu-100-a", "b"] {
+        let scsi0 = disk(&catalog, &format!("dump/{place}/drive-scsi0"));
+        assert_eq!(scsi0.points[0].time, 1_700_000_000);
+        assert!(read(scsi0, 0).unwrap() == want, "{place}");
+    }
+    assert!(read(disk(&catalog, "dump/cut/drive-scsi0"), 0).is_err());
+    assert_eq!(catalog.disks.len(), 3);
+    assert_eq!(catalog.findings.len(), 1, "{:?}", catalog.findings);
+    assert!(catalog.findings[0].path.ends_with("dump/not.vma"));
+}
+
+#[test]
+fn a_damaged_foreign_file_never_turns_into_a_raw_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let qcow2 = [b"QFI\xfb".to_vec(), vec![0; 1020]].concat();
+    for (name, bytes) in [
+        ("sda.full.data", vec![1; 1024]),
+        ("sdb.full.data", qcow2.clone()),
+        ("a.vma", qcow2),
+        ("b.vma.gz", vec![1; 1024]),
+    ] {
+        put(dir.path(), name, bytes);
+    }
+    let catalog = look(dir.path());
+    assert!(catalog.disks.iter().flat_map(|d| &d.points).all(|p| !p.is_served()));
+    assert_eq!(catalog.disks.len(), 2);
+}

@@ -1,0 +1,48 @@
+//! What contrib/SEMANTICS.md promises has a test, and what tests/mount.rs tests is promised.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The tests that the document names, as `file::name`.
+fn promised() -> BTreeSet<String> {
+    let text = std::fs::read_to_string(root("contrib/SEMANTICS.md")).unwrap();
+    let named = text.split('`').skip(1).step_by(2).filter(|word| word.contains("::"));
+    named.map(str::to_string).collect()
+}
+
+/// The names of the test functions in a file.
+fn tests_in(path: &Path) -> BTreeSet<String> {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let after = text.split("#[test]").skip(1);
+    let name = |rest: &str| Some(rest.split_once("fn ")?.1.split_once('(')?.0.to_string());
+    after.filter_map(name).collect()
+}
+
+#[test]
+fn every_promise_names_a_test_that_exists() {
+    let promised = promised();
+    assert!(promised.len() > 15, "{promised:?}");
+    for promise in &promised {
+        let (file, test) = promise.rsplit_once("::").unwrap();
+        let path = match file.strip_suffix("::tests") {
+            Some(module) => root("src").join(module.replace("::", "/")).with_extension("rs"),
+            None => root("tests").join(file).with_extension("rs"),
+        };
+        assert!(tests_in(&path).contains(test), "no test {promise}");
+    }
+}
+
+#[test]
+fn every_mount_test_is_promised() {
+    let promised = promised();
+    // How it runs, not what it promises to whoever reads a point.
+    let inside = ["the_foreground_process_is_the_mount"];
+    for test in tests_in(&root("tests/mount.rs")) {
+        let known = promised.contains(&format!("mount::{test}"));
+        assert!(known || inside.contains(&test.as_str()), "{test} is not in the document");
+    }
+}
