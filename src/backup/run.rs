@@ -24,7 +24,7 @@ use super::plan::Inputs;
 use super::report::Report;
 use super::seen::{Answers, survey};
 use super::work::Run;
-use super::{LevelWish, Options, Watch, names, now, plan, publish, recover};
+use super::{LevelWish, Options, Watch, names, now, plan, publish, recover, vm};
 use crate::chain::manifest::Consistency;
 use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
@@ -79,6 +79,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         server: None,
         guardian: None,
         consistency: Consistency::default(),
+        vm: serde_json::Value::Null,
         chains: HashMap::new(),
     };
     let result = r.execute();
@@ -89,12 +90,14 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
     let run = names::new_run()?;
     let base = base_dir(options);
     let target_id = target_id(options, &base, false)?;
+    let vm = vm::describe(client);
     let inputs = Inputs {
         seen: survey(&Answers::ask(client)?),
         run: &run,
         target_id: &target_id,
         base: &base,
         now: now(),
+        vm: plan::vm_uuid(&vm),
         no_inc: None,
         unsound: &[],
     };
