@@ -17,6 +17,11 @@ use crate::qmp::steps::step;
 use crate::qmp::types::Job;
 
 impl Run<'_> {
+    /// The node that the job reads, and that carries the bitmap it copies by.
+    fn source(&self) -> Role {
+        if self.blind { Role::Blind } else { Role::Snapshot }
+    }
+
     /// Files, nodes and the new bitmap: all before the moment.
     pub(super) fn prepare(&mut self, d: &mut Active) -> Result<()> {
         let p = &d.plan;
@@ -33,9 +38,9 @@ impl Run<'_> {
         step("files created");
         let target = object(&self.run, Role::Target, d.index);
         let more = fleece::target_options(&self.options.copy);
-        fleece::add_image(&mut self.client, &target, "qcow2", &partial, more)?;
+        fleece::add_image(&mut self.client, &target, "qcow2", &partial, more, self.blind)?;
         let name = object(&self.run, Role::Fleece, d.index);
-        fleece::add_image(&mut self.client, &name, "raw", &d.record.fleece, json!({}))?;
+        fleece::add_image(&mut self.client, &name, "raw", &d.record.fleece, json!({}), false)?;
         if let Some(b) = &p.new_bitmap {
             bitmap::add(&mut self.client, b)?;
         }
@@ -59,8 +64,11 @@ impl Run<'_> {
     /// The frozen view, and the bitmap of what to copy out of it.
     pub(super) fn view(&mut self, d: &mut Active) -> Result<()> {
         fleece::add_view(&mut self.client, &self.run, d.index)?;
+        if self.blind {
+            fleece::add_blind(&mut self.client, &self.run, d.index)?;
+        }
         let Some(since) = &d.plan.since else { return Ok(()) };
-        let view = object(&self.run, Role::Snapshot, d.index);
+        let view = object(&self.run, self.source(), d.index);
         let work = work_bitmap(&self.run);
         self.client.execute(
             "transaction",
@@ -80,8 +88,18 @@ impl Run<'_> {
             return Err(Error::new(Kind::Peer, "there is no NBD server to ask for zeros"));
         };
         let export = object(&self.run, Role::ViewExport, d.index);
+        let node = object(&self.run, Role::Snapshot, d.index);
         let zeros =
-            server.with_export(&mut self.client, &export, view, false, |n| n.zero_ranges())?;
+            server.with_export(&mut self.client, &export, &node, false, |n| n.zero_ranges())?;
+        if let (true, Some(since)) = (self.blind, &d.plan.since) {
+            // The status is that of now: what was written between the moment and now may hide
+            // zeros of the moment, and is dirty by now.
+            self.client.execute(
+                "block-dirty-bitmap-merge",
+                json!({"node": view, "target": work,
+                    "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}),
+            )?;
+        }
         let lost = chain.lost(&zeros, d.plan.disk.cluster_size.max(65536))?;
         if lost.is_empty() {
             return Ok(());
@@ -124,7 +142,7 @@ impl Run<'_> {
         let copy = &self.options.copy;
         let mut a = json!({
             "job-id": object(&self.run, Role::Job, d.index),
-            "device": object(&self.run, Role::Snapshot, d.index),
+            "device": object(&self.run, self.source(), d.index),
             "target": object(&self.run, Role::Target, d.index),
             "sync": "full",
             // It stays listed until its image is closed: a recovery can see how it ended.
@@ -142,7 +160,7 @@ impl Run<'_> {
         if let Some(n) = copy.workers {
             a["x-perf"] = json!({"max-workers": n});
         }
-        if self.client.features()?.has("discard-source") {
+        if !self.blind && self.client.features()?.has("discard-source") {
             a["discard-source"] = json!(true);
         }
         d.began = Instant::now();

@@ -13,6 +13,9 @@ use super::{Compression, CopyOptions};
 use crate::error::{Error, Result};
 use crate::qmp::Client;
 
+/// QEMU's unit of copying before a write, for a fleece without clusters of its own.
+const FLEECE_CLUSTER: u64 = 65536;
+
 /// Where the fleece image of disk `index` goes: where the user says, else beside the disk, else
 /// (the disk is no file) beside the backup.
 pub fn fleece_path(copy: &CopyOptions, plan: &DiskPlan, run: &str, index: usize) -> PathBuf {
@@ -63,11 +66,13 @@ pub fn add_image(
     driver: &str,
     path: &Path,
     file_options: Value,
+    find_zeros: bool,
 ) -> Result<()> {
     let add = |client: &mut Client, name: &str| {
         let mut file = json!({"driver": "file", "filename": name, "discard": "unmap"});
         merge(&mut file, &file_options);
-        let all = json!({"driver": driver, "node-name": node, "discard": "unmap", "file": file});
+        let detect = if find_zeros { "unmap" } else { "off" };
+        let all = json!({"driver": driver, "node-name": node, "discard": "unmap", "detect-zeroes": detect, "file": file});
         client.call("blockdev-add", all)
     };
     let Some(name) = path.to_str() else {
@@ -164,6 +169,24 @@ pub fn add_view(client: &mut Client, run: &str, index: usize) -> Result<()> {
         "node-name": object(run, Role::Snapshot, index),
         "file": object(run, Role::Filter, index),
         "discard": "unmap",
+    });
+    client.execute("blockdev-add", arguments).map(drop)
+}
+
+/// Adds a filter above the frozen view for QEMUs that mix up what is below it where a request
+/// covers clusters that were copied and clusters that were not (seen with 7.2). It answers no
+/// question for block status, so the job reads all that it is to copy and the target finds the
+/// zeros; and it cuts requests into single clusters of the fleece.
+///
+/// # Errors
+/// QEMU refuses.
+pub fn add_blind(client: &mut Client, run: &str, index: usize) -> Result<()> {
+    let arguments = json!({
+        "driver": "blkdebug",
+        "node-name": object(run, Role::Blind, index),
+        "image": object(run, Role::Snapshot, index),
+        "max-transfer": FLEECE_CLUSTER,
+        "inject-error": [{"event": "none", "iotype": "block-status", "errno": libc::EIO}],
     });
     client.execute("blockdev-add", arguments).map(drop)
 }

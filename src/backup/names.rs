@@ -19,6 +19,8 @@ const RUN_DIGITS: usize = 12;
 pub enum Role {
     /// The frozen view.
     Snapshot,
+    /// A filter above the frozen view that hides its block status.
+    Blind,
     /// The copy-before-write filter.
     Filter,
     /// The image that is being written.
@@ -39,6 +41,7 @@ impl Role {
     fn letter(self) -> char {
         match self {
             Role::Snapshot => 's',
+            Role::Blind => 'b',
             Role::Filter => 'c',
             Role::Target => 't',
             Role::Fleece => 'f',
@@ -51,7 +54,8 @@ impl Role {
 
     fn of(letter: char) -> Option<Role> {
         use Role::*;
-        let all = [Snapshot, Filter, Target, Fleece, Scratch, Job, ViewExport, ScratchExport];
+        let all =
+            [Snapshot, Blind, Filter, Target, Fleece, Scratch, Job, ViewExport, ScratchExport];
         all.into_iter().find(|r| r.letter() == letter)
     }
 }

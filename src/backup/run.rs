@@ -67,6 +67,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     };
     let journal = Journal::begin(&options.state_dir, &options.qmp, &first)?;
     client.interrupt_by(Some(interrupt));
+    let blind = is_blind(&client);
     let mut r = Run {
         options,
         watch,
@@ -79,6 +80,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         server: None,
         guardian: None,
         consistency: Consistency::default(),
+        blind,
         vm: serde_json::Value::Null,
         chains: HashMap::new(),
     };
@@ -103,6 +105,13 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
     };
     let plan = plan::make(options, inputs)?;
     Ok(Report { run, plan, disks: Vec::new(), consistency: Consistency::default() })
+}
+
+/// Whether the frozen view shows the disk of now where one request covers clusters that the fleece
+/// has and clusters that it has not. Seen with 7.2 (reads and block status), not with 10.0; nobody
+/// looked at those between. The variable lets tests take this way with any QEMU.
+fn is_blind(client: &Client) -> bool {
+    client.version().number < (10, 0, 0) || std::env::var_os("FLEECEFS_BLIND").is_some()
 }
 
 /// The lock that prune and the verbs take as well.

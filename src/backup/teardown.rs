@@ -74,6 +74,7 @@ pub fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let answers = Answers::ask(client)?;
     note_files(&answers, scope, &mut torn);
     torn.any |= !jobs.is_empty();
+    delete(client, &answers, scope, Role::Blind)?;
     delete(client, &answers, scope, Role::Snapshot)?;
     unplug(client, &answers, scope)?;
     delete(client, &answers, scope, Role::Filter)?;

@@ -22,6 +22,7 @@ const OPT_STRUCTURED: u32 = 8;
 const OPT_META: u32 = 10;
 const REP_ACK: u32 = 1;
 const REP_ERROR: u32 = 1 << 31;
+const CMD_READ: u16 = 0;
 const CMD_DISCONNECT: u16 = 2;
 const CMD_WRITE_ZEROES: u16 = 6;
 const CMD_BLOCK_STATUS: u16 = 7;
@@ -227,6 +228,23 @@ impl Nbd {
             }
         }
         Ok(zeros)
+    }
+
+    /// Reads `len` bytes, at most 32 MiB, in a connection without block status: a server may use
+    /// that to leave holes out, and not every QEMU's can be trusted.
+    ///
+    /// # Errors
+    /// `Peer` or `Io`.
+    pub fn read(&mut self, offset: u64, len: u32) -> Result<Vec<u8>> {
+        self.request(CMD_READ, offset, u64::from(len))?;
+        let magic = self.u32()?;
+        let error = self.u32()?;
+        self.u64()?;
+        match (magic, error) {
+            (SIMPLE_REPLY, 0) => self.bytes(len),
+            (SIMPLE_REPLY, e) => Err(server_error(e)),
+            _ => Err(protocol("a bad reply")),
+        }
     }
 
     /// Writes zeros to `range`.
