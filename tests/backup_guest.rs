@@ -27,6 +27,18 @@ fn image(dir: &Path, name: &str, format: &str, options: &str) -> PathBuf {
     path
 }
 
+/// Virtio-blk with an iothread where its frozen view can be looked at: QEMU before 9.1 dies when an
+/// NBD client of a node in an iothread leaves, so `backup` takes no INC there and this test cannot
+/// read.
+fn iothread() -> &'static str {
+    let out = run("qemu-system-x86_64", &["--version"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let version = text.split("version ").nth(1).unwrap_or_default();
+    let mut parts = version.split(['.', ' ']).map(|p| p.parse::<u32>().unwrap_or(0));
+    let old = (parts.next(), parts.next()) < (Some(9), Some(1));
+    if old { "virtio-blk" } else { "virtio-blk-iothread" }
+}
+
 /// The highest counter that the lockstep writer has left.
 fn counter(bytes: &[u8]) -> u64 {
     bytes[..256 * 4096]
@@ -60,7 +72,7 @@ fn every_bus_under_load_at_one_moment() {
         ],
     );
     let disks = [
-        Disk::new("a", image(dir.path(), "a", "qcow2", "")).on("virtio-blk-iothread"),
+        Disk::new("a", image(dir.path(), "a", "qcow2", "")).on(iothread()),
         Disk::new("b", image(dir.path(), "b", "raw", "")).format("raw").on("virtio-scsi"),
         Disk::new("c", image(dir.path(), "c", "qcow2", "cluster_size=2M")).on("ahci"),
         Disk::new("d", image(dir.path(), "d", "qcow2", "extended_l2=on")).on("nvme"),
