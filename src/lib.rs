@@ -4,6 +4,7 @@
 //! [`storage`] (positioned reads); [`extent`] (the extent list); [`layer`] (one file's own map and
 //! bytes); `chain` (directory to disks, chains and points); `image` (folded maps and reads).
 
+pub mod backup;
 pub mod chain;
 pub mod cli;
 pub mod error;
@@ -15,6 +16,7 @@ pub mod layer;
 pub mod lock;
 pub mod progress;
 pub mod prune;
+pub mod qmp;
 pub mod restore;
 pub mod storage;
 pub mod units;

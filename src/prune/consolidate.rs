@@ -17,6 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::execute::{make_folder, replace};
+use crate::backup::history::fingerprint;
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest};
 use crate::chain::removal::{self, Publish, Removal};
 use crate::chain::{Disk, Level};
@@ -298,6 +299,7 @@ fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Resu
     m.content = Contents::Full;
     m.file_size = file.len();
     m.blake3 = Some(hash.to_hex().to_string());
+    m.fingerprint = Some(fingerprint(path)?);
     if !plan.children.is_empty() {
         // Later points have bitmaps of their own. What a FULL's bitmap is needed for then is the
         // next DIFF: the old FULL's holds more than that, so it is as right.

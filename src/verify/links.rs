@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::structure::REMEDY;
+use crate::backup::history::fingerprint;
 use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
 use crate::chain::{Disk, Level, Point, removal};
 use crate::error::{Error, Finding, Kind, Severity};
@@ -80,6 +81,7 @@ impl Check<'_> {
                     format!("it has {} bytes, its manifest says {}", meta.len(), m.file_size);
                 self.error(kind, what, REMEDY);
             }
+            Ok(_) => self.fingerprint(),
             _ => {}
         }
         if p.is_served() && p.size != m.virtual_size {
@@ -90,6 +92,20 @@ impl Check<'_> {
         if p.level != Level::Image && p.level != m.level {
             let what = "its name and its manifest disagree on its level".to_string();
             self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+    }
+
+    /// Both ends of the file: tells a replaced or rewritten image without reading all of it.
+    fn fingerprint(&mut self) {
+        let Some(known) = &self.m.fingerprint else { return };
+        match fingerprint(&self.point.source) {
+            Ok(found) if found != *known => {
+                let what = "the file is not what was written: its ends differ from what its \
+                            manifest says";
+                self.error(Kind::Changed, what.to_string(), REMEDY);
+            }
+            Ok(_) => {}
+            Err(e) => self.found.push(Finding::from_error(&e, &self.point.source)),
         }
     }
 
