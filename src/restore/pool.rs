@@ -66,7 +66,7 @@ mod tests {
             Ok(())
         };
         run(100, &work, || (), add).unwrap();
-        assert_eq!(sum.into_inner(), 4950);
+        assert_eq!(sum.load(Ordering::Relaxed), 4950);
         let fails = |_: &mut (), i: usize| match i {
             7 => Err(Error::new(Kind::Io, "seven")),
             _ => Ok(()),
