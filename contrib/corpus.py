@@ -69,6 +69,8 @@ def wanted(folder, manifest):
 
 def wanted_of_archive(entry):
     for device in entry["devices"]:
+        if device["name"] == "vmstate":  # a guest's memory, not a disk: not shown
+            continue
         yield Want(entry["archive"], entry["archive"], entry["expect"], device, device["name"])
 
 

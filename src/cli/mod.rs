@@ -16,6 +16,7 @@ mod prune;
 mod restore;
 mod serve;
 mod umount;
+mod verbs;
 mod verify;
 mod work;
 
@@ -54,6 +55,10 @@ fn run(cli: Cli) -> Result<()> {
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
         Command::Restore(a) => restore::run(a),
+        Command::Merge(a) => verbs::merge(a),
+        Command::Rebase(a) => verbs::rebase(a),
+        Command::Commit(a) => verbs::commit(a),
+        Command::SnapshotRebase(a) => verbs::snapshot_rebase(a),
         Command::Verify(a) => verify::run(a),
         Command::Prune(a) => prune::run(a),
         Command::Consolidate(a) => consolidate::run(a),

@@ -92,8 +92,9 @@ struct How {
     json: bool,
 }
 
+/// Formats of new files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum FileFormat {
+pub(crate) enum FileFormat {
     Raw,
     Qcow2,
 }
@@ -279,8 +280,11 @@ fn check_target(how: &How, catalog: &Catalog, job: &Job) -> Result<()> {
     }
 }
 
-/// The backup directory is left as it is.
-fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
+/// Fails for a target inside the backup directory, which is left as it is.
+///
+/// # Errors
+/// `Usage`.
+pub(crate) fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
     // The folder may have to be made yet: the first one that exists decides.
     let absolute = std::path::absolute(path)
         .map_err(|e| Error::io(e, "cannot find the target's folder").at_path(path))?;
@@ -312,7 +316,11 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
     say(how, &job.target, show_summary(how, &name, &job.target, &summary)).map(|()| given_up)
 }
 
-fn make_folder(path: &Path) -> Result<()> {
+/// Makes the folder that the target goes into.
+///
+/// # Errors
+/// What the operating system said.
+pub(crate) fn make_folder(path: &Path) -> Result<()> {
     let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
     std::fs::create_dir_all(folder)
         .map_err(|e| Error::io(e, "cannot make the target's folder").at_path(folder))

@@ -17,6 +17,7 @@ pub mod run;
 mod source;
 mod stream;
 mod temp;
+pub mod verbs;
 pub mod work;
 
 use std::path::{Path, PathBuf};

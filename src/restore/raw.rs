@@ -286,7 +286,7 @@ mod tests {
         let runs: Vec<_> = data_runs(&bytes, 0).collect();
         assert_eq!(runs, [ZERO_BLOCK..2 * ZERO_BLOCK, 3 * ZERO_BLOCK..4 * ZERO_BLOCK]);
         let runs: Vec<_> = data_runs(&bytes[ZERO_BLOCK..ZERO_BLOCK + 10], 512).collect();
-        assert_eq!(runs, [0..10]);
+        assert!(runs.len() == 1 && runs[0] == (0..10));
         assert_eq!(data_runs(&bytes[..100], 0).count(), 0);
         assert_eq!(data_runs(&[], 0).count(), 0);
     }

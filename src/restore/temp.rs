@@ -6,7 +6,7 @@
 //! holds its lock), emptied and used again; one that is in use is left alone. After any error or
 //! signal the file is removed.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -94,6 +94,16 @@ impl Temp {
         sync_folder(&self.target)
     }
 
+    /// The same under another name on the same file system, replacing what is there.
+    ///
+    /// # Errors
+    /// See [`Temp::publish`].
+    pub fn publish_as(mut self, target: &Path) -> Result<()> {
+        self.target = target.to_path_buf();
+        self.force = true;
+        self.publish()
+    }
+
     /// Mode and owner of the file that is being replaced, as far as we may.
     fn take_over_owner(&self) {
         let Ok(old) = std::fs::metadata(&self.target) else { return };
@@ -157,11 +167,6 @@ fn temporary_path(target: &Path) -> Result<PathBuf> {
     }
     temporary.push(SUFFIX);
     Ok(target.with_file_name(temporary))
-}
-
-/// Whether a file name is that of a restore in progress, or of one that was killed.
-pub fn is_temporary(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(b".") && name.as_bytes().ends_with(SUFFIX.as_bytes())
 }
 
 fn open_locked(path: &Path) -> Result<File> {
@@ -235,7 +240,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("x".repeat(250));
         let path = temporary_path(&target).unwrap();
-        assert!(is_temporary(path.file_name().unwrap()));
         std::fs::write(&path, [1; 1000]).unwrap();
         let temp = Temp::create(&target, false).unwrap();
         assert_eq!((temp.leftover, temp.file().metadata().unwrap().len()), (1000, 0));

@@ -1,0 +1,231 @@
+//! `fleecefs rebase`, `commit`, `snapshot-rebase` and `merge`: qmprestore's verbs.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::bar::Bar;
+use super::restore::{FileFormat, check_outside};
+use super::work::{WorkArgs, cancel_flag};
+use crate::chain::Catalog;
+use crate::chain::scan::{ScanOptions, scan};
+use crate::error::Result;
+use crate::image::{Cache, open_point};
+use crate::layer::Format;
+use crate::restore::verbs::{self, Line, files, fold::FoldPlan, rebase::RebasePlan};
+use crate::restore::{Options, Plan, Qcow2Options, Target, Work};
+use crate::units::human_bytes;
+
+/// Options that all verbs have.
+#[derive(Debug, Args)]
+pub struct VerbArgs {
+    /// The folder that holds the images of a disk
+    dir: PathBuf,
+    /// The last image to take in, by its file name; the newest if left out
+    #[arg(long, value_name = "FILE")]
+    until: Option<OsString>,
+    /// Only images whose names contain this: for folders that hold several disks
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    filter: OsString,
+    /// Show what would be done and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Do not check the images before they are altered, nor compare the result
+    #[arg(long)]
+    skip_check: bool,
+    #[command(flatten)]
+    work: WorkArgs,
+}
+
+/// Link the images of a chain by backing pointers, so that QEMU opens a point directly
+///
+/// Alters the backup: the headers of the images change, and a link 'image' leads to the last one.
+/// The points stay what they are, and fleecefs, qmprestore and QEMU read them.
+///
+/// A crash leaves some images linked and others not, which changes nothing for restoring. The
+/// header being changed is saved first and put back by the next verb in this folder.
+#[derive(Debug, Args)]
+pub struct RebaseArgs {
+    #[command(flatten)]
+    verb: VerbArgs,
+}
+
+/// Fold increments into their FULL, up to the newest or to --until
+///
+/// Alters the backup: the FULL then holds the state of the last image taken in, and the increments
+/// up to it are removed; those states are gone. Later increments go on from the FULL.
+///
+/// The new FULL is made beside the old one, compared, and put into its place, which takes as much
+/// space as the FULL and the largest increment (less where files are cloned: XFS, btrfs). A crash
+/// before that changes nothing; after it, every point that is to stay is there, and the next verb
+/// in this folder finishes the work. Points that lie on one of the increments keep it from
+/// starting.
+#[derive(Debug, Args)]
+pub struct CommitArgs {
+    #[command(flatten)]
+    verb: VerbArgs,
+}
+
+/// Fold increments into their FULL and keep each state as an internal snapshot of it
+///
+/// As 'commit', but no state is lost: the FULL gets an internal snapshot for itself (FULL-BACKUP)
+/// and for each increment, named by its local time. 'qemu-img snapshot -a' goes back to one.
+#[derive(Debug, Args)]
+pub struct SnapshotRebaseArgs {
+    #[command(flatten)]
+    verb: VerbArgs,
+}
+
+/// Merge a chain into one new image file; the backup stays as it is
+///
+/// The same as 'restore' of the newest point, or of --until, to a file in the FULL's format.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    #[command(flatten)]
+    verb: VerbArgs,
+    /// The file to make
+    target: PathBuf,
+    /// The format of the new file; the FULL's if left out
+    #[arg(long, value_enum)]
+    format: Option<FileFormat>,
+    /// Replace a target that exists
+    #[arg(long)]
+    force: bool,
+}
+
+/// Memory for folded windows.
+const CACHE_BYTES: u64 = 256 << 20;
+
+impl VerbArgs {
+    /// Scans the folder; what a killed run left is finished first if the verb alters anything.
+    fn catalog(&self, alters: bool, work: &Work) -> Result<Catalog> {
+        let (catalog, cache) = scan(&self.dir, &ScanOptions::default(), None)?;
+        if !alters || self.dry_run {
+            return Ok(catalog);
+        }
+        let mut folders: Vec<PathBuf> = Vec::new();
+        for p in catalog.disks.iter().flat_map(|d| &d.points) {
+            let folder = p.source.parent().unwrap_or(Path::new("."));
+            if !folders.iter().any(|f| f == folder) {
+                verbs::recover(&p.source, work)?;
+                folders.push(folder.to_path_buf());
+            }
+        }
+        scan(&self.dir, &ScanOptions::default(), Some(&cache)).map(|(catalog, _)| catalog)
+    }
+
+    fn line<'a>(&self, catalog: &'a Catalog) -> Result<Line<'a>> {
+        verbs::select(catalog, &self.filter, self.until.as_deref())
+    }
+
+    /// Tells that the backup is going to change, or, with --dry-run, prints the steps; whether to
+    /// go on.
+    fn announce(&self, steps: &[String]) -> Result<bool> {
+        if self.dry_run {
+            let text: String = steps.iter().map(|s| format!("{s}\n")).collect();
+            super::print(&text)?;
+            return Ok(false);
+        }
+        log::warn!("{}: this alters the backup itself", self.dir.display());
+        steps.iter().for_each(|s| log::info!("{s}"));
+        Ok(true)
+    }
+}
+
+/// Runs `fleecefs rebase`.
+///
+/// # Errors
+/// See [`RebasePlan`].
+pub fn rebase(args: RebaseArgs) -> Result<()> {
+    let (cancel, bar) = (cancel_flag()?, Bar::default());
+    let work = args.verb.work.work(&cancel, &bar);
+    let catalog = args.verb.catalog(true, &work)?;
+    let plan = RebasePlan::new(&args.verb.line(&catalog)?)?;
+    if !args.verb.announce(&plan.lines())? {
+        return Ok(());
+    }
+    plan.execute(args.verb.skip_check, &work)?;
+    super::print(&format!("{} leads to the point\n", plan.link.display()))
+}
+
+/// Runs `fleecefs commit`.
+///
+/// # Errors
+/// See [`FoldPlan`].
+pub fn commit(args: CommitArgs) -> Result<()> {
+    fold(&args.verb, false)
+}
+
+/// Runs `fleecefs snapshot-rebase`.
+///
+/// # Errors
+/// See [`FoldPlan`].
+pub fn snapshot_rebase(args: SnapshotRebaseArgs) -> Result<()> {
+    fold(&args.verb, true)
+}
+
+fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
+    let (cancel, bar) = (cancel_flag()?, Bar::default());
+    let work = verb.work.work(&cancel, &bar);
+    let catalog = verb.catalog(true, &work)?;
+    let line = verb.line(&catalog)?;
+    let plan = FoldPlan::new(&line, with_snapshots)?;
+    if plan.increments.is_empty() && !with_snapshots {
+        return super::print("there is nothing to fold\n");
+    }
+    if !verb.announce(&plan.lines())? {
+        return Ok(());
+    }
+    plan.execute(&line, verb.skip_check, &work)?;
+    let count = plan.increments.len();
+    super::print(&format!("{} holds {count} increments\n", plan.full.path.display()))
+}
+
+/// Runs `fleecefs merge`.
+///
+/// # Errors
+/// See [`crate::restore::restore`].
+pub fn merge(args: MergeArgs) -> Result<()> {
+    let (cancel, bar) = (cancel_flag()?, Bar::default());
+    let work = args.verb.work.work(&cancel, &bar);
+    let catalog = args.verb.catalog(false, &work)?;
+    let line = args.verb.line(&catalog)?;
+    check_outside(&catalog, &args.target)?;
+    let image = open_point(line.disk, line.last(), &Cache::new(CACHE_BYTES))?;
+    let plan = Plan::new(&image, &work)?;
+    let target = merge_target(&args, &line)?;
+    let name = line.disk.point_path(line.last());
+    if args.verb.dry_run {
+        let data = human_bytes(plan.totals.data);
+        let (name, target) = (name.display(), args.target.display());
+        return super::print(&format!("restore {name} to {target}: {data} of data\n"));
+    }
+    if !args.verb.skip_check {
+        // A point that is no chain of single files has nothing to check this way.
+        let members = line.members().unwrap_or_default();
+        members.iter().try_for_each(|m| files::check(m, &work))?;
+    }
+    super::restore::make_folder(&args.target)?;
+    let options = Options { force: args.force, ..Options::default() };
+    let summary = crate::restore::restore(&image, &plan, &target, &options, &work)?;
+    let (name, target) = (name.display(), args.target.display());
+    super::print(&format!("{name} -> {target}: {}\n", summary.way()))
+}
+
+fn merge_target(args: &MergeArgs, line: &Line) -> Result<Target> {
+    let full = line.disk.stack(line.points[0]);
+    let raw = match args.format {
+        Some(f) => f == FileFormat::Raw,
+        None => full.last().is_none_or(|l| l.format != Format::Qcow2),
+    };
+    if raw {
+        return Ok(Target::Raw(args.target.clone()));
+    }
+    let mut options = Qcow2Options::default();
+    // The FULL's cluster size, as a copy of it would have.
+    if let Some(l) = full.last().filter(|l| l.format == Format::Qcow2) {
+        options.cluster_size = files::probe(l.file.path())?.cluster_size;
+    }
+    Ok(Target::Qcow2(args.target.clone(), options))
+}

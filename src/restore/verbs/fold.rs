@@ -1,0 +1,217 @@
+//! `commit` and `snapshot-rebase`: the FULL takes in all that follows up to one point, which then
+//! go; with snapshots, every state stays inside the FULL as an internal snapshot.
+//!
+//! The new FULL is built beside the old chain, in `.fleecefs/`, out of copies (clones, where the
+//! file system can) that QEMU itself commits. That needs as much space as the FULL and the largest
+//! increment take, less where the copies are clones. When it is checked and on disk, `switch` puts
+//! it into the old one's place; see there for what a crash leaves.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::rebase::{only_qcow2, same_folder};
+use super::switch::{Switch, switch};
+use super::{Line, Member, files, qemu_img, side_folder};
+use crate::chain::Level;
+use crate::chain::name::to_text;
+use crate::error::{Error, Kind, Result};
+use crate::image::{Cache, Image, open_point};
+use crate::layer::{Format, LayerSpec, Part};
+use crate::restore::source::Reader;
+use crate::restore::temp::folder_of;
+use crate::restore::work::Work;
+use crate::restore::{Plan, Temp, readback};
+use crate::storage::SourceFile;
+
+/// What a fold is going to do.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct FoldPlan {
+    /// The FULL.
+    pub full: Member,
+    /// What it takes in, in order; these files go.
+    pub increments: Vec<Member>,
+    /// The new FULL's name while both chains are there: a FULL of the last point's time.
+    pub interim: PathBuf,
+    /// Images that lie on the last one and will lie on the FULL.
+    pub children: Vec<PathBuf>,
+    /// Names of the internal snapshots, the FULL's own first; empty for a plain commit.
+    pub snapshots: Vec<String>,
+}
+
+/// The snapshot of the FULL itself, as qmprestore calls it.
+const FULL_SNAPSHOT: &str = "FULL-BACKUP";
+/// Memory for folded windows while the result is compared.
+const CACHE_BYTES: u64 = 128 << 20;
+
+impl FoldPlan {
+    /// Plans to fold a line into its FULL.
+    ///
+    /// # Errors
+    /// `Unsupported` if images are not of a kind that QEMU can commit, `Usage` if other points
+    /// depend on what would go.
+    pub fn new(line: &Line, with_snapshots: bool) -> Result<Self> {
+        let mut members = line.members()?.into_iter();
+        let Some(full) = members.next() else {
+            return Err(Error::new(Kind::NotFound, "there is no image"));
+        };
+        let increments: Vec<Member> = members.collect();
+        for m in &increments {
+            only_qcow2(m)?;
+            same_folder(&full, m)?;
+        }
+        if with_snapshots && full.format != Format::Qcow2 {
+            return Err(Error::new(Kind::Unsupported, "a raw image has no internal snapshots")
+                .at_path(&full.path));
+        }
+        let children = children(line)?;
+        let interim = interim_path(&full, increments.last());
+        let snapshots =
+            if with_snapshots { snapshot_names(&full, &increments) } else { Vec::new() };
+        Ok(FoldPlan { full, increments, interim, children, snapshots })
+    }
+
+    /// The steps, one a line.
+    pub fn lines(&self) -> Vec<String> {
+        let name = |p: &Path| to_text(p.file_name().unwrap_or_default());
+        let full = name(&self.full.path);
+        let mut lines = vec![format!("copy {full}")];
+        if let Some(s) = self.snapshots.first() {
+            lines.push(format!("take the internal snapshot {s}"));
+        }
+        for (i, m) in self.increments.iter().enumerate() {
+            lines.push(format!("commit a copy of {} into it", name(&m.path)));
+            if let Some(s) = self.snapshots.get(i + 1) {
+                lines.push(format!("take the internal snapshot {s}"));
+            }
+        }
+        lines.push(format!("publish it as {}", name(&self.interim)));
+        lines.extend(self.increments.iter().rev().map(|m| format!("remove {}", name(&m.path))));
+        lines.push(format!("rename {} to {full}", name(&self.interim)));
+        lines
+    }
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// What was met. Before the switch nothing has changed then; during it the next verb finishes.
+    pub fn execute(&self, line: &Line, skip_check: bool, work: &Work) -> Result<()> {
+        let members = || std::iter::once(&self.full).chain(&self.increments);
+        if !skip_check {
+            members().try_for_each(|m| files::check(m, work))?;
+        }
+        let side = side_folder(&self.full.path)?;
+        let temp = Temp::create(&side.join("new-full"), true)?;
+        let total = members().map(|m| std::fs::metadata(&m.path).map_or(0, |m| m.len())).sum();
+        work.progress.begin("commit", total);
+        files::copy(&self.full.path, temp.file(), temp.path(), work)?;
+        self.snapshot(0, temp.path(), work)?;
+        for (i, m) in self.increments.iter().enumerate() {
+            self.commit(m, &temp, &side, work)?;
+            self.snapshot(i + 1, temp.path(), work)?;
+        }
+        files::sync(temp.path())?;
+        if !skip_check {
+            self.compare(line, temp.path(), work)?;
+        }
+        let plan = Switch::new(self, work)?;
+        switch(&plan, Some(temp), work)
+    }
+
+    /// Commits a copy of one increment into the new FULL.
+    fn commit(&self, m: &Member, base: &Temp, side: &Path, work: &Work) -> Result<()> {
+        let copy = Temp::create(&side.join("increment"), true)?;
+        files::copy(&m.path, copy.file(), copy.path(), work)?;
+        let format = files::format_name(self.full.format).unwrap_or("qcow2");
+        let fixed = ["rebase", "-q", "-u", "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
+        let link = [&fixed[..], &[base.path().as_os_str(), copy.path().as_os_str()]].concat();
+        qemu_img::run(&link, &m.path, work)?;
+        let rate = work.rate.as_ref().map_or(0, |r| r.per_second()).to_string();
+        // -d: the copy is thrown away, so it need not be emptied.
+        let fixed = ["commit", "-q", "-d", "-f", "qcow2", "-r", &rate].map(OsStr::new);
+        qemu_img::run(&[&fixed[..], &[copy.path().as_os_str()]].concat(), &m.path, work)?;
+        self.resize(m, base.path(), format, work)
+    }
+
+    /// Commit makes a smaller base grow, but never a larger one shrink.
+    fn resize(&self, m: &Member, base: &Path, format: &str, work: &Work) -> Result<()> {
+        if files::probe(base)?.virtual_size == m.size {
+            return Ok(());
+        }
+        let size = m.size.to_string();
+        let fixed = ["resize", "-q", "--shrink", "-f", format].map(OsStr::new);
+        let args = [&fixed[..], &[base.as_os_str(), OsStr::new(&size)]].concat();
+        qemu_img::run(&args, base, work)
+    }
+
+    fn snapshot(&self, index: usize, base: &Path, work: &Work) -> Result<()> {
+        let Some(name) = self.snapshots.get(index) else { return Ok(()) };
+        // From an earlier run: what it holds is older than the FULL is now.
+        if files::probe(base)?.snapshots.iter().any(|s| s.name == *name) {
+            return Ok(());
+        }
+        let args = ["snapshot", "-q", "-c", name].map(OsStr::new);
+        qemu_img::run(&[&args[..], &[base.as_os_str()]].concat(), base, work)
+    }
+
+    /// Compares the new FULL with the point it is to be.
+    fn compare(&self, line: &Line, new: &Path, work: &Work) -> Result<()> {
+        let cache = Cache::new(CACHE_BYTES);
+        let point = open_point(line.disk, line.last(), &cache)?;
+        let plan = Plan::new(&point, work)?;
+        plan.check_readable(false)?;
+        let file = Arc::new(SourceFile::look(new)?);
+        let size = crate::layer::probe(&*file)?.virtual_size;
+        let format = self.full.format;
+        let spec = LayerSpec { file, format, part: Part::Whole, data_file: None };
+        let result = Image::new(size, &[spec], None, &cache)?;
+        readback::image(&Reader::new(&point, false), &plan, &*result, new, work)
+    }
+}
+
+/// The images that lie on the line's last one. Others must not lie on the line: what they are made
+/// of would go, or change.
+fn children(line: &Line) -> Result<Vec<PathBuf>> {
+    let mut children = Vec::new();
+    for (i, p) in line.disk.points.iter().enumerate() {
+        let Some(parent) = p.parent.filter(|_| !line.points.contains(&i)) else { continue };
+        if p.level == Level::Snapshot || !line.points.contains(&parent) {
+            continue;
+        }
+        if parent != line.last() {
+            let text = format!("{} lies on an image that would be altered", p.name);
+            return Err(Error::new(Kind::Usage, text)
+                .at_path(&p.source)
+                .remedy("restore it first and remove it, or use 'fleecefs consolidate'"));
+        }
+        children.push(p.source.clone());
+    }
+    Ok(children)
+}
+
+/// The FULL under the last increment's time.
+fn interim_path(full: &Member, last: Option<&Member>) -> PathBuf {
+    let Some(last) = last else { return full.path.clone() };
+    let name = last.path.file_name().unwrap_or_default().as_bytes();
+    let rest = name.iter().position(|b| *b == b'-').map_or(&b"-new"[..], |i| &name[i..]);
+    let name = [b"FULL", rest].concat();
+    folder_of(&full.path).join(OsStr::from_bytes(&name))
+}
+
+/// The FULL's name, then each increment's local time, as qmprestore names them.
+fn snapshot_names(full: &Member, increments: &[Member]) -> Vec<String> {
+    let zone = jiff::tz::TimeZone::system();
+    let name = |m: &Member| match jiff::Timestamp::from_second(m.time) {
+        Ok(t) => t.to_zoned(zone.clone()).strftime("%Y-%m-%d-%H:%M:%S").to_string(),
+        Err(_) => m.time.to_string(),
+    };
+    let taken = files::probe(&full.path).map(|i| i.snapshots).unwrap_or_default();
+    let first = if taken.iter().any(|s| s.name == FULL_SNAPSHOT) {
+        // Folded before: the FULL's state has the snapshot of that time already.
+        taken.last().map_or(FULL_SNAPSHOT.to_string(), |s| s.name.clone())
+    } else {
+        FULL_SNAPSHOT.to_string()
+    };
+    std::iter::once(first).chain(increments.iter().map(name)).collect()
+}

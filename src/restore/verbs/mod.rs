@@ -1,0 +1,141 @@
+//! qmprestore's verbs, which alter the backup in place: [`rebase`], [`fold`] (`commit` and
+//! `snapshot-rebase`). (`merge` restores into a file and alters nothing.)
+//!
+//! Crash safety: no step ever takes away bytes that a point which is to stay still needs. What is
+//! rewritten is made under another name and renamed; a header that is changed in place is saved
+//! first; what a crash may leave is written down before (`.fleecefs/fold.json`,
+//! `.fleecefs/<file>.header`), and the next verb in the same folder finishes it ([`recover`]).
+
+pub mod files;
+pub mod fold;
+pub mod qemu_img;
+pub mod rebase;
+mod switch;
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::chain::{Catalog, Disk, Level, manifest, name};
+use crate::error::{Error, Kind, Result};
+use crate::layer::Format;
+
+pub use switch::recover;
+
+/// The points from a chain's FULL to one point, in order.
+#[derive(Debug, Clone)]
+pub struct Line<'a> {
+    /// The disk.
+    pub disk: &'a Disk,
+    /// Indices into its points: the FULL first.
+    pub points: Vec<usize>,
+}
+
+/// One file of a line.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Member {
+    /// The file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// Size in bytes of its virtual disk.
+    pub size: u64,
+    /// Seconds since the epoch.
+    pub time: i64,
+    /// The level its name says.
+    pub level: Level,
+}
+
+impl Line<'_> {
+    /// The files, the FULL first.
+    ///
+    /// # Errors
+    /// `Unsupported` for points that are not one file each (internal snapshots, foreign formats).
+    pub fn members(&self) -> Result<Vec<Member>> {
+        let member = |i: &usize| {
+            let p = &self.disk.points[*i];
+            let [layer] = p.layers.as_slice() else {
+                let text = format!("{} is not one image file", p.name);
+                return Err(Error::new(Kind::Unsupported, text).at_path(&p.source));
+            };
+            let (path, format) = (layer.file.path().to_path_buf(), layer.format);
+            Ok(Member { path, format, size: p.size, time: p.time, level: p.level })
+        };
+        self.points.iter().map(member).collect()
+    }
+
+    /// The last point.
+    pub fn last(&self) -> usize {
+        self.points.last().copied().unwrap_or(0)
+    }
+}
+
+/// Finds what a verb is about: the disk whose file names contain `filter`, and the points up to
+/// `until` (a file name) or to the newest one.
+///
+/// # Errors
+/// `Usage` if several disks fit, `NotFound` if none does or there is no such point, `Incomplete`
+/// and the like if the point cannot be served.
+pub fn select<'a>(catalog: &'a Catalog, filter: &OsStr, until: Option<&OsStr>) -> Result<Line<'a>> {
+    let fits = |d: &&Disk| d.points.iter().any(|p| contains(&p.source, filter));
+    let disks: Vec<&Disk> = catalog.disks.iter().filter(fits).collect();
+    let disk = match disks.as_slice() {
+        [one] => *one,
+        [] => {
+            let text = format!("no image in {} fits", catalog.root.display());
+            return Err(Error::new(Kind::NotFound, text));
+        }
+        many => {
+            let names: Vec<String> = many.iter().map(|d| d.path.display().to_string()).collect();
+            return Err(Error::new(Kind::Usage, "there are several disks here")
+                .at_path(&catalog.root)
+                .remedy(format!("name the folder of one, or use --filter: {}", names.join(", "))));
+        }
+    };
+    let last = last_point(disk, until)?;
+    if let Some(f) = disk.points[last].unavailable.as_ref() {
+        let text = format!("{} cannot be used: {}", disk.points[last].name, f.message);
+        return Err(Error::new(f.kind, text).at_path(&f.path));
+    }
+    let mut points = vec![last];
+    while let Some(parent) = disk.points[points[points.len() - 1]].parent {
+        points.push(parent);
+    }
+    points.reverse();
+    Ok(Line { disk, points })
+}
+
+fn contains(path: &Path, filter: &OsStr) -> bool {
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let filter = filter.as_bytes();
+    filter.is_empty() || name.windows(filter.len()).any(|w| w == filter)
+}
+
+fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
+    let Some(until) = until else {
+        // The newest, even if it cannot be served: to leave it out silently would be wrong.
+        let newest = disk.points.iter().rposition(|p| p.level != Level::Snapshot);
+        return newest.ok_or_else(|| Error::new(Kind::NotFound, "the disk has no points"));
+    };
+    // Also as a path, as qmprestore's users complete it.
+    let wanted = Path::new(until).file_name().unwrap_or(until);
+    let named = |p: &crate::chain::Point| p.source.file_name() == Some(wanted);
+    disk.points.iter().position(|p| named(p) && p.level != Level::Snapshot).ok_or_else(|| {
+        let text = format!("no point '{}' of disk {}", name::to_text(until), disk.path.display());
+        Error::new(Kind::NotFound, text).remedy("'fleecefs list' shows the points")
+    })
+}
+
+/// The folder for what lies beside the images; made if it is not there.
+///
+/// # Errors
+/// What the operating system said.
+pub fn side_folder(image: &Path) -> Result<PathBuf> {
+    let folder = super::temp::folder_of(image).join(manifest::FOLDER);
+    match std::fs::create_dir(&folder) {
+        Ok(()) => super::temp::sync_folder(&folder)?,
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(super::target_error(e, "cannot make the folder", &folder)),
+    }
+    Ok(folder)
+}

@@ -1,0 +1,119 @@
+//! `rebase`: every image of a line names the one before it as its backing file, and the link
+//! `image` leads to the last, so that QEMU opens the point directly.
+//!
+//! Only headers change, one after the other, each saved before. A crash leaves some images linked
+//! and others not, which restores as well as before; the next run goes on.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use super::{Line, Member, files};
+use crate::chain::name::to_text;
+use crate::error::{Error, Kind, Result};
+use crate::layer::Format;
+use crate::restore::target_error;
+use crate::restore::temp::{folder_of, sync_folder};
+use crate::restore::work::Work;
+
+/// What a rebase is going to do.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct RebasePlan {
+    /// The files, the FULL first.
+    pub members: Vec<Member>,
+    /// The link that leads to the last one.
+    pub link: PathBuf,
+}
+
+/// The link's name, which qmprestore gives it too.
+const LINK: &str = "image";
+
+impl RebasePlan {
+    /// Plans the rebase of a line.
+    ///
+    /// # Errors
+    /// `Unsupported` if an image is raw, or the images are not in one folder; `Exists` if there is
+    /// something called `image` that is no link.
+    pub fn new(line: &Line) -> Result<Self> {
+        let members = line.members()?;
+        let Some(full) = members.first() else {
+            return Err(Error::new(Kind::NotFound, "there is no image"));
+        };
+        for m in &members[1..] {
+            only_qcow2(m)?;
+            same_folder(full, m)?;
+        }
+        let link = folder_of(&full.path).join(LINK);
+        if std::fs::symlink_metadata(&link).is_ok_and(|m| !m.is_symlink()) {
+            return Err(Error::new(Kind::Exists, "is in the way: it is no link").at_path(&link));
+        }
+        Ok(RebasePlan { members, link })
+    }
+
+    /// The steps, one a line.
+    pub fn lines(&self) -> Vec<String> {
+        let name = |m: &Member| to_text(m.path.file_name().unwrap_or_default());
+        let pairs = self.members.windows(2);
+        let mut lines: Vec<String> =
+            pairs.map(|p| format!("link {} to {}", name(&p[1]), name(&p[0]))).collect();
+        if let Some(last) = self.members.last() {
+            lines.push(format!("point {} to {}", self.link.display(), name(last)));
+        }
+        lines
+    }
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// What was met; the point restores as before.
+    pub fn execute(&self, skip_check: bool, work: &Work) -> Result<()> {
+        if !skip_check {
+            self.members.iter().try_for_each(|m| files::check(m, work))?;
+        }
+        for pair in self.members.windows(2) {
+            work.check()?;
+            let base = Some((pair[0].path.as_path(), pair[0].format));
+            files::set_backing(&pair[1].path, base, work)?;
+        }
+        match self.members.last() {
+            Some(last) => set_link(&self.link, &last.path),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Fails for an image that can have no backing file.
+///
+/// # Errors
+/// `Unsupported`.
+pub fn only_qcow2(m: &Member) -> Result<()> {
+    if m.format == Format::Qcow2 {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Unsupported, "a raw image has no backing file")
+        .at_path(&m.path)
+        .remedy("use 'fleecefs restore' or 'fleecefs merge', which alter nothing"))
+}
+
+/// Fails unless both are in one folder.
+///
+/// # Errors
+/// `Unsupported`.
+pub fn same_folder(a: &Member, b: &Member) -> Result<()> {
+    if folder_of(&a.path) == folder_of(&b.path) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Unsupported, "the images are not in one folder").at_path(&b.path))
+}
+
+fn set_link(link: &Path, target: &Path) -> Result<()> {
+    let pointer = target.file_name().unwrap_or_default();
+    let mut temporary = OsString::from(".");
+    temporary.push(LINK);
+    temporary.push(".tmp");
+    let temporary = link.with_file_name(temporary);
+    let _ = std::fs::remove_file(&temporary);
+    std::os::unix::fs::symlink(pointer, &temporary)
+        .and_then(|()| std::fs::rename(&temporary, link))
+        .map_err(|e| target_error(e, "cannot set the link", link))?;
+    sync_folder(link)
+}

@@ -1,0 +1,360 @@
+//! qmprestore's verbs: the same states as QEMU's own tools make of the chain, and no state lost,
+//! whenever the work is cut off.
+
+mod qemu;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use fleecefs::chain::Level;
+use fleecefs::chain::manifest::{self, Contents, ImageFormat, Manifest};
+use qemu::{Chain, Oracle, Rng, first_difference, have, run};
+
+const MIB: u64 = 1 << 20;
+const TOOLS: [&str; 2] = ["qemu-img", "qemu-io"];
+
+fn fleecefs(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).output().unwrap()
+}
+
+fn ok(args: &[&str]) -> Output {
+    let out = fleecefs(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    out
+}
+
+fn s(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn name(file: &Path) -> &str {
+    file.file_name().unwrap().to_str().unwrap()
+}
+
+/// Four points whose sizes may differ, with every kind of cluster, and their bytes.
+fn chain(dir: &Path, disk: &str, sizes: &[u64]) -> (Chain, Vec<Vec<u8>>) {
+    let mut rng = Rng(disk.bytes().map(u64::from).sum());
+    let mut chain = Chain::new(dir, disk);
+    for i in 0..4 {
+        let size = sizes[i.min(sizes.len() - 1)];
+        let mut ops = vec![format!("write -c -P 8 {} 64k", i << 20)];
+        for k in 0..8 {
+            let (at, len) = rng.range(size, 512);
+            ops.push(match k % 4 {
+                3 => format!("write -z {at} {len}"),
+                _ => format!("write -P {} {at} {len}", 1 + rng.below(255)),
+            });
+        }
+        chain.point("", size, &ops);
+    }
+    // By name, not by time: what qmprestore goes by.
+    for (i, file) in chain.files.iter().enumerate() {
+        run("touch", &["-d", &format!("@{}", 1_800_000_000 - i), s(file)]);
+    }
+    let oracle = Oracle::new(&chain.files);
+    let bytes = (0..4).map(|i| oracle.bytes(i)).collect();
+    (chain, bytes)
+}
+
+/// Gives every point a manifest with its hash.
+fn add_manifests(chain: &Chain, sizes: &[u64]) {
+    for (i, file) in chain.files.iter().enumerate() {
+        let bytes = std::fs::read(file).unwrap();
+        let text = serde_json::json!({
+            "format_version": manifest::FORMAT_VERSION, "run": format!("run{i}"),
+            "image": name(file), "level": if i == 0 { "full" } else { "inc" },
+            "time": 1_700_003_600 + 3600 * i, "format": "qcow2",
+            "parent": (i > 0).then(|| name(&chain.files[i - 1])),
+            "content": if i == 0 { "full" } else { "dirty-only" },
+            "virtual_size": sizes[i.min(sizes.len() - 1)], "file_size": bytes.len(),
+            "blake3": blake3::hash(&bytes).to_hex().to_string(),
+        });
+        let m: Manifest = manifest::parse(text.to_string().as_bytes()).unwrap();
+        assert_eq!((m.level == Level::Full, m.content == Contents::Full), (i == 0, i == 0));
+        assert_eq!(m.format, ImageFormat::Qcow2);
+        manifest::write(&chain.dir, &m).unwrap();
+    }
+}
+
+/// What fleecefs makes of a point.
+fn restored(dir: &Path, point: &str) -> Vec<u8> {
+    ok(&["restore", s(dir), point, "-"]).stdout
+}
+
+fn assert_same(what: &str, got: &[u8], want: &[u8]) {
+    assert_eq!(first_difference(got, want), None, "{what}");
+}
+
+fn files(dir: &Path) -> Vec<String> {
+    let plain = |e: &std::fs::DirEntry| e.file_type().unwrap().is_file();
+    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap()).filter(plain);
+    let mut names: Vec<String> = entries.map(|e| e.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Every manifest fits its image, and no image is without.
+fn manifests_fit(dir: &Path) {
+    for name in files(dir) {
+        let m = manifest::read(dir, name.as_ref()).unwrap().expect(&name);
+        let bytes = std::fs::read(dir.join(&name)).unwrap();
+        assert_eq!(m.file_size, bytes.len() as u64, "{name}");
+        assert_eq!(m.blake3, Some(blake3::hash(&bytes).to_hex().to_string()), "{name}");
+        if let Some(parent) = m.parent {
+            assert!(dir.join(&parent).exists(), "{name} lies on {parent}");
+        }
+    }
+}
+
+#[test]
+fn rebase_links_to_the_point_asked_for() {
+    if !have("rebase_links_to_the_point_asked_for", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, bytes) = chain(dir.path(), "sda", &[8 * MIB]);
+    add_manifests(&chain, &[8 * MIB]);
+    let times: Vec<i64> =
+        chain.files.iter().map(|f| std::fs::metadata(f).unwrap().mtime()).collect();
+    ok(&["rebase", s(&chain.dir), "--until", name(&chain.files[2])]);
+    let image = chain.dir.join("image");
+    assert_eq!(std::fs::read_link(&image).unwrap(), Path::new(name(&chain.files[2])));
+    ok(&["rebase", s(&chain.dir)]);
+    assert_eq!(std::fs::read_link(&image).unwrap(), Path::new(name(&chain.files[3])));
+    manifests_fit(&chain.dir);
+    // Also where the folder has another name.
+    let moved = dir.path().join("moved");
+    std::fs::rename(&chain.dir, &moved).unwrap();
+    let raw = dir.path().join("raw");
+    run("qemu-img", &["convert", "-O", "raw", s(&moved.join("image")), s(&raw)]);
+    assert_same("through the link", &std::fs::read(&raw).unwrap(), &bytes[3]);
+    std::fs::remove_file(&raw).unwrap();
+    for (i, file) in chain.files.iter().enumerate() {
+        assert_same(name(file), &restored(&moved, name(file)), &bytes[i]);
+        let time = std::fs::metadata(moved.join(name(file))).unwrap().mtime();
+        assert_eq!(time, times[i], "{}", name(file));
+    }
+}
+
+#[test]
+fn commit_keeps_what_is_later_and_the_size() {
+    if !have("commit_keeps_what_is_later_and_the_size", &TOOLS) {
+        return;
+    }
+    for (disk, sizes, with_manifests, rebased) in [
+        ("plain", vec![8 * MIB], false, false),
+        ("shrink", vec![8 * MIB, 5 * MIB, 5 * MIB + 512], true, false),
+        ("grow", vec![4 * MIB, 6 * MIB + 512], true, true),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (chain, bytes) = chain(dir.path(), disk, &sizes);
+        if with_manifests {
+            add_manifests(&chain, &sizes);
+        }
+        if rebased {
+            ok(&["rebase", s(&chain.dir)]);
+        }
+        let before = files(&chain.dir);
+        ok(&["commit", "--dry-run", s(&chain.dir), "--until", name(&chain.files[2])]);
+        assert_eq!(files(&chain.dir), before);
+        ok(&["commit", s(&chain.dir), "--until", name(&chain.files[2])]);
+        let full = name(&chain.files[0]);
+        assert_eq!(files(&chain.dir), [full, name(&chain.files[3])]);
+        assert_same(disk, &restored(&chain.dir, full), &bytes[2]);
+        assert_same(disk, &restored(&chain.dir, name(&chain.files[3])), &bytes[3]);
+        let left = std::fs::read_dir(chain.dir.join(".fleecefs")).unwrap().count();
+        assert_eq!(left, if with_manifests { 2 } else { 0 });
+        if with_manifests {
+            manifests_fit(&chain.dir);
+        }
+        ok(&["commit", s(&chain.dir)]);
+        assert_eq!(files(&chain.dir), [full]);
+        assert_same(disk, &restored(&chain.dir, full), &bytes[3]);
+        run("qemu-img", &["check", "-q", s(&chain.files[0])]);
+    }
+}
+
+#[test]
+fn snapshot_rebase_keeps_every_state_inside() {
+    if !have("snapshot_rebase_keeps_every_state_inside", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let sizes = [8 * MIB, 5 * MIB, 8 * MIB];
+    let (chain, bytes) = chain(dir.path(), "sda", &sizes);
+    add_manifests(&chain, &sizes);
+    ok(&["snapshot-rebase", s(&chain.dir), "--until", name(&chain.files[1])]);
+    ok(&["snapshot-rebase", s(&chain.dir)]);
+    assert_eq!(files(&chain.dir), [name(&chain.files[0])]);
+    manifests_fit(&chain.dir);
+    let info = run("qemu-img", &["info", "--output=json", s(&chain.files[0])]);
+    let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+    let snapshots = info["snapshots"].as_array().unwrap();
+    let names: Vec<&str> = snapshots.iter().map(|s| s["name"].as_str().unwrap()).collect();
+    assert_eq!((names.len(), names[0]), (4, "FULL-BACKUP"));
+    run("qemu-img", &["check", "-q", s(&chain.files[0])]);
+    for (i, state) in names.iter().enumerate() {
+        let point = format!("{}@{state}", name(&chain.files[0]));
+        assert_same(state, &restored(&chain.dir, &point), &bytes[i]);
+    }
+    assert_same("the FULL", &restored(&chain.dir, name(&chain.files[0])), &bytes[3]);
+}
+
+#[test]
+fn merge_alters_nothing_and_picks_by_filter() {
+    if !have("merge_alters_nothing_and_picks_by_filter", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (a, bytes) = chain(dir.path(), "a", &[8 * MIB, 6 * MIB]);
+    let (b, _) = chain(dir.path(), "b", &[4 * MIB]);
+    for f in &b.files {
+        std::fs::rename(f, a.dir.join(name(f))).unwrap();
+    }
+    std::fs::remove_dir(&b.dir).unwrap();
+    let to = tempfile::tempdir().unwrap();
+    let target = to.path().join("new/merged.qcow2");
+    let out = fleecefs(&["merge", s(&a.dir), s(&target)]);
+    assert_eq!(out.status.code(), Some(2), "two disks");
+    let before = files(&a.dir);
+    for i in [3, 1] {
+        let until = name(&a.files[i]);
+        let args = ["merge", s(&a.dir), s(&target), "--filter", "-a.", "--until", until, "--force"];
+        ok(&args);
+        run("qemu-img", &["check", "-q", "-f", "qcow2", s(&target)]);
+        let raw = to.path().join("raw");
+        run("qemu-img", &["convert", "-O", "raw", s(&target), s(&raw)]);
+        assert_same(until, &std::fs::read(&raw).unwrap(), &bytes[i]);
+    }
+    assert_eq!(files(&a.dir), before);
+}
+
+#[test]
+fn what_is_unsound_or_needed_is_not_touched() {
+    if !have("what_is_unsound_or_needed_is_not_touched", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, _) = chain(dir.path(), "sda", &[8 * MIB]);
+    add_manifests(&chain, &[8 * MIB]);
+    let mut bytes = std::fs::read(&chain.files[1]).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&chain.files[1], &bytes).unwrap();
+    for verb in ["commit", "rebase", "snapshot-rebase"] {
+        let out = fleecefs(&[verb, s(&chain.dir)]);
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(18), "{verb}: {text}");
+        assert!(text.contains(name(&chain.files[1])), "{text}");
+        assert_eq!(files(&chain.dir).len(), 4);
+    }
+    // A DIFF lies on the FULL: to fold an INC into that would change the DIFF's state.
+    let diff = chain.dir.join("DIFF-1700004000-sda.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", s(&diff), "8M"]);
+    let out = fleecefs(&["commit", "--skip-check", s(&chain.dir)]);
+    assert_eq!(out.status.code(), Some(2), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(files(&chain.dir).len(), 5);
+}
+
+/// A fresh copy of a chain's folder.
+fn copy_of(folder: &Path, to: &Path) -> PathBuf {
+    let copy = to.join("sda");
+    let _ = std::fs::remove_dir_all(&copy);
+    run("cp", &["-a", s(folder), s(&copy)]);
+    copy
+}
+
+/// After a crash: every point that is there is right, and none that should be there is missing.
+fn nothing_is_lost(folder: &Path, chain: &Chain, bytes: &[Vec<u8>], until: usize, what: &str) {
+    let names = files(folder);
+    let (full, last) = (name(&chain.files[0]), name(&chain.files[until]));
+    let interim = last.replacen("INC", "FULL", 1);
+    for file in &names {
+        let got = restored(folder, file);
+        let want: Vec<usize> = match chain.files.iter().position(|f| name(f) == file) {
+            // The FULL may have its old state or the new one.
+            Some(0) => vec![0, until],
+            Some(i) => vec![i],
+            None => {
+                assert_eq!(*file, interim, "{what}");
+                vec![until]
+            }
+        };
+        let right = want.iter().any(|&i| first_difference(&got, &bytes[i]).is_none());
+        assert!(right, "{what}: {file} is wrong; there are {names:?}");
+    }
+    for later in &chain.files[until + 1..] {
+        assert!(names.iter().any(|n| n == name(later)), "{what}: {} is lost", name(later));
+    }
+    let full_is_new = || first_difference(&restored(folder, full), &bytes[until]).is_none();
+    let kept = names.iter().any(|n| n == last) || names.contains(&interim) || full_is_new();
+    assert!(kept, "{what}: the state of {last} is lost; there are {names:?}");
+}
+
+#[test]
+fn a_kill_at_any_moment_loses_nothing() {
+    if !have("a_kill_at_any_moment_loses_nothing", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, bytes) = chain(dir.path(), "sda", &[8 * MIB, 6 * MIB, 8 * MIB]);
+    add_manifests(&chain, &[8 * MIB, 6 * MIB, 8 * MIB]);
+    ok(&["rebase", s(&chain.dir)]);
+    let work = tempfile::tempdir().unwrap();
+    let mut rng = Rng(77);
+    let mut cut = 0;
+    // More on demand: each round copies the folder and waits for the disk many times.
+    let rounds = std::env::var("FLEECEFS_KILLS").map_or(8, |n| n.parse().unwrap());
+    for round in 0..rounds {
+        let folder = copy_of(&chain.dir, work.path());
+        let verb = ["commit", "snapshot-rebase"][round % 2];
+        let args = [verb, s(&folder), "--until", name(&chain.files[2])];
+        let mut child = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(rng.below(900)));
+        cut += u32::from(child.try_wait().unwrap().is_none());
+        let _ = child.kill();
+        child.wait().unwrap();
+        let what = format!("round {round}, {verb}");
+        nothing_is_lost(&folder, &chain, &bytes, 2, &what);
+        // The next run finishes it, or does it all.
+        let out = fleecefs(&args);
+        let done = out.status.success() || out.status.code() == Some(3);
+        assert!(done, "{what}: {}", String::from_utf8_lossy(&out.stderr));
+        assert_eq!(files(&folder), [name(&chain.files[0]), name(&chain.files[3])], "{what}");
+        nothing_is_lost(&folder, &chain, &bytes, 2, &what);
+        manifests_fit(&folder);
+    }
+    assert!(cut > 0, "never cut off");
+}
+
+#[test]
+fn a_full_disk_loses_nothing() {
+    let test = "a_full_disk_loses_nothing";
+    // SAFETY: geteuid has no preconditions.
+    let root = unsafe { libc::geteuid() } == 0;
+    if !have(test, &TOOLS) || !root {
+        assert!(root || std::env::var_os("CI").is_none(), "{test} needs root");
+        println!("skipped: {test} needs root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, bytes) = chain(dir.path(), "sda", &[8 * MIB]);
+    add_manifests(&chain, &[8 * MIB]);
+    let used: u64 = chain.files.iter().map(|f| std::fs::metadata(f).unwrap().blocks() * 512).sum();
+    for percent in [1, 10, 30, 50, 80] {
+        let small = tempfile::tempdir().unwrap();
+        let size = format!("size={}", used + (256 << 10) + used * percent / 100);
+        run("mount", &["-t", "tmpfs", "-o", &size, "none", s(small.path())]);
+        let check = std::panic::catch_unwind(|| {
+            let folder = copy_of(&chain.dir, small.path());
+            let out = fleecefs(&["commit", s(&folder), "--until", name(&chain.files[2])]);
+            let code = out.status.code();
+            assert!(matches!(code, Some(0 | 7)), "{}", String::from_utf8_lossy(&out.stderr));
+            nothing_is_lost(&folder, &chain, &bytes, 2, &format!("{percent} %"));
+        });
+        run("umount", &[s(small.path())]);
+        check.unwrap();
+    }
+}
