@@ -2,7 +2,7 @@
 //!
 //! The new image is made in `.fleecefs/` under a temporary name, compared with the point, synced;
 //! then the journal is written, and from there on every step can be repeated (see
-//! [`super::execute::replace`]). Before the journal a crash leaves the old chain and a temporary
+//! `execute::replace`). Before the journal a crash leaves the old chain and a temporary
 //! file, which the next run removes; after it both chains, until the old one goes, newest first.
 //! A mount that is open keeps the old files, which are unlinked and never modified.
 //!

@@ -130,6 +130,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         qemu_version: String::new(),
         duration_ms: 0,
         blake3: None,
+        fingerprint: None,
         vm: serde_json::Value::Null,
         config_files: Vec::new(),
         skipped: Vec::new(),
