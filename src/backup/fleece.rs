@@ -84,7 +84,7 @@ pub fn add_image(
         return Err(Error::from(refusal).at_path(path));
     }
     log::info!("QEMU may not open {name} ({}); passing it descriptors", refusal.desc);
-    let set = pass_file(client, path)?;
+    let set = pass_file(client, path, node)?;
     add(client, &format!("/dev/fdset/{set}"))?.map_err(|r| Error::from(r).at_path(path))?;
     Ok(())
 }
@@ -96,7 +96,8 @@ fn merge(into: &mut Value, more: &Value) {
 }
 
 /// Hands over a file, read-write and read-only: QEMU takes whichever an open asks for.
-fn pass_file(client: &mut Client, path: &Path) -> Result<u64> {
+/// The sets carry the node's name, so that the teardown finds them.
+fn pass_file(client: &mut Client, path: &Path, node: &str) -> Result<u64> {
     let open = |write: bool| {
         std::fs::OpenOptions::new()
             .read(true)
@@ -105,8 +106,8 @@ fn pass_file(client: &mut Client, path: &Path) -> Result<u64> {
             .map_err(|e| Error::io(e, "cannot open the image").at_path(path))
     };
     let (both, read) = (open(true)?, open(false)?);
-    let first = add_fd(client, both.as_fd(), json!({"opaque": "rdwr:fleecefs"}))?;
-    add_fd(client, read.as_fd(), json!({"opaque": "rdonly:fleecefs", "fdset-id": first}))?;
+    let first = add_fd(client, both.as_fd(), json!({"opaque": node}))?;
+    add_fd(client, read.as_fd(), json!({"opaque": node, "fdset-id": first}))?;
     Ok(first)
 }
 

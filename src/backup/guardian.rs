@@ -31,7 +31,7 @@ pub struct Orders {
     /// After how many milliseconds it acts even if the parent lives; 0 for never.
     pub deadline_ms: u64,
     /// The parent.
-    pub parent: i32,
+    pub parent: u32,
 }
 
 /// The parent's side.
@@ -55,6 +55,7 @@ impl Guardian {
             .stdout(Stdio::piped())
             // The matrix's steps are the parent's.
             .env_remove("FLEECEFS_CRASH_AT")
+            .env_remove("FLEECEFS_HANG_AT")
             .env_remove("FLEECEFS_STEPS")
             .spawn()
             .map_err(failed)?;
@@ -209,7 +210,7 @@ fn watch(orders: &Orders, told: &Receiver<Word>) -> Verdict {
 
 fn open_parent(orders: &Orders) -> Result<OwnedFd> {
     // SAFETY: getppid has no preconditions.
-    if unsafe { libc::getppid() } != orders.parent {
+    if u32::try_from(unsafe { libc::getppid() }) != Ok(orders.parent) {
         return Err(Error::new(Kind::Usage, "this command is for fleecefs itself"));
     }
     // SAFETY: pidfd_open takes a pid and flags; the result is checked.

@@ -12,6 +12,7 @@
 
 pub mod bitmap;
 pub mod control;
+pub mod disk;
 pub mod fleece;
 pub mod guardian;
 pub mod history;
@@ -25,12 +26,14 @@ pub mod nbdserver;
 pub mod plan;
 pub mod publish;
 pub mod recover;
+pub mod report;
 pub mod run;
 pub mod seen;
 pub mod space;
 pub mod teardown;
 pub mod tool;
 pub mod vm;
+pub mod work;
 pub mod zeros;
 
 use std::path::PathBuf;
@@ -198,4 +201,10 @@ impl Watch for Quiet {
     fn warn(&self, line: &str) {
         log::warn!("{line}");
     }
+}
+
+/// Seconds since the epoch.
+pub fn now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX))
 }

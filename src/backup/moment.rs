@@ -119,7 +119,7 @@ fn orders(options: &Options) -> Orders {
         qmp: options.qmp.canonical(),
         agent: options.agent.as_ref().map(|a| a.canonical()),
         deadline_ms: if whole { 0 } else { millis(options.moment.deadline).max(1) },
-        parent: std::process::id().cast_signed(),
+        parent: std::process::id(),
     }
 }
 

@@ -12,7 +12,7 @@ use super::names::{Role, parse_object};
 use super::seen::{Answers, Insertion};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
-use crate::qmp::types::{Export, Job};
+use crate::qmp::types::{Export, FdSet, Job};
 
 /// How long a cancelled job or a closed export may take to go.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -90,7 +90,23 @@ pub fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     }
     delete(client, &answers, scope, Role::Fleece)?;
     delete(client, &answers, scope, Role::Scratch)?;
+    drop_descriptors(client, scope)?;
     Ok(torn)
+}
+
+/// Takes back the descriptors that were handed over for these nodes.
+fn drop_descriptors(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+    if !client.takes_descriptors() {
+        return Ok(());
+    }
+    let sets: Vec<FdSet> = client.query("query-fdsets", json!({}))?;
+    for s in sets {
+        let names = s.fds.iter().filter_map(|f| f.opaque.as_deref());
+        if names.filter_map(|n| scope.role(n)).next().is_some() {
+            client.execute("remove-fd", json!({"fdset-id": s.fdset_id}))?;
+        }
+    }
+    Ok(())
 }
 
 fn note_files(answers: &Answers, scope: Scope<'_>, torn: &mut Torn) {

@@ -123,6 +123,6 @@ mod tests {
     fn intersections() {
         let got = intersect(&[0..10, 20..30, 40..50], &[5..25, 29..41, 60..70]);
         assert_eq!(got, vec![5..10, 20..25, 29..30, 40..41]);
-        assert!(intersect(&[], &[0..5]).is_empty());
+        assert!(intersect(&[], &got).is_empty());
     }
 }

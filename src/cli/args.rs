@@ -23,7 +23,7 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    Backup(super::backup::BackupArgs),
+    Backup(Box<super::backup::BackupArgs>),
     Info(super::info::InfoArgs),
     Cleanup(super::info::CleanupArgs),
     Recover(super::recover::RecoverArgs),

@@ -11,7 +11,8 @@ use serde_json::json;
 use super::console::{Console, Style};
 use super::usage;
 use crate::backup::plan::Printed;
-use crate::backup::run::{Report, backup};
+use crate::backup::report::Report;
+use crate::backup::run::backup;
 use crate::backup::{
     Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
 };
@@ -369,7 +370,7 @@ pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
 ///
 /// # Errors
 /// As the exit codes say: 16 if some disks have a point and others not, 17 with `--strict`.
-pub fn run(args: BackupArgs) -> Result<()> {
+pub fn run(args: &BackupArgs) -> Result<()> {
     let options = args.options()?;
     let console = args.show.console()?;
     let result = backup(&options, &console, interrupt_flag()?);

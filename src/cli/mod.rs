@@ -54,7 +54,7 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
-        Command::Backup(a) => backup::run(a),
+        Command::Backup(a) => backup::run(&a),
         Command::Info(a) => info::run(a),
         Command::Cleanup(a) => info::cleanup(a),
         Command::Recover(a) => recover::run(a),

@@ -3,7 +3,8 @@
 //! With `FLEECEFS_CRASH_AT=N` in the environment the process sends itself SIGKILL when step N is
 //! reached, and with `FLEECEFS_STEPS=FILE` it appends a line per step to that file. A step is a
 //! command about to be sent, its answer, an awaited event, or a change on disk. The crash matrix
-//! (tests/crash.rs) walks through all of them. Without the variables this costs an atomic add.
+//! (tests/crash.rs) walks through all of them. `FLEECEFS_HANG_AT=NAME` stops the process (SIGSTOP)
+//! at the first step of that name. Without the variables this costs an atomic add.
 
 use std::io::Write;
 use std::sync::OnceLock;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 struct Hook {
     crash_at: Option<u64>,
+    hang_at: Option<String>,
     trace: Option<std::ffi::OsString>,
 }
 
@@ -20,6 +22,7 @@ static HOOK: OnceLock<Hook> = OnceLock::new();
 fn hook() -> &'static Hook {
     HOOK.get_or_init(|| Hook {
         crash_at: std::env::var("FLEECEFS_CRASH_AT").ok().and_then(|v| v.parse().ok()),
+        hang_at: std::env::var("FLEECEFS_HANG_AT").ok(),
         trace: std::env::var_os("FLEECEFS_STEPS"),
     })
 }
@@ -34,6 +37,10 @@ pub fn step(label: &str) {
     if hook.crash_at == Some(n) {
         // SAFETY: kill and getpid have no preconditions.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    }
+    if hook.hang_at.as_deref() == Some(label) {
+        // SAFETY: as above.
+        unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
     }
 }
 

@@ -196,6 +196,24 @@ pub struct Export {
     pub kind: String,
 }
 
+/// `FdsetInfo`: descriptors that were handed over.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct FdSet {
+    /// Its number.
+    pub fdset_id: u64,
+    /// The descriptors.
+    pub fds: Vec<PassedFd>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct PassedFd {
+    /// What was said about it.
+    pub opaque: Option<String>,
+}
+
 /// `x-debug-query-block-graph`: who is attached to whom. Unstable by name, unchanged since 4.0.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
