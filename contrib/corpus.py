@@ -69,6 +69,8 @@ def wanted(folder, manifest):
 
 def wanted_of_archive(entry):
     for device in entry["devices"]:
+        if device["name"] == "vmstate":  # a guest's memory, not a disk: not shown
+            continue
         yield Want(entry["archive"], entry["archive"], entry["expect"], device, device["name"])
 
 
@@ -282,7 +284,7 @@ class Mount:
 def pick(want, paths):
     """The mounted file of a wanted point: a file may hold several (devices, snapshots)."""
     if want.device:
-        return next((p for p in paths if want.device in p), None)
+        return next((p for p in paths if os.path.basename(os.path.dirname(p)) == want.device), None)
     own = os.path.basename(want.source) + ".raw"
     return next((p for p in paths if os.path.basename(p) == own), None)
 

@@ -1,9 +1,19 @@
-//! fleecefs: every backup point of every disk of a QEMU backup directory as a plain raw image.
+//! fleecefs: every backup point of every disk of a QEMU backup directory as a plain raw image, and
+//! the making, restoring, checking and pruning of such backups.
 //!
-//! The rooms, each of which imports only from those above it: [`error`], [`units`], [`progress`];
-//! [`storage`] (positioned reads); [`extent`] (the extent list); [`layer`] (one file's own map and
-//! bytes); `chain` (directory to disks, chains and points); `image` (folded maps and reads).
+//! The rooms, each of which imports only from those above it (`tests/layering.rs` watches that):
+//!
+//! - [`error`], [`units`], [`progress`], [`lock`]: what everybody needs
+//! - [`storage`]: positioned reads
+//! - [`extent`]: the extent list and its invariant
+//! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
+//! - [`chain`]: backup directory to disks, chains and points; manifests
+//! - [`image`]: layers folded into cached windows, and reads through them
+//! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
+//! - [`restore`], [`verify`], [`prune`]: commands over chains and images
+//! - [`cli`]: arguments, output, exit codes
 
+pub mod backup;
 pub mod chain;
 pub mod cli;
 pub mod error;
@@ -15,6 +25,7 @@ pub mod layer;
 pub mod lock;
 pub mod progress;
 pub mod prune;
+pub mod qmp;
 pub mod restore;
 pub mod storage;
 pub mod units;

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measures reads through `fleecefs mount` beside qemu-storage-daemon's FUSE export of the same chain.
 
-Both serve the same files, in tmpfs, one after the other and turn about, for some rounds. What counts is
-the median over the rounds of ours/theirs: a noisy machine disturbs both. Prints a table (to standard
+Both serve the same files, in tmpfs, and are measured turn about, for some rounds. What counts is the
+median over the rounds of ours/theirs: a noisy machine disturbs both. Prints a table (to standard
 output) and writes JSON where --json says.
 """
 
@@ -28,6 +28,13 @@ PROMISES = [
     ("rand 4k direct, 1 job", 200, 20.0),
     ("rand 4k direct, 8 jobs", 10, 3.0),
     ("buffered, first read", 10, 2.0),
+]
+METRICS = [
+    "buffered, first read",
+    "buffered, second read",
+    "seq 1M direct",
+    "rand 4k direct, 1 job",
+    "rand 4k direct, 8 jobs",
 ]
 DEPTH_RATIO = 0.8  # ours, deepest chain over a single file
 SECOND_READ_RATIO = 0.9  # over a raw file in the page cache
@@ -105,7 +112,7 @@ def fio(path, size, seconds, *options):
     command = [
         "fio", "--name=read", f"--filename={path}", f"--size={size}", "--readonly",
         "--ioengine=psync", "--direct=1", "--time_based", f"--runtime={seconds}",
-        "--ramp_time=0.5", "--group_reporting", "--output-format=json", *options,
+        "--ramp_time=0.3", "--group_reporting", "--output-format=json", *options,
     ]  # fmt: skip
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     # fio may print notes before its JSON.
@@ -121,22 +128,22 @@ def buffered(path, length):
     return length / 1e6 / (time.monotonic() - begin)
 
 
-def measure(server, args, files, work):
-    """All figures of one server over one chain, each from a fresh mount or on a warm one."""
+def first_read(server, args, files, work):
+    """MB/s of a buffered read through a fresh mount."""
+    with server(args, files, work) as (path, _):
+        return buffered(path, min(args.size_mib, args.buffered_mib) * MIB)
+
+
+def warm_figure(metric, path, args):
+    """One figure of a mount that has been read before."""
     size = args.size_mib * MIB
-    figures = {}
-    with server(args, files, work) as (path, process):
-        length = min(size, args.buffered_mib * MIB)
-        figures["buffered, first read"] = buffered(path, length)
-        figures["buffered, second read"] = max(buffered(path, length) for _ in range(2))
-        sequential, _ = fio(path, size, args.seconds, "--rw=read", "--bs=1M")
-        figures["seq 1M direct"] = sequential
-        for jobs in (1, 8):
-            options = ["--rw=randread", "--bs=4k", f"--numjobs={jobs}", "--norandommap", "--randrepeat=0"]
-            _, rate = fio(path, size, args.seconds, *options)
-            figures[f"rand 4k direct, {jobs} job{'s' if jobs > 1 else ''}"] = rate
-        figures["peak MiB"] = peak_mib(process)
-    return figures
+    if metric == "buffered, second read":
+        return max(buffered(path, min(size, args.buffered_mib * MIB)) for _ in range(2))
+    if metric == "seq 1M direct":
+        return fio(path, size, args.seconds, "--rw=read", "--bs=1M")[0]
+    jobs = 8 if metric.endswith("8 jobs") else 1
+    options = ["--rw=randread", "--bs=4k", f"--numjobs={jobs}", "--norandommap", "--randrepeat=0"]
+    return fio(path, size, args.seconds, *options)[1]
 
 
 def same_bytes(args, files, work):
@@ -146,30 +153,66 @@ def same_bytes(args, files, work):
         return subprocess.run(["cmp", "-n", str(length), mine, other], check=False).returncode == 0
 
 
-def raw_reference(args):
-    """MB/s of a raw file in the page cache, the best of three."""
+@contextlib.contextmanager
+def raw_files(args, work):
+    """Raw files of the length that dd reads: in tmpfs, whose pages are as small as FUSE's, and on a
+    disk's file system, which may have larger ones. Both are in the page cache. Yields {where: path}."""
     length = min(args.size_mib, args.buffered_mib) * MIB
-    with tempfile.NamedTemporaryFile(dir=args.raw_dir) as file:
+    paths = {"tmpfs": os.path.join(work, "raw"), "disk": os.path.join(args.raw_dir, "fleecefs-bench.raw")}
+    try:
         block = os.urandom(MIB)
-        for _ in range(length // MIB):
-            file.write(block)
-        file.flush()
-        return max(buffered(file.name, length) for _ in range(3))
+        for path in paths.values():
+            with open(path, "wb") as file:
+                for _ in range(length // MIB):
+                    file.write(block)
+        yield paths
+    finally:
+        for path in paths.values():
+            os.unlink(path)
 
 
-def rounds(args, files_by_depth, work):
+def second_read(args, files, work, raw):
+    """Ours, from the page cache, over each raw file: {where: ratio}."""
+    length = min(args.size_mib, args.buffered_mib) * MIB
+    with ours(args, files, work) as (path, _):
+        best = max(buffered(path, length) for _ in range(4))
+        return {where: best / max(buffered(p, length) for _ in range(3)) for where, p in raw.items()}
+
+
+def turn_about(servers, number):
+    """Who goes first changes from round to round."""
+    return list(servers.items())[:: 1 if number % 2 == 0 else -1]
+
+
+def measure_depth(args, servers, files, work):
+    """figures[who][metric] = one figure per round. The two measurements of a pair are seconds apart,
+    so that what else the machine does hits both."""
+    figures = {who: {metric: [] for metric in METRICS} for who in servers}
+    for number in range(args.rounds):
+        for who, server in turn_about(servers, number):
+            figures[who]["buffered, first read"].append(first_read(server, args, files, work))
+    with contextlib.ExitStack() as stack:
+        mounts = {w: stack.enter_context(s(args, files, work)) for w, s in servers.items()}
+        for path, _ in mounts.values():
+            buffered(path, min(args.size_mib, args.buffered_mib) * MIB)
+        for metric in METRICS[1:]:
+            for number in range(args.rounds):
+                for who, (path, _) in turn_about(mounts, number):
+                    figures[who][metric].append(warm_figure(metric, path, args))
+        for who, (_, process) in mounts.items():
+            figures[who]["peak MiB"] = [peak_mib(process)]
+    return figures
+
+
+def measure(args, files_by_depth, work):
     """results[depth][who][metric] = one figure per round."""
     servers = {"ours": ours, "theirs": theirs}
     if args.only:
         servers = {args.only: servers[args.only]}
-    results = {d: {who: {} for who in servers} for d in files_by_depth}
-    for number in range(args.rounds):
-        for depth, files in files_by_depth.items():
-            order = list(servers) if number % 2 == 0 else list(reversed(servers))
-            for who in order:
-                for metric, value in measure(servers[who], args, files, work).items():
-                    results[depth][who].setdefault(metric, []).append(value)
-                print(f"bench: round {number + 1}, depth {depth}, {who}", file=sys.stderr)
+    results = {}
+    for depth, files in files_by_depth.items():
+        results[depth] = measure_depth(args, servers, files, work)
+        print(f"bench: depth {depth} done", file=sys.stderr)
     return results
 
 
@@ -237,7 +280,7 @@ def promise(out, name, value, limit, at_least):
     out["others"].append({"metric": name, "value": value, "promised": limit, "kept": kept})
 
 
-def other_promises(args, results, raw, work, out):
+def other_promises(args, results, files, work, out):
     """Promises that are not a ratio to the other server."""
     out["others"] = []
     if args.only == "theirs":
@@ -248,8 +291,11 @@ def other_promises(args, results, raw, work, out):
             name = f"ours, depth {deep}/{shallow}: {metric}"
             both = results[deep]["ours"][metric], results[shallow]["ours"][metric]
             promise(out, name, ratio(*both), DEPTH_RATIO, True)
-    second = [v / raw for d in results.values() for v in d["ours"]["buffered, second read"]]
-    promise(out, "second read / raw file in page cache", statistics.median(second), SECOND_READ_RATIO, True)
+    with raw_files(args, work) as raw:
+        second = [second_read(args, files[deep], work, raw) for _ in range(args.rounds)]
+    for where in raw:
+        name = f"second read / raw file in page cache, {where}"
+        promise(out, name, statistics.median(r[where] for r in second), SECOND_READ_RATIO, True)
     promise(out, f"peak MiB, depth {deep}", max(results[deep]["ours"]["peak MiB"]), PEAK_MIB, False)
     promise(out, "365 points of 1 TiB: mount, s", mount_many(args, work), MOUNT_365_SECONDS, False)
     promise(out, "10,000 point files: list, s", list_many(args, work), LIST_10000_SECONDS, False)
@@ -260,8 +306,8 @@ def arguments():
     parser.add_argument("--fleecefs", default="target/release/fleecefs")
     parser.add_argument("--size-mib", type=int, default=4096, help="virtual disk (%(default)s)")
     parser.add_argument("--depths", default="1,10,200", help="files per chain (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4, help="each fio run (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2, help="each fio run (%(default)s)")
     parser.add_argument("--buffered-mib", type=int, default=1024, help="length of dd (%(default)s)")
     parser.add_argument("--dir", default="/dev/shm", help="where the chains go (%(default)s)")
     parser.add_argument("--raw-dir", default="/var/tmp", help="where the raw file goes (%(default)s)")
@@ -297,12 +343,10 @@ def main():
         print(f"bench: chains made in {time.monotonic() - begin:.0f} s", file=sys.stderr)
         if not args.only and not all(same_bytes(args, f, work) for f in files.values()):
             raise SystemExit("bench: ours and theirs serve different bytes")
-        results = rounds(args, files, work)
-        raw = raw_reference(args)
-        print(f"MB/s (seq, buffered), reads/s (rand), MiB (peak); raw file in page cache: {raw:.0f} MB/s")
+        results = measure(args, files, work)
+        print("MB/s (seq, buffered), reads/s (rand), MiB (peak)")
         table(results, out)
-        other_promises(args, results, raw, work, out)
-    out["raw_mb_s"] = raw
+        other_promises(args, results, files, work, out)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(out, file, indent=1)

@@ -74,6 +74,9 @@ pub struct Manifest {
     /// BLAKE3 of the image file, in hexadecimal; `None` with `--no-hash`.
     #[serde(default)]
     pub blake3: Option<String>,
+    /// BLAKE3 over the image's length and both its ends: tells a replaced image cheaply.
+    #[serde(default)]
+    pub fingerprint: Option<String>,
     /// The guest's configuration as QEMU reports it.
     #[serde(default)]
     pub vm: serde_json::Value,
@@ -146,6 +149,8 @@ pub struct Consistency {
     pub reason: String,
     /// Whether all disks of the run share one frozen moment.
     pub one_moment: bool,
+    /// How long the guest was stopped for it, in milliseconds.
+    pub stopped_ms: u64,
     /// Mount points that were frozen.
     pub frozen: Vec<String>,
 }
@@ -381,6 +386,7 @@ pub(crate) mod tests {
             qemu_version: "10.0.2".into(),
             duration_ms: 5,
             blake3: None,
+            fingerprint: None,
             vm: serde_json::Value::Null,
             config_files: Vec::new(),
             skipped: Vec::new(),

@@ -30,8 +30,6 @@ pub struct Publish {
     pub temporary: String,
     /// Its manifest, with its final name.
     pub manifest: Manifest,
-    /// The images that lie on it from now on; their manifests name it as their parent.
-    pub children: Vec<String>,
 }
 
 /// Where the journal of `dir` is.

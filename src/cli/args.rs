@@ -23,6 +23,13 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Backup(Box<super::backup::BackupArgs>),
+    Info(super::info::InfoArgs),
+    Cleanup(super::info::CleanupArgs),
+    Recover(super::recover::RecoverArgs),
+    Cancel(super::recover::CancelArgs),
+    #[command(hide = true)]
+    Guardian(super::recover::GuardianArgs),
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
     List(super::list::ListArgs),

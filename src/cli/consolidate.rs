@@ -39,6 +39,8 @@ pub struct ConsolidateArgs {
     work: WorkArgs,
 }
 
+const DONE: &str = "this point is a FULL already\n";
+
 /// Runs `fleecefs consolidate`.
 ///
 /// # Errors
@@ -48,7 +50,8 @@ pub fn run(args: ConsolidateArgs) -> Result<()> {
     if args.dry_run {
         let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
         let plan = plan(super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
-        return super::print(&(text(&plan) + "dry run: nothing was changed\n"));
+        let text = plan.as_ref().map_or(DONE.to_string(), text);
+        return super::print(&(text + "dry run: nothing was changed\n"));
     }
     one(&args.dir, &args.disk, &args.until, !args.no_compare, &args.work)
 }
@@ -67,7 +70,7 @@ pub(super) fn one(
     let (catalog, _) = scan(dir, &ScanOptions::default(), None)?;
     let (catalog, _locks) = super::prune::locked(dir, catalog)?;
     let disk = super::prune::find_disk(&catalog, disk)?;
-    let plan = plan(disk, until)?;
+    let Some(plan) = plan(disk, until)? else { return super::print(DONE) };
     super::print(&text(&plan))?;
     let (bar, cancel) = (Bar::default(), cancel_flag()?);
     let done = consolidate(disk, &plan, compare, &work.work(&cancel, &bar))?;

@@ -2,10 +2,13 @@
 //! [`crate::error::Kind::table`].
 
 mod args;
+mod backup;
 mod bar;
+mod console;
 mod consolidate;
 mod daemon;
 mod docs;
+mod info;
 mod list;
 mod logging;
 mod map;
@@ -13,6 +16,7 @@ mod mount;
 mod mountinfo;
 mod options;
 mod prune;
+mod recover;
 mod restore;
 mod serve;
 mod umount;
@@ -50,6 +54,12 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
+        Command::Backup(a) => backup::run(&a),
+        Command::Info(a) => info::run(a),
+        Command::Cleanup(a) => info::cleanup(a),
+        Command::Recover(a) => recover::run(a),
+        Command::Cancel(a) => recover::cancel(a),
+        Command::Guardian(a) => recover::guard(a),
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => umount::umount(a),
         Command::List(a) => list::run(a),

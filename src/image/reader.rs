@@ -113,7 +113,6 @@ impl Image {
 
     /// Number of layers.
     pub fn depth(&self) -> usize {
-        // Filled in once; before that the chain is walked, which only happens while opening.
         let mut total = 0;
         let mut at = Some(self);
         while let Some(image) = at {

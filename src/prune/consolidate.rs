@@ -17,7 +17,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::execute::{make_folder, replace};
-use crate::chain::manifest::{self, BitmapInfo, Contents, ImageFormat, Manifest};
+use crate::backup::history::fingerprint;
+use crate::chain::manifest::{self, Contents, ImageFormat, Manifest};
 use crate::chain::removal::{self, Publish, Removal};
 use crate::chain::{Disk, Level};
 use crate::error::{Error, Kind, Result};
@@ -50,16 +51,20 @@ pub struct Consolidation {
     pub children: Vec<String>,
 }
 
-/// Works out what `consolidate DISK --until POINT` does.
+/// Works out what `consolidate DISK --until POINT` does; `None` if it has been done already.
 ///
 /// # Errors
 /// `Usage` if the point is no INC of a chain that can be shortened; `NotFound`; `Incomplete` if
 /// the point cannot be served.
-pub fn plan(disk: &Disk, until: &str) -> Result<Consolidation> {
+pub fn plan(disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
     let until = until.strip_suffix(".raw").unwrap_or(until);
     let find = |name: &str| disk.points.iter().position(|p| p.name == name);
     let Some(point) = find(until).or_else(|| (until == "latest").then(|| disk.latest()).flatten())
     else {
+        let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
+        if full.and_then(|f| find(&f)).is_some() {
+            return Ok(None);
+        }
         let what = format!("no point '{until}' of disk {}", disk.path.display());
         return Err(Error::new(Kind::NotFound, what));
     };
@@ -81,7 +86,7 @@ pub fn plan(disk: &Disk, until: &str) -> Result<Consolidation> {
         );
     }
     let (remove, children) = neighbours(disk, point)?;
-    Ok(Consolidation { dir, point, until: p.name.clone(), image, remove, children })
+    Ok(Some(Consolidation { dir, point, until: p.name.clone(), image, remove, children }))
 }
 
 fn usage(what: &str) -> Error {
@@ -176,7 +181,7 @@ pub fn consolidate(
     let made = describe(disk, plan, &path, work)
         .and_then(|manifest| {
             like_the_point(disk, plan.point, &path)?;
-            let publish = Publish { temporary, manifest, children: plan.children.clone() };
+            let publish = Publish { temporary, manifest };
             let removal = Removal { publish: Some(publish.clone()), remove: plan.remove.clone() };
             removal::write(&plan.dir, &removal)?;
             Ok(publish)
@@ -294,18 +299,21 @@ fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Resu
     m.content = Contents::Full;
     m.file_size = file.len();
     m.blake3 = Some(hash.to_hex().to_string());
-    // A DIFF holds all changes since the old FULL: more than since this one, so it stays right.
-    m.diff_bitmap = m.diff_bitmap.take().or_else(|| root_diff_bitmap(disk, plan));
+    m.fingerprint = Some(fingerprint(path)?);
+    if !plan.children.is_empty() {
+        // Later points have bitmaps of their own. What a FULL's bitmap is needed for then is the
+        // next DIFF: the old FULL's holds more than that, so it is as right.
+        let root = root_manifest(disk, plan);
+        m.bitmap = root.as_ref().and_then(|r| r.bitmap.clone());
+        m.diff_bitmap = root.and_then(|r| r.diff_bitmap);
+    }
     Ok(m)
 }
 
-/// The bitmap that records since the chain's FULL, as the FULL's manifest or a later one has it.
-fn root_diff_bitmap(disk: &Disk, plan: &Consolidation) -> Option<BitmapInfo> {
-    let chain = &disk.points[plan.point].chain;
-    let of_chain = disk.points.iter().filter(|p| p.chain == *chain);
-    let manifests =
-        of_chain.filter_map(|p| manifest::read(&plan.dir, p.source.file_name()?).ok().flatten());
-    manifests.filter_map(|m| m.diff_bitmap).next()
+/// The manifest of the chain's FULL.
+fn root_manifest(disk: &Disk, plan: &Consolidation) -> Option<Manifest> {
+    let root = line_of_parents(disk, plan.point).last()?;
+    manifest::read(&plan.dir, disk.points[root].source.file_name()?).ok().flatten()
 }
 
 /// Mode, owner and times of the point's file: qmprestore orders by mtime.

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::plan::Plan;
+use crate::chain::manifest::Manifest;
 use crate::chain::removal::{self, Publish, Removal};
 use crate::chain::{Catalog, Disk, manifest};
 use crate::error::{Error, Kind, Result};
@@ -99,10 +100,40 @@ fn check_unchanged(disk: &Disk, i: usize) -> Result<()> {
 
 /// Removes what the journal of `dir` names, and then the journal.
 fn finish(dir: &Path, remove: &[String], progress: &dyn Progress) -> Result<()> {
-    for name in remove {
+    let needed = still_needed(dir, remove)?;
+    for name in remove.iter().filter(|n| !needed.contains(*n)) {
         remove_one(dir, name, progress)?;
     }
     removal::clear(dir)
+}
+
+/// What an image that does not go lies on. The plan saw to it that there is none; but between a
+/// run that was broken off and the one that finishes it, a backup may have been made.
+fn still_needed(dir: &Path, remove: &[String]) -> Result<BTreeSet<String>> {
+    let manifests = manifests(dir)?;
+    let parent = |m: &Manifest| m.parent.clone().filter(|p| remove.contains(p));
+    let mut todo: Vec<String> =
+        manifests.values().filter(|m| !remove.contains(&m.image)).filter_map(parent).collect();
+    let mut needed = BTreeSet::new();
+    while let Some(name) = todo.pop() {
+        if needed.insert(name.clone()) {
+            todo.extend(manifests.get(&name).and_then(parent));
+        }
+    }
+    Ok(needed)
+}
+
+/// All manifests of images that are there.
+fn manifests(dir: &Path) -> Result<BTreeMap<String, Manifest>> {
+    let failed = |e| Error::io(e, "cannot read the folder").at_path(dir);
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        if let (Some(text), Ok(Some(m))) = (name.to_str(), manifest::read(dir, &name)) {
+            found.insert(text.to_string(), m);
+        }
+    }
+    Ok(found)
 }
 
 /// Removes one image, makes that last, and removes its manifest.
@@ -178,8 +209,10 @@ pub(super) fn replace(
         _ => sync(dir)?,
     }
     manifest::write(dir, &publish.manifest)?;
-    for child in &publish.children {
-        if let Some(mut m) = manifest::read(dir, OsStr::new(child))? {
+    for (name, mut m) in manifests(dir)? {
+        // Also what a backup has added since an earlier run was broken off.
+        let stays = name != publish.manifest.image && !remove.contains(&name);
+        if stays && m.parent.as_ref().is_some_and(|p| remove.contains(p)) {
             m.parent = Some(publish.manifest.image.clone());
             manifest::write(dir, &m)?;
         }

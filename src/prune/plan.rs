@@ -94,6 +94,8 @@ pub enum Reason {
     SameRun,
     /// This point needs it.
     NeededBy(String),
+    /// It becomes part of this point, which becomes a FULL (`--consolidate`).
+    MergedInto(String),
     /// It is an image of another kind.
     NotABackup,
     /// It cannot be restored now; what is missing may turn up.
@@ -105,7 +107,7 @@ pub enum Reason {
 impl Reason {
     /// Whether the point is wanted for itself, and not only because another lies on it.
     pub fn is_own(&self) -> bool {
-        !matches!(self, Reason::NeededBy(_))
+        !matches!(self, Reason::NeededBy(_) | Reason::MergedInto(_))
     }
 }
 
@@ -122,6 +124,7 @@ impl std::fmt::Display for Reason {
             Reason::LastCompleteRun => f.write_str("last complete run"),
             Reason::SameRun => f.write_str("another disk of this run is kept"),
             Reason::NeededBy(p) => write!(f, "needed by {p}"),
+            Reason::MergedInto(p) => write!(f, "merged into {p}"),
             Reason::NotABackup => f.write_str("not a backup"),
             Reason::CannotBeServed => f.write_str("cannot be restored; see 'list', or --force"),
             Reason::Held(why) => write!(f, "nothing is deleted: {why}"),
@@ -369,9 +372,9 @@ fn disk_plan(d: usize, disk: &DiskItems, kept: &mut Kept, manner: Manner) -> Dis
         keep: kept.remove(&(d, i)).unwrap_or_default().into_iter().collect(),
         bytes: item.bytes,
     };
-    let points: Vec<PointPlan> = disk.items.iter().enumerate().map(point).collect();
+    let mut points: Vec<PointPlan> = disk.items.iter().enumerate().map(point).collect();
     let consolidate = match manner.consolidate {
-        true => shortened(disk, &points),
+        true => shortened(disk, &mut points),
         false => Vec::new(),
     };
     DiskPlan { disk: disk.disk.clone(), points, consolidate }
@@ -379,7 +382,7 @@ fn disk_plan(d: usize, disk: &DiskItems, kept: &mut Kept, manner: Manner) -> Dis
 
 /// Of each chain whose FULL is kept only for others: the oldest point that is wanted, if it is an
 /// INC and nothing wanted is older.
-fn shortened(disk: &DiskItems, points: &[PointPlan]) -> Vec<String> {
+fn shortened(disk: &DiskItems, points: &mut [PointPlan]) -> Vec<String> {
     let mut found = Vec::new();
     let chains: BTreeSet<&str> = disk.items.iter().map(|i| i.chain.as_str()).collect();
     for chain in chains {

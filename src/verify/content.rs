@@ -70,7 +70,7 @@ fn left_len(n: usize) -> usize {
     n.div_ceil(2).next_power_of_two()
 }
 
-/// Decompresses every compressed cluster of `layer`; `found` gets each error.
+/// Maps all of `layer` and decompresses every compressed cluster; `found` gets each error.
 ///
 /// # Errors
 /// None of its own; what the layer says goes to `found`.
@@ -104,6 +104,13 @@ fn decompress_window(
 ) {
     let start = range.start;
     let map = layer.map(range);
+    for f in &map.findings {
+        let mut error = Error::new(f.kind, &f.message).at_path(&f.path);
+        if let Some(offset) = f.offset {
+            error = error.at_offset(offset);
+        }
+        found(error);
+    }
     for e in map.extents.as_slice() {
         let Mapping::Compressed { host, len, unit, skip } = e.content else { continue };
         // A unit that began in the window before was looked at there.

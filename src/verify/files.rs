@@ -150,7 +150,10 @@ fn check_opened(
     }
     if target.deep {
         report.hash = Some(content::hash(&*file, jobs, progress)?.to_hex().to_string());
-        if compressed && let Some(spec) = &target.spec {
+        // Of formats other than qcow2 the layer itself knows what can be wrong.
+        let other = |s: &&LayerSpec| !matches!(s.format, Format::Qcow2 | Format::Raw);
+        let broken = report.findings.iter().any(|f| f.severity == Severity::Error);
+        if let Some(spec) = target.spec.as_ref().filter(|s| (compressed && !broken) || other(s)) {
             let spec = LayerSpec { file: file.clone(), data_file: data, ..spec.clone() };
             decompress(&spec, &target.parts, jobs, report);
         }

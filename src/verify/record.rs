@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::Outcome;
 use super::files::FileReport;
 use super::links::Record;
+use crate::backup::history::fingerprint;
 use crate::chain::manifest::{
     self, Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest,
 };
@@ -43,6 +44,7 @@ pub(super) fn create(
         };
         let Some(mut m) = m else { continue };
         m.blake3 = Some(hash);
+        m.fingerprint = Some(fingerprint(&p.source)?);
         if let Some(dir) = p.source.parent() {
             manifest::write(dir, &m)?;
             written.insert(i);
@@ -95,6 +97,7 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
         qemu_version: String::new(),
         duration_ms: 0,
         blake3: None,
+        fingerprint: None,
         vm: serde_json::Value::Null,
         config_files: Vec::new(),
         skipped: Vec::new(),

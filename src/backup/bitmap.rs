@@ -1,0 +1,80 @@
+//! Adding and removing dirty bitmaps. Nothing here, or anywhere, clears one.
+
+use serde_json::json;
+
+use super::names;
+use crate::chain::manifest::BitmapInfo;
+use crate::error::Result;
+use crate::qmp::Client;
+use crate::qmp::types::{Bitmap, Node};
+
+/// Adds a recording bitmap to its node.
+///
+/// # Errors
+/// QEMU refuses.
+pub fn add(client: &mut Client, b: &BitmapInfo) -> Result<()> {
+    let arguments = json!({"node": b.node, "name": b.name, "granularity": b.granularity,
+        "persistent": b.persistent});
+    client.execute("block-dirty-bitmap-add", arguments).map(drop)
+}
+
+/// Removes a bitmap.
+///
+/// # Errors
+/// QEMU refuses: it is busy, or not there.
+pub fn remove(client: &mut Client, node: &str, name: &str) -> Result<()> {
+    client.execute("block-dirty-bitmap-remove", json!({"node": node, "name": name})).map(drop)
+}
+
+/// Removes a bitmap wherever it is; gives how many were removed.
+///
+/// # Errors
+/// QEMU refuses.
+pub fn remove_everywhere(client: &mut Client, name: &str) -> Result<usize> {
+    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    let mut removed = 0;
+    for n in nodes.iter().filter(|n| shows_own(n) && n.bitmap(name).is_some()) {
+        remove(client, &n.node_name, name)?;
+        removed += 1;
+    }
+    Ok(removed)
+}
+
+/// Whether the bitmaps that a node reports are its own: a filter may report its child's.
+fn shows_own(n: &Node) -> bool {
+    names::parse_object(&n.node_name).is_none()
+}
+
+/// Dirty bytes of a bitmap; 0 if it is not there.
+///
+/// # Errors
+/// As [`Client::execute`].
+pub fn count(client: &mut Client, node: &str, name: &str) -> Result<u64> {
+    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    let node = nodes.iter().find(|n| n.node_name == node);
+    Ok(node.and_then(|n| n.bitmap(name)).map_or(0, |b| b.count))
+}
+
+/// A bitmap and where it is.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The node.
+    pub node: String,
+    /// The bitmap.
+    pub bitmap: Bitmap,
+}
+
+/// All named bitmaps of all nodes.
+///
+/// # Errors
+/// As [`Client::execute`].
+pub fn list(client: &mut Client) -> Result<Vec<Found>> {
+    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    let mut found = Vec::new();
+    for n in nodes.into_iter().filter(shows_own) {
+        for bitmap in n.dirty_bitmaps.into_iter().filter(|b| b.name.is_some()) {
+            found.push(Found { node: n.node_name.clone(), bitmap });
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,294 @@
+//! The guardian: a child process that continues and thaws the guest if its parent cannot.
+//!
+//! It is started before the guest is frozen or stopped, and knows from lines on its standard
+//! input what is done to the guest at any time. When the parent dies (end of file) it acts; when
+//! the deadline passes it kills the parent first, since a QMP or agent socket serves one client
+//! and the parent holds it. It has a session of its own and ignores the signals of a terminal.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::error::{Error, Kind, Result};
+use crate::qmp::agent::Agent;
+use crate::qmp::{Address, Client};
+
+/// How long it tries to reach QEMU and the agent before it gives up.
+const RESCUE: Duration = Duration::from_secs(120);
+
+/// What the guardian is told at the start.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Orders {
+    /// QEMU's QMP socket.
+    pub qmp: String,
+    /// The agent's socket.
+    pub agent: Option<String>,
+    /// After how many milliseconds it acts even if the parent lives; 0 for never.
+    pub deadline_ms: u64,
+    /// The parent.
+    pub parent: u32,
+}
+
+/// The parent's side.
+#[derive(Debug)]
+pub struct Guardian {
+    child: Child,
+    pipe: Option<ChildStdin>,
+}
+
+impl Guardian {
+    /// Starts one and waits until it is on guard.
+    ///
+    /// # Errors
+    /// It cannot be started: the guest must not be touched then.
+    pub fn start(orders: &Orders) -> Result<Self> {
+        let failed = |e| Error::io(e, "cannot start the guardian process");
+        let exe = std::env::current_exe().map_err(failed)?;
+        let mut child = Command::new(exe)
+            .arg("guardian")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // The matrix's steps are the parent's.
+            .env_remove("FLEECEFS_CRASH_AT")
+            .env_remove("FLEECEFS_HANG_AT")
+            .env_remove("FLEECEFS_STEPS")
+            .spawn()
+            .map_err(failed)?;
+        let mut pipe = child.stdin.take();
+        let text = serde_json::to_string(orders).map_err(|e| failed(e.into()))?;
+        if let Some(p) = &mut pipe {
+            writeln!(p, "{text}").map_err(failed)?;
+        }
+        let mut ready = String::new();
+        if let Some(out) = child.stdout.take() {
+            BufReader::new(out).read_line(&mut ready).map_err(failed)?;
+        }
+        if ready.trim() != "ready" {
+            return Err(Error::new(Kind::Io, "the guardian process did not start"));
+        }
+        Ok(Guardian { child, pipe })
+    }
+
+    /// Says what is about to be done to the guest, or has been undone.
+    ///
+    /// # Errors
+    /// The guardian is gone: nothing may be done to the guest then.
+    pub fn tell(&mut self, word: Word) -> Result<()> {
+        let Some(p) = &mut self.pipe else {
+            return Err(Error::new(Kind::Io, "the guardian process was dismissed"));
+        };
+        writeln!(p, "{}", word.text()).map_err(|e| Error::io(e, "the guardian process has ended"))
+    }
+
+    /// Leaves it to do what is still to be done, as if we had died.
+    pub fn leave(mut self) {
+        drop(self.pipe.take());
+    }
+
+    /// Lets it go: the guest runs and is thawed.
+    pub fn dismiss(mut self) {
+        if let Some(mut p) = self.pipe.take() {
+            let _ = writeln!(p, "done");
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// What the guardian is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// The guest will be frozen.
+    Freeze,
+    /// It is thawed.
+    Thaw,
+    /// The guest will be stopped.
+    Stop,
+    /// It runs.
+    Continue,
+    /// Nothing is left to guard.
+    Done,
+}
+
+impl Word {
+    const ALL: [Word; 5] = [Word::Freeze, Word::Thaw, Word::Stop, Word::Continue, Word::Done];
+
+    fn text(self) -> &'static str {
+        match self {
+            Word::Freeze => "freeze",
+            Word::Thaw => "thaw",
+            Word::Stop => "stop",
+            Word::Continue => "cont",
+            Word::Done => "done",
+        }
+    }
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Guest {
+    frozen: bool,
+    stopped: bool,
+}
+
+/// The child's side: `fleecefs guardian`, never called by hand.
+///
+/// # Errors
+/// The orders make no sense, or the guest could not be helped.
+pub fn serve() -> Result<()> {
+    // SAFETY: no preconditions; both only concern this process.
+    unsafe {
+        libc::setsid();
+        for s in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGPIPE] {
+            libc::signal(s, libc::SIG_IGN);
+        }
+    }
+    let mut lines = BufReader::new(std::io::stdin());
+    let mut first = String::new();
+    lines.read_line(&mut first).map_err(|e| Error::io(e, "no orders"))?;
+    let orders: Orders = serde_json::from_str(&first).map_err(|e| {
+        Error::new(Kind::Usage, "this command is for fleecefs itself").with_source(e)
+    })?;
+    let parent = open_parent(&orders)?;
+    let (tell, told) = channel();
+    std::thread::spawn(move || {
+        for line in lines.lines().map_while(std::result::Result::ok) {
+            let word = Word::ALL.into_iter().find(|w| w.text() == line);
+            if word.is_some_and(|w| tell.send(w).is_err()) {
+                return;
+            }
+        }
+    });
+    let _ = writeln!(std::io::stdout(), "ready");
+    let _ = std::io::stdout().flush();
+    match watch(&orders, &told) {
+        Verdict::Done => Ok(()),
+        Verdict::ParentDied(guest) => rescue(&orders, guest),
+        Verdict::Late(guest) => {
+            log::error!("the guest was held for {} ms: ending the backup", orders.deadline_ms);
+            kill_parent(&parent);
+            rescue(&orders, guest)
+        }
+    }
+}
+
+enum Verdict {
+    Done,
+    ParentDied(Guest),
+    Late(Guest),
+}
+
+fn watch(orders: &Orders, told: &Receiver<Word>) -> Verdict {
+    let mut guest = Guest::default();
+    // The clock runs while the guest is held, and only then.
+    let mut held: Option<Instant> = None;
+    loop {
+        let limit = Duration::from_millis(orders.deadline_ms);
+        let wait = match held {
+            Some(since) if orders.deadline_ms > 0 => limit.saturating_sub(since.elapsed()),
+            _ => Duration::from_secs(3600),
+        };
+        match told.recv_timeout(wait) {
+            Ok(Word::Freeze) => guest.frozen = true,
+            Ok(Word::Thaw) => guest.frozen = false,
+            Ok(Word::Stop) => guest.stopped = true,
+            Ok(Word::Continue) => guest.stopped = false,
+            Ok(Word::Done) => return Verdict::Done,
+            Err(RecvTimeoutError::Disconnected) => return Verdict::ParentDied(guest),
+            Err(RecvTimeoutError::Timeout) if held.is_some() => return Verdict::Late(guest),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        held = match guest.frozen || guest.stopped {
+            true => held.or(Some(Instant::now())),
+            false => None,
+        };
+    }
+}
+
+fn open_parent(orders: &Orders) -> Result<OwnedFd> {
+    // SAFETY: getppid has no preconditions.
+    if u32::try_from(unsafe { libc::getppid() }) != Ok(orders.parent) {
+        return Err(Error::new(Kind::Usage, "this command is for fleecefs itself"));
+    }
+    // SAFETY: pidfd_open takes a pid and flags; the result is checked.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, orders.parent, 0) };
+    if fd < 0 {
+        return Err(Error::io(std::io::Error::last_os_error(), "cannot watch the parent"));
+    }
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+fn kill_parent(parent: &OwnedFd) {
+    // SAFETY: a pidfd we own: it can only ever name our parent.
+    unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            parent.as_raw_fd(),
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        );
+    }
+}
+
+fn rescue(orders: &Orders, guest: Guest) -> Result<()> {
+    let deadline = Instant::now() + RESCUE;
+    let mut result = Ok(());
+    if guest.stopped {
+        result = retry(deadline, || continue_guest(&Address::parse(&orders.qmp)?));
+    }
+    if guest.frozen
+        && let Some(agent) = &orders.agent
+    {
+        result = result.and(retry(deadline, || thaw(&Address::parse(agent)?)));
+    }
+    result
+}
+
+fn retry(deadline: Instant, mut act: impl FnMut() -> Result<()>) -> Result<()> {
+    loop {
+        match act() {
+            Ok(()) => return Ok(()),
+            // Nobody listens any more: there is no guest to help.
+            Err(e) if matches!(e.kind(), Kind::NotFound) => return Err(e),
+            Err(e) if Instant::now() > deadline => return Err(e),
+            Err(e) => log::warn!("guardian: {}; trying again", e.report()),
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Lets a paused guest run.
+///
+/// # Errors
+/// QEMU cannot be reached or refuses.
+pub fn continue_guest(qmp: &Address) -> Result<()> {
+    let mut client = Client::connect_within(qmp, Duration::from_secs(2))?;
+    continue_if_paused(&mut client).map(drop)
+}
+
+/// Lets the guest run if it is paused; says whether it was.
+///
+/// # Errors
+/// QEMU refuses.
+pub fn continue_if_paused(client: &mut Client) -> Result<bool> {
+    let status = client.execute("query-status", json!({}))?;
+    let paused = status.get("status").and_then(Value::as_str) == Some("paused");
+    if paused {
+        client.execute("cont", json!({}))?;
+    }
+    Ok(paused)
+}
+
+/// Thaws a guest's file systems.
+///
+/// # Errors
+/// The agent cannot be reached or refuses.
+pub fn thaw(agent: &Address) -> Result<()> {
+    let wait = Duration::from_secs(5);
+    Agent::connect(agent, wait)?.thaw(wait).map(drop)
+}

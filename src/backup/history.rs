@@ -1,0 +1,247 @@
+//! What a target's folder holds for one disk: committed points, images without a manifest, the
+//! tip that an INC would build on.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::names;
+use crate::chain::Level;
+use crate::chain::manifest::{self, Manifest};
+use crate::error::{Error, Kind, Result};
+
+/// Bytes hashed at either end of an image to tell whether it was replaced. The front holds a
+/// qcow2's header, L1 and the first tables, the back its latest clusters.
+const SAMPLE: u64 = 128 << 10;
+
+/// An image in the folder.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// File name.
+    pub name: String,
+    /// From the name.
+    pub level: Level,
+    /// From the name.
+    pub time: i64,
+    /// Its manifest, if it is committed.
+    pub manifest: Option<Manifest>,
+}
+
+/// A folder as far as one disk is concerned.
+#[derive(Debug, Clone, Default)]
+pub struct History {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Images, oldest first by the time in their names.
+    pub entries: Vec<Entry>,
+    /// Names ending in `.partial`.
+    pub partials: Vec<String>,
+    /// What image names in it end with.
+    pub tail: String,
+}
+
+impl History {
+    /// Reads a folder; one that does not exist is empty. With `disk` only images whose names end
+    /// in that disk's name count (`--no-subdir`).
+    ///
+    /// # Errors
+    /// The folder or a manifest cannot be read.
+    pub fn read(dir: &Path, disk: Option<&str>) -> Result<Self> {
+        let mut history = History { dir: dir.to_path_buf(), ..Default::default() };
+        let list = match std::fs::read_dir(dir) {
+            Ok(l) => l,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(history),
+            Err(e) => return Err(Error::io(e, "cannot read the folder").at_path(dir)),
+        };
+        for item in list {
+            let item = item.map_err(|e| Error::io(e, "cannot read the folder").at_path(dir))?;
+            let Ok(name) = item.file_name().into_string() else { continue };
+            history.add(name, disk)?;
+        }
+        history.entries.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
+        Ok(history)
+    }
+
+    fn add(&mut self, name: String, disk: Option<&str>) -> Result<()> {
+        let whole = name.strip_suffix(".partial").unwrap_or(&name);
+        let parsed = names::parse_image(whole).map(|(l, t, d)| (l, t, d.to_string()));
+        let partial = whole.len() != name.len();
+        let Some((level, time, of)) = parsed else { return self.add_plain(name, disk) };
+        if disk.is_some_and(|d| d != of) {
+            return Ok(());
+        }
+        if partial {
+            self.partials.push(name);
+            return Ok(());
+        }
+        let manifest = manifest::read(&self.dir, OsStr::new(&name))?;
+        self.entries.push(Entry { name, level, time, manifest });
+        Ok(())
+    }
+
+    /// Images without a timestamp (`--no-timestamp`) count if a manifest says what they are.
+    fn add_plain(&mut self, name: String, disk: Option<&str>) -> Result<()> {
+        if disk.is_some_and(|d| d != name) {
+            return Ok(());
+        }
+        if let Some(m) = manifest::read(&self.dir, OsStr::new(&name))? {
+            let (level, time) = (m.level, m.time);
+            self.entries.push(Entry { name, level, time, manifest: Some(m) });
+        }
+        Ok(())
+    }
+
+    /// The latest time in any name, so that the next one can be later.
+    pub fn last_time(&self) -> i64 {
+        let partials = self.partials.iter().filter_map(|p| names::parse_image(p)).map(|p| p.1);
+        self.entries.iter().map(|e| e.time).chain(partials).max().unwrap_or(0)
+    }
+
+    /// The latest committed manifest of any level.
+    pub fn last_manifest(&self) -> Option<&Manifest> {
+        self.entries.iter().rev().find_map(|e| e.manifest.as_ref())
+    }
+
+    fn find(&self, name: &str) -> Option<&Manifest> {
+        self.entries.iter().find(|e| e.name == name)?.manifest.as_ref()
+    }
+
+    /// The points that a new INC would lie on, root first; every file there and unchanged.
+    ///
+    /// # Errors
+    /// In words why there is none: the reason for a FULL.
+    pub fn chain(&self) -> Result<Vec<&Manifest>, String> {
+        let mut on_chain =
+            self.entries.iter().filter(|e| matches!(e.level, Level::Full | Level::Inc));
+        let Some(last) = on_chain.next_back() else {
+            return Err("there is no FULL in the target yet".into());
+        };
+        let Some(mut at) = last.manifest.as_ref() else {
+            return Err(format!("{} was not made by fleecefs (no manifest)", last.name));
+        };
+        let mut chain = vec![at];
+        while let Some(parent) = &at.parent {
+            let Some(m) = self.find(parent) else {
+                return Err(format!("{parent}, on which {} lies, is gone", at.image));
+            };
+            chain.push(m);
+            at = m;
+            if chain.len() > self.entries.len() {
+                return Err(format!("the manifests above {parent} form a loop"));
+            }
+        }
+        if at.level != Level::Full {
+            return Err(format!("the chain does not begin with a FULL but with {}", at.image));
+        }
+        chain.reverse();
+        for m in &chain {
+            self.check_file(m)?;
+        }
+        Ok(chain)
+    }
+
+    fn check_file(&self, m: &Manifest) -> Result<(), String> {
+        let path = self.dir.join(&m.image);
+        let len = match std::fs::symlink_metadata(&path) {
+            Ok(meta) if meta.is_file() => meta.len(),
+            Ok(_) => return Err(format!("{} is no plain file", m.image)),
+            Err(e) => return Err(format!("{}: {e}", m.image)),
+        };
+        if len != m.file_size {
+            return Err(format!(
+                "{} has {len} bytes, its manifest says {}: it was replaced",
+                m.image, m.file_size
+            ));
+        }
+        match (&m.fingerprint, fingerprint(&path)) {
+            (Some(a), Ok(b)) if *a != b => Err(format!("{} was replaced or changed", m.image)),
+            (_, Err(e)) => Err(e.report()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// BLAKE3 over both ends of a file and its length: cheap, and different for a replaced image.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn fingerprint(path: &Path) -> Result<String> {
+    let read = || -> std::io::Result<String> {
+        let file = File::open(path)?;
+        let len = file.metadata()?.len();
+        let mut hash = blake3::Hasher::new();
+        hash.update(&len.to_be_bytes());
+        for start in [0, len.saturating_sub(SAMPLE)] {
+            let n = usize::try_from(SAMPLE.min(len)).unwrap_or(0);
+            let mut buf = vec![0; n];
+            file.read_exact_at(&mut buf, start)?;
+            hash.update(&buf);
+        }
+        Ok(hash.finalize().to_hex().as_str().get(..32).unwrap_or_default().to_string())
+    };
+    read().map_err(|e| Error::io(e, "cannot read the image").at_path(path))
+}
+
+/// Fails with `Incomplete` and the reason that [`History::chain`] gave.
+pub fn no_base(reason: &str) -> Error {
+    Error::new(Kind::Incomplete, reason.to_string())
+        .remedy("take a FULL, or use --level auto, which takes one where it must")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::manifest::tests::example;
+
+    fn put(dir: &Path, image: &str, level: Level, parent: Option<&str>) {
+        std::fs::write(dir.join(image), image.repeat(1000)).unwrap();
+        let mut m = example(image, level, parent);
+        m.file_size = image.len() as u64 * 1000;
+        m.fingerprint = Some(fingerprint(&dir.join(image)).unwrap());
+        manifest::write(dir, &m).unwrap();
+    }
+
+    fn three() -> tempfile::TempDir {
+        let d = tempfile::tempdir().unwrap();
+        put(d.path(), "FULL-1-d", Level::Full, None);
+        put(d.path(), "INC-2-d", Level::Inc, Some("FULL-1-d"));
+        put(d.path(), "DIFF-3-d", Level::Diff, Some("FULL-1-d"));
+        put(d.path(), "INC-4-d", Level::Inc, Some("INC-2-d"));
+        d
+    }
+
+    fn chain(d: &Path) -> Result<Vec<String>, String> {
+        let h = History::read(d, None).unwrap();
+        h.chain().map(|c| c.iter().map(|m| m.image.clone()).collect())
+    }
+
+    #[test]
+    fn the_chain_goes_from_the_full_to_the_last_inc() {
+        let d = three();
+        assert_eq!(chain(d.path()).unwrap(), ["FULL-1-d", "INC-2-d", "INC-4-d"]);
+        assert_eq!(History::read(d.path(), None).unwrap().last_time(), 4);
+        assert!(chain(&d.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn a_point_that_is_gone_replaced_or_foreign_is_no_base() {
+        let d = three();
+        std::fs::write(d.path().join("INC-2-d"), "x".repeat(7000)).unwrap();
+        assert!(chain(d.path()).unwrap_err().contains("replaced"));
+        std::fs::remove_file(d.path().join("INC-2-d")).unwrap();
+        assert!(chain(d.path()).unwrap_err().contains("INC-2-d"));
+
+        let d = three();
+        std::fs::write(d.path().join("FULL-9-d"), "theirs").unwrap();
+        assert!(chain(d.path()).unwrap_err().contains("not made by fleecefs"));
+    }
+
+    #[test]
+    fn a_deleted_tip_leaves_its_predecessor_as_the_tip() {
+        // Then the bitmap that the predecessor names is gone, which is what stops an INC.
+        let d = three();
+        std::fs::remove_file(d.path().join("INC-4-d")).unwrap();
+        assert_eq!(chain(d.path()).unwrap().len(), 2);
+    }
+}

@@ -1,0 +1,207 @@
+//! What `info` and `cleanup` show and remove.
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::bitmap::{self, Found};
+use super::names;
+use super::seen::{Answers, Insertion, Seen, SeenDisk, survey};
+use crate::error::Result;
+use crate::qmp::Client;
+use crate::qmp::types::Job;
+
+/// A disk as `info blockdev` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DiskInfo {
+    /// Its name.
+    pub disk: String,
+    /// Its node.
+    pub node: String,
+    /// The guest device.
+    pub qdev: String,
+    /// Its file.
+    pub file: String,
+    /// Its format.
+    pub format: String,
+    /// Size of the virtual disk in bytes.
+    pub size: u64,
+    /// Whether it would be backed up.
+    pub included: bool,
+    /// How, or why not.
+    pub how: String,
+    /// Its bitmaps and their dirty bytes.
+    pub bitmaps: Vec<BitmapLine>,
+}
+
+/// A bitmap as `info` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct BitmapLine {
+    /// The node it is on.
+    pub node: String,
+    /// Its name.
+    pub name: String,
+    /// Whose it is: the target's id for ours.
+    pub owner: String,
+    /// Dirty bytes.
+    pub dirty: u64,
+    /// Bytes per bit.
+    pub granularity: u64,
+    /// Whether it records.
+    pub recording: bool,
+    /// Whether it survives QEMU's end.
+    pub persistent: bool,
+    /// Worthless: QEMU did not end cleanly.
+    pub inconsistent: bool,
+    /// In use by a job or an export.
+    pub busy: bool,
+}
+
+impl From<&Found> for BitmapLine {
+    fn from(f: &Found) -> Self {
+        let name = f.bitmap.name.clone().unwrap_or_default();
+        BitmapLine {
+            node: f.node.clone(),
+            owner: owner(&name),
+            name,
+            dirty: f.bitmap.count,
+            granularity: f.bitmap.granularity,
+            recording: f.bitmap.recording,
+            persistent: f.bitmap.persistent,
+            inconsistent: f.bitmap.inconsistent,
+            busy: f.bitmap.busy,
+        }
+    }
+}
+
+fn owner(name: &str) -> String {
+    match names::parse_bitmap(name) {
+        Some(b) => format!("fleecefs target {}", b.target),
+        None if name.starts_with("qmpbackup-") => "qmpbackup".to_string(),
+        None => "another program".to_string(),
+    }
+}
+
+/// All disks, the skipped ones with their reasons.
+///
+/// # Errors
+/// As [`Client::execute`].
+pub fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
+    let Seen { disks, skipped } = survey(&Answers::ask(client)?);
+    let mut list: Vec<DiskInfo> = disks.iter().map(included).collect();
+    list.extend(skipped.into_iter().map(|s| DiskInfo {
+        disk: s.disk,
+        node: String::new(),
+        qdev: String::new(),
+        file: String::new(),
+        format: String::new(),
+        size: 0,
+        included: false,
+        how: s.reason,
+        bitmaps: Vec::new(),
+    }));
+    Ok(list)
+}
+
+fn included(d: &SeenDisk) -> DiskInfo {
+    let named = d.bitmaps.iter().filter(|b| b.name.is_some());
+    let found = named.map(|b| Found { node: d.node.clone(), bitmap: b.clone() });
+    DiskInfo {
+        disk: d.label().to_string(),
+        node: d.node.clone(),
+        qdev: d.identity.qdev.clone(),
+        file: d.identity.file.clone(),
+        format: d.identity.format.clone(),
+        size: d.size,
+        included: !d.encrypted,
+        how: how(d),
+        bitmaps: found.map(|f| BitmapLine::from(&f)).collect(),
+    }
+}
+
+fn how(d: &SeenDisk) -> String {
+    let way = match &d.insertion {
+        Insertion::Device(_) => "filter put in by qom-set",
+        Insertion::Reopen { .. } => "filter put in by blockdev-reopen",
+    };
+    if d.encrypted {
+        return "encrypted: only with --allow-plaintext".to_string();
+    }
+    let incremental = match (d.pflash, d.persistent) {
+        (true, _) => "firmware flash: a FULL each time",
+        (_, true) => "incremental, also after a restart of QEMU",
+        (_, false) => "incremental while QEMU lives, a FULL after each restart",
+    };
+    format!("{incremental}; {way}")
+}
+
+/// All named bitmaps.
+///
+/// # Errors
+/// As [`Client::execute`].
+pub fn bitmaps(client: &mut Client) -> Result<Vec<BitmapLine>> {
+    Ok(bitmap::list(client)?.iter().map(BitmapLine::from).collect())
+}
+
+/// All jobs, ours and others'.
+///
+/// # Errors
+/// As [`Client::execute`].
+pub fn jobs(client: &mut Client) -> Result<Vec<Job>> {
+    client.query("query-jobs", json!({}))
+}
+
+/// Which bitmaps `cleanup` removes.
+#[derive(Debug, Clone, Default)]
+pub struct Choice {
+    /// Those of the backup directory with this id (its `uuid` file, or the first digits of it).
+    pub uuid: Option<String>,
+    /// All of ours.
+    pub all: bool,
+    /// qmpbackup's as well.
+    pub foreign: bool,
+}
+
+impl Choice {
+    /// Whether this bitmap is chosen. Inconsistent ones of ours always are: they are good for
+    /// nothing and take room in the image.
+    pub fn takes(&self, b: &BitmapLine) -> bool {
+        let prefix = |whole: &str, part: &str| {
+            let part: String = part.chars().filter(|c| *c != '-').take(8).collect();
+            !part.is_empty() && whole.starts_with(&part.to_ascii_lowercase())
+        };
+        if let Some(name) = names::parse_bitmap(&b.name) {
+            let of_target = self.uuid.as_deref().is_some_and(|u| prefix(name.target, u));
+            return self.all || of_target || (b.inconsistent && self.uuid.is_none());
+        }
+        let theirs = b.name.starts_with("qmpbackup-");
+        let named = self.uuid.as_deref().is_none_or(|u| b.name.contains(u));
+        theirs && self.foreign && named
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(name: &str, inconsistent: bool) -> BitmapLine {
+        let bitmap = crate::qmp::types::Bitmap {
+            name: Some(name.into()),
+            inconsistent,
+            ..Default::default()
+        };
+        BitmapLine::from(&Found { node: "n".into(), bitmap })
+    }
+
+    #[test]
+    fn cleanup_takes_what_it_is_told_and_what_is_worthless() {
+        let ours = names::bitmap("0a1b2c3d", "0123456789ab", "ba9876543210", 0);
+        let none = Choice::default();
+        assert!(!none.takes(&line(&ours, false)) && none.takes(&line(&ours, true)));
+        assert!(!none.takes(&line("qmpbackup-x", true)) && !none.takes(&line("theirs", true)));
+        let of = |u: &str| Choice { uuid: Some(u.into()), ..Default::default() };
+        assert!(of("0a1b2c3d-1111-4111-8111-111111111111").takes(&line(&ours, false)));
+        assert!(!of("ffffffff").takes(&line(&ours, true)) && !of("").takes(&line(&ours, false)));
+        assert!(Choice { all: true, ..Default::default() }.takes(&line(&ours, false)));
+        assert!(Choice { foreign: true, ..Default::default() }.takes(&line("qmpbackup-x", false)));
+    }
+}

@@ -1,0 +1,210 @@
+//! Backups of running guests by image fleecing over QMP.
+//!
+//! A run: `seen` (which disks there are) and `history` (what the target holds) give a `plan`;
+//! `run` executes it: `bitmap` adds the next recording bitmap, `fleece` puts files and nodes in
+//! place, `moment` takes the one frozen moment under the eyes of `guardian`, `zeros` finds what a
+//! bitmap cannot know, `publish` makes a finished image a point. `journal` and `recover` undo what a
+//! killed run left. `lock` keeps two runs apart, `control` reaches a running one.
+//!
+//! Two rules carry everything: no bitmap is ever cleared, and every object we add to QEMU carries
+//! the run's id in its name, so that whatever dies whenever, the old bitmap still records and what
+//! is left over can be told and removed.
+
+pub mod bitmap;
+pub mod control;
+pub mod disk;
+pub mod fleece;
+pub mod guardian;
+pub mod history;
+pub mod info;
+
+pub mod journal;
+pub mod lock;
+pub mod moment;
+pub mod names;
+pub mod nbdserver;
+pub mod plan;
+pub mod publish;
+pub mod recover;
+pub mod report;
+pub mod run;
+pub mod seen;
+pub mod space;
+pub mod teardown;
+pub mod tool;
+pub mod vm;
+pub mod work;
+pub mod zeros;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::progress::Progress;
+use crate::qmp::Address;
+
+/// What the user wants of a run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// QEMU's QMP socket.
+    pub qmp: Address,
+    /// The guest agent's socket.
+    pub agent: Option<Address>,
+    /// The backup directory.
+    pub target: PathBuf,
+    /// What kind of points to make.
+    pub level: LevelWish,
+    /// Only these disks (by node, device, qdev or file name); empty for all.
+    pub include: Vec<String>,
+    /// Not these disks.
+    pub exclude: Vec<String>,
+    /// Names and folders.
+    pub layout: Layout,
+    /// How the frozen moment is taken.
+    pub moment: MomentOptions,
+    /// How bytes are copied.
+    pub copy: CopyOptions,
+    /// Do not keep the FULL's bitmap for DIFFs.
+    pub no_diff: bool,
+    /// Leave the BLAKE3 of the image out of the manifest.
+    pub no_hash: bool,
+    /// A skipped disk is an error.
+    pub strict: bool,
+    /// Write an encrypted disk in plain text.
+    pub allow_plaintext: bool,
+    /// Files to keep with the backup.
+    pub config: Vec<PathBuf>,
+    /// Where journals and locks are.
+    pub state_dir: PathBuf,
+    /// Only say what would be done.
+    pub dry_run: bool,
+    /// An NBD server that QEMU runs already: only one is possible.
+    pub nbd: Option<Address>,
+}
+
+/// Which level is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LevelWish {
+    /// A new chain.
+    Full,
+    /// Since the last FULL or INC; an error where that is impossible.
+    Inc,
+    /// Since the FULL; an error where that is impossible.
+    Diff,
+    /// A full copy beside the chains.
+    Copy,
+    /// INC where it is possible, FULL elsewhere, and FULL when due.
+    Auto(Option<Every>),
+}
+
+/// When `auto` takes a new FULL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Every {
+    /// When the chain has this many points.
+    Points(u64),
+    /// When the FULL is older than this.
+    Age(Duration),
+}
+
+/// Names and folders as in qmpbackup.
+#[derive(Debug, Clone, Default)]
+pub struct Layout {
+    /// A folder per month.
+    pub monthly: bool,
+    /// All disks in one folder.
+    pub no_subdir: bool,
+    /// FULL and COPY carry the disk's name alone.
+    pub no_timestamp: bool,
+    /// No link beside an image without timestamp.
+    pub no_symlink: bool,
+}
+
+/// How the frozen moment is taken.
+#[derive(Debug, Clone)]
+pub struct MomentOptions {
+    /// Whether the guest is stopped.
+    pub stop: StopWish,
+    /// Freeze the guest's file systems.
+    pub quiesce: bool,
+    /// Only these mount points.
+    pub mountpoints: Vec<String>,
+    /// The longest time that the guest may be frozen or stopped by us.
+    pub deadline: Duration,
+    /// How long to wait for the agent.
+    pub agent_timeout: Duration,
+}
+
+/// Whether and how long the guest is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopWish {
+    /// For the frozen moment: tens of milliseconds.
+    Moment,
+    /// Not at all: one moment per disk.
+    Never,
+    /// For the whole backup.
+    Whole,
+}
+
+/// How bytes are copied.
+#[derive(Debug, Clone)]
+pub struct CopyOptions {
+    /// Where fleece images go; beside each disk if `None`.
+    pub fleece_dir: Option<PathBuf>,
+    /// How long a guest write may wait for the fleece, in seconds.
+    pub cbw_timeout: u32,
+    /// Bytes per second; 0 for no limit.
+    pub speed: u64,
+    /// Compress the images.
+    pub compress: Option<Compression>,
+    /// Parallel requests.
+    pub workers: Option<u32>,
+    /// QEMU's `aio` for the target: threads, native, io_uring.
+    pub aio: Option<String>,
+    /// Open the target without the host's page cache.
+    pub direct: bool,
+    /// Wait this long before the fleece is removed.
+    pub remove_delay: Duration,
+    /// Begin even where space looks short.
+    pub no_space_check: bool,
+}
+
+/// Compression of image clusters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Deflate: read by every QEMU.
+    Zlib,
+    /// Zstandard: QEMU 5.1 and newer.
+    Zstd,
+}
+
+/// Receives what a run has to tell; the front end decides how it looks.
+pub trait Watch: Send + Sync {
+    /// A receiver for the progress of one disk.
+    fn disk(&self, name: &str) -> Arc<dyn Progress>;
+    /// A line for the user.
+    fn say(&self, line: &str);
+    /// A line that the user must not miss.
+    fn warn(&self, line: &str);
+}
+
+/// Tells nothing, but logs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Quiet;
+
+impl Watch for Quiet {
+    fn disk(&self, _name: &str) -> Arc<dyn Progress> {
+        Arc::new(())
+    }
+    fn say(&self, line: &str) {
+        log::info!("{line}");
+    }
+    fn warn(&self, line: &str) {
+        log::warn!("{line}");
+    }
+}
+
+/// Seconds since the epoch.
+pub fn now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX))
+}

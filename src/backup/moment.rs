@@ -1,0 +1,304 @@
+//! The one frozen moment: freeze, stop, insert the filters, continue, thaw.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::fleece::{plug, reopen, reopen_options};
+use super::guardian::{Guardian, Orders, Word};
+use super::journal::{Journal, Record};
+use super::seen::Insertion;
+use super::{Options, StopWish, Watch};
+use crate::chain::manifest::{Achieved, Consistency};
+use crate::error::{Error, Result};
+use crate::qmp::Client;
+use crate::qmp::agent::Agent;
+use crate::qmp::steps::step;
+
+/// A filter to insert.
+#[derive(Debug, Clone)]
+pub struct Insert {
+    /// Number of the disk.
+    pub index: usize,
+    /// Where.
+    pub insertion: Insertion,
+    /// The filter's node.
+    pub filter: String,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Taken {
+    /// What was achieved.
+    pub consistency: Consistency,
+    /// Disks whose filter could not be inserted.
+    pub failed: Vec<(usize, Error)>,
+    /// The guest is still stopped: for `--pause`.
+    pub held: Option<Guardian>,
+}
+
+/// Everything the moment works with.
+pub struct Scene<'a> {
+    /// QEMU.
+    pub client: &'a mut Client,
+    /// What was wanted.
+    pub options: &'a Options,
+    /// Where what must be undone is written down.
+    pub journal: &'a mut Journal,
+    /// Who is told.
+    pub watch: &'a dyn Watch,
+}
+
+/// Takes the moment.
+///
+/// # Errors
+/// The guest could not be stopped or continued, or the guardian or journal could not be written.
+/// A failed freeze is no error: the reason is in the consistency.
+pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
+    let running = is_running(scene.client)?;
+    let stop = running && scene.options.moment.stop != StopWish::Never;
+    let freeze = running && scene.options.moment.quiesce;
+    let mut consistency = Consistency { one_moment: true, ..Default::default() };
+    let mut guardian =
+        if stop || freeze { Some(Guardian::start(&orders(scene.options))?) } else { None };
+    let mut agent = None;
+    if freeze {
+        agent = freeze_guest(scene, guardian.as_mut(), &mut consistency)?;
+    }
+    let whole = stop && scene.options.moment.stop == StopWish::Whole;
+    let began = Instant::now();
+    if stop {
+        announce(scene, guardian.as_mut(), Record::Stop, Word::Stop)?;
+        scene.client.execute("stop", json!({}))?;
+    }
+    let stopped_at = Instant::now();
+    let failed = insert_all(scene.client, inserts, &mut consistency, stop || !running);
+    if stop && !whole {
+        scene.client.execute("cont", json!({}))?;
+        consistency.stopped_ms = millis(stopped_at.elapsed());
+        withdraw(scene, guardian.as_mut(), Record::Continue, Word::Continue)?;
+    }
+    if let Some(a) = agent
+        && !thaw_guest(scene, guardian.as_mut(), a, &mut consistency)?
+        && let Some(g) = guardian.take()
+    {
+        g.leave();
+    }
+    judge(scene, running, whole, &mut consistency);
+    log::debug!("the moment took {:?}", began.elapsed());
+    let held = if whole { guardian } else { dismissed(guardian) };
+    Ok(Taken { consistency, failed: failed?, held })
+}
+
+/// Ends `--pause`.
+///
+/// # Errors
+/// QEMU refuses to continue.
+pub fn release(scene: &mut Scene<'_>, mut guardian: Guardian) -> Result<()> {
+    scene.client.execute("cont", json!({}))?;
+    scene.journal.write(&Record::Continue)?;
+    guardian.tell(Word::Continue)?;
+    guardian.dismiss();
+    Ok(())
+}
+
+fn dismissed(guardian: Option<Guardian>) -> Option<Guardian> {
+    if let Some(g) = guardian {
+        g.dismiss();
+    }
+    None
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn orders(options: &Options) -> Orders {
+    let whole = options.moment.stop == StopWish::Whole;
+    Orders {
+        qmp: options.qmp.canonical(),
+        agent: options.agent.as_ref().map(|a| a.canonical()),
+        deadline_ms: if whole { 0 } else { millis(options.moment.deadline).max(1) },
+        parent: std::process::id(),
+    }
+}
+
+fn is_running(client: &mut Client) -> Result<bool> {
+    if !client.has_guest() {
+        return Ok(false);
+    }
+    let status = client.execute("query-status", json!({}))?;
+    Ok(status.get("status").and_then(Value::as_str) == Some("running"))
+}
+
+/// Before something is done to the guest, its undo is on disk and the guardian knows.
+fn announce(
+    scene: &mut Scene<'_>,
+    guardian: Option<&mut Guardian>,
+    record: Record,
+    word: Word,
+) -> Result<()> {
+    scene.journal.write(&record)?;
+    guardian.map_or(Ok(()), |g| g.tell(word))
+}
+
+/// After it is undone, the guardian first: it must not act on what is over.
+fn withdraw(
+    scene: &mut Scene<'_>,
+    guardian: Option<&mut Guardian>,
+    record: Record,
+    word: Word,
+) -> Result<()> {
+    guardian.map_or(Ok(()), |g| g.tell(word))?;
+    scene.journal.write(&record)
+}
+
+fn insert_all(
+    client: &mut Client,
+    inserts: &[Insert],
+    consistency: &mut Consistency,
+    stopped: bool,
+) -> Result<Vec<(usize, Error)>> {
+    let mut failed = Vec::new();
+    let devices = inserts.iter().filter_map(|i| match &i.insertion {
+        Insertion::Device(q) => Some((i, q)),
+        Insertion::Reopen { .. } => None,
+    });
+    let mut plugged = 0;
+    for (i, qdev) in devices {
+        match plug(client, qdev, &i.filter) {
+            Ok(()) => plugged += 1,
+            Err(e) if e.kind() == crate::error::Kind::Peer && is_alive(client) => {
+                failed.push((i.index, e));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    if plugged > 1 && !stopped {
+        consistency.one_moment = false;
+    }
+    reopen_all(client, inserts, consistency, &mut failed)?;
+    Ok(failed)
+}
+
+/// All raw nodes in one command, which is one moment; if that fails, each for itself.
+fn reopen_all(
+    client: &mut Client,
+    inserts: &[Insert],
+    consistency: &mut Consistency,
+    failed: &mut Vec<(usize, Error)>,
+) -> Result<()> {
+    let list: Vec<(usize, Value)> = inserts
+        .iter()
+        .filter_map(|i| Some((i.index, reopen_options(&i.insertion, &i.filter)?)))
+        .collect();
+    let Err(first) = reopen(client, list.iter().map(|(_, o)| o.clone()).collect()) else {
+        return Ok(());
+    };
+    if !is_alive(client) {
+        return Err(first);
+    }
+    if let [(index, _)] = list.as_slice() {
+        failed.push((*index, first));
+        return Ok(());
+    }
+    consistency.one_moment = false;
+    for (index, o) in list {
+        if let Err(e) = reopen(client, vec![o]) {
+            failed.push((index, e));
+        }
+    }
+    Ok(())
+}
+
+fn is_alive(client: &mut Client) -> bool {
+    client.execute("query-version", json!({})).is_ok()
+}
+
+fn freeze_guest(
+    scene: &mut Scene<'_>,
+    guardian: Option<&mut Guardian>,
+    consistency: &mut Consistency,
+) -> Result<Option<Agent>> {
+    let Some(address) = &scene.options.agent else {
+        consistency.reason = "no --agent socket was given".into();
+        return Ok(None);
+    };
+    let wait = scene.options.moment.agent_timeout;
+    let before = Agent::connect(address, wait).and_then(|mut a| Ok((a.is_frozen(wait)?, a)));
+    let mut agent = match before {
+        Ok((false, a)) => a,
+        Ok((true, _)) => {
+            consistency.reason =
+                "the file systems were frozen already, by somebody else, and were \
+                                  left so"
+                    .into();
+            scene.watch.warn(&consistency.reason);
+            return Ok(None);
+        }
+        Err(e) => {
+            consistency.reason = format!("not frozen: {}", e.report());
+            scene.watch.warn(&consistency.reason);
+            return Ok(None);
+        }
+    };
+    announce(scene, guardian, Record::Freeze, Word::Freeze)?;
+    let mountpoints = scene.options.moment.mountpoints.clone();
+    // Half of what the guardian allows: there must be time left to thaw.
+    match agent.freeze(&mountpoints, scene.options.moment.deadline / 2) {
+        Ok(n) => {
+            step("frozen");
+            consistency.frozen = mountpoints;
+            consistency.achieved = Achieved::FileSystem;
+            scene.watch.say(&format!("froze {n} file systems"));
+        }
+        Err(e) => {
+            consistency.reason = format!("freezing failed: {}", e.report());
+            scene.watch.warn(&consistency.reason);
+        }
+    }
+    // Also after a failure: some may be frozen, or will be when the agent comes to it.
+    Ok(Some(agent))
+}
+
+/// False if the agent did not thaw: the guardian has to go on trying.
+fn thaw_guest(
+    scene: &mut Scene<'_>,
+    guardian: Option<&mut Guardian>,
+    mut agent: Agent,
+    consistency: &mut Consistency,
+) -> Result<bool> {
+    match agent.thaw(scene.options.moment.deadline / 4) {
+        Ok(n) => {
+            // Nothing thawed: the freeze had timed out inside the guest (Windows: 10 s).
+            if n == 0 && consistency.achieved == Achieved::FileSystem {
+                consistency.achieved = Achieved::Crash;
+                consistency.reason =
+                    "the guest had thawed by itself before the moment was over".into();
+                scene.watch.warn(&consistency.reason);
+            }
+            withdraw(scene, guardian, Record::Thaw, Word::Thaw)?;
+            Ok(true)
+        }
+        Err(e) => {
+            scene.watch.warn(&format!("thawing failed: {}; the guardian tries on", e.report()));
+            Ok(false)
+        }
+    }
+}
+
+fn judge(scene: &Scene<'_>, running: bool, whole: bool, c: &mut Consistency) {
+    if scene.client.has_guest() && (!running || whole) {
+        c.achieved = Achieved::Paused;
+    }
+    if !c.one_moment {
+        c.reason = "one moment per disk".into();
+    }
+    if c.achieved == Achieved::Crash && c.reason.is_empty() {
+        c.reason = if scene.client.has_guest() {
+            "the guest's file systems were not frozen (--quiesce)".into()
+        } else {
+            "qemu-storage-daemon knows nothing of a guest".into()
+        };
+    }
+}

@@ -1,0 +1,183 @@
+//! Names that we give: to runs, nodes, jobs, bitmaps and images.
+//!
+//! QEMU allows 31 bytes for a node's name, so a run id has 12 hexadecimal digits:
+//! `fleecefs-0123456789ab-c12` has 25.
+
+use std::io::Read;
+
+use crate::chain::Level;
+use crate::error::{Error, Result};
+
+/// What every name of ours begins with.
+pub const PREFIX: &str = "fleecefs-";
+
+/// Length of a run id in hexadecimal digits.
+const RUN_DIGITS: usize = 12;
+
+/// What an object in QEMU is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// The frozen view.
+    Snapshot,
+    /// The copy-before-write filter.
+    Filter,
+    /// The image that is being written.
+    Target,
+    /// The fleece image.
+    Fleece,
+    /// The scratch node on which extra dirty bits are made.
+    Scratch,
+    /// The backup job.
+    Job,
+    /// The NBD export of the frozen view.
+    ViewExport,
+    /// The NBD export of the scratch node.
+    ScratchExport,
+}
+
+impl Role {
+    fn letter(self) -> char {
+        match self {
+            Role::Snapshot => 's',
+            Role::Filter => 'c',
+            Role::Target => 't',
+            Role::Fleece => 'f',
+            Role::Scratch => 'z',
+            Role::Job => 'j',
+            Role::ViewExport => 'v',
+            Role::ScratchExport => 'x',
+        }
+    }
+
+    fn of(letter: char) -> Option<Role> {
+        use Role::*;
+        let all = [Snapshot, Filter, Target, Fleece, Scratch, Job, ViewExport, ScratchExport];
+        all.into_iter().find(|r| r.letter() == letter)
+    }
+}
+
+/// `fleecefs-<run>-<role><index>`.
+pub fn object(run: &str, role: Role, index: usize) -> String {
+    format!("{PREFIX}{run}-{}{index}", role.letter())
+}
+
+/// Reads [`object`] back: run, role, index of the disk.
+pub fn parse_object(name: &str) -> Option<(&str, Role, usize)> {
+    let (run, rest) = name.strip_prefix(PREFIX)?.split_once('-')?;
+    if !is_run(run) {
+        return None;
+    }
+    let role = Role::of(rest.chars().next()?)?;
+    Some((run, role, rest.get(1..)?.parse().ok()?))
+}
+
+fn is_run(text: &str) -> bool {
+    text.len() == RUN_DIGITS && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// `fleecefs-<target>-<chain>-<run>-<index>`: the bitmap that a run adds to a disk. `target` is the
+/// first eight digits of the backup directory's id; `chain` is the run of the chain's FULL; with
+/// the disk's index no two disks have one of the same name.
+pub fn bitmap(target: &str, chain: &str, run: &str, index: usize) -> String {
+    format!("{PREFIX}{target}-{chain}-{run}-{index}")
+}
+
+/// A bitmap's name taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BitmapName<'a> {
+    /// Which backup directory it belongs to.
+    pub target: &'a str,
+    /// The run that began its chain.
+    pub chain: &'a str,
+    /// The run that added it.
+    pub run: &'a str,
+}
+
+/// Reads [`bitmap`] back; `None` for other programs' bitmaps.
+pub fn parse_bitmap(name: &str) -> Option<BitmapName<'_>> {
+    let mut parts = name.strip_prefix(PREFIX)?.split('-');
+    let (target, chain, run) = (parts.next()?, parts.next()?, parts.next()?);
+    parts.next()?.parse::<usize>().ok()?;
+    let whole = parts.next().is_none() && is_run(chain) && is_run(run);
+    whole.then_some(BitmapName { target, chain, run })
+}
+
+/// Name of the disabled, merged bitmap that a job copies by; it lives on the frozen view.
+pub fn work_bitmap(run: &str) -> String {
+    format!("{PREFIX}work-{run}")
+}
+
+/// A new run id.
+///
+/// # Errors
+/// `Io` if the system has no random numbers.
+pub fn new_run() -> Result<String> {
+    random_hex(RUN_DIGITS / 2)
+}
+
+/// `bytes` random bytes in hexadecimal.
+///
+/// # Errors
+/// `Io` if the system has no random numbers.
+pub fn random_hex(bytes: usize) -> Result<String> {
+    let mut buf = vec![0u8; bytes];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut f| f.read_exact(&mut buf))
+        .map_err(|e| Error::io(e, "cannot read random numbers").at_path("/dev/urandom"))?;
+    Ok(buf.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// The word for a level in file names.
+pub fn level_word(level: Level) -> &'static str {
+    match level {
+        Level::Full => "FULL",
+        Level::Inc => "INC",
+        Level::Diff => "DIFF",
+        _ => "COPY",
+    }
+}
+
+/// Level and timestamp of an image's file name; the name after the timestamp.
+pub fn parse_image(name: &str) -> Option<(Level, i64, &str)> {
+    let (word, rest) = name.split_once('-')?;
+    let level = match word {
+        "FULL" => Level::Full,
+        "INC" => Level::Inc,
+        "DIFF" => Level::Diff,
+        "COPY" => Level::Copy,
+        _ => return None,
+    };
+    let (time, disk) = rest.split_once('-')?;
+    Some((level, time.parse().ok()?, disk))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objects_fit_into_a_node_name_and_come_back() {
+        let run = new_run().unwrap();
+        let name = object(&run, Role::Filter, 999);
+        assert!(name.len() <= 31);
+        assert_eq!(parse_object(&name), Some((run.as_str(), Role::Filter, 999)));
+        for other in ["fleecefs-", "drive0", "fleecefs-xyz-c0", "fleecefs-0123456789ab-q0"] {
+            assert_eq!(parse_object(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn bitmaps_come_back_and_foreign_ones_do_not() {
+        let name = bitmap("0a1b2c3d", "0123456789ab", "ba9876543210", 3);
+        let parsed = parse_bitmap(&name).unwrap();
+        assert_eq!((parsed.target, parsed.run), ("0a1b2c3d", "ba9876543210"));
+        assert_eq!(parse_bitmap("qmpbackup-0a1b2c3d"), None);
+        assert_eq!(parse_bitmap(&work_bitmap("0123456789ab")), None);
+    }
+
+    #[test]
+    fn image_names() {
+        assert_eq!(parse_image("INC-17-d.qcow2"), Some((Level::Inc, 17, "d.qcow2")));
+        assert_eq!(parse_image("FULL-d.qcow2"), None);
+    }
+}

@@ -1,0 +1,157 @@
+//! QEMU's NBD server, of which there is one per process: started by us and stopped again, or one
+//! that runs already and whose address the user names.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::lock::vm_key;
+use super::names::{Role, object};
+use super::publish::{remove_if_there, write_whole};
+use crate::error::{Error, Kind, Result};
+use crate::qmp::nbd::Nbd;
+use crate::qmp::types::Export;
+use crate::qmp::wire::shorten;
+use crate::qmp::{Address, Client};
+
+/// How long an answer of the server may take. Block status of 1 GiB reads metadata only.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A server to export from.
+#[derive(Debug)]
+pub struct Server {
+    address: Address,
+    ours: bool,
+}
+
+/// Where the socket of a server of ours is.
+pub fn socket_path(state: &Path, vm: &Address) -> PathBuf {
+    state.join(format!("{}-nbd.sock", vm_key(vm)))
+}
+
+impl Server {
+    /// One that runs already.
+    pub fn existing(address: Address) -> Self {
+        Server { address, ours: false }
+    }
+
+    /// Starts one. QEMU gets a listening socket from us where it takes descriptors: it may not be
+    /// allowed to make one where we look.
+    ///
+    /// # Errors
+    /// `Busy` if another program has started one, else what QEMU says.
+    pub fn start(client: &mut Client, path: &Path) -> Result<Self> {
+        remove_if_there(path)?;
+        let answer = if client.has("getfd") && client.takes_descriptors() {
+            let (short, _dir) = shorten(path)?;
+            let listener = UnixListener::bind(short)
+                .map_err(|e| Error::io(e, "cannot make a socket for NBD").at_path(path))?;
+            let name = "fleecefs-nbd";
+            client.call_with("getfd", json!({"fdname": name}), Some(listener.as_fd()))??;
+            let addr = json!({"type": "fd", "data": {"str": name}});
+            client.call("nbd-server-start", json!({"addr": addr}))?
+        } else {
+            let addr = json!({"type": "unix", "data": {"path": path}});
+            client.call("nbd-server-start", json!({"addr": addr}))?
+        };
+        match answer {
+            Ok(_) => Ok(Server { address: Address::Unix(path.to_path_buf()), ours: true }),
+            Err(r) if r.desc.contains("already running") => Err(Error::new(
+                Kind::Busy,
+                "QEMU's NBD server belongs to another program, so that a disk that was shrunk and \
+                 grown again would go unnoticed",
+            )
+            .remedy("name its address with --nbd")),
+            Err(r) => Err(r.into()),
+        }
+    }
+
+    /// Stops it if it is ours; says whether it was.
+    ///
+    /// # Errors
+    /// QEMU refuses.
+    pub fn stop(self, client: &mut Client) -> Result<bool> {
+        if self.ours {
+            client.execute("nbd-server-stop", json!({}))?;
+            if let Address::Unix(p) = &self.address {
+                remove_if_there(p)?;
+            }
+        }
+        Ok(self.ours)
+    }
+
+    /// Exports `node` for as long as `work` takes.
+    ///
+    /// # Errors
+    /// QEMU refuses, or `work` fails.
+    pub fn with_export<T>(
+        &self,
+        client: &mut Client,
+        id: &str,
+        node: &str,
+        writable: bool,
+        work: impl FnOnce(&mut Nbd) -> Result<T>,
+    ) -> Result<T> {
+        export(client, id, node, writable)?;
+        let result =
+            Nbd::connect(&self.address, node, !writable, PATIENCE).and_then(|mut n| work(&mut n));
+        unexport(client, id)?;
+        result
+    }
+}
+
+fn export(client: &mut Client, id: &str, node: &str, writable: bool) -> Result<()> {
+    client
+        .execute(
+            "block-export-add",
+            json!({"type": "nbd", "id": id, "node-name": node,
+            "writable": writable}),
+        )
+        .map(drop)
+}
+
+fn unexport(client: &mut Client, id: &str) -> Result<()> {
+    client.execute("block-export-del", json!({"id": id, "mode": "hard"}))?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left: Vec<Export> = client.poll("query-block-exports")?;
+        if !left.iter().any(|e| e.id == id) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(Error::new(Kind::Timeout, "an NBD export does not end"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The test hook `FLEECEFS_HOLD`: exports the views, says so in `ready`, waits for `go`.
+///
+/// # Errors
+/// QEMU refuses, or a signal ends the wait.
+pub fn hold(
+    client: &mut Client,
+    server: &Server,
+    run: &str,
+    views: &[(usize, String)],
+    dir: &Path,
+) -> Result<()> {
+    let mut list = Vec::new();
+    for (index, name) in views {
+        let node = object(run, Role::Snapshot, *index);
+        export(client, &object(run, Role::ViewExport, *index), &node, false)?;
+        list.push(json!({"disk": name, "export": node, "address": server.address.to_string()}));
+    }
+    write_whole(&dir.join("ready"), json!(list).to_string().as_bytes())?;
+    while !dir.join("go").exists() {
+        client.check_interrupt()?;
+        client.next_event(Instant::now() + Duration::from_millis(50))?;
+    }
+    for (index, _) in views {
+        unexport(client, &object(run, Role::ViewExport, *index))?;
+    }
+    Ok(())
+}

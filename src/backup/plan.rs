@@ -1,0 +1,497 @@
+//! What a run will do, as a value: which disks, at which level and why, out of what is there.
+//! Pure: nothing here talks to QEMU or writes.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::history::{History, no_base};
+use super::seen::{Seen, SeenDisk};
+use super::{Every, LevelWish, Options, names};
+use crate::chain::Level;
+use crate::chain::manifest::{BitmapInfo, Manifest, Skipped};
+use crate::error::{Error, Kind, Result};
+
+/// What will be done.
+#[derive(Debug)]
+pub struct Plan {
+    /// The run's id.
+    pub run: String,
+    /// The disks, in the order QEMU lists them.
+    pub disks: Vec<DiskPlan>,
+    /// Disks left out.
+    pub skipped: Vec<Skipped>,
+    /// Disks that should be backed up and cannot.
+    pub refused: Vec<(String, Error)>,
+}
+
+/// What will be done with one disk.
+#[derive(Debug, Clone)]
+pub struct DiskPlan {
+    /// Its number in the run.
+    pub index: usize,
+    /// The disk.
+    pub disk: SeenDisk,
+    /// Its folder in the target.
+    pub dir: PathBuf,
+    /// The level it gets.
+    pub level: Level,
+    /// Why it gets a FULL though an INC was possible to hope for.
+    pub demoted: Option<String>,
+    /// File name of the new image.
+    pub image: String,
+    /// The run that began its chain.
+    pub chain: String,
+    /// What it builds on: manifests, root first; empty for FULL and COPY.
+    pub base: Vec<Manifest>,
+    /// The bitmap that says what changed.
+    pub since: Option<BitmapInfo>,
+    /// The bitmap that will record from now on.
+    pub new_bitmap: Option<BitmapInfo>,
+    /// The FULL's own bitmap, if DIFFs are wanted.
+    pub diff_bitmap: Option<BitmapInfo>,
+    /// Bitmaps of this target that nothing needs once the point is published.
+    pub obsolete: Vec<String>,
+    /// The latest time in the folder's names.
+    pub last_time: i64,
+}
+
+impl DiskPlan {
+    /// The point it lies on.
+    pub fn parent(&self) -> Option<&Manifest> {
+        match self.level {
+            Level::Diff => self.base.first(),
+            _ => self.base.last(),
+        }
+    }
+
+    /// Bytes that will be copied, as far as can be known before.
+    pub fn estimate(&self) -> u64 {
+        match &self.since {
+            Some(b) => self.disk.bitmap(&b.name).map_or(0, |b| b.count).min(self.disk.size),
+            None => self.disk.allocated,
+        }
+    }
+}
+
+/// What planning needs to know beside the options.
+pub struct Inputs<'a> {
+    /// The disks.
+    pub seen: Seen,
+    /// The run's id.
+    pub run: &'a str,
+    /// The first eight digits of the target's id.
+    pub target_id: &'a str,
+    /// The folder for this run's disks: the target, or its folder of the month.
+    pub base: &'a Path,
+    /// Seconds since the epoch.
+    pub now: i64,
+    /// Why INC and DIFF are impossible in this run, if they are.
+    pub no_inc: Option<String>,
+    /// Folders whose chain was found unsound, and how.
+    pub unsound: &'a [(PathBuf, String)],
+}
+
+/// Makes the plan.
+///
+/// # Errors
+/// The target cannot be read, or `--include` names a disk that is not there. A disk that cannot
+/// have what was asked for is in [`Plan::refused`].
+pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
+    let mut plan = Plan {
+        run: inputs.run.to_string(),
+        disks: Vec::new(),
+        skipped: inputs.seen.skipped.clone(),
+        refused: Vec::new(),
+    };
+    check_names(options, &inputs.seen)?;
+    let wanted = choose(options, &inputs.seen, &mut plan);
+    let folders = Folders::assign(options, &inputs, &wanted)?;
+    for (disk, (dir, history)) in wanted.into_iter().zip(folders.list) {
+        let label = disk.label().to_string();
+        let index = plan.disks.len();
+        match plan_disk(options, &inputs, (index, disk), dir, &history) {
+            Ok(d) => plan.disks.push(d),
+            Err(e) => plan.refused.push((label, e)),
+        }
+    }
+    separate_images(&mut plan.disks);
+    Ok(plan)
+}
+
+fn check_names(options: &Options, seen: &Seen) -> Result<()> {
+    for name in &options.include {
+        let known = seen.disks.iter().any(|d| d.is_called(name));
+        if !known && !seen.skipped.iter().any(|s| s.disk == *name) {
+            return Err(Error::new(Kind::NotFound, format!("there is no disk {name:?}"))
+                .remedy("fleecefs info blockdev lists them"));
+        }
+    }
+    Ok(())
+}
+
+fn choose(options: &Options, seen: &Seen, plan: &mut Plan) -> Vec<SeenDisk> {
+    let mut wanted = Vec::new();
+    for d in &seen.disks {
+        let named = |list: &[String]| list.iter().any(|n| d.is_called(n));
+        let skip = if !options.include.is_empty() && !named(&options.include) {
+            Some("not in --include")
+        } else if named(&options.exclude) {
+            Some("in --exclude")
+        } else {
+            None
+        };
+        if let Some(reason) = skip {
+            plan.skipped.push(Skipped { disk: d.label().into(), reason: reason.into() });
+        } else if d.encrypted && !options.allow_plaintext {
+            let e =
+                Error::new(Kind::Encrypted, "the disk is encrypted and the backup would not be")
+                    .remedy("--allow-plaintext writes it in plain text, --exclude leaves it out");
+            plan.refused.push((d.label().into(), e));
+        } else {
+            wanted.push(d.clone());
+        }
+    }
+    wanted
+}
+
+/// Which folder belongs to which disk.
+struct Folders {
+    list: Vec<(PathBuf, History)>,
+}
+
+impl Folders {
+    /// A disk keeps the folder whose manifests name its file, else its device; a new one gets a
+    /// folder by its base name, made unique.
+    fn assign(options: &Options, inputs: &Inputs<'_>, disks: &[SeenDisk]) -> Result<Self> {
+        let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
+        for rule in [same_file, same_device, unclaimed] {
+            for (i, disk) in disks.iter().enumerate() {
+                if list.get(i).is_some_and(Option::is_some) {
+                    continue;
+                }
+                let found = candidate(options, inputs, disk, &list, rule)?;
+                if let Some(slot) = list.get_mut(i) {
+                    *slot = found;
+                }
+            }
+        }
+        let list = list.into_iter().map(|o| {
+            o.ok_or_else(|| Error::new(Kind::Exists, "too many folders of one disk's name"))
+        });
+        Ok(Folders { list: list.collect::<Result<_>>()? })
+    }
+}
+
+type Rule = fn(&SeenDisk, &History) -> bool;
+
+fn same_file(disk: &SeenDisk, h: &History) -> bool {
+    h.last_manifest().is_some_and(|m| m.disk.file == disk.identity.file)
+}
+
+fn same_device(disk: &SeenDisk, h: &History) -> bool {
+    let id = |d: &crate::chain::manifest::DiskIdentity| (d.qdev.clone(), d.device.clone());
+    let named = !(disk.identity.qdev.is_empty() && disk.identity.device.is_empty());
+    named && h.last_manifest().is_some_and(|m| id(&m.disk) == id(&disk.identity))
+}
+
+fn unclaimed(_disk: &SeenDisk, h: &History) -> bool {
+    h.last_manifest().is_none()
+}
+
+/// How many disks of one base name are kept apart.
+const MAX_SAME_NAME: usize = 100;
+
+fn candidate(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    disk: &SeenDisk,
+    taken: &[Option<(PathBuf, History)>],
+    rule: Rule,
+) -> Result<Option<(PathBuf, History)>> {
+    let name = disk.base_name();
+    for n in 1..=MAX_SAME_NAME {
+        let folder = if n == 1 { name.clone() } else { format!("{name}-{n}") };
+        let (dir, only) = if options.layout.no_subdir {
+            (inputs.base.to_path_buf(), Some(folder.as_str()))
+        } else {
+            (inputs.base.join(&folder), None)
+        };
+        let is_taken = taken.iter().flatten().any(|(d, h)| {
+            *d == dir && (!options.layout.no_subdir || image_tail(h) == Some(folder.as_str()))
+        });
+        if is_taken {
+            continue;
+        }
+        let mut history = History::read(&dir, only)?;
+        history.tail = folder;
+        if rule(disk, &history) {
+            return Ok(Some((dir, history)));
+        }
+    }
+    Ok(None)
+}
+
+fn image_tail(h: &History) -> Option<&str> {
+    (!h.tail.is_empty()).then_some(h.tail.as_str())
+}
+
+fn plan_disk(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    (index, disk): (usize, SeenDisk),
+    dir: PathBuf,
+    history: &History,
+) -> Result<DiskPlan> {
+    let last_time = history.last_time();
+    let time = inputs.now.max(last_time.saturating_add(1));
+    let mut plan = DiskPlan {
+        index,
+        level: Level::Full,
+        demoted: None,
+        image: String::new(),
+        chain: inputs.run.to_string(),
+        base: Vec::new(),
+        since: None,
+        new_bitmap: None,
+        diff_bitmap: None,
+        obsolete: Vec::new(),
+        last_time,
+        dir,
+        disk,
+    };
+    choose_level(options, inputs, history, &mut plan)?;
+    choose_bitmaps(options, inputs, history, &mut plan);
+    let word = names::level_word(plan.level);
+    let plain = options.layout.no_timestamp && matches!(plan.level, Level::Full | Level::Copy);
+    plan.image =
+        if plain { history.tail.clone() } else { format!("{word}-{time}-{}", history.tail) };
+    if plain && plan.dir.join(&plan.image).exists() {
+        return Err(Error::new(Kind::Exists, "an image without timestamp is there already")
+            .at_path(plan.dir.join(&plan.image)));
+    }
+    Ok(plan)
+}
+
+fn choose_level(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    history: &History,
+    plan: &mut DiskPlan,
+) -> Result<()> {
+    let wish = options.level;
+    match wish {
+        LevelWish::Full => return Ok(()),
+        LevelWish::Copy => {
+            plan.level = Level::Copy;
+            return Ok(());
+        }
+        _ if plan.disk.pflash => return Ok(()),
+        LevelWish::Inc | LevelWish::Diff | LevelWish::Auto(_) => {}
+    }
+    let diff = wish == LevelWish::Diff;
+    match usable_base(inputs, history, &plan.disk, diff) {
+        Ok((base, since)) => {
+            if let LevelWish::Auto(Some(every)) = wish
+                && is_due(every, &base, inputs.now)
+            {
+                plan.demoted = Some("a new FULL is due (--full-every)".into());
+                return Ok(());
+            }
+            plan.chain = base.first().map_or_else(String::new, |m| m.run.clone());
+            plan.level = if diff { Level::Diff } else { Level::Inc };
+            plan.base = base;
+            plan.since = Some(since);
+            Ok(())
+        }
+        Err(reason) if matches!(wish, LevelWish::Auto(_)) => {
+            plan.demoted = Some(reason);
+            Ok(())
+        }
+        Err(reason) => Err(no_base(&reason)),
+    }
+}
+
+fn is_due(every: Every, base: &[Manifest], now: i64) -> bool {
+    match every {
+        Every::Points(n) => base.len() as u64 >= n,
+        Every::Age(age) => {
+            let full = base.first().map_or(0, |m| m.time);
+            now.saturating_sub(full) >= i64::try_from(age.as_secs()).unwrap_or(i64::MAX)
+        }
+    }
+}
+
+/// The chain to build on and the bitmap that says what changed since.
+fn usable_base(
+    inputs: &Inputs<'_>,
+    history: &History,
+    disk: &SeenDisk,
+    diff: bool,
+) -> Result<(Vec<Manifest>, BitmapInfo), String> {
+    let chain = history.chain()?;
+    if let Some((_, why)) = inputs.unsound.iter().find(|(d, _)| *d == history.dir) {
+        return Err(why.clone());
+    }
+    if let Some(reason) = &inputs.no_inc {
+        return Err(reason.clone());
+    }
+    let point = if diff { chain.first() } else { chain.last() };
+    let Some(point) = point else { return Err("the chain is empty".into()) };
+    let info = point.bitmap.as_ref();
+    let Some(info) = info else { return Err(format!("{} names no bitmap", point.image)) };
+    check_same_disk(point, disk)?;
+    check_bitmap(info, disk)?;
+    let base = if diff { vec![(*point).clone()] } else { chain.into_iter().cloned().collect() };
+    Ok((base, info.clone()))
+}
+
+fn check_same_disk(point: &Manifest, disk: &SeenDisk) -> Result<(), String> {
+    if disk.size < point.virtual_size {
+        return Err(format!(
+            "the disk was {} bytes at {} and has {} now",
+            point.virtual_size, point.image, disk.size
+        ));
+    }
+    if point.disk.format != disk.identity.format {
+        return Err(format!(
+            "the disk was {} and is {} now",
+            point.disk.format, disk.identity.format
+        ));
+    }
+    if disk.size != point.virtual_size && disk.identity.format != "qcow2" {
+        return Err("the disk grew, and what a grown raw disk holds is not known".into());
+    }
+    Ok(())
+}
+
+fn check_bitmap(info: &BitmapInfo, disk: &SeenDisk) -> Result<(), String> {
+    let Some(b) = disk.bitmap(&info.name) else {
+        return Err(format!("bitmap {} is not on the disk", info.name));
+    };
+    if b.inconsistent {
+        return Err(format!("bitmap {} is inconsistent: QEMU did not end cleanly", info.name));
+    }
+    if !b.recording {
+        return Err(format!("bitmap {} does not record", info.name));
+    }
+    if b.busy {
+        return Err(format!("bitmap {} is in use by a job or an export", info.name));
+    }
+    if b.granularity != info.granularity {
+        return Err(format!("bitmap {} has another granularity than it had", info.name));
+    }
+    if info.persistent && !b.persistent {
+        return Err(format!("bitmap {} is not the persistent one that it was", info.name));
+    }
+    Ok(())
+}
+
+fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, history: &History, plan: &mut DiskPlan) {
+    let records = matches!(plan.level, Level::Full | Level::Inc) && !plan.disk.pflash;
+    if records {
+        plan.new_bitmap = Some(BitmapInfo {
+            name: names::bitmap(inputs.target_id, &plan.chain, inputs.run, plan.index),
+            node: plan.disk.node.clone(),
+            granularity: plan
+                .since
+                .as_ref()
+                .map_or_else(|| granularity(&plan.disk), |b| b.granularity),
+            persistent: plan.disk.persistent,
+        });
+    }
+    let full =
+        match plan.level {
+            Level::Full => plan.new_bitmap.clone(),
+            _ => plan.base.first().and_then(|m| m.bitmap.clone()).filter(|b| {
+                plan.disk.bitmap(&b.name).is_some_and(|b| !b.inconsistent && b.recording)
+            }),
+        };
+    plan.diff_bitmap = full.filter(|_| !options.no_diff);
+    plan.obsolete = obsolete(inputs, history, plan);
+}
+
+/// QEMU's own default: the cluster size, within 4 KiB and 64 KiB.
+fn granularity(disk: &SeenDisk) -> u64 {
+    disk.cluster_size.clamp(4096, 65536)
+}
+
+/// Bitmaps that nothing needs once the new point is there: all of this target that neither the
+/// new point nor the chain's tip or FULL names.
+fn obsolete(inputs: &Inputs<'_>, history: &History, plan: &DiskPlan) -> Vec<String> {
+    if plan.level == Level::Copy {
+        return Vec::new();
+    }
+    let mut keep: Vec<&str> = Vec::new();
+    keep.extend(plan.new_bitmap.iter().map(|b| b.name.as_str()));
+    keep.extend(plan.diff_bitmap.iter().map(|b| b.name.as_str()));
+    // A DIFF advances nothing: what the chain needs stays.
+    if plan.level == Level::Diff {
+        keep.extend(needed(history));
+    }
+    let ours = |name: &str| names::parse_bitmap(name).is_some_and(|b| b.target == inputs.target_id);
+    let named = plan.disk.bitmaps.iter().filter_map(|b| b.name.as_deref());
+    named.filter(|n| ours(n) && !keep.contains(n)).map(str::to_string).collect()
+}
+
+/// The bitmaps that the tip of the folder's chain needs.
+pub fn needed(history: &History) -> Vec<&str> {
+    let tip = history.entries.iter().rev().find(|e| matches!(e.level, Level::Full | Level::Inc));
+    let tip = tip.and_then(|e| e.manifest.as_ref());
+    let bitmaps = tip.map(|m| [m.bitmap.as_ref(), m.diff_bitmap.as_ref()]);
+    bitmaps.into_iter().flatten().flatten().map(|b| b.name.as_str()).collect()
+}
+
+/// Two images of one run in one folder (`--no-subdir`) have names of their own already; this is
+/// the last guard.
+fn separate_images(disks: &mut [DiskPlan]) {
+    let mut used: Vec<(PathBuf, String)> = Vec::new();
+    for d in disks {
+        while used.contains(&(d.dir.clone(), d.image.clone())) {
+            d.image.push_str("-2");
+        }
+        used.push((d.dir.clone(), d.image.clone()));
+    }
+}
+
+/// A plan as `--dry-run --json` prints it.
+#[derive(Debug, Serialize)]
+pub struct Printed {
+    /// The disk.
+    pub disk: String,
+    /// Its file.
+    pub file: String,
+    /// The level.
+    pub level: String,
+    /// Where the image would be.
+    pub image: PathBuf,
+    /// The point it would lie on.
+    pub parent: Option<String>,
+    /// Bytes to copy.
+    pub estimate: u64,
+    /// Why a FULL.
+    pub why: Option<String>,
+    /// The bitmap that says what changed.
+    pub since: Option<String>,
+    /// The bitmap that would be added.
+    pub adds: Option<String>,
+    /// Bitmaps that would be removed.
+    pub removes: Vec<String>,
+}
+
+impl From<&DiskPlan> for Printed {
+    fn from(d: &DiskPlan) -> Self {
+        Printed {
+            disk: d.disk.label().to_string(),
+            file: d.disk.identity.file.clone(),
+            level: names::level_word(d.level).to_string(),
+            image: d.dir.join(&d.image),
+            parent: d.parent().map(|m| m.image.clone()),
+            estimate: d.estimate(),
+            why: d.demoted.clone(),
+            since: d.since.as_ref().map(|b| b.name.clone()),
+            adds: d.new_bitmap.as_ref().map(|b| b.name.clone()),
+            removes: d.obsolete.clone(),
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Making a finished image a point: check, sync, rename, manifest. The manifest is the commit.
+//!
+//! Until then the image is called `.partial`, and its manifest-to-be lies beside the manifests as
+//! that of the `.partial`: whoever finds both after a crash can finish the work.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use super::history::fingerprint;
+use super::tool::qemu_img;
+use crate::chain::Level;
+use crate::chain::manifest::{self, Manifest};
+use crate::error::{Error, Kind, Result};
+use crate::qmp::steps::step;
+
+/// The name of an image that is not a point yet.
+pub fn partial_name(image: &str) -> String {
+    format!("{image}.partial")
+}
+
+/// Writes down what the image will be once it is complete.
+///
+/// # Errors
+/// As [`manifest::write`].
+pub fn announce(dir: &Path, manifest: &Manifest) -> Result<()> {
+    let mut pending = manifest.clone();
+    pending.image = partial_name(&manifest.image);
+    manifest::write(dir, &pending)?;
+    Ok(())
+}
+
+/// What was announced for `image`, if anything.
+///
+/// # Errors
+/// As [`manifest::read`].
+pub fn announced(dir: &Path, image: &str) -> Result<Option<Manifest>> {
+    let pending = manifest::read(dir, OsStr::new(&partial_name(image)))?;
+    Ok(pending.map(|mut m| {
+        m.image = image.to_string();
+        m
+    }))
+}
+
+/// Creates the empty image that the job will fill, private to its owner.
+///
+/// # Errors
+/// `Exists` if it is there, `NoSpace`, `Permission`, `Io`.
+pub fn create_image(path: &Path, size: u64, options: &str) -> Result<()> {
+    // Made by us first, so that the mode is right from the start and nothing is overwritten.
+    create_private(path)?;
+    let size = size.to_string();
+    let args = ["create", "-q", "-f", "qcow2", "-o", options].map(OsStr::new);
+    let all = [args.as_slice(), &[path.as_os_str(), OsStr::new(&size)]].concat();
+    qemu_img(&all, path).map(drop)
+}
+
+/// Creates an empty file with mode 0600.
+///
+/// # Errors
+/// `Exists` and the rest of what the operating system says.
+pub fn create_private(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(|e| Error::io(e, "cannot create the file").at_path(path))
+}
+
+/// Publishes a complete image that QEMU has closed. `manifest` is completed with what only the
+/// finished file tells.
+///
+/// # Errors
+/// The image is unsound, or something could not be written; then it is no point.
+pub fn publish(dir: &Path, mut manifest: Manifest, hash: bool) -> Result<Manifest> {
+    let partial = dir.join(partial_name(&manifest.image));
+    let image = dir.join(&manifest.image);
+    check(&partial, manifest.virtual_size)?;
+    step("checked");
+    let file = File::open(&partial)
+        .map_err(|e| Error::io(e, "cannot open the image").at_path(&partial))?;
+    set_time(&file, dir, &manifest)?;
+    file.sync_all().map_err(|e| Error::io(e, "cannot sync the image").at_path(&partial))?;
+    step("synced");
+    complete(&mut manifest, &partial, hash)?;
+    // The announcement, now complete, is what a recovery after the rename writes as manifest.
+    announce(dir, &manifest)?;
+    step("announced");
+    rename_new(&partial, &image)?;
+    step("renamed");
+    sync_dir(dir)?;
+    commit(dir, &manifest)?;
+    Ok(manifest)
+}
+
+/// The last step: the manifest, then the announcement goes.
+///
+/// # Errors
+/// As [`manifest::write`].
+pub fn commit(dir: &Path, manifest: &Manifest) -> Result<()> {
+    manifest::write(dir, manifest)?;
+    step("committed");
+    manifest::remove(dir, OsStr::new(&partial_name(&manifest.image)))
+}
+
+/// Removes an image that will not be a point, and its announcement.
+///
+/// # Errors
+/// What the operating system said.
+pub fn discard(dir: &Path, image: &str) -> Result<()> {
+    remove_if_there(&dir.join(partial_name(image)))?;
+    manifest::remove(dir, OsStr::new(&partial_name(image)))
+}
+
+/// Removes a file; that it is not there is fine.
+///
+/// # Errors
+/// What the operating system said.
+pub fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(e, "cannot remove the file").at_path(path))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn complete(m: &mut Manifest, file: &Path, hash: bool) -> Result<()> {
+    let meta = std::fs::metadata(file)
+        .map_err(|e| Error::io(e, "cannot look at the image").at_path(file))?;
+    m.file_size = meta.len();
+    m.fingerprint = Some(fingerprint(file)?);
+    m.blake3 = if hash { Some(hash_file(file)?) } else { None };
+    Ok(())
+}
+
+/// BLAKE3 of a whole file, in hexadecimal.
+///
+/// # Errors
+/// It cannot be read.
+pub fn hash_file(path: &Path) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    let read = |h: &mut blake3::Hasher| -> std::io::Result<()> {
+        let mut file = File::open(path)?;
+        let mut buf = vec![0u8; 1 << 20];
+        loop {
+            let n = std::io::Read::read(&mut file, &mut buf)?;
+            if n == 0 {
+                return Ok(());
+            }
+            h.update(buf.get(..n).unwrap_or_default());
+        }
+    };
+    read(&mut hasher).map_err(|e| Error::io(e, "cannot hash the image").at_path(path))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// qemu-img's own check: no error and no leak that was not there by design; and the size.
+fn check(path: &Path, size: u64) -> Result<()> {
+    let args = ["check", "-q", "-f", "qcow2"].map(OsStr::new);
+    qemu_img(&[args.as_slice(), &[path.as_os_str()]].concat(), path)?;
+    let info = crate::layer::probe(&crate::storage::SourceFile::look(path)?)?;
+    if info.virtual_size != size {
+        let what = format!("the image has {} bytes, the disk {size}", info.virtual_size);
+        return Err(Error::new(Kind::Unsound, what).at_path(path));
+    }
+    Ok(())
+}
+
+/// Gives the file an mtime after its predecessors': qmprestore sorts by it.
+fn set_time(file: &File, dir: &Path, m: &Manifest) -> Result<()> {
+    let mut time = SystemTime::now();
+    let list = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    for e in list {
+        let name = e.file_name();
+        if name.as_bytes() == partial_name(&m.image).as_bytes() {
+            continue;
+        }
+        let Ok(meta) = e.metadata() else { continue };
+        if let Ok(t) = meta.modified()
+            && meta.is_file()
+        {
+            time = time.max(t + Duration::from_secs(1));
+        }
+    }
+    file.set_modified(time)
+        .map_err(|e| Error::io(e, "cannot set the image's time").at_path(dir.join(&m.image)))
+}
+
+/// Renames without ever replacing another file.
+fn rename_new(from: &Path, to: &Path) -> Result<()> {
+    let c = |p: &Path| {
+        std::ffi::CString::new(p.as_os_str().as_bytes())
+            .map_err(|_| Error::new(Kind::Usage, "a NUL byte in a file name").at_path(p))
+    };
+    let (a, b) = (c(from)?, c(to)?);
+    // SAFETY: two valid C strings.
+    let r = unsafe {
+        libc::renameat2(
+            libc::AT_FDCWD,
+            a.as_ptr(),
+            libc::AT_FDCWD,
+            b.as_ptr(),
+            libc::RENAME_NOREPLACE,
+        )
+    };
+    if r == 0 {
+        return Ok(());
+    }
+    let e = std::io::Error::last_os_error();
+    if matches!(e.raw_os_error(), Some(libc::EINVAL) | Some(libc::ENOSYS)) && !to.exists() {
+        // File systems without RENAME_NOREPLACE; the target's lock keeps others out.
+        return std::fs::rename(from, to)
+            .map_err(|e| Error::io(e, "cannot rename the image").at_path(to));
+    }
+    Err(Error::io(e, "cannot rename the image").at_path(to))
+}
+
+/// Makes what happened to names in a folder survive a power cut.
+///
+/// # Errors
+/// What the operating system said.
+pub fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir)
+        .and_then(|d| d.sync_all())
+        .map_err(|e| Error::io(e, "cannot sync the folder").at_path(dir))
+}
+
+/// Writes a small file whole or not at all.
+///
+/// # Errors
+/// What the operating system said.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = OsString::from(".tmp-");
+    name.push(path.file_name().unwrap_or_default());
+    let temporary: PathBuf = path.with_file_name(name);
+    remove_if_there(&temporary)?;
+    let mut file = create_private(&temporary)?;
+    std::io::Write::write_all(&mut file, bytes)
+        .and_then(|()| file.sync_all())
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .map_err(|e| Error::io(e, "cannot write the file").at_path(path))
+}
+
+/// The kind of link and files that qmpbackup has beside an image without timestamp.
+///
+/// # Errors
+/// What the operating system said.
+pub fn link_plain(dir: &Path, image: &str, level: Level) -> Result<()> {
+    let link = dir.join(format!("{}-{image}", super::names::level_word(level)));
+    remove_if_there(&link)?;
+    std::os::unix::fs::symlink(dir.join(image), &link)
+        .map_err(|e| Error::io(e, "cannot make the link").at_path(&link))
+}

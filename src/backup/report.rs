@@ -1,0 +1,62 @@
+//! What came of a run, disk by disk.
+
+use std::path::PathBuf;
+
+use super::plan::Plan;
+use crate::chain::Level;
+use crate::chain::manifest::{Consistency, Manifest};
+use crate::error::{Error, Kind, Result};
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Report {
+    /// The run's id.
+    pub run: String,
+    /// The plan that was made, and in a dry run not executed.
+    pub plan: Plan,
+    /// What became of each disk.
+    pub disks: Vec<DiskReport>,
+    /// What the moment achieved.
+    pub consistency: Consistency,
+}
+
+/// What became of a disk.
+#[derive(Debug)]
+pub struct DiskReport {
+    /// Its name.
+    pub disk: String,
+    /// Its level.
+    pub level: Level,
+    /// The image.
+    pub path: PathBuf,
+    /// Its manifest, or why there is no point.
+    pub result: Result<Manifest>,
+}
+
+impl Report {
+    /// The error to end with: `Partial` if some disks have a point and others not, the first
+    /// error if none has, `Skipped` with `strict`.
+    pub fn verdict(&self, strict: bool) -> Result<()> {
+        let refused = self.plan.refused.iter().map(|(d, e)| (d.as_str(), e));
+        let failed =
+            self.disks.iter().filter_map(|d| Some((d.disk.as_str(), d.result.as_ref().err()?)));
+        let bad: Vec<_> = refused.chain(failed).collect();
+        let good = self.disks.iter().filter(|d| d.result.is_ok()).count();
+        if let Some((disk, e)) = bad.first() {
+            let kind = if good > 0 { Kind::Partial } else { e.kind() };
+            let text = format!(
+                "{} of {} disks have no new point; {disk}: {}",
+                bad.len(),
+                bad.len().saturating_add(good),
+                e.report()
+            );
+            return Err(Error::new(kind, text));
+        }
+        match self.plan.skipped.first() {
+            Some(s) if strict => {
+                Err(Error::new(Kind::Skipped, format!("{} was skipped: {}", s.disk, s.reason)))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! A backup from connection to published points.
+//!
+//! The order is the one that held under continuous writes (every step's undo is named, and on
+//! disk, before the step):
+//!
+//! 1. the new bitmap is added beside the recording one; both record through the moment;
+//! 2. fleece and filter nodes are added, which do nothing yet;
+//! 3. the moment: all filters are inserted at once;
+//! 4. frozen views are added; a disabled bitmap on each view takes what the old bitmap has;
+//! 5. jobs copy what it names, out of the frozen view;
+//! 6. each finished image is closed, taken down, published; only then the old bitmap goes.
+//!
+//! Whatever fails before 6 removes the new bitmap, and the old one has recorded everything.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use super::control::{Control, Shared};
+use super::journal::{Journal, Record};
+use super::lock::Lock;
+use super::plan::Inputs;
+use super::report::Report;
+use super::seen::{Answers, survey};
+use super::work::Run;
+use super::{LevelWish, Options, Watch, names, now, plan, publish, recover};
+use crate::chain::manifest::Consistency;
+use crate::error::{Error, Kind, Result};
+use crate::qmp::Client;
+
+/// Makes the backup.
+///
+/// # Errors
+/// Nothing could be begun, or QEMU is gone. What concerns one disk is in its report.
+pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) -> Result<Report> {
+    let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
+    let mut client = Client::connect(&options.qmp)?;
+    client.require(&[
+        "blockdev-add",
+        "blockdev-backup",
+        "block-dirty-bitmap-merge",
+        "query-jobs",
+        "query-block-exports",
+    ])?;
+    if !client.features()?.has("snapshot-access") {
+        return Err(Error::new(Kind::Unsupported, "this QEMU has no snapshot-access driver")
+            .remedy("QEMU 7.2 or newer is needed"));
+    }
+    if options.dry_run {
+        return dry_run(options, &mut client);
+    }
+    recover::recover(&mut client, &options.state_dir, &options.qmp, watch)?;
+    let base = base_dir(options);
+    super::lock::make_dir(&base)?;
+    let _target_lock = Lock::target(&options.target)?;
+    let run = names::new_run()?;
+    let status = Shared::default();
+    let _control =
+        Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt.clone())?;
+    let target_id = target_id(options, &base, true)?;
+    let first = Record::Begin {
+        run: run.clone(),
+        target: options.target.clone(),
+        agent: options.agent.as_ref().map(|a| a.canonical()),
+    };
+    let journal = Journal::begin(&options.state_dir, &options.qmp, &first)?;
+    client.interrupt_by(Some(interrupt));
+    let mut r = Run {
+        options,
+        watch,
+        client,
+        journal,
+        run,
+        target_id,
+        base,
+        status,
+        server: None,
+        guardian: None,
+        consistency: Consistency::default(),
+        chains: HashMap::new(),
+    };
+    let result = r.execute();
+    r.finish(result)
+}
+
+fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
+    let run = names::new_run()?;
+    let base = base_dir(options);
+    let target_id = target_id(options, &base, false)?;
+    let inputs = Inputs {
+        seen: survey(&Answers::ask(client)?),
+        run: &run,
+        target_id: &target_id,
+        base: &base,
+        now: now(),
+        no_inc: None,
+        unsound: &[],
+    };
+    let plan = plan::make(options, inputs)?;
+    Ok(Report { run, plan, disks: Vec::new(), consistency: Consistency::default() })
+}
+
+/// The target, or its folder of this month.
+fn base_dir(options: &Options) -> PathBuf {
+    if !options.layout.monthly {
+        return options.target.clone();
+    }
+    options.target.join(jiff::Zoned::now().strftime("%Y-%m").to_string())
+}
+
+/// The first eight digits of the id in `uuid`, as qmpbackup keeps it: 36 bytes, no newline.
+fn target_id(options: &Options, base: &Path, make: bool) -> Result<String> {
+    let path = base.join("uuid");
+    let text = match std::fs::read_to_string(&path) {
+        Ok(t) => t,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let hex = names::random_hex(16)?;
+            let part = |r: std::ops::Range<usize>| hex.get(r).unwrap_or_default();
+            let uuid = format!(
+                "{}-{}-4{}-8{}-{}",
+                part(0..8),
+                part(8..12),
+                part(13..16),
+                part(17..20),
+                part(20..32)
+            );
+            if make && options.level != LevelWish::Copy {
+                publish::write_whole(&path, uuid.as_bytes())?;
+            }
+            uuid
+        }
+        Err(e) => return Err(Error::io(e, "cannot read the target's id").at_path(&path)),
+    };
+    let id: String = text.chars().filter(char::is_ascii_hexdigit).take(8).collect();
+    if id.len() == 8 {
+        return Ok(id.to_ascii_lowercase());
+    }
+    Err(Error::new(Kind::Corrupt, "this is not the id of a backup directory").at_path(&path))
+}

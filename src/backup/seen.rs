@@ -1,0 +1,390 @@
+//! Which disks QEMU has, and which of them a backup takes.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::chain::manifest::{DiskIdentity, Skipped};
+use crate::error::{Error, Kind, Result};
+use crate::qmp::Client;
+use crate::qmp::types::{Bitmap, Drive, Graph, Image, Node};
+
+use super::names;
+
+/// Drivers that only pass requests through to their `file` child.
+const FILTERS: &[&str] =
+    &["throttle", "copy-on-read", "copy-before-write", "compress", "blklogwrites", "preallocate"];
+
+/// How the filter gets between the guest and its disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Insertion {
+    /// The `drive` property of this QOM object is set.
+    Device(String),
+    /// This raw node above the disk is reopened.
+    Reopen {
+        /// The raw node's name.
+        node: String,
+        /// Its cache mode, to be given again.
+        cache: Value,
+        /// Its write-zero detection, to be given again.
+        detect_zeroes: String,
+    },
+}
+
+/// One disk that can be backed up.
+#[derive(Debug, Clone)]
+pub struct SeenDisk {
+    /// Who it is.
+    pub identity: DiskIdentity,
+    /// The node that carries its bitmaps.
+    pub node: String,
+    /// The node that the guest is attached to: the same, or a filter above it.
+    pub top: String,
+    /// How to get in between.
+    pub insertion: Insertion,
+    /// Size of the virtual disk in bytes.
+    pub size: u64,
+    /// Cluster size in bytes; 64 KiB where the format has none.
+    pub cluster_size: u64,
+    /// qcow2 with subclusters.
+    pub extended_l2: bool,
+    /// qcow2 with lazy refcounts.
+    pub lazy_refcounts: bool,
+    /// Whether bitmaps survive QEMU's end.
+    pub persistent: bool,
+    /// Whether reading it gives plain text of an encrypted image.
+    pub encrypted: bool,
+    /// Firmware flash: small, copied in full each time.
+    pub pflash: bool,
+    /// All bitmaps on `node`.
+    pub bitmaps: Vec<Bitmap>,
+    /// Bytes that its files take, as an upper limit of what a full copy has to read.
+    pub allocated: u64,
+    /// `qemu-img info` of it, as QEMU reports it.
+    pub info: Value,
+}
+
+impl SeenDisk {
+    /// The name of its folder and the last part of its images' names.
+    pub fn base_name(&self) -> String {
+        base_name(&self.identity.file).unwrap_or_else(|| self.label().to_string())
+    }
+
+    /// A short name for messages.
+    pub fn label(&self) -> &str {
+        let i = &self.identity;
+        [&i.device, &i.node, &i.qdev].into_iter().find(|s| !s.is_empty()).map_or("disk", |s| s)
+    }
+
+    /// Whether the user means this disk by `name`.
+    pub fn is_called(&self, name: &str) -> bool {
+        let i = &self.identity;
+        let tail = i.qdev.rsplit('/').find(|p| *p != "virtio-backend").unwrap_or_default();
+        [i.device.as_str(), &i.node, &i.qdev, &i.file, tail, &self.base_name()].contains(&name)
+    }
+
+    /// The named bitmap.
+    pub fn bitmap(&self, name: &str) -> Option<&Bitmap> {
+        self.bitmaps.iter().find(|b| b.name.as_deref() == Some(name))
+    }
+
+    /// The folder that holds its own file, if that is a file.
+    pub fn folder(&self) -> Option<PathBuf> {
+        let p = Path::new(&self.identity.file);
+        (p.is_absolute() && !p.starts_with("/dev")).then(|| p.parent().map(Path::to_path_buf))?
+    }
+}
+
+/// The last part of a file's or device's name.
+pub fn base_name(file: &str) -> Option<String> {
+    let tail = file.trim_end_matches('/').rsplit(['/', ':']).next()?;
+    (!tail.is_empty() && tail != "." && tail != "..").then(|| tail.to_string())
+}
+
+/// Everything there is.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// Disks that can be backed up.
+    pub disks: Vec<SeenDisk>,
+    /// The others.
+    pub skipped: Vec<Skipped>,
+}
+
+/// What the answers say, before any of it is judged.
+#[derive(Debug, Default)]
+pub struct Answers {
+    /// `query-block`.
+    pub drives: Vec<Drive>,
+    /// The same, as QEMU wrote it.
+    pub raw_drives: Value,
+    /// `query-named-block-nodes`.
+    pub nodes: Vec<Node>,
+    /// The same, as QEMU wrote it.
+    pub raw_nodes: Value,
+    /// `x-debug-query-block-graph`.
+    pub graph: Graph,
+    /// Whether this is QEMU with a guest.
+    pub guest: bool,
+}
+
+impl Answers {
+    /// Asks.
+    ///
+    /// # Errors
+    /// As [`Client::execute`].
+    pub fn ask(client: &mut Client) -> Result<Self> {
+        let raw_drives = client.execute("query-block", json!({}))?;
+        let raw_nodes = client.execute("query-named-block-nodes", json!({}))?;
+        let graph = if client.has("x-debug-query-block-graph") {
+            client.query("x-debug-query-block-graph", json!({}))?
+        } else {
+            Graph::default()
+        };
+        Ok(Answers {
+            drives: parse(&raw_drives, "query-block")?,
+            nodes: parse(&raw_nodes, "query-named-block-nodes")?,
+            raw_drives,
+            raw_nodes,
+            graph,
+            guest: client.has_guest(),
+        })
+    }
+
+    /// The named node.
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.iter().find(|n| n.node_name == name)
+    }
+
+    /// Follows filters down to the node that holds the disk.
+    fn below_filters<'a>(&'a self, top: &'a Node) -> &'a Node {
+        let mut at = top;
+        // A graph has no loops; the bound is for an answer that has.
+        for _ in 0..self.nodes.len() {
+            if !FILTERS.contains(&at.drv.as_str()) {
+                break;
+            }
+            let Some(child) = self.graph.child(&at.node_name, "file") else { break };
+            let Some(child) = self.node(child) else { break };
+            at = child;
+        }
+        at
+    }
+
+    /// The name of the file at the bottom of a node.
+    fn file_of(&self, node: &Node) -> String {
+        let plain = |n: &Node| !n.file.starts_with("json:") && !n.file.starts_with("blkdebug:");
+        let mut at = node;
+        for _ in 0..self.nodes.len() {
+            if plain(at) {
+                return at.file.clone();
+            }
+            let name = &at.node_name;
+            let child = self.graph.child(name, "file").or_else(|| self.graph.child(name, "image"));
+            let Some(child) = child.and_then(|c| self.node(c)) else { break };
+            at = child;
+        }
+        String::new()
+    }
+
+    fn raw_image(&self, node: &str) -> Value {
+        let list = self.raw_nodes.as_array().into_iter().flatten();
+        let mut named = list.filter(|n| n.get("node-name").and_then(Value::as_str) == Some(node));
+        named.next().and_then(|n| n.get("image")).cloned().unwrap_or_default()
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(v: &Value, what: &str) -> Result<T> {
+    serde_json::from_value(v.clone()).map_err(|e| {
+        Error::new(Kind::Corrupt, format!("the answer to {what} has an unknown shape"))
+            .with_source(e)
+    })
+}
+
+/// Looks at all disks.
+pub fn survey(answers: &Answers) -> Seen {
+    let mut seen = Seen::default();
+    if answers.guest {
+        for d in &answers.drives {
+            note(&mut seen, drive_name(d), from_drive(answers, d));
+        }
+    } else {
+        for n in exported(answers) {
+            note(&mut seen, n.node_name.clone(), from_export(answers, n));
+        }
+    }
+    seen
+}
+
+fn note(seen: &mut Seen, disk: String, found: Result<SeenDisk, String>) {
+    match found {
+        Ok(d) => seen.disks.push(d),
+        Err(reason) => seen.skipped.push(Skipped { disk, reason }),
+    }
+}
+
+fn drive_name(d: &Drive) -> String {
+    let node = d.inserted.as_ref().map(|n| n.node_name.clone());
+    if !d.device.is_empty() {
+        return d.device.clone();
+    }
+    node.or_else(|| d.qdev.clone()).unwrap_or_default()
+}
+
+fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, String> {
+    let Some(top) = &d.inserted else { return Err("no medium is inserted".into()) };
+    if d.removable {
+        return Err("removable medium (CD or floppy)".into());
+    }
+    if top.ro {
+        return Err("read-only".into());
+    }
+    let Some(qdev) = d.qdev.clone().filter(|q| !q.is_empty()) else {
+        return Err("no guest device is attached".into());
+    };
+    let insertion = Insertion::Device(qdev.clone());
+    let pflash = qdev.contains("system.flash") || d.device.starts_with("pflash");
+    build(answers, top, insertion, qdev, d.device.clone(), pflash)
+}
+
+/// Nodes that have a backend above them: what qemu-storage-daemon exports.
+fn exported(answers: &Answers) -> Vec<&Node> {
+    let is_root = |n: &&Node| {
+        let parents = answers.graph.parents(&n.node_name);
+        parents.iter().any(|(p, role)| p.kind == "block-backend" && *role == "root")
+            && names::parse_object(&n.node_name).is_none()
+    };
+    answers.nodes.iter().filter(is_root).collect()
+}
+
+fn from_export(answers: &Answers, top: &Node) -> Result<SeenDisk, String> {
+    if top.ro {
+        return Err("read-only".into());
+    }
+    let child = answers.graph.child(&top.node_name, "file").and_then(|c| answers.node(c));
+    let (true, Some(child)) = (top.drv == "raw", child) else {
+        return Err("exported without a raw node above it: nothing can be put in between \
+                    (export a node made by blockdev-add driver=raw file=DISK discard=unmap)"
+            .into());
+    };
+    if child.image.virtual_size != top.image.virtual_size {
+        return Err("the raw node above it has an offset or a size of its own".into());
+    }
+    let insertion = Insertion::Reopen {
+        node: top.node_name.clone(),
+        cache: top.cache.clone(),
+        detect_zeroes: top.detect_zeroes.clone(),
+    };
+    build(answers, child, insertion, String::new(), String::new(), false)
+}
+
+fn build(
+    answers: &Answers,
+    top: &Node,
+    insertion: Insertion,
+    qdev: String,
+    device: String,
+    pflash: bool,
+) -> Result<SeenDisk, String> {
+    if top.drv == "copy-before-write" {
+        return Err("another program's copy-before-write filter is above it: a backup by another \
+                    program runs or has died (fleecefs recover --foreign removes what qmpbackup \
+                    left)"
+            .into());
+    }
+    let top_name = top.node_name.clone();
+    let top = answers.node(&top_name).unwrap_or(top);
+    let disk = answers.below_filters(top);
+    let format = disk.image.format_specific.get("data").cloned().unwrap_or_default();
+    let flag = |k: &str| format.get(k).and_then(Value::as_bool).unwrap_or(false);
+    let version3 = format.get("compat").and_then(Value::as_str) == Some("1.1");
+    Ok(SeenDisk {
+        identity: DiskIdentity {
+            qdev,
+            node: disk.node_name.clone(),
+            device,
+            file: answers.file_of(disk),
+            format: disk.drv.clone(),
+        },
+        node: disk.node_name.clone(),
+        top: top_name,
+        insertion,
+        size: disk.image.virtual_size,
+        cluster_size: disk.image.cluster_size.filter(|c| *c > 0).unwrap_or(65536),
+        extended_l2: flag("extended-l2"),
+        lazy_refcounts: flag("lazy-refcounts"),
+        persistent: disk.drv == "qcow2" && version3 && !disk.ro,
+        encrypted: is_encrypted(answers, disk),
+        pflash,
+        bitmaps: disk.dirty_bitmaps.clone(),
+        allocated: allocated(&disk.image).min(disk.image.virtual_size),
+        info: answers.raw_image(&disk.node_name),
+    })
+}
+
+fn is_encrypted(answers: &Answers, disk: &Node) -> bool {
+    let below = answers.graph.child(&disk.node_name, "file").and_then(|c| answers.node(c));
+    let luks = |n: &Node| n.encrypted || n.image.encrypted || n.drv == "luks";
+    luks(disk) || below.is_some_and(luks)
+}
+
+fn allocated(image: &Image) -> u64 {
+    let mut total = 0u64;
+    let mut at = Some(image);
+    while let Some(i) = at {
+        total = total.saturating_add(i.actual_size.unwrap_or(i.virtual_size));
+        at = i.backing_image.as_deref();
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answers(drives: Value, nodes: Value) -> Answers {
+        Answers {
+            drives: serde_json::from_value(drives.clone()).unwrap(),
+            raw_drives: drives,
+            nodes: serde_json::from_value(nodes.clone()).unwrap(),
+            raw_nodes: nodes,
+            graph: Graph::default(),
+            guest: true,
+        }
+    }
+
+    fn qcow2(name: &str) -> Value {
+        json!({"node-name": name, "drv": "qcow2", "ro": false, "file": format!("/vm/{name}.qcow2"),
+            "image": {"virtual-size": 1048576, "cluster-size": 65536, "actual-size": 4096,
+            "format-specific": {"type": "qcow2", "data": {"compat": "1.1", "extended-l2": true}}}})
+    }
+
+    #[test]
+    fn disks_are_taken_and_media_are_left_out_with_a_reason() {
+        let mut cd = qcow2("cd");
+        cd["ro"] = true.into();
+        let a = answers(
+            json!([
+                {"device": "", "qdev": "/m/v0/virtio-backend", "inserted": qcow2("d0")},
+                {"device": "cd0", "qdev": "c", "removable": true, "inserted": cd},
+                {"device": "empty", "qdev": "e", "removable": true},
+                {"device": "loose", "inserted": qcow2("d1")}]),
+            json!([qcow2("d0"), qcow2("d1")]),
+        );
+        let seen = survey(&a);
+        assert_eq!(seen.disks.len(), 1);
+        let d = &seen.disks[0];
+        assert!(d.persistent && d.extended_l2 && !d.encrypted);
+        assert_eq!(d.base_name(), "d0.qcow2");
+        assert!(d.is_called("v0") && d.is_called("d0") && !d.is_called("d1"));
+        assert_eq!(seen.skipped.len(), 3);
+        assert_eq!(d.folder().unwrap(), Path::new("/vm"));
+    }
+
+    #[test]
+    fn names_of_devices_and_remote_disks() {
+        assert_eq!(base_name("/dev/vg/root").as_deref(), Some("root"));
+        assert_eq!(base_name("rbd:pool/img").as_deref(), Some("img"));
+        assert_eq!(base_name("nbd://h:10809/x").as_deref(), Some("x"));
+        assert_eq!(base_name(""), None);
+    }
+}

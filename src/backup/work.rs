@@ -1,0 +1,494 @@
+//! A run at work: plan, activate, the phases over all disks, and the end, whatever it is.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::control::{DiskStatus, Shared};
+use super::disk::job_error;
+use super::guardian::Guardian;
+use super::journal::{DiskRecord, Journal, Record};
+use super::moment::{Insert, Scene};
+use super::names::{Role, object};
+use super::plan::{DiskPlan, Inputs, Plan};
+use super::report::{DiskReport, Report};
+use super::seen::{Answers, survey};
+use super::teardown::{Scope, teardown};
+use super::zeros::ChainData;
+use super::{Options, StopWish, Watch, fleece, moment, names, now, plan, recover};
+use super::{journal, nbdserver, vm};
+use crate::chain::Level;
+use crate::chain::manifest::{
+    Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
+};
+use crate::error::{Error, Kind, Result};
+use crate::progress::Progress;
+use crate::qmp::Client;
+use crate::qmp::steps::step;
+use crate::qmp::types::Job;
+
+/// A run at work.
+pub struct Run<'a> {
+    pub(super) options: &'a Options,
+    pub(super) watch: &'a dyn Watch,
+    pub(super) client: Client,
+    pub(super) journal: Journal,
+    pub(super) run: String,
+    pub(super) target_id: String,
+    pub(super) base: PathBuf,
+    pub(super) status: Shared,
+    pub(super) server: Option<nbdserver::Server>,
+    pub(super) guardian: Option<Guardian>,
+    pub(super) consistency: Consistency,
+    /// Chains that INCs build on, by the new image's path.
+    pub(super) chains: HashMap<PathBuf, ChainData>,
+}
+
+/// A disk on its way.
+pub struct Active {
+    pub(super) index: usize,
+    pub(super) plan: DiskPlan,
+    pub(super) record: DiskRecord,
+    pub(super) manifest: Manifest,
+    pub(super) chain: Option<ChainData>,
+    pub(super) progress: Arc<dyn Progress>,
+    pub(super) shown: u64,
+    pub(super) began: Instant,
+    pub(super) state: State,
+}
+
+/// How a disk is getting on.
+pub enum State {
+    Going,
+    Done(Box<Manifest>),
+    Failed(Error),
+}
+
+impl Active {
+    pub(super) fn going(&self) -> bool {
+        matches!(self.state, State::Going)
+    }
+}
+
+impl Run<'_> {
+    pub(super) fn execute(&mut self) -> Result<Report> {
+        self.phase("planning");
+        let plan = self.plan()?;
+        self.announce_plan(&plan);
+        let mut disks = self.activate(&plan)?;
+        let outcome = self.copy_all(&mut disks);
+        if let Err(e) = outcome {
+            // Disks that are points already stay points; the rest is undone by `finish`.
+            if !disks.iter().any(|d| matches!(d.state, State::Done(_)))
+                || e.kind() == Kind::Interrupted
+            {
+                return Err(e);
+            }
+            self.watch.warn(&e.report());
+            let text = e.report();
+            for d in disks.iter_mut().filter(|d| d.going()) {
+                d.state = State::Failed(Error::new(e.kind(), text.clone()));
+            }
+        }
+        Ok(self.report(plan, disks))
+    }
+
+    fn report(&self, plan: Plan, disks: Vec<Active>) -> Report {
+        let disks = disks.into_iter().map(|d| DiskReport {
+            disk: d.plan.disk.label().to_string(),
+            level: d.plan.level,
+            path: d.plan.dir.join(&d.plan.image),
+            result: match d.state {
+                State::Done(m) => Ok(*m),
+                State::Failed(e) => Err(e),
+                State::Going => Err(Error::new(Kind::Interrupted, "it was not finished")),
+            },
+        });
+        Report {
+            run: self.run.clone(),
+            disks: disks.collect(),
+            plan,
+            consistency: self.consistency.clone(),
+        }
+    }
+
+    /// Whatever happened: nothing of ours stays in QEMU, and the journal ends.
+    pub(super) fn finish(mut self, result: Result<Report>) -> Result<Report> {
+        self.client.interrupt_by(None);
+        self.phase("cleaning up");
+        if let Some(g) = self.guardian.take() {
+            self.release(g)?;
+        }
+        let pending =
+            journal::pending(&self.options.state_dir, &self.options.qmp)?.unwrap_or_default();
+        let undone = match recover::undo(&mut self.client, &pending, self.watch) {
+            Err(e) if e.kind() == Kind::Peer && gone(&self.options.qmp) => {
+                recover::undo_offline(&pending, self.watch)
+            }
+            other => other,
+        };
+        match (result, undone) {
+            (Ok(r), Ok(())) => self.journal.end().map(|()| r),
+            (Err(e), Ok(())) => {
+                self.journal.end()?;
+                Err(e)
+            }
+            (Ok(_), Err(u)) => Err(u.remedy("run fleecefs recover when QEMU answers again")),
+            (Err(e), Err(u)) => {
+                self.watch.warn(&format!("cleaning up failed: {}", u.report()));
+                Err(e.remedy("run fleecefs recover when QEMU answers again"))
+            }
+        }
+    }
+
+    fn release(&mut self, guardian: Guardian) -> Result<()> {
+        let mut scene = Scene {
+            client: &mut self.client,
+            options: self.options,
+            journal: &mut self.journal,
+            watch: self.watch,
+        };
+        moment::release(&mut scene, guardian)
+    }
+
+    pub(super) fn phase(&self, phase: &str) {
+        let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());
+        s.phase = phase.to_string();
+        if s.run.is_empty() {
+            s.run = self.run.clone();
+            s.pid = std::process::id();
+            s.started = now();
+            s.target = self.options.target.clone();
+        }
+    }
+
+    pub(super) fn disk_status(&self, index: usize, change: impl FnOnce(&mut DiskStatus)) {
+        let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(d) = s.disks.get_mut(index) {
+            change(d);
+        }
+    }
+
+    /// Plans; where the chain proves unsound, or an INC needs QEMU's NBD server and that cannot
+    /// be had, plans again.
+    fn plan(&mut self) -> Result<Plan> {
+        let seen = survey(&Answers::ask(&mut self.client)?);
+        self.sweep()?;
+        let mut unsound: Vec<(PathBuf, String)> = Vec::new();
+        // One time for all plans: it is in the images' names.
+        let time = now();
+        let make = |run: &Self, no_inc: Option<String>, unsound: &[(PathBuf, String)]| {
+            let inputs = Inputs {
+                seen: seen.clone(),
+                run: &run.run,
+                target_id: &run.target_id,
+                base: &run.base,
+                now: time,
+                no_inc,
+                unsound,
+            };
+            plan::make(run.options, inputs)
+        };
+        let mut plan = make(self, None, &unsound)?;
+        for d in plan.disks.iter().filter(|d| d.since.is_some()) {
+            match ChainData::open(&d.dir, &d.base) {
+                Ok(c) => drop(self.chains.insert(d.dir.join(&d.image), c)),
+                Err(e) => {
+                    unsound.push((d.dir.clone(), format!("the chain is unsound: {}", e.report())))
+                }
+            }
+        }
+        if !unsound.is_empty() {
+            plan = make(self, None, &unsound)?;
+        }
+        if !plan.disks.iter().any(|d| d.since.is_some()) && std::env::var_os(HOLD).is_none() {
+            return Ok(plan);
+        }
+        match self.start_server() {
+            Ok(()) => Ok(plan),
+            Err(e) if e.kind() == Kind::Busy => make(self, Some(e.report()), &unsound),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn start_server(&mut self) -> Result<()> {
+        if let Some(a) = &self.options.nbd {
+            self.server = Some(nbdserver::Server::existing(a.clone()));
+            return Ok(());
+        }
+        self.journal.write(&Record::NbdStart)?;
+        let path = nbdserver::socket_path(&self.options.state_dir, &self.options.qmp);
+        match nbdserver::Server::start(&mut self.client, &path) {
+            Ok(s) => self.server = Some(s),
+            Err(e) => {
+                self.journal.write(&Record::NbdStop)?;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_server(&mut self) -> Result<()> {
+        if let Some(s) = self.server.take()
+            && s.stop(&mut self.client)?
+        {
+            self.journal.write(&Record::NbdStop)?;
+        }
+        Ok(())
+    }
+
+    fn sweep(&self) -> Result<()> {
+        recover::sweep(&self.base, self.watch)?;
+        let list = std::fs::read_dir(&self.base)
+            .map_err(|e| Error::io(e, "cannot read the target").at_path(&self.base))?;
+        for e in list.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
+            recover::sweep(&e.path(), self.watch)?;
+        }
+        Ok(())
+    }
+
+    fn announce_plan(&self, plan: &Plan) {
+        for s in &plan.skipped {
+            self.watch.say(&format!("{}: left out: {}", s.disk, s.reason));
+        }
+        for (disk, e) in &plan.refused {
+            self.watch.warn(&format!("{disk}: {}", e.report()));
+        }
+        for d in &plan.disks {
+            let word = names::level_word(d.level);
+            match &d.demoted {
+                Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
+                None => self.watch.say(&format!("{}: {word} -> {}", d.disk.label(), d.image)),
+            }
+        }
+        let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());
+        s.disks = plan
+            .disks
+            .iter()
+            .map(|d| DiskStatus {
+                disk: d.disk.label().to_string(),
+                level: names::level_word(d.level).to_string(),
+                state: "waiting".into(),
+                total: d.estimate(),
+                ..Default::default()
+            })
+            .collect();
+    }
+
+    fn activate(&mut self, plan: &Plan) -> Result<Vec<Active>> {
+        let vm = vm::describe(&mut self.client);
+        let version = self.client.version().to_string();
+        Ok(plan
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, p)| Active {
+                index,
+                record: DiskRecord {
+                    index,
+                    dir: p.dir.clone(),
+                    image: p.image.clone(),
+                    fleece: fleece::fleece_path(&self.options.copy, p, &self.run, index),
+                    node: p.disk.node.clone(),
+                    top: p.disk.top.clone(),
+                    bitmap: p.new_bitmap.as_ref().map(|b| b.name.clone()),
+                },
+                manifest: self.manifest(p, &plan.skipped, &vm, &version),
+                chain: None,
+                progress: self.watch.disk(p.disk.label()),
+                shown: 0,
+                began: Instant::now(),
+                plan: p.clone(),
+                state: State::Going,
+            })
+            .collect())
+    }
+
+    fn manifest(&self, p: &DiskPlan, skipped: &[Skipped], vm: &Value, version: &str) -> Manifest {
+        let dirty = matches!(p.level, Level::Inc | Level::Diff);
+        Manifest {
+            format_version: FORMAT_VERSION,
+            run: self.run.clone(),
+            image: p.image.clone(),
+            disk: p.disk.identity.clone(),
+            level: p.level,
+            time: now(),
+            parent: p.parent().map(|m| m.image.clone()),
+            format: ImageFormat::Qcow2,
+            content: if dirty { Contents::DirtyOnly } else { Contents::Full },
+            virtual_size: p.disk.size,
+            file_size: 0,
+            bitmap: p.new_bitmap.clone(),
+            diff_bitmap: p.diff_bitmap.clone(),
+            bytes_copied: 0,
+            consistency: Consistency::default(),
+            qemu_version: version.to_string(),
+            duration_ms: 0,
+            blake3: None,
+            fingerprint: None,
+            vm: vm.clone(),
+            config_files: Vec::new(),
+            skipped: skipped.to_vec(),
+        }
+    }
+
+    fn copy_all(&mut self, disks: &mut [Active]) -> Result<()> {
+        self.phase("preparing");
+        self.each(disks, Self::prepare)?;
+        self.phase("taking the moment");
+        self.take_moment(disks)?;
+        self.phase("copying");
+        self.each(disks, Self::view)?;
+        self.stop_after_views(disks)?;
+        self.each(disks, Self::start_job)?;
+        self.wait(disks)
+    }
+
+    /// Does `step` for every disk still going; a failure ends that disk alone.
+    fn each(
+        &mut self,
+        disks: &mut [Active],
+        step: fn(&mut Self, &mut Active) -> Result<()>,
+    ) -> Result<()> {
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            self.client.check_interrupt()?;
+            if let Err(e) = step(self, d) {
+                self.fail(d, e)?;
+            }
+        }
+        if disks.iter().all(|d| matches!(d.state, State::Failed(_))) && !disks.is_empty() {
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    /// Ends one disk: its objects leave QEMU, its new bitmap goes, its files are removed.
+    fn fail(&mut self, d: &mut Active, error: Error) -> Result<()> {
+        let over = matches!(error.kind(), Kind::Interrupted | Kind::Timeout);
+        if over || gone_error(&error, &mut self.client) {
+            return Err(error);
+        }
+        self.watch.warn(&format!("{}: {}", d.plan.disk.label(), error.report()));
+        self.disk_status(d.index, |s| s.state = "failed".into());
+        d.state = State::Failed(error);
+        teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
+        recover::settle_disk(&mut self.client, &d.record, false, &super::Quiet)?;
+        self.journal.write(&Record::Settled(d.index))
+    }
+
+    fn take_moment(&mut self, disks: &mut [Active]) -> Result<()> {
+        let inserts: Vec<Insert> = disks
+            .iter()
+            .filter(|d| d.going())
+            .map(|d| Insert {
+                index: d.index,
+                insertion: d.plan.disk.insertion.clone(),
+                filter: object(&self.run, Role::Filter, d.index),
+            })
+            .collect();
+        if inserts.is_empty() {
+            return Ok(());
+        }
+        let mut scene = Scene {
+            client: &mut self.client,
+            options: self.options,
+            journal: &mut self.journal,
+            watch: self.watch,
+        };
+        let taken = moment::take(&mut scene, &inserts)?;
+        self.guardian = taken.held;
+        self.consistency = taken.consistency;
+        let time = now();
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            d.manifest.time = time;
+            d.manifest.consistency = self.consistency.clone();
+        }
+        let c = &self.consistency;
+        if c.stopped_ms > 0
+            || self.client.has_guest() && self.options.moment.stop == StopWish::Moment
+        {
+            self.watch.say(&format!("the guest was stopped for {} ms", c.stopped_ms));
+        }
+        for (index, e) in taken.failed {
+            if let Some(d) = disks.iter_mut().find(|d| d.index == index) {
+                self.fail(d, e)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_after_views(&mut self, disks: &[Active]) -> Result<()> {
+        if let (Some(dir), Some(server)) = (std::env::var_os(HOLD), &self.server) {
+            let going = disks.iter().filter(|d| d.going());
+            let views: Vec<_> = going.map(|d| (d.index, d.plan.disk.base_name())).collect();
+            nbdserver::hold(&mut self.client, server, &self.run, &views, Path::new(&dir))?;
+        }
+        self.stop_server()
+    }
+
+    fn wait(&mut self, disks: &mut [Active]) -> Result<()> {
+        while disks.iter().any(Active::going) {
+            let jobs: Vec<Job> = self.client.poll("query-jobs")?;
+            for d in disks.iter_mut().filter(|d| d.going()) {
+                let id = object(&self.run, Role::Job, d.index);
+                let ended = match jobs.iter().find(|j| j.id == id) {
+                    Some(j) => self.follow(d, j),
+                    None => Some(Err(Error::new(Kind::Peer, "the backup job has vanished"))),
+                };
+                match ended {
+                    None => {}
+                    Some(Ok(job)) => {
+                        if let Err(e) = self.complete(d, &job) {
+                            self.fail(d, e)?;
+                        }
+                    }
+                    Some(Err(e)) => self.fail(d, e)?,
+                }
+            }
+            if disks.iter().any(Active::going) {
+                self.client.check_interrupt()?;
+                self.client.next_event(Instant::now() + POLL)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Shows progress; gives the job once it has ended.
+    fn follow(&mut self, d: &mut Active, job: &Job) -> Option<Result<Job>> {
+        let fresh = job.current_progress.saturating_sub(d.shown);
+        d.shown = job.current_progress;
+        d.progress.advance(fresh);
+        self.disk_status(d.index, |s| {
+            s.done = job.current_progress;
+            s.total = job.total_progress;
+        });
+        if !job.concluded() {
+            return None;
+        }
+        step("job concluded");
+        d.progress.end(d.began.elapsed());
+        Some(match &job.error {
+            None => Ok(job.clone()),
+            Some(e) => Err(job_error(e)),
+        })
+    }
+}
+
+/// How often a job's progress is asked for.
+const POLL: Duration = Duration::from_millis(250);
+
+/// A test hook: a folder. While the frozen views stand and before anything is copied, they are
+/// exported over NBD, `ready` says where, and the run waits for a file `go`.
+const HOLD: &str = "FLEECEFS_HOLD";
+
+/// Whether an error means that QEMU is not there any more.
+fn gone_error(e: &Error, client: &mut Client) -> bool {
+    e.kind() == Kind::Peer && client.execute("query-version", json!({})).is_err()
+}
+
+fn gone(qmp: &crate::qmp::Address) -> bool {
+    matches!(Client::connect(qmp), Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound))
+}

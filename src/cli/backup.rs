@@ -1,0 +1,450 @@
+//! `fleecefs backup`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::console::{Console, Style};
+use super::usage;
+use crate::backup::plan::Printed;
+use crate::backup::report::Report;
+use crate::backup::run::backup;
+use crate::backup::{
+    Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
+};
+use crate::backup::{lock, names};
+use crate::error::{Error, Kind, Result};
+use crate::qmp::Address;
+use crate::units::{human_bytes, parse_bytes};
+
+/// Back up the disks of a running guest
+///
+/// Copies what changed since the last point out of a frozen view, while the guest runs on. The
+/// frozen moment is one for all disks; the guest is stopped for it for some tens of milliseconds.
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// QEMU's QMP socket: a path, or tcp:HOST:PORT
+    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
+    qmp: String,
+
+    /// The guest agent's socket, for --quiesce
+    #[arg(long, value_name = "SOCKET", visible_alias = "agent-socket")]
+    agent: Option<String>,
+
+    /// full: a new chain; inc: since the last FULL or INC; diff: since the FULL; copy: a full copy
+    /// beside the chains; auto: inc where that is possible, full elsewhere
+    #[arg(short, long, value_enum)]
+    level: LevelArg,
+
+    /// With --level auto: a new FULL when the chain has N points, or when it is older than a
+    /// DURATION such as 12h, 7d or 4w
+    #[arg(long, value_name = "N|DURATION", value_parser = parse_every)]
+    full_every: Option<Every>,
+
+    /// The backup directory
+    #[arg(short, long, value_name = "DIR")]
+    target: PathBuf,
+
+    /// Only these disks, by node, device, qdev or file name
+    #[arg(short, long, value_name = "DISK", value_delimiter = ',')]
+    include: Vec<String>,
+
+    /// All disks but these
+    #[arg(short, long, value_name = "DISK", value_delimiter = ',')]
+    exclude: Vec<String>,
+
+    /// Accepted for qmpbackup's sake: raw disks are always included
+    #[arg(long, hide = true)]
+    include_raw: bool,
+
+    #[command(flatten)]
+    layout: LayoutArgs,
+
+    #[command(flatten)]
+    moment: MomentArgs,
+
+    #[command(flatten)]
+    copy: CopyArgs,
+
+    /// Do not keep the FULL's bitmap: no DIFF until the next FULL
+    #[arg(long)]
+    no_diff: bool,
+
+    /// Leave the BLAKE3 of the image out of its manifest
+    #[arg(long)]
+    no_hash: bool,
+
+    /// A disk that is left out is an error (exit code 17)
+    #[arg(long)]
+    strict: bool,
+
+    /// Write an encrypted disk in plain text
+    #[arg(long)]
+    allow_plaintext: bool,
+
+    /// Keep this file with the backup; may be given more than once
+    #[arg(long, value_name = "FILE")]
+    config: Vec<PathBuf>,
+
+    /// An NBD server that QEMU runs already (path or tcp:HOST:PORT)
+    #[arg(long, value_name = "SOCKET")]
+    nbd: Option<String>,
+
+    /// Only say what would be done
+    #[arg(short = 'n', long)]
+    dry_run: bool,
+
+    #[command(flatten)]
+    state: StateArgs,
+
+    #[command(flatten)]
+    show: ShowArgs,
+}
+
+/// Where locks and journals are.
+#[derive(Debug, Args)]
+pub struct StateArgs {
+    /// Where journals and locks are [default: /var/lib/fleecefs, or the user's state folder]
+    #[arg(long, value_name = "DIR", env = "FLEECEFS_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+impl StateArgs {
+    /// The folder.
+    pub fn dir(&self) -> PathBuf {
+        self.state_dir.clone().unwrap_or_else(lock::default_state_dir)
+    }
+}
+
+/// How progress and messages are shown.
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    /// How progress is shown: bars on a terminal, else lines; json: an object per line
+    #[arg(long, value_enum, default_value = "auto")]
+    progress: Style,
+
+    /// Seconds between lines of progress
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    progress_interval: u64,
+
+    /// Append all messages to this file as well
+    #[arg(long, value_name = "FILE", visible_alias = "logfile")]
+    log_file: Option<PathBuf>,
+
+    /// Send all messages to syslog (on most systems: the journal) as well
+    #[arg(long)]
+    syslog: bool,
+}
+
+impl ShowArgs {
+    /// The console.
+    ///
+    /// # Errors
+    /// The log file cannot be opened.
+    pub fn console(&self) -> Result<Console> {
+        let interval = Duration::from_secs(self.progress_interval.max(1));
+        Console::open(self.progress, interval, self.log_file.as_deref(), self.syslog)
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Names and folders")]
+struct LayoutArgs {
+    /// A folder per month; each begins with a FULL
+    #[arg(long)]
+    monthly: bool,
+
+    /// All disks in one folder
+    #[arg(long)]
+    no_subdir: bool,
+
+    /// FULL and COPY images carry the disk's name alone
+    #[arg(long)]
+    no_timestamp: bool,
+
+    /// No link beside an image without timestamp
+    #[arg(long, requires = "no_timestamp")]
+    no_symlink: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "The frozen moment")]
+struct MomentArgs {
+    /// Do not stop the guest: each disk has a moment of its own
+    #[arg(long, conflicts_with = "pause")]
+    no_stop: bool,
+
+    /// Keep the guest stopped for the whole backup
+    #[arg(long)]
+    pause: bool,
+
+    /// Freeze the guest's file systems by its agent
+    #[arg(long, requires = "agent")]
+    quiesce: bool,
+
+    /// Freeze only this mount point; may be given more than once
+    #[arg(long, value_name = "PATH", requires = "quiesce")]
+    freeze: Vec<String>,
+
+    /// The longest time, in seconds, that the guest may be held; a child process ends it then
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    hold_limit: u64,
+
+    /// How long to wait for an answer of the agent, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    agent_timeout: u64,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Copying")]
+struct CopyArgs {
+    /// Where the fleece images go [default: beside each disk]
+    #[arg(long, value_name = "DIR")]
+    fleece_dir: Option<PathBuf>,
+
+    /// How many seconds a guest's write may wait for the fleece before the backup of that disk is
+    /// given up; a guest's own limit is usually 30
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    cbw_timeout: u32,
+
+    /// Bytes per second for each disk, such as 50M
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = parse_bytes)]
+    speed_limit: u64,
+
+    /// Compress the images
+    #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "zlib", require_equals = true)]
+    compress: Option<CompressArg>,
+
+    /// Parallel requests per disk
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
+
+    /// How QEMU writes the images
+    #[arg(long, value_name = "MODE", visible_alias = "blockdev-aio",
+        value_parser = ["threads", "native", "io_uring"])]
+    aio: Option<String>,
+
+    /// Write the images past the host's page cache
+    #[arg(long, visible_alias = "blockdev-disable-cache")]
+    direct: bool,
+
+    /// Seconds to wait before a fleece image is removed
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    remove_delay: u64,
+
+    /// Begin even where space looks short
+    #[arg(long)]
+    no_space_check: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LevelArg {
+    Full,
+    Inc,
+    Diff,
+    Copy,
+    Auto,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CompressArg {
+    Zlib,
+    Zstd,
+}
+
+fn parse_every(text: &str) -> Result<Every, String> {
+    if let Ok(n) = text.parse::<u64>() {
+        return if n > 0 { Ok(Every::Points(n)) } else { Err("0 points make no chain".into()) };
+    }
+    let unit = match text.chars().last() {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 3600,
+        Some('d') => 86_400,
+        Some('w') => 604_800,
+        _ => return Err(format!("{text:?} is neither a number nor a duration like 7d")),
+    };
+    let number = text.get(..text.len() - 1).and_then(|n| n.parse::<u64>().ok());
+    let seconds = number.and_then(|n| n.checked_mul(unit)).filter(|s| *s > 0);
+    seconds
+        .map(|s| Every::Age(Duration::from_secs(s)))
+        .ok_or_else(|| format!("{text:?} is neither a number nor a duration like 7d"))
+}
+
+impl BackupArgs {
+    fn options(&self) -> Result<Options> {
+        let level = match (self.level, self.full_every) {
+            (LevelArg::Auto, every) => LevelWish::Auto(every),
+            (_, Some(_)) => return Err(usage("--full-every goes with --level auto")),
+            (LevelArg::Full, None) => LevelWish::Full,
+            (LevelArg::Inc, None) => LevelWish::Inc,
+            (LevelArg::Diff, None) => LevelWish::Diff,
+            (LevelArg::Copy, None) => LevelWish::Copy,
+        };
+        let plain = self.layout.no_timestamp;
+        if plain && !matches!(level, LevelWish::Full | LevelWish::Copy) {
+            return Err(usage("--no-timestamp goes with --level full or copy"));
+        }
+        let absolute = |p: &PathBuf| {
+            std::path::absolute(p).map_err(|e| Error::io(e, "cannot use the folder").at_path(p))
+        };
+        let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
+        Ok(Options {
+            qmp: Address::parse(&self.qmp)?,
+            agent: address(&self.agent)?,
+            target: absolute(&self.target)?,
+            level,
+            include: self.include.clone(),
+            exclude: self.exclude.clone(),
+            layout: Layout {
+                monthly: self.layout.monthly,
+                no_subdir: self.layout.no_subdir,
+                no_timestamp: plain,
+                no_symlink: self.layout.no_symlink,
+            },
+            moment: self.moment(),
+            copy: self.copy(absolute)?,
+            no_diff: self.no_diff,
+            no_hash: self.no_hash,
+            strict: self.strict,
+            allow_plaintext: self.allow_plaintext,
+            config: self.config.clone(),
+            state_dir: absolute(&self.state.dir())?,
+            dry_run: self.dry_run,
+            nbd: address(&self.nbd)?,
+        })
+    }
+
+    fn moment(&self) -> MomentOptions {
+        let m = &self.moment;
+        MomentOptions {
+            stop: match (m.no_stop, m.pause) {
+                (true, _) => StopWish::Never,
+                (_, true) => StopWish::Whole,
+                _ => StopWish::Moment,
+            },
+            quiesce: m.quiesce,
+            mountpoints: m.freeze.clone(),
+            deadline: Duration::from_secs(m.hold_limit.max(1)),
+            agent_timeout: Duration::from_secs(m.agent_timeout.max(1)),
+        }
+    }
+
+    fn copy(&self, absolute: impl Fn(&PathBuf) -> Result<PathBuf>) -> Result<CopyOptions> {
+        let c = &self.copy;
+        Ok(CopyOptions {
+            fleece_dir: c.fleece_dir.as_ref().map(absolute).transpose()?,
+            cbw_timeout: c.cbw_timeout,
+            speed: c.speed_limit,
+            compress: c.compress.map(|c| match c {
+                CompressArg::Zlib => Compression::Zlib,
+                CompressArg::Zstd => Compression::Zstd,
+            }),
+            workers: c.workers,
+            aio: c.aio.clone(),
+            direct: c.direct,
+            remove_delay: Duration::from_secs(c.remove_delay),
+            no_space_check: c.no_space_check,
+        })
+    }
+}
+
+/// A flag that SIGINT and SIGTERM set.
+///
+/// # Errors
+/// The handlers cannot be installed.
+pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, flag.clone())
+            .map_err(|e| Error::io(e, "cannot install a signal handler"))?;
+    }
+    Ok(flag)
+}
+
+/// Runs `fleecefs backup`.
+///
+/// # Errors
+/// As the exit codes say: 16 if some disks have a point and others not, 17 with `--strict`.
+pub fn run(args: &BackupArgs) -> Result<()> {
+    let options = args.options()?;
+    let console = args.show.console()?;
+    let result = backup(&options, &console, interrupt_flag()?);
+    console.finish();
+    let report = result.inspect_err(|e| console.log_error(e))?;
+    if options.dry_run {
+        return print_plan(&report, args.show.progress == Style::Json);
+    }
+    tell(&console, &report);
+    report.verdict(options.strict).inspect_err(|e| console.log_error(e))
+}
+
+fn tell(console: &Console, report: &Report) {
+    for d in &report.disks {
+        let Ok(m) = &d.result else { continue };
+        let text = format!(
+            "{}: {} {} ({} copied in {:.1} s)",
+            d.disk,
+            names::level_word(d.level),
+            d.path.display(),
+            human_bytes(m.bytes_copied),
+            m.duration_ms as f64 / 1000.0
+        );
+        console.say(&text);
+    }
+}
+
+fn print_plan(report: &Report, as_json: bool) -> Result<()> {
+    let disks: Vec<Printed> = report.plan.disks.iter().map(Printed::from).collect();
+    let refused: Vec<_> = report.plan.refused.iter().map(|(d, e)| (d, e.report())).collect();
+    if as_json {
+        let all = json!({"disks": disks, "skipped": report.plan.skipped,
+            "refused": refused.iter().map(|(d, e)| json!({"disk": d, "reason": e})).collect::<Vec<_>>()});
+        let text = serde_json::to_string_pretty(&all)
+            .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))?;
+        return super::print(&format!("{text}\n"));
+    }
+    let mut text = String::new();
+    for d in &disks {
+        text += &format!("{}: {} -> {}\n", d.disk, d.level, d.image.display());
+        text += &format!("  about {} to copy\n", human_bytes(d.estimate));
+        for (label, value) in [
+            ("on", &d.parent),
+            ("because", &d.why),
+            ("by bitmap", &d.since),
+            ("adds bitmap", &d.adds),
+        ] {
+            if let Some(v) = value {
+                text += &format!("  {label} {v}\n");
+            }
+        }
+        for b in &d.removes {
+            text += &format!("  removes bitmap {b}\n");
+        }
+    }
+    for s in &report.plan.skipped {
+        text += &format!("{}: left out: {}\n", s.disk, s.reason);
+    }
+    for (d, e) in refused {
+        text += &format!("{d}: cannot be backed up: {e}\n");
+    }
+    super::print(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn when_a_full_is_due() {
+        assert_eq!(parse_every("10"), Ok(Every::Points(10)));
+        assert_eq!(parse_every("7d"), Ok(Every::Age(Duration::from_secs(604_800))));
+        for bad in ["0", "", "d", "7y", "-1", "0h", "99999999999999999999w"] {
+            assert!(parse_every(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! `fleecefs info` and `fleecefs cleanup`.
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use super::backup::StateArgs;
+use crate::backup::info::{self, BitmapLine, Choice};
+use crate::backup::lock::Lock;
+use crate::backup::{bitmap, control};
+use crate::error::{Error, Kind, Result};
+use crate::qmp::{Address, Client};
+use crate::units::human_bytes;
+
+/// Show what a backup would see, or how a running one is getting on
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// What to show
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// The disks: which would be backed up, how, and why the others would not
+    Blockdev(Common),
+    /// The dirty bitmaps, whose they are, and how much is dirty
+    Bitmaps(Common),
+    /// The jobs that run in QEMU
+    Jobs(Common),
+    /// The running backup of this VM, if there is one
+    Status(Common),
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// QEMU's QMP socket: a path, or tcp:HOST:PORT
+    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
+    qmp: String,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    state: StateArgs,
+}
+
+/// Remove dirty bitmaps that no chain needs any more
+///
+/// Without --uuid or --all only those that are worthless: QEMU marks a bitmap as inconsistent when
+/// it did not end cleanly. A disk whose bitmap is removed gets a FULL next time.
+#[derive(Debug, Args)]
+pub struct CleanupArgs {
+    /// QEMU's QMP socket: a path, or tcp:HOST:PORT
+    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
+    qmp: String,
+
+    /// Those of the backup directory with this id: the contents of its file 'uuid'
+    #[arg(long)]
+    uuid: Option<String>,
+
+    /// All that fleecefs made, of every backup directory
+    #[arg(long, visible_alias = "remove-bitmap", conflicts_with = "uuid")]
+    all: bool,
+
+    /// Also those that qmpbackup made
+    #[arg(long)]
+    foreign: bool,
+
+    /// Only say what would be removed
+    #[arg(short = 'n', long)]
+    dry_run: bool,
+
+    #[command(flatten)]
+    state: StateArgs,
+}
+
+/// Runs `fleecefs info`.
+///
+/// # Errors
+/// QEMU cannot be reached.
+pub fn run(args: InfoArgs) -> Result<()> {
+    let (common, what): (&Common, fn(&Common) -> Result<String>) = match &args.what {
+        What::Blockdev(c) => (c, blockdev),
+        What::Bitmaps(c) => (c, bitmaps),
+        What::Jobs(c) => (c, jobs),
+        What::Status(c) => (c, status),
+    };
+    super::print(&what(common)?)
+}
+
+fn connect(common: &Common) -> Result<Client> {
+    let vm = Address::parse(&common.qmp)?;
+    Client::connect(&vm).map_err(|e| match e.kind() {
+        Kind::Busy if matches!(control::ask(&common.state.dir(), &vm, "status"), Ok(Some(_))) => {
+            Error::new(Kind::Busy, "a backup of this VM is running and holds the socket")
+                .remedy("fleecefs info status shows it")
+        }
+        _ => e,
+    })
+}
+
+fn to_json<T: Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string_pretty(value)
+        .map(|t| t + "\n")
+        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))
+}
+
+fn blockdev(common: &Common) -> Result<String> {
+    let list = info::disks(&mut connect(common)?)?;
+    if common.json {
+        return to_json(&list);
+    }
+    let mut text = String::new();
+    for d in &list {
+        let word = if d.included { "backed up" } else { "left out" };
+        text += &format!("{}: {word}: {}\n", d.disk, d.how);
+        if !d.file.is_empty() {
+            let size = human_bytes(d.size);
+            text += &format!("  {} {size} {} node {}\n", d.format, d.file, d.node);
+        }
+        for b in &d.bitmaps {
+            text += &format!("  {}\n", bitmap_line(b));
+        }
+    }
+    Ok(text)
+}
+
+fn bitmap_line(b: &BitmapLine) -> String {
+    let flags = [
+        (b.recording, "recording"),
+        (b.persistent, "persistent"),
+        (b.inconsistent, "INCONSISTENT"),
+        (b.busy, "busy"),
+    ];
+    let flags: Vec<&str> = flags.iter().filter(|f| f.0).map(|f| f.1).collect();
+    format!("bitmap {}: {} dirty, {} ({})", b.name, human_bytes(b.dirty), flags.join(", "), b.owner)
+}
+
+fn bitmaps(common: &Common) -> Result<String> {
+    let list = info::bitmaps(&mut connect(common)?)?;
+    if common.json {
+        return to_json(&list);
+    }
+    Ok(list.iter().map(|b| format!("{}: {}\n", b.node, bitmap_line(b))).collect())
+}
+
+fn jobs(common: &Common) -> Result<String> {
+    let list = info::jobs(&mut connect(common)?)?;
+    if common.json {
+        return to_json(&list);
+    }
+    let line = |j: &crate::qmp::types::Job| {
+        let done = human_bytes(j.current_progress);
+        let error = j.error.as_ref().map(|e| format!(": {e}")).unwrap_or_default();
+        format!(
+            "{} {} {} {done} of {}{error}\n",
+            j.id,
+            j.kind,
+            j.status,
+            human_bytes(j.total_progress)
+        )
+    };
+    Ok(list.iter().map(line).collect())
+}
+
+fn status(common: &Common) -> Result<String> {
+    let vm = Address::parse(&common.qmp)?;
+    let found = control::ask(&common.state.dir(), &vm, "status")?;
+    if common.json {
+        return to_json(&found);
+    }
+    let Some(s) = found else { return Ok("no backup of this VM is running\n".into()) };
+    let mut text = format!("run {} (process {}): {}\n", s.run, s.pid, s.phase);
+    for d in &s.disks {
+        let (done, total) = (human_bytes(d.done), human_bytes(d.total));
+        text += &format!("  {} {} {}: {done} of {total}\n", d.disk, d.level, d.state);
+    }
+    Ok(text)
+}
+
+/// Runs `fleecefs cleanup`.
+///
+/// # Errors
+/// QEMU cannot be reached or refuses.
+pub fn cleanup(args: CleanupArgs) -> Result<()> {
+    let vm = Address::parse(&args.qmp)?;
+    let _lock = Lock::vm(&args.state.dir(), &vm)?;
+    let mut client = Client::connect(&vm)?;
+    let choice = Choice { uuid: args.uuid, all: args.all, foreign: args.foreign };
+    let mut text = String::new();
+    for b in info::bitmaps(&mut client)?.iter().filter(|b| choice.takes(b)) {
+        if !args.dry_run {
+            bitmap::remove(&mut client, &b.node, &b.name)?;
+        }
+        let word = if args.dry_run { "would remove" } else { "removed" };
+        text += &format!("{word} {} from {}\n", b.name, b.node);
+    }
+    if text.is_empty() {
+        text = "nothing to remove\n".into();
+    }
+    super::print(&text)
+}

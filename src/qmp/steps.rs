@@ -1,0 +1,53 @@
+//! A test hook: count every step of a run, and die at a chosen one.
+//!
+//! With `FLEECEFS_CRASH_AT=N` in the environment the process sends itself SIGKILL when step N is
+//! reached, and with `FLEECEFS_STEPS=FILE` it appends a line per step to that file. A step is a
+//! command about to be sent, its answer, an awaited event, or a change on disk. The crash matrix
+//! (tests/crash.rs) walks through all of them. `FLEECEFS_HANG_AT=NAME` stops the process (SIGSTOP)
+//! at the first step of that name. Without the variables this costs an atomic add.
+
+use std::io::Write;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+struct Hook {
+    crash_at: Option<u64>,
+    hang_at: Option<String>,
+    trace: Option<std::ffi::OsString>,
+}
+
+static COUNT: AtomicU64 = AtomicU64::new(0);
+static HOOK: OnceLock<Hook> = OnceLock::new();
+
+fn hook() -> &'static Hook {
+    HOOK.get_or_init(|| Hook {
+        crash_at: std::env::var("FLEECEFS_CRASH_AT").ok().and_then(|v| v.parse().ok()),
+        hang_at: std::env::var("FLEECEFS_HANG_AT").ok(),
+        trace: std::env::var_os("FLEECEFS_STEPS"),
+    })
+}
+
+/// Counts a step named `label`; the process ends here if this is the one chosen.
+pub fn step(label: &str) {
+    let n = COUNT.fetch_add(1, Ordering::SeqCst) + 1;
+    let hook = hook();
+    if let Some(path) = &hook.trace {
+        trace(path, n, label);
+    }
+    if hook.crash_at == Some(n) {
+        // SAFETY: kill and getpid have no preconditions.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    }
+    if hook.hang_at.as_deref() == Some(label) {
+        // SAFETY: as above.
+        unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
+    }
+}
+
+fn trace(path: &std::ffi::OsStr, n: u64, label: &str) {
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    if let Ok(mut f) = file {
+        // A trace that cannot be written shows in the test that reads it.
+        let _ = writeln!(f, "{n} {label}");
+    }
+}

@@ -1,0 +1,305 @@
+//! The parts of QEMU's answers that we read. Unknown fields are ignored, missing ones default.
+
+use std::collections::{HashMap, HashSet};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// QEMU's version.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Version {
+    /// Major, minor, micro.
+    pub number: (u64, u64, u64),
+    /// The packager's addition.
+    pub package: String,
+}
+
+impl Version {
+    /// Reads it off the greeting; `None` if that is no QMP greeting.
+    pub fn from_greeting(greeting: &Value) -> Option<Self> {
+        let v = greeting.get("QMP")?.get("version")?;
+        let part = |k: &str| v.get("qemu")?.get(k)?.as_u64();
+        let package = v.get("package").and_then(Value::as_str).unwrap_or_default();
+        Some(Version {
+            number: (part("major")?, part("minor")?, part("micro").unwrap_or(0)),
+            package: package.to_string(),
+        })
+    }
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (a, b, c) = self.number;
+        write!(f, "{a}.{b}.{c}")?;
+        if self.package.is_empty() { Ok(()) } else { write!(f, " ({})", self.package) }
+    }
+}
+
+/// Names that occur in QEMU's schema: members of objects and values of enumerations.
+#[derive(Debug, Clone, Default)]
+pub struct Features {
+    names: HashSet<String>,
+}
+
+impl Features {
+    /// Collects the names of `query-qmp-schema`.
+    pub fn from_schema(schema: &Value) -> Self {
+        let mut names = HashSet::new();
+        let members = schema
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|t| t.get("members")?.as_array())
+            .flatten();
+        for m in members {
+            if let Some(n) = m.get("name").and_then(Value::as_str) {
+                names.insert(n.to_string());
+            }
+        }
+        for v in schema.as_array().into_iter().flatten().filter_map(|t| t.get("values")?.as_array())
+        {
+            names.extend(v.iter().filter_map(Value::as_str).map(str::to_string));
+        }
+        Features { names }
+    }
+
+    /// Whether the name occurs. Only for names that are unmistakable.
+    pub fn has(&self, name: &str) -> bool {
+        self.names.contains(name)
+    }
+}
+
+/// A dirty bitmap as a node reports it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Bitmap {
+    /// Its name; internal ones have none.
+    pub name: Option<String>,
+    /// Whether it records writes.
+    pub recording: bool,
+    /// Whether it is kept in the image.
+    pub persistent: bool,
+    /// Whether a job or export holds it.
+    pub busy: bool,
+    /// Whether it was in use when QEMU died: worthless.
+    pub inconsistent: bool,
+    /// Bytes per bit.
+    pub granularity: u64,
+    /// Dirty bytes.
+    pub count: u64,
+}
+
+/// `ImageInfo`, as far as we read it.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Image {
+    /// Name of the file; may be a `json:` description.
+    pub filename: String,
+    /// Size of the virtual disk in bytes.
+    pub virtual_size: u64,
+    /// Bytes that the file takes, if the file system says.
+    pub actual_size: Option<u64>,
+    /// Cluster size in bytes, where the format has one.
+    pub cluster_size: Option<u64>,
+    /// Whether the image is encrypted.
+    pub encrypted: bool,
+    /// The format's own details.
+    pub format_specific: Value,
+    /// The image below.
+    pub backing_image: Option<Box<Image>>,
+}
+
+/// `BlockDeviceInfo`: a node.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Node {
+    /// Its name.
+    pub node_name: String,
+    /// Its driver.
+    pub drv: String,
+    /// Read-only.
+    pub ro: bool,
+    /// Encrypted.
+    pub encrypted: bool,
+    /// The file's name.
+    pub file: String,
+    /// What is in it.
+    pub image: Image,
+    /// Its bitmaps.
+    pub dirty_bitmaps: Vec<Bitmap>,
+    /// Cache mode.
+    pub cache: Value,
+    /// Write-zero detection.
+    #[serde(rename = "detect_zeroes")]
+    pub detect_zeroes: String,
+}
+
+impl Node {
+    /// The named bitmap.
+    pub fn bitmap(&self, name: &str) -> Option<&Bitmap> {
+        self.dirty_bitmaps.iter().find(|b| b.name.as_deref() == Some(name))
+    }
+}
+
+/// `BlockInfo`: a guest's drive.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Drive {
+    /// The block backend's name; empty with `-blockdev`.
+    pub device: String,
+    /// The guest device's id or QOM path.
+    pub qdev: Option<String>,
+    /// Whether the medium can be removed: CDs, floppies.
+    pub removable: bool,
+    /// The medium.
+    pub inserted: Option<Node>,
+    /// I/O status, if the device reports it.
+    pub io_status: Option<String>,
+}
+
+/// `JobInfo`.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Job {
+    /// Its id.
+    pub id: String,
+    /// What kind it is.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Its state.
+    pub status: String,
+    /// How far it is, in the unit of `total_progress`.
+    pub current_progress: u64,
+    /// What there is to do.
+    pub total_progress: u64,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+impl Job {
+    /// Whether it has come to its end.
+    pub fn concluded(&self) -> bool {
+        self.status == "concluded"
+    }
+}
+
+/// `BlockExportInfo`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Export {
+    /// Its id.
+    pub id: String,
+    /// What it exports.
+    pub node_name: String,
+    /// NBD, FUSE, …
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+/// `FdsetInfo`: descriptors that were handed over.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct FdSet {
+    /// Its number.
+    pub fdset_id: u64,
+    /// The descriptors.
+    pub fds: Vec<PassedFd>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct PassedFd {
+    /// What was said about it.
+    pub opaque: Option<String>,
+}
+
+/// `x-debug-query-block-graph`: who is attached to whom. Unstable by name, unchanged since 4.0.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Graph {
+    /// Nodes, backends and jobs.
+    pub nodes: Vec<GraphNode>,
+    /// Parents to children.
+    pub edges: Vec<GraphEdge>,
+}
+
+/// One vertex.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GraphNode {
+    /// Its number in this answer.
+    pub id: u64,
+    /// `block-backend`, `block-job` or `block-driver`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// One edge.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct GraphEdge {
+    /// From.
+    pub parent: u64,
+    /// To.
+    pub child: u64,
+    /// The role: `file`, `backing`, `target`, `root`.
+    pub name: String,
+}
+
+impl Graph {
+    /// The name of `node`'s child in the given role.
+    pub fn child(&self, node: &str, role: &str) -> Option<&str> {
+        let id = self.driver(node)?;
+        let edge = self.edges.iter().find(|e| e.parent == id && e.name == role)?;
+        self.name(edge.child)
+    }
+
+    /// Names of the nodes that have `node` as a child, with the role; backends have no name here.
+    pub fn parents<'a>(&'a self, node: &str) -> Vec<(&'a GraphNode, &'a str)> {
+        let Some(id) = self.driver(node) else { return Vec::new() };
+        let by_id: HashMap<u64, &GraphNode> = self.nodes.iter().map(|n| (n.id, n)).collect();
+        let edges = self.edges.iter().filter(|e| e.child == id);
+        edges.filter_map(|e| Some((*by_id.get(&e.parent)?, e.name.as_str()))).collect()
+    }
+
+    fn driver(&self, node: &str) -> Option<u64> {
+        let named = |n: &&GraphNode| n.kind == "block-driver" && n.name == node;
+        self.nodes.iter().find(named).map(|n| n.id)
+    }
+
+    fn name(&self, id: u64) -> Option<&str> {
+        self.nodes.iter().find(|n| n.id == id).map(|n| n.name.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_greeting_is_recognised_and_nothing_else() {
+        let g = json!({"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2},
+            "package": ""}, "capabilities": []}});
+        assert_eq!(Version::from_greeting(&g).unwrap().to_string(), "10.0.2");
+        assert!(Version::from_greeting(&json!({"return": {}})).is_none());
+    }
+
+    #[test]
+    fn the_graph_is_walked_both_ways() {
+        let g: Graph = serde_json::from_value(json!({
+            "nodes": [{"id": 1, "type": "block-backend", "name": ""},
+                {"id": 2, "type": "block-driver", "name": "top"},
+                {"id": 3, "type": "block-driver", "name": "disk"}],
+            "edges": [{"parent": 1, "child": 2, "name": "root", "perm": []},
+                {"parent": 2, "child": 3, "name": "file"}]}))
+        .unwrap();
+        assert_eq!(g.child("top", "file"), Some("disk"));
+        assert_eq!(g.child("disk", "file"), None);
+        assert_eq!(g.parents("top")[0].0.kind, "block-backend");
+        assert_eq!(g.parents("disk")[0].0.name, "top");
+    }
+}

@@ -1,0 +1,361 @@
+//! Running the program's `backup` against QEMU, holding it at the frozen moment, and comparing
+//! each point with what the frozen view was.
+
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::qemu::{Rng, first_difference, run};
+
+/// A qemu-storage-daemon with qcow2 or raw disks, each below a raw node that is exported by NBD:
+/// a guest without a guest. Ended on drop.
+pub struct Daemon {
+    pub dir: tempfile::TempDir,
+    child: Child,
+    disks: Vec<(String, String)>,
+}
+
+impl Daemon {
+    /// Starts it over `disks`: node name, and the `--blockdev` options of the format node but its
+    /// file and name. The image of disk `a` is `a.img` in `dir`.
+    pub fn start(dir: tempfile::TempDir, disks: &[(&str, &str)]) -> Self {
+        let child = Self::spawn(dir.path(), disks);
+        let disks = disks.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();
+        let d = Daemon { dir, child, disks };
+        d.wait_ready();
+        d
+    }
+
+    fn spawn(dir: &Path, disks: &[(&str, &str)]) -> Child {
+        for s in ["qmp.sock", "qmp2.sock", "nbd.sock"] {
+            let _ = std::fs::remove_file(dir.join(s));
+        }
+        let mut c = Command::new("qemu-storage-daemon");
+        for (id, name) in [("c1", "qmp.sock"), ("c2", "qmp2.sock")] {
+            let path = dir.join(name);
+            c.arg("--chardev");
+            c.arg(format!("socket,id={id},path={},server=on,wait=off", path.display()));
+            c.arg("--monitor").arg(format!("chardev={id}"));
+        }
+        c.arg("--nbd-server").arg(format!("addr.type=unix,addr.path={}/nbd.sock", dir.display()));
+        for (name, format) in disks {
+            let file = dir.join(format!("{name}.img"));
+            c.arg("--blockdev").arg(format!(
+                "driver=file,node-name={name}-file,filename={},discard=unmap",
+                file.display()
+            ));
+            let child = if format.contains("blkdebug") { "image" } else { "file" };
+            c.arg("--blockdev")
+                .arg(format!("{format},node-name={name},{child}={name}-file,discard=unmap"));
+            c.arg("--blockdev")
+                .arg(format!("driver=raw,node-name={name}-top,file={name},discard=unmap"));
+            c.arg("--export").arg(format!(
+                "type=nbd,id={name}-export,node-name={name}-top,name={name},writable=on"
+            ));
+        }
+        c.stdin(Stdio::null()).spawn().expect("qemu-storage-daemon starts")
+    }
+
+    fn wait_ready(&self) {
+        let end = Instant::now() + Duration::from_secs(20);
+        while std::os::unix::net::UnixStream::connect(self.path("nbd.sock")).is_err() {
+            assert!(Instant::now() < end, "qemu-storage-daemon does not come up");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Kills it as a power cut would, and starts it again over the same images.
+    pub fn restart_after_kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        self.respawn();
+    }
+
+    /// Ends it in order and starts it again.
+    pub fn restart(&mut self) {
+        self.stop();
+        self.respawn();
+    }
+
+    /// Ends it in order.
+    pub fn stop(&mut self) {
+        // SAFETY: a signal to our own child.
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+        let _ = self.child.wait();
+    }
+
+    /// Starts it again with another format for `disk`.
+    pub fn heal(&mut self, disk: &str, format: &str) {
+        self.stop();
+        for d in self.disks.iter_mut().filter(|d| d.0 == disk) {
+            d.1 = format.to_string();
+        }
+        self.respawn();
+    }
+
+    pub fn respawn(&mut self) {
+        let list: Vec<(&str, &str)> =
+            self.disks.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+        self.child = Self::spawn(self.dir.path(), &list);
+        self.wait_ready();
+    }
+
+    /// Where the guest's side of a disk is.
+    pub fn uri(&self, disk: &str) -> String {
+        format!("nbd+unix:///{disk}?socket={}/nbd.sock", self.dir.path().display())
+    }
+
+    /// Writes as a guest would.
+    pub fn io(&self, disk: &str, ops: &[&str]) {
+        let uri = self.uri(disk);
+        let mut args = vec!["-d", "unmap", "-f", "raw"];
+        for op in ops {
+            args.extend(["-c", op]);
+        }
+        args.push(&uri);
+        let out = run("qemu-io", &args);
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(!text.contains("failed"), "{ops:?}: {text}");
+    }
+
+    /// A QMP client of the test's own.
+    pub fn qmp(&self) -> crate::guest::Qmp {
+        crate::guest::Qmp::connect(&self.path("qmp2.sock"))
+    }
+
+    /// Writes, zeroes and discards all the time until the guard is dropped.
+    pub fn churn(&self, disk: &str, size: u64, seed: u64) -> Churn {
+        let end = Arc::new(AtomicBool::new(false));
+        let (flag, uri) = (end.clone(), self.uri(disk));
+        let thread = std::thread::spawn(move || {
+            let mut rng = Rng(seed);
+            while !flag.load(Ordering::SeqCst) {
+                let mut args = vec!["-d".to_string(), "unmap".into(), "-f".into(), "raw".into()];
+                for _ in 0..30 {
+                    let (start, len) = rng.range(size, 4096);
+                    let len = len.min(1 << 20);
+                    let op = match rng.below(5) {
+                        0 => format!("write -z {start} {len}"),
+                        1 => format!("discard {start} {len}"),
+                        _ => format!("write -P {} {start} {len}", 1 + rng.below(255)),
+                    };
+                    args.extend(["-c".into(), op]);
+                }
+                args.push(uri.clone());
+                let args: Vec<&str> = args.iter().map(String::as_str).collect();
+                run("qemu-io", &args);
+            }
+        });
+        Churn { end, thread: Some(thread) }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A writer; dropping it ends it.
+pub struct Churn {
+    end: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Churn {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::SeqCst);
+        let ended = self.thread.take().map(JoinHandle::join);
+        if !std::thread::panicking() {
+            ended.unwrap().expect("the writer works");
+        }
+    }
+}
+
+/// How to call `fleecefs backup`.
+#[derive(Clone)]
+pub struct Caller {
+    pub qmp: PathBuf,
+    pub state: PathBuf,
+    pub target: PathBuf,
+    pub more: Vec<String>,
+}
+
+impl Caller {
+    /// For a daemon; state and target lie in its folder.
+    pub fn of(d: &Daemon) -> Self {
+        Caller {
+            qmp: d.path("qmp.sock"),
+            state: d.path("state"),
+            target: d.path("T"),
+            more: vec!["--nbd".into(), d.path("nbd.sock").display().to_string()],
+        }
+    }
+
+    /// For a guest; state, target and fleeces lie in its folder.
+    pub fn guest(g: &crate::guest::Guest) -> Self {
+        Caller {
+            qmp: g.qmp_socket(),
+            state: g.path("state"),
+            target: g.path("T"),
+            more: Vec::new(),
+        }
+    }
+
+    pub fn with(&self, more: &[&str]) -> Self {
+        let mut c = self.clone();
+        c.more.extend(more.iter().map(|s| s.to_string()));
+        c
+    }
+
+    pub fn command(&self, level: &str) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.args(["backup", "--level", level, "--qmp"]).arg(&self.qmp);
+        c.arg("--target").arg(&self.target).arg("--state-dir").arg(&self.state).args(&self.more);
+        c.env_remove("FLEECEFS_STATE_DIR");
+        c
+    }
+
+    /// Runs to the end, whatever that is.
+    pub fn run(&self, level: &str) -> Output {
+        self.command(level).output().expect("fleecefs starts")
+    }
+
+    /// Runs and must succeed; gives what it said.
+    pub fn must(&self, level: &str) -> String {
+        let out = self.run(level);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "backup --level {level}: {}\n{said}", out.status);
+        said
+    }
+
+    /// Runs, reads each disk's frozen view while the run is held at it, and lets it go on.
+    /// Gives what it said and the views by the disk's name.
+    pub fn held(&self, level: &str) -> (String, Vec<(String, Vec<u8>)>) {
+        let hold = tempfile::tempdir().unwrap();
+        let err = hold.path().join("stderr");
+        let mut child = self
+            .command(level)
+            .env("FLEECEFS_HOLD", hold.path())
+            .stderr(std::fs::File::create(&err).unwrap())
+            .spawn()
+            .expect("fleecefs starts");
+        let views = read_views(&mut child, hold.path());
+        std::fs::write(hold.path().join("go"), "").unwrap();
+        let status = child.wait().unwrap();
+        let said = std::fs::read_to_string(&err).unwrap();
+        assert!(status.success(), "backup --level {level}: {status}\n{said}");
+        (said, views)
+    }
+}
+
+pub fn read_views(child: &mut Child, hold: &Path) -> Vec<(String, Vec<u8>)> {
+    let ready = hold.join("ready");
+    while !ready.exists() {
+        if child.try_wait().unwrap().is_some() {
+            // The caller shows what it said.
+            return Vec::new();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let list: Value = serde_json::from_slice(&std::fs::read(&ready).unwrap()).unwrap();
+    let mut views = Vec::new();
+    for v in list.as_array().unwrap() {
+        let text = |k: &str| v[k].as_str().unwrap().to_string();
+        let uri = format!("nbd+unix:///{}?socket={}", text("export"), text("address"));
+        let raw = hold.join("view.raw");
+        run("qemu-img", &["convert", "-f", "raw", "-O", "raw", &uri, raw.to_str().unwrap()]);
+        views.push((text("disk"), std::fs::read(&raw).unwrap()));
+    }
+    views
+}
+
+/// The images of a disk's folder by the time in their names.
+pub fn images(dir: &Path) -> Vec<PathBuf> {
+    let mut list: Vec<(u64, PathBuf)> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| e.file_type().unwrap().is_file())
+        .filter_map(|e| {
+            let name = e.file_name().into_string().unwrap();
+            let time = name.split('-').nth(1)?.parse().ok()?;
+            Some((time, e.path()))
+        })
+        .collect();
+    list.sort();
+    list.into_iter().map(|(_, p)| p).collect()
+}
+
+/// The newest image of a disk.
+pub fn newest(target: &Path, disk: &str) -> PathBuf {
+    images(&target.join(disk)).pop().expect("there is an image")
+}
+
+/// Compares a point in the mount with the frozen view, loudly.
+pub fn same(mount: &crate::mounted::Mount, disk: &str, image: &Path, view: &[u8]) {
+    let got = std::fs::read(mount.point(disk, image)).unwrap();
+    if let Some(d) = first_difference(&got, view) {
+        panic!("{}: {d}", image.display());
+    }
+}
+
+/// What of ours is in QEMU: nodes, jobs, exports.
+pub fn ours_in_qemu(qmp: &mut crate::guest::Qmp) -> Vec<String> {
+    let mut found = Vec::new();
+    for (command, key) in [
+        ("query-named-block-nodes", "node-name"),
+        ("query-jobs", "id"),
+        ("query-block-exports", "id"),
+    ] {
+        let list = qmp.execute(command, serde_json::json!({}));
+        for v in list.as_array().unwrap() {
+            let name = v[key].as_str().unwrap_or_default();
+            if name.starts_with("fleecefs") {
+                found.push(format!("{command}: {name}"));
+            }
+        }
+    }
+    found
+}
+
+/// Named bitmaps in QEMU.
+pub fn bitmaps(qmp: &mut crate::guest::Qmp) -> Vec<String> {
+    let list = qmp.execute("query-named-block-nodes", serde_json::json!({}));
+    let nodes = list.as_array().unwrap();
+    let maps = nodes.iter().filter_map(|n| n["dirty-bitmaps"].as_array()).flatten();
+    maps.filter_map(|b| b["name"].as_str().map(str::to_string)).collect()
+}
+
+/// Files of ours that should not be: partials, fleeces, announcements.
+pub fn leftovers(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut todo = vec![dir.to_path_buf()];
+    while let Some(d) = todo.pop() {
+        for e in std::fs::read_dir(&d).unwrap().flatten() {
+            let name = e.file_name().into_string().unwrap();
+            if e.file_type().unwrap().is_dir() {
+                todo.push(e.path());
+            } else if name.contains(".partial")
+                || name.contains(".fleece.")
+                || name.starts_with(".tmp-")
+                || name.ends_with(".journal")
+            {
+                found.push(e.path());
+            }
+        }
+    }
+    found
+}

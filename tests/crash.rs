@@ -1,0 +1,265 @@
+//! The crash matrix: kill -9 at every step of a backup, then one `backup --level auto`.
+//!
+//! After it: exit 0, all points right, the guest running and thawed, nothing of ours left in QEMU
+//! or on disk but the bitmaps that the points name. `cargo test --test crash -- --nocapture` shows
+//! the table of step, fault and outcome.
+
+mod backup;
+#[path = "common/guest.rs"]
+mod guest;
+mod mounted;
+mod qemu;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use backup::{Caller, Daemon, bitmaps, images, leftovers, ours_in_qemu};
+use guest::{Disk, Guest, Qmp, has_qemu};
+use mounted::Mount;
+use qemu::{have, run};
+use serde_json::json;
+
+const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
+
+/// What is known of the points: their bytes' hash at the frozen moment.
+struct Matrix {
+    caller: Caller,
+    disks: Vec<String>,
+    known: BTreeMap<PathBuf, [u8; 32]>,
+    table: Vec<String>,
+}
+
+type Views = Vec<(String, Vec<u8>)>;
+
+impl Matrix {
+    fn new(caller: Caller, disks: &[&str]) -> Self {
+        let disks = disks.iter().map(|d| d.to_string()).collect();
+        Matrix { caller, disks, known: BTreeMap::new(), table: Vec::new() }
+    }
+
+    /// Starts a backup that dies at step `n`; gives the step's name and the views if it came so
+    /// far, or `None` if it ended before.
+    fn crash(&self, level: &str, n: usize) -> Option<(String, Views)> {
+        let hold = tempfile::tempdir().unwrap();
+        let trace = hold.path().join("steps");
+        let mut child = self
+            .caller
+            .command(level)
+            .env("FLEECEFS_HOLD", hold.path())
+            .env("FLEECEFS_STEPS", &trace)
+            .env("FLEECEFS_CRASH_AT", n.to_string())
+            .stderr(std::fs::File::create(hold.path().join("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        let views = backup::read_views(&mut child, hold.path());
+        std::fs::write(hold.path().join("go"), "").unwrap();
+        let status = wait(&mut child);
+        if status.success() {
+            return None;
+        }
+        let said = std::fs::read_to_string(hold.path().join("stderr")).unwrap();
+        assert_eq!(status.code(), None, "step {n}: it ended by itself: {said}");
+        let steps = std::fs::read_to_string(trace).unwrap();
+        Some((steps.lines().last().unwrap().to_string(), views))
+    }
+
+    /// Learns which images are new, and what they must hold.
+    fn learn(&mut self, crashed: &Views, recovered: &Views) -> usize {
+        let mut adopted = 0;
+        for disk in &self.disks {
+            let all = images(&self.caller.target.join(disk));
+            let fresh: Vec<_> = all.into_iter().filter(|p| !self.known.contains_key(p)).collect();
+            let view = |v: &Views| v.iter().find(|(d, _)| d == disk).map(|(_, b)| b.clone());
+            let mut expected: Vec<Vec<u8>> = view(recovered).into_iter().collect();
+            if fresh.len() == 2 {
+                let bytes = view(crashed).expect("a point of a run that never had its moment");
+                expected.insert(0, bytes);
+                adopted += 1;
+            }
+            assert_eq!(fresh.len(), expected.len(), "{disk}: {fresh:?}");
+            for (image, bytes) in fresh.into_iter().zip(expected) {
+                self.known.insert(image, *blake3::hash(&bytes).as_bytes());
+            }
+        }
+        adopted
+    }
+
+    fn note(&mut self, step: &str, fault: &str, outcome: &str) {
+        let line = format!("{step:34} | {fault:8} | {outcome}");
+        println!("{line}");
+        self.table.push(line);
+    }
+
+    /// Reads every point through the mount.
+    fn check_points(&self) {
+        let mount = Mount::new(&self.caller.target);
+        for (image, hash) in &self.known {
+            let disk = image.parent().unwrap().file_name().unwrap().to_str().unwrap();
+            let got = std::fs::read(mount.point(disk, image)).unwrap();
+            assert_eq!(blake3::hash(&got).as_bytes(), hash, "{} is wrong", image.display());
+        }
+    }
+
+    fn check_clean(&self, qmp: &mut Qmp, folders: &[&Path], step: &str) {
+        assert_eq!(ours_in_qemu(qmp), Vec::<String>::new(), "{step}");
+        for f in folders {
+            assert_eq!(leftovers(f), Vec::<PathBuf>::new(), "{step}");
+        }
+        let maps = bitmaps(qmp);
+        let most = 2 * self.disks.len();
+        assert!(maps.len() <= most && maps.len() >= self.disks.len(), "{step}: {maps:?}");
+    }
+}
+
+fn wait(child: &mut Child) -> std::process::ExitStatus {
+    let end = Instant::now() + Duration::from_secs(120);
+    loop {
+        if let Some(s) = child.try_wait().unwrap() {
+            return s;
+        }
+        assert!(Instant::now() < end, "the backup hangs");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn small_daemon() -> Daemon {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, format) in [("a", "qcow2"), ("b", "raw")] {
+        let path = dir.path().join(format!("{name}.img"));
+        run("qemu-img", &["create", "-q", "-f", format, path.to_str().unwrap(), "4M"]);
+    }
+    Daemon::start(dir, &[("a", "driver=qcow2"), ("b", "driver=raw")])
+}
+
+fn scribble(d: &Daemon, n: usize) {
+    let byte = 1 + n % 250;
+    for (i, disk) in ["a", "b"].iter().enumerate() {
+        let at = ((n * 7 + i * 3) % 64) * 65536;
+        let write = format!("write -P {byte} {at} 64k");
+        let zero = format!("write -z {} 64k", ((n * 5 + i) % 64) * 65536);
+        let drop = format!("discard {} 64k", ((n * 11 + i) % 64) * 65536);
+        d.io(disk, &[&write, &zero, &drop]);
+    }
+}
+
+fn daemon_matrix(level: &str) {
+    let d = small_daemon();
+    let mut m = Matrix::new(Caller::of(&d), &["a.img", "b.img"]);
+    scribble(&d, 0);
+    let (_, views) = m.caller.held("full");
+    m.learn(&Vec::new(), &views);
+    for n in 1.. {
+        scribble(&d, 2 * n);
+        let Some((step, views)) = m.crash(level, n) else { break };
+        scribble(&d, 2 * n + 1);
+        // Every other time what it left is finished by hand first.
+        let by_hand = n % 2 == 0;
+        if by_hand {
+            recover(&m.caller);
+        }
+        let (said, after) = m.caller.held("auto");
+        let adopted = m.learn(&views, &after);
+        let took = if said.contains("a FULL, since") { "FULL" } else { "INC" };
+        assert!(took == "INC", "{step}: {said}");
+        let how = if by_hand { "recover, then" } else { "then" };
+        m.note(&step, "kill -9", &format!("{how} exit 0, {took}, {adopted} finished points kept"));
+        m.check_clean(&mut d.qmp(), &[d.dir.path()], &step);
+    }
+    m.check_points();
+    assert!(m.table.len() > 80, "only {} steps", m.table.len());
+}
+
+fn recover(caller: &Caller) {
+    let out = std::process::Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+        .args(["recover", "--qmp"])
+        .arg(&caller.qmp)
+        .arg("--state-dir")
+        .arg(&caller.state)
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "recover: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn killed_at_every_step_of_an_inc() {
+    if have("killed_at_every_step_of_an_inc", TOOLS) {
+        daemon_matrix("auto");
+    }
+}
+
+#[test]
+fn killed_at_every_step_of_a_full() {
+    if have("killed_at_every_step_of_a_full", TOOLS) {
+        daemon_matrix("full");
+    }
+}
+
+#[test]
+fn killed_at_every_step_with_a_real_guest() {
+    let name = "killed_at_every_step_with_a_real_guest";
+    if !have(name, &["qemu-img", "/dev/fuse"]) || !has_qemu(name) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disks: Vec<Disk> = [("a", "qcow2"), ("b", "raw")]
+        .into_iter()
+        .map(|(n, format)| {
+            let path = dir.path().join(format!("{n}.img"));
+            run("qemu-img", &["create", "-q", "-f", format, path.to_str().unwrap(), "8M"]);
+            Disk::new(n, path).format(format)
+        })
+        .collect();
+    let writers = ["churn /dev/disk/a 1", "churn /dev/disk/b 2"];
+    let guest = Guest::start(name, &disks, &writers).expect("QEMU is there");
+    let agent = guest.agent_socket().display().to_string();
+    let caller = Caller::guest(&guest).with(&[
+        "--include",
+        "a,b",
+        "--quiesce",
+        "--agent",
+        &agent,
+        "--hold-limit",
+        "20",
+    ]);
+    let mut m = Matrix::new(caller, &["a.img", "b.img"]);
+    let (said, views) = m.caller.held("full");
+    assert!(said.contains("froze"), "{said}");
+    m.learn(&Vec::new(), &views);
+    for n in 1.. {
+        let Some((step, views)) = m.crash("auto", n) else { break };
+        let freed = guest_is_free(&guest, &step);
+        let (said, after) = m.caller.held("auto");
+        let adopted = m.learn(&views, &after);
+        assert!(!said.contains("a FULL, since"), "{step}: {said}");
+        m.note(
+            &step,
+            "kill -9",
+            &format!(
+                "guest free after {} ms, then exit 0, INC, {adopted} finished points kept",
+                freed.as_millis()
+            ),
+        );
+        m.check_clean(&mut guest.qmp(), &[dir.path(), &guest.path("")], &step);
+    }
+    m.check_points();
+}
+
+/// Waits until the guardian has let the guest go: it runs and is thawed.
+fn guest_is_free(guest: &Guest, step: &str) -> Duration {
+    let began = Instant::now();
+    loop {
+        let status = guest.qmp().execute("query-status", json!({}))["status"].clone();
+        if status == "running" {
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "{step}: the guest is {status}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    while guest.agent("guest-fsfreeze-status") != "thawed" {
+        assert!(began.elapsed() < Duration::from_secs(20), "{step}: the guest is frozen");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    began.elapsed()
+}

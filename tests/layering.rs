@@ -1,0 +1,72 @@
+//! A module imports only from rooms above its own: the order is the one in `src/lib.rs`.
+
+use std::path::{Path, PathBuf};
+
+/// The rooms, lowest first. A room may import from those before it, and from itself.
+const ORDER: [&str; 18] = [
+    "error", "units", "progress", "storage", "lock", "extent", "layer", "chain", "image", "fs",
+    "fuse", "qmp", "backup", "restore", "verify", "prune", "cli", "main",
+];
+
+fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// The room of a source file: the first folder or the file's name below `src`.
+fn room(src: &Path, file: &Path) -> String {
+    let below = file.strip_prefix(src).unwrap();
+    let first = below.components().next().unwrap().as_os_str().to_string_lossy().into_owned();
+    first.trim_end_matches(".rs").to_string()
+}
+
+fn rank(room: &str) -> usize {
+    ORDER.iter().position(|r| *r == room).unwrap_or_else(|| panic!("{room} has no place in ORDER"))
+}
+
+/// The rooms that a source names as `crate::room`, outside its tests.
+fn imports(text: &str) -> Vec<String> {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or("");
+    let lines = code.lines().filter(|l| !l.trim_start().starts_with("//"));
+    lines
+        .flat_map(|l| l.split("crate::").skip(1))
+        .map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
+        .filter(|name: &String| !name.is_empty())
+        .collect()
+}
+
+#[test]
+fn rooms_import_only_from_rooms_above() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let mut wrong = Vec::new();
+    for file in &files {
+        let own = room(&src, file);
+        if own == "lib" {
+            continue;
+        }
+        for import in imports(&std::fs::read_to_string(file).unwrap()) {
+            if rank(&import) > rank(&own) {
+                wrong.push(format!("{} imports {import}", file.display()));
+            }
+        }
+    }
+    assert!(files.len() > 30 && wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn only_one_file_names_the_fuse_library() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let names = |f: &&PathBuf| std::fs::read_to_string(f).unwrap().contains("fuser::");
+    let naming: Vec<_> = files.iter().filter(names).collect();
+    assert_eq!(naming, [&src.join("fuse.rs")]);
+}
