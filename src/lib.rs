@@ -10,6 +10,7 @@
 //! - [`chain`]: backup directory to disks, chains and points; manifests
 //! - [`image`]: layers folded into cached windows, and reads through them
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
+//! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
 //! - [`restore`], [`verify`], [`prune`]: commands over chains and images
 //! - [`cli`]: arguments, output, exit codes
 

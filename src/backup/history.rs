@@ -2,18 +2,12 @@
 //! tip that an INC would build on.
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::names;
 use crate::chain::Level;
-use crate::chain::manifest::{self, Manifest};
+use crate::chain::manifest::{self, Manifest, fingerprint};
 use crate::error::{Error, Kind, Result};
-
-/// Bytes hashed at either end of an image to tell whether it was replaced. The front holds a
-/// qcow2's header, L1 and the first tables, the back its latest clusters.
-const SAMPLE: u64 = 128 << 10;
 
 /// An image in the folder.
 #[derive(Debug, Clone)]
@@ -160,27 +154,6 @@ impl History {
             _ => Ok(()),
         }
     }
-}
-
-/// BLAKE3 over both ends of a file and its length: cheap, and different for a replaced image.
-///
-/// # Errors
-/// The file cannot be read.
-pub fn fingerprint(path: &Path) -> Result<String> {
-    let read = || -> std::io::Result<String> {
-        let file = File::open(path)?;
-        let len = file.metadata()?.len();
-        let mut hash = blake3::Hasher::new();
-        hash.update(&len.to_be_bytes());
-        for start in [0, len.saturating_sub(SAMPLE)] {
-            let n = usize::try_from(SAMPLE.min(len)).unwrap_or(0);
-            let mut buf = vec![0; n];
-            file.read_exact_at(&mut buf, start)?;
-            hash.update(&buf);
-        }
-        Ok(hash.finalize().to_hex().as_str().get(..32).unwrap_or_default().to_string())
-    };
-    read().map_err(|e| Error::io(e, "cannot read the image").at_path(path))
 }
 
 /// Fails with `Incomplete` and the reason that [`History::chain`] gave.

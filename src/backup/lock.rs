@@ -1,11 +1,10 @@
-//! Locks: one run per VM, one per target. Held by flock, so that a killed process leaves none.
+//! One run per VM (and one per target, see [`crate::lock`]). Held by flock, so that a killed process leaves none.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::chain::manifest::FOLDER;
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Address;
 
@@ -25,16 +24,6 @@ impl Lock {
         let path = state.join(format!("{}.lock", vm_key(address)));
         Self::take(&path, "a backup or recovery of this VM is running")
             .map_err(|e| e.remedy("fleecefs info status shows it, fleecefs cancel ends it"))
-    }
-
-    /// Takes the lock of a backup directory.
-    ///
-    /// # Errors
-    /// `Busy` if another run has it.
-    pub fn target(target: &Path) -> Result<Self> {
-        let folder = target.join(FOLDER);
-        make_dir(&folder)?;
-        Self::take(&folder.join("lock"), "another run is writing to this backup directory")
     }
 
     fn take(path: &Path, held: &str) -> Result<Self> {

@@ -44,6 +44,11 @@ impl Server {
     /// # Errors
     /// `Busy` if another program has started one, else what QEMU says.
     pub fn start(client: &mut Client, path: &Path) -> Result<Self> {
+        let left = Address::Unix(path.to_path_buf());
+        if path.exists() && Nbd::greets(&left, Duration::from_secs(2)) {
+            // Ours, of a run whose journal is lost: nobody else listens there.
+            client.call("nbd-server-stop", json!({}))?.ok();
+        }
         remove_if_there(path)?;
         let answer = if client.has("getfd") && client.takes_descriptors() {
             let (short, _dir) = shorten(path)?;

@@ -4,12 +4,13 @@
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde_json::Value;
 
 use super::history::{History, no_base};
 use super::seen::{Seen, SeenDisk};
 use super::{Every, LevelWish, Options, names};
 use crate::chain::Level;
-use crate::chain::manifest::{BitmapInfo, Manifest, Skipped};
+use crate::chain::manifest::{BitmapInfo, DiskIdentity, Manifest, Skipped};
 use crate::error::{Error, Kind, Result};
 
 /// What will be done.
@@ -86,6 +87,8 @@ pub struct Inputs<'a> {
     pub base: &'a Path,
     /// Seconds since the epoch.
     pub now: i64,
+    /// The VM's UUID, if it has one.
+    pub vm: Option<&'a str>,
     /// Why INC and DIFF are impossible in this run, if they are.
     pub no_inc: Option<String>,
     /// Folders whose chain was found unsound, and how.
@@ -165,7 +168,7 @@ impl Folders {
     /// folder by its base name, made unique.
     fn assign(options: &Options, inputs: &Inputs<'_>, disks: &[SeenDisk]) -> Result<Self> {
         let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
-        for rule in [same_file, same_device, unclaimed] {
+        for rule in [same_file as Rule, same_disk, unclaimed] {
             for (i, disk) in disks.iter().enumerate() {
                 if list.get(i).is_some_and(Option::is_some) {
                     continue;
@@ -183,19 +186,29 @@ impl Folders {
     }
 }
 
-type Rule = fn(&SeenDisk, &History) -> bool;
+type Rule = fn(&Inputs<'_>, &SeenDisk, &History) -> bool;
 
-fn same_file(disk: &SeenDisk, h: &History) -> bool {
+fn same_file(_: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
     h.last_manifest().is_some_and(|m| m.disk.file == disk.identity.file)
 }
 
-fn same_device(disk: &SeenDisk, h: &History) -> bool {
-    let id = |d: &crate::chain::manifest::DiskIdentity| (d.qdev.clone(), d.device.clone());
-    let named = !(disk.identity.qdev.is_empty() && disk.identity.device.is_empty());
-    named && h.last_manifest().is_some_and(|m| id(&m.disk) == id(&disk.identity))
+/// The disk's file was moved: its bitmap came along, or it is at the same device of the same VM.
+fn same_disk(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+    let carries = needed(h).iter().any(|b| disk.bitmap(b).is_some());
+    let device = |d: &DiskIdentity| (d.qdev.clone(), d.device.clone());
+    let same_vm = |m: &Manifest| inputs.vm.is_some() && vm_uuid(&m.vm) == inputs.vm;
+    carries
+        || h.last_manifest()
+            .is_some_and(|m| same_vm(m) && device(&m.disk) == device(&disk.identity))
 }
 
-fn unclaimed(_disk: &SeenDisk, h: &History) -> bool {
+/// The VM's UUID out of what QEMU said about itself; `None` if it has none.
+pub fn vm_uuid(vm: &Value) -> Option<&str> {
+    let uuid = vm.get("query-uuid")?.get("UUID")?.as_str()?;
+    uuid.chars().any(|c| c != '0' && c != '-').then_some(uuid)
+}
+
+fn unclaimed(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
     h.last_manifest().is_none()
 }
 
@@ -225,7 +238,7 @@ fn candidate(
         }
         let mut history = History::read(&dir, only)?;
         history.tail = folder;
-        if rule(disk, &history) {
+        if rule(inputs, disk, &history) {
             return Ok(Some((dir, history)));
         }
     }
@@ -493,5 +506,253 @@ impl From<&DiskPlan> for Printed {
             adds: d.new_bitmap.as_ref().map(|b| b.name.clone()),
             removes: d.obsolete.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::seen::Insertion;
+    use crate::backup::{CopyOptions, Layout, MomentOptions, StopWish};
+    use crate::chain::manifest::{self, fingerprint, tests::example};
+    use crate::qmp::Address;
+    use crate::qmp::types::Bitmap;
+    use std::time::Duration;
+
+    const TARGET: &str = "0a1b2c3d";
+    const FIRST: &str = "000000000001";
+
+    fn options(target: &Path, level: LevelWish) -> Options {
+        Options {
+            qmp: Address::Unix("/q".into()),
+            agent: None,
+            target: target.into(),
+            level,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            layout: Layout::default(),
+            moment: MomentOptions {
+                stop: StopWish::Moment,
+                quiesce: false,
+                mountpoints: Vec::new(),
+                deadline: Duration::from_secs(1),
+                agent_timeout: Duration::from_secs(1),
+            },
+            copy: CopyOptions {
+                fleece_dir: None,
+                cbw_timeout: 20,
+                speed: 0,
+                compress: None,
+                workers: None,
+                aio: None,
+                direct: false,
+                remove_delay: Duration::ZERO,
+                no_space_check: false,
+            },
+            no_diff: false,
+            no_hash: false,
+            strict: false,
+            allow_plaintext: false,
+            config: Vec::new(),
+            state_dir: "/s".into(),
+            dry_run: false,
+            nbd: None,
+        }
+    }
+
+    fn bitmap(run: &str) -> String {
+        names::bitmap(TARGET, FIRST, run, 0)
+    }
+
+    fn recording(name: String) -> Bitmap {
+        Bitmap {
+            name: Some(name),
+            recording: true,
+            persistent: true,
+            granularity: 65536,
+            ..Default::default()
+        }
+    }
+
+    fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
+        SeenDisk {
+            identity: DiskIdentity {
+                qdev: "/m/v0".into(),
+                node: "n".into(),
+                file: file.into(),
+                format: "qcow2".into(),
+                ..Default::default()
+            },
+            node: "n".into(),
+            top: "n".into(),
+            insertion: Insertion::Device("/m/v0".into()),
+            size: 1 << 20,
+            cluster_size: 65536,
+            extended_l2: false,
+            lazy_refcounts: false,
+            persistent: true,
+            encrypted: false,
+            pflash: false,
+            bitmaps,
+            allocated: 4096,
+            info: Value::Null,
+        }
+    }
+
+    fn put(dir: &Path, image: &str, level: Level, parent: Option<&str>, run: &str) {
+        std::fs::create_dir_all(dir).unwrap();
+        std::fs::write(dir.join(image), image).unwrap();
+        let mut m = example(image, level, parent);
+        m.run = run.into();
+        m.disk = disk("/vm/d", Vec::new()).identity;
+        m.file_size = image.len() as u64;
+        m.fingerprint = Some(fingerprint(&dir.join(image)).unwrap());
+        let info = |r: &str| BitmapInfo {
+            name: bitmap(r),
+            node: "n".into(),
+            granularity: 65536,
+            persistent: true,
+        };
+        m.bitmap = Some(info(run));
+        m.diff_bitmap = Some(info(FIRST));
+        manifest::write(dir, &m).unwrap();
+    }
+
+    /// A FULL and an INC of `/vm/d` in a target.
+    fn chain() -> tempfile::TempDir {
+        let t = tempfile::tempdir().unwrap();
+        let d = t.path().join("d");
+        put(&d, "FULL-1-d", Level::Full, None, FIRST);
+        put(&d, "INC-2-d", Level::Inc, Some("FULL-1-d"), "000000000002");
+        t
+    }
+
+    fn both() -> Vec<Bitmap> {
+        vec![recording(bitmap(FIRST)), recording(bitmap("000000000002"))]
+    }
+
+    fn plan(t: &Path, level: LevelWish, disks: Vec<SeenDisk>, now: i64) -> Plan {
+        let inputs = Inputs {
+            seen: Seen { disks, skipped: Vec::new() },
+            run: "00000000000f",
+            target_id: TARGET,
+            base: t,
+            now,
+            vm: None,
+            no_inc: None,
+            unsound: &[],
+        };
+        make(&options(t, level), inputs).unwrap()
+    }
+
+    fn auto(t: &Path, d: SeenDisk) -> DiskPlan {
+        plan(t, LevelWish::Auto(None), vec![d], 100).disks.remove(0)
+    }
+
+    #[test]
+    fn an_inc_lies_on_the_tip_and_lets_go_of_the_tips_bitmap_only() {
+        let t = chain();
+        let stray = names::bitmap(TARGET, FIRST, "0000000000aa", 0);
+        let other = names::bitmap("ffffffff", FIRST, FIRST, 0);
+        let mut bitmaps = both();
+        bitmaps.extend([recording(stray.clone()), recording(other), recording("x".into())]);
+        let p = auto(t.path(), disk("/vm/d", bitmaps));
+        assert_eq!((p.level, p.image.as_str()), (Level::Inc, "INC-100-d"));
+        assert_eq!(p.parent().unwrap().image, "INC-2-d");
+        assert_eq!(p.since.unwrap().name, bitmap("000000000002"));
+        assert_eq!(p.diff_bitmap.unwrap().name, bitmap(FIRST));
+        assert_eq!(p.obsolete, [bitmap("000000000002"), stray]);
+        assert_eq!(p.chain, FIRST);
+    }
+
+    #[test]
+    fn a_diff_lies_on_the_full_and_changes_nothing() {
+        let t = chain();
+        let p = plan(t.path(), LevelWish::Diff, vec![disk("/vm/d", both())], 100).disks.remove(0);
+        assert_eq!(p.parent().unwrap().image, "FULL-1-d");
+        assert_eq!(p.since.unwrap().name, bitmap(FIRST));
+        assert!(p.new_bitmap.is_none() && p.obsolete.is_empty());
+    }
+
+    #[test]
+    fn names_are_later_than_all_that_is_there() {
+        let t = chain();
+        let p = plan(t.path(), LevelWish::Full, vec![disk("/vm/d", both())], 1).disks.remove(0);
+        assert_eq!(p.image, "FULL-3-d");
+        assert_eq!(p.obsolete.len(), 2);
+    }
+
+    #[test]
+    fn whatever_cannot_be_proved_is_a_full() {
+        type Change = fn(&mut SeenDisk);
+        let cases: [(&str, Change); 8] = [
+            ("is not on the disk", |d| drop(d.bitmaps.pop())),
+            ("inconsistent", |d| d.bitmaps[1].inconsistent = true),
+            ("does not record", |d| d.bitmaps[1].recording = false),
+            ("in use", |d| d.bitmaps[1].busy = true),
+            ("granularity", |d| d.bitmaps[1].granularity = 4096),
+            ("persistent", |d| d.bitmaps[1].persistent = false),
+            ("bytes at", |d| d.size = 65536),
+            ("is raw now", |d| d.identity.format = "raw".into()),
+        ];
+        for (why, change) in cases {
+            let t = chain();
+            let mut d = disk("/vm/d", both());
+            change(&mut d);
+            let p = auto(t.path(), d.clone());
+            assert_eq!(p.level, Level::Full, "{why}");
+            assert!(p.demoted.unwrap().contains(why), "{why}");
+            let mut p = plan(t.path(), LevelWish::Inc, vec![d], 100);
+            assert_eq!(p.refused.remove(0).1.kind(), Kind::Incomplete, "{why}");
+        }
+    }
+
+    #[test]
+    fn disks_of_one_name_keep_their_folders() {
+        let t = chain();
+        // The stranger comes first and must not take the folder.
+        let list = vec![disk("/other/d", Vec::new()), disk("/vm/d", both())];
+        let p = plan(t.path(), LevelWish::Auto(None), list, 100);
+        assert_eq!(p.disks[0].dir, t.path().join("d-2"));
+        assert_eq!((p.disks[1].dir.clone(), p.disks[1].level), (t.path().join("d"), Level::Inc));
+        // Moved elsewhere, its bitmap proves that it is the same disk.
+        let p = auto(t.path(), disk("/moved/d", both()));
+        assert_eq!((p.dir.clone(), p.level), (t.path().join("d"), Level::Inc));
+    }
+
+    #[test]
+    fn encrypted_disks_are_refused_and_unknown_names_are_errors() {
+        let t = chain();
+        let mut d = disk("/vm/d", both());
+        d.encrypted = true;
+        let p = plan(t.path(), LevelWish::Full, vec![d], 100);
+        assert_eq!(p.refused[0].1.kind(), Kind::Encrypted);
+        let mut o = options(t.path(), LevelWish::Full);
+        o.include = vec!["nobody".into()];
+        let inputs = Inputs {
+            seen: Seen::default(),
+            run: "r",
+            target_id: TARGET,
+            base: t.path(),
+            now: 1,
+            vm: None,
+            no_inc: None,
+            unsound: &[],
+        };
+        assert_eq!(make(&o, inputs).unwrap_err().kind(), Kind::NotFound);
+    }
+
+    #[test]
+    fn a_full_is_due_by_number_or_by_age() {
+        let t = chain();
+        let due = |e, now| {
+            let list = vec![disk("/vm/d", both())];
+            plan(t.path(), LevelWish::Auto(Some(e)), list, now).disks[0].level
+        };
+        let time = example("x", Level::Full, None).time;
+        assert_eq!(due(Every::Points(2), 100), Level::Full);
+        assert_eq!(due(Every::Points(3), 100), Level::Inc);
+        assert_eq!(due(Every::Age(Duration::from_secs(60)), time + 60), Level::Full);
+        assert_eq!(due(Every::Age(Duration::from_secs(60)), time + 59), Level::Inc);
     }
 }

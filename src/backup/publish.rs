@@ -10,10 +10,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use super::history::fingerprint;
 use super::tool::qemu_img;
 use crate::chain::Level;
-use crate::chain::manifest::{self, Manifest};
+use crate::chain::manifest::{self, Manifest, fingerprint};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::steps::step;
 

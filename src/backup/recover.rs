@@ -10,12 +10,11 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::guardian::continue_if_paused;
-use super::history::fingerprint;
 use super::journal::{self, DiskRecord, Pending};
 use super::names::{self, Role};
 use super::teardown::{Scope, Torn, runs_in_qemu, teardown};
 use super::{Watch, bitmap, publish};
-use crate::chain::manifest::{self, Manifest};
+use crate::chain::manifest::{self, Manifest, fingerprint};
 use crate::error::{Kind, Result};
 use crate::qmp::agent::Agent;
 use crate::qmp::types::Job;

@@ -24,9 +24,10 @@ use super::plan::Inputs;
 use super::report::Report;
 use super::seen::{Answers, survey};
 use super::work::Run;
-use super::{LevelWish, Options, Watch, names, now, plan, publish, recover};
+use super::{LevelWish, Options, Watch, names, now, plan, publish, recover, vm};
 use crate::chain::manifest::Consistency;
 use crate::error::{Error, Kind, Result};
+use crate::lock::Locks;
 use crate::qmp::Client;
 
 /// Makes the backup.
@@ -53,7 +54,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     recover::recover(&mut client, &options.state_dir, &options.qmp, watch)?;
     let base = base_dir(options);
     super::lock::make_dir(&base)?;
-    let _target_lock = Lock::target(&options.target)?;
+    let _target_lock = target_lock(options, &base)?;
     let run = names::new_run()?;
     let status = Shared::default();
     let _control =
@@ -78,6 +79,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         server: None,
         guardian: None,
         consistency: Consistency::default(),
+        vm: serde_json::Value::Null,
         chains: HashMap::new(),
     };
     let result = r.execute();
@@ -88,17 +90,28 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
     let run = names::new_run()?;
     let base = base_dir(options);
     let target_id = target_id(options, &base, false)?;
+    let vm = vm::describe(client);
     let inputs = Inputs {
         seen: survey(&Answers::ask(client)?),
         run: &run,
         target_id: &target_id,
         base: &base,
         now: now(),
+        vm: plan::vm_uuid(&vm),
         no_inc: None,
         unsound: &[],
     };
     let plan = plan::make(options, inputs)?;
     Ok(Report { run, plan, disks: Vec::new(), consistency: Consistency::default() })
+}
+
+/// The lock that prune and the verbs take as well.
+fn target_lock(options: &Options, base: &Path) -> Result<Locks> {
+    let real = |p: &Path| {
+        p.canonicalize().map_err(|e| Error::io(e, "cannot find the backup directory").at_path(p))
+    };
+    let (root, base) = (real(&options.target)?, real(base)?);
+    Locks::take(&root, [base.as_path()])
 }
 
 /// The target, or its folder of this month.

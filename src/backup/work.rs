@@ -43,6 +43,8 @@ pub struct Run<'a> {
     pub(super) server: Option<nbdserver::Server>,
     pub(super) guardian: Option<Guardian>,
     pub(super) consistency: Consistency,
+    /// What QEMU says about the VM.
+    pub(super) vm: Value,
     /// Chains that INCs build on, by the new image's path.
     pub(super) chains: HashMap<PathBuf, ChainData>,
 }
@@ -176,6 +178,7 @@ impl Run<'_> {
     /// be had, plans again.
     fn plan(&mut self) -> Result<Plan> {
         let seen = survey(&Answers::ask(&mut self.client)?);
+        self.vm = vm::describe(&mut self.client);
         self.sweep()?;
         let mut unsound: Vec<(PathBuf, String)> = Vec::new();
         // One time for all plans: it is in the images' names.
@@ -187,6 +190,7 @@ impl Run<'_> {
                 target_id: &run.target_id,
                 base: &run.base,
                 now: time,
+                vm: plan::vm_uuid(&run.vm),
                 no_inc,
                 unsound,
             };
@@ -279,7 +283,7 @@ impl Run<'_> {
     }
 
     fn activate(&mut self, plan: &Plan) -> Result<Vec<Active>> {
-        let vm = vm::describe(&mut self.client);
+        let vm = self.vm.clone();
         let version = self.client.version().to_string();
         Ok(plan
             .disks

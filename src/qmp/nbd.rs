@@ -81,6 +81,12 @@ impl Nbd {
         Ok(nbd)
     }
 
+    /// Whether an NBD server listens there.
+    pub fn greets(address: &Address, wait: Duration) -> bool {
+        let Ok(stream) = open(address, wait) else { return false };
+        Nbd { stream, size: 0, context: None, handle: 0 }.greet().is_ok()
+    }
+
     /// Size of the export in bytes.
     pub fn size(&self) -> u64 {
         self.size
