@@ -17,7 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::execute::{make_folder, replace};
-use crate::backup::history::fingerprint;
+use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest};
 use crate::chain::removal::{self, Publish, Removal};
 use crate::chain::{Disk, Level};

@@ -5,8 +5,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::structure::REMEDY;
-use crate::backup::history::fingerprint;
 use crate::backup::names::parse_bitmap;
+use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
 use crate::chain::{Disk, Level, Point, removal};
 use crate::error::{Error, Finding, Kind, Severity};

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::Outcome;
 use super::files::FileReport;
 use super::links::Record;
-use crate::backup::history::fingerprint;
+use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{
     self, Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest,
 };
