@@ -144,6 +144,13 @@ fn scribble(d: &Daemon, n: usize) {
     }
 }
 
+/// What happens between the crash and the next backup, in turn.
+enum Between {
+    Nothing,
+    Recover,
+    JournalLost,
+}
+
 fn daemon_matrix(level: &str) {
     let d = small_daemon();
     let mut m = Matrix::new(Caller::of(&d), &["a.img", "b.img"]);
@@ -154,16 +161,26 @@ fn daemon_matrix(level: &str) {
         scribble(&d, 2 * n);
         let Some((step, views)) = m.crash(level, n) else { break };
         scribble(&d, 2 * n + 1);
-        // Every other time what it left is finished by hand first.
-        let by_hand = n % 2 == 0;
-        if by_hand {
-            recover(&m.caller);
-        }
+        let between = match n % 3 {
+            0 => Between::Nothing,
+            1 => Between::Recover,
+            _ => Between::JournalLost,
+        };
+        let how = match between {
+            Between::Nothing => "then",
+            Between::Recover => {
+                recover(&m.caller);
+                "recover, then"
+            }
+            Between::JournalLost => {
+                std::fs::remove_dir_all(&m.caller.state).unwrap();
+                "journal lost, then"
+            }
+        };
         let (said, after) = m.caller.held("auto");
         let adopted = m.learn(&views, &after);
         let took = if said.contains("a FULL, since") { "FULL" } else { "INC" };
         assert!(took == "INC", "{step}: {said}");
-        let how = if by_hand { "recover, then" } else { "then" };
         m.note(&step, "kill -9", &format!("{how} exit 0, {took}, {adopted} finished points kept"));
         m.check_clean(&mut d.qmp(), &[d.dir.path()], &step);
     }
@@ -171,14 +188,14 @@ fn daemon_matrix(level: &str) {
     assert!(m.table.len() > 80, "only {} steps", m.table.len());
 }
 
+fn recovery(caller: &Caller) -> std::process::Command {
+    let mut c = std::process::Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    c.args(["recover", "--qmp"]).arg(&caller.qmp).arg("--state-dir").arg(&caller.state);
+    c
+}
+
 fn recover(caller: &Caller) {
-    let out = std::process::Command::new(env!("CARGO_BIN_EXE_fleecefs"))
-        .args(["recover", "--qmp"])
-        .arg(&caller.qmp)
-        .arg("--state-dir")
-        .arg(&caller.state)
-        .output()
-        .unwrap();
+    let out = recovery(caller).output().unwrap();
     assert!(out.status.success(), "recover: {}", String::from_utf8_lossy(&out.stderr));
 }
 
@@ -194,6 +211,62 @@ fn killed_at_every_step_of_a_full() {
     if have("killed_at_every_step_of_a_full", TOOLS) {
         daemon_matrix("full");
     }
+}
+
+/// The number of the last step of this name in a run that is not killed.
+fn step_number(m: &mut Matrix, d: &Daemon, name: &str) -> usize {
+    let hold = tempfile::tempdir().unwrap();
+    let trace = hold.path().join("steps");
+    scribble(d, 1);
+    let out = m.caller.command("inc").env("FLEECEFS_STEPS", &trace).output().unwrap();
+    assert!(out.status.success());
+    // Its points' bytes are not known: they are left out of the comparison.
+    for disk in m.disks.clone() {
+        for image in images(&m.caller.target.join(disk)) {
+            m.known.entry(image).or_insert([0; 32]);
+        }
+    }
+    let steps = std::fs::read_to_string(trace).unwrap();
+    let line = steps.lines().rfind(|l| l.ends_with(name)).expect("there is such a step");
+    line.split(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn killed_at_every_step_of_the_recovery() {
+    let name = "killed_at_every_step_of_the_recovery";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let d = small_daemon();
+    let mut m = Matrix::new(Caller::of(&d), &["a.img", "b.img"]);
+    scribble(&d, 0);
+    let (_, views) = m.caller.held("full");
+    m.learn(&Vec::new(), &views);
+    for step in ["answer blockdev-reopen", "answer blockdev-backup"] {
+        let crash_at = step_number(&mut m, &d, step);
+        for n in 1.. {
+            scribble(&d, 2 * n);
+            let (_, views) = m.crash("inc", crash_at).expect("it dies there");
+            let out = recovery(&m.caller).env("FLEECEFS_CRASH_AT", n.to_string()).output().unwrap();
+            let whole = out.status.success();
+            assert!(whole || out.status.code().is_none(), "{out:?}");
+            scribble(&d, 2 * n + 1);
+            let (said, after) = m.caller.held("auto");
+            assert!(!said.contains("a FULL, since"), "{step}, {n}: {said}");
+            let adopted = m.learn(&views, &after);
+            m.note(
+                &format!("{step}, then recover's {n}"),
+                "kill -9",
+                &format!("then exit 0, INC, {adopted} finished points kept"),
+            );
+            m.check_clean(&mut d.qmp(), &[d.dir.path()], step);
+            if whole {
+                break;
+            }
+        }
+    }
+    m.known.retain(|_, hash| *hash != [0; 32]);
+    m.check_points();
 }
 
 #[test]
