@@ -25,6 +25,7 @@ impl Run<'_> {
         d.chain = self.chains.remove(&p.dir.join(&p.image));
         self.journal.write(&Record::Disk(d.record.clone()))?;
         publish::announce(&p.dir, &d.manifest)?;
+        publish::note_fleece(&p.dir, &p.image, &d.record.fleece)?;
         let partial = p.dir.join(partial_name(&p.image));
         let options = fleece::image_options(p, &self.options.copy);
         publish::create_image(&partial, p.disk.size, &options)?;

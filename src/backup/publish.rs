@@ -32,6 +32,33 @@ pub fn announce(dir: &Path, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
+/// Notes where the fleece image of an announced image will be, so that it can be removed even if
+/// the journal is lost.
+///
+/// # Errors
+/// What the operating system said.
+pub fn note_fleece(dir: &Path, image: &str, fleece: &Path) -> Result<()> {
+    write_whole(&fleece_note(dir, image), fleece.as_os_str().as_bytes())
+}
+
+fn fleece_note(dir: &Path, image: &str) -> PathBuf {
+    dir.join(manifest::FOLDER).join(format!("{}.fleece", partial_name(image)))
+}
+
+/// Removes a noted fleece image, and the note.
+fn drop_fleece(dir: &Path, image: &str) -> Result<()> {
+    let note = fleece_note(dir, image);
+    let Ok(text) = std::fs::read(&note) else { return Ok(()) };
+    let path = Path::new(OsStr::from_bytes(&text));
+    // The note lies where others may write: nothing but a fleece is ever removed for it.
+    let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    let ours = name.starts_with(super::names::PREFIX) && name.ends_with(".fleece.raw");
+    if path.is_absolute() && ours {
+        remove_if_there(path)?;
+    }
+    remove_if_there(&note)
+}
+
 /// What was announced for `image`, if anything.
 ///
 /// # Errors
@@ -105,6 +132,7 @@ pub fn publish(dir: &Path, mut manifest: Manifest, hash: bool) -> Result<Manifes
 pub fn commit(dir: &Path, manifest: &Manifest) -> Result<()> {
     manifest::write(dir, manifest)?;
     step("committed");
+    drop_fleece(dir, &manifest.image)?;
     manifest::remove(dir, OsStr::new(&partial_name(&manifest.image)))
 }
 
@@ -113,6 +141,7 @@ pub fn commit(dir: &Path, manifest: &Manifest) -> Result<()> {
 /// # Errors
 /// What the operating system said.
 pub fn discard(dir: &Path, image: &str) -> Result<()> {
+    drop_fleece(dir, image)?;
     remove_if_there(&dir.join(partial_name(image)))?;
     manifest::remove(dir, OsStr::new(&partial_name(image)))
 }
