@@ -284,7 +284,7 @@ class Mount:
 def pick(want, paths):
     """The mounted file of a wanted point: a file may hold several (devices, snapshots)."""
     if want.device:
-        return next((p for p in paths if want.device in p), None)
+        return next((p for p in paths if os.path.basename(os.path.dirname(p)) == want.device), None)
     own = os.path.basename(want.source) + ".raw"
     return next((p for p in paths if os.path.basename(p) == own), None)
 

@@ -205,7 +205,7 @@ fn a_flipped_header_bit_makes_the_point_absent() {
     // Magic, version, cluster bits, encryption, L1 size and offset, incompatible
     // features, header length. (A smaller disk size is plausible: only a manifest tells.)
     let fields =
-        [(0u64, 3u32), (7, 2), (23, 3), (35, 0), (39, 0), (46, 4), (79, 1), (76, 0), (102, 6)];
+        [(0u64, 3u32), (7, 2), (23, 3), (35, 0), (39, 0), (46, 4), (79, 1), (76, 0), (101, 0)];
     for (offset, bit) in fields {
         let b = backups("", false);
         flip(&b.victim.files[2], offset, bit);

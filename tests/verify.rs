@@ -353,3 +353,40 @@ fn no_false_alarm_whatever_the_format() {
         assert_eq!((code, errors(&report)), (SOUND, Vec::new()));
     }
 }
+
+#[test]
+fn hostile_images_are_looked_at_without_a_panic() {
+    if !qemu::have("hostile_images_are_looked_at_without_a_panic", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut rng = Rng(11);
+    for options in ["cluster_size=512", "cluster_size=16k,extended_l2=on", "refcount_bits=1"] {
+        let path = dir.path().join("image");
+        let p = path.to_str().unwrap();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, p, "1M"]);
+        qemu_io(&path, &["write -c -P 1 0 64k".into(), "write -P 2 128k 200k".into()]);
+        if !options.contains("bits=1") {
+            run("qemu-img", &["snapshot", "-c", "s", p]);
+        }
+        run("qemu-img", &["bitmap", "--add", p, "b"]);
+        let good = std::fs::read(&path).unwrap();
+        let allocated: Vec<usize> = (0..good.len()).filter(|i| good[*i] > 2).collect();
+        for _ in 0..3000 {
+            let mut bytes = good.clone();
+            for _ in 0..=rng.below(3) {
+                // Mostly where there is metadata, else anywhere in the first clusters.
+                let at = match rng.below(3) {
+                    0 => rng.below(2048.min(bytes.len() as u64)) as usize,
+                    _ => allocated[rng.below(allocated.len() as u64) as usize],
+                };
+                bytes[at] = rng.next() as u8;
+            }
+            if rng.below(4) == 0 {
+                bytes.truncate(rng.below(bytes.len() as u64) as usize);
+            }
+            let image = fleecefs::storage::MemStorage::new("hostile", bytes);
+            fleecefs::verify::check_structure(&image, None);
+        }
+    }
+}

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Starts and ends the tiny guest that build.sh makes.
 #
-#   run.sh start DIR [--root FILE] [--disk FILE[,bus=BUS][,format=FMT][,name=NAME]]... [--append WORDS]
+#   run.sh start DIR [--root FILE] [--disk FILE[,bus=BUS][,format=FMT][,name=NAME][,snapshot=on]]... [--append WORDS]
 #                    [--mem MIB] [--accel kvm|tcg] [-- QEMU OPTIONS]
 #   run.sh wait DIR [SECONDS]     until the guest's user space is up
 #   run.sh exec DIR COMMAND...    runs a command in the guest through its agent, prints its output
@@ -9,7 +9,8 @@
 #
 # BUS is virtio-blk (the default), virtio-blk-iothread, virtio-scsi, ahci or nvme. A disk's serial, and so its
 # name below /dev/disk in the guest, and its node name are NAME, or disk1, disk2... in turn; name=
-# with nothing after it gives a node without a name. FILE is written to, as a guest does.
+# with nothing after it gives a node without a name. FILE is written to, as a guest does, unless
+# snapshot=on.
 # DIR gets qmp.sock, qmp2.sock (each serves one client), agent.sock, serial.log, qemu.log and pid.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -39,7 +40,7 @@ accelerator() {
 
 # disk_options NUMBER SPEC: appends QEMU's options for one disk to `options`.
 disk_options() {
-    local number=$1 spec=$2 file bus=virtio-blk format=qcow2 name=disk$1 field node
+    local number=$1 spec=$2 file bus=virtio-blk format=qcow2 name=disk$1 snapshot=off field node
     file=${spec%%,*}
     IFS=, read -r -a fields <<<"$spec"
     for field in "${fields[@]:1}"; do
@@ -47,17 +48,19 @@ disk_options() {
             bus=*) bus=${field#bus=} ;;
             format=*) format=${field#format=} ;;
             name=*) name=${field#name=} ;;
+            snapshot=*) snapshot=${field#snapshot=} ;;
             *) die "what is $field?" ;;
         esac
     done
     local drive="file=$file,format=$format,if=none,id=drive$number,discard=unmap"
     local device="id=dev$number,serial=${name:-disk$number}"
-    if [ -n "$name" ]; then
+    # A throw-away overlay is something that only -drive makes.
+    if [ -n "$name" ] && [ "$snapshot" = off ]; then
         options+=(-blockdev "driver=file,filename=$file,node-name=$name-file,discard=unmap"
             -blockdev "driver=$format,file=$name-file,node-name=$name,discard=unmap")
         node=$name
     else
-        options+=(-drive "$drive")
+        options+=(-drive "$drive,snapshot=$snapshot")
         node=drive$number
     fi
     case $bus in

@@ -333,10 +333,10 @@ fn member<'a>(tree: &'a Tree, belongs: &'a Belongs) -> Member<'a> {
 fn manifest_problem(entry: &FileEntry) -> Option<Error> {
     let manifest = entry.manifest.as_deref()?;
     let fail = |kind, what| Some(Error::new(kind, what).at_path(&entry.path).remedy(RESTORE));
-    if let Name::Backup { level, .. } = entry.name {
-        if level != manifest.level {
-            return fail(Kind::Corrupt, "its name and its manifest disagree on its level".into());
-        }
+    if let Name::Backup { level, .. } = entry.name
+        && level != manifest.level
+    {
+        return fail(Kind::Corrupt, "its name and its manifest disagree on its level".into());
     }
     let len = entry.probed.file.identity().size;
     if len < manifest.file_size {

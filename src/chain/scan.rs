@@ -12,7 +12,7 @@
 //!   beside it
 //! - any other image: a disk of its own with one point
 //!
-//! Other backup formats plug in by folder: see [`Tree`] and `assemble`.
+//! Other backup formats plug in by folder: see `Tree` and `assemble`.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};

@@ -181,7 +181,7 @@ fn meta_of<'a>(
         [format!("{}.copy.data.chksum", name.disk), format!("{}.copy.qcow.json", name.disk)];
     let was_stream = beside.iter().any(|(_, n)| traces.contains(n));
     let len = entry.probed.file.identity().size;
-    if was_stream || len == 0 || len % 512 != 0 {
+    if was_stream || len == 0 || !len.is_multiple_of(512) {
         let error = Error::new(Kind::Corrupt, "this is neither a stream nor a whole raw disk")
             .remedy("restore this file from another copy of the backup");
         return Err(Finding::from_error(&error, &entry.path));

@@ -85,8 +85,10 @@ fn init_logging(cli: &Cli) {
         (false, 2) => "debug",
         (false, _) => "trace",
     };
-    // fuser is chatty one level below ours.
-    let filter = format!("{level},fuser=warn");
+    // fuser calls it an error when a reader gave up before its answer, and a warning when somebody
+    // else has unmounted; what ends a mount comes to us as an error in any case.
+    let fuser = if cli.verbose >= 2 { "warn" } else { "off" };
+    let filter = format!("{level},fuser={fuser}");
     let env = env_logger::Env::new().filter_or("FLEECEFS_LOG", filter);
     let mut builder = env_logger::Builder::from_env(env);
     builder.format(|out, r| {

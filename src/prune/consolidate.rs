@@ -2,7 +2,7 @@
 //!
 //! The new image is made in `.fleecefs/` under a temporary name, compared with the point, synced;
 //! then the journal is written, and from there on every step can be repeated (see
-//! [`super::execute::replace`]). Before the journal a crash leaves the old chain and a temporary
+//! `execute::replace`). Before the journal a crash leaves the old chain and a temporary
 //! file, which the next run removes; after it both chains, until the old one goes, newest first.
 //! A mount that is open keeps the old files, which are unlinked and never modified.
 //!
@@ -17,6 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::execute::{make_folder, replace};
+use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest};
 use crate::chain::removal::{self, Publish, Removal};
 use crate::chain::{Disk, Level};
@@ -298,7 +299,7 @@ fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Resu
     m.content = Contents::Full;
     m.file_size = file.len();
     m.blake3 = Some(hash.to_hex().to_string());
-    m.fingerprint = Some(manifest::fingerprint(path)?);
+    m.fingerprint = Some(fingerprint(path)?);
     if !plan.children.is_empty() {
         // Later points have bitmaps of their own. What a FULL's bitmap is needed for then is the
         // next DIFF: the old FULL's holds more than that, so it is as right.

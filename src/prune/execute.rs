@@ -25,11 +25,12 @@ use crate::storage::ReadAt;
 /// gone, in an order that leaves every chain whole.
 pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Result<()> {
     let mut folders: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
+    let kept = kept_files(catalog, plan);
     for (disk, plan) in catalog.disks.iter().zip(&plan.disks) {
         let goes = |i: usize| plan.points.get(i).is_some_and(|p| p.keep.is_empty());
         for i in order(disk, goes) {
             check_unchanged(disk, i)?;
-            for path in files(disk, i, goes) {
+            for path in own_files(disk, i).into_iter().filter(|f| !kept.contains(f.as_path())) {
                 let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else { continue };
                 let names = folders.entry(dir.to_path_buf()).or_default();
                 let name = text(&path, name)?;
@@ -71,23 +72,30 @@ fn order(disk: &Disk, goes: impl Fn(usize) -> bool) -> Vec<usize> {
     chains.into_iter().flat_map(of).collect()
 }
 
-/// The files of point `i` that nothing else needs.
-fn files(disk: &Disk, i: usize, goes: impl Fn(usize) -> bool) -> Vec<PathBuf> {
+/// Every file that some point of some disk still needs: one archive may hold several disks.
+fn kept_files<'a>(catalog: &'a Catalog, plan: &Plan) -> BTreeSet<&'a Path> {
+    let mut kept = BTreeSet::new();
+    for (disk, plan) in catalog.disks.iter().zip(&plan.disks) {
+        for (point, plan) in disk.points.iter().zip(&plan.points) {
+            if plan.keep.is_empty() {
+                continue;
+            }
+            kept.insert(point.source.as_path());
+            for l in &point.layers {
+                kept.insert(l.file.path());
+                kept.extend(l.data_file.as_ref().map(|d| d.path()));
+            }
+        }
+    }
+    kept
+}
+
+/// The file that ends point `i`, and its external data file.
+fn own_files(disk: &Disk, i: usize) -> Vec<PathBuf> {
     let p = &disk.points[i];
     let mut own = vec![p.source.clone()];
-    let data = p.layers.iter().filter(|l| l.file.path() == p.source);
-    own.extend(data.filter_map(|l| l.data_file.as_ref()).map(|d| d.path().to_path_buf()));
-    let kept: BTreeSet<&Path> = (0..disk.points.len())
-        .filter(|j| !goes(*j))
-        .flat_map(|j| {
-            let point = &disk.points[j];
-            let layers = point.layers.iter().flat_map(|l| {
-                std::iter::once(l.file.path()).chain(l.data_file.as_ref().map(|d| d.path()))
-            });
-            layers.chain(std::iter::once(point.source.as_path()))
-        })
-        .collect();
-    own.retain(|f| !kept.contains(f.as_path()));
+    let layers = p.layers.iter().filter(|l| l.file.path() == p.source);
+    own.extend(layers.filter_map(|l| l.data_file.as_ref()).map(|d| d.path().to_path_buf()));
     own
 }
 

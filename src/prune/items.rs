@@ -8,6 +8,7 @@ use super::plan::{DiskItems, Item};
 use crate::chain::manifest;
 use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::Result;
+use crate::layer::Format;
 use crate::verify::{Options, Outcome, verify};
 
 /// The points of all disks; of each disk the newest is verified quickly, for nothing may go as
@@ -33,13 +34,19 @@ pub fn items(catalog: &Catalog) -> Result<Vec<DiskItems>> {
 
 fn is_backup(point: &Point) -> bool {
     matches!(point.level, Level::Full | Level::Inc | Level::Diff | Level::Copy)
+        && !is_foreign(point)
+}
+
+fn is_foreign(point: &Point) -> bool {
+    point.layers.iter().any(|l| !matches!(l.format, Format::Qcow2 | Format::Raw))
 }
 
 fn of_disk(disk: &Disk) -> DiskItems {
     let item = |p: &Point| Item {
         name: p.name.clone(),
         time: p.time,
-        level: p.level,
+        // Other programs' archives are theirs to prune.
+        level: if is_foreign(p) { Level::Image } else { p.level },
         served: p.is_served(),
         parent: p.parent,
         run: run(p),

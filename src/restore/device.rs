@@ -114,7 +114,7 @@ impl Device {
     }
 
     fn aligned(&self, start: u64, len: u64) -> bool {
-        (start | len) % self.sector == 0
+        (start | len).is_multiple_of(self.sector)
     }
 
     /// FALLOC_FL_PUNCH_HOLE on a device frees the range and makes it read as zeros, or fails.

@@ -3,7 +3,7 @@
 //!
 //! Everything is planned first ([`Plan`] is a value that `--dry-run` prints) and then executed by
 //! a few workers, each of which takes the next chunk of the disk, reads it through the extent map
-//! and writes it by position. Files are made under a temporary name beside the target ([`temp`])
+//! and writes it by position. Files are made under a temporary name beside the target (`temp`)
 //! and get their own name only when they are complete and on disk.
 
 mod clone;

@@ -15,8 +15,9 @@ use crate::error::{Error, Kind, Result};
 use crate::image::{FoldedExtent, Source};
 use crate::storage::ReadAt;
 
-/// Bytes that are read and written at once: much less stresses the caller, much more the caches.
-const BUFFER: usize = 1 << 20;
+/// Bytes that are read and written at once. What was read is still in the processor's own cache
+/// when it is written: 1 MiB took a quarter more time.
+const BUFFER: usize = 256 << 10;
 /// Data is looked through for zeros in blocks of this size; a block of zeros is not written.
 const ZERO_BLOCK: usize = 64 << 10;
 

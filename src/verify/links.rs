@@ -5,6 +5,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::structure::REMEDY;
+use crate::backup::names::parse_bitmap;
+use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
 use crate::chain::{Disk, Level, Point, removal};
 use crate::error::{Error, Finding, Kind, Severity};
@@ -80,6 +82,7 @@ impl Check<'_> {
                     format!("it has {} bytes, its manifest says {}", meta.len(), m.file_size);
                 self.error(kind, what, REMEDY);
             }
+            Ok(_) => self.fingerprint(),
             _ => {}
         }
         if p.is_served() && p.size != m.virtual_size {
@@ -90,6 +93,20 @@ impl Check<'_> {
         if p.level != Level::Image && p.level != m.level {
             let what = "its name and its manifest disagree on its level".to_string();
             self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+    }
+
+    /// Both ends of the file: tells a replaced or rewritten image without reading all of it.
+    fn fingerprint(&mut self) {
+        let Some(known) = &self.m.fingerprint else { return };
+        match fingerprint(&self.point.source) {
+            Ok(found) if found != *known => {
+                let what = "the file is not what was written: its ends differ from what its \
+                            manifest says";
+                self.error(Kind::Changed, what.to_string(), REMEDY);
+            }
+            Ok(_) => {}
+            Err(e) => self.found.push(Finding::from_error(&e, &self.point.source)),
         }
     }
 
@@ -122,8 +139,8 @@ impl Check<'_> {
         }
     }
 
-    /// A bitmap of ours is called `fleecefs-<target>-<run of the FULL>-<run>`: the generations of
-    /// one chain must agree on it, and never repeat.
+    /// Generations never repeat a bitmap, and all of a chain are of one backup directory. (The
+    /// chain in a bitmap's name says less: consolidation gives a chain a new FULL.)
     fn bitmaps(&mut self) {
         let Some(own) = self.m.bitmap.as_ref() else { return };
         let mut at = self.point.parent;
@@ -142,12 +159,12 @@ impl Check<'_> {
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
         let of_root = root.and_then(|i| self.records[i].manifest.as_ref());
-        let Some((target, chain)) = chain_of(own) else { return };
-        let Some(root) = of_root else { return };
-        let Some((of_target, of_chain)) = root.bitmap.as_ref().and_then(chain_of) else { return };
-        // A FULL made by consolidation took over a bitmap of the chain that was before.
-        if target != of_target || (chain != of_chain && chain != root.run) {
-            let what = format!("its bitmap '{}' belongs to another chain", own.name);
+        let of_root = of_root.and_then(|m| m.bitmap.as_ref());
+        let target = |b: &BitmapInfo| parse_bitmap(&b.name).map(|n| n.target.to_string());
+        if let (Some(a), Some(b)) = (target(own), of_root.and_then(target))
+            && a != b
+        {
+            let what = format!("its bitmap '{}' belongs to another backup directory", own.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
     }
@@ -155,13 +172,6 @@ impl Check<'_> {
 
 const MIXED_UP: &str = "the files of this chain are mixed up: restore them and .fleecefs/ from \
                         another copy of the backup";
-
-/// Target and chain in the name of a bitmap of ours.
-fn chain_of(bitmap: &BitmapInfo) -> Option<(&str, &str)> {
-    let rest = bitmap.name.strip_prefix("fleecefs-")?;
-    let (chain, _run) = rest.rsplit_once('-')?;
-    chain.split_once('-')
-}
 
 /// Whether two identities certainly are of different disks: something that both know is equal
 /// nowhere. (A disk may be moved to another file, or get another device, but hardly both at once
@@ -255,18 +265,5 @@ mod tests {
         assert!(!is_other_disk(&a, &id("", "#block123", "")));
         assert!(!is_other_disk(&a, &DiskIdentity::default()));
         assert!(is_other_disk(&a, &id("/machine/virtio1", "drive1", "/b.qcow2")));
-    }
-
-    #[test]
-    fn bitmap_names_tell_the_chain() {
-        let bitmap = |name: &str| BitmapInfo {
-            name: name.into(),
-            node: String::new(),
-            granularity: 65536,
-            persistent: true,
-        };
-        assert_eq!(chain_of(&bitmap("fleecefs-0a1b2c3d-run1-run2")), Some(("0a1b2c3d", "run1")));
-        assert_eq!(chain_of(&bitmap("qmpbackup-x-y")), None);
-        assert_eq!(chain_of(&bitmap("fleecefs-x")), None);
     }
 }

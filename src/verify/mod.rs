@@ -313,9 +313,18 @@ fn compare(report: &FileReport, known: Option<&str>, findings: &mut Vec<Finding>
     same
 }
 
+impl Verdict {
+    /// Whether the reason is a finding where the other only lacks proof.
+    fn says_more_than(&self, other: &Verdict) -> bool {
+        let error = |v: &Verdict| v.findings.iter().any(|f| f.severity == Severity::Error);
+        let inherited = self.reason.as_deref().is_some_and(|r| r.starts_with("it lies on "));
+        self.outcome == other.outcome && (error(self) || inherited) && !error(other)
+    }
+}
+
 fn join(own: Verdict, below: Option<&Verdict>, below_name: Option<&str>) -> Verdict {
     match (below, below_name) {
-        (Some(b), Some(name)) if b.outcome > own.outcome => {
+        (Some(b), Some(name)) if b.outcome > own.outcome || b.says_more_than(&own) => {
             // Name the file that is the cause, not each one between.
             let reason = match b.reason.as_deref() {
                 Some(r) if r.starts_with("it lies on ") => r.to_string(),

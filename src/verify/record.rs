@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::Outcome;
 use super::files::FileReport;
 use super::links::Record;
+use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{
     self, Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest,
 };
@@ -43,6 +44,7 @@ pub(super) fn create(
         };
         let Some(mut m) = m else { continue };
         m.blake3 = Some(hash);
+        m.fingerprint = Some(fingerprint(&p.source)?);
         if let Some(dir) = p.source.parent() {
             manifest::write(dir, &m)?;
             written.insert(i);

@@ -86,6 +86,17 @@ impl Guest {
         Some(guest)
     }
 
+    /// A guest that [`Guest::boot`] will start from a root disk of the test's own, and that disk as
+    /// it is before its first start.
+    pub fn unstarted(test: &str) -> Option<(Guest, PathBuf)> {
+        if !has_qemu(test) {
+            return None;
+        }
+        let guest = Guest { dir: tempfile::tempdir().expect("a temporary directory") };
+        let cache = text(&must(&mut script("build.sh")).stdout);
+        Some((guest, PathBuf::from(cache.trim()).join("root.qcow2")))
+    }
+
     /// Starts QEMU over the disks: at first, or again after [`Guest::kill`].
     pub fn boot(&self, root: &Path, disks: &[Disk], run: &[&str], qemu: &[&str]) {
         let mut append = String::new();

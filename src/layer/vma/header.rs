@@ -71,7 +71,7 @@ impl Header {
             return Err(Error::new(Kind::Unsupported, what).at_offset(4));
         }
         let len = be32(&bytes, 56);
-        if len as usize <= FIXED || len % 512 != 0 || len > MAX_HEADER {
+        if len as usize <= FIXED || !len.is_multiple_of(512) || len > MAX_HEADER {
             return Err(corrupt(56, format!("a header cannot be {len} bytes long")));
         }
         // Grow by what is really there: the length is not to be trusted yet.

@@ -20,7 +20,7 @@ use crate::storage::ReadAt;
 
 /// Bytes that are read at once, and compressed bytes that are written at once (at least; a
 /// cluster may be larger).
-const BUFFER: u64 = 1 << 20;
+const BUFFER: u64 = 256 << 10;
 
 /// Writes the file.
 pub fn write(

@@ -1,6 +1,10 @@
 //! `rebase`: every image of a line names the one before it as its backing file, and the link
 //! `image` leads to the last, so that QEMU opens the point directly.
 //!
+//! The pointers are relative, so the folder can be moved or copied. (qmprestore's own are absolute:
+//! a copy of such a folder reads the original. What its `merge` makes of a folder that it rebased
+//! itself is wrong without a word; over these pointers it fails.)
+//!
 //! Only headers change, one after the other, each saved before. A crash leaves some images linked
 //! and others not, which restores as well as before; the next run goes on.
 

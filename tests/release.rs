@@ -1,0 +1,56 @@
+//! Release builds say what they log: a dependency switches the log crate off in them, which
+//! `[profile.release.package.log]` in Cargo.toml undoes.
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The release program. In CI it is built; elsewhere only an existing one is looked at.
+fn release() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // The program under test stands in <target>/debug.
+    let target = Path::new(env!("CARGO_BIN_EXE_fleecefs")).parent()?.parent()?;
+    if std::env::var_os("CI").is_some() {
+        let build = Command::new(env!("CARGO"))
+            .args(["build", "--release", "--quiet", "--target-dir"])
+            .arg(target)
+            .current_dir(root)
+            .status()
+            .unwrap();
+        assert!(build.success(), "the release build fails");
+    }
+    let program = target.join("release/fleecefs");
+    program.exists().then_some(program)
+}
+
+#[test]
+fn release_builds_log() {
+    let Some(program) = release() else {
+        println!("skipped: release_builds_log needs a release build");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    std::fs::File::create(&path).unwrap().write_all_at(&broken_image(), 0).unwrap();
+    let out = Command::new(program).arg("map").arg(dir.path()).arg("disk.qcow2").output().unwrap();
+    let log = String::from_utf8_lossy(&out.stderr);
+    assert!(log.contains("error: ") && log.contains("disk.qcow2 at offset 0x20000"), "{log}");
+}
+
+/// A qcow2 header and an L1 table whose only entry points far past the end of the file.
+fn broken_image() -> Vec<u8> {
+    let mut image = vec![0; 0x20008];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb");
+    put(4, &3u32.to_be_bytes());
+    put(20, &16u32.to_be_bytes());
+    put(24, &(1u64 << 20).to_be_bytes());
+    put(36, &1u32.to_be_bytes());
+    put(40, &0x20000u64.to_be_bytes());
+    put(48, &0x10000u64.to_be_bytes());
+    put(56, &1u32.to_be_bytes());
+    put(96, &4u32.to_be_bytes());
+    put(100, &104u32.to_be_bytes());
+    put(0x20000, &((1u64 << 63) | (1 << 40)).to_be_bytes());
+    image
+}
