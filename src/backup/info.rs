@@ -86,9 +86,9 @@ fn owner(name: &str) -> String {
 /// # Errors
 /// As [`Client::execute`].
 pub fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
-    let Seen { disks, skipped } = survey(&Answers::ask(client)?);
+    let Seen { disks, skipped, blocked } = survey(&Answers::ask(client)?);
     let mut list: Vec<DiskInfo> = disks.iter().map(included).collect();
-    list.extend(skipped.into_iter().map(|s| DiskInfo {
+    list.extend(skipped.into_iter().chain(blocked).map(|s| DiskInfo {
         disk: s.disk,
         node: String::new(),
         qdev: String::new(),

@@ -110,6 +110,11 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     check_names(options, &inputs.seen)?;
     let wanted = choose(options, &inputs.seen, &mut plan);
     let folders = Folders::assign(options, &inputs, &wanted)?;
+    for b in &inputs.seen.blocked {
+        if is_wanted(options, &b.disk) {
+            plan.refused.push((b.disk.clone(), Error::new(Kind::Busy, b.reason.clone())));
+        }
+    }
     for (disk, (dir, history)) in wanted.into_iter().zip(folders.list) {
         let label = disk.label().to_string();
         let index = plan.disks.len();
@@ -119,13 +124,24 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
         }
     }
     separate_images(&mut plan.disks);
+    if plan.disks.is_empty() && plan.refused.is_empty() {
+        return Err(Error::new(Kind::NotFound, "there is no disk to back up")
+            .remedy("fleecefs info blockdev says why each is left out"));
+    }
     Ok(plan)
+}
+
+/// Whether a disk that is known by its name alone is asked for.
+fn is_wanted(options: &Options, name: &str) -> bool {
+    let listed = |list: &[String]| list.iter().any(|n| n == name);
+    !listed(&options.exclude) && (options.include.is_empty() || listed(&options.include))
 }
 
 fn check_names(options: &Options, seen: &Seen) -> Result<()> {
     for name in &options.include {
         let known = seen.disks.iter().any(|d| d.is_called(name));
-        if !known && !seen.skipped.iter().any(|s| s.disk == *name) {
+        let others = seen.skipped.iter().chain(&seen.blocked);
+        if !known && !others.into_iter().any(|s| s.disk == *name) {
             return Err(Error::new(Kind::NotFound, format!("there is no disk {name:?}"))
                 .remedy("fleecefs info blockdev lists them"));
         }
@@ -633,7 +649,7 @@ mod tests {
 
     fn plan(t: &Path, level: LevelWish, disks: Vec<SeenDisk>, now: i64) -> Plan {
         let inputs = Inputs {
-            seen: Seen { disks, skipped: Vec::new() },
+            seen: Seen { disks, ..Default::default() },
             run: "00000000000f",
             target_id: TARGET,
             base: t,

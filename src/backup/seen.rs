@@ -106,8 +106,18 @@ pub fn base_name(file: &str) -> Option<String> {
 pub struct Seen {
     /// Disks that can be backed up.
     pub disks: Vec<SeenDisk>,
-    /// The others.
+    /// Those that are left out by rule: empty, read-only, removable.
     pub skipped: Vec<Skipped>,
+    /// Those that should be backed up and cannot.
+    pub blocked: Vec<Skipped>,
+}
+
+/// Why a disk is not among those that can be backed up.
+enum Unfit {
+    /// By rule.
+    Skip(&'static str),
+    /// Something stands in the way.
+    Blocked(&'static str),
 }
 
 /// What the answers say, before any of it is judged.
@@ -215,10 +225,11 @@ pub fn survey(answers: &Answers) -> Seen {
     seen
 }
 
-fn note(seen: &mut Seen, disk: String, found: Result<SeenDisk, String>) {
+fn note(seen: &mut Seen, disk: String, found: Result<SeenDisk, Unfit>) {
     match found {
         Ok(d) => seen.disks.push(d),
-        Err(reason) => seen.skipped.push(Skipped { disk, reason }),
+        Err(Unfit::Skip(r)) => seen.skipped.push(Skipped { disk, reason: r.into() }),
+        Err(Unfit::Blocked(r)) => seen.blocked.push(Skipped { disk, reason: r.into() }),
     }
 }
 
@@ -230,16 +241,16 @@ fn drive_name(d: &Drive) -> String {
     node.or_else(|| d.qdev.clone()).unwrap_or_default()
 }
 
-fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, String> {
-    let Some(top) = &d.inserted else { return Err("no medium is inserted".into()) };
+fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, Unfit> {
+    let Some(top) = &d.inserted else { return Err(Unfit::Skip("no medium is inserted")) };
     if d.removable {
-        return Err("removable medium (CD or floppy)".into());
+        return Err(Unfit::Skip("removable medium (CD or floppy)"));
     }
     if top.ro {
-        return Err("read-only".into());
+        return Err(Unfit::Skip("read-only"));
     }
     let Some(qdev) = d.qdev.clone().filter(|q| !q.is_empty()) else {
-        return Err("no guest device is attached".into());
+        return Err(Unfit::Skip("no guest device is attached"));
     };
     let insertion = Insertion::Device(qdev.clone());
     let pflash = qdev.contains("system.flash") || d.device.starts_with("pflash");
@@ -256,18 +267,19 @@ fn exported(answers: &Answers) -> Vec<&Node> {
     answers.nodes.iter().filter(is_root).collect()
 }
 
-fn from_export(answers: &Answers, top: &Node) -> Result<SeenDisk, String> {
+fn from_export(answers: &Answers, top: &Node) -> Result<SeenDisk, Unfit> {
     if top.ro {
-        return Err("read-only".into());
+        return Err(Unfit::Skip("read-only"));
     }
     let child = answers.graph.child(&top.node_name, "file").and_then(|c| answers.node(c));
     let (true, Some(child)) = (top.drv == "raw", child) else {
-        return Err("exported without a raw node above it: nothing can be put in between \
-                    (export a node made by blockdev-add driver=raw file=DISK discard=unmap)"
-            .into());
+        return Err(Unfit::Blocked(
+            "exported without a raw node above it: nothing can be put in between \
+                    (export a node made by blockdev-add driver=raw file=DISK discard=unmap)",
+        ));
     };
     if child.image.virtual_size != top.image.virtual_size {
-        return Err("the raw node above it has an offset or a size of its own".into());
+        return Err(Unfit::Blocked("the raw node above it has an offset or a size of its own"));
     }
     let insertion = Insertion::Reopen {
         node: top.node_name.clone(),
@@ -284,12 +296,13 @@ fn build(
     qdev: String,
     device: String,
     pflash: bool,
-) -> Result<SeenDisk, String> {
+) -> Result<SeenDisk, Unfit> {
     if top.drv == "copy-before-write" {
-        return Err("another program's copy-before-write filter is above it: a backup by another \
+        return Err(Unfit::Blocked(
+            "another program's copy-before-write filter is above it: a backup by another \
                     program runs or has died (fleecefs recover --foreign removes what qmpbackup \
-                    left)"
-            .into());
+                    left)",
+        ));
     }
     let top_name = top.node_name.clone();
     let top = answers.node(&top_name).unwrap_or(top);
@@ -378,6 +391,16 @@ mod tests {
         assert!(d.is_called("v0") && d.is_called("d0") && !d.is_called("d1"));
         assert_eq!(seen.skipped.len(), 3);
         assert_eq!(d.folder().unwrap(), Path::new("/vm"));
+    }
+
+    #[test]
+    fn a_disk_below_a_foreign_filter_is_in_the_way_and_not_left_out_by_rule() {
+        let mut filter = qcow2("their-cbw");
+        filter["drv"] = "copy-before-write".into();
+        let drives = json!([{"device": "", "qdev": "/m/v0", "inserted": filter}]);
+        let seen = survey(&answers(drives, json!([qcow2("d0")])));
+        assert!(seen.disks.is_empty() && seen.skipped.is_empty());
+        assert!(seen.blocked[0].reason.contains("--foreign"));
     }
 
     #[test]
