@@ -152,6 +152,12 @@ impl Fold {
         if !hull.is_empty() {
             let map = layer.map(hull.clone());
             debug_assert_eq!(map.extents.check(&hull), Ok(()));
+            if hull.end == last.end
+                && matches!(map.extents.as_slice(), [e] if e.content == Mapping::Below)
+            {
+                self.pending = pending;
+                return;
+            }
             if self.take(index, &map.extents, &pending) {
                 self.note(map.findings, map.suppressed);
             }

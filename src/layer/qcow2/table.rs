@@ -116,13 +116,24 @@ impl Tables<'_> {
             return Err(self.cut(at, "the file ends before this L2 table"));
         }
         let entries = read_be64(self.image, at, count.min(there) * words)?;
-        for (n, words_of) in (0..).zip(entries.chunks_exact(words as usize)) {
-            let start = (((part.start >> bits) + n) << bits).max(part.start);
-            let end = (((part.start >> bits) + n + 1) << bits).min(part.end);
-            let entry_at = at + n * words * 8;
-            if let Err(e) = self.map_cluster(map, words_of, entry_at, start..end) {
-                map.push_bad(end - map.extents.end(), &e, self.image.name());
+        let cluster = |n: u64| {
+            let at = ((part.start >> bits) + n) << bits;
+            at.clamp(part.start, part.end)
+        };
+        let mut n = 0;
+        while let Some(rest) = entries.get((n * words) as usize..).filter(|r| !r.is_empty()) {
+            // Most tables of an increment are nearly empty: runs of nothing are taken at once.
+            let empty = rest.iter().position(|w| *w != 0).unwrap_or(rest.len()) as u64 / words;
+            map.extents.push(cluster(n + empty) - cluster(n), Mapping::Below);
+            n += empty;
+            let Some(entry) = entries.get((n * words) as usize..((n + 1) * words) as usize) else {
+                break;
+            };
+            let range = cluster(n)..cluster(n + 1);
+            if let Err(e) = self.map_cluster(map, entry, at + n * words * 8, range.clone()) {
+                map.push_bad(range.end - map.extents.end(), &e, self.image.name());
             }
+            n += 1;
         }
         if there < count {
             return Err(self.cut(at + there * words * 8, "the file ends inside this L2 table"));
@@ -137,11 +148,6 @@ impl Tables<'_> {
         at: u64,
         part: Range<u64>,
     ) -> Result<()> {
-        // The commonest entry by far, kept out of all the checks.
-        if words.iter().all(|w| *w == 0) {
-            map.extents.push(part.end - part.start, Mapping::Below);
-            return Ok(());
-        }
         let bits = self.header.cluster_bits;
         let entry = L2Entry::try_from_plain(words[0], entry_rules(bits))
             .map_err(|e| self.corrupt(at, e.to_string()))?;
