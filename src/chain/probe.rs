@@ -10,7 +10,7 @@ use super::foreign::{self, Inside};
 use super::manifest::{self, Manifest};
 use super::name::{self, Promise};
 use crate::error::{Error, Finding, Kind, Result};
-use crate::layer::{self, Format, ImageInfo};
+use crate::layer::{self, Format, ImageInfo, raw};
 use crate::storage::{Identity, ReadAt, SourceFile};
 
 /// What a file holds.
@@ -144,7 +144,7 @@ fn look_at_content(file: &SourceFile, magic: &mut bool) -> Result<Content> {
             .at_offset(0)
             .remedy("restore this file from another copy of the backup"));
     }
-    let mut start = [0; 64];
+    let mut start = [0; raw::START];
     let len = start.len().min(usize::try_from(file.len()).unwrap_or(usize::MAX));
     file.read_exact_at(&mut start[..len], 0)?;
     Ok(match foreign(&start[..len]) {
@@ -161,20 +161,15 @@ fn is_lasting(kind: Kind) -> bool {
 
 /// Formats that would be wrong data if they were taken for raw images.
 fn foreign(start: &[u8]) -> Option<&'static str> {
-    const MAGICS: [(&[u8], &str); 11] = [
+    const MAGICS: [(&[u8], &str); 5] = [
         (b"\x1f\x8b", "compressed with gzip"),
         (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
         (b"\xfd7zXZ\0", "compressed with xz"),
         (b"BZh", "compressed with bzip2"),
         (b"\x04\x22\x4d\x18", "compressed with lz4"),
-        (b"KDMV", "a VMDK image"),
-        (b"# Disk DescriptorFile", "a VMDK description"),
-        (b"<<< ", "a VDI image"),
-        (b"vhdxfile", "a VHDX image"),
-        (b"conectix", "a VHD image"),
-        (b"QED\0", "a QED image"),
     ];
-    MAGICS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what)
+    let packed = MAGICS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what);
+    packed.or_else(|| raw::other_format(start))
 }
 
 impl Probed {

@@ -76,10 +76,26 @@ pub struct LayerMap {
 /// few say all there is to say.
 const MAX_FINDINGS: usize = 8;
 
+/// Extents kept per call of [`Layer::map`]. Twice what a window of 64 MiB in pieces of 512 bytes
+/// takes. Only disks of more than 64 TiB have larger windows, and only a hostile image, in which
+/// thousands of table entries share a cluster, fills one of those with so many.
+pub const MAX_EXTENTS: usize = 1 << 18;
+
 impl LayerMap {
     /// An empty map beginning at guest offset `start`.
     pub fn new(start: u64) -> Self {
         LayerMap { extents: ExtentList::new(start), findings: Vec::new(), suppressed: 0 }
+    }
+
+    /// Fails if no more extents may be appended but one that cannot be read.
+    ///
+    /// # Errors
+    /// `Unsupported`.
+    pub fn check_room(&self, path: &Path) -> Result<()> {
+        if self.extents.as_slice().len() < MAX_EXTENTS {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Unsupported, "too many pieces for a disk of this size").at_path(path))
     }
 
     /// Appends a range that cannot be read, with its reason.

@@ -136,13 +136,7 @@ impl Index {
 
     /// Takes one extent in; `used` counts the clusters of each device so far. More than a device
     /// has cannot all be different: seen at once, or a hostile archive would fill the memory.
-    fn add(
-        &mut self,
-        header: &Header,
-        extent: &Extent,
-        at: u64,
-        used: &mut [u64],
-    ) -> Result<()> {
+    fn add(&mut self, header: &Header, extent: &Extent, at: u64, used: &mut [u64]) -> Result<()> {
         let number = u32::try_from(self.extents.len())
             .map_err(|_| corrupt(at, "an archive cannot have so many extents"))?;
         self.extents.push(at);
@@ -191,6 +185,7 @@ impl Index {
             if u64::from(run.cluster) * CLUSTER >= range.end {
                 break;
             }
+            map.check_room(storage.name())?;
             let extent = match &held {
                 Some((number, extent)) if *number == run.extent => extent,
                 _ => {
