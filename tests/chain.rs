@@ -571,6 +571,63 @@ fn internal_snapshots_are_points() {
     assert_eq!(points[5].parent, Some(4));
 }
 
+/// A tiny image whose snapshots have one id and one name; each is one sector larger than the last.
+fn twins(count: u32) -> Vec<u8> {
+    let mut image = backups::tiny(None);
+    image[23] = 9;
+    image[60..64].copy_from_slice(&count.to_be_bytes());
+    image[64..72].copy_from_slice(&512u64.to_be_bytes());
+    image.resize(512, 0);
+    for i in 0..count {
+        let mut entry = [0; 40 + 16 + 8];
+        // One L1 entry, in the middle of nowhere but inside the file; lengths of id and name; extra.
+        entry[8..12].copy_from_slice(&1u32.to_be_bytes());
+        entry[13] = 1;
+        entry[15] = 1;
+        entry[36..40].copy_from_slice(&16u32.to_be_bytes());
+        entry[48..56].copy_from_slice(&(u64::from(i % 64) * 512).to_be_bytes());
+        entry[56..58].copy_from_slice(b"7x");
+        image.extend(entry);
+    }
+    image
+}
+
+#[test]
+fn snapshots_of_one_id_are_told_apart() {
+    let b = Backups::new();
+    b.file("d/FULL-1-d", &twins(3));
+    let catalog = b.scan();
+    let points = &catalog.disks[0].points;
+    let names: Vec<_> = points.iter().map(|p| (p.name.as_str(), p.size)).collect();
+    let expected = [("FULL-1-d@x", 0), ("FULL-1-d@x#7", 512), ("FULL-1-d@x#7-3", 1024)];
+    assert_eq!(names[..3], expected);
+    for point in &points[..3] {
+        let layer = fleecefs::layer::open(&point.layers[0]).unwrap();
+        assert_eq!(layer.size(), point.size, "{}", point.name);
+    }
+}
+
+#[test]
+fn as_many_snapshots_as_there_may_be_take_no_quadratic_time() {
+    let b = Backups::new();
+    b.file("d/FULL-1-d", &twins(65536));
+    let catalog = b.scan();
+    assert_eq!(catalog.disks[0].points.len(), 65537);
+    assert!(catalog.disks[0].points.iter().all(|p| p.is_served()));
+    // QEMU does not read longer tables, and nor do we.
+    let mut entry = twins(1)[512..].to_vec();
+    entry[12..16].fill(0xff);
+    entry.resize((40 + 16 + 2 * 0xffff_usize).next_multiple_of(8), b'x');
+    let count = (65 << 20) / entry.len() as u32;
+    let mut long = twins(0);
+    long[60..64].copy_from_slice(&count.to_be_bytes());
+    (0..count).for_each(|_| long.extend(&entry));
+    b.file("d/FULL-1-d", &long);
+    let catalog = b.scan();
+    assert_eq!(catalog.disks[0].points.len(), 1);
+    assert!(catalog.disks[0].findings.iter().any(|f| f.message.contains("too long")));
+}
+
 #[test]
 fn a_data_file_belongs_to_its_image() {
     if !backups::have("a_data_file_belongs_to_its_image", &["qemu-img"]) {

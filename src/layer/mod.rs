@@ -194,14 +194,16 @@ pub struct ImageInfo {
 /// An internal snapshot of a qcow2 image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotInfo {
-    /// Unique id string.
+    /// Id string, which should be unique; at most 255 bytes of it.
     pub id: String,
-    /// Name, as `qemu-img snapshot -l` shows it.
+    /// Name, as `qemu-img snapshot -l` shows it; at most 255 bytes of it.
     pub name: String,
     /// Seconds since the epoch when it was taken.
     pub time: u64,
     /// Size in bytes of the virtual disk in this snapshot.
     pub virtual_size: u64,
+    /// Why it cannot be opened, if it cannot.
+    pub unusable: Option<Finding>,
 }
 
 /// Which part of a file is a layer.
@@ -210,8 +212,8 @@ pub enum Part {
     /// All of it (of a qcow2: the active state).
     #[default]
     Whole,
-    /// The internal snapshot with this id.
-    Snapshot(String),
+    /// The internal snapshot at this place of the table: ids need not be unique.
+    Snapshot(u32),
     /// The device with this number, of an archive that holds several.
     Device(u8),
 }
