@@ -249,6 +249,15 @@ pub fn sniff(storage: &dyn ReadAt) -> Result<Option<Format>> {
     Ok(qcow2::has_magic(storage)?.then_some(Format::Qcow2))
 }
 
+/// Whether a file without magic looks like a qcow2 image whose first bytes are damaged, or like what
+/// is left of one that was cut to less than its magic. No guest's disk begins so by chance.
+///
+/// # Errors
+/// Reading failed.
+pub fn is_damaged_qcow2(storage: &dyn ReadAt) -> Result<bool> {
+    qcow2::is_damaged(storage)
+}
+
 /// Opens a layer.
 ///
 /// # Errors

@@ -144,8 +144,13 @@ pub fn manifest(dir: &Path, image: &str, level: Level, parent: Option<&str>, fil
 
 /// Writes the manifest of a raw INC.
 pub fn raw_manifest(dir: &Path, image: &str, content: Contents) {
-    let manifest =
-        Manifest { content, format: ImageFormat::Raw, ..example(image, Level::Inc, None) };
+    let virtual_size = std::fs::metadata(dir.join(image)).unwrap().len();
+    let manifest = Manifest {
+        content,
+        virtual_size,
+        format: ImageFormat::Raw,
+        ..example(image, Level::Inc, None)
+    };
     manifest::write(dir, &manifest).unwrap();
 }
 

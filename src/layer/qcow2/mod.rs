@@ -32,6 +32,18 @@ pub(super) fn has_magic(storage: &dyn ReadAt) -> Result<bool> {
     Ok(magic == MAGIC)
 }
 
+/// See [`super::is_damaged_qcow2`].
+pub(super) fn is_damaged(storage: &dyn ReadAt) -> Result<bool> {
+    let mut start = [0; 104];
+    let len = storage.len().min(104) as usize;
+    storage.read_exact_at(&mut start[..len], 0)?;
+    Ok(match len {
+        0..4 => MAGIC.starts_with(&start[..len]),
+        4..104 => false,
+        _ => header::looks_like_one(&start),
+    })
+}
+
 /// See [`super::probe`].
 pub(super) fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
     let header = Header::read(storage)?;
