@@ -151,6 +151,7 @@ impl<'a> Fates<'a> {
         let members: Vec<Member> = group.members.iter().map(|b| member(tree, b)).collect();
         let (lies, warnings) = link(&members, &group.lost);
         group.findings.extend(warnings);
+        group.findings.extend(by_names_alone(tree, &members, &lies));
         let suspects = not_raw_after_all(tree, group, &lies);
         for (belongs, lies) in group.members.iter().zip(&lies) {
             self.lies[belongs.file] = match lies {
@@ -383,6 +384,23 @@ fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
         let what = "changed since it was published: it may hold a later state than its name says";
         Finding::warning(Kind::Changed, &entry.path, what)
     })
+}
+
+/// A note about increments that nothing but the times in names puts where they are.
+fn by_names_alone(tree: &Tree, members: &[Member], lies: &[Lies]) -> Option<Finding> {
+    let unsure: Vec<&Member> = (members.iter().zip(lies))
+        .filter(|(m, l)| matches!(l, Lies::On(_)) && m.backing.is_none())
+        .filter(|(m, _)| m.manifest.is_none_or(|m| m.parent.is_none()))
+        .map(|(m, _)| m)
+        .collect();
+    let folder = unsure.first()?.path.parent().unwrap_or(&tree.root);
+    let what = format!(
+        "ordered only by the times in their names: {} increment(s); should one be missing between \
+         them, nothing would show it",
+        unsure.len()
+    );
+    let finding = Finding::warning(Kind::Incomplete, folder, what);
+    Some(Finding { severity: Severity::Note, ..finding })
 }
 
 /// Plain roots that are qcow2 files whose beginning is damaged, rather than raw: other backups of the
