@@ -209,8 +209,11 @@ impl Maker<'_> {
 
 /// `name` with a suffix, cut before it where it would get too long for a file name.
 fn with_suffix(name: &str, suffix: &str) -> String {
-    let room = MAX_NAME.saturating_sub(suffix.len());
-    format!("{}{suffix}", &name[..name.floor_char_boundary(room)])
+    let mut end = MAX_NAME.saturating_sub(suffix.len()).min(name.len());
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{suffix}", &name[..end])
 }
 
 /// Why a snapshot cannot be used, though its image can.
