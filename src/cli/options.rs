@@ -117,7 +117,7 @@ pub enum Helper {
     No,
     /// Continue with this command line.
     Run(Vec<OsString>),
-    /// `mount -f`: do everything but mount.
+    /// `mount -f` of mount(8): do everything but mount.
     Nothing,
 }
 
@@ -138,7 +138,8 @@ pub fn helper(args: &[OsString]) -> Helper {
     let mut rest = args.iter().skip(1);
     while let Some(arg) = rest.next() {
         match arg.to_string_lossy().as_ref() {
-            "-f" => return Helper::Nothing,
+            // Of mount(8), "fake"; typed by somebody, "foreground".
+            "-f" if is_helper => return Helper::Nothing,
             "-s" => run.extend(["-o".into(), "sloppy".into()]),
             "-n" | "-v" => {}
             "-N" | "-t" => drop(rest.next()),
@@ -186,5 +187,7 @@ mod tests {
         assert_eq!(helper(&args(&by_type)), want);
         assert_eq!(helper(&args(&["fleecefs", "/b", "/m", "-o", "rw"])), want);
         assert_eq!(helper(&args(&["mount.fleecefs", "/b", "/m", "-f"])), Helper::Nothing);
+        let want = Helper::Run(args(&["fleecefs", "mount", "/b", "/m", "-f"]));
+        assert_eq!(helper(&args(&["fleecefs", "/b", "/m", "-f"])), want);
     }
 }

@@ -15,10 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::cache::{Cache, SlotGroup, Window};
+use super::lazy::LazyLayer;
 use super::map::{Fold, FoldedExtent, Known, Source};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::{Extent, clipped};
-use crate::layer::{self, Layer, LayerSpec};
+use crate::layer::LayerSpec;
 use crate::storage::{ReadAt, SourceFile};
 
 /// Guest bytes that are folded at once. 64 MiB of 64 KiB clusters are at most 1,024 extents.
@@ -30,23 +31,6 @@ const FOLD_LOCKS: usize = 16;
 /// Findings kept per image.
 const MAX_FINDINGS: usize = 256;
 
-/// A layer that is opened when it is first needed.
-struct LazyLayer {
-    id: u64,
-    spec: LayerSpec,
-    layer: OnceLock<Arc<dyn Layer>>,
-}
-
-impl LazyLayer {
-    fn get(&self) -> Result<&dyn Layer> {
-        if let Some(l) = self.layer.get() {
-            return Ok(&**l);
-        }
-        let opened = layer::open(&self.spec)?;
-        Ok(&**self.layer.get_or_init(|| opened))
-    }
-}
-
 /// One point of one disk as a readable image.
 pub struct Image {
     id: u64,
@@ -56,6 +40,10 @@ pub struct Image {
     below: Option<Arc<Image>>,
     /// The layers this point adds, bottom first.
     own: Vec<Arc<LazyLayer>>,
+    /// Whether one of all layers may take long to open.
+    slow: bool,
+    /// Whether all files are open.
+    pinned: AtomicBool,
     /// All layers, bottom first; gathered on first use.
     stack: OnceLock<Box<[Arc<LazyLayer>]>>,
     groups: Box<[OnceLock<Arc<SlotGroup>>]>,
@@ -77,10 +65,7 @@ impl Image {
         below: Option<Arc<Image>>,
         cache: &Arc<Cache>,
     ) -> Result<Arc<Self>> {
-        let lazy = |spec: &LayerSpec| {
-            let (id, spec) = (cache.new_id(), spec.clone());
-            Arc::new(LazyLayer { id, spec, layer: OnceLock::new() })
-        };
+        let lazy = |spec: &LayerSpec| Arc::new(LazyLayer::new(cache.new_id(), spec.clone()));
         let depth = below.as_ref().map_or(0, |b| b.depth()) + own.len();
         if depth == 0 {
             return Err(Error::new(Kind::Incomplete, "a point needs at least one layer"));
@@ -96,6 +81,8 @@ impl Image {
             size,
             window_size,
             own: own.iter().map(lazy).collect(),
+            slow: own.iter().any(LazyLayer::is_slow) || below.as_ref().is_some_and(|b| b.slow),
+            pinned: AtomicBool::new(false),
             below,
             stack: OnceLock::new(),
             groups: (0..groups).map(|_| OnceLock::new()).collect(),
@@ -140,6 +127,35 @@ impl Image {
     pub fn source_file(&self, index: u16, file: u8) -> Option<&Arc<SourceFile>> {
         let spec = &self.stack().get(usize::from(index))?.spec;
         if file == 0 { Some(&spec.file) } else { spec.data_file.as_ref() }
+    }
+
+    /// Opens the files of all layers, without reading them: from now on it does not matter whether
+    /// they are removed. Each is opened once, however many images it is part of.
+    ///
+    /// # Errors
+    /// A file is gone, may not be opened, or has changed; or there are more than may be open at a
+    /// time, which is said.
+    pub fn open_files(&self) -> Result<()> {
+        if self.pinned.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let stack = self.stack();
+        let all = stack.iter().try_for_each(|l| l.open_files());
+        all.map_err(|e| too_many_files(e, stack.len())).inspect_err(|e| self.note_error(e))?;
+        self.pinned.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether reading in `range` has to wait until a layer is opened that takes long, such as an
+    /// archive that has to be unpacked first.
+    pub fn must_wait(&self, range: Range<u64>) -> bool {
+        if !self.slow || range.is_empty() {
+            return false;
+        }
+        let last = (range.end - 1) / self.window_size;
+        let mut windows = range.start / self.window_size..=last;
+        windows.any(|w| self.cached_window(w).is_none())
+            && self.stack().iter().any(|l| l.opens_slowly())
     }
 
     /// Marks the image as one of an old generation: every later read fails with `Changed`.
@@ -257,7 +273,7 @@ impl Image {
         spec.file
             .check_unchanged()
             .and_then(|()| spec.data_file.as_ref().map_or(Ok(()), |d| d.check_unchanged()))
-            .inspect_err(|_| self.mark_changed())
+            .inspect_err(|e| self.note_error(e))
     }
 
     fn bad_range(&self, layer: u16, at: u64) -> Error {
@@ -268,7 +284,11 @@ impl Image {
 
     fn note_error(&self, error: &Error) {
         if error.kind() == Kind::Changed {
-            self.mark_changed();
+            // Nothing is wrong with the backup: the next look at it makes another image.
+            if !self.changed.swap(true, Ordering::AcqRel) {
+                log::warn!("{}", error.report());
+            }
+            return;
         }
         self.note(Finding::from_error(error, self.layer_path(0)));
     }
@@ -289,7 +309,7 @@ impl Image {
             window.touch();
             return Ok(f(window));
         }
-        let window = self.fold_window(index, group)?;
+        let window = self.fold_window(index, group).inspect_err(|e| self.note_error(e))?;
         Ok(f(&window))
     }
 
@@ -394,7 +414,8 @@ impl Image {
         while at < range.end {
             let index = at / self.window_size;
             if self.cached_window(index).is_none() {
-                let (quiet, content) = self.quiet_until(at)?;
+                let quiet = self.quiet_until(at).inspect_err(|e| self.note_error(e));
+                let (quiet, content) = quiet?;
                 let quiet = quiet.min(range.end);
                 if quiet > at {
                     if !f(Extent { start: at, len: quiet - at, content }) {
@@ -440,6 +461,17 @@ impl Image {
         })?;
         Ok(found)
     }
+}
+
+/// Says so where opening failed because `files` are more than the process may have open.
+fn too_many_files(e: Error, files: usize) -> Error {
+    let Some(code @ (libc::EMFILE | libc::ENFILE)) = e.os_code() else { return e };
+    let path = e.path().unwrap_or(Path::new("")).to_path_buf();
+    let source = std::io::Error::from_raw_os_error(code);
+    Error::io(source, format!("cannot open all {files} files of this point")).at_path(path).remedy(
+        "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=) and mount again, or \
+         consolidate the chain",
+    )
 }
 
 impl ReadAt for Image {
