@@ -13,7 +13,9 @@
 pub mod attr;
 pub mod control;
 pub mod handle;
+pub mod lane;
 pub mod names;
+mod number;
 pub mod point;
 pub mod tree;
 pub mod watch;
@@ -277,6 +279,17 @@ impl FileSystem {
                 Ok(n)
             }
         }
+    }
+
+    /// Whether reading `len` bytes at `offset`, or as far as there are any, has to wait for something
+    /// that may take minutes.
+    pub fn must_wait(&self, handle: u64, offset: u64, len: u64) -> bool {
+        let open = self.files.get(handle);
+        let Some(OpenFile::Point(file)) = open.as_ref().and_then(|g| g.as_deref()) else {
+            return false;
+        };
+        let end = offset.saturating_add(len).min(file.image.size());
+        file.image.must_wait(offset..end)
     }
 
     /// `lseek` for `SEEK_DATA` and `SEEK_HOLE`.

@@ -154,8 +154,8 @@ impl Image {
         }
         let last = (range.end - 1) / self.window_size;
         let mut windows = range.start / self.window_size..=last;
-        windows.any(|w| self.cached_window(w).is_none())
-            && self.stack().iter().any(|l| l.opens_slowly())
+        self.stack().iter().any(|l| l.opens_slowly())
+            && windows.any(|w| self.cached_window(w).is_none())
     }
 
     /// Marks the image as one of an old generation: every later read fails with `Changed`.
