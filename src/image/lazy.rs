@@ -116,16 +116,17 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_only_away_is_tried_again() {
+    fn only_what_lasts_is_remembered() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, away) = (dir.path().join("a"), dir.path().join("b"));
-        std::fs::write(&path, [7; 512]).unwrap();
-        let layer = lazy(&path, Format::Raw);
-        std::fs::rename(&path, &away).unwrap();
-        // A raw layer opens its file when it is read.
-        assert_eq!(layer.open_files().unwrap_err().kind(), Kind::NotFound);
-        std::fs::rename(&away, &path).unwrap();
-        layer.open_files().unwrap();
-        layer.get().unwrap();
+        let path = dir.path().join("a");
+        std::fs::write(&path, b"QFI\xfb").unwrap();
+        let layer = lazy(&path, Format::Qcow2);
+        std::fs::rename(&path, dir.path().join("b")).unwrap();
+        assert_eq!(layer.get().err().unwrap().kind(), Kind::NotFound);
+        assert!(layer.failed.get().is_none());
+        // What is there now is another file, whose damage says nothing about the one meant.
+        std::fs::write(&path, b"QFI\xfb with more").unwrap();
+        assert_eq!(layer.get().err().unwrap().kind(), Kind::Changed);
+        assert!(layer.failed.get().is_none());
     }
 }
