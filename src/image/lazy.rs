@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::error::{Error, Finding, Kind, Result};
 use crate::layer::{self, Format, Layer, LayerSpec};
-use crate::storage::ReadAt;
+use crate::storage::{ReadAt, SourceFile};
 
 /// A layer that is opened when it is first needed.
 pub struct LazyLayer {
@@ -51,8 +51,7 @@ impl LazyLayer {
 
     /// Remembers what lasts. What a file says while it is being changed does not.
     fn failure(&self, error: Error) -> Error {
-        let files = [Some(&self.spec.file), self.spec.data_file.as_ref()];
-        for file in files.into_iter().flatten() {
+        for file in self.files() {
             if let Err(changed) = file.check_unchanged() {
                 return changed;
             }
@@ -64,13 +63,21 @@ impl LazyLayer {
         error
     }
 
+    fn files(&self) -> impl Iterator<Item = &Arc<SourceFile>> {
+        [Some(&self.spec.file), self.spec.data_file.as_ref()].into_iter().flatten()
+    }
+
+    /// How many files [`Self::open_files`] would open.
+    pub fn unopened(&self) -> usize {
+        self.files().filter(|f| !f.is_open()).count()
+    }
+
     /// Opens the file(s) and reads nothing.
     ///
     /// # Errors
     /// The file is gone, may not be opened, or has changed.
     pub fn open_files(&self) -> Result<()> {
-        self.spec.file.file()?;
-        self.spec.data_file.as_ref().map_or(Ok(()), |d| d.file().map(drop))
+        self.files().try_for_each(|f| f.file().map(drop))
     }
 
     /// Whether opening such a layer may take long: some formats are read from end to end.
@@ -96,7 +103,6 @@ fn is_lasting(kind: Kind) -> bool {
 mod tests {
     use super::*;
     use crate::layer::Part;
-    use crate::storage::SourceFile;
 
     fn lazy(path: &std::path::Path, format: Format) -> LazyLayer {
         let file = Arc::new(SourceFile::look(path).unwrap());

@@ -28,6 +28,8 @@ const WINDOW: u64 = 64 << 20;
 const MAX_WINDOWS: u64 = 1 << 20;
 /// Locks that keep two threads from folding the same window at the same time.
 const FOLD_LOCKS: usize = 16;
+/// Descriptors that opening a point leaves to everything else.
+const SPARE_FILES: u64 = 24;
 /// Findings kept per image.
 const MAX_FINDINGS: usize = 256;
 
@@ -140,8 +142,11 @@ impl Image {
             return Ok(());
         }
         let stack = self.stack();
-        let all = stack.iter().try_for_each(|l| l.open_files());
-        all.map_err(|e| too_many_files(e, stack.len())).inspect_err(|e| self.note_error(e))?;
+        let unopened = stack.iter().map(|l| l.unopened()).sum();
+        room_for(unopened)
+            .map_err(|e| e.at_path(self.name()))
+            .and_then(|()| stack.iter().try_for_each(|l| l.open_files()))
+            .inspect_err(|e| self.note_error(e))?;
         self.pinned.store(true, Ordering::Release);
         Ok(())
     }
@@ -463,15 +468,28 @@ impl Image {
     }
 }
 
-/// Says so where opening failed because `files` are more than the process may have open.
-fn too_many_files(e: Error, files: usize) -> Error {
-    let Some(code @ (libc::EMFILE | libc::ENFILE)) = e.os_code() else { return e };
-    let path = e.path().unwrap_or(Path::new("")).to_path_buf();
-    let source = std::io::Error::from_raw_os_error(code);
-    Error::io(source, format!("cannot open all {files} files of this point")).at_path(path).remedy(
+/// Fails if `files` more are too many to be open at a time. Asked before, since what was opened
+/// stays open: using up the last descriptors would stop everything else.
+fn room_for(files: usize) -> Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid pointer.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    let (true, Ok(open)) = (known && files > 0, std::fs::read_dir("/proc/self/fd")) else {
+        return Ok(());
+    };
+    let needed = (open.count() as u64).saturating_add(files as u64).saturating_add(SPARE_FILES);
+    if needed <= limit.rlim_cur {
+        return Ok(());
+    }
+    let text = format!(
+        "this point needs {files} more open files than there are, and the limit is {}",
+        limit.rlim_cur
+    );
+    let error = Error::io(std::io::Error::from_raw_os_error(libc::EMFILE), text);
+    Err(error.remedy(
         "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=) and mount again, or \
          consolidate the chain",
-    )
+    ))
 }
 
 impl ReadAt for Image {
