@@ -44,7 +44,7 @@ pub struct Adapter {
 
 thread_local! {
     /// Each serving thread's buffer; grows to the largest request and stays.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static BUFFER: RefCell<fs::buffer::Buffer> = const { RefCell::new(fs::buffer::Buffer::new()) };
 }
 
 fn errno(e: fs::Errno) -> Errno {
@@ -91,10 +91,12 @@ fn guard(fs: &FileSystem, what: &str, operation: impl FnOnce(&FileSystem)) {
 fn read(fs: &FileSystem, handle: u64, offset: u64, size: u32, reply: ReplyData) {
     BUFFER.with_borrow_mut(|buffer| {
         let size = size.min(MAX_REQUEST) as usize;
+        let buffer = buffer.get(size);
         if buffer.len() < size {
-            buffer.resize(size, 0);
+            log::error!("no memory for a read of {size} bytes");
+            return reply.error(Errno::EIO);
         }
-        match fs.read(handle, offset, &mut buffer[..size]) {
+        match fs.read(handle, offset, buffer) {
             Ok(n) => reply.data(&buffer[..n]),
             Err(e) => reply.error(errno(e)),
         }
