@@ -20,6 +20,7 @@ mod recover;
 mod restore;
 mod serve;
 mod umount;
+mod users;
 mod verbs;
 mod verify;
 mod work;

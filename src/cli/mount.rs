@@ -11,7 +11,7 @@ use clap::Args;
 
 use super::logging::{self, Sink};
 use super::mountinfo::Mount;
-use super::{daemon, mountinfo, options, serve};
+use super::{daemon, mountinfo, options, serve, users};
 use crate::error::{Error, Kind, Result, path_text};
 use crate::fuse::Access;
 use crate::units::parse_bytes;
@@ -51,12 +51,12 @@ pub struct MountArgs {
     #[arg(long)]
     pub allow_root: bool,
 
-    /// Owner of all files [default: the user who mounts]
-    #[arg(long, value_name = "UID")]
+    /// Owner of all files, by name or number [default: the user who mounts]
+    #[arg(long, value_name = "UID", value_parser = users::user)]
     pub uid: Option<u32>,
 
-    /// Group of all files [default: that of the user who mounts]
-    #[arg(long, value_name = "GID")]
+    /// Group of all files, by name or number [default: that of the user who mounts]
+    #[arg(long, value_name = "GID", value_parser = users::group)]
     pub gid: Option<u32>,
 
     /// Permission bits of the files, octal; folders get x where files have r [default: 0400]

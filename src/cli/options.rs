@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use super::mount::{MountArgs, parse_duration, parse_mode};
+use super::users;
 use crate::error::Result;
 use crate::units::parse_bytes;
 
@@ -90,8 +91,8 @@ fn set(args: &mut MountArgs, key: &str, value: Option<&str>) -> Result<bool> {
         "allow_other" => args.allow_other = true,
         "allow_root" => args.allow_root = true,
         "foreground" => args.foreground = true,
-        "uid" => args.uid = Some(number(need()?)?),
-        "gid" => args.gid = Some(number(need()?)?),
+        "uid" => args.uid = Some(users::user(need()?).map_err(wrong)?),
+        "gid" => args.gid = Some(users::group(need()?).map_err(wrong)?),
         "mode" => args.mode = Some(parse_mode(need()?).map_err(wrong)?),
         "cache_size" => args.cache_size = Some(parse_bytes(need()?).map_err(wrong)?),
         "threads" => args.threads = Some(threads(number(need()?)?)?),
