@@ -2,12 +2,12 @@
 //! accepts: jobs, exports, frozen views, filters (the guest put back on its disk first), targets,
 //! fleeces. It goes by names alone and needs no memory of how far the run had come.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::fleece::{plug, reopen, reopen_options};
+use super::fleece::{close_image, empty, plug, reopen, reopen_options};
 use super::names::{Role, parse_object};
 use super::seen::{Answers, Insertion};
 use crate::error::{Error, Kind, Result};
@@ -74,25 +74,82 @@ pub fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let answers = Answers::ask(client)?;
     note_files(&answers, scope, &mut torn);
     torn.any |= !jobs.is_empty();
-    delete(client, &answers, scope, Role::Blind)?;
-    delete(client, &answers, scope, Role::Snapshot)?;
-    unplug(client, &answers, scope)?;
-    delete(client, &answers, scope, Role::Filter)?;
+    take_off(client, &answers, scope)?;
     // The target first, then its job: a job that is still listed says that its image may not be
     // closed yet, one that is gone has left a closed image.
-    delete(client, &answers, scope, Role::Target)?;
+    torn.finished = close_finished(client, &answers, scope, &jobs)?;
+    let closed = |i: usize| torn.finished.contains(&i);
+    for n in &answers.nodes {
+        if scope.role(&n.node_name).is_some_and(|(r, i)| r == Role::Target && !closed(i)) {
+            client.execute("blockdev-del", json!({"node-name": n.node_name}))?;
+        }
+    }
     for j in &jobs {
         client.execute("job-dismiss", json!({"id": j.id}))?;
-        if j.error.is_none()
-            && let Some((_, index)) = scope.role(&j.id)
+        // Closed before, without a node to close now.
+        if let (None, Some((_, index))) = (&j.error, scope.role(&j.id))
+            && !answers
+                .nodes
+                .iter()
+                .any(|n| scope.role(&n.node_name) == Some((Role::Target, index)))
         {
             torn.finished.push(index);
         }
     }
-    delete(client, &answers, scope, Role::Fleece)?;
     delete(client, &answers, scope, Role::Scratch)?;
     drop_descriptors(client, scope)?;
     Ok(torn)
+}
+
+/// Lets go of the guest: frozen view, filter and fleece leave QEMU. The target stays.
+///
+/// # Errors
+/// As [`teardown`].
+pub fn detach(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+    let answers = Answers::ask(client)?;
+    take_off(client, &answers, scope)
+}
+
+fn take_off(client: &mut Client, answers: &Answers, scope: Scope<'_>) -> Result<()> {
+    delete(client, answers, scope, Role::Blind)?;
+    delete(client, answers, scope, Role::Snapshot)?;
+    unplug(client, answers, scope)?;
+    delete(client, answers, scope, Role::Filter)?;
+    for n in &answers.nodes {
+        let fleece = scope.role(&n.node_name).is_some_and(|(r, _)| r == Role::Fleece);
+        let path = Path::new(&n.file);
+        if fleece && path.is_absolute() && !path.starts_with("/dev") {
+            // What is not emptied is closed all the same, only slower.
+            let _ = empty(path).inspect_err(|e| log::warn!("{}", e.report()));
+        }
+    }
+    delete(client, answers, scope, Role::Fleece)
+}
+
+/// Closes the targets of jobs that ended well; gives those of which QEMU had nothing left that it
+/// could not write.
+fn close_finished(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    jobs: &[Job],
+) -> Result<Vec<usize>> {
+    let mut closed = Vec::new();
+    for n in &answers.nodes {
+        let Some((Role::Target, index)) = scope.role(&n.node_name) else { continue };
+        let good = |j: &&Job| j.error.is_none() && scope.role(&j.id) == Some((Role::Job, index));
+        if jobs.iter().find(good).is_none() {
+            continue;
+        }
+        match close_image(client, &n.node_name) {
+            Ok(()) => closed.push(index),
+            Err(e) if matches!(e.kind(), Kind::Io | Kind::NoSpace) => {
+                log::warn!("{}: {}", n.file, e.report());
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(closed)
 }
 
 /// Takes back the descriptors that were handed over for these nodes.
