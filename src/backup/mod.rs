@@ -14,6 +14,7 @@ pub mod bitmap;
 pub mod control;
 pub mod disk;
 pub mod fleece;
+pub mod foreign;
 pub mod guardian;
 pub mod history;
 pub mod info;

@@ -34,7 +34,15 @@ pub struct Taken {
     /// Disks whose filter could not be inserted.
     pub failed: Vec<(usize, Error)>,
     /// The guest is still stopped: for `--pause`.
-    pub held: Option<Guardian>,
+    pub held: Option<Held>,
+}
+
+/// A guest that is stopped, and frozen if it was asked for, for the whole backup.
+#[derive(Debug)]
+pub struct Held {
+    guardian: Guardian,
+    /// Who has to thaw it: once it runs, since the agent is part of it.
+    agent: Option<Agent>,
 }
 
 /// Everything the moment works with.
@@ -45,6 +53,8 @@ pub struct Scene<'a> {
     pub options: &'a Options,
     /// Where what must be undone is written down.
     pub journal: &'a mut Journal,
+    /// The run's id.
+    pub run: &'a str,
     /// Who is told.
     pub watch: &'a dyn Watch,
 }
@@ -56,21 +66,18 @@ pub struct Scene<'a> {
 /// A failed freeze is no error: the reason is in the consistency.
 pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
     let running = is_running(scene.client)?;
-    let stop = running && scene.options.moment.stop != StopWish::Never;
+    let wanted = running && scene.options.moment.stop != StopWish::Never;
     let freeze = running && scene.options.moment.quiesce;
     let mut consistency = Consistency { one_moment: true, ..Default::default() };
-    let mut guardian =
-        if stop || freeze { Some(Guardian::start(&orders(scene.options))?) } else { None };
+    let mut guardian = if wanted || freeze { Some(Guardian::start(&orders(scene))?) } else { None };
     let mut agent = None;
     if freeze {
         agent = freeze_guest(scene, guardian.as_mut(), &mut consistency)?;
     }
-    let whole = stop && scene.options.moment.stop == StopWish::Whole;
     let began = Instant::now();
-    if stop {
-        announce(scene, guardian.as_mut(), Record::Stop, Word::Stop)?;
-        scene.client.execute("stop", json!({}))?;
-    }
+    let stop = wanted && stop_guest(scene, guardian.as_mut())?;
+    let running = running && stop == wanted;
+    let whole = stop && scene.options.moment.stop == StopWish::Whole;
     let stopped_at = Instant::now();
     let failed = insert_all(scene.client, inserts, &mut consistency, stop || !running);
     if stop && !whole {
@@ -78,47 +85,77 @@ pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
         consistency.stopped_ms = millis(stopped_at.elapsed());
         withdraw(scene, guardian.as_mut(), Record::Continue, Word::Continue)?;
     }
-    if let Some(a) = agent
-        && !thaw_guest(scene, guardian.as_mut(), a, &mut consistency)?
-        && let Some(g) = guardian.take()
-    {
-        g.leave();
-    }
     judge(scene, running, whole, &mut consistency);
     log::debug!("the moment took {:?}", began.elapsed());
-    let held = if whole { guardian } else { dismissed(guardian) };
+    let held = match guardian {
+        Some(guardian) if whole => Some(Held { guardian, agent }),
+        Some(guardian) => {
+            let_go(scene, guardian, agent, &mut consistency)?;
+            None
+        }
+        None => None,
+    };
     Ok(Taken { consistency, failed: failed?, held })
 }
 
-/// Ends `--pause`.
+/// Ends `--pause`: the guest runs first, since a stopped one cannot thaw.
 ///
 /// # Errors
-/// QEMU refuses to continue.
-pub fn release(scene: &mut Scene<'_>, mut guardian: Guardian) -> Result<()> {
+/// QEMU refuses to continue; the guardian goes on trying then.
+pub fn release(scene: &mut Scene<'_>, held: Held) -> Result<()> {
+    let Held { mut guardian, agent } = held;
     scene.client.execute("cont", json!({}))?;
-    scene.journal.write(&Record::Continue)?;
-    guardian.tell(Word::Continue)?;
-    guardian.dismiss();
+    withdraw(scene, Some(&mut guardian), Record::Continue, Word::Continue)?;
+    // What was achieved is in the manifests already.
+    let mut past = Consistency::default();
+    let_go(scene, guardian, agent, &mut past)
+}
+
+/// Thaws what was frozen and dismisses the guardian, or leaves it to thaw.
+fn let_go(
+    scene: &mut Scene<'_>,
+    mut guardian: Guardian,
+    agent: Option<Agent>,
+    consistency: &mut Consistency,
+) -> Result<()> {
+    let thawed = match agent {
+        Some(a) => thaw_guest(scene, Some(&mut guardian), a, consistency)?,
+        None => true,
+    };
+    if thawed {
+        guardian.dismiss();
+    } else {
+        guardian.leave();
+    }
     Ok(())
 }
 
-fn dismissed(guardian: Option<Guardian>) -> Option<Guardian> {
-    if let Some(g) = guardian {
-        g.dismiss();
+/// Stops the guest, unless somebody else has in the meantime: such a stop is not ours to end.
+/// Says whether it did.
+fn stop_guest(scene: &mut Scene<'_>, mut guardian: Option<&mut Guardian>) -> Result<bool> {
+    announce(scene, guardian.as_deref_mut(), Record::Stop, Word::Stop)?;
+    if is_running(scene.client)? {
+        scene.client.execute("stop", json!({}))?;
+        return Ok(true);
     }
-    None
+    withdraw(scene, guardian, Record::Continue, Word::Continue)?;
+    scene.watch.warn("the guest was paused by somebody else just before the moment: it stays so");
+    Ok(false)
 }
 
 fn millis(d: Duration) -> u64 {
     u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn orders(options: &Options) -> Orders {
-    let whole = options.moment.stop == StopWish::Whole;
+fn orders(scene: &Scene<'_>) -> Orders {
+    let options = scene.options;
     Orders {
         qmp: options.qmp.canonical(),
         agent: options.agent.as_ref().map(|a| a.canonical()),
-        deadline_ms: if whole { 0 } else { millis(options.moment.deadline).max(1) },
+        deadline_ms: millis(options.moment.deadline).max(1),
+        whole: options.moment.stop == StopWish::Whole,
+        run: scene.run.to_string(),
+        journal: scene.journal.path().to_path_buf(),
         parent: std::process::id(),
     }
 }
@@ -288,7 +325,7 @@ fn thaw_guest(
 }
 
 fn judge(scene: &Scene<'_>, running: bool, whole: bool, c: &mut Consistency) {
-    if scene.client.has_guest() && (!running || whole) {
+    if c.achieved == Achieved::Crash && scene.client.has_guest() && (!running || whole) {
         c.achieved = Achieved::Paused;
     }
     if !c.one_moment {
