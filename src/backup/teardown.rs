@@ -66,9 +66,12 @@ impl Torn {
     }
 
     fn stick(&mut self, index: usize, e: Error) {
-        log::warn!("{}", e.report());
         self.stuck.insert(index);
-        self.refused.get_or_insert(e);
+        match self.refused {
+            // One error is returned: the others are told here.
+            Some(_) => log::warn!("{}", e.report()),
+            None => self.refused = Some(e),
+        }
     }
 }
 
