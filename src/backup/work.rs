@@ -408,6 +408,17 @@ impl Run<'_> {
         self.watch.warn(&format!("{}: {}", d.plan.disk.label(), error.report()));
         self.disk_status(d.index, |s| s.state = "failed".into());
         d.state = State::Failed(error);
+        match self.give_up(d) {
+            // The other disks go on; `finish` tries again, and tells.
+            Err(e) if !self.client.timed_out() && !gone_error(&e, &mut self.client) => {
+                self.watch.warn(&format!("{}: {}", d.plan.disk.label(), e.report()));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn give_up(&mut self, d: &Active) -> Result<()> {
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
         recover::settle_disk(Some(&mut self.client), &d.record, false, &super::Quiet)?;
         self.journal.write(&Record::Settled(d.index))
