@@ -158,3 +158,68 @@ fn lost_writes_do_not_become_a_point() {
     let mount = Mount::new(&caller.target);
     same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
 }
+
+/// QEMU would sync in its main loop, where the guest waits for it; and an error that it is told of
+/// nobody is told again.
+#[test]
+fn our_images_are_never_synced_by_qemu() {
+    if !have("our_images_are_never_synced_by_qemu", TOOLS) {
+        return;
+    }
+    let d = daemon("1M");
+    let caller = Caller::of(&d);
+    for more in [&[][..], &["--direct"][..]] {
+        let hold = tempfile::tempdir().unwrap();
+        let mut child =
+            caller.with(more).command("full").env("FLEECEFS_HOLD", hold.path()).spawn().unwrap();
+        backup::read_views(&mut child, hold.path());
+        let nodes = d.qmp().execute("query-named-block-nodes", json!({}));
+        std::fs::write(hold.path().join("go"), "").unwrap();
+        assert!(child.wait().unwrap().success());
+        let ours = |n: &&serde_json::Value| {
+            let file = n["file"].as_str().unwrap();
+            n["drv"] != "copy-before-write"
+                && n["drv"] != "snapshot-access"
+                && (file.ends_with(".partial") || file.ends_with(".fleece.raw"))
+        };
+        let list: Vec<_> = nodes.as_array().unwrap().iter().filter(ours).collect();
+        assert_eq!(list.len(), 4, "{list:?}");
+        assert!(list.iter().all(|n| n["cache"]["no-flush"] == true), "{list:?}");
+    }
+}
+
+/// No disk's filter and fleece stay for the time that another's image is checked and hashed.
+#[test]
+fn the_guest_is_let_go_of_before_any_image_is_checked() {
+    if !have("the_guest_is_let_go_of_before_any_image_is_checked", TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        let path = dir.path().join(format!("{name}.img"));
+        run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "1M"]);
+    }
+    let d = Daemon::start(dir, &[("a", "driver=qcow2"), ("b", "driver=qcow2")]);
+    let caller = Caller::of(&d);
+    let trace = d.path("steps");
+    let status = caller.command("full").env("FLEECEFS_STEPS", &trace).status().unwrap();
+    assert!(status.success());
+    let steps = std::fs::read_to_string(&trace).unwrap();
+    let steps: Vec<&str> = steps.lines().collect();
+    let checked = steps.iter().position(|s| s.contains("checked")).unwrap();
+    let closed = steps.iter().rposition(|s| s.contains("blockdev-del")).unwrap();
+    assert!(closed < checked, "{steps:?}");
+}
+
+#[test]
+fn a_config_file_that_is_not_there_is_said_before_anything_is_begun() {
+    if !have("a_config_file_that_is_not_there_is_said_before_anything_is_begun", TOOLS) {
+        return;
+    }
+    let d = daemon("1M");
+    let caller = Caller::of(&d);
+    let out = caller.with(&["--config", "/no/such/file"]).run("full");
+    assert_eq!(out.status.code(), Some(3));
+    assert!(!caller.target.exists());
+    assert!(bitmaps(&mut d.qmp()).is_empty());
+}

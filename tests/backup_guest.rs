@@ -201,6 +201,90 @@ fn a_paused_guest_stays_paused() {
     clean(&guest, dir.path());
 }
 
+/// Waits until the guest runs and is thawed.
+fn wait_free(guest: &Guest, what: &str) {
+    for _ in 0..200 {
+        if status(guest) == "running" && guest.agent("guest-fsfreeze-status") == "thawed" {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    panic!("{what}: still held");
+}
+
+#[test]
+fn a_guest_paused_and_frozen_for_the_whole_backup() {
+    let name = "a_guest_paused_and_frozen_for_the_whole_backup";
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guest) = small_guest(name, dir.path(), "churn /dev/disk/a 1", &[]) else { return };
+    let agent = guest.agent_socket().display().to_string();
+    let caller = Caller::guest(&guest).with(&[
+        "--include",
+        "a",
+        "--pause",
+        "--quiesce",
+        "--agent",
+        &agent,
+        "--hold-limit",
+        "10",
+    ]);
+    let (said, views) = caller.held("full");
+    assert!(said.contains("froze") && !said.contains("thawing failed"), "{said}");
+    assert_eq!(status(&guest), "running");
+    assert_eq!(guest.agent("guest-fsfreeze-status"), "thawed");
+    assert_eq!(manifest(&caller, "a.img")["consistency"]["achieved"], "file-system");
+    let mount = Mount::new(&caller.target);
+    same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
+    drop(mount);
+    clean(&guest, dir.path());
+
+    // Killed while the guest is stopped and frozen: the guardian is still there.
+    let hold = tempfile::tempdir().unwrap();
+    let mut child =
+        caller.command("inc").env("FLEECEFS_HOLD", hold.path()).spawn().expect("fleecefs starts");
+    assert_eq!(backup::read_views(&mut child, hold.path()).len(), 1);
+    assert_eq!(status(&guest), "paused");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_free(&guest, "killed under --pause --quiesce");
+    wait_noted(&caller);
+    // What the guardian has undone is not undone again: this pause is its owner's.
+    guest.qmp().execute("stop", serde_json::json!({}));
+    let said = Caller { more: vec!["--include".into(), "a".into()], ..caller.clone() }.must("auto");
+    assert!(!said.contains("a FULL, since") && !said.contains("runs again"), "{said}");
+    assert_eq!(status(&guest), "paused");
+    guest.qmp().execute("cont", serde_json::json!({}));
+    clean(&guest, dir.path());
+
+    // QEMU dies meanwhile: letting the guest go fails, and all the rest is undone.
+    let hold = tempfile::tempdir().unwrap();
+    let mut child =
+        caller.command("inc").env("FLEECEFS_HOLD", hold.path()).spawn().expect("fleecefs starts");
+    assert_eq!(backup::read_views(&mut child, hold.path()).len(), 1);
+    guest.kill();
+    std::fs::write(hold.path().join("go"), "").unwrap();
+    assert!(!child.wait().unwrap().success());
+    assert_eq!(leftovers(dir.path()), Vec::<PathBuf>::new());
+    assert_eq!(leftovers(guest.path("").as_path()), Vec::<PathBuf>::new());
+}
+
+/// Waits until the guardian has written down that the guest is thawed: the last thing it does.
+fn wait_noted(caller: &Caller) {
+    let noted = || {
+        let files = std::fs::read_dir(&caller.state).unwrap().flatten().map(|e| e.path());
+        let mut journals = files.filter(|p| p.extension().is_some_and(|e| e == "journal"));
+        let text = journals.next().map(|p| std::fs::read_to_string(p).unwrap());
+        text.is_some_and(|t| t.contains("\"continued\"") && t.contains("\"thawed\""))
+    };
+    for _ in 0..100 {
+        if noted() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    panic!("the guardian wrote nothing down");
+}
+
 #[test]
 fn the_guardian_frees_a_guest_whose_backup_hangs() {
     let name = "the_guardian_frees_a_guest_whose_backup_hangs";

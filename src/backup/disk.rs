@@ -234,7 +234,7 @@ impl Run<'_> {
 
     /// QEMU closes the image. There is little left to write: its tables.
     pub(super) fn close(&mut self, d: &mut Active) -> Result<()> {
-        if let State::Syncing(t) = std::mem::replace(&mut d.state, State::Closed) {
+        if let State::Syncing(t) = std::mem::replace(&mut d.state, State::Going) {
             t.join().unwrap_or_else(|_| Err(Error::new(Kind::Io, "the sync has crashed")))?;
         }
         let target = object(&self.run, Role::Target, d.index);
@@ -243,6 +243,7 @@ impl Run<'_> {
         let job = object(&self.run, Role::Job, d.index);
         self.client.execute("job-dismiss", json!({"id": job}))?;
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
+        d.state = State::Closed;
         self.disk_status(d.index, |s| s.state = "copied".into());
         Ok(())
     }

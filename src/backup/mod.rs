@@ -17,6 +17,7 @@ pub mod control;
 pub mod disk;
 pub mod fleece;
 pub mod folders;
+pub mod foreign;
 pub mod guardian;
 pub mod history;
 pub mod info;

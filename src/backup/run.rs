@@ -14,14 +14,15 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
-use super::control::{Control, Shared};
+use super::control::{Control, Shared, Status};
 use super::folders::TargetId;
 use super::journal::{Journal, Record};
 use super::lock::Lock;
 use super::plan::Inputs;
+use super::recover::{Cause, Place};
 use super::report::Report;
 use super::seen::{Answers, survey};
 use super::space::Reserves;
@@ -38,6 +39,8 @@ use crate::qmp::Client;
 /// Nothing could be begun, or QEMU is gone. What concerns one disk is in its report.
 pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) -> Result<Report> {
     let config = vm::read_config(&options.config)?;
+    // A link on the way to the socket may change, and the socket goes with QEMU.
+    let options = &Options { qmp: options.qmp.resolved(), ..options.clone() };
     let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
     let mut client = Client::connect(&options.qmp)?;
     client.require(&[
@@ -56,22 +59,30 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     if options.dry_run {
         return dry_run(options, &mut client);
     }
-    recover::recover(&mut client, &options.state_dir, &options.qmp, watch)?;
+    let _qemu_lock = Lock::qemu(&options.state_dir, &client)?;
+    let run = names::new_run()?;
+    let _mark = Lock::run(&options.state_dir, &run)?;
+    let status = first_status(options, &run);
+    let _control =
+        Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt.clone())?;
+    client.interrupt_by(Some(interrupt));
+    let place = Place {
+        state: &options.state_dir,
+        vm: &options.qmp,
+        cause: Cause::Backup(&options.target),
+    };
+    recover::recover(&mut client, place, watch)?;
     let base = base_dir(options);
     publish::make_dir(&base)?;
     let _target_lock = target_lock(options, &base)?;
-    let run = names::new_run()?;
-    let status = Shared::default();
-    let _control =
-        Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt.clone())?;
     let target = TargetId::of(&options.target, &base, options.level != LevelWish::Copy)?;
     let first = Record::Begin {
         run: run.clone(),
         target: options.target.clone(),
         agent: options.agent.as_ref().map(|a| a.canonical()),
+        qemu: client.process(),
     };
     let journal = Journal::begin(&options.state_dir, &options.qmp, &first)?;
-    client.interrupt_by(Some(interrupt));
     let blind = is_blind(&client);
     let mut r = Run {
         options,
@@ -93,6 +104,17 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     };
     let result = r.execute();
     r.finish(result)
+}
+
+fn first_status(options: &Options, run: &str) -> Shared {
+    Arc::new(Mutex::new(Status {
+        run: run.to_string(),
+        pid: std::process::id(),
+        started: now(),
+        target: options.target.clone(),
+        phase: "beginning".into(),
+        disks: Vec::new(),
+    }))
 }
 
 fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {

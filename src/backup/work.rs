@@ -12,19 +12,19 @@ use super::conclude::failure;
 use super::control::{DiskStatus, Shared};
 use super::disk::job_error;
 use super::folders::TargetId;
-use super::guardian::Guardian;
-use super::journal::{DiskRecord, Journal, Record};
+use super::journal::{DiskRecord, Journal, Pending, Record};
 use super::moment::{Insert, Scene};
 use super::names::{Role, object};
 use super::plan::{DiskPlan, Inputs, Plan, Unsound};
 use super::publish::Held;
+use super::recover::{Cause, Place};
 use super::report::{DiskReport, Report};
 use super::seen::{Answers, survey};
 use super::space::Reserves;
 use super::teardown::{Scope, teardown};
 use super::zeros::ChainData;
 use super::{Options, StopWish, Watch, fleece, folders, moment, names, now, plan, recover};
-use super::{journal, nbdserver, vm};
+use super::{nbdserver, publish, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{
     Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
@@ -46,7 +46,7 @@ pub struct Run<'a> {
     pub(super) base: PathBuf,
     pub(super) status: Shared,
     pub(super) server: Option<nbdserver::Server>,
-    pub(super) guardian: Option<Guardian>,
+    pub(super) guardian: Option<moment::Held>,
     pub(super) consistency: Consistency,
     /// The frozen view needs care, see `run::is_blind`.
     pub(super) blind: bool,
@@ -145,21 +145,20 @@ impl Run<'_> {
     pub(super) fn finish(mut self, result: Result<Report>) -> Result<Report> {
         self.client.interrupt_by(None);
         self.phase("cleaning up");
-        if let Some(g) = self.guardian.take() {
-            self.release(g)?;
+        if let Some(g) = self.guardian.take()
+            && let Err(e) = self.release(g)
+        {
+            // What is said below undoes this as well, or fails with it.
+            self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
         }
-        let pending =
-            journal::pending(&self.options.state_dir, &self.options.qmp)?.unwrap_or_default();
-        let undone = match recover::undo(&mut self.client, &pending, self.watch) {
-            Err(e) if e.kind() == Kind::Peer && gone(&self.options.qmp) => {
-                recover::undo_offline(&pending, self.watch)
-            }
-            other => other,
-        };
+        let undone = self.undo();
+        let Options { state_dir, qmp, .. } = self.options;
         match (result, undone) {
-            (Ok(r), Ok(())) => self.journal.end().map(|()| r),
+            (Ok(r), Ok(())) => self.journal.end(state_dir, qmp).map(|()| r),
             (Err(e), Ok(())) => {
-                self.journal.end()?;
+                if let Err(j) = self.journal.end(state_dir, qmp) {
+                    self.watch.warn(&j.report());
+                }
                 Err(e)
             }
             (Ok(_), Err(u)) => Err(u.remedy("run fleecefs recover when QEMU answers again")),
@@ -170,14 +169,33 @@ impl Run<'_> {
         }
     }
 
-    fn release(&mut self, guardian: Guardian) -> Result<()> {
+    /// By the journal; without it by the names that carry the run's id.
+    fn undo(&mut self) -> Result<()> {
+        let pending = self.journal.pending().unwrap_or_else(|e| {
+            self.watch.warn(&e.report());
+            None
+        });
+        let own = || Pending { run: self.run.clone(), ..Default::default() };
+        let pending = pending.filter(|p| p.run == self.run).unwrap_or_else(own);
+        let Options { state_dir, qmp, .. } = self.options;
+        let place = Place { state: state_dir, vm: qmp, cause: Cause::OwnEnd };
+        match recover::undo(&mut self.client, &pending, place, self.watch) {
+            Err(e) if e.kind() == Kind::Peer && gone(qmp) => {
+                recover::undo_offline(&pending, place, self.watch).map(drop)
+            }
+            other => other.map(drop),
+        }
+    }
+
+    fn release(&mut self, held: moment::Held) -> Result<()> {
         let mut scene = Scene {
             client: &mut self.client,
             options: self.options,
             journal: &mut self.journal,
+            run: &self.run,
             watch: self.watch,
         };
-        moment::release(&mut scene, guardian)
+        moment::release(&mut scene, held)
     }
 
     pub(super) fn phase(&self, phase: &str) {
@@ -407,15 +425,27 @@ impl Run<'_> {
 
     /// Ends one disk: its objects leave QEMU, its new bitmap goes, its files are removed.
     pub(super) fn fail(&mut self, d: &mut Active, error: Error) -> Result<()> {
-        let over = matches!(error.kind(), Kind::Interrupted | Kind::Timeout);
+        // A file that was not to be had in time concerns its disk alone; a QMP that is silent all.
+        let over = error.kind() == Kind::Interrupted || self.client.timed_out();
         if over || gone_error(&error, &mut self.client) {
             return Err(error);
         }
         self.watch.warn(&format!("{}: {}", d.plan.disk.label(), error.report()));
         self.disk_status(d.index, |s| s.state = "failed".into());
         d.state = State::Failed(error);
+        match self.give_up(d) {
+            // The other disks go on; `finish` tries again, and tells.
+            Err(e) if !self.client.timed_out() && !gone_error(&e, &mut self.client) => {
+                self.watch.warn(&format!("{}: {}", d.plan.disk.label(), e.report()));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn give_up(&mut self, d: &Active) -> Result<()> {
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
-        recover::settle_disk(&mut self.client, &d.record, false, &super::Quiet)?;
+        recover::settle_disk(Some(&mut self.client), &d.record, false, &super::Quiet)?;
         self.journal.write(&Record::Settled(d.index))
     }
 
@@ -436,15 +466,21 @@ impl Run<'_> {
             client: &mut self.client,
             options: self.options,
             journal: &mut self.journal,
+            run: &self.run,
             watch: self.watch,
         };
         let taken = moment::take(&mut scene, &inserts)?;
         self.guardian = taken.held;
         self.consistency = taken.consistency;
         let time = now();
+        let mut unwritten = Vec::new();
         for d in disks.iter_mut().filter(|d| d.going()) {
             d.manifest.time = time;
             d.manifest.consistency = self.consistency.clone();
+            // Who finishes this point after a crash knows no more than what is announced.
+            if let Err(e) = publish::announce(&d.plan.dir, &d.manifest) {
+                unwritten.push((d.index, e));
+            }
         }
         let c = &self.consistency;
         if c.stopped_ms > 0
@@ -452,7 +488,7 @@ impl Run<'_> {
         {
             self.watch.say(&format!("the guest was stopped for {} ms", c.stopped_ms));
         }
-        for (index, e) in taken.failed {
+        for (index, e) in taken.failed.into_iter().chain(unwritten) {
             if let Some(d) = disks.iter_mut().find(|d| d.index == index) {
                 self.fail(d, e)?;
             }
