@@ -10,7 +10,7 @@ use super::journal::{Journal, Record};
 use super::seen::Insertion;
 use super::{Options, StopWish, Watch};
 use crate::chain::manifest::{Achieved, Consistency};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
 use crate::qmp::steps::step;
@@ -205,7 +205,7 @@ fn insert_all(
     for (i, qdev) in devices {
         match plug(client, qdev, &i.filter) {
             Ok(()) => plugged += 1,
-            Err(e) if e.kind() == crate::error::Kind::Peer && is_alive(client) => {
+            Err(e) if e.kind() == Kind::Peer && is_alive(client) => {
                 failed.push((i.index, e));
             }
             Err(e) => return Err(e),
@@ -262,10 +262,15 @@ fn freeze_guest(
         return Ok(None);
     };
     let wait = scene.options.moment.agent_timeout;
-    let before = Agent::connect(address, wait).and_then(|mut a| Ok((a.is_frozen(wait)?, a)));
-    let mut agent = match before {
-        Ok((false, a)) => a,
-        Ok((true, _)) => {
+    let mountpoints = scene.options.moment.mountpoints.clone();
+    let before = Agent::connect(address, wait).and_then(|mut a| {
+        let frozen = a.is_frozen(wait)?;
+        let all = if frozen { Vec::new() } else { listed(&mut a, &mountpoints, wait)? };
+        Ok((frozen, all, a))
+    });
+    let (listed, mut agent) = match before {
+        Ok((false, all, a)) => (all, a),
+        Ok((true, ..)) => {
             consistency.reason =
                 "the file systems were frozen already, by somebody else, and were \
                                   left so"
@@ -280,12 +285,11 @@ fn freeze_guest(
         }
     };
     announce(scene, guardian, Record::Freeze, Word::Freeze)?;
-    let mountpoints = scene.options.moment.mountpoints.clone();
     // Half of what the guardian allows: there must be time left to thaw.
     match agent.freeze(&mountpoints, scene.options.moment.deadline / 2) {
         Ok(n) => {
             step("frozen");
-            consistency.frozen = mountpoints;
+            consistency.frozen = listed;
             consistency.achieved = Achieved::FileSystem;
             scene.watch.say(&format!("froze {n} file systems"));
         }
@@ -296,6 +300,19 @@ fn freeze_guest(
     }
     // Also after a failure: some may be frozen, or will be when the agent comes to it.
     Ok(Some(agent))
+}
+
+/// What will be frozen, by name: a frozen guest does not tell. Not every agent can; then it is only
+/// known that it was all.
+fn listed(agent: &mut Agent, wanted: &[String], wait: Duration) -> Result<Vec<String>> {
+    if !wanted.is_empty() {
+        return Ok(wanted.to_vec());
+    }
+    match agent.mountpoints(wait) {
+        // Its answer may still come, and must not be taken for that to the freeze.
+        Err(e) if e.kind() == Kind::Timeout => Err(e),
+        other => Ok(other.unwrap_or_default()),
+    }
 }
 
 /// False if the agent did not thaw: the guardian has to go on trying.

@@ -161,6 +161,10 @@ pub fn undo(
     watch: &dyn Watch,
 ) -> Result<Vec<Left>> {
     let freed = release_guest(client, pending, watch);
+    // Open until all is settled: what could not be written to an image is forgotten with the last
+    // one that has it open.
+    let partials = pending.disks.iter().map(|d| d.dir.join(publish::partial_name(&d.image)));
+    let _open: Vec<_> = partials.filter_map(|p| publish::Held::open(&p).ok()).collect();
     let scope = Scope { run: &pending.run, index: None };
     let torn = teardown_all(client, scope)?;
     if pending.nbd {
@@ -398,7 +402,15 @@ pub fn sweep(dir: &Path, watch: &dyn Watch) -> Result<()> {
             publish::remove_if_there(&e.path())?;
         }
         let Some(image) = name.strip_suffix(".partial.json") else { continue };
-        let fate = settle_image(dir, image, false, watch)?;
+        let fate = match settle_image(dir, image, false, watch) {
+            Ok(f) => f,
+            Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
+                // Of one disk, and perhaps of a newer version: it must not stop the others.
+                watch.warn(&format!("{image} cannot be settled and stays: {}", e.report()));
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
         let done = if fate == Fate::Published { "published" } else { "removed" };
         watch.say(&format!("{}: an unfinished image, {done}", dir.join(image).display()));
     }

@@ -4,12 +4,12 @@
 //! refuses for one disk does not stand in the way of the others.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::fleece::{plug, reopen, reopen_options};
+use super::fleece::{close_image, empty, plug, reopen, reopen_options};
 use super::names::{Role, parse_object};
 use super::seen::{Answers, Insertion};
 use crate::error::{Error, Kind, Result};
@@ -113,25 +113,21 @@ pub fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let answers = Answers::ask(client)?;
     note_files(&answers, scope, &mut torn);
     torn.any |= !jobs.is_empty();
-    delete(client, &answers, scope, Role::Blind, &mut torn)?;
-    delete(client, &answers, scope, Role::Snapshot, &mut torn)?;
-    unplug(client, &answers, scope, &mut torn)?;
-    delete(client, &answers, scope, Role::Filter, &mut torn)?;
+    take_off(client, &answers, scope, &mut torn)?;
     // The target first, then its job: a job that is still listed says that its image may not be
     // closed yet, one that is gone has left a closed image.
-    delete(client, &answers, scope, Role::Target, &mut torn)?;
+    let good = close_targets(client, &answers, scope, &jobs, &mut torn)?;
     for j in &jobs {
         let Some((_, index)) = scope.role(&j.id) else { continue };
         if torn.stuck.contains(&index) {
             continue;
         }
         let dismissed = client.execute("job-dismiss", json!({"id": j.id}));
-        if dismissed.is_ok() && j.error.is_none() {
+        if dismissed.is_ok() && good.contains(&index) {
             torn.finished.push(index);
         }
         torn.note(index, dismissed)?;
     }
-    delete(client, &answers, scope, Role::Fleece, &mut torn)?;
     delete(client, &answers, scope, Role::Scratch, &mut torn)?;
     drop_descriptors(client, scope, &mut torn)?;
     if torn.refused.is_some() {
@@ -139,6 +135,72 @@ pub fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
         client.execute("query-version", json!({}))?;
     }
     Ok(torn)
+}
+
+/// Lets go of the guest: frozen view, filter and fleece leave QEMU. The target stays.
+///
+/// # Errors
+/// As [`teardown`].
+pub fn detach(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+    let mut torn = Torn::default();
+    let answers = Answers::ask(client)?;
+    take_off(client, &answers, scope, &mut torn)?;
+    torn.refused.map_or(Ok(()), Err)
+}
+
+fn take_off(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    torn: &mut Torn,
+) -> Result<()> {
+    delete(client, answers, scope, Role::Blind, torn)?;
+    delete(client, answers, scope, Role::Snapshot, torn)?;
+    unplug(client, answers, scope, torn)?;
+    delete(client, answers, scope, Role::Filter, torn)?;
+    for n in &answers.nodes {
+        let Some((Role::Fleece, index)) = scope.role(&n.node_name) else { continue };
+        let path = Path::new(&n.file);
+        if !torn.stuck.contains(&index) && path.is_absolute() && !path.starts_with("/dev") {
+            // What is not emptied is closed all the same, only slower.
+            let _ = empty(path).inspect_err(|e| log::warn!("{}", e.report()));
+        }
+    }
+    delete(client, answers, scope, Role::Fleece, torn)
+}
+
+/// Closes the targets; gives those whose job ended well and of which QEMU had nothing left that it
+/// could not write.
+fn close_targets(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    jobs: &[Job],
+    torn: &mut Torn,
+) -> Result<Vec<usize>> {
+    let ended = jobs.iter().filter(|j| j.error.is_none());
+    let mut good: Vec<usize> = ended.filter_map(|j| Some(scope.role(&j.id)?.1)).collect();
+    for n in &answers.nodes {
+        let Some((Role::Target, index)) = scope.role(&n.node_name) else { continue };
+        if torn.stuck.contains(&index) {
+            continue;
+        }
+        if good.contains(&index) {
+            match close_image(client, &n.node_name) {
+                Err(e) if matches!(e.kind(), Kind::Io | Kind::NoSpace) => {
+                    log::warn!("{}: {}", n.file, e.report());
+                    good.retain(|i| *i != index);
+                }
+                other => {
+                    torn.note(index, other)?;
+                    continue;
+                }
+            }
+        }
+        let gone = client.execute("blockdev-del", json!({"node-name": n.node_name}));
+        torn.note(index, gone)?;
+    }
+    Ok(good)
 }
 
 /// Takes back the descriptors that were handed over for these nodes.

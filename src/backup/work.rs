@@ -3,22 +3,27 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::conclude::failure;
 use super::control::{DiskStatus, Shared};
 use super::disk::job_error;
+use super::folders::TargetId;
 use super::journal::{DiskRecord, Journal, Pending, Record};
-use super::moment::{Held, Insert, Scene};
+use super::moment::{Insert, Scene};
 use super::names::{Role, object};
-use super::plan::{DiskPlan, Inputs, Plan};
+use super::plan::{DiskPlan, Inputs, Plan, Unsound};
+use super::publish::Held;
 use super::recover::{Cause, Place};
 use super::report::{DiskReport, Report};
 use super::seen::{Answers, survey};
+use super::space::Reserves;
 use super::teardown::{Scope, teardown};
 use super::zeros::ChainData;
-use super::{Options, StopWish, Watch, fleece, moment, names, now, plan, recover};
+use super::{Options, StopWish, Watch, fleece, folders, moment, names, now, plan, recover};
 use super::{nbdserver, publish, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{
@@ -37,11 +42,11 @@ pub struct Run<'a> {
     pub(super) client: Client,
     pub(super) journal: Journal,
     pub(super) run: String,
-    pub(super) target_id: String,
+    pub(super) target: TargetId,
     pub(super) base: PathBuf,
     pub(super) status: Shared,
     pub(super) server: Option<nbdserver::Server>,
-    pub(super) guardian: Option<Held>,
+    pub(super) guardian: Option<moment::Held>,
     pub(super) consistency: Consistency,
     /// The frozen view needs care, see `run::is_blind`.
     pub(super) blind: bool,
@@ -49,6 +54,10 @@ pub struct Run<'a> {
     pub(super) vm: Value,
     /// Chains that INCs build on, by the new image's path.
     pub(super) chains: HashMap<PathBuf, ChainData>,
+    /// What is given with `--config`: paths and bytes.
+    pub(super) config: Vec<(PathBuf, Vec<u8>)>,
+    /// What must stay free where fleece images are.
+    pub(super) reserves: Reserves,
 }
 
 /// A disk on its way.
@@ -58,6 +67,8 @@ pub struct Active {
     pub(super) record: DiskRecord,
     pub(super) manifest: Manifest,
     pub(super) chain: Option<ChainData>,
+    /// The image, open from its beginning to its end.
+    pub(super) held: Option<Held>,
     pub(super) progress: Arc<dyn Progress>,
     pub(super) shown: u64,
     pub(super) began: Instant,
@@ -66,7 +77,12 @@ pub struct Active {
 
 /// How a disk is getting on.
 pub enum State {
+    /// Up to the end of its job.
     Going,
+    /// The guest is let go of; the image is being synced.
+    Syncing(JoinHandle<Result<()>>),
+    /// QEMU has closed the image.
+    Closed,
     Done(Box<Manifest>),
     Failed(Error),
 }
@@ -74,6 +90,18 @@ pub enum State {
 impl Active {
     pub(super) fn going(&self) -> bool {
         matches!(self.state, State::Going)
+    }
+
+    pub(super) fn syncing(&self) -> bool {
+        matches!(self.state, State::Syncing(_))
+    }
+
+    fn synced(&self) -> bool {
+        matches!(&self.state, State::Syncing(t) if t.is_finished())
+    }
+
+    pub(super) fn settled(&self) -> bool {
+        matches!(self.state, State::Done(_) | State::Failed(_))
     }
 }
 
@@ -83,20 +111,14 @@ impl Run<'_> {
         let plan = self.plan()?;
         self.announce_plan(&plan);
         let mut disks = self.activate(&plan)?;
-        let outcome = self.copy_all(&mut disks);
-        if let Err(e) = outcome {
-            // Disks that are points already stay points; the rest is undone by `finish`.
-            if !disks.iter().any(|d| matches!(d.state, State::Done(_)))
-                || e.kind() == Kind::Interrupted
-            {
-                return Err(e);
-            }
-            self.watch.warn(&e.report());
-            let text = e.report();
-            for d in disks.iter_mut().filter(|d| d.going()) {
-                d.state = State::Failed(Error::new(e.kind(), text.clone()));
-            }
+        let refused: Vec<Skipped> = plan.refused.iter().map(|(d, e)| failure(d, e)).collect();
+        let mut outcome =
+            self.copy_all(&mut disks).and_then(|()| self.publish_all(&mut disks, &refused));
+        if let Err(e) = &outcome {
+            outcome = self.cut_short(&mut disks, &refused, e);
         }
+        outcome?;
+        self.note_failures(&mut disks, &refused);
         Ok(self.report(plan, disks))
     }
 
@@ -108,7 +130,7 @@ impl Run<'_> {
             result: match d.state {
                 State::Done(m) => Ok(*m),
                 State::Failed(e) => Err(e),
-                State::Going => Err(Error::new(Kind::Interrupted, "it was not finished")),
+                _ => Err(Error::new(Kind::Interrupted, "it was not finished")),
             },
         });
         Report {
@@ -165,7 +187,7 @@ impl Run<'_> {
         }
     }
 
-    fn release(&mut self, held: Held) -> Result<()> {
+    fn release(&mut self, held: moment::Held) -> Result<()> {
         let mut scene = Scene {
             client: &mut self.client,
             options: self.options,
@@ -200,17 +222,17 @@ impl Run<'_> {
         let seen = survey(&Answers::ask(&mut self.client)?);
         self.vm = vm::describe(&mut self.client);
         self.sweep()?;
-        let mut unsound: Vec<(PathBuf, String)> = Vec::new();
+        let mut unsound: Vec<Unsound> = Vec::new();
         // One time for all plans: it is in the images' names.
         let time = now();
-        let make = |run: &Self, no_inc: Option<String>, unsound: &[(PathBuf, String)]| {
+        let make = |run: &Self, no_inc: Option<String>, unsound: &[Unsound]| {
             let inputs = Inputs {
                 seen: seen.clone(),
                 run: &run.run,
-                target_id: &run.target_id,
+                target: &run.target,
                 base: &run.base,
                 now: time,
-                vm: plan::vm_uuid(&run.vm),
+                vm: folders::vm_uuid(&run.vm),
                 no_inc,
                 unsound,
             };
@@ -221,7 +243,9 @@ impl Run<'_> {
             match ChainData::open(&d.dir, &d.base) {
                 Ok(c) => drop(self.chains.insert(d.dir.join(&d.image), c)),
                 Err(e) => {
-                    unsound.push((d.dir.clone(), format!("the chain is unsound: {}", e.report())))
+                    let tip = d.base.last().map_or_else(String::new, |m| m.image.clone());
+                    let why = format!("the chain is unsound: {}", e.report());
+                    unsound.push((d.dir.clone(), tip, why));
                 }
             }
         }
@@ -329,8 +353,9 @@ impl Run<'_> {
                     top: p.disk.top.clone(),
                     bitmap: p.new_bitmap.as_ref().map(|b| b.name.clone()),
                 },
-                manifest: self.manifest(p, &plan.skipped, &vm, &version),
+                manifest: self.manifest(p, plan, &vm, &version),
                 chain: None,
+                held: None,
                 progress: self.watch.disk(p.disk.label()),
                 shown: 0,
                 began: Instant::now(),
@@ -340,7 +365,7 @@ impl Run<'_> {
             .collect())
     }
 
-    fn manifest(&self, p: &DiskPlan, skipped: &[Skipped], vm: &Value, version: &str) -> Manifest {
+    fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &Value, version: &str) -> Manifest {
         let dirty = matches!(p.level, Level::Inc | Level::Diff);
         Manifest {
             format_version: FORMAT_VERSION,
@@ -364,18 +389,21 @@ impl Run<'_> {
             fingerprint: None,
             vm: vm.clone(),
             config_files: Vec::new(),
-            skipped: skipped.to_vec(),
+            skipped: plan.skipped.clone(),
+            failed: plan.refused.iter().map(|(d, e)| failure(d, e)).collect(),
         }
     }
 
     fn copy_all(&mut self, disks: &mut [Active]) -> Result<()> {
         self.phase("preparing");
+        self.check_space(disks)?;
         self.each(disks, Self::prepare)?;
         self.phase("taking the moment");
         self.take_moment(disks)?;
         self.phase("copying");
         self.each(disks, Self::view)?;
         self.stop_after_views(disks)?;
+        self.guard_fleeces(disks)?;
         self.each(disks, Self::start_job)?;
         self.wait(disks)
     }
@@ -392,14 +420,11 @@ impl Run<'_> {
                 self.fail(d, e)?;
             }
         }
-        if disks.iter().all(|d| matches!(d.state, State::Failed(_))) && !disks.is_empty() {
-            return Ok(());
-        }
         Ok(())
     }
 
     /// Ends one disk: its objects leave QEMU, its new bitmap goes, its files are removed.
-    fn fail(&mut self, d: &mut Active, error: Error) -> Result<()> {
+    pub(super) fn fail(&mut self, d: &mut Active, error: Error) -> Result<()> {
         // A file that was not to be had in time concerns its disk alone; a QMP that is silent all.
         let over = error.kind() == Kind::Interrupted || self.client.timed_out();
         if over || gone_error(&error, &mut self.client) {
@@ -480,8 +505,10 @@ impl Run<'_> {
         self.stop_server()
     }
 
+    /// Until all jobs have ended and QEMU has closed all images. No disk waits for another: each is
+    /// let go of when its own job ends.
     fn wait(&mut self, disks: &mut [Active]) -> Result<()> {
-        while disks.iter().any(Active::going) {
+        loop {
             let jobs: Vec<Job> = self.client.poll("query-jobs")?;
             for d in disks.iter_mut().filter(|d| d.going()) {
                 let id = object(&self.run, Role::Job, d.index);
@@ -489,22 +516,29 @@ impl Run<'_> {
                     Some(j) => self.follow(d, j),
                     None => Some(Err(Error::new(Kind::Peer, "the backup job has vanished"))),
                 };
-                match ended {
-                    None => {}
-                    Some(Ok(job)) => {
-                        if let Err(e) = self.complete(d, &job) {
-                            self.fail(d, e)?;
-                        }
-                    }
-                    Some(Err(e)) => self.fail(d, e)?,
+                let Some(ended) = ended else { continue };
+                if let Err(e) = ended.and_then(|job| self.detach(d, &job)) {
+                    self.fail(d, e)?;
                 }
             }
-            if disks.iter().any(Active::going) {
-                self.client.check_interrupt()?;
-                self.client.next_event(Instant::now() + POLL)?;
+            let going = disks.iter().any(Active::going);
+            if let Some(g) = self.guardian.take_if(|_| !going) {
+                // `--pause`: nothing reads the guest's disks any more.
+                self.release(g)?;
             }
+            for d in disks.iter_mut().filter(|d| d.synced()) {
+                if let Err(e) = self.close(d) {
+                    self.fail(d, e)?;
+                }
+            }
+            if !disks.iter().any(|d| d.going() || d.syncing()) {
+                return Ok(());
+            }
+            self.client.check_interrupt()?;
+            self.guard_fleeces(disks)?;
+            let pause = if going { POLL } else { SYNC_POLL };
+            self.client.next_event(Instant::now() + pause)?;
         }
-        Ok(())
     }
 
     /// Shows progress; gives the job once it has ended.
@@ -530,6 +564,9 @@ impl Run<'_> {
 
 /// How often a job's progress is asked for.
 const POLL: Duration = Duration::from_millis(250);
+
+/// How often a sync is asked whether it has ended; most end at once.
+const SYNC_POLL: Duration = Duration::from_millis(10);
 
 /// A test hook: a folder. While the frozen views stand and before anything is copied, they are
 /// exported over NBD, `ready` says where, and the run waits for a file `go`.

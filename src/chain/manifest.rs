@@ -90,6 +90,10 @@ pub struct Manifest {
     /// Disks that this run left out, and why.
     #[serde(default)]
     pub skipped: Vec<Skipped>,
+    /// Disks that this run should have backed up and could not, and why: with any, the run was
+    /// partial.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<Skipped>,
 }
 
 /// A disk as QEMU knows it. Any of these may be empty.
@@ -415,6 +419,7 @@ pub(crate) mod tests {
             vm: serde_json::Value::Null,
             config_files: Vec::new(),
             skipped: Vec::new(),
+            failed: Vec::new(),
         }
     }
 
