@@ -199,6 +199,37 @@ fn a_paused_guest_stays_paused() {
     let mount = Mount::new(&caller.target);
     same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
     clean(&guest, dir.path());
+
+    // Paused by its owner when the backup was about to stop it.
+    let hung = caller.command("inc").env("FLEECEFS_HANG_AT", "send query-status").spawn();
+    let pid = hung.expect("fleecefs starts").id() as i32;
+    let mut paused = false;
+    let exit = loop {
+        let mut state = 0;
+        // SAFETY: our own child, which nobody else waits for, and a status of our own.
+        assert_eq!(unsafe { libc::waitpid(pid, &mut state, libc::WUNTRACED) }, pid);
+        if !libc::WIFSTOPPED(state) {
+            break libc::WEXITSTATUS(state);
+        }
+        if !paused && journal(&caller).contains("\"stop\"") {
+            guest.qmp().execute("stop", serde_json::json!({}));
+            paused = true;
+        }
+        // SAFETY: a signal to our own child.
+        unsafe { libc::kill(pid, libc::SIGCONT) };
+    };
+    assert_eq!((exit, paused), (0, true));
+    assert_eq!(status(&guest), "paused");
+    assert_eq!(manifest(&caller, "a.img")["consistency"]["achieved"], "paused");
+    clean(&guest, dir.path());
+}
+
+/// The journal, if there is one.
+fn journal(caller: &Caller) -> String {
+    let files = std::fs::read_dir(&caller.state).into_iter().flatten().flatten();
+    let mut journals =
+        files.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "journal"));
+    journals.next().map_or_else(String::new, |p| std::fs::read_to_string(p).unwrap())
 }
 
 /// Waits until the guest runs and is thawed.
@@ -271,10 +302,8 @@ fn a_guest_paused_and_frozen_for_the_whole_backup() {
 /// Waits until the guardian has written down that the guest is thawed: the last thing it does.
 fn wait_noted(caller: &Caller) {
     let noted = || {
-        let files = std::fs::read_dir(&caller.state).unwrap().flatten().map(|e| e.path());
-        let mut journals = files.filter(|p| p.extension().is_some_and(|e| e == "journal"));
-        let text = journals.next().map(|p| std::fs::read_to_string(p).unwrap());
-        text.is_some_and(|t| t.contains("\"continued\"") && t.contains("\"thawed\""))
+        let text = journal(caller);
+        text.contains("\"continued\"") && text.contains("\"thawed\"")
     };
     for _ in 0..100 {
         if noted() {

@@ -11,6 +11,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -24,8 +25,20 @@ use crate::error::{Error, Kind, Result};
 use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client};
 
-/// How long it waits between two tries: at first, and at most.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// How it tries on.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// The pause after the first try.
+    first: Duration,
+    /// The longest pause.
+    longest: Duration,
+    /// After so many tries it lets go of its standard error, for whose end somebody may wait (ssh,
+    /// cron).
+    loud: u32,
+}
+
+const PATIENCE: Patience =
+    Patience { first: Duration::from_millis(200), longest: Duration::from_secs(5), loud: 15 };
 
 /// What the guardian is told at the start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -68,8 +81,9 @@ impl Guardian {
     /// It cannot be started: the guest must not be touched then.
     pub fn start(orders: &Orders) -> Result<Self> {
         let failed = |e| Error::io(e, "cannot start the guardian process");
-        let exe = std::env::current_exe().map_err(failed)?;
-        let mut child = Command::new(exe)
+        // This very program, also where an upgrade has replaced its file since it was started.
+        let mut child = Command::new("/proc/self/exe")
+            .arg0("fleecefs")
             .arg("guardian")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -166,6 +180,8 @@ pub fn serve() -> Result<()> {
             libc::signal(s, libc::SIG_IGN);
         }
     }
+    // It may outlive its parent by hours, and must not keep a file system busy.
+    let _ = std::env::set_current_dir("/");
     let mut lines = BufReader::new(std::io::stdin());
     let mut first = String::new();
     lines.read_line(&mut first).map_err(|e| Error::io(e, "no orders"))?;
@@ -259,7 +275,8 @@ fn rescue(orders: &Orders, guest: Guest) -> Result<()> {
     let mut result = Ok(());
     if guest.stopped {
         let qmp = Address::parse(&orders.qmp)?;
-        result = persist(&qmp, PAUSES, || continue_guest(&qmp), || !is_ours(orders, |p| p.stopped));
+        result =
+            persist(&qmp, PATIENCE, || continue_guest(&qmp), || !is_ours(orders, |p| p.stopped));
         if result.is_ok() {
             note(orders, Record::Continued(orders.run.clone()));
         }
@@ -268,7 +285,7 @@ fn rescue(orders: &Orders, guest: Guest) -> Result<()> {
         && let Some(agent) = &orders.agent
     {
         let agent = Address::parse(agent)?;
-        let thawed = persist(&agent, PAUSES, || thaw(&agent), || !is_ours(orders, |p| p.frozen));
+        let thawed = persist(&agent, PATIENCE, || thaw(&agent), || !is_ours(orders, |p| p.frozen));
         if thawed.is_ok() {
             note(orders, Record::Thawed(orders.run.clone()));
         }
@@ -297,22 +314,38 @@ fn is_ours(orders: &Orders, what: impl Fn(&journal::Pending) -> bool) -> bool {
 /// guest to help.
 fn persist(
     peer: &Address,
-    (mut pause, longest): (Duration, Duration),
+    patience: Patience,
     mut act: impl FnMut() -> Result<()>,
     over: impl Fn() -> bool,
 ) -> Result<()> {
+    let mut pause = patience.first;
+    let mut tries = 0u32;
     loop {
         let Err(e) = act() else { return Ok(()) };
         let gone = matches!(e.kind(), Kind::NotFound | Kind::Peer) && peer.is_dead();
         if gone {
             return Err(e);
         }
+        tries = tries.saturating_add(1);
         log::warn!("guardian: {}; trying again", e.report());
+        if tries == patience.loud {
+            fall_silent();
+        }
         std::thread::sleep(pause);
         if over() {
             return Ok(());
         }
-        pause = pause.saturating_mul(2).min(longest);
+        pause = pause.saturating_mul(2).min(patience.longest);
+    }
+}
+
+fn fall_silent() {
+    log::warn!("guardian: trying on in silence");
+    let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+    let Ok(null) = null else { return };
+    for fd in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
+        // SAFETY: both descriptors are valid; the second is replaced as a whole.
+        unsafe { libc::dup2(null.as_raw_fd(), fd) };
     }
 }
 
@@ -385,13 +418,13 @@ mod tests {
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
         let peer = Address::Unix(path);
-        let nothing = (Duration::ZERO, Duration::ZERO);
-        let tries = Cell::new(0);
+        let nothing = Patience { first: Duration::ZERO, longest: Duration::ZERO, loud: u32::MAX };
+        let tries = Cell::new(0usize);
         let act = |good_at: usize| {
             let tries = &tries;
             move || {
                 tries.set(tries.get() + 1);
-                let kind = if tries.get() % 2 == 0 { Kind::Peer } else { Kind::Busy };
+                let kind = if tries.get().is_multiple_of(2) { Kind::Peer } else { Kind::Busy };
                 if tries.get() == good_at { Ok(()) } else { Err(Error::new(kind, "no")) }
             }
         };
