@@ -12,7 +12,7 @@ use super::teardown::{Scope, detach, teardown};
 use super::work::{Active, Run, State};
 use super::{bitmap, fleece, space, vm};
 use crate::chain::Level;
-use crate::chain::manifest::Skipped;
+use crate::chain::manifest::{Skipped, fingerprint};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;
@@ -239,6 +239,10 @@ impl Run<'_> {
         }
         let target = object(&self.run, Role::Target, d.index);
         fleece::close_image(&mut self.client, &target)?;
+        // Says to a recovery that has lost the journal that it is complete.
+        let partial = d.plan.dir.join(partial_name(&d.plan.image));
+        d.manifest.fingerprint = Some(fingerprint(&partial)?);
+        publish::announce(&d.plan.dir, &d.manifest)?;
         self.journal.write(&Record::Closed(d.index))?;
         let job = object(&self.run, Role::Job, d.index);
         self.client.execute("job-dismiss", json!({"id": job}))?;

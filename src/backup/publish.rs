@@ -347,7 +347,11 @@ pub fn make_dir(path: &Path) -> Result<()> {
     for made in missing.iter().rev() {
         // The parent of a relative path's first part is the empty path.
         let parent = made.parent().filter(|p| !p.as_os_str().is_empty());
-        sync_dir(parent.unwrap_or(Path::new(".")))?;
+        match sync_dir(parent.unwrap_or(Path::new("."))) {
+            // A folder may let others make folders in it and not look into it.
+            Err(e) if e.kind() != Kind::Permission => return Err(e),
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -361,4 +365,35 @@ pub fn link_plain(dir: &Path, image: &str, level: Level) -> Result<()> {
     remove_if_there(&link)?;
     std::os::unix::fs::symlink(dir.join(image), &link)
         .map_err(|e| Error::io(e, "cannot make the link").at_path(&link))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::Quiet;
+    use crate::backup::recover::sweep;
+    use crate::chain::manifest::tests::example;
+
+    #[test]
+    fn a_damaged_announcement_stops_no_other() {
+        let d = tempfile::tempdir().unwrap();
+        for image in ["FULL-1-d", "FULL-2-d"] {
+            announce(d.path(), &example(image, Level::Full, None)).unwrap();
+            std::fs::write(d.path().join(partial_name(image)), "x").unwrap();
+        }
+        std::fs::write(d.path().join(".fleecefs/FULL-1-d.partial.json"), "{").unwrap();
+        sweep(d.path(), &Quiet).unwrap();
+        assert!(d.path().join("FULL-1-d.partial").exists());
+        assert!(!d.path().join("FULL-2-d.partial").exists());
+    }
+
+    #[test]
+    fn folders_are_made_whole_and_private() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("a/b/c");
+        make_dir(&path).unwrap();
+        make_dir(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions();
+        assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o700);
+    }
 }

@@ -522,9 +522,11 @@ impl Run<'_> {
                 }
             }
             let going = disks.iter().any(Active::going);
-            if let Some(g) = self.guardian.take_if(|_| !going) {
-                // `--pause`: nothing reads the guest's disks any more.
-                self.release(g)?;
+            if let Some(g) = self.guardian.take_if(|_| !going)
+                && let Err(e) = self.release(g)
+            {
+                // `--pause`, and nothing reads the guest's disks any more. `finish` tries again.
+                self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
             }
             for d in disks.iter_mut().filter(|d| d.synced()) {
                 if let Err(e) = self.close(d) {
