@@ -90,6 +90,10 @@ pub struct Manifest {
     /// Disks that this run left out, and why.
     #[serde(default)]
     pub skipped: Vec<Skipped>,
+    /// Disks that this run should have backed up and could not, and why: with any, the run was
+    /// partial.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<Skipped>,
 }
 
 /// The part of a [`Manifest`] that orders and describes points: a mount keeps it for each image, and
@@ -463,6 +467,7 @@ pub(crate) mod tests {
             vm: serde_json::Value::Null,
             config_files: Vec::new(),
             skipped: Vec::new(),
+            failed: Vec::new(),
         }
     }
 

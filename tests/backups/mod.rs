@@ -134,6 +134,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         vm: serde_json::Value::Null,
         config_files: Vec::new(),
         skipped: Vec::new(),
+        failed: Vec::new(),
     }
 }
 
