@@ -136,10 +136,17 @@ impl Image {
         }
     }
 
-    /// File number `file` of layer `index`, for cloning ranges of it; `None` if there is none.
-    pub fn source_file(&self, index: u16, file: u8) -> Option<&Arc<SourceFile>> {
-        let spec = &self.stack().get(usize::from(index))?.spec;
-        if file == 0 { Some(&spec.file) } else { spec.data_file.as_ref() }
+    /// The file that [`Source::Data`] of layer `index` and file number `file` gives offsets in, for
+    /// cloning ranges of it; `None` if they are offsets in something else (an archive's unpacked
+    /// copy).
+    ///
+    /// # Errors
+    /// The layer cannot be opened.
+    pub fn source_file(&self, index: u16, file: u8) -> Result<Option<&SourceFile>> {
+        match self.stack().get(usize::from(index)) {
+            Some(lazy) => Ok(lazy.get()?.storage(file).as_file()),
+            None => Ok(None),
+        }
     }
 
     /// Marks the image as one of an old generation: every later read fails with `Changed`.

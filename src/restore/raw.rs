@@ -204,7 +204,7 @@ impl<'a> Copier<'a> {
     }
 
     fn clone_range(&self, layer: u16, file: u8, from: u64, to: u64, len: u64) -> Result<bool> {
-        let Some(source) = self.reader.image.source_file(layer, file) else { return Ok(false) };
+        let Some(source) = self.reader.image.source_file(layer, file)? else { return Ok(false) };
         let done = self
             .cloner
             .clone(source.file()?, from, self.out, to, len)

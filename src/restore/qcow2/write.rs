@@ -181,7 +181,7 @@ impl Writer<'_> {
         if self.cloner.part(from, 0, len) != Some(0..len) {
             return Ok(false);
         }
-        let Some(source) = self.reader.image.source_file(layer, file) else { return Ok(false) };
+        let Some(source) = self.reader.image.source_file(layer, file)? else { return Ok(false) };
         let host = self.tables.allocate(count)?;
         let done = self
             .cloner
