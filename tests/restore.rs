@@ -184,6 +184,59 @@ fn all_disks_of_a_run_are_restored_together() {
 }
 
 #[test]
+fn two_points_of_a_run_never_get_one_file() {
+    if !have("two_points_of_a_run_never_get_one_file", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let a = chain(&dir.path().join("vm"), "a", &[MIB], &[""], 1);
+    chain(&dir.path().join("vm"), "a.raw", &[MIB], &[""], 1);
+    let time = name(&a.files[0]).split('-').nth(1).unwrap().to_string();
+    let to = tempfile::tempdir().unwrap();
+    let text =
+        fails(&["restore", "--force", s(dir.path()), "--run", &time, "--to", s(to.path())], 2);
+    assert!(text.contains("the same file"), "{text}");
+    assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn no_way_leads_into_the_backup_directory() {
+    if !have("no_way_leads_into_the_backup_directory", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let c = chain(dir.path(), "sda", &[MIB], &[""], 2);
+    let before: Vec<Vec<u8>> = c.files.iter().map(|f| std::fs::read(f).unwrap()).collect();
+    let to = tempfile::tempdir().unwrap();
+    let at = |n: &str| to.path().join(n);
+    std::os::unix::fs::symlink(&c.files[0], at("link.raw")).unwrap();
+    std::os::unix::fs::symlink(&c.dir, at("folder")).unwrap();
+    std::fs::hard_link(&c.files[0], at("second.raw")).unwrap();
+    let odd = [
+        at("link.raw"),
+        at("second.raw"),
+        at("folder/new.raw"),
+        at("folder/deep/er.raw"),
+        at("folder").join(name(&c.files[0])),
+        c.dir.join("../sda/x.raw"),
+    ];
+    for target in odd {
+        for dry in [&["--dry-run"] as &[&str], &[]] {
+            let mut args = vec!["restore", "--force", s(dir.path()), name(&c.files[1]), s(&target)];
+            args.extend(dry);
+            fails(&args, 2);
+        }
+    }
+    let after: Vec<Vec<u8>> = c.files.iter().map(|f| std::fs::read(f).unwrap()).collect();
+    assert!(before == after && std::fs::read_dir(&c.dir).unwrap().count() == 2);
+    // A link to another place is followed, as ever.
+    std::fs::write(at("old"), b"old").unwrap();
+    std::os::unix::fs::symlink(at("old"), at("good.raw")).unwrap();
+    ok(&["restore", "--force", s(dir.path()), name(&c.files[1]), s(&at("good.raw"))]);
+    assert_eq!(std::fs::metadata(at("old")).unwrap().len(), MIB);
+}
+
+#[test]
 fn unreadable_ranges_fail_or_are_salvaged_and_told() {
     if !have("unreadable_ranges_fail_or_are_salvaged_and_told", &TOOLS) {
         return;
