@@ -236,6 +236,51 @@ fn no_way_leads_into_the_backup_directory() {
     assert_eq!(std::fs::metadata(at("old")).unwrap().len(), MIB);
 }
 
+/// A disk of an exabyte that holds next to nothing: what is not there is not gone through.
+#[test]
+fn a_disk_of_exabytes_is_restored_by_what_it_holds() {
+    if !have("a_disk_of_exabytes_is_restored_by_what_it_holds", &["qemu-img", "/dev/shm"]) {
+        return;
+    }
+    let dir = qemu::tempdir();
+    let full = dir.path().join("b/sda/FULL-1700000000-sda.qcow2");
+    std::fs::create_dir_all(full.parent().unwrap()).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", s(&full), "1E"];
+    run("qemu-img", &create);
+    let writes = ["write -P 7 0 64k", "write -P 9 768P 64k"];
+    qemu::qemu_io(&full, &writes.map(String::from));
+    let (raw, again) = (dir.path().join("r.raw"), dir.path().join("again.raw"));
+    let restore = |from: &Path, point: &str, to: &Path| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+            .args(["restore", "--verify", s(from), point, s(to)])
+            .spawn()
+            .unwrap();
+        // Done in a moment, or not in a lifetime.
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(180);
+        while child.try_wait().unwrap().is_none() {
+            if std::time::Instant::now() > end {
+                child.kill().unwrap();
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        assert!(child.wait().unwrap().success());
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::File::open(to).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 1 << 60);
+        for (at, byte) in [(0, 7), (768 << 50, 9), (5 << 50, 0)] {
+            let mut buf = [1; 65536];
+            file.read_exact_at(&mut buf, at).unwrap();
+            assert!(buf.iter().all(|b| *b == byte), "at {at}");
+        }
+    };
+    restore(&dir.path().join("b"), name(&full), &raw);
+    // And a raw file of that length as a source.
+    std::fs::create_dir(dir.path().join("c")).unwrap();
+    let source = dir.path().join("c/disk.raw");
+    std::fs::rename(&raw, &source).unwrap();
+    restore(&dir.path().join("c"), "disk.raw", &again);
+}
+
 #[test]
 fn unreadable_ranges_fail_or_are_salvaged_and_told() {
     if !have("unreadable_ranges_fail_or_are_salvaged_and_told", &TOOLS) {

@@ -386,6 +386,27 @@ impl Image {
         Ok((limit, Source::Unallocated))
     }
 
+    /// An offset at or after `from` before which everything reads as zeros: coarse and cheap, so that
+    /// nobody has to walk over an exabyte of nothing. The size if nothing follows.
+    ///
+    /// # Errors
+    /// A layer cannot be opened.
+    pub fn next_data(&self, from: u64) -> Result<u64> {
+        let mut next = self.size;
+        for lazy in self.stack().iter().rev() {
+            let layer = lazy.get()?;
+            if layer.size() <= from {
+                // Whatever is below is cut off here.
+                break;
+            }
+            next = next.min(layer.next_data(from));
+            if next <= from {
+                return Ok(from);
+            }
+        }
+        Ok(next)
+    }
+
     /// Calls `f` with each extent of `range`, in order, until it returns false. Extents are split
     /// at window borders; [`crate::extent::ExtentList`] joins them again.
     ///

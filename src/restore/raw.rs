@@ -88,7 +88,7 @@ pub fn to_device(
     };
     let cloner = Cloner::new(device.file(), Reflink::Never);
     let copier = Copier::new(reader, device.file(), path, cloner, holes, work);
-    let chunks = if zeroed { plan.chunks.clone() } else { plan.all_chunks() };
+    let chunks = if zeroed { plan.chunks.clone() } else { plan.all_chunks()? };
     let mut summary = copier.run(&chunks)?;
     device.file().sync_all().map_err(|e| target_error(e, "cannot write to disk", path))?;
     if options.verify {

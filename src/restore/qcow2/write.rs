@@ -33,7 +33,7 @@ pub fn write(
 ) -> Result<Summary> {
     let (out, path) = (temp.file(), temp.path());
     let prealloc = qcow2.preallocation != Preallocation::Off;
-    let chunks = if prealloc { plan.all_chunks() } else { plan.chunks.clone() };
+    let chunks = if prealloc { plan.all_chunks()? } else { plan.chunks.clone() };
     let can_clone = qcow2.compression == Compression::None && !prealloc;
     let reflink = if can_clone { options.reflink } else { Reflink::Never };
     let writer = Writer {
