@@ -215,3 +215,100 @@ fn remove(file: &Path) {
     std::fs::remove_file(file).unwrap();
     std::fs::remove_file(manifest_path(file.parent().unwrap(), file.file_name().unwrap())).unwrap();
 }
+
+/// Directories laid out as the versions of qmpbackup make them; what each holds beside its images.
+fn upstreams_layouts(root: &Path) -> Vec<&'static str> {
+    let beside = |vm: &Path, disk: &str| {
+        std::fs::write(vm.join("uuid"), "0a8bd1a4-5d2d-4f8e-9d0c-8a1b2c3d4e5f").unwrap();
+        std::fs::write(vm.join(format!("{disk}.config")), "{}").unwrap();
+    };
+    let moved = |c: &Chain, to: &Path, name: &dyn Fn(&str) -> String| {
+        std::fs::create_dir_all(to).unwrap();
+        for f in &c.files {
+            let new = name(f.file_name().unwrap().to_str().unwrap());
+            std::fs::rename(f, to.join(new)).unwrap();
+        }
+        std::fs::remove_dir(&c.dir).unwrap();
+    };
+    let same = |n: &str| n.to_string();
+    // By disk, two disks; several chains in one folder; a copy beside them.
+    let vm = root.join("default");
+    for disk in ["sda.qcow2", "sdb.qcow2"] {
+        let c = chain(&vm, disk, 3);
+        moved(&c, &vm.join(disk), &|n| n.replace(".qcow2.qcow2", ".qcow2"));
+        let mut more = chain(&vm, "more", 2);
+        more.name = disk.into();
+        let later = |n: &str| n.replace("-17000", "-17100").replace("more.qcow2", disk);
+        moved(&more, &vm.join(disk), &later);
+        let copy = vm.join(disk).join(format!("COPY-1700099999-{disk}"));
+        std::fs::copy(vm.join(disk).join(format!("FULL-1710003600-{disk}")), copy).unwrap();
+        beside(&vm, disk);
+    }
+    // By node name; flat; by month.
+    moved(&chain(root, "x", 3), &root.join("nodes/drive-virtio0"), &|n| {
+        n.replace("x.qcow2", "drive-virtio0")
+    });
+    for disk in ["f0", "f1"] {
+        moved(&chain(root, disk, 3), &root.join("flat"), &same);
+        beside(&root.join("flat"), disk);
+    }
+    for month in ["2026-10", "2026-11"] {
+        let vm = root.join("monthly").join(month);
+        chain(&vm, "m0.qcow2", 3);
+        beside(&vm, "m0.qcow2");
+    }
+    // Without a time, with the absolute link to where the directory was when it was made.
+    let c = chain(root, "nt", 3);
+    let to = root.join("timeless/nt.qcow2");
+    let full = |n: &str| if n.starts_with("FULL") { "nt.qcow2".into() } else { n.to_string() };
+    moved(&c, &to, &full);
+    std::os::unix::fs::symlink("/elsewhere/nt.qcow2/nt.qcow2", to.join("FULL-nt.qcow2")).unwrap();
+    // The images of one run are written in order; these were not.
+    let old = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
+    let f = std::fs::File::options().write(true).open(to.join("nt.qcow2")).unwrap();
+    f.set_modified(old).unwrap();
+    // Linked by `qmprestore rebase`, with its link to the newest.
+    let c = chain(root, "rebased", 3);
+    for pair in c.files.windows(2) {
+        let [below, above] = [&pair[0], &pair[1]].map(|f| f.to_str().unwrap());
+        qemu::run("qemu-img", &["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", below, above]);
+    }
+    std::os::unix::fs::symlink(&c.files[2], c.dir.join("image")).unwrap();
+    // A disk that was shrunk between two increments.
+    let mut c = Chain::new(root, "shrunk");
+    for size in [SIZE, SIZE, SIZE / 2] {
+        c.point("", size, &["write -P 5 64k 64k".into()]);
+    }
+    c.finish();
+    vec!["default", "nodes", "flat", "monthly", "timeless", "rebased", "shrunk"]
+}
+
+#[test]
+fn no_false_alarm_on_upstreams_directories() {
+    if !have("no_false_alarm_on_upstreams_directories", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let layouts = upstreams_layouts(dir.path());
+    let errors = |report: &Value| report.to_string().matches("\"severity\":\"error\"").count();
+    for layout in layouts.into_iter().map(|l| dir.path().join(l)).chain([dir.path().into()]) {
+        let (code, report) = verify(&layout, &[]);
+        let fresh = layout != dir.path();
+        assert_eq!(code, if fresh { UNPROVEN } else { SOUND }, "{}: {report:#}", layout.display());
+        assert_eq!(errors(&report), 0, "{}: {report:#}", layout.display());
+        assert!(report["points"].as_array().unwrap().len() >= 3, "{}", layout.display());
+        let (code, report) = verify(&layout, &["--create"]);
+        assert_eq!(code, SOUND, "{}: {report:#}", layout.display());
+        let (code, report) = verify(&layout, &[]);
+        assert_eq!((code, errors(&report)), (SOUND, 0), "{}: {report:#}", layout.display());
+    }
+    // Raw increments: nobody can tell what they hold, which is no damage.
+    let raw = dir.path().join("raw/d.raw");
+    std::fs::create_dir_all(&raw).unwrap();
+    for name in ["FULL-1700003600-d.raw", "INC-1700007200-d.raw"] {
+        std::fs::write(raw.join(name), vec![7; 1 << 20]).unwrap();
+    }
+    let (code, report) = verify(&raw, &["--create"]);
+    assert_eq!(code, UNPROVEN, "{report:#}");
+    assert_eq!(report["points"][0]["recorded"], true, "{report:#}");
+}

@@ -442,6 +442,11 @@ fn on_one_xfs_ranges_are_cloned() {
     assert!(!other.exists());
 }
 
+/// How many random moments are tried; FLEECEFS_KILLS sets another number.
+fn rounds() -> usize {
+    std::env::var("FLEECEFS_KILLS").map_or(5, |n| n.parse().unwrap())
+}
+
 #[test]
 fn killed_and_interrupted_restores_leave_nothing_under_the_name() {
     let test = "killed_and_interrupted_restores_leave_nothing_under_the_name";
@@ -450,13 +455,14 @@ fn killed_and_interrupted_restores_leave_nothing_under_the_name() {
     }
     let dir = tempfile::tempdir().unwrap();
     let mut c = Chain::new(dir.path(), "sda");
-    let f = c.point("", 256 * MIB, &["write -P 1 0 256M".into()]);
+    let f = c.point("", 64 * MIB, &["write -P 1 0 64M".into()]);
     let to = tempfile::tempdir().unwrap();
     let mut rng = Rng(5);
-    for (i, signal) in ["-KILL", "-TERM", "-INT", "-KILL", "-KILL"].iter().enumerate() {
+    let signals = ["-KILL", "-TERM", "-INT", "-KILL", "-KILL"];
+    for (i, signal) in signals.iter().cycle().take(rounds()).enumerate() {
         for target in ["r.raw", "r.qcow2"] {
             let target = to.path().join(target);
-            let args = ["restore", "--rate-limit", "64M", s(dir.path()), name(&f), s(&target)];
+            let args = ["restore", "--rate-limit", "8M", s(dir.path()), name(&f), s(&target)];
             let mut child =
                 Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).spawn().unwrap();
             // Some time after the temporary file has appeared: the rate limit leaves seconds.
@@ -465,7 +471,7 @@ fn killed_and_interrupted_restores_leave_nothing_under_the_name() {
                 assert!(child.try_wait().unwrap().is_none(), "ended early");
                 std::thread::sleep(std::time::Duration::from_millis(5));
             }
-            std::thread::sleep(std::time::Duration::from_millis(rng.below(400)));
+            std::thread::sleep(std::time::Duration::from_millis(rng.below(1000)));
             // A second one to the same target is refused as long as the first one lives.
             fails(&["restore", s(dir.path()), name(&f), s(&target)], 6);
             run("kill", &[signal, &child.id().to_string()]);
@@ -498,12 +504,20 @@ fn a_full_disk_leaves_nothing() {
     run("mount", &["-t", "tmpfs", "-o", "size=16M", "none", s(to.path())]);
     let mut undo = Undo(Vec::new());
     undo.add(&["umount", s(to.path())]);
-    for extra in [&["r.raw"] as &[&str], &["r.qcow2"], &["r2.qcow2", "--preallocation", "falloc"]] {
-        let target = to.path().join(extra[0]);
-        let mut args = vec!["restore", s(dir.path()), name(&f), s(&target)];
-        args.extend(&extra[1..]);
-        fails(&args, 7);
-        assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 0);
+    let mut rng = Rng(11);
+    // The disk is full at another moment each time; the last is that of the part below.
+    let sizes = (1..rounds()).map(|_| 4 + rng.below(32 * MIB / 4096 - 8)).chain([4096]);
+    for pages in sizes {
+        run("mount", &["-o", &format!("remount,size={}", pages * 4096), s(to.path())]);
+        for extra in
+            [&["r.raw"] as &[&str], &["r.qcow2"], &["p.qcow2", "--preallocation", "falloc"]]
+        {
+            let target = to.path().join(extra[0]);
+            let mut args = vec!["restore", s(dir.path()), name(&f), s(&target)];
+            args.extend(&extra[1..]);
+            fails(&args, 7);
+            assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 0, "{pages} pages");
+        }
     }
     // With --force, the old target outlives a failure.
     let target = to.path().join("r.raw");
