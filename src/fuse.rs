@@ -162,7 +162,7 @@ struct Adapter {
 
 thread_local! {
     /// Each serving thread's buffer; grows to the largest request and stays.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static BUFFER: RefCell<fs::buffer::Buffer> = const { RefCell::new(fs::buffer::Buffer::new()) };
 }
 
 fn errno(e: fs::Errno) -> Errno {
@@ -299,10 +299,11 @@ impl Filesystem for Adapter {
         self.guard("read", |fs| {
             BUFFER.with_borrow_mut(|buffer| {
                 let size = size.min(MAX_REQUEST) as usize;
+                let buffer = buffer.get(size);
                 if buffer.len() < size {
-                    buffer.resize(size, 0);
+                    return reply.error(errno(libc::ENOMEM));
                 }
-                match fs.read(fh.0, offset, &mut buffer[..size]) {
+                match fs.read(fh.0, offset, buffer) {
                     Ok(n) => reply.data(&buffer[..n]),
                     Err(e) => reply.error(errno(e)),
                 }

@@ -11,6 +11,7 @@
 //! opened. `known` is locked for a moment by lookups and forgets, and by nobody for longer.
 
 pub mod attr;
+pub mod buffer;
 pub mod control;
 pub mod handle;
 pub mod names;
