@@ -228,7 +228,9 @@ fn upstreams_layouts(root: &Path) -> Vec<&'static str> {
             let new = name(f.file_name().unwrap().to_str().unwrap());
             std::fs::rename(f, to.join(new)).unwrap();
         }
-        std::fs::remove_dir(&c.dir).unwrap();
+        if c.dir != to {
+            std::fs::remove_dir(&c.dir).unwrap();
+        }
     };
     let same = |n: &str| n.to_string();
     // By disk, two disks; several chains in one folder; a copy beside them.
