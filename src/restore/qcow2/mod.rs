@@ -126,7 +126,7 @@ pub fn to_file(
             .sync_all()
             .map_err(|e| super::target_error(e, "cannot write to disk", temp.path()))?;
         let result = open(temp.path())?;
-        readback::image(reader, plan, &*result, temp.path(), work)?;
+        readback::image(reader, plan, &result, temp.path(), work)?;
         summary.verified = true;
     }
     temp.publish()?;
