@@ -8,6 +8,7 @@ cd "$(dirname "$0")/../.."
 deps_rust
 deps_build
 deps_qemu
+deps_filesystems
 deps_bench
 deps_b3sum
 cargo build --release --quiet
