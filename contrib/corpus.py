@@ -14,6 +14,11 @@ and each point's bytes are compared with the manifest's hashes. The rules:
 
 Everywhere: the mount lives on, answers in time, and stays below --max-mib of memory. Exits with 1 if
 anything is wrong.
+
+With --restore, each point that is to be right is also restored, to a raw file, whose bytes are compared
+with the hashes, and to a qcow2 file, which has to pass `qemu-img check` and `qemu-img compare`. With
+--verify, `fleecefs verify` runs over each folder: no point that is right may be unsound (no hashes are
+recorded there, so that "could not tell" is the answer), and no point that is wrong may be sound.
 """
 
 import argparse
@@ -289,6 +294,88 @@ def pick(want, paths):
     return next((p for p in paths if os.path.basename(p) == own), None)
 
 
+# --- restore and verify -----------------------------------------------------------------------------
+
+
+# Restored to qcow2 too up to here, and to raw at all up to there (file systems end somewhere).
+QCOW2_LIMIT = 1 << 30
+RAW_LIMIT = 1 << 42
+
+
+def failed(command):
+    """What a command said when it failed, or None."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else f"{command[1]}: {done.stderr.strip()[-300:]}"
+
+
+def restored(args, want, path, mount, target, work):
+    """None if the point is restored right, else the reason why not."""
+    size = os.stat(path).st_size
+    if want.expect != "ok" or size > RAW_LIMIT or want.sha256 is None and want.sparse is None:
+        return None
+    point = os.path.relpath(path, mount)
+    raw, qcow2 = os.path.join(work, "r.raw"), os.path.join(work, "r.qcow2")
+    restore = [args.fleecefs, "restore", "--force", target, point]
+    try:
+        if reason := failed([*restore, raw]):
+            return None if want.may_refuse else reason
+        with open(raw, "rb") as file:
+            fd = file.fileno()
+            if want.sparse is not None:
+                right = hash_sparse(fd, size) == want.sparse
+            else:
+                right = size > PLAIN_LIMIT or hash_plain(fd) == want.sha256
+        if not right:
+            return "restore to raw: wrong bytes"
+        if size > QCOW2_LIMIT:
+            return None
+        return (
+            failed([*restore, qcow2])
+            or failed(["qemu-img", "check", "-f", "qcow2", qcow2])
+            or failed(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, qcow2])
+        )
+    finally:
+        for made in (raw, qcow2):
+            if os.path.exists(made):
+                os.unlink(made)
+
+
+def restore_all(args, wants, paths, mount, target, work):
+    """(wrong, number of points tried)."""
+    wrong, tried = [], 0
+    for want, path in zip(wants, paths):
+        if path is not None and want.expect == "ok":
+            tried += 1
+            if reason := restored(args, want, path, mount, target, work):
+                wrong.append((want.name(), reason))
+    return wrong, tried
+
+
+def verify_all(args, wants, target):
+    """(wrong, number of points that verify spoke of)."""
+    command = [args.fleecefs, "-q", "verify", "--json", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        points = json.loads(done.stdout)["points"]
+    except (ValueError, KeyError):
+        # 3: there is no point at all.
+        return ([] if done.returncode == 3 else [("verify", done.stderr.strip()[-300:])]), 0
+    outcomes = {}
+    for point in points:
+        # Of an image with internal snapshots the point that goes by the file's own name.
+        if point["point"] == os.path.basename(point["file"]) or point["file"] not in outcomes:
+            outcomes[point["file"]] = (point["outcome"], point.get("reason"))
+    wrong = []
+    for want in wants:
+        path = os.path.realpath(os.path.join(target, want.source))
+        outcome, reason = outcomes.get(path, (None, None))
+        if want.expect == "ok" and outcome == "unsound" and not want.may_refuse:
+            wrong.append((want.name(), f"verify: false alarm: {reason}"))
+        if want.expect == "error" and outcome == "sound":
+            wrong.append((want.name(), "verify: called sound"))
+    return wrong, len(points)
+
+
 # --- folders ----------------------------------------------------------------------------------------
 
 
@@ -319,6 +406,9 @@ def run_folder(args, folder, work):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 reasons = list(pool.map(verdict, wants, paths))
             served = sum(path is not None for path in paths)
+            if args.restore:
+                more, tried = restore_all(args, wants, paths, mount.point, target, work)
+                wrong += more
             peak = mount.peak_mib()
         finally:
             alive = mount.end()
@@ -329,6 +419,12 @@ def run_folder(args, folder, work):
     if peak > args.max_mib:
         wrong.append(("the mount", f"used {peak:.0f} MiB"))
     note = f"{served} served, peak {peak:.0f} MiB"
+    if args.restore:
+        note += f", {tried} restored"
+    if args.verify:
+        more, told = verify_all(args, wants, target)
+        wrong += more
+        note += f", {told} verified"
     if wrong and args.keep_log:
         shutil.copy(log_path, os.path.join(args.keep_log, folder.replace("/", "-") + ".log"))
     return right, wrong, note
@@ -340,6 +436,8 @@ def main():
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="only these")
     parser.add_argument("--fleecefs", default="target/release/fleecefs", metavar="PROGRAM")
     parser.add_argument("--max-mib", type=int, default=300, help="memory of one mount (%(default)s)")
+    parser.add_argument("--restore", action="store_true", help="also restore each point")
+    parser.add_argument("--verify", action="store_true", help="also verify each folder")
     parser.add_argument("--keep-log", metavar="DIR", help="keep the mount's log of folders that fail")
     args = parser.parse_intermixed_args()
     args.fleecefs = os.path.abspath(args.fleecefs)

@@ -50,6 +50,12 @@ pub trait ReadAt: Send + Sync {
         0
     }
 
+    /// The file whose bytes these are, offset by offset, so that ranges of it may be cloned; `None`
+    /// for anything that is made out of a file (an unpacked copy, say).
+    fn as_file(&self) -> Option<&SourceFile> {
+        None
+    }
+
     /// Reads exactly `buf.len()` bytes; the error names file and offset.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let mut done = 0;
@@ -308,6 +314,10 @@ impl ReadAt for SourceFile {
             return Err(self.changed_error());
         }
         Ok(())
+    }
+
+    fn as_file(&self) -> Option<&SourceFile> {
+        Some(self)
     }
 
     fn unallocated(&self) -> u64 {

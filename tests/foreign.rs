@@ -1,5 +1,7 @@
 //! Backups of other programs read as chains: virtnbdbackup's streams and Proxmox archives.
 
+mod qemu;
+
 use std::path::Path;
 
 use fleecefs::chain::scan::{ScanOptions, scan};
@@ -43,22 +45,29 @@ fn stream(disk: &str, number: u32, size: usize, data: &[(usize, Vec<u8>)]) -> Ve
 
 /// An archive with one disk of one cluster: blocks 0 and 2 are stored, the others zero.
 fn archive(first: u8, third: u8) -> Vec<u8> {
+    archive_of(12800, 0b101, &[vec![first; 4096], vec![third; 4096]].concat())
+}
+
+/// An archive with one disk of one cluster, of which the blocks in `mask` are `stored`. They begin
+/// 512 bytes after the header.
+fn archive_of(header: u32, mask: u16, stored: &[u8]) -> Vec<u8> {
     let put = |at: &mut [u8], bytes: &[u8]| at[..bytes.len()].copy_from_slice(bytes);
-    let mut h = vec![0; 12800];
+    let mut h = vec![0; header as usize];
     put(&mut h, b"VMA\0\0\0\0\x01an archive's id.");
     put(&mut h[24..], &1_700_000_000u64.to_be_bytes());
-    put(&mut h[48..], &[12288u32, 100, 12800].map(u32::to_be_bytes).concat());
+    put(&mut h[48..], &[12288u32, 100, header].map(u32::to_be_bytes).concat());
     put(&mut h[4096 + 32..], &1u32.to_be_bytes());
     put(&mut h[4096 + 40..], &65536u64.to_be_bytes());
     put(&mut h[12289..], b"\x0c\0drive-scsi0\0");
     let mut e = vec![0; 512];
-    put(&mut e, b"VMAE\0\0\0\x02an archive's id.");
-    put(&mut e[40..], &[0, 0b101, 0, 1, 0, 0, 0, 0]);
+    put(&mut e, b"VMAE\0\0\0\0an archive's id.");
+    e[7] = mask.count_ones() as u8;
+    put(&mut e[40..], &[[mask.to_be_bytes(), [0, 1]].concat(), vec![0; 4]].concat());
     for (block, at) in [(&mut h, 32), (&mut e, 24)] {
         let sum = Md5::digest(&*block);
         put(&mut block[at..], &sum);
     }
-    [h, e, vec![first; 4096], vec![third; 4096]].concat()
+    [h, e, stored.to_vec()].concat()
 }
 
 fn look(dir: &Path) -> Catalog {
@@ -170,4 +179,96 @@ fn a_damaged_foreign_file_never_turns_into_a_raw_disk() {
     let catalog = look(dir.path());
     assert!(catalog.disks.iter().flat_map(|d| &d.points).all(|p| !p.is_served()));
     assert_eq!(catalog.disks.len(), 2);
+}
+
+/// What an archive's points are read from is not the packed file: its bytes must not be cloned in
+/// the place of the disk's.
+#[test]
+fn a_packed_archive_is_never_cloned_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = archive(5, 6);
+    put(dir.path(), "a.vma", whole.clone());
+    put(dir.path(), "b.vma.zst", zstd::encode_all(&whole[..], 1).unwrap());
+    let catalog = look(dir.path());
+    for (disk_path, cloned_from) in [("a/drive-scsi0", Some("a.vma")), ("b/drive-scsi0", None)] {
+        let image = open_point(disk(&catalog, disk_path), 0, &Cache::new(1 << 20)).unwrap();
+        let file = image.source_file(0, 0).unwrap().map(|f| f.path().to_path_buf());
+        assert_eq!(file, cloned_from.map(|n| catalog.root.join(n)), "{disk_path}");
+    }
+}
+
+/// The same where the file system would do it: stored without compression, every offset in the disk
+/// is one in the packed file, 15 bytes too early.
+#[test]
+fn a_packed_archive_is_restored_right_where_ranges_can_be_cloned() {
+    let test = "a_packed_archive_is_restored_right_where_ranges_can_be_cloned";
+    if !qemu::have(test, &["mkfs.xfs", "losetup", "qemu-img"]) {
+        return;
+    }
+    // SAFETY: geteuid has no preconditions.
+    if unsafe { libc::geteuid() } != 0 {
+        assert!(std::env::var_os("CI").is_none(), "{test} needs root");
+        println!("skipped: {test} needs root");
+        return;
+    }
+    let mount = Xfs::new();
+    let data: Vec<u8> =
+        (0..65536u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    // The data begins at a block's border, as cloning needs it.
+    let whole = archive_of(16384 - 512, 0xffff, &data);
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
+    std::io::Write::write_all(&mut packed, &whole).unwrap();
+    put(&mount.path, "b/packed.vma.gz", packed.finish().unwrap());
+    put(&mount.path, "b/plain.vma", whole);
+    for (archive, way) in [("packed", "copied"), ("plain", "cloned")] {
+        for (extension, format) in [("raw", "raw"), ("qcow2", "qcow2")] {
+            let target = mount.path.join(format!("{archive}.{extension}"));
+            let point = format!("{archive}/drive-scsi0/{}", point_name(&mount.path, archive));
+            let out = std::process::Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+                .args(["restore", "--json"])
+                .args([&mount.path.join("b"), Path::new(&point), &target])
+                .output()
+                .unwrap();
+            assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+            let said: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+            assert_eq!(said["way"], way, "{archive}: {said}");
+            let raw = mount.path.join("out");
+            let (from, to) = (target.to_str().unwrap(), raw.to_str().unwrap());
+            qemu::run("qemu-img", &["convert", "-f", format, "-O", "raw", from, to]);
+            assert!(std::fs::read(&raw).unwrap() == data, "{archive} as {format}");
+        }
+    }
+}
+
+fn point_name(mount: &Path, archive: &str) -> String {
+    let catalog = look(&mount.join("b"));
+    disk(&catalog, &format!("{archive}/drive-scsi0")).points[0].name.clone()
+}
+
+/// A small XFS on a loop device; unmounted at the end.
+struct Xfs {
+    path: std::path::PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Xfs {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, path) = (dir.path().join("xfs"), dir.path().join("mnt"));
+        std::fs::File::create(&file).unwrap().set_len(320 << 20).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        let (file, mount) = (file.to_str().unwrap(), path.to_str().unwrap());
+        qemu::run("mkfs.xfs", &["-q", "-m", "reflink=1", file]);
+        qemu::run("mount", &["-o", "loop", file, mount]);
+        Xfs { path, _dir: dir }
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        let done = std::process::Command::new("umount").arg(&self.path).status();
+        if !done.is_ok_and(|s| s.success()) {
+            eprintln!("cannot unmount {}", self.path.display());
+        }
+    }
 }

@@ -105,3 +105,86 @@ fn flipped_bits_never_panic() {
         }
     }
 }
+
+/// An image in memory whose reader gives up after a number of bytes: work is counted, not timed.
+struct Counted {
+    bytes: fleecefs::storage::MemStorage,
+    left: std::sync::atomic::AtomicI64,
+}
+
+impl fleecefs::storage::ReadAt for Counted {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        let before = self.left.fetch_sub(buf.len() as i64, std::sync::atomic::Ordering::Relaxed);
+        assert!(before > 0, "far more is read than the file has");
+        self.bytes.read_at(buf, offset)
+    }
+
+    fn len(&self) -> u64 {
+        self.bytes.len()
+    }
+
+    fn name(&self) -> &std::path::Path {
+        self.bytes.name()
+    }
+}
+
+/// A qcow2 header (version 3, 64 KiB clusters, a disk of 1 MiB) with an extension.
+fn header(snapshots: (u32, u64), extension: &[u8]) -> Vec<u8> {
+    let mut h = b"QFI\xfb\0\0\0\x03".to_vec();
+    h.extend([0; 12]);
+    h.extend(16_u32.to_be_bytes());
+    h.extend((1_u64 << 20).to_be_bytes());
+    h.extend(0_u32.to_be_bytes());
+    // L1 table, refcount table.
+    h.extend(1_u32.to_be_bytes());
+    h.extend(65536_u64.to_be_bytes());
+    h.extend(131_072_u64.to_be_bytes());
+    h.extend(1_u32.to_be_bytes());
+    h.extend(snapshots.0.to_be_bytes());
+    h.extend(snapshots.1.to_be_bytes());
+    h.extend([0; 16]);
+    // Autoclear: the bitmaps are valid.
+    h.extend(u64::from(!extension.is_empty()).to_be_bytes());
+    h.extend(4_u32.to_be_bytes());
+    h.extend(104_u32.to_be_bytes());
+    h.extend(extension);
+    h.extend([0; 8]);
+    h.resize(3 << 16, 0);
+    h
+}
+
+const TABLE: u64 = 8 << 20;
+const TABLE_LEN: u64 = 32 << 20;
+
+fn check(mut image: Vec<u8>, list: &[u8]) -> fleecefs::verify::Structure {
+    image.extend(list);
+    image.resize((TABLE + TABLE_LEN) as usize, 0);
+    let size = image.len() as i64;
+    let bytes = fleecefs::storage::MemStorage::new("hostile", image);
+    fleecefs::verify::check_structure(&Counted { bytes, left: (4 * size).into() }, None)
+}
+
+#[test]
+fn a_million_names_for_one_table_are_one_walk() {
+    // Bitmaps: table, entries, flags, type, granularity, name length, extra data length.
+    let mut entry = TABLE.to_be_bytes().to_vec();
+    entry.extend(((TABLE_LEN / 8) as u32).to_be_bytes());
+    entry.extend([0, 0, 0, 0, 1, 16, 0, 0, 0, 0, 0, 0]);
+    let list = entry.repeat(65_000);
+    let mut extension = 0x2385_2875_u32.to_be_bytes().to_vec();
+    extension.extend(24_u32.to_be_bytes());
+    extension.extend(65_000_u32.to_be_bytes());
+    extension.extend(0_u32.to_be_bytes());
+    extension.extend((list.len() as u64).to_be_bytes());
+    extension.extend((3_u64 << 16).to_be_bytes());
+    let found = check(header((0, 0), &extension), &list).findings;
+    assert!(found.iter().any(|f| f.message.contains("bitmap's table")), "{found:#?}");
+    // Snapshots: table, entries, id and name lengths, times, extra data of 16 bytes.
+    let mut entry = TABLE.to_be_bytes().to_vec();
+    entry.extend(((TABLE_LEN / 8) as u32).to_be_bytes());
+    entry.resize(36, 0);
+    entry.extend(16_u32.to_be_bytes());
+    entry.resize(56, 0);
+    let found = check(header((65_536, 3 << 16), &[]), &entry.repeat(65_536)).findings;
+    assert!(found.iter().any(|f| f.message.contains("snapshot's L1 table")), "{found:#?}");
+}

@@ -4,7 +4,7 @@
 mod mounted;
 mod qemu;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use fleecefs::chain::manifest;
@@ -239,6 +239,7 @@ fn bytes_and_maps_equal_qemus() {
     let chains: Vec<Chain> =
         cases.iter().zip(1..).map(|(c, seed)| build(dir.path(), c, seed)).collect();
     let mount = Mount::new(dir.path());
+    let targets = Targets::new();
     let mut wrong = Vec::new();
     for (case, chain) in cases.iter().zip(&chains) {
         let oracle = Oracle::new(&chain.files);
@@ -252,6 +253,12 @@ fn bytes_and_maps_equal_qemus() {
             if let Some(d) = difference {
                 wrong.push(format!("{} point {i}: bytes differ {d}", case.name));
             }
+            // Restored, the last point of each chain is the same in every kind of target.
+            if i + 1 == chain.files.len() {
+                for d in targets.differences(dir.path(), chain, file, &right) {
+                    wrong.push(format!("{} point {i}: {d}", case.name));
+                }
+            }
             if let Some(d) = map_difference(&ours(dir.path(), chain, file), &oracle.map(i), &right)
             {
                 wrong.push(format!("{} point {i}: {d}", case.name));
@@ -259,6 +266,76 @@ fn bytes_and_maps_equal_qemus() {
         }
     }
     assert!(wrong.is_empty(), "{} differences:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// Where points are restored to: files, and a loop device where we may have one.
+struct Targets {
+    dir: tempfile::TempDir,
+    device: Option<PathBuf>,
+}
+
+/// As large as the largest disk of the matrix, and then some.
+const DEVICE: u64 = 16 * MIB;
+
+impl Targets {
+    fn new() -> Self {
+        let dir = qemu::tempdir();
+        // SAFETY: geteuid has no preconditions.
+        let root = unsafe { libc::geteuid() } == 0;
+        assert!(root || std::env::var_os("CI").is_none(), "a loop device needs root");
+        let device = (root && qemu::have("matrix (loop device)", &["losetup"])).then(|| {
+            let file = dir.path().join("device");
+            std::fs::File::create(&file).unwrap().set_len(DEVICE).unwrap();
+            let out = run("losetup", &["--find", "--show", file.to_str().unwrap()]);
+            PathBuf::from(String::from_utf8(out.stdout).unwrap().trim())
+        });
+        if device.is_none() {
+            println!("skipped: matrix (loop device) needs root");
+        }
+        Targets { dir, device }
+    }
+
+    fn differences(&self, dir: &Path, chain: &Chain, file: &Path, right: &[u8]) -> Vec<String> {
+        let point = Path::new(&chain.name).join(file.file_name().unwrap());
+        let (raw, qcow2) = (self.dir.path().join("r.raw"), self.dir.path().join("r.qcow2"));
+        let mut found = Vec::new();
+        let all = [Some(&raw), Some(&qcow2), self.device.as_ref()];
+        for target in all.into_iter().flatten() {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+            command.args(["-q", "restore", "--force", "--yes"]).args([dir, &point, target]);
+            let out = command.output().unwrap();
+            if !out.status.success() {
+                found.push(format!("restore: {}", String::from_utf8_lossy(&out.stderr)));
+                continue;
+            }
+            if *target == qcow2 {
+                let q = qcow2.to_str().unwrap();
+                run("qemu-img", &["check", "-q", "-f", "qcow2", q]);
+                let to = raw.to_str().unwrap();
+                run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", q, to]);
+            }
+            let from = if *target == qcow2 { &raw } else { target };
+            let mut got = std::fs::read(from).unwrap();
+            if Some(from) == self.device.as_ref() {
+                got.truncate(right.len());
+            }
+            if let Some(d) = first_difference(&got, right) {
+                found.push(format!("restored to {}: {d}", target.display()));
+            }
+        }
+        found
+    }
+}
+
+impl Drop for Targets {
+    fn drop(&mut self) {
+        if let Some(device) = &self.device {
+            let done = Command::new("losetup").arg("-d").arg(device).status();
+            if !done.is_ok_and(|s| s.success()) {
+                eprintln!("cannot detach {}", device.display());
+            }
+        }
+    }
 }
 
 fn ours(dir: &Path, chain: &Chain, file: &Path) -> Value {

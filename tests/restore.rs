@@ -184,6 +184,104 @@ fn all_disks_of_a_run_are_restored_together() {
 }
 
 #[test]
+fn two_points_of_a_run_never_get_one_file() {
+    if !have("two_points_of_a_run_never_get_one_file", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let a = chain(&dir.path().join("vm"), "a", &[MIB], &[""], 1);
+    chain(&dir.path().join("vm"), "a.raw", &[MIB], &[""], 1);
+    let time = name(&a.files[0]).split('-').nth(1).unwrap().to_string();
+    let to = tempfile::tempdir().unwrap();
+    let text =
+        fails(&["restore", "--force", s(dir.path()), "--run", &time, "--to", s(to.path())], 2);
+    assert!(text.contains("the same file"), "{text}");
+    assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn no_way_leads_into_the_backup_directory() {
+    if !have("no_way_leads_into_the_backup_directory", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let c = chain(dir.path(), "sda", &[MIB], &[""], 2);
+    let before: Vec<Vec<u8>> = c.files.iter().map(|f| std::fs::read(f).unwrap()).collect();
+    let to = tempfile::tempdir().unwrap();
+    let at = |n: &str| to.path().join(n);
+    std::os::unix::fs::symlink(&c.files[0], at("link.raw")).unwrap();
+    std::os::unix::fs::symlink(&c.dir, at("folder")).unwrap();
+    std::fs::hard_link(&c.files[0], at("second.raw")).unwrap();
+    let odd = [
+        at("link.raw"),
+        at("second.raw"),
+        at("folder/new.raw"),
+        at("folder/deep/er.raw"),
+        at("folder").join(name(&c.files[0])),
+        c.dir.join("../sda/x.raw"),
+    ];
+    for target in odd {
+        for dry in [&["--dry-run"] as &[&str], &[]] {
+            let mut args = vec!["restore", "--force", s(dir.path()), name(&c.files[1]), s(&target)];
+            args.extend(dry);
+            fails(&args, 2);
+        }
+    }
+    let after: Vec<Vec<u8>> = c.files.iter().map(|f| std::fs::read(f).unwrap()).collect();
+    assert!(before == after && std::fs::read_dir(&c.dir).unwrap().count() == 2);
+    // A link to another place is followed, as ever.
+    std::fs::write(at("old"), b"old").unwrap();
+    std::os::unix::fs::symlink(at("old"), at("good.raw")).unwrap();
+    ok(&["restore", "--force", s(dir.path()), name(&c.files[1]), s(&at("good.raw"))]);
+    assert_eq!(std::fs::metadata(at("old")).unwrap().len(), MIB);
+}
+
+/// A disk of an exabyte that holds next to nothing: what is not there is not gone through.
+#[test]
+fn a_disk_of_exabytes_is_restored_by_what_it_holds() {
+    if !have("a_disk_of_exabytes_is_restored_by_what_it_holds", &["qemu-img", "/dev/shm"]) {
+        return;
+    }
+    let dir = qemu::tempdir();
+    let full = dir.path().join("b/sda/FULL-1700000000-sda.qcow2");
+    std::fs::create_dir_all(full.parent().unwrap()).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", s(&full), "1E"];
+    run("qemu-img", &create);
+    let writes = ["write -P 7 0 64k", "write -P 9 768P 64k"];
+    qemu::qemu_io(&full, &writes.map(String::from));
+    let (raw, again) = (dir.path().join("r.raw"), dir.path().join("again.raw"));
+    let restore = |from: &Path, point: &str, to: &Path| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+            .args(["restore", "--verify", s(from), point, s(to)])
+            .spawn()
+            .unwrap();
+        // Done in a moment, or not in a lifetime.
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(180);
+        while child.try_wait().unwrap().is_none() {
+            if std::time::Instant::now() > end {
+                child.kill().unwrap();
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        assert!(child.wait().unwrap().success());
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::File::open(to).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 1 << 60);
+        for (at, byte) in [(0, 7), (768 << 50, 9), (5 << 50, 0)] {
+            let mut buf = [1; 65536];
+            file.read_exact_at(&mut buf, at).unwrap();
+            assert!(buf.iter().all(|b| *b == byte), "at {at}");
+        }
+    };
+    restore(&dir.path().join("b"), name(&full), &raw);
+    // And a raw file of that length as a source.
+    std::fs::create_dir(dir.path().join("c")).unwrap();
+    let source = dir.path().join("c/disk.raw");
+    std::fs::rename(&raw, &source).unwrap();
+    restore(&dir.path().join("c"), "disk.raw", &again);
+}
+
+#[test]
 fn unreadable_ranges_fail_or_are_salvaged_and_told() {
     if !have("unreadable_ranges_fail_or_are_salvaged_and_told", &TOOLS) {
         return;
@@ -344,6 +442,11 @@ fn on_one_xfs_ranges_are_cloned() {
     assert!(!other.exists());
 }
 
+/// How many random moments are tried; FLEECEFS_KILLS sets another number.
+fn rounds() -> usize {
+    std::env::var("FLEECEFS_KILLS").map_or(5, |n| n.parse().unwrap())
+}
+
 #[test]
 fn killed_and_interrupted_restores_leave_nothing_under_the_name() {
     let test = "killed_and_interrupted_restores_leave_nothing_under_the_name";
@@ -352,13 +455,14 @@ fn killed_and_interrupted_restores_leave_nothing_under_the_name() {
     }
     let dir = tempfile::tempdir().unwrap();
     let mut c = Chain::new(dir.path(), "sda");
-    let f = c.point("", 256 * MIB, &["write -P 1 0 256M".into()]);
+    let f = c.point("", 64 * MIB, &["write -P 1 0 64M".into()]);
     let to = tempfile::tempdir().unwrap();
     let mut rng = Rng(5);
-    for (i, signal) in ["-KILL", "-TERM", "-INT", "-KILL", "-KILL"].iter().enumerate() {
+    let signals = ["-KILL", "-TERM", "-INT", "-KILL", "-KILL"];
+    for (i, signal) in signals.iter().cycle().take(rounds()).enumerate() {
         for target in ["r.raw", "r.qcow2"] {
             let target = to.path().join(target);
-            let args = ["restore", "--rate-limit", "64M", s(dir.path()), name(&f), s(&target)];
+            let args = ["restore", "--rate-limit", "8M", s(dir.path()), name(&f), s(&target)];
             let mut child =
                 Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).spawn().unwrap();
             // Some time after the temporary file has appeared: the rate limit leaves seconds.
@@ -367,7 +471,7 @@ fn killed_and_interrupted_restores_leave_nothing_under_the_name() {
                 assert!(child.try_wait().unwrap().is_none(), "ended early");
                 std::thread::sleep(std::time::Duration::from_millis(5));
             }
-            std::thread::sleep(std::time::Duration::from_millis(rng.below(400)));
+            std::thread::sleep(std::time::Duration::from_millis(rng.below(1000)));
             // A second one to the same target is refused as long as the first one lives.
             fails(&["restore", s(dir.path()), name(&f), s(&target)], 6);
             run("kill", &[signal, &child.id().to_string()]);
@@ -400,12 +504,20 @@ fn a_full_disk_leaves_nothing() {
     run("mount", &["-t", "tmpfs", "-o", "size=16M", "none", s(to.path())]);
     let mut undo = Undo(Vec::new());
     undo.add(&["umount", s(to.path())]);
-    for extra in [&["r.raw"] as &[&str], &["r.qcow2"], &["r2.qcow2", "--preallocation", "falloc"]] {
-        let target = to.path().join(extra[0]);
-        let mut args = vec!["restore", s(dir.path()), name(&f), s(&target)];
-        args.extend(&extra[1..]);
-        fails(&args, 7);
-        assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 0);
+    let mut rng = Rng(11);
+    // The disk is full at another moment each time; the last is that of the part below.
+    let sizes = (1..rounds()).map(|_| 4 + rng.below(32 * MIB / 4096 - 8)).chain([4096]);
+    for pages in sizes {
+        run("mount", &["-o", &format!("remount,size={}", pages * 4096), s(to.path())]);
+        for extra in
+            [&["r.raw"] as &[&str], &["r.qcow2"], &["p.qcow2", "--preallocation", "falloc"]]
+        {
+            let target = to.path().join(extra[0]);
+            let mut args = vec!["restore", s(dir.path()), name(&f), s(&target)];
+            args.extend(&extra[1..]);
+            fails(&args, 7);
+            assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 0, "{pages} pages");
+        }
     }
     // With --force, the old target outlives a failure.
     let target = to.path().join("r.raw");

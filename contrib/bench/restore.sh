@@ -1,5 +1,6 @@
 #!/bin/bash
-# Builds the release and measures restore beside qemu-img. Arguments go to restore.py.
+# Builds the release and measures restore beside qemu-img, and verify beside b3sum. Arguments go to
+# restore.py.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=../lib/deps.sh
@@ -9,5 +10,6 @@ deps_build
 deps_qemu
 deps_filesystems
 deps_bench
+deps_b3sum
 cargo build --release --quiet
 exec python3 contrib/bench/restore.py --fleecefs "${CARGO_TARGET_DIR:-target}/release/fleecefs" "$@"

@@ -8,6 +8,7 @@
 #   deps_qemu          qemu-system-x86_64, qemu-img, qemu-io, qemu-storage-daemon of one version
 #   deps_filesystems   what makes and checks file systems and partitions
 #   deps_bench         fio, jq, python3
+#   deps_b3sum         b3sum, by way of cargo
 #   deps_guest         what contrib/guest/build.sh uses
 #   deps_all           all of the above
 
@@ -186,6 +187,16 @@ deps_filesystems() {
 }
 
 deps_bench() { deps_packages fio jq python3; }
+
+# b3sum, which Debian 12 does not have: built by cargo, kept in the target folder.
+deps_b3sum() {
+    local tools=${CARGO_TARGET_DIR:-$DEPS_ROOT/target}/tools
+    export PATH="$PATH:$tools/bin"
+    command -v b3sum >/dev/null && return 0
+    deps_rust
+    deps_say "installing b3sum"
+    cargo install --quiet --locked --root "$tools" b3sum || deps_die "cargo could not install b3sum"
+}
 
 deps_guest() { deps_packages e2fsprogs fdisk xfsprogs cpio gzip xz-utils kmod dpkg jq; }
 

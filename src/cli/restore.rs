@@ -1,7 +1,8 @@
 //! `fleecefs restore`: a point, or all disks of a run, as files, on a device, or to a pipe.
 
+use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -182,13 +183,31 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
             let path = to.join(run::file_name(disk, *point, extension));
             Ok(Job { disk, point: *point, target: args.how.file_target(&path)? })
         };
-        return run.points.iter().map(job).collect();
+        let jobs = run.points.iter().map(job).collect::<Result<Vec<_>>>()?;
+        return check_apart(&jobs).map(|()| jobs);
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
         return Err(super::usage("name a point and a target, or a run and a folder"));
     };
     let (disk, point) = catalog.find(point)?;
     Ok(vec![Job { disk, point, target: args.how.target(target)? }])
+}
+
+/// Fails if two points of a run would get the same file (disks `a` and `a.raw`; two points of one
+/// disk at the same time).
+fn check_apart(jobs: &[Job]) -> Result<()> {
+    let mut seen: HashMap<&Path, &Job> = HashMap::new();
+    for job in jobs {
+        let Some(path) = job.target.path() else { continue };
+        if let Some(other) = seen.insert(path, job) {
+            let name = |j: &Job| j.disk.point_path(j.point).display().to_string();
+            let text = format!("{} and {} would get the same file", name(other), name(job));
+            return Err(Error::new(Kind::Usage, text)
+                .at_path(path)
+                .remedy("restore the points of this run one by one"));
+        }
+    }
+    Ok(())
 }
 
 impl How {
@@ -280,19 +299,35 @@ fn check_target(how: &How, catalog: &Catalog, job: &Job) -> Result<()> {
     }
 }
 
-/// Fails for a target inside the backup directory, which is left as it is.
+/// Fails for a target inside the backup directory, which is left as it is, also if a link, a bind
+/// mount or a second name leads there.
 ///
 /// # Errors
 /// `Usage`.
 pub(crate) fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
-    // The folder may have to be made yet: the first one that exists decides.
+    let refuse = |text: &str| {
+        Err(Error::new(Kind::Usage, text)
+            .at_path(path)
+            .remedy("restore to another place: what lies in there counts as a backup"))
+    };
     let absolute = std::path::absolute(path)
         .map_err(|e| Error::io(e, "cannot find the target's folder").at_path(path))?;
-    let folder = absolute.ancestors().skip(1).find_map(|a| a.canonicalize().ok());
-    if folder.is_some_and(|f| f.starts_with(&catalog.root)) {
-        return Err(Error::new(Kind::Usage, "the target is inside the backup directory")
-            .at_path(path)
-            .remedy("restore to another place: what lies in there counts as a backup"));
+    let id = |p: &Path| std::fs::metadata(p).ok().map(|m| (m.dev(), m.ino()));
+    let specs = || catalog.disks.iter().flat_map(|d| &d.points);
+    let sources: HashSet<(u64, u64)> = specs().filter_map(|p| id(&p.source)).collect();
+    if id(&absolute).is_some_and(|i| sources.contains(&i)) {
+        return refuse("the target is a file of the backup");
+    }
+    // The target if it is a link, then its folder; the folder may have to be made yet: the first one
+    // that exists decides.
+    let Some(real) = absolute.ancestors().find_map(|a| a.canonicalize().ok()) else {
+        return Ok(());
+    };
+    let folders: HashSet<&Path> = specs().filter_map(|p| p.source.parent()).collect();
+    let inside: HashSet<(u64, u64)> =
+        folders.into_iter().chain([catalog.root.as_path()]).filter_map(id).collect();
+    if real.ancestors().any(|a| a == catalog.root || id(a).is_some_and(|i| inside.contains(&i))) {
+        return refuse("the target is inside the backup directory");
     }
     Ok(())
 }

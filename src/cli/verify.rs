@@ -1,7 +1,8 @@
 //! `fleecefs verify`: whether backups are sound, unsound, or nobody can tell.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -10,6 +11,7 @@ use crate::chain::POINT_HELP;
 use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Kind, Result, Severity};
+use crate::lock::Locks;
 use crate::units::parse_when;
 use crate::verify::{Options, Outcome, PointReport, Report, verify};
 
@@ -35,7 +37,8 @@ pub struct VerifyArgs {
     /// structure and chain are checked
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
-    /// Write manifests with hashes for chains that have none, so that later changes are found
+    /// Write manifests with hashes for points that have none, so that later changes are found.
+    /// Points that may lack something (after an unfinished backup, for one) are left out
     #[arg(long, conflicts_with = "quick")]
     create: bool,
     /// Threads; as many as processors if left out
@@ -51,7 +54,16 @@ pub struct VerifyArgs {
 /// # Errors
 /// `Unsound` or `Unproven` as the report says; or the directory cannot be read.
 pub fn run(args: VerifyArgs) -> Result<()> {
-    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let (mut catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let mut _locks = None;
+    if args.create {
+        // What is being recorded must stay what it is meanwhile.
+        let points = catalog.disks.iter().flat_map(|d| &d.points);
+        let folders: BTreeSet<PathBuf> =
+            points.filter_map(|p| p.source.parent().map(Path::to_path_buf)).collect();
+        _locks = Some(Locks::take(&catalog.root, folders.iter().map(PathBuf::as_path))?);
+        catalog = scan(&args.dir, &ScanOptions::default(), None)?.0;
+    }
     let options = Options {
         quick: args.quick,
         point: args.point,
@@ -70,7 +82,7 @@ pub fn run(args: VerifyArgs) -> Result<()> {
             let what = "nothing is known to be wrong, but not everything could be proved";
             Err(Error::new(Kind::Unproven, what)
                 .at_path(&args.dir)
-                .remedy("'fleecefs verify --create' records hashes for chains that have none"))
+                .remedy("'fleecefs verify --create' records hashes for points that have none"))
         }
     }
 }

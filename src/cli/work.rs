@@ -13,7 +13,7 @@ use crate::restore::{RateLimit, Work};
 /// Options of long work.
 #[derive(Debug, Args)]
 pub struct WorkArgs {
-    /// Threads that read and write; by default as many as there are processors, at most 8
+    /// Threads that read and write; by default as many as there are processors, at least 4, at most 8
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
     /// At most this many bytes per second (K, M, G are understood); 0 means no limit
@@ -21,15 +21,17 @@ pub struct WorkArgs {
     pub rate_limit: u64,
 }
 
+/// Some wait for the disk while others copy.
+const LEAST_WORKERS: usize = 4;
 /// More threads than this only help where each waits for a network.
 const MOST_WORKERS: usize = 8;
 
 impl WorkArgs {
     /// The surroundings of a job that `cancel` stops.
     pub fn work<'a>(&self, cancel: &'a AtomicBool, progress: &'a dyn Progress) -> Work<'a> {
-        // Two at least: one can read while the other writes.
-        let processors = std::thread::available_parallelism().map_or(2, |n| n.get());
-        let workers = self.workers.map_or(processors.clamp(2, MOST_WORKERS), usize::from);
+        let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let workers = processors.clamp(LEAST_WORKERS, MOST_WORKERS);
+        let workers = self.workers.map_or(workers, usize::from);
         Work { cancel, progress, workers, rate: RateLimit::new(self.rate_limit) }
     }
 }

@@ -156,10 +156,17 @@ impl Image {
         }
     }
 
-    /// File number `file` of layer `index`, for cloning ranges of it; `None` if there is none.
-    pub fn source_file(&self, index: u16, file: u8) -> Option<&Arc<SourceFile>> {
-        let spec = &self.stack().get(usize::from(index))?.spec;
-        if file == 0 { Some(&spec.file) } else { spec.data_file.as_ref() }
+    /// The file that [`Source::Data`] of layer `index` and file number `file` gives offsets in, for
+    /// cloning ranges of it; `None` if they are offsets in something else (an archive's unpacked
+    /// copy).
+    ///
+    /// # Errors
+    /// The layer cannot be opened.
+    pub fn source_file(&self, index: u16, file: u8) -> Result<Option<&SourceFile>> {
+        match self.stack().get(usize::from(index)) {
+            Some(lazy) => Ok(lazy.get()?.storage(file).as_file()),
+            None => Ok(None),
+        }
     }
 
     /// Opens the files of all layers, without reading them: from now on it does not matter whether
@@ -455,6 +462,27 @@ impl Image {
             stack[asked..].iter().try_for_each(|lazy| self.check_layer(lazy))?;
         }
         Ok(limit)
+    }
+
+    /// An offset at or after `from` before which everything reads as zeros: coarse and cheap, so that
+    /// nobody has to walk over an exabyte of nothing. The size if nothing follows.
+    ///
+    /// # Errors
+    /// A layer cannot be opened.
+    pub fn next_data(&self, from: u64) -> Result<u64> {
+        let mut next = self.size;
+        for lazy in self.stack().iter().rev() {
+            let layer = lazy.get()?;
+            if layer.size() <= from {
+                // Whatever is below is cut off here.
+                break;
+            }
+            next = next.min(layer.next_data(from));
+            if next <= from {
+                return Ok(from);
+            }
+        }
+        Ok(next)
     }
 
     /// Calls `f` with each extent of `range`, in order, until it returns false. Extents are split

@@ -124,6 +124,11 @@ pub trait Layer: Send + Sync {
         from
     }
 
+    /// The same for everything that is `Below` or `Zero`.
+    fn next_data(&self, from: u64) -> u64 {
+        self.next_mapped(from)
+    }
+
     /// Reads plain bytes that [`Mapping::Data`] named.
     ///
     /// # Errors

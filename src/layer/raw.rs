@@ -80,6 +80,11 @@ impl Layer for RawLayer {
         map
     }
 
+    fn next_data(&self, from: u64) -> u64 {
+        // Where the file system does not tell, reading will.
+        self.storage.seek_data(from).map_or(from, |at| at.unwrap_or(self.size()).max(from))
+    }
+
     fn decompress(&self, host: u64, _len: u32, _out: &mut [u8]) -> Result<()> {
         Err(Error::new(Kind::Corrupt, "a raw file has no compressed data")
             .at_path(self.storage.name())

@@ -8,6 +8,7 @@
 
 mod clone;
 mod device;
+mod kernel;
 mod plan;
 mod pool;
 pub mod qcow2;

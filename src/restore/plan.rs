@@ -14,6 +14,9 @@ use crate::image::{FoldedExtent, Image, Source};
 
 /// Bytes of the disk that one job deals with; the same as a window of the image.
 pub const CHUNK: u64 = 64 << 20;
+/// The largest disk that is gone through whole, holes and all: no device is larger, and a list of its
+/// chunks still fits into memory.
+pub const MAX_WHOLE: u64 = 1 << 50;
 
 /// A part of the disk that holds something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -96,14 +99,14 @@ impl Plan {
     /// A layer cannot be opened or changed meanwhile; `Interrupted`. A bad range is no error here:
     /// see [`Plan::check_readable`].
     pub fn new(image: &Image, work: &Work) -> Result<Self> {
-        let count = usize::try_from(image.size().div_ceil(CHUNK)).map_err(|_| pool::too_large())?;
+        let starts = starts(image.size(), work, |at| image.next_data(at))?;
         let found = Mutex::new((Totals::default(), Vec::new()));
         pool::run(
-            count,
+            starts.len(),
             work,
             || (),
             |(), i| {
-                let start = i as u64 * CHUNK;
+                let start = starts[i];
                 let len = CHUNK.min(image.size() - start);
                 let extents = extents(image, start..start + len)?;
                 let mut totals = Totals::default();
@@ -116,21 +119,48 @@ impl Plan {
                 Ok(())
             },
         )?;
-        let (totals, mut chunks) = found.into_inner().unwrap_or_else(|e| e.into_inner());
+        let (mut totals, mut chunks) = found.into_inner().unwrap_or_else(|e| e.into_inner());
+        // With what was skipped over.
+        totals.holes = image.size() - totals.data;
         chunks.sort_unstable_by_key(|c| c.start);
         let depth = image.depth();
         Ok(Plan { size: image.size(), depth, totals, chunks, findings: image.findings() })
     }
 
-    /// All chunks of the disk, also those that hold nothing.
-    pub fn all_chunks(&self) -> Vec<Chunk> {
-        let known = |start| {
-            let at = self.chunks.binary_search_by_key(&start, |c: &Chunk| c.start);
-            at.ok().map(|i| self.chunks[i])
-        };
-        let starts = (0..self.size.div_ceil(CHUNK)).map(|i| i * CHUNK);
-        let empty = |start| Chunk { start, len: CHUNK.min(self.size - start), data: 0 };
-        starts.map(|s| known(s).unwrap_or_else(|| empty(s))).collect()
+    /// All chunks of the disk, also those that hold nothing: for targets whose every byte has to be
+    /// gone through, which therefore are not larger than a device can be.
+    ///
+    /// # Errors
+    /// `Unsupported` for a disk of more than [`MAX_WHOLE`].
+    pub fn all_chunks(&self) -> Result<Vec<Chunk>> {
+        if self.size > MAX_WHOLE {
+            return Err(pool::too_large());
+        }
+        Ok((0..self.size.div_ceil(CHUNK)).map(|i| self.chunk_at(i * CHUNK)).collect())
+    }
+
+    /// The chunk at `start`, a multiple of [`CHUNK`], which may hold nothing.
+    fn chunk_at(&self, start: u64) -> Chunk {
+        match self.chunks.binary_search_by_key(&start, |c: &Chunk| c.start) {
+            Ok(i) => self.chunks[i],
+            Err(_) => Chunk { start, len: CHUNK.min(self.size - start), data: 0 },
+        }
+    }
+
+    /// The chunks that hold data here or in `other`, ascending.
+    ///
+    /// # Errors
+    /// What `other` says when asked where its next data is.
+    pub fn chunks_with(
+        &self,
+        work: &Work,
+        other: impl Fn(u64) -> Result<u64>,
+    ) -> Result<Vec<Chunk>> {
+        let mut starts = starts(self.size, work, other)?;
+        starts.extend(self.chunks.iter().map(|c| c.start));
+        starts.sort_unstable();
+        starts.dedup();
+        Ok(starts.into_iter().map(|s| self.chunk_at(s)).collect())
     }
 
     /// Fails if parts of the disk cannot be read and that was not allowed.
@@ -154,6 +184,20 @@ impl Plan {
             "restore an older point, or take what is readable with --salvage (the rest is zeros)",
         ))
     }
+}
+
+/// The starts of the chunks that may hold something; `next` says where the next data may be.
+fn starts(size: u64, work: &Work, next: impl Fn(u64) -> Result<u64>) -> Result<Vec<u64>> {
+    let mut starts = Vec::new();
+    let mut at = next(0)?;
+    while at < size {
+        work.check()?;
+        let start = at - at % CHUNK;
+        starts.push(start);
+        let Some(end) = start.checked_add(CHUNK).filter(|e| *e < size) else { break };
+        at = next(end)?.max(end);
+    }
+    Ok(starts)
 }
 
 /// The extents of `range`, joined across window borders.

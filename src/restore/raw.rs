@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::clone::Cloner;
 use super::device::{Device, STEP};
+use super::kernel::{self, KernelCopy};
 use super::plan::{Chunk, Plan, extents};
 use super::source::Reader;
 use super::work::Work;
@@ -88,7 +89,7 @@ pub fn to_device(
     };
     let cloner = Cloner::new(device.file(), Reflink::Never);
     let copier = Copier::new(reader, device.file(), path, cloner, holes, work);
-    let chunks = if zeroed { plan.chunks.clone() } else { plan.all_chunks() };
+    let chunks = if zeroed { plan.chunks.clone() } else { plan.all_chunks()? };
     let mut summary = copier.run(&chunks)?;
     device.file().sync_all().map_err(|e| target_error(e, "cannot write to disk", path))?;
     if options.verify {
@@ -124,6 +125,7 @@ struct Copier<'a> {
     out: &'a File,
     path: &'a Path,
     cloner: Cloner,
+    kernel: KernelCopy,
     holes: Holes<'a>,
     work: &'a Work<'a>,
     copied: AtomicU64,
@@ -140,7 +142,8 @@ impl<'a> Copier<'a> {
         work: &'a Work<'a>,
     ) -> Self {
         let [copied, cloned] = Default::default();
-        Copier { reader, out, path, cloner, holes, work, copied, cloned }
+        let kernel = KernelCopy::new(out, matches!(holes, Holes::AreZero));
+        Copier { reader, out, path, cloner, kernel, holes, work, copied, cloned }
     }
 
     fn run(&self, chunks: &[Chunk]) -> Result<Summary> {
@@ -174,7 +177,7 @@ impl<'a> Copier<'a> {
                 }
                 Source::Data { layer, file, host } => {
                     let Some(part) = self.cloner.part(host, e.start, e.len) else {
-                        run.end = e.end();
+                        run = self.copy_extent(e, (layer, file, host), run, buf)?;
                         continue;
                     };
                     let (from, to) = (e.start + part.start, e.start + part.end);
@@ -182,7 +185,7 @@ impl<'a> Copier<'a> {
                         self.copy(run.start..from, buf)?;
                         run = to..e.end();
                     } else {
-                        run.end = e.end();
+                        run = self.copy_extent(e, (layer, file, host), run, buf)?;
                     }
                 }
                 Source::Compressed { .. } | Source::Bad { .. } => run.end = e.end(),
@@ -204,7 +207,7 @@ impl<'a> Copier<'a> {
     }
 
     fn clone_range(&self, layer: u16, file: u8, from: u64, to: u64, len: u64) -> Result<bool> {
-        let Some(source) = self.reader.image.source_file(layer, file) else { return Ok(false) };
+        let Some(source) = self.reader.image.source_file(layer, file)? else { return Ok(false) };
         let done = self
             .cloner
             .clone(source.file()?, from, self.out, to, len)
@@ -215,6 +218,49 @@ impl<'a> Copier<'a> {
             self.work.did(len)?;
         }
         Ok(done)
+    }
+
+    /// Copies the blocks of an extent that certainly are no zeros inside the kernel, where it can; the
+    /// rest becomes part of `run`, which is what is left to be copied.
+    fn copy_extent(
+        &self,
+        e: &FoldedExtent,
+        (layer, file, host): (u16, u8, u64),
+        mut run: std::ops::Range<u64>,
+        buf: &mut [u8],
+    ) -> Result<std::ops::Range<u64>> {
+        let block = ZERO_BLOCK as u64;
+        let Some(source) = self.reader.image.source_file(layer, file)? else {
+            return Ok(run.start..e.end());
+        };
+        let device = source.identity().dev;
+        if !self.kernel.is_on(device) || e.len < block {
+            return Ok(run.start..e.end());
+        }
+        let input = source.file()?;
+        let from = |at: u64| host + (at - e.start);
+        let sure = |at: u64| kernel::is_surely_data(input, from(at));
+        let mut at = e.start.next_multiple_of(block);
+        while at + block <= e.end() && self.kernel.is_on(device) {
+            let mut end = at;
+            while end + block <= e.end() && end - at < kernel::STEP && sure(end) {
+                end += block;
+            }
+            if end == at {
+                at += block;
+                continue;
+            }
+            self.copy(run.start..at, buf)?;
+            run = at..at;
+            if self.kernel.copy(input, from(at), self.out, at, end - at) {
+                source.check_unchanged()?;
+                self.copied.fetch_add(end - at, Ordering::Relaxed);
+                self.work.did(end - at)?;
+                run = end..end;
+            }
+            at = end;
+        }
+        Ok(run.start..e.end())
     }
 
     fn copy(&self, range: std::ops::Range<u64>, buf: &mut [u8]) -> Result<()> {

@@ -1,7 +1,9 @@
 //! `--verify`: reads the result from the disk and compares it with the point.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::plan::Plan;
@@ -9,6 +11,7 @@ use super::source::Reader;
 use super::work::Work;
 use super::{pool, target_error};
 use crate::error::{Error, Kind, Result};
+use crate::image::Image;
 use crate::storage::ReadAt;
 
 /// Bytes compared at once.
@@ -23,8 +26,8 @@ pub fn file(reader: &Reader, plan: &Plan, out: &File, path: &Path, work: &Work) 
     // From the disk, not from memory. Advice only: what stays cached is compared all the same.
     // SAFETY: posix_fadvise on an open descriptor with plain integers.
     unsafe { libc::posix_fadvise(out.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-    compare(reader, plan, path, work, |buf, at| {
-        use std::os::unix::fs::FileExt;
+    let next = |at| next_data(out, plan.size, at).map_err(|e| target_error(e, "cannot seek", path));
+    compare(reader, plan, path, work, next, |buf, at| {
         out.read_exact_at(buf, at)
             .map_err(|e| target_error(e, "reading back failed", path).at_offset(at))
     })
@@ -34,18 +37,13 @@ pub fn file(reader: &Reader, plan: &Plan, out: &File, path: &Path, work: &Work) 
 ///
 /// # Errors
 /// See [`file`].
-pub fn image(
-    reader: &Reader,
-    plan: &Plan,
-    result: &dyn ReadAt,
-    path: &Path,
-    work: &Work,
-) -> Result<()> {
+pub fn image(reader: &Reader, plan: &Plan, result: &Image, path: &Path, work: &Work) -> Result<()> {
     if result.len() != plan.size {
         let text = format!("the result has {} bytes instead of {}", result.len(), plan.size);
         return Err(Error::new(Kind::Unsound, text).at_path(path));
     }
-    compare(reader, plan, path, work, |buf, at| result.read_exact_at(buf, at))
+    let next = |at| result.next_data(at);
+    compare(reader, plan, path, work, next, |buf, at| result.read_exact_at(buf, at))
 }
 
 fn compare(
@@ -53,11 +51,13 @@ fn compare(
     plan: &Plan,
     path: &Path,
     work: &Work,
+    next: impl Fn(u64) -> Result<u64>,
     read: impl Fn(&mut [u8], u64) -> Result<()> + Sync,
 ) -> Result<()> {
     let reader = reader.again();
-    let chunks = plan.all_chunks();
-    work.progress.begin("verify", plan.size);
+    // Where neither has anything there is nothing to compare.
+    let chunks = plan.chunks_with(work, next)?;
+    work.progress.begin("verify", chunks.iter().map(|c| c.len).sum());
     let buffers = || (vec![0; BUFFER], vec![0; BUFFER]);
     pool::run(chunks.len(), work, buffers, |(a, b), i| {
         let range = chunks[i].range();
@@ -79,6 +79,23 @@ fn compare(
         }
         Ok(())
     })
+}
+
+/// Where the next data of a file begins; a device, or a file system that cannot tell, has data
+/// everywhere.
+fn next_data(file: &File, size: u64, from: u64) -> io::Result<u64> {
+    let Ok(offset) = libc::off_t::try_from(from) else { return Ok(from) };
+    // SAFETY: lseek on an open descriptor; this file is read by position only.
+    let at = unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) };
+    if let Ok(at) = u64::try_from(at) {
+        return Ok(at);
+    }
+    let e = io::Error::last_os_error();
+    match e.raw_os_error() {
+        Some(libc::ENXIO) => Ok(size),
+        Some(libc::EINVAL | libc::EOPNOTSUPP) => Ok(from),
+        _ => Err(e),
+    }
 }
 
 fn first_difference(a: &[u8], b: &[u8]) -> usize {

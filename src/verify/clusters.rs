@@ -2,6 +2,7 @@
 //! really names.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Words in a page; a page covers 32,768 clusters (2 GiB of 64 KiB clusters) in 4 KiB.
 const PAGE_WORDS: u64 = 512;
@@ -34,9 +35,10 @@ impl ClusterSet {
         self.pages.get(&page).map_or(0, |p| p[word])
     }
 
-    /// Empties the set.
-    pub fn clear(&mut self) {
-        self.pages.clear();
+    /// The parts of the number space that may hold members, in no order.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let page = PAGE_WORDS * 64;
+        self.pages.keys().map(move |p| p.saturating_mul(page)..(p + 1).saturating_mul(page))
     }
 }
 

@@ -16,8 +16,11 @@ use crate::layer::{Layer, Mapping};
 use crate::progress::Progress;
 use crate::storage::ReadAt;
 
-/// Bytes hashed as one subtree: a power of two, small enough to stay in the processor's cache.
+/// Bytes hashed as one subtree: a power of two.
 const BLOCK: u64 = 1 << 20;
+/// Bytes read at once: a power of two, small enough to be in the processor's own cache still when they
+/// are hashed.
+const PIECE: u64 = 128 << 10;
 /// Guest bytes mapped at once when looking for compressed clusters.
 const WINDOW: u64 = 64 << 20;
 
@@ -36,12 +39,18 @@ pub fn hash(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> Resul
     let blocks = len.div_ceil(BLOCK);
     let values: Vec<OnceLock<ChainingValue>> = (0..blocks).map(|_| OnceLock::new()).collect();
     let work = |i: u64, buf: &mut Vec<u8>| -> Result<()> {
-        let start = i * BLOCK;
-        buf.resize((len - start).min(BLOCK) as usize, 0);
-        storage.read_exact_at(buf, start)?;
-        let value = blake3::Hasher::new().set_input_offset(start).update(buf).finalize_non_root();
-        let _ = values[i as usize].set(value);
-        progress.advance(buf.len() as u64);
+        let (start, end) = (i * BLOCK, len.min((i + 1) * BLOCK));
+        let mut hasher = blake3::Hasher::new();
+        hasher.set_input_offset(start);
+        let mut at = start;
+        while at < end {
+            buf.resize((end - at).min(PIECE) as usize, 0);
+            storage.read_exact_at(buf, at)?;
+            hasher.update(buf);
+            at += buf.len() as u64;
+        }
+        let _ = values[i as usize].set(hasher.finalize_non_root());
+        progress.advance(end - start);
         Ok(())
     };
     in_parallel(blocks, jobs, Vec::new, work)?;

@@ -1,14 +1,16 @@
 //! How the files of a chain fit together: names, manifests and what they say of each other.
 
-use std::collections::HashSet;
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::fs::DirEntry;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use super::structure::REMEDY;
 use crate::backup::names::parse_bitmap;
 use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
-use crate::chain::{Disk, Level, Point, removal};
+use crate::chain::name::{self, Name};
+use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::{Error, Finding, Kind, Severity};
 
 /// What `.fleecefs/` has about a point.
@@ -129,13 +131,31 @@ impl Check<'_> {
             }
         }
         let Some((b, Some(bm))) = below.map(|(b, r)| (b, r.manifest.as_ref())) else { return };
-        if bm.time > m.time {
-            let what = format!("it is older than {}, on which it lies", b.name);
-            self.error(Kind::Corrupt, what, MIXED_UP);
-        }
+        self.order(b, bm);
         if is_other_disk(&m.disk, &bm.disk) {
             let what = format!("it is of another disk than {}, on which it lies", b.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
+        }
+    }
+
+    /// Names of later points have later times, whatever the clock said: a manifest has the moment as
+    /// the clock had it, so a clock that was set back is no damage.
+    fn order(&mut self, below: &Point, bm: &Manifest) {
+        let earlier = match (stamp(self.point), stamp(below)) {
+            (Some(own), Some(below)) => own < below,
+            _ => false,
+        };
+        if earlier {
+            let what = format!("it is older than {}, on which it lies", below.name);
+            self.error(Kind::Corrupt, what, MIXED_UP);
+        } else if bm.time > self.m.time {
+            let what = format!(
+                "its manifest's time is before that of {}, on which it lies: the clock was set back \
+                 between them, if both are of one disk",
+                below.name
+            );
+            let found = Finding::warning(Kind::Corrupt, &self.point.source, what);
+            self.found.push(Finding { severity: Severity::Note, ..found });
         }
     }
 
@@ -173,6 +193,14 @@ impl Check<'_> {
 const MIXED_UP: &str = "the files of this chain are mixed up: restore them and .fleecefs/ from \
                         another copy of the backup";
 
+/// The time in the name of a point's file.
+fn stamp(point: &Point) -> Option<i64> {
+    match name::parse(point.source.file_name()?) {
+        Name::Backup { stamp, .. } => stamp,
+        _ => None,
+    }
+}
+
 /// Whether two identities certainly are of different disks: something that both know is equal
 /// nowhere. (A disk may be moved to another file, or get another device, but hardly both at once
 /// under another node name.)
@@ -196,7 +224,11 @@ fn unrecorded(disk: &Disk, i: usize, records: &[Record]) -> Option<Finding> {
         let what = "it has no manifest, though others of its chain have: it may be foreign, or a \
                     backup that was broken off";
         let mut found = Finding::warning(Kind::Incomplete, &p.source, what);
-        found.remedy = Some("the next backup of this disk adopts or removes it".into());
+        found.remedy = Some(
+            "the next backup of this disk adopts or removes it; if it is one of the chain, 'fleecefs \
+             verify --create' records it"
+                .into(),
+        );
         return Some(found);
     }
     let below = p.parent.map(|j| &disk.points[j])?;
@@ -213,39 +245,63 @@ fn cluster_size(point: &Point) -> Option<u32> {
     crate::layer::probe(&*spec.file).ok().map(|i| i.cluster_size)
 }
 
-/// Images whose manifests are there and which are not: each was a point once.
-pub(super) fn missing_images(disk: &Disk) -> Vec<Finding> {
-    let folders: HashSet<PathBuf> =
-        disk.points.iter().filter_map(|p| p.source.parent().map(Path::to_path_buf)).collect();
+const ORPHAN: &str = "its manifest is there, the image is not";
+
+/// Whether a finding is one of [`missing_images`].
+pub(super) fn is_orphan(f: &Finding) -> bool {
+    f.message == ORPHAN
+}
+
+/// Images whose manifests are there and which are not: each was a point once. Looks into every
+/// folder, also where no image is left at all.
+pub(super) fn missing_images(catalog: &Catalog) -> Vec<Finding> {
     let mut found = Vec::new();
-    for dir in folders {
-        let leaving = removal::pending(&dir);
-        let Ok(entries) = std::fs::read_dir(dir.join(manifest::FOLDER)) else { continue };
-        for entry in entries.flatten() {
-            let file = entry.file_name();
-            let Some(image) = file.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
-            let gone = !dir.join(image).exists() && !leaving.iter().any(|l| l == image);
-            let ours = gone && is_manifest_of_disk(disk, &dir, image);
-            if ours {
-                let error = Error::new(Kind::Incomplete, "its manifest is there, the image is not")
-                    .at_path(dir.join(image))
-                    .remedy(format!(
-                        "restore it from another copy of the backup, or remove {}",
-                        entry.path().display()
-                    ));
-                found.push(Finding::from_error(&error, &dir));
-            }
+    let mut todo = vec![catalog.root.clone()];
+    while let Some(dir) = todo.pop() {
+        let manifests = dir.join(manifest::FOLDER);
+        // A mount of ours inside the backup directory shows no files.
+        if manifests.join("status.json").is_file() {
+            continue;
         }
+        // What cannot be read is a finding of the scan's.
+        let Ok(entries) = std::fs::read_dir(&dir) else { continue };
+        let is_folder = |e: &DirEntry| e.file_type().is_ok_and(|t| t.is_dir());
+        let folders = entries.flatten().filter(is_folder).map(|e| e.path());
+        todo.extend(folders.filter(|f| *f != manifests));
+        found.extend(orphans(&dir, &manifests));
     }
+    found.sort_by(|a, b| a.path.cmp(&b.path));
     found
 }
 
-/// In a flat folder several disks share `.fleecefs/`: a manifest is told once, with the disk of
-/// which it speaks.
-fn is_manifest_of_disk(disk: &Disk, dir: &Path, image: &str) -> bool {
-    let Ok(Some(m)) = manifest::read(dir, OsStr::new(image)) else { return false };
-    let tail = |name: &str| name.splitn(3, '-').nth(2).unwrap_or(name).to_string();
-    disk.points.iter().any(|p| tail(&p.name) == tail(&m.image))
+fn orphans(dir: &Path, manifests: &Path) -> Vec<Finding> {
+    let Ok(entries) = std::fs::read_dir(manifests) else { return Vec::new() };
+    let leaving = removal::pending(dir);
+    let mut found = Vec::new();
+    for entry in entries.flatten() {
+        let file = entry.file_name();
+        let Some(image) = file.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes) else {
+            continue;
+        };
+        let leaves = leaving.iter().any(|l| OsStr::new(l) == image);
+        if leaves || std::fs::symlink_metadata(dir.join(image)).is_ok() {
+            continue;
+        }
+        // Other files may end so, too; a damaged manifest still has a point's name.
+        let was_point = match manifest::read(dir, image) {
+            Ok(m) => m.is_some(),
+            Err(_) => matches!(name::parse(image), Name::Backup { .. }),
+        };
+        if was_point {
+            let remedy = format!(
+                "restore it from another copy of the backup, or remove {}",
+                entry.path().display()
+            );
+            let error = Error::new(Kind::Incomplete, ORPHAN).at_path(dir.join(image));
+            found.push(Finding::from_error(&error.remedy(remedy), dir));
+        }
+    }
+    found
 }
 
 #[cfg(test)]

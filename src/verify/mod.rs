@@ -15,10 +15,12 @@ mod files;
 mod links;
 mod record;
 mod refcounts;
+mod settle;
 mod structure;
+mod suspects;
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::chain::{Catalog, Disk, Level};
 use crate::error::{Error, Finding, Kind, Result, Severity};
@@ -42,7 +44,7 @@ pub struct Options {
     pub since: Option<i64>,
     /// Threads; 0 for as many as there are processors.
     pub jobs: usize,
-    /// Write manifests, with hashes, for chains that have none.
+    /// Write manifests, with hashes, for points that have none.
     pub create: bool,
 }
 
@@ -103,7 +105,13 @@ pub struct Report {
 /// `NotFound` if there is no such point, or none at all; writing a manifest failed. What is wrong
 /// with the backups is in the report.
 pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> Result<Report> {
-    let chosen = choose(catalog, options)?;
+    let orphans = match options.point {
+        None => links::missing_images(catalog),
+        Some(_) => Vec::new(),
+    };
+    // With all images gone there is no point left to look at, and much to tell.
+    let all_gone = !orphans.is_empty() && options.since.is_none();
+    let chosen = choose(catalog, options, all_gone)?;
     let targets = targets(catalog, options, &chosen);
     let jobs = match options.jobs {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -115,13 +123,14 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
         quick: options.quick,
         outcome: Outcome::Sound,
         points: Vec::new(),
-        findings: catalog.findings.clone(),
+        findings: catalog.findings.iter().cloned().chain(orphans).collect(),
     };
     for (disk, chosen) in catalog.disks.iter().zip(&chosen) {
         if !chosen.wanted.is_empty() {
             disk_report(disk, chosen, options, &reports, &mut report)?;
         }
     }
+    settle::settle(catalog, &mut report)?;
     report.outcome = worst(&report);
     Ok(report)
 }
@@ -144,7 +153,7 @@ struct Chosen {
     needed: HashSet<usize>,
 }
 
-fn choose(catalog: &Catalog, options: &Options) -> Result<Vec<Chosen>> {
+fn choose(catalog: &Catalog, options: &Options, may_be_none: bool) -> Result<Vec<Chosen>> {
     let only = options.point.as_deref().map(|p| catalog.find(p)).transpose()?;
     let mut all = Vec::new();
     for disk in &catalog.disks {
@@ -161,7 +170,7 @@ fn choose(catalog: &Catalog, options: &Options) -> Result<Vec<Chosen>> {
         }
         all.push(Chosen { wanted, needed });
     }
-    if all.iter().all(|c| c.wanted.is_empty()) {
+    if !may_be_none && all.iter().all(|c| c.wanted.is_empty()) {
         return Err(Error::new(Kind::NotFound, "there is no backup point to verify")
             .at_path(&catalog.root)
             .remedy("'fleecefs list DIR' shows what there is"));
@@ -206,17 +215,22 @@ fn disk_report(
     out: &mut Report,
 ) -> Result<()> {
     let records: Vec<Record> = disk.points.iter().map(Record::read).collect();
+    let suspects = suspects::suspects(disk, &records);
     let mut verdicts: Vec<Option<Verdict>> = vec![None; disk.points.len()];
     // A parent comes before its children.
     for i in (0..disk.points.len()).filter(|i| chosen.needed.contains(i)) {
         let below = disk.points[i].parent.and_then(|p| Some((p, verdicts[p].as_ref()?)));
-        let own = own_verdict(disk, i, &records, options, reports, below.is_some());
+        let mut own = own_verdict(disk, i, &records, options, reports, below.is_some());
+        if let Some(why) = suspects.get(&i).filter(|_| own.outcome == Outcome::Unproven) {
+            own.reason = Some(why.clone());
+        }
         let name = below.map(|(p, _)| disk.points[p].name.as_str());
         verdicts[i] = Some(join(own, below.map(|b| b.1), name));
     }
     let recorded = match options.create && !options.quick {
-        true => record::create(disk, &records, reports, |i| {
-            verdicts[i].as_ref().map_or(Outcome::Unsound, |v| v.outcome)
+        true => record::create(disk, &records, reports, |i| match &verdicts[i] {
+            Some(v) if !suspects.contains_key(&i) => v.outcome,
+            _ => Outcome::Unsound,
         })?,
         false => HashSet::new(),
     };
@@ -235,9 +249,10 @@ fn disk_report(
             findings: v.findings,
         });
     }
-    if options.point.is_none() {
-        out.findings.extend(links::missing_images(disk));
-    }
+    let files = |i: &usize| disk.points[*i].source.as_path();
+    let needed: HashSet<&Path> = chosen.needed.iter().map(files).collect();
+    let only = options.point.as_ref().map(|_| &needed);
+    out.findings.extend(suspects::untold(disk, &out.points, only));
     Ok(())
 }
 

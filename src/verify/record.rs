@@ -1,4 +1,4 @@
-//! `verify --create`: manifests for chains that have none, so that later changes are noticed.
+//! `verify --create`: manifests for points that have none, so that later changes are noticed.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -14,8 +14,9 @@ use crate::chain::{Disk, Level};
 use crate::error::Result;
 use crate::layer::Format;
 
-/// Writes manifests for those chains of `disk` of which no point has one, and adds the hash to
-/// manifests without. Points that are unsound are left out. Returns the points that got one.
+/// Writes manifests for those points of `disk` that have none, and adds the hash to manifests
+/// without. Points that are unsound are left out, and those that lie on a point without a sound
+/// record: what they are depends on it. Returns the points that got one.
 ///
 /// # Errors
 /// A manifest cannot be written.
@@ -26,12 +27,10 @@ pub(super) fn create(
     outcome: impl Fn(usize) -> Outcome,
 ) -> Result<HashSet<usize>> {
     let mut written = HashSet::new();
-    let recorded: HashSet<&str> = (disk.points.iter().zip(records))
-        .filter(|(_, r)| r.manifest.is_some())
-        .map(|(p, _)| p.chain.as_str())
-        .collect();
     for (i, p) in disk.points.iter().enumerate() {
-        if outcome(i) != Outcome::Unproven {
+        // A parent comes before its children.
+        let founded = p.parent.is_none_or(|j| outcome(j) == Outcome::Sound || written.contains(&j));
+        if outcome(i) != Outcome::Unproven || !founded {
             continue;
         }
         let Some(hash) = reports.get(&p.source).and_then(|r| r.hash.clone()) else { continue };
@@ -39,8 +38,9 @@ pub(super) fn create(
         let m = match known {
             // Made without a hash: it gets one now.
             Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
-            None if !recorded.contains(p.chain.as_str()) => describe(disk, i),
-            _ => None,
+            Some(_) => None,
+            // One that cannot be read is a finding, and stays.
+            None => describe(disk, i),
         };
         let Some(mut m) = m else { continue };
         m.blake3 = Some(hash);

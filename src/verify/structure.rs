@@ -172,7 +172,7 @@ impl<'a> Walker<'a> {
         self.bitmaps();
         self.l1_table(self.h.l1, self.h.size)?;
         for s in snapshots {
-            self.seen.clear();
+            self.seen = ClusterSet::default();
             self.l1_table(s.l1, s.info.virtual_size)?;
         }
         Ok(())
@@ -196,16 +196,26 @@ impl<'a> Walker<'a> {
         self.out.push(finding);
     }
 
-    /// Marks clusters that must be used for nothing else.
-    fn metadata(&mut self, offset: u64, len: u64, what: &str) {
+    /// Marks clusters that must be used for nothing else; false if one is used already. The rest is
+    /// left out then: a hostile file may name one large table a million times.
+    fn metadata(&mut self, offset: u64, len: u64, what: &str) -> bool {
         for cluster in clusters(offset..offset.saturating_add(len), self.h.cluster_bits) {
             let free = self.is_free(cluster);
             if !self.used.meta.insert(cluster) || !free {
                 let at = cluster << self.h.cluster_bits;
                 let text = format!("{what} and something else use the same cluster");
                 self.error(Kind::Corrupt, at, text);
+                return false;
             }
         }
+        true
+    }
+
+    /// Whether the file system knows that there are only zeros: a sparse file may claim exabytes of
+    /// tables.
+    fn is_hole(&self, offset: u64, len: u64) -> bool {
+        let end = offset.saturating_add(len);
+        self.image.seek_data(offset).is_ok_and(|at| at.is_none_or(|at| at >= end))
     }
 
     fn is_free(&self, cluster: u64) -> bool {
@@ -235,8 +245,11 @@ impl<'a> Walker<'a> {
                     self.refcounts_unreadable(offset + i * 8, "a refcount block is past the end");
                 }
             }
-            if block != 0 && block < self.image.len() {
-                self.metadata(block, self.h.cluster_size(), "a refcount block");
+            if block != 0
+                && block < self.image.len()
+                && !self.metadata(block, self.h.cluster_size(), "a refcount block")
+            {
+                break;
             }
         }
         self.blocks = entries.iter().map(|e| e & !0x1ff).collect();
@@ -263,23 +276,28 @@ impl<'a> Walker<'a> {
         let end = table.last().map_or(self.h.snapshots_offset, |s| s.end);
         let len = end.saturating_sub(self.h.snapshots_offset);
         self.metadata(self.h.snapshots_offset, len, "the snapshot table");
-        for s in &table {
-            let (l1, name) = (s.l1, &s.info.name);
+        let (mut sound, mut total) = (Vec::new(), 0_u64);
+        for s in table {
+            let (l1, len) = (s.l1, s.l1.byte_len());
             let aligned = l1.offset & (self.h.cluster_size() - 1) == 0;
-            let fits = l1.offset.checked_add(l1.byte_len()).is_some_and(|e| e <= self.image.len());
-            if aligned && fits && l1.byte_len() <= MAX_L1_BYTES {
-                self.metadata(l1.offset, l1.byte_len(), "a snapshot's L1 table");
-            } else {
+            let fits = l1.offset.checked_add(len).is_some_and(|e| e <= self.image.len());
+            if !(aligned && fits && len <= MAX_L1_BYTES) {
+                let name = &s.info.name;
                 let text = format!("the L1 table of snapshot '{name}' is not where it could be");
                 self.error(Kind::Corrupt, l1.offset, text);
+                continue;
+            }
+            total += len;
+            if total > MAX_TABLES {
+                let what = "more L1 tables of snapshots than are looked at";
+                self.error(Kind::Unsupported, l1.offset, what);
+                break;
+            }
+            if self.metadata(l1.offset, len, "a snapshot's L1 table") {
+                sound.push(s);
             }
         }
-        let fits = |s: &snapshot::Snapshot| {
-            s.l1.offset & (self.h.cluster_size() - 1) == 0
-                && s.l1.byte_len() <= MAX_L1_BYTES
-                && s.l1.offset.checked_add(s.l1.byte_len()).is_some_and(|e| e <= self.image.len())
-        };
-        table.into_iter().filter(fits).collect()
+        sound
     }
 
     /// Persistent bitmaps: no read needs them, so trouble is a warning unless it overlaps data.
@@ -297,10 +315,13 @@ impl<'a> Walker<'a> {
         if size > MAX_DIRECTORY_BYTES || !there || offset & (self.h.cluster_size() - 1) != 0 {
             return Err(self.bad_bitmap(offset, "the bitmap directory is not where it could be"));
         }
+        if count > MAX_BITMAPS {
+            return Err(self.bad_bitmap(offset, "there are more bitmaps than there may be"));
+        }
         self.metadata(offset, size, "the bitmap directory");
         let mut directory = vec![0; size as usize];
         self.image.read_exact_at(&mut directory, offset)?;
-        let mut at = 0;
+        let (mut at, mut total) = (0, 0_u64);
         for _ in 0..count {
             let entry = directory
                 .get(at..at + 24)
@@ -308,6 +329,12 @@ impl<'a> Walker<'a> {
             let (table, entries) = (be64(&entry[0..8]), be32(&entry[8..12]));
             let names = u64::from(u16::from_be_bytes([entry[18], entry[19]]));
             let extra = u64::from(be32(&entry[20..24]));
+            total += u64::from(entries) * 8;
+            if total > MAX_TABLES {
+                return Err(
+                    self.bad_bitmap(table, "there are more bitmap tables than are looked at")
+                );
+            }
             self.bitmap_table(table, entries)?;
             at += (24 + names + extra).next_multiple_of(8) as usize;
         }
@@ -320,7 +347,12 @@ impl<'a> Walker<'a> {
         if !there || len > MAX_L1_BYTES || table & (self.h.cluster_size() - 1) != 0 {
             return Err(self.bad_bitmap(table, "a bitmap's table is not where it could be"));
         }
-        self.metadata(table, len, "a bitmap's table");
+        if !self.metadata(table, len, "a bitmap's table") {
+            return Err(self.bad_bitmap(table, "a bitmap's table lies over something else"));
+        }
+        if self.is_hole(table, len) {
+            return Ok(());
+        }
         for (i, entry) in (0..).zip(read_words(self.image, table, u64::from(entries))?) {
             let offset = entry & OFFSET;
             if entry & !(OFFSET | 1) != 0 || offset & (self.h.cluster_size() - 1) != 0 {
@@ -330,7 +362,10 @@ impl<'a> Walker<'a> {
                 if offset >= self.image.len() {
                     return Err(self.bad_bitmap(table + i * 8, "a bitmap lies past the end"));
                 }
-                self.metadata(offset, self.h.cluster_size(), "a bitmap");
+                if !self.metadata(offset, self.h.cluster_size(), "a bitmap") {
+                    let what = "a bitmap lies over something else";
+                    return Err(self.bad_bitmap(table + i * 8, what));
+                }
             }
         }
         Ok(())
@@ -349,6 +384,10 @@ impl<'a> Walker<'a> {
         let mut first = 0;
         while first < count {
             let n = L1_CHUNK.min(count - first);
+            if self.is_hole(l1.offset + first * 8, n * 8) {
+                first += n;
+                continue;
+            }
             let entries = read_words(self.image, l1.offset + first * 8, n)?;
             for (i, entry) in (first..).zip(entries).filter(|(_, e)| *e != 0) {
                 self.l1_entry(entry, l1.offset + i * 8, i, size)?;
@@ -402,6 +441,9 @@ impl<'a> Walker<'a> {
         let needed = size.saturating_sub(guest).div_ceil(self.h.cluster_size()).min(count);
         if there < needed {
             self.error(Kind::Truncated, from, "the file ends inside an L2 table");
+        }
+        if self.is_hole(table, count.min(there) * words * 8) {
+            return Ok(());
         }
         let entries = read_words(self.image, table, count.min(there) * words)?;
         let (mut at, mut guest) = (table, guest);
@@ -518,6 +560,11 @@ impl<'a> Walker<'a> {
 
 /// QEMU's limit for an L1 table, used for bitmap tables too.
 const MAX_L1_BYTES: u64 = 32 << 20;
+/// Bytes of bitmap tables, or of snapshots' L1 tables, that are looked at in one file. 512 MiB of them
+/// describe petabytes.
+const MAX_TABLES: u64 = 512 << 20;
+/// QEMU's limit for the number of bitmaps.
+const MAX_BITMAPS: u32 = 65_535;
 /// QEMU's limit for the bitmap directory: 65,535 bitmaps of 1 KiB.
 const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
 

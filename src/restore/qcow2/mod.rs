@@ -120,16 +120,27 @@ pub fn to_file(
     let temp = Temp::create(path, options.force)?;
     raw::note_leftover(&temp, work);
     let mut summary = write::write(reader, plan, &temp, qcow2, options, work)?;
+    check_size(temp.path(), plan.size)?;
     if options.verify {
         temp.file()
             .sync_all()
             .map_err(|e| super::target_error(e, "cannot write to disk", temp.path()))?;
         let result = open(temp.path())?;
-        readback::image(reader, plan, &*result, temp.path(), work)?;
+        readback::image(reader, plan, &result, temp.path(), work)?;
         summary.verified = true;
     }
     temp.publish()?;
     Ok(summary)
+}
+
+/// Reads the header back: whether the file is a disk of `size` bytes.
+fn check_size(path: &Path, size: u64) -> Result<()> {
+    let found = crate::layer::probe(&SourceFile::look(path)?)?;
+    if (found.format, found.virtual_size) == (Format::Qcow2, size) {
+        return Ok(());
+    }
+    let text = format!("the result has {} bytes instead of {size}", found.virtual_size);
+    Err(Error::new(Kind::Io, text).at_path(path))
 }
 
 /// Opens the file that was just written with our own reader.

@@ -33,7 +33,7 @@ pub fn write(
 ) -> Result<Summary> {
     let (out, path) = (temp.file(), temp.path());
     let prealloc = qcow2.preallocation != Preallocation::Off;
-    let chunks = if prealloc { plan.all_chunks() } else { plan.chunks.clone() };
+    let chunks = if prealloc { plan.all_chunks()? } else { plan.chunks.clone() };
     let can_clone = qcow2.compression == Compression::None && !prealloc;
     let reflink = if can_clone { options.reflink } else { Reflink::Never };
     let writer = Writer {
@@ -181,7 +181,7 @@ impl Writer<'_> {
         if self.cloner.part(from, 0, len) != Some(0..len) {
             return Ok(false);
         }
-        let Some(source) = self.reader.image.source_file(layer, file) else { return Ok(false) };
+        let Some(source) = self.reader.image.source_file(layer, file)? else { return Ok(false) };
         let host = self.tables.allocate(count)?;
         let done = self
             .cloner

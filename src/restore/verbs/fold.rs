@@ -166,7 +166,7 @@ impl FoldPlan {
         let format = self.full.format;
         let spec = LayerSpec { file, format, part: Part::Whole, data_file: None };
         let result = Image::new(size, &[spec], None, &cache)?;
-        readback::image(&Reader::new(&point, false), &plan, &*result, new, work)
+        readback::image(&Reader::new(&point, false), &plan, &result, new, work)
     }
 }
 
