@@ -172,7 +172,7 @@ fn nothing_goes_without_a_good_newest_point() {
     std::fs::write(&b.files[5], &good).unwrap();
     // Somebody else is writing.
     let root = b.dir.path().canonicalize().unwrap();
-    let lock = Locks::take(&root, []).unwrap();
+    let lock = Locks::take(&root).unwrap();
     assert_eq!(code(&fleecefs(&["prune", "--keep-last", "1"], &root)), 6);
     drop(lock);
     assert_eq!(code(&fleecefs(&["prune"], &root)), 2);
@@ -282,7 +282,7 @@ fn a_backup_made_before_recovery_keeps_what_it_lies_on() {
     let manifest = manifest::read(&from, full.as_ref()).unwrap().unwrap();
     let publish = Some(Publish { temporary: "consolidate-x".into(), manifest });
     let remove: Vec<String> = (0..4).rev().map(|i| b.name(i)).collect();
-    removal::write(&to, &Removal { publish, remove }).unwrap();
+    removal::write(&to, &Removal { publish, remove, relink: Vec::new() }).unwrap();
     b.check(&broken.root, 0..5, "before recovery");
     succeed(&["verify"], &broken.root);
     succeed(&["prune", "--keep-last", "9"], &broken.root);
@@ -293,7 +293,7 @@ fn a_backup_made_before_recovery_keeps_what_it_lies_on() {
     let broken = b.copy();
     let to = broken.root.join("sda");
     let remove = vec![b.name(2), b.name(1), b.name(0)];
-    removal::write(&to, &Removal { publish: None, remove }).unwrap();
+    removal::write(&to, &Removal { remove, ..Removal::default() }).unwrap();
     succeed(&["prune", "--keep-last", "9"], &broken.root);
     assert_eq!(names(&broken.root).len(), 5);
     b.check(&broken.root, 0..5, "after recovery");

@@ -124,6 +124,9 @@ pub fn scan(
     walk.run(path);
     let (mut tree, cache) = (walk.tree, walk.cache);
     tree.resolve_links();
+    let left = tree.folders.iter().flat_map(|f| super::unfinished::findings(&f.path));
+    let left: Vec<Finding> = left.collect();
+    tree.findings.extend(left);
     Ok((assemble::assemble(tree), cache))
 }
 

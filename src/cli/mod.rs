@@ -23,6 +23,7 @@ mod umount;
 mod verbs;
 mod verify;
 mod work;
+mod writing;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -43,6 +44,7 @@ pub fn main() -> ExitCode {
         Helper::Nothing => return ExitCode::SUCCESS,
     };
     init_logging(&cli);
+    serve::raise_file_limit();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

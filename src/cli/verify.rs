@@ -51,6 +51,9 @@ pub struct VerifyArgs {
 /// # Errors
 /// `Unsound` or `Unproven` as the report says; or the directory cannot be read.
 pub fn run(args: VerifyArgs) -> Result<()> {
+    if args.create {
+        super::writing::finish_what_is_left(&args.dir)?;
+    }
     let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
     let options = Options {
         quick: args.quick,

@@ -27,7 +27,6 @@ use files::{FileReport, Target};
 use links::Record;
 
 pub use content::hash;
-pub use record::describe;
 pub use structure::{Structure, check as check_structure};
 
 /// What to look at.
@@ -215,9 +214,18 @@ fn disk_report(
         verdicts[i] = Some(join(own, below.map(|b| b.1), name));
     }
     let recorded = match options.create && !options.quick {
-        true => record::create(disk, &records, reports, |i| {
-            verdicts[i].as_ref().map_or(Outcome::Unsound, |v| v.outcome)
-        })?,
+        true => {
+            let outcome = |i: usize| verdicts[i].as_ref().map_or(Outcome::Unsound, |v| v.outcome);
+            match record::create(&out.root, disk, &records, reports, outcome) {
+                // What was found is worth telling all the same.
+                Err(e) if e.kind() == Kind::Busy => {
+                    let found = Finding::from_error(&e, &out.root);
+                    out.findings.push(Finding { severity: Severity::Warning, ..found });
+                    HashSet::new()
+                }
+                other => other?,
+            }
+        }
         false => HashSet::new(),
     };
     for (i, verdict) in verdicts.into_iter().enumerate() {
