@@ -96,7 +96,9 @@ impl FoldPlan {
         }
         lines.push(format!("publish it as {}", name(&self.interim)));
         lines.extend(self.increments.iter().rev().map(|m| format!("remove {}", name(&m.path))));
-        lines.push(format!("rename {} to {full}", name(&self.interim)));
+        if !self.increments.is_empty() {
+            lines.push(format!("rename {} to {full}", name(&self.interim)));
+        }
         lines
     }
 
