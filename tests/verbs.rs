@@ -3,10 +3,11 @@
 
 mod qemu;
 
+use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Duration;
+use std::time::Instant;
 
 use fleecefs::chain::Level;
 use fleecefs::chain::manifest::{self, BitmapInfo, Contents, ImageFormat, Manifest};
@@ -588,8 +589,8 @@ fn a_kill_at_any_moment_loses_nothing() {
     let recorded = kept.path().join("recorded");
     std::fs::rename(copy_of(&chain.dir, work.path()), &recorded).unwrap();
     ok(&["rebase", s(&chain.dir)]);
-    let mut rng = Rng(77);
-    let mut cut = 0;
+    let (mut rng, mut cut) = (Rng(77), 0);
+    let mut took = HashMap::new();
     // More on demand: each round copies the folder and waits for the disk many times.
     let rounds = std::env::var("FLEECEFS_KILLS").map_or(9, |n| n.parse().unwrap());
     for round in 0..rounds {
@@ -599,10 +600,17 @@ fn a_kill_at_any_moment_loses_nothing() {
             (_, 0) => &chain.dir,
             _ => &plain,
         };
-        let folder = copy_of(from, work.path());
+        let folder = work.path().join("sda");
         let args = [verb, s(&folder), "--until", name(&chain.files[2])];
+        let took = *took.entry((verb, from)).or_insert_with(|| {
+            copy_of(from, work.path());
+            let started = Instant::now();
+            ok(&args);
+            started.elapsed()
+        });
+        copy_of(from, work.path());
         let mut child = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(rng.below(900)));
+        std::thread::sleep(took.mul_f64(rng.below(1000) as f64 / 1000.0));
         cut += u32::from(child.try_wait().unwrap().is_none());
         let _ = child.kill();
         child.wait().unwrap();

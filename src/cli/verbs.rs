@@ -43,10 +43,13 @@ pub struct VerbArgs {
 /// Link the images of a chain by backing pointers, so that QEMU opens a point directly
 ///
 /// Alters the backup: the headers of the images change, and a link 'image' leads to the last one.
-/// The points stay what they are, and fleecefs, qmprestore and QEMU read them.
+/// The points stay what they are, and fleecefs and QEMU read them. The pointers are relative, so the
+/// folder may be moved. qmprestore's verbs are made for images without pointers: over these its
+/// merge, commit and snapshotrebase end with an error (over its own, which also change the order of
+/// the images, the result may be wrong).
 ///
 /// A crash leaves some images linked and others not, which changes nothing for restoring. The
-/// header being changed is saved first and put back by the next verb in this folder.
+/// header being changed is saved first and put back by whatever writes there next.
 #[derive(Debug, Args)]
 pub struct RebaseArgs {
     #[command(flatten)]
@@ -60,9 +63,9 @@ pub struct RebaseArgs {
 ///
 /// The new FULL is made beside the old one, compared, and put into its place, which takes as much
 /// space as the FULL and the largest increment (less where files are cloned: XFS, btrfs). A crash
-/// before that changes nothing; after it, every point that is to stay is there, and the next verb
-/// in this folder finishes the work. Points that lie on one of the increments keep it from
-/// starting.
+/// before that changes nothing; after it, every point that is to stay is there, and whatever writes
+/// there next (a backup, too) finishes the work. Points that lie on one of the increments keep it
+/// from starting.
 #[derive(Debug, Args)]
 pub struct CommitArgs {
     #[command(flatten)]
@@ -72,7 +75,8 @@ pub struct CommitArgs {
 /// Fold increments into their FULL and keep each state as an internal snapshot of it
 ///
 /// As 'commit', but no state is lost: the FULL gets an internal snapshot for itself (FULL-BACKUP)
-/// and for each increment, named by its local time. 'qemu-img snapshot -a' goes back to one.
+/// and for each increment, named by its local time (a second one of that name gets a number). 'qemu-img
+/// snapshot -a' goes back to one.
 #[derive(Debug, Args)]
 pub struct SnapshotRebaseArgs {
     #[command(flatten)]

@@ -8,7 +8,8 @@
 //!
 //! While both chains are there, two files have one time in their names, and only manifests tell
 //! what lies on which. So the point and all that come after it get manifests first, if they have
-//! none.
+//! none. Backing pointers in later images go before the new FULL gets its name, and come back to it
+//! when the old files are gone.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;

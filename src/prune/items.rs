@@ -93,6 +93,9 @@ fn missing(disk: &Disk) -> Vec<Manifest> {
     found
 }
 
+/// More images than this are not missing in one chain.
+const MOST_MISSING: usize = 1000;
+
 fn is_backup(point: &Point) -> bool {
     matches!(point.level, Level::Full | Level::Inc | Level::Diff | Level::Copy)
         && !is_foreign(point)
@@ -103,16 +106,16 @@ fn is_foreign(point: &Point) -> bool {
 }
 
 fn of_disk(disk: &Disk) -> DiskItems {
-    let item = |p: &Point| Item {
+    let item = |(i, p): (usize, &Point)| Item {
         name: p.name.clone(),
         time: p.time,
         // Other programs' archives are theirs to prune.
         level: if is_foreign(p) { Level::Image } else { p.level },
         served: p.is_served(),
-        parent: p.parent,
+        parent: p.parent.or_else(|| recorded_parent(disk, i)),
         lies_on_unknown: matches!(p.level, Level::Inc | Level::Diff)
-            && p.parent.is_none()
-            && !p.is_served(),
+            && !p.is_served()
+            && p.parent.or_else(|| recorded_parent(disk, i)).is_none(),
         run: run(p),
         file: p.source.clone(),
         chain: p.chain.clone(),
@@ -121,9 +124,29 @@ fn of_disk(disk: &Disk) -> DiskItems {
     DiskItems {
         disk: disk.path.clone(),
         timeline: timeline(&disk.path),
-        items: disk.points.iter().map(item).collect(),
+        items: disk.points.iter().enumerate().map(item).collect(),
         held: None,
     }
+}
+
+/// What a point that cannot be served lies on by its manifest, or, where that image is missing, by
+/// the manifest that is left of it.
+fn recorded_parent(disk: &Disk, i: usize) -> Option<usize> {
+    let p = &disk.points[i];
+    if p.is_served() {
+        return None;
+    }
+    let dir = p.source.parent()?;
+    let mut name = p.source.file_name()?.to_os_string();
+    // Manifests may form a loop.
+    for _ in 0..disk.points.len().saturating_add(MOST_MISSING) {
+        name = manifest::read(dir, &name).ok()??.parent?.into();
+        let path = dir.join(&name);
+        if let Some(found) = disk.points.iter().position(|q| q.source == path) {
+            return Some(found).filter(|j| *j < i);
+        }
+    }
+    None
 }
 
 fn run(point: &Point) -> String {

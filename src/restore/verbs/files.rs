@@ -172,7 +172,7 @@ pub fn format_name(format: Format) -> Option<&'static str> {
 /// saved before and removed after; its time stays; its manifest gets the new hash.
 ///
 /// # Errors
-/// What was met; the image is then as before, or the next verb makes it so.
+/// What was met; the image is then as before, or [`restore_headers`] makes it so.
 pub fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> Result<()> {
     let pointer = base.map(|(path, _)| pointer_to(path)).unwrap_or_default();
     let format = match base {

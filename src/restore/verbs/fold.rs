@@ -105,7 +105,8 @@ impl FoldPlan {
     /// Does it.
     ///
     /// # Errors
-    /// What was met. Before the switch nothing has changed then; during it the next verb finishes.
+    /// What was met. Before the switch nothing has changed then; during it whoever
+    /// writes to the folder next finishes.
     pub fn execute(&self, line: &Line, skip_check: bool, work: &Work) -> Result<()> {
         let members = || std::iter::once(&self.full).chain(&self.increments);
         if !skip_check {

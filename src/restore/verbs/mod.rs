@@ -4,7 +4,7 @@
 //! Crash safety: no step ever takes away bytes that a point which is to stay still needs. What is
 //! rewritten is made under another name and renamed; a header that is changed in place is saved
 //! first; what a crash may leave is written down before (`.fleecefs/fold.json`,
-//! `.fleecefs/<file>.header`), and the next verb in the same folder finishes it ([`recover`]).
+//! `.fleecefs/<file>.header`), and whoever writes to the folder next finishes it ([`recover`]).
 
 pub mod files;
 pub mod fold;
