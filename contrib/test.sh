@@ -14,6 +14,13 @@ status=0
 # --show-output: a skipped test says so on its standard output, which is not shown otherwise.
 cargo test --no-fail-fast "$@" -- --show-output </dev/null 2>&1 | tee "$log" || status=$?
 
+# Backups once more with the oldest QEMU that is to be had: it has its own ways of going wrong.
+if [ $# -eq 0 ]; then
+    contrib/old-qemu.sh "${CARGO_TARGET_DIR:-target}/old-qemu" \
+        cargo test --no-fail-fast --test backup_qemu -- --show-output </dev/null 2>&1 |
+        tee -a "$log" || { old=$?; [ "$old" = 4 ] || status=$old; }
+fi
+
 awk -v status="$status" '
     # test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.1s
     /^test result: / {
