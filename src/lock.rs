@@ -2,6 +2,7 @@
 //! no lock behind.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -32,9 +33,9 @@ impl Locks {
         let mut held = BTreeMap::from([(own.clone(), lock(&own)?)]);
         // After the own one: of two first runs, one above the other, at least one sees the other's.
         for path in others(root) {
-            if !held.contains_key(&path) {
-                let file = lock(&path)?;
-                held.insert(path, file);
+            if let Entry::Vacant(place) = held.entry(path) {
+                let file = lock(place.key())?;
+                place.insert(file);
             }
         }
         Ok(Locks { _files: held.into_values().collect() })
