@@ -5,8 +5,10 @@
 //! reads the message. `Display` never repeats the source: print the chain with [`Error::report`].
 
 use std::error::Error as StdError;
+use std::ffi::OsStr;
 use std::fmt;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// Result of nearly everything here.
@@ -178,6 +180,11 @@ impl Error {
         &self.message
     }
 
+    /// The operating system's own error number, where it is the immediate cause.
+    pub fn os_code(&self) -> Option<i32> {
+        self.source.as_ref()?.downcast_ref::<io::Error>()?.raw_os_error()
+    }
+
     /// The file, when one is to blame.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
@@ -199,12 +206,12 @@ impl Error {
         let mut cause: Option<&(dyn StdError + 'static)> = self.source();
         while let Some(c) = cause {
             text.push_str(": ");
-            text.push_str(&c.to_string());
+            text.push_str(&visible(&c.to_string()));
             cause = c.source();
         }
         if let Some(r) = &self.remedy {
             text.push_str(" (");
-            text.push_str(r);
+            text.push_str(&visible(r));
             text.push(')');
         }
         text
@@ -214,13 +221,13 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(p) = &self.path {
-            write!(f, "{}", p.display())?;
+            f.write_str(&path_text(p))?;
             if let Some(o) = self.offset {
                 write!(f, " at offset {o:#x}")?;
             }
             f.write_str(": ")?;
         }
-        f.write_str(&self.message)
+        f.write_str(&visible(&self.message))
     }
 }
 
@@ -239,7 +246,7 @@ pub struct Finding {
     /// The same small kinds as errors have.
     pub kind: Kind,
     /// The file it is about.
-    #[serde(serialize_with = "lossy")]
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Byte offset in that file, where there is one to name.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -252,8 +259,36 @@ pub struct Finding {
 }
 
 /// A path that is not UTF-8 must not make the whole report fail.
-fn lossy<S: serde::Serializer>(path: &Path, to: S) -> std::result::Result<S::Ok, S::Error> {
-    to.serialize_str(&path.to_string_lossy())
+fn as_text<S: serde::Serializer>(path: &Path, to: S) -> std::result::Result<S::Ok, S::Error> {
+    to.serialize_str(&to_text(path.as_os_str()))
+}
+
+/// A name as text: as it is where it is UTF-8, other bytes as `\xNN`, so that different names stay
+/// different to the eye.
+pub fn to_text(name: &OsStr) -> String {
+    let mut text = String::new();
+    for chunk in name.as_bytes().utf8_chunks() {
+        text.push_str(chunk.valid());
+        for byte in chunk.invalid() {
+            text.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    text
+}
+
+/// Names, and messages that quote them, come from outside: no control character may reach a
+/// terminal, and no line break a log.
+pub fn visible(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    shown
+}
+
+/// A path for people: [`to_text`], made [`visible`].
+pub fn path_text(path: &Path) -> String {
+    visible(&to_text(path.as_os_str()))
 }
 
 /// How bad a [`Finding`] is.
@@ -288,6 +323,18 @@ impl Finding {
         }
     }
 
+    /// The error that it was made from, as often as it is needed; causes are in the message.
+    pub fn to_error(&self) -> Error {
+        Error {
+            kind: self.kind,
+            message: self.message.clone(),
+            path: Some(self.path.clone()),
+            offset: self.offset,
+            remedy: self.remedy.clone(),
+            source: None,
+        }
+    }
+
     /// A warning: the bytes are right, but somebody should know.
     pub fn warning(kind: Kind, path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Finding {
@@ -303,13 +350,13 @@ impl Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
+        f.write_str(&path_text(&self.path))?;
         if let Some(o) = self.offset {
             write!(f, " at offset {o:#x}")?;
         }
-        write!(f, ": {}", self.message)?;
+        write!(f, ": {}", visible(&self.message))?;
         if let Some(r) = &self.remedy {
-            write!(f, " ({r})")?;
+            write!(f, " ({})", visible(r))?;
         }
         Ok(())
     }
@@ -328,6 +375,31 @@ mod tests {
         assert_eq!(e.to_string(), "/b/FULL-1-sda at offset 0x200: writing the header");
         assert_eq!(e.kind(), Kind::NoSpace);
         assert!(e.report().contains("No space left") && e.report().ends_with("(free some space)"));
+    }
+
+    #[test]
+    fn names_cannot_reach_the_terminal_as_control_characters() {
+        let path = Path::new(OsStr::from_bytes(b"/b/INC-1-\x1b[2J\nerror: \xff"));
+        let shown = "/b/INC-1-\\u{1b}[2J\\nerror: \\xff";
+        let e = Error::new(Kind::Corrupt, "bad name a\rb")
+            .at_path(path)
+            .remedy("remove c\x07d")
+            .with_source(io::Error::other("e\x08f"));
+        let report = format!("{shown}: bad name a\\rb: e\\u{{8}}f (remove c\\u{{7}}d)");
+        assert_eq!(e.report(), report);
+        assert_eq!(Finding::from_error(&e, path).to_string(), report);
+    }
+
+    #[test]
+    fn a_finding_gives_its_error_back() {
+        let e = Error::io(io::Error::from_raw_os_error(libc::EMFILE), "cannot open it")
+            .at_path("f")
+            .at_offset(7)
+            .remedy("raise the limit");
+        assert_eq!(e.os_code(), Some(libc::EMFILE));
+        let finding = Finding::from_error(&e, "g");
+        assert_eq!(finding.to_error().report(), e.report());
+        assert_eq!(Finding::from_error(&finding.to_error(), "g"), finding);
     }
 
     #[test]

@@ -175,6 +175,11 @@ impl SourceFile {
         self.file.take();
     }
 
+    /// Whether it has been opened.
+    pub fn is_open(&self) -> bool {
+        self.file.get().is_some()
+    }
+
     /// The open file; opened, and its identity compared, on first use.
     pub fn file(&self) -> Result<&File> {
         if let Some(f) = self.file.get() {

@@ -7,5 +7,7 @@ cd "$(dirname "$0")/../.."
 deps_rust
 deps_build
 deps_qemu
+deps_filesystems
+deps_bench
 cargo build --release --quiet
 exec python3 contrib/bench/restore.py --fleecefs "${CARGO_TARGET_DIR:-target}/release/fleecefs" "$@"

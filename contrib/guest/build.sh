@@ -167,6 +167,7 @@ build() {
 target=$(cache_dir)
 if [ ! -e "$target/root.qcow2" ]; then
     deps_rust
+    deps_build
     deps_guest
     deps_qemu
     say "building the guest in $target"

@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::Level;
+pub use crate::error::to_text;
 
 /// What a file is, judged by its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,19 +105,6 @@ pub fn promise(name: &OsStr) -> Promise {
         () if is_in(&FOREIGN_EXTENSIONS) => Promise::Foreign,
         () => Promise::Nothing,
     }
-}
-
-/// A name as text: as it is where it is UTF-8, other bytes as `\xNN`, so that different names stay
-/// different to the eye.
-pub fn to_text(name: &OsStr) -> String {
-    let mut text = String::new();
-    for chunk in name.as_bytes().utf8_chunks() {
-        text.push_str(chunk.valid());
-        for byte in chunk.invalid() {
-            text.push_str(&format!("\\x{byte:02x}"));
-        }
-    }
-    text
 }
 
 fn split_level(bytes: &[u8]) -> Option<(Level, &[u8])> {

@@ -213,6 +213,10 @@ impl Walk<'_> {
         folders: &mut Vec<PathBuf>,
     ) {
         let name = entry.file_name();
+        // Before anything is asked about it: a mount of ours there would take that for use.
+        if !self.options.skip.is_empty() && self.options.skip.contains(&entry.path()) {
+            return;
+        }
         let meta = match entry.metadata() {
             Ok(m) => m,
             // Removed or renamed since the folder was read.

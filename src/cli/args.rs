@@ -2,10 +2,41 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
+/// The codes are those of [`crate::error::Kind::table`].
+const AFTER_HELP: &str = "\
+Examples:
+  fleecefs list /backups/vm1                        what is there, and can it be used
+  fleecefs mount /backups/vm1 /mnt/vm1              every point as a raw image
+  fleecefs restore /backups/vm1 sda/latest vm1.qcow2
+  fleecefs backup --qmp /run/vm1.sock --level auto --target /backups/vm1
+  fleecefs verify /backups/vm1
+
+Exit codes:
+    0  all is well
+    1  reading or writing failed
+    2  the command line makes no sense
+    3  a file, disk or point does not exist
+    4  what should be made exists already
+    5  not permitted
+    6  in use by somebody else: a lock, a socket, a mount
+    7  no space left
+   10  a backup is corrupt or cut
+   11  a backup is encrypted, or needs a feature that is not known
+   12  a point needs something that is missing
+   13  a file changed while it was being read
+   14  QEMU or the guest agent answered with an error
+   15  no answer in time
+   16  part of the work was done: some disks have a new point, others have not
+   17  something was left out, and --strict was given
+   18  a check found a backup unsound
+   19  a check could not prove a backup sound
+  130  ended by a signal or by 'cancel'";
+
 /// Mount a directory of QEMU backups: every point in time of every disk is a plain, read-only raw
 /// image.
 #[derive(Debug, Parser)]
 #[command(name = "fleecefs", version, propagate_version = true, max_term_width = 100)]
+#[command(after_help = AFTER_HELP)]
 pub struct Cli {
     /// Say more: once for progress of the work, twice for details, three times for everything
     #[arg(short, long, global = true, action = ArgAction::Count)]

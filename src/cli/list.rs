@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk, Level, Point};
-use crate::error::{Error, Finding, Kind, Result, Severity};
+use crate::error::{Error, Finding, Kind, Result, Severity, path_text, visible};
 use crate::units::human_bytes;
 
 /// Show the disks, chains and points of a backup directory
@@ -153,17 +153,6 @@ fn write_findings(text: &mut String, catalog: &Catalog) {
 
 fn relative<'a>(catalog: &Catalog, path: &'a Path) -> &'a Path {
     path.strip_prefix(&catalog.root).ok().filter(|p| !p.as_os_str().is_empty()).unwrap_or(path)
-}
-
-/// Names come from outside: no control character may reach the terminal.
-fn visible(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
-        .collect()
-}
-
-fn path_text(path: &Path) -> String {
-    visible(&to_text(path.as_os_str()))
 }
 
 /// The whole catalog for scripts. Paths that are not UTF-8 have `\xNN` in them.

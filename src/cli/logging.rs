@@ -1,4 +1,5 @@
-//! Where log lines go: standard error, a file, or the system log once in the background.
+//! Where log lines go: standard error, a file, or the system log once in the background. One message
+//! is one line: names in it come from outside and must not look like lines of their own.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -6,6 +7,8 @@ use std::io::Write;
 use std::sync::Mutex;
 
 use log::{Level, Log, Metadata, Record};
+
+use crate::error::visible;
 
 /// Where lines go from now on.
 pub enum Sink {
@@ -61,8 +64,9 @@ impl Log for Switch {
 fn to_file(file: &mut File, record: &Record) {
     let level = record.level().as_str().to_ascii_lowercase();
     let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
+    let text = visible(&record.args().to_string());
     // There is nobody left to tell if this fails.
-    let _ = file.write_all(format!("{now} fleecefs {level}: {}\n", record.args()).as_bytes());
+    let _ = file.write_all(format!("{now} fleecefs {level}: {text}\n").as_bytes());
 }
 
 fn to_system(record: &Record) {
@@ -72,7 +76,7 @@ fn to_system(record: &Record) {
         Level::Info => libc::LOG_INFO,
         Level::Debug | Level::Trace => libc::LOG_DEBUG,
     };
-    if let Ok(text) = CString::new(record.args().to_string().replace('\0', " ")) {
+    if let Ok(text) = CString::new(visible(&record.args().to_string())) {
         // SAFETY: a constant format and a C string for its one argument.
         unsafe { libc::syslog(priority, c"%s".as_ptr(), text.as_ptr()) };
     }

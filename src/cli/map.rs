@@ -1,6 +1,7 @@
 //! `fleecefs map`: the extents of a point, as `qemu-img map` shows them.
 
-use std::fmt::Write;
+use std::io::{BufWriter, ErrorKind, Write};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -8,8 +9,8 @@ use serde::Serialize;
 
 use crate::chain::POINT_HELP;
 use crate::chain::scan::{ScanOptions, scan};
-use crate::error::Result;
-use crate::extent::ExtentList;
+use crate::error::{Error, Result, to_text, visible};
+use crate::extent::Content;
 use crate::image::{Cache, FoldedExtent, Image, Source, open_point};
 
 /// Show where the bytes of a point are: which file, which offset, and what is a hole
@@ -17,6 +18,10 @@ use crate::image::{Cache, FoldedExtent, Image, Source, open_point};
 /// The output follows 'qemu-img map'. In JSON, 'depth' counts layers from the newest (0), 'present'
 /// is false where no layer has anything, and 'error' is true where the bytes cannot be read.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fleecefs map /backups/vm1 sda/latest
+  fleecefs map /backups/vm1 INC-1706260646-sda.qcow2 --output=json --max-length=1G")]
 pub struct MapArgs {
     /// The backup directory
     dir: PathBuf,
@@ -52,7 +57,7 @@ struct Row {
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    file: Option<PathBuf>,
+    file: Option<String>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     error: bool,
 }
@@ -70,62 +75,102 @@ pub fn run(args: MapArgs) -> Result<()> {
     let image = open_point(disk, point, &Cache::new(CACHE_BYTES))?;
     let start = args.start_offset.min(image.size());
     let end = args.max_length.map_or(image.size(), |n| start.saturating_add(n)).min(image.size());
-    let mut extents = ExtentList::new(start);
-    image.for_each_extent(start..end, |e| {
-        extents.push(e.len, e.content);
-        true
-    })?;
-    let rows: Vec<Row> = extents.as_slice().iter().map(|e| row(&image, e)).collect();
-    super::print(&match args.output {
-        Output::Json => json(&rows)?,
-        Output::Human => table(&rows),
-    })
+    let out = BufWriter::new(std::io::stdout().lock());
+    let mut rows = Rows { depth: image.depth(), image: &image, args: &args, out, any: false };
+    match rows.write(start..end)? {
+        // A reader that went away ('| head') is not an error.
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        done => done.map_err(|e| Error::io(e, "cannot write to standard output")),
+    }
 }
 
-fn row(image: &Image, e: &FoldedExtent) -> Row {
+/// Writes rows while the image is being folded: a disk may have any number of them.
+struct Rows<'a, W> {
+    image: &'a Image,
+    depth: usize,
+    args: &'a MapArgs,
+    out: W,
+    /// Whether there was a row already.
+    any: bool,
+}
+
+impl<W: Write> Rows<'_, W> {
+    /// The outer result is the image's, the inner one the output's.
+    fn write(&mut self, range: Range<u64>) -> Result<std::io::Result<()>> {
+        let json = self.args.output == Output::Json;
+        let mut done = match json {
+            true => write!(self.out, "["),
+            false => writeln!(self.out, "{}", line(["Offset", "Length", "Mapped to", "File"])),
+        };
+        // Extents are split at the borders of windows; only the last may go on.
+        let mut last: Option<FoldedExtent> = None;
+        self.image.for_each_extent(range, |e| {
+            if done.is_err() {
+                return false;
+            }
+            match &mut last {
+                Some(l) if l.content.continues(l.len, e.content) => l.len += e.len,
+                Some(l) => done = self.row(&std::mem::replace(l, e)),
+                None => last = Some(e),
+            }
+            done.is_ok()
+        })?;
+        if let Some(e) = last
+            && done.is_ok()
+        {
+            done = self.row(&e);
+        }
+        if json && done.is_ok() {
+            done = writeln!(self.out, "]");
+        }
+        Ok(done.and_then(|()| self.out.flush()))
+    }
+
+    fn row(&mut self, e: &FoldedExtent) -> std::io::Result<()> {
+        let row = row(self.image, self.depth, e);
+        if self.args.output == Output::Json {
+            let between = if std::mem::replace(&mut self.any, true) { ",\n" } else { "" };
+            return write!(self.out, "{between}{}", serde_json::to_string(&row)?);
+        }
+        if !row.data {
+            return Ok(());
+        }
+        let place = match (row.offset, row.compressed) {
+            (Some(o), _) => format!("{o:#x}"),
+            (None, true) => "(compressed)".into(),
+            (None, false) => "(unreadable)".into(),
+        };
+        let (start, length) = (format!("{:#x}", row.start), format!("{:#x}", row.length));
+        let file = row.file.map(|f| visible(&f)).unwrap_or_default();
+        writeln!(self.out, "{}", line([&start, &length, &place, &file]))
+    }
+}
+
+/// One line of the table.
+fn line([offset, length, place, file]: [&str; 4]) -> String {
+    format!("{offset:<18}{length:<18}{place:<18}{file}")
+}
+
+fn row(image: &Image, depth: usize, e: &FoldedExtent) -> Row {
     let layer = e.content.layer();
     let offset = match e.content {
         Source::Data { host, .. } => Some(host),
         _ => None,
     };
+    let file = layer.map(|l| match e.content {
+        Source::Data { file, .. } => image.file_path(l, file),
+        _ => image.layer_path(l),
+    });
     Row {
         start: e.start,
         length: e.len,
-        depth: layer.map_or(0, |l| image.depth() - 1 - usize::from(l)),
+        depth: layer.map_or(0, |l| depth - 1 - usize::from(l)),
         present: layer.is_some(),
         zero: e.content.is_hole(),
         data: !e.content.is_hole(),
         compressed: matches!(e.content, Source::Compressed { .. }),
         offset,
-        file: layer.map(|l| match e.content {
-            Source::Data { file, .. } => image.file_path(l, file).to_path_buf(),
-            _ => image.layer_path(l).to_path_buf(),
-        }),
+        file: file.map(|f| to_text(f.as_os_str())),
         error: matches!(e.content, Source::Bad { .. }),
     }
-}
-
-fn json(rows: &[Row]) -> Result<String> {
-    let lines: Vec<String> = rows
-        .iter()
-        .map(serde_json::to_string)
-        .collect::<std::result::Result<_, _>>()
-        .map_err(|e| super::usage(format!("cannot write JSON: {e}")))?;
-    Ok(format!("[{}]\n", lines.join(",\n")))
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut text = format!("{:<18}{:<18}{:<18}{}\n", "Offset", "Length", "Mapped to", "File");
-    for r in rows.iter().filter(|r| r.data) {
-        let place = match (r.offset, r.compressed) {
-            (Some(o), _) => format!("{o:#x}"),
-            (None, true) => "(compressed)".into(),
-            (None, false) => "(unreadable)".into(),
-        };
-        let file = r.file.as_deref().map(|f| f.display().to_string()).unwrap_or_default();
-        let (start, length) = (format!("{:#x}", r.start), format!("{:#x}", r.length));
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "{start:<18}{length:<18}{place:<18}{file}");
-    }
-    text
 }

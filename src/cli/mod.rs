@@ -20,6 +20,7 @@ mod recover;
 mod restore;
 mod serve;
 mod umount;
+mod users;
 mod verbs;
 mod verify;
 mod work;
@@ -31,7 +32,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, visible};
 use args::{Cli, Command};
 use options::Helper;
 
@@ -95,7 +96,8 @@ fn init_logging(cli: &Cli) {
     let mut builder = env_logger::Builder::from_env(env);
     builder.format(|out, r| {
         let level = r.level().as_str().to_ascii_lowercase();
-        writeln!(out, "{} fleecefs {level}: {}", out.timestamp_seconds(), r.args())
+        let text = visible(&r.args().to_string());
+        writeln!(out, "{} fleecefs {level}: {text}", out.timestamp_seconds())
     });
     logging::start(builder.build());
 }

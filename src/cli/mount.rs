@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{daemon, mountinfo, options, serve};
-use crate::error::{Error, Kind, Result};
+use super::logging::{self, Sink};
+use super::mountinfo::Mount;
+use super::{daemon, mountinfo, options, serve, users};
+use crate::error::{Error, Kind, Result, path_text};
 use crate::fuse::Access;
 use crate::units::parse_bytes;
 
@@ -37,7 +39,7 @@ pub struct MountArgs {
     /// An existing directory to mount at
     pub mountpoint: PathBuf,
 
-    /// Stay in the foreground and log to standard error
+    /// Stay in the foreground and log to standard error, or to --log-file
     #[arg(short, long)]
     pub foreground: bool,
 
@@ -49,12 +51,12 @@ pub struct MountArgs {
     #[arg(long)]
     pub allow_root: bool,
 
-    /// Owner of all files [default: the user who mounts]
-    #[arg(long, value_name = "UID")]
+    /// Owner of all files, by name or number [default: the user who mounts]
+    #[arg(long, value_name = "UID", value_parser = users::user)]
     pub uid: Option<u32>,
 
-    /// Group of all files [default: that of the user who mounts]
-    #[arg(long, value_name = "GID")]
+    /// Group of all files, by name or number [default: that of the user who mounts]
+    #[arg(long, value_name = "GID", value_parser = users::group)]
     pub gid: Option<u32>,
 
     /// Permission bits of the files, octal; folders get x where files have r [default: 0400]
@@ -78,7 +80,7 @@ pub struct MountArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub poll_interval: Option<Duration>,
 
-    /// Where the background process logs [default: the system log]
+    /// Where to log [default: the system log, in the foreground standard error]
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 
@@ -113,23 +115,27 @@ pub fn mount(mut args: MountArgs) -> Result<()> {
         options::apply(&mut args, &list)?;
     }
     let plan = plan(&args)?;
+    let log = args.log_file.as_deref().map(daemon::open_log).transpose()?;
     if args.foreground {
+        if let Some(file) = log {
+            logging::redirect(Sink::File(file));
+        }
         return serve::serve(&plan, daemon::tell_systemd);
     }
-    let log = args.log_file.as_deref().map(daemon::open_log).transpose()?;
     daemon::background(log, |ready| serve::serve(&plan, ready))
 }
 
 fn plan(args: &MountArgs) -> Result<Plan> {
     let backups = directory(&args.backups, "the backup directory")?;
-    let mountpoint = directory(&args.mountpoint, "the mount point")?;
-    check_apart(&backups, &mountpoint)?;
-    if let Some(mount) = mountinfo::find(&mountpoint)?.filter(|m| m.is_fleecefs()) {
-        let text = format!("{} is mounted here already", mount.source);
-        return Err(Error::new(Kind::Busy, text)
-            .at_path(&mountpoint)
-            .remedy("'fleecefs umount MOUNTPOINT' first"));
+    // Looked up before anything asks the mount itself: its server may be dead.
+    if let Some(mount) = mountinfo::at(&args.mountpoint)?.filter(Mount::is_fleecefs) {
+        return Err(mounted_already(&mount));
     }
+    let mountpoint = directory(&args.mountpoint, "the mount point")?;
+    if let Some(mount) = mountinfo::find(&mountpoint)?.filter(Mount::is_fleecefs) {
+        return Err(mounted_already(&mount));
+    }
+    check_apart(&backups, &mountpoint)?;
     let access = access(args)?;
     // SAFETY: these calls cannot fail.
     let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
@@ -154,16 +160,30 @@ fn plan(args: &MountArgs) -> Result<Plan> {
     })
 }
 
+fn mounted_already(mount: &Mount) -> Error {
+    let path = path_text(&mount.path);
+    let remedy = format!("'fleecefs umount {path}' first");
+    let text = match std::fs::metadata(&mount.path).err().and_then(|e| e.raw_os_error()) {
+        Some(libc::ENOTCONN) => {
+            format!("a dead mount of {} is in the way: its process was killed", mount.source)
+        }
+        _ => format!("{} is mounted here already", mount.source),
+    };
+    Error::new(Kind::Busy, text).at_path(&mount.path).remedy(remedy)
+}
+
 fn directory(path: &Path, what: &str) -> Result<PathBuf> {
-    let absolute = path.canonicalize().map_err(|e| {
+    let failed = |e: std::io::Error| {
         let dead = e.raw_os_error() == Some(libc::ENOTCONN);
         let error = Error::io(e, format!("cannot use {what}")).at_path(path);
-        if dead { error.remedy("a dead mount is in the way: fleecefs umount it") } else { error }
-    })?;
-    if !absolute.is_dir() {
+        if dead { error.remedy("a dead mount is in the way; unmount it first") } else { error }
+    };
+    // Finding the absolute path alone succeeds on a dead mount.
+    let meta = std::fs::metadata(path).map_err(failed)?;
+    if !meta.is_dir() {
         return Err(Error::new(Kind::Usage, format!("{what} is not a directory")).at_path(path));
     }
-    Ok(absolute)
+    path.canonicalize().map_err(failed)
 }
 
 /// The mount must not cover what it reads. Inside the backup directory it may lie; it is left out.

@@ -123,6 +123,26 @@ pub fn find(path: &Path) -> Result<Option<Mount>> {
     Ok(text.lines().filter_map(Mount::parse).rfind(|m| m.path == path))
 }
 
+/// What is mounted at `path`, however it is written. The path itself is not looked at, only the
+/// folder it lies in: its server may be dead or hang.
+///
+/// # Errors
+/// The list cannot be read.
+pub fn at(path: &Path) -> Result<Option<Mount>> {
+    let wrong = |e| Error::io(e, "cannot find the mount point").at_path(path);
+    let absolute = std::path::absolute(path).map_err(wrong)?;
+    if let Some(mount) = find(&absolute)? {
+        return Ok(Some(mount));
+    }
+    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
+        return Ok(None);
+    };
+    match parent.canonicalize() {
+        Ok(parent) => find(&parent.join(name)),
+        Err(_) => Ok(None),
+    }
+}
+
 /// Unmounts what is at `path`: directly, or with fusermount where the kernel wants root.
 ///
 /// # Errors

@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use super::mount::{MountArgs, parse_duration, parse_mode};
+use super::users;
 use crate::error::Result;
 use crate::units::parse_bytes;
 
@@ -90,8 +91,8 @@ fn set(args: &mut MountArgs, key: &str, value: Option<&str>) -> Result<bool> {
         "allow_other" => args.allow_other = true,
         "allow_root" => args.allow_root = true,
         "foreground" => args.foreground = true,
-        "uid" => args.uid = Some(number(need()?)?),
-        "gid" => args.gid = Some(number(need()?)?),
+        "uid" => args.uid = Some(users::user(need()?).map_err(wrong)?),
+        "gid" => args.gid = Some(users::group(need()?).map_err(wrong)?),
         "mode" => args.mode = Some(parse_mode(need()?).map_err(wrong)?),
         "cache_size" => args.cache_size = Some(parse_bytes(need()?).map_err(wrong)?),
         "threads" => args.threads = Some(threads(number(need()?)?)?),
@@ -117,7 +118,7 @@ pub enum Helper {
     No,
     /// Continue with this command line.
     Run(Vec<OsString>),
-    /// `mount -f`: do everything but mount.
+    /// `mount -f` of mount(8): do everything but mount.
     Nothing,
 }
 
@@ -138,7 +139,8 @@ pub fn helper(args: &[OsString]) -> Helper {
     let mut rest = args.iter().skip(1);
     while let Some(arg) = rest.next() {
         match arg.to_string_lossy().as_ref() {
-            "-f" => return Helper::Nothing,
+            // Of mount(8), "fake"; typed by somebody, "foreground".
+            "-f" if is_helper => return Helper::Nothing,
             "-s" => run.extend(["-o".into(), "sloppy".into()]),
             "-n" | "-v" => {}
             "-N" | "-t" => drop(rest.next()),
@@ -186,5 +188,7 @@ mod tests {
         assert_eq!(helper(&args(&by_type)), want);
         assert_eq!(helper(&args(&["fleecefs", "/b", "/m", "-o", "rw"])), want);
         assert_eq!(helper(&args(&["mount.fleecefs", "/b", "/m", "-f"])), Helper::Nothing);
+        let want = Helper::Run(args(&["fleecefs", "mount", "/b", "/m", "-f"]));
+        assert_eq!(helper(&args(&["fleecefs", "/b", "/m", "-f"])), want);
     }
 }

@@ -14,8 +14,9 @@ use signal_hook::iterator::Signals;
 
 use super::mount::Plan;
 use super::mountinfo::{self, Mount};
+use crate::chain::Catalog;
 use crate::chain::scan::{self, ProbeCache, ScanOptions};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, path_text, visible};
 use crate::fs::FileSystem;
 use crate::fs::watch::{Waker, Watch};
 use crate::fuse::{self, Mounted, Notify};
@@ -25,6 +26,8 @@ use crate::image::Cache;
 const READ_AHEAD_KB: u32 = 4096;
 /// How often the control thread looks whether there is something to do.
 const TICK: Duration = Duration::from_millis(500);
+/// Descriptors for everything but layers, with room to spare.
+const OTHER_FILES: u64 = 64;
 /// Dropping a catalog of long chains must not run out of stack.
 const WATCH_STACK: usize = 16 << 20;
 
@@ -35,7 +38,6 @@ const WATCH_STACK: usize = 16 << 20;
 pub fn serve(plan: &Plan, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     raise_file_limit();
     log_panics();
-    let signals = signals()?;
     let waker = Waker::new().map_err(|e| Error::io(e, "cannot make an eventfd"))?;
     let waker = Arc::new(waker);
     // First the watches, then the scan: what changes in between is noticed.
@@ -45,12 +47,16 @@ pub fn serve(plan: &Plan, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
         log::warn!("{}: no point can be served", plan.backups.display());
     }
+    check_file_limit(&catalog);
     let cache = Cache::new(plan.cache_size);
     let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());
     let fs = Arc::new(fs);
+    // Until now a signal simply ended the process, however long the scan took.
+    let signals = signals()?;
     let mounted = fuse::mount(fs.clone(), &plan.mountpoint, &fuse_options(plan))?;
     settle(&plan.mountpoint)?;
-    let refresh = Refresh { fs: fs.clone(), notify: mounted.notifier(), options, probes };
+    let notify = mounted.notifier();
+    let refresh = Refresh { fs: fs.clone(), notify, options, probes, failing: false };
     start("watch", WATCH_STACK, move || refresh.run(watch, &waker))?;
     control(plan, &fs, signals)?;
     ready()?;
@@ -96,6 +102,8 @@ struct Refresh {
     notify: Notify,
     options: ScanOptions,
     probes: ProbeCache,
+    /// Whether the last look failed.
+    failing: bool,
 }
 
 impl Refresh {
@@ -116,9 +124,16 @@ impl Refresh {
                 self.probes = probes;
                 let changes = self.fs.install(catalog);
                 self.notify.tell(&changes);
+                if std::mem::take(&mut self.failing) {
+                    log::warn!("{} can be read again", path_text(&root));
+                }
                 log::debug!("read {} again", root.display());
             }
-            Err(e) => log::error!("kept the old points: {}", e.report()),
+            // Said once, not at each look.
+            Err(e) if !std::mem::replace(&mut self.failing, true) => {
+                log::error!("kept the old points: {}", e.report());
+            }
+            Err(e) => log::debug!("kept the old points: {}", e.report()),
         }
     }
 }
@@ -154,21 +169,26 @@ struct Control {
 
 impl Control {
     /// Waits for a reason to unmount. A busy mount is tried again until it is free; a second
-    /// signal detaches it at once, and the process ends with its last open file.
+    /// signal detaches it at once, and the process ends with its last open file. A third ends it
+    /// there and then.
     fn run(self) {
-        let mut signals = 0;
+        let (mut signals, mut unmounted) = (0, false);
         loop {
             match self.told.recv_timeout(TICK) {
-                Ok(signal) => {
+                Ok(signal) if signals < 2 => {
                     signals += 1;
                     log::info!("signal {signal}: unmounting");
+                }
+                Ok(signal) => {
+                    log::warn!("signal {signal}, the third: ending with files still open");
+                    std::process::exit(i32::from(Kind::Interrupted.exit_code()));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             let idle = self.idle_timeout.is_some_and(|t| self.fs.idle_seconds() >= t);
-            if (signals > 0 || idle) && self.unmount(signals) {
-                return;
+            if !unmounted && (signals > 0 || idle) {
+                unmounted = self.unmount(signals);
             }
         }
     }
@@ -217,6 +237,41 @@ pub(super) fn raise_file_limit() {
             libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
         }
     }
+}
+
+/// Says so where a chain has more files than may be open at once, before somebody opens its points.
+fn check_file_limit(catalog: &Catalog) {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid pointer.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    let (longest, files) = longest_chain(catalog);
+    // The rest of the program needs a few, too.
+    if known && files.saturating_add(OTHER_FILES) > limit.rlim_cur {
+        log::warn!(
+            "{}: a chain of {files} files, and only {} may be open: some of its points cannot be \
+             opened; raise the hard limit (ulimit -Hn, LimitNOFILE=) or consolidate the chain",
+            visible(&longest),
+            limit.rlim_cur
+        );
+    }
+}
+
+/// The point made of the most files, and how many.
+fn longest_chain(catalog: &Catalog) -> (String, u64) {
+    let mut longest = (String::new(), 0);
+    for disk in &catalog.disks {
+        let mut files: Vec<u64> = Vec::with_capacity(disk.points.len());
+        for point in &disk.points {
+            let below = point.parent.and_then(|p| files.get(p)).copied().unwrap_or(0);
+            let own = point.layers.iter().map(|l| 1 + u64::from(l.data_file.is_some()));
+            let all = below.saturating_add(own.sum());
+            if all > longest.1 {
+                longest = (point.name.clone(), all);
+            }
+            files.push(all);
+        }
+    }
+    longest
 }
 
 /// A panic in the background must not vanish with standard error.

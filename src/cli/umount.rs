@@ -35,20 +35,10 @@ pub fn umount(args: UmountArgs) -> Result<()> {
     Ok(())
 }
 
-/// The mount at `path`. The path itself is not looked at: its server may be dead.
 fn find(path: &Path) -> Result<Mount> {
     let wrong = |e| Error::io(e, "cannot find the mount point").at_path(path);
-    let absolute = std::path::absolute(path).map_err(wrong)?;
-    let mut candidates = vec![absolute.clone()];
-    if let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name())
-        && let Ok(parent) = parent.canonicalize()
-    {
-        candidates.push(parent.join(name));
-    }
-    for candidate in &candidates {
-        if let Some(mount) = mountinfo::find(candidate)? {
-            return ours(mount);
-        }
+    if let Some(mount) = mountinfo::at(path)? {
+        return ours(mount);
     }
     match mountinfo::find(&path.canonicalize().map_err(wrong)?)? {
         Some(mount) => ours(mount),

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::attr::time_text;
 use super::tree::Tree;
 use crate::chain::{Disk, Level, Point};
-use crate::error::Finding;
+use crate::error::{Finding, to_text};
 use crate::image::CacheFigures;
 
 /// What the tree does not know about the mount.
@@ -25,11 +25,12 @@ pub struct Running {
     pub cache: CacheFigures,
 }
 
+/// The whole text. Paths that are not UTF-8 have `\xNN` in them, as in `list`.
 #[derive(Serialize)]
 struct Status<'a> {
     fleecefs: &'static str,
     pid: u32,
-    backups: &'a Path,
+    backups: String,
     scanned: String,
     #[serde(flatten)]
     running: Running,
@@ -39,7 +40,7 @@ struct Status<'a> {
 
 #[derive(Serialize)]
 struct DiskStatus<'a> {
-    path: &'a Path,
+    path: String,
     chains: Vec<ChainStatus<'a>>,
     findings: &'a [Finding],
 }
@@ -58,9 +59,9 @@ struct PointStatus<'a> {
     time: String,
     size: u64,
     own_bytes: u64,
-    source: &'a Path,
+    source: String,
     /// Below the mount point; `null` if the point is not served.
-    file: Option<&'a Path>,
+    file: Option<String>,
     /// Why it is not served.
     #[serde(skip_serializing_if = "Option::is_none")]
     unavailable: Option<&'a Finding>,
@@ -80,7 +81,7 @@ pub fn render(tree: &Tree, running: Running) -> Vec<u8> {
     let status = Status {
         fleecefs: env!("CARGO_PKG_VERSION"),
         pid: std::process::id(),
-        backups: root,
+        backups: to_text(root.as_os_str()),
         scanned: scanned(tree.built),
         running,
         disks: disks.map(|(index, disk)| disk_status(index, disk, root, &served)).collect(),
@@ -106,7 +107,7 @@ fn disk_status<'a>(
     for (p, point) in disk.points.iter().enumerate() {
         let mut status = point_status(disk, point, root);
         if let Some((path, bad)) = served.get(&(index, p)) {
-            status.file = Some(path);
+            status.file = Some(to_text(path.as_os_str()));
             status.bad_ranges = bad.len();
         }
         let chain = *chain_index.entry(&point.chain).or_insert_with(|| {
@@ -115,7 +116,7 @@ fn disk_status<'a>(
         });
         chains[chain].points.push(status);
     }
-    DiskStatus { path: &disk.path, chains, findings: &disk.findings }
+    DiskStatus { path: to_text(disk.path.as_os_str()), chains, findings: &disk.findings }
 }
 
 fn point_status<'a>(disk: &'a Disk, point: &'a Point, root: &Path) -> PointStatus<'a> {
@@ -126,7 +127,7 @@ fn point_status<'a>(disk: &'a Disk, point: &'a Point, root: &Path) -> PointStatu
         time: time_text(point.time),
         size: point.size,
         own_bytes: point.own_bytes,
-        source: point.source.strip_prefix(root).unwrap_or(&point.source),
+        source: to_text(point.source.strip_prefix(root).unwrap_or(&point.source).as_os_str()),
         file: None,
         unavailable: point.unavailable.as_ref(),
         bad_ranges: 0,

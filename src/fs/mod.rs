@@ -14,7 +14,9 @@ pub mod attr;
 pub mod buffer;
 pub mod control;
 pub mod handle;
+pub mod lane;
 pub mod names;
+mod number;
 pub mod point;
 pub mod tree;
 pub mod watch;
@@ -35,7 +37,7 @@ use control::Running;
 use handle::Handles;
 use point::PointFile;
 use tree::{Changes, EntryKind, Node, NodeKind, ROOT, Tree};
-use watch::Waker;
+use watch::{Mode, Waker};
 
 /// An errno, as the kernel wants it.
 pub type Errno = i32;
@@ -87,7 +89,7 @@ pub struct FileSystem {
     dirs: Handles<OpenDir>,
     cache: Arc<Cache>,
     owner: Owner,
-    watch: &'static str,
+    watch: Arc<Mode>,
     generation: AtomicU64,
     last_use: AtomicU64,
     waker: Arc<Waker>,
@@ -100,7 +102,7 @@ impl FileSystem {
         catalog: Catalog,
         cache: Arc<Cache>,
         owner: Owner,
-        watch: &'static str,
+        watch: Arc<Mode>,
         waker: Arc<Waker>,
     ) -> Self {
         let tree = Tree::build(catalog, None, &cache, |_| false);
@@ -126,7 +128,8 @@ impl FileSystem {
         let new = Arc::new(Tree::build(catalog, Some(&old), &self.cache, in_use));
         // Old images are marked before anybody can see the new ones.
         let changes = old.replaced_by(&new);
-        self.tree.store(new);
+        self.tree.store(new.clone());
+        self.renew_known(&new);
         self.generation.fetch_add(1, Ordering::Relaxed);
         changes
     }
@@ -138,6 +141,19 @@ impl FileSystem {
 
     fn known(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
         self.known.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Lets what the kernel knows be the new tree's. A node leads to the whole catalog that it was
+    /// made from: one kept per name that somebody once looked up would keep all catalogs for ever.
+    fn renew_known(&self, new: &Tree) {
+        let mut old = Vec::new();
+        for (ino, known) in self.known().iter_mut() {
+            if let Some(node) = new.node(*ino) {
+                old.push(std::mem::replace(&mut known.node, node.clone()));
+            }
+        }
+        // Only now, without the lock: dropping a catalog takes its time.
+        drop(old);
     }
 
     fn node(&self, ino: u64) -> Result<Arc<Node>, Errno> {
@@ -219,14 +235,19 @@ impl FileSystem {
     /// Opens a file. The result is the handle, and whether the kernel may keep cached pages.
     ///
     /// # Errors
-    /// EROFS for anything but reading, EISDIR, ESTALE.
+    /// EROFS for anything but reading, EISDIR, ESTALE; ENOENT if a file that the point is made of is
+    /// gone, EIO if it cannot be opened, ENFILE if there are too many.
     pub fn open(&self, ino: u64, flags: i32) -> Result<(u64, bool), Errno> {
         if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
             return Err(libc::EROFS);
         }
         let node = self.node(ino)?;
         let (file, keep) = match &node.kind {
-            NodeKind::File(file) => (OpenFile::Point(file.clone()), true),
+            NodeKind::File(file) => {
+                // Whoever has a point open keeps it, even if its files are removed before a read.
+                file.image.open_files().map_err(|e| self.not_opened(file, &e))?;
+                (OpenFile::Point(file.clone()), true)
+            }
             NodeKind::Status => (OpenFile::Status(self.status_text()), false),
             NodeKind::Dir(_) => return Err(libc::EISDIR),
             NodeKind::Link(_) => return Err(libc::ELOOP),
@@ -242,7 +263,7 @@ impl FileSystem {
     /// Reads into `buf` what there is of it; 0 at the end.
     ///
     /// # Errors
-    /// EBADF, or the errno of the read's error, which is in the log and in the findings.
+    /// EBADF; else EIO, whose reason is in the log and in the findings.
     pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
         let open = self.files.get(handle).ok_or(libc::EBADF)?;
         match open.as_deref().ok_or(libc::EBADF)? {
@@ -259,6 +280,17 @@ impl FileSystem {
                 Ok(n)
             }
         }
+    }
+
+    /// Whether reading `len` bytes at `offset`, or as far as there are any, has to wait for something
+    /// that may take minutes.
+    pub fn must_wait(&self, handle: u64, offset: u64, len: u64) -> bool {
+        let open = self.files.get(handle);
+        let Some(OpenFile::Point(file)) = open.as_ref().and_then(|g| g.as_deref()) else {
+            return false;
+        };
+        let end = offset.saturating_add(len).min(file.image.size());
+        file.image.must_wait(offset..end)
     }
 
     /// `lseek` for `SEEK_DATA` and `SEEK_HOLE`.
@@ -291,15 +323,32 @@ impl FileSystem {
         i64::try_from(found).map_err(|_| libc::EOVERFLOW)
     }
 
-    /// The errno of a failed read. The image has logged the reason, once.
+    /// The errno of a failed read or seek: EIO whatever the kind, since those calls know no other
+    /// that says "this cannot be read" and nothing else. The image has logged the reason, once.
     fn failed(&self, file: &PointFile, error: &Error) -> Errno {
         log::debug!("{}", error.report());
-        // Once it is replaced in the tree, there is nothing new to look for.
-        let is_current = || self.tree.load().files().any(|f| Arc::ptr_eq(&f.image, &file.image));
-        if error.kind() == Kind::Changed && is_current() {
+        if error.kind() == Kind::Changed {
+            self.look_again(file);
+        }
+        libc::EIO
+    }
+
+    /// The errno of a failed open.
+    fn not_opened(&self, file: &PointFile, error: &Error) -> Errno {
+        log::debug!("{}", error.report());
+        if matches!(error.os_code(), Some(libc::EMFILE | libc::ENFILE)) {
+            return libc::ENFILE;
+        }
+        // Something is gone or another, and the next look will say what.
+        self.look_again(file);
+        if error.kind() == Kind::NotFound { libc::ENOENT } else { libc::EIO }
+    }
+
+    /// Has the backup directory looked at. Once `file` is replaced in the tree, there is nothing new.
+    fn look_again(&self, file: &PointFile) {
+        if self.tree.load().files().any(|f| Arc::ptr_eq(&f.image, &file.image)) {
             self.waker.wake();
         }
-        error.errno()
     }
 
     /// Opens a folder.
@@ -372,7 +421,7 @@ impl FileSystem {
         let running = Running {
             generation: self.generation.load(Ordering::Relaxed),
             open_files: self.files.len(),
-            watch: self.watch,
+            watch: self.watch.word(),
             cache: self.cache.figures(),
         };
         control::render(&self.tree.load(), running)

@@ -2,7 +2,7 @@
 //!
 //! Folders stand; points get `-2`; `latest.raw` is left out; links in `by-time` get `-2`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
@@ -18,6 +18,8 @@ const NAME_MAX: usize = 255;
 pub struct Folder {
     /// What is in it, sorted by name.
     pub children: BTreeMap<OsString, Child>,
+    /// The first number that may still be free, of names that are taken.
+    numbers: HashMap<OsString, usize>,
 }
 
 /// What a name stands for.
@@ -56,14 +58,20 @@ impl Folder {
     }
 
     /// A name that is still free: `stem.raw`, else `stem-2.raw` and so on.
-    pub fn free_name(&self, stem: &OsStr) -> OsString {
-        let mut name = raw_name(stem, 1);
-        let mut n = 1;
-        while self.children.contains_key(&name) {
-            n += 1;
-            name = raw_name(stem, n);
+    pub fn free_name(&mut self, stem: &OsStr) -> OsString {
+        let name = raw_name(stem, 1);
+        if !self.children.contains_key(&name) {
+            return name;
         }
-        name
+        // Thousands of points may have the same time: do not count from 2 for each.
+        let next = self.numbers.entry(stem.to_os_string()).or_insert(2);
+        loop {
+            let name = raw_name(stem, *next);
+            *next += 1;
+            if !self.children.contains_key(&name) {
+                return name;
+            }
+        }
     }
 }
 
@@ -108,6 +116,21 @@ fn time_name(time: i64) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_names_of_one_stem_are_numbered_without_counting_again() {
+        let mut folder = Folder::default();
+        folder.children.insert("a-3.raw".into(), Child::Status);
+        let mut names = Vec::new();
+        // Counting from 1 each time would take 2,000,000,000 steps.
+        for _ in 0..65_536 {
+            let name = folder.free_name(OsStr::new("a"));
+            assert!(folder.children.insert(name.clone(), Child::Status).is_none());
+            names.push(name);
+        }
+        assert_eq!(names[..4], ["a.raw", "a-2.raw", "a-4.raw", "a-5.raw"]);
+        assert_eq!(names[65_535], "a-65537.raw");
+    }
 
     #[test]
     fn hostile_names_become_possible_ones() {

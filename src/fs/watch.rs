@@ -13,9 +13,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use inotify::{EventMask, Inotify, WatchMask};
+
+use crate::error::path_text;
 
 /// Events that follow each other more closely than this are taken together.
 const QUIET: Duration = Duration::from_millis(200);
@@ -59,12 +63,37 @@ impl Waker {
     }
 }
 
+/// How changes are noticed at the moment; shared with whoever tells it.
+#[derive(Debug, Default)]
+pub struct Mode(AtomicU8);
+
+impl Mode {
+    const WORDS: [&'static str; 3] = ["inotify", "inotify and polling", "polling"];
+
+    /// In a word, for `status.json`.
+    pub fn word(&self) -> &'static str {
+        Self::WORDS[usize::from(self.0.load(Ordering::Relaxed)).min(2)]
+    }
+
+    fn set(&self, inotify: bool, polling: bool) {
+        let mode = match (inotify, polling) {
+            (true, false) => 0,
+            (true, true) => 1,
+            (false, _) => 2,
+        };
+        self.0.store(mode, Ordering::Relaxed);
+    }
+}
+
 /// Watches one backup directory.
 pub struct Watch {
     root: PathBuf,
     skip: PathBuf,
+    /// How often to look in any case.
     interval: Option<Duration>,
+    /// `None` while watches cannot be set; it is tried again with each look.
     inotify: Option<Inotify>,
+    mode: Arc<Mode>,
 }
 
 impl Watch {
@@ -74,22 +103,24 @@ impl Watch {
     pub fn new(root: &Path, skip: &Path, interval: Option<Duration>) -> Self {
         let interval = interval.or_else(|| is_remote(root).then_some(NETWORK_INTERVAL));
         let (root, skip) = (root.to_path_buf(), skip.to_path_buf());
-        let mut watch = Watch { root, skip, interval, inotify: None };
-        watch.renew();
+        let mut watch = Watch { root, skip, interval, inotify: None, mode: Arc::default() };
+        watch.renew(true);
         watch
     }
 
-    /// How changes are noticed, in a word for `status.json`.
-    pub fn mode(&self) -> &'static str {
-        match (&self.inotify, self.interval) {
-            (Some(_), None) => "inotify",
-            (Some(_), Some(_)) => "inotify and polling",
-            (None, _) => "polling",
-        }
+    /// How changes are noticed, now and later.
+    pub fn mode(&self) -> Arc<Mode> {
+        self.mode.clone()
     }
 
-    /// Watches all folders anew. Where that fails, polling takes over.
-    fn renew(&mut self) {
+    /// The time between two looks: where nothing can be watched there must be one.
+    fn polling(&self) -> Option<Duration> {
+        self.interval.or_else(|| self.inotify.is_none().then_some(NETWORK_INTERVAL))
+    }
+
+    /// Watches all folders anew. Where that fails, polling takes over. Says so when it begins and
+    /// when it is over, not each time.
+    fn renew(&mut self, watched: bool) {
         let renewed = Inotify::init().and_then(|inotify| {
             let mut remote = false;
             watch_below(&inotify, &self.root, &self.skip, &mut remote)?;
@@ -101,24 +132,27 @@ impl Watch {
         self.inotify = match renewed {
             Ok(inotify) => Some(inotify),
             Err(e) => {
-                let every = *self.interval.get_or_insert(NETWORK_INTERVAL);
-                log::warn!(
-                    "{}: cannot watch for changes, looking every {} s instead: {e}",
-                    self.root.display(),
-                    every.as_secs()
-                );
+                let every = self.interval.unwrap_or(NETWORK_INTERVAL).as_secs();
+                let text =
+                    format!("cannot watch for changes, looking every {every} s instead: {e}");
+                let level = if watched { log::Level::Warn } else { log::Level::Debug };
+                log::log!(level, "{}: {text}", path_text(&self.root));
                 None
             }
         };
+        if !watched && self.inotify.is_some() {
+            log::warn!("{}: watching for changes again", path_text(&self.root));
+        }
+        self.mode.set(self.inotify.is_some(), self.polling().is_some());
     }
 
     /// Calls `look` after each change, for ever.
     pub fn run(mut self, waker: &Waker, mut look: impl FnMut()) {
         loop {
-            let deadline = self.interval.map(|i| Instant::now() + i);
+            let deadline = self.polling().map(|i| Instant::now() + i);
             let Some(folders_changed) = self.wait(waker, deadline) else { continue };
             if folders_changed || self.inotify.is_none() {
-                self.renew();
+                self.renew(self.inotify.is_some());
             }
             let began = Instant::now();
             look();
@@ -317,6 +351,18 @@ mod tests {
     fn network_file_systems_are_known_and_local_ones_are_not() {
         assert!(is_remote_magic(0x6969) && is_remote_magic(0x6573_5546));
         assert!(!is_remote_magic(0xef53) && !is_remote_magic(0x0102_1994));
+    }
+
+    #[test]
+    fn what_cannot_be_watched_is_polled_until_it_can() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("backups");
+        let mut watch = Watch::new(&root, Path::new("/"), None);
+        let mode = watch.mode();
+        assert_eq!((mode.word(), watch.polling()), ("polling", Some(NETWORK_INTERVAL)));
+        std::fs::create_dir(&root).unwrap();
+        watch.renew(false);
+        assert_eq!((mode.word(), watch.polling()), ("inotify", None));
     }
 
     #[test]

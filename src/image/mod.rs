@@ -1,9 +1,11 @@
 //! A point's image: layers folded into extents, cached in windows, read by position.
 //!
 //! `map` folds the layers over one window of guest offsets, `cache` bounds what is kept, `reader`
-//! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes.
+//! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes; `lazy` opens
+//! layers when they are needed.
 
 mod cache;
+mod lazy;
 mod map;
 mod points;
 mod reader;

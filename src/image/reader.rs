@@ -15,10 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::cache::{Cache, SlotGroup, Window};
+use super::lazy::LazyLayer;
 use super::map::{Fold, FoldedExtent, Known, Source};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::{Extent, clipped};
-use crate::layer::{self, Layer, LayerSpec};
+use crate::layer::LayerSpec;
 use crate::storage::{ReadAt, SourceFile};
 
 /// Guest bytes that are folded at once. 64 MiB of 64 KiB clusters are at most 1,024 extents.
@@ -27,25 +28,10 @@ const WINDOW: u64 = 64 << 20;
 const MAX_WINDOWS: u64 = 1 << 20;
 /// Locks that keep two threads from folding the same window at the same time.
 const FOLD_LOCKS: usize = 16;
+/// Descriptors that opening a point leaves to everything else.
+const SPARE_FILES: u64 = 24;
 /// Findings kept per image.
 const MAX_FINDINGS: usize = 256;
-
-/// A layer that is opened when it is first needed.
-struct LazyLayer {
-    id: u64,
-    spec: LayerSpec,
-    layer: OnceLock<Arc<dyn Layer>>,
-}
-
-impl LazyLayer {
-    fn get(&self) -> Result<&dyn Layer> {
-        if let Some(l) = self.layer.get() {
-            return Ok(&**l);
-        }
-        let opened = layer::open(&self.spec)?;
-        Ok(&**self.layer.get_or_init(|| opened))
-    }
-}
 
 /// The layers that a read has taken bytes from, each once. Reads go back and forth between a FULL
 /// and what lies on it; looking at a file after each piece would cost a tenth of the time.
@@ -84,6 +70,10 @@ pub struct Image {
     below: Option<Arc<Image>>,
     /// The layers this point adds, bottom first.
     own: Vec<Arc<LazyLayer>>,
+    /// Whether one of all layers may take long to open.
+    slow: bool,
+    /// Whether all files are open.
+    pinned: AtomicBool,
     /// All layers, bottom first; gathered on first use.
     stack: OnceLock<Box<[Arc<LazyLayer>]>>,
     groups: Box<[OnceLock<Arc<SlotGroup>>]>,
@@ -105,10 +95,7 @@ impl Image {
         below: Option<Arc<Image>>,
         cache: &Arc<Cache>,
     ) -> Result<Arc<Self>> {
-        let lazy = |spec: &LayerSpec| {
-            let (id, spec) = (cache.new_id(), spec.clone());
-            Arc::new(LazyLayer { id, spec, layer: OnceLock::new() })
-        };
+        let lazy = |spec: &LayerSpec| Arc::new(LazyLayer::new(cache.new_id(), spec.clone()));
         let depth = below.as_ref().map_or(0, |b| b.depth()) + own.len();
         if depth == 0 {
             return Err(Error::new(Kind::Incomplete, "a point needs at least one layer"));
@@ -124,6 +111,8 @@ impl Image {
             size,
             window_size,
             own: own.iter().map(lazy).collect(),
+            slow: own.iter().any(LazyLayer::is_slow) || below.as_ref().is_some_and(|b| b.slow),
+            pinned: AtomicBool::new(false),
             below,
             stack: OnceLock::new(),
             groups: (0..groups).map(|_| OnceLock::new()).collect(),
@@ -168,6 +157,38 @@ impl Image {
     pub fn source_file(&self, index: u16, file: u8) -> Option<&Arc<SourceFile>> {
         let spec = &self.stack().get(usize::from(index))?.spec;
         if file == 0 { Some(&spec.file) } else { spec.data_file.as_ref() }
+    }
+
+    /// Opens the files of all layers, without reading them: from now on it does not matter whether
+    /// they are removed. Each is opened once, however many images it is part of.
+    ///
+    /// # Errors
+    /// A file is gone, may not be opened, or has changed; or there are more than may be open at a
+    /// time, which is said.
+    pub fn open_files(&self) -> Result<()> {
+        if self.pinned.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let stack = self.stack();
+        let unopened = stack.iter().map(|l| l.unopened()).sum();
+        room_for(unopened)
+            .map_err(|e| e.at_path(self.name()))
+            .and_then(|()| stack.iter().try_for_each(|l| l.open_files()))
+            .inspect_err(|e| self.note_error(e))?;
+        self.pinned.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether reading in `range` has to wait until a layer is opened that takes long, such as an
+    /// archive that has to be unpacked first.
+    pub fn must_wait(&self, range: Range<u64>) -> bool {
+        if !self.slow || range.is_empty() {
+            return false;
+        }
+        let last = (range.end - 1) / self.window_size;
+        let mut windows = range.start / self.window_size..=last;
+        self.stack().iter().any(|l| l.opens_slowly())
+            && windows.any(|w| self.cached_window(w).is_none())
     }
 
     /// Marks the image as one of an old generation: every later read fails with `Changed`.
@@ -290,7 +311,7 @@ impl Image {
         spec.file
             .check_unchanged()
             .and_then(|()| spec.data_file.as_ref().map_or(Ok(()), |d| d.check_unchanged()))
-            .inspect_err(|_| self.mark_changed())
+            .inspect_err(|e| self.note_error(e))
     }
 
     fn bad_range(&self, layer: u16, at: u64) -> Error {
@@ -301,7 +322,11 @@ impl Image {
 
     fn note_error(&self, error: &Error) {
         if error.kind() == Kind::Changed {
-            self.mark_changed();
+            // Nothing is wrong with the backup: the next look at it makes another image.
+            if !self.changed.swap(true, Ordering::AcqRel) {
+                log::warn!("{}", error.report());
+            }
+            return;
         }
         self.note(Finding::from_error(error, self.layer_path(0)));
     }
@@ -322,7 +347,7 @@ impl Image {
             window.touch();
             return Ok(f(window));
         }
-        let window = self.fold_window(index, group)?;
+        let window = self.fold_window(index, group).inspect_err(|e| self.note_error(e))?;
         Ok(f(&window))
     }
 
@@ -427,7 +452,8 @@ impl Image {
         while at < range.end {
             let index = at / self.window_size;
             if self.cached_window(index).is_none() {
-                let (quiet, content) = self.quiet_until(at)?;
+                let quiet = self.quiet_until(at).inspect_err(|e| self.note_error(e));
+                let (quiet, content) = quiet?;
                 let quiet = quiet.min(range.end);
                 if quiet > at {
                     if !f(Extent { start: at, len: quiet - at, content }) {
@@ -473,6 +499,30 @@ impl Image {
         })?;
         Ok(found)
     }
+}
+
+/// Fails if `files` more are too many to be open at a time. Asked before, since what was opened
+/// stays open: using up the last descriptors would stop everything else.
+fn room_for(files: usize) -> Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid pointer.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    let (true, Ok(open)) = (known && files > 0, std::fs::read_dir("/proc/self/fd")) else {
+        return Ok(());
+    };
+    let needed = (open.count() as u64).saturating_add(files as u64).saturating_add(SPARE_FILES);
+    if needed <= limit.rlim_cur {
+        return Ok(());
+    }
+    let text = format!(
+        "this point needs {files} more open files than there are, and the limit is {}",
+        limit.rlim_cur
+    );
+    let error = Error::io(std::io::Error::from_raw_os_error(libc::EMFILE), text);
+    Err(error.remedy(
+        "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=) and mount again, or \
+         consolidate the chain",
+    ))
 }
 
 impl ReadAt for Image {

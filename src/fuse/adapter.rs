@@ -1,9 +1,9 @@
-//! FUSE: the only file that names `fuser`.
+//! What fuser calls: each operation is one small method that calls [`FileSystem`] and replies.
 //!
-//! Each operation is one small method that calls [`FileSystem`] and replies. A panic inside one
-//! request becomes EIO for that request (fuser answers for a reply that is dropped) and a line in
-//! the log; the mount goes on. Notifications to the kernel are sent by [`Notify`] from a thread
-//! that serves no requests, because the kernel may wait for a request while it handles one.
+//! A panic inside one request becomes EIO for that request (fuser answers for a reply that is
+//! dropped) and a line in the log; the mount goes on. What may take minutes, reading from an
+//! archive that has to be unpacked first, is done by threads of its own ([`Lane`]): those that serve
+//! requests never wait for it, so names, attributes and other points answer meanwhile.
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -12,20 +12,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType,
-    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption,
-    Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::error::{Error, Kind, Result};
 use crate::fs::attr::Attr;
-use crate::fs::tree::{Changes, EntryKind, Node};
+use crate::fs::lane::Lane;
+use crate::fs::tree::{EntryKind, Node};
 use crate::fs::{self, FileSystem, Listed};
 
 /// How long the kernel may trust a name or attributes. A refresh tells it what changed, so this
@@ -38,126 +36,10 @@ const MAX_BACKGROUND: u16 = 64;
 /// The block size in `statfs`.
 const BLOCK: u32 = 4096;
 
-/// Who may use the mount.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
-    /// Only the user who mounts.
-    Owner,
-    /// That user and root.
-    Root,
-    /// Everybody whom the permission bits let.
-    Everybody,
-}
-
-/// How to mount.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Who may use it.
-    pub access: Access,
-    /// Threads that serve requests, at least 1.
-    pub threads: usize,
-    /// What `mount` shows as the source.
-    pub source: String,
-}
-
-/// A mounted file system. It ends when it is unmounted.
-pub struct Mounted {
-    session: BackgroundSession,
-}
-
-/// Tells the kernel what to forget.
-pub struct Notify(Notifier);
-
-/// Mounts `fs` at `mountpoint` and serves it in background threads.
-///
-/// # Errors
-/// The kernel or fusermount refuses.
-pub fn mount(fs: Arc<FileSystem>, mountpoint: &Path, options: &Options) -> Result<Mounted> {
-    let failed = |e: io::Error| mount_error(e, mountpoint);
-    let adapter = Adapter { fs };
-    let session = Session::new(adapter, mountpoint, &config(options)).map_err(failed)?;
-    Ok(Mounted { session: session.spawn().map_err(failed)? })
-}
-
-fn config(options: &Options) -> Config {
-    let mut config = Config::default();
-    // Only the direct way of mounting takes the name as it is; fusermount splits at commas.
-    let escaped = options.source.replace('\\', "\\\\").replace(',', "\\,");
-    // SAFETY: geteuid cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    config.mount_options = vec![
-        MountOption::FSName(if root { options.source.clone() } else { escaped }),
-        // Not `Subtype`, which the direct way of mounting drops.
-        MountOption::CUSTOM("subtype=fleecefs".into()),
-        MountOption::DefaultPermissions,
-        MountOption::RO,
-        MountOption::NoDev,
-        MountOption::NoSuid,
-        MountOption::NoAtime,
-    ];
-    config.acl = match options.access {
-        Access::Owner => SessionACL::Owner,
-        Access::Root => SessionACL::RootAndOwner,
-        Access::Everybody => SessionACL::All,
-    };
-    config.n_threads = Some(options.threads.max(1));
-    config.clone_fd = true;
-    config
-}
-
-fn mount_error(e: io::Error, mountpoint: &Path) -> Error {
-    let kind = e.raw_os_error();
-    let error = Error::io(e, "cannot mount here").at_path(mountpoint);
-    match kind {
-        Some(libc::ENOENT | libc::ENODEV) => {
-            error.remedy("is the fuse module loaded, and is there a /dev/fuse?")
-        }
-        Some(libc::EACCES | libc::EPERM) => {
-            error.remedy("users need fusermount3 (package fuse3) and access to /dev/fuse")
-        }
-        _ => error,
-    }
-}
-
-impl Mounted {
-    /// What tells the kernel about changes.
-    pub fn notifier(&self) -> Notify {
-        Notify(self.session.notifier())
-    }
-
-    /// Whether all is over.
-    pub fn has_ended(&self) -> bool {
-        self.session.guard.is_finished()
-    }
-
-    /// Waits until it is unmounted.
-    ///
-    /// # Errors
-    /// The connection to the kernel broke in an unforeseen way.
-    pub fn wait(self) -> Result<()> {
-        let guard: JoinHandle<io::Result<()>> = self.session.guard;
-        match guard.join() {
-            Ok(ended) => ended.map_err(|e| Error::io(e, "serving the mount failed")),
-            Err(_) => Err(Error::new(Kind::Io, "a thread that served the mount panicked")),
-        }
-    }
-}
-
-impl Notify {
-    /// Tells the kernel. What it does not know it cannot forget: such errors mean nothing.
-    pub fn tell(&self, changes: &Changes) {
-        for ino in &changes.inodes {
-            let _ = self.0.inval_inode(INodeNo(*ino), 0, 0);
-        }
-        for (parent, name) in &changes.entries {
-            let _ = self.0.inval_entry(INodeNo(*parent), name);
-        }
-    }
-}
-
-/// What fuser calls.
-struct Adapter {
+/// The file system as fuser sees it.
+pub struct Adapter {
     fs: Arc<FileSystem>,
+    lane: Arc<Lane>,
 }
 
 thread_local! {
@@ -197,14 +79,51 @@ fn file_attr(a: &Attr) -> FileAttr {
     }
 }
 
-impl Adapter {
-    /// Runs one operation; a panic ends that operation only. The reply it took along is dropped
-    /// on the way, which answers EIO.
-    fn guard(&self, what: &str, operation: impl FnOnce(&FileSystem)) {
-        self.fs.touch();
-        if catch_unwind(AssertUnwindSafe(|| operation(&self.fs))).is_err() {
-            log::error!("a {what} request panicked; it was answered with an input/output error");
+/// Runs one operation; a panic ends that operation only. The reply it took along is dropped on the
+/// way, which answers EIO.
+fn guard(fs: &FileSystem, what: &str, operation: impl FnOnce(&FileSystem)) {
+    fs.touch();
+    if catch_unwind(AssertUnwindSafe(|| operation(fs))).is_err() {
+        log::error!("a {what} request panicked; it was answered with an input/output error");
+    }
+}
+
+fn read(fs: &FileSystem, handle: u64, offset: u64, size: u32, reply: ReplyData) {
+    BUFFER.with_borrow_mut(|buffer| {
+        let size = size.min(MAX_REQUEST) as usize;
+        let buffer = buffer.get(size);
+        if buffer.len() < size {
+            log::error!("no memory for a read of {size} bytes");
+            return reply.error(Errno::EIO);
         }
+        match fs.read(handle, offset, buffer) {
+            Ok(n) => reply.data(&buffer[..n]),
+            Err(e) => reply.error(errno(e)),
+        }
+    });
+}
+
+fn seek(fs: &FileSystem, handle: u64, offset: i64, whence: i32, reply: ReplyLseek) {
+    match fs.seek(handle, offset, whence) {
+        Ok(at) => reply.offset(at),
+        Err(e) => reply.error(errno(e)),
+    }
+}
+
+impl Adapter {
+    /// Serves `fs`.
+    pub fn new(fs: Arc<FileSystem>) -> Self {
+        Adapter { fs, lane: Arc::default() }
+    }
+
+    fn guard(&self, what: &str, operation: impl FnOnce(&FileSystem)) {
+        guard(&self.fs, what, operation);
+    }
+
+    /// The same by a thread that may be kept waiting.
+    fn guard_slow(&self, what: &'static str, operation: impl FnOnce(&FileSystem) + Send + 'static) {
+        let fs = self.fs.clone();
+        self.lane.run(Box::new(move || guard(&fs, what, operation)));
     }
 
     fn node_attr(&self, node: &Node) -> FileAttr {
@@ -296,19 +215,11 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.guard("read", |fs| {
-            BUFFER.with_borrow_mut(|buffer| {
-                let size = size.min(MAX_REQUEST) as usize;
-                let buffer = buffer.get(size);
-                if buffer.len() < size {
-                    return reply.error(errno(libc::ENOMEM));
-                }
-                match fs.read(fh.0, offset, buffer) {
-                    Ok(n) => reply.data(&buffer[..n]),
-                    Err(e) => reply.error(errno(e)),
-                }
-            });
-        });
+        if self.fs.must_wait(fh.0, offset, u64::from(size)) {
+            self.guard_slow("read", move |fs| read(fs, fh.0, offset, size, reply));
+        } else {
+            self.guard("read", |fs| read(fs, fh.0, offset, size, reply));
+        }
     }
 
     fn lseek(
@@ -320,10 +231,11 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        self.guard("lseek", |fs| match fs.seek(fh.0, offset, whence) {
-            Ok(at) => reply.offset(at),
-            Err(e) => reply.error(errno(e)),
-        });
+        if self.fs.must_wait(fh.0, u64::try_from(offset).unwrap_or(0), u64::MAX) {
+            self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
+        } else {
+            self.guard("lseek", |fs| seek(fs, fh.0, offset, whence, reply));
+        }
     }
 
     fn flush(

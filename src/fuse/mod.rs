@@ -1,0 +1,136 @@
+//! FUSE: the only room that names `fuser`.
+//!
+//! `adapter` has a small method per operation, which calls [`FileSystem`] and replies; this file
+//! mounts, waits for the end, and tells the kernel what to forget ([`Notify`]). It does so from a
+//! thread that serves no requests, because the kernel may wait for a request while it handles that.
+
+mod adapter;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use fuser::{BackgroundSession, Config, INodeNo, MountOption, Notifier, Session, SessionACL};
+
+use crate::error::{Error, Kind, Result};
+use crate::fs::FileSystem;
+use crate::fs::tree::Changes;
+use adapter::Adapter;
+
+/// Who may use the mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Only the user who mounts.
+    Owner,
+    /// That user and root.
+    Root,
+    /// Everybody whom the permission bits let.
+    Everybody,
+}
+
+/// How to mount.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Who may use it.
+    pub access: Access,
+    /// Threads that serve requests, at least 1.
+    pub threads: usize,
+    /// What `mount` shows as the source.
+    pub source: String,
+}
+
+/// A mounted file system. It ends when it is unmounted.
+pub struct Mounted {
+    session: BackgroundSession,
+}
+
+/// Tells the kernel what to forget.
+pub struct Notify(Notifier);
+
+/// Mounts `fs` at `mountpoint` and serves it in background threads.
+///
+/// # Errors
+/// The kernel or fusermount refuses.
+pub fn mount(fs: Arc<FileSystem>, mountpoint: &Path, options: &Options) -> Result<Mounted> {
+    let failed = |e: io::Error| mount_error(e, mountpoint);
+    let adapter = Adapter::new(fs);
+    let session = Session::new(adapter, mountpoint, &config(options)).map_err(failed)?;
+    Ok(Mounted { session: session.spawn().map_err(failed)? })
+}
+
+fn config(options: &Options) -> Config {
+    let mut config = Config::default();
+    // Only the direct way of mounting takes the name as it is; fusermount splits at commas.
+    let escaped = options.source.replace('\\', "\\\\").replace(',', "\\,");
+    // SAFETY: geteuid cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    config.mount_options = vec![
+        MountOption::FSName(if root { options.source.clone() } else { escaped }),
+        // Not `Subtype`, which the direct way of mounting drops.
+        MountOption::CUSTOM("subtype=fleecefs".into()),
+        MountOption::DefaultPermissions,
+        MountOption::RO,
+        MountOption::NoDev,
+        MountOption::NoSuid,
+        MountOption::NoAtime,
+    ];
+    config.acl = match options.access {
+        Access::Owner => SessionACL::Owner,
+        Access::Root => SessionACL::RootAndOwner,
+        Access::Everybody => SessionACL::All,
+    };
+    config.n_threads = Some(options.threads.max(1));
+    config.clone_fd = true;
+    config
+}
+
+fn mount_error(e: io::Error, mountpoint: &Path) -> Error {
+    let kind = e.raw_os_error();
+    let error = Error::io(e, "cannot mount here").at_path(mountpoint);
+    match kind {
+        Some(libc::ENOENT | libc::ENODEV) => {
+            error.remedy("is the fuse module loaded, and is there a /dev/fuse?")
+        }
+        Some(libc::EACCES | libc::EPERM) => {
+            error.remedy("users need fusermount3 (package fuse3) and access to /dev/fuse")
+        }
+        _ => error,
+    }
+}
+
+impl Mounted {
+    /// What tells the kernel about changes.
+    pub fn notifier(&self) -> Notify {
+        Notify(self.session.notifier())
+    }
+
+    /// Whether all is over.
+    pub fn has_ended(&self) -> bool {
+        self.session.guard.is_finished()
+    }
+
+    /// Waits until it is unmounted.
+    ///
+    /// # Errors
+    /// The connection to the kernel broke in an unforeseen way.
+    pub fn wait(self) -> Result<()> {
+        let guard: JoinHandle<io::Result<()>> = self.session.guard;
+        match guard.join() {
+            Ok(ended) => ended.map_err(|e| Error::io(e, "serving the mount failed")),
+            Err(_) => Err(Error::new(Kind::Io, "a thread that served the mount panicked")),
+        }
+    }
+}
+
+impl Notify {
+    /// Tells the kernel. What it does not know it cannot forget: such errors mean nothing.
+    pub fn tell(&self, changes: &Changes) {
+        for ino in &changes.inodes {
+            let _ = self.0.inval_inode(INodeNo(*ino), 0, 0);
+        }
+        for (parent, name) in &changes.entries {
+            let _ = self.0.inval_entry(INodeNo(*parent), name);
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! The promise: a mount comes, goes and comes back, also when something went wrong; and what is
+//! installed finds it.
+
+mod mounted;
+mod qemu;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use mounted::Mount;
+use qemu::have;
+
+const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
+const POINT: &str = "d/FULL-1-d.raw";
+/// Nothing here takes long; this only ends a test that would hang.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A backup directory with one raw FULL.
+fn backups() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("d")).unwrap();
+    std::fs::write(dir.path().join("d/FULL-1-d"), [7; 1 << 20]).unwrap();
+    dir
+}
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "still not: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn fleecefs(args: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
+    Command::new(FLEECEFS).args(args.iter().map(|a| a.as_ref())).output().unwrap()
+}
+
+fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+fn is_mounted(path: &Path) -> bool {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    text.lines().any(|l| l.split(' ').nth(4) == path.to_str())
+}
+
+fn server_pid(at: &Path) -> i32 {
+    let text = std::fs::read(at.join(".fleecefs/status.json")).unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    i32::try_from(status["pid"].as_i64().unwrap()).unwrap()
+}
+
+fn signal(pid: i32, signal: i32) {
+    // SAFETY: no pointers; the process was started by this test.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
+/// Whether the process has ended, even if nobody has asked for its exit code yet.
+fn is_gone(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('Z'))
+}
+
+/// A mount in the foreground, which ends with its guard whatever happens to the test.
+struct Foreground {
+    child: Child,
+    at: tempfile::TempDir,
+    /// Where it is mounted, if not there.
+    elsewhere: Option<PathBuf>,
+}
+
+impl Foreground {
+    fn start(args: impl FnOnce(&mut Command, &Path)) -> Self {
+        let at = tempfile::tempdir().unwrap();
+        let mut command = Command::new(FLEECEFS);
+        args(&mut command, at.path());
+        command.env("FLEECEFS_LOG", "info").stdout(Stdio::null()).stderr(Stdio::piped());
+        Foreground { child: command.spawn().unwrap(), at, elsewhere: None }
+    }
+
+    fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+}
+
+impl Drop for Foreground {
+    fn drop(&mut self) {
+        // Both fail where it has ended as it should.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let at = self.elsewhere.as_deref().unwrap_or(self.at.path());
+        let _ = Command::new(FLEECEFS).args(["umount", "--lazy"]).arg(at).output();
+    }
+}
+
+#[test]
+fn a_dead_mount_is_recognised_and_can_be_replaced() {
+    if !have("a_dead_mount_is_recognised_and_can_be_replaced", &["/dev/fuse"]) {
+        return;
+    }
+    let dir = backups();
+    let mount = Mount::new(dir.path());
+    let at = mount.path();
+    let pid = server_pid(at);
+    signal(pid, libc::SIGKILL);
+    eventually("its end", || is_gone(pid));
+    eventually("that it is dead", || {
+        let error = std::fs::metadata(at).err().and_then(|e| e.raw_os_error());
+        error == Some(libc::ENOTCONN)
+    });
+    let out = fleecefs(&[&"mount", &dir.path(), &at]);
+    let told = stderr(&out);
+    assert_eq!(out.status.code(), Some(6), "{told}");
+    assert!(told.contains("dead mount"), "{told}");
+    assert!(told.contains(&format!("fleecefs umount {}", at.display())), "{told}");
+    // As a backup directory it is as dead.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let out = fleecefs(&[&"mount", &at.join("."), &elsewhere.path()]);
+    assert!(stderr(&out).contains("dead mount"), "{}", stderr(&out));
+    // What the unit runs before it starts again.
+    let out = fleecefs(&[&"umount", &"--lazy", &at]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    let out = fleecefs(&[&"mount", &dir.path(), &at]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    assert!(at.join(POINT).exists());
+}
+
+#[test]
+fn a_third_signal_ends_a_detached_mount() {
+    if !have("a_third_signal_ends_a_detached_mount", &["/dev/fuse"]) {
+        return;
+    }
+    let dir = backups();
+    let log = dir.path().join("log");
+    let mut mount = Foreground::start(|command, at| {
+        command.args(["mount", "--foreground", "--log-file"]).arg(&log).arg(dir.path()).arg(at);
+    });
+    let (pid, at) = (mount.pid(), mount.at.path().to_path_buf());
+    let said = |text: &str| std::fs::read_to_string(&log).unwrap_or_default().matches(text).count();
+    eventually("the mount", || said("is mounted at") == 1);
+    let held = File::open(at.join(POINT)).unwrap();
+    signal(pid, libc::SIGTERM);
+    // Two signals that are pending at a time are one.
+    eventually("that the first is seen", || said("unmounting") == 1);
+    signal(pid, libc::SIGTERM);
+    eventually("that it is detached", || !is_mounted(&at));
+    held.read_exact_at(&mut [0; 16], 0).unwrap();
+    signal(pid, libc::SIGTERM);
+    assert_eq!(mount.child.wait().unwrap().code(), Some(130));
+}
+
+/// A qcow2 version 2 image of 0 bytes.
+fn tiny() -> Vec<u8> {
+    let mut image = b"QFI\xfb\0\0\0\x02".to_vec();
+    image.resize(72, 0);
+    image[23] = 16;
+    image
+}
+
+#[test]
+fn a_chain_of_too_many_files_is_told_and_harms_nothing_else() {
+    if !have("a_chain_of_too_many_files_is_told_and_harms_nothing_else", &["/dev/fuse"]) {
+        return;
+    }
+    let dir = backups();
+    std::fs::create_dir(dir.path().join("long")).unwrap();
+    for i in 1..=100 {
+        let level = if i == 1 { "FULL" } else { "INC" };
+        std::fs::write(dir.path().join(format!("long/{level}-{i}-long")), tiny()).unwrap();
+    }
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let mount = Mount::by(|at| {
+        let script = "ulimit -n 80; exec \"$0\" mount --log-file \"$1\" \"$2\" \"$3\"";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, FLEECEFS]).arg(log.path()).arg(dir.path()).arg(at).output()
+    });
+    let open = |path: &str| File::open(mount.path().join(path)).map_err(|e| e.raw_os_error());
+    for _ in 0..2 {
+        assert_eq!(open("long/INC-100-long.raw").err(), Some(Some(libc::ENFILE)));
+    }
+    open("long/INC-9-long.raw").unwrap().read_at(&mut [0; 1], 0).unwrap();
+    let mut bytes = [0; 16];
+    open(POINT).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [7; 16]);
+    let text = std::fs::read_to_string(log.path()).unwrap();
+    assert_eq!(text.matches("99 more open files").count() + text.matches("100 more").count(), 1);
+    // New points are still found.
+    std::fs::write(dir.path().join("d/FULL-2-d"), [8; 4096]).unwrap();
+    eventually("the new point", || mount.path().join("d/FULL-2-d.raw").exists());
+    open("d/FULL-2-d.raw").unwrap().read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [8; 16]);
+}
+
+#[test]
+fn an_idle_mount_inside_its_backup_directory_goes_away() {
+    if !have("an_idle_mount_inside_its_backup_directory_goes_away", &["/dev/fuse"]) {
+        return;
+    }
+    let dir = backups();
+    let at = dir.path().join("points");
+    std::fs::create_dir(&at).unwrap();
+    // Looking for new points must not count as use, or this would never end.
+    let mut mount = Foreground::start(|command, _| {
+        let options = ["--foreground", "--idle-timeout=3", "--poll-interval=1"];
+        command.arg("mount").args(options).arg(dir.path()).arg(&at);
+    });
+    mount.elsewhere = Some(at.clone());
+    eventually("the mount", || at.join(POINT).exists());
+    eventually("that it has ended", || mount.child.try_wait().unwrap().is_some());
+    assert!(!is_mounted(&at));
+}
+
+#[test]
+fn a_foreground_mount_logs_to_its_file() {
+    if !have("a_foreground_mount_logs_to_its_file", &["/dev/fuse"]) {
+        return;
+    }
+    let dir = backups();
+    let log = dir.path().join("log");
+    // The way in which mount.fuse calls a program, with a flag that is ours.
+    let mut mount = Foreground::start(|command, at| {
+        command.arg(dir.path()).arg(at).arg("-f");
+        command.arg("-o").arg(format!("log_file={}", log.display()));
+    });
+    let text = || std::fs::read_to_string(&log).unwrap_or_default();
+    eventually("the log", || text().contains("is mounted at"));
+    signal(mount.pid(), libc::SIGTERM);
+    assert!(mount.child.wait().unwrap().success());
+    assert!(text().contains("is unmounted"), "{}", text());
+    let mut rest = String::new();
+    std::io::Read::read_to_string(mount.child.stderr.as_mut().unwrap(), &mut rest).unwrap();
+    assert_eq!(rest, "");
+}
+
+#[test]
+fn every_exit_code_is_explained() {
+    let out = fleecefs(&[&"--help"]);
+    let help = String::from_utf8_lossy(&out.stdout).into_owned();
+    let codes = help.split("Exit codes:").nth(1).expect("exit codes in --help");
+    let readme = std::fs::read_to_string(root("README.md")).unwrap();
+    let readme = readme.split("## Exit codes").nth(1).expect("exit codes in README.md");
+    let explained = |text: &str, code: u8| {
+        let numbers = text.split(|c: char| !c.is_ascii_digit());
+        numbers.filter_map(|n| n.parse().ok()).any(|n: u8| n == code)
+    };
+    for code in [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 130] {
+        assert!(explained(codes, code), "--help does not explain {code}");
+        assert!(explained(readme, code), "README.md does not explain {code}");
+    }
+}
+
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+#[test]
+fn what_is_installed_is_complete_and_finds_the_program() {
+    let dest = tempfile::tempdir().unwrap();
+    let out = Command::new(root("contrib/install.sh"))
+        .env("DESTDIR", dest.path())
+        .env("BINARY", FLEECEFS)
+        .env_remove("PREFIX")
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", stderr(&out));
+    let there = |path: &str| dest.path().join(path);
+    assert_eq!(there("usr/local/bin/fleecefs").metadata().unwrap().mode() & 0o777, 0o755);
+    for helper in ["mount.fleecefs", "mount.fuse.fleecefs"] {
+        let target = std::fs::read_link(there("sbin").join(helper)).unwrap();
+        assert_eq!(target, Path::new("/usr/local/bin/fleecefs"));
+    }
+    for file in [
+        "share/man/man1/fleecefs.1",
+        "share/man/man1/fleecefs-mount.1",
+        "share/bash-completion/completions/fleecefs",
+        "share/zsh/site-functions/_fleecefs",
+        "share/fish/vendor_completions.d/fleecefs.fish",
+        "lib/systemd/system/fleecefs@.service",
+        "share/doc/fleecefs/systemd/mnt-backups.mount",
+    ] {
+        let path = there("usr/local").join(file);
+        assert!(path.metadata().is_ok_and(|m| m.len() > 100), "{}", path.display());
+    }
+}
+
+/// A unit with a mount namespace of its own would mount where nobody else sees it.
+#[test]
+fn the_unit_mounts_in_the_hosts_namespace() {
+    let unit = std::fs::read_to_string(root("contrib/systemd/fleecefs@.service")).unwrap();
+    let settings: Vec<_> = unit.lines().filter(|l| !l.starts_with(['#', '['])).collect();
+    for line in &settings {
+        let apart = ["Protect", "Private", "ReadOnly", "ReadWrite", "Inaccessible", "Bind", "Root"];
+        assert!(!apart.iter().any(|a| line.starts_with(a)), "{line}");
+        assert!(!line.starts_with("DynamicUser") && !line.starts_with("TemporaryFile"), "{line}");
+    }
+    // It comes back after it was killed.
+    let pre = settings.iter().position(|l| *l == "ExecStartPre=-fleecefs umount --lazy /mnt/%i");
+    let make = settings.iter().position(|l| *l == "ExecStartPre=mkdir -p /mnt/%i");
+    assert!(pre.is_some() && pre < make && settings.contains(&"Restart=on-failure"));
+}
