@@ -8,8 +8,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{Error, Kind, Result};
 
@@ -107,13 +107,6 @@ impl Identity {
             nlink: m.nlink(),
         }
     }
-
-    /// Whether an already open file that looked like `self` may have other bytes now that it looks
-    /// like `now`. Adding or removing a name moves ctime and keeps the bytes.
-    pub(crate) fn contents_may_differ(&self, now: &Identity) -> bool {
-        let relinked = now.nlink != self.nlink;
-        self.size != now.size || self.mtime != now.mtime || (self.ctime != now.ctime && !relinked)
-    }
 }
 
 /// A file that is opened when it is first read and that must then still be what it was when the
@@ -122,8 +115,56 @@ impl Identity {
 pub struct SourceFile {
     path: PathBuf,
     identity: Identity,
+    names: Names,
     file: OnceLock<File>,
     changed: AtomicBool,
+}
+
+/// Change time and link count as they were last seen with the same bytes. Adding or removing a name
+/// moves both; from then on the new pair is what the file is compared with.
+#[derive(Debug)]
+struct Names {
+    /// Nanoseconds since the epoch: enough until 2262.
+    ctime: AtomicI64,
+    nlink: AtomicU64,
+    /// Held while the pair is replaced. A reader that sees half of a new pair asks again under it.
+    replacing: Mutex<()>,
+}
+
+impl Names {
+    fn of(identity: &Identity) -> Self {
+        Names {
+            ctime: AtomicI64::new(identity.ctime as i64),
+            nlink: AtomicU64::new(identity.nlink),
+            replacing: Mutex::new(()),
+        }
+    }
+
+    /// Whether ctime and link count are what they were, or moved together.
+    fn allow(&self, now: &Identity) -> bool {
+        let ctime = now.ctime as i64;
+        let same = || {
+            let old = (self.ctime.load(Ordering::Acquire), self.nlink.load(Ordering::Acquire));
+            (old.0 == ctime, old.1 == now.nlink)
+        };
+        if same() == (true, true) {
+            return true;
+        }
+        let _guard = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
+        match same() {
+            // Clocks tick coarsely: a name can come within the tick of the last change.
+            (true, _) => {
+                self.nlink.store(now.nlink, Ordering::Release);
+                true
+            }
+            (false, true) => false,
+            (false, false) => {
+                self.nlink.store(now.nlink, Ordering::Release);
+                self.ctime.store(ctime, Ordering::Release);
+                true
+            }
+        }
+    }
 }
 
 impl SourceFile {
@@ -143,7 +184,19 @@ impl SourceFile {
 
     /// A file whose identity a directory scan has read already.
     pub fn with_identity(path: PathBuf, identity: Identity) -> Self {
-        SourceFile { path, identity, file: OnceLock::new(), changed: AtomicBool::new(false) }
+        let (names, changed) = (Names::of(&identity), AtomicBool::new(false));
+        SourceFile { path, identity, names, file: OnceLock::new(), changed }
+    }
+
+    /// Whether an inode that now looks like `now` has the bytes that it had when it was looked at,
+    /// as far as can be known without reading them. (Device and inode number are not compared.)
+    pub(crate) fn has_same_bytes(&self, now: &Identity) -> bool {
+        let old = &self.identity;
+        (old.size, old.mtime) == (now.size, now.mtime) && self.names.allow(now)
+    }
+
+    fn is_same(&self, now: &Identity) -> bool {
+        (now.dev, now.ino) == (self.identity.dev, self.identity.ino) && self.has_same_bytes(now)
     }
 
     /// The identity it had when it was looked at.
@@ -165,9 +218,7 @@ impl SourceFile {
     /// A name that is gone does not: whoever has the file open goes on reading the old bytes.
     pub fn is_changed_on_disk(&self) -> bool {
         let Ok(meta) = std::fs::metadata(&self.path) else { return false };
-        let now = Identity::of(&meta);
-        let same = (now.dev, now.ino) == (self.identity.dev, self.identity.ino);
-        !same || self.identity.contents_may_differ(&now)
+        !self.is_same(&Identity::of(&meta))
     }
 
     /// Forgets the descriptor, for scans that touch more files than may be open at once.
@@ -198,9 +249,7 @@ impl SourceFile {
         let meta = file
             .metadata()
             .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
-        let now = Identity::of(&meta);
-        let same = (now.dev, now.ino) == (self.identity.dev, self.identity.ino);
-        if !same || self.identity.contents_may_differ(&now) {
+        if !self.is_same(&Identity::of(&meta)) {
             self.mark_changed();
             return Err(self.changed_error());
         }
@@ -254,7 +303,7 @@ impl ReadAt for SourceFile {
         let meta = file
             .metadata()
             .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
-        if self.identity.contents_may_differ(&Identity::of(&meta)) {
+        if !self.has_same_bytes(&Identity::of(&meta)) {
             self.mark_changed();
             return Err(self.changed_error());
         }
@@ -398,6 +447,33 @@ mod tests {
         s.check_unchanged().unwrap();
         std::fs::write(f.path(), b"hello, world").unwrap();
         assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
+    }
+
+    #[test]
+    fn another_name_is_no_change_but_a_later_ctime_is_one_even_then() {
+        let f = temp(b"hello");
+        let s = SourceFile::look(f.path()).unwrap();
+        s.file().unwrap();
+        let other = f.path().with_extension("link");
+        for _ in 0..2 {
+            std::fs::hard_link(f.path(), &other).unwrap();
+            s.check_unchanged().unwrap();
+            assert!(!s.is_changed_on_disk());
+            std::fs::remove_file(&other).unwrap();
+            s.check_unchanged().unwrap();
+        }
+        // With one name more than at the scan, a write that hides its mtime still shows.
+        std::fs::hard_link(f.path(), &other).unwrap();
+        s.check_unchanged().unwrap();
+        let file = std::fs::File::options().write(true).open(f.path()).unwrap();
+        let time = file.metadata().unwrap().modified().unwrap();
+        let before = file.metadata().unwrap().ctime_nsec();
+        while file.metadata().unwrap().ctime_nsec() == before {
+            file.write_at(b"J", 0).unwrap();
+            file.set_modified(time).unwrap();
+        }
+        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
+        std::fs::remove_file(&other).unwrap();
     }
 
     #[test]

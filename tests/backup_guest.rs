@@ -199,6 +199,119 @@ fn a_paused_guest_stays_paused() {
     let mount = Mount::new(&caller.target);
     same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
     clean(&guest, dir.path());
+
+    // Paused by its owner when the backup was about to stop it.
+    let hung = caller.command("inc").env("FLEECEFS_HANG_AT", "send query-status").spawn();
+    let pid = hung.expect("fleecefs starts").id() as i32;
+    let mut paused = false;
+    let exit = loop {
+        let mut state = 0;
+        // SAFETY: our own child, which nobody else waits for, and a status of our own.
+        assert_eq!(unsafe { libc::waitpid(pid, &mut state, libc::WUNTRACED) }, pid);
+        if !libc::WIFSTOPPED(state) {
+            break libc::WEXITSTATUS(state);
+        }
+        if !paused && journal(&caller).contains("\"stop\"") {
+            guest.qmp().execute("stop", serde_json::json!({}));
+            paused = true;
+        }
+        // SAFETY: a signal to our own child.
+        unsafe { libc::kill(pid, libc::SIGCONT) };
+    };
+    assert_eq!((exit, paused), (0, true));
+    assert_eq!(status(&guest), "paused");
+    assert_eq!(manifest(&caller, "a.img")["consistency"]["achieved"], "paused");
+    clean(&guest, dir.path());
+}
+
+/// The journal, if there is one.
+fn journal(caller: &Caller) -> String {
+    let files = std::fs::read_dir(&caller.state).into_iter().flatten().flatten();
+    let mut journals =
+        files.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "journal"));
+    journals.next().map_or_else(String::new, |p| std::fs::read_to_string(p).unwrap())
+}
+
+/// Waits until the guest runs and is thawed.
+fn wait_free(guest: &Guest, what: &str) {
+    for _ in 0..200 {
+        if status(guest) == "running" && guest.agent("guest-fsfreeze-status") == "thawed" {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    panic!("{what}: still held");
+}
+
+#[test]
+fn a_guest_paused_and_frozen_for_the_whole_backup() {
+    let name = "a_guest_paused_and_frozen_for_the_whole_backup";
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guest) = small_guest(name, dir.path(), "churn /dev/disk/a 1", &[]) else { return };
+    let agent = guest.agent_socket().display().to_string();
+    let caller = Caller::guest(&guest).with(&[
+        "--include",
+        "a",
+        "--pause",
+        "--quiesce",
+        "--agent",
+        &agent,
+        "--hold-limit",
+        "10",
+    ]);
+    let (said, views) = caller.held("full");
+    assert!(said.contains("froze") && !said.contains("thawing failed"), "{said}");
+    assert_eq!(status(&guest), "running");
+    assert_eq!(guest.agent("guest-fsfreeze-status"), "thawed");
+    assert_eq!(manifest(&caller, "a.img")["consistency"]["achieved"], "file-system");
+    let mount = Mount::new(&caller.target);
+    same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
+    drop(mount);
+    clean(&guest, dir.path());
+
+    // Killed while the guest is stopped and frozen: the guardian is still there.
+    let hold = tempfile::tempdir().unwrap();
+    let mut child =
+        caller.command("inc").env("FLEECEFS_HOLD", hold.path()).spawn().expect("fleecefs starts");
+    assert_eq!(backup::read_views(&mut child, hold.path()).len(), 1);
+    assert_eq!(status(&guest), "paused");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_free(&guest, "killed under --pause --quiesce");
+    wait_noted(&caller);
+    // What the guardian has undone is not undone again: this pause is its owner's.
+    guest.qmp().execute("stop", serde_json::json!({}));
+    let said = Caller { more: vec!["--include".into(), "a".into()], ..caller.clone() }.must("auto");
+    assert!(!said.contains("a FULL, since") && !said.contains("runs again"), "{said}");
+    assert_eq!(status(&guest), "paused");
+    guest.qmp().execute("cont", serde_json::json!({}));
+    clean(&guest, dir.path());
+
+    // QEMU dies meanwhile: letting the guest go fails, and all the rest is undone.
+    let hold = tempfile::tempdir().unwrap();
+    let mut child =
+        caller.command("inc").env("FLEECEFS_HOLD", hold.path()).spawn().expect("fleecefs starts");
+    assert_eq!(backup::read_views(&mut child, hold.path()).len(), 1);
+    guest.kill();
+    std::fs::write(hold.path().join("go"), "").unwrap();
+    assert!(!child.wait().unwrap().success());
+    assert_eq!(leftovers(dir.path()), Vec::<PathBuf>::new());
+    assert_eq!(leftovers(guest.path("").as_path()), Vec::<PathBuf>::new());
+}
+
+/// Waits until the guardian has written down that the guest is thawed: the last thing it does.
+fn wait_noted(caller: &Caller) {
+    let noted = || {
+        let text = journal(caller);
+        text.contains("\"continued\"") && text.contains("\"thawed\"")
+    };
+    for _ in 0..100 {
+        if noted() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    panic!("the guardian wrote nothing down");
 }
 
 #[test]

@@ -41,7 +41,12 @@ fn folders_by_disk_or_node_name() {
             "vm1/sdb.qcow2: FULL-100-sdb.qcow2 < INC-101-sdb.qcow2 < INC-102-sdb.qcow2",
         ]
     );
-    assert!(b.findings().is_empty());
+    // One note for each disk that its order is by names alone.
+    let findings = b.findings();
+    assert_eq!(findings.len(), 3, "{findings:?}");
+    assert!(findings.iter().all(|f| f.severity == Severity::Note && f.path.is_dir()));
+    manifest(&b.path("drive0"), "INC-6-disk", Level::Inc, Some("FULL-5-disk"), 0);
+    assert_eq!(b.findings().len(), 2);
 }
 
 #[test]
@@ -128,13 +133,35 @@ fn no_timestamp_copies_flat_folders_and_pointers_by_link_name() {
     b.image("flat/a", None);
     b.link("flat/FULL-a", &b.path("flat/a"));
     b.image("flat/INC-5-a", Some("/old/FULL-a"));
+    // Without a link this may be anything that is called like the disk.
     b.image("flat/b", None);
     b.image("flat/INC-5-b", None);
-    assert_eq!(
-        b.shown(),
-        ["d: d", "flat/a: a", "flat/a: a < INC-5-a", "flat/b: b", "flat/b: b < INC-5-b"]
-    );
+    // In the disk's own folder it is its FULL, whatever it looks like.
+    b.file("r/r", &[1; 512]);
+    b.image("r/INC-5-r", None);
+    assert_eq!(b.shown(), ["d: d", "flat/a: a", "flat/a: a < INC-5-a", "flat/b-2: b"]);
     assert_eq!(b.scan().disks[0].points[0].level, Level::Copy);
+    assert!(b.why("INC-5-b").message.contains("no FULL"));
+    assert_eq!(b.why("INC-5-r").kind, Kind::Incomplete);
+    assert!(b.why("r").message.contains("magic"));
+}
+
+#[test]
+fn a_full_without_a_time_that_was_overwritten_carries_no_older_increments() {
+    let b = Backups::new();
+    for name in ["d", "INC-5-d", "INC-6-d", "INC-7-d"] {
+        b.image(&format!("d/{name}"), None);
+    }
+    manifest(&b.path("d"), "INC-7-d", Level::Inc, Some("d"), 0);
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(100);
+    let full = std::fs::File::options().write(true).open(b.path("d/d")).unwrap();
+    full.set_modified(later).unwrap();
+    // A manifest settles what the times of files only hint at.
+    assert_eq!(b.shown(), ["d: d", "d: d < INC-7-d"]);
+    assert_eq!(b.why("INC-5-d").kind, Kind::Changed);
+    assert!(b.why("INC-6-d").path.ends_with("INC-5-d"));
+    full.set_modified(std::time::UNIX_EPOCH).unwrap();
+    assert_eq!(b.shown().len(), 4);
 }
 
 #[test]
@@ -224,7 +251,10 @@ fn what_is_no_point_is_not_shown() {
     b.file("d/notes.txt", b"hello");
     b.file("d/FULL-story.txt", b"once upon a time");
     b.file("vmlinuz", &[7; 100]);
-    assert_eq!(b.shown(), ["d: FULL-1-d"]);
+    // A disk that is called like another and a number is no file beside it.
+    b.file("flat/FULL-1-sda", &[7; 512]);
+    b.file("flat/FULL-1-sda.1", &[7; 512]);
+    assert_eq!(b.shown(), ["d: FULL-1-d", "flat/sda: FULL-1-sda", "flat/sda.1: FULL-1-sda.1"]);
 }
 
 #[test]
@@ -236,6 +266,8 @@ fn other_images_are_disks_of_their_own() {
     b.file("vm/fake.qcow2", b"no magic here");
     b.file("vm/zip.img", b"\x1f\x8b\x08\0 and so on");
     b.file("vm/empty.raw", b"");
+    b.file("vm/parallels.img", b"WithouFreSpacExt and so on");
+    b.file("vm/cowd.img", b"COWD\x01\0\0\0");
     assert_eq!(
         b.shown(),
         [
@@ -245,7 +277,9 @@ fn other_images_are_disks_of_their_own() {
         ]
     );
     assert_eq!(b.why("fake.qcow2").kind, Kind::Corrupt);
-    assert_eq!(b.why("zip.img").kind, Kind::Unsupported);
+    for other in ["zip.img", "parallels.img", "cowd.img"] {
+        assert_eq!(b.why(other).kind, Kind::Unsupported, "{other}");
+    }
     assert_eq!(b.why("empty.raw").kind, Kind::Corrupt);
     assert_eq!(b.scan().disks[0].points[0].level, Level::Image);
 }
@@ -280,6 +314,48 @@ fn a_damaged_qcow2_full_is_not_taken_for_a_raw_one() {
     assert!(why.path.ends_with("FULL-1-a.qcow2") && why.remedy.is_some());
     assert_eq!(b.why("FULL-1-b").kind, Kind::Corrupt);
     assert_eq!(b.why("FULL-1-c").kind, Kind::Corrupt);
+}
+
+#[test]
+fn a_qcow2_file_with_damaged_magic_is_never_raw() {
+    let b = Backups::new();
+    let spoilt = |len: usize| {
+        let mut image = backups::tiny(None);
+        image[0] ^= 1;
+        image.resize(len, 0);
+        image
+    };
+    // By its manifest, alone and under increments.
+    b.file("a.img/FULL-1-a.img", &spoilt(4096));
+    b.image("a.img/INC-2-a.img", None);
+    manifest(&b.path("a.img"), "FULL-1-a.img", Level::Full, None, 0);
+    manifest(&b.path("a.img"), "INC-2-a.img", Level::Inc, Some("FULL-1-a.img"), 0);
+    // By a COPY beside it, by the disk's own format, by what follows the magic, by what is left.
+    b.file("b/FULL-1-b", &spoilt(4096));
+    b.image("b/COPY-2-b", None);
+    b.file("c/FULL-1-c", &spoilt(4096));
+    b.file("c.config", br#"{"format": "qcow2", "children": []}"#);
+    let mut header = spoilt(4096);
+    header[0..4].fill(0);
+    header[45] = 3;
+    header[53] = 1;
+    b.file("d/COPY-1-d", &header);
+    b.file("e/FULL-1-e", b"QFI");
+    // A manifest that says raw, and one of another size.
+    b.file("f/FULL-1-f", &spoilt(4096));
+    b.file("f/INC-2-f", &[1; 512]);
+    raw_manifest(&b.path("f"), "INC-2-f", manifests::Contents::Full);
+    b.file("f/INC-2-f", &[1; 1024]);
+    b.file("f.config", br#"{"format": "raw"}"#);
+    assert_eq!(b.shown(), ["b: COPY-2-b", "f: FULL-1-f"]);
+    for name in ["FULL-1-a.img", "FULL-1-b", "FULL-1-c", "COPY-1-d", "FULL-1-e"] {
+        assert_eq!(b.why(name).kind, Kind::Corrupt, "{name}");
+    }
+    assert_eq!(b.why("INC-2-a.img").kind, Kind::Incomplete);
+    assert_eq!(b.why("INC-2-f").kind, Kind::Changed);
+    // And a raw image that turned into a qcow2 one.
+    b.image("f/INC-2-f", None);
+    assert_eq!(b.why("INC-2-f").kind, Kind::Corrupt);
 }
 
 #[test]
@@ -492,12 +568,74 @@ fn a_manifest_that_its_file_contradicts() {
     assert_eq!(b.why("INC-3-d").kind, Kind::Truncated);
     manifest(&b.path("d"), "INC-3-d", Level::Full, None, 0);
     assert_eq!(b.why("INC-3-d").kind, Kind::Corrupt);
-    // One that cannot be read leaves the names, and says so.
+    // One that cannot be read may have said anything. The image's own pointer will do.
     b.file("d/.fleecefs/INC-3-d.json", br#"{"format_version": 9}"#);
+    b.file("d/.fleecefs/FULL-1-d.json", b"{}");
+    assert_eq!(b.shown().len(), 2);
+    assert_eq!(b.why("INC-3-d").kind, Kind::Unsupported);
+    b.image("d/INC-3-d", Some("INC-2-d"));
     assert_eq!(b.shown().len(), 3);
-    let findings = b.findings();
-    assert_eq!((findings.len(), findings[0].severity), (1, Severity::Warning), "{findings:?}");
-    assert_eq!(findings[0].kind, Kind::Unsupported);
+    let mut findings = b.findings();
+    findings.retain(|f| f.severity == Severity::Warning);
+    assert_eq!(findings.len(), 2, "{findings:?}");
+    assert_eq!(findings[1].kind, Kind::Unsupported);
+}
+
+#[test]
+fn manifests_that_cannot_be_looked_for_may_be_there() {
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.image("d/INC-2-d", None);
+    // Any error but "not found": this one even root gets.
+    b.link("d/.fleecefs", Path::new(".fleecefs"));
+    assert_eq!(b.shown(), ["d: FULL-1-d"]);
+    assert_eq!(b.why("INC-2-d").kind, Kind::Io);
+}
+
+#[test]
+fn the_manifest_of_a_lost_increment_marks_the_gap() {
+    let b = Backups::new();
+    for name in ["FULL-1-d", "INC-3-d", "INC-4-d", "FULL-1-e", "INC-3-e"] {
+        b.image(name, None);
+    }
+    manifest(b.root(), "INC-2-d", Level::Inc, Some("FULL-1-d"), 0);
+    let expected = ["d: FULL-1-d", "e: FULL-1-e", "e: FULL-1-e < INC-3-e"];
+    assert_eq!(b.shown(), expected);
+    assert!(b.why("INC-3-d").message.contains("INC-2-d, which is missing"));
+    // What is on its way out is not missed; nor what the image itself does not lie on.
+    b.file(".fleecefs/removal.journal", br#"{"remove": ["INC-2-d"]}"#);
+    assert_eq!(b.shown().len(), 5);
+    std::fs::remove_file(b.path(".fleecefs/removal.journal")).unwrap();
+    b.image("INC-3-d", Some("FULL-1-d"));
+    assert_eq!(b.shown().len(), 5);
+}
+
+#[test]
+fn a_base_that_vanishes_under_an_open_mount_is_missed() {
+    let b = Backups::new();
+    for name in ["FULL-1-d", "INC-2-d", "INC-3-d", "INC-4-d"] {
+        b.image(&format!("d/{name}"), None);
+    }
+    let options = ScanOptions::default();
+    let (_, mut cache) = scan(b.root(), &options, None).unwrap();
+    let mut served = |b: &Backups| {
+        let (catalog, next) = scan(b.root(), &options, Some(&cache)).unwrap();
+        cache = next;
+        let points = &catalog.disks[0].points;
+        let name = |p: &fleecefs::chain::Point| p.name.clone();
+        points.iter().filter(|p| p.is_served()).map(name).collect::<Vec<_>>()
+    };
+    std::fs::rename(b.path("d/INC-2-d"), b.path("away.partial")).unwrap();
+    // Not only at the next look: for as long as it is gone.
+    for _ in 0..2 {
+        assert_eq!(served(&b), ["FULL-1-d"]);
+    }
+    std::fs::rename(b.path("away.partial"), b.path("d/INC-2-d")).unwrap();
+    assert_eq!(served(&b).len(), 4);
+    // Rebased in place: the image itself says that it lies on the FULL now.
+    b.image("d/INC-3-d", Some("FULL-1-d"));
+    std::fs::remove_file(b.path("d/INC-2-d")).unwrap();
+    assert_eq!(served(&b), ["FULL-1-d", "INC-3-d", "INC-4-d"]);
 }
 
 #[test]
@@ -569,6 +707,63 @@ fn internal_snapshots_are_points() {
     assert!(points[4].time >= points[1].time);
     assert_eq!((points[1].level, points[1].size), (Level::Snapshot, 1 << 20));
     assert_eq!(points[5].parent, Some(4));
+}
+
+/// A tiny image whose snapshots have one id and one name; each is one sector larger than the last.
+fn twins(count: u32) -> Vec<u8> {
+    let mut image = backups::tiny(None);
+    image[23] = 9;
+    image[60..64].copy_from_slice(&count.to_be_bytes());
+    image[64..72].copy_from_slice(&512u64.to_be_bytes());
+    image.resize(512, 0);
+    for i in 0..count {
+        let mut entry = [0; 40 + 16 + 8];
+        // One L1 entry, in the middle of nowhere but inside the file; lengths of id and name; extra.
+        entry[8..12].copy_from_slice(&1u32.to_be_bytes());
+        entry[13] = 1;
+        entry[15] = 1;
+        entry[36..40].copy_from_slice(&16u32.to_be_bytes());
+        entry[48..56].copy_from_slice(&(u64::from(i % 64) * 512).to_be_bytes());
+        entry[56..58].copy_from_slice(b"7x");
+        image.extend(entry);
+    }
+    image
+}
+
+#[test]
+fn snapshots_of_one_id_are_told_apart() {
+    let b = Backups::new();
+    b.file("d/FULL-1-d", &twins(3));
+    let catalog = b.scan();
+    let points = &catalog.disks[0].points;
+    let names: Vec<_> = points.iter().map(|p| (p.name.as_str(), p.size)).collect();
+    let expected = [("FULL-1-d@x", 0), ("FULL-1-d@x#7", 512), ("FULL-1-d@x#7-3", 1024)];
+    assert_eq!(names[..3], expected);
+    for point in &points[..3] {
+        let layer = fleecefs::layer::open(&point.layers[0]).unwrap();
+        assert_eq!(layer.size(), point.size, "{}", point.name);
+    }
+}
+
+#[test]
+fn as_many_snapshots_as_there_may_be_take_no_quadratic_time() {
+    let b = Backups::new();
+    b.file("d/FULL-1-d", &twins(65536));
+    let catalog = b.scan();
+    assert_eq!(catalog.disks[0].points.len(), 65537);
+    assert!(catalog.disks[0].points.iter().all(|p| p.is_served()));
+    // QEMU does not read longer tables, and nor do we.
+    let mut entry = twins(1)[512..].to_vec();
+    entry[12..16].fill(0xff);
+    entry.resize((40 + 16 + 2 * 0xffff_usize).next_multiple_of(8), b'x');
+    let count = (65 << 20) / entry.len() as u32;
+    let mut long = twins(0);
+    long[60..64].copy_from_slice(&count.to_be_bytes());
+    (0..count).for_each(|_| long.extend(&entry));
+    b.file("d/FULL-1-d", &long);
+    let catalog = b.scan();
+    assert_eq!(catalog.disks[0].points.len(), 1);
+    assert!(catalog.disks[0].findings.iter().any(|f| f.message.contains("too long")));
 }
 
 #[test]

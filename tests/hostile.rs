@@ -57,7 +57,7 @@ fn mutate(rng: &mut Rng, bytes: &mut Vec<u8>) {
 fn look(bytes: Vec<u8>) {
     let storage = Arc::new(MemStorage::new("image", bytes));
     let Ok(info) = probe(&*storage) else { return };
-    let parts = info.snapshots.iter().take(4).map(|s| Part::Snapshot(s.id.clone()));
+    let parts = (0..info.snapshots.len().min(4) as u32).map(Part::Snapshot);
     for part in std::iter::once(Part::Whole).chain(parts) {
         let data = info.data_file.is_some().then(|| storage.clone() as _);
         let Ok(layer) = Qcow2Layer::open(storage.clone(), data, &part) else { continue };

@@ -8,10 +8,11 @@ use serde_json::json;
 use super::journal::Record;
 use super::names::{Role, object, work_bitmap};
 use super::publish::{self, partial_name};
-use super::teardown::{Scope, teardown};
+use super::teardown::{Scope, detach, teardown};
 use super::work::{Active, Run, State};
 use super::{bitmap, fleece, space, vm};
 use crate::chain::Level;
+use crate::chain::manifest::{Skipped, fingerprint};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;
@@ -25,15 +26,15 @@ impl Run<'_> {
     /// Files, nodes and the new bitmap: all before the moment.
     pub(super) fn prepare(&mut self, d: &mut Active) -> Result<()> {
         let p = &d.plan;
-        super::lock::make_dir(&p.dir)?;
-        self.check_space(d)?;
+        publish::make_dir(&p.dir)?;
         d.chain = self.chains.remove(&p.dir.join(&p.image));
+        self.reserves.note(&d.record.fleece)?;
         self.journal.write(&Record::Disk(d.record.clone()))?;
         publish::announce(&p.dir, &d.manifest)?;
         publish::note_fleece(&p.dir, &p.image, &d.record.fleece)?;
         let partial = p.dir.join(partial_name(&p.image));
         let options = fleece::image_options(p, &self.options.copy);
-        publish::create_image(&partial, p.disk.size, &options)?;
+        d.held = Some(publish::create_image(&partial, p.disk.size, &options)?);
         fleece::create_fleece(&d.record.fleece, p.disk.size)?;
         step("files created");
         let target = object(&self.run, Role::Target, d.index);
@@ -48,17 +49,53 @@ impl Run<'_> {
         fleece::add_filter(&mut self.client, &self.run, d.index, &p.disk.top, timeout)
     }
 
-    pub(super) fn check_space(&self, d: &Active) -> Result<()> {
+    /// Whether all that will be written has room, before anything is begun. A disk that does not
+    /// fit beside those before it fails alone.
+    pub(super) fn check_space(&mut self, disks: &mut [Active]) -> Result<()> {
         let copy = &self.options.copy;
         if copy.no_space_check {
             return Ok(());
         }
-        let need = d.plan.estimate();
-        if copy.compress.is_none() {
-            space::require(&d.plan.dir, need, "the new image")?;
+        let mut budget = space::Budget::default();
+        for d in disks {
+            let need = d.plan.estimate();
+            let image = if copy.compress.is_some() { space::compressed(need) } else { need };
+            let fleece = d.record.fleece.parent().unwrap_or(Path::new("/"));
+            let claims = [
+                (d.plan.dir.as_path(), image, "the new image"),
+                (fleece, space::fleece_need(need), "the fleece image"),
+            ];
+            if let Err(e) = budget.take(&claims) {
+                self.fail(d, e)?;
+            }
         }
-        let dir = d.record.fleece.parent().unwrap_or(Path::new("/"));
-        space::require(dir, space::fleece_need(need), "the fleece image")
+        Ok(())
+    }
+
+    /// Gives up the disk with the largest fleece where fleeces have eaten up the room that must
+    /// stay: the guest's own files may lie there, and a guest without room stops.
+    pub(super) fn guard_fleeces(&mut self, disks: &mut [Active]) -> Result<()> {
+        let open = disks.iter().filter(|d| d.going()).map(|d| d.record.fleece.as_path());
+        let worst = self.reserves.worst(open).unwrap_or_else(|e| {
+            log::warn!("cannot watch the fleece images: {}", e.report());
+            None
+        });
+        let Some(worst) = worst else { return Ok(()) };
+        let Some(d) = disks.iter_mut().find(|d| d.going() && d.record.fleece == worst) else {
+            return Ok(());
+        };
+        // The image first: what is copied from now on is wrong, and must not become a point
+        // whoever dies in between.
+        if let Err(e) = publish::discard_image(&d.plan.dir, &d.plan.image)
+            .and_then(|()| fleece::empty(&d.record.fleece))
+        {
+            self.watch.warn(&e.report());
+        }
+        let dir = worst.parent().unwrap_or(Path::new("/"));
+        let e = Error::new(Kind::NoSpace, "the fleece image had nearly filled its file system")
+            .at_path(dir)
+            .remedy("name a larger one with --fleece-dir, or back up when the guest writes less");
+        self.fail(d, e)
     }
 
     /// The frozen view, and the bitmap of what to copy out of it.
@@ -91,14 +128,22 @@ impl Run<'_> {
         let node = object(&self.run, Role::Snapshot, d.index);
         let zeros =
             server.with_export(&mut self.client, &export, &node, false, |n| n.zero_ranges())?;
-        if let (true, Some(since)) = (self.blind, &d.plan.since) {
-            // The status is that of now: what was written between the moment and now may hide
-            // zeros of the moment, and is dirty by now.
+        if let Some(since) = &d.plan.since {
+            // What was written between the first merge and the question is data in the fleece
+            // (or, with QEMUs that mix up old and new, data of now): it may hide zeros of the
+            // moment, and is dirty by now.
             self.client.execute(
                 "block-dirty-bitmap-merge",
                 json!({"node": view, "target": work,
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}),
             )?;
+        }
+        if zeros.is_empty() && d.plan.disk.identity.format != "qcow2" {
+            self.watch.say(&format!(
+                "{}: its storage does not tell what is zero: if it was shrunk and grown again \
+                 since the last point, take a FULL",
+                d.plan.disk.label()
+            ));
         }
         let lost = chain.lost(&zeros, d.plan.disk.cluster_size.max(65536))?;
         if lost.is_empty() {
@@ -170,21 +215,57 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The job is done: close, take down, publish, and only then let go of the old bitmap.
-    pub(super) fn complete(&mut self, d: &mut Active, job: &Job) -> Result<()> {
-        self.disk_status(d.index, |s| s.state = "publishing".into());
-        let target = object(&self.run, Role::Target, d.index);
-        self.client.execute("blockdev-del", json!({"node-name": target}))?;
-        self.journal.write(&Record::Closed(d.index))?;
-        self.client.execute("job-dismiss", json!({"id": job.id}))?;
-        teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
-        std::thread::sleep(self.options.copy.remove_delay);
-        publish::remove_if_there(&d.record.fleece)?;
+    /// The job is done: the guest is let go of at once, whatever else has to be done. The image is
+    /// then synced beside the run, since that may take minutes on a slow disk.
+    pub(super) fn detach(&mut self, d: &mut Active, job: &Job) -> Result<()> {
+        self.disk_status(d.index, |s| s.state = "syncing".into());
         d.manifest.bytes_copied = job.current_progress;
         d.manifest.duration_ms = u64::try_from(d.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        detach(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
+        let held = d.held.clone().ok_or_else(|| Error::new(Kind::Io, "the image is not open"))?;
+        let (dir, image) = (d.plan.dir.clone(), d.plan.image.clone());
+        let sync = move || {
+            // Nobody is told of such an error twice: what a recovery might find must be gone.
+            held.sync().inspect_err(|_| drop(publish::discard_image(&dir, &image)))
+        };
+        d.state = State::Syncing(std::thread::spawn(sync));
+        Ok(())
+    }
+
+    /// QEMU closes the image. There is little left to write: its tables.
+    pub(super) fn close(&mut self, d: &mut Active) -> Result<()> {
+        if let State::Syncing(t) = std::mem::replace(&mut d.state, State::Going) {
+            t.join().unwrap_or_else(|_| Err(Error::new(Kind::Io, "the sync has crashed")))?;
+        }
+        let target = object(&self.run, Role::Target, d.index);
+        fleece::close_image(&mut self.client, &target)?;
+        // Says to a recovery that has lost the journal that it is complete.
+        let partial = d.plan.dir.join(partial_name(&d.plan.image));
+        d.manifest.fingerprint = Some(fingerprint(&partial)?);
+        publish::announce(&d.plan.dir, &d.manifest)?;
+        self.journal.write(&Record::Closed(d.index))?;
+        let job = object(&self.run, Role::Job, d.index);
+        self.client.execute("job-dismiss", json!({"id": job}))?;
+        teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
+        d.state = State::Closed;
+        self.disk_status(d.index, |s| s.state = "copied".into());
+        Ok(())
+    }
+
+    /// The image becomes a point, and only then the old bitmap goes.
+    pub(super) fn publish(&mut self, d: &mut Active, failed: &[Skipped]) -> Result<()> {
+        self.disk_status(d.index, |s| s.state = "publishing".into());
+        std::thread::sleep(self.options.copy.remove_delay);
+        publish::remove_if_there(&d.record.fleece)?;
         let mut m = d.manifest.clone();
-        m.config_files = vm::keep_config(&self.options.config, &d.plan.dir, &self.run)?;
-        let m = publish::publish(&d.plan.dir, m, !self.options.no_hash)?;
+        m.failed = failed.to_vec();
+        m.config_files = vm::keep_config(&self.config, &d.plan.dir, &self.run)?;
+        let hash = !self.options.no_hash;
+        let m = match &d.held {
+            Some(held) => publish::publish_held(&d.plan.dir, m, hash, held)?,
+            None => publish::publish(&d.plan.dir, m, hash)?,
+        };
+        d.held = None;
         self.beside(d);
         d.state = State::Done(Box::new(m));
         self.journal.write(&Record::Settled(d.index))?;

@@ -1,6 +1,8 @@
 //! The files and nodes of one disk's fleecing: fleece image, target image, filter, frozen view.
 
+use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -10,8 +12,9 @@ use super::plan::DiskPlan;
 use super::publish::create_private;
 use super::seen::Insertion;
 use super::{Compression, CopyOptions};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
+use crate::qmp::types::Graph;
 
 /// QEMU's unit of copying before a write, for a fleece without clusters of its own.
 const FLEECE_CLUSTER: u64 = 65536;
@@ -58,6 +61,10 @@ fn cluster_size(source: u64) -> u64 {
 /// Adds the node of an image file that we made. Where QEMU may not open it, our own descriptors
 /// are handed over.
 ///
+/// QEMU never syncs it: it would do so in its main loop, and the guest would stand still as long as
+/// a slow disk takes. A fleece needs no sync; a target is synced by us, see
+/// [`super::publish::Held`].
+///
 /// # Errors
 /// QEMU refuses.
 pub fn add_image(
@@ -69,16 +76,17 @@ pub fn add_image(
     find_zeros: bool,
 ) -> Result<()> {
     let add = |client: &mut Client, name: &str| {
-        let mut file = json!({"driver": "file", "filename": name, "discard": "unmap"});
+        let cache = json!({"no-flush": true});
+        let mut file =
+            json!({"driver": "file", "filename": name, "discard": "unmap", "cache": cache});
         merge(&mut file, &file_options);
         let detect = if find_zeros { "unmap" } else { "off" };
-        let all = json!({"driver": driver, "node-name": node, "discard": "unmap", "detect-zeroes": detect, "file": file});
+        let all = json!({"driver": driver, "node-name": node, "discard": "unmap",
+            "detect-zeroes": detect, "cache": cache, "file": file});
         client.call("blockdev-add", all)
     };
     let Some(name) = path.to_str() else {
-        return Err(
-            Error::new(crate::error::Kind::Usage, "a file name that is not UTF-8").at_path(path)
-        );
+        return Err(Error::new(Kind::Usage, "a file name that is not UTF-8").at_path(path));
     };
     let refusal = match add(client, name)? {
         Ok(_) => return Ok(()),
@@ -104,7 +112,7 @@ fn merge(into: &mut Value, more: &Value) {
 /// The sets carry the node's name, so that the teardown finds them.
 fn pass_file(client: &mut Client, path: &Path, node: &str) -> Result<u64> {
     let open = |write: bool| {
-        std::fs::OpenOptions::new()
+        OpenOptions::new()
             .read(true)
             .write(write)
             .open(path)
@@ -118,9 +126,10 @@ fn pass_file(client: &mut Client, path: &Path, node: &str) -> Result<u64> {
 
 fn add_fd(client: &mut Client, fd: BorrowedFd<'_>, arguments: Value) -> Result<u64> {
     let answer = client.call_with("add-fd", arguments, Some(fd))??;
-    answer.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| {
-        Error::new(crate::error::Kind::Corrupt, "the answer to add-fd has an unknown shape")
-    })
+    answer
+        .get("fdset-id")
+        .and_then(Value::as_u64)
+        .ok_or_else(|| Error::new(Kind::Corrupt, "the answer to add-fd has an unknown shape"))
 }
 
 /// Options of the target's file node.
@@ -130,9 +139,44 @@ pub fn target_options(copy: &CopyOptions) -> Value {
         o["aio"] = json!(aio);
     }
     if copy.direct {
-        o["cache"] = json!({"direct": true});
+        o["cache"] = json!({"direct": true, "no-flush": true});
     }
     o
+}
+
+/// Makes QEMU hand everything that it still holds of a finished image to the operating system, and
+/// closes it. Tables are in QEMU's memory until then; deleting the node would write them and keep
+/// silent about errors, while reopening it read-only writes them and tells.
+///
+/// # Errors
+/// They could not be written: the image is worthless. It is still open then.
+pub fn close_image(client: &mut Client, node: &str) -> Result<()> {
+    let graph: Graph = client.query("x-debug-query-block-graph", json!({}))?;
+    let Some(file) = graph.child(node, "file") else {
+        return Err(Error::new(Kind::Peer, format!("QEMU does not say what is below {node}")));
+    };
+    let read_only = json!({"driver": "qcow2", "node-name": node, "file": file, "read-only": true,
+        "discard": "unmap", "cache": {"no-flush": true}});
+    let answer = client.call("blockdev-reopen", json!({"options": [read_only]}))?;
+    answer.map_err(|r| match r.desc.contains("No space left") {
+        true => Error::new(Kind::NoSpace, "no space left for the image's tables"),
+        false => Error::new(Kind::Io, format!("QEMU cannot complete the image: {}", r.desc)),
+    })?;
+    client.execute("blockdev-del", json!({"node-name": node})).map(drop)
+}
+
+/// Gives the room of a fleece image that nobody needs any more back to its file system, here and
+/// not in QEMU's main loop, where closing a large file takes time. One that is gone is fine.
+///
+/// # Errors
+/// What the operating system said.
+pub fn empty(path: &Path) -> Result<()> {
+    match OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(path) {
+        Ok(f) => f.set_len(0),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+    .map_err(|e| Error::io(e, "cannot empty the fleece image").at_path(path))
 }
 
 /// Adds the copy-before-write filter above what the guest is attached to. It does nothing until

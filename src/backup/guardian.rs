@@ -4,9 +4,15 @@
 //! input what is done to the guest at any time. When the parent dies (end of file) it acts; when
 //! the deadline passes it kills the parent first, since a QMP or agent socket serves one client
 //! and the parent holds it. It has a session of its own and ignores the signals of a terminal.
+//!
+//! It does not give up: a QEMU that hangs (in a flush to a dead NFS server) may wake after minutes
+//! and only then be stopped. What it has done it adds to the journal, so that no later recovery
+//! continues a guest that its owner has paused since.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -14,12 +20,25 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::journal::{self, Record};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client};
 
-/// How long it tries to reach QEMU and the agent before it gives up.
-const RESCUE: Duration = Duration::from_secs(120);
+/// How it tries on.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// The pause after the first try.
+    first: Duration,
+    /// The longest pause.
+    longest: Duration,
+    /// After so many tries it lets go of its standard error, for whose end somebody may wait (ssh,
+    /// cron).
+    loud: u32,
+}
+
+const PATIENCE: Patience =
+    Patience { first: Duration::from_millis(200), longest: Duration::from_secs(5), loud: 15 };
 
 /// What the guardian is told at the start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,10 +47,24 @@ pub struct Orders {
     pub qmp: String,
     /// The agent's socket.
     pub agent: Option<String>,
-    /// After how many milliseconds it acts even if the parent lives; 0 for never.
+    /// After how many milliseconds it acts even if the parent lives.
     pub deadline_ms: u64,
+    /// The guest is to be stopped for as long as the backup takes: only the time counts in which
+    /// it runs and is frozen.
+    pub whole: bool,
+    /// The run.
+    pub run: String,
+    /// Its journal.
+    pub journal: PathBuf,
     /// The parent.
     pub parent: u32,
+}
+
+impl Orders {
+    /// Whether the guest is held, and not meant to be.
+    fn counts(&self, guest: Guest) -> bool {
+        if self.whole { guest.frozen && !guest.stopped } else { guest.frozen || guest.stopped }
+    }
 }
 
 /// The parent's side.
@@ -48,8 +81,9 @@ impl Guardian {
     /// It cannot be started: the guest must not be touched then.
     pub fn start(orders: &Orders) -> Result<Self> {
         let failed = |e| Error::io(e, "cannot start the guardian process");
-        let exe = std::env::current_exe().map_err(failed)?;
-        let mut child = Command::new(exe)
+        // This very program, also where an upgrade has replaced its file since it was started.
+        let mut child = Command::new("/proc/self/exe")
+            .arg0("fleecefs")
             .arg("guardian")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -146,6 +180,8 @@ pub fn serve() -> Result<()> {
             libc::signal(s, libc::SIG_IGN);
         }
     }
+    // It may outlive its parent by hours, and must not keep a file system busy.
+    let _ = std::env::set_current_dir("/");
     let mut lines = BufReader::new(std::io::stdin());
     let mut first = String::new();
     lines.read_line(&mut first).map_err(|e| Error::io(e, "no orders"))?;
@@ -183,13 +219,13 @@ enum Verdict {
 
 fn watch(orders: &Orders, told: &Receiver<Word>) -> Verdict {
     let mut guest = Guest::default();
-    // The clock runs while the guest is held, and only then.
+    // The clock runs while the guest is held against its will, and only then.
     let mut held: Option<Instant> = None;
     loop {
         let limit = Duration::from_millis(orders.deadline_ms);
         let wait = match held {
-            Some(since) if orders.deadline_ms > 0 => limit.saturating_sub(since.elapsed()),
-            _ => Duration::from_secs(3600),
+            Some(since) => limit.saturating_sub(since.elapsed()),
+            None => Duration::from_secs(3600),
         };
         match told.recv_timeout(wait) {
             Ok(Word::Freeze) => guest.frozen = true,
@@ -201,7 +237,7 @@ fn watch(orders: &Orders, told: &Receiver<Word>) -> Verdict {
             Err(RecvTimeoutError::Timeout) if held.is_some() => return Verdict::Late(guest),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        held = match guest.frozen || guest.stopped {
+        held = match orders.counts(guest) {
             true => held.or(Some(Instant::now())),
             false => None,
         };
@@ -236,29 +272,80 @@ fn kill_parent(parent: &OwnedFd) {
 }
 
 fn rescue(orders: &Orders, guest: Guest) -> Result<()> {
-    let deadline = Instant::now() + RESCUE;
     let mut result = Ok(());
     if guest.stopped {
-        result = retry(deadline, || continue_guest(&Address::parse(&orders.qmp)?));
+        let qmp = Address::parse(&orders.qmp)?;
+        result =
+            persist(&qmp, PATIENCE, || continue_guest(&qmp), || !is_ours(orders, |p| p.stopped));
+        if result.is_ok() {
+            note(orders, Record::Continued(orders.run.clone()));
+        }
     }
     if guest.frozen
         && let Some(agent) = &orders.agent
     {
-        result = result.and(retry(deadline, || thaw(&Address::parse(agent)?)));
+        let agent = Address::parse(agent)?;
+        let thawed = persist(&agent, PATIENCE, || thaw(&agent), || !is_ours(orders, |p| p.frozen));
+        if thawed.is_ok() {
+            note(orders, Record::Thawed(orders.run.clone()));
+        }
+        result = result.and(thawed);
     }
     result
 }
 
-fn retry(deadline: Instant, mut act: impl FnMut() -> Result<()>) -> Result<()> {
+/// The guest is helped whether or not that can be written down.
+fn note(orders: &Orders, record: Record) {
+    if let Err(e) = journal::note(&orders.journal, &orders.run, &record) {
+        log::warn!("guardian: {}", e.report());
+    }
+}
+
+/// Whether it is still ours to do: neither a recovery nor a later run has dealt with it. A journal
+/// that is lost says nothing.
+fn is_ours(orders: &Orders, what: impl Fn(&journal::Pending) -> bool) -> bool {
+    match journal::read(&orders.journal) {
+        Ok(Some(p)) => p.run == orders.run && what(&p),
+        _ => true,
+    }
+}
+
+/// Tries until it works, until it is `over`, or until nobody listens any more: then there is no
+/// guest to help.
+fn persist(
+    peer: &Address,
+    patience: Patience,
+    mut act: impl FnMut() -> Result<()>,
+    over: impl Fn() -> bool,
+) -> Result<()> {
+    let mut pause = patience.first;
+    let mut tries = 0u32;
     loop {
-        match act() {
-            Ok(()) => return Ok(()),
-            // Nobody listens any more: there is no guest to help.
-            Err(e) if matches!(e.kind(), Kind::NotFound) => return Err(e),
-            Err(e) if Instant::now() > deadline => return Err(e),
-            Err(e) => log::warn!("guardian: {}; trying again", e.report()),
+        let Err(e) = act() else { return Ok(()) };
+        let gone = matches!(e.kind(), Kind::NotFound | Kind::Peer) && peer.is_dead();
+        if gone {
+            return Err(e);
         }
-        std::thread::sleep(Duration::from_millis(200));
+        tries = tries.saturating_add(1);
+        log::warn!("guardian: {}; trying again", e.report());
+        if tries == patience.loud {
+            fall_silent();
+        }
+        std::thread::sleep(pause);
+        if over() {
+            return Ok(());
+        }
+        pause = pause.saturating_mul(2).min(patience.longest);
+    }
+}
+
+fn fall_silent() {
+    log::warn!("guardian: trying on in silence");
+    let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+    let Ok(null) = null else { return };
+    for fd in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
+        // SAFETY: both descriptors are valid; the second is replaced as a whole.
+        unsafe { libc::dup2(null.as_raw_fd(), fd) };
     }
 }
 
@@ -291,4 +378,80 @@ pub fn continue_if_paused(client: &mut Client) -> Result<bool> {
 pub fn thaw(agent: &Address) -> Result<()> {
     let wait = Duration::from_secs(5);
     Agent::connect(agent, wait)?.thaw(wait).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::os::unix::net::UnixListener;
+
+    fn orders(whole: bool) -> Orders {
+        Orders {
+            qmp: "/q".into(),
+            agent: None,
+            deadline_ms: 0,
+            whole,
+            run: "r".into(),
+            journal: "/nonexistent".into(),
+            parent: 1,
+        }
+    }
+
+    #[test]
+    fn a_long_stop_counts_only_where_it_was_not_asked_for() {
+        let g = |frozen, stopped| Guest { frozen, stopped };
+        for (guest, moment, whole) in [
+            (g(false, false), false, false),
+            (g(true, false), true, true),
+            (g(true, true), true, false),
+            (g(false, true), true, false),
+        ] {
+            assert_eq!(orders(false).counts(guest), moment, "{guest:?}");
+            assert_eq!(orders(true).counts(guest), whole, "{guest:?}");
+        }
+    }
+
+    #[test]
+    fn it_tries_on_until_it_works_or_nobody_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let peer = Address::Unix(path);
+        let nothing = Patience { first: Duration::ZERO, longest: Duration::ZERO, loud: u32::MAX };
+        let tries = Cell::new(0usize);
+        let act = |good_at: usize| {
+            let tries = &tries;
+            move || {
+                tries.set(tries.get() + 1);
+                let kind = if tries.get().is_multiple_of(2) { Kind::Peer } else { Kind::Busy };
+                if tries.get() == good_at { Ok(()) } else { Err(Error::new(kind, "no")) }
+            }
+        };
+        persist(&peer, nothing, act(50), || false).unwrap();
+        assert_eq!(tries.replace(0), 50);
+        persist(&peer, nothing, act(50), || tries.get() == 7).unwrap();
+        assert_eq!(tries.replace(0), 7);
+        drop(listener);
+        persist(&peer, nothing, act(50), || false).unwrap_err();
+        assert_eq!(tries.get(), 2);
+    }
+
+    #[test]
+    fn it_is_over_when_another_has_dealt_with_it() {
+        let d = tempfile::tempdir().unwrap();
+        let mut o = orders(false);
+        o.journal = d.path().join("j");
+        assert!(is_ours(&o, |p| p.stopped));
+        let begin = |run: &str| {
+            let r = Record::Begin { run: run.into(), target: "/t".into(), agent: None, qemu: None };
+            serde_json::to_string(&r).unwrap()
+        };
+        std::fs::write(&o.journal, format!("{}\n\"stop\"\n", begin("r"))).unwrap();
+        assert!(is_ours(&o, |p| p.stopped));
+        note(&o, Record::Continued("r".into()));
+        assert!(!is_ours(&o, |p| p.stopped));
+        std::fs::write(&o.journal, format!("{}\n\"stop\"\n", begin("s"))).unwrap();
+        assert!(!is_ours(&o, |p| p.stopped));
+    }
 }

@@ -2,6 +2,7 @@
 //! tip that an INC would build on.
 
 use std::ffi::OsStr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::names;
@@ -20,6 +21,18 @@ pub struct Entry {
     pub time: i64,
     /// Its manifest, if it is committed.
     pub manifest: Option<Manifest>,
+    /// Why its manifest cannot be read.
+    pub broken: Option<String>,
+}
+
+impl Entry {
+    fn committed(&self) -> Result<&Manifest, String> {
+        match (&self.manifest, &self.broken) {
+            (Some(m), _) => Ok(m),
+            (None, Some(why)) => Err(format!("the manifest of {} is no good: {why}", self.name)),
+            (None, None) => Err(format!("{} was not made by fleecefs (no manifest)", self.name)),
+        }
+    }
 }
 
 /// A folder as far as one disk is concerned.
@@ -39,8 +52,10 @@ impl History {
     /// Reads a folder; one that does not exist is empty. With `disk` only images whose names end
     /// in that disk's name count (`--no-subdir`).
     ///
+    /// A manifest that cannot be read is a reason against its point, not against the folder.
+    ///
     /// # Errors
-    /// The folder or a manifest cannot be read.
+    /// The folder cannot be read.
     pub fn read(dir: &Path, disk: Option<&str>) -> Result<Self> {
         let mut history = History { dir: dir.to_path_buf(), ..Default::default() };
         let list = match std::fs::read_dir(dir) {
@@ -51,39 +66,51 @@ impl History {
         for item in list {
             let item = item.map_err(|e| Error::io(e, "cannot read the folder").at_path(dir))?;
             let Ok(name) = item.file_name().into_string() else { continue };
-            history.add(name, disk)?;
+            history.add(name, disk);
         }
         history.entries.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
         Ok(history)
     }
 
-    fn add(&mut self, name: String, disk: Option<&str>) -> Result<()> {
+    fn add(&mut self, name: String, disk: Option<&str>) {
         let whole = name.strip_suffix(".partial").unwrap_or(&name);
         let parsed = names::parse_image(whole).map(|(l, t, d)| (l, t, d.to_string()));
         let partial = whole.len() != name.len();
         let Some((level, time, of)) = parsed else { return self.add_plain(name, disk) };
         if disk.is_some_and(|d| d != of) {
-            return Ok(());
+            return;
         }
         if partial {
             self.partials.push(name);
-            return Ok(());
+            return;
         }
-        let manifest = manifest::read(&self.dir, OsStr::new(&name))?;
-        self.entries.push(Entry { name, level, time, manifest });
-        Ok(())
+        let (manifest, broken) = match manifest::read(&self.dir, OsStr::new(&name)) {
+            Ok(m) => (m, None),
+            Err(e) => (None, Some(e.report())),
+        };
+        self.entries.push(Entry { name, level, time, manifest, broken });
     }
 
-    /// Images without a timestamp (`--no-timestamp`) count if a manifest says what they are.
-    fn add_plain(&mut self, name: String, disk: Option<&str>) -> Result<()> {
+    /// Images without a timestamp (`--no-timestamp`) count if a manifest says what they are. One
+    /// whose manifest is damaged is taken for a FULL of the time of its file.
+    fn add_plain(&mut self, name: String, disk: Option<&str>) {
         if disk.is_some_and(|d| d != name) {
-            return Ok(());
+            return;
         }
-        if let Some(m) = manifest::read(&self.dir, OsStr::new(&name))? {
-            let (level, time) = (m.level, m.time);
-            self.entries.push(Entry { name, level, time, manifest: Some(m) });
-        }
-        Ok(())
+        let entry = match manifest::read(&self.dir, OsStr::new(&name)) {
+            Ok(None) => return,
+            Ok(Some(m)) => {
+                let (level, time) = (m.level, m.time);
+                Entry { name, level, time, manifest: Some(m), broken: None }
+            }
+            Err(e) => {
+                let meta = std::fs::symlink_metadata(self.dir.join(&name));
+                let time = meta.map_or(0, |m| m.mtime());
+                let broken = Some(e.report());
+                Entry { name, level: Level::Full, time, manifest: None, broken }
+            }
+        };
+        self.entries.push(entry);
     }
 
     /// The latest time in any name, so that the next one can be later.
@@ -97,8 +124,18 @@ impl History {
         self.entries.iter().rev().find_map(|e| e.manifest.as_ref())
     }
 
-    fn find(&self, name: &str) -> Option<&Manifest> {
-        self.entries.iter().find(|e| e.name == name)?.manifest.as_ref()
+    /// The FULL that a new DIFF would lie on: the latest, there and unchanged. INCs between may be
+    /// damaged or gone.
+    ///
+    /// # Errors
+    /// In words why there is none.
+    pub fn full(&self) -> Result<Vec<&Manifest>, String> {
+        let Some(last) = self.entries.iter().rev().find(|e| e.level == Level::Full) else {
+            return Err("there is no FULL in the target yet".into());
+        };
+        let full = last.committed()?;
+        self.check_file(full)?;
+        Ok(vec![full])
     }
 
     /// The points that a new INC would lie on, root first; every file there and unchanged.
@@ -111,14 +148,13 @@ impl History {
         let Some(last) = on_chain.next_back() else {
             return Err("there is no FULL in the target yet".into());
         };
-        let Some(mut at) = last.manifest.as_ref() else {
-            return Err(format!("{} was not made by fleecefs (no manifest)", last.name));
-        };
+        let mut at = last.committed()?;
         let mut chain = vec![at];
         while let Some(parent) = &at.parent {
-            let Some(m) = self.find(parent) else {
+            let Some(below) = self.entries.iter().find(|e| e.name == *parent) else {
                 return Err(format!("{parent}, on which {} lies, is gone", at.image));
             };
+            let m = below.committed()?;
             chain.push(m);
             at = m;
             if chain.len() > self.entries.len() {
@@ -208,6 +244,19 @@ mod tests {
         let d = three();
         std::fs::write(d.path().join("FULL-9-d"), "theirs").unwrap();
         assert!(chain(d.path()).unwrap_err().contains("not made by fleecefs"));
+    }
+
+    #[test]
+    fn a_damaged_manifest_is_a_reason_and_no_error() {
+        let d = three();
+        std::fs::write(d.path().join(".fleecefs/INC-2-d.json"), "{").unwrap();
+        assert!(chain(d.path()).unwrap_err().contains("manifest of INC-2-d"));
+        // A DIFF needs the FULL alone.
+        let h = History::read(d.path(), None).unwrap();
+        assert_eq!(h.full().unwrap()[0].image, "FULL-1-d");
+        std::fs::write(d.path().join(".fleecefs/FULL-1-d.json"), "{").unwrap();
+        let h = History::read(d.path(), None).unwrap();
+        assert!(h.full().unwrap_err().contains("manifest of FULL-1-d"));
     }
 
     #[test]

@@ -1,18 +1,28 @@
-//! One run per VM (and one per target, see [`crate::lock`]). Held by flock, so that a killed process leaves none.
+//! One run per VM (and one per target, see [`crate::lock`]). Held by flock, so that a killed process
+//! leaves none.
+//!
+//! A VM is known by its socket. Since QEMU may have several, its process is locked as well where it
+//! can be told; and each run holds a mark under its id, so that a recovery which finds its objects in
+//! QEMU knows that it lives.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
-use crate::qmp::Address;
+use crate::qmp::{Address, Client};
 
 /// A lock, held until it is dropped.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
+    /// Removed at the end.
+    passing: Option<PathBuf>,
 }
+
+/// What the user can do about a lock that is held.
+const REMEDY: &str = "fleecefs info status shows it, fleecefs cancel ends it";
 
 impl Lock {
     /// Takes the lock of the VM behind `address`.
@@ -23,7 +33,44 @@ impl Lock {
         make_dir(state)?;
         let path = state.join(format!("{}.lock", vm_key(address)));
         Self::take(&path, "a backup or recovery of this VM is running")
-            .map_err(|e| e.remedy("fleecefs info status shows it, fleecefs cancel ends it"))
+            .map_err(|e| e.remedy(REMEDY))
+    }
+
+    /// Takes the lock of the process that `client` talks to, if that can be told.
+    ///
+    /// # Errors
+    /// `Busy` if a run that came by another socket of it is at work.
+    pub fn qemu(state: &Path, client: &Client) -> Result<Option<Self>> {
+        let Some(process) = client.process() else { return Ok(None) };
+        let hash = blake3::hash(process.as_bytes()).to_hex();
+        let name = format!("qemu-{}.lock", hash.as_str().get(..16).unwrap_or_default());
+        Self::take_passing(&state.join(name)).map(Some)
+    }
+
+    /// Marks a run as alive, or makes sure that none of this id is.
+    ///
+    /// # Errors
+    /// `Busy` if it lives.
+    pub fn run(state: &Path, run: &str) -> Result<Self> {
+        Self::take_passing(&state.join(format!("run-{run}.lock")))
+    }
+
+    /// A lock whose file goes with it.
+    fn take_passing(path: &Path) -> Result<Self> {
+        loop {
+            let mut lock =
+                Self::take(path, "a backup of this VM is running by another of its QMP sockets")
+                    .map_err(|e| e.remedy(REMEDY))?;
+            // Whoever had it before may have removed it between our open and our flock.
+            let same = |f: &File| {
+                let (a, b) = (f.metadata().ok()?, std::fs::symlink_metadata(path).ok()?);
+                Some(a.dev() == b.dev() && a.ino() == b.ino())
+            };
+            if same(&lock._file) == Some(true) {
+                lock.passing = Some(path.to_path_buf());
+                return Ok(lock);
+            }
+        }
     }
 
     fn take(path: &Path, held: &str) -> Result<Self> {
@@ -37,13 +84,21 @@ impl Lock {
             .map_err(|e| Error::io(e, "cannot open the lock").at_path(path))?;
         // SAFETY: flock on a descriptor we own.
         if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-            return Ok(Lock { _file: file });
+            return Ok(Lock { _file: file, passing: None });
         }
         let e = std::io::Error::last_os_error();
         if e.kind() == std::io::ErrorKind::WouldBlock {
             return Err(Error::new(Kind::Busy, held).at_path(path));
         }
         Err(Error::io(e, "cannot take the lock").at_path(path))
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Some(p) = &self.passing {
+            let _ = std::fs::remove_file(p);
+        }
     }
 }
 
@@ -90,5 +145,15 @@ mod tests {
         Lock::vm(d.path(), &Address::Unix("/run/b".into())).unwrap();
         drop(lock);
         Lock::vm(d.path(), &a).unwrap();
+    }
+
+    #[test]
+    fn the_mark_of_a_run_goes_with_it() {
+        let d = tempfile::tempdir().unwrap();
+        let mark = Lock::run(d.path(), "0123456789ab").unwrap();
+        assert_eq!(Lock::run(d.path(), "0123456789ab").unwrap_err().kind(), Kind::Busy);
+        drop(mark);
+        assert_eq!(std::fs::read_dir(d.path()).unwrap().count(), 0);
+        Lock::run(d.path(), "0123456789ab").unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! Backups of running guests by image fleecing over QMP.
 //!
-//! A run: `seen` (which disks there are) and `history` (what the target holds) give a `plan`;
+//! A run: `seen` (which disks there are), `folders` and `history` (what the target holds) give a
+//! `plan`, in which `level` decides what each disk gets;
 //! `run` executes it: `bitmap` adds the next recording bitmap, `fleece` puts files and nodes in
 //! place, `moment` takes the one frozen moment under the eyes of `guardian`, `zeros` finds what a
 //! bitmap cannot know, `publish` makes a finished image a point. `journal` and `recover` undo what a
@@ -11,14 +12,17 @@
 //! is left over can be told and removed.
 
 pub mod bitmap;
+pub mod conclude;
 pub mod control;
 pub mod disk;
 pub mod fleece;
+pub mod folders;
+pub mod foreign;
 pub mod guardian;
 pub mod history;
 pub mod info;
-
 pub mod journal;
+pub mod level;
 pub mod lock;
 pub mod moment;
 pub mod names;

@@ -10,7 +10,7 @@ use super::journal::{Journal, Record};
 use super::seen::Insertion;
 use super::{Options, StopWish, Watch};
 use crate::chain::manifest::{Achieved, Consistency};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
 use crate::qmp::steps::step;
@@ -34,7 +34,15 @@ pub struct Taken {
     /// Disks whose filter could not be inserted.
     pub failed: Vec<(usize, Error)>,
     /// The guest is still stopped: for `--pause`.
-    pub held: Option<Guardian>,
+    pub held: Option<Held>,
+}
+
+/// A guest that is stopped, and frozen if it was asked for, for the whole backup.
+#[derive(Debug)]
+pub struct Held {
+    guardian: Guardian,
+    /// Who has to thaw it: once it runs, since the agent is part of it.
+    agent: Option<Agent>,
 }
 
 /// Everything the moment works with.
@@ -45,6 +53,8 @@ pub struct Scene<'a> {
     pub options: &'a Options,
     /// Where what must be undone is written down.
     pub journal: &'a mut Journal,
+    /// The run's id.
+    pub run: &'a str,
     /// Who is told.
     pub watch: &'a dyn Watch,
 }
@@ -56,21 +66,18 @@ pub struct Scene<'a> {
 /// A failed freeze is no error: the reason is in the consistency.
 pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
     let running = is_running(scene.client)?;
-    let stop = running && scene.options.moment.stop != StopWish::Never;
+    let wanted = running && scene.options.moment.stop != StopWish::Never;
     let freeze = running && scene.options.moment.quiesce;
     let mut consistency = Consistency { one_moment: true, ..Default::default() };
-    let mut guardian =
-        if stop || freeze { Some(Guardian::start(&orders(scene.options))?) } else { None };
+    let mut guardian = if wanted || freeze { Some(Guardian::start(&orders(scene))?) } else { None };
     let mut agent = None;
     if freeze {
         agent = freeze_guest(scene, guardian.as_mut(), &mut consistency)?;
     }
-    let whole = stop && scene.options.moment.stop == StopWish::Whole;
     let began = Instant::now();
-    if stop {
-        announce(scene, guardian.as_mut(), Record::Stop, Word::Stop)?;
-        scene.client.execute("stop", json!({}))?;
-    }
+    let stop = wanted && stop_guest(scene, guardian.as_mut())?;
+    let running = running && stop == wanted;
+    let whole = stop && scene.options.moment.stop == StopWish::Whole;
     let stopped_at = Instant::now();
     let failed = insert_all(scene.client, inserts, &mut consistency, stop || !running);
     if stop && !whole {
@@ -78,47 +85,77 @@ pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
         consistency.stopped_ms = millis(stopped_at.elapsed());
         withdraw(scene, guardian.as_mut(), Record::Continue, Word::Continue)?;
     }
-    if let Some(a) = agent
-        && !thaw_guest(scene, guardian.as_mut(), a, &mut consistency)?
-        && let Some(g) = guardian.take()
-    {
-        g.leave();
-    }
     judge(scene, running, whole, &mut consistency);
     log::debug!("the moment took {:?}", began.elapsed());
-    let held = if whole { guardian } else { dismissed(guardian) };
+    let held = match guardian {
+        Some(guardian) if whole => Some(Held { guardian, agent }),
+        Some(guardian) => {
+            let_go(scene, guardian, agent, &mut consistency)?;
+            None
+        }
+        None => None,
+    };
     Ok(Taken { consistency, failed: failed?, held })
 }
 
-/// Ends `--pause`.
+/// Ends `--pause`: the guest runs first, since a stopped one cannot thaw.
 ///
 /// # Errors
-/// QEMU refuses to continue.
-pub fn release(scene: &mut Scene<'_>, mut guardian: Guardian) -> Result<()> {
+/// QEMU refuses to continue; the guardian goes on trying then.
+pub fn release(scene: &mut Scene<'_>, held: Held) -> Result<()> {
+    let Held { mut guardian, agent } = held;
     scene.client.execute("cont", json!({}))?;
-    scene.journal.write(&Record::Continue)?;
-    guardian.tell(Word::Continue)?;
-    guardian.dismiss();
+    withdraw(scene, Some(&mut guardian), Record::Continue, Word::Continue)?;
+    // What was achieved is in the manifests already.
+    let mut past = Consistency::default();
+    let_go(scene, guardian, agent, &mut past)
+}
+
+/// Thaws what was frozen and dismisses the guardian, or leaves it to thaw.
+fn let_go(
+    scene: &mut Scene<'_>,
+    mut guardian: Guardian,
+    agent: Option<Agent>,
+    consistency: &mut Consistency,
+) -> Result<()> {
+    let thawed = match agent {
+        Some(a) => thaw_guest(scene, Some(&mut guardian), a, consistency)?,
+        None => true,
+    };
+    if thawed {
+        guardian.dismiss();
+    } else {
+        guardian.leave();
+    }
     Ok(())
 }
 
-fn dismissed(guardian: Option<Guardian>) -> Option<Guardian> {
-    if let Some(g) = guardian {
-        g.dismiss();
+/// Stops the guest, unless somebody else has in the meantime: such a stop is not ours to end.
+/// Says whether it did.
+fn stop_guest(scene: &mut Scene<'_>, mut guardian: Option<&mut Guardian>) -> Result<bool> {
+    announce(scene, guardian.as_deref_mut(), Record::Stop, Word::Stop)?;
+    if is_running(scene.client)? {
+        scene.client.execute("stop", json!({}))?;
+        return Ok(true);
     }
-    None
+    withdraw(scene, guardian, Record::Continue, Word::Continue)?;
+    scene.watch.warn("the guest was paused by somebody else just before the moment: it stays so");
+    Ok(false)
 }
 
 fn millis(d: Duration) -> u64 {
     u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn orders(options: &Options) -> Orders {
-    let whole = options.moment.stop == StopWish::Whole;
+fn orders(scene: &Scene<'_>) -> Orders {
+    let options = scene.options;
     Orders {
         qmp: options.qmp.canonical(),
         agent: options.agent.as_ref().map(|a| a.canonical()),
-        deadline_ms: if whole { 0 } else { millis(options.moment.deadline).max(1) },
+        deadline_ms: millis(options.moment.deadline).max(1),
+        whole: options.moment.stop == StopWish::Whole,
+        run: scene.run.to_string(),
+        journal: scene.journal.path().to_path_buf(),
         parent: std::process::id(),
     }
 }
@@ -168,7 +205,7 @@ fn insert_all(
     for (i, qdev) in devices {
         match plug(client, qdev, &i.filter) {
             Ok(()) => plugged += 1,
-            Err(e) if e.kind() == crate::error::Kind::Peer && is_alive(client) => {
+            Err(e) if e.kind() == Kind::Peer && is_alive(client) => {
                 failed.push((i.index, e));
             }
             Err(e) => return Err(e),
@@ -225,10 +262,15 @@ fn freeze_guest(
         return Ok(None);
     };
     let wait = scene.options.moment.agent_timeout;
-    let before = Agent::connect(address, wait).and_then(|mut a| Ok((a.is_frozen(wait)?, a)));
-    let mut agent = match before {
-        Ok((false, a)) => a,
-        Ok((true, _)) => {
+    let mountpoints = scene.options.moment.mountpoints.clone();
+    let before = Agent::connect(address, wait).and_then(|mut a| {
+        let frozen = a.is_frozen(wait)?;
+        let all = if frozen { Vec::new() } else { listed(&mut a, &mountpoints, wait)? };
+        Ok((frozen, all, a))
+    });
+    let (listed, mut agent) = match before {
+        Ok((false, all, a)) => (all, a),
+        Ok((true, ..)) => {
             consistency.reason =
                 "the file systems were frozen already, by somebody else, and were \
                                   left so"
@@ -243,12 +285,11 @@ fn freeze_guest(
         }
     };
     announce(scene, guardian, Record::Freeze, Word::Freeze)?;
-    let mountpoints = scene.options.moment.mountpoints.clone();
     // Half of what the guardian allows: there must be time left to thaw.
     match agent.freeze(&mountpoints, scene.options.moment.deadline / 2) {
         Ok(n) => {
             step("frozen");
-            consistency.frozen = mountpoints;
+            consistency.frozen = listed;
             consistency.achieved = Achieved::FileSystem;
             scene.watch.say(&format!("froze {n} file systems"));
         }
@@ -259,6 +300,19 @@ fn freeze_guest(
     }
     // Also after a failure: some may be frozen, or will be when the agent comes to it.
     Ok(Some(agent))
+}
+
+/// What will be frozen, by name: a frozen guest does not tell. Not every agent can; then it is only
+/// known that it was all.
+fn listed(agent: &mut Agent, wanted: &[String], wait: Duration) -> Result<Vec<String>> {
+    if !wanted.is_empty() {
+        return Ok(wanted.to_vec());
+    }
+    match agent.mountpoints(wait) {
+        // Its answer may still come, and must not be taken for that to the freeze.
+        Err(e) if e.kind() == Kind::Timeout => Err(e),
+        other => Ok(other.unwrap_or_default()),
+    }
 }
 
 /// False if the agent did not thaw: the guardian has to go on trying.
@@ -288,7 +342,7 @@ fn thaw_guest(
 }
 
 fn judge(scene: &Scene<'_>, running: bool, whole: bool, c: &mut Consistency) {
-    if scene.client.has_guest() && (!running || whole) {
+    if c.achieved == Achieved::Crash && scene.client.has_guest() && (!running || whole) {
         c.achieved = Achieved::Paused;
     }
     if !c.one_moment {

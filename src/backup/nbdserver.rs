@@ -44,12 +44,7 @@ impl Server {
     /// # Errors
     /// `Busy` if another program has started one, else what QEMU says.
     pub fn start(client: &mut Client, path: &Path) -> Result<Self> {
-        let left = Address::Unix(path.to_path_buf());
-        if path.exists() && Nbd::greets(&left, Duration::from_secs(2)) {
-            // Ours, of a run whose journal is lost: nobody else listens there.
-            client.call("nbd-server-stop", json!({}))?.ok();
-        }
-        remove_if_there(path)?;
+        stop_at(client, path)?;
         let answer = if client.has("getfd") && client.takes_descriptors() {
             let (short, _dir) = shorten(path)?;
             let listener = UnixListener::bind(short)
@@ -106,6 +101,23 @@ impl Server {
         unexport(client, id)?;
         result
     }
+}
+
+/// Stops the server that a killed run of ours left, if it is that one that QEMU runs.
+///
+/// # Errors
+/// QEMU is gone, or the socket cannot be removed.
+pub fn stop_left(client: &mut Client, state: &Path, vm: &Address) -> Result<()> {
+    stop_at(client, &socket_path(state, vm))
+}
+
+fn stop_at(client: &mut Client, path: &Path) -> Result<()> {
+    let left = Address::Unix(path.to_path_buf());
+    if path.exists() && Nbd::greets(&left, Duration::from_secs(2)) {
+        // Nobody else listens there; another program's server would listen elsewhere.
+        client.call("nbd-server-stop", json!({}))?.ok();
+    }
+    remove_if_there(path)
 }
 
 fn export(client: &mut Client, id: &str, node: &str, writable: bool) -> Result<()> {

@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::tool::qemu_img;
@@ -75,13 +76,49 @@ pub fn announced(dir: &Path, image: &str) -> Result<Option<Manifest>> {
 ///
 /// # Errors
 /// `Exists` if it is there, `NoSpace`, `Permission`, `Io`.
-pub fn create_image(path: &Path, size: u64, options: &str) -> Result<()> {
+pub fn create_image(path: &Path, size: u64, options: &str) -> Result<Held> {
     // Made by us first, so that the mode is right from the start and nothing is overwritten.
-    create_private(path)?;
+    let held = Held { file: Arc::new(create_private(path)?), path: path.to_path_buf() };
     let size = size.to_string();
     let args = ["create", "-q", "-f", "qcow2", "-o", options].map(OsStr::new);
     let all = [args.as_slice(), &[path.as_os_str(), OsStr::new(&size)]].concat();
-    qemu_img(&all, path).map(drop)
+    qemu_img(&all, path).map(|_| held)
+}
+
+/// An image held open from before anything was written to it. What the operating system could not
+/// write is told once, to those who had the file open then: whoever opens it later is told that
+/// all is well, and reads the lost bytes out of the page cache.
+#[derive(Debug, Clone)]
+pub struct Held {
+    file: Arc<File>,
+    path: PathBuf,
+}
+
+impl Held {
+    /// Opens an image that a killed run left. Errors that nobody was told of yet are told here, as
+    /// long as QEMU has it open without syncing it.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
+            .open(path)
+            .map_err(|e| Error::io(e, "cannot open the image").at_path(path))?;
+        Ok(Held { file: Arc::new(file), path: path.to_path_buf() })
+    }
+
+    /// Makes it survive a power cut.
+    ///
+    /// # Errors
+    /// Something that was ever written to it is lost: the image is worthless.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(|e| {
+            Error::io(e, "the image could not be written to its disk").at_path(&self.path)
+        })
+    }
 }
 
 /// Creates an empty file with mode 0600.
@@ -104,15 +141,29 @@ pub fn create_private(path: &Path) -> Result<File> {
 ///
 /// # Errors
 /// The image is unsound, or something could not be written; then it is no point.
-pub fn publish(dir: &Path, mut manifest: Manifest, hash: bool) -> Result<Manifest> {
+pub fn publish(dir: &Path, manifest: Manifest, hash: bool) -> Result<Manifest> {
+    let held = Held::open(&dir.join(partial_name(&manifest.image)))?;
+    publish_held(dir, manifest, hash, &held)
+}
+
+/// As [`publish`], of an image that was held open all the time.
+///
+/// # Errors
+/// As [`publish`].
+pub fn publish_held(
+    dir: &Path,
+    mut manifest: Manifest,
+    hash: bool,
+    held: &Held,
+) -> Result<Manifest> {
     let partial = dir.join(partial_name(&manifest.image));
     let image = dir.join(&manifest.image);
+    // First of all: what is read below comes out of the page cache, written or not.
+    held.sync()?;
     check(&partial, manifest.virtual_size)?;
     step("checked");
-    let file = File::open(&partial)
-        .map_err(|e| Error::io(e, "cannot open the image").at_path(&partial))?;
-    set_time(&file, dir, &manifest)?;
-    file.sync_all().map_err(|e| Error::io(e, "cannot sync the image").at_path(&partial))?;
+    set_time(&held.file, dir, &manifest)?;
+    held.sync()?;
     step("synced");
     complete(&mut manifest, &partial, hash)?;
     // The announcement, now complete, is what a recovery after the rename writes as manifest.
@@ -144,6 +195,14 @@ pub fn discard(dir: &Path, image: &str) -> Result<()> {
     drop_fleece(dir, image)?;
     remove_if_there(&dir.join(partial_name(image)))?;
     manifest::remove(dir, OsStr::new(&partial_name(image)))
+}
+
+/// Removes an unfinished image alone: no recovery can make a point of it then.
+///
+/// # Errors
+/// What the operating system said.
+pub fn discard_image(dir: &Path, image: &str) -> Result<()> {
+    remove_if_there(&dir.join(partial_name(image)))
 }
 
 /// Removes a file; that it is not there is fine.
@@ -273,7 +332,28 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     std::io::Write::write_all(&mut file, bytes)
         .and_then(|()| file.sync_all())
         .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|e| Error::io(e, "cannot write the file").at_path(path))
+        .map_err(|e| Error::io(e, "cannot write the file").at_path(path))?;
+    path.parent().map_or(Ok(()), sync_dir)
+}
+
+/// Makes a folder, and those above it, that only their owner enters, and that survive a power cut.
+///
+/// # Errors
+/// What the operating system said.
+pub fn make_dir(path: &Path) -> Result<()> {
+    let missing: Vec<&Path> =
+        path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
+    super::lock::make_dir(path)?;
+    for made in missing.iter().rev() {
+        // The parent of a relative path's first part is the empty path.
+        let parent = made.parent().filter(|p| !p.as_os_str().is_empty());
+        match sync_dir(parent.unwrap_or(Path::new("."))) {
+            // A folder may let others make folders in it and not look into it.
+            Err(e) if e.kind() != Kind::Permission => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The kind of link and files that qmpbackup has beside an image without timestamp.
@@ -285,4 +365,35 @@ pub fn link_plain(dir: &Path, image: &str, level: Level) -> Result<()> {
     remove_if_there(&link)?;
     std::os::unix::fs::symlink(dir.join(image), &link)
         .map_err(|e| Error::io(e, "cannot make the link").at_path(&link))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::Quiet;
+    use crate::backup::recover::sweep;
+    use crate::chain::manifest::tests::example;
+
+    #[test]
+    fn a_damaged_announcement_stops_no_other() {
+        let d = tempfile::tempdir().unwrap();
+        for image in ["FULL-1-d", "FULL-2-d"] {
+            announce(d.path(), &example(image, Level::Full, None)).unwrap();
+            std::fs::write(d.path().join(partial_name(image)), "x").unwrap();
+        }
+        std::fs::write(d.path().join(".fleecefs/FULL-1-d.partial.json"), "{").unwrap();
+        sweep(d.path(), &Quiet).unwrap();
+        assert!(d.path().join("FULL-1-d.partial").exists());
+        assert!(!d.path().join("FULL-2-d.partial").exists());
+    }
+
+    #[test]
+    fn folders_are_made_whole_and_private() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("a/b/c");
+        make_dir(&path).unwrap();
+        make_dir(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions();
+        assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o700);
+    }
 }

@@ -3,21 +3,23 @@
 //! The journal says what was begun; names with the run's id say it too, so that a lost journal
 //! costs nothing but the knowledge whether it was us who stopped the guest. The same code undoes
 //! a run that fails while its process lives.
+//!
+//! A target that is not there (not mounted, an NFS server that is down) does not keep the VM from
+//! being backed up elsewhere: what lies in it stays in the journal until it is there again.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::{Value, json};
-
 use super::guardian::continue_if_paused;
-use super::journal::{self, DiskRecord, Pending};
-use super::names::{self, Role};
-use super::teardown::{Scope, Torn, runs_in_qemu, teardown};
-use super::{Watch, bitmap, publish};
+use super::journal::{self, DiskRecord, Left, Pending};
+use super::lock::Lock;
+use super::names::Role;
+use super::teardown::{Scope, Torn, runs_in_qemu, teardown_all};
+use super::{Watch, bitmap, nbdserver, publish};
 use crate::chain::manifest::{self, Manifest, fingerprint};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
+use crate::lock::Locks;
 use crate::qmp::agent::Agent;
-use crate::qmp::types::Job;
 use crate::qmp::{Address, Client};
 
 /// What became of an image.
@@ -29,71 +31,215 @@ pub enum Fate {
     Removed,
 }
 
-/// Undoes all that earlier runs left at this VM. Gives how many there were.
-///
-/// # Errors
-/// QEMU refuses, or something cannot be removed; what is left is still in the journal.
-pub fn recover(
-    client: &mut Client,
-    state: &Path,
-    vm: &Address,
-    watch: &dyn Watch,
-) -> Result<usize> {
-    let journal = journal::pending(state, vm)?;
-    let mut runs = runs_in_qemu(client)?;
-    if let Some(p) = &journal
-        && !p.run.is_empty()
-        && !runs.contains(&p.run)
-    {
-        runs.push(p.run.clone());
-    }
-    for run in &runs {
-        let pending = match &journal {
-            Some(p) if p.run == *run => p.clone(),
-            _ => Pending { run: run.clone(), ..Default::default() },
-        };
-        watch.say(&format!("an earlier run ({run}) did not end in order: undoing it"));
-        undo(client, &pending, watch)?;
-    }
-    journal::remove(state, vm)?;
-    Ok(runs.len())
+/// Where a recovery works, and what it may do.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The state folder.
+    pub state: &'a Path,
+    /// The VM. Its lock is held.
+    pub vm: &'a Address,
+    /// On whose behalf.
+    pub cause: Cause<'a>,
 }
 
-/// Undoes one run: the guest first, then QEMU, then files and bitmaps.
+/// On whose behalf something is undone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause<'a> {
+    /// The run ends itself, and holds its target's lock.
+    OwnEnd,
+    /// A backup to this target is to begin: what lies there has to be settled first; what lies in
+    /// a target that is not there now is left for later.
+    Backup(&'a Path),
+    /// The user asked for it.
+    Command,
+    /// The user asked for it, and gives up what cannot be reached.
+    Forget,
+}
+
+impl Cause<'_> {
+    /// Whether a folder that is not there can wait: its file system may not be mounted.
+    fn may_wait(&self, dir: &Path) -> bool {
+        let real = |p: &Path| p.canonicalize().unwrap_or_else(|_| p.to_path_buf());
+        match self {
+            Cause::OwnEnd => false,
+            Cause::Backup(t) => !dir.starts_with(t) && !real(dir).starts_with(real(t)),
+            Cause::Command | Cause::Forget => true,
+        }
+    }
+}
+
+/// What a recovery found.
+#[derive(Debug, Default)]
+pub struct Recovered {
+    /// How many runs were undone.
+    pub runs: usize,
+    /// How many disks of theirs, or of runs before, are left for later.
+    pub left: usize,
+}
+
+/// Undoes all that earlier runs left at this VM.
+///
+/// # Errors
+/// QEMU refuses, the guest may still be frozen, or something cannot be removed; what is left is
+/// still in the journal. `Busy` if one of the runs lives.
+pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Result<Recovered> {
+    let mut journal = journal::pending(place.state, place.vm)?.unwrap_or_default();
+    forget_other_process(client, &mut journal, watch);
+    let mut runs = runs_in_qemu(client)?;
+    if !journal.run.is_empty() && !runs.contains(&journal.run) {
+        runs.push(journal.run.clone());
+    }
+    let mut left = Vec::new();
+    let mut first = None;
+    for l in &journal.left {
+        client.check_interrupt()?;
+        if !settle(Some(client), l, place, watch)? {
+            left.push(l.clone());
+        }
+    }
+    for run in &runs {
+        client.check_interrupt()?;
+        // It may have come by another of QEMU's sockets.
+        let _mark = Lock::run(place.state, run)?;
+        let pending = match journal.run == *run {
+            true => journal.clone(),
+            false => Pending { run: run.clone(), ..Default::default() },
+        };
+        watch.say(&format!("an earlier run ({run}) did not end in order: undoing it"));
+        match undo(client, &pending, place, watch) {
+            Ok(l) => left.extend(l),
+            Err(e) => drop(first.get_or_insert(e)),
+        }
+    }
+    if let Some(e) = first {
+        return Err(e);
+    }
+    journal::keep(place.state, place.vm, &left)?;
+    Ok(Recovered { runs: runs.len(), left: left.len() })
+}
+
+/// As [`recover`], when QEMU is gone and has taken everything but files with it.
 ///
 /// # Errors
 /// As [`recover`].
-pub fn undo(client: &mut Client, pending: &Pending, watch: &dyn Watch) -> Result<()> {
-    release_guest(client, pending, watch)?;
+pub fn recover_offline(place: Place<'_>, watch: &dyn Watch) -> Result<Recovered> {
+    let Some(journal) = journal::pending(place.state, place.vm)? else {
+        return Ok(Recovered::default());
+    };
+    let mut left = Vec::new();
+    for l in &journal.left {
+        if !settle(None, l, place, watch)? {
+            left.push(l.clone());
+        }
+    }
+    left.extend(undo_offline(&journal, place, watch)?);
+    journal::keep(place.state, place.vm, &left)?;
+    Ok(Recovered { runs: usize::from(!journal.run.is_empty()), left: left.len() })
+}
+
+/// What a run did to the guest of another QEMU process is over: who is stopped or frozen now was
+/// stopped or frozen by somebody else.
+fn forget_other_process(client: &Client, pending: &mut Pending, watch: &dyn Watch) {
+    let (Some(then), Some(now)) = (&pending.qemu, client.process()) else { return };
+    if *then != now && (pending.stopped || pending.frozen || pending.nbd) {
+        watch.say("QEMU was started again since: the guest is left as it is");
+        pending.stopped = false;
+        pending.frozen = false;
+        pending.nbd = false;
+    }
+}
+
+/// Undoes one run: the guest first, then QEMU, then files and bitmaps. Gives the disks that are
+/// left for later.
+///
+/// # Errors
+/// As [`recover`]; all that could be undone is undone.
+pub fn undo(
+    client: &mut Client,
+    pending: &Pending,
+    place: Place<'_>,
+    watch: &dyn Watch,
+) -> Result<Vec<Left>> {
+    let freed = release_guest(client, pending, watch);
+    // Open until all is settled: what could not be written to an image is forgotten with the last
+    // one that has it open.
+    let partials = pending.disks.iter().map(|d| d.dir.join(publish::partial_name(&d.image)));
+    let _open: Vec<_> = partials.filter_map(|p| publish::Held::open(&p).ok()).collect();
     let scope = Scope { run: &pending.run, index: None };
-    let torn = teardown(client, scope)?;
+    let torn = teardown_all(client, scope)?;
     if pending.nbd {
-        // Stopped already, if the run died between the two.
-        let _ = client.call("nbd-server-stop", json!({}))?;
+        nbdserver::stop_left(client, place.state, place.vm)?;
     }
-    for d in known_disks(pending, &torn) {
+    let mut left = Vec::new();
+    for d in known_disks(pending, &torn).into_iter().filter(|d| !torn.stuck.contains(&d.index)) {
+        client.check_interrupt()?;
         let finished = pending.closed.contains(&d.index) || torn.finished.contains(&d.index);
-        settle_disk(client, &d, finished, watch)?;
+        let l = Left { disk: d, finished };
+        if !settle(Some(client), &l, place, watch)? {
+            left.push(l);
+        }
     }
-    for (_, _, path) in torn.files.iter().filter(|f| f.0 == Role::Fleece) {
-        remove_fleece(path)?;
+    for (_, index, path) in torn.files.iter().filter(|f| f.0 == Role::Fleece) {
+        if !torn.stuck.contains(index) {
+            remove_fleece(path)?;
+        }
     }
-    Ok(())
+    freed?;
+    torn.refused.map_or(Ok(left), Err)
 }
 
 /// Undoes what concerns files, when QEMU is gone and has taken everything else with it.
 ///
 /// # Errors
 /// As [`recover`].
-pub fn undo_offline(pending: &Pending, watch: &dyn Watch) -> Result<()> {
-    for d in &pending.disks {
-        if pending.settled.contains(&d.index) {
-            continue;
+pub fn undo_offline(pending: &Pending, place: Place<'_>, watch: &dyn Watch) -> Result<Vec<Left>> {
+    let mut left = Vec::new();
+    for d in pending.disks.iter().filter(|d| !pending.settled.contains(&d.index)) {
+        let l = Left { disk: d.clone(), finished: pending.closed.contains(&d.index) };
+        if !settle(None, &l, place, watch)? {
+            left.push(l);
         }
-        say(watch, d, settle_image(&d.dir, &d.image, pending.closed.contains(&d.index), watch)?);
-        remove_fleece(&d.fleece)?;
     }
-    Ok(())
+    Ok(left)
+}
+
+/// Settles one disk under its target's lock. False: its target cannot be reached now.
+fn settle(
+    mut client: Option<&mut Client>,
+    l: &Left,
+    place: Place<'_>,
+    watch: &dyn Watch,
+) -> Result<bool> {
+    let d = &l.disk;
+    let may_wait = place.cause.may_wait(&d.dir);
+    let done = reach(&d.dir, place.cause, may_wait)
+        .and_then(|_lock| settle_disk(client.as_deref_mut(), d, l.finished, watch));
+    let Err(e) = done else { return Ok(true) };
+    let of_qemu = matches!(e.kind(), Kind::Peer | Kind::Timeout | Kind::Interrupted);
+    if of_qemu || !may_wait {
+        return Err(e);
+    }
+    let name = d.dir.join(&d.image);
+    if place.cause == Cause::Forget {
+        watch.warn(&format!("{}: given up: {}", name.display(), e.report()));
+        drop_traces(client, d)?;
+        return Ok(true);
+    }
+    watch.warn(&format!("{}: left for later: {}", name.display(), e.report()));
+    Ok(false)
+}
+
+/// The lock of the target that a disk's folder is in; who ends his own run has it.
+fn reach(dir: &Path, cause: Cause<'_>, may_wait: bool) -> Result<Option<Locks>> {
+    if cause == Cause::OwnEnd {
+        return Ok(None);
+    }
+    let real = match dir.canonicalize() {
+        Ok(real) => real,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && !may_wait => return Ok(None),
+        Err(e) => return Err(Error::io(e, "cannot reach the folder").at_path(dir)),
+    };
+    Locks::take(&real).map(Some)
 }
 
 fn release_guest(client: &mut Client, pending: &Pending, watch: &dyn Watch) -> Result<()> {
@@ -109,7 +255,14 @@ fn release_guest(client: &mut Client, pending: &Pending, watch: &dyn Watch) -> R
     match thawed {
         Ok(true) => watch.say("the guest was still frozen: thawed"),
         Ok(false) => {}
-        Err(e) => watch.warn(&format!("cannot see whether the guest is frozen: {}", e.report())),
+        Err(e) => {
+            return Err(Error::new(
+                e.kind(),
+                "the guest may still be frozen: its agent did not thaw it",
+            )
+            .with_source(e)
+            .remedy("see to the guest and its agent, then run fleecefs recover"));
+        }
     }
     Ok(())
 }
@@ -149,20 +302,26 @@ fn announced_bitmap(dir: &Path, image: &str) -> Option<String> {
 /// # Errors
 /// As [`recover`].
 pub fn settle_disk(
-    client: &mut Client,
+    client: Option<&mut Client>,
     d: &DiskRecord,
     finished: bool,
     watch: &dyn Watch,
 ) -> Result<Fate> {
     let fate = settle_image(&d.dir, &d.image, finished, watch)?;
-    if fate == Fate::Removed
-        && let Some(name) = &d.bitmap
-    {
-        bitmap::remove_everywhere(client, name)?;
+    match fate {
+        Fate::Removed => drop_traces(client, d)?,
+        Fate::Published => remove_fleece(&d.fleece)?,
     }
-    remove_fleece(&d.fleece)?;
     say(watch, d, fate.clone());
     Ok(fate)
+}
+
+/// What a disk has outside its target: its new bitmap and its fleece image.
+fn drop_traces(client: Option<&mut Client>, d: &DiskRecord) -> Result<()> {
+    if let (Some(client), Some(name)) = (client, &d.bitmap) {
+        bitmap::remove_everywhere(client, name)?;
+    }
+    remove_fleece(&d.fleece)
 }
 
 fn say(watch: &dyn Watch, d: &DiskRecord, fate: Fate) {
@@ -243,83 +402,17 @@ pub fn sweep(dir: &Path, watch: &dyn Watch) -> Result<()> {
             publish::remove_if_there(&e.path())?;
         }
         let Some(image) = name.strip_suffix(".partial.json") else { continue };
-        let fate = settle_image(dir, image, false, watch)?;
+        let fate = match settle_image(dir, image, false, watch) {
+            Ok(f) => f,
+            Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
+                // Of one disk, and perhaps of a newer version: it must not stop the others.
+                watch.warn(&format!("{image} cannot be settled and stays: {}", e.report()));
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
         let done = if fate == Fate::Published { "published" } else { "removed" };
         watch.say(&format!("{}: an unfinished image, {done}", dir.join(image).display()));
     }
     Ok(())
-}
-
-/// What qmpbackup leaves behind when it is killed: recognised by its names.
-///
-/// # Errors
-/// QEMU refuses.
-pub fn remove_foreign(client: &mut Client, watch: &dyn Watch) -> Result<usize> {
-    let mut count = 0;
-    let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
-    for j in jobs.iter().filter(|j| is_foreign(&j.id)) {
-        client.call("job-cancel", json!({"id": j.id}))?.ok();
-        count += 1;
-    }
-    let deadline = std::time::Instant::now() + Duration::from_secs(30);
-    while client.poll::<Vec<Job>>("query-jobs")?.iter().any(|j| is_foreign(&j.id) && !j.concluded())
-        && std::time::Instant::now() < deadline
-    {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    for j in client.query::<Vec<Job>>("query-jobs", json!({}))? {
-        if is_foreign(&j.id) {
-            client.call("job-dismiss", json!({"id": j.id}))?.ok();
-        }
-    }
-    count += remove_foreign_nodes(client, watch)?;
-    Ok(count)
-}
-
-fn is_foreign(id: &str) -> bool {
-    id.starts_with("qmpbackup")
-}
-
-/// Its nodes end in `-snap`, `-cbw`, `-fleece` or `-target` and hang on each other as ours do.
-fn remove_foreign_nodes(client: &mut Client, watch: &dyn Watch) -> Result<usize> {
-    let mut removed = 0;
-    // A node that others hang on is refused; each round frees the next layer.
-    for driver in ["snapshot-access", "copy-before-write", "qcow2", "raw", "file"] {
-        let answers = super::seen::Answers::ask(client)?;
-        for n in answers.nodes.iter().filter(|n| n.drv == driver) {
-            if names::parse_object(&n.node_name).is_some() || !foreign_node(&answers, n) {
-                continue;
-            }
-            if driver == "copy-before-write"
-                && let Some(below) = answers.graph.child(&n.node_name, "file")
-            {
-                let attached = answers
-                    .drives
-                    .iter()
-                    .filter(|d| d.inserted.as_ref().is_some_and(|i| i.node_name == n.node_name));
-                for qdev in attached.filter_map(|d| d.qdev.as_deref()) {
-                    super::fleece::plug(client, qdev, below)?;
-                }
-            }
-            let answer: std::result::Result<Value, _> =
-                client.call("blockdev-del", json!({"node-name": n.node_name}))?;
-            if answer.is_ok() {
-                watch.say(&format!("removed node {} of qmpbackup", n.node_name));
-                removed += 1;
-            }
-        }
-    }
-    Ok(removed)
-}
-
-fn foreign_node(answers: &super::seen::Answers, n: &crate::qmp::types::Node) -> bool {
-    let by_name = n.node_name.starts_with("qmpbackup");
-    let file = n.file.as_str();
-    let by_file = file.contains(".fleece.") || file.ends_with(".partial");
-    let filter = matches!(n.drv.as_str(), "copy-before-write" | "snapshot-access");
-    let used = answers
-        .drives
-        .iter()
-        .any(|d| d.inserted.as_ref().is_some_and(|i| i.node_name == n.node_name) && !filter);
-    !used && (by_name || filter || by_file)
 }

@@ -14,17 +14,20 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
-use super::control::{Control, Shared};
+use super::control::{Control, Shared, Status};
+use super::folders::TargetId;
 use super::journal::{Journal, Record};
 use super::lock::Lock;
 use super::plan::Inputs;
+use super::recover::{Cause, Place};
 use super::report::Report;
 use super::seen::{Answers, survey};
+use super::space::Reserves;
 use super::work::Run;
-use super::{LevelWish, Options, Watch, names, now, plan, publish, recover, vm};
+use super::{LevelWish, Options, Watch, folders, names, now, plan, publish, recover, vm};
 use crate::chain::manifest::Consistency;
 use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
@@ -36,6 +39,9 @@ use crate::qmp::Client;
 /// # Errors
 /// Nothing could be begun, or QEMU is gone. What concerns one disk is in its report.
 pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) -> Result<Report> {
+    let config = vm::read_config(&options.config)?;
+    // A link on the way to the socket may change, and the socket goes with QEMU.
+    let options = &Options { qmp: options.qmp.resolved(), ..options.clone() };
     let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
     let mut client = Client::connect(&options.qmp)?;
     client.require(&[
@@ -44,6 +50,8 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         "block-dirty-bitmap-merge",
         "query-jobs",
         "query-block-exports",
+        "blockdev-reopen",
+        "x-debug-query-block-graph",
     ])?;
     if !client.features()?.has("snapshot-access") {
         return Err(Error::new(Kind::Unsupported, "this QEMU has no snapshot-access driver")
@@ -52,22 +60,30 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     if options.dry_run {
         return dry_run(options, &mut client);
     }
-    recover::recover(&mut client, &options.state_dir, &options.qmp, watch)?;
-    let base = base_dir(options);
-    super::lock::make_dir(&base)?;
-    let _target_lock = target_lock(options, &base)?;
+    let _qemu_lock = Lock::qemu(&options.state_dir, &client)?;
     let run = names::new_run()?;
-    let status = Shared::default();
+    let _mark = Lock::run(&options.state_dir, &run)?;
+    let status = first_status(options, &run);
     let _control =
         Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt.clone())?;
-    let target_id = target_id(options, &base, true)?;
+    client.interrupt_by(Some(interrupt));
+    let place = Place {
+        state: &options.state_dir,
+        vm: &options.qmp,
+        cause: Cause::Backup(&options.target),
+    };
+    recover::recover(&mut client, place, watch)?;
+    let base = base_dir(options);
+    publish::make_dir(&base)?;
+    let _target_lock = target_lock(options, &base)?;
+    let target = TargetId::of(&options.target, &base, options.level != LevelWish::Copy)?;
     let first = Record::Begin {
         run: run.clone(),
         target: options.target.clone(),
         agent: options.agent.as_ref().map(|a| a.canonical()),
+        qemu: client.process(),
     };
     let journal = Journal::begin(&options.state_dir, &options.qmp, &first)?;
-    client.interrupt_by(Some(interrupt));
     let blind = is_blind(&client);
     let mut r = Run {
         options,
@@ -75,7 +91,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         client,
         journal,
         run,
-        target_id,
+        target,
         base,
         status,
         server: None,
@@ -84,23 +100,36 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         blind,
         vm: serde_json::Value::Null,
         chains: HashMap::new(),
+        config,
+        reserves: Reserves::default(),
     };
     let result = r.execute();
     r.finish(result)
 }
 
+fn first_status(options: &Options, run: &str) -> Shared {
+    Arc::new(Mutex::new(Status {
+        run: run.to_string(),
+        pid: std::process::id(),
+        started: now(),
+        target: options.target.clone(),
+        phase: "beginning".into(),
+        disks: Vec::new(),
+    }))
+}
+
 fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
     let run = names::new_run()?;
     let base = base_dir(options);
-    let target_id = target_id(options, &base, false)?;
+    let target = TargetId::of(&options.target, &base, false)?;
     let vm = vm::describe(client);
     let inputs = Inputs {
         seen: survey(&Answers::ask(client)?),
         run: &run,
-        target_id: &target_id,
+        target: &target,
         base: &base,
         now: now(),
-        vm: plan::vm_uuid(&vm),
+        vm: folders::vm_uuid(&vm),
         no_inc: None,
         unsound: &[],
     };
@@ -133,34 +162,4 @@ fn base_dir(options: &Options) -> PathBuf {
         return options.target.clone();
     }
     options.target.join(jiff::Zoned::now().strftime("%Y-%m").to_string())
-}
-
-/// The first eight digits of the id in `uuid`, as qmpbackup keeps it: 36 bytes, no newline.
-fn target_id(options: &Options, base: &Path, make: bool) -> Result<String> {
-    let path = base.join("uuid");
-    let text = match std::fs::read_to_string(&path) {
-        Ok(t) => t,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let hex = names::random_hex(16)?;
-            let part = |r: std::ops::Range<usize>| hex.get(r).unwrap_or_default();
-            let uuid = format!(
-                "{}-{}-4{}-8{}-{}",
-                part(0..8),
-                part(8..12),
-                part(13..16),
-                part(17..20),
-                part(20..32)
-            );
-            if make && options.level != LevelWish::Copy {
-                publish::write_whole(&path, uuid.as_bytes())?;
-            }
-            uuid
-        }
-        Err(e) => return Err(Error::io(e, "cannot read the target's id").at_path(&path)),
-    };
-    let id: String = text.chars().filter(char::is_ascii_hexdigit).take(8).collect();
-    if id.len() == 8 {
-        return Ok(id.to_ascii_lowercase());
-    }
-    Err(Error::new(Kind::Corrupt, "this is not the id of a backup directory").at_path(&path))
 }

@@ -334,10 +334,23 @@ fn build(
     })
 }
 
+/// Whether anything of the disk is encrypted: itself, its file, or what lies below it.
 fn is_encrypted(answers: &Answers, disk: &Node) -> bool {
-    let below = answers.graph.child(&disk.node_name, "file").and_then(|c| answers.node(c));
-    let luks = |n: &Node| n.encrypted || n.image.encrypted || n.drv == "luks";
-    luks(disk) || below.is_some_and(luks)
+    let luks = |n: &Node| n.encrypted || encrypted_image(&n.image) || n.drv == "luks";
+    let below = answers.graph.below(&disk.node_name);
+    luks(disk) || below.into_iter().filter_map(|n| answers.node(n)).any(luks)
+}
+
+fn encrypted_image(image: &Image) -> bool {
+    let mut at = Some(image);
+    while let Some(i) = at {
+        let luks = i.format_specific.get("type").and_then(Value::as_str) == Some("luks");
+        if i.encrypted || luks {
+            return true;
+        }
+        at = i.backing_image.as_deref();
+    }
+    false
 }
 
 fn allocated(image: &Image) -> u64 {
@@ -401,6 +414,31 @@ mod tests {
         let seen = survey(&answers(drives, json!([qcow2("d0")])));
         assert!(seen.disks.is_empty() && seen.skipped.is_empty());
         assert!(seen.blocked[0].reason.contains("--foreign"));
+    }
+
+    #[test]
+    fn an_encrypted_backing_file_is_noticed_however_deep() {
+        let seen = |a: &Answers| survey(a).disks[0].encrypted;
+        let drives = json!([{"device": "", "qdev": "/m/v0", "inserted": qcow2("top")}]);
+        let mut base = qcow2("base");
+        let nodes = |base: &Value| json!([qcow2("top"), qcow2("mid"), base]);
+        let vertex = |id: u64, name: &str| json!({"id": id, "type": "block-driver", "name": name});
+        let edge = |p: u64, c: u64, n: &str| json!({"parent": p, "child": c, "name": n});
+        let graph = json!({
+            "nodes": [vertex(1, "top"), vertex(2, "mid"), vertex(3, "base")],
+            "edges": [edge(1, 2, "backing"), edge(2, 3, "backing"), edge(3, 1, "file")]});
+        let make = |base: &Value| {
+            let mut a = answers(drives.clone(), nodes(base));
+            a.graph = serde_json::from_value(graph.clone()).unwrap();
+            a
+        };
+        assert!(!seen(&make(&base)));
+        base["drv"] = "luks".into();
+        assert!(seen(&make(&base)));
+        // Told in the image's description alone.
+        let mut top = qcow2("top");
+        top["image"]["backing-image"] = json!({"filename": "b", "encrypted": true});
+        assert!(seen(&answers(drives.clone(), json!([top]))));
     }
 
     #[test]

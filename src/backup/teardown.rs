@@ -1,13 +1,15 @@
 //! Taking everything of a run out of QEMU, from whatever state it is in, in the order that QEMU
 //! accepts: jobs, exports, frozen views, filters (the guest put back on its disk first), targets,
-//! fleeces. It goes by names alone and needs no memory of how far the run had come.
+//! fleeces. It goes by names alone and needs no memory of how far the run had come. What QEMU
+//! refuses for one disk does not stand in the way of the others.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::fleece::{plug, reopen, reopen_options};
+use super::fleece::{close_image, empty, plug, reopen, reopen_options};
 use super::names::{Role, parse_object};
 use super::seen::{Answers, Insertion};
 use crate::error::{Error, Kind, Result};
@@ -35,7 +37,7 @@ impl Scope<'_> {
 }
 
 /// What was found while taking it down.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Torn {
     /// Disks whose job had finished without error, and whose image QEMU has now closed.
     pub finished: Vec<usize>,
@@ -43,6 +45,34 @@ pub struct Torn {
     pub files: Vec<(Role, usize, PathBuf)>,
     /// Whether there was anything.
     pub any: bool,
+    /// Disks of which something is still there.
+    pub stuck: BTreeSet<usize>,
+    /// The first refusal.
+    pub refused: Option<Error>,
+}
+
+impl Torn {
+    /// Keeps a refusal that concerns one disk.
+    ///
+    /// # Errors
+    /// QEMU does not answer at all: there is no point in going on.
+    fn note<T>(&mut self, index: usize, result: Result<T>) -> Result<()> {
+        let Err(e) = result else { return Ok(()) };
+        if e.kind() == Kind::Timeout {
+            return Err(e);
+        }
+        self.stick(index, e);
+        Ok(())
+    }
+
+    fn stick(&mut self, index: usize, e: Error) {
+        self.stuck.insert(index);
+        match self.refused {
+            // One error is returned: the others are told here.
+            Some(_) => log::warn!("{}", e.report()),
+            None => self.refused = Some(e),
+        }
+    }
 }
 
 /// The runs that have left something in QEMU.
@@ -66,45 +96,125 @@ pub fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
 /// Takes it all down.
 ///
 /// # Errors
-/// QEMU refuses or is gone; what could be removed before that is removed.
+/// QEMU refuses or is gone; what could be removed is removed.
 pub fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
+    let mut torn = teardown_all(client, scope)?;
+    torn.refused.take().map_or(Ok(torn), Err)
+}
+
+/// Takes down what can be: a refusal is in the answer.
+///
+/// # Errors
+/// QEMU is gone, or does not answer.
+pub fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let mut torn = Torn::default();
-    let jobs = end_jobs(client, scope)?;
-    end_exports(client, scope)?;
+    let jobs = end_jobs(client, scope, &mut torn)?;
+    end_exports(client, scope, &mut torn)?;
     let answers = Answers::ask(client)?;
     note_files(&answers, scope, &mut torn);
     torn.any |= !jobs.is_empty();
-    delete(client, &answers, scope, Role::Blind)?;
-    delete(client, &answers, scope, Role::Snapshot)?;
-    unplug(client, &answers, scope)?;
-    delete(client, &answers, scope, Role::Filter)?;
+    take_off(client, &answers, scope, &mut torn)?;
     // The target first, then its job: a job that is still listed says that its image may not be
     // closed yet, one that is gone has left a closed image.
-    delete(client, &answers, scope, Role::Target)?;
+    let good = close_targets(client, &answers, scope, &jobs, &mut torn)?;
     for j in &jobs {
-        client.execute("job-dismiss", json!({"id": j.id}))?;
-        if j.error.is_none()
-            && let Some((_, index)) = scope.role(&j.id)
-        {
+        let Some((_, index)) = scope.role(&j.id) else { continue };
+        if torn.stuck.contains(&index) {
+            continue;
+        }
+        let dismissed = client.execute("job-dismiss", json!({"id": j.id}));
+        if dismissed.is_ok() && good.contains(&index) {
             torn.finished.push(index);
         }
+        torn.note(index, dismissed)?;
     }
-    delete(client, &answers, scope, Role::Fleece)?;
-    delete(client, &answers, scope, Role::Scratch)?;
-    drop_descriptors(client, scope)?;
+    delete(client, &answers, scope, Role::Scratch, &mut torn)?;
+    drop_descriptors(client, scope, &mut torn)?;
+    if torn.refused.is_some() {
+        // Refused by QEMU, or is it gone?
+        client.execute("query-version", json!({}))?;
+    }
     Ok(torn)
 }
 
+/// Lets go of the guest: frozen view, filter and fleece leave QEMU. The target stays.
+///
+/// # Errors
+/// As [`teardown`].
+pub fn detach(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+    let mut torn = Torn::default();
+    let answers = Answers::ask(client)?;
+    take_off(client, &answers, scope, &mut torn)?;
+    torn.refused.map_or(Ok(()), Err)
+}
+
+fn take_off(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    torn: &mut Torn,
+) -> Result<()> {
+    delete(client, answers, scope, Role::Blind, torn)?;
+    delete(client, answers, scope, Role::Snapshot, torn)?;
+    unplug(client, answers, scope, torn)?;
+    delete(client, answers, scope, Role::Filter, torn)?;
+    for n in &answers.nodes {
+        let Some((Role::Fleece, index)) = scope.role(&n.node_name) else { continue };
+        let path = Path::new(&n.file);
+        if !torn.stuck.contains(&index) && path.is_absolute() && !path.starts_with("/dev") {
+            // What is not emptied is closed all the same, only slower.
+            let _ = empty(path).inspect_err(|e| log::warn!("{}", e.report()));
+        }
+    }
+    delete(client, answers, scope, Role::Fleece, torn)
+}
+
+/// Closes the targets; gives those whose job ended well and of which QEMU had nothing left that it
+/// could not write.
+fn close_targets(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    jobs: &[Job],
+    torn: &mut Torn,
+) -> Result<Vec<usize>> {
+    let ended = jobs.iter().filter(|j| j.error.is_none());
+    let mut good: Vec<usize> = ended.filter_map(|j| Some(scope.role(&j.id)?.1)).collect();
+    for n in &answers.nodes {
+        let Some((Role::Target, index)) = scope.role(&n.node_name) else { continue };
+        if torn.stuck.contains(&index) {
+            continue;
+        }
+        if good.contains(&index) {
+            match close_image(client, &n.node_name) {
+                Err(e) if matches!(e.kind(), Kind::Io | Kind::NoSpace) => {
+                    log::warn!("{}: {}", n.file, e.report());
+                    good.retain(|i| *i != index);
+                }
+                other => {
+                    torn.note(index, other)?;
+                    continue;
+                }
+            }
+        }
+        let gone = client.execute("blockdev-del", json!({"node-name": n.node_name}));
+        torn.note(index, gone)?;
+    }
+    Ok(good)
+}
+
 /// Takes back the descriptors that were handed over for these nodes.
-fn drop_descriptors(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+fn drop_descriptors(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
     if !client.takes_descriptors() {
         return Ok(());
     }
     let sets: Vec<FdSet> = client.query("query-fdsets", json!({}))?;
     for s in sets {
         let names = s.fds.iter().filter_map(|f| f.opaque.as_deref());
-        if names.filter_map(|n| scope.role(n)).next().is_some() {
-            client.execute("remove-fd", json!({"fdset-id": s.fdset_id}))?;
+        let Some((_, index)) = names.filter_map(|n| scope.role(n)).next() else { continue };
+        if !torn.stuck.contains(&index) {
+            let removed = client.execute("remove-fd", json!({"fdset-id": s.fdset_id}));
+            torn.note(index, removed)?;
         }
     }
     Ok(())
@@ -121,8 +231,8 @@ fn note_files(answers: &Answers, scope: Scope<'_>, torn: &mut Torn) {
     }
 }
 
-/// Cancels jobs and waits until they have concluded; gives all of them.
-fn end_jobs(client: &mut Client, scope: Scope<'_>) -> Result<Vec<Job>> {
+/// Cancels jobs and waits until they have concluded; gives those that have.
+fn end_jobs(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<Vec<Job>> {
     let mine = |jobs: Vec<Job>| -> Vec<Job> {
         jobs.into_iter().filter(|j| scope.role(&j.id).is_some()).collect()
     };
@@ -136,11 +246,22 @@ fn end_jobs(client: &mut Client, scope: Scope<'_>) -> Result<Vec<Job>> {
         if jobs.iter().all(Job::concluded) {
             return Ok(jobs);
         }
-        patience(deadline, "a cancelled backup job does not end")?;
+        if Instant::now() > deadline {
+            let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(Job::concluded);
+            for (_, index) in open.iter().filter_map(|j| scope.role(&j.id)) {
+                torn.stick(index, late("a cancelled backup job does not end"));
+            }
+            return Ok(done);
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-fn end_exports(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+fn late(what: &str) -> Error {
+    Error::new(Kind::Timeout, what.to_string())
+}
+
+fn end_exports(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
     let exports: Vec<Export> = client.query("query-block-exports", json!({}))?;
     let mine: Vec<_> = exports.into_iter().filter(|e| scope.role(&e.id).is_some()).collect();
     for e in &mine {
@@ -149,34 +270,36 @@ fn end_exports(client: &mut Client, scope: Scope<'_>) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while !mine.is_empty() {
         let left: Vec<Export> = client.poll("query-block-exports")?;
-        if !left.iter().any(|e| scope.role(&e.id).is_some()) {
+        let left: Vec<usize> =
+            left.iter().filter_map(|e| scope.role(&e.id)).map(|(_, i)| i).collect();
+        if left.is_empty() {
             break;
         }
-        patience(deadline, "an NBD export does not end")?;
+        if Instant::now() > deadline {
+            left.iter().for_each(|i| torn.stick(*i, late("an NBD export does not end")));
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
-    Ok(())
-}
-
-fn patience(deadline: Instant, what: &str) -> Result<()> {
-    if Instant::now() > deadline {
-        return Err(Error::new(Kind::Timeout, what.to_string()));
-    }
-    std::thread::sleep(Duration::from_millis(10));
     Ok(())
 }
 
 /// Puts guests and exports back onto what is below our filters.
-fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>) -> Result<()> {
-    let is_filter = |n: &str| scope.role(n).is_some_and(|(r, _)| r == Role::Filter);
+fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
+    let filter = |n: &str| scope.role(n).filter(|(r, _)| *r == Role::Filter).map(|(_, i)| i);
     for d in &answers.drives {
         let (Some(qdev), Some(node)) = (&d.qdev, &d.inserted) else { continue };
-        if is_filter(&node.node_name) {
-            let below = below(answers, &node.node_name)?;
-            plug(client, qdev, &below)?;
+        let Some(index) = filter(&node.node_name) else { continue };
+        if !torn.stuck.contains(&index) {
+            let back = below(answers, &node.node_name).and_then(|b| plug(client, qdev, &b));
+            torn.note(index, back)?;
         }
     }
     let mut options = Vec::new();
-    for n in answers.nodes.iter().filter(|n| is_filter(&n.node_name)) {
+    for n in &answers.nodes {
+        let Some(index) = filter(&n.node_name).filter(|i| !torn.stuck.contains(i)) else {
+            continue;
+        };
         for (parent, role) in answers.graph.parents(&n.node_name) {
             let Some(p) = answers.node(&parent.name) else { continue };
             if role == "file" && p.drv == "raw" && parse_object(&p.node_name).is_none() {
@@ -185,11 +308,21 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>) -> Result<()
                     cache: p.cache.clone(),
                     detect_zeroes: p.detect_zeroes.clone(),
                 };
-                options.extend(reopen_options(&i, &below(answers, &n.node_name)?));
+                match below(answers, &n.node_name) {
+                    Ok(b) => options.extend(reopen_options(&i, &b).map(|o| (index, o))),
+                    Err(e) => torn.stick(index, e),
+                }
             }
         }
     }
-    reopen(client, options)
+    // All at once first: that is one command for many disks.
+    if reopen(client, options.iter().map(|(_, o)| o.clone()).collect()).is_err() {
+        for (index, o) in options {
+            let back = reopen(client, vec![o]);
+            torn.note(index, back)?;
+        }
+    }
+    Ok(())
 }
 
 fn below(answers: &Answers, filter: &str) -> Result<String> {
@@ -199,10 +332,20 @@ fn below(answers: &Answers, filter: &str) -> Result<String> {
     })
 }
 
-fn delete(client: &mut Client, answers: &Answers, scope: Scope<'_>, role: Role) -> Result<()> {
+fn delete(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    role: Role,
+    torn: &mut Torn,
+) -> Result<()> {
     for n in &answers.nodes {
-        if scope.role(&n.node_name).is_some_and(|(r, _)| r == role) {
-            client.execute("blockdev-del", json!({"node-name": n.node_name}))?;
+        let Some((_, index)) = scope.role(&n.node_name).filter(|(r, _)| *r == role) else {
+            continue;
+        };
+        if !torn.stuck.contains(&index) {
+            let gone = client.execute("blockdev-del", json!({"node-name": n.node_name}));
+            torn.note(index, gone)?;
         }
     }
     Ok(())

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::publish::{hash_file, write_whole};
+use super::publish::{make_dir, write_whole};
 use crate::chain::manifest::{ConfigFile, FOLDER};
 use crate::error::{Error, Result};
 use crate::qmp::Client;
@@ -41,22 +41,34 @@ pub fn describe(client: &mut Client) -> Value {
     all
 }
 
+/// Reads the files given with `--config`: before anything is begun, so that a wrong name costs no
+/// backup.
+///
+/// # Errors
+/// One cannot be read.
+pub fn read_config(files: &[PathBuf]) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+    let read = |p: &PathBuf| {
+        let bytes = std::fs::read(p)
+            .map_err(|e| Error::io(e, "cannot read the file given with --config").at_path(p))?;
+        Ok((p.clone(), bytes))
+    };
+    files.iter().map(read).collect()
+}
+
 /// Keeps the files given with `--config` beside the manifests.
 ///
 /// # Errors
-/// One cannot be read or written.
-pub fn keep_config(files: &[PathBuf], dir: &Path, run: &str) -> Result<Vec<ConfigFile>> {
+/// One cannot be written.
+pub fn keep_config(files: &[(PathBuf, Vec<u8>)], dir: &Path, run: &str) -> Result<Vec<ConfigFile>> {
     let mut kept = Vec::new();
-    for (n, path) in files.iter().enumerate() {
-        let bytes = std::fs::read(path)
-            .map_err(|e| Error::io(e, "cannot read the file given with --config").at_path(path))?;
+    for (n, (path, bytes)) in files.iter().enumerate() {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let stored = format!("{FOLDER}/config-{run}-{n}-{name}");
-        super::lock::make_dir(&dir.join(FOLDER))?;
-        write_whole(&dir.join(&stored), &bytes)?;
+        make_dir(&dir.join(FOLDER))?;
+        write_whole(&dir.join(&stored), bytes)?;
         kept.push(ConfigFile {
             path: path.display().to_string(),
-            blake3: hash_file(&dir.join(&stored))?,
+            blake3: blake3::hash(bytes).to_hex().to_string(),
             stored,
         });
     }

@@ -3,23 +3,28 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::conclude::failure;
 use super::control::{DiskStatus, Shared};
 use super::disk::job_error;
-use super::guardian::Guardian;
-use super::journal::{DiskRecord, Journal, Record};
+use super::folders::TargetId;
+use super::journal::{DiskRecord, Journal, Pending, Record};
 use super::moment::{Insert, Scene};
 use super::names::{Role, object};
-use super::plan::{DiskPlan, Inputs, Plan};
+use super::plan::{DiskPlan, Inputs, Plan, Unsound};
+use super::publish::Held;
+use super::recover::{Cause, Place};
 use super::report::{DiskReport, Report};
 use super::seen::{Answers, survey};
+use super::space::Reserves;
 use super::teardown::{Scope, teardown};
 use super::zeros::ChainData;
-use super::{Options, StopWish, Watch, fleece, moment, names, now, plan, recover};
-use super::{journal, nbdserver, vm};
+use super::{Options, StopWish, Watch, fleece, folders, moment, names, now, plan, recover};
+use super::{nbdserver, publish, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{
     Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
@@ -37,11 +42,11 @@ pub struct Run<'a> {
     pub(super) client: Client,
     pub(super) journal: Journal,
     pub(super) run: String,
-    pub(super) target_id: String,
+    pub(super) target: TargetId,
     pub(super) base: PathBuf,
     pub(super) status: Shared,
     pub(super) server: Option<nbdserver::Server>,
-    pub(super) guardian: Option<Guardian>,
+    pub(super) guardian: Option<moment::Held>,
     pub(super) consistency: Consistency,
     /// The frozen view needs care, see `run::is_blind`.
     pub(super) blind: bool,
@@ -49,6 +54,10 @@ pub struct Run<'a> {
     pub(super) vm: Value,
     /// Chains that INCs build on, by the new image's path.
     pub(super) chains: HashMap<PathBuf, ChainData>,
+    /// What is given with `--config`: paths and bytes.
+    pub(super) config: Vec<(PathBuf, Vec<u8>)>,
+    /// What must stay free where fleece images are.
+    pub(super) reserves: Reserves,
 }
 
 /// A disk on its way.
@@ -58,6 +67,8 @@ pub struct Active {
     pub(super) record: DiskRecord,
     pub(super) manifest: Manifest,
     pub(super) chain: Option<ChainData>,
+    /// The image, open from its beginning to its end.
+    pub(super) held: Option<Held>,
     pub(super) progress: Arc<dyn Progress>,
     pub(super) shown: u64,
     pub(super) began: Instant,
@@ -66,7 +77,12 @@ pub struct Active {
 
 /// How a disk is getting on.
 pub enum State {
+    /// Up to the end of its job.
     Going,
+    /// The guest is let go of; the image is being synced.
+    Syncing(JoinHandle<Result<()>>),
+    /// QEMU has closed the image.
+    Closed,
     Done(Box<Manifest>),
     Failed(Error),
 }
@@ -74,6 +90,18 @@ pub enum State {
 impl Active {
     pub(super) fn going(&self) -> bool {
         matches!(self.state, State::Going)
+    }
+
+    pub(super) fn syncing(&self) -> bool {
+        matches!(self.state, State::Syncing(_))
+    }
+
+    fn synced(&self) -> bool {
+        matches!(&self.state, State::Syncing(t) if t.is_finished())
+    }
+
+    pub(super) fn settled(&self) -> bool {
+        matches!(self.state, State::Done(_) | State::Failed(_))
     }
 }
 
@@ -83,20 +111,14 @@ impl Run<'_> {
         let plan = self.plan()?;
         self.announce_plan(&plan);
         let mut disks = self.activate(&plan)?;
-        let outcome = self.copy_all(&mut disks);
-        if let Err(e) = outcome {
-            // Disks that are points already stay points; the rest is undone by `finish`.
-            if !disks.iter().any(|d| matches!(d.state, State::Done(_)))
-                || e.kind() == Kind::Interrupted
-            {
-                return Err(e);
-            }
-            self.watch.warn(&e.report());
-            let text = e.report();
-            for d in disks.iter_mut().filter(|d| d.going()) {
-                d.state = State::Failed(Error::new(e.kind(), text.clone()));
-            }
+        let refused: Vec<Skipped> = plan.refused.iter().map(|(d, e)| failure(d, e)).collect();
+        let mut outcome =
+            self.copy_all(&mut disks).and_then(|()| self.publish_all(&mut disks, &refused));
+        if let Err(e) = &outcome {
+            outcome = self.cut_short(&mut disks, &refused, e);
         }
+        outcome?;
+        self.note_failures(&mut disks, &refused);
         Ok(self.report(plan, disks))
     }
 
@@ -108,7 +130,7 @@ impl Run<'_> {
             result: match d.state {
                 State::Done(m) => Ok(*m),
                 State::Failed(e) => Err(e),
-                State::Going => Err(Error::new(Kind::Interrupted, "it was not finished")),
+                _ => Err(Error::new(Kind::Interrupted, "it was not finished")),
             },
         });
         Report {
@@ -123,21 +145,20 @@ impl Run<'_> {
     pub(super) fn finish(mut self, result: Result<Report>) -> Result<Report> {
         self.client.interrupt_by(None);
         self.phase("cleaning up");
-        if let Some(g) = self.guardian.take() {
-            self.release(g)?;
+        if let Some(g) = self.guardian.take()
+            && let Err(e) = self.release(g)
+        {
+            // What is said below undoes this as well, or fails with it.
+            self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
         }
-        let pending =
-            journal::pending(&self.options.state_dir, &self.options.qmp)?.unwrap_or_default();
-        let undone = match recover::undo(&mut self.client, &pending, self.watch) {
-            Err(e) if e.kind() == Kind::Peer && gone(&self.options.qmp) => {
-                recover::undo_offline(&pending, self.watch)
-            }
-            other => other,
-        };
+        let undone = self.undo();
+        let Options { state_dir, qmp, .. } = self.options;
         match (result, undone) {
-            (Ok(r), Ok(())) => self.journal.end().map(|()| r),
+            (Ok(r), Ok(())) => self.journal.end(state_dir, qmp).map(|()| r),
             (Err(e), Ok(())) => {
-                self.journal.end()?;
+                if let Err(j) = self.journal.end(state_dir, qmp) {
+                    self.watch.warn(&j.report());
+                }
                 Err(e)
             }
             (Ok(_), Err(u)) => Err(u.remedy("run fleecefs recover when QEMU answers again")),
@@ -148,14 +169,33 @@ impl Run<'_> {
         }
     }
 
-    fn release(&mut self, guardian: Guardian) -> Result<()> {
+    /// By the journal; without it by the names that carry the run's id.
+    fn undo(&mut self) -> Result<()> {
+        let pending = self.journal.pending().unwrap_or_else(|e| {
+            self.watch.warn(&e.report());
+            None
+        });
+        let own = || Pending { run: self.run.clone(), ..Default::default() };
+        let pending = pending.filter(|p| p.run == self.run).unwrap_or_else(own);
+        let Options { state_dir, qmp, .. } = self.options;
+        let place = Place { state: state_dir, vm: qmp, cause: Cause::OwnEnd };
+        match recover::undo(&mut self.client, &pending, place, self.watch) {
+            Err(e) if e.kind() == Kind::Peer && gone(qmp) => {
+                recover::undo_offline(&pending, place, self.watch).map(drop)
+            }
+            other => other.map(drop),
+        }
+    }
+
+    fn release(&mut self, held: moment::Held) -> Result<()> {
         let mut scene = Scene {
             client: &mut self.client,
             options: self.options,
             journal: &mut self.journal,
+            run: &self.run,
             watch: self.watch,
         };
-        moment::release(&mut scene, guardian)
+        moment::release(&mut scene, held)
     }
 
     pub(super) fn phase(&self, phase: &str) {
@@ -182,17 +222,17 @@ impl Run<'_> {
         let seen = survey(&Answers::ask(&mut self.client)?);
         self.vm = vm::describe(&mut self.client);
         self.sweep()?;
-        let mut unsound: Vec<(PathBuf, String)> = Vec::new();
+        let mut unsound: Vec<Unsound> = Vec::new();
         // One time for all plans: it is in the images' names.
         let time = now();
-        let make = |run: &Self, no_inc: Option<String>, unsound: &[(PathBuf, String)]| {
+        let make = |run: &Self, no_inc: Option<String>, unsound: &[Unsound]| {
             let inputs = Inputs {
                 seen: seen.clone(),
                 run: &run.run,
-                target_id: &run.target_id,
+                target: &run.target,
                 base: &run.base,
                 now: time,
-                vm: plan::vm_uuid(&run.vm),
+                vm: folders::vm_uuid(&run.vm),
                 no_inc,
                 unsound,
             };
@@ -203,7 +243,9 @@ impl Run<'_> {
             match ChainData::open(&d.dir, &d.base) {
                 Ok(c) => drop(self.chains.insert(d.dir.join(&d.image), c)),
                 Err(e) => {
-                    unsound.push((d.dir.clone(), format!("the chain is unsound: {}", e.report())))
+                    let tip = d.base.last().map_or_else(String::new, |m| m.image.clone());
+                    let why = format!("the chain is unsound: {}", e.report());
+                    unsound.push((d.dir.clone(), tip, why));
                 }
             }
         }
@@ -311,8 +353,9 @@ impl Run<'_> {
                     top: p.disk.top.clone(),
                     bitmap: p.new_bitmap.as_ref().map(|b| b.name.clone()),
                 },
-                manifest: self.manifest(p, &plan.skipped, &vm, &version),
+                manifest: self.manifest(p, plan, &vm, &version),
                 chain: None,
+                held: None,
                 progress: self.watch.disk(p.disk.label()),
                 shown: 0,
                 began: Instant::now(),
@@ -322,7 +365,7 @@ impl Run<'_> {
             .collect())
     }
 
-    fn manifest(&self, p: &DiskPlan, skipped: &[Skipped], vm: &Value, version: &str) -> Manifest {
+    fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &Value, version: &str) -> Manifest {
         let dirty = matches!(p.level, Level::Inc | Level::Diff);
         Manifest {
             format_version: FORMAT_VERSION,
@@ -346,18 +389,21 @@ impl Run<'_> {
             fingerprint: None,
             vm: vm.clone(),
             config_files: Vec::new(),
-            skipped: skipped.to_vec(),
+            skipped: plan.skipped.clone(),
+            failed: plan.refused.iter().map(|(d, e)| failure(d, e)).collect(),
         }
     }
 
     fn copy_all(&mut self, disks: &mut [Active]) -> Result<()> {
         self.phase("preparing");
+        self.check_space(disks)?;
         self.each(disks, Self::prepare)?;
         self.phase("taking the moment");
         self.take_moment(disks)?;
         self.phase("copying");
         self.each(disks, Self::view)?;
         self.stop_after_views(disks)?;
+        self.guard_fleeces(disks)?;
         self.each(disks, Self::start_job)?;
         self.wait(disks)
     }
@@ -374,23 +420,32 @@ impl Run<'_> {
                 self.fail(d, e)?;
             }
         }
-        if disks.iter().all(|d| matches!(d.state, State::Failed(_))) && !disks.is_empty() {
-            return Ok(());
-        }
         Ok(())
     }
 
     /// Ends one disk: its objects leave QEMU, its new bitmap goes, its files are removed.
-    fn fail(&mut self, d: &mut Active, error: Error) -> Result<()> {
-        let over = matches!(error.kind(), Kind::Interrupted | Kind::Timeout);
+    pub(super) fn fail(&mut self, d: &mut Active, error: Error) -> Result<()> {
+        // A file that was not to be had in time concerns its disk alone; a QMP that is silent all.
+        let over = error.kind() == Kind::Interrupted || self.client.timed_out();
         if over || gone_error(&error, &mut self.client) {
             return Err(error);
         }
         self.watch.warn(&format!("{}: {}", d.plan.disk.label(), error.report()));
         self.disk_status(d.index, |s| s.state = "failed".into());
         d.state = State::Failed(error);
+        match self.give_up(d) {
+            // The other disks go on; `finish` tries again, and tells.
+            Err(e) if !self.client.timed_out() && !gone_error(&e, &mut self.client) => {
+                self.watch.warn(&format!("{}: {}", d.plan.disk.label(), e.report()));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn give_up(&mut self, d: &Active) -> Result<()> {
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
-        recover::settle_disk(&mut self.client, &d.record, false, &super::Quiet)?;
+        recover::settle_disk(Some(&mut self.client), &d.record, false, &super::Quiet)?;
         self.journal.write(&Record::Settled(d.index))
     }
 
@@ -411,15 +466,21 @@ impl Run<'_> {
             client: &mut self.client,
             options: self.options,
             journal: &mut self.journal,
+            run: &self.run,
             watch: self.watch,
         };
         let taken = moment::take(&mut scene, &inserts)?;
         self.guardian = taken.held;
         self.consistency = taken.consistency;
         let time = now();
+        let mut unwritten = Vec::new();
         for d in disks.iter_mut().filter(|d| d.going()) {
             d.manifest.time = time;
             d.manifest.consistency = self.consistency.clone();
+            // Who finishes this point after a crash knows no more than what is announced.
+            if let Err(e) = publish::announce(&d.plan.dir, &d.manifest) {
+                unwritten.push((d.index, e));
+            }
         }
         let c = &self.consistency;
         if c.stopped_ms > 0
@@ -427,7 +488,7 @@ impl Run<'_> {
         {
             self.watch.say(&format!("the guest was stopped for {} ms", c.stopped_ms));
         }
-        for (index, e) in taken.failed {
+        for (index, e) in taken.failed.into_iter().chain(unwritten) {
             if let Some(d) = disks.iter_mut().find(|d| d.index == index) {
                 self.fail(d, e)?;
             }
@@ -444,8 +505,10 @@ impl Run<'_> {
         self.stop_server()
     }
 
+    /// Until all jobs have ended and QEMU has closed all images. No disk waits for another: each is
+    /// let go of when its own job ends.
     fn wait(&mut self, disks: &mut [Active]) -> Result<()> {
-        while disks.iter().any(Active::going) {
+        loop {
             let jobs: Vec<Job> = self.client.poll("query-jobs")?;
             for d in disks.iter_mut().filter(|d| d.going()) {
                 let id = object(&self.run, Role::Job, d.index);
@@ -453,22 +516,31 @@ impl Run<'_> {
                     Some(j) => self.follow(d, j),
                     None => Some(Err(Error::new(Kind::Peer, "the backup job has vanished"))),
                 };
-                match ended {
-                    None => {}
-                    Some(Ok(job)) => {
-                        if let Err(e) = self.complete(d, &job) {
-                            self.fail(d, e)?;
-                        }
-                    }
-                    Some(Err(e)) => self.fail(d, e)?,
+                let Some(ended) = ended else { continue };
+                if let Err(e) = ended.and_then(|job| self.detach(d, &job)) {
+                    self.fail(d, e)?;
                 }
             }
-            if disks.iter().any(Active::going) {
-                self.client.check_interrupt()?;
-                self.client.next_event(Instant::now() + POLL)?;
+            let going = disks.iter().any(Active::going);
+            if let Some(g) = self.guardian.take_if(|_| !going)
+                && let Err(e) = self.release(g)
+            {
+                // `--pause`, and nothing reads the guest's disks any more. `finish` tries again.
+                self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
             }
+            for d in disks.iter_mut().filter(|d| d.synced()) {
+                if let Err(e) = self.close(d) {
+                    self.fail(d, e)?;
+                }
+            }
+            if !disks.iter().any(|d| d.going() || d.syncing()) {
+                return Ok(());
+            }
+            self.client.check_interrupt()?;
+            self.guard_fleeces(disks)?;
+            let pause = if going { POLL } else { SYNC_POLL };
+            self.client.next_event(Instant::now() + pause)?;
         }
-        Ok(())
     }
 
     /// Shows progress; gives the job once it has ended.
@@ -494,6 +566,9 @@ impl Run<'_> {
 
 /// How often a job's progress is asked for.
 const POLL: Duration = Duration::from_millis(250);
+
+/// How often a sync is asked whether it has ended; most end at once.
+const SYNC_POLL: Duration = Duration::from_millis(10);
 
 /// A test hook: a folder. While the frozen views stand and before anything is copied, they are
 /// exported over NBD, `ready` says where, and the run waits for a file `go`.

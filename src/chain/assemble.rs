@@ -12,6 +12,7 @@ use std::sync::Arc;
 use super::foreign;
 use super::group::{Belongs, Group, base_name, data_files, group};
 use super::link::{Lies, Member, link, split_pointer};
+use super::manifest::ImageFormat;
 use super::name::{Name, to_text};
 use super::points::points;
 use super::probe::Content;
@@ -19,7 +20,7 @@ use super::scan::{FileEntry, FileId, Tree};
 use super::{Catalog, Disk, Level};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::{Format, LayerSpec, Part};
-use crate::storage::SourceFile;
+use crate::storage::{ReadAt, SourceFile};
 
 /// Why a file cannot be used.
 #[derive(Debug, Clone)]
@@ -45,8 +46,11 @@ pub(super) struct Fates<'a> {
     blocked: Vec<Option<Option<Blocked>>>,
 }
 
-/// Makes the catalog of a walked directory.
-pub(super) fn assemble(mut tree: Tree) -> Catalog {
+/// What files lie on: path, and path of the file below.
+type Bases = Vec<(PathBuf, PathBuf)>;
+
+/// Makes the catalog of a walked directory; also what its files lie on.
+pub(super) fn assemble(mut tree: Tree) -> (Catalog, Bases) {
     let mut findings = std::mem::take(&mut tree.findings);
     let mut claimed = data_files(&tree);
     let (mut groups, mut foreign) = (Vec::new(), Vec::new());
@@ -74,7 +78,8 @@ pub(super) fn assemble(mut tree: Tree) -> Catalog {
         disks.push(Disk { path, ..disk });
     }
     disks.sort_by(|a, b| a.path.cmp(&b.path));
-    Catalog { root: tree.root.clone(), disks, findings }
+    let bases = fates.bases();
+    (Catalog { root: tree.root.clone(), disks, findings }, bases)
 }
 
 fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
@@ -83,7 +88,9 @@ fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
     let points = points(fates, &group);
     for member in &group.members {
         let entry = &fates.tree.files[member.file];
-        findings.extend(entry.manifest_problem.clone().map(as_warning));
+        // Where it matters, the point itself says so.
+        let warning = |f| Finding { severity: Severity::Warning, ..f };
+        findings.extend(entry.manifest_problem.clone().map(warning));
         findings.extend(manifest_oddity(entry));
         findings.extend(entry.probed.info().into_iter().flat_map(|i| i.findings.clone()));
     }
@@ -93,11 +100,6 @@ fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
     findings.extend(causes);
     findings.retain(|f| seen.insert(f.clone()));
     Disk { path, points: points.into_iter().map(|(p, _)| p).collect(), findings }
-}
-
-fn as_warning(finding: Finding) -> Finding {
-    let message = format!("{}; names alone order the points", finding.message);
-    Finding { severity: Severity::Warning, message, ..finding }
 }
 
 /// A path that no other disk has, nor the mount's own folder.
@@ -147,10 +149,10 @@ impl<'a> Fates<'a> {
     fn link(&mut self, group: &mut Group) {
         let tree = self.tree;
         let members: Vec<Member> = group.members.iter().map(|b| member(tree, b)).collect();
-        let (lies, warnings) = link(&members);
+        let (lies, warnings) = link(&members, &group.lost);
         group.findings.extend(warnings);
-        group.findings.extend(overwritten(tree, group, &lies));
-        let suspects = not_raw_after_all(&members, &lies);
+        group.findings.extend(by_names_alone(tree, &members, &lies));
+        let suspects = not_raw_after_all(tree, group, &lies);
         for (belongs, lies) in group.members.iter().zip(&lies) {
             self.lies[belongs.file] = match lies {
                 Lies::Root => None,
@@ -158,15 +160,22 @@ impl<'a> Fates<'a> {
                 Lies::Unknown(e) => Some(Err(Finding::from_error(e, &tree.root))),
             };
         }
-        for i in suspects {
+        for (i, error) in suspects.into_iter().chain(overwritten(tree, group, &lies)) {
             let file = group.members[i].file;
-            let error = Error::new(
-                Kind::Corrupt,
-                "it does not begin with qcow2's magic bytes, but increments on it are qcow2",
-            );
-            let error = error.at_path(&tree.files[file].path).at_offset(0).remedy(RESTORE);
+            let error = error.at_path(&tree.files[file].path);
             self.lies[file] = Some(Err(Finding::from_error(&error, &tree.root)));
         }
+    }
+
+    /// What each file lies on; of one whose base is gone, what it lay on.
+    fn bases(&self) -> Bases {
+        let base = |file: FileId| match &self.lies[file] {
+            Some(Ok(below)) => Some(self.tree.files[*below].path.clone()),
+            Some(Err(_)) => self.tree.former.get(&file).cloned(),
+            None => None,
+        };
+        let path = |file: FileId| self.tree.files[file].path.clone();
+        (0..self.lies.len()).filter_map(|f| Some((path(f), base(f)?))).collect()
     }
 
     /// Decides about `file` and everything below it.
@@ -326,6 +335,8 @@ fn member<'a>(tree: &'a Tree, belongs: &'a Belongs) -> Member<'a> {
         raw: matches!(entry.probed.content, Content::Plain),
         backing: entry.probed.info().and_then(|i| i.backing_file.as_deref()),
         manifest: entry.manifest.as_deref(),
+        unreadable: entry.manifest_problem.as_ref(),
+        gone: tree.former.get(&belongs.file).map(PathBuf::as_path).filter(|p| !tree.has(p)),
     }
 }
 
@@ -338,10 +349,26 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
     {
         return fail(Kind::Corrupt, "its name and its manifest disagree on its level".into());
     }
+    let format = match &entry.probed.content {
+        Content::Image(_) => ImageFormat::Qcow2,
+        _ => ImageFormat::Raw,
+    };
+    if format != manifest.format {
+        let what = match manifest.format {
+            ImageFormat::Qcow2 => "it is qcow2 by its manifest, but does not begin with its magic",
+            ImageFormat::Raw => "it begins like a qcow2 image, but is a raw one by its manifest",
+        };
+        return fail(Kind::Corrupt, what.into());
+    }
     let len = entry.probed.file.identity().size;
     if len < manifest.file_size {
         let what = format!("it has {len} bytes, its manifest says {}", manifest.file_size);
         return fail(Kind::Truncated, what);
+    }
+    if format == ImageFormat::Raw && len != manifest.virtual_size {
+        let size = manifest.virtual_size;
+        let what = format!("a raw image of {len} bytes; the disk has {size} by its manifest");
+        return fail(Kind::Changed, what);
     }
     None
 }
@@ -359,39 +386,105 @@ fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
     })
 }
 
-/// Plain roots that carry qcow2 increments: backups of raw disks have raw increments, so such a
-/// root is a qcow2 file whose beginning is damaged, unless a manifest says otherwise.
-fn not_raw_after_all(members: &[Member], lies: &[Lies]) -> Vec<usize> {
-    let mut found: Vec<usize> = (members.iter().zip(lies))
-        .filter(|(m, _)| !m.raw && m.manifest.is_none())
-        .filter_map(|(_, l)| match l {
-            Lies::On(i) if members[*i].raw && members[*i].manifest.is_none() => Some(*i),
-            _ => None,
-        })
+/// A note about increments that nothing but the times in names puts where they are.
+fn by_names_alone(tree: &Tree, members: &[Member], lies: &[Lies]) -> Option<Finding> {
+    let unsure: Vec<&Member> = (members.iter().zip(lies))
+        .filter(|(m, l)| matches!(l, Lies::On(_)) && m.backing.is_none())
+        .filter(|(m, _)| m.manifest.is_none_or(|m| m.parent.is_none()))
+        .map(|(m, _)| m)
         .collect();
-    found.sort_unstable();
-    found.dedup();
-    found
+    let folder = unsure.first()?.path.parent().unwrap_or(&tree.root);
+    let what = format!(
+        "ordered only by the times in their names: {} increment(s); should one be missing between \
+         them, nothing would show it",
+        unsure.len()
+    );
+    let finding = Finding::warning(Kind::Incomplete, folder, what);
+    Some(Finding { severity: Severity::Note, ..finding })
 }
 
-/// A FULL without a time in its name may have been overwritten by a later one; then the increments
-/// before that do not belong to it. Nothing proves it, but file times may hint at it.
-fn overwritten(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<Finding> {
+/// Plain roots that are qcow2 files whose beginning is damaged, rather than raw: other backups of the
+/// disk are qcow2, or the disk itself was. (Backups of a raw disk are all raw.) A manifest that can
+/// be read settles it.
+fn not_raw_after_all(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)> {
+    let entry = |b: &Belongs| &tree.files[b.file];
+    let others_are_qcow2 = group.members.iter().any(|b| entry(b).probed.magic);
+    let suspicion = |b: &Belongs| {
+        let entry = entry(b);
+        let plain = matches!(entry.probed.content, Content::Plain);
+        if !plain || !matches!(b.level, Level::Full | Level::Copy) || entry.manifest.is_some() {
+            return None;
+        }
+        if entry.manifest_problem.is_some() {
+            return Some(
+                "whether it is a raw image, only its manifest can say, and cannot be read",
+            );
+        }
+        (others_are_qcow2 || config_says_qcow2(tree, entry)).then_some(
+            "it does not begin with qcow2's magic bytes, but other backups of this disk do, or \
+             the disk did when it was backed up",
+        )
+    };
+    let error = |what| Error::new(Kind::Corrupt, what).at_offset(0).remedy(RESTORE);
+    (group.members.iter().zip(lies).enumerate())
+        .filter(|(_, (_, lies))| matches!(lies, Lies::Root))
+        .filter_map(|(i, (b, _))| Some((i, error(suspicion(b)?))))
+        .collect()
+}
+
+/// Whether `<disk>.config`, the output of `qemu-img info` that qmpbackup keeps beside the images or
+/// one folder up, says that the disk is qcow2.
+fn config_says_qcow2(tree: &Tree, entry: &FileEntry) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Info {
+        format: String,
+    }
+    let mut name = match &entry.name {
+        Name::Backup { disk, .. } => disk.clone(),
+        _ => base_name(entry).to_os_string(),
+    };
+    name.push(".config");
+    let folders = entry.path.ancestors().skip(1).take(2);
+    let mut found = folders.filter_map(|f| tree.lookup(f, Path::new(&name)));
+    found.any(|file| {
+        let file = &tree.files[file].probed.file;
+        let file = SourceFile::with_identity(file.path().into(), file.identity());
+        if file.len() > MAX_CONFIG {
+            return false;
+        }
+        let mut text = vec![0; usize::try_from(file.len()).unwrap_or(0)];
+        let read = file.read_exact_at(&mut text, 0);
+        let info = read.ok().and_then(|()| serde_json::from_slice::<Info>(&text).ok());
+        info.is_some_and(|i| i.format == "qcow2")
+    })
+}
+
+/// `qemu-img info` says a few KiB; with many snapshots, more.
+const MAX_CONFIG: u64 = 4 << 20;
+
+/// Increments on a FULL without a time in its name that may have been overwritten by a later one:
+/// then those before that do not belong to it. Nothing proves it, but file times hint at it, and
+/// only a manifest could refute them.
+fn overwritten(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)> {
     let mut found = Vec::new();
-    for (above, lies) in group.members.iter().zip(lies) {
-        let Lies::On(i) = lies else { continue };
-        let (full, Some(stamp)) = (&group.members[*i], above.stamp) else { continue };
+    for (i, (above, lies)) in group.members.iter().zip(lies).enumerate() {
+        let Lies::On(below) = lies else { continue };
+        let (full, Some(stamp)) = (&group.members[*below], above.stamp) else { continue };
         let (entry, inc) = (&tree.files[full.file], &tree.files[above.file]);
         let older = inc.probed.mtime < entry.probed.mtime && stamp < entry.probed.mtime;
-        if full.stamp.is_some() || inc.manifest.is_some() || !older {
+        if full.level != Level::Full || full.stamp.is_some() || inc.manifest.is_some() || !older {
             continue;
         }
+        let full = to_text(base_name(entry));
         let what = format!(
-            "written after {}, by the times of the files: if it was overwritten by a later full \
-             backup, that increment does not belong to it",
-            to_text(base_name(inc))
+            "{full} was written after it, by the times of the files: if that is a later full backup \
+             in the place of the first, this increment does not belong to it"
         );
-        found.push(Finding::warning(Kind::Changed, &entry.path, what));
+        let remedy = format!(
+            "if only the times are wrong, as after a copy that did not keep them, give {full} an \
+             older one with 'touch -d'"
+        );
+        found.push((i, Error::new(Kind::Changed, what).remedy(remedy)));
     }
     found
 }

@@ -8,8 +8,46 @@ use std::path::{Path, PathBuf};
 use super::Level;
 use super::name::{Name, Promise, parse_partial, promise};
 use super::probe::Content;
-use super::scan::{FileEntry, FileId, Folder, Tree};
+use super::scan::{FileEntry, FileId, Folder, Lost, Tree};
 use crate::error::{Error, Finding, Kind, Severity};
+
+/// Endings of files that people and programs keep beside an image.
+const SIDECARS: [&str; 34] = [
+    "md5",
+    "md5sum",
+    "sha1",
+    "sha1sum",
+    "sha224",
+    "sha256",
+    "sha256sum",
+    "sha384",
+    "sha512",
+    "sha512sum",
+    "b2",
+    "b2sum",
+    "b3",
+    "b3sum",
+    "blake3",
+    "sum",
+    "crc",
+    "crc32",
+    "sfv",
+    "sig",
+    "asc",
+    "minisig",
+    "par2",
+    "torrent",
+    "json",
+    "xml",
+    "yaml",
+    "yml",
+    "txt",
+    "log",
+    "info",
+    "map",
+    "conf",
+    "cfg",
+];
 
 /// A file as a member of a disk.
 pub(super) struct Belongs {
@@ -29,6 +67,8 @@ pub(super) struct Group {
     pub path: PathBuf,
     /// Its files, by name.
     pub members: Vec<Belongs>,
+    /// Backups of it that are gone, while their manifests are there.
+    pub lost: Vec<Lost>,
     /// What is odd about it.
     pub findings: Vec<Finding>,
 }
@@ -84,15 +124,17 @@ impl Sorter<'_> {
         self.disks.entry(disk).or_default().list.push(belongs);
     }
 
-    /// `FULL-1-sda.qcow2.sha256` beside `FULL-1-sda.qcow2`.
+    /// `FULL-1-sda.qcow2.sha256` beside `FULL-1-sda.qcow2`. Only endings of files that are kept
+    /// beside others count: `FULL-1-sda.1` is a disk of its own.
     fn is_sidecar(&self, file: FileId) -> bool {
         let entry = self.entry(file);
         let name = base_name(entry);
         let Some(dot) = name.as_bytes().iter().rposition(|b| *b == b'.') else { return false };
-        let stem = OsStr::from_bytes(&name.as_bytes()[..dot]);
+        let (stem, ending) = (&name.as_bytes()[..dot], &name.as_bytes()[dot + 1..]);
+        let ending = ending.to_ascii_lowercase();
         !entry.probed.magic
-            && promise(name) == Promise::Nothing
-            && self.tree.lookup(&self.folder.path, Path::new(stem)).is_some()
+            && SIDECARS.iter().any(|s| s.as_bytes() == ending)
+            && self.tree.lookup(&self.folder.path, Path::new(OsStr::from_bytes(stem))).is_some()
     }
 
     fn looks_like_image(&self, file: FileId) -> bool {
@@ -112,13 +154,16 @@ impl Sorter<'_> {
         // With both links a copy has overwritten the FULL: COPY- sorts first, and rightly no
         // increment lies on it.
         let linked = self.folder.links.iter().find(|l| l.disk == name);
-        let has_increments = self.disks.get(&name).is_some_and(|m| {
-            let has = |wanted: &[Level]| m.list.iter().any(|b| wanted.contains(&b.level));
-            has(&[Level::Inc, Level::Diff]) && !has(&[Level::Full])
-        });
-        let in_own_folder =
-            self.folder.path.file_name() == Some(&name) && self.looks_like_image(file);
-        if linked.is_some() || has_increments || in_own_folder {
+        let has_increments = || {
+            self.disks.get(&name).is_some_and(|m| {
+                let has = |wanted: &[Level]| m.list.iter().any(|b| wanted.contains(&b.level));
+                has(&[Level::Inc, Level::Diff]) && !has(&[Level::Full])
+            })
+        };
+        // Anywhere else, a file that is called like the disk may be the disk itself, or anything.
+        let in_own_folder = self.folder.path.file_name() == Some(&name)
+            && (self.looks_like_image(file) || has_increments());
+        if linked.is_some() || in_own_folder {
             let level = linked.map_or(Level::Full, |l| l.level);
             let belongs = Belongs { file, level, stamp: None, aliases: Vec::new() };
             self.disks.entry(name).or_default().list.push(belongs);
@@ -194,12 +239,14 @@ impl Sorter<'_> {
             // In the backup directory itself there is no folder to call the disk after.
             let own_folder = folder.file_name().is_some_and(|f| alone || f == disk);
             let path = if own_folder { folder.clone() } else { folder.join(&disk) };
-            groups.push(Group { path, members: members.list, findings: members.findings });
+            let lost = self.folder.lost.iter().filter(|l| l.disk == disk).cloned().collect();
+            groups.push(Group { path, members: members.list, lost, findings: members.findings });
         }
         for file in self.images {
             let path = folder.join(base_name(&self.tree.files[file]));
             let member = Belongs { file, level: Level::Image, stamp: None, aliases: Vec::new() };
-            groups.push(Group { path, members: vec![member], findings: Vec::new() });
+            let (members, lost) = (vec![member], Vec::new());
+            groups.push(Group { path, members, lost, findings: Vec::new() });
         }
         (groups, homeless)
     }

@@ -11,7 +11,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Component, Path, PathBuf};
 
 use super::Level;
-use super::manifest::{Contents, Manifest};
+use super::manifest::{Brief, Contents};
+use super::scan::Lost;
 use crate::error::{Error, Finding, Kind};
 
 /// One file of a disk.
@@ -29,7 +30,11 @@ pub(super) struct Member<'a> {
     /// The name of its backing file as it stands in the image.
     pub backing: Option<&'a str>,
     /// Its manifest.
-    pub manifest: Option<&'a Manifest>,
+    pub manifest: Option<&'a Brief>,
+    /// Why its manifest cannot be read.
+    pub unreadable: Option<&'a Finding>,
+    /// What it lay on when it was last looked at, if that is gone.
+    pub gone: Option<&'a Path>,
 }
 
 /// What a file lies on.
@@ -62,9 +67,10 @@ impl Member<'_> {
     }
 }
 
-/// Says of each member what it lies on, and what is odd about it.
-pub(super) fn link(members: &[Member]) -> (Vec<Lies>, Vec<Finding>) {
-    let linker = Linker::new(members);
+/// Says of each member what it lies on, and what is odd about it. `lost` are backups of this disk
+/// that are known to have been there.
+pub(super) fn link(members: &[Member], lost: &[Lost]) -> (Vec<Lies>, Vec<Finding>) {
+    let linker = Linker::new(members, lost);
     let mut findings = Vec::new();
     let lies = (0..members.len()).map(|i| linker.link_one(i, &mut findings)).collect();
     (lies, findings)
@@ -72,6 +78,7 @@ pub(super) fn link(members: &[Member]) -> (Vec<Lies>, Vec<Finding>) {
 
 struct Linker<'a> {
     members: &'a [Member<'a>],
+    lost: &'a [Lost],
     by_name: HashMap<&'a OsStr, usize>,
     /// FULLs and INCs with a time, by time.
     bases: Vec<(i64, usize)>,
@@ -82,7 +89,7 @@ struct Linker<'a> {
 }
 
 impl<'a> Linker<'a> {
-    fn new(members: &'a [Member<'a>]) -> Self {
+    fn new(members: &'a [Member<'a>], lost: &'a [Lost]) -> Self {
         let stamped = |wanted: fn(Level) -> bool| {
             let mut list: Vec<_> = (members.iter().enumerate())
                 .filter(|(_, m)| wanted(m.level))
@@ -94,6 +101,7 @@ impl<'a> Linker<'a> {
         let timeless = |(_, m): &(usize, &Member)| m.level == Level::Full && m.stamp.is_none();
         Linker {
             members,
+            lost,
             by_name: names(members),
             bases: stamped(|l| matches!(l, Level::Full | Level::Inc)),
             fulls: stamped(|l| l == Level::Full),
@@ -117,7 +125,34 @@ impl<'a> Linker<'a> {
         let m = &self.members[me];
         match m.manifest.and_then(|m| m.parent.as_deref()) {
             Some(parent) => self.by_manifest(m, OsStr::new(parent)),
-            None => self.by_time(me),
+            None => self.by_time(me).and_then(|base| self.nothing_between(me, base)),
+        }
+    }
+
+    /// Names give an order, but do not tell of a file that is missing from it. Only the image's own
+    /// pointer does; without one, whatever else hints at a gap counts.
+    fn nothing_between(&self, me: usize, base: usize) -> Result<usize, Error> {
+        let (m, b) = (&self.members[me], &self.members[base]);
+        if m.backing.and_then(|p| split_pointer(p).ok()).is_some_and(|(_, name)| b.is_called(&name))
+        {
+            return Ok(base);
+        }
+        if let Some(finding) = m.unreadable {
+            let what = format!("which file it lies on cannot be known: {}", finding.message);
+            return Err(Error::new(finding.kind, what).remedy(UNREADABLE));
+        }
+        let carries = |l: &Lost| match m.level {
+            Level::Diff => l.level == Level::Full,
+            _ => matches!(l.level, Level::Full | Level::Inc),
+        };
+        let between =
+            |l: &&Lost| carries(l) && b.stamp <= Some(l.stamp) && Some(l.stamp) <= m.stamp;
+        if let Some(lost) = self.lost.iter().filter(between).max_by_key(|l| l.stamp) {
+            return Err(missing(&lost.name));
+        }
+        match m.gone.and_then(Path::file_name) {
+            Some(name) if !b.is_called(name) => Err(missing(name)),
+            _ => Ok(base),
         }
     }
 
@@ -255,6 +290,9 @@ fn raw_increment(m: &Member) -> Lies {
             .remedy("the FULL before it is good; back the disk up as qcow2"),
     )
 }
+
+const UNREADABLE: &str = "make its manifest readable or restore it from .fleecefs/ of another copy; \
+                          remove it if it is beyond repair and the names are right";
 
 fn incomplete(what: impl Into<String>) -> Error {
     Error::new(Kind::Incomplete, what)

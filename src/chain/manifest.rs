@@ -24,7 +24,7 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
 /// not one, and is not read into memory.
-const MAX_BYTES: u64 = 16 << 20;
+const MAX_BYTES: u64 = 4 << 20;
 
 /// Bytes hashed at either end of an image to tell whether it was replaced. The front holds a
 /// qcow2's header, L1 and the first tables, the back its latest clusters.
@@ -90,6 +90,33 @@ pub struct Manifest {
     /// Disks that this run left out, and why.
     #[serde(default)]
     pub skipped: Vec<Skipped>,
+    /// Disks that this run should have backed up and could not, and why: with any, the run was
+    /// partial.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<Skipped>,
+}
+
+/// The part of a [`Manifest`] that orders and describes points: a mount keeps it for each image, and
+/// a manifest may hold the whole configuration of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Brief {
+    /// See [`Manifest::image`].
+    pub image: String,
+    /// See [`Manifest::level`].
+    pub level: Level,
+    /// See [`Manifest::time`].
+    pub time: i64,
+    /// See [`Manifest::parent`].
+    #[serde(default)]
+    pub parent: Option<String>,
+    /// See [`Manifest::format`].
+    pub format: ImageFormat,
+    /// See [`Manifest::content`].
+    pub content: Contents,
+    /// See [`Manifest::virtual_size`].
+    pub virtual_size: u64,
+    /// See [`Manifest::file_size`].
+    pub file_size: u64,
 }
 
 /// A disk as QEMU knows it. Any of these may be empty.
@@ -231,6 +258,18 @@ pub fn read(dir: &Path, image: &OsStr) -> Result<Option<Manifest>> {
     Ok(read_sealed(dir, image)?.map(|(m, _)| m))
 }
 
+/// As [`read`], but only what orders and describes points.
+///
+/// # Errors
+/// See [`read`].
+pub(super) fn read_brief(dir: &Path, image: &OsStr) -> Result<Option<Brief>> {
+    let path = manifest_path(dir, image);
+    let Some(bytes) = read_file(&path)? else { return Ok(None) };
+    let brief: Brief = parse_as(&bytes).map_err(|e| e.at_path(&path))?;
+    check_image(&brief.image, image, &path)?;
+    Ok(Some(brief))
+}
+
 /// As [`read`], and whether the manifest carries its own checksum (a wrong one is an error).
 ///
 /// # Errors
@@ -239,11 +278,16 @@ pub fn read_sealed(dir: &Path, image: &OsStr) -> Result<Option<(Manifest, bool)>
     let path = manifest_path(dir, image);
     let Some(bytes) = read_file(&path)? else { return Ok(None) };
     let manifest = parse(&bytes).map_err(|e| e.at_path(&path))?;
-    if OsStr::new(&manifest.image) != image {
-        let what = format!("the manifest is of another image, {:?}", manifest.image);
-        return Err(Error::new(Kind::Corrupt, what).at_path(&path).remedy(REMEDY));
-    }
+    check_image(&manifest.image, image, &path)?;
     Ok(Some((manifest, seal_place(&bytes).is_some())))
+}
+
+fn check_image(named: &str, image: &OsStr, path: &Path) -> Result<()> {
+    if OsStr::new(named) == image {
+        return Ok(());
+    }
+    let what = format!("the manifest is of another image, {named:?}");
+    Err(Error::new(Kind::Corrupt, what).at_path(path).remedy(REMEDY))
 }
 
 const REMEDY: &str = "restore the manifest from another copy of the backup, or remove it if the \
@@ -254,6 +298,10 @@ const REMEDY: &str = "restore the manifest from another copy of the backup, or r
 /// # Errors
 /// See [`read`].
 pub fn parse(bytes: &[u8]) -> Result<Manifest> {
+    parse_as(bytes)
+}
+
+fn parse_as<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     #[derive(Deserialize)]
     struct Version {
         format_version: u32,
@@ -343,6 +391,10 @@ pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
     make_folder(dir, &folder)?;
     let text = serde_json::to_vec_pretty(manifest)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
+    if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {
+        log::warn!("{}: the guest's configuration is too large and left out", path.display());
+        return write(dir, &Manifest { vm: serde_json::Value::Null, ..manifest.clone() });
+    }
     let mut temporary = OsString::from(format!(".tmp-{}-", std::process::id()));
     temporary.push(image);
     let temporary = folder.join(temporary);
@@ -415,6 +467,7 @@ pub(crate) mod tests {
             vm: serde_json::Value::Null,
             config_files: Vec::new(),
             skipped: Vec::new(),
+            failed: Vec::new(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The points of one disk, in chain order.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use super::assemble::{Blocked, Fates, carries_snapshots};
 use super::group::{Belongs, Group, base_name};
@@ -8,8 +9,7 @@ use super::name::to_text;
 use super::scan::FileId;
 use super::{Level, Point};
 use crate::error::{Finding, Kind, Severity};
-use crate::layer::{self, Part, SnapshotInfo};
-use crate::storage::SourceFile;
+use crate::layer::{LayerSpec, Part, SnapshotInfo};
 
 /// The name that `qmprestore snapshotrebase` gives to the state before the first increment.
 const FULL_SNAPSHOT: &str = "FULL-BACKUP";
@@ -19,11 +19,19 @@ const DATE_SNAPSHOT: &str = "%Y-%m-%d-%H:%M:%S";
 const DATE_LEN: usize = "2026-10-25-02:30:00".len();
 /// A file name has at most 255 bytes, and the mount appends `.raw`.
 const MAX_NAME: usize = 251;
+/// Characters of a snapshot's id that are shown; QEMU's are short numbers.
+const MAX_ID: usize = 40;
 
 /// The points of a disk, each after the one it lies on, and why those that cannot be served cannot.
 pub(super) fn points(fates: &Fates, group: &Group) -> Vec<(Point, Option<Blocked>)> {
-    let mut maker =
-        Maker { fates, group, made: HashMap::new(), names: HashSet::new(), points: Vec::new() };
+    let mut maker = Maker {
+        fates,
+        group,
+        made: HashMap::new(),
+        names: HashSet::new(),
+        numbers: HashMap::new(),
+        points: Vec::new(),
+    };
     for member in in_chain_order(fates, group) {
         maker.file(&group.members[member]);
     }
@@ -71,6 +79,8 @@ struct Maker<'a> {
     /// Where the point of each file is.
     made: HashMap<FileId, usize>,
     names: HashSet<String>,
+    /// The next number to try behind a name that is taken.
+    numbers: HashMap<String, u32>,
     points: Vec<(Point, Option<Blocked>)>,
 }
 
@@ -120,38 +130,34 @@ impl Maker<'_> {
         let Some(info) = self.fates.tree.files[belongs.file].probed.info() else { return };
         let is_rebased = info.snapshots.iter().any(|s| s.name == FULL_SNAPSHOT);
         let full_time = active.time;
-        for snapshot in &info.snapshots {
+        for (index, snapshot) in (0..).zip(&info.snapshots) {
             let time = snapshot_time(snapshot, full_time, is_rebased);
             if is_rebased {
                 // The increments were written into the FULL: its active state is the last of them.
                 active.time = active.time.max(time);
             }
-            let (point, blocked) = self.snapshot(belongs, active, snapshot, time, blocked.cloned());
+            let blocked = blocked.cloned().or_else(|| unusable(snapshot));
+            let mut layers = Vec::new();
+            if blocked.is_none() {
+                layers = self.fates.layers_below(belongs.file);
+                layers.push(self.fates.layer(belongs.file, Part::Snapshot(index)));
+            }
+            let point = self.snapshot(active, snapshot, time, layers, blocked.as_ref());
             self.points.push((point, blocked));
         }
     }
 
     fn snapshot(
         &mut self,
-        belongs: &Belongs,
         active: &Point,
         snapshot: &SnapshotInfo,
         time: i64,
-        mut blocked: Option<Blocked>,
-    ) -> (Point, Option<Blocked>) {
+        layers: Vec<LayerSpec>,
+        blocked: Option<&Blocked>,
+    ) -> Point {
         let name = self.unique(snapshot_name(&active.name, snapshot), &snapshot.id);
-        let mut layers = Vec::new();
-        if blocked.is_none() {
-            let own = self.fates.layer(belongs.file, Part::Snapshot(snapshot.id.clone()));
-            blocked = unusable(&own);
-            layers = self.fates.layers_below(belongs.file);
-            layers.push(own);
-        }
-        if blocked.is_some() {
-            layers.clear();
-        }
-        let point = Point {
-            unavailable: blocked.as_ref().map(|b| reason(b, &name)),
+        Point {
+            unavailable: blocked.map(|b| reason(b, &name)),
             name,
             source: active.source.clone(),
             level: Level::Snapshot,
@@ -162,8 +168,7 @@ impl Maker<'_> {
             // Its clusters are in the same file, and are counted there.
             own_bytes: 0,
             layers,
-        };
-        (point, blocked)
+        }
     }
 
     fn time(&self, belongs: &Belongs) -> i64 {
@@ -180,31 +185,42 @@ impl Maker<'_> {
         }
     }
 
+    /// A name that no other point of the disk has: `name`, or with the snapshot's id, or a number.
     fn unique(&mut self, name: String, id: &str) -> String {
-        let mut candidate = name.clone();
-        let mut number = 2;
-        while !self.names.insert(candidate.clone()) {
-            let suffix = if id.is_empty() { String::new() } else { format!("#{}", clean(id)) };
-            candidate = match number {
-                2 if !suffix.is_empty() => format!("{name}{suffix}"),
-                n => format!("{name}{suffix}-{n}"),
-            };
-            number += 1;
+        if self.names.insert(name.clone()) {
+            return name;
         }
-        candidate
+        let mut stem = name;
+        if !id.is_empty() {
+            stem = with_suffix(&stem, &format!("#{}", clean(id, MAX_ID)));
+            if self.names.insert(stem.clone()) {
+                return stem;
+            }
+        }
+        let first = if id.is_empty() { 2 } else { 3 };
+        let number = self.numbers.entry(stem.clone()).or_insert(first);
+        loop {
+            let candidate = with_suffix(&stem, &format!("-{number}"));
+            *number = number.saturating_add(1);
+            if self.names.insert(candidate.clone()) {
+                return candidate;
+            }
+        }
     }
 }
 
-/// Opens a snapshot to see whether its table is sound; the descriptor is not kept.
-fn unusable(spec: &layer::LayerSpec) -> Option<Blocked> {
-    let fresh = |f: &SourceFile| {
-        std::sync::Arc::new(SourceFile::with_identity(f.path().to_path_buf(), f.identity()))
-    };
-    let mut spec = spec.clone();
-    spec.file = fresh(&spec.file);
-    spec.data_file = spec.data_file.as_deref().map(fresh);
-    let error = layer::open(&spec).err()?;
-    let cause = std::sync::Arc::new(Finding::from_error(&error, spec.file.path()));
+/// `name` with a suffix, cut before it where it would get too long for a file name.
+fn with_suffix(name: &str, suffix: &str) -> String {
+    let mut end = MAX_NAME.saturating_sub(suffix.len()).min(name.len());
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{suffix}", &name[..end])
+}
+
+/// Why a snapshot cannot be used, though its image can.
+fn unusable(snapshot: &SnapshotInfo) -> Option<Blocked> {
+    let cause = Arc::new(snapshot.unusable.clone()?);
     Some(Blocked { cause, inherited: false })
 }
 
@@ -242,15 +258,15 @@ fn local_time(text: &str) -> Option<i64> {
 
 /// `<file>@<snapshot name>`, or the snapshot's id where its name is empty or too long.
 fn snapshot_name(file: &str, snapshot: &SnapshotInfo) -> String {
-    let name = clean(&snapshot.name);
+    let name = clean(&snapshot.name, MAX_NAME);
     let full = format!("{file}@{name}");
     if name.is_empty() || full.len() > MAX_NAME {
-        return format!("{file}@{}", clean(&snapshot.id));
+        return with_suffix(file, &format!("@{}", clean(&snapshot.id, MAX_ID)));
     }
     full
 }
 
-/// Text from inside an image as a part of a file name.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c == '/' || c.is_control() { '_' } else { c }).take(200).collect()
+/// Text from inside an image as a part of a file name, at most `most` characters of it.
+fn clean(text: &str, most: usize) -> String {
+    text.chars().map(|c| if c == '/' || c.is_control() { '_' } else { c }).take(most).collect()
 }

@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::fs::Metadata;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use super::foreign::{self, Inside};
-use super::manifest::{self, Manifest};
+use super::manifest::{self, Brief};
 use super::name::{self, Promise};
+use super::scan::{FileEntry, FileId};
 use crate::error::{Error, Finding, Kind, Result};
-use crate::layer::{self, Format, ImageInfo};
+use crate::layer::{self, Format, ImageInfo, raw};
 use crate::storage::{Identity, ReadAt, SourceFile};
 
 /// What a file holds.
@@ -43,7 +45,7 @@ pub(super) struct Probed {
     inside: OnceLock<Result<Inside, Finding>>,
 }
 
-type ManifestResult = std::result::Result<Option<Arc<Manifest>>, Finding>;
+type ManifestResult = std::result::Result<Option<Arc<Brief>>, Finding>;
 
 /// What a scan found out about files, so that the next scan of the same directory looks only at
 /// what changed, and yields the same [`SourceFile`]s for what did not.
@@ -51,6 +53,9 @@ type ManifestResult = std::result::Result<Option<Arc<Manifest>>, Finding>;
 pub struct ProbeCache {
     files: HashMap<PathBuf, Arc<Probed>>,
     manifests: HashMap<PathBuf, (Identity, ManifestResult)>,
+    /// What each file lay on. Where only names say so, the loss of that file must not make it lie on
+    /// the one before.
+    bases: HashMap<PathBuf, (Arc<Probed>, PathBuf)>,
 }
 
 impl ProbeCache {
@@ -87,19 +92,47 @@ impl ProbeCache {
     pub(super) fn manifest(&mut self, path: &Path, previous: Option<&Self>) -> ManifestResult {
         let (Some(dir), Some(image)) = (path.parent(), path.file_name()) else { return Ok(None) };
         let at = manifest::manifest_path(dir, image);
-        let Ok(meta) = std::fs::symlink_metadata(&at) else { return Ok(None) };
+        let meta = match std::fs::symlink_metadata(&at) {
+            Ok(meta) => meta,
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
+            // There may be one, and it may say that all is otherwise.
+            Err(e) => {
+                let error = Error::io(e, "cannot look for the manifest").at_path(&at);
+                return Err(Finding::from_error(&error, &at));
+            }
+        };
         let now = Identity::of(&meta);
         let known = previous.and_then(|p| p.manifests.get(&at));
         let known = known.filter(|(id, read)| *id == now && read.is_ok());
         let entry = match known {
             Some(e) => e.clone(),
             None => {
-                let read = manifest::read(dir, image);
+                let read = manifest::read_brief(dir, image);
                 (now, read.map(|m| m.map(Arc::new)).map_err(|e| Finding::from_error(&e, &at)))
             }
         };
         self.manifests.insert(at, entry.clone());
         entry.1
+    }
+
+    /// What those of `files` lay on that have not changed since.
+    pub(super) fn bases_of(&self, files: &[FileEntry]) -> HashMap<FileId, PathBuf> {
+        let base = |file: &FileEntry| {
+            let (then, base) = self.bases.get(&file.path)?;
+            Arc::ptr_eq(then, &file.probed).then(|| base.clone())
+        };
+        files.iter().enumerate().filter_map(|(i, f)| Some((i, base(f)?))).collect()
+    }
+
+    /// Remembers what files lie on.
+    pub(super) fn remember_bases(&mut self, bases: Vec<(PathBuf, PathBuf)>) {
+        for (path, base) in bases {
+            if let Some(probed) = self.files.get(&path) {
+                self.bases.insert(path, (probed.clone(), base));
+            }
+        }
     }
 }
 
@@ -133,18 +166,21 @@ fn look_at_content(file: &SourceFile, magic: &mut bool) -> Result<Content> {
     if *magic {
         return layer::probe(file).map(Content::Image);
     }
-    let is_qcow2 = name::promise(name) == Promise::Qcow2;
-    if is_qcow2 || file.is_empty() {
-        let what = match file.is_empty() {
-            true => "the file is empty",
-            false => "the file is named qcow2 but does not begin with qcow2's magic bytes",
-        };
+    let what = match name::promise(name) {
+        _ if file.is_empty() => Some("the file is empty"),
+        Promise::Qcow2 => Some("the file is named qcow2 but does not begin with its magic bytes"),
+        _ if layer::is_damaged_qcow2(file)? => Some(
+            "the file does not begin with qcow2's magic bytes, but what follows is a qcow2 header",
+        ),
+        _ => None,
+    };
+    if let Some(what) = what {
         return Err(Error::new(Kind::Corrupt, what)
             .at_path(file.path())
             .at_offset(0)
             .remedy("restore this file from another copy of the backup"));
     }
-    let mut start = [0; 64];
+    let mut start = [0; raw::START];
     let len = start.len().min(usize::try_from(file.len()).unwrap_or(usize::MAX));
     file.read_exact_at(&mut start[..len], 0)?;
     Ok(match foreign(&start[..len]) {
@@ -161,20 +197,15 @@ fn is_lasting(kind: Kind) -> bool {
 
 /// Formats that would be wrong data if they were taken for raw images.
 fn foreign(start: &[u8]) -> Option<&'static str> {
-    const MAGICS: [(&[u8], &str); 11] = [
+    const MAGICS: [(&[u8], &str); 5] = [
         (b"\x1f\x8b", "compressed with gzip"),
         (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
         (b"\xfd7zXZ\0", "compressed with xz"),
         (b"BZh", "compressed with bzip2"),
         (b"\x04\x22\x4d\x18", "compressed with lz4"),
-        (b"KDMV", "a VMDK image"),
-        (b"# Disk DescriptorFile", "a VMDK description"),
-        (b"<<< ", "a VDI image"),
-        (b"vhdxfile", "a VHDX image"),
-        (b"conectix", "a VHD image"),
-        (b"QED\0", "a QED image"),
     ];
-    MAGICS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what)
+    let packed = MAGICS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what);
+    packed.or_else(|| raw::other_format(start))
 }
 
 impl Probed {
@@ -196,7 +227,7 @@ impl Probed {
         let passing = matches!(&self.content, Content::Bad(f) if passing(f))
             || matches!(self.inside.get(), Some(Err(f)) if passing(f));
         (before.dev, before.ino) == (now.dev, now.ino)
-            && !before.contents_may_differ(now)
+            && self.file.has_same_bytes(now)
             && !passing
             && self.file.check_unchanged().is_ok()
     }

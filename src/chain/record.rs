@@ -50,6 +50,7 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
         vm: serde_json::Value::Null,
         config_files: Vec::new(),
         skipped: Vec::new(),
+        failed: Vec::new(),
     })
 }
 

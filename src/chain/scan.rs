@@ -18,15 +18,16 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{DirEntry, Metadata};
 use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::link::normalise;
-use super::manifest::{self, Manifest};
+use super::manifest::{self, Brief};
 use super::name::{self, Name};
 use super::probe::Probed;
-use super::{Catalog, Level, assemble};
+use super::{Catalog, Level, assemble, removal};
 use crate::error::{Error, Finding, Kind, Result};
 
 pub use super::probe::ProbeCache;
@@ -50,7 +51,7 @@ pub(super) struct FileEntry {
     /// What it holds.
     pub probed: Arc<Probed>,
     /// Its manifest, if there is one that can be read.
-    pub manifest: Option<Arc<Manifest>>,
+    pub manifest: Option<Arc<Brief>>,
     /// Why its manifest cannot be read.
     pub manifest_problem: Option<Finding>,
 }
@@ -77,6 +78,21 @@ pub(super) struct Folder {
     pub files: Vec<FileId>,
     /// Its links, by name.
     pub links: Vec<Link>,
+    /// Images that have a manifest and are gone.
+    pub lost: Vec<Lost>,
+}
+
+/// An image that was here once: only its manifest is left.
+#[derive(Debug, Clone)]
+pub(super) struct Lost {
+    /// Its file name.
+    pub name: OsString,
+    /// The level in its name.
+    pub level: Level,
+    /// The time in its name.
+    pub stamp: i64,
+    /// The disk in its name.
+    pub disk: OsString,
 }
 
 /// All plain files of a backup directory.
@@ -90,6 +106,8 @@ pub(super) struct Tree {
     /// All files.
     pub files: Vec<FileEntry>,
     by_path: HashMap<PathBuf, FileId>,
+    /// What files lay on at the last scan, if they have not changed since.
+    pub former: HashMap<FileId, PathBuf>,
     /// What belongs to no disk.
     pub findings: Vec<Finding>,
 }
@@ -118,16 +136,22 @@ pub fn scan(
             folders: Vec::new(),
             files: Vec::new(),
             by_path: HashMap::new(),
+            former: HashMap::new(),
             findings: Vec::new(),
         },
     };
     walk.run(path);
-    let (mut tree, cache) = (walk.tree, walk.cache);
+    let (mut tree, mut cache) = (walk.tree, walk.cache);
     tree.resolve_links();
     let left = tree.folders.iter().flat_map(|f| super::unfinished::findings(&f.path));
     let left: Vec<Finding> = left.collect();
     tree.findings.extend(left);
-    Ok((assemble::assemble(tree), cache))
+    if let Some(previous) = previous {
+        tree.former = previous.bases_of(&tree.files);
+    }
+    let (catalog, bases) = assemble::assemble(tree);
+    cache.remember_bases(bases);
+    Ok((catalog, cache))
 }
 
 impl Tree {
@@ -139,6 +163,11 @@ impl Tree {
         }
         let inside = path.strip_prefix(&self.called).ok()?;
         self.by_path.get(&self.root.join(inside)).copied()
+    }
+
+    /// Whether there is a walked file at `path`.
+    pub fn has(&self, path: &Path) -> bool {
+        self.by_path.contains_key(path)
     }
 
     fn resolve_links(&mut self) {
@@ -195,14 +224,52 @@ impl Walk<'_> {
         }
         entries.sort_by_key(DirEntry::file_name);
         let relative = path.strip_prefix(&self.tree.root).unwrap_or(&path).to_path_buf();
-        let mut folder = Folder { relative, path, files: Vec::new(), links: Vec::new() };
+        let lost = Vec::new();
+        let mut folder = Folder { relative, path, files: Vec::new(), links: Vec::new(), lost };
         let mut folders = Vec::new();
         let has_manifests = entries.iter().any(|e| e.file_name() == manifest::FOLDER);
         for entry in &entries {
             self.entry(entry, has_manifests, &mut folder, &mut folders);
         }
+        if has_manifests {
+            folder.lost = self.lost(&folder.path);
+        }
         self.tree.folders.push(folder);
         folders
+    }
+
+    /// The backups whose manifests are in a folder that does not have them.
+    fn lost(&mut self, path: &Path) -> Vec<Lost> {
+        let manifests = path.join(manifest::FOLDER);
+        let names = std::fs::read_dir(&manifests).and_then(|list| {
+            list.map(|entry| entry.map(|e| e.file_name())).collect::<std::io::Result<Vec<_>>>()
+        });
+        let names = match names {
+            Ok(names) => names,
+            // A file of that name is none of ours.
+            Err(e) if e.kind() == ErrorKind::NotADirectory => return Vec::new(),
+            Err(e) => {
+                let error = Error::io(e, "cannot list the manifests; a gap may go unnoticed");
+                self.tree.findings.push(Finding::from_error(&error, &manifests));
+                return Vec::new();
+            }
+        };
+        let is_here = |name: &OsStr| self.tree.has(&path.join(name));
+        let mut lost: Vec<Lost> = (names.iter())
+            .filter_map(|n| n.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes))
+            .filter(|name| !is_here(name))
+            .filter_map(|name| match name::parse(name) {
+                Name::Backup { level, stamp: Some(stamp), disk } => {
+                    Some(Lost { name: name.to_os_string(), level, stamp, disk })
+                }
+                _ => None,
+            })
+            .collect();
+        if !lost.is_empty() {
+            let leaving = removal::pending(path);
+            lost.retain(|l| !leaving.iter().any(|name| l.name == name.as_str()));
+        }
+        lost
     }
 
     fn entry(

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
 use super::usage;
@@ -171,6 +172,10 @@ struct LayoutArgs {
     no_symlink: bool,
 }
 
+/// The longest limit, in seconds, for what a guest has to bear. QEMU takes 0 for "no limit" where a
+/// guest's write waits for the fleece, so that is none.
+const LONGEST_WAIT: u64 = 3600;
+
 #[derive(Debug, Args)]
 #[command(next_help_heading = "The frozen moment")]
 struct MomentArgs {
@@ -191,11 +196,13 @@ struct MomentArgs {
     freeze: Vec<String>,
 
     /// The longest time, in seconds, that the guest may be held; a child process ends it then
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+        value_parser = clap::value_parser!(u64).range(1..=LONGEST_WAIT))]
     hold_limit: u64,
 
     /// How long to wait for an answer of the agent, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
+        value_parser = clap::value_parser!(u64).range(1..=LONGEST_WAIT))]
     agent_timeout: u64,
 }
 
@@ -208,7 +215,8 @@ struct CopyArgs {
 
     /// How many seconds a guest's write may wait for the fleece before the backup of that disk is
     /// given up; a guest's own limit is usually 30
-    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 20,
+        value_parser = clap::value_parser!(u32).range(1..=3600))]
     cbw_timeout: u32,
 
     /// Bytes per second for each disk, such as 50M
@@ -329,8 +337,8 @@ impl BackupArgs {
             },
             quiesce: m.quiesce,
             mountpoints: m.freeze.clone(),
-            deadline: Duration::from_secs(m.hold_limit.max(1)),
-            agent_timeout: Duration::from_secs(m.agent_timeout.max(1)),
+            deadline: Duration::from_secs(m.hold_limit),
+            agent_timeout: Duration::from_secs(m.agent_timeout),
         }
     }
 
@@ -353,13 +361,13 @@ impl BackupArgs {
     }
 }
 
-/// A flag that SIGINT and SIGTERM set.
+/// A flag that SIGINT, SIGTERM and SIGHUP (a lost terminal) set.
 ///
 /// # Errors
 /// The handlers cannot be installed.
 pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, flag.clone())
             .map_err(|e| Error::io(e, "cannot install a signal handler"))?;
     }

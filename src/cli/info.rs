@@ -187,6 +187,7 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
     let _lock = Lock::vm(&args.state.dir(), &vm)?;
     let mut client = Client::connect(&vm)?;
+    let _qemu_lock = Lock::qemu(&args.state.dir(), &client)?;
     let choice = Choice { uuid: args.uuid, all: args.all, foreign: args.foreign };
     let mut text = String::new();
     for b in info::bitmaps(&mut client)?.iter().filter(|b| choice.takes(b)) {

@@ -4,7 +4,8 @@ use clap::Args;
 
 use super::backup::{ShowArgs, StateArgs};
 use crate::backup::lock::Lock;
-use crate::backup::{Watch, control, guardian, recover};
+use crate::backup::recover::{Cause, Place, Recovered};
+use crate::backup::{Watch, control, foreign, guardian, journal, recover};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::{Address, Client};
 
@@ -20,6 +21,10 @@ pub struct RecoverArgs {
     /// Also remove what a killed qmpbackup left
     #[arg(long)]
     foreign: bool,
+
+    /// Give up unfinished images in targets that cannot be reached
+    #[arg(long)]
+    forget: bool,
 
     #[command(flatten)]
     state: StateArgs,
@@ -54,27 +59,39 @@ pub fn run(args: RecoverArgs) -> Result<()> {
     let state = args.state.dir();
     let console = args.show.console()?;
     let _lock = Lock::vm(&state, &vm)?;
+    let cause = if args.forget { Cause::Forget } else { Cause::Command };
+    let place = Place { state: &state, vm: &vm, cause };
     let mut client = match Client::connect(&vm) {
         Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound) => {
-            return offline(&vm, &state, &console, e);
+            return offline(place, &console, e);
         }
         other => other?,
     };
-    let runs = recover::recover(&mut client, &state, &vm, &console)?;
-    let foreign = if args.foreign { recover::remove_foreign(&mut client, &console)? } else { 0 };
-    if runs == 0 && foreign == 0 {
+    let _qemu_lock = Lock::qemu(&state, &client)?;
+    let done = recover::recover(&mut client, place, &console)?;
+    let foreign = if args.foreign { foreign::remove(&mut client, &console)? } else { 0 };
+    if done.runs == 0 && done.left == 0 && foreign == 0 {
         console.say("nothing to recover");
     }
-    Ok(())
+    verdict(&done)
+}
+
+fn verdict(done: &Recovered) -> Result<()> {
+    if done.left == 0 {
+        return Ok(());
+    }
+    let what = format!("{} unfinished images are in targets that cannot be reached", done.left);
+    Err(Error::new(Kind::NotFound, what)
+        .remedy("mount the targets and run fleecefs recover again, or give up with --forget"))
 }
 
 /// QEMU is gone and took nodes and jobs with it: only files are left.
-fn offline(vm: &Address, state: &std::path::Path, console: &dyn Watch, why: Error) -> Result<()> {
-    use crate::backup::journal;
-    let Some(pending) = journal::pending(state, vm)? else { return Err(why) };
+fn offline(place: Place<'_>, console: &dyn Watch, why: Error) -> Result<()> {
+    if journal::pending(place.state, place.vm)?.is_none() {
+        return Err(why);
+    }
     console.say("QEMU is gone: only files are left to settle");
-    recover::undo_offline(&pending, console)?;
-    journal::remove(state, vm)
+    verdict(&recover::recover_offline(place, console)?)
 }
 
 /// Runs `fleecefs cancel`.

@@ -108,8 +108,8 @@ fn layer_digest(below: blake3::Hash, layer: &LayerSpec) -> blake3::Hash {
         hash.update(&id.size.to_le_bytes());
         hash.update(&id.mtime.to_le_bytes());
     }
-    if let Part::Snapshot(id) = &layer.part {
-        hash.update(id.as_bytes());
+    if let Part::Snapshot(index) = &layer.part {
+        hash.update(&index.to_le_bytes());
     }
     hash.finalize()
 }

@@ -7,9 +7,9 @@
 
 use std::ops::Range;
 
-use crate::error::{Finding, Result};
+use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::{Content, Extent, ExtentList};
-use crate::layer::{Layer, Mapping};
+use crate::layer::{Layer, MAX_EXTENTS, Mapping};
 
 /// Where the bytes of a folded extent come from. `layer` counts from the bottom of the point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,7 +122,12 @@ pub struct Fold {
     next: Vec<Range<u64>>,
     findings: Vec<Finding>,
     range: Range<u64>,
+    /// Whether it came to more pieces than any sound image has.
+    overflown: bool,
 }
+
+/// Pieces of one fold, covered or not: 20 MiB of them.
+const MAX_PIECES: usize = 2 * MAX_EXTENTS;
 
 impl Fold {
     /// Begins the fold of `range`.
@@ -133,6 +138,7 @@ impl Fold {
             next: Vec::new(),
             findings: Vec::new(),
             range,
+            overflown: false,
         }
     }
 
@@ -166,6 +172,10 @@ impl Fold {
             self.push(range.start.max(size)..range.end, Source::Unallocated);
         }
         self.pending = std::mem::take(&mut self.next);
+        if self.pieces.len() + self.pending.len() > MAX_PIECES {
+            self.overflown = true;
+            self.pending.clear();
+        }
     }
 
     /// Ends the walk with what is known of all layers below.
@@ -180,8 +190,12 @@ impl Fold {
     /// Ends the fold: what is left is in no layer.
     ///
     /// # Errors
-    /// None today; a layer that broke its promise of covering the range shows as `Corrupt`.
+    /// `Corrupt` if the range is in more pieces than a sound image can have, or if a layer broke its
+    /// promise of covering it.
     pub fn finish(mut self) -> Result<Folded> {
+        if self.overflown {
+            return Err(Error::new(Kind::Corrupt, "too many pieces for a disk of this size"));
+        }
         for range in std::mem::take(&mut self.pending) {
             self.push(range, Source::Unallocated);
         }
@@ -195,7 +209,7 @@ impl Fold {
         }
         extents.check(&self.range).map_err(|what| {
             let text = format!("the folded map is inconsistent: {what}");
-            crate::error::Error::new(crate::error::Kind::Corrupt, text)
+            Error::new(Kind::Corrupt, text)
         })?;
         Ok(Folded { extents, findings: self.findings })
     }
@@ -240,7 +254,6 @@ impl Fold {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::{Error, Kind};
     use crate::layer::LayerMap;
     use crate::storage::{MemStorage, ReadAt};
     use proptest::prelude::*;

@@ -32,6 +32,12 @@ const FOLD_LOCKS: usize = 16;
 const SPARE_FILES: u64 = 24;
 /// Findings kept per image.
 const MAX_FINDINGS: usize = 256;
+/// Windows that one search for data folds without finding any: 1 TiB of tables that say nothing,
+/// as preallocation makes them. Then it says "data", as it may where it does not know: an image
+/// can claim more such tables than anybody wants to wait for.
+const MAX_SEARCH: u32 = 1 << 14;
+/// The same for a search for a hole; then all the rest counts as data.
+const MAX_HOLE_SEARCH: u32 = 1 << 16;
 
 /// The layers that a read has taken bytes from, each once. Reads go back and forth between a FULL
 /// and what lies on it; looking at a file after each piece would cost a tenth of the time.
@@ -66,6 +72,8 @@ pub struct Image {
     id: u64,
     size: u64,
     window_size: u64,
+    /// Number of layers, with those below.
+    depth: usize,
     /// The point this one lies on; its layers come below ours.
     below: Option<Arc<Image>>,
     /// The layers this point adds, bottom first.
@@ -76,7 +84,8 @@ pub struct Image {
     pinned: AtomicBool,
     /// All layers, bottom first; gathered on first use.
     stack: OnceLock<Box<[Arc<LazyLayer>]>>,
-    groups: Box<[OnceLock<Arc<SlotGroup>>]>,
+    /// Allocated on first use: thousands of points may each claim exabytes.
+    groups: OnceLock<Box<[OnceLock<Arc<SlotGroup>>]>>,
     fold_locks: [Mutex<()>; FOLD_LOCKS],
     cache: Arc<Cache>,
     changed: AtomicBool,
@@ -105,17 +114,17 @@ impl Image {
                 .remedy("consolidate the chain"));
         }
         let window_size = size.div_ceil(MAX_WINDOWS).next_power_of_two().max(WINDOW);
-        let groups = size.div_ceil(window_size).div_ceil(SlotGroup::LEN as u64);
         Ok(Arc::new(Image {
             id: cache.new_id(),
             size,
             window_size,
+            depth,
             own: own.iter().map(lazy).collect(),
             slow: own.iter().any(LazyLayer::is_slow) || below.as_ref().is_some_and(|b| b.slow),
             pinned: AtomicBool::new(false),
             below,
             stack: OnceLock::new(),
-            groups: (0..groups).map(|_| OnceLock::new()).collect(),
+            groups: OnceLock::new(),
             fold_locks: Default::default(),
             cache: cache.clone(),
             changed: AtomicBool::new(false),
@@ -130,13 +139,7 @@ impl Image {
 
     /// Number of layers.
     pub fn depth(&self) -> usize {
-        let mut total = 0;
-        let mut at = Some(self);
-        while let Some(image) = at {
-            total += image.own.len();
-            at = image.below.as_deref();
-        }
-        total
+        self.depth
     }
 
     /// The file behind layer `index` (counted from the bottom), for messages and `map`.
@@ -205,7 +208,7 @@ impl Image {
     pub fn data_bytes(&self) -> Option<u64> {
         let mut total = 0;
         for index in 0..self.size.div_ceil(self.window_size) {
-            let group = self.groups[(index / 64) as usize].get()?;
+            let group = self.groups.get()?.get((index / 64) as usize)?.get()?;
             let window = group.slots[(index % 64) as usize].load();
             let data = window.as_ref()?.extents.iter().filter(|e| !e.content.is_hole());
             total += data.map(|e| e.len).sum::<u64>();
@@ -270,7 +273,7 @@ impl Image {
                 read_from.add(layer);
             }
             let lazy = &stack[usize::from(layer)];
-            self.read_extent(lazy, e.content, part).inspect_err(|err| self.note_error(err))?;
+            self.read_extent(lazy, e.content, part).map_err(|err| self.blame(lazy, err))?;
         }
         self.check_layers(&read_from)
     }
@@ -304,6 +307,14 @@ impl Image {
             }
             Source::Unallocated | Source::Zero { .. } | Source::Bad { .. } => Ok(()),
         }
+    }
+
+    /// What to report for a failed read: a file that was cut or rewritten meanwhile fails in many
+    /// ways, and all of them mean that it changed.
+    fn blame(&self, lazy: &LazyLayer, error: Error) -> Error {
+        let error = self.check_layer(lazy).err().unwrap_or(error);
+        self.note_error(&error);
+        error
     }
 
     fn check_layer(&self, lazy: &LazyLayer) -> Result<()> {
@@ -352,11 +363,15 @@ impl Image {
     }
 
     fn group(&self, index: u64) -> &Arc<SlotGroup> {
-        self.groups[index as usize / SlotGroup::LEN].get_or_init(Arc::default)
+        let groups = self.groups.get_or_init(|| {
+            let count = self.size.div_ceil(self.window_size).div_ceil(SlotGroup::LEN as u64);
+            (0..count).map(|_| OnceLock::new()).collect()
+        });
+        groups[index as usize / SlotGroup::LEN].get_or_init(Arc::default)
     }
 
     fn cached_window(&self, index: u64) -> Option<Arc<Window>> {
-        let group = self.groups.get(index as usize / SlotGroup::LEN)?.get()?;
+        let group = self.groups.get()?.get(index as usize / SlotGroup::LEN)?.get()?;
         group.slots[index as usize % SlotGroup::LEN].load_full()
     }
 
@@ -368,7 +383,8 @@ impl Image {
         }
         let start = index * self.window_size;
         let range = start..self.size.min(start.saturating_add(self.window_size));
-        let window = Arc::new(Window::new(self.fold(range, index)?));
+        let extents = self.fold(range, index)?;
+        let window = Arc::new(Window::new(extents));
         self.cache.insert_window(self.id, index, &window, group);
         Ok(window)
     }
@@ -400,7 +416,7 @@ impl Image {
         for lazy in stack {
             self.check_layer(lazy)?;
         }
-        let folded = fold.finish()?;
+        let folded = fold.finish().map_err(|e| e.at_path(self.name()))?;
         folded.findings.into_iter().for_each(|f| self.note(f));
         Ok(folded.extents.into_boxed())
     }
@@ -417,24 +433,28 @@ impl Image {
         })
     }
 
-    /// What reads as zeros from `at` on because no layer has a table there: where that ends, and
-    /// what to call it. Cheap: looks at no L2 table.
-    fn quiet_until(&self, at: u64) -> Result<(u64, Source)> {
+    /// Where what reads as zeros from `at` on, because no layer has a table there, ends. Cheap: looks
+    /// at no L2 table.
+    fn quiet_until(&self, at: u64) -> Result<u64> {
+        let stack = self.stack();
         let mut limit = self.size;
-        for lazy in self.stack().iter().rev() {
-            let layer = lazy.get()?;
+        let mut asked = stack.len();
+        while asked > 0 && limit > at {
+            asked -= 1;
+            let layer = stack[asked].get()?;
             if layer.size() <= at {
-                return Ok((limit, Source::Unallocated));
+                break;
             }
             limit = limit.min(layer.next_mapped(at));
             if layer.size() < self.size {
                 limit = limit.min(layer.size());
             }
-            if limit <= at {
-                return Ok((at, Source::Unallocated));
-            }
         }
-        Ok((limit, Source::Unallocated))
+        // Tables that were read while a file was being rewritten say nothing.
+        if limit > at {
+            stack[asked..].iter().try_for_each(|lazy| self.check_layer(lazy))?;
+        }
+        Ok(limit)
     }
 
     /// Calls `f` with each extent of `range`, in order, until it returns false. Extents are split
@@ -445,59 +465,82 @@ impl Image {
     pub fn for_each_extent(
         &self,
         range: Range<u64>,
-        mut f: impl FnMut(FoldedExtent) -> bool,
+        f: impl FnMut(FoldedExtent) -> bool,
     ) -> Result<()> {
+        self.walk(range, u64::MAX, f).map(drop)
+    }
+
+    /// As [`Self::for_each_extent`], but folds at most `folds` windows. Where it gave up, if it did.
+    fn walk(
+        &self,
+        range: Range<u64>,
+        mut folds: u64,
+        mut f: impl FnMut(FoldedExtent) -> bool,
+    ) -> Result<Option<u64>> {
         self.check_inside(range.start, range.end.saturating_sub(range.start))?;
         let mut at = range.start;
         while at < range.end {
             let index = at / self.window_size;
             if self.cached_window(index).is_none() {
                 let quiet = self.quiet_until(at).inspect_err(|e| self.note_error(e));
-                let (quiet, content) = quiet?;
-                let quiet = quiet.min(range.end);
+                let quiet = quiet?.min(range.end);
                 if quiet > at {
+                    let content = Source::Unallocated;
                     if !f(Extent { start: at, len: quiet - at, content }) {
-                        return Ok(());
+                        return Ok(None);
                     }
                     at = quiet;
                     continue;
                 }
+                if folds == 0 {
+                    return Ok(Some(at));
+                }
+                folds -= 1;
             }
             let stop = range.end.min((index + 1).saturating_mul(self.window_size));
             let go_on = self.with_window(index, |w| clipped(&w.extents, at..stop).all(&mut f))?;
             if !go_on {
-                return Ok(());
+                return Ok(None);
             }
             at = stop;
         }
-        Ok(())
+        Ok(None)
     }
 
-    /// The first offset at or after `offset` that is not a hole, or `None`.
+    /// The first offset at or after `offset` that is not a hole, or `None`. After a very long
+    /// stretch of holes that only tables show, an offset that is one.
     ///
     /// # Errors
     /// See [`Image::for_each_extent`].
     pub fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
-        self.seek(offset, |e| !e.content.is_hole())
+        let (found, stopped) = self.seek(offset, MAX_SEARCH, |e| !e.content.is_hole())?;
+        Ok(found.or(stopped))
     }
 
-    /// The first offset at or after `offset` that is a hole; the end of the disk counts as one.
+    /// The first offset at or after `offset` that is a hole; the end of the disk counts as one, and
+    /// is the answer after a very long stretch of data.
     ///
     /// # Errors
     /// See [`Image::for_each_extent`].
     pub fn seek_hole(&self, offset: u64) -> Result<u64> {
-        Ok(self.seek(offset, |e| e.content.is_hole())?.unwrap_or(self.size))
+        let (found, _) = self.seek(offset, MAX_HOLE_SEARCH, |e| e.content.is_hole())?;
+        Ok(found.unwrap_or(self.size))
     }
 
-    fn seek(&self, offset: u64, wanted: impl Fn(&FoldedExtent) -> bool) -> Result<Option<u64>> {
+    fn seek(
+        &self,
+        offset: u64,
+        folds: u32,
+        wanted: impl Fn(&FoldedExtent) -> bool,
+    ) -> Result<(Option<u64>, Option<u64>)> {
         let mut found = None;
-        self.for_each_extent(offset.min(self.size)..self.size, |e| {
+        let stopped = self.walk(offset.min(self.size)..self.size, folds.into(), |e| {
             if wanted(&e) {
                 found = Some(e.start);
             }
             found.is_none()
         })?;
-        Ok(found)
+        Ok((found, stopped))
     }
 }
 
@@ -543,7 +586,7 @@ impl ReadAt for Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
-        for (g, group) in self.groups.iter().enumerate() {
+        for (g, group) in self.groups.get().into_iter().flatten().enumerate() {
             let Some(group) = group.get() else { continue };
             for (s, slot) in group.slots.iter().enumerate() {
                 if slot.load().is_some() {
@@ -556,5 +599,93 @@ impl Drop for Image {
         while let Some(mut image) = below.and_then(Arc::into_inner) {
             below = image.below.take();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::{Format, Part};
+    use std::os::unix::fs::FileExt;
+
+    fn spec(path: &Path, format: Format) -> LayerSpec {
+        let file = Arc::new(SourceFile::look(path).unwrap());
+        LayerSpec { file, format, part: Part::Whole, data_file: None }
+    }
+
+    fn image(path: &Path, format: Format, size: u64, below: Option<Arc<Image>>) -> Arc<Image> {
+        Image::new(size, &[spec(path, format)], below, &Cache::new(1 << 24)).unwrap()
+    }
+
+    /// A qcow2 of version 2 with this L1 table and, at 0x20000, this L2 table.
+    fn qcow2(cluster_bits: u8, size: u64, l1: &[u64], l2: &[u64]) -> tempfile::NamedTempFile {
+        let l1_at = 0x10000u64.max(1 << cluster_bits);
+        let mut header = b"QFI\xfb\0\0\0\x02".to_vec();
+        header.resize(72, 0);
+        header[23] = cluster_bits;
+        header[24..32].copy_from_slice(&size.to_be_bytes());
+        header[36..40].copy_from_slice(&(l1.len() as u32).to_be_bytes());
+        header[40..48].copy_from_slice(&l1_at.to_be_bytes());
+        let words = |w: &[u64]| w.iter().flat_map(|w| w.to_be_bytes()).collect::<Vec<u8>>();
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().write_all_at(&header, 0).unwrap();
+        f.as_file().write_all_at(&words(l1), l1_at).unwrap();
+        f.as_file().write_all_at(&words(l2), 0x20000).unwrap();
+        f.as_file().set_len(0x40000.max(l1_at + l1.len() as u64 * 8)).unwrap();
+        f
+    }
+
+    #[test]
+    fn a_hole_is_not_taken_from_a_table_that_is_being_rewritten() {
+        let f = qcow2(16, 1 << 30, &[0x20000, 0x20000], &[0x30000]);
+        let image = image(f.path(), Format::Qcow2, 1 << 30, None);
+        image.read_at(&mut [0], 0).unwrap();
+        // An in-place rebase or commit begins by writing tables.
+        f.as_file().write_all_at(&[0; 16], 0x10000).unwrap();
+        f.as_file().set_len(0x40200).unwrap();
+        assert_eq!(image.seek_data(512 << 20).unwrap_err().kind(), Kind::Changed);
+        assert_eq!(image.read_at(&mut [0], 0).unwrap_err().kind(), Kind::Changed);
+    }
+
+    #[test]
+    fn a_search_gives_up_in_tables_that_say_nothing() {
+        let f = qcow2(16, 1 << 30, &[0x20000, 0x20000], &[]);
+        let image = image(f.path(), Format::Qcow2, 1 << 30, None);
+        assert_eq!(image.walk(0..1 << 30, 2, |_| true).unwrap(), Some(2 * WINDOW));
+        assert_eq!(image.seek_data(0).unwrap(), None);
+    }
+
+    #[test]
+    fn a_file_cut_in_place_has_changed_whatever_the_read_says() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().write_all_at(&[7; 1 << 20], 0).unwrap();
+        let image = image(f.path(), Format::Raw, 1 << 20, None);
+        image.read_at(&mut [0; 4096], 900 << 10).unwrap();
+        f.as_file().set_len(512 << 10).unwrap();
+        assert_eq!(image.read_at(&mut [0; 4096], 900 << 10).unwrap_err().kind(), Kind::Changed);
+    }
+
+    #[test]
+    fn a_huge_disk_over_tiny_clusters_does_not_fill_the_memory() {
+        // 512-byte clusters, all L1 entries one L2 table, in which every other cluster is data.
+        let (spans, span) = (1u64 << 13, 1u64 << 15);
+        let l2: Vec<u64> = (0..64).map(|i| (i % 2) * 0x30000).collect();
+        let bottom = qcow2(9, spans * span, &vec![0x20000; spans as usize], &l2);
+        let top = qcow2(21, 1 << 61, &[0; 1 << 22], &[]);
+        let below = image(bottom.path(), Format::Qcow2, spans * span, None);
+        below.read_at(&mut [0; 512], 0).unwrap();
+        let top = image(top.path(), Format::Qcow2, 1 << 61, Some(below.clone()));
+        let error = top.read_at(&mut [0], spans * span - 1).unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+        assert!(top.findings()[0].message.contains("too many pieces"));
+        // The same bytes are fine where windows are small.
+        below.read_at(&mut [0], spans * span - 1).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_allocated_for_windows_that_nobody_reads() {
+        let f = qcow2(16, 1 << 30, &[0, 0], &[]);
+        let image = image(f.path(), Format::Qcow2, i64::MAX as u64, None);
+        assert!(image.groups.get().is_none());
     }
 }

@@ -76,10 +76,26 @@ pub struct LayerMap {
 /// few say all there is to say.
 const MAX_FINDINGS: usize = 8;
 
+/// Extents kept per call of [`Layer::map`]. Twice what a window of 64 MiB in pieces of 512 bytes
+/// takes. Only disks of more than 64 TiB have larger windows, and only a hostile image, in which
+/// thousands of table entries share a cluster, fills one of those with so many.
+pub const MAX_EXTENTS: usize = 1 << 18;
+
 impl LayerMap {
     /// An empty map beginning at guest offset `start`.
     pub fn new(start: u64) -> Self {
         LayerMap { extents: ExtentList::new(start), findings: Vec::new(), suppressed: 0 }
+    }
+
+    /// Fails if no more extents may be appended but one that cannot be read.
+    ///
+    /// # Errors
+    /// `Unsupported`.
+    pub fn check_room(&self, path: &Path) -> Result<()> {
+        if self.extents.as_slice().len() < MAX_EXTENTS {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Unsupported, "too many pieces for a disk of this size").at_path(path))
     }
 
     /// Appends a range that cannot be read, with its reason.
@@ -178,14 +194,16 @@ pub struct ImageInfo {
 /// An internal snapshot of a qcow2 image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotInfo {
-    /// Unique id string.
+    /// Id string, which should be unique; at most 255 bytes of it.
     pub id: String,
-    /// Name, as `qemu-img snapshot -l` shows it.
+    /// Name, as `qemu-img snapshot -l` shows it; at most 255 bytes of it.
     pub name: String,
     /// Seconds since the epoch when it was taken.
     pub time: u64,
     /// Size in bytes of the virtual disk in this snapshot.
     pub virtual_size: u64,
+    /// Why it cannot be opened, if it cannot.
+    pub unusable: Option<Finding>,
 }
 
 /// Which part of a file is a layer.
@@ -194,8 +212,8 @@ pub enum Part {
     /// All of it (of a qcow2: the active state).
     #[default]
     Whole,
-    /// The internal snapshot with this id.
-    Snapshot(String),
+    /// The internal snapshot at this place of the table: ids need not be unique.
+    Snapshot(u32),
     /// The device with this number, of an archive that holds several.
     Device(u8),
 }
@@ -229,6 +247,15 @@ pub fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
 /// The format a file has by its magic bytes, or `None` if it has no magic that we know.
 pub fn sniff(storage: &dyn ReadAt) -> Result<Option<Format>> {
     Ok(qcow2::has_magic(storage)?.then_some(Format::Qcow2))
+}
+
+/// Whether a file without magic looks like a qcow2 image whose first bytes are damaged, or like what
+/// is left of one that was cut to less than its magic. No guest's disk begins so by chance.
+///
+/// # Errors
+/// Reading failed.
+pub fn is_damaged_qcow2(storage: &dyn ReadAt) -> Result<bool> {
+    qcow2::is_damaged(storage)
 }
 
 /// Opens a layer.

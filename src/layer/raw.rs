@@ -21,24 +21,34 @@ impl RawLayer {
 
 /// Other disk image formats, by their first bytes. Taking one of them for a raw disk would serve
 /// wrong bytes; no guest's disk starts like this.
-const OTHER_FORMATS: [(&[u8], &str); 8] = [
-    (b"KDMV", "VMDK"),
-    (b"COWD", "VMDK"),
-    (b"# Disk DescriptorFile", "VMDK"),
-    (b"vhdxfile", "VHDX"),
-    (b"conectix", "VHD"),
-    (b"QED\0", "QED"),
-    (b"<<< ", "VDI"),
-    (b"WithoutFreeSpace", "Parallels"),
+const OTHER_FORMATS: [(&[u8], &str); 10] = [
+    (b"KDMV", "a VMDK image"),
+    (b"COWD", "a VMDK image"),
+    (b"# Disk DescriptorFile", "a VMDK description"),
+    (b"vhdxfile", "a VHDX image"),
+    (b"conectix", "a VHD image"),
+    (b"QED\0", "a QED image"),
+    (b"<<< ", "a VDI image"),
+    (b"WithoutFreeSpace", "a Parallels image"),
+    (b"WithouFreSpacExt", "a Parallels image"),
+    (b"Bochs Virtual HD Image", "a Bochs image"),
 ];
+
+/// Bytes that [`other_format`] wants to see.
+pub const START: usize = 32;
+
+/// What a file that begins with `start` is, if it is an image of a format that is not read.
+pub fn other_format(start: &[u8]) -> Option<&'static str> {
+    OTHER_FORMATS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, name)| *name)
+}
 
 /// A raw file's size is its length.
 pub(super) fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
-    let mut start = [0; 32];
-    let n = (storage.len().min(32)) as usize;
+    let mut start = [0; START];
+    let n = (storage.len().min(START as u64)) as usize;
     storage.read_exact_at(&mut start[..n], 0)?;
-    if let Some((_, name)) = OTHER_FORMATS.iter().find(|(magic, _)| start[..n].starts_with(magic)) {
-        return Err(Error::new(Kind::Unsupported, format!("a {name} image, not a raw disk"))
+    if let Some(name) = other_format(&start[..n]) {
+        return Err(Error::new(Kind::Unsupported, format!("{name}, not a raw disk"))
             .at_path(storage.name())
             .remedy("convert it with 'qemu-img convert -O qcow2'"));
     }
@@ -99,6 +109,7 @@ pub(super) fn push_raw(
     let end = host + len;
     let mut at = host;
     while at < end {
+        map.check_room(storage.name())?;
         let data = storage.seek_data(at).map_err(|e| failed(e, at))?.unwrap_or(end).clamp(at, end);
         map.extents.push(data - at, Mapping::Zero);
         at = data;

@@ -15,6 +15,8 @@ use crate::error::{Error, Kind, Result};
 #[derive(Debug)]
 pub struct Agent {
     wire: Wire,
+    /// How often it was synchronised: each time with a number of its own.
+    syncs: u32,
 }
 
 impl Agent {
@@ -24,13 +26,16 @@ impl Agent {
     /// `Timeout` if no agent answers (none runs, or another client holds the socket).
     pub fn connect(address: &Address, timeout: Duration) -> Result<Self> {
         let deadline = Instant::now() + timeout;
-        let mut agent = Agent { wire: Wire::connect(address, timeout)? };
+        let mut agent = Agent { wire: Wire::connect(address, timeout)?, syncs: 0 };
         agent.sync(deadline)?;
         Ok(agent)
     }
 
+    /// Drops whatever is still to come of earlier commands: an answer that came too late must not
+    /// be taken for the next command's.
     fn sync(&mut self, deadline: Instant) -> Result<()> {
-        let id = u64::from(std::process::id()) & 0x7fff_ffff;
+        self.syncs = self.syncs.wrapping_add(1);
+        let id = (u64::from(std::process::id()) << 20 | u64::from(self.syncs)) & 0x7fff_ffff;
         // The leading 0xff makes the agent drop half a command of an earlier client.
         let mut bytes = vec![0xff];
         let request = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}});
@@ -87,12 +92,20 @@ impl Agent {
         Ok(v.as_u64().unwrap_or(0))
     }
 
-    /// Thaws all file systems. Gives how many were frozen.
+    /// Thaws all file systems, also where the freeze before it was answered too late or not yet.
+    /// Gives how many were frozen.
     ///
     /// # Errors
-    /// As [`Agent::execute`].
+    /// As [`Agent::execute`]; `Peer` if the guest is frozen still.
     pub fn thaw(&mut self, timeout: Duration) -> Result<u64> {
-        Ok(self.execute("guest-fsfreeze-thaw", json!({}), timeout)?.as_u64().unwrap_or(0))
+        let deadline = Instant::now() + timeout;
+        self.sync(deadline)?;
+        let left = |d: Instant| d.saturating_duration_since(Instant::now());
+        let thawed = self.execute("guest-fsfreeze-thaw", json!({}), left(deadline))?;
+        if self.is_frozen(left(deadline).max(Duration::from_secs(1)))? {
+            return Err(Error::new(Kind::Peer, "the guest is frozen still, after a thaw"));
+        }
+        Ok(thawed.as_u64().unwrap_or(0))
     }
 
     /// The mount points that the guest has.
@@ -109,5 +122,54 @@ impl Agent {
         Error::new(Kind::Timeout, "the guest agent does not answer")
             .at_path(self.wire.peer())
             .remedy("is qemu-guest-agent running in the guest, and nobody else on its socket?")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+
+    const WAIT: Duration = Duration::from_secs(20);
+
+    /// An agent that answers a freeze only when the next command has come.
+    fn slow_agent(listener: UnixListener) {
+        let (mut stream, _) = listener.accept().unwrap();
+        let lines = BufReader::new(stream.try_clone().unwrap()).split(b'\n');
+        let mut late = None;
+        for line in lines.map_while(std::result::Result::ok) {
+            let start = line.iter().position(|b| *b == b'{').unwrap_or(0);
+            let request: Value = serde_json::from_slice(&line[start..]).unwrap();
+            let answer = match request["execute"].as_str().unwrap() {
+                "guest-sync-delimited" => request["arguments"]["id"].clone(),
+                "guest-fsfreeze-freeze" => {
+                    late = Some(json!({"return": 3}));
+                    continue;
+                }
+                "guest-fsfreeze-thaw" => json!(2),
+                _ => json!("thawed"),
+            };
+            if let Some(l) = late.take() {
+                writeln!(stream, "{l}").unwrap();
+            }
+            let mark: &[u8] = if request["arguments"]["id"].is_u64() { &[0xff] } else { &[] };
+            stream.write_all(mark).unwrap();
+            writeln!(stream, "{}", json!({"return": answer})).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_late_answer_to_the_freeze_is_not_the_thaws() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent");
+        let listener = UnixListener::bind(&path).unwrap();
+        let served = std::thread::spawn(move || slow_agent(listener));
+        let mut agent = Agent::connect(&Address::Unix(path), WAIT).unwrap();
+        let e = agent.freeze(&[], Duration::from_millis(50)).unwrap_err();
+        assert_eq!(e.kind(), Kind::Timeout);
+        assert_eq!(agent.thaw(WAIT).unwrap(), 2);
+        drop(agent);
+        served.join().unwrap();
     }
 }

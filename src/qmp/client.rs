@@ -1,7 +1,7 @@
 //! A QMP client: greeting, capabilities, commands with ids, events in a queue.
 
 use std::collections::{HashSet, VecDeque};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,6 +62,7 @@ pub struct Client {
     timeout: Duration,
     interrupt: Option<Arc<AtomicBool>>,
     uncounted: bool,
+    timed_out: bool,
 }
 
 impl Client {
@@ -100,6 +101,7 @@ impl Client {
             timeout: COMMAND_TIMEOUT,
             interrupt: None,
             uncounted: false,
+            timed_out: false,
         };
         client.execute("qmp_capabilities", json!({}))?;
         client.read_commands()?;
@@ -116,6 +118,16 @@ impl Client {
     /// QEMU's version.
     pub fn version(&self) -> &Version {
         &self.version
+    }
+
+    /// Which process this is, see [`super::peer::process`].
+    pub fn process(&self) -> Option<String> {
+        super::peer::process(self.wire.as_raw_fd())
+    }
+
+    /// Whether QEMU once did not answer in time: it is not worth asking any more.
+    pub fn timed_out(&self) -> bool {
+        self.timed_out
     }
 
     /// Whether the command exists.
@@ -225,7 +237,9 @@ impl Client {
         }
         let deadline = Instant::now() + self.timeout;
         let line = format!("{request}\n");
-        self.wire.send(line.as_bytes(), pass, deadline)?;
+        let sent = self.wire.send(line.as_bytes(), pass, deadline);
+        self.timed_out |= sent.as_ref().is_err_and(|e| e.kind() == Kind::Timeout);
+        sent?;
         let answer = self.answer(command, id, deadline)?;
         if counted {
             step(&format!("answer {command}"));
@@ -241,6 +255,7 @@ impl Client {
     ) -> Result<Result<Value, Refusal>> {
         loop {
             let Some(mut m) = self.wire.json(deadline)? else {
+                self.timed_out = true;
                 return Err(Error::new(
                     Kind::Timeout,
                     format!("QEMU did not answer {command} within {:?}", self.timeout),

@@ -7,6 +7,7 @@ pub mod agent;
 pub mod client;
 pub mod events;
 pub mod nbd;
+pub mod peer;
 pub mod steps;
 pub mod types;
 pub mod wire;

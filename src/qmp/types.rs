@@ -257,6 +257,21 @@ impl Graph {
         self.name(edge.child)
     }
 
+    /// Names of all nodes below `node`, in whatever role.
+    pub fn below(&self, node: &str) -> Vec<&str> {
+        let Some(top) = self.driver(node) else { return Vec::new() };
+        let (mut found, mut todo) = (vec![top], vec![top]);
+        while let Some(at) = todo.pop() {
+            for e in self.edges.iter().filter(|e| e.parent == at) {
+                if !found.contains(&e.child) {
+                    found.push(e.child);
+                    todo.push(e.child);
+                }
+            }
+        }
+        found.into_iter().skip(1).filter_map(|id| self.name(id)).collect()
+    }
+
     /// Names of the nodes that have `node` as a child, with the role; backends have no name here.
     pub fn parents<'a>(&'a self, node: &str) -> Vec<(&'a GraphNode, &'a str)> {
         let Some(id) = self.driver(node) else { return Vec::new() };

@@ -52,13 +52,48 @@ impl Address {
     pub fn canonical(&self) -> String {
         match self {
             Address::Unix(p) => {
-                let p = std::fs::canonicalize(p)
-                    .or_else(|_| std::path::absolute(p))
-                    .unwrap_or_else(|_| p.clone());
-                format!("unix:{}", p.display())
+                format!("unix:{}", resolve(p).display())
             }
             Address::Tcp(a) => format!("tcp:{a}"),
         }
+    }
+
+    /// The same socket by its real path, which stays right when QEMU has gone and taken the
+    /// socket, or its folder, with it.
+    pub fn resolved(&self) -> Self {
+        match self {
+            Address::Unix(p) => Address::Unix(resolve(p)),
+            Address::Tcp(_) => self.clone(),
+        }
+    }
+
+    /// Whether nobody listens there any more.
+    pub fn is_dead(&self) -> bool {
+        let e = Wire::connect(self, Duration::from_secs(1)).err();
+        e.is_some_and(|e| matches!(e.kind(), Kind::NotFound | Kind::Peer))
+    }
+}
+
+/// How many symbolic links are followed: as many as Linux does.
+const LINKS: usize = 40;
+
+/// The absolute path without links, as far as it exists: also of a socket that is gone.
+fn resolve(path: &Path) -> PathBuf {
+    let mut path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    for _ in 0..LINKS {
+        // A link whose end is gone still says where that was.
+        let Ok(to) = std::fs::read_link(&path) else { break };
+        path = path.parent().unwrap_or(Path::new("/")).join(to);
+    }
+    let there = |p: &Path| p.canonicalize().ok();
+    let found = path.ancestors().find_map(|a| Some((a, there(a)?)));
+    match found {
+        Some((old, real)) => match path.strip_prefix(old) {
+            Ok(rest) if rest.as_os_str().is_empty() => real,
+            Ok(rest) => real.join(rest),
+            Err(_) => path,
+        },
+        None => path,
     }
 }
 
@@ -420,6 +455,29 @@ mod tests {
         assert_eq!(Address::parse("/a").unwrap(), Address::Unix("/a".into()));
         assert_eq!(Address::parse("tcp:h").unwrap_err().kind(), Kind::Usage);
         assert_eq!(Address::parse("").unwrap_err().kind(), Kind::Usage);
+    }
+
+    #[test]
+    fn a_socket_has_one_name_by_any_link_and_when_it_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().canonicalize().unwrap();
+        std::fs::create_dir(real.join("vm")).unwrap();
+        std::os::unix::fs::symlink("vm", real.join("link")).unwrap();
+        std::os::unix::fs::symlink("link/s", real.join("short")).unwrap();
+        let want = format!("unix:{}", real.join("vm/s").display());
+        let names = || {
+            ["vm/s", "link/s", "short"].map(|n| Address::Unix(real.join(n)).canonical()).to_vec()
+        };
+        let listener = UnixListener::bind(real.join("vm/s")).unwrap();
+        assert!(!Address::Unix(real.join("short")).is_dead());
+        assert_eq!(names(), vec![want.clone(); 3]);
+        drop(listener);
+        assert!(Address::Unix(real.join("short")).is_dead());
+        std::fs::remove_file(real.join("vm/s")).unwrap();
+        assert_eq!(names(), vec![want.clone(); 3]);
+        let before = Address::Unix(real.join("link/s")).resolved();
+        std::fs::remove_dir(real.join("vm")).unwrap();
+        assert_eq!(before.canonical(), want);
     }
 
     #[test]

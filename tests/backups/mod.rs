@@ -134,6 +134,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         vm: serde_json::Value::Null,
         config_files: Vec::new(),
         skipped: Vec::new(),
+        failed: Vec::new(),
     }
 }
 
@@ -144,8 +145,13 @@ pub fn manifest(dir: &Path, image: &str, level: Level, parent: Option<&str>, fil
 
 /// Writes the manifest of a raw INC.
 pub fn raw_manifest(dir: &Path, image: &str, content: Contents) {
-    let manifest =
-        Manifest { content, format: ImageFormat::Raw, ..example(image, Level::Inc, None) };
+    let virtual_size = std::fs::metadata(dir.join(image)).unwrap().len();
+    let manifest = Manifest {
+        content,
+        virtual_size,
+        format: ImageFormat::Raw,
+        ..example(image, Level::Inc, None)
+    };
     manifest::write(dir, &manifest).unwrap();
 }
 

@@ -14,7 +14,7 @@ const SPAN: u64 = 1 << 20;
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let storage = Arc::new(MemStorage::new("image", bytes.to_vec()));
     let Ok(info) = probe(&*storage) else { return };
-    let parts = info.snapshots.iter().take(2).map(|s| Part::Snapshot(s.id.clone()));
+    let parts = (0..info.snapshots.len().min(2) as u32).map(Part::Snapshot);
     for part in std::iter::once(Part::Whole).chain(parts) {
         let data = info.data_file.is_some().then(|| storage.clone() as _);
         let Ok(layer) = Qcow2Layer::open(storage.clone(), data, &part) else { continue };

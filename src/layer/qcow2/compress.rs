@@ -6,9 +6,13 @@
 use std::cell::RefCell;
 
 use flate2::{Decompress, FlushDecompress, Status};
-use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 use super::header::Compression;
+
+/// A frame may ask for a window of at most 8 MiB (as a power of two). A cluster has 2 MiB at most, so
+/// no writer needs more, and zstd's own limit is 128 MiB for each thread.
+const WINDOW_LOG_MAX: u32 = 23;
 
 thread_local! {
     static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
@@ -25,11 +29,17 @@ pub fn decompress(kind: Compression, input: &[u8], out: &mut [u8]) -> Result<(),
         Compression::Zstd => ZSTD.with_borrow_mut(|slot| {
             let decoder = match slot {
                 Some(d) => d,
-                None => slot.insert(Decoder::new().map_err(|e| e.to_string())?),
+                None => slot.insert(new_decoder().map_err(|e| e.to_string())?),
             };
             unzstd(decoder, input, out)
         }),
     }
+}
+
+fn new_decoder() -> std::io::Result<Decoder<'static>> {
+    let mut decoder = Decoder::new()?;
+    decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX))?;
+    Ok(decoder)
 }
 
 fn inflate(d: &mut Decompress, input: &[u8], out: &mut [u8]) -> Result<(), String> {
@@ -77,6 +87,22 @@ mod tests {
 
     fn pattern(len: usize) -> Vec<u8> {
         (0..len).map(|i| ((i * 31) ^ (i >> 7)) as u8).collect()
+    }
+
+    #[test]
+    fn a_frame_may_not_ask_for_any_amount_of_memory() {
+        let data = pattern(2 << 20);
+        for (log, reads) in [(21, true), (23, true), (24, false), (27, false)] {
+            // Without the size in the frame, the window is what it asks for.
+            let mut encoder = zstd::stream::Encoder::new(Vec::new(), 3).unwrap();
+            encoder.window_log(log).unwrap();
+            encoder.write_all(&data).unwrap();
+            let packed = encoder.finish().unwrap();
+            let mut out = vec![0; data.len()];
+            let read = decompress(Compression::Zstd, &packed, &mut out);
+            assert_eq!(read.is_ok(), reads, "{log}: {read:?}");
+            assert!(!reads || out == data);
+        }
     }
 
     #[test]

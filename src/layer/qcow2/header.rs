@@ -245,6 +245,20 @@ impl Fields<'_> {
     }
 }
 
+/// Whether everything but the magic looks like a header: version, cluster size, and two tables at
+/// cluster borders.
+pub(super) fn looks_like_one(start: &[u8; 104]) -> bool {
+    let (version, bits) = (be32(&start[4..8]), be32(&start[20..24]));
+    if !matches!(version, 2 | 3) || !(9..=21).contains(&bits) {
+        return false;
+    }
+    let (l1, refcounts) = (be64(&start[40..48]), be64(&start[48..56]));
+    let is_place = |offset: u64| offset != 0 && offset & ((1 << bits) - 1) == 0;
+    let length = be32(&start[100..104]);
+    let fits = version == 2 || (length.is_multiple_of(8) && length >= V3_HEADER_LEN);
+    is_place(l1) && is_place(refcounts) && fits
+}
+
 fn be32(b: &[u8]) -> u32 {
     u32::from_be_bytes(b.try_into().expect("four bytes"))
 }

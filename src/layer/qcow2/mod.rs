@@ -32,6 +32,18 @@ pub(super) fn has_magic(storage: &dyn ReadAt) -> Result<bool> {
     Ok(magic == MAGIC)
 }
 
+/// See [`super::is_damaged_qcow2`].
+pub(super) fn is_damaged(storage: &dyn ReadAt) -> Result<bool> {
+    let mut start = [0; 104];
+    let len = storage.len().min(104) as usize;
+    storage.read_exact_at(&mut start[..len], 0)?;
+    Ok(match len {
+        0..4 => MAGIC.starts_with(&start[..len]),
+        4..104 => false,
+        _ => header::looks_like_one(&start),
+    })
+}
+
 /// See [`super::probe`].
 pub(super) fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
     let header = Header::read(storage)?;
@@ -81,7 +93,7 @@ impl Qcow2Layer {
         }
         let (l1, size) = match part {
             Part::Whole => (header.l1, header.size),
-            Part::Snapshot(id) => find_snapshot(&*image, &header, id)?,
+            Part::Snapshot(index) => find_snapshot(&*image, &header, *index)?,
             Part::Device(_) => {
                 return Err(Error::new(Kind::NotFound, "a qcow2 image has no devices")
                     .at_path(image.name()));
@@ -119,12 +131,8 @@ fn has_holes_in_clusters(data: &dyn ReadAt, header: &Header) -> bool {
     total >= (real + real / 9).max(real + 2)
 }
 
-fn find_snapshot(image: &dyn ReadAt, header: &Header, id: &str) -> Result<(TableRef, u64)> {
-    let table = snapshot::read_table(image, header)?;
-    let found = table.into_iter().find(|s| s.info.id == id).ok_or_else(|| {
-        Error::new(Kind::NotFound, format!("no internal snapshot with id '{id}'"))
-            .at_path(image.name())
-    })?;
+fn find_snapshot(image: &dyn ReadAt, header: &Header, index: u32) -> Result<(TableRef, u64)> {
+    let found = snapshot::read_one(image, header, index)?;
     header::check_snapshot_l1(image, header, found.l1, found.info.virtual_size)?;
     Ok((found.l1, found.info.virtual_size))
 }

@@ -1,7 +1,7 @@
 //! The internal snapshot table of a qcow2 image.
 
-use super::header::{Header, TableRef};
-use crate::error::{Error, Kind, Result};
+use super::header::{Header, TableRef, check_snapshot_l1};
+use crate::error::{Error, Finding, Kind, Result};
 use crate::layer::SnapshotInfo;
 use crate::storage::ReadAt;
 
@@ -9,13 +9,18 @@ use crate::storage::ReadAt;
 const ENTRY_LEN: u64 = 40;
 /// QEMU's limit for the extra data of one entry.
 const MAX_EXTRA: u64 = 1024;
+/// QEMU's limit for the whole table.
+const MAX_TABLE: u64 = 64 << 20;
+/// Bytes of an id or a name that are kept: more than QEMU allows of an id, and than a file name
+/// could show.
+const MAX_TEXT: usize = 255;
 
 /// One internal snapshot: what to show and where its L1 table is.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// What to show.
     pub info: SnapshotInfo,
-    /// Its L1 table; checked only when the snapshot is opened.
+    /// Its L1 table; where that cannot be right, `info` says so.
     pub l1: TableRef,
     /// Offset in the file where its table entry ends, without padding.
     pub end: u64,
@@ -26,14 +31,40 @@ pub struct Snapshot {
 /// # Errors
 /// `Corrupt` or `Truncated` with the offset of the entry to blame.
 pub fn read_table(storage: &dyn ReadAt, header: &Header) -> Result<Vec<Snapshot>> {
-    let mut found = Vec::new();
+    (0..header.nb_snapshots).zip(entries(storage, header)).map(|(_, entry)| entry).collect()
+}
+
+/// Reads entry `index` of the snapshot table.
+///
+/// # Errors
+/// As [`read_table`], and `NotFound`.
+pub fn read_one(storage: &dyn ReadAt, header: &Header, index: u32) -> Result<Snapshot> {
+    let found = (0..header.nb_snapshots).zip(entries(storage, header)).find_map(|(i, entry)| {
+        // One that cannot be read hides all that follow.
+        (i == index || entry.is_err()).then_some(entry)
+    });
+    found.unwrap_or_else(|| {
+        let what = format!("there is no internal snapshot number {index}");
+        Err(Error::new(Kind::NotFound, what).at_path(storage.name()))
+    })
+}
+
+/// The entries one after another; the caller knows how many there are.
+fn entries<'a>(
+    storage: &'a dyn ReadAt,
+    header: &'a Header,
+) -> impl Iterator<Item = Result<Snapshot>> + 'a {
     let mut at = header.snapshots_offset;
-    for _ in 0..header.nb_snapshots {
-        let (snapshot, next) = read_entry(storage, header, at)?;
-        found.push(snapshot);
-        at = next;
-    }
-    Ok(found)
+    std::iter::from_fn(move || {
+        if at.saturating_sub(header.snapshots_offset) > MAX_TABLE {
+            let error = Error::new(Kind::Corrupt, "the snapshot table is too long");
+            return Some(Err(error.at_path(storage.name()).at_offset(at)));
+        }
+        Some(read_entry(storage, header, at).map(|(snapshot, next)| {
+            at = next;
+            snapshot
+        }))
+    })
 }
 
 fn read_entry(storage: &dyn ReadAt, header: &Header, at: u64) -> Result<(Snapshot, u64)> {
@@ -54,14 +85,17 @@ fn read_entry(storage: &dyn ReadAt, header: &Header, at: u64) -> Result<(Snapsho
         None => header.size,
     };
     let (id, name) = names.split_at(id_len as usize);
-    let info = SnapshotInfo {
-        id: String::from_utf8_lossy(id).into_owned(),
-        name: String::from_utf8_lossy(name).into_owned(),
-        time: u64::from(u32_at(16)),
-        virtual_size,
-    };
     let offset = u64::from_be_bytes(fixed[0..8].try_into().expect("eight bytes"));
     let l1 = TableRef { offset, entries: u32_at(8) };
+    let checked = check_snapshot_l1(storage, header, l1, virtual_size);
+    let text = |b: &[u8]| String::from_utf8_lossy(&b[..b.len().min(MAX_TEXT)]).into_owned();
+    let info = SnapshotInfo {
+        id: text(id),
+        name: text(name),
+        time: u64::from(u32_at(16)),
+        virtual_size,
+        unusable: checked.err().map(|e| Finding::from_error(&e, storage.name())),
+    };
     let end = at + ENTRY_LEN + extra_len + id_len + name_len;
     // Entries are aligned to 8 bytes, and so is the table.
     Ok((Snapshot { info, l1, end }, end.next_multiple_of(8)))

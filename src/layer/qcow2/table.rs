@@ -20,6 +20,8 @@ use crate::storage::ReadAt;
 const SUBCLUSTERS: u32 = 32;
 /// L1 entries read at a time when looking for the next mapped range.
 const L1_CHUNK: u64 = 512;
+/// L1 entries read at a time when mapping: 512 KiB of them.
+const MAP_CHUNK: u64 = 1 << 16;
 
 /// One L1 table of an image together with what is needed to walk it.
 pub struct Tables<'a> {
@@ -41,21 +43,48 @@ impl Tables<'_> {
     pub fn map(&self, range: Range<u64>) -> LayerMap {
         let mut map = LayerMap::new(range.start);
         let span = self.header.l2_span();
-        let first = range.start / span;
-        let l1 = match self.read_l1(first, range.end.div_ceil(span) - first) {
-            Ok(l1) => l1,
-            Err(e) => {
-                map.push_bad(range.end - range.start, &e, self.image.name());
+        let end = range.end.div_ceil(span);
+        let mut at = range.start / span;
+        while at < end {
+            let n = MAP_CHUNK.min(end - at);
+            let part = range.start.max(at * span)..range.end.min((at + n).saturating_mul(span));
+            if let Err(e) = self.map_l1_chunk(&mut map, at, n, part) {
+                map.push_bad(range.end - map.extents.end(), &e, self.image.name());
                 return map;
             }
-        };
-        for (i, raw) in (first..).zip(l1) {
-            let part = range.start.max(i * span)..range.end.min((i + 1) * span);
-            if let Err(e) = self.map_l1_entry(&mut map, raw, i, part.clone()) {
-                map.push_bad(part.end - map.extents.end(), &e, self.image.name());
-            }
+            at += n;
         }
         map
+    }
+
+    /// Maps `range`, for which `count` L1 entries from `first` on stand.
+    fn map_l1_chunk(
+        &self,
+        map: &mut LayerMap,
+        first: u64,
+        count: u64,
+        range: Range<u64>,
+    ) -> Result<()> {
+        let span = self.header.l2_span();
+        // Nothing but a hostile image has many entries for one table: it is not read each time.
+        let mut nothing_in = None;
+        for (i, raw) in (first..).zip(self.read_l1(first, count)?) {
+            map.check_room(self.image.name())?;
+            let part = range.start.max(i * span)..range.end.min((i + 1).saturating_mul(span));
+            if nothing_in == Some(raw) && part.end - part.start == span {
+                map.extents.push(span, Mapping::Below);
+                continue;
+            }
+            let before = map.extents.as_slice().len();
+            if let Err(e) = self.map_l1_entry(map, raw, i, part.clone()) {
+                map.push_bad(part.end - map.extents.end(), &e, self.image.name());
+            }
+            let after = map.extents.as_slice();
+            let below = after.last().is_some_and(|e| e.content == Mapping::Below);
+            let one = after.len() == before || after.last().is_some_and(|e| e.start == part.start);
+            nothing_in = (below && one && part.end - part.start == span).then_some(raw);
+        }
+        Ok(())
     }
 
     /// First guest offset at or after `from` that an L2 table may map.
@@ -129,6 +158,7 @@ impl Tables<'_> {
             let Some(entry) = entries.get((n * words) as usize..((n + 1) * words) as usize) else {
                 break;
             };
+            map.check_room(self.image.name())?;
             let range = cluster(n)..cluster(n + 1);
             if let Err(e) = self.map_cluster(map, entry, at + n * words * 8, range.clone()) {
                 map.push_bad(range.end - map.extents.end(), &e, self.image.name());

@@ -3,10 +3,15 @@
 //! A frame's header is 40 ASCII bytes: kind, start and length in hexadecimal, CR LF. Lengths are
 //! those of the guest's bytes; what compressed data takes in the file is in the trailer only.
 
-use serde::Deserialize;
+use std::fmt::Formatter;
+use std::io::BufReader;
+use std::ops::Range;
+
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use crate::error::{Error, Kind, Result};
-use crate::storage::ReadAt;
+use crate::storage::{ReadAt, Section};
 
 /// Length of a frame's header.
 pub const HEADER: u64 = 40;
@@ -175,62 +180,161 @@ pub fn check_end(storage: &dyn ReadAt, meta: &Meta) -> Result<()> {
     }
 }
 
-/// Stored sizes of one data frame: one lz4 frame, or several one after another.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Stored {
-    /// One lz4 frame.
-    Whole(u64),
-    /// Several, each but the last with equally many guest bytes.
-    Chunks(Vec<u64>),
+/// The trailer of a compressed stream: the stored sizes of all data frames, each of which is one lz4
+/// frame or several one after another. Four bytes for each lz4 frame, and eight for each stretch of
+/// data frames that have equally many.
+#[derive(Debug, Default)]
+pub struct Sizes {
+    sizes: Vec<u32>,
+    /// How many sizes each of so many data frames has.
+    runs: Vec<(u32, u32)>,
+    /// Where the next data frame's sizes begin, and what is left of the first run that is not used
+    /// up.
+    at: usize,
+    run: usize,
+    left: u32,
 }
 
-impl Stored {
-    /// The lz4 frames' sizes.
-    pub fn sizes(&self) -> &[u64] {
-        match self {
-            Stored::Whole(size) => std::slice::from_ref(size),
-            Stored::Chunks(sizes) => sizes,
+impl Sizes {
+    /// The places of the next data frame's sizes.
+    pub fn next(&mut self) -> Option<Range<usize>> {
+        while self.left == 0 {
+            self.left = self.runs.get(self.run)?.1;
+            self.run += 1;
         }
+        self.left -= 1;
+        let start = self.at;
+        self.at += self.runs[self.run - 1].0 as usize;
+        Some(start..self.at)
+    }
+
+    /// The size at one of those places.
+    pub fn size(&self, place: usize) -> u32 {
+        self.sizes[place]
+    }
+
+    /// Ends a data frame, whose sizes are those since `start`.
+    fn end_frame(&mut self, start: usize) -> Option<()> {
+        let count = u32::try_from(self.sizes.len() - start).ok().filter(|n| *n > 0)?;
+        match self.runs.last_mut() {
+            Some((per_frame, frames)) if *per_frame == count && *frames < u32::MAX => *frames += 1,
+            _ => self.runs.push((count, 1)),
+        }
+        Some(())
     }
 }
 
-/// An entry of the trailer's list.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum RawStored {
-    Whole(u64),
-    Chunks(std::collections::BTreeMap<String, Vec<u64>>),
+impl<'de> Deserialize<'de> for Sizes {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        let mut sizes = Sizes::default();
+        d.deserialize_seq(Frames(&mut sizes))?;
+        Ok(sizes)
+    }
+}
+
+/// The list of data frames. The list may be long, so nothing of it is kept but numbers.
+struct Frames<'a>(&'a mut Sizes);
+
+impl<'de> Visitor<'de> for Frames<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut Formatter) -> std::fmt::Result {
+        f.write_str("a list of sizes")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<(), A::Error> {
+        while list.next_element_seed(OneFrame(self.0))?.is_some() {}
+        Ok(())
+    }
+}
+
+/// One data frame: a size, or `{"total": [sizes]}`.
+struct OneFrame<'a>(&'a mut Sizes);
+
+impl<'de> DeserializeSeed<'de> for OneFrame<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> std::result::Result<(), D::Error> {
+        d.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for OneFrame<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut Formatter) -> std::fmt::Result {
+        f.write_str("a size or sizes with their sum")
+    }
+
+    fn visit_u64<E: serde::de::Error>(self, size: u64) -> std::result::Result<(), E> {
+        let start = self.0.sizes.len();
+        self.0.sizes.push(u32::try_from(size).map_err(E::custom)?);
+        self.0.end_frame(start).ok_or_else(|| E::custom("no size"))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
+        let start = self.0.sizes.len();
+        let wrong = || serde::de::Error::custom("the sizes contradict themselves");
+        let total: Option<String> = map.next_key()?;
+        let sum = map.next_value_seed(Chunks(self.0))?;
+        let agrees = total.and_then(|t| t.parse().ok()) == Some(sum);
+        if !agrees || map.next_key::<IgnoredAny>()?.is_some() {
+            return Err(wrong());
+        }
+        self.0.end_frame(start).ok_or_else(wrong)
+    }
+}
+
+/// The lz4 frames of one data frame; yields the sum of their sizes.
+struct Chunks<'a>(&'a mut Sizes);
+
+impl<'de> DeserializeSeed<'de> for Chunks<'_> {
+    type Value = u64;
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> std::result::Result<u64, D::Error> {
+        d.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Chunks<'_> {
+    type Value = u64;
+
+    fn expecting(&self, f: &mut Formatter) -> std::fmt::Result {
+        f.write_str("a list of sizes")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<u64, A::Error> {
+        let mut sum = 0u64;
+        while let Some(size) = list.next_element::<u32>()? {
+            sum = sum.saturating_add(size.into());
+            self.0.sizes.push(size);
+        }
+        Ok(sum)
+    }
 }
 
 /// Reads the trailer of a compressed stream; returns it and where its text begins.
 ///
 /// # Errors
 /// `Truncated`, `Corrupt` or `Io`; without the file's name.
-pub fn read_trailer(storage: &dyn ReadAt) -> Result<(Vec<Stored>, u64)> {
+pub fn read_trailer(storage: &dyn ReadAt) -> Result<(Sizes, u64)> {
     let at = storage.len().saturating_sub(HEADER);
     let frame = Frame::read(storage, at)?;
     let text_at = at.checked_sub(TERM).and_then(|end| end.checked_sub(frame.len));
     let Some(text_at) = text_at.filter(|_| frame.kind == Kinds::Comp && frame.start == 0) else {
         return Err(corrupt(at, "the stream does not end with the sizes of its data"));
     };
-    let text = read_text(storage, text_at, frame.len, MAX_TRAILER)?;
+    if frame.len > MAX_TRAILER {
+        let what = format!("{} bytes of sizes are more than a stream has", frame.len);
+        return Err(corrupt(text_at, what));
+    }
     expect_term(storage, at - TERM)?;
-    let raw: Vec<RawStored> = serde_json::from_slice(&text)
-        .map_err(|e| corrupt(text_at, "the sizes of the data are damaged").with_source(e))?;
-    let list = raw.into_iter().map(checked).collect::<Option<Vec<_>>>();
-    let list =
-        list.ok_or_else(|| corrupt(text_at, "the sizes of the data contradict themselves"))?;
-    Ok((list, text_at))
-}
-
-fn checked(raw: RawStored) -> Option<Stored> {
-    let chunks = match raw {
-        RawStored::Whole(size) => return Some(Stored::Whole(size)),
-        RawStored::Chunks(chunks) => chunks,
-    };
-    let (total, sizes) = chunks.into_iter().next()?;
-    let sum = sizes.iter().try_fold(0u64, |sum, size| sum.checked_add(*size))?;
-    (total.parse() == Ok(sum) && !sizes.is_empty()).then_some(Stored::Chunks(sizes))
+    let text = BufReader::new(Section::new(storage, text_at, at - TERM));
+    let sizes = serde_json::from_reader(text).map_err(|e| match e.is_io() {
+        true => Error::io(e.into(), "cannot read the sizes of the data").at_offset(text_at),
+        false => corrupt(text_at, "the sizes of the data are damaged").with_source(e),
+    })?;
+    Ok((sizes, text_at))
 }
 
 fn read_text(storage: &dyn ReadAt, at: u64, len: u64, limit: u64) -> Result<Vec<u8>> {

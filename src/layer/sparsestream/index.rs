@@ -5,8 +5,9 @@
 //! byte of the disk, if it mentions zeros at all: a gap is a frame that was lost or damaged.
 
 use std::io::Read;
+use std::ops::Range;
 
-use super::frame::{self, Frame, HEADER, Kinds, Meta, Stored, TERM, corrupt, cut};
+use super::frame::{self, Frame, HEADER, Kinds, Meta, Sizes, TERM, corrupt, cut};
 use crate::error::{Error, Kind, Result};
 use crate::storage::{ReadAt, Section};
 
@@ -66,7 +67,7 @@ pub fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Vec<Piece>> {
     };
     if meta.compressed {
         let (list, text_at) = frame::read_trailer(storage)?;
-        walk.sizes = Some(list.into_iter());
+        walk.sizes = Some(list);
         walk.end = text_at;
     }
     while walk.step()? {}
@@ -77,7 +78,7 @@ struct Walk<'a> {
     storage: &'a dyn ReadAt,
     meta: &'a Meta,
     /// Sizes of the data frames to come, of a compressed stream.
-    sizes: Option<std::vec::IntoIter<Stored>>,
+    sizes: Option<Sizes>,
     /// Where the frames have to end.
     end: u64,
     at: u64,
@@ -137,12 +138,12 @@ impl Walk<'_> {
 
     fn data(&mut self, at: u64, frame: Frame) -> Result<()> {
         self.check_range(at, frame)?;
-        let stored = match self.sizes.as_mut().map(Iterator::next) {
+        let stored = match self.sizes.as_mut().map(Sizes::next) {
             None => {
                 self.push(frame.start, frame.len, self.at, How::Plain);
                 frame.len
             }
-            Some(Some(stored)) => self.compressed(frame, &stored)?,
+            Some(Some(places)) => self.compressed(frame, places)?,
             Some(None) => return Err(corrupt(at, "the size of a data frame is not in the list")),
         };
         let end = self.at.checked_add(stored).filter(|e| e.saturating_add(TERM) <= self.end);
@@ -153,12 +154,13 @@ impl Walk<'_> {
     }
 
     /// Takes the lz4 frames of one data frame; returns the bytes they take.
-    fn compressed(&mut self, frame: Frame, stored: &Stored) -> Result<u64> {
+    fn compressed(&mut self, frame: Frame, places: Range<usize>) -> Result<u64> {
         let (mut start, end, mut host) = (frame.start, frame.start + frame.len, self.at);
-        let single = stored.sizes().len() == 1;
-        for size in stored.sizes() {
+        let single = places.len() == 1;
+        for place in places {
             let room = self.end.saturating_sub(host);
-            let size = u32::try_from(*size).ok().filter(|s| u64::from(*s) <= room);
+            let size = self.sizes.as_ref().map(|s| s.size(place));
+            let size = size.filter(|s| u64::from(*s) <= room);
             let size = size.ok_or_else(|| cut(host, "the stream ends inside a data frame"))?;
             let content = lz4_content(self.storage, host, size)?;
             // A frame on its own need not say how much it holds.

@@ -99,6 +99,10 @@ impl Layer for StreamLayer {
                 break;
             }
             let at = map.extents.end();
+            if let Err(e) = map.check_room(self.storage.name()) {
+                map.push_bad(range.end - at, &e, self.storage.name());
+                return map;
+            }
             map.extents.push(piece.start.saturating_sub(at), self.between());
             let from = piece.start.max(at);
             let len = piece.end().min(range.end) - from;

@@ -297,3 +297,30 @@ fn a_changed_byte_of_compressed_data_is_an_error_of_its_range_alone() {
     assert!(layer.decompress(host, len, &mut vec![0; unit as usize + 1]).is_err());
     assert!(layer.decompress(host, len - 4, &mut vec![0; unit as usize]).is_err());
 }
+
+#[test]
+fn sizes_are_read_one_by_one_and_kept_small() {
+    let read = |text: &str| serde_json::from_str::<frame::Sizes>(text).ok();
+    let mut sizes = read(r#"[5, 6, {"9": [4, 5]}, {"3": [1, 2]}, 7]"#).unwrap();
+    let mut all = Vec::new();
+    while let Some(places) = sizes.next() {
+        all.push(places.map(|p| sizes.size(p)).collect::<Vec<_>>());
+    }
+    assert_eq!(all, [vec![5], vec![6], vec![4, 5], vec![1, 2], vec![7]]);
+    assert!(read("[]").unwrap().next().is_none());
+    for wrong in [
+        r#"[{"8": [4, 5]}]"#,
+        r#"[{"0": []}]"#,
+        r#"[{}]"#,
+        r#"[{"4": [4], "5": [5]}]"#,
+        "[4294967296]",
+        "[-1]",
+        "[1.5]",
+        "[[1]]",
+        r#"["1"]"#,
+        "{}",
+        "[1] 2",
+    ] {
+        assert!(read(wrong).is_none(), "{wrong}");
+    }
+}

@@ -116,10 +116,11 @@ impl Index {
     /// The archive breaks a rule of the format, or cannot be read; without the file's name.
     pub fn build(storage: &dyn ReadAt, header: &Header) -> Result<Index> {
         let mut index = Index { extents: Vec::new(), runs: vec![Vec::new(); header.devices.len()] };
+        let mut used = vec![0; header.devices.len()];
         let mut at = header.len;
         while at < storage.len() {
             let extent = Extent::read(storage, header, at)?;
-            index.add(header, &extent, at)?;
+            index.add(header, &extent, at, &mut used)?;
             at = extent.data + u64::from(extent.blocks) * BLOCK;
             if at > storage.len() {
                 return Err(cut(storage.len(), "the archive ends inside the data of an extent"));
@@ -133,7 +134,9 @@ impl Index {
         Ok(index)
     }
 
-    fn add(&mut self, header: &Header, extent: &Extent, at: u64) -> Result<()> {
+    /// Takes one extent in; `used` counts the clusters of each device so far. More than a device
+    /// has cannot all be different: seen at once, or a hostile archive would fill the memory.
+    fn add(&mut self, header: &Header, extent: &Extent, at: u64, used: &mut [u64]) -> Result<()> {
         let number = u32::try_from(self.extents.len())
             .map_err(|_| corrupt(at, "an archive cannot have so many extents"))?;
         self.extents.push(at);
@@ -144,7 +147,12 @@ impl Index {
                 let what = format!("a cluster of device {}, which does not exist", slot.device());
                 return Err(corrupt(at, what));
             };
-            check_slot(&header.devices[d], slot, at)?;
+            let device = &header.devices[d];
+            check_slot(device, slot, at)?;
+            used[d] += 1;
+            if used[d] > device.clusters() {
+                return Err(corrupt(at, format!("a cluster of {} is there twice", device.name)));
+            }
             let run = Run { cluster: slot.cluster(), extent: number, slot: i as u8, count: 1 };
             match self.runs[d].last_mut() {
                 Some(last) if continues(last, &run) => last.count += 1,
@@ -177,6 +185,7 @@ impl Index {
             if u64::from(run.cluster) * CLUSTER >= range.end {
                 break;
             }
+            map.check_room(storage.name())?;
             let extent = match &held {
                 Some((number, extent)) if *number == run.extent => extent,
                 _ => {

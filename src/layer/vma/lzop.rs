@@ -8,6 +8,8 @@ use super::lzo1x;
 pub const MAGIC: [u8; 9] = *b"\x89LZO\0\r\n\x1a\n";
 /// lzop writes blocks of 256 KiB; nothing larger than this is taken from a file.
 const MAX_BLOCK: usize = 64 << 20;
+/// lzop itself never writes an extra field; no more than this is read into memory.
+const MAX_EXTRA: u32 = 64 << 10;
 
 const ADLER32_PLAIN: u32 = 1;
 const ADLER32_PACKED: u32 = 2;
@@ -128,6 +130,9 @@ fn read_header(from: &mut impl Read) -> io::Result<u32> {
     check_header(from, flags, &header)?;
     if flags & EXTRA_FIELD != 0 {
         let len = be32(from)?;
+        if len > MAX_EXTRA {
+            return Err(bad("an lzop file's extra field is too long"));
+        }
         let mut extra = len.to_be_bytes().to_vec();
         from.by_ref().take(u64::from(len)).read_to_end(&mut extra)?;
         check_header(from, flags, &extra)?;
@@ -175,4 +180,25 @@ fn crc32(bytes: &[u8]) -> u32 {
 
 fn bad(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_extra_field_is_not_read_into_memory_whatever_its_length() {
+        let mut file = MAGIC.to_vec();
+        // Version, library version, version needed, method, level, flags; mode, times, no name.
+        let mut header = vec![0x10, 0x30, 0x20, 0x80, 0x09, 0x40, 1, 5];
+        header.extend((EXTRA_FIELD | HEADER_CRC32).to_be_bytes());
+        header.extend([0; 13]);
+        file.extend(&header);
+        file.extend(crc32(&header).to_be_bytes());
+        for (len, ends) in [(64u32 << 10, "eof"), ((64 << 10) + 1, "long"), (u32::MAX, "long")] {
+            let from = file.iter().copied().chain(len.to_be_bytes()).collect::<Vec<u8>>();
+            let error = LzopReader::new(&from[..]).err().unwrap();
+            assert_eq!(error.to_string().contains("too long"), ends == "long", "{error}");
+        }
+    }
 }

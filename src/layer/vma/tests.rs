@@ -378,3 +378,14 @@ fn a_raw_image_that_begins_like_an_archive_stays_raw() {
     let storage = MemStorage::new("FULL-1-sda", small().bytes());
     assert_eq!(crate::layer::probe(&storage).unwrap().format, crate::layer::Format::Raw);
 }
+
+#[test]
+fn clusters_that_come_too_often_end_the_pass_at_once() {
+    let mut made = Made::new(&[(1, "drive-a", pattern(CLUSTER as usize, 1))], 1);
+    made.extents.push(vec![slot(1, 0, &[]); 59]);
+    let mut bytes = made.bytes();
+    // The pass would stumble over this, did it get here.
+    bytes.extend([0; 512]);
+    let error = open_bytes(bytes).err().unwrap();
+    assert!(error.to_string().contains("twice"), "{error}");
+}

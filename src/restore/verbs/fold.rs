@@ -176,12 +176,12 @@ impl FoldPlan {
         let taken = files::probe(new)?.snapshots;
         for (&point, name) in line.points.iter().zip(&self.snapshots) {
             let Some(name) = name else { continue };
-            let mut found = taken.iter().filter(|s| s.name == *name);
-            let (Some(snapshot), None) = (found.next(), found.next()) else {
+            let mut found = (0u32..).zip(&taken).filter(|(_, s)| s.name == *name);
+            let (Some((place, _)), None) = (found.next(), found.next()) else {
                 let text = format!("there is not one snapshot called {name}");
                 return Err(Error::new(Kind::Unsound, text).at_path(new));
             };
-            let part = Part::Snapshot(snapshot.id.clone());
+            let part = Part::Snapshot(place);
             compare_one(line, point, new, (self.full.format, part), work)?;
         }
         Ok(())

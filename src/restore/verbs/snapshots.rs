@@ -21,8 +21,8 @@ const WINDOW: u64 = 1 << 30;
 /// The FULL cannot be read.
 pub fn names(full: &Member, increments: &[Member]) -> Result<Vec<Option<String>>> {
     let taken = files::probe(&full.path)?.snapshots;
-    let known = match taken.last() {
-        Some(newest) => is_state_of(full, &newest.id)?,
+    let known = match (0u32..).zip(&taken).last() {
+        Some((place, _)) => is_state_of(full, place)?,
         None => false,
     };
     // After a commit the FULL is of a later time than its name says.
@@ -53,12 +53,12 @@ fn unique(name: String, used: &mut HashSet<String>) -> String {
 }
 
 /// Whether the active state is that of a snapshot: the same clusters, as nothing was written since.
-fn is_state_of(full: &Member, id: &str) -> Result<bool> {
+fn is_state_of(full: &Member, place: u32) -> Result<bool> {
     let open = |part| {
         let file = Arc::new(SourceFile::look(&full.path)?);
         layer::open(&LayerSpec { file, format: Format::Qcow2, part, data_file: None })
     };
-    let (active, snapshot) = (open(Part::Whole)?, open(Part::Snapshot(id.to_string()))?);
+    let (active, snapshot) = (open(Part::Whole)?, open(Part::Snapshot(place))?);
     if active.size() != snapshot.size() {
         return Ok(false);
     }

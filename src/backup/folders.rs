@@ -1,0 +1,257 @@
+//! What the target is and holds: its id, and which of its folders belongs to which disk.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::history::History;
+use super::plan::Inputs;
+use super::seen::SeenDisk;
+use super::{Options, names, publish};
+use crate::chain::Level;
+use crate::chain::manifest::{DiskIdentity, Manifest};
+use crate::error::{Error, Kind, Result};
+
+/// Whose bitmaps are a target's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetId {
+    /// First eight digits of its id, for the names of new bitmaps.
+    pub id: String,
+    /// Those of other ids that are its own too.
+    others: Vec<String>,
+}
+
+impl TargetId {
+    /// One that has this id alone.
+    pub fn new(id: &str) -> Self {
+        TargetId { id: id.to_string(), others: Vec::new() }
+    }
+
+    /// The id of `target`, as qmpbackup keeps it: a file `uuid` of 36 bytes without a newline.
+    /// `base` is where this run's disks go: the target itself, or its folder of the month. Months
+    /// share the target's id, else nobody would let go of last month's bitmaps; each has a copy of
+    /// it, where qmpbackup looks. Months that have ids of their own, as they had once, are known
+    /// too. With `make` an id that is missing is written.
+    ///
+    /// # Errors
+    /// `Corrupt` if it is no id, or what the operating system said.
+    pub fn of(target: &Path, base: &Path, make: bool) -> Result<Self> {
+        let (own, month) = (target.join("uuid"), base.join("uuid"));
+        let (of_target, of_month) = (read_id(&own)?, read_id(&month)?);
+        let text = match of_target.as_ref().or(of_month.as_ref()) {
+            Some(t) => t.clone(),
+            None => new_id()?,
+        };
+        if make && of_target.is_none() {
+            publish::write_whole(&own, text.as_bytes())?;
+        }
+        if make && base != target && of_month.is_none() {
+            publish::write_whole(&month, text.as_bytes())?;
+        }
+        let others = if base == target { Vec::new() } else { months(target) };
+        Ok(TargetId { id: digits(&text, &own)?, others })
+    }
+
+    /// Whether a bitmap of ours is of this target.
+    pub fn owns(&self, bitmap: &str) -> bool {
+        let of = |t: &str| self.id == t || self.others.iter().any(|o| o == t);
+        names::parse_bitmap(bitmap).is_some_and(|b| of(b.target))
+    }
+}
+
+fn read_id(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(t) => digits(&t, path).map(|_| Some(t)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(e, "cannot read the target's id").at_path(path)),
+    }
+}
+
+fn digits(text: &str, path: &Path) -> Result<String> {
+    let id: String = text.chars().filter(char::is_ascii_hexdigit).take(8).collect();
+    if id.len() == 8 {
+        return Ok(id.to_ascii_lowercase());
+    }
+    Err(Error::new(Kind::Corrupt, "this is not the id of a backup directory").at_path(path))
+}
+
+fn new_id() -> Result<String> {
+    let hex = names::random_hex(16)?;
+    let part = |r: std::ops::Range<usize>| hex.get(r).unwrap_or_default();
+    Ok(format!(
+        "{}-{}-4{}-8{}-{}",
+        part(0..8),
+        part(8..12),
+        part(13..16),
+        part(17..20),
+        part(20..32)
+    ))
+}
+
+/// The ids in the folders of all months, as far as they have one.
+fn months(target: &Path) -> Vec<String> {
+    let is_month = |n: &str| {
+        let shape = n.bytes().map(|b| if b.is_ascii_digit() { b'0' } else { b });
+        shape.eq(*b"0000-00")
+    };
+    let list = std::fs::read_dir(target).into_iter().flatten().flatten();
+    let folders = list.filter(|e| e.file_name().to_str().is_some_and(is_month));
+    let ids = folders.map(|e| e.path().join("uuid"));
+    ids.filter_map(|p| digits(&read_id(&p).ok()??, &p).ok()).collect()
+}
+
+/// Which folder belongs to which disk, and what it holds. A disk keeps the folder whose manifests
+/// name its file, else its bitmap or device; a new one gets a folder by its base name, made unique.
+///
+/// # Errors
+/// A folder cannot be read.
+pub fn assign(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    disks: &[SeenDisk],
+) -> Result<Vec<(PathBuf, History)>> {
+    let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
+    for rule in [same_file as Rule, same_disk, damaged, unclaimed] {
+        for (i, disk) in disks.iter().enumerate() {
+            if list.get(i).is_some_and(Option::is_some) {
+                continue;
+            }
+            let found = candidate(options, inputs, disk, &list, rule)?;
+            if let Some(slot) = list.get_mut(i) {
+                *slot = found;
+            }
+        }
+    }
+    let list = list
+        .into_iter()
+        .map(|o| o.ok_or_else(|| Error::new(Kind::Exists, "too many folders of one disk's name")));
+    list.collect()
+}
+
+type Rule = fn(&Inputs<'_>, &SeenDisk, &History) -> bool;
+
+fn same_file(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+    h.last_manifest().is_some_and(|m| !other_vm(inputs, m) && m.disk.file == disk.identity.file)
+}
+
+/// The disk's file was moved: its bitmap came along, or it is at the same device of the same VM.
+/// A bitmap alone proves nothing: a copy of the disk, of a cloned VM, carries it too.
+fn same_disk(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+    let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
+    let same_vm = inputs.vm.is_some() && vm_uuid(&m.vm) == inputs.vm;
+    let device = |d: &DiskIdentity| (d.qdev.clone(), d.device.clone());
+    let carries = needed(h).iter().any(|b| disk.bitmap(b).is_some());
+    carries && (same_vm || agree(&m.disk, &disk.identity))
+        || same_vm && device(&m.disk) == device(&disk.identity)
+}
+
+/// Whether the point is of another VM for certain. Not every VM has a UUID.
+pub fn other_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
+    matches!((inputs.vm, vm_uuid(&m.vm)), (Some(a), Some(b)) if a != b)
+}
+
+/// Whether nothing that both say contradicts. Node names that QEMU made up change at each start.
+fn agree(a: &DiskIdentity, b: &DiskIdentity) -> bool {
+    let said = |d: &DiskIdentity| [d.qdev.clone(), d.device.clone(), d.node.clone()];
+    let unknown = |s: &str| s.is_empty() || s.starts_with('#');
+    said(a).iter().zip(&said(b)).all(|(x, y)| unknown(x) || unknown(y) || x == y)
+}
+
+/// Nothing is known of its points but that there are some: a FULL can begin beside them.
+fn damaged(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
+    h.last_manifest().is_none() && h.entries.iter().any(|e| e.broken.is_some())
+}
+
+/// The VM's UUID out of what QEMU said about itself; `None` if it has none.
+pub fn vm_uuid(vm: &Value) -> Option<&str> {
+    let uuid = vm.get("query-uuid")?.get("UUID")?.as_str()?;
+    uuid.chars().any(|c| c != '0' && c != '-').then_some(uuid)
+}
+
+fn unclaimed(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
+    h.last_manifest().is_none()
+}
+
+/// How many disks of one base name are kept apart.
+const MAX_SAME_NAME: usize = 100;
+
+fn candidate(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    disk: &SeenDisk,
+    taken: &[Option<(PathBuf, History)>],
+    rule: Rule,
+) -> Result<Option<(PathBuf, History)>> {
+    let name = disk.base_name();
+    for n in 1..=MAX_SAME_NAME {
+        let folder = if n == 1 { name.clone() } else { format!("{name}-{n}") };
+        let (dir, only) = if options.layout.no_subdir {
+            (inputs.base.to_path_buf(), Some(folder.as_str()))
+        } else {
+            (inputs.base.join(&folder), None)
+        };
+        let is_taken = taken.iter().flatten().any(|(d, h)| {
+            *d == dir && (!options.layout.no_subdir || image_tail(h) == Some(folder.as_str()))
+        });
+        if is_taken {
+            continue;
+        }
+        let mut history = History::read(&dir, only)?;
+        history.tail = folder;
+        if rule(inputs, disk, &history) {
+            return Ok(Some((dir, history)));
+        }
+    }
+    Ok(None)
+}
+
+fn image_tail(h: &History) -> Option<&str> {
+    (!h.tail.is_empty()).then_some(h.tail.as_str())
+}
+
+/// The bitmaps that the tip of the folder's chain needs.
+pub fn needed(history: &History) -> Vec<&str> {
+    let tip = history.entries.iter().rev().find(|e| matches!(e.level, Level::Full | Level::Inc));
+    let tip = tip.and_then(|e| e.manifest.as_ref());
+    let bitmaps = tip.map(|m| [m.bitmap.as_ref(), m.diff_bitmap.as_ref()]);
+    bitmaps.into_iter().flatten().flatten().map(|b| b.name.as_str()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn months_share_the_targets_id() {
+        let t = tempfile::tempdir().unwrap();
+        let month = |m: &str| {
+            std::fs::create_dir_all(t.path().join(m)).unwrap();
+            t.path().join(m)
+        };
+        let november = TargetId::of(t.path(), &month("2026-11"), true).unwrap();
+        let december = TargetId::of(t.path(), &month("2026-12"), true).unwrap();
+        assert_eq!(november.id, december.id);
+        let text = |p: PathBuf| std::fs::read_to_string(p.join("uuid")).unwrap();
+        assert_eq!(text(month("2026-12")), text(t.path().into()));
+        assert_eq!(text(month("2026-12")).len(), 36);
+    }
+
+    #[test]
+    fn a_month_with_an_id_of_its_own_is_the_targets_all_the_same() {
+        let t = tempfile::tempdir().unwrap();
+        for (m, id) in [("2026-10", "aaaaaaaa-1"), ("2026-11", "bbbbbbbb-1"), ("other", "cccccccc")]
+        {
+            std::fs::create_dir(t.path().join(m)).unwrap();
+            std::fs::write(t.path().join(m).join("uuid"), id).unwrap();
+        }
+        let id = TargetId::of(t.path(), &t.path().join("2026-11"), true).unwrap();
+        assert_eq!(id.id, "bbbbbbbb");
+        let of = |target| names::bitmap(target, "000000000001", "000000000002", 0);
+        assert!(id.owns(&of("aaaaaaaa")) && id.owns(&of("bbbbbbbb")) && !id.owns(&of("cccccccc")));
+        // Without --monthly the months are somebody else's.
+        let id = TargetId::of(t.path(), t.path(), false).unwrap();
+        assert!(!id.owns(&of("aaaaaaaa")));
+        std::fs::write(t.path().join("uuid"), "no id").unwrap();
+        assert_eq!(TargetId::of(t.path(), t.path(), true).unwrap_err().kind(), Kind::Corrupt);
+    }
+}

@@ -1,0 +1,180 @@
+//! Which level a disk gets, and why: what a point may build on, and which bitmaps record then.
+//!
+//! An INC or a DIFF is taken only where it is provably right: the point below it is in the target
+//! and matches its manifest, and the bitmap that this manifest names is found recording. A deleted
+//! last point has taken its bitmap's meaning along, so a FULL follows; except that the chain's FULL
+//! keeps a recording bitmap of its own (for DIFFs), so that where all INCs are gone, an INC on the
+//! FULL holds everything since then and is as right as a DIFF.
+
+use super::folders::other_vm;
+use super::history::{History, no_base};
+use super::plan::{DiskPlan, Inputs};
+use super::seen::SeenDisk;
+use super::{Every, LevelWish, Options, names};
+use crate::chain::Level;
+use crate::chain::manifest::{BitmapInfo, Manifest};
+use crate::error::Result;
+
+/// Chooses the level, and what the point builds on.
+///
+/// # Errors
+/// `Incomplete`, with the reason, where the level that was asked for is impossible.
+pub fn choose(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    history: &History,
+    plan: &mut DiskPlan,
+) -> Result<()> {
+    let wish = options.level;
+    match wish {
+        LevelWish::Full => return Ok(()),
+        LevelWish::Copy => {
+            plan.level = Level::Copy;
+            return Ok(());
+        }
+        _ if plan.disk.pflash => return Ok(()),
+        LevelWish::Inc | LevelWish::Diff | LevelWish::Auto(_) => {}
+    }
+    let diff = wish == LevelWish::Diff;
+    match usable_base(inputs, history, &plan.disk, diff) {
+        Ok((base, since)) => {
+            if let LevelWish::Auto(Some(every)) = wish
+                && is_due(every, &base, inputs.now)
+            {
+                plan.demoted = Some("a new FULL is due (--full-every)".into());
+                return Ok(());
+            }
+            plan.chain = base.first().map_or_else(String::new, |m| m.run.clone());
+            plan.level = if diff { Level::Diff } else { Level::Inc };
+            plan.base = base;
+            plan.since = Some(since);
+            Ok(())
+        }
+        Err(reason) if matches!(wish, LevelWish::Auto(_)) => {
+            plan.demoted = Some(reason);
+            Ok(())
+        }
+        Err(reason) => Err(no_base(&reason)),
+    }
+}
+
+fn is_due(every: Every, base: &[Manifest], now: i64) -> bool {
+    match every {
+        Every::Points(n) => base.len() as u64 >= n,
+        Every::Age(age) => {
+            let full = base.first().map_or(0, |m| m.time);
+            now.saturating_sub(full) >= i64::try_from(age.as_secs()).unwrap_or(i64::MAX)
+        }
+    }
+}
+
+/// The chain to build on and the bitmap that says what changed since.
+fn usable_base(
+    inputs: &Inputs<'_>,
+    history: &History,
+    disk: &SeenDisk,
+    diff: bool,
+) -> Result<(Vec<Manifest>, BitmapInfo), String> {
+    let chain = if diff { history.full()? } else { history.chain()? };
+    if let Some(reason) = &inputs.no_inc {
+        return Err(reason.clone());
+    }
+    let Some(point) = chain.last() else { return Err("the chain is empty".into()) };
+    let bad = inputs.unsound.iter().find(|(d, i, _)| *d == history.dir && *i == point.image);
+    if let Some((_, _, why)) = bad {
+        return Err(why.clone());
+    }
+    if other_vm(inputs, point) {
+        return Err(format!("{} is of another VM", point.image));
+    }
+    let info = point.bitmap.as_ref();
+    let Some(info) = info else { return Err(format!("{} names no bitmap", point.image)) };
+    check_same_disk(point, disk)?;
+    check_bitmap(info, disk)?;
+    let info = info.clone();
+    Ok((chain.into_iter().cloned().collect(), info))
+}
+
+fn check_same_disk(point: &Manifest, disk: &SeenDisk) -> Result<(), String> {
+    if disk.size < point.virtual_size {
+        return Err(format!(
+            "the disk was {} bytes at {} and has {} now",
+            point.virtual_size, point.image, disk.size
+        ));
+    }
+    if point.disk.format != disk.identity.format {
+        return Err(format!(
+            "the disk was {} and is {} now",
+            point.disk.format, disk.identity.format
+        ));
+    }
+    if disk.size != point.virtual_size && disk.identity.format != "qcow2" {
+        return Err("the disk grew, and what a grown raw disk holds is not known".into());
+    }
+    Ok(())
+}
+
+fn check_bitmap(info: &BitmapInfo, disk: &SeenDisk) -> Result<(), String> {
+    let Some(b) = disk.bitmap(&info.name) else {
+        return Err(format!("bitmap {} is not on the disk", info.name));
+    };
+    if b.inconsistent {
+        return Err(format!("bitmap {} is inconsistent: QEMU did not end cleanly", info.name));
+    }
+    if !b.recording {
+        return Err(format!("bitmap {} does not record", info.name));
+    }
+    if b.busy {
+        return Err(format!("bitmap {} is in use by a job or an export", info.name));
+    }
+    if b.granularity != info.granularity {
+        return Err(format!("bitmap {} has another granularity than it had", info.name));
+    }
+    if info.persistent && !b.persistent {
+        return Err(format!("bitmap {} is not the persistent one that it was", info.name));
+    }
+    Ok(())
+}
+
+/// Chooses which bitmaps record from now on, and which go.
+pub fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, plan: &mut DiskPlan) {
+    let records = matches!(plan.level, Level::Full | Level::Inc) && !plan.disk.pflash;
+    if records {
+        plan.new_bitmap = Some(BitmapInfo {
+            name: names::bitmap(&inputs.target.id, &plan.chain, inputs.run, plan.index),
+            node: plan.disk.node.clone(),
+            granularity: plan
+                .since
+                .as_ref()
+                .map_or_else(|| granularity(&plan.disk), |b| b.granularity),
+            persistent: plan.disk.persistent,
+        });
+    }
+    let full =
+        match plan.level {
+            Level::Full => plan.new_bitmap.clone(),
+            _ => plan.base.first().and_then(|m| m.bitmap.clone()).filter(|b| {
+                plan.disk.bitmap(&b.name).is_some_and(|b| !b.inconsistent && b.recording)
+            }),
+        };
+    plan.diff_bitmap = full.filter(|_| !options.no_diff);
+    plan.obsolete = obsolete(inputs, plan);
+}
+
+/// QEMU's own default: the cluster size, within 4 KiB and 64 KiB.
+fn granularity(disk: &SeenDisk) -> u64 {
+    disk.cluster_size.clamp(4096, 65536)
+}
+
+/// Bitmaps that nothing needs once the new point is there: all of this target that it does not
+/// name. COPY and DIFF advance nothing: what the chain needs stays.
+fn obsolete(inputs: &Inputs<'_>, plan: &DiskPlan) -> Vec<String> {
+    if matches!(plan.level, Level::Copy | Level::Diff) {
+        return Vec::new();
+    }
+    let keep: Vec<&str> =
+        plan.new_bitmap.iter().chain(&plan.diff_bitmap).map(|b| b.name.as_str()).collect();
+    let named = plan.disk.bitmaps.iter().filter_map(|b| b.name.as_deref());
+    let gone = named.filter(|n| inputs.target.owns(n) && !keep.contains(n));
+    gone.map(str::to_string).collect()
+}

@@ -1,0 +1,379 @@
+use super::*;
+use crate::backup::seen::Insertion;
+use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
+use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, fingerprint, tests::example};
+use crate::qmp::Address;
+use crate::qmp::types::Bitmap;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+const TARGET: &str = "0a1b2c3d";
+const FIRST: &str = "000000000001";
+
+fn options(target: &Path, level: LevelWish) -> Options {
+    Options {
+        qmp: Address::Unix("/q".into()),
+        agent: None,
+        target: target.into(),
+        level,
+        include: Vec::new(),
+        exclude: Vec::new(),
+        layout: Layout::default(),
+        moment: MomentOptions {
+            stop: StopWish::Moment,
+            quiesce: false,
+            mountpoints: Vec::new(),
+            deadline: Duration::from_secs(1),
+            agent_timeout: Duration::from_secs(1),
+        },
+        copy: CopyOptions {
+            fleece_dir: None,
+            cbw_timeout: 20,
+            speed: 0,
+            compress: None,
+            workers: None,
+            aio: None,
+            direct: false,
+            remove_delay: Duration::ZERO,
+            no_space_check: false,
+        },
+        no_diff: false,
+        no_hash: false,
+        strict: false,
+        allow_plaintext: false,
+        config: Vec::new(),
+        state_dir: "/s".into(),
+        dry_run: false,
+        nbd: None,
+    }
+}
+
+fn bitmap(run: &str) -> String {
+    names::bitmap(TARGET, FIRST, run, 0)
+}
+
+fn recording(name: String) -> Bitmap {
+    Bitmap {
+        name: Some(name),
+        recording: true,
+        persistent: true,
+        granularity: 65536,
+        ..Default::default()
+    }
+}
+
+fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
+    SeenDisk {
+        identity: DiskIdentity {
+            qdev: "/m/v0".into(),
+            node: "n".into(),
+            file: file.into(),
+            format: "qcow2".into(),
+            ..Default::default()
+        },
+        node: "n".into(),
+        top: "n".into(),
+        insertion: Insertion::Device("/m/v0".into()),
+        size: 1 << 20,
+        cluster_size: 65536,
+        extended_l2: false,
+        lazy_refcounts: false,
+        persistent: true,
+        encrypted: false,
+        pflash: false,
+        bitmaps,
+        allocated: 4096,
+        info: Value::Null,
+    }
+}
+
+fn put(dir: &Path, image: &str, level: Level, parent: Option<&str>, run: &str) {
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join(image), image).unwrap();
+    let mut m = example(image, level, parent);
+    m.run = run.into();
+    m.disk = disk("/vm/d", Vec::new()).identity;
+    m.file_size = image.len() as u64;
+    m.fingerprint = Some(fingerprint(&dir.join(image)).unwrap());
+    let info = |r: &str| BitmapInfo {
+        name: bitmap(r),
+        node: "n".into(),
+        granularity: 65536,
+        persistent: true,
+    };
+    m.bitmap = Some(info(run));
+    m.diff_bitmap = Some(info(FIRST));
+    m.vm = vm("1");
+    manifest::write(dir, &m).unwrap();
+}
+
+/// What QEMU says of a VM whose UUID is made of this digit.
+fn vm(digit: &str) -> Value {
+    json!({"query-uuid": {"UUID": digit.repeat(8)}})
+}
+
+/// A FULL and an INC of `/vm/d` in a target.
+fn chain() -> tempfile::TempDir {
+    let t = tempfile::tempdir().unwrap();
+    let d = t.path().join("d");
+    put(&d, "FULL-1-d", Level::Full, None, FIRST);
+    put(&d, "INC-2-d", Level::Inc, Some("FULL-1-d"), "000000000002");
+    t
+}
+
+fn both() -> Vec<Bitmap> {
+    vec![recording(bitmap(FIRST)), recording(bitmap("000000000002"))]
+}
+
+fn plan(t: &Path, level: LevelWish, disks: Vec<SeenDisk>, now: i64) -> Plan {
+    plan_with(t, level, disks, |i| i.now = now)
+}
+
+fn plan_with(
+    t: &Path,
+    level: LevelWish,
+    disks: Vec<SeenDisk>,
+    change: impl FnOnce(&mut Inputs<'_>),
+) -> Plan {
+    let target = TargetId::new(TARGET);
+    let mut inputs = Inputs {
+        seen: Seen { disks, ..Default::default() },
+        run: "00000000000f",
+        target: &target,
+        base: t,
+        now: 100,
+        vm: None,
+        no_inc: None,
+        unsound: &[],
+    };
+    change(&mut inputs);
+    make(&options(t, level), inputs).unwrap()
+}
+
+fn auto(t: &Path, d: SeenDisk) -> DiskPlan {
+    plan(t, LevelWish::Auto(None), vec![d], 100).disks.remove(0)
+}
+
+#[test]
+fn an_inc_lies_on_the_tip_and_lets_go_of_the_tips_bitmap_only() {
+    let t = chain();
+    let stray = names::bitmap(TARGET, FIRST, "0000000000aa", 0);
+    let other = names::bitmap("ffffffff", FIRST, FIRST, 0);
+    let mut bitmaps = both();
+    bitmaps.extend([recording(stray.clone()), recording(other), recording("x".into())]);
+    let p = auto(t.path(), disk("/vm/d", bitmaps));
+    assert_eq!((p.level, p.image.as_str()), (Level::Inc, "INC-100-d"));
+    assert_eq!(p.parent().unwrap().image, "INC-2-d");
+    assert_eq!(p.since.unwrap().name, bitmap("000000000002"));
+    assert_eq!(p.diff_bitmap.unwrap().name, bitmap(FIRST));
+    assert_eq!(p.obsolete, [bitmap("000000000002"), stray]);
+    assert_eq!(p.chain, FIRST);
+}
+
+#[test]
+fn a_diff_lies_on_the_full_and_changes_nothing() {
+    let t = chain();
+    let p = plan(t.path(), LevelWish::Diff, vec![disk("/vm/d", both())], 100).disks.remove(0);
+    assert_eq!(p.parent().unwrap().image, "FULL-1-d");
+    assert_eq!(p.since.unwrap().name, bitmap(FIRST));
+    assert!(p.new_bitmap.is_none() && p.obsolete.is_empty());
+}
+
+#[test]
+fn names_are_later_than_all_that_is_there() {
+    let t = chain();
+    let p = plan(t.path(), LevelWish::Full, vec![disk("/vm/d", both())], 1).disks.remove(0);
+    assert_eq!(p.image, "FULL-3-d");
+    assert_eq!(p.obsolete.len(), 2);
+}
+
+#[test]
+fn whatever_cannot_be_proved_is_a_full() {
+    type Change = fn(&mut SeenDisk);
+    let cases: [(&str, Change); 8] = [
+        ("is not on the disk", |d| drop(d.bitmaps.pop())),
+        ("inconsistent", |d| d.bitmaps[1].inconsistent = true),
+        ("does not record", |d| d.bitmaps[1].recording = false),
+        ("in use", |d| d.bitmaps[1].busy = true),
+        ("granularity", |d| d.bitmaps[1].granularity = 4096),
+        ("persistent", |d| d.bitmaps[1].persistent = false),
+        ("bytes at", |d| d.size = 65536),
+        ("is raw now", |d| d.identity.format = "raw".into()),
+    ];
+    for (why, change) in cases {
+        let t = chain();
+        let mut d = disk("/vm/d", both());
+        change(&mut d);
+        let p = auto(t.path(), d.clone());
+        assert_eq!(p.level, Level::Full, "{why}");
+        assert!(p.demoted.unwrap().contains(why), "{why}");
+        let mut p = plan(t.path(), LevelWish::Inc, vec![d], 100);
+        assert_eq!(p.refused.remove(0).1.kind(), Kind::Incomplete, "{why}");
+    }
+}
+
+#[test]
+fn disks_of_one_name_keep_their_folders() {
+    let t = chain();
+    // The stranger comes first and must not take the folder.
+    let list = vec![disk("/other/d", Vec::new()), disk("/vm/d", both())];
+    let p = plan(t.path(), LevelWish::Auto(None), list, 100);
+    assert_eq!(p.disks[0].dir, t.path().join("d-2"));
+    assert_eq!((p.disks[1].dir.clone(), p.disks[1].level), (t.path().join("d"), Level::Inc));
+    // Moved elsewhere, its bitmap proves that it is the same disk.
+    let p = auto(t.path(), disk("/moved/d", both()));
+    assert_eq!((p.dir.clone(), p.level), (t.path().join("d"), Level::Inc));
+}
+
+#[test]
+fn encrypted_disks_are_refused_and_unknown_names_are_errors() {
+    let t = chain();
+    let mut d = disk("/vm/d", both());
+    d.encrypted = true;
+    let p = plan(t.path(), LevelWish::Full, vec![d], 100);
+    assert_eq!(p.refused[0].1.kind(), Kind::Encrypted);
+    let mut o = options(t.path(), LevelWish::Full);
+    o.include = vec!["nobody".into()];
+    let inputs = Inputs {
+        seen: Seen::default(),
+        run: "r",
+        target: &TargetId::new(TARGET),
+        base: t.path(),
+        now: 1,
+        vm: None,
+        no_inc: None,
+        unsound: &[],
+    };
+    assert_eq!(make(&o, inputs).unwrap_err().kind(), Kind::NotFound);
+}
+
+#[test]
+fn a_full_is_due_by_number_or_by_age() {
+    let t = chain();
+    let due = |e, now| {
+        let list = vec![disk("/vm/d", both())];
+        plan(t.path(), LevelWish::Auto(Some(e)), list, now).disks[0].level
+    };
+    let time = example("x", Level::Full, None).time;
+    assert_eq!(due(Every::Points(2), 100), Level::Full);
+    assert_eq!(due(Every::Points(3), 100), Level::Inc);
+    assert_eq!(due(Every::Age(Duration::from_secs(60)), time + 60), Level::Full);
+    assert_eq!(due(Every::Age(Duration::from_secs(60)), time + 59), Level::Inc);
+}
+
+#[test]
+fn a_damaged_manifest_costs_its_own_disk_a_full_and_no_other_anything() {
+    let t = chain();
+    std::fs::write(t.path().join("d/.fleecefs/INC-2-d.json"), "{").unwrap();
+    put(&t.path().join("e"), "FULL-1-e", Level::Full, None, FIRST);
+    let mut m = manifest::read(&t.path().join("e"), "FULL-1-e".as_ref()).unwrap().unwrap();
+    m.disk.file = "/vm/e".into();
+    manifest::write(&t.path().join("e"), &m).unwrap();
+    let list = || vec![disk("/vm/d", both()), disk("/vm/e", both())];
+    let p = plan(t.path(), LevelWish::Auto(None), list(), 100);
+    assert_eq!((p.disks[0].level, p.disks[1].level), (Level::Full, Level::Inc));
+    assert!(p.disks[0].demoted.as_ref().unwrap().contains("manifest of INC-2-d"));
+    assert_eq!(p.disks[0].dir, t.path().join("d"));
+    let p = plan(t.path(), LevelWish::Inc, list(), 100);
+    assert_eq!((p.refused.len(), p.disks.len()), (1, 1));
+    // Not even the FULL says anything any more: the folder stays the disk's.
+    std::fs::write(t.path().join("d/.fleecefs/FULL-1-d.json"), "{").unwrap();
+    let p = plan(t.path(), LevelWish::Auto(None), list(), 100);
+    assert_eq!((p.disks[0].level, &p.disks[0].dir), (Level::Full, &t.path().join("d")));
+}
+
+#[test]
+fn a_diff_needs_no_inc() {
+    let t = chain();
+    std::fs::remove_file(t.path().join("d/INC-2-d")).unwrap();
+    put(&t.path().join("d"), "INC-3-d", Level::Inc, Some("INC-2-d"), "000000000003");
+    let p = plan(t.path(), LevelWish::Diff, vec![disk("/vm/d", both())], 100).disks.remove(0);
+    assert_eq!((p.level, p.parent().unwrap().image.as_str()), (Level::Diff, "FULL-1-d"));
+    assert_eq!(auto(t.path(), disk("/vm/d", both())).level, Level::Full);
+}
+
+#[test]
+fn an_unsound_chain_demotes_no_other_disk_of_its_folder() {
+    let t = tempfile::tempdir().unwrap();
+    let mut list = Vec::new();
+    for name in ["d", "e"] {
+        let image = format!("FULL-1-{name}");
+        put(t.path(), &image, Level::Full, None, FIRST);
+        let mut m = manifest::read(t.path(), image.as_ref()).unwrap().unwrap();
+        m.disk.file = format!("/vm/{name}");
+        manifest::write(t.path(), &m).unwrap();
+        list.push(disk(&format!("/vm/{name}"), both()));
+    }
+    let mut o = options(t.path(), LevelWish::Auto(None));
+    o.layout.no_subdir = true;
+    let unsound = [(t.path().to_path_buf(), "FULL-1-d".to_string(), "bad".to_string())];
+    let inputs = Inputs {
+        seen: Seen { disks: list, ..Default::default() },
+        run: "00000000000f",
+        target: &TargetId::new(TARGET),
+        base: t.path(),
+        now: 100,
+        vm: None,
+        no_inc: None,
+        unsound: &unsound,
+    };
+    let p = make(&o, inputs).unwrap();
+    assert_eq!((p.disks[0].level, p.disks[1].level), (Level::Full, Level::Inc));
+    assert_eq!(p.disks[0].demoted.as_deref(), Some("bad"));
+}
+
+#[test]
+fn a_cloned_vm_gets_a_chain_of_its_own() {
+    let t = chain();
+    let as_vm = |digit: &'static str, d: SeenDisk| {
+        let uuid: &'static str = if digit == "1" { "11111111" } else { "22222222" };
+        let level = LevelWish::Auto(None);
+        let p = plan_with(t.path(), level, vec![d], |i| i.vm = Some(uuid));
+        (p.disks[0].level, p.disks[0].dir.clone())
+    };
+    let own = (Level::Inc, t.path().join("d"));
+    assert_eq!(as_vm("1", disk("/vm/d", both())), own);
+    assert_eq!(as_vm("1", disk("/moved/d", both())), own);
+    let other = (Level::Full, t.path().join("d-2"));
+    assert_eq!(as_vm("2", disk("/clone/d", both())), other);
+    assert_eq!(as_vm("2", disk("/vm/d", both())), other);
+    // Without UUIDs what is recorded of the device must fit.
+    let mut d = disk("/clone/d", both());
+    d.identity.qdev = "/m/v7".into();
+    assert_eq!(auto(t.path(), d.clone()).dir, t.path().join("d-2"));
+    assert_eq!(as_vm("1", d), own);
+}
+
+#[test]
+fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
+    let t = tempfile::tempdir().unwrap();
+    let (old, new) = (t.path().join("2026-11"), t.path().join("2026-12"));
+    put(&old.join("d"), "FULL-1-d", Level::Full, None, FIRST);
+    std::fs::create_dir(&new).unwrap();
+    std::fs::write(t.path().join("uuid"), format!("{TARGET}-0000")).unwrap();
+    // November had an id of its own once.
+    std::fs::write(old.join("uuid"), "eeeeeeee-0000").unwrap();
+    let earlier = names::bitmap("eeeeeeee", FIRST, FIRST, 0);
+    let foreign = names::bitmap("ffffffff", FIRST, FIRST, 0);
+    let target = TargetId::of(t.path(), &new, true).unwrap();
+    let list = vec![bitmap(FIRST), earlier.clone(), foreign].into_iter().map(recording);
+    let d = disk("/vm/d", list.collect());
+    let p = make(
+        &options(t.path(), LevelWish::Auto(None)),
+        Inputs {
+            seen: Seen { disks: vec![d], ..Default::default() },
+            run: "00000000000f",
+            target: &target,
+            base: &new,
+            now: 100,
+            vm: None,
+            no_inc: None,
+            unsound: &[],
+        },
+    )
+    .unwrap();
+    let p = &p.disks[0];
+    assert_eq!((p.level, &p.dir), (Level::Full, &new.join("d")));
+    assert_eq!(p.obsolete, [bitmap(FIRST), earlier]);
+    assert!(target.owns(&p.new_bitmap.as_ref().unwrap().name));
+}

@@ -1,0 +1,75 @@
+//! Which process is at the other end of a unix socket.
+
+use std::mem;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+
+/// Names that QEMU's processes go by: qemu-system-…, qemu-kvm, qemu-storage-daemon, and Debian's kvm.
+const QEMU: [&str; 2] = ["qemu", "kvm"];
+
+/// Tells this process from every other one since the machine was installed: boot, process id and
+/// start time. `None` where that cannot be told (TCP, another process namespace), and where the
+/// socket was made by another program than QEMU (libvirt hands over its own), which may have made
+/// many.
+pub fn process(fd: RawFd) -> Option<String> {
+    let pid = peer_pid(fd)?;
+    let proc = Path::new("/proc").join(pid.to_string());
+    if !is_qemu(&proc) {
+        return None;
+    }
+    let start = start_time(&std::fs::read_to_string(proc.join("stat")).ok()?)?;
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(format!("{}-{pid}-{start}", boot.trim()))
+}
+
+fn peer_pid(fd: RawFd) -> Option<i32> {
+    let mut cred = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = mem::size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the buffer is a ucred of the length given.
+    let r = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut cred).cast(),
+            &mut len,
+        )
+    };
+    (r == 0 && cred.pid > 0).then_some(cred.pid)
+}
+
+fn is_qemu(proc: &Path) -> bool {
+    let command = std::fs::read_to_string(proc.join("comm")).unwrap_or_default();
+    let exe = std::fs::read_link(proc.join("exe")).unwrap_or_default();
+    let exe = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let known = |n: &str| QEMU.iter().any(|q| n.trim_start_matches('.').starts_with(q));
+    known(&command) || known(&exe)
+}
+
+/// Field 22 of `/proc/PID/stat` (proc(5)), in clock ticks since the boot. The name before it may
+/// hold anything, also brackets and blanks.
+fn start_time(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_start_time_is_found_behind_any_name() {
+        let tail: Vec<String> = (3..=52).map(|n| n.to_string()).collect();
+        let stat = format!("17 (a) (b c) {}", tail.join(" "));
+        assert_eq!(start_time(&stat), Some(22));
+        assert_eq!(start_time("17 (a"), None);
+        assert_eq!(start_time("17 (a) S 1"), None);
+    }
+
+    #[test]
+    fn a_socket_of_another_program_names_no_qemu() {
+        let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(peer_pid(a.as_raw_fd()), i32::try_from(std::process::id()).ok());
+        assert_eq!(process(a.as_raw_fd()), None);
+    }
+}

@@ -1,0 +1,383 @@
+//! What is left of a backup that could not end in order, and who may touch it: recovery of targets
+//! that are not there, of guests that somebody else holds, beside other programs and by other
+//! sockets of the same QEMU.
+
+mod backup;
+#[path = "common/guest.rs"]
+mod guest;
+mod mounted;
+mod qemu;
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
+
+use backup::{Caller, Daemon, leftovers, ours_in_qemu, read_views};
+use fleecefs::backup::journal::{self, Journal, Record};
+use fleecefs::lock::Locks;
+use fleecefs::qmp::Address;
+use qemu::{have, run};
+use serde_json::{Value, json};
+
+const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io"];
+
+fn daemon() -> Daemon {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, format) in [("a", "qcow2"), ("b", "raw")] {
+        let path = dir.path().join(format!("{name}.img"));
+        run("qemu-img", &["create", "-q", "-f", format, path.to_str().unwrap(), "8M"]);
+    }
+    let d = Daemon::start(dir, &[("a", "driver=qcow2"), ("b", "driver=raw")]);
+    for name in ["a", "b"] {
+        d.io(name, &["write -P 1 0 4M"]);
+    }
+    d
+}
+
+/// A backup that is held at its frozen moment.
+struct Held {
+    child: Child,
+    hold: tempfile::TempDir,
+}
+
+impl Held {
+    fn start(caller: &Caller, level: &str) -> Self {
+        let hold = tempfile::tempdir().unwrap();
+        let mut child = caller
+            .command(level)
+            .env("FLEECEFS_HOLD", hold.path())
+            .stderr(std::fs::File::create(hold.path().join("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        let views = read_views(&mut child, hold.path());
+        let held = Held { child, hold };
+        assert!(!views.is_empty(), "{}", held.said());
+        held
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(self.hold.path().join("stderr")).unwrap()
+    }
+
+    fn end(mut self) -> (Option<i32>, String) {
+        std::fs::write(self.hold.path().join("go"), "").unwrap();
+        let code = self.child.wait().unwrap().code();
+        (code, self.said())
+    }
+
+    fn signalled(mut self, signal: i32) -> (Option<i32>, String) {
+        // SAFETY: a signal to our own child.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+        let code = self.child.wait().unwrap().code();
+        (code, self.said())
+    }
+}
+
+fn recover(caller: &Caller, more: &[&str]) -> Output {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    c.args(["recover", "--qmp"]).arg(&caller.qmp).arg("--state-dir").arg(&caller.state);
+    c.args(more).output().unwrap()
+}
+
+fn must_recover(caller: &Caller, more: &[&str]) -> String {
+    let out = recover(caller, more);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "recover: {said}");
+    said
+}
+
+fn clean(d: &Daemon) {
+    assert_eq!(ours_in_qemu(&mut d.qmp()), Vec::<String>::new());
+    assert_eq!(leftovers(d.dir.path()), Vec::<PathBuf>::new());
+    let locks: Vec<_> = std::fs::read_dir(d.path("state"))
+        .unwrap()
+        .flatten()
+        .map(|e| e.file_name().into_string().unwrap())
+        .filter(|n| n.starts_with("run-") || n.starts_with("qemu-"))
+        .collect();
+    assert_eq!(locks, Vec::<String>::new());
+}
+
+#[test]
+fn a_second_socket_does_not_let_a_second_run_in() {
+    if !have("a_second_socket_does_not_let_a_second_run_in", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let first = Caller::of(&d);
+    let mut second = first.clone();
+    second.qmp = d.path("qmp2.sock");
+    first.must("full");
+    let held = Held::start(&first, "inc");
+    let before = ours_in_qemu(&mut d.qmp());
+    for out in [second.run("inc"), recover(&second, &[])] {
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains("another of its QMP sockets"), "{said}");
+    }
+    assert_eq!(ours_in_qemu(&mut d.qmp()), before);
+    let (code, said) = held.end();
+    assert_eq!(code, Some(0), "{said}");
+    second.must("inc");
+    clean(&d);
+}
+
+/// A backup of a daemon, killed at its moment.
+fn killed(caller: &Caller) {
+    let (code, said) = Held::start(caller, "auto").signalled(libc::SIGKILL);
+    assert_eq!(code, None, "{said}");
+}
+
+#[test]
+fn a_target_that_is_away_waits_and_blocks_nobody() {
+    if !have("a_target_that_is_away_waits_and_blocks_nobody", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let old = Caller::of(&d);
+    let mut new = old.clone();
+    new.target = d.path("T2");
+    old.must("full");
+    killed(&old);
+    let away = d.path("away");
+    std::fs::rename(&old.target, &away).unwrap();
+    let said = new.must("full");
+    assert!(said.contains("left for later"), "{said}");
+    let said = new.must("inc");
+    assert!(said.contains("left for later"), "{said}");
+    assert_eq!(ours_in_qemu(&mut d.qmp()), Vec::<String>::new());
+    let out = recover(&old, &[]);
+    assert_eq!(out.status.code(), Some(3), "{}", String::from_utf8_lossy(&out.stderr));
+
+    // It is there again: the run is settled, and the chain goes on.
+    std::fs::rename(&away, &old.target).unwrap();
+    assert!(!leftovers(&old.target).is_empty());
+    let said = old.must("auto");
+    assert!(said.contains("was not complete: removed"), "{said}");
+    assert!(!said.contains("a FULL, since"), "{said}");
+    clean(&d);
+
+    // Or it never comes back.
+    killed(&old);
+    std::fs::remove_dir_all(&old.target).unwrap();
+    assert!(!recover(&old, &[]).status.success());
+    let said = must_recover(&old, &["--forget"]);
+    assert!(said.contains("given up"), "{said}");
+    clean(&d);
+}
+
+#[test]
+fn recovery_waits_for_whoever_works_in_the_target() {
+    if !have("recovery_waits_for_whoever_works_in_the_target", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let caller = Caller::of(&d);
+    caller.must("full");
+    killed(&caller);
+    let before = leftovers(&caller.target);
+    assert!(!before.is_empty());
+    let prune = Locks::take(&caller.target.canonicalize().unwrap()).unwrap();
+    let out = recover(&caller, &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("another run is writing"), "{said}");
+    assert_eq!(leftovers(&caller.target), before);
+    drop(prune);
+    must_recover(&caller, &[]);
+    clean(&d);
+}
+
+#[test]
+fn a_run_ends_in_order_when_qemu_took_its_linked_socket_away() {
+    if !have("a_run_ends_in_order_when_qemu_took_its_linked_socket_away", TOOLS) {
+        return;
+    }
+    let mut d = daemon();
+    let link = d.path("link");
+    std::os::unix::fs::symlink(d.dir.path(), &link).unwrap();
+    let mut caller = Caller::of(&d);
+    caller.must("full");
+    caller.qmp = link.join("qmp.sock");
+    let held = Held::start(&caller, "inc");
+    d.stop();
+    let _ = std::fs::remove_file(d.path("qmp.sock"));
+    let (code, said) = held.end();
+    assert!(code.is_some_and(|c| c != 0), "{said}");
+    // The link leads back into the folder.
+    std::fs::remove_file(&link).unwrap();
+    assert_eq!(leftovers(d.dir.path()), Vec::<PathBuf>::new(), "{said}");
+    d.respawn();
+    caller.qmp = d.path("qmp.sock");
+    caller.must("auto");
+    clean(&d);
+}
+
+/// Writes the journal of a run that has only done this.
+fn journalled(caller: &Caller, agent: Option<&Path>, qemu: Option<&str>, record: Record) {
+    let vm = Address::Unix(caller.qmp.clone());
+    let begin = Record::Begin {
+        run: "0123456789ab".into(),
+        target: caller.target.clone(),
+        agent: agent.map(|a| a.display().to_string()),
+        qemu: qemu.map(str::to_string),
+    };
+    let mut j = Journal::begin(&caller.state, &vm, &begin).unwrap();
+    j.write(&record).unwrap();
+}
+
+#[test]
+fn a_guest_that_may_be_frozen_is_not_forgotten() {
+    if !have("a_guest_that_may_be_frozen_is_not_forgotten", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let caller = Caller::of(&d);
+    let pending = || journal::pending(&caller.state, &Address::Unix(caller.qmp.clone())).unwrap();
+    let nobody = d.path("agent.sock");
+    journalled(&caller, Some(&nobody), None, Record::Freeze);
+    let out = recover(&caller, &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("may still be frozen"), "{said}");
+    assert!(pending().unwrap().frozen);
+    // The guardian has thawed it.
+    let note = Record::Thawed("0123456789ab".into());
+    let path = journal::path(&caller.state, &Address::Unix(caller.qmp.clone()));
+    journal::note(&path, "0123456789ab", &note).unwrap();
+    must_recover(&caller, &[]);
+    assert_eq!(pending(), None);
+    // It was another QEMU's guest.
+    journalled(&caller, Some(&nobody), Some("boot-1-2"), Record::Freeze);
+    let said = must_recover(&caller, &[]);
+    assert!(said.contains("started again"), "{said}");
+    assert_eq!(pending(), None);
+}
+
+#[test]
+fn another_programs_nbd_server_is_left_alone() {
+    if !have("another_programs_nbd_server_is_left_alone", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let caller = Caller::of(&d);
+    journalled(&caller, None, None, Record::NbdStart);
+    must_recover(&caller, &[]);
+    UnixStream::connect(d.path("nbd.sock")).expect("the server of the daemon runs on");
+    clean(&d);
+}
+
+#[test]
+fn only_qmpbackups_own_nodes_are_taken_for_its_leftovers() {
+    if !have("only_qmpbackups_own_nodes_are_taken_for_its_leftovers", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let caller = Caller::of(&d);
+    caller.must("full");
+    let mut qmp = d.qmp();
+    // Two sets of the same nodes, one by each program.
+    for prefix in ["qmpbackup-a", "theirs"] {
+        let fleece = d.path(&format!("{prefix}.raw"));
+        std::fs::File::create(&fleece).unwrap().set_len(8 << 20).unwrap();
+        let node = |role: &str| format!("{prefix}-{role}");
+        qmp.execute(
+            "blockdev-add",
+            json!({"driver": "raw", "node-name": node("fleece"),
+                "file": {"driver": "file", "filename": fleece}}),
+        );
+        qmp.execute(
+            "blockdev-add",
+            json!({"driver": "null-co", "node-name": format!("disk-{prefix}"), "size": 8 << 20}),
+        );
+        qmp.execute(
+            "blockdev-add",
+            json!({"driver": "copy-before-write", "node-name": node("cbw"),
+                "file": format!("disk-{prefix}"),
+                "target": node("fleece")}),
+        );
+        qmp.execute(
+            "blockdev-add",
+            json!({"driver": "snapshot-access", "node-name": node("snap"), "file": node("cbw")}),
+        );
+    }
+    drop(qmp);
+    must_recover(&caller, &["--foreign"]);
+    let nodes = d.qmp().execute("query-named-block-nodes", json!({}));
+    let names: Vec<&str> =
+        nodes.as_array().unwrap().iter().filter_map(|n| n["node-name"].as_str()).collect();
+    assert!(!names.iter().any(|n| n.starts_with("qmpbackup")), "{names:?}");
+    for role in ["fleece", "cbw", "snap"] {
+        assert!(names.contains(&format!("theirs-{role}").as_str()), "{names:?}");
+    }
+}
+
+#[test]
+fn what_qemu_refuses_for_one_disk_does_not_keep_the_other() {
+    if !have("what_qemu_refuses_for_one_disk_does_not_keep_the_other", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let caller = Caller::of(&d);
+    caller.must("full");
+    let held = Held::start(&caller, "inc");
+    let view = ours_in_qemu(&mut d.qmp())
+        .iter()
+        .find_map(|n| Some(n.split(": ").nth(1).filter(|n| n.ends_with("-s0"))?.to_string()))
+        .expect("there is a frozen view");
+    d.qmp().execute(
+        "blockdev-add",
+        json!({"driver": "raw", "node-name": "theirs", "file": view, "read-only": true}),
+    );
+    let (code, said) = held.signalled(libc::SIGHUP);
+    assert_eq!(code, Some(130), "a lost terminal ends it in order: {said}");
+    let left = ours_in_qemu(&mut d.qmp());
+    assert!(!left.is_empty() && left.iter().all(|n| n.ends_with('0')), "{left:?}: {said}");
+    let settled = |disk: &&str| leftovers(&caller.target.join(disk)).is_empty();
+    assert_eq!(["a.img", "b.img"].iter().filter(|d| settled(d)).count(), 1, "{said}");
+    d.qmp().execute("blockdev-del", json!({"node-name": "theirs"}));
+    must_recover(&caller, &[]);
+    clean(&d);
+    let said = caller.must("auto");
+    assert!(!said.contains("a FULL, since"), "{said}");
+}
+
+#[test]
+fn the_announcement_says_what_the_moment_achieved() {
+    if !have("the_announcement_says_what_the_moment_achieved", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let caller = Caller::of(&d);
+    let held = Held::start(&caller, "full");
+    let folder = caller.target.join("a.img/.fleecefs");
+    let file = std::fs::read_dir(&folder)
+        .unwrap()
+        .flatten()
+        .map(|e| e.path())
+        .find(|p| p.to_string_lossy().ends_with(".partial.json"))
+        .expect("it was announced");
+    let m: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let reason = m["consistency"]["reason"].as_str().unwrap();
+    assert!(reason.contains("knows nothing of a guest"), "{m}");
+    let (code, said) = held.end();
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn a_guest_is_never_held_without_a_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let caller = Caller {
+        qmp: dir.path().join("q"),
+        state: dir.path().join("state"),
+        target: dir.path().join("T"),
+        more: Vec::new(),
+    };
+    let huge = u64::MAX.to_string();
+    for (option, value) in [
+        ("--cbw-timeout", "0"),
+        ("--hold-limit", "0"),
+        ("--hold-limit", &huge),
+        ("--agent-timeout", &huge),
+    ] {
+        let out = caller.with(&[option, value]).run("full");
+        assert_eq!(out.status.code(), Some(2), "{option} {value}: {out:?}");
+    }
+}
