@@ -176,7 +176,7 @@ fn recovery_waits_for_whoever_works_in_the_target() {
     killed(&caller);
     let before = leftovers(&caller.target);
     assert!(!before.is_empty());
-    let prune = Locks::take(&caller.target.canonicalize().unwrap(), []).unwrap();
+    let prune = Locks::take(&caller.target.canonicalize().unwrap()).unwrap();
     let out = recover(&caller, &[]);
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(!out.status.success() && said.contains("another run is writing"), "{said}");

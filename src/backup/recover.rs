@@ -239,7 +239,7 @@ fn reach(dir: &Path, cause: Cause<'_>, may_wait: bool) -> Result<Option<Locks>> 
         Err(e) if e.kind() == std::io::ErrorKind::NotFound && !may_wait => return Ok(None),
         Err(e) => return Err(Error::io(e, "cannot reach the folder").at_path(dir)),
     };
-    Locks::take(&real, []).map(Some)
+    Locks::take(&real).map(Some)
 }
 
 fn release_guest(client: &mut Client, pending: &Pending, watch: &dyn Watch) -> Result<()> {

@@ -29,6 +29,7 @@ use super::space::Reserves;
 use super::work::Run;
 use super::{LevelWish, Options, Watch, folders, names, now, plan, publish, recover, vm};
 use crate::chain::manifest::Consistency;
+use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
 use crate::qmp::Client;
@@ -149,7 +150,10 @@ fn target_lock(options: &Options, base: &Path) -> Result<Locks> {
         p.canonicalize().map_err(|e| Error::io(e, "cannot find the backup directory").at_path(p))
     };
     let (root, base) = (real(&options.target)?, real(base)?);
-    Locks::take(&root, [base.as_path()])
+    let locks = Locks::take(&root)?;
+    // What lies on files that are about to go, or to be replaced, must not get a child.
+    unfinished::refuse(&base)?;
+    Ok(locks)
 }
 
 /// The target, or its folder of this month.

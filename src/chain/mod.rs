@@ -13,13 +13,16 @@ pub mod manifest;
 pub mod name;
 mod points;
 mod probe;
+mod record;
 pub mod removal;
 pub mod scan;
 mod select;
+pub mod unfinished;
 mod virtnbd;
 
 use std::path::PathBuf;
 
+pub use record::{describe, record_from};
 pub use select::POINT_HELP;
 
 use crate::error::Finding;

@@ -15,6 +15,8 @@ use crate::layer::{LayerSpec, Part, SnapshotInfo};
 const FULL_SNAPSHOT: &str = "FULL-BACKUP";
 /// The names it gives to the others, in the local time of the machine it ran on.
 const DATE_SNAPSHOT: &str = "%Y-%m-%d-%H:%M:%S";
+/// The length of such a name.
+const DATE_LEN: usize = "2026-10-25-02:30:00".len();
 /// A file name has at most 255 bytes, and the mount appends `.raw`.
 const MAX_NAME: usize = 251;
 /// Characters of a snapshot's id that are shown; QEMU's are short numbers.
@@ -248,7 +250,9 @@ fn snapshot_time(snapshot: &SnapshotInfo, full: i64, is_rebased: bool) -> i64 {
 }
 
 fn local_time(text: &str) -> Option<i64> {
-    let date = jiff::civil::DateTime::strptime(DATE_SNAPSHOT, text).ok()?;
+    // A second one of that time has a number behind it.
+    let date = text.get(..DATE_LEN).unwrap_or(text);
+    let date = jiff::civil::DateTime::strptime(DATE_SNAPSHOT, date).ok()?;
     Some(date.to_zoned(jiff::tz::TimeZone::system()).ok()?.timestamp().as_second())
 }
 

@@ -21,6 +21,10 @@ pub struct Removal {
     pub publish: Option<Publish>,
     /// Image files to remove, in this order.
     pub remove: Vec<String>,
+    /// Images whose headers named one of these as their backing file: they lose the pointer before
+    /// anything goes, and get one to the new image in the end.
+    #[serde(default)]
+    pub relink: Vec<String>,
 }
 
 /// A new image on its way in.
@@ -56,9 +60,11 @@ pub fn read(dir: &Path) -> Result<Option<Removal>> {
     })
 }
 
-/// The images that are on their way out of `dir`.
+/// The images that are on their way out of `dir`, whatever takes them out.
 pub fn pending(dir: &Path) -> Vec<String> {
-    read(dir).ok().flatten().map(|r| r.remove).unwrap_or_default()
+    let mut leaving = read(dir).ok().flatten().map(|r| r.remove).unwrap_or_default();
+    leaving.extend(super::unfinished::leaving_by_fold(dir));
+    leaving
 }
 
 /// Writes the journal of `dir`, so that it survives a power cut before anything it names goes.

@@ -143,6 +143,9 @@ pub fn scan(
     walk.run(path);
     let (mut tree, mut cache) = (walk.tree, walk.cache);
     tree.resolve_links();
+    let left = tree.folders.iter().flat_map(|f| super::unfinished::findings(&f.path));
+    let left: Vec<Finding> = left.collect();
+    tree.findings.extend(left);
     if let Some(previous) = previous {
         tree.former = previous.bases_of(&tree.files);
     }

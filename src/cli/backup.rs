@@ -381,6 +381,9 @@ pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
 pub fn run(args: &BackupArgs) -> Result<()> {
     let options = args.options()?;
     let console = args.show.console()?;
+    if !options.dry_run {
+        super::writing::finish_what_is_left(&options.target)?;
+    }
     let result = backup(&options, &console, interrupt_flag()?);
     console.finish();
     let report = result.inspect_err(|e| console.log_error(e))?;

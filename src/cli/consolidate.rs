@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::work::{WorkArgs, cancel_flag};
+use super::writing::locked;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::Result;
 use crate::prune::consolidate::{Consolidation, consolidate, plan};
@@ -49,32 +50,36 @@ const DONE: &str = "this point is a FULL already\n";
 pub fn run(args: ConsolidateArgs) -> Result<()> {
     if args.dry_run {
         let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
-        let plan = plan(super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
+        let plan = plan(&catalog, super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
         let text = plan.as_ref().map_or(DONE.to_string(), text);
         return super::print(&(text + "dry run: nothing was changed\n"));
     }
-    one(&args.dir, &args.disk, &args.until, !args.no_compare, &args.work)
+    let how = How { compare: !args.no_compare, quiet: false };
+    one(&args.dir, &args.disk, &args.until, how, &args.work)
+}
+
+/// How a chain is consolidated.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct How {
+    /// Read the new image back and compare it with the point.
+    pub compare: bool,
+    /// Print nothing.
+    pub quiet: bool,
 }
 
 /// Consolidates one chain.
 ///
 /// # Errors
 /// See [`run`].
-pub(super) fn one(
-    dir: &Path,
-    disk: &Path,
-    until: &str,
-    compare: bool,
-    work: &WorkArgs,
-) -> Result<()> {
-    let (catalog, _) = scan(dir, &ScanOptions::default(), None)?;
-    let (catalog, _locks) = super::prune::locked(dir, catalog)?;
+pub(super) fn one(dir: &Path, disk: &Path, until: &str, how: How, work: &WorkArgs) -> Result<()> {
+    let say = |text: &str| if how.quiet { Ok(()) } else { super::print(text) };
+    let (catalog, _locks) = locked(dir)?;
     let disk = super::prune::find_disk(&catalog, disk)?;
-    let Some(plan) = plan(disk, until)? else { return super::print(DONE) };
-    super::print(&text(&plan))?;
+    let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE) };
+    say(&text(&plan))?;
     let (bar, cancel) = (Bar::default(), cancel_flag()?);
-    let done = consolidate(disk, &plan, compare, &work.work(&cancel, &bar))?;
-    super::print(&format!(
+    let done = consolidate(disk, &plan, how.compare, &work.work(&cancel, &bar))?;
+    say(&format!(
         "{}: {} ({} copied, {} cloned)\n",
         plan.image,
         done.way(),

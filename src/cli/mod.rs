@@ -24,6 +24,7 @@ mod users;
 mod verbs;
 mod verify;
 mod work;
+mod writing;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -44,6 +45,7 @@ pub fn main() -> ExitCode {
         Helper::Nothing => return ExitCode::SUCCESS,
     };
     init_logging(&cli);
+    serve::raise_file_limit();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

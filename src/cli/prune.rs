@@ -1,19 +1,19 @@
 //! `fleecefs prune`: retention.
 
-use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::bar::Bar;
+use super::consolidate::How;
+use super::writing::locked;
+use crate::chain::Catalog;
 use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
-use crate::chain::{Catalog, removal};
 use crate::error::{Error, Result};
-use crate::lock::Locks;
-use crate::prune::plan::{Manner, Plan, Rules, plan};
-use crate::prune::{execute, items, recover};
+use crate::prune::plan::{Manner, Plan, Reason, Rules, plan};
+use crate::prune::{execute, items};
 use crate::units::{human_bytes, parse_duration};
 
 /// Delete old points by retention rules
@@ -79,11 +79,11 @@ pub fn run(args: PruneArgs) -> Result<()> {
         return Err(super::usage("no rule says what to keep; give at least one --keep-..."));
     }
     let manner = Manner { force: args.force, consolidate: args.consolidate };
-    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
     if args.dry_run {
+        let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
         return show(&make(&catalog, &rules, manner)?, args.json, true);
     }
-    let (catalog, locks) = locked(&args.dir, catalog)?;
+    let (catalog, locks) = locked(&args.dir)?;
     let plan = make(&catalog, &rules, manner)?;
     show(&plan, args.json, false)?;
     execute(&catalog, &plan, &Bar::default())?;
@@ -91,7 +91,9 @@ pub fn run(args: PruneArgs) -> Result<()> {
     drop(locks);
     for disk in &plan.disks {
         for until in &disk.consolidate {
-            super::consolidate::one(&args.dir, &disk.disk, until, true, &args.work)?;
+            // The JSON document is the whole of the output.
+            let how = How { compare: true, quiet: args.json };
+            super::consolidate::one(&args.dir, &disk.disk, until, how, &args.work)?;
         }
     }
     Ok(())
@@ -99,27 +101,6 @@ pub fn run(args: PruneArgs) -> Result<()> {
 
 fn make(catalog: &Catalog, rules: &Rules, manner: Manner) -> Result<Plan> {
     Ok(plan(&items(catalog)?, rules, &jiff::tz::TimeZone::system(), manner))
-}
-
-/// Takes the locks, finishes what an earlier run left, and reads the directory again.
-///
-/// # Errors
-/// `Busy` if somebody else is writing, or what recovery says.
-pub(super) fn locked(dir: &Path, catalog: Catalog) -> Result<(Catalog, Locks)> {
-    let folders: BTreeSet<PathBuf> = folders(&catalog);
-    let locks = Locks::take(&catalog.root, folders.iter().map(PathBuf::as_path))?;
-    let bar = Bar::default();
-    for folder in folders.iter().filter(|f| removal::journal_path(f).exists()) {
-        recover(folder, &bar)?;
-    }
-    // What it was before the lock was taken may have changed.
-    let (catalog, _) = scan(dir, &ScanOptions::default(), None)?;
-    Ok((catalog, locks))
-}
-
-fn folders(catalog: &Catalog) -> BTreeSet<PathBuf> {
-    let points = catalog.disks.iter().flat_map(|d| &d.points);
-    points.filter_map(|p| p.source.parent().map(Path::to_path_buf)).collect()
 }
 
 fn show(plan: &Plan, as_json: bool, dry_run: bool) -> Result<()> {
@@ -142,12 +123,16 @@ fn text(plan: &Plan, dry_run: bool) -> String {
                 let _ = writeln!(out, "delete {path}  {}", human_bytes(p.bytes));
                 continue;
             }
+            if let [Reason::MergedInto(until)] = p.keep.as_slice() {
+                let _ = writeln!(out, "merge  {path}  into {until}");
+                continue;
+            }
             let reasons: Vec<String> = p.keep.iter().map(ToString::to_string).collect();
             let _ = writeln!(out, "keep   {path}  {}", reasons.join(", "));
         }
         for until in &disk.consolidate {
             let path = to_text(disk.disk.as_os_str());
-            let _ = writeln!(out, "merge  {path}  up to {until} into one FULL");
+            let _ = writeln!(out, "new    {path}  {until} becomes a FULL");
         }
     }
     let count = plan.deleted().count();

@@ -228,7 +228,7 @@ fn start(name: &str, stack: usize, work: impl FnOnce() + Send + 'static) -> Resu
 }
 
 /// A point's layers are all open at once: as many files as the system allows.
-fn raise_file_limit() {
+pub(super) fn raise_file_limit() {
     // SAFETY: plain data and valid pointers.
     unsafe {
         let mut limit: libc::rlimit = std::mem::zeroed();

@@ -1,20 +1,22 @@
 //! `fleecefs rebase`, `commit`, `snapshot-rebase` and `merge`: qmprestore's verbs.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
 use super::bar::Bar;
 use super::restore::{FileFormat, check_outside};
 use super::work::{WorkArgs, cancel_flag};
+use super::writing::locked;
 use crate::chain::Catalog;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::Result;
 use crate::image::{Cache, open_point};
 use crate::layer::Format;
+use crate::lock::Locks;
 use crate::restore::verbs::{self, Line, files, fold::FoldPlan, rebase::RebasePlan};
-use crate::restore::{Options, Plan, Qcow2Options, Target, Work};
+use crate::restore::{Options, Plan, Qcow2Options, Target};
 use crate::units::human_bytes;
 
 /// Options that all verbs have.
@@ -41,10 +43,13 @@ pub struct VerbArgs {
 /// Link the images of a chain by backing pointers, so that QEMU opens a point directly
 ///
 /// Alters the backup: the headers of the images change, and a link 'image' leads to the last one.
-/// The points stay what they are, and fleecefs, qmprestore and QEMU read them.
+/// The points stay what they are, and fleecefs and QEMU read them. The pointers are relative, so the
+/// folder may be moved. qmprestore's verbs are made for images without pointers: over these its
+/// merge, commit and snapshotrebase end with an error (over its own, which also change the order of
+/// the images, the result may be wrong).
 ///
 /// A crash leaves some images linked and others not, which changes nothing for restoring. The
-/// header being changed is saved first and put back by the next verb in this folder.
+/// header being changed is saved first and put back by whatever writes there next.
 #[derive(Debug, Args)]
 pub struct RebaseArgs {
     #[command(flatten)]
@@ -58,9 +63,9 @@ pub struct RebaseArgs {
 ///
 /// The new FULL is made beside the old one, compared, and put into its place, which takes as much
 /// space as the FULL and the largest increment (less where files are cloned: XFS, btrfs). A crash
-/// before that changes nothing; after it, every point that is to stay is there, and the next verb
-/// in this folder finishes the work. Points that lie on one of the increments keep it from
-/// starting.
+/// before that changes nothing; after it, every point that is to stay is there, and whatever writes
+/// there next (a backup, too) finishes the work. Points that lie on one of the increments keep it
+/// from starting.
 #[derive(Debug, Args)]
 pub struct CommitArgs {
     #[command(flatten)]
@@ -70,7 +75,8 @@ pub struct CommitArgs {
 /// Fold increments into their FULL and keep each state as an internal snapshot of it
 ///
 /// As 'commit', but no state is lost: the FULL gets an internal snapshot for itself (FULL-BACKUP)
-/// and for each increment, named by its local time. 'qemu-img snapshot -a' goes back to one.
+/// and for each increment, named by its local time (a second one of that name gets a number). 'qemu-img
+/// snapshot -a' goes back to one.
 #[derive(Debug, Args)]
 pub struct SnapshotRebaseArgs {
     #[command(flatten)]
@@ -98,21 +104,13 @@ pub struct MergeArgs {
 const CACHE_BYTES: u64 = 256 << 20;
 
 impl VerbArgs {
-    /// Scans the folder; what a killed run left is finished first if the verb alters anything.
-    fn catalog(&self, alters: bool, work: &Work) -> Result<Catalog> {
-        let (catalog, cache) = scan(&self.dir, &ScanOptions::default(), None)?;
+    /// Reads the folder; if the verb alters anything, under the lock, and after what a killed run
+    /// left is finished.
+    fn catalog(&self, alters: bool) -> Result<(Catalog, Option<Locks>)> {
         if !alters || self.dry_run {
-            return Ok(catalog);
+            return Ok((scan(&self.dir, &ScanOptions::default(), None)?.0, None));
         }
-        let mut folders: Vec<PathBuf> = Vec::new();
-        for p in catalog.disks.iter().flat_map(|d| &d.points) {
-            let folder = p.source.parent().unwrap_or(Path::new("."));
-            if !folders.iter().any(|f| f == folder) {
-                verbs::recover(&p.source, work)?;
-                folders.push(folder.to_path_buf());
-            }
-        }
-        scan(&self.dir, &ScanOptions::default(), Some(&cache)).map(|(catalog, _)| catalog)
+        locked(&self.dir).map(|(catalog, locks)| (catalog, Some(locks)))
     }
 
     fn line<'a>(&self, catalog: &'a Catalog) -> Result<Line<'a>> {
@@ -140,7 +138,7 @@ impl VerbArgs {
 pub fn rebase(args: RebaseArgs) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);
-    let catalog = args.verb.catalog(true, &work)?;
+    let (catalog, _locks) = args.verb.catalog(true)?;
     let plan = RebasePlan::new(&args.verb.line(&catalog)?)?;
     if !args.verb.announce(&plan.lines())? {
         return Ok(());
@@ -168,9 +166,9 @@ pub fn snapshot_rebase(args: SnapshotRebaseArgs) -> Result<()> {
 fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = verb.work.work(&cancel, &bar);
-    let catalog = verb.catalog(true, &work)?;
+    let (catalog, _locks) = verb.catalog(true)?;
     let line = verb.line(&catalog)?;
-    let plan = FoldPlan::new(&line, with_snapshots)?;
+    let plan = FoldPlan::new(&catalog, &line, with_snapshots)?;
     if plan.increments.is_empty() && !with_snapshots {
         return super::print("there is nothing to fold\n");
     }
@@ -189,7 +187,7 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
 pub fn merge(args: MergeArgs) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);
-    let catalog = args.verb.catalog(false, &work)?;
+    let (catalog, _) = args.verb.catalog(false)?;
     let line = args.verb.line(&catalog)?;
     check_outside(&catalog, &args.target)?;
     let image = open_point(line.disk, line.last(), &Cache::new(CACHE_BYTES))?;

@@ -1,8 +1,7 @@
 //! `fleecefs verify`: whether backups are sound, unsound, or nobody can tell.
 
-use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
@@ -11,7 +10,6 @@ use crate::chain::POINT_HELP;
 use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Kind, Result, Severity};
-use crate::lock::Locks;
 use crate::units::parse_when;
 use crate::verify::{Options, Outcome, PointReport, Report, verify};
 
@@ -54,16 +52,10 @@ pub struct VerifyArgs {
 /// # Errors
 /// `Unsound` or `Unproven` as the report says; or the directory cannot be read.
 pub fn run(args: VerifyArgs) -> Result<()> {
-    let (mut catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
-    let mut _locks = None;
     if args.create {
-        // What is being recorded must stay what it is meanwhile.
-        let points = catalog.disks.iter().flat_map(|d| &d.points);
-        let folders: BTreeSet<PathBuf> =
-            points.filter_map(|p| p.source.parent().map(Path::to_path_buf)).collect();
-        _locks = Some(Locks::take(&catalog.root, folders.iter().map(PathBuf::as_path))?);
-        catalog = scan(&args.dir, &ScanOptions::default(), None)?.0;
+        super::writing::finish_what_is_left(&args.dir)?;
     }
+    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
     let options = Options {
         quick: args.quick,
         point: args.point,

@@ -8,7 +8,8 @@
 //!
 //! While both chains are there, two files have one time in their names, and only manifests tell
 //! what lies on which. So the point and all that come after it get manifests first, if they have
-//! none.
+//! none. Backing pointers in later images go before the new FULL gets its name, and come back to it
+//! when the old files are gone.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -20,10 +21,11 @@ use super::execute::{make_folder, replace};
 use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest};
 use crate::chain::removal::{self, Publish, Removal};
-use crate::chain::{Disk, Level};
+use crate::chain::{Catalog, Disk, Level, describe as describe_point, record_from};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::{Format, Mapping};
+use crate::restore::verbs::not_used_elsewhere;
 use crate::restore::{self, Compression, Qcow2Options, Summary, Target, Work};
 use crate::storage::{ReadAt, SourceFile};
 use crate::verify;
@@ -56,9 +58,12 @@ pub struct Consolidation {
 /// # Errors
 /// `Usage` if the point is no INC of a chain that can be shortened; `NotFound`; `Incomplete` if
 /// the point cannot be served.
-pub fn plan(disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
-    let until = until.strip_suffix(".raw").unwrap_or(until);
+pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
     let find = |name: &str| disk.points.iter().position(|p| p.name == name);
+    // A disk may itself be called *.raw.
+    let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
+    let is_exact = find(until).is_some() || full.is_some_and(|f| find(&f).is_some());
+    let until = if is_exact { until } else { until.strip_suffix(".raw").unwrap_or(until) };
     let Some(point) = find(until).or_else(|| (until == "latest").then(|| disk.latest()).flatten())
     else {
         let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
@@ -86,6 +91,9 @@ pub fn plan(disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
         );
     }
     let (remove, children) = neighbours(disk, point)?;
+    let going: Vec<PathBuf> = remove.iter().map(|n| dir.join(n)).collect();
+    let going: Vec<&Path> = going.iter().map(PathBuf::as_path).collect();
+    not_used_elsewhere(catalog, &going)?;
     Ok(Some(Consolidation { dir, point, until: p.name.clone(), image, remove, children }))
 }
 
@@ -174,22 +182,23 @@ pub fn consolidate(
 ) -> Result<Summary> {
     make_folder(&plan.dir)?;
     remove_leftovers(&plan.dir)?;
-    record_all_from(disk, plan.point)?;
+    record_from(disk, plan.point)?;
     let temporary = format!("{TEMPORARY}{}", plan.image);
     let path = plan.dir.join(manifest::FOLDER).join(&temporary);
     let summary = build(disk, plan.point, &path, compare, work)?;
     let made = describe(disk, plan, &path, work)
         .and_then(|manifest| {
             like_the_point(disk, plan.point, &path)?;
-            let publish = Publish { temporary, manifest };
-            let removal = Removal { publish: Some(publish.clone()), remove: plan.remove.clone() };
+            let publish = Some(Publish { temporary, manifest });
+            let relink = Vec::new();
+            let removal = Removal { publish, remove: plan.remove.clone(), relink };
             removal::write(&plan.dir, &removal)?;
-            Ok(publish)
+            Ok(removal)
         })
         .inspect_err(|_| {
             let _ = std::fs::remove_file(&path);
         })?;
-    replace(&plan.dir, &made, &plan.remove, work.progress)?;
+    replace(&plan.dir, made, work)?;
     Ok(summary)
 }
 
@@ -205,28 +214,6 @@ fn remove_leftovers(dir: &Path) -> Result<()> {
         });
         if ours {
             std::fs::remove_file(entry.path()).map_err(failed)?;
-        }
-    }
-    Ok(())
-}
-
-/// Manifests, without hashes, for the point and all after it in its chain that have none.
-fn record_all_from(disk: &Disk, point: usize) -> Result<()> {
-    let chain = &disk.points[point].chain;
-    for (i, p) in disk.points.iter().enumerate() {
-        let later = p.chain == *chain && p.time >= disk.points[point].time;
-        let (Some(dir), Some(name)) = (p.source.parent(), p.source.file_name()) else { continue };
-        if !later || manifest::read(dir, name)?.is_some() {
-            continue;
-        }
-        match verify::describe(disk, i) {
-            Some(m) => {
-                manifest::write(dir, &m)?;
-            }
-            None => {
-                return Err(Error::new(Kind::Unsupported, "no manifest can be written for it")
-                    .at_path(&p.source));
-            }
         }
     }
     Ok(())
@@ -282,7 +269,7 @@ fn compression(disk: &Disk, point: usize) -> Result<Compression> {
 fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Result<Manifest> {
     let file = SourceFile::look(path)?;
     let point = manifest::read(&plan.dir, OsStr::new(&own_name(&disk.points[plan.point].source)?))?;
-    let mut m = point.or_else(|| verify::describe(disk, plan.point)).ok_or_else(|| {
+    let mut m = point.or_else(|| describe_point(disk, plan.point)).ok_or_else(|| {
         Error::new(Kind::Unsupported, "no manifest can be written for it").at_path(path)
     })?;
     let found = verify::check_structure(&file, None);

@@ -6,17 +6,21 @@
 //! without an image is no lost point.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::plan::Plan;
-use crate::chain::manifest::Manifest;
+use crate::chain::manifest::{Manifest, fingerprint};
 use crate::chain::removal::{self, Publish, Removal};
 use crate::chain::{Catalog, Disk, manifest};
 use crate::error::{Error, Kind, Result};
+use crate::layer::Format;
 use crate::progress::Progress;
-use crate::storage::ReadAt;
+use crate::restore::verbs::{self, files};
+use crate::restore::{Work, rename_new};
+use crate::storage::{ReadAt, SourceFile};
 
 /// Deletes what `plan`, made from `catalog`, says. The caller holds the lock.
 ///
@@ -42,8 +46,10 @@ pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Resul
     }
     for (dir, remove) in folders {
         make_folder(&dir)?;
-        removal::write(&dir, &Removal { publish: None, remove: remove.clone() })?;
-        finish(&dir, &remove, progress)?;
+        let removal = Removal { remove, ..Removal::default() };
+        removal::write(&dir, &removal)?;
+        remove_all(&dir, &removal.remove, None, progress)?;
+        removal::clear(&dir)?;
     }
     Ok(())
 }
@@ -102,46 +108,51 @@ fn own_files(disk: &Disk, i: usize) -> Vec<PathBuf> {
 fn check_unchanged(disk: &Disk, i: usize) -> Result<()> {
     let p = &disk.points[i];
     let Some(layer) = p.layers.iter().find(|l| l.file.path() == p.source) else { return Ok(()) };
-    layer.file.file()?;
-    layer.file.check_unchanged()
+    // A descriptor of its own: the catalog's would stay open, one for each file that goes.
+    let own = SourceFile::with_identity(layer.file.path().to_path_buf(), layer.file.identity());
+    own.file()?;
+    own.check_unchanged()
 }
 
-/// Removes what the journal of `dir` names, and then the journal.
-fn finish(dir: &Path, remove: &[String], progress: &dyn Progress) -> Result<()> {
+/// Removes what the journal of `dir` names; links that led there lead to `new`, or go too.
+fn remove_all(
+    dir: &Path,
+    remove: &[String],
+    new: Option<&str>,
+    progress: &dyn Progress,
+) -> Result<()> {
     let needed = still_needed(dir, remove)?;
-    for name in remove.iter().filter(|n| !needed.contains(*n)) {
+    let gone: Vec<&String> = remove.iter().filter(|n| !needed.contains(*n)).collect();
+    for name in &gone {
         remove_one(dir, name, progress)?;
     }
-    removal::clear(dir)
+    let gone: Vec<&OsStr> = gone.into_iter().map(OsStr::new).collect();
+    files::lead_links(dir, &gone, new.map(OsStr::new))
 }
 
 /// What an image that does not go lies on. The plan saw to it that there is none; but between a
 /// run that was broken off and the one that finishes it, a backup may have been made.
 fn still_needed(dir: &Path, remove: &[String]) -> Result<BTreeSet<String>> {
-    let manifests = manifests(dir)?;
-    let parent = |m: &Manifest| m.parent.clone().filter(|p| remove.contains(p));
-    let mut todo: Vec<String> =
-        manifests.values().filter(|m| !remove.contains(&m.image)).filter_map(parent).collect();
+    let mut lies_on: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for image in texts(files::images(dir)?) {
+        let (parent, pointer) = files::stated_parent(&dir.join(&image));
+        let stated = texts(parent.into_iter().chain(pointer)).filter(|n| remove.contains(n));
+        lies_on.insert(image, stated.collect());
+    }
+    let staying = lies_on.iter().filter(|(name, _)| !remove.contains(name));
+    let mut todo: Vec<&String> = staying.flat_map(|(_, below)| below).collect();
     let mut needed = BTreeSet::new();
     while let Some(name) = todo.pop() {
         if needed.insert(name.clone()) {
-            todo.extend(manifests.get(&name).and_then(parent));
+            todo.extend(lies_on.get(name).into_iter().flatten());
         }
     }
     Ok(needed)
 }
 
-/// All manifests of images that are there.
-fn manifests(dir: &Path) -> Result<BTreeMap<String, Manifest>> {
-    let failed = |e| Error::io(e, "cannot read the folder").at_path(dir);
-    let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(dir).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name();
-        if let (Some(text), Ok(Some(m))) = (name.to_str(), manifest::read(dir, &name)) {
-            found.insert(text.to_string(), m);
-        }
-    }
-    Ok(found)
+/// Names in a journal are text, so others are of no interest.
+fn texts(names: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = String> {
+    names.into_iter().filter_map(|n| n.into_string().ok())
 }
 
 /// Removes one image, makes that last, and removes its manifest.
@@ -173,57 +184,134 @@ pub(super) fn make_folder(dir: &Path) -> Result<()> {
     }
 }
 
-/// Finishes or takes back what a run that was broken off left in `dir`. The caller holds the lock.
-/// Returns whether there was anything.
+/// Finishes or takes back what runs that were broken off left in `dir`: prune, consolidate and the
+/// verbs that alter a chain. The caller holds the lock.
 ///
 /// # Errors
-/// The journal is damaged, or a step fails again.
-pub fn recover(dir: &Path, progress: &dyn Progress) -> Result<bool> {
-    let Some(removal) = removal::read(dir)? else { return Ok(false) };
-    progress.note(&format!("finishing what an earlier run began in {}", dir.display()));
+/// A journal is damaged, or a step fails again.
+pub fn recover(dir: &Path, work: &Work) -> Result<()> {
+    verbs::recover(dir, work)?;
+    let Some(removal) = removal::read(dir)? else { return Ok(()) };
+    work.progress.note(&format!("finishing what an earlier run began in {}", dir.display()));
     let Some(publish) = &removal.publish else {
-        finish(dir, &removal.remove, progress)?;
-        return Ok(true);
+        remove_all(dir, &removal.remove, None, work.progress)?;
+        return removal::clear(dir);
     };
     let temporary = dir.join(manifest::FOLDER).join(&publish.temporary);
     let image = dir.join(&publish.manifest.image);
     // The temporary file was complete and synced before the journal was written.
     if temporary.exists() || image.exists() {
-        replace(dir, publish, &removal.remove, progress)?;
-    } else {
-        removal::clear(dir)?;
+        return replace(dir, removal, work);
     }
-    Ok(true)
+    // Without it nothing went; a pointer that is gone already is no loss.
+    removal::clear(dir)
 }
 
 /// Publishes a new image and removes what it replaces. Every step may be done already.
 ///
-/// 1. The image gets its name. Old and new chain are both there, children lie on the old one.
-/// 2. Its manifest is written.
-/// 3. The children's manifests name it as their parent.
-/// 4. The old images go, newest first.
-pub(super) fn replace(
-    dir: &Path,
-    publish: &Publish,
-    remove: &[String],
-    progress: &dyn Progress,
-) -> Result<()> {
+/// 1. Children that have a backing pointer to what goes lose it, which is noted in the journal:
+///    their manifests say the same.
+/// 2. The image gets its name. Old and new chain are both there, children lie on the old one.
+/// 3. Its manifest is written.
+/// 4. The children's manifests name it as their parent.
+/// 5. The old images go, newest first.
+/// 6. The children that had a pointer get one to the new image.
+pub(super) fn replace(dir: &Path, mut removal: Removal, work: &Work) -> Result<()> {
+    let Some(publish) = removal.publish.clone() else { return Ok(()) };
+    let new = publish.manifest.image.clone();
+    let children = children(dir, &removal, &new)?;
+    let known = removal.relink.len();
+    let linked = children.iter().filter(|(_, linked)| *linked).map(|(name, _)| name.clone());
+    let linked: Vec<String> = linked.filter(|n| !removal.relink.contains(n)).collect();
+    removal.relink.extend(linked);
+    if removal.relink.len() > known {
+        removal::write(dir, &removal)?;
+    }
+    publish_new(dir, &publish, || {
+        removal.relink.iter().try_for_each(|n| without_pointer(dir, n, &new, work))
+    })?;
+    for (name, _) in &children {
+        if let Some(m) = manifest::read(dir, OsStr::new(name))? {
+            manifest::write(dir, &Manifest { parent: Some(new.clone()), ..m })?;
+        }
+    }
+    remove_all(dir, &removal.remove, Some(&new), work.progress)?;
+    relink(dir, &removal.relink, &new, work)?;
+    removal::clear(dir)
+}
+
+/// What stays and lies on what goes, also what a backup has added since an earlier run was broken
+/// off; and whether a backing pointer says so.
+fn children(dir: &Path, removal: &Removal, new: &str) -> Result<Vec<(String, bool)>> {
+    let mut found = Vec::new();
+    for image in texts(files::images(dir)?) {
+        if image == new || removal.remove.contains(&image) {
+            continue;
+        }
+        let goes = |n: Option<OsString>| texts(n).any(|n| removal.remove.contains(&n));
+        let (parent, pointer) = files::stated_parent(&dir.join(&image));
+        let (by_manifest, linked) = (goes(parent), goes(pointer));
+        if by_manifest || linked {
+            found.push((image, linked));
+        }
+    }
+    Ok(found)
+}
+
+/// Takes a backing pointer away, unless it leads to the new image already.
+fn without_pointer(dir: &Path, name: &str, new: &str, work: &Work) -> Result<()> {
+    let path = dir.join(name);
+    match files::stated_parent(&path).1 {
+        Some(pointer) if pointer != new => files::set_backing(&path, None, work),
+        _ => Ok(()),
+    }
+}
+
+/// Steps 1 to 3.
+fn publish_new(dir: &Path, publish: &Publish, unlink: impl Fn() -> Result<()>) -> Result<()> {
     let temporary = dir.join(manifest::FOLDER).join(&publish.temporary);
     let image = dir.join(&publish.manifest.image);
-    match std::fs::rename(&temporary, &image) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound || !image.exists() => {
-            return Err(Error::io(e, "cannot rename the new image").at_path(&image));
+    unlink()?;
+    match rename_new(&temporary, &image) {
+        Err(e) if e.kind() != ErrorKind::NotFound || !image.exists() => {
+            return Err(Error::io(e, "cannot give the new image its name").at_path(&image));
         }
         _ => sync(dir)?,
     }
-    manifest::write(dir, &publish.manifest)?;
-    for (name, mut m) in manifests(dir)? {
-        // Also what a backup has added since an earlier run was broken off.
-        let stays = name != publish.manifest.image && !remove.contains(&name);
-        if stays && m.parent.as_ref().is_some_and(|p| remove.contains(p)) {
-            m.parent = Some(publish.manifest.image.clone());
-            manifest::write(dir, &m)?;
-        }
+    let name = OsStr::new(&publish.manifest.image);
+    let known = manifest::read(dir, name).ok().flatten();
+    if known.as_ref() == Some(&publish.manifest) {
+        return Ok(());
     }
-    finish(dir, remove, progress)
+    if fits(&publish.manifest, &image)? {
+        return manifest::write(dir, &publish.manifest).map(drop);
+    }
+    // It may have been altered since, by somebody who said so.
+    if known.is_some_and(|m| fits(&m, &image).is_ok_and(|f| f)) {
+        return Ok(());
+    }
+    let what = "a consolidation was broken off, and this is not the FULL that it made";
+    Err(Error::new(Kind::Corrupt, what)
+        .at_path(image)
+        .remedy("verify the disk, and remove .fleecefs/removal.journal if this file is to stay"))
+}
+
+/// Whether an image is the one that a manifest speaks of, as far as its length and ends tell.
+fn fits(m: &Manifest, image: &Path) -> Result<bool> {
+    let meta = std::fs::metadata(image)
+        .map_err(|e| Error::io(e, "cannot look at the image").at_path(image))?;
+    let same_ends = match &m.fingerprint {
+        Some(known) => fingerprint(image)? == *known,
+        None => true,
+    };
+    Ok(meta.len() == m.file_size && same_ends)
+}
+
+/// Gives those of `names` that are there a backing pointer to `new`.
+fn relink(dir: &Path, names: &[String], new: &str, work: &Work) -> Result<()> {
+    let base = dir.join(new);
+    for path in names.iter().map(|n| dir.join(n)).filter(|p| p.exists()) {
+        files::set_backing(&path, Some((&base, Format::Qcow2)), work)?;
+    }
+    Ok(())
 }

@@ -1,18 +1,19 @@
 //! From a catalog to what the plan works on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::path::{Component, Path, PathBuf};
 
-use super::plan::{DiskItems, Item};
-use crate::chain::manifest;
-use crate::chain::{Catalog, Disk, Level, Point};
+use super::plan::{DiskItems, Item, vm};
+use crate::chain::manifest::{self, Manifest};
+use crate::chain::name::{self, Name, parse_partial, to_text};
+use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::Result;
 use crate::layer::Format;
 use crate::verify::{Options, Outcome, verify};
 
-/// The points of all disks; of each disk the newest is verified quickly, for nothing may go as
-/// long as nobody knows whether there is a good successor.
+/// The points of all disks; of each the newest is verified quickly, for nothing of a VM may go as
+/// long as nobody knows whether there is a good successor on each of its disks.
 ///
 /// # Errors
 /// The newest point cannot be looked at.
@@ -25,12 +26,75 @@ pub fn items(catalog: &Catalog) -> Result<Vec<DiskItems>> {
             *best = (*best).max((p.time, d, i));
         }
     }
-    for (timeline, (_, d, i)) in newest {
-        let held = held(catalog, &catalog.disks[d], i)?;
-        all.iter_mut().filter(|a| a.timeline == timeline).for_each(|a| a.held = held.clone());
+    for (timeline, (time, d, i)) in newest {
+        let folders: Vec<&Disk> = catalog
+            .disks
+            .iter()
+            .zip(&all)
+            .filter(|(_, a)| a.timeline == timeline)
+            .map(|z| z.0)
+            .collect();
+        let why = match lost_or_unfinished(&folders, time) {
+            Some(why) => Some(why),
+            None => held(catalog, &catalog.disks[d], i)?,
+        };
+        let Some(why) = why else { continue };
+        let why = format!("{}: {why}", to_text(timeline.as_os_str()));
+        for disk in all.iter_mut().filter(|a| vm(&a.timeline) == vm(&timeline)) {
+            disk.held.get_or_insert_with(|| why.clone());
+        }
     }
     Ok(all)
 }
+
+/// A point that is newer than all that are there, by its manifest or by an unfinished file.
+fn lost_or_unfinished(disks: &[&Disk], newest: i64) -> Option<String> {
+    for disk in disks {
+        let lost = missing(disk).into_iter().find(|m| m.time > newest);
+        if let Some(m) = lost {
+            return Some(format!(
+                "the newest point, {}, is lost: its manifest is there, the image is not",
+                m.image
+            ));
+        }
+        for path in disk.findings.iter().map(|f| &f.path) {
+            let name = path.file_name().unwrap_or_default();
+            let Some((_, stamp, _)) = parse_partial(name) else { continue };
+            if path.exists() && stamp.is_none_or(|t| t > newest) {
+                return Some(format!("the newest backup, {}, did not finish", to_text(name)));
+            }
+        }
+    }
+    None
+}
+
+/// The manifests of a disk whose images are gone, and not on their way out.
+fn missing(disk: &Disk) -> Vec<Manifest> {
+    let folders: BTreeSet<&Path> = disk.points.iter().filter_map(|p| p.source.parent()).collect();
+    let of = |image: &str| match name::parse(OsStr::new(image)) {
+        Name::Backup { disk, .. } => disk,
+        _ => image.into(),
+    };
+    let names: BTreeSet<_> = disk.points.iter().map(|p| of(&p.name)).collect();
+    let mut found = Vec::new();
+    for dir in folders {
+        let leaving = removal::pending(dir);
+        let Ok(entries) = std::fs::read_dir(dir.join(manifest::FOLDER)) else { continue };
+        for entry in entries.flatten() {
+            let file = entry.file_name();
+            let Some(image) = file.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
+            if dir.join(image).exists() || leaving.iter().any(|l| l == image) {
+                continue;
+            }
+            let known = manifest::read(dir, OsStr::new(image)).ok().flatten();
+            found.extend(known.filter(|m| names.contains(&of(&m.image))));
+        }
+    }
+    found
+}
+
+/// More images than this are not missing in one chain.
+const MOST_MISSING: usize = 1000;
 
 fn is_backup(point: &Point) -> bool {
     matches!(point.level, Level::Full | Level::Inc | Level::Diff | Level::Copy)
@@ -42,13 +106,16 @@ fn is_foreign(point: &Point) -> bool {
 }
 
 fn of_disk(disk: &Disk) -> DiskItems {
-    let item = |p: &Point| Item {
+    let item = |(i, p): (usize, &Point)| Item {
         name: p.name.clone(),
         time: p.time,
         // Other programs' archives are theirs to prune.
         level: if is_foreign(p) { Level::Image } else { p.level },
         served: p.is_served(),
-        parent: p.parent,
+        parent: p.parent.or_else(|| recorded_parent(disk, i)),
+        lies_on_unknown: matches!(p.level, Level::Inc | Level::Diff)
+            && !p.is_served()
+            && p.parent.or_else(|| recorded_parent(disk, i)).is_none(),
         run: run(p),
         file: p.source.clone(),
         chain: p.chain.clone(),
@@ -57,9 +124,29 @@ fn of_disk(disk: &Disk) -> DiskItems {
     DiskItems {
         disk: disk.path.clone(),
         timeline: timeline(&disk.path),
-        items: disk.points.iter().map(item).collect(),
+        items: disk.points.iter().enumerate().map(item).collect(),
         held: None,
     }
+}
+
+/// What a point that cannot be served lies on by its manifest, or, where that image is missing, by
+/// the manifest that is left of it.
+fn recorded_parent(disk: &Disk, i: usize) -> Option<usize> {
+    let p = &disk.points[i];
+    if p.is_served() {
+        return None;
+    }
+    let dir = p.source.parent()?;
+    let mut name = p.source.file_name()?.to_os_string();
+    // Manifests may form a loop.
+    for _ in 0..disk.points.len().saturating_add(MOST_MISSING) {
+        name = manifest::read(dir, &name).ok()??.parent?.into();
+        let path = dir.join(&name);
+        if let Some(found) = disk.points.iter().position(|q| q.source == path) {
+            return Some(found).filter(|j| *j < i);
+        }
+    }
+    None
 }
 
 fn run(point: &Point) -> String {

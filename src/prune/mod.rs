@@ -2,8 +2,9 @@
 //!
 //! `plan` decides, purely; `items` turns a catalog into its input; `execute` carries a plan out.
 //! `consolidate` makes the oldest part of a chain one new FULL. What a crash leaves is finished by
-//! `recover` at the start of the next run; until then the directory holds the old or the new chain
-//! whole.
+//! `recover` at the start of whatever writes to the folder next (a backup too); until then the
+//! directory holds the old or the new chain whole. `recover` also finishes what the verbs that alter
+//! a chain left: there is one recovery for all.
 
 pub mod consolidate;
 mod execute;

@@ -2,7 +2,7 @@
 //! `--dry-run` prints and a real run executes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -47,6 +47,8 @@ pub struct Item {
     pub served: bool,
     /// The point it lies on, as an index into [`DiskItems::items`]; always a smaller one.
     pub parent: Option<usize>,
+    /// Whether it lies on something of which nobody knows what it is, because a file is missing.
+    pub lies_on_unknown: bool,
     /// The run that made it: the same for all disks.
     pub run: String,
     /// The file it is in; internal snapshots share one.
@@ -94,6 +96,8 @@ pub enum Reason {
     SameRun,
     /// This point needs it.
     NeededBy(String),
+    /// This point lies on something that is missing, and that may lie on it.
+    MayBeNeededBy(String),
     /// It becomes part of this point, which becomes a FULL (`--consolidate`).
     MergedInto(String),
     /// It is an image of another kind.
@@ -107,7 +111,8 @@ pub enum Reason {
 impl Reason {
     /// Whether the point is wanted for itself, and not only because another lies on it.
     pub fn is_own(&self) -> bool {
-        !matches!(self, Reason::NeededBy(_) | Reason::MergedInto(_))
+        use Reason::{MayBeNeededBy, MergedInto, NeededBy};
+        !matches!(self, NeededBy(_) | MayBeNeededBy(_) | MergedInto(_))
     }
 }
 
@@ -124,6 +129,7 @@ impl std::fmt::Display for Reason {
             Reason::LastCompleteRun => f.write_str("last complete run"),
             Reason::SameRun => f.write_str("another disk of this run is kept"),
             Reason::NeededBy(p) => write!(f, "needed by {p}"),
+            Reason::MayBeNeededBy(p) => write!(f, "{p} may need it, once what is missing is back"),
             Reason::MergedInto(p) => write!(f, "merged into {p}"),
             Reason::NotABackup => f.write_str("not a backup"),
             Reason::CannotBeServed => f.write_str("cannot be restored; see 'list', or --force"),
@@ -206,6 +212,7 @@ pub fn plan(disks: &[DiskItems], rules: &Rules, zone: &TimeZone, manner: Manner)
     same_runs(disks, &mut kept);
     set_apart(disks, manner.force, &mut kept);
     inside(disks, &mut kept);
+    perhaps_needed(disks, &mut kept);
     needed(disks, &mut kept);
     let plans = disks.iter().enumerate().map(|(d, disk)| disk_plan(d, disk, &mut kept, manner));
     Plan { disks: plans.collect() }
@@ -269,13 +276,18 @@ fn newest(disks: &[DiskItems], keys: &[Key], kept: &mut Kept) {
     }
 }
 
+/// What is the same for all disks of a VM: the folder that contains them.
+pub fn vm(timeline: &Path) -> &Path {
+    timeline.parent().unwrap_or(timeline)
+}
+
 /// Runs by the folder that contains the disks (one VM), each with its points.
 fn runs(disks: &[DiskItems]) -> BTreeMap<(PathBuf, &str), Vec<Key>> {
     let mut runs: BTreeMap<(PathBuf, &str), Vec<Key>> = BTreeMap::new();
     for (d, disk) in disks.iter().enumerate() {
-        let vm = disk.timeline.parent().unwrap_or(&disk.timeline).to_path_buf();
+        let vm = vm(&disk.timeline);
         for (i, item) in disk.items.iter().enumerate().filter(|(_, i)| is_backup(i)) {
-            runs.entry((vm.clone(), &item.run)).or_default().push((d, i));
+            runs.entry((vm.to_path_buf(), &item.run)).or_default().push((d, i));
         }
     }
     runs
@@ -349,6 +361,25 @@ fn by_file(disk: &DiskItems) -> HashMap<&PathBuf, Vec<usize>> {
     files
 }
 
+/// Of a point that lies on something missing, every base in its folder that is older: what is
+/// missing may lie on it.
+fn perhaps_needed(disks: &[DiskItems], kept: &mut Kept) {
+    for (d, disk) in disks.iter().enumerate() {
+        for (i, item) in disk.items.iter().enumerate() {
+            if !item.lies_on_unknown || !kept.contains_key(&(d, i)) {
+                continue;
+            }
+            for (j, base) in disk.items.iter().enumerate() {
+                let carries = matches!(base.level, Level::Full | Level::Inc);
+                let beside = base.file.parent() == item.file.parent();
+                if carries && beside && base.time <= item.time && j != i {
+                    keep(kept, (d, j), Reason::MayBeNeededBy(item.name.clone()));
+                }
+            }
+        }
+    }
+}
+
 /// Everything that something kept lies on.
 fn needed(disks: &[DiskItems], kept: &mut Kept) {
     for (d, disk) in disks.iter().enumerate() {
@@ -381,17 +412,30 @@ fn disk_plan(d: usize, disk: &DiskItems, kept: &mut Kept, manner: Manner) -> Dis
 }
 
 /// Of each chain whose FULL is kept only for others: the oldest point that is wanted, if it is an
-/// INC and nothing wanted is older.
+/// INC and nothing wanted is older. What is older becomes part of it.
 fn shortened(disk: &DiskItems, points: &mut [PointPlan]) -> Vec<String> {
     let mut found = Vec::new();
     let chains: BTreeSet<&str> = disk.items.iter().map(|i| i.chain.as_str()).collect();
     for chain in chains {
-        let members = (0..disk.items.len()).filter(|i| disk.items[*i].chain == chain);
-        let first_wanted = members.into_iter().find(|i| points[*i].keep.iter().any(Reason::is_own));
-        let Some(i) = first_wanted else { continue };
-        if disk.items[i].level == Level::Inc && disk.items[i].parent.is_some() {
-            found.push(disk.items[i].name.clone());
+        let members: Vec<usize> =
+            (0..disk.items.len()).filter(|i| disk.items[*i].chain == chain).collect();
+        let is_wanted = |i: &&usize| points[**i].keep.iter().any(Reason::is_own);
+        let Some(&i) = members.iter().find(is_wanted) else { continue };
+        let item = &disk.items[i];
+        if item.level != Level::Inc || item.parent.is_none() || !item.served {
+            continue;
         }
+        // What may be needed by a point of another chain cannot become part of this one.
+        let before: Vec<usize> = members.iter().copied().take_while(|j| *j != i).collect();
+        let only_for_it =
+            |j: &usize| points[*j].keep.iter().all(|r| matches!(r, Reason::NeededBy(_)));
+        if !before.iter().all(only_for_it) {
+            continue;
+        }
+        for j in before.into_iter().filter(|j| !points[*j].keep.is_empty()).collect::<Vec<_>>() {
+            points[j].keep = vec![Reason::MergedInto(item.name.clone())];
+        }
+        found.push(item.name.clone());
     }
     found
 }
@@ -420,6 +464,7 @@ mod tests {
                 level,
                 served: true,
                 parent: (level == Level::Inc).then(|| items.len() - 1),
+                lies_on_unknown: false,
                 run: date.to_string(),
                 file: date.to_string().into(),
                 chain: chain.clone(),
@@ -498,6 +543,11 @@ mod tests {
             Manner { consolidate: true, ..Default::default() },
         );
         assert_eq!(plan.disks[0].consolidate, ["2023-12-27"]);
+        let merged: Vec<_> = (plan.disks[0].points.iter())
+            .filter(|p| p.keep == [Reason::MergedInto("2023-12-27".into())])
+            .map(|p| p.point.as_str())
+            .collect();
+        assert_eq!((merged.len(), merged[0], merged[25]), (26, "2023-12-01", "2023-12-26"));
         assert_eq!(plan.deleted().count(), 365 - 31);
     }
 
@@ -510,6 +560,35 @@ mod tests {
         let forced = Manner { force: true, ..Default::default() };
         let plan = plan(&[disk], &rules, &TimeZone::UTC, forced);
         assert_eq!(plan.deleted().count(), 364);
+    }
+
+    #[test]
+    fn what_a_broken_chain_may_lie_on_stays() {
+        let mut disk = year(true);
+        // December's chain has lost a point: nobody knows what the next one lies on.
+        let at = disk.items.iter().position(|i| i.name == "2023-12-03").unwrap();
+        disk.items.remove(at);
+        for (i, item) in disk.items.iter_mut().enumerate().skip(at) {
+            item.served = false;
+            item.parent = (i > at).then(|| i - 1);
+            item.chain = String::new();
+        }
+        disk.items[at].lies_on_unknown = true;
+        // A FULL that is good came after.
+        let mut full = disk.items[0].clone();
+        (full.name, full.time) = ("new".into(), i64::MAX / 2);
+        (full.file, full.chain, full.run) = ("new".into(), "new".into(), "new".into());
+        disk.items.push(full);
+        let rules = Rules { last: 1, ..Default::default() };
+        let plan = plan(&[disk], &rules, &TimeZone::UTC, Manner::default());
+        let keep = |name: &str| {
+            let mut points = plan.disks[0].points.iter();
+            points.find(|p| p.point == name).unwrap().keep.clone()
+        };
+        assert!(keep("2023-12-04").contains(&Reason::CannotBeServed));
+        for older in ["2023-12-01", "2023-12-02"] {
+            assert!(keep(older).contains(&Reason::MayBeNeededBy("2023-12-04".into())), "{older}");
+        }
     }
 
     #[test]
@@ -543,7 +622,19 @@ mod tests {
                 let served = served && parent.is_none_or(|p| items[p].served);
                 let (name, file) = (n.to_string(), n.to_string().into());
                 let run = (time / 1000).to_string();
-                items.push(Item { name, time, level, served, parent, run, file, chain, bytes: 1 });
+                let lies_on_unknown = !served && parent.is_none() && below;
+                items.push(Item {
+                    name,
+                    time,
+                    level,
+                    served,
+                    parent,
+                    lies_on_unknown,
+                    run,
+                    file,
+                    chain,
+                    bytes: 1,
+                });
             }
             DiskItems { disk: "d".into(), timeline: "d".into(), items, held: None }
         })

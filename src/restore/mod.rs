@@ -32,7 +32,7 @@ pub use device::Device;
 pub use plan::{Chunk, Plan, Totals};
 pub use qcow2::{Compression, Preallocation, Qcow2Options};
 pub use source::BadRange;
-pub use temp::Temp;
+pub use temp::{Temp, rename_new};
 pub use work::{RateLimit, Work};
 
 use source::Reader;

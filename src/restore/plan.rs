@@ -131,7 +131,7 @@ impl Plan {
     /// gone through, which therefore are not larger than a device can be.
     ///
     /// # Errors
-    /// `Unsupported` for a disk of more than [`MAX_WHOLE`].
+    /// `Unsupported` for a disk of more than 1 PiB.
     pub fn all_chunks(&self) -> Result<Vec<Chunk>> {
         if self.size > MAX_WHOLE {
             return Err(pool::too_large());

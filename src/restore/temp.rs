@@ -104,6 +104,16 @@ impl Temp {
         self.publish()
     }
 
+    /// The same, but fails if there is a file of that name.
+    ///
+    /// # Errors
+    /// See [`Temp::publish`]; `Exists`.
+    pub fn publish_as_new(mut self, target: &Path) -> Result<()> {
+        self.target = target.to_path_buf();
+        self.force = false;
+        self.publish()
+    }
+
     /// Mode and owner of the file that is being replaced, as far as we may.
     fn take_over_owner(&self) {
         let Ok(old) = std::fs::metadata(&self.target) else { return };
@@ -195,7 +205,10 @@ fn open_locked(path: &Path) -> Result<File> {
 }
 
 /// Renames without replacing.
-fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// What the operating system said: `AlreadyExists` if there is such a file.
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     let c = |p: &Path| CString::new(p.as_os_str().as_bytes()).map_err(io::Error::other);
     let (a, b) = (c(from)?, c(to)?);
     let at = libc::AT_FDCWD;

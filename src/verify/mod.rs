@@ -29,7 +29,6 @@ use files::{FileReport, Target};
 use links::Record;
 
 pub use content::hash;
-pub use record::describe;
 pub use structure::{Structure, check as check_structure};
 
 /// What to look at.
@@ -228,10 +227,21 @@ fn disk_report(
         verdicts[i] = Some(join(own, below.map(|b| b.1), name));
     }
     let recorded = match options.create && !options.quick {
-        true => record::create(disk, &records, reports, |i| match &verdicts[i] {
-            Some(v) if !suspects.contains_key(&i) => v.outcome,
-            _ => Outcome::Unsound,
-        })?,
+        true => {
+            let outcome = |i: usize| match &verdicts[i] {
+                Some(v) if !suspects.contains_key(&i) => v.outcome,
+                _ => Outcome::Unsound,
+            };
+            match record::create(&out.root, disk, &records, reports, outcome) {
+                // What was found is worth telling all the same.
+                Err(e) if e.kind() == Kind::Busy => {
+                    let found = Finding::from_error(&e, &out.root);
+                    out.findings.push(Finding { severity: Severity::Warning, ..found });
+                    HashSet::new()
+                }
+                other => other?,
+            }
+        }
         false => HashSet::new(),
     };
     for (i, verdict) in verdicts.into_iter().enumerate() {

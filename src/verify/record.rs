@@ -1,31 +1,35 @@
 //! `verify --create`: manifests for points that have none, so that later changes are noticed.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Outcome;
 use super::files::FileReport;
 use super::links::Record;
-use crate::chain::manifest::fingerprint;
-use crate::chain::manifest::{
-    self, Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest,
-};
-use crate::chain::{Disk, Level};
-use crate::error::Result;
-use crate::layer::Format;
+use crate::chain::manifest::{self, fingerprint};
+use crate::chain::{Disk, Level, describe, unfinished};
+use crate::error::{Error, Kind, Result};
+use crate::lock::Locks;
 
 /// Writes manifests for those points of `disk` that have none, and adds the hash to manifests
-/// without. Points that are unsound are left out, and those that lie on a point without a sound
-/// record: what they are depends on it. Returns the points that got one.
+/// without. Points that are unsound are left out, those that lie on a point without a sound record
+/// (what they are depends on it), and those whose file or manifest has changed since it was looked
+/// at. Returns the points that got one.
 ///
 /// # Errors
-/// A manifest cannot be written.
+/// A manifest cannot be written; `Busy` if somebody else is writing to `root`.
 pub(super) fn create(
+    root: &Path,
     disk: &Disk,
     records: &[Record],
     reports: &HashMap<PathBuf, FileReport>,
     outcome: impl Fn(usize) -> Outcome,
 ) -> Result<HashSet<usize>> {
+    let _locks = Locks::take(root)?;
+    if let Some(dir) = unfinished::folders(root).first() {
+        let what = "another run altered this folder meanwhile, and was broken off";
+        return Err(Error::new(Kind::Busy, what).at_path(dir).remedy("verify again"));
+    }
     let mut written = HashSet::new();
     for (i, p) in disk.points.iter().enumerate() {
         // A parent comes before its children.
@@ -42,7 +46,7 @@ pub(super) fn create(
             // One that cannot be read is a finding, and stays.
             None => describe(disk, i),
         };
-        let Some(mut m) = m else { continue };
+        let Some(mut m) = m.filter(|_| is_as_it_was(disk, i, records)) else { continue };
         m.blake3 = Some(hash);
         m.fingerprint = Some(fingerprint(&p.source)?);
         if let Some(dir) = p.source.parent() {
@@ -58,49 +62,9 @@ pub(super) fn create(
     Ok(written)
 }
 
-/// What the catalog knows about a point as a manifest; `None` if a manifest cannot say it (an
-/// internal snapshot, a plain image, a point that lies on a file in another folder).
-pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
+/// Whether file and manifest are still those that were looked at.
+fn is_as_it_was(disk: &Disk, i: usize, records: &[Record]) -> bool {
     let p = &disk.points[i];
-    if !matches!(p.level, Level::Full | Level::Inc | Level::Diff | Level::Copy) {
-        return None;
-    }
-    let [layer] = p.layers.as_slice() else { return None };
-    let format = match layer.format {
-        Format::Qcow2 => ImageFormat::Qcow2,
-        Format::Raw => ImageFormat::Raw,
-        // Other programs' archives have checksums of their own and are never written here.
-        Format::Vma | Format::SparseStream => return None,
-    };
-    let parent = match p.parent.map(|j| &disk.points[j].source) {
-        Some(below) if below.parent() != p.source.parent() => return None,
-        Some(below) => Some(below.file_name()?.to_str()?.to_string()),
-        None => None,
-    };
-    Some(Manifest {
-        format_version: FORMAT_VERSION,
-        // Points of one second belong to one run, as far as their names tell.
-        run: format!("time-{}", p.time),
-        image: p.source.file_name()?.to_str()?.to_string(),
-        disk: DiskIdentity::default(),
-        level: p.level,
-        time: p.time,
-        content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
-        parent,
-        format,
-        virtual_size: p.size,
-        file_size: layer.file.identity().size,
-        bitmap: None,
-        diff_bitmap: None,
-        bytes_copied: 0,
-        consistency: Consistency { reason: "recorded afterwards".into(), ..Consistency::default() },
-        qemu_version: String::new(),
-        duration_ms: 0,
-        blake3: None,
-        fingerprint: None,
-        vm: serde_json::Value::Null,
-        config_files: Vec::new(),
-        skipped: Vec::new(),
-        failed: Vec::new(),
-    })
+    let same_file = p.layers.iter().all(|l| !l.file.is_changed_on_disk());
+    same_file && p.source.exists() && Record::read(p).manifest == records[i].manifest
 }

@@ -8,7 +8,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{Member, qemu_img, side_folder};
-use crate::chain::manifest;
+use crate::chain::unfinished::{self, HEADER_SUFFIX};
+use crate::chain::{manifest, name};
 use crate::error::{Error, Kind, Result};
 use crate::layer::{Format, ImageInfo};
 use crate::restore::clone::Cloner;
@@ -63,9 +64,7 @@ pub fn manifest_of(image: &Path) -> Result<Option<manifest::Manifest>> {
 /// # Errors
 /// See [`manifest::write`].
 pub fn write_manifest(image: &Path, m: &manifest::Manifest) -> Result<()> {
-    // These verbs change images in place; the length alone goes on telling whether one was replaced.
-    let m = manifest::Manifest { fingerprint: None, ..m.clone() };
-    manifest::write(crate::restore::temp::folder_of(image), &m).map(drop)
+    manifest::write(crate::restore::temp::folder_of(image), m).map(drop)
 }
 
 /// BLAKE3 of a file.
@@ -173,7 +172,7 @@ pub fn format_name(format: Format) -> Option<&'static str> {
 /// saved before and removed after; its time stays; its manifest gets the new hash.
 ///
 /// # Errors
-/// What was met; the image is then as before, or the next verb makes it so.
+/// What was met; the image is then as before, or [`restore_headers`] makes it so.
 pub fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> Result<()> {
     let pointer = base.map(|(path, _)| pointer_to(path)).unwrap_or_default();
     let format = match base {
@@ -195,9 +194,10 @@ pub fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> 
         .map_err(|e| target_error(e, "cannot look at the file", image))?;
     let hash_before = manifest.as_ref().and_then(|m| m.blake3.clone());
     let saved = save_header(image, u64::from(info.cluster_size), hash_before.as_deref())?;
-    if let Some(m) = manifest.as_ref().filter(|m| m.blake3.is_some()) {
+    if let Some(m) = manifest.as_ref().filter(|m| m.blake3.is_some() || m.fingerprint.is_some()) {
         // From here to the end the hash is not known, rather than wrong.
-        write_manifest(image, &manifest::Manifest { blake3: None, ..m.clone() })?;
+        let (blake3, fingerprint) = (None, None);
+        write_manifest(image, &manifest::Manifest { blake3, fingerprint, ..m.clone() })?;
     }
     let mut args = ["rebase", "-q", "-u", "-f", "qcow2"].map(OsStr::new).to_vec();
     if let Some(format) = format {
@@ -218,13 +218,12 @@ pub fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> 
         }
         let meta = file.metadata().map_err(|e| target_error(e, "cannot look at it", image))?;
         m.file_size = meta.len();
+        m.fingerprint = Some(manifest::fingerprint(image)?);
         write_manifest(image, &m)?;
     }
     remove(&saved)
 }
 
-/// Ends the names of saved first clusters.
-const HEADER_SUFFIX: &str = ".header";
 /// Such a file begins with the hash that the image has with this cluster, in hexadecimal.
 const HASH_LEN: usize = 64;
 /// Stands for a hash that is not known.
@@ -233,7 +232,7 @@ const NO_HASH: [u8; HASH_LEN] = [b'-'; HASH_LEN];
 fn header_path(image: &Path) -> Result<PathBuf> {
     let mut name = image.file_name().unwrap_or_default().to_os_string();
     name.push(HEADER_SUFFIX);
-    Ok(side_folder(image)?.join(name))
+    Ok(side_folder(crate::restore::temp::folder_of(image))?.join(name))
 }
 
 /// Saves the first cluster of an image beside the manifests.
@@ -254,6 +253,8 @@ fn save_header(image: &Path, cluster: u64, hash: Option<&str>) -> Result<PathBuf
             .open(&temporary)?;
         file.write_all_at(hash.map_or(&NO_HASH[..], str::as_bytes), 0)?;
         file.write_all_at(&buf, HASH_LEN as u64)?;
+        // Its own time stands for the image's, which changing the header will move.
+        file.set_modified(std::fs::metadata(image)?.modified()?)?;
         file.sync_all()?;
         std::fs::rename(&temporary, &path)
     };
@@ -265,45 +266,116 @@ fn save_header(image: &Path, cluster: u64, hash: Option<&str>) -> Result<PathBuf
     Ok(path)
 }
 
-/// Puts back the first clusters that a killed run had saved in the folder of `image`. They are
+/// Puts back the first clusters that a killed run had saved for images in `folder`. They are
 /// whole, and what they replace differs at most in the backing pointer.
 ///
 /// # Errors
 /// Reading or writing failed.
-pub fn restore_headers(image: &Path) -> Result<()> {
-    let folder = super::super::temp::folder_of(image);
-    let side = folder.join(manifest::FOLDER);
-    let Ok(entries) = std::fs::read_dir(&side) else { return Ok(()) };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let Some(stem) = name.as_bytes().strip_suffix(HEADER_SUFFIX.as_bytes()) else { continue };
-        let (saved, image) = (entry.path(), folder.join(OsStr::from_bytes(stem)));
-        let bytes = std::fs::read(&saved)
-            .map_err(|e| target_error(e, "cannot read the saved header", &saved))?;
-        put_back(&image, &bytes)?;
+pub fn restore_headers(folder: &Path) -> Result<()> {
+    for saved in unfinished::journals(folder) {
+        let name = saved.file_name().unwrap_or_default().as_bytes();
+        let Some(stem) = name.strip_suffix(HEADER_SUFFIX.as_bytes()) else { continue };
+        let image = folder.join(OsStr::from_bytes(stem));
+        put_back(&image, &saved)?;
         log::warn!("{}: put back the header that a killed run had saved", image.display());
         remove(&saved)?;
     }
     Ok(())
 }
 
-/// Puts back a saved first cluster, and with it the hash that is right again.
-fn put_back(image: &Path, saved: &[u8]) -> Result<()> {
-    let Some((hash, cluster)) = saved.split_at_checked(HASH_LEN) else { return Ok(()) };
+/// Puts back a saved first cluster, the time the image had, and the hash that is right again.
+fn put_back(image: &Path, saved: &Path) -> Result<()> {
+    let read = || Ok((std::fs::read(saved)?, std::fs::metadata(saved)?.modified()?));
+    let (bytes, modified) = read()
+        .map_err(|e: std::io::Error| target_error(e, "cannot read the saved header", saved))?;
+    let Some((hash, cluster)) = bytes.split_at_checked(HASH_LEN) else { return Ok(()) };
     let put = || {
         let file = File::options().write(true).open(image)?;
         file.write_all_at(cluster, 0)?;
+        file.set_modified(modified)?;
         file.sync_all()
     };
     match put() {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(|e| target_error(e, "cannot put back the header", image))?,
     }
+    let Some(m) = manifest_of(image)? else { return Ok(()) };
     let known = std::str::from_utf8(hash).ok().filter(|_| hash != NO_HASH);
-    match (known, manifest_of(image)?) {
-        (Some(hash), Some(m)) => {
-            write_manifest(image, &manifest::Manifest { blake3: Some(hash.into()), ..m })
+    let blake3 = known.map(str::to_string);
+    let fingerprint = Some(manifest::fingerprint(image)?);
+    write_manifest(image, &manifest::Manifest { blake3, fingerprint, ..m })
+}
+
+/// What an image lies on by its own words: its manifest's parent, and the file name in its
+/// backing pointer. What is damaged says nothing.
+pub fn stated_parent(image: &Path) -> (Option<OsString>, Option<OsString>) {
+    let parent = manifest_of(image).ok().flatten().and_then(|m| m.parent).map(OsString::from);
+    let pointer = probe(image).ok().and_then(|i| i.backing_file).filter(|p| !p.is_empty());
+    let pointer = pointer.and_then(|p| Path::new(&p).file_name().map(OsStr::to_os_string));
+    (parent, pointer)
+}
+
+/// The names of the plain files of a folder that may be images.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn images(folder: &Path) -> Result<Vec<OsString>> {
+    let failed = |e| target_error(e, "cannot read the folder", folder);
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        let plain = entry.file_type().map_err(failed)?.is_file();
+        if plain && name::parse(&name) != name::Name::Ignored {
+            found.push(name);
         }
-        _ => Ok(()),
     }
+    found.sort();
+    Ok(found)
+}
+
+/// The link that leads to the newest point, as `rebase` sets it.
+pub const LINK: &str = "image";
+
+/// Sets a link of that name, or of the kind `FULL-<disk>`, that leads to one of the images `gone`
+/// to `new`, the image that took its place. Without `new`, and for links of the second kind, which
+/// say what the disk's FULL is, the link goes.
+///
+/// # Errors
+/// What the operating system said.
+pub fn lead_links(folder: &Path, gone: &[&OsStr], new: Option<&OsStr>) -> Result<()> {
+    let failed = |e| target_error(e, "cannot read the folder", folder);
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let (link, path) = (entry.file_name(), entry.path());
+        if link != LINK && name::parse_link(&link).is_none() {
+            continue;
+        }
+        let Ok(target) = std::fs::read_link(&path) else { continue };
+        let Some(name) = target.file_name() else { continue };
+        if !gone.contains(&name) || folder.join(name).exists() || path.exists() {
+            continue;
+        }
+        match new.filter(|_| link == LINK) {
+            Some(new) => set_link(&path, new)?,
+            None => remove(&path)?,
+        }
+    }
+    Ok(())
+}
+
+/// Makes `link` lead to `target`, in one step.
+///
+/// # Errors
+/// What the operating system said.
+pub fn set_link(link: &Path, target: &OsStr) -> Result<()> {
+    let mut temporary = OsString::from(".");
+    temporary.push(link.file_name().unwrap_or_default());
+    temporary.push(".tmp");
+    let temporary = link.with_file_name(temporary);
+    let _ = std::fs::remove_file(&temporary);
+    std::os::unix::fs::symlink(target, &temporary)
+        .and_then(|()| std::fs::rename(&temporary, link))
+        .map_err(|e| target_error(e, "cannot set the link", link))?;
+    sync_folder(link)
 }

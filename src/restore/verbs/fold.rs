@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 use super::rebase::{only_qcow2, same_folder};
 use super::switch::{Switch, switch};
-use super::{Line, Member, files, qemu_img, side_folder};
-use crate::chain::Level;
+use super::{Line, Member, files, not_used_elsewhere, qemu_img, side_folder, snapshots};
 use crate::chain::name::to_text;
+use crate::chain::{self, Catalog, Level};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image, open_point};
 use crate::layer::{Format, LayerSpec, Part};
@@ -36,12 +36,11 @@ pub struct FoldPlan {
     pub interim: PathBuf,
     /// Images that lie on the last one and will lie on the FULL.
     pub children: Vec<PathBuf>,
-    /// Names of the internal snapshots, the FULL's own first; empty for a plain commit.
-    pub snapshots: Vec<String>,
+    /// Names of the internal snapshots, the FULL's own first; empty for a plain commit. The FULL's
+    /// state may have one from an earlier run.
+    pub snapshots: Vec<Option<String>>,
 }
 
-/// The snapshot of the FULL itself, as qmprestore calls it.
-const FULL_SNAPSHOT: &str = "FULL-BACKUP";
 /// Memory for folded windows while the result is compared.
 const CACHE_BYTES: u64 = 128 << 20;
 
@@ -51,7 +50,7 @@ impl FoldPlan {
     /// # Errors
     /// `Unsupported` if images are not of a kind that QEMU can commit, `Usage` if other points
     /// depend on what would go.
-    pub fn new(line: &Line, with_snapshots: bool) -> Result<Self> {
+    pub fn new(catalog: &Catalog, line: &Line, with_snapshots: bool) -> Result<Self> {
         let mut members = line.members()?.into_iter();
         let Some(full) = members.next() else {
             return Err(Error::new(Kind::NotFound, "there is no image"));
@@ -61,14 +60,23 @@ impl FoldPlan {
             only_qcow2(m)?;
             same_folder(&full, m)?;
         }
+        let going: Vec<&Path> =
+            std::iter::once(&full).chain(&increments).map(|m| m.path.as_path()).collect();
+        not_used_elsewhere(catalog, &going)?;
         if with_snapshots && full.format != Format::Qcow2 {
             return Err(Error::new(Kind::Unsupported, "a raw image has no internal snapshots")
                 .at_path(&full.path));
         }
         let children = children(line)?;
         let interim = interim_path(&full, increments.last());
+        if !increments.is_empty() && std::fs::symlink_metadata(&interim).is_ok() {
+            let what = "the name that the new FULL needs for a while is taken";
+            return Err(Error::new(Kind::Exists, what)
+                .at_path(interim)
+                .remedy("use 'fleecefs merge' or 'restore', which alter nothing"));
+        }
         let snapshots =
-            if with_snapshots { snapshot_names(&full, &increments) } else { Vec::new() };
+            if with_snapshots { snapshots::names(&full, &increments)? } else { Vec::new() };
         Ok(FoldPlan { full, increments, interim, children, snapshots })
     }
 
@@ -77,31 +85,35 @@ impl FoldPlan {
         let name = |p: &Path| to_text(p.file_name().unwrap_or_default());
         let full = name(&self.full.path);
         let mut lines = vec![format!("copy {full}")];
-        if let Some(s) = self.snapshots.first() {
+        if let Some(Some(s)) = self.snapshots.first() {
             lines.push(format!("take the internal snapshot {s}"));
         }
         for (i, m) in self.increments.iter().enumerate() {
             lines.push(format!("commit a copy of {} into it", name(&m.path)));
-            if let Some(s) = self.snapshots.get(i + 1) {
+            if let Some(Some(s)) = self.snapshots.get(i + 1) {
                 lines.push(format!("take the internal snapshot {s}"));
             }
         }
         lines.push(format!("publish it as {}", name(&self.interim)));
         lines.extend(self.increments.iter().rev().map(|m| format!("remove {}", name(&m.path))));
-        lines.push(format!("rename {} to {full}", name(&self.interim)));
+        if !self.increments.is_empty() {
+            lines.push(format!("rename {} to {full}", name(&self.interim)));
+        }
         lines
     }
 
     /// Does it.
     ///
     /// # Errors
-    /// What was met. Before the switch nothing has changed then; during it the next verb finishes.
+    /// What was met. Before the switch nothing has changed then; during it whoever
+    /// writes to the folder next finishes.
     pub fn execute(&self, line: &Line, skip_check: bool, work: &Work) -> Result<()> {
         let members = || std::iter::once(&self.full).chain(&self.increments);
         if !skip_check {
             members().try_for_each(|m| files::check(m, work))?;
         }
-        let side = side_folder(&self.full.path)?;
+        let dir = folder_of(&self.full.path);
+        let side = side_folder(dir)?;
         let temp = Temp::create(&side.join("new-full"), true)?;
         let total = members().map(|m| std::fs::metadata(&m.path).map_or(0, |m| m.len())).sum();
         work.progress.begin("commit", total);
@@ -115,8 +127,12 @@ impl FoldPlan {
         if !skip_check {
             self.compare(line, temp.path(), work)?;
         }
-        let plan = Switch::new(self, work)?;
-        switch(&plan, Some(temp), work)
+        if !self.increments.is_empty() {
+            // While both chains are there names do not tell which image lies on which.
+            chain::record_from(line.disk, line.points[0])?;
+        }
+        let plan = Switch::new(self, temp.path(), work)?;
+        switch(plan, dir, temp, work)
     }
 
     /// Commits a copy of one increment into the new FULL.
@@ -146,28 +162,49 @@ impl FoldPlan {
     }
 
     fn snapshot(&self, index: usize, base: &Path, work: &Work) -> Result<()> {
-        let Some(name) = self.snapshots.get(index) else { return Ok(()) };
-        // From an earlier run: what it holds is older than the FULL is now.
-        if files::probe(base)?.snapshots.iter().any(|s| s.name == *name) {
-            return Ok(());
-        }
+        let Some(Some(name)) = self.snapshots.get(index) else { return Ok(()) };
         let args = ["snapshot", "-q", "-c", name].map(OsStr::new);
         qemu_img::run(&[&args[..], &[base.as_os_str()]].concat(), base, work)
     }
 
-    /// Compares the new FULL with the point it is to be.
+    /// Compares the new FULL with the point it is to be, and each snapshot with its own.
     fn compare(&self, line: &Line, new: &Path, work: &Work) -> Result<()> {
-        let cache = Cache::new(CACHE_BYTES);
-        let point = open_point(line.disk, line.last(), &cache)?;
-        let plan = Plan::new(&point, work)?;
-        plan.check_readable(false)?;
-        let file = Arc::new(SourceFile::look(new)?);
-        let size = crate::layer::probe(&*file)?.virtual_size;
-        let format = self.full.format;
-        let spec = LayerSpec { file, format, part: Part::Whole, data_file: None };
-        let result = Image::new(size, &[spec], None, &cache)?;
-        readback::image(&Reader::new(&point, false), &plan, &result, new, work)
+        compare_one(line, line.last(), new, (self.full.format, Part::Whole), work)?;
+        if self.snapshots.is_empty() {
+            return Ok(());
+        }
+        let taken = files::probe(new)?.snapshots;
+        for (&point, name) in line.points.iter().zip(&self.snapshots) {
+            let Some(name) = name else { continue };
+            let mut found = (0u32..).zip(&taken).filter(|(_, s)| s.name == *name);
+            let (Some((place, _)), None) = (found.next(), found.next()) else {
+                let text = format!("there is not one snapshot called {name}");
+                return Err(Error::new(Kind::Unsound, text).at_path(new));
+            };
+            let part = Part::Snapshot(place);
+            compare_one(line, point, new, (self.full.format, part), work)?;
+        }
+        Ok(())
     }
+}
+
+/// Compares what `part` of the new image holds with a point.
+fn compare_one(
+    line: &Line,
+    point: usize,
+    new: &Path,
+    (format, part): (Format, Part),
+    work: &Work,
+) -> Result<()> {
+    let cache = Cache::new(CACHE_BYTES);
+    let point = open_point(line.disk, point, &cache)?;
+    let plan = Plan::new(&point, work)?;
+    plan.check_readable(false)?;
+    let file = Arc::new(SourceFile::look(new)?);
+    let spec = LayerSpec { file, format, part, data_file: None };
+    let size = crate::layer::open(&spec)?.size();
+    let result = Image::new(size, &[spec], None, &cache)?;
+    readback::image(&Reader::new(&point, false), &plan, &result, new, work)
 }
 
 /// The images that lie on the line's last one. Others must not lie on the line: what they are made
@@ -197,21 +234,4 @@ fn interim_path(full: &Member, last: Option<&Member>) -> PathBuf {
     let rest = name.iter().position(|b| *b == b'-').map_or(&b"-new"[..], |i| &name[i..]);
     let name = [b"FULL", rest].concat();
     folder_of(&full.path).join(OsStr::from_bytes(&name))
-}
-
-/// The FULL's name, then each increment's local time, as qmprestore names them.
-fn snapshot_names(full: &Member, increments: &[Member]) -> Vec<String> {
-    let zone = jiff::tz::TimeZone::system();
-    let name = |m: &Member| match jiff::Timestamp::from_second(m.time) {
-        Ok(t) => t.to_zoned(zone.clone()).strftime("%Y-%m-%d-%H:%M:%S").to_string(),
-        Err(_) => m.time.to_string(),
-    };
-    let taken = files::probe(&full.path).map(|i| i.snapshots).unwrap_or_default();
-    let first = if taken.iter().any(|s| s.name == FULL_SNAPSHOT) {
-        // Folded before: the FULL's state has the snapshot of that time already.
-        taken.last().map_or(FULL_SNAPSHOT.to_string(), |s| s.name.clone())
-    } else {
-        FULL_SNAPSHOT.to_string()
-    };
-    std::iter::once(first).chain(increments.iter().map(name)).collect()
 }

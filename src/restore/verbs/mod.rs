@@ -4,12 +4,13 @@
 //! Crash safety: no step ever takes away bytes that a point which is to stay still needs. What is
 //! rewritten is made under another name and renamed; a header that is changed in place is saved
 //! first; what a crash may leave is written down before (`.fleecefs/fold.json`,
-//! `.fleecefs/<file>.header`), and the next verb in the same folder finishes it ([`recover`]).
+//! `.fleecefs/<file>.header`), and whoever writes to the folder next finishes it ([`recover`]).
 
 pub mod files;
 pub mod fold;
 pub mod qemu_img;
 pub mod rebase;
+mod snapshots;
 mod switch;
 
 use std::ffi::OsStr;
@@ -18,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use crate::chain::{Catalog, Disk, Level, manifest, name};
 use crate::error::{Error, Kind, Result};
-use crate::layer::Format;
+use crate::layer::{Format, LayerSpec};
 
 pub use switch::recover;
 
@@ -58,6 +59,13 @@ impl Line<'_> {
                 let text = format!("{} is not one image file", p.name);
                 return Err(Error::new(Kind::Unsupported, text).at_path(&p.source));
             };
+            if layer.data_file.is_some() {
+                // QEMU would write into that file, which no copy of the image protects.
+                let text = format!("{} keeps its data in another file", p.name);
+                return Err(Error::new(Kind::Unsupported, text)
+                    .at_path(&p.source)
+                    .remedy("use 'fleecefs restore', which alters nothing"));
+            }
             let (path, format) = (layer.file.path().to_path_buf(), layer.format);
             Ok(Member { path, format, size: p.size, time: p.time, level: p.level })
         };
@@ -126,12 +134,35 @@ fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
     })
 }
 
-/// The folder for what lies beside the images; made if it is not there.
+/// Fails if a point that is to stay reads one of the files that go or change, though it is of
+/// another disk, or of this one without lying on it by the chain's rules.
+///
+/// # Errors
+/// `Usage` that names the point.
+pub fn not_used_elsewhere(catalog: &Catalog, going: &[&Path]) -> Result<()> {
+    let goes = |p: &Path| going.contains(&p);
+    for disk in &catalog.disks {
+        for p in disk.points.iter().filter(|p| !goes(&p.source)) {
+            let files = |l: &LayerSpec| {
+                goes(l.file.path()) || l.data_file.as_ref().is_some_and(|d| goes(d.path()))
+            };
+            if p.layers.iter().any(files) {
+                let text = format!("{} needs a file that would go", p.name);
+                return Err(Error::new(Kind::Usage, text)
+                    .at_path(&p.source)
+                    .remedy("restore it to a file of its own first, and remove it"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The folder for what lies beside the images in `dir`; made if it is not there.
 ///
 /// # Errors
 /// What the operating system said.
-pub fn side_folder(image: &Path) -> Result<PathBuf> {
-    let folder = super::temp::folder_of(image).join(manifest::FOLDER);
+pub fn side_folder(dir: &Path) -> Result<PathBuf> {
+    let folder = dir.join(manifest::FOLDER);
     match std::fs::create_dir(&folder) {
         Ok(()) => super::temp::sync_folder(&folder)?,
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}

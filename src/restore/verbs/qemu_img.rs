@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -34,7 +35,16 @@ pub fn run(args: &[&OsStr], about: &Path, work: &Work) -> Result<()> {
 /// As [`run`], but not for a failure of qemu-img itself.
 pub fn run_code(args: &[&OsStr], about: &Path, work: &Work) -> Result<(i32, String)> {
     log::info!("qemu-img {}", shown(args));
-    let mut child = Command::new("qemu-img")
+    let mut command = Command::new("qemu-img");
+    // SAFETY: prctl is a plain system call. Left behind by a killed run, QEMU would go on writing
+    // to an image while the next run puts it right.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+    let mut child = command
         .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -8,15 +8,13 @@
 //! Only headers change, one after the other, each saved before. A crash leaves some images linked
 //! and others not, which restores as well as before; the next run goes on.
 
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::{Line, Member, files};
 use crate::chain::name::to_text;
 use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
-use crate::restore::target_error;
-use crate::restore::temp::{folder_of, sync_folder};
+use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
 
 /// What a rebase is going to do.
@@ -27,9 +25,6 @@ pub struct RebasePlan {
     /// The link that leads to the last one.
     pub link: PathBuf,
 }
-
-/// The link's name, which qmprestore gives it too.
-const LINK: &str = "image";
 
 impl RebasePlan {
     /// Plans the rebase of a line.
@@ -46,7 +41,7 @@ impl RebasePlan {
             only_qcow2(m)?;
             same_folder(full, m)?;
         }
-        let link = folder_of(&full.path).join(LINK);
+        let link = folder_of(&full.path).join(files::LINK);
         if std::fs::symlink_metadata(&link).is_ok_and(|m| !m.is_symlink()) {
             return Err(Error::new(Kind::Exists, "is in the way: it is no link").at_path(&link));
         }
@@ -79,7 +74,7 @@ impl RebasePlan {
             files::set_backing(&pair[1].path, base, work)?;
         }
         match self.members.last() {
-            Some(last) => set_link(&self.link, &last.path),
+            Some(last) => files::set_link(&self.link, last.path.file_name().unwrap_or_default()),
             None => Ok(()),
         }
     }
@@ -107,17 +102,4 @@ pub fn same_folder(a: &Member, b: &Member) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(Kind::Unsupported, "the images are not in one folder").at_path(&b.path))
-}
-
-fn set_link(link: &Path, target: &Path) -> Result<()> {
-    let pointer = target.file_name().unwrap_or_default();
-    let mut temporary = OsString::from(".");
-    temporary.push(LINK);
-    temporary.push(".tmp");
-    let temporary = link.with_file_name(temporary);
-    let _ = std::fs::remove_file(&temporary);
-    std::os::unix::fs::symlink(pointer, &temporary)
-        .and_then(|()| std::fs::rename(&temporary, link))
-        .map_err(|e| target_error(e, "cannot set the link", link))?;
-    sync_folder(link)
 }

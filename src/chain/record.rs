@@ -1,0 +1,79 @@
+//! Manifests for images that have none, out of what names, headers and neighbours say.
+
+use super::manifest::{
+    self, Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest,
+};
+use super::{Disk, Level};
+use crate::error::{Error, Kind, Result};
+use crate::layer::Format;
+
+/// What the catalog knows about a point as a manifest; `None` if a manifest cannot say it (an
+/// internal snapshot, a plain image, a point that lies on a file in another folder).
+pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
+    let p = &disk.points[i];
+    if !matches!(p.level, Level::Full | Level::Inc | Level::Diff | Level::Copy) {
+        return None;
+    }
+    let [layer] = p.layers.as_slice() else { return None };
+    let format = match layer.format {
+        Format::Qcow2 => ImageFormat::Qcow2,
+        Format::Raw => ImageFormat::Raw,
+        // Other programs' archives have checksums of their own and are never written here.
+        Format::Vma | Format::SparseStream => return None,
+    };
+    let parent = match p.parent.map(|j| &disk.points[j].source) {
+        Some(below) if below.parent() != p.source.parent() => return None,
+        Some(below) => Some(below.file_name()?.to_str()?.to_string()),
+        None => None,
+    };
+    Some(Manifest {
+        format_version: FORMAT_VERSION,
+        // Points of one second belong to one run, as far as their names tell.
+        run: format!("time-{}", p.time),
+        image: p.source.file_name()?.to_str()?.to_string(),
+        disk: DiskIdentity::default(),
+        level: p.level,
+        time: p.time,
+        content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
+        parent,
+        format,
+        virtual_size: p.size,
+        file_size: layer.file.identity().size,
+        bitmap: None,
+        diff_bitmap: None,
+        bytes_copied: 0,
+        consistency: Consistency { reason: "recorded afterwards".into(), ..Consistency::default() },
+        qemu_version: String::new(),
+        duration_ms: 0,
+        blake3: None,
+        fingerprint: None,
+        vm: serde_json::Value::Null,
+        config_files: Vec::new(),
+        skipped: Vec::new(),
+        failed: Vec::new(),
+    })
+}
+
+/// Writes manifests, without hashes, for point `from` and all after it in its chain that have
+/// none: from then on they say what lies on what, whatever names say.
+///
+/// # Errors
+/// `Unsupported` if a manifest cannot say it, or writing failed.
+pub fn record_from(disk: &Disk, from: usize) -> Result<()> {
+    let first = &disk.points[from];
+    for (i, p) in disk.points.iter().enumerate() {
+        let later = i >= from || p.time >= first.time;
+        if p.chain != first.chain || !later || p.level == Level::Snapshot {
+            continue;
+        }
+        let (Some(dir), Some(name)) = (p.source.parent(), p.source.file_name()) else { continue };
+        if manifest::read(dir, name)?.is_some() {
+            continue;
+        }
+        let m = describe(disk, i).ok_or_else(|| {
+            Error::new(Kind::Unsupported, "no manifest can be written for it").at_path(&p.source)
+        })?;
+        manifest::write(dir, &m)?;
+    }
+    Ok(())
+}
