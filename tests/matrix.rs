@@ -227,21 +227,31 @@ fn twist(twist: Twist, path: &Path, point: usize, size: u64) {
     }
 }
 
+/// In two halves, so that they run at the same time.
 #[test]
-fn bytes_and_maps_equal_qemus() {
+fn bytes_and_maps_equal_qemus_for_even_chains() {
+    bytes_and_maps_equal_qemus("bytes_and_maps_equal_qemus_for_even_chains", 0);
+}
+
+#[test]
+fn bytes_and_maps_equal_qemus_for_odd_chains() {
+    bytes_and_maps_equal_qemus("bytes_and_maps_equal_qemus_for_odd_chains", 1);
+}
+
+fn bytes_and_maps_equal_qemus(test: &str, half: u64) {
     let tools = ["qemu-img", "qemu-io", "/dev/fuse"];
-    if !qemu::have("bytes_and_maps_equal_qemus", &tools) {
+    if !qemu::have(test, &tools) {
         return;
     }
     let dir = qemu::tempdir();
     let cases = cases();
     assert!(cases.len() >= 60, "{} chains", cases.len());
-    let chains: Vec<Chain> =
-        cases.iter().zip(1..).map(|(c, seed)| build(dir.path(), c, seed)).collect();
+    let mine: Vec<(&Case, u64)> = cases.iter().zip(1..).filter(|(_, n)| n % 2 == half).collect();
+    let chains: Vec<Chain> = mine.iter().map(|(c, seed)| build(dir.path(), c, *seed)).collect();
     let mount = Mount::new(dir.path());
     let targets = Targets::new();
     let mut wrong = Vec::new();
-    for (case, chain) in cases.iter().zip(&chains) {
+    for ((case, _), chain) in mine.iter().zip(&chains) {
         let oracle = Oracle::new(&chain.files);
         for (i, file) in chain.files.iter().enumerate() {
             let shown = mount.point(&chain.name, file);

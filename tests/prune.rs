@@ -526,6 +526,7 @@ fn killed(args: &[&str], dir: &Path, delay: Duration) -> bool {
     // It may have ended by itself.
     let _ = child.kill();
     child.wait().unwrap();
+    qemu::wait_until_closed(dir);
     at_work
 }
 

@@ -614,6 +614,7 @@ fn a_kill_at_any_moment_loses_nothing() {
         cut += u32::from(child.try_wait().unwrap().is_none());
         let _ = child.kill();
         child.wait().unwrap();
+        qemu::wait_until_closed(&folder);
         let what = format!("round {round}, {verb} of {}", from.display());
         nothing_is_lost(&folder, &chain, &bytes, 2, &what);
         let out = fleecefs(&["verify", s(&folder)]);

@@ -231,3 +231,21 @@ pub fn first_difference(a: &[u8], b: &[u8]) -> Option<String> {
     let at = a.iter().zip(b).position(|(x, y)| x != y)?;
     Some(format!("at {at:#x}: {:#x} and {:#x}", a[at], b[at]))
 }
+
+/// Waits until no process has a file below `dir` open: what a killed program has started dies with
+/// it, but after the system call that it is in.
+pub fn wait_until_closed(dir: &Path) {
+    let open = |fds: std::fs::ReadDir| {
+        let mut links = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        links.any(|to| to.starts_with(dir))
+    };
+    let processes = || {
+        let all = std::fs::read_dir("/proc").unwrap().flatten();
+        all.filter_map(|p| std::fs::read_dir(p.path().join("fd")).ok())
+    };
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while processes().any(open) {
+        assert!(std::time::Instant::now() < end, "{} stays open", dir.display());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
