@@ -4,7 +4,7 @@
 //! The rooms, each of which imports only from those above it (`tests/layering.rs` watches that):
 //!
 //! - [`error`], [`units`], [`progress`], [`lock`]: what everybody needs
-//! - [`storage`]: positioned reads
+//! - [`storage`], [`hash`]: positioned reads, and the hash of a whole file
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
 //! - [`chain`]: backup directory to disks, chains and points; manifests
@@ -21,6 +21,7 @@ pub mod error;
 pub mod extent;
 pub mod fs;
 pub mod fuse;
+pub mod hash;
 pub mod image;
 pub mod layer;
 pub mod lock;

@@ -106,6 +106,22 @@ fn raw_files_streams_and_qcow2_files_equal_qemus_answer() {
     }
 }
 
+#[test]
+fn a_disk_without_a_byte_is_restored_too() {
+    if !have("a_disk_without_a_byte_is_restored_too", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = Chain::new(dir.path(), "sda");
+    let file = c.point("", 0, &[]);
+    let to = tempfile::tempdir().unwrap();
+    let [raw, qcow2] = ["r.raw", "r.qcow2"].map(|n| to.path().join(n));
+    ok(&["restore", s(dir.path()), name(&file), s(&raw)]);
+    assert_eq!(std::fs::metadata(&raw).unwrap().len(), 0);
+    ok(&["restore", "--verify", s(dir.path()), name(&file), s(&qcow2)]);
+    run("qemu-img", &["check", "-q", s(&qcow2)]);
+}
+
 /// Every kind of qcow2 file for one point: it passes QEMU's check and holds the same bytes.
 fn qcow2_kinds(dir: &Path, point: &str, oracle: &Oracle, to: &Path) {
     let reference = oracle.files.last().unwrap();

@@ -223,29 +223,8 @@ fn complete(m: &mut Manifest, file: &Path, hash: bool) -> Result<()> {
         .map_err(|e| Error::io(e, "cannot look at the image").at_path(file))?;
     m.file_size = meta.len();
     m.fingerprint = Some(fingerprint(file)?);
-    m.blake3 = if hash { Some(hash_file(file)?) } else { None };
+    m.blake3 = if hash { Some(crate::hash::file(file)?) } else { None };
     Ok(())
-}
-
-/// BLAKE3 of a whole file, in hexadecimal.
-///
-/// # Errors
-/// It cannot be read.
-pub fn hash_file(path: &Path) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    let read = |h: &mut blake3::Hasher| -> std::io::Result<()> {
-        let mut file = File::open(path)?;
-        let mut buf = vec![0u8; 1 << 20];
-        loop {
-            let n = std::io::Read::read(&mut file, &mut buf)?;
-            if n == 0 {
-                return Ok(());
-            }
-            h.update(buf.get(..n).unwrap_or_default());
-        }
-    };
-    read(&mut hasher).map_err(|e| Error::io(e, "cannot hash the image").at_path(path))?;
-    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// qemu-img's own check: no error and no leak that was not there by design; and the size.

@@ -278,7 +278,7 @@ fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Resu
         let what = format!("the new image is not as it should be: {}", f.message);
         return Err(Error::new(Kind::Corrupt, what).at_path(path));
     }
-    let hash = verify::hash(&file, work.workers, work.progress)?;
+    let hash = crate::hash::hash(&file, work.workers, work.progress)?;
     m.image = plan.image.clone();
     m.level = Level::Full;
     m.parent = None;

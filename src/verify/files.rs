@@ -97,7 +97,7 @@ pub(super) fn check_all(
     let keep = |report: FileReport| {
         done.lock().unwrap_or_else(|e| e.into_inner()).insert(report.path.clone(), report);
     };
-    content::in_parallel(
+    crate::hash::in_parallel(
         small.len() as u64,
         jobs,
         || (),
@@ -149,7 +149,7 @@ fn check_opened(
         report.refcounts = found.refcounts;
     }
     if target.deep {
-        report.hash = Some(content::hash(&*file, jobs, progress)?.to_hex().to_string());
+        report.hash = Some(crate::hash::hash(&*file, jobs, progress)?.to_hex().to_string());
         // Of formats other than qcow2 the layer itself knows what can be wrong.
         let other = |s: &&LayerSpec| !matches!(s.format, Format::Qcow2 | Format::Raw);
         let broken = report.findings.iter().any(|f| f.severity == Severity::Error);

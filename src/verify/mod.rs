@@ -28,7 +28,6 @@ use crate::progress::Progress;
 use files::{FileReport, Target};
 use links::Record;
 
-pub use content::hash;
 pub use structure::{Structure, check as check_structure};
 
 /// What to look at.

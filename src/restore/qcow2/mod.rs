@@ -100,7 +100,8 @@ impl Qcow2Options {
     }
 
     fn l1_entries(&self, size: u64) -> u64 {
-        size.div_ceil(self.l2_coverage())
+        // One at least: a cluster is set aside for the table, and something must refer to it.
+        size.div_ceil(self.l2_coverage()).max(1)
     }
 }
 
