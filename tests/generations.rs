@@ -77,6 +77,24 @@ fn a_file_removed_after_open_and_before_the_first_read_stays_readable() {
 }
 
 #[test]
+fn a_file_rewritten_in_place_fails_the_next_read_before_any_refresh() {
+    use std::os::unix::fs::FileExt;
+    let world = World::new(&[(OsStr::new("FULL-1-d"), &[7; 8192])]);
+    let ino = world.lookup(&["d", "FULL-1-d.raw"]);
+    let (handle, _) = world.fs.open(ino, libc::O_RDONLY).unwrap();
+    let mut bytes = [0; 4096];
+    assert_eq!(world.fs.read(handle, 0, &mut bytes), Ok(4096));
+    // Nobody has looked at the folder since: the read itself has to notice.
+    let file = std::fs::File::options().write(true).open(world.dir.path().join("d/FULL-1-d"));
+    let file = file.unwrap();
+    file.write_all_at(&[8; 4096], 4096).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    assert_eq!(world.fs.read(handle, 4096, &mut bytes), Err(libc::EIO));
+    // And what was read before, too: one handle shows one state of the disk.
+    assert_eq!(world.fs.read(handle, 0, &mut bytes), Err(libc::EIO));
+}
+
+#[test]
 fn what_cannot_be_opened_says_so_at_open() {
     let world = World::new(&[(OsStr::new("FULL-1-d"), &[7; 4096])]);
     let ino = world.lookup(&["d", "FULL-1-d.raw"]);
