@@ -27,6 +27,7 @@ pub mod layer;
 pub mod lock;
 pub mod progress;
 pub mod prune;
+pub mod qemu_img;
 pub mod qmp;
 pub mod restore;
 pub mod storage;

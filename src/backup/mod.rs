@@ -35,7 +35,6 @@ pub mod run;
 pub mod seen;
 pub mod space;
 pub mod teardown;
-pub mod tool;
 pub mod vm;
 pub mod work;
 pub mod zeros;

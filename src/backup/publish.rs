@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::tool::qemu_img;
 use crate::chain::Level;
 use crate::chain::manifest::{self, Manifest, fingerprint};
 use crate::error::{Error, Kind, Result};
+use crate::qemu_img;
 use crate::qmp::steps::step;
 
 /// The name of an image that is not a point yet.
@@ -82,7 +82,7 @@ pub fn create_image(path: &Path, size: u64, options: &str) -> Result<Held> {
     let size = size.to_string();
     let args = ["create", "-q", "-f", "qcow2", "-o", options].map(OsStr::new);
     let all = [args.as_slice(), &[path.as_os_str(), OsStr::new(&size)]].concat();
-    qemu_img(&all, path).map(|_| held)
+    qemu_img::output(&all, path).map(|_| held)
 }
 
 /// An image held open from before anything was written to it. What the operating system could not
@@ -230,7 +230,7 @@ fn complete(m: &mut Manifest, file: &Path, hash: bool) -> Result<()> {
 /// qemu-img's own check: no error and no leak that was not there by design; and the size.
 fn check(path: &Path, size: u64) -> Result<()> {
     let args = ["check", "-q", "-f", "qcow2"].map(OsStr::new);
-    qemu_img(&[args.as_slice(), &[path.as_os_str()]].concat(), path)?;
+    qemu_img::output(&[args.as_slice(), &[path.as_os_str()]].concat(), path)?;
     let info = crate::layer::probe(&crate::storage::SourceFile::look(path)?)?;
     if info.virtual_size != size {
         let what = format!("the image has {} bytes, the disk {size}", info.virtual_size);

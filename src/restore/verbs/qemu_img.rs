@@ -1,13 +1,13 @@
-//! Calling qemu-img.
+//! Jobs of qemu-img that can be told to stop.
 
 use std::ffi::OsStr;
 use std::io::Read;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
+use crate::qemu_img;
 use crate::restore::work::Work;
 
 /// How often a running qemu-img is looked at.
@@ -25,7 +25,7 @@ pub fn run(args: &[&OsStr], about: &Path, work: &Work) -> Result<()> {
     let code = run_code(args, about, work)?;
     match code {
         (0, _) => Ok(()),
-        (_, said) => Err(failure(args, about, &said)),
+        (_, said) => Err(qemu_img::failure(args, about, &said)),
     }
 }
 
@@ -35,24 +35,11 @@ pub fn run(args: &[&OsStr], about: &Path, work: &Work) -> Result<()> {
 /// As [`run`], but not for a failure of qemu-img itself.
 pub fn run_code(args: &[&OsStr], about: &Path, work: &Work) -> Result<(i32, String)> {
     log::info!("qemu-img {}", shown(args));
-    let mut command = Command::new("qemu-img");
-    // SAFETY: prctl is a plain system call. Left behind by a killed run, QEMU would go on writing
-    // to an image while the next run puts it right.
-    unsafe {
-        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        });
-    }
-    let mut child = command
-        .args(args)
-        .stdin(Stdio::null())
+    let mut child = qemu_img::command(args)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|e| {
-            Error::io(e, "cannot run qemu-img").remedy("install it (Debian: qemu-utils)")
-        })?;
+        .map_err(qemu_img::not_started)?;
     let stderr = child.stderr.take();
     let said = std::thread::scope(|scope| {
         let reader = scope.spawn(move || {
@@ -84,12 +71,6 @@ fn wait(child: &mut Child, work: &Work) -> Result<i32> {
         }
         std::thread::sleep(LOOK);
     }
-}
-
-fn failure(args: &[&OsStr], about: &Path, said: &str) -> Error {
-    let kind = if said.contains("No space left") { Kind::NoSpace } else { Kind::Peer };
-    let verb = args.first().map_or(String::new(), |v| v.to_string_lossy().into_owned());
-    Error::new(kind, format!("qemu-img {verb} failed: {said}")).at_path(about)
 }
 
 /// Arguments as a shell would take them.
