@@ -131,7 +131,15 @@ pub fn clipped<C: Content>(
     range: Range<u64>,
 ) -> impl Iterator<Item = Extent<C>> + '_ {
     let first = extents.partition_point(|e| e.end() <= range.start);
-    extents[first..].iter().map_while(move |e| e.clip(&range))
+    clipped_from(&extents[first..], range)
+}
+
+/// The same where the first of `extents` is known to overlap, if any does.
+pub fn clipped_from<C: Content>(
+    extents: &[Extent<C>],
+    range: Range<u64>,
+) -> impl Iterator<Item = Extent<C>> + '_ {
+    extents.iter().map_while(move |e| e.clip(&range))
 }
 
 #[cfg(test)]

@@ -67,7 +67,7 @@ pub struct MountArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub cache_size: Option<u64>,
 
-    /// Threads that serve requests [default: one per processor, 2 to 8]
+    /// Threads that serve requests [default: one per processor, 4 to 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
     pub threads: Option<u16>,
 
@@ -139,7 +139,8 @@ fn plan(args: &MountArgs) -> Result<Plan> {
     let access = access(args)?;
     // SAFETY: these calls cannot fail.
     let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
-    let cores = std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, 8);
+    // More than the processors of a small machine: the file system under the backups may be slow.
+    let cores = std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(4, 8);
     let owner = crate::fs::attr::Owner {
         uid: args.uid.unwrap_or(uid),
         gid: args.gid.unwrap_or(gid),

@@ -48,6 +48,11 @@ pub struct Mounted {
 /// Tells the kernel what to forget.
 pub struct Notify(Notifier);
 
+/// The largest read that the kernel sends. It splits a longer one and sends the parts side by side,
+/// so that several threads serve it: a direct read of 1 MiB takes two thirds of the time on two
+/// processors. Smaller parts lose more by their number than they gain.
+const MAX_READ: u32 = 256 << 10;
+
 /// Mounts `fs` at `mountpoint` and serves it in background threads.
 ///
 /// # Errors
@@ -74,6 +79,7 @@ fn config(options: &Options) -> Config {
         MountOption::NoDev,
         MountOption::NoSuid,
         MountOption::NoAtime,
+        MountOption::CUSTOM(format!("max_read={MAX_READ}")),
     ];
     config.acl = match options.access {
         Access::Owner => SessionACL::Owner,

@@ -4,40 +4,13 @@
 //! only sets the window's `touched` flag. This cache decides what stays: a least-recently-used
 //! list, in which a window that was touched since it was last looked at gets a second chance.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use arc_swap::ArcSwapOption;
 use lru::LruCache;
 
-use super::map::FoldedExtent;
-
-/// The folded extents of one window.
-#[derive(Debug)]
-pub struct Window {
-    /// Ascending, contiguous, coalesced.
-    pub extents: Box<[FoldedExtent]>,
-    touched: AtomicBool,
-}
-
-impl Window {
-    /// A window that nobody has read yet.
-    pub fn new(extents: Box<[FoldedExtent]>) -> Self {
-        Window { extents, touched: AtomicBool::new(false) }
-    }
-
-    /// Remembers that it was used. Writes only if it has to: the flag is shared by all threads.
-    pub fn touch(&self) {
-        if !self.touched.load(Ordering::Relaxed) {
-            self.touched.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// Bytes of memory that it takes.
-    fn bytes(&self) -> u64 {
-        (size_of::<Window>() + size_of_val(&*self.extents) + ENTRY_OVERHEAD) as u64
-    }
-}
+use super::window::Window;
 
 /// Roughly what the list itself takes for an entry.
 const ENTRY_OVERHEAD: usize = 128;
@@ -77,7 +50,7 @@ enum Entry {
 impl Entry {
     fn bytes(&self) -> u64 {
         match self {
-            Entry::Window { window, .. } => window.bytes(),
+            Entry::Window { window, .. } => (window.bytes() + ENTRY_OVERHEAD) as u64,
             Entry::Unit(data) => (data.len() + ENTRY_OVERHEAD) as u64,
         }
     }
@@ -85,7 +58,7 @@ impl Entry {
     /// Whether it was used since the last time this was asked.
     fn take_touched(&self) -> bool {
         match self {
-            Entry::Window { window, .. } => window.touched.swap(false, Ordering::Relaxed),
+            Entry::Window { window, .. } => window.take_touched(),
             Entry::Unit(_) => false,
         }
     }

@@ -1,14 +1,15 @@
 //! A point's image: layers folded into extents, cached in windows, read by position.
 //!
 //! `map` folds the layers over one window of guest offsets, `cache` bounds what is kept, `reader`
-//! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes; `lazy` opens
-//! layers when they are needed.
+//! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes; `window` is one
+//! stretch of a point, as `map` folded it; `lazy` opens layers when they are needed.
 
 mod cache;
 mod lazy;
 mod map;
 mod points;
 mod reader;
+mod window;
 
 pub use cache::{Cache, CacheFigures};
 pub use map::{Fold, Folded, FoldedExtent, Known, Source};
