@@ -8,7 +8,6 @@
 
 mod clone;
 mod device;
-mod kernel;
 mod plan;
 mod pool;
 pub mod qcow2;

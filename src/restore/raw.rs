@@ -1,13 +1,13 @@
 //! Raw targets: a sparse file, or a block device.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::clone::Cloner;
 use super::device::{Device, STEP};
-use super::kernel::{self, KernelCopy};
 use super::plan::{Chunk, Plan, extents};
 use super::source::Reader;
 use super::work::Work;
@@ -125,7 +125,6 @@ struct Copier<'a> {
     out: &'a File,
     path: &'a Path,
     cloner: Cloner,
-    kernel: KernelCopy,
     holes: Holes<'a>,
     work: &'a Work<'a>,
     copied: AtomicU64,
@@ -142,8 +141,7 @@ impl<'a> Copier<'a> {
         work: &'a Work<'a>,
     ) -> Self {
         let [copied, cloned] = Default::default();
-        let kernel = KernelCopy::new(out, matches!(holes, Holes::AreZero));
-        Copier { reader, out, path, cloner, kernel, holes, work, copied, cloned }
+        Copier { reader, out, path, cloner, holes, work, copied, cloned }
     }
 
     fn run(&self, chunks: &[Chunk]) -> Result<Summary> {
@@ -177,7 +175,7 @@ impl<'a> Copier<'a> {
                 }
                 Source::Data { layer, file, host } => {
                     let Some(part) = self.cloner.part(host, e.start, e.len) else {
-                        run = self.copy_extent(e, (layer, file, host), run, buf)?;
+                        run.end = e.end();
                         continue;
                     };
                     let (from, to) = (e.start + part.start, e.start + part.end);
@@ -185,13 +183,15 @@ impl<'a> Copier<'a> {
                         self.copy(run.start..from, buf)?;
                         run = to..e.end();
                     } else {
-                        run = self.copy_extent(e, (layer, file, host), run, buf)?;
+                        run.end = e.end();
                     }
                 }
                 Source::Compressed { .. } | Source::Bad { .. } => run.end = e.end(),
             }
         }
-        self.copy(run, buf)
+        self.copy(run, buf)?;
+        start_writeback(self.out, chunk.range());
+        Ok(())
     }
 
     fn hole(&self, e: &FoldedExtent) -> Result<()> {
@@ -218,49 +218,6 @@ impl<'a> Copier<'a> {
             self.work.did(len)?;
         }
         Ok(done)
-    }
-
-    /// Copies the blocks of an extent that certainly are no zeros inside the kernel, where it can; the
-    /// rest becomes part of `run`, which is what is left to be copied.
-    fn copy_extent(
-        &self,
-        e: &FoldedExtent,
-        (layer, file, host): (u16, u8, u64),
-        mut run: std::ops::Range<u64>,
-        buf: &mut [u8],
-    ) -> Result<std::ops::Range<u64>> {
-        let block = ZERO_BLOCK as u64;
-        let Some(source) = self.reader.image.source_file(layer, file)? else {
-            return Ok(run.start..e.end());
-        };
-        let device = source.identity().dev;
-        if !self.kernel.is_on(device) || e.len < block {
-            return Ok(run.start..e.end());
-        }
-        let input = source.file()?;
-        let from = |at: u64| host + (at - e.start);
-        let sure = |at: u64| kernel::is_surely_data(input, from(at));
-        let mut at = e.start.next_multiple_of(block);
-        while at + block <= e.end() && self.kernel.is_on(device) {
-            let mut end = at;
-            while end + block <= e.end() && end - at < kernel::STEP && sure(end) {
-                end += block;
-            }
-            if end == at {
-                at += block;
-                continue;
-            }
-            self.copy(run.start..at, buf)?;
-            run = at..at;
-            if self.kernel.copy(input, from(at), self.out, at, end - at) {
-                source.check_unchanged()?;
-                self.copied.fetch_add(end - at, Ordering::Relaxed);
-                self.work.did(end - at)?;
-                run = end..end;
-            }
-            at = end;
-        }
-        Ok(run.start..e.end())
     }
 
     fn copy(&self, range: std::ops::Range<u64>, buf: &mut [u8]) -> Result<()> {
@@ -291,6 +248,14 @@ impl<'a> Copier<'a> {
         }
         Ok(())
     }
+}
+
+/// Lets the disk begin with what was written, while the rest is still being read; else the sync at
+/// the end has gigabytes to wait for. Its errors are told by that sync.
+fn start_writeback(file: &File, range: std::ops::Range<u64>) {
+    let (start, len) = (range.start as libc::off64_t, (range.end - range.start) as libc::off64_t);
+    // SAFETY: a plain call on an open descriptor; a file that cannot do it says so and nothing happens.
+    unsafe { libc::sync_file_range(file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 /// The runs of `bytes` (which belong at offset `at`) that are not blocks of zeros. Blocks are
