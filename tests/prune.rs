@@ -508,6 +508,17 @@ fn what_another_disk_needs_stays() {
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(code(&out) == 2 && said.contains("other.qcow2"), "{out:?}");
     assert_eq!(names(b.dir.path()), before);
+    // Nor does a plan promise what would be refused. (An image beside a chain gets no manifest.)
+    assert_eq!(code(&fleecefs(&["verify", "--create"], b.dir.path())), 19);
+    let args = ["prune", "--keep-last", "1", "--consolidate", "--json"];
+    let plan: serde_json::Value = serde_json::from_str(&succeed(&args, b.dir.path())).unwrap();
+    let disks = plan["disks"].as_array().unwrap();
+    let disk = disks.iter().find(|d| !d["not_consolidated"].as_array().unwrap().is_empty());
+    let refused =
+        &disk.unwrap_or_else(|| panic!("nothing is refused: {plan:#}"))["not_consolidated"][0];
+    assert_eq!(refused["until"], b.name(2));
+    assert!(refused["why"].as_str().unwrap().contains("other.qcow2"), "{refused}");
+    assert_eq!(names(b.dir.path()), before);
 }
 
 /// A run that is killed after `delay`; whether it was still at work.
