@@ -8,7 +8,8 @@ mod guest;
 mod mounted;
 mod qemu;
 
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 
@@ -224,6 +225,32 @@ fn journalled(caller: &Caller, agent: Option<&Path>, qemu: Option<&str>, record:
     j.write(&record).unwrap();
 }
 
+/// The agent of a frozen guest, until nobody asks any more; whether it was told to thaw.
+fn thaws(stream: UnixStream) -> bool {
+    let mut thawed = false;
+    let mut answers = stream.try_clone().unwrap();
+    for line in BufReader::new(stream).split(b'\n') {
+        let line = line.unwrap();
+        // 0xff makes an agent forget what it has read so far.
+        let Some(from) = line.iter().position(|b| *b == b'{') else { continue };
+        let asked: Value = serde_json::from_slice(&line[from..]).unwrap();
+        let answer = match asked["execute"].as_str().unwrap() {
+            "guest-fsfreeze-status" => if thawed { "thawed" } else { "frozen" }.into(),
+            "guest-fsfreeze-thaw" => {
+                thawed = true;
+                1.into()
+            }
+            "guest-sync-delimited" => {
+                answers.write_all(b"\xff").unwrap();
+                asked["arguments"]["id"].clone()
+            }
+            other => panic!("{other} is not expected"),
+        };
+        writeln!(answers, "{}", json!({ "return": answer })).unwrap();
+    }
+    thawed
+}
+
 #[test]
 fn a_guest_that_may_be_frozen_is_not_forgotten() {
     if !have("a_guest_that_may_be_frozen_is_not_forgotten", TOOLS) {
@@ -243,6 +270,20 @@ fn a_guest_that_may_be_frozen_is_not_forgotten() {
     let path = journal::path(&caller.state, &Address::Unix(caller.qmp.clone()));
     journal::note(&path, "0123456789ab", &note).unwrap();
     must_recover(&caller, &[]);
+    assert_eq!(pending(), None);
+    // Its agent has another socket now.
+    journalled(&caller, Some(&nobody), None, Record::Freeze);
+    let elsewhere = d.path("other.sock");
+    let agent = UnixListener::bind(&elsewhere).unwrap();
+    let thawing = std::thread::spawn(move || thaws(agent.accept().unwrap().0));
+    let said = must_recover(&caller, &["--agent", elsewhere.to_str().unwrap()]);
+    assert!(said.contains("still frozen: thawed"), "{said}");
+    assert!(thawing.join().unwrap());
+    assert_eq!(pending(), None);
+    // Nobody will ever answer.
+    journalled(&caller, Some(&nobody), None, Record::Freeze);
+    let said = must_recover(&caller, &["--forget"]);
+    assert!(said.contains("may still be frozen"), "{said}");
     assert_eq!(pending(), None);
     // It was another QEMU's guest.
     journalled(&caller, Some(&nobody), Some("boot-1-2"), Record::Freeze);

@@ -40,6 +40,8 @@ pub struct Place<'a> {
     pub vm: &'a Address,
     /// On whose behalf.
     pub cause: Cause<'a>,
+    /// The guest agent to thaw with, if not the one that the journal names.
+    pub agent: Option<&'a Address>,
 }
 
 /// On whose behalf something is undone.
@@ -160,7 +162,7 @@ pub fn undo(
     place: Place<'_>,
     watch: &dyn Watch,
 ) -> Result<Vec<Left>> {
-    let freed = release_guest(client, pending, watch);
+    let freed = release_guest(client, pending, place, watch);
     // Open until all is settled: what could not be written to an image is forgotten with the last
     // one that has it open.
     let partials = pending.disks.iter().map(|d| d.dir.join(publish::partial_name(&d.image)));
@@ -242,29 +244,48 @@ fn reach(dir: &Path, cause: Cause<'_>, may_wait: bool) -> Result<Option<Locks>> 
     Locks::take(&real).map(Some)
 }
 
-fn release_guest(client: &mut Client, pending: &Pending, watch: &dyn Watch) -> Result<()> {
+fn release_guest(
+    client: &mut Client,
+    pending: &Pending,
+    place: Place<'_>,
+    watch: &dyn Watch,
+) -> Result<()> {
     if pending.stopped && client.has_guest() && continue_if_paused(client)? {
         watch.say("the guest was still stopped: it runs again");
     }
-    let (true, Some(agent)) = (pending.frozen, &pending.agent) else { return Ok(()) };
-    let wait = Duration::from_secs(5);
-    let thawed = Agent::connect(&Address::parse(agent)?, wait).and_then(|mut a| {
-        let frozen = a.is_frozen(wait)?;
-        if frozen { a.thaw(wait).map(|_| true) } else { Ok(false) }
-    });
-    match thawed {
+    if !pending.frozen {
+        return Ok(());
+    }
+    let agent = match (place.agent, &pending.agent) {
+        (Some(given), _) => given.clone(),
+        (None, Some(noted)) => Address::parse(noted)?,
+        (None, None) => return Ok(()),
+    };
+    match thaw(&agent) {
         Ok(true) => watch.say("the guest was still frozen: thawed"),
         Ok(false) => {}
+        Err(e) if place.cause == Cause::Forget => {
+            watch.warn(&format!("the guest may still be frozen: {}", e.report()));
+        }
         Err(e) => {
-            return Err(Error::new(
-                e.kind(),
-                "the guest may still be frozen: its agent did not thaw it",
-            )
-            .with_source(e)
-            .remedy("see to the guest and its agent, then run fleecefs recover"));
+            let what = "the guest may still be frozen: its agent did not thaw it";
+            let remedy = "see to the guest and its agent, then run fleecefs recover: with --agent \
+                          if its socket is another now, with --forget if nothing will answer";
+            return Err(Error::new(e.kind(), what).with_source(e).remedy(remedy));
         }
     }
     Ok(())
+}
+
+/// Thaws a guest; whether it was frozen.
+fn thaw(agent: &Address) -> Result<bool> {
+    let wait = Duration::from_secs(5);
+    let mut agent = Agent::connect(agent, wait)?;
+    let frozen = agent.is_frozen(wait)?;
+    if frozen {
+        agent.thaw(wait)?;
+    }
+    Ok(frozen)
 }
 
 /// The disks of the journal, and those that only QEMU knew of.

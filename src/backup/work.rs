@@ -178,7 +178,7 @@ impl Run<'_> {
         let own = || Pending { run: self.run.clone(), ..Default::default() };
         let pending = pending.filter(|p| p.run == self.run).unwrap_or_else(own);
         let Options { state_dir, qmp, .. } = self.options;
-        let place = Place { state: state_dir, vm: qmp, cause: Cause::OwnEnd };
+        let place = Place { state: state_dir, vm: qmp, cause: Cause::OwnEnd, agent: None };
         match recover::undo(&mut self.client, &pending, place, self.watch) {
             Err(e) if e.kind() == Kind::Peer && gone(qmp) => {
                 recover::undo_offline(&pending, place, self.watch).map(drop)

@@ -18,11 +18,16 @@ pub struct RecoverArgs {
     #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
     qmp: String,
 
+    /// The guest agent's socket, if it is another than the killed backup was given
+    #[arg(long, value_name = "SOCKET")]
+    agent: Option<String>,
+
     /// Also remove what a killed qmpbackup left
     #[arg(long)]
     foreign: bool,
 
-    /// Give up unfinished images in targets that cannot be reached
+    /// Give up what cannot be done: unfinished images in targets that cannot be reached, and
+    /// thawing a guest whose agent does not answer
     #[arg(long)]
     forget: bool,
 
@@ -60,7 +65,8 @@ pub fn run(args: RecoverArgs) -> Result<()> {
     let console = args.show.console()?;
     let _lock = Lock::vm(&state, &vm)?;
     let cause = if args.forget { Cause::Forget } else { Cause::Command };
-    let place = Place { state: &state, vm: &vm, cause };
+    let agent = args.agent.as_deref().map(Address::parse).transpose()?;
+    let place = Place { state: &state, vm: &vm, cause, agent: agent.as_ref() };
     let mut client = match Client::connect(&vm) {
         Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound) => {
             return offline(place, &console, e);
