@@ -1,5 +1,6 @@
 //! `fleecefs prune`: retention.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -12,8 +13,9 @@ use crate::chain::Catalog;
 use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Result};
-use crate::prune::plan::{Manner, Plan, Reason, Rules, plan};
-use crate::prune::{execute, items};
+use crate::prune::plan::{Manner, Plan, Rules, plan};
+use crate::prune::reason::Reason;
+use crate::prune::{CanMerge, consolidate, execute, items};
 use crate::units::{human_bytes, parse_duration};
 
 /// Delete old points by retention rules
@@ -78,13 +80,12 @@ pub fn run(args: PruneArgs) -> Result<()> {
     if rules.is_empty() {
         return Err(super::usage("no rule says what to keep; give at least one --keep-..."));
     }
-    let manner = Manner { force: args.force, consolidate: args.consolidate };
     if args.dry_run {
         let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
-        return show(&make(&catalog, &rules, manner)?, args.json, true);
+        return show(&make(&catalog, &rules, &args)?, args.json, true);
     }
     let (catalog, locks) = locked(&args.dir)?;
-    let plan = make(&catalog, &rules, manner)?;
+    let plan = make(&catalog, &rules, &args)?;
     show(&plan, args.json, false)?;
     execute(&catalog, &plan, &Bar::default())?;
     // Each consolidation takes them again.
@@ -99,7 +100,13 @@ pub fn run(args: PruneArgs) -> Result<()> {
     Ok(())
 }
 
-fn make(catalog: &Catalog, rules: &Rules, manner: Manner) -> Result<Plan> {
+fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
+    let can_merge = |disk: usize, point: usize, gone: &BTreeSet<usize>| {
+        let planned = consolidate::plan_at(catalog, &catalog.disks[disk], point, gone);
+        planned.map(drop).map_err(|e| e.report())
+    };
+    let merge: Option<&CanMerge> = args.consolidate.then_some(&can_merge as &CanMerge);
+    let manner = Manner { force: args.force, merge };
     Ok(plan(&items(catalog)?, rules, &jiff::tz::TimeZone::system(), manner))
 }
 
@@ -133,6 +140,10 @@ fn text(plan: &Plan, dry_run: bool) -> String {
         for until in &disk.consolidate {
             let path = to_text(disk.disk.as_os_str());
             let _ = writeln!(out, "new    {path}  {until} becomes a FULL");
+        }
+        for u in &disk.not_consolidated {
+            let path = to_text(disk.disk.join(&u.until).as_os_str());
+            let _ = writeln!(out, "stays  {path}  cannot become a FULL: {}", u.why);
         }
     }
     let count = plan.deleted().count();

@@ -73,6 +73,19 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
         let what = format!("no point '{until}' of disk {}", disk.path.display());
         return Err(Error::new(Kind::NotFound, what));
     };
+    plan_at(catalog, disk, point, &BTreeSet::new()).map(Some)
+}
+
+/// The same for the point with this index, once the points with the indices `gone` are no more.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_at(
+    catalog: &Catalog,
+    disk: &Disk,
+    point: usize,
+    gone: &BTreeSet<usize>,
+) -> Result<Consolidation> {
     let p = &disk.points[point];
     if let Some(f) = &p.unavailable {
         let what = format!("point {} cannot be served: {}", p.name, f.message);
@@ -90,11 +103,11 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
             Error::new(Kind::Exists, "there is such a FULL already").at_path(dir.join(image))
         );
     }
-    let (remove, children) = neighbours(disk, point)?;
+    let (remove, children) = neighbours(disk, point, gone)?;
     let going: Vec<PathBuf> = remove.iter().map(|n| dir.join(n)).collect();
     let going: Vec<&Path> = going.iter().map(PathBuf::as_path).collect();
     not_used_elsewhere(catalog, &going)?;
-    Ok(Some(Consolidation { dir, point, until: p.name.clone(), image, remove, children }))
+    Ok(Consolidation { dir, point, until: p.name.clone(), image, remove, children })
 }
 
 fn usage(what: &str) -> Error {
@@ -126,11 +139,16 @@ fn check_point(disk: &Disk, point: usize) -> Result<()> {
 
 /// All of the chain that is older than the point, with the point's own file, newest first; and
 /// what lies on the new FULL: whatever lay on one of these.
-fn neighbours(disk: &Disk, point: usize) -> Result<(Vec<String>, Vec<String>)> {
+fn neighbours(
+    disk: &Disk,
+    point: usize,
+    gone: &BTreeSet<usize>,
+) -> Result<(Vec<String>, Vec<String>)> {
     let until = &disk.points[point];
     let line = line(disk, point);
     let (mut remove, mut children) = (Vec::new(), Vec::new());
-    for i in (0..disk.points.len()).rev().filter(|i| disk.points[*i].chain == until.chain) {
+    let stays = |i: &usize| disk.points[*i].chain == until.chain && !gone.contains(i);
+    for i in (0..disk.points.len()).rev().filter(stays) {
         let p = &disk.points[i];
         if p.source.parent() != until.source.parent()
             || p.layers.iter().any(|l| l.data_file.is_some())

@@ -1,6 +1,6 @@
 //! Retention: which points stay, and taking the others away.
 //!
-//! `plan` decides, purely; `items` turns a catalog into its input; `execute` carries a plan out.
+//! `plan` decides, purely, with `reason` and, for chains to be merged, `shorten`; `items` turns a catalog into its input; `execute` carries a plan out.
 //! `consolidate` makes the oldest part of a chain one new FULL. What a crash leaves is finished by
 //! `recover` at the start of whatever writes to the folder next (a backup too); until then the
 //! directory holds the old or the new chain whole. `recover` also finishes what the verbs that alter
@@ -10,6 +10,9 @@ pub mod consolidate;
 mod execute;
 mod items;
 pub mod plan;
+pub mod reason;
+mod shorten;
 
 pub use execute::{execute, recover};
 pub use items::items;
+pub use shorten::{CanMerge, Unmerged};

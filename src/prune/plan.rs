@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
+use super::reason::Reason;
+use super::shorten::{CanMerge, Unmerged, shortened};
 use crate::chain::Level;
 
 /// What is kept, as restic and borg have it: of each of the newest N days (weeks, ...) that have a
@@ -72,72 +74,6 @@ pub struct DiskItems {
     pub held: Option<String>,
 }
 
-/// Why a point is kept.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reason {
-    /// `--keep-last`.
-    Last,
-    /// `--keep-daily`: the day.
-    Daily(String),
-    /// `--keep-weekly`: the week.
-    Weekly(String),
-    /// `--keep-monthly`: the month.
-    Monthly(String),
-    /// `--keep-yearly`: the year.
-    Yearly(String),
-    /// `--keep-within`.
-    Within,
-    /// The next backup builds on it, or it is the newest at all.
-    Newest,
-    /// It is of the last run that has all disks.
-    LastCompleteRun,
-    /// Another disk's point of the same run is kept.
-    SameRun,
-    /// This point needs it.
-    NeededBy(String),
-    /// This point lies on something that is missing, and that may lie on it.
-    MayBeNeededBy(String),
-    /// It becomes part of this point, which becomes a FULL (`--consolidate`).
-    MergedInto(String),
-    /// It is an image of another kind.
-    NotABackup,
-    /// It cannot be restored now; what is missing may turn up.
-    CannotBeServed,
-    /// The newest point failed or is not verified.
-    Held(String),
-}
-
-impl Reason {
-    /// Whether the point is wanted for itself, and not only because another lies on it.
-    pub fn is_own(&self) -> bool {
-        use Reason::{MayBeNeededBy, MergedInto, NeededBy};
-        !matches!(self, NeededBy(_) | MayBeNeededBy(_) | MergedInto(_))
-    }
-}
-
-impl std::fmt::Display for Reason {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Reason::Last => f.write_str("last"),
-            Reason::Daily(d) => write!(f, "daily {d}"),
-            Reason::Weekly(d) => write!(f, "weekly {d}"),
-            Reason::Monthly(d) => write!(f, "monthly {d}"),
-            Reason::Yearly(d) => write!(f, "yearly {d}"),
-            Reason::Within => f.write_str("within"),
-            Reason::Newest => f.write_str("newest"),
-            Reason::LastCompleteRun => f.write_str("last complete run"),
-            Reason::SameRun => f.write_str("another disk of this run is kept"),
-            Reason::NeededBy(p) => write!(f, "needed by {p}"),
-            Reason::MayBeNeededBy(p) => write!(f, "{p} may need it, once what is missing is back"),
-            Reason::MergedInto(p) => write!(f, "merged into {p}"),
-            Reason::NotABackup => f.write_str("not a backup"),
-            Reason::CannotBeServed => f.write_str("cannot be restored; see 'list', or --force"),
-            Reason::Held(why) => write!(f, "nothing is deleted: {why}"),
-        }
-    }
-}
-
 /// What happens to one point.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct PointPlan {
@@ -158,6 +94,8 @@ pub struct DiskPlan {
     pub points: Vec<PointPlan>,
     /// Chains that are shortened: everything of a chain up to this point becomes one new FULL.
     pub consolidate: Vec<String>,
+    /// Chains that would be, and cannot.
+    pub not_consolidated: Vec<Unmerged>,
 }
 
 /// What happens to a backup directory.
@@ -181,12 +119,13 @@ impl Plan {
 }
 
 /// Options of the plan beside the rules.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Manner {
+#[derive(Clone, Copy, Default)]
+pub struct Manner<'a> {
     /// Delete also what would be held, and what cannot be restored.
     pub force: bool,
-    /// Shorten chains whose oldest points are kept only because newer ones need them.
-    pub consolidate: bool,
+    /// Shorten chains whose oldest points are kept only because newer ones need them, where this
+    /// says that it can be done.
+    pub merge: Option<&'a CanMerge<'a>>,
 }
 
 /// Disk and point.
@@ -194,7 +133,7 @@ type Key = (usize, usize);
 type Kept = HashMap<Key, BTreeSet<Reason>>;
 
 /// Decides.
-pub fn plan(disks: &[DiskItems], rules: &Rules, zone: &TimeZone, manner: Manner) -> Plan {
+pub fn plan(disks: &[DiskItems], rules: &Rules, zone: &TimeZone, manner: Manner<'_>) -> Plan {
     let mut kept = Kept::new();
     let mut timelines: BTreeMap<&PathBuf, Vec<Key>> = BTreeMap::new();
     for (d, disk) in disks.iter().enumerate() {
@@ -397,47 +336,18 @@ fn needed(disks: &[DiskItems], kept: &mut Kept) {
     }
 }
 
-fn disk_plan(d: usize, disk: &DiskItems, kept: &mut Kept, manner: Manner) -> DiskPlan {
+fn disk_plan(d: usize, disk: &DiskItems, kept: &mut Kept, manner: Manner<'_>) -> DiskPlan {
     let point = |(i, item): (usize, &Item)| PointPlan {
         point: item.name.clone(),
         keep: kept.remove(&(d, i)).unwrap_or_default().into_iter().collect(),
         bytes: item.bytes,
     };
     let mut points: Vec<PointPlan> = disk.items.iter().enumerate().map(point).collect();
-    let consolidate = match manner.consolidate {
-        true => shortened(disk, &mut points),
-        false => Vec::new(),
+    let (consolidate, not_consolidated) = match manner.merge {
+        Some(can) => shortened(disk, &mut points, |i, gone| can(d, i, gone)),
+        None => Default::default(),
     };
-    DiskPlan { disk: disk.disk.clone(), points, consolidate }
-}
-
-/// Of each chain whose FULL is kept only for others: the oldest point that is wanted, if it is an
-/// INC and nothing wanted is older. What is older becomes part of it.
-fn shortened(disk: &DiskItems, points: &mut [PointPlan]) -> Vec<String> {
-    let mut found = Vec::new();
-    let chains: BTreeSet<&str> = disk.items.iter().map(|i| i.chain.as_str()).collect();
-    for chain in chains {
-        let members: Vec<usize> =
-            (0..disk.items.len()).filter(|i| disk.items[*i].chain == chain).collect();
-        let is_wanted = |i: &&usize| points[**i].keep.iter().any(Reason::is_own);
-        let Some(&i) = members.iter().find(is_wanted) else { continue };
-        let item = &disk.items[i];
-        if item.level != Level::Inc || item.parent.is_none() || !item.served {
-            continue;
-        }
-        // What may be needed by a point of another chain cannot become part of this one.
-        let before: Vec<usize> = members.iter().copied().take_while(|j| *j != i).collect();
-        let only_for_it =
-            |j: &usize| points[*j].keep.iter().all(|r| matches!(r, Reason::NeededBy(_)));
-        if !before.iter().all(only_for_it) {
-            continue;
-        }
-        for j in before.into_iter().filter(|j| !points[*j].keep.is_empty()).collect::<Vec<_>>() {
-            points[j].keep = vec![Reason::MergedInto(item.name.clone())];
-        }
-        found.push(item.name.clone());
-    }
-    found
+    DiskPlan { disk: disk.disk.clone(), points, consolidate, not_consolidated }
 }
 
 #[cfg(test)]
@@ -540,7 +450,7 @@ mod tests {
             &[year(true)],
             &Rules { last: 5, ..Default::default() },
             &TimeZone::UTC,
-            Manner { consolidate: true, ..Default::default() },
+            Manner { merge: Some(&|_, _, _| Ok(())), ..Default::default() },
         );
         assert_eq!(plan.disks[0].consolidate, ["2023-12-27"]);
         let merged: Vec<_> = (plan.disks[0].points.iter())
@@ -549,6 +459,23 @@ mod tests {
             .collect();
         assert_eq!((merged.len(), merged[0], merged[25]), (26, "2023-12-01", "2023-12-26"));
         assert_eq!(plan.deleted().count(), 365 - 31);
+    }
+
+    #[test]
+    fn a_chain_that_cannot_be_merged_stays_and_is_told_of() {
+        let rules = Rules { last: 5, ..Default::default() };
+        // The eleven months before go whole.
+        let refuses = |disk: usize, point: usize, gone: &BTreeSet<usize>| {
+            assert_eq!((disk, point, gone.len()), (0, 360, 334));
+            Err("it is in use".to_string())
+        };
+        let manner = Manner { merge: Some(&refuses), ..Default::default() };
+        let plan = plan(&[year(true)], &rules, &TimeZone::UTC, manner);
+        let disk = &plan.disks[0];
+        assert!(disk.consolidate.is_empty() && plan.deleted().count() == 334);
+        let told: Vec<_> = disk.not_consolidated.iter().map(|u| (&*u.until, &*u.why)).collect();
+        assert_eq!(told, [("2023-12-27", "it is in use")]);
+        assert_eq!(disk.points[340].keep, [Reason::NeededBy("2023-12-08".into())]);
     }
 
     #[test]
@@ -650,7 +577,11 @@ mod tests {
                 disk.timeline = format!("vm/{i}").into();
             }
             let rules = Rules { last, daily, weekly, ..Default::default() };
-            let manner = Manner { force, consolidate: true };
+            let can_merge = |d: usize, i: usize, _: &_| match (d + i) % 2 {
+                0 => Ok(()),
+                _ => Err("odd".to_string()),
+            };
+            let manner = Manner { force, merge: Some(&can_merge) };
             let plan = plan(&disks, &rules, &TimeZone::UTC, manner);
             for (disk, plan) in disks.iter().zip(&plan.disks) {
                 for (i, item) in disk.items.iter().enumerate() {

@@ -1,0 +1,67 @@
+//! [`Reason`]: why a point is kept, as the plan shows it.
+
+/// Why a point is kept.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    /// `--keep-last`.
+    Last,
+    /// `--keep-daily`: the day.
+    Daily(String),
+    /// `--keep-weekly`: the week.
+    Weekly(String),
+    /// `--keep-monthly`: the month.
+    Monthly(String),
+    /// `--keep-yearly`: the year.
+    Yearly(String),
+    /// `--keep-within`.
+    Within,
+    /// The next backup builds on it, or it is the newest at all.
+    Newest,
+    /// It is of the last run that has all disks.
+    LastCompleteRun,
+    /// Another disk's point of the same run is kept.
+    SameRun,
+    /// This point needs it.
+    NeededBy(String),
+    /// This point lies on something that is missing, and that may lie on it.
+    MayBeNeededBy(String),
+    /// It becomes part of this point, which becomes a FULL (`--consolidate`).
+    MergedInto(String),
+    /// It is an image of another kind.
+    NotABackup,
+    /// It cannot be restored now; what is missing may turn up.
+    CannotBeServed,
+    /// The newest point failed or is not verified.
+    Held(String),
+}
+
+impl Reason {
+    /// Whether the point is wanted for itself, and not only because another lies on it.
+    pub fn is_own(&self) -> bool {
+        use Reason::{MayBeNeededBy, MergedInto, NeededBy};
+        !matches!(self, NeededBy(_) | MayBeNeededBy(_) | MergedInto(_))
+    }
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Reason::Last => f.write_str("last"),
+            Reason::Daily(d) => write!(f, "daily {d}"),
+            Reason::Weekly(d) => write!(f, "weekly {d}"),
+            Reason::Monthly(d) => write!(f, "monthly {d}"),
+            Reason::Yearly(d) => write!(f, "yearly {d}"),
+            Reason::Within => f.write_str("within"),
+            Reason::Newest => f.write_str("newest"),
+            Reason::LastCompleteRun => f.write_str("last complete run"),
+            Reason::SameRun => f.write_str("another disk of this run is kept"),
+            Reason::NeededBy(p) => write!(f, "needed by {p}"),
+            Reason::MayBeNeededBy(p) => write!(f, "{p} may need it, once what is missing is back"),
+            Reason::MergedInto(p) => write!(f, "merged into {p}"),
+            Reason::NotABackup => f.write_str("not a backup"),
+            Reason::CannotBeServed => f.write_str("cannot be restored; see 'list', or --force"),
+            Reason::Held(why) => write!(f, "nothing is deleted: {why}"),
+        }
+    }
+}

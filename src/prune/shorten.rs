@@ -1,0 +1,61 @@
+//! Which chains `prune --consolidate` shortens.
+
+use std::collections::BTreeSet;
+
+use super::plan::{DiskItems, PointPlan};
+use super::reason::Reason;
+use crate::chain::Level;
+
+/// Whether a chain of a disk can become one FULL up to a point, once these points of the disk are
+/// gone; else why not. Disk and points are indices.
+pub type CanMerge<'a> = dyn Fn(usize, usize, &BTreeSet<usize>) -> Result<(), String> + 'a;
+
+/// A chain that stays as long as it is.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Unmerged {
+    /// The point that would become a FULL.
+    pub until: String,
+    /// Why it cannot.
+    pub why: String,
+}
+
+/// Of each chain whose FULL is kept only for others: the oldest point that is wanted, if it is an
+/// INC and nothing wanted is older. What is older becomes part of it, if `can` says so.
+pub fn shortened(
+    disk: &DiskItems,
+    points: &mut [PointPlan],
+    can: impl Fn(usize, &BTreeSet<usize>) -> Result<(), String>,
+) -> (Vec<String>, Vec<Unmerged>) {
+    let (mut merged, mut unmerged) = (Vec::new(), Vec::new());
+    let gone: BTreeSet<usize> = (0..points.len()).filter(|i| points[*i].keep.is_empty()).collect();
+    let chains: BTreeSet<&str> = disk.items.iter().map(|i| i.chain.as_str()).collect();
+    for chain in chains {
+        let Some((i, before)) = until(disk, points, chain) else { continue };
+        let until = disk.items[i].name.clone();
+        if let Err(why) = can(i, &gone) {
+            unmerged.push(Unmerged { until, why });
+            continue;
+        }
+        for j in before.into_iter().filter(|j| !gone.contains(j)) {
+            points[j].keep = vec![Reason::MergedInto(until.clone())];
+        }
+        merged.push(until);
+    }
+    (merged, unmerged)
+}
+
+/// The point that the chain could begin with, and what is older.
+fn until(disk: &DiskItems, points: &[PointPlan], chain: &str) -> Option<(usize, Vec<usize>)> {
+    let members: Vec<usize> =
+        (0..disk.items.len()).filter(|i| disk.items[*i].chain == chain).collect();
+    let is_wanted = |i: &&usize| points[**i].keep.iter().any(Reason::is_own);
+    let i = *members.iter().find(is_wanted)?;
+    let item = &disk.items[i];
+    if item.level != Level::Inc || item.parent.is_none() || !item.served {
+        return None;
+    }
+    // What may be needed by a point of another chain cannot become part of this one.
+    let before: Vec<usize> = members.into_iter().take_while(|j| *j != i).collect();
+    let only_for_it = |j: &usize| points[*j].keep.iter().all(|r| matches!(r, Reason::NeededBy(_)));
+    before.iter().all(only_for_it).then_some((i, before))
+}
