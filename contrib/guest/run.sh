@@ -10,7 +10,7 @@
 # BUS is virtio-blk (the default), virtio-blk-iothread, virtio-scsi, ahci or nvme. A disk's serial, and so its
 # name below /dev/disk in the guest, and its node name are NAME, or disk1, disk2... in turn; name=
 # with nothing after it gives a node without a name. FILE is written to, as a guest does, unless
-# snapshot=on.
+# snapshot=on. FILE may be a block device.
 # DIR gets qmp.sock, qmp2.sock (each serves one client), agent.sock, serial.log, qemu.log and pid.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -52,11 +52,13 @@ disk_options() {
             *) die "what is $field?" ;;
         esac
     done
+    local protocol=file
+    [ ! -b "$file" ] || protocol=host_device
     local drive="file=$file,format=$format,if=none,id=drive$number,discard=unmap"
     local device="id=dev$number,serial=${name:-disk$number}"
     # A throw-away overlay is something that only -drive makes.
     if [ -n "$name" ] && [ "$snapshot" = off ]; then
-        options+=(-blockdev "driver=file,filename=$file,node-name=$name-file,discard=unmap"
+        options+=(-blockdev "driver=$protocol,filename=$file,node-name=$name-file,discard=unmap"
             -blockdev "driver=$format,file=$name-file,node-name=$name,discard=unmap")
         node=$name
     else
@@ -108,10 +110,11 @@ start() {
     fi
     [ -n "$accel" ] || accel=${FLEECEFS_GUEST_ACCEL:-$(accelerator "$cache")}
     rm -f "$dir"/{qmp,qmp2,agent}.sock "$dir/serial.log"
+    # no_timer_check: on a busy machine an emulated timer is late, and the kernel would give up.
     qemu-system-x86_64 -accel "$accel" -machine q35 -m "$mem" -smp 1 \
         -nodefaults -no-user-config -display none \
         -kernel "$cache/vmlinuz" -initrd "$cache/initrd" \
-        -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr $append" -no-reboot \
+        -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check $append" -no-reboot \
         -serial "file:$dir/serial.log" \
         -qmp "unix:$dir/qmp.sock,server=on,wait=off" -qmp "unix:$dir/qmp2.sock,server=on,wait=off" \
         -device virtio-serial-pci -chardev "socket,id=agent,path=$dir/agent.sock,server=on,wait=off" \
