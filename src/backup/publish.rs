@@ -158,13 +158,14 @@ pub fn publish_held(
 ) -> Result<Manifest> {
     let partial = dir.join(partial_name(&manifest.image));
     let image = dir.join(&manifest.image);
-    manifest.blake3 = sync_and_hash(held, &partial, hash)?;
+    // First of all: what is read below comes out of the page cache, written or not.
+    held.sync()?;
     check(&partial, manifest.virtual_size)?;
     step("checked");
     set_time(&held.file, dir, &manifest)?;
     held.sync()?;
     step("synced");
-    complete(&mut manifest, &partial)?;
+    complete(&mut manifest, &partial, hash)?;
     // The announcement, now complete, is what a recovery after the rename writes as manifest.
     announce(dir, &manifest)?;
     step("announced");
@@ -217,34 +218,12 @@ pub fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
-/// Syncs the image, and hashes it while the disk writes.
-///
-/// What is hashed comes out of the page cache, written or not. So the hash counts only if the sync
-/// says that all has been written.
-fn sync_and_hash(held: &Held, file: &Path, hash: bool) -> Result<Option<String>> {
-    std::thread::scope(|scope| {
-        let hashing = hash.then(|| {
-            let thread = std::thread::Builder::new().name("hash".into());
-            thread.spawn_scoped(scope, || crate::hash::file(file))
-        });
-        held.sync()?;
-        match hashing {
-            None => Ok(None),
-            Some(Ok(thread)) => match thread.join() {
-                Ok(hash) => hash.map(Some),
-                Err(_) => Err(Error::new(Kind::Io, "hashing panicked").at_path(file)),
-            },
-            Some(Err(_)) => crate::hash::file(file).map(Some),
-        }
-    })
-}
-
-/// What only the finished file tells.
-fn complete(m: &mut Manifest, file: &Path) -> Result<()> {
+fn complete(m: &mut Manifest, file: &Path, hash: bool) -> Result<()> {
     let meta = std::fs::metadata(file)
         .map_err(|e| Error::io(e, "cannot look at the image").at_path(file))?;
     m.file_size = meta.len();
     m.fingerprint = Some(fingerprint(file)?);
+    m.blake3 = if hash { Some(crate::hash::file(file)?) } else { None };
     Ok(())
 }
 
