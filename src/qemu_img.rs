@@ -3,11 +3,12 @@
 use std::ffi::OsStr;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use crate::error::{Error, Kind, Result};
 
-/// A `qemu-img` with `args` that reads nothing and does not outlive this process.
+/// A `qemu-img` with `args` that reads nothing and does not outlive this process. To be started by
+/// the thread that waits for it: the kernel ends it with the thread, not with the process.
 pub fn command(args: &[&OsStr]) -> Command {
     let parent = std::process::id();
     let mut command = Command::new("qemu-img");
@@ -35,18 +36,52 @@ fn die_with(parent: u32) -> std::io::Result<()> {
 /// in errors.
 ///
 /// # Errors
-/// `NotFound` if it is not installed, else `NoSpace` or `Peer` with its own words.
+/// `NotFound` if it is not installed, `Busy` if it could not be started now, `Interrupted` if it was
+/// killed; else `NoSpace` or `Peer` with its own words.
 pub fn output(args: &[&OsStr], about: &Path) -> Result<Vec<u8>> {
+    let (code, output) = ended(args, about)?;
+    match code {
+        0 => Ok(output.stdout),
+        _ => Err(failure(args, about, String::from_utf8_lossy(&output.stderr).trim())),
+    }
+}
+
+/// What qemu-img thinks of a qcow2 image: no error, and no cluster that nobody uses.
+///
+/// # Errors
+/// `Unsound` if it found something wrong. The others of [`output`] if it could not look.
+pub fn check(image: &Path) -> Result<()> {
+    let args = ["check", "-q", "-f", "qcow2"].map(OsStr::new);
+    let args = [args.as_slice(), &[image.as_os_str()]].concat();
+    let (code, output) = ended(&args, image)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    match code {
+        0 => Ok(()),
+        2 | 3 => {
+            Err(Error::new(Kind::Unsound, format!("qemu-img check: {}", said.trim()))
+                .at_path(image))
+        }
+        _ => Err(failure(&args, image, said.trim())),
+    }
+}
+
+/// Its exit code and all that it printed.
+fn ended(args: &[&OsStr], about: &Path) -> Result<(i32, Output)> {
     let output = command(args).output().map_err(not_started)?;
-    match output.status.success() {
-        true => Ok(output.stdout),
-        false => Err(failure(args, about, String::from_utf8_lossy(&output.stderr).trim())),
+    match output.status.code() {
+        Some(code) => Ok((code, output)),
+        None => Err(Error::new(Kind::Interrupted, "qemu-img was killed").at_path(about)),
     }
 }
 
 /// It could not be started.
 pub fn not_started(e: std::io::Error) -> Error {
-    Error::io(e, "cannot run qemu-img").remedy("install it (Debian: qemu-utils)")
+    match e.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::io(e, "cannot run qemu-img").remedy("install it (Debian: qemu-utils)")
+        }
+        _ => Error::new(Kind::Busy, "cannot run qemu-img now").with_source(e),
+    }
 }
 
 /// It ran, and failed with these words.

@@ -492,8 +492,8 @@ fn how_long_a_guest_write_waits() {
     let caller = Caller::guest(&guest).with(&["--include", "a"]);
     guest.shell("writer fill /dev/disk/a 3 0 16777216");
     println!("longest wait without a backup: {} ms", longest(&guest));
-    caller.with(&["--speed-limit", "2M"]).must("full");
-    println!("fast fleece, target at 2 MB/s: {} ms", longest(&guest));
+    caller.with(&["--speed-limit", "1M"]).must("full");
+    println!("fast fleece, target at 1 MB/s: {} ms", longest(&guest));
     assert!(longest(&guest) < 5000);
 
     slow_fleece(&guest, &caller);

@@ -81,9 +81,14 @@ fn firmware_flash_is_copied_whole_each_time() {
     if !have(name, TOOLS) || !has_qemu(name) {
         return;
     }
+    let Some(firmware) = firmware() else {
+        assert!(std::env::var_os("CI").is_none(), "{name} needs SeaBIOS");
+        println!("skipped: {name} needs SeaBIOS");
+        return;
+    };
     let dir = tempfile::tempdir().unwrap();
     let code = dir.path().join("code.fd");
-    std::fs::copy(firmware().expect("QEMU comes with SeaBIOS"), &code).unwrap();
+    std::fs::copy(firmware, &code).unwrap();
     let vars = dir.path().join("vars.fd");
     // Erased flash is all ones, and programming clears bits.
     let erased: Vec<u8> = vec![0xff; FLASH as usize];

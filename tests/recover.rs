@@ -9,6 +9,7 @@ mod mounted;
 mod qemu;
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
@@ -74,10 +75,14 @@ impl Held {
     }
 }
 
-fn recover(caller: &Caller, more: &[&str]) -> Output {
+fn recovery(caller: &Caller, more: &[&str]) -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    c.args(["recover", "--qmp"]).arg(&caller.qmp).arg("--state-dir").arg(&caller.state);
-    c.args(more).output().unwrap()
+    c.args(["recover", "--qmp"]).arg(&caller.qmp).arg("--state-dir").arg(&caller.state).args(more);
+    c
+}
+
+fn recover(caller: &Caller, more: &[&str]) -> Output {
+    recovery(caller, more).output().unwrap()
 }
 
 fn must_recover(caller: &Caller, more: &[&str]) -> String {
@@ -223,6 +228,52 @@ fn journalled(caller: &Caller, agent: Option<&Path>, qemu: Option<&str>, record:
     };
     let mut j = Journal::begin(&caller.state, &vm, &begin).unwrap();
     j.write(&record).unwrap();
+}
+
+/// A folder with a qemu-img that is this shell script.
+fn false_qemu_img(script: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qemu-img");
+    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+    dir
+}
+
+#[test]
+fn an_image_that_could_not_be_checked_is_not_removed() {
+    if !have("an_image_that_could_not_be_checked_is_not_removed", TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let caller = Caller::of(&d);
+    caller.must("full");
+    // Killed when the image is complete and closed.
+    let steps = d.path("steps");
+    let mut run = caller.command("inc");
+    run.env("FLEECEFS_HANG_AT", "checked").env("FLEECEFS_STEPS", &steps);
+    let mut run = run.spawn().unwrap();
+    while !std::fs::read_to_string(&steps).is_ok_and(|s| s.contains(" checked\n")) {
+        assert!(run.try_wait().unwrap().is_none(), "it ended before");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    run.kill().unwrap();
+    run.wait().unwrap();
+    let before = leftovers(&caller.target);
+    assert!(!before.is_empty());
+    // A Ctrl-C reaches qemu-img too; it may be locked out, or not there at all.
+    let nothing = tempfile::tempdir().unwrap();
+    let busy = "echo 'Failed to get \"write\" lock' >&2; exit 1";
+    let scripts = [false_qemu_img("kill -INT $$"), false_qemu_img(busy), nothing];
+    for (i, path) in scripts.iter().enumerate() {
+        let mut c = recovery(&caller, &[]);
+        let out = c.env("PATH", path.path()).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && !said.contains("removed"), "{i}: {said}");
+        assert_eq!(leftovers(&caller.target), before, "{i}: {said}");
+    }
+    let said = must_recover(&caller, &[]);
+    assert!(said.contains("was complete: published"), "{said}");
+    clean(&d);
 }
 
 /// The agent of a frozen guest, until nobody asks any more; whether it was told to thaw.

@@ -228,10 +228,18 @@ fn complete(m: &mut Manifest, file: &Path, hash: bool) -> Result<()> {
 }
 
 /// qemu-img's own check: no error and no leak that was not there by design; and the size.
+///
+/// That qemu-img could not look is no verdict: unless the image cannot be read by us either, it may
+/// be as good as any.
 fn check(path: &Path, size: u64) -> Result<()> {
-    let args = ["check", "-q", "-f", "qcow2"].map(OsStr::new);
-    qemu_img::output(&[args.as_slice(), &[path.as_os_str()]].concat(), path)?;
+    let checked = qemu_img::check(path);
     let info = crate::layer::probe(&crate::storage::SourceFile::look(path)?)?;
+    checked.map_err(|e| match e.kind() {
+        Kind::Peer => {
+            Error::new(Kind::Busy, "the image could not be checked").at_path(path).with_source(e)
+        }
+        _ => e,
+    })?;
     if info.virtual_size != size {
         let what = format!("the image has {} bytes, the disk {size}", info.virtual_size);
         return Err(Error::new(Kind::Unsound, what).at_path(path));

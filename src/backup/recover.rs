@@ -40,7 +40,7 @@ pub struct Place<'a> {
     pub vm: &'a Address,
     /// On whose behalf.
     pub cause: Cause<'a>,
-    /// The guest agent to thaw with, if not the one that the journal names.
+    /// The guest agent to thaw with, if the user says that it is not the one in the journal.
     pub agent: Option<&'a Address>,
 }
 
@@ -256,12 +256,12 @@ fn release_guest(
     if !pending.frozen {
         return Ok(());
     }
-    let agent = match (place.agent, &pending.agent) {
-        (Some(given), _) => given.clone(),
-        (None, Some(noted)) => Address::parse(noted)?,
+    let thawed = match (place.agent, &pending.agent) {
+        (Some(given), _) => thaw(given),
+        (None, Some(noted)) => Address::parse(noted).and_then(|a| thaw(&a)),
         (None, None) => return Ok(()),
     };
-    match thaw(&agent) {
+    match thawed {
         Ok(true) => watch.say("the guest was still frozen: thawed"),
         Ok(false) => {}
         Err(e) if place.cause == Cause::Forget => {
@@ -388,13 +388,19 @@ pub fn settle_image(dir: &Path, image: &str, finished: bool, watch: &dyn Watch) 
     };
     match done {
         Ok(()) => Ok(Fate::Published),
-        Err(e) if matches!(e.kind(), Kind::NoSpace | Kind::Permission | Kind::Busy) => Err(e),
+        // What could not be looked at now may be complete all the same.
+        Err(e) if is_no_verdict(e.kind()) => Err(e),
         Err(e) => {
             watch.warn(&format!("{image} is no good: {}", e.report()));
             publish::discard(dir, image)?;
             Ok(Fate::Removed)
         }
     }
+}
+
+fn is_no_verdict(kind: Kind) -> bool {
+    use Kind::{Busy, Changed, Interrupted, NoSpace, NotFound, Permission};
+    matches!(kind, NoSpace | Permission | Busy | Interrupted | NotFound | Changed)
 }
 
 /// An image that was renamed, whose manifest was not yet written.

@@ -71,7 +71,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         state: &options.state_dir,
         vm: &options.qmp,
         cause: Cause::Backup(&options.target),
-        agent: options.agent.as_ref(),
+        agent: None,
     };
     recover::recover(&mut client, place, watch)?;
     let base = base_dir(options);
