@@ -402,3 +402,32 @@ fn what_another_disk_needs_stays() {
     assert!(refused["why"].as_str().unwrap().contains("other.qcow2"), "{refused}");
     assert_eq!(names(b.dir.path()), before);
 }
+
+#[test]
+fn damage_is_not_merged_into_a_full_with_a_good_hash() {
+    if !qemu::have("damage_is_not_merged_into_a_full_with_a_good_hash", &TOOLS) {
+        return;
+    }
+    let b = Backups::new(1, 3, "", false);
+    let root = b.dir.path();
+    succeed(&["verify", "--create"], root);
+    // In the middle of an INC's data: neither its structure nor its ends show it.
+    let mut bytes = std::fs::read(&b.files[1]).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&b.files[1], &bytes).unwrap();
+    let before = names(root);
+    for args in [
+        vec!["consolidate", "sda", "--until", "latest"],
+        vec!["prune", "--keep-last", "1", "--consolidate"],
+    ] {
+        let out = fleecefs(&args, root);
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(code(&out) == 18 && said.contains(&b.name(1)), "{args:?}: {out:?}");
+        assert_eq!(names(root), before, "{args:?}");
+        assert_eq!(code(&fleecefs(&["verify"], root)), 18, "{args:?}");
+    }
+    // Who says so merges it all the same.
+    succeed(&["consolidate", "sda", "--until", "latest", "--skip-check"], root);
+    assert_eq!(names(root).len(), 1);
+}

@@ -160,6 +160,10 @@ fn holes_stay_holes_and_existing_targets_stay() {
     let f = c.point("", 1 << 30, &["write -P 1 512M 1M".into(), "write -P 0 700M 8M".into()]);
     let to = tempfile::tempdir().unwrap();
     let target = to.path().join("deep/er/r.raw");
+    // Mistyped, or not mounted.
+    fails(&["restore", s(dir.path()), name(&f), s(&target)], 3);
+    assert!(!to.path().join("deep").exists());
+    std::fs::create_dir_all(target.parent().unwrap()).unwrap();
     ok(&["restore", s(dir.path()), name(&f), s(&target)]);
     let meta = std::fs::metadata(&target).unwrap();
     assert_eq!(meta.len(), 1 << 30);

@@ -287,6 +287,11 @@ fn freeze_guest(
     announce(scene, guardian, Record::Freeze, Word::Freeze)?;
     // Half of what the guardian allows: there must be time left to thaw.
     match agent.freeze(&mountpoints, scene.options.moment.deadline / 2) {
+        Ok(0) => {
+            step("frozen");
+            consistency.reason = "not frozen: the agent found nothing to freeze".into();
+            scene.watch.warn(&consistency.reason);
+        }
         Ok(n) => {
             step("frozen");
             consistency.frozen = listed;

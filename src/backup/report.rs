@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::plan::Plan;
 use crate::chain::Level;
-use crate::chain::manifest::{Consistency, Manifest};
+use crate::chain::manifest::{Achieved, Consistency, Manifest};
 use crate::error::{Error, Kind, Result};
 
 /// What came of a run.
@@ -35,8 +35,9 @@ pub struct DiskReport {
 
 impl Report {
     /// The error to end with: `Partial` if some disks have a point and others not, the first
-    /// error if none has, `Skipped` with `strict`.
-    pub fn verdict(&self, strict: bool) -> Result<()> {
+    /// error if none has. With `strict` `Skipped` if a disk was left out, or if the guest was to be
+    /// frozen (`quiesce`) and was not.
+    pub fn verdict(&self, strict: bool, quiesce: bool) -> Result<()> {
         let refused = self.plan.refused.iter().map(|(d, e)| (d.as_str(), e));
         let failed =
             self.disks.iter().filter_map(|d| Some((d.disk.as_str(), d.result.as_ref().err()?)));
@@ -55,6 +56,10 @@ impl Report {
         match self.plan.skipped.first() {
             Some(s) if strict => {
                 Err(Error::new(Kind::Skipped, format!("{} was skipped: {}", s.disk, s.reason)))
+            }
+            None if strict && quiesce && self.consistency.achieved == Achieved::Crash => {
+                let text = format!("crash-consistent only: {}", self.consistency.reason);
+                Err(Error::new(Kind::Skipped, text).remedy("the points are there and restorable"))
             }
             _ => Ok(()),
         }

@@ -75,6 +75,9 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     };
     recover::recover(&mut client, place, watch)?;
     let base = base_dir(options);
+    if !base.exists() {
+        watch.say(&format!("{}: a new folder for backups", base.display()));
+    }
     publish::make_dir(&base)?;
     let _target_lock = target_lock(options, &base)?;
     let target = TargetId::of(&options.target, &base, options.level != LevelWish::Copy)?;

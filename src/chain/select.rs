@@ -21,7 +21,10 @@ impl Catalog {
         let found: Vec<(&Disk, usize)> =
             self.disks.iter().flat_map(|d| d.matching(&selector).map(move |i| (d, i))).collect();
         match found.as_slice() {
-            [one] => Ok(*one),
+            [(disk, point)] => {
+                disk.warn_of_newer(&selector, *point);
+                Ok((*disk, *point))
+            }
             [] => Err(self.not_found(&selector)),
             many => {
                 let names: Vec<String> =
@@ -48,6 +51,28 @@ impl Disk {
     /// The newest point that can be served.
     pub fn latest(&self) -> Option<usize> {
         self.points.iter().rposition(Point::is_served)
+    }
+
+    /// Whoever asks for the latest wants to know that there was a later one.
+    fn warn_of_newer(&self, selector: &Path, point: usize) {
+        let by_name = selector
+            .file_name()
+            .and_then(|n| n.to_str())
+            .map(|n| n.strip_suffix(".raw").unwrap_or(n) == self.points[point].name);
+        let lost = self
+            .points
+            .iter()
+            .skip(point + 1)
+            .rev()
+            .find_map(|p| Some((p, p.unavailable.as_ref()?)));
+        if let (Some(false) | None, Some((newer, why))) = (by_name, lost) {
+            let (disk, name) = (self.path.display(), &self.points[point].name);
+            log::warn!(
+                "{disk}: the latest that can be read is {name}; {} is newer and cannot be: {}",
+                newer.name,
+                why.message
+            );
+        }
     }
 
     fn matching<'a>(&'a self, selector: &'a Path) -> impl Iterator<Item = usize> + 'a {

@@ -195,7 +195,8 @@ struct MomentArgs {
     #[arg(long, value_name = "PATH", requires = "quiesce")]
     freeze: Vec<String>,
 
-    /// The longest time, in seconds, that the guest may be held; a child process ends it then
+    /// The longest time, in seconds, that the guest may be held against its will (so --pause does
+    /// not count); a child process ends it then
     #[arg(long, value_name = "SECONDS", default_value_t = 30,
         value_parser = clap::value_parser!(u64).range(1..=LONGEST_WAIT))]
     hold_limit: u64,
@@ -391,7 +392,7 @@ pub fn run(args: &BackupArgs) -> Result<()> {
         return print_plan(&report, args.show.progress == Style::Json);
     }
     tell(&console, &report);
-    report.verdict(options.strict).inspect_err(|e| console.log_error(e))
+    report.verdict(options.strict, options.moment.quiesce).inspect_err(|e| console.log_error(e))
 }
 
 fn tell(console: &Console, report: &Report) {

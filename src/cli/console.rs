@@ -78,6 +78,7 @@ impl Console {
 
     fn show(&self, priority: libc::c_int, kind: &str, line: &str) {
         match (self.style, &self.bars) {
+            (style, _) if style != Style::Json && super::is_quiet() => {}
             (Style::Json, _) => {
                 let _ = super::print(&format!("{}\n", json!({"event": kind, "text": line})));
             }

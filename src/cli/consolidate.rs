@@ -9,7 +9,7 @@ use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::Result;
-use crate::prune::consolidate::{Consolidation, consolidate, plan};
+use crate::prune::consolidate::{Consolidation, How, consolidate, plan};
 use crate::units::human_bytes;
 
 /// Merge the oldest points of a chain into one new FULL
@@ -33,6 +33,9 @@ pub struct ConsolidateArgs {
     /// Check only the structure of the new image, and do not read it back
     #[arg(long)]
     no_compare: bool,
+    /// Do not compare the files that are merged with the hashes in their manifests first
+    #[arg(long)]
+    skip_check: bool,
     /// Print what would be done and stop
     #[arg(short = 'n', long)]
     dry_run: bool,
@@ -54,31 +57,29 @@ pub fn run(args: ConsolidateArgs) -> Result<()> {
         let text = plan.as_ref().map_or(DONE.to_string(), text);
         return super::print(&(text + "dry run: nothing was changed\n"));
     }
-    let how = How { compare: !args.no_compare, quiet: false };
-    one(&args.dir, &args.disk, &args.until, how, &args.work)
+    let how = How { check: !args.skip_check, compare: !args.no_compare };
+    one(&args.dir, &args.disk, &args.until, how, false, &args.work)
 }
 
-/// How a chain is consolidated.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct How {
-    /// Read the new image back and compare it with the point.
-    pub compare: bool,
-    /// Print nothing.
-    pub quiet: bool,
-}
-
-/// Consolidates one chain.
+/// Consolidates one chain; `quiet` prints nothing.
 ///
 /// # Errors
 /// See [`run`].
-pub(super) fn one(dir: &Path, disk: &Path, until: &str, how: How, work: &WorkArgs) -> Result<()> {
-    let say = |text: &str| if how.quiet { Ok(()) } else { super::print(text) };
+pub(super) fn one(
+    dir: &Path,
+    disk: &Path,
+    until: &str,
+    how: How,
+    quiet: bool,
+    work: &WorkArgs,
+) -> Result<()> {
+    let say = |text: &str| if quiet { Ok(()) } else { super::print(text) };
     let (catalog, _locks) = locked(dir)?;
     let disk = super::prune::find_disk(&catalog, disk)?;
     let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE) };
     say(&text(&plan))?;
     let (bar, cancel) = (Bar::default(), cancel_flag()?);
-    let done = consolidate(disk, &plan, how.compare, &work.work(&cancel, &bar))?;
+    let done = consolidate(disk, &plan, how, &work.work(&cancel, &bar))?;
     say(&format!(
         "{}: {} ({} copied, {} cloned)\n",
         plan.image,

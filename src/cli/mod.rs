@@ -80,6 +80,11 @@ fn run(cli: Cli) -> Result<()> {
     }
 }
 
+/// Whether the user wants to see errors only (`-q`).
+fn is_quiet() -> bool {
+    log::max_level() <= log::LevelFilter::Error
+}
+
 fn init_logging(cli: &Cli) {
     let level = match (cli.quiet, cli.verbose) {
         (true, _) => "error",

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
-use super::consolidate::How;
 use super::writing::locked;
 use crate::chain::Catalog;
 use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Result};
+use crate::prune::consolidate::How;
 use crate::prune::plan::{Manner, Plan, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, consolidate, execute, items};
@@ -23,7 +23,8 @@ use crate::units::{human_bytes, parse_duration};
 /// Each rule keeps, per disk, the newest point of each of the newest N days (weeks, ...) that have
 /// one; a point is kept if any rule keeps it. What a kept point needs is kept too; so are the newest
 /// point, the last complete run, and the other disks' points of a run that is kept. Nothing at all
-/// is deleted of a disk whose newest point is lost, unsound, or not verified (no manifest), unless
+/// is deleted of a disk whose newest point is lost, unsound (as 'verify --quick' sees it: by structure
+/// and manifests, not by reading all), or not verified (no manifest), unless
 /// forced.
 #[derive(Debug, Args)]
 pub struct PruneArgs {
@@ -93,8 +94,8 @@ pub fn run(args: PruneArgs) -> Result<()> {
     for disk in &plan.disks {
         for until in &disk.consolidate {
             // The JSON document is the whole of the output.
-            let how = How { compare: true, quiet: args.json };
-            super::consolidate::one(&args.dir, &disk.disk, until, how, &args.work)?;
+            let how = How { check: true, compare: true };
+            super::consolidate::one(&args.dir, &disk.disk, until, how, args.json, &args.work)?;
         }
     }
     Ok(())
@@ -148,6 +149,10 @@ fn text(plan: &Plan, dry_run: bool) -> String {
     }
     let count = plan.deleted().count();
     let _ = writeln!(out, "{count} points to delete, {}", human_bytes(plan.freed()));
+    let merged = plan.merged().count();
+    if merged > 0 {
+        let _ = writeln!(out, "{merged} points to merge: their states are gone then as well");
+    }
     if dry_run {
         let _ = writeln!(out, "dry run: nothing was changed");
     }

@@ -129,6 +129,8 @@ struct Job<'a> {
     disk: &'a Disk,
     point: usize,
     target: Target,
+    /// Whether it is one of several disks, which get a folder.
+    of_run: bool,
 }
 
 /// Runs `fleecefs restore`.
@@ -181,7 +183,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
         };
         let job = |(disk, point): &(&'a Disk, usize)| {
             let path = to.join(run::file_name(disk, *point, extension));
-            Ok(Job { disk, point: *point, target: args.how.file_target(&path)? })
+            Ok(Job { disk, point: *point, target: args.how.file_target(&path)?, of_run: true })
         };
         let jobs = run.points.iter().map(job).collect::<Result<Vec<_>>>()?;
         return check_apart(&jobs).map(|()| jobs);
@@ -190,7 +192,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
         return Err(super::usage("name a point and a target, or a run and a folder"));
     };
     let (disk, point) = catalog.find(point)?;
-    Ok(vec![Job { disk, point, target: args.how.target(target)? }])
+    Ok(vec![Job { disk, point, target: args.how.target(target)?, of_run: false }])
 }
 
 /// Fails if two points of a run would get the same file (disks `a` and `a.raw`; two points of one
@@ -341,7 +343,7 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
         return say(how, &job.target, show_plan(how, &name, &job.target, &plan)).map(|()| 0);
     }
     if let Target::Raw(path) | Target::Qcow2(path, _) = &job.target {
-        make_folder(path)?;
+        if job.of_run { make_folder(path) } else { has_folder(path) }?;
     }
     let summary = crate::restore::restore(&image, &plan, &job.target, &how.options(), work)?;
     let given_up = summary.bad.iter().map(|b| b.len).sum();
@@ -351,11 +353,27 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
     say(how, &job.target, show_summary(how, &name, &job.target, &summary)).map(|()| given_up)
 }
 
+/// The target's folder has to be there: a mistyped one, or that of a file system that is not mounted,
+/// would fill another.
+///
+/// # Errors
+/// `NotFound`.
+pub(super) fn has_folder(path: &Path) -> Result<()> {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
+            Err(Error::new(Kind::NotFound, "there is no such folder for the target")
+                .at_path(folder)
+                .remedy("make it first, or mount what belongs there"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Makes the folder that the target goes into.
 ///
 /// # Errors
 /// What the operating system said.
-pub(crate) fn make_folder(path: &Path) -> Result<()> {
+fn make_folder(path: &Path) -> Result<()> {
     let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
     std::fs::create_dir_all(folder)
         .map_err(|e| Error::io(e, "cannot make the target's folder").at_path(folder))
@@ -364,7 +382,12 @@ pub(crate) fn make_folder(path: &Path) -> Result<()> {
 /// Standard output, unless the disk itself goes there.
 fn say(how: &How, target: &Target, text: String) -> Result<()> {
     if *target == Target::Stdout && !how.dry_run {
-        eprint!("{text}");
+        if !super::is_quiet() {
+            eprint!("{text}");
+        }
+        return Ok(());
+    }
+    if super::is_quiet() && !how.dry_run {
         return Ok(());
     }
     super::print(&text)

@@ -25,7 +25,7 @@ use crate::chain::{Catalog, Disk, Level, describe as describe_point, record_from
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::{Format, Mapping};
-use crate::restore::verbs::not_used_elsewhere;
+use crate::restore::verbs::{self, not_used_elsewhere};
 use crate::restore::{self, Compression, Qcow2Options, Summary, Target, Work};
 use crate::storage::{ReadAt, SourceFile};
 use crate::verify;
@@ -187,23 +187,30 @@ fn line_of_parents(disk: &Disk, point: usize) -> impl Iterator<Item = usize> + '
     std::iter::successors(disk.points[point].parent, |i| disk.points[*i].parent)
 }
 
+/// How a chain is consolidated.
+#[derive(Debug, Clone, Copy)]
+pub struct How {
+    /// Compare each file that is merged with its manifest's hash first.
+    pub check: bool,
+    /// Read the new image back and compare it with the point.
+    pub compare: bool,
+}
+
 /// Carries it out. The caller holds the lock and has called [`super::recover`].
 ///
 /// # Errors
 /// Reading, writing or comparing failed: everything is as it was. After the new FULL has its name,
 /// an error leaves a journal, which the next run finishes.
-pub fn consolidate(
-    disk: &Disk,
-    plan: &Consolidation,
-    compare: bool,
-    work: &Work,
-) -> Result<Summary> {
+pub fn consolidate(disk: &Disk, plan: &Consolidation, how: How, work: &Work) -> Result<Summary> {
+    if how.check {
+        check_sources(disk, plan.point, work)?;
+    }
     make_folder(&plan.dir)?;
     remove_leftovers(&plan.dir)?;
     record_from(disk, plan.point)?;
     let temporary = format!("{TEMPORARY}{}", plan.image);
     let path = plan.dir.join(manifest::FOLDER).join(&temporary);
-    let summary = build(disk, plan.point, &path, compare, work)?;
+    let summary = build(disk, plan.point, &path, how.compare, work)?;
     let made = describe(disk, plan, &path, work)
         .and_then(|manifest| {
             like_the_point(disk, plan.point, &path)?;
@@ -218,6 +225,26 @@ pub fn consolidate(
         })?;
     replace(&plan.dir, made, work)?;
     Ok(summary)
+}
+
+/// Whether what is merged is what was backed up. The new FULL gets a hash of its own: damage that is
+/// not seen now would never be seen again, and what could have replaced it is gone.
+fn check_sources(disk: &Disk, point: usize, work: &Work) -> Result<()> {
+    for i in line(disk, point) {
+        let path = &disk.points[i].source;
+        let known = verbs::files::manifest_of(path)?.and_then(|m| m.blake3);
+        let Some(wanted) = known else { continue };
+        let file = SourceFile::look(path)?;
+        work.check()?;
+        if crate::hash::hash(&file, work.workers, work.progress)?.to_hex().as_str() != wanted {
+            let what = "its bytes are not those of its manifest's hash";
+            return Err(Error::new(Kind::Unsound, what).at_path(path).remedy(
+                "restore this file from another copy, or begin a new chain with a FULL; \
+                 consolidate --skip-check merges it all the same",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Temporary files that no journal speaks of.

@@ -111,6 +111,12 @@ impl Plan {
         self.deleted().map(|(_, p)| p.bytes).sum()
     }
 
+    /// All points that become part of another.
+    pub fn merged(&self) -> impl Iterator<Item = &PointPlan> {
+        let is_merged = |r: &Reason| matches!(r, Reason::MergedInto(_));
+        self.disks.iter().flat_map(|d| &d.points).filter(move |p| p.keep.iter().any(is_merged))
+    }
+
     /// All points that are deleted.
     pub fn deleted(&self) -> impl Iterator<Item = (&DiskPlan, &PointPlan)> {
         let all = self.disks.iter().flat_map(|d| d.points.iter().map(move |p| (d, p)));
