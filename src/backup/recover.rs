@@ -73,8 +73,8 @@ impl Cause<'_> {
 /// What a recovery found.
 #[derive(Debug, Default)]
 pub struct Recovered {
-    /// How many runs were undone.
-    pub runs: usize,
+    /// How many runs were undone, and disks of runs before settled.
+    pub done: usize,
     /// How many disks of theirs, or of runs before, are left for later.
     pub left: usize,
 }
@@ -99,6 +99,7 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
             left.push(l.clone());
         }
     }
+    let settled = journal.left.len().saturating_sub(left.len());
     for run in &runs {
         client.check_interrupt()?;
         // It may have come by another of QEMU's sockets.
@@ -117,7 +118,7 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
         return Err(e);
     }
     journal::keep(place.state, place.vm, &left)?;
-    Ok(Recovered { runs: runs.len(), left: left.len() })
+    Ok(Recovered { done: runs.len().saturating_add(settled), left: left.len() })
 }
 
 /// As [`recover`], when QEMU is gone and has taken everything but files with it.
@@ -134,9 +135,11 @@ pub fn recover_offline(place: Place<'_>, watch: &dyn Watch) -> Result<Recovered>
             left.push(l.clone());
         }
     }
+    let settled = journal.left.len().saturating_sub(left.len());
     left.extend(undo_offline(&journal, place, watch)?);
     journal::keep(place.state, place.vm, &left)?;
-    Ok(Recovered { runs: usize::from(!journal.run.is_empty()), left: left.len() })
+    let runs = usize::from(!journal.run.is_empty());
+    Ok(Recovered { done: runs.saturating_add(settled), left: left.len() })
 }
 
 /// What a run did to the guest of another QEMU process is over: who is stopped or frozen now was

@@ -65,3 +65,27 @@ impl Report {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strict_wants_the_freeze_that_was_asked_for() {
+        let report = |achieved| Report {
+            run: "r".into(),
+            plan: Plan { run: "r".into(), disks: vec![], skipped: vec![], refused: vec![] },
+            disks: vec![],
+            consistency: Consistency {
+                achieved,
+                reason: "not frozen: no agent".into(),
+                ..Consistency::default()
+            },
+        };
+        let crash = report(Achieved::Crash);
+        let error = crash.verdict(true, true).unwrap_err();
+        assert!(error.kind() == Kind::Skipped && error.message().contains("no agent"), "{error}");
+        assert!(crash.verdict(false, true).is_ok() && crash.verdict(true, false).is_ok());
+        assert!(report(Achieved::FileSystem).verdict(true, true).is_ok());
+    }
+}

@@ -298,6 +298,12 @@ fn build(
     pflash: bool,
 ) -> Result<SeenDisk, Unfit> {
     if top.drv == "copy-before-write" {
+        if names::parse_object(&top.node_name).is_some() {
+            return Err(Unfit::Blocked(
+                "a backup by fleecefs runs, or was killed: then the next one tidies up (fleecefs \
+                 recover does it now)",
+            ));
+        }
         return Err(Unfit::Blocked(
             "another program's copy-before-write filter is above it: a backup by another \
                     program runs or has died (fleecefs recover --foreign removes what qmpbackup \

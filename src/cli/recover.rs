@@ -76,7 +76,7 @@ pub fn run(args: RecoverArgs) -> Result<()> {
     let _qemu_lock = Lock::qemu(&state, &client)?;
     let done = recover::recover(&mut client, place, &console)?;
     let foreign = if args.foreign { foreign::remove(&mut client, &console)? } else { 0 };
-    if done.runs == 0 && done.left == 0 && foreign == 0 {
+    if done.done == 0 && done.left == 0 && foreign == 0 {
         console.say("nothing to recover");
     }
     verdict(&done)
