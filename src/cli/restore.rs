@@ -358,7 +358,7 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
 ///
 /// # Errors
 /// `NotFound`.
-pub(super) fn has_folder(path: &Path) -> Result<()> {
+fn has_folder(path: &Path) -> Result<()> {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
             Err(Error::new(Kind::NotFound, "there is no such folder for the target")
@@ -373,7 +373,7 @@ pub(super) fn has_folder(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-fn make_folder(path: &Path) -> Result<()> {
+pub(super) fn make_folder(path: &Path) -> Result<()> {
     let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
     std::fs::create_dir_all(folder)
         .map_err(|e| Error::io(e, "cannot make the target's folder").at_path(folder))

@@ -204,7 +204,8 @@ pub fn merge(args: MergeArgs) -> Result<()> {
         let members = line.members().unwrap_or_default();
         members.iter().try_for_each(|m| files::check(m, &work))?;
     }
-    super::restore::has_folder(&args.target)?;
+    // As qmprestore does.
+    super::restore::make_folder(&args.target)?;
     let options = Options { force: args.force, ..Options::default() };
     let summary = crate::restore::restore(&image, &plan, &target, &options, &work)?;
     let (name, target) = (name.display(), args.target.display());
