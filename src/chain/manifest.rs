@@ -49,6 +49,10 @@ pub struct Manifest {
     /// File name of the image that it lies on, in the same folder; `None` for a root.
     #[serde(default)]
     pub parent: Option<String>,
+    /// After a `commit`: file name of the last image that was folded into this one, whose state it
+    /// is now. Its own name still has the old time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_of: Option<String>,
     /// Format of the image file.
     pub format: ImageFormat,
     /// Whether the image holds the whole disk or only what changed since its parent.
@@ -109,6 +113,9 @@ pub struct Brief {
     /// See [`Manifest::parent`].
     #[serde(default)]
     pub parent: Option<String>,
+    /// See [`Manifest::state_of`].
+    #[serde(default)]
+    pub state_of: Option<String>,
     /// See [`Manifest::format`].
     pub format: ImageFormat,
     /// See [`Manifest::content`].
@@ -452,6 +459,7 @@ pub(crate) mod tests {
             level,
             time: 1_700_000_000,
             parent: parent.map(str::to_string),
+            state_of: None,
             format: ImageFormat::Qcow2,
             content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
             virtual_size: 1 << 20,
