@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::Level;
+use super::{Level, name};
 use crate::error::{Error, Kind, Result};
 
 /// The folder, beside the images, that holds the manifests. qmprestore ignores folders.
@@ -226,6 +226,14 @@ pub struct Skipped {
     pub disk: String,
     /// Why, in words.
     pub reason: String,
+}
+
+/// The time of the state that a commit left in an image: that in the name of the image folded last.
+pub fn folded_time(state_of: Option<&str>) -> Option<i64> {
+    match name::parse(OsStr::new(state_of?)) {
+        name::Name::Backup { stamp, .. } => stamp,
+        _ => None,
+    }
 }
 
 /// BLAKE3 over both ends of a file and its length: cheap, and different for a replaced image.

@@ -1,12 +1,12 @@
 //! The points of one disk, in chain order.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::OsStr;
 use std::sync::Arc;
 
 use super::assemble::{Blocked, Fates, carries_snapshots};
 use super::group::{Belongs, Group, base_name};
-use super::name::{self, Name, to_text};
+use super::manifest::folded_time;
+use super::name::to_text;
 use super::scan::FileId;
 use super::{Level, Point};
 use crate::error::{Finding, Kind, Severity};
@@ -67,11 +67,7 @@ fn in_chain_order(fates: &Fates, group: &Group) -> Vec<usize> {
 /// The time in a file's name; after a commit that of the image whose state the file has taken over.
 fn stamp(fates: &Fates, belongs: &Belongs) -> Option<i64> {
     let manifest = fates.tree.files[belongs.file].manifest.as_ref();
-    let folded = manifest.and_then(|m| m.state_of.as_deref()).map(|n| name::parse(OsStr::new(n)));
-    match folded {
-        Some(Name::Backup { stamp: Some(stamp), .. }) => Some(stamp),
-        _ => belongs.stamp,
-    }
+    folded_time(manifest.and_then(|m| m.state_of.as_deref())).or(belongs.stamp)
 }
 
 fn rank(level: Level) -> u8 {
