@@ -13,8 +13,11 @@ mod mounted;
 mod qemu;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use backup::{Caller, Daemon, Views, bitmaps, leftovers, ours_in_qemu};
@@ -42,6 +45,48 @@ struct Listed {
     level: String,
 }
 
+/// What somebody who reads all the time has read: disk folder and hash of a whole file.
+type Seen = Arc<Mutex<BTreeSet<(String, [u8; 32])>>>;
+
+/// Reads every file of a mount, over and over, until it is dropped.
+struct Reader {
+    seen: Seen,
+    end: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reader {
+    fn new(mount: &Path) -> Self {
+        let (seen, end) = (Seen::default(), Arc::new(AtomicBool::new(false)));
+        let (mount, to, until) = (mount.to_path_buf(), seen.clone(), end.clone());
+        let thread = std::thread::spawn(move || {
+            while !until.load(Ordering::SeqCst) {
+                for (disk, _) in DISKS {
+                    read_all(&mount, &format!("{disk}.img"), &to);
+                }
+            }
+        });
+        Reader { seen, end, thread: Some(thread) }
+    }
+}
+
+fn read_all(mount: &Path, disk: &str, to: &Seen) {
+    let files = std::fs::read_dir(mount.join(disk)).into_iter().flatten().flatten();
+    for file in files.filter(|f| f.file_type().is_ok_and(|t| t.is_file())) {
+        std::thread::sleep(Duration::from_millis(5));
+        // What goes or changes meanwhile may be an error, but never other bytes.
+        let Ok(bytes) = std::fs::read(file.path()) else { continue };
+        to.lock().unwrap().insert((disk.into(), *blake3::hash(&bytes).as_bytes()));
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::SeqCst);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
 struct World {
     daemon: Daemon,
     caller: Caller,
@@ -49,7 +94,13 @@ struct World {
     sizes: [u64; 2],
     /// What each state must hold.
     known: BTreeMap<State, blake3::Hash>,
+    /// All that was ever known of each disk.
+    ever: BTreeSet<(String, [u8; 32])>,
+    /// Ends before the mount does.
+    reader: Reader,
     mount: Mount,
+    /// How many different files the reader has read between two checks, in all.
+    read: usize,
     /// How often each action did something.
     done: BTreeMap<&'static str, u32>,
 }
@@ -67,8 +118,9 @@ impl World {
         let caller = Caller::of(&daemon);
         std::fs::create_dir(&caller.target).unwrap();
         let mount = Mount::new(&caller.target);
-        let known = BTreeMap::new();
-        World { daemon, caller, rng: Rng(seed), sizes, known, mount, done: BTreeMap::new() }
+        let reader = Reader::new(mount.path());
+        let (known, ever, done) = Default::default();
+        World { daemon, caller, rng: Rng(seed), sizes, known, ever, reader, mount, read: 0, done }
     }
 
     fn chance(&mut self, one_in: u64) -> bool {
@@ -125,6 +177,7 @@ impl World {
                 states.insert(0, of(cut_off).expect("a point of a run that never had its moment"));
             }
             assert_eq!(times.len(), states.len(), "{disk}: {times:?}");
+            self.ever.extend(states.iter().map(|s| (disk.clone(), *s.as_bytes())));
             self.known.extend(times.into_iter().map(|t| (disk.clone(), t)).zip(states));
         }
     }
@@ -327,7 +380,7 @@ impl World {
     }
 
     /// Every state is there, and right, in the mount that has been open from the beginning.
-    fn check(&self) {
+    fn check(&mut self) {
         let listed = self.listed();
         let states: BTreeSet<State> = listed.iter().map(|p| p.state.clone()).collect();
         let known: BTreeSet<State> = self.known.keys().cloned().collect();
@@ -345,6 +398,10 @@ impl World {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
+        let seen = std::mem::take(&mut *self.reader.seen.lock().unwrap());
+        let wrong: Vec<_> = seen.difference(&self.ever).collect();
+        assert!(wrong.is_empty(), "bytes of no moment were read: {wrong:?}");
+        self.read += seen.len();
         let verified = Command::new(FLEECEFS).arg("verify").arg(self.target()).output().unwrap();
         let sound = [Some(0), Some(COULD_NOT_TELL)].contains(&verified.status.code());
         assert!(sound, "{}", String::from_utf8_lossy(&verified.stdout));
@@ -375,5 +432,7 @@ fn every_point_is_right_whatever_happens() {
         world.act();
         world.check();
     }
-    println!("{} states at the end; {:?}", world.known.len(), world.done);
+    let (states, read) = (world.known.len(), world.read);
+    println!("{states} states at the end; {read} files read meanwhile; {:?}", world.done);
+    assert!(read > 0, "nobody read anything");
 }
