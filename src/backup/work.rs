@@ -30,7 +30,7 @@ use crate::chain::manifest::{
     Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
 };
 use crate::error::{Error, Kind, Result};
-use crate::progress::Progress;
+use crate::progress::{Place as Position, Progress};
 use crate::qmp::Client;
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;
@@ -71,6 +71,8 @@ pub struct Active {
     pub(super) held: Option<Held>,
     pub(super) progress: Arc<dyn Progress>,
     pub(super) shown: u64,
+    /// Length of the image before anything was copied.
+    pub(super) empty: u64,
     pub(super) began: Instant,
     pub(super) state: State,
 }
@@ -98,6 +100,12 @@ impl Active {
 
     fn synced(&self) -> bool {
         matches!(&self.state, State::Syncing(t) if t.is_finished())
+    }
+
+    /// Bytes that the image got: a job counts the holes that it passes as well.
+    pub(super) fn copied(&self, job: &Job) -> u64 {
+        let len = self.held.as_ref().and_then(|h| h.length());
+        len.map_or(job.current_progress, |l| l.saturating_sub(self.empty).min(job.current_progress))
     }
 
     pub(super) fn settled(&self) -> bool {
@@ -358,6 +366,7 @@ impl Run<'_> {
                 held: None,
                 progress: self.watch.disk(p.disk.label()),
                 shown: 0,
+                empty: 0,
                 began: Instant::now(),
                 plan: p.clone(),
                 state: State::Going,
@@ -545,10 +554,13 @@ impl Run<'_> {
 
     /// Shows progress; gives the job once it has ended.
     fn follow(&mut self, d: &mut Active, job: &Job) -> Option<Result<Job>> {
-        let fresh = job.current_progress.saturating_sub(d.shown);
-        d.shown = job.current_progress;
-        d.progress.advance(fresh);
+        let (at, of, copied) = (job.current_progress, job.total_progress, d.copied(job));
+        let copy = &self.options.copy;
+        d.progress.place(Position { at, of, paced: copy.speed > 0 || copy.compress.is_some() });
+        d.progress.advance(copied.saturating_sub(d.shown));
+        d.shown = copied;
         self.disk_status(d.index, |s| {
+            s.copied = copied;
             s.done = job.current_progress;
             s.total = job.total_progress;
         });

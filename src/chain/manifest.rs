@@ -63,7 +63,7 @@ pub struct Manifest {
     /// The bitmap that records since the chain's FULL, for DIFFs.
     #[serde(default)]
     pub diff_bitmap: Option<BitmapInfo>,
-    /// Bytes copied out of the frozen view.
+    /// Bytes copied out of the frozen view, as they are in the image (after compression).
     #[serde(default)]
     pub bytes_copied: u64,
     /// How consistent the frozen moment is.

@@ -174,7 +174,9 @@ fn status(common: &Common) -> Result<String> {
     let mut text = format!("run {} (process {}): {}\n", s.run, s.pid, s.phase);
     for d in &s.disks {
         let (done, total) = (human_bytes(d.done), human_bytes(d.total));
-        text += &format!("  {} {} {}: {done} of {total}\n", d.disk, d.level, d.state);
+        let copied = human_bytes(d.copied);
+        let (disk, level, state) = (&d.disk, &d.level, &d.state);
+        text += &format!("  {disk} {level} {state}: {copied} copied, at {done} of {total}\n");
     }
     Ok(text)
 }
