@@ -106,6 +106,7 @@ mod tests {
             time: 0,
             size: 0,
             own_bytes: 0,
+            consistency: None,
             layers: Vec::new(),
             unavailable: None,
         };

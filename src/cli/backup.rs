@@ -444,7 +444,7 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     for (d, e) in refused {
         text += &format!("{d}: cannot be backed up: {e}\n");
     }
-    super::print(&text)
+    super::print(&(text + super::UNCHANGED))
 }
 
 #[cfg(test)]

@@ -202,5 +202,8 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
     if text.is_empty() {
         text = "nothing to remove\n".into();
     }
+    if args.dry_run {
+        text += super::UNCHANGED;
+    }
     super::print(&text)
 }

@@ -119,6 +119,9 @@ pub(crate) fn print(text: &str) -> Result<()> {
     }
 }
 
+/// The last line of what a dry run says.
+const UNCHANGED: &str = "dry run: nothing was changed\n";
+
 /// A usage error.
 pub(crate) fn usage(message: impl Into<String>) -> Error {
     Error::new(Kind::Usage, message)
