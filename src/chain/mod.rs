@@ -23,7 +23,7 @@ mod virtnbd;
 use std::path::PathBuf;
 
 pub use record::{describe, record_from};
-pub use select::POINT_HELP;
+pub use select::{POINT_HELP, time_name};
 
 use crate::error::Finding;
 use crate::layer::LayerSpec;
