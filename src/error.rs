@@ -131,7 +131,7 @@ impl Error {
         let kind = match source.raw_os_error() {
             Some(libc::ENOENT) | Some(libc::ENOTDIR) => Kind::NotFound,
             Some(libc::EEXIST) => Kind::Exists,
-            Some(libc::EACCES) | Some(libc::EPERM) => Kind::Permission,
+            Some(libc::EACCES) | Some(libc::EPERM) | Some(libc::EROFS) => Kind::Permission,
             Some(libc::EBUSY) => Kind::Busy,
             Some(libc::ENOSPC) | Some(libc::EDQUOT) => Kind::NoSpace,
             Some(libc::ETIMEDOUT) => Kind::Timeout,

@@ -271,15 +271,7 @@ impl Run<'_> {
     }
 
     fn start_server(&mut self) -> Result<()> {
-        // Seen with 7.2: QEMU dies of an assertion when a client of a node in an iothread leaves.
-        let threads = self.vm.get("query-iothreads").and_then(Value::as_array);
-        if self.client.version().number < (9, 1, 0) && threads.is_some_and(|t| !t.is_empty()) {
-            return Err(Error::new(
-                Kind::Busy,
-                "QEMU before 9.1 with iothreads cannot safely be asked what is zero, so that a \
-                 disk that was shrunk and grown again would go unnoticed",
-            ));
-        }
+        nbdserver::check_safe(&self.client, &self.vm)?;
         if let Some(a) = &self.options.nbd {
             self.server = Some(nbdserver::Server::existing(a.clone()));
             return Ok(());

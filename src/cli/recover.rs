@@ -3,6 +3,7 @@
 use clap::Args;
 
 use super::backup::{ShowArgs, StateArgs};
+use super::info;
 use crate::backup::lock::Lock;
 use crate::backup::recover::{Cause, Place, Recovered};
 use crate::backup::{Watch, control, foreign, guardian, journal, recover};
@@ -108,7 +109,7 @@ pub fn cancel(args: CancelArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
     match control::ask(&args.state.dir(), &vm, "cancel")? {
         Some(s) => super::print(&format!("backup {} (process {}) is ending\n", s.run, s.pid)),
-        None => Err(Error::new(Kind::NotFound, "no backup of this VM is running")),
+        None => Err(info::not_running(&vm)),
     }
 }
 

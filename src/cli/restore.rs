@@ -360,6 +360,11 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
 /// `NotFound`.
 fn has_folder(path: &Path) -> Result<()> {
     match path.parent() {
+        Some(file) if file.is_file() => {
+            Err(Error::new(Kind::NotFound, "the target's folder is a file")
+                .at_path(file)
+                .remedy("name a file in a folder"))
+        }
         Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
             Err(Error::new(Kind::NotFound, "there is no such folder for the target")
                 .at_path(folder)
@@ -377,6 +382,10 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
     let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
     std::fs::create_dir_all(folder)
         .map_err(|e| Error::io(e, "cannot make the target's folder").at_path(folder))
+        .map_err(|e| match e.kind() {
+            Kind::Exists => e.remedy("this is a file: name a folder"),
+            _ => e,
+        })
 }
 
 /// Standard output, unless the disk itself goes there.
