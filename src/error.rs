@@ -378,6 +378,12 @@ mod tests {
     }
 
     #[test]
+    fn a_read_only_file_system_is_not_permitted_to_be_written() {
+        let e = Error::io(io::Error::from_raw_os_error(libc::EROFS), "cannot make the folder");
+        assert_eq!((e.kind(), e.kind().exit_code()), (Kind::Permission, 5));
+    }
+
+    #[test]
     fn names_cannot_reach_the_terminal_as_control_characters() {
         let path = Path::new(OsStr::from_bytes(b"/b/INC-1-\x1b[2J\nerror: \xff"));
         let shown = "/b/INC-1-\\u{1b}[2J\\nerror: \\xff";
