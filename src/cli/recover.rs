@@ -9,6 +9,7 @@ use crate::backup::recover::{Cause, Place, Recovered};
 use crate::backup::{Watch, control, foreign, guardian, journal, recover};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::{Address, Client};
+use crate::units::counted;
 
 /// Finish what a killed backup left in QEMU, in the guest and on disk
 ///
@@ -87,7 +88,10 @@ fn verdict(done: &Recovered) -> Result<()> {
     if done.left == 0 {
         return Ok(());
     }
-    let what = format!("{} unfinished images are in targets that cannot be reached", done.left);
+    let what = format!(
+        "in targets that cannot be reached: {}",
+        counted(done.left as u64, "unfinished image")
+    );
     Err(Error::new(Kind::NotFound, what)
         .remedy("mount the targets and run fleecefs recover again, or give up with --forget"))
 }
