@@ -170,6 +170,19 @@ fn freezing_what_does_not_freeze() {
     assert_eq!(m["consistency"]["achieved"], "crash");
     assert!(m["consistency"]["reason"].as_str().unwrap().contains("does not answer"));
 
+    // An agent that freezes nothing has not frozen.
+    let socket = guest.agent_socket();
+    let agent = ["--agent", socket.to_str().unwrap(), "--freeze", "/nosuch"];
+    let said = caller.with(&agent).must("inc");
+    assert!(said.contains("nothing to freeze"), "{said}");
+    let m = manifest(&caller, "a.img");
+    assert_eq!(m["consistency"]["achieved"], "crash");
+    assert_eq!(m["consistency"]["frozen"], serde_json::json!([]));
+    assert_eq!(guest.agent("guest-fsfreeze-status"), "thawed");
+    let strict = [&agent[..], &["--strict"]].concat();
+    let out = caller.with(&strict).run("inc");
+    assert!(!out.status.success(), "{out:?}");
+
     // Frozen by somebody else: reported, left so.
     guest.agent("guest-fsfreeze-freeze");
     let said = caller.with(&["--agent", guest.agent_socket().to_str().unwrap()]).must("inc");

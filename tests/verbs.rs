@@ -123,6 +123,17 @@ fn rebase_links_to_the_point_asked_for() {
     ok(&["rebase", s(&chain.dir), "--until", name(&chain.files[2])]);
     let image = chain.dir.join("image");
     assert_eq!(std::fs::read_link(&image).unwrap(), Path::new(name(&chain.files[2])));
+    ok(&["rebase", "--absolute", s(&chain.dir)]);
+    let info = run("qemu-img", &["info", "--output=json", s(&image)]);
+    let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+    let pointer = info["backing-filename"].as_str().unwrap();
+    assert!(
+        Path::new(pointer).is_absolute() && pointer.ends_with(name(&chain.files[2])),
+        "{pointer}"
+    );
+    for (i, file) in chain.files.iter().enumerate() {
+        assert_same(name(file), &restored(&chain.dir, name(file)), &bytes[i]);
+    }
     ok(&["rebase", s(&chain.dir)]);
     assert_eq!(std::fs::read_link(&image).unwrap(), Path::new(name(&chain.files[3])));
     manifests_fit(&chain.dir);
@@ -171,10 +182,59 @@ fn commit_keeps_what_is_later_and_the_size() {
         if with_manifests {
             manifests_fit(&chain.dir);
         }
+        // The name is the old one, the time is that of the state.
+        let times = listed_times(&chain.dir);
+        assert_eq!(
+            times,
+            [
+                (full.into(), stamp(&chain.files[2])),
+                (name(&chain.files[3]).into(), stamp(&chain.files[3]))
+            ]
+        );
+        let listed = ok(&["list", s(&chain.dir)]);
+        let note = format!("holds the state of {}", name(&chain.files[2]));
+        assert!(String::from_utf8_lossy(&listed.stdout).contains(&note), "{listed:?}");
         ok(&["commit", s(&chain.dir)]);
         assert_eq!(files(&chain.dir), [full]);
+        assert_eq!(listed_times(&chain.dir), [(full.into(), stamp(&chain.files[3]))]);
         assert_same(disk, &restored(&chain.dir, full), &bytes[3]);
         run("qemu-img", &["check", "-q", s(&chain.files[0])]);
+    }
+}
+
+/// The time in a file's name.
+fn stamp(file: &Path) -> i64 {
+    name(file).split('-').nth(1).unwrap().parse().unwrap()
+}
+
+/// Names and times of the points of a folder with one disk, as `list` has them.
+fn listed_times(dir: &Path) -> Vec<(String, i64)> {
+    let listed: serde_json::Value =
+        serde_json::from_slice(&ok(&["list", "--json", s(dir)]).stdout).unwrap();
+    let points = listed["disks"][0]["points"].as_array().unwrap();
+    let time =
+        |p: &serde_json::Value| (p["name"].as_str().unwrap().into(), p["time"].as_i64().unwrap());
+    points.iter().map(time).collect()
+}
+
+#[test]
+fn states_keep_their_times_after_a_commit_and_a_snapshot_rebase() {
+    if !have("states_keep_their_times_after_a_commit_and_a_snapshot_rebase", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, bytes) = chain(dir.path(), "sda", &[8 * MIB]);
+    ok(&["commit", s(&chain.dir), "--until", name(&chain.files[1])]);
+    ok(&["snapshot-rebase", s(&chain.dir), "--until", name(&chain.files[2])]);
+    ok(&["snapshot-rebase", s(&chain.dir)]);
+    let mut points = listed_times(&chain.dir);
+    points.sort_by_key(|p| p.1);
+    let times: Vec<i64> = points.iter().map(|p| p.1).collect();
+    let stamps: Vec<i64> = chain.files.iter().map(|f| stamp(f)).collect();
+    // The newest is there twice: as the FULL itself and as its snapshot.
+    assert_eq!(times, [stamps[1], stamps[2], stamps[3], stamps[3]], "{points:?}");
+    for ((point, _), state) in points.iter().zip([1, 2, 3, 3]) {
+        assert_same(point, &restored(&chain.dir, point), &bytes[state]);
     }
 }
 

@@ -88,6 +88,8 @@ impl History {
             Ok(m) => (m, None),
             Err(e) => (None, Some(e.report())),
         };
+        let state_of = manifest.as_ref().and_then(|m| m.state_of.as_deref());
+        let time = manifest::folded_time(state_of).unwrap_or(time);
         self.entries.push(Entry { name, level, time, manifest, broken });
     }
 

@@ -376,6 +376,7 @@ impl Run<'_> {
             level: p.level,
             time: now(),
             parent: p.parent().map(|m| m.image.clone()),
+            state_of: None,
             format: ImageFormat::Qcow2,
             content: if dirty { Contents::DirtyOnly } else { Contents::Full },
             virtual_size: p.disk.size,

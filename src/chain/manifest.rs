@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::Level;
+use super::{Level, name};
 use crate::error::{Error, Kind, Result};
 
 /// The folder, beside the images, that holds the manifests. qmprestore ignores folders.
@@ -49,6 +49,10 @@ pub struct Manifest {
     /// File name of the image that it lies on, in the same folder; `None` for a root.
     #[serde(default)]
     pub parent: Option<String>,
+    /// After a `commit`: file name of the last image that was folded into this one, whose state it
+    /// is now. Its own name still has the old time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_of: Option<String>,
     /// Format of the image file.
     pub format: ImageFormat,
     /// Whether the image holds the whole disk or only what changed since its parent.
@@ -109,6 +113,9 @@ pub struct Brief {
     /// See [`Manifest::parent`].
     #[serde(default)]
     pub parent: Option<String>,
+    /// See [`Manifest::state_of`].
+    #[serde(default)]
+    pub state_of: Option<String>,
     /// See [`Manifest::format`].
     pub format: ImageFormat,
     /// See [`Manifest::content`].
@@ -251,6 +258,14 @@ pub struct Skipped {
     pub disk: String,
     /// Why, in words.
     pub reason: String,
+}
+
+/// The time of the state that a commit left in an image: that in the name of the image folded last.
+pub fn folded_time(state_of: Option<&str>) -> Option<i64> {
+    match name::parse(OsStr::new(state_of?)) {
+        name::Name::Backup { stamp, .. } => stamp,
+        _ => None,
+    }
 }
 
 /// BLAKE3 over both ends of a file and its length: cheap, and different for a replaced image.
@@ -484,6 +499,7 @@ pub(crate) mod tests {
             level,
             time: 1_700_000_000,
             parent: parent.map(str::to_string),
+            state_of: None,
             format: ImageFormat::Qcow2,
             content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
             virtual_size: 1 << 20,

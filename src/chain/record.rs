@@ -36,6 +36,7 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
         time: p.time,
         content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
         parent,
+        state_of: None,
         format,
         virtual_size: p.size,
         file_size: layer.file.identity().size,

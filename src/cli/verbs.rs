@@ -44,9 +44,9 @@ pub struct VerbArgs {
 ///
 /// Alters the backup: the headers of the images change, and a link 'image' leads to the last one.
 /// The points stay what they are, and fleecefs and QEMU read them. The pointers are relative, so the
-/// folder may be moved. qmprestore's verbs are made for images without pointers: over these its
-/// merge, commit and snapshotrebase end with an error (over its own, which also change the order of
-/// the images, the result may be wrong).
+/// folder may be moved; with --absolute it must stay where it is, and qmprestore's merge works on
+/// it. Its commit and snapshotrebase are made for images without pointers, and end with an error
+/// whatever rebased them.
 ///
 /// A crash leaves some images linked and others not, which changes nothing for restoring. The
 /// header being changed is saved first and put back by whatever writes there next.
@@ -54,6 +54,9 @@ pub struct VerbArgs {
 pub struct RebaseArgs {
     #[command(flatten)]
     verb: VerbArgs,
+    /// Write absolute pointers, as qmprestore does: the folder must not be moved then
+    #[arg(long)]
+    absolute: bool,
 }
 
 /// Fold increments into their FULL, up to the newest or to --until
@@ -139,7 +142,7 @@ pub fn rebase(args: RebaseArgs) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);
     let (catalog, _locks) = args.verb.catalog(true)?;
-    let plan = RebasePlan::new(&args.verb.line(&catalog)?)?;
+    let plan = RebasePlan::new(&args.verb.line(&catalog)?, args.absolute)?;
     if !args.verb.announce(&plan.lines())? {
         return Ok(());
     }

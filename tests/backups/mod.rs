@@ -119,6 +119,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         level,
         time: 1,
         parent: parent.map(str::to_string),
+        state_of: None,
         format: ImageFormat::Qcow2,
         content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
         virtual_size: 0,

@@ -174,13 +174,22 @@ pub fn format_name(format: Format) -> Option<&'static str> {
 /// # Errors
 /// What was met; the image is then as before, or [`restore_headers`] makes it so.
 pub fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> Result<()> {
-    let pointer = base.map(|(path, _)| pointer_to(path)).unwrap_or_default();
-    let format = match base {
-        Some((path, format)) => Some(format_name(format).ok_or_else(|| {
-            Error::new(Kind::Unsupported, "QEMU has no such format").at_path(path)
+    let base = base.map(|(path, format)| (pointer_to(path), format));
+    set_pointer(image, base, work)
+}
+
+/// As [`set_backing`], with the pointer as it is to be written.
+///
+/// # Errors
+/// See [`set_backing`].
+pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) -> Result<()> {
+    let format = match &base {
+        Some((pointer, format)) => Some(format_name(*format).ok_or_else(|| {
+            Error::new(Kind::Unsupported, "QEMU has no such format").at_path(pointer)
         })?),
         None => None,
     };
+    let pointer = base.map(|(pointer, _)| pointer).unwrap_or_default();
     let info = probe(image)?;
     let named = info.backing_file.as_deref().unwrap_or_default();
     if OsStr::new(named) == pointer

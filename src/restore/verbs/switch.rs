@@ -177,10 +177,16 @@ fn new_manifest(
 ) -> Result<Manifest> {
     let meta = std::fs::metadata(made).map_err(|e| target_error(e, "cannot look at it", made))?;
     let had_hash = old.map_or(last.blake3.is_some(), |o| o.blake3.is_some());
+    let state_of = match plan.increments.last() {
+        Some(m) => Some(name::to_text(own_name(&m.path).as_os_str())),
+        // A FULL alone stays what an earlier commit made of it.
+        None => last.state_of.clone(),
+    };
     let mut m = Manifest {
         image: name::to_text(own_name(&plan.full.path).as_os_str()),
         level: Level::Full,
         parent: None,
+        state_of,
         content: Contents::Full,
         format: old.map_or(last.format, |o| o.format),
         file_size: meta.len(),
