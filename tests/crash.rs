@@ -76,7 +76,7 @@ impl Matrix {
     /// Every so many steps: checks what is there, and goes on with a new chain alone. (What a run
     /// looks at grows with what there is, and so would the time of the whole.)
     fn renew(&mut self, n: usize) {
-        if n % 40 != 0 {
+        if !n.is_multiple_of(40) {
             return;
         }
         self.check_points();

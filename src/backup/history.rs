@@ -176,6 +176,7 @@ impl History {
     /// The newest point that came after `point` and has its manifest here, but not its file.
     pub fn lost_after(&self, point: &Manifest) -> Option<String> {
         let (_, time, disk) = names::parse_image(&point.image)?;
+        let time = manifest::folded_time(point.state_of.as_deref()).unwrap_or(time);
         let list = std::fs::read_dir(self.dir.join(manifest::FOLDER)).ok()?;
         let names = list.flatten().filter_map(|e| e.file_name().into_string().ok());
         let images = names.filter_map(|n| n.strip_suffix(".json").map(str::to_string));
