@@ -368,6 +368,7 @@ fn every_point_is_right_whatever_happens() {
     let seed = number("FLEECEFS_SEED", 7);
     println!("FLEECEFS_SEED={seed}");
     let mut world = World::new(seed);
+    world.backup("full", &Vec::new());
     for n in 0..number("FLEECEFS_ACTIONS", 60) {
         println!("{n}");
         world.scribble();

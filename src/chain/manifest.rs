@@ -19,6 +19,10 @@ use crate::error::{Error, Kind, Result};
 /// The folder, beside the images, that holds the manifests. qmprestore ignores folders.
 pub const FOLDER: &str = ".fleecefs";
 
+/// How the names of files that are not yet complete begin in that folder. Under the folder's lock
+/// they are what a killed run left.
+pub const TEMPORARY: &str = ".tmp-";
+
 /// The version that this program writes, and the newest it reads.
 pub const FORMAT_VERSION: u32 = 1;
 
@@ -442,7 +446,7 @@ pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
         log::warn!("{}: the guest's configuration is too large and left out", path.display());
         return write(dir, &Manifest { vm: serde_json::Value::Null, ..manifest.clone() });
     }
-    let mut temporary = OsString::from(format!(".tmp-{}-", std::process::id()));
+    let mut temporary = OsString::from(format!("{TEMPORARY}{}-", std::process::id()));
     temporary.push(image);
     let temporary = folder.join(temporary);
     write_synced(&temporary, &seal(text))

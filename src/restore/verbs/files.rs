@@ -18,6 +18,8 @@ use crate::restore::work::Work;
 use crate::restore::{Reflink, target_error};
 use crate::storage::{ReadAt, SourceFile};
 
+/// Ends the name of a saved header that is not yet complete.
+pub const UNFINISHED_HEADER: &str = ".header.tmp";
 /// Bytes copied or hashed at once.
 const BUFFER: usize = 1 << 20;
 /// `qemu-img check` found leaked clusters and nothing else.
@@ -250,9 +252,9 @@ fn save_header(image: &Path, cluster: u64, hash: Option<&str>) -> Result<PathBuf
     let mut buf = vec![0; cluster.min(source.len()) as usize];
     source.read_exact_at(&mut buf, 0)?;
     let path = header_path(image)?;
-    let mut temporary = path.clone().into_os_string();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
+    let mut temporary = image.file_name().unwrap_or_default().to_os_string();
+    temporary.push(UNFINISHED_HEADER);
+    let temporary = path.with_file_name(temporary);
     let write = || {
         let file = OpenOptions::new()
             .write(true)

@@ -373,7 +373,9 @@ fn sweep(dir: &Path) -> Result<()> {
         let name = entry.file_name();
         let bytes = name.as_bytes();
         let unfinished = bytes.starts_with(b".") && bytes.ends_with(b".fleecefs-partial");
-        if unfinished || bytes.ends_with(SECOND.as_bytes()) {
+        let manifest = bytes.starts_with(manifest::TEMPORARY.as_bytes());
+        let header = bytes.ends_with(files::UNFINISHED_HEADER.as_bytes());
+        if unfinished || manifest || header || bytes.ends_with(SECOND.as_bytes()) {
             files::remove(&entry.path())?;
         }
     }
