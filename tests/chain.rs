@@ -534,6 +534,9 @@ fn a_manifest_orders_what_a_wrong_clock_disordered() {
             "d: FULL-500-d < INC-100-d < INC-200-d",
         ]
     );
+    let catalog = b.scan();
+    let known = catalog.disks[0].points.iter().map(|p| p.consistency);
+    assert!(known.eq([Some(manifests::Achieved::Crash); 4]));
 }
 
 #[test]

@@ -474,8 +474,13 @@ fn the_nbd_server_is_somebody_elses() {
     let mut caller = Caller::of(&d);
     let known = std::mem::take(&mut caller.more);
     caller.must("full");
+    let foreseen = caller.with(&["-n"]).run("inc").stdout;
+    let foreseen = String::from_utf8_lossy(&foreseen);
+    assert!(foreseen.contains("cannot be backed up: QEMU's NBD server"), "{foreseen}");
     let (exit, said) = code(&caller, "inc");
     assert_eq!(exit, Some(12), "{said}");
+    let foreseen = caller.with(&["-n", "--nbd", known[1].as_str()]).run("inc").stdout;
+    assert!(String::from_utf8_lossy(&foreseen).contains("INC -> "));
     let said = caller.must("auto");
     assert!(said.contains("a FULL, since QEMU's NBD server"), "{said}");
     caller.more = known;

@@ -210,6 +210,7 @@ fn extended_attributes_describe_a_point() {
         ("parent", name(0)),
         ("source", format!("sda/{}", name(1))),
         ("time", "2023-11-15T00:13:20Z".to_string()),
+        ("consistency", "unknown".to_string()),
     ] {
         let line = format!("user.fleecefs.{key}=\"{value}\"");
         assert!(text.contains(&line), "no {line} in {text}");

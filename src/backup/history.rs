@@ -173,6 +173,20 @@ impl History {
         Ok(chain)
     }
 
+    /// The newest point that came after `point` and has its manifest here, but not its file.
+    pub fn lost_after(&self, point: &Manifest) -> Option<String> {
+        let (_, time, disk) = names::parse_image(&point.image)?;
+        let time = manifest::folded_time(point.state_of.as_deref()).unwrap_or(time);
+        let list = std::fs::read_dir(self.dir.join(manifest::FOLDER)).ok()?;
+        let names = list.flatten().filter_map(|e| e.file_name().into_string().ok());
+        let images = names.filter_map(|n| n.strip_suffix(".json").map(str::to_string));
+        let later = images.filter_map(|n| match names::parse_image(&n)? {
+            (Level::Full | Level::Inc, t, d) if t > time && d == disk => Some((t, n)),
+            _ => None,
+        });
+        later.filter(|(_, n)| !self.dir.join(n).exists()).max().map(|(_, n)| n)
+    }
+
     fn check_file(&self, m: &Manifest) -> Result<(), String> {
         let path = self.dir.join(&m.image);
         let len = match std::fs::symlink_metadata(&path) {
@@ -265,7 +279,13 @@ mod tests {
     fn a_deleted_tip_leaves_its_predecessor_as_the_tip() {
         // Then the bitmap that the predecessor names is gone, which is what stops an INC.
         let d = three();
+        let lost = || {
+            let h = History::read(d.path(), None).unwrap();
+            h.lost_after(h.chain().unwrap().last().unwrap())
+        };
+        assert_eq!(lost(), None);
         std::fs::remove_file(d.path().join("INC-4-d")).unwrap();
         assert_eq!(chain(d.path()).unwrap().len(), 2);
+        assert_eq!(lost().as_deref(), Some("INC-4-d"));
     }
 }

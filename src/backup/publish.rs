@@ -110,6 +110,11 @@ impl Held {
         Ok(Held { file: Arc::new(file), path: path.to_path_buf() })
     }
 
+    /// Its length now, which grows with what is copied; `None` if it cannot be told.
+    pub fn length(&self) -> Option<u64> {
+        self.file.metadata().ok().map(|m| m.len())
+    }
+
     /// Makes it survive a power cut.
     ///
     /// # Errors

@@ -71,7 +71,7 @@ pub struct Manifest {
     /// The bitmap that records since the chain's FULL, for DIFFs.
     #[serde(default)]
     pub diff_bitmap: Option<BitmapInfo>,
-    /// Bytes copied out of the frozen view.
+    /// Bytes copied out of the frozen view, as they are in the image (after compression).
     #[serde(default)]
     pub bytes_copied: u64,
     /// How consistent the frozen moment is.
@@ -128,6 +128,26 @@ pub struct Brief {
     pub virtual_size: u64,
     /// See [`Manifest::file_size`].
     pub file_size: u64,
+    /// See [`Consistency::achieved`]; `None` if that is not known.
+    #[serde(default, rename = "consistency", deserialize_with = "achieved")]
+    pub achieved: Option<Achieved>,
+}
+
+/// The reason in a manifest that was made afterwards: what it says was achieved is a default.
+pub const RECORDED: &str = "recorded afterwards";
+
+/// What a manifest knows to have been achieved.
+fn achieved<'a, D: serde::Deserializer<'a>>(
+    from: D,
+) -> std::result::Result<Option<Achieved>, D::Error> {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Known {
+        achieved: Option<Achieved>,
+        reason: String,
+    }
+    let known = Known::deserialize(from)?;
+    Ok(known.achieved.filter(|_| known.reason != RECORDED))
 }
 
 /// A disk as QEMU knows it. Any of these may be empty.
@@ -208,6 +228,18 @@ pub enum Achieved {
     FileSystem,
     /// The guest was stopped for the whole backup.
     Paused,
+}
+
+impl Achieved {
+    /// The word that stands in manifests; `unknown` where nobody knows.
+    pub fn word(achieved: Option<Achieved>) -> &'static str {
+        match achieved {
+            None => "unknown",
+            Some(Achieved::Crash) => "crash",
+            Some(Achieved::FileSystem) => "file-system",
+            Some(Achieved::Paused) => "paused",
+        }
+    }
 }
 
 /// A file kept beside the backup.
@@ -504,6 +536,28 @@ pub(crate) mod tests {
         remove(dir.path(), OsStr::new("INC-2-sda")).unwrap();
         remove(dir.path(), OsStr::new("INC-2-sda")).unwrap();
         assert_eq!(read(dir.path(), OsStr::new("INC-2-sda")).unwrap(), None);
+    }
+
+    #[test]
+    fn what_nobody_recorded_is_unknown_and_not_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let brief = |m: &Manifest| {
+            write(dir.path(), m).unwrap();
+            read_brief(dir.path(), OsStr::new(&m.image)).unwrap().unwrap().achieved
+        };
+        let mut m = example("FULL-1-sda", Level::Full, None);
+        assert_eq!(brief(&m), Some(Achieved::Crash));
+        m.consistency.achieved = Achieved::FileSystem;
+        assert_eq!(brief(&m), Some(Achieved::FileSystem));
+        // Made for an image of another program: see `chain::describe`.
+        m.consistency = Consistency { reason: RECORDED.into(), ..Consistency::default() };
+        assert_eq!(brief(&m), None);
+        let mut v = serde_json::to_value(&m).unwrap();
+        v.as_object_mut().unwrap().remove("consistency");
+        assert_eq!(parse_as::<Brief>(v.to_string().as_bytes()).unwrap().achieved, None);
+        for (known, word) in [(None, "unknown"), (Some(Achieved::FileSystem), "file-system")] {
+            assert_eq!(Achieved::word(known), word);
+        }
     }
 
     #[test]

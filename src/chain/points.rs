@@ -122,6 +122,7 @@ impl Maker<'_> {
             time: self.time(belongs),
             size: entry.probed.virtual_size(),
             own_bytes: entry.probed.own_bytes,
+            consistency: entry.manifest.as_ref().and_then(|m| m.achieved),
             layers,
             unavailable,
         };
@@ -175,6 +176,7 @@ impl Maker<'_> {
             size: snapshot.virtual_size,
             // Its clusters are in the same file, and are counted there.
             own_bytes: 0,
+            consistency: None,
             layers,
         }
     }

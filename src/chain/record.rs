@@ -43,7 +43,7 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
         bitmap: None,
         diff_bitmap: None,
         bytes_copied: 0,
-        consistency: Consistency { reason: "recorded afterwards".into(), ..Consistency::default() },
+        consistency: Consistency { reason: manifest::RECORDED.into(), ..Consistency::default() },
         qemu_version: String::new(),
         duration_ms: 0,
         blake3: None,
