@@ -300,6 +300,52 @@ fn wait(child: &mut Child) -> std::process::ExitStatus {
     }
 }
 
+/// A backup that is held at its frozen moment.
+pub struct Held {
+    pub child: Child,
+    hold: tempfile::TempDir,
+}
+
+impl Held {
+    /// Starts one and waits until it is there.
+    pub fn start(caller: &Caller, level: &str) -> Self {
+        let hold = tempfile::tempdir().unwrap();
+        let mut child = caller
+            .command(level)
+            .env("FLEECEFS_HOLD", hold.path())
+            .stderr(std::fs::File::create(hold.path().join("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        let views = read_views(&mut child, hold.path());
+        let held = Held { child, hold };
+        assert!(!views.is_empty(), "{}", held.said());
+        held
+    }
+
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(self.hold.path().join("stderr")).unwrap()
+    }
+
+    /// Lets it go on; gives its exit code and what it said.
+    pub fn end(mut self) -> (Option<i32>, String) {
+        std::fs::write(self.hold.path().join("go"), "").unwrap();
+        let code = self.child.wait().unwrap().code();
+        (code, self.said())
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: a signal to our own child.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
+    /// Ends it by a signal; gives its exit code and what it said.
+    pub fn signalled(mut self, signal: i32) -> (Option<i32>, String) {
+        self.signal(signal);
+        let code = self.child.wait().unwrap().code();
+        (code, self.said())
+    }
+}
+
 pub fn read_views(child: &mut Child, hold: &Path) -> Views {
     let ready = hold.join("ready");
     while !ready.exists() {
@@ -352,6 +398,18 @@ pub fn images(dir: &Path) -> Vec<PathBuf> {
 /// The newest image of a disk.
 pub fn newest(target: &Path, disk: &str) -> PathBuf {
     images(&target.join(disk)).pop().expect("there is an image")
+}
+
+/// Level of the newest image of a disk.
+pub fn level(caller: &Caller, disk: &str) -> String {
+    let name = newest(&caller.target, disk);
+    name.file_name().unwrap().to_str().unwrap().split('-').next().unwrap().to_string()
+}
+
+/// The manifest of an image.
+pub fn manifest_of(image: &Path) -> Value {
+    let name = format!(".fleecefs/{}.json", image.file_name().unwrap().to_str().unwrap());
+    serde_json::from_slice(&std::fs::read(image.with_file_name(name)).unwrap()).unwrap()
 }
 
 /// Compares a point in the mount with the frozen view, loudly.

@@ -12,6 +12,7 @@ use fleecefs::error::Finding;
 
 #[path = "../qemu/mod.rs"]
 mod qemu;
+#[allow(unused_imports)]
 pub use qemu::{have, run};
 
 /// A qcow2 version 2 image of 0 bytes, with a backing pointer or without.
