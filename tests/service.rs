@@ -69,6 +69,7 @@ fn a_dead_mount_is_recognised_and_can_be_replaced() {
     let mount = Mount::new(dir.path());
     let at = mount.path();
     let pid = server_pid(at);
+    let held = std::fs::File::open(at.join(POINT)).unwrap();
     signal(pid, libc::SIGKILL);
     eventually("its end", || is_gone(pid));
     eventually("that it is dead", || {
@@ -84,6 +85,12 @@ fn a_dead_mount_is_recognised_and_can_be_replaced() {
     let elsewhere = tempfile::tempdir().unwrap();
     let out = fleecefs(&[&"mount", &at.join("."), &elsewhere.path()]);
     assert!(stderr(&out).contains("dead mount"), "{}", stderr(&out));
+    let out = fleecefs(&[&"umount", &at]);
+    let told = stderr(&out);
+    assert_eq!(out.status.code(), Some(6), "{told}");
+    assert!(told.contains("its server is gone"), "{told}");
+    assert!(told.contains(&format!("process {}", std::process::id())), "{told}");
+    drop(held);
     // What the unit runs before it starts again.
     let out = fleecefs(&[&"umount", &"--lazy", &at]);
     assert!(out.status.success(), "{}", stderr(&out));
