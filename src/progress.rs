@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// How far a job is that also passes over what needs no copying, such as the holes of a disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Place {
+pub struct Position {
     /// Bytes that are behind it, copied or not.
     pub at: u64,
     /// Bytes that it has to pass in all.
@@ -25,7 +25,7 @@ pub trait Progress: Send + Sync {
         let _ = bytes;
     }
     /// Where the job is; only for those in which this differs from what is done.
-    fn place(&self, place: Place) {
+    fn place(&self, place: Position) {
         let _ = place;
     }
     /// A line worth showing beside the bar.

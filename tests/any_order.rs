@@ -3,7 +3,8 @@
 //!
 //! Backups of all levels, crashes, restarts, resizes, prune, consolidate and qmprestore's verbs in
 //! random order, killed at random moments; a mount stays open all the time.
-//! `FLEECEFS_ACTIONS` (default 60) says how many, `FLEECEFS_SEED` with which random numbers;
+//! `FLEECEFS_ACTIONS` (default 60) says how many, `FLEECEFS_SEED` with which random numbers, and
+//! `FLEECEFS_KEEP` where to leave the backups if a point is wrong;
 //! `cargo test --test any_order -- --nocapture` prints them.
 
 mod backup;
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use backup::{Caller, Daemon, Views, bitmaps, leftovers, ours_in_qemu};
 use mounted::Mount;
-use qemu::{Rng, have, run};
+use qemu::{Rng, first_difference, have, run};
 use serde_json::Value;
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
@@ -93,7 +94,7 @@ struct World {
     rng: Rng,
     sizes: [u64; 2],
     /// What each state must hold.
-    known: BTreeMap<State, blake3::Hash>,
+    known: BTreeMap<State, Vec<u8>>,
     /// All that was ever known of each disk.
     ever: BTreeSet<(String, [u8; 32])>,
     /// Ends before the mount does.
@@ -171,13 +172,13 @@ impl World {
             fresh.entry(p.state.0).or_default().insert(p.state.1);
         }
         for (disk, times) in fresh {
-            let of = |v: &Views| v.iter().find(|(d, _)| *d == disk).map(|(_, b)| blake3::hash(b));
-            let mut states: Vec<blake3::Hash> = of(last).into_iter().collect();
+            let of = |v: &Views| v.iter().find(|(d, _)| *d == disk).map(|(_, b)| b.clone());
+            let mut states: Vec<Vec<u8>> = of(last).into_iter().collect();
             if times.len() > states.len() {
                 states.insert(0, of(cut_off).expect("a point of a run that never had its moment"));
             }
             assert_eq!(times.len(), states.len(), "{disk}: {times:?}");
-            self.ever.extend(states.iter().map(|s| (disk.clone(), *s.as_bytes())));
+            self.ever.extend(states.iter().map(|s| (disk.clone(), *blake3::hash(s).as_bytes())));
             self.known.extend(times.into_iter().map(|t| (disk.clone(), t)).zip(states));
         }
     }
@@ -379,6 +380,13 @@ impl World {
         self.mount.path().join(&p.state.0).join(format!("{}.raw", p.name))
     }
 
+    /// Leaves a copy of the backups where `FLEECEFS_KEEP` says.
+    fn keep(&self) {
+        if let Some(to) = std::env::var_os("FLEECEFS_KEEP") {
+            run("cp", &["-a", &self.target(), to.to_str().unwrap()]);
+        }
+    }
+
     /// Every state is there, and right, in the mount that has been open from the beginning.
     fn check(&mut self) {
         let listed = self.listed();
@@ -386,15 +394,19 @@ impl World {
         let known: BTreeSet<State> = self.known.keys().cloned().collect();
         assert_eq!(states, known, "listed, and expected");
         for p in &listed {
-            let (path, expected) = (self.path_of(p), self.known[&p.state]);
+            let (path, expected) = (self.path_of(p), &self.known[&p.state]);
             let end = Instant::now() + Duration::from_secs(20);
             // The mount learns of changes a moment later.
             loop {
-                let read = std::fs::read(&path).map(|b| blake3::hash(&b));
-                if read.as_ref().is_ok_and(|h| *h == expected) {
-                    break;
+                let wrong = match std::fs::read(&path) {
+                    Ok(bytes) => first_difference(&bytes, expected),
+                    Err(e) => Some(e.to_string()),
+                };
+                let Some(wrong) = wrong else { break };
+                if Instant::now() > end {
+                    self.keep();
+                    panic!("{p:?}: {wrong}");
                 }
-                assert!(Instant::now() < end, "{p:?}: {read:?}");
                 std::thread::sleep(Duration::from_millis(20));
             }
         }

@@ -88,8 +88,8 @@ impl History {
             Ok(m) => (m, None),
             Err(e) => (None, Some(e.report())),
         };
-        let state_of = manifest.as_ref().and_then(|m| m.state_of.as_deref());
-        let time = manifest::folded_time(state_of).unwrap_or(time);
+        let state_time = manifest.as_ref().and_then(|m| m.state_time(Some(time)));
+        let time = state_time.unwrap_or(time);
         self.entries.push(Entry { name, level, time, manifest, broken });
     }
 
@@ -102,7 +102,7 @@ impl History {
         let entry = match manifest::read(&self.dir, OsStr::new(&name)) {
             Ok(None) => return,
             Ok(Some(m)) => {
-                let (level, time) = (m.level, m.time);
+                let (level, time) = (m.level, m.state_time(Some(m.time)).unwrap_or(m.time));
                 Entry { name, level, time, manifest: Some(m), broken: None }
             }
             Err(e) => {
@@ -176,7 +176,7 @@ impl History {
     /// The newest point that came after `point` and has its manifest here, but not its file.
     pub fn lost_after(&self, point: &Manifest) -> Option<String> {
         let (_, time, disk) = names::parse_image(&point.image)?;
-        let time = manifest::folded_time(point.state_of.as_deref()).unwrap_or(time);
+        let time = point.state_time(Some(time)).unwrap_or(time);
         let list = std::fs::read_dir(self.dir.join(manifest::FOLDER)).ok()?;
         let names = list.flatten().filter_map(|e| e.file_name().into_string().ok());
         let images = names.filter_map(|n| n.strip_suffix(".json").map(str::to_string));

@@ -94,10 +94,9 @@ fn usable_base(
         // The bitmap went when a later point was published.
         let lost = history.lost_after(point).filter(|_| !diff && disk.bitmap(&info.name).is_none());
         match lost {
-            Some(lost) => format!(
-                "{lost} is gone (its manifest is there), and with it what had changed until then; \
-                 {why}"
-            ),
+            Some(lost) => {
+                format!("{lost} is gone (its manifest is there): the bitmap went on from it; {why}")
+            }
             None => why,
         }
     })?;

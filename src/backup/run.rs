@@ -147,12 +147,11 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
     // An INC or a DIFF needs QEMU's NBD server.
     if let Some(d) = plan.disks.iter().find(|d| d.since.is_some()) {
         let socket = nbdserver::socket_path(&options.state_dir, &options.qmp);
-        let safe = nbdserver::check_safe(client, &vm);
-        let free = match options.nbd {
+        let free = nbdserver::check_safe(client, &vm).and_then(|()| match options.nbd {
             Some(_) => Ok(()),
             None => nbdserver::check_free(client, &socket, &d.disk.node),
-        };
-        match safe.and(free) {
+        });
+        match free {
             Err(e) if e.kind() == Kind::Busy => plan = make(Some(e.report()))?,
             other => other?,
         }

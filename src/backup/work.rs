@@ -30,7 +30,7 @@ use crate::chain::manifest::{
     Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
 };
 use crate::error::{Error, Kind, Result};
-use crate::progress::{Place as Position, Progress};
+use crate::progress::{Position, Progress};
 use crate::qmp::Client;
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::assemble::{Blocked, Fates, carries_snapshots};
 use super::group::{Belongs, Group, base_name};
-use super::manifest::folded_time;
 use super::name::to_text;
 use super::scan::FileId;
 use super::{Level, Point};
@@ -67,7 +66,7 @@ fn in_chain_order(fates: &Fates, group: &Group) -> Vec<usize> {
 /// The time in a file's name; after a commit that of the image whose state the file has taken over.
 fn stamp(fates: &Fates, belongs: &Belongs) -> Option<i64> {
     let manifest = fates.tree.files[belongs.file].manifest.as_ref();
-    folded_time(manifest.and_then(|m| m.state_of.as_deref())).or(belongs.stamp)
+    manifest.map_or(belongs.stamp, |m| m.state_time(belongs.stamp))
 }
 
 fn rank(level: Level) -> u8 {
@@ -136,14 +135,15 @@ impl Maker<'_> {
     /// The internal snapshots of an image are points too, older than its active state.
     fn snapshots(&mut self, belongs: &Belongs, active: &mut Point, blocked: Option<&Blocked>) {
         let Some(info) = self.fates.tree.files[belongs.file].probed.info() else { return };
-        let is_rebased = info.snapshots.iter().any(|s| s.name == FULL_SNAPSHOT);
+        let rebased = info.snapshots.iter().any(|s| s.name == FULL_SNAPSHOT);
+        let rebased = rebased.then(|| self.latest_rebased(belongs)).flatten();
         // The snapshot of the FULL's own state is of the time in its name, whatever was folded since.
         let full_time = belongs.stamp.unwrap_or(active.time);
         for (index, snapshot) in (0..).zip(&info.snapshots) {
             let time = snapshot_time(snapshot, full_time);
-            if is_rebased {
+            if let Some(latest) = rebased {
                 // The increments were written into the FULL: its active state is the last of them.
-                active.time = active.time.max(time);
+                active.time = active.time.max(time.min(latest));
             }
             let blocked = blocked.cloned().or_else(|| unusable(snapshot));
             let mut layers = Vec::new();
@@ -154,6 +154,18 @@ impl Maker<'_> {
             let point = self.snapshot(active, snapshot, time, layers, blocked.as_ref());
             self.points.push((point, blocked));
         }
+    }
+
+    /// The latest time that the active state of a rebased FULL can be of, by the names of its
+    /// snapshots: they are in local time, perhaps of another zone, and what lies on the FULL is newer.
+    /// `None` if a manifest says the time.
+    fn latest_rebased(&self, belongs: &Belongs) -> Option<i64> {
+        if self.fates.tree.files[belongs.file].manifest.is_some() {
+            return None;
+        }
+        let later =
+            self.group.members.iter().filter_map(|b| b.stamp).filter(|t| Some(*t) > belongs.stamp);
+        Some(later.min().map_or(i64::MAX, |t| t.saturating_sub(1)))
     }
 
     fn snapshot(

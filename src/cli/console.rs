@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::backup::Watch;
 use crate::error::{Error, Result};
-use crate::progress::{Place, Progress};
+use crate::progress::{Position, Progress};
 use crate::units::human_bytes;
 
 /// How progress is shown.
@@ -140,7 +140,7 @@ struct Figures {
     done: u64,
     /// Bytes to copy, as was thought before.
     total: u64,
-    place: Option<Place>,
+    place: Option<Position>,
     began: Instant,
 }
 
@@ -157,7 +157,7 @@ impl Figures {
     /// Seconds left, if that can be told.
     fn left(&self, elapsed: Duration) -> Option<u64> {
         let (done, total) = match self.place {
-            Some(p) if p.at >= p.of => return Some(0),
+            Some(p) if p.of > 0 && p.at >= p.of => return Some(0),
             Some(p) if p.paced => (p.at, p.of),
             // More was found to copy than was thought.
             _ if self.done >= self.total => return None,
@@ -194,7 +194,7 @@ impl Progress for Bar {
         self.bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
         let _ = self.all.add(self.bar.clone());
     }
-    fn place(&self, place: Place) {
+    fn place(&self, place: Position) {
         self.figures.lock().unwrap_or_else(|e| e.into_inner()).place = Some(place);
         self.bar.set_length(place.of.max(1));
         self.bar.set_position(place.at);
@@ -246,7 +246,7 @@ impl Progress for Lines {
             self.print(&s.figures, "begin");
         }
     }
-    fn place(&self, place: Place) {
+    fn place(&self, place: Position) {
         self.state.lock().unwrap_or_else(|e| e.into_inner()).figures.place = Some(place);
     }
     fn advance(&self, bytes: u64) {
@@ -273,15 +273,15 @@ mod tests {
     fn holes_are_no_copied_bytes_and_do_not_end_the_time_left() {
         let second = Duration::from_secs(1);
         let mut f = Figures { done: 100, ..Figures::new(400) };
-        f.place = Some(Place { at: 900, of: 1000, paced: false });
+        f.place = Some(Position { at: 900, of: 1000, paced: false });
         assert_eq!((f.rate(second), f.left(second)), (100, Some(3)));
         // All that was thought to be there is copied, and the job goes on.
         f.done = 400;
         assert_eq!(f.left(second), None);
         // QEMU's limit holds for holes as well.
-        f.place = Some(Place { at: 250, of: 1000, paced: true });
+        f.place = Some(Position { at: 250, of: 1000, paced: true });
         assert_eq!(f.left(second), Some(3));
-        f.place = Some(Place { at: 1000, of: 1000, paced: false });
+        f.place = Some(Position { at: 1000, of: 1000, paced: false });
         assert_eq!(f.left(second), Some(0));
         assert_eq!(Figures::new(400).left(second), None);
     }

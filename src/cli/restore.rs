@@ -28,9 +28,10 @@ use crate::units::{counted, human_bytes};
 /// Where backup and target share an XFS or btrfs, ranges are cloned: nothing is copied, and no new
 /// space is taken. The output says which way it went.
 ///
-/// With --run, all disks of one run are restored into the folder --to. A run is named by the time
-/// in its file names (seconds) or by its id in the manifests. Without manifests it is all points of
-/// exactly that time; with them, all points of the same id.
+/// With --run, all disks of one run are restored into the folder --to. A run is named by its time in
+/// seconds (that in its file names; after a commit that of the last image taken in) or by its id in
+/// the manifests. Without manifests it is all points of exactly that time; with them, all points of
+/// the same id.
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
     /// The backup directory

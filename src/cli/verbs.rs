@@ -11,7 +11,7 @@ use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::chain::Catalog;
 use crate::chain::scan::{ScanOptions, scan};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::Format;
 use crate::lock::Locks;
@@ -45,8 +45,8 @@ pub struct VerbArgs {
 /// Alters the backup: the headers of the images change, and a link 'image' leads to the last one.
 /// The points stay what they are, and fleecefs and QEMU read them. The pointers are relative, so the
 /// folder may be moved; with --absolute it must stay where it is, and qmprestore's merge works on
-/// it. Its commit and snapshotrebase are made for images without pointers, and end with an error
-/// whatever rebased them.
+/// it (run it again after a commit or consolidate, which write relative ones). Its commit and
+/// snapshotrebase are made for images without pointers, and end with an error whatever rebased them.
 ///
 /// A crash leaves some images linked and others not, which changes nothing for restoring. The
 /// header being changed is saved first and put back by whatever writes there next.
@@ -170,7 +170,14 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = verb.work.work(&cancel, &bar);
     let (catalog, _locks) = verb.catalog(true)?;
-    let line = verb.line(&catalog)?;
+    let line = match verb.line(&catalog) {
+        Err(e) if e.kind() == Kind::NotFound => {
+            let done = verb.until.as_ref().and_then(|u| verbs::folded(&catalog, &verb.filter, u));
+            let Some(full) = done else { return Err(e) };
+            return super::print(&format!("{} holds that state already\n", full.display()));
+        }
+        line => line?,
+    };
     let plan = FoldPlan::new(&catalog, &line, with_snapshots)?;
     if plan.increments.is_empty() && !with_snapshots {
         return super::print("there is nothing to fold\n");

@@ -21,9 +21,10 @@ pub fn items(catalog: &Catalog) -> Result<Vec<DiskItems>> {
     let mut all: Vec<DiskItems> = catalog.disks.iter().map(of_disk).collect();
     let mut newest: BTreeMap<PathBuf, (i64, usize, usize)> = BTreeMap::new();
     for (d, disk) in catalog.disks.iter().enumerate() {
-        for (i, p) in disk.points.iter().enumerate().filter(|(_, p)| is_backup(p)) {
-            let best = newest.entry(all[d].timeline.clone()).or_insert((p.time, d, i));
-            *best = (*best).max((p.time, d, i));
+        for (i, _) in disk.points.iter().enumerate().filter(|(_, p)| is_backup(p)) {
+            let here = (all[d].items[i].time, d, i);
+            let best = newest.entry(all[d].timeline.clone()).or_insert(here);
+            *best = (*best).max(here);
         }
     }
     for (timeline, (time, d, i)) in newest {
@@ -105,10 +106,22 @@ fn is_foreign(point: &Point) -> bool {
     point.layers.iter().any(|l| !matches!(l.format, Format::Qcow2 | Format::Raw))
 }
 
+/// When the points were taken; none is older than the one it lies on, whatever clocks said.
+fn times(disk: &Disk) -> Vec<i64> {
+    let mut times: Vec<i64> = Vec::with_capacity(disk.points.len());
+    for p in &disk.points {
+        // What a point lies on comes before it.
+        let below = p.parent.and_then(|j| times.get(j)).copied();
+        times.push(below.map_or(p.time, |t| t.max(p.time)));
+    }
+    times
+}
+
 fn of_disk(disk: &Disk) -> DiskItems {
+    let times = times(disk);
     let item = |(i, p): (usize, &Point)| Item {
         name: p.name.clone(),
-        time: p.time,
+        time: times[i],
         // Other programs' archives are theirs to prune.
         level: if is_foreign(p) { Level::Image } else { p.level },
         served: p.is_served(),

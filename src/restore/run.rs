@@ -18,8 +18,9 @@ pub struct Run<'a> {
 
 /// Finds the points of run `name`: a run's id as manifests have it, or a time in seconds.
 ///
-/// A time means all points whose file names have exactly this time, and, where these have
-/// manifests, all others of the same run id. (qmpbackup gives all disks of a run one time.)
+/// A time means all points that have exactly this time (that in their file names, or after a commit
+/// that of the last image folded in), and, where these have manifests, all others of the same run
+/// id. (qmpbackup gives all disks of a run one time.)
 ///
 /// # Errors
 /// `NotFound` if there is none.

@@ -74,7 +74,7 @@ pub struct Manifest {
     #[serde(default)]
     pub bytes_copied: u64,
     /// How consistent the frozen moment is.
-    #[serde(default)]
+    #[serde(default = "Consistency::unknown")]
     pub consistency: Consistency,
     /// QEMU's version, as it reports it.
     #[serde(default)]
@@ -139,14 +139,11 @@ pub const RECORDED: &str = "recorded afterwards";
 fn achieved<'a, D: serde::Deserializer<'a>>(
     from: D,
 ) -> std::result::Result<Option<Achieved>, D::Error> {
-    #[derive(Default, Deserialize)]
-    #[serde(default)]
-    struct Known {
-        achieved: Option<Achieved>,
-        reason: String,
-    }
-    let known = Known::deserialize(from)?;
-    Ok(known.achieved.filter(|_| known.reason != RECORDED))
+    // What a later version may put there is unknown, and no reason to do without the rest.
+    let known = serde_json::Value::deserialize(from)?;
+    let achieved = known.get("achieved").map(Achieved::deserialize).and_then(|a| a.ok());
+    let recorded = known.get("reason").is_some_and(|r| r == RECORDED);
+    Ok(achieved.filter(|_| !recorded))
 }
 
 /// A disk as QEMU knows it. Any of these may be empty.
@@ -216,6 +213,13 @@ pub struct Consistency {
     pub frozen: Vec<String>,
 }
 
+impl Consistency {
+    /// Of a point whose moment nobody recorded.
+    pub fn unknown() -> Self {
+        Consistency { reason: RECORDED.into(), ..Consistency::default() }
+    }
+}
+
 /// Degrees of consistency, least first.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -263,12 +267,30 @@ pub struct Skipped {
     pub reason: String,
 }
 
-/// The time of the state that a commit left in an image: that in the name of the image folded last.
-pub fn folded_time(state_of: Option<&str>) -> Option<i64> {
-    match name::parse(OsStr::new(state_of?)) {
-        name::Name::Backup { stamp, .. } => stamp,
-        _ => None,
+impl Manifest {
+    /// See [`state_time`].
+    pub fn state_time(&self, named: Option<i64>) -> Option<i64> {
+        state_time(self.state_of.as_deref(), self.time, named)
     }
+}
+
+impl Brief {
+    /// See [`state_time`].
+    pub fn state_time(&self, named: Option<i64>) -> Option<i64> {
+        state_time(self.state_of.as_deref(), self.time, named)
+    }
+}
+
+/// The time of the state that an image holds: that in its name, `named`; after a commit that in the
+/// name of the image folded last, or else `recorded`, its manifest's. A state that was folded in is
+/// never older than the name.
+fn state_time(state_of: Option<&str>, recorded: i64, named: Option<i64>) -> Option<i64> {
+    let Some(state_of) = state_of else { return named };
+    let time = match name::parse(OsStr::new(state_of)) {
+        name::Name::Backup { stamp: Some(stamp), .. } => stamp,
+        _ => recorded,
+    };
+    Some(named.map_or(time, |n| n.max(time)))
 }
 
 /// BLAKE3 over both ends of a file and its length: cheap, and different for a replaced image.

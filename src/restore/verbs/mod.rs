@@ -113,6 +113,17 @@ pub fn select<'a>(catalog: &'a Catalog, filter: &OsStr, until: Option<&OsStr>) -
     Ok(Line { disk, points })
 }
 
+/// The FULL that holds the state of `until` by a commit that has been done already.
+pub fn folded(catalog: &Catalog, filter: &OsStr, until: &OsStr) -> Option<PathBuf> {
+    let wanted = Path::new(until).file_name().unwrap_or(until);
+    let images = catalog.disks.iter().flat_map(|d| &d.points).map(|p| &p.source);
+    let holds = |image: &&PathBuf| {
+        let known = files::manifest_of(image).ok().flatten();
+        known.and_then(|m| m.state_of).is_some_and(|s| OsStr::new(&s) == wanted)
+    };
+    images.filter(|p| contains(p, filter)).find(holds).cloned()
+}
+
 fn contains(path: &Path, filter: &OsStr) -> bool {
     let name = path.file_name().unwrap_or_default().as_bytes();
     let filter = filter.as_bytes();

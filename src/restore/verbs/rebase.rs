@@ -56,9 +56,10 @@ impl RebasePlan {
     /// The steps, one a line.
     pub fn lines(&self) -> Vec<String> {
         let name = |m: &Member| to_text(m.path.file_name().unwrap_or_default());
+        let base = |m: &Member| self.pointer(&m.path).map_or_else(|_| name(m), |p| to_text(&p));
         let pairs = self.members.windows(2);
         let mut lines: Vec<String> =
-            pairs.map(|p| format!("link {} to {}", name(&p[1]), name(&p[0]))).collect();
+            pairs.map(|p| format!("link {} to {}", name(&p[1]), base(&p[0]))).collect();
         if let Some(last) = self.members.last() {
             lines.push(format!("point {} to {}", self.link.display(), name(last)));
         }
