@@ -95,6 +95,23 @@ impl SeenDisk {
     }
 }
 
+/// The file that a `json:` description is about. QEMU has no shorter name for what is not found by
+/// its name alone, above all for an RBD image: that is `rbd:POOL/IMAGE` here, or
+/// `rbd:POOL/NAMESPACE/IMAGE`, wherever its cluster's configuration lies.
+fn described_file(name: &str) -> Option<String> {
+    let all: Value = serde_json::from_str(name.strip_prefix("json:")?).ok()?;
+    let mut at = &all;
+    while let Some(child) = at.get("file").or_else(|| at.get("image")).filter(|c| c.is_object()) {
+        at = child;
+    }
+    let text = |k: &str| at.get(k).and_then(Value::as_str).filter(|t| !t.is_empty());
+    if text("driver") == Some("rbd") {
+        let parts = [text("pool"), text("namespace"), Some(text("image")?)];
+        return Some(format!("rbd:{}", parts.into_iter().flatten().collect::<Vec<_>>().join("/")));
+    }
+    text("filename").or_else(|| text("path")).map(str::to_string)
+}
+
 /// The last part of a file's or device's name.
 pub fn base_name(file: &str) -> Option<String> {
     let tail = file.trim_end_matches('/').rsplit(['/', ':']).next()?;
@@ -180,7 +197,7 @@ impl Answers {
         at
     }
 
-    /// The name of the file at the bottom of a node.
+    /// The name of the file, device or remote image at the bottom of a node.
     fn file_of(&self, node: &Node) -> String {
         let plain = |n: &Node| !n.file.starts_with("json:") && !n.file.starts_with("blkdebug:");
         let mut at = node;
@@ -193,7 +210,7 @@ impl Answers {
             let Some(child) = child.and_then(|c| self.node(c)) else { break };
             at = child;
         }
-        String::new()
+        described_file(&at.file).unwrap_or_default()
     }
 
     fn raw_image(&self, node: &str) -> Value {
@@ -447,10 +464,37 @@ mod tests {
         assert!(seen(&answers(drives.clone(), json!([top]))));
     }
 
+    /// QEMU's node names change at each start: by them two RBD disks would change places.
+    #[test]
+    fn an_rbd_disk_is_known_by_its_image() {
+        let rbd = json!({"node-name": "#block1", "drv": "rbd", "image": {"virtual-size": 1048576},
+            "file": r#"json:{"pool": "disks", "image": "vm-1", "conf": "/c", "driver": "rbd"}"#});
+        let wrapped = json!({"node-name": "#block2", "drv": "raw", "image": {"virtual-size": 1048576},
+            "file": r#"json:{"driver": "raw", "file": {"pool": "disks", "image": "vm-1", "driver": "rbd"}}"#});
+        for (node, child) in [(rbd.clone(), None), (wrapped, Some(rbd))] {
+            let drives = json!([{"device": "", "qdev": "/m/v0", "inserted": node}]);
+            let nodes =
+                json!([Some(node.clone()), child].into_iter().flatten().collect::<Vec<_>>());
+            let seen = survey(&answers(drives, nodes));
+            assert_eq!(seen.disks[0].identity.file, "rbd:disks/vm-1");
+            assert_eq!(seen.disks[0].base_name(), "vm-1");
+            // No folder of the host: its fleece lies beside the backup.
+            assert_eq!(seen.disks[0].folder(), None);
+        }
+    }
+
     #[test]
     fn names_of_devices_and_remote_disks() {
         assert_eq!(base_name("/dev/vg/root").as_deref(), Some("root"));
         assert_eq!(base_name("rbd:pool/img").as_deref(), Some("img"));
+        let of = |text: &str| described_file(&format!("json:{text}"));
+        let rbd = r#"{"driver": "raw", "file": {"pool": "p", "image": "i", "conf": "/c", "driver": "rbd"}}"#;
+        assert_eq!(of(rbd).as_deref(), Some("rbd:p/i"));
+        let direct = r#"{"driver": "rbd", "pool": "p", "namespace": "n", "image": "i"}"#;
+        assert_eq!(of(direct).as_deref(), Some("rbd:p/n/i"));
+        let file = r#"{"driver": "raw", "file": {"driver": "file", "filename": "/vm/a", "x": 1}}"#;
+        assert_eq!(of(file).as_deref(), Some("/vm/a"));
+        assert!(of(r#"{"driver": "rbd", "pool": "p"}"#).is_none() && of("{").is_none());
         assert_eq!(base_name("nbd://h:10809/x").as_deref(), Some("x"));
         assert_eq!(base_name(""), None);
     }
