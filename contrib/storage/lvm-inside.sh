@@ -3,7 +3,7 @@
 # The part of lvm.sh that runs in its guest, as root and alone there. The guest's first disk is made
 # a volume group. MODULES is a folder with the kernel's modules.
 set -euo pipefail
-fleecefs=$1 modules=$2 work=/run/proof size=32 grown=40 lv=''
+fleecefs=$1 modules=$2 work=/run/proof size=16 grown=24 lv=''
 # shellcheck source=sequence.sh
 . "$(dirname "$0")/sequence.sh"
 
@@ -16,6 +16,7 @@ volume_group() {
     modprobe -d "$modules" -a dm_mod dm_snapshot dm_thin_pool fuse loop ext4
     cat >/etc/lvm/lvmlocal.conf <<'CONF'
 activation { udev_sync=0 udev_rules=0 monitoring=0 }
+global { thin_check_executable="" }
 devices { obtain_device_list_from_udev=0 use_devicesfile=0 }
 CONF
     lvm vgcreate -q -q vg /dev/vda

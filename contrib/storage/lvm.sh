@@ -99,7 +99,7 @@ boot() {
         -drive "file=$work/disk,format=raw,if=none,id=d,cache=unsafe,discard=unmap" \
         -device virtio-blk-pci,drive=d </dev/null >"$work/qemu.log" 2>&1 &
     guest=$!
-    tail -n +1 --pid="$guest" -s 0.2 -f "$work/serial.log" | tr -d '\r' | sed -n -u '/^fleece: exit/!p'
+    tail -n +1 --pid="$guest" -s 0.2 -f "$work/serial.log" | tr -d '\r' | sed -n -u '/^fleece: exit/!{/reboot: Power down/!p}'
     wait "$guest" || { cat "$work/qemu.log" >&2; return 1; }
     guest=''
 }

@@ -57,7 +57,7 @@ start_daemon() {
 
 # qmp COMMAND ARGUMENTS: one command on the daemon's second monitor.
 qmp() {
-    python3 - "$work/qmp2.sock" "$1" "$2" <<'PYTHON'
+    /usr/bin/python3 -IS - "$work/qmp2.sock" "$1" "$2" <<'PYTHON'
 import json, socket, sys
 s = socket.socket(socket.AF_UNIX)
 s.connect(sys.argv[1])
@@ -97,7 +97,7 @@ newest() {
         \( -name 'FULL-*' -o -name 'INC-*' -o -name 'DIFF-*' \) -printf '%f\n' | sort -t- -k2n | tail -n 1
 }
 
-mounted() { find "$work/mnt" -type f -name "$1.raw" -not -path '*/by-time/*' | head -n 1; }
+mounted() { printf '%s\n' "$work/mnt/"*"/$1.raw"; }
 
 # compare POINT FILE: prints "LEVEL, equal" or what differs.
 compare() {
@@ -112,16 +112,17 @@ compare() {
 # keep POINT FILE: what a point must be, for the last comparison of all.
 keep() {
     truths=$((truths + 1))
-    printf '%s %s\n' "$1" "$(sha256sum <"$2")" >>"$work/truths"
+    printf '%s %s\n' "$1" "$(md5sum <"$2")" >>"$work/truths"
 }
 
 # good STEP LEVEL WANT: a backup while nobody writes; the point is what the disk holds.
 good() {
-    local got
+    local got point
     if backup "$2"; then
         disk_contents "$work/truth"
-        got=$(compare "$(newest)" "$work/truth")
-        keep "$(newest)" "$work/truth"
+        point=$(newest)
+        got=$(compare "$point" "$work/truth")
+        keep "$point" "$work/truth"
     else
         got=failed
         cat "$work/said" >&2
@@ -137,7 +138,7 @@ says() {
 # busy STEP LEVEL WANT: a backup that is held at its moment while everything is overwritten; the
 # point is the frozen view, which is what the disk held.
 busy() {
-    local got tries=0 hold=$work/hold
+    local got point tries=0 hold=$work/hold
     rm -rf "$hold"
     mkdir "$hold"
     disk_contents "$work/truth"
@@ -154,8 +155,9 @@ busy() {
     write "write -P 0xaa 0 $((size / 2))M" "discard $((size / 2))M 2M" "write -z $((size / 2 + 2))M 2M" "write -P 0xbb $((size - 1))M 1M"
     touch "$hold/go"
     if wait "$holder"; then
-        got=$(compare "$(newest)" "$work/truth")
-        keep "$(newest)" "$work/truth"
+        point=$(newest)
+        got=$(compare "$point" "$work/truth")
+        keep "$point" "$work/truth"
     else
         got=failed
         cat "$work/said" >&2
@@ -175,7 +177,7 @@ all_again() {
     local point sum _ same=0
     "$fleecefs" mount "$work/backups" "$work/mnt"
     while read -r point sum _; do
-        if [ "$(sha256sum <"$(mounted "$point")" | cut -d ' ' -f 1)" = "$sum" ]; then same=$((same + 1)); fi
+        if [ "$(md5sum <"$(mounted "$point")")" = "$sum  -" ]; then same=$((same + 1)); fi
     done <"$work/truths"
     "$fleecefs" umount "$work/mnt"
     row "all points once more" "$truths of $truths equal" "$same of $truths equal"
