@@ -26,12 +26,19 @@ CONF
     lvm lvcreate -q -q -y -n back -L "${grown}m" vg
     lvm lvcreate -q -q -y --thinpool vg/pool -n thinback -V "${grown}m"
     lvm lvcreate -q -q -y -n parts -L "${size}m" vg
+    # What the plain volume will grow into is full of other bytes.
+    lvm lvcreate -q -q -y -n gone -L "${size}m" vg
+    fill gone "$size"
+    lvm lvremove -q -q -y vg/gone
 }
+
+# fill LV MIB
+fill() { dd if=/dev/zero bs=1M count="$2" status=none | tr '\0' U | dd of="/dev/vg/$1" bs=1M status=none oflag=direct iflag=fullblock; }
 
 # restored LV: the newest point onto another volume, which is full of other bytes.
 restored() {
     local got=equal
-    dd if=/dev/zero bs=1M count="$grown" status=none | tr '\0' U | dd of="/dev/vg/$1" bs=1M status=none oflag=direct iflag=fullblock
+    fill "$1" "$grown"
     if "$fleecefs" restore "$work/backups" "$(newest)" "/dev/vg/$1" --yes --discard >"$work/said" 2>&1; then
         cmp -n "$((grown << 20))" "/dev/vg/$1" "/dev/vg/$lv" >"$work/said" 2>&1 || got='differs'
     else
