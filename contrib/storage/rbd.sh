@@ -3,9 +3,9 @@
 # Backs up disks that are RBD images, on a real Ceph cluster that lives in a temporary folder as long
 # as this runs: one monitor, one OSD that keeps its objects in memory, no authentication. Ceph and
 # QEMU's RBD driver are unpacked from Debian's packages into FOLDER (below target/ if not given), and
-# nothing is installed. First what qemu-storage-daemon serves is backed up, changed and compared, then
+# nothing of Ceph is installed. First what qemu-storage-daemon serves is backed up, changed and compared, then
 # the disks of a guest. Prints a table; exit code 1 if anything differs, 4 if the packages are not to
-# be had. It takes about two minutes. It needs no root but /dev/fuse.
+# be had. It takes one to two minutes.
 set -euo pipefail
 case ${1:-} in -*) sed -n '2,9s/^# //p' "$0" >&2 && exit 2 ;; esac
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -217,7 +217,7 @@ get_ceph
 (cd "$root" && cargo build --quiet)
 fleecefs=$(realpath "${CARGO_TARGET_DIR:-$root/target}")/debug/fleecefs
 work=$(mktemp -d "${TMPDIR:-/tmp}/fleecefs-rbd.XXXXXX")
-monitor='' osd='' plugins='' image=vm-disk size=64 grown=80
+monitor='' osd='' plugins='' image=vm-disk size=64 grown=80 regrows_zeros=yes
 trap clean_up EXIT
 # Built before Ceph's libraries are in the way of the tools that build it.
 "$root/contrib/guest/build.sh" >/dev/null

@@ -147,11 +147,13 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}),
             )?;
         }
-        if zeros.is_empty() && d.plan.disk.identity.format != "qcow2" {
+        if !d.plan.disk.regrows_zeros || zeros.is_empty() && d.plan.disk.identity.format != "qcow2"
+        {
             self.watch.say(&format!(
                 "{}: its storage does not tell what is zero: if it was shrunk and grown again \
-                 since the last point, take a FULL",
-                d.plan.disk.label()
+                 since {}, take a FULL",
+                d.plan.disk.label(),
+                d.plan.parent().map_or("the last point", |m| &m.image)
             ));
         }
         let lost = chain.lost(&zeros, d.plan.disk.cluster_size.max(65536))?;

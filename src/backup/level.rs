@@ -108,6 +108,9 @@ fn check_same_disk(point: &Manifest, disk: &SeenDisk) -> Result<(), String> {
             point.disk.format, disk.identity.format
         ));
     }
+    if disk.size != point.virtual_size && !disk.regrows_zeros {
+        return Err("the disk grew, and what it held while it was resized is not known".into());
+    }
     Ok(())
 }
 

@@ -54,6 +54,10 @@ pub struct SeenDisk {
     pub persistent: bool,
     /// Whether reading it gives plain text of an encrypted image.
     pub encrypted: bool,
+    /// Whether a part that was cut off and given back reads zeros and is known to: so in qcow2, files
+    /// and RBD images. A volume may have its old bytes there again, while QEMU has forgotten which
+    /// of them had changed.
+    pub regrows_zeros: bool,
     /// Firmware flash: small, copied in full each time.
     pub pflash: bool,
     /// All bitmaps on `node`.
@@ -213,6 +217,23 @@ impl Answers {
         described_file(&at.file).unwrap_or_default()
     }
 
+    /// The driver of the node that holds a disk's bytes.
+    fn storage_of(&self, node: &Node) -> &str {
+        let mut at = self.node(&node.node_name);
+        for _ in 0..self.nodes.len() {
+            let Some(n) = at else { break };
+            match self
+                .graph
+                .child(&n.node_name, "file")
+                .or_else(|| self.graph.child(&n.node_name, "image"))
+            {
+                Some(child) => at = self.node(child),
+                None => return &n.drv,
+            }
+        }
+        ""
+    }
+
     fn raw_image(&self, node: &str) -> Value {
         let list = self.raw_nodes.as_array().into_iter().flatten();
         let mut named = list.filter(|n| n.get("node-name").and_then(Value::as_str) == Some(node));
@@ -350,6 +371,7 @@ fn build(
         lazy_refcounts: flag("lazy-refcounts"),
         persistent: disk.drv == "qcow2" && version3 && !disk.ro,
         encrypted: is_encrypted(answers, disk),
+        regrows_zeros: disk.drv == "qcow2" || ["file", "rbd"].contains(&answers.storage_of(disk)),
         pflash,
         bitmaps: disk.dirty_bitmaps.clone(),
         allocated: allocated(&disk.image).min(disk.image.virtual_size),

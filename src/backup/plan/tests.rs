@@ -80,6 +80,7 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         lazy_refcounts: false,
         persistent: true,
         encrypted: false,
+        regrows_zeros: true,
         pflash: false,
         bitmaps,
         allocated: 4096,
@@ -188,6 +189,9 @@ fn what_a_raw_disk_has_grown_by_is_copied_whole() {
     let d = auto(t.path(), raw.clone());
     assert_eq!(d.demoted, None);
     assert_eq!((d.grown(), d.estimate()), (Some(size..3 * size), 2 * size));
+    // A volume may have been smaller in between.
+    let volume = SeenDisk { regrows_zeros: false, ..raw.clone() };
+    assert!(auto(t.path(), volume).demoted.unwrap().contains("grew"));
     raw.size = size;
     assert_eq!(auto(t.path(), raw).grown(), None);
 }
