@@ -131,7 +131,7 @@ impl Error {
         let kind = match source.raw_os_error() {
             Some(libc::ENOENT) | Some(libc::ENOTDIR) => Kind::NotFound,
             Some(libc::EEXIST) => Kind::Exists,
-            Some(libc::EACCES) | Some(libc::EPERM) => Kind::Permission,
+            Some(libc::EACCES) | Some(libc::EPERM) | Some(libc::EROFS) => Kind::Permission,
             Some(libc::EBUSY) => Kind::Busy,
             Some(libc::ENOSPC) | Some(libc::EDQUOT) => Kind::NoSpace,
             Some(libc::ETIMEDOUT) => Kind::Timeout,
@@ -375,6 +375,12 @@ mod tests {
         assert_eq!(e.to_string(), "/b/FULL-1-sda at offset 0x200: writing the header");
         assert_eq!(e.kind(), Kind::NoSpace);
         assert!(e.report().contains("No space left") && e.report().ends_with("(free some space)"));
+    }
+
+    #[test]
+    fn a_read_only_file_system_is_not_permitted_to_be_written() {
+        let e = Error::io(io::Error::from_raw_os_error(libc::EROFS), "cannot make the folder");
+        assert_eq!((e.kind(), e.kind().exit_code()), (Kind::Permission, 5));
     }
 
     #[test]

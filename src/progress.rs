@@ -2,6 +2,18 @@
 
 use std::time::Duration;
 
+/// How far a job is that also passes over what needs no copying, such as the holes of a disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Bytes that are behind it, copied or not.
+    pub at: u64,
+    /// Bytes that it has to pass in all.
+    pub of: u64,
+    /// Holes take as long as data (QEMU limits the speed of both), or what is copied cannot be
+    /// told beforehand: the time left follows from the place.
+    pub paced: bool,
+}
+
 /// Receives progress. All methods have an empty default, so `()` is a quiet receiver.
 pub trait Progress: Send + Sync {
     /// Work named `what` of `total` bytes begins.
@@ -11,6 +23,10 @@ pub trait Progress: Send + Sync {
     /// `bytes` more are done.
     fn advance(&self, bytes: u64) {
         let _ = bytes;
+    }
+    /// Where the job is; only for those in which this differs from what is done.
+    fn place(&self, place: Place) {
+        let _ = place;
     }
     /// A line worth showing beside the bar.
     fn note(&self, text: &str) {

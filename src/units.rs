@@ -52,6 +52,11 @@ pub fn human_bytes(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
+/// A number of things: `1 point`, `2 points`.
+pub fn counted(n: u64, thing: &str) -> String {
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
+}
+
 /// Parses `64M`, `1GiB`, `4096`: binary units, as QEMU's tools take them.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let text = text.trim();

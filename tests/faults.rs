@@ -8,107 +8,19 @@ mod backup;
 mod guest;
 mod mounted;
 mod qemu;
+#[path = "backup/scene.rs"]
+mod scene;
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::time::Duration;
+use std::path::PathBuf;
+use std::process::Command;
 
-use backup::{Caller, Daemon, bitmaps, images, leftovers, newest, ours_in_qemu, read_views, same};
+use backup::{Caller, Daemon, Held, bitmaps, images, leftovers, level, manifest_of, newest, same};
 use mounted::Mount;
 use qemu::{have, run};
+use scene::{clean, code, daemon, good, image_of};
 use serde_json::json;
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
-
-/// A daemon with a qcow2 disk `a` of 16 MiB and the further disks given.
-fn daemon(more: &[(&str, &str)]) -> Daemon {
-    let dir = tempfile::tempdir().unwrap();
-    let mut list = vec![("a", "driver=qcow2")];
-    list.extend_from_slice(more);
-    for (name, format) in &list {
-        let path = dir.path().join(format!("{name}.img"));
-        let kind = if format.contains("qcow2") { "qcow2" } else { "raw" };
-        run("qemu-img", &["create", "-q", "-f", kind, path.to_str().unwrap(), "16M"]);
-    }
-    let d = Daemon::start(dir, &list);
-    for (name, _) in &list {
-        d.io(name, &["write -P 1 0 6M", "write -P 2 12M 4M"]);
-    }
-    d
-}
-
-fn image_of(d: &Daemon, disk: &str) -> String {
-    d.path(&format!("{disk}.img")).display().to_string()
-}
-
-/// Level of the newest image of a disk.
-fn level(caller: &Caller, disk: &str) -> String {
-    let name = newest(&caller.target, disk);
-    name.file_name().unwrap().to_str().unwrap().split('-').next().unwrap().to_string()
-}
-
-/// One more backup: succeeds, is right, leaves nothing; gives what it said.
-fn good(fault: &str, d: &Daemon, caller: &Caller, expect: &[(&str, &str)]) -> String {
-    let (said, views) = caller.held("auto");
-    let mount = Mount::new(&caller.target);
-    for (disk, view) in &views {
-        same(&mount, disk, &newest(&caller.target, disk), view);
-    }
-    for (disk, want) in expect {
-        assert_eq!(level(caller, disk), *want, "{fault}: {said}");
-        println!("{fault:44} | {disk} | exit 0, {want}");
-    }
-    clean(fault, d);
-    said
-}
-
-fn clean(fault: &str, d: &Daemon) {
-    assert_eq!(ours_in_qemu(&mut d.qmp()), Vec::<String>::new(), "{fault}");
-    assert_eq!(leftovers(d.dir.path()), Vec::<PathBuf>::new(), "{fault}");
-}
-
-/// Starts a backup and waits until it is held at its moment.
-struct Held {
-    child: Child,
-    hold: tempfile::TempDir,
-}
-
-impl Held {
-    fn start(caller: &Caller, level: &str) -> Self {
-        let hold = tempfile::tempdir().unwrap();
-        let mut child = caller
-            .command(level)
-            .env("FLEECEFS_HOLD", hold.path())
-            .stderr(std::fs::File::create(hold.path().join("stderr")).unwrap())
-            .spawn()
-            .unwrap();
-        read_views(&mut child, hold.path());
-        Held { child, hold }
-    }
-
-    /// Lets it go on; gives its exit code and what it said.
-    fn end(mut self) -> (Option<i32>, String) {
-        std::fs::write(self.hold.path().join("go"), "").unwrap();
-        let status = self.child.wait().unwrap();
-        let said = std::fs::read_to_string(self.hold.path().join("stderr")).unwrap();
-        (status.code(), said)
-    }
-
-    fn signal(&self, signal: i32) {
-        // SAFETY: a signal to our own child.
-        unsafe { libc::kill(self.child.id() as i32, signal) };
-    }
-}
-
-fn code(caller: &Caller, level: &str) -> (Option<i32>, String) {
-    let out = caller.run(level);
-    (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
-}
-
-fn manifest_of(image: &Path) -> serde_json::Value {
-    let name = format!(".fleecefs/{}.json", image.file_name().unwrap().to_str().unwrap());
-    serde_json::from_slice(&std::fs::read(image.with_file_name(name)).unwrap()).unwrap()
-}
 
 #[test]
 fn qemu_killed_or_restarted() {
@@ -474,8 +386,13 @@ fn the_nbd_server_is_somebody_elses() {
     let mut caller = Caller::of(&d);
     let known = std::mem::take(&mut caller.more);
     caller.must("full");
+    let foreseen = caller.with(&["-n"]).run("inc").stdout;
+    let foreseen = String::from_utf8_lossy(&foreseen);
+    assert!(foreseen.contains("cannot be backed up: QEMU's NBD server"), "{foreseen}");
     let (exit, said) = code(&caller, "inc");
     assert_eq!(exit, Some(12), "{said}");
+    let foreseen = caller.with(&["-n", "--nbd", known[1].as_str()]).run("inc").stdout;
+    assert!(String::from_utf8_lossy(&foreseen).contains("INC -> "));
     let said = caller.must("auto");
     assert!(said.contains("a FULL, since QEMU's NBD server"), "{said}");
     caller.more = known;
@@ -500,159 +417,4 @@ fn sockets_that_are_no_qmp() {
     assert!(said.contains("not a QMP socket"), "{said}");
     wrong.qmp = d.path("nothing");
     assert_eq!(code(&wrong, "full").0, Some(3));
-}
-
-#[test]
-fn copies_and_diffs_leave_the_chain_alone() {
-    if !have("copies_and_diffs_leave_the_chain_alone", TOOLS) {
-        return;
-    }
-    let d = daemon(&[]);
-    let caller = Caller::of(&d);
-    caller.must("full");
-    caller.must("inc");
-    let before = bitmaps(&mut d.qmp());
-    for level in ["copy", "diff", "copy", "diff"] {
-        d.io("a", &["write -P 11 7M 1M"]);
-        let (_, views) = caller.held(level);
-        let mount = Mount::new(&caller.target);
-        same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
-        assert_eq!(bitmaps(&mut d.qmp()), before, "{level}");
-    }
-    good("after copies and diffs", &d, &caller, &[("a.img", "INC")]);
-    let without = caller.with(&["--no-diff"]);
-    good("--no-diff", &d, &without, &[("a.img", "INC")]);
-    assert_eq!(bitmaps(&mut d.qmp()).len(), 1);
-    assert_eq!(code(&caller, "diff").0, Some(12));
-    let every = caller.with(&["--full-every", "2"]);
-    good("--full-every", &d, &every, &[("a.img", "FULL")]);
-    std::thread::sleep(Duration::from_millis(1));
-}
-
-#[test]
-fn qemu_img_reads_the_chain_and_the_files_are_private() {
-    if !have("qemu_img_reads_the_chain_and_the_files_are_private", TOOLS) {
-        return;
-    }
-    use std::os::unix::fs::PermissionsExt;
-    let d = daemon(&[]);
-    let caller = Caller::of(&d);
-    caller.must("full");
-    caller.must("copy");
-    assert_eq!(std::fs::read(caller.target.join("uuid")).unwrap().len(), 36);
-    assert!(caller.target.join("a.img.config").exists());
-    for image in images(&caller.target.join("a.img")) {
-        let mode = std::fs::metadata(&image).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600, "{}", image.display());
-        check_compat(&image);
-    }
-}
-
-fn check_compat(image: &Path) {
-    let out = run("qemu-img", &["info", "--output=json", image.to_str().unwrap()]);
-    let info: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert_eq!(info["format-specific"]["data"]["compat"], "1.1");
-}
-
-#[test]
-fn layouts_of_qmpbackup() {
-    if !have("layouts_of_qmpbackup", TOOLS) {
-        return;
-    }
-    let d = daemon(&[("b", "driver=raw")]);
-    let check = |caller: &Caller, dir: &Path, level: &str, disk: &str, suffix: &str| {
-        let (_, views) = caller.held(level);
-        let (_, view) = views.iter().find(|v| v.0 == format!("{disk}.img")).unwrap();
-        let image = images(dir).into_iter().rfind(|p| p.to_str().unwrap().ends_with(suffix));
-        let image = image.unwrap_or_else(|| dir.join(suffix));
-        let mount = Mount::new(&caller.target);
-        let raw = format!("{}.raw", image.file_name().unwrap().to_str().unwrap());
-        let found = find(mount.path(), &raw).unwrap_or_else(|| panic!("no {raw} in the mount"));
-        assert!(std::fs::read(found).unwrap() == *view, "{}", image.display());
-    };
-    let mut caller = Caller::of(&d);
-    caller.target = d.path("flat");
-    let flat = caller.with(&["--no-subdir"]);
-    for level in ["full", "inc", "inc"] {
-        check(&flat, &d.path("flat"), level, "a", "a.img");
-        d.io("a", &["write -P 77 2M 1M"]);
-    }
-    caller.target = d.path("months");
-    let month = jiff::Zoned::now().strftime("%Y-%m").to_string();
-    for level in ["auto", "auto"] {
-        let dir = d.path("months").join(&month).join("b.img");
-        check(&caller.with(&["--monthly"]), &dir, level, "b", "b.img");
-    }
-    caller.target = d.path("plain");
-    check(&caller.with(&["--no-timestamp"]), &d.path("plain/a.img"), "full", "a", "a.img");
-    assert!(d.path("plain/a.img/FULL-a.img").is_symlink());
-    let (exit, said) = code(&caller.with(&["--no-timestamp"]), "full");
-    assert_eq!(exit, Some(4), "{said}");
-    clean("layouts", &d);
-}
-
-fn find(dir: &Path, name: &str) -> Option<PathBuf> {
-    for e in std::fs::read_dir(dir).ok()?.flatten() {
-        if e.file_name() == name {
-            return Some(e.path());
-        }
-        if e.file_type().is_ok_and(|t| t.is_dir())
-            && let Some(p) = find(&e.path(), name)
-        {
-            return Some(p);
-        }
-    }
-    None
-}
-
-#[test]
-fn encrypted_disks_are_not_written_in_plain_text() {
-    let name = "encrypted_disks_are_not_written_in_plain_text";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let d = daemon(&[]);
-    let mut qmp = d.qmp();
-    let secret = json!({"qom-type": "secret", "id": "s", "data": "geheim"});
-    qmp.execute("object-add", secret);
-    let path = d.path("luks.img");
-    run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "--object",
-            "secret,id=s,data=geheim",
-            "-f",
-            "qcow2",
-            "-o",
-            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-            path.to_str().unwrap(),
-            "4M",
-        ],
-    );
-    let file = json!({"driver": "file", "filename": path, "discard": "unmap"});
-    qmp.execute(
-        "blockdev-add",
-        json!({"driver": "qcow2", "node-name": "l", "file": file,
-        "encrypt": {"format": "luks", "key-secret": "s"}}),
-    );
-    let top = json!({"driver": "raw", "node-name": "l-top", "file": "l", "discard": "unmap"});
-    qmp.execute("blockdev-add", top);
-    qmp.execute(
-        "block-export-add",
-        json!({"type": "nbd", "id": "l-e", "node-name": "l-top",
-        "name": "l", "writable": true}),
-    );
-    drop(qmp);
-    let caller = Caller::of(&d);
-    let (exit, said) = code(&caller, "full");
-    assert_eq!(exit, Some(16), "{said}");
-    assert!(said.contains("the disk is encrypted"), "{said}");
-    assert!(!d.path("T/luks.img").exists());
-    let (exit, said) = code(&caller.with(&["--exclude", "l", "--strict"]), "full");
-    assert_eq!(exit, Some(17), "{said}");
-    let (_, views) = caller.with(&["--allow-plaintext"]).held("full");
-    assert_eq!(views.len(), 2);
-    clean(name, &d);
 }

@@ -11,7 +11,7 @@ mod storage;
 
 use std::path::{Path, PathBuf};
 
-use backup::{Caller, Daemon, bitmaps, leftovers, newest, ours_in_qemu, same};
+use backup::{Caller, Daemon, bitmaps, leftovers, level, newest, ours_in_qemu, same};
 use guest::{Disk, Guest, Qmp, has_qemu};
 use mounted::Mount;
 use qemu::{have, run};
@@ -24,12 +24,6 @@ fn image(dir: &Path, name: &str, format: &str, size: &str) -> PathBuf {
     let path = dir.join(format!("{name}.img"));
     run("qemu-img", &["create", "-q", "-f", format, path.to_str().unwrap(), size]);
     path
-}
-
-/// The level of a disk's newest image.
-fn level(caller: &Caller, disk: &str) -> String {
-    let name = newest(&caller.target, disk);
-    name.file_name().unwrap().to_str().unwrap().split('-').next().unwrap().to_owned()
 }
 
 /// A backup that is held at its moment, succeeds, equals the frozen views, and leaves nothing.

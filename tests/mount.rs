@@ -2,78 +2,22 @@
 
 mod mounted;
 mod qemu;
+#[path = "common/three_points.rs"]
+mod three_points;
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
 
 use mounted::Mount;
+use mounted::process::{eventually, status, stderr};
 use qemu::{Chain, Oracle, first_difference, have, run};
-use serde_json::Value;
+use three_points::{MIB, SIZE, backups};
 
 const TOOLS: [&str; 3] = ["qemu-img", "qemu-io", "/dev/fuse"];
 const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
-const MIB: u64 = 1 << 20;
-const SIZE: u64 = 64 * MIB;
-/// Nothing here takes long; this only ends a test that would hang.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A backup directory with one disk of three points: data, holes, and zeros over data.
-fn backups() -> (tempfile::TempDir, Chain) {
-    let dir = tempfile::tempdir().unwrap();
-    let mut chain = Chain::new(dir.path(), "sda");
-    let ops = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
-    chain.point("", SIZE, &ops(&["write -P 1 0 8M", "write -P 2 32M 4M"]));
-    chain.point("", SIZE, &ops(&["write -P 3 1M 64k", "write -z 33M 1M", "write -P 4 60M 128k"]));
-    chain.point("", SIZE, &ops(&["write -P 5 2M 64k"]));
-    (dir, chain)
-}
-
-/// Waits until `done`; the mount learns of changes within a moment, not at once.
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < PATIENCE, "still not: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn fleecefs(args: &[&str]) -> Output {
-    Command::new(FLEECEFS).args(args).output().unwrap()
-}
-
-fn stderr(out: &Output) -> String {
-    String::from_utf8_lossy(&out.stderr).into_owned()
-}
-
-fn is_mounted(path: &Path) -> bool {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    text.lines().any(|l| l.split(' ').nth(4) == path.to_str())
-}
-
-fn status(mount: &Mount) -> Value {
-    let text = std::fs::read(mount.path().join(".fleecefs/status.json")).unwrap();
-    serde_json::from_slice(&text).unwrap()
-}
-
-fn server_pid(mount: &Mount) -> i32 {
-    i32::try_from(status(mount)["pid"].as_i64().unwrap()).unwrap()
-}
-
-fn signal(pid: i32, signal: i32) {
-    // SAFETY: no pointers; the process was started by this test.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
-
-/// Whether the process has ended, even if nobody has asked for its exit code yet.
-fn is_gone(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('Z'))
-}
 
 fn errno<T>(result: std::io::Result<T>) -> Option<i32> {
     result.err().and_then(|e| e.raw_os_error())
@@ -210,6 +154,7 @@ fn extended_attributes_describe_a_point() {
         ("parent", name(0)),
         ("source", format!("sda/{}", name(1))),
         ("time", "2023-11-15T00:13:20Z".to_string()),
+        ("consistency", "unknown".to_string()),
     ] {
         let line = format!("user.fleecefs.{key}=\"{value}\"");
         assert!(text.contains(&line), "no {line} in {text}");
@@ -438,255 +383,6 @@ fn mappings_and_direct_reads_agree_with_plain_ones() {
 }
 
 #[test]
-fn partitions_mount_through_a_loop_device() {
-    let tools = ["losetup", "sfdisk", "mkfs.ext4", "mkfs.xfs", "mount", "/dev/loop-control"];
-    // SAFETY: cannot fail.
-    if !have("partitions_mount_through_a_loop_device", &[TOOLS.as_slice(), &tools].concat())
-        || unsafe { libc::geteuid() } != 0
-    {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let work = tempfile::tempdir().unwrap();
-    let disk = partitioned_disk(work.path());
-    let mut chain = Chain::new(dir.path(), "vda");
-    let full = chain.next_path();
-    let (from, to) = (disk.to_str().unwrap(), full.to_str().unwrap());
-    run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", "-c", from, to]);
-    // An INC that changes nothing either file system uses: the gap before the first partition.
-    chain.point("", disk.metadata().unwrap().len(), &["write -P 9 512k 64k".to_string()]);
-    let mount = Mount::new(dir.path());
-    let latest = mount.path().join("vda/latest.raw");
-    let looped = Loop::new(&latest);
-    for (n, options) in [(1, "ro,noload"), (2, "ro,norecovery,nouuid")] {
-        let part = looped.partition(n, &latest);
-        let inner = Inner::new(&part.0, options);
-        let text = std::fs::read_to_string(inner.0.path().join("hello")).unwrap();
-        assert_eq!(text, "hello from the backup\n");
-    }
-}
-
-/// A raw disk with an ext4 and an XFS partition that each hold the file `hello`.
-fn partitioned_disk(work: &Path) -> PathBuf {
-    let path = |name: &str| work.join(name).to_str().unwrap().to_string();
-    std::fs::create_dir(path("files")).unwrap();
-    std::fs::write(path("files/hello"), "hello from the backup\n").unwrap();
-    run("truncate", &["-s", "64M", &path("ext4")]);
-    run("mkfs.ext4", &["-q", "-F", "-d", &path("files"), &path("ext4")]);
-    let proto = format!("-\n0 0\nd--755 0 0\nhello ---644 0 0 {}\n$\n$\n", path("files/hello"));
-    std::fs::write(path("proto"), proto).unwrap();
-    run("truncate", &["-s", "320M", &path("xfs")]);
-    run("mkfs.xfs", &["-q", "-p", &path("proto"), &path("xfs")]);
-    run("truncate", &["-s", "386M", &path("disk")]);
-    let table = "label: gpt\nstart=1MiB, size=64MiB\nstart=65MiB, size=320MiB\n";
-    let mut sfdisk = Command::new("sfdisk")
-        .args(["-q", &path("disk")])
-        .stdin(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    sfdisk.stdin.take().unwrap().write_all(table.as_bytes()).unwrap();
-    assert!(sfdisk.wait().unwrap().success());
-    for (part, at) in [("ext4", 1), ("xfs", 65)] {
-        let (from, to) = (format!("if={}", path(part)), format!("of={}", path("disk")));
-        let seek = format!("seek={at}");
-        run("dd", &[&from, &to, &seek, "bs=1M", "conv=notrunc,sparse", "status=none"]);
-    }
-    work.join("disk")
-}
-
-/// A loop device that goes away with its guard.
-struct Loop(String);
-
-impl Loop {
-    fn new(file: &Path) -> Self {
-        let out = run("losetup", &["-r", "-P", "--show", "-f", file.to_str().unwrap()]);
-        Loop(String::from_utf8_lossy(&out.stdout).trim().to_string())
-    }
-
-    /// The device of partition `n`. A kernel without partition tables gets a loop device that
-    /// begins where sfdisk, reading through this one, says that the partition does.
-    fn partition(&self, n: usize, file: &Path) -> Loop {
-        let out = run("sfdisk", &["--json", &self.0]);
-        let table: Value = serde_json::from_slice(&out.stdout).unwrap();
-        let part = &table["partitiontable"]["partitions"][n - 1];
-        let device = format!("{}p{n}", self.0);
-        if Path::new(&device).exists() {
-            return Loop(device);
-        }
-        let bytes = |key: &str| (part[key].as_u64().unwrap() * 512).to_string();
-        let (start, size) = (bytes("start"), bytes("size"));
-        let file = file.to_str().unwrap();
-        let args = ["-r", "--show", "-f", "-o", &start, "--sizelimit", &size, file];
-        Loop(String::from_utf8_lossy(&run("losetup", &args).stdout).trim().to_string())
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        // A partition's device goes with its disk's.
-        if !self.0.trim_start_matches("/dev/loop").contains('p') {
-            let _ = Command::new("losetup").args(["-d", &self.0]).status();
-        }
-    }
-}
-
-/// A mounted partition that goes away with its guard.
-struct Inner(tempfile::TempDir);
-
-impl Inner {
-    fn new(device: &str, options: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        run("mount", &["-o", options, device, dir.path().to_str().unwrap()]);
-        Inner(dir)
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
-    }
-}
-
-#[test]
-fn sigterm_unmounts_and_a_second_one_detaches() {
-    if !have("sigterm_unmounts_and_a_second_one_detaches", &TOOLS) {
-        return;
-    }
-    let (dir, chain) = backups();
-    let mount = Mount::new(dir.path());
-    let pid = server_pid(&mount);
-    signal(pid, libc::SIGTERM);
-    eventually("the end of an idle mount", || is_gone(pid));
-    assert!(!is_mounted(mount.path()));
-
-    let mount = Mount::new(dir.path());
-    let pid = server_pid(&mount);
-    let held = File::open(mount.point("sda", &chain.files[0])).unwrap();
-    signal(pid, libc::SIGTERM);
-    std::thread::sleep(Duration::from_millis(700));
-    assert!(is_mounted(mount.path()), "a busy mount stays until it is free");
-    held.read_exact_at(&mut [0; 4096], 0).unwrap();
-    signal(pid, libc::SIGINT);
-    eventually("that it is detached", || !is_mounted(mount.path()));
-    held.read_exact_at(&mut [0; 4096], 3 * MIB).unwrap();
-    drop(held);
-    eventually("the end after the last file", || is_gone(pid));
-}
-
-#[test]
-fn an_idle_mount_goes_away_and_a_busy_one_stays() {
-    if !have("an_idle_mount_goes_away_and_a_busy_one_stays", &TOOLS) {
-        return;
-    }
-    let (dir, chain) = backups();
-    let mount = Mount::with(dir.path(), &["--idle-timeout", "1"]);
-    let held = File::open(mount.point("sda", &chain.files[0])).unwrap();
-    std::thread::sleep(Duration::from_secs(3));
-    held.read_exact_at(&mut [0; 16], 0).unwrap();
-    assert!(is_mounted(mount.path()));
-    drop(held);
-    eventually("that it is unmounted", || !is_mounted(mount.path()));
-}
-
-#[test]
-fn umount_waits_and_says_why_it_cannot() {
-    if !have("umount_waits_and_says_why_it_cannot", &TOOLS) {
-        return;
-    }
-    let (dir, chain) = backups();
-    let mount = Mount::new(dir.path());
-    let at = mount.path().to_str().unwrap().to_string();
-    let held = File::open(mount.point("sda", &chain.files[0])).unwrap();
-    let out = fleecefs(&["umount", &at]);
-    assert_eq!(out.status.code(), Some(6), "{}", stderr(&out));
-    assert!(stderr(&out).contains("in use"), "{}", stderr(&out));
-    drop(held);
-    let pid = server_pid(&mount);
-    // The file's release may still be on its way to the server.
-    eventually("umount", || fleecefs(&["umount", &at]).status.success());
-    assert!(is_gone(pid), "umount returns after the process has ended");
-    assert!(!is_mounted(mount.path()));
-    assert_eq!(fleecefs(&["umount", &at]).status.code(), Some(3));
-    let out = fleecefs(&["umount", "/proc"]);
-    assert_eq!(out.status.code(), Some(2), "{}", stderr(&out));
-}
-
-#[test]
-fn mount_refuses_what_makes_no_sense() {
-    if !have("mount_refuses_what_makes_no_sense", &TOOLS) {
-        return;
-    }
-    let (dir, _chain) = backups();
-    let backups = dir.path().to_str().unwrap();
-    let mount = Mount::new(dir.path());
-    let at = mount.path().to_str().unwrap();
-    for (args, code) in [
-        (vec!["mount", "/nonexistent", at], 3),
-        (vec!["mount", backups, "/nonexistent"], 3),
-        (vec!["mount", backups, backups], 2),
-        (vec!["mount", backups, dir.path().parent().unwrap().to_str().unwrap()], 2),
-        (vec!["mount", backups, at], 6),
-        (vec!["mount", backups, at, "-o", "frobnicate"], 2),
-        (vec!["mount", backups, at, "--mode=0666"], 2),
-        (vec!["mount", backups, at, "--allow-other", "--allow-root"], 2),
-    ] {
-        let out = fleecefs(&args);
-        assert_eq!(out.status.code(), Some(code), "{args:?}: {}", stderr(&out));
-        assert!(!stderr(&out).is_empty(), "{args:?} says nothing");
-    }
-}
-
-#[test]
-fn a_mount_helper_takes_what_mount_8_passes() {
-    if !have("a_mount_helper_takes_what_mount_8_passes", &TOOLS) {
-        return;
-    }
-    let (dir, chain) = backups();
-    let names = tempfile::tempdir().unwrap();
-    for name in ["mount.fleecefs", "mount.fuse.fleecefs"] {
-        let helper = names.path().join(name);
-        std::os::unix::fs::symlink(FLEECEFS, &helper).unwrap();
-        let mount = Mount::by(|at| {
-            let options =
-                "rw,noexec,nofail,x-systemd.automount,allow_other,mode=0440,cache_size=8M";
-            Command::new(&helper).arg(dir.path()).arg(at).args(["-n", "-o", options]).output()
-        });
-        let meta = mount.point("sda", &chain.files[0]).metadata().unwrap();
-        assert_eq!(meta.mode() & 0o7777, 0o440);
-        assert_eq!(status(&mount)["cache"]["limit"], 8 * MIB);
-    }
-    let fake = Command::new(names.path().join("mount.fleecefs"))
-        .args(["/nonexistent", "/nowhere", "-f"])
-        .status();
-    assert!(fake.unwrap().success());
-}
-
-#[test]
-fn the_foreground_process_is_the_mount() {
-    if !have("the_foreground_process_is_the_mount", &TOOLS) {
-        return;
-    }
-    let (dir, chain) = backups();
-    let at = tempfile::tempdir().unwrap();
-    let mut child = Command::new(FLEECEFS)
-        .args(["-v", "mount", "--foreground"])
-        .arg(dir.path())
-        .arg(at.path())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut name = chain.files[0].file_name().unwrap().to_os_string();
-    name.push(".raw");
-    eventually("the mount", || at.path().join("sda").join(&name).exists());
-    signal(i32::try_from(child.id()).unwrap(), libc::SIGINT);
-    assert!(child.wait().unwrap().success());
-    let mut log = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
-    assert!(log.contains("is mounted at") && log.contains("is unmounted"), "{log}");
-    assert!(!is_mounted(at.path()));
-}
-
-#[test]
 fn a_bad_range_is_in_the_log_the_status_and_the_errno() {
     if !have("a_bad_range_is_in_the_log_the_status_and_the_errno", &TOOLS) {
         return;
@@ -703,7 +399,7 @@ fn a_bad_range_is_in_the_log_the_status_and_the_errno() {
     assert_eq!(errno(shown.read_exact_at(&mut byte, 7 * MIB)), Some(libc::EIO));
     shown.read_exact_at(&mut byte, 2 * MIB).unwrap();
     assert_eq!(byte, [5]);
-    let status = status(&mount);
+    let status = status(mount.path());
     let findings = status["findings"].as_array().unwrap();
     let full = chain.files[0].to_str().unwrap();
     assert!(findings.iter().any(|f| f["path"] == full && f["offset"].is_u64()), "{findings:?}");

@@ -12,9 +12,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output};
+use std::process::{Command, Output};
 
-use backup::{Caller, Daemon, leftovers, ours_in_qemu, read_views};
+use backup::{Caller, Daemon, Held, leftovers, ours_in_qemu};
 use fleecefs::backup::journal::{self, Journal, Record};
 use fleecefs::lock::Locks;
 use fleecefs::qmp::Address;
@@ -34,45 +34,6 @@ fn daemon() -> Daemon {
         d.io(name, &["write -P 1 0 4M"]);
     }
     d
-}
-
-/// A backup that is held at its frozen moment.
-struct Held {
-    child: Child,
-    hold: tempfile::TempDir,
-}
-
-impl Held {
-    fn start(caller: &Caller, level: &str) -> Self {
-        let hold = tempfile::tempdir().unwrap();
-        let mut child = caller
-            .command(level)
-            .env("FLEECEFS_HOLD", hold.path())
-            .stderr(std::fs::File::create(hold.path().join("stderr")).unwrap())
-            .spawn()
-            .unwrap();
-        let views = read_views(&mut child, hold.path());
-        let held = Held { child, hold };
-        assert!(!views.is_empty(), "{}", held.said());
-        held
-    }
-
-    fn said(&self) -> String {
-        std::fs::read_to_string(self.hold.path().join("stderr")).unwrap()
-    }
-
-    fn end(mut self) -> (Option<i32>, String) {
-        std::fs::write(self.hold.path().join("go"), "").unwrap();
-        let code = self.child.wait().unwrap().code();
-        (code, self.said())
-    }
-
-    fn signalled(mut self, signal: i32) -> (Option<i32>, String) {
-        // SAFETY: a signal to our own child.
-        unsafe { libc::kill(self.child.id() as i32, signal) };
-        let code = self.child.wait().unwrap().code();
-        (code, self.said())
-    }
 }
 
 fn recovery(caller: &Caller, more: &[&str]) -> Command {

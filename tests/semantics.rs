@@ -1,4 +1,5 @@
-//! What contrib/SEMANTICS.md promises has a test, and what tests/mount.rs tests is promised.
+//! What contrib/SEMANTICS.md promises has a test, and what the tests of mounts test is
+//! promised.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -41,8 +42,10 @@ fn every_mount_test_is_promised() {
     let promised = promised();
     // How it runs, not what it promises to whoever reads a point.
     let inside = ["the_foreground_process_is_the_mount"];
-    for test in tests_in(&root("tests/mount.rs")) {
-        let known = promised.contains(&format!("mount::{test}"));
-        assert!(known || inside.contains(&test.as_str()), "{test} is not in the document");
+    for file in ["mount", "mount_process", "loop_device"] {
+        for test in tests_in(&root("tests").join(file).with_extension("rs")) {
+            let known = promised.contains(&format!("{file}::{test}"));
+            assert!(known || inside.contains(&test.as_str()), "{test} is not in the document");
+        }
     }
 }

@@ -8,15 +8,13 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use mounted::Mount;
+use mounted::process::{eventually, is_gone, is_mounted, server_pid, signal, stderr};
 use qemu::have;
 
 const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
 const POINT: &str = "d/FULL-1-d.raw";
-/// Nothing here takes long; this only ends a test that would hang.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A backup directory with one raw FULL.
 fn backups() -> tempfile::TempDir {
@@ -26,42 +24,8 @@ fn backups() -> tempfile::TempDir {
     dir
 }
 
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < PATIENCE, "still not: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 fn fleecefs(args: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
     Command::new(FLEECEFS).args(args.iter().map(|a| a.as_ref())).output().unwrap()
-}
-
-fn stderr(out: &Output) -> String {
-    String::from_utf8_lossy(&out.stderr).into_owned()
-}
-
-fn is_mounted(path: &Path) -> bool {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    text.lines().any(|l| l.split(' ').nth(4) == path.to_str())
-}
-
-fn server_pid(at: &Path) -> i32 {
-    let text = std::fs::read(at.join(".fleecefs/status.json")).unwrap();
-    let status: serde_json::Value = serde_json::from_slice(&text).unwrap();
-    i32::try_from(status["pid"].as_i64().unwrap()).unwrap()
-}
-
-fn signal(pid: i32, signal: i32) {
-    // SAFETY: no pointers; the process was started by this test.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
-
-/// Whether the process has ended, even if nobody has asked for its exit code yet.
-fn is_gone(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('Z'))
 }
 
 /// A mount in the foreground, which ends with its guard whatever happens to the test.
@@ -105,6 +69,7 @@ fn a_dead_mount_is_recognised_and_can_be_replaced() {
     let mount = Mount::new(dir.path());
     let at = mount.path();
     let pid = server_pid(at);
+    let held = std::fs::File::open(at.join(POINT)).unwrap();
     signal(pid, libc::SIGKILL);
     eventually("its end", || is_gone(pid));
     eventually("that it is dead", || {
@@ -120,6 +85,12 @@ fn a_dead_mount_is_recognised_and_can_be_replaced() {
     let elsewhere = tempfile::tempdir().unwrap();
     let out = fleecefs(&[&"mount", &at.join("."), &elsewhere.path()]);
     assert!(stderr(&out).contains("dead mount"), "{}", stderr(&out));
+    let out = fleecefs(&[&"umount", &at]);
+    let told = stderr(&out);
+    assert_eq!(out.status.code(), Some(6), "{told}");
+    assert!(told.contains("its server is gone"), "{told}");
+    assert!(told.contains(&format!("process {}", std::process::id())), "{told}");
+    drop(held);
     // What the unit runs before it starts again.
     let out = fleecefs(&[&"umount", &"--lazy", &at]);
     assert!(out.status.success(), "{}", stderr(&out));

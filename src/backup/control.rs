@@ -41,9 +41,12 @@ pub struct DiskStatus {
     pub level: String,
     /// waiting, copying, publishing, done, failed.
     pub state: String,
-    /// Bytes copied.
+    /// Bytes written to the image.
+    #[serde(default)]
+    pub copied: u64,
+    /// Where the job is: bytes that are behind it, holes among them.
     pub done: u64,
-    /// Bytes to copy.
+    /// Bytes that it has to pass.
     pub total: u64,
 }
 

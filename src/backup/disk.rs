@@ -229,6 +229,7 @@ impl Run<'_> {
         if !self.blind && self.client.features()?.has("discard-source") {
             a["discard-source"] = json!(true);
         }
+        d.empty = d.held.as_ref().and_then(publish::Held::length).unwrap_or(0);
         d.began = Instant::now();
         self.client.execute("blockdev-backup", a)?;
         d.progress.begin(d.plan.disk.label(), d.plan.estimate());
@@ -240,7 +241,7 @@ impl Run<'_> {
     /// then synced beside the run, since that may take minutes on a slow disk.
     pub(super) fn detach(&mut self, d: &mut Active, job: &Job) -> Result<()> {
         self.disk_status(d.index, |s| s.state = "syncing".into());
-        d.manifest.bytes_copied = job.current_progress;
+        d.manifest.bytes_copied = d.copied(job);
         d.manifest.duration_ms = u64::try_from(d.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         detach(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
         let held = d.held.clone().ok_or_else(|| Error::new(Kind::Io, "the image is not open"))?;

@@ -88,6 +88,8 @@ impl History {
             Ok(m) => (m, None),
             Err(e) => (None, Some(e.report())),
         };
+        let state_of = manifest.as_ref().and_then(|m| m.state_of.as_deref());
+        let time = manifest::folded_time(state_of).unwrap_or(time);
         self.entries.push(Entry { name, level, time, manifest, broken });
     }
 
@@ -169,6 +171,20 @@ impl History {
             self.check_file(m)?;
         }
         Ok(chain)
+    }
+
+    /// The newest point that came after `point` and has its manifest here, but not its file.
+    pub fn lost_after(&self, point: &Manifest) -> Option<String> {
+        let (_, time, disk) = names::parse_image(&point.image)?;
+        let time = manifest::folded_time(point.state_of.as_deref()).unwrap_or(time);
+        let list = std::fs::read_dir(self.dir.join(manifest::FOLDER)).ok()?;
+        let names = list.flatten().filter_map(|e| e.file_name().into_string().ok());
+        let images = names.filter_map(|n| n.strip_suffix(".json").map(str::to_string));
+        let later = images.filter_map(|n| match names::parse_image(&n)? {
+            (Level::Full | Level::Inc, t, d) if t > time && d == disk => Some((t, n)),
+            _ => None,
+        });
+        later.filter(|(_, n)| !self.dir.join(n).exists()).max().map(|(_, n)| n)
     }
 
     fn check_file(&self, m: &Manifest) -> Result<(), String> {
@@ -263,7 +279,13 @@ mod tests {
     fn a_deleted_tip_leaves_its_predecessor_as_the_tip() {
         // Then the bitmap that the predecessor names is gone, which is what stops an INC.
         let d = three();
+        let lost = || {
+            let h = History::read(d.path(), None).unwrap();
+            h.lost_after(h.chain().unwrap().last().unwrap())
+        };
+        assert_eq!(lost(), None);
         std::fs::remove_file(d.path().join("INC-4-d")).unwrap();
         assert_eq!(chain(d.path()).unwrap().len(), 2);
+        assert_eq!(lost().as_deref(), Some("INC-4-d"));
     }
 }

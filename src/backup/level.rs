@@ -90,7 +90,17 @@ fn usable_base(
     let info = point.bitmap.as_ref();
     let Some(info) = info else { return Err(format!("{} names no bitmap", point.image)) };
     check_same_disk(point, disk)?;
-    check_bitmap(info, disk)?;
+    check_bitmap(info, disk).map_err(|why| {
+        // The bitmap went when a later point was published.
+        let lost = history.lost_after(point).filter(|_| !diff && disk.bitmap(&info.name).is_none());
+        match lost {
+            Some(lost) => format!(
+                "{lost} is gone (its manifest is there), and with it what had changed until then; \
+                 {why}"
+            ),
+            None => why,
+        }
+    })?;
     let info = info.clone();
     Ok((chain.into_iter().cloned().collect(), info))
 }

@@ -30,7 +30,8 @@ impl Lock {
     /// # Errors
     /// `Busy` if another run has it.
     pub fn vm(state: &Path, address: &Address) -> Result<Self> {
-        make_dir(state)?;
+        make_dir(state)
+            .map_err(|e| e.remedy("journals and locks go there: name another with --state-dir"))?;
         let path = state.join(format!("{}.lock", vm_key(address)));
         Self::take(&path, "a backup or recovery of this VM is running")
             .map_err(|e| e.remedy(REMEDY))
@@ -112,6 +113,10 @@ pub fn make_dir(path: &Path) -> Result<()> {
         .mode(0o700)
         .create(path)
         .map_err(|e| Error::io(e, "cannot make the folder").at_path(path))
+        .map_err(|e| match e.kind() {
+            Kind::Exists => e.remedy("this is a file: name a folder"),
+            _ => e,
+        })
 }
 
 /// The name under which a VM's journal, lock and control socket are kept.

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::lock::vm_key;
 use super::names::{Role, object};
@@ -19,6 +19,53 @@ use crate::qmp::{Address, Client};
 
 /// How long an answer of the server may take. Block status of 1 GiB reads metadata only.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Longer than a name of an NBD export may be.
+const TOO_LONG: usize = 4097;
+
+/// Fails with `Busy` where exporting a node would endanger the guest.
+///
+/// # Errors
+/// `Busy`.
+pub fn check_safe(client: &Client, vm: &Value) -> Result<()> {
+    // Seen with 7.2: QEMU dies of an assertion when a client of a node in an iothread leaves.
+    let threads = vm.get("query-iothreads").and_then(Value::as_array);
+    if client.version().number < (9, 1, 0) && threads.is_some_and(|t| !t.is_empty()) {
+        return Err(Error::new(
+            Kind::Busy,
+            "QEMU before 9.1 with iothreads cannot safely be asked what is zero, so that a disk \
+             that was shrunk and grown again would go unnoticed",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether [`Server::start`] would work: nothing is started. QEMU tells of its server only when
+/// something is exported; this export, of `node`, it refuses in any case.
+///
+/// # Errors
+/// `Busy`, as [`Server::start`].
+pub fn check_free(client: &mut Client, path: &Path, node: &str) -> Result<()> {
+    if path.exists() && Nbd::greets(&Address::Unix(path.to_path_buf()), Duration::from_secs(2)) {
+        // A killed run of ours left it.
+        return Ok(());
+    }
+    let name = "x".repeat(TOO_LONG);
+    let export = json!({"type": "nbd", "id": "fleecefs-asks", "node-name": node, "name": name});
+    match client.call("block-export-add", export)? {
+        Err(r) if r.desc.contains("too long") => Err(taken()),
+        _ => Ok(()),
+    }
+}
+
+fn taken() -> Error {
+    Error::new(
+        Kind::Busy,
+        "QEMU's NBD server belongs to another program, so that a disk that was shrunk and grown \
+         again would go unnoticed",
+    )
+    .remedy("name its address with --nbd")
+}
 
 /// A server to export from.
 #[derive(Debug)]
@@ -59,12 +106,7 @@ impl Server {
         };
         match answer {
             Ok(_) => Ok(Server { address: Address::Unix(path.to_path_buf()), ours: true }),
-            Err(r) if r.desc.contains("already running") => Err(Error::new(
-                Kind::Busy,
-                "QEMU's NBD server belongs to another program, so that a disk that was shrunk and \
-                 grown again would go unnoticed",
-            )
-            .remedy("name its address with --nbd")),
+            Err(r) if r.desc.contains("already running") => Err(taken()),
             Err(r) => Err(r.into()),
         }
     }

@@ -110,6 +110,11 @@ impl Held {
         Ok(Held { file: Arc::new(file), path: path.to_path_buf() })
     }
 
+    /// Its length now, which grows with what is copied; `None` if it cannot be told.
+    pub fn length(&self) -> Option<u64> {
+        self.file.metadata().ok().map(|m| m.len())
+    }
+
     /// Makes it survive a power cut.
     ///
     /// # Errors
@@ -311,7 +316,7 @@ pub fn sync_dir(dir: &Path) -> Result<()> {
 /// # Errors
 /// What the operating system said.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = OsString::from(".tmp-");
+    let mut name = OsString::from(manifest::TEMPORARY);
     name.push(path.file_name().unwrap_or_default());
     let temporary: PathBuf = path.with_file_name(name);
     remove_if_there(&temporary)?;

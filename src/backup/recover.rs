@@ -428,7 +428,7 @@ pub fn sweep(dir: &Path, watch: &dyn Watch) -> Result<()> {
     let Ok(list) = std::fs::read_dir(&folder) else { return Ok(()) };
     for e in list.flatten() {
         let Ok(name) = e.file_name().into_string() else { continue };
-        if name.starts_with(".tmp-") {
+        if name.starts_with(manifest::TEMPORARY) {
             publish::remove_if_there(&e.path())?;
         }
         let Some(image) = name.strip_suffix(".partial.json") else { continue };

@@ -27,7 +27,9 @@ use super::report::Report;
 use super::seen::{Answers, survey};
 use super::space::Reserves;
 use super::work::Run;
-use super::{LevelWish, Options, Watch, folders, names, now, plan, publish, recover, vm};
+use super::{
+    LevelWish, Options, Watch, folders, names, nbdserver, now, plan, publish, recover, vm,
+};
 use crate::chain::manifest::Consistency;
 use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
@@ -127,17 +129,34 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
     let base = base_dir(options);
     let target = TargetId::of(&options.target, &base, false)?;
     let vm = vm::describe(client);
-    let inputs = Inputs {
-        seen: survey(&Answers::ask(client)?),
-        run: &run,
-        target: &target,
-        base: &base,
-        now: now(),
-        vm: folders::vm_uuid(&vm),
-        no_inc: None,
-        unsound: &[],
+    let (seen, now) = (survey(&Answers::ask(client)?), now());
+    let make = |no_inc: Option<String>| {
+        let inputs = Inputs {
+            seen: seen.clone(),
+            run: &run,
+            target: &target,
+            base: &base,
+            now,
+            vm: folders::vm_uuid(&vm),
+            no_inc,
+            unsound: &[],
+        };
+        plan::make(options, inputs)
     };
-    let plan = plan::make(options, inputs)?;
+    let mut plan = make(None)?;
+    // An INC or a DIFF needs QEMU's NBD server.
+    if let Some(d) = plan.disks.iter().find(|d| d.since.is_some()) {
+        let socket = nbdserver::socket_path(&options.state_dir, &options.qmp);
+        let safe = nbdserver::check_safe(client, &vm);
+        let free = match options.nbd {
+            Some(_) => Ok(()),
+            None => nbdserver::check_free(client, &socket, &d.disk.node),
+        };
+        match safe.and(free) {
+            Err(e) if e.kind() == Kind::Busy => plan = make(Some(e.report()))?,
+            other => other?,
+        }
+    }
     Ok(Report { run, plan, disks: Vec::new(), consistency: Consistency::default() })
 }
 

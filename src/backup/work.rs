@@ -30,7 +30,7 @@ use crate::chain::manifest::{
     Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
 };
 use crate::error::{Error, Kind, Result};
-use crate::progress::Progress;
+use crate::progress::{Place as Position, Progress};
 use crate::qmp::Client;
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;
@@ -71,6 +71,8 @@ pub struct Active {
     pub(super) held: Option<Held>,
     pub(super) progress: Arc<dyn Progress>,
     pub(super) shown: u64,
+    /// Length of the image before anything was copied.
+    pub(super) empty: u64,
     pub(super) began: Instant,
     pub(super) state: State,
 }
@@ -98,6 +100,12 @@ impl Active {
 
     fn synced(&self) -> bool {
         matches!(&self.state, State::Syncing(t) if t.is_finished())
+    }
+
+    /// Bytes that the image got: a job counts the holes that it passes as well.
+    pub(super) fn copied(&self, job: &Job) -> u64 {
+        let len = self.held.as_ref().and_then(|h| h.length());
+        len.map_or(job.current_progress, |l| l.saturating_sub(self.empty).min(job.current_progress))
     }
 
     pub(super) fn settled(&self) -> bool {
@@ -263,15 +271,7 @@ impl Run<'_> {
     }
 
     fn start_server(&mut self) -> Result<()> {
-        // Seen with 7.2: QEMU dies of an assertion when a client of a node in an iothread leaves.
-        let threads = self.vm.get("query-iothreads").and_then(Value::as_array);
-        if self.client.version().number < (9, 1, 0) && threads.is_some_and(|t| !t.is_empty()) {
-            return Err(Error::new(
-                Kind::Busy,
-                "QEMU before 9.1 with iothreads cannot safely be asked what is zero, so that a \
-                 disk that was shrunk and grown again would go unnoticed",
-            ));
-        }
+        nbdserver::check_safe(&self.client, &self.vm)?;
         if let Some(a) = &self.options.nbd {
             self.server = Some(nbdserver::Server::existing(a.clone()));
             return Ok(());
@@ -358,6 +358,7 @@ impl Run<'_> {
                 held: None,
                 progress: self.watch.disk(p.disk.label()),
                 shown: 0,
+                empty: 0,
                 began: Instant::now(),
                 plan: p.clone(),
                 state: State::Going,
@@ -375,6 +376,7 @@ impl Run<'_> {
             level: p.level,
             time: now(),
             parent: p.parent().map(|m| m.image.clone()),
+            state_of: None,
             format: ImageFormat::Qcow2,
             content: if dirty { Contents::DirtyOnly } else { Contents::Full },
             virtual_size: p.disk.size,
@@ -545,10 +547,13 @@ impl Run<'_> {
 
     /// Shows progress; gives the job once it has ended.
     fn follow(&mut self, d: &mut Active, job: &Job) -> Option<Result<Job>> {
-        let fresh = job.current_progress.saturating_sub(d.shown);
-        d.shown = job.current_progress;
-        d.progress.advance(fresh);
+        let (at, of, copied) = (job.current_progress, job.total_progress, d.copied(job));
+        let copy = &self.options.copy;
+        d.progress.place(Position { at, of, paced: copy.speed > 0 || copy.compress.is_some() });
+        d.progress.advance(copied.saturating_sub(d.shown));
+        d.shown = copied;
         self.disk_status(d.index, |s| {
+            s.copied = copied;
             s.done = job.current_progress;
             s.total = job.total_progress;
         });

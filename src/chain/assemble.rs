@@ -92,6 +92,7 @@ fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
         let warning = |f| Finding { severity: Severity::Warning, ..f };
         findings.extend(entry.manifest_problem.clone().map(warning));
         findings.extend(manifest_oddity(entry));
+        findings.extend(folded_state(entry));
         findings.extend(entry.probed.info().into_iter().flat_map(|i| i.findings.clone()));
     }
     // The causes once each, not once per point above them.
@@ -384,6 +385,14 @@ fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
         let what = "changed since it was published: it may hold a later state than its name says";
         Finding::warning(Kind::Changed, &entry.path, what)
     })
+}
+
+/// A note that a file is of a later state than its name says.
+fn folded_state(entry: &FileEntry) -> Option<Finding> {
+    let state_of = entry.manifest.as_ref()?.state_of.as_ref()?;
+    let what = format!("holds the state of {state_of}, which a commit folded into it");
+    let finding = Finding::warning(Kind::Changed, &entry.path, what);
+    Some(Finding { severity: Severity::Note, ..finding })
 }
 
 /// A note about increments that nothing but the times in names puts where they are.

@@ -138,6 +138,7 @@ fn add_archive(
             time: header.time,
             size: device.size,
             own_bytes: share as u64,
+            consistency: None,
             layers: vec![LayerSpec {
                 file: entry.probed.file.clone(),
                 format: Format::Vma,

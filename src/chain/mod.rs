@@ -23,7 +23,7 @@ mod virtnbd;
 use std::path::PathBuf;
 
 pub use record::{describe, record_from};
-pub use select::POINT_HELP;
+pub use select::{POINT_HELP, time_name};
 
 use crate::error::Finding;
 use crate::layer::LayerSpec;
@@ -101,6 +101,8 @@ pub struct Point {
     pub size: u64,
     /// Bytes that its own file takes on disk (allocated, not apparent).
     pub own_bytes: u64,
+    /// How consistent the guest's data is in it; `None` if that is not known.
+    pub consistency: Option<manifest::Achieved>,
     /// The layers that this point adds on top of its parent's, bottom first; empty if the point
     /// cannot be served. [`Disk::stack`] gives them all. (A list of all layers in each point
     /// would grow with the square of the chain's length.)

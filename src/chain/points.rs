@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::assemble::{Blocked, Fates, carries_snapshots};
 use super::group::{Belongs, Group, base_name};
+use super::manifest::folded_time;
 use super::name::to_text;
 use super::scan::FileId;
 use super::{Level, Point};
@@ -45,7 +46,7 @@ fn in_chain_order(fates: &Fates, group: &Group) -> Vec<usize> {
     let mut by_time: Vec<usize> = (0..group.members.len()).collect();
     by_time.sort_by_key(|i| {
         let b = &group.members[*i];
-        (b.stamp, rank(b.level), base_name(&fates.tree.files[b.file]))
+        (stamp(fates, b), rank(b.level), base_name(&fates.tree.files[b.file]))
     });
     let mut done = vec![false; group.members.len()];
     let mut order = Vec::with_capacity(done.len());
@@ -61,6 +62,12 @@ fn in_chain_order(fates: &Fates, group: &Group) -> Vec<usize> {
         order.extend(path.into_iter().rev());
     }
     order
+}
+
+/// The time in a file's name; after a commit that of the image whose state the file has taken over.
+fn stamp(fates: &Fates, belongs: &Belongs) -> Option<i64> {
+    let manifest = fates.tree.files[belongs.file].manifest.as_ref();
+    folded_time(manifest.and_then(|m| m.state_of.as_deref())).or(belongs.stamp)
 }
 
 fn rank(level: Level) -> u8 {
@@ -115,6 +122,7 @@ impl Maker<'_> {
             time: self.time(belongs),
             size: entry.probed.virtual_size(),
             own_bytes: entry.probed.own_bytes,
+            consistency: entry.manifest.as_ref().and_then(|m| m.achieved),
             layers,
             unavailable,
         };
@@ -129,9 +137,10 @@ impl Maker<'_> {
     fn snapshots(&mut self, belongs: &Belongs, active: &mut Point, blocked: Option<&Blocked>) {
         let Some(info) = self.fates.tree.files[belongs.file].probed.info() else { return };
         let is_rebased = info.snapshots.iter().any(|s| s.name == FULL_SNAPSHOT);
-        let full_time = active.time;
+        // The snapshot of the FULL's own state is of the time in its name, whatever was folded since.
+        let full_time = belongs.stamp.unwrap_or(active.time);
         for (index, snapshot) in (0..).zip(&info.snapshots) {
-            let time = snapshot_time(snapshot, full_time, is_rebased);
+            let time = snapshot_time(snapshot, full_time);
             if is_rebased {
                 // The increments were written into the FULL: its active state is the last of them.
                 active.time = active.time.max(time);
@@ -167,13 +176,14 @@ impl Maker<'_> {
             size: snapshot.virtual_size,
             // Its clusters are in the same file, and are counted there.
             own_bytes: 0,
+            consistency: None,
             layers,
         }
     }
 
     fn time(&self, belongs: &Belongs) -> i64 {
         let entry = &self.fates.tree.files[belongs.file];
-        if let Some(time) = belongs.stamp.or(entry.manifest.as_ref().map(|m| m.time)) {
+        if let Some(time) = stamp(self.fates, belongs).or(entry.manifest.as_ref().map(|m| m.time)) {
             return time;
         }
         // The file's time, unless what lies on it is older: copying changes file times.
@@ -240,13 +250,13 @@ fn reason(blocked: &Blocked, name: &str) -> Finding {
     }
 }
 
-fn snapshot_time(snapshot: &SnapshotInfo, full: i64, is_rebased: bool) -> i64 {
-    let made = i64::try_from(snapshot.time).unwrap_or(i64::MAX);
-    match () {
-        () if !is_rebased => made,
-        () if snapshot.name == FULL_SNAPSHOT => full,
-        () => local_time(&snapshot.name).unwrap_or(made),
+/// What the names of qmprestore's snapshots say; for others when they were taken.
+fn snapshot_time(snapshot: &SnapshotInfo, full: i64) -> i64 {
+    if snapshot.name == FULL_SNAPSHOT {
+        return full;
     }
+    let taken = || i64::try_from(snapshot.time).unwrap_or(i64::MAX);
+    local_time(&snapshot.name).unwrap_or_else(taken)
 }
 
 fn local_time(text: &str) -> Option<i64> {

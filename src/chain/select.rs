@@ -8,7 +8,13 @@ use crate::error::{Error, Kind, Result};
 /// Help text for arguments that name a point.
 pub const POINT_HELP: &str = "A point: its file name (INC-1706260646-sda.qcow2), with the disk's \
     folder before it where several disks have one of that name, with or without .raw as the mount \
-    shows it; or DISK/latest";
+    shows it; DISK/latest; or the name of its link in the mount's by-time (20240126T091726Z)";
+
+/// `20240126T091726Z`: sorts by time and has no colon, which QEMU would take for a protocol.
+pub fn time_name(time: i64) -> Option<String> {
+    let time = jiff::Timestamp::from_second(time).ok()?;
+    Some(time.strftime("%Y%m%dT%H%M%SZ").to_string())
+}
 
 impl Catalog {
     /// Finds the disk and point that `selector` names. See [`POINT_HELP`].
@@ -25,21 +31,42 @@ impl Catalog {
                 disk.warn_of_newer(&selector, *point);
                 Ok((*disk, *point))
             }
-            [] => Err(self.not_found(&selector)),
-            many => {
-                let names: Vec<String> =
-                    many.iter().map(|(d, i)| d.point_path(*i).display().to_string()).collect();
-                let text = format!("'{}' names several points", selector.display());
-                Err(Error::new(Kind::Usage, text)
-                    .remedy(format!("say which: {}", names.join(", "))))
-            }
+            [] => self.find_otherwise(&selector),
+            many => Err(several(&selector, many.iter().map(|(d, i)| d.point_path(*i)))),
+        }
+    }
+
+    /// What no point has for a name: `latest` where there is one disk, and the links of `by-time`.
+    fn find_otherwise(&self, selector: &Path) -> Result<(&Disk, usize)> {
+        if [Path::new("latest"), Path::new("latest.raw")].contains(&selector) {
+            let paths = || self.disks.iter().map(|d| d.path.join("latest"));
+            return match self.disks.as_slice() {
+                [_] => self.find(&self.disks[0].path.join("latest")),
+                [] => Err(self.not_found(selector)),
+                _ => Err(several(selector, paths())),
+            };
+        }
+        let found: Vec<(&Disk, usize)> =
+            self.disks.iter().filter_map(|d| Some((d, d.by_time(selector)?))).collect();
+        match found.as_slice() {
+            [one] => Ok(*one),
+            [] => Err(self.not_found(selector)),
+            many => Err(several(selector, many.iter().map(|(d, i)| d.point_path(*i)))),
         }
     }
 
     fn not_found(&self, selector: &Path) -> Error {
         let text = format!("no point '{}' in {}", selector.display(), self.root.display());
-        Error::new(Kind::NotFound, text).remedy("'fleecefs list DIR' shows what there is")
+        Error::new(Kind::NotFound, text).remedy(
+            "'fleecefs list DIR' shows what there is; DISK/latest is the newest point of a disk",
+        )
     }
+}
+
+fn several(selector: &Path, paths: impl Iterator<Item = PathBuf>) -> Error {
+    let names: Vec<String> = paths.map(|p| p.display().to_string()).collect();
+    let text = format!("'{}' names several points", selector.display());
+    Error::new(Kind::Usage, text).remedy(format!("say which: {}", names.join(", ")))
 }
 
 impl Disk {
@@ -75,6 +102,24 @@ impl Disk {
         }
     }
 
+    /// The point that `by-time/` of a mount has under this name; points of one time are numbered.
+    fn by_time(&self, selector: &Path) -> Option<usize> {
+        let folder = selector.parent()?;
+        let here = [self.path.as_path(), Path::new("")];
+        if !here.iter().any(|f| folder == *f || folder == f.join("by-time")) {
+            return None;
+        }
+        let name = selector.file_name()?.to_str()?;
+        let name = name.strip_suffix(".raw").unwrap_or(name);
+        let (stem, number) = match name.split_once('-') {
+            Some((stem, n)) => (stem, n.parse::<usize>().ok().filter(|n| *n > 1)?),
+            None => (name, 1),
+        };
+        let served = self.points.iter().enumerate().filter(|(_, p)| p.is_served());
+        let of_time = served.filter(|(_, p)| time_name(p.time).is_some_and(|t| t == stem));
+        of_time.map(|(i, _)| i).nth(number - 1)
+    }
+
     fn matching<'a>(&'a self, selector: &'a Path) -> impl Iterator<Item = usize> + 'a {
         let is_latest = selector == self.path.join("latest")
             || selector == self.path.join("latest.raw")
@@ -106,6 +151,7 @@ mod tests {
             time: 0,
             size: 0,
             own_bytes: 0,
+            consistency: None,
             layers: Vec::new(),
             unavailable: None,
         };
@@ -124,5 +170,36 @@ mod tests {
         assert_eq!(find("vm/sda").unwrap(), Path::new("vm/sda/INC-2-x"));
         assert_eq!(find("FULL-1-x").unwrap_err().kind(), Kind::Usage);
         assert_eq!(find("nope").unwrap_err().kind(), Kind::NotFound);
+        let e = find("latest").unwrap_err();
+        assert!(e.report().contains("vm/sda/latest, vm/sdb/latest"), "{}", e.report());
+    }
+
+    #[test]
+    fn one_disk_has_one_latest_unless_a_point_is_called_so() {
+        let find = |names: &[&str], s: &str| {
+            let c = Catalog { disks: vec![disk("sda", names)], ..Default::default() };
+            c.find(Path::new(s)).map(|(d, i)| d.points[i].name.clone())
+        };
+        assert_eq!(find(&["FULL-1-x", "INC-2-x"], "latest").unwrap(), "INC-2-x");
+        assert_eq!(find(&["latest.raw", "INC-2-x"], "latest.raw").unwrap(), "latest.raw");
+    }
+
+    #[test]
+    fn names_in_by_time_are_points() {
+        let mut a = disk("sda", &["FULL-1-x", "INC-2-x", "INC-3-x"]);
+        a.points[1].time = 1_706_260_646;
+        a.points[2].time = 1_706_260_646;
+        let disks = vec![a, disk("sdb", &["FULL-1-x"])];
+        let c = Catalog { disks, ..Default::default() };
+        let find = |s: &str| c.find(Path::new(s)).map(|(d, i)| d.point_path(i));
+        for name in ["sda/by-time/20240126T091726Z.raw", "by-time/20240126T091726Z"] {
+            assert_eq!(find(name).unwrap(), Path::new("sda/INC-2-x"));
+        }
+        assert_eq!(find("20240126T091726Z-2.raw").unwrap(), Path::new("sda/INC-3-x"));
+        assert_eq!(find("sdb/19700101T000000Z").unwrap(), Path::new("sdb/FULL-1-x"));
+        assert_eq!(find("19700101T000000Z").unwrap_err().kind(), Kind::Usage);
+        for none in ["20240126T091726Z-3", "20240126T091726Z-1", "sdb/by-time/20240126T091726Z"] {
+            assert_eq!(find(none).unwrap_err().kind(), Kind::NotFound, "{none}");
+        }
     }
 }

@@ -254,6 +254,7 @@ fn new_point(member: &Member) -> Point {
         time: member.meta().and_then(|m| local_time(&m.date)).unwrap_or(probed.mtime),
         size,
         own_bytes: probed.own_bytes,
+        consistency: None,
         layers: vec![LayerSpec {
             file: probed.file.clone(),
             format,

@@ -76,3 +76,20 @@ pub enum Command {
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_dry_run_is_n_for_short() {
+        let cli = Cli::command();
+        let dry = |c: &clap::Command| {
+            c.get_arguments().find(|a| a.get_id() == "dry_run").map(|a| a.get_short())
+        };
+        let all: Vec<_> = cli.get_subcommands().filter_map(dry).collect();
+        assert!(all.len() >= 9 && all.iter().all(|s| *s == Some('n')), "{all:?}");
+    }
+}

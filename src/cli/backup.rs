@@ -220,7 +220,7 @@ struct CopyArgs {
         value_parser = clap::value_parser!(u32).range(1..=3600))]
     cbw_timeout: u32,
 
-    /// Bytes per second for each disk, such as 50M
+    /// Bytes per second for each disk, such as 50M (QEMU counts holes, too)
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = parse_bytes)]
     speed_limit: u64,
 
@@ -444,7 +444,7 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     for (d, e) in refused {
         text += &format!("{d}: cannot be backed up: {e}\n");
     }
-    super::print(&text)
+    super::print(&(text + super::UNCHANGED))
 }
 
 #[cfg(test)]

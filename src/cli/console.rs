@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::backup::Watch;
 use crate::error::{Error, Result};
-use crate::progress::Progress;
+use crate::progress::{Place, Progress};
 use crate::units::human_bytes;
 
 /// How progress is shown.
@@ -113,17 +113,13 @@ impl Watch for Console {
                 name: name.into(),
                 bar: all.add(ProgressBar::hidden()),
                 all: all.clone(),
+                figures: Mutex::new(Figures::new(0)),
             }),
             (style, None) => Arc::new(Lines {
                 name: name.to_string(),
                 json: style == Style::Json,
                 interval: self.interval,
-                state: Mutex::new(LineState {
-                    done: 0,
-                    total: 0,
-                    began: Instant::now(),
-                    shown: Instant::now(),
-                }),
+                state: Mutex::new(LineState { figures: Figures::new(0), shown: Instant::now() }),
             }),
         }
     }
@@ -137,15 +133,59 @@ impl Watch for Console {
     }
 }
 
+/// What is known of a disk's copying.
+#[derive(Debug, Clone, Copy)]
+struct Figures {
+    /// Bytes copied.
+    done: u64,
+    /// Bytes to copy, as was thought before.
+    total: u64,
+    place: Option<Place>,
+    began: Instant,
+}
+
+impl Figures {
+    fn new(total: u64) -> Self {
+        Figures { done: 0, total, place: None, began: Instant::now() }
+    }
+
+    /// Bytes per second so far.
+    fn rate(&self, elapsed: Duration) -> u64 {
+        (self.done as f64 / elapsed.as_secs_f64().max(0.001)) as u64
+    }
+
+    /// Seconds left, if that can be told.
+    fn left(&self, elapsed: Duration) -> Option<u64> {
+        let (done, total) = match self.place {
+            Some(p) if p.at >= p.of => return Some(0),
+            Some(p) if p.paced => (p.at, p.of),
+            // More was found to copy than was thought.
+            _ if self.done >= self.total => return None,
+            _ => (self.done, self.total),
+        };
+        let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
+        (done > 0).then(|| ((total - done) as f64 / rate) as u64)
+    }
+
+    fn text(&self) -> String {
+        let elapsed = self.began.elapsed();
+        let left = self.left(elapsed).map_or_else(|| "?".into(), |s| s.to_string());
+        let (done, rate) = (human_bytes(self.done), human_bytes(self.rate(elapsed)));
+        format!("{done} copied, {rate}/s, {left} s left")
+    }
+}
+
 struct Bar {
     name: String,
     bar: ProgressBar,
     all: MultiProgress,
+    figures: Mutex<Figures>,
 }
 
 impl Progress for Bar {
     fn begin(&self, _what: &str, total: u64) {
-        let template = "{prefix:16!} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        *self.figures.lock().unwrap_or_else(|e| e.into_inner()) = Figures::new(total);
+        let template = "{prefix:16!} [{bar:30}] {bytes}/{total_bytes} {msg}";
         if let Ok(style) = ProgressStyle::with_template(template) {
             self.bar.set_style(style.progress_chars("=> "));
         }
@@ -154,12 +194,15 @@ impl Progress for Bar {
         self.bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
         let _ = self.all.add(self.bar.clone());
     }
+    fn place(&self, place: Place) {
+        self.figures.lock().unwrap_or_else(|e| e.into_inner()).place = Some(place);
+        self.bar.set_length(place.of.max(1));
+        self.bar.set_position(place.at);
+    }
     fn advance(&self, bytes: u64) {
-        self.bar.inc(bytes);
-        // The job may find more to copy than was estimated.
-        if self.bar.position() > self.bar.length().unwrap_or(0) {
-            self.bar.set_length(self.bar.position());
-        }
+        let mut f = self.figures.lock().unwrap_or_else(|e| e.into_inner());
+        f.done = f.done.saturating_add(bytes);
+        self.bar.set_message(f.text());
     }
     fn end(&self, _took: Duration) {
         self.bar.finish();
@@ -174,54 +217,72 @@ struct Lines {
 }
 
 struct LineState {
-    done: u64,
-    total: u64,
-    began: Instant,
+    figures: Figures,
     shown: Instant,
 }
 
 impl Lines {
-    fn print(&self, s: &LineState, event: &str) {
-        let seconds = s.began.elapsed().as_secs_f64().max(0.001);
-        let rate = s.done as f64 / seconds;
+    fn print(&self, f: &Figures, event: &str) {
+        let total = f.total.max(f.done);
+        let place = f.place;
         if self.json {
-            let line = json!({"event": event, "disk": self.name, "done": s.done,
-                "total": s.total.max(s.done), "bytes_per_second": rate as u64});
+            let elapsed = f.began.elapsed();
+            let line = json!({"event": event, "disk": self.name, "done": f.done, "total": total,
+                "position": place.map(|p| p.at), "positions": place.map(|p| p.of),
+                "bytes_per_second": f.rate(elapsed), "seconds_left": f.left(elapsed)});
             let _ = super::print(&format!("{line}\n"));
             return;
         }
-        let total = s.total.max(s.done);
-        let left = if rate > 1.0 { ((total - s.done) as f64 / rate) as u64 } else { 0 };
-        eprintln!(
-            "{}: {} of {}, {}/s, {left} s left",
-            self.name,
-            human_bytes(s.done),
-            human_bytes(total),
-            human_bytes(rate as u64)
-        );
+        let (at, of) = place.map_or((f.done, total), |p| (p.at, p.of));
+        eprintln!("{}: {}, at {} of {}", self.name, f.text(), human_bytes(at), human_bytes(of));
     }
 }
 
 impl Progress for Lines {
     fn begin(&self, _what: &str, total: u64) {
         let mut s = self.state.lock().unwrap_or_else(|e| e.into_inner());
-        *s = LineState { done: 0, total, began: Instant::now(), shown: Instant::now() };
+        *s = LineState { figures: Figures::new(total), shown: Instant::now() };
         if self.json {
-            self.print(&s, "begin");
+            self.print(&s.figures, "begin");
         }
+    }
+    fn place(&self, place: Place) {
+        self.state.lock().unwrap_or_else(|e| e.into_inner()).figures.place = Some(place);
     }
     fn advance(&self, bytes: u64) {
         let mut s = self.state.lock().unwrap_or_else(|e| e.into_inner());
-        s.done = s.done.saturating_add(bytes);
+        s.figures.done = s.figures.done.saturating_add(bytes);
         if s.shown.elapsed() >= self.interval {
             s.shown = Instant::now();
-            self.print(&s, "progress");
+            self.print(&s.figures, "progress");
         }
     }
     fn end(&self, _took: Duration) {
         let s = self.state.lock().unwrap_or_else(|e| e.into_inner());
         if self.json {
-            self.print(&s, "end");
+            self.print(&s.figures, "end");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_are_no_copied_bytes_and_do_not_end_the_time_left() {
+        let second = Duration::from_secs(1);
+        let mut f = Figures { done: 100, ..Figures::new(400) };
+        f.place = Some(Place { at: 900, of: 1000, paced: false });
+        assert_eq!((f.rate(second), f.left(second)), (100, Some(3)));
+        // All that was thought to be there is copied, and the job goes on.
+        f.done = 400;
+        assert_eq!(f.left(second), None);
+        // QEMU's limit holds for holes as well.
+        f.place = Some(Place { at: 250, of: 1000, paced: true });
+        assert_eq!(f.left(second), Some(3));
+        f.place = Some(Place { at: 1000, of: 1000, paced: false });
+        assert_eq!(f.left(second), Some(0));
+        assert_eq!(Figures::new(400).left(second), None);
     }
 }

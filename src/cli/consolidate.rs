@@ -55,7 +55,7 @@ pub fn run(args: ConsolidateArgs) -> Result<()> {
         let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
         let plan = plan(&catalog, super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
         let text = plan.as_ref().map_or(DONE.to_string(), text);
-        return super::print(&(text + "dry run: nothing was changed\n"));
+        return super::print(&(text + super::UNCHANGED));
     }
     let how = How { check: !args.skip_check, compare: !args.no_compare };
     one(&args.dir, &args.disk, &args.until, how, false, &args.work)

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory};
+use clap::{Arg, Args, Command, CommandFactory};
 use clap_complete::Shell;
 
 use super::args::Cli;
@@ -31,6 +31,56 @@ pub fn completions(args: CompletionsArgs) -> Result<()> {
 
 /// Runs `fleecefs man`.
 pub fn man(args: ManArgs) -> Result<()> {
-    clap_mangen::generate_to(Cli::command(), &args.dir)
+    let mut cmd = Cli::command().disable_help_subcommand(true);
+    cmd.build();
+    clap_mangen::generate_to(with_synopsis(cmd, ""), &args.dir)
         .map_err(|e| Error::io(e, "cannot write the man pages").at_path(&args.dir))
+}
+
+/// Man pages show an option's value in their synopsis only if they are given the whole of it.
+fn with_synopsis(mut cmd: Command, above: &str) -> Command {
+    let name = format!("{above}{} ", cmd.get_name());
+    let inner: Vec<String> = cmd.get_subcommands().map(|c| c.get_name().to_string()).collect();
+    for c in &inner {
+        cmd = cmd.mut_subcommand(c, |c| with_synopsis(c, &name));
+    }
+    let last = if inner.is_empty() { "" } else { "<subcommand>" };
+    let everywhere = |a: &Arg| a.is_global_set() || a.get_id() == "help" || a.get_id() == "version";
+    let shown = cmd.get_arguments().filter(|a| !a.is_hide_set() && !everywhere(a));
+    let (positionals, options): (Vec<&Arg>, Vec<&Arg>) = shown.partition(|a| a.is_positional());
+    let words = options.into_iter().map(synopsis).chain(positionals.iter().map(|a| a.to_string()));
+    let words: Vec<String> = words.chain([last.to_string()]).collect();
+    let usage = format!("{name}{}", words.join(" "));
+    cmd.override_usage(usage.trim_end().to_string())
+}
+
+/// `--target <DIR>`, or `[-n|--dry-run]` where it can be left out.
+fn synopsis(option: &Arg) -> String {
+    let long = option.to_string();
+    let text = option.get_short().map_or(long.clone(), |s| format!("-{s}|{long}"));
+    if option.is_required_set() { text } else { format!("[{text}]") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_synopsis_of_a_man_page_has_the_values_of_options() {
+        let dir = tempfile::tempdir().unwrap();
+        man(ManArgs { dir: dir.path().into() }).unwrap();
+        let page = |name: &str| {
+            let text = std::fs::read_to_string(dir.path().join(name)).unwrap();
+            let text = text.split(".SH SYNOPSIS").nth(1).unwrap().to_string();
+            text.split(".SH").next().unwrap().replace('\\', "")
+        };
+        let backup = page("fleecefs-backup.1");
+        for part in ["fBfleecefs backupfR", " --qmp <SOCKET> ", "[--speed-limit <RATE>]"] {
+            assert!(backup.contains(part), "no {part} in {backup}");
+        }
+        assert!(page("fleecefs-merge.1").contains("[-n|--dry-run]"));
+        assert!(page("fleecefs-merge.1").contains("<DIR> <TARGET>"));
+        assert!(page("fleecefs-info-status.1").contains("fleecefs info statusfR"));
+        assert!(page("fleecefs.1").contains("<subcommand>"));
+    }
 }

@@ -164,17 +164,30 @@ fn jobs(common: &Common) -> Result<String> {
     Ok(list.iter().map(line).collect())
 }
 
+/// What to say where no backup runs: a VM is known by its socket, so a mistyped one is another.
+pub fn not_running(vm: &Address) -> Error {
+    let e = Error::new(Kind::NotFound, "no backup of this VM is running");
+    match vm {
+        Address::Unix(p) if !p.exists() => {
+            e.at_path(p).remedy("there is no such socket: name the one that the backup was given")
+        }
+        _ => e.remedy("if one was given another --qmp or --state-dir, give the same here"),
+    }
+}
+
 fn status(common: &Common) -> Result<String> {
     let vm = Address::parse(&common.qmp)?;
     let found = control::ask(&common.state.dir(), &vm, "status")?;
     if common.json {
         return to_json(&found);
     }
-    let Some(s) = found else { return Ok("no backup of this VM is running\n".into()) };
+    let Some(s) = found else { return Ok(format!("{}\n", not_running(&vm).report())) };
     let mut text = format!("run {} (process {}): {}\n", s.run, s.pid, s.phase);
     for d in &s.disks {
         let (done, total) = (human_bytes(d.done), human_bytes(d.total));
-        text += &format!("  {} {} {}: {done} of {total}\n", d.disk, d.level, d.state);
+        let copied = human_bytes(d.copied);
+        let (disk, level, state) = (&d.disk, &d.level, &d.state);
+        text += &format!("  {disk} {level} {state}: {copied} copied, at {done} of {total}\n");
     }
     Ok(text)
 }
@@ -198,7 +211,16 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
         text += &format!("{word} {} from {}\n", b.name, b.node);
     }
     if text.is_empty() {
-        text = "nothing to remove\n".into();
+        text = match &choice.uuid {
+            Some(id) => format!(
+                "nothing to remove: no bitmap is of a backup directory with the id '{id}' ('fleecefs \
+                 info bitmaps' shows whose they are)\n"
+            ),
+            None => "nothing to remove\n".into(),
+        };
+    }
+    if args.dry_run {
+        text += super::UNCHANGED;
     }
     super::print(&text)
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
+use crate::chain::manifest::Achieved;
 use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk, Level, Point};
@@ -16,6 +17,10 @@ use crate::units::human_bytes;
 ///
 /// Each row is a point: one state of one disk that can be mounted or restored. Points that cannot
 /// be served are listed too, with the reason; findings follow the table.
+///
+/// CONSISTENCY is how much the guest knew of the backup: 'paused' (it stood still for all of it),
+/// 'file-system' (its file systems were frozen), 'crash' (as after a power cut), or 'unknown' (no
+/// manifest says).
 ///
 /// Only headers are looked at: 'header ok' means that nothing speaks against the point, not that
 /// its data was read. Use 'fleecefs verify' for that.
@@ -83,7 +88,8 @@ fn health(point: &Point) -> String {
 }
 
 fn table(catalog: &Catalog) -> String {
-    let titles = ["DISK", "CHAIN", "POINT", "TIME", "LEVEL", "SIZE", "OWN", "HEALTH"];
+    let titles =
+        ["DISK", "CHAIN", "POINT", "TIME", "LEVEL", "SIZE", "OWN", "CONSISTENCY", "HEALTH"];
     let mut rows = vec![titles.map(String::from)];
     rows.extend(points(catalog).map(|(disk, p)| {
         let size = if p.size == 0 && !p.is_served() { "-".into() } else { human_bytes(p.size) };
@@ -95,6 +101,7 @@ fn table(catalog: &Catalog) -> String {
             level_name(p.level).into(),
             size,
             human_bytes(p.own_bytes),
+            Achieved::word(p.consistency).into(),
             visible(&health(p)),
         ]
     }));
@@ -108,8 +115,8 @@ fn table(catalog: &Catalog) -> String {
     text
 }
 
-fn write_rows(text: &mut String, rows: &[[String; 8]]) {
-    let mut widths = [0; 8];
+fn write_rows(text: &mut String, rows: &[[String; 9]]) {
+    let mut widths = [0; 9];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
@@ -182,6 +189,8 @@ struct PointJson<'a> {
     time_utc: String,
     size: u64,
     own_bytes: u64,
+    /// `crash`, `file-system`, `paused` or `unknown`.
+    consistency: &'static str,
     served: bool,
     health: String,
     /// Whether its data was read; `list` never does.
@@ -218,6 +227,7 @@ fn disk_json(disk: &Disk) -> DiskJson<'_> {
                 time_utc: iso(p.time),
                 size: p.size,
                 own_bytes: p.own_bytes,
+                consistency: Achieved::word(p.consistency),
                 served: p.is_served(),
                 health: health(p),
                 checked: false,

@@ -38,6 +38,17 @@ pub fn start(stderr: env_logger::Logger) {
     let _ = log::set_boxed_logger(Box::new(Switch { stderr }));
 }
 
+/// A level as messages begin with it, the same ones as `backup` prints and keeps.
+pub fn word(level: Level) -> &'static str {
+    match level {
+        Level::Error => "error",
+        Level::Warn => "warning",
+        Level::Info => "info",
+        Level::Debug => "debug",
+        Level::Trace => "trace",
+    }
+}
+
 struct Switch {
     stderr: env_logger::Logger,
 }
@@ -62,11 +73,11 @@ impl Log for Switch {
 }
 
 fn to_file(file: &mut File, record: &Record) {
-    let level = record.level().as_str().to_ascii_lowercase();
+    let word = word(record.level());
     let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
     let text = visible(&record.args().to_string());
     // There is nobody left to tell if this fails.
-    let _ = file.write_all(format!("{now} fleecefs {level}: {text}\n").as_bytes());
+    let _ = file.write_all(format!("{now} {word}: {text}\n").as_bytes());
 }
 
 fn to_system(record: &Record) {

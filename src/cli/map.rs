@@ -73,7 +73,11 @@ pub fn run(args: MapArgs) -> Result<()> {
     let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
     let (disk, point) = catalog.find(&args.point)?;
     let image = open_point(disk, point, &Cache::new(CACHE_BYTES))?;
-    let start = args.start_offset.min(image.size());
+    let start = args.start_offset;
+    if start > image.size() {
+        let what = format!("--start-offset is beyond the end of the disk, {} bytes", image.size());
+        return Err(super::usage(what));
+    }
     let end = args.max_length.map_or(image.size(), |n| start.saturating_add(n)).min(image.size());
     let out = BufWriter::new(std::io::stdout().lock());
     let mut rows = Rows { depth: image.depth(), image: &image, args: &args, out, any: false };

@@ -8,6 +8,7 @@ mod console;
 mod consolidate;
 mod daemon;
 mod docs;
+mod holders;
 mod info;
 mod list;
 mod logging;
@@ -99,10 +100,14 @@ fn init_logging(cli: &Cli) {
     let filter = format!("{level},fuser={fuser}");
     let env = env_logger::Env::new().filter_or("FLEECEFS_LOG", filter);
     let mut builder = env_logger::Builder::from_env(env);
-    builder.format(|out, r| {
-        let level = r.level().as_str().to_ascii_lowercase();
-        let text = visible(&r.args().to_string());
-        writeln!(out, "{} fleecefs {level}: {text}", out.timestamp_seconds())
+    // When something happened matters to those who look for a fault.
+    let timed = cli.verbose >= 2;
+    builder.format(move |out, r| {
+        let (word, text) = (logging::word(r.level()), visible(&r.args().to_string()));
+        if timed {
+            write!(out, "{} ", out.timestamp_seconds())?;
+        }
+        writeln!(out, "{word}: {text}")
     });
     logging::start(builder.build());
 }
@@ -118,6 +123,9 @@ pub(crate) fn print(text: &str) -> Result<()> {
         other => other.map_err(|e| Error::io(e, "cannot write to standard output")),
     }
 }
+
+/// The last line of what a dry run says.
+const UNCHANGED: &str = "dry run: nothing was changed\n";
 
 /// A usage error.
 pub(crate) fn usage(message: impl Into<String>) -> Error {

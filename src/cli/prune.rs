@@ -16,7 +16,7 @@ use crate::prune::consolidate::How;
 use crate::prune::plan::{Manner, Plan, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, consolidate, execute, items};
-use crate::units::{human_bytes, parse_duration};
+use crate::units::{counted, human_bytes, parse_duration};
 
 /// Delete old points by retention rules
 ///
@@ -79,7 +79,9 @@ pub fn run(args: PruneArgs) -> Result<()> {
         within: args.keep_within,
     };
     if rules.is_empty() {
-        return Err(super::usage("no rule says what to keep; give at least one --keep-..."));
+        return Err(super::usage(
+            "no rule keeps anything; give at least one --keep-... of 1 or more",
+        ));
     }
     if args.dry_run {
         let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
@@ -148,13 +150,18 @@ fn text(plan: &Plan, dry_run: bool) -> String {
         }
     }
     let count = plan.deleted().count();
-    let _ = writeln!(out, "{count} points to delete, {}", human_bytes(plan.freed()));
+    let _ = writeln!(
+        out,
+        "{} to delete, {}",
+        counted(count as u64, "point"),
+        human_bytes(plan.freed())
+    );
     let merged = plan.merged().count();
     if merged > 0 {
-        let _ = writeln!(out, "{merged} points to merge: their states are gone then as well");
+        let _ = writeln!(out, "{} to merge: gone then as well", counted(merged as u64, "point"));
     }
     if dry_run {
-        let _ = writeln!(out, "dry run: nothing was changed");
+        out += super::UNCHANGED;
     }
     out
 }

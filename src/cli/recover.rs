@@ -3,11 +3,13 @@
 use clap::Args;
 
 use super::backup::{ShowArgs, StateArgs};
+use super::info;
 use crate::backup::lock::Lock;
 use crate::backup::recover::{Cause, Place, Recovered};
 use crate::backup::{Watch, control, foreign, guardian, journal, recover};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::{Address, Client};
+use crate::units::counted;
 
 /// Finish what a killed backup left in QEMU, in the guest and on disk
 ///
@@ -86,7 +88,10 @@ fn verdict(done: &Recovered) -> Result<()> {
     if done.left == 0 {
         return Ok(());
     }
-    let what = format!("{} unfinished images are in targets that cannot be reached", done.left);
+    let what = format!(
+        "in targets that cannot be reached: {}",
+        counted(done.left as u64, "unfinished image")
+    );
     Err(Error::new(Kind::NotFound, what)
         .remedy("mount the targets and run fleecefs recover again, or give up with --forget"))
 }
@@ -108,7 +113,7 @@ pub fn cancel(args: CancelArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
     match control::ask(&args.state.dir(), &vm, "cancel")? {
         Some(s) => super::print(&format!("backup {} (process {}) is ending\n", s.run, s.pid)),
-        None => Err(Error::new(Kind::NotFound, "no backup of this VM is running")),
+        None => Err(info::not_running(&vm)),
     }
 }
 

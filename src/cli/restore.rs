@@ -17,7 +17,7 @@ use crate::image::{Cache, open_point};
 use crate::restore::{
     Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, Work, run,
 };
-use crate::units::human_bytes;
+use crate::units::{counted, human_bytes};
 
 /// Restore a point to a file, a block device or standard output
 ///
@@ -86,7 +86,7 @@ struct How {
     #[arg(long, value_enum, default_value = "auto", value_name = "WHEN")]
     reflink: ReflinkArg,
     /// Show the plan and do nothing
-    #[arg(long)]
+    #[arg(short = 'n', long)]
     dry_run: bool,
     /// Print the plan or the result as JSON
     #[arg(long)]
@@ -340,7 +340,7 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
     let image = open_point(job.disk, job.point, &Cache::new(CACHE_BYTES))?;
     let plan = Plan::new(&image, work)?;
     if how.dry_run {
-        return say(how, &job.target, show_plan(how, &name, &job.target, &plan)).map(|()| 0);
+        return super::print(&show_plan(how, &name, &job.target, &plan)).map(|()| 0);
     }
     if let Target::Raw(path) | Target::Qcow2(path, _) = &job.target {
         if job.of_run { make_folder(path) } else { has_folder(path) }?;
@@ -350,7 +350,7 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
     for b in &summary.bad {
         log::error!("{} bytes at {:#x} are zeros in the result: {}", b.len, b.start, b.reason);
     }
-    say(how, &job.target, show_summary(how, &name, &job.target, &summary)).map(|()| given_up)
+    say(&job.target, show_summary(how, &name, &job.target, &summary)).map(|()| given_up)
 }
 
 /// The target's folder has to be there: a mistyped one, or that of a file system that is not mounted,
@@ -360,6 +360,11 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
 /// `NotFound`.
 fn has_folder(path: &Path) -> Result<()> {
     match path.parent() {
+        Some(file) if file.is_file() => {
+            Err(Error::new(Kind::NotFound, "the target's folder is a file")
+                .at_path(file)
+                .remedy("name a file in a folder"))
+        }
         Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
             Err(Error::new(Kind::NotFound, "there is no such folder for the target")
                 .at_path(folder)
@@ -377,17 +382,21 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
     let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
     std::fs::create_dir_all(folder)
         .map_err(|e| Error::io(e, "cannot make the target's folder").at_path(folder))
+        .map_err(|e| match e.kind() {
+            Kind::Exists => e.remedy("this is a file: name a folder"),
+            _ => e,
+        })
 }
 
 /// Standard output, unless the disk itself goes there.
-fn say(how: &How, target: &Target, text: String) -> Result<()> {
-    if *target == Target::Stdout && !how.dry_run {
+fn say(target: &Target, text: String) -> Result<()> {
+    if *target == Target::Stdout {
         if !super::is_quiet() {
             eprint!("{text}");
         }
         return Ok(());
     }
-    if super::is_quiet() && !how.dry_run {
+    if super::is_quiet() {
         return Ok(());
     }
     super::print(&text)
@@ -417,21 +426,21 @@ fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> String {
     }
     let t = &plan.totals;
     let mut text = format!(
-        "{} -> {} ({}): {}, {} of data ({} compressed) in {} extents of {} layers\n",
+        "{} -> {} ({}): {}, {} of data ({} compressed) in {} of {}\n",
         name.display(),
         target_name(target),
         kind_name(target),
         human_bytes(plan.size),
         human_bytes(t.data),
         human_bytes(t.compressed),
-        t.extents,
-        plan.depth
+        counted(t.extents, "extent"),
+        counted(plan.depth as u64, "layer")
     );
     if t.bad > 0 {
         text.push_str(&format!("{} cannot be read\n", human_bytes(t.bad)));
     }
     plan.findings.iter().for_each(|f| text.push_str(&format!("{f}\n")));
-    text
+    text + super::UNCHANGED
 }
 
 fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> String {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::holders;
 use super::mountinfo::{self, Mount};
 use crate::error::{Error, Kind, Result};
 
@@ -27,7 +28,10 @@ pub fn umount(args: UmountArgs) -> Result<()> {
     let mount = find(&args.mountpoint)?;
     // Asked before, so that it cannot be another mount's.
     let server = mount.server();
-    mountinfo::unmount(&mount.path, args.lazy)?;
+    mountinfo::unmount(&mount.path, args.lazy).map_err(|e| match e.kind() {
+        Kind::Busy => holders::busy(&mount),
+        _ => e,
+    })?;
     if !args.lazy && server.is_some_and(|s| !s.wait(PATIENCE)) {
         let text = "unmounted, but the process that served it has not ended yet";
         return Err(Error::new(Kind::Timeout, text).at_path(&mount.path));

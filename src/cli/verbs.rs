@@ -17,7 +17,7 @@ use crate::layer::Format;
 use crate::lock::Locks;
 use crate::restore::verbs::{self, Line, files, fold::FoldPlan, rebase::RebasePlan};
 use crate::restore::{Options, Plan, Qcow2Options, Target};
-use crate::units::human_bytes;
+use crate::units::{counted, human_bytes};
 
 /// Options that all verbs have.
 #[derive(Debug, Args)]
@@ -31,7 +31,7 @@ pub struct VerbArgs {
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     filter: OsString,
     /// Show what would be done and do nothing
-    #[arg(long)]
+    #[arg(short = 'n', long)]
     dry_run: bool,
     /// Do not check the images before they are altered, nor compare the result
     #[arg(long)]
@@ -44,9 +44,9 @@ pub struct VerbArgs {
 ///
 /// Alters the backup: the headers of the images change, and a link 'image' leads to the last one.
 /// The points stay what they are, and fleecefs and QEMU read them. The pointers are relative, so the
-/// folder may be moved. qmprestore's verbs are made for images without pointers: over these its
-/// merge, commit and snapshotrebase end with an error (over its own, which also change the order of
-/// the images, the result may be wrong).
+/// folder may be moved; with --absolute it must stay where it is, and qmprestore's merge works on
+/// it. Its commit and snapshotrebase are made for images without pointers, and end with an error
+/// whatever rebased them.
 ///
 /// A crash leaves some images linked and others not, which changes nothing for restoring. The
 /// header being changed is saved first and put back by whatever writes there next.
@@ -54,6 +54,9 @@ pub struct VerbArgs {
 pub struct RebaseArgs {
     #[command(flatten)]
     verb: VerbArgs,
+    /// Write absolute pointers, as qmprestore does: the folder must not be moved then
+    #[arg(long)]
+    absolute: bool,
 }
 
 /// Fold increments into their FULL, up to the newest or to --until
@@ -122,7 +125,7 @@ impl VerbArgs {
     fn announce(&self, steps: &[String]) -> Result<bool> {
         if self.dry_run {
             let text: String = steps.iter().map(|s| format!("{s}\n")).collect();
-            super::print(&text)?;
+            super::print(&(text + super::UNCHANGED))?;
             return Ok(false);
         }
         log::warn!("{}: this alters the backup itself", self.dir.display());
@@ -139,7 +142,7 @@ pub fn rebase(args: RebaseArgs) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);
     let (catalog, _locks) = args.verb.catalog(true)?;
-    let plan = RebasePlan::new(&args.verb.line(&catalog)?)?;
+    let plan = RebasePlan::new(&args.verb.line(&catalog)?, args.absolute)?;
     if !args.verb.announce(&plan.lines())? {
         return Ok(());
     }
@@ -177,7 +180,8 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     }
     plan.execute(&line, verb.skip_check, &work)?;
     let count = plan.increments.len();
-    super::print(&format!("{} holds {count} increments\n", plan.full.path.display()))
+    let held = counted(count as u64, "increment");
+    super::print(&format!("{} holds {held}\n", plan.full.path.display()))
 }
 
 /// Runs `fleecefs merge`.
@@ -193,11 +197,12 @@ pub fn merge(args: MergeArgs) -> Result<()> {
     let image = open_point(line.disk, line.last(), &Cache::new(CACHE_BYTES))?;
     let plan = Plan::new(&image, &work)?;
     let target = merge_target(&args, &line)?;
-    let name = line.disk.point_path(line.last());
+    let (name, note) = (line.disk.point_path(line.last()), format_note(&target));
     if args.verb.dry_run {
         let data = human_bytes(plan.totals.data);
         let (name, target) = (name.display(), args.target.display());
-        return super::print(&format!("restore {name} to {target}: {data} of data\n"));
+        let what = format!("restore {name} to {target}: {data} of data\n{note}");
+        return super::print(&(what + super::UNCHANGED));
     }
     if !args.verb.skip_check {
         // A point that is no chain of single files has nothing to check this way.
@@ -209,7 +214,22 @@ pub fn merge(args: MergeArgs) -> Result<()> {
     let options = Options { force: args.force, ..Options::default() };
     let summary = crate::restore::restore(&image, &plan, &target, &options, &work)?;
     let (name, target) = (name.display(), args.target.display());
-    super::print(&format!("{name} -> {target}: {}\n", summary.way()))
+    super::print(&format!("{name} -> {target}: {}\n{note}", summary.way()))
+}
+
+/// What to say where the target's name promises another format than it gets.
+fn format_note(target: &Target) -> String {
+    let (format, other) = match target {
+        Target::Qcow2(..) => ("qcow2", "raw"),
+        _ => ("raw", "qcow2"),
+    };
+    match target.path().and_then(|p| p.extension()) {
+        Some(e) if e == other => format!(
+            "note: the file is {format}, as the FULL is, whatever its name says; --format {other} \
+             makes the other\n"
+        ),
+        _ => String::new(),
+    }
 }
 
 fn merge_target(args: &MergeArgs, line: &Line) -> Result<Target> {
@@ -227,4 +247,19 @@ fn merge_target(args: &MergeArgs, line: &Line) -> Result<Target> {
         options.cluster_size = files::probe(l.file.path())?.cluster_size;
     }
     Ok(Target::Qcow2(args.target.clone(), options))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_promises_another_format_is_noted() {
+        let qcow2 = |name: &str| Target::Qcow2(name.into(), Qcow2Options::default());
+        assert!(format_note(&qcow2("/t/a.raw")).contains("the file is qcow2"));
+        assert!(format_note(&Target::Raw("/t/a.qcow2".into())).contains("--format qcow2"));
+        for fits in [qcow2("/t/a.qcow2"), qcow2("/t/a.img"), Target::Raw("/t/a".into())] {
+            assert_eq!(format_note(&fits), "");
+        }
+    }
 }

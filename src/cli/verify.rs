@@ -10,7 +10,7 @@ use crate::chain::POINT_HELP;
 use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Kind, Result, Severity};
-use crate::units::parse_when;
+use crate::units::{counted, parse_when};
 use crate::verify::{Options, Outcome, PointReport, Report, verify};
 
 /// Check whether backups are sound
@@ -112,7 +112,8 @@ fn text(report: &Report) -> String {
     );
     let recorded = report.points.iter().filter(|p| p.recorded).count();
     if recorded > 0 {
-        let _ = writeln!(out, "{recorded} manifests written: from now on changes are found");
+        let written = counted(recorded as u64, "manifest");
+        let _ = writeln!(out, "{written} written: from now on changes are found");
     }
     out
 }

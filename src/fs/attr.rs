@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use super::point::PointFile;
 use super::tree::{EntryKind, Node, NodeKind, Tree};
 use crate::chain::Level;
+use crate::chain::manifest::Achieved;
 
 /// Who owns the files and who may read them.
 #[derive(Debug, Clone, Copy)]
@@ -119,6 +120,7 @@ pub fn xattrs(node: &Node) -> Vec<(&'static str, Vec<u8>)> {
         ("user.fleecefs.level", level_word(point.level).into()),
         ("user.fleecefs.chain", point.chain.clone().into_bytes()),
         ("user.fleecefs.source", source.as_os_str().as_bytes().to_vec()),
+        ("user.fleecefs.consistency", Achieved::word(point.consistency).into()),
         ("user.fleecefs.time", time_text(point.time).into_bytes()),
     ];
     if let Some(parent) = point.parent.and_then(|p| file.disk().points.get(p)) {

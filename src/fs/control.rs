@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::attr::time_text;
 use super::tree::Tree;
+use crate::chain::manifest::Achieved;
 use crate::chain::{Disk, Level, Point};
 use crate::error::{Finding, to_text};
 use crate::image::CacheFigures;
@@ -59,6 +60,8 @@ struct PointStatus<'a> {
     time: String,
     size: u64,
     own_bytes: u64,
+    /// `crash`, `file-system`, `paused` or `unknown`.
+    consistency: &'static str,
     source: String,
     /// Below the mount point; `null` if the point is not served.
     file: Option<String>,
@@ -127,6 +130,7 @@ fn point_status<'a>(disk: &'a Disk, point: &'a Point, root: &Path) -> PointStatu
         time: time_text(point.time),
         size: point.size,
         own_bytes: point.own_bytes,
+        consistency: Achieved::word(point.consistency),
         source: to_text(point.source.strip_prefix(root).unwrap_or(&point.source).as_os_str()),
         file: None,
         unavailable: point.unavailable.as_ref(),

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use super::point::PointFile;
+use crate::chain::time_name;
 
 /// The longest file name that Linux takes.
 const NAME_MAX: usize = 255;
@@ -105,12 +106,6 @@ pub fn add_links(folder: &mut Folder, points: &[(OsString, i64)]) {
             by_time.children.insert(link, Child::Link { target, time: *time });
         }
     }
-}
-
-/// `20240126T091726Z`: sorts by time and has no colon, which QEMU would take for a protocol.
-fn time_name(time: i64) -> Option<String> {
-    let time = jiff::Timestamp::from_second(time).ok()?;
-    Some(time.strftime("%Y%m%dT%H%M%SZ").to_string())
 }
 
 #[cfg(test)]

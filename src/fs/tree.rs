@@ -369,6 +369,7 @@ mod tests {
                     time: *time,
                     size: 1 << 20,
                     own_bytes: 4096,
+                    consistency: None,
                     layers,
                     unavailable: None,
                 });

@@ -71,7 +71,8 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
             return Ok(None);
         }
         let what = format!("no point '{until}' of disk {}", disk.path.display());
-        return Err(Error::new(Kind::NotFound, what));
+        return Err(Error::new(Kind::NotFound, what)
+            .remedy("'fleecefs list DIR' shows the points; 'latest' is the newest"));
     };
     plan_at(catalog, disk, point, &BTreeSet::new()).map(Some)
 }

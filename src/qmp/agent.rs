@@ -26,7 +26,14 @@ impl Agent {
     /// `Timeout` if no agent answers (none runs, or another client holds the socket).
     pub fn connect(address: &Address, timeout: Duration) -> Result<Self> {
         let deadline = Instant::now() + timeout;
-        let mut agent = Agent { wire: Wire::connect(address, timeout)?, syncs: 0 };
+        let wire = Wire::connect(address, timeout).map_err(|e| match e.kind() {
+            Kind::NotFound => e.remedy(
+                "is QEMU running, and is this the path of the -chardev socket of its \
+                 org.qemu.guest_agent.0 port?",
+            ),
+            _ => e,
+        })?;
+        let mut agent = Agent { wire, syncs: 0 };
         agent.sync(deadline)?;
         Ok(agent)
     }

@@ -80,7 +80,12 @@ impl Client {
     /// # Errors
     /// As [`Client::connect`].
     pub fn connect_within(address: &Address, patience: Duration) -> Result<Self> {
-        let mut wire = Wire::connect(address, patience)?;
+        let mut wire = Wire::connect(address, patience).map_err(|e| match e.kind() {
+            Kind::NotFound => e.remedy(
+                "is QEMU running, and is this the path in its -qmp unix:PATH,server=on,wait=off?",
+            ),
+            _ => e,
+        })?;
         let greeting = match wire.json(Instant::now() + patience) {
             Ok(Some(g)) => g,
             Ok(None) if wire.has_fragment() => return Err(not_qmp(wire.peer())),

@@ -160,7 +160,13 @@ fn target_error(e: std::io::Error, what: &str, path: &Path) -> Error {
 fn check_new(path: &Path, force: bool) -> Result<()> {
     let Ok(meta) = std::fs::symlink_metadata(path) else { return Ok(()) };
     if !meta.is_file() {
-        return Err(Error::new(Kind::Exists, "exists and is no plain file").at_path(path));
+        let remedy = match meta.is_dir() {
+            true => "this is a folder: name a file in it",
+            false => "name a new file",
+        };
+        return Err(Error::new(Kind::Exists, "the target exists and is no plain file")
+            .at_path(path)
+            .remedy(remedy));
     }
     if !force {
         return Err(Error::new(Kind::Exists, "the target exists already")

@@ -241,9 +241,34 @@ impl Caller {
         said
     }
 
+    /// Starts a backup that dies at step `n`; gives the step's name, or `None` if it ended before,
+    /// and the views if it came so far.
+    pub fn crash(&self, level: &str, n: usize) -> (Option<String>, Views) {
+        let hold = tempfile::tempdir().unwrap();
+        let trace = hold.path().join("steps");
+        let mut child = self
+            .command(level)
+            .env("FLEECEFS_HOLD", hold.path())
+            .env("FLEECEFS_STEPS", &trace)
+            .env("FLEECEFS_CRASH_AT", n.to_string())
+            .stderr(std::fs::File::create(hold.path().join("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        let views = read_views(&mut child, hold.path());
+        std::fs::write(hold.path().join("go"), "").unwrap();
+        let status = wait(&mut child);
+        if status.success() {
+            return (None, views);
+        }
+        let said = std::fs::read_to_string(hold.path().join("stderr")).unwrap();
+        assert_eq!(status.code(), None, "step {n}: it ended by itself: {said}");
+        let steps = std::fs::read_to_string(trace).unwrap();
+        (steps.lines().last().map(str::to_string), views)
+    }
+
     /// Runs, reads each disk's frozen view while the run is held at it, and lets it go on.
     /// Gives what it said and the views by the disk's name.
-    pub fn held(&self, level: &str) -> (String, Vec<(String, Vec<u8>)>) {
+    pub fn held(&self, level: &str) -> (String, Views) {
         let hold = tempfile::tempdir().unwrap();
         let err = hold.path().join("stderr");
         let mut child = self
@@ -261,7 +286,67 @@ impl Caller {
     }
 }
 
-pub fn read_views(child: &mut Child, hold: &Path) -> Vec<(String, Vec<u8>)> {
+/// Each disk's name and its bytes at the frozen moment.
+pub type Views = Vec<(String, Vec<u8>)>;
+
+fn wait(child: &mut Child) -> std::process::ExitStatus {
+    let end = Instant::now() + Duration::from_secs(120);
+    loop {
+        if let Some(s) = child.try_wait().unwrap() {
+            return s;
+        }
+        assert!(Instant::now() < end, "the backup hangs");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A backup that is held at its frozen moment.
+pub struct Held {
+    pub child: Child,
+    hold: tempfile::TempDir,
+}
+
+impl Held {
+    /// Starts one and waits until it is there.
+    pub fn start(caller: &Caller, level: &str) -> Self {
+        let hold = tempfile::tempdir().unwrap();
+        let mut child = caller
+            .command(level)
+            .env("FLEECEFS_HOLD", hold.path())
+            .stderr(std::fs::File::create(hold.path().join("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        let views = read_views(&mut child, hold.path());
+        let held = Held { child, hold };
+        assert!(!views.is_empty(), "{}", held.said());
+        held
+    }
+
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(self.hold.path().join("stderr")).unwrap()
+    }
+
+    /// Lets it go on; gives its exit code and what it said.
+    pub fn end(mut self) -> (Option<i32>, String) {
+        std::fs::write(self.hold.path().join("go"), "").unwrap();
+        let code = self.child.wait().unwrap().code();
+        (code, self.said())
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: a signal to our own child.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
+    /// Ends it by a signal; gives its exit code and what it said.
+    pub fn signalled(mut self, signal: i32) -> (Option<i32>, String) {
+        self.signal(signal);
+        let code = self.child.wait().unwrap().code();
+        (code, self.said())
+    }
+}
+
+pub fn read_views(child: &mut Child, hold: &Path) -> Views {
     let ready = hold.join("ready");
     while !ready.exists() {
         if child.try_wait().unwrap().is_some() {
@@ -313,6 +398,18 @@ pub fn images(dir: &Path) -> Vec<PathBuf> {
 /// The newest image of a disk.
 pub fn newest(target: &Path, disk: &str) -> PathBuf {
     images(&target.join(disk)).pop().expect("there is an image")
+}
+
+/// Level of the newest image of a disk.
+pub fn level(caller: &Caller, disk: &str) -> String {
+    let name = newest(&caller.target, disk);
+    name.file_name().unwrap().to_str().unwrap().split('-').next().unwrap().to_string()
+}
+
+/// The manifest of an image.
+pub fn manifest_of(image: &Path) -> Value {
+    let name = format!(".fleecefs/{}.json", image.file_name().unwrap().to_str().unwrap());
+    serde_json::from_slice(&std::fs::read(image.with_file_name(name)).unwrap()).unwrap()
 }
 
 /// Compares a point in the mount with the frozen view, loudly.

@@ -12,6 +12,7 @@ use fleecefs::error::Finding;
 
 #[path = "../qemu/mod.rs"]
 mod qemu;
+#[allow(unused_imports)]
 pub use qemu::{have, run};
 
 /// A qcow2 version 2 image of 0 bytes, with a backing pointer or without.
@@ -119,6 +120,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         level,
         time: 1,
         parent: parent.map(str::to_string),
+        state_of: None,
         format: ImageFormat::Qcow2,
         content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
         virtual_size: 0,

@@ -18,6 +18,8 @@ use crate::restore::work::Work;
 use crate::restore::{Reflink, target_error};
 use crate::storage::{ReadAt, SourceFile};
 
+/// Ends the name of a saved header that is not yet complete.
+pub const UNFINISHED_HEADER: &str = ".header.tmp";
 /// Bytes copied or hashed at once.
 const BUFFER: usize = 1 << 20;
 /// `qemu-img check` found leaked clusters and nothing else.
@@ -174,13 +176,22 @@ pub fn format_name(format: Format) -> Option<&'static str> {
 /// # Errors
 /// What was met; the image is then as before, or [`restore_headers`] makes it so.
 pub fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> Result<()> {
-    let pointer = base.map(|(path, _)| pointer_to(path)).unwrap_or_default();
-    let format = match base {
-        Some((path, format)) => Some(format_name(format).ok_or_else(|| {
-            Error::new(Kind::Unsupported, "QEMU has no such format").at_path(path)
+    let base = base.map(|(path, format)| (pointer_to(path), format));
+    set_pointer(image, base, work)
+}
+
+/// As [`set_backing`], with the pointer as it is to be written.
+///
+/// # Errors
+/// See [`set_backing`].
+pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) -> Result<()> {
+    let format = match &base {
+        Some((pointer, format)) => Some(format_name(*format).ok_or_else(|| {
+            Error::new(Kind::Unsupported, "QEMU has no such format").at_path(pointer)
         })?),
         None => None,
     };
+    let pointer = base.map(|(pointer, _)| pointer).unwrap_or_default();
     let info = probe(image)?;
     let named = info.backing_file.as_deref().unwrap_or_default();
     if OsStr::new(named) == pointer
@@ -241,9 +252,9 @@ fn save_header(image: &Path, cluster: u64, hash: Option<&str>) -> Result<PathBuf
     let mut buf = vec![0; cluster.min(source.len()) as usize];
     source.read_exact_at(&mut buf, 0)?;
     let path = header_path(image)?;
-    let mut temporary = path.clone().into_os_string();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
+    let mut temporary = image.file_name().unwrap_or_default().to_os_string();
+    temporary.push(UNFINISHED_HEADER);
+    let temporary = path.with_file_name(temporary);
     let write = || {
         let file = OpenOptions::new()
             .write(true)

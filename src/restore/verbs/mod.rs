@@ -130,7 +130,7 @@ fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
     let named = |p: &crate::chain::Point| p.source.file_name() == Some(wanted);
     disk.points.iter().position(|p| named(p) && p.level != Level::Snapshot).ok_or_else(|| {
         let text = format!("no point '{}' of disk {}", name::to_text(until), disk.path.display());
-        Error::new(Kind::NotFound, text).remedy("'fleecefs list' shows the points")
+        Error::new(Kind::NotFound, text).remedy("'fleecefs list DIR' shows the points")
     })
 }
 

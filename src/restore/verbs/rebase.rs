@@ -1,14 +1,17 @@
 //! `rebase`: every image of a line names the one before it as its backing file, and the link
 //! `image` leads to the last, so that QEMU opens the point directly.
 //!
-//! The pointers are relative, so the folder can be moved or copied. (qmprestore's own are absolute:
-//! a copy of such a folder reads the original. What its `merge` makes of a folder that it rebased
-//! itself is wrong without a word; over these pointers it fails.)
+//! The pointers are relative, so the folder can be moved or copied. qmprestore's own are absolute:
+//! a copy of such a folder reads the original. Over relative ones its `merge` fails, as it copies
+//! the images elsewhere one by one; for those who go on with it there are absolute ones. (What it
+//! makes of a folder that it rebased itself is wrong without a word: it sorts by the files' times,
+//! which its rebase turns round. Here they stay.)
 //!
 //! Only headers change, one after the other, each saved before. A crash leaves some images linked
 //! and others not, which restores as well as before; the next run goes on.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use super::{Line, Member, files};
 use crate::chain::name::to_text;
@@ -24,15 +27,17 @@ pub struct RebasePlan {
     pub members: Vec<Member>,
     /// The link that leads to the last one.
     pub link: PathBuf,
+    /// Whether the pointers are absolute.
+    pub absolute: bool,
 }
 
 impl RebasePlan {
-    /// Plans the rebase of a line.
+    /// Plans the rebase of a line, with relative pointers or absolute ones.
     ///
     /// # Errors
     /// `Unsupported` if an image is raw, or the images are not in one folder; `Exists` if there is
     /// something called `image` that is no link.
-    pub fn new(line: &Line) -> Result<Self> {
+    pub fn new(line: &Line, absolute: bool) -> Result<Self> {
         let members = line.members()?;
         let Some(full) = members.first() else {
             return Err(Error::new(Kind::NotFound, "there is no image"));
@@ -45,7 +50,7 @@ impl RebasePlan {
         if std::fs::symlink_metadata(&link).is_ok_and(|m| !m.is_symlink()) {
             return Err(Error::new(Kind::Exists, "is in the way: it is no link").at_path(&link));
         }
-        Ok(RebasePlan { members, link })
+        Ok(RebasePlan { members, link, absolute })
     }
 
     /// The steps, one a line.
@@ -70,13 +75,22 @@ impl RebasePlan {
         }
         for pair in self.members.windows(2) {
             work.check()?;
-            let base = Some((pair[0].path.as_path(), pair[0].format));
-            files::set_backing(&pair[1].path, base, work)?;
+            let base = (self.pointer(&pair[0].path)?, pair[0].format);
+            files::set_pointer(&pair[1].path, Some(base), work)?;
         }
         match self.members.last() {
             Some(last) => files::set_link(&self.link, last.path.file_name().unwrap_or_default()),
             None => Ok(()),
         }
+    }
+
+    /// How an image calls the one that it lies on.
+    fn pointer(&self, base: &Path) -> Result<OsString> {
+        if !self.absolute {
+            return Ok(files::pointer_to(base));
+        }
+        let path = std::path::absolute(base);
+        Ok(path.map_err(|e| Error::io(e, "cannot find the folder").at_path(base))?.into())
     }
 }
 

@@ -25,13 +25,13 @@ pub fn names(full: &Member, increments: &[Member]) -> Result<Vec<Option<String>>
         Some((place, _)) => is_state_of(full, place)?,
         None => false,
     };
-    // After a commit the FULL is of a later time than its name says.
-    let time = files::manifest_of(&full.path)?.map_or(full.time, |m| m.time);
+    // After a commit the FULL is of a later time than its name says, and than that snapshot's.
+    let folded = files::manifest_of(&full.path)?.is_some_and(|m| m.state_of.is_some());
     let mut used: HashSet<String> = taken.into_iter().map(|s| s.name).collect();
-    let first = match (known, used.contains(FULL_SNAPSHOT)) {
+    let first = match (known, folded || used.contains(FULL_SNAPSHOT)) {
         (true, _) => None,
         (false, false) => Some(unique(FULL_SNAPSHOT.into(), &mut used)),
-        (false, true) => Some(unique(local(time), &mut used)),
+        (false, true) => Some(unique(local(full.time), &mut used)),
     };
     let rest = increments.iter().map(|m| Some(unique(local(m.time), &mut used)));
     Ok(std::iter::once(first).chain(rest).collect())

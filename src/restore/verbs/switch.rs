@@ -177,10 +177,16 @@ fn new_manifest(
 ) -> Result<Manifest> {
     let meta = std::fs::metadata(made).map_err(|e| target_error(e, "cannot look at it", made))?;
     let had_hash = old.map_or(last.blake3.is_some(), |o| o.blake3.is_some());
+    let state_of = match plan.increments.last() {
+        Some(m) => Some(name::to_text(own_name(&m.path).as_os_str())),
+        // A FULL alone stays what an earlier commit made of it.
+        None => last.state_of.clone(),
+    };
     let mut m = Manifest {
         image: name::to_text(own_name(&plan.full.path).as_os_str()),
         level: Level::Full,
         parent: None,
+        state_of,
         content: Contents::Full,
         format: old.map_or(last.format, |o| o.format),
         file_size: meta.len(),
@@ -367,7 +373,9 @@ fn sweep(dir: &Path) -> Result<()> {
         let name = entry.file_name();
         let bytes = name.as_bytes();
         let unfinished = bytes.starts_with(b".") && bytes.ends_with(b".fleecefs-partial");
-        if unfinished || bytes.ends_with(SECOND.as_bytes()) {
+        let manifest = bytes.starts_with(manifest::TEMPORARY.as_bytes());
+        let header = bytes.ends_with(files::UNFINISHED_HEADER.as_bytes());
+        if unfinished || manifest || header || bytes.ends_with(SECOND.as_bytes()) {
             files::remove(&entry.path())?;
         }
     }
