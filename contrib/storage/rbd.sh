@@ -78,6 +78,7 @@ plugin_dir = $plugins/ceph
 erasure_code_dir = $plugins/ceph/erasure-code
 osd_class_dir = $plugins/rados-classes
 osd_objectstore = memstore
+osd_class_update_on_start = false
 memstore_device_bytes = 1073741824
 osd_crush_chooseleaf_type = 0
 osd_pool_default_size = 1
