@@ -11,7 +11,7 @@ mod storage;
 
 use std::path::{Path, PathBuf};
 
-use backup::{Caller, bitmaps, leftovers, level, newest, ours_in_qemu, same};
+use backup::{Caller, Daemon, bitmaps, leftovers, level, newest, ours_in_qemu, same};
 use guest::{Disk, Guest, Qmp, has_qemu};
 use mounted::Mount;
 use qemu::{have, run};
@@ -269,6 +269,58 @@ fn a_block_device_of_the_host() {
     let said = good(&guest, &caller, "auto", &[(&folder, "FULL")]);
     let why = said.lines().find(|l| l.contains("a FULL, since")).expect("it says why");
     println!("restarted: {why}");
+}
+
+/// Gives a raw disk another size while QEMU lives. A volume of LVM that has grown holds there what
+/// was on its storage before, which this does for a file. (An exported node cannot be resized.)
+fn grow(d: &Daemon, name: &str, from: u64, to: u64, byte: u8) {
+    let junk = vec![byte; (to - from) as usize];
+    let file = std::fs::File::options().write(true).open(d.path(&format!("{name}.img"))).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &junk, from).unwrap();
+    let mut qmp = d.qmp();
+    let (export, top) = (format!("{name}-export"), format!("{name}-top"));
+    qmp.execute("block-export-del", json!({"id": export}));
+    while qmp.wait_event("BLOCK_EXPORT_DELETED")["data"]["id"] != export.as_str() {}
+    qmp.execute("block_resize", json!({"node-name": top, "size": to}));
+    let again =
+        json!({"type": "nbd", "id": export, "node-name": top, "name": name, "writable": true});
+    qmp.execute("block-export-add", again);
+}
+
+#[test]
+fn a_raw_disk_that_grows_while_qemu_lives() {
+    const KIB: u64 = 1 << 10;
+    let name = "a_raw_disk_that_grows_while_qemu_lives";
+    if !have(name, TOOLS) || !have(name, &["qemu-storage-daemon", "qemu-io"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // The first end is in the middle of what a bit stands for.
+    image(dir.path(), "a", "raw", "2080K");
+    let d = Daemon::start(dir, &[("a", "driver=raw")]);
+    let caller = Caller::of(&d);
+    let good = |wish: &str, want: &str| {
+        let (said, views) = caller.held(wish);
+        let mount = Mount::new(&caller.target);
+        same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
+        assert_eq!(level(&caller, "a.img"), want, "{said}");
+        assert_eq!(ours_in_qemu(&mut d.qmp()), Vec::<String>::new());
+        println!("{wish}: {want} of {} KiB", views[0].1.len() as u64 / KIB);
+        said
+    };
+    d.io("a", &["write -P 1 0 2080K"]);
+    good("full", "FULL");
+    grow(&d, "a", 2080 * KIB, 4096 * KIB, 0x55);
+    d.io("a", &["write -P 2 3M 64K"]);
+    let said = good("inc", "INC");
+    assert!(said.contains("has grown by 2.0 MiB"), "{said}");
+    assert!(!said.contains("without a dirty bit"), "{said}");
+    // The part is copied once.
+    assert!(!good("auto", "INC").contains("has grown"));
+    grow(&d, "a", 4096 * KIB, 6144 * KIB, 0x66);
+    // A DIFF lies on the FULL, and has all that came since.
+    assert!(good("diff", "DIFF").contains("has grown by 4.0 MiB"));
+    assert!(good("inc", "INC").contains("has grown by 2.0 MiB"));
 }
 
 /// The format of an image file, by qemu-img.

@@ -1,5 +1,6 @@
 //! The steps of one disk: prepare before the moment, view and job after it, completion.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
@@ -16,6 +17,7 @@ use crate::chain::manifest::{Skipped, fingerprint};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;
+use crate::units::human_bytes;
 
 impl Run<'_> {
     /// The node that the job reads, and that carries the bitmap it copies by.
@@ -116,7 +118,14 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}},
             ]}),
         )?;
-        self.add_lost_zeros(d, &view, &work)
+        self.add_lost_zeros(d, &view, &work)?;
+        let Some(grown) = d.plan.grown() else { return Ok(()) };
+        self.watch.say(&format!(
+            "{}: has grown by {} since the last point: that is copied whole",
+            d.plan.disk.label(),
+            human_bytes(grown.end - grown.start)
+        ));
+        self.mark(d, &[grown]).map(drop)
     }
 
     /// See `zeros`: what became zero without a dirty bit is copied as well.
@@ -138,18 +147,38 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}),
             )?;
         }
-        if zeros.is_empty() && d.plan.disk.identity.format != "qcow2" {
+        if !d.plan.disk.regrows_zeros || zeros.is_empty() && d.plan.disk.identity.format != "qcow2"
+        {
             self.watch.say(&format!(
                 "{}: its storage does not tell what is zero: if it was shrunk and grown again \
-                 since the last point, take a FULL",
-                d.plan.disk.label()
+                 since {}, take a FULL",
+                d.plan.disk.label(),
+                d.plan.parent().map_or("the last point", |m| &m.image)
             ));
         }
         let lost = chain.lost(&zeros, d.plan.disk.cluster_size.max(65536))?;
-        if lost.is_empty() {
-            return Ok(());
+        let marked = self.mark(d, &lost)?;
+        if marked > 0 {
+            self.watch.warn(&format!(
+                "{}: {marked} bytes have become zeros without a dirty bit (shrunk and grown \
+                 again?): copied as well",
+                d.plan.disk.label()
+            ));
         }
-        let before = bitmap::count(&mut self.client, view, work)?;
+        Ok(())
+    }
+
+    /// Adds ranges to what the job copies, by way of a scratch node (see `zeros`); gives the bytes
+    /// that were not in it yet.
+    fn mark(&mut self, d: &Active, ranges: &[Range<u64>]) -> Result<u64> {
+        if ranges.is_empty() {
+            return Ok(0);
+        }
+        let (view, work) = (object(&self.run, self.source(), d.index), work_bitmap(&self.run));
+        let Some(server) = &self.server else {
+            return Err(Error::new(Kind::Peer, "there is no NBD server to mark ranges by"));
+        };
+        let before = bitmap::count(&mut self.client, &view, &work)?;
         let scratch = object(&self.run, Role::Scratch, d.index);
         self.client.execute(
             "blockdev-add",
@@ -164,7 +193,7 @@ impl Run<'_> {
         )?;
         let export = object(&self.run, Role::ScratchExport, d.index);
         server.with_export(&mut self.client, &export, &scratch, true, |n| {
-            lost.iter().try_for_each(|r| n.write_zeroes(r.clone()))
+            ranges.iter().try_for_each(|r| n.write_zeroes(r.clone()))
         })?;
         self.client.execute(
             "block-dirty-bitmap-merge",
@@ -172,15 +201,7 @@ impl Run<'_> {
             "bitmaps": [{"node": scratch, "name": work}]}),
         )?;
         self.client.execute("blockdev-del", json!({"node-name": scratch}))?;
-        let grown = bitmap::count(&mut self.client, view, work)?.saturating_sub(before);
-        if grown > 0 {
-            self.watch.warn(&format!(
-                "{}: {grown} bytes have become zeros without a dirty bit (shrunk and grown \
-                 again?): copied as well",
-                d.plan.disk.label()
-            ));
-        }
-        Ok(())
+        Ok(bitmap::count(&mut self.client, &view, &work)?.saturating_sub(before))
     }
 
     pub(super) fn start_job(&mut self, d: &mut Active) -> Result<()> {

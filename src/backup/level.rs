@@ -117,8 +117,8 @@ fn check_same_disk(point: &Manifest, disk: &SeenDisk) -> Result<(), String> {
             point.disk.format, disk.identity.format
         ));
     }
-    if disk.size != point.virtual_size && disk.identity.format != "qcow2" {
-        return Err("the disk grew, and what a grown raw disk holds is not known".into());
+    if disk.size != point.virtual_size && !disk.regrows_zeros {
+        return Err("the disk grew, and what it held while it was resized is not known".into());
     }
     Ok(())
 }

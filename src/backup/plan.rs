@@ -1,6 +1,7 @@
 //! What a run will do, as a value: which disks, at which level and why, out of what is there.
 //! Pure: nothing here talks to QEMU or writes.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -66,10 +67,22 @@ impl DiskPlan {
         }
     }
 
+    /// Where the disk has grown since the point it lies on and what is there has to be read: qcow2
+    /// gives zeros, and a raw volume what its storage has there. No bit is dirty for that.
+    pub fn grown(&self) -> Option<Range<u64>> {
+        let end = self.since.as_ref().and(self.parent())?.virtual_size;
+        let raw = self.disk.identity.format != "qcow2";
+        (raw && end < self.disk.size).then_some(end..self.disk.size)
+    }
+
     /// Bytes that will be copied, as far as can be known before.
     pub fn estimate(&self) -> u64 {
+        let grown = self.grown().map_or(0, |r| r.end - r.start);
         match &self.since {
-            Some(b) => self.disk.bitmap(&b.name).map_or(0, |b| b.count).min(self.disk.size),
+            Some(b) => {
+                let dirty = self.disk.bitmap(&b.name).map_or(0, |b| b.count);
+                dirty.saturating_add(grown).min(self.disk.size)
+            }
             None => self.disk.allocated,
         }
     }

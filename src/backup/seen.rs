@@ -54,6 +54,10 @@ pub struct SeenDisk {
     pub persistent: bool,
     /// Whether reading it gives plain text of an encrypted image.
     pub encrypted: bool,
+    /// Whether a part that was cut off and given back reads zeros and is known to: so in qcow2, files
+    /// and RBD images. A volume may have its old bytes there again, while QEMU has forgotten which
+    /// of them had changed.
+    pub regrows_zeros: bool,
     /// Firmware flash: small, copied in full each time.
     pub pflash: bool,
     /// All bitmaps on `node`.
@@ -93,6 +97,23 @@ impl SeenDisk {
         let p = Path::new(&self.identity.file);
         (p.is_absolute() && !p.starts_with("/dev")).then(|| p.parent().map(Path::to_path_buf))?
     }
+}
+
+/// The file that a `json:` description is about. QEMU has no shorter name for what is not found by
+/// its name alone, above all for an RBD image: that is `rbd:POOL/IMAGE` here, or
+/// `rbd:POOL/NAMESPACE/IMAGE`, wherever its cluster's configuration lies.
+fn described_file(name: &str) -> Option<String> {
+    let all: Value = serde_json::from_str(name.strip_prefix("json:")?).ok()?;
+    let mut at = &all;
+    while let Some(child) = at.get("file").or_else(|| at.get("image")).filter(|c| c.is_object()) {
+        at = child;
+    }
+    let text = |k: &str| at.get(k).and_then(Value::as_str).filter(|t| !t.is_empty());
+    if text("driver") == Some("rbd") {
+        let parts = [text("pool"), text("namespace"), Some(text("image")?)];
+        return Some(format!("rbd:{}", parts.into_iter().flatten().collect::<Vec<_>>().join("/")));
+    }
+    text("filename").or_else(|| text("path")).map(str::to_string)
 }
 
 /// The last part of a file's or device's name.
@@ -180,7 +201,7 @@ impl Answers {
         at
     }
 
-    /// The name of the file at the bottom of a node.
+    /// The name of the file, device or remote image at the bottom of a node.
     fn file_of(&self, node: &Node) -> String {
         let plain = |n: &Node| !n.file.starts_with("json:") && !n.file.starts_with("blkdebug:");
         let mut at = node;
@@ -193,7 +214,24 @@ impl Answers {
             let Some(child) = child.and_then(|c| self.node(c)) else { break };
             at = child;
         }
-        String::new()
+        described_file(&at.file).unwrap_or_default()
+    }
+
+    /// The driver of the node that holds a disk's bytes.
+    fn storage_of(&self, node: &Node) -> &str {
+        let mut at = self.node(&node.node_name);
+        for _ in 0..self.nodes.len() {
+            let Some(n) = at else { break };
+            match self
+                .graph
+                .child(&n.node_name, "file")
+                .or_else(|| self.graph.child(&n.node_name, "image"))
+            {
+                Some(child) => at = self.node(child),
+                None => return &n.drv,
+            }
+        }
+        ""
     }
 
     fn raw_image(&self, node: &str) -> Value {
@@ -333,6 +371,7 @@ fn build(
         lazy_refcounts: flag("lazy-refcounts"),
         persistent: disk.drv == "qcow2" && version3 && !disk.ro,
         encrypted: is_encrypted(answers, disk),
+        regrows_zeros: disk.drv == "qcow2" || ["file", "rbd"].contains(&answers.storage_of(disk)),
         pflash,
         bitmaps: disk.dirty_bitmaps.clone(),
         allocated: allocated(&disk.image).min(disk.image.virtual_size),
@@ -447,10 +486,37 @@ mod tests {
         assert!(seen(&answers(drives.clone(), json!([top]))));
     }
 
+    /// QEMU's node names change at each start: by them two RBD disks would change places.
+    #[test]
+    fn an_rbd_disk_is_known_by_its_image() {
+        let rbd = json!({"node-name": "#block1", "drv": "rbd", "image": {"virtual-size": 1048576},
+            "file": r#"json:{"pool": "disks", "image": "vm-1", "conf": "/c", "driver": "rbd"}"#});
+        let wrapped = json!({"node-name": "#block2", "drv": "raw", "image": {"virtual-size": 1048576},
+            "file": r#"json:{"driver": "raw", "file": {"pool": "disks", "image": "vm-1", "driver": "rbd"}}"#});
+        for (node, child) in [(rbd.clone(), None), (wrapped, Some(rbd))] {
+            let drives = json!([{"device": "", "qdev": "/m/v0", "inserted": node}]);
+            let nodes =
+                json!([Some(node.clone()), child].into_iter().flatten().collect::<Vec<_>>());
+            let seen = survey(&answers(drives, nodes));
+            assert_eq!(seen.disks[0].identity.file, "rbd:disks/vm-1");
+            assert_eq!(seen.disks[0].base_name(), "vm-1");
+            // No folder of the host: its fleece lies beside the backup.
+            assert_eq!(seen.disks[0].folder(), None);
+        }
+    }
+
     #[test]
     fn names_of_devices_and_remote_disks() {
         assert_eq!(base_name("/dev/vg/root").as_deref(), Some("root"));
         assert_eq!(base_name("rbd:pool/img").as_deref(), Some("img"));
+        let of = |text: &str| described_file(&format!("json:{text}"));
+        let rbd = r#"{"driver": "raw", "file": {"pool": "p", "image": "i", "conf": "/c", "driver": "rbd"}}"#;
+        assert_eq!(of(rbd).as_deref(), Some("rbd:p/i"));
+        let direct = r#"{"driver": "rbd", "pool": "p", "namespace": "n", "image": "i"}"#;
+        assert_eq!(of(direct).as_deref(), Some("rbd:p/n/i"));
+        let file = r#"{"driver": "raw", "file": {"driver": "file", "filename": "/vm/a", "x": 1}}"#;
+        assert_eq!(of(file).as_deref(), Some("/vm/a"));
+        assert!(of(r#"{"driver": "rbd", "pool": "p"}"#).is_none() && of("{").is_none());
         assert_eq!(base_name("nbd://h:10809/x").as_deref(), Some("x"));
         assert_eq!(base_name(""), None);
     }

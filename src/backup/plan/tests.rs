@@ -80,6 +80,7 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         lazy_refcounts: false,
         persistent: true,
         encrypted: false,
+        regrows_zeros: true,
         pflash: false,
         bitmaps,
         allocated: 4096,
@@ -168,6 +169,31 @@ fn an_inc_lies_on_the_tip_and_lets_go_of_the_tips_bitmap_only() {
     assert_eq!(p.diff_bitmap.unwrap().name, bitmap(FIRST));
     assert_eq!(p.obsolete, [bitmap("000000000002"), stray]);
     assert_eq!(p.chain, FIRST);
+}
+
+#[test]
+fn what_a_raw_disk_has_grown_by_is_copied_whole() {
+    let t = chain();
+    let size = 1 << 20;
+    let grown = || SeenDisk { size: 3 * size, ..disk("/vm/d", both()) };
+    let d = auto(t.path(), grown());
+    // qcow2 gives zeros there.
+    assert!(d.level == Level::Inc && d.grown().is_none() && d.estimate() == 0);
+    for m in ["FULL-1-d", "INC-2-d"] {
+        let mut m = manifest::read(&t.path().join("d"), m.as_ref()).unwrap().unwrap();
+        m.disk.format = "raw".into();
+        manifest::write(&t.path().join("d"), &m).unwrap();
+    }
+    let mut raw = grown();
+    raw.identity.format = "raw".into();
+    let d = auto(t.path(), raw.clone());
+    assert_eq!(d.demoted, None);
+    assert_eq!((d.grown(), d.estimate()), (Some(size..3 * size), 2 * size));
+    // A volume may have been smaller in between.
+    let volume = SeenDisk { regrows_zeros: false, ..raw.clone() };
+    assert!(auto(t.path(), volume).demoted.unwrap().contains("grew"));
+    raw.size = size;
+    assert_eq!(auto(t.path(), raw).grown(), None);
 }
 
 #[test]
