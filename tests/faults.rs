@@ -211,6 +211,36 @@ fn grow_shrink_and_both() {
     assert!(!said.contains("without a dirty bit"), "{said}");
 }
 
+/// QEMU forgets the dirty bits of what it cuts off; what lay in the cluster of the new end is still
+/// there when the disk grows again.
+#[test]
+fn what_was_cut_off_inside_a_cluster_comes_back() {
+    if !have("what_was_cut_off_inside_a_cluster_comes_back", TOOLS) {
+        return;
+    }
+    for cluster in [64 << 10, 2 << 20] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.img").display().to_string();
+        let options = format!("cluster_size={cluster}");
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, &path, "8M"]);
+        let mut d = Daemon::start(dir, &[("a", "driver=qcow2")]);
+        let caller = Caller::of(&d);
+        d.io("a", &["write -P 1 0 8M"]);
+        caller.must("full");
+        let cut = ((2 << 20) + 512).to_string();
+        let in_its_cluster = (2 << 20) + cluster - 4096;
+        d.io("a", &[&format!("write -P 119 {in_its_cluster} 4k")]);
+        resize(&mut d, "a", &cut);
+        resize(&mut d, "a", "8M");
+        good("shrunk and grown between two points", &d, &caller, &[("a.img", "INC")]);
+        d.io("a", &[&format!("write -P 120 {in_its_cluster} 4k")]);
+        resize(&mut d, "a", &cut);
+        good("shrunk", &d, &caller, &[("a.img", "FULL")]);
+        resize(&mut d, "a", "8M");
+        good("grown after a point", &d, &caller, &[("a.img", "INC")]);
+    }
+}
+
 /// A small file system; unmounted on drop. Needs root.
 struct Small {
     dir: tempfile::TempDir,

@@ -120,11 +120,13 @@ impl Run<'_> {
         )?;
         self.add_lost_zeros(d, &view, &work)?;
         let Some(grown) = d.plan.grown() else { return Ok(()) };
-        self.watch.say(&format!(
-            "{}: has grown by {} since the last point: that is copied whole",
-            d.plan.disk.label(),
-            human_bytes(grown.end - grown.start)
-        ));
+        if d.plan.disk.identity.format != "qcow2" {
+            self.watch.say(&format!(
+                "{}: has grown by {} since the last point: that is copied whole",
+                d.plan.disk.label(),
+                human_bytes(grown.end - grown.start)
+            ));
+        }
         self.mark(d, &[grown]).map(drop)
     }
 

@@ -67,12 +67,16 @@ impl DiskPlan {
         }
     }
 
-    /// Where the disk has grown since the point it lies on and what is there has to be read: qcow2
-    /// gives zeros, and a raw volume what its storage has there. No bit is dirty for that.
+    /// Where the disk has grown since the point it lies on and what is there has to be read, though
+    /// no bit is dirty for it: all of a raw disk, which gives what its storage has there. qcow2 gives
+    /// zeros, but in the cluster that the old end lay in: what was cut off there comes back.
     pub fn grown(&self) -> Option<Range<u64>> {
-        let end = self.since.as_ref().and(self.parent())?.virtual_size;
-        let raw = self.disk.identity.format != "qcow2";
-        (raw && end < self.disk.size).then_some(end..self.disk.size)
+        let old = self.since.as_ref().and(self.parent())?.virtual_size;
+        let end = match self.disk.identity.format.as_str() {
+            "qcow2" => old.checked_next_multiple_of(self.disk.cluster_size)?.min(self.disk.size),
+            _ => self.disk.size,
+        };
+        (old < end).then_some(old..end)
     }
 
     /// Bytes that will be copied, as far as can be known before.

@@ -177,8 +177,11 @@ fn what_a_raw_disk_has_grown_by_is_copied_whole() {
     let size = 1 << 20;
     let grown = || SeenDisk { size: 3 * size, ..disk("/vm/d", both()) };
     let d = auto(t.path(), grown());
-    // qcow2 gives zeros there.
+    // qcow2 gives zeros there,
     assert!(d.level == Level::Inc && d.grown().is_none() && d.estimate() == 0);
+    // but in the cluster of the old end.
+    let large = SeenDisk { cluster_size: 2 * size, ..grown() };
+    assert_eq!(auto(t.path(), large).grown(), Some(size..2 * size));
     for m in ["FULL-1-d", "INC-2-d"] {
         let mut m = manifest::read(&t.path().join("d"), m.as_ref()).unwrap().unwrap();
         m.disk.format = "raw".into();
