@@ -111,7 +111,7 @@ pub fn assign(
     disks: &[SeenDisk],
 ) -> Result<Vec<(PathBuf, History)>> {
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
-    for rule in [same_file as Rule, same_disk, damaged, unclaimed] {
+    for rule in [same_file_and_device as Rule, same_file, same_disk, damaged, unclaimed] {
         for (i, disk) in disks.iter().enumerate() {
             if list.get(i).is_some_and(Option::is_some) {
                 continue;
@@ -130,6 +130,16 @@ pub fn assign(
 
 type Rule = fn(&Inputs<'_>, &SeenDisk, &History) -> bool;
 
+/// Before the others: images of two clusters may have one name, `rbd:POOL/IMAGE`.
+fn same_file_and_device(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+    same_file(inputs, disk, h)
+        && h.last_manifest().is_some_and(|m| device(&m.disk) == device(&disk.identity))
+}
+
+fn device(d: &DiskIdentity) -> (&str, &str) {
+    (&d.qdev, &d.device)
+}
+
 fn same_file(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
     h.last_manifest().is_some_and(|m| !other_vm(inputs, m) && m.disk.file == disk.identity.file)
 }
@@ -139,7 +149,6 @@ fn same_file(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
 fn same_disk(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
     let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
     let same_vm = inputs.vm.is_some() && vm_uuid(&m.vm) == inputs.vm;
-    let device = |d: &DiskIdentity| (d.qdev.clone(), d.device.clone());
     let carries = needed(h).iter().any(|b| disk.bitmap(b).is_some());
     carries && (same_vm || agree(&m.disk, &disk.identity))
         || same_vm && device(&m.disk) == device(&disk.identity)

@@ -109,11 +109,15 @@ fn described_file(name: &str) -> Option<String> {
         at = child;
     }
     let text = |k: &str| at.get(k).and_then(Value::as_str).filter(|t| !t.is_empty());
-    if text("driver") == Some("rbd") {
-        let parts = [text("pool"), text("namespace"), Some(text("image")?)];
-        return Some(format!("rbd:{}", parts.into_iter().flatten().collect::<Vec<_>>().join("/")));
+    match text("driver")? {
+        "rbd" => {
+            let parts = [text("pool"), text("namespace"), Some(text("image")?)];
+            Some(format!("rbd:{}", parts.into_iter().flatten().collect::<Vec<_>>().join("/")))
+        }
+        "file" | "host_device" | "host_cdrom" => text("filename").map(str::to_string),
+        // What is on another host, or a socket, is no file of this one.
+        _ => None,
     }
-    text("filename").or_else(|| text("path")).map(str::to_string)
 }
 
 /// The last part of a file's or device's name.
@@ -516,6 +520,8 @@ mod tests {
         assert_eq!(of(direct).as_deref(), Some("rbd:p/n/i"));
         let file = r#"{"driver": "raw", "file": {"driver": "file", "filename": "/vm/a", "x": 1}}"#;
         assert_eq!(of(file).as_deref(), Some("/vm/a"));
+        let elsewhere = r#"{"driver": "ssh", "host": "h", "path": "/srv/a"}"#;
+        assert!(of(elsewhere).is_none());
         assert!(of(r#"{"driver": "rbd", "pool": "p"}"#).is_none() && of("{").is_none());
         assert_eq!(base_name("nbd://h:10809/x").as_deref(), Some("x"));
         assert_eq!(base_name(""), None);

@@ -255,6 +255,27 @@ fn disks_of_one_name_keep_their_folders() {
 }
 
 #[test]
+fn disks_of_one_file_name_are_told_apart_by_their_devices() {
+    let t = chain();
+    for image in ["FULL-1-d", "INC-2-d"] {
+        let dir = t.path().join("d");
+        let mut m = manifest::read(&dir, image.as_ref()).unwrap().unwrap();
+        (m.disk.file, m.disk.qdev) = ("rbd:p/d".into(), "vda".into());
+        manifest::write(&dir, &m).unwrap();
+    }
+    let at = |qdev: &str, bitmaps| {
+        let mut d = disk("rbd:p/d", bitmaps);
+        d.identity.qdev = qdev.into();
+        d
+    };
+    // Whatever their order.
+    let p =
+        plan(t.path(), LevelWish::Auto(None), vec![at("vdb", Vec::new()), at("vda", both())], 9);
+    let dirs: Vec<_> = p.disks.iter().map(|d| d.dir.file_name().unwrap().to_owned()).collect();
+    assert_eq!(dirs, ["d-2", "d"]);
+}
+
+#[test]
 fn encrypted_disks_are_refused_and_unknown_names_are_errors() {
     let t = chain();
     let mut d = disk("/vm/d", both());
