@@ -132,6 +132,9 @@ fn states_keep_their_times_after_a_commit_and_a_snapshot_rebase() {
     ok(&["commit", s(&chain.dir), "--until", name(&chain.files[1])]);
     ok(&["snapshot-rebase", s(&chain.dir), "--until", name(&chain.files[2])]);
     ok(&["snapshot-rebase", s(&chain.dir)]);
+    // A commit that is done already, perhaps by whoever came after a crash.
+    let again = ok(&["commit", s(&chain.dir), "--until", name(&chain.files[3])]);
+    assert!(String::from_utf8_lossy(&again.stdout).contains("holds that state already"));
     let mut points = listed_times(&chain.dir);
     points.sort_by_key(|p| p.1);
     let times: Vec<i64> = points.iter().map(|p| p.1).collect();
@@ -140,6 +143,51 @@ fn states_keep_their_times_after_a_commit_and_a_snapshot_rebase() {
     assert_eq!(times, [stamps[1], stamps[2], stamps[3], stamps[3]], "{points:?}");
     for ((point, _), state) in points.iter().zip([1, 2, 3, 3]) {
         assert_same(point, &restored(&chain.dir, point), &bytes[state]);
+    }
+}
+
+/// The program in a time zone, by its name.
+fn in_zone(zone: &str, args: &[&str]) -> String {
+    let out =
+        Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).env("TZ", zone).output().unwrap();
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+#[test]
+fn a_snapshot_rebase_read_in_another_zone_keeps_the_order() {
+    let tools = [TOOLS.as_slice(), &["/usr/share/zoneinfo/Europe/Berlin"]].concat();
+    if !have("a_snapshot_rebase_read_in_another_zone_keeps_the_order", &tools) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, _) = chain(dir.path(), "sda", &[8 * MIB]);
+    let until = name(&chain.files[1]);
+    let plan =
+        in_zone("Europe/Berlin", &["snapshot-rebase", "-n", s(&chain.dir), "--until", until]);
+    let local = jiff::Timestamp::from_second(stamp(&chain.files[1])).unwrap();
+    let local = local.to_zoned(jiff::tz::TimeZone::fixed(jiff::tz::offset(1)));
+    assert!(plan.contains(&local.strftime("%Y-%m-%d-%H:%M:%S").to_string()), "{plan}");
+    // As qmprestore does it: without manifests.
+    in_zone("UTC", &["snapshot-rebase", s(&chain.dir), "--until", until]);
+    std::fs::remove_dir_all(chain.dir.join(".fleecefs")).unwrap();
+    in_zone("UTC", &["verify", "--create", s(&chain.dir)]);
+    for with_manifests in [true, false] {
+        if !with_manifests {
+            std::fs::remove_dir_all(chain.dir.join(".fleecefs")).unwrap();
+        }
+        // Eight hours behind: the snapshot seems to be newer than the increments.
+        let kept = in_zone(
+            "America/Los_Angeles",
+            &["prune", "-n", "--force", "--keep-last", "1", "--json", s(&chain.dir)],
+        );
+        let plan: serde_json::Value = serde_json::from_str(&kept).unwrap();
+        let points = plan["disks"][0]["points"].as_array().unwrap();
+        let kept = |file: &Path| {
+            let p = points.iter().find(|p| p["point"] == name(file)).unwrap();
+            !p["keep"].as_array().unwrap().is_empty()
+        };
+        assert!(kept(&chain.files[3]), "{plan}");
     }
 }
 

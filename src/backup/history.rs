@@ -250,6 +250,30 @@ mod tests {
     }
 
     #[test]
+    fn no_time_of_a_folded_state_is_given_again() {
+        let d = tempfile::tempdir().unwrap();
+        // By its own clock each of these is older than what was folded into it; in one of them the
+        // manifest says nothing that has a time.
+        for (full, state_of, last) in [
+            ("FULL-1-d", "INC-7-d", 7),
+            ("d", "INC-2000000000-d", 2_000_000_000),
+            ("FULL-3-d", "?", 1_700_000_000),
+        ] {
+            put(d.path(), full, Level::Full, None);
+            let m = manifest::read(d.path(), full.as_ref()).unwrap().unwrap();
+            let m = Manifest { state_of: Some(state_of.into()), ..m };
+            manifest::write(d.path(), &m).unwrap();
+            assert_eq!(History::read(d.path(), None).unwrap().last_time(), last, "{full}");
+            std::fs::remove_file(d.path().join(full)).unwrap();
+        }
+        // Nor is a folded state older than the name.
+        put(d.path(), "FULL-5-d", Level::Full, None);
+        let m = manifest::read(d.path(), "FULL-5-d".as_ref()).unwrap().unwrap();
+        manifest::write(d.path(), &Manifest { state_of: Some("INC-0-x".into()), ..m }).unwrap();
+        assert_eq!(History::read(d.path(), None).unwrap().last_time(), 5);
+    }
+
+    #[test]
     fn a_point_that_is_gone_replaced_or_foreign_is_no_base() {
         let d = three();
         std::fs::write(d.path().join("INC-2-d"), "x".repeat(7000)).unwrap();
