@@ -62,7 +62,10 @@ pub struct RebaseArgs {
 /// Fold increments into their FULL, up to the newest or to --until
 ///
 /// Alters the backup: the FULL then holds the state of the last image taken in, and the increments
-/// up to it are removed; those states are gone. Later increments go on from the FULL.
+/// up to it are removed; those states are gone. Later increments go on from the FULL. As with
+/// qmprestore its name stays, with the time of its old state: 'list', by-time/ and --run go by the
+/// time of the new one, and 'list' says whose state it is. (To have it named by that, use
+/// 'consolidate'.)
 ///
 /// The new FULL is made beside the old one, compared, and put into its place, which takes as much
 /// space as the FULL and the largest increment (less where files are cloned: XFS, btrfs). A crash
