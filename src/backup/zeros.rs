@@ -59,7 +59,8 @@ impl ChainData {
             // zero cluster, so it comes up once.
             let whole = r.start.next_multiple_of(cluster).saturating_add(cluster) <= r.end;
             if whole || !self.is_zero(&r)? {
-                lost.push(r);
+                // The cut may lie in the unit before: its end became zero too, as data.
+                lost.push(r.start.saturating_sub(1)..r.end);
             }
         }
         Ok(lost)
