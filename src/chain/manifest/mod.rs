@@ -268,14 +268,14 @@ pub struct Skipped {
 }
 
 impl Manifest {
-    /// See [`state_time`].
+    /// The time of the state that it holds: that in its name, `named`, or of what a commit folded in.
     pub fn state_time(&self, named: Option<i64>) -> Option<i64> {
         state_time(self.state_of.as_deref(), self.time, named)
     }
 }
 
 impl Brief {
-    /// See [`state_time`].
+    /// The time of the state that it holds: that in its name, `named`, or of what a commit folded in.
     pub fn state_time(&self, named: Option<i64>) -> Option<i64> {
         state_time(self.state_of.as_deref(), self.time, named)
     }
