@@ -274,17 +274,93 @@ fn a_block_device_of_the_host() {
 /// Gives a raw disk another size while QEMU lives. A volume of LVM that has grown holds there what
 /// was on its storage before, which this does for a file. (An exported node cannot be resized.)
 fn grow(d: &Daemon, name: &str, from: u64, to: u64, byte: u8) {
-    let junk = vec![byte; (to - from) as usize];
+    put(d, name, from, to - from, byte);
+    resize(d, name, &[to]);
+}
+
+/// Bytes that come without QEMU.
+fn put(d: &Daemon, name: &str, at: u64, len: u64, byte: u8) {
+    let junk = vec![byte; len as usize];
     let file = std::fs::File::options().write(true).open(d.path(&format!("{name}.img"))).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &junk, from).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &junk, at).unwrap();
+}
+
+fn resize(d: &Daemon, name: &str, sizes: &[u64]) {
     let mut qmp = d.qmp();
     let (export, top) = (format!("{name}-export"), format!("{name}-top"));
     qmp.execute("block-export-del", json!({"id": export}));
     while qmp.wait_event("BLOCK_EXPORT_DELETED")["data"]["id"] != export.as_str() {}
-    qmp.execute("block_resize", json!({"node-name": top, "size": to}));
+    for size in sizes {
+        qmp.execute("block_resize", json!({"node-name": top, "size": size}));
+    }
     let again =
         json!({"type": "nbd", "id": export, "node-name": top, "name": name, "writable": true});
     qmp.execute("block-export-add", again);
+}
+
+/// Cuts a raw disk and grows it again: there are the bytes of now, which QEMU knows nothing of.
+fn cut(d: &Daemon, name: &str, to: u64, size: u64, byte: u8) {
+    resize(d, name, &[to, size]);
+    put(d, name, to, size - to, byte);
+}
+
+#[test]
+fn a_raw_disk_that_was_smaller_between_two_points() {
+    const KIB: u64 = 1 << 10;
+    let name = "a_raw_disk_that_was_smaller_between_two_points";
+    if !have(name, TOOLS) || !have(name, &["qemu-storage-daemon", "qemu-io"]) {
+        return;
+    }
+    // All bits are marks, or few are; no size is a multiple of what a bit stands for.
+    for size in [4128 * KIB, 20000 * KIB] {
+        let dir = tempfile::tempdir().unwrap();
+        image(dir.path(), "a", "raw", &size.to_string());
+        let d = Daemon::start(dir, &[("a", "driver=raw")]);
+        let caller = Caller::of(&d);
+        let good = |wish: &str, want: &str| {
+            let (said, views) = caller.held(wish);
+            let mount = Mount::new(&caller.target);
+            let point = newest(&caller.target, "a.img");
+            same(&mount, "a.img", &point, &views[0].1);
+            assert_eq!(level(&caller, "a.img"), want, "{said}");
+            assert_eq!(ours_in_qemu(&mut d.qmp()), Vec::<String>::new());
+            let stored = point.metadata().unwrap().len() / KIB;
+            println!("{wish}: {want} of {} KiB, {stored} stored", views[0].1.len() as u64 / KIB);
+            (said, stored)
+        };
+        let smaller = |wish: &str, want: &str| {
+            let (said, stored) = good(wish, want);
+            assert!(said.contains("was shrunk and grown again since FULL"), "{said}");
+            stored
+        };
+        let same_size = |wish: &str, want: &str| {
+            let (said, stored) = good(wish, want);
+            assert!(!said.contains("shrunk") && stored < 1100, "{stored}: {said}");
+        };
+        d.io("a", &[&format!("write -P 1 0 {size}")]);
+        good("full", "FULL");
+        same_size("diff", "DIFF");
+        cut(&d, "a", 3 * 1024 * KIB + 512, size, 0x55);
+        // What has many a bit set again: a partition table has a copy at the disk's end.
+        d.io("a", &[&format!("write -P 3 {} 512", size - 512)]);
+        assert!(smaller("diff", "DIFF") < 1100 + (size / KIB - 3000));
+        smaller("inc", "INC");
+        same_size("inc", "INC");
+        smaller("diff", "DIFF");
+        // Within what the last bit stands for, and in the middle of a page: nobody can tell.
+        cut(&d, "a", size - 512, size, 0x66);
+        same_size("inc", "INC");
+        resize(&d, "a", &[0, size + 96 * KIB]);
+        put(&d, "a", 0, size + 96 * KIB, 0x77);
+        let (said, _) = good("inc", "INC");
+        assert!(said.contains("was shrunk") && said.contains("has grown by 96.0 KiB"), "{said}");
+        same_size("inc", "INC");
+        // A new chain has seen nothing of it.
+        good("full", "FULL");
+        same_size("inc", "INC");
+        same_size("diff", "DIFF");
+        assert_eq!(bitmaps(&mut d.qmp()).len(), 4, "two that record, and their floors");
+    }
 }
 
 #[test]

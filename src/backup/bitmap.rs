@@ -1,6 +1,6 @@
 //! Adding and removing dirty bitmaps. Nothing here, or anywhere, clears one.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::names;
 use crate::chain::manifest::BitmapInfo;
@@ -13,9 +13,13 @@ use crate::qmp::types::{Bitmap, Node};
 /// # Errors
 /// QEMU refuses.
 pub fn add(client: &mut Client, b: &BitmapInfo) -> Result<()> {
-    let arguments = json!({"node": b.node, "name": b.name, "granularity": b.granularity,
-        "persistent": b.persistent});
-    client.execute("block-dirty-bitmap-add", arguments).map(drop)
+    client.execute("block-dirty-bitmap-add", options(b)).map(drop)
+}
+
+/// What QEMU needs to know to add a recording bitmap.
+pub fn options(b: &BitmapInfo) -> Value {
+    json!({"node": b.node, "name": b.name, "granularity": b.granularity,
+        "persistent": b.persistent})
 }
 
 /// Removes a bitmap.

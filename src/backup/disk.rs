@@ -1,6 +1,5 @@
 //! The steps of one disk: prepare before the moment, view and job after it, completion.
 
-use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
@@ -21,7 +20,7 @@ use crate::units::human_bytes;
 
 impl Run<'_> {
     /// The node that the job reads, and that carries the bitmap it copies by.
-    fn source(&self) -> Role {
+    pub(super) fn source(&self) -> Role {
         if self.blind { Role::Blind } else { Role::Snapshot }
     }
 
@@ -44,11 +43,9 @@ impl Run<'_> {
         fleece::add_image(&mut self.client, &target, "qcow2", &partial, more, self.blind)?;
         let name = object(&self.run, Role::Fleece, d.index);
         fleece::add_image(&mut self.client, &name, "raw", &d.record.fleece, json!({}), false)?;
-        if let Some(b) = &p.new_bitmap {
-            bitmap::add(&mut self.client, b)?;
-        }
+        self.add_bitmap(d)?;
         let timeout = self.options.copy.cbw_timeout;
-        fleece::add_filter(&mut self.client, &self.run, d.index, &p.disk.top, timeout)
+        fleece::add_filter(&mut self.client, &self.run, d.index, &d.plan.disk.top, timeout)
     }
 
     /// Whether all that will be written has room, before anything is begun. A disk that does not
@@ -118,6 +115,7 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}},
             ]}),
         )?;
+        self.add_cut(d)?;
         self.add_lost_zeros(d, &view, &work)?;
         let Some(grown) = d.plan.grown() else { return Ok(()) };
         if d.plan.disk.identity.format != "qcow2" {
@@ -149,11 +147,12 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}),
             )?;
         }
-        if !d.plan.disk.regrows_zeros || zeros.is_empty() && d.plan.disk.identity.format != "qcow2"
-        {
+        let tells = d.plan.disk.regrows_zeros
+            && (!zeros.is_empty() || d.plan.disk.identity.format == "qcow2");
+        if !tells && d.plan.doubtful().is_none() {
             self.watch.say(&format!(
-                "{}: its storage does not tell what is zero: if it was shrunk and grown again \
-                 since {}, take a FULL",
+                "{}: its storage does not tell what is zero, nor the point whether it was smaller: \
+                 if it was shrunk and grown again since {}, take a FULL",
                 d.plan.disk.label(),
                 d.plan.parent().map_or("the last point", |m| &m.image)
             ));
@@ -168,42 +167,6 @@ impl Run<'_> {
             ));
         }
         Ok(())
-    }
-
-    /// Adds ranges to what the job copies, by way of a scratch node (see `zeros`); gives the bytes
-    /// that were not in it yet.
-    fn mark(&mut self, d: &Active, ranges: &[Range<u64>]) -> Result<u64> {
-        if ranges.is_empty() {
-            return Ok(0);
-        }
-        let (view, work) = (object(&self.run, self.source(), d.index), work_bitmap(&self.run));
-        let Some(server) = &self.server else {
-            return Err(Error::new(Kind::Peer, "there is no NBD server to mark ranges by"));
-        };
-        let before = bitmap::count(&mut self.client, &view, &work)?;
-        let scratch = object(&self.run, Role::Scratch, d.index);
-        self.client.execute(
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": scratch,
-            "size": d.plan.disk.size, "read-zeroes": true}),
-        )?;
-        let granularity = d.plan.since.as_ref().map_or(65536, |b| b.granularity);
-        self.client.execute(
-            "block-dirty-bitmap-add",
-            json!({"node": scratch, "name": work,
-            "granularity": granularity}),
-        )?;
-        let export = object(&self.run, Role::ScratchExport, d.index);
-        server.with_export(&mut self.client, &export, &scratch, true, |n| {
-            ranges.iter().try_for_each(|r| n.write_zeroes(r.clone()))
-        })?;
-        self.client.execute(
-            "block-dirty-bitmap-merge",
-            json!({"node": view, "target": work,
-            "bitmaps": [{"node": scratch, "name": work}]}),
-        )?;
-        self.client.execute("blockdev-del", json!({"node-name": scratch}))?;
-        Ok(bitmap::count(&mut self.client, &view, &work)?.saturating_sub(before))
     }
 
     pub(super) fn start_job(&mut self, d: &mut Active) -> Result<()> {

@@ -75,6 +75,9 @@ impl From<&Found> for BitmapLine {
 
 fn owner(name: &str) -> String {
     match names::parse_bitmap(name) {
+        Some(b) if names::is_floor(name) => {
+            format!("fleecefs target {}, to tell if the disk was smaller", b.target)
+        }
         Some(b) => format!("fleecefs target {}", b.target),
         None if name.starts_with("qmpbackup-") => "qmpbackup".to_string(),
         None => "another program".to_string(),

@@ -10,7 +10,7 @@ use super::folders::other_vm;
 use super::history::{History, no_base};
 use super::plan::{DiskPlan, Inputs};
 use super::seen::SeenDisk;
-use super::{Every, LevelWish, Options, names};
+use super::{Every, LevelWish, Options, floor, names};
 use crate::chain::Level;
 use crate::chain::manifest::{BitmapInfo, Manifest};
 use crate::error::Result;
@@ -117,7 +117,8 @@ fn check_same_disk(point: &Manifest, disk: &SeenDisk) -> Result<(), String> {
             point.disk.format, disk.identity.format
         ));
     }
-    if disk.size != point.virtual_size && !disk.regrows_zeros {
+    let floor = point.bitmap.as_ref().and_then(|b| floor::of(b, disk));
+    if disk.size != point.virtual_size && !disk.regrows_zeros && floor.is_none() {
         return Err("the disk grew, and what it held while it was resized is not known".into());
     }
     Ok(())
@@ -157,6 +158,8 @@ pub fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, plan: &mut DiskPla
                 .as_ref()
                 .map_or_else(|| granularity(&plan.disk), |b| b.granularity),
             persistent: plan.disk.persistent,
+            // Until it is there.
+            floor: false,
         });
     }
     let full =
@@ -183,9 +186,8 @@ fn obsolete(inputs: &Inputs<'_>, plan: &DiskPlan) -> Vec<String> {
     if matches!(plan.level, Level::Copy | Level::Diff) {
         return Vec::new();
     }
-    let keep: Vec<&str> =
-        plan.new_bitmap.iter().chain(&plan.diff_bitmap).map(|b| b.name.as_str()).collect();
-    let named = plan.disk.bitmaps.iter().filter_map(|b| b.name.as_deref());
-    let gone = named.filter(|n| inputs.target.owns(n) && !keep.contains(n));
-    gone.map(str::to_string).collect()
+    let kept = plan.new_bitmap.iter().chain(&plan.diff_bitmap);
+    let keep: Vec<String> = kept.flat_map(|b| [b.name.clone(), names::floor(&b.name)]).collect();
+    let named = plan.disk.bitmaps.iter().filter_map(|b| b.name.clone());
+    named.filter(|n| inputs.target.owns(n) && !keep.contains(n)).collect()
 }

@@ -16,6 +16,7 @@ pub mod conclude;
 pub mod control;
 pub mod disk;
 pub mod fleece;
+mod floor;
 pub mod folders;
 pub mod foreign;
 pub mod guardian;

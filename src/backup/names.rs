@@ -86,6 +86,19 @@ pub fn bitmap(target: &str, chain: &str, run: &str, index: usize) -> String {
     format!("{PREFIX}{target}-{chain}-{run}-{index}")
 }
 
+/// The disabled bitmap beside a [`bitmap`] that says how small the disk has been since.
+pub fn floor(bitmap: &str) -> String {
+    format!("{bitmap}{FLOOR}")
+}
+
+/// Whether a bitmap's name is that of a [`floor`].
+pub fn is_floor(name: &str) -> bool {
+    name.ends_with(FLOOR)
+}
+
+/// What the name of a [`floor`] ends in.
+const FLOOR: &str = "-floor";
+
 /// A bitmap's name taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BitmapName<'a> {
@@ -97,8 +110,9 @@ pub struct BitmapName<'a> {
     pub run: &'a str,
 }
 
-/// Reads [`bitmap`] back; `None` for other programs' bitmaps.
+/// Reads [`bitmap`] or [`floor`] back; `None` for other programs' bitmaps.
 pub fn parse_bitmap(name: &str) -> Option<BitmapName<'_>> {
+    let name = name.strip_suffix(FLOOR).unwrap_or(name);
     let mut parts = name.strip_prefix(PREFIX)?.split('-');
     let (target, chain, run) = (parts.next()?, parts.next()?, parts.next()?);
     parts.next()?.parse::<usize>().ok()?;
@@ -175,6 +189,8 @@ mod tests {
         let name = bitmap("0a1b2c3d", "0123456789ab", "ba9876543210", 3);
         let parsed = parse_bitmap(&name).unwrap();
         assert_eq!((parsed.target, parsed.run), ("0a1b2c3d", "ba9876543210"));
+        assert_eq!(parse_bitmap(&floor(&name)), Some(parsed));
+        assert_eq!(parse_bitmap(&floor(&floor(&name))), None);
         assert_eq!(parse_bitmap("qmpbackup-0a1b2c3d"), None);
         assert_eq!(parse_bitmap(&work_bitmap("0123456789ab")), None);
     }

@@ -85,7 +85,8 @@ impl DiskPlan {
         match &self.since {
             Some(b) => {
                 let dirty = self.disk.bitmap(&b.name).map_or(0, |b| b.count);
-                dirty.saturating_add(grown).min(self.disk.size)
+                let cut = self.doubtful().map_or(0, |r| r.end - r.start);
+                dirty.saturating_add(grown).saturating_add(cut).min(self.disk.size)
             }
             None => self.disk.allocated,
         }

@@ -15,7 +15,7 @@ use super::journal::{self, DiskRecord, Left, Pending};
 use super::lock::Lock;
 use super::names::Role;
 use super::teardown::{Scope, Torn, runs_in_qemu, teardown_all};
-use super::{Watch, bitmap, nbdserver, publish};
+use super::{Watch, bitmap, names, nbdserver, publish};
 use crate::chain::manifest::{self, Manifest, fingerprint};
 use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
@@ -344,6 +344,7 @@ pub fn settle_disk(
 fn drop_traces(client: Option<&mut Client>, d: &DiskRecord) -> Result<()> {
     if let (Some(client), Some(name)) = (client, &d.bitmap) {
         bitmap::remove_everywhere(client, name)?;
+        bitmap::remove_everywhere(client, &names::floor(name))?;
     }
     remove_fleece(&d.fleece)
 }

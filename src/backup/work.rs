@@ -260,12 +260,19 @@ impl Run<'_> {
         if !unsound.is_empty() {
             plan = make(self, None, &unsound)?;
         }
-        if !plan.disks.iter().any(|d| d.since.is_some()) && std::env::var_os(HOLD).is_none() {
+        let builds = plan.disks.iter().any(|d| d.since.is_some());
+        let floors = plan.disks.iter().any(DiskPlan::wants_floor);
+        if !builds && !floors && std::env::var_os(HOLD).is_none() {
             return Ok(plan);
         }
         match self.start_server() {
             Ok(()) => Ok(plan),
-            Err(e) if e.kind() == Kind::Busy => make(self, Some(e.report()), &unsound),
+            Err(e) if e.kind() == Kind::Busy && builds => make(self, Some(e.report()), &unsound),
+            Err(e) if !builds && e.kind() != Kind::Interrupted => {
+                // A FULL needs none: its bitmaps get no floors.
+                log::info!("{}", e.report());
+                Ok(plan)
+            }
             Err(e) => Err(e),
         }
     }

@@ -101,6 +101,7 @@ fn put(dir: &Path, image: &str, level: Level, parent: Option<&str>, run: &str) {
         node: "n".into(),
         granularity: 65536,
         persistent: true,
+        floor: false,
     };
     m.bitmap = Some(info(run));
     m.diff_bitmap = Some(info(FIRST));
@@ -195,8 +196,55 @@ fn what_a_raw_disk_has_grown_by_is_copied_whole() {
     // A volume may have been smaller in between.
     let volume = SeenDisk { regrows_zeros: false, ..raw.clone() };
     assert!(auto(t.path(), volume).demoted.unwrap().contains("grew"));
+    assert_eq!(auto(t.path(), raw.clone()).doubtful(), None);
     raw.size = size;
     assert_eq!(auto(t.path(), raw).grown(), None);
+}
+
+#[test]
+fn a_volume_gets_an_inc_of_what_its_floor_leaves_in_doubt() {
+    let t = chain();
+    let tip = "000000000002";
+    let mut m = manifest::read(&t.path().join("d"), "INC-2-d".as_ref()).unwrap().unwrap();
+    m.disk.format = "raw".into();
+    m.bitmap.as_mut().unwrap().floor = true;
+    manifest::write(&t.path().join("d"), &m).unwrap();
+    let size = 1 << 20;
+    let volume = |size: u64, left: u64| {
+        let floor = |run: &str| Bitmap {
+            recording: false,
+            count: left,
+            ..recording(names::floor(&bitmap(run)))
+        };
+        let bitmaps = both().into_iter().chain([floor(tip), floor(FIRST)]).collect();
+        let mut d = SeenDisk { regrows_zeros: false, size, ..disk("/vm/d", bitmaps) };
+        d.identity.format = "raw".into();
+        d
+    };
+    let d = auto(t.path(), volume(size, size));
+    assert_eq!(
+        (d.level, d.doubtful(), d.estimate()),
+        (Level::Inc, Some(size - 65536..size), 65536)
+    );
+    assert!(d.wants_floor() && !d.new_bitmap.as_ref().unwrap().floor);
+    // The floor goes with the bitmap that it lies beside; the FULL's stays.
+    assert_eq!(d.obsolete, [bitmap(tip), names::floor(&bitmap(tip))]);
+    let d = auto(t.path(), volume(size, 3 * 65536));
+    assert_eq!((d.doubtful(), d.estimate()), (Some(2 * 65536..size), size - 2 * 65536));
+    let d = auto(t.path(), volume(2 * size, 0));
+    assert_eq!(
+        (d.level, d.grown(), d.doubtful()),
+        (Level::Inc, Some(size..2 * size), Some(0..size))
+    );
+    assert_eq!(d.estimate(), 2 * size);
+    // It is gone, or is none.
+    for change in [|b: &mut Bitmap| b.name = None, |b: &mut Bitmap| b.recording = true] {
+        let mut d = volume(2 * size, size);
+        change(&mut d.bitmaps[2]);
+        assert!(auto(t.path(), d.clone()).demoted.unwrap().contains("grew"));
+        d.size = size;
+        assert_eq!(auto(t.path(), d).doubtful(), None);
+    }
 }
 
 #[test]
