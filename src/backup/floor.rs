@@ -88,7 +88,8 @@ impl DiskPlan {
         (from < point.virtual_size).then_some((from..point.virtual_size, smaller))
     }
 
-    /// [`Self::cut`], as far as can be known before; `None` without a floor.
+    /// What will be copied since the disk may have been smaller, as far as can be known before; `None`
+    /// without a floor.
     pub fn doubtful(&self) -> Option<Range<u64>> {
         Some(self.cut(self.floor()?.count)?.0)
     }
