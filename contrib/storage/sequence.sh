@@ -4,8 +4,7 @@
 # storage tells it without QEMU. Needs bash with `set -euo pipefail`.
 #
 # The caller sets `fleecefs` (the program), `work` (a folder of its own), `size` (of the disk, in
-# MiB, a multiple of 8), `grown` (what it has later), `regrows_zeros` (yes if a part that was cut off
-# and given back reads zeros, as in an RBD image; no for a volume), and defines
+# MiB, a multiple of 8), `grown` (what it has later), and defines
 #   disk_options        prints the --blockdev options of the node that opens the disk
 #   disk_contents FILE  copies what the disk holds to FILE
 #   disk_resize MIB     gives the disk this size
