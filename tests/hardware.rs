@@ -11,7 +11,7 @@ mod storage;
 
 use std::path::{Path, PathBuf};
 
-use backup::{Caller, Daemon, bitmaps, leftovers, level, newest, ours_in_qemu, same};
+use backup::{Caller, Daemon, bitmaps, leftovers, level, manifest_of, newest, ours_in_qemu, same};
 use guest::{Disk, Guest, Qmp, has_qemu};
 use mounted::Mount;
 use qemu::{have, run};
@@ -359,7 +359,7 @@ fn a_raw_disk_that_was_smaller_between_two_points() {
         good("full", "FULL");
         same_size("inc", "INC");
         same_size("diff", "DIFF");
-        assert_eq!(bitmaps(&mut d.qmp()).len(), 4, "two that record, and their floors");
+        assert_eq!(bitmaps(&mut d.qmp()).len(), 2, "those of the FULL and of the INC");
     }
 }
 
@@ -397,6 +397,43 @@ fn a_raw_disk_that_grows_while_qemu_lives() {
     // A DIFF lies on the FULL, and has all that came since.
     assert!(good("diff", "DIFF").contains("has grown by 4.0 MiB"));
     assert!(good("inc", "INC").contains("has grown by 2.0 MiB"));
+}
+
+#[test]
+fn where_no_nbd_server_is_to_be_had_a_full_is_made_without_a_floor() {
+    let name = "where_no_nbd_server_is_to_be_had_a_full_is_made_without_a_floor";
+    if !have(name, TOOLS) || !have(name, &["qemu-storage-daemon", "qemu-io"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path(), "a", "raw", "4M");
+    let d = Daemon::start(dir, &[("a", "driver=raw")]);
+    let mut caller = Caller::of(&d);
+    d.io("a", &["write -P 1 0 4M"]);
+    let floor = |caller: &Caller| {
+        manifest_of(&newest(&caller.target, "a.img"))["bitmap"]["floor"] == json!(true)
+    };
+    let with_server = std::mem::take(&mut caller.more);
+    caller.must("full");
+    assert!(!floor(&caller));
+    assert_eq!(bitmaps(&mut d.qmp()).len(), 1);
+    caller.more = with_server;
+    d.io("a", &["write -P 2 0 1M"]);
+    let said = caller.must("inc");
+    assert!(said.contains("take a FULL"), "{said}");
+    // From then on it is known.
+    assert!(floor(&caller));
+    cut(&d, "a", 1 << 20, 4 << 20, 0x55);
+    let (said, views) = caller.held("inc");
+    assert!(!said.contains("take a FULL") && said.contains("was shrunk"), "{said}");
+    let mount = Mount::new(&caller.target);
+    same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
+    // A server that is not there is no reason to have no FULL.
+    let nowhere = d.path("nowhere.sock").display().to_string();
+    caller.more = vec!["--nbd".into(), nowhere];
+    let said = caller.must("full");
+    assert!(said.contains("that will not be noticed") && !floor(&caller), "{said}");
+    assert_eq!(ours_in_qemu(&mut d.qmp()), Vec::<String>::new());
 }
 
 /// The format of an image file, by qemu-img.

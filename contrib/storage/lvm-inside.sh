@@ -3,7 +3,7 @@
 # The part of lvm.sh that runs in its guest, as root and alone there. The guest's first disk is made
 # a volume group. MODULES is a folder with the kernel's modules.
 set -euo pipefail
-fleecefs=$1 modules=$2 work=/run/proof size=16 grown=24 regrows_zeros=no lv=''
+fleecefs=$1 modules=$2 work=/run/proof size=16 grown=24 lv=''
 # shellcheck source=sequence.sh
 . "$(dirname "$0")/sequence.sh"
 

@@ -218,7 +218,7 @@ get_ceph
 (cd "$root" && cargo build --quiet)
 fleecefs=$(realpath "${CARGO_TARGET_DIR:-$root/target}")/debug/fleecefs
 work=$(mktemp -d "${TMPDIR:-/tmp}/fleecefs-rbd.XXXXXX")
-monitor='' osd='' plugins='' image=vm-disk size=64 grown=80 regrows_zeros=yes
+monitor='' osd='' plugins='' image=vm-disk size=64 grown=80
 trap clean_up EXIT
 # Built before Ceph's libraries are in the way of the tools that build it.
 "$root/contrib/guest/build.sh" >/dev/null

@@ -270,7 +270,7 @@ impl Run<'_> {
             Err(e) if e.kind() == Kind::Busy && builds => make(self, Some(e.report()), &unsound),
             Err(e) if !builds && e.kind() != Kind::Interrupted => {
                 // A FULL needs none: its bitmaps get no floors.
-                log::info!("{}", e.report());
+                log::info!("the new bitmaps get no floors: {}", e.report());
                 Ok(plan)
             }
             Err(e) => Err(e),

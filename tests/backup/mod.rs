@@ -439,12 +439,14 @@ pub fn ours_in_qemu(qmp: &mut crate::guest::Qmp) -> Vec<String> {
     found
 }
 
-/// Named bitmaps in QEMU.
+/// Named bitmaps in QEMU, but for floors that lie beside the bitmap that they belong to.
 pub fn bitmaps(qmp: &mut crate::guest::Qmp) -> Vec<String> {
     let list = qmp.execute("query-named-block-nodes", serde_json::json!({}));
     let nodes = list.as_array().unwrap();
     let maps = nodes.iter().filter_map(|n| n["dirty-bitmaps"].as_array()).flatten();
-    maps.filter_map(|b| b["name"].as_str().map(str::to_string)).collect()
+    let names: Vec<String> = maps.filter_map(|b| Some(b["name"].as_str()?.to_owned())).collect();
+    let beside = |n: &str| n.strip_suffix("-floor").is_some_and(|b| names.iter().any(|n| n == b));
+    names.iter().filter(|n| !beside(n)).cloned().collect()
 }
 
 /// Files of ours that should not be: partials, fleeces, announcements.
