@@ -390,7 +390,7 @@ fn internal_snapshots_are_points() {
     for name in ["FULL-BACKUP", "2024-01-26-09:17:26", "a/b", "2024-01-26-09:17:26"] {
         qemu_img(&["snapshot", "-c", name]);
     }
-    b.image("d/INC-2000-d.qcow2", None);
+    b.image("d/INC-1900000000-d.qcow2", None);
     let catalog = b.scan();
     let points = &catalog.disks[0].points;
     let names: Vec<_> = points.iter().map(|p| p.name.as_str()).collect();
@@ -402,7 +402,7 @@ fn internal_snapshots_are_points() {
             "FULL-1000-d.qcow2@a_b",
             "FULL-1000-d.qcow2@2024-01-26-09:17:26#4",
             "FULL-1000-d.qcow2",
-            "INC-2000-d.qcow2",
+            "INC-1900000000-d.qcow2",
         ]
     );
     assert!(points.iter().all(|p| p.is_served()));

@@ -34,6 +34,15 @@ pub struct DiskReport {
 }
 
 impl Report {
+    /// For a dry run: the error that the real one would end with, as far as can be known.
+    pub fn forecast(&self) -> Result<()> {
+        let (bad, good) = (self.plan.refused.len(), self.plan.disks.len());
+        let Some((_, first)) = self.plan.refused.first() else { return Ok(()) };
+        let kind = if good > 0 { Kind::Partial } else { first.kind() };
+        let text = format!("{bad} of {} disks would have no new point", bad.saturating_add(good));
+        Err(Error::new(kind, text))
+    }
+
     /// The error to end with: `Partial` if some disks have a point and others not, the first
     /// error if none has. With `strict` `Skipped` if a disk was left out, or if the guest was to be
     /// frozen (`quiesce`) and was not.

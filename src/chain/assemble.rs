@@ -17,7 +17,7 @@ use super::name::{Name, to_text};
 use super::points::points;
 use super::probe::Content;
 use super::scan::{FileEntry, FileId, Tree};
-use super::{Catalog, Disk, Level};
+use super::{Catalog, Disk, Level, NEWEST_LOST};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::{Format, LayerSpec, Part};
 use crate::storage::{ReadAt, SourceFile};
@@ -153,6 +153,7 @@ impl<'a> Fates<'a> {
         let (lies, warnings) = link(&members, &group.lost);
         group.findings.extend(warnings);
         group.findings.extend(by_names_alone(tree, &members, &lies));
+        group.findings.extend(newest_lost(tree, group));
         let suspects = not_raw_after_all(tree, group, &lies);
         for (belongs, lies) in group.members.iter().zip(&lies) {
             self.lies[belongs.file] = match lies {
@@ -366,6 +367,11 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
         let what = format!("it has {len} bytes, its manifest says {}", manifest.file_size);
         return fail(Kind::Truncated, what);
     }
+    // A FULL may have taken in increments by qmprestore's commit; nothing else is written to.
+    if manifest.file_size != 0 && len > manifest.file_size && manifest.level != Level::Full {
+        let what = format!("it has {len} bytes, its manifest says {}", manifest.file_size);
+        return fail(Kind::Changed, what);
+    }
     if format == ImageFormat::Raw && len != manifest.virtual_size {
         let size = manifest.virtual_size;
         let what = format!("a raw image of {len} bytes; the disk has {size} by its manifest");
@@ -384,6 +390,20 @@ fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
     (grown || resized).then(|| {
         let what = "changed since it was published: it may hold a later state than its name says";
         Finding::warning(Kind::Changed, &entry.path, what)
+    })
+}
+
+/// Of the backups of which only manifests are left, the newest one, if nothing newer is there.
+fn newest_lost(tree: &Tree, group: &Group) -> Option<Finding> {
+    let newest = group.members.iter().filter_map(|b| b.stamp).max();
+    let lost = group.lost.iter().filter(|l| Some(l.stamp) > newest).max_by_key(|l| l.stamp)?;
+    let folder = tree.files[group.members.first()?.file].path.parent()?;
+    let finding = Finding::warning(Kind::Incomplete, folder.join(&lost.name), NEWEST_LOST);
+    Some(Finding {
+        remedy: Some(
+            "restore it from another copy; or remove its manifest, if it is not to be there".into(),
+        ),
+        ..finding
     })
 }
 

@@ -50,6 +50,10 @@ pub struct Disk {
     pub findings: Vec<Finding>,
 }
 
+/// The finding of [`Disk::newest_lost`].
+pub(crate) const NEWEST_LOST: &str =
+    "the newest backup of its disk is gone: its manifest is there, the image is not";
+
 impl Disk {
     /// All layers of a point, bottom first.
     pub fn stack(&self, point: usize) -> Vec<LayerSpec> {

@@ -256,7 +256,7 @@ fn reason(blocked: &Blocked, name: &str) -> Finding {
     Finding {
         severity: Severity::Error,
         kind: Kind::Incomplete,
-        message: format!("{name} needs this file, which cannot be used: {}", cause.message),
+        message: format!("{name} needs {file}, which cannot be used: {}", cause.message),
         remedy: cause.remedy.or(Some(format!("restore {file} from another copy of the backup"))),
         ..cause
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use super::{Catalog, Disk, Point};
+use super::{Catalog, Disk, NEWEST_LOST, Point};
 use crate::error::{Error, Kind, Result};
 
 /// Help text for arguments that name a point.
@@ -80,6 +80,11 @@ impl Disk {
         self.points.iter().rposition(Point::is_served)
     }
 
+    /// The file of its newest backup, if only the manifest of that is left.
+    pub fn newest_lost(&self) -> Option<&Path> {
+        self.findings.iter().find(|f| f.message == NEWEST_LOST).map(|f| f.path.as_path())
+    }
+
     /// Whoever asks for the latest wants to know that there was a later one.
     fn warn_of_newer(&self, selector: &Path, point: usize) {
         let by_name = selector
@@ -98,6 +103,12 @@ impl Disk {
                 "{disk}: the latest that can be read is {name}; {} is newer and cannot be: {}",
                 newer.name,
                 why.message
+            );
+        } else if let (Some(false) | None, Some(lost)) = (by_name, self.newest_lost()) {
+            let (disk, name) = (self.path.display(), &self.points[point].name);
+            log::warn!(
+                "{disk}: the latest that is there is {name}; {}: {NEWEST_LOST}",
+                lost.display()
             );
         }
     }

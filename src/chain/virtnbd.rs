@@ -231,8 +231,8 @@ fn settle(
         Some(cause) => Err(Finding {
             kind: Kind::Incomplete,
             message: format!(
-                "{} needs this file, which cannot be used: {}",
-                point.name, cause.message
+                "{} needs {}, which cannot be used: {}",
+                point.name, below.name, cause.message
             ),
             ..cause.clone()
         }),

@@ -389,7 +389,8 @@ pub fn run(args: &BackupArgs) -> Result<()> {
     console.finish();
     let report = result.inspect_err(|e| console.log_error(e))?;
     if options.dry_run {
-        return print_plan(&report, args.show.progress == Style::Json);
+        print_plan(&report, args.show.progress == Style::Json)?;
+        return report.forecast();
     }
     tell(&console, &report);
     report.verdict(options.strict, options.moment.quiesce).inspect_err(|e| console.log_error(e))

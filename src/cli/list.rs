@@ -55,7 +55,12 @@ pub fn run(args: ListArgs) -> Result<()> {
         let what = format!("{lost} of {} points cannot be served", points(&catalog).count());
         return Err(Error::new(Kind::Incomplete, what).at_path(&catalog.root));
     }
-    Ok(())
+    match catalog.disks.iter().find_map(Disk::newest_lost) {
+        Some(file) if args.strict => {
+            Err(Error::new(Kind::Incomplete, "the newest backup is gone").at_path(file))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn points(catalog: &Catalog) -> impl Iterator<Item = (&Disk, &Point)> {

@@ -64,8 +64,12 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
     let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
     let is_exact = find(until).is_some() || full.is_some_and(|f| find(&f).is_some());
     let until = if is_exact { until } else { until.strip_suffix(".raw").unwrap_or(until) };
-    let Some(point) = find(until).or_else(|| (until == "latest").then(|| disk.latest()).flatten())
-    else {
+    // Not the latest that can be served: to merge up to another than was meant cannot be undone.
+    let newest = || disk.points.iter().rposition(|p| p.level != Level::Snapshot);
+    if let (true, Some(lost)) = (until == "latest", disk.newest_lost()) {
+        return Err(Error::new(Kind::Incomplete, "the newest backup is gone").at_path(lost));
+    }
+    let Some(point) = find(until).or_else(|| (until == "latest").then(newest).flatten()) else {
         let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
         if full.and_then(|f| find(&f)).is_some() {
             return Ok(None);

@@ -51,7 +51,32 @@ pub fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
         ));
     }
     let without = disks_without(catalog, &points);
+    for disk in catalog.disks.iter().filter(|d| without.contains(&d.path)) {
+        if let Some(image) = lost(disk, &ids) {
+            let what = "its manifest says that it belongs to the run, and it is gone";
+            return Err(Error::new(Kind::Incomplete, what)
+                .at_path(image)
+                .remedy("restore the other disks one by one, or this file from another copy"));
+        }
+    }
     Ok(Run { points, without })
+}
+
+/// An image of one of these runs of which only the manifest is left.
+fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<PathBuf> {
+    let folders: BTreeSet<&Path> = disk.points.iter().filter_map(|p| p.source.parent()).collect();
+    for dir in folders {
+        for entry in std::fs::read_dir(dir.join(manifest::FOLDER)).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some(image) = name.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
+            let known = || manifest::read(dir, OsStr::new(image)).ok().flatten();
+            let image = dir.join(image);
+            if !image.exists() && known().is_some_and(|m| runs.contains(m.run.as_str())) {
+                return Some(image);
+            }
+        }
+    }
+    None
 }
 
 fn run_id(disk: &Disk, point: usize) -> Option<String> {
