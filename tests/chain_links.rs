@@ -221,6 +221,11 @@ fn a_manifest_that_its_file_contradicts() {
     }
     manifest(&b.path("d"), "INC-3-d", Level::Inc, Some("INC-2-d"), 1 << 20);
     assert_eq!(b.why("INC-3-d").kind, Kind::Truncated);
+    // Longer: another file, but for a FULL, which qmprestore's commit writes to.
+    manifest(&b.path("d"), "INC-3-d", Level::Inc, Some("INC-2-d"), 10);
+    assert_eq!(b.why("INC-3-d").kind, Kind::Changed);
+    manifest(&b.path("d"), "FULL-1-d", Level::Full, None, 10);
+    assert!(b.shown().contains(&"d: FULL-1-d".into()), "{:?}", b.shown());
     manifest(&b.path("d"), "INC-3-d", Level::Full, None, 0);
     assert_eq!(b.why("INC-3-d").kind, Kind::Corrupt);
     // One that cannot be read may have said anything. The image's own pointer will do.

@@ -315,3 +315,40 @@ fn no_false_alarm_on_upstreams_directories() {
     assert_eq!(code, UNPROVEN, "{report:#}");
     assert_eq!(report["points"][0]["recorded"], true, "{report:#}");
 }
+
+#[test]
+fn a_newest_point_that_is_gone_is_told_wherever_the_newest_is_asked_for() {
+    if !have("a_newest_point_that_is_gone_is_told_wherever_the_newest_is_asked_for", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let [a, b] = ["sda", "sdb"].map(|n| chain(&dir.path().join("vm"), n, 3));
+    assert_eq!(verify(dir.path(), &["--create"]).0, SOUND);
+    let run = |args: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).output().unwrap();
+        (out.status.code().unwrap(), String::from_utf8(out.stderr).unwrap())
+    };
+    let (root, to) = (dir.path().to_str().unwrap(), tempfile::tempdir().unwrap());
+    let to = to.path().to_str().unwrap();
+    let out = format!("{to}/out.raw");
+    let newest = b.files[2].file_name().unwrap().to_str().unwrap();
+    let time = newest.split('-').nth(1).unwrap();
+    assert_eq!(run(&["list", "--strict", root]).0, 0);
+    std::fs::remove_file(&b.files[2]).unwrap();
+    let (code, said) = run(&["list", "--strict", root]);
+    assert!(code == 12 && said.contains(newest), "{code}: {said}");
+    let (code, said) = run(&["restore", root, "vm/sdb/latest", &out]);
+    assert!(code == 0 && said.contains(newest), "{code}: {said}");
+    let (code, said) = run(&["restore", root, "--run", time, "--to", to]);
+    assert!(code == 12 && said.contains(newest), "{code}: {said}");
+    for (disk, wanted) in [("vm/sdb", 12), ("vm/sda", 0)] {
+        let (code, said) = run(&["consolidate", root, disk, "--until", "latest", "-n"]);
+        assert_eq!(code, wanted, "{disk}: {said}");
+    }
+    // Nor is one that is there and cannot be read passed over.
+    let newest = &a.files[2];
+    let len = newest.metadata().unwrap().len();
+    std::fs::File::options().write(true).open(newest).unwrap().set_len(len - 4096).unwrap();
+    let (code, said) = run(&["consolidate", root, "vm/sda", "--until", "latest", "-n"]);
+    assert_eq!(code, 10, "{said}");
+}
