@@ -95,6 +95,10 @@ fn layouts_of_qmpbackup() {
         check(&flat, &d.path("flat"), level, "a", "a.img");
         d.io("a", &["write -P 77 2M 1M"]);
     }
+    // The option forgotten once ends no chain.
+    let (exit, said) = code(&caller, "auto");
+    assert!(exit == Some(2) && said.contains("go on with --no-subdir"), "{said}");
+    check(&flat, &d.path("flat"), "inc", "a", "a.img");
     caller.target = d.path("months");
     let month = jiff::Zoned::now().strftime("%Y-%m").to_string();
     for level in ["auto", "auto"] {
@@ -104,6 +108,8 @@ fn layouts_of_qmpbackup() {
     caller.target = d.path("plain");
     check(&caller.with(&["--no-timestamp"]), &d.path("plain/a.img"), "full", "a", "a.img");
     assert!(d.path("plain/a.img/FULL-a.img").is_symlink());
+    let (exit, said) = code(&caller.with(&["--no-subdir"]), "auto");
+    assert!(exit == Some(2) && said.contains("go on without --no-subdir"), "{said}");
     let (exit, said) = code(&caller.with(&["--no-timestamp"]), "full");
     assert_eq!(exit, Some(4), "{said}");
     clean("layouts", &d);

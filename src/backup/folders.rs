@@ -104,12 +104,13 @@ fn months(target: &Path) -> Vec<String> {
 /// name its file, else its bitmap or device; a new one gets a folder by its base name, made unique.
 ///
 /// # Errors
-/// A folder cannot be read.
+/// A folder cannot be read; `Usage` if a disk's chain is there in the other layout.
 pub fn assign(
     options: &Options,
     inputs: &Inputs<'_>,
     disks: &[SeenDisk],
 ) -> Result<Vec<(PathBuf, History)>> {
+    disks.iter().try_for_each(|d| check_layout(options, inputs, d))?;
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
     for rule in [same_file_and_device as Rule, same_file, same_disk, damaged, unclaimed] {
         for (i, disk) in disks.iter().enumerate() {
@@ -126,6 +127,25 @@ pub fn assign(
         .into_iter()
         .map(|o| o.ok_or_else(|| Error::new(Kind::Exists, "too many folders of one disk's name")));
     list.collect()
+}
+
+/// An option forgotten once must not end a chain: a FULL in the other layout would take over the
+/// disk's bitmaps, and its name.
+fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Result<()> {
+    let (name, flat) = (disk.base_name(), options.layout.no_subdir);
+    let history = match flat {
+        true => History::read(&inputs.base.join(&name), None)?,
+        false => History::read(inputs.base, Some(&name))?,
+    };
+    if !same_file(inputs, disk, &history) {
+        return Ok(());
+    }
+    let (there, word) =
+        if flat { ("a folder of its own", "without") } else { ("the target itself", "with") };
+    let what = format!("{}: its chain is in {there}", disk.label());
+    Err(Error::new(Kind::Usage, what)
+        .at_path(inputs.base)
+        .remedy(format!("go on {word} --no-subdir, or name another target")))
 }
 
 type Rule = fn(&Inputs<'_>, &SeenDisk, &History) -> bool;
