@@ -90,6 +90,8 @@ pub fn run(args: PruneArgs) -> Result<()> {
     let (catalog, locks) = locked(&args.dir)?;
     let plan = make(&catalog, &rules, &args)?;
     show(&plan, args.json, false)?;
+    // Whoever runs it by cron does not read the plan.
+    held(&plan).iter().for_each(|why| log::warn!("nothing is deleted, but with --force: {why}"));
     execute(&catalog, &plan, &Bar::default())?;
     // Each consolidation takes them again.
     drop(locks);
@@ -123,6 +125,14 @@ fn json(plan: &Plan) -> Result<String> {
     Ok(text + "\n")
 }
 
+/// Why nothing of some disks may be deleted, each reason once.
+fn held(plan: &Plan) -> BTreeSet<&str> {
+    let reasons = plan.disks.iter().flat_map(|d| &d.points).flat_map(|p| &p.keep);
+    reasons
+        .filter_map(|r| if let Reason::Held(why) = r { Some(why.as_str()) } else { None })
+        .collect()
+}
+
 fn text(plan: &Plan, dry_run: bool) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
@@ -137,7 +147,11 @@ fn text(plan: &Plan, dry_run: bool) -> String {
                 let _ = writeln!(out, "merge  {path}  into {until}");
                 continue;
             }
-            let reasons: Vec<String> = p.keep.iter().map(ToString::to_string).collect();
+            let word = |r: &Reason| match r {
+                Reason::Held(_) => "held".to_string(),
+                other => other.to_string(),
+            };
+            let reasons: Vec<String> = p.keep.iter().map(word).collect();
             let _ = writeln!(out, "keep   {path}  {}", reasons.join(", "));
         }
         for until in &disk.consolidate {
@@ -148,6 +162,9 @@ fn text(plan: &Plan, dry_run: bool) -> String {
             let path = to_text(disk.disk.join(&u.until).as_os_str());
             let _ = writeln!(out, "stays  {path}  cannot become a FULL: {}", u.why);
         }
+    }
+    for why in held(plan) {
+        let _ = writeln!(out, "held: {why}");
     }
     let count = plan.deleted().count();
     let _ = writeln!(
