@@ -531,7 +531,8 @@ fn how_long_a_guest_write_waits() {
     std::fs::write(hold.path().join("go"), "").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(14));
     println!("hung fleece, --cbw-timeout 5: {waited} ms");
-    assert!(waited >= 4000, "the fleece did not hang, or the guest still waits: {waited} ms");
+    // Room for a slow machine, and below the default of 20 s.
+    assert!((4000..15_000).contains(&waited), "{waited} ms");
     assert_eq!(status(&guest), "running");
     clean(&guest, dir.path());
     let (said, views) = caller.held("auto");

@@ -147,11 +147,11 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}),
             )?;
         }
-        let tells = d.plan.disk.regrows_zeros
-            && (!zeros.is_empty() || d.plan.disk.identity.format == "qcow2");
+        // (A file's end is cut in the middle of a block, which stays data.)
+        let tells = d.plan.disk.identity.format == "qcow2";
         if !tells && d.plan.doubtful().is_none() {
             self.watch.say(&format!(
-                "{}: its storage does not tell what is zero, nor the point whether it was smaller: \
+                "{}: its storage may not tell all that became zero, nor the point whether it was smaller: \
                  if it was shrunk and grown again since {}, take a FULL",
                 d.plan.disk.label(),
                 d.plan.parent().map_or("the last point", |m| &m.image)

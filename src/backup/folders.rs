@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::history::History;
 use super::plan::Inputs;
 use super::seen::SeenDisk;
-use super::{Options, names, publish};
+use super::{LevelWish, Options, names, publish};
 use crate::chain::Level;
 use crate::chain::manifest::{DiskIdentity, Manifest};
 use crate::error::{Error, Kind, Result};
@@ -129,15 +129,22 @@ pub fn assign(
     list.collect()
 }
 
-/// An option forgotten once must not end a chain: a FULL in the other layout would take over the
-/// disk's bitmaps, and its name.
+/// `--no-subdir` forgotten once, or given once, must not end a chain: a FULL in the other layout would
+/// take over the disk's bitmaps, and its name. Where there are chains in both, either goes.
 fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Result<()> {
+    if options.level == LevelWish::Copy {
+        return Ok(());
+    }
     let (name, flat) = (disk.base_name(), options.layout.no_subdir);
-    let history = match flat {
-        true => History::read(&inputs.base.join(&name), None)?,
-        false => History::read(inputs.base, Some(&name))?,
+    let read = |flat: bool| match flat {
+        true => History::read(inputs.base, Some(&name)),
+        false => History::read(&inputs.base.join(&name), None),
     };
-    if !same_file(inputs, disk, &history) {
+    let chained = |h: &History| {
+        let mut levels = h.entries.iter().map(|e| e.level);
+        same_file(inputs, disk, h) && levels.any(|l| matches!(l, Level::Full | Level::Inc))
+    };
+    if !chained(&read(!flat)?) || chained(&read(flat)?) {
         return Ok(());
     }
     let (there, word) =

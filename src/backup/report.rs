@@ -35,9 +35,17 @@ pub struct DiskReport {
 
 impl Report {
     /// For a dry run: the error that the real one would end with, as far as can be known.
-    pub fn forecast(&self) -> Result<()> {
+    pub fn forecast(&self, strict: bool) -> Result<()> {
         let (bad, good) = (self.plan.refused.len(), self.plan.disks.len());
-        let Some((_, first)) = self.plan.refused.first() else { return Ok(()) };
+        let Some((_, first)) = self.plan.refused.first() else {
+            return match self.plan.skipped.first().filter(|_| strict) {
+                Some(s) => {
+                    let text = format!("{} would be skipped: {}", s.disk, s.reason);
+                    Err(Error::new(Kind::Skipped, text))
+                }
+                None => Ok(()),
+            };
+        };
         let kind = if good > 0 { Kind::Partial } else { first.kind() };
         let text = format!("{bad} of {} disks would have no new point", bad.saturating_add(good));
         Err(Error::new(kind, text))

@@ -393,18 +393,29 @@ fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
     })
 }
 
-/// Of the backups of which only manifests are left, the newest one, if nothing newer is there.
+/// Of the backups of which only manifests are left, the newest one, if nothing newer is there. (A COPY
+/// is nobody's base: it may be moved away.)
 fn newest_lost(tree: &Tree, group: &Group) -> Option<Finding> {
-    let newest = group.members.iter().filter_map(|b| b.stamp).max();
-    let lost = group.lost.iter().filter(|l| Some(l.stamp) > newest).max_by_key(|l| l.stamp)?;
+    let time = |b: &Belongs| match tree.files[b.file].manifest.as_deref() {
+        Some(m) => m.state_time(b.stamp.or(Some(m.time))),
+        None => b.stamp,
+    };
+    let newest = group.members.iter().filter_map(time).max();
     let folder = tree.files[group.members.first()?.file].path.parent()?;
-    let finding = Finding::warning(Kind::Incomplete, folder.join(&lost.name), NEWEST_LOST);
-    Some(Finding {
-        remedy: Some(
-            "restore it from another copy; or remove its manifest, if it is not to be there".into(),
-        ),
-        ..finding
-    })
+    let lost = (group.lost.iter())
+        .filter(|l| l.level != Level::Copy && Some(l.stamp) > newest)
+        // It may have been published since the images were listed.
+        .filter(|l| std::fs::symlink_metadata(folder.join(&l.name)).is_err())
+        .max_by_key(|l| l.stamp)?;
+    Some(lost_finding(&folder.join(&lost.name)))
+}
+
+/// The finding of [`Disk::newest_lost`].
+pub(super) fn lost_finding(image: &Path) -> Finding {
+    let remedy = "restore it from another copy; or remove its manifest, if it is not to be there \
+                  (qmprestore's commit leaves such)";
+    let finding = Finding::warning(Kind::Incomplete, image, NEWEST_LOST);
+    Finding { remedy: Some(remedy.into()), ..finding }
 }
 
 /// A note that a file is of a later state than its name says.

@@ -390,7 +390,7 @@ pub fn run(args: &BackupArgs) -> Result<()> {
     let report = result.inspect_err(|e| console.log_error(e))?;
     if options.dry_run {
         print_plan(&report, args.show.progress == Style::Json)?;
-        return report.forecast();
+        return report.forecast(options.strict);
     }
     tell(&console, &report);
     report.verdict(options.strict, options.moment.quiesce).inspect_err(|e| console.log_error(e))

@@ -26,7 +26,7 @@ use crate::units::human_bytes;
 /// its data was read. Use 'fleecefs verify' for that.
 ///
 /// The exit code is 0 if the directory could be read, whatever was found in it; with --strict it is
-/// 12 if a point cannot be served.
+/// 12 if a point cannot be served, or if the newest backup of a disk is gone.
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// The backup directory
@@ -34,7 +34,7 @@ pub struct ListArgs {
     /// Print everything as JSON
     #[arg(long)]
     json: bool,
-    /// Fail (exit code 12) if a point cannot be served
+    /// Fail (exit code 12) if a point cannot be served, or if a disk's newest backup is gone
     #[arg(long)]
     strict: bool,
 }

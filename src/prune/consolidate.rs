@@ -67,7 +67,9 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
     // Not the latest that can be served: to merge up to another than was meant cannot be undone.
     let newest = || disk.points.iter().rposition(|p| p.level != Level::Snapshot);
     if let (true, Some(lost)) = (until == "latest", disk.newest_lost()) {
-        return Err(Error::new(Kind::Incomplete, "the newest backup is gone").at_path(lost));
+        return Err(Error::new(Kind::Incomplete, "the newest backup is gone")
+            .at_path(lost)
+            .remedy("name the last point to merge"));
     }
     let Some(point) = find(until).or_else(|| (until == "latest").then(newest).flatten()) else {
         let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));

@@ -132,6 +132,11 @@ fn contains(path: &Path, filter: &OsStr) -> bool {
 
 fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
     let Some(until) = until else {
+        if let Some(lost) = disk.newest_lost() {
+            return Err(Error::new(Kind::Incomplete, "the newest backup is gone")
+                .at_path(lost)
+                .remedy("--until names the last image to take in"));
+        }
         // The newest, even if it cannot be served: to leave it out silently would be wrong.
         let newest = disk.points.iter().rposition(|p| p.level != Level::Snapshot);
         return newest.ok_or_else(|| Error::new(Kind::NotFound, "the disk has no points"));
