@@ -221,10 +221,10 @@ fn an_image_that_could_not_be_checked_is_not_removed() {
     run.wait().unwrap();
     let before = leftovers(&caller.target);
     assert!(!before.is_empty());
-    // A Ctrl-C reaches qemu-img too; it may be locked out, or not there at all.
+    // It may be killed (a Ctrl-C reaches it, too), locked out, or not there at all.
     let nothing = tempfile::tempdir().unwrap();
     let busy = "echo 'Failed to get \"write\" lock' >&2; exit 1";
-    let scripts = [false_qemu_img("kill -INT $$"), false_qemu_img(busy), nothing];
+    let scripts = [false_qemu_img("kill -KILL $$"), false_qemu_img(busy), nothing];
     for (i, path) in scripts.iter().enumerate() {
         let mut c = recovery(&caller, &[]);
         let out = c.env("PATH", path.path()).output().unwrap();
