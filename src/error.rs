@@ -102,6 +102,19 @@ impl Kind {
     }
 }
 
+/// Why a file was not touched, although the operating system would have let us: it is a symbolic
+/// link, a pipe, too large. The source of an [`io::Error`] of the folder gate.
+#[derive(Debug)]
+pub struct Refused(pub &'static str);
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl StdError for Refused {}
+
 /// An error with its context.
 #[derive(Debug)]
 pub struct Error {
@@ -136,6 +149,8 @@ impl Error {
             Some(libc::ENOSPC) | Some(libc::EDQUOT) => Kind::NoSpace,
             Some(libc::ETIMEDOUT) => Kind::Timeout,
             _ if source.kind() == io::ErrorKind::UnexpectedEof => Kind::Truncated,
+            _ if source.get_ref().is_some_and(|e| e.is::<Refused>()) => Kind::Unsupported,
+            _ if source.kind() == io::ErrorKind::InvalidInput => Kind::Unsupported,
             _ => Kind::Io,
         };
         Error::new(kind, message).with_source(source)

@@ -3,7 +3,8 @@
 //!
 //! The rooms, each of which imports only from those above it (`tests/layering.rs` watches that):
 //!
-//! - [`error`], [`units`], [`progress`], [`lock`]: what everybody needs
+//! - [`error`], [`units`], [`progress`]: what everybody needs
+//! - [`folder`]: the one way to reach files in folders that others may own; [`lock`] on top of it
 //! - [`storage`], [`hash`]: positioned reads, and the hash of a whole file
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
@@ -19,6 +20,7 @@ pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod extent;
+pub mod folder;
 pub mod fs;
 pub mod fuse;
 pub mod hash;

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 /// The rooms, lowest first. A room may import from those before it, and from itself.
-const ORDER: [&str; 20] = [
-    "error", "units", "progress", "storage", "hash", "lock", "qemu_img", "extent", "layer",
-    "chain", "image", "fs", "fuse", "qmp", "backup", "restore", "verify", "prune", "cli", "main",
+const ORDER: [&str; 21] = [
+    "error", "units", "progress", "folder", "storage", "hash", "lock", "qemu_img", "extent",
+    "layer", "chain", "image", "fs", "fuse", "qmp", "backup", "restore", "verify", "prune", "cli",
+    "main",
 ];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

@@ -1,0 +1,92 @@
+//! Locks on files: held by flock(2), so that a killed process leaves none.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::{FileId, Folder, refused};
+
+/// How often somebody may take a lock file's name away while it is being locked.
+const TRIES: usize = 16;
+
+/// A lock, held until it is dropped.
+#[derive(Debug)]
+pub struct Lock {
+    file: File,
+}
+
+/// What [`Locked::of`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locked {
+    /// This process has the lock.
+    Own,
+    /// Somebody else has it.
+    Other,
+    /// This file system has no locks.
+    Without,
+}
+
+impl Locked {
+    /// Tries to lock an open file.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn of(file: &File) -> io::Result<Self> {
+        loop {
+            return match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => Ok(Locked::Own),
+                Err(Errno::INTR) => continue,
+                Err(Errno::WOULDBLOCK) => Ok(Locked::Other),
+                Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                    Ok(Locked::Without)
+                }
+                Err(e) => Err(e.into()),
+            };
+        }
+    }
+}
+
+impl Lock {
+    /// See [`Folder::lock`].
+    pub(super) fn take(folder: &Folder, name: &OsStr) -> io::Result<Option<Lock>> {
+        for _ in 0..TRIES {
+            let file = open(folder, name)?;
+            match Locked::of(&file)? {
+                Locked::Other => return Ok(None),
+                Locked::Own => {}
+                Locked::Without => log::warn!(
+                    "{}: this file system has no locks: make sure that only one fleecefs writes here",
+                    crate::error::path_text(&folder.join(name))
+                ),
+            }
+            // Its last holder may have removed it before it was locked here.
+            let there = super::absent_is_none(folder.look(name))?;
+            if there.map(|m| FileId::of(&m)) == Some(FileId::of(&file.metadata()?)) {
+                return Ok(Some(Lock { file }));
+            }
+        }
+        Err(refused("the lock file is exchanged again and again"))
+    }
+
+    /// The open lock file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+fn open(folder: &Folder, name: &OsStr) -> io::Result<File> {
+    let flags =
+        OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let fd = match rustix::fs::openat(folder.as_fd(), name, flags, Mode::RUSR | Mode::WUSR) {
+        Err(Errno::LOOP) => return Err(refused("the lock file is a symbolic link")),
+        other => other?,
+    };
+    let file = File::from(fd);
+    if !file.metadata()?.is_file() {
+        return Err(refused("the lock file is not a plain file"));
+    }
+    Ok(file)
+}

@@ -1,0 +1,623 @@
+//! The folder gate: the one way to reach files in a folder that somebody else may own or write.
+//!
+//! fleecefs runs as root over folders of others, who may exchange any name for a symbolic link, a
+//! pipe, a device or another folder at any time. So nothing is reached twice by its path:
+//!
+//! - A [`Folder`] holds a descriptor. Its path was walked without following a symbolic link. (Links
+//!   on the command line are followed once, by [`resolve`], before anything is opened.)
+//! - Everything in it is named by one plain file name: no `/`, no `.` or `..`, see [`plain`].
+//! - A name is looked at before it is opened, and only plain files are opened, for good: see
+//!   [`Folder::open_file`].
+//! - What is read whole has a limit: [`Folder::read_small`].
+//! - What is written appears whole or not at all: [`Temp`].
+//!
+//! The functions in this file that take a path ([`open_file`], [`read_small`] and so on) are the same
+//! for a single act: they open the folder without following links, act, and close it.
+//!
+//! `clippy.toml` forbids `std::fs` everywhere else.
+
+#![allow(clippy::disallowed_methods)]
+
+mod lock;
+mod name;
+mod open;
+mod owner;
+mod resolve;
+mod temp;
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+
+pub use lock::{Lock, Locked};
+pub use name::{PlainName, plain};
+pub use owner::{ForeignOwner, check_private, foreign_owner};
+pub use resolve::{resolve, resolve_target};
+pub use temp::{Replace, TEMPORARY, Temp, sweep};
+
+/// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
+/// the path in the meantime.
+#[derive(Debug)]
+pub struct Folder {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+/// What a name in a folder stands for, as far as listing it tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EntryKind {
+    /// A plain file.
+    File,
+    /// A folder.
+    Folder,
+    /// A symbolic link.
+    Link,
+    /// A pipe, socket or device.
+    Other,
+}
+
+/// One name of a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: OsString,
+    /// What it stands for.
+    pub kind: EntryKind,
+}
+
+/// Device and inode number: which file a name stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct FileId {
+    /// Device number.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+}
+
+impl FileId {
+    /// Reads it off file metadata.
+    pub fn of(meta: &Metadata) -> Self {
+        use std::os::unix::fs::MetadataExt;
+        FileId { dev: meta.dev(), ino: meta.ino() }
+    }
+}
+
+/// How a plain file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// For reading.
+    Read,
+    /// For writing alone.
+    Write,
+    /// For reading and for changing it in place. A file with more than one name is refused: its
+    /// other name may be anywhere.
+    ReadWrite,
+}
+
+impl Folder {
+    /// Opens a folder by its path, on which no component may be a symbolic link.
+    ///
+    /// # Errors
+    /// What the operating system said; a refusal if there is a link on the path.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let path = std::path::absolute(path)?;
+        let fd = open::folder(rustix::fs::CWD, &path)?;
+        Ok(Folder { fd, path })
+    }
+
+    /// Opens the folder that `path` is in, and gives the last component.
+    ///
+    /// # Errors
+    /// As [`Folder::open`]; `InvalidInput` if the path ends in `..` or is `/`.
+    pub fn of(path: &Path) -> io::Result<(Self, OsString)> {
+        let path = std::path::absolute(path)?;
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"));
+        };
+        Ok((Folder::open(parent)?, name.to_os_string()))
+    }
+
+    /// The folder `name` in this one.
+    ///
+    /// # Errors
+    /// What the operating system said; a refusal if it is a link.
+    pub fn folder(&self, name: impl AsRef<OsStr>) -> io::Result<Folder> {
+        let name = plain(name.as_ref())?;
+        let fd = open::folder(self.fd.as_fd(), Path::new(name))?;
+        Ok(Folder { fd, path: self.path.join(name) })
+    }
+
+    /// The folder at the relative path `below`, each component a plain name.
+    ///
+    /// # Errors
+    /// As [`Folder::folder`].
+    pub fn beneath(&self, below: &Path) -> io::Result<Folder> {
+        let mut folder = self.try_clone()?;
+        for part in below.components() {
+            folder = folder.folder(part.as_os_str())?;
+        }
+        Ok(folder)
+    }
+
+    /// Another handle of the same folder.
+    ///
+    /// # Errors
+    /// No more descriptors.
+    pub fn try_clone(&self) -> io::Result<Folder> {
+        Ok(Folder { fd: self.fd.try_clone()?, path: self.path.clone() })
+    }
+
+    /// The path by which it was opened, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The path of `name` in it, for messages.
+    pub fn join(&self, name: impl AsRef<OsStr>) -> PathBuf {
+        self.path.join(name.as_ref())
+    }
+
+    /// The folder's own metadata.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        File::from(self.fd.try_clone()?).metadata()
+    }
+
+    /// Metadata of `name`; of the link itself if it is one.
+    ///
+    /// # Errors
+    /// What the operating system said, `NotFound` among it.
+    pub fn look(&self, name: impl AsRef<OsStr>) -> io::Result<Metadata> {
+        self.probe(name.as_ref())?.metadata()
+    }
+
+    /// Whether `name` is there, as anything at all.
+    pub fn has(&self, name: impl AsRef<OsStr>) -> bool {
+        self.look(name).is_ok()
+    }
+
+    /// All names, in no order.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn entries(&self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for entry in rustix::fs::Dir::new(self.reopen()?)? {
+            let entry = entry?;
+            let bytes = entry.file_name().to_bytes();
+            if bytes == b"." || bytes == b".." {
+                continue;
+            }
+            let name = OsStr::from_bytes(bytes).to_os_string();
+            let kind = match kind_of(entry.file_type()) {
+                Some(kind) => kind,
+                // Not every file system tells in its listing; a name that is gone again is no entry.
+                None => match self.look(&name) {
+                    Ok(meta) => kind_of_file(&meta),
+                    Err(_) => continue,
+                },
+            };
+            entries.push(Entry { name, kind });
+        }
+        Ok(entries)
+    }
+
+    /// Opens the plain file `name` for reading.
+    ///
+    /// The name is opened as a mere handle first, which has no effect on a pipe or a device; only if
+    /// that is a plain file it is opened for good, through the handle.
+    ///
+    /// # Errors
+    /// What the operating system said; a refusal for anything but a plain file.
+    pub fn open_file(&self, name: impl AsRef<OsStr>) -> io::Result<File> {
+        self.open_with(name, Access::Read)
+    }
+
+    /// As [`Folder::open_file`], with a choice of access.
+    ///
+    /// # Errors
+    /// As [`Folder::open_file`].
+    pub fn open_with(&self, name: impl AsRef<OsStr>, access: Access) -> io::Result<File> {
+        let name = name.as_ref();
+        let probe = self.probe(name)?;
+        open::plain_file(self.fd.as_fd(), name, &probe, access)
+    }
+
+    /// The whole contents of a plain file of at most `max` bytes.
+    ///
+    /// # Errors
+    /// As [`Folder::open_file`]; a refusal if it is longer.
+    pub fn read_small(&self, name: impl AsRef<OsStr>, max: u64) -> io::Result<Vec<u8>> {
+        read_bounded(self.open_file(name)?, max)
+    }
+
+    /// As [`Folder::read_small`]; `None` if there is no such file.
+    ///
+    /// # Errors
+    /// As [`Folder::read_small`].
+    pub fn read_if_there(&self, name: impl AsRef<OsStr>, max: u64) -> io::Result<Option<Vec<u8>>> {
+        absent_is_none(self.read_small(name, max))
+    }
+
+    /// The text of a symbolic link, which is not followed.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn read_link(&self, name: impl AsRef<OsStr>) -> io::Result<PathBuf> {
+        let text = rustix::fs::readlinkat(&self.fd, plain(name.as_ref())?, Vec::new())?;
+        Ok(PathBuf::from(OsStr::from_bytes(text.to_bytes())))
+    }
+
+    /// Makes a symbolic link with this text.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn make_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
+        Ok(rustix::fs::symlinkat(text, &self.fd, plain(name.as_ref())?)?)
+    }
+
+    /// Makes an empty file with mode 0600 that was not there.
+    ///
+    /// # Errors
+    /// What the operating system said, `AlreadyExists` among it.
+    pub fn create_new(&self, name: impl AsRef<OsStr>) -> io::Result<File> {
+        let flags =
+            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let fd = rustix::fs::openat(&self.fd, plain(name.as_ref())?, flags, mode)?;
+        Ok(File::from(fd))
+    }
+
+    /// The folder `name`, made with mode 0700 if it is not there; its name survives a power cut.
+    ///
+    /// # Errors
+    /// What the operating system said; a refusal if the name is a link.
+    pub fn make_folder(&self, name: impl AsRef<OsStr>) -> io::Result<Folder> {
+        let name = plain(name.as_ref())?;
+        match rustix::fs::mkdirat(&self.fd, name, Mode::RWXU) {
+            Ok(()) => match self.sync() {
+                // A folder may let others make folders in it and not look into it.
+                Err(e) if e.kind() != io::ErrorKind::PermissionDenied => return Err(e),
+                _ => {}
+            },
+            Err(rustix::io::Errno::EXIST) => {}
+            Err(e) => return Err(e.into()),
+        }
+        self.folder(name)
+    }
+
+    /// Renames, replacing what has the new name.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn rename(
+        &self,
+        name: impl AsRef<OsStr>,
+        to: &Folder,
+        new: impl AsRef<OsStr>,
+    ) -> io::Result<()> {
+        let (from, new) = (plain(name.as_ref())?, plain(new.as_ref())?);
+        Ok(rustix::fs::renameat(&self.fd, from, &to.fd, new)?)
+    }
+
+    /// Renames without replacing anything.
+    ///
+    /// # Errors
+    /// What the operating system said, `AlreadyExists` among it.
+    pub fn rename_new(
+        &self,
+        name: impl AsRef<OsStr>,
+        to: &Folder,
+        new: impl AsRef<OsStr>,
+    ) -> io::Result<()> {
+        use rustix::io::Errno;
+        let (from, new) = (plain(name.as_ref())?, plain(new.as_ref())?);
+        match rustix::fs::renameat_with(&self.fd, from, &to.fd, new, RenameFlags::NOREPLACE) {
+            // NFS, CIFS and some FUSE file systems.
+            Err(Errno::INVAL | Errno::NOSYS) => self.rename_new_by_link(from, to, new),
+            Err(Errno::EXIST) if self.same_file(from, to, new) => self.remove(from),
+            other => Ok(other?),
+        }
+    }
+
+    /// [`Folder::rename_new`] where the file system can't: a second name, then the first one goes. A
+    /// crash in between leaves both, which the next call notices.
+    fn rename_new_by_link(&self, from: &OsStr, to: &Folder, new: &OsStr) -> io::Result<()> {
+        use rustix::io::Errno;
+        match rustix::fs::linkat(&self.fd, from, &to.fd, new, AtFlags::empty()) {
+            Ok(()) => self.remove(from),
+            Err(Errno::EXIST) if self.same_file(from, to, new) => self.remove(from),
+            // No second names either (FAT, some shares): the directory's lock keeps fleecefs out.
+            Err(Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS | Errno::MLINK | Errno::INVAL) => {
+                if to.has(new) {
+                    return Err(Errno::EXIST.into());
+                }
+                log::debug!("{}: renamed after a look", to.join(new).display());
+                self.rename(from, to, new)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn same_file(&self, name: &OsStr, other: &Folder, theirs: &OsStr) -> bool {
+        let id = |f: &Folder, n: &OsStr| f.look(n).ok().map(|m| FileId::of(&m));
+        id(self, name).is_some() && id(self, name) == id(other, theirs)
+    }
+
+    /// Gives the plain file `name` a second name.
+    ///
+    /// # Errors
+    /// What the operating system said, `AlreadyExists` among it.
+    pub fn link(
+        &self,
+        name: impl AsRef<OsStr>,
+        to: &Folder,
+        new: impl AsRef<OsStr>,
+    ) -> io::Result<()> {
+        let (from, new) = (plain(name.as_ref())?, plain(new.as_ref())?);
+        Ok(rustix::fs::linkat(&self.fd, from, &to.fd, new, AtFlags::empty())?)
+    }
+
+    /// Removes a name that is no folder.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn remove(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.fd, plain(name.as_ref())?, AtFlags::empty())?)
+    }
+
+    /// As [`Folder::remove`]; whether there was one.
+    ///
+    /// # Errors
+    /// What the operating system said, but for `NotFound`.
+    pub fn remove_if_there(&self, name: impl AsRef<OsStr>) -> io::Result<bool> {
+        Ok(absent_is_none(self.remove(name))?.is_some())
+    }
+
+    /// Removes a name if it still stands for the file `id`; whether it did.
+    ///
+    /// # Errors
+    /// What the operating system said, but for `NotFound`.
+    pub fn remove_if_same(&self, name: impl AsRef<OsStr>, id: FileId) -> io::Result<bool> {
+        let name = name.as_ref();
+        let there = absent_is_none(self.look(name))?.map(|m| FileId::of(&m));
+        if there != Some(id) {
+            return Ok(false);
+        }
+        self.remove_if_there(name)
+    }
+
+    /// Removes an empty folder.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn remove_folder(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.fd, plain(name.as_ref())?, AtFlags::REMOVEDIR)?)
+    }
+
+    /// Makes what happened to names in it survive a power cut. File systems that have no such thing
+    /// (some FUSE ones) are left alone.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn sync(&self) -> io::Result<()> {
+        match rustix::fs::fsync(self.reopen()?) {
+            Err(
+                rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP,
+            ) => {
+                log::debug!("{}: this file system does not sync folders", self.path.display());
+                Ok(())
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Space on its file system.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn space(&self) -> io::Result<rustix::fs::StatVfs> {
+        Ok(rustix::fs::fstatvfs(&self.fd)?)
+    }
+
+    /// Writes a small file, mode 0600, whole or not at all, replacing what was there; it survives a
+    /// power cut.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn write_whole(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> io::Result<()> {
+        let temp = self.temp()?;
+        io::Write::write_all(&mut temp.file(), bytes)?;
+        temp.publish(name.as_ref(), Replace::Yes)
+    }
+
+    /// A new file in this folder that has no name yet, or one that nobody can guess.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn temp(&self) -> io::Result<Temp> {
+        Temp::create(self.try_clone()?)
+    }
+
+    /// Opens or makes the lock file `name` and locks it; `None` if somebody else has it.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn lock(&self, name: impl AsRef<OsStr>) -> io::Result<Option<Lock>> {
+        Lock::take(self, plain(name.as_ref())?)
+    }
+
+    /// Its descriptor, for system calls that are made with a descriptor.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// `/proc/self/fd/N`: a path to this very folder, good for as long as it is open and in this
+    /// process alone (a socket's address, an inotify watch).
+    pub fn proc_path(&self) -> PathBuf {
+        open::proc_path(self.fd.as_raw_fd())
+    }
+
+    /// A handle of what `name` stands for, whatever that is.
+    fn probe(&self, name: &OsStr) -> io::Result<File> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(File::from(rustix::fs::openat(&self.fd, plain(name)?, flags, Mode::empty())?))
+    }
+
+    /// The same folder, readable.
+    fn reopen(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.fd, ".", flags, Mode::empty())?)
+    }
+}
+
+fn kind_of(kind: rustix::fs::FileType) -> Option<EntryKind> {
+    use rustix::fs::FileType;
+    match kind {
+        FileType::RegularFile => Some(EntryKind::File),
+        FileType::Directory => Some(EntryKind::Folder),
+        FileType::Symlink => Some(EntryKind::Link),
+        FileType::Unknown => None,
+        _ => Some(EntryKind::Other),
+    }
+}
+
+fn kind_of_file(meta: &Metadata) -> EntryKind {
+    match () {
+        () if meta.is_file() => EntryKind::File,
+        () if meta.is_dir() => EntryKind::Folder,
+        () if meta.is_symlink() => EntryKind::Link,
+        () => EntryKind::Other,
+    }
+}
+
+/// Reads to the end, at most `max` bytes.
+fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max {
+        return Err(refused("the file is larger than such a file can be"));
+    }
+    Ok(bytes)
+}
+
+/// `NotFound` as `None`.
+///
+/// # Errors
+/// Every other one.
+pub fn absent_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// A refusal of the gate's own; [`crate::error::Error::io`] makes it `Unsupported`.
+fn refused(why: &'static str) -> io::Error {
+    io::Error::other(crate::error::Refused(why))
+}
+
+/// Opens the plain file at `path` for reading: [`Folder::open_file`] for a single act.
+///
+/// # Errors
+/// As [`Folder::of`] and [`Folder::open_file`].
+pub fn open_file(path: &Path) -> io::Result<File> {
+    open_with(path, Access::Read)
+}
+
+/// [`Folder::open_with`] for a single act.
+///
+/// # Errors
+/// As [`Folder::of`] and [`Folder::open_with`].
+pub fn open_with(path: &Path, access: Access) -> io::Result<File> {
+    let path = std::path::absolute(path)?;
+    let probe = open::handle(&path)?;
+    open::plain_file(rustix::fs::CWD, path.as_os_str(), &probe, access)
+}
+
+/// Metadata of `path`, of the link itself if it is one; no link on the way to it is followed.
+///
+/// # Errors
+/// What the operating system said, `NotFound` among it.
+pub fn look(path: &Path) -> io::Result<Metadata> {
+    open::handle(&std::path::absolute(path)?)?.metadata()
+}
+
+/// Whether there is something at `path`.
+pub fn exists(path: &Path) -> bool {
+    look(path).is_ok()
+}
+
+/// Whether `path` is a folder and no link.
+pub fn is_folder(path: &Path) -> bool {
+    look(path).is_ok_and(|m| m.is_dir())
+}
+
+/// Whether `path` is a plain file and no link.
+pub fn is_file(path: &Path) -> bool {
+    look(path).is_ok_and(|m| m.is_file())
+}
+
+/// [`Folder::read_small`] for a single act.
+///
+/// # Errors
+/// As [`Folder::of`] and [`Folder::read_small`].
+pub fn read_small(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    read_bounded(open_file(path)?, max)
+}
+
+/// [`Folder::entries`] for a single act.
+///
+/// # Errors
+/// As [`Folder::open`] and [`Folder::entries`].
+pub fn entries(path: &Path) -> io::Result<Vec<Entry>> {
+    Folder::open(path)?.entries()
+}
+
+/// [`Folder::write_whole`] for a single act.
+///
+/// # Errors
+/// As [`Folder::of`] and [`Folder::write_whole`].
+pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let (folder, name) = Folder::of(path)?;
+    folder.write_whole(name, bytes)
+}
+
+/// [`Folder::remove_if_there`] for a single act.
+///
+/// # Errors
+/// As [`Folder::of`] and [`Folder::remove_if_there`].
+pub fn remove_if_there(path: &Path) -> io::Result<bool> {
+    let Some((folder, name)) = absent_is_none(Folder::of(path))? else { return Ok(false) };
+    folder.remove_if_there(name)
+}
+
+/// Makes the folder `path` and those above it that are missing, each with mode 0700, so that they
+/// survive a power cut, and gives it.
+///
+/// # Errors
+/// What the operating system said; a refusal if there is a link on the path.
+pub fn make_folders(path: &Path) -> io::Result<Folder> {
+    let path = std::path::absolute(path)?;
+    let there = path.ancestors().find_map(|a| match Folder::open(a) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        other => Some(other),
+    });
+    let mut folder = there.unwrap_or_else(|| Folder::open(Path::new("/")))?;
+    let missing = path.strip_prefix(&folder.path).map(Path::to_path_buf).unwrap_or_default();
+    for part in missing.components() {
+        folder = folder.make_folder(part.as_os_str())?;
+    }
+    Ok(folder)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,78 @@
+//! Whose a folder is.
+//!
+//! Folders of backups may be anybody's: the gate keeps every act inside them. Folders that decide
+//! what root does (state, our own sockets, hooks, configuration) may not.
+//!
+//! Access control lists count: where there is one, the group bits of a file's mode are the mask, the
+//! most that any entry of the list allows (acl(5)), so that they tell whether others may write.
+
+use std::fs::Metadata;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::{Folder, look};
+use crate::error::{Error, Kind, Result, path_text};
+
+/// Write permission of group and others.
+const OTHERS_WRITE: u32 = 0o022;
+/// Only an entry's owner may rename or remove it.
+const STICKY: u32 = 0o1000;
+
+/// Fails unless the folder `path` and all above it are root's or the caller's own, and nobody else
+/// may write to them. (Above it others may, where the sticky bit keeps them from renaming it.)
+///
+/// # Errors
+/// `Permission` naming the folder that somebody else may change; what the operating system said.
+pub fn check_private(path: &Path) -> Result<()> {
+    for folder in path.ancestors() {
+        let meta =
+            look(folder).map_err(|e| Error::io(e, "cannot look at the folder").at_path(folder))?;
+        let shared = may_others_write(&meta) && (folder == path || meta.mode() & STICKY == 0);
+        if is_own(&meta) && !shared {
+            continue;
+        }
+        let whose = match is_own(&meta) {
+            true => "other users may write to it".to_string(),
+            false => format!("it belongs to user {}", meta.uid()),
+        };
+        let what = format!("{} is not safe here: {whose}", path_text(path));
+        return Err(Error::new(Kind::Permission, what).at_path(folder).remedy(
+            "name a folder that belongs to you or root and that nobody else may write to (chmod go-w)",
+        ));
+    }
+    Ok(())
+}
+
+fn is_own(meta: &Metadata) -> bool {
+    meta.uid() == 0 || meta.uid() == rustix::process::geteuid().as_raw()
+}
+
+/// A user's own group (same number as the user) counts as the user.
+fn may_others_write(meta: &Metadata) -> bool {
+    let own_group = meta.uid() != 0 && meta.gid() == meta.uid();
+    let mask = if own_group { 0o002 } else { OTHERS_WRITE };
+    meta.mode() & mask != 0
+}
+
+/// Who else may change what is in a folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForeignOwner {
+    /// It belongs to this user, who is neither root nor the caller.
+    User(u32),
+    /// Its group, or everybody, may write to it.
+    Others,
+}
+
+/// Who besides root and the caller may change what is in the folder; `None` if nobody.
+///
+/// # Errors
+/// What the operating system said.
+pub fn foreign_owner(folder: &Folder) -> io::Result<Option<ForeignOwner>> {
+    let meta = folder.metadata()?;
+    Ok(match () {
+        () if !is_own(&meta) => Some(ForeignOwner::User(meta.uid())),
+        () if may_others_write(&meta) => Some(ForeignOwner::Others),
+        () => None,
+    })
+}

@@ -1,0 +1,88 @@
+//! Paths from the command line, resolved once: links are followed, but not where somebody uses one to
+//! lead root to what is not his.
+//!
+//! The rule is systemd's CHASE_SAFE for links: a link that belongs to neither root nor the caller may
+//! lead only to what belongs to the link's owner. What is resolved has no link on it, and is opened
+//! by the gate, which follows none.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+
+use super::{absent_is_none, look, refused};
+
+/// How many links are followed: as many as Linux does.
+const LINKS: usize = 40;
+
+/// The absolute path of something that exists, without links.
+///
+/// # Errors
+/// What the operating system said; a refusal where a link of somebody else's leads to what isn't his.
+pub fn resolve(path: &Path) -> io::Result<PathBuf> {
+    let mut links = LINKS;
+    let path = std::path::absolute(path)?;
+    let real = follow(PathBuf::from("/"), &path, &mut links)?;
+    look(&real)?;
+    Ok(real)
+}
+
+/// As [`resolve`], of something that need not exist yet: its folder has to.
+///
+/// # Errors
+/// As [`resolve`]; `InvalidInput` if the path has no last name.
+pub fn resolve_target(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return resolve(&path);
+    };
+    let target = resolve(parent)?.join(name);
+    match absent_is_none(look(&target))? {
+        Some(meta) if meta.is_symlink() => resolve(&target),
+        _ => Ok(target),
+    }
+}
+
+/// Walks `path` from `base`, which has no links.
+fn follow(base: PathBuf, path: &Path, links: &mut usize) -> io::Result<PathBuf> {
+    let mut at = if path.is_absolute() { PathBuf::from("/") } else { base };
+    let parts: Vec<OsString> = path.components().filter_map(part).collect();
+    for (i, part) in parts.iter().enumerate() {
+        if part == ".." {
+            at.pop();
+            continue;
+        }
+        let next = at.join(part);
+        let meta = look(&next)?;
+        if meta.is_symlink() {
+            at = follow_link(&at, &next, meta.uid(), links)?;
+        } else if i + 1 < parts.len() && !meta.is_dir() {
+            return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
+        } else {
+            at = next;
+        }
+    }
+    Ok(at)
+}
+
+fn part(component: Component<'_>) -> Option<OsString> {
+    match component {
+        Component::Normal(name) => Some(name.to_os_string()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    }
+}
+
+/// Where the link `link` in the folder `folder` leads, if its owner may lead there.
+fn follow_link(folder: &Path, link: &Path, owner: u32, links: &mut usize) -> io::Result<PathBuf> {
+    *links = links.checked_sub(1).ok_or_else(|| io::Error::from_raw_os_error(libc::ELOOP))?;
+    let text = std::fs::read_link(link)?;
+    let end = follow(folder.to_path_buf(), &text, links)?;
+    let own = rustix::process::geteuid().as_raw();
+    if owner != 0 && owner != own && look(&end)?.uid() != owner {
+        return Err(refused(
+            "a symbolic link of another user leads to what does not belong to him",
+        ));
+    }
+    Ok(end)
+}

@@ -1,0 +1,247 @@
+use super::*;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+fn scene() -> (tempfile::TempDir, Folder) {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Folder::open(&dir.path().canonicalize().unwrap()).unwrap();
+    (dir, folder)
+}
+
+fn is_refused(e: io::Error) -> bool {
+    crate::error::Error::io(e, "").kind() == crate::error::Kind::Unsupported
+}
+
+fn fifo(path: &Path) {
+    use std::os::unix::ffi::OsStrExt;
+    let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
+    // SAFETY: a string that ends in NUL.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+}
+
+#[test]
+fn only_plain_names_are_names() {
+    let (_dir, folder) = scene();
+    for bad in ["", ".", "..", "a/b", "/etc/passwd", "a\0b", &"x".repeat(256)] {
+        assert!(PlainName::new(bad).is_err(), "{bad:?}");
+        assert!(folder.create_new(bad).is_err(), "{bad:?}");
+        assert!(folder.remove(bad).is_err(), "{bad:?}");
+        assert!(folder.look(bad).is_err(), "{bad:?}");
+    }
+    let name: PlainName = serde_json::from_str("\"a\"").unwrap();
+    assert_eq!(name.as_os_str(), "a");
+    assert!(serde_json::from_str::<PlainName>("\"../a\"").is_err());
+}
+
+#[test]
+fn links_are_followed_nowhere() {
+    let (dir, folder) = scene();
+    std::fs::create_dir(dir.path().join("real")).unwrap();
+    std::fs::write(dir.path().join("real/file"), "x").unwrap();
+    symlink("real", dir.path().join("link")).unwrap();
+    symlink("real/file", dir.path().join("to-file")).unwrap();
+    assert!(folder.folder("link").is_err());
+    assert!(is_refused(Folder::open(&folder.join("link")).unwrap_err()));
+    assert!(is_refused(folder.open_file("to-file").unwrap_err()));
+    assert!(is_refused(open_file(&folder.join("link/file")).unwrap_err()));
+    assert!(look(&folder.join("link/file")).is_err());
+    assert!(look(&folder.join("link")).unwrap().is_symlink());
+    assert!(folder.make_folder("link").is_err());
+    assert!(write_whole(&folder.join("link/new"), b"").is_err());
+    assert_eq!(read_small(&folder.join("real/file"), 1).unwrap(), b"x");
+    assert_eq!(folder.beneath(Path::new("real")).unwrap().entries().unwrap().len(), 1);
+    assert_eq!(folder.read_link("to-file").unwrap(), Path::new("real/file"));
+}
+
+#[test]
+fn the_walk_by_hand_refuses_links_too() {
+    let (dir, folder) = scene();
+    std::fs::create_dir_all(dir.path().join("real/deep")).unwrap();
+    symlink("real", dir.path().join("link")).unwrap();
+    let walk = |p: &str| {
+        open::walk(
+            folder.as_fd(),
+            Path::new(p),
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW,
+        )
+    };
+    assert!(walk("real/deep").is_ok());
+    assert_eq!(walk("link/deep").unwrap_err(), rustix::io::Errno::LOOP);
+    assert_eq!(walk("link").unwrap_err(), rustix::io::Errno::LOOP);
+    assert_eq!(walk("none").unwrap_err(), rustix::io::Errno::NOENT);
+    let absolute = dir.path().canonicalize().unwrap().join("real");
+    assert!(open::walk(rustix::fs::CWD, &absolute, OFlags::PATH).is_ok());
+}
+
+#[test]
+fn pipes_and_long_files_neither_block_nor_fill_the_memory() {
+    let (dir, folder) = scene();
+    fifo(&dir.path().join("pipe"));
+    assert!(is_refused(folder.open_file("pipe").unwrap_err()));
+    assert!(is_refused(folder.read_small("pipe", 10).unwrap_err()));
+    assert!(folder.lock("pipe").is_err());
+    std::fs::File::create(dir.path().join("long")).unwrap().set_len(1 << 40).unwrap();
+    assert!(is_refused(folder.read_small("long", 1000).unwrap_err()));
+    assert!(is_refused(open_file(Path::new("/dev/zero")).unwrap_err()));
+    assert!(folder.read_if_there("none", 1).unwrap().is_none());
+}
+
+#[test]
+fn what_has_two_names_is_not_changed_in_place() {
+    let (dir, folder) = scene();
+    std::fs::write(dir.path().join("a"), "x").unwrap();
+    drop(folder.open_with("a", Access::ReadWrite).unwrap());
+    std::fs::hard_link(dir.path().join("a"), dir.path().join("b")).unwrap();
+    assert!(is_refused(folder.open_with("a", Access::ReadWrite).unwrap_err()));
+    drop(folder.open_file("a").unwrap());
+}
+
+#[test]
+fn a_file_appears_whole_or_not_at_all() {
+    let (dir, folder) = scene();
+    for named in [false, true] {
+        let make = || match named {
+            true => Temp::create_named(folder.try_clone().unwrap()).unwrap(),
+            false => folder.temp().unwrap(),
+        };
+        let name = format!("file-{named}");
+        let temp = make();
+        temp.file().write_all(b"one").unwrap();
+        assert!(!folder.has(&name));
+        temp.publish(&name, Replace::No).unwrap();
+        assert_eq!(folder.read_small(&name, 9).unwrap(), b"one");
+        assert_eq!(folder.look(&name).unwrap().mode() & 0o777, 0o600);
+        let again = make().publish(&name, Replace::No).unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+        let temp = make();
+        temp.file().write_all(b"two").unwrap();
+        temp.publish(&name, Replace::Yes).unwrap();
+        assert_eq!(folder.read_small(&name, 9).unwrap(), b"two");
+        drop(make());
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn a_link_in_the_place_of_a_file_is_replaced_and_not_followed() {
+    let (dir, folder) = scene();
+    std::fs::write(dir.path().join("victim"), "v").unwrap();
+    symlink("victim", dir.path().join("name")).unwrap();
+    folder.write_whole("name", b"new").unwrap();
+    assert_eq!(folder.read_small("victim", 9).unwrap(), b"v");
+    assert_eq!(folder.read_small("name", 9).unwrap(), b"new");
+}
+
+#[test]
+fn only_what_a_killed_run_left_is_swept() {
+    let (dir, folder) = scene();
+    let living = Temp::create_named(folder.try_clone().unwrap()).unwrap();
+    std::fs::write(dir.path().join(format!("{TEMPORARY}dead")), "x").unwrap();
+    std::fs::write(dir.path().join(".disk.fleecefs-partial"), "x").unwrap();
+    std::fs::write(dir.path().join("disk"), "x").unwrap();
+    symlink("disk", dir.path().join(format!("{TEMPORARY}link"))).unwrap();
+    assert_eq!(sweep(&folder, &[".fleecefs-partial"]).unwrap(), 2);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
+    drop(living);
+}
+
+#[test]
+fn renaming_replaces_nothing_and_finishes_what_was_half_done() {
+    let (dir, folder) = scene();
+    std::fs::write(dir.path().join("a"), "a").unwrap();
+    std::fs::write(dir.path().join("b"), "b").unwrap();
+    let e = folder.rename_new("a", &folder, "b").unwrap_err();
+    assert_eq!(e.kind(), io::ErrorKind::AlreadyExists);
+    let e = folder.rename_new_by_link(OsStr::new("a"), &folder, OsStr::new("b")).unwrap_err();
+    assert_eq!(e.kind(), io::ErrorKind::AlreadyExists);
+    folder.rename_new_by_link(OsStr::new("a"), &folder, OsStr::new("c")).unwrap();
+    // As after a crash between the second name and the end of the first.
+    std::fs::hard_link(dir.path().join("c"), dir.path().join("a")).unwrap();
+    folder.rename_new("a", &folder, "c").unwrap();
+    assert!(!folder.has("a") && folder.has("b") && folder.has("c"));
+}
+
+#[test]
+fn removal_looks_at_what_it_removes() {
+    let (dir, folder) = scene();
+    std::fs::write(dir.path().join("a"), "a").unwrap();
+    let id = FileId::of(&folder.look("a").unwrap());
+    std::fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
+    std::fs::write(dir.path().join("a"), "other").unwrap();
+    assert!(!folder.remove_if_same("a", id).unwrap());
+    assert!(folder.remove_if_same("b", id).unwrap());
+    assert!(!folder.remove_if_same("b", id).unwrap());
+}
+
+#[test]
+fn a_folder_that_was_exchanged_is_still_the_one_that_was_opened() {
+    let (dir, folder) = scene();
+    std::fs::create_dir(dir.path().join("disk")).unwrap();
+    std::fs::write(dir.path().join("disk/a"), "mine").unwrap();
+    let disk = folder.folder("disk").unwrap();
+    std::fs::rename(dir.path().join("disk"), dir.path().join("moved")).unwrap();
+    symlink("/etc", dir.path().join("disk")).unwrap();
+    disk.write_whole("b", b"new").unwrap();
+    assert_eq!(std::fs::read(dir.path().join("moved/b")).unwrap(), b"new");
+}
+
+#[test]
+fn links_on_the_command_line_are_followed_if_they_are_ours() {
+    let (dir, folder) = scene();
+    std::fs::create_dir(dir.path().join("real")).unwrap();
+    symlink("real", dir.path().join("link")).unwrap();
+    symlink("link", dir.path().join("second")).unwrap();
+    symlink("loop", dir.path().join("loop")).unwrap();
+    assert_eq!(resolve(&folder.join("second")).unwrap(), folder.join("real"));
+    assert_eq!(resolve_target(&folder.join("second/new")).unwrap(), folder.join("real/new"));
+    assert_eq!(resolve_target(&folder.join("second")).unwrap(), folder.join("real"));
+    assert_eq!(resolve(&folder.join("loop")).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+    assert_eq!(resolve(&folder.join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
+    assert_eq!(resolve(Path::new("/../..")).unwrap(), Path::new("/"));
+}
+
+#[test]
+fn a_link_of_another_user_leads_only_to_what_is_his() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: a_link_of_another_user_leads_only_to_what_is_his (needs root)");
+        return;
+    }
+    let (dir, folder) = scene();
+    for (name, owner) in [("ours", 0), ("his", 65534)] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+        std::os::unix::fs::chown(dir.path().join(name), Some(owner), None).unwrap();
+        symlink(name, dir.path().join(format!("to-{name}"))).unwrap();
+        std::os::unix::fs::lchown(dir.path().join(format!("to-{name}")), Some(65534), None)
+            .unwrap();
+    }
+    assert!(is_refused(resolve(&folder.join("to-ours")).unwrap_err()));
+    assert_eq!(resolve(&folder.join("to-his")).unwrap(), folder.join("his"));
+    let his = Folder::open(&folder.join("his")).unwrap();
+    assert_eq!(foreign_owner(&his).unwrap(), Some(ForeignOwner::User(65534)));
+    assert!(check_private(&folder.join("his")).is_err());
+    check_private(&folder.join("ours")).unwrap();
+    assert_eq!(foreign_owner(&Folder::open(&folder.join("ours")).unwrap()).unwrap(), None);
+    let open = std::fs::Permissions::from_mode(0o2770);
+    std::fs::set_permissions(dir.path().join("ours"), open).unwrap();
+    assert!(check_private(&folder.join("ours")).is_err());
+    let ours = Folder::open(&folder.join("ours")).unwrap();
+    assert_eq!(foreign_owner(&ours).unwrap(), Some(ForeignOwner::Others));
+}
+
+#[test]
+fn missing_folders_are_made_private() {
+    let (_dir, folder) = scene();
+    let made = make_folders(&folder.join("a/b/c")).unwrap();
+    make_folders(&folder.join("a/b/c")).unwrap();
+    assert_eq!(made.path(), folder.join("a/b/c"));
+    assert_eq!(look(&folder.join("a/b")).unwrap().mode() & 0o777, 0o700);
+}
+
+#[test]
+fn a_lock_is_exclusive_and_goes_with_its_holder() {
+    let (_dir, folder) = scene();
+    let held = folder.lock("lock").unwrap().unwrap();
+    assert!(folder.lock("lock").unwrap().is_none());
+    drop(held);
+    assert!(folder.lock("lock").unwrap().is_some());
+}
