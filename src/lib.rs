@@ -3,7 +3,7 @@
 //!
 //! The rooms, each of which imports only from those above it (`tests/layering.rs` watches that):
 //!
-//! - [`error`], [`units`], [`progress`], [`lock`]: what everybody needs
+//! - [`text`], [`error`], [`units`], [`progress`], [`lock`]: what everybody needs
 //! - [`storage`], [`hash`]: positioned reads, and the hash of a whole file
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
@@ -13,6 +13,8 @@
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
 //! - [`restore`], [`verify`], [`prune`]: commands over chains and images
 //! - [`cli`]: arguments, output, exit codes
+
+#![warn(clippy::disallowed_macros)]
 
 pub mod backup;
 pub mod chain;
@@ -31,5 +33,6 @@ pub mod qemu_img;
 pub mod qmp;
 pub mod restore;
 pub mod storage;
+pub mod text;
 pub mod units;
 pub mod verify;
