@@ -5,11 +5,11 @@
 //! reads the message. `Display` never repeats the source: print the chain with [`Error::report`].
 
 use std::error::Error as StdError;
-use std::ffi::OsStr;
 use std::fmt;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+
+pub use crate::text::{path_text, to_text, visible};
 
 /// Result of nearly everything here.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -261,7 +261,7 @@ pub struct Finding {
     /// The same small kinds as errors have.
     pub kind: Kind,
     /// The file it is about.
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "crate::text::as_text")]
     pub path: PathBuf,
     /// Byte offset in that file, where there is one to name.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -271,39 +271,6 @@ pub struct Finding {
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
-}
-
-/// A path that is not UTF-8 must not make the whole report fail.
-fn as_text<S: serde::Serializer>(path: &Path, to: S) -> std::result::Result<S::Ok, S::Error> {
-    to.serialize_str(&to_text(path.as_os_str()))
-}
-
-/// A name as text: as it is where it is UTF-8, other bytes as `\xNN`, so that different names stay
-/// different to the eye.
-pub fn to_text(name: &OsStr) -> String {
-    let mut text = String::new();
-    for chunk in name.as_bytes().utf8_chunks() {
-        text.push_str(chunk.valid());
-        for byte in chunk.invalid() {
-            text.push_str(&format!("\\x{byte:02x}"));
-        }
-    }
-    text
-}
-
-/// Names, and messages that quote them, come from outside: no control character may reach a
-/// terminal, and no line break a log.
-pub fn visible(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
-    }
-    shown
-}
-
-/// A path for people: [`to_text`], made [`visible`].
-pub fn path_text(path: &Path) -> String {
-    visible(&to_text(path.as_os_str()))
 }
 
 /// How bad a [`Finding`] is.
@@ -379,6 +346,9 @@ impl fmt::Display for Finding {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]

@@ -3,7 +3,7 @@
 //!
 //! The rooms, each of which imports only from those above it (`tests/layering.rs` watches that):
 //!
-//! - [`error`], [`units`], [`progress`]: what everybody needs
+//! - [`text`], [`error`], [`units`], [`progress`]: what everybody needs
 //! - [`folder`]: the one way to reach files in folders that others may own; [`lock`] on top of it
 //! - [`storage`], [`hash`]: positioned reads, and the hash of a whole file
 //! - [`extent`]: the extent list and its invariant
@@ -14,6 +14,8 @@
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
 //! - [`restore`], [`verify`], [`prune`]: commands over chains and images
 //! - [`cli`]: arguments, output, exit codes
+
+#![cfg_attr(not(test), warn(clippy::disallowed_macros))]
 
 pub mod backup;
 pub mod chain;
@@ -33,5 +35,6 @@ pub mod qemu_img;
 pub mod qmp;
 pub mod restore;
 pub mod storage;
+pub mod text;
 pub mod units;
 pub mod verify;

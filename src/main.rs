@@ -1,5 +1,7 @@
 //! The `fleecefs` program: everything is in the library, this turns errors into exit codes.
 
+#![warn(clippy::disallowed_macros)]
+
 use std::process::ExitCode;
 
 fn main() -> ExitCode {

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 /// The rooms, lowest first. A room may import from those before it, and from itself.
-const ORDER: [&str; 21] = [
-    "error", "units", "progress", "folder", "storage", "hash", "lock", "qemu_img", "extent",
-    "layer", "chain", "image", "fs", "fuse", "qmp", "backup", "restore", "verify", "prune", "cli",
-    "main",
+const ORDER: [&str; 22] = [
+    "text", "error", "units", "progress", "folder", "storage", "hash", "lock", "qemu_img",
+    "extent", "layer", "chain", "image", "fs", "fuse", "qmp", "backup", "restore", "verify",
+    "prune", "cli", "main",
 ];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
@@ -100,4 +100,55 @@ fn only_one_room_names_the_fuse_library() {
     let names = |f: &&PathBuf| std::fs::read_to_string(f).unwrap().contains("fuser::");
     let rooms: Vec<_> = files.iter().filter(names).map(|f| room(&src, f)).collect();
     assert!(!rooms.is_empty() && rooms.iter().all(|r| r == "fuse"), "{rooms:?}");
+}
+
+/// The code of each source outside its tests.
+fn code() -> Vec<(PathBuf, String)> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let code = |f: PathBuf| {
+        let text = std::fs::read_to_string(&f).unwrap();
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or("").to_string();
+        (f.strip_prefix(&src).unwrap().to_path_buf(), code)
+    };
+    files.into_iter().map(code).collect()
+}
+
+#[test]
+fn text_reaches_the_terminal_in_one_way() {
+    // Apart from the images that `restore` writes, what a guardian tells the backup that started
+    // it, and the question whether there is a terminal.
+    let others = ["cli/output.rs", "restore/mod.rs", "backup/guardian.rs"].map(Path::new);
+    let wrong = |code: &str| {
+        code.lines().any(|l| {
+            let asks = l.contains("is_terminal()");
+            !asks && (l.contains("io::stdout()") || l.contains("io::stderr()"))
+        })
+    };
+    let found: Vec<_> =
+        code().into_iter().filter(|(f, c)| !others.contains(&f.as_path()) && wrong(c)).collect();
+    assert!(found.is_empty(), "{:?}", found.iter().map(|f| &f.0).collect::<Vec<_>>());
+}
+
+#[test]
+fn json_for_people_and_paths_in_messages_are_made_visible() {
+    // Files of the backup's own, orders to a guardian, addresses.
+    let data =
+        ["text.rs", "chain/removal.rs", "chain/manifest/store.rs", "restore/verbs/switch.rs"];
+    let data =
+        [data.as_slice(), &["backup/disk.rs", "backup/journal.rs", "backup/guardian.rs"]].concat();
+    let paths = ["qmp/wire.rs", "backup/vm.rs"];
+    let mut wrong = Vec::new();
+    for (file, code) in code() {
+        let is = |list: &[&str]| list.iter().any(|f| file == Path::new(f));
+        let tests = file.ends_with("tests.rs") || file.ends_with("testing.rs");
+        let json = ["to_string", "to_vec", "to_writer"]
+            .iter()
+            .any(|f| code.contains(&format!("serde_json::{f}")));
+        if !tests && ((json && !is(&data)) || (code.contains(".display()") && !is(&paths))) {
+            wrong.push(file);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
 }

@@ -120,7 +120,7 @@ fn answer(stream: UnixStream, status: &Shared, cancel: &AtomicBool) {
         cancel.store(true, Ordering::SeqCst);
     }
     let now = status.lock().unwrap_or_else(|e| e.into_inner()).clone();
-    if let Ok(text) = serde_json::to_string(&now) {
+    if let Ok(text) = crate::text::json(&now) {
         let _ = writeln!(&stream, "{text}");
     }
 }

@@ -21,6 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
 use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client};
+use crate::text::path_text;
 
 /// What became of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -226,11 +227,11 @@ fn settle(
     }
     let name = d.dir.join(&d.image);
     if place.cause == Cause::Forget {
-        watch.warn(&format!("{}: given up: {}", name.display(), e.report()));
+        watch.warn(&format!("{}: given up: {}", path_text(&name), e.report()));
         drop_traces(client, d)?;
         return Ok(true);
     }
-    watch.warn(&format!("{}: left for later: {}", name.display(), e.report()));
+    watch.warn(&format!("{}: left for later: {}", path_text(&name), e.report()));
     Ok(false)
 }
 
@@ -352,8 +353,8 @@ fn drop_traces(client: Option<&mut Client>, d: &DiskRecord) -> Result<()> {
 fn say(watch: &dyn Watch, d: &DiskRecord, fate: Fate) {
     let name = d.dir.join(&d.image);
     match fate {
-        Fate::Published => watch.say(&format!("{} was complete: published", name.display())),
-        Fate::Removed => watch.say(&format!("{} was not complete: removed", name.display())),
+        Fate::Published => watch.say(&format!("{} was complete: published", path_text(&name))),
+        Fate::Removed => watch.say(&format!("{} was not complete: removed", path_text(&name))),
     }
 }
 
@@ -395,7 +396,7 @@ pub fn settle_image(dir: &Path, image: &str, finished: bool, watch: &dyn Watch) 
         // What could not be looked at now may be complete all the same.
         Err(e) if is_no_verdict(e.kind()) => Err(e),
         Err(e) => {
-            watch.warn(&format!("{image} is no good: {}", e.report()));
+            watch.warn(&format!("{} is no good: {}", path_text(&image), e.report()));
             publish::discard(dir, image)?;
             Ok(Fate::Removed)
         }
@@ -437,13 +438,17 @@ pub fn sweep(dir: &Path, watch: &dyn Watch) -> Result<()> {
             Ok(f) => f,
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
                 // Of one disk, and perhaps of a newer version: it must not stop the others.
-                watch.warn(&format!("{image} cannot be settled and stays: {}", e.report()));
+                watch.warn(&format!(
+                    "{} cannot be settled and stays: {}",
+                    path_text(&image),
+                    e.report()
+                ));
                 continue;
             }
             Err(e) => return Err(e),
         };
         let done = if fate == Fate::Published { "published" } else { "removed" };
-        watch.say(&format!("{}: an unfinished image, {done}", dir.join(image).display()));
+        watch.say(&format!("{}: an unfinished image, {done}", path_text(&dir.join(image))));
     }
     Ok(())
 }

@@ -35,6 +35,7 @@ use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
 use crate::qmp::Client;
+use crate::text::path_text;
 
 /// Makes the backup.
 ///
@@ -78,7 +79,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     recover::recover(&mut client, place, watch)?;
     let base = base_dir(options);
     if !base.exists() {
-        watch.say(&format!("{}: a new folder for backups", base.display()));
+        watch.say(&format!("{}: a new folder for backups", path_text(&base)));
     }
     publish::make_dir(&base)?;
     let _target_lock = target_lock(options, &base)?;

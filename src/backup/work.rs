@@ -34,6 +34,7 @@ use crate::progress::{Position, Progress};
 use crate::qmp::Client;
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;
+use crate::text::path_text;
 
 /// A run at work.
 pub struct Run<'a> {
@@ -319,13 +320,17 @@ impl Run<'_> {
             self.watch.say(&format!("{}: left out: {}", s.disk, s.reason));
         }
         for (disk, e) in &plan.refused {
-            self.watch.warn(&format!("{disk}: {}", e.report()));
+            self.watch.warn(&format!("{}: {}", path_text(&disk), e.report()));
         }
         for d in &plan.disks {
             let word = names::level_word(d.level);
             match &d.demoted {
                 Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
-                None => self.watch.say(&format!("{}: {word} -> {}", d.disk.label(), d.image)),
+                None => self.watch.say(&format!(
+                    "{}: {word} -> {}",
+                    path_text(&d.disk.label()),
+                    path_text(&d.image)
+                )),
             }
         }
         let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());

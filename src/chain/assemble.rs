@@ -13,7 +13,7 @@ use super::foreign;
 use super::group::{Belongs, Group, base_name, data_files, group};
 use super::link::{Lies, Member, link, split_pointer};
 use super::manifest::ImageFormat;
-use super::name::{Name, to_text};
+use super::name::Name;
 use super::points::points;
 use super::probe::Content;
 use super::scan::{FileEntry, FileId, Tree};
@@ -21,6 +21,7 @@ use super::{Catalog, Disk, Level, NEWEST_LOST};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::{Format, LayerSpec, Part};
 use crate::storage::{ReadAt, SourceFile};
+use crate::text::path_text;
 
 /// Why a file cannot be used.
 #[derive(Debug, Clone)]
@@ -515,7 +516,7 @@ fn overwritten(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)>
         if full.level != Level::Full || full.stamp.is_some() || inc.manifest.is_some() || !older {
             continue;
         }
-        let full = to_text(base_name(entry));
+        let full = path_text(base_name(entry));
         let what = format!(
             "{full} was written after it, by the times of the files: if that is a later full backup \
              in the place of the first, this increment does not belong to it"

@@ -10,6 +10,7 @@ use super::name::{Name, Promise, parse_partial, promise};
 use super::probe::Content;
 use super::scan::{FileEntry, FileId, Folder, Lost, Tree};
 use crate::error::{Error, Finding, Kind, Severity};
+use crate::text::path_text;
 
 /// Endings of files that people and programs keep beside an image.
 const SIDECARS: [&str; 34] = [
@@ -193,7 +194,7 @@ impl Sorter<'_> {
                     let what = "a link that leads to no file inside the backup directory";
                     let error = Error::new(Kind::Incomplete, what)
                         .at_path(self.folder.path.join(&link.name))
-                        .remedy(format!("put {} beside it", link.disk.to_string_lossy()));
+                        .remedy(format!("put {} beside it", path_text(&link.disk)));
                     members.findings.push(Finding::from_error(&error, &self.folder.path));
                 }
             }

@@ -14,6 +14,7 @@ use super::Level;
 use super::manifest::{Brief, Contents};
 use super::scan::Lost;
 use crate::error::{Error, Finding, Kind};
+use crate::text::path_text;
 
 /// One file of a disk.
 pub(super) struct Member<'a> {
@@ -231,8 +232,7 @@ impl<'a> Linker<'a> {
     }
 
     fn tie(&self, candidates: &[usize]) -> Error {
-        let names: Vec<_> =
-            candidates.iter().map(|i| self.members[*i].name().to_string_lossy()).collect();
+        let names: Vec<_> = candidates.iter().map(|i| path_text(self.members[*i].name())).collect();
         let what = format!(
             "it cannot be known which file it lies on ({}): times in names do not order them, and \
              no manifest does",
@@ -253,7 +253,7 @@ impl<'a> Linker<'a> {
         if normalise(own, &folder).as_deref() != Some(own) {
             let what = format!(
                 "its backing pointer {pointer:?} leads to another folder; {} beside it is used",
-                base.name().to_string_lossy()
+                path_text(base.name())
             );
             out.push(Finding::warning(Kind::Incomplete, m.path, what));
         }
@@ -304,7 +304,7 @@ fn no_full() -> Error {
 }
 
 fn missing(name: &OsStr) -> Error {
-    let name = name.to_string_lossy();
+    let name = path_text(name);
     incomplete(format!("it lies on {name}, which is missing"))
         .remedy(format!("restore {name} from another copy of the backup"))
 }
@@ -313,7 +313,7 @@ fn contradiction(pointer: &str, name: &OsStr, base: &Member, exists: bool) -> Er
     if !exists {
         return missing(name);
     }
-    let base = base.name().to_string_lossy();
+    let base = path_text(base.name());
     incomplete(format!("its backing pointer says {pointer:?}, but the backup before it is {base}"))
         .remedy(format!("if {base} is right: qemu-img rebase -u -b {base} on a copy"))
 }

@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::Level;
-pub use crate::error::to_text;
+pub use crate::text::to_text;
 
 /// What a file is, judged by its name.
 #[derive(Debug, Clone, PartialEq, Eq)]

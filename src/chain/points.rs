@@ -10,6 +10,7 @@ use super::scan::FileId;
 use super::{Level, Point};
 use crate::error::{Finding, Kind, Severity};
 use crate::layer::{LayerSpec, Part, SnapshotInfo};
+use crate::text::path_text;
 
 /// The name that `qmprestore snapshotrebase` gives to the state before the first increment.
 const FULL_SNAPSHOT: &str = "FULL-BACKUP";
@@ -252,11 +253,15 @@ fn reason(blocked: &Blocked, name: &str) -> Finding {
     if !blocked.inherited {
         return cause;
     }
-    let file = cause.path.file_name().map(to_text).unwrap_or_default();
+    let file = cause.path.file_name().map(path_text).unwrap_or_default();
     Finding {
         severity: Severity::Error,
         kind: Kind::Incomplete,
-        message: format!("{name} needs {file}, which cannot be used: {}", cause.message),
+        message: format!(
+            "{} needs {file}, which cannot be used: {}",
+            path_text(name),
+            cause.message
+        ),
         remedy: cause.remedy.or(Some(format!("restore {file} from another copy of the backup"))),
         ..cause
     }

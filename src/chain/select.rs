@@ -4,11 +4,13 @@ use std::path::{Component, Path, PathBuf};
 
 use super::{Catalog, Disk, NEWEST_LOST, Point};
 use crate::error::{Error, Kind, Result};
+use crate::text::{path_text, shown_as};
 
 /// Help text for arguments that name a point.
 pub const POINT_HELP: &str = "A point: its file name (INC-1706260646-sda.qcow2), with the disk's \
     folder before it where several disks have one of that name, with or without .raw as the mount \
-    shows it; DISK/latest; or the name of its link in the mount's by-time (20240126T091726Z)";
+    shows it; DISK/latest; or the name of its link in the mount's by-time (20240126T091726Z); what \
+    'fleecefs list' shows for a name with control characters is understood, too";
 
 /// `20240126T091726Z`: sorts by time and has no colon, which QEMU would take for a protocol.
 pub fn time_name(time: i64) -> Option<String> {
@@ -46,8 +48,11 @@ impl Catalog {
                 _ => Err(several(selector, paths())),
             };
         }
-        let found: Vec<(&Disk, usize)> =
+        let mut found: Vec<(&Disk, usize)> =
             self.disks.iter().filter_map(|d| Some((d, d.by_time(selector)?))).collect();
+        if found.is_empty() {
+            found = self.shown(selector);
+        }
         match found.as_slice() {
             [one] => Ok(*one),
             [] => Err(self.not_found(selector)),
@@ -55,8 +60,21 @@ impl Catalog {
         }
     }
 
+    /// By the text that `list` shows for names which a terminal cannot show as they are.
+    fn shown(&self, selector: &Path) -> Vec<(&Disk, usize)> {
+        let Some(text) = selector.to_str() else { return Vec::new() };
+        let texts = [text, text.strip_suffix(".raw").unwrap_or(text)];
+        let is = |name: &Path| texts.iter().any(|t| shown_as(name, t));
+        let of_disk = |d: &Disk| -> Vec<usize> {
+            let latest = is(&d.path.join("latest")).then(|| d.latest()).flatten();
+            let named = |i: &usize| is(&d.point_path(*i)) || is(Path::new(&d.points[*i].name));
+            latest.map_or_else(|| (0..d.points.len()).filter(named).collect(), |i| vec![i])
+        };
+        self.disks.iter().flat_map(|d| of_disk(d).into_iter().map(move |i| (d, i))).collect()
+    }
+
     fn not_found(&self, selector: &Path) -> Error {
-        let text = format!("no point '{}' in {}", selector.display(), self.root.display());
+        let text = format!("no point '{}' in {}", path_text(&selector), path_text(&self.root));
         Error::new(Kind::NotFound, text).remedy(
             "'fleecefs list DIR' shows what there is; DISK/latest is the newest point of a disk",
         )
@@ -64,8 +82,8 @@ impl Catalog {
 }
 
 fn several(selector: &Path, paths: impl Iterator<Item = PathBuf>) -> Error {
-    let names: Vec<String> = paths.map(|p| p.display().to_string()).collect();
-    let text = format!("'{}' names several points", selector.display());
+    let names: Vec<String> = paths.map(|p| path_text(&p)).collect();
+    let text = format!("'{}' names several points", path_text(&selector));
     Error::new(Kind::Usage, text).remedy(format!("say which: {}", names.join(", ")))
 }
 
@@ -98,17 +116,17 @@ impl Disk {
             .rev()
             .find_map(|p| Some((p, p.unavailable.as_ref()?)));
         if let (Some(false) | None, Some((newer, why))) = (by_name, lost) {
-            let (disk, name) = (self.path.display(), &self.points[point].name);
+            let (disk, name) = (path_text(&self.path), path_text(&self.points[point].name));
             log::warn!(
                 "{disk}: the latest that can be read is {name}; {} is newer and cannot be: {}",
-                newer.name,
+                path_text(&newer.name),
                 why.message
             );
         } else if let (Some(false) | None, Some(lost)) = (by_name, self.newest_lost()) {
-            let (disk, name) = (self.path.display(), &self.points[point].name);
+            let (disk, name) = (path_text(&self.path), path_text(&self.points[point].name));
             log::warn!(
                 "{disk}: the latest that is there is {name}; {}: {NEWEST_LOST}",
-                lost.display()
+                path_text(&lost)
             );
         }
     }

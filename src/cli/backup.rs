@@ -10,6 +10,7 @@ use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
+use super::output;
 use super::usage;
 use crate::backup::plan::Printed;
 use crate::backup::report::Report;
@@ -18,8 +19,9 @@ use crate::backup::{
     Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
 };
 use crate::backup::{lock, names};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::qmp::Address;
+use crate::text::path_text;
 use crate::units::{human_bytes, parse_bytes};
 
 /// Back up the disks of a running guest
@@ -401,9 +403,9 @@ fn tell(console: &Console, report: &Report) {
         let Ok(m) = &d.result else { continue };
         let text = format!(
             "{}: {} {} ({} copied in {:.1} s)",
-            d.disk,
+            path_text(&d.disk),
             names::level_word(d.level),
-            d.path.display(),
+            path_text(&d.path),
             human_bytes(m.bytes_copied),
             m.duration_ms as f64 / 1000.0
         );
@@ -417,14 +419,15 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     if as_json {
         let all = json!({"disks": disks, "skipped": report.plan.skipped,
             "refused": refused.iter().map(|(d, e)| json!({"disk": d, "reason": e})).collect::<Vec<_>>()});
-        let text = serde_json::to_string_pretty(&all)
-            .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))?;
-        return super::print(&format!("{text}\n"));
+        return output::print(&output::json_pretty(&all)?);
     }
     let mut text = String::new();
     for d in &disks {
-        text += &format!("{}: {} -> {}\n", d.disk, d.level, d.image.display());
-        text += &format!("  about {} to copy\n", human_bytes(d.estimate));
+        output::push_line(
+            &mut text,
+            format!("{}: {} -> {}", path_text(&d.disk), d.level, path_text(&d.image)),
+        );
+        output::push_line(&mut text, format!("  about {} to copy", human_bytes(d.estimate)));
         for (label, value) in [
             ("on", &d.parent),
             ("because", &d.why),
@@ -432,20 +435,20 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
             ("adds bitmap", &d.adds),
         ] {
             if let Some(v) = value {
-                text += &format!("  {label} {v}\n");
+                output::push_line(&mut text, format!("  {label} {v}"));
             }
         }
         for b in &d.removes {
-            text += &format!("  removes bitmap {b}\n");
+            output::push_line(&mut text, format!("  removes bitmap {b}"));
         }
     }
     for s in &report.plan.skipped {
-        text += &format!("{}: left out: {}\n", s.disk, s.reason);
+        output::push_line(&mut text, format!("{}: left out: {}", path_text(&s.disk), s.reason));
     }
     for (d, e) in refused {
-        text += &format!("{d}: cannot be backed up: {e}\n");
+        output::push_line(&mut text, format!("{}: cannot be backed up: {e}", path_text(d)));
     }
-    super::print(&(text + super::UNCHANGED))
+    output::print(&(text + super::UNCHANGED))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::progress::Progress;
+use crate::text::visible;
 
 /// A bar on standard error; nothing if that is no terminal.
 #[derive(Debug, Default)]
@@ -21,7 +22,7 @@ impl Progress for Bar {
         }
         let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
         let style = ProgressStyle::with_template(template);
-        let bar = ProgressBar::new(total).with_message(what.to_string());
+        let bar = ProgressBar::new(total).with_message(visible(what));
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         self.replace(Some(bar));
     }
@@ -34,7 +35,7 @@ impl Progress for Bar {
 
     fn note(&self, text: &str) {
         match &*self.bar.lock().unwrap_or_else(|e| e.into_inner()) {
-            Some(bar) => bar.println(text),
+            Some(bar) => bar.println(visible(text)),
             None => log::warn!("{text}"),
         }
     }

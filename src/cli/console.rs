@@ -12,9 +12,11 @@ use clap::ValueEnum;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use super::output;
 use crate::backup::Watch;
 use crate::error::{Error, Result};
 use crate::progress::{Position, Progress};
+use crate::text::{path_text, visible};
 use crate::units::human_bytes;
 
 /// How progress is shown.
@@ -80,17 +82,18 @@ impl Console {
         match (self.style, &self.bars) {
             (style, _) if style != Style::Json && super::is_quiet() => {}
             (Style::Json, _) => {
-                let _ = super::print(&format!("{}\n", json!({"event": kind, "text": line})));
+                print_event(&json!({"event": kind, "text": line}));
             }
             (_, Some(b)) => {
-                let _ = b.println(line);
+                let _ = b.println(visible(line));
             }
-            _ => eprintln!("{line}"),
+            _ => output::tell(&format!("{}\n", visible(line))),
         }
         self.record(priority, line);
     }
 
     fn record(&self, priority: libc::c_int, line: &str) {
+        let line = visible(line);
         if let Some(f) = &self.file {
             let mut f = f.lock().unwrap_or_else(|e| e.into_inner());
             // A full disk must not end the backup for its log's sake.
@@ -110,7 +113,7 @@ impl Watch for Console {
         match (self.style, &self.bars) {
             (Style::None, _) => Arc::new(()),
             (_, Some(all)) => Arc::new(Bar {
-                name: name.into(),
+                name: path_text(name),
                 bar: all.add(ProgressBar::hidden()),
                 all: all.clone(),
                 figures: Mutex::new(Figures::new(0)),
@@ -131,6 +134,11 @@ impl Watch for Console {
     fn warn(&self, line: &str) {
         self.show(libc::LOG_WARNING, "warning", &format!("warning: {line}"));
     }
+}
+
+/// A reader that is gone must not end the backup.
+fn print_event(event: &serde_json::Value) {
+    let _ = output::json_line(event).and_then(|line| output::print(&line));
 }
 
 /// What is known of a disk's copying.
@@ -230,11 +238,12 @@ impl Lines {
             let line = json!({"event": event, "disk": self.name, "done": f.done, "total": total,
                 "position": place.map(|p| p.at), "positions": place.map(|p| p.of),
                 "bytes_per_second": f.rate(elapsed), "seconds_left": f.left(elapsed)});
-            let _ = super::print(&format!("{line}\n"));
+            print_event(&line);
             return;
         }
         let (at, of) = place.map_or((f.done, total), |p| (p.at, p.of));
-        eprintln!("{}: {}, at {} of {}", self.name, f.text(), human_bytes(at), human_bytes(of));
+        let (at, of) = (human_bytes(at), human_bytes(of));
+        output::tell(&format!("{}: {}, at {at} of {of}\n", path_text(&self.name), f.text()));
     }
 }
 
@@ -268,6 +277,18 @@ impl Progress for Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_qemu_says_is_one_visible_line_of_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let console = Console::open(Style::None, Duration::ZERO, Some(&log), false).unwrap();
+        console.warn("QEMU: a\x1b]0;x\x07\n2026 error: \u{202e}\u{9b}");
+        console.log_error(&Error::new(crate::error::Kind::Peer, "b\r\u{2028}"));
+        let text = std::fs::read_to_string(log).unwrap();
+        assert_eq!(text.lines().count(), 2);
+        assert_eq!(text, crate::text::visible_lines(&text), "{text:?}");
+    }
 
     #[test]
     fn holes_are_no_copied_bytes_and_do_not_end_the_time_left() {

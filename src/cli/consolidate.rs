@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
+use super::output;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::Result;
 use crate::prune::consolidate::{Consolidation, How, consolidate, plan};
+use crate::text::path_text;
 use crate::units::human_bytes;
 
 /// Merge the oldest points of a chain into one new FULL
@@ -55,7 +57,7 @@ pub fn run(args: ConsolidateArgs) -> Result<()> {
         let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
         let plan = plan(&catalog, super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
         let text = plan.as_ref().map_or(DONE.to_string(), text);
-        return super::print(&(text + super::UNCHANGED));
+        return output::print(&(text + super::UNCHANGED));
     }
     let how = How { check: !args.skip_check, compare: !args.no_compare };
     one(&args.dir, &args.disk, &args.until, how, false, &args.work)
@@ -73,7 +75,7 @@ pub(super) fn one(
     quiet: bool,
     work: &WorkArgs,
 ) -> Result<()> {
-    let say = |text: &str| if quiet { Ok(()) } else { super::print(text) };
+    let say = |text: &str| if quiet { Ok(()) } else { output::print(text) };
     let (catalog, _locks) = locked(dir)?;
     let disk = super::prune::find_disk(&catalog, disk)?;
     let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE) };
@@ -82,7 +84,7 @@ pub(super) fn one(
     let done = consolidate(disk, &plan, how, &work.work(&cancel, &bar))?;
     say(&format!(
         "{}: {} ({} copied, {} cloned)\n",
-        plan.image,
+        path_text(&plan.image),
         done.way(),
         human_bytes(done.copied),
         human_bytes(done.cloned),
@@ -90,12 +92,12 @@ pub(super) fn one(
 }
 
 fn text(plan: &Consolidation) -> String {
-    let mut out = format!("new    {}\n", plan.image);
+    let mut out = format!("new    {}\n", path_text(&plan.image));
     for name in &plan.remove {
-        out += &format!("delete {name}\n");
+        output::push_line(&mut out, format!("delete {}", path_text(name)));
     }
     for name in &plan.children {
-        out += &format!("relink {name}\n");
+        output::push_line(&mut out, format!("relink {}", path_text(name)));
     }
     out
 }

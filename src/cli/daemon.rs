@@ -17,6 +17,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use super::logging::{self, Sink};
+use super::output;
 use crate::error::{Error, Kind, Result};
 
 /// Opens the log file, now, so that a wrong name is told to the user.
@@ -102,7 +103,7 @@ fn child(
             i32::from(e.kind().exit_code())
         }
         Err(e) => {
-            eprintln!("fleecefs: {}", e.report());
+            output::tell_error(&e);
             let code = e.kind().exit_code();
             let _ = to_parent.write_all(&[code]);
             i32::from(code)

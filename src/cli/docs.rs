@@ -6,6 +6,7 @@ use clap::{Arg, Args, Command, CommandFactory};
 use clap_complete::Shell;
 
 use super::args::Cli;
+use super::output;
 use crate::error::{Error, Result};
 
 /// Print a shell completion script
@@ -26,7 +27,7 @@ pub struct ManArgs {
 pub fn completions(args: CompletionsArgs) -> Result<()> {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "fleecefs", &mut text);
-    super::print(&String::from_utf8_lossy(&text))
+    output::print_as_is(&text)
 }
 
 /// Runs `fleecefs man`.

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::mountinfo::Mount;
-use crate::error::{Error, Kind, path_text};
+use crate::error::{Error, Kind};
+use crate::text::path_text;
 
 /// More than these need not be named.
 const MOST: usize = 5;

@@ -1,14 +1,15 @@
 //! `fleecefs info` and `fleecefs cleanup`.
 
 use clap::{Args, Subcommand};
-use serde::Serialize;
 
 use super::backup::StateArgs;
+use super::output;
 use crate::backup::info::{self, BitmapLine, Choice};
 use crate::backup::lock::Lock;
 use crate::backup::{bitmap, control};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::{Address, Client};
+use crate::text::path_text;
 use crate::units::human_bytes;
 
 /// Show what a backup would see, or how a running one is getting on
@@ -86,7 +87,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
         What::Jobs(c) => (c, jobs),
         What::Status(c) => (c, status),
     };
-    super::print(&what(common)?)
+    output::print(&what(common)?)
 }
 
 fn connect(common: &Common) -> Result<Client> {
@@ -100,27 +101,24 @@ fn connect(common: &Common) -> Result<Client> {
     })
 }
 
-fn to_json<T: Serialize>(value: &T) -> Result<String> {
-    serde_json::to_string_pretty(value)
-        .map(|t| t + "\n")
-        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))
-}
-
 fn blockdev(common: &Common) -> Result<String> {
     let list = info::disks(&mut connect(common)?)?;
     if common.json {
-        return to_json(&list);
+        return output::json_pretty(&list);
     }
     let mut text = String::new();
     for d in &list {
         let word = if d.included { "backed up" } else { "left out" };
-        text += &format!("{}: {word}: {}\n", d.disk, d.how);
+        output::push_line(&mut text, format!("{}: {word}: {}", path_text(&d.disk), d.how));
         if !d.file.is_empty() {
             let size = human_bytes(d.size);
-            text += &format!("  {} {size} {} node {}\n", d.format, d.file, d.node);
+            output::push_line(
+                &mut text,
+                format!("  {} {size} {} node {}", d.format, path_text(&d.file), path_text(&d.node)),
+            );
         }
         for b in &d.bitmaps {
-            text += &format!("  {}\n", bitmap_line(b));
+            output::push_line(&mut text, format!("  {}", bitmap_line(b)));
         }
     }
     Ok(text)
@@ -137,31 +135,37 @@ fn bitmap_line(b: &BitmapLine) -> String {
     format!("bitmap {}: {} dirty, {} ({})", b.name, human_bytes(b.dirty), flags.join(", "), b.owner)
 }
 
+fn lines(all: impl Iterator<Item = String>) -> String {
+    let mut text = String::new();
+    all.for_each(|line| output::push_line(&mut text, line));
+    text
+}
+
 fn bitmaps(common: &Common) -> Result<String> {
     let list = info::bitmaps(&mut connect(common)?)?;
     if common.json {
-        return to_json(&list);
+        return output::json_pretty(&list);
     }
-    Ok(list.iter().map(|b| format!("{}: {}\n", b.node, bitmap_line(b))).collect())
+    Ok(lines(list.iter().map(|b| format!("{}: {}", path_text(&b.node), bitmap_line(b)))))
 }
 
 fn jobs(common: &Common) -> Result<String> {
     let list = info::jobs(&mut connect(common)?)?;
     if common.json {
-        return to_json(&list);
+        return output::json_pretty(&list);
     }
     let line = |j: &crate::qmp::types::Job| {
         let done = human_bytes(j.current_progress);
         let error = j.error.as_ref().map(|e| format!(": {e}")).unwrap_or_default();
         format!(
-            "{} {} {} {done} of {}{error}\n",
+            "{} {} {} {done} of {}{error}",
             j.id,
             j.kind,
             j.status,
             human_bytes(j.total_progress)
         )
     };
-    Ok(list.iter().map(line).collect())
+    Ok(lines(list.iter().map(line)))
 }
 
 /// What to say where no backup runs: a VM is known by its socket, so a mistyped one is another.
@@ -179,15 +183,19 @@ fn status(common: &Common) -> Result<String> {
     let vm = Address::parse(&common.qmp)?;
     let found = control::ask(&common.state.dir(), &vm, "status")?;
     if common.json {
-        return to_json(&found);
+        return output::json_pretty(&found);
     }
     let Some(s) = found else { return Ok(format!("{}\n", not_running(&vm).report())) };
-    let mut text = format!("run {} (process {}): {}\n", s.run, s.pid, s.phase);
+    let mut text = String::new();
+    output::push_line(&mut text, format!("run {} (process {}): {}", s.run, s.pid, s.phase));
     for d in &s.disks {
         let (done, total) = (human_bytes(d.done), human_bytes(d.total));
         let copied = human_bytes(d.copied);
         let (disk, level, state) = (&d.disk, &d.level, &d.state);
-        text += &format!("  {disk} {level} {state}: {copied} copied, at {done} of {total}\n");
+        output::push_line(
+            &mut text,
+            format!("  {disk} {level} {state}: {copied} copied, at {done} of {total}"),
+        );
     }
     Ok(text)
 }
@@ -208,7 +216,10 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
             bitmap::remove(&mut client, &b.node, &b.name)?;
         }
         let word = if args.dry_run { "would remove" } else { "removed" };
-        text += &format!("{word} {} from {}\n", b.name, b.node);
+        output::push_line(
+            &mut text,
+            format!("{word} {} from {}", path_text(&b.name), path_text(&b.node)),
+        );
     }
     if text.is_empty() {
         text = match &choice.uuid {
@@ -222,5 +233,5 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
     if args.dry_run {
         text += super::UNCHANGED;
     }
-    super::print(&text)
+    output::print(&text)
 }

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
+use super::output;
 use crate::chain::manifest::Achieved;
-use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk, Level, Point};
-use crate::error::{Error, Finding, Kind, Result, Severity, path_text, visible};
+use crate::error::{Error, Finding, Kind, Result, Severity};
+use crate::text::{columns, path_text, to_text, visible};
 use crate::units::human_bytes;
 
 /// Show the disks, chains and points of a backup directory
@@ -49,7 +50,7 @@ const HEADER_OK: &str = "header ok, data not checked";
 pub fn run(args: ListArgs) -> Result<()> {
     let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
     let text = if args.json { json(&catalog)? } else { table(&catalog) };
-    super::print(&text)?;
+    output::print(&text)?;
     let lost = points(&catalog).filter(|(_, p)| !p.is_served()).count();
     if args.strict && lost > 0 {
         let what = format!("{lost} of {} points cannot be served", points(&catalog).count());
@@ -88,7 +89,7 @@ fn health(point: &Point) -> String {
     if finding.path == point.source {
         return format!("unavailable: {}", finding.message);
     }
-    let file = finding.path.file_name().map(to_text).unwrap_or_default();
+    let file = finding.path.file_name().map(path_text).unwrap_or_default();
     format!("unavailable: needs {file}")
 }
 
@@ -100,8 +101,8 @@ fn table(catalog: &Catalog) -> String {
         let size = if p.size == 0 && !p.is_served() { "-".into() } else { human_bytes(p.size) };
         [
             path_text(&disk.path),
-            if p.chain.is_empty() { "-".into() } else { visible(&p.chain) },
-            visible(&p.name),
+            if p.chain.is_empty() { "-".into() } else { path_text(&p.chain) },
+            path_text(&p.name),
             iso(p.time),
             level_name(p.level).into(),
             size,
@@ -124,19 +125,20 @@ fn write_rows(text: &mut String, rows: &[[String; 9]]) {
     let mut widths = [0; 9];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
+            *width = (*width).max(columns(cell));
         }
     }
     for row in rows {
         let mut line = String::new();
         for (i, (cell, width)) in row.iter().zip(widths).enumerate() {
             // Numbers to the right, everything else to the left.
+            let gap = " ".repeat(width.saturating_sub(columns(cell)));
             let _ = match i {
-                5 | 6 => write!(line, "{cell:>width$}  "),
-                _ => write!(line, "{cell:<width$}  "),
+                5 | 6 => write!(line, "{gap}{cell}  "),
+                _ => write!(line, "{cell}{gap}  "),
             };
         }
-        let _ = writeln!(text, "{}", line.trim_end());
+        output::push_line(text, line.trim_end());
     }
 }
 
@@ -159,7 +161,7 @@ fn write_findings(text: &mut String, catalog: &Catalog) {
         if let Some(remedy) = &finding.remedy {
             let _ = write!(line, " ({})", visible(remedy));
         }
-        let _ = writeln!(text, "  {word}: {line}");
+        output::push_line(text, format!("  {word}: {line}"));
     }
 }
 
@@ -210,10 +212,7 @@ fn json(catalog: &Catalog) -> Result<String> {
         disks: catalog.disks.iter().map(disk_json).collect(),
         findings: &catalog.findings,
     };
-    let mut text = serde_json::to_string_pretty(&value)
-        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))?;
-    text.push('\n');
-    Ok(text)
+    output::json_pretty(&value)
 }
 
 fn disk_json(disk: &Disk) -> DiskJson<'_> {

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use log::{Level, Log, Metadata, Record};
 
-use crate::error::visible;
+use crate::text::visible;
 
 /// Where lines go from now on.
 pub enum Sink {

@@ -1,17 +1,19 @@
 //! `fleecefs map`: the extents of a point, as `qemu-img map` shows them.
 
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{BufWriter, Write};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use super::output;
 use crate::chain::POINT_HELP;
 use crate::chain::scan::{ScanOptions, scan};
-use crate::error::{Error, Result, to_text, visible};
+use crate::error::Result;
 use crate::extent::Content;
 use crate::image::{Cache, FoldedExtent, Image, Source, open_point};
+use crate::text::{self, path_text, to_text};
 
 /// Show where the bytes of a point are: which file, which offset, and what is a hole
 ///
@@ -79,13 +81,16 @@ pub fn run(args: MapArgs) -> Result<()> {
         return Err(super::usage(what));
     }
     let end = args.max_length.map_or(image.size(), |n| start.saturating_add(n)).min(image.size());
-    let out = BufWriter::new(std::io::stdout().lock());
-    let mut rows = Rows { depth: image.depth(), image: &image, args: &args, out, any: false };
-    match rows.write(start..end)? {
-        // A reader that went away ('| head') is not an error.
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
-        done => done.map_err(|e| Error::io(e, "cannot write to standard output")),
-    }
+    let mut unread = None;
+    let printed = output::written(|out| {
+        let out = BufWriter::new(out.lock());
+        let mut rows = Rows { depth: image.depth(), image: &image, args: &args, out, any: false };
+        rows.write(start..end).unwrap_or_else(|e| {
+            unread = Some(e);
+            Ok(())
+        })
+    });
+    unread.map_or(printed, Err)
 }
 
 /// Writes rows while the image is being folded: a disk may have any number of them.
@@ -134,7 +139,7 @@ impl<W: Write> Rows<'_, W> {
         let row = row(self.image, self.depth, e);
         if self.args.output == Output::Json {
             let between = if std::mem::replace(&mut self.any, true) { ",\n" } else { "" };
-            return write!(self.out, "{between}{}", serde_json::to_string(&row)?);
+            return write!(self.out, "{between}{}", text::json(&row)?);
         }
         if !row.data {
             return Ok(());
@@ -145,7 +150,7 @@ impl<W: Write> Rows<'_, W> {
             (None, false) => "(unreadable)".into(),
         };
         let (start, length) = (format!("{:#x}", row.start), format!("{:#x}", row.length));
-        let file = row.file.map(|f| visible(&f)).unwrap_or_default();
+        let file = file(self.image, e).map(path_text).unwrap_or_default();
         writeln!(self.out, "{}", line([&start, &length, &place, &file]))
     }
 }
@@ -155,16 +160,20 @@ fn line([offset, length, place, file]: [&str; 4]) -> String {
     format!("{offset:<18}{length:<18}{place:<18}{file}")
 }
 
+/// The file that an extent is in.
+fn file<'a>(image: &'a Image, e: &FoldedExtent) -> Option<&'a Path> {
+    e.content.layer().map(|l| match e.content {
+        Source::Data { file, .. } => image.file_path(l, file),
+        _ => image.layer_path(l),
+    })
+}
+
 fn row(image: &Image, depth: usize, e: &FoldedExtent) -> Row {
     let layer = e.content.layer();
     let offset = match e.content {
         Source::Data { host, .. } => Some(host),
         _ => None,
     };
-    let file = layer.map(|l| match e.content {
-        Source::Data { file, .. } => image.file_path(l, file),
-        _ => image.layer_path(l),
-    });
     Row {
         start: e.start,
         length: e.len,
@@ -174,7 +183,7 @@ fn row(image: &Image, depth: usize, e: &FoldedExtent) -> Row {
         data: !e.content.is_hole(),
         compressed: matches!(e.content, Source::Compressed { .. }),
         offset,
-        file: file.map(|f| to_text(f.as_os_str())),
+        file: file(image, e).map(|f| to_text(f.as_os_str())),
         error: matches!(e.content, Source::Bad { .. }),
     }
 }

@@ -16,6 +16,7 @@ mod map;
 mod mount;
 mod mountinfo;
 mod options;
+mod output;
 mod prune;
 mod recover;
 mod restore;
@@ -27,33 +28,58 @@ mod verify;
 mod work;
 mod writing;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::error::{Error, Kind, Result, visible};
+use crate::error::{Error, Kind, Result};
+use crate::text::{is_hidden, path_text, visible};
 use args::{Cli, Command};
 use options::Helper;
 
 /// Runs the program and says how it ended.
 pub fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
-    let cli = match options::helper(&args) {
-        Helper::No => Cli::parse_from(args),
-        Helper::Run(args) => Cli::parse_from(args),
+    let parsed = match options::helper(&args) {
+        Helper::No => parse(args),
+        Helper::Run(args) => parse(args),
         Helper::Nothing => return ExitCode::SUCCESS,
+    };
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(code) => return code,
     };
     init_logging(&cli);
     serve::raise_file_limit();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("fleecefs: {}", e.report());
+            output::tell_error(&e);
             ExitCode::from(e.kind().exit_code())
         }
     }
+}
+
+/// The command line; where there is nothing to run, the exit code after what clap has to say.
+fn parse(args: Vec<OsString>) -> std::result::Result<Cli, ExitCode> {
+    Cli::try_parse_from(&args).map_err(|e| {
+        // It quotes arguments as they are, and a shell may have found them in a folder: it is asked
+        // once more, with arguments that can be shown.
+        let shown = args.iter().map(|a| if is_plain(a) { a.clone() } else { path_text(a).into() });
+        match Cli::try_parse_from(shown) {
+            // There is nobody to tell if it fails.
+            Err(e) => drop(e.print()),
+            Ok(_) => output::tell(&format!("error: {}\n", e.kind())),
+        }
+        ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2))
+    })
+}
+
+/// Whether an argument can be shown as it is.
+fn is_plain(arg: &OsStr) -> bool {
+    arg.to_str().is_some_and(|text| !text.chars().any(is_hidden))
 }
 
 fn run(cli: Cli) -> Result<()> {
@@ -110,18 +136,6 @@ fn init_logging(cli: &Cli) {
         writeln!(out, "{word}: {text}")
     });
     logging::start(builder.build());
-}
-
-/// Writes to standard output. A reader that went away (`| head`) is not an error.
-///
-/// # Errors
-/// `Io` or `NoSpace` if writing failed for any other reason.
-pub(crate) fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        other => other.map_err(|e| Error::io(e, "cannot write to standard output")),
-    }
 }
 
 /// The last line of what a dry run says.

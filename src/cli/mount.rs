@@ -12,8 +12,9 @@ use clap::Args;
 use super::logging::{self, Sink};
 use super::mountinfo::Mount;
 use super::{daemon, mountinfo, options, serve, users};
-use crate::error::{Error, Kind, Result, path_text};
+use crate::error::{Error, Kind, Result};
 use crate::fuse::Access;
+use crate::text::path_text;
 use crate::units::parse_bytes;
 
 /// Mount a backup directory: every point of every disk becomes a raw image

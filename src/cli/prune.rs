@@ -1,21 +1,21 @@
 //! `fleecefs prune`: retention.
 
 use std::collections::BTreeSet;
-use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::bar::Bar;
+use super::output;
 use super::writing::locked;
 use crate::chain::Catalog;
-use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Result};
 use crate::prune::consolidate::How;
 use crate::prune::plan::{Manner, Plan, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, consolidate, execute, items};
+use crate::text::{path_text, shown_as};
 use crate::units::{counted, human_bytes, parse_duration};
 
 /// Delete old points by retention rules
@@ -116,13 +116,7 @@ fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
 }
 
 fn show(plan: &Plan, as_json: bool, dry_run: bool) -> Result<()> {
-    super::print(&if as_json { json(plan)? } else { text(plan, dry_run) })
-}
-
-fn json(plan: &Plan) -> Result<String> {
-    let text = serde_json::to_string_pretty(plan)
-        .map_err(|e| super::usage(format!("cannot write JSON: {e}")))?;
-    Ok(text + "\n")
+    output::print(&if as_json { output::json_pretty(plan)? } else { text(plan, dry_run) })
 }
 
 /// Why nothing of some disks may be deleted, each reason once.
@@ -135,16 +129,15 @@ fn held(plan: &Plan) -> BTreeSet<&str> {
 
 fn text(plan: &Plan, dry_run: bool) -> String {
     let mut out = String::new();
-    // Writing to a String cannot fail.
     for disk in &plan.disks {
         for p in &disk.points {
-            let path = to_text(disk.disk.join(&p.point).as_os_str());
+            let path = path_text(&disk.disk.join(&p.point));
             if p.keep.is_empty() {
-                let _ = writeln!(out, "delete {path}  {}", human_bytes(p.bytes));
+                output::push_line(&mut out, format!("delete {path}  {}", human_bytes(p.bytes)));
                 continue;
             }
             if let [Reason::MergedInto(until)] = p.keep.as_slice() {
-                let _ = writeln!(out, "merge  {path}  into {until}");
+                output::push_line(&mut out, format!("merge  {path}  into {}", path_text(until)));
                 continue;
             }
             let word = |r: &Reason| match r {
@@ -152,30 +145,34 @@ fn text(plan: &Plan, dry_run: bool) -> String {
                 other => other.to_string(),
             };
             let reasons: Vec<String> = p.keep.iter().map(word).collect();
-            let _ = writeln!(out, "keep   {path}  {}", reasons.join(", "));
+            output::push_line(&mut out, format!("keep   {path}  {}", reasons.join(", ")));
         }
         for until in &disk.consolidate {
-            let path = to_text(disk.disk.as_os_str());
-            let _ = writeln!(out, "new    {path}  {until} becomes a FULL");
+            let path = path_text(&disk.disk);
+            output::push_line(
+                &mut out,
+                format!("new    {path}  {} becomes a FULL", path_text(until)),
+            );
         }
         for u in &disk.not_consolidated {
-            let path = to_text(disk.disk.join(&u.until).as_os_str());
-            let _ = writeln!(out, "stays  {path}  cannot become a FULL: {}", u.why);
+            let path = path_text(&disk.disk.join(&u.until));
+            output::push_line(&mut out, format!("stays  {path}  cannot become a FULL: {}", u.why));
         }
     }
     for why in held(plan) {
-        let _ = writeln!(out, "held: {why}");
+        output::push_line(&mut out, format!("held: {why}"));
     }
     let count = plan.deleted().count();
-    let _ = writeln!(
-        out,
-        "{} to delete, {}",
-        counted(count as u64, "point"),
-        human_bytes(plan.freed())
+    output::push_line(
+        &mut out,
+        format!("{} to delete, {}", counted(count as u64, "point"), human_bytes(plan.freed())),
     );
     let merged = plan.merged().count();
     if merged > 0 {
-        let _ = writeln!(out, "{} to merge: gone then as well", counted(merged as u64, "point"));
+        output::push_line(
+            &mut out,
+            format!("{} to merge: gone then as well", counted(merged as u64, "point")),
+        );
     }
     if dry_run {
         out += super::UNCHANGED;
@@ -183,14 +180,18 @@ fn text(plan: &Plan, dry_run: bool) -> String {
     out
 }
 
-/// A disk's name as the user gives it.
+/// A disk's name as the user gives it, or as `list` shows it.
 ///
 /// # Errors
 /// `NotFound` if there is no such disk.
 pub(super) fn find_disk<'a>(catalog: &'a Catalog, name: &Path) -> Result<&'a crate::chain::Disk> {
     let wanted: PathBuf = name.components().collect();
-    catalog.disks.iter().find(|d| d.path == wanted).ok_or_else(|| {
-        let text = format!("no disk '{}' in {}", name.display(), catalog.root.display());
+    let shown = || {
+        let wanted = wanted.to_str()?;
+        catalog.disks.iter().find(|d| shown_as(&d.path, wanted))
+    };
+    catalog.disks.iter().find(|d| d.path == wanted).or_else(shown).ok_or_else(|| {
+        let text = format!("no disk '{}' in {}", path_text(&name), path_text(&catalog.root));
         Error::new(crate::error::Kind::NotFound, text)
             .remedy("'fleecefs list DIR' shows what there is")
     })

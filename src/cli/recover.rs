@@ -4,11 +4,13 @@ use clap::Args;
 
 use super::backup::{ShowArgs, StateArgs};
 use super::info;
+use super::output;
 use crate::backup::lock::Lock;
 use crate::backup::recover::{Cause, Place, Recovered};
 use crate::backup::{Watch, control, foreign, guardian, journal, recover};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::{Address, Client};
+use crate::text::path_text;
 use crate::units::counted;
 
 /// Finish what a killed backup left in QEMU, in the guest and on disk
@@ -112,7 +114,9 @@ fn offline(place: Place<'_>, console: &dyn Watch, why: Error) -> Result<()> {
 pub fn cancel(args: CancelArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
     match control::ask(&args.state.dir(), &vm, "cancel")? {
-        Some(s) => super::print(&format!("backup {} (process {}) is ending\n", s.run, s.pid)),
+        Some(s) => {
+            output::print(&format!("backup {} (process {}) is ending\n", path_text(&s.run), s.pid))
+        }
         None => Err(info::not_running(&vm)),
     }
 }

@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::bar::Bar;
+use super::output;
 use super::work::{WorkArgs, cancel_flag};
 use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk, POINT_HELP};
@@ -17,6 +18,7 @@ use crate::image::{Cache, open_point};
 use crate::restore::{
     Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, Work, run,
 };
+use crate::text::{path_text, to_text};
 use crate::units::{counted, human_bytes};
 
 /// Restore a point to a file, a block device or standard output
@@ -166,7 +168,7 @@ fn partial(e: Error, done: usize, jobs: &[Job]) -> Error {
     let text = format!(
         "{done} of {} disks were restored, then {}: {}",
         jobs.len(),
-        jobs[done].disk.path.display(),
+        path_text(&jobs[done].disk.path),
         e.report()
     );
     Error::new(Kind::Partial, text)
@@ -176,7 +178,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
     if let (Some(name), Some(to)) = (&args.run, &args.to) {
         let run = run::find(catalog, name)?;
         for path in &run.without {
-            log::warn!("disk {} has no point of this run", path.display());
+            log::warn!("disk {} has no point of this run", path_text(&path));
         }
         let extension = match args.how.format {
             Some(FileFormat::Qcow2) => "qcow2",
@@ -203,7 +205,7 @@ fn check_apart(jobs: &[Job]) -> Result<()> {
     for job in jobs {
         let Some(path) = job.target.path() else { continue };
         if let Some(other) = seen.insert(path, job) {
-            let name = |j: &Job| j.disk.point_path(j.point).display().to_string();
+            let name = |j: &Job| path_text(&j.disk.point_path(j.point));
             let text = format!("{} and {} would get the same file", name(other), name(job));
             return Err(Error::new(Kind::Usage, text)
                 .at_path(path)
@@ -341,7 +343,7 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
     let image = open_point(job.disk, job.point, &Cache::new(CACHE_BYTES))?;
     let plan = Plan::new(&image, work)?;
     if how.dry_run {
-        return super::print(&show_plan(how, &name, &job.target, &plan)).map(|()| 0);
+        return output::print(&show_plan(how, &name, &job.target, &plan)?).map(|()| 0);
     }
     if let Target::Raw(path) | Target::Qcow2(path, _) = &job.target {
         if job.of_run { make_folder(path) } else { has_folder(path) }?;
@@ -351,7 +353,7 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
     for b in &summary.bad {
         log::error!("{} bytes at {:#x} are zeros in the result: {}", b.len, b.start, b.reason);
     }
-    say(&job.target, show_summary(how, &name, &job.target, &summary)).map(|()| given_up)
+    say(&job.target, show_summary(how, &name, &job.target, &summary)?).map(|()| given_up)
 }
 
 /// The target's folder has to be there: a mistyped one, or that of a file system that is not mounted,
@@ -393,18 +395,18 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
 fn say(target: &Target, text: String) -> Result<()> {
     if *target == Target::Stdout {
         if !super::is_quiet() {
-            eprint!("{text}");
+            output::tell(&text);
         }
         return Ok(());
     }
     if super::is_quiet() {
         return Ok(());
     }
-    super::print(&text)
+    output::print(&text)
 }
 
 fn target_name(target: &Target) -> String {
-    target.path().map_or("standard output".into(), |p| p.display().to_string())
+    target.path().map_or("standard output".into(), |p| path_text(&p))
 }
 
 fn kind_name(target: &Target) -> &'static str {
@@ -416,19 +418,19 @@ fn kind_name(target: &Target) -> &'static str {
     }
 }
 
-fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> String {
+fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<String> {
     if how.json {
         let value = json!({
-            "point": name, "target": target.path(), "kind": kind_name(target), "size": plan.size,
+            "point": to_text(name.as_os_str()), "target": target.path().map(|p| to_text(p.as_os_str())), "kind": kind_name(target), "size": plan.size,
             "depth": plan.depth, "totals": plan.totals, "chunks": plan.chunks,
             "findings": plan.findings,
         });
-        return format!("{value}\n");
+        return output::json_line(&value);
     }
     let t = &plan.totals;
     let mut text = format!(
         "{} -> {} ({}): {}, {} of data ({} compressed) in {} of {}\n",
-        name.display(),
+        path_text(&name),
         target_name(target),
         kind_name(target),
         human_bytes(plan.size),
@@ -441,27 +443,27 @@ fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> String {
         text.push_str(&format!("{} cannot be read\n", human_bytes(t.bad)));
     }
     plan.findings.iter().for_each(|f| text.push_str(&format!("{f}\n")));
-    text + super::UNCHANGED
+    Ok(text + super::UNCHANGED)
 }
 
-fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> String {
+fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> Result<String> {
     if how.json {
         let value = json!({
-            "point": name, "target": target.path(), "kind": kind_name(target), "way": s.way(),
+            "point": to_text(name.as_os_str()), "target": target.path().map(|p| to_text(p.as_os_str())), "kind": kind_name(target), "way": s.way(),
             "result": s,
         });
-        return format!("{value}\n");
+        return output::json_line(&value);
     }
     let seconds = s.duration_ms as f64 / 1000.0;
     let verified = if s.verified { ", read back and found equal" } else { "" };
-    format!(
+    Ok(format!(
         "{} -> {}: {}: {} copied, {} cloned, {} of {} are holes, {seconds:.1} s{verified}\n",
-        name.display(),
+        path_text(&name),
         target_name(target),
         s.way(),
         human_bytes(s.copied),
         human_bytes(s.cloned),
         human_bytes(s.holes),
         human_bytes(s.size),
-    )
+    ))
 }

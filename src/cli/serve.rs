@@ -16,11 +16,12 @@ use super::mount::Plan;
 use super::mountinfo::{self, Mount};
 use crate::chain::Catalog;
 use crate::chain::scan::{self, ProbeCache, ScanOptions};
-use crate::error::{Error, Kind, Result, path_text, visible};
+use crate::error::{Error, Kind, Result};
 use crate::fs::FileSystem;
 use crate::fs::watch::{Waker, Watch};
 use crate::fuse::{self, Mounted, Notify};
 use crate::image::Cache;
+use crate::text::path_text;
 
 /// How far the kernel reads ahead: several of its largest requests, so that all threads have work.
 const READ_AHEAD_KB: u32 = 4096;
@@ -45,7 +46,7 @@ pub fn serve(plan: &Plan, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     let options = ScanOptions { skip: vec![plan.mountpoint.clone()] };
     let (catalog, probes) = scan::scan(&plan.backups, &options, None)?;
     if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
-        log::warn!("{}: no point can be served", plan.backups.display());
+        log::warn!("{}: no point can be served", path_text(&plan.backups));
     }
     check_file_limit(&catalog);
     let cache = Cache::new(plan.cache_size);
@@ -60,7 +61,7 @@ pub fn serve(plan: &Plan, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     start("watch", WATCH_STACK, move || refresh.run(watch, &waker))?;
     control(plan, &fs, signals)?;
     ready()?;
-    log::info!("{} is mounted at {}", plan.backups.display(), plan.mountpoint.display());
+    log::info!("{} is mounted at {}", path_text(&plan.backups), path_text(&plan.mountpoint));
     finish(mounted, plan)
 }
 
@@ -74,7 +75,7 @@ fn fuse_options(plan: &Plan) -> fuse::Options {
 
 fn finish(mounted: Mounted, plan: &Plan) -> Result<()> {
     mounted.wait()?;
-    log::info!("{} is unmounted", plan.mountpoint.display());
+    log::info!("{} is unmounted", path_text(&plan.mountpoint));
     Ok(())
 }
 
@@ -127,7 +128,7 @@ impl Refresh {
                 if std::mem::take(&mut self.failing) {
                     log::warn!("{} can be read again", path_text(&root));
                 }
-                log::debug!("read {} again", root.display());
+                log::debug!("read {} again", path_text(&root));
             }
             // Said once, not at each look.
             Err(e) if !std::mem::replace(&mut self.failing, true) => {
@@ -250,7 +251,7 @@ fn check_file_limit(catalog: &Catalog) {
         log::warn!(
             "{}: a chain of {files} files, and only {} may be open: some of its points cannot be \
              opened; raise the hard limit (ulimit -Hn, LimitNOFILE=) or consolidate the chain",
-            visible(&longest),
+            path_text(&longest),
             limit.rlim_cur
         );
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::bar::Bar;
+use super::output;
 use super::restore::{FileFormat, check_outside};
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
@@ -17,6 +18,7 @@ use crate::layer::Format;
 use crate::lock::Locks;
 use crate::restore::verbs::{self, Line, files, fold::FoldPlan, rebase::RebasePlan};
 use crate::restore::{Options, Plan, Qcow2Options, Target};
+use crate::text::path_text;
 use crate::units::{counted, human_bytes};
 
 /// Options that all verbs have.
@@ -127,11 +129,12 @@ impl VerbArgs {
     /// go on.
     fn announce(&self, steps: &[String]) -> Result<bool> {
         if self.dry_run {
-            let text: String = steps.iter().map(|s| format!("{s}\n")).collect();
-            super::print(&(text + super::UNCHANGED))?;
+            let mut text = String::new();
+            steps.iter().for_each(|s| output::push_line(&mut text, s));
+            output::print(&(text + super::UNCHANGED))?;
             return Ok(false);
         }
-        log::warn!("{}: this alters the backup itself", self.dir.display());
+        log::warn!("{}: this alters the backup itself", path_text(&self.dir));
         steps.iter().for_each(|s| log::info!("{s}"));
         Ok(true)
     }
@@ -150,7 +153,7 @@ pub fn rebase(args: RebaseArgs) -> Result<()> {
         return Ok(());
     }
     plan.execute(args.verb.skip_check, &work)?;
-    super::print(&format!("{} leads to the point\n", plan.link.display()))
+    output::print(&format!("{} leads to the point\n", path_text(&plan.link)))
 }
 
 /// Runs `fleecefs commit`.
@@ -177,13 +180,13 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
         Err(e) if e.kind() == Kind::NotFound => {
             let done = verb.until.as_ref().and_then(|u| verbs::folded(&catalog, &verb.filter, u));
             let Some(full) = done else { return Err(e) };
-            return super::print(&format!("{} holds that state already\n", full.display()));
+            return output::print(&format!("{} holds that state already\n", path_text(&full)));
         }
         line => line?,
     };
     let plan = FoldPlan::new(&catalog, &line, with_snapshots)?;
     if plan.increments.is_empty() && !with_snapshots {
-        return super::print("there is nothing to fold\n");
+        return output::print("there is nothing to fold\n");
     }
     if !verb.announce(&plan.lines())? {
         return Ok(());
@@ -191,7 +194,7 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     plan.execute(&line, verb.skip_check, &work)?;
     let count = plan.increments.len();
     let held = counted(count as u64, "increment");
-    super::print(&format!("{} holds {held}\n", plan.full.path.display()))
+    output::print(&format!("{} holds {held}\n", path_text(&plan.full.path)))
 }
 
 /// Runs `fleecefs merge`.
@@ -210,9 +213,9 @@ pub fn merge(args: MergeArgs) -> Result<()> {
     let (name, note) = (line.disk.point_path(line.last()), format_note(&target));
     if args.verb.dry_run {
         let data = human_bytes(plan.totals.data);
-        let (name, target) = (name.display(), args.target.display());
+        let (name, target) = (path_text(&name), path_text(&args.target));
         let what = format!("restore {name} to {target}: {data} of data\n{note}");
-        return super::print(&(what + super::UNCHANGED));
+        return output::print(&(what + super::UNCHANGED));
     }
     if !args.verb.skip_check {
         // A point that is no chain of single files has nothing to check this way.
@@ -223,8 +226,8 @@ pub fn merge(args: MergeArgs) -> Result<()> {
     super::restore::make_folder(&args.target)?;
     let options = Options { force: args.force, ..Options::default() };
     let summary = crate::restore::restore(&image, &plan, &target, &options, &work)?;
-    let (name, target) = (name.display(), args.target.display());
-    super::print(&format!("{name} -> {target}: {}\n{note}", summary.way()))
+    let (name, target) = (path_text(&name), path_text(&args.target));
+    output::print(&format!("{name} -> {target}: {}\n{note}", summary.way()))
 }
 
 /// What to say where the target's name promises another format than it gets.

@@ -1,15 +1,15 @@
 //! `fleecefs verify`: whether backups are sound, unsound, or nobody can tell.
 
-use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 
 use super::bar::Bar;
+use super::output;
 use crate::chain::POINT_HELP;
-use crate::chain::name::to_text;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Kind, Result, Severity};
+use crate::text::path_text;
 use crate::units::{counted, parse_when};
 use crate::verify::{Options, Outcome, PointReport, Report, verify};
 
@@ -64,7 +64,7 @@ pub fn run(args: VerifyArgs) -> Result<()> {
         create: args.create,
     };
     let report = verify(&catalog, &options, &Bar::default())?;
-    super::print(&if args.json { json(&report)? } else { text(&report) })?;
+    output::print(&if args.json { output::json_pretty(&report)? } else { text(&report) })?;
     match report.outcome {
         Outcome::Sound => Ok(()),
         Outcome::Unsound => {
@@ -79,41 +79,36 @@ pub fn run(args: VerifyArgs) -> Result<()> {
     }
 }
 
-fn json(report: &Report) -> Result<String> {
-    let text = serde_json::to_string_pretty(report)
-        .map_err(|e| super::usage(format!("cannot write JSON: {e}")))?;
-    Ok(text + "\n")
-}
-
 fn text(report: &Report) -> String {
     let mut out = String::new();
     let known = report.points.iter().flat_map(|p| p.findings.iter().map(move |f| (p, f)));
     let mut seen = std::collections::HashSet::new();
-    // Writing to a String cannot fail.
     for f in known.map(|(_, f)| f).chain(&report.findings).filter(|f| seen.insert(*f)) {
         let word = match f.severity {
             Severity::Error => "error",
             Severity::Warning => "warning",
             Severity::Note => "note",
         };
-        let _ = writeln!(out, "{word}: {f}");
+        output::push_line(&mut out, format!("{word}: {f}"));
     }
     for p in report.points.iter().filter(|p| p.outcome != Outcome::Sound) {
-        let _ = writeln!(out, "{}", line(p));
+        output::push_line(&mut out, line(p));
     }
     let count = |o| report.points.iter().filter(|p| p.outcome == o).count();
-    let _ = writeln!(
-        out,
-        "{} sound, {} unsound, {} could not tell{}",
-        count(Outcome::Sound),
-        count(Outcome::Unsound),
-        count(Outcome::Unproven),
-        if report.quick { " (structure and chain only)" } else { "" },
+    output::push_line(
+        &mut out,
+        format!(
+            "{} sound, {} unsound, {} could not tell{}",
+            count(Outcome::Sound),
+            count(Outcome::Unsound),
+            count(Outcome::Unproven),
+            if report.quick { " (structure and chain only)" } else { "" },
+        ),
     );
     let recorded = report.points.iter().filter(|p| p.recorded).count();
     if recorded > 0 {
         let written = counted(recorded as u64, "manifest");
-        let _ = writeln!(out, "{written} written: from now on changes are found");
+        output::push_line(&mut out, format!("{written} written: from now on changes are found"));
     }
     out
 }
@@ -124,7 +119,7 @@ fn line(p: &PointReport) -> String {
         Outcome::Unproven => "could not tell",
         Outcome::Unsound => "UNSOUND",
     };
-    let path = to_text(p.disk.join(&p.point).as_os_str());
+    let path = path_text(&p.disk.join(&p.point));
     match &p.reason {
         Some(r) => format!("{word}: {path}: {r}"),
         None => format!("{word}: {path}"),

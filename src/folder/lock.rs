@@ -59,7 +59,7 @@ impl Lock {
                 Locked::Own => {}
                 Locked::Without => log::warn!(
                     "{}: this file system has no locks: make sure that only one fleecefs writes here",
-                    crate::error::path_text(&folder.join(name))
+                    crate::text::path_text(&folder.join(name))
                 ),
             }
             // Its last holder may have removed it before it was locked here.

@@ -339,7 +339,7 @@ impl Folder {
                 if to.has(new) {
                     return Err(Errno::EXIST.into());
                 }
-                log::debug!("{}: renamed after a look", to.join(new).display());
+                log::debug!("{}: renamed after a look", crate::text::path_text(&to.join(new)));
                 self.rename(from, to, new)
             }
             Err(e) => Err(e.into()),
@@ -412,7 +412,10 @@ impl Folder {
             Err(
                 rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP,
             ) => {
-                log::debug!("{}: this file system does not sync folders", self.path.display());
+                log::debug!(
+                    "{}: this file system does not sync folders",
+                    crate::text::path_text(&self.path)
+                );
                 Ok(())
             }
             other => Ok(other?),

@@ -71,7 +71,7 @@ pub fn plain(name: &OsStr) -> io::Result<&OsStr> {
     match bad {
         false => Ok(name),
         true => {
-            let text = format!("{:?} is not a plain file name", crate::error::to_text(name));
+            let text = format!("{:?} is not a plain file name", crate::text::to_text(name));
             Err(io::Error::new(io::ErrorKind::InvalidInput, text))
         }
     }

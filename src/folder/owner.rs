@@ -12,7 +12,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::{Folder, look};
-use crate::error::{Error, Kind, Result, path_text};
+use crate::error::{Error, Kind, Result};
+use crate::text::path_text;
 
 /// Write permission of group and others.
 const OTHERS_WRITE: u32 = 0o022;

@@ -110,7 +110,7 @@ impl Drop for Temp {
     fn drop(&mut self) {
         let Some(name) = &self.name else { return };
         if let Err(e) = self.folder.remove_if_there(name) {
-            let path = crate::error::path_text(&self.folder.join(name));
+            let path = crate::text::path_text(&self.folder.join(name));
             log::warn!("{path}: cannot remove the temporary file: {e}");
         }
     }

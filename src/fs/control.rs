@@ -10,8 +10,9 @@ use super::attr::time_text;
 use super::tree::Tree;
 use crate::chain::manifest::Achieved;
 use crate::chain::{Disk, Level, Point};
-use crate::error::{Finding, to_text};
+use crate::error::Finding;
 use crate::image::CacheFigures;
+use crate::text::{self, to_text};
 
 /// What the tree does not know about the mount.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -90,10 +91,8 @@ pub fn render(tree: &Tree, running: Running) -> Vec<u8> {
         disks: disks.map(|(index, disk)| disk_status(index, disk, root, &served)).collect(),
         findings: all_findings(tree, &served),
     };
-    let mut text = serde_json::to_vec_pretty(&status)
-        .unwrap_or_else(|e| format!("{{\"error\": \"{e}\"}}").into_bytes());
-    text.push(b'\n');
-    text
+    let text = text::json_pretty(&status).unwrap_or_else(|e| format!("{{\"error\": \"{e}\"}}"));
+    (text + "\n").into_bytes()
 }
 
 /// Path below the mount point and bad ranges of each served point, by disk and point index.

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use inotify::{EventMask, Inotify, WatchMask};
 
-use crate::error::path_text;
+use crate::text::path_text;
 
 /// Events that follow each other more closely than this are taken together.
 const QUIET: Duration = Duration::from_millis(200);

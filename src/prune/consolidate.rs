@@ -28,6 +28,7 @@ use crate::layer::{Format, Mapping};
 use crate::restore::verbs::{self, not_used_elsewhere};
 use crate::restore::{self, Compression, Qcow2Options, Summary, Target, Work};
 use crate::storage::{ReadAt, SourceFile};
+use crate::text::{path_text, shown_as};
 use crate::verify;
 
 /// Memory for folded windows.
@@ -59,7 +60,11 @@ pub struct Consolidation {
 /// `Usage` if the point is no INC of a chain that can be shortened; `NotFound`; `Incomplete` if
 /// the point cannot be served.
 pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
-    let find = |name: &str| disk.points.iter().position(|p| p.name == name);
+    let find = |name: &str| {
+        let points = &disk.points;
+        let exact = points.iter().position(|p| p.name == name);
+        exact.or_else(|| points.iter().position(|p| shown_as(&p.name, name)))
+    };
     // A disk may itself be called *.raw.
     let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
     let is_exact = find(until).is_some() || full.is_some_and(|f| find(&f).is_some());
@@ -76,7 +81,7 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
         if full.and_then(|f| find(&f)).is_some() {
             return Ok(None);
         }
-        let what = format!("no point '{until}' of disk {}", disk.path.display());
+        let what = format!("no point '{}' of disk {}", path_text(until), path_text(&disk.path));
         return Err(Error::new(Kind::NotFound, what)
             .remedy("'fleecefs list DIR' shows the points; 'latest' is the newest"));
     };
@@ -95,7 +100,7 @@ pub fn plan_at(
 ) -> Result<Consolidation> {
     let p = &disk.points[point];
     if let Some(f) = &p.unavailable {
-        let what = format!("point {} cannot be served: {}", p.name, f.message);
+        let what = format!("point {} cannot be served: {}", path_text(&p.name), f.message);
         return Err(Error::new(f.kind, what).at_path(&f.path));
     }
     check_point(disk, point)?;

@@ -21,6 +21,7 @@ use crate::progress::Progress;
 use crate::restore::verbs::{self, files};
 use crate::restore::{Work, rename_new};
 use crate::storage::{ReadAt, SourceFile};
+use crate::text::path_text;
 
 /// Deletes what `plan`, made from `catalog`, says. The caller holds the lock.
 ///
@@ -192,7 +193,7 @@ pub(super) fn make_folder(dir: &Path) -> Result<()> {
 pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     verbs::recover(dir, work)?;
     let Some(removal) = removal::read(dir)? else { return Ok(()) };
-    work.progress.note(&format!("finishing what an earlier run began in {}", dir.display()));
+    work.progress.note(&format!("finishing what an earlier run began in {}", path_text(&dir)));
     let Some(publish) = &removal.publish else {
         remove_all(dir, &removal.remove, None, work.progress)?;
         return removal::clear(dir);

@@ -6,10 +6,11 @@ use std::path::{Component, Path, PathBuf};
 
 use super::plan::{DiskItems, Item, vm};
 use crate::chain::manifest::{self, Manifest};
-use crate::chain::name::{self, Name, parse_partial, to_text};
+use crate::chain::name::{self, Name, parse_partial};
 use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::Result;
 use crate::layer::Format;
+use crate::text::path_text;
 use crate::verify::{Options, Outcome, verify};
 
 /// The points of all disks; of each the newest is verified quickly, for nothing of a VM may go as
@@ -40,7 +41,7 @@ pub fn items(catalog: &Catalog) -> Result<Vec<DiskItems>> {
             None => held(catalog, &catalog.disks[d], i)?,
         };
         let Some(why) = why else { continue };
-        let why = format!("{}: {why}", to_text(timeline.as_os_str()));
+        let why = format!("{}: {why}", path_text(&timeline));
         for disk in all.iter_mut().filter(|a| vm(&a.timeline) == vm(&timeline)) {
             disk.held.get_or_insert_with(|| why.clone());
         }
@@ -55,14 +56,14 @@ fn lost_or_unfinished(disks: &[&Disk], newest: i64) -> Option<String> {
         if let Some(m) = lost {
             return Some(format!(
                 "the newest point, {}, is lost: its manifest is there, the image is not",
-                m.image
+                path_text(&m.image)
             ));
         }
         for path in disk.findings.iter().map(|f| &f.path) {
             let name = path.file_name().unwrap_or_default();
             let Some((_, stamp, _)) = parse_partial(name) else { continue };
             if path.exists() && stamp.is_none_or(|t| t > newest) {
-                return Some(format!("the newest backup, {}, did not finish", to_text(name)));
+                return Some(format!("the newest backup, {}, did not finish", path_text(name)));
             }
         }
     }
@@ -187,7 +188,11 @@ fn timeline(disk: &Path) -> PathBuf {
 fn held(catalog: &Catalog, disk: &Disk, i: usize) -> Result<Option<String>> {
     let p = &disk.points[i];
     if let Some(finding) = &p.unavailable {
-        return Ok(Some(format!("the newest point, {}, is lost: {}", p.name, finding.message)));
+        return Ok(Some(format!(
+            "the newest point, {}, is lost: {}",
+            path_text(&p.name),
+            finding.message
+        )));
     }
     let options = Options { quick: true, point: Some(disk.point_path(i)), ..Options::default() };
     let report = verify(catalog, &options, &())?;
@@ -196,7 +201,7 @@ fn held(catalog: &Catalog, disk: &Disk, i: usize) -> Result<Option<String>> {
     }
     let why = report.points.first().and_then(|p| p.reason.clone()).unwrap_or_default();
     let word = if report.outcome == Outcome::Unsound { "unsound" } else { "not verified" };
-    Ok(Some(format!("the newest point, {}, is {word}: {why}", p.name)))
+    Ok(Some(format!("the newest point, {}, is {word}: {why}", path_text(&p.name))))
 }
 
 #[cfg(test)]

@@ -89,6 +89,7 @@ pub struct PointPlan {
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct DiskPlan {
     /// The disk's path.
+    #[serde(serialize_with = "crate::text::as_text")]
     pub disk: PathBuf,
     /// In chain order.
     pub points: Vec<PointPlan>,

@@ -1,4 +1,5 @@
 //! [`Reason`]: why a point is kept, as the plan shows it.
+use crate::text::path_text;
 
 /// Why a point is kept.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
@@ -56,9 +57,11 @@ impl std::fmt::Display for Reason {
             Reason::Newest => f.write_str("newest"),
             Reason::LastCompleteRun => f.write_str("last complete run"),
             Reason::SameRun => f.write_str("another disk of this run is kept"),
-            Reason::NeededBy(p) => write!(f, "needed by {p}"),
-            Reason::MayBeNeededBy(p) => write!(f, "{p} may need it, once what is missing is back"),
-            Reason::MergedInto(p) => write!(f, "merged into {p}"),
+            Reason::NeededBy(p) => write!(f, "needed by {}", path_text(p)),
+            Reason::MayBeNeededBy(p) => {
+                write!(f, "{} may need it, once what is missing is back", path_text(p))
+            }
+            Reason::MergedInto(p) => write!(f, "merged into {}", path_text(p)),
             Reason::NotABackup => f.write_str("not a backup"),
             Reason::CannotBeServed => f.write_str("cannot be restored; see 'list', or --force"),
             Reason::Held(why) => write!(f, "nothing is deleted: {why}"),

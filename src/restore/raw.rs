@@ -15,6 +15,7 @@ use super::{Options, Reflink, Summary, Temp, pool, readback, target_error};
 use crate::error::{Error, Kind, Result};
 use crate::image::{FoldedExtent, Source};
 use crate::storage::ReadAt;
+use crate::text::path_text;
 
 /// Bytes that are read and written at once. What was read is still in the processor's own cache
 /// when it is written: 1 MiB took a quarter more time.
@@ -52,7 +53,7 @@ pub fn to_file(
 /// Tells that a killed run's file was found.
 pub fn note_leftover(temp: &Temp, work: &Work) {
     if temp.leftover > 0 {
-        let path = temp.path().display();
+        let path = path_text(&temp.path());
         work.progress.note(&format!("{path}: left by an earlier run that was killed; removed"));
     }
 }

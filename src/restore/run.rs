@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::chain::{Catalog, Disk, Level, manifest};
 use crate::error::{Error, Kind, Result};
+use crate::text::path_text;
 
 /// What a run consists of.
 #[derive(Debug, Default)]
@@ -45,7 +46,7 @@ pub fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let points: Vec<(&Disk, usize)> =
         all.iter().filter(|(d, i, id)| is_in(d, *i, id)).map(|(d, i, _)| (*d, *i)).collect();
     if points.is_empty() {
-        let text = format!("no run '{name}' in {}", catalog.root.display());
+        let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
         return Err(Error::new(Kind::NotFound, text).remedy(
             "'fleecefs list DIR' shows the points; a run is named by their time in seconds",
         ));

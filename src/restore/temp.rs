@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use super::{check_new, target_error};
 use crate::error::{Error, Kind, Result};
+use crate::text::path_text;
 
 /// Longest file name on the usual file systems.
 const NAME_MAX: usize = 255;
@@ -123,7 +124,7 @@ impl Temp {
             .set_permissions(mode)
             .and_then(|()| std::os::unix::fs::fchown(&self.file, Some(old.uid()), Some(old.gid())));
         if let Err(e) = kept {
-            log::warn!("{}: cannot keep mode and owner: {e}", self.target.display());
+            log::warn!("{}: cannot keep mode and owner: {e}", path_text(&self.target));
         }
     }
 }
@@ -133,7 +134,7 @@ impl Drop for Temp {
         if !self.published
             && let Err(e) = std::fs::remove_file(&self.path)
         {
-            log::warn!("{}: cannot remove the temporary file: {e}", self.path.display());
+            log::warn!("{}: cannot remove the temporary file: {e}", path_text(&self.path));
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
 use crate::chain::name::{self, Name};
 use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::{Error, Finding, Kind, Severity};
+use crate::text::path_text;
 
 /// What `.fleecefs/` has about a point.
 pub(super) struct Record {
@@ -118,6 +119,7 @@ impl Check<'_> {
         if let Some(name) = &m.parent {
             let dir = p.source.parent().unwrap_or(Path::new(""));
             if !dir.join(name).exists() {
+                let name = path_text(name);
                 let what = format!("it lies on {name}, which is missing");
                 let remedy = format!("restore {name} from another copy of the backup");
                 return self.error(Kind::Incomplete, what, &remedy);
@@ -126,7 +128,11 @@ impl Check<'_> {
             if let Some((b, _)) = below
                 && !same(b)
             {
-                let what = format!("it lies on {name} by its manifest, not on {}", b.name);
+                let what = format!(
+                    "it lies on {} by its manifest, not on {}",
+                    path_text(name),
+                    path_text(&b.name)
+                );
                 return self.error(Kind::Corrupt, what, MIXED_UP);
             }
         }
@@ -175,6 +181,7 @@ impl Check<'_> {
             at = self.disk.points[i].parent;
         }
         if let Some(name) = repeated {
+            let name = path_text(&name);
             let what = format!("it and {name} name the same bitmap, '{}'", own.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
@@ -295,7 +302,7 @@ fn orphans(dir: &Path, manifests: &Path) -> Vec<Finding> {
         if was_point {
             let remedy = format!(
                 "restore it from another copy of the backup, or remove {}",
-                entry.path().display()
+                path_text(&entry.path())
             );
             let error = Error::new(Kind::Incomplete, ORPHAN).at_path(dir.join(image));
             found.push(Finding::from_error(&error.remedy(remedy), dir));

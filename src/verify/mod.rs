@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use crate::chain::{Catalog, Disk, Level};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::progress::Progress;
+use crate::text::path_text;
 use files::{FileReport, Target};
 use links::Record;
 
@@ -62,10 +63,12 @@ pub enum Outcome {
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct PointReport {
     /// The disk's path in the catalog.
+    #[serde(serialize_with = "crate::text::as_text")]
     pub disk: PathBuf,
     /// The point's name.
     pub point: String,
     /// The file that ends the point.
+    #[serde(serialize_with = "crate::text::as_text")]
     pub file: PathBuf,
     /// Its kind of backup.
     pub level: Level,
@@ -86,6 +89,7 @@ pub struct PointReport {
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Report {
     /// The backup directory.
+    #[serde(serialize_with = "crate::text::as_text")]
     pub root: PathBuf,
     /// Whether data was left out.
     pub quick: bool,
@@ -352,8 +356,8 @@ fn join(own: Verdict, below: Option<&Verdict>, below_name: Option<&str>) -> Verd
             // Name the file that is the cause, not each one between.
             let reason = match b.reason.as_deref() {
                 Some(r) if r.starts_with("it lies on ") => r.to_string(),
-                Some(r) => format!("it lies on {name}: {r}"),
-                None => format!("it lies on {name}"),
+                Some(r) => format!("it lies on {}: {r}", path_text(name)),
+                None => format!("it lies on {}", path_text(name)),
             };
             Verdict { outcome: b.outcome, reason: Some(reason), findings: own.findings }
         }

@@ -8,6 +8,7 @@ use super::PointReport;
 use crate::chain::name::{Name, parse, parse_partial};
 use crate::chain::{Disk, Level};
 use crate::error::{Finding, Kind, Severity};
+use crate::text::path_text;
 use crate::verify::links::Record;
 
 /// Points that must not be recorded as they are, and why: increments after one that qmpbackup did
@@ -32,7 +33,7 @@ pub(super) fn suspects(disk: &Disk, records: &[Record]) -> HashMap<usize, String
                 None => f.kind == Kind::Changed && lies_on(disk, i, &f.path),
             };
             if hit && unrecorded {
-                let name = f.path.file_name().unwrap_or_default().to_string_lossy();
+                let name = path_text(f.path.file_name().unwrap_or_default());
                 found.entry(i).or_insert_with(|| format!("{name}: {}", f.message));
             }
         }

@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, TEMPORARY, manifest_path};
 use crate::error::{Error, Kind, Result};
+use crate::text::path_text;
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
 /// not one, and is not read into memory.
@@ -158,7 +159,7 @@ pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
     let text = serde_json::to_vec_pretty(manifest)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {
-        log::warn!("{}: the guest's configuration is too large and left out", path.display());
+        log::warn!("{}: the guest's configuration is too large and left out", path_text(&path));
         return write(dir, &Manifest { vm: serde_json::Value::Null, ..manifest.clone() });
     }
     let mut temporary = OsString::from(format!("{TEMPORARY}{}-", std::process::id()));

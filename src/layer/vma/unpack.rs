@@ -17,6 +17,7 @@ use super::header;
 use super::lzop::{self, LzopReader};
 use crate::error::{Error, Kind, Result};
 use crate::storage::{ReadAt, Section};
+use crate::text::path_text;
 use crate::units::human_bytes;
 
 /// How much is read from the archive, or written to the scratch file, at a time.
@@ -88,7 +89,11 @@ pub fn plain(storage: Arc<dyn ReadAt>) -> Result<Arc<dyn ReadAt>> {
         return Ok(storage);
     }
     let folder = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-    log::info!("unpacking {} to a scratch file in {}", storage.name().display(), folder.display());
+    log::info!(
+        "unpacking {} to a scratch file in {}",
+        path_text(&storage.name()),
+        path_text(&folder)
+    );
     let (file, len) = unpack(&*storage, packing, &folder)?;
     storage.check_unchanged()?;
     Ok(Arc::new(Scratch { file, len, packed: storage }))

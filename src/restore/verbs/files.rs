@@ -17,6 +17,7 @@ use crate::restore::temp::sync_folder;
 use crate::restore::work::Work;
 use crate::restore::{Reflink, target_error};
 use crate::storage::{ReadAt, SourceFile};
+use crate::text::path_text;
 
 /// Ends the name of a saved header that is not yet complete.
 pub const UNFINISHED_HEADER: &str = ".header.tmp";
@@ -44,7 +45,7 @@ pub fn check(m: &Member, work: &Work) -> Result<()> {
         };
         match qemu_img::run_code(&args, &m.path, work)? {
             (0, _) => {}
-            (CHECK_LEAKS, _) => log::warn!("{}: has leaked clusters", m.path.display()),
+            (CHECK_LEAKS, _) => log::warn!("{}: has leaked clusters", path_text(&m.path)),
             (_, said) => return unsound(format!("qemu-img check says: {said}")),
         }
     }
@@ -300,7 +301,7 @@ pub fn restore_headers(folder: &Path) -> Result<()> {
         let Some(stem) = name.strip_suffix(HEADER_SUFFIX.as_bytes()) else { continue };
         let image = folder.join(OsStr::from_bytes(stem));
         put_back(&image, &saved)?;
-        log::warn!("{}: put back the header that a killed run had saved", image.display());
+        log::warn!("{}: put back the header that a killed run had saved", path_text(&image));
         remove(&saved)?;
     }
     Ok(())

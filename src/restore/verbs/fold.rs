@@ -14,7 +14,6 @@ use std::sync::Arc;
 use super::rebase::{only_qcow2, same_folder};
 use super::switch::{Switch, switch};
 use super::{Line, Member, files, not_used_elsewhere, qemu_img, side_folder, snapshots};
-use crate::chain::name::to_text;
 use crate::chain::{self, Catalog, Level};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image, open_point};
@@ -24,6 +23,7 @@ use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
 use crate::restore::{Plan, Temp, readback};
 use crate::storage::SourceFile;
+use crate::text::path_text;
 
 /// What a fold is going to do.
 #[derive(Debug, Clone, serde::Serialize)]
@@ -82,7 +82,7 @@ impl FoldPlan {
 
     /// The steps, one a line.
     pub fn lines(&self) -> Vec<String> {
-        let name = |p: &Path| to_text(p.file_name().unwrap_or_default());
+        let name = |p: &Path| path_text(p.file_name().unwrap_or_default());
         let full = name(&self.full.path);
         let mut lines = vec![format!("copy {full}")];
         if let Some(Some(s)) = self.snapshots.first() {

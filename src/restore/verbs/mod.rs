@@ -17,9 +17,10 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, Level, manifest, name};
+use crate::chain::{Catalog, Disk, Level, manifest};
 use crate::error::{Error, Kind, Result};
 use crate::layer::{Format, LayerSpec};
+use crate::text::{path_text, shown_as};
 
 pub use switch::recover;
 
@@ -90,11 +91,11 @@ pub fn select<'a>(catalog: &'a Catalog, filter: &OsStr, until: Option<&OsStr>) -
     let disk = match disks.as_slice() {
         [one] => *one,
         [] => {
-            let text = format!("no image in {} fits", catalog.root.display());
+            let text = format!("no image in {} fits", path_text(&catalog.root));
             return Err(Error::new(Kind::NotFound, text));
         }
         many => {
-            let names: Vec<String> = many.iter().map(|d| d.path.display().to_string()).collect();
+            let names: Vec<String> = many.iter().map(|d| path_text(&d.path)).collect();
             return Err(Error::new(Kind::Usage, "there are several disks here")
                 .at_path(&catalog.root)
                 .remedy(format!("name the folder of one, or use --filter: {}", names.join(", "))));
@@ -102,7 +103,7 @@ pub fn select<'a>(catalog: &'a Catalog, filter: &OsStr, until: Option<&OsStr>) -
     };
     let last = last_point(disk, until)?;
     if let Some(f) = disk.points[last].unavailable.as_ref() {
-        let text = format!("{} cannot be used: {}", disk.points[last].name, f.message);
+        let text = format!("{} cannot be used: {}", path_text(&disk.points[last].name), f.message);
         return Err(Error::new(f.kind, text).at_path(&f.path));
     }
     let mut points = vec![last];
@@ -143,9 +144,13 @@ fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
     };
     // Also as a path, as qmprestore's users complete it.
     let wanted = Path::new(until).file_name().unwrap_or(until);
-    let named = |p: &crate::chain::Point| p.source.file_name() == Some(wanted);
-    disk.points.iter().position(|p| named(p) && p.level != Level::Snapshot).ok_or_else(|| {
-        let text = format!("no point '{}' of disk {}", name::to_text(until), disk.path.display());
+    let find = |is: &dyn Fn(&OsStr) -> bool| {
+        let fits = |p: &crate::chain::Point| p.source.file_name().is_some_and(is);
+        disk.points.iter().position(|p| fits(p) && p.level != Level::Snapshot)
+    };
+    let shown = || wanted.to_str().and_then(|w| find(&|name| shown_as(name, w)));
+    find(&|name| name == wanted).or_else(shown).ok_or_else(|| {
+        let text = format!("no point '{}' of disk {}", path_text(until), path_text(&disk.path));
         Error::new(Kind::NotFound, text).remedy("'fleecefs list DIR' shows the points")
     })
 }

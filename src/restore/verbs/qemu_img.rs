@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::qemu_img;
 use crate::restore::work::Work;
+use crate::text::is_hidden;
 
 /// How often a running qemu-img is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -73,13 +75,38 @@ fn wait(child: &mut Child, work: &Work) -> Result<i32> {
     }
 }
 
+/// Bytes that are not fit to be shown, as `$'...'` of bash and POSIX 2024.
+fn quote_bytes(bytes: &[u8]) -> String {
+    let mut text = String::from("$'");
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            match c {
+                '\\' | '\'' => text.extend(['\\', c]),
+                c if is_hidden(c) => octal(&mut text, c.encode_utf8(&mut [0; 4]).as_bytes()),
+                c => text.push(c),
+            }
+        }
+        octal(&mut text, chunk.invalid());
+    }
+    text.push('\'');
+    text
+}
+
+/// In octal, which ends after three digits whatever follows.
+fn octal(text: &mut String, bytes: &[u8]) {
+    bytes.iter().for_each(|b| text.push_str(&format!("\\{b:03o}")));
+}
+
 /// Arguments as a shell would take them.
 pub fn shown(args: &[&OsStr]) -> String {
     let quote = |a: &&OsStr| {
-        let text = a.to_string_lossy();
+        let text = match a.to_str() {
+            Some(text) if !text.chars().any(is_hidden) => text,
+            _ => return quote_bytes(a.as_bytes()),
+        };
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
         match !text.is_empty() && text.chars().all(plain) {
-            true => text.into_owned(),
+            true => text.to_string(),
             false => format!("'{}'", text.replace('\'', "'\\''")),
         }
     };

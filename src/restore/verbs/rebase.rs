@@ -14,11 +14,11 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::{Line, Member, files};
-use crate::chain::name::to_text;
 use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
 use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
+use crate::text::path_text;
 
 /// What a rebase is going to do.
 #[derive(Debug, Clone, serde::Serialize)]
@@ -55,13 +55,13 @@ impl RebasePlan {
 
     /// The steps, one a line.
     pub fn lines(&self) -> Vec<String> {
-        let name = |m: &Member| to_text(m.path.file_name().unwrap_or_default());
-        let base = |m: &Member| self.pointer(&m.path).map_or_else(|_| name(m), |p| to_text(&p));
+        let name = |m: &Member| path_text(m.path.file_name().unwrap_or_default());
+        let base = |m: &Member| self.pointer(&m.path).map_or_else(|_| name(m), |p| path_text(&p));
         let pairs = self.members.windows(2);
         let mut lines: Vec<String> =
             pairs.map(|p| format!("link {} to {}", name(&p[1]), base(&p[0]))).collect();
         if let Some(last) = self.members.last() {
-            lines.push(format!("point {} to {}", self.link.display(), name(last)));
+            lines.push(format!("point {} to {}", path_text(&self.link), name(last)));
         }
         lines
     }

@@ -31,6 +31,7 @@ use crate::layer::Format;
 use crate::restore::temp::{folder_of, sync_folder};
 use crate::restore::work::Work;
 use crate::restore::{Temp, target_error};
+use crate::text::path_text;
 
 /// What is to be done, as it is written down. Images stand by their names: a folder that is moved
 /// before the work is finished is finished where it is.
@@ -114,7 +115,7 @@ impl Switch {
             let parent = parent.or(pointer).map(PathBuf::from);
             let Some(parent) = parent.filter(|p| self.going(p) || linked) else { continue };
             if self.goes(&parent) && parent != *last {
-                let text = format!("it lies on {}, which is being folded", parent.display());
+                let text = format!("it lies on {}, which is being folded", path_text(&parent));
                 return Err(Error::new(Kind::Incomplete, text)
                     .at_path(dir.join(&image))
                     .remedy("restore it to a file of its own, and remove it"));
@@ -270,7 +271,7 @@ fn copy_attributes(plan: &Switch, dir: &Path, temp: &Temp) -> Result<()> {
         .set_permissions(Permissions::from_mode(old.mode() & 0o777))
         .and_then(|()| std::os::unix::fs::fchown(temp.file(), Some(old.uid()), Some(old.gid())));
     if let Err(e) = keep {
-        log::warn!("{}: cannot keep mode and owner: {e}", full.display());
+        log::warn!("{}: cannot keep mode and owner: {e}", path_text(&full));
     }
     std::fs::metadata(&last)
         .and_then(|m| Ok(FileTimes::new().set_accessed(m.accessed()?).set_modified(m.modified()?)))
@@ -351,7 +352,7 @@ fn finish_or_drop(plan: Switch, dir: &Path, work: &Work) -> Result<()> {
             .remedy("verify the disk, and remove .fleecefs/fold.json if this file is to stay"));
     }
     if folded && interim.exists() || plan.is_new(&full) {
-        log::warn!("{}: finishing what a killed run had begun", dir.display());
+        log::warn!("{}: finishing what a killed run had begun", path_text(&dir));
         return finish(plan, dir, work);
     }
     // It ended before anything was changed but, where the FULL alone is concerned, its manifest.
