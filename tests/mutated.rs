@@ -267,6 +267,8 @@ struct Ended {
 }
 
 /// Runs a command to its end: no signal, no panic, bounded time and memory.
+// It is waited for: by wait4, which tells how much memory it took.
+#[allow(clippy::zombie_processes)]
 fn fleecefs(args: &[&str], dir: &Path, seed: &str) -> Ended {
     let what = format!("{args:?} on {seed}");
     let files = tempfile::tempdir().unwrap();
