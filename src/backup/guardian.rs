@@ -9,7 +9,7 @@
 //! and only then be stopped. What it has done it adds to the journal, so that no later recovery
 //! continues a guest that its owner has paused since.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -39,6 +39,9 @@ struct Patience {
 
 const PATIENCE: Patience =
     Patience { first: Duration::from_millis(200), longest: Duration::from_secs(5), loud: 15 };
+
+/// How many bytes the parent says in all, at most: the orders and some words.
+const WORDS: u64 = 1 << 20;
 
 /// What the guardian is told at the start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -182,7 +185,8 @@ pub fn serve() -> Result<()> {
     }
     // It may outlive its parent by hours, and must not keep a file system busy.
     let _ = std::env::set_current_dir("/");
-    let mut lines = BufReader::new(std::io::stdin());
+    // The parent says a dozen words; what is longer is not the parent.
+    let mut lines = BufReader::new(std::io::stdin().take(WORDS));
     let mut first = String::new();
     lines.read_line(&mut first).map_err(|e| Error::io(e, "no orders"))?;
     let orders: Orders = serde_json::from_str(&first).map_err(|e| {
@@ -354,7 +358,7 @@ fn fall_silent() {
 /// # Errors
 /// QEMU cannot be reached or refuses.
 pub fn continue_guest(qmp: &Address) -> Result<()> {
-    let mut client = Client::connect_within(qmp, Duration::from_secs(2))?;
+    let mut client = Client::connect_within(qmp, Duration::from_secs(2), None)?;
     continue_if_paused(&mut client).map(drop)
 }
 
