@@ -441,6 +441,29 @@ mod tests {
         assert_eq!(tries.get(), 2);
     }
 
+    /// Peers that send without end, and nothing that was asked for: each try ends, so that what is
+    /// between two of them is a pause.
+    #[test]
+    fn a_try_ends_whatever_the_peer_sends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let flood = std::thread::spawn(move || {
+            for bytes in [vec![b'\n'; 65536], b"{\"return\":{}}\n".repeat(4096)] {
+                for _ in 0..2 {
+                    let (mut s, _) = listener.accept().unwrap();
+                    while s.write_all(&bytes).is_ok() {}
+                }
+            }
+        });
+        let peer = Address::Unix(path);
+        for _ in 0..2 {
+            assert!(thaw(&peer).is_err());
+            assert!(continue_guest(&peer).is_err());
+        }
+        flood.join().unwrap();
+    }
+
     #[test]
     fn it_is_over_when_another_has_dealt_with_it() {
         let d = tempfile::tempdir().unwrap();

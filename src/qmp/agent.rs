@@ -61,6 +61,9 @@ impl Agent {
             let Some(line) = self.wire.line(deadline)? else {
                 return Err(silent(self.wire.peer()));
             };
+            if line.is_empty() {
+                continue;
+            }
             let start = line.iter().rposition(|b| *b == 0xff).map_or(0, |at| at.saturating_add(1));
             let answer = line.get(start..).and_then(|l| budget::parse(l, SYNC_MEMORY).ok());
             if answer.and_then(|a| a.get("return")?.as_u64()) == Some(id) {

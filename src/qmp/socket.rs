@@ -235,8 +235,15 @@ fn send_some(fd: RawFd, bytes: &[u8], pass: Option<RawFd>) -> io::Result<usize> 
 fn connect_tcp(address: &str, timeout: Duration) -> Result<OwnedFd> {
     let fail = |e: io::Error| Error::io(e, "cannot connect").at_path(format!("tcp:{address}"));
     let mut last = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
-    for a in address.to_socket_addrs().map_err(fail)? {
-        match TcpStream::connect_timeout(&a, timeout) {
+    let addresses = address.to_socket_addrs().map_err(fail)?;
+    // For all addresses that a name has.
+    let deadline = Instant::now() + timeout;
+    for a in addresses {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(&a, left) {
             Ok(s) => {
                 s.set_nodelay(true).map_err(fail)?;
                 // SAFETY: the descriptor was just given up by its former owner.

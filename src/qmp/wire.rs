@@ -30,9 +30,9 @@ impl Limits {
     /// hundred bytes each.
     pub const QEMU: Limits = Limits { line: 16 << 20, memory: 48 << 20, flood: 128 << 20 };
 
-    /// The guest agent's: a few KiB for each file system. What an earlier client has left unread
-    /// (`guest-file-read` gives up to 64 MiB) is passed over, if it is of short lines.
-    pub const AGENT: Limits = Limits { line: 4 << 20, memory: 16 << 20, flood: 96 << 20 };
+    /// The guest agent's: a few KiB for each file system, and answers to an earlier client that
+    /// come late.
+    pub const AGENT: Limits = Limits { line: 4 << 20, memory: 16 << 20, flood: 16 << 20 };
 
     /// A backup's own, about itself: some hundred bytes for each disk.
     pub const CONTROL: Limits = Limits { line: 4 << 20, memory: 16 << 20, flood: 4 << 20 };
