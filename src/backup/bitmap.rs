@@ -8,6 +8,13 @@ use crate::error::Result;
 use crate::qmp::Client;
 use crate::qmp::types::{Bitmap, Node};
 
+/// A bitmap of ours is on one node; filters above it may report it as well.
+const MOST_NODES: usize = 16;
+
+/// How many bitmaps are listed, and how long a node's name may be (QEMU's end at 31 bytes).
+const MOST_BITMAPS: usize = 65_536;
+const LONGEST_NAME: usize = 255;
+
 /// Adds a recording bitmap to its node.
 ///
 /// # Errors
@@ -37,7 +44,8 @@ pub fn remove(client: &mut Client, node: &str, name: &str) -> Result<()> {
 pub fn remove_everywhere(client: &mut Client, name: &str) -> Result<usize> {
     let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
     let mut removed = 0;
-    for n in nodes.iter().filter(|n| shows_own(n) && n.bitmap(name).is_some()) {
+    let with = nodes.iter().filter(|n| shows_own(n) && n.bitmap(name).is_some());
+    for n in with.take(MOST_NODES) {
         remove(client, &n.node_name, name)?;
         removed += 1;
     }
@@ -75,8 +83,12 @@ pub struct Found {
 pub fn list(client: &mut Client) -> Result<Vec<Found>> {
     let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
     let mut found = Vec::new();
-    for n in nodes.into_iter().filter(shows_own) {
+    for n in nodes.into_iter().filter(|n| shows_own(n) && n.node_name.len() <= LONGEST_NAME) {
         for bitmap in n.dirty_bitmaps.into_iter().filter(|b| b.name.is_some()) {
+            if found.len() == MOST_BITMAPS {
+                log::warn!("there are more than {MOST_BITMAPS} bitmaps");
+                return Ok(found);
+            }
             found.push(Found { node: n.node_name.clone(), bitmap });
         }
     }

@@ -1,19 +1,19 @@
 //! The control socket of a running backup: QMP is busy then, so status and cancel have their own.
 
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::lock::{make_dir, vm_key};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Address;
-use crate::qmp::wire::shorten;
+use crate::qmp::socket::{Socket, shorten};
+use crate::qmp::wire::{Limits, Wire};
 
 /// What a running backup tells about itself.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -104,45 +104,44 @@ fn socket_path(state: &Path, vm: &Address) -> PathBuf {
     state.join(format!("{}.sock", vm_key(vm)))
 }
 
+/// How long one client may hold up the others, and how long a run may take to answer.
+const WAIT: Duration = Duration::from_secs(2);
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// A word of a client: `status` or `cancel`.
+const WORD: Limits = Limits { line: 1024, memory: 1024, flood: 1024 };
+
 fn answer(stream: UnixStream, status: &Shared, cancel: &AtomicBool) {
-    // A client that says nothing must not hold up the next.
-    let wait = Some(Duration::from_secs(2));
-    let ready = stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(wait));
-    if ready.and_then(|()| stream.set_write_timeout(wait)).is_err() {
-        return;
-    }
-    let mut line = String::new();
-    let limited = std::io::Read::take(&stream, 1024);
-    if BufReader::new(limited).read_line(&mut line).is_err() {
-        return;
-    }
-    if line.trim() == "cancel" {
+    let deadline = Instant::now() + WAIT;
+    let Ok(socket) = Socket::accepted(stream, "a client") else { return };
+    let mut wire = Wire::over(socket, WORD);
+    let Ok(Some(line)) = wire.line(deadline) else { return };
+    if line.trim_ascii() == b"cancel" {
         cancel.store(true, Ordering::SeqCst);
     }
     let now = status.lock().unwrap_or_else(|e| e.into_inner()).clone();
     if let Ok(text) = crate::text::json(&now) {
-        let _ = writeln!(&stream, "{text}");
+        let _ = wire.send(format!("{text}
+").as_bytes(), None, deadline);
     }
 }
 
 /// Asks a running backup; `None` if none runs.
 ///
 /// # Errors
-/// It does not answer.
+/// It does not answer, or not with its status.
 pub fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Status>> {
-    let path = socket_path(state, vm);
-    let (short, _dir) = match shorten(&path) {
-        Ok(s) => s,
-        Err(e) if e.kind() == Kind::NotFound => return Ok(None),
-        Err(e) => return Err(e),
+    let address = Address::Unix(socket_path(state, vm));
+    let Ok(mut wire) = Wire::connect(&address, ANSWER, Limits::CONTROL) else { return Ok(None) };
+    let deadline = Instant::now() + ANSWER;
+    let silent =
+        |e: Error| Error::new(e.kind(), "the running backup does not answer").with_source(e);
+    wire.send(format!("{word}\n").as_bytes(), None, deadline).map_err(silent)?;
+    let Some(answer) = wire.json(deadline)? else {
+        let e = Error::new(Kind::Timeout, "the running backup does not answer");
+        return Err(e.at_path(wire.peer()));
     };
-    let Ok(mut stream) = UnixStream::connect(short) else { return Ok(None) };
-    let failed = |e| Error::io(e, "the running backup does not answer").at_path(&path);
-    stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(failed)?;
-    writeln!(stream, "{word}").map_err(failed)?;
-    let mut text = String::new();
-    BufReader::new(&stream).read_line(&mut text).map_err(failed)?;
-    serde_json::from_str(&text).map(Some).map_err(|e| {
+    serde_json::from_value(answer).map(Some).map_err(|e| {
         Error::new(Kind::Corrupt, "the running backup answers nonsense").with_source(e)
     })
 }
@@ -166,5 +165,24 @@ mod tests {
         assert!(cancel.load(Ordering::SeqCst));
         drop(c);
         assert_eq!(ask(d.path(), &vm, "status").unwrap(), None);
+    }
+
+    /// A client that never comes to the end of its word, and one that does not read.
+    #[test]
+    fn clients_hold_up_the_next_for_a_bounded_time() {
+        use std::io::Write;
+        let status = Shared::default();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let sender = std::thread::spawn(move || {
+            while theirs.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        answer(ours, &status, &AtomicBool::new(false));
+        sender.join().unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        status.lock().unwrap().phase = "x".repeat(16 << 20);
+        theirs.write_all(b"status\n").unwrap();
+        answer(ours, &status, &AtomicBool::new(false));
     }
 }

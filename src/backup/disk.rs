@@ -10,10 +10,11 @@ use super::names::{Role, object, work_bitmap};
 use super::publish::{self, partial_name};
 use super::teardown::{Scope, detach, teardown};
 use super::work::{Active, Run, State};
-use super::{bitmap, fleece, space, vm};
+use super::{bitmap, fleece, nbdserver, space, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{Skipped, fingerprint};
 use crate::error::{Error, Kind, Result};
+use crate::qmp::budget::short;
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;
 use crate::units::human_bytes;
@@ -135,8 +136,13 @@ impl Run<'_> {
         };
         let export = object(&self.run, Role::ViewExport, d.index);
         let node = object(&self.run, Role::Snapshot, d.index);
-        let zeros =
-            server.with_export(&mut self.client, &export, &node, false, |n| n.zero_ranges())?;
+        let mut lost = chain.lost(d.plan.disk.cluster_size.max(65536));
+        let size = d.plan.disk.size;
+        server.with_export(&mut self.client, &export, &node, false, |n| {
+            nbdserver::check_size(n, size)?;
+            n.zero_ranges(|zeros| lost.add(zeros))
+        })?;
+        let lost = lost.ranges();
         if let Some(since) = &d.plan.since {
             // What was written between the first merge and the question is data in the fleece
             // (or, with QEMUs that mix up old and new, data of now): it may hide zeros of the
@@ -157,7 +163,6 @@ impl Run<'_> {
                 d.plan.parent().map_or("the last point", |m| &m.image)
             ));
         }
-        let lost = chain.lost(&zeros, d.plan.disk.cluster_size.max(65536))?;
         let marked = self.mark(d, &lost)?;
         if marked > 0 {
             self.watch.warn(&format!(
@@ -299,5 +304,5 @@ pub fn job_error(text: &str) -> Error {
         )
         .remedy("look at the space and speed of --fleece-dir");
     }
-    Error::new(Kind::Peer, format!("the backup job failed: {text}"))
+    Error::new(Kind::Peer, format!("the backup job failed: {}", short(text)))
 }

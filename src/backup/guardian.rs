@@ -9,7 +9,7 @@
 //! and only then be stopped. What it has done it adds to the journal, so that no later recovery
 //! continues a guest that its owner has paused since.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -39,6 +39,9 @@ struct Patience {
 
 const PATIENCE: Patience =
     Patience { first: Duration::from_millis(200), longest: Duration::from_secs(5), loud: 15 };
+
+/// How many bytes the parent says in all, at most: the orders and some words.
+const WORDS: u64 = 1 << 20;
 
 /// What the guardian is told at the start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -182,7 +185,8 @@ pub fn serve() -> Result<()> {
     }
     // It may outlive its parent by hours, and must not keep a file system busy.
     let _ = std::env::set_current_dir("/");
-    let mut lines = BufReader::new(std::io::stdin());
+    // The parent says a dozen words; what is longer is not the parent.
+    let mut lines = BufReader::new(std::io::stdin().take(WORDS));
     let mut first = String::new();
     lines.read_line(&mut first).map_err(|e| Error::io(e, "no orders"))?;
     let orders: Orders = serde_json::from_str(&first).map_err(|e| {
@@ -354,7 +358,7 @@ fn fall_silent() {
 /// # Errors
 /// QEMU cannot be reached or refuses.
 pub fn continue_guest(qmp: &Address) -> Result<()> {
-    let mut client = Client::connect_within(qmp, Duration::from_secs(2))?;
+    let mut client = Client::connect_within(qmp, Duration::from_secs(2), None)?;
     continue_if_paused(&mut client).map(drop)
 }
 
@@ -435,6 +439,29 @@ mod tests {
         drop(listener);
         persist(&peer, nothing, act(50), || false).unwrap_err();
         assert_eq!(tries.get(), 2);
+    }
+
+    /// Peers that send without end, and nothing that was asked for: each try ends, so that what is
+    /// between two of them is a pause.
+    #[test]
+    fn a_try_ends_whatever_the_peer_sends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let flood = std::thread::spawn(move || {
+            for bytes in [vec![b'\n'; 65536], b"{\"return\":{}}\n".repeat(4096)] {
+                for _ in 0..2 {
+                    let (mut s, _) = listener.accept().unwrap();
+                    while s.write_all(&bytes).is_ok() {}
+                }
+            }
+        });
+        let peer = Address::Unix(path);
+        for _ in 0..2 {
+            assert!(thaw(&peer).is_err());
+            assert!(continue_guest(&peer).is_err());
+        }
+        flood.join().unwrap();
     }
 
     #[test]

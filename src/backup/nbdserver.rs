@@ -13,12 +13,10 @@ use super::names::{Role, object};
 use super::publish::{remove_if_there, write_whole};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::nbd::Nbd;
+use crate::qmp::socket::shorten;
+use crate::qmp::steps::answer_timeout;
 use crate::qmp::types::Export;
-use crate::qmp::wire::shorten;
 use crate::qmp::{Address, Client};
-
-/// How long an answer of the server may take. Block status of 1 GiB reads metadata only.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Longer than a name of an NBD export may be.
 const TOO_LONG: usize = 4097;
@@ -145,10 +143,25 @@ impl Server {
         work: impl FnOnce(&mut Nbd) -> Result<T>,
     ) -> Result<T> {
         export(client, id, node, writable)?;
-        let result =
-            Nbd::connect(&self.address, node, !writable, PATIENCE).and_then(|mut n| work(&mut n));
+        // Block status of 1 GiB reads metadata only.
+        let result = Nbd::connect(&self.address, node, !writable, answer_timeout())
+            .and_then(|mut n| work(&mut n));
         unexport(client, id)?;
         result
+    }
+}
+
+/// Whether the server exports what QEMU said that the disk is.
+///
+/// # Errors
+/// `Peer`.
+pub fn check_size(nbd: &Nbd, size: u64) -> Result<()> {
+    match nbd.size() == size {
+        true => Ok(()),
+        false => Err(Error::new(
+            Kind::Peer,
+            format!("the disk has {size} bytes, but its export {}", nbd.size()),
+        )),
     }
 }
 
@@ -181,7 +194,7 @@ fn export(client: &mut Client, id: &str, node: &str, writable: bool) -> Result<(
 
 fn unexport(client: &mut Client, id: &str) -> Result<()> {
     client.execute("block-export-del", json!({"id": id, "mode": "hard"}))?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + answer_timeout();
     loop {
         let left: Vec<Export> = client.poll("query-block-exports")?;
         if !left.iter().any(|e| e.id == id) {
@@ -214,7 +227,7 @@ pub fn hold(
     write_whole(&dir.join("ready"), json!(list).to_string().as_bytes())?;
     while !dir.join("go").exists() {
         client.check_interrupt()?;
-        client.next_event(Instant::now() + Duration::from_millis(50))?;
+        client.pause(Instant::now() + Duration::from_millis(50))?;
     }
     for (index, _) in views {
         unexport(client, &object(run, Role::ViewExport, *index))?;

@@ -46,7 +46,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     // A link on the way to the socket may change, and the socket goes with QEMU.
     let options = &Options { qmp: options.qmp.resolved(), ..options.clone() };
     let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
-    let mut client = Client::connect(&options.qmp)?;
+    let mut client = Client::connect_until(&options.qmp, interrupt.clone())?;
     client.require(&[
         "blockdev-add",
         "blockdev-backup",
@@ -67,9 +67,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     let run = names::new_run()?;
     let _mark = Lock::run(&options.state_dir, &run)?;
     let status = first_status(options, &run);
-    let _control =
-        Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt.clone())?;
-    client.interrupt_by(Some(interrupt));
+    let _control = Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt)?;
     let place = Place {
         state: &options.state_dir,
         vm: &options.qmp,
@@ -105,7 +103,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         guardian: None,
         consistency: Consistency::default(),
         blind,
-        vm: serde_json::Value::Null,
+        vm: Arc::default(),
         chains: HashMap::new(),
         config,
         reserves: Reserves::default(),
@@ -129,7 +127,7 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
     let run = names::new_run()?;
     let base = base_dir(options);
     let target = TargetId::of(&options.target, &base, false)?;
-    let vm = vm::describe(client);
+    let vm = vm::describe(client)?;
     let (seen, now) = (survey(&Answers::ask(client)?), now());
     let make = |no_inc: Option<String>| {
         let inputs = Inputs {

@@ -1,12 +1,16 @@
 //! Which disks QEMU has, and which of them a backup takes.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::chain::manifest::{DiskIdentity, Skipped};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
+use crate::qmp::budget;
+use crate::qmp::client::check_length;
 use crate::qmp::types::{Bitmap, Drive, Graph, Image, Node};
 
 use super::names;
@@ -14,6 +18,28 @@ use super::names;
 /// Drivers that only pass requests through to their `file` child.
 const FILTERS: &[&str] =
     &["throttle", "copy-on-read", "copy-before-write", "compress", "blklogwrites", "preallocate"];
+
+/// How many nodes are followed from a disk to its file: filters and formats, some few. A graph has
+/// no loops; the bound is for an answer that has.
+const DEEPEST: usize = 64;
+
+/// How many disks are looked at: more than any machine has.
+const DISKS: usize = 512;
+
+/// The longest name of a node or device, and of a file, in bytes. QEMU's nodes have 31, QOM paths
+/// some hundred, file names up to 4096.
+const LONGEST_NAME: usize = 1024;
+const LONGEST_FILE: usize = 16 << 10;
+
+/// Memory that the descriptions of all disks may take: they are kept more than once. In bytes, as
+/// [`budget::size`] counts it.
+const DESCRIPTIONS: usize = 12 << 20;
+
+/// How many bitmaps a disk may have: QEMU keeps 65,535 in an image, and is slow with hundreds.
+const BITMAPS: usize = 4096;
+
+/// A disk's size is below this: so are QEMU's, and no sum of two overflows.
+const TOO_LARGE: u64 = 1 << 62;
 
 /// How the filter gets between the guest and its disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,6 +163,12 @@ pub struct Seen {
     pub blocked: Vec<Skipped>,
 }
 
+impl Seen {
+    fn count(&self) -> usize {
+        [self.disks.len(), self.skipped.len(), self.blocked.len()].into_iter().sum()
+    }
+}
+
 /// Why a disk is not among those that can be backed up.
 enum Unfit {
     /// By rule.
@@ -150,12 +182,12 @@ enum Unfit {
 pub struct Answers {
     /// `query-block`.
     pub drives: Vec<Drive>,
-    /// The same, as QEMU wrote it.
-    pub raw_drives: Value,
     /// `query-named-block-nodes`.
     pub nodes: Vec<Node>,
     /// The same, as QEMU wrote it.
     pub raw_nodes: Value,
+    /// The first node of each name.
+    by_name: HashMap<String, usize>,
     /// `x-debug-query-block-graph`.
     pub graph: Graph,
     /// Whether this is QEMU with a guest.
@@ -168,33 +200,35 @@ impl Answers {
     /// # Errors
     /// As [`Client::execute`].
     pub fn ask(client: &mut Client) -> Result<Self> {
-        let raw_drives = client.execute("query-block", json!({}))?;
-        let raw_nodes = client.execute("query-named-block-nodes", json!({}))?;
+        let drives = client.query("query-block", json!({}))?;
+        // Before the other large answer is in memory.
         let graph = if client.has("x-debug-query-block-graph") {
             client.query("x-debug-query-block-graph", json!({}))?
         } else {
             Graph::default()
         };
-        Ok(Answers {
-            drives: parse(&raw_drives, "query-block")?,
-            nodes: parse(&raw_nodes, "query-named-block-nodes")?,
-            raw_drives,
-            raw_nodes,
-            graph,
-            guest: client.has_guest(),
-        })
+        let raw_nodes = client.execute("query-named-block-nodes", json!({}))?;
+        Self::of(drives, raw_nodes, graph, client.has_guest())
+    }
+
+    fn of(drives: Vec<Drive>, raw_nodes: Value, graph: Graph, guest: bool) -> Result<Self> {
+        let nodes: Vec<Node> = parse(&raw_nodes, "query-named-block-nodes")?;
+        let mut by_name = HashMap::new();
+        for (at, n) in nodes.iter().enumerate() {
+            by_name.entry(n.node_name.clone()).or_insert(at);
+        }
+        Ok(Answers { drives, nodes, raw_nodes, by_name, graph, guest })
     }
 
     /// The named node.
     pub fn node(&self, name: &str) -> Option<&Node> {
-        self.nodes.iter().find(|n| n.node_name == name)
+        self.nodes.get(*self.by_name.get(name)?)
     }
 
     /// Follows filters down to the node that holds the disk.
     fn below_filters<'a>(&'a self, top: &'a Node) -> &'a Node {
         let mut at = top;
-        // A graph has no loops; the bound is for an answer that has.
-        for _ in 0..self.nodes.len() {
+        for _ in 0..DEEPEST {
             if !FILTERS.contains(&at.drv.as_str()) {
                 break;
             }
@@ -209,7 +243,7 @@ impl Answers {
     fn file_of(&self, node: &Node) -> String {
         let plain = |n: &Node| !n.file.starts_with("json:") && !n.file.starts_with("blkdebug:");
         let mut at = node;
-        for _ in 0..self.nodes.len() {
+        for _ in 0..DEEPEST {
             if plain(at) {
                 return at.file.clone();
             }
@@ -224,7 +258,7 @@ impl Answers {
     /// The driver of the node that holds a disk's bytes.
     fn storage_of(&self, node: &Node) -> &str {
         let mut at = self.node(&node.node_name);
-        for _ in 0..self.nodes.len() {
+        for _ in 0..DEEPEST {
             let Some(n) = at else { break };
             match self
                 .graph
@@ -239,14 +273,14 @@ impl Answers {
     }
 
     fn raw_image(&self, node: &str) -> Value {
-        let list = self.raw_nodes.as_array().into_iter().flatten();
-        let mut named = list.filter(|n| n.get("node-name").and_then(Value::as_str) == Some(node));
-        named.next().and_then(|n| n.get("image")).cloned().unwrap_or_default()
+        let at = self.by_name.get(node).and_then(|at| self.raw_nodes.get(*at)?.get("image"));
+        at.cloned().unwrap_or_default()
     }
 }
 
-fn parse<T: serde::de::DeserializeOwned>(v: &Value, what: &str) -> Result<T> {
-    serde_json::from_value(v.clone()).map_err(|e| {
+fn parse<T: DeserializeOwned>(v: &Value, what: &str) -> Result<T> {
+    check_length(v, what)?;
+    T::deserialize(v).map_err(|e| {
         Error::new(Kind::Corrupt, format!("the answer to {what} has an unknown shape"))
             .with_source(e)
     })
@@ -255,24 +289,58 @@ fn parse<T: serde::de::DeserializeOwned>(v: &Value, what: &str) -> Result<T> {
 /// Looks at all disks.
 pub fn survey(answers: &Answers) -> Seen {
     let mut seen = Seen::default();
+    let mut room = DESCRIPTIONS;
     if answers.guest {
-        for d in &answers.drives {
-            note(&mut seen, drive_name(d), from_drive(answers, d));
+        for d in answers.drives.iter().take(DISKS) {
+            note(&mut seen, &mut room, drive_name(d), from_drive(answers, d));
         }
     } else {
-        for n in exported(answers) {
-            note(&mut seen, n.node_name.clone(), from_export(answers, n));
+        for n in exported(answers).into_iter().take(DISKS) {
+            note(&mut seen, &mut room, n.node_name.clone(), from_export(answers, n));
         }
+    }
+    if seen.count() == DISKS {
+        let reason = format!("more than {DISKS} disks: the others are not looked at");
+        seen.blocked.push(Skipped { disk: "(others)".into(), reason });
     }
     seen
 }
 
-fn note(seen: &mut Seen, disk: String, found: Result<SeenDisk, Unfit>) {
-    match found {
+fn note(seen: &mut Seen, room: &mut usize, disk: String, found: Result<SeenDisk, Unfit>) {
+    let disk = budget::clip(&disk, 64);
+    match found.and_then(|d| fits(d, room)) {
         Ok(d) => seen.disks.push(d),
         Err(Unfit::Skip(r)) => seen.skipped.push(Skipped { disk, reason: r.into() }),
         Err(Unfit::Blocked(r)) => seen.blocked.push(Skipped { disk, reason: r.into() }),
     }
+}
+
+/// Whether what QEMU says of a disk is of a size that can be.
+fn fits(mut d: SeenDisk, room: &mut usize) -> Result<SeenDisk, Unfit> {
+    let i = &d.identity;
+    let names = [&i.qdev, &i.node, &i.device, &i.format, &d.node, &d.top];
+    if names.iter().any(|n| n.len() > LONGEST_NAME) || i.file.len() > LONGEST_FILE {
+        return Err(Unfit::Blocked("QEMU gives it a name that is too long"));
+    }
+    if d.size >= TOO_LARGE {
+        return Err(Unfit::Blocked("QEMU says that it is larger than any disk can be"));
+    }
+    let bitmap = |b: &Bitmap| b.name.as_ref().map_or(0, String::len).saturating_add(100);
+    let bitmaps = d.bitmaps.iter().map(bitmap).fold(0, usize::saturating_add);
+    let mut all = bitmaps.saturating_add(i.file.len());
+    if let Insertion::Reopen { cache, detect_zeroes, .. } = &d.insertion {
+        all = all.saturating_add(budget::size(cache)).saturating_add(detect_zeroes.len());
+    }
+    let Some(left) = room.checked_sub(all).filter(|_| d.bitmaps.len() <= BITMAPS) else {
+        return Err(Unfit::Blocked("QEMU's description of it is too long"));
+    };
+    *room = left;
+    // Nothing depends on it.
+    match room.checked_sub(budget::size(&d.info)) {
+        Some(left) => *room = left,
+        None => d.info = Value::Null,
+    }
+    Ok(d)
 }
 
 fn drive_name(d: &Drive) -> String {
@@ -370,7 +438,7 @@ fn build(
         top: top_name,
         insertion,
         size: disk.image.virtual_size,
-        cluster_size: disk.image.cluster_size.filter(|c| *c > 0).unwrap_or(65536),
+        cluster_size: disk.image.cluster_size.filter(is_cluster).unwrap_or(65536),
         extended_l2: flag("extended-l2"),
         lazy_refcounts: flag("lazy-refcounts"),
         persistent: disk.drv == "qcow2" && version3 && !disk.ro,
@@ -381,6 +449,11 @@ fn build(
         allocated: allocated(&disk.image).min(disk.image.virtual_size),
         info: answers.raw_image(&disk.node_name),
     })
+}
+
+/// A size that clusters have: qcow2's end at 2 MiB, those of other formats at some GiB.
+fn is_cluster(size: &u64) -> bool {
+    size.is_power_of_two() && *size <= 1 << 32
 }
 
 /// Whether anything of the disk is encrypted: itself, its file, or what lies below it.
@@ -417,14 +490,8 @@ mod tests {
     use super::*;
 
     fn answers(drives: Value, nodes: Value) -> Answers {
-        Answers {
-            drives: serde_json::from_value(drives.clone()).unwrap(),
-            raw_drives: drives,
-            nodes: serde_json::from_value(nodes.clone()).unwrap(),
-            raw_nodes: nodes,
-            graph: Graph::default(),
-            guest: true,
-        }
+        let drives = serde_json::from_value(drives).unwrap();
+        Answers::of(drives, nodes, Graph::default(), true).unwrap()
     }
 
     fn qcow2(name: &str) -> Value {
@@ -488,6 +555,63 @@ mod tests {
         let mut top = qcow2("top");
         top["image"]["backing-image"] = json!({"filename": "b", "encrypted": true});
         assert!(seen(&answers(drives.clone(), json!([top]))));
+    }
+
+    #[test]
+    fn descriptions_that_cannot_be_are_refused_and_nothing_overflows() {
+        let long = "n".repeat(1 << 20);
+        let change = |change: &dyn Fn(&mut Value)| {
+            let mut d = qcow2("d0");
+            change(&mut d);
+            let drives = json!([{"device": "", "qdev": "/m/v0", "inserted": d}]);
+            survey(&answers(drives, json!([d])))
+        };
+        let refused: [&dyn Fn(&mut Value); 5] = [
+            &|d| d["image"]["virtual-size"] = u64::MAX.into(),
+            &|d| d["node-name"] = long.as_str().into(),
+            &|d| d["drv"] = long.as_str().into(),
+            &|d| d["file"] = long.as_str().into(),
+            &|d| d["dirty-bitmaps"] = json!(vec![json!({"name": "b"}); 16_000]),
+        ];
+        for (n, r) in refused.into_iter().enumerate() {
+            let seen = change(r);
+            assert!(seen.disks.is_empty() && seen.blocked.len() == 1, "{n}");
+            assert!(seen.blocked[0].disk.len() < 5000);
+        }
+        let seen = change(&|d| d["image"]["x"] = json!(vec![json!({}); 20_000]));
+        assert!(seen.disks[0].info.is_null());
+        let mut below = json!({"filename": "f", "virtual-size": u64::MAX});
+        for _ in 0..50 {
+            below = json!({"actual-size": u64::MAX, "backing-image": below});
+        }
+        let seen = change(&|d| {
+            d["image"]["backing-image"] = below.clone();
+            d["image"]["cluster-size"] = 0.into();
+        });
+        assert_eq!((seen.disks[0].allocated, seen.disks[0].cluster_size), (1 << 20, 65536));
+        for odd in [json!(-1), json!("1"), json!(1.5), json!({}), json!(1e30)] {
+            let mut d = qcow2("d0");
+            d["image"]["virtual-size"] = odd;
+            let parsed = Answers::of(Vec::new(), json!([d]), Graph::default(), true);
+            assert_eq!(parsed.unwrap_err().kind(), Kind::Corrupt);
+        }
+    }
+
+    #[test]
+    fn very_many_disks_and_nodes_take_bounded_time_and_memory() {
+        let filter = |n: usize| json!({"node-name": format!("n{n}"), "drv": "throttle"});
+        let drive = json!({"device": "", "qdev": "/m/v0", "inserted": filter(0)});
+        let nodes = Value::Array((0..16_000).map(filter).collect());
+        let mut a = answers(Value::Array(vec![drive; 16_000]), nodes);
+        let vertex = |n| json!({"id": n, "type": "block-driver", "name": format!("n{n}")});
+        let edge = |n: usize| json!({"parent": n, "child": (n + 1) % 16_000, "name": "file"});
+        a.graph = serde_json::from_value(json!({
+            "nodes": (0..16_000).map(vertex).collect::<Vec<_>>(),
+            "edges": (0..16_000).map(edge).collect::<Vec<_>>()}))
+        .unwrap();
+        let seen = survey(&a);
+        assert!(seen.count() <= DISKS + 1);
+        assert!(parse::<Vec<Node>>(&json!(vec![json!({}); 16_385]), "x").is_err());
     }
 
     /// QEMU's node names change at each start: by them two RBD disks would change places.

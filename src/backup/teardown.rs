@@ -14,10 +14,16 @@ use super::names::{Role, parse_object};
 use super::seen::{Answers, Insertion};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
+use crate::qmp::steps::answer_timeout;
 use crate::qmp::types::{Export, FdSet, Job};
 
-/// How long a cancelled job or a closed export may take to go.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How many runs' leftovers are looked for at once: more than one is rare.
+const MOST_RUNS: usize = 64;
+
+/// How often the time for one answer all that is taken down may take. Each disk costs a dozen
+/// commands, and few of them take long; but a QEMU that answers each at the last moment must not
+/// hold us for ever.
+const TIMES: u32 = 30;
 
 /// What is taken down.
 #[derive(Debug, Clone, Copy)]
@@ -90,6 +96,7 @@ pub fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
         names.filter_map(|n| Some(parse_object(n)?.0.to_string())).collect();
     runs.sort();
     runs.dedup();
+    runs.truncate(MOST_RUNS);
     Ok(runs)
 }
 
@@ -107,6 +114,13 @@ pub fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
 /// # Errors
 /// QEMU is gone, or does not answer.
 pub fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
+    client.limit_total(Some(answer_timeout().saturating_mul(TIMES)));
+    let torn = take_all_down(client, scope);
+    client.limit_total(None);
+    torn
+}
+
+fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let mut torn = Torn::default();
     let jobs = end_jobs(client, scope, &mut torn)?;
     end_exports(client, scope, &mut torn)?;
@@ -240,7 +254,7 @@ fn end_jobs(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<Ve
         // It may conclude in this very moment: a refusal is no news.
         let _ = client.call("job-cancel", json!({"id": j.id}))?;
     }
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + answer_timeout();
     loop {
         let jobs = mine(client.poll("query-jobs")?);
         if jobs.iter().all(Job::concluded) {
@@ -267,7 +281,7 @@ fn end_exports(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result
     for e in &mine {
         client.call("block-export-del", json!({"id": e.id, "mode": "hard"}))?.ok();
     }
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + answer_timeout();
     while !mine.is_empty() {
         let left: Vec<Export> = client.poll("query-block-exports")?;
         let left: Vec<usize> =

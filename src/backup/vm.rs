@@ -8,6 +8,7 @@ use super::publish::{make_dir, write_whole};
 use crate::chain::manifest::{ConfigFile, FOLDER};
 use crate::error::{Error, Result};
 use crate::qmp::Client;
+use crate::qmp::budget;
 
 /// Questions whose answers together are the guest's configuration as QEMU reports it.
 const QUESTIONS: &[&str] = &[
@@ -22,23 +23,49 @@ const QUESTIONS: &[&str] = &[
     "query-iothreads",
 ];
 
-/// Asks for all that this QEMU can tell. What it refuses is left out: nothing depends on it.
-pub fn describe(client: &mut Client) -> Value {
-    let mut all = json!({});
+/// Memory that one answer may take, and all of them: they go into the manifest of each disk. In
+/// bytes, as [`budget::size`] counts it: `query-block` takes some 10 KiB for each disk.
+const ANSWER: usize = 4 << 20;
+const ANSWERS: usize = 8 << 20;
+
+/// Asks for all that this QEMU can tell. What it refuses, or what is too much to be kept, is left
+/// out: nothing depends on it.
+///
+/// # Errors
+/// QEMU is gone or does not answer, or a signal ends it.
+pub fn describe(client: &mut Client) -> Result<Value> {
+    let mut all = Described { value: json!({}), room: ANSWERS };
     for q in QUESTIONS {
         if client.has(q)
-            && let Ok(Ok(answer)) = client.call(q, json!({}))
+            && let Ok(answer) = client.call(q, json!({}))?
         {
-            all[*q] = answer;
+            all.keep(q, answer);
         }
     }
     if client.has("qom-get")
-        && let Ok(Ok(kind)) =
-            client.call("qom-get", json!({"path": "/machine", "property": "type"}))
+        && let Ok(kind) = client.call("qom-get", json!({"path": "/machine", "property": "type"}))?
     {
-        all["machine"] = kind;
+        all.keep("machine", kind);
     }
-    all
+    Ok(all.value)
+}
+
+struct Described {
+    value: Value,
+    room: usize,
+}
+
+impl Described {
+    fn keep(&mut self, question: &str, answer: Value) {
+        let size = budget::size(&answer);
+        match self.room.checked_sub(size).filter(|_| size <= ANSWER) {
+            Some(left) => {
+                self.room = left;
+                self.value[question] = answer;
+            }
+            None => log::warn!("the answer to {question} is too long to be kept"),
+        }
+    }
 }
 
 /// Reads the files given with `--config`: before anything is begun, so that a wrong name costs no

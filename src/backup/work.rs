@@ -52,7 +52,7 @@ pub struct Run<'a> {
     /// The frozen view needs care, see `run::is_blind`.
     pub(super) blind: bool,
     /// What QEMU says about the VM.
-    pub(super) vm: Value,
+    pub(super) vm: Arc<Value>,
     /// Chains that INCs build on, by the new image's path.
     pub(super) chains: HashMap<PathBuf, ChainData>,
     /// What is given with `--config`: paths and bytes.
@@ -229,7 +229,7 @@ impl Run<'_> {
     /// be had, plans again.
     fn plan(&mut self) -> Result<Plan> {
         let seen = survey(&Answers::ask(&mut self.client)?);
-        self.vm = vm::describe(&mut self.client);
+        self.vm = Arc::new(vm::describe(&mut self.client)?);
         self.sweep()?;
         let mut unsound: Vec<Unsound> = Vec::new();
         // One time for all plans: it is in the images' names.
@@ -378,7 +378,7 @@ impl Run<'_> {
             .collect())
     }
 
-    fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &Value, version: &str) -> Manifest {
+    fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &Arc<Value>, version: &str) -> Manifest {
         let dirty = matches!(p.level, Level::Inc | Level::Diff);
         Manifest {
             format_version: FORMAT_VERSION,
@@ -552,8 +552,11 @@ impl Run<'_> {
             }
             self.client.check_interrupt()?;
             self.guard_fleeces(disks)?;
+            let began = Instant::now();
             let pause = if going { POLL } else { SYNC_POLL };
-            self.client.next_event(Instant::now() + pause)?;
+            self.client.pause(began + pause)?;
+            // A flood of events must not become one of questions.
+            std::thread::sleep(SYNC_POLL.saturating_sub(began.elapsed()));
         }
     }
 
@@ -563,7 +566,7 @@ impl Run<'_> {
         let copy = &self.options.copy;
         d.progress.place(Position { at, of, paced: copy.speed > 0 || copy.compress.is_some() });
         d.progress.advance(copied.saturating_sub(d.shown));
-        d.shown = copied;
+        d.shown = d.shown.max(copied);
         self.disk_status(d.index, |s| {
             s.copied = copied;
             s.done = job.current_progress;

@@ -47,23 +47,10 @@ impl ChainData {
     }
 
     /// Of the ranges that are zeros in the frozen view, those where the chain has something else.
-    /// `cluster` is the unit in which the job copies.
-    ///
-    /// # Errors
-    /// The chain cannot be read.
-    pub fn lost(&self, zeros: &[Range<u64>], cluster: u64) -> Result<Vec<Range<u64>>> {
-        let mut lost = Vec::new();
-        for r in intersect(zeros, &self.ranges) {
-            // A hole in part of a cluster is in the chain as data that is zero: that is no loss,
-            // and copying it again at each INC would never end. A whole cluster is copied as a
-            // zero cluster, so it comes up once.
-            let whole = r.start.next_multiple_of(cluster).saturating_add(cluster) <= r.end;
-            if whole || !self.is_zero(&r)? {
-                // The cut may lie in the unit before: its end became zero too, as data.
-                lost.push(r.start.saturating_sub(1)..r.end);
-            }
-        }
-        Ok(lost)
+    /// `cluster` is the unit in which the job copies. The ranges come one after the other (by
+    /// [`Lost::add`]), since they may be very many.
+    pub fn lost(&self, cluster: u64) -> Lost<'_> {
+        Lost { chain: self, cluster: cluster.max(1), next: 0, found: Vec::new() }
     }
 
     fn is_zero(&self, range: &Range<u64>) -> Result<bool> {
@@ -80,6 +67,66 @@ impl ChainData {
         }
         Ok(true)
     }
+}
+
+/// How many lost ranges are kept apart: each is a write to a scratch node. Beyond that neighbours
+/// become one, and what lies between them is copied for nothing.
+const APART: usize = 1 << 20;
+
+/// Looks for what was lost, in ascending order.
+pub struct Lost<'a> {
+    chain: &'a ChainData,
+    cluster: u64,
+    /// The first of the chain's ranges that does not end before what comes.
+    next: usize,
+    found: Vec<Range<u64>>,
+}
+
+impl Lost<'_> {
+    /// Takes the next range of zeros.
+    ///
+    /// # Errors
+    /// The chain cannot be read.
+    pub fn add(&mut self, zeros: Range<u64>) -> Result<()> {
+        while let Some(data) = self.chain.ranges.get(self.next) {
+            let both = zeros.start.max(data.start)..zeros.end.min(data.end);
+            if both.start < both.end {
+                self.judge(&both)?;
+            }
+            if data.end > zeros.end {
+                break;
+            }
+            self.next = self.next.saturating_add(1);
+        }
+        Ok(())
+    }
+
+    fn judge(&mut self, r: &Range<u64>) -> Result<()> {
+        // A hole in part of a cluster is in the chain as data that is zero: that is no loss,
+        // and copying it again at each INC would never end. A whole cluster is copied as a
+        // zero cluster, so it comes up once.
+        let begin = r.start.checked_next_multiple_of(self.cluster);
+        let whole = begin.and_then(|b| b.checked_add(self.cluster)).is_some_and(|e| e <= r.end);
+        if whole || !self.chain.is_zero(r)? {
+            // The cut may lie in the unit before: its end became zero too, as data.
+            self.found.push(r.start.saturating_sub(1)..r.end);
+            if self.found.len() > APART {
+                self.found = join_pairs(&self.found);
+            }
+        }
+        Ok(())
+    }
+
+    /// What was lost.
+    pub fn ranges(self) -> Vec<Range<u64>> {
+        self.found
+    }
+}
+
+/// Makes one range of each two neighbours.
+fn join_pairs(list: &[Range<u64>]) -> Vec<Range<u64>> {
+    let join = |pair: &[Range<u64>]| Some(pair.first()?.start..pair.last()?.end);
+    list.chunks(2).filter_map(join).collect()
 }
 
 fn data_ranges(image: &Image) -> Result<Vec<Range<u64>>> {
@@ -102,28 +149,51 @@ fn data_ranges(image: &Image) -> Result<Vec<Range<u64>>> {
     }
 }
 
-/// What is in both lists; both ascending and without overlaps.
-pub fn intersect(a: &[Range<u64>], b: &[Range<u64>]) -> Vec<Range<u64>> {
-    let (mut i, mut j) = (0, 0);
-    let mut out = Vec::new();
-    while let (Some(x), Some(y)) = (a.get(i), b.get(j)) {
-        let both = x.start.max(y.start)..x.end.min(y.end);
-        if both.start < both.end {
-            out.push(both);
-        }
-        if x.end < y.end { i += 1 } else { j += 1 }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// A chain of one FULL with data in its first MiB and from 2 to 3 MiB.
+    fn chain(dir: &Path) -> Option<ChainData> {
+        let path = dir.join("FULL-1-d");
+        let name = path.to_str()?;
+        let run = |program: &str, args: &[&str]| {
+            let out = std::process::Command::new(program).args(args).output();
+            out.is_ok_and(|o| o.status.success())
+        };
+        let made = run("qemu-img", &["create", "-q", "-f", "qcow2", name, "4M"])
+            && run("qemu-io", &["-c", "write -P 1 0 1M", "-c", "write -P 2 2M 1M", name]);
+        let file = Arc::new(SourceFile::look(path).ok()?);
+        let layers =
+            [LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None }];
+        let image = Image::new(4 << 20, &layers, None, &Cache::new(CACHE_BYTES)).ok()?;
+        let ranges = data_ranges(&image).ok()?;
+        made.then_some(ChainData { image, ranges })
+    }
+
     #[test]
-    fn intersections() {
-        let got = intersect(&[0..10, 20..30, 40..50], &[5..25, 29..41, 60..70]);
-        assert_eq!(got, vec![5..10, 20..25, 29..30, 40..41]);
-        assert!(intersect(&[], &got).is_empty());
+    fn zeros_over_data_are_lost() {
+        const M: u64 = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let Some(chain) = chain(dir.path()) else {
+            assert!(std::env::var_os("CI").is_none(), "qemu-img is missing");
+            return eprintln!("skipped: zeros_over_data_are_lost: no qemu-img");
+        };
+        assert_eq!(chain.ranges, vec![0..M, 2 * M..3 * M]);
+        let lost = |zeros: &[(u64, u64)]| {
+            let mut l = chain.lost(65536);
+            zeros.iter().try_for_each(|z| l.add(z.0..z.1)).unwrap();
+            l.ranges()
+        };
+        assert_eq!(lost(&[(0, 4 * M)]), vec![0..M, 2 * M - 1..3 * M]);
+        assert_eq!(lost(&[(512, 1024), (M / 2, 2 * M)]), vec![511..1024, M / 2 - 1..M]);
+        assert_eq!(lost(&[(M, 2 * M), (3 * M, u64::MAX)]), vec![]);
+        assert_eq!(lost(&[(0, 1), (2, 3), (4 * M - 1, 4 * M)]), vec![0..1, 1..3]);
+    }
+
+    #[test]
+    fn too_many_ranges_become_fewer_that_cover_them() {
+        assert_eq!(join_pairs(&[0..1, 4..5, 6..7]), vec![0..5, 6..7]);
+        assert!(join_pairs(&[]).is_empty());
     }
 }

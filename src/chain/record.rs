@@ -48,7 +48,7 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
         duration_ms: 0,
         blake3: None,
         fingerprint: None,
-        vm: serde_json::Value::Null,
+        vm: std::sync::Arc::default(),
         config_files: Vec::new(),
         skipped: Vec::new(),
         failed: Vec::new(),

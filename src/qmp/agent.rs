@@ -7,9 +7,18 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::address::Address;
+use super::budget::{self, short};
 use super::steps::step;
-use super::wire::{Address, Wire};
+use super::wire::{Limits, Wire};
 use crate::error::{Error, Kind, Result};
+
+/// Memory that the answer to a synchronisation may take, in bytes: it is a number. What is larger
+/// is another's answer.
+const SYNC_MEMORY: usize = 64 << 10;
+
+/// How many bytes of mount points' names are kept: they go into the manifest of each disk.
+const MOUNTPOINTS: usize = 16 << 10;
 
 /// A session with the agent.
 #[derive(Debug)]
@@ -26,7 +35,7 @@ impl Agent {
     /// `Timeout` if no agent answers (none runs, or another client holds the socket).
     pub fn connect(address: &Address, timeout: Duration) -> Result<Self> {
         let deadline = Instant::now() + timeout;
-        let wire = Wire::connect(address, timeout).map_err(|e| match e.kind() {
+        let wire = Wire::connect(address, timeout, Limits::AGENT).map_err(|e| match e.kind() {
             Kind::NotFound => e.remedy(
                 "is QEMU running, and is this the path of the -chardev socket of its \
                  org.qemu.guest_agent.0 port?",
@@ -49,9 +58,14 @@ impl Agent {
         bytes.extend_from_slice(format!("{request}\n").as_bytes());
         self.wire.send(&bytes, None, deadline)?;
         loop {
-            let Some(line) = self.wire.line(deadline)? else { return Err(self.silent()) };
+            let Some(line) = self.wire.line(deadline)? else {
+                return Err(silent(self.wire.peer()));
+            };
+            if line.is_empty() {
+                continue;
+            }
             let start = line.iter().rposition(|b| *b == 0xff).map_or(0, |at| at.saturating_add(1));
-            let answer = line.get(start..).and_then(|l| serde_json::from_slice::<Value>(l).ok());
+            let answer = line.get(start..).and_then(|l| budget::parse(l, SYNC_MEMORY).ok());
             if answer.and_then(|a| a.get("return")?.as_u64()) == Some(id) {
                 return Ok(());
             }
@@ -67,13 +81,16 @@ impl Agent {
         let request = json!({"execute": command, "arguments": arguments});
         step(&format!("agent {command}"));
         self.wire.send(format!("{request}\n").as_bytes(), None, deadline)?;
-        let Some(mut answer) = self.wire.json(deadline)? else { return Err(self.silent()) };
+        let Some(mut answer) = self.wire.json(deadline)? else {
+            return Err(silent(self.wire.peer()));
+        };
         step(&format!("agent answered {command}"));
         if let Some(e) = answer.get("error") {
             let desc = e.get("desc").and_then(Value::as_str).unwrap_or("(no reason)");
-            return Err(Error::new(Kind::Peer, format!("the agent refused {command}: {desc}")));
+            let what = format!("the agent refused {command}: {}", short(desc));
+            return Err(Error::new(Kind::Peer, what));
         }
-        Ok(answer.get_mut("return").map(Value::take).unwrap_or_default())
+        answer.get_mut("return").map(Value::take).ok_or_else(|| strange(command))
     }
 
     /// Whether the guest's file systems are frozen now.
@@ -81,8 +98,12 @@ impl Agent {
     /// # Errors
     /// As [`Agent::execute`].
     pub fn is_frozen(&mut self, timeout: Duration) -> Result<bool> {
-        let v = self.execute("guest-fsfreeze-status", json!({}), timeout)?;
-        Ok(v.as_str() == Some("frozen"))
+        let command = "guest-fsfreeze-status";
+        match self.execute(command, json!({}), timeout)?.as_str() {
+            Some("frozen") => Ok(true),
+            Some("thawed") => Ok(false),
+            _ => Err(strange(command)),
+        }
     }
 
     /// Freezes all file systems, or those mounted at `mountpoints`. Gives how many.
@@ -96,7 +117,7 @@ impl Agent {
             let arguments = json!({"mountpoints": mountpoints});
             self.execute("guest-fsfreeze-freeze-list", arguments, timeout)?
         };
-        Ok(v.as_u64().unwrap_or(0))
+        v.as_u64().ok_or_else(|| strange("the freeze"))
     }
 
     /// Thaws all file systems, also where the freeze before it was answered too late or not yet.
@@ -115,21 +136,31 @@ impl Agent {
         Ok(thawed.as_u64().unwrap_or(0))
     }
 
-    /// The mount points that the guest has.
+    /// The mount points that the guest has; none if they are too many to be kept.
     ///
     /// # Errors
     /// As [`Agent::execute`].
     pub fn mountpoints(&mut self, timeout: Duration) -> Result<Vec<String>> {
         let v = self.execute("guest-get-fsinfo", json!({}), timeout)?;
         let list = v.as_array().into_iter().flatten();
-        Ok(list.filter_map(|f| Some(f.get("mountpoint")?.as_str()?.to_string())).collect())
+        let names: Vec<&str> = list.filter_map(|f| f.get("mountpoint")?.as_str()).collect();
+        if names.iter().map(|n| n.len().saturating_add(16)).fold(0, usize::saturating_add)
+            > MOUNTPOINTS
+        {
+            return Ok(Vec::new());
+        }
+        Ok(names.into_iter().map(str::to_string).collect())
     }
+}
 
-    fn silent(&self) -> Error {
-        Error::new(Kind::Timeout, "the guest agent does not answer")
-            .at_path(self.wire.peer())
-            .remedy("is qemu-guest-agent running in the guest, and nobody else on its socket?")
-    }
+fn silent(peer: &str) -> Error {
+    Error::new(Kind::Timeout, "the guest agent does not answer")
+        .at_path(peer)
+        .remedy("is qemu-guest-agent running in the guest, and nobody else on its socket?")
+}
+
+fn strange(command: &str) -> Error {
+    Error::new(Kind::Corrupt, format!("the agent's answer to {command} has an unknown shape"))
 }
 
 #[cfg(test)]

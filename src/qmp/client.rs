@@ -1,30 +1,33 @@
-//! A QMP client: greeting, capabilities, commands with ids, events in a queue.
+//! A QMP client: greeting, capabilities, commands with ids. Of events it is only noticed that one
+//! came which may end a wait: what has happened is asked for, so a flood of them takes no memory.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashSet;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::events::Event;
-use super::steps::step;
+use super::address::Address;
+use super::budget::short;
+use super::socket::in_use;
+use super::steps::{answer_timeout, step};
 use super::types::{Features, Version};
-use super::wire::{Address, Wire, in_use};
+use super::wire::{Limits, Wire};
 use crate::error::{Error, Kind, Result};
-
-/// How long a command may take by default. blockdev-del flushes, stop drains: on a slow disk
-/// that takes seconds, on a hung one for ever.
-pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long to wait for the greeting. QEMU sends it as soon as it accepts.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often a wait looks whether it was interrupted.
-const SLICE: Duration = Duration::from_millis(100);
+/// How many commands are known at most (QEMU 10 has some 250), and of how many bytes.
+const COMMANDS: usize = 4096;
+const LONGEST_NAME: usize = 64;
+
+/// The longest list that is read: of jobs, exports, nodes. Beyond any machine that QEMU can emulate.
+const LONGEST_LIST: usize = 16_384;
 
 /// QEMU's own words for why it did not do something.
 #[derive(Debug, Clone)]
@@ -55,12 +58,14 @@ fn missing(command: &str) -> Error {
 pub struct Client {
     wire: Wire,
     next_id: u64,
-    events: VecDeque<Event>,
+    /// An event has come since the last [`Client::pause`] that may end one.
+    woken: bool,
     version: Version,
     commands: HashSet<String>,
     features: Option<Features>,
     timeout: Duration,
-    interrupt: Option<Arc<AtomicBool>>,
+    /// No command is waited for beyond this.
+    until: Option<Instant>,
     uncounted: bool,
     timed_out: bool,
 }
@@ -72,39 +77,45 @@ impl Client {
     /// `Busy` if another client holds the socket, `Peer` or `Corrupt` if it is not QMP, and as
     /// [`Wire::connect`].
     pub fn connect(address: &Address) -> Result<Self> {
-        Self::connect_within(address, GREETING_TIMEOUT)
+        Self::connect_within(address, GREETING_TIMEOUT.min(answer_timeout()), None)
     }
 
-    /// As [`Client::connect`], with `patience` for the greeting.
+    /// As [`Client::connect`]; ends with `Interrupted` once the flag is set, see
+    /// [`Client::interrupt_by`].
     ///
     /// # Errors
-    /// As [`Client::connect`].
-    pub fn connect_within(address: &Address, patience: Duration) -> Result<Self> {
-        let mut wire = Wire::connect(address, patience).map_err(|e| match e.kind() {
+    /// As [`Client::connect`]; `Interrupted`.
+    pub fn connect_until(address: &Address, flag: Arc<AtomicBool>) -> Result<Self> {
+        Self::connect_within(address, GREETING_TIMEOUT.min(answer_timeout()), Some(flag))
+    }
+
+    /// As [`Client::connect`], with `patience` for the greeting, and perhaps a flag that ends it.
+    ///
+    /// # Errors
+    /// As [`Client::connect_until`].
+    pub fn connect_within(
+        address: &Address,
+        patience: Duration,
+        flag: Option<Arc<AtomicBool>>,
+    ) -> Result<Self> {
+        let connected = Wire::connect(address, patience, Limits::QEMU);
+        let mut wire = connected.map_err(|e| match e.kind() {
             Kind::NotFound => e.remedy(
                 "is QEMU running, and is this the path in its -qmp unix:PATH,server=on,wait=off?",
             ),
             _ => e,
         })?;
-        let greeting = match wire.json(Instant::now() + patience) {
-            Ok(Some(g)) => g,
-            Ok(None) if wire.has_fragment() => return Err(not_qmp(wire.peer())),
-            Ok(None) => return Err(in_use(Path::new(wire.peer()))),
-            Err(e) if e.kind() == Kind::Corrupt => return Err(not_qmp(wire.peer())),
-            Err(e) => return Err(e),
-        };
-        let Some(version) = Version::from_greeting(&greeting) else {
-            return Err(not_qmp(wire.peer()));
-        };
+        wire.stop_by(flag);
+        let version = greeting(&mut wire, patience)?;
         let mut client = Client {
             wire,
             next_id: 0,
-            events: VecDeque::new(),
+            woken: false,
             version,
             commands: HashSet::new(),
             features: None,
-            timeout: COMMAND_TIMEOUT,
-            interrupt: None,
+            timeout: answer_timeout(),
+            until: None,
             uncounted: false,
             timed_out: false,
         };
@@ -116,6 +127,7 @@ impl Client {
     fn read_commands(&mut self) -> Result<()> {
         let list = self.execute("query-commands", json!({}))?;
         let names = list.as_array().into_iter().flatten().filter_map(|c| c.get("name")?.as_str());
+        let names = names.filter(|n| n.len() <= LONGEST_NAME).take(COMMANDS);
         self.commands = names.map(str::to_string).collect();
         Ok(())
     }
@@ -171,12 +183,18 @@ impl Client {
 
     /// From now on waits end with `Interrupted` once the flag is set; `None` ends that.
     pub fn interrupt_by(&mut self, flag: Option<Arc<AtomicBool>>) {
-        self.interrupt = flag;
+        self.wire.stop_by(flag);
     }
 
     /// The time a command may take.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
+    }
+
+    /// All that is asked from now on has to be answered within `time`, however many commands it is:
+    /// else many that are each just in time take for ever. `None` ends that.
+    pub fn limit_total(&mut self, time: Option<Duration>) {
+        self.until = time.and_then(|t| Instant::now().checked_add(t));
     }
 
     /// Runs a command; a refusal is an error.
@@ -205,6 +223,7 @@ impl Client {
     /// As [`Client::execute`]; `Corrupt` if the answer has another shape.
     pub fn query<T: DeserializeOwned>(&mut self, command: &str, arguments: Value) -> Result<T> {
         let value = self.execute(command, arguments)?;
+        check_length(&value, command)?;
         serde_json::from_value(value).map_err(|e| {
             Error::new(Kind::Corrupt, format!("the answer to {command} has an unknown shape"))
                 .with_source(e)
@@ -240,7 +259,7 @@ impl Client {
         if counted {
             step(&format!("send {command}"));
         }
-        let deadline = Instant::now() + self.timeout;
+        let deadline = self.deadline();
         let line = format!("{request}\n");
         let sent = self.wire.send(line.as_bytes(), pass, deadline);
         self.timed_out |= sent.as_ref().is_err_and(|e| e.kind() == Kind::Timeout);
@@ -267,8 +286,7 @@ impl Client {
                 )
                 .at_path(self.wire.peer()));
             };
-            if m.get("event").is_some() {
-                self.keep(m);
+            if self.is_event(&m) {
                 continue;
             }
             log::trace!("QMP < {m}");
@@ -279,47 +297,40 @@ impl Client {
             if let Some(e) = m.get("error") {
                 return Ok(Err(refusal(command, e)));
             }
-            return Ok(Ok(m.get_mut("return").map(Value::take).unwrap_or_default()));
+            return match m.get_mut("return") {
+                Some(answer) => Ok(Ok(answer.take())),
+                None => Err(Error::new(
+                    Kind::Corrupt,
+                    format!("the answer to {command} has an unknown shape"),
+                )),
+            };
         }
     }
 
-    fn keep(&mut self, message: Value) {
+    fn deadline(&self) -> Instant {
+        let deadline = Instant::now() + self.timeout;
+        self.until.map_or(deadline, |u| u.min(deadline))
+    }
+
+    fn is_event(&mut self, message: &Value) -> bool {
+        let Some(name) = message.get("event") else { return false };
         log::debug!("QMP < {message}");
-        if let Ok(e) = serde_json::from_value::<Event>(message) {
-            // Nobody needs more than this; a flood (BLOCK_IO_ERROR) must not eat memory.
-            if self.events.len() >= 10_000 {
-                self.events.pop_front();
-            }
-            self.events.push_back(e);
-        }
+        self.woken |= name.as_str().is_some_and(|n| ends_a_wait(n, message.get("data")));
+        true
     }
 
-    /// Takes the events that have arrived so far.
-    pub fn take_events(&mut self) -> Vec<Event> {
-        self.events.drain(..).collect()
-    }
-
-    /// Waits for the next event until `deadline`; `None` if there was none.
+    /// Waits until `deadline`, or until a job or an export may have come to its end.
     ///
     /// # Errors
     /// `Peer` if QEMU is gone, `Interrupted` if the flag given to [`Client::interrupt_by`] is set.
-    pub fn next_event(&mut self, deadline: Instant) -> Result<Option<Event>> {
-        loop {
-            if let Some(e) = self.events.pop_front() {
-                return Ok(Some(e));
-            }
-            self.check_interrupt()?;
-            let now = Instant::now();
-            if now >= deadline {
-                return Ok(None);
-            }
-            let slice = deadline.min(now + SLICE);
-            if let Some(m) = self.wire.json(slice)?
-                && m.get("event").is_some()
-            {
-                self.keep(m);
-            }
+    pub fn pause(&mut self, deadline: Instant) -> Result<()> {
+        self.wire.rest();
+        self.check_interrupt()?;
+        while !std::mem::take(&mut self.woken) {
+            let Some(m) = self.wire.json(deadline)? else { break };
+            self.is_event(&m);
         }
+        Ok(())
     }
 
     /// `Interrupted` if a signal or `cancel` asked for the end.
@@ -327,17 +338,49 @@ impl Client {
     /// # Errors
     /// `Interrupted`.
     pub fn check_interrupt(&self) -> Result<()> {
-        match &self.interrupt {
-            Some(f) if f.load(Ordering::SeqCst) => {
-                Err(Error::new(Kind::Interrupted, "ended by a signal or by cancel"))
-            }
-            _ => Ok(()),
-        }
+        self.wire.check_stop()
     }
 }
 
+/// Whether this event is news for who waits for a job or an export to end.
+fn ends_a_wait(event: &str, data: Option<&Value>) -> bool {
+    let status = data.and_then(|d| d.get("status")?.as_str());
+    match event {
+        "JOB_STATUS_CHANGE" => matches!(status, Some("concluded" | "null" | "aborting")),
+        "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_ERROR" => true,
+        other => other == "BLOCK_EXPORT_DELETED",
+    }
+}
+
+/// Reads the greeting.
+fn greeting(wire: &mut Wire, patience: Duration) -> Result<Version> {
+    let greeting = match wire.json(Instant::now() + patience) {
+        Ok(Some(g)) => g,
+        Ok(None) if wire.has_fragment() => return Err(not_qmp(wire.peer())),
+        Ok(None) => return Err(in_use(Path::new(wire.peer()))),
+        Err(e) if e.kind() == Kind::Corrupt => return Err(not_qmp(wire.peer())),
+        Err(e) => return Err(e),
+    };
+    Version::from_greeting(&greeting).ok_or_else(|| not_qmp(wire.peer()))
+}
+
+/// Refuses a list that no machine has: what is read from it would take memory and time.
+///
+/// # Errors
+/// `Corrupt`.
+pub fn check_length(answer: &Value, command: &str) -> Result<()> {
+    let len = |v: &Value| v.as_array().map_or(0, Vec::len);
+    let parts = answer.as_object().into_iter().flat_map(|o| o.values()).map(len);
+    if parts.chain([len(answer)]).max() <= Some(LONGEST_LIST) {
+        return Ok(());
+    }
+    let what = format!("the answer to {command} has more than {LONGEST_LIST} entries");
+    Err(Error::new(Kind::Corrupt, what))
+}
+
 fn refusal(command: &str, e: &Value) -> Refusal {
-    let text = |k: &str| e.get(k).and_then(Value::as_str).unwrap_or("(no reason)").to_string();
+    let text = |k: &str| e.get(k).and_then(Value::as_str).unwrap_or("(no reason)");
+    let text = |k: &str| short(text(k));
     Refusal { class: text("class"), desc: text("desc"), command: command.to_string() }
 }
 

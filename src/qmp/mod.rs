@@ -1,17 +1,22 @@
-//! Talking to QEMU: the QMP wire and client, the answers we read, events, and the guest agent.
+//! Talking to QEMU: the QMP wire and client, the answers we read, and the guest agent.
 //!
 //! Synchronous, with a deadline on everything: a QEMU that dies is an end of file and a
 //! [`crate::error::Kind::Peer`] error at once, one that hangs is `Timeout`, never a hang of ours.
+//!
+//! None of them is trusted, since a guest may have taken over its agent or its QEMU: all waits go
+//! through [`socket`], all JSON through [`budget`], which bound the time, bytes, nesting and memory
+//! of an answer.
 
+pub mod address;
 pub mod agent;
+pub mod budget;
 pub mod client;
-pub mod events;
 pub mod nbd;
 pub mod peer;
+pub mod socket;
 pub mod steps;
 pub mod types;
 pub mod wire;
 
+pub use address::Address;
 pub use client::{Client, Refusal};
-pub use events::Event;
-pub use wire::Address;

@@ -2,14 +2,17 @@
 //!
 //! The protocol is the fixed newstyle handshake with structured replies and `base:allocation`,
 //! as in the NBD project's proto.md. QMP itself has no command for block status.
+//!
+//! The server is not trusted: each question has an instant at which its whole answer must be there,
+//! all of an answer is bounded, and extents have to come closer to the end of the disk.
 
-use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::io;
 use std::ops::Range;
-use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::wire::{Address, shorten};
+use super::address::Address;
+use super::budget::short;
+use super::socket::Socket;
 use crate::error::{Error, Kind, Result};
 
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
@@ -26,54 +29,34 @@ const CMD_READ: u16 = 0;
 const CMD_DISCONNECT: u16 = 2;
 const CMD_WRITE_ZEROES: u16 = 6;
 const CMD_BLOCK_STATUS: u16 = 7;
-/// A reply to anything we send is small; block status of 1 GiB in 64 KiB steps is 128 KiB.
-const MAX_PAYLOAD: u32 = 32 << 20;
+/// A reply is small: QEMU gives at most 1 MiB of extents at once, and 4 KiB of text.
+const MAX_PAYLOAD: u32 = (1 << 20) + 4096;
+/// The most that is read at once.
+const MAX_READ: u32 = 32 << 20;
 /// One request covers at most this much: lengths are 32 bits, and servers like alignment.
 const CHUNK: u64 = 1 << 30;
 
-enum Stream {
-    Unix(UnixStream),
-    Tcp(TcpStream),
-}
-
-impl Read for Stream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Stream::Unix(s) => s.read(buf),
-            Stream::Tcp(s) => s.read(buf),
-        }
-    }
-}
-
-impl Write for Stream {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Stream::Unix(s) => s.write(buf),
-            Stream::Tcp(s) => s.write(buf),
-        }
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// A connection to one export.
 pub struct Nbd {
-    stream: Stream,
+    socket: Socket,
     size: u64,
     context: Option<u32>,
     handle: u64,
+    /// How long the server may take for an answer.
+    wait: Duration,
+    /// When the answer that is read now must be there.
+    deadline: Instant,
 }
 
 impl Nbd {
-    /// Connects to `export`; with `status` its block status can be asked for.
+    /// Connects to `export`; with `status` its block status can be asked for. No answer may take
+    /// longer than `wait`.
     ///
     /// # Errors
     /// `Peer` if the server has no such export or speaks something else; `Timeout`, `Io`.
     pub fn connect(address: &Address, export: &str, status: bool, wait: Duration) -> Result<Self> {
-        let stream = open(address, wait).map_err(|e| failed(e, "cannot connect to QEMU's NBD"))?;
-        let mut nbd = Nbd { stream, size: 0, context: None, handle: 0 };
-        nbd.greet().map_err(|e| failed(e, "QEMU's NBD server does not greet"))?;
+        let mut nbd = Self::open(address, wait)?;
+        nbd.greet()?;
         if status {
             nbd.option(OPT_STRUCTURED, &[], |_, _| Ok(()))?;
             nbd.context = Some(nbd.choose_context(export)?);
@@ -84,8 +67,14 @@ impl Nbd {
 
     /// Whether an NBD server listens there.
     pub fn greets(address: &Address, wait: Duration) -> bool {
-        let Ok(stream) = open(address, wait) else { return false };
-        Nbd { stream, size: 0, context: None, handle: 0 }.greet().is_ok()
+        Self::open(address, wait).and_then(|mut n| n.greet()).is_ok()
+    }
+
+    fn open(address: &Address, wait: Duration) -> Result<Self> {
+        let socket = Socket::connect(address, wait)
+            .map_err(|e| failed(e, "cannot connect to QEMU's NBD server"))?;
+        let deadline = Instant::now() + wait;
+        Ok(Nbd { socket, size: 0, context: None, handle: 0, wait, deadline })
     }
 
     /// Size of the export in bytes.
@@ -93,14 +82,24 @@ impl Nbd {
         self.size
     }
 
-    fn greet(&mut self) -> io::Result<()> {
+    /// The next answer is another one, and has time of its own.
+    fn renew(&mut self) {
+        self.deadline = Instant::now() + self.wait;
+    }
+
+    fn send(&self, bytes: &[u8]) -> Result<()> {
+        let sent = self.socket.send(bytes, None, self.deadline);
+        sent.map_err(|e| failed(e, "asking QEMU's NBD server"))
+    }
+
+    fn greet(&mut self) -> Result<()> {
         let mut head = [0u8; 18];
-        self.stream.read_exact(&mut head)?;
+        self.fill(&mut head)?;
         if head.get(..16) != Some(b"NBDMAGICIHAVEOPT".as_slice()) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "no NBD greeting"));
+            return Err(protocol("no greeting"));
         }
         // Fixed newstyle, no zeroes.
-        self.stream.write_all(&3u32.to_be_bytes())
+        self.send(&3u32.to_be_bytes())
     }
 
     fn option(
@@ -113,21 +112,22 @@ impl Nbd {
         request.extend_from_slice(&option.to_be_bytes());
         request.extend_from_slice(&len32(data)?.to_be_bytes());
         request.extend_from_slice(data);
-        self.stream.write_all(&request).map_err(|e| failed(e, "asking the NBD server"))?;
+        self.renew();
+        self.send(&request)?;
         loop {
             let magic = self.u64()?;
             let _option = self.u32()?;
             let kind = self.u32()?;
             let len = self.u32()?;
-            let payload = self.bytes(len)?;
             if magic != OPTION_REPLY {
                 return Err(protocol("a bad option reply"));
             }
+            let payload = self.payload(len)?;
             if kind == REP_ACK {
                 return Ok(());
             }
             if kind & REP_ERROR != 0 {
-                let text = String::from_utf8_lossy(&payload).into_owned();
+                let text = short(&String::from_utf8_lossy(&payload));
                 return Err(protocol(&format!("the server refused option {option}: {text}")));
             }
             on_info(kind, &payload)?;
@@ -173,7 +173,7 @@ impl Nbd {
         r.extend_from_slice(&self.handle.to_be_bytes());
         r.extend_from_slice(&offset.to_be_bytes());
         r.extend_from_slice(&len.to_be_bytes());
-        self.stream.write_all(&r).map_err(|e| failed(e, "asking the NBD server"))?;
+        self.send(&r)?;
         Ok(self.handle)
     }
 
@@ -192,7 +192,7 @@ impl Nbd {
             let (flags, kind) = (self.u16()?, self.u16()?);
             self.u64()?;
             let len = self.u32()?;
-            let payload = self.bytes(len)?;
+            let payload = self.payload(len)?;
             if kind & 0x8000 != 0 {
                 return Err(server_error(be32(&payload, 0).unwrap_or(5)));
             }
@@ -205,29 +205,39 @@ impl Nbd {
         }
     }
 
-    /// The ranges of the export that read as zeros by its own account, ascending and coalesced.
+    /// Gives the ranges of the export that read as zeros by its own account to `sink`, ascending
+    /// and coalesced. They may be as many as the disk has sectors.
     ///
     /// # Errors
-    /// `Peer` or `Io`.
-    pub fn zero_ranges(&mut self) -> Result<Vec<Range<u64>>> {
+    /// `Peer` or `Io`; `Timeout` if it takes longer than the answer's time for a part of 1 GiB; or
+    /// what `sink` says.
+    pub fn zero_ranges(&mut self, mut sink: impl FnMut(Range<u64>) -> Result<()>) -> Result<()> {
         let context = self.context.ok_or_else(|| protocol("block status was not negotiated"))?;
-        let mut zeros: Vec<Range<u64>> = Vec::new();
-        let mut at = 0;
-        while at < self.size {
-            let start = at;
-            self.request(CMD_BLOCK_STATUS, at, CHUNK.min(self.size - at))?;
-            let (size, mut next) = (self.size, at);
-            self.replies(|payload| {
-                if be32(payload, 0) == Some(context) {
-                    next = collect(payload.get(4..).unwrap_or_default(), next, size, &mut zeros);
+        let mut zeros = Zeros { at: 0, size: self.size, open: None, whole: Vec::new() };
+        while zeros.at < self.size {
+            // A part may take several questions, but no more time for that.
+            let end = zeros.at.saturating_add(CHUNK).min(self.size);
+            self.renew();
+            while zeros.at < end {
+                let start = zeros.at;
+                self.request(CMD_BLOCK_STATUS, start, end - start)?;
+                let mut result = Ok(());
+                self.replies(|payload| {
+                    if be32(payload, 0) == Some(context) && result.is_ok() {
+                        result = zeros.take(payload.get(4..).unwrap_or_default());
+                    }
+                })?;
+                result?;
+                let began = Instant::now();
+                zeros.whole.drain(..).try_for_each(&mut sink)?;
+                // That was not the server's time.
+                self.deadline += began.elapsed();
+                if zeros.at == start {
+                    return Err(protocol("a block status without extents"));
                 }
-            })?;
-            at = next;
-            if at == start {
-                return Err(protocol("a block status without extents"));
             }
         }
-        Ok(zeros)
+        zeros.open.take().map_or(Ok(()), sink)
     }
 
     /// Reads `len` bytes, at most 32 MiB, in a connection without block status: a server may use
@@ -236,12 +246,13 @@ impl Nbd {
     /// # Errors
     /// `Peer` or `Io`.
     pub fn read(&mut self, offset: u64, len: u32) -> Result<Vec<u8>> {
+        self.renew();
         self.request(CMD_READ, offset, u64::from(len))?;
         let magic = self.u32()?;
         let error = self.u32()?;
         self.u64()?;
         match (magic, error) {
-            (SIMPLE_REPLY, 0) => self.bytes(len),
+            (SIMPLE_REPLY, 0) => self.bytes(len.min(MAX_READ)),
             (SIMPLE_REPLY, e) => Err(server_error(e)),
             _ => Err(protocol("a bad reply")),
         }
@@ -255,6 +266,7 @@ impl Nbd {
         let mut at = range.start;
         while at < range.end {
             let len = (range.end - at).min(CHUNK);
+            self.renew();
             self.request(CMD_WRITE_ZEROES, at, len)?;
             self.replies(|_| ())?;
             at += len;
@@ -262,13 +274,22 @@ impl Nbd {
         Ok(())
     }
 
-    fn bytes(&mut self, len: u32) -> Result<Vec<u8>> {
+    fn payload(&mut self, len: u32) -> Result<Vec<u8>> {
         if len > MAX_PAYLOAD {
             return Err(protocol("a reply that is too long"));
         }
+        self.bytes(len)
+    }
+
+    fn bytes(&mut self, len: u32) -> Result<Vec<u8>> {
         let mut buf = vec![0; len as usize];
-        self.stream.read_exact(&mut buf).map_err(|e| failed(e, "reading from the NBD server"))?;
+        self.fill(&mut buf)?;
         Ok(buf)
+    }
+
+    fn fill(&mut self, buf: &mut [u8]) -> Result<()> {
+        let read = self.socket.read_exact(buf, self.deadline);
+        read.map_err(|e| failed(e, "reading from QEMU's NBD server"))
     }
 
     fn u16(&mut self) -> Result<u16> {
@@ -288,41 +309,39 @@ impl Nbd {
 impl Drop for Nbd {
     fn drop(&mut self) {
         // Politeness only: the server copes with a closed connection.
+        self.deadline = Instant::now() + Duration::from_millis(100);
         let _ = self.request(CMD_DISCONNECT, 0, 0);
     }
 }
 
-/// Adds the zero extents of one block status payload; gives the offset after the last extent.
-fn collect(mut extents: &[u8], mut at: u64, size: u64, zeros: &mut Vec<Range<u64>>) -> u64 {
-    while let (Some(len), Some(flags)) = (be32(extents, 0), be32(extents, 4)) {
-        let end = at.saturating_add(u64::from(len)).min(size);
-        if flags & 2 != 0 && end > at {
-            match zeros.last_mut() {
-                Some(last) if last.end == at => last.end = end,
-                _ => zeros.push(at..end),
-            }
-        }
-        at = end;
-        extents = extents.get(8..).unwrap_or_default();
-    }
-    at
+/// Block status as it comes in.
+struct Zeros {
+    /// Up to where it is known.
+    at: u64,
+    size: u64,
+    /// Zeros up to `at`, to which what follows may belong.
+    open: Option<Range<u64>>,
+    /// Zeros whose end is known.
+    whole: Vec<Range<u64>>,
 }
 
-fn open(address: &Address, wait: Duration) -> io::Result<Stream> {
-    match address {
-        Address::Unix(path) => {
-            let (short, _dir) = shorten(path).map_err(io::Error::other)?;
-            let s = UnixStream::connect(short)?;
-            s.set_read_timeout(Some(wait))?;
-            s.set_write_timeout(Some(wait))?;
-            Ok(Stream::Unix(s))
+impl Zeros {
+    /// Takes the extents of one payload. An answer has as many as QEMU gives at once, or fewer.
+    fn take(&mut self, mut extents: &[u8]) -> Result<()> {
+        while let (Some(len), Some(flags)) = (be32(extents, 0), be32(extents, 4)) {
+            let start = self.at;
+            self.at = start.saturating_add(u64::from(len)).min(self.size);
+            if flags & 2 == 0 {
+                self.whole.extend(self.open.take());
+            } else if self.at > start {
+                let begin = self.open.take().map_or(start, |o| o.start);
+                self.open = Some(begin..self.at);
+            }
+            extents = extents.get(8..).unwrap_or_default();
         }
-        Address::Tcp(a) => {
-            let s = TcpStream::connect(a)?;
-            s.set_read_timeout(Some(wait))?;
-            s.set_write_timeout(Some(wait))?;
-            s.set_nodelay(true)?;
-            Ok(Stream::Tcp(s))
+        match self.whole.len() as u64 > u64::from(MAX_PAYLOAD / 8) {
+            true => Err(protocol("more extents than fit into an answer")),
+            false => Ok(()),
         }
     }
 }
@@ -348,11 +367,12 @@ fn server_error(errno: u32) -> Error {
     Error::new(Kind::Peer, "the frozen view cannot be read").with_source(e)
 }
 
-fn failed(e: io::Error, what: &str) -> Error {
+fn failed(e: Error, what: &str) -> Error {
     match e.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+        Kind::Timeout => {
             Error::new(Kind::Timeout, "QEMU's NBD server does not answer").with_source(e)
         }
+        Kind::Interrupted => e,
         _ => Error::new(Kind::Peer, what).with_source(e),
     }
 }
@@ -360,16 +380,130 @@ fn failed(e: io::Error, what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    fn extents(list: &[(u32, u32)]) -> Vec<u8> {
+        let numbers = list.iter().flat_map(|(len, flags)| [*len, *flags]);
+        numbers.flat_map(u32::to_be_bytes).collect()
+    }
 
     #[test]
     fn status_extents_are_coalesced_and_clipped() {
-        let mut p = Vec::new();
-        for (len, flags) in [(10u32, 3u32), (5, 2), (5, 0), (100, 2)] {
-            p.extend_from_slice(&len.to_be_bytes());
-            p.extend_from_slice(&flags.to_be_bytes());
+        let mut zeros = Zeros { at: 0, size: 50, open: None, whole: Vec::new() };
+        zeros.take(&extents(&[(10, 3), (5, 2), (5, 0), (7, 2)])).unwrap();
+        zeros.take(&extents(&[(0, 2), (100, 2), (u32::MAX, 2)])).unwrap();
+        assert_eq!((zeros.at, zeros.open), (50, Some(20..50)));
+        assert_eq!(zeros.whole, vec![0..15]);
+    }
+
+    /// Serves one client by `serve` and gives what came of it.
+    fn against(
+        serve: impl FnOnce(UnixStream) + Send + 'static,
+        wait: Duration,
+    ) -> Result<(u64, Vec<Range<u64>>)> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || serve(listener.accept().unwrap().0));
+        let result = Nbd::connect(&Address::Unix(path), "x", true, wait).and_then(|mut n| {
+            let mut zeros = Vec::new();
+            n.zero_ranges(|r| {
+                zeros.push(r);
+                Ok(())
+            })?;
+            Ok((n.size(), zeros))
+        });
+        server.join().unwrap();
+        result
+    }
+
+    /// An option reply.
+    fn reply(s: &mut UnixStream, kind: u32, payload: &[u8]) -> std::io::Result<()> {
+        let mut r = OPTION_REPLY.to_be_bytes().to_vec();
+        r.extend(0u32.to_be_bytes());
+        r.extend(kind.to_be_bytes());
+        r.extend((payload.len() as u32).to_be_bytes());
+        r.extend(payload);
+        s.write_all(&r)
+    }
+
+    fn handshake(s: &mut UnixStream, size: u64) {
+        s.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+        let mut buf = [0u8; 4096];
+        s.read_exact(&mut buf[..4 + 16]).unwrap();
+        reply(s, REP_ACK, &[]).unwrap();
+        s.read_exact(&mut buf[..16 + 4 + 1 + 4 + 4 + 15]).unwrap();
+        reply(s, 4, &[&7u32.to_be_bytes()[..], b"base:allocation"].concat()).unwrap();
+        reply(s, REP_ACK, &[]).unwrap();
+        s.read_exact(&mut buf[..16 + 4 + 1 + 2]).unwrap();
+        let info = [&[0, 0][..], &size.to_be_bytes(), &[0, 0]].concat();
+        reply(s, 3, &info).unwrap();
+        reply(s, REP_ACK, &[]).unwrap();
+    }
+
+    /// Answers block status with these extents again and again.
+    fn status(mut s: UnixStream, size: u64, list: &[(u32, u32)], len: Option<u32>) {
+        handshake(&mut s, size);
+        let body = extents(list);
+        let mut buf = [0u8; 28];
+        while s.read_exact(&mut buf).is_ok() && buf[7] == CMD_BLOCK_STATUS as u8 {
+            let mut r = STRUCTURED_REPLY.to_be_bytes().to_vec();
+            r.extend([0, 1, 0, 5]);
+            r.extend(&buf[8..16]);
+            r.extend(len.unwrap_or(body.len() as u32 + 4).to_be_bytes());
+            r.extend(7u32.to_be_bytes());
+            r.extend(&body);
+            if s.write_all(&r).is_err() {
+                return;
+            }
         }
-        let mut zeros = Vec::new();
-        assert_eq!(collect(&p, 0, 50, &mut zeros), 50);
-        assert_eq!(zeros, vec![0..15, 20..50]);
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+    const SHORT: Duration = Duration::from_millis(100);
+
+    #[test]
+    fn an_honest_server_is_understood() {
+        let all = 0..3 * CHUNK;
+        let list = [(CHUNK as u32, 3)];
+        let got = against(move |s| status(s, 3 * CHUNK, &list, None), LONG).unwrap();
+        assert_eq!(got, (all.end, vec![all]));
+    }
+
+    #[test]
+    fn lies_of_a_server_end_in_errors() {
+        let kind = |r: Result<(u64, Vec<Range<u64>>)>| r.unwrap_err().kind();
+        // No extents, or empty ones.
+        assert_eq!(kind(against(|s| status(s, 1 << 20, &[], None), LONG)), Kind::Peer);
+        assert_eq!(kind(against(|s| status(s, 1 << 20, &[(0, 2)], None), LONG)), Kind::Peer);
+        // A payload of gigabytes.
+        let long = |s| status(s, 1 << 20, &[(512, 2)], Some(u32::MAX));
+        assert_eq!(kind(against(long, LONG)), Kind::Peer);
+        // Extents of a byte of a disk of 2^64.
+        let tiny = |s| status(s, u64::MAX, &[(1, 2)], None);
+        assert_eq!(kind(against(tiny, SHORT)), Kind::Timeout);
+        // An error's text without end.
+        let text = |mut s: UnixStream| {
+            s.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+            let _ = reply(&mut s, REP_ERROR | 1, &vec![b'x'; 16 << 20]);
+        };
+        assert_eq!(kind(against(text, LONG)), Kind::Peer);
+    }
+
+    #[test]
+    fn a_server_that_never_comes_to_an_end_is_left() {
+        let replies = |mut s: UnixStream| {
+            s.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+            while reply(&mut s, 3, &[9; 100]).is_ok() {}
+        };
+        assert_eq!(against(replies, SHORT).unwrap_err().kind(), Kind::Timeout);
+        // One byte at a time, each of them in time.
+        let drip = |mut s: UnixStream| {
+            while s.write_all(b"N").is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        };
+        assert_eq!(against(drip, SHORT).unwrap_err().kind(), Kind::Timeout);
     }
 }

@@ -1,4 +1,6 @@
-//! Which process is at the other end of a unix socket.
+//! Which process is at the other end of a unix socket: to tell two of them apart, for locks and for
+//! what an earlier run has left. It proves nothing and nobody is trusted for it: SO_PEERCRED names who
+//! made the socket listen, not who answers, and a process chooses its own name.
 
 use std::mem;
 use std::os::fd::{AsRawFd, RawFd};

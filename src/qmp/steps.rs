@@ -5,15 +5,23 @@
 //! command about to be sent, its answer, an awaited event, or a change on disk. The crash matrix
 //! (tests/crash.rs) walks through all of them. `FLEECEFS_HANG_AT=NAME` stops the process (SIGSTOP)
 //! at the first step of that name. Without the variables this costs an atomic add.
+//!
+//! With `FLEECEFS_ANSWER_TIMEOUT=SECONDS` nothing waits longer for an answer of QEMU than that.
 
 use std::io::Write;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// How long QEMU may take for one answer, or for an end that was asked for. blockdev-del flushes,
+/// stop drains: on a slow disk that takes seconds, on a hung one for ever.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 struct Hook {
     crash_at: Option<u64>,
     hang_at: Option<String>,
     trace: Option<std::ffi::OsString>,
+    answer_timeout: Duration,
 }
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -24,7 +32,16 @@ fn hook() -> &'static Hook {
         crash_at: std::env::var("FLEECEFS_CRASH_AT").ok().and_then(|v| v.parse().ok()),
         hang_at: std::env::var("FLEECEFS_HANG_AT").ok(),
         trace: std::env::var_os("FLEECEFS_STEPS"),
+        answer_timeout: std::env::var("FLEECEFS_ANSWER_TIMEOUT")
+            .ok()
+            .and_then(|v| v.parse().ok())
+            .map_or(ANSWER_TIMEOUT, |s| Duration::from_secs(s).min(ANSWER_TIMEOUT)),
     })
+}
+
+/// How long QEMU may take for one answer, or for an end that was asked for.
+pub fn answer_timeout() -> Duration {
+    hook().answer_timeout
 }
 
 /// Counts a step named `label`; the process ends here if this is the one chosen.

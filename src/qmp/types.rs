@@ -5,6 +5,12 @@ use std::collections::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::budget::short;
+
+/// How many names of the schema are looked at (QEMU 10 has some 6,000), and of how many bytes.
+const NAMES: usize = 65_536;
+const LONGEST_NAME: usize = 64;
+
 /// QEMU's version.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Version {
@@ -22,7 +28,7 @@ impl Version {
         let package = v.get("package").and_then(Value::as_str).unwrap_or_default();
         Some(Version {
             number: (part("major")?, part("minor")?, part("micro").unwrap_or(0)),
-            package: package.to_string(),
+            package: short(package),
         })
     }
 }
@@ -42,25 +48,14 @@ pub struct Features {
 }
 
 impl Features {
-    /// Collects the names of `query-qmp-schema`.
+    /// Collects the names of `query-qmp-schema`, as far as there are not more than anybody has.
     pub fn from_schema(schema: &Value) -> Self {
-        let mut names = HashSet::new();
-        let members = schema
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|t| t.get("members")?.as_array())
-            .flatten();
-        for m in members {
-            if let Some(n) = m.get("name").and_then(Value::as_str) {
-                names.insert(n.to_string());
-            }
-        }
-        for v in schema.as_array().into_iter().flatten().filter_map(|t| t.get("values")?.as_array())
-        {
-            names.extend(v.iter().filter_map(Value::as_str).map(str::to_string));
-        }
-        Features { names }
+        let types = || schema.as_array().into_iter().flatten();
+        let lists = |key: &'static str| types().filter_map(move |t| t.get(key)?.as_array());
+        let members = lists("members").flatten().filter_map(|m| m.get("name")?.as_str());
+        let values = lists("values").flatten().filter_map(Value::as_str);
+        let names = members.chain(values).filter(|n| n.len() <= LONGEST_NAME).take(NAMES);
+        Features { names: names.map(str::to_string).collect() }
     }
 
     /// Whether the name occurs. Only for names that are unmistakable.
@@ -215,13 +210,46 @@ pub struct PassedFd {
 }
 
 /// `x-debug-query-block-graph`: who is attached to whom. Unstable by name, unchanged since 4.0.
+///
+/// It is as QEMU says, which may be a graph with loops or with many nodes of one name: every walk
+/// here ends, and takes no longer than the graph is large.
 #[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+#[serde(from = "RawGraph")]
 pub struct Graph {
+    nodes: HashMap<u64, GraphNode>,
+    /// The first block node of each name.
+    by_name: HashMap<String, u64>,
+    /// The first child in each role, by the parent.
+    roles: HashMap<u64, HashMap<String, u64>>,
+    children: HashMap<u64, Vec<u64>>,
+    parents: HashMap<u64, Vec<(u64, String)>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RawGraph {
     /// Nodes, backends and jobs.
-    pub nodes: Vec<GraphNode>,
+    nodes: Vec<GraphNode>,
     /// Parents to children.
-    pub edges: Vec<GraphEdge>,
+    edges: Vec<GraphEdge>,
+}
+
+impl From<RawGraph> for Graph {
+    fn from(raw: RawGraph) -> Self {
+        let mut g = Graph::default();
+        for e in raw.edges {
+            g.children.entry(e.parent).or_default().push(e.child);
+            g.parents.entry(e.child).or_default().push((e.parent, e.name.clone()));
+            g.roles.entry(e.parent).or_default().entry(e.name).or_insert(e.child);
+        }
+        for n in raw.nodes {
+            if n.kind == "block-driver" {
+                g.by_name.entry(n.name.clone()).or_insert(n.id);
+            }
+            g.nodes.entry(n.id).or_insert(n);
+        }
+        g
+    }
 }
 
 /// One vertex.
@@ -238,55 +266,47 @@ pub struct GraphNode {
 }
 
 /// One edge.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub struct GraphEdge {
-    /// From.
-    pub parent: u64,
-    /// To.
-    pub child: u64,
+struct GraphEdge {
+    parent: u64,
+    child: u64,
     /// The role: `file`, `backing`, `target`, `root`.
-    pub name: String,
+    name: String,
 }
 
 impl Graph {
     /// The name of `node`'s child in the given role.
     pub fn child(&self, node: &str, role: &str) -> Option<&str> {
-        let id = self.driver(node)?;
-        let edge = self.edges.iter().find(|e| e.parent == id && e.name == role)?;
-        self.name(edge.child)
+        let id = self.by_name.get(node)?;
+        self.name(*self.roles.get(id)?.get(role)?)
     }
 
     /// Names of all nodes below `node`, in whatever role.
     pub fn below(&self, node: &str) -> Vec<&str> {
-        let Some(top) = self.driver(node) else { return Vec::new() };
-        let (mut found, mut todo) = (vec![top], vec![top]);
+        let Some(&top) = self.by_name.get(node) else { return Vec::new() };
+        let (mut found, mut todo) = (HashSet::from([top]), vec![top]);
+        let mut names = Vec::new();
         while let Some(at) = todo.pop() {
-            for e in self.edges.iter().filter(|e| e.parent == at) {
-                if !found.contains(&e.child) {
-                    found.push(e.child);
-                    todo.push(e.child);
+            for &child in self.children.get(&at).into_iter().flatten() {
+                if found.insert(child) {
+                    todo.push(child);
+                    names.extend(self.name(child));
                 }
             }
         }
-        found.into_iter().skip(1).filter_map(|id| self.name(id)).collect()
+        names
     }
 
     /// Names of the nodes that have `node` as a child, with the role; backends have no name here.
     pub fn parents<'a>(&'a self, node: &str) -> Vec<(&'a GraphNode, &'a str)> {
-        let Some(id) = self.driver(node) else { return Vec::new() };
-        let by_id: HashMap<u64, &GraphNode> = self.nodes.iter().map(|n| (n.id, n)).collect();
-        let edges = self.edges.iter().filter(|e| e.child == id);
-        edges.filter_map(|e| Some((*by_id.get(&e.parent)?, e.name.as_str()))).collect()
-    }
-
-    fn driver(&self, node: &str) -> Option<u64> {
-        let named = |n: &&GraphNode| n.kind == "block-driver" && n.name == node;
-        self.nodes.iter().find(named).map(|n| n.id)
+        let Some(id) = self.by_name.get(node) else { return Vec::new() };
+        let edges = self.parents.get(id).into_iter().flatten();
+        edges.filter_map(|(p, role)| Some((self.nodes.get(p)?, role.as_str()))).collect()
     }
 
     fn name(&self, id: u64) -> Option<&str> {
-        self.nodes.iter().find(|n| n.id == id).map(|n| n.name.as_str())
+        self.nodes.get(&id).map(|n| n.name.as_str())
     }
 }
 
@@ -316,5 +336,24 @@ mod tests {
         assert_eq!(g.child("disk", "file"), None);
         assert_eq!(g.parents("top")[0].0.kind, "block-backend");
         assert_eq!(g.parents("disk")[0].0.name, "top");
+    }
+
+    #[test]
+    fn a_graph_that_cannot_be_is_walked_to_its_end() {
+        let g: Graph = serde_json::from_value(json!({
+            "nodes": [{"id": 1, "type": "block-driver", "name": "a"},
+                {"id": 1, "type": "block-driver", "name": "again"},
+                {"id": 2, "type": "block-driver", "name": "a"},
+                {"id": u64::MAX, "type": "block-driver", "name": "b"}],
+            "edges": [{"parent": 1, "child": 1, "name": "file"},
+                {"parent": 1, "child": u64::MAX, "name": "backing"},
+                {"parent": u64::MAX, "child": 1, "name": "file"},
+                {"parent": 77, "child": 78, "name": "file"}]}))
+        .unwrap();
+        assert_eq!(g.child("a", "file"), Some("a"));
+        assert_eq!(g.below("a"), vec!["b"]);
+        assert_eq!(g.below("b"), vec!["a"]);
+        assert_eq!(g.child("again", "file"), Some("a"));
+        assert_eq!(g.parents("a").len(), 2);
     }
 }

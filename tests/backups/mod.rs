@@ -133,7 +133,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         duration_ms: 0,
         blake3: None,
         fingerprint: None,
-        vm: serde_json::Value::Null,
+        vm: std::sync::Arc::default(),
         config_files: Vec::new(),
         skipped: Vec::new(),
         failed: Vec::new(),

@@ -105,7 +105,7 @@ fn put(dir: &Path, image: &str, level: Level, parent: Option<&str>, run: &str) {
     };
     m.bitmap = Some(info(run));
     m.diff_bitmap = Some(info(FIRST));
-    m.vm = vm("1");
+    m.vm = vm("1").into();
     manifest::write(dir, &m).unwrap();
 }
 

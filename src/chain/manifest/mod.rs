@@ -90,7 +90,7 @@ pub struct Manifest {
     pub fingerprint: Option<String>,
     /// The guest's configuration as QEMU reports it.
     #[serde(default)]
-    pub vm: serde_json::Value,
+    pub vm: std::sync::Arc<serde_json::Value>,
     /// Files that were given with `--config`.
     #[serde(default)]
     pub config_files: Vec<ConfigFile>,
@@ -353,7 +353,7 @@ pub(crate) mod tests {
             duration_ms: 5,
             blake3: None,
             fingerprint: None,
-            vm: serde_json::Value::Null,
+            vm: std::sync::Arc::default(),
             config_files: Vec::new(),
             skipped: Vec::new(),
             failed: Vec::new(),

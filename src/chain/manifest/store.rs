@@ -160,7 +160,7 @@ pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {
         log::warn!("{}: the guest's configuration is too large and left out", path_text(&path));
-        return write(dir, &Manifest { vm: serde_json::Value::Null, ..manifest.clone() });
+        return write(dir, &Manifest { vm: std::sync::Arc::default(), ..manifest.clone() });
     }
     let mut temporary = OsString::from(format!("{TEMPORARY}{}-", std::process::id()));
     temporary.push(image);
