@@ -121,8 +121,15 @@ fn answer(stream: UnixStream, status: &Shared, cancel: &AtomicBool) {
     }
     let now = status.lock().unwrap_or_else(|e| e.into_inner()).clone();
     if let Ok(text) = crate::text::json(&now) {
-        let _ = wire.send(format!("{text}
-").as_bytes(), None, deadline);
+        let _ = wire.send(
+            format!(
+                "{text}
+"
+            )
+            .as_bytes(),
+            None,
+            deadline,
+        );
     }
 }
 

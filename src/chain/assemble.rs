@@ -4,7 +4,7 @@
 //! A file's fate depends on the file below it, so fates are decided bottom up, without recursion:
 //! a chain may be thousands of files deep, and hostile ones may form a loop.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -449,8 +449,9 @@ fn by_names_alone(tree: &Tree, members: &[Member], lies: &[Lies]) -> Option<Find
 /// be read settles it.
 fn not_raw_after_all(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)> {
     let entry = |b: &Belongs| &tree.files[b.file];
+    let mut configs = HashMap::new();
     let others_are_qcow2 = group.members.iter().any(|b| entry(b).probed.magic);
-    let suspicion = |b: &Belongs| {
+    let mut suspicion = |b: &Belongs| {
         let entry = entry(b);
         let plain = matches!(entry.probed.content, Content::Plain);
         if !plain || !matches!(b.level, Level::Full | Level::Copy) || entry.manifest.is_some() {
@@ -461,7 +462,7 @@ fn not_raw_after_all(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, E
                 "whether it is a raw image, only its manifest can say, and cannot be read",
             );
         }
-        (others_are_qcow2 || config_says_qcow2(tree, entry)).then_some(
+        (others_are_qcow2 || config_says_qcow2(tree, entry, &mut configs)).then_some(
             "it does not begin with qcow2's magic bytes, but other backups of this disk do, or \
              the disk did when it was backed up",
         )
@@ -474,8 +475,8 @@ fn not_raw_after_all(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, E
 }
 
 /// Whether `<disk>.config`, the output of `qemu-img info` that qmpbackup keeps beside the images or
-/// one folder up, says that the disk is qcow2.
-fn config_says_qcow2(tree: &Tree, entry: &FileEntry) -> bool {
+/// one folder up, says that the disk is qcow2. `known` has what the files said that were read already.
+fn config_says_qcow2(tree: &Tree, entry: &FileEntry, known: &mut HashMap<FileId, bool>) -> bool {
     #[derive(serde::Deserialize)]
     struct Info {
         format: String,
@@ -487,7 +488,7 @@ fn config_says_qcow2(tree: &Tree, entry: &FileEntry) -> bool {
     name.push(".config");
     let folders = entry.path.ancestors().skip(1).take(2);
     let mut found = folders.filter_map(|f| tree.lookup(f, Path::new(&name)));
-    found.any(|file| {
+    let says_so = |file: FileId| {
         let file = &tree.files[file].probed.file;
         let file = SourceFile::with_identity(file.path().into(), file.identity());
         if file.len() > MAX_CONFIG {
@@ -497,7 +498,8 @@ fn config_says_qcow2(tree: &Tree, entry: &FileEntry) -> bool {
         let read = file.read_exact_at(&mut text, 0);
         let info = read.ok().and_then(|()| serde_json::from_slice::<Info>(&text).ok());
         info.is_some_and(|i| i.format == "qcow2")
-    })
+    };
+    found.any(|file| *known.entry(file).or_insert_with(|| says_so(file)))
 }
 
 /// `qemu-img info` says a few KiB; with many snapshots, more.

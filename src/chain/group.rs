@@ -1,6 +1,6 @@
 //! Which files of a folder belong to which disk.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -81,7 +81,11 @@ pub(super) fn group(
     folder: &Folder,
     claimed: &HashSet<FileId>,
 ) -> (Vec<Group>, Vec<Finding>) {
-    let mut sorter = Sorter { tree, folder, disks: BTreeMap::new(), images: Vec::new() };
+    let mut links = HashMap::new();
+    for (i, link) in folder.links.iter().enumerate() {
+        links.entry(link.disk.as_os_str()).or_insert(i);
+    }
+    let mut sorter = Sorter { tree, folder, links, disks: BTreeMap::new(), images: Vec::new() };
     let files: Vec<FileId> =
         folder.files.iter().copied().filter(|f| !claimed.contains(f)).collect();
     for file in &files {
@@ -101,11 +105,15 @@ pub(super) fn group(
 struct Members {
     list: Vec<Belongs>,
     findings: Vec<Finding>,
+    /// The time of the last increment without a manifest, once it has been looked for.
+    last_unrecorded: Option<Option<i64>>,
 }
 
 struct Sorter<'a> {
     tree: &'a Tree,
     folder: &'a Folder,
+    /// The first of the folder's links for each disk.
+    links: HashMap<&'a OsStr, usize>,
     disks: BTreeMap<OsString, Members>,
     images: Vec<FileId>,
 }
@@ -154,7 +162,7 @@ impl Sorter<'_> {
         let name = base_name(entry).to_os_string();
         // With both links a copy has overwritten the FULL: COPY- sorts first, and rightly no
         // increment lies on it.
-        let linked = self.folder.links.iter().find(|l| l.disk == name);
+        let linked = self.links.get(name.as_os_str()).map(|l| &self.folder.links[*l]);
         let has_increments = || {
             self.disks.get(&name).is_some_and(|m| {
                 let has = |wanted: &[Level]| m.list.iter().any(|b| wanted.contains(&b.level));
@@ -209,11 +217,12 @@ impl Sorter<'_> {
         let what = "a backup that did not finish, or is still running: no point";
         let mut finding = Finding::warning(Kind::Incomplete, path, what);
         let members = self.disks.entry(disk).or_default();
-        let later = members.list.iter().any(|b| {
-            let entry = &self.tree.files[b.file];
-            b.level == Level::Inc && b.stamp > stamp && entry.manifest.is_none()
+        let last = *members.last_unrecorded.get_or_insert_with(|| {
+            let unrecorded = |b: &&Belongs| self.tree.files[b.file].manifest.is_none();
+            let incs = members.list.iter().filter(|b| b.level == Level::Inc).filter(unrecorded);
+            incs.filter_map(|b| b.stamp).max()
         });
-        if level == Level::Inc && later {
+        if level == Level::Inc && last > stamp {
             finding.message =
                 "a backup that did not finish: if qmpbackup made it, increments after it may lack \
                  what it was to copy"
@@ -235,12 +244,16 @@ impl Sorter<'_> {
             !m.list.is_empty()
         });
         let alone = self.disks.len() == 1;
+        let mut lost: HashMap<&OsStr, Vec<Lost>> = HashMap::new();
+        for l in &self.folder.lost {
+            lost.entry(&l.disk).or_default().push(l.clone());
+        }
         let mut groups = Vec::new();
         for (disk, members) in self.disks {
             // In the backup directory itself there is no folder to call the disk after.
             let own_folder = folder.file_name().is_some_and(|f| alone || f == disk);
             let path = if own_folder { folder.clone() } else { folder.join(&disk) };
-            let lost = self.folder.lost.iter().filter(|l| l.disk == disk).cloned().collect();
+            let lost = lost.remove(disk.as_os_str()).unwrap_or_default();
             groups.push(Group { path, members: members.list, lost, findings: members.findings });
         }
         for file in self.images {

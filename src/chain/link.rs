@@ -79,7 +79,10 @@ pub(super) fn link(members: &[Member], lost: &[Lost]) -> (Vec<Lies>, Vec<Finding
 
 struct Linker<'a> {
     members: &'a [Member<'a>],
-    lost: &'a [Lost],
+    /// FULLs and INCs that are gone, by time.
+    lost_bases: Vec<&'a Lost>,
+    /// FULLs that are gone, by time.
+    lost_fulls: Vec<&'a Lost>,
     by_name: HashMap<&'a OsStr, usize>,
     /// FULLs and INCs with a time, by time.
     bases: Vec<(i64, usize)>,
@@ -99,10 +102,16 @@ impl<'a> Linker<'a> {
             list.sort_unstable();
             list
         };
+        let gone = |wanted: fn(Level) -> bool| {
+            let mut list: Vec<_> = lost.iter().filter(|l| wanted(l.level)).collect();
+            list.sort_by_key(|l| l.stamp);
+            list
+        };
         let timeless = |(_, m): &(usize, &Member)| m.level == Level::Full && m.stamp.is_none();
         Linker {
             members,
-            lost,
+            lost_bases: gone(|l| matches!(l, Level::Full | Level::Inc)),
+            lost_fulls: gone(|l| l == Level::Full),
             by_name: names(members),
             bases: stamped(|l| matches!(l, Level::Full | Level::Inc)),
             fulls: stamped(|l| l == Level::Full),
@@ -142,14 +151,10 @@ impl<'a> Linker<'a> {
             let what = format!("which file it lies on cannot be known: {}", finding.message);
             return Err(Error::new(finding.kind, what).remedy(UNREADABLE));
         }
-        let carries = |l: &Lost| match m.level {
-            Level::Diff => l.level == Level::Full,
-            _ => matches!(l.level, Level::Full | Level::Inc),
-        };
-        let between =
-            |l: &&Lost| carries(l) && b.stamp <= Some(l.stamp) && Some(l.stamp) <= m.stamp;
-        if let Some(lost) = self.lost.iter().filter(between).max_by_key(|l| l.stamp) {
-            return Err(missing(&lost.name));
+        let lost = if m.level == Level::Diff { &self.lost_fulls } else { &self.lost_bases };
+        let upto = lost.partition_point(|l| Some(l.stamp) <= m.stamp);
+        if let Some(last) = lost[..upto].last().filter(|l| b.stamp <= Some(l.stamp)) {
+            return Err(missing(&last.name));
         }
         match m.gone.and_then(Path::file_name) {
             Some(name) if !b.is_called(name) => Err(missing(name)),

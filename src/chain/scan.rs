@@ -14,7 +14,7 @@
 //!
 //! Other backup formats plug in by folder: see `Tree` and `assemble`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{DirEntry, Metadata};
 use std::io::ErrorKind;
@@ -266,8 +266,9 @@ impl Walk<'_> {
             })
             .collect();
         if !lost.is_empty() {
-            let leaving = removal::pending(path);
-            lost.retain(|l| !leaving.iter().any(|name| l.name == name.as_str()));
+            let leaving: HashSet<OsString> =
+                removal::pending(path).into_iter().map(OsString::from).collect();
+            lost.retain(|l| !leaving.contains(&l.name));
         }
         lost
     }

@@ -106,8 +106,10 @@ pub fn run(args: PruneArgs) -> Result<()> {
 }
 
 fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
+    let index = args.consolidate.then(|| consolidate::Index::of(catalog));
     let can_merge = |disk: usize, point: usize, gone: &BTreeSet<usize>| {
-        let planned = consolidate::plan_at(catalog, &catalog.disks[disk], point, gone);
+        let Some(index) = &index else { return Ok(()) };
+        let planned = consolidate::plan_at(index, &catalog.disks[disk], point, gone);
         planned.map(drop).map_err(|e| e.report())
     };
     let merge: Option<&CanMerge> = args.consolidate.then_some(&can_merge as &CanMerge);

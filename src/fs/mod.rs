@@ -31,7 +31,7 @@ use arc_swap::ArcSwap;
 
 use crate::chain::Catalog;
 use crate::error::{Error, Kind};
-use crate::image::Cache;
+use crate::image::{Cache, Image, Wanted};
 use attr::{Attr, Owner};
 use control::Running;
 use handle::Handles;
@@ -298,29 +298,56 @@ impl FileSystem {
     /// # Errors
     /// ENXIO past the end or where no data follows, EINVAL for another `whence`, EIO.
     pub fn seek(&self, handle: u64, offset: i64, whence: i32) -> Result<i64, Errno> {
+        let far = |image: &Image, offset, wanted| match wanted {
+            Wanted::Data => Ok(image.seek_data(offset)?.unwrap_or(image.size())),
+            Wanted::Hole => image.seek_hole(offset),
+        };
+        self.seek_by(handle, offset, whence, |i, o, w| far(i, o, w).map(Some))?.ok_or(libc::EIO)
+    }
+
+    /// The same where the answer is near; `None` if finding it may take seconds.
+    ///
+    /// # Errors
+    /// See [`Self::seek`].
+    pub fn seek_near(&self, handle: u64, offset: i64, whence: i32) -> Result<Option<i64>, Errno> {
+        self.seek_by(handle, offset, whence, Image::seek_near)
+    }
+
+    /// `find` gives the size where there is no such byte.
+    fn seek_by(
+        &self,
+        handle: u64,
+        offset: i64,
+        whence: i32,
+        find: impl Fn(&Image, u64, Wanted) -> Result<Option<u64>, Error>,
+    ) -> Result<Option<i64>, Errno> {
         let open = self.files.get(handle).ok_or(libc::EBADF)?;
+        let open = open.as_deref().ok_or(libc::EBADF)?;
         let offset = u64::try_from(offset).map_err(|_| libc::ENXIO)?;
-        let size = match open.as_deref().ok_or(libc::EBADF)? {
+        let size = match open {
             OpenFile::Point(file) => file.image.size(),
             OpenFile::Status(text) => text.len() as u64,
         };
         if offset >= size {
             return Err(libc::ENXIO);
         }
-        let found = match (open.as_deref(), whence) {
-            (Some(OpenFile::Point(file)), libc::SEEK_DATA) => file
-                .image
-                .seek_data(offset)
-                .map_err(|e| self.failed(file, &e))?
-                .ok_or(libc::ENXIO)?,
-            (Some(OpenFile::Point(file)), libc::SEEK_HOLE) => {
-                file.image.seek_hole(offset).map_err(|e| self.failed(file, &e))?
-            }
-            (_, libc::SEEK_DATA) => offset,
-            (_, libc::SEEK_HOLE) => size,
+        let wanted = match whence {
+            libc::SEEK_DATA => Wanted::Data,
+            libc::SEEK_HOLE => Wanted::Hole,
             _ => return Err(libc::EINVAL),
         };
-        i64::try_from(found).map_err(|_| libc::EOVERFLOW)
+        let found = match (open, wanted) {
+            (OpenFile::Point(file), _) => {
+                find(&file.image, offset, wanted).map_err(|e| self.failed(file, &e))?
+            }
+            (OpenFile::Status(_), Wanted::Data) => Some(offset),
+            (OpenFile::Status(_), Wanted::Hole) => Some(size),
+        };
+        match found {
+            Some(at) if at >= size && wanted == Wanted::Data => Err(libc::ENXIO),
+            Some(at) => i64::try_from(at).map(Some).map_err(|_| libc::EOVERFLOW),
+            None => Ok(None),
+        }
     }
 
     /// The errno of a failed read or seek: EIO whatever the kind, since those calls know no other

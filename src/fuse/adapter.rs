@@ -1,8 +1,8 @@
 //! What fuser calls: each operation is one small method that calls [`FileSystem`] and replies.
 //!
 //! A panic inside one request becomes EIO for that request (fuser answers for a reply that is
-//! dropped) and a line in the log; the mount goes on. What may take minutes, reading from an
-//! archive that has to be unpacked first, is done by threads of its own ([`Lane`]): those that serve
+//! dropped) and a line in the log; the mount goes on. What may take long, reading from an archive
+//! that has to be unpacked first or searching far for data or a hole, is done by threads of its own ([`Lane`]): those that serve
 //! requests never wait for it, so names, attributes and other points answer meanwhile.
 
 use std::cell::RefCell;
@@ -234,7 +234,14 @@ impl Filesystem for Adapter {
         if self.fs.must_wait(fh.0, u64::try_from(offset).unwrap_or(0), u64::MAX) {
             self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
         } else {
-            self.guard("lseek", |fs| seek(fs, fh.0, offset, whence, reply));
+            self.guard("lseek", |fs| match fs.seek_near(fh.0, offset, whence) {
+                Ok(Some(at)) => reply.offset(at),
+                Err(e) => reply.error(errno(e)),
+                // Over a disk of millions of tables.
+                Ok(None) => {
+                    self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
+                }
+            });
         }
     }
 

@@ -14,4 +14,4 @@ mod window;
 pub use cache::{Cache, CacheFigures};
 pub use map::{Fold, Folded, FoldedExtent, Known, Source};
 pub use points::{open_point, open_point_sharing};
-pub use reader::Image;
+pub use reader::{Image, Wanted};

@@ -9,7 +9,10 @@
 //! Once one layer is seen to have changed, every further read fails: bytes of two generations are
 //! never mixed.
 
+mod ahead;
 mod search;
+
+pub use search::Wanted;
 
 use std::ops::Range;
 use std::path::Path;

@@ -11,6 +11,7 @@ pub mod sparsestream;
 mod testing;
 pub mod vma;
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -59,6 +60,56 @@ impl Content for Mapping {
         }
     }
 }
+
+/// Which kinds of content occur somewhere in a stretch of a layer: a set of [`Mapping`]'s cases, in
+/// which all that is not `Below` or `Zero` counts as data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kinds(u8);
+
+impl Kinds {
+    /// Nothing at all.
+    pub const NONE: Kinds = Kinds(0);
+    /// [`Mapping::Below`].
+    pub const BELOW: Kinds = Kinds(1);
+    /// [`Mapping::Zero`].
+    pub const ZERO: Kinds = Kinds(2);
+    /// Anything that is no hole; also what cannot be read.
+    pub const DATA: Kinds = Kinds(4);
+    /// All of them may occur: nothing is known.
+    pub const ANY: Kinds = Kinds(7);
+
+    /// Whether one of `others` may occur.
+    pub fn has(self, others: Kinds) -> bool {
+        self.0 & others.0 != 0
+    }
+
+    /// These and `others`.
+    pub fn with(self, others: Kinds) -> Kinds {
+        Kinds(self.0 | others.0)
+    }
+
+    /// Those that occur in a map.
+    pub fn of(map: &LayerMap) -> Kinds {
+        let kind = |e: &crate::extent::Extent<Mapping>| match e.content {
+            Mapping::Below => Kinds::BELOW,
+            Mapping::Zero => Kinds::ZERO,
+            Mapping::Data { .. } | Mapping::Compressed { .. } | Mapping::Bad => Kinds::DATA,
+        };
+        map.extents.as_slice().iter().map(kind).fold(Kinds::NONE, Kinds::with)
+    }
+}
+
+impl Content for Kinds {
+    fn advanced(self, _by: u64) -> Self {
+        self
+    }
+}
+
+/// What a caller of [`Layer::outline`] keeps between calls: what is in each table that was read.
+pub type KnownTables = HashMap<u64, Kinds>;
+
+/// Bytes of which an outline says that anything may be there, where a layer has nothing better.
+const UNKNOWN_STRETCH: u64 = 64 << 20;
 
 /// The result of [`Layer::map`]: a list that covers exactly the range asked for, and what was
 /// found wrong on the way (each such range is [`Mapping::Bad`]).
@@ -127,6 +178,20 @@ pub trait Layer: Send + Sync {
     /// The same for everything that is `Below` or `Zero`.
     fn next_data(&self, from: u64) -> u64 {
         self.next_mapped(from)
+    }
+
+    /// Which kinds of content occur from `from` on, which lies inside `0..size()`: a short list of
+    /// long stretches that begins there, is not empty and need not reach the end. Every kind that
+    /// occurs in a stretch is among its kinds; where a stretch has one kind only, all of it is so.
+    fn outline(&self, from: u64, known: &mut KnownTables) -> ExtentList<Kinds> {
+        let _ = known;
+        let data = self.next_data(from).clamp(from, self.size());
+        let mapped = self.next_mapped(from).clamp(from, data);
+        let mut list = ExtentList::new(from);
+        list.push(mapped - from, Kinds::BELOW);
+        list.push(data - mapped, Kinds::BELOW.with(Kinds::ZERO));
+        list.push((self.size() - data).min(UNKNOWN_STRETCH), Kinds::ANY);
+        list
     }
 
     /// Reads plain bytes that [`Mapping::Data`] named.

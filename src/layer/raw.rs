@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Format, ImageInfo, Layer, LayerMap, Mapping};
+use super::{Format, ImageInfo, Kinds, KnownTables, Layer, LayerMap, Mapping};
 use crate::error::{Error, Kind, Result};
+use crate::extent::ExtentList;
 use crate::storage::ReadAt;
 
 /// A raw image. A raw file has no way to say "ask below": its holes are zeros.
@@ -83,6 +84,21 @@ impl Layer for RawLayer {
     fn next_data(&self, from: u64) -> u64 {
         // Where the file system does not tell, reading will.
         self.storage.seek_data(from).map_or(from, |at| at.unwrap_or(self.size()).max(from))
+    }
+
+    fn outline(&self, from: u64, _known: &mut KnownTables) -> ExtentList<Kinds> {
+        let size = self.size();
+        let mut list = ExtentList::new(from);
+        let data = self.next_data(from).clamp(from, size);
+        list.push(data - from, Kinds::ZERO);
+        if data < size {
+            match self.storage.seek_hole(data) {
+                Ok(hole) if hole > data => list.push(hole.min(size) - data, Kinds::DATA),
+                // It shrinks, or the file system does not tell.
+                _ => list.push(size - data, Kinds::ANY),
+            }
+        }
+        list
     }
 
     fn decompress(&self, host: u64, _len: u32, _out: &mut [u8]) -> Result<()> {

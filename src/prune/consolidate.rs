@@ -11,7 +11,7 @@
 //! none. Backing pointers in later images go before the new FULL gets its name, and come back to it
 //! when the old files are gone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -25,7 +25,7 @@ use crate::chain::{Catalog, Disk, Level, describe as describe_point, record_from
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::{Format, Mapping};
-use crate::restore::verbs::{self, not_used_elsewhere};
+use crate::restore::verbs::{self, Users};
 use crate::restore::{self, Compression, Qcow2Options, Summary, Target, Work};
 use crate::storage::{ReadAt, SourceFile};
 use crate::text::{path_text, shown_as};
@@ -85,15 +85,44 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
         return Err(Error::new(Kind::NotFound, what)
             .remedy("'fleecefs list DIR' shows the points; 'latest' is the newest"));
     };
-    plan_at(catalog, disk, point, &BTreeSet::new()).map(Some)
+    plan_at(&Index::of(catalog), disk, point, &BTreeSet::new()).map(Some)
+}
+
+/// What many plans look up: who uses which file, and what is in which chain.
+pub struct Index<'a> {
+    users: Users<'a>,
+    /// By folder of a disk and name of a chain; in chain order.
+    chains: HashMap<&'a Path, HashMap<&'a str, Vec<usize>>>,
+}
+
+impl<'a> Index<'a> {
+    /// That of all disks.
+    pub fn of(catalog: &'a Catalog) -> Self {
+        let mut chains: HashMap<&Path, HashMap<&str, Vec<usize>>> = HashMap::new();
+        for disk in &catalog.disks {
+            let of_disk = chains.entry(&disk.path).or_default();
+            for (i, p) in disk.points.iter().enumerate() {
+                of_disk.entry(&p.chain).or_default().push(i);
+            }
+        }
+        Index { users: Users::of(catalog), chains }
+    }
+
+    /// The points of the chain that `point` is in.
+    fn chain(&self, disk: &Disk, point: usize) -> &[usize] {
+        let of_disk = self.chains.get(disk.path.as_path());
+        let chain = of_disk.and_then(|c| c.get(disk.points[point].chain.as_str()));
+        chain.map_or(&[], Vec::as_slice)
+    }
 }
 
 /// The same for the point with this index, once the points with the indices `gone` are no more.
+/// `index` is of the catalog that has the disk.
 ///
 /// # Errors
 /// As [`plan`].
 pub fn plan_at(
-    catalog: &Catalog,
+    index: &Index,
     disk: &Disk,
     point: usize,
     gone: &BTreeSet<usize>,
@@ -115,10 +144,10 @@ pub fn plan_at(
             Error::new(Kind::Exists, "there is such a FULL already").at_path(dir.join(image))
         );
     }
-    let (remove, children) = neighbours(disk, point, gone)?;
+    let (remove, children) = neighbours(disk, point, index.chain(disk, point), gone)?;
     let going: Vec<PathBuf> = remove.iter().map(|n| dir.join(n)).collect();
     let going: Vec<&Path> = going.iter().map(PathBuf::as_path).collect();
-    not_used_elsewhere(catalog, &going)?;
+    index.users.refuse(&going)?;
     Ok(Consolidation { dir, point, until: p.name.clone(), image, remove, children })
 }
 
@@ -150,17 +179,18 @@ fn check_point(disk: &Disk, point: usize) -> Result<()> {
 }
 
 /// All of the chain that is older than the point, with the point's own file, newest first; and
-/// what lies on the new FULL: whatever lay on one of these.
+/// what lies on the new FULL: whatever lay on one of these. `chain` has the chain's points.
 fn neighbours(
     disk: &Disk,
     point: usize,
+    chain: &[usize],
     gone: &BTreeSet<usize>,
 ) -> Result<(Vec<String>, Vec<String>)> {
     let until = &disk.points[point];
     let line = line(disk, point);
     let (mut remove, mut children) = (Vec::new(), Vec::new());
-    let stays = |i: &usize| disk.points[*i].chain == until.chain && !gone.contains(i);
-    for i in (0..disk.points.len()).rev().filter(stays) {
+    let above = above(disk, point, chain);
+    for i in chain.iter().rev().copied().filter(|i| !gone.contains(i)) {
         let p = &disk.points[i];
         if p.source.parent() != until.source.parent()
             || p.layers.iter().any(|l| l.data_file.is_some())
@@ -172,7 +202,7 @@ fn neighbours(
         if p.level == Level::Snapshot {
             continue;
         }
-        let lies_on = line_of_parents(disk, i).any(|j| j == point);
+        let lies_on = above.contains(&i);
         let name = own_name(&p.source)?;
         if lies_on || (p.level == Level::Diff && p.time > until.time) {
             // A DIFF holds all that changed since the old FULL, so it is as right on the new one.
@@ -188,6 +218,18 @@ fn neighbours(
     }
     children.reverse();
     Ok((remove, children))
+}
+
+/// Those of the chain's points that lie on the point, directly or not.
+fn above(disk: &Disk, point: usize, chain: &[usize]) -> HashSet<usize> {
+    let mut above = HashSet::new();
+    // A parent comes before its children.
+    for &i in chain {
+        if disk.points[i].parent.is_some_and(|j| j == point || above.contains(&j)) {
+            above.insert(i);
+        }
+    }
+    above
 }
 
 /// The point and all that it lies on.

@@ -5,7 +5,7 @@
 //! first file is removed: the next run finishes it, and until then `verify` knows that a manifest
 //! without an image is no lost point.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::ErrorKind;
@@ -30,6 +30,7 @@ use crate::text::path_text;
 /// gone, in an order that leaves every chain whole.
 pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Result<()> {
     let mut folders: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
+    let mut seen = HashSet::new();
     let kept = kept_files(catalog, plan);
     for (disk, plan) in catalog.disks.iter().zip(&plan.disks) {
         let goes = |i: usize| plan.points.get(i).is_some_and(|p| p.keep.is_empty());
@@ -37,10 +38,9 @@ pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Resul
             check_unchanged(disk, i)?;
             for path in own_files(disk, i).into_iter().filter(|f| !kept.contains(f.as_path())) {
                 let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else { continue };
-                let names = folders.entry(dir.to_path_buf()).or_default();
                 let name = text(&path, name)?;
-                if !names.contains(&name) {
-                    names.push(name);
+                if seen.insert(path.clone()) {
+                    folders.entry(dir.to_path_buf()).or_default().push(name);
                 }
             }
         }
@@ -66,17 +66,18 @@ fn text(path: &Path, name: &OsStr) -> Result<String> {
 
 /// What goes: chain by chain, in each the newest first (children come after their parents).
 fn order(disk: &Disk, goes: impl Fn(usize) -> bool) -> Vec<usize> {
-    let mut chains: Vec<&str> = Vec::new();
-    for p in &disk.points {
-        if !chains.contains(&p.chain.as_str()) {
-            chains.push(&p.chain);
+    let mut numbers: HashMap<&str, usize> = HashMap::new();
+    let mut chains: Vec<Vec<usize>> = Vec::new();
+    for (i, p) in disk.points.iter().enumerate() {
+        let number = *numbers.entry(&p.chain).or_insert(chains.len());
+        if number == chains.len() {
+            chains.push(Vec::new());
+        }
+        if goes(i) {
+            chains[number].push(i);
         }
     }
-    let of = |chain: &str| -> Vec<usize> {
-        let points = (0..disk.points.len()).rev();
-        points.filter(|i| disk.points[*i].chain == chain && goes(*i)).collect()
-    };
-    chains.into_iter().flat_map(of).collect()
+    chains.into_iter().flat_map(|chain| chain.into_iter().rev()).collect()
 }
 
 /// Every file that some point of some disk still needs: one archive may hold several disks.
@@ -134,6 +135,7 @@ fn remove_all(
 /// What an image that does not go lies on. The plan saw to it that there is none; but between a
 /// run that was broken off and the one that finishes it, a backup may have been made.
 fn still_needed(dir: &Path, remove: &[String]) -> Result<BTreeSet<String>> {
+    let remove: HashSet<&String> = remove.iter().collect();
     let mut lies_on: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for image in texts(files::images(dir)?) {
         let (parent, pointer) = files::stated_parent(&dir.join(&image));
@@ -223,7 +225,8 @@ pub(super) fn replace(dir: &Path, mut removal: Removal, work: &Work) -> Result<(
     let children = children(dir, &removal, &new)?;
     let known = removal.relink.len();
     let linked = children.iter().filter(|(_, linked)| *linked).map(|(name, _)| name.clone());
-    let linked: Vec<String> = linked.filter(|n| !removal.relink.contains(n)).collect();
+    let noted: HashSet<&String> = removal.relink.iter().collect();
+    let linked: Vec<String> = linked.filter(|n| !noted.contains(n)).collect();
     removal.relink.extend(linked);
     if removal.relink.len() > known {
         removal::write(dir, &removal)?;
@@ -244,12 +247,13 @@ pub(super) fn replace(dir: &Path, mut removal: Removal, work: &Work) -> Result<(
 /// What stays and lies on what goes, also what a backup has added since an earlier run was broken
 /// off; and whether a backing pointer says so.
 fn children(dir: &Path, removal: &Removal, new: &str) -> Result<Vec<(String, bool)>> {
+    let remove: HashSet<&String> = removal.remove.iter().collect();
     let mut found = Vec::new();
     for image in texts(files::images(dir)?) {
-        if image == new || removal.remove.contains(&image) {
+        if image == new || remove.contains(&image) {
             continue;
         }
-        let goes = |n: Option<OsString>| texts(n).any(|n| removal.remove.contains(&n));
+        let goes = |n: Option<OsString>| texts(n).any(|n| remove.contains(&n));
         let (parent, pointer) = files::stated_parent(&dir.join(&image));
         let (by_manifest, linked) = (goes(parent), goes(pointer));
         if by_manifest || linked {

@@ -1,17 +1,17 @@
 //! From a catalog to what the plan works on.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
 use std::path::{Component, Path, PathBuf};
 
 use super::plan::{DiskItems, Item, vm};
-use crate::chain::manifest::{self, Manifest};
+use crate::chain::manifest;
 use crate::chain::name::{self, Name, parse_partial};
 use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::Result;
 use crate::layer::Format;
 use crate::text::path_text;
-use crate::verify::{Options, Outcome, verify};
+use crate::verify::{Outcome, Standing, quick};
 
 /// The points of all disks; of each the newest is verified quickly, for nothing of a VM may go as
 /// long as nobody knows whether there is a good successor on each of its disks.
@@ -20,43 +20,74 @@ use crate::verify::{Options, Outcome, verify};
 /// The newest point cannot be looked at.
 pub fn items(catalog: &Catalog) -> Result<Vec<DiskItems>> {
     let mut all: Vec<DiskItems> = catalog.disks.iter().map(of_disk).collect();
-    let mut newest: BTreeMap<PathBuf, (i64, usize, usize)> = BTreeMap::new();
+    let mut timelines: BTreeMap<&Path, Timeline> = BTreeMap::new();
     for (d, disk) in catalog.disks.iter().enumerate() {
+        let timeline = timelines.entry(&all[d].timeline).or_default();
+        timeline.disks.push(d);
         for (i, _) in disk.points.iter().enumerate().filter(|(_, p)| is_backup(p)) {
-            let here = (all[d].items[i].time, d, i);
-            let best = newest.entry(all[d].timeline.clone()).or_insert(here);
-            *best = (*best).max(here);
+            timeline.newest = timeline.newest.max(Some((all[d].items[i].time, d, i)));
         }
     }
-    for (timeline, (time, d, i)) in newest {
-        let folders: Vec<&Disk> = catalog
-            .disks
-            .iter()
-            .zip(&all)
-            .filter(|(_, a)| a.timeline == timeline)
-            .map(|z| z.0)
-            .collect();
-        let why = match lost_or_unfinished(&folders, time) {
-            Some(why) => Some(why),
-            None => held(catalog, &catalog.disks[d], i)?,
-        };
-        let Some(why) = why else { continue };
-        let why = format!("{}: {why}", path_text(&timeline));
-        for disk in all.iter_mut().filter(|a| vm(&a.timeline) == vm(&timeline)) {
-            disk.held.get_or_insert_with(|| why.clone());
-        }
+    let held: HashMap<PathBuf, String> = held(catalog, &timelines)?;
+    for disk in &mut all {
+        disk.held = held.get(vm(&disk.timeline)).cloned();
     }
     Ok(all)
 }
 
+/// The folders of one disk.
+#[derive(Default)]
+struct Timeline {
+    /// Indices of the catalog's disks.
+    disks: Vec<usize>,
+    /// The newest point: its time, disk and index.
+    newest: Option<(i64, usize, usize)>,
+}
+
+/// Why nothing of a VM may be deleted, by the folder of its disks: the first reason that there is.
+fn held(
+    catalog: &Catalog,
+    timelines: &BTreeMap<&Path, Timeline>,
+) -> Result<HashMap<PathBuf, String>> {
+    let mut lost = LostImages::default();
+    let mut reasons: BTreeMap<&Path, String> = BTreeMap::new();
+    let mut unknown = Vec::new();
+    for (path, timeline) in timelines {
+        let Some((time, d, i)) = timeline.newest else { continue };
+        let disks = timeline.disks.iter().map(|d| &catalog.disks[*d]);
+        match lost_or_unfinished(disks, time, &mut lost) {
+            Some(why) => drop(reasons.insert(path, why)),
+            None => match &catalog.disks[d].points[i] {
+                Point { name, unavailable: Some(finding), .. } => {
+                    let why = format!("the newest point, {name}, is lost: {}", finding.message);
+                    reasons.insert(path, why);
+                }
+                _ => unknown.push((*path, (d, i))),
+            },
+        }
+    }
+    let points: Vec<(usize, usize)> = unknown.iter().map(|(_, point)| *point).collect();
+    for ((path, (d, i)), standing) in unknown.into_iter().zip(quick(catalog, &points)?) {
+        reasons.extend(unproven(&catalog.disks[d].points[i], standing).map(|why| (path, why)));
+    }
+    let mut held = HashMap::new();
+    for (path, why) in reasons {
+        let why = || format!("{}: {why}", path_text(path));
+        held.entry(vm(path).to_path_buf()).or_insert_with(why);
+    }
+    Ok(held)
+}
+
 /// A point that is newer than all that are there, by its manifest or by an unfinished file.
-fn lost_or_unfinished(disks: &[&Disk], newest: i64) -> Option<String> {
+fn lost_or_unfinished<'a>(
+    disks: impl Iterator<Item = &'a Disk>,
+    newest: i64,
+    lost: &mut LostImages,
+) -> Option<String> {
     for disk in disks {
-        let lost = missing(disk).into_iter().find(|m| m.time > newest);
-        if let Some(m) = lost {
+        if let Some(image) = lost.newer(disk, newest) {
             return Some(format!(
-                "the newest point, {}, is lost: its manifest is there, the image is not",
-                path_text(&m.image)
+                "the newest point, {image}, is lost: its manifest is there, the image is not"
             ));
         }
         for path in disk.findings.iter().map(|f| &f.path) {
@@ -70,33 +101,63 @@ fn lost_or_unfinished(disks: &[&Disk], newest: i64) -> Option<String> {
     None
 }
 
-/// The manifests of a disk whose images are gone, and not on their way out.
-fn missing(disk: &Disk) -> Vec<Manifest> {
-    let folders: BTreeSet<&Path> = disk.points.iter().filter_map(|p| p.source.parent()).collect();
-    let of = |image: &str| match name::parse(OsStr::new(image)) {
+/// Manifests whose images are gone, and not on their way out. Each folder is looked at once, for all
+/// disks in it.
+#[derive(Default)]
+struct LostImages {
+    /// By folder.
+    folders: HashMap<PathBuf, Lost>,
+}
+
+/// Time and name of images, by the disk in their names.
+type Lost = HashMap<OsString, Vec<(i64, String)>>;
+
+impl LostImages {
+    /// The name of one of the disk that is newer than `time`.
+    fn newer(&mut self, disk: &Disk, time: i64) -> Option<&str> {
+        let parents = disk.points.iter().filter_map(|p| p.source.parent());
+        let folders: BTreeSet<&Path> = parents.collect();
+        for dir in &folders {
+            if !self.folders.contains_key(*dir) {
+                self.folders.insert(dir.to_path_buf(), lost_in(dir));
+            }
+        }
+        let names: BTreeSet<OsString> = disk.points.iter().map(|p| disk_of(&p.name)).collect();
+        for dir in folders {
+            let Some(lost) = self.folders.get(dir) else { continue };
+            let of_disk = names.iter().filter_map(|n| lost.get(n)).flatten();
+            if let Some((_, image)) = of_disk.into_iter().find(|(t, _)| *t > time) {
+                return Some(image);
+            }
+        }
+        None
+    }
+}
+
+/// The disk in an image's name; the whole name where that has none.
+fn disk_of(image: &str) -> OsString {
+    match name::parse(OsStr::new(image)) {
         Name::Backup { disk, .. } => disk,
         _ => image.into(),
-    };
-    let names: BTreeSet<_> = disk.points.iter().map(|p| of(&p.name)).collect();
-    let mut found = Vec::new();
-    for dir in folders {
-        let leaving = removal::pending(dir);
-        let Ok(entries) = std::fs::read_dir(dir.join(manifest::FOLDER)) else { continue };
-        for entry in entries.flatten() {
-            let file = entry.file_name();
-            let Some(image) = file.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
-            if dir.join(image).exists() || leaving.iter().any(|l| l == image) {
-                continue;
-            }
-            let known = manifest::read(dir, OsStr::new(image)).ok().flatten();
-            found.extend(known.filter(|m| names.contains(&of(&m.image))));
+    }
+}
+
+fn lost_in(dir: &Path) -> Lost {
+    let mut found = Lost::new();
+    let leaving: HashSet<String> = removal::pending(dir).into_iter().collect();
+    let Ok(entries) = std::fs::read_dir(dir.join(manifest::FOLDER)) else { return found };
+    for entry in entries.flatten() {
+        let file = entry.file_name();
+        let Some(image) = file.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
+        if leaving.contains(image) || dir.join(image).exists() {
+            continue;
+        }
+        if let Some(m) = manifest::read(dir, OsStr::new(image)).ok().flatten() {
+            found.entry(disk_of(&m.image)).or_default().push((m.time, m.image));
         }
     }
     found
 }
-
-/// More images than this are not missing in one chain.
-const MOST_MISSING: usize = 1000;
 
 fn is_backup(point: &Point) -> bool {
     matches!(point.level, Level::Full | Level::Inc | Level::Diff | Level::Copy)
@@ -120,47 +181,75 @@ fn times(disk: &Disk) -> Vec<i64> {
 
 fn of_disk(disk: &Disk) -> DiskItems {
     let times = times(disk);
-    let item = |(i, p): (usize, &Point)| Item {
-        name: p.name.clone(),
-        time: times[i],
-        // Other programs' archives are theirs to prune.
-        level: if is_foreign(p) { Level::Image } else { p.level },
-        served: p.is_served(),
-        parent: p.parent.or_else(|| recorded_parent(disk, i)),
-        lies_on_unknown: matches!(p.level, Level::Inc | Level::Diff)
-            && !p.is_served()
-            && p.parent.or_else(|| recorded_parent(disk, i)).is_none(),
-        run: run(p),
-        file: p.source.clone(),
-        chain: p.chain.clone(),
-        bytes: if p.level == Level::Snapshot { 0 } else { p.own_bytes },
+    let mut recorded = RecordedParents::of(disk);
+    let mut item = |(i, p): (usize, &Point)| {
+        let parent = p.parent.or_else(|| recorded.parent(i));
+        Item {
+            name: p.name.clone(),
+            time: times[i],
+            // Other programs' archives are theirs to prune.
+            level: if is_foreign(p) { Level::Image } else { p.level },
+            served: p.is_served(),
+            parent,
+            lies_on_unknown: matches!(p.level, Level::Inc | Level::Diff)
+                && !p.is_served()
+                && parent.is_none(),
+            run: run(p),
+            file: p.source.clone(),
+            chain: p.chain.clone(),
+            bytes: if p.level == Level::Snapshot { 0 } else { p.own_bytes },
+        }
     };
-    DiskItems {
-        disk: disk.path.clone(),
-        timeline: timeline(&disk.path),
-        items: disk.points.iter().enumerate().map(item).collect(),
-        held: None,
-    }
+    let items = disk.points.iter().enumerate().map(&mut item).collect();
+    let timeline = timeline(&disk.path);
+    DiskItems { disk: disk.path.clone(), timeline, items, held: None }
 }
 
-/// What a point that cannot be served lies on by its manifest, or, where that image is missing, by
-/// the manifest that is left of it.
-fn recorded_parent(disk: &Disk, i: usize) -> Option<usize> {
-    let p = &disk.points[i];
-    if p.is_served() {
-        return None;
+/// What points that cannot be served lie on by their manifests, or, where such an image is missing,
+/// by the manifest that is left of it.
+struct RecordedParents<'a> {
+    disk: &'a Disk,
+    /// The first point in each file; filled when it is first needed.
+    points: HashMap<&'a Path, usize>,
+    /// The point that a missing image leads to, if any: each manifest is read once.
+    missing: HashMap<PathBuf, Option<usize>>,
+}
+
+impl<'a> RecordedParents<'a> {
+    fn of(disk: &'a Disk) -> Self {
+        RecordedParents { disk, points: HashMap::new(), missing: HashMap::new() }
     }
-    let dir = p.source.parent()?;
-    let mut name = p.source.file_name()?.to_os_string();
-    // Manifests may form a loop.
-    for _ in 0..disk.points.len().saturating_add(MOST_MISSING) {
-        name = manifest::read(dir, &name).ok()??.parent?.into();
-        let path = dir.join(&name);
-        if let Some(found) = disk.points.iter().position(|q| q.source == path) {
-            return Some(found).filter(|j| *j < i);
+
+    fn parent(&mut self, i: usize) -> Option<usize> {
+        let p = &self.disk.points[i];
+        if p.is_served() {
+            return None;
         }
+        if self.points.is_empty() {
+            for (j, q) in self.disk.points.iter().enumerate() {
+                self.points.entry(&q.source).or_insert(j);
+            }
+        }
+        let dir = p.source.parent()?;
+        let mut at = p.source.clone();
+        let mut passed = Vec::new();
+        let found = loop {
+            let name = at.file_name().and_then(|n| manifest::read(dir, n).ok().flatten());
+            let Some(below) = name.and_then(|m| m.parent) else { break None };
+            at = dir.join(below);
+            if let Some(found) = self.points.get(at.as_path()) {
+                break Some(*found);
+            }
+            if let Some(known) = self.missing.get(&at) {
+                break *known;
+            }
+            // Manifests may form a loop; whoever comes by here again finds this.
+            self.missing.insert(at.clone(), None);
+            passed.push(at.clone());
+        };
+        self.missing.extend(passed.into_iter().map(|path| (path, found)));
+        found.filter(|j| *j < i)
     }
-    None
 }
 
 fn run(point: &Point) -> String {
@@ -184,24 +273,15 @@ fn timeline(disk: &Path) -> PathBuf {
     disk.components().filter(|c| !is_month(c)).collect()
 }
 
-/// Why nothing older than point `i`, the newest, may be deleted.
-fn held(catalog: &Catalog, disk: &Disk, i: usize) -> Result<Option<String>> {
-    let p = &disk.points[i];
-    if let Some(finding) = &p.unavailable {
-        return Ok(Some(format!(
-            "the newest point, {}, is lost: {}",
-            path_text(&p.name),
-            finding.message
-        )));
-    }
-    let options = Options { quick: true, point: Some(disk.point_path(i)), ..Options::default() };
-    let report = verify(catalog, &options, &())?;
-    if report.outcome == Outcome::Sound {
-        return Ok(None);
-    }
-    let why = report.points.first().and_then(|p| p.reason.clone()).unwrap_or_default();
-    let word = if report.outcome == Outcome::Unsound { "unsound" } else { "not verified" };
-    Ok(Some(format!("the newest point, {}, is {word}: {why}", path_text(&p.name))))
+/// Why nothing older than the newest point, which can be served, may be deleted.
+fn unproven(newest: &Point, standing: Standing) -> Option<String> {
+    let word = match standing.outcome {
+        Outcome::Sound => return None,
+        Outcome::Unsound => "unsound",
+        Outcome::Unproven => "not verified",
+    };
+    let why = standing.reason.unwrap_or_default();
+    Some(format!("the newest point, {}, is {word}: {why}", newest.name))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What to keep and what to delete. Pure: points come in as values, a [`Plan`] comes out, which
 //! `--dry-run` prints and a real run executes.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -308,19 +308,24 @@ fn by_file(disk: &DiskItems) -> HashMap<&PathBuf, Vec<usize>> {
 }
 
 /// Of a point that lies on something missing, every base in its folder that is older: what is
-/// missing may lie on it.
+/// missing may lie on it. Of several such points the oldest is named, not each.
 fn perhaps_needed(disks: &[DiskItems], kept: &mut Kept) {
     for (d, disk) in disks.iter().enumerate() {
+        let mut unknown: HashMap<Option<&Path>, Vec<(i64, usize)>> = HashMap::new();
         for (i, item) in disk.items.iter().enumerate() {
-            if !item.lies_on_unknown || !kept.contains_key(&(d, i)) {
+            if item.lies_on_unknown && kept.contains_key(&(d, i)) {
+                unknown.entry(item.file.parent()).or_default().push((item.time, i));
+            }
+        }
+        unknown.values_mut().for_each(|list| list.sort_unstable());
+        for (j, base) in disk.items.iter().enumerate() {
+            if !matches!(base.level, Level::Full | Level::Inc) {
                 continue;
             }
-            for (j, base) in disk.items.iter().enumerate() {
-                let carries = matches!(base.level, Level::Full | Level::Inc);
-                let beside = base.file.parent() == item.file.parent();
-                if carries && beside && base.time <= item.time && j != i {
-                    keep(kept, (d, j), Reason::MayBeNeededBy(item.name.clone()));
-                }
+            let Some(list) = unknown.get(&base.file.parent()) else { continue };
+            let from = list.partition_point(|(time, _)| *time < base.time);
+            if let Some((_, i)) = list[from..].iter().find(|(_, i)| *i != j) {
+                keep(kept, (d, j), Reason::MayBeNeededBy(disk.items[*i].name.clone()));
             }
         }
     }
@@ -330,14 +335,20 @@ fn perhaps_needed(disks: &[DiskItems], kept: &mut Kept) {
 fn needed(disks: &[DiskItems], kept: &mut Kept) {
     for (d, disk) in disks.iter().enumerate() {
         let files = by_file(disk);
+        let mut seen = HashSet::new();
         // Children have larger indices, so one pass from the end sees them first.
         for i in (0..disk.items.len()).rev() {
             let Some(parent) = disk.items[i].parent.filter(|_| kept.contains_key(&(d, i))) else {
                 continue;
             };
             let needs = Reason::NeededBy(disk.items[i].name.clone());
-            for &j in files.get(&disk.items[parent].file).into_iter().flatten() {
-                keep(kept, (d, j), needs.clone());
+            keep(kept, (d, parent), needs.clone());
+            let file = &disk.items[parent].file;
+            // Of what else is in that file it is enough to name one.
+            if seen.insert(file) {
+                for &j in files.get(file).into_iter().flatten() {
+                    keep(kept, (d, j), needs.clone());
+                }
             }
         }
     }

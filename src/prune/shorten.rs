@@ -1,6 +1,6 @@
 //! Which chains `prune --consolidate` shortens.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::plan::{DiskItems, PointPlan};
 use super::reason::Reason;
@@ -28,9 +28,12 @@ pub fn shortened(
 ) -> (Vec<String>, Vec<Unmerged>) {
     let (mut merged, mut unmerged) = (Vec::new(), Vec::new());
     let gone: BTreeSet<usize> = (0..points.len()).filter(|i| points[*i].keep.is_empty()).collect();
-    let chains: BTreeSet<&str> = disk.items.iter().map(|i| i.chain.as_str()).collect();
-    for chain in chains {
-        let Some((i, before)) = until(disk, points, chain) else { continue };
+    let mut chains: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    for (i, item) in disk.items.iter().enumerate() {
+        chains.entry(&item.chain).or_default().push(i);
+    }
+    for members in chains.into_values() {
+        let Some((i, before)) = until(disk, points, members) else { continue };
         let until = disk.items[i].name.clone();
         if let Err(why) = can(i, &gone) {
             unmerged.push(Unmerged { until, why });
@@ -44,10 +47,12 @@ pub fn shortened(
     (merged, unmerged)
 }
 
-/// The point that the chain could begin with, and what is older.
-fn until(disk: &DiskItems, points: &[PointPlan], chain: &str) -> Option<(usize, Vec<usize>)> {
-    let members: Vec<usize> =
-        (0..disk.items.len()).filter(|i| disk.items[*i].chain == chain).collect();
+/// The point that a chain with these members could begin with, and what is older.
+fn until(
+    disk: &DiskItems,
+    points: &[PointPlan],
+    members: Vec<usize>,
+) -> Option<(usize, Vec<usize>)> {
     let is_wanted = |i: &&usize| points[**i].keep.iter().any(Reason::is_own);
     let i = *members.iter().find(is_wanted)?;
     let item = &disk.items[i];

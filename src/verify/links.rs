@@ -1,5 +1,6 @@
 //! How the files of a chain fit together: names, manifests and what they say of each other.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::DirEntry;
 use std::os::unix::ffi::OsStrExt;
@@ -45,13 +46,83 @@ impl Record {
     }
 }
 
+/// What `.fleecefs/` has about all points of a disk.
+pub(super) struct Records {
+    /// One for each point.
+    pub list: Vec<Record>,
+    /// Chains of which a point has a manifest, readable or not.
+    chains: HashSet<String>,
+    /// For each point, the lowest of those that it lies on.
+    roots: Vec<Option<usize>>,
+    /// For each point, the lowest of those that it lies on that names the same bitmap.
+    same_bitmap: Vec<Option<usize>>,
+}
+
+impl Records {
+    /// Reads all of them.
+    pub fn read(disk: &Disk) -> Records {
+        let list: Vec<Record> = disk.points.iter().map(Record::read).collect();
+        let recorded = |(_, r): &(&Point, &Record)| r.manifest.is_some() || r.problem.is_some();
+        let chains = disk.points.iter().zip(&list).filter(recorded);
+        let chains = chains.map(|(p, _)| p.chain.clone()).collect();
+        let bitmap = |r: &'_ Record| Some(r.manifest.as_ref()?.bitmap.as_ref()?.name.clone());
+        let bitmaps: Vec<Option<String>> = list.iter().map(bitmap).collect();
+        let parents: Vec<Option<usize>> = disk.points.iter().map(|p| p.parent).collect();
+        let (roots, same_bitmap) = (roots(&parents), lowest_alike(&parents, &bitmaps));
+        Records { list, chains, roots, same_bitmap }
+    }
+}
+
+/// The lowest of what each point lies on, if it lies on any; a parent comes before its children.
+fn roots(parents: &[Option<usize>]) -> Vec<Option<usize>> {
+    let mut roots: Vec<Option<usize>> = Vec::with_capacity(parents.len());
+    for parent in parents {
+        let root = parent.map(|p| roots.get(p).copied().flatten().unwrap_or(p));
+        roots.push(root);
+    }
+    roots
+}
+
+/// The lowest of what each point lies on that has the same name. One walk over the tree of points:
+/// looking down from each would take the square of a chain's length.
+fn lowest_alike(parents: &[Option<usize>], names: &[Option<String>]) -> Vec<Option<usize>> {
+    let mut children = vec![Vec::new(); parents.len()];
+    let mut todo = Vec::new();
+    for (i, parent) in parents.iter().enumerate() {
+        match parent {
+            Some(p) => children[*p].push(i),
+            None => todo.push((i, false)),
+        }
+    }
+    let mut alike = vec![None; parents.len()];
+    // The lowest point of each name on the way from the root.
+    let mut lowest: HashMap<&str, usize> = HashMap::new();
+    while let Some((i, left)) = todo.pop() {
+        if let Some(name) = names[i].as_deref() {
+            match lowest.get(name).copied() {
+                Some(own) if left && own == i => drop(lowest.remove(name)),
+                Some(_) if left => {}
+                known => alike[i] = known,
+            }
+            if !left {
+                lowest.entry(name).or_insert(i);
+            }
+        }
+        if !left {
+            todo.push((i, true));
+            todo.extend(children[i].iter().map(|c| (*c, false)));
+        }
+    }
+    alike
+}
+
 /// Compares point `i` with its manifest and with the points below it.
-pub(super) fn check(disk: &Disk, i: usize, records: &[Record]) -> Vec<Finding> {
+pub(super) fn check(disk: &Disk, i: usize, records: &Records) -> Vec<Finding> {
     let point = &disk.points[i];
-    let mut found: Vec<Finding> = records[i].problem.iter().cloned().collect();
-    match &records[i].manifest {
+    let mut found: Vec<Finding> = records.list[i].problem.iter().cloned().collect();
+    match &records.list[i].manifest {
         Some(m) if point.level != Level::Snapshot => {
-            let mut check = Check { disk, point, m, records, found: &mut found };
+            let mut check = Check { disk, i, point, m, records, found: &mut found };
             check.file();
             check.parent();
             check.bitmaps();
@@ -64,9 +135,10 @@ pub(super) fn check(disk: &Disk, i: usize, records: &[Record]) -> Vec<Finding> {
 
 struct Check<'a> {
     disk: &'a Disk,
+    i: usize,
     point: &'a Point,
     m: &'a Manifest,
-    records: &'a [Record],
+    records: &'a Records,
     found: &'a mut Vec<Finding>,
 }
 
@@ -115,7 +187,7 @@ impl Check<'_> {
 
     fn parent(&mut self) {
         let (m, p) = (self.m, self.point);
-        let below = p.parent.map(|i| (&self.disk.points[i], &self.records[i]));
+        let below = p.parent.map(|i| (&self.disk.points[i], &self.records.list[i]));
         if let Some(name) = &m.parent {
             let dir = p.source.parent().unwrap_or(Path::new(""));
             if !dir.join(name).exists() {
@@ -169,23 +241,14 @@ impl Check<'_> {
     /// chain in a bitmap's name says less: consolidation gives a chain a new FULL.)
     fn bitmaps(&mut self) {
         let Some(own) = self.m.bitmap.as_ref() else { return };
-        let mut at = self.point.parent;
-        let mut root = None;
-        let mut repeated = None;
-        while let Some(i) = at {
-            root = Some(i);
-            let below = self.records[i].manifest.as_ref().and_then(|m| m.bitmap.as_ref());
-            if below.is_some_and(|b| b.name == own.name) {
-                repeated = Some(self.disk.points[i].name.clone());
-            }
-            at = self.disk.points[i].parent;
-        }
+        let repeated = self.records.same_bitmap[self.i].map(|j| &self.disk.points[j].name);
         if let Some(name) = repeated {
             let name = path_text(&name);
             let what = format!("it and {name} name the same bitmap, '{}'", own.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
-        let of_root = root.and_then(|i| self.records[i].manifest.as_ref());
+        let of_root = self.records.roots[self.i];
+        let of_root = of_root.and_then(|i| self.records.list[i].manifest.as_ref());
         let of_root = of_root.and_then(|m| m.bitmap.as_ref());
         let target = |b: &BitmapInfo| parse_bitmap(&b.name).map(|n| n.target.to_string());
         if let (Some(a), Some(b)) = (target(own), of_root.and_then(target))
@@ -220,14 +283,12 @@ fn is_other_disk(a: &DiskIdentity, b: &DiskIdentity) -> bool {
 }
 
 /// What can be said of a point without a manifest.
-fn unrecorded(disk: &Disk, i: usize, records: &[Record]) -> Option<Finding> {
+fn unrecorded(disk: &Disk, i: usize, records: &Records) -> Option<Finding> {
     let p = &disk.points[i];
     if !matches!(p.level, Level::Full | Level::Inc | Level::Diff) {
         return None;
     }
-    let recorded = |j: usize| records[j].manifest.is_some() || records[j].problem.is_some();
-    let others = (0..disk.points.len()).any(|j| disk.points[j].chain == p.chain && recorded(j));
-    if others && records[i].problem.is_none() {
+    if records.chains.contains(&p.chain) && records.list[i].problem.is_none() {
         let what = "it has no manifest, though others of its chain have: it may be foreign, or a \
                     backup that was broken off";
         let mut found = Finding::warning(Kind::Incomplete, &p.source, what);
@@ -283,14 +344,14 @@ pub(super) fn missing_images(catalog: &Catalog) -> Vec<Finding> {
 
 fn orphans(dir: &Path, manifests: &Path) -> Vec<Finding> {
     let Ok(entries) = std::fs::read_dir(manifests) else { return Vec::new() };
-    let leaving = removal::pending(dir);
+    let leaving: HashSet<String> = removal::pending(dir).into_iter().collect();
     let mut found = Vec::new();
     for entry in entries.flatten() {
         let file = entry.file_name();
         let Some(image) = file.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes) else {
             continue;
         };
-        let leaves = leaving.iter().any(|l| OsStr::new(l) == image);
+        let leaves = image.to_str().is_some_and(|i| leaving.contains(i));
         if leaves || std::fs::symlink_metadata(dir.join(image)).is_ok() {
             continue;
         }
@@ -314,6 +375,36 @@ fn orphans(dir: &Path, manifests: &Path) -> Vec<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What [`lowest_alike`] and [`roots`] say, by looking down from each point.
+    fn looking_down(
+        parents: &[Option<usize>],
+        names: &[Option<String>],
+        i: usize,
+    ) -> [Option<usize>; 2] {
+        let below: Vec<usize> = std::iter::successors(parents[i], |j| parents[*j]).collect();
+        let alike = below.iter().rev().find(|j| names[i].is_some() && names[**j] == names[i]);
+        [below.last().copied(), alike.copied()]
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn roots_and_repeated_bitmaps_are_found_as_by_looking_down_from_each(
+            tree in proptest::collection::vec((0.0..1.2f64, 0u8..5), 0..40),
+        ) {
+            let parent = |(i, (place, _)): (usize, &(f64, u8))| {
+                Some((place * i as f64) as usize).filter(|p| *p < i)
+            };
+            let parents: Vec<Option<usize>> = tree.iter().enumerate().map(parent).collect();
+            let name = |(_, n): &(f64, u8)| (*n > 0).then(|| n.to_string());
+            let names: Vec<Option<String>> = tree.iter().map(name).collect();
+            let (roots, alike) = (roots(&parents), lowest_alike(&parents, &names));
+            for i in 0..tree.len() {
+                let found = [roots[i], alike[i]];
+                proptest::prop_assert_eq!(found, looking_down(&parents, &names, i));
+            }
+        }
+    }
 
     #[test]
     fn a_disk_may_move_but_not_in_every_respect() {

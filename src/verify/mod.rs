@@ -19,7 +19,7 @@ mod settle;
 mod structure;
 mod suspects;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::chain::{Catalog, Disk, Level};
@@ -27,7 +27,8 @@ use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::progress::Progress;
 use crate::text::path_text;
 use files::{FileReport, Target};
-use links::Record;
+use links::Records;
+use record::Recorder;
 
 pub use structure::{Structure, check as check_structure};
 
@@ -114,27 +115,94 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     // With all images gone there is no point left to look at, and much to tell.
     let all_gone = !orphans.is_empty() && options.since.is_none();
     let chosen = choose(catalog, options, all_gone)?;
-    let targets = targets(catalog, options, &chosen);
-    let jobs = match options.jobs {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        n => n,
-    };
-    let reports = files::check_all(&targets, jobs, progress)?;
-    let mut report = Report {
-        root: catalog.root.clone(),
-        quick: options.quick,
-        outcome: Outcome::Sound,
-        points: Vec::new(),
-        findings: catalog.findings.iter().cloned().chain(orphans).collect(),
-    };
-    for (disk, chosen) in catalog.disks.iter().zip(&chosen) {
-        if !chosen.wanted.is_empty() {
-            disk_report(disk, chosen, options, &reports, &mut report)?;
-        }
+    let files = files::check_all(&targets(options, &chosen), options.threads(), progress)?;
+    let mut report = Report::new(catalog, options);
+    report.findings = catalog.findings.iter().cloned().chain(orphans).collect();
+    let mut look = Look { options, files: &files, recorder: None, told: HashSet::new() };
+    if options.create && !options.quick {
+        look.recorder = recorder(&catalog.root, &mut report)?;
     }
-    settle::settle(catalog, &mut report)?;
+    for chosen in &chosen {
+        look.disk_report(chosen, &mut report)?;
+    }
+    settle::settle(catalog, std::slice::from_mut(&mut report))?;
     report.outcome = worst(&report);
     Ok(report)
+}
+
+/// How a point stands with all that it lies on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// As of a report about that point alone.
+    pub outcome: Outcome,
+    /// Why the point is not sound, in a few words.
+    pub reason: Option<String>,
+}
+
+/// How each of `points` (disk and point, as indices; at most one of each disk) stands by itself:
+/// what a [`verify`] of that point with `quick` says. All together take as long as one look at the
+/// directory, however many disks there are.
+///
+/// # Errors
+/// The directory cannot be read any more.
+pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<Standing>> {
+    let options = Options { quick: true, ..Options::default() };
+    let chosen: Vec<Chosen> = (points.iter())
+        .map(|(d, i)| Chosen::new(&catalog.disks[*d], HashSet::from([*i]), true))
+        .collect();
+    let files = files::check_all(&targets(&options, &chosen), options.threads(), &())?;
+    let mut reports = Vec::with_capacity(points.len() + 1);
+    for chosen in &chosen {
+        let mut look =
+            Look { options: &options, files: &files, recorder: None, told: HashSet::new() };
+        let mut report = Report::new(catalog, &options);
+        look.disk_report(chosen, &mut report)?;
+        reports.push(report);
+    }
+    // What belongs to no disk counts for each.
+    let findings = catalog.findings.clone();
+    reports.push(Report { findings, ..Report::new(catalog, &options) });
+    settle::settle(catalog, &mut reports)?;
+    let common = reports.pop().map_or(Outcome::Sound, |r| worst(&r));
+    let standing = |r: Report| Standing {
+        outcome: worst(&r).max(common),
+        reason: r.points.into_iter().next().and_then(|p| p.reason),
+    };
+    Ok(reports.into_iter().map(standing).collect())
+}
+
+/// What writes manifests; `None`, with a finding, if somebody else is writing.
+fn recorder(root: &Path, report: &mut Report) -> Result<Option<Recorder>> {
+    match Recorder::begin(root) {
+        // What was found is worth telling all the same.
+        Err(e) if e.kind() == Kind::Busy => {
+            let found = Finding::from_error(&e, root);
+            report.findings.push(Finding { severity: Severity::Warning, ..found });
+            Ok(None)
+        }
+        other => other.map(Some),
+    }
+}
+
+impl Options {
+    fn threads(&self) -> usize {
+        match self.jobs {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        }
+    }
+}
+
+impl Report {
+    fn new(catalog: &Catalog, options: &Options) -> Report {
+        Report {
+            root: catalog.root.clone(),
+            quick: options.quick,
+            outcome: Outcome::Sound,
+            points: Vec::new(),
+            findings: Vec::new(),
+        }
+    }
 }
 
 fn worst(report: &Report) -> Outcome {
@@ -148,14 +216,35 @@ fn worst(report: &Report) -> Outcome {
 }
 
 /// Which points of a disk are looked at.
-struct Chosen {
+struct Chosen<'a> {
+    disk: &'a Disk,
     /// Those that are reported.
     wanted: HashSet<usize>,
-    /// Those and all that they lie on.
-    needed: HashSet<usize>,
+    /// Those and all that they lie on, ascending.
+    needed: BTreeSet<usize>,
+    /// Whether one point is asked for, so that what the disk's other files say is left out.
+    single: bool,
 }
 
-fn choose(catalog: &Catalog, options: &Options, may_be_none: bool) -> Result<Vec<Chosen>> {
+impl<'a> Chosen<'a> {
+    fn new(disk: &'a Disk, wanted: HashSet<usize>, single: bool) -> Self {
+        let mut needed = BTreeSet::new();
+        for &i in &wanted {
+            let mut at = Some(i);
+            while let Some(j) = at.filter(|j| needed.insert(*j)) {
+                at = disk.points[j].parent;
+            }
+        }
+        Chosen { disk, wanted, needed, single }
+    }
+}
+
+/// The disks of which there is something to look at.
+fn choose<'a>(
+    catalog: &'a Catalog,
+    options: &Options,
+    may_be_none: bool,
+) -> Result<Vec<Chosen<'a>>> {
     let only = options.point.as_deref().map(|p| catalog.find(p)).transpose()?;
     let mut all = Vec::new();
     for disk in &catalog.disks {
@@ -163,16 +252,11 @@ fn choose(catalog: &Catalog, options: &Options, may_be_none: bool) -> Result<Vec
             .filter(|i| only.is_none_or(|(d, p)| std::ptr::eq(d, disk) && p == *i))
             .filter(|i| options.since.is_none_or(|t| disk.points[*i].time >= t))
             .collect();
-        let mut needed = HashSet::new();
-        for &i in &wanted {
-            let mut at = Some(i);
-            while let Some(j) = at.filter(|j| needed.insert(*j)) {
-                at = disk.points[j].parent;
-            }
+        if !wanted.is_empty() {
+            all.push(Chosen::new(disk, wanted, only.is_some()));
         }
-        all.push(Chosen { wanted, needed });
     }
-    if !may_be_none && all.iter().all(|c| c.wanted.is_empty()) {
+    if !may_be_none && all.is_empty() {
         return Err(Error::new(Kind::NotFound, "there is no backup point to verify")
             .at_path(&catalog.root)
             .remedy("'fleecefs list DIR' shows what there is"));
@@ -181,13 +265,13 @@ fn choose(catalog: &Catalog, options: &Options, may_be_none: bool) -> Result<Vec
 }
 
 /// Each file once, with all that is wanted of it.
-fn targets(catalog: &Catalog, options: &Options, chosen: &[Chosen]) -> Vec<Target> {
+fn targets(options: &Options, chosen: &[Chosen]) -> Vec<Target> {
     let mut targets: Vec<Target> = Vec::new();
     let mut index: HashMap<PathBuf, usize> = HashMap::new();
-    for (disk, chosen) in catalog.disks.iter().zip(chosen) {
+    for chosen in chosen {
         for &i in &chosen.needed {
             let deep = !options.quick && (options.since.is_none() || chosen.wanted.contains(&i));
-            for target in Target::of_point(&disk.points[i], deep) {
+            for target in Target::of_point(&chosen.disk.points[i], deep) {
                 match index.get(&target.path) {
                     Some(known) => targets[*known].join(target),
                     None => {
@@ -209,76 +293,75 @@ struct Verdict {
     findings: Vec<Finding>,
 }
 
-fn disk_report(
-    disk: &Disk,
-    chosen: &Chosen,
-    options: &Options,
-    reports: &HashMap<PathBuf, FileReport>,
-    out: &mut Report,
-) -> Result<()> {
-    let records: Vec<Record> = disk.points.iter().map(Record::read).collect();
-    let suspects = suspects::suspects(disk, &records);
-    let mut verdicts: Vec<Option<Verdict>> = vec![None; disk.points.len()];
-    // A parent comes before its children.
-    for i in (0..disk.points.len()).filter(|i| chosen.needed.contains(i)) {
-        let below = disk.points[i].parent.and_then(|p| Some((p, verdicts[p].as_ref()?)));
-        let mut own = own_verdict(disk, i, &records, options, reports, below.is_some());
-        if let Some(why) = suspects.get(&i).filter(|_| own.outcome == Outcome::Unproven) {
-            own.reason = Some(why.clone());
-        }
-        let name = below.map(|(p, _)| disk.points[p].name.as_str());
-        verdicts[i] = Some(join(own, below.map(|b| b.1), name));
-    }
-    let recorded = match options.create && !options.quick {
-        true => {
-            let outcome = |i: usize| match &verdicts[i] {
-                Some(v) if !suspects.contains_key(&i) => v.outcome,
-                _ => Outcome::Unsound,
-            };
-            match record::create(&out.root, disk, &records, reports, outcome) {
-                // What was found is worth telling all the same.
-                Err(e) if e.kind() == Kind::Busy => {
-                    let found = Finding::from_error(&e, &out.root);
-                    out.findings.push(Finding { severity: Severity::Warning, ..found });
-                    HashSet::new()
-                }
-                other => other?,
+/// One look at the points of several disks.
+struct Look<'a> {
+    options: &'a Options,
+    files: &'a HashMap<PathBuf, FileReport>,
+    /// What writes manifests, if that is wanted.
+    recorder: Option<Recorder>,
+    /// File and message of what was found in points so far.
+    told: HashSet<(PathBuf, String)>,
+}
+
+impl Look<'_> {
+    /// Adds the points of one disk to the report.
+    fn disk_report(&mut self, chosen: &Chosen, out: &mut Report) -> Result<()> {
+        let disk = chosen.disk;
+        let records = Records::read(disk);
+        let suspects = suspects::suspects(disk, &records);
+        let mut verdicts: Vec<Option<Verdict>> = vec![None; disk.points.len()];
+        // A parent comes before its children.
+        for &i in &chosen.needed {
+            let below = disk.points[i].parent.and_then(|p| Some((p, verdicts[p].as_ref()?)));
+            let mut own = own_verdict(disk, i, &records, self.options, self.files, below.is_some());
+            if let Some(why) = suspects.get(&i).filter(|_| own.outcome == Outcome::Unproven) {
+                own.reason = Some(why.clone());
             }
+            let name = below.map(|(p, _)| disk.points[p].name.as_str());
+            verdicts[i] = Some(join(own, below.map(|b| b.1), name));
         }
-        false => HashSet::new(),
-    };
-    for (i, verdict) in verdicts.into_iter().enumerate() {
-        let Some(v) = verdict.filter(|_| chosen.wanted.contains(&i)) else { continue };
-        let p = &disk.points[i];
-        out.points.push(PointReport {
-            disk: disk.path.clone(),
-            point: p.name.clone(),
-            file: p.source.clone(),
-            level: p.level,
-            time: p.time,
-            outcome: v.outcome,
-            reason: v.reason,
-            recorded: recorded.contains(&i),
-            findings: v.findings,
-        });
+        let outcome = |i: usize| match &verdicts[i] {
+            Some(v) if !suspects.contains_key(&i) => v.outcome,
+            _ => Outcome::Unsound,
+        };
+        let recorded = match &self.recorder {
+            Some(recorder) => recorder.create(disk, &records, self.files, outcome)?,
+            None => HashSet::new(),
+        };
+        for (i, verdict) in verdicts.into_iter().enumerate() {
+            let Some(v) = verdict.filter(|_| chosen.wanted.contains(&i)) else { continue };
+            let p = &disk.points[i];
+            self.told.extend(v.findings.iter().map(suspects::key));
+            out.points.push(PointReport {
+                disk: disk.path.clone(),
+                point: p.name.clone(),
+                file: p.source.clone(),
+                level: p.level,
+                time: p.time,
+                outcome: v.outcome,
+                reason: v.reason,
+                recorded: recorded.contains(&i),
+                findings: v.findings,
+            });
+        }
+        let files = |i: &usize| disk.points[*i].source.as_path();
+        let needed: HashSet<&Path> = chosen.needed.iter().map(files).collect();
+        let only = chosen.single.then_some(&needed);
+        out.findings.extend(suspects::untold(disk, &self.told, only));
+        Ok(())
     }
-    let files = |i: &usize| disk.points[*i].source.as_path();
-    let needed: HashSet<&Path> = chosen.needed.iter().map(files).collect();
-    let only = options.point.as_ref().map(|_| &needed);
-    out.findings.extend(suspects::untold(disk, &out.points, only));
-    Ok(())
 }
 
 fn own_verdict(
     disk: &Disk,
     i: usize,
-    records: &[Record],
+    records: &Records,
     options: &Options,
     reports: &HashMap<PathBuf, FileReport>,
     has_parent: bool,
 ) -> Verdict {
     let p = &disk.points[i];
-    let record = &records[i];
+    let record = &records.list[i];
     let mut findings = links::check(disk, i, records);
     let mut proved = true;
     for path in files::paths(p) {

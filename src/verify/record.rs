@@ -5,66 +5,82 @@ use std::path::{Path, PathBuf};
 
 use super::Outcome;
 use super::files::FileReport;
-use super::links::Record;
+use super::links::{Record, Records};
 use crate::chain::manifest::{self, fingerprint};
 use crate::chain::{Disk, Level, describe, unfinished};
 use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
 
-/// Writes manifests for those points of `disk` that have none, and adds the hash to manifests
-/// without. Points that are unsound are left out, those that lie on a point without a sound record
-/// (what they are depends on it), and those whose file or manifest has changed since it was looked
-/// at. Returns the points that got one.
-///
-/// # Errors
-/// A manifest cannot be written; `Busy` if somebody else is writing to `root`.
-pub(super) fn create(
-    root: &Path,
-    disk: &Disk,
-    records: &[Record],
-    reports: &HashMap<PathBuf, FileReport>,
-    outcome: impl Fn(usize) -> Outcome,
-) -> Result<HashSet<usize>> {
-    let _locks = Locks::take(root)?;
-    if let Some(dir) = unfinished::folders(root).first() {
-        let what = "another run altered this folder meanwhile, and was broken off";
-        return Err(Error::new(Kind::Busy, what).at_path(dir).remedy("verify again"));
-    }
-    let mut written = HashSet::new();
-    for (i, p) in disk.points.iter().enumerate() {
-        // A parent comes before its children.
-        let founded = p.parent.is_none_or(|j| outcome(j) == Outcome::Sound || written.contains(&j));
-        if outcome(i) != Outcome::Unproven || !founded {
-            continue;
+/// Writes manifests; nobody else writes to the directory as long as it is there.
+pub(super) struct Recorder {
+    _locks: Locks,
+}
+
+impl Recorder {
+    /// Locks the backup directory `root`.
+    ///
+    /// # Errors
+    /// `Busy` if somebody else is writing to it.
+    pub fn begin(root: &Path) -> Result<Self> {
+        let locks = Locks::take(root)?;
+        if let Some(dir) = unfinished::folders(root).first() {
+            let what = "another run altered this folder meanwhile, and was broken off";
+            return Err(Error::new(Kind::Busy, what).at_path(dir).remedy("verify again"));
         }
-        let Some(hash) = reports.get(&p.source).and_then(|r| r.hash.clone()) else { continue };
-        let known = records[i].manifest.as_ref();
-        let m = match known {
-            // Made without a hash: it gets one now.
-            Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
-            Some(_) => None,
-            // One that cannot be read is a finding, and stays.
-            None => describe(disk, i),
-        };
-        let Some(mut m) = m.filter(|_| is_as_it_was(disk, i, records)) else { continue };
-        m.blake3 = Some(hash);
-        m.fingerprint = Some(fingerprint(&p.source)?);
-        if let Some(dir) = p.source.parent() {
-            manifest::write(dir, &m)?;
-            written.insert(i);
-        }
+        Ok(Recorder { _locks: locks })
     }
-    // An internal snapshot is in its file, whose hash is recorded now.
-    let sources: HashSet<PathBuf> =
-        written.iter().map(|i| disk.points[*i].source.clone()).collect();
-    let inside = |i: &usize| sources.contains(&disk.points[*i].source);
-    written.extend((0..disk.points.len()).filter(inside));
-    Ok(written)
+
+    /// Writes manifests for those points of `disk` that have none, and adds the hash to manifests
+    /// without. Points that are unsound are left out, those that lie on a point without a sound
+    /// record (what they are depends on it), and those whose file or manifest has changed since it
+    /// was looked at. Returns the points that got one.
+    ///
+    /// # Errors
+    /// A manifest cannot be written.
+    pub fn create(
+        &self,
+        disk: &Disk,
+        records: &Records,
+        reports: &HashMap<PathBuf, FileReport>,
+        outcome: impl Fn(usize) -> Outcome,
+    ) -> Result<HashSet<usize>> {
+        let mut written = HashSet::new();
+        for (i, p) in disk.points.iter().enumerate() {
+            // A parent comes before its children.
+            let founded =
+                p.parent.is_none_or(|j| outcome(j) == Outcome::Sound || written.contains(&j));
+            if outcome(i) != Outcome::Unproven || !founded {
+                continue;
+            }
+            let Some(hash) = reports.get(&p.source).and_then(|r| r.hash.clone()) else { continue };
+            let known = records.list[i].manifest.as_ref();
+            let m = match known {
+                // Made without a hash: it gets one now.
+                Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
+                Some(_) => None,
+                // One that cannot be read is a finding, and stays.
+                None => describe(disk, i),
+            };
+            let Some(mut m) = m.filter(|_| is_as_it_was(disk, i, records)) else { continue };
+            m.blake3 = Some(hash);
+            m.fingerprint = Some(fingerprint(&p.source)?);
+            if let Some(dir) = p.source.parent() {
+                manifest::write(dir, &m)?;
+                written.insert(i);
+            }
+        }
+        // An internal snapshot is in its file, whose hash is recorded now.
+        let sources: HashSet<PathBuf> =
+            written.iter().map(|i| disk.points[*i].source.clone()).collect();
+        let inside = |i: &usize| sources.contains(&disk.points[*i].source);
+        written.extend((0..disk.points.len()).filter(inside));
+        Ok(written)
+    }
 }
 
 /// Whether file and manifest are still those that were looked at.
-fn is_as_it_was(disk: &Disk, i: usize, records: &[Record]) -> bool {
+fn is_as_it_was(disk: &Disk, i: usize, records: &Records) -> bool {
     let p = &disk.points[i];
     let same_file = p.layers.iter().all(|l| !l.file.is_changed_on_disk());
-    same_file && p.source.exists() && Record::read(p).manifest == records[i].manifest
+    same_file && p.source.exists() && Record::read(p).manifest == records.list[i].manifest
 }

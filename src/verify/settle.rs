@@ -9,37 +9,48 @@ use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 
-/// Looks at the directory again if anything is wrong, and takes back what is said of points whose
-/// files are not those of `catalog` any more.
+/// Looks at the directory again, once, if anything is wrong in one of `reports`, and takes back what
+/// is said of points whose files are not those of `catalog` any more.
 ///
 /// # Errors
 /// The directory cannot be read any more.
-pub(super) fn settle(catalog: &Catalog, report: &mut Report) -> Result<()> {
-    let error = |f: &Finding| f.severity == Severity::Error;
-    let bad = report.points.iter().any(|p| p.outcome == Outcome::Unsound);
-    if !bad && !report.findings.iter().any(error) {
+pub(super) fn settle(catalog: &Catalog, reports: &mut [Report]) -> Result<()> {
+    let bad = |r: &Report| {
+        r.points.iter().any(|p| p.outcome == Outcome::Unsound) || r.findings.iter().any(is_error)
+    };
+    if !reports.iter().any(bad) {
         return Ok(());
     }
     let (now, _) = scan(&catalog.root, &ScanOptions::default(), None)?;
+    let after: HashMap<&Path, &Disk> = now.disks.iter().map(|d| (d.path.as_path(), d)).collect();
     let mut changed: HashSet<PathBuf> = HashSet::new();
     for disk in &catalog.disks {
-        let after = now.disks.iter().find(|d| d.path == disk.path);
-        changed.extend(changed_files(disk, after));
+        changed.extend(changed_files(disk, after.get(disk.path.as_path()).copied()));
     }
+    // A manifest goes after its image, so the second look is the one that counts.
+    let orphans: HashSet<Finding> = links::missing_images(&now).into_iter().collect();
+    for report in reports {
+        take_back(report, &changed, &orphans);
+    }
+    Ok(())
+}
+
+fn take_back(report: &mut Report, changed: &HashSet<PathBuf>, orphans: &HashSet<Finding>) {
     for p in report.points.iter_mut().filter(|p| changed.contains(&p.file)) {
         if p.outcome == Outcome::Unsound {
-            p.findings.retain(|f| !error(f));
+            p.findings.retain(|f| !is_error(f));
             p.findings.push(busy(&p.file));
             p.outcome = Outcome::Unproven;
             p.reason = Some(BUSY.into());
         }
     }
-    // A manifest goes after its image, so the second look is the one that counts.
-    let orphans: HashSet<Finding> = links::missing_images(&now).into_iter().collect();
     report.findings.retain(|f| {
-        !error(f) || !changed.contains(&f.path) && (!links::is_orphan(f) || orphans.contains(f))
+        !is_error(f) || !changed.contains(&f.path) && (!links::is_orphan(f) || orphans.contains(f))
     });
-    Ok(())
+}
+
+fn is_error(f: &Finding) -> bool {
+    f.severity == Severity::Error
 }
 
 const BUSY: &str = "it changed while it was being verified";

@@ -2,57 +2,95 @@
 //! something although every single file is whole.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
-use super::PointReport;
 use crate::chain::name::{Name, parse, parse_partial};
 use crate::chain::{Disk, Level};
 use crate::error::{Finding, Kind, Severity};
-use crate::text::path_text;
-use crate::verify::links::Record;
+use crate::verify::links::Records;
 
 /// Points that must not be recorded as they are, and why: increments after one that qmpbackup did
 /// not finish, and those of a FULL that seems to have been overwritten later. What lies on them
 /// shares their fate through them. A point with a manifest is none: whoever wrote it knew better.
-pub(super) fn suspects(disk: &Disk, records: &[Record]) -> HashMap<usize, String> {
+pub(super) fn suspects(disk: &Disk, records: &Records) -> HashMap<usize, String> {
+    let hints = Hints::of(disk);
     let mut found = HashMap::new();
-    for f in disk.findings.iter().filter(|f| f.severity == Severity::Warning) {
-        let unfinished = match f.kind {
-            Kind::Incomplete => f.path.file_name().and_then(parse_partial),
-            _ => None,
-        };
-        for (i, p) in disk.points.iter().enumerate() {
-            let unrecorded = records[i].manifest.is_none();
-            let hit = match &unfinished {
-                Some((_, stamp, name)) => {
-                    let own = p.source.file_name().map(parse);
-                    matches!(own, Some(Name::Backup { level: Level::Inc, stamp: s, disk: d })
-                        if s > *stamp && d == *name)
-                        && p.source.parent() == f.path.parent()
-                }
-                None => f.kind == Kind::Changed && lies_on(disk, i, &f.path),
-            };
-            if hit && unrecorded {
-                let name = path_text(f.path.file_name().unwrap_or_default());
-                found.entry(i).or_insert_with(|| format!("{name}: {}", f.message));
-            }
+    for (i, p) in disk.points.iter().enumerate() {
+        if records.list[i].manifest.is_some() {
+            continue;
+        }
+        let below = p.parent.map(|j| disk.points[j].source.as_path());
+        let changed = below.and_then(|b| hints.changed.get(b)).copied();
+        // The one that was found first says why.
+        if let Some(first) = changed.into_iter().chain(hints.unfinished_before(&p.source)).min() {
+            let f = &disk.findings[first];
+            let name = f.path.file_name().unwrap_or_default().to_string_lossy();
+            found.insert(i, format!("{name}: {}", f.message));
         }
     }
     found
 }
 
-fn lies_on(disk: &Disk, i: usize, file: &Path) -> bool {
-    disk.points[i].parent.is_some_and(|j| disk.points[j].source == file)
+/// The times of backups that did not finish, ascending, each with the first finding about one of
+/// that time or an earlier one.
+type Unfinished = Vec<(Option<i64>, usize)>;
+
+/// A disk's findings that make points suspect, as indices, by what they are about.
+struct Hints<'a> {
+    /// By folder and disk.
+    unfinished: HashMap<(&'a Path, OsString), Unfinished>,
+    /// By file.
+    changed: HashMap<&'a Path, usize>,
 }
 
-/// The disk's findings that `points` do not have already. With `only`, those about these files.
+impl<'a> Hints<'a> {
+    fn of(disk: &'a Disk) -> Self {
+        let mut hints = Hints { unfinished: HashMap::new(), changed: HashMap::new() };
+        let warnings = disk.findings.iter().enumerate();
+        for (n, f) in warnings.filter(|(_, f)| f.severity == Severity::Warning) {
+            let name = || f.path.file_name().and_then(parse_partial);
+            if let (Kind::Incomplete, Some((_, stamp, of))) = (f.kind, name()) {
+                let folder = f.path.parent().unwrap_or(Path::new(""));
+                hints.unfinished.entry((folder, of)).or_default().push((stamp, n));
+            } else if f.kind == Kind::Changed {
+                hints.changed.entry(&f.path).or_insert(n);
+            }
+        }
+        for list in hints.unfinished.values_mut() {
+            list.sort_unstable();
+            let mut first = usize::MAX;
+            for (_, n) in list {
+                first = first.min(*n);
+                *n = first;
+            }
+        }
+        hints
+    }
+
+    /// The first finding about a backup that did not finish before the increment `file`.
+    fn unfinished_before(&self, file: &'a Path) -> Option<usize> {
+        let (folder, name) = (file.parent()?, file.file_name()?);
+        let Name::Backup { level: Level::Inc, stamp, disk } = parse(name) else { return None };
+        let list = self.unfinished.get(&(folder, disk))?;
+        let before = list.partition_point(|(t, _)| *t < stamp);
+        list[..before].last().map(|(_, n)| *n)
+    }
+}
+
+/// What tells a finding from others.
+pub(super) fn key(f: &Finding) -> (PathBuf, String) {
+    (f.path.clone(), f.message.clone())
+}
+
+/// The disk's findings that were not `told` already. With `only`, those about these files.
 pub(super) fn untold(
     disk: &Disk,
-    points: &[PointReport],
+    told: &HashSet<(PathBuf, String)>,
     only: Option<&HashSet<&Path>>,
 ) -> Vec<Finding> {
-    let key = |f: &Finding| (f.path.clone(), f.message.clone());
-    let mut told: HashSet<_> = points.iter().flat_map(|p| p.findings.iter().map(key)).collect();
+    let mut own = HashSet::new();
     let wanted = |f: &&Finding| only.is_none_or(|files| files.contains(f.path.as_path()));
-    disk.findings.iter().filter(wanted).filter(|f| told.insert(key(f))).cloned().collect()
+    let new = |f: &&Finding| !told.contains(&key(f)) && own.insert(key(f));
+    disk.findings.iter().filter(wanted).filter(new).cloned().collect()
 }

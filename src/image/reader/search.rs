@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::Image;
+use super::ahead::Ahead;
 use crate::error::Result;
 use crate::extent::Extent;
 use crate::image::{FoldedExtent, Source};
@@ -13,6 +14,11 @@ use crate::image::{FoldedExtent, Source};
 const MAX_SEARCH: u32 = 1 << 14;
 /// The same for a search for a hole; then all the rest counts as data.
 const MAX_HOLE_SEARCH: u32 = 1 << 16;
+/// Windows that a search folds before it looks at whole tables: whoever copies a disk finds the next
+/// data or hole within these, and reads from them next.
+const NEAR: u32 = 16;
+/// Windows that a search folds which must be brief.
+const BRIEF: u32 = 2;
 
 impl Image {
     /// Where what reads as zeros from `at` on, because no layer has a table there, ends. Cheap: looks
@@ -68,18 +74,8 @@ impl Image {
     pub fn for_each_extent(
         &self,
         range: Range<u64>,
-        f: impl FnMut(FoldedExtent) -> bool,
-    ) -> Result<()> {
-        self.walk(range, u64::MAX, f).map(drop)
-    }
-
-    /// As [`Self::for_each_extent`], but folds at most `folds` windows. Where it gave up, if it did.
-    fn walk(
-        &self,
-        range: Range<u64>,
-        mut folds: u64,
         mut f: impl FnMut(FoldedExtent) -> bool,
-    ) -> Result<Option<u64>> {
+    ) -> Result<()> {
         self.check_inside(range.start, range.end.saturating_sub(range.start))?;
         let mut at = range.start;
         while at < range.end {
@@ -90,24 +86,20 @@ impl Image {
                 if quiet > at {
                     let content = Source::Unallocated;
                     if !f(Extent { start: at, len: quiet - at, content }) {
-                        return Ok(None);
+                        return Ok(());
                     }
                     at = quiet;
                     continue;
                 }
-                if folds == 0 {
-                    return Ok(Some(at));
-                }
-                folds -= 1;
             }
             let stop = range.end.min((index + 1).saturating_mul(self.window_size));
             let go_on = self.with_window(index, |w| w.clipped(at..stop).all(&mut f))?;
             if !go_on {
-                return Ok(None);
+                return Ok(());
             }
             at = stop;
         }
-        Ok(None)
+        Ok(())
     }
 
     /// The first offset at or after `offset` that is not a hole, or `None`. After a very long
@@ -116,8 +108,11 @@ impl Image {
     /// # Errors
     /// See [`Image::for_each_extent`].
     pub fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
-        let (found, stopped) = self.seek(offset, MAX_SEARCH, |e| !e.content.is_hole())?;
-        Ok(found.or(stopped))
+        let limits = Limits { near: NEAR, folds: MAX_SEARCH };
+        match self.search(offset, Wanted::Data, limits)? {
+            Sought::At(at) | Sought::GaveUp(at) => Ok(Some(at)),
+            Sought::Nothing => Ok(None),
+        }
     }
 
     /// The first offset at or after `offset` that is a hole; the end of the disk counts as one, and
@@ -126,38 +121,132 @@ impl Image {
     /// # Errors
     /// See [`Image::for_each_extent`].
     pub fn seek_hole(&self, offset: u64) -> Result<u64> {
-        let (found, _) = self.seek(offset, MAX_HOLE_SEARCH, |e| e.content.is_hole())?;
-        Ok(found.unwrap_or(self.size))
+        let limits = Limits { near: NEAR, folds: MAX_HOLE_SEARCH };
+        match self.search(offset, Wanted::Hole, limits)? {
+            Sought::At(at) => Ok(at),
+            Sought::GaveUp(_) | Sought::Nothing => Ok(self.size),
+        }
     }
 
-    fn seek(
-        &self,
-        offset: u64,
-        folds: u32,
-        wanted: impl Fn(&FoldedExtent) -> bool,
-    ) -> Result<(Option<u64>, Option<u64>)> {
-        let mut found = None;
-        let stopped = self.walk(offset.min(self.size)..self.size, folds.into(), |e| {
-            if wanted(&e) {
-                found = Some(e.start);
-            }
-            found.is_none()
-        })?;
-        Ok((found, stopped))
+    /// The answer of [`Image::seek_data`] or [`Image::seek_hole`] (the size if there is none), if it
+    /// is not far; `None` if finding it may take long.
+    ///
+    /// # Errors
+    /// See [`Image::for_each_extent`].
+    pub fn seek_near(&self, offset: u64, wanted: Wanted) -> Result<Option<u64>> {
+        let limits = Limits { near: BRIEF, folds: BRIEF };
+        match self.search(offset, wanted, limits)? {
+            Sought::At(at) => Ok(Some(at)),
+            Sought::Nothing => Ok(Some(self.size)),
+            Sought::GaveUp(_) => Ok(None),
+        }
     }
+
+    fn search(&self, from: u64, wanted: Wanted, limits: Limits) -> Result<Sought> {
+        self.check_inside(from.min(self.size), 0)?;
+        let mut ahead = Ahead::new(self);
+        let found = self.search_with(&mut ahead, from, wanted, limits)?;
+        // Tables that were read while a file was being rewritten say nothing.
+        ahead.check_unchanged()?;
+        Ok(found)
+    }
+
+    fn search_with(
+        &self,
+        ahead: &mut Ahead,
+        from: u64,
+        wanted: Wanted,
+        limits: Limits,
+    ) -> Result<Sought> {
+        let mut folds = 0;
+        let mut at = from;
+        while at < self.size {
+            let index = at / self.window_size;
+            if self.cached_window(index).is_none() {
+                // L1 tables of many layers take their time, too.
+                if limits.folds > limits.near {
+                    let far = (folds >= limits.near).then_some(&mut *ahead);
+                    let stretch = self.stretch(far, at).inspect_err(|e| self.note_error(e));
+                    match stretch? {
+                        (Some(found), _) if found == wanted => return Ok(Sought::At(at)),
+                        (Some(_), end) => {
+                            at = end;
+                            continue;
+                        }
+                        (None, _) => {}
+                    }
+                }
+                if folds >= limits.folds {
+                    return Ok(Sought::GaveUp(at));
+                }
+                folds += 1;
+            }
+            let stop = self.size.min((index + 1).saturating_mul(self.window_size));
+            let is_wanted = |e: &FoldedExtent| e.content.is_hole() == (wanted == Wanted::Hole);
+            let found = self.with_window(index, |w| w.clipped(at..stop).find(is_wanted))?;
+            if let Some(e) = found {
+                return Ok(Sought::At(e.start));
+            }
+            at = stop;
+        }
+        Ok(Sought::Nothing)
+    }
+
+    /// Whether `at` and all that follows up to the offset given is a hole or data, if that can be told
+    /// without folding a window.
+    fn stretch(&self, ahead: Option<&mut Ahead>, at: u64) -> Result<(Option<Wanted>, u64)> {
+        let quiet = self.quiet_until(at)?;
+        if quiet > at {
+            return Ok((Some(Wanted::Hole), quiet));
+        }
+        ahead.map_or(Ok((None, at)), |ahead| ahead.look(at))
+    }
+}
+
+/// What a search is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// The next byte that is not in a hole.
+    Data,
+    /// The next byte that is in one.
+    Hole,
+}
+
+/// How a search ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sought {
+    At(u64),
+    /// There is no such byte.
+    Nothing,
+    /// There is none before this.
+    GaveUp(u64),
+}
+
+/// How far a search goes, in windows that are folded.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// So many are folded before whole tables are looked at.
+    near: u32,
+    /// So many in all.
+    folds: u32,
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::WINDOW;
     use super::super::tests::{image, qcow2};
+    use super::{Limits, Sought, Wanted};
     use crate::layer::Format;
 
     #[test]
     fn a_search_gives_up_in_tables_that_say_nothing() {
         let f = qcow2(16, 1 << 30, &[0x20000, 0x20000], &[]);
         let image = image(f.path(), Format::Qcow2, 1 << 30, None);
-        assert_eq!(image.walk(0..1 << 30, 2, |_| true).unwrap(), Some(2 * WINDOW));
+        let limits = Limits { near: 2, folds: 2 };
+        let found = image.search(0, Wanted::Data, limits).unwrap();
+        assert_eq!(found, Sought::GaveUp(2 * WINDOW));
+        assert_eq!(image.seek_near(0, Wanted::Data).unwrap(), None);
+        assert_eq!(image.seek_near(0, Wanted::Hole).unwrap(), Some(0));
         assert_eq!(image.seek_data(0).unwrap(), None);
     }
 }

@@ -11,10 +11,11 @@ mod table;
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Format, ImageInfo, Layer, LayerMap, Part};
+use super::{Format, ImageInfo, Kinds, KnownTables, Layer, LayerMap, Part};
 use crate::error::{Error, Finding, Kind, Result};
+use crate::extent::ExtentList;
 use crate::storage::ReadAt;
 use header::{Header, TableRef};
 use table::Tables;
@@ -74,6 +75,9 @@ pub struct Qcow2Layer {
     l1: TableRef,
     size: u64,
     look_for_holes: bool,
+    /// Start and end of a stretch without tables that was found last. Whoever walks over a sparse
+    /// disk asks for its end again and again, and the L1 table may have millions of entries.
+    without_tables: Mutex<(u64, u64)>,
 }
 
 impl Qcow2Layer {
@@ -100,7 +104,8 @@ impl Qcow2Layer {
             }
         };
         let look_for_holes = has_holes_in_clusters(data.as_deref().unwrap_or(&*image), &header);
-        Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes })
+        let without_tables = Mutex::default();
+        Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes, without_tables })
     }
 
     /// The image's header.
@@ -152,7 +157,20 @@ impl Layer for Qcow2Layer {
     }
 
     fn next_mapped(&self, from: u64) -> u64 {
-        self.tables().next_mapped(from)
+        let known = || self.without_tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let (start, end) = *known();
+        if (start..end).contains(&from) {
+            return end;
+        }
+        let next = self.tables().next_mapped(from);
+        if next > from {
+            *known() = (from, next);
+        }
+        next
+    }
+
+    fn outline(&self, from: u64, known: &mut KnownTables) -> ExtentList<Kinds> {
+        self.tables().outline(from, known)
     }
 
     fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()> {

@@ -12,14 +12,19 @@ use qcow2_rs::meta::{L1Entry, L2Entry, Qcow2Header, TableEntry};
 
 use super::header::{Header, TableRef};
 use crate::error::{Error, Kind, Result};
+use crate::extent::ExtentList;
 use crate::layer::raw::push_raw;
-use crate::layer::{LayerMap, Mapping};
+use crate::layer::{Kinds, KnownTables, LayerMap, Mapping};
 use crate::storage::ReadAt;
 
 /// Subclusters in a cluster of an image with extended L2 entries.
 const SUBCLUSTERS: u32 = 32;
 /// L1 entries read at a time when looking for the next mapped range.
 const L1_CHUNK: u64 = 512;
+/// Bytes of L2 tables read for one outline.
+const MOST_TABLES: u64 = 4 << 20;
+/// Tables of which a search remembers what is in them: some MiB.
+const MOST_KNOWN: usize = 1 << 16;
 /// L1 entries read at a time when mapping: 512 KiB of them.
 const MAP_CHUNK: u64 = 1 << 16;
 
@@ -101,6 +106,54 @@ impl Tables<'_> {
             at += n;
         }
         self.size.max(from)
+    }
+
+    /// See [`crate::layer::Layer::outline`]. Reads an L2 table only if none of the same place is
+    /// `known`: a small image can lead to one table from millions of places.
+    pub fn outline(&self, from: u64, known: &mut KnownTables) -> ExtentList<Kinds> {
+        let span = self.header.l2_span();
+        let first = from / span;
+        let count = L1_CHUNK.min(self.header.l1_entries_for(self.size) - first);
+        let mut list = ExtentList::new(from);
+        let Ok(entries) = self.read_l1(first, count) else {
+            list.push((first + 1).saturating_mul(span).min(self.size) - from, Kinds::ANY);
+            return list;
+        };
+        let mut read = 0;
+        for (i, raw) in (first..).zip(entries) {
+            let part = i * span..(i + 1).saturating_mul(span).min(self.size);
+            let whole = part.end - part.start == span;
+            let kinds = match known.get(&raw).filter(|_| whole) {
+                _ if raw == 0 => Kinds::BELOW,
+                Some(kinds) => *kinds,
+                None if read >= MOST_TABLES => break,
+                None => {
+                    read += self.header.cluster_size();
+                    self.kinds_in_table(raw, i, part.clone())
+                }
+            };
+            if whole && raw != 0 {
+                if known.len() >= MOST_KNOWN {
+                    known.clear();
+                }
+                known.insert(raw, kinds);
+            }
+            list.push(part.end - list.end(), kinds);
+        }
+        list
+    }
+
+    /// What occurs in `part`, which L1 entry number `i` is for.
+    fn kinds_in_table(&self, raw: u64, i: u64, part: Range<u64>) -> Kinds {
+        let mut map = LayerMap::new(part.start);
+        match self.map_l1_entry(&mut map, raw, i, part) {
+            Ok(()) => Kinds::of(&map),
+            Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Truncated) => {
+                // The rest cannot be read.
+                Kinds::of(&map).with(Kinds::DATA)
+            }
+            Err(_) => Kinds::ANY,
+        }
     }
 
     fn read_l1(&self, first: u64, count: u64) -> Result<Vec<u64>> {

@@ -1,5 +1,6 @@
 //! Steps on single files: checking, copying, hashing, changing a backing pointer.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, FileTimes, OpenOptions};
 use std::io::Read;
@@ -369,6 +370,7 @@ pub const LINK: &str = "image";
 /// What the operating system said.
 pub fn lead_links(folder: &Path, gone: &[&OsStr], new: Option<&OsStr>) -> Result<()> {
     let failed = |e| target_error(e, "cannot read the folder", folder);
+    let gone: HashSet<&OsStr> = gone.iter().copied().collect();
     for entry in std::fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let (link, path) = (entry.file_name(), entry.path());
@@ -377,7 +379,7 @@ pub fn lead_links(folder: &Path, gone: &[&OsStr], new: Option<&OsStr>) -> Result
         }
         let Ok(target) = std::fs::read_link(&path) else { continue };
         let Some(name) = target.file_name() else { continue };
-        if !gone.contains(&name) || folder.join(name).exists() || path.exists() {
+        if !gone.contains(name) || folder.join(name).exists() || path.exists() {
             continue;
         }
         match new.filter(|_| link == LINK) {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::rebase::{only_qcow2, same_folder};
 use super::switch::{Switch, switch};
-use super::{Line, Member, files, not_used_elsewhere, qemu_img, side_folder, snapshots};
+use super::{Line, Member, Users, files, qemu_img, side_folder, snapshots};
 use crate::chain::{self, Catalog, Level};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image, open_point};
@@ -62,7 +62,7 @@ impl FoldPlan {
         }
         let going: Vec<&Path> =
             std::iter::once(&full).chain(&increments).map(|m| m.path.as_path()).collect();
-        not_used_elsewhere(catalog, &going)?;
+        Users::of(catalog).refuse(&going)?;
         if with_snapshots && full.format != Format::Qcow2 {
             return Err(Error::new(Kind::Unsupported, "a raw image has no internal snapshots")
                 .at_path(&full.path));

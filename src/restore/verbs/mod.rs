@@ -13,13 +13,14 @@ pub mod rebase;
 mod snapshots;
 mod switch;
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, Level, manifest};
+use crate::chain::{Catalog, Disk, Level, Point, manifest};
 use crate::error::{Error, Kind, Result};
-use crate::layer::{Format, LayerSpec};
+use crate::layer::Format;
 use crate::text::{path_text, shown_as};
 
 pub use switch::recover;
@@ -155,27 +156,43 @@ fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
     })
 }
 
-/// Fails if a point that is to stay reads one of the files that go or change, though it is of
-/// another disk, or of this one without lying on it by the chain's rules.
-///
-/// # Errors
-/// `Usage` that names the point.
-pub fn not_used_elsewhere(catalog: &Catalog, going: &[&Path]) -> Result<()> {
-    let goes = |p: &Path| going.contains(&p);
-    for disk in &catalog.disks {
-        for p in disk.points.iter().filter(|p| !goes(&p.source)) {
-            let files = |l: &LayerSpec| {
-                goes(l.file.path()) || l.data_file.as_ref().is_some_and(|d| goes(d.path()))
-            };
-            if p.layers.iter().any(files) {
+/// Which points read which files.
+pub struct Users<'a> {
+    files: HashMap<&'a Path, Vec<&'a Point>>,
+}
+
+impl<'a> Users<'a> {
+    /// Those of all disks.
+    pub fn of(catalog: &'a Catalog) -> Self {
+        let mut files: HashMap<&Path, Vec<&Point>> = HashMap::new();
+        for p in catalog.disks.iter().flat_map(|d| &d.points) {
+            for l in &p.layers {
+                for file in [Some(&l.file), l.data_file.as_ref()].into_iter().flatten() {
+                    files.entry(file.path()).or_default().push(p);
+                }
+            }
+        }
+        Users { files }
+    }
+
+    /// Fails if a point that is to stay reads one of the files that go or change, though it is of
+    /// another disk, or of this one without lying on it by the chain's rules.
+    ///
+    /// # Errors
+    /// `Usage` that names the point.
+    pub fn refuse(&self, going: &[&Path]) -> Result<()> {
+        let goes: HashSet<&Path> = going.iter().copied().collect();
+        let users = going.iter().filter_map(|f| self.files.get(f)).flatten();
+        match users.into_iter().find(|p| !goes.contains(p.source.as_path())) {
+            None => Ok(()),
+            Some(p) => {
                 let text = format!("{} needs a file that would go", p.name);
-                return Err(Error::new(Kind::Usage, text)
+                Err(Error::new(Kind::Usage, text)
                     .at_path(&p.source)
-                    .remedy("restore it to a file of its own first, and remove it"));
+                    .remedy("restore it to a file of its own first, and remove it"))
             }
         }
     }
-    Ok(())
 }
 
 /// The folder for what lies beside the images in `dir`; made if it is not there.
