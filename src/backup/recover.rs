@@ -22,6 +22,10 @@ use crate::lock::Locks;
 use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client};
 
+/// After so many runs whose objects do not go in time the others are left for the next recovery: a
+/// QEMU that names runs without end must not keep one for ever.
+const MOST_LATE: u32 = 3;
+
 /// What became of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
@@ -92,7 +96,7 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
         runs.push(journal.run.clone());
     }
     let mut left = Vec::new();
-    let mut first = None;
+    let (mut first, mut late) = (None, 0u32);
     for l in &journal.left {
         client.check_interrupt()?;
         if !settle(Some(client), l, place, watch)? {
@@ -111,7 +115,13 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
         watch.say(&format!("an earlier run ({run}) did not end in order: undoing it"));
         match undo(client, &pending, place, watch) {
             Ok(l) => left.extend(l),
-            Err(e) => drop(first.get_or_insert(e)),
+            Err(e) => {
+                late = late.saturating_add(u32::from(e.kind() == Kind::Timeout));
+                first.get_or_insert(e);
+                if late >= MOST_LATE {
+                    break;
+                }
+            }
         }
     }
     if let Some(e) = first {
