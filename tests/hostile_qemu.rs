@@ -110,9 +110,9 @@ impl Vm {
         self.bytes[at..at + 65536].fill(self.writes);
     }
 
-    fn command(&self, socket: &str, words: &[&str]) -> Command {
+    fn command(&self, words: &[&str]) -> Command {
         let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-        c.args(words).arg("--qmp").arg(self.path(socket));
+        c.args(words).arg("--qmp").arg(self.path("qmp.sock"));
         c.arg("--state-dir").arg(self.path("state"));
         c.env("FLEECEFS_ANSWER_TIMEOUT", "2").env_remove("FLEECEFS_STATE_DIR");
         if words[0] == "backup" {
@@ -135,13 +135,22 @@ impl Vm {
         names.map(|e| (e.path(), content(&e.path()))).collect()
     }
 
-    fn points(&self) -> Vec<PathBuf> {
-        images(&self.path("T/d.qcow2"))
+    /// The points of a folder, oldest first: the disk's own, or what QEMU has called it.
+    fn points(&self) -> BTreeMap<PathBuf, Vec<PathBuf>> {
+        let Ok(folders) = std::fs::read_dir(self.path("T")) else { return BTreeMap::new() };
+        let folders = folders.flatten().map(|e| e.path()).filter(|p| p.is_dir());
+        folders.map(|d| (d.clone(), images(&d))).collect()
+    }
+
+    /// The folder that has more points than before.
+    fn grown(&self, before: &BTreeMap<PathBuf, Vec<PathBuf>>) -> Option<PathBuf> {
+        let count = |d: &Path| before.get(d).map_or(0, Vec::len);
+        self.points().into_iter().find(|(d, list)| list.len() > count(d)).map(|(d, _)| d)
     }
 
     /// Whether the newest point is the disk.
-    fn difference(&self) -> Option<String> {
-        let mut chain = self.points();
+    fn difference(&self, folder: &Path) -> Option<String> {
+        let mut chain = images(folder);
         let name = |p: &Path| p.file_name().unwrap().to_str().unwrap().to_string();
         let full = chain.iter().rposition(|p| name(p).starts_with("FULL"))?;
         chain.drain(..full);
@@ -157,7 +166,7 @@ impl Vm {
             assert!(Instant::now() < end, "{case}: the guest stays frozen");
             std::thread::sleep(Duration::from_millis(20));
         }
-        let out = self.command("qmp.sock", &["recover"]).output().unwrap();
+        let out = self.command(&["recover"]).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         assert!(out.status.success(), "{case}: recover: {said}");
         let mut qmp = self.qmp();
@@ -225,12 +234,12 @@ fn prepare(vm: &mut Vm, words: &[&str]) {
     vm.stage.begin(None);
     vm.write();
     if words[0] == "cleanup" {
-        let out = vm.command("real.sock", &["backup"]).output().unwrap();
+        let out = vm.command(&["backup"]).output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     }
     if words[0] == "recover" {
         // The filter is in, the guest is stopped and frozen.
-        let mut c = vm.command("real.sock", &["backup"]);
+        let mut c = vm.command(&["backup"]);
         c.env("FLEECEFS_CRASH_AT", crash_step(vm).to_string());
         let out = c.output().unwrap();
         assert_eq!(out.status.code(), None, "{}", String::from_utf8_lossy(&out.stderr));
@@ -248,7 +257,7 @@ fn prepare(vm: &mut Vm, words: &[&str]) {
 fn crash_step(vm: &Vm) -> usize {
     let trace = vm.path("steps");
     if !trace.exists() {
-        let mut c = vm.command("real.sock", &["backup"]);
+        let mut c = vm.command(&["backup"]);
         let out = c.env("FLEECEFS_STEPS", &trace).output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     }
@@ -263,7 +272,7 @@ fn lie(vm: &mut Vm, words: &[&str], place: &Place, lie: Lie) -> String {
     prepare(vm, words);
     let before = (vm.elsewhere(), vm.points());
     vm.stage.begin(Some((place.clone(), lie)));
-    let end = run_watched(vm.command("qmp.sock", words), &case);
+    let end = run_watched(vm.command(words), &case);
     let told = vm.stage.told();
     assert!(!end.said.contains("panicked"), "{case}: {}", end.said);
     let code = end.code.unwrap_or_else(|| panic!("{case}: a signal: {}", end.said));
@@ -279,13 +288,19 @@ fn lie(vm: &mut Vm, words: &[&str], place: &Place, lie: Lie) -> String {
     old.retain(|p, _| !ours.iter().any(|o| p.file_name() == o.file_name()));
     assert_eq!(there(vm), old, "{case}: files elsewhere");
     if words[0] == "backup" && code == 0 {
-        assert!(vm.points().len() > before.1.len(), "{case}: success without a point");
-        assert_eq!(vm.difference(), None, "{case}: a wrong point: {}", end.said);
+        let folder = vm.grown(&before.1);
+        let folder = folder.unwrap_or_else(|| panic!("{case}: success without a point"));
+        assert_eq!(vm.difference(&folder), None, "{case}: a wrong point: {}", end.said);
     }
     vm.settle(&case);
     // A point that is there is right, whoever has finished it.
-    if vm.points().len() > before.1.len() {
-        assert_eq!(vm.difference(), None, "{case}: a wrong point after recovery: {}", end.said);
+    if let Some(folder) = vm.grown(&before.1) {
+        assert_eq!(
+            vm.difference(&folder),
+            None,
+            "{case}: a wrong point after recovery: {}",
+            end.said
+        );
     }
     let told = if told { "" } else { " (was not asked for)" };
     let (mib, took) = (end.memory >> 10, end.took.as_secs_f64());
@@ -295,7 +310,7 @@ fn lie(vm: &mut Vm, words: &[&str], place: &Place, lie: Lie) -> String {
 /// The answers of an honest run, those asked for again and again only twice.
 fn places(vm: &mut Vm, words: &[&str]) -> Vec<Place> {
     prepare(vm, words);
-    let end = run_watched(vm.command("qmp.sock", words), "honest");
+    let end = run_watched(vm.command(words), "honest");
     assert_eq!(end.code, Some(0), "{words:?}: {}", end.said);
     let polls = ["query-jobs", "query-block-exports"];
     let wanted = |p: &Place| p.1 < if polls.contains(&p.0.as_str()) { 2 } else { 8 };
@@ -340,7 +355,43 @@ fn lies_at_each_answer_in_turn() {
     println!("kinds of lies: {seen:?}");
     assert_eq!(failed, 0, "lies that mattered");
     // All is as it was.
-    let out = vm.command("real.sock", &["backup"]).output().unwrap();
+    let out = vm.command(&["backup"]).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    assert_eq!(vm.difference(), None);
+    assert_eq!(vm.difference(&vm.path("T/d.qcow2")), None);
+}
+
+/// Answers that are as large as is accepted, to each question: what is kept of them together stays
+/// within bounds.
+#[test]
+fn the_largest_answers_together_take_bounded_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp.sock");
+    peers::giant(&socket);
+    std::fs::create_dir(dir.path().join("T")).unwrap();
+    for words in [
+        &["info", "blockdev"][..],
+        &["info", "bitmaps"],
+        &["info", "jobs"],
+        &["backup", "--dry-run", "--level", "full", "--target"],
+        &["recover"],
+    ] {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.args(words);
+        if words[0] == "backup" {
+            c.arg(dir.path().join("T"));
+        }
+        c.arg("--qmp").arg(&socket).arg("--state-dir").arg(dir.path().join("state"));
+        c.env("FLEECEFS_ANSWER_TIMEOUT", "5");
+        let end = run_watched(c, &words.join(" "));
+        println!(
+            "{:14} | exit {:?}, {:.1} s, {} MiB: {}",
+            words[..2.min(words.len())].join(" "),
+            end.code,
+            end.took.as_secs_f64(),
+            end.memory >> 10,
+            end.said.lines().last().unwrap_or_default()
+        );
+        assert!(end.code.is_some() && !end.said.contains("panicked"), "{words:?}: {}", end.said);
+        assert!(end.memory < MEMORY, "{words:?}: {} KiB: {}", end.memory, end.said);
+    }
 }

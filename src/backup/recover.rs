@@ -23,6 +23,10 @@ use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client};
 use crate::text::path_text;
 
+/// After so many runs whose objects do not go in time the others are left for the next recovery: a
+/// QEMU that names runs without end must not keep one for ever.
+const MOST_LATE: u32 = 3;
+
 /// What became of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
@@ -93,7 +97,7 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
         runs.push(journal.run.clone());
     }
     let mut left = Vec::new();
-    let mut first = None;
+    let (mut first, mut late) = (None, 0u32);
     for l in &journal.left {
         client.check_interrupt()?;
         if !settle(Some(client), l, place, watch)? {
@@ -112,7 +116,13 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
         watch.say(&format!("an earlier run ({run}) did not end in order: undoing it"));
         match undo(client, &pending, place, watch) {
             Ok(l) => left.extend(l),
-            Err(e) => drop(first.get_or_insert(e)),
+            Err(e) => {
+                late = late.saturating_add(u32::from(e.kind() == Kind::Timeout));
+                first.get_or_insert(e);
+                if late >= MOST_LATE {
+                    break;
+                }
+            }
         }
     }
     if let Some(e) = first {

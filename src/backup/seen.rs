@@ -1,7 +1,8 @@
 //! Which disks QEMU has, and which of them a backup takes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -188,6 +189,8 @@ pub struct Answers {
     pub raw_nodes: Value,
     /// The first node of each name.
     by_name: HashMap<String, usize>,
+    /// See [`Answers::encrypted`].
+    encrypted: OnceLock<HashSet<String>>,
     /// `x-debug-query-block-graph`.
     pub graph: Graph,
     /// Whether this is QEMU with a guest.
@@ -217,7 +220,16 @@ impl Answers {
         for (at, n) in nodes.iter().enumerate() {
             by_name.entry(n.node_name.clone()).or_insert(at);
         }
-        Ok(Answers { drives, nodes, raw_nodes, by_name, graph, guest })
+        let encrypted = OnceLock::new();
+        Ok(Answers { drives, nodes, raw_nodes, by_name, encrypted, graph, guest })
+    }
+
+    /// The nodes that are encrypted, or have such a node below them; found once for all disks.
+    fn encrypted(&self) -> &HashSet<String> {
+        self.encrypted.get_or_init(|| {
+            let luks = self.nodes.iter().filter(|n| has_luks(n)).map(|n| n.node_name.as_str());
+            self.graph.above(luks).into_iter().map(str::to_string).collect()
+        })
     }
 
     /// The named node.
@@ -458,9 +470,11 @@ fn is_cluster(size: &u64) -> bool {
 
 /// Whether anything of the disk is encrypted: itself, its file, or what lies below it.
 fn is_encrypted(answers: &Answers, disk: &Node) -> bool {
-    let luks = |n: &Node| n.encrypted || encrypted_image(&n.image) || n.drv == "luks";
-    let below = answers.graph.below(&disk.node_name);
-    luks(disk) || below.into_iter().filter_map(|n| answers.node(n)).any(luks)
+    has_luks(disk) || answers.encrypted().contains(&disk.node_name)
+}
+
+fn has_luks(n: &Node) -> bool {
+    n.encrypted || encrypted_image(&n.image) || n.drv == "luks"
 }
 
 fn encrypted_image(image: &Image) -> bool {

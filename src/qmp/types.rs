@@ -221,7 +221,6 @@ pub struct Graph {
     by_name: HashMap<String, u64>,
     /// The first child in each role, by the parent.
     roles: HashMap<u64, HashMap<String, u64>>,
-    children: HashMap<u64, Vec<u64>>,
     parents: HashMap<u64, Vec<(u64, String)>>,
 }
 
@@ -238,7 +237,6 @@ impl From<RawGraph> for Graph {
     fn from(raw: RawGraph) -> Self {
         let mut g = Graph::default();
         for e in raw.edges {
-            g.children.entry(e.parent).or_default().push(e.child);
             g.parents.entry(e.child).or_default().push((e.parent, e.name.clone()));
             g.roles.entry(e.parent).or_default().entry(e.name).or_insert(e.child);
         }
@@ -282,16 +280,17 @@ impl Graph {
         self.name(*self.roles.get(id)?.get(role)?)
     }
 
-    /// Names of all nodes below `node`, in whatever role.
-    pub fn below(&self, node: &str) -> Vec<&str> {
-        let Some(&top) = self.by_name.get(node) else { return Vec::new() };
-        let (mut found, mut todo) = (HashSet::from([top]), vec![top]);
-        let mut names = Vec::new();
+    /// Names of these nodes and of all above them, in whatever role.
+    pub fn above<'a>(&'a self, nodes: impl Iterator<Item = &'a str>) -> HashSet<&'a str> {
+        let mut names: HashSet<&str> = nodes.collect();
+        let mut todo: Vec<u64> =
+            names.iter().filter_map(|n| self.by_name.get(*n)).copied().collect();
+        let mut found: HashSet<u64> = todo.iter().copied().collect();
         while let Some(at) = todo.pop() {
-            for &child in self.children.get(&at).into_iter().flatten() {
-                if found.insert(child) {
-                    todo.push(child);
-                    names.extend(self.name(child));
+            for (parent, _) in self.parents.get(&at).into_iter().flatten() {
+                if found.insert(*parent) {
+                    todo.push(*parent);
+                    names.extend(self.name(*parent));
                 }
             }
         }
@@ -351,8 +350,10 @@ mod tests {
                 {"parent": 77, "child": 78, "name": "file"}]}))
         .unwrap();
         assert_eq!(g.child("a", "file"), Some("a"));
-        assert_eq!(g.below("a"), vec!["b"]);
-        assert_eq!(g.below("b"), vec!["a"]);
+        let above = |n: &'static str| g.above([n].into_iter());
+        assert_eq!(above("a"), HashSet::from(["a", "b"]));
+        assert_eq!(above("b"), HashSet::from(["a", "b"]));
+        assert_eq!(above("none"), HashSet::from(["none"]));
         assert_eq!(g.child("again", "file"), Some("a"));
         assert_eq!(g.parents("a").len(), 2);
     }

@@ -391,3 +391,74 @@ fn send(to: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> Option<()> {
     let sent = usize::try_from(n).ok()?;
     to_write.write_all(&bytes[sent..]).ok()
 }
+
+/// A QEMU all of whose answers are as large as a client may accept.
+pub fn giant(path: &Path) {
+    listen(path, |mut client| {
+        let greeting = json!({"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2},
+            "package": "p".repeat(1 << 20)}, "capabilities": []}});
+        if writeln!(client, "{greeting}").is_err() {
+            return;
+        }
+        let lines = BufReader::new(client.try_clone().unwrap()).lines();
+        for line in lines.map_while(Result::ok) {
+            let q: Value = serde_json::from_str(&line).unwrap_or_default();
+            let text = giant_answer(q["execute"].as_str().unwrap_or_default());
+            if writeln!(client, "{{\"return\": {text}, \"id\": {}}}", q["id"]).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn giant_answer(command: &str) -> String {
+    let list = |n: usize, of: &dyn Fn(usize) -> Value| {
+        let list: Vec<String> = (0..n).map(|i| of(i).to_string()).collect();
+        format!("[{}]", list.join(","))
+    };
+    let node = |i: usize| {
+        json!({"node-name": format!("n{i}"), "drv": "qcow2", "file": "/f",
+        "image": {"virtual-size": 1 << 20, "filename": "f"},
+        "dirty-bitmaps": if i < 40 { vec![json!({"name": "b"}); 100] } else { Vec::new() }})
+    };
+    match command {
+        "qmp_capabilities" => "{}".into(),
+        "query-commands" => {
+            let used = [
+                "blockdev-add",
+                "blockdev-backup",
+                "block-dirty-bitmap-merge",
+                "query-jobs",
+                "query-block-exports",
+                "blockdev-reopen",
+                "x-debug-query-block-graph",
+                "query-status",
+                "query-name",
+                "query-pci",
+                "query-chardev",
+            ];
+            list(40_000, &|i| match used.get(i) {
+                Some(name) => json!({"name": name}),
+                None => json!({"name": format!("{i:060}")}),
+            })
+        }
+        "query-qmp-schema" => {
+            list(40_000, &|i| json!({"values": [format!("{i:060}"), "snapshot-access"]}))
+        }
+        "query-named-block-nodes" => list(14_000, &node),
+        "query-block" => {
+            list(11_000, &|i| json!({"qdev": format!("/d{i}"), "device": "", "inserted": node(i)}))
+        }
+        "x-debug-query-block-graph" => {
+            let vertex =
+                |i: usize| json!({"id": i, "type": "block-driver", "name": format!("n{i}")});
+            let edge = |i: usize| json!({"parent": i, "child": i + 1, "name": "backing"});
+            format!("{{\"nodes\": {}, \"edges\": {}}}", list(14_000, &vertex), list(14_000, &edge))
+        }
+        "query-name" | "query-pci" | "query-chardev" => list(40_000, &|i| json!({"k": i})),
+        "query-jobs" | "query-block-exports" => {
+            list(16_000, &|i| json!({"id": format!("fleecefs-{i:012x}-j0"), "status": "concluded"}))
+        }
+        _ => "{}".into(),
+    }
+}
