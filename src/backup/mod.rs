@@ -23,6 +23,7 @@ pub mod guardian;
 pub mod history;
 pub mod info;
 pub mod journal;
+pub mod leftover;
 pub mod level;
 pub mod lock;
 pub mod moment;
@@ -152,7 +153,7 @@ pub enum StopWish {
 /// How bytes are copied.
 #[derive(Debug, Clone)]
 pub struct CopyOptions {
-    /// Where fleece images go; beside each disk if `None`.
+    /// Where fleece images go; to the file system of each disk if `None`, see [`fleece`].
     pub fleece_dir: Option<PathBuf>,
     /// How long a guest write may wait for the fleece, in seconds.
     pub cbw_timeout: u32,

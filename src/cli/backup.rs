@@ -116,8 +116,11 @@ pub struct StateArgs {
 
 impl StateArgs {
     /// The folder.
-    pub fn dir(&self) -> PathBuf {
-        self.state_dir.clone().unwrap_or_else(lock::default_state_dir)
+    ///
+    /// # Errors
+    /// As [`lock::default_state_dir`].
+    pub fn dir(&self) -> Result<PathBuf> {
+        self.state_dir.clone().map_or_else(lock::default_state_dir, Ok)
     }
 }
 
@@ -322,7 +325,7 @@ impl BackupArgs {
             strict: self.strict,
             allow_plaintext: self.allow_plaintext,
             config: self.config.clone(),
-            state_dir: absolute(&self.state.dir())?,
+            state_dir: absolute(&self.state.dir()?)?,
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
         })
