@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::lock::{state_folder, vm_key};
+use super::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::qmp::Address;
@@ -131,8 +131,11 @@ fn answer(stream: UnixStream, status: &Shared, cancel: &AtomicBool) {
 /// Asks a running backup; `None` if none runs.
 ///
 /// # Errors
-/// It does not answer.
+/// It does not answer; or as [`state_folder`].
 pub fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Status>> {
+    if state_folder_if_there(state)?.is_none() {
+        return Ok(None);
+    }
     let path = socket_path(state, vm);
     let (short, _dir) = match shorten(&path) {
         Ok(s) => s,

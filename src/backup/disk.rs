@@ -54,6 +54,7 @@ impl Run<'_> {
         let folder = Arc::new(publish::make_folders(&p.dir)?);
         self.reserves.note(&place.space()?);
         self.journal.write(&Record::Disk(d.record.clone()))?;
+        publish::side_folder(&folder)?;
         publish::announce(&folder, &d.manifest)?;
         if let Some(made) = place.made() {
             publish::note_fleece(&folder, &p.image, &made)?;

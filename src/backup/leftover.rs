@@ -6,6 +6,7 @@
 //! say which file was made: so a name is never enough.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -68,6 +69,13 @@ pub fn remove_noted(note: &[u8]) {
     if let Err(e) = remove(&made) {
         log::warn!("{}", e.report());
     }
+}
+
+/// Holds a file open that a journal names: QEMU's closing it then frees nothing, which would take
+/// time in its main loop. `None` if it is not there.
+pub fn hold(path: &Path) -> Option<File> {
+    let real = folder::resolve(path.parent()?).ok()?;
+    Folder::open(&real).ok()?.open_file(path.file_name()?).ok()
 }
 
 /// Removes what a journal names, if it is a fleece image of ours. Links on the way to it are

@@ -179,7 +179,8 @@ pub fn undo(
         let folder = real_folder(&d.dir).ok()??;
         publish::Held::open(&folder, &d.image, d.image_id).ok()
     };
-    let _open: Vec<_> = pending.disks.iter().filter_map(open).collect();
+    let _images: Vec<_> = pending.disks.iter().filter_map(open).collect();
+    let _fleeces: Vec<_> = pending.disks.iter().filter_map(|d| leftover::hold(&d.fleece)).collect();
     let scope = Scope { run: &pending.run, index: None };
     let torn = teardown_all(client, scope)?;
     if pending.nbd {

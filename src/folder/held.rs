@@ -58,10 +58,13 @@ impl Folder {
 /// What the operating system said (`NotFound` without /proc).
 pub fn reopen(file: &File, access: Access) -> io::Result<File> {
     let again = open::through_proc(file, access)?;
-    match FileId::of(&again.metadata()?) == FileId::of(&file.metadata()?) {
-        true => Ok(again),
-        false => Err(refused("another file has taken its place")),
+    if FileId::of(&again.metadata()?) != FileId::of(&file.metadata()?) {
+        return Err(refused("another file has taken its place"));
     }
+    // Whoever gets it need not know how it was opened; io_uring would fail instead of waiting.
+    let flags = rustix::fs::fcntl_getfl(&again)?;
+    rustix::fs::fcntl_setfl(&again, flags - OFlags::NONBLOCK)?;
+    Ok(again)
 }
 
 /// `/proc/<this process>/fd/N`: a path to this very file for a child process that may look at this
