@@ -470,3 +470,36 @@ fn a_linked_target_and_a_linked_state_folder_work() {
     caller.must("full");
     assert_eq!(images(&m.path("real-T/deeper/still/d.qcow2")).len(), 1);
 }
+
+/// Each way in which QEMU opens what it gets descriptors of.
+#[test]
+fn all_ways_to_write_an_image_work_with_descriptors() {
+    let name = "all_ways_to_write_an_image_work_with_descriptors";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let m = Machine::start();
+    let caller = m.called(m.path("real.sock"));
+    let fleeces = m.path("fleeces");
+    std::fs::create_dir(&fleeces).unwrap();
+    let fleeces = fleeces.to_str().unwrap();
+    let ways: [&[&str]; 5] = [
+        &["--direct"],
+        &["--direct", "--aio", "native"],
+        &["--direct", "--compress"],
+        &["--fleece-dir", fleeces],
+        &["--pause"],
+    ];
+    for (i, way) in ways.iter().enumerate() {
+        caller.with(way).must(if i == 0 { "full" } else { "auto" });
+    }
+    caller.must("full");
+    let list = images(&caller.target.join("d.qcow2"));
+    assert_eq!(list.len(), ways.len() + 1);
+    for full in [&list[0], &list[ways.len()]] {
+        let (disk, full) = (m.path("d.qcow2"), full.to_str().unwrap());
+        run("qemu-img", &["compare", "-q", "-U", disk.to_str().unwrap(), full]);
+    }
+    assert_eq!(leftovers(m.dir.path()), Vec::<PathBuf>::new());
+    assert_eq!(m.qmp().execute("query-fdsets", json!({})), json!([]));
+}

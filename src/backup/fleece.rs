@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde_json::{Value, json};
 
 use super::leftover::{Made, fleece_path};
@@ -206,7 +207,10 @@ pub fn add_image(
     find_zeros: bool,
 ) -> Result<()> {
     let filename = match image.by_name {
-        false => format!("/dev/fdset/{}", pass_file(client, image, node)?),
+        false => {
+            let direct = file_options["cache"]["direct"] == true;
+            format!("/dev/fdset/{}", pass_file(client, image, node, direct)?)
+        }
         true => match image.name.to_str() {
             Some(name) => name.to_string(),
             None => {
@@ -233,16 +237,24 @@ fn merge(into: &mut Value, more: &Value) {
 }
 
 /// Hands over a file, read-write and read-only: QEMU takes whichever an open asks for.
-/// The sets carry the node's name, so that the teardown finds them.
-fn pass_file(client: &mut Client, image: Handed<'_>, node: &str) -> Result<u64> {
+/// The sets carry the node's name, so that the teardown finds them. With `direct` they go past the
+/// page cache, which QEMU since 9.1 wants to see in a descriptor before it takes it.
+fn pass_file(client: &mut Client, image: Handed<'_>, node: &str, direct: bool) -> Result<u64> {
     let open = |access| {
         folder::reopen(image.file, access)
+            .and_then(|f| if direct { past_cache(f) } else { Ok(f) })
             .map_err(|e| Error::io(e, "cannot open the image").at_path(image.name))
     };
     let (both, read) = (open(Access::ReadWrite)?, open(Access::Read)?);
     let first = add_fd(client, both.as_fd(), json!({"opaque": node}))?;
     add_fd(client, read.as_fd(), json!({"opaque": node, "fdset-id": first}))?;
     Ok(first)
+}
+
+fn past_cache(file: File) -> std::io::Result<File> {
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags | OFlags::DIRECT)?;
+    Ok(file)
 }
 
 fn add_fd(client: &mut Client, fd: BorrowedFd<'_>, arguments: Value) -> Result<u64> {

@@ -213,7 +213,8 @@ struct MomentArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Copying")]
 struct CopyArgs {
-    /// Where the fleece images go [default: beside each disk]
+    /// Where the fleece images go [default: the file system of each disk's file, without a name
+    /// there; where that is not possible, the target]
     #[arg(long, value_name = "DIR")]
     fleece_dir: Option<PathBuf>,
 
