@@ -176,6 +176,7 @@ fn the_fleece_image_has_no_name_in_the_folder_of_the_disk() {
     assert!(!found.iter().any(named), "{found:?}");
     caller.must("auto");
     assert_eq!(ours_in_qemu(&mut m.qmp()), Vec::<String>::new());
+    assert_eq!(m.qmp().execute("query-fdsets", json!({})), json!([]));
     assert_eq!(leftovers(m.dir.path()), Vec::<PathBuf>::new());
 }
 
@@ -502,4 +503,53 @@ fn all_ways_to_write_an_image_work_with_descriptors() {
     }
     assert_eq!(leftovers(m.dir.path()), Vec::<PathBuf>::new());
     assert_eq!(m.qmp().execute("query-fdsets", json!({})), json!([]));
+}
+
+/// Who may reach the socket can back up, whoever QEMU runs as: QEMU gets descriptors.
+#[test]
+fn a_user_without_rights_backs_up_what_he_may_not_read() {
+    let name = "a_user_without_rights_backs_up_what_he_may_not_read";
+    // SAFETY: geteuid has no preconditions.
+    if unsafe { libc::geteuid() } != 0 {
+        println!("skipped: {name} needs root");
+        return;
+    }
+    if !have(name, &[TOOLS, &["setpriv"]].concat()) {
+        return;
+    }
+    const USER: u32 = 65534;
+    let m = Machine::start();
+    let (program, home) = (m.path("fleecefs"), m.path("home"));
+    std::fs::copy(env!("CARGO_BIN_EXE_fleecefs"), &program).unwrap();
+    std::fs::create_dir(&home).unwrap();
+    std::os::unix::fs::chown(&home, Some(USER), Some(USER)).unwrap();
+    let open = |p: &Path, mode| {
+        std::fs::set_permissions(p, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    open(m.dir.path(), 0o711);
+    open(&m.path("d.qcow2"), 0o600);
+    open(&m.path("real.sock"), 0o666);
+    let run = |level: &str, home: Option<&Path>| {
+        let mut c = Command::new("setpriv");
+        c.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
+        c.args(["backup", "--level", level, "--qmp"]).arg(m.path("real.sock"));
+        c.arg("--target").arg(m.path("home/T"));
+        for variable in ["HOME", "XDG_STATE_HOME", "FLEECEFS_STATE_DIR"] {
+            c.env_remove(variable);
+        }
+        home.into_iter().for_each(|h| drop(c.env("HOME", h)));
+        c.output().unwrap()
+    };
+    let out = run("full", None);
+    assert_eq!(out.status.code(), Some(2), "no place for its state: {}", said(&out));
+    for level in ["full", "inc"] {
+        let out = run(level, Some(&home));
+        assert!(out.status.success(), "{}", said(&out));
+    }
+    let list = images(&home.join("T/d.qcow2"));
+    assert_eq!(list.len(), 2);
+    assert!(list.iter().all(|p| p.metadata().unwrap().uid() == USER));
+    let (disk, full) = (m.path("d.qcow2"), list[0].to_str().unwrap());
+    qemu::run("qemu-img", &["compare", "-q", "-U", disk.to_str().unwrap(), full]);
+    assert_eq!(leftovers(&home), Vec::<PathBuf>::new());
 }
