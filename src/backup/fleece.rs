@@ -51,7 +51,6 @@ impl Fleece {
         watch: &dyn Watch,
     ) -> Result<Self> {
         let given = copy.fleece_dir.as_deref();
-        let unnamed = |dir: PathBuf, file| Fleece { dir, file: Some(file), path: None };
         let named = |dir: &Path| {
             let path = fleece_path(dir, run, index);
             Fleece { dir: dir.to_path_buf(), file: None, path: Some(path) }
@@ -60,29 +59,30 @@ impl Fleece {
             return Ok(named(given.unwrap_or(&plan.dir)));
         }
         if let Some(dir) = given {
-            let made = open_resolved(dir).and_then(|f| f.create_unnamed());
-            let made = made.map_err(|e| Error::io(e, "cannot use --fleece-dir").at_path(dir))?;
-            return Ok(made.map_or_else(|| named(dir), |file| unnamed(dir.to_path_buf(), file)));
+            let failed = |e| Error::io(e, "cannot use --fleece-dir").at_path(dir);
+            return Ok(Self::unnamed(dir).map_err(failed)?.unwrap_or_else(|| named(dir)));
         }
-        let beside = plan.disk.folder();
-        if let Some(dir) = beside {
-            match open_resolved(&dir).and_then(|f| f.create_unnamed()) {
-                Ok(Some(file)) => return Ok(unnamed(dir, file)),
-                other => {
-                    let why = other.err().map_or_else(String::new, |e| format!(": {e}"));
-                    let (disk, dir) = (plan.disk.label(), path_text(&dir));
-                    watch.say(&format!(
-                        "{disk}: its fleece image is put into the target (--fleece-dir names another \
-                         place), since a file without a name is not possible in {dir}{why}"
-                    ));
-                }
-            }
+        if let Some(dir) = plan.disk.folder() {
+            let why = match Self::unnamed(&dir) {
+                Ok(Some(fleece)) => return Ok(fleece),
+                Ok(None) => String::new(),
+                Err(e) => format!(": {e}"),
+            };
+            watch.say(&format!(
+                "{}: its fleece image goes to the target (--fleece-dir names another place), since \
+                 there can be no file without a name in {}{why}",
+                plan.disk.label(),
+                path_text(&dir)
+            ));
         }
-        let dir = plan.dir.ancestors().find(|a| folder::is_folder(a)).unwrap_or(&plan.dir);
-        match Folder::open(dir).and_then(|f| f.create_unnamed()) {
-            Ok(Some(file)) => Ok(unnamed(dir.to_path_buf(), file)),
-            _ => Ok(named(&plan.dir)),
-        }
+        let there = plan.dir.ancestors().find(|a| folder::is_folder(a)).unwrap_or(&plan.dir);
+        Ok(Self::unnamed(there).ok().flatten().unwrap_or_else(|| named(&plan.dir)))
+    }
+
+    /// One without a name in `dir`; `None` if its file system has no such files.
+    fn unnamed(dir: &Path) -> std::io::Result<Option<Self>> {
+        let file = open_resolved(dir)?.create_unnamed()?;
+        Ok(file.map(|f| Fleece { dir: dir.to_path_buf(), file: Some(f), path: None }))
     }
 
     /// What a journal or a note says of it, if it has a name.

@@ -18,7 +18,7 @@ use super::teardown::{Scope, runs_in_qemu, teardown_all};
 use super::{Watch, bitmap, names, nbdserver, publish};
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, FileId, Folder};
+use crate::folder::{self, EntryKind, FileId, Folder};
 use crate::lock::Locks;
 use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client};
@@ -409,6 +409,25 @@ fn adopt(folder: &Folder, m: Manifest) -> Result<()> {
     }
     publish::sync(folder)?;
     publish::commit(folder, &m)
+}
+
+/// [`sweep`] of a target, or its folder of the month, and of each disk's folder in it.
+///
+/// # Errors
+/// As [`settle_image`].
+pub fn sweep_all(base: &Path, watch: &dyn Watch) -> Result<()> {
+    let failed = |e| Error::io(e, "cannot read the target").at_path(base);
+    let base = Folder::open(base).map_err(failed)?;
+    sweep(&base, watch)?;
+    for e in base.entries().map_err(failed)? {
+        if e.kind == EntryKind::Folder
+            && e.name != manifest::FOLDER
+            && let Ok(folder) = base.folder(&e.name)
+        {
+            sweep(&folder, watch)?;
+        }
+    }
+    Ok(())
 }
 
 /// Settles what runs of other VMs or lost journals left in a target's folder. The target's lock

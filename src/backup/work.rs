@@ -28,10 +28,10 @@ use super::{Options, StopWish, Watch, folders, moment, names, now, plan, recover
 use super::{nbdserver, publish, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{
-    self, Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
+    Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
 };
 use crate::error::{Error, Kind, Result};
-use crate::folder::{EntryKind, Folder};
+use crate::folder::Folder;
 use crate::progress::{Position, Progress};
 use crate::qmp::Client;
 use crate::qmp::steps::step;
@@ -246,7 +246,7 @@ impl Run<'_> {
     fn plan(&mut self) -> Result<Plan> {
         let seen = survey(&Answers::ask(&mut self.client)?);
         self.vm = vm::describe(&mut self.client);
-        self.sweep()?;
+        recover::sweep_all(&self.base, self.watch)?;
         let mut unsound: Vec<Unsound> = Vec::new();
         // One time for all plans: it is in the images' names.
         let time = now();
@@ -317,21 +317,6 @@ impl Run<'_> {
             && s.stop(&mut self.client)?
         {
             self.journal.write(&Record::NbdStop)?;
-        }
-        Ok(())
-    }
-
-    fn sweep(&self) -> Result<()> {
-        let failed = |e| Error::io(e, "cannot read the target").at_path(&self.base);
-        let base = Folder::open(&self.base).map_err(failed)?;
-        recover::sweep(&base, self.watch)?;
-        for e in base.entries().map_err(failed)? {
-            if e.kind == EntryKind::Folder
-                && e.name != manifest::FOLDER
-                && let Ok(folder) = base.folder(&e.name)
-            {
-                recover::sweep(&folder, self.watch)?;
-            }
         }
         Ok(())
     }
