@@ -388,6 +388,19 @@ mod tests {
     }
 
     #[test]
+    fn an_image_with_both_names_is_complete() {
+        let (d, folder) = scene();
+        std::fs::write(d.path().join("FULL-1-d"), "x".repeat(70000)).unwrap();
+        std::fs::hard_link(d.path().join("FULL-1-d"), d.path().join("FULL-1-d.partial")).unwrap();
+        let mut m = example("FULL-1-d", Level::Full, None);
+        m.fingerprint = Some(manifest::fingerprint(&d.path().join("FULL-1-d")).unwrap());
+        announce(&folder, &m).unwrap();
+        sweep(&folder, &Quiet).unwrap();
+        assert!(d.path().join("FULL-1-d").exists() && !d.path().join("FULL-1-d.partial").exists());
+        assert!(manifest::read(d.path(), OsStr::new("FULL-1-d")).unwrap().is_some());
+    }
+
+    #[test]
     fn a_file_in_the_place_of_the_folder_is_said_to_be_one() {
         let (d, folder) = scene();
         std::fs::write(d.path().join("T"), "").unwrap();

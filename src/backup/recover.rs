@@ -361,6 +361,7 @@ pub fn settle_image(
     (finished, made): (bool, Option<FileId>),
     watch: &dyn Watch,
 ) -> Result<Fate> {
+    finish_rename(folder, image)?;
     if manifest::read(folder.path(), image.as_ref())?.is_some() && folder.has(image) {
         publish::discard(folder, image)?;
         return Ok(Fate::Published);
@@ -389,6 +390,21 @@ pub fn settle_image(
             publish::discard(folder, image)?;
             Ok(Fate::Removed)
         }
+    }
+}
+
+/// Where renaming is done by a second name (see [`Folder::rename_new`]) both may be there.
+fn finish_rename(folder: &Folder, image: &str) -> Result<()> {
+    let partial = publish::partial_name(image);
+    if !(folder.has(&partial) && folder.has(image)) {
+        return Ok(());
+    }
+    match folder.rename_new(&partial, folder, image) {
+        // Another file has the final name: that is for later.
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(Error::io(e, "cannot rename the image").at_path(folder.join(image)))
+        }
+        _ => Ok(()),
     }
 }
 
