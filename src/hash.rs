@@ -25,9 +25,16 @@ const PIECE: u64 = 128 << 10;
 /// # Errors
 /// It cannot be read, or changed meanwhile.
 pub fn file(path: &Path) -> Result<String> {
-    let file = SourceFile::look(path)?;
+    whole(&SourceFile::look(path)?)
+}
+
+/// As [`file`], of a file that was looked at already.
+///
+/// # Errors
+/// As [`file`].
+pub fn whole(file: &SourceFile) -> Result<String> {
     let jobs = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let hash = hash(&file, jobs, &())?;
+    let hash = hash(file, jobs, &())?;
     file.check_unchanged()?;
     Ok(hash.to_hex().to_string())
 }

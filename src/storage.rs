@@ -194,6 +194,21 @@ impl SourceFile {
         SourceFile { path, identity, names, file: OnceLock::new(), changed }
     }
 
+    /// A file that is open already; `path` is what to call it.
+    ///
+    /// # Errors
+    /// `Unsupported` for anything but a plain file, or what the operating system said.
+    pub fn of_open(file: File, path: PathBuf) -> Result<Self> {
+        let meta =
+            file.metadata().map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+        if !meta.is_file() {
+            return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(&path));
+        }
+        let source = Self::with_identity(path, Identity::of(&meta));
+        let _ = source.file.set(file);
+        Ok(source)
+    }
+
     /// Whether an inode that now looks like `now` has the bytes that it had when it was looked at,
     /// as far as can be known without reading them. (Device and inode number are not compared.)
     pub(crate) fn has_same_bytes(&self, now: &Identity) -> bool {

@@ -376,10 +376,9 @@ fn qemu_that_may_not_open_the_files_gets_descriptors() {
     }
     let user = ["-run-with", "user=nobody"];
     let Some(guest) = small_guest(name, dir.path(), "churn /dev/disk/a 1", &user) else { return };
-    let caller = Caller::guest(&guest).with(&["-v"]);
+    let caller = Caller::guest(&guest);
     for level in ["full", "inc", "inc"] {
-        let (said, views) = caller.held(level);
-        assert!(said.contains("passing it descriptors"), "{said}");
+        let (_, views) = caller.held(level);
         let mount = Mount::new(&caller.target);
         for (disk, view) in &views {
             same(&mount, disk, &newest(&caller.target, disk), view);

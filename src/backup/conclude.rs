@@ -18,7 +18,7 @@ impl Run<'_> {
         let again = || Error::new(error.kind(), error.report());
         for d in disks.iter().filter(|d| d.syncing()) {
             // Whoever opens it later would not be told what this sync may have been told.
-            if let Err(e) = publish::discard_image(&d.plan.dir, &d.plan.image) {
+            if let Err(e) = d.folder().and_then(|f| publish::discard_image(f, &d.plan.image)) {
                 self.watch.warn(&e.report());
             }
         }

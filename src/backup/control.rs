@@ -1,7 +1,6 @@
 //! The control socket of a running backup: QMP is busy then, so status and cancel have their own.
 
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::lock::{make_dir, vm_key};
+use super::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
+use crate::folder::Folder;
 use crate::qmp::Address;
-use crate::qmp::socket::{Socket, shorten};
+use crate::qmp::socket::Socket;
 use crate::qmp::wire::{Limits, Wire};
 
 /// What a running backup tells about itself.
@@ -56,7 +56,8 @@ pub type Shared = Arc<Mutex<Status>>;
 /// The listening end; gone when it is dropped.
 #[derive(Debug)]
 pub struct Control {
-    path: PathBuf,
+    folder: Folder,
+    name: String,
     end: Arc<AtomicBool>,
 }
 
@@ -71,13 +72,11 @@ impl Control {
         status: Shared,
         cancel: Arc<AtomicBool>,
     ) -> Result<Self> {
-        make_dir(state)?;
-        let path = socket_path(state, vm);
-        let failed = |e| Error::io(e, "cannot make the control socket").at_path(&path);
-        super::publish::remove_if_there(&path)?;
-        let (short, _dir) = shorten(&path)?;
-        let listener = UnixListener::bind(&short).map_err(failed)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        let folder = state_folder(state)?;
+        let name = file_name(vm);
+        let failed = |e| Error::io(e, "cannot make the control socket").at_path(folder.join(&name));
+        folder.remove_if_there(&name).map_err(failed)?;
+        let listener = folder.listen(&name).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let end = Arc::new(AtomicBool::new(false));
         let ended = end.clone();
@@ -89,19 +88,23 @@ impl Control {
                 }
             }
         });
-        Ok(Control { path, end })
+        Ok(Control { folder, name, end })
     }
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
         self.end.store(true, Ordering::SeqCst);
-        let _ = std::fs::remove_file(&self.path);
+        let _ = self.folder.remove_if_there(&self.name);
     }
 }
 
+fn file_name(vm: &Address) -> String {
+    format!("{}.sock", vm_key(vm))
+}
+
 fn socket_path(state: &Path, vm: &Address) -> PathBuf {
-    state.join(format!("{}.sock", vm_key(vm)))
+    state.join(file_name(vm))
 }
 
 /// How long one client may hold up the others, and how long a run may take to answer.
@@ -136,8 +139,11 @@ fn answer(stream: UnixStream, status: &Shared, cancel: &AtomicBool) {
 /// Asks a running backup; `None` if none runs.
 ///
 /// # Errors
-/// It does not answer, or not with its status.
+/// It does not answer, or not with its status; or as [`state_folder`].
 pub fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Status>> {
+    if state_folder_if_there(state)?.is_none() {
+        return Ok(None);
+    }
     let address = Address::Unix(socket_path(state, vm));
     let Ok(mut wire) = Wire::connect(&address, ANSWER, Limits::CONTROL) else { return Ok(None) };
     let deadline = Instant::now() + ANSWER;

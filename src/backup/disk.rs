@@ -1,19 +1,22 @@
 //! The steps of one disk: prepare before the moment, view and job after it, completion.
 
-use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::json;
 
+use super::fleece::{Fleece, Handed};
 use super::journal::Record;
 use super::names::{Role, object, work_bitmap};
-use super::publish::{self, partial_name};
+use super::publish;
+use super::space::Space;
 use super::teardown::{Scope, detach, teardown};
 use super::work::{Active, Run, State};
-use super::{bitmap, fleece, nbdserver, space, vm};
+use super::{bitmap, fleece, leftover, nbdserver, space, vm};
 use crate::chain::Level;
-use crate::chain::manifest::{Skipped, fingerprint};
+use crate::chain::manifest::Skipped;
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::qmp::budget::short;
 use crate::qmp::steps::step;
 use crate::qmp::types::Job;
@@ -27,26 +30,61 @@ impl Run<'_> {
 
     /// Files, nodes and the new bitmap: all before the moment.
     pub(super) fn prepare(&mut self, d: &mut Active) -> Result<()> {
-        let p = &d.plan;
-        publish::make_dir(&p.dir)?;
-        d.chain = self.chains.remove(&p.dir.join(&p.image));
-        self.reserves.note(&d.record.fleece)?;
-        self.journal.write(&Record::Disk(d.record.clone()))?;
-        publish::announce(&p.dir, &d.manifest)?;
-        publish::note_fleece(&p.dir, &p.image, &d.record.fleece)?;
-        let partial = p.dir.join(partial_name(&p.image));
-        let options = fleece::image_options(p, &self.options.copy);
-        d.held = Some(publish::create_image(&partial, p.disk.size, &options)?);
-        fleece::create_fleece(&d.record.fleece, p.disk.size)?;
+        d.chain = self.chains.remove(&d.plan.dir.join(&d.plan.image));
+        self.create_files(d)?;
         step("files created");
-        let target = object(&self.run, Role::Target, d.index);
-        let more = fleece::target_options(&self.options.copy);
-        fleece::add_image(&mut self.client, &target, "qcow2", &partial, more, self.blind)?;
-        let name = object(&self.run, Role::Fleece, d.index);
-        fleece::add_image(&mut self.client, &name, "raw", &d.record.fleece, json!({}), false)?;
+        self.hand_over(d)?;
         self.add_bitmap(d)?;
         let timeout = self.options.copy.cbw_timeout;
         fleece::add_filter(&mut self.client, &self.run, d.index, &d.plan.disk.top, timeout)
+    }
+
+    /// Where the fleece image goes; if it needs no name, it is there already.
+    pub(super) fn place_fleece(&mut self, d: &mut Active) -> Result<()> {
+        let copy = &self.options.copy;
+        let place = Fleece::place(&self.client, copy, &d.plan, (&self.run, d.index), self.watch)?;
+        d.record.fleece = place.made().map(|m| m.path).unwrap_or_default();
+        self.fleeces.insert(d.index, place);
+        Ok(())
+    }
+
+    /// Before anything is made, it is written down what that will be; then, which file it is.
+    fn create_files(&mut self, d: &mut Active) -> Result<()> {
+        let Some(place) = self.fleeces.get_mut(&d.index) else { return Err(no_fleece()) };
+        let p = &d.plan;
+        let folder = Arc::new(publish::make_folders(&p.dir)?);
+        self.reserves.note(&place.space()?);
+        self.journal.write(&Record::Disk(d.record.clone()))?;
+        publish::side_folder(&folder)?;
+        publish::announce(&folder, &d.manifest)?;
+        if let Some(made) = place.made() {
+            publish::note_fleece(&folder, &p.image, &made)?;
+        }
+        let options = fleece::image_options(p, &self.options.copy);
+        let held = publish::create_image(&folder, &p.image, p.disk.size, &options)?;
+        place.create(p.disk.size)?;
+        d.record.image_id = Some(held.id()?);
+        if let Some(made) = place.made() {
+            publish::note_fleece(&folder, &p.image, &made)?;
+            d.record.fleece_id = made.id;
+        }
+        d.held = Some(held);
+        d.folder = Some(folder);
+        self.journal.write(&Record::Disk(d.record.clone()))
+    }
+
+    /// Gives image and fleece image to QEMU.
+    fn hand_over(&mut self, d: &Active) -> Result<()> {
+        let Some(place) = self.fleeces.get(&d.index) else { return Err(no_fleece()) };
+        let held = d.held()?;
+        let by_name = !self.client.takes_descriptors();
+        let image = Handed { file: held.file(), name: held.path(), by_name };
+        let target = object(&self.run, Role::Target, d.index);
+        let more = fleece::target_options(&self.options.copy);
+        fleece::add_image(&mut self.client, &target, "qcow2", image, more, self.blind)?;
+        let handed = place.handed(&self.client)?;
+        let name = object(&self.run, Role::Fleece, d.index);
+        fleece::add_image(&mut self.client, &name, "raw", handed, json!({}), false)
     }
 
     /// Whether all that will be written has room, before anything is begun. A disk that does not
@@ -57,15 +95,17 @@ impl Run<'_> {
             return Ok(());
         }
         let mut budget = space::Budget::default();
-        for d in disks {
+        for d in disks.iter_mut().filter(|d| d.going()) {
             let need = d.plan.estimate();
             let image = if copy.compress.is_some() { space::compressed(need) } else { need };
-            let fleece = d.record.fleece.parent().unwrap_or(Path::new("/"));
-            let claims = [
-                (d.plan.dir.as_path(), image, "the new image"),
-                (fleece, space::fleece_need(need), "the fleece image"),
-            ];
-            if let Err(e) = budget.take(&claims) {
+            let claims = || -> Result<_> {
+                let fleece = self.fleeces.get(&d.index).ok_or_else(no_fleece)?.space()?;
+                Ok([
+                    (Space::at(&d.plan.dir)?, image, "the new image"),
+                    (fleece, space::fleece_need(need), "the fleece image"),
+                ])
+            };
+            if let Err(e) = claims().and_then(|c| budget.take(&c)) {
                 self.fail(d, e)?;
             }
         }
@@ -75,25 +115,27 @@ impl Run<'_> {
     /// Gives up the disk with the largest fleece where fleeces have eaten up the room that must
     /// stay: the guest's own files may lie there, and a guest without room stops.
     pub(super) fn guard_fleeces(&mut self, disks: &mut [Active]) -> Result<()> {
-        let open = disks.iter().filter(|d| d.going()).map(|d| d.record.fleece.as_path());
-        let worst = self.reserves.worst(open).unwrap_or_else(|e| {
-            log::warn!("cannot watch the fleece images: {}", e.report());
-            None
-        });
-        let Some(worst) = worst else { return Ok(()) };
-        let Some(d) = disks.iter_mut().find(|d| d.going() && d.record.fleece == worst) else {
-            return Ok(());
+        let short = |f: &&Fleece| match f.space() {
+            Ok(space) => self.reserves.is_short(&space),
+            Err(e) => {
+                log::warn!("cannot watch the fleece image: {}", e.report());
+                false
+            }
         };
+        let open = disks.iter_mut().filter(|d| d.going());
+        let open = open.filter_map(|d| Some((self.fleeces.get(&d.index).filter(short)?, d)));
+        let Some((fleece, d)) = open.max_by_key(|(f, _)| f.blocks()) else { return Ok(()) };
         // The image first: what is copied from now on is wrong, and must not become a point
         // whoever dies in between.
-        if let Err(e) = publish::discard_image(&d.plan.dir, &d.plan.image)
-            .and_then(|()| fleece::empty(&d.record.fleece))
+        if let Err(e) = d
+            .folder()
+            .and_then(|f| publish::discard_image(f, &d.plan.image))
+            .and_then(|()| fleece.empty())
         {
             self.watch.warn(&e.report());
         }
-        let dir = worst.parent().unwrap_or(Path::new("/"));
         let e = Error::new(Kind::NoSpace, "the fleece image had nearly filled its file system")
-            .at_path(dir)
+            .at_path(fleece.dir())
             .remedy("name a larger one with --fleece-dir, or back up when the guest writes less");
         self.fail(d, e)
     }
@@ -214,11 +256,16 @@ impl Run<'_> {
         d.manifest.bytes_copied = d.copied(job);
         d.manifest.duration_ms = u64::try_from(d.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         detach(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
-        let held = d.held.clone().ok_or_else(|| Error::new(Kind::Io, "the image is not open"))?;
-        let (dir, image) = (d.plan.dir.clone(), d.plan.image.clone());
+        if let Some(fleece) = self.fleeces.get(&d.index)
+            && let Err(e) = fleece.empty()
+        {
+            log::warn!("{}", e.report());
+        }
+        let (held, folder) = (d.held()?.clone(), d.folder()?.clone());
+        let image = d.plan.image.clone();
         let sync = move || {
             // Nobody is told of such an error twice: what a recovery might find must be gone.
-            held.sync().inspect_err(|_| drop(publish::discard_image(&dir, &image)))
+            held.sync().inspect_err(|_| drop(publish::discard_image(&folder, &image)))
         };
         d.state = State::Syncing(std::thread::spawn(sync));
         Ok(())
@@ -232,9 +279,8 @@ impl Run<'_> {
         let target = object(&self.run, Role::Target, d.index);
         fleece::close_image(&mut self.client, &target)?;
         // Says to a recovery that has lost the journal that it is complete.
-        let partial = d.plan.dir.join(partial_name(&d.plan.image));
-        d.manifest.fingerprint = Some(fingerprint(&partial)?);
-        publish::announce(&d.plan.dir, &d.manifest)?;
+        d.manifest.fingerprint = Some(d.held()?.fingerprint()?);
+        publish::announce(d.folder()?, &d.manifest)?;
         self.journal.write(&Record::Closed(d.index))?;
         let job = object(&self.run, Role::Job, d.index);
         self.client.execute("job-dismiss", json!({"id": job}))?;
@@ -248,15 +294,12 @@ impl Run<'_> {
     pub(super) fn publish(&mut self, d: &mut Active, failed: &[Skipped]) -> Result<()> {
         self.disk_status(d.index, |s| s.state = "publishing".into());
         std::thread::sleep(self.options.copy.remove_delay);
-        publish::remove_if_there(&d.record.fleece)?;
+        self.drop_fleece(d.index)?;
         let mut m = d.manifest.clone();
         m.failed = failed.to_vec();
-        m.config_files = vm::keep_config(&self.config, &d.plan.dir, &self.run)?;
+        m.config_files = vm::keep_config(&self.config, d.folder()?, &self.run)?;
         let hash = !self.options.no_hash;
-        let m = match &d.held {
-            Some(held) => publish::publish_held(&d.plan.dir, m, hash, held)?,
-            None => publish::publish(&d.plan.dir, m, hash)?,
-        };
+        let m = publish::publish(d.folder()?, m, hash, d.held()?)?;
         d.held = None;
         self.beside(d);
         d.state = State::Done(Box::new(m));
@@ -271,16 +314,24 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// The fleece image goes, its name too if it has one.
+    pub(super) fn drop_fleece(&mut self, index: usize) -> Result<()> {
+        let made = self.fleeces.remove(&index).and_then(|f| f.made());
+        made.map_or(Ok(()), |m| leftover::remove_recorded(&m))
+    }
+
     /// What qmpbackup keeps beside the images. Nothing depends on it.
     pub(super) fn beside(&self, d: &Active) {
         let p = &d.plan;
         let write = || -> Result<()> {
             let text = serde_json::to_vec_pretty(&p.disk.info)
                 .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))?;
-            publish::write_whole(&self.base.join(format!("{}.config", p.disk.base_name())), &text)?;
+            let config = self.base.join(format!("{}.config", p.disk.base_name()));
+            folder::write_whole(&config, &text)
+                .map_err(|e| Error::io(e, "cannot write the file").at_path(&config))?;
             let l = &self.options.layout;
             if l.no_timestamp && !l.no_symlink && matches!(p.level, Level::Full | Level::Copy) {
-                publish::link_plain(&p.dir, &p.image, p.level)?;
+                publish::link_plain(d.folder()?, &p.image, p.level)?;
             }
             Ok(())
         };
@@ -288,6 +339,10 @@ impl Run<'_> {
             self.watch.warn(&e.report());
         }
     }
+}
+
+fn no_fleece() -> Error {
+    Error::new(Kind::Io, "there is no place for the fleece image")
 }
 
 /// A job's error in our words.

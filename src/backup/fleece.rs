@@ -1,39 +1,170 @@
 //! The files and nodes of one disk's fleecing: fleece image, target image, filter, frozen view.
 
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde_json::{Value, json};
 
+use super::leftover::{Made, fleece_path};
 use super::names::{Role, object};
 use super::plan::DiskPlan;
-use super::publish::create_private;
 use super::seen::Insertion;
-use super::{Compression, CopyOptions};
-use crate::error::{Error, Kind, Result};
+use super::space::Space;
+use super::{Compression, CopyOptions, Watch};
+use crate::error::{Error, Kind, Result, path_text};
+use crate::folder::{self, Access, FileId, Folder};
 use crate::qmp::Client;
 use crate::qmp::types::Graph;
 
 /// QEMU's unit of copying before a write, for a fleece without clusters of its own.
 const FLEECE_CLUSTER: u64 = 65536;
 
-/// Where the fleece image of disk `index` goes: where the user says, else beside the disk, else
-/// (the disk is no file) beside the backup.
-pub fn fleece_path(copy: &CopyOptions, plan: &DiskPlan, run: &str, index: usize) -> PathBuf {
-    let dir = copy.fleece_dir.clone().or_else(|| plan.disk.folder());
-    dir.unwrap_or_else(|| plan.dir.clone()).join(format!("fleecefs-{run}-{index}.fleece.raw"))
-}
-
-/// Makes the fleece image: a sparse raw file. Raw, since nothing of it outlives the run, and it
+/// The fleece image of one disk: a sparse raw file. Raw, since nothing of it outlives the run, and it
 /// costs no metadata.
 ///
-/// # Errors
-/// What the operating system said.
-pub fn create_fleece(path: &Path, size: u64) -> Result<()> {
-    let file = create_private(path)?;
-    file.set_len(size).map_err(|e| Error::io(e, "cannot size the fleece image").at_path(path))
+/// It goes where the user says, else to the file system of the disk's own file, else (that is none)
+/// to that of the backup. QEMU gets descriptors of it and needs no name: so it has none where the file
+/// system can do that, and nothing is left of it whoever dies. QEMU says where the disk's file is,
+/// and may lie: in that folder nothing with a name is ever made.
+#[derive(Debug)]
+pub struct Fleece {
+    /// The folder, for messages.
+    dir: PathBuf,
+    file: Option<File>,
+    /// Its name, if it has one.
+    path: Option<PathBuf>,
+}
+
+impl Fleece {
+    /// Finds the place for that of disk `index`. Nothing is left behind yet.
+    ///
+    /// # Errors
+    /// The folder that the user named cannot be used.
+    pub fn place(
+        client: &Client,
+        copy: &CopyOptions,
+        plan: &DiskPlan,
+        (run, index): (&str, usize),
+        watch: &dyn Watch,
+    ) -> Result<Self> {
+        let given = copy.fleece_dir.as_deref();
+        let named = |dir: &Path| {
+            let path = fleece_path(dir, run, index);
+            Fleece { dir: dir.to_path_buf(), file: None, path: Some(path) }
+        };
+        if !client.takes_descriptors() {
+            return Ok(named(given.unwrap_or(&plan.dir)));
+        }
+        if let Some(dir) = given {
+            let failed = |e| Error::io(e, "cannot use --fleece-dir").at_path(dir);
+            return Ok(Self::unnamed(dir).map_err(failed)?.unwrap_or_else(|| named(dir)));
+        }
+        if let Some(dir) = plan.disk.folder() {
+            let why = match Self::unnamed(&dir) {
+                Ok(Some(fleece)) => return Ok(fleece),
+                Ok(None) => String::new(),
+                Err(e) => format!(": {e}"),
+            };
+            watch.say(&format!(
+                "{}: its fleece image goes to the target (--fleece-dir names another place), since \
+                 there can be no file without a name in {}{why}",
+                plan.disk.label(),
+                path_text(&dir)
+            ));
+        }
+        let there = plan.dir.ancestors().find(|a| folder::is_folder(a)).unwrap_or(&plan.dir);
+        Ok(Self::unnamed(there).ok().flatten().unwrap_or_else(|| named(&plan.dir)))
+    }
+
+    /// One without a name in `dir`; `None` if its file system has no such files.
+    fn unnamed(dir: &Path) -> std::io::Result<Option<Self>> {
+        let file = open_resolved(dir)?.create_unnamed()?;
+        Ok(file.map(|f| Fleece { dir: dir.to_path_buf(), file: Some(f), path: None }))
+    }
+
+    /// What a journal or a note says of it, if it has a name.
+    pub fn made(&self) -> Option<Made> {
+        let id = self.file.as_ref().and_then(|f| f.metadata().ok()).map(|m| FileId::of(&m));
+        Some(Made { path: self.path.clone()?, id })
+    }
+
+    /// Makes it, or gives the file that is there its size.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn create(&mut self, size: u64) -> Result<()> {
+        let failed = |e| Error::io(e, "cannot create the fleece image").at_path(&self.dir);
+        if let (None, Some(path)) = (&self.file, &self.path) {
+            let dir = path.parent().unwrap_or(Path::new("/"));
+            let folder = open_resolved(dir).map_err(failed)?;
+            let file = folder.create_new(path.file_name().unwrap_or_default());
+            self.file = Some(file.map_err(failed)?);
+        }
+        self.file.as_ref().map_or(Ok(()), |f| f.set_len(size)).map_err(failed)
+    }
+
+    /// How QEMU is to open it.
+    ///
+    /// # Errors
+    /// It was not made.
+    pub fn handed<'a>(&'a self, client: &Client) -> Result<Handed<'a>> {
+        let Some(file) = &self.file else {
+            return Err(Error::new(Kind::Io, "the fleece image is not open").at_path(&self.dir));
+        };
+        let name = self.path.as_deref().unwrap_or(&self.dir);
+        Ok(Handed { file, name, by_name: !client.takes_descriptors() })
+    }
+
+    /// The folder that it is in, for messages.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The space where it is.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn space(&self) -> Result<Space> {
+        match &self.file {
+            Some(f) => Space::of(f, &self.dir),
+            None => Space::at(&self.dir),
+        }
+    }
+
+    /// Blocks of 512 bytes that it takes.
+    pub fn blocks(&self) -> u64 {
+        self.file.as_ref().and_then(|f| f.metadata().ok()).map_or(0, |m| m.blocks())
+    }
+
+    /// Gives its space back to the file system, here and not in QEMU's main loop, where closing a
+    /// large file takes time: while it is held open here, QEMU's closing it frees nothing.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn empty(&self) -> Result<()> {
+        let emptied = self.file.as_ref().map_or(Ok(()), |f| f.set_len(0));
+        emptied.map_err(|e| Error::io(e, "cannot empty the fleece image").at_path(&self.dir))
+    }
+}
+
+/// A folder that is named by its path, links and all.
+fn open_resolved(dir: &Path) -> std::io::Result<Folder> {
+    Folder::open(&folder::resolve(dir)?)
+}
+
+/// A file that we made and hold, on its way to QEMU.
+#[derive(Debug, Clone, Copy)]
+pub struct Handed<'a> {
+    /// The file.
+    pub file: &'a File,
+    /// Its name.
+    pub name: &'a Path,
+    /// QEMU takes no descriptors (over TCP, or qemu-storage-daemon): it opens the name with rights of
+    /// its own.
+    pub by_name: bool,
 }
 
 /// `qemu-img create -o` for a target: compat 1.1 always, since 0.10 loses zeroes in an INC.
@@ -58,8 +189,8 @@ fn cluster_size(source: u64) -> u64 {
     if legal { source } else { 65536 }
 }
 
-/// Adds the node of an image file that we made. Where QEMU may not open it, our own descriptors
-/// are handed over.
+/// Adds the node of an image file that we made. QEMU gets descriptors of that very file, opened by the
+/// one that we hold: what has its name by now does not matter.
 ///
 /// QEMU never syncs it: it would do so in its main loop, and the guest would stand still as long as
 /// a slow disk takes. A fleece needs no sync; a target is synced by us, see
@@ -71,34 +202,31 @@ pub fn add_image(
     client: &mut Client,
     node: &str,
     driver: &str,
-    path: &Path,
+    image: Handed<'_>,
     file_options: Value,
     find_zeros: bool,
 ) -> Result<()> {
-    let add = |client: &mut Client, name: &str| {
-        let cache = json!({"no-flush": true});
-        let mut file =
-            json!({"driver": "file", "filename": name, "discard": "unmap", "cache": cache});
-        merge(&mut file, &file_options);
-        let detect = if find_zeros { "unmap" } else { "off" };
-        let all = json!({"driver": driver, "node-name": node, "discard": "unmap",
-            "detect-zeroes": detect, "cache": cache, "file": file});
-        client.call("blockdev-add", all)
+    let filename = match image.by_name {
+        false => {
+            let direct = file_options["cache"]["direct"] == true;
+            format!("/dev/fdset/{}", pass_file(client, image, node, direct)?)
+        }
+        true => match image.name.to_str() {
+            Some(name) => name.to_string(),
+            None => {
+                let what = "a file name that is not UTF-8";
+                return Err(Error::new(Kind::Usage, what).at_path(image.name));
+            }
+        },
     };
-    let Some(name) = path.to_str() else {
-        return Err(Error::new(Kind::Usage, "a file name that is not UTF-8").at_path(path));
-    };
-    let refusal = match add(client, name)? {
-        Ok(_) => return Ok(()),
-        Err(r) => r,
-    };
-    let denied = ["Permission denied", "No such file", "Operation not permitted"];
-    if !denied.iter().any(|d| refusal.desc.contains(d)) || !client.takes_descriptors() {
-        return Err(Error::from(refusal).at_path(path));
-    }
-    log::info!("QEMU may not open {name} ({}); passing it descriptors", refusal.desc);
-    let set = pass_file(client, path, node)?;
-    add(client, &format!("/dev/fdset/{set}"))?.map_err(|r| Error::from(r).at_path(path))?;
+    let cache = json!({"no-flush": true});
+    let mut file =
+        json!({"driver": "file", "filename": filename, "discard": "unmap", "cache": cache});
+    merge(&mut file, &file_options);
+    let detect = if find_zeros { "unmap" } else { "off" };
+    let all = json!({"driver": driver, "node-name": node, "discard": "unmap",
+        "detect-zeroes": detect, "cache": cache, "file": file});
+    client.call("blockdev-add", all)?.map_err(|r| Error::from(r).at_path(image.name))?;
     Ok(())
 }
 
@@ -109,19 +237,24 @@ fn merge(into: &mut Value, more: &Value) {
 }
 
 /// Hands over a file, read-write and read-only: QEMU takes whichever an open asks for.
-/// The sets carry the node's name, so that the teardown finds them.
-fn pass_file(client: &mut Client, path: &Path, node: &str) -> Result<u64> {
-    let open = |write: bool| {
-        OpenOptions::new()
-            .read(true)
-            .write(write)
-            .open(path)
-            .map_err(|e| Error::io(e, "cannot open the image").at_path(path))
+/// The sets carry the node's name, so that the teardown finds them. With `direct` they go past the
+/// page cache, which QEMU since 9.1 wants to see in a descriptor before it takes it.
+fn pass_file(client: &mut Client, image: Handed<'_>, node: &str, direct: bool) -> Result<u64> {
+    let open = |access| {
+        folder::reopen(image.file, access)
+            .and_then(|f| if direct { past_cache(f) } else { Ok(f) })
+            .map_err(|e| Error::io(e, "cannot open the image").at_path(image.name))
     };
-    let (both, read) = (open(true)?, open(false)?);
+    let (both, read) = (open(Access::ReadWrite)?, open(Access::Read)?);
     let first = add_fd(client, both.as_fd(), json!({"opaque": node}))?;
     add_fd(client, read.as_fd(), json!({"opaque": node, "fdset-id": first}))?;
     Ok(first)
+}
+
+fn past_cache(file: File) -> std::io::Result<File> {
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags | OFlags::DIRECT)?;
+    Ok(file)
 }
 
 fn add_fd(client: &mut Client, fd: BorrowedFd<'_>, arguments: Value) -> Result<u64> {
@@ -163,20 +296,6 @@ pub fn close_image(client: &mut Client, node: &str) -> Result<()> {
         false => Error::new(Kind::Io, format!("QEMU cannot complete the image: {}", r.desc)),
     })?;
     client.execute("blockdev-del", json!({"node-name": node})).map(drop)
-}
-
-/// Gives the room of a fleece image that nobody needs any more back to its file system, here and
-/// not in QEMU's main loop, where closing a large file takes time. One that is gone is fine.
-///
-/// # Errors
-/// What the operating system said.
-pub fn empty(path: &Path) -> Result<()> {
-    match OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(path) {
-        Ok(f) => f.set_len(0),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(e),
-    }
-    .map_err(|e| Error::io(e, "cannot empty the fleece image").at_path(path))
 }
 
 /// Adds the copy-before-write filter above what the guest is attached to. It does nothing until

@@ -7,10 +7,11 @@ use serde_json::Value;
 use super::history::History;
 use super::plan::Inputs;
 use super::seen::SeenDisk;
-use super::{LevelWish, Options, names, publish};
+use super::{LevelWish, Options, names};
 use crate::chain::Level;
 use crate::chain::manifest::{DiskIdentity, Manifest};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, EntryKind};
 
 /// Whose bitmaps are a target's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,10 +44,10 @@ impl TargetId {
             None => new_id()?,
         };
         if make && of_target.is_none() {
-            publish::write_whole(&own, text.as_bytes())?;
+            write_id(&own, &text)?;
         }
         if make && base != target && of_month.is_none() {
-            publish::write_whole(&month, text.as_bytes())?;
+            write_id(&month, &text)?;
         }
         let others = if base == target { Vec::new() } else { months(target) };
         Ok(TargetId { id: digits(&text, &own)?, others })
@@ -59,12 +60,20 @@ impl TargetId {
     }
 }
 
+/// The largest id, in bytes: one has 36, and perhaps a newline.
+const LARGEST_ID: u64 = 256;
+
 fn read_id(path: &Path) -> Result<Option<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(t) => digits(&t, path).map(|_| Some(t)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(e, "cannot read the target's id").at_path(path)),
-    }
+    let failed = |e| Error::io(e, "cannot read the target's id").at_path(path);
+    let read = folder::absent_is_none(folder::read_small(path, LARGEST_ID)).map_err(failed)?;
+    let Some(bytes) = read else { return Ok(None) };
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    digits(&text, path).map(|_| Some(text))
+}
+
+fn write_id(path: &Path, text: &str) -> Result<()> {
+    let failed = |e| Error::io(e, "cannot write the target's id").at_path(path);
+    folder::write_whole(path, text.as_bytes()).map_err(failed)
 }
 
 fn digits(text: &str, path: &Path) -> Result<String> {
@@ -94,9 +103,10 @@ fn months(target: &Path) -> Vec<String> {
         let shape = n.bytes().map(|b| if b.is_ascii_digit() { b'0' } else { b });
         shape.eq(*b"0000-00")
     };
-    let list = std::fs::read_dir(target).into_iter().flatten().flatten();
-    let folders = list.filter(|e| e.file_name().to_str().is_some_and(is_month));
-    let ids = folders.map(|e| e.path().join("uuid"));
+    let list = folder::entries(target).unwrap_or_default().into_iter();
+    let folders =
+        list.filter(|e| e.kind == EntryKind::Folder && e.name.to_str().is_some_and(is_month));
+    let ids = folders.map(|e| target.join(e.name).join("uuid"));
     ids.filter_map(|p| digits(&read_id(&p).ok()??, &p).ok()).collect()
 }
 
@@ -112,12 +122,13 @@ pub fn assign(
 ) -> Result<Vec<(PathBuf, History)>> {
     disks.iter().try_for_each(|d| check_layout(options, inputs, d))?;
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
-    for rule in [same_file_and_device as Rule, same_file, same_disk, damaged, unclaimed] {
+    let known = [same_file_and_device as Rule, same_file, same_disk, damaged];
+    for (rule, new) in known.map(|r| (r, false)).into_iter().chain([(unclaimed as Rule, true)]) {
         for (i, disk) in disks.iter().enumerate() {
             if list.get(i).is_some_and(Option::is_some) {
                 continue;
             }
-            let found = candidate(options, inputs, disk, &list, rule)?;
+            let found = candidate(options, inputs, disk, &list, (rule, new))?;
             if let Some(slot) = list.get_mut(i) {
                 *slot = found;
             }
@@ -216,7 +227,7 @@ fn candidate(
     inputs: &Inputs<'_>,
     disk: &SeenDisk,
     taken: &[Option<(PathBuf, History)>],
-    rule: Rule,
+    (rule, new): (Rule, bool),
 ) -> Result<Option<(PathBuf, History)>> {
     let name = disk.base_name();
     for n in 1..=MAX_SAME_NAME {
@@ -229,7 +240,9 @@ fn candidate(
         let is_taken = taken.iter().flatten().any(|(d, h)| {
             *d == dir && (!options.layout.no_subdir || image_tail(h) == Some(folder.as_str()))
         });
-        if is_taken {
+        // A new folder gets a name that is another one also where case does not count.
+        let like = |(_, h): &(PathBuf, History)| h.tail.to_lowercase() == folder.to_lowercase();
+        if is_taken || new && taken.iter().flatten().any(like) {
             continue;
         }
         let mut history = History::read(&dir, only)?;

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use super::names;
 use crate::chain::Level;
-use crate::chain::manifest::{self, Manifest, fingerprint};
+use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder};
 
 /// An image in the folder.
 #[derive(Debug, Clone)]
@@ -58,14 +59,10 @@ impl History {
     /// The folder cannot be read.
     pub fn read(dir: &Path, disk: Option<&str>) -> Result<Self> {
         let mut history = History { dir: dir.to_path_buf(), ..Default::default() };
-        let list = match std::fs::read_dir(dir) {
-            Ok(l) => l,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(history),
-            Err(e) => return Err(Error::io(e, "cannot read the folder").at_path(dir)),
-        };
-        for item in list {
-            let item = item.map_err(|e| Error::io(e, "cannot read the folder").at_path(dir))?;
-            let Ok(name) = item.file_name().into_string() else { continue };
+        let list = folder::absent_is_none(folder::entries(dir))
+            .map_err(|e| Error::io(e, "cannot read the folder").at_path(dir))?;
+        for item in list.unwrap_or_default() {
+            let Ok(name) = item.name.into_string() else { continue };
             history.add(name, disk);
         }
         history.entries.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
@@ -106,7 +103,7 @@ impl History {
                 Entry { name, level, time, manifest: Some(m), broken: None }
             }
             Err(e) => {
-                let meta = std::fs::symlink_metadata(self.dir.join(&name));
+                let meta = folder::look(&self.dir.join(&name));
                 let time = meta.map_or(0, |m| m.mtime());
                 let broken = Some(e.report());
                 Entry { name, level: Level::Full, time, manifest: None, broken }
@@ -177,32 +174,30 @@ impl History {
     pub fn lost_after(&self, point: &Manifest) -> Option<String> {
         let (_, time, disk) = names::parse_image(&point.image)?;
         let time = point.state_time(Some(time)).unwrap_or(time);
-        let list = std::fs::read_dir(self.dir.join(manifest::FOLDER)).ok()?;
-        let names = list.flatten().filter_map(|e| e.file_name().into_string().ok());
+        let folder = Folder::open(&self.dir).ok()?;
+        let list = folder.folder(manifest::FOLDER).and_then(|side| side.entries()).ok()?;
+        let names = list.into_iter().filter_map(|e| e.name.into_string().ok());
         let images = names.filter_map(|n| n.strip_suffix(".json").map(str::to_string));
         let later = images.filter_map(|n| match names::parse_image(&n)? {
             (Level::Full | Level::Inc, t, d) if t > time && d == disk => Some((t, n)),
             _ => None,
         });
-        later.filter(|(_, n)| !self.dir.join(n).exists()).max().map(|(_, n)| n)
+        later.filter(|(_, n)| !folder.has(n)).max().map(|(_, n)| n)
     }
 
     fn check_file(&self, m: &Manifest) -> Result<(), String> {
-        let path = self.dir.join(&m.image);
-        let len = match std::fs::symlink_metadata(&path) {
-            Ok(meta) if meta.is_file() => meta.len(),
-            Ok(_) => return Err(format!("{} is no plain file", m.image)),
-            Err(e) => return Err(format!("{}: {e}", m.image)),
-        };
+        let said = |e: std::io::Error| format!("{}: {e}", m.image);
+        let file = folder::open_file(&self.dir.join(&m.image)).map_err(said)?;
+        let len = file.metadata().map_err(said)?.len();
         if len != m.file_size {
             return Err(format!(
                 "{} has {len} bytes, its manifest says {}: it was replaced",
                 m.image, m.file_size
             ));
         }
-        match (&m.fingerprint, fingerprint(&path)) {
+        match (&m.fingerprint, fingerprint_of(&file)) {
             (Some(a), Ok(b)) if *a != b => Err(format!("{} was replaced or changed", m.image)),
-            (_, Err(e)) => Err(e.report()),
+            (_, Err(e)) => Err(said(e)),
             _ => Ok(()),
         }
     }
@@ -223,7 +218,7 @@ mod tests {
         std::fs::write(dir.join(image), image.repeat(1000)).unwrap();
         let mut m = example(image, level, parent);
         m.file_size = image.len() as u64 * 1000;
-        m.fingerprint = Some(fingerprint(&dir.join(image)).unwrap());
+        m.fingerprint = Some(manifest::fingerprint(&dir.join(image)).unwrap());
         manifest::write(dir, &m).unwrap();
     }
 

@@ -4,15 +4,18 @@
 //! power cut: it is ignored, since what it announced has not been done then. A run that ends in
 //! order removes its journal.
 
-use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
-use super::lock::{make_dir, vm_key};
-use crate::error::{Error, Result};
+use super::lock::{state_folder, state_folder_if_there, vm_key};
+use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Access, FileId, Folder, PlainName};
 use crate::qmp::Address;
 use crate::qmp::steps::step;
 
@@ -76,7 +79,7 @@ pub struct DiskRecord {
     pub dir: PathBuf,
     /// File name of the image; with `.partial` until it is published.
     pub image: String,
-    /// The fleece image.
+    /// The fleece image; empty if it has no name.
     pub fleece: PathBuf,
     /// The node that carries the bitmaps.
     pub node: String,
@@ -84,12 +87,30 @@ pub struct DiskRecord {
     pub top: String,
     /// The bitmap that is added.
     pub bitmap: Option<String>,
+    /// Which file the image is, once it is made. (Not in journals of version 0.1.0.)
+    #[serde(default)]
+    pub image_id: Option<FileId>,
+    /// Which file the fleece image is, once it is made. (Not in journals of version 0.1.0.)
+    #[serde(default)]
+    pub fleece_id: Option<FileId>,
 }
+
+impl DiskRecord {
+    /// Whether it can be a record of ours: only such names are ever removed.
+    fn is_sound(&self) -> bool {
+        let fleece = self.fleece.as_os_str().is_empty() || self.fleece.is_absolute();
+        PlainName::new(&self.image).is_ok() && self.dir.is_absolute() && fleece
+    }
+}
+
+/// The largest journal: a run has some records of some hundred bytes for each disk.
+const LARGEST: u64 = 16 << 20;
 
 /// An open journal.
 #[derive(Debug)]
 pub struct Journal {
-    path: PathBuf,
+    folder: Folder,
+    name: String,
     file: File,
 }
 
@@ -108,24 +129,19 @@ impl Journal {
 
     /// A journal of these records in the place of the one that is there; never half of it.
     fn replace(state: &Path, vm: &Address, records: &[Record]) -> Result<Self> {
-        make_dir(state)?;
-        let path = path(state, vm);
-        let new = path.with_extension("journal.new");
+        let folder = state_folder(state)?;
+        let name = file_name(vm);
+        let new = format!("{name}.new");
+        let path = folder.join(&name);
         let failed = |e| Error::io(e, "cannot write the journal").at_path(&path);
-        remove_file(&new)?;
-        let file = OpenOptions::new()
-            .create_new(true)
-            .append(true)
-            .mode(0o600)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-            .open(&new)
-            .map_err(failed)?;
-        let mut journal = Journal { path: path.clone(), file };
+        folder.remove_if_there(&new).map_err(failed)?;
+        let file = folder.create_new(&new).and_then(appending).map_err(failed)?;
+        let mut journal = Journal { folder, name, file };
         for r in records {
             journal.write(r)?;
         }
-        std::fs::rename(&new, &path).map_err(failed)?;
-        File::open(state).and_then(|d| d.sync_all()).map_err(failed)?;
+        let Journal { folder, name, .. } = &journal;
+        folder.rename(&new, folder, name).and_then(|()| folder.sync()).map_err(failed)?;
         Ok(journal)
     }
 
@@ -135,14 +151,14 @@ impl Journal {
     /// `NoSpace`, `Io`: what it announces must not be done then.
     pub fn write(&mut self, record: &Record) -> Result<()> {
         append(&mut self.file, record)
-            .map_err(|e| Error::io(e, "cannot write the journal").at_path(&self.path))?;
+            .map_err(|e| Error::io(e, "cannot write the journal").at_path(self.path()))?;
         step("journal");
         Ok(())
     }
 
     /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub fn path(&self) -> PathBuf {
+        self.folder.join(&self.name)
     }
 
     /// What it says is left to do; `None` if somebody removed it.
@@ -150,7 +166,7 @@ impl Journal {
     /// # Errors
     /// It cannot be read.
     pub fn pending(&self) -> Result<Option<Pending>> {
-        read(&self.path)
+        read_in(&self.folder, self.name.as_ref())
     }
 
     /// The run is over: removes the journal, but for the disks that are left over.
@@ -159,13 +175,24 @@ impl Journal {
     /// What the operating system said.
     pub fn end(self, state: &Path, vm: &Address) -> Result<()> {
         let left = self.pending()?.map(|p| p.left).unwrap_or_default();
-        if left.is_empty() { remove_file(&self.path) } else { keep(state, vm, &left) }
+        if left.is_empty() { remove(&self.folder, &self.name) } else { keep(state, vm, &left) }
     }
+}
+
+fn file_name(vm: &Address) -> String {
+    format!("{}.journal", vm_key(vm))
 }
 
 /// Where the journal of a VM is.
 pub fn path(state: &Path, vm: &Address) -> PathBuf {
-    state.join(format!("{}.journal", vm_key(vm)))
+    state.join(file_name(vm))
+}
+
+/// Whatever is written goes to the end: a guardian may have written there.
+fn appending(file: File) -> std::io::Result<File> {
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags | OFlags::APPEND)?;
+    Ok(file)
 }
 
 fn append(file: &mut File, record: &Record) -> std::io::Result<()> {
@@ -180,7 +207,8 @@ fn append(file: &mut File, record: &Record) -> std::io::Result<()> {
 /// What the operating system said.
 pub fn keep(state: &Path, vm: &Address, left: &[Left]) -> Result<()> {
     if left.is_empty() {
-        return remove_file(&path(state, vm));
+        let there = state_folder_if_there(state)?;
+        return there.map_or(Ok(()), |f| remove(&f, &file_name(vm)));
     }
     let records: Vec<Record> = left.iter().cloned().map(Record::Left).collect();
     Journal::replace(state, vm, &records).map(drop)
@@ -191,26 +219,22 @@ pub fn keep(state: &Path, vm: &Address, left: &[Left]) -> Result<()> {
 /// # Errors
 /// What the operating system said.
 pub fn note(path: &Path, run: &str, record: &Record) -> Result<()> {
-    if read(path)?.is_none_or(|p| p.run != run) {
+    let failed = |e| Error::io(e, "cannot write the journal").at_path(path);
+    let Some((folder, name)) = folder::absent_is_none(Folder::of(path)).map_err(failed)? else {
+        return Ok(());
+    };
+    if read_in(&folder, &name)?.is_none_or(|p| p.run != run) {
         return Ok(());
     }
-    let failed = |e| Error::io(e, "cannot write the journal").at_path(path);
-    let mut file = OpenOptions::new()
-        .append(true)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(failed)?;
+    let file = folder.open_with(&name, Access::Write).and_then(appending);
+    let mut file = file.map_err(failed)?;
     // The parent may have died in the middle of a line.
     file.write_all(b"\n").and_then(|()| append(&mut file, record)).map_err(failed)
 }
 
-fn remove_file(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => {
-            Err(Error::io(e, "cannot remove the journal").at_path(path))
-        }
-        _ => Ok(()),
-    }
+fn remove(folder: &Folder, name: &str) -> Result<()> {
+    let gone = folder.remove_if_there(name).map(drop);
+    gone.map_err(|e| Error::io(e, "cannot remove the journal").at_path(folder.join(name)))
 }
 
 /// What a journal says is left to do.
@@ -245,7 +269,10 @@ pub struct Pending {
 /// # Errors
 /// The journal cannot be read.
 pub fn pending(state: &Path, vm: &Address) -> Result<Option<Pending>> {
-    read(&path(state, vm))
+    match state_folder_if_there(state)? {
+        Some(folder) => read_in(&folder, file_name(vm).as_ref()),
+        None => Ok(None),
+    }
 }
 
 /// As [`pending`], of the journal at `path`.
@@ -253,17 +280,39 @@ pub fn pending(state: &Path, vm: &Address) -> Result<Option<Pending>> {
 /// # Errors
 /// As [`pending`].
 pub fn read(path: &Path) -> Result<Option<Pending>> {
-    let bytes = match std::fs::read(path) {
-        Ok(b) => b,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io(e, "cannot read the journal").at_path(path)),
-    };
+    let failed = |e| Error::io(e, "cannot read the journal").at_path(path);
+    match folder::absent_is_none(Folder::of(path)).map_err(failed)? {
+        Some((folder, name)) => read_in(&folder, &name),
+        None => Ok(None),
+    }
+}
+
+fn read_in(folder: &Folder, name: &OsStr) -> Result<Option<Pending>> {
+    let path = folder.join(name);
+    let failed = |e| Error::io(e, "cannot read the journal").at_path(&path);
+    let look = folder::absent_is_none(folder.look(name)).map_err(failed)?;
+    let Some(meta) = look else { return Ok(None) };
+    if ![0, rustix::process::geteuid().as_raw()].contains(&meta.uid()) {
+        return Err(Error::new(Kind::Permission, "the journal belongs to another user")
+            .at_path(&path)
+            .remedy("see what it says and remove it"));
+    }
+    let bytes = folder.read_if_there(name, LARGEST).map_err(failed)?;
+    bytes.map(|b| parse(&b).map_err(|e| e.at_path(&path))).transpose()
+}
+
+fn parse(bytes: &[u8]) -> Result<Pending> {
     let mut p = Pending::default();
     let lines = bytes.split(|b| *b == b'\n');
     for record in lines.filter_map(|l| serde_json::from_slice::<Record>(l).ok()) {
         p.apply(record);
     }
-    Ok(Some(p))
+    let mut disks = p.disks.iter().chain(p.left.iter().map(|l| &l.disk));
+    match disks.all(DiskRecord::is_sound) {
+        true => Ok(p),
+        false => Err(Error::new(Kind::Corrupt, "the journal names what no run makes")
+            .remedy("see what it says and remove it")),
+    }
 }
 
 impl Pending {
@@ -272,7 +321,11 @@ impl Pending {
             Record::Begin { run, target, agent, qemu } => {
                 *self = Pending { run, target, agent, qemu, ..Default::default() }
             }
-            Record::Disk(d) => self.disks.push(d),
+            Record::Disk(d) => {
+                // Again, with what has become known.
+                self.disks.retain(|known| known.index != d.index);
+                self.disks.push(d);
+            }
             Record::NbdStart => self.nbd = true,
             Record::NbdStop => self.nbd = false,
             Record::Stop => self.stopped = true,
@@ -336,6 +389,8 @@ mod tests {
             node: "n".into(),
             top: "n".into(),
             bitmap: None,
+            image_id: None,
+            fleece_id: None,
         };
         let left = vec![Left { disk, finished: true }];
         keep(d.path(), &vm, &left).unwrap();
@@ -348,5 +403,44 @@ mod tests {
         assert_eq!((p.run.as_str(), p.left), ("", left));
         keep(d.path(), &vm, &[]).unwrap();
         assert_eq!(pending(d.path(), &vm).unwrap(), None);
+    }
+
+    #[test]
+    fn what_was_made_is_known_by_its_number_and_journals_of_old_have_none() {
+        let d = tempfile::tempdir().unwrap();
+        let vm = Address::Unix("/run/a".into());
+        let begin = Record::Begin { run: "s".into(), target: "/t".into(), agent: None, qemu: None };
+        let mut j = Journal::begin(d.path(), &vm, &begin).unwrap();
+        let old = r#"{"index":0,"dir":"/t/d","image":"INC-1-d","fleece":"/f","node":"n","top":"n","bitmap":null}"#;
+        let mut disk: DiskRecord = serde_json::from_str(old).unwrap();
+        assert_eq!((disk.image_id, disk.fleece_id), (None, None));
+        j.write(&Record::Disk(disk.clone())).unwrap();
+        disk.image_id = Some(FileId { dev: 1, ino: 2 });
+        j.write(&Record::Disk(disk.clone())).unwrap();
+        assert_eq!(j.pending().unwrap().unwrap().disks, [disk]);
+    }
+
+    #[test]
+    fn a_journal_of_names_that_are_none_is_not_followed() {
+        let d = tempfile::tempdir().unwrap();
+        let vm = Address::Unix("/run/a".into());
+        state_folder(d.path()).unwrap();
+        let write = |text: &str| std::fs::write(path(d.path(), &vm), text).unwrap();
+        let disk = |dir: &str, image: &str, fleece: &str| {
+            format!(
+                r#"{{"disk":{{"index":0,"dir":"{dir}","image":"{image}","fleece":"{fleece}","node":"n","top":"n","bitmap":null}}}}"#
+            )
+        };
+        write(&disk("/t/d", "INC-1-d", ""));
+        assert_eq!(pending(d.path(), &vm).unwrap().unwrap().disks.len(), 1);
+        for bad in
+            [disk("/t", "../x", ""), disk("t", "x", ""), disk("/t", "x", "f"), disk("/t", "", "")]
+        {
+            write(&bad);
+            assert_eq!(pending(d.path(), &vm).unwrap_err().kind(), Kind::Corrupt, "{bad}");
+        }
+        std::fs::remove_file(path(d.path(), &vm)).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", path(d.path(), &vm)).unwrap();
+        assert_eq!(pending(d.path(), &vm).unwrap_err().kind(), Kind::Unsupported);
     }
 }

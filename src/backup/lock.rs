@@ -4,21 +4,73 @@
 //! A VM is known by its socket. Since QEMU may have several, its process is locked as well where it
 //! can be told; and each run holds a mark under its id, so that a recovery which finds its objects in
 //! QEMU knows that it lives.
+//!
+//! Locks, journals and sockets are in the state folder. What is in it decides what root removes, so it
+//! belongs to root or the caller, and nobody else may write to it.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder};
 use crate::qmp::{Address, Client};
+
+/// What a user who has no state folder can do.
+const NAME_ONE: &str = "journals and locks go there: name another with --state-dir";
+
+/// The state folder, made if it is not there.
+///
+/// # Errors
+/// `Permission` if somebody else may write to it, or what the operating system said.
+pub fn state_folder(path: &Path) -> Result<Folder> {
+    let failed = |e| Error::io(e, "cannot make the state folder").at_path(path);
+    let real = real_path(path, "the state folder")?;
+    let made = folder::make_folders(&real).map_err(failed).map_err(|e| match e.kind() {
+        Kind::NotFound if !folder::is_folder(&real) && folder::exists(&real) => {
+            Error::new(Kind::Exists, "this is a file").at_path(path).remedy("name a folder")
+        }
+        _ => e.remedy(NAME_ONE),
+    })?;
+    folder::check_private(&real)?;
+    Ok(made)
+}
+
+/// As [`state_folder`], but `None` if it is not there.
+///
+/// # Errors
+/// As [`state_folder`].
+pub fn state_folder_if_there(path: &Path) -> Result<Option<Folder>> {
+    let real = real_path(path, "the state folder")?;
+    let failed = |e| Error::io(e, "cannot open the state folder").at_path(path);
+    let Some(there) = folder::absent_is_none(Folder::open(&real)).map_err(failed)? else {
+        return Ok(None);
+    };
+    folder::check_private(&real)?;
+    Ok(Some(there))
+}
+
+/// The path of `what` without links, as far as it exists.
+///
+/// # Errors
+/// What the operating system said; a refusal where somebody else's link leads astray.
+pub fn real_path(path: &Path, what: &str) -> Result<PathBuf> {
+    let failed = |e| Error::io(e, format!("cannot find {what}")).at_path(path);
+    let path = std::path::absolute(path).map_err(failed)?;
+    for there in path.ancestors() {
+        if let Some(real) = folder::absent_is_none(folder::resolve(there)).map_err(failed)? {
+            let rest = path.strip_prefix(there).unwrap_or(Path::new(""));
+            return Ok(if rest.as_os_str().is_empty() { real } else { real.join(rest) });
+        }
+    }
+    Ok(path)
+}
 
 /// A lock, held until it is dropped.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    _lock: folder::Lock,
     /// Removed at the end.
-    passing: Option<PathBuf>,
+    passing: Option<(Folder, OsString)>,
 }
 
 /// What the user can do about a lock that is held.
@@ -28,13 +80,12 @@ impl Lock {
     /// Takes the lock of the VM behind `address`.
     ///
     /// # Errors
-    /// `Busy` if another run has it.
+    /// `Busy` if another run has it; as [`state_folder`].
     pub fn vm(state: &Path, address: &Address) -> Result<Self> {
-        make_dir(state)
-            .map_err(|e| e.remedy("journals and locks go there: name another with --state-dir"))?;
-        let path = state.join(format!("{}.lock", vm_key(address)));
-        Self::take(&path, "a backup or recovery of this VM is running")
-            .map_err(|e| e.remedy(REMEDY))
+        let folder = state_folder(state)?;
+        let name = format!("{}.lock", vm_key(address));
+        let lock = take(&folder, &name, "a backup or recovery of this VM is running")?;
+        Ok(Lock { _lock: lock, passing: None })
     }
 
     /// Takes the lock of the process that `client` talks to, if that can be told.
@@ -45,7 +96,7 @@ impl Lock {
         let Some(process) = client.process() else { return Ok(None) };
         let hash = blake3::hash(process.as_bytes()).to_hex();
         let name = format!("qemu-{}.lock", hash.as_str().get(..16).unwrap_or_default());
-        Self::take_passing(&state.join(name)).map(Some)
+        Self::take_passing(state, name).map(Some)
     }
 
     /// Marks a run as alive, or makes sure that none of this id is.
@@ -53,70 +104,31 @@ impl Lock {
     /// # Errors
     /// `Busy` if it lives.
     pub fn run(state: &Path, run: &str) -> Result<Self> {
-        Self::take_passing(&state.join(format!("run-{run}.lock")))
+        Self::take_passing(state, format!("run-{run}.lock"))
     }
 
     /// A lock whose file goes with it.
-    fn take_passing(path: &Path) -> Result<Self> {
-        loop {
-            let mut lock =
-                Self::take(path, "a backup of this VM is running by another of its QMP sockets")
-                    .map_err(|e| e.remedy(REMEDY))?;
-            // Whoever had it before may have removed it between our open and our flock.
-            let same = |f: &File| {
-                let (a, b) = (f.metadata().ok()?, std::fs::symlink_metadata(path).ok()?);
-                Some(a.dev() == b.dev() && a.ino() == b.ino())
-            };
-            if same(&lock._file) == Some(true) {
-                lock.passing = Some(path.to_path_buf());
-                return Ok(lock);
-            }
-        }
+    fn take_passing(state: &Path, name: String) -> Result<Self> {
+        let folder = state_folder(state)?;
+        let held = "a backup of this VM is running by another of its QMP sockets";
+        let lock = take(&folder, &name, held)?;
+        Ok(Lock { _lock: lock, passing: Some((folder, name.into())) })
     }
+}
 
-    fn take(path: &Path, held: &str) -> Result<Self> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-            .open(path)
-            .map_err(|e| Error::io(e, "cannot open the lock").at_path(path))?;
-        // SAFETY: flock on a descriptor we own.
-        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-            return Ok(Lock { _file: file, passing: None });
-        }
-        let e = std::io::Error::last_os_error();
-        if e.kind() == std::io::ErrorKind::WouldBlock {
-            return Err(Error::new(Kind::Busy, held).at_path(path));
-        }
-        Err(Error::io(e, "cannot take the lock").at_path(path))
-    }
+fn take(folder: &Folder, name: &str, held: &str) -> Result<folder::Lock> {
+    let lock = folder
+        .lock(name)
+        .map_err(|e| Error::io(e, "cannot take the lock").at_path(folder.join(name)))?;
+    lock.ok_or_else(|| Error::new(Kind::Busy, held).at_path(folder.join(name)).remedy(REMEDY))
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        if let Some(p) = &self.passing {
-            let _ = std::fs::remove_file(p);
+        if let Some((folder, name)) = &self.passing {
+            let _ = folder.remove_if_there(name);
         }
     }
-}
-
-/// Makes a folder that only its owner enters.
-///
-/// # Errors
-/// What the operating system said.
-pub fn make_dir(path: &Path) -> Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|e| Error::io(e, "cannot make the folder").at_path(path))
-        .map_err(|e| match e.kind() {
-            Kind::Exists => e.remedy("this is a file: name a folder"),
-            _ => e,
-        })
 }
 
 /// The name under which a VM's journal, lock and control socket are kept.
@@ -127,14 +139,21 @@ pub fn vm_key(address: &Address) -> String {
 
 /// Where state is kept unless `--state-dir` says otherwise: /var/lib/fleecefs, for others than
 /// root their own state folder.
-pub fn default_state_dir() -> PathBuf {
-    // SAFETY: geteuid has no preconditions.
-    if unsafe { libc::geteuid() } == 0 {
-        return PathBuf::from("/var/lib/fleecefs");
+///
+/// # Errors
+/// `Usage` for a user who has no such folder: a folder for everybody's temporary files is none.
+pub fn default_state_dir() -> Result<PathBuf> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(PathBuf::from("/var/lib/fleecefs"));
     }
-    let base = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
-    let home = || std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local/state"));
-    base.or_else(home).unwrap_or_else(std::env::temp_dir).join("fleecefs")
+    let absolute = |v: OsString| Some(PathBuf::from(v)).filter(|p| p.is_absolute());
+    let base = std::env::var_os("XDG_STATE_HOME").and_then(absolute);
+    let home = || Some(std::env::var_os("HOME").and_then(absolute)?.join(".local/state"));
+    let base = base.or_else(home).ok_or_else(|| {
+        Error::new(Kind::Usage, "neither XDG_STATE_HOME nor HOME says where state is kept")
+            .remedy(NAME_ONE)
+    })?;
+    Ok(base.join("fleecefs"))
 }
 
 #[cfg(test)]
@@ -160,5 +179,24 @@ mod tests {
         drop(mark);
         assert_eq!(std::fs::read_dir(d.path()).unwrap().count(), 0);
         Lock::run(d.path(), "0123456789ab").unwrap();
+    }
+
+    #[test]
+    fn a_state_folder_that_others_may_write_to_is_refused() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let d = tempfile::tempdir().unwrap();
+        let (ours, link) = (d.path().join("ours/state"), d.path().join("link"));
+        symlink("ours/state", &link).unwrap();
+        state_folder(&ours).unwrap();
+        assert_eq!(state_folder(&link).unwrap().path(), ours.canonicalize().unwrap());
+        assert!(state_folder_if_there(&d.path().join("none")).unwrap().is_none());
+        std::fs::set_permissions(&ours, std::fs::Permissions::from_mode(0o777)).unwrap();
+        for path in [&ours, &link] {
+            assert_eq!(state_folder(path).unwrap_err().kind(), Kind::Permission);
+            assert_eq!(state_folder_if_there(path).unwrap_err().kind(), Kind::Permission);
+        }
+        std::fs::write(d.path().join("file"), "").unwrap();
+        let e = state_folder(&d.path().join("file")).unwrap_err();
+        assert!(e.kind() == Kind::Exists && e.report().contains("name a folder"), "{e}");
     }
 }

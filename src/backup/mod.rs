@@ -5,7 +5,8 @@
 //! `run` executes it: `bitmap` adds the next recording bitmap, `fleece` puts files and nodes in
 //! place, `moment` takes the one frozen moment under the eyes of `guardian`, `zeros` finds what a
 //! bitmap cannot know, `publish` makes a finished image a point. `journal` and `recover` undo what a
-//! killed run left. `lock` keeps two runs apart, `control` reaches a running one.
+//! killed run left (`leftover`: which fleece images may go). `lock` keeps two runs apart, `control`
+//! reaches a running one.
 //!
 //! Two rules carry everything: no bitmap is ever cleared, and every object we add to QEMU carries
 //! the run's id in its name, so that whatever dies whenever, the old bitmap still records and what
@@ -23,6 +24,7 @@ pub mod guardian;
 pub mod history;
 pub mod info;
 pub mod journal;
+pub mod leftover;
 pub mod level;
 pub mod lock;
 pub mod moment;
@@ -152,7 +154,7 @@ pub enum StopWish {
 /// How bytes are copied.
 #[derive(Debug, Clone)]
 pub struct CopyOptions {
-    /// Where fleece images go; beside each disk if `None`.
+    /// Where fleece images go; to the file system of each disk if `None`, see [`fleece`].
     pub fleece_dir: Option<PathBuf>,
     /// How long a guest write may wait for the fleece, in seconds.
     pub cbw_timeout: u32,

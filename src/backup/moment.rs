@@ -155,7 +155,7 @@ fn orders(scene: &Scene<'_>) -> Orders {
         deadline_ms: millis(options.moment.deadline).max(1),
         whole: options.moment.stop == StopWish::Whole,
         run: scene.run.to_string(),
-        journal: scene.journal.path().to_path_buf(),
+        journal: scene.journal.path(),
         parent: std::process::id(),
     }
 }

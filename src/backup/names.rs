@@ -3,10 +3,14 @@
 //! QEMU allows 31 bytes for a node's name, so a run id has 12 hexadecimal digits:
 //! `fleecefs-0123456789ab-c12` has 25.
 
-use std::io::Read;
+use std::ffi::OsStr;
+
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::chain::Level;
-use crate::error::{Error, Result};
+use crate::chain::name::{Name, parse};
+use crate::error::{Error, Kind, Result};
+use crate::folder::{PlainName, TEMPORARY};
 
 /// What every name of ours begins with.
 pub const PREFIX: &str = "fleecefs-";
@@ -139,10 +143,79 @@ pub fn new_run() -> Result<String> {
 /// `Io` if the system has no random numbers.
 pub fn random_hex(bytes: usize) -> Result<String> {
     let mut buf = vec![0u8; bytes];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut f| f.read_exact(&mut buf))
-        .map_err(|e| Error::io(e, "cannot read random numbers").at_path("/dev/urandom"))?;
+    let mut done = 0;
+    while let Some(rest) = buf.get_mut(done..).filter(|r| !r.is_empty()) {
+        match getrandom(rest, GetRandomFlags::empty()) {
+            Ok(n) => done += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::io(e.into(), "cannot get random numbers")),
+        }
+    }
     Ok(buf.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// The file name of a fleece image: `fleecefs-<run>-<index>.fleece.raw`.
+pub fn fleece(run: &str, index: usize) -> String {
+    format!("{PREFIX}{run}-{index}{FLEECE}")
+}
+
+/// Whether a file name is that of a [`fleece`] image.
+pub fn is_fleece(name: &str) -> bool {
+    let between = name.strip_prefix(PREFIX).and_then(|n| n.strip_suffix(FLEECE));
+    let parts = between.and_then(|n| n.split_once('-'));
+    parts.is_some_and(|(run, index)| {
+        is_run(run) && !index.is_empty() && index.bytes().all(|b| b.is_ascii_digit())
+    })
+}
+
+/// What the name of a [`fleece`] image ends in.
+const FLEECE: &str = ".fleece.raw";
+
+/// The longest name of a disk in bytes: what is put before and behind it in file names (level, time,
+/// `.partial.json` and the name of a temporary file) needs the rest of the usual 255.
+const LONGEST_DISK: usize = 200;
+
+/// `name`, which QEMU gives a disk, if it can be the name of the disk's folder and the end of its
+/// images' names. Whatever QEMU says, it is one plain name, no file of ours, and every command sees
+/// the points under it. With `plain` the images carry it alone (`--no-timestamp`).
+///
+/// # Errors
+/// `Unsupported`, with what can be done.
+pub fn disk(name: &str, plain: bool) -> Result<&str> {
+    let refuse = |why: &str| {
+        Err(Error::new(Kind::Unsupported, format!("{name:?} cannot be a disk's folder: {why}"))
+            .remedy("rename the disk's file, or name its device or node (id=, node-name=)"))
+    };
+    if PlainName::new(name).is_err() {
+        return refuse("it is not a plain file name");
+    }
+    if name.len() > LONGEST_DISK {
+        return refuse("it is too long");
+    }
+    if name.chars().any(is_unseen) {
+        return refuse("it has control or invisible characters");
+    }
+    let lower = name.to_lowercase();
+    let own = [crate::chain::manifest::FOLDER, TEMPORARY].iter().any(|p| lower.starts_with(p));
+    if own || lower == "uuid" || [".partial", ".config"].iter().any(|s| lower.ends_with(s)) {
+        return refuse("that is a name of the backup directory's own files");
+    }
+    let seen = match parse(OsStr::new(&format!("FULL-1-{name}"))) {
+        Name::Backup { disk, .. } => disk == name,
+        _ => false,
+    };
+    if !seen || plain && parse(OsStr::new(name)) == Name::Ignored {
+        return refuse("no command would take its images for points");
+    }
+    Ok(name)
+}
+
+/// Characters that do not show, or that change the order of those that do.
+fn is_unseen(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
+            | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            | '\u{e0000}'..='\u{e007f}')
 }
 
 /// The word for a level in file names.
@@ -199,5 +272,54 @@ mod tests {
     fn image_names() {
         assert_eq!(parse_image("INC-17-d.qcow2"), Some((Level::Inc, 17, "d.qcow2")));
         assert_eq!(parse_image("FULL-d.qcow2"), None);
+    }
+
+    #[test]
+    fn names_of_disks() {
+        for good in
+            ["sda", "disk 1.qcow2", ".hidden.qcow2", "f\u{fc}r.img", "FULL-1-x", "a:b", "2026-01"]
+        {
+            assert_eq!(disk(good, false).unwrap(), good);
+        }
+        let long = "x".repeat(201);
+        for bad in [
+            "",
+            ".",
+            "..",
+            "../x",
+            "/abs",
+            "a/b",
+            "a\0b",
+            "a\nb",
+            "a\u{1b}[31m",
+            "a\u{202e}b",
+            "a\u{200b}",
+            ".fleecefs",
+            ".FleeceFS",
+            ".fleecefs-tmp-1",
+            "uuid",
+            "UUID",
+            "a.partial",
+            "a.config",
+            "a.fleece.raw",
+            &long,
+        ] {
+            assert_eq!(disk(bad, false).unwrap_err().kind(), Kind::Unsupported, "{bad:?}");
+        }
+        assert!(disk(".hidden.qcow2", true).is_err());
+    }
+
+    #[test]
+    fn fleece_names() {
+        assert!(is_fleece(&fleece("0123456789ab", 12)));
+        for other in [
+            "fleecefs-0123456789ab-.fleece.raw",
+            "fleecefs-x-1.fleece.raw",
+            "shadow",
+            "fleecefs-0123456789ab-1.fleece.raw.bak",
+            "fleecefs-0123456789ab-1x.fleece.raw",
+        ] {
+            assert!(!is_fleece(other), "{other}");
+        }
     }
 }

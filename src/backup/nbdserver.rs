@@ -2,7 +2,6 @@
 //! that runs already and whose address the user names.
 
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,10 +9,9 @@ use serde_json::{Value, json};
 
 use super::lock::vm_key;
 use super::names::{Role, object};
-use super::publish::{remove_if_there, write_whole};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder};
 use crate::qmp::nbd::Nbd;
-use crate::qmp::socket::shorten;
 use crate::qmp::steps::answer_timeout;
 use crate::qmp::types::Export;
 use crate::qmp::{Address, Client};
@@ -44,7 +42,9 @@ pub fn check_safe(client: &Client, vm: &Value) -> Result<()> {
 /// # Errors
 /// `Busy`, as [`Server::start`].
 pub fn check_free(client: &mut Client, path: &Path, node: &str) -> Result<()> {
-    if path.exists() && Nbd::greets(&Address::Unix(path.to_path_buf()), Duration::from_secs(2)) {
+    if folder::exists(path)
+        && Nbd::greets(&Address::Unix(path.to_path_buf()), Duration::from_secs(2))
+    {
         // A killed run of ours left it.
         return Ok(());
     }
@@ -98,8 +98,8 @@ impl Server {
     pub fn start(client: &mut Client, path: &Path) -> Result<Self> {
         stop_at(client, path)?;
         let answer = if client.has("getfd") && client.takes_descriptors() {
-            let (short, _dir) = shorten(path)?;
-            let listener = UnixListener::bind(short)
+            let listener = Folder::of(path)
+                .and_then(|(folder, name)| folder.listen(name))
                 .map_err(|e| Error::io(e, "cannot make a socket for NBD").at_path(path))?;
             let name = "fleecefs-nbd";
             client.call_with("getfd", json!({"fdname": name}), Some(listener.as_fd()))??;
@@ -124,7 +124,7 @@ impl Server {
         if self.ours {
             client.execute("nbd-server-stop", json!({}))?;
             if let Address::Unix(p) = &self.address {
-                remove_if_there(p)?;
+                remove_socket(p)?;
             }
         }
         Ok(self.ours)
@@ -175,11 +175,16 @@ pub fn stop_left(client: &mut Client, state: &Path, vm: &Address) -> Result<()> 
 
 fn stop_at(client: &mut Client, path: &Path) -> Result<()> {
     let left = Address::Unix(path.to_path_buf());
-    if path.exists() && Nbd::greets(&left, Duration::from_secs(2)) {
+    if folder::exists(path) && Nbd::greets(&left, Duration::from_secs(2)) {
         // Nobody else listens there; another program's server would listen elsewhere.
         client.call("nbd-server-stop", json!({}))?.ok();
     }
-    remove_if_there(path)
+    remove_socket(path)
+}
+
+fn remove_socket(path: &Path) -> Result<()> {
+    let gone = folder::remove_if_there(path).map(drop);
+    gone.map_err(|e| Error::io(e, "cannot remove the socket").at_path(path))
 }
 
 fn export(client: &mut Client, id: &str, node: &str, writable: bool) -> Result<()> {
@@ -224,8 +229,10 @@ pub fn hold(
         export(client, &object(run, Role::ViewExport, *index), &node, false)?;
         list.push(json!({"disk": name, "export": node, "address": server.address.to_string()}));
     }
-    write_whole(&dir.join("ready"), json!(list).to_string().as_bytes())?;
-    while !dir.join("go").exists() {
+    let ready = dir.join("ready");
+    folder::write_whole(&ready, json!(list).to_string().as_bytes())
+        .map_err(|e| Error::io(e, "cannot write the file").at_path(&ready))?;
+    while !folder::exists(&dir.join("go")) {
         client.check_interrupt()?;
         client.pause(Instant::now() + Duration::from_millis(50))?;
     }

@@ -13,6 +13,7 @@ use super::{Options, level, names};
 use crate::chain::Level;
 use crate::chain::manifest::{BitmapInfo, Manifest, Skipped};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 
 /// What will be done.
 #[derive(Debug)]
@@ -188,6 +189,8 @@ fn choose(options: &Options, seen: &Seen, plan: &mut Plan) -> Vec<SeenDisk> {
                 Error::new(Kind::Encrypted, "the disk is encrypted and the backup would not be")
                     .remedy("--allow-plaintext writes it in plain text, --exclude leaves it out");
             plan.refused.push((d.label().into(), e));
+        } else if let Err(e) = names::disk(&d.base_name(), options.layout.no_timestamp) {
+            plan.refused.push((d.label().into(), e));
         } else {
             wanted.push(d.clone());
         }
@@ -225,7 +228,7 @@ fn plan_disk(
     let plain = options.layout.no_timestamp && matches!(plan.level, Level::Full | Level::Copy);
     plan.image =
         if plain { history.tail.clone() } else { format!("{word}-{time}-{}", history.tail) };
-    if plain && plan.dir.join(&plan.image).exists() {
+    if plain && folder::exists(&plan.dir.join(&plan.image)) {
         return Err(Error::new(Kind::Exists, "an image without timestamp is there already")
             .at_path(plan.dir.join(&plan.image)));
     }

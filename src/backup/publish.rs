@@ -2,20 +2,25 @@
 //!
 //! Until then the image is called `.partial`, and its manifest-to-be lies beside the manifests as
 //! that of the `.partial`: whoever finds both after a crash can finish the work.
+//!
+//! The folder may be somebody else's, who can exchange any name in it at any time. So it is opened
+//! once, and the image is looked at, checked, hashed and synced by the descriptor that it was made
+//! with; its name is compared with that before it is renamed and after.
 
-use std::ffi::{OsStr, OsString};
-use std::fs::{File, OpenOptions};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::ffi::OsStr;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::leftover::{self, Made};
 use crate::chain::Level;
-use crate::chain::manifest::{self, Manifest, fingerprint};
+use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Access, EntryKind, FileId, Folder};
 use crate::qemu_img;
 use crate::qmp::steps::step;
+use crate::storage::SourceFile;
 
 /// The name of an image that is not a point yet.
 pub fn partial_name(image: &str) -> String {
@@ -26,11 +31,21 @@ pub fn partial_name(image: &str) -> String {
 ///
 /// # Errors
 /// As [`manifest::write`].
-pub fn announce(dir: &Path, manifest: &Manifest) -> Result<()> {
+pub fn announce(folder: &Folder, manifest: &Manifest) -> Result<()> {
     let mut pending = manifest.clone();
     pending.image = partial_name(&manifest.image);
-    manifest::write(dir, &pending)?;
+    manifest::write(folder.path(), &pending)?;
     Ok(())
+}
+
+/// The folder for manifests, made if it is not there.
+///
+/// # Errors
+/// What the operating system said; a refusal if it is a link.
+pub fn side_folder(folder: &Folder) -> Result<Folder> {
+    folder.make_folder(manifest::FOLDER).map_err(|e| {
+        Error::io(e, "cannot make the folder for manifests").at_path(folder.join(manifest::FOLDER))
+    })
 }
 
 /// Notes where the fleece image of an announced image will be, so that it can be removed even if
@@ -38,34 +53,37 @@ pub fn announce(dir: &Path, manifest: &Manifest) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn note_fleece(dir: &Path, image: &str, fleece: &Path) -> Result<()> {
-    write_whole(&fleece_note(dir, image), fleece.as_os_str().as_bytes())
+pub fn note_fleece(folder: &Folder, image: &str, fleece: &Made) -> Result<()> {
+    let name = fleece_note(image);
+    let side = side_folder(folder)?;
+    let failed = |e| Error::io(e, "cannot write the file").at_path(side.join(&name));
+    side.write_whole(&name, &leftover::note(fleece)).map_err(failed)
 }
 
-fn fleece_note(dir: &Path, image: &str) -> PathBuf {
-    dir.join(manifest::FOLDER).join(format!("{}.fleece", partial_name(image)))
+fn fleece_note(image: &str) -> String {
+    format!("{}.fleece", partial_name(image))
 }
 
-/// Removes a noted fleece image, and the note.
-fn drop_fleece(dir: &Path, image: &str) -> Result<()> {
-    let note = fleece_note(dir, image);
-    let Ok(text) = std::fs::read(&note) else { return Ok(()) };
-    let path = Path::new(OsStr::from_bytes(&text));
-    // The note lies where others may write: nothing but a fleece is ever removed for it.
-    let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
-    let ours = name.starts_with(super::names::PREFIX) && name.ends_with(".fleece.raw");
-    if path.is_absolute() && ours {
-        remove_if_there(path)?;
+/// Removes a noted fleece image, and the note. What cannot be removed is no reason against a point.
+fn drop_fleece(folder: &Folder, image: &str) {
+    let Ok(side) = folder.folder(manifest::FOLDER) else { return };
+    let name = fleece_note(image);
+    let removed = side.read_if_there(&name, leftover::LONGEST_NOTE).and_then(|note| {
+        let Some(note) = note else { return Ok(()) };
+        leftover::remove_noted(&note);
+        side.remove_if_there(&name).map(drop)
+    });
+    if let Err(e) = removed {
+        log::warn!("{}", Error::io(e, "cannot remove the note").at_path(side.join(&name)).report());
     }
-    remove_if_there(&note)
 }
 
 /// What was announced for `image`, if anything.
 ///
 /// # Errors
 /// As [`manifest::read`].
-pub fn announced(dir: &Path, image: &str) -> Result<Option<Manifest>> {
-    let pending = manifest::read(dir, OsStr::new(&partial_name(image)))?;
+pub fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
+    let pending = manifest::read(folder.path(), OsStr::new(&partial_name(image)))?;
     Ok(pending.map(|mut m| {
         m.image = image.to_string();
         m
@@ -76,13 +94,18 @@ pub fn announced(dir: &Path, image: &str) -> Result<Option<Manifest>> {
 ///
 /// # Errors
 /// `Exists` if it is there, `NoSpace`, `Permission`, `Io`.
-pub fn create_image(path: &Path, size: u64, options: &str) -> Result<Held> {
+pub fn create_image(folder: &Folder, image: &str, size: u64, options: &str) -> Result<Held> {
     // Made by us first, so that the mode is right from the start and nothing is overwritten.
-    let held = Held { file: Arc::new(create_private(path)?), path: path.to_path_buf() };
-    let size = size.to_string();
+    let name = partial_name(image);
+    let path = folder.join(&name);
+    let file = folder
+        .create_new(&name)
+        .map_err(|e| Error::io(e, "cannot create the file").at_path(&path))?;
+    let held = Held { file: Arc::new(file), path };
+    let (size, through) = (size.to_string(), folder::path_for_child(&held.file));
     let args = ["create", "-q", "-f", "qcow2", "-o", options].map(OsStr::new);
-    let all = [args.as_slice(), &[path.as_os_str(), OsStr::new(&size)]].concat();
-    qemu_img::output(&all, path).map(|_| held)
+    let all = [args.as_slice(), &[through.as_os_str(), OsStr::new(&size)]].concat();
+    qemu_img::output(&all, &held.path).map(|_| held)
 }
 
 /// An image held open from before anything was written to it. What the operating system could not
@@ -95,19 +118,41 @@ pub struct Held {
 }
 
 impl Held {
-    /// Opens an image that a killed run left. Errors that nobody was told of yet are told here, as
-    /// long as QEMU has it open without syncing it.
+    /// Opens the unfinished image that a killed run left; with `made` it must be that very file.
+    /// Errors that nobody was told of yet are told here, as long as QEMU has it open without
+    /// syncing it.
+    ///
+    /// # Errors
+    /// What the operating system said; `Unsound` if it is another file.
+    pub fn open(folder: &Folder, image: &str, made: Option<FileId>) -> Result<Self> {
+        let name = partial_name(image);
+        let path = folder.join(&name);
+        let failed = |e| Error::io(e, "cannot open the image").at_path(&path);
+        let file = folder.open_with(&name, Access::ReadWrite).map_err(failed)?;
+        let id = FileId::of(&file.metadata().map_err(failed)?);
+        if made.is_some_and(|m| !leftover::agree(m, id)) {
+            return Err(taken(&path));
+        }
+        Ok(Held { file: Arc::new(file), path })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Which file it is.
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn open(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-            .open(path)
-            .map_err(|e| Error::io(e, "cannot open the image").at_path(path))?;
-        Ok(Held { file: Arc::new(file), path: path.to_path_buf() })
+    pub fn id(&self) -> Result<FileId> {
+        let meta = self.file.metadata();
+        Ok(FileId::of(&meta.map_err(|e| self.failed(e, "cannot look at the image"))?))
+    }
+
+    /// Its name at the beginning, for messages, and for a QEMU that takes no descriptors.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Its length now, which grows with what is copied; `None` if it cannot be told.
@@ -120,25 +165,47 @@ impl Held {
     /// # Errors
     /// Something that was ever written to it is lost: the image is worthless.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(|e| {
-            Error::io(e, "the image could not be written to its disk").at_path(&self.path)
-        })
+        let synced = self.file.sync_all();
+        synced.map_err(|e| self.failed(e, "the image could not be written to its disk"))
+    }
+
+    /// [`manifest::fingerprint`] of it.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        fingerprint_of(&self.file).map_err(|e| self.failed(e, "cannot read the image"))
+    }
+
+    /// Fails unless `name` stands for this very file.
+    ///
+    /// # Errors
+    /// `Unsound`, or what the operating system said.
+    pub fn require_name(&self, folder: &Folder, name: &str) -> Result<()> {
+        let path = folder.join(name);
+        match folder.is_same(name, &self.file) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(taken(&path)),
+            Err(e) => Err(Error::io(e, "cannot look at the image").at_path(&path)),
+        }
+    }
+
+    /// To be read like any other image.
+    fn source(&self) -> Result<SourceFile> {
+        let file = folder::reopen(&self.file, Access::Read);
+        let file = file.map_err(|e| self.failed(e, "cannot open the image"))?;
+        SourceFile::of_open(file, self.path.clone())
+    }
+
+    fn failed(&self, e: std::io::Error, what: &str) -> Error {
+        Error::io(e, what).at_path(&self.path)
     }
 }
 
-/// Creates an empty file with mode 0600.
-///
-/// # Errors
-/// `Exists` and the rest of what the operating system says.
-pub fn create_private(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(|e| Error::io(e, "cannot create the file").at_path(path))
+fn taken(path: &Path) -> Error {
+    Error::new(Kind::Unsound, "somebody has put another file in the place of the image")
+        .at_path(path)
+        .remedy("find out who writes to the backup directory")
 }
 
 /// Publishes a complete image that QEMU has closed. `manifest` is completed with what only the
@@ -146,89 +213,80 @@ pub fn create_private(path: &Path) -> Result<File> {
 ///
 /// # Errors
 /// The image is unsound, or something could not be written; then it is no point.
-pub fn publish(dir: &Path, manifest: Manifest, hash: bool) -> Result<Manifest> {
-    let held = Held::open(&dir.join(partial_name(&manifest.image)))?;
-    publish_held(dir, manifest, hash, &held)
-}
-
-/// As [`publish`], of an image that was held open all the time.
-///
-/// # Errors
-/// As [`publish`].
-pub fn publish_held(
-    dir: &Path,
+pub fn publish(
+    folder: &Folder,
     mut manifest: Manifest,
     hash: bool,
     held: &Held,
 ) -> Result<Manifest> {
-    let partial = dir.join(partial_name(&manifest.image));
-    let image = dir.join(&manifest.image);
+    let partial = partial_name(&manifest.image);
     // First of all: what is read below comes out of the page cache, written or not.
     held.sync()?;
-    check(&partial, manifest.virtual_size)?;
+    held.require_name(folder, &partial)?;
+    check(held, manifest.virtual_size)?;
     step("checked");
-    set_time(&held.file, dir, &manifest)?;
+    set_time(held, folder, &manifest)?;
     held.sync()?;
     step("synced");
-    complete(&mut manifest, &partial, hash)?;
+    complete(&mut manifest, held, hash)?;
     // The announcement, now complete, is what a recovery after the rename writes as manifest.
-    announce(dir, &manifest)?;
+    announce(folder, &manifest)?;
     step("announced");
-    rename_new(&partial, &image)?;
+    rename(folder, held, &manifest.image)?;
     step("renamed");
-    sync_dir(dir)?;
-    commit(dir, &manifest)?;
+    sync(folder)?;
+    commit(folder, &manifest)?;
     Ok(manifest)
+}
+
+/// Gives the image its final name, and makes sure that it was the image that got it.
+fn rename(folder: &Folder, held: &Held, image: &str) -> Result<()> {
+    let partial = partial_name(image);
+    held.require_name(folder, &partial)?;
+    let failed = |e| Error::io(e, "cannot rename the image").at_path(folder.join(image));
+    folder.rename_new(&partial, folder, image).map_err(failed)?;
+    held.require_name(folder, image).inspect_err(|_| {
+        // Whatever it is, it came here by our rename and is no point.
+        let _ = folder.remove_if_there(image);
+    })
 }
 
 /// The last step: the manifest, then the announcement goes.
 ///
 /// # Errors
 /// As [`manifest::write`].
-pub fn commit(dir: &Path, manifest: &Manifest) -> Result<()> {
-    manifest::write(dir, manifest)?;
+pub fn commit(folder: &Folder, manifest: &Manifest) -> Result<()> {
+    manifest::write(folder.path(), manifest)?;
     step("committed");
-    drop_fleece(dir, &manifest.image)?;
-    manifest::remove(dir, OsStr::new(&partial_name(&manifest.image)))
+    drop_fleece(folder, &manifest.image);
+    manifest::remove(folder.path(), OsStr::new(&partial_name(&manifest.image)))
 }
 
 /// Removes an image that will not be a point, and its announcement.
 ///
 /// # Errors
 /// What the operating system said.
-pub fn discard(dir: &Path, image: &str) -> Result<()> {
-    drop_fleece(dir, image)?;
-    remove_if_there(&dir.join(partial_name(image)))?;
-    manifest::remove(dir, OsStr::new(&partial_name(image)))
+pub fn discard(folder: &Folder, image: &str) -> Result<()> {
+    drop_fleece(folder, image);
+    discard_image(folder, image)?;
+    manifest::remove(folder.path(), OsStr::new(&partial_name(image)))
 }
 
 /// Removes an unfinished image alone: no recovery can make a point of it then.
 ///
 /// # Errors
 /// What the operating system said.
-pub fn discard_image(dir: &Path, image: &str) -> Result<()> {
-    remove_if_there(&dir.join(partial_name(image)))
+pub fn discard_image(folder: &Folder, image: &str) -> Result<()> {
+    let name = partial_name(image);
+    let gone = folder.remove_if_there(&name).map(drop);
+    gone.map_err(|e| Error::io(e, "cannot remove the image").at_path(folder.join(&name)))
 }
 
-/// Removes a file; that it is not there is fine.
-///
-/// # Errors
-/// What the operating system said.
-pub fn remove_if_there(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io(e, "cannot remove the file").at_path(path))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn complete(m: &mut Manifest, file: &Path, hash: bool) -> Result<()> {
-    let meta = std::fs::metadata(file)
-        .map_err(|e| Error::io(e, "cannot look at the image").at_path(file))?;
-    m.file_size = meta.len();
-    m.fingerprint = Some(fingerprint(file)?);
-    m.blake3 = if hash { Some(crate::hash::file(file)?) } else { None };
+fn complete(m: &mut Manifest, held: &Held, hash: bool) -> Result<()> {
+    let source = held.source()?;
+    m.file_size = source.identity().size;
+    m.fingerprint = Some(held.fingerprint()?);
+    m.blake3 = if hash { Some(crate::hash::whole(&source)?) } else { None };
     Ok(())
 }
 
@@ -236,127 +294,71 @@ fn complete(m: &mut Manifest, file: &Path, hash: bool) -> Result<()> {
 ///
 /// That qemu-img could not look is no verdict: unless the image cannot be read by us either, it may
 /// be as good as any.
-fn check(path: &Path, size: u64) -> Result<()> {
-    let checked = qemu_img::check(path);
-    let info = crate::layer::probe(&crate::storage::SourceFile::look(path)?)?;
+fn check(held: &Held, size: u64) -> Result<()> {
+    let checked = qemu_img::check(&folder::path_for_child(&held.file));
+    let info = crate::layer::probe(&held.source()?)?;
     checked.map_err(|e| match e.kind() {
-        Kind::Peer => {
-            Error::new(Kind::Busy, "the image could not be checked").at_path(path).with_source(e)
-        }
+        Kind::Peer => Error::new(Kind::Busy, "the image could not be checked")
+            .at_path(held.path())
+            .with_source(e),
         _ => e,
     })?;
     if info.virtual_size != size {
         let what = format!("the image has {} bytes, the disk {size}", info.virtual_size);
-        return Err(Error::new(Kind::Unsound, what).at_path(path));
+        return Err(Error::new(Kind::Unsound, what).at_path(held.path()));
     }
     Ok(())
 }
 
 /// Gives the file an mtime after its predecessors': qmprestore sorts by it.
-fn set_time(file: &File, dir: &Path, m: &Manifest) -> Result<()> {
+fn set_time(held: &Held, folder: &Folder, m: &Manifest) -> Result<()> {
     let mut time = SystemTime::now();
-    let list = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    for e in list {
-        let name = e.file_name();
-        if name.as_bytes() == partial_name(&m.image).as_bytes() {
-            continue;
-        }
-        let Ok(meta) = e.metadata() else { continue };
-        if let Ok(t) = meta.modified()
-            && meta.is_file()
-        {
-            time = time.max(t + Duration::from_secs(1));
+    let own = partial_name(&m.image);
+    let list = folder.entries().unwrap_or_default().into_iter();
+    for e in list.filter(|e| e.kind == EntryKind::File && e.name != own.as_str()) {
+        let meta = folder.look(&e.name).ok().filter(|m| m.is_file());
+        if let Some(t) = meta.and_then(|m| m.modified().ok()) {
+            time = time.max(t.checked_add(Duration::from_secs(1)).unwrap_or(t));
         }
     }
-    file.set_modified(time)
-        .map_err(|e| Error::io(e, "cannot set the image's time").at_path(dir.join(&m.image)))
-}
-
-/// Renames without ever replacing another file.
-fn rename_new(from: &Path, to: &Path) -> Result<()> {
-    let c = |p: &Path| {
-        std::ffi::CString::new(p.as_os_str().as_bytes())
-            .map_err(|_| Error::new(Kind::Usage, "a NUL byte in a file name").at_path(p))
-    };
-    let (a, b) = (c(from)?, c(to)?);
-    // SAFETY: two valid C strings.
-    let r = unsafe {
-        libc::renameat2(
-            libc::AT_FDCWD,
-            a.as_ptr(),
-            libc::AT_FDCWD,
-            b.as_ptr(),
-            libc::RENAME_NOREPLACE,
-        )
-    };
-    if r == 0 {
-        return Ok(());
-    }
-    let e = std::io::Error::last_os_error();
-    if matches!(e.raw_os_error(), Some(libc::EINVAL) | Some(libc::ENOSYS)) && !to.exists() {
-        // File systems without RENAME_NOREPLACE; the target's lock keeps others out.
-        return std::fs::rename(from, to)
-            .map_err(|e| Error::io(e, "cannot rename the image").at_path(to));
-    }
-    Err(Error::io(e, "cannot rename the image").at_path(to))
+    held.file.set_modified(time).map_err(|e| held.failed(e, "cannot set the image's time"))
 }
 
 /// Makes what happened to names in a folder survive a power cut.
 ///
 /// # Errors
 /// What the operating system said.
-pub fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir)
-        .and_then(|d| d.sync_all())
-        .map_err(|e| Error::io(e, "cannot sync the folder").at_path(dir))
-}
-
-/// Writes a small file whole or not at all.
-///
-/// # Errors
-/// What the operating system said.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = OsString::from(manifest::TEMPORARY);
-    name.push(path.file_name().unwrap_or_default());
-    let temporary: PathBuf = path.with_file_name(name);
-    remove_if_there(&temporary)?;
-    let mut file = create_private(&temporary)?;
-    std::io::Write::write_all(&mut file, bytes)
-        .and_then(|()| file.sync_all())
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|e| Error::io(e, "cannot write the file").at_path(path))?;
-    path.parent().map_or(Ok(()), sync_dir)
+pub fn sync(folder: &Folder) -> Result<()> {
+    folder.sync().map_err(|e| Error::io(e, "cannot sync the folder").at_path(folder.path()))
 }
 
 /// Makes a folder, and those above it, that only their owner enters, and that survive a power cut.
 ///
 /// # Errors
-/// What the operating system said.
-pub fn make_dir(path: &Path) -> Result<()> {
-    let missing: Vec<&Path> =
-        path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
-    super::lock::make_dir(path)?;
-    for made in missing.iter().rev() {
-        // The parent of a relative path's first part is the empty path.
-        let parent = made.parent().filter(|p| !p.as_os_str().is_empty());
-        match sync_dir(parent.unwrap_or(Path::new("."))) {
-            // A folder may let others make folders in it and not look into it.
-            Err(e) if e.kind() != Kind::Permission => return Err(e),
-            _ => {}
+/// What the operating system said; a refusal if there is a link on the path.
+pub fn make_folders(path: &Path) -> Result<Folder> {
+    folder::make_folders(path).map_err(|e| {
+        let what = Error::io(e, "cannot make the folder").at_path(path);
+        match folder::look(path) {
+            Ok(meta) if meta.is_file() => {
+                Error::new(Kind::Exists, "this is a file").at_path(path).remedy("name a folder")
+            }
+            _ => what,
         }
-    }
-    Ok(())
+    })
 }
 
-/// The kind of link and files that qmpbackup has beside an image without timestamp.
+/// The kind of link and files that qmpbackup has beside an image without timestamp. Only its text
+/// matters: nothing follows it.
 ///
 /// # Errors
 /// What the operating system said.
-pub fn link_plain(dir: &Path, image: &str, level: Level) -> Result<()> {
-    let link = dir.join(format!("{}-{image}", super::names::level_word(level)));
-    remove_if_there(&link)?;
-    std::os::unix::fs::symlink(dir.join(image), &link)
-        .map_err(|e| Error::io(e, "cannot make the link").at_path(&link))
+pub fn link_plain(folder: &Folder, image: &str, level: Level) -> Result<()> {
+    let link = format!("{}-{image}", super::names::level_word(level));
+    folder
+        .remove_if_there(&link)
+        .and_then(|_| folder.make_link(&folder.join(image), &link))
+        .map_err(|e| Error::io(e, "cannot make the link").at_path(folder.join(&link)))
 }
 
 #[cfg(test)]
@@ -366,26 +368,76 @@ mod tests {
     use crate::backup::recover::sweep;
     use crate::chain::manifest::tests::example;
 
+    fn scene() -> (tempfile::TempDir, Folder) {
+        let d = tempfile::tempdir().unwrap();
+        let folder = Folder::open(&d.path().canonicalize().unwrap()).unwrap();
+        (d, folder)
+    }
+
     #[test]
     fn a_damaged_announcement_stops_no_other() {
-        let d = tempfile::tempdir().unwrap();
+        let (d, folder) = scene();
         for image in ["FULL-1-d", "FULL-2-d"] {
-            announce(d.path(), &example(image, Level::Full, None)).unwrap();
+            announce(&folder, &example(image, Level::Full, None)).unwrap();
             std::fs::write(d.path().join(partial_name(image)), "x").unwrap();
         }
         std::fs::write(d.path().join(".fleecefs/FULL-1-d.partial.json"), "{").unwrap();
-        sweep(d.path(), &Quiet).unwrap();
+        sweep(&folder, &Quiet).unwrap();
         assert!(d.path().join("FULL-1-d.partial").exists());
         assert!(!d.path().join("FULL-2-d.partial").exists());
     }
 
     #[test]
-    fn folders_are_made_whole_and_private() {
-        let d = tempfile::tempdir().unwrap();
-        let path = d.path().join("a/b/c");
-        make_dir(&path).unwrap();
-        make_dir(&path).unwrap();
-        let mode = std::fs::metadata(&path).unwrap().permissions();
-        assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o700);
+    fn an_image_with_both_names_is_complete() {
+        let (d, folder) = scene();
+        std::fs::write(d.path().join("FULL-1-d"), "x".repeat(70000)).unwrap();
+        std::fs::hard_link(d.path().join("FULL-1-d"), d.path().join("FULL-1-d.partial")).unwrap();
+        let mut m = example("FULL-1-d", Level::Full, None);
+        m.fingerprint = Some(manifest::fingerprint(&d.path().join("FULL-1-d")).unwrap());
+        announce(&folder, &m).unwrap();
+        sweep(&folder, &Quiet).unwrap();
+        assert!(d.path().join("FULL-1-d").exists() && !d.path().join("FULL-1-d.partial").exists());
+        assert!(manifest::read(d.path(), OsStr::new("FULL-1-d")).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_the_folder_is_said_to_be_one() {
+        let (d, folder) = scene();
+        std::fs::write(d.path().join("T"), "").unwrap();
+        let e = make_folders(&folder.join("T")).unwrap_err();
+        assert!(e.kind() == Kind::Exists && e.report().contains("name a folder"), "{e}");
+    }
+
+    /// Only the file that was made gets the final name, whatever has the name of it now.
+    #[test]
+    fn an_exchanged_image_is_not_published() {
+        let (d, folder) = scene();
+        let make = || {
+            let file = folder.create_new("FULL-1-d.partial").unwrap();
+            Held { file: Arc::new(file), path: folder.join("FULL-1-d.partial") }
+        };
+        let held = make();
+        rename(&folder, &held, "FULL-1-d").unwrap();
+        std::fs::remove_file(d.path().join("FULL-1-d")).unwrap();
+        std::fs::write(d.path().join("victim"), "v").unwrap();
+        for link in [true, false] {
+            let held = make();
+            std::fs::remove_file(held.path()).unwrap();
+            match link {
+                true => std::os::unix::fs::symlink("victim", held.path()).unwrap(),
+                false => std::fs::write(held.path(), "other").unwrap(),
+            }
+            let e = rename(&folder, &held, "FULL-1-d").unwrap_err();
+            assert_eq!(e.kind(), Kind::Unsound);
+            let e = publish(&folder, example("FULL-1-d", Level::Full, None), true, &held);
+            assert_eq!(e.unwrap_err().kind(), Kind::Unsound);
+            assert!(!d.path().join("FULL-1-d").exists());
+            discard_image(&folder, "FULL-1-d").unwrap();
+        }
+        assert_eq!(std::fs::read(d.path().join("victim")).unwrap(), b"v");
+        let made = Some(held.id().unwrap());
+        drop(make());
+        assert_eq!(Held::open(&folder, "FULL-1-d", made).unwrap_err().kind(), Kind::Unsound);
+        Held::open(&folder, "FULL-1-d", None).unwrap();
     }
 }

@@ -7,17 +7,18 @@
 //! A target that is not there (not mounted, an NFS server that is down) does not keep the VM from
 //! being backed up elsewhere: what lies in it stays in the journal until it is there again.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use super::guardian::continue_if_paused;
 use super::journal::{self, DiskRecord, Left, Pending};
+use super::leftover::{self, Made};
 use super::lock::Lock;
-use super::names::Role;
-use super::teardown::{Scope, Torn, runs_in_qemu, teardown_all};
+use super::teardown::{Scope, runs_in_qemu, teardown_all};
 use super::{Watch, bitmap, names, nbdserver, publish};
-use crate::chain::manifest::{self, Manifest, fingerprint};
+use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, EntryKind, FileId, Folder};
 use crate::lock::Locks;
 use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client};
@@ -66,7 +67,7 @@ pub enum Cause<'a> {
 impl Cause<'_> {
     /// Whether a folder that is not there can wait: its file system may not be mounted.
     fn may_wait(&self, dir: &Path) -> bool {
-        let real = |p: &Path| p.canonicalize().unwrap_or_else(|_| p.to_path_buf());
+        let real = |p: &Path| folder::resolve(p).unwrap_or_else(|_| p.to_path_buf());
         match self {
             Cause::OwnEnd => false,
             Cause::Backup(t) => !dir.starts_with(t) && !real(dir).starts_with(real(t)),
@@ -109,11 +110,17 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
         client.check_interrupt()?;
         // It may have come by another of QEMU's sockets.
         let _mark = Lock::run(place.state, run)?;
+        watch.say(&format!("an earlier run ({run}) did not end in order: undoing it"));
         let pending = match journal.run == *run {
             true => journal.clone(),
-            false => Pending { run: run.clone(), ..Default::default() },
+            false => {
+                // What QEMU says about files is not believed.
+                watch.say(
+                    "its journal is not here: the next backup to the same target sees to its files",
+                );
+                Pending { run: run.clone(), ..Default::default() }
+            }
         };
-        watch.say(&format!("an earlier run ({run}) did not end in order: undoing it"));
         match undo(client, &pending, place, watch) {
             Ok(l) => left.extend(l),
             Err(e) => {
@@ -179,25 +186,25 @@ pub fn undo(
     let freed = release_guest(client, pending, place, watch);
     // Open until all is settled: what could not be written to an image is forgotten with the last
     // one that has it open.
-    let partials = pending.disks.iter().map(|d| d.dir.join(publish::partial_name(&d.image)));
-    let _open: Vec<_> = partials.filter_map(|p| publish::Held::open(&p).ok()).collect();
+    let open = |d: &DiskRecord| {
+        let folder = real_folder(&d.dir).ok()??;
+        publish::Held::open(&folder, &d.image, d.image_id).ok()
+    };
+    let _images: Vec<_> = pending.disks.iter().filter_map(open).collect();
+    let _fleeces: Vec<_> = pending.disks.iter().filter_map(|d| leftover::hold(&d.fleece)).collect();
     let scope = Scope { run: &pending.run, index: None };
     let torn = teardown_all(client, scope)?;
     if pending.nbd {
         nbdserver::stop_left(client, place.state, place.vm)?;
     }
     let mut left = Vec::new();
-    for d in known_disks(pending, &torn).into_iter().filter(|d| !torn.stuck.contains(&d.index)) {
+    let disks = pending.disks.iter().filter(|d| !pending.settled.contains(&d.index));
+    for d in disks.filter(|d| !torn.stuck.contains(&d.index)) {
         client.check_interrupt()?;
         let finished = pending.closed.contains(&d.index) || torn.finished.contains(&d.index);
-        let l = Left { disk: d, finished };
+        let l = Left { disk: d.clone(), finished };
         if !settle(Some(client), &l, place, watch)? {
             left.push(l);
-        }
-    }
-    for (_, index, path) in torn.files.iter().filter(|f| f.0 == Role::Fleece) {
-        if !torn.stuck.contains(index) {
-            remove_fleece(path)?;
         }
     }
     freed?;
@@ -250,7 +257,7 @@ fn reach(dir: &Path, cause: Cause<'_>, may_wait: bool) -> Result<Option<Locks>> 
     if cause == Cause::OwnEnd {
         return Ok(None);
     }
-    let real = match dir.canonicalize() {
+    let real = match folder::resolve(dir) {
         Ok(real) => real,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound && !may_wait => return Ok(None),
         Err(e) => return Err(Error::io(e, "cannot reach the folder").at_path(dir)),
@@ -302,33 +309,12 @@ fn thaw(agent: &Address) -> Result<bool> {
     Ok(frozen)
 }
 
-/// The disks of the journal, and those that only QEMU knew of.
-fn known_disks(pending: &Pending, torn: &Torn) -> Vec<DiskRecord> {
-    let open = pending.disks.iter().filter(|d| !pending.settled.contains(&d.index));
-    let mut disks: Vec<DiskRecord> = open.cloned().collect();
-    for (_, index, file) in torn.files.iter().filter(|f| f.0 == Role::Target) {
-        let image = file.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let (Some(image), Some(dir)) = (image.strip_suffix(".partial"), file.parent()) else {
-            continue;
-        };
-        if pending.disks.iter().any(|d| d.index == *index) {
-            continue;
-        }
-        disks.push(DiskRecord {
-            index: *index,
-            dir: dir.to_path_buf(),
-            image: image.to_string(),
-            fleece: PathBuf::new(),
-            node: String::new(),
-            top: String::new(),
-            bitmap: announced_bitmap(dir, image),
-        });
-    }
-    disks
-}
-
-fn announced_bitmap(dir: &Path, image: &str) -> Option<String> {
-    publish::announced(dir, image).ok()??.bitmap.map(|b| b.name)
+/// The folder that a journal names; links on the way to it are followed as on the command line.
+/// `None` if it is not there.
+fn real_folder(dir: &Path) -> Result<Option<Folder>> {
+    let failed = |e| Error::io(e, "cannot open the folder").at_path(dir);
+    let real = folder::absent_is_none(folder::resolve(dir)).map_err(failed)?;
+    real.map(|r| Folder::open(&r)).transpose().map_err(failed)
 }
 
 /// Publishes or removes one disk's image; where it is removed, the bitmap that records since it
@@ -342,10 +328,13 @@ pub fn settle_disk(
     finished: bool,
     watch: &dyn Watch,
 ) -> Result<Fate> {
-    let fate = settle_image(&d.dir, &d.image, finished, watch)?;
+    let fate = match real_folder(&d.dir)? {
+        Some(folder) => settle_image(&folder, &d.image, (finished, d.image_id), watch)?,
+        None => Fate::Removed,
+    };
     match fate {
         Fate::Removed => drop_traces(client, d)?,
-        Fate::Published => remove_fleece(&d.fleece)?,
+        Fate::Published => remove_fleece(d)?,
     }
     say(watch, d, fate.clone());
     Ok(fate)
@@ -357,7 +346,7 @@ fn drop_traces(client: Option<&mut Client>, d: &DiskRecord) -> Result<()> {
         bitmap::remove_everywhere(client, name)?;
         bitmap::remove_everywhere(client, &names::floor(name))?;
     }
-    remove_fleece(&d.fleece)
+    remove_fleece(d)
 }
 
 fn say(watch: &dyn Watch, d: &DiskRecord, fate: Fate) {
@@ -368,37 +357,39 @@ fn say(watch: &dyn Watch, d: &DiskRecord, fate: Fate) {
     }
 }
 
-fn remove_fleece(path: &Path) -> Result<()> {
-    // A descriptor set's name, or none: there is no file to remove.
-    if !path.is_absolute() || path.starts_with("/dev") {
-        return Ok(());
-    }
-    publish::remove_if_there(path)
+fn remove_fleece(d: &DiskRecord) -> Result<()> {
+    leftover::remove_recorded(&Made { path: d.fleece.clone(), id: d.fleece_id })
 }
 
-/// Decides by what is on disk, and by whether the job is known to have `finished`.
+/// Decides by what is on disk, and by whether the job is known to have `finished`. `made` is which
+/// file the image is, if that is known.
 ///
 /// # Errors
 /// The folder cannot be read or written.
-pub fn settle_image(dir: &Path, image: &str, finished: bool, watch: &dyn Watch) -> Result<Fate> {
-    let path = dir.join(image);
-    if manifest::read(dir, image.as_ref())?.is_some() && path.exists() {
-        publish::discard(dir, image)?;
+pub fn settle_image(
+    folder: &Folder,
+    image: &str,
+    (finished, made): (bool, Option<FileId>),
+    watch: &dyn Watch,
+) -> Result<Fate> {
+    finish_rename(folder, image)?;
+    if manifest::read(folder.path(), image.as_ref())?.is_some() && folder.has(image) {
+        publish::discard(folder, image)?;
         return Ok(Fate::Published);
     }
-    let Some(m) = publish::announced(dir, image)? else {
-        publish::discard(dir, image)?;
+    let Some(m) = publish::announced(folder, image)? else {
+        publish::discard(folder, image)?;
         return Ok(Fate::Removed);
     };
     // The announcement is completed after the image was closed, checked and synced.
     let checked = m.fingerprint.is_some();
-    let partial = dir.join(publish::partial_name(image));
-    let done = if partial.exists() && (finished || checked) {
-        publish::publish(dir, m, true).map(drop)
-    } else if path.exists() && checked {
-        adopt(dir, m, &path)
+    let done = if folder.has(publish::partial_name(image)) && (finished || checked) {
+        publish::Held::open(folder, image, made)
+            .and_then(|held| publish::publish(folder, m, true, &held).map(drop))
+    } else if folder.has(image) && checked {
+        adopt(folder, m)
     } else {
-        publish::discard(dir, image)?;
+        publish::discard(folder, image)?;
         return Ok(Fate::Removed);
     };
     match done {
@@ -407,9 +398,24 @@ pub fn settle_image(dir: &Path, image: &str, finished: bool, watch: &dyn Watch) 
         Err(e) if is_no_verdict(e.kind()) => Err(e),
         Err(e) => {
             watch.warn(&format!("{} is no good: {}", path_text(&image), e.report()));
-            publish::discard(dir, image)?;
+            publish::discard(folder, image)?;
             Ok(Fate::Removed)
         }
+    }
+}
+
+/// Where renaming is done by a second name (see [`Folder::rename_new`]) both may be there.
+fn finish_rename(folder: &Folder, image: &str) -> Result<()> {
+    let partial = publish::partial_name(image);
+    if !(folder.has(&partial) && folder.has(image)) {
+        return Ok(());
+    }
+    match folder.rename_new(&partial, folder, image) {
+        // Another file has the final name: that is for later.
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(Error::io(e, "cannot rename the image").at_path(folder.join(image)))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -419,15 +425,36 @@ fn is_no_verdict(kind: Kind) -> bool {
 }
 
 /// An image that was renamed, whose manifest was not yet written.
-fn adopt(dir: &Path, m: Manifest, path: &Path) -> Result<()> {
-    let same = m.fingerprint.as_deref() == Some(fingerprint(path)?.as_str());
-    if !same {
-        publish::remove_if_there(path)?;
-        return Err(crate::error::Error::new(Kind::Unsound, "it changed after it was published")
-            .at_path(path));
+fn adopt(folder: &Folder, m: Manifest) -> Result<()> {
+    let path = folder.join(&m.image);
+    let print = folder.open_file(&m.image).and_then(|f| fingerprint_of(&f));
+    let print = print.map_err(|e| Error::io(e, "cannot read the image").at_path(&path))?;
+    if m.fingerprint.as_deref() != Some(print.as_str()) {
+        let gone = folder.remove_if_there(&m.image);
+        gone.map_err(|e| Error::io(e, "cannot remove the image").at_path(&path))?;
+        return Err(Error::new(Kind::Unsound, "it changed after it was published").at_path(path));
     }
-    publish::sync_dir(dir)?;
-    publish::commit(dir, &m)
+    publish::sync(folder)?;
+    publish::commit(folder, &m)
+}
+
+/// [`sweep`] of a target, or its folder of the month, and of each disk's folder in it.
+///
+/// # Errors
+/// As [`settle_image`].
+pub fn sweep_all(base: &Path, watch: &dyn Watch) -> Result<()> {
+    let failed = |e| Error::io(e, "cannot read the target").at_path(base);
+    let base = Folder::open(base).map_err(failed)?;
+    sweep(&base, watch)?;
+    for e in base.entries().map_err(failed)? {
+        if e.kind == EntryKind::Folder
+            && e.name != manifest::FOLDER
+            && let Ok(folder) = base.folder(&e.name)
+        {
+            sweep(&folder, watch)?;
+        }
+    }
+    Ok(())
 }
 
 /// Settles what runs of other VMs or lost journals left in a target's folder. The target's lock
@@ -435,16 +462,19 @@ fn adopt(dir: &Path, m: Manifest, path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// As [`settle_image`].
-pub fn sweep(dir: &Path, watch: &dyn Watch) -> Result<()> {
-    let folder = dir.join(manifest::FOLDER);
-    let Ok(list) = std::fs::read_dir(&folder) else { return Ok(()) };
-    for e in list.flatten() {
-        let Ok(name) = e.file_name().into_string() else { continue };
+pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
+    let failed = |e| Error::io(e, "cannot read the folder").at_path(folder.path());
+    let side = folder::absent_is_none(folder.folder(manifest::FOLDER)).map_err(failed)?;
+    let Some(side) = side else { return Ok(()) };
+    let Ok(list) = side.entries() else { return Ok(()) };
+    folder::sweep(folder, &[]).and_then(|_| folder::sweep(&side, &[])).map_err(failed)?;
+    for e in list {
+        let Ok(name) = e.name.into_string() else { continue };
         if name.starts_with(manifest::TEMPORARY) {
-            publish::remove_if_there(&e.path())?;
+            side.remove_if_there(&name).map_err(failed)?;
         }
         let Some(image) = name.strip_suffix(".partial.json") else { continue };
-        let fate = match settle_image(dir, image, false, watch) {
+        let fate = match settle_image(folder, image, (false, None), watch) {
             Ok(f) => f,
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
                 // Of one disk, and perhaps of a newer version: it must not stop the others.
@@ -458,7 +488,7 @@ pub fn sweep(dir: &Path, watch: &dyn Watch) -> Result<()> {
             Err(e) => return Err(e),
         };
         let done = if fate == Fate::Published { "published" } else { "removed" };
-        watch.say(&format!("{}: an unfinished image, {done}", path_text(&dir.join(image))));
+        watch.say(&format!("{}: an unfinished image, {done}", path_text(&folder.join(image))));
     }
     Ok(())
 }

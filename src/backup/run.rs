@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use super::control::{Control, Shared, Status};
 use super::folders::TargetId;
 use super::journal::{Journal, Record};
-use super::lock::Lock;
+use super::lock::{Lock, real_path, state_folder};
 use super::plan::Inputs;
 use super::recover::{Cause, Place};
 use super::report::Report;
@@ -33,6 +33,7 @@ use super::{
 use crate::chain::manifest::Consistency;
 use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder, ForeignOwner};
 use crate::lock::Locks;
 use crate::qmp::Client;
 use crate::text::path_text;
@@ -44,7 +45,13 @@ use crate::text::path_text;
 pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) -> Result<Report> {
     let config = vm::read_config(&options.config)?;
     // A link on the way to the socket may change, and the socket goes with QEMU.
-    let options = &Options { qmp: options.qmp.resolved(), ..options.clone() };
+    let options = &Options {
+        qmp: options.qmp.resolved(),
+        // Links are followed once, and from here on no more.
+        state_dir: state_folder(&options.state_dir)?.path().to_path_buf(),
+        target: real_path(&options.target, "the backup directory")?,
+        ..options.clone()
+    };
     let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
     let mut client = Client::connect_until(&options.qmp, interrupt.clone())?;
     client.require(&[
@@ -76,10 +83,10 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     };
     recover::recover(&mut client, place, watch)?;
     let base = base_dir(options);
-    if !base.exists() {
+    if !folder::exists(&base) {
         watch.say(&format!("{}: a new folder for backups", path_text(&base)));
     }
-    publish::make_dir(&base)?;
+    tell_owner(&publish::make_folders(&base)?, watch);
     let _target_lock = target_lock(options, &base)?;
     let target = TargetId::of(&options.target, &base, options.level != LevelWish::Copy)?;
     let first = Record::Begin {
@@ -107,6 +114,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         chains: HashMap::new(),
         config,
         reserves: Reserves::default(),
+        fleeces: HashMap::new(),
     };
     let result = r.execute();
     r.finish(result)
@@ -167,14 +175,23 @@ fn is_blind(client: &Client) -> bool {
 
 /// The lock that prune and the verbs take as well.
 fn target_lock(options: &Options, base: &Path) -> Result<Locks> {
-    let real = |p: &Path| {
-        p.canonicalize().map_err(|e| Error::io(e, "cannot find the backup directory").at_path(p))
-    };
-    let (root, base) = (real(&options.target)?, real(base)?);
-    let locks = Locks::take(&root)?;
+    let locks = Locks::take(&options.target)?;
     // What lies on files that are about to go, or to be replaced, must not get a child.
-    unfinished::refuse(&base)?;
+    unfinished::refuse(base)?;
     Ok(locks)
+}
+
+/// A backup in a folder that somebody else may change is as good as he lets it be.
+fn tell_owner(base: &Folder, watch: &dyn Watch) {
+    let whose = match folder::foreign_owner(base) {
+        Ok(Some(ForeignOwner::User(uid))) => format!("belongs to user {uid}"),
+        Ok(Some(ForeignOwner::Others)) => "may be written to by other users".to_string(),
+        _ => return,
+    };
+    watch.warn(&format!(
+        "{}: the backup directory {whose}: whoever may write there can damage the backups in it",
+        path_text(base.path())
+    ));
 }
 
 /// The target, or its folder of this month.

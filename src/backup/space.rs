@@ -1,12 +1,14 @@
 //! Whether there is room, before anything is begun.
 
 use std::collections::HashMap;
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
+use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::StatVfs;
+
 use crate::error::{Error, Kind, Result};
+use crate::folder::{Folder, absent_is_none};
 use crate::units::human_bytes;
 
 /// The least that must be free for a fleece, whatever the guest writes.
@@ -16,39 +18,52 @@ const FLEECE_MIN: u64 = 16 << 20;
 /// between two looks.
 const RESERVE_MAX: u64 = 1 << 30;
 
-/// Bytes that an unprivileged user may still write where `path` (or its closest existing folder)
-/// is.
-///
-/// # Errors
-/// What the operating system said.
-pub fn available(path: &Path) -> Result<u64> {
-    Ok(room(path)?.0)
+/// The space on one file system, by an open file or folder on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Space {
+    /// Which file system it is.
+    device: u64,
+    /// Bytes that an unprivileged user may still write.
+    free: u64,
+    /// All bytes.
+    all: u64,
+    /// What was looked at, for messages.
+    path: PathBuf,
 }
 
-fn existing(path: &Path) -> &Path {
-    path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
-}
-
-/// Free bytes, and all bytes.
-fn room(path: &Path) -> Result<(u64, u64)> {
-    let dir = existing(path);
-    let name = CString::new(dir.as_os_str().as_bytes())
-        .map_err(|_| Error::new(Kind::Usage, "a NUL byte in a file name").at_path(dir))?;
-    // SAFETY: all zeros is a valid statvfs; name is a C string.
-    let mut s: libc::statvfs = unsafe { std::mem::zeroed() };
-    if unsafe { libc::statvfs(name.as_ptr(), &mut s) } != 0 {
-        return Err(
-            Error::io(std::io::Error::last_os_error(), "cannot see the free space").at_path(dir)
-        );
+impl Space {
+    /// Where `path` (or the closest folder above it that is there) is.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn at(path: &Path) -> Result<Self> {
+        let failed = |e| Error::io(e, "cannot see the free space").at_path(path);
+        let path = std::path::absolute(path).map_err(failed)?;
+        for dir in path.ancestors() {
+            if let Some(folder) = absent_is_none(Folder::open(dir)).map_err(failed)? {
+                let device = folder.metadata().map_err(failed)?.dev();
+                return Ok(Self::new(device, folder.space().map_err(failed)?, dir));
+            }
+        }
+        Err(failed(std::io::ErrorKind::NotFound.into()))
     }
-    Ok((s.f_bavail.saturating_mul(s.f_frsize), s.f_blocks.saturating_mul(s.f_frsize)))
-}
 
-/// Which file system a path (or its closest existing folder) is on.
-fn device(path: &Path) -> Result<u64> {
-    let dir = existing(path);
-    let meta = std::fs::metadata(dir);
-    Ok(meta.map_err(|e| Error::io(e, "cannot see the file system").at_path(dir))?.dev())
+    /// Where an open file is; `path` is for messages.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn of(file: &File, path: &Path) -> Result<Self> {
+        let failed = |e| Error::io(e, "cannot see the free space").at_path(path);
+        let device = file.metadata().map_err(failed)?.dev();
+        let space = rustix::fs::fstatvfs(file).map_err(|e| failed(e.into()))?;
+        Ok(Self::new(device, space, path))
+    }
+
+    fn new(device: u64, s: StatVfs, path: &Path) -> Self {
+        let bytes = |blocks: u64| blocks.saturating_mul(s.f_frsize);
+        let (free, all) = (bytes(s.f_bavail), bytes(s.f_blocks));
+        Space { device, free, all, path: path.to_path_buf() }
+    }
 }
 
 /// What a run is going to write, file system by file system.
@@ -58,17 +73,17 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Claims room for one disk, in all places or in none: folder, bytes, and what for.
+    /// Claims space for one disk, in all places or in none: where, bytes, and what for.
     ///
     /// # Errors
     /// `NoSpace` if it is not free, or is claimed already; or what the operating system said.
-    pub fn take(&mut self, claims: &[(&Path, u64, &str)]) -> Result<()> {
+    pub fn take(&mut self, claims: &[(Space, u64, &str)]) -> Result<()> {
         let mut claimed = self.claimed.clone();
-        for (dir, need, what) in claims {
-            let sum = claimed.entry(device(dir)?).or_default();
+        for (space, need, what) in claims {
+            let sum = claimed.entry(space.device).or_default();
             let before = *sum;
             *sum = sum.saturating_add(*need);
-            require(dir, *need, before, what)?;
+            require(space, *need, before, what)?;
         }
         self.claimed = claimed;
         Ok(())
@@ -84,36 +99,20 @@ pub struct Reserves {
 impl Reserves {
     /// A fleece will be made: fixes the reserve of its file system, a twentieth of it, if that has
     /// none yet. Where less than twice that is free the user wants it so, and it is half of that.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn note(&mut self, fleece: &Path) -> Result<()> {
-        let dir = fleece.parent().unwrap_or(Path::new("/"));
-        let (free, all) = room(dir)?;
-        self.of.entry(device(dir)?).or_insert((all / 20).min(RESERVE_MAX).min(free / 2));
-        Ok(())
+    pub fn note(&mut self, fleece: &Space) {
+        let reserve = (fleece.all / 20).min(RESERVE_MAX).min(fleece.free / 2);
+        self.of.entry(fleece.device).or_insert(reserve);
     }
 
-    /// The largest of the fleeces on a file system that has fallen below its reserve.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn worst<'a>(&self, fleeces: impl Iterator<Item = &'a Path>) -> Result<Option<PathBuf>> {
-        let mut worst: Option<(u64, &Path)> = None;
-        for f in fleeces {
-            let Some(reserve) = self.of.get(&device(f)?) else { continue };
-            if available(f)? < *reserve {
-                let size = std::fs::metadata(f).map_or(0, |m| m.blocks());
-                worst = worst.max(Some((size, f)));
-            }
-        }
-        Ok(worst.map(|(_, f)| f.to_path_buf()))
+    /// Whether the file system of a fleece has fallen below its reserve.
+    pub fn is_short(&self, fleece: &Space) -> bool {
+        self.of.get(&fleece.device).is_some_and(|reserve| fleece.free < *reserve)
     }
 }
 
 /// Fails with `NoSpace` if fewer than `need` bytes are free for `what` beside `others`.
-fn require(dir: &Path, need: u64, others: u64, what: &str) -> Result<()> {
-    let free = available(dir)?;
+fn require(space: &Space, need: u64, others: u64, what: &str) -> Result<()> {
+    let free = space.free;
     if free >= need.saturating_add(others) {
         return Ok(());
     }
@@ -122,7 +121,9 @@ fn require(dir: &Path, need: u64, others: u64, what: &str) -> Result<()> {
     if others > 0 {
         text.push_str(&format!(", of which this run needs {} elsewhere", human_bytes(others)));
     }
-    Err(Error::new(Kind::NoSpace, text).at_path(dir).remedy("--no-space-check begins anyway"))
+    Err(Error::new(Kind::NoSpace, text)
+        .at_path(&space.path)
+        .remedy("--no-space-check begins anyway"))
 }
 
 /// What an image of `copied` bytes takes compressed: half, by experience. It is not known before,
@@ -143,28 +144,29 @@ mod tests {
     #[test]
     fn the_needs_of_all_disks_on_one_file_system_are_added_up() {
         let d = tempfile::tempdir().unwrap();
-        let (a, b) = (d.path().join("not/yet/there"), d.path().to_path_buf());
+        let dir = d.path().canonicalize().unwrap();
+        let a = || Space::at(&dir.join("not/yet/there")).unwrap();
+        let b = || Space::of(&tempfile::tempfile_in(&dir).unwrap(), &dir).unwrap();
         // Other processes use the file system too: a third and two halves leave room for that.
-        let free = available(&b).unwrap();
+        let free = a().free;
         let mut budget = Budget::default();
-        budget.take(&[(&a, free / 3, "a"), (&b, free / 3, "b")]).unwrap();
-        let e = budget.take(&[(&b, free / 6, "c"), (&a, free / 2, "d")]).unwrap_err();
+        budget.take(&[(a(), free / 3, "a"), (b(), free / 3, "b")]).unwrap();
+        let e = budget.take(&[(b(), free / 6, "c"), (a(), free / 2, "d")]).unwrap_err();
         assert!(e.kind() == Kind::NoSpace && e.report().contains("d needs about"), "{e}");
         // What did not fit claims nothing.
-        budget.take(&[(&b, free / 6, "e")]).unwrap();
+        budget.take(&[(b(), free / 6, "e")]).unwrap();
     }
 
     #[test]
-    fn the_largest_fleece_is_given_up_below_the_reserve() {
-        let d = tempfile::tempdir().unwrap();
-        let (small, large) = (d.path().join("s"), d.path().join("l"));
-        std::fs::write(&small, "x").unwrap();
-        std::fs::write(&large, vec![1; 1 << 20]).unwrap();
-        let list = || [large.as_path(), small.as_path()].into_iter();
+    fn a_file_system_below_its_reserve_is_short() {
+        let space = |free| Space { device: 1, free, all: 1 << 30, path: PathBuf::new() };
         let mut r = Reserves::default();
-        r.note(&small).unwrap();
-        assert_eq!(r.worst(list()).unwrap(), None);
-        r.of.values_mut().for_each(|v| *v = u64::MAX);
-        assert_eq!(r.worst(list()).unwrap(), Some(large.clone()));
+        assert!(!r.is_short(&space(0)));
+        r.note(&space(1 << 29));
+        r.note(&space(0));
+        assert!(!r.is_short(&space((1 << 30) / 20)) && r.is_short(&space((1 << 30) / 20 - 1)));
+        let other = Space { device: 2, ..space(10) };
+        r.note(&other);
+        assert!(!r.is_short(&other) && r.is_short(&Space { free: 4, ..other }));
     }
 }

@@ -4,12 +4,11 @@
 //! refuses for one disk does not stand in the way of the others.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::fleece::{close_image, empty, plug, reopen, reopen_options};
+use super::fleece::{close_image, plug, reopen, reopen_options};
 use super::names::{Role, parse_object};
 use super::seen::{Answers, Insertion};
 use crate::error::{Error, Kind, Result};
@@ -47,10 +46,6 @@ impl Scope<'_> {
 pub struct Torn {
     /// Disks whose job had finished without error, and whose image QEMU has now closed.
     pub finished: Vec<usize>,
-    /// Files of target and fleece nodes, by disk.
-    pub files: Vec<(Role, usize, PathBuf)>,
-    /// Whether there was anything.
-    pub any: bool,
     /// Disks of which something is still there.
     pub stuck: BTreeSet<usize>,
     /// The first refusal.
@@ -125,8 +120,6 @@ fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let jobs = end_jobs(client, scope, &mut torn)?;
     end_exports(client, scope, &mut torn)?;
     let answers = Answers::ask(client)?;
-    note_files(&answers, scope, &mut torn);
-    torn.any |= !jobs.is_empty();
     take_off(client, &answers, scope, &mut torn)?;
     // The target first, then its job: a job that is still listed says that its image may not be
     // closed yet, one that is gone has left a closed image.
@@ -172,14 +165,6 @@ fn take_off(
     delete(client, answers, scope, Role::Snapshot, torn)?;
     unplug(client, answers, scope, torn)?;
     delete(client, answers, scope, Role::Filter, torn)?;
-    for n in &answers.nodes {
-        let Some((Role::Fleece, index)) = scope.role(&n.node_name) else { continue };
-        let path = Path::new(&n.file);
-        if !torn.stuck.contains(&index) && path.is_absolute() && !path.starts_with("/dev") {
-            // What is not emptied is closed all the same, only slower.
-            let _ = empty(path).inspect_err(|e| log::warn!("{}", e.report()));
-        }
-    }
     delete(client, answers, scope, Role::Fleece, torn)
 }
 
@@ -232,17 +217,6 @@ fn drop_descriptors(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> R
         }
     }
     Ok(())
-}
-
-fn note_files(answers: &Answers, scope: Scope<'_>, torn: &mut Torn) {
-    for n in &answers.nodes {
-        if let Some((role, index)) = scope.role(&n.node_name) {
-            torn.any = true;
-            if matches!(role, Role::Target | Role::Fleece) {
-                torn.files.push((role, index, PathBuf::from(&n.file)));
-            }
-        }
-    }
 }
 
 /// Cancels jobs and waits until they have concluded; gives those that have.

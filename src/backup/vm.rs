@@ -1,12 +1,13 @@
 //! What is kept about the guest beside its disks.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::publish::{make_dir, write_whole};
+use super::publish::side_folder;
 use crate::chain::manifest::{ConfigFile, FOLDER};
 use crate::error::{Error, Result};
+use crate::folder::{self, Folder};
 use crate::qmp::Client;
 use crate::qmp::budget;
 
@@ -68,6 +69,9 @@ impl Described {
     }
 }
 
+/// The largest file that is kept with a backup: a description of a guest, in bytes.
+const LARGEST: u64 = 16 << 20;
+
 /// Reads the files given with `--config`: before anything is begun, so that a wrong name costs no
 /// backup.
 ///
@@ -75,7 +79,8 @@ impl Described {
 /// One cannot be read.
 pub fn read_config(files: &[PathBuf]) -> Result<Vec<(PathBuf, Vec<u8>)>> {
     let read = |p: &PathBuf| {
-        let bytes = std::fs::read(p)
+        let bytes = folder::resolve(p)
+            .and_then(|real| folder::read_small(&real, LARGEST))
             .map_err(|e| Error::io(e, "cannot read the file given with --config").at_path(p))?;
         Ok((p.clone(), bytes))
     };
@@ -86,13 +91,19 @@ pub fn read_config(files: &[PathBuf]) -> Result<Vec<(PathBuf, Vec<u8>)>> {
 ///
 /// # Errors
 /// One cannot be written.
-pub fn keep_config(files: &[(PathBuf, Vec<u8>)], dir: &Path, run: &str) -> Result<Vec<ConfigFile>> {
+pub fn keep_config(
+    files: &[(PathBuf, Vec<u8>)],
+    folder: &Folder,
+    run: &str,
+) -> Result<Vec<ConfigFile>> {
     let mut kept = Vec::new();
     for (n, (path, bytes)) in files.iter().enumerate() {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let stored = format!("{FOLDER}/config-{run}-{n}-{name}");
-        make_dir(&dir.join(FOLDER))?;
-        write_whole(&dir.join(&stored), bytes)?;
+        let name = format!("config-{run}-{n}-{name}");
+        let side = side_folder(folder)?;
+        side.write_whole(&name, bytes)
+            .map_err(|e| Error::io(e, "cannot write the file").at_path(side.join(&name)))?;
+        let stored = format!("{FOLDER}/{name}");
         kept.push(ConfigFile {
             path: path.display().to_string(),
             blake3: blake3::hash(bytes).to_hex().to_string(),

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::conclude::failure;
 use super::control::{DiskStatus, Shared};
 use super::disk::job_error;
+use super::fleece::Fleece;
 use super::folders::TargetId;
 use super::journal::{DiskRecord, Journal, Pending, Record};
 use super::moment::{Insert, Scene};
@@ -23,13 +24,14 @@ use super::seen::{Answers, survey};
 use super::space::Reserves;
 use super::teardown::{Scope, teardown};
 use super::zeros::ChainData;
-use super::{Options, StopWish, Watch, fleece, folders, moment, names, now, plan, recover};
+use super::{Options, StopWish, Watch, folders, moment, names, now, plan, recover};
 use super::{nbdserver, publish, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{
     Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
 };
 use crate::error::{Error, Kind, Result};
+use crate::folder::Folder;
 use crate::progress::{Position, Progress};
 use crate::qmp::Client;
 use crate::qmp::steps::step;
@@ -59,6 +61,8 @@ pub struct Run<'a> {
     pub(super) config: Vec<(PathBuf, Vec<u8>)>,
     /// What must stay free where fleece images are.
     pub(super) reserves: Reserves,
+    /// The fleece images by the disk's number, held open until QEMU has closed them.
+    pub(super) fleeces: HashMap<usize, Fleece>,
 }
 
 /// A disk on its way.
@@ -68,6 +72,8 @@ pub struct Active {
     pub(super) record: DiskRecord,
     pub(super) manifest: Manifest,
     pub(super) chain: Option<ChainData>,
+    /// Its folder in the target, open from then on.
+    pub(super) folder: Option<Arc<Folder>>,
     /// The image, open from its beginning to its end.
     pub(super) held: Option<Held>,
     pub(super) progress: Arc<dyn Progress>,
@@ -93,6 +99,17 @@ pub enum State {
 impl Active {
     pub(super) fn going(&self) -> bool {
         matches!(self.state, State::Going)
+    }
+
+    /// Its folder.
+    pub(super) fn folder(&self) -> Result<&Arc<Folder>> {
+        let folder = self.folder.as_ref();
+        folder.ok_or_else(|| Error::new(Kind::Io, "the folder is not open").at_path(&self.plan.dir))
+    }
+
+    /// Its image.
+    pub(super) fn held(&self) -> Result<&Held> {
+        self.held.as_ref().ok_or_else(|| Error::new(Kind::Io, "the image is not open"))
     }
 
     pub(super) fn syncing(&self) -> bool {
@@ -230,7 +247,7 @@ impl Run<'_> {
     fn plan(&mut self) -> Result<Plan> {
         let seen = survey(&Answers::ask(&mut self.client)?);
         self.vm = Arc::new(vm::describe(&mut self.client)?);
-        self.sweep()?;
+        recover::sweep_all(&self.base, self.watch)?;
         let mut unsound: Vec<Unsound> = Vec::new();
         // One time for all plans: it is in the images' names.
         let time = now();
@@ -305,16 +322,6 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn sweep(&self) -> Result<()> {
-        recover::sweep(&self.base, self.watch)?;
-        let list = std::fs::read_dir(&self.base)
-            .map_err(|e| Error::io(e, "cannot read the target").at_path(&self.base))?;
-        for e in list.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
-            recover::sweep(&e.path(), self.watch)?;
-        }
-        Ok(())
-    }
-
     fn announce_plan(&self, plan: &Plan) {
         for s in &plan.skipped {
             self.watch.say(&format!("{}: left out: {}", s.disk, s.reason));
@@ -360,13 +367,16 @@ impl Run<'_> {
                     index,
                     dir: p.dir.clone(),
                     image: p.image.clone(),
-                    fleece: fleece::fleece_path(&self.options.copy, p, &self.run, index),
+                    fleece: PathBuf::new(),
                     node: p.disk.node.clone(),
                     top: p.disk.top.clone(),
                     bitmap: p.new_bitmap.as_ref().map(|b| b.name.clone()),
+                    image_id: None,
+                    fleece_id: None,
                 },
                 manifest: self.manifest(p, plan, &vm, &version),
                 chain: None,
+                folder: None,
                 held: None,
                 progress: self.watch.disk(p.disk.label()),
                 shown: 0,
@@ -410,6 +420,7 @@ impl Run<'_> {
 
     fn copy_all(&mut self, disks: &mut [Active]) -> Result<()> {
         self.phase("preparing");
+        self.each(disks, Self::place_fleece)?;
         self.check_space(disks)?;
         self.each(disks, Self::prepare)?;
         self.phase("taking the moment");
@@ -459,6 +470,8 @@ impl Run<'_> {
 
     fn give_up(&mut self, d: &Active) -> Result<()> {
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
+        // Not before: QEMU's closing of a large file takes time if nobody else has it open.
+        self.fleeces.remove(&d.index);
         recover::settle_disk(Some(&mut self.client), &d.record, false, &super::Quiet)?;
         self.journal.write(&Record::Settled(d.index))
     }
@@ -492,7 +505,7 @@ impl Run<'_> {
             d.manifest.time = time;
             d.manifest.consistency = self.consistency.clone();
             // Who finishes this point after a crash knows no more than what is announced.
-            if let Err(e) = publish::announce(&d.plan.dir, &d.manifest) {
+            if let Err(e) = d.folder().and_then(|f| publish::announce(f, &d.manifest)) {
                 unwritten.push((d.index, e));
             }
         }

@@ -118,8 +118,11 @@ pub struct StateArgs {
 
 impl StateArgs {
     /// The folder.
-    pub fn dir(&self) -> PathBuf {
-        self.state_dir.clone().unwrap_or_else(lock::default_state_dir)
+    ///
+    /// # Errors
+    /// As [`lock::default_state_dir`].
+    pub fn dir(&self) -> Result<PathBuf> {
+        self.state_dir.clone().map_or_else(lock::default_state_dir, Ok)
     }
 }
 
@@ -212,7 +215,8 @@ struct MomentArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Copying")]
 struct CopyArgs {
-    /// Where the fleece images go [default: beside each disk]
+    /// Where the fleece images go [default: the file system of each disk's file, without a name
+    /// there; where that is not possible, the target]
     #[arg(long, value_name = "DIR")]
     fleece_dir: Option<PathBuf>,
 
@@ -324,7 +328,7 @@ impl BackupArgs {
             strict: self.strict,
             allow_plaintext: self.allow_plaintext,
             config: self.config.clone(),
-            state_dir: absolute(&self.state.dir())?,
+            state_dir: absolute(&self.state.dir()?)?,
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
         })

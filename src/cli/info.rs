@@ -92,8 +92,9 @@ pub fn run(args: InfoArgs) -> Result<()> {
 
 fn connect(common: &Common) -> Result<Client> {
     let vm = Address::parse(&common.qmp)?;
+    let runs = || control::ask(&common.state.dir().ok()?, &vm, "status").ok()?;
     Client::connect(&vm).map_err(|e| match e.kind() {
-        Kind::Busy if matches!(control::ask(&common.state.dir(), &vm, "status"), Ok(Some(_))) => {
+        Kind::Busy if runs().is_some() => {
             Error::new(Kind::Busy, "a backup of this VM is running and holds the socket")
                 .remedy("fleecefs info status shows it")
         }
@@ -181,7 +182,7 @@ pub fn not_running(vm: &Address) -> Error {
 
 fn status(common: &Common) -> Result<String> {
     let vm = Address::parse(&common.qmp)?;
-    let found = control::ask(&common.state.dir(), &vm, "status")?;
+    let found = control::ask(&common.state.dir()?, &vm, "status")?;
     if common.json {
         return output::json_pretty(&found);
     }
@@ -206,9 +207,9 @@ fn status(common: &Common) -> Result<String> {
 /// QEMU cannot be reached or refuses.
 pub fn cleanup(args: CleanupArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
-    let _lock = Lock::vm(&args.state.dir(), &vm)?;
+    let _lock = Lock::vm(&args.state.dir()?, &vm)?;
     let mut client = Client::connect(&vm)?;
-    let _qemu_lock = Lock::qemu(&args.state.dir(), &client)?;
+    let _qemu_lock = Lock::qemu(&args.state.dir()?, &client)?;
     let choice = Choice { uuid: args.uuid, all: args.all, foreign: args.foreign };
     let mut text = String::new();
     for b in info::bitmaps(&mut client)?.iter().filter(|b| choice.takes(b)) {

@@ -18,6 +18,7 @@
 
 #![allow(clippy::disallowed_methods)]
 
+mod held;
 mod lock;
 mod name;
 mod open;
@@ -34,6 +35,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 
+pub use held::{path_for_child, reopen};
 pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use owner::{ForeignOwner, check_private, foreign_owner};

@@ -125,7 +125,7 @@ pub fn proc_path(fd: RawFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{fd}"))
 }
 
-fn through_proc(probe: &File, access: Access) -> io::Result<File> {
+pub(super) fn through_proc(probe: &File, access: Access) -> io::Result<File> {
     OpenOptions::new()
         .read(access != Access::Write)
         .write(access != Access::Read)

@@ -245,3 +245,36 @@ fn a_lock_is_exclusive_and_goes_with_its_holder() {
     drop(held);
     assert!(folder.lock("lock").unwrap().is_some());
 }
+
+#[test]
+fn a_file_without_a_name_is_opened_again_and_gets_none() {
+    let (dir, folder) = scene();
+    let Some(file) = folder.create_unnamed().unwrap() else { return };
+    file.set_len(4096).unwrap();
+    let again = reopen(&file, Access::ReadWrite).unwrap();
+    (&again).write_all(b"x").unwrap();
+    assert_eq!(std::fs::read(path_for_child(&file)).unwrap()[0], b'x');
+    let name = folder.proc_path().join("named");
+    let link = std::fs::hard_link(open::proc_path(std::os::fd::AsRawFd::as_raw_fd(&file)), name);
+    assert!(link.is_err());
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_name_is_compared_with_a_held_file() {
+    let (dir, folder) = scene();
+    let file = folder.create_new("a").unwrap();
+    assert!(folder.is_same("a", &file).unwrap());
+    std::fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
+    assert!(!folder.is_same("a", &file).unwrap());
+    symlink("b", dir.path().join("a")).unwrap();
+    assert!(!folder.is_same("a", &file).unwrap());
+}
+
+#[test]
+fn sockets_are_made_private() {
+    let (_dir, folder) = scene();
+    let _listener = folder.listen("s").unwrap();
+    assert_eq!(folder.look("s").unwrap().mode() & 0o777, 0o600);
+    assert!(folder.listen("s").is_err());
+}

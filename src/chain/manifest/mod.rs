@@ -302,20 +302,25 @@ fn state_time(state_of: Option<&str>, recorded: i64, named: Option<i64>) -> Opti
 /// # Errors
 /// The file cannot be read.
 pub fn fingerprint(path: &Path) -> Result<String> {
-    let read = || -> std::io::Result<String> {
-        let file = File::open(path)?;
-        let len = file.metadata()?.len();
-        let mut hash = blake3::Hasher::new();
-        hash.update(&len.to_be_bytes());
-        for start in [0, len.saturating_sub(SAMPLE)] {
-            let n = usize::try_from(SAMPLE.min(len)).unwrap_or(0);
-            let mut buf = vec![0; n];
-            file.read_exact_at(&mut buf, start)?;
-            hash.update(&buf);
-        }
-        Ok(hash.finalize().to_hex().as_str().get(..32).unwrap_or_default().to_string())
-    };
+    let read = || fingerprint_of(&File::open(path)?);
     read().map_err(|e| Error::io(e, "cannot read the image").at_path(path))
+}
+
+/// As [`fingerprint`], of an open file.
+///
+/// # Errors
+/// What the operating system said.
+pub fn fingerprint_of(file: &File) -> std::io::Result<String> {
+    let len = file.metadata()?.len();
+    let mut hash = blake3::Hasher::new();
+    hash.update(&len.to_be_bytes());
+    for start in [0, len.saturating_sub(SAMPLE)] {
+        let n = usize::try_from(SAMPLE.min(len)).unwrap_or(0);
+        let mut buf = vec![0; n];
+        file.read_exact_at(&mut buf, start)?;
+        hash.update(&buf);
+    }
+    Ok(hash.finalize().to_hex().as_str().get(..32).unwrap_or_default().to_string())
 }
 
 /// Where the manifest of `image` in folder `dir` is.
