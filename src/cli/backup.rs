@@ -1,6 +1,6 @@
 //! `fleecefs backup`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -10,7 +10,8 @@ use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
-use super::usage;
+use super::privileges::Owner;
+use super::{paths, usage};
 use crate::backup::plan::Printed;
 use crate::backup::report::Report;
 use crate::backup::run::backup;
@@ -19,6 +20,7 @@ use crate::backup::{
 };
 use crate::backup::{lock, names};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::qmp::Address;
 use crate::units::{human_bytes, parse_bytes};
 
@@ -115,9 +117,18 @@ pub struct StateArgs {
 }
 
 impl StateArgs {
-    /// The folder.
-    pub fn dir(&self) -> PathBuf {
-        self.state_dir.clone().unwrap_or_else(lock::default_state_dir)
+    /// The folder, without links. What is in it decides what is deleted later, so it has to be the
+    /// caller's own if it is there; where it has to be made, whoever makes it looks.
+    ///
+    /// # Errors
+    /// `Permission` if others may change it.
+    pub fn dir(&self) -> Result<PathBuf> {
+        let path = self.state_dir.clone().unwrap_or_else(lock::default_state_dir);
+        let path = paths::to_make(&path)?;
+        if folder::exists(&path) {
+            folder::check_private(&path)?;
+        }
+        Ok(path)
     }
 }
 
@@ -285,6 +296,27 @@ fn parse_every(text: &str) -> Result<Every, String> {
 }
 
 impl BackupArgs {
+    /// The backup directory.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// For `--as-owner`: makes a state folder of the owner's own below root's, which he may not enter
+    /// otherwise, and uses that.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn give_state_to(&mut self, owner: &Owner) -> Result<()> {
+        let state = self.state.dir()?;
+        let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
+        let top = folder::make_folders(&state).map_err(failed)?;
+        folder::check_private(&state)?;
+        let own = format!("as-{}", owner.uid);
+        top.make_folder_of(&own, owner.uid).map_err(failed)?;
+        self.state.state_dir = Some(state.join(own));
+        Ok(())
+    }
+
     fn options(&self) -> Result<Options> {
         let level = match (self.level, self.full_every) {
             (LevelArg::Auto, every) => LevelWish::Auto(every),
@@ -298,14 +330,12 @@ impl BackupArgs {
         if plain && !matches!(level, LevelWish::Full | LevelWish::Copy) {
             return Err(usage("--no-timestamp goes with --level full or copy"));
         }
-        let absolute = |p: &PathBuf| {
-            std::path::absolute(p).map_err(|e| Error::io(e, "cannot use the folder").at_path(p))
-        };
+        let config = self.config.iter().map(|p| paths::resolved(p, "cannot keep this file"));
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
         Ok(Options {
             qmp: Address::parse(&self.qmp)?,
             agent: address(&self.agent)?,
-            target: absolute(&self.target)?,
+            target: paths::to_make(&self.target)?,
             level,
             include: self.include.clone(),
             exclude: self.exclude.clone(),
@@ -316,13 +346,13 @@ impl BackupArgs {
                 no_symlink: self.layout.no_symlink,
             },
             moment: self.moment(),
-            copy: self.copy(absolute)?,
+            copy: self.copy()?,
             no_diff: self.no_diff,
             no_hash: self.no_hash,
             strict: self.strict,
             allow_plaintext: self.allow_plaintext,
-            config: self.config.clone(),
-            state_dir: absolute(&self.state.dir())?,
+            config: config.collect::<Result<_>>()?,
+            state_dir: self.state.dir()?,
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
         })
@@ -343,10 +373,10 @@ impl BackupArgs {
         }
     }
 
-    fn copy(&self, absolute: impl Fn(&PathBuf) -> Result<PathBuf>) -> Result<CopyOptions> {
+    fn copy(&self) -> Result<CopyOptions> {
         let c = &self.copy;
         Ok(CopyOptions {
-            fleece_dir: c.fleece_dir.as_ref().map(absolute).transpose()?,
+            fleece_dir: c.fleece_dir.as_deref().map(paths::to_make).transpose()?,
             cbw_timeout: c.cbw_timeout,
             speed: c.speed_limit,
             compress: c.compress.map(|c| match c {

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
+use super::paths::catalog;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
-use crate::chain::scan::{ScanOptions, scan};
 use crate::error::Result;
 use crate::prune::consolidate::{Consolidation, How, consolidate, plan};
 use crate::units::human_bytes;
@@ -24,7 +24,7 @@ use crate::units::human_bytes;
 #[derive(Debug, Args)]
 pub struct ConsolidateArgs {
     /// The backup directory
-    dir: PathBuf,
+    pub dir: PathBuf,
     /// The disk, as 'fleecefs list' shows it
     disk: PathBuf,
     /// The last point to merge: its file name, or 'latest'
@@ -52,7 +52,7 @@ const DONE: &str = "this point is a FULL already\n";
 /// writing say.
 pub fn run(args: ConsolidateArgs) -> Result<()> {
     if args.dry_run {
-        let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+        let catalog = catalog(&args.dir)?;
         let plan = plan(&catalog, super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
         let text = plan.as_ref().map_or(DONE.to_string(), text);
         return super::print(&(text + super::UNCHANGED));

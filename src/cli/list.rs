@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
+use super::paths::catalog;
 use crate::chain::manifest::Achieved;
 use crate::chain::name::to_text;
-use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity, path_text, visible};
 use crate::units::human_bytes;
@@ -30,7 +30,7 @@ use crate::units::human_bytes;
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// The backup directory
-    dir: PathBuf,
+    pub dir: PathBuf,
     /// Print everything as JSON
     #[arg(long)]
     json: bool,
@@ -47,7 +47,7 @@ const HEADER_OK: &str = "header ok, data not checked";
 /// # Errors
 /// The directory cannot be read; with `--strict` also `Incomplete`.
 pub fn run(args: ListArgs) -> Result<()> {
-    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let catalog = catalog(&args.dir)?;
     let text = if args.json { json(&catalog)? } else { table(&catalog) };
     super::print(&text)?;
     let lost = points(&catalog).filter(|(_, p)| !p.is_served()).count();

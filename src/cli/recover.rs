@@ -63,7 +63,7 @@ pub struct GuardianArgs {}
 /// QEMU cannot be reached or refuses.
 pub fn run(args: RecoverArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
-    let state = args.state.dir();
+    let state = args.state.dir()?;
     let console = args.show.console()?;
     let _lock = Lock::vm(&state, &vm)?;
     let cause = if args.forget { Cause::Forget } else { Cause::Command };
@@ -111,7 +111,7 @@ fn offline(place: Place<'_>, console: &dyn Watch, why: Error) -> Result<()> {
 /// `NotFound` if no backup runs.
 pub fn cancel(args: CancelArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
-    match control::ask(&args.state.dir(), &vm, "cancel")? {
+    match control::ask(&args.state.dir()?, &vm, "cancel")? {
         Some(s) => super::print(&format!("backup {} (process {}) is ending\n", s.run, s.pid)),
         None => Err(info::not_running(&vm)),
     }
