@@ -85,6 +85,7 @@ impl Owner {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         };
+        empty_bounding_set();
         // The C library's calls, which see to it that every thread changes.
         // SAFETY: a list as long as said, and no other pointers.
         unsafe {
@@ -120,6 +121,17 @@ pub fn keep_reading() -> Result<()> {
 
 fn drop_to(kept: CapabilitySet) -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
+    empty_bounding_set();
+    let have = rustix::thread::capabilities(None)?.permitted;
+    let kept = have & kept;
+    let inheritable = CapabilitySet::empty();
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable };
+    rustix::thread::set_capabilities(None, sets)?;
+    Ok(())
+}
+
+/// No program that is started has capabilities, whatever its file says.
+fn empty_bounding_set() {
     for n in 0..CAPABILITIES {
         let one = CapabilitySet::from_bits_retain(1 << n);
         // Numbers that this kernel does not know; or a container in which one may not. Without new
@@ -128,12 +140,6 @@ fn drop_to(kept: CapabilitySet) -> io::Result<()> {
             log::trace!("capability {n} stays in the bounding set: {e}");
         }
     }
-    let have = rustix::thread::capabilities(None)?.permitted;
-    let kept = have & kept;
-    let inheritable = CapabilitySet::empty();
-    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable };
-    rustix::thread::set_capabilities(None, sets)?;
-    Ok(())
 }
 
 /// Ends this process, at once, when the one that forked it ends. False if it has ended already.
