@@ -51,8 +51,9 @@ pub struct Cli {
     /// Work as the user who owns the backup directory: with his rights and no others, whatever root
     /// runs. For directories of others
     ///
-    /// That user must be able to reach the directory and all else that is named (for 'backup': QEMU's
-    /// sockets), and needs no other access. Root's mount is made by root and served by that user.
+    /// That user must be able to reach the directory and all else that is named; for 'backup' that is
+    /// QEMU's and the agent's socket, and its state is kept beside root's, in a folder such as
+    /// /var/lib/fleecefs.as-1000. Root's mount is made by root and served by that user.
     #[arg(long, global = true)]
     pub as_owner: bool,
 

@@ -301,19 +301,23 @@ impl BackupArgs {
         &self.target
     }
 
-    /// For `--as-owner`: makes a state folder of the owner's own below root's, which he may not enter
-    /// otherwise, and uses that.
+    /// For `--as-owner`: makes a state folder of the owner's own beside root's, which he may not enter,
+    /// and uses that: `/var/lib/fleecefs.as-1000`.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// It cannot be made; `Permission` if others may write where it is to be.
     pub fn give_state_to(&mut self, owner: &Owner) -> Result<()> {
         let state = self.state.dir()?;
         let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
-        let top = folder::make_folders(&state).map_err(failed)?;
-        folder::check_private(&state)?;
-        let own = format!("as-{}", owner.uid);
-        top.make_folder_of(&own, owner.uid).map_err(failed)?;
-        self.state.state_dir = Some(state.join(own));
+        let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
+            return Err(usage("the state folder needs a name"));
+        };
+        let folder = folder::make_folders(above).map_err(failed)?;
+        folder::check_private(above)?;
+        let mut own = name.to_os_string();
+        own.push(format!(".as-{}", owner.uid));
+        folder.make_folder_of(&own, owner.uid).map_err(failed)?;
+        self.state.state_dir = Some(above.join(own));
         Ok(())
     }
 
