@@ -525,7 +525,7 @@ fn a_folder_can_be_left_out() {
     let b = Backups::new();
     b.image("d/FULL-1-d", None);
     b.image("mnt/d/FULL-1-d", None);
-    let options = ScanOptions { skip: vec![b.root().join("mnt")] };
+    let options = ScanOptions { skip: vec![b.root().join("mnt")], ..ScanOptions::default() };
     let (catalog, _) = scan(b.root(), &options, None).unwrap();
     assert_eq!(catalog.disks.len(), 1);
 }

@@ -1,4 +1,4 @@
-//! What contrib/SEMANTICS.md promises has a test, and what the tests of mounts test is
+//! What contrib/SEMANTICS.md and contrib/doc/security.md promise has a test, and what the tests of mounts test is
 //! promised.
 
 use std::collections::BTreeSet;
@@ -8,9 +8,10 @@ fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The tests that the document names, as `file::name`.
+/// The tests that the documents name, as `file::name`.
 fn promised() -> BTreeSet<String> {
-    let text = std::fs::read_to_string(root("contrib/SEMANTICS.md")).unwrap();
+    let read = |path: &str| std::fs::read_to_string(root(path)).unwrap();
+    let text = read("contrib/SEMANTICS.md") + &read("contrib/doc/security.md");
     let named = text.split('`').skip(1).step_by(2).filter(|word| word.contains("::"));
     named.map(str::to_string).collect()
 }
@@ -30,7 +31,10 @@ fn every_promise_names_a_test_that_exists() {
     for promise in &promised {
         let (file, test) = promise.rsplit_once("::").unwrap();
         let path = match file.strip_suffix("::tests") {
-            Some(module) => root("src").join(module.replace("::", "/")).with_extension("rs"),
+            Some(module) => {
+                let path = root("src").join(module.replace("::", "/"));
+                if path.is_dir() { path.join("tests.rs") } else { path.with_extension("rs") }
+            }
             None => root("tests").join(file).with_extension("rs"),
         };
         assert!(tests_in(&path).contains(test), "no test {promise}");

@@ -4,7 +4,7 @@
 #
 #   deps_rust          a cargo new enough for Cargo.toml's rust-version, on PATH
 #   deps_build         a C compiler (zstd's C code is compiled in)
-#   deps_fuse          fuse3 and a usable /dev/fuse
+#   deps_fuse          fuse3, bindfs and a usable /dev/fuse
 #   deps_qemu          qemu-system-x86_64, qemu-img, qemu-io, qemu-storage-daemon of one version
 #   deps_filesystems   what makes and checks file systems and partitions
 #   deps_bench         fio, jq, python3
@@ -177,7 +177,7 @@ deps_rust() {
 deps_build() { command -v cc >/dev/null || deps_packages gcc libc6-dev; }
 
 deps_fuse() {
-    deps_packages fuse3
+    deps_packages fuse3 bindfs
     [ -e /dev/fuse ] || deps_as_root modprobe fuse 2>/dev/null || true
     [ -e /dev/fuse ] || deps_die "no /dev/fuse: load the kernel's fuse module, or give the container the device"
 }

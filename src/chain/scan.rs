@@ -37,6 +37,9 @@ pub use super::probe::ProbeCache;
 pub struct ScanOptions {
     /// Folders that are left out, as absolute paths: a mount point inside the backup directory.
     pub skip: Vec<PathBuf>,
+    /// The directory as the user calls it, absolute, where that is by way of a link: images may name
+    /// it so.
+    pub called: Option<PathBuf>,
 }
 
 /// Index into [`Tree::files`].
@@ -125,7 +128,10 @@ pub fn scan(
     let failed = |e| Error::io(e, "cannot read the backup directory").at_path(root);
     let path = root.canonicalize().map_err(failed)?;
     std::fs::read_dir(&path).map_err(failed)?;
-    let called = std::path::absolute(root).map_err(failed)?;
+    let called = match &options.called {
+        Some(called) => called.clone(),
+        None => std::path::absolute(root).map_err(failed)?,
+    };
     let mut walk = Walk {
         options,
         previous,

@@ -1,5 +1,7 @@
 //! The one definition of the command line: `--help`, completions and man pages come from it.
 
+use std::path::Path;
+
 use clap::{ArgAction, Parser, Subcommand};
 
 /// The codes are those of [`crate::error::Kind::table`].
@@ -46,6 +48,15 @@ pub struct Cli {
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
 
+    /// Work as the user who owns the backup directory: with his rights and no others, whatever root
+    /// runs. For directories of others
+    ///
+    /// That user must be able to reach the directory and all else that is named; for 'backup' that is
+    /// QEMU's and the agent's socket, and its state is kept beside root's, in a folder such as
+    /// /var/lib/fleecefs.as-1000. Root's mount is made by root and served by that user.
+    #[arg(long, global = true)]
+    pub as_owner: bool,
+
     /// What to do
     #[command(subcommand)]
     pub command: Command,
@@ -75,6 +86,31 @@ pub enum Command {
     Consolidate(super::consolidate::ConsolidateArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
+}
+
+impl Command {
+    /// The backup directory that it names, if that decides whose work it is.
+    pub fn backups(&self) -> Option<&Path> {
+        match self {
+            Command::Backup(a) => Some(a.target()),
+            Command::Mount(a) => Some(&a.backups),
+            Command::List(a) => Some(&a.dir),
+            Command::Map(a) => Some(&a.dir),
+            Command::Restore(a) => Some(&a.dir),
+            Command::Merge(a) => Some(a.verb.dir()),
+            Command::Rebase(a) => Some(a.verb.dir()),
+            Command::Commit(a) => Some(a.verb.dir()),
+            Command::SnapshotRebase(a) => Some(a.verb.dir()),
+            Command::Verify(a) => Some(&a.dir),
+            Command::Prune(a) => Some(&a.dir),
+            Command::Consolidate(a) => Some(&a.dir),
+            Command::Info(_) | Command::Cleanup(_) | Command::Recover(_) | Command::Cancel(_) => {
+                None
+            }
+            Command::Guardian(_) | Command::Umount(_) => None,
+            Command::Completions(_) | Command::Man(_) => None,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! `fleecefs backup`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -10,8 +10,8 @@ use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
-use super::output;
-use super::usage;
+use super::privileges::Owner;
+use super::{output, paths, usage};
 use crate::backup::plan::Printed;
 use crate::backup::report::Report;
 use crate::backup::run::backup;
@@ -20,6 +20,7 @@ use crate::backup::{
 };
 use crate::backup::{lock, names};
 use crate::error::{Error, Result};
+use crate::folder;
 use crate::qmp::Address;
 use crate::text::path_text;
 use crate::units::{human_bytes, parse_bytes};
@@ -117,12 +118,18 @@ pub struct StateArgs {
 }
 
 impl StateArgs {
-    /// The folder.
+    /// The folder, without links. What is in it decides what is deleted later, so it has to be the
+    /// caller's own if it is there; where it has to be made, whoever makes it looks.
     ///
     /// # Errors
-    /// As [`lock::default_state_dir`].
+    /// `Permission` if others may change it.
     pub fn dir(&self) -> Result<PathBuf> {
-        self.state_dir.clone().map_or_else(lock::default_state_dir, Ok)
+        let path = self.state_dir.clone().map_or_else(lock::default_state_dir, Ok)?;
+        let path = paths::to_make(&path)?;
+        if folder::exists(&path) {
+            folder::check_private(&path)?;
+        }
+        Ok(path)
     }
 }
 
@@ -291,6 +298,31 @@ fn parse_every(text: &str) -> Result<Every, String> {
 }
 
 impl BackupArgs {
+    /// The backup directory.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// For `--as-owner`: makes a state folder of the owner's own beside root's, which he may not enter,
+    /// and uses that: `/var/lib/fleecefs.as-1000`.
+    ///
+    /// # Errors
+    /// It cannot be made; `Permission` if others may write where it is to be.
+    pub fn give_state_to(&mut self, owner: &Owner) -> Result<()> {
+        let state = self.state.dir()?;
+        let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
+        let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
+            return Err(usage("the state folder needs a name"));
+        };
+        let folder = folder::make_folders(above).map_err(failed)?;
+        folder::check_private(above)?;
+        let mut own = name.to_os_string();
+        own.push(format!(".as-{}", owner.uid));
+        folder.make_folder_of(&own, owner.uid).map_err(failed)?;
+        self.state.state_dir = Some(above.join(own));
+        Ok(())
+    }
+
     fn options(&self) -> Result<Options> {
         let level = match (self.level, self.full_every) {
             (LevelArg::Auto, every) => LevelWish::Auto(every),
@@ -304,14 +336,12 @@ impl BackupArgs {
         if plain && !matches!(level, LevelWish::Full | LevelWish::Copy) {
             return Err(usage("--no-timestamp goes with --level full or copy"));
         }
-        let absolute = |p: &PathBuf| {
-            std::path::absolute(p).map_err(|e| Error::io(e, "cannot use the folder").at_path(p))
-        };
+        let config = self.config.iter().map(|p| paths::resolved(p, "cannot keep this file"));
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
         Ok(Options {
             qmp: Address::parse(&self.qmp)?,
             agent: address(&self.agent)?,
-            target: absolute(&self.target)?,
+            target: paths::to_make(&self.target)?,
             level,
             include: self.include.clone(),
             exclude: self.exclude.clone(),
@@ -322,13 +352,13 @@ impl BackupArgs {
                 no_symlink: self.layout.no_symlink,
             },
             moment: self.moment(),
-            copy: self.copy(absolute)?,
+            copy: self.copy()?,
             no_diff: self.no_diff,
             no_hash: self.no_hash,
             strict: self.strict,
             allow_plaintext: self.allow_plaintext,
-            config: self.config.clone(),
-            state_dir: absolute(&self.state.dir()?)?,
+            config: config.collect::<Result<_>>()?,
+            state_dir: self.state.dir()?,
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
         })
@@ -349,10 +379,10 @@ impl BackupArgs {
         }
     }
 
-    fn copy(&self, absolute: impl Fn(&PathBuf) -> Result<PathBuf>) -> Result<CopyOptions> {
+    fn copy(&self) -> Result<CopyOptions> {
         let c = &self.copy;
         Ok(CopyOptions {
-            fleece_dir: c.fleece_dir.as_ref().map(absolute).transpose()?,
+            fleece_dir: c.fleece_dir.as_deref().map(paths::to_make).transpose()?,
             cbw_timeout: c.cbw_timeout,
             speed: c.speed_limit,
             compress: c.compress.map(|c| match c {

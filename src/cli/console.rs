@@ -3,7 +3,6 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -52,15 +51,7 @@ impl Console {
         log_file: Option<&Path>,
         syslog: bool,
     ) -> Result<Self> {
-        let open = |p: &Path| {
-            std::fs::OpenOptions::new()
-                .create(true)
-                .append(true)
-                .mode(0o600)
-                .open(p)
-                .map_err(|e| Error::io(e, "cannot open the log file").at_path(p))
-        };
-        let file = log_file.map(open).transpose()?.map(Mutex::new);
+        let file = log_file.map(super::paths::log_file).transpose()?.map(Mutex::new);
         let bars = style == Style::Auto && std::io::stderr().is_terminal();
         Ok(Console { style, interval, bars: bars.then(MultiProgress::new), file, syslog })
     }

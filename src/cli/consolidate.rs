@@ -6,9 +6,9 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::output;
+use super::paths::catalog;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
-use crate::chain::scan::{ScanOptions, scan};
 use crate::error::Result;
 use crate::prune::consolidate::{Consolidation, How, consolidate, plan};
 use crate::text::path_text;
@@ -26,7 +26,7 @@ use crate::units::human_bytes;
 #[derive(Debug, Args)]
 pub struct ConsolidateArgs {
     /// The backup directory
-    dir: PathBuf,
+    pub dir: PathBuf,
     /// The disk, as 'fleecefs list' shows it
     disk: PathBuf,
     /// The last point to merge: its file name, or 'latest'
@@ -54,7 +54,7 @@ const DONE: &str = "this point is a FULL already\n";
 /// writing say.
 pub fn run(args: ConsolidateArgs) -> Result<()> {
     if args.dry_run {
-        let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+        let catalog = catalog(&args.dir)?;
         let plan = plan(&catalog, super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
         let text = plan.as_ref().map_or(DONE.to_string(), text);
         return output::print(&(text + super::UNCHANGED));

@@ -3,11 +3,11 @@
 //! The process forks before it has a second thread. The parent waits on a pipe: a zero byte says
 //! that all is ready, another byte is the exit code of a child that has already told why, and
 //! the pipe's end without a byte is a child that died. Until it is ready the child keeps the
-//! terminal, so that its errors are seen; then it lets go of it.
+//! terminal, so that its errors are seen; then it releases it.
 
 use std::cell::Cell;
 use std::ffi::OsStr;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::linux::net::SocketAddrExt;
@@ -19,29 +19,68 @@ use std::rc::Rc;
 use super::logging::{self, Sink};
 use super::output;
 use crate::error::{Error, Kind, Result};
+use crate::folder::system;
 
-/// Opens the log file, now, so that a wrong name is told to the user.
-///
-/// # Errors
-/// It cannot be opened for appending.
-pub fn open_log(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(path)
-        .map_err(|e| Error::io(e, "cannot open the log file").at_path(path))
+/// What is left to do when a mount answers. In two processes it is done in parts.
+pub enum Ready {
+    /// In the foreground: systemd is told.
+    Foreground,
+    /// In the background: the terminal is released, and the process that waits is told.
+    Background {
+        /// Where logs go from then on, if not to the system log.
+        log: Option<File>,
+        /// The other end of the pipe that the first process reads.
+        parent: File,
+        /// Set when that has been told.
+        told: Rc<Cell<bool>>,
+    },
 }
 
-/// Runs `work` in a background process and returns when it calls its argument. Logs go to `log`
-/// from then on, or to the system log. Must be called while there is one thread only.
+impl Ready {
+    /// Releases the terminal, pipes and the current folder; whether there was anything to release.
+    ///
+    /// # Errors
+    /// There is no `/dev/null`.
+    pub fn detach(&self) -> Result<bool> {
+        match self {
+            Ready::Foreground => Ok(false),
+            Ready::Background { log, .. } => {
+                let log = log.as_ref().map(File::try_clone).transpose();
+                release(log.map_err(|e| Error::io(e, "cannot use the log file"))?)?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// The same, and tells whoever waits.
+    ///
+    /// # Errors
+    /// As [`Ready::detach`]; nobody listens.
+    pub fn tell(self) -> Result<()> {
+        self.detach()?;
+        match self {
+            Ready::Foreground => {
+                tell_systemd();
+                Ok(())
+            }
+            Ready::Background { mut parent, told, .. } => {
+                told.set(true);
+                parent
+                    .write_all(&[0])
+                    .map_err(|e| Error::io(e, "cannot tell that the mount is ready"))
+            }
+        }
+    }
+}
+
+/// Runs `work` in a background process and returns when it tells its argument. Logs go to `log`
+/// from then on, or to the system log. `work` gives the exit code; if that is not 0, it has told why.
+/// Must be called while there is one thread only.
 ///
 /// # Errors
 /// No process can be made, or it died; where `work` fails first, the process tells why and this
 /// one ends with the same exit code.
-pub fn background(
-    log: Option<File>,
-    work: impl FnOnce(Box<dyn FnOnce() -> Result<()>>) -> Result<()>,
-) -> Result<()> {
+pub fn background(log: Option<File>, work: impl FnOnce(Ready) -> Result<u8>) -> Result<()> {
     let (mut from_child, to_parent) = pipe()?;
     // SAFETY: there is one thread, so the child may do anything after the fork.
     match unsafe { libc::fork() } {
@@ -81,43 +120,30 @@ fn died(pid: libc::pid_t) -> Error {
 }
 
 /// The child's whole life; returns its exit code.
-fn child(
-    mut to_parent: File,
-    log: Option<File>,
-    work: impl FnOnce(Box<dyn FnOnce() -> Result<()>>) -> Result<()>,
-) -> i32 {
+fn child(mut to_parent: File, log: Option<File>, work: impl FnOnce(Ready) -> Result<u8>) -> i32 {
     // SAFETY: cannot fail in a fresh child.
     unsafe { libc::setsid() };
     let told = Rc::new(Cell::new(false));
-    let (ready_told, pipe) = (told.clone(), to_parent.try_clone());
-    let ready = move || {
-        let_go(log)?;
-        ready_told.set(true);
-        pipe.and_then(|mut p| p.write_all(&[0]))
-            .map_err(|e| Error::io(e, "cannot tell that the mount is ready"))
+    let code = match to_parent.try_clone() {
+        Ok(parent) => work(Ready::Background { log, parent, told: told.clone() }),
+        Err(e) => Err(Error::io(e, "cannot copy a pipe")),
     };
-    match work(Box::new(ready)) {
-        Ok(()) => 0,
-        Err(e) if told.get() => {
-            log::error!("{}", e.report());
-            i32::from(e.kind().exit_code())
+    let code = code.unwrap_or_else(|e| {
+        match told.get() {
+            true => log::error!("{}", e.report()),
+            false => output::tell_error(&e),
         }
-        Err(e) => {
-            output::tell_error(&e);
-            let code = e.kind().exit_code();
-            let _ = to_parent.write_all(&[code]);
-            i32::from(code)
-        }
+        e.kind().exit_code()
+    });
+    if !told.get() {
+        let _ = to_parent.write_all(&[code]);
     }
+    i32::from(code)
 }
 
-/// Lets go of terminal, pipes and the current folder.
-fn let_go(log: Option<File>) -> Result<()> {
-    let null = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .map_err(|e| Error::io(e, "cannot open").at_path("/dev/null"))?;
+fn release(log: Option<File>) -> Result<()> {
+    let path = Path::new("/dev/null");
+    let null = system::device(path).map_err(|e| Error::io(e, "cannot open").at_path(path))?;
     logging::redirect(log.map_or(Sink::System, Sink::File));
     for fd in 0..=2 {
         // SAFETY: both descriptors are valid or, for a closed standard stream, made valid.
@@ -128,16 +154,13 @@ fn let_go(log: Option<File>) -> Result<()> {
     Ok(())
 }
 
-/// Tells systemd that the service is ready, where it has asked to be told (`Type=notify`).
-///
-/// # Errors
-/// None: a service manager that does not listen does no harm.
-pub fn tell_systemd() -> Result<()> {
+/// Tells systemd that the service is ready, where it has asked to be told (`Type=notify`). A service
+/// manager that does not listen does no harm.
+fn tell_systemd() {
     if let Some(name) = std::env::var_os("NOTIFY_SOCKET") {
         let told = notify(&name, b"READY=1");
         log::debug!("NOTIFY_SOCKET: {told:?}");
     }
-    Ok(())
 }
 
 fn notify(name: &OsStr, message: &[u8]) -> std::io::Result<()> {

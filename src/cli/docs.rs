@@ -1,5 +1,8 @@
 //! `fleecefs completions` and `fleecefs man`: made from the same definitions as `--help`.
 
+use std::fs::Permissions;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use clap::{Arg, Args, Command, CommandFactory};
@@ -7,7 +10,9 @@ use clap_complete::Shell;
 
 use super::args::Cli;
 use super::output;
+use super::paths;
 use crate::error::{Error, Result};
+use crate::folder::{Folder, Replace};
 
 /// Print a shell completion script
 #[derive(Debug, Args)]
@@ -34,8 +39,25 @@ pub fn completions(args: CompletionsArgs) -> Result<()> {
 pub fn man(args: ManArgs) -> Result<()> {
     let mut cmd = Cli::command().disable_help_subcommand(true);
     cmd.build();
-    clap_mangen::generate_to(with_synopsis(cmd, ""), &args.dir)
-        .map_err(|e| Error::io(e, "cannot write the man pages").at_path(&args.dir))
+    let failed = |e| Error::io(e, "cannot write the man pages").at_path(&args.dir);
+    let dir = paths::existing_folder(&args.dir, "the folder for the man pages")?;
+    let dir = Folder::open(&dir).map_err(failed)?;
+    pages(with_synopsis(cmd, ""), &dir).map_err(failed)
+}
+
+/// Writes the page of a command and those of its subcommands.
+fn pages(cmd: Command, dir: &Folder) -> std::io::Result<()> {
+    for inner in cmd.get_subcommands().filter(|c| !c.is_hide_set()).cloned() {
+        pages(inner, dir)?;
+    }
+    let page = clap_mangen::Man::new(cmd);
+    let file = dir.temp()?;
+    let mut bytes = Vec::new();
+    page.render(&mut bytes)?;
+    file.file().write_all(&bytes)?;
+    // For everybody to read.
+    file.file().set_permissions(Permissions::from_mode(0o644))?;
+    file.publish(page.get_filename(), Replace::Yes)
 }
 
 /// Man pages show an option's value in their synopsis only if they are given the whole of it.

@@ -1,11 +1,11 @@
 //! Who holds a mount that cannot be unmounted. The mount itself is not touched: only what `/sys` and
 //! `/proc` say of paths below it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::mountinfo::Mount;
 use crate::error::{Error, Kind};
+use crate::folder::{self, system};
 use crate::text::path_text;
 
 /// More than these need not be named.
@@ -51,19 +51,18 @@ pub fn busy(mount: &Mount) -> Error {
 /// Whether its server was killed. Asking the mount is safe where nobody serves it: the kernel
 /// answers.
 pub fn is_dead(mount: &Mount) -> bool {
-    let asked = || fs::metadata(&mount.path).err().and_then(|e| e.raw_os_error());
+    let asked = || folder::look(&mount.path).err().and_then(|e| e.raw_os_error());
     mount.server().is_none() && asked() == Some(libc::ENOTCONN)
 }
 
 /// Loop devices over files below `mount`, by the kernel's list of block devices.
 fn loops(mount: &Path, blocks: &Path) -> Vec<Holder> {
     let mut found = Vec::new();
-    for device in fs::read_dir(blocks).into_iter().flatten().flatten() {
-        let Ok(text) = fs::read_to_string(device.path().join("loop/backing_file")) else {
-            continue;
-        };
+    for device in system::names(blocks) {
+        let backing = blocks.join(&device).join("loop/backing_file");
+        let Ok(text) = system::text(&backing) else { continue };
         let Some(file) = below(mount, Path::new(text.trim_end_matches('\n'))) else { continue };
-        let name = format!("/dev/{}", path_text(Path::new(&device.file_name())));
+        let name = format!("/dev/{}", path_text(Path::new(&device)));
         found.push(Holder {
             who: format!("{name} ({file})"),
             release: Some(format!("losetup -d {name}")),
@@ -76,15 +75,14 @@ fn loops(mount: &Path, blocks: &Path) -> Vec<Holder> {
 /// Processes with a file or folder below `mount` open, as far as we may look.
 fn processes(mount: &Path, proc: &Path) -> Vec<Holder> {
     let mut found = Vec::new();
-    for process in fs::read_dir(proc).into_iter().flatten().flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
-            continue;
-        };
-        let open = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-        let links = open.map(|e| e.path()).chain([process.path().join("cwd")]);
-        let mut files = links.filter_map(|l| below(mount, &fs::read_link(l).ok()?));
+    for process in system::names(proc) {
+        let Some(pid) = process.to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        let process = proc.join(process);
+        let open = system::names(&process.join("fd")).into_iter();
+        let links = open.map(|n| process.join("fd").join(n)).chain([process.join("cwd")]);
+        let mut files = links.filter_map(|l| below(mount, &system::link(&l).ok()?));
         let Some(file) = files.next() else { continue };
-        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        let name = system::text(&process.join("comm")).unwrap_or_default();
         let name = path_text(Path::new(name.trim()));
         found.push(Holder { who: format!("process {pid}, {name} ({file})"), release: None });
     }
@@ -100,6 +98,7 @@ fn below(mount: &Path, path: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn loop_devices_and_processes_are_found_by_path() {

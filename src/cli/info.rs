@@ -8,6 +8,7 @@ use crate::backup::info::{self, BitmapLine, Choice};
 use crate::backup::lock::Lock;
 use crate::backup::{bitmap, control};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::qmp::{Address, Client};
 use crate::text::path_text;
 use crate::units::human_bytes;
@@ -92,14 +93,18 @@ pub fn run(args: InfoArgs) -> Result<()> {
 
 fn connect(common: &Common) -> Result<Client> {
     let vm = Address::parse(&common.qmp)?;
-    let runs = || control::ask(&common.state.dir().ok()?, &vm, "status").ok()?;
     Client::connect(&vm).map_err(|e| match e.kind() {
-        Kind::Busy if runs().is_some() => {
+        Kind::Busy if is_running(common, &vm) => {
             Error::new(Kind::Busy, "a backup of this VM is running and holds the socket")
                 .remedy("fleecefs info status shows it")
         }
         _ => e,
     })
+}
+
+fn is_running(common: &Common, vm: &Address) -> bool {
+    let asked = common.state.dir().and_then(|d| control::ask(&d, vm, "status"));
+    matches!(asked, Ok(Some(_)))
 }
 
 fn blockdev(common: &Common) -> Result<String> {
@@ -173,7 +178,7 @@ fn jobs(common: &Common) -> Result<String> {
 pub fn not_running(vm: &Address) -> Error {
     let e = Error::new(Kind::NotFound, "no backup of this VM is running");
     match vm {
-        Address::Unix(p) if !p.exists() => {
+        Address::Unix(p) if folder::resolve(p).is_err() => {
             e.at_path(p).remedy("there is no such socket: name the one that the backup was given")
         }
         _ => e.remedy("if one was given another --qmp or --state-dir, give the same here"),
@@ -207,9 +212,10 @@ fn status(common: &Common) -> Result<String> {
 /// QEMU cannot be reached or refuses.
 pub fn cleanup(args: CleanupArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
-    let _lock = Lock::vm(&args.state.dir()?, &vm)?;
+    let state = args.state.dir()?;
+    let _lock = Lock::vm(&state, &vm)?;
     let mut client = Client::connect(&vm)?;
-    let _qemu_lock = Lock::qemu(&args.state.dir()?, &client)?;
+    let _qemu_lock = Lock::qemu(&state, &client)?;
     let choice = Choice { uuid: args.uuid, all: args.all, foreign: args.foreign };
     let mut text = String::new();
     for b in info::bitmaps(&mut client)?.iter().filter(|b| choice.takes(b)) {

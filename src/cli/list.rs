@@ -7,8 +7,8 @@ use clap::Args;
 use serde::Serialize;
 
 use super::output;
+use super::paths::catalog;
 use crate::chain::manifest::Achieved;
-use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::text::{columns, path_text, to_text, visible};
@@ -31,7 +31,7 @@ use crate::units::human_bytes;
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// The backup directory
-    dir: PathBuf,
+    pub dir: PathBuf,
     /// Print everything as JSON
     #[arg(long)]
     json: bool,
@@ -48,7 +48,7 @@ const HEADER_OK: &str = "header ok, data not checked";
 /// # Errors
 /// The directory cannot be read; with `--strict` also `Incomplete`.
 pub fn run(args: ListArgs) -> Result<()> {
-    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let catalog = catalog(&args.dir)?;
     let text = if args.json { json(&catalog)? } else { table(&catalog) };
     output::print(&text)?;
     let lost = points(&catalog).filter(|(_, p)| !p.is_served()).count();

@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::output;
+use super::paths::catalog;
 use crate::chain::POINT_HELP;
-use crate::chain::scan::{ScanOptions, scan};
 use crate::error::Result;
 use crate::extent::Content;
 use crate::image::{Cache, FoldedExtent, Image, Source, open_point};
@@ -26,7 +26,7 @@ Examples:
   fleecefs map /backups/vm1 INC-1706260646-sda.qcow2 --output=json --max-length=1G")]
 pub struct MapArgs {
     /// The backup directory
-    dir: PathBuf,
+    pub dir: PathBuf,
     #[arg(help = POINT_HELP)]
     point: PathBuf,
     /// Print a table for people, or JSON for scripts
@@ -72,7 +72,7 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// # Errors
 /// The directory or point cannot be read; output failed.
 pub fn run(args: MapArgs) -> Result<()> {
-    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let catalog = catalog(&args.dir)?;
     let (disk, point) = catalog.find(&args.point)?;
     let image = open_point(disk, point, &Cache::new(CACHE_BYTES))?;
     let start = args.start_offset;

@@ -10,6 +10,7 @@ mod daemon;
 mod docs;
 mod holders;
 mod info;
+mod keeper;
 mod list;
 mod logging;
 mod map;
@@ -17,6 +18,8 @@ mod mount;
 mod mountinfo;
 mod options;
 mod output;
+mod paths;
+mod privileges;
 mod prune;
 mod recover;
 mod restore;
@@ -82,7 +85,10 @@ fn is_plain(arg: &OsStr) -> bool {
     arg.to_str().is_some_and(|text| !text.chars().any(is_hidden))
 }
 
-fn run(cli: Cli) -> Result<()> {
+fn run(mut cli: Cli) -> Result<()> {
+    if cli.as_owner {
+        become_owner(&mut cli.command)?;
+    }
     match cli.command {
         Command::Backup(a) => backup::run(&a),
         Command::Info(a) => info::run(a),
@@ -90,7 +96,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Recover(a) => recover::run(a),
         Command::Cancel(a) => recover::cancel(a),
         Command::Guardian(a) => recover::guard(a),
-        Command::Mount(a) => mount::mount(a),
+        Command::Mount(a) => mount::mount(a, cli.as_owner),
         Command::Umount(a) => umount::umount(a),
         Command::List(a) => list::run(a),
         Command::Map(a) => map::run(a),
@@ -105,6 +111,23 @@ fn run(cli: Cli) -> Result<()> {
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }
+}
+
+/// For `--as-owner`: from here on this process is the owner of the backup directory. There is one
+/// thread yet. `mount` needs root first, and does it by itself.
+fn become_owner(command: &mut Command) -> Result<()> {
+    let Some(dir) = command.backups() else {
+        return Err(usage("--as-owner goes with commands that name a backup directory"));
+    };
+    if matches!(command, Command::Mount(_)) {
+        return Ok(());
+    }
+    let Some(owner) = privileges::Owner::of(dir)? else { return Ok(()) };
+    log::info!("working as {}, the owner of {}", owner.name(), crate::error::path_text(dir));
+    if let Command::Backup(a) = command {
+        a.give_state_to(&owner)?;
+    }
+    owner.become_it()
 }
 
 /// Whether the user wants to see errors only (`-q`).

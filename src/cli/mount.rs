@@ -11,8 +11,10 @@ use clap::Args;
 
 use super::logging::{self, Sink};
 use super::mountinfo::Mount;
-use super::{daemon, mountinfo, options, serve, users};
+use super::privileges::{self, Owner};
+use super::{daemon, mountinfo, options, paths, serve, users};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::fuse::Access;
 use crate::text::path_text;
 use crate::units::parse_bytes;
@@ -90,11 +92,16 @@ pub struct MountArgs {
     pub options: Vec<String>,
 }
 
+/// More than any `/etc/fuse.conf` has, in bytes.
+const FUSE_CONF_MAX: u64 = 1 << 20;
+
 /// Everything that was checked and decided before mounting.
 pub struct Plan {
-    /// The backup directory, absolute.
+    /// The backup directory, without links.
     pub backups: PathBuf,
-    /// The mount point, absolute.
+    /// The same as the user calls it, absolute.
+    pub called: PathBuf,
+    /// The mount point, without links.
     pub mountpoint: PathBuf,
     /// Who may use it.
     pub access: Access,
@@ -108,20 +115,31 @@ pub struct Plan {
     pub idle_timeout: Option<Duration>,
     /// Polling interval, if the user wants one.
     pub poll_interval: Option<Duration>,
+    /// Who serves it, if that is not the user who mounts.
+    pub as_owner: Option<Owner>,
 }
 
-/// Runs `fleecefs mount`.
-pub fn mount(mut args: MountArgs) -> Result<()> {
+/// Runs `fleecefs mount`; with `as_owner`, the directory's owner serves it.
+///
+/// # Errors
+/// As the exit codes say.
+pub fn mount(mut args: MountArgs, as_owner: bool) -> Result<()> {
     for list in std::mem::take(&mut args.options) {
         options::apply(&mut args, &list)?;
     }
-    let plan = plan(&args)?;
-    let log = args.log_file.as_deref().map(daemon::open_log).transpose()?;
+    let mut plan = plan(&args)?;
+    if as_owner {
+        plan.as_owner = Owner::of(&plan.backups)?;
+    }
+    let log = args.log_file.as_deref().map(paths::log_file).transpose()?;
     if args.foreground {
         if let Some(file) = log {
             logging::redirect(Sink::File(file));
         }
-        return serve::serve(&plan, daemon::tell_systemd);
+        return match serve::serve(&plan, daemon::Ready::Foreground)? {
+            0 => Ok(()),
+            code => std::process::exit(i32::from(code)),
+        };
     }
     daemon::background(log, |ready| serve::serve(&plan, ready))
 }
@@ -150,8 +168,11 @@ fn plan(args: &MountArgs) -> Result<Plan> {
     if access == Access::Everybody && args.mode.is_none() && args.uid.is_none() {
         log::warn!("--allow-other without --mode: only the owner and root may read the files");
     }
+    let called = std::path::absolute(&args.backups)
+        .map_err(|e| Error::io(e, "cannot use the backup directory").at_path(&args.backups))?;
     Ok(Plan {
         backups,
+        called,
         mountpoint,
         access,
         owner,
@@ -159,13 +180,14 @@ fn plan(args: &MountArgs) -> Result<Plan> {
         threads: args.threads.map_or(cores, usize::from),
         idle_timeout: args.idle_timeout,
         poll_interval: args.poll_interval,
+        as_owner: None,
     })
 }
 
 fn mounted_already(mount: &Mount) -> Error {
     let path = path_text(&mount.path);
     let remedy = format!("'fleecefs umount {path}' first");
-    let text = match std::fs::metadata(&mount.path).err().and_then(|e| e.raw_os_error()) {
+    let text = match folder::look(&mount.path).err().and_then(|e| e.raw_os_error()) {
         Some(libc::ENOTCONN) => {
             format!("a dead mount of {} is in the way: its process was killed", mount.source)
         }
@@ -175,17 +197,10 @@ fn mounted_already(mount: &Mount) -> Error {
 }
 
 fn directory(path: &Path, what: &str) -> Result<PathBuf> {
-    let failed = |e: std::io::Error| {
-        let dead = e.raw_os_error() == Some(libc::ENOTCONN);
-        let error = Error::io(e, format!("cannot use {what}")).at_path(path);
-        if dead { error.remedy("a dead mount is in the way; unmount it first") } else { error }
-    };
-    // Finding the absolute path alone succeeds on a dead mount.
-    let meta = std::fs::metadata(path).map_err(failed)?;
-    if !meta.is_dir() {
-        return Err(Error::new(Kind::Usage, format!("{what} is not a directory")).at_path(path));
-    }
-    path.canonicalize().map_err(failed)
+    paths::existing_folder(path, what).map_err(|e| match e.os_code() {
+        Some(libc::ENOTCONN) => e.remedy("a dead mount is in the way; unmount it first"),
+        _ => e,
+    })
 }
 
 /// The mount must not cover what it reads. Inside the backup directory it may lie; it is left out.
@@ -208,10 +223,11 @@ fn access(args: &MountArgs) -> Result<Access> {
         (false, true) => Access::Root,
         (false, false) => return Ok(Access::Owner),
     };
-    // SAFETY: geteuid cannot fail.
-    let is_root = unsafe { libc::geteuid() } == 0;
     let config = Path::new("/etc/fuse.conf");
-    if !is_root && !std::fs::read_to_string(config).is_ok_and(|text| allows_others(&text)) {
+    // A link on some systems.
+    let text = folder::resolve(config).and_then(|p| folder::read_small(&p, FUSE_CONF_MAX));
+    let allowed = text.is_ok_and(|t| allows_others(&String::from_utf8_lossy(&t)));
+    if !privileges::is_root() && !allowed {
         let text = "--allow-other and --allow-root need 'user_allow_other' there";
         return Err(Error::new(Kind::Permission, text)
             .at_path(config)

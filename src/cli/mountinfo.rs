@@ -13,6 +13,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder};
 
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +44,18 @@ impl Mount {
             fstype: back.next()?.to_string(),
             source: unescape(back.next()?).to_string_lossy().into_owned(),
         })
+    }
+
+    /// Unmounts it, if it is still there.
+    ///
+    /// # Errors
+    /// As [`unmount`].
+    pub fn end(&self, lazy: bool) -> Result<()> {
+        // Somebody may have unmounted it and mounted something else.
+        match find(&self.path)? {
+            Some(m) if m.dev == self.dev => unmount(&self.path, lazy),
+            _ => Ok(()),
+        }
     }
 
     fn socket_name(&self) -> String {
@@ -117,9 +130,8 @@ fn unescape(text: &str) -> OsString {
 /// The list cannot be read.
 pub fn find(path: &Path) -> Result<Option<Mount>> {
     let list = "/proc/self/mountinfo";
-    let text = std::fs::read(list)
+    let text = folder::system::text(Path::new(list))
         .map_err(|e| Error::io(e, "cannot read the list of mounts").at_path(list))?;
-    let text = String::from_utf8_lossy(&text);
     Ok(text.lines().filter_map(Mount::parse).rfind(|m| m.path == path))
 }
 
@@ -137,18 +149,22 @@ pub fn at(path: &Path) -> Result<Option<Mount>> {
     let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
         return Ok(None);
     };
-    match parent.canonicalize() {
+    match folder::resolve(parent) {
         Ok(parent) => find(&parent.join(name)),
         Err(_) => Ok(None),
     }
 }
 
-/// Unmounts what is at `path`: directly, or with fusermount where the kernel wants root.
+/// Unmounts what is at `path`: directly, or with fusermount where the kernel wants root. There may be
+/// no link on the path: its folder is held while the last name is unmounted in it, which cannot be
+/// renamed as long as something is mounted there.
 ///
 /// # Errors
 /// `Busy` if it is in use, `NotFound` if nothing is mounted there, `Permission`.
 pub fn unmount(path: &Path, lazy: bool) -> Result<()> {
-    let name = CString::new(path.as_os_str().as_bytes())
+    let (folder, name) =
+        Folder::of(path).map_err(|e| Error::io(e, "cannot unmount").at_path(path))?;
+    let name = CString::new(folder.proc_path().join(name).as_os_str().as_bytes())
         .map_err(|_| Error::new(Kind::Usage, "a path with a zero byte").at_path(path))?;
     let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
     // SAFETY: the path is a C string.

@@ -7,9 +7,9 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::output;
+use super::paths::catalog;
 use super::writing::locked;
 use crate::chain::Catalog;
-use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Result};
 use crate::prune::consolidate::How;
 use crate::prune::plan::{Manner, Plan, Rules, plan};
@@ -29,7 +29,7 @@ use crate::units::{counted, human_bytes, parse_duration};
 #[derive(Debug, Args)]
 pub struct PruneArgs {
     /// The backup directory
-    dir: PathBuf,
+    pub dir: PathBuf,
     /// Keep the newest N points
     #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
     keep_last: usize,
@@ -84,7 +84,7 @@ pub fn run(args: PruneArgs) -> Result<()> {
         ));
     }
     if args.dry_run {
-        let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+        let catalog = catalog(&args.dir)?;
         return show(&make(&catalog, &rules, &args)?, args.json, true);
     }
     let (catalog, locks) = locked(&args.dir)?;

@@ -9,6 +9,7 @@ use crate::backup::lock::Lock;
 use crate::backup::recover::{Cause, Place, Recovered};
 use crate::backup::{Watch, control, foreign, guardian, journal, recover};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::qmp::{Address, Client};
 use crate::text::path_text;
 use crate::units::counted;
@@ -68,6 +69,11 @@ pub fn run(args: RecoverArgs) -> Result<()> {
     let state = args.state.dir()?;
     let console = args.show.console()?;
     let _lock = Lock::vm(&state, &vm)?;
+    if let Some(pending) = journal::pending(&state, &vm)?
+        && folder::is_folder(&pending.target)
+    {
+        super::writing::warn_of_others(&pending.target)?;
+    }
     let cause = if args.forget { Cause::Forget } else { Cause::Command };
     let agent = args.agent.as_deref().map(Address::parse).transpose()?;
     let place = Place { state: &state, vm: &vm, cause, agent: agent.as_ref() };

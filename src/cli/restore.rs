@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -10,10 +10,11 @@ use serde_json::json;
 
 use super::bar::Bar;
 use super::output;
+use super::paths;
 use super::work::{WorkArgs, cancel_flag};
-use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, FileId};
 use crate::image::{Cache, open_point};
 use crate::restore::{
     Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, Work, run,
@@ -37,7 +38,7 @@ use crate::units::{counted, human_bytes};
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
     /// The backup directory
-    dir: PathBuf,
+    pub dir: PathBuf,
     #[arg(help = POINT_HELP, required_unless_present = "run", conflicts_with = "run")]
     point: Option<PathBuf>,
     /// A file to make, an existing block device, or '-' for standard output
@@ -142,7 +143,7 @@ struct Job<'a> {
 /// The directory, run or point cannot be read; see [`crate::restore::restore`]. `Partial` if
 /// ranges were given up.
 pub fn run(args: RestoreArgs) -> Result<()> {
-    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let catalog = paths::catalog(&args.dir)?;
     let jobs = jobs(&args, &catalog)?;
     for job in &jobs {
         check_target(&args.how, &catalog, job)?;
@@ -184,6 +185,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
             Some(FileFormat::Qcow2) => "qcow2",
             _ => "raw",
         };
+        let to = paths::to_make(to)?;
         let job = |(disk, point): &(&'a Disk, usize)| {
             let path = to.join(run::file_name(disk, *point, extension));
             Ok(Job { disk, point: *point, target: args.how.file_target(&path)?, of_run: true })
@@ -216,14 +218,16 @@ fn check_apart(jobs: &[Job]) -> Result<()> {
 }
 
 impl How {
+    /// What the user means by a target; its path is resolved.
     fn target(&self, path: &Path) -> Result<Target> {
-        if path == Path::new("-") {
+        if paths::is_stdout(path) {
             if self.format == Some(FileFormat::Qcow2) {
                 return Err(super::usage("a qcow2 file cannot be written to a pipe"));
             }
             return Ok(Target::Stdout);
         }
-        let is_device = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+        let path = &paths::to_make(path)?;
+        let is_device = folder::look(path).is_ok_and(|m| m.file_type().is_block_device());
         if is_device {
             if self.format == Some(FileFormat::Qcow2) {
                 return Err(super::usage("a block device gets the raw disk"));
@@ -304,8 +308,8 @@ fn check_target(how: &How, catalog: &Catalog, job: &Job) -> Result<()> {
     }
 }
 
-/// Fails for a target inside the backup directory, which is left as it is, also if a link, a bind
-/// mount or a second name leads there.
+/// Fails for a target inside the backup directory, which is left as it is, also if a bind mount or a
+/// second name leads there. `path` is resolved.
 ///
 /// # Errors
 /// `Usage`.
@@ -315,23 +319,16 @@ pub(crate) fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
             .at_path(path)
             .remedy("restore to another place: what lies in there counts as a backup"))
     };
-    let absolute = std::path::absolute(path)
-        .map_err(|e| Error::io(e, "cannot find the target's folder").at_path(path))?;
-    let id = |p: &Path| std::fs::metadata(p).ok().map(|m| (m.dev(), m.ino()));
+    let id = |p: &Path| folder::look(p).ok().map(|m| FileId::of(&m));
     let specs = || catalog.disks.iter().flat_map(|d| &d.points);
-    let sources: HashSet<(u64, u64)> = specs().filter_map(|p| id(&p.source)).collect();
-    if id(&absolute).is_some_and(|i| sources.contains(&i)) {
+    let sources: HashSet<FileId> = specs().filter_map(|p| id(&p.source)).collect();
+    if id(path).is_some_and(|i| sources.contains(&i)) {
         return refuse("the target is a file of the backup");
     }
-    // The target if it is a link, then its folder; the folder may have to be made yet: the first one
-    // that exists decides.
-    let Some(real) = absolute.ancestors().find_map(|a| a.canonicalize().ok()) else {
-        return Ok(());
-    };
     let folders: HashSet<&Path> = specs().filter_map(|p| p.source.parent()).collect();
-    let inside: HashSet<(u64, u64)> =
+    let inside: HashSet<FileId> =
         folders.into_iter().chain([catalog.root.as_path()]).filter_map(id).collect();
-    if real.ancestors().any(|a| a == catalog.root || id(a).is_some_and(|i| inside.contains(&i))) {
+    if path.ancestors().any(|a| a == catalog.root || id(a).is_some_and(|i| inside.contains(&i))) {
         return refuse("the target is inside the backup directory");
     }
     Ok(())
@@ -363,12 +360,12 @@ fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
 /// `NotFound`.
 fn has_folder(path: &Path) -> Result<()> {
     match path.parent() {
-        Some(file) if file.is_file() => {
+        Some(file) if folder::is_file(file) => {
             Err(Error::new(Kind::NotFound, "the target's folder is a file")
                 .at_path(file)
                 .remedy("name a file in a folder"))
         }
-        Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
+        Some(folder) if !folder::is_folder(folder) => {
             Err(Error::new(Kind::NotFound, "there is no such folder for the target")
                 .at_path(folder)
                 .remedy("make it first, or mount what belongs there"))
@@ -382,8 +379,9 @@ fn has_folder(path: &Path) -> Result<()> {
 /// # Errors
 /// What the operating system said.
 pub(super) fn make_folder(path: &Path) -> Result<()> {
-    let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
-    std::fs::create_dir_all(folder)
+    let Some(folder) = path.parent() else { return Ok(()) };
+    folder::make_folders(folder)
+        .map(drop)
         .map_err(|e| Error::io(e, "cannot make the target's folder").at_path(folder))
         .map_err(|e| match e.kind() {
             Kind::Exists => e.remedy("this is a file: name a folder"),

@@ -1,8 +1,8 @@
-//! The life of a mount, in whichever process serves it.
+//! The life of a mount, in the process that serves it.
 //!
 //! Threads: those of [`crate::fuse`] that serve requests; `watch`, which looks at the backup
 //! directory again, swaps the tree and tells the kernel; `control`, which unmounts on a signal or
-//! when idle; and the first, which waits for the end.
+//! when idle, or has `keeper` do it; and the first, which waits for the end.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,11 +12,14 @@ use std::time::Duration;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::daemon::Ready;
 use super::mount::Plan;
 use super::mountinfo::{self, Mount};
+use super::{keeper, privileges};
 use crate::chain::Catalog;
 use crate::chain::scan::{self, ProbeCache, ScanOptions};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::fs::FileSystem;
 use crate::fs::watch::{Waker, Watch};
 use crate::fuse::{self, Mounted, Notify};
@@ -25,76 +28,124 @@ use crate::text::path_text;
 
 /// How far the kernel reads ahead: several of its largest requests, so that all threads have work.
 const READ_AHEAD_KB: u32 = 4096;
-/// How often the control thread looks whether there is something to do.
-const TICK: Duration = Duration::from_millis(500);
+/// How often is looked whether there is something to do.
+pub(super) const TICK: Duration = Duration::from_millis(500);
 /// Descriptors for everything but layers, with room to spare.
 const OTHER_FILES: u64 = 64;
 /// Dropping a catalog of long chains must not run out of stack.
 const WATCH_STACK: usize = 16 << 20;
+/// What unmounts.
+pub(super) const SIGNALS: [i32; 3] = [SIGTERM, SIGINT, SIGHUP];
 
-/// Mounts, calls `ready` once the mount answers, and serves until it is unmounted.
+/// Mounts, tells `ready` once the mount answers, and serves until it is unmounted; the exit code. If
+/// that is not 0, what it means has been told. Must be called while there is one thread only.
 ///
 /// # Errors
 /// Mounting failed, or the connection to the kernel broke.
-pub fn serve(plan: &Plan, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+pub fn serve(plan: &Plan, ready: Ready) -> Result<u8> {
     raise_file_limit();
     log_panics();
-    let waker = Waker::new().map_err(|e| Error::io(e, "cannot make an eventfd"))?;
-    let waker = Arc::new(waker);
-    // First the watches, then the scan: what changes in between is noticed.
-    let watch = Watch::new(&plan.backups, &plan.mountpoint, plan.poll_interval);
-    let options = ScanOptions { skip: vec![plan.mountpoint.clone()] };
-    let (catalog, probes) = scan::scan(&plan.backups, &options, None)?;
-    if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
-        log::warn!("{}: no point can be served", path_text(&plan.backups));
+    match privileges::is_root() {
+        true => keeper::run(plan, ready),
+        false => alone(plan, ready).map(|()| 0),
     }
-    check_file_limit(&catalog);
-    let cache = Cache::new(plan.cache_size);
-    let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());
-    let fs = Arc::new(fs);
+}
+
+/// Everything in one process: a user's, who mounts by way of fusermount3.
+fn alone(plan: &Plan, ready: Ready) -> Result<()> {
+    let prepared = Prepared::new(plan)?;
     // Until now a signal simply ended the process, however long the scan took.
     let signals = signals()?;
-    let mounted = fuse::mount(fs.clone(), &plan.mountpoint, &fuse_options(plan))?;
-    settle(&plan.mountpoint)?;
-    let notify = mounted.notifier();
-    let refresh = Refresh { fs: fs.clone(), notify, options, probes, failing: false };
-    start("watch", WATCH_STACK, move || refresh.run(watch, &waker))?;
-    control(plan, &fs, signals)?;
-    ready()?;
-    log::info!("{} is mounted at {}", path_text(&plan.backups), path_text(&plan.mountpoint));
+    let mounted = fuse::mount(prepared.fs.clone(), &plan.mountpoint, &plan.fuse())?;
+    let (mount, _announced) = answers(&plan.mountpoint)?;
+    let fs = prepared.fs.clone();
+    prepared.watch(&mounted)?;
+    let (tell, told) = channel();
+    start("signals", 0, move || forward(signals, &tell))?;
+    let control = Control { mount, idle_timeout: plan.idle_seconds(), fs, told };
+    start("control", 0, move || control.run())?;
+    ready.tell()?;
+    say_mounted(plan);
     finish(mounted, plan)
 }
 
-fn fuse_options(plan: &Plan) -> fuse::Options {
-    fuse::Options {
-        access: plan.access,
-        threads: plan.threads,
-        source: plan.backups.to_string_lossy().into_owned(),
+/// Said by whichever process has mounted.
+pub(super) fn say_mounted(plan: &Plan) {
+    log::info!("{} is mounted at {}", path_text(&plan.backups), path_text(&plan.mountpoint));
+}
+
+/// A file system that is ready to be mounted.
+pub(super) struct Prepared {
+    /// It.
+    pub fs: Arc<FileSystem>,
+    watch: Watch,
+    waker: Arc<Waker>,
+    options: ScanOptions,
+    probes: ProbeCache,
+}
+
+impl Prepared {
+    /// Reads the backup directory.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn new(plan: &Plan) -> Result<Self> {
+        let waker = Waker::new().map_err(|e| Error::io(e, "cannot make an eventfd"))?;
+        let waker = Arc::new(waker);
+        // First the watches, then the scan: what changes in between is noticed.
+        let watch = Watch::new(&plan.backups, &plan.mountpoint, plan.poll_interval);
+        let (skip, called) = (vec![plan.mountpoint.clone()], Some(plan.called.clone()));
+        let options = ScanOptions { skip, called };
+        let (catalog, probes) = scan::scan(&plan.backups, &options, None)?;
+        if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
+            log::warn!("{}: no point can be served", path_text(&plan.backups));
+        }
+        check_file_limit(&catalog);
+        let cache = Cache::new(plan.cache_size);
+        let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());
+        Ok(Prepared { fs: Arc::new(fs), watch, waker, options, probes })
+    }
+
+    /// Starts the thread that looks at the directory again.
+    ///
+    /// # Errors
+    /// No thread can be made.
+    pub fn watch(self, mounted: &Mounted) -> Result<()> {
+        let Prepared { fs, watch, waker, options, probes } = self;
+        let refresh = Refresh { fs, notify: mounted.notifier(), options, probes, failing: false };
+        start("watch", WATCH_STACK, move || refresh.run(watch, &waker))
     }
 }
 
-fn finish(mounted: Mounted, plan: &Plan) -> Result<()> {
+/// Waits for the end.
+///
+/// # Errors
+/// The connection to the kernel broke.
+pub(super) fn finish(mounted: Mounted, plan: &Plan) -> Result<()> {
     mounted.wait()?;
     log::info!("{} is unmounted", path_text(&plan.mountpoint));
     Ok(())
 }
 
-/// Waits for the first answer, raises read-ahead and announces that this process is alive.
-fn settle(mountpoint: &Path) -> Result<()> {
-    std::fs::metadata(mountpoint)
+/// Waits for the first answer, raises read-ahead and announces that this process is alive, as long as
+/// the second value lives.
+///
+/// # Errors
+/// The mount does not answer.
+pub(super) fn answers(
+    mountpoint: &Path,
+) -> Result<(Mount, Option<std::os::unix::net::UnixListener>)> {
+    folder::look(mountpoint)
         .map_err(|e| Error::io(e, "the mount does not answer").at_path(mountpoint))?;
     let Some(mount) = mountinfo::find(mountpoint)? else {
         return Err(Error::new(Kind::Io, "the mount is gone again").at_path(mountpoint));
     };
     let setting = format!("/sys/class/bdi/{}/read_ahead_kb", mount.dev);
-    if let Err(e) = std::fs::write(&setting, READ_AHEAD_KB.to_string()) {
+    if let Err(e) = folder::system::set(Path::new(&setting), &READ_AHEAD_KB.to_string()) {
         log::info!("{setting}: cannot raise read-ahead: {e}");
     }
-    if let Ok(socket) = mount.announce() {
-        // Its end has to be that of the process.
-        std::mem::forget(socket);
-    }
-    Ok(())
+    let announced = mount.announce().ok();
+    Ok((mount, announced))
 }
 
 /// What the watching thread needs to look again.
@@ -139,20 +190,6 @@ impl Refresh {
     }
 }
 
-/// Starts the threads that unmount on SIGTERM, SIGINT, SIGHUP and when idle.
-fn control(plan: &Plan, fs: &Arc<FileSystem>, signals: Signals) -> Result<()> {
-    let mount = mountinfo::find(&plan.mountpoint)?;
-    let (tell, told) = channel();
-    start("signals", 0, move || forward(signals, &tell))?;
-    let control = Control {
-        mount,
-        idle_timeout: plan.idle_timeout.map(|t| t.as_secs()),
-        fs: fs.clone(),
-        told,
-    };
-    start("control", 0, move || control.run())
-}
-
 fn forward(mut signals: Signals, tell: &Sender<i32>) {
     for signal in signals.forever() {
         if tell.send(signal).is_err() {
@@ -162,7 +199,7 @@ fn forward(mut signals: Signals, tell: &Sender<i32>) {
 }
 
 struct Control {
-    mount: Option<Mount>,
+    mount: Mount,
     idle_timeout: Option<u64>,
     fs: Arc<FileSystem>,
     told: Receiver<i32>,
@@ -196,12 +233,7 @@ impl Control {
 
     /// Tries once; true if there is nothing left to do.
     fn unmount(&self, signals: u32) -> bool {
-        let Some(mount) = &self.mount else { return true };
-        // Somebody may have unmounted it and mounted something else.
-        if !matches!(mountinfo::find(&mount.path), Ok(Some(m)) if m.dev == mount.dev) {
-            return true;
-        }
-        match mountinfo::unmount(&mount.path, signals > 1) {
+        match self.mount.end(signals > 1) {
             Ok(()) => true,
             Err(e) => {
                 log::debug!("{}; a second signal detaches it", e.report());
@@ -213,11 +245,19 @@ impl Control {
     }
 }
 
-fn signals() -> Result<Signals> {
-    Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| Error::io(e, "cannot listen for signals"))
+/// The signals that unmount, from now on.
+///
+/// # Errors
+/// The handlers cannot be installed.
+pub(super) fn signals() -> Result<Signals> {
+    Signals::new(SIGNALS).map_err(|e| Error::io(e, "cannot listen for signals"))
 }
 
-fn start(name: &str, stack: usize, work: impl FnOnce() + Send + 'static) -> Result<()> {
+/// Starts a thread; `stack` bytes, or 0 for the usual.
+///
+/// # Errors
+/// No thread can be made.
+pub(super) fn start(name: &str, stack: usize, work: impl FnOnce() + Send + 'static) -> Result<()> {
     let mut builder = std::thread::Builder::new().name(name.into());
     if stack > 0 {
         builder = builder.stack_size(stack);

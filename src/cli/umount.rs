@@ -44,7 +44,7 @@ fn find(path: &Path) -> Result<Mount> {
     if let Some(mount) = mountinfo::at(path)? {
         return ours(mount);
     }
-    match mountinfo::find(&path.canonicalize().map_err(wrong)?)? {
+    match mountinfo::find(&crate::folder::resolve(path).map_err(wrong)?)? {
         Some(mount) => ours(mount),
         None => Err(Error::new(Kind::NotFound, "nothing is mounted here").at_path(path)),
     }

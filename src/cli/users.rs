@@ -1,6 +1,6 @@
 //! Users and groups by name or number, as `--uid`, `--gid` and fstab take them.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
 /// The user `text` names.
 ///
@@ -32,6 +32,28 @@ fn id(text: &str, what: &str, find: impl FnOnce(&CString) -> Option<u32>) -> Res
     let name = CString::new(text).ok();
     name.and_then(|n| find(&n))
         .ok_or_else(|| format!("'{text}' is no number, and no {what}'s name"))
+}
+
+/// A user's name; `None` if the system knows no such user.
+pub fn name(uid: u32) -> Option<CString> {
+    // SAFETY: the result is copied at once; nobody else asks for users beside us.
+    unsafe { libc::getpwuid(uid).as_ref().map(|user| CStr::from_ptr(user.pw_name).to_owned()) }
+}
+
+/// A user's main group and all his groups; `None` if the system knows no such user.
+pub fn groups_of(uid: u32) -> Option<(u32, Vec<u32>)> {
+    // SAFETY: the result is copied at once.
+    let (name, gid) = unsafe {
+        let user = libc::getpwuid(uid).as_ref()?;
+        (CStr::from_ptr(user.pw_name).to_owned(), user.pw_gid)
+    };
+    // As many as the kernel takes.
+    let mut groups = vec![0; 65_536];
+    let mut count = libc::c_int::try_from(groups.len()).ok()?;
+    // SAFETY: a C string, and a list as long as said.
+    let got = unsafe { libc::getgrouplist(name.as_ptr(), gid, groups.as_mut_ptr(), &mut count) };
+    groups.truncate(usize::try_from(count).ok().filter(|_| got >= 0)?);
+    Some((gid, groups))
 }
 
 #[cfg(test)]

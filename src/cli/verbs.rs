@@ -1,17 +1,17 @@
 //! `fleecefs rebase`, `commit`, `snapshot-rebase` and `merge`: qmprestore's verbs.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::bar::Bar;
 use super::output;
+use super::paths::{self, catalog};
 use super::restore::{FileFormat, check_outside};
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::chain::Catalog;
-use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::Format;
@@ -55,7 +55,7 @@ pub struct VerbArgs {
 #[derive(Debug, Args)]
 pub struct RebaseArgs {
     #[command(flatten)]
-    verb: VerbArgs,
+    pub verb: VerbArgs,
     /// Write absolute pointers, as qmprestore does: the folder must not be moved then
     #[arg(long)]
     absolute: bool,
@@ -77,7 +77,7 @@ pub struct RebaseArgs {
 #[derive(Debug, Args)]
 pub struct CommitArgs {
     #[command(flatten)]
-    verb: VerbArgs,
+    pub verb: VerbArgs,
 }
 
 /// Fold increments into their FULL and keep each state as an internal snapshot of it
@@ -88,7 +88,7 @@ pub struct CommitArgs {
 #[derive(Debug, Args)]
 pub struct SnapshotRebaseArgs {
     #[command(flatten)]
-    verb: VerbArgs,
+    pub verb: VerbArgs,
 }
 
 /// Merge a chain into one new image file; the backup stays as it is
@@ -97,7 +97,7 @@ pub struct SnapshotRebaseArgs {
 #[derive(Debug, Args)]
 pub struct MergeArgs {
     #[command(flatten)]
-    verb: VerbArgs,
+    pub verb: VerbArgs,
     /// The file to make
     target: PathBuf,
     /// The format of the new file; the FULL's if left out
@@ -112,11 +112,16 @@ pub struct MergeArgs {
 const CACHE_BYTES: u64 = 256 << 20;
 
 impl VerbArgs {
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Reads the folder; if the verb alters anything, under the lock, and after what a killed run
     /// left is finished.
     fn catalog(&self, alters: bool) -> Result<(Catalog, Option<Locks>)> {
         if !alters || self.dry_run {
-            return Ok((scan(&self.dir, &ScanOptions::default(), None)?.0, None));
+            return Ok((catalog(&self.dir)?, None));
         }
         locked(&self.dir).map(|(catalog, locks)| (catalog, Some(locks)))
     }
@@ -201,7 +206,8 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
 ///
 /// # Errors
 /// See [`crate::restore::restore`].
-pub fn merge(args: MergeArgs) -> Result<()> {
+pub fn merge(mut args: MergeArgs) -> Result<()> {
+    args.target = paths::to_make(&args.target)?;
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);
     let (catalog, _) = args.verb.catalog(false)?;

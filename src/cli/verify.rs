@@ -6,8 +6,8 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::output;
+use super::paths::catalog;
 use crate::chain::POINT_HELP;
-use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Kind, Result, Severity};
 use crate::text::path_text;
 use crate::units::{counted, parse_when};
@@ -25,7 +25,7 @@ use crate::verify::{Options, Outcome, PointReport, Report, verify};
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// The backup directory
-    dir: PathBuf,
+    pub dir: PathBuf,
     /// Structure and chain only: reads no data, and says nothing about it
     #[arg(long)]
     quick: bool,
@@ -55,7 +55,7 @@ pub fn run(args: VerifyArgs) -> Result<()> {
     if args.create {
         super::writing::finish_what_is_left(&args.dir)?;
     }
-    let (catalog, _) = scan(&args.dir, &ScanOptions::default(), None)?;
+    let catalog = catalog(&args.dir)?;
     let options = Options {
         quick: args.quick,
         point: args.point,

@@ -2,12 +2,14 @@
 //! broken off left to be finished.
 
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use super::bar::Bar;
 use super::work::cancel_flag;
-use crate::chain::scan::{ScanOptions, scan};
+use super::{paths, privileges};
 use crate::chain::{Catalog, unfinished};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result, path_text};
+use crate::folder::{Folder, ForeignOwner, foreign_owner};
 use crate::lock::Locks;
 use crate::prune::recover;
 use crate::restore::Work;
@@ -18,7 +20,7 @@ use crate::restore::Work;
 /// `Busy` if somebody else is writing, or what recovery says.
 pub(super) fn locked(dir: &Path) -> Result<(Catalog, Locks)> {
     let locks = finished(dir)?;
-    let (catalog, _) = scan(dir, &ScanOptions::default(), None)?;
+    let catalog = paths::catalog(dir)?;
     Ok((catalog, locks))
 }
 
@@ -27,9 +29,8 @@ pub(super) fn locked(dir: &Path) -> Result<(Catalog, Locks)> {
 /// # Errors
 /// See [`locked`].
 pub(super) fn finished(dir: &Path) -> Result<Locks> {
-    let failed = |e| Error::io(e, "cannot read the backup directory").at_path(dir);
-    let root = dir.canonicalize().map_err(failed)?;
-    std::fs::read_dir(&root).map_err(failed)?;
+    let root = paths::backups(dir)?;
+    warn_of_others(&root)?;
     let locks = Locks::take(&root)?;
     let folders: Vec<PathBuf> = unfinished::folders(&root);
     if !folders.is_empty() {
@@ -45,8 +46,56 @@ pub(super) fn finished(dir: &Path) -> Result<Locks> {
 /// # Errors
 /// See [`locked`].
 pub(super) fn finish_what_is_left(dir: &Path) -> Result<()> {
-    match unfinished::folders(dir).is_empty() {
+    let root = match paths::backups(dir) {
+        // A target that is made yet.
+        Err(e) if e.kind() == Kind::NotFound => return Ok(()),
+        other => other?,
+    };
+    warn_of_others(&root)?;
+    match unfinished::folders(&root).is_empty() {
         true => Ok(()),
         false => finished(dir).map(drop),
+    }
+}
+
+/// Warns, once in a process, of a folder that is written to and that somebody else may change.
+///
+/// # Errors
+/// The folder cannot be read.
+pub(super) fn warn_of_others(root: &Path) -> Result<()> {
+    static WARNED: Once = Once::new();
+    let failed = |e| Error::io(e, "cannot read the backup directory").at_path(root);
+    let folder = Folder::open(root).map_err(failed)?;
+    let Some(who) = foreign_owner(&folder).map_err(failed)? else { return Ok(()) };
+    let text = of_others(root, who);
+    WARNED.call_once(|| log::warn!("{text}"));
+    Ok(())
+}
+
+fn of_others(root: &Path, who: ForeignOwner) -> String {
+    let path = path_text(root);
+    match who {
+        ForeignOwner::User(uid) => format!(
+            "{path}: belongs to {}, who can change or remove what is written there; work as that \
+             user with --as-owner, or make it your own (chown)",
+            privileges::name_of(uid)
+        ),
+        ForeignOwner::Others => format!(
+            "{path}: others may write there too, and change or remove what is written; if that is \
+             not meant: chmod go-w"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warning_says_whose_it_is_and_what_to_do() {
+        let text = of_others(Path::new("/b"), ForeignOwner::User(4_000_000));
+        assert!(text.contains("user 4000000") && text.contains("--as-owner"), "{text}");
+        let text = of_others(Path::new("/b"), ForeignOwner::Others);
+        assert!(text.contains("chmod go-w"), "{text}");
     }
 }

@@ -24,6 +24,7 @@ mod name;
 mod open;
 mod owner;
 mod resolve;
+pub mod system;
 mod temp;
 
 use std::ffi::{OsStr, OsString};
@@ -277,6 +278,17 @@ impl Folder {
         Ok(File::from(fd))
     }
 
+    /// Opens `name` for appending: a log. It is made with mode 0600 if it is not there. A device
+    /// such as `/dev/null` is taken as well as a plain file.
+    ///
+    /// # Errors
+    /// What the operating system said; a refusal for anything else, and for a file with more than
+    /// one name.
+    pub fn append(&self, name: impl AsRef<OsStr>) -> io::Result<File> {
+        let name = plain(name.as_ref())?;
+        open::append(self.fd.as_fd(), name)
+    }
+
     /// The folder `name`, made with mode 0700 if it is not there; its name survives a power cut.
     ///
     /// # Errors
@@ -293,6 +305,22 @@ impl Folder {
             Err(e) => return Err(e.into()),
         }
         self.folder(name)
+    }
+
+    /// The folder `name`, made with mode 0700 for the user `uid` if it is not there. One that is
+    /// there has to belong to that user or root already.
+    ///
+    /// # Errors
+    /// As [`Folder::make_folder`]; a refusal if it is somebody else's.
+    pub fn make_folder_of(&self, name: impl AsRef<OsStr>, uid: u32) -> io::Result<Folder> {
+        use std::os::unix::fs::MetadataExt;
+        let folder = self.make_folder(name)?;
+        match folder.metadata()?.uid() {
+            owner if owner == uid => {}
+            0 => std::os::unix::fs::fchown(File::from(folder.reopen()?), Some(uid), None)?,
+            _ => return Err(refused("the folder belongs to another user")),
+        }
+        Ok(folder)
     }
 
     /// Renames, replacing what has the new name.

@@ -120,6 +120,31 @@ pub fn plain_file(
     }
 }
 
+/// Opens `name` in the folder `at` for appending, or makes it. See [`super::Folder::append`].
+pub fn append(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<File> {
+    use std::os::unix::fs::FileTypeExt;
+    // Without NONBLOCK a pipe that nobody reads would hold us here.
+    let flags = OFlags::WRONLY
+        | OFlags::APPEND
+        | OFlags::CREATE
+        | OFlags::NOFOLLOW
+        | OFlags::NONBLOCK
+        | OFlags::NOCTTY
+        | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(at, name, flags, Mode::RUSR | Mode::WUSR).map_err(explain)?;
+    let file = File::from(fd);
+    let meta = file.metadata()?;
+    if !meta.is_file() && !meta.file_type().is_char_device() {
+        return Err(refused("it is neither a plain file nor a device such as /dev/null"));
+    }
+    if meta.is_file() && meta.nlink() > 1 {
+        return Err(refused("it has more than one name (hard links), and is not written to"));
+    }
+    // A terminal that is slow is waited for.
+    rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
+    Ok(file)
+}
+
 /// A path to an open descriptor of this process.
 pub fn proc_path(fd: RawFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{fd}"))

@@ -278,3 +278,20 @@ fn sockets_are_made_private() {
     assert_eq!(folder.look("s").unwrap().mode() & 0o777, 0o600);
     assert!(folder.listen("s").is_err());
 }
+
+#[test]
+fn a_log_is_appended_to_and_nothing_else_is_written() {
+    let (dir, folder) = scene();
+    for _ in 0..2 {
+        folder.append("log").unwrap().write_all(b"x").unwrap();
+    }
+    assert_eq!(folder.read_small("log", 9).unwrap(), b"xx");
+    assert_eq!(folder.look("log").unwrap().mode() & 0o777, 0o600);
+    std::fs::hard_link(dir.path().join("log"), dir.path().join("second")).unwrap();
+    symlink("log", dir.path().join("link")).unwrap();
+    fifo(&dir.path().join("pipe"));
+    for bad in ["second", "link", "pipe", "../log"] {
+        assert!(folder.append(bad).is_err(), "{bad}");
+    }
+    Folder::open(Path::new("/dev")).unwrap().append("null").unwrap();
+}

@@ -6,7 +6,11 @@
 
 mod adapter;
 
+use std::ffi::CString;
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -61,6 +65,69 @@ pub fn mount(fs: Arc<FileSystem>, mountpoint: &Path, options: &Options) -> Resul
     let failed = |e: io::Error| mount_error(e, mountpoint);
     let adapter = Adapter::new(fs);
     let session = Session::new(adapter, mountpoint, &config(options)).map_err(failed)?;
+    Ok(Mounted { session: session.spawn().map_err(failed)? })
+}
+
+/// Where the kernel's side of a mount is opened.
+const DEVICE: &str = "/dev/fuse";
+
+/// Opens the device that [`attach`] and [`serve`] share, in one process or two.
+///
+/// # Errors
+/// What the operating system said.
+pub fn open_device() -> Result<File> {
+    crate::folder::system::device(Path::new(DEVICE)).map_err(|e| mount_error(e, Path::new(DEVICE)))
+}
+
+/// Mounts at `mountpoint`, by the mount system call and so for root only, what somebody serves
+/// through `device`. `shown` is the mount point's name in messages.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn attach(device: &File, mountpoint: &Path, shown: &Path, options: &Options) -> Result<()> {
+    let text =
+        |bytes: &[u8]| CString::new(bytes).map_err(|e| mount_error(io::Error::other(e), shown));
+    let (fd, ids) = (device.as_raw_fd(), (rustix::process::getuid(), rustix::process::getgid()));
+    let others = if options.access == Access::Owner { "" } else { ",allow_other" };
+    let (uid, gid) = (ids.0.as_raw(), ids.1.as_raw());
+    let data = text(
+        format!(
+            "fd={fd},rootmode={:o},user_id={uid},group_id={gid},default_permissions,\
+             max_read={MAX_READ}{others}",
+            libc::S_IFDIR
+        )
+        .as_bytes(),
+    )?;
+    let (source, target) =
+        (text(options.source.as_bytes())?, text(mountpoint.as_os_str().as_bytes())?);
+    let flags = libc::MS_RDONLY | libc::MS_NODEV | libc::MS_NOSUID | libc::MS_NOATIME;
+    // SAFETY: C strings that live through the call.
+    let done = unsafe {
+        let kind = c"fuse.fleecefs".as_ptr();
+        libc::mount(source.as_ptr(), target.as_ptr(), kind, flags, data.as_ptr().cast())
+    };
+    match done {
+        0 => Ok(()),
+        _ => Err(mount_error(io::Error::last_os_error(), shown)),
+    }
+}
+
+/// Serves `fs` through a device that is mounted by [`attach`].
+///
+/// # Errors
+/// The kernel speaks another protocol; no threads.
+pub fn serve(fs: Arc<FileSystem>, device: File, options: &Options) -> Result<Mounted> {
+    let failed = |e: io::Error| Error::io(e, "cannot serve the mount");
+    let mut config = config(options);
+    // Each thread opens the device for itself, if this user may.
+    config.clone_fd = crate::folder::system::device(Path::new(DEVICE)).is_ok();
+    let acl = match options.access {
+        // The kernel has its own check of that, and this process may be somebody else's by now.
+        Access::Owner => SessionACL::All,
+        _ => config.acl,
+    };
+    let session = Session::from_fd(Adapter::new(fs), OwnedFd::from(device), acl, config);
+    let session = session.map_err(failed)?;
     Ok(Mounted { session: session.spawn().map_err(failed)? })
 }
 
