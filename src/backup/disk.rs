@@ -34,8 +34,8 @@ impl Run<'_> {
         publish::announce(&p.dir, &d.manifest)?;
         publish::note_fleece(&p.dir, &p.image, &d.record.fleece)?;
         let partial = p.dir.join(partial_name(&p.image));
-        let options = fleece::image_options(p, &self.options.copy);
-        d.held = Some(publish::create_image(&partial, p.disk.size, &options)?);
+        let image = fleece::new_image(p, &self.options.copy);
+        d.held = Some(publish::create_image(&partial, &image)?);
         fleece::create_fleece(&d.record.fleece, p.disk.size)?;
         step("files created");
         let target = object(&self.run, Role::Target, d.index);

@@ -13,6 +13,8 @@ use super::publish::create_private;
 use super::seen::Insertion;
 use super::{Compression, CopyOptions};
 use crate::error::{Error, Kind, Result};
+use crate::layer::qcow2::create::NewImage;
+use crate::layer::qcow2::header;
 use crate::qmp::Client;
 use crate::qmp::types::Graph;
 
@@ -36,20 +38,19 @@ pub fn create_fleece(path: &Path, size: u64) -> Result<()> {
     file.set_len(size).map_err(|e| Error::io(e, "cannot size the fleece image").at_path(path))
 }
 
-/// `qemu-img create -o` for a target: compat 1.1 always, since 0.10 loses zeroes in an INC.
-pub fn image_options(plan: &DiskPlan, copy: &CopyOptions) -> String {
+/// The shape of a target, as the disk's own: version 3 always, since 2 loses zeroes in an INC.
+pub fn new_image(plan: &DiskPlan, copy: &CopyOptions) -> NewImage {
     let d = &plan.disk;
-    let mut o = format!("compat=1.1,cluster_size={}", cluster_size(d.cluster_size));
-    if d.extended_l2 {
-        o.push_str(",extended_l2=on");
+    NewImage {
+        size: d.size,
+        cluster_size: cluster_size(d.cluster_size),
+        extended_l2: d.extended_l2,
+        lazy_refcounts: d.lazy_refcounts,
+        compression: match copy.compress {
+            Some(Compression::Zstd) => header::Compression::Zstd,
+            _ => header::Compression::Zlib,
+        },
     }
-    if d.lazy_refcounts {
-        o.push_str(",lazy_refcounts=on");
-    }
-    if copy.compress == Some(Compression::Zstd) {
-        o.push_str(",compression_type=zstd");
-    }
-    o
 }
 
 /// What qcow2 allows: 512 bytes to 2 MiB, a power of two.

@@ -8,14 +8,17 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Duration, SystemTime};
 
 use crate::chain::Level;
 use crate::chain::manifest::{self, Manifest, fingerprint};
-use crate::error::{Error, Kind, Result};
-use crate::qemu_img;
+use crate::error::{Error, Kind, Result, Severity};
+use crate::layer::qcow2::check as structure;
+use crate::layer::qcow2::create::NewImage;
+use crate::qemu_img::{self, Verdict};
 use crate::qmp::steps::step;
+use crate::storage::OpenFile;
 
 /// The name of an image that is not a point yet.
 pub fn partial_name(image: &str) -> String {
@@ -76,13 +79,10 @@ pub fn announced(dir: &Path, image: &str) -> Result<Option<Manifest>> {
 ///
 /// # Errors
 /// `Exists` if it is there, `NoSpace`, `Permission`, `Io`.
-pub fn create_image(path: &Path, size: u64, options: &str) -> Result<Held> {
-    // Made by us first, so that the mode is right from the start and nothing is overwritten.
+pub fn create_image(path: &Path, image: &NewImage) -> Result<Held> {
     let held = Held { file: Arc::new(create_private(path)?), path: path.to_path_buf() };
-    let size = size.to_string();
-    let args = ["create", "-q", "-f", "qcow2", "-o", options].map(OsStr::new);
-    let all = [args.as_slice(), &[path.as_os_str(), OsStr::new(&size)]].concat();
-    qemu_img::output(&all, path).map(|_| held)
+    image.write(&held.file, path)?;
+    Ok(held)
 }
 
 /// An image held open from before anything was written to it. What the operating system could not
@@ -165,7 +165,7 @@ pub fn publish_held(
     let image = dir.join(&manifest.image);
     // First of all: what is read below comes out of the page cache, written or not.
     held.sync()?;
-    check(&partial, manifest.virtual_size)?;
+    check(&partial, &held.file, manifest.virtual_size)?;
     step("checked");
     set_time(&held.file, dir, &manifest)?;
     held.sync()?;
@@ -232,24 +232,43 @@ fn complete(m: &mut Manifest, file: &Path, hash: bool) -> Result<()> {
     Ok(())
 }
 
-/// qemu-img's own check: no error and no leak that was not there by design; and the size.
+/// qemu-img's check, by which others judge an image that QEMU wrote: no error and no leak; and the
+/// size.
 ///
 /// That qemu-img could not look is no verdict: unless the image cannot be read by us either, it may
 /// be as good as any.
-fn check(path: &Path, size: u64) -> Result<()> {
-    let checked = qemu_img::check(path);
-    let info = crate::layer::probe(&crate::storage::SourceFile::look(path)?)?;
-    checked.map_err(|e| match e.kind() {
-        Kind::Peer => {
-            Error::new(Kind::Busy, "the image could not be checked").at_path(path).with_source(e)
+fn check(path: &Path, file: &File, size: u64) -> Result<()> {
+    let info = crate::layer::probe(&OpenFile::new(file, path)?)?;
+    // Nothing stops it here but its own limits: what it looks at is all metadata.
+    match qemu_img::check(file, path, &|| Ok(())) {
+        Ok(Verdict::Sound) => {}
+        Ok(Verdict::Leaks(said) | Verdict::Damaged(said)) => {
+            return Err(Error::new(Kind::Unsound, format!("qemu-img check: {said}")).at_path(path));
         }
-        _ => e,
-    })?;
+        Err(e) if e.kind() == Kind::NotFound => check_alone(path, file, e)?,
+        Err(e) if e.kind() == Kind::Peer => {
+            let what = "the image could not be checked";
+            return Err(Error::new(Kind::Busy, what).at_path(path).with_source(e));
+        }
+        Err(e) => return Err(e),
+    }
     if info.virtual_size != size {
         let what = format!("the image has {} bytes, the disk {size}", info.virtual_size);
         return Err(Error::new(Kind::Unsound, what).at_path(path));
     }
     Ok(())
+}
+
+/// Our own check of all tables and refcounts, where there is no qemu-img.
+fn check_alone(path: &Path, file: &File, why: Error) -> Result<()> {
+    static WARNED: Once = Once::new();
+    WARNED.call_once(|| log::warn!("images are checked by fleecefs alone: {}", why.report()));
+    let found = structure::check(&OpenFile::new(file, path)?, None);
+    let all = found.findings.iter().chain(&found.refcounts);
+    match all.into_iter().find(|f| f.severity == Severity::Error) {
+        Some(f) => Err(Error::new(Kind::Unsound, f.message.clone()).at_path(path)),
+        None => Ok(()),
+    }
 }
 
 /// Gives the file an mtime after its predecessors': qmprestore sorts by it.

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::content;
-use super::structure::{self, Collected};
 use crate::chain::Point;
 use crate::error::{Error, Finding, Kind, Result, Severity};
+use crate::layer::qcow2::check::{self as structure, Collected};
 use crate::layer::{self, Format, LayerSpec, Part};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};

@@ -9,14 +9,11 @@
 //! Only a manifest with a hash proves what plain data is: without one the outcome is
 //! [`Outcome::Unproven`], however good the structure looks.
 
-mod clusters;
 mod content;
 mod files;
 mod links;
 mod record;
-mod refcounts;
 mod settle;
-mod structure;
 mod suspects;
 
 use std::collections::{HashMap, HashSet};
@@ -27,6 +24,8 @@ use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::progress::Progress;
 use files::{FileReport, Target};
 use links::Record;
+
+use crate::layer::qcow2::check as structure;
 
 pub use structure::{Structure, check as check_structure};
 

@@ -5,15 +5,17 @@
 //! tables and data between internal snapshots, a host cluster between compressed clusters.
 //! Memory is bounded by a few bits per host cluster and one table.
 
+mod clusters;
+mod refcounts;
+
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::clusters::ClusterSet;
-use super::refcounts;
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::header::{Header, TableRef};
 use crate::layer::qcow2::snapshot;
 use crate::storage::ReadAt;
+use clusters::ClusterSet;
 
 /// Findings kept of one file; thousands more would say nothing new.
 const MAX_FINDINGS: usize = 20;
@@ -30,7 +32,7 @@ const L1_CHUNK: u64 = 4096;
 /// Marks a cluster number as one of the external data file; clusters have less than 56 bits.
 const DATA_FILE: u64 = 1 << 60;
 /// What to do about a damaged file.
-pub(super) const REMEDY: &str = "restore this file from another copy of the backup";
+pub const REMEDY: &str = "restore this file from another copy of the backup";
 
 /// What the walk found.
 #[derive(Debug, Default)]
@@ -72,7 +74,7 @@ pub fn check(image: &dyn ReadAt, data: Option<&Arc<dyn ReadAt>>) -> Structure {
 
 /// Which host clusters hold what.
 #[derive(Debug, Default)]
-pub(super) struct Used {
+struct Used {
     /// Header, L1 tables, refcounts, snapshot table, bitmaps: exclusively used.
     pub meta: ClusterSet,
     /// L2 tables.
@@ -96,7 +98,7 @@ impl Used {
 }
 
 /// Findings with a bound.
-pub(super) struct Collected {
+pub struct Collected {
     found: Vec<Finding>,
     more: u64,
 }
