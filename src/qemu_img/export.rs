@@ -41,7 +41,7 @@ const SEND_WRITE_ZEROES: u16 = 1 << 6;
 /// The most that a client may read or write at once without being told otherwise.
 const MAX_DATA: u32 = 32 << 20;
 /// Zeros written at once where no hole can be made.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Errors as the protocol numbers them.
 const EPERM: u32 = 1;

@@ -10,7 +10,8 @@
 //!   itself would not do: QEMU opens files by name only, and `/proc/self/fd/N` asks the file's
 //!   permissions again, which are those of root or of a stranger.
 //! - Nothing is probed and no pointer in an image is followed: its graph is spelled out, each
-//!   driver by name, with an explicit backing image or none. Images that keep their data in
+//!   driver by name, with an explicit backing image or none. (An image that gets one loses its
+//!   own pointer before, as QEMU would use both.) Images that keep their data in
 //!   another file, and encrypted ones, are refused before it is started.
 //! - It has no rights and little of anything else: see [`confine`].
 //! - It ends when the caller is told to stop, when this process ends, and when it takes much longer
@@ -26,6 +27,7 @@ use std::path::Path;
 
 use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
+use crate::layer::qcow2::backing::set_backing;
 use crate::layer::qcow2::header::Header;
 use crate::storage::OpenFile;
 use export::Export;
@@ -100,6 +102,8 @@ pub fn commit(
     about: &Path,
     stop: Stop,
 ) -> Result<()> {
+    // QEMU would mix what the pointer names with the backing image that it is given.
+    set_backing(top, about, None)?;
     let top = OpenFile::new(top, about)?;
     let size = own_data(&top, about)?.size;
     let base = OpenFile::new(base, about)?;

@@ -170,7 +170,7 @@ fn still_the_same(file: &SourceFile) -> Result<()> {
 }
 
 fn decompress(spec: &LayerSpec, parts: &[Part], jobs: usize, report: &mut FileReport) {
-    let found = Mutex::new(Collected::new());
+    let found = Mutex::new(Collected::default());
     let keep = |e: &Error| {
         let finding = Finding::from_error(e, &report.path);
         found.lock().unwrap_or_else(|p| p.into_inner()).push(finding);

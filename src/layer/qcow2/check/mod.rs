@@ -98,16 +98,14 @@ impl Used {
 }
 
 /// Findings with a bound.
+#[derive(Default)]
 pub struct Collected {
     found: Vec<Finding>,
     more: u64,
 }
 
 impl Collected {
-    pub fn new() -> Self {
-        Collected { found: Vec::new(), more: 0 }
-    }
-
+    /// Keeps it, or counts it.
     pub fn push(&mut self, finding: Finding) {
         if self.found.len() < MAX_FINDINGS {
             self.found.push(finding);
@@ -116,6 +114,7 @@ impl Collected {
         }
     }
 
+    /// What was kept; the last one says how many were not.
     pub fn finish(&mut self) -> Vec<Finding> {
         let mut found = std::mem::take(&mut self.found);
         if self.more > 0
@@ -161,7 +160,7 @@ impl<'a> Walker<'a> {
             blocks: Vec::new(),
             blocks_readable: true,
             compressed: false,
-            out: Collected::new(),
+            out: Collected::default(),
         }
     }
 
