@@ -8,6 +8,7 @@
 //! - [`storage`], [`hash`]: positioned reads, and the hash of a whole file
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
+//! - [`qemu_img`]: running qemu-img on images that nobody trusts
 //! - [`chain`]: backup directory to disks, chains and points; manifests
 //! - [`image`]: layers folded into cached windows, and reads through them
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel

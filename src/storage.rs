@@ -302,6 +302,72 @@ impl SourceFile {
     }
 }
 
+/// A file that the caller has open and keeps open, with a length that stays what it was. Its start
+/// may be read once and for all: whoever parses it twice finds the same bytes.
+#[derive(Debug)]
+pub struct OpenFile<'a> {
+    file: &'a File,
+    path: &'a Path,
+    len: u64,
+    start: Vec<u8>,
+}
+
+impl<'a> OpenFile<'a> {
+    /// Takes note of its length; `path` is what to call it in messages.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn new(file: &'a File, path: &'a Path) -> Result<Self> {
+        Self::with_start(file, path, 0)
+    }
+
+    /// As [`OpenFile::new`], and reads the first `fixed` bytes, which it serves from memory then.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn with_start(file: &'a File, path: &'a Path, fixed: usize) -> Result<Self> {
+        let failed = |e| Error::io(e, "cannot look at the file").at_path(path);
+        let len = file.metadata().map_err(failed)?.len();
+        let mut open = OpenFile { file, path, len, start: Vec::new() };
+        let mut start = vec![0; fixed.min(usize::try_from(len).unwrap_or(usize::MAX))];
+        open.read_exact_at(&mut start, 0)?;
+        open.start = start;
+        Ok(open)
+    }
+
+    /// The file.
+    pub fn file(&self) -> &'a File {
+        self.file
+    }
+
+    /// Its length in bytes when it was first looked at.
+    pub fn length(&self) -> u64 {
+        self.len
+    }
+}
+
+impl ReadAt for OpenFile<'_> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let fixed = usize::try_from(offset).ok().and_then(|at| self.start.get(at..));
+        match fixed.filter(|bytes| !bytes.is_empty()) {
+            Some(bytes) => {
+                let n = bytes.len().min(buf.len());
+                buf[..n].copy_from_slice(&bytes[..n]);
+                Ok(n)
+            }
+            None => self.file.read_at(buf, offset),
+        }
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn name(&self) -> &Path {
+        self.path
+    }
+}
+
 impl ReadAt for SourceFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let file = self.file().map_err(io::Error::other)?;

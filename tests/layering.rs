@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 /// The rooms, lowest first. A room may import from those before it, and from itself.
 const ORDER: [&str; 22] = [
-    "text", "error", "units", "progress", "folder", "storage", "hash", "lock", "qemu_img",
-    "extent", "layer", "chain", "image", "fs", "fuse", "qmp", "backup", "restore", "verify",
-    "prune", "cli", "main",
+    "text", "error", "units", "progress", "folder", "storage", "hash", "lock", "extent", "layer",
+    "qemu_img", "chain", "image", "fs", "fuse", "qmp", "backup", "restore", "verify", "prune",
+    "cli", "main",
 ];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

@@ -60,8 +60,8 @@ impl Run<'_> {
         if let Some(made) = place.made() {
             publish::note_fleece(&folder, &p.image, &made)?;
         }
-        let options = fleece::image_options(p, &self.options.copy);
-        let held = publish::create_image(&folder, &p.image, p.disk.size, &options)?;
+        let image = fleece::new_image(p, &self.options.copy);
+        let held = publish::create_image(&folder, &p.image, &image)?;
         place.create(p.disk.size)?;
         d.record.image_id = Some(held.id()?);
         if let Some(made) = place.made() {

@@ -14,10 +14,13 @@ use super::plan::DiskPlan;
 use super::seen::Insertion;
 use super::space::Space;
 use super::{Compression, CopyOptions, Watch};
-use crate::error::{Error, Kind, Result, path_text};
+use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Access, FileId, Folder};
+use crate::layer::qcow2::create::NewImage;
+use crate::layer::qcow2::header;
 use crate::qmp::Client;
 use crate::qmp::types::Graph;
+use crate::text::path_text;
 
 /// QEMU's unit of copying before a write, for a fleece without clusters of its own.
 const FLEECE_CLUSTER: u64 = 65536;
@@ -167,20 +170,19 @@ pub struct Handed<'a> {
     pub by_name: bool,
 }
 
-/// `qemu-img create -o` for a target: compat 1.1 always, since 0.10 loses zeroes in an INC.
-pub fn image_options(plan: &DiskPlan, copy: &CopyOptions) -> String {
+/// The shape of a target, as the disk's own: version 3 always, since 2 loses zeroes in an INC.
+pub fn new_image(plan: &DiskPlan, copy: &CopyOptions) -> NewImage {
     let d = &plan.disk;
-    let mut o = format!("compat=1.1,cluster_size={}", cluster_size(d.cluster_size));
-    if d.extended_l2 {
-        o.push_str(",extended_l2=on");
+    NewImage {
+        size: d.size,
+        cluster_size: cluster_size(d.cluster_size),
+        extended_l2: d.extended_l2,
+        lazy_refcounts: d.lazy_refcounts,
+        compression: match copy.compress {
+            Some(Compression::Zstd) => header::Compression::Zstd,
+            _ => header::Compression::Zlib,
+        },
     }
-    if d.lazy_refcounts {
-        o.push_str(",lazy_refcounts=on");
-    }
-    if copy.compress == Some(Compression::Zstd) {
-        o.push_str(",compression_type=zstd");
-    }
-    o
 }
 
 /// What qcow2 allows: 512 bytes to 2 MiB, a power of two.

@@ -10,17 +10,19 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Duration, SystemTime};
 
 use super::leftover::{self, Made};
 use crate::chain::Level;
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, Severity};
 use crate::folder::{self, Access, EntryKind, FileId, Folder};
-use crate::qemu_img;
+use crate::layer::qcow2::check as structure;
+use crate::layer::qcow2::create::NewImage;
+use crate::qemu_img::{self, Verdict};
 use crate::qmp::steps::step;
-use crate::storage::SourceFile;
+use crate::storage::{OpenFile, SourceFile};
 
 /// The name of an image that is not a point yet.
 pub fn partial_name(image: &str) -> String {
@@ -94,18 +96,15 @@ pub fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
 ///
 /// # Errors
 /// `Exists` if it is there, `NoSpace`, `Permission`, `Io`.
-pub fn create_image(folder: &Folder, image: &str, size: u64, options: &str) -> Result<Held> {
-    // Made by us first, so that the mode is right from the start and nothing is overwritten.
-    let name = partial_name(image);
+pub fn create_image(folder: &Folder, name: &str, image: &NewImage) -> Result<Held> {
+    let name = partial_name(name);
     let path = folder.join(&name);
     let file = folder
         .create_new(&name)
         .map_err(|e| Error::io(e, "cannot create the file").at_path(&path))?;
     let held = Held { file: Arc::new(file), path };
-    let (size, through) = (size.to_string(), folder::path_for_child(&held.file));
-    let args = ["create", "-q", "-f", "qcow2", "-o", options].map(OsStr::new);
-    let all = [args.as_slice(), &[through.as_os_str(), OsStr::new(&size)]].concat();
-    qemu_img::output(&all, &held.path).map(|_| held)
+    image.write(&held.file, &held.path)?;
+    Ok(held)
 }
 
 /// An image held open from before anything was written to it. What the operating system could not
@@ -223,7 +222,7 @@ pub fn publish(
     // First of all: what is read below comes out of the page cache, written or not.
     held.sync()?;
     held.require_name(folder, &partial)?;
-    check(held, manifest.virtual_size)?;
+    check(&held.path, &held.file, manifest.virtual_size)?;
     step("checked");
     set_time(held, folder, &manifest)?;
     held.sync()?;
@@ -290,24 +289,43 @@ fn complete(m: &mut Manifest, held: &Held, hash: bool) -> Result<()> {
     Ok(())
 }
 
-/// qemu-img's own check: no error and no leak that was not there by design; and the size.
+/// qemu-img's check, by which others judge an image that QEMU wrote: no error and no leak; and the
+/// size.
 ///
 /// That qemu-img could not look is no verdict: unless the image cannot be read by us either, it may
 /// be as good as any.
-fn check(held: &Held, size: u64) -> Result<()> {
-    let checked = qemu_img::check(&folder::path_for_child(&held.file));
-    let info = crate::layer::probe(&held.source()?)?;
-    checked.map_err(|e| match e.kind() {
-        Kind::Peer => Error::new(Kind::Busy, "the image could not be checked")
-            .at_path(held.path())
-            .with_source(e),
-        _ => e,
-    })?;
+fn check(path: &Path, file: &File, size: u64) -> Result<()> {
+    let info = crate::layer::probe(&OpenFile::new(file, path)?)?;
+    // Nothing stops it here but its own limits: what it looks at is all metadata.
+    match qemu_img::check(file, path, &|| Ok(())) {
+        Ok(Verdict::Sound) => {}
+        Ok(Verdict::Leaks(said) | Verdict::Damaged(said)) => {
+            return Err(Error::new(Kind::Unsound, format!("qemu-img check: {said}")).at_path(path));
+        }
+        Err(e) if e.kind() == Kind::NotFound => check_alone(path, file, e)?,
+        Err(e) if e.kind() == Kind::Peer => {
+            let what = "the image could not be checked";
+            return Err(Error::new(Kind::Busy, what).at_path(path).with_source(e));
+        }
+        Err(e) => return Err(e),
+    }
     if info.virtual_size != size {
         let what = format!("the image has {} bytes, the disk {size}", info.virtual_size);
-        return Err(Error::new(Kind::Unsound, what).at_path(held.path()));
+        return Err(Error::new(Kind::Unsound, what).at_path(path));
     }
     Ok(())
+}
+
+/// Our own check of all tables and refcounts, where there is no qemu-img.
+fn check_alone(path: &Path, file: &File, why: Error) -> Result<()> {
+    static WARNED: Once = Once::new();
+    WARNED.call_once(|| log::warn!("images are checked by fleecefs alone: {}", why.report()));
+    let found = structure::check(&OpenFile::new(file, path)?, None);
+    let all = found.findings.iter().chain(&found.refcounts);
+    match all.into_iter().find(|f| f.severity == Severity::Error) {
+        Some(f) => Err(Error::new(Kind::Unsound, f.message.clone()).at_path(path)),
+        None => Ok(()),
+    }
 }
 
 /// Gives the file an mtime after its predecessors': qmprestore sorts by it.

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::content;
-use super::structure::{self, Collected};
 use crate::chain::Point;
 use crate::error::{Error, Finding, Kind, Result, Severity};
+use crate::layer::qcow2::check::{self as structure, Collected};
 use crate::layer::{self, Format, LayerSpec, Part};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};
@@ -170,7 +170,7 @@ fn still_the_same(file: &SourceFile) -> Result<()> {
 }
 
 fn decompress(spec: &LayerSpec, parts: &[Part], jobs: usize, report: &mut FileReport) {
-    let found = Mutex::new(Collected::new());
+    let found = Mutex::new(Collected::default());
     let keep = |e: &Error| {
         let finding = Finding::from_error(e, &report.path);
         found.lock().unwrap_or_else(|p| p.into_inner()).push(finding);

@@ -6,13 +6,13 @@ use std::fs::DirEntry;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::structure::REMEDY;
 use crate::backup::names::parse_bitmap;
 use crate::chain::manifest::fingerprint;
 use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
 use crate::chain::name::{self, Name};
 use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::{Error, Finding, Kind, Severity};
+use crate::layer::qcow2::check::REMEDY;
 use crate::text::path_text;
 
 /// What `.fleecefs/` has about a point.

@@ -9,14 +9,11 @@
 //! Only a manifest with a hash proves what plain data is: without one the outcome is
 //! [`Outcome::Unproven`], however good the structure looks.
 
-mod clusters;
 mod content;
 mod files;
 mod links;
 mod record;
-mod refcounts;
 mod settle;
-mod structure;
 mod suspects;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -29,6 +26,8 @@ use crate::text::path_text;
 use files::{FileReport, Target};
 use links::Records;
 use record::Recorder;
+
+use crate::layer::qcow2::check as structure;
 
 pub use structure::{Structure, check as check_structure};
 

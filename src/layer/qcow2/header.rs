@@ -11,13 +11,13 @@ use crate::error::{Error, Finding, Kind, Result};
 use crate::storage::ReadAt;
 
 /// Length of a version 2 header.
-const V2_HEADER_LEN: u32 = 72;
+pub(super) const V2_HEADER_LEN: u32 = 72;
 /// Length of a version 3 header without the compression type.
 const V3_HEADER_LEN: u32 = 104;
 /// QEMU refuses larger snapshot counts.
 const MAX_SNAPSHOTS: u32 = 65536;
 /// The spec's limit for a backing file name.
-const MAX_BACKING_NAME: u32 = 1023;
+pub(super) const MAX_BACKING_NAME: u32 = 1023;
 /// QEMU's limit for the refcount table, in bytes.
 const MAX_REFTABLE_BYTES: u64 = Qcow2Header::MAX_REFCOUNT_TABLE_SIZE as u64;
 
@@ -31,8 +31,8 @@ const INCOMPAT_COMPRESSION: u64 = 1 << 3;
 const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
 const INCOMPAT_KNOWN: u64 = 0x1f;
 
-const EXT_END: u32 = 0;
-const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(super) const EXT_END: u32 = 0;
+pub(super) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
 const EXT_CRYPTO: u32 = 0x0537_be77;
 const EXT_BITMAPS: u32 = 0x2385_2875;

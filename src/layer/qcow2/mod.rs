@@ -1,10 +1,15 @@
 //! qcow2 versions 2 and 3: what an image maps and the bytes it holds.
 //!
 //! Room by room: `header` (fixed fields, extensions, limits), `snapshot` (internal snapshots),
-//! `table` (L1/L2 entries to mappings), `compress` (one cluster's decompression). Nothing of an
-//! image is kept in memory but its header: L1 and L2 entries are read when a window is folded.
+//! `table` (L1/L2 entries to mappings), `compress` (one cluster's decompression), `check` (whether
+//! all parts of a file agree), `create` and `backing` (empty images, and the backing file's name). Of
+//! an image that is read nothing is kept in memory but its header: L1 and L2 entries are read when
+//! a window is folded.
 
+pub mod backing;
+pub mod check;
 pub mod compress;
+pub mod create;
 pub mod header;
 pub mod snapshot;
 mod table;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Compression, Qcow2Options};
 use crate::error::{Error, Kind, Result};
+use crate::layer::qcow2::{create, header};
 use crate::restore::plan::Chunk;
 use crate::restore::target_error;
 
@@ -174,23 +175,20 @@ impl<'a> Tables<'a> {
         let (table_at, table_clusters) = self.write_refcounts()?;
         let end = self.next.load(Ordering::Relaxed);
         self.out.set_len(end).map_err(|e| target_error(e, "cannot set the size", self.path))?;
-        let header = self.header(l1_at, l1.len() as u32, table_at, table_clusters);
-        self.write(&header, 0)
+        let tables = create::Tables {
+            l1_offset: l1_at,
+            l1_entries: l1.len() as u32,
+            reftable_offset: table_at,
+            reftable_clusters: table_clusters,
+        };
+        self.write(&self.header(&tables), 0)
     }
 
     /// Refcount blocks and their table: they count themselves too.
     fn write_refcounts(&self) -> Result<(u64, u32)> {
         let cluster = self.cluster();
         let used = self.next.load(Ordering::Relaxed) / cluster;
-        let (mut blocks, mut table) = (0, 0);
-        loop {
-            let wanted = (used + blocks + table).div_ceil(cluster / REFCOUNT_BYTES);
-            let wanted_table = (wanted * 8).div_ceil(cluster);
-            if (wanted, wanted_table) == (blocks, table) {
-                break;
-            }
-            (blocks, table) = (wanted, wanted_table);
-        }
+        let (blocks, table) = create::refcount_clusters(used, cluster);
         if table * cluster > MAX_REFCOUNT_TABLE {
             let text = "the file gets larger than QEMU opens with this cluster size";
             return Err(Error::new(Kind::Unsupported, text)
@@ -216,40 +214,19 @@ impl<'a> Tables<'a> {
         Ok((table_at, table as u32))
     }
 
-    fn header(&self, l1_at: u64, l1_len: u32, table_at: u64, table_clusters: u32) -> Vec<u8> {
-        let zstd = self.options.compression == Compression::Zstd;
-        // Incompatible feature bit 3: the compression type is not zlib.
-        let incompatible: u64 = if zstd { 1 << 3 } else { 0 };
-        let header_length: u32 = if zstd { 112 } else { 104 };
-        let mut h = Vec::with_capacity(128);
-        h.extend(b"QFI\xfb");
-        h.extend(3_u32.to_be_bytes());
-        // No backing file: offset and length.
-        h.extend(0_u64.to_be_bytes());
-        h.extend(0_u32.to_be_bytes());
-        h.extend(self.options.cluster_size.trailing_zeros().to_be_bytes());
-        h.extend(self.size.to_be_bytes());
-        // No encryption.
-        h.extend(0_u32.to_be_bytes());
-        h.extend(l1_len.to_be_bytes());
-        h.extend(l1_at.to_be_bytes());
-        h.extend(table_at.to_be_bytes());
-        h.extend(table_clusters.to_be_bytes());
-        // No snapshots: count and offset.
-        h.extend(0_u32.to_be_bytes());
-        h.extend(0_u64.to_be_bytes());
-        h.extend(incompatible.to_be_bytes());
-        // No compatible and autoclear features.
-        h.extend([0; 16]);
-        // Refcount order 4: 16 bits.
-        h.extend(4_u32.to_be_bytes());
-        h.extend(header_length.to_be_bytes());
-        if zstd {
-            h.extend([1, 0, 0, 0, 0, 0, 0, 0]);
-        }
-        // The end of the header extensions.
-        h.extend([0; 8]);
-        h
+    fn header(&self, tables: &create::Tables) -> Vec<u8> {
+        let compression = match self.options.compression {
+            Compression::Zstd => header::Compression::Zstd,
+            Compression::None | Compression::Zlib => header::Compression::Zlib,
+        };
+        let image = create::NewImage {
+            size: self.size,
+            cluster_size: self.cluster(),
+            extended_l2: false,
+            lazy_refcounts: false,
+            compression,
+        };
+        image.header(tables)
     }
 }
 

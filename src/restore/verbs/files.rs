@@ -8,11 +8,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{Member, qemu_img, side_folder};
+use super::{Member, side_folder};
 use crate::chain::unfinished::{self, HEADER_SUFFIX};
 use crate::chain::{manifest, name};
 use crate::error::{Error, Kind, Result};
 use crate::layer::{Format, ImageInfo};
+use crate::qemu_img::{self, Verdict};
 use crate::restore::clone::Cloner;
 use crate::restore::temp::sync_folder;
 use crate::restore::work::Work;
@@ -24,8 +25,6 @@ use crate::text::path_text;
 pub const UNFINISHED_HEADER: &str = ".header.tmp";
 /// Bytes copied or hashed at once.
 const BUFFER: usize = 1 << 20;
-/// `qemu-img check` found leaked clusters and nothing else.
-const CHECK_LEAKS: i32 = 3;
 
 /// Checks a file before it is altered: its structure by QEMU, its bytes by the manifest's hash.
 ///
@@ -38,16 +37,16 @@ pub fn check(m: &Member, work: &Work) -> Result<()> {
             .remedy("restore this file from another copy; --skip-check alters it all the same"))
     };
     if m.format == Format::Qcow2 {
-        let alone = without_backing(&m.path);
-        let plain = ["check", "-q", "-f", "qcow2"].map(OsStr::new);
-        let args = match &alone {
-            Some(description) => vec![plain[0], plain[1], OsStr::new(description)],
-            None => [&plain[..], &[m.path.as_os_str()]].concat(),
-        };
-        match qemu_img::run_code(&args, &m.path, work)? {
-            (0, _) => {}
-            (CHECK_LEAKS, _) => log::warn!("{}: has leaked clusters", path_text(&m.path)),
-            (_, said) => return unsound(format!("qemu-img check says: {said}")),
+        let source = SourceFile::look(&m.path)?;
+        match qemu_img::check(source.file()?, &m.path, &|| work.check()) {
+            Ok(Verdict::Sound) => {}
+            Ok(Verdict::Leaks(_)) => log::warn!("{}: has leaked clusters", path_text(&m.path)),
+            Ok(Verdict::Damaged(said)) => return unsound(format!("qemu-img check says: {said}")),
+            // Too damaged even to be looked at.
+            Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Truncated | Kind::Peer) => {
+                return unsound(e.report());
+            }
+            Err(e) => return Err(e),
         }
     }
     let Some(manifest) = manifest_of(&m.path)? else { return Ok(()) };
@@ -56,14 +55,6 @@ pub fn check(m: &Member, work: &Work) -> Result<()> {
         return unsound("its bytes are not those of its manifest's hash".into());
     }
     Ok(())
-}
-
-/// A qcow2 image for QEMU without what its pointer leads to, which may not be there (any more): only
-/// the image itself is of interest. `None` where its name is not UTF-8, which JSON needs.
-fn without_backing(image: &Path) -> Option<String> {
-    let file = serde_json::json!({"driver": "file", "filename": image.to_str()?});
-    let all = serde_json::json!({"driver": "qcow2", "file": file, "backing": null});
-    Some(format!("json:{all}"))
 }
 
 /// The manifest of an image, if there is one.
@@ -224,16 +215,13 @@ pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) 
         let (blake3, fingerprint) = (None, None);
         write_manifest(image, &manifest::Manifest { blake3, fingerprint, ..m.clone() })?;
     }
-    let mut args = ["rebase", "-q", "-u", "-f", "qcow2"].map(OsStr::new).to_vec();
-    if let Some(format) = format {
-        args.extend([OsStr::new("-F"), OsStr::new(format)]);
-    }
-    args.extend([OsStr::new("-b"), &pointer, image.as_os_str()]);
-    qemu_img::run(&args, image, work)?;
     let file = File::options()
+        .read(true)
         .write(true)
         .open(image)
         .map_err(|e| target_error(e, "cannot open the file", image))?;
+    let backing = format.map(|format| (pointer.as_os_str(), format));
+    crate::layer::qcow2::backing::set_backing(&file, image, backing)?;
     file.set_times(FileTimes::new().set_accessed(times.0).set_modified(times.1))
         .and_then(|()| file.sync_all())
         .map_err(|e| target_error(e, "cannot write to disk", image))?;

@@ -13,15 +13,16 @@ use std::sync::Arc;
 
 use super::rebase::{only_qcow2, same_folder};
 use super::switch::{Switch, switch};
-use super::{Line, Member, Users, files, qemu_img, side_folder, snapshots};
+use super::{Line, Member, Users, files, side_folder, snapshots};
 use crate::chain::{self, Catalog, Level};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image, open_point};
 use crate::layer::{Format, LayerSpec, Part};
+use crate::qemu_img;
 use crate::restore::source::Reader;
 use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
-use crate::restore::{Plan, Temp, readback};
+use crate::restore::{Plan, Temp, readback, target_error};
 use crate::storage::SourceFile;
 use crate::text::path_text;
 
@@ -118,10 +119,10 @@ impl FoldPlan {
         let total = members().map(|m| std::fs::metadata(&m.path).map_or(0, |m| m.len())).sum();
         work.progress.begin("commit", total);
         files::copy(&self.full.path, temp.file(), temp.path(), work)?;
-        self.snapshot(0, temp.path(), work)?;
+        self.snapshot(0, &temp, work)?;
         for (i, m) in self.increments.iter().enumerate() {
             self.commit(m, &temp, &side, work)?;
-            self.snapshot(i + 1, temp.path(), work)?;
+            self.snapshot(i + 1, &temp, work)?;
         }
         files::sync(temp.path())?;
         if !skip_check {
@@ -139,32 +140,29 @@ impl FoldPlan {
     fn commit(&self, m: &Member, base: &Temp, side: &Path, work: &Work) -> Result<()> {
         let copy = Temp::create(&side.join("increment"), true)?;
         files::copy(&m.path, copy.file(), copy.path(), work)?;
-        let format = files::format_name(self.full.format).unwrap_or("qcow2");
-        let fixed = ["rebase", "-q", "-u", "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
-        let link = [&fixed[..], &[base.path().as_os_str(), copy.path().as_os_str()]].concat();
-        qemu_img::run(&link, &m.path, work)?;
-        let rate = work.rate.as_ref().map_or(0, |r| r.per_second()).to_string();
-        // -d: the copy is thrown away, so it need not be emptied.
-        let fixed = ["commit", "-q", "-d", "-f", "qcow2", "-r", &rate].map(OsStr::new);
-        qemu_img::run(&[&fixed[..], &[copy.path().as_os_str()]].concat(), &m.path, work)?;
-        self.resize(m, base.path(), format, work)
+        let rate = work.rate.as_ref().map_or(0, |r| r.per_second());
+        let (both, format) = ((copy.file(), base.file()), self.full.format);
+        qemu_img::commit(both, format, rate, &m.path, &|| work.check())?;
+        self.resize(m, base, work)
     }
 
     /// Commit makes a smaller base grow, but never a larger one shrink.
-    fn resize(&self, m: &Member, base: &Path, format: &str, work: &Work) -> Result<()> {
-        if files::probe(base)?.virtual_size == m.size {
+    fn resize(&self, m: &Member, base: &Temp, work: &Work) -> Result<()> {
+        if files::probe(base.path())?.virtual_size == m.size {
             return Ok(());
         }
-        let size = m.size.to_string();
-        let fixed = ["resize", "-q", "--shrink", "-f", format].map(OsStr::new);
-        let args = [&fixed[..], &[base.as_os_str(), OsStr::new(&size)]].concat();
-        qemu_img::run(&args, base, work)
+        match self.full.format {
+            Format::Qcow2 => qemu_img::resize(base.file(), m.size, base.path(), &|| work.check()),
+            _ => {
+                let resized = base.file().set_len(m.size);
+                resized.map_err(|e| target_error(e, "cannot set the size", base.path()))
+            }
+        }
     }
 
-    fn snapshot(&self, index: usize, base: &Path, work: &Work) -> Result<()> {
+    fn snapshot(&self, index: usize, base: &Temp, work: &Work) -> Result<()> {
         let Some(Some(name)) = self.snapshots.get(index) else { return Ok(()) };
-        let args = ["snapshot", "-q", "-c", name].map(OsStr::new);
-        qemu_img::run(&[&args[..], &[base.as_os_str()]].concat(), base, work)
+        qemu_img::snapshot(base.file(), name, base.path(), &|| work.check())
     }
 
     /// Compares the new FULL with the point it is to be, and each snapshot with its own.

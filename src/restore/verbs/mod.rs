@@ -8,7 +8,6 @@
 
 pub mod files;
 pub mod fold;
-pub mod qemu_img;
 pub mod rebase;
 mod snapshots;
 mod switch;

@@ -5,15 +5,17 @@
 //! tables and data between internal snapshots, a host cluster between compressed clusters.
 //! Memory is bounded by a few bits per host cluster and one table.
 
+mod clusters;
+mod refcounts;
+
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::clusters::ClusterSet;
-use super::refcounts;
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::header::{Header, TableRef};
 use crate::layer::qcow2::snapshot;
 use crate::storage::ReadAt;
+use clusters::ClusterSet;
 
 /// Findings kept of one file; thousands more would say nothing new.
 const MAX_FINDINGS: usize = 20;
@@ -30,7 +32,7 @@ const L1_CHUNK: u64 = 4096;
 /// Marks a cluster number as one of the external data file; clusters have less than 56 bits.
 const DATA_FILE: u64 = 1 << 60;
 /// What to do about a damaged file.
-pub(super) const REMEDY: &str = "restore this file from another copy of the backup";
+pub const REMEDY: &str = "restore this file from another copy of the backup";
 
 /// What the walk found.
 #[derive(Debug, Default)]
@@ -72,7 +74,7 @@ pub fn check(image: &dyn ReadAt, data: Option<&Arc<dyn ReadAt>>) -> Structure {
 
 /// Which host clusters hold what.
 #[derive(Debug, Default)]
-pub(super) struct Used {
+struct Used {
     /// Header, L1 tables, refcounts, snapshot table, bitmaps: exclusively used.
     pub meta: ClusterSet,
     /// L2 tables.
@@ -96,16 +98,14 @@ impl Used {
 }
 
 /// Findings with a bound.
-pub(super) struct Collected {
+#[derive(Default)]
+pub struct Collected {
     found: Vec<Finding>,
     more: u64,
 }
 
 impl Collected {
-    pub fn new() -> Self {
-        Collected { found: Vec::new(), more: 0 }
-    }
-
+    /// Keeps it, or counts it.
     pub fn push(&mut self, finding: Finding) {
         if self.found.len() < MAX_FINDINGS {
             self.found.push(finding);
@@ -114,6 +114,7 @@ impl Collected {
         }
     }
 
+    /// What was kept; the last one says how many were not.
     pub fn finish(&mut self) -> Vec<Finding> {
         let mut found = std::mem::take(&mut self.found);
         if self.more > 0
@@ -159,7 +160,7 @@ impl<'a> Walker<'a> {
             blocks: Vec::new(),
             blocks_readable: true,
             compressed: false,
-            out: Collected::new(),
+            out: Collected::default(),
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use super::structure::{Collected, REMEDY, Used};
+use super::{Collected, REMEDY, Used};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::qcow2::header::Header;
 use crate::storage::ReadAt;
@@ -17,7 +17,7 @@ pub(super) fn check(
     used: &Used,
     blocks: &[u64],
 ) -> Vec<Finding> {
-    let mut check = Check { image, header, used, out: Collected::new() };
+    let mut check = Check { image, header, used, out: Collected::default() };
     let clusters = image.len().div_ceil(header.cluster_size());
     let per_block = (header.cluster_size() * 8) >> header.refcount_order;
     let mut buf = vec![0; header.cluster_size() as usize];

@@ -1,0 +1,194 @@
+//! Taking everything from a child process that it does not need, between fork and exec.
+//!
+//! In this order, as each step needs what a later one takes away:
+//!
+//! 1. Descriptors other than the three standard ones and its sockets close at exec.
+//! 2. Limits: memory, processor time, no core dump, no byte written to any file, few descriptors.
+//! 3. A network of its own without interfaces, as root and where the system allows.
+//! 4. As root: no groups, user and group `nobody`. Then no capabilities, whoever it is.
+//! 5. No new privileges by executing anything (`no_new_privs`).
+//! 6. Landlock, where the kernel has it: no file is written, made, removed or truncated, no TCP,
+//!    no signals to others, no abstract sockets.
+//! 7. It dies with its parent. The last step, since a change of user undoes it.
+//!
+//! What is left to it: reading what every user may read (it loads its libraries after this), system
+//! calls (there is no seccomp filter: QEMU's tools have no documented set of them), and the images
+//! behind its sockets. A caller without root runs it under its own user: it may read then what the
+//! caller may read, but write nothing.
+//!
+//! Only plain system calls are made here; nothing is allocated.
+
+use std::io;
+
+use super::run::Limits;
+
+/// The user and group that owns nothing, by convention.
+const NOBODY: u32 = 65534;
+/// Descriptors that it may have open.
+const FILES: u64 = 64;
+/// Processes and threads of that user altogether: QEMU needs threads, and other services may run
+/// under the same user.
+const PROCESSES: u64 = 4096;
+/// Where `close_range` is missing, descriptors up to here are closed one by one.
+const MAX_FD: i32 = 65536;
+
+/// Does it all. `keep` are the descriptors that stay open, `parent` the process to die with.
+///
+/// # Errors
+/// What the operating system said, for those steps that every system must have.
+pub fn enter(keep: &[i32], limits: Limits, parent: u32) -> io::Result<()> {
+    close_others(keep)?;
+    limit(limits)?;
+    drop_user()?;
+    // SAFETY: prctl with plain numbers.
+    done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    restrict();
+    die_with(parent)
+}
+
+fn done(result: libc::c_int) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// At exec, not now: the standard library reports through a descriptor of its own.
+fn close_others(keep: &[i32]) -> io::Result<()> {
+    // SAFETY: descriptors get a flag, no memory is involved.
+    unsafe {
+        let flag = libc::CLOSE_RANGE_CLOEXEC;
+        if libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, flag) != 0 {
+            for fd in 3..MAX_FD {
+                libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+            }
+        }
+        keep.iter().try_for_each(|fd| done(libc::fcntl(*fd, libc::F_SETFD, 0)))
+    }
+}
+
+fn limit(limits: Limits) -> io::Result<()> {
+    cap(libc::RLIMIT_AS, limits.memory)?;
+    cap(libc::RLIMIT_CORE, 0)?;
+    cap(libc::RLIMIT_FSIZE, 0)?;
+    cap(libc::RLIMIT_NOFILE, FILES)?;
+    match limits.cpu {
+        Some(seconds) => cap(libc::RLIMIT_CPU, seconds),
+        None => Ok(()),
+    }
+}
+
+/// Lowers a limit; one that is lower already stays.
+fn cap(what: libc::__rlimit_resource_t, to: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let to = libc::rlim_t::try_from(to).unwrap_or(libc::RLIM_INFINITY);
+    // SAFETY: `limit` is valid for both calls.
+    unsafe {
+        done(libc::getrlimit(what, &raw mut limit))?;
+        // A second more at the hard limit: passing the soft one has a signal of its own.
+        let grace = libc::rlim_t::from(what == libc::RLIMIT_CPU);
+        limit.rlim_cur = limit.rlim_cur.min(to);
+        limit.rlim_max = limit.rlim_max.min(to.saturating_add(grace));
+        done(libc::setrlimit(what, &raw const limit))
+    }
+}
+
+/// From root to nobody, and no capabilities. In a container that has no such user, or whose root
+/// may not become another, it stays that container's root without capabilities.
+fn drop_user() -> io::Result<()> {
+    // SAFETY: plain numbers, and a null pointer that zero groups allow.
+    unsafe {
+        if libc::geteuid() == 0 {
+            libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWIPC);
+            let _ = libc::setgroups(0, std::ptr::null());
+            let _ = libc::setresgid(NOBODY, NOBODY, NOBODY);
+            if libc::setresuid(NOBODY, NOBODY, NOBODY) == 0 {
+                cap(libc::RLIMIT_NPROC, PROCESSES)?;
+            }
+        }
+    }
+    drop_capabilities()
+}
+
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CapData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// `_LINUX_CAPABILITY_VERSION_3`.
+const CAP_VERSION: u32 = 0x2008_0522;
+
+/// What a change of user leaves: service managers may have set the bits that keep capabilities.
+fn drop_capabilities() -> io::Result<()> {
+    let header = CapHeader { version: CAP_VERSION, pid: 0 };
+    let none = [CapData { effective: 0, permitted: 0, inheritable: 0 }; 2];
+    // SAFETY: both structures are laid out as capset(2) wants them.
+    let r = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
+    done(r as libc::c_int)
+}
+
+/// `struct landlock_ruleset_attr`; older kernels take its first fields alone.
+#[repr(C)]
+struct Ruleset {
+    files: u64,
+    net: u64,
+    scoped: u64,
+}
+
+/// All rights to files by name but executing, reading, and listing folders; each bit with the
+/// version of Landlock that knows it and all before it.
+const FILES_BY_VERSION: [(libc::c_long, u64); 4] =
+    [(1, 0x1ff2), (2, 0x3ff2), (3, 0x7ff2), (5, 0xfff2)];
+/// `LANDLOCK_CREATE_RULESET_VERSION`.
+const ASK_VERSION: libc::c_long = 1;
+
+/// A ruleset without rules: what it handles is forbidden. Where there is no Landlock, what else is
+/// taken away must do.
+fn restrict() {
+    // SAFETY: the kernel reads `set` as far as `len`, which its version knows.
+    unsafe {
+        let null = std::ptr::null::<Ruleset>();
+        let version = libc::syscall(libc::SYS_landlock_create_ruleset, null, 0, ASK_VERSION);
+        let mut set = Ruleset { files: 0, net: 0, scoped: 0 };
+        for (since, bits) in FILES_BY_VERSION {
+            if version >= since {
+                set.files = bits;
+            }
+        }
+        // Binding and connecting TCP; abstract sockets and signals.
+        set.net = if version >= 4 { 0b11 } else { 0 };
+        set.scoped = if version >= 6 { 0b11 } else { 0 };
+        let len: libc::size_t = match version {
+            ..=0 => return,
+            1..=3 => 8,
+            4..=5 => 16,
+            _ => 24,
+        };
+        let fd = libc::syscall(libc::SYS_landlock_create_ruleset, &raw const set, len, 0);
+        if fd >= 0 {
+            libc::syscall(libc::SYS_landlock_restrict_self, fd, 0);
+            libc::close(fd as libc::c_int);
+        }
+    }
+}
+
+/// Ties this new process to its parent: left behind by a killed run, QEMU would go on writing to an
+/// image while the next run puts it right. (The kernel ends it with the thread that started it,
+/// which waits for it.)
+fn die_with(parent: u32) -> io::Result<()> {
+    // SAFETY: prctl and getppid are plain system calls.
+    let (tied, now) =
+        unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL), libc::getppid()) };
+    match tied {
+        // A parent that died before has another in its place, and sends no signal any more.
+        0 if u32::try_from(now) == Ok(parent) => Ok(()),
+        0 => Err(io::ErrorKind::Interrupted.into()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
