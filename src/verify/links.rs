@@ -281,7 +281,8 @@ fn orphans(folder: &Folder, side: &Folder) -> Vec<Finding> {
     let leaving = removal::pending(dir);
     let mut found = Vec::new();
     for entry in entries {
-        let Some(image) = entry.name.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes) else {
+        let Some(image) = entry.name.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes)
+        else {
             continue;
         };
         let leaves = leaving.iter().any(|l| OsStr::new(l) == image);

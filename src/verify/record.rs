@@ -66,5 +66,7 @@ pub(super) fn create(
 fn is_as_it_was(disk: &Disk, i: usize, records: &[Record]) -> bool {
     let p = &disk.points[i];
     let same_file = p.layers.iter().all(|l| !l.file.is_changed_on_disk());
-    same_file && crate::folder::is_file(&p.source) && Record::read(p).manifest == records[i].manifest
+    same_file
+        && crate::folder::is_file(&p.source)
+        && Record::read(p).manifest == records[i].manifest
 }
