@@ -6,12 +6,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Handle};
 
 /// Positioned reads of something with a length.
 pub trait ReadAt: Send + Sync {
@@ -177,13 +178,18 @@ impl SourceFile {
     /// Looks at the file without keeping it open.
     ///
     /// # Errors
-    /// `NotFound`/`Permission`/`Io` as `stat` says; `Unsupported` for anything but a plain file.
+    /// `NotFound`/`Permission`/`Io` as `stat` says; `Unsupported` for anything but a plain file, and
+    /// where there is a symbolic link on the path.
     pub fn look(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let meta = std::fs::metadata(&path)
+        let meta = folder::look(&path)
             .map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
         if !meta.is_file() {
-            return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(&path));
+            let what = match meta.is_symlink() {
+                true => "a symbolic link; links are not followed here",
+                false => "not a plain file",
+            };
+            return Err(Error::new(Kind::Unsupported, what).at_path(&path));
         }
         Ok(Self::with_identity(path, Identity::of(&meta)))
     }
@@ -238,7 +244,7 @@ impl SourceFile {
     /// Whether the name now stands for other contents: the file was changed in place or replaced.
     /// A name that is gone does not: whoever has the file open goes on reading the old bytes.
     pub fn is_changed_on_disk(&self) -> bool {
-        let Ok(meta) = std::fs::metadata(&self.path) else { return false };
+        let Ok(meta) = folder::look(&self.path) else { return false };
         !self.is_same(&Identity::of(&meta))
     }
 
@@ -257,16 +263,25 @@ impl SourceFile {
         if let Some(f) = self.file.get() {
             return Ok(f);
         }
-        let file = self.open()?;
+        let file = self.compared(folder::open_file(&self.path))?;
         Ok(self.file.get_or_init(|| file))
     }
 
-    fn open(&self) -> Result<File> {
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
-            .open(&self.path)
-            .map_err(|e| self.open_error(e))?;
+    /// As [`SourceFile::file`], through a handle that a scan has of it.
+    ///
+    /// # Errors
+    /// As [`SourceFile::file`].
+    pub fn open_through(&self, handle: &Handle) -> Result<&File> {
+        if let Some(f) = self.file.get() {
+            return Ok(f);
+        }
+        let file = self.compared(handle.open())?;
+        Ok(self.file.get_or_init(|| file))
+    }
+
+    /// What was opened, if it is still the file that was looked at.
+    fn compared(&self, opened: io::Result<File>) -> Result<File> {
+        let file = opened.map_err(|e| self.open_error(e))?;
         let meta = file
             .metadata()
             .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;

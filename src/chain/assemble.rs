@@ -406,7 +406,7 @@ fn newest_lost(tree: &Tree, group: &Group) -> Option<Finding> {
     let lost = (group.lost.iter())
         .filter(|l| l.level != Level::Copy && Some(l.stamp) > newest)
         // It may have been published since the images were listed.
-        .filter(|l| std::fs::symlink_metadata(folder.join(&l.name)).is_err())
+        .filter(|l| !crate::folder::exists(&folder.join(&l.name)))
         .max_by_key(|l| l.stamp)?;
     Some(lost_finding(&folder.join(&lost.name)))
 }

@@ -17,6 +17,7 @@ mod record;
 pub mod removal;
 pub mod scan;
 mod select;
+mod side;
 pub mod unfinished;
 mod virtnbd;
 

@@ -1,8 +1,6 @@
 //! What one file of a backup directory holds, remembered from scan to scan.
 
 use std::collections::HashMap;
-use std::fs::Metadata;
-use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -11,7 +9,9 @@ use super::foreign::{self, Inside};
 use super::manifest::{self, Brief};
 use super::name::{self, Promise};
 use super::scan::{FileEntry, FileId};
+use super::side::Side;
 use crate::error::{Error, Finding, Kind, Result};
+use crate::folder::Handle;
 use crate::layer::{self, Format, ImageInfo, raw};
 use crate::storage::{Identity, ReadAt, SourceFile};
 
@@ -74,43 +74,38 @@ impl ProbeCache {
     pub(super) fn probe(
         &mut self,
         path: &Path,
-        meta: &Metadata,
+        handle: &Handle,
         look_inside: bool,
         previous: Option<&ProbeCache>,
     ) -> Arc<Probed> {
-        let now = Identity::of(meta);
+        let now = Identity::of(handle.metadata());
         let known = previous.and_then(|p| p.files.get(path)).filter(|p| p.still_holds(&now));
         let probed = match known {
             Some(p) => p.clone(),
-            None => Arc::new(look(path, meta, now, look_inside)),
+            None => Arc::new(look(path, handle, now, look_inside)),
         };
         self.files.insert(path.to_path_buf(), probed.clone());
         probed
     }
 
-    /// The manifest of the image at `path`.
-    pub(super) fn manifest(&mut self, path: &Path, previous: Option<&Self>) -> ManifestResult {
-        let (Some(dir), Some(image)) = (path.parent(), path.file_name()) else { return Ok(None) };
-        let at = manifest::manifest_path(dir, image);
-        let meta = match std::fs::symlink_metadata(&at) {
-            Ok(meta) => meta,
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                return Ok(None);
-            }
-            // There may be one, and it may say that all is otherwise.
-            Err(e) => {
-                let error = Error::io(e, "cannot look for the manifest").at_path(&at);
-                return Err(Finding::from_error(&error, &at));
-            }
-        };
-        let now = Identity::of(&meta);
+    /// The manifest of the image at `path`, if `side`, beside it, has one.
+    pub(super) fn manifest(
+        &mut self,
+        path: &Path,
+        side: &Side,
+        previous: Option<&Self>,
+    ) -> ManifestResult {
+        let image = path.file_name().unwrap_or_default();
+        let file = manifest::file_name(image);
+        let Some((at, handle)) = side.handle(&file)? else { return Ok(None) };
+        let now = Identity::of(handle.metadata());
         let known = previous.and_then(|p| p.manifests.get(&at));
         let known = known.filter(|(id, read)| *id == now && read.is_ok());
         let entry = match known {
             Some(e) => e.clone(),
             None => {
-                let read = manifest::read_brief(dir, image);
-                (now, read.map(|m| m.map(Arc::new)).map_err(|e| Finding::from_error(&e, &at)))
+                let read = manifest::read_brief(&handle, image, &at);
+                (now, read.map(|m| Some(Arc::new(m))).map_err(|e| Finding::from_error(&e, &at)))
             }
         };
         self.manifests.insert(at, entry.clone());
@@ -136,17 +131,18 @@ impl ProbeCache {
     }
 }
 
-fn look(path: &Path, meta: &Metadata, identity: Identity, look_inside: bool) -> Probed {
+fn look(path: &Path, handle: &Handle, identity: Identity, look_inside: bool) -> Probed {
     let mut file = SourceFile::with_identity(path.to_path_buf(), identity);
     let mut magic = false;
     let content = if look_inside {
-        look_at_content(&file, &mut magic)
+        look_at_content(&file, handle, &mut magic)
             .unwrap_or_else(|e| Content::Bad(Finding::from_error(&e, path)))
     } else {
         Content::Plain
     };
     // A directory may hold more files than may be open at once.
     file.close();
+    let meta = handle.metadata();
     Probed {
         file: Arc::new(file),
         own_bytes: meta.blocks().saturating_mul(512),
@@ -157,11 +153,12 @@ fn look(path: &Path, meta: &Metadata, identity: Identity, look_inside: bool) -> 
     }
 }
 
-fn look_at_content(file: &SourceFile, magic: &mut bool) -> Result<Content> {
+fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Result<Content> {
     let name = file.path().file_name().unwrap_or_default();
     if let Some(what) = foreign::layout(name) {
         return Ok(Content::Foreign(what));
     }
+    file.open_through(handle)?;
     *magic = layer::sniff(file)?.is_some();
     if *magic {
         return layer::probe(file).map(Content::Image);

@@ -4,6 +4,9 @@
 //! `--no-timestamp` are read as text and looked up among the files that were walked. A name found
 //! inside an image is looked up in the same way, so nothing outside the directory is ever touched.
 //!
+//! The top is held by a descriptor as long as the walk lasts, and each folder below it while its files
+//! are looked at. Whatever changes its name meanwhile, what is read is what was in that folder.
+//!
 //! Layouts, all of which may be mixed in one directory:
 //! - `<folder>/<LEVEL>-<seconds>-<disk>`: one disk per folder (qmpbackup, by disk or node name);
 //!   `--monthly` puts such folders below `YYYY-MM/`, each with chains of its own
@@ -14,11 +17,9 @@
 //!
 //! Other backup formats plug in by folder: see `Tree` and `assemble`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{DirEntry, Metadata};
 use std::io::ErrorKind;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,8 +28,10 @@ use super::link::normalise;
 use super::manifest::{self, Brief};
 use super::name::{self, Name};
 use super::probe::Probed;
-use super::{Catalog, Level, assemble, removal};
+use super::side::Side;
+use super::{Catalog, Level, assemble};
 use crate::error::{Error, Finding, Kind, Result};
+use crate::folder::{self, Entry, EntryKind};
 
 pub use super::probe::ProbeCache;
 
@@ -67,6 +70,8 @@ pub(super) struct Link {
     pub level: Level,
     /// The disk in its name.
     pub disk: OsString,
+    /// What it says.
+    pub text: PathBuf,
     /// The walked file that it leads to.
     pub target: Option<FileId>,
 }
@@ -126,8 +131,9 @@ pub fn scan(
     previous: Option<&ProbeCache>,
 ) -> Result<(Catalog, ProbeCache)> {
     let failed = |e| Error::io(e, "cannot read the backup directory").at_path(root);
-    let path = root.canonicalize().map_err(failed)?;
-    std::fs::read_dir(&path).map_err(failed)?;
+    let path = folder::resolve(root).map_err(failed)?;
+    let top = folder::Folder::open(&path).map_err(failed)?;
+    top.check_readable().map_err(failed)?;
     let called = match &options.called {
         Some(called) => called.clone(),
         None => std::path::absolute(root).map_err(failed)?,
@@ -136,8 +142,9 @@ pub fn scan(
         options,
         previous,
         cache: ProbeCache::default(),
+        unfinished: Vec::new(),
         tree: Tree {
-            root: path.clone(),
+            root: path,
             called,
             folders: Vec::new(),
             files: Vec::new(),
@@ -146,12 +153,10 @@ pub fn scan(
             findings: Vec::new(),
         },
     };
-    walk.run(path);
+    walk.run(&top);
     let (mut tree, mut cache) = (walk.tree, walk.cache);
+    tree.findings.append(&mut walk.unfinished);
     tree.resolve_links();
-    let left = tree.folders.iter().flat_map(|f| super::unfinished::findings(&f.path));
-    let left: Vec<Finding> = left.collect();
-    tree.findings.extend(left);
     if let Some(previous) = previous {
         tree.former = previous.bases_of(&tree.files);
     }
@@ -180,8 +185,7 @@ impl Tree {
         for f in 0..self.folders.len() {
             for l in 0..self.folders[f].links.len() {
                 let folder = &self.folders[f].path;
-                let target = std::fs::read_link(folder.join(&self.folders[f].links[l].name));
-                let found = target.ok().and_then(|t| self.lookup(folder, &t));
+                let found = self.lookup(folder, &self.folders[f].links[l].text);
                 self.folders[f].links[l].target = found;
             }
         }
@@ -193,150 +197,142 @@ struct Walk<'a> {
     previous: Option<&'a ProbeCache>,
     cache: ProbeCache,
     tree: Tree,
+    /// What runs that were broken off left.
+    unfinished: Vec<Finding>,
 }
 
 impl Walk<'_> {
-    fn run(&mut self, root: PathBuf) {
-        let device = std::fs::metadata(&root).map(|m| m.dev()).unwrap_or(0);
-        let mut todo = vec![(root, device)];
-        while let Some((path, device)) = todo.pop() {
+    fn run(&mut self, top: &folder::Folder) {
+        let device = top.metadata().map(|m| m.dev()).unwrap_or(0);
+        let mut todo = vec![(PathBuf::new(), device)];
+        while let Some((relative, device)) = todo.pop() {
+            let path = match relative.as_os_str().is_empty() {
+                true => self.tree.root.clone(),
+                false => self.tree.root.join(&relative),
+            };
             if self.options.skip.contains(&path) {
                 continue;
             }
-            let here = std::fs::metadata(&path).map(|m| m.dev()).unwrap_or(device);
+            let opened = top.beneath(&relative);
+            let meta = opened.as_ref().ok().and_then(|f| f.metadata().ok());
+            let here = meta.map_or(device, |m| m.dev());
             // A mount of ours inside the backup directory would show every point again.
-            if here != device && path.join(manifest::FOLDER).join("status.json").is_file() {
+            if here != device && opened.as_ref().is_ok_and(is_own_mount) {
                 continue;
             }
-            let mut folders = self.folder(path);
+            let folder =
+                Folder { relative, path, files: Vec::new(), links: Vec::new(), lost: Vec::new() };
+            let mut folders = self.folder(folder, opened);
             folders.reverse();
             todo.extend(folders.into_iter().map(|f| (f, here)));
         }
     }
 
-    /// Takes in one folder; returns the folders in it, sorted.
-    fn folder(&mut self, path: PathBuf) -> Vec<PathBuf> {
-        let mut entries = Vec::new();
-        match std::fs::read_dir(&path) {
-            Ok(list) => {
-                for entry in list {
-                    match entry {
-                        Ok(e) => entries.push(e),
-                        Err(e) => self.unreadable(&path, e),
-                    }
-                }
+    /// Takes in one folder; returns the folders in it, sorted, relative to the root.
+    fn folder(&mut self, folder: Folder, open: std::io::Result<folder::Folder>) -> Vec<PathBuf> {
+        let mut folder = folder;
+        let open = match open {
+            Ok(open) => open,
+            Err(e) => {
+                self.unreadable(&folder.path, e);
+                self.tree.folders.push(folder);
+                return Vec::new();
             }
-            Err(e) => self.unreadable(&path, e),
+        };
+        let mut entries = Vec::new();
+        if let Err(e) = open.list(&mut entries) {
+            self.unreadable(&folder.path, e);
         }
-        entries.sort_by_key(DirEntry::file_name);
-        let relative = path.strip_prefix(&self.tree.root).unwrap_or(&path).to_path_buf();
-        let lost = Vec::new();
-        let mut folder = Folder { relative, path, files: Vec::new(), links: Vec::new(), lost };
+        entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        let side = Side::of(&open, &entries, &mut self.tree.findings);
         let mut folders = Vec::new();
-        let has_manifests = entries.iter().any(|e| e.file_name() == manifest::FOLDER);
         for entry in &entries {
-            self.entry(entry, has_manifests, &mut folder, &mut folders);
+            // Before anything is asked about it: a mount of ours there would take that for use.
+            if !self.options.skip.is_empty()
+                && self.options.skip.contains(&folder.path.join(&entry.name))
+            {
+                continue;
+            }
+            match entry.kind {
+                EntryKind::Folder if entry.name == manifest::FOLDER => {}
+                EntryKind::Folder => folders.push(folder.relative.join(&entry.name)),
+                _ => self.entry(entry, &open, &side, &mut folder),
+            }
         }
-        if has_manifests {
-            folder.lost = self.lost(&folder.path);
+        if let Some(contents) = side.list(&folder.path, &mut self.tree.findings) {
+            folder.lost = contents.lost(|name| self.tree.has(&folder.path.join(name)));
+            self.tree.findings.extend(contents.hidden());
+            self.unfinished.extend(contents.unfinished());
         }
         self.tree.folders.push(folder);
         folders
     }
 
-    /// The backups whose manifests are in a folder that does not have them.
-    fn lost(&mut self, path: &Path) -> Vec<Lost> {
-        let manifests = path.join(manifest::FOLDER);
-        let names = std::fs::read_dir(&manifests).and_then(|list| {
-            list.map(|entry| entry.map(|e| e.file_name())).collect::<std::io::Result<Vec<_>>>()
-        });
-        let names = match names {
-            Ok(names) => names,
-            // A file of that name is none of ours.
-            Err(e) if e.kind() == ErrorKind::NotADirectory => return Vec::new(),
-            Err(e) => {
-                let error = Error::io(e, "cannot list the manifests; a gap may go unnoticed");
-                self.tree.findings.push(Finding::from_error(&error, &manifests));
-                return Vec::new();
-            }
-        };
-        let is_here = |name: &OsStr| self.tree.has(&path.join(name));
-        let mut lost: Vec<Lost> = (names.iter())
-            .filter_map(|n| n.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes))
-            .filter(|name| !is_here(name))
-            .filter_map(|name| match name::parse(name) {
-                Name::Backup { level, stamp: Some(stamp), disk } => {
-                    Some(Lost { name: name.to_os_string(), level, stamp, disk })
-                }
-                _ => None,
-            })
-            .collect();
-        if !lost.is_empty() {
-            let leaving: HashSet<OsString> =
-                removal::pending(path).into_iter().map(OsString::from).collect();
-            lost.retain(|l| !leaving.contains(&l.name));
-        }
-        lost
-    }
-
-    fn entry(
-        &mut self,
-        entry: &DirEntry,
-        has_manifests: bool,
-        folder: &mut Folder,
-        folders: &mut Vec<PathBuf>,
-    ) {
-        let name = entry.file_name();
-        // Before anything is asked about it: a mount of ours there would take that for use.
-        if !self.options.skip.is_empty() && self.options.skip.contains(&entry.path()) {
-            return;
-        }
-        let meta = match entry.metadata() {
-            Ok(m) => m,
-            // Removed or renamed since the folder was read.
-            Err(e) if e.kind() == ErrorKind::NotFound => return,
-            Err(e) => return self.unreadable(&entry.path(), e),
-        };
-        if meta.is_dir() && name != manifest::FOLDER {
-            folders.push(entry.path());
-        } else if meta.is_symlink() {
-            self.link(&name, folder);
-        } else if meta.is_file() {
-            folder.files.push(self.file(entry.path(), &name, &meta, has_manifests));
+    fn entry(&mut self, entry: &Entry, open: &folder::Folder, side: &Side, folder: &mut Folder) {
+        match entry.kind {
+            EntryKind::File => self.file(&entry.name, open, side, folder),
+            EntryKind::Link => self.link(&entry.name, open, folder),
+            EntryKind::Other => self.no_backup(&entry.name, "a pipe, socket or device", folder),
+            EntryKind::Folder => {}
         }
     }
 
-    fn link(&mut self, name: &OsStr, folder: &mut Folder) {
+    /// Something in the place of a backup that is none.
+    fn no_backup(&mut self, name: &OsStr, what: &str, folder: &Folder) {
         if let Name::Backup { stamp: Some(_), .. } = name::parse(name) {
-            let what = "a symbolic link in the place of a backup; links are not followed";
+            let what = format!("{what} in the place of a backup");
             let path = folder.path.join(name);
             self.tree.findings.push(Finding::warning(Kind::Unsupported, path, what));
         }
-        if let Some((level, disk)) = name::parse_link(name) {
-            let (name, disk) = (name.to_os_string(), disk.to_os_string());
-            folder.links.push(Link { name, level, disk, target: None });
-        }
     }
 
-    fn file(&mut self, path: PathBuf, name: &OsStr, meta: &Metadata, manifests: bool) -> FileId {
-        let name = name::parse(name);
-        let probed = self.cache.probe(&path, meta, name != Name::Ignored, self.previous);
-        let manifest = match manifests && name != Name::Ignored {
-            true => self.cache.manifest(&path, self.previous),
+    fn link(&mut self, name: &OsStr, open: &folder::Folder, folder: &mut Folder) {
+        self.no_backup(name, "a symbolic link, which is not followed,", folder);
+        let (Some((level, disk)), Ok(text)) = (name::parse_link(name), open.read_link(name)) else {
+            return;
+        };
+        let (name, disk) = (name.to_os_string(), disk.to_os_string());
+        folder.links.push(Link { name, level, disk, text, target: None });
+    }
+
+    fn file(&mut self, name: &OsStr, open: &folder::Folder, side: &Side, folder: &mut Folder) {
+        let path = folder.path.join(name);
+        let handle = match open.handle(name) {
+            Ok(handle) => handle,
+            // Removed or renamed since the folder was read.
+            Err(e) if e.kind() == ErrorKind::NotFound => return,
+            Err(e) => return self.unreadable(&path, e),
+        };
+        // Exchanged since then: the next scan, which the change leads to, tells what for.
+        if !handle.metadata().is_file() {
+            return self.no_backup(name, "what was exchanged for something else", folder);
+        }
+        let parsed = name::parse(name);
+        let wanted = parsed != Name::Ignored;
+        let probed = self.cache.probe(&path, &handle, wanted, self.previous);
+        let manifest = match wanted {
+            true => self.cache.manifest(&path, side, self.previous),
             false => Ok(None),
         };
-        let id = self.tree.files.len();
-        self.tree.by_path.insert(path.clone(), id);
         let (manifest, manifest_problem) = match manifest {
             Ok(m) => (m, None),
             Err(finding) => (None, Some(finding)),
         };
-        self.tree.files.push(FileEntry { path, name, probed, manifest, manifest_problem });
-        id
+        let id = self.tree.files.len();
+        self.tree.by_path.insert(path.clone(), id);
+        let entry = FileEntry { path, name: parsed, probed, manifest, manifest_problem };
+        self.tree.files.push(entry);
+        folder.files.push(id);
     }
 
     fn unreadable(&mut self, path: &Path, e: std::io::Error) {
         let error = Error::io(e, "cannot read it; points in it are not shown").at_path(path);
         self.tree.findings.push(Finding::from_error(&error, path));
     }
+}
+
+/// Whether a folder is the top of a mount of ours, which shows no files.
+fn is_own_mount(folder: &folder::Folder) -> bool {
+    let status = folder.folder(manifest::FOLDER).and_then(|f| f.look("status.json"));
+    status.is_ok_and(|m| m.is_file())
 }

@@ -3,53 +3,55 @@
 //! was being changed), `.fleecefs/removal.journal` (`prune`, `consolidate`). Whoever writes to the
 //! folder finishes it first; whoever reads says that it is there.
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::manifest::FOLDER;
 use super::removal;
 use crate::error::{Error, Finding, Kind, Result};
+use crate::folder::{Entry, EntryKind, Folder, PlainName};
 
 /// The journal of a fold, in the folder for manifests.
 pub const FOLD: &str = "fold.json";
 /// Ends the names of saved headers.
 pub const HEADER_SUFFIX: &str = ".header";
+/// A journal names some images, and has a manifest or two: 100,000 names of 255 bytes.
+pub const MAX_JOURNAL: u64 = 32 << 20;
 
 /// What to do about it.
 const REMEDY: &str = "'fleecefs verify --create DIR', or the next command that writes there, \
                       finishes it";
 
+fn is_journal(name: &OsStr) -> bool {
+    name.as_bytes().ends_with(HEADER_SUFFIX.as_bytes()) || name == FOLD || name == removal::NAME
+}
+
 /// The files in `dir` that say that something is unfinished.
 pub fn journals(dir: &Path) -> Vec<PathBuf> {
-    let side = dir.join(FOLDER);
-    let Ok(entries) = std::fs::read_dir(&side) else { return Vec::new() };
-    let removal = removal::journal_path(dir);
-    let mut found: Vec<PathBuf> = entries
-        .flatten()
-        .filter(|e| {
-            let name = e.file_name();
-            name.as_bytes().ends_with(HEADER_SUFFIX.as_bytes())
-                || name == FOLD
-                || e.path() == removal
-        })
-        .map(|e| e.path())
-        .collect();
+    let Ok(side) = Folder::open(&dir.join(FOLDER)) else { return Vec::new() };
+    journals_in(&side)
+}
+
+fn journals_in(side: &Folder) -> Vec<PathBuf> {
+    let names = side.entries().unwrap_or_default().into_iter().map(|e| e.name);
+    let mut found: Vec<PathBuf> = names.filter(|n| is_journal(n)).map(|n| side.join(n)).collect();
     found.sort();
     found
 }
 
 /// The folders from `root` downward in which something is unfinished.
 pub fn folders(root: &Path) -> Vec<PathBuf> {
-    let (mut found, mut todo) = (Vec::new(), vec![root.to_path_buf()]);
-    while let Some(dir) = todo.pop() {
-        if !journals(&dir).is_empty() {
-            found.push(dir.clone());
-        }
-        let Ok(entries) = std::fs::read_dir(&dir) else { continue };
-        for entry in entries.flatten() {
-            let is_folder = entry.file_type().is_ok_and(|t| t.is_dir());
-            if is_folder && entry.file_name() != FOLDER {
-                todo.push(entry.path());
+    let Ok(top) = Folder::open(root) else { return Vec::new() };
+    let (mut found, mut todo) = (Vec::new(), vec![PathBuf::new()]);
+    while let Some(relative) = todo.pop() {
+        let Ok(dir) = top.beneath(&relative) else { continue };
+        let entries = dir.entries().unwrap_or_default();
+        for entry in entries.into_iter().filter(|e| e.kind == EntryKind::Folder) {
+            if entry.name != FOLDER {
+                todo.push(relative.join(entry.name));
+            } else if dir.folder(FOLDER).is_ok_and(|side| !journals_in(&side).is_empty()) {
+                found.push(dir.path().to_path_buf());
             }
         }
     }
@@ -57,16 +59,29 @@ pub fn folders(root: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// One finding for each of them.
-pub fn findings(dir: &Path) -> Vec<Finding> {
-    let finding = |path: PathBuf| {
-        let what = "a run that alters this folder is at work, or was broken off: until it is \
-                    finished, points may be missing or there twice";
-        let mut finding = Finding::warning(Kind::Incomplete, path, what);
-        finding.remedy = Some(REMEDY.into());
-        finding
+/// One finding for each of them among the `entries` of the folder for manifests, `side`.
+pub(super) fn findings(side: &Folder, entries: &[Entry]) -> Vec<Finding> {
+    entries.iter().filter(|e| is_journal(&e.name)).map(|e| finding(side, e)).collect()
+}
+
+fn finding(side: &Folder, journal: &Entry) -> Finding {
+    let path = side.join(&journal.name);
+    let broken = match journal.kind {
+        EntryKind::File if journal.name == FOLD => read_fold(side).err(),
+        EntryKind::File if journal.name == removal::NAME => removal::read_in(side).err(),
+        EntryKind::File => None,
+        _ => {
+            let what = "it has the name of a journal, and is not a plain file";
+            Some(Error::new(Kind::Unsupported, what).at_path(&path).remedy("remove it"))
+        }
     };
-    journals(dir).into_iter().map(finding).collect()
+    if let Some(error) = broken {
+        return Finding::from_error(&error, &path);
+    }
+    let what = "a run that alters this folder is at work, or was broken off: until it is finished, \
+                points may be missing or there twice";
+    let finding = Finding::warning(Kind::Incomplete, path, what);
+    Finding { remedy: Some(REMEDY.into()), ..finding }
 }
 
 /// Fails if there is anything unfinished from `root` downward.
@@ -79,15 +94,29 @@ pub fn refuse(root: &Path) -> Result<()> {
     Err(Error::new(Kind::Incomplete, what).at_path(dir).remedy(REMEDY))
 }
 
-/// The images of `dir` that a fold is about to remove.
-pub(super) fn leaving_by_fold(dir: &Path) -> Vec<String> {
+/// The images beside `side` that a fold is about to remove.
+pub(super) fn leaving_by_fold(side: &Folder) -> Vec<String> {
+    read_fold(side).ok().flatten().unwrap_or_default()
+}
+
+/// The images that the journal of a fold in `side` removes; `None` if there is no journal.
+fn read_fold(side: &Folder) -> Result<Option<Vec<String>>> {
     #[derive(serde::Deserialize)]
     struct Fold {
-        interim: PathBuf,
-        increments: Vec<PathBuf>,
+        interim: PlainName,
+        increments: Vec<PlainName>,
     }
-    let Ok(text) = std::fs::read(dir.join(FOLDER).join(FOLD)) else { return Vec::new() };
-    let Ok(fold) = serde_json::from_slice::<Fold>(&text) else { return Vec::new() };
+    let path = || side.join(FOLD);
+    let text = side
+        .read_if_there(FOLD, MAX_JOURNAL)
+        .map_err(|e| Error::io(e, "cannot read the journal of a fold").at_path(path()))?;
+    let Some(text) = text else { return Ok(None) };
+    let fold: Fold = serde_json::from_slice(&text).map_err(|e| {
+        Error::new(Kind::Corrupt, "the journal of a fold is damaged")
+            .with_source(e)
+            .at_path(path())
+            .remedy("verify the disk, then remove the journal")
+    })?;
     let all = fold.increments.iter().chain([&fold.interim]);
-    all.filter_map(|p| Some(p.file_name()?.to_str()?.to_string())).collect()
+    Ok(Some(all.filter_map(|p| Some(p.as_os_str().to_str()?.to_string())).collect()))
 }

@@ -18,6 +18,7 @@
 
 #![allow(clippy::disallowed_methods)]
 
+mod handle;
 mod held;
 mod lock;
 mod name;
@@ -36,6 +37,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 
+pub use handle::Handle;
 pub use held::{path_for_child, reopen};
 pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
@@ -140,11 +142,15 @@ impl Folder {
     /// # Errors
     /// As [`Folder::folder`].
     pub fn beneath(&self, below: &Path) -> io::Result<Folder> {
-        let mut folder = self.try_clone()?;
+        let mut path = self.path.clone();
         for part in below.components() {
-            folder = folder.folder(part.as_os_str())?;
+            path.push(plain(part.as_os_str())?);
         }
-        Ok(folder)
+        if below.as_os_str().is_empty() {
+            return self.try_clone();
+        }
+        let fd = open::folder(self.fd.as_fd(), below)?;
+        Ok(Folder { fd, path })
     }
 
     /// Another handle of the same folder.
@@ -192,6 +198,15 @@ impl Folder {
     /// What the operating system said.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
+        self.list(&mut entries)?;
+        Ok(entries)
+    }
+
+    /// As [`Folder::entries`]; names that were read before an error are in `entries`.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn list(&self, entries: &mut Vec<Entry>) -> io::Result<()> {
         for entry in rustix::fs::Dir::new(self.reopen()?)? {
             let entry = entry?;
             let bytes = entry.file_name().to_bytes();
@@ -209,7 +224,15 @@ impl Folder {
             };
             entries.push(Entry { name, kind });
         }
-        Ok(entries)
+        Ok(())
+    }
+
+    /// Fails if its names cannot be read.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn check_readable(&self) -> io::Result<()> {
+        self.reopen().map(drop)
     }
 
     /// Opens the plain file `name` for reading.
@@ -533,12 +556,17 @@ fn kind_of_file(meta: &Metadata) -> EntryKind {
 
 /// Reads to the end, at most `max` bytes.
 fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
+    let too_large = || refused("the file is larger than such a file can be");
+    if file.metadata()?.len() > max {
+        return Err(too_large());
+    }
+    // It may grow meanwhile.
     let mut bytes = Vec::new();
     file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > max {
-        return Err(refused("the file is larger than such a file can be"));
+    match bytes.len() as u64 > max {
+        true => Err(too_large()),
+        false => Ok(bytes),
     }
-    Ok(bytes)
 }
 
 /// `NotFound` as `None`.

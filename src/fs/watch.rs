@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use inotify::{EventMask, Inotify, WatchMask};
 
+use crate::folder::{EntryKind, Folder};
 use crate::text::path_text;
 
 /// Events that follow each other more closely than this are taken together.
@@ -101,7 +102,8 @@ impl Watch {
     /// there). With `interval`, or on a network file system, the directory is also looked at in
     /// regular intervals.
     pub fn new(root: &Path, skip: &Path, interval: Option<Duration>) -> Self {
-        let interval = interval.or_else(|| is_remote(root).then_some(NETWORK_INTERVAL));
+        let remote = || Folder::open(root).is_ok_and(|f| is_remote(&f));
+        let interval = interval.or_else(|| remote().then_some(NETWORK_INTERVAL));
         let (root, skip) = (root.to_path_buf(), skip.to_path_buf());
         let mut watch = Watch { root, skip, interval, inotify: None, mode: Arc::default() };
         watch.renew(true);
@@ -253,7 +255,8 @@ impl Seen {
     }
 }
 
-/// Watches `root` and all folders below it; never through a symlink.
+/// Watches `root` and all folders below it; never through a symlink. Each is watched by a descriptor
+/// of it, which nobody can exchange.
 fn watch_below(inotify: &Inotify, root: &Path, skip: &Path, remote: &mut bool) -> io::Result<()> {
     let mask = WatchMask::CREATE
         | WatchMask::DELETE
@@ -263,43 +266,35 @@ fn watch_below(inotify: &Inotify, root: &Path, skip: &Path, remote: &mut bool) -
         | WatchMask::ATTRIB
         | WatchMask::DELETE_SELF
         | WatchMask::MOVE_SELF
-        | WatchMask::ONLYDIR
-        | WatchMask::DONT_FOLLOW;
-    let root_dev = std::fs::metadata(root)?.dev();
-    let mut todo = vec![(root.to_path_buf(), root_dev)];
-    while let Some((dir, dev)) = todo.pop() {
-        match inotify.watches().add(&dir, mask) {
+        | WatchMask::ONLYDIR;
+    let top = Folder::open(root)?;
+    let mut todo = vec![(PathBuf::new(), top.metadata()?.dev())];
+    while let Some((relative, above)) = todo.pop() {
+        // Removed, forbidden or exchanged meanwhile: its parent's events or the scan will tell.
+        let Ok(dir) = top.beneath(&relative) else { continue };
+        let dev = dir.metadata().map_or(above, |m| m.dev());
+        *remote |= dev != above && is_remote(&dir);
+        match inotify.watches().add(dir.proc_path(), mask) {
             Ok(_) => {}
             // The limit of watches is reached, or the directory itself is gone.
-            Err(e) if dir == root || e.raw_os_error() == Some(libc::ENOSPC) => return Err(e),
-            // Removed or forbidden meanwhile: its parent's events or the scan will tell.
+            Err(e) if relative.as_os_str().is_empty() || e.raw_os_error() == Some(libc::ENOSPC) => {
+                return Err(e);
+            }
             Err(_) => continue,
         }
-        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path == skip || !entry.file_type().is_ok_and(|t| t.is_dir()) {
-                continue;
+        let folders = dir.entries().unwrap_or_default();
+        for entry in folders.into_iter().filter(|e| e.kind == EntryKind::Folder) {
+            if dir.join(&entry.name) != skip {
+                todo.push((relative.join(entry.name), dev));
             }
-            let inner = entry.metadata().map_or(dev, |m| m.dev());
-            *remote |= inner != dev && is_remote(&path);
-            todo.push((path, inner));
         }
     }
     Ok(())
 }
 
-/// Whether `path` lies on a file system that others may change without our kernel noticing.
-fn is_remote(path: &Path) -> bool {
-    let Ok(path) = std::ffi::CString::new(path.as_os_str().as_bytes()) else { return false };
-    // SAFETY: statfs is plain data; the path is a C string.
-    let magic = unsafe {
-        let mut info: libc::statfs = std::mem::zeroed();
-        if libc::statfs(path.as_ptr(), &mut info) != 0 {
-            return false;
-        }
-        info.f_type as u32
-    };
-    is_remote_magic(magic)
+/// Whether a folder is on a file system that others may change without our kernel noticing.
+fn is_remote(folder: &Folder) -> bool {
+    rustix::fs::fstatfs(folder.as_fd()).is_ok_and(|s| is_remote_magic(s.f_type as u32))
 }
 
 fn is_remote_magic(magic: u32) -> bool {
@@ -363,6 +358,25 @@ mod tests {
         std::fs::create_dir(&root).unwrap();
         watch.renew(false);
         assert_eq!((mode.word(), watch.polling()), ("inotify", None));
+    }
+
+    #[test]
+    fn folders_are_watched_and_what_links_lead_to_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, other) = (dir.path().join("backups"), dir.path().join("other"));
+        std::fs::create_dir_all(root.join("disk/below")).unwrap();
+        std::fs::create_dir(&other).unwrap();
+        std::os::unix::fs::symlink(&other, root.join("link")).unwrap();
+        let mut watch = Watch::new(&root, Path::new("/"), None);
+        std::fs::write(other.join("a"), "x").unwrap();
+        assert_eq!(watch.read_events(), Seen::default());
+        std::fs::write(root.join("disk/below/a"), "x").unwrap();
+        assert!(watch.read_events().relevant);
+        // The top may not be a link by now: what is behind it is not what was mounted.
+        std::fs::rename(&root, dir.path().join("moved")).unwrap();
+        std::os::unix::fs::symlink(&other, &root).unwrap();
+        watch.renew(true);
+        assert_eq!(watch.mode().word(), "polling");
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl Target {
     fn len(&self) -> u64 {
         match &self.spec {
             Some(s) => s.file.len(),
-            None => std::fs::metadata(&self.path).map_or(0, |m| m.len()),
+            None => crate::folder::look(&self.path).map_or(0, |m| m.len()),
         }
     }
 }

@@ -2,9 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
-use std::fs::DirEntry;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::backup::names::parse_bitmap;
 use crate::chain::manifest::fingerprint;
@@ -12,6 +11,7 @@ use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
 use crate::chain::name::{self, Name};
 use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::{Error, Finding, Kind, Severity};
+use crate::folder::{self, EntryKind, Folder};
 use crate::layer::qcow2::check::REMEDY;
 use crate::text::path_text;
 
@@ -150,7 +150,7 @@ impl Check<'_> {
 
     fn file(&mut self) {
         let (m, p) = (self.m, self.point);
-        match std::fs::metadata(&p.source) {
+        match folder::look(&p.source) {
             Ok(meta) if meta.len() != m.file_size => {
                 let kind = if meta.len() < m.file_size { Kind::Truncated } else { Kind::Changed };
                 let what =
@@ -190,7 +190,7 @@ impl Check<'_> {
         let below = p.parent.map(|i| (&self.disk.points[i], &self.records.list[i]));
         if let Some(name) = &m.parent {
             let dir = p.source.parent().unwrap_or(Path::new(""));
-            if !dir.join(name).exists() {
+            if !folder::exists(&dir.join(name)) {
                 let name = path_text(name);
                 let what = format!("it lies on {name}, which is missing");
                 let remedy = format!("restore {name} from another copy of the backup");
@@ -324,35 +324,37 @@ pub(super) fn is_orphan(f: &Finding) -> bool {
 /// folder, also where no image is left at all.
 pub(super) fn missing_images(catalog: &Catalog) -> Vec<Finding> {
     let mut found = Vec::new();
-    let mut todo = vec![catalog.root.clone()];
-    while let Some(dir) = todo.pop() {
-        let manifests = dir.join(manifest::FOLDER);
+    // What cannot be read is a finding of the scan's.
+    let Ok(top) = Folder::open(&catalog.root) else { return found };
+    let mut todo = vec![PathBuf::new()];
+    while let Some(relative) = todo.pop() {
+        let Ok(dir) = top.beneath(&relative) else { continue };
+        let side = dir.folder(manifest::FOLDER).ok();
         // A mount of ours inside the backup directory shows no files.
-        if manifests.join("status.json").is_file() {
+        if side.as_ref().is_some_and(|s| s.look("status.json").is_ok_and(|m| m.is_file())) {
             continue;
         }
-        // What cannot be read is a finding of the scan's.
-        let Ok(entries) = std::fs::read_dir(&dir) else { continue };
-        let is_folder = |e: &DirEntry| e.file_type().is_ok_and(|t| t.is_dir());
-        let folders = entries.flatten().filter(is_folder).map(|e| e.path());
-        todo.extend(folders.filter(|f| *f != manifests));
-        found.extend(orphans(&dir, &manifests));
+        let entries = dir.entries().unwrap_or_default().into_iter();
+        let folders = entries.filter(|e| e.kind == EntryKind::Folder && e.name != manifest::FOLDER);
+        todo.extend(folders.map(|e| relative.join(e.name)));
+        found.extend(side.iter().flat_map(|side| orphans(&dir, side)));
     }
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found
 }
 
-fn orphans(dir: &Path, manifests: &Path) -> Vec<Finding> {
-    let Ok(entries) = std::fs::read_dir(manifests) else { return Vec::new() };
+fn orphans(folder: &Folder, side: &Folder) -> Vec<Finding> {
+    let Ok(entries) = side.entries() else { return Vec::new() };
+    let dir = folder.path();
     let leaving: HashSet<String> = removal::pending(dir).into_iter().collect();
     let mut found = Vec::new();
-    for entry in entries.flatten() {
-        let file = entry.file_name();
-        let Some(image) = file.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes) else {
+    for entry in entries {
+        let Some(image) = entry.name.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes)
+        else {
             continue;
         };
         let leaves = image.to_str().is_some_and(|i| leaving.contains(i));
-        if leaves || std::fs::symlink_metadata(dir.join(image)).is_ok() {
+        if leaves || folder.has(image) {
             continue;
         }
         // Other files may end so, too; a damaged manifest still has a point's name.
@@ -363,7 +365,7 @@ fn orphans(dir: &Path, manifests: &Path) -> Vec<Finding> {
         if was_point {
             let remedy = format!(
                 "restore it from another copy of the backup, or remove {}",
-                path_text(&entry.path())
+                path_text(&side.join(&entry.name))
             );
             let error = Error::new(Kind::Incomplete, ORPHAN).at_path(dir.join(image));
             found.push(Finding::from_error(&error.remedy(remedy), dir));

@@ -82,5 +82,7 @@ impl Recorder {
 fn is_as_it_was(disk: &Disk, i: usize, records: &Records) -> bool {
     let p = &disk.points[i];
     let same_file = p.layers.iter().all(|l| !l.file.is_changed_on_disk());
-    same_file && p.source.exists() && Record::read(p).manifest == records.list[i].manifest
+    same_file
+        && crate::folder::is_file(&p.source)
+        && Record::read(p).manifest == records.list[i].manifest
 }

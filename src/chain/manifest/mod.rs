@@ -7,7 +7,7 @@
 
 mod store;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Level, name};
 use crate::error::{Error, Result};
+use crate::folder::{self, PlainName};
 pub(super) use store::read_brief;
 pub use store::{parse, read, read_sealed, remove, write};
 
@@ -41,6 +42,7 @@ pub struct Manifest {
     /// Id of the run that made it; the same for all disks of one run.
     pub run: String,
     /// File name of the image, without folders.
+    #[serde(deserialize_with = "plain_name")]
     pub image: String,
     /// Which disk of which guest it is.
     #[serde(default)]
@@ -50,7 +52,7 @@ pub struct Manifest {
     /// When the frozen moment was, in seconds since the epoch.
     pub time: i64,
     /// File name of the image that it lies on, in the same folder; `None` for a root.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "plain_name_if_any")]
     pub parent: Option<String>,
     /// After a `commit`: file name of the last image that was folded into this one, whose state it
     /// is now. Its own name still has the old time.
@@ -108,13 +110,14 @@ pub struct Manifest {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Brief {
     /// See [`Manifest::image`].
+    #[serde(deserialize_with = "plain_name")]
     pub image: String,
     /// See [`Manifest::level`].
     pub level: Level,
     /// See [`Manifest::time`].
     pub time: i64,
     /// See [`Manifest::parent`].
-    #[serde(default)]
+    #[serde(default, deserialize_with = "plain_name_if_any")]
     pub parent: Option<String>,
     /// See [`Manifest::state_of`].
     #[serde(default)]
@@ -130,6 +133,23 @@ pub struct Brief {
     /// See [`Consistency::achieved`]; `None` if that is not known.
     #[serde(default, rename = "consistency", deserialize_with = "achieved")]
     pub achieved: Option<Achieved>,
+}
+
+/// A name that is a path to somewhere must not get in: whoever reads one acts in one folder.
+pub(super) fn plain_name<'a, D: serde::Deserializer<'a>>(
+    from: D,
+) -> std::result::Result<String, D::Error> {
+    let name = String::deserialize(from)?;
+    PlainName::new(&name).map_err(serde::de::Error::custom)?;
+    Ok(name)
+}
+
+fn plain_name_if_any<'a, D: serde::Deserializer<'a>>(
+    from: D,
+) -> std::result::Result<Option<String>, D::Error> {
+    let name = Option::<String>::deserialize(from)?;
+    name.as_ref().map(PlainName::new).transpose().map_err(serde::de::Error::custom)?;
+    Ok(name)
 }
 
 /// The reason in a manifest that was made afterwards: what it says was achieved is a default.
@@ -302,7 +322,7 @@ fn state_time(state_of: Option<&str>, recorded: i64, named: Option<i64>) -> Opti
 /// # Errors
 /// The file cannot be read.
 pub fn fingerprint(path: &Path) -> Result<String> {
-    let read = || fingerprint_of(&File::open(path)?);
+    let read = || fingerprint_of(&folder::open_file(path)?);
     read().map_err(|e| Error::io(e, "cannot read the image").at_path(path))
 }
 
@@ -325,9 +345,14 @@ pub fn fingerprint_of(file: &File) -> std::io::Result<String> {
 
 /// Where the manifest of `image` in folder `dir` is.
 pub fn manifest_path(dir: &Path, image: &OsStr) -> PathBuf {
+    dir.join(FOLDER).join(file_name(image))
+}
+
+/// The name of the manifest of `image`, in [`FOLDER`].
+pub fn file_name(image: &OsStr) -> OsString {
     let mut name = image.to_os_string();
     name.push(".json");
-    dir.join(FOLDER).join(name)
+    name
 }
 
 #[cfg(test)]
@@ -384,8 +409,10 @@ pub(crate) mod tests {
     fn what_nobody_recorded_is_unknown_and_not_a_crash() {
         let dir = tempfile::tempdir().unwrap();
         let brief = |m: &Manifest| {
-            write(dir.path(), m).unwrap();
-            read_brief(dir.path(), OsStr::new(&m.image)).unwrap().unwrap().achieved
+            let path = write(dir.path(), m).unwrap();
+            let side = folder::Folder::open(path.parent().unwrap()).unwrap();
+            let handle = side.handle(path.file_name().unwrap()).unwrap();
+            read_brief(&handle, OsStr::new(&m.image), &path).unwrap().achieved
         };
         let mut m = example("FULL-1-sda", Level::Full, None);
         assert_eq!(brief(&m), Some(Achieved::Crash));
@@ -442,6 +469,12 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         for bad in ["", "..", "a/b", "/etc/passwd"] {
             assert!(write(dir.path(), &example(bad, Level::Full, None)).is_err(), "{bad}");
+            let text = |m: &Manifest| serde_json::to_vec(m).unwrap();
+            let image = text(&example(bad, Level::Full, None));
+            assert_eq!(parse(&image).unwrap_err().kind(), Kind::Corrupt, "{bad}");
+            let parent = text(&example("a", Level::Inc, Some(bad)));
+            assert_eq!(parse(&parent).unwrap_err().kind(), Kind::Corrupt, "{bad}");
+            assert_eq!(parse_as::<Brief>(&parent).unwrap_err().kind(), Kind::Corrupt, "{bad}");
         }
     }
 

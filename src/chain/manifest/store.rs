@@ -1,15 +1,14 @@
 //! Reading and writing manifests: sealed with a checksum, and whole or not at all.
 
-use std::ffi::{OsStr, OsString};
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::ffi::OsStr;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, TEMPORARY, manifest_path};
+use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, file_name, manifest_path};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder, Handle, plain};
 use crate::text::path_text;
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
@@ -25,16 +24,16 @@ pub fn read(dir: &Path, image: &OsStr) -> Result<Option<Manifest>> {
     Ok(read_sealed(dir, image)?.map(|(m, _)| m))
 }
 
-/// As [`read`], but only what orders and describes points.
+/// The part that orders and describes points, of the manifest of `image`; `handle` is of the file
+/// `path`.
 ///
 /// # Errors
 /// See [`read`].
-pub(in crate::chain) fn read_brief(dir: &Path, image: &OsStr) -> Result<Option<Brief>> {
-    let path = manifest_path(dir, image);
-    let Some(bytes) = read_file(&path)? else { return Ok(None) };
-    let brief: Brief = parse_as(&bytes).map_err(|e| e.at_path(&path))?;
-    check_image(&brief.image, image, &path)?;
-    Ok(Some(brief))
+pub(in crate::chain) fn read_brief(handle: &Handle, image: &OsStr, path: &Path) -> Result<Brief> {
+    let bytes = handle.read_small(MAX_BYTES).map_err(|e| failed(e, path))?;
+    let brief: Brief = parse_as(&bytes).map_err(|e| e.at_path(path))?;
+    check_image(&brief.image, image, path)?;
+    Ok(brief)
 }
 
 /// As [`read`], and whether the manifest carries its own checksum (a wrong one is an error).
@@ -122,74 +121,46 @@ fn check_seal(text: &[u8]) -> Result<()> {
     Err(Error::new(Kind::Corrupt, "the manifest does not match its own checksum").remedy(REMEDY))
 }
 
+fn failed(e: io::Error, path: &Path) -> Error {
+    Error::io(e, "cannot read the manifest").at_path(path)
+}
+
 fn read_file(path: &Path) -> Result<Option<Vec<u8>>> {
-    let failed = |e| Error::io(e, "cannot read the manifest").at_path(path);
-    // O_NOFOLLOW: a link could lead out of the backup directory. O_NONBLOCK: a pipe would hang.
-    let flags = libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
-        Ok(f) => f,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(failed(e)),
-    };
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(path));
+    match folder::read_small(path, MAX_BYTES) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if is_absent(&e) => Ok(None),
+        Err(e) => Err(failed(e, path)),
     }
-    let mut bytes = Vec::new();
-    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(Error::new(Kind::Corrupt, "too large for a manifest").at_path(path));
-    }
-    Ok(Some(bytes))
+}
+
+/// Where something else than a folder has the name of the folder for manifests, there are none.
+fn is_absent(e: &io::Error) -> bool {
+    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
 /// Writes the manifest of `manifest.image` in folder `dir`, so that after a power cut there is
-/// either all of it or what was there before: temporary name, fsync, rename, fsync of the folder.
+/// either all of it or what was there before.
 ///
 /// # Errors
-/// `NoSpace`, `Permission` or `Io`; the temporary file is removed.
+/// `Usage` if the image's name is not a single name; `NoSpace`, `Permission` or `Io`.
 pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
     let image = OsStr::new(&manifest.image);
-    if image.is_empty() || Path::new(image).file_name() != Some(image) {
-        let what = format!("{:?} is not a file name", manifest.image);
-        return Err(Error::new(Kind::Usage, what).at_path(dir));
-    }
+    plain(image).map_err(|e| {
+        Error::new(Kind::Usage, "a manifest for no file name").with_source(e).at_path(dir)
+    })?;
     let path = manifest_path(dir, image);
-    let folder = dir.join(FOLDER);
-    make_folder(dir, &folder)?;
     let text = serde_json::to_vec_pretty(manifest)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {
         log::warn!("{}: the guest's configuration is too large and left out", path_text(&path));
         return write(dir, &Manifest { vm: std::sync::Arc::default(), ..manifest.clone() });
     }
-    let mut temporary = OsString::from(format!("{TEMPORARY}{}-", std::process::id()));
-    temporary.push(image);
-    let temporary = folder.join(temporary);
-    write_synced(&temporary, &seal(text))
-        .and_then(|()| std::fs::rename(&temporary, &path))
-        .and_then(|()| File::open(&folder)?.sync_all())
-        .map_err(|e| {
-            let _ = std::fs::remove_file(&temporary);
-            Error::io(e, "cannot write the manifest").at_path(&path)
-        })?;
+    let side = Folder::open(dir).and_then(|d| d.make_folder(FOLDER)).map_err(|e| {
+        Error::io(e, "cannot make the folder for manifests").at_path(dir.join(FOLDER))
+    })?;
+    side.write_whole(file_name(image), &seal(text))
+        .map_err(|e| Error::io(e, "cannot write the manifest").at_path(&path))?;
     Ok(path)
-}
-
-fn make_folder(dir: &Path, folder: &Path) -> Result<()> {
-    match DirBuilder::new().mode(0o700).create(folder) {
-        // Its name must survive a power cut as surely as what is put into it.
-        Ok(()) => File::open(dir).and_then(|d| d.sync_all()),
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        Err(e) => Err(e),
-    }
-    .map_err(|e| Error::io(e, "cannot make the folder for manifests").at_path(folder))
-}
-
-fn write_synced(path: &Path, text: &[u8]) -> std::io::Result<()> {
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    file.write_all(text)?;
-    file.sync_all()
 }
 
 /// Removes the manifest of `image`, if there is one, and syncs the folder.
@@ -197,11 +168,18 @@ fn write_synced(path: &Path, text: &[u8]) -> std::io::Result<()> {
 /// # Errors
 /// What the operating system said.
 pub fn remove(dir: &Path, image: &OsStr) -> Result<()> {
-    let path = manifest_path(dir, image);
-    match std::fs::remove_file(&path) {
-        Ok(()) => File::open(dir.join(FOLDER)).and_then(|d| d.sync_all()),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(e),
+    let remove = || {
+        let side = Folder::open(&dir.join(FOLDER))?;
+        match side.remove_if_there(file_name(image))? {
+            true => side.sync(),
+            false => Ok(()),
+        }
+    };
+    match remove() {
+        Err(e) if !is_absent(&e) => {
+            let error = Error::io(e, "cannot remove the manifest");
+            Err(error.at_path(manifest_path(dir, image)))
+        }
+        _ => Ok(()),
     }
-    .map_err(|e| Error::io(e, "cannot remove the manifest").at_path(&path))
 }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use super::header;
 use super::lzop::{self, LzopReader};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder};
 use crate::storage::{ReadAt, Section};
 use crate::text::path_text;
 use crate::units::human_bytes;
@@ -104,7 +105,7 @@ fn unpack(storage: &dyn ReadAt, packing: Packing, folder: &Path) -> Result<(File
         let by_hand = format!("unpack the archive with '{}'", packing.command());
         e.remedy(format!("{by_hand}, or set TMPDIR to a folder with room"))
     };
-    let file = tempfile::tempfile_in(folder)
+    let file = scratch(folder)
         .map_err(|e| no_room(Error::io(e, "cannot make a scratch file").at_path(folder)))?;
     let mut from = packing.reader(storage).map_err(|e| unpacking(e, storage))?;
     let mut buf = vec![0; STEP];
@@ -129,6 +130,11 @@ fn unpack(storage: &dyn ReadAt, packing: Packing, folder: &Path) -> Result<(File
             .map_err(|e| no_room(Error::io(e, "cannot write the scratch file").at_path(folder)))?;
         at += n as u64;
     }
+}
+
+/// A file without a name in `folder`, which goes when it is closed.
+fn scratch(folder: &Path) -> io::Result<File> {
+    Folder::open(&folder::resolve(folder)?)?.temp()?.file().try_clone()
 }
 
 /// Fails before the scratch file takes the last of its file system.
