@@ -245,10 +245,3 @@ fn log_and_status_of_a_mount_are_visible() {
         assert!(line.starts_with("20") && line.contains("Z "), "{line}");
     }
 }
-
-#[test]
-fn steps_of_a_dry_run_show_what_qemu_img_would_be_given() {
-    let name = OsString::from_vec(b"/b/a'b\\\x1b\xff7".to_vec());
-    let shown = fleecefs::restore::verbs::qemu_img::shown(&["info".as_ref(), name.as_os_str()]);
-    assert_eq!(shown, r"info $'/b/a\'b\\\033\3777'");
-}
