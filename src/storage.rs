@@ -194,6 +194,19 @@ impl SourceFile {
         SourceFile { path, identity, names, file: OnceLock::new(), changed }
     }
 
+    /// A file that is open already; `path` is what to call it in messages.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn opened(path: impl Into<PathBuf>, file: File) -> Result<Self> {
+        let path = path.into();
+        let meta = file
+            .metadata()
+            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+        let source = Self::with_identity(path, Identity::of(&meta));
+        Ok(SourceFile { file: OnceLock::from(file), ..source })
+    }
+
     /// Whether an inode that now looks like `now` has the bytes that it had when it was looked at,
     /// as far as can be known without reading them. (Device and inode number are not compared.)
     pub(crate) fn has_same_bytes(&self, now: &Identity) -> bool {

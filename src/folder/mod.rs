@@ -38,7 +38,7 @@ pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use owner::{ForeignOwner, check_private, foreign_owner};
 pub use resolve::{resolve, resolve_target};
-pub use temp::{Replace, TEMPORARY, Temp, sweep};
+pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
 /// the path in the meantime.
@@ -261,6 +261,21 @@ impl Folder {
     /// What the operating system said.
     pub fn make_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
         Ok(rustix::fs::symlinkat(text, &self.fd, plain(name.as_ref())?)?)
+    }
+
+    /// As [`Folder::make_link`], replacing what has the name, in one step.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn set_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
+        let interim = temp::random_name()?;
+        self.make_link(text, &interim)?;
+        let renamed = self.rename(&interim, self, name);
+        if renamed.is_err() {
+            let _ = self.remove_if_there(&interim);
+        }
+        renamed?;
+        self.sync()
     }
 
     /// Makes an empty file with mode 0600 that was not there.
@@ -541,6 +556,15 @@ pub fn open_with(path: &Path, access: Access) -> io::Result<File> {
     let path = std::path::absolute(path)?;
     let probe = open::handle(&path)?;
     open::plain_file(rustix::fs::CWD, path.as_os_str(), &probe, access)
+}
+
+/// Opens a block device for reading and writing, for us alone: fails if it is mounted, or held by
+/// RAID, LVM or swap.
+///
+/// # Errors
+/// As [`Folder::of`]; a refusal for anything else than a block device; `ResourceBusy`.
+pub fn open_device(path: &Path) -> io::Result<File> {
+    open::device(&open::handle(&std::path::absolute(path)?)?, path)
 }
 
 /// Metadata of `path`, of the link itself if it is one; no link on the way to it is followed.
