@@ -200,9 +200,8 @@ impl SourceFile {
     /// What the operating system said.
     pub fn opened(path: impl Into<PathBuf>, file: File) -> Result<Self> {
         let path = path.into();
-        let meta = file
-            .metadata()
-            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+        let meta =
+            file.metadata().map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
         let source = Self::with_identity(path, Identity::of(&meta));
         Ok(SourceFile { file: OnceLock::from(file), ..source })
     }

@@ -513,8 +513,11 @@ fn kind_of_file(meta: &Metadata) -> EntryKind {
     }
 }
 
-/// Reads to the end, at most `max` bytes.
-fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
+/// Reads an open file to its end, at most `max` bytes.
+///
+/// # Errors
+/// What the operating system said; a refusal if it is longer.
+pub fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > max {

@@ -9,6 +9,7 @@ use crate::chain::manifest::{self, Manifest};
 use crate::chain::name::{self, Name, parse_partial, to_text};
 use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::Result;
+use crate::folder::{self, Folder};
 use crate::layer::Format;
 use crate::verify::{Options, Outcome, verify};
 
@@ -61,7 +62,7 @@ fn lost_or_unfinished(disks: &[&Disk], newest: i64) -> Option<String> {
         for path in disk.findings.iter().map(|f| &f.path) {
             let name = path.file_name().unwrap_or_default();
             let Some((_, stamp, _)) = parse_partial(name) else { continue };
-            if path.exists() && stamp.is_none_or(|t| t > newest) {
+            if folder::exists(path) && stamp.is_none_or(|t| t > newest) {
                 return Some(format!("the newest backup, {}, did not finish", to_text(name)));
             }
         }
@@ -80,14 +81,16 @@ fn missing(disk: &Disk) -> Vec<Manifest> {
     let mut found = Vec::new();
     for dir in folders {
         let leaving = removal::pending(dir);
-        let Ok(entries) = std::fs::read_dir(dir.join(manifest::FOLDER)) else { continue };
-        for entry in entries.flatten() {
-            let file = entry.file_name();
-            let Some(image) = file.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
-            if dir.join(image).exists() || leaving.iter().any(|l| l == image) {
+        let Ok(folder) = Folder::open(dir) else { continue };
+        let side = folder.folder(manifest::FOLDER);
+        for entry in side.and_then(|s| s.entries()).unwrap_or_default() {
+            let Some(image) = entry.name.to_str().and_then(|n| n.strip_suffix(".json")) else {
+                continue;
+            };
+            if folder.has(image) || leaving.iter().any(|l| l == image) {
                 continue;
             }
-            let known = manifest::read(dir, OsStr::new(image)).ok().flatten();
+            let known = manifest::read_in(&folder, OsStr::new(image)).ok().flatten();
             found.extend(known.filter(|m| names.contains(&of(&m.image))));
         }
     }

@@ -24,14 +24,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::image::Image;
 
 pub use device::Device;
 pub use plan::{Chunk, Plan, Totals};
 pub use qcow2::{Compression, Preallocation, Qcow2Options};
 pub use source::BadRange;
-pub use temp::Temp;
+pub use temp::{Temp, give};
 pub use work::{RateLimit, Work};
 
 use source::Reader;

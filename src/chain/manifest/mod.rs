@@ -5,6 +5,7 @@
 //! checked before it is used. Reading tolerates unknown fields; an unknown format version is an
 //! error, which a scan turns into a finding.
 
+mod held;
 mod store;
 
 use std::ffi::OsStr;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Level, name};
 use crate::error::{Error, Result};
+pub use held::{fingerprint_of, read_in, remove_in, write_in};
 pub(super) use store::read_brief;
 pub use store::{parse, read, read_sealed, remove, write};
 

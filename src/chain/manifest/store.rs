@@ -13,7 +13,7 @@ use crate::error::{Error, Kind, Result};
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
 /// not one, and is not read into memory.
-const MAX_BYTES: u64 = 4 << 20;
+pub(super) const MAX_BYTES: u64 = 4 << 20;
 
 /// Reads the manifest of `image` in folder `dir`; `None` if there is none.
 ///
@@ -48,7 +48,7 @@ pub fn read_sealed(dir: &Path, image: &OsStr) -> Result<Option<(Manifest, bool)>
     Ok(Some((manifest, seal_place(&bytes).is_some())))
 }
 
-fn check_image(named: &str, image: &OsStr, path: &Path) -> Result<()> {
+pub(super) fn check_image(named: &str, image: &OsStr, path: &Path) -> Result<()> {
     if OsStr::new(named) == image {
         return Ok(());
     }
@@ -92,7 +92,7 @@ const SEAL: &[u8] = b"\"checksum\": \"";
 const SEAL_LEN: usize = 64;
 
 /// Appends the checksum to a manifest's text.
-fn seal(mut text: Vec<u8>) -> Vec<u8> {
+pub(super) fn seal(mut text: Vec<u8>) -> Vec<u8> {
     // The text is a JSON object that ends in a newline and a brace.
     text.truncate(text.len().saturating_sub(2));
     text.extend_from_slice(b",\n  ");
