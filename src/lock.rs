@@ -3,94 +3,137 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
+use crate::folder::{EntryKind, Folder, Lock};
+use crate::text::path_text;
 
-/// Relative to the folder that is locked.
-const LOCK: &str = ".fleecefs/lock";
-/// The folder that holds it.
+/// The folder that holds the lock file, in the one that is locked.
 const FOLDER: &str = ".fleecefs";
+/// The lock file in it.
+const NAME: &str = "lock";
+/// Folders that lie deeper below the one that is locked are not looked into.
+const DEPTH: usize = 200;
 
 /// Locks, held until they are dropped.
 #[derive(Debug)]
 pub struct Locks {
-    _files: Vec<File>,
+    _held: Vec<Lock>,
 }
 
 impl Locks {
-    /// Takes the lock of `root`, an absolute path, and every other that a run on these images may
-    /// hold: of the folders above `root` and below it, as far as they have a lock file.
+    /// Takes the lock of `root`, an absolute path without links, and every other that a run on these
+    /// images may hold: of the folders above `root` and below it, as far as they have a lock file.
     ///
     /// # Errors
-    /// `Busy` if somebody else holds one.
+    /// `Busy` if somebody else holds one; `Unsupported` if a lock file is a link, a pipe or a folder;
+    /// `Permission` where it cannot be made.
     pub fn take(root: &Path) -> Result<Locks> {
-        make_folder(root)?;
-        let own = root.join(LOCK);
-        let mut held = BTreeMap::from([(own.clone(), lock(&own)?)]);
+        let folder = Folder::open(root)
+            .map_err(|e| Error::io(e, "cannot open the backup directory").at_path(root))?;
+        let side = folder.make_folder(FOLDER).map_err(|e| {
+            explain(Error::io(e, "cannot make the folder for the lock").at_path(root.join(FOLDER)))
+        })?;
+        let mut held = Held(BTreeMap::new());
+        held.add(&side)?;
         // After the own one: of two first runs, one above the other, at least one sees the other's.
-        for path in others(root) {
-            if let Entry::Vacant(place) = held.entry(path) {
-                let file = lock(place.key())?;
-                place.insert(file);
-            }
+        for above in root.ancestors().skip(1) {
+            // One that cannot be entered is nobody's who writes here.
+            let Ok(above) = Folder::open(above) else { continue };
+            held.add_of(&above)?;
         }
-        Ok(Locks { _files: held.into_values().collect() })
+        held.add_below(&folder, DEPTH)?;
+        Ok(Locks { _held: held.0.into_values().collect() })
     }
 }
 
-/// The lock files above and below `root`.
-fn others(root: &Path) -> Vec<PathBuf> {
-    let mut paths: Vec<PathBuf> = root.ancestors().skip(1).map(|a| a.join(LOCK)).collect();
-    let mut todo = vec![root.to_path_buf()];
-    while let Some(dir) = todo.pop() {
-        paths.push(dir.join(LOCK));
+/// Locks by the paths of their files.
+struct Held(BTreeMap<PathBuf, Lock>);
+
+impl Held {
+    /// Takes the lock of the folder `dir`, if that has a lock file.
+    fn add_of(&mut self, dir: &Folder) -> Result<()> {
+        let Ok(side) = dir.folder(FOLDER) else { return Ok(()) };
+        if !side.has(NAME) || is_strangers(dir, &side) {
+            return Ok(());
+        }
+        self.add(&side)
+    }
+
+    fn add(&mut self, side: &Folder) -> Result<()> {
+        if let Entry::Vacant(place) = self.0.entry(side.join(NAME)) {
+            let lock = lock(side)?;
+            place.insert(lock);
+        }
+        Ok(())
+    }
+
+    /// Takes the locks of all folders in `dir`, and of those in them.
+    fn add_below(&mut self, dir: &Folder, depth: usize) -> Result<()> {
         // A folder that cannot be read has no images that can be altered.
-        let Ok(entries) = std::fs::read_dir(&dir) else { continue };
-        for entry in entries.flatten() {
-            let is_folder = entry.file_type().is_ok_and(|t| t.is_dir());
-            if is_folder && entry.file_name() != FOLDER {
-                todo.push(entry.path());
+        let Ok(entries) = dir.entries() else { return Ok(()) };
+        for entry in entries {
+            if entry.kind != EntryKind::Folder || entry.name == OsStr::new(FOLDER) {
+                continue;
+            }
+            let below = match dir.folder(&entry.name) {
+                Ok(below) => below,
+                Err(e) if is_out_of_files(&e) => {
+                    let what = "cannot look for other locks below it";
+                    return Err(Error::io(e, what).at_path(dir.join(&entry.name)));
+                }
+                Err(_) => continue,
+            };
+            self.add_of(&below)?;
+            match depth.checked_sub(1) {
+                Some(depth) => self.add_below(&below, depth)?,
+                None => log::warn!(
+                    "{}: too many folders in each other: locks below are not looked for",
+                    path_text(below.path())
+                ),
             }
         }
-    }
-    paths.retain(|p| p.is_file());
-    paths
-}
-
-fn make_folder(root: &Path) -> Result<()> {
-    let folder = root.join(FOLDER);
-    match DirBuilder::new().mode(0o700).create(&folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(Error::io(e, "cannot make the folder for the lock").at_path(folder))
-        }
-        _ => Ok(()),
+        Ok(())
     }
 }
 
-fn lock(path: &Path) -> Result<File> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(|e| Error::io(e, "cannot open the lock").at_path(path))?;
-    // SAFETY: flock on a descriptor we own.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-        return Ok(file);
-    }
-    let e = std::io::Error::last_os_error();
-    if e.kind() == std::io::ErrorKind::WouldBlock {
-        return Err(Error::new(Kind::Busy, "another run is writing to this backup directory")
+fn is_out_of_files(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+/// Whether the side folder was put into a sticky folder such as /tmp by somebody who is neither root,
+/// nor the caller, nor the owner of that folder: he has nothing to say there.
+fn is_strangers(dir: &Folder, side: &Folder) -> bool {
+    let (Ok(dir), Ok(side)) = (dir.metadata(), side.metadata()) else { return false };
+    let own = rustix::process::geteuid().as_raw();
+    dir.mode() & 0o1002 == 0o1002 && ![0, own, dir.uid()].contains(&side.uid())
+}
+
+fn lock(side: &Folder) -> Result<Lock> {
+    let path = side.join(NAME);
+    match side.lock(NAME) {
+        Ok(Some(lock)) => Ok(lock),
+        Ok(None) => Err(Error::new(Kind::Busy, "another run is writing to this backup directory")
             .at_path(path)
-            .remedy("try again when it has ended"));
+            .remedy("try again when it has ended")),
+        Err(e) => Err(explain(Error::io(e, "cannot take the lock").at_path(path))),
     }
-    Err(Error::io(e, "cannot take the lock").at_path(path))
+}
+
+/// What can be done about a lock that cannot be made.
+fn explain(e: Error) -> Error {
+    match e.kind() {
+        Kind::Permission => e.remedy(
+            "whoever alters a backup directory has to write to it: run this as its owner (root may \
+             write nothing on NFS with root_squash), or mount it for writing",
+        ),
+        Kind::Unsupported | Kind::NotFound => e.remedy("remove what has its name, and try again"),
+        _ => e,
+    }
 }
 
 #[cfg(test)]
@@ -114,6 +157,40 @@ mod tests {
         assert_eq!(Locks::take(&vm).unwrap_err().kind(), Kind::Busy);
         drop(held);
         Locks::take(&root).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_lock_file_is_an_error_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let side = root.join("sda").join(FOLDER);
+        let elsewhere = root.join("precious");
+        let make: [(&str, &dyn Fn()); 3] = [
+            ("pipe", &|| {
+                let at = rustix::fs::CWD;
+                let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+                rustix::fs::mknodat(at, side.join(NAME), kind, mode, 0).unwrap();
+            }),
+            ("link", &|| std::os::unix::fs::symlink(&elsewhere, side.join(NAME)).unwrap()),
+            ("folder", &|| std::fs::create_dir(side.join(NAME)).unwrap()),
+        ];
+        for (what, make) in make {
+            std::fs::create_dir_all(&side).unwrap();
+            make();
+            for locked in [&root, &root.join("sda")] {
+                let e = Locks::take(locked).unwrap_err();
+                assert_ne!(e.kind(), Kind::Busy, "{what}: {}", e.report());
+                assert_eq!(e.path(), Some(side.join(NAME).as_path()), "{what}: {}", e.report());
+            }
+            std::fs::remove_dir_all(&side).unwrap();
+        }
+        std::os::unix::fs::symlink(root.join("elsewhere"), root.join("sda").join(FOLDER)).unwrap();
+        assert_eq!(Locks::take(&root.join("sda")).unwrap_err().kind(), Kind::Unsupported);
+        // A link to a folder is not gone into.
+        std::fs::create_dir_all(root.join("elsewhere").join(FOLDER)).unwrap();
+        assert_eq!(Locks::take(&root.join("sda")).unwrap_err().kind(), Kind::Unsupported);
+        assert!(!root.join("elsewhere").join(FOLDER).join(NAME).exists());
+        assert!(!elsewhere.exists());
     }
 
     #[test]

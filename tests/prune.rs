@@ -164,7 +164,11 @@ fn a_backup_made_before_recovery_keeps_what_it_lies_on() {
     let manifest = manifest::read(&from, full.as_ref()).unwrap().unwrap();
     let publish = Some(Publish { temporary: "consolidate-x".into(), manifest });
     let remove: Vec<String> = (0..4).rev().map(|i| b.name(i)).collect();
-    removal::write(&to, &Removal { publish, remove, relink: Vec::new() }).unwrap();
+    removal::write_in(
+        &fleecefs::folder::Folder::open(&to).unwrap(),
+        &Removal { publish, remove, relink: Vec::new() },
+    )
+    .unwrap();
     b.check(&broken.root, 0..5, "before recovery");
     succeed(&["verify"], &broken.root);
     succeed(&["prune", "--keep-last", "9"], &broken.root);
@@ -175,7 +179,11 @@ fn a_backup_made_before_recovery_keeps_what_it_lies_on() {
     let broken = b.copy();
     let to = broken.root.join("sda");
     let remove = vec![b.name(2), b.name(1), b.name(0)];
-    removal::write(&to, &Removal { remove, ..Removal::default() }).unwrap();
+    removal::write_in(
+        &fleecefs::folder::Folder::open(&to).unwrap(),
+        &Removal { remove, ..Removal::default() },
+    )
+    .unwrap();
     succeed(&["prune", "--keep-last", "9"], &broken.root);
     assert_eq!(names(&broken.root).len(), 5);
     b.check(&broken.root, 0..5, "after recovery");
@@ -266,7 +274,11 @@ fn recovery_keeps_a_manifest_that_is_newer() {
     let journal = |manifest| {
         let publish = Some(Publish { temporary: "consolidate-x".into(), manifest });
         let remove = vec![b.name(2), b.name(1), b.name(0)];
-        removal::write(&dir, &Removal { publish, remove, relink: Vec::new() }).unwrap();
+        removal::write_in(
+            &fleecefs::folder::Folder::open(&dir).unwrap(),
+            &Removal { publish, remove, relink: Vec::new() },
+        )
+        .unwrap();
     };
     journal(first.clone());
     succeed(&["prune", "--keep-last", "9"], root);

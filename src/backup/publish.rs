@@ -36,7 +36,7 @@ pub fn partial_name(image: &str) -> String {
 pub fn announce(folder: &Folder, manifest: &Manifest) -> Result<()> {
     let mut pending = manifest.clone();
     pending.image = partial_name(&manifest.image);
-    manifest::write(folder.path(), &pending)?;
+    manifest::write_in(folder, &pending)?;
     Ok(())
 }
 
@@ -85,7 +85,7 @@ fn drop_fleece(folder: &Folder, image: &str) {
 /// # Errors
 /// As [`manifest::read`].
 pub fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
-    let pending = manifest::read(folder.path(), OsStr::new(&partial_name(image)))?;
+    let pending = manifest::read_in(folder, OsStr::new(&partial_name(image)))?;
     Ok(pending.map(|mut m| {
         m.image = image.to_string();
         m
@@ -193,7 +193,7 @@ impl Held {
     fn source(&self) -> Result<SourceFile> {
         let file = folder::reopen(&self.file, Access::Read);
         let file = file.map_err(|e| self.failed(e, "cannot open the image"))?;
-        SourceFile::of_open(file, self.path.clone())
+        SourceFile::opened(self.path.clone(), file)
     }
 
     fn failed(&self, e: std::io::Error, what: &str) -> Error {
@@ -255,10 +255,10 @@ fn rename(folder: &Folder, held: &Held, image: &str) -> Result<()> {
 /// # Errors
 /// As [`manifest::write`].
 pub fn commit(folder: &Folder, manifest: &Manifest) -> Result<()> {
-    manifest::write(folder.path(), manifest)?;
+    manifest::write_in(folder, manifest)?;
     step("committed");
     drop_fleece(folder, &manifest.image);
-    manifest::remove(folder.path(), OsStr::new(&partial_name(&manifest.image)))
+    manifest::remove_in(folder, OsStr::new(&partial_name(&manifest.image)))
 }
 
 /// Removes an image that will not be a point, and its announcement.
@@ -268,7 +268,7 @@ pub fn commit(folder: &Folder, manifest: &Manifest) -> Result<()> {
 pub fn discard(folder: &Folder, image: &str) -> Result<()> {
     drop_fleece(folder, image);
     discard_image(folder, image)?;
-    manifest::remove(folder.path(), OsStr::new(&partial_name(image)))
+    manifest::remove_in(folder, OsStr::new(&partial_name(image)))
 }
 
 /// Removes an unfinished image alone: no recovery can make a point of it then.

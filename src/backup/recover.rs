@@ -373,7 +373,7 @@ pub fn settle_image(
     watch: &dyn Watch,
 ) -> Result<Fate> {
     finish_rename(folder, image)?;
-    if manifest::read(folder.path(), image.as_ref())?.is_some() && folder.has(image) {
+    if manifest::read_in(folder, image.as_ref())?.is_some() && folder.has(image) {
         publish::discard(folder, image)?;
         return Ok(Fate::Published);
     }

@@ -73,6 +73,11 @@ pub fn parse(name: &OsStr) -> Name {
     Name::Backup { level, stamp, disk: OsString::from_vec(disk.to_vec()) }
 }
 
+/// Whether `name`, wherever it comes from, is the name of a file in a folder that may be an image.
+pub fn is_image(name: &OsStr) -> bool {
+    crate::folder::plain(name).is_ok() && parse(name) != Name::Ignored
+}
+
 /// The level and the disk's name of a `FULL-<disk>` or `COPY-<disk>` link, as `--no-timestamp`
 /// leaves it beside the image.
 pub fn parse_link(name: &OsStr) -> Option<(Level, &OsStr)> {

@@ -3,6 +3,7 @@
 //!
 //! A manifest whose image is gone speaks of a lost point, unless its name is listed here.
 
+use std::ffi::OsStr;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
@@ -63,23 +64,25 @@ pub fn journal_path(dir: &Path) -> PathBuf {
 /// gets its name.
 pub fn read(dir: &Path) -> Result<Option<Removal>> {
     match Folder::open(&dir.join(FOLDER)) {
-        Ok(side) => read_in(&side),
+        Ok(side) => read_side(&side),
         Err(e) if is_absent(&e) => Ok(None),
         Err(e) => Err(cannot_read(e, &journal_path(dir))),
     }
 }
 
 /// As [`read`], in the folder for manifests.
-pub(super) fn read_in(side: &Folder) -> Result<Option<Removal>> {
+fn read_side(side: &Folder) -> Result<Option<Removal>> {
     let path = || side.join(NAME);
     let bytes = side.read_if_there(NAME, MAX_JOURNAL).map_err(|e| cannot_read(e, &path()))?;
     let Some(bytes) = bytes else { return Ok(None) };
-    serde_json::from_slice(&bytes).map(Some).map_err(|e| {
+    let removal: Removal = serde_json::from_slice(&bytes).map_err(|e| {
         Error::new(Kind::Corrupt, "the journal of removals is damaged")
             .with_source(e)
             .at_path(path())
-            .remedy("verify the disk, then remove the journal")
-    })
+            .remedy(REMEDY)
+    })?;
+    removal.check_names(&path())?;
+    Ok(Some(removal))
 }
 
 fn cannot_read(e: io::Error, path: &Path) -> Error {
@@ -99,21 +102,65 @@ pub fn pending(dir: &Path) -> Vec<String> {
 /// As [`pending`], with the folder for manifests. A journal that cannot be read names none; the scan
 /// says that there is one.
 pub(super) fn pending_in(side: &Folder) -> Vec<String> {
-    let mut leaving = read_in(side).ok().flatten().map(|r| r.remove).unwrap_or_default();
+    let mut leaving = read_side(side).ok().flatten().map(|r| r.remove).unwrap_or_default();
     leaving.extend(unfinished::leaving_by_fold(side));
     leaving
+}
+
+/// Begins the temporary names of new images.
+pub const TEMPORARY: &str = "consolidate-";
+/// What to do about a journal that is none.
+const REMEDY: &str = "verify the disk, then remove the journal";
+
+impl Removal {
+    /// Fails if it names anything but images of the folder that the journal `path` is in: its owner
+    /// may write there what he likes.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    fn check_names(&self, path: &Path) -> Result<()> {
+        let refuse = |name: &str| {
+            let what = format!("the journal of removals names {name:?}, which is no image of ours");
+            Err(Error::new(Kind::Corrupt, what).at_path(path).remedy(REMEDY))
+        };
+        let new = self.publish.as_ref().map(|p| &p.manifest.image);
+        for name in self.remove.iter().chain(&self.relink).chain(new) {
+            if !super::name::is_image(OsStr::new(name)) {
+                return refuse(name);
+            }
+        }
+        match &self.publish {
+            Some(p) if p.temporary != format!("{TEMPORARY}{}", p.manifest.image) => {
+                refuse(&p.temporary)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// As [`read`], in a folder that is held.
+///
+/// # Errors
+/// See [`read`].
+pub fn read_in(dir: &Folder) -> Result<Option<Removal>> {
+    match dir.folder(FOLDER) {
+        Ok(side) => read_side(&side),
+        Err(e) if is_absent(&e) => Ok(None),
+        Err(e) => Err(cannot_read(e, &journal_path(dir.path()))),
+    }
 }
 
 /// Writes the journal of `dir`, so that it survives a power cut before anything it names goes.
 ///
 /// # Errors
-/// What the operating system said.
-pub fn write(dir: &Path, removal: &Removal) -> Result<()> {
-    let path = journal_path(dir);
+/// What the operating system said; `Corrupt` if it would not be read again.
+pub fn write_in(dir: &Folder, removal: &Removal) -> Result<()> {
+    let path = journal_path(dir.path());
+    removal.check_names(&path)?;
     let text = serde_json::to_vec_pretty(removal)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     let write = || {
-        let side = Folder::open(dir)?.make_folder(FOLDER)?;
+        let side = dir.make_folder(FOLDER)?;
         side.write_whole(NAME, &text)?;
         side.remove_if_there(OLD_TEMPORARY).map(drop)
     };
@@ -124,14 +171,14 @@ pub fn write(dir: &Path, removal: &Removal) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn clear(dir: &Path) -> Result<()> {
+pub fn clear_in(dir: &Folder) -> Result<()> {
     let clear = || {
-        let side = Folder::open(&dir.join(FOLDER))?;
+        let side = dir.folder(FOLDER)?;
         side.remove(NAME)?;
         side.sync()
     };
     clear().map_err(|e| {
-        Error::io(e, "cannot remove the journal of removals").at_path(journal_path(dir))
+        Error::io(e, "cannot remove the journal of removals").at_path(journal_path(dir.path()))
     })
 }
 
@@ -150,22 +197,25 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_goes() {
         let (_dir, path) = dir();
-        let publish =
-            Publish { temporary: "new".into(), manifest: example("INC-2-d", Level::Full, None) };
+        let publish = Publish {
+            temporary: "consolidate-INC-2-d".into(),
+            manifest: example("INC-2-d", Level::Full, None),
+        };
         let journal =
             Removal { publish: Some(publish), remove: vec!["a".into()], relink: vec!["b".into()] };
         assert_eq!(read(&path).unwrap(), None);
-        write(&path, &journal).unwrap();
+        let folder = Folder::open(&path).unwrap();
+        write_in(&folder, &journal).unwrap();
         assert_eq!(read(&path).unwrap(), Some(journal));
         assert_eq!(pending(&path), ["a"]);
-        clear(&path).unwrap();
+        clear_in(&folder).unwrap();
         assert_eq!(std::fs::read_dir(path.join(FOLDER)).unwrap().count(), 0);
     }
 
     #[test]
     fn a_journal_that_names_something_elsewhere_is_damaged() {
         let (_dir, path) = dir();
-        write(&path, &Removal::default()).unwrap();
+        write_in(&Folder::open(&path).unwrap(), &Removal::default()).unwrap();
         let publish = |temporary: &str, image: &str| {
             let manifest = example(image, Level::Full, None);
             serde_json::json!({"remove": [], "publish": {"temporary": temporary, "manifest": manifest}})
@@ -175,7 +225,7 @@ mod tests {
                 serde_json::json!({"remove": ["FULL-1-d", bad]}),
                 serde_json::json!({"remove": [], "relink": [bad]}),
                 publish(bad, "FULL-1-d"),
-                publish("new", bad),
+                publish("consolidate-FULL-1-d", bad),
             ];
             for journal in journals {
                 std::fs::write(journal_path(&path), journal.to_string()).unwrap();

@@ -8,11 +8,12 @@ use super::bar::Bar;
 use super::work::cancel_flag;
 use super::{paths, privileges};
 use crate::chain::{Catalog, unfinished};
-use crate::error::{Error, Kind, Result, path_text};
+use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, ForeignOwner, foreign_owner};
 use crate::lock::Locks;
 use crate::prune::recover;
 use crate::restore::Work;
+use crate::text::path_text;
 
 /// Takes the locks, finishes what an earlier run left, and then reads the directory.
 ///

@@ -43,7 +43,7 @@ pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use owner::{ForeignOwner, check_private, foreign_owner};
 pub use resolve::{resolve, resolve_target};
-pub use temp::{Replace, TEMPORARY, Temp, sweep};
+pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
 /// the path in the meantime.
@@ -287,6 +287,21 @@ impl Folder {
     /// What the operating system said.
     pub fn make_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
         Ok(rustix::fs::symlinkat(text, &self.fd, plain(name.as_ref())?)?)
+    }
+
+    /// As [`Folder::make_link`], replacing what has the name, in one step.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn set_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
+        let interim = temp::random_name()?;
+        self.make_link(text, &interim)?;
+        let renamed = self.rename(&interim, self, name);
+        if renamed.is_err() {
+            let _ = self.remove_if_there(&interim);
+        }
+        renamed?;
+        self.sync()
     }
 
     /// Makes an empty file with mode 0600 that was not there.
@@ -554,8 +569,11 @@ fn kind_of_file(meta: &Metadata) -> EntryKind {
     }
 }
 
-/// Reads to the end, at most `max` bytes.
-fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
+/// Reads an open file to its end, at most `max` bytes.
+///
+/// # Errors
+/// What the operating system said; a refusal if it is longer.
+pub fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
     let too_large = || refused("the file is larger than such a file can be");
     if file.metadata()?.len() > max {
         return Err(too_large());
@@ -602,6 +620,15 @@ pub fn open_with(path: &Path, access: Access) -> io::Result<File> {
     let path = std::path::absolute(path)?;
     let probe = open::handle(&path)?;
     open::plain_file(rustix::fs::CWD, path.as_os_str(), &probe, access)
+}
+
+/// Opens a block device for reading and writing, for us alone: fails if it is mounted, or held by
+/// RAID, LVM or swap.
+///
+/// # Errors
+/// As [`Folder::of`]; a refusal for anything else than a block device; `ResourceBusy`.
+pub fn open_device(path: &Path) -> io::Result<File> {
+    open::device(&open::handle(&std::path::absolute(path)?)?, path)
 }
 
 /// Metadata of `path`, of the link itself if it is one; no link on the way to it is followed.

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -139,6 +139,32 @@ pub fn append(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<File> {
     // A terminal that is slow is waited for.
     rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
     Ok(file)
+}
+
+/// Opens the block device for good that `probe` is a handle of. `path` is its name, for systems
+/// without /proc.
+pub fn device(probe: &File, path: &Path) -> io::Result<File> {
+    let meta = probe.metadata()?;
+    if meta.is_symlink() {
+        return Err(refused("it is a symbolic link; links are not followed here"));
+    }
+    if !meta.file_type().is_block_device() {
+        return Err(refused("it is not a block device"));
+    }
+    let open = |path: &Path, more: i32| {
+        let flags = libc::O_EXCL | libc::O_CLOEXEC | libc::O_NOCTTY | more;
+        OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
+    };
+    let file = match open(&proc_path(probe.as_raw_fd()), 0) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => open(path, libc::O_NOFOLLOW),
+        other => other,
+    }?;
+    let now = file.metadata()?;
+    if now.file_type().is_block_device() && now.rdev() == meta.rdev() {
+        Ok(file)
+    } else {
+        Err(refused("another file has taken its name"))
+    }
 }
 
 /// A path to an open descriptor of this process.

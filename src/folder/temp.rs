@@ -7,17 +7,19 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{Access, EntryKind, Folder, Locked, open, plain};
+use super::{Access, EntryKind, FileId, Folder, Locked, open, plain};
 
 /// Begins every temporary name.
 pub const TEMPORARY: &str = ".fleecefs-tmp-";
+/// How often somebody may take a new file's name away.
+const TRIES: usize = 16;
 
 /// Whether a file that has the name already may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +44,11 @@ impl Temp {
     pub(super) fn create(folder: Folder) -> io::Result<Self> {
         let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
         match rustix::fs::openat(folder.as_fd(), ".", flags, Mode::RUSR | Mode::WUSR) {
-            Ok(fd) => Ok(Temp { folder, file: File::from(fd), name: None }),
+            Ok(fd) if can_be_linked(fd.as_raw_fd()) => {
+                Ok(Temp { folder, file: File::from(fd), name: None })
+            }
+            // It could get no name in the end, after hours perhaps.
+            Ok(_) => Self::create_named(folder),
             // File systems without it have their own ways to say so.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT | Errno::NOSYS) => {
                 Self::create_named(folder)
@@ -56,11 +62,22 @@ impl Temp {
     /// # Errors
     /// What the operating system said.
     pub fn create_named(folder: Folder) -> io::Result<Self> {
-        let name = random_name()?;
-        let file = folder.create_new(&name)?;
-        // Tells whoever sweeps that its maker lives.
-        Locked::of(&file)?;
-        Ok(Temp { folder, file, name: Some(name) })
+        for _ in 0..TRIES {
+            let name = random_name()?;
+            let file = folder.create_new(&name)?;
+            // Tells whoever sweeps that its maker lives; one that swept before that has removed it.
+            let held = Locked::of(&file)? != Locked::Other;
+            let there = super::absent_is_none(folder.look(&name))?.map(|m| FileId::of(&m));
+            if held && there == Some(FileId::of(&file.metadata()?)) {
+                return Ok(Temp { folder, file, name: Some(name) });
+            }
+        }
+        Err(super::refused("the temporary file is exchanged again and again"))
+    }
+
+    /// Its random name, if it has one.
+    pub fn name(&self) -> Option<&OsStr> {
+        self.name.as_deref()
     }
 
     /// The open file.
@@ -78,31 +95,35 @@ impl Temp {
     /// # Errors
     /// What the operating system said; `AlreadyExists` if there is one and it may not be replaced.
     /// The temporary file is gone then.
-    pub fn publish(mut self, name: impl AsRef<OsStr>, replace: Replace) -> io::Result<()> {
-        let name = plain(name.as_ref())?;
-        self.file.sync_all()?;
-        match (&self.name, replace) {
-            (None, Replace::No) => link_unnamed(&self.file, &self.folder, name)?,
-            (None, Replace::Yes) => {
-                let interim = random_name()?;
-                link_unnamed(&self.file, &self.folder, &interim)?;
-                self.name = Some(interim);
-                self.rename(name)?;
-            }
-            (Some(own), Replace::No) => {
-                self.folder.rename_new(own, &self.folder, name)?;
-                self.name = None;
-            }
-            (Some(_), Replace::Yes) => self.rename(name)?,
-        }
-        self.folder.sync()
+    pub fn publish(self, name: impl AsRef<OsStr>, replace: Replace) -> io::Result<()> {
+        let folder = self.folder.try_clone()?;
+        self.publish_in(&folder, name, replace)
     }
 
-    fn rename(&mut self, name: &OsStr) -> io::Result<()> {
-        let Some(own) = &self.name else { return Ok(()) };
-        self.folder.rename(own, &self.folder, name)?;
+    /// As [`Temp::publish`], in another folder of the same file system.
+    ///
+    /// # Errors
+    /// As [`Temp::publish`].
+    pub fn publish_in(
+        mut self,
+        to: &Folder,
+        name: impl AsRef<OsStr>,
+        replace: Replace,
+    ) -> io::Result<()> {
+        let name = plain(name.as_ref())?;
+        self.file.sync_all()?;
+        if self.name.is_none() && replace == Replace::Yes {
+            let interim = random_name()?;
+            link_unnamed(&self.file, &self.folder, &interim)?;
+            self.name = Some(interim);
+        }
+        match (&self.name, replace) {
+            (None, _) => link_unnamed(&self.file, to, name)?,
+            (Some(own), Replace::No) => self.folder.rename_new(own, to, name)?,
+            (Some(own), Replace::Yes) => self.folder.rename(own, to, name)?,
+        }
         self.name = None;
-        Ok(())
+        to.sync()
     }
 }
 
@@ -128,7 +149,13 @@ fn link_unnamed(file: &File, folder: &Folder, name: &OsStr) -> io::Result<()> {
     }
 }
 
-fn random_name() -> io::Result<OsString> {
+/// Whether an unnamed file can be given a name later: by way of /proc, or with a capability.
+fn can_be_linked(fd: RawFd) -> bool {
+    let proc = std::fs::symlink_metadata(open::proc_path(fd)).is_ok();
+    proc || rustix::process::geteuid().is_root()
+}
+
+pub(super) fn random_name() -> io::Result<OsString> {
     let mut bytes = [0u8; 12];
     let mut done = 0;
     while done < bytes.len() {
@@ -143,30 +170,56 @@ fn random_name() -> io::Result<OsString> {
     Ok(name.into())
 }
 
+/// What [`sweep`] removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// How many files.
+    pub files: usize,
+    /// Their length in bytes, all together.
+    pub bytes: u64,
+}
+
 /// Removes what killed runs left in the folder: plain files of this user's, under names that begin
 /// with [`TEMPORARY`] or end in one of `suffixes`, that nobody has locked. How many went.
 ///
 /// # Errors
 /// The folder cannot be listed.
 pub fn sweep(folder: &Folder, suffixes: &[&str]) -> io::Result<usize> {
+    sweep_counted(folder, suffixes).map(|swept| swept.files)
+}
+
+/// As [`sweep`]; also how long the files were.
+///
+/// # Errors
+/// As [`sweep`].
+pub fn sweep_counted(folder: &Folder, suffixes: &[&str]) -> io::Result<Swept> {
     let temporary = |name: &OsStr| {
         let bytes = name.as_bytes();
         bytes.starts_with(TEMPORARY.as_bytes())
             || suffixes.iter().any(|s| bytes.ends_with(s.as_bytes()))
     };
-    let mut gone = 0;
+    let mut swept = Swept::default();
     for entry in folder.entries()? {
-        if entry.kind == EntryKind::File && temporary(&entry.name) && is_left(folder, &entry.name) {
-            gone += usize::from(folder.remove_if_there(&entry.name)?);
+        if entry.kind != EntryKind::File || !temporary(&entry.name) {
+            continue;
+        }
+        // Locked until it is gone, so that it is nobody else's.
+        let Some((file, len)) = left(folder, &entry.name) else { continue };
+        let Ok(meta) = file.metadata() else { continue };
+        if folder.remove_if_same(&entry.name, FileId::of(&meta))? {
+            swept.files += 1;
+            swept.bytes += len;
         }
     }
-    Ok(gone)
+    Ok(swept)
 }
 
-/// Whether a temporary file is this user's and nobody is at work on it.
-fn is_left(folder: &Folder, name: &OsStr) -> bool {
-    let Ok(file) = folder.open_with(name, Access::Read) else { return false };
+/// A temporary file that is this user's and that nobody is at work on, locked, and its length. Where
+/// there are no locks nobody knows, and it stays.
+fn left(folder: &Folder, name: &OsStr) -> Option<(File, u64)> {
+    let file = folder.open_with(name, Access::Read).ok()?;
     let own = rustix::process::geteuid().as_raw();
-    let ours = file.metadata().is_ok_and(|m| m.uid() == own && m.nlink() == 1);
-    ours && Locked::of(&file).is_ok_and(|l| l != Locked::Other)
+    let meta = file.metadata().ok().filter(|m| m.uid() == own && m.nlink() == 1)?;
+    let free = Locked::of(&file).is_ok_and(|l| l == Locked::Own);
+    free.then_some((file, meta.len()))
 }

@@ -13,28 +13,24 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
-use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::execute::{make_folder, replace};
-use crate::chain::manifest::fingerprint;
-use crate::chain::manifest::{self, Contents, ImageFormat, Manifest};
-use crate::chain::removal::{self, Publish, Removal};
+use super::execute::{Known, replace};
+use crate::chain::manifest::{self, Contents, ImageFormat, Manifest, fingerprint_of};
+use crate::chain::removal::{self, Publish, Removal, TEMPORARY};
 use crate::chain::{Catalog, Disk, Level, describe as describe_point, record_from};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, EntryKind, FileId, Folder, Replace};
 use crate::image::{Cache, open_point};
 use crate::layer::{Format, Mapping};
 use crate::restore::verbs::{self, Users};
-use crate::restore::{self, Compression, Qcow2Options, Summary, Target, Work};
+use crate::restore::{self, Compression, Qcow2Options, Summary, Temp, Work, give};
 use crate::storage::{ReadAt, SourceFile};
 use crate::text::{path_text, shown_as};
 use crate::verify;
 
 /// Memory for folded windows.
 const CACHE_BYTES: u64 = 256 << 20;
-/// What every temporary name begins with.
-const TEMPORARY: &str = "consolidate-";
 
 /// What is going to happen.
 #[derive(Debug, Clone, serde::Serialize)]
@@ -139,7 +135,7 @@ pub fn plan_at(
         Some(rest) => format!("FULL-{rest}"),
         None => return Err(usage("the file's name does not begin with INC-")),
     };
-    if dir.join(&image).exists() {
+    if folder::exists(&dir.join(&image)) {
         return Err(
             Error::new(Kind::Exists, "there is such a FULL already").at_path(dir.join(image))
         );
@@ -259,26 +255,48 @@ pub fn consolidate(disk: &Disk, plan: &Consolidation, how: How, work: &Work) -> 
     if how.check {
         check_sources(disk, plan.point, work)?;
     }
-    make_folder(&plan.dir)?;
-    remove_leftovers(&plan.dir)?;
+    let dir = verbs::open_folder(&plan.dir)?;
+    let side = verbs::side_folder(&dir)?;
+    remove_leftovers(&side)?;
+    let mut known = known(disk, plan, &dir)?;
     record_from(disk, plan.point)?;
+    let temp = Temp::create_in(&side)?;
+    let summary = build(disk, plan.point, &temp, how.compare, work)?;
+    let manifest = describe(disk, plan, &dir, &temp, work)?;
+    like_the_point(disk, plan.point, &dir, &temp)?;
+    let failed = |e| Error::io(e, "cannot look at it").at_path(temp.path());
+    let made = FileId::of(&temp.file().metadata().map_err(failed)?);
+    known.insert(plan.image.clone(), made);
     let temporary = format!("{TEMPORARY}{}", plan.image);
-    let path = plan.dir.join(manifest::FOLDER).join(&temporary);
-    let summary = build(disk, plan.point, &path, how.compare, work)?;
-    let made = describe(disk, plan, &path, work)
-        .and_then(|manifest| {
-            like_the_point(disk, plan.point, &path)?;
-            let publish = Some(Publish { temporary, manifest });
-            let relink = Vec::new();
-            let removal = Removal { publish, remove: plan.remove.clone(), relink };
-            removal::write(&plan.dir, &removal)?;
-            Ok(removal)
-        })
-        .inspect_err(|_| {
-            let _ = std::fs::remove_file(&path);
-        })?;
-    replace(&plan.dir, made, work)?;
+    temp.publish_in(&side, OsStr::new(&temporary), Replace::Yes)?;
+    let publish = Some(Publish { temporary: temporary.clone(), manifest });
+    let removal = Removal { publish, remove: plan.remove.clone(), relink: Vec::new() };
+    removal::write_in(&dir, &removal).inspect_err(|_| {
+        let _ = side.remove_if_same(&temporary, made);
+    })?;
+    replace(&dir, removal, &known, work)?;
     Ok(summary)
+}
+
+/// Which files go, as the folder was read; fails if one of those that stay, and get another backing
+/// pointer, cannot be altered.
+fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<Known> {
+    let mut known = Known::new();
+    for p in &disk.points {
+        let (Ok(name), Some(layer)) = (own_name(&p.source), p.layers.first()) else { continue };
+        let identity = layer.file.identity();
+        let id = FileId { dev: identity.dev, ino: identity.ino };
+        if layer.file.path() == p.source && plan.remove.contains(&name) {
+            verbs::files::check_same(dir, OsStr::new(&name), id)?;
+            known.insert(name, id);
+        }
+    }
+    for child in plan.children.iter().map(OsStr::new) {
+        if verbs::files::stated_parent(dir, child).1.is_some() {
+            verbs::files::check_alterable(dir, child)?;
+        }
+    }
+    Ok(known)
 }
 
 /// Whether what is merged is what was backed up. The new FULL gets a hash of its own: damage that is
@@ -301,25 +319,25 @@ fn check_sources(disk: &Disk, point: usize, work: &Work) -> Result<()> {
     Ok(())
 }
 
-/// Temporary files that no journal speaks of.
-fn remove_leftovers(dir: &Path) -> Result<()> {
-    let folder = dir.join(manifest::FOLDER);
-    let failed = |e| Error::io(e, "cannot remove what an earlier run left").at_path(&folder);
-    for entry in std::fs::read_dir(&folder).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let name = entry.file_name();
-        let ours = name.to_str().is_some_and(|n| {
-            n.trim_start_matches('.').starts_with(TEMPORARY) && !n.ends_with(".json")
+/// Temporary files that no journal speaks of. The lock is held, so nobody writes them.
+fn remove_leftovers(side: &Folder) -> Result<()> {
+    let entries = side.entries().map_err(|e| {
+        Error::io(e, "cannot look for what an earlier run left").at_path(side.path())
+    })?;
+    for entry in entries.iter().filter(|e| e.kind != EntryKind::Folder) {
+        let ours = entry.name.to_str().is_some_and(|n| {
+            let begins = n.trim_start_matches('.').starts_with(TEMPORARY);
+            begins && !n.ends_with(".json") || n.starts_with(folder::TEMPORARY)
         });
         if ours {
-            std::fs::remove_file(entry.path()).map_err(failed)?;
+            verbs::files::remove_in(side, &entry.name)?;
         }
     }
     Ok(())
 }
 
 /// Writes the point as one image with the same cluster size.
-fn build(disk: &Disk, point: usize, path: &Path, compare: bool, work: &Work) -> Result<Summary> {
+fn build(disk: &Disk, point: usize, to: &Temp, compare: bool, work: &Work) -> Result<Summary> {
     let image = open_point(disk, point, &Cache::new(CACHE_BYTES))?;
     let plan = restore::Plan::new(&image, work)?;
     let info = crate::layer::probe(&*disk.points[point].layers[0].file)?;
@@ -329,8 +347,7 @@ fn build(disk: &Disk, point: usize, path: &Path, compare: bool, work: &Work) -> 
         ..Qcow2Options::default()
     };
     let options = restore::Options { verify: compare, ..restore::Options::default() };
-    let target = Target::Qcow2(path.to_path_buf(), qcow2);
-    restore::restore(&image, &plan, &target, &options, work)
+    restore::restore_to_temp(&image, &plan, to, &qcow2, &options, work)
 }
 
 /// What the root of the chain has: most of the data is there.
@@ -365,9 +382,16 @@ fn compression(disk: &Disk, point: usize) -> Result<Compression> {
 }
 
 /// The new FULL's manifest: the point's, with the bitmaps that record since then.
-fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Result<Manifest> {
-    let file = SourceFile::look(path)?;
-    let point = manifest::read(&plan.dir, OsStr::new(&own_name(&disk.points[plan.point].source)?))?;
+fn describe(
+    disk: &Disk,
+    plan: &Consolidation,
+    dir: &Folder,
+    made: &Temp,
+    work: &Work,
+) -> Result<Manifest> {
+    let (file, path) = (made.source()?, made.path());
+    let own = own_name(&disk.points[plan.point].source)?;
+    let point = manifest::read_in(dir, OsStr::new(&own))?;
     let mut m = point.or_else(|| describe_point(disk, plan.point)).ok_or_else(|| {
         Error::new(Kind::Unsupported, "no manifest can be written for it").at_path(path)
     })?;
@@ -385,11 +409,13 @@ fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Resu
     m.content = Contents::Full;
     m.file_size = file.len();
     m.blake3 = Some(hash.to_hex().to_string());
-    m.fingerprint = Some(fingerprint(path)?);
+    let fingerprint = fingerprint_of(made.file());
+    m.fingerprint =
+        Some(fingerprint.map_err(|e| Error::io(e, "cannot read the image").at_path(path))?);
     if !plan.children.is_empty() {
         // Later points have bitmaps of their own. What a FULL's bitmap is needed for then is the
         // next DIFF: the old FULL's holds more than that, so it is as right.
-        let root = root_manifest(disk, plan);
+        let root = root_manifest(disk, plan, dir);
         m.bitmap = root.as_ref().and_then(|r| r.bitmap.clone());
         m.diff_bitmap = root.and_then(|r| r.diff_bitmap);
     }
@@ -397,20 +423,19 @@ fn describe(disk: &Disk, plan: &Consolidation, path: &Path, work: &Work) -> Resu
 }
 
 /// The manifest of the chain's FULL.
-fn root_manifest(disk: &Disk, plan: &Consolidation) -> Option<Manifest> {
+fn root_manifest(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Option<Manifest> {
     let root = line_of_parents(disk, plan.point).last()?;
-    manifest::read(&plan.dir, disk.points[root].source.file_name()?).ok().flatten()
+    manifest::read_in(dir, disk.points[root].source.file_name()?).ok().flatten()
 }
 
-/// Mode, owner and times of the point's file: qmprestore orders by mtime.
-fn like_the_point(disk: &Disk, point: usize, path: &Path) -> Result<()> {
-    let failed = |e| Error::io(e, "cannot set the new image's times").at_path(path);
-    let old = std::fs::metadata(&disk.points[point].source).map_err(failed)?;
-    let file = File::options().write(true).open(path).map_err(failed)?;
-    file.set_permissions(old.permissions()).map_err(failed)?;
+/// Mode (without setuid and its like), owner and times of the point's file: qmprestore orders by
+/// mtime.
+fn like_the_point(disk: &Disk, point: usize, dir: &Folder, made: &Temp) -> Result<()> {
+    let failed = |e| Error::io(e, "cannot set the new image's times").at_path(made.path());
+    let name = own_name(&disk.points[point].source)?;
+    let old = dir.look(&name).map_err(failed)?;
     // Only root may give files away; the backup stays readable to whoever made it either way.
-    let _ = std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()));
-    let modified = old.modified().map_err(failed)?;
-    file.set_modified(modified).map_err(failed)?;
-    file.sync_all().map_err(failed)
+    let _ = give(made.file(), &old);
+    made.file().set_modified(old.modified().map_err(failed)?).map_err(failed)?;
+    made.file().sync_all().map_err(failed)
 }

@@ -5,23 +5,37 @@
 //! first file is removed: the next run finishes it, and until then `verify` knows that a manifest
 //! without an image is no lost point.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::plan::Plan;
-use crate::chain::manifest::{Manifest, fingerprint};
+use crate::chain::manifest::{Manifest, fingerprint_of};
 use crate::chain::removal::{self, Publish, Removal};
 use crate::chain::{Catalog, Disk, manifest};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{FileId, Folder};
 use crate::layer::Format;
 use crate::progress::Progress;
+use crate::restore::Work;
 use crate::restore::verbs::{self, files};
-use crate::restore::{Work, rename_new};
-use crate::storage::{ReadAt, SourceFile};
+use crate::storage::{Identity, SourceFile};
 use crate::text::path_text;
+
+/// Which files names stood for when the folder was read; empty for whoever finishes the work of
+/// another.
+pub(super) type Known = BTreeMap<String, FileId>;
+
+/// What goes from one folder.
+struct Going {
+    /// The folder itself.
+    id: FileId,
+    /// In this order.
+    names: Vec<String>,
+    known: Known,
+}
 
 /// Deletes what `plan`, made from `catalog`, says. The caller holds the lock.
 ///
@@ -29,30 +43,97 @@ use crate::text::path_text;
 /// A file cannot be removed, or is not what it was when the plan was made. What went before stays
 /// gone, in an order that leaves every chain whole.
 pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Result<()> {
-    let mut folders: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
-    let mut seen = HashSet::new();
+    let mut folders: BTreeMap<PathBuf, Going> = BTreeMap::new();
     let kept = kept_files(catalog, plan);
     for (disk, plan) in catalog.disks.iter().zip(&plan.disks) {
         let goes = |i: usize| plan.points.get(i).is_some_and(|p| p.keep.is_empty());
+        let mut held = None;
         for i in order(disk, goes) {
-            check_unchanged(disk, i)?;
             for path in own_files(disk, i).into_iter().filter(|f| !kept.contains(f.as_path())) {
                 let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else { continue };
-                let name = text(&path, name)?;
-                if seen.insert(path.clone()) {
-                    folders.entry(dir.to_path_buf()).or_default().push(name);
-                }
+                let folder = open_once(&mut held, dir)?;
+                let going = match folders.entry(dir.to_path_buf()) {
+                    Entry::Occupied(e) => e.into_mut(),
+                    Entry::Vacant(e) => e.insert(Going::new(folder)?),
+                };
+                going.add(folder, disk, i, &path, text(&path, name)?)?;
             }
         }
     }
-    for (dir, remove) in folders {
-        make_folder(&dir)?;
-        let removal = Removal { remove, ..Removal::default() };
-        removal::write(&dir, &removal)?;
-        remove_all(&dir, &removal.remove, None, progress)?;
-        removal::clear(&dir)?;
+    for (dir, going) in folders {
+        let folder = verbs::open_folder(&dir)?;
+        going.check_folder(&folder)?;
+        let removal = Removal { remove: going.names, ..Removal::default() };
+        removal::write_in(&folder, &removal)?;
+        remove_all(&folder, &removal.remove, None, &going.known, progress)?;
+        removal::clear_in(&folder)?;
     }
     Ok(())
+}
+
+/// Opens `dir` unless it is the one that is held.
+fn open_once<'a>(held: &'a mut Option<Folder>, dir: &Path) -> Result<&'a Folder> {
+    let folder = match held.take().filter(|f| f.path() == dir) {
+        Some(folder) => folder,
+        None => verbs::open_folder(dir)?,
+    };
+    Ok(held.insert(folder))
+}
+
+impl Going {
+    fn new(folder: &Folder) -> Result<Self> {
+        Ok(Going { id: folder_id(folder)?, names: Vec::new(), known: Known::new() })
+    }
+
+    /// Adds a file of point `i`, if it is what it was when the folder was read.
+    fn add(
+        &mut self,
+        folder: &Folder,
+        disk: &Disk,
+        i: usize,
+        path: &Path,
+        name: String,
+    ) -> Result<()> {
+        if self.known.contains_key(&name) {
+            return Ok(());
+        }
+        let failed = |e| Error::io(e, "cannot look at the file").at_path(path);
+        let now = Identity::of(&folder.look(&name).map_err(failed)?);
+        if let Some(file) = seen(disk, i, path) {
+            let was = file.identity();
+            if (now.dev, now.ino) != (was.dev, was.ino) {
+                return Err(files::exchanged(path));
+            }
+            if !file.has_same_bytes(&now) {
+                let what = "the file changed after the backup directory was read";
+                return Err(Error::new(Kind::Changed, what).at_path(path).remedy("try again"));
+            }
+        }
+        self.known.insert(name.clone(), FileId { dev: now.dev, ino: now.ino });
+        self.names.push(name);
+        Ok(())
+    }
+
+    /// Fails if the path leads to another folder by now.
+    fn check_folder(&self, folder: &Folder) -> Result<()> {
+        match folder_id(folder)? == self.id {
+            true => Ok(()),
+            false => Err(files::exchanged(folder.path())),
+        }
+    }
+}
+
+fn folder_id(folder: &Folder) -> Result<FileId> {
+    let meta = folder.metadata();
+    let meta = meta.map_err(|e| Error::io(e, "cannot look at it").at_path(folder.path()))?;
+    Ok(FileId::of(&meta))
+}
+
+/// The file `path` of point `i` as the scan saw it; `None` if the point could not be read.
+fn seen<'a>(disk: &'a Disk, i: usize, path: &Path) -> Option<&'a SourceFile> {
+    let layers = disk.points[i].layers.iter();
+    let mut files = layers.flat_map(|l| std::iter::once(&l.file).chain(&l.data_file));
+    files.find(|f| f.path() == path).map(|f| &**f)
 }
 
 /// The names in the journal are text; an image whose name is none was not made by a backup.
@@ -107,26 +188,18 @@ fn own_files(disk: &Disk, i: usize) -> Vec<PathBuf> {
     own
 }
 
-fn check_unchanged(disk: &Disk, i: usize) -> Result<()> {
-    let p = &disk.points[i];
-    let Some(layer) = p.layers.iter().find(|l| l.file.path() == p.source) else { return Ok(()) };
-    // A descriptor of its own: the catalog's would stay open, one for each file that goes.
-    let own = SourceFile::with_identity(layer.file.path().to_path_buf(), layer.file.identity());
-    own.file()?;
-    own.check_unchanged()
-}
-
 /// Removes what the journal of `dir` names; links that led there lead to `new`, or go too.
 fn remove_all(
-    dir: &Path,
+    dir: &Folder,
     remove: &[String],
     new: Option<&str>,
+    known: &Known,
     progress: &dyn Progress,
 ) -> Result<()> {
     let needed = still_needed(dir, remove)?;
     let gone: Vec<&String> = remove.iter().filter(|n| !needed.contains(*n)).collect();
     for name in &gone {
-        remove_one(dir, name, progress)?;
+        remove_one(dir, name, known.get(*name), progress)?;
     }
     let gone: Vec<&OsStr> = gone.into_iter().map(OsStr::new).collect();
     files::lead_links(dir, &gone, new.map(OsStr::new))
@@ -134,11 +207,11 @@ fn remove_all(
 
 /// What an image that does not go lies on. The plan saw to it that there is none; but between a
 /// run that was broken off and the one that finishes it, a backup may have been made.
-fn still_needed(dir: &Path, remove: &[String]) -> Result<BTreeSet<String>> {
-    let remove: HashSet<&String> = remove.iter().collect();
+fn still_needed(dir: &Folder, remove: &[String]) -> Result<BTreeSet<String>> {
     let mut lies_on: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let remove: BTreeSet<&String> = remove.iter().collect();
     for image in texts(files::images(dir)?) {
-        let (parent, pointer) = files::stated_parent(&dir.join(&image));
+        let (parent, pointer) = files::stated_parent(dir, OsStr::new(&image));
         let stated = texts(parent.into_iter().chain(pointer)).filter(|n| remove.contains(n));
         lies_on.insert(image, stated.collect());
     }
@@ -158,33 +231,27 @@ fn texts(names: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = Stri
     names.into_iter().filter_map(|n| n.into_string().ok())
 }
 
-/// Removes one image, makes that last, and removes its manifest.
-fn remove_one(dir: &Path, name: &str, progress: &dyn Progress) -> Result<()> {
+/// Removes one image, if it is still the file `id`; makes that last, and removes its manifest.
+fn remove_one(
+    dir: &Folder,
+    name: &str,
+    id: Option<&FileId>,
+    progress: &dyn Progress,
+) -> Result<()> {
     let path = dir.join(name);
-    match std::fs::remove_file(&path) {
-        Ok(()) => {
-            sync(dir)?;
-            progress.advance(1);
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io(e, "cannot delete the image").at_path(&path)),
+    let removed = match id {
+        Some(id) => dir.remove_if_same(name, *id),
+        None => dir.remove_if_there(name),
+    };
+    let removed = removed
+        .and_then(|was| if was { dir.sync().map(|()| true) } else { Ok(false) })
+        .map_err(|e| Error::io(e, "cannot delete the image").at_path(&path))?;
+    if removed {
+        progress.advance(1);
+    } else if dir.has(name) {
+        return Err(files::exchanged(&path));
     }
-    manifest::remove(dir, OsStr::new(name))
-}
-
-pub(super) fn sync(dir: &Path) -> Result<()> {
-    File::open(dir)
-        .and_then(|d| d.sync_all())
-        .map_err(|e| Error::io(e, "cannot sync the folder").at_path(dir))
-}
-
-pub(super) fn make_folder(dir: &Path) -> Result<()> {
-    let folder = dir.join(manifest::FOLDER);
-    match std::fs::create_dir(&folder) {
-        Ok(()) => sync(dir),
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        Err(e) => Err(Error::io(e, "cannot make the folder for manifests").at_path(folder)),
-    }
+    manifest::remove_in(dir, OsStr::new(name))
 }
 
 /// Finishes or takes back what runs that were broken off left in `dir`: prune, consolidate and the
@@ -193,21 +260,23 @@ pub(super) fn make_folder(dir: &Path) -> Result<()> {
 /// # Errors
 /// A journal is damaged, or a step fails again.
 pub fn recover(dir: &Path, work: &Work) -> Result<()> {
+    let dir = &verbs::open_folder(dir)?;
     verbs::recover(dir, work)?;
-    let Some(removal) = removal::read(dir)? else { return Ok(()) };
-    work.progress.note(&format!("finishing what an earlier run began in {}", path_text(&dir)));
+    let Some(removal) = removal::read_in(dir)? else { return Ok(()) };
+    let path = path_text(dir.path());
+    work.progress.note(&format!("finishing what an earlier run began in {path}"));
+    let known = Known::new();
     let Some(publish) = &removal.publish else {
-        remove_all(dir, &removal.remove, None, work.progress)?;
-        return removal::clear(dir);
+        remove_all(dir, &removal.remove, None, &known, work.progress)?;
+        return removal::clear_in(dir);
     };
-    let temporary = dir.join(manifest::FOLDER).join(&publish.temporary);
-    let image = dir.join(&publish.manifest.image);
+    let temporary = verbs::side_folder(dir)?.has(&publish.temporary);
     // The temporary file was complete and synced before the journal was written.
-    if temporary.exists() || image.exists() {
-        return replace(dir, removal, work);
+    if temporary || dir.has(&publish.manifest.image) {
+        return replace(dir, removal, &known, work);
     }
     // Without it nothing went; a pointer that is gone already is no loss.
-    removal::clear(dir)
+    removal::clear_in(dir)
 }
 
 /// Publishes a new image and removes what it replaces. Every step may be done already.
@@ -219,42 +288,46 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
 /// 4. The children's manifests name it as their parent.
 /// 5. The old images go, newest first.
 /// 6. The children that had a pointer get one to the new image.
-pub(super) fn replace(dir: &Path, mut removal: Removal, work: &Work) -> Result<()> {
+pub(super) fn replace(
+    dir: &Folder,
+    mut removal: Removal,
+    known: &Known,
+    work: &Work,
+) -> Result<()> {
     let Some(publish) = removal.publish.clone() else { return Ok(()) };
     let new = publish.manifest.image.clone();
     let children = children(dir, &removal, &new)?;
-    let known = removal.relink.len();
+    let before = removal.relink.len();
     let linked = children.iter().filter(|(_, linked)| *linked).map(|(name, _)| name.clone());
     let noted: HashSet<&String> = removal.relink.iter().collect();
     let linked: Vec<String> = linked.filter(|n| !noted.contains(n)).collect();
     removal.relink.extend(linked);
-    if removal.relink.len() > known {
-        removal::write(dir, &removal)?;
+    if removal.relink.len() > before {
+        removal::write_in(dir, &removal)?;
     }
-    publish_new(dir, &publish, || {
-        removal.relink.iter().try_for_each(|n| without_pointer(dir, n, &new, work))
-    })?;
+    removal.relink.iter().try_for_each(|n| without_pointer(dir, n, &new, work))?;
+    publish_new(dir, &publish, known)?;
     for (name, _) in &children {
-        if let Some(m) = manifest::read(dir, OsStr::new(name))? {
-            manifest::write(dir, &Manifest { parent: Some(new.clone()), ..m })?;
+        if let Some(m) = manifest::read_in(dir, OsStr::new(name))? {
+            manifest::write_in(dir, &Manifest { parent: Some(new.clone()), ..m })?;
         }
     }
-    remove_all(dir, &removal.remove, Some(&new), work.progress)?;
+    remove_all(dir, &removal.remove, Some(&new), known, work.progress)?;
     relink(dir, &removal.relink, &new, work)?;
-    removal::clear(dir)
+    removal::clear_in(dir)
 }
 
 /// What stays and lies on what goes, also what a backup has added since an earlier run was broken
 /// off; and whether a backing pointer says so.
-fn children(dir: &Path, removal: &Removal, new: &str) -> Result<Vec<(String, bool)>> {
-    let remove: HashSet<&String> = removal.remove.iter().collect();
+fn children(dir: &Folder, removal: &Removal, new: &str) -> Result<Vec<(String, bool)>> {
     let mut found = Vec::new();
+    let remove: BTreeSet<&String> = removal.remove.iter().collect();
     for image in texts(files::images(dir)?) {
         if image == new || remove.contains(&image) {
             continue;
         }
         let goes = |n: Option<OsString>| texts(n).any(|n| remove.contains(&n));
-        let (parent, pointer) = files::stated_parent(&dir.join(&image));
+        let (parent, pointer) = files::stated_parent(dir, OsStr::new(&image));
         let (by_manifest, linked) = (goes(parent), goes(pointer));
         if by_manifest || linked {
             found.push((image, linked));
@@ -264,58 +337,60 @@ fn children(dir: &Path, removal: &Removal, new: &str) -> Result<Vec<(String, boo
 }
 
 /// Takes a backing pointer away, unless it leads to the new image already.
-fn without_pointer(dir: &Path, name: &str, new: &str, work: &Work) -> Result<()> {
-    let path = dir.join(name);
-    match files::stated_parent(&path).1 {
-        Some(pointer) if pointer != new => files::set_backing(&path, None, work),
+fn without_pointer(dir: &Folder, name: &str, new: &str, work: &Work) -> Result<()> {
+    match files::stated_parent(dir, OsStr::new(name)).1 {
+        Some(pointer) if pointer != new => files::set_backing(&dir.join(name), None, work),
         _ => Ok(()),
     }
 }
 
-/// Steps 1 to 3.
-fn publish_new(dir: &Path, publish: &Publish, unlink: impl Fn() -> Result<()>) -> Result<()> {
-    let temporary = dir.join(manifest::FOLDER).join(&publish.temporary);
-    let image = dir.join(&publish.manifest.image);
-    unlink()?;
-    match rename_new(&temporary, &image) {
-        Err(e) if e.kind() != ErrorKind::NotFound || !image.exists() => {
-            return Err(Error::io(e, "cannot give the new image its name").at_path(&image));
-        }
-        _ => sync(dir)?,
-    }
+/// Steps 2 and 3.
+fn publish_new(dir: &Folder, publish: &Publish, known: &Known) -> Result<()> {
     let name = OsStr::new(&publish.manifest.image);
-    let known = manifest::read(dir, name).ok().flatten();
-    if known.as_ref() == Some(&publish.manifest) {
+    let path = dir.join(name);
+    match verbs::side_folder(dir)?.rename_new(&publish.temporary, dir, name) {
+        Err(e) if e.kind() != ErrorKind::NotFound || !dir.has(name) => {
+            return Err(Error::io(e, "cannot give the new image its name").at_path(&path));
+        }
+        _ => dir.sync().map_err(|e| Error::io(e, "cannot sync the folder").at_path(dir.path()))?,
+    }
+    if let Some(id) = known.get(&publish.manifest.image) {
+        files::check_same(dir, name, *id)?;
+    }
+    let recorded = manifest::read_in(dir, name).ok().flatten();
+    if recorded.as_ref() == Some(&publish.manifest) {
         return Ok(());
     }
-    if fits(&publish.manifest, &image)? {
-        return manifest::write(dir, &publish.manifest).map(drop);
+    if fits(&publish.manifest, dir, name)? {
+        return manifest::write_in(dir, &publish.manifest);
     }
     // It may have been altered since, by somebody who said so.
-    if known.is_some_and(|m| fits(&m, &image).is_ok_and(|f| f)) {
+    if recorded.is_some_and(|m| fits(&m, dir, name).is_ok_and(|f| f)) {
         return Ok(());
     }
     let what = "a consolidation was broken off, and this is not the FULL that it made";
     Err(Error::new(Kind::Corrupt, what)
-        .at_path(image)
+        .at_path(path)
         .remedy("verify the disk, and remove .fleecefs/removal.journal if this file is to stay"))
 }
 
 /// Whether an image is the one that a manifest speaks of, as far as its length and ends tell.
-fn fits(m: &Manifest, image: &Path) -> Result<bool> {
-    let meta = std::fs::metadata(image)
-        .map_err(|e| Error::io(e, "cannot look at the image").at_path(image))?;
-    let same_ends = match &m.fingerprint {
-        Some(known) => fingerprint(image)? == *known,
-        None => true,
+fn fits(m: &Manifest, dir: &Folder, image: &OsStr) -> Result<bool> {
+    let same = || -> std::io::Result<bool> {
+        let file = dir.open_file(image)?;
+        let same_ends = match &m.fingerprint {
+            Some(known) => fingerprint_of(&file)? == *known,
+            None => true,
+        };
+        Ok(file.metadata()?.len() == m.file_size && same_ends)
     };
-    Ok(meta.len() == m.file_size && same_ends)
+    same().map_err(|e| Error::io(e, "cannot read the image").at_path(dir.join(image)))
 }
 
 /// Gives those of `names` that are there a backing pointer to `new`.
-fn relink(dir: &Path, names: &[String], new: &str, work: &Work) -> Result<()> {
+fn relink(dir: &Folder, names: &[String], new: &str, work: &Work) -> Result<()> {
     let base = dir.join(new);
-    for path in names.iter().map(|n| dir.join(n)).filter(|p| p.exists()) {
+    for path in names.iter().filter(|n| dir.has(n)).map(|n| dir.join(n)) {
         files::set_backing(&path, Some((&base, Format::Qcow2)), work)?;
     }
     Ok(())

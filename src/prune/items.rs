@@ -9,6 +9,7 @@ use crate::chain::manifest;
 use crate::chain::name::{self, Name, parse_partial};
 use crate::chain::{Catalog, Disk, Level, Point, removal};
 use crate::error::Result;
+use crate::folder::{self, Folder};
 use crate::layer::Format;
 use crate::text::path_text;
 use crate::verify::{Outcome, Standing, quick};
@@ -93,7 +94,7 @@ fn lost_or_unfinished<'a>(
         for path in disk.findings.iter().map(|f| &f.path) {
             let name = path.file_name().unwrap_or_default();
             let Some((_, stamp, _)) = parse_partial(name) else { continue };
-            if path.exists() && stamp.is_none_or(|t| t > newest) {
+            if folder::exists(path) && stamp.is_none_or(|t| t > newest) {
                 return Some(format!("the newest backup, {}, did not finish", path_text(name)));
             }
         }
@@ -145,14 +146,16 @@ fn disk_of(image: &str) -> OsString {
 fn lost_in(dir: &Path) -> Lost {
     let mut found = Lost::new();
     let leaving: HashSet<String> = removal::pending(dir).into_iter().collect();
-    let Ok(entries) = std::fs::read_dir(dir.join(manifest::FOLDER)) else { return found };
-    for entry in entries.flatten() {
-        let file = entry.file_name();
-        let Some(image) = file.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
-        if leaving.contains(image) || dir.join(image).exists() {
+    let Ok(folder) = Folder::open(dir) else { return found };
+    let side = folder.folder(manifest::FOLDER);
+    for entry in side.and_then(|s| s.entries()).unwrap_or_default() {
+        let Some(image) = entry.name.to_str().and_then(|n| n.strip_suffix(".json")) else {
+            continue;
+        };
+        if leaving.contains(image) || folder.has(image) {
             continue;
         }
-        if let Some(m) = manifest::read(dir, OsStr::new(image)).ok().flatten() {
+        if let Some(m) = manifest::read_in(&folder, OsStr::new(image)).ok().flatten() {
             found.entry(disk_of(&m.image)).or_default().push((m.time, m.image));
         }
     }

@@ -1,14 +1,15 @@
 //! A block device as a target.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::target_error;
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 
 /// _IO(0x12, 119): discard a range given as two u64, start and length.
 const BLKDISCARD: libc::c_ulong = 0x1277;
@@ -31,24 +32,18 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens the device for us alone.
+    /// Opens the device for us alone. Links that lead to it (`/dev/vg/lv`) are followed.
     ///
     /// # Errors
     /// `Busy` if it is mounted or used otherwise, `Usage` if it is no block device, or what the
     /// operating system said.
     pub fn open(path: &Path) -> Result<Self> {
-        // O_EXCL without O_CREAT on a block device: fails if a file system, RAID, LVM or swap
-        // holds it, or one of its partitions.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(|e| open_error(e, path))?;
-        let meta = file.metadata().map_err(|e| target_error(e, "cannot look at it", path))?;
-        if !meta.file_type().is_block_device() {
+        let real = folder::resolve(path).map_err(|e| target_error(e, "cannot find it", path))?;
+        let is_device = folder::look(&real).is_ok_and(|m| m.file_type().is_block_device());
+        if !is_device {
             return Err(Error::new(Kind::Usage, "not a block device").at_path(path));
         }
+        let file = folder::open_device(&real).map_err(|e| open_error(e, path))?;
         let size =
             size_of_device(&file).map_err(|e| target_error(e, "cannot ask its size", path))?;
         let sector = sector_size(&file).unwrap_or(512);

@@ -3,8 +3,8 @@
 //!
 //! Everything is planned first ([`Plan`] is a value that `--dry-run` prints) and then executed by
 //! a few workers, each of which takes the next chunk of the disk, reads it through the extent map
-//! and writes it by position. Files are made under a temporary name beside the target (`temp`)
-//! and get their own name only when they are complete and on disk.
+//! and writes it by position. Files are made without a name, or under a temporary one, in the target's
+//! folder (`temp`) and get their own name only when they are complete and on disk.
 
 mod clone;
 mod device;
@@ -24,14 +24,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::image::Image;
 
 pub use device::Device;
 pub use plan::{Chunk, Plan, Totals};
 pub use qcow2::{Compression, Preallocation, Qcow2Options};
 pub use source::BadRange;
-pub use temp::{Temp, rename_new};
+pub use temp::{Temp, give};
 pub use work::{RateLimit, Work};
 
 use source::Reader;
@@ -120,9 +120,9 @@ impl Summary {
 /// Executes `plan`: writes the point `image` to `target`.
 ///
 /// # Errors
-/// `Exists` without `force`; `Usage`/`NoSpace` if it does not fit; `Busy` if the device is in use
-/// or another restore writes the same target; `Interrupted`; whatever reading and writing meet. A
-/// file target is then as it was before; a device holds part of the disk.
+/// `Exists` without `force`, also if another restore to the same target ended first; `Usage`/`NoSpace`
+/// if it does not fit; `Busy` if the device is in use; `Interrupted`; whatever reading and writing
+/// meet. A file target is then as it was before; a device holds part of the disk.
 pub fn restore(
     image: &Arc<Image>,
     plan: &Plan,
@@ -140,11 +140,36 @@ pub fn restore(
         Target::Device(path) => raw::to_device(&reader, plan, path, options, work)?,
         Target::Stdout => stream::to_writer(&reader, plan, &mut std::io::stdout().lock(), work)?,
     };
+    finish(&mut summary, plan, reader, started, work);
+    Ok(summary)
+}
+
+/// Writes the point `image` as a qcow2 image into the empty file `temp`, which the caller publishes.
+///
+/// # Errors
+/// See [`restore`].
+pub fn restore_to_temp(
+    image: &Arc<Image>,
+    plan: &Plan,
+    temp: &Temp,
+    q: &Qcow2Options,
+    options: &Options,
+    work: &Work,
+) -> Result<Summary> {
+    let started = Instant::now();
+    plan.check_readable(options.salvage)?;
+    let reader = Reader::new(image, options.salvage);
+    work.progress.begin("restore", plan.totals.data);
+    let mut summary = qcow2::to_temp(&reader, plan, temp, q, options, work)?;
+    finish(&mut summary, plan, reader, started, work);
+    Ok(summary)
+}
+
+fn finish(summary: &mut Summary, plan: &Plan, reader: Reader, started: Instant, work: &Work) {
     work.progress.end(started.elapsed());
     summary.size = plan.size;
     summary.bad = reader.into_bad();
     summary.duration_ms = millis(started.elapsed());
-    Ok(summary)
 }
 
 fn millis(d: Duration) -> u64 {
@@ -154,24 +179,4 @@ fn millis(d: Duration) -> u64 {
 /// An error of the target's, with its path.
 fn target_error(e: std::io::Error, what: &str, path: &Path) -> Error {
     Error::io(e, what).at_path(path)
-}
-
-/// Fails if `path` must not be overwritten.
-fn check_new(path: &Path, force: bool) -> Result<()> {
-    let Ok(meta) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    if !meta.is_file() {
-        let remedy = match meta.is_dir() {
-            true => "this is a folder: name a file in it",
-            false => "name a new file",
-        };
-        return Err(Error::new(Kind::Exists, "the target exists and is no plain file")
-            .at_path(path)
-            .remedy(remedy));
-    }
-    if !force {
-        return Err(Error::new(Kind::Exists, "the target exists already")
-            .at_path(path)
-            .remedy("choose another name, or replace it with --force"));
-    }
-    Ok(())
 }

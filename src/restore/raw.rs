@@ -16,6 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::{FoldedExtent, Source};
 use crate::storage::ReadAt;
 use crate::text::path_text;
+use crate::units::{counted, human_bytes};
 
 /// Bytes that are read and written at once. What was read is still in the processor's own cache
 /// when it is written: 1 MiB took a quarter more time.
@@ -50,11 +51,15 @@ pub fn to_file(
     Ok(summary)
 }
 
-/// Tells that a killed run's file was found.
+/// Tells that files of killed runs were found.
 pub fn note_leftover(temp: &Temp, work: &Work) {
-    if temp.leftover > 0 {
-        let path = path_text(&temp.path());
-        work.progress.note(&format!("{path}: left by an earlier run that was killed; removed"));
+    let left = temp.leftover;
+    if left.bytes > 0 {
+        let (folder, files) = (path_text(temp.folder().path()), counted(left.files as u64, "file"));
+        let bytes = human_bytes(left.bytes);
+        work.progress.note(&format!(
+            "{folder}: {files} ({bytes}) left by an earlier run that was killed; removed"
+        ));
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::chain::{Catalog, Disk, Level, manifest};
 use crate::error::{Error, Kind, Result};
+use crate::folder::Folder;
 use crate::text::path_text;
 
 /// What a run consists of.
@@ -67,12 +68,16 @@ pub fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
 fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<PathBuf> {
     let folders: BTreeSet<&Path> = disk.points.iter().filter_map(|p| p.source.parent()).collect();
     for dir in folders {
-        for entry in std::fs::read_dir(dir.join(manifest::FOLDER)).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let Some(image) = name.to_str().and_then(|n| n.strip_suffix(".json")) else { continue };
-            let known = || manifest::read(dir, OsStr::new(image)).ok().flatten();
+        let Ok(folder) = Folder::open(dir) else { continue };
+        let side = folder.folder(manifest::FOLDER);
+        for entry in side.and_then(|s| s.entries()).unwrap_or_default() {
+            let Some(image) = entry.name.to_str().and_then(|n| n.strip_suffix(".json")) else {
+                continue;
+            };
+            let known = || manifest::read_in(&folder, OsStr::new(image)).ok().flatten();
+            let is_there = folder.has(image);
             let image = dir.join(image);
-            if !image.exists() && known().is_some_and(|m| runs.contains(m.run.as_str())) {
+            if !is_there && known().is_some_and(|m| runs.contains(m.run.as_str())) {
                 return Some(image);
             }
         }

@@ -1,80 +1,100 @@
-//! A file under a temporary name beside its target, which takes the target's place when it is
-//! complete and on disk.
-//!
-//! The name is a function of the target's, and the file is locked as long as its maker lives. So
-//! the leftover of a killed run is recognised by the next restore to the same target (nobody
-//! holds its lock), emptied and used again; one that is in use is left alone. After any error or
-//! signal the file is removed.
+//! A target that gets its name when it is complete and on disk: [`crate::folder::Temp`] with what a
+//! restore adds. Until then it has no name at all where the file system can do without, and else one
+//! that nobody can guess. What killed runs left in the folder is removed by the next one.
 
-use std::ffi::{CString, OsString};
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::ffi::OsString;
+use std::fs::{File, Metadata, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{check_new, target_error};
+use super::target_error;
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder, Replace, Swept, sweep_counted};
+use crate::storage::SourceFile;
 use crate::text::path_text;
 
-/// Longest file name on the usual file systems.
-const NAME_MAX: usize = 255;
-/// Ends every temporary name.
-const SUFFIX: &str = ".fleecefs-partial";
-/// How often somebody may take the name away while it is being locked.
-const TRIES: usize = 16;
+/// Ends the names of version 0.1.0's temporary files.
+pub const OLD_SUFFIX: &str = ".fleecefs-partial";
 
-/// The temporary file.
+/// The file that is being made.
 #[derive(Debug)]
 pub struct Temp {
-    file: File,
+    file: folder::Temp,
+    name: OsString,
     path: PathBuf,
-    target: PathBuf,
     force: bool,
-    /// Bytes that a killed run had left under this name.
-    pub leftover: u64,
-    published: bool,
+    /// What killed runs had left in the folder; it is gone.
+    pub leftover: Swept,
 }
 
 impl Temp {
-    /// Makes the temporary file of `target`. A link is followed: the file it names is replaced.
+    /// Makes the temporary file of `target`. If that is a link, the file it leads to is meant.
     ///
     /// # Errors
-    /// `Exists` if there is a target and `force` is not set; `Busy` if another process writes the
-    /// same target; what the operating system said.
+    /// `Exists` if there is a target and `force` is not set; what the operating system said.
     pub fn create(target: &Path, force: bool) -> Result<Self> {
-        let target = resolve(target)?;
-        check_new(&target, force)?;
-        let path = temporary_path(&target)?;
-        for _ in 0..TRIES {
-            let file = open_locked(&path)?;
-            let meta =
-                file.metadata().map_err(|e| target_error(e, "cannot look at the file", &path))?;
-            // Its last owner may have renamed or removed it before we had the lock.
-            if !std::fs::symlink_metadata(&path).is_ok_and(|m| m.ino() == meta.ino()) {
-                continue;
-            }
-            file.set_len(0).map_err(|e| target_error(e, "cannot empty the file", &path))?;
-            let leftover = meta.len();
-            return Ok(Temp { file, path, target, force, leftover, published: false });
-        }
-        Err(Error::new(Kind::Busy, "others keep writing the same target").at_path(target))
+        let real = folder::resolve_target(target)
+            .map_err(|e| target_error(e, "cannot find the target's folder", target))?;
+        let Some(name) = real.file_name().filter(|_| target.file_name().is_some()) else {
+            return Err(Error::new(Kind::Usage, "the target needs a file name").at_path(target));
+        };
+        let (folder, _) = Folder::of(&real)
+            .map_err(|e| target_error(e, "cannot open the target's folder", &real))?;
+        check_new(&folder, name, force)?;
+        let leftover = sweep_counted(&folder, &[OLD_SUFFIX]).unwrap_or_else(|e| {
+            log::debug!("{}: cannot look for leftovers: {e}", path_text(folder.path()));
+            Swept::default()
+        });
+        let file = folder.temp().map_err(|e| failed_to_make(e, &folder))?;
+        Ok(Temp { file, name: name.to_os_string(), path: real.clone(), force, leftover })
+    }
+
+    /// One in `folder` that has a name from the beginning, `path`, and gets another when it is
+    /// published.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn create_named(folder: &Path) -> Result<Self> {
+        let failed = |e| target_error(e, "cannot make a temporary file", folder);
+        let file = Folder::open(folder).and_then(folder::Temp::create_named).map_err(failed)?;
+        let name = file.name().unwrap_or_default().to_os_string();
+        let path = file.folder().join(&name);
+        Ok(Temp { file, name, path, force: false, leftover: Swept::default() })
+    }
+
+    /// One in a folder that is held, for [`Temp::publish_in`].
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn create_in(folder: &Folder) -> Result<Self> {
+        let file = folder.temp().map_err(|e| failed_to_make(e, folder))?;
+        let path = folder.path().to_path_buf();
+        Ok(Temp { file, name: OsString::new(), path, force: false, leftover: Swept::default() })
     }
 
     /// The open file.
     pub fn file(&self) -> &File {
-        &self.file
+        self.file.file()
     }
 
-    /// Where it is now.
+    /// What to call it: its path if it has a name ([`Temp::create_named`]), else its target's.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Where it will be, links resolved.
-    pub fn target(&self) -> &Path {
-        &self.target
+    /// What has been written so far, for our own readers.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn source(&self) -> Result<SourceFile> {
+        let file = self.file().try_clone();
+        let file = file.map_err(|e| target_error(e, "cannot read the file", &self.path))?;
+        SourceFile::opened(&self.path, file)
+    }
+
+    /// The folder that it is in.
+    pub fn folder(&self) -> &Folder {
+        self.file.folder()
     }
 
     /// Writes everything out and gives the file its name.
@@ -82,72 +102,71 @@ impl Temp {
     /// # Errors
     /// What the operating system said; `Exists` if a target has appeared meanwhile. The temporary
     /// file is gone then.
-    pub fn publish(mut self) -> Result<()> {
+    pub fn publish(self) -> Result<()> {
+        let replace = if self.force { Replace::Yes } else { Replace::No };
         if self.force {
             self.take_over_owner();
         }
-        let (path, target) = (&self.path, &self.target);
-        self.file.sync_all().map_err(|e| target_error(e, "cannot write to disk", path))?;
-        let renamed =
-            if self.force { std::fs::rename(path, target) } else { rename_new(path, target) };
-        renamed.map_err(|e| target_error(e, "cannot give the file its name", target))?;
-        self.published = true;
-        sync_folder(&self.target)
+        let failed = |e| target_error(e, "cannot give the file its name", &self.path);
+        self.file.publish(&self.name, replace).map_err(failed)
     }
 
-    /// The same under another name on the same file system, replacing what is there.
+    /// The same under the name `name` in `to`, a folder on the same file system. Mode and owner are
+    /// left as they are.
     ///
     /// # Errors
-    /// See [`Temp::publish`].
-    pub fn publish_as(mut self, target: &Path) -> Result<()> {
-        self.target = target.to_path_buf();
-        self.force = true;
-        self.publish()
+    /// See [`Temp::publish`]; `Exists` if there is such a file and it may not be replaced.
+    pub fn publish_in(self, to: &Folder, name: &std::ffi::OsStr, replace: Replace) -> Result<()> {
+        let failed = |e| target_error(e, "cannot give the file its name", &to.join(name));
+        self.file.publish_in(to, name, replace).map_err(failed)
     }
 
-    /// The same, but fails if there is a file of that name.
-    ///
-    /// # Errors
-    /// See [`Temp::publish`]; `Exists`.
-    pub fn publish_as_new(mut self, target: &Path) -> Result<()> {
-        self.target = target.to_path_buf();
-        self.force = false;
-        self.publish()
-    }
-
-    /// Mode and owner of the file that is being replaced, as far as we may.
+    /// Mode and owner of the plain file that is being replaced, as far as we may.
     fn take_over_owner(&self) {
-        let Ok(old) = std::fs::metadata(&self.target) else { return };
-        let mode = std::fs::Permissions::from_mode(old.mode() & 0o777);
-        let kept = self
-            .file
-            .set_permissions(mode)
-            .and_then(|()| std::os::unix::fs::fchown(&self.file, Some(old.uid()), Some(old.gid())));
-        if let Err(e) = kept {
-            log::warn!("{}: cannot keep mode and owner: {e}", path_text(&self.target));
+        let old = self.file.folder().look(&self.name);
+        let Some(old) = old.ok().filter(Metadata::is_file) else { return };
+        if let Err(e) = give(self.file(), &old) {
+            log::warn!("{}: cannot keep mode and owner: {e}", path_text(&self.path));
         }
     }
 }
 
-impl Drop for Temp {
-    fn drop(&mut self) {
-        if !self.published
-            && let Err(e) = std::fs::remove_file(&self.path)
-        {
-            log::warn!("{}: cannot remove the temporary file: {e}", path_text(&self.path));
-        }
-    }
-}
-
-/// Makes a rename or removal beside `path` survive a power cut.
+/// Gives an open file the owner and the mode of another, but no setuid, setgid or sticky bit.
 ///
 /// # Errors
-/// What the operating system said.
-pub fn sync_folder(path: &Path) -> Result<()> {
-    let folder = folder_of(path);
-    File::open(folder)
-        .and_then(|d| d.sync_all())
-        .map_err(|e| target_error(e, "cannot write the folder to disk", folder))
+/// What the operating system said; only root may give files away.
+pub fn give(file: &File, like: &Metadata) -> std::io::Result<()> {
+    let owned = std::os::unix::fs::fchown(file, Some(like.uid()), Some(like.gid()));
+    // The mode last: it may let others read, and changing the owner clears some of its bits.
+    file.set_permissions(Permissions::from_mode(like.mode() & 0o777))?;
+    owned
+}
+
+fn failed_to_make(e: std::io::Error, folder: &Folder) -> Error {
+    target_error(e, "cannot make a temporary file", folder.path())
+}
+
+/// Fails if `name` must not be overwritten.
+fn check_new(folder: &Folder, name: &std::ffi::OsStr, force: bool) -> Result<()> {
+    let path = folder.join(name);
+    let meta = folder::absent_is_none(folder.look(name))
+        .map_err(|e| target_error(e, "cannot look at the target", &path))?;
+    let Some(meta) = meta else { return Ok(()) };
+    if !meta.is_file() {
+        let remedy = match meta.is_dir() {
+            true => "this is a folder: name a file in it",
+            false => "name a new file",
+        };
+        return Err(Error::new(Kind::Exists, "the target exists and is no plain file")
+            .at_path(path)
+            .remedy(remedy));
+    }
+    if !force {
+        return Err(Error::new(Kind::Exists, "the target exists already")
+            .at_path(path)
+            .remedy("choose another name, or replace it with --force"));
+    }
+    Ok(())
 }
 
 /// The folder that `path` is in.
@@ -158,81 +177,14 @@ pub fn folder_of(path: &Path) -> &Path {
     }
 }
 
-fn resolve(target: &Path) -> Result<PathBuf> {
-    let is_link = std::fs::symlink_metadata(target).is_ok_and(|m| m.is_symlink());
-    if !is_link {
-        return Ok(target.to_path_buf());
-    }
-    std::fs::canonicalize(target).map_err(|e| target_error(e, "cannot follow the link", target))
-}
-
-fn temporary_path(target: &Path) -> Result<PathBuf> {
-    let Some(name) = target.file_name() else {
-        return Err(Error::new(Kind::Usage, "the target needs a file name").at_path(target));
-    };
-    let mut temporary = OsString::from(".");
-    if name.len() + 1 + SUFFIX.len() <= NAME_MAX {
-        temporary.push(name);
-    } else {
-        temporary.push(&blake3::hash(name.as_bytes()).to_hex()[..32]);
-    }
-    temporary.push(SUFFIX);
-    Ok(target.with_file_name(temporary))
-}
-
-fn open_locked(path: &Path) -> Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|e| target_error(e, "cannot make the temporary file", path))?;
-    // SAFETY: flock on a descriptor that is open.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-        return Ok(file);
-    }
-    let e = io::Error::last_os_error();
-    match e.raw_os_error() {
-        Some(libc::EWOULDBLOCK) => {
-            Err(Error::new(Kind::Busy, "another restore writes this target").at_path(path))
-        }
-        // A file system without locks: go on without.
-        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => Ok(file),
-        _ => Err(target_error(e, "cannot lock the temporary file", path)),
-    }
-}
-
-/// Renames without replacing.
-///
-/// # Errors
-/// What the operating system said: `AlreadyExists` if there is such a file.
-pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    let c = |p: &Path| CString::new(p.as_os_str().as_bytes()).map_err(io::Error::other);
-    let (a, b) = (c(from)?, c(to)?);
-    let at = libc::AT_FDCWD;
-    // SAFETY: two paths that end in NUL and live until the call returns.
-    let rc = unsafe { libc::renameat2(at, a.as_ptr(), at, b.as_ptr(), libc::RENAME_NOREPLACE) };
-    if rc == 0 {
-        return Ok(());
-    }
-    let e = io::Error::last_os_error();
-    match e.raw_os_error() {
-        // A file system that cannot: the next best is to look first.
-        Some(libc::EINVAL | libc::ENOSYS) => match std::fs::symlink_metadata(to) {
-            Ok(_) => Err(io::Error::from_raw_os_error(libc::EEXIST)),
-            Err(_) => std::fs::rename(from, to),
-        },
-        _ => Err(e),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Write;
+
+    fn names(dir: &Path) -> Vec<OsString> {
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect()
+    }
 
     #[test]
     fn a_target_appears_whole_or_not_at_all() {
@@ -241,32 +193,62 @@ mod tests {
         let temp = Temp::create(&target, false).unwrap();
         temp.file().write_all(b"hello").unwrap();
         assert!(!target.exists());
-        assert_eq!(Temp::create(&target, false).unwrap_err().kind(), Kind::Busy);
         temp.publish().unwrap();
         assert_eq!(std::fs::read(&target).unwrap(), b"hello");
+        assert_eq!(std::fs::metadata(&target).unwrap().mode() & 0o777, 0o600);
         assert_eq!(Temp::create(&target, false).unwrap_err().kind(), Kind::Exists);
         drop(Temp::create(&target, true).unwrap());
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(names(dir.path()), ["disk.raw"]);
     }
 
     #[test]
-    fn a_leftover_is_used_again() {
+    fn what_a_killed_run_left_goes_and_is_never_used_again() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("x".repeat(250));
-        let path = temporary_path(&target).unwrap();
-        std::fs::write(&path, [1; 1000]).unwrap();
+        std::fs::write(dir.path().join(".y.fleecefs-partial"), [1; 1000]).unwrap();
+        std::fs::write(dir.path().join(".fleecefs-tmp-0123"), [1; 24]).unwrap();
         let temp = Temp::create(&target, false).unwrap();
-        assert_eq!((temp.leftover, temp.file().metadata().unwrap().len()), (1000, 0));
+        assert_eq!(temp.leftover, Swept { files: 2, bytes: 1024 });
+        assert_eq!(temp.file().metadata().unwrap().len(), 0);
+        temp.publish().unwrap();
+        assert_eq!(names(dir.path()), [target.file_name().unwrap()]);
     }
 
     #[test]
     fn a_target_that_appears_meanwhile_is_not_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("disk.raw");
-        let temp = Temp::create(&target, false).unwrap();
-        std::fs::write(&target, b"other").unwrap();
-        assert_eq!(temp.publish().unwrap_err().kind(), Kind::Exists);
-        assert_eq!(std::fs::read(&target).unwrap(), b"other");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        let (first, second) =
+            (Temp::create(&target, false).unwrap(), Temp::create(&target, false).unwrap());
+        first.file().write_all(b"first").unwrap();
+        first.publish().unwrap();
+        assert_eq!(second.publish().unwrap_err().kind(), Kind::Exists);
+        assert_eq!(std::fs::read(&target).unwrap(), b"first");
+        assert_eq!(names(dir.path()), ["disk.raw"]);
+    }
+
+    #[test]
+    fn a_replaced_file_leaves_its_mode_but_no_setuid_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("disk.raw");
+        std::fs::write(&target, b"old").unwrap();
+        std::fs::set_permissions(&target, Permissions::from_mode(0o6755)).unwrap();
+        Temp::create(&target, true).unwrap().publish().unwrap();
+        assert_eq!(std::fs::metadata(&target).unwrap().mode() & 0o7777, 0o755);
+    }
+
+    #[test]
+    fn a_link_is_followed_to_its_file_and_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir(at("real")).unwrap();
+        std::fs::write(at("real/disk"), b"old").unwrap();
+        std::os::unix::fs::symlink("real/disk", at("link")).unwrap();
+        assert_eq!(Temp::create(&at("link"), false).unwrap_err().kind(), Kind::Exists);
+        let temp = Temp::create(&at("link"), true).unwrap();
+        temp.file().write_all(b"new").unwrap();
+        temp.publish().unwrap();
+        assert_eq!(std::fs::read(at("real/disk")).unwrap(), b"new");
+        assert!(at("link").is_symlink());
     }
 }

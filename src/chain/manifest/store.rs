@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, file_name, manifest_path};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder, Handle, plain};
+use crate::folder::{Folder, Handle, plain};
 use crate::text::path_text;
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
@@ -41,11 +41,11 @@ pub(in crate::chain) fn read_brief(handle: &Handle, image: &OsStr, path: &Path) 
 /// # Errors
 /// See [`read`].
 pub fn read_sealed(dir: &Path, image: &OsStr) -> Result<Option<(Manifest, bool)>> {
-    let path = manifest_path(dir, image);
-    let Some(bytes) = read_file(&path)? else { return Ok(None) };
-    let manifest = parse(&bytes).map_err(|e| e.at_path(&path))?;
-    check_image(&manifest.image, image, &path)?;
-    Ok(Some((manifest, seal_place(&bytes).is_some())))
+    match Folder::open(dir) {
+        Ok(folder) => read_sealed_in(&folder, image),
+        Err(e) if is_absent(&e) => Ok(None),
+        Err(e) => Err(failed(e, &manifest_path(dir, image))),
+    }
 }
 
 fn check_image(named: &str, image: &OsStr, path: &Path) -> Result<()> {
@@ -125,17 +125,30 @@ fn failed(e: io::Error, path: &Path) -> Error {
     Error::io(e, "cannot read the manifest").at_path(path)
 }
 
-fn read_file(path: &Path) -> Result<Option<Vec<u8>>> {
-    match folder::read_small(path, MAX_BYTES) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(e) if is_absent(&e) => Ok(None),
-        Err(e) => Err(failed(e, path)),
-    }
-}
-
 /// Where something else than a folder has the name of the folder for manifests, there are none.
 fn is_absent(e: &io::Error) -> bool {
     matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// As [`read`], in a folder that is held.
+///
+/// # Errors
+/// See [`read`].
+pub fn read_in(dir: &Folder, image: &OsStr) -> Result<Option<Manifest>> {
+    Ok(read_sealed_in(dir, image)?.map(|(m, _)| m))
+}
+
+fn read_sealed_in(dir: &Folder, image: &OsStr) -> Result<Option<(Manifest, bool)>> {
+    let path = manifest_path(dir.path(), image);
+    let bytes = dir.folder(FOLDER).and_then(|side| side.read_small(file_name(image), MAX_BYTES));
+    let bytes = match bytes {
+        Ok(bytes) => bytes,
+        Err(e) if is_absent(&e) => return Ok(None),
+        Err(e) => return Err(failed(e, &path)),
+    };
+    let manifest = parse(&bytes).map_err(|e| e.at_path(&path))?;
+    check_image(&manifest.image, image, &path)?;
+    Ok(Some((manifest, seal_place(&bytes).is_some())))
 }
 
 /// Writes the manifest of `manifest.image` in folder `dir`, so that after a power cut there is
@@ -144,23 +157,33 @@ fn is_absent(e: &io::Error) -> bool {
 /// # Errors
 /// `Usage` if the image's name is not a single name; `NoSpace`, `Permission` or `Io`.
 pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
+    let folder = Folder::open(dir)
+        .map_err(|e| Error::io(e, "cannot open the folder of the image").at_path(dir))?;
+    write_in(&folder, manifest)?;
+    Ok(manifest_path(dir, OsStr::new(&manifest.image)))
+}
+
+/// As [`write`], in a folder that is held.
+///
+/// # Errors
+/// See [`write`].
+pub fn write_in(dir: &Folder, manifest: &Manifest) -> Result<()> {
     let image = OsStr::new(&manifest.image);
     plain(image).map_err(|e| {
-        Error::new(Kind::Usage, "a manifest for no file name").with_source(e).at_path(dir)
+        Error::new(Kind::Usage, "a manifest for no file name").with_source(e).at_path(dir.path())
     })?;
-    let path = manifest_path(dir, image);
+    let path = manifest_path(dir.path(), image);
     let text = serde_json::to_vec_pretty(manifest)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {
         log::warn!("{}: the guest's configuration is too large and left out", path_text(&path));
-        return write(dir, &Manifest { vm: std::sync::Arc::default(), ..manifest.clone() });
+        return write_in(dir, &Manifest { vm: std::sync::Arc::default(), ..manifest.clone() });
     }
-    let side = Folder::open(dir).and_then(|d| d.make_folder(FOLDER)).map_err(|e| {
+    let side = dir.make_folder(FOLDER).map_err(|e| {
         Error::io(e, "cannot make the folder for manifests").at_path(dir.join(FOLDER))
     })?;
     side.write_whole(file_name(image), &seal(text))
-        .map_err(|e| Error::io(e, "cannot write the manifest").at_path(&path))?;
-    Ok(path)
+        .map_err(|e| Error::io(e, "cannot write the manifest").at_path(&path))
 }
 
 /// Removes the manifest of `image`, if there is one, and syncs the folder.
@@ -168,8 +191,20 @@ pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
 /// # Errors
 /// What the operating system said.
 pub fn remove(dir: &Path, image: &OsStr) -> Result<()> {
+    match Folder::open(dir) {
+        Ok(folder) => remove_in(&folder, image),
+        Err(e) if is_absent(&e) => Ok(()),
+        Err(e) => Err(Error::io(e, "cannot remove the manifest").at_path(dir)),
+    }
+}
+
+/// As [`remove`], in a folder that is held.
+///
+/// # Errors
+/// What the operating system said.
+pub fn remove_in(dir: &Folder, image: &OsStr) -> Result<()> {
     let remove = || {
-        let side = Folder::open(&dir.join(FOLDER))?;
+        let side = dir.folder(FOLDER)?;
         match side.remove_if_there(file_name(image))? {
             true => side.sync(),
             false => Ok(()),
@@ -178,7 +213,7 @@ pub fn remove(dir: &Path, image: &OsStr) -> Result<()> {
     match remove() {
         Err(e) if !is_absent(&e) => {
             let error = Error::io(e, "cannot remove the manifest");
-            Err(error.at_path(manifest_path(dir, image)))
+            Err(error.at_path(manifest_path(dir.path(), image)))
         }
         _ => Ok(()),
     }

@@ -21,7 +21,6 @@ use super::{Options, Summary, Temp, raw, readback};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image};
 use crate::layer::{Format, LayerSpec, Part};
-use crate::storage::SourceFile;
 
 /// How clusters are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
@@ -117,36 +116,52 @@ pub fn to_file(
     options: &Options,
     work: &Work,
 ) -> Result<Summary> {
-    qcow2.check(plan.size)?;
     let temp = Temp::create(path, options.force)?;
     raw::note_leftover(&temp, work);
-    let mut summary = write::write(reader, plan, &temp, qcow2, options, work)?;
-    check_size(temp.path(), plan.size)?;
-    if options.verify {
-        temp.file()
-            .sync_all()
-            .map_err(|e| super::target_error(e, "cannot write to disk", temp.path()))?;
-        let result = open(temp.path())?;
-        readback::image(reader, plan, &result, temp.path(), work)?;
-        summary.verified = true;
-    }
+    let summary = to_temp(reader, plan, &temp, qcow2, options, work)?;
     temp.publish()?;
     Ok(summary)
 }
 
+/// Restores to an empty file that the caller publishes.
+///
+/// # Errors
+/// See [`super::restore`].
+pub fn to_temp(
+    reader: &Reader,
+    plan: &Plan,
+    temp: &Temp,
+    qcow2: &Qcow2Options,
+    options: &Options,
+    work: &Work,
+) -> Result<Summary> {
+    qcow2.check(plan.size)?;
+    let mut summary = write::write(reader, plan, temp, qcow2, options, work)?;
+    check_size(temp, plan.size)?;
+    if options.verify {
+        temp.file()
+            .sync_all()
+            .map_err(|e| super::target_error(e, "cannot write to disk", temp.path()))?;
+        let result = open(temp)?;
+        readback::image(reader, plan, &result, temp.path(), work)?;
+        summary.verified = true;
+    }
+    Ok(summary)
+}
+
 /// Reads the header back: whether the file is a disk of `size` bytes.
-fn check_size(path: &Path, size: u64) -> Result<()> {
-    let found = crate::layer::probe(&SourceFile::look(path)?)?;
+fn check_size(temp: &Temp, size: u64) -> Result<()> {
+    let found = crate::layer::probe(&temp.source()?)?;
     if (found.format, found.virtual_size) == (Format::Qcow2, size) {
         return Ok(());
     }
     let text = format!("the result has {} bytes instead of {size}", found.virtual_size);
-    Err(Error::new(Kind::Io, text).at_path(path))
+    Err(Error::new(Kind::Io, text).at_path(temp.path()))
 }
 
 /// Opens the file that was just written with our own reader.
-fn open(path: &Path) -> Result<Arc<Image>> {
-    let file = Arc::new(SourceFile::look(path)?);
+fn open(temp: &Temp) -> Result<Arc<Image>> {
+    let file = Arc::new(temp.source()?);
     let size = crate::layer::probe(&*file)?.virtual_size;
     let spec = LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None };
     /// Memory for the tables of one pass over the file.

@@ -1,21 +1,20 @@
 //! Steps on single files: checking, copying, hashing, changing a backing pointer.
 
-use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
-use std::fs::{File, FileTimes, OpenOptions};
-use std::io::Read;
+use std::fs::{File, FileTimes};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::{Member, side_folder};
-use crate::chain::unfinished::{self, HEADER_SUFFIX};
+use super::{Member, open_folder, side_folder};
+use crate::chain::unfinished::HEADER_SUFFIX;
 use crate::chain::{manifest, name};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Access, EntryKind, FileId, Folder, Replace};
 use crate::layer::{Format, ImageInfo};
 use crate::qemu_img::{self, Verdict};
 use crate::restore::clone::Cloner;
-use crate::restore::temp::sync_folder;
+use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
 use crate::restore::{Reflink, target_error};
 use crate::storage::{ReadAt, SourceFile};
@@ -63,15 +62,7 @@ pub fn check(m: &Member, work: &Work) -> Result<()> {
 /// See [`manifest::read`].
 pub fn manifest_of(image: &Path) -> Result<Option<manifest::Manifest>> {
     let name = image.file_name().unwrap_or_default();
-    manifest::read(crate::restore::temp::folder_of(image), name)
-}
-
-/// Writes the manifest of an image.
-///
-/// # Errors
-/// See [`manifest::write`].
-pub fn write_manifest(image: &Path, m: &manifest::Manifest) -> Result<()> {
-    manifest::write(crate::restore::temp::folder_of(image), m).map(drop)
+    manifest::read(folder_of(image), name)
 }
 
 /// BLAKE3 of a file.
@@ -79,16 +70,29 @@ pub fn write_manifest(image: &Path, m: &manifest::Manifest) -> Result<()> {
 /// # Errors
 /// Reading failed, `Interrupted`.
 pub fn hash(path: &Path, work: &Work) -> Result<String> {
-    let failed = |e| Error::io(e, "reading failed").at_path(path);
-    let mut file = File::open(path).map_err(failed)?;
+    let file = folder::open_file(path);
+    let file = file.map_err(|e| Error::io(e, "cannot open the file").at_path(path))?;
+    hash_of(&file, path, work)
+}
+
+/// BLAKE3 of an open file, called `path`.
+///
+/// # Errors
+/// Reading failed, `Interrupted`.
+pub fn hash_of(file: &File, path: &Path, work: &Work) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     let mut buf = vec![0; BUFFER];
+    let mut at = 0;
     loop {
         work.check()?;
-        match file.read(&mut buf).map_err(failed)? {
+        let read = file.read_at(&mut buf, at);
+        match read.map_err(|e| Error::io(e, "reading failed").at_path(path).at_offset(at))? {
             0 => return Ok(hasher.finalize().to_hex().to_string()),
-            n => hasher.update(&buf[..n]),
-        };
+            n => {
+                hasher.update(&buf[..n]);
+                at += n as u64;
+            }
+        }
     }
 }
 
@@ -98,7 +102,14 @@ pub fn hash(path: &Path, work: &Work) -> Result<String> {
 /// # Errors
 /// Reading or writing failed, `Interrupted`.
 pub fn copy(from: &Path, to: &File, path: &Path, work: &Work) -> Result<()> {
-    let source = SourceFile::look(from)?;
+    copy_from(&SourceFile::look(from)?, to, path, work)
+}
+
+/// As [`copy`], of a file that has been looked at.
+///
+/// # Errors
+/// See [`copy`].
+pub fn copy_from(source: &SourceFile, to: &File, path: &Path, work: &Work) -> Result<()> {
     let failed = |e| target_error(e, "writing failed", path);
     to.set_len(source.len()).map_err(failed)?;
     let cloner = Cloner::new(to, Reflink::Auto);
@@ -106,7 +117,7 @@ pub fn copy(from: &Path, to: &File, path: &Path, work: &Work) -> Result<()> {
     if cloner.is_on() && cloner.clone(source.file()?, 0, to, 0, 0)? {
         return Ok(());
     }
-    let seek = |e| Error::io(e, "cannot find the holes of the file").at_path(from);
+    let seek = |e| Error::io(e, "cannot find the holes of the file").at_path(source.path());
     let mut buf = vec![0; BUFFER];
     let mut at = 0;
     while let Some(data) = source.seek_data(at).map_err(seek)? {
@@ -123,6 +134,46 @@ pub fn copy(from: &Path, to: &File, path: &Path, work: &Work) -> Result<()> {
     source.check_unchanged()
 }
 
+/// Fails if `name` is not the file `id` any more: somebody has exchanged it, or the folder.
+///
+/// # Errors
+/// `Changed`; what the operating system said.
+pub fn check_same(dir: &Folder, name: &OsStr, id: FileId) -> Result<()> {
+    let path = dir.join(name);
+    let meta = dir.look(name).map_err(|e| target_error(e, "cannot look at the file", &path))?;
+    if FileId::of(&meta) == id {
+        return Ok(());
+    }
+    Err(exchanged(&path))
+}
+
+/// Another file has the name of one that was to be altered or removed.
+pub fn exchanged(path: &Path) -> Error {
+    Error::new(Kind::Changed, "another file has taken its name since the folder was read")
+        .at_path(path)
+        .remedy("find out who alters this folder, and try again")
+}
+
+/// Fails if an image cannot be changed in place: another name of it may be anywhere, in a copy of the
+/// backup made with hard links for example.
+///
+/// # Errors
+/// `Unsupported`; what the operating system said.
+pub fn check_alterable(dir: &Folder, name: &OsStr) -> Result<()> {
+    dir.open_with(name, Access::ReadWrite).map(drop).map_err(|e| not_alterable(e, dir.join(name)))
+}
+
+fn not_alterable(e: std::io::Error, image: PathBuf) -> Error {
+    let e = target_error(e, "its header cannot be changed", &image);
+    match e.kind() {
+        Kind::Unsupported => e.remedy(
+            "if it has hard links, make a copy of its own under this name: cp -a --reflink=auto, \
+             then mv",
+        ),
+        _ => e,
+    }
+}
+
 /// What is in an image's header.
 ///
 /// # Errors
@@ -131,26 +182,19 @@ pub fn probe(path: &Path) -> Result<ImageInfo> {
     crate::layer::probe(&SourceFile::look(path)?)
 }
 
-/// Writes a file's data to the disk.
+/// Removes a file if it is there, for good; whether it was.
 ///
 /// # Errors
 /// What the operating system said.
-pub fn sync(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|f| f.sync_all())
-        .map_err(|e| target_error(e, "cannot write to disk", path))
-}
-
-/// Removes a file if it is there, for good.
-///
-/// # Errors
-/// What the operating system said.
-pub fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Ok(()) => sync_folder(path),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(target_error(e, "cannot remove the file", path)),
-    }
+pub fn remove_in(dir: &Folder, name: &OsStr) -> Result<bool> {
+    let remove = || {
+        let was = dir.remove_if_there(name)?;
+        if was {
+            dir.sync()?;
+        }
+        Ok(was)
+    };
+    remove().map_err(|e| target_error(e, "cannot remove the file", &dir.join(name)))
 }
 
 /// How an image in the same folder is called in a backing pointer: relative, so that the folder
@@ -197,28 +241,40 @@ pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) 
         None => None,
     };
     let pointer = base.map(|(pointer, _)| pointer).unwrap_or_default();
-    let info = probe(image)?;
+    let dir = open_folder(folder_of(image))?;
+    let name = image.file_name().unwrap_or_default();
+    let info = {
+        let file = dir.open_file(name);
+        let file = file.map_err(|e| target_error(e, "cannot open the image", image))?;
+        crate::layer::probe(&SourceFile::opened(image, file)?)?
+    };
     let named = info.backing_file.as_deref().unwrap_or_default();
     if OsStr::new(named) == pointer
         && (named.is_empty() || info.backing_format.as_deref() == format)
     {
         return Ok(());
     }
-    let manifest = manifest_of(image)?;
-    let times = std::fs::metadata(image)
+    // All that changes the image goes through this descriptor.
+    let file = dir
+        .open_with(name, Access::ReadWrite)
+        .map_err(|e| not_alterable(e, image.to_path_buf()))?;
+    let manifest = manifest::read_in(&dir, name)?;
+    let times = file
+        .metadata()
         .and_then(|m| Ok((m.accessed()?, m.modified()?)))
         .map_err(|e| target_error(e, "cannot look at the file", image))?;
     let hash_before = manifest.as_ref().and_then(|m| m.blake3.clone());
-    let saved = save_header(image, u64::from(info.cluster_size), hash_before.as_deref())?;
+    let side = side_folder(&dir)?;
+    let cluster = u64::from(info.cluster_size);
+    let saved = save_header(&side, name, &file, cluster, hash_before.as_deref())?;
     if let Some(m) = manifest.as_ref().filter(|m| m.blake3.is_some() || m.fingerprint.is_some()) {
         // From here to the end the hash is not known, rather than wrong.
         let (blake3, fingerprint) = (None, None);
-        write_manifest(image, &manifest::Manifest { blake3, fingerprint, ..m.clone() })?;
+        manifest::write_in(&dir, &manifest::Manifest { blake3, fingerprint, ..m.clone() })?;
     }
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open(image)
+    let name = image.file_name().unwrap_or_default();
+    let file = dir
+        .open_with(name, Access::ReadWrite)
         .map_err(|e| target_error(e, "cannot open the file", image))?;
     let backing = format.map(|format| (pointer.as_os_str(), format));
     crate::layer::qcow2::backing::set_backing(&file, image, backing)?;
@@ -227,14 +283,14 @@ pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) 
         .map_err(|e| target_error(e, "cannot write to disk", image))?;
     if let Some(mut m) = manifest {
         if m.blake3.is_some() {
-            m.blake3 = Some(hash(image, work)?);
+            m.blake3 = Some(hash_of(&file, image, work)?);
         }
-        let meta = file.metadata().map_err(|e| target_error(e, "cannot look at it", image))?;
-        m.file_size = meta.len();
-        m.fingerprint = Some(manifest::fingerprint(image)?);
-        write_manifest(image, &m)?;
+        let failed = |e| target_error(e, "cannot look at it", image);
+        m.file_size = file.metadata().map_err(failed)?.len();
+        m.fingerprint = Some(manifest::fingerprint_of(&file).map_err(failed)?);
+        manifest::write_in(&dir, &m)?;
     }
-    remove(&saved)
+    remove_in(&side, &saved).map(drop)
 }
 
 /// Such a file begins with the hash that the image has with this cluster, in hexadecimal.
@@ -242,88 +298,97 @@ const HASH_LEN: usize = 64;
 /// Stands for a hash that is not known.
 const NO_HASH: [u8; HASH_LEN] = [b'-'; HASH_LEN];
 
-fn header_path(image: &Path) -> Result<PathBuf> {
-    let mut name = image.file_name().unwrap_or_default().to_os_string();
+/// Saves the first cluster of an image, the open `file`, beside the manifests; under which name.
+fn save_header(
+    side: &Folder,
+    image: &OsStr,
+    file: &File,
+    cluster: u64,
+    hash: Option<&str>,
+) -> Result<OsString> {
+    let mut name = image.to_os_string();
     name.push(HEADER_SUFFIX);
-    Ok(side_folder(crate::restore::temp::folder_of(image))?.join(name))
-}
-
-/// Saves the first cluster of an image beside the manifests.
-fn save_header(image: &Path, cluster: u64, hash: Option<&str>) -> Result<PathBuf> {
-    let source = SourceFile::look(image)?;
-    let mut buf = vec![0; cluster.min(source.len()) as usize];
-    source.read_exact_at(&mut buf, 0)?;
-    let path = header_path(image)?;
-    let mut temporary = image.file_name().unwrap_or_default().to_os_string();
-    temporary.push(UNFINISHED_HEADER);
-    let temporary = path.with_file_name(temporary);
-    let write = || {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        file.write_all_at(hash.map_or(&NO_HASH[..], str::as_bytes), 0)?;
-        file.write_all_at(&buf, HASH_LEN as u64)?;
+    let save = || {
+        let meta = file.metadata()?;
+        let mut buf = vec![0; usize::try_from(cluster.min(meta.len())).unwrap_or(0)];
+        file.read_exact_at(&mut buf, 0)?;
+        let temp = side.temp()?;
+        temp.file().write_all_at(hash.map_or(&NO_HASH[..], str::as_bytes), 0)?;
+        temp.file().write_all_at(&buf, HASH_LEN as u64)?;
         // Its own time stands for the image's, which changing the header will move.
-        file.set_modified(std::fs::metadata(image)?.modified()?)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, &path)
+        temp.file().set_modified(meta.modified()?)?;
+        temp.publish(&name, Replace::Yes)
     };
-    write().map_err(|e| {
-        let _ = std::fs::remove_file(&temporary);
-        target_error(e, "cannot save the header", &path)
-    })?;
-    sync_folder(&path)?;
-    Ok(path)
+    save().map_err(|e| target_error(e, "cannot save the header", &side.join(&name)))?;
+    Ok(name)
 }
 
-/// Puts back the first clusters that a killed run had saved for images in `folder`. They are
+/// Puts back the first clusters that a killed run had saved for images in `dir`. They are
 /// whole, and what they replace differs at most in the backing pointer.
 ///
 /// # Errors
-/// Reading or writing failed.
-pub fn restore_headers(folder: &Path) -> Result<()> {
-    for saved in unfinished::journals(folder) {
-        let name = saved.file_name().unwrap_or_default().as_bytes();
-        let Some(stem) = name.strip_suffix(HEADER_SUFFIX.as_bytes()) else { continue };
-        let image = folder.join(OsStr::from_bytes(stem));
-        put_back(&image, &saved)?;
-        log::warn!("{}: put back the header that a killed run had saved", path_text(&image));
-        remove(&saved)?;
+/// Reading or writing failed; `Corrupt` if a saved header is none, or of no image of ours.
+pub fn restore_headers(dir: &Folder) -> Result<()> {
+    let failed = |e| target_error(e, "cannot read the folder", dir.path());
+    let side = folder::absent_is_none(dir.folder(manifest::FOLDER)).map_err(failed)?;
+    let Some(side) = side else { return Ok(()) };
+    let mut saved: Vec<OsString> =
+        side.entries().map_err(failed)?.into_iter().map(|e| e.name).collect();
+    saved.sort();
+    for saved in saved {
+        let Some(image) = saved.as_bytes().strip_suffix(HEADER_SUFFIX.as_bytes()) else { continue };
+        let image = OsStr::from_bytes(image);
+        let remedy = "verify the disk, and remove this file";
+        if !name::is_image(image) {
+            let what = "a saved header of something that is no image of ours";
+            let e = Error::new(Kind::Corrupt, what).at_path(side.join(&saved));
+            return Err(e.remedy(remedy));
+        }
+        put_back(dir, image, &side, &saved).map_err(|e| e.remedy(remedy))?;
+        remove_in(&side, &saved)?;
     }
     Ok(())
 }
 
+/// The largest saved header, in bytes: a hash and a cluster.
+const MAX_HEADER: u64 = HASH_LEN as u64 + (2 << 20);
+
 /// Puts back a saved first cluster, the time the image had, and the hash that is right again.
-fn put_back(image: &Path, saved: &Path) -> Result<()> {
-    let read = || Ok((std::fs::read(saved)?, std::fs::metadata(saved)?.modified()?));
-    let (bytes, modified) = read()
-        .map_err(|e: std::io::Error| target_error(e, "cannot read the saved header", saved))?;
-    let Some((hash, cluster)) = bytes.split_at_checked(HASH_LEN) else { return Ok(()) };
-    let put = || {
-        let file = File::options().write(true).open(image)?;
-        file.write_all_at(cluster, 0)?;
-        file.set_modified(modified)?;
-        file.sync_all()
+fn put_back(dir: &Folder, image: &OsStr, side: &Folder, saved: &OsStr) -> Result<()> {
+    let path = dir.join(image);
+    let read = || -> std::io::Result<_> {
+        let file = side.open_file(saved)?;
+        Ok((folder::read_bounded(file.try_clone()?, MAX_HEADER)?, file.metadata()?.modified()?))
     };
-    match put() {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(|e| target_error(e, "cannot put back the header", image))?,
-    }
-    let Some(m) = manifest_of(image)? else { return Ok(()) };
+    let (bytes, modified) =
+        read().map_err(|e| target_error(e, "cannot read the saved header", &side.join(saved)))?;
+    let Some((hash, cluster)) = bytes.split_at_checked(HASH_LEN) else { return Ok(()) };
+    let Some(file) = folder::absent_is_none(dir.open_with(image, Access::ReadWrite))
+        .map_err(|e| not_alterable(e, path.clone()))?
+    else {
+        return Ok(());
+    };
+    file.write_all_at(cluster, 0)
+        .and_then(|()| file.set_modified(modified))
+        .and_then(|()| file.sync_all())
+        .map_err(|e| target_error(e, "cannot put back the header", &path))?;
+    log::warn!("{}: put back the header that a killed run had saved", path_text(&path));
+    let Some(m) = manifest::read_in(dir, image)? else { return Ok(()) };
     let known = std::str::from_utf8(hash).ok().filter(|_| hash != NO_HASH);
     let blake3 = known.map(str::to_string);
-    let fingerprint = Some(manifest::fingerprint(image)?);
-    write_manifest(image, &manifest::Manifest { blake3, fingerprint, ..m })
+    let fingerprint = manifest::fingerprint_of(&file);
+    let fingerprint = fingerprint.map_err(|e| target_error(e, "cannot read the image", &path))?;
+    manifest::write_in(dir, &manifest::Manifest { blake3, fingerprint: Some(fingerprint), ..m })
 }
 
 /// What an image lies on by its own words: its manifest's parent, and the file name in its
 /// backing pointer. What is damaged says nothing.
-pub fn stated_parent(image: &Path) -> (Option<OsString>, Option<OsString>) {
-    let parent = manifest_of(image).ok().flatten().and_then(|m| m.parent).map(OsString::from);
-    let pointer = probe(image).ok().and_then(|i| i.backing_file).filter(|p| !p.is_empty());
+pub fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<OsString>) {
+    let known = manifest::read_in(dir, image).ok().flatten();
+    let parent = known.and_then(|m| m.parent).map(OsString::from);
+    let open = || SourceFile::opened(dir.join(image), dir.open_file(image).ok()?).ok();
+    let pointer = open().and_then(|f| crate::layer::probe(&f).ok()).and_then(|i| i.backing_file);
+    let pointer = pointer.filter(|p| !p.is_empty());
     let pointer = pointer.and_then(|p| Path::new(&p).file_name().map(OsStr::to_os_string));
     (parent, pointer)
 }
@@ -332,17 +397,14 @@ pub fn stated_parent(image: &Path) -> (Option<OsString>, Option<OsString>) {
 ///
 /// # Errors
 /// The folder cannot be read.
-pub fn images(folder: &Path) -> Result<Vec<OsString>> {
-    let failed = |e| target_error(e, "cannot read the folder", folder);
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let name = entry.file_name();
-        let plain = entry.file_type().map_err(failed)?.is_file();
-        if plain && name::parse(&name) != name::Name::Ignored {
-            found.push(name);
-        }
-    }
+pub fn images(dir: &Folder) -> Result<Vec<OsString>> {
+    let entries = dir.entries();
+    let entries = entries.map_err(|e| target_error(e, "cannot read the folder", dir.path()))?;
+    let mut found: Vec<OsString> = entries
+        .into_iter()
+        .filter(|e| e.kind == EntryKind::File && name::parse(&e.name) != name::Name::Ignored)
+        .map(|e| e.name)
+        .collect();
     found.sort();
     Ok(found)
 }
@@ -352,27 +414,26 @@ pub const LINK: &str = "image";
 
 /// Sets a link of that name, or of the kind `FULL-<disk>`, that leads to one of the images `gone`
 /// to `new`, the image that took its place. Without `new`, and for links of the second kind, which
-/// say what the disk's FULL is, the link goes.
+/// say what the disk's FULL is, the link goes. Links are text: none is followed.
 ///
 /// # Errors
 /// What the operating system said.
-pub fn lead_links(folder: &Path, gone: &[&OsStr], new: Option<&OsStr>) -> Result<()> {
-    let failed = |e| target_error(e, "cannot read the folder", folder);
-    let gone: HashSet<&OsStr> = gone.iter().copied().collect();
-    for entry in std::fs::read_dir(folder).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let (link, path) = (entry.file_name(), entry.path());
+pub fn lead_links(dir: &Folder, gone: &[&OsStr], new: Option<&OsStr>) -> Result<()> {
+    let entries = dir.entries();
+    let entries = entries.map_err(|e| target_error(e, "cannot read the folder", dir.path()))?;
+    for link in entries.into_iter().filter(|e| e.kind == EntryKind::Link).map(|e| e.name) {
         if link != LINK && name::parse_link(&link).is_none() {
             continue;
         }
-        let Ok(target) = std::fs::read_link(&path) else { continue };
-        let Some(name) = target.file_name() else { continue };
-        if !gone.contains(name) || folder.join(name).exists() || path.exists() {
+        let Ok(text) = dir.read_link(&link) else { continue };
+        let Some(name) = text.file_name() else { continue };
+        // One that leads to another folder, where such an image is, is not about this one.
+        if !gone.contains(&name) || dir.has(name) || folder::exists(&dir.path().join(&text)) {
             continue;
         }
         match new.filter(|_| link == LINK) {
-            Some(new) => set_link(&path, new)?,
-            None => remove(&path)?,
+            Some(new) => set_link(dir, &link, new)?,
+            None => drop(remove_in(dir, &link)?),
         }
     }
     Ok(())
@@ -382,14 +443,7 @@ pub fn lead_links(folder: &Path, gone: &[&OsStr], new: Option<&OsStr>) -> Result
 ///
 /// # Errors
 /// What the operating system said.
-pub fn set_link(link: &Path, target: &OsStr) -> Result<()> {
-    let mut temporary = OsString::from(".");
-    temporary.push(link.file_name().unwrap_or_default());
-    temporary.push(".tmp");
-    let temporary = link.with_file_name(temporary);
-    let _ = std::fs::remove_file(&temporary);
-    std::os::unix::fs::symlink(target, &temporary)
-        .and_then(|()| std::fs::rename(&temporary, link))
-        .map_err(|e| target_error(e, "cannot set the link", link))?;
-    sync_folder(link)
+pub fn set_link(dir: &Folder, link: &OsStr, target: &OsStr) -> Result<()> {
+    dir.set_link(Path::new(target), link)
+        .map_err(|e| target_error(e, "cannot set the link", &dir.join(link)))
 }

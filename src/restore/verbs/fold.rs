@@ -13,9 +13,10 @@ use std::sync::Arc;
 
 use super::rebase::{only_qcow2, same_folder};
 use super::switch::{Switch, switch};
-use super::{Line, Member, Users, files, side_folder, snapshots};
+use super::{Line, Member, Users, files, open_folder, side_folder, snapshots};
 use crate::chain::{self, Catalog, Level};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::image::{Cache, Image, open_point};
 use crate::layer::{Format, LayerSpec, Part};
 use crate::qemu_img;
@@ -23,7 +24,6 @@ use crate::restore::source::Reader;
 use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
 use crate::restore::{Plan, Temp, readback, target_error};
-use crate::storage::SourceFile;
 use crate::text::path_text;
 
 /// What a fold is going to do.
@@ -70,7 +70,7 @@ impl FoldPlan {
         }
         let children = children(line)?;
         let interim = interim_path(&full, increments.last());
-        if !increments.is_empty() && std::fs::symlink_metadata(&interim).is_ok() {
+        if !increments.is_empty() && folder::exists(&interim) {
             let what = "the name that the new FULL needs for a while is taken";
             return Err(Error::new(Kind::Exists, what)
                 .at_path(interim)
@@ -113,32 +113,39 @@ impl FoldPlan {
         if !skip_check {
             members().try_for_each(|m| files::check(m, work))?;
         }
-        let dir = folder_of(&self.full.path);
-        let side = side_folder(dir)?;
-        let temp = Temp::create(&side.join("new-full"), true)?;
-        let total = members().map(|m| std::fs::metadata(&m.path).map_or(0, |m| m.len())).sum();
+        let dir = open_folder(folder_of(&self.full.path))?;
+        let unchanged = || members().try_for_each(|m| files::check_same(&dir, m.name(), m.id));
+        unchanged()?;
+        // What gets another backing pointer in the end has to be one that can be altered.
+        for child in self.children.iter().filter_map(|c| c.file_name()) {
+            files::check_alterable(&dir, child)?;
+        }
+        let side = side_folder(&dir)?;
+        let temp = Temp::create_named(side.path())?;
+        let total = members().map(|m| dir.look(m.name()).map_or(0, |m| m.len())).sum();
         work.progress.begin("commit", total);
         files::copy(&self.full.path, temp.file(), temp.path(), work)?;
         self.snapshot(0, &temp, work)?;
         for (i, m) in self.increments.iter().enumerate() {
-            self.commit(m, &temp, &side, work)?;
+            self.commit(m, &temp, side.path(), work)?;
             self.snapshot(i + 1, &temp, work)?;
         }
-        files::sync(temp.path())?;
+        temp.file().sync_all().map_err(|e| target_error(e, "cannot write to disk", temp.path()))?;
         if !skip_check {
-            self.compare(line, temp.path(), work)?;
+            self.compare(line, &temp, work)?;
         }
         if !self.increments.is_empty() {
             // While both chains are there names do not tell which image lies on which.
             chain::record_from(line.disk, line.points[0])?;
         }
-        let plan = Switch::new(self, temp.path(), work)?;
-        switch(plan, dir, temp, work)
+        unchanged()?;
+        let plan = Switch::new(self, &dir, &temp, work)?;
+        switch(plan, &dir, temp, work)
     }
 
     /// Commits a copy of one increment into the new FULL.
     fn commit(&self, m: &Member, base: &Temp, side: &Path, work: &Work) -> Result<()> {
-        let copy = Temp::create(&side.join("increment"), true)?;
+        let copy = Temp::create_named(side)?;
         files::copy(&m.path, copy.file(), copy.path(), work)?;
         let rate = work.rate.as_ref().map_or(0, |r| r.per_second());
         let (both, format) = ((copy.file(), base.file()), self.full.format);
@@ -166,18 +173,18 @@ impl FoldPlan {
     }
 
     /// Compares the new FULL with the point it is to be, and each snapshot with its own.
-    fn compare(&self, line: &Line, new: &Path, work: &Work) -> Result<()> {
+    fn compare(&self, line: &Line, new: &Temp, work: &Work) -> Result<()> {
         compare_one(line, line.last(), new, (self.full.format, Part::Whole), work)?;
         if self.snapshots.is_empty() {
             return Ok(());
         }
-        let taken = files::probe(new)?.snapshots;
+        let taken = crate::layer::probe(&new.source()?)?.snapshots;
         for (&point, name) in line.points.iter().zip(&self.snapshots) {
             let Some(name) = name else { continue };
             let mut found = (0u32..).zip(&taken).filter(|(_, s)| s.name == *name);
             let (Some((place, _)), None) = (found.next(), found.next()) else {
                 let text = format!("there is not one snapshot called {name}");
-                return Err(Error::new(Kind::Unsound, text).at_path(new));
+                return Err(Error::new(Kind::Unsound, text).at_path(new.path()));
             };
             let part = Part::Snapshot(place);
             compare_one(line, point, new, (self.full.format, part), work)?;
@@ -190,7 +197,7 @@ impl FoldPlan {
 fn compare_one(
     line: &Line,
     point: usize,
-    new: &Path,
+    new: &Temp,
     (format, part): (Format, Part),
     work: &Work,
 ) -> Result<()> {
@@ -198,11 +205,11 @@ fn compare_one(
     let point = open_point(line.disk, point, &cache)?;
     let plan = Plan::new(&point, work)?;
     plan.check_readable(false)?;
-    let file = Arc::new(SourceFile::look(new)?);
+    let file = Arc::new(new.source()?);
     let spec = LayerSpec { file, format, part, data_file: None };
     let size = crate::layer::open(&spec)?.size();
     let result = Image::new(size, &[spec], None, &cache)?;
-    readback::image(&Reader::new(&point, false), &plan, &result, new, work)
+    readback::image(&Reader::new(&point, false), &plan, &result, new.path(), work)
 }
 
 /// The images that lie on the line's last one. Others must not lie on the line: what they are made

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use crate::chain::{Catalog, Disk, Level, Point, manifest};
 use crate::error::{Error, Kind, Result};
+use crate::folder::{FileId, Folder};
 use crate::layer::Format;
 use crate::text::{path_text, shown_as};
 
@@ -46,6 +47,16 @@ pub struct Member {
     pub time: i64,
     /// The level its name says.
     pub level: Level,
+    /// Which file it was when the folder was read.
+    #[serde(skip)]
+    pub id: FileId,
+}
+
+impl Member {
+    /// Its file name.
+    pub fn name(&self) -> &OsStr {
+        self.path.file_name().unwrap_or_default()
+    }
 }
 
 impl Line<'_> {
@@ -68,7 +79,9 @@ impl Line<'_> {
                     .remedy("use 'fleecefs restore', which alters nothing"));
             }
             let (path, format) = (layer.file.path().to_path_buf(), layer.format);
-            Ok(Member { path, format, size: p.size, time: p.time, level: p.level })
+            let identity = layer.file.identity();
+            let id = FileId { dev: identity.dev, ino: identity.ino };
+            Ok(Member { path, format, size: p.size, time: p.time, level: p.level, id })
         };
         self.points.iter().map(member).collect()
     }
@@ -198,12 +211,15 @@ impl<'a> Users<'a> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn side_folder(dir: &Path) -> Result<PathBuf> {
-    let folder = dir.join(manifest::FOLDER);
-    match std::fs::create_dir(&folder) {
-        Ok(()) => super::temp::sync_folder(&folder)?,
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
-        Err(e) => return Err(super::target_error(e, "cannot make the folder", &folder)),
-    }
-    Ok(folder)
+pub fn side_folder(dir: &Folder) -> Result<Folder> {
+    dir.make_folder(manifest::FOLDER)
+        .map_err(|e| super::target_error(e, "cannot make the folder", &dir.join(manifest::FOLDER)))
+}
+
+/// Opens a folder of images.
+///
+/// # Errors
+/// What the operating system said.
+pub fn open_folder(dir: &Path) -> Result<Folder> {
+    Folder::open(dir).map_err(|e| super::target_error(e, "cannot open the folder", dir))
 }

@@ -10,11 +10,12 @@
 //! Only headers change, one after the other, each saved before. A crash leaves some images linked
 //! and others not, which restores as well as before; the next run goes on.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use super::{Line, Member, files};
+use super::{Line, Member, files, open_folder};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::layer::Format;
 use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
@@ -47,7 +48,7 @@ impl RebasePlan {
             same_folder(full, m)?;
         }
         let link = folder_of(&full.path).join(files::LINK);
-        if std::fs::symlink_metadata(&link).is_ok_and(|m| !m.is_symlink()) {
+        if folder::look(&link).is_ok_and(|m| !m.is_symlink()) {
             return Err(Error::new(Kind::Exists, "is in the way: it is no link").at_path(&link));
         }
         Ok(RebasePlan { members, link, absolute })
@@ -74,15 +75,18 @@ impl RebasePlan {
         if !skip_check {
             self.members.iter().try_for_each(|m| files::check(m, work))?;
         }
+        let (Some(full), Some(last)) = (self.members.first(), self.members.last()) else {
+            return Ok(());
+        };
+        let dir = open_folder(folder_of(&full.path))?;
+        self.members.iter().try_for_each(|m| files::check_same(&dir, m.name(), m.id))?;
+        self.members[1..].iter().try_for_each(|m| files::check_alterable(&dir, m.name()))?;
         for pair in self.members.windows(2) {
             work.check()?;
             let base = (self.pointer(&pair[0].path)?, pair[0].format);
             files::set_pointer(&pair[1].path, Some(base), work)?;
         }
-        match self.members.last() {
-            Some(last) => files::set_link(&self.link, last.path.file_name().unwrap_or_default()),
-            None => Ok(()),
-        }
+        files::set_link(&dir, OsStr::new(files::LINK), last.name())
     }
 
     /// How an image calls the one that it lies on.
