@@ -229,6 +229,7 @@ fn a_mount_goes_on_and_ends_whatever_appears_below_it() {
     let b = two_disks();
     let mount = Mount::new(b.root());
     let pid = server_pid(mount.path());
+    let mut newest = "INC-1700000100-sdb".to_string();
     for (i, trap) in TRAPS.into_iter().enumerate() {
         for place in SMALL.iter().chain(&IMAGES) {
             if let Ok(meta) = b.path(place).symlink_metadata() {
@@ -240,9 +241,10 @@ fn a_mount_goes_on_and_ends_whatever_appears_below_it() {
             set(trap, &b.path(place));
         }
         let new = format!("INC-170000020{i}-sdb");
-        b.image(&format!("sdb/{new}"), Some("INC-1700000100-sdb"));
+        b.image(&format!("sdb/{new}"), Some(&newest));
         let shown = mount.path().join("sdb").join(format!("{new}.raw"));
         eventually("the new point", || shown.exists());
+        newest = new;
     }
     drop(mount);
     eventually("the end of the mount", || is_gone(pid));

@@ -1,9 +1,9 @@
 //! From a backup directory to disks, chains and points.
 //!
-//! `scan` walks the directory, `name` reads file names, `manifest` reads and writes
-//! `.fleecefs/*.json`, `link` decides which file lies on which. The result is a [`Catalog`]: a
-//! value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here writes but
-//! `manifest`.
+//! `scan` walks the directory, `side` looks at `.fleecefs/` beside the images, `name` reads file
+//! names, `manifest` reads and writes `.fleecefs/*.json`, `link` decides which file lies on which. The
+//! result is a [`Catalog`]: a value that `list`, `mount`, `restore`, `verify` and `prune` share.
+//! Nothing here writes but `manifest` and `removal`.
 
 mod assemble;
 mod foreign;
