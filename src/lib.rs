@@ -18,37 +18,24 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_macros, clippy::disallowed_methods))]
 
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod backup;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod extent;
 pub mod folder;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod fs;
 pub mod fuse;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod hash;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod image;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod layer;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod lock;
 pub mod progress;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod prune;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod qemu_img;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod qmp;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod restore;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod storage;
 pub mod text;
 pub mod units;
-#[allow(clippy::disallowed_methods)] // not yet
 pub mod verify;

@@ -73,7 +73,7 @@ fn check_new(path: &Path, image: &NewImage) {
     assert_eq!(data["extended-l2"], image.extended_l2, "{path:?}");
     assert_eq!(data["compression-type"], if zstd { "zstd" } else { "zlib" }, "{path:?}");
     run("qemu-img", &["check", "-q", "-f", "qcow2", s(path)]);
-    let places = [0, size / 2 & !511, size.saturating_sub(512)];
+    let places = [0, (size / 2) & !511, size.saturating_sub(512)];
     for (i, at) in places.into_iter().enumerate().filter(|_| size > 0) {
         let write = format!("write -P {} {at} 512", i + 1);
         let read = format!("read -P {} {at} 512", i + 1);

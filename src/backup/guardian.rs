@@ -345,7 +345,7 @@ fn persist(
 
 fn fall_silent() {
     log::warn!("guardian: trying on in silence");
-    let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+    let null = crate::folder::system::device(std::path::Path::new("/dev/null"));
     let Ok(null) = null else { return };
     for fd in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
         // SAFETY: both descriptors are valid; the second is replaced as a whole.

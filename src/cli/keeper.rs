@@ -20,8 +20,8 @@ use signal_hook::iterator::Signals;
 use super::daemon::Ready;
 use super::mount::Plan;
 use super::mountinfo::{self, Mount};
-use super::privileges;
 use super::serve::{self, Prepared, SIGNALS, TICK};
+use super::{output, privileges};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::fs::FileSystem;
@@ -300,7 +300,7 @@ impl Server<'_> {
             Err(e) => {
                 match detached {
                     true => log::error!("{}", e.report()),
-                    false => eprintln!("fleecefs: {}", e.report()),
+                    false => output::tell_error(&e),
                 }
                 e.kind().exit_code()
             }

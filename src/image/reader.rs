@@ -446,10 +446,11 @@ fn room_for(files: usize) -> Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: a valid pointer.
     let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
-    let (true, Ok(open)) = (known && files > 0, std::fs::read_dir("/proc/self/fd")) else {
+    if !known || files == 0 {
         return Ok(());
-    };
-    let needed = (open.count() as u64).saturating_add(files as u64).saturating_add(SPARE_FILES);
+    }
+    let open = crate::folder::system::names(Path::new("/proc/self/fd"));
+    let needed = (open.len() as u64).saturating_add(files as u64).saturating_add(SPARE_FILES);
     if needed <= limit.rlim_cur {
         return Ok(());
     }

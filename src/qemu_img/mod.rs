@@ -216,6 +216,8 @@ fn failure(verb: &str, about: &Path, said: &str) -> Error {
 ///
 /// # Errors
 /// `NotFound` if it is not installed.
+// A program is found as a shell finds it, links and all: PATH is the caller's.
+#[allow(clippy::disallowed_methods)]
 fn program() -> Result<std::path::PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|dir| dir.join(OsStr::new("qemu-img")));

@@ -6,6 +6,8 @@ use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
+use crate::folder::system;
+
 /// Names that QEMU's processes go by: qemu-system-…, qemu-kvm, qemu-storage-daemon, and Debian's kvm.
 const QEMU: [&str; 2] = ["qemu", "kvm"];
 
@@ -19,8 +21,8 @@ pub fn process(fd: RawFd) -> Option<String> {
     if !is_qemu(&proc) {
         return None;
     }
-    let start = start_time(&std::fs::read_to_string(proc.join("stat")).ok()?)?;
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let start = start_time(&system::text(&proc.join("stat")).ok()?)?;
+    let boot = system::text(Path::new("/proc/sys/kernel/random/boot_id")).ok()?;
     Some(format!("{}-{pid}-{start}", boot.trim()))
 }
 
@@ -41,8 +43,8 @@ fn peer_pid(fd: RawFd) -> Option<i32> {
 }
 
 fn is_qemu(proc: &Path) -> bool {
-    let command = std::fs::read_to_string(proc.join("comm")).unwrap_or_default();
-    let exe = std::fs::read_link(proc.join("exe")).unwrap_or_default();
+    let command = system::text(&proc.join("comm")).unwrap_or_default();
+    let exe = system::link(&proc.join("exe")).unwrap_or_default();
     let exe = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let known = |n: &str| QEMU.iter().any(|q| n.trim_start_matches('.').starts_with(q));
     known(&command) || known(&exe)
