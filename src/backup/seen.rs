@@ -214,7 +214,11 @@ impl Answers {
         Self::of(drives, raw_nodes, graph, client.has_guest())
     }
 
-    fn of(drives: Vec<Drive>, raw_nodes: Value, graph: Graph, guest: bool) -> Result<Self> {
+    /// From the answers themselves.
+    ///
+    /// # Errors
+    /// `Corrupt` if the answer about nodes has an unknown shape.
+    pub fn of(drives: Vec<Drive>, raw_nodes: Value, graph: Graph, guest: bool) -> Result<Self> {
         let nodes: Vec<Node> = parse(&raw_nodes, "query-named-block-nodes")?;
         let mut by_name = HashMap::new();
         for (at, n) in nodes.iter().enumerate() {

@@ -14,6 +14,8 @@ use super::header::{EXT_BACKING_FORMAT, EXT_END, Header, MAX_BACKING_NAME, V2_HE
 use crate::error::{Error, Kind, Result};
 use crate::storage::{OpenFile, ReadAt};
 
+/// A version 3 header is at least this long, in bytes.
+const V3_HEADER_LEN: usize = 104;
 /// Autoclear features that a change of the header leaves true: bitmaps, a raw data file. All others
 /// a writer has to clear, as it does not know what they promise.
 const KEPT_AUTOCLEAR: u64 = 0b11;
@@ -42,7 +44,8 @@ fn rewritten(
     backing: Option<(&OsStr, &str)>,
 ) -> Result<Vec<u8>, &'static str> {
     const CUT: &str = "the header is cut off";
-    let fixed = if version == 2 { V2_HEADER_LEN as usize } else { be32(old, 100).ok_or(CUT)? };
+    let long = || be32(old, 100).filter(|len| *len >= V3_HEADER_LEN);
+    let fixed = if version == 2 { V2_HEADER_LEN as usize } else { long().ok_or(CUT)? };
     let mut new = old.get(..fixed).ok_or(CUT)?.to_vec();
     if let Some((_, format)) = backing {
         extension(&mut new, EXT_BACKING_FORMAT, format.as_bytes());
