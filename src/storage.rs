@@ -263,25 +263,25 @@ impl SourceFile {
         if let Some(f) = self.file.get() {
             return Ok(f);
         }
-        let file = self.compared(folder::open_file(&self.path))?;
+        let file = self.open()?;
         Ok(self.file.get_or_init(|| file))
     }
 
-    /// As [`SourceFile::file`], through a handle that a scan has of it.
+    /// As [`SourceFile::file`], through the handle by which a scan has just read its identity: it is
+    /// that file, whatever has its name by now.
     ///
     /// # Errors
-    /// As [`SourceFile::file`].
+    /// As [`SourceFile::file`], but for a change since then.
     pub fn open_through(&self, handle: &Handle) -> Result<&File> {
         if let Some(f) = self.file.get() {
             return Ok(f);
         }
-        let file = self.compared(handle.open())?;
+        let file = handle.open().map_err(|e| self.open_error(e))?;
         Ok(self.file.get_or_init(|| file))
     }
 
-    /// What was opened, if it is still the file that was looked at.
-    fn compared(&self, opened: io::Result<File>) -> Result<File> {
-        let file = opened.map_err(|e| self.open_error(e))?;
+    fn open(&self) -> Result<File> {
+        let file = folder::open_file(&self.path).map_err(|e| self.open_error(e))?;
         let meta = file
             .metadata()
             .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;

@@ -159,14 +159,15 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
         return Ok(Content::Foreign(what));
     }
     file.open_through(handle)?;
-    *magic = layer::sniff(file)?.is_some();
+    let storage = Start::read(file)?;
+    *magic = layer::sniff(&storage)?.is_some();
     if *magic {
-        return layer::probe(file).map(Content::Image);
+        return layer::probe(&storage).map(Content::Image);
     }
     let what = match name::promise(name) {
         _ if file.is_empty() => Some("the file is empty"),
         Promise::Qcow2 => Some("the file is named qcow2 but does not begin with its magic bytes"),
-        _ if layer::is_damaged_qcow2(file)? => Some(
+        _ if layer::is_damaged_qcow2(&storage)? => Some(
             "the file does not begin with qcow2's magic bytes, but what follows is a qcow2 header",
         ),
         _ => None,
@@ -179,12 +180,74 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
     }
     let mut start = [0; raw::START];
     let len = start.len().min(usize::try_from(file.len()).unwrap_or(usize::MAX));
-    file.read_exact_at(&mut start[..len], 0)?;
+    storage.read_exact_at(&mut start[..len], 0)?;
     Ok(match foreign(&start[..len]) {
         Some(what) => Content::Foreign(what),
         None if name::promise(name) == Promise::Foreign => Content::Foreign("not a raw image"),
         None => Content::Plain,
     })
+}
+
+/// How much of a file is read at once: the header of an image, with a name in it.
+const START: usize = 1024;
+
+/// A file whose first bytes are in memory: what it is takes several looks at them.
+struct Start<'a> {
+    file: &'a SourceFile,
+    bytes: [u8; START],
+    len: usize,
+}
+
+impl<'a> Start<'a> {
+    fn read(file: &'a SourceFile) -> Result<Self> {
+        let len = usize::try_from(file.len()).unwrap_or(START).min(START);
+        let mut start = Start { file, bytes: [0; START], len };
+        file.read_exact_at(&mut start.bytes[..len], 0)?;
+        Ok(start)
+    }
+
+    fn known(&self, offset: u64, len: usize) -> Option<&[u8]> {
+        let at = usize::try_from(offset).ok()?;
+        self.bytes[..self.len].get(at..at.checked_add(len)?)
+    }
+}
+
+impl ReadAt for Start<'_> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        match self.known(offset, buf.len()) {
+            Some(bytes) => {
+                buf.copy_from_slice(bytes);
+                Ok(buf.len())
+            }
+            None => self.file.read_at(buf, offset),
+        }
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        match self.known(offset, buf.len()) {
+            Some(bytes) => {
+                buf.copy_from_slice(bytes);
+                Ok(())
+            }
+            None => self.file.read_exact_at(buf, offset),
+        }
+    }
+
+    fn len(&self) -> u64 {
+        self.file.len()
+    }
+
+    fn name(&self) -> &Path {
+        self.file.name()
+    }
+
+    fn seek_data(&self, offset: u64) -> std::io::Result<Option<u64>> {
+        self.file.seek_data(offset)
+    }
+
+    fn seek_hole(&self, offset: u64) -> std::io::Result<u64> {
+        self.file.seek_hole(offset)
+    }
 }
 
 /// Whether reading the same bytes again would fail in the same way.

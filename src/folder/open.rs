@@ -105,9 +105,9 @@ pub fn plain_file(
         return Err(refused("it has more than one name (hard links), and is not changed in place"));
     }
     let file = match through_proc(probe, access) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => by_name(at, name, access),
-        other => other,
-    }?;
+        Err(e) if e.kind() == io::ErrorKind::NotFound => by_name(at, name, access)?,
+        other => return other,
+    };
     // Without /proc the name may stand for another file by now.
     if FileId::of(&file.metadata()?) == FileId::of(&meta) {
         Ok(file)
