@@ -130,9 +130,7 @@ impl Removal {
             }
         }
         match &self.publish {
-            Some(p) if p.temporary != format!("{TEMPORARY}{}", p.manifest.image) => {
-                refuse(&p.temporary)
-            }
+            Some(p) if !p.temporary.starts_with(TEMPORARY) => refuse(&p.temporary),
             _ => Ok(()),
         }
     }
