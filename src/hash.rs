@@ -2,8 +2,13 @@
 //!
 //! BLAKE3 is a tree over blocks of the file. Each thread takes the next block, reads it by
 //! position and hashes its subtree, so reading runs in parallel too and no memory map (a SIGBUS on
-//! a file that shrinks) is needed.
+//! a file that shrinks) is needed. Finished subtrees are joined as soon as they can be: memory does
+//! not grow with the file.
+//!
+//! Holes are not read; their zeros are hashed all the same. (There is no shortcut: BLAKE3 hashes the
+//! place of each KiB along with it, so that subtrees of zeros differ from each other.)
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -16,15 +21,20 @@ use crate::storage::{ReadAt, SourceFile};
 
 /// Bytes hashed as one subtree: a power of two.
 const BLOCK: u64 = 1 << 20;
+/// Blocks whose values are kept at a time: a power of two.
+const GROUP: u64 = 1024;
 /// Bytes read at once: a power of two, small enough to be in the processor's own cache still when they
 /// are hashed.
 const PIECE: u64 = 128 << 10;
+/// What a hole reads as.
+static ZEROS: [u8; PIECE as usize] = [0; PIECE as usize];
 
 /// BLAKE3 of the file at `path` in hexadecimal, with a thread per processor.
 ///
 /// # Errors
 /// It cannot be read, or changed meanwhile.
 pub fn file(path: &Path) -> Result<String> {
+<<<<<<< ours
     whole(&SourceFile::look(path)?)
 }
 
@@ -35,46 +45,162 @@ pub fn file(path: &Path) -> Result<String> {
 pub fn whole(file: &SourceFile) -> Result<String> {
     let jobs = std::thread::available_parallelism().map_or(1, |n| n.get());
     let hash = hash(file, jobs, &())?;
+=======
+    let jobs = std::thread::available_parallelism().map_or(1, |n| n.get());
+    file_with(path, jobs, &(), &|| Ok(()))
+}
+
+/// The same with `jobs` threads, which call `check` before each block.
+///
+/// # Errors
+/// It cannot be read, or changed meanwhile; the first error of `check`.
+pub fn file_with(
+    path: &Path,
+    jobs: usize,
+    progress: &dyn Progress,
+    check: &Check,
+) -> Result<String> {
+    let file = SourceFile::look(path)?;
+    let hash = hash_with(&file, jobs, progress, check)?;
+>>>>>>> theirs
     file.check_unchanged()?;
     Ok(hash.to_hex().to_string())
 }
 
-/// BLAKE3 of all of `storage`, with `jobs` threads.
+/// What is asked before each block; an error ends the work.
+pub type Check<'a> = dyn Fn() -> Result<()> + Sync + 'a;
+
+/// BLAKE3 of all of `storage`, with `jobs` threads. Whoever must know that it did not change
+/// meanwhile asks afterwards.
 ///
 /// # Errors
 /// Reading failed, or the file became shorter.
 pub fn hash(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> Result<blake3::Hash> {
+    hash_with(storage, jobs, progress, &|| Ok(()))
+}
+
+fn hash_with(
+    storage: &dyn ReadAt,
+    jobs: usize,
+    progress: &dyn Progress,
+    check: &Check,
+) -> Result<blake3::Hash> {
     let len = storage.len();
-    if len <= BLOCK {
-        let mut bytes = vec![0; len as usize];
-        storage.read_exact_at(&mut bytes, 0)?;
-        progress.advance(len);
-        return Ok(blake3::hash(&bytes));
-    }
-    let blocks = len.div_ceil(BLOCK);
-    let values: Vec<OnceLock<ChainingValue>> = (0..blocks).map(|_| OnceLock::new()).collect();
-    let work = |i: u64, buf: &mut Vec<u8>| -> Result<()> {
-        let (start, end) = (i * BLOCK, len.min((i + 1) * BLOCK));
-        let mut hasher = blake3::Hasher::new();
-        hasher.set_input_offset(start);
-        let mut at = start;
-        while at < end {
-            buf.resize((end - at).min(PIECE) as usize, 0);
-            storage.read_exact_at(buf, at)?;
-            hasher.update(buf);
-            at += buf.len() as u64;
+    // Asking where holes are costs a little, and dense files have none.
+    let sparse = storage.unallocated() > 0;
+    let blocks = len.div_ceil(BLOCK).max(1);
+    let mut tree = Tree::default();
+    let mut first = 0;
+    while first < blocks {
+        let count = GROUP.min(blocks - first);
+        let values: Vec<OnceLock<ChainingValue>> = (0..count).map(|_| OnceLock::new()).collect();
+        let root = OnceLock::new();
+        let work = |i: u64, buf: &mut Vec<u8>| -> Result<()> {
+            check()?;
+            let (start, end) =
+                ((first + i) * BLOCK, len.min((first + i + 1).saturating_mul(BLOCK)));
+            let mut hasher = blake3::Hasher::new();
+            hasher.set_input_offset(start);
+            for_each_piece(storage, sparse, start..end, buf, |bytes| {
+                hasher.update(bytes);
+            })?;
+            let _ = match blocks {
+                1 => root.set(hasher.finalize()).map_err(drop),
+                _ => values[i as usize].set(hasher.finalize_non_root()).map_err(drop),
+            };
+            progress.advance(end - start);
+            Ok(())
+        };
+        in_parallel(count, jobs, Vec::new, work)?;
+        if let Some(hash) = root.into_inner() {
+            return Ok(hash);
         }
-        let _ = values[i as usize].set(hasher.finalize_non_root());
-        progress.advance(end - start);
-        Ok(())
-    };
-    in_parallel(blocks, jobs, Vec::new, work)?;
-    let values: Vec<ChainingValue> = values.into_iter().filter_map(OnceLock::into_inner).collect();
-    Ok(root(&values))
+        let values: Vec<_> = values.into_iter().filter_map(OnceLock::into_inner).collect();
+        if count == blocks {
+            return Ok(root_of(&values));
+        }
+        tree.push(join(&values));
+        first += count;
+    }
+    Ok(tree.root())
+}
+
+/// Calls `f` with all bytes of `range`, in pieces; those of holes are not read.
+fn for_each_piece(
+    storage: &dyn ReadAt,
+    sparse: bool,
+    range: Range<u64>,
+    buf: &mut Vec<u8>,
+    mut f: impl FnMut(&[u8]),
+) -> Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        let (hole, end) = match sparse {
+            true => stretch(storage, at, range.end),
+            false => (false, range.end),
+        };
+        while at < end {
+            let n = (end - at).min(PIECE) as usize;
+            if hole {
+                f(&ZEROS[..n]);
+            } else {
+                buf.resize(n, 0);
+                storage.read_exact_at(buf, at)?;
+                f(buf);
+            }
+            at += n as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Whether there is a hole at `at`, and where that or the data ends, at the latest at `limit`. Where
+/// the file system does not tell, all is data.
+pub fn stretch(storage: &dyn ReadAt, at: u64, limit: u64) -> (bool, u64) {
+    match storage.seek_data(at) {
+        Ok(Some(data)) if data <= at => {
+            let hole = storage.seek_hole(at).unwrap_or(limit).min(limit);
+            // A file that is being changed: reading will tell.
+            (false, if hole > at { hole } else { limit })
+        }
+        Ok(data) => (true, data.unwrap_or(limit).min(limit)),
+        Err(_) => (false, limit),
+    }
+}
+
+/// Subtrees of [`GROUP`] blocks, joined as far as it is certain that more follows: at most one of
+/// each size, the largest first.
+#[derive(Default)]
+struct Tree {
+    values: Vec<ChainingValue>,
+    count: u64,
+}
+
+impl Tree {
+    /// Adds the next subtree; only the last may be of fewer blocks.
+    fn push(&mut self, value: ChainingValue) {
+        for _ in 0..self.count.trailing_zeros().min(self.values.len() as u32) {
+            let (Some(right), Some(left)) = (self.values.pop(), self.values.pop()) else { break };
+            self.values.push(hazmat::merge_subtrees_non_root(&left, &right, Mode::Hash));
+        }
+        self.values.push(value);
+        self.count += 1;
+    }
+
+    /// The root over at least two subtrees.
+    fn root(mut self) -> blake3::Hash {
+        let mut right = self.values.pop().unwrap_or_default();
+        while self.values.len() > 1 {
+            let left = self.values.pop().unwrap_or_default();
+            right = hazmat::merge_subtrees_non_root(&left, &right, Mode::Hash);
+        }
+        let left = self.values.pop().unwrap_or_default();
+        hazmat::merge_subtrees_root(&left, &right, Mode::Hash)
+    }
 }
 
 /// Joins subtrees of at least two blocks.
-fn root(values: &[ChainingValue]) -> blake3::Hash {
+fn root_of(values: &[ChainingValue]) -> blake3::Hash {
     let (left, right) = values.split_at(left_len(values.len()));
     hazmat::merge_subtrees_root(&join(left), &join(right), Mode::Hash)
 }
@@ -147,6 +273,114 @@ mod tests {
                 assert_eq!(hash(&storage, jobs, &()).unwrap(), expected, "{len} {jobs}");
             }
         }
+    }
+
+    /// A file of which only `data` can be read, and all else is a hole; counts what is read.
+    struct Sparse {
+        len: u64,
+        data: Vec<Range<u64>>,
+        read: AtomicU64,
+    }
+
+    impl Sparse {
+        fn new(len: u64, data: &[Range<u64>]) -> Self {
+            Sparse { len, data: data.to_vec(), read: AtomicU64::new(0) }
+        }
+    }
+
+    impl ReadAt for Sparse {
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+            let here = self.data.iter().find(|d| d.contains(&offset));
+            let Some(here) = here else { panic!("a hole is read at {offset}") };
+            let n = (here.end - offset).min(buf.len() as u64) as usize;
+            buf[..n].fill(7);
+            self.read.fetch_add(n as u64, Ordering::Relaxed);
+            Ok(n)
+        }
+
+        fn len(&self) -> u64 {
+            self.len
+        }
+
+        fn name(&self) -> &Path {
+            Path::new("sparse")
+        }
+
+        fn seek_data(&self, offset: u64) -> std::io::Result<Option<u64>> {
+            Ok(self.data.iter().find(|d| d.end > offset).map(|d| d.start.max(offset)))
+        }
+
+        fn seek_hole(&self, offset: u64) -> std::io::Result<u64> {
+            let here = self.data.iter().find(|d| d.contains(&offset));
+            Ok(here.map_or(offset, |d| d.end))
+        }
+
+        fn unallocated(&self) -> u64 {
+            self.len - self.data.iter().map(|d| d.end - d.start).sum::<u64>()
+        }
+    }
+
+    #[test]
+    fn holes_are_hashed_as_zeros_and_not_read() {
+        for (len, data) in [
+            (5 * BLOCK + 3, vec![]),
+            (3 * BLOCK, vec![0..1, 7..4096, BLOCK - 1..BLOCK + 1, 3 * BLOCK - 5..3 * BLOCK]),
+            (2 * BLOCK + 9, vec![2 * BLOCK + 1..2 * BLOCK + 9]),
+            (100, vec![50..60]),
+        ] {
+            let mut bytes = vec![0; len as usize];
+            data.iter().for_each(|d| bytes[d.start as usize..d.end as usize].fill(7));
+            let storage = Sparse::new(len, &data);
+            assert_eq!(hash(&storage, 2, &()).unwrap(), blake3::hash(&bytes), "{len} {data:?}");
+            let wanted: u64 = data.iter().map(|d| d.end - d.start).sum();
+            assert_eq!(storage.read.load(Ordering::Relaxed), wanted);
+        }
+    }
+
+    #[test]
+    fn subtrees_are_joined_as_all_at_once() {
+        let value = |i: usize| *blake3::hash(&i.to_le_bytes()).as_bytes();
+        for count in (2..70).chain([127, 128, 129, 1000]) {
+            let values: Vec<ChainingValue> = (0..count).map(value).collect();
+            let mut tree = Tree::default();
+            for value in &values {
+                tree.push(*value);
+                assert!(tree.values.len() <= 12, "memory grows");
+            }
+            assert_eq!(tree.root(), root_of(&values), "{count}");
+        }
+    }
+
+    #[test]
+    fn a_file_of_several_groups_is_hashed_as_one() {
+        // Reading is what costs time: all but a little is a hole.
+        let len = GROUP * BLOCK + 2 * BLOCK + 17;
+        let data = [GROUP * BLOCK - 3..GROUP * BLOCK + 3];
+        let mut expected = blake3::Hasher::new();
+        let mut at = 0;
+        while at < len {
+            let n = BLOCK.min(len - at);
+            let mut bytes = vec![0; n as usize];
+            let ours = data[0].start.max(at)..data[0].end.min(at + n);
+            if !ours.is_empty() {
+                bytes[(ours.start - at) as usize..(ours.end - at) as usize].fill(7);
+            }
+            expected.update(&bytes);
+            at += n;
+        }
+        assert_eq!(hash(&Sparse::new(len, &data), 3, &()).unwrap(), expected.finalize());
+    }
+
+    #[test]
+    fn whoever_is_asked_before_each_block_ends_it() {
+        let storage = MemStorage::new("m", vec![1; 6 << 20]);
+        let asked = AtomicU64::new(0);
+        let check = || match asked.fetch_add(1, Ordering::Relaxed) {
+            0..3 => Ok(()),
+            _ => Err(Error::new(Kind::Interrupted, "stopped")),
+        };
+        let e = hash_with(&storage, 1, &(), &check).unwrap_err();
+        assert_eq!((e.kind(), asked.into_inner()), (Kind::Interrupted, 4));
     }
 
     #[test]

@@ -278,6 +278,7 @@ pub fn consolidate(disk: &Disk, plan: &Consolidation, how: How, work: &Work) -> 
     Ok(summary)
 }
 
+<<<<<<< ours
 /// Which files go, as the folder was read; fails if one of those that stay, and get another backing
 /// pointer, cannot be altered.
 fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<Known> {
@@ -297,6 +298,11 @@ fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<Known> {
         }
     }
     Ok(known)
+=======
+/// BLAKE3 of a file in hexadecimal.
+fn hash(path: &Path, work: &Work) -> Result<String> {
+    crate::hash::file_with(path, work.workers, work.progress, &|| work.check())
+>>>>>>> theirs
 }
 
 /// Whether what is merged is what was backed up. The new FULL gets a hash of its own: damage that is
@@ -306,9 +312,7 @@ fn check_sources(disk: &Disk, point: usize, work: &Work) -> Result<()> {
         let path = &disk.points[i].source;
         let known = verbs::files::manifest_of(path)?.and_then(|m| m.blake3);
         let Some(wanted) = known else { continue };
-        let file = SourceFile::look(path)?;
-        work.check()?;
-        if crate::hash::hash(&file, work.workers, work.progress)?.to_hex().as_str() != wanted {
+        if hash(path, work)? != wanted {
             let what = "its bytes are not those of its manifest's hash";
             return Err(Error::new(Kind::Unsound, what).at_path(path).remedy(
                 "restore this file from another copy, or begin a new chain with a FULL; \
@@ -401,17 +405,22 @@ fn describe(
         let what = format!("the new image is not as it should be: {}", f.message);
         return Err(Error::new(Kind::Corrupt, what).at_path(path));
     }
-    let hash = crate::hash::hash(&file, work.workers, work.progress)?;
+    let hash = hash(path, work)?;
     m.image = plan.image.clone();
     m.level = Level::Full;
     m.parent = None;
     m.format = ImageFormat::Qcow2;
     m.content = Contents::Full;
     m.file_size = file.len();
+<<<<<<< ours
     m.blake3 = Some(hash.to_hex().to_string());
     let fingerprint = fingerprint_of(made.file());
     m.fingerprint =
         Some(fingerprint.map_err(|e| Error::io(e, "cannot read the image").at_path(path))?);
+=======
+    m.blake3 = Some(hash);
+    m.fingerprint = Some(fingerprint(path)?);
+>>>>>>> theirs
     if !plan.children.is_empty() {
         // Later points have bitmaps of their own. What a FULL's bitmap is needed for then is the
         // next DIFF: the old FULL's holds more than that, so it is as right.

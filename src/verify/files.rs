@@ -7,14 +7,22 @@ use std::sync::{Arc, Mutex};
 
 use super::content;
 use crate::chain::Point;
+<<<<<<< ours
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::check::{self as structure, Collected};
+=======
+use crate::error::{Error, Finding, Kind, Result, Severity, path_text};
+>>>>>>> theirs
 use crate::layer::{self, Format, LayerSpec, Part};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};
+use crate::units::human_bytes;
 
 /// Files of at least this size get all threads to themselves.
 const LARGE: u64 = 32 << 20;
+
+/// Zeros whose hashing takes so long that it is worth a word.
+const MANY_ZEROS: u64 = 64 << 30;
 
 /// One file, and what is wanted of it.
 pub(super) struct Target {
@@ -23,6 +31,8 @@ pub(super) struct Target {
     /// The active state and internal snapshots that are points.
     parts: Vec<Part>,
     deep: bool,
+    /// Whether its hash is wanted, too.
+    hash: bool,
 }
 
 /// What was found in one file.
@@ -32,7 +42,7 @@ pub(super) struct FileReport {
     pub findings: Vec<Finding>,
     /// Refcounts of clusters in use.
     pub refcounts: Vec<Finding>,
-    /// BLAKE3 in lower-case hexadecimal, if the whole file was read.
+    /// BLAKE3 in lower-case hexadecimal, if it was wanted.
     pub hash: Option<String>,
 }
 
@@ -45,17 +55,18 @@ pub(super) fn paths(point: &Point) -> Vec<PathBuf> {
 }
 
 impl Target {
-    /// The files of a point.
-    pub fn of_point(point: &Point, deep: bool) -> Vec<Target> {
+    /// The files of a point; with `hash`, the point's own file is hashed.
+    pub fn of_point(point: &Point, deep: bool, hash: bool) -> Vec<Target> {
         if point.layers.is_empty() {
             let path = point.source.clone();
-            return vec![Target { path, spec: None, parts: vec![Part::Whole], deep }];
+            return vec![Target { path, spec: None, parts: vec![Part::Whole], deep, hash }];
         }
         let target = |spec: &LayerSpec| Target {
             path: spec.file.path().to_path_buf(),
             spec: Some(spec.clone()),
             parts: vec![spec.part.clone()],
             deep,
+            hash: hash && spec.file.path() == point.source,
         };
         point.layers.iter().map(target).collect()
     }
@@ -63,6 +74,7 @@ impl Target {
     /// The same file as another point needs it.
     pub fn join(&mut self, other: Target) {
         self.deep |= other.deep;
+        self.hash |= other.hash;
         self.spec = self.spec.take().or(other.spec);
         for part in other.parts {
             if !self.parts.contains(&part) {
@@ -149,7 +161,12 @@ fn check_opened(
         report.refcounts = found.refcounts;
     }
     if target.deep {
-        report.hash = Some(crate::hash::hash(&*file, jobs, progress)?.to_hex().to_string());
+        if target.hash {
+            note_holes(&file, progress);
+            report.hash = Some(crate::hash::hash(&*file, jobs, progress)?.to_hex().to_string());
+        } else {
+            content::read_all(&*file, jobs, progress)?;
+        }
         // Of formats other than qcow2 the layer itself knows what can be wrong.
         let other = |s: &&LayerSpec| !matches!(s.format, Format::Qcow2 | Format::Raw);
         let broken = report.findings.iter().any(|f| f.severity == Severity::Error);
@@ -159,6 +176,18 @@ fn check_opened(
         }
     }
     still_the_same(&file)
+}
+
+/// Says why a file that takes little space takes long: the zeros of its holes are hashed.
+fn note_holes(file: &SourceFile, progress: &dyn Progress) {
+    let holes = file.unallocated();
+    if holes >= MANY_ZEROS {
+        progress.note(&format!(
+            "{}: {} of it are holes, which are hashed with the rest",
+            path_text(file.path()),
+            human_bytes(holes)
+        ));
+    }
 }
 
 fn still_the_same(file: &SourceFile) -> Result<()> {

@@ -19,12 +19,12 @@ mod suspects;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, Level};
+use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::progress::Progress;
 use crate::text::path_text;
 use files::{FileReport, Target};
-use links::Records;
+use links::{Record, Records};
 use record::Recorder;
 
 use crate::layer::qcow2::check as structure;
@@ -270,7 +270,10 @@ fn targets(options: &Options, chosen: &[Chosen]) -> Vec<Target> {
     for chosen in chosen {
         for &i in &chosen.needed {
             let deep = !options.quick && (options.since.is_none() || chosen.wanted.contains(&i));
-            for target in Target::of_point(&chosen.disk.points[i], deep) {
+            let point = &chosen.disk.points[i];
+            // Without a hash to compare with, it is enough that all data can be read.
+            let hash = deep && (options.create || has_hash(point));
+            for target in Target::of_point(point, deep, hash) {
                 match index.get(&target.path) {
                     Some(known) => targets[*known].join(target),
                     None => {
@@ -282,6 +285,11 @@ fn targets(options: &Options, chosen: &[Chosen]) -> Vec<Target> {
         }
     }
     targets
+}
+
+/// Whether the point's manifest has a hash.
+fn has_hash(point: &Point) -> bool {
+    Record::read(point).hash().is_some()
 }
 
 /// What is known about a point with all that it lies on.

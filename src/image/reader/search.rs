@@ -232,21 +232,4 @@ struct Limits {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::WINDOW;
-    use super::super::tests::{image, qcow2};
-    use super::{Limits, Sought, Wanted};
-    use crate::layer::Format;
-
-    #[test]
-    fn a_search_gives_up_in_tables_that_say_nothing() {
-        let f = qcow2(16, 1 << 30, &[0x20000, 0x20000], &[]);
-        let image = image(f.path(), Format::Qcow2, 1 << 30, None);
-        let limits = Limits { near: 2, folds: 2 };
-        let found = image.search(0, Wanted::Data, limits).unwrap();
-        assert_eq!(found, Sought::GaveUp(2 * WINDOW));
-        assert_eq!(image.seek_near(0, Wanted::Data).unwrap(), None);
-        assert_eq!(image.seek_near(0, Wanted::Hole).unwrap(), Some(0));
-        assert_eq!(image.seek_data(0).unwrap(), None);
-    }
-}
+mod tests;

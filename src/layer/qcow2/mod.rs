@@ -203,3 +203,81 @@ impl Layer for Qcow2Layer {
         self.data.as_ref().map_or(Ok(()), |d| d.check_unchanged())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::storage::MemStorage;
+
+    /// Counts reads.
+    struct Counted(MemStorage, AtomicU64);
+
+    impl ReadAt for Counted {
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            self.0.read_at(buf, offset)
+        }
+
+        fn len(&self) -> u64 {
+            self.0.len()
+        }
+
+        fn name(&self) -> &Path {
+            self.0.name()
+        }
+    }
+
+    /// 512-byte clusters, and an L1 table that leads nowhere or, with `full`, to one empty L2 table.
+    fn image(entries: u64, full: bool) -> Arc<Counted> {
+        let l2 = (512 + entries * 8).next_multiple_of(512);
+        let mut bytes = b"QFI\xfb\0\0\0\x02".to_vec();
+        bytes.resize(512, 0);
+        bytes[23] = 9;
+        bytes[24..32].copy_from_slice(&(entries * 64 * 512).to_be_bytes());
+        bytes[36..40].copy_from_slice(&(entries as u32).to_be_bytes());
+        bytes[40..48].copy_from_slice(&512u64.to_be_bytes());
+        let entry = if full { l2 } else { 0 };
+        bytes.extend((0..entries).flat_map(|_| entry.to_be_bytes()));
+        bytes.resize(l2 as usize + 512, 0);
+        Arc::new(Counted(MemStorage::new("m", bytes), AtomicU64::new(0)))
+    }
+
+    /// The reads that it takes to walk over all of the disk.
+    fn reads(entries: u64, full: bool, step: impl Fn(&Qcow2Layer, u64) -> u64) -> u64 {
+        let storage = image(entries, full);
+        let layer = Qcow2Layer::open(storage.clone(), None, &Part::Whole).unwrap();
+        let before = storage.1.load(Ordering::Relaxed);
+        let mut at = 0;
+        while at < layer.size() {
+            at = step(&layer, at);
+        }
+        storage.1.load(Ordering::Relaxed) - before
+    }
+
+    #[test]
+    fn asking_again_and_again_for_the_next_table_reads_the_l1_table_once() {
+        let ask = |layer: &Qcow2Layer, at: u64| {
+            assert_eq!(layer.next_mapped(at), layer.size());
+            at + 64 * 512
+        };
+        let (few, many) = (reads(5_120, false, ask), reads(51_200, false, ask));
+        assert_eq!((few, many), (10, 100));
+    }
+
+    #[test]
+    fn a_table_that_many_entries_lead_to_is_read_once() {
+        let known = std::cell::RefCell::new(KnownTables::new());
+        let look = |layer: &Qcow2Layer, at: u64| {
+            let list = layer.outline(at, &mut known.borrow_mut());
+            assert!(list.as_slice().iter().all(|e| e.content == super::super::Kinds::BELOW));
+            list.end()
+        };
+        // The L1 table in pieces of 512 entries, and the L2 table.
+        assert_eq!(reads(5_120, true, look), 11);
+        known.borrow_mut().clear();
+        assert_eq!(reads(51_200, true, look), 101);
+    }
+}

@@ -1,7 +1,11 @@
 //! Steps on single files: checking, copying, hashing, changing a backing pointer.
 
 use std::ffi::{OsStr, OsString};
+<<<<<<< ours
 use std::fs::{File, FileTimes};
+=======
+use std::fs::{File, FileTimes, OpenOptions};
+>>>>>>> theirs
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -22,7 +26,7 @@ use crate::text::path_text;
 
 /// Ends the name of a saved header that is not yet complete.
 pub const UNFINISHED_HEADER: &str = ".header.tmp";
-/// Bytes copied or hashed at once.
+/// Bytes copied at once.
 const BUFFER: usize = 1 << 20;
 
 /// Checks a file before it is altered: its structure by QEMU, its bytes by the manifest's hash.
@@ -78,6 +82,7 @@ pub fn hash(path: &Path, work: &Work) -> Result<String> {
 /// BLAKE3 of an open file, called `path`.
 ///
 /// # Errors
+<<<<<<< ours
 /// Reading failed, `Interrupted`.
 pub fn hash_of(file: &File, path: &Path, work: &Work) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
@@ -94,6 +99,11 @@ pub fn hash_of(file: &File, path: &Path, work: &Work) -> Result<String> {
             }
         }
     }
+=======
+/// Reading failed, it changed meanwhile, `Interrupted`.
+pub fn hash(path: &Path, work: &Work) -> Result<String> {
+    crate::hash::file_with(path, work.workers, &(), &|| work.check())
+>>>>>>> theirs
 }
 
 /// Copies `from` into the empty file `to` (called `path`): cloned where that works, holes stay
