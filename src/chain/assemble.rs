@@ -15,7 +15,7 @@ use super::link::{Lies, Member, link, split_pointer};
 use super::manifest::ImageFormat;
 use super::name::Name;
 use super::points::points;
-use super::probe::Content;
+use super::probe::{Content, Probed};
 use super::scan::{FileEntry, FileId, Tree};
 use super::{Catalog, Disk, Level, NEWEST_LOST};
 use crate::error::{Error, Finding, Kind, Severity};
@@ -47,8 +47,8 @@ pub(super) struct Fates<'a> {
     blocked: Vec<Option<Option<Blocked>>>,
 }
 
-/// What files lie on: path, and path of the file below.
-type Bases = Vec<(PathBuf, PathBuf)>;
+/// What files lie on, by the path of the file below.
+type Bases = Vec<(Arc<Probed>, PathBuf)>;
 
 /// Makes the catalog of a walked directory; also what its files lie on.
 pub(super) fn assemble(mut tree: Tree) -> (Catalog, Bases) {
@@ -177,8 +177,8 @@ impl<'a> Fates<'a> {
             Some(Err(_)) => self.tree.former.get(&file).cloned(),
             None => None,
         };
-        let path = |file: FileId| self.tree.files[file].path.clone();
-        (0..self.lies.len()).filter_map(|f| Some((path(f), base(f)?))).collect()
+        let probed = |file: FileId| self.tree.files[file].probed.clone();
+        (0..self.lies.len()).filter_map(|f| Some((probed(f), base(f)?))).collect()
     }
 
     /// Decides about `file` and everything below it.

@@ -1,6 +1,7 @@
 //! What one file of a backup directory holds, remembered from scan to scan.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -51,11 +52,17 @@ type ManifestResult = std::result::Result<Option<Arc<Brief>>, Finding>;
 /// what changed, and yields the same [`SourceFile`]s for what did not.
 #[derive(Debug, Default)]
 pub struct ProbeCache {
-    files: HashMap<PathBuf, Arc<Probed>>,
-    manifests: HashMap<PathBuf, (Identity, ManifestResult)>,
-    /// What each file lay on. Where only names say so, the loss of that file must not make it lie on
-    /// the one before.
-    bases: HashMap<PathBuf, (Arc<Probed>, PathBuf)>,
+    /// By path, as a string of bytes: that is cheaper to hash than its components.
+    files: HashMap<OsString, Known>,
+    manifests: HashMap<OsString, (Identity, ManifestResult)>,
+}
+
+#[derive(Debug)]
+struct Known {
+    probed: Arc<Probed>,
+    /// What it lay on. Where only names say so, the loss of that file must not make it lie on the one
+    /// before.
+    base: Option<PathBuf>,
 }
 
 impl ProbeCache {
@@ -79,12 +86,13 @@ impl ProbeCache {
         previous: Option<&ProbeCache>,
     ) -> Arc<Probed> {
         let now = Identity::of(handle.metadata());
-        let known = previous.and_then(|p| p.files.get(path)).filter(|p| p.still_holds(&now));
-        let probed = match known {
-            Some(p) => p.clone(),
+        let known = previous.and_then(|p| p.files.get(path.as_os_str()));
+        let probed = match known.filter(|k| k.probed.still_holds(&now)) {
+            Some(known) => known.probed.clone(),
             None => Arc::new(look(path, handle, now, look_inside)),
         };
-        self.files.insert(path.to_path_buf(), probed.clone());
+        let known = Known { probed: probed.clone(), base: None };
+        self.files.insert(path.as_os_str().to_os_string(), known);
         probed
     }
 
@@ -95,11 +103,14 @@ impl ProbeCache {
         side: &Side,
         previous: Option<&Self>,
     ) -> ManifestResult {
+        if matches!(side, Side::None) {
+            return Ok(None);
+        }
         let image = path.file_name().unwrap_or_default();
         let file = manifest::file_name(image);
         let Some((at, handle)) = side.handle(&file)? else { return Ok(None) };
         let now = Identity::of(handle.metadata());
-        let known = previous.and_then(|p| p.manifests.get(&at));
+        let known = previous.and_then(|p| p.manifests.get(at.as_os_str()));
         let known = known.filter(|(id, read)| *id == now && read.is_ok());
         let entry = match known {
             Some(e) => e.clone(),
@@ -108,24 +119,24 @@ impl ProbeCache {
                 (now, read.map(|m| Some(Arc::new(m))).map_err(|e| Finding::from_error(&e, &at)))
             }
         };
-        self.manifests.insert(at, entry.clone());
+        self.manifests.insert(at.into_os_string(), entry.clone());
         entry.1
     }
 
     /// What those of `files` lay on that have not changed since.
     pub(super) fn bases_of(&self, files: &[FileEntry]) -> HashMap<FileId, PathBuf> {
         let base = |file: &FileEntry| {
-            let (then, base) = self.bases.get(&file.path)?;
-            Arc::ptr_eq(then, &file.probed).then(|| base.clone())
+            let known = self.files.get(file.path.as_os_str())?;
+            known.base.clone().filter(|_| Arc::ptr_eq(&known.probed, &file.probed))
         };
         files.iter().enumerate().filter_map(|(i, f)| Some((i, base(f)?))).collect()
     }
 
     /// Remembers what files lie on.
-    pub(super) fn remember_bases(&mut self, bases: Vec<(PathBuf, PathBuf)>) {
-        for (path, base) in bases {
-            if let Some(probed) = self.files.get(&path) {
-                self.bases.insert(path, (probed.clone(), base));
+    pub(super) fn remember_bases(&mut self, bases: Vec<(Arc<Probed>, PathBuf)>) {
+        for (probed, base) in bases {
+            if let Some(known) = self.files.get_mut(probed.file.path().as_os_str()) {
+                known.base = Some(base);
             }
         }
     }

@@ -113,7 +113,8 @@ pub(super) struct Tree {
     pub folders: Vec<Folder>,
     /// All files.
     pub files: Vec<FileEntry>,
-    by_path: HashMap<PathBuf, FileId>,
+    /// By path, as a string of bytes: that is cheaper to hash than its components.
+    by_path: HashMap<OsString, FileId>,
     /// What files lay on at the last scan, if they have not changed since.
     pub former: HashMap<FileId, PathBuf>,
     /// What belongs to no disk.
@@ -169,16 +170,16 @@ impl Tree {
     /// The walked file that `name`, as it stands in a file of `folder`, means. Purely by name.
     pub fn lookup(&self, folder: &Path, name: &Path) -> Option<FileId> {
         let path = normalise(folder, name)?;
-        if let Some(id) = self.by_path.get(&path) {
+        if let Some(id) = self.by_path.get(path.as_os_str()) {
             return Some(*id);
         }
         let inside = path.strip_prefix(&self.called).ok()?;
-        self.by_path.get(&self.root.join(inside)).copied()
+        self.by_path.get(self.root.join(inside).as_os_str()).copied()
     }
 
     /// Whether there is a walked file at `path`.
     pub fn has(&self, path: &Path) -> bool {
-        self.by_path.contains_key(path)
+        self.by_path.contains_key(path.as_os_str())
     }
 
     fn resolve_links(&mut self) {
@@ -319,7 +320,7 @@ impl Walk<'_> {
             Err(finding) => (None, Some(finding)),
         };
         let id = self.tree.files.len();
-        self.tree.by_path.insert(path.clone(), id);
+        self.tree.by_path.insert(path.as_os_str().to_os_string(), id);
         let entry = FileEntry { path, name: parsed, probed, manifest, manifest_problem };
         self.tree.files.push(entry);
         folder.files.push(id);
