@@ -200,19 +200,24 @@ impl SourceFile {
         SourceFile { path, identity, names, file: OnceLock::new(), changed }
     }
 
-    /// A file that is open already; `path` is what to call it in messages.
+    /// A file that is open already; `path` is what to call it.
     ///
     /// # Errors
     /// `Unsupported` for anything but a plain file, or what the operating system said.
+<<<<<<< ours
     pub fn opened(path: impl Into<PathBuf>, file: File) -> Result<Self> {
         let path = path.into();
+=======
+    pub fn of_open(file: File, path: PathBuf) -> Result<Self> {
+>>>>>>> theirs
         let meta =
             file.metadata().map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
         if !meta.is_file() {
             return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(&path));
         }
         let source = Self::with_identity(path, Identity::of(&meta));
-        Ok(SourceFile { file: OnceLock::from(file), ..source })
+        let _ = source.file.set(file);
+        Ok(source)
     }
 
     /// Whether an inode that now looks like `now` has the bytes that it had when it was looked at,

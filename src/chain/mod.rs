@@ -8,6 +8,7 @@
 mod assemble;
 mod foreign;
 mod group;
+pub mod leaving;
 mod link;
 pub mod manifest;
 pub mod name;

@@ -24,9 +24,10 @@ use crate::units::{counted, human_bytes};
 
 /// Restore a point to a file, a block device or standard output
 ///
-/// The target is written under a temporary name beside it and gets its own name when it is complete
+/// The target is written without a name, or under a temporary one, and gets its own when it is complete
 /// and on disk; whatever goes wrong before, nothing is there under that name. What a killed run
-/// left is removed by the next restore to the same target. Holes stay holes.
+/// left is removed by the next restore into the same folder. Of two restores to one target at the
+/// same time the second to end fails, unless it has --force. Holes stay holes.
 ///
 /// Where backup and target share an XFS or btrfs, ranges are cloned: nothing is copied, and no new
 /// space is taken. The output says which way it went.

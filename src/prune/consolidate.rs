@@ -16,8 +16,9 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::execute::{Known, replace};
+use crate::chain::leaving::{self, TEMPORARY};
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest, fingerprint_of};
-use crate::chain::removal::{self, Publish, Removal, TEMPORARY};
+use crate::chain::removal::{Publish, Removal};
 use crate::chain::{Catalog, Disk, Level, describe as describe_point, record_from};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder, Replace};
@@ -271,7 +272,7 @@ pub fn consolidate(disk: &Disk, plan: &Consolidation, how: How, work: &Work) -> 
     temp.publish_in(&side, OsStr::new(&temporary), Replace::Yes)?;
     let publish = Some(Publish { temporary: temporary.clone(), manifest });
     let removal = Removal { publish, remove: plan.remove.clone(), relink: Vec::new() };
-    removal::write_in(&dir, &removal).inspect_err(|_| {
+    leaving::write(&dir, &removal).inspect_err(|_| {
         let _ = side.remove_if_same(&temporary, made);
     })?;
     replace(&dir, removal, &known, work)?;

@@ -89,7 +89,7 @@ impl Temp {
     pub fn source(&self) -> Result<SourceFile> {
         let file = self.file().try_clone();
         let file = file.map_err(|e| target_error(e, "cannot read the file", &self.path))?;
-        SourceFile::opened(&self.path, file)
+        SourceFile::of_open(file, self.path.clone())
     }
 
     /// The folder that it is in.

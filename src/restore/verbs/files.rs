@@ -256,7 +256,7 @@ pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) 
     let info = {
         let file = dir.open_file(name);
         let file = file.map_err(|e| target_error(e, "cannot open the image", image))?;
-        crate::layer::probe(&SourceFile::opened(image, file)?)?
+        crate::layer::probe(&SourceFile::of_open(file, image.to_path_buf())?)?
     };
     let named = info.backing_file.as_deref().unwrap_or_default();
     if OsStr::new(named) == pointer
@@ -374,7 +374,7 @@ fn put_back(dir: &Folder, image: &OsStr, side: &Folder, saved: &OsStr) -> Result
         read().map_err(|e| target_error(e, "cannot read the saved header", &side.join(saved)))?;
     let Some((hash, cluster)) = bytes.split_at_checked(HASH_LEN) else { return Ok(()) };
     let Some(file) = folder::absent_is_none(dir.open_with(image, Access::ReadWrite))
-        .map_err(|e| not_alterable(e, path.clone()))?
+        .map_err(|e| not_put_back(e, image, side.join(saved)))?
     else {
         return Ok(());
     };
@@ -391,12 +391,21 @@ fn put_back(dir: &Folder, image: &OsStr, side: &Folder, saved: &OsStr) -> Result
     manifest::write_in(dir, &manifest::Manifest { blake3, fingerprint: Some(fingerprint), ..m })
 }
 
+/// The image is not one that a saved header can be put back into.
+fn not_put_back(e: std::io::Error, image: &OsStr, saved: PathBuf) -> Error {
+    let image = name::to_text(image);
+    target_error(e, &format!("the saved header cannot be put back into {image}"), &saved).remedy(
+        "make that a plain file with a single name (cp -a --reflink=auto, then mv), or verify the \
+         disk and remove the saved header",
+    )
+}
+
 /// What an image lies on by its own words: its manifest's parent, and the file name in its
 /// backing pointer. What is damaged says nothing.
 pub fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<OsString>) {
     let known = manifest::read_in(dir, image).ok().flatten();
     let parent = known.and_then(|m| m.parent).map(OsString::from);
-    let open = || SourceFile::opened(dir.join(image), dir.open_file(image).ok()?).ok();
+    let open = || SourceFile::of_open(dir.open_file(image).ok()?, dir.join(image)).ok();
     let pointer = open().and_then(|f| crate::layer::probe(&f).ok()).and_then(|i| i.backing_file);
     let pointer = pointer.filter(|p| !p.is_empty());
     let pointer = pointer.and_then(|p| Path::new(&p).file_name().map(OsStr::to_os_string));

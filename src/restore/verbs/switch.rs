@@ -356,7 +356,7 @@ fn replace_by_copy(plan: &Switch, dir: &Folder, side: &Folder, work: &Work) -> R
     let file = dir.open_file(&plan.interim).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
     let temp = Temp::create_in(side)?;
-    files::copy_from(&SourceFile::opened(&path, file)?, temp.file(), &path, work)?;
+    files::copy_from(&SourceFile::of_open(file, path.clone())?, temp.file(), &path, work)?;
     if let Err(e) = give(temp.file(), &meta) {
         log::warn!("{}: cannot keep mode and owner: {e}", path_text(&dir.join(&plan.full)));
     }
