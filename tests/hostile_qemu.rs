@@ -236,6 +236,7 @@ fn prepare(vm: &mut Vm, words: &[&str]) {
     if words[0] == "cleanup" {
         let out = vm.command(&["backup"]).output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        vm.stage.begin(None);
     }
     if words[0] == "recover" {
         // The filter is in, the guest is stopped and frozen.
