@@ -34,7 +34,6 @@ static ZEROS: [u8; PIECE as usize] = [0; PIECE as usize];
 /// # Errors
 /// It cannot be read, or changed meanwhile.
 pub fn file(path: &Path) -> Result<String> {
-<<<<<<< ours
     whole(&SourceFile::look(path)?)
 }
 
@@ -44,25 +43,20 @@ pub fn file(path: &Path) -> Result<String> {
 /// As [`file`].
 pub fn whole(file: &SourceFile) -> Result<String> {
     let jobs = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let hash = hash(file, jobs, &())?;
-=======
-    let jobs = std::thread::available_parallelism().map_or(1, |n| n.get());
-    file_with(path, jobs, &(), &|| Ok(()))
+    whole_with(file, jobs, &(), &|| Ok(()))
 }
 
 /// The same with `jobs` threads, which call `check` before each block.
 ///
 /// # Errors
 /// It cannot be read, or changed meanwhile; the first error of `check`.
-pub fn file_with(
-    path: &Path,
+pub fn whole_with(
+    file: &SourceFile,
     jobs: usize,
     progress: &dyn Progress,
     check: &Check,
 ) -> Result<String> {
-    let file = SourceFile::look(path)?;
-    let hash = hash_with(&file, jobs, progress, check)?;
->>>>>>> theirs
+    let hash = hash_with(file, jobs, progress, check)?;
     file.check_unchanged()?;
     Ok(hash.to_hex().to_string())
 }

@@ -204,12 +204,7 @@ impl SourceFile {
     ///
     /// # Errors
     /// `Unsupported` for anything but a plain file, or what the operating system said.
-<<<<<<< ours
-    pub fn opened(path: impl Into<PathBuf>, file: File) -> Result<Self> {
-        let path = path.into();
-=======
     pub fn of_open(file: File, path: PathBuf) -> Result<Self> {
->>>>>>> theirs
         let meta =
             file.metadata().map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
         if !meta.is_file() {

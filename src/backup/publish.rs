@@ -193,7 +193,7 @@ impl Held {
     fn source(&self) -> Result<SourceFile> {
         let file = folder::reopen(&self.file, Access::Read);
         let file = file.map_err(|e| self.failed(e, "cannot open the image"))?;
-        SourceFile::opened(self.path.clone(), file)
+        SourceFile::of_open(file, self.path.clone())
     }
 
     fn failed(&self, e: std::io::Error, what: &str) -> Error {

@@ -8,7 +8,6 @@
 mod assemble;
 mod foreign;
 mod group;
-pub mod leaving;
 mod link;
 pub mod manifest;
 pub mod name;

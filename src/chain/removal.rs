@@ -3,14 +3,8 @@
 //!
 //! A manifest whose image is gone speaks of a lost point, unless its name is listed here.
 
-<<<<<<< ours
 use std::ffi::OsStr;
 use std::io::{self, ErrorKind};
-=======
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
->>>>>>> theirs
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -18,10 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::manifest::{FOLDER, Manifest, plain_name};
 use super::unfinished::{self, MAX_JOURNAL};
 use crate::error::{Error, Kind, Result};
-<<<<<<< ours
 use crate::folder::{Folder, PlainName};
-=======
->>>>>>> theirs
 
 /// The journal's name, in the folder for manifests.
 pub const NAME: &str = "removal.journal";
@@ -115,7 +106,6 @@ pub(super) fn pending_in(side: &Folder) -> Vec<String> {
     leaving.extend(unfinished::leaving_by_fold(side));
     leaving
 }
-<<<<<<< ours
 
 /// Begins the temporary names of new images.
 pub const TEMPORARY: &str = "consolidate-";
@@ -248,5 +238,3 @@ mod tests {
         }
     }
 }
-=======
->>>>>>> theirs

@@ -16,9 +16,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::execute::{Known, replace};
-use crate::chain::leaving::{self, TEMPORARY};
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest, fingerprint_of};
-use crate::chain::removal::{Publish, Removal};
+use crate::chain::removal::{self, Publish, Removal, TEMPORARY};
 use crate::chain::{Catalog, Disk, Level, describe as describe_point, record_from};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder, Replace};
@@ -272,14 +271,13 @@ pub fn consolidate(disk: &Disk, plan: &Consolidation, how: How, work: &Work) -> 
     temp.publish_in(&side, OsStr::new(&temporary), Replace::Yes)?;
     let publish = Some(Publish { temporary: temporary.clone(), manifest });
     let removal = Removal { publish, remove: plan.remove.clone(), relink: Vec::new() };
-    leaving::write(&dir, &removal).inspect_err(|_| {
+    removal::write_in(&dir, &removal).inspect_err(|_| {
         let _ = side.remove_if_same(&temporary, made);
     })?;
     replace(&dir, removal, &known, work)?;
     Ok(summary)
 }
 
-<<<<<<< ours
 /// Which files go, as the folder was read; fails if one of those that stay, and get another backing
 /// pointer, cannot be altered.
 fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<Known> {
@@ -299,11 +297,11 @@ fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<Known> {
         }
     }
     Ok(known)
-=======
+}
+
 /// BLAKE3 of a file in hexadecimal.
-fn hash(path: &Path, work: &Work) -> Result<String> {
-    crate::hash::file_with(path, work.workers, work.progress, &|| work.check())
->>>>>>> theirs
+fn hash(file: &SourceFile, work: &Work) -> Result<String> {
+    crate::hash::whole_with(file, work.workers, work.progress, &|| work.check())
 }
 
 /// Whether what is merged is what was backed up. The new FULL gets a hash of its own: damage that is
@@ -313,7 +311,7 @@ fn check_sources(disk: &Disk, point: usize, work: &Work) -> Result<()> {
         let path = &disk.points[i].source;
         let known = verbs::files::manifest_of(path)?.and_then(|m| m.blake3);
         let Some(wanted) = known else { continue };
-        if hash(path, work)? != wanted {
+        if hash(&SourceFile::look(path)?, work)? != wanted {
             let what = "its bytes are not those of its manifest's hash";
             return Err(Error::new(Kind::Unsound, what).at_path(path).remedy(
                 "restore this file from another copy, or begin a new chain with a FULL; \
@@ -406,22 +404,17 @@ fn describe(
         let what = format!("the new image is not as it should be: {}", f.message);
         return Err(Error::new(Kind::Corrupt, what).at_path(path));
     }
-    let hash = hash(path, work)?;
+    let hash = hash(&file, work)?;
     m.image = plan.image.clone();
     m.level = Level::Full;
     m.parent = None;
     m.format = ImageFormat::Qcow2;
     m.content = Contents::Full;
     m.file_size = file.len();
-<<<<<<< ours
-    m.blake3 = Some(hash.to_hex().to_string());
+    m.blake3 = Some(hash);
     let fingerprint = fingerprint_of(made.file());
     m.fingerprint =
         Some(fingerprint.map_err(|e| Error::io(e, "cannot read the image").at_path(path))?);
-=======
-    m.blake3 = Some(hash);
-    m.fingerprint = Some(fingerprint(path)?);
->>>>>>> theirs
     if !plan.children.is_empty() {
         // Later points have bitmaps of their own. What a FULL's bitmap is needed for then is the
         // next DIFF: the old FULL's holds more than that, so it is as right.

@@ -12,9 +12,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::plan::Plan;
-use crate::chain::leaving;
 use crate::chain::manifest::{Manifest, fingerprint_of};
-use crate::chain::removal::{Publish, Removal};
+use crate::chain::removal::{self, Publish, Removal};
 use crate::chain::{Catalog, Disk, manifest};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{FileId, Folder};
@@ -65,9 +64,9 @@ pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Resul
         let folder = verbs::open_folder(&dir)?;
         going.check_folder(&folder)?;
         let removal = Removal { remove: going.names, ..Removal::default() };
-        leaving::write(&folder, &removal)?;
+        removal::write_in(&folder, &removal)?;
         remove_all(&folder, &removal.remove, None, &going.known, progress)?;
-        leaving::clear(&folder)?;
+        removal::clear_in(&folder)?;
     }
     Ok(())
 }
@@ -263,13 +262,13 @@ fn remove_one(
 pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     let dir = &verbs::open_folder(dir)?;
     verbs::recover(dir, work)?;
-    let Some(removal) = leaving::read(dir)? else { return Ok(()) };
+    let Some(removal) = removal::read_in(dir)? else { return Ok(()) };
     let path = path_text(dir.path());
     work.progress.note(&format!("finishing what an earlier run began in {path}"));
     let known = Known::new();
     let Some(publish) = &removal.publish else {
         remove_all(dir, &removal.remove, None, &known, work.progress)?;
-        return leaving::clear(dir);
+        return removal::clear_in(dir);
     };
     let temporary = verbs::side_folder(dir)?.has(&publish.temporary);
     // The temporary file was complete and synced before the journal was written.
@@ -277,7 +276,7 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
         return replace(dir, removal, &known, work);
     }
     // Without it nothing went; a pointer that is gone already is no loss.
-    leaving::clear(dir)
+    removal::clear_in(dir)
 }
 
 /// Publishes a new image and removes what it replaces. Every step may be done already.
@@ -304,7 +303,7 @@ pub(super) fn replace(
     let linked: Vec<String> = linked.filter(|n| !noted.contains(n)).collect();
     removal.relink.extend(linked);
     if removal.relink.len() > before {
-        leaving::write(dir, &removal)?;
+        removal::write_in(dir, &removal)?;
     }
     removal.relink.iter().try_for_each(|n| without_pointer(dir, n, &new, work))?;
     publish_new(dir, &publish, known)?;
@@ -315,7 +314,7 @@ pub(super) fn replace(
     }
     remove_all(dir, &removal.remove, Some(&new), known, work.progress)?;
     relink(dir, &removal.relink, &new, work)?;
-    leaving::clear(dir)
+    removal::clear_in(dir)
 }
 
 /// What stays and lies on what goes, also what a backup has added since an earlier run was broken

@@ -7,15 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use super::content;
 use crate::chain::Point;
-<<<<<<< ours
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::check::{self as structure, Collected};
-=======
-use crate::error::{Error, Finding, Kind, Result, Severity, path_text};
->>>>>>> theirs
 use crate::layer::{self, Format, LayerSpec, Part};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};
+use crate::text::path_text;
 use crate::units::human_bytes;
 
 /// Files of at least this size get all threads to themselves.

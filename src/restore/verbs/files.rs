@@ -1,11 +1,7 @@
 //! Steps on single files: checking, copying, hashing, changing a backing pointer.
 
 use std::ffi::{OsStr, OsString};
-<<<<<<< ours
 use std::fs::{File, FileTimes};
-=======
-use std::fs::{File, FileTimes, OpenOptions};
->>>>>>> theirs
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -82,28 +78,11 @@ pub fn hash(path: &Path, work: &Work) -> Result<String> {
 /// BLAKE3 of an open file, called `path`.
 ///
 /// # Errors
-<<<<<<< ours
-/// Reading failed, `Interrupted`.
-pub fn hash_of(file: &File, path: &Path, work: &Work) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    let mut buf = vec![0; BUFFER];
-    let mut at = 0;
-    loop {
-        work.check()?;
-        let read = file.read_at(&mut buf, at);
-        match read.map_err(|e| Error::io(e, "reading failed").at_path(path).at_offset(at))? {
-            0 => return Ok(hasher.finalize().to_hex().to_string()),
-            n => {
-                hasher.update(&buf[..n]);
-                at += n as u64;
-            }
-        }
-    }
-=======
 /// Reading failed, it changed meanwhile, `Interrupted`.
-pub fn hash(path: &Path, work: &Work) -> Result<String> {
-    crate::hash::file_with(path, work.workers, &(), &|| work.check())
->>>>>>> theirs
+pub fn hash_of(file: &File, path: &Path, work: &Work) -> Result<String> {
+    let file = file.try_clone().map_err(|e| Error::io(e, "cannot use the file").at_path(path))?;
+    let source = SourceFile::of_open(file, path.to_path_buf())?;
+    crate::hash::whole_with(&source, work.workers, &(), &|| work.check())
 }
 
 /// Copies `from` into the empty file `to` (called `path`): cloned where that works, holes stay
