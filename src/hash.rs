@@ -252,6 +252,8 @@ pub fn in_parallel<S>(
 }
 
 #[cfg(test)]
+// Lists of ranges, some of which have one.
+#[allow(clippy::single_range_in_vec_init)]
 mod tests {
     use super::*;
     use crate::error::Kind;
