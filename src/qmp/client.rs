@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::address::Address;
-use super::budget::short;
+use super::budget::{clip, short};
 use super::socket::in_use;
 use super::steps::{answer_timeout, step};
 use super::types::{Features, Version};
@@ -25,6 +25,9 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How many commands are known at most (QEMU 10 has some 250), and of how many bytes.
 const COMMANDS: usize = 4096;
 const LONGEST_NAME: usize = 64;
+
+/// How much of a refusal is looked at, in characters: more than a name of 4096 that it may repeat.
+const LONGEST_REASON: usize = 8192;
 
 /// The longest list that is read: of jobs, exports, nodes. Beyond any machine that QEMU can emulate.
 const LONGEST_LIST: usize = 16_384;
@@ -44,7 +47,7 @@ impl From<Refusal> for Error {
         if r.class == "CommandNotFound" {
             return missing(&r.command);
         }
-        Error::new(Kind::Peer, format!("QEMU refused {}: {}", r.command, r.desc))
+        Error::new(Kind::Peer, format!("QEMU refused {}: {}", r.command, short(&r.desc)))
     }
 }
 
@@ -380,7 +383,8 @@ pub fn check_length(answer: &Value, command: &str) -> Result<()> {
 
 fn refusal(command: &str, e: &Value) -> Refusal {
     let text = |k: &str| e.get(k).and_then(Value::as_str).unwrap_or("(no reason)");
-    let text = |k: &str| short(text(k));
+    // QEMU repeats what it was given, and says at the end what is wrong with it.
+    let text = |k: &str| clip(text(k), LONGEST_REASON);
     Refusal { class: text("class"), desc: text("desc"), command: command.to_string() }
 }
 
