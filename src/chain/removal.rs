@@ -71,7 +71,7 @@ pub fn read(dir: &Path) -> Result<Option<Removal>> {
 }
 
 /// As [`read`], in the folder for manifests.
-fn read_side(side: &Folder) -> Result<Option<Removal>> {
+pub(super) fn read_side(side: &Folder) -> Result<Option<Removal>> {
     let path = || side.join(NAME);
     let bytes = side.read_if_there(NAME, MAX_JOURNAL).map_err(|e| cannot_read(e, &path()))?;
     let Some(bytes) = bytes else { return Ok(None) };

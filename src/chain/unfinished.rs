@@ -68,7 +68,7 @@ fn finding(side: &Folder, journal: &Entry) -> Finding {
     let path = side.join(&journal.name);
     let broken = match journal.kind {
         EntryKind::File if journal.name == FOLD => read_fold(side).err(),
-        EntryKind::File if journal.name == removal::NAME => removal::read_in(side).err(),
+        EntryKind::File if journal.name == removal::NAME => removal::read_side(side).err(),
         EntryKind::File => None,
         _ => {
             let what = "it has the name of a journal, and is not a plain file";

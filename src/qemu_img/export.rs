@@ -56,6 +56,10 @@ pub struct Export<'a> {
     writable: bool,
 }
 
+/// A client that asks for nothing for so long has met what it cannot handle; it thinks much less
+/// between two requests.
+const LONGEST_SILENCE: std::time::Duration = std::time::Duration::from_secs(600);
+
 /// What the client asks for.
 struct Request {
     kind: u16,
@@ -64,22 +68,27 @@ struct Request {
     len: u32,
 }
 
+fn whole_sectors(size: u64) -> u64 {
+    size.min(i64::MAX as u64 - 4095).next_multiple_of(512)
+}
+
 impl<'a> Export<'a> {
     /// One that is only read.
     pub fn reading(image: &'a OpenFile<'a>) -> Self {
-        Export { image, size: image.length(), writable: false }
+        // Whole sectors: QEMU waits for ever for one that is not whole.
+        Export { image, size: whole_sectors(image.length()), writable: false }
     }
 
     /// One of `size` bytes that may be written; the file grows as far as that is done.
     pub fn writing(image: &'a OpenFile<'a>, size: u64) -> Self {
-        // Whole sectors, so that no client has to care for a last part of one.
-        let size = size.min(i64::MAX as u64 - 4095).next_multiple_of(512);
-        Export { image, size, writable: true }
+        Export { image, size: whole_sectors(size), writable: true }
     }
 
     /// Serves until the client goes. The first error that the file's operating system reported.
     pub fn serve(&self, socket: &UnixStream) -> Option<io::Error> {
         let mut failed = None;
+        // A client that neither asks nor goes is stuck, and its checks of time do not see it.
+        let _ = socket.set_read_timeout(Some(LONGEST_SILENCE));
         let mut socket = socket;
         // What is wrong with the connection, the client knows best.
         if let Ok(true) = self.shake_hands(&mut socket) {
@@ -191,13 +200,13 @@ impl<'a> Export<'a> {
         }
     }
 
-    /// Behind the end of a file that may grow there are zeros.
+    /// Behind the end of a file that may grow, and in the rest of a last sector, there are zeros.
     fn read(&self, from: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut buf = vec![0; len];
         let mut done = 0;
         while done < len {
             match self.image.read_at(&mut buf[done..], from + done as u64) {
-                Ok(0) if self.writable => break,
+                Ok(0) if self.writable || from + done as u64 >= self.image.length() => break,
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => done += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
