@@ -121,6 +121,12 @@ pub(super) struct Tree {
     pub findings: Vec<Finding>,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// How many times a thread has scanned a directory.
+    pub(crate) static SCANS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// Finds the disks, chains and points of the backup directory `root`. `previous` is what the last
 /// scan of it gave back: files that have not changed since are not read again.
 ///
@@ -131,6 +137,8 @@ pub fn scan(
     options: &ScanOptions,
     previous: Option<&ProbeCache>,
 ) -> Result<(Catalog, ProbeCache)> {
+    #[cfg(test)]
+    SCANS.set(SCANS.get() + 1);
     let failed = |e| Error::io(e, "cannot read the backup directory").at_path(root);
     let path = folder::resolve(root).map_err(failed)?;
     let top = folder::Folder::open(&path).map_err(failed)?;

@@ -172,3 +172,24 @@ fn nonsense_ends_the_connection() {
         assert_eq!(left, b"abcdef");
     }
 }
+
+#[test]
+fn a_file_that_ends_within_a_sector_is_checked() {
+    if !have("a_file_that_ends_within_a_sector_is_checked") {
+        return;
+    }
+    // A header of version 2 for an empty disk, and nothing else.
+    let mut header = b"QFI\xfb\0\0\0\x02".to_vec();
+    header.resize(72, 0);
+    header[23] = 16;
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&header, 0).unwrap();
+    // Long after it should have ended: a guard, no limit.
+    let looks = std::sync::atomic::AtomicU32::new(0);
+    let stop = || match looks.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+        20_000.. => Err(Error::new(Kind::Timeout, "it does not end")),
+        _ => Ok(()),
+    };
+    let result = check(&file, Path::new("image"), &stop);
+    assert_ne!(result.err().map(|e| e.kind()), Some(Kind::Timeout));
+}

@@ -468,3 +468,48 @@ fn outcome_of(finding: &Finding) -> Outcome {
         _ => Outcome::Unsound,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::scan::{SCANS, ScanOptions, scan};
+
+    /// A version 2 image whose L1 entry leads to `l2`.
+    fn qcow2(l2: u64) -> Vec<u8> {
+        let mut bytes = b"QFI\xfb\0\0\0\x02".to_vec();
+        bytes.resize(0x30000, 0);
+        bytes[23] = 16;
+        bytes[24..32].copy_from_slice(&(1u64 << 20).to_be_bytes());
+        bytes[36..40].copy_from_slice(&1u32.to_be_bytes());
+        bytes[40..48].copy_from_slice(&0x10000u64.to_be_bytes());
+        bytes[0x10000..0x10008].copy_from_slice(&l2.to_be_bytes());
+        bytes
+    }
+
+    #[test]
+    fn many_points_stand_as_each_by_itself_and_the_directory_is_looked_at_once_more() {
+        for count in [3, 30] {
+            let dir = tempfile::tempdir().unwrap();
+            for i in 0..count {
+                // Some are raw, and have nothing that could be wrong; in others a table is missing.
+                let bytes = if i % 3 == 0 { vec![7; 4096] } else { qcow2(0x12_0000) };
+                std::fs::write(dir.path().join(format!("FULL-{i}-d{i}")), bytes).unwrap();
+            }
+            let (catalog, _) = scan(dir.path(), &ScanOptions::default(), None).unwrap();
+            let points: Vec<_> = (0..catalog.disks.len()).map(|d| (d, 0)).collect();
+            assert_eq!(points.len(), count);
+            let before = SCANS.get();
+            let all = quick(&catalog, &points).unwrap();
+            assert_eq!(SCANS.get() - before, 1);
+            for ((d, i), standing) in points.iter().zip(&all) {
+                let point = Some(catalog.disks[*d].point_path(*i));
+                let options = Options { quick: true, point, ..Options::default() };
+                let alone = verify(&catalog, &options, &()).unwrap();
+                let alone = (alone.outcome, alone.points[0].reason.clone());
+                assert_eq!((standing.outcome, standing.reason.clone()), alone);
+            }
+            assert!(all.iter().any(|s| s.outcome == Outcome::Unsound));
+            assert!(all.iter().any(|s| s.outcome == Outcome::Unproven));
+        }
+    }
+}

@@ -94,3 +94,73 @@ pub(super) fn untold(
     let new = |f: &&Finding| !told.contains(&key(f)) && own.insert(key(f));
     disk.findings.iter().filter(wanted).filter(new).cloned().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::chain::Point;
+
+    fn point(name: String, parent: Option<usize>) -> Point {
+        Point {
+            source: Path::new("/d").join(&name),
+            name,
+            level: Level::Inc,
+            chain: String::new(),
+            parent,
+            time: 0,
+            size: 0,
+            own_bytes: 0,
+            consistency: None,
+            layers: Vec::new(),
+            unavailable: None,
+        }
+    }
+
+    /// Whether finding `f` makes point `i` suspect, looked at one by one.
+    fn is_hit(disk: &Disk, i: usize, f: &Finding) -> bool {
+        let own = disk.points[i].source.file_name().map(parse);
+        let unfinished = match f.kind {
+            Kind::Incomplete => f.path.file_name().and_then(parse_partial),
+            _ => None,
+        };
+        match (unfinished, own) {
+            (Some((_, before, of)), Some(Name::Backup { stamp, disk, .. })) => {
+                stamp > before && disk == of
+            }
+            (Some(_), _) => false,
+            (None, _) => {
+                let below = disk.points[i].parent.map(|j| &disk.points[j].source);
+                f.kind == Kind::Changed && below == Some(&f.path)
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_finding_that_concerns_a_point_says_why(
+            stamps in prop::collection::vec((1u32..30, 0u8..2), 1..20),
+            findings in prop::collection::vec((1u32..30, 0u8..2, 0u8..3), 0..12),
+        ) {
+            let name = |(stamp, disk): &(u32, u8)| format!("INC-{stamp}-d{disk}");
+            let points = stamps.iter().enumerate().map(|(i, s)| point(name(s), i.checked_sub(1)));
+            let finding = |(n, (stamp, disk, kind)): (usize, &(u32, u8, u8))| {
+                let path = match kind {
+                    0 => format!("/d/INC-{stamp}-d{disk}.partial"),
+                    _ => format!("/d/INC-{stamp}-d{disk}"),
+                };
+                let kind = if *kind == 0 { Kind::Incomplete } else { Kind::Changed };
+                Finding::warning(kind, path, format!("number {n}"))
+            };
+            let findings: Vec<Finding> = findings.iter().enumerate().map(finding).collect();
+            let disk = Disk { path: "d".into(), points: points.collect(), findings };
+            let found = suspects(&disk, &Records::read(&disk));
+            for i in 0..disk.points.len() {
+                let first = disk.findings.iter().find(|f| is_hit(&disk, i, f));
+                let says = |f: &Finding| found.get(&i).is_some_and(|w| w.ends_with(&f.message));
+                prop_assert!(first.map_or(!found.contains_key(&i), says), "{i} {found:?}");
+            }
+        }
+    }
+}

@@ -165,6 +165,33 @@ fn what_a_broken_chain_may_lie_on_stays() {
 }
 
 #[test]
+fn reasons_do_not_grow_with_the_square_of_the_points() {
+    let reasons = |count: usize| {
+        let mut disk = year(false);
+        let pattern = disk.items[0].clone();
+        disk.items = (0..count)
+            .map(|i| Item {
+                name: i.to_string(),
+                time: i as i64,
+                level: if i % 2 == 0 { Level::Full } else { Level::Inc },
+                served: i % 2 == 0,
+                lies_on_unknown: i % 2 == 1,
+                file: format!("d/{i}").into(),
+                chain: i.to_string(),
+                ..pattern.clone()
+            })
+            .collect();
+        let rules = Rules { last: 1, ..Default::default() };
+        let plan = plan(&[disk], &rules, &TimeZone::UTC, Manner::default());
+        // The last is lost, and may lie on anything.
+        assert!(plan.disks[0].points.iter().all(|p| !p.keep.is_empty()));
+        plan.disks[0].points.iter().map(|p| p.keep.len()).sum::<usize>()
+    };
+    let (few, many) = (reasons(40), reasons(400));
+    assert!(few >= 40 && many <= 11 * few, "{few} {many}");
+}
+
+#[test]
 fn the_last_complete_run_and_whole_runs_stay() {
     let (mut a, mut b) = (year(false), year(false));
     b.disk = "vm/sdb".into();
