@@ -9,7 +9,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use crate::text::{path_text, to_text, visible};
+use crate::text::{path_text, visible};
 
 /// Result of nearly everything here.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -37,10 +37,10 @@ pub fn file(path: &Path) -> Result<String> {
     whole(&SourceFile::look(path)?)
 }
 
-/// As [`file`], of a file that was looked at already.
+/// As [`file()`], of a file that was looked at already.
 ///
 /// # Errors
-/// As [`file`].
+/// As [`file()`].
 pub fn whole(file: &SourceFile) -> Result<String> {
     let jobs = std::thread::available_parallelism().map_or(1, |n| n.get());
     whole_with(file, jobs, &(), &|| Ok(()))

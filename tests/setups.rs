@@ -406,7 +406,6 @@ fn refuse_all_that_is_new() -> std::io::Result<()> {
 }
 
 #[test]
-#[ignore = "until the locks of src/lock.rs are taken by way of the folder gate"]
 fn a_share_that_has_none_of_what_is_new_is_worked_on() {
     let Some(scene) = Scene::new("a_share_that_has_none_of_what_is_new_is_worked_on", 0) else {
         return;

@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::names;
-use crate::error::{Error, Result, path_text};
+use crate::error::{Error, Result};
 use crate::folder::{self, FileId, Folder};
+use crate::text::path_text;
 
 /// The longest note, in bytes: a path and two numbers, in JSON.
 pub const LONGEST_NOTE: u64 = 64 << 10;

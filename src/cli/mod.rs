@@ -123,7 +123,7 @@ fn become_owner(command: &mut Command) -> Result<()> {
         return Ok(());
     }
     let Some(owner) = privileges::Owner::of(dir)? else { return Ok(()) };
-    log::info!("working as {}, the owner of {}", owner.name(), crate::error::path_text(dir));
+    log::info!("working as {}, the owner of {}", owner.name(), crate::text::path_text(dir));
     if let Command::Backup(a) = command {
         a.give_state_to(&owner)?;
     }

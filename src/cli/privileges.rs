@@ -11,8 +11,9 @@ use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::{paths, users};
-use crate::error::{Error, Kind, Result, visible};
+use crate::error::{Error, Kind, Result};
 use crate::folder;
+use crate::text::visible;
 
 /// The highest capability number that the kernel's sets have room for.
 const CAPABILITIES: u64 = 64;

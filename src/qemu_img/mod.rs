@@ -6,14 +6,14 @@
 //! the QEMU that wrote them, decides every byte. So it runs with nothing to lose:
 //!
 //! - It opens no file. Each image is served to it by this process over a socket pair (the NBD
-//!   protocol, [`export`]), out of a descriptor that the caller opened. A descriptor of the image
+//!   protocol, `export`), out of a descriptor that the caller opened. A descriptor of the image
 //!   itself would not do: QEMU opens files by name only, and `/proc/self/fd/N` asks the file's
 //!   permissions again, which are those of root or of a stranger.
 //! - Nothing is probed and no pointer in an image is followed: its graph is spelled out, each
 //!   driver by name, with an explicit backing image or none. (An image that gets one loses its
 //!   own pointer before, as QEMU would use both.) Images that keep their data in
 //!   another file, and encrypted ones, are refused before it is started.
-//! - It has no rights and little of anything else: see [`confine`].
+//! - It has no rights and little of anything else: see `confine`.
 //! - It ends when the caller is told to stop, when this process ends, and when it takes much longer
 //!   than a sound image does; its words are bounded.
 

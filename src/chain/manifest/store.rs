@@ -163,10 +163,10 @@ pub fn write(dir: &Path, manifest: &Manifest) -> Result<PathBuf> {
     Ok(manifest_path(dir, OsStr::new(&manifest.image)))
 }
 
-/// As [`write`], in a folder that is held.
+/// As [`write()`], in a folder that is held.
 ///
 /// # Errors
-/// See [`write`].
+/// See [`write()`].
 pub fn write_in(dir: &Folder, manifest: &Manifest) -> Result<()> {
     let image = OsStr::new(&manifest.image);
     plain(image).map_err(|e| {
