@@ -498,8 +498,9 @@ fn a_consolidation_gives_no_other_file_away() {
         return;
     }
     let scene = Scene::new();
-    let mode = std::fs::Permissions::from_mode(0o4777);
-    std::fs::set_permissions(&scene.images[1], mode).unwrap();
+    for image in &scene.images[..2] {
+        std::fs::set_permissions(image, std::fs::Permissions::from_mode(0o4777)).unwrap();
+    }
     let kept = tempfile::tempdir().unwrap();
     run("cp", &["-a", s(&scene.disk), s(kept.path())]);
     let swap = |stop: &AtomicBool| {
@@ -521,7 +522,7 @@ fn a_consolidation_gives_no_other_file_away() {
         disturbed(swap, || fleecefs(&["consolidate", s(&scene.root), "sda", "--until", until]));
         scene.check_outside(&format!("run {i}"));
     }
-    // Undisturbed, the new FULL has the point's mode, but gives nobody its owner's rights.
+    // Undisturbed, the new FULL has the mode of what it is made of, but gives nobody its owner's rights.
     std::fs::remove_dir_all(&scene.disk).unwrap();
     run("cp", &["-a", s(&kept.path().join("sda")), s(&scene.disk)]);
     let out = fleecefs(&["consolidate", s(&scene.root), "sda", "--until", until]);
@@ -564,4 +565,79 @@ fn what_root_restores_into_the_folder_of_another_is_roots() {
         assert!(!out.status.success());
         scene.check_outside("a link as the target");
     }
+}
+
+/// Whether files can be given to another user; in CI it is a failure if not.
+fn can_give(test: &str) -> bool {
+    // SAFETY: geteuid has no preconditions.
+    let root = unsafe { libc::geteuid() } == 0;
+    assert!(root || std::env::var_os("CI").is_none(), "{test} needs root");
+    if !root {
+        println!("skipped: {test} needs root");
+    }
+    root && have(test, &TOOLS)
+}
+
+/// A user who is neither root nor the caller.
+const STRANGER: u32 = 65534;
+
+fn give(path: &Path, mode: u32) {
+    std::os::unix::fs::chown(path, Some(STRANGER), Some(STRANGER)).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn assert_private(path: &Path) {
+    let meta = std::fs::metadata(path).unwrap();
+    assert_eq!((meta.uid(), meta.mode() & 0o7777), (0, 0o600), "{path:?}");
+}
+
+#[test]
+fn what_is_made_of_several_files_is_not_given_to_the_owner_of_one() {
+    if !can_give("what_is_made_of_several_files_is_not_given_to_the_owner_of_one") {
+        return;
+    }
+    let scene = || {
+        let scene = Scene::new();
+        for image in &scene.images {
+            std::fs::set_permissions(image, std::fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        scene
+    };
+    // The last is the stranger's, then the first.
+    let s1 = scene();
+    give(&s1.images[2], 0o644);
+    let out = fleecefs(&["consolidate", s(&s1.root), "sda", "--until", "latest"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_private(&s1.disk.join(name(&s1.images[2]).replace("INC-", "FULL-")));
+    let s2 = scene();
+    give(&s2.images[0], 0o644);
+    let out = fleecefs(&["commit", s(&s2.disk)]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_private(&s2.images[0]);
+}
+
+#[test]
+fn a_file_that_a_stranger_put_there_gives_its_owner_nothing() {
+    if !can_give("a_file_that_a_stranger_put_there_gives_its_owner_nothing") {
+        return;
+    }
+    let scene = Scene::new();
+    let shared = scene.root.with_file_name("shared");
+    std::fs::create_dir(&shared).unwrap();
+    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o1777)).unwrap();
+    let target = shared.join("disk.raw");
+    std::fs::write(&target, "x").unwrap();
+    give(&target, 0o644);
+    let restore = || {
+        let out = fleecefs(&["restore", "--force", s(&scene.root), "sda/latest", s(&target)]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    };
+    restore();
+    assert_private(&target);
+    // In a folder of root's own the file is root's gift to him: a disk of QEMU's user, say.
+    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o755)).unwrap();
+    give(&target, 0o640);
+    restore();
+    let meta = std::fs::metadata(&target).unwrap();
+    assert_eq!((meta.uid(), meta.mode() & 0o7777), (STRANGER, 0o640));
 }

@@ -299,7 +299,7 @@ impl Run<'_> {
         m.failed = failed.to_vec();
         m.config_files = vm::keep_config(&self.config, d.folder()?, &self.run)?;
         let hash = !self.options.no_hash;
-        let m = publish::publish(d.folder()?, m, hash, d.held()?)?;
+        let m = publish::publish(d.folder()?, m, hash, d.held()?, &|| Ok(()))?;
         d.held = None;
         self.beside(d);
         d.state = State::Done(Box::new(m));

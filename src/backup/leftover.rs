@@ -64,9 +64,19 @@ fn parse(note: &[u8]) -> Made {
     }
 }
 
-/// Removes what a note in a backup directory names, if it is a fleece image of ours.
-pub fn remove_noted(note: &[u8]) {
+/// Removes what a note in the folder `dir` names, if it is a fleece image of ours in that folder. A
+/// note may be the work of the folder's owner: what it names elsewhere stays.
+pub fn remove_noted(note: &[u8], dir: &Path) {
     let made = parse(note);
+    if made.path.parent() != Some(dir) {
+        if folder::exists(&made.path) {
+            let path = path_text(&made.path);
+            log::warn!(
+                "{path}: may be the fleece image of an unfinished backup; remove it if no backup runs"
+            );
+        }
+        return;
+    }
     if let Err(e) = remove(&made) {
         log::warn!("{}", e.report());
     }
@@ -153,7 +163,7 @@ mod tests {
         let dir = d.path().canonicalize().unwrap();
         let path = dir.join(NAME);
         let removed = |path: &Path, id: Option<FileId>| {
-            remove_noted(&note(&Made { path: path.into(), id }));
+            remove_noted(&note(&Made { path: path.into(), id }), &dir);
             !folder::exists(path)
         };
         let make = || {
@@ -182,7 +192,9 @@ mod tests {
         std::fs::create_dir(dir.join("other")).unwrap();
         std::os::unix::fs::symlink(&dir, dir.join("other/link")).unwrap();
         let linked = dir.join("other/link").join(NAME);
-        remove_noted(&note(&Made { path: linked.clone(), id: None }));
+        remove_noted(&note(&Made { path: linked.clone(), id: None }), &dir);
+        // Nor does a note reach out of its folder.
+        remove_noted(&note(&Made { path: path.clone(), id: None }), &dir.join("other"));
         assert!(path.exists());
         remove_recorded(&Made { path: linked, id: None }).unwrap();
         assert!(!path.exists());
@@ -198,7 +210,7 @@ mod tests {
         let path = d.path().canonicalize().unwrap().join(NAME);
         std::fs::write(&path, "x").unwrap();
         std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
-        remove_noted(&note(&Made { path: path.clone(), id: None }));
+        remove_noted(&note(&Made { path: path.clone(), id: None }), path.parent().unwrap());
         assert!(path.exists());
         // What root makes on a share may belong to another user at once.
         let id = Some(FileId::of(&folder::look(&path).unwrap()));

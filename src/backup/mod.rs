@@ -46,6 +46,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::qmp::Address;
 
@@ -191,6 +192,39 @@ pub trait Watch: Send + Sync {
     fn say(&self, line: &str);
     /// A line that the user must not miss.
     fn warn(&self, line: &str);
+    /// Fails if long work that can be done later is to be given up.
+    ///
+    /// # Errors
+    /// `Interrupted`.
+    fn check_stop(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Another one, with the flag that a signal sets.
+pub(crate) struct Stopping<'a> {
+    /// Receives the lines.
+    pub watch: &'a dyn Watch,
+    /// Set by a signal or by `cancel`.
+    pub flag: &'a std::sync::atomic::AtomicBool,
+}
+
+impl Watch for Stopping<'_> {
+    fn disk(&self, name: &str) -> Arc<dyn Progress> {
+        self.watch.disk(name)
+    }
+    fn say(&self, line: &str) {
+        self.watch.say(line);
+    }
+    fn warn(&self, line: &str) {
+        self.watch.warn(line);
+    }
+    fn check_stop(&self) -> Result<()> {
+        match self.flag.load(std::sync::atomic::Ordering::SeqCst) {
+            true => Err(Error::new(Kind::Interrupted, "interrupted")),
+            false => Ok(()),
+        }
+    }
 }
 
 /// Tells nothing, but logs.

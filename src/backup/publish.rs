@@ -18,6 +18,7 @@ use crate::chain::Level;
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result, Severity};
 use crate::folder::{self, Access, EntryKind, FileId, Folder};
+use crate::hash::Check;
 use crate::layer::qcow2::check as structure;
 use crate::layer::qcow2::create::NewImage;
 use crate::qemu_img::{self, Verdict};
@@ -72,7 +73,7 @@ fn drop_fleece(folder: &Folder, image: &str) {
     let name = fleece_note(image);
     let removed = side.read_if_there(&name, leftover::LONGEST_NOTE).and_then(|note| {
         let Some(note) = note else { return Ok(()) };
-        leftover::remove_noted(&note);
+        leftover::remove_noted(&note, folder.path());
         side.remove_if_there(&name).map(drop)
     });
     if let Err(e) = removed {
@@ -208,7 +209,8 @@ fn taken(path: &Path) -> Error {
 }
 
 /// Publishes a complete image that QEMU has closed. `manifest` is completed with what only the
-/// finished file tells.
+/// finished file tells. `stop` is asked during long work; what it says ends that, and the image stays
+/// as it is.
 ///
 /// # Errors
 /// The image is unsound, or something could not be written; then it is no point.
@@ -217,17 +219,18 @@ pub fn publish(
     mut manifest: Manifest,
     hash: bool,
     held: &Held,
+    stop: &Check,
 ) -> Result<Manifest> {
     let partial = partial_name(&manifest.image);
     // First of all: what is read below comes out of the page cache, written or not.
     held.sync()?;
     held.require_name(folder, &partial)?;
-    check(&held.path, &held.file, manifest.virtual_size)?;
+    check(&held.path, &held.file, manifest.virtual_size, stop)?;
     step("checked");
     set_time(held, folder, &manifest)?;
     held.sync()?;
     step("synced");
-    complete(&mut manifest, held, hash)?;
+    complete(&mut manifest, held, hash, stop)?;
     // The announcement, now complete, is what a recovery after the rename writes as manifest.
     announce(folder, &manifest)?;
     step("announced");
@@ -281,12 +284,19 @@ pub fn discard_image(folder: &Folder, image: &str) -> Result<()> {
     gone.map_err(|e| Error::io(e, "cannot remove the image").at_path(folder.join(&name)))
 }
 
-fn complete(m: &mut Manifest, held: &Held, hash: bool) -> Result<()> {
+fn complete(m: &mut Manifest, held: &Held, hash: bool, stop: &Check) -> Result<()> {
     let source = held.source()?;
     m.file_size = source.identity().size;
     m.fingerprint = Some(held.fingerprint()?);
-    m.blake3 = if hash { Some(crate::hash::whole(&source)?) } else { None };
+    m.blake3 = if hash { Some(crate::hash::whole_with(&source, jobs(), &(), stop)?) } else { None };
     Ok(())
+}
+
+/// Tables of an image that holds next to nothing, in bytes.
+const MAX_TABLES: u64 = 64 << 20;
+
+fn jobs() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
 /// qemu-img's check, by which others judge an image that QEMU wrote: no error and no leak; and the
@@ -294,10 +304,16 @@ fn complete(m: &mut Manifest, held: &Held, hash: bool) -> Result<()> {
 ///
 /// That qemu-img could not look is no verdict: unless the image cannot be read by us either, it may
 /// be as good as any.
-fn check(path: &Path, file: &File, size: u64) -> Result<()> {
+fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
+    let longest = size.saturating_mul(2).saturating_add(MAX_TABLES);
+    let len =
+        file.metadata().map_err(|e| Error::io(e, "cannot look at the image").at_path(path))?.len();
+    if len > longest {
+        let what = format!("the image has {len} bytes, far more than a disk of {size} can take");
+        return Err(Error::new(Kind::Unsound, what).at_path(path));
+    }
     let info = crate::layer::probe(&OpenFile::new(file, path)?)?;
-    // Nothing stops it here but its own limits: what it looks at is all metadata.
-    match qemu_img::check(file, path, &|| Ok(())) {
+    match qemu_img::check(file, path, &|| stop()) {
         Ok(Verdict::Sound) => {}
         Ok(Verdict::Leaks(said) | Verdict::Damaged(said)) => {
             return Err(Error::new(Kind::Unsound, format!("qemu-img check: {said}")).at_path(path));
@@ -447,7 +463,8 @@ mod tests {
             }
             let e = rename(&folder, &held, "FULL-1-d").unwrap_err();
             assert_eq!(e.kind(), Kind::Unsound);
-            let e = publish(&folder, example("FULL-1-d", Level::Full, None), true, &held);
+            let e =
+                publish(&folder, example("FULL-1-d", Level::Full, None), true, &held, &|| Ok(()));
             assert_eq!(e.unwrap_err().kind(), Kind::Unsound);
             assert!(!d.path().join("FULL-1-d").exists());
             discard_image(&folder, "FULL-1-d").unwrap();

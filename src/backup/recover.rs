@@ -384,8 +384,9 @@ pub fn settle_image(
     // The announcement is completed after the image was closed, checked and synced.
     let checked = m.fingerprint.is_some();
     let done = if folder.has(publish::partial_name(image)) && (finished || checked) {
-        publish::Held::open(folder, image, made)
-            .and_then(|held| publish::publish(folder, m, true, &held).map(drop))
+        publish::Held::open(folder, image, made).and_then(|held| {
+            publish::publish(folder, m, true, &held, &|| watch.check_stop()).map(drop)
+        })
     } else if folder.has(image) && checked {
         adopt(folder, m)
     } else {

@@ -28,12 +28,12 @@ use super::seen::{Answers, survey};
 use super::space::Reserves;
 use super::work::Run;
 use super::{
-    LevelWish, Options, Watch, folders, names, nbdserver, now, plan, publish, recover, vm,
+    LevelWish, Options, Stopping, Watch, folders, names, nbdserver, now, plan, publish, recover, vm,
 };
 use crate::chain::manifest::Consistency;
 use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder, ForeignOwner};
+use crate::folder;
 use crate::lock::Locks;
 use crate::qmp::Client;
 use crate::text::path_text;
@@ -43,6 +43,7 @@ use crate::text::path_text;
 /// # Errors
 /// Nothing could be begun, or QEMU is gone. What concerns one disk is in its report.
 pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) -> Result<Report> {
+    let watch: &dyn Watch = &Stopping { watch, flag: &interrupt };
     let config = vm::read_config(&options.config)?;
     // A link on the way to the socket may change, and the socket goes with QEMU.
     let options = &Options {
@@ -74,7 +75,8 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     let run = names::new_run()?;
     let _mark = Lock::run(&options.state_dir, &run)?;
     let status = first_status(options, &run);
-    let _control = Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt)?;
+    let _control =
+        Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt.clone())?;
     let place = Place {
         state: &options.state_dir,
         vm: &options.qmp,
@@ -86,7 +88,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     if !folder::exists(&base) {
         watch.say(&format!("{}: a new folder for backups", path_text(&base)));
     }
-    tell_owner(&publish::make_folders(&base)?, watch);
+    publish::make_folders(&base)?;
     let _target_lock = target_lock(options, &base)?;
     let target = TargetId::of(&options.target, &base, options.level != LevelWish::Copy)?;
     let first = Record::Begin {
@@ -179,19 +181,6 @@ fn target_lock(options: &Options, base: &Path) -> Result<Locks> {
     // What lies on files that are about to go, or to be replaced, must not get a child.
     unfinished::refuse(base)?;
     Ok(locks)
-}
-
-/// A backup in a folder that somebody else may change is as good as he lets it be.
-fn tell_owner(base: &Folder, watch: &dyn Watch) {
-    let whose = match folder::foreign_owner(base) {
-        Ok(Some(ForeignOwner::User(uid))) => format!("belongs to user {uid}"),
-        Ok(Some(ForeignOwner::Others)) => "may be written to by other users".to_string(),
-        _ => return,
-    };
-    watch.warn(&format!(
-        "{}: the backup directory {whose}: whoever may write there can damage the backups in it",
-        path_text(base.path())
-    ));
 }
 
 /// The target, or its folder of this month.

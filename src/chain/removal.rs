@@ -75,6 +75,7 @@ pub(super) fn read_side(side: &Folder) -> Result<Option<Removal>> {
     let path = || side.join(NAME);
     let bytes = side.read_if_there(NAME, MAX_JOURNAL).map_err(|e| cannot_read(e, &path()))?;
     let Some(bytes) = bytes else { return Ok(None) };
+    unfinished::check_count(&bytes, &path())?;
     let removal: Removal = serde_json::from_slice(&bytes).map_err(|e| {
         Error::new(Kind::Corrupt, "the journal of removals is damaged")
             .with_source(e)
@@ -157,6 +158,7 @@ pub fn write_in(dir: &Folder, removal: &Removal) -> Result<()> {
     removal.check_names(&path)?;
     let text = serde_json::to_vec_pretty(removal)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
+    unfinished::check_count(&text, &path)?;
     let write = || {
         let side = dir.make_folder(FOLDER)?;
         side.write_whole(NAME, &text)?;

@@ -343,5 +343,5 @@ impl Walk<'_> {
 /// Whether a folder is the top of a mount of ours, which shows no files.
 fn is_own_mount(folder: &folder::Folder) -> bool {
     let status = folder.folder(manifest::FOLDER).and_then(|f| f.look("status.json"));
-    status.is_ok_and(|m| m.is_file())
+    status.is_ok_and(|m| m.is_file()) && folder.is_fuse()
 }

@@ -3,7 +3,8 @@
 //! Its owner may make it, and anything in it, whatever he likes: a link, a pipe, a file of any size.
 //! What is not what it should be is a finding, and is not read.
 
-use std::ffi::OsStr;
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -111,8 +112,9 @@ impl Contents<'_> {
             })
             .collect();
         if !lost.is_empty() {
-            let leaving = removal::pending_in(self.side);
-            lost.retain(|l| !leaving.iter().any(|name| l.name == name.as_str()));
+            let leaving: HashSet<OsString> =
+                removal::pending_in(self.side).into_iter().map(OsString::from).collect();
+            lost.retain(|l| !leaving.contains(&l.name));
         }
         lost
     }

@@ -19,6 +19,9 @@ pub const HEADER_SUFFIX: &str = ".header";
 /// A journal names some images, and has a manifest or two: 100,000 names of 255 bytes.
 pub const MAX_JOURNAL: u64 = 32 << 20;
 
+/// Values in a journal: the names of more images than a folder has, and some manifests.
+const MAX_VALUES: usize = 1_000_000;
+
 /// What to do about it.
 const REMEDY: &str = "'fleecefs verify --create DIR', or the next command that writes there, \
                       finishes it";
@@ -94,6 +97,19 @@ pub fn refuse(root: &Path) -> Result<()> {
     Err(Error::new(Kind::Incomplete, what).at_path(dir).remedy(REMEDY))
 }
 
+/// Fails if a journal has more values than any of ours: each takes many times its bytes in memory.
+///
+/// # Errors
+/// `Corrupt`.
+pub fn check_count(journal: &[u8], path: &Path) -> Result<()> {
+    if journal.iter().filter(|b| **b == b',').count() <= MAX_VALUES {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Corrupt, "the journal has too many entries")
+        .at_path(path)
+        .remedy("verify the disk, then remove the journal"))
+}
+
 /// The images beside `side` that a fold is about to remove.
 pub(super) fn leaving_by_fold(side: &Folder) -> Vec<String> {
     read_fold(side).ok().flatten().unwrap_or_default()
@@ -111,6 +127,7 @@ fn read_fold(side: &Folder) -> Result<Option<Vec<String>>> {
         .read_if_there(FOLD, MAX_JOURNAL)
         .map_err(|e| Error::io(e, "cannot read the journal of a fold").at_path(path()))?;
     let Some(text) = text else { return Ok(None) };
+    check_count(&text, &path())?;
     let fold: Fold = serde_json::from_slice(&text).map_err(|e| {
         Error::new(Kind::Corrupt, "the journal of a fold is damaged")
             .with_source(e)

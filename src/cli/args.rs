@@ -23,7 +23,8 @@ Exit codes:
     6  in use by somebody else: a lock, a socket, a mount
     7  no space left
    10  a backup is corrupt or cut
-   11  a backup is encrypted, or needs a feature that is not known
+   11  a backup is encrypted, or needs a feature that is not known; or a file is refused (a link, a
+      pipe, too large)
    12  a point needs something that is missing
    13  a file changed while it was being read
    14  QEMU or the guest agent answered with an error
@@ -48,12 +49,12 @@ pub struct Cli {
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
 
-    /// Work as the user who owns the backup directory: with his rights and no others, whatever root
-    /// runs. For directories of others
+    /// Drop root's rights and work as the user who owns the backup directory
     ///
-    /// That user must be able to reach the directory and all else that is named; for 'backup' that is
-    /// QEMU's and the agent's socket, and its state is kept beside root's, in a folder such as
-    /// /var/lib/fleecefs.as-1000. Root's mount is made by root and served by that user.
+    /// For a backup directory of another user: nothing outside that user's reach is read or written.
+    /// Everything else that is named (restore target, QEMU's and the agent's socket) must be within
+    /// that user's reach, too. 'backup' keeps its state in a folder of that user's beside root's, such
+    /// as /var/lib/fleecefs.as-1000. 'mount' mounts as root, and a process of that user serves it.
     #[arg(long, global = true)]
     pub as_owner: bool,
 

@@ -222,8 +222,8 @@ struct MomentArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Copying")]
 struct CopyArgs {
-    /// Where the fleece images go [default: the file system of each disk's file, without a name
-    /// there; where that is not possible, the target]
+    /// Where the temporary fleece images go [default: the folder of each disk's file, as an unnamed
+    /// file; where that is not possible, the target]
     #[arg(long, value_name = "DIR")]
     fleece_dir: Option<PathBuf>,
 

@@ -15,6 +15,8 @@ use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::text::visible;
 
+/// The group that owns nothing, for an owner who has none but root's.
+const NOGROUP: u32 = 65534;
 /// The highest capability number that the kernel's sets have room for.
 const CAPABILITIES: u64 = 64;
 
@@ -62,7 +64,8 @@ impl Owner {
             None => (meta.gid(), vec![meta.gid()]),
         };
         // Root's group, or none at all, is nothing to work with for somebody else's folder.
-        let groups = groups.into_iter().filter(|g| *g != 0).collect();
+        let groups: Vec<u32> = groups.into_iter().filter(|g| *g != 0).collect();
+        let gid = if gid == 0 { groups.first().copied().unwrap_or(NOGROUP) } else { gid };
         Ok(Some(Owner { uid, gid, groups }))
     }
 

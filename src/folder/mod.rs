@@ -97,7 +97,7 @@ impl FileId {
 pub enum Access {
     /// For reading.
     Read,
-    /// For writing alone.
+    /// For writing alone; as with [`Access::ReadWrite`] the file must have no other name.
     Write,
     /// For reading and for changing it in place. A file with more than one name is refused: its
     /// other name may be anywhere.
@@ -407,7 +407,10 @@ impl Folder {
                 if to.has(new) {
                     return Err(Errno::EXIST.into());
                 }
-                log::debug!("{}: renamed after a look", crate::text::path_text(&to.join(new)));
+                log::debug!(
+                    "{}: this file system cannot rename without replacing: checked, then renamed",
+                    crate::text::path_text(&to.join(new))
+                );
                 self.rename(from, to, new)
             }
             Err(e) => Err(e.into()),
@@ -496,6 +499,13 @@ impl Folder {
     /// What the operating system said.
     pub fn space(&self) -> io::Result<rustix::fs::StatVfs> {
         Ok(rustix::fs::fstatvfs(&self.fd)?)
+    }
+
+    /// Whether it is on a FUSE file system.
+    pub fn is_fuse(&self) -> bool {
+        /// See statfs(2).
+        const FUSE_SUPER_MAGIC: i128 = 0x6573_5546;
+        rustix::fs::fstatfs(&self.fd).is_ok_and(|s| i128::from(s.f_type) == FUSE_SUPER_MAGIC)
     }
 
     /// Writes a small file, mode 0600, whole or not at all, replacing what was there; it survives a

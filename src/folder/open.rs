@@ -101,7 +101,7 @@ pub fn plain_file(
     if !meta.is_file() {
         return Err(refused("it is not a plain file"));
     }
-    if access == Access::ReadWrite && meta.nlink() > 1 {
+    if access != Access::Read && meta.nlink() > 1 {
         return Err(refused("it has more than one name (hard links), and is not changed in place"));
     }
     let file = match through_proc(probe, access) {

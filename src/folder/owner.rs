@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::{Folder, look};
+use super::Folder;
 use crate::error::{Error, Kind, Result};
 use crate::text::path_text;
 
@@ -27,9 +27,11 @@ const STICKY: u32 = 0o1000;
 /// `Permission` naming the folder that somebody else may change; what the operating system said.
 pub fn check_private(path: &Path) -> Result<()> {
     for folder in path.ancestors() {
-        let meta =
-            look(folder).map_err(|e| Error::io(e, "cannot look at the folder").at_path(folder))?;
-        let shared = may_others_write(&meta) && (folder == path || meta.mode() & STICKY == 0);
+        let failed = |e| Error::io(e, "cannot look at the folder").at_path(folder);
+        let held = Folder::open(folder).map_err(failed)?;
+        let meta = held.metadata().map_err(failed)?;
+        let sticky = folder != path && meta.mode() & STICKY != 0;
+        let shared = may_others_write(&meta, has_list(&held)) && !sticky;
         if is_own(&meta) && !shared {
             continue;
         }
@@ -37,9 +39,13 @@ pub fn check_private(path: &Path) -> Result<()> {
             true => "other users may write to it".to_string(),
             false => format!("it belongs to user {}", meta.uid()),
         };
-        let what = format!("{} is not safe here: {whose}", path_text(path));
+        let what = match folder == path {
+            true => format!("this folder is not safe here: {whose}"),
+            false => format!("the folder above {} is not safe here: {whose}", path_text(path)),
+        };
         return Err(Error::new(Kind::Permission, what).at_path(folder).remedy(
-            "name a folder that belongs to you or root and that nobody else may write to (chmod go-w)",
+            "journals and locks must be in a folder of yours or root's that nobody else may write \
+             to: chmod go-w, or --state-dir",
         ));
     }
     Ok(())
@@ -49,9 +55,20 @@ fn is_own(meta: &Metadata) -> bool {
     meta.uid() == 0 || meta.uid() == rustix::process::geteuid().as_raw()
 }
 
-/// A user's own group (same number as the user) counts as the user.
-fn may_others_write(meta: &Metadata) -> bool {
-    let own_group = meta.uid() != 0 && meta.gid() == meta.uid();
+/// Whether the folder has an access control list.
+fn has_list(folder: &Folder) -> bool {
+    let mut list = [0u8; 4096];
+    let path = folder.proc_path();
+    match rustix::fs::getxattr(path, "system.posix_acl_access", &mut list[..]) {
+        Ok(_) | Err(rustix::io::Errno::RANGE) => true,
+        Err(_) => false,
+    }
+}
+
+/// A user's own group (same number as the user) counts as the user, unless there is an access control
+/// list: then the group bits stand for others, too.
+fn may_others_write(meta: &Metadata, has_list: bool) -> bool {
+    let own_group = !has_list && meta.uid() != 0 && meta.gid() == meta.uid();
     let mask = if own_group { 0o002 } else { OTHERS_WRITE };
     meta.mode() & mask != 0
 }
@@ -73,7 +90,7 @@ pub fn foreign_owner(folder: &Folder) -> io::Result<Option<ForeignOwner>> {
     let meta = folder.metadata()?;
     Ok(match () {
         () if !is_own(&meta) => Some(ForeignOwner::User(meta.uid())),
-        () if may_others_write(&meta) => Some(ForeignOwner::Others),
+        () if may_others_write(&meta, has_list(folder)) => Some(ForeignOwner::Others),
         () => None,
     })
 }

@@ -113,6 +113,8 @@ impl Temp {
         let name = plain(name.as_ref())?;
         self.file.sync_all()?;
         if self.name.is_none() && replace == Replace::Yes {
+            // It has a name for a moment: whoever sweeps then must see that its maker lives.
+            Locked::of(&self.file)?;
             let interim = random_name()?;
             link_unnamed(&self.file, &self.folder, &interim)?;
             self.name = Some(interim);
@@ -180,7 +182,7 @@ pub struct Swept {
 }
 
 /// Removes what killed runs left in the folder: plain files of this user's, under names that begin
-/// with [`TEMPORARY`] or end in one of `suffixes`, that nobody has locked. How many went.
+/// with [`TEMPORARY`], or with a dot and end in one of `suffixes`, that nobody has locked. How many went.
 ///
 /// # Errors
 /// The folder cannot be listed.
@@ -196,7 +198,7 @@ pub fn sweep_counted(folder: &Folder, suffixes: &[&str]) -> io::Result<Swept> {
     let temporary = |name: &OsStr| {
         let bytes = name.as_bytes();
         bytes.starts_with(TEMPORARY.as_bytes())
-            || suffixes.iter().any(|s| bytes.ends_with(s.as_bytes()))
+            || bytes.starts_with(b".") && suffixes.iter().any(|s| bytes.ends_with(s.as_bytes()))
     };
     let mut swept = Swept::default();
     for entry in folder.entries()? {

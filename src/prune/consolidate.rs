@@ -24,7 +24,7 @@ use crate::folder::{self, EntryKind, FileId, Folder, Replace};
 use crate::image::{Cache, open_point};
 use crate::layer::{Format, Mapping};
 use crate::restore::verbs::{self, Users};
-use crate::restore::{self, Compression, Qcow2Options, Summary, Temp, Work, give};
+use crate::restore::{self, Compression, Qcow2Options, Summary, Temp, Work, give_common};
 use crate::storage::{ReadAt, SourceFile};
 use crate::text::{path_text, shown_as};
 use crate::verify;
@@ -431,6 +431,13 @@ fn root_manifest(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Option<Mani
     manifest::read_in(dir, disk.points[root].source.file_name()?).ok().flatten()
 }
 
+/// What the files are that a point is made of.
+fn parts(disk: &Disk, point: usize) -> std::io::Result<Vec<std::fs::Metadata>> {
+    let layers = line(disk, point).into_iter().flat_map(|i| &disk.points[i].layers);
+    let files = layers.flat_map(|l| std::iter::once(&l.file).chain(&l.data_file));
+    files.map(|f| folder::look(f.path())).collect()
+}
+
 /// Mode (without setuid and its like), owner and times of the point's file: qmprestore orders by
 /// mtime.
 fn like_the_point(disk: &Disk, point: usize, dir: &Folder, made: &Temp) -> Result<()> {
@@ -438,7 +445,7 @@ fn like_the_point(disk: &Disk, point: usize, dir: &Folder, made: &Temp) -> Resul
     let name = own_name(&disk.points[point].source)?;
     let old = dir.look(&name).map_err(failed)?;
     // Only root may give files away; the backup stays readable to whoever made it either way.
-    let _ = give(made.file(), &old);
+    let _ = give_common(made.file(), &parts(disk, point).map_err(failed)?);
     made.file().set_modified(old.modified().map_err(failed)?).map_err(failed)?;
     made.file().sync_all().map_err(failed)
 }

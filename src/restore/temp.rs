@@ -125,9 +125,28 @@ impl Temp {
     fn take_over_owner(&self) {
         let old = self.file.folder().look(&self.name);
         let Some(old) = old.ok().filter(Metadata::is_file) else { return };
+        if !self.may_take_over(&old) {
+            log::warn!(
+                "{}: the file that is replaced belongs to user {}, who may have put it there: the \
+                 new one stays yours alone",
+                path_text(&self.path),
+                old.uid()
+            );
+            return;
+        }
         if let Err(e) = give(self.file(), &old) {
             log::warn!("{}: cannot keep mode and owner: {e}", path_text(&self.path));
         }
+    }
+}
+
+impl Temp {
+    /// Whether the owner of the file that is replaced may have what takes its place: not if he could
+    /// put that file there himself.
+    fn may_take_over(&self, old: &Metadata) -> bool {
+        let own = rustix::process::geteuid().as_raw();
+        let others = folder::foreign_owner(self.file.folder());
+        old.uid() == 0 || old.uid() == own || matches!(others, Ok(None))
     }
 }
 
@@ -139,6 +158,27 @@ pub fn give(file: &File, like: &Metadata) -> std::io::Result<()> {
     let owned = std::os::unix::fs::fchown(file, Some(like.uid()), Some(like.gid()));
     // The mode last: it may let others read, and changing the owner clears some of its bits.
     file.set_permissions(Permissions::from_mode(like.mode() & 0o777))?;
+    owned
+}
+
+/// Gives a file that is made of several others their common owner, and a mode that lets nobody read
+/// it who may not read all of them: what one of them allows, another's owner has not. Of files of
+/// different owners it stays the caller's own; so it does where a file of somebody else's has a second
+/// name, which may be a file elsewhere that is not his to read.
+///
+/// # Errors
+/// As [`give`].
+pub fn give_common(file: &File, parts: &[Metadata]) -> std::io::Result<()> {
+    let Some(first) = parts.first() else { return Ok(()) };
+    let own = rustix::process::geteuid().as_raw();
+    let alike = |m: &Metadata| (m.uid(), m.gid()) == (first.uid(), first.gid());
+    let single = |m: &Metadata| m.uid() == own || m.nlink() == 1;
+    if !parts.iter().all(|m| alike(m) && single(m)) {
+        return Ok(());
+    }
+    let mode = parts.iter().fold(0o777, |mode, m| mode & m.mode());
+    let owned = std::os::unix::fs::fchown(file, Some(first.uid()), Some(first.gid()));
+    file.set_permissions(Permissions::from_mode(mode))?;
     owned
 }
 

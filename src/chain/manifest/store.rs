@@ -125,9 +125,10 @@ fn failed(e: io::Error, path: &Path) -> Error {
     Error::io(e, "cannot read the manifest").at_path(path)
 }
 
-/// Where something else than a folder has the name of the folder for manifests, there are none.
+/// Where something else than a folder has the name of the folder for manifests, there are none; nor is
+/// there one whose name would be too long.
 fn is_absent(e: &io::Error) -> bool {
-    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::InvalidInput)
 }
 
 /// As [`read`], in a folder that is held.

@@ -23,12 +23,12 @@ use std::path::Path;
 use super::fold::FoldPlan;
 use super::{Member, files, side_folder};
 use crate::chain::manifest::{self, Contents, Manifest, fingerprint_of};
-use crate::chain::unfinished::FOLD;
+use crate::chain::unfinished::{FOLD, MAX_JOURNAL, check_count};
 use crate::chain::{Level, name};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder, PlainName, Replace};
 use crate::layer::Format;
-use crate::restore::temp::{OLD_SUFFIX, give};
+use crate::restore::temp::{OLD_SUFFIX, give, give_common};
 use crate::restore::work::Work;
 use crate::restore::{Temp, target_error};
 use crate::storage::SourceFile;
@@ -313,14 +313,15 @@ fn is_same_file(dir: &Folder, a: &PlainName, b: &PlainName) -> bool {
     id(a).is_some() && id(a) == id(b)
 }
 
-/// Owner and mode are the old FULL's; the times are the last increment's: qmprestore orders by
+/// Owner and mode are those of all that it is made of; the times are the last increment's: qmprestore orders by
 /// them.
 fn copy_attributes(plan: &Switch, dir: &Folder, temp: &Temp) -> Result<()> {
     let last = plan.increments.last().unwrap_or(&plan.full);
     let look = |name: &PlainName| {
         dir.look(name).map_err(|e| target_error(e, "cannot look at the file", &dir.join(name)))
     };
-    if let Err(e) = give(temp.file(), &look(&plan.full)?) {
+    let parts: Result<Vec<_>> = plan.increments.iter().chain([&plan.full]).map(look).collect();
+    if let Err(e) = give_common(temp.file(), &parts?) {
         let full = path_text(&dir.join(&plan.full));
         log::warn!("{full}: cannot keep mode and owner: {e}");
     }
@@ -399,9 +400,6 @@ pub fn recover(dir: &Folder, work: &Work) -> Result<()> {
     sweep(dir)
 }
 
-/// Longest journal that is read, in bytes: 70,000 increments and more.
-const MAX_JOURNAL: u64 = 64 << 20;
-
 fn read_journal(dir: &Folder) -> Result<Option<Switch>> {
     let path = journal_path(dir);
     let read = || match folder::absent_is_none(dir.folder(manifest::FOLDER))? {
@@ -411,6 +409,7 @@ fn read_journal(dir: &Folder) -> Result<Option<Switch>> {
     let text =
         read().map_err(|e| target_error(e, "cannot read the journal", &path).remedy(REMEDY))?;
     let Some(text) = text else { return Ok(None) };
+    check_count(&text, &path)?;
     let plan: Switch = serde_json::from_slice(&text).map_err(|e| {
         let e = Error::new(Kind::Corrupt, "not a journal").with_source(e).at_path(&path);
         e.remedy(REMEDY)
