@@ -281,7 +281,8 @@ fn no_space_for_the_image() {
     }
     let Some(small) = Small::new(name, "13M") else { return };
     let d = daemon(&[]);
-    let mut caller = Caller::of(&d);
+    let elsewhere = d.dir.path().to_str().unwrap();
+    let mut caller = Caller::of(&d).with(&["--fleece-dir", elsewhere]);
     caller.target = small.dir.path().join("T");
     caller.must("full");
     d.io("a", &["write -P 5 0 8M"]);
