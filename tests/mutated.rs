@@ -150,7 +150,7 @@ fn mutate(dir: &Path, rng: &mut Rng) {
             6 => rename(&file, rng),
             7 => std::fs::remove_file(&file).unwrap(),
             8 => {
-                let len = [0, 3, 4096, 1 << 40][rng.below(4) as usize];
+                let len = [0, 3, 4096, 1 << 34][rng.below(4) as usize];
                 std::fs::File::options().write(true).open(&file).unwrap().set_len(len).unwrap();
             }
             9 => replace(&file, rng),
