@@ -181,7 +181,10 @@ fn change_bytes(file: &Path, rng: &mut Rng) {
 
 /// Another value in a manifest, whose checksum goes so that it is looked at.
 fn change_json(file: &Path, rng: &mut Rng) {
-    let Ok(text) = std::fs::read_to_string(file) else { return change_bytes(file, rng) };
+    // Some have been made gigabytes long.
+    let short = std::fs::metadata(file).unwrap().len() < 1 << 20;
+    let text = if short { std::fs::read_to_string(file).ok() } else { None };
+    let Some(text) = text else { return change_bytes(file, rng) };
     let mut lines: Vec<String> =
         text.lines().filter(|l| !l.contains("\"checksum\"")).map(String::from).collect();
     let at = rng.below(lines.len().max(1) as u64) as usize;
