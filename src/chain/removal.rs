@@ -121,7 +121,9 @@ impl Removal {
     /// `Corrupt`.
     fn check_names(&self, path: &Path) -> Result<()> {
         let refuse = |name: &str| {
-            let what = format!("the journal of removals names {name:?}, which is no image of ours");
+            let what = format!(
+                "the journal of removals names {name:?}, which is not an image that fleecefs made here"
+            );
             Err(Error::new(Kind::Corrupt, what).at_path(path).remedy(REMEDY))
         };
         let new = self.publish.as_ref().map(|p| &p.manifest.image);

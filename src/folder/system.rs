@@ -18,7 +18,7 @@ fn check(path: &Path) -> io::Result<()> {
     let plain = path.components().all(|c| c != std::path::Component::ParentDir);
     match cfg!(test) || (known && plain) {
         true => Ok(()),
-        false => Err(refused("this is no file of /proc or /sys")),
+        false => Err(refused("not a file of /proc or /sys")),
     }
 }
 

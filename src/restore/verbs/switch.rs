@@ -96,7 +96,9 @@ impl Switch {
         let mut all = own.into_iter().chain(&self.increments).chain(&self.linked);
         let Some(bad) = all.find(|n| !name::is_image(n.as_os_str())) else { return Ok(()) };
         let bad = name::to_text(bad.as_os_str());
-        let what = format!("the journal of a fold names {bad:?}, which is no image of ours");
+        let what = format!(
+            "the journal of a fold names {bad:?}, which is not an image that fleecefs made here"
+        );
         Err(Error::new(Kind::Corrupt, what).at_path(path).remedy(REMEDY))
     }
 
