@@ -329,7 +329,7 @@ pub fn restore_headers(dir: &Folder) -> Result<()> {
         let image = OsStr::from_bytes(image);
         let remedy = "verify the disk, and remove this file";
         if !name::is_image(image) {
-            let what = "a saved header of something that is no image of ours";
+            let what = "a saved header of a file that is not an image that fleecefs made";
             let e = Error::new(Kind::Corrupt, what).at_path(side.join(&saved));
             return Err(e.remedy(remedy));
         }
