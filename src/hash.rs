@@ -80,8 +80,7 @@ fn hash_with(
     check: &Check,
 ) -> Result<blake3::Hash> {
     let len = storage.len();
-    // Asking where holes are costs a little, and dense files have none.
-    let sparse = storage.unallocated() > 0;
+    let holes = Holes::of(storage);
     let blocks = len.div_ceil(BLOCK).max(1);
     let mut tree = Tree::default();
     let mut first = 0;
@@ -95,7 +94,7 @@ fn hash_with(
                 ((first + i) * BLOCK, len.min((first + i + 1).saturating_mul(BLOCK)));
             let mut hasher = blake3::Hasher::new();
             hasher.set_input_offset(start);
-            for_each_piece(storage, sparse, start..end, buf, |bytes| {
+            for_each_piece(&holes, start..end, buf, |bytes| {
                 hasher.update(bytes);
             })?;
             let _ = match blocks {
@@ -121,25 +120,21 @@ fn hash_with(
 
 /// Calls `f` with all bytes of `range`, in pieces; those of holes are not read.
 fn for_each_piece(
-    storage: &dyn ReadAt,
-    sparse: bool,
+    holes: &Holes<'_>,
     range: Range<u64>,
     buf: &mut Vec<u8>,
     mut f: impl FnMut(&[u8]),
 ) -> Result<()> {
     let mut at = range.start;
     while at < range.end {
-        let (hole, end) = match sparse {
-            true => stretch(storage, at, range.end),
-            false => (false, range.end),
-        };
+        let (hole, end) = holes.stretch(at, range.end);
         while at < end {
             let n = (end - at).min(PIECE) as usize;
             if hole {
                 f(&ZEROS[..n]);
             } else {
                 buf.resize(n, 0);
-                storage.read_exact_at(buf, at)?;
+                holes.storage.read_exact_at(buf, at)?;
                 f(buf);
             }
             at += n as u64;
@@ -148,17 +143,50 @@ fn for_each_piece(
     Ok(())
 }
 
-/// Whether there is a hole at `at`, and where that or the data ends, at the latest at `limit`. Where
-/// the file system does not tell, all is data.
-pub fn stretch(storage: &dyn ReadAt, at: u64, limit: u64) -> (bool, u64) {
-    match storage.seek_data(at) {
-        Ok(Some(data)) if data <= at => {
-            let hole = storage.seek_hole(at).unwrap_or(limit).min(limit);
-            // A file that is being changed: reading will tell.
-            (false, if hole > at { hole } else { limit })
+/// Where a file has holes, for those who read it from the beginning to the end, perhaps with several
+/// threads. Each stretch is asked for once, however many pieces it is read in: on some file systems
+/// (tmpfs) a question takes as long as the stretch.
+pub struct Holes<'a> {
+    storage: &'a dyn ReadAt,
+    /// Dense files have none, and are not asked.
+    sparse: bool,
+    /// The stretch that was found last, and whether it is a hole.
+    known: Mutex<(Range<u64>, bool)>,
+}
+
+impl<'a> Holes<'a> {
+    /// Nothing is known yet.
+    pub fn of(storage: &'a dyn ReadAt) -> Self {
+        let sparse = storage.unallocated() > 0;
+        Holes { storage, sparse, known: Mutex::new((0..0, false)) }
+    }
+
+    /// Whether there is a hole at `at`, and where that or the data ends, at the latest at `limit`.
+    /// Where the file system does not tell, all is data.
+    pub fn stretch(&self, at: u64, limit: u64) -> (bool, u64) {
+        if !self.sparse {
+            return (false, limit);
         }
-        Ok(data) => (true, data.unwrap_or(limit).min(limit)),
-        Err(_) => (false, limit),
+        let (range, hole) = self.known.lock().unwrap_or_else(|p| p.into_inner()).clone();
+        if range.contains(&at) {
+            return (hole, range.end.min(limit));
+        }
+        let (hole, end) = self.ask(at);
+        *self.known.lock().unwrap_or_else(|p| p.into_inner()) = (at..end, hole);
+        (hole, end.min(limit))
+    }
+
+    fn ask(&self, at: u64) -> (bool, u64) {
+        let len = self.storage.len();
+        match self.storage.seek_data(at) {
+            Ok(Some(data)) if data <= at => {
+                let hole = self.storage.seek_hole(at).unwrap_or(len);
+                // A file that is being changed: reading will tell.
+                (false, if hole > at { hole } else { u64::MAX })
+            }
+            Ok(data) => (true, data.unwrap_or(u64::MAX)),
+            Err(_) => (false, u64::MAX),
+        }
     }
 }
 
@@ -271,16 +299,19 @@ mod tests {
         }
     }
 
-    /// A file of which only `data` can be read, and all else is a hole; counts what is read.
+    /// A file of which only `data` can be read, and all else is a hole; counts what is read, and how
+    /// often it is asked for holes.
     struct Sparse {
         len: u64,
         data: Vec<Range<u64>>,
         read: AtomicU64,
+        asked: AtomicU64,
     }
 
     impl Sparse {
         fn new(len: u64, data: &[Range<u64>]) -> Self {
-            Sparse { len, data: data.to_vec(), read: AtomicU64::new(0) }
+            let (read, asked) = Default::default();
+            Sparse { len, data: data.to_vec(), read, asked }
         }
     }
 
@@ -303,6 +334,7 @@ mod tests {
         }
 
         fn seek_data(&self, offset: u64) -> std::io::Result<Option<u64>> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
             Ok(self.data.iter().find(|d| d.end > offset).map(|d| d.start.max(offset)))
         }
 
@@ -331,6 +363,14 @@ mod tests {
             let wanted: u64 = data.iter().map(|d| d.end - d.start).sum();
             assert_eq!(storage.read.load(Ordering::Relaxed), wanted);
         }
+    }
+
+    /// On tmpfs a question takes as long as the stretch is: one for each piece would be quadratic.
+    #[test]
+    fn each_stretch_is_asked_for_once() {
+        let storage = Sparse::new(50 * BLOCK, &[0..20 * BLOCK + 5, 30 * BLOCK..49 * BLOCK]);
+        hash(&storage, 1, &()).unwrap();
+        assert_eq!(storage.asked.load(Ordering::Relaxed), 4);
     }
 
     #[test]

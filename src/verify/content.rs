@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::hash::{in_parallel, stretch};
+use crate::hash::{Holes, in_parallel};
 use crate::layer::{Layer, Mapping};
 use crate::progress::Progress;
 use crate::storage::ReadAt;
@@ -20,12 +20,12 @@ const BATCH: usize = 1 << 12;
 /// # Errors
 /// Reading failed.
 pub fn read_all(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> Result<()> {
-    let len = storage.len();
+    let (len, holes) = (storage.len(), Holes::of(storage));
     let mut at = 0;
     while at < len {
         let mut pieces = Vec::new();
         while at < len && pieces.len() < BATCH {
-            let (hole, end) = stretch(storage, at, len);
+            let (hole, end) = holes.stretch(at, len);
             if hole {
                 progress.advance(end - at);
                 at = end;
