@@ -47,7 +47,16 @@ pub fn visible_lines(text: &str) -> Cow<'_, str> {
     }
 }
 
+/// Whether all is ordinary ASCII, as in nearly every name: it is shown as it is, a byte is a column,
+/// and no character need be looked at.
+fn is_plain(bytes: &[u8]) -> bool {
+    bytes.iter().all(|b| matches!(b, b' '..=b'~') && *b != b'\\')
+}
+
 fn shown(text: &str, breaks: bool) -> String {
+    if is_plain(text.as_bytes()) {
+        return text.to_string();
+    }
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -64,6 +73,9 @@ fn shown(text: &str, breaks: bool) -> String {
 /// the beginning of such an escape is doubled.
 pub fn path_text<N: AsRef<OsStr> + ?Sized>(name: &N) -> String {
     let bytes = name.as_ref().as_bytes();
+    if is_plain(bytes) {
+        return String::from_utf8_lossy(bytes).into_owned();
+    }
     let mut shown = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         let mut chars = chunk.valid().chars().peekable();
@@ -122,7 +134,10 @@ pub fn as_text<S: serde::Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Err
 
 /// Columns that a text takes on a terminal.
 pub fn columns(text: &str) -> usize {
-    unicode_width::UnicodeWidthStr::width(text)
+    match is_plain(text.as_bytes()) {
+        true => text.len(),
+        false => unicode_width::UnicodeWidthStr::width(text),
+    }
 }
 
 /// JSON on one line, in which hidden characters are escaped. Parsed it is the same.
