@@ -252,6 +252,7 @@ impl Run<'_> {
     /// The job is done: the guest is let go of at once, whatever else has to be done. The image is
     /// then synced beside the run, since that may take minutes on a slow disk.
     pub(super) fn detach(&mut self, d: &mut Active, job: &Job) -> Result<()> {
+        self.check_migration()?;
         self.disk_status(d.index, |s| s.state = "syncing".into());
         d.manifest.bytes_copied = d.copied(job);
         d.manifest.duration_ms = u64::try_from(d.began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -304,7 +305,9 @@ impl Run<'_> {
         self.beside(d);
         d.state = State::Done(Box::new(m));
         self.journal.write(&Record::Settled(d.index))?;
-        for name in &d.plan.obsolete {
+        // The disk may be another QEMU's by now.
+        let here = self.check_migration().is_ok();
+        for name in d.plan.obsolete.iter().filter(|_| here) {
             // The point is good whether or not this works; the next run tries again.
             if let Err(e) = bitmap::remove(&mut self.client, &d.plan.disk.node, name) {
                 self.watch.warn(&format!("bitmap {name} stays for now: {}", e.report()));

@@ -241,7 +241,12 @@ fn merge(into: &mut Value, more: &Value) {
 /// Hands over a file, read-write and read-only: QEMU takes whichever an open asks for.
 /// The sets carry the node's name, so that the teardown finds them. With `direct` they go past the
 /// page cache, which QEMU since 9.1 wants to see in a descriptor before it takes it.
-fn pass_file(client: &mut Client, image: Handed<'_>, node: &str, direct: bool) -> Result<u64> {
+pub(super) fn pass_file(
+    client: &mut Client,
+    image: Handed<'_>,
+    node: &str,
+    direct: bool,
+) -> Result<u64> {
     let open = |access| {
         folder::reopen(image.file, access)
             .and_then(|f| if direct { past_cache(f) } else { Ok(f) })

@@ -27,6 +27,7 @@ pub mod journal;
 pub mod leftover;
 pub mod level;
 pub mod lock;
+pub mod migration;
 pub mod moment;
 pub mod names;
 pub mod nbdserver;

@@ -39,6 +39,8 @@ pub enum Role {
     ViewExport,
     /// The NBD export of the scratch node.
     ScratchExport,
+    /// The node that keeps the guest from being migrated; one for the whole run.
+    Blocker,
 }
 
 impl Role {
@@ -53,13 +55,24 @@ impl Role {
             Role::Job => 'j',
             Role::ViewExport => 'v',
             Role::ScratchExport => 'x',
+            Role::Blocker => 'm',
         }
     }
 
     fn of(letter: char) -> Option<Role> {
         use Role::*;
-        let all =
-            [Snapshot, Blind, Filter, Target, Fleece, Scratch, Job, ViewExport, ScratchExport];
+        let all = [
+            Snapshot,
+            Blind,
+            Filter,
+            Target,
+            Fleece,
+            Scratch,
+            Job,
+            ViewExport,
+            ScratchExport,
+            Blocker,
+        ];
         all.into_iter().find(|r| r.letter() == letter)
     }
 }

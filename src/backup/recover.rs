@@ -15,7 +15,7 @@ use super::journal::{self, DiskRecord, Left, Pending};
 use super::leftover::{self, Made};
 use super::lock::Lock;
 use super::teardown::{Scope, runs_in_qemu, teardown_all};
-use super::{Watch, bitmap, names, nbdserver, publish};
+use super::{Watch, bitmap, migration, names, nbdserver, publish};
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder};
@@ -91,6 +91,7 @@ pub struct Recovered {
 /// QEMU refuses, the guest may still be frozen, or something cannot be removed; what is left is
 /// still in the journal. `Busy` if one of the runs lives.
 pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Result<Recovered> {
+    migration::check_arrived(client)?;
     let mut journal = journal::pending(place.state, place.vm)?.unwrap_or_default();
     forget_other_process(client, &mut journal, watch);
     let mut runs = runs_in_qemu(client)?;
@@ -183,6 +184,10 @@ pub fn undo(
     place: Place<'_>,
     watch: &dyn Watch,
 ) -> Result<Vec<Left>> {
+    if migration::has_left(client)? {
+        watch.warn("the guest has migrated to another QEMU: what this one still has goes with it");
+        return undo_offline(pending, place, watch);
+    }
     let freed = release_guest(client, pending, place, watch);
     // Open until all is settled: what could not be written to an image is forgotten with the last
     // one that has it open.

@@ -28,7 +28,8 @@ use super::seen::{Answers, survey};
 use super::space::Reserves;
 use super::work::Run;
 use super::{
-    LevelWish, Options, Stopping, Watch, folders, names, nbdserver, now, plan, publish, recover, vm,
+    LevelWish, Options, Stopping, Watch, folders, migration, names, nbdserver, now, plan, publish,
+    recover, vm,
 };
 use crate::chain::manifest::Consistency;
 use crate::chain::unfinished;
@@ -68,6 +69,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         return Err(Error::new(Kind::Unsupported, "this QEMU has no snapshot-access driver")
             .remedy("QEMU 7.2 or newer is needed"));
     }
+    migration::check(&mut client)?;
     if options.dry_run {
         return dry_run(options, &mut client);
     }
@@ -109,6 +111,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         base,
         status,
         server: None,
+        migration: None,
         guardian: None,
         consistency: Consistency::default(),
         blind,

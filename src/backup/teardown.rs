@@ -1,6 +1,6 @@
 //! Taking everything of a run out of QEMU, from whatever state it is in, in the order that QEMU
 //! accepts: jobs, exports, frozen views, filters (the guest put back on its disk first), targets,
-//! fleeces. It goes by names alone and needs no memory of how far the run had come. What QEMU
+//! fleeces, and last what keeps the guest from being migrated. It goes by names alone and needs no memory of how far the run had come. What QEMU
 //! refuses for one disk does not stand in the way of the others.
 
 use std::collections::BTreeSet;
@@ -36,8 +36,9 @@ pub struct Scope<'a> {
 impl Scope<'_> {
     fn role(&self, name: &str) -> Option<(Role, usize)> {
         let (run, role, index) = parse_object(name)?;
-        let mine = run == self.run && self.index.is_none_or(|i| i == index);
-        mine.then_some((role, index))
+        // What belongs to the whole run is of no disk.
+        let one = self.index.is_none_or(|i| i == index && role != Role::Blocker);
+        (run == self.run && one).then_some((role, index))
     }
 }
 
@@ -136,6 +137,9 @@ fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
         torn.note(index, dismissed)?;
     }
     delete(client, &answers, scope, Role::Scratch, &mut torn)?;
+    if torn.stuck.is_empty() {
+        delete(client, &answers, scope, Role::Blocker, &mut torn)?;
+    }
     drop_descriptors(client, scope, &mut torn)?;
     if torn.refused.is_some() {
         // Refused by QEMU, or is it gone?

@@ -14,6 +14,7 @@ use super::disk::job_error;
 use super::fleece::Fleece;
 use super::folders::TargetId;
 use super::journal::{DiskRecord, Journal, Pending, Record};
+use super::migration::Guard;
 use super::moment::{Insert, Scene};
 use super::names::{Role, object};
 use super::plan::{DiskPlan, Inputs, Plan, Unsound};
@@ -25,7 +26,7 @@ use super::space::Reserves;
 use super::teardown::{Scope, teardown};
 use super::zeros::ChainData;
 use super::{Options, StopWish, Watch, folders, moment, names, now, plan, recover};
-use super::{nbdserver, publish, vm};
+use super::{migration, nbdserver, publish, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{
     Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, Skipped,
@@ -49,6 +50,8 @@ pub struct Run<'a> {
     pub(super) base: PathBuf,
     pub(super) status: Shared,
     pub(super) server: Option<nbdserver::Server>,
+    /// From the beginning on.
+    pub(super) migration: Option<migration::Guard>,
     pub(super) guardian: Option<moment::Held>,
     pub(super) consistency: Consistency,
     /// The frozen view needs care, see `run::is_blind`.
@@ -134,6 +137,7 @@ impl Active {
 impl Run<'_> {
     pub(super) fn execute(&mut self) -> Result<Report> {
         self.phase("planning");
+        self.migration = Some(Guard::begin(&mut self.client, &self.run, self.watch)?);
         let plan = self.plan()?;
         self.announce_plan(&plan);
         let mut disks = self.activate(&plan)?;
@@ -424,6 +428,7 @@ impl Run<'_> {
         self.check_space(disks)?;
         self.each(disks, Self::prepare)?;
         self.phase("taking the moment");
+        self.check_migration()?;
         self.take_moment(disks)?;
         self.phase("copying");
         self.each(disks, Self::view)?;
@@ -536,6 +541,7 @@ impl Run<'_> {
     /// let go of when its own job ends.
     fn wait(&mut self, disks: &mut [Active]) -> Result<()> {
         loop {
+            self.check_migration()?;
             let jobs: Vec<Job> = self.client.poll("query-jobs")?;
             for d in disks.iter_mut().filter(|d| d.going()) {
                 let id = object(&self.run, Role::Job, d.index);
@@ -571,6 +577,12 @@ impl Run<'_> {
             // A flood of events must not become one of questions.
             std::thread::sleep(SYNC_POLL.saturating_sub(began.elapsed()));
         }
+    }
+
+    /// Fails if a migration runs, or has run since the beginning: before the moment, at each look, and
+    /// once a job has ended.
+    pub(super) fn check_migration(&mut self) -> Result<()> {
+        self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))
     }
 
     /// Shows progress; gives the job once it has ended.

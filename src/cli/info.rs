@@ -6,7 +6,7 @@ use super::backup::StateArgs;
 use super::output;
 use crate::backup::info::{self, BitmapLine, Choice};
 use crate::backup::lock::Lock;
-use crate::backup::{bitmap, control};
+use crate::backup::{bitmap, control, migration};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::qmp::{Address, Client};
@@ -216,6 +216,7 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
     let _lock = Lock::vm(&state, &vm)?;
     let mut client = Client::connect(&vm)?;
     let _qemu_lock = Lock::qemu(&state, &client)?;
+    migration::check(&mut client)?;
     let choice = Choice { uuid: args.uuid, all: args.all, foreign: args.foreign };
     let mut text = String::new();
     for b in info::bitmaps(&mut client)?.iter().filter(|b| choice.takes(b)) {
