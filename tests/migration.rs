@@ -260,6 +260,8 @@ fn while_something_of_ours_cannot_be_removed_no_migration_begins() {
     assert_eq!(out.status.code(), Some(0), "{}", String::from_utf8_lossy(&out.stderr));
     nothing_of_ours(&mut m);
     migrate(&mut m.qmp, false).unwrap();
+    // QEMU may die if it is ended while a migration is.
+    wait_for(&mut m.qmp, "query-migrate", "completed");
     m.check_disk();
 }
 

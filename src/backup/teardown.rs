@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::fleece::{close_image, plug, reopen, reopen_options};
+use super::fleece::{plug, reopen, reopen_options};
 use super::names::{Role, parse_object};
 use super::seen::{Answers, Insertion};
 use crate::error::{Error, Kind, Result};
@@ -45,8 +45,6 @@ impl Scope<'_> {
 /// What was found while taking it down.
 #[derive(Debug, Default)]
 pub struct Torn {
-    /// Disks whose job had finished without error, and whose image QEMU has now closed.
-    pub finished: Vec<usize>,
     /// Disks of which something is still there.
     pub stuck: BTreeSet<usize>,
     /// The first refusal.
@@ -122,18 +120,13 @@ fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     end_exports(client, scope, &mut torn)?;
     let answers = Answers::ask(client)?;
     take_off(client, &answers, scope, &mut torn)?;
-    // The target first, then its job: a job that is still listed says that its image may not be
-    // closed yet, one that is gone has left a closed image.
-    let good = close_targets(client, &answers, scope, &jobs, &mut torn)?;
+    delete(client, &answers, scope, Role::Target, &mut torn)?;
     for j in &jobs {
         let Some((_, index)) = scope.role(&j.id) else { continue };
         if torn.stuck.contains(&index) {
             continue;
         }
         let dismissed = client.execute("job-dismiss", json!({"id": j.id}));
-        if dismissed.is_ok() && good.contains(&index) {
-            torn.finished.push(index);
-        }
         torn.note(index, dismissed)?;
     }
     delete(client, &answers, scope, Role::Scratch, &mut torn)?;
@@ -170,40 +163,6 @@ fn take_off(
     unplug(client, answers, scope, torn)?;
     delete(client, answers, scope, Role::Filter, torn)?;
     delete(client, answers, scope, Role::Fleece, torn)
-}
-
-/// Closes the targets; gives those whose job ended well and of which QEMU had nothing left that it
-/// could not write.
-fn close_targets(
-    client: &mut Client,
-    answers: &Answers,
-    scope: Scope<'_>,
-    jobs: &[Job],
-    torn: &mut Torn,
-) -> Result<Vec<usize>> {
-    let ended = jobs.iter().filter(|j| j.error.is_none());
-    let mut good: Vec<usize> = ended.filter_map(|j| Some(scope.role(&j.id)?.1)).collect();
-    for n in &answers.nodes {
-        let Some((Role::Target, index)) = scope.role(&n.node_name) else { continue };
-        if torn.stuck.contains(&index) {
-            continue;
-        }
-        if good.contains(&index) {
-            match close_image(client, &n.node_name) {
-                Err(e) if matches!(e.kind(), Kind::Io | Kind::NoSpace) => {
-                    log::warn!("{}: {}", n.file, e.report());
-                    good.retain(|i| *i != index);
-                }
-                other => {
-                    torn.note(index, other)?;
-                    continue;
-                }
-            }
-        }
-        let gone = client.execute("blockdev-del", json!({"node-name": n.node_name}));
-        torn.note(index, gone)?;
-    }
-    Ok(good)
 }
 
 /// Takes back the descriptors that were handed over for these nodes.

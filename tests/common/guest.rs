@@ -225,7 +225,9 @@ impl Qmp {
     /// Runs a command; the error is QEMU's description.
     pub fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
         let message = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.stream, "{message}").expect("QMP takes commands");
+        // In one piece: QEMU may have gone by the last byte of "quit".
+        let line = format!("{message}\n");
+        self.stream.write_all(line.as_bytes()).expect("QMP takes commands");
         loop {
             let mut answer = self.message();
             if answer["event"].is_string() {
