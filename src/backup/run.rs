@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use super::beside::Neighbours;
 use super::control::{Control, Shared, Status};
 use super::folders::TargetId;
 use super::journal::{Journal, Record};
@@ -28,7 +29,7 @@ use super::seen::{Answers, survey};
 use super::space::Reserves;
 use super::work::Run;
 use super::{
-    LevelWish, Options, Stopping, Watch, folders, names, nbdserver, now, plan, publish, recover, vm,
+    LevelWish, Options, Stopping, Watch, folders, names, nbdserver, now, plan, publish, vm, wait,
 };
 use crate::chain::manifest::Consistency;
 use crate::chain::unfinished;
@@ -83,7 +84,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         cause: Cause::Backup(&options.target),
         agent: None,
     };
-    recover::recover(&mut client, place, watch)?;
+    wait::until_free(&mut client, place, options, watch)?;
     let base = base_dir(options);
     if !folder::exists(&base) {
         watch.say(&format!("{}: a new folder for backups", path_text(&base)));
@@ -117,6 +118,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         config,
         reserves: Reserves::default(),
         fleeces: HashMap::new(),
+        neighbours: Neighbours::default(),
     };
     let result = r.execute();
     r.finish(result)
