@@ -342,8 +342,8 @@ fn one_disk_fails_and_the_other_has_its_point() {
     if !have("one_disk_fails_and_the_other_has_its_point", TOOLS) {
         return;
     }
-    let bad = "driver=blkdebug,inject-error.0.event=none,inject-error.0.iotype=read,\
-               inject-error.0.sector=4096";
+    let bad = "driver=raw,file.driver=blkdebug,file.inject-error.0.event=none,\
+               file.inject-error.0.iotype=read,file.inject-error.0.sector=4096";
     let mut d = daemon(&[("b", bad)]);
     let caller = Caller::of(&d);
     let (exit, said) = code(&caller, "full");

@@ -37,7 +37,9 @@ pub fn remove(client: &mut Client, node: &str, name: &str) -> Result<()> {
     client.execute("block-dirty-bitmap-remove", json!({"node": node, "name": name})).map(drop)
 }
 
-/// Removes a bitmap wherever it is; gives how many were removed.
+/// Removes a bitmap wherever it is; gives how many were removed. One on a disk that has become
+/// read-only, below a snapshot of another program, cannot be removed: it stays, and if the disk is
+/// written to again one day the next backup of it removes it.
 ///
 /// # Errors
 /// QEMU refuses.
@@ -46,6 +48,10 @@ pub fn remove_everywhere(client: &mut Client, name: &str) -> Result<usize> {
     let mut removed = 0;
     let with = nodes.iter().filter(|n| shows_own(n) && n.bitmap(name).is_some());
     for n in with.take(MOST_NODES) {
+        if n.ro {
+            log::warn!("{} is read-only: the bitmap {name} stays on it", n.node_name);
+            continue;
+        }
         remove(client, &n.node_name, name)?;
         removed += 1;
     }

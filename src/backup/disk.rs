@@ -238,9 +238,8 @@ impl Run<'_> {
         if let Some(n) = copy.workers {
             a["x-perf"] = json!({"max-workers": n});
         }
-        if !self.blind && self.client.features()?.has("discard-source") {
-            a["discard-source"] = json!(true);
-        }
+        // No `discard-source`: where another program's backup is put above our filter, our view
+        // becomes one of theirs, and what is discarded there goes from their copy.
         d.empty = d.held.as_ref().and_then(publish::Held::length).unwrap_or(0);
         d.began = Instant::now();
         self.client.execute("blockdev-backup", a)?;

@@ -6,10 +6,13 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::seen::Answers;
-use super::{Watch, names};
+use super::{Watch, names, unplug};
 use crate::error::Result;
 use crate::qmp::Client;
 use crate::qmp::types::{Job, Node};
+
+/// The job that takes its filter out from below an overlay.
+const RELINK: &str = "fleecefs-relink";
 
 /// What qmpbackup leaves behind when it is killed: recognised by its names.
 ///
@@ -51,16 +54,12 @@ fn remove_foreign_nodes(client: &mut Client, watch: &dyn Watch) -> Result<usize>
             if names::parse_object(&n.node_name).is_some() || !foreign_node(&answers, n) {
                 continue;
             }
-            if driver == "copy-before-write"
-                && let Some(below) = answers.graph.child(&n.node_name, "file")
-            {
-                let attached = answers
-                    .drives
-                    .iter()
-                    .filter(|d| d.inserted.as_ref().is_some_and(|i| i.node_name == n.node_name));
-                for qdev in attached.filter_map(|d| d.qdev.as_deref()) {
-                    super::fleece::plug(client, qdev, below)?;
-                }
+            if driver == "copy-before-write" {
+                let own = |name: &str| {
+                    is_foreign(name)
+                        || answers.node(name).is_some_and(|p| p.drv == "snapshot-access")
+                };
+                unplug::free(client, &answers, &n.node_name, &own, RELINK)?;
             }
             let answer: std::result::Result<Value, _> =
                 client.call("blockdev-del", json!({"node-name": n.node_name}))?;

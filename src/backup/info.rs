@@ -115,7 +115,7 @@ fn included(d: &SeenDisk) -> DiskInfo {
         file: d.identity.file.clone(),
         format: d.identity.format.clone(),
         size: d.size,
-        included: !d.encrypted,
+        included: !d.encrypted && d.busy.is_none(),
         how: how(d),
         bitmaps: found.map(|f| BitmapLine::from(&f)).collect(),
     }
@@ -126,6 +126,9 @@ fn how(d: &SeenDisk) -> String {
         Insertion::Device(_) => "filter put in by qom-set",
         Insertion::Reopen { .. } => "filter put in by blockdev-reopen",
     };
+    if let Some(who) = &d.busy {
+        return format!("not now: {who}");
+    }
     if d.encrypted {
         return "encrypted: only with --allow-plaintext".to_string();
     }

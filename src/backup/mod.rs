@@ -12,6 +12,7 @@
 //! the run's id in its name, so that whatever dies whenever, the old bitmap still records and what
 //! is left over can be told and removed.
 
+mod beside;
 pub mod bitmap;
 pub mod conclude;
 pub mod control;
@@ -20,6 +21,7 @@ pub mod fleece;
 mod floor;
 pub mod folders;
 pub mod foreign;
+pub mod graph;
 pub mod guardian;
 pub mod history;
 pub mod info;
@@ -39,7 +41,9 @@ pub mod run;
 pub mod seen;
 pub mod space;
 pub mod teardown;
+mod unplug;
 pub mod vm;
+mod wait;
 pub mod work;
 pub mod zeros;
 
@@ -84,6 +88,8 @@ pub struct Options {
     pub config: Vec<PathBuf>,
     /// Where journals and locks are.
     pub state_dir: PathBuf,
+    /// How long to wait for other programs' jobs to end before anything is begun.
+    pub wait: Duration,
     /// Only say what would be done.
     pub dry_run: bool,
     /// An NBD server that QEMU runs already: only one is possible.

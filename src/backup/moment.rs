@@ -7,13 +7,15 @@ use serde_json::{Value, json};
 use super::fleece::{plug, reopen, reopen_options};
 use super::guardian::{Guardian, Orders, Word};
 use super::journal::{Journal, Record};
+use super::names::{Role, parse_object};
 use super::seen::Insertion;
-use super::{Options, StopWish, Watch};
+use super::{Options, StopWish, Watch, graph};
 use crate::chain::manifest::{Achieved, Consistency};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
 use crate::qmp::steps::step;
+use crate::qmp::types::Job;
 
 /// A filter to insert.
 #[derive(Debug, Clone)]
@@ -24,6 +26,10 @@ pub struct Insert {
     pub insertion: Insertion,
     /// The filter's node.
     pub filter: String,
+    /// What the disk is called in messages.
+    pub label: String,
+    /// What planning saw between the guest and the disk.
+    pub path: graph::Path,
 }
 
 /// What came of it.
@@ -197,6 +203,7 @@ fn insert_all(
     stopped: bool,
 ) -> Result<Vec<(usize, Error)>> {
     let mut failed = Vec::new();
+    let inserts = &still_right(client, inserts, &mut failed)?;
     let devices = inserts.iter().filter_map(|i| match &i.insertion {
         Insertion::Device(q) => Some((i, q)),
         Insertion::Reopen { .. } => None,
@@ -216,6 +223,29 @@ fn insert_all(
     }
     reopen_all(client, inserts, consistency, &mut failed)?;
     Ok(failed)
+}
+
+/// Leaves those out round which the graph is no longer what planning saw: a device must not be
+/// plugged past what somebody has put there since.
+fn still_right(
+    client: &mut Client,
+    inserts: &[Insert],
+    failed: &mut Vec<(usize, Error)>,
+) -> Result<Vec<Insert>> {
+    let graph = client.query("x-debug-query-block-graph", json!({}))?;
+    let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
+    let scene = graph::Scene { graph: &graph, jobs: &jobs };
+    let mut right = Vec::new();
+    for i in inserts {
+        let run = parse_object(&i.filter).map_or("", |(run, ..)| run);
+        let (label, path) = (i.label.as_str(), &i.path);
+        let expected = graph::Expected { run, index: i.index, label, path, source: Role::Snapshot };
+        match expected.difference(scene, graph::Stage::Before) {
+            Some(what) => failed.push((i.index, graph::in_the_way(what))),
+            None => right.push(i.clone()),
+        }
+    }
+    Ok(right)
 }
 
 /// All raw nodes in one command, which is one moment; if that fails, each for itself.

@@ -25,6 +25,8 @@ pub enum Role {
     Snapshot,
     /// A filter above the frozen view that hides its block status.
     Blind,
+    /// A node above the filter that lets nobody resize the disk.
+    Lock,
     /// The copy-before-write filter.
     Filter,
     /// The image that is being written.
@@ -35,6 +37,8 @@ pub enum Role {
     Scratch,
     /// The backup job.
     Job,
+    /// The job that takes the filter out from below another program's overlay.
+    Relink,
     /// The NBD export of the frozen view.
     ViewExport,
     /// The NBD export of the scratch node.
@@ -48,6 +52,8 @@ impl Role {
         match self {
             Role::Snapshot => 's',
             Role::Blind => 'b',
+            Role::Lock => 'l',
+            Role::Relink => 'r',
             Role::Filter => 'c',
             Role::Target => 't',
             Role::Fleece => 'f',
@@ -61,19 +67,9 @@ impl Role {
 
     fn of(letter: char) -> Option<Role> {
         use Role::*;
-        let all = [
-            Snapshot,
-            Blind,
-            Filter,
-            Target,
-            Fleece,
-            Scratch,
-            Job,
-            ViewExport,
-            ScratchExport,
-            Blocker,
-        ];
-        all.into_iter().find(|r| r.letter() == letter)
+        let nodes = [Snapshot, Blind, Lock, Filter, Target, Fleece, Scratch];
+        let others = [Blocker, Job, Relink, ViewExport, ScratchExport];
+        nodes.into_iter().chain(others).find(|r| r.letter() == letter)
     }
 }
 

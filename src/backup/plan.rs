@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::folders::{self, TargetId};
 use super::history::History;
 use super::seen::{Seen, SeenDisk};
-use super::{Options, level, names};
+use super::{Options, graph, level, names};
 use crate::chain::Level;
 use crate::chain::manifest::{BitmapInfo, Manifest, Skipped};
 use crate::error::{Error, Kind, Result};
@@ -171,19 +171,22 @@ fn check_names(options: &Options, seen: &Seen) -> Result<()> {
     Ok(())
 }
 
+/// Why the user does not want a disk.
+pub fn left_out(options: &Options, d: &SeenDisk) -> Option<&'static str> {
+    let named = |list: &[String]| list.iter().any(|n| d.is_called(n));
+    if !options.include.is_empty() && !named(&options.include) {
+        return Some("not in --include");
+    }
+    named(&options.exclude).then_some("in --exclude")
+}
+
 fn choose(options: &Options, seen: &Seen, plan: &mut Plan) -> Vec<SeenDisk> {
     let mut wanted = Vec::new();
     for d in &seen.disks {
-        let named = |list: &[String]| list.iter().any(|n| d.is_called(n));
-        let skip = if !options.include.is_empty() && !named(&options.include) {
-            Some("not in --include")
-        } else if named(&options.exclude) {
-            Some("in --exclude")
-        } else {
-            None
-        };
-        if let Some(reason) = skip {
+        if let Some(reason) = left_out(options, d) {
             plan.skipped.push(Skipped { disk: d.label().into(), reason: reason.into() });
+        } else if let Some(who) = &d.busy {
+            plan.refused.push((d.label().into(), graph::in_the_way(who)));
         } else if d.encrypted && !options.allow_plaintext {
             let e =
                 Error::new(Kind::Encrypted, "the disk is encrypted and the backup would not be")

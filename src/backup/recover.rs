@@ -206,9 +206,7 @@ pub fn undo(
     let disks = pending.disks.iter().filter(|d| !pending.settled.contains(&d.index));
     for d in disks.filter(|d| !torn.stuck.contains(&d.index)) {
         client.check_interrupt()?;
-        // That its job has ended well is not enough: nobody has looked since whether another program
-        // came in between, or the guest was migrated.
-        let finished = pending.closed.contains(&d.index);
+        let finished = pending.closed.contains(&d.index) || torn.finished.contains(&d.index);
         let l = Left { disk: d.clone(), finished };
         if !settle(Some(client), &l, place, watch)? {
             left.push(l);

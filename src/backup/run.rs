@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use super::beside::Neighbours;
 use super::control::{Control, Shared, Status};
 use super::folders::TargetId;
 use super::journal::{Journal, Record};
@@ -29,7 +30,7 @@ use super::space::Reserves;
 use super::work::Run;
 use super::{
     LevelWish, Options, Stopping, Watch, folders, migration, names, nbdserver, now, plan, publish,
-    recover, vm,
+    vm, wait,
 };
 use crate::chain::manifest::Consistency;
 use crate::chain::unfinished;
@@ -69,8 +70,8 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         return Err(Error::new(Kind::Unsupported, "this QEMU has no snapshot-access driver")
             .remedy("QEMU 7.2 or newer is needed"));
     }
-    migration::check(&mut client)?;
     if options.dry_run {
+        migration::check(&mut client)?;
         return dry_run(options, &mut client);
     }
     let _qemu_lock = Lock::qemu(&options.state_dir, &client)?;
@@ -85,7 +86,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         cause: Cause::Backup(&options.target),
         agent: None,
     };
-    recover::recover(&mut client, place, watch)?;
+    wait::until_free(&mut client, place, options, watch)?;
     let base = base_dir(options);
     if !folder::exists(&base) {
         watch.say(&format!("{}: a new folder for backups", path_text(&base)));
@@ -120,6 +121,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         config,
         reserves: Reserves::default(),
         fleeces: HashMap::new(),
+        neighbours: Neighbours::default(),
     };
     let result = r.execute();
     r.finish(result)

@@ -12,13 +12,9 @@ use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::budget;
 use crate::qmp::client::check_length;
-use crate::qmp::types::{Bitmap, Drive, Graph, Image, Node};
+use crate::qmp::types::{Bitmap, Drive, Graph, Image, Job, Node};
 
-use super::names;
-
-/// Drivers that only pass requests through to their `file` child.
-const FILTERS: &[&str] =
-    &["throttle", "copy-on-read", "copy-before-write", "compress", "blklogwrites", "preallocate"];
+use super::{graph, names};
 
 /// How many nodes are followed from a disk to its file: filters and formats, some few. A graph has
 /// no loops; the bound is for an answer that has.
@@ -69,6 +65,10 @@ pub struct SeenDisk {
     pub top: String,
     /// How to get in between.
     pub insertion: Insertion,
+    /// What lies between the guest and `node`.
+    pub path: graph::Path,
+    /// Who works on it, if somebody does: it has to wait.
+    pub busy: Option<String>,
     /// Size of the virtual disk in bytes.
     pub size: u64,
     /// Cluster size in bytes; 64 KiB where the format has none.
@@ -176,6 +176,8 @@ enum Unfit {
     Skip(&'static str),
     /// Something stands in the way.
     Blocked(&'static str),
+    /// The same, with a name in it.
+    Named(String),
 }
 
 /// What the answers say, before any of it is judged.
@@ -193,6 +195,8 @@ pub struct Answers {
     encrypted: OnceLock<HashSet<String>>,
     /// `x-debug-query-block-graph`.
     pub graph: Graph,
+    /// `query-jobs`.
+    pub jobs: Vec<Job>,
     /// Whether this is QEMU with a guest.
     pub guest: bool,
 }
@@ -211,7 +215,14 @@ impl Answers {
             Graph::default()
         };
         let raw_nodes = client.execute("query-named-block-nodes", json!({}))?;
-        Self::of(drives, raw_nodes, graph, client.has_guest())
+        let mut answers = Self::of(drives, raw_nodes, graph, client.has_guest())?;
+        answers.jobs = client.query("query-jobs", json!({}))?;
+        Ok(answers)
+    }
+
+    /// The graph, with the jobs that work in it.
+    pub fn scene(&self) -> graph::Scene<'_> {
+        graph::Scene { graph: &self.graph, jobs: &self.jobs }
     }
 
     /// From the answers themselves.
@@ -225,7 +236,8 @@ impl Answers {
             by_name.entry(n.node_name.clone()).or_insert(at);
         }
         let encrypted = OnceLock::new();
-        Ok(Answers { drives, nodes, raw_nodes, by_name, encrypted, graph, guest })
+        let jobs = Vec::new();
+        Ok(Answers { drives, nodes, raw_nodes, by_name, encrypted, graph, jobs, guest })
     }
 
     /// The nodes that are encrypted, or have such a node below them; found once for all disks.
@@ -241,18 +253,12 @@ impl Answers {
         self.nodes.get(*self.by_name.get(name)?)
     }
 
-    /// Follows filters down to the node that holds the disk.
-    fn below_filters<'a>(&'a self, top: &'a Node) -> &'a Node {
-        let mut at = top;
-        for _ in 0..DEEPEST {
-            if !FILTERS.contains(&at.drv.as_str()) {
-                break;
-            }
-            let Some(child) = self.graph.child(&at.node_name, "file") else { break };
-            let Some(child) = self.node(child) else { break };
-            at = child;
-        }
-        at
+    /// The node that a guest's device is attached to: above `inserted` where a job hides its filter.
+    fn top_of(&self, root: &graph::Root, inserted: &str) -> Option<&str> {
+        let inserted = self.graph.id(inserted)?;
+        let leads =
+            |top: &&str| self.graph.below(self.graph.id(top).into_iter()).contains(&inserted);
+        root.tops(&self.graph).into_iter().find(leads)
     }
 
     /// The name of the file, device or remote image at the bottom of a node.
@@ -328,6 +334,7 @@ fn note(seen: &mut Seen, room: &mut usize, disk: String, found: Result<SeenDisk,
         Ok(d) => seen.disks.push(d),
         Err(Unfit::Skip(r)) => seen.skipped.push(Skipped { disk, reason: r.into() }),
         Err(Unfit::Blocked(r)) => seen.blocked.push(Skipped { disk, reason: r.into() }),
+        Err(Unfit::Named(reason)) => seen.blocked.push(Skipped { disk, reason }),
     }
 }
 
@@ -335,7 +342,9 @@ fn note(seen: &mut Seen, room: &mut usize, disk: String, found: Result<SeenDisk,
 fn fits(mut d: SeenDisk, room: &mut usize) -> Result<SeenDisk, Unfit> {
     let i = &d.identity;
     let names = [&i.qdev, &i.node, &i.device, &i.format, &d.node, &d.top];
-    if names.iter().any(|n| n.len() > LONGEST_NAME) || i.file.len() > LONGEST_FILE {
+    if names.into_iter().chain(&d.path.nodes).any(|n| n.len() > LONGEST_NAME)
+        || i.file.len() > LONGEST_FILE
+    {
         return Err(Unfit::Blocked("QEMU gives it a name that is too long"));
     }
     if d.size >= TOO_LARGE {
@@ -380,7 +389,12 @@ fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, Unfit> {
     };
     let insertion = Insertion::Device(qdev.clone());
     let pflash = qdev.contains("system.flash") || d.device.starts_with("pflash");
-    build(answers, top, insertion, qdev, d.device.clone(), pflash)
+    let root = graph::Root::Device(if d.device.is_empty() { &qdev } else { &d.device }.clone());
+    let Some(name) = answers.top_of(&root, &top.node_name) else {
+        return Err(Unfit::Blocked("QEMU's block graph does not show what it is attached to"));
+    };
+    let top = answers.node(name).unwrap_or(top);
+    build(answers, (root, top), insertion, qdev, d.device.clone(), pflash)
 }
 
 /// Nodes that have a backend above them: what qemu-storage-daemon exports.
@@ -412,33 +426,65 @@ fn from_export(answers: &Answers, top: &Node) -> Result<SeenDisk, Unfit> {
         cache: top.cache.clone(),
         detect_zeroes: top.detect_zeroes.clone(),
     };
-    build(answers, child, insertion, String::new(), String::new(), false)
+    let root = graph::Root::Node(top.node_name.clone());
+    build(answers, (root, child), insertion, String::new(), String::new(), false)
+}
+
+/// What stands between the guest and its disk and goes away by itself: jobs, and filters of other
+/// programs' backups.
+fn in_use(answers: &Answers, path: &graph::Path) -> Result<Option<String>, Unfit> {
+    let scene = answers.scene();
+    let nodes: Vec<&str> = path.nodes.iter().map(String::as_str).collect();
+    if let Some(job) = scene.working_on(&nodes).first() {
+        return Ok(Some(format!("{} of another program works on it", scene.job(job))));
+    }
+    for node in nodes {
+        let driver = answers.node(node).map_or("", |n| n.drv.as_str());
+        if driver == "copy-before-write" {
+            if names::parse_object(node).is_some() {
+                return Err(Unfit::Blocked(
+                    "a backup by fleecefs runs, or was killed: then the next one tidies up \
+                     (fleecefs recover does it now)",
+                ));
+            }
+            return Ok(Some(
+                "another program's copy-before-write filter is above it: a backup by another \
+                 program runs or has died (fleecefs recover --foreign removes what qmpbackup \
+                 left)"
+                    .to_string(),
+            ));
+        }
+        if graph::is_of_job(driver) {
+            return Ok(Some(format!(
+                "{} ({driver}) of another program is above it",
+                scene.node(node)
+            )));
+        }
+        if graph::is_refused(driver) {
+            return Err(Unfit::Named(format!(
+                "{} above it is of driver {driver}: what a backup would read there is not what \
+                 the guest has",
+                scene.node(node)
+            )));
+        }
+    }
+    Ok(None)
 }
 
 fn build(
     answers: &Answers,
-    top: &Node,
+    (root, top): (graph::Root, &Node),
     insertion: Insertion,
     qdev: String,
     device: String,
     pflash: bool,
 ) -> Result<SeenDisk, Unfit> {
-    if top.drv == "copy-before-write" {
-        if names::parse_object(&top.node_name).is_some() {
-            return Err(Unfit::Blocked(
-                "a backup by fleecefs runs, or was killed: then the next one tidies up (fleecefs \
-                 recover does it now)",
-            ));
-        }
-        return Err(Unfit::Blocked(
-            "another program's copy-before-write filter is above it: a backup by another \
-                    program runs or has died (fleecefs recover --foreign removes what qmpbackup \
-                    left)",
-        ));
-    }
     let top_name = top.node_name.clone();
     let top = answers.node(&top_name).unwrap_or(top);
-    let disk = answers.below_filters(top);
+    let driver = |n: &str| answers.node(n).map(|n| n.drv.as_str());
+    let path = graph::Path::down(&answers.graph, root, &top_name, driver);
+    let busy = in_use(answers, &path)?;
+    let disk = answers.node(path.disk()).unwrap_or(top);
     let format = disk.image.format_specific.get("data").cloned().unwrap_or_default();
     let flag = |k: &str| format.get(k).and_then(Value::as_bool).unwrap_or(false);
     let version3 = format.get("compat").and_then(Value::as_str) == Some("1.1");
@@ -453,6 +499,8 @@ fn build(
         node: disk.node_name.clone(),
         top: top_name,
         insertion,
+        path,
+        busy,
         size: disk.image.virtual_size,
         cluster_size: disk.image.cluster_size.filter(is_cluster).unwrap_or(65536),
         extended_l2: flag("extended-l2"),
@@ -508,8 +556,30 @@ mod tests {
     use super::*;
 
     fn answers(drives: Value, nodes: Value) -> Answers {
+        let graph = attached(&drives, &nodes);
         let drives = serde_json::from_value(drives).unwrap();
-        Answers::of(drives, nodes, Graph::default(), true).unwrap()
+        Answers::of(drives, nodes, graph, true).unwrap()
+    }
+
+    /// A graph of these nodes without children, each device on what is inserted.
+    fn attached(drives: &Value, nodes: &Value) -> Graph {
+        let name = |v: &Value| v["node-name"].as_str().unwrap_or_default().to_string();
+        let mut names: Vec<String> = nodes.as_array().unwrap().iter().map(name).collect();
+        let devices = drives.as_array().unwrap().iter().filter(|d| d["inserted"].is_object());
+        names.extend(devices.clone().map(|d| name(&d["inserted"])));
+        let mut vertices: Vec<Value> = names
+            .iter()
+            .enumerate()
+            .map(|(id, n)| json!({"id": id, "type": "block-driver", "name": n}))
+            .collect();
+        let mut edges = Vec::new();
+        for (n, d) in devices.enumerate() {
+            let called = if d["device"] == "" { &d["qdev"] } else { &d["device"] };
+            vertices.push(json!({"id": 100_000 + n, "type": "block-backend", "name": called}));
+            let child = names.iter().position(|x| *x == name(&d["inserted"]));
+            edges.push(json!({"parent": 100_000 + n, "child": child, "name": "root"}));
+        }
+        serde_json::from_value(json!({"nodes": vertices, "edges": edges})).unwrap()
     }
 
     fn qcow2(name: &str) -> Value {
@@ -544,10 +614,10 @@ mod tests {
     fn a_disk_below_a_foreign_filter_is_in_the_way_and_not_left_out_by_rule() {
         let mut filter = qcow2("their-cbw");
         filter["drv"] = "copy-before-write".into();
-        let drives = json!([{"device": "", "qdev": "/m/v0", "inserted": filter}]);
-        let seen = survey(&answers(drives, json!([qcow2("d0")])));
-        assert!(seen.disks.is_empty() && seen.skipped.is_empty());
-        assert!(seen.blocked[0].reason.contains("--foreign"));
+        let drives = json!([{"device": "", "qdev": "/m/v0", "inserted": filter.clone()}]);
+        let seen = survey(&answers(drives, json!([filter, qcow2("d0")])));
+        assert!(seen.skipped.is_empty() && seen.blocked.is_empty());
+        assert!(seen.disks[0].busy.as_ref().unwrap().contains("--foreign"));
     }
 
     #[test]
@@ -559,8 +629,10 @@ mod tests {
         let vertex = |id: u64, name: &str| json!({"id": id, "type": "block-driver", "name": name});
         let edge = |p: u64, c: u64, n: &str| json!({"parent": p, "child": c, "name": n});
         let graph = json!({
-            "nodes": [vertex(1, "top"), vertex(2, "mid"), vertex(3, "base")],
-            "edges": [edge(1, 2, "backing"), edge(2, 3, "backing"), edge(3, 1, "file")]});
+            "nodes": [vertex(1, "top"), vertex(2, "mid"), vertex(3, "base"),
+                json!({"id": 4, "type": "block-backend", "name": "/m/v0"})],
+            "edges": [edge(4, 1, "root"), edge(1, 2, "backing"), edge(2, 3, "backing"),
+                edge(3, 1, "file")]});
         let make = |base: &Value| {
             let mut a = answers(drives.clone(), nodes(base));
             a.graph = serde_json::from_value(graph.clone()).unwrap();
@@ -623,9 +695,11 @@ mod tests {
         let mut a = answers(Value::Array(vec![drive; 16_000]), nodes);
         let vertex = |n| json!({"id": n, "type": "block-driver", "name": format!("n{n}")});
         let edge = |n: usize| json!({"parent": n, "child": (n + 1) % 16_000, "name": "file"});
+        let device = json!({"id": 16_000, "type": "block-backend", "name": "/m/v0"});
+        let root = json!({"parent": 16_000, "child": 0, "name": "root"});
         a.graph = serde_json::from_value(json!({
-            "nodes": (0..16_000).map(vertex).collect::<Vec<_>>(),
-            "edges": (0..16_000).map(edge).collect::<Vec<_>>()}))
+            "nodes": (0..16_000).map(vertex).chain([device]).collect::<Vec<_>>(),
+            "edges": (0..16_000).map(edge).chain([root]).collect::<Vec<_>>()}))
         .unwrap();
         let seen = survey(&a);
         assert!(seen.count() <= DISKS + 1);

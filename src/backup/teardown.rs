@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::fleece::{plug, reopen, reopen_options};
-use super::names::{Role, parse_object};
+use super::fleece::{close_image, reopen, reopen_options};
+use super::names::{Role, object, parse_object};
 use super::seen::{Answers, Insertion};
+use super::unplug::{self, below};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::steps::answer_timeout;
@@ -45,6 +46,8 @@ impl Scope<'_> {
 /// What was found while taking it down.
 #[derive(Debug, Default)]
 pub struct Torn {
+    /// Disks whose job had finished without error, and whose image QEMU has now closed.
+    pub finished: Vec<usize>,
     /// Disks of which something is still there.
     pub stuck: BTreeSet<usize>,
     /// The first refusal.
@@ -119,14 +122,20 @@ fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let jobs = end_jobs(client, scope, &mut torn)?;
     end_exports(client, scope, &mut torn)?;
     let answers = Answers::ask(client)?;
+    let jobs = forget_unseen(client, &answers, scope, jobs, &mut torn)?;
     take_off(client, &answers, scope, &mut torn)?;
-    delete(client, &answers, scope, Role::Target, &mut torn)?;
+    // The target first, then its job: a job that is still listed says that its image may not be
+    // closed yet, one that is gone has left a closed image.
+    let good = close_targets(client, &answers, scope, &jobs, &mut torn)?;
     for j in &jobs {
         let Some((_, index)) = scope.role(&j.id) else { continue };
         if torn.stuck.contains(&index) {
             continue;
         }
         let dismissed = client.execute("job-dismiss", json!({"id": j.id}));
+        if dismissed.is_ok() && good.contains(&index) {
+            torn.finished.push(index);
+        }
         torn.note(index, dismissed)?;
     }
     delete(client, &answers, scope, Role::Scratch, &mut torn)?;
@@ -139,6 +148,29 @@ fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
         client.execute("query-version", json!({}))?;
     }
     Ok(torn)
+}
+
+/// Dismisses jobs whose frozen view is still there: whoever ran them did not see them end, and
+/// knows not what another program did meanwhile. What they wrote is no point. Gives the others.
+fn forget_unseen(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    jobs: Vec<Job>,
+    torn: &mut Torn,
+) -> Result<Vec<Job>> {
+    let mut seen = Vec::new();
+    for j in jobs {
+        let Some((role, index)) = scope.role(&j.id) else { continue };
+        let view = object(scope.run, Role::Snapshot, index);
+        if role == Role::Job && answers.node(&view).is_none() {
+            seen.push(j);
+            continue;
+        }
+        let dismissed = client.execute("job-dismiss", json!({"id": j.id}));
+        torn.note(index, dismissed)?;
+    }
+    Ok(seen)
 }
 
 /// Lets go of the guest: frozen view, filter and fleece leave QEMU. The target stays.
@@ -160,9 +192,44 @@ fn take_off(
 ) -> Result<()> {
     delete(client, answers, scope, Role::Blind, torn)?;
     delete(client, answers, scope, Role::Snapshot, torn)?;
+    delete(client, answers, scope, Role::Lock, torn)?;
     unplug(client, answers, scope, torn)?;
     delete(client, answers, scope, Role::Filter, torn)?;
     delete(client, answers, scope, Role::Fleece, torn)
+}
+
+/// Closes the targets; gives those whose job ended well and of which QEMU had nothing left that it
+/// could not write.
+fn close_targets(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    jobs: &[Job],
+    torn: &mut Torn,
+) -> Result<Vec<usize>> {
+    let ended = jobs.iter().filter(|j| j.error.is_none());
+    let mut good: Vec<usize> = ended.filter_map(|j| Some(scope.role(&j.id)?.1)).collect();
+    for n in &answers.nodes {
+        let Some((Role::Target, index)) = scope.role(&n.node_name) else { continue };
+        if torn.stuck.contains(&index) {
+            continue;
+        }
+        if good.contains(&index) {
+            match close_image(client, &n.node_name) {
+                Err(e) if matches!(e.kind(), Kind::Io | Kind::NoSpace) => {
+                    log::warn!("{}: {}", n.file, e.report());
+                    good.retain(|i| *i != index);
+                }
+                other => {
+                    torn.note(index, other)?;
+                    continue;
+                }
+            }
+        }
+        let gone = client.execute("blockdev-del", json!({"node-name": n.node_name}));
+        torn.note(index, gone)?;
+    }
+    Ok(good)
 }
 
 /// Takes back the descriptors that were handed over for these nodes.
@@ -235,16 +302,21 @@ fn end_exports(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result
     Ok(())
 }
 
-/// Puts guests and exports back onto what is below our filters.
+/// Puts guests, overlays and exports back onto what is below our filters.
 fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
     let filter = |n: &str| scope.role(n).filter(|(r, _)| *r == Role::Filter).map(|(_, i)| i);
-    for d in &answers.drives {
-        let (Some(qdev), Some(node)) = (&d.qdev, &d.inserted) else { continue };
-        let Some(index) = filter(&node.node_name) else { continue };
-        if !torn.stuck.contains(&index) {
-            let back = below(answers, &node.node_name).and_then(|b| plug(client, qdev, &b));
-            torn.note(index, back)?;
-        }
+    for n in &answers.nodes {
+        let Some(index) = filter(&n.node_name).filter(|i| !torn.stuck.contains(i)) else {
+            continue;
+        };
+        // Raw nodes of exports are reopened below, all at once.
+        let own = |name: &str| {
+            let raw = answers.node(name).is_some_and(|p| p.drv == "raw");
+            raw || parse_object(name).is_some()
+        };
+        let job = object(scope.run, Role::Relink, index);
+        let freed = unplug::free(client, answers, &n.node_name, &own, &job);
+        torn.note(index, freed)?;
     }
     let mut options = Vec::new();
     for n in &answers.nodes {
@@ -274,13 +346,6 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
         }
     }
     Ok(())
-}
-
-fn below(answers: &Answers, filter: &str) -> Result<String> {
-    answers.graph.child(filter, "file").map(str::to_string).ok_or_else(|| {
-        Error::new(Kind::Peer, format!("QEMU does not say what is below {filter}"))
-            .remedy("set the device's drive property back by hand (qom-set) and delete the filter")
-    })
 }
 
 fn delete(

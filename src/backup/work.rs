@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::beside::Neighbours;
 use super::conclude::failure;
 use super::control::{DiskStatus, Shared};
 use super::disk::job_error;
 use super::fleece::Fleece;
 use super::folders::TargetId;
+use super::graph::Stage;
 use super::journal::{DiskRecord, Journal, Pending, Record};
 use super::migration::Guard;
 use super::moment::{Insert, Scene};
@@ -66,6 +68,8 @@ pub struct Run<'a> {
     pub(super) reserves: Reserves,
     /// The fleece images by the disk's number, held open until QEMU has closed them.
     pub(super) fleeces: HashMap<usize, Fleece>,
+    /// What other programs do.
+    pub(super) neighbours: Neighbours,
 }
 
 /// A disk on its way.
@@ -427,13 +431,17 @@ impl Run<'_> {
         self.each(disks, Self::place_fleece)?;
         self.check_space(disks)?;
         self.each(disks, Self::prepare)?;
+        self.begin_beside(disks)?;
         self.phase("taking the moment");
         self.check_migration()?;
         self.take_moment(disks)?;
+        self.look_beside(disks, Stage::Plugged)?;
+        self.keep_sizes(disks)?;
         self.phase("copying");
         self.each(disks, Self::view)?;
         self.stop_after_views(disks)?;
         self.guard_fleeces(disks)?;
+        self.look_beside(disks, Stage::Copying)?;
         self.each(disks, Self::start_job)?;
         self.wait(disks)
     }
@@ -489,6 +497,8 @@ impl Run<'_> {
                 index: d.index,
                 insertion: d.plan.disk.insertion.clone(),
                 filter: object(&self.run, Role::Filter, d.index),
+                label: d.plan.disk.label().to_string(),
+                path: d.plan.disk.path.clone(),
             })
             .collect();
         if inserts.is_empty() {
@@ -543,6 +553,7 @@ impl Run<'_> {
         loop {
             self.check_migration()?;
             let jobs: Vec<Job> = self.client.poll("query-jobs")?;
+            self.look_beside(disks, Stage::Copying)?;
             for d in disks.iter_mut().filter(|d| d.going()) {
                 let id = object(&self.run, Role::Job, d.index);
                 let ended = match jobs.iter().find(|j| j.id == id) {

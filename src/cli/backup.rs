@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::folder;
 use crate::qmp::Address;
 use crate::text::path_text;
-use crate::units::{human_bytes, parse_bytes};
+use crate::units::{human_bytes, parse_bytes, parse_duration};
 
 /// Back up the disks of a running guest
 ///
@@ -97,6 +97,11 @@ pub struct BackupArgs {
     /// An NBD server that QEMU runs already (path or tcp:HOST:PORT)
     #[arg(long, value_name = "SOCKET")]
     nbd: Option<String>,
+
+    /// Wait up to this long (30m, 2h) for another program's job on a disk to end, such as a
+    /// storage move; else such a disk is refused at once
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    wait: Option<u64>,
 
     /// Only say what would be done
     #[arg(short = 'n', long)]
@@ -359,6 +364,7 @@ impl BackupArgs {
             allow_plaintext: self.allow_plaintext,
             config: config.collect::<Result<_>>()?,
             state_dir: self.state.dir()?,
+            wait: Duration::from_secs(self.wait.unwrap_or(0)),
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
         })

@@ -1,5 +1,7 @@
 //! A QMP client: greeting, capabilities, commands with ids. Of events it is only noticed that one
 //! came which may end a wait: what has happened is asked for, so a flood of them takes no memory.
+//! Only of jobs of other programs a list is kept where that is asked for, see [`JobEvents`]: such a
+//! job may have ended before anybody asks.
 
 use std::collections::HashSet;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -32,6 +34,47 @@ const LONGEST_REASON: usize = 8192;
 /// The longest list that is read: of jobs, exports, nodes. Beyond any machine that QEMU can emulate.
 const LONGEST_LIST: usize = 16_384;
 
+/// How many events of jobs are kept between two looks, and how long the name of a job may be.
+const JOB_EVENTS: usize = 1024;
+const LONGEST_JOB: usize = 256;
+
+/// What was heard of jobs of other programs.
+#[derive(Debug, Default)]
+pub struct JobEvents {
+    /// In order.
+    pub events: Vec<JobEvent>,
+    /// More came than are kept.
+    pub lost: bool,
+}
+
+/// One event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobEvent {
+    /// The job.
+    pub job: String,
+    /// The state that it has come to; `None` for an event that only block jobs have.
+    pub status: Option<String>,
+}
+
+impl JobEvents {
+    fn note(&mut self, own: &str, event: &str, data: Option<&Value>) -> bool {
+        let text = |key: &str| data.and_then(|d| d.get(key)?.as_str());
+        let (job, status) = match event {
+            "JOB_STATUS_CHANGE" => (text("id"), text("status")),
+            e if e.starts_with("BLOCK_JOB_") => (text("device"), None),
+            _ => return false,
+        };
+        let Some(job) = job.filter(|j| !j.starts_with(own)) else { return false };
+        if self.events.len() >= JOB_EVENTS || job.len() > LONGEST_JOB {
+            self.lost = true;
+        } else {
+            let status = status.map(|s| clip(s, LONGEST_NAME));
+            self.events.push(JobEvent { job: job.to_string(), status });
+        }
+        status == Some("created")
+    }
+}
+
 /// QEMU's own words for why it did not do something.
 #[derive(Debug, Clone)]
 pub struct Refusal {
@@ -63,6 +106,8 @@ pub struct Client {
     next_id: u64,
     /// An event has come since the last [`Client::pause`] that may end one.
     woken: bool,
+    /// The beginning of the names of our own jobs, and what was heard of all others.
+    jobs: Option<(String, JobEvents)>,
     version: Version,
     commands: HashSet<String>,
     features: Option<Features>,
@@ -114,6 +159,7 @@ impl Client {
             wire,
             next_id: 0,
             woken: false,
+            jobs: None,
             version,
             commands: HashSet::new(),
             features: None,
@@ -318,8 +364,25 @@ impl Client {
     fn is_event(&mut self, message: &Value) -> bool {
         let Some(name) = message.get("event") else { return false };
         log::debug!("QMP < {message}");
-        self.woken |= name.as_str().is_some_and(|n| ends_a_wait(n, message.get("data")));
+        let Some(name) = name.as_str() else { return true };
+        let data = message.get("data");
+        self.woken |= ends_a_wait(name, data);
+        if let Some((own, heard)) = &mut self.jobs {
+            self.woken |= heard.note(own, name, data);
+        }
         true
+    }
+
+    /// From now on what is heard of jobs is kept, but for those whose names begin with `own`. The
+    /// beginning of a job also ends [`Client::pause`].
+    pub fn listen_to_jobs(&mut self, own: &str) {
+        self.jobs = Some((own.to_string(), JobEvents::default()));
+    }
+
+    /// What was heard of jobs since the last time. QEMU tells of what happened before it answers
+    /// what was asked later.
+    pub fn job_events(&mut self) -> JobEvents {
+        self.jobs.as_mut().map(|(_, heard)| std::mem::take(heard)).unwrap_or_default()
     }
 
     /// Waits until `deadline`, or until a job or an export may have come to its end.
@@ -392,4 +455,29 @@ fn not_qmp(peer: &str) -> Error {
     Error::new(Kind::Peer, "this is not a QMP socket: no QMP greeting")
         .at_path(peer)
         .remedy("a human monitor needs mode=control; the guest agent's socket belongs to --agent")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_other_jobs_a_bounded_list_is_kept() {
+        let mut heard = JobEvents::default();
+        let change = |id: &str, status: &str| json!({"id": id, "status": status});
+        assert!(heard.note("own-", "JOB_STATUS_CHANGE", Some(&change("x", "created"))));
+        assert!(!heard.note("own-", "JOB_STATUS_CHANGE", Some(&change("own-1", "created"))));
+        assert!(!heard.note("own-", "JOB_STATUS_CHANGE", Some(&change("x", "null"))));
+        heard.note("own-", "BLOCK_JOB_COMPLETED", Some(&json!({"device": "x"})));
+        heard.note("own-", "RESUME", None);
+        let kept: Vec<_> = heard.events.iter().map(|e| e.status.as_deref()).collect();
+        assert_eq!((kept, heard.lost), (vec![Some("created"), Some("null"), None], false));
+        heard.note("own-", "JOB_STATUS_CHANGE", Some(&change(&"x".repeat(257), "created")));
+        assert!(heard.lost && heard.events.len() == 3);
+        let mut heard = JobEvents::default();
+        for _ in 0..2000 {
+            heard.note("own-", "JOB_STATUS_CHANGE", Some(&change("x", "paused")));
+        }
+        assert!(heard.lost && heard.events.len() == JOB_EVENTS);
+    }
 }

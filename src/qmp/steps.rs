@@ -4,7 +4,7 @@
 //! reached, and with `FLEECEFS_STEPS=FILE` it appends a line per step to that file. A step is a
 //! command about to be sent, its answer, an awaited event, or a change on disk. The crash matrix
 //! (tests/crash.rs) walks through all of them. `FLEECEFS_HANG_AT=NAME` stops the process (SIGSTOP)
-//! at the first step of that name. Without the variables this costs an atomic add.
+//! at the steps of that name, `FLEECEFS_HANG_AT=N` at step N. Without the variables this costs an atomic add.
 //!
 //! With `FLEECEFS_ANSWER_TIMEOUT=SECONDS` nothing waits longer for an answer of QEMU than that.
 
@@ -55,7 +55,7 @@ pub fn step(label: &str) {
         // SAFETY: kill and getpid have no preconditions.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
     }
-    if hook.hang_at.as_deref() == Some(label) {
+    if hook.hang_at.as_deref().is_some_and(|at| at == label || at == n.to_string()) {
         // SAFETY: as above.
         unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
     }

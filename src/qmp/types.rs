@@ -219,9 +219,19 @@ pub struct Graph {
     nodes: HashMap<u64, GraphNode>,
     /// The first block node of each name.
     by_name: HashMap<String, u64>,
-    /// The first child in each role, by the parent.
-    roles: HashMap<u64, HashMap<String, u64>>,
+    children: HashMap<u64, Vec<Link>>,
     parents: HashMap<u64, Vec<(u64, String)>>,
+}
+
+/// How a parent holds a child.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// The child's number.
+    pub child: u64,
+    /// The role: `file`, `backing`, `target`, `root`, `main node`.
+    pub role: String,
+    /// Whether the parent may change what the child holds.
+    pub writes: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -238,7 +248,10 @@ impl From<RawGraph> for Graph {
         let mut g = Graph::default();
         for e in raw.edges {
             g.parents.entry(e.child).or_default().push((e.parent, e.name.clone()));
-            g.roles.entry(e.parent).or_default().entry(e.name).or_insert(e.child);
+            let writes =
+                e.perm.iter().any(|p| ["write", "write-unchanged", "resize"].contains(&p.as_str()));
+            let link = Link { child: e.child, role: e.name, writes };
+            g.children.entry(e.parent).or_default().push(link);
         }
         for n in raw.nodes {
             if n.kind == "block-driver" {
@@ -271,13 +284,46 @@ struct GraphEdge {
     child: u64,
     /// The role: `file`, `backing`, `target`, `root`.
     name: String,
+    /// What the parent may do.
+    perm: Vec<String>,
 }
 
 impl Graph {
     /// The name of `node`'s child in the given role.
     pub fn child(&self, node: &str, role: &str) -> Option<&str> {
         let id = self.by_name.get(node)?;
-        self.name(*self.roles.get(id)?.get(role)?)
+        self.name(self.links(*id).iter().find(|l| l.role == role)?.child)
+    }
+
+    /// Whether QEMU told of nothing.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// What a vertex holds.
+    pub fn links(&self, id: u64) -> &[Link] {
+        self.children.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    /// The number of the block node of this name.
+    pub fn id(&self, node: &str) -> Option<u64> {
+        self.by_name.get(node).copied()
+    }
+
+    /// All vertices of one kind: `block-backend`, `block-job`.
+    pub fn all<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a GraphNode> {
+        self.nodes.values().filter(move |n| n.kind == kind)
+    }
+
+    /// These vertices and all below them.
+    pub fn below(&self, of: impl Iterator<Item = u64>) -> HashSet<u64> {
+        let mut found: HashSet<u64> = of.collect();
+        let mut todo: Vec<u64> = found.iter().copied().collect();
+        while let Some(at) = todo.pop() {
+            let fresh = self.links(at).iter().map(|l| l.child).filter(|c| found.insert(*c));
+            todo.extend(fresh);
+        }
+        found
     }
 
     /// Names of these nodes and of all above them, in whatever role.
@@ -304,7 +350,8 @@ impl Graph {
         edges.filter_map(|(p, role)| Some((self.nodes.get(p)?, role.as_str()))).collect()
     }
 
-    fn name(&self, id: u64) -> Option<&str> {
+    /// A vertex's name.
+    pub fn name(&self, id: u64) -> Option<&str> {
         self.nodes.get(&id).map(|n| n.name.as_str())
     }
 }

@@ -51,7 +51,7 @@ impl Daemon {
                 "driver=file,node-name={name}-file,filename={},discard=unmap",
                 file.display()
             ));
-            let child = if format.contains("blkdebug") { "image" } else { "file" };
+            let child = if format.contains("blkdebug") { "file.image" } else { "file" };
             c.arg("--blockdev")
                 .arg(format!("{format},node-name={name},{child}={name}-file,discard=unmap"));
             c.arg("--blockdev")

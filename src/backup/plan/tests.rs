@@ -1,4 +1,5 @@
 use super::*;
+use crate::backup::graph::{Path as NodePath, Root};
 use crate::backup::seen::Insertion;
 use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
 use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, fingerprint, tests::example};
@@ -45,6 +46,7 @@ fn options(target: &Path, level: LevelWish) -> Options {
         state_dir: "/s".into(),
         dry_run: false,
         nbd: None,
+        wait: Duration::ZERO,
     }
 }
 
@@ -74,6 +76,8 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         node: "n".into(),
         top: "n".into(),
         insertion: Insertion::Device("/m/v0".into()),
+        path: NodePath { root: Root::Device("/m/v0".into()), nodes: vec!["n".into()] },
+        busy: None,
         size: 1 << 20,
         cluster_size: 65536,
         extended_l2: false,

@@ -1,0 +1,233 @@
+//! Other programs at work in the same QEMU while a backup runs: at each look the graph round each
+//! disk has to be what planning saw and what we added, and what was heard of jobs has to be
+//! explained by it. What is not concerns a disk, or all where it cannot be told which.
+
+use std::collections::{HashMap, HashSet};
+
+use serde_json::json;
+
+use super::graph::{Expected, Scene, Stage, in_the_way};
+use super::names::{PREFIX, Role, object, parse_object};
+use super::work::{Active, Run};
+use crate::error::{Error, Kind, Result};
+use crate::qmp::budget::short;
+use crate::qmp::client::JobEvents;
+use crate::qmp::types::{Graph, Job, Node};
+use crate::units::human_bytes;
+
+/// Kinds of jobs that have nodes in the graph.
+const BLOCK_JOBS: &[&str] = &["backup", "commit", "mirror", "stream"];
+
+/// How often graph and jobs are asked for until they tell of the same jobs.
+const LOOKS: u32 = 3;
+
+/// What is known of other programs' jobs.
+#[derive(Debug, Default)]
+pub struct Neighbours {
+    /// Jobs that were looked at while they lived.
+    known: HashSet<String>,
+    /// This QEMU would not keep the disks' sizes.
+    unlocked: bool,
+}
+
+impl Neighbours {
+    /// Whether something was heard that no look explains: a job that began and ended between two
+    /// of them. `now` are the jobs that have just been looked at.
+    fn unexplained(&mut self, heard: JobEvents, now: &[Job]) -> Option<String> {
+        if heard.lost {
+            return Some("other programs began more jobs than can be followed".into());
+        }
+        let mut found = None;
+        let mut fresh: HashMap<String, Life> = HashMap::new();
+        for e in heard.events {
+            let life = fresh.entry(e.job.clone()).or_default();
+            match e.status.as_deref() {
+                None => life.in_graph = true,
+                Some("created") => {
+                    self.known.remove(&e.job);
+                    *life = Life::default();
+                }
+                Some("running") => life.ran = true,
+                Some("concluded") if !self.known.contains(&e.job) => {
+                    found = found.or_else(|| life.trace(&e.job));
+                    self.known.insert(e.job);
+                }
+                Some("null") if !self.known.remove(&e.job) => {
+                    found = found.or_else(|| life.trace(&e.job));
+                }
+                Some(_) => {}
+            }
+        }
+        self.known.extend(now.iter().map(|j| j.id.clone()));
+        found
+    }
+}
+
+/// What was heard of one job.
+#[derive(Debug, Default)]
+struct Life {
+    ran: bool,
+    in_graph: bool,
+}
+
+impl Life {
+    /// Jobs without nodes (such as one that creates an image) run and end without an event that only
+    /// block jobs have. One that never ran has failed at its beginning: it may have had nodes.
+    fn trace(&self, job: &str) -> Option<String> {
+        let harmless = self.ran && !self.in_graph;
+        (!harmless).then(|| {
+            let job = short(job);
+            format!("job {job} of another program has begun and ended: which disks it touched cannot be told")
+        })
+    }
+}
+
+impl Run<'_> {
+    /// Graph and jobs as they are at one time.
+    fn look(&mut self) -> Result<(Graph, Vec<Job>)> {
+        let mut tries = 0u32;
+        loop {
+            let graph: Graph = self.client.poll("x-debug-query-block-graph")?;
+            let jobs: Vec<Job> = self.client.poll("query-jobs")?;
+            let drawn: HashSet<&str> = graph.all("block-job").map(|j| j.name.as_str()).collect();
+            let listed = jobs.iter().filter(|j| BLOCK_JOBS.contains(&j.kind.as_str()));
+            let listed: HashSet<&str> = listed.map(|j| j.id.as_str()).collect();
+            tries = tries.saturating_add(1);
+            if drawn == listed || tries == LOOKS {
+                return Ok((graph, jobs));
+            }
+        }
+    }
+
+    /// Begins to listen, once our filters stand on what they will be plugged above: from then on
+    /// whatever another program puts there takes them along.
+    pub(super) fn begin_beside(&mut self, disks: &mut [Active]) -> Result<()> {
+        self.client.listen_to_jobs(&format!("{PREFIX}{}-", self.run));
+        let jobs: Vec<Job> = self.client.poll("query-jobs")?;
+        self.neighbours.known.extend(jobs.into_iter().map(|j| j.id));
+        self.look_beside(disks, Stage::Before)
+    }
+
+    /// Fails the disks round which something is not as it has to be.
+    pub(super) fn look_beside(&mut self, disks: &mut [Active], stage: Stage) -> Result<()> {
+        if !disks.iter().any(Active::going) {
+            return Ok(());
+        }
+        let (graph, jobs) = self.look()?;
+        let heard = self.client.job_events();
+        let others: Vec<Job> =
+            jobs.iter().filter(|j| parse_object(&j.id).is_none()).cloned().collect();
+        let unexplained = self.neighbours.unexplained(heard, &others);
+        let scene = Scene { graph: &graph, jobs: &jobs };
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            let expected = Expected {
+                run: &self.run,
+                index: d.index,
+                label: d.plan.disk.label(),
+                path: &d.plan.disk.path,
+                source: self.source(),
+            };
+            if let Some(what) = expected.difference(scene, stage).or_else(|| unexplained.clone()) {
+                self.fail(d, in_the_way(what))?;
+            }
+        }
+        if self.neighbours.unlocked { self.check_sizes(disks) } else { Ok(()) }
+    }
+
+    /// From here on nobody resizes a disk: a frozen view of a disk that has become smaller has lost
+    /// bytes, and reading them there ends QEMU (seen with 7.2 and 10.0).
+    pub(super) fn keep_sizes(&mut self, disks: &mut [Active]) -> Result<()> {
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            let lock = json!({
+                "driver": "blkdebug",
+                "node-name": object(&self.run, Role::Lock, d.index),
+                "image": object(&self.run, Role::Filter, d.index),
+                "read-only": true,
+                "unshare-child-perms": ["resize"],
+            });
+            if let Err(r) = self.client.call("blockdev-add", lock)? {
+                log::warn!(
+                    "a resize of {} cannot be refused: {}",
+                    d.plan.disk.label(),
+                    short(&r.desc)
+                );
+                self.neighbours.unlocked = true;
+            }
+        }
+        self.check_sizes(disks)
+    }
+
+    /// Fails the disks that have not the size that was planned with.
+    fn check_sizes(&mut self, disks: &mut [Active]) -> Result<()> {
+        if !disks.iter().any(Active::going) {
+            return Ok(());
+        }
+        let nodes: Vec<Node> =
+            self.client.query("query-named-block-nodes", json!({"flat": true}))?;
+        let sizes: HashMap<&str, u64> =
+            nodes.iter().map(|n| (n.node_name.as_str(), n.image.virtual_size)).collect();
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            let filter = object(&self.run, Role::Filter, d.index);
+            let now = [filter.as_str(), &d.plan.disk.node].map(|n| sizes.get(n));
+            let wanted = d.plan.disk.size;
+            if let Some(other) = now.into_iter().find(|s| *s != Some(&wanted)) {
+                let other = other.map_or_else(|| "gone".into(), |s| human_bytes(*s));
+                let what =
+                    format!("it was resized meanwhile: from {} to {other}", human_bytes(wanted));
+                self.fail(d, Error::new(Kind::Busy, what).remedy("back up again"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qmp::client::JobEvent;
+
+    fn heard(list: &[(&str, &str)]) -> JobEvents {
+        let event = |(job, status): &(&str, &str)| JobEvent {
+            job: job.to_string(),
+            status: (*status != "block").then(|| status.to_string()),
+        };
+        JobEvents { events: list.iter().map(event).collect(), lost: false }
+    }
+
+    fn job(id: &str) -> Job {
+        Job { id: id.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn a_job_that_was_never_seen_concerns_all() {
+        let mut n = Neighbours::default();
+        let gone =
+            [("x", "created"), ("x", "running"), ("x", "block"), ("x", "concluded"), ("x", "null")];
+        assert!(n.unexplained(heard(&gone), &[]).unwrap().contains("job x"));
+        // It may wait to be dismissed.
+        assert!(n.unexplained(heard(&gone[..4]), &[job("x")]).is_some());
+        assert!(n.unexplained(heard(&gone[4..]), &[]).is_none());
+        // It failed at once.
+        assert!(n.unexplained(heard(&[("y", "created"), ("y", "null")]), &[]).is_some());
+        let lost = JobEvents { lost: true, ..Default::default() };
+        assert!(n.unexplained(lost, &[]).is_some());
+    }
+
+    #[test]
+    fn a_job_that_was_looked_at_is_explained_until_another_has_its_name() {
+        let mut n = Neighbours::default();
+        assert!(n.unexplained(heard(&[("x", "created"), ("x", "running")]), &[job("x")]).is_none());
+        let end = [("x", "block"), ("x", "concluded"), ("x", "null")];
+        let again = [end.as_slice(), &[("x", "created"), ("x", "running")], &end].concat();
+        assert!(n.unexplained(heard(&end), &[]).is_none());
+        n.known.insert("x".into());
+        assert!(n.unexplained(heard(&again), &[]).is_some());
+    }
+
+    #[test]
+    fn a_job_without_nodes_is_none_of_ours() {
+        let mut n = Neighbours::default();
+        let create = [("c", "created"), ("c", "running"), ("c", "concluded"), ("c", "null")];
+        assert!(n.unexplained(heard(&create), &[]).is_none());
+    }
+}

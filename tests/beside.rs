@@ -1,0 +1,482 @@
+//! Other programs at work in the same QEMU: whatever they begin, before a backup or while it copies
+//! or at any step of it, the guest's disk holds what the guest wrote, the point is right or absent,
+//! the other's result is right, and once it has ended nothing of ours is left.
+//!
+//! `FLEECEFS_BESIDE=all` begins each operation at each step of a run; else at some of them.
+//! With `-- --nocapture` the table is shown.
+
+mod backup;
+#[path = "common/guest.rs"]
+mod guest;
+#[path = "common/machine.rs"]
+mod machine;
+mod mounted;
+mod qemu;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use backup::{Caller, images, leftovers, ours_in_qemu};
+use machine::{Machine, SIZE, bytes};
+use qemu::{first_difference, have};
+use serde_json::json;
+
+const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
+
+/// What another program does with `v0`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Op {
+    Mirror,
+    NamedMirror,
+    DriveMirror,
+    DriveBackup,
+    NodeBackup,
+    Commit,
+    Stream,
+    SnapshotByDevice,
+    SnapshotByNode,
+    InternalSnapshot,
+    Grow,
+    Shrink,
+    Unplug,
+    TheirFilter,
+    Export,
+}
+
+use Op::*;
+
+const ALL: [Op; 15] = [
+    Mirror,
+    NamedMirror,
+    DriveMirror,
+    DriveBackup,
+    NodeBackup,
+    Commit,
+    Stream,
+    SnapshotByDevice,
+    SnapshotByNode,
+    InternalSnapshot,
+    Grow,
+    Shrink,
+    Unplug,
+    TheirFilter,
+    Export,
+];
+
+/// An operation under way.
+struct Begun {
+    op: Op,
+    /// What `v0` held then.
+    then: Vec<u8>,
+    /// The node that their filter was put above.
+    node: String,
+}
+
+impl Op {
+    /// Begins it; `None` if QEMU refuses.
+    fn begin(self, m: &mut Machine) -> Option<Begun> {
+        let then = m.expect[0].clone();
+        let inserted = m.inserted(0)?;
+        let node = inserted["node-name"].as_str().unwrap().to_string();
+        let id = "other";
+        let file = |name: &str| m.text(name);
+        let (command, arguments) = match self {
+            Mirror => (
+                "blockdev-mirror",
+                json!({"job-id": id, "device": "dr0", "target": "b", "sync": "full"}),
+            ),
+            NamedMirror => (
+                "blockdev-mirror",
+                json!({"job-id": id, "device": "dr0", "target": "b", "sync": "full",
+                    "filter-node-name": "theirs"}),
+            ),
+            DriveMirror => (
+                "drive-mirror",
+                json!({"job-id": id, "device": "dr0", "target": file("m.qcow2"), "sync": "full",
+                    "format": "qcow2"}),
+            ),
+            DriveBackup => (
+                "drive-backup",
+                json!({"job-id": id, "device": "dr0", "target": file("x.qcow2"), "sync": "full",
+                    "format": "qcow2", "speed": 1 << 20}),
+            ),
+            NodeBackup => (
+                "blockdev-backup",
+                json!({"job-id": id, "device": "a", "target": "b", "sync": "full", "speed": 1 << 20}),
+            ),
+            Commit => ("block-commit", json!({"job-id": id, "device": "dr0"})),
+            Stream => ("block-stream", json!({"job-id": id, "device": "a", "speed": 1 << 20})),
+            SnapshotByDevice => (
+                "blockdev-snapshot-sync",
+                json!({"device": "dr0", "snapshot-file": file("ov.qcow2"), "snapshot-node-name": "ov"}),
+            ),
+            SnapshotByNode => (
+                "blockdev-snapshot-sync",
+                json!({"node-name": "a", "snapshot-file": file("ov.qcow2"), "snapshot-node-name": "ov"}),
+            ),
+            InternalSnapshot => {
+                ("blockdev-snapshot-internal-sync", json!({"device": "dr0", "name": "s"}))
+            }
+            Grow => ("block_resize", json!({"device": "dr0", "size": SIZE + (2 << 20)})),
+            Shrink => ("block_resize", json!({"device": "dr0", "size": SIZE - (1 << 20)})),
+            Unplug => return self.unplug(m).then_some(Begun { op: self, then, node }),
+            TheirFilter => {
+                return self.put_filter(m, &node).then_some(Begun { op: self, then, node });
+            }
+            Export => return self.export(m).then_some(Begun { op: self, then, node }),
+        };
+        if let Err(why) = m.qmp.try_execute(command, arguments) {
+            println!("    {self:?}: QEMU refuses: {why}");
+            return None;
+        }
+        match self {
+            Grow => m.expect[0].resize(SIZE + (2 << 20), 0),
+            Shrink => m.expect[0].truncate(SIZE - (1 << 20)),
+            _ => {}
+        }
+        Some(Begun { op: self, then, node })
+    }
+
+    fn unplug(self, m: &mut Machine) -> bool {
+        if m.do_it("query-status", json!({}))["status"] != "running" {
+            return false;
+        }
+        m.do_it("device_del", json!({"id": "v0"}));
+        let end = Instant::now() + Duration::from_secs(60);
+        while m.inserted(0).is_some() {
+            assert!(Instant::now() < end, "v0 is not unplugged");
+            // A reset is an answer to the request as well.
+            m.do_it("system_reset", json!({}));
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        true
+    }
+
+    fn put_filter(self, m: &mut Machine, node: &str) -> bool {
+        let raw = m.path("theirs.raw");
+        std::fs::File::create(&raw).unwrap().set_len(m.expect[0].len() as u64).unwrap();
+        m.do_it(
+            "blockdev-add",
+            json!({"driver": "raw", "node-name": "tf", "file": {"driver": "file", "filename": raw}}),
+        );
+        let filter =
+            json!({"driver": "copy-before-write", "node-name": "tc", "file": node, "target": "tf"});
+        let path = "/machine/peripheral/v0/virtio-backend";
+        let set = json!({"path": path, "property": "drive", "value": "tc"});
+        let added = m.qmp.try_execute("blockdev-add", filter).is_ok();
+        if added && m.qmp.try_execute("qom-set", set).is_ok() {
+            return true;
+        }
+        for n in ["tc", "tf"].into_iter().skip(usize::from(!added)) {
+            m.do_it("blockdev-del", json!({"node-name": n}));
+        }
+        false
+    }
+
+    fn export(self, m: &mut Machine) -> bool {
+        let address = json!({"type": "unix", "data": {"path": m.text("their-nbd.sock")}});
+        if m.qmp.try_execute("nbd-server-start", json!({"addr": address})).is_err() {
+            return false;
+        }
+        let export = json!({"type": "nbd", "id": "theirs", "node-name": "a"});
+        m.do_it("block-export-add", export);
+        true
+    }
+}
+
+impl Begun {
+    /// Ends it; what it made is right.
+    fn end(&self, m: &mut Machine) {
+        let gone = |j: &serde_json::Value| j.is_null();
+        match self.op {
+            Mirror | NamedMirror | DriveMirror | Commit => {
+                m.wait_job("other", |j| j.is_null() || j["status"] == "ready");
+                m.do_it("job-complete", json!({"id": "other"}));
+                m.wait_job("other", gone);
+            }
+            DriveBackup | NodeBackup | Stream => {
+                // It may have ended.
+                let _ = m
+                    .qmp
+                    .try_execute("block-job-set-speed", json!({"device": "other", "speed": 0}));
+                m.wait_job("other", gone);
+                let copy = if self.op == DriveBackup { "x.qcow2" } else { "b.qcow2" };
+                if self.op == NodeBackup {
+                    // Until it is closed, some of it is in QEMU's memory.
+                    m.do_it("blockdev-del", json!({"node-name": "b"}));
+                }
+                if self.op != Stream {
+                    let got = bytes(&m.path(copy), "qcow2");
+                    assert_eq!(first_difference(&got, &self.then), None, "the other's copy");
+                }
+            }
+            SnapshotByDevice | SnapshotByNode => {
+                let got = bytes(&m.path("a.qcow2"), "qcow2");
+                assert_eq!(first_difference(&got, &self.then), None, "below the snapshot");
+            }
+            TheirFilter => {
+                let path = "/machine/peripheral/v0/virtio-backend";
+                m.do_it("qom-set", json!({"path": path, "property": "drive", "value": self.node}));
+                for n in ["tc", "tf"] {
+                    m.do_it("blockdev-del", json!({"node-name": n}));
+                }
+            }
+            Export => {
+                m.do_it("block-export-del", json!({"id": "theirs", "mode": "hard"}));
+                m.qmp.wait_event("BLOCK_EXPORT_DELETED");
+                m.do_it("nbd-server-stop", json!({}));
+            }
+            InternalSnapshot | Grow | Shrink | Unplug => {}
+        }
+    }
+}
+
+fn finish(child: &mut Child) -> ExitStatus {
+    let end = Instant::now() + Duration::from_secs(120);
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        assert!(Instant::now() < end, "the backup hangs");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The bytes of a point.
+fn point(caller: &Caller, disk: &str, image: &Path) -> Vec<u8> {
+    let out = tempfile::tempdir().unwrap();
+    let raw = out.path().join("p.raw");
+    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    let name = format!("{disk}/{}", image.file_name().unwrap().to_str().unwrap());
+    c.args(["restore", "--quiet"]).arg(&caller.target).arg(name).arg(&raw);
+    let done = c.output().unwrap();
+    assert!(done.status.success(), "restore: {}", String::from_utf8_lossy(&done.stderr));
+    std::fs::read(raw).unwrap()
+}
+
+fn points(caller: &Caller, disk: &str) -> Vec<PathBuf> {
+    let mut list = images(&caller.target.join(disk));
+    list.retain(|p| p.extension().is_none_or(|e| e != "partial"));
+    list
+}
+
+/// The newest point of a disk holds one of these.
+fn right(caller: &Caller, disk: &str, any: &[&Vec<u8>], what: &str) {
+    let newest =
+        points(caller, disk).pop().unwrap_or_else(|| panic!("{what}: {disk} has no point"));
+    let got = point(caller, disk, &newest);
+    let differences: Vec<_> = any.iter().map(|e| first_difference(&got, e)).collect();
+    assert!(differences.contains(&None), "{what}: {}: {differences:?}", newest.display());
+}
+
+fn recover(caller: &Caller) -> (Option<i32>, String) {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    c.args(["recover", "--qmp"]).arg(&caller.qmp).arg("--state-dir").arg(&caller.state);
+    let out = c.output().unwrap();
+    (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+/// The folder of `v0` after the operation, if it is there.
+fn disk_after(m: &mut Machine) -> Option<String> {
+    let inserted = m.inserted(0)?;
+    let file = inserted["file"].as_str().unwrap();
+    Some(Path::new(file).file_name().unwrap().to_str().unwrap().to_string())
+}
+
+/// The other has ended: nothing of ours is left, the next backup is right, and so is the disk.
+fn afterwards(mut m: Machine, caller: &Caller, begun: Option<Begun>, what: &str) {
+    m.hurry();
+    if let Some(b) = &begun {
+        b.end(&mut m);
+    }
+    let (code, said) = recover(caller);
+    assert_eq!(code, Some(0), "{what}: recover: {said}");
+    assert_eq!(ours_in_qemu(&mut m.qmp), Vec::<String>::new(), "{what}: {said}");
+    assert_eq!(leftovers(m.folder()), Vec::<PathBuf>::new(), "{what}: {said}");
+    let gone = m.inserted(0).is_none();
+    m.write(1, 5 << 20, 65536);
+    if !gone {
+        m.write(0, 5 << 20, 65536);
+    }
+    caller.must("auto");
+    if let Some(disk) = disk_after(&mut m) {
+        right(caller, &disk, &[&m.expect[0]], what);
+    }
+    right(caller, "o.qcow2", &[&m.expect[1]], what);
+    let unplugged = gone.then_some(match begun.map(|b| b.op) {
+        Some(SnapshotByDevice | SnapshotByNode) => "ov.qcow2",
+        _ => "a.qcow2",
+    });
+    m.end(unplugged);
+}
+
+#[test]
+fn what_another_program_does_already() {
+    let name = "what_another_program_does_already";
+    if !have(name, TOOLS) {
+        return;
+    }
+    for op in ALL {
+        let mut m = Machine::start();
+        let caller = m.caller();
+        let begun = op.begin(&mut m);
+        assert!(begun.is_some(), "{op:?}");
+        let gone = m.inserted(0).is_none();
+        let out = caller.run("full");
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        let refused = match op {
+            Mirror | NamedMirror | DriveMirror | DriveBackup | NodeBackup | Commit | Stream => {
+                assert!(said.contains("job other ("), "{op:?}: {said}");
+                true
+            }
+            TheirFilter => true,
+            _ => false,
+        };
+        assert_eq!(out.status.code(), Some(if refused { 16 } else { 0 }), "{op:?}: {said}");
+        right(&caller, "o.qcow2", &[&m.expect[1]], &said);
+        match (refused, disk_after(&mut m)) {
+            (true, _) => assert!(points(&caller, "a.qcow2").is_empty(), "{op:?}: {said}"),
+            (false, Some(disk)) => right(&caller, &disk, &[&m.expect[0]], &said),
+            (false, None) => assert!(gone),
+        }
+        println!("{op:?}: before: {}", if refused { "refused" } else { "a point" });
+        assert_eq!(ours_in_qemu(&mut m.qmp), Vec::<String>::new(), "{op:?}: {said}");
+        if !gone {
+            m.scribble();
+        }
+        afterwards(m, &caller, begun, &format!("{op:?}"));
+    }
+}
+
+#[test]
+fn what_another_program_begins_while_we_copy() {
+    let name = "what_another_program_begins_while_we_copy";
+    if !have(name, TOOLS) {
+        return;
+    }
+    for op in ALL {
+        let mut m = Machine::start();
+        let caller = m.caller();
+        let frozen = m.expect.clone();
+        let slow = caller.with(&["--speed-limit", "1M"]);
+        let err = m.path("stderr");
+        let mut child =
+            slow.command("full").stderr(std::fs::File::create(&err).unwrap()).spawn().unwrap();
+        assert!(m.wait_copying(&mut child), "{}", std::fs::read_to_string(&err).unwrap());
+        let begun = op.begin(&mut m);
+        if m.inserted(0).is_some() {
+            m.scribble();
+        }
+        // One look at least, then to the end.
+        std::thread::sleep(Duration::from_millis(300));
+        m.hurry();
+        let status = finish(&mut child);
+        let said = std::fs::read_to_string(&err).unwrap();
+        let absent = match op {
+            DriveBackup | Stream | SnapshotByDevice | SnapshotByNode | TheirFilter => true,
+            // QEMU refuses these while our filter stands.
+            Mirror | NamedMirror | DriveMirror | Commit | InternalSnapshot | Grow | Shrink => {
+                assert!(begun.is_none(), "{op:?}");
+                false
+            }
+            NodeBackup | Unplug | Export => false,
+        };
+        println!(
+            "{op:?}: while copying: {:?} {status}: {}",
+            begun.is_some(),
+            if absent { "absent" } else { "right" }
+        );
+        right(&caller, "o.qcow2", &[&frozen[1]], &said);
+        if absent {
+            assert_ne!(status.code(), Some(0), "{op:?}: {said}");
+            assert!(points(&caller, "a.qcow2").is_empty(), "{op:?}: {said}");
+        } else {
+            assert_eq!(status.code(), Some(0), "{op:?}: {said}");
+            right(&caller, "a.qcow2", &[&frozen[0]], &said);
+        }
+        afterwards(m, &caller, begun, &format!("{op:?}"));
+    }
+}
+
+/// Whether a process is stopped; `None` if it has ended.
+fn is_stopped(child: &mut Child) -> Option<bool> {
+    if child.try_wait().unwrap().is_some() {
+        return None;
+    }
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
+    Some(stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T')))
+}
+
+/// Begins `op` when an INC is at step `n`; false if it has fewer steps.
+fn at_step(op: Op, n: usize) -> bool {
+    let mut m = Machine::start();
+    let caller = m.caller();
+    caller.must("full");
+    let old = points(&caller, "a.qcow2");
+    m.scribble();
+    let before = m.expect.clone();
+    let (err, steps) = (m.path("stderr"), m.path("steps"));
+    let mut child = caller
+        .command("auto")
+        .env("FLEECEFS_HANG_AT", n.to_string())
+        .env("FLEECEFS_STEPS", &steps)
+        .stderr(std::fs::File::create(&err).unwrap())
+        .spawn()
+        .unwrap();
+    loop {
+        match is_stopped(&mut child) {
+            None => return false,
+            Some(true) => break,
+            Some(false) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    let step = std::fs::read_to_string(&steps).unwrap();
+    let step = step.lines().last().unwrap_or_default().to_string();
+    let begun = op.begin(&mut m);
+    if m.inserted(0).is_some() {
+        m.scribble();
+    }
+    // SAFETY: a signal to our own child.
+    unsafe { libc::kill(child.id() as i32, libc::SIGCONT) };
+    let status = finish(&mut child);
+    let said = std::fs::read_to_string(&err).unwrap();
+    let what = format!("{op:?} at {step}: {said}");
+    let new = points(&caller, "a.qcow2").len() > old.len();
+    if new {
+        right(&caller, "a.qcow2", &[&before[0], &m.expect[0]], &what);
+    }
+    right(&caller, "o.qcow2", &[&before[1], &m.expect[1]], &what);
+    println!(
+        "{op:?} | {step} | {} | exit {:?}, {}",
+        if begun.is_some() { "begun" } else { "refused by QEMU" },
+        status.code(),
+        if new { "right" } else { "absent" }
+    );
+    assert!(
+        new || status.code() != Some(0) || disk_after(&mut m).as_deref() != Some("a.qcow2"),
+        "{what}"
+    );
+    afterwards(m, &caller, begun, &what);
+    true
+}
+
+#[test]
+fn what_another_program_begins_at_a_step() {
+    let name = "what_another_program_begins_at_a_step";
+    if !have(name, TOOLS) {
+        return;
+    }
+    if std::env::var("FLEECEFS_BESIDE").is_ok_and(|v| v == "all") {
+        for op in ALL {
+            assert!((1..).take_while(|n| at_step(op, *n)).count() > 60, "{op:?}");
+        }
+        return;
+    }
+    for (i, op) in
+        [Mirror, DriveBackup, SnapshotByDevice, NodeBackup, Shrink].into_iter().enumerate()
+    {
+        let steps = (3 + 5 * i..).step_by(23).take_while(|n| at_step(op, *n)).count();
+        assert!(steps > 2, "{op:?}");
+    }
+}
