@@ -18,6 +18,7 @@
 
 #![allow(clippy::disallowed_methods)]
 
+mod fixed;
 mod handle;
 mod held;
 mod lock;
@@ -37,6 +38,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 
+pub use fixed::Fixed;
 pub use handle::Handle;
 pub use held::reopen;
 pub use lock::{Lock, Locked};
