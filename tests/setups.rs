@@ -43,7 +43,8 @@ impl Scene {
         let scene = Scene { top, points };
         std::fs::create_dir(scene.path("home")).unwrap();
         scene.fill("home/b");
-        std::fs::copy(FLEECEFS, scene.path("fleecefs")).unwrap();
+        // By another process: what another test forks meanwhile would have it open for writing.
+        run("cp", &[FLEECEFS, &scene.text("fleecefs")]);
         give(&scene.path("home"), owner);
         Some(scene)
     }
@@ -159,6 +160,26 @@ fn as_owner_everything_is_done_with_his_rights_alone() {
     assert!(stderr(&out).contains("belongs to root"), "{}", stderr(&out));
     let out = scene.run(0, &["--as-owner", "umount", &dir]);
     assert_eq!(out.status.code(), Some(2), "{}", stderr(&out));
+}
+
+#[test]
+fn as_owner_roots_group_is_left_behind() {
+    let test = "as_owner_roots_group_is_left_behind";
+    let Some(scene) = Scene::new(test, OWNER) else { return };
+    if !have(test, &["/dev/fuse"]) {
+        return;
+    }
+    run("chgrp", &["-R", "0", &scene.text("home")]);
+    let mount = Mount::with(&scene.path("home/b"), &["--as-owner"]);
+    let pid = mounted::process::server_pid(mount.path());
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let of = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+        line.split_whitespace().map(str::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(of("Uid:"), ["4000000"; 4]);
+    assert_eq!(of("Gid:"), ["65534"; 4]);
+    assert!(of("Groups:").is_empty(), "{:?}", of("Groups:"));
 }
 
 #[test]
@@ -449,5 +470,38 @@ struct Unbind(PathBuf);
 impl Drop for Unbind {
     fn drop(&mut self) {
         let _ = Command::new("fusermount3").args(["-u", "-z"]).arg(&self.0).output();
+    }
+}
+
+#[test]
+fn a_directory_on_an_overlay_is_worked_on() {
+    let test = "a_directory_on_an_overlay_is_worked_on";
+    let Some(scene) = Scene::new(test, 0) else { return };
+    for name in ["lower", "upper", "work", "over"] {
+        std::fs::create_dir(scene.path(name)).unwrap();
+    }
+    // A lower layer on another file system: a file that is changed gets another inode there.
+    run("mount", &["-t", "tmpfs", "none", &scene.text("lower")]);
+    let _lower = Unmount(scene.path("lower"));
+    scene.fill("lower/b");
+    let [lower, upper, work] = ["lower", "upper", "work"].map(|n| scene.text(n));
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "overlay", "none", "-o", &options, &scene.text("over")]);
+    let out = mount.output().unwrap();
+    if !out.status.success() {
+        println!("skipped: {test}: no overlay here: {}", stderr(&out));
+        return;
+    }
+    let _over = Unmount(scene.path("over"));
+    whole_life(&scene, 0, &[], &scene.text("over/b"), &scene.text("restored"));
+}
+
+/// A mount that goes away with the test.
+struct Unmount(PathBuf);
+
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
     }
 }

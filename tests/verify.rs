@@ -236,6 +236,38 @@ fn points_below_the_damage_stay_sound() {
     assert_eq!((code, outcomes(&report)), (SOUND, vec!["sound"; 2]), "{report:#}");
 }
 
+/// A file of another length than its manifest says is told at once: what has grown by terabytes of
+/// zeros is not hashed to say so.
+#[test]
+fn a_file_of_another_length_is_not_hashed() {
+    if !qemu::have("a_file_of_another_length_is_not_hashed", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let c = chain(dir.path(), "sda", 5);
+    create(dir.path());
+    let resize = |path: &Path, len: u64| {
+        std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(len).unwrap();
+    };
+    for by in [-1, 1, 1 << 40] {
+        for image in &c.files[..2] {
+            let len = std::fs::metadata(image).unwrap().len();
+            let kept = std::fs::read(image).unwrap();
+            resize(image, len.checked_add_signed(by).unwrap());
+            for args in [&[][..], &["--create"]] {
+                let (code, report) = verify(dir.path(), args);
+                assert_eq!(code, UNSOUND, "{by}: {report:#}");
+                let told = errors(&report);
+                let says = |text: &str| told.iter().any(|(f, m)| f == image && m.contains(text));
+                assert!(says(&format!("its manifest says {len}")), "{by}: {told:?}");
+                assert!(!says("BLAKE3"), "{by}: {told:?}");
+            }
+            std::fs::write(image, kept).unwrap();
+        }
+    }
+    assert_eq!(verify(dir.path(), &[]).0, SOUND);
+}
+
 #[test]
 fn a_flipped_bit_in_a_manifest_is_found() {
     if !qemu::have("a_flipped_bit_in_a_manifest_is_found", &TOOLS) {

@@ -55,14 +55,7 @@ pub fn state_folder_if_there(path: &Path) -> Result<Option<Folder>> {
 /// What the operating system said; a refusal where somebody else's link leads astray.
 pub fn real_path(path: &Path, what: &str) -> Result<PathBuf> {
     let failed = |e| Error::io(e, format!("cannot find {what}")).at_path(path);
-    let path = std::path::absolute(path).map_err(failed)?;
-    for there in path.ancestors() {
-        if let Some(real) = folder::absent_is_none(folder::resolve(there)).map_err(failed)? {
-            let rest = path.strip_prefix(there).unwrap_or(Path::new(""));
-            return Ok(if rest.as_os_str().is_empty() { real } else { real.join(rest) });
-        }
-    }
-    Ok(path)
+    folder::resolve_to_make(path).map_err(failed)
 }
 
 /// A lock, held until it is dropped.

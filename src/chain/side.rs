@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
+use std::hash::Hash;
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -112,9 +113,8 @@ impl Contents<'_> {
             })
             .collect();
         if !lost.is_empty() {
-            let leaving: HashSet<OsString> =
-                removal::pending_in(self.side).into_iter().map(OsString::from).collect();
-            lost.retain(|l| !leaving.contains(&l.name));
+            let leaving = removal::pending_in(self.side).into_iter().map(OsString::from);
+            leave_out(&mut lost, |l| &l.name, leaving);
         }
         lost
     }
@@ -138,5 +138,53 @@ impl Contents<'_> {
         let finding = Finding::warning(Kind::Unsupported, path, what);
         let remedy = "move it to a folder with another name";
         Some(Finding { remedy: Some(remedy.into()), ..finding })
+    }
+}
+
+/// Removes the items whose key is one of `keys`. Both may be a hundred thousand.
+fn leave_out<T, K: Eq + Hash>(
+    items: &mut Vec<T>,
+    key: impl Fn(&T) -> &K,
+    keys: impl Iterator<Item = K>,
+) {
+    let keys: HashSet<K> = keys.collect();
+    items.retain(|item| !keys.contains(key(item)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::hash::Hasher;
+
+    thread_local! {
+        static COMPARED: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// Counts how often it is compared.
+    #[derive(Debug)]
+    struct Counted(u64);
+
+    impl PartialEq for Counted {
+        fn eq(&self, other: &Self) -> bool {
+            COMPARED.set(COMPARED.get() + 1);
+            self.0 == other.0
+        }
+    }
+    impl Eq for Counted {}
+    impl Hash for Counted {
+        fn hash<H: Hasher>(&self, state: &mut H) {
+            self.0.hash(state);
+        }
+    }
+
+    #[test]
+    fn a_long_journal_is_not_walked_for_each_lost_point() {
+        const COUNT: u64 = 20_000;
+        let mut lost: Vec<Counted> = (0..COUNT).map(Counted).collect();
+        leave_out(&mut lost, |l| l, (COUNT / 2..COUNT * 3 / 2).map(Counted));
+        assert_eq!(lost.len() as u64, COUNT / 2);
+        let compared = COMPARED.get();
+        assert!(compared < 10 * COUNT, "{compared} comparisons");
     }
 }

@@ -5,7 +5,6 @@
 //! those of others only to what is their own, see [`crate::folder::resolve`].
 
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::chain::Catalog;
@@ -56,20 +55,7 @@ pub fn existing_folder(path: &Path, what: &str) -> Result<PathBuf> {
 /// # Errors
 /// What the operating system said, but for `NotFound`.
 pub fn to_make(path: &Path) -> Result<PathBuf> {
-    let failed = |e| Error::io(e, "cannot use this path").at_path(path);
-    let path = absolute(path)?;
-    for above in path.ancestors() {
-        match folder::resolve(above) {
-            Ok(real) => {
-                let rest = path.strip_prefix(above).unwrap_or(Path::new(""));
-                // Joining nothing would add a slash.
-                return Ok(if rest.as_os_str().is_empty() { real } else { real.join(rest) });
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(failed(e)),
-        }
-    }
-    Ok(path)
+    folder::resolve_to_make(path).map_err(|e| Error::io(e, "cannot use this path").at_path(path))
 }
 
 /// Whether the user means standard output by this: `-`, or one of the names that systems have for it.

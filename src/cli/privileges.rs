@@ -63,10 +63,14 @@ impl Owner {
             Some((gid, groups)) => (gid, groups),
             None => (meta.gid(), vec![meta.gid()]),
         };
-        // Root's group, or none at all, is nothing to work with for somebody else's folder.
+        Ok(Some(Owner::with_groups(uid, gid, groups)))
+    }
+
+    /// Root's group, or none at all, is nothing to work with for somebody else's folder.
+    fn with_groups(uid: u32, gid: u32, groups: Vec<u32>) -> Self {
         let groups: Vec<u32> = groups.into_iter().filter(|g| *g != 0).collect();
         let gid = if gid == 0 { groups.first().copied().unwrap_or(NOGROUP) } else { gid };
-        Ok(Some(Owner { uid, gid, groups }))
+        Owner { uid, gid, groups }
     }
 
     /// His name or number, for messages.
@@ -186,5 +190,17 @@ mod tests {
         assert_eq!((owner.uid, owner.gid), (4_000_000, 4_000_001));
         assert_eq!(owner.groups, [4_000_001]);
         assert!(!users::groups_of(0).unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn roots_group_comes_with_nobody() {
+        let of = |gid, groups: &[u32]| {
+            let owner = Owner::with_groups(7, gid, groups.to_vec());
+            (owner.gid, owner.groups)
+        };
+        assert_eq!(of(0, &[0]), (NOGROUP, vec![]));
+        assert_eq!(of(0, &[]), (NOGROUP, vec![]));
+        assert_eq!(of(0, &[0, 5, 6]), (5, vec![5, 6]));
+        assert_eq!(of(5, &[5, 0, 6]), (5, vec![5, 6]));
     }
 }

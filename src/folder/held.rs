@@ -3,9 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -65,10 +63,4 @@ pub fn reopen(file: &File, access: Access) -> io::Result<File> {
     let flags = rustix::fs::fcntl_getfl(&again)?;
     rustix::fs::fcntl_setfl(&again, flags - OFlags::NONBLOCK)?;
     Ok(again)
-}
-
-/// `/proc/<this process>/fd/N`: a path to this very file for a child process that may look at this
-/// one, good for as long as the file is open here.
-pub fn path_for_child(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
 }

@@ -18,6 +18,7 @@
 
 #![allow(clippy::disallowed_methods)]
 
+mod fixed;
 mod handle;
 mod held;
 mod lock;
@@ -37,12 +38,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 
+pub use fixed::Fixed;
 pub use handle::Handle;
-pub use held::{path_for_child, reopen};
+pub use held::reopen;
 pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use owner::{ForeignOwner, check_private, foreign_owner};
-pub use resolve::{resolve, resolve_target};
+pub use resolve::{resolve, resolve_target, resolve_to_make};
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
@@ -463,14 +465,6 @@ impl Folder {
             return Ok(false);
         }
         self.remove_if_there(name)
-    }
-
-    /// Removes an empty folder.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn remove_folder(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
-        Ok(rustix::fs::unlinkat(&self.fd, plain(name.as_ref())?, AtFlags::REMOVEDIR)?)
     }
 
     /// Makes what happened to names in it survive a power cut. File systems that have no such thing

@@ -43,6 +43,23 @@ pub fn resolve_target(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
+/// As [`resolve`], of something that may have to be made, as folders above it may: what is there is
+/// resolved, the rest is kept.
+///
+/// # Errors
+/// As [`resolve`], but for `NotFound`.
+pub fn resolve_to_make(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    for there in path.ancestors() {
+        if let Some(real) = absent_is_none(resolve(there))? {
+            let rest = path.strip_prefix(there).unwrap_or(Path::new(""));
+            // Joining nothing would add a slash.
+            return Ok(if rest.as_os_str().is_empty() { real } else { real.join(rest) });
+        }
+    }
+    Ok(path)
+}
+
 /// Walks `path` from `base`, which has no links.
 fn follow(base: PathBuf, path: &Path, links: &mut usize) -> io::Result<PathBuf> {
     let mut at = if path.is_absolute() { PathBuf::from("/") } else { base };

@@ -145,6 +145,23 @@ fn only_what_a_killed_run_left_is_swept() {
     drop(living);
 }
 
+/// Between the two steps in which an unnamed file takes the place of another.
+#[test]
+fn what_is_just_being_published_is_not_swept() {
+    let (_dir, folder) = scene();
+    let mut temp = folder.temp().unwrap();
+    temp.file().write_all(b"new").unwrap();
+    if temp.name().is_none() {
+        temp.name_for_a_moment().unwrap();
+    }
+    let name = temp.name().unwrap().to_os_string();
+    assert_eq!(sweep(&folder, &[]).unwrap(), 0);
+    assert!(folder.has(&name));
+    temp.publish("file", Replace::Yes).unwrap();
+    assert_eq!(folder.read_small("file", 9).unwrap(), b"new");
+    assert!(!folder.has(&name));
+}
+
 #[test]
 fn renaming_replaces_nothing_and_finishes_what_was_half_done() {
     let (dir, folder) = scene();
@@ -253,9 +270,9 @@ fn a_file_without_a_name_is_opened_again_and_gets_none() {
     file.set_len(4096).unwrap();
     let again = reopen(&file, Access::ReadWrite).unwrap();
     (&again).write_all(b"x").unwrap();
-    assert_eq!(std::fs::read(path_for_child(&file)).unwrap()[0], b'x');
-    let name = folder.proc_path().join("named");
-    let link = std::fs::hard_link(open::proc_path(std::os::fd::AsRawFd::as_raw_fd(&file)), name);
+    let path = open::proc_path(file.as_raw_fd());
+    assert_eq!(std::fs::read(&path).unwrap()[0], b'x');
+    let link = std::fs::hard_link(&path, folder.proc_path().join("named"));
     assert!(link.is_err());
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }

@@ -24,7 +24,9 @@ use crate::folder::{self, EntryKind, FileId, Folder, Replace};
 use crate::image::{Cache, open_point};
 use crate::layer::{Format, Mapping};
 use crate::restore::verbs::{self, Users};
-use crate::restore::{self, Compression, Qcow2Options, Summary, Temp, Work, give_common};
+use crate::restore::{
+    self, Compression, Qcow2Options, Summary, Temp, Work, check_removable, give_common,
+};
 use crate::storage::{ReadAt, SourceFile};
 use crate::text::{path_text, shown_as};
 use crate::verify;
@@ -288,6 +290,7 @@ fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<Known> {
         let id = FileId { dev: identity.dev, ino: identity.ino };
         if layer.file.path() == p.source && plan.remove.contains(&name) {
             verbs::files::check_same(dir, OsStr::new(&name), id)?;
+            check_removable(dir, OsStr::new(&name))?;
             known.insert(name, id);
         }
     }

@@ -19,8 +19,8 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{FileId, Folder};
 use crate::layer::Format;
 use crate::progress::Progress;
-use crate::restore::Work;
 use crate::restore::verbs::{self, files};
+use crate::restore::{Work, check_removable};
 use crate::storage::{Identity, SourceFile};
 use crate::text::path_text;
 
@@ -109,6 +109,7 @@ impl Going {
                 return Err(Error::new(Kind::Changed, what).at_path(path).remedy("try again"));
             }
         }
+        check_removable(folder, OsStr::new(&name))?;
         self.known.insert(name.clone(), FileId { dev: now.dev, ino: now.ino });
         self.names.push(name);
         Ok(())
@@ -245,7 +246,10 @@ fn remove_one(
     };
     let removed = removed
         .and_then(|was| if was { dir.sync().map(|()| true) } else { Ok(false) })
-        .map_err(|e| Error::io(e, "cannot delete the image").at_path(&path))?;
+        .map_err(|e| match check_removable(dir, OsStr::new(name)) {
+        Err(why) => why,
+        Ok(()) => Error::io(e, "cannot delete the image").at_path(&path),
+    })?;
     if removed {
         progress.advance(1);
     } else if dir.has(name) {

@@ -31,7 +31,7 @@ pub use device::Device;
 pub use plan::{Chunk, Plan, Totals};
 pub use qcow2::{Compression, Preallocation, Qcow2Options};
 pub use source::BadRange;
-pub use temp::{Temp, give, give_common};
+pub use temp::{Temp, check_removable, give, give_common};
 pub use work::{RateLimit, Work};
 
 use source::Reader;

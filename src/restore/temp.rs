@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::target_error;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder, Replace, Swept, sweep_counted};
+use crate::folder::{self, Fixed, Folder, Replace, Swept, sweep_counted};
 use crate::storage::SourceFile;
 use crate::text::path_text;
 
@@ -182,6 +182,35 @@ pub fn give_common(file: &File, parts: &[Metadata]) -> std::io::Result<()> {
     owned
 }
 
+/// Fails if the file `name` cannot be removed or replaced, whoever tries: before the work that would end
+/// with that, and before a journal that nobody could finish.
+///
+/// # Errors
+/// `Permission`, or `Busy` if something is mounted there; what the operating system said.
+pub fn check_removable(folder: &Folder, name: &std::ffi::OsStr) -> Result<()> {
+    let path = folder.join(name);
+    let fixed = folder.fixed(name).map_err(|e| target_error(e, "cannot look at it", &path))?;
+    let (kind, what, remedy) = match fixed {
+        None => return Ok(()),
+        Some(Fixed::File) => (
+            Kind::Permission,
+            "it is immutable or append-only, and cannot be removed or replaced",
+            "chattr -i -a, if that is to happen",
+        ),
+        Some(Fixed::Folder) => (
+            Kind::Permission,
+            "its folder is immutable or append-only: nothing in it can be removed or replaced",
+            "chattr -i -a on the folder, if that is to happen",
+        ),
+        Some(Fixed::Mount) => (
+            Kind::Busy,
+            "something is mounted there: it cannot be removed or replaced",
+            "unmount it first",
+        ),
+    };
+    Err(Error::new(kind, what).at_path(path).remedy(remedy))
+}
+
 fn failed_to_make(e: std::io::Error, folder: &Folder) -> Error {
     target_error(e, "cannot make a temporary file", folder.path())
 }
@@ -206,7 +235,7 @@ fn check_new(folder: &Folder, name: &std::ffi::OsStr, force: bool) -> Result<()>
             .at_path(path)
             .remedy("choose another name, or replace it with --force"));
     }
-    Ok(())
+    check_removable(folder, name)
 }
 
 /// The folder that `path` is in.

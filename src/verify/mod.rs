@@ -271,8 +271,7 @@ fn targets(options: &Options, chosen: &[Chosen]) -> Vec<Target> {
         for &i in &chosen.needed {
             let deep = !options.quick && (options.since.is_none() || chosen.wanted.contains(&i));
             let point = &chosen.disk.points[i];
-            // Without a hash to compare with, it is enough that all data can be read.
-            let hash = deep && (options.create || has_hash(point));
+            let hash = deep && wants_hash(point, options.create);
             for target in Target::of_point(point, deep, hash) {
                 match index.get(&target.path) {
                     Some(known) => targets[*known].join(target),
@@ -287,9 +286,14 @@ fn targets(options: &Options, chosen: &[Chosen]) -> Vec<Target> {
     targets
 }
 
-/// Whether the point's manifest has a hash.
-fn has_hash(point: &Point) -> bool {
-    Record::read(point).hash().is_some()
+/// Whether the point's file is hashed: without a hash to compare with, or one to be written down, it is
+/// enough that all data can be read. A file that has not the length of its manifest is another one,
+/// whatever is in it; it may be terabytes of zeros that somebody made in no time.
+fn wants_hash(point: &Point, create: bool) -> bool {
+    let record = Record::read(point);
+    let Some(m) = &record.manifest else { return create };
+    (create || m.blake3.is_some())
+        && crate::folder::look(&point.source).is_ok_and(|meta| meta.len() == m.file_size)
 }
 
 /// What is known about a point with all that it lies on.

@@ -1,6 +1,7 @@
 //! `verify --create`: manifests for points that have none, so that later changes are noticed.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::Outcome;
@@ -10,6 +11,7 @@ use crate::chain::manifest::{self, fingerprint};
 use crate::chain::{Disk, Level, describe, unfinished};
 use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
+use crate::text::path_text;
 
 /// Writes manifests; nobody else writes to the directory as long as it is there.
 pub(super) struct Recorder {
@@ -62,6 +64,11 @@ impl Recorder {
                 None => describe(disk, i),
             };
             let Some(mut m) = m.filter(|_| is_as_it_was(disk, i, records)) else { continue };
+            if !manifest::has_room(OsStr::new(&m.image)) {
+                let path = path_text(&p.source);
+                log::warn!("{path}: its name is too long for a manifest: it stays unproven");
+                continue;
+            }
             m.blake3 = Some(hash);
             m.fingerprint = Some(fingerprint(&p.source)?);
             if let Some(dir) = p.source.parent() {

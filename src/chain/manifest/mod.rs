@@ -18,7 +18,7 @@ use super::{Level, name};
 use crate::error::{Error, Result};
 use crate::folder::{self, PlainName};
 pub(super) use store::read_brief;
-pub use store::{parse, read, read_in, read_sealed, remove, remove_in, write, write_in};
+pub use store::{has_room, parse, read, read_in, read_sealed, remove, remove_in, write, write_in};
 
 /// The folder, beside the images, that holds the manifests. qmprestore ignores folders.
 pub const FOLDER: &str = ".fleecefs";

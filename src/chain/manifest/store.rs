@@ -152,6 +152,11 @@ fn read_sealed_in(dir: &Folder, image: &OsStr) -> Result<Option<(Manifest, bool)
     Ok(Some((manifest, seal_place(&bytes).is_some())))
 }
 
+/// Whether an image of this name can have a manifest: not if the manifest's name would be too long.
+pub fn has_room(image: &OsStr) -> bool {
+    plain(&file_name(image)).is_ok()
+}
+
 /// Writes the manifest of `manifest.image` in folder `dir`, so that after a power cut there is
 /// either all of it or what was there before.
 ///

@@ -16,7 +16,7 @@ use crate::qemu_img::{self, Verdict};
 use crate::restore::clone::Cloner;
 use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
-use crate::restore::{Reflink, target_error};
+use crate::restore::{Reflink, check_removable, target_error};
 use crate::storage::{ReadAt, SourceFile};
 use crate::text::path_text;
 
@@ -183,7 +183,10 @@ pub fn remove_in(dir: &Folder, name: &OsStr) -> Result<bool> {
         }
         Ok(was)
     };
-    remove().map_err(|e| target_error(e, "cannot remove the file", &dir.join(name)))
+    remove().map_err(|e| match check_removable(dir, name) {
+        Err(why) => why,
+        Ok(()) => target_error(e, "cannot remove the file", &dir.join(name)),
+    })
 }
 
 /// How an image in the same folder is called in a backing pointer: relative, so that the folder

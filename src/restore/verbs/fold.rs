@@ -23,7 +23,7 @@ use crate::qemu_img;
 use crate::restore::source::Reader;
 use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
-use crate::restore::{Plan, Temp, readback, target_error};
+use crate::restore::{Plan, Temp, check_removable, readback, target_error};
 use crate::text::path_text;
 
 /// What a fold is going to do.
@@ -116,6 +116,7 @@ impl FoldPlan {
         let dir = open_folder(folder_of(&self.full.path))?;
         let unchanged = || members().try_for_each(|m| files::check_same(&dir, m.name(), m.id));
         unchanged()?;
+        members().try_for_each(|m| check_removable(&dir, m.name()))?;
         // What gets another backing pointer in the end has to be one that can be altered.
         for child in self.children.iter().filter_map(|c| c.file_name()) {
             files::check_alterable(&dir, child)?;

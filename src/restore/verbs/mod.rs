@@ -210,10 +210,22 @@ impl<'a> Users<'a> {
 /// The folder for what lies beside the images in `dir`; made if it is not there.
 ///
 /// # Errors
-/// What the operating system said.
+/// What the operating system said; `Unsupported` if it is mounted from elsewhere: what is made there
+/// could not be moved to the images.
 pub fn side_folder(dir: &Folder) -> Result<Folder> {
-    dir.make_folder(manifest::FOLDER)
-        .map_err(|e| super::target_error(e, "cannot make the folder", &dir.join(manifest::FOLDER)))
+    let path = dir.join(manifest::FOLDER);
+    let failed = |e| super::target_error(e, "cannot make the folder", &path);
+    let side = dir.make_folder(manifest::FOLDER).map_err(failed)?;
+    match side.can_rename_to(dir).map_err(failed)? {
+        true => Ok(side),
+        false => {
+            let what = "this folder is mounted from elsewhere: images that are made in it cannot be \
+                        moved to the others";
+            Err(Error::new(Kind::Unsupported, what)
+                .at_path(&path)
+                .remedy("unmount it, and copy what was in it to the folder below"))
+        }
+    }
 }
 
 /// Opens a folder of images.
