@@ -17,7 +17,6 @@ pub mod conclude;
 pub mod control;
 pub mod disk;
 pub mod fleece;
-mod floor;
 pub mod folders;
 pub mod foreign;
 pub mod guardian;
@@ -39,6 +38,7 @@ pub mod seen;
 pub mod space;
 pub mod teardown;
 pub mod vm;
+mod watermark;
 pub mod work;
 pub mod zeros;
 
