@@ -387,6 +387,29 @@ fn without_watermark(image: &Path) {
     std::fs::write(image.with_file_name(name), m.to_string()).unwrap();
 }
 
+/// QEMU reports no zeros where a template has none of its own.
+#[test]
+fn a_full_over_a_template_takes_what_disk_and_template_hold() {
+    let name = "a_full_over_a_template_takes_what_disk_and_template_hold";
+    if !have(name, TOOLS) {
+        return;
+    }
+    for cluster in ["cluster_size=64k", "cluster_size=512k,extended_l2=on", "cluster_size=4k"] {
+        let dir = tempfile::tempdir().unwrap();
+        create(dir.path(), "base", 64 * MIB, &[]);
+        let base = dir.path().join("base.img").display().to_string();
+        run("qemu-io", &["-c", "write -P 9 1M 1M", "-c", "write -P 8 40M 64k", &base]);
+        create(dir.path(), "a", 64 * MIB, &["-o", cluster, "-b", &base, "-F", "qcow2"]);
+        let s = Scene::started(dir);
+        s.d.io("a", &["write -P 1 8M 64k", "write -z 1M 64k"]);
+        s.plain("full", "FULL");
+        assert!(s.stored() < 6000, "{cluster}: {}", s.stored());
+        s.d.io("a", &["write -P 2 20M 64k", "write -P 3 1M 512"]);
+        s.plain("inc", "INC");
+        assert!(s.stored() < 6000, "{cluster}: {}", s.stored());
+    }
+}
+
 /// A template that is copied into the disk changes nothing that a guest sees.
 #[test]
 fn a_disk_that_was_streamed_is_not_called_smaller() {

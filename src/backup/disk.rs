@@ -83,7 +83,9 @@ impl Run<'_> {
         let image = Handed { file: held.file(), name: held.path(), by_name };
         let target = object(&self.run, Role::Target, d.index);
         let more = fleece::target_options(&self.options.copy);
-        fleece::add_image(&mut self.client, &target, "qcow2", image, more, self.blind)?;
+        // (For the second see `SeenDisk::has_backing`.)
+        let find_zeros = self.blind || d.plan.disk.has_backing;
+        fleece::add_image(&mut self.client, &target, "qcow2", image, more, find_zeros)?;
         let handed = place.handed(&self.client)?;
         let name = object(&self.run, Role::Fleece, d.index);
         fleece::add_image(&mut self.client, &name, "raw", handed, json!({}), false)
@@ -261,7 +263,11 @@ impl Run<'_> {
             a["speed"] = json!(copy.speed);
         }
         if let Some(n) = copy.workers {
-            a["x-perf"] = json!({"max-workers": n});
+            a["x-perf"]["max-workers"] = json!(n);
+        }
+        if d.plan.disk.has_backing && !self.blind {
+            // The target looks at whole requests for zeros.
+            a["x-perf"]["max-chunk"] = json!(fleece::least_chunk(&d.plan));
         }
         if !self.blind && self.client.features()?.has("discard-source") {
             a["discard-source"] = json!(true);

@@ -81,6 +81,7 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         persistent: true,
         encrypted: false,
         regrows_zeros: true,
+        has_backing: false,
         pflash: false,
         bitmaps,
         allocated: 4096,
