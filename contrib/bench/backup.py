@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures `fleecefs backup` beside upstream's qmpbackup: a FULL and an INC of one disk.
 
-Both back up the same disk of the same QEMU to the same file system, turn about, for some rounds; what
+Both back up the same disk of the same QEMU to the same file system, in an order that is drawn anew in each round; what
 counts is the median over the rounds of ours/theirs. The guest has no processor that runs (-S), so that
 nothing but the copy is measured; its writes are made through QEMU's own monitor. Each of the three ways
 has a target and a bitmap of its own.
@@ -103,14 +103,13 @@ def measure(args, qemu, work):
     commands, targets = ways(args, qemu, work)
     figures = {level: {name: [] for name in commands} for level in ("full", "inc")}
     rng = random.Random(1)
-    for n in range(args.rounds):
+    for _ in range(args.rounds):
         for level in figures:
             if level == "inc":
                 for _ in range(args.dirty_mib):
                     qemu.write(rng.randrange(args.size_mib) * MIB, MIB, 1 + rng.randrange(255))
-            # Turn about: who comes first changes, and finds the cache as the last one left it.
-            names = list(commands)
-            for name in names[n % 3 :] + names[: n % 3]:
+            # Who comes first finds the cache as nobody else does: the order is drawn anew each time.
+            for name in rng.sample(list(commands), len(commands)):
                 figures[level][name].append(timed(commands[name], level))
                 # Names of qmpbackup's images have seconds.
                 time.sleep(1.1)

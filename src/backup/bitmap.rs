@@ -63,14 +63,22 @@ fn shows_own(n: &Node) -> bool {
     names::parse_object(&n.node_name).is_none()
 }
 
+/// The named bitmap of a node as it is now.
+///
+/// # Errors
+/// As [`Client::execute`].
+pub fn find(client: &mut Client, node: &str, name: &str) -> Result<Option<Bitmap>> {
+    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    let node = nodes.iter().find(|n| n.node_name == node);
+    Ok(node.and_then(|n| n.bitmap(name)).cloned())
+}
+
 /// Dirty bytes of a bitmap; 0 if it is not there.
 ///
 /// # Errors
 /// As [`Client::execute`].
 pub fn count(client: &mut Client, node: &str, name: &str) -> Result<u64> {
-    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
-    let node = nodes.iter().find(|n| n.node_name == node);
-    Ok(node.and_then(|n| n.bitmap(name)).map_or(0, |b| b.count))
+    Ok(find(client, node, name)?.map_or(0, |b| b.count))
 }
 
 /// A bitmap and where it is.

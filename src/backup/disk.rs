@@ -1,5 +1,6 @@
 //! The steps of one disk: prepare before the moment, view and job after it, completion.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -8,11 +9,12 @@ use serde_json::json;
 use super::fleece::{Fleece, Handed};
 use super::journal::Record;
 use super::names::{Role, object, work_bitmap};
+use super::nbdserver::{self, Use};
 use super::publish;
 use super::space::Space;
 use super::teardown::{Scope, detach, teardown};
-use super::work::{Active, Run, State};
-use super::{bitmap, fleece, leftover, nbdserver, space, vm};
+use super::work::{Active, Run, State, WALK};
+use super::{bitmap, fleece, leftover, space, vm, zeros};
 use crate::chain::Level;
 use crate::chain::manifest::Skipped;
 use crate::error::{Error, Kind, Result};
@@ -81,7 +83,9 @@ impl Run<'_> {
         let image = Handed { file: held.file(), name: held.path(), by_name };
         let target = object(&self.run, Role::Target, d.index);
         let more = fleece::target_options(&self.options.copy);
-        fleece::add_image(&mut self.client, &target, "qcow2", image, more, self.blind)?;
+        // (For the second see `SeenDisk::has_backing`.)
+        let find_zeros = self.blind || d.plan.disk.has_backing;
+        fleece::add_image(&mut self.client, &target, "qcow2", image, more, find_zeros)?;
         let handed = place.handed(&self.client)?;
         let name = object(&self.run, Role::Fleece, d.index);
         fleece::add_image(&mut self.client, &name, "raw", handed, json!({}), false)
@@ -158,46 +162,31 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}},
             ]}),
         )?;
-        self.add_cut(d)?;
-        self.add_lost_zeros(d, &view, &work)?;
-        let Some(grown) = d.plan.grown() else { return Ok(()) };
-        if d.plan.disk.identity.format != "qcow2" {
-            self.watch.say(&format!(
-                "{}: has grown by {} since the last point: that is copied whole",
-                d.plan.disk.label(),
-                human_bytes(grown.end - grown.start)
-            ));
+        match d.plan.needs_walk() {
+            true => self.add_lost_zeros(d, &view, &work)?,
+            false => self.add_unmarked(d)?,
         }
-        self.mark(d, &[grown]).map(drop)
+        if let Some(grown) = d.plan.grown() {
+            if d.plan.disk.identity.format != "qcow2" {
+                self.watch.say(&format!(
+                    "{}: has grown by {} since the last point: that is copied whole",
+                    d.plan.disk.label(),
+                    human_bytes(grown.end - grown.start)
+                ));
+            }
+            self.mark(d, &[grown])?;
+        }
+        match std::env::var_os(WALK) {
+            Some(_) => self.check_by_walk(d, &view, &work),
+            None => Ok(()),
+        }
     }
 
     /// See `zeros`: what became zero without a dirty bit is copied as well.
-    pub(super) fn add_lost_zeros(&mut self, d: &Active, view: &str, work: &str) -> Result<()> {
-        let (Some(server), Some(chain)) = (&self.server, &d.chain) else {
-            return Err(Error::new(Kind::Peer, "there is no NBD server to ask for zeros"));
-        };
-        let export = object(&self.run, Role::ViewExport, d.index);
-        let node = object(&self.run, Role::Snapshot, d.index);
-        let mut lost = chain.lost(d.plan.disk.cluster_size.max(65536));
-        let size = d.plan.disk.size;
-        server.with_export(&mut self.client, &export, &node, false, |n| {
-            nbdserver::check_size(n, size)?;
-            n.zero_ranges(|zeros| lost.add(zeros))
-        })?;
-        let lost = lost.ranges();
-        if let Some(since) = &d.plan.since {
-            // What was written between the first merge and the question is data in the fleece
-            // (or, with QEMUs that mix up old and new, data of now): it may hide zeros of the
-            // moment, and is dirty by now.
-            self.client.execute(
-                "block-dirty-bitmap-merge",
-                json!({"node": view, "target": work,
-                    "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}),
-            )?;
-        }
+    fn add_lost_zeros(&mut self, d: &Active, view: &str, work: &str) -> Result<()> {
+        let lost = zeros::with_cuts(self.lost_zeros(d, view, work)?);
         // (A file's end is cut in the middle of a block, which stays data.)
-        let tells = d.plan.disk.identity.format == "qcow2";
-        if !tells && d.plan.doubtful().is_none() {
+        if d.plan.disk.identity.format != "qcow2" {
             self.watch.say(&format!(
                 "{}: its storage may not tell all that became zero, nor the point whether it was smaller: \
                  if it was shrunk and grown again since {}, take a FULL",
@@ -214,6 +203,44 @@ impl Run<'_> {
             ));
         }
         Ok(())
+    }
+
+    /// What the frozen view has as zeros and the chain as something else.
+    fn lost_zeros(&mut self, d: &Active, view: &str, work: &str) -> Result<Vec<Range<u64>>> {
+        let (Some(server), Some(chain)) = (&self.server, &d.chain) else {
+            return Err(Error::new(Kind::Peer, "there is no NBD server to ask for zeros"));
+        };
+        let export = object(&self.run, Role::ViewExport, d.index);
+        let node = object(&self.run, Role::Snapshot, d.index);
+        let mut lost = chain.lost()?;
+        let size = d.plan.disk.size;
+        server.with_export(&mut self.client, &export, &node, Use::Status, |n| {
+            nbdserver::check_size(n, size)?;
+            n.zero_ranges(|zeros| lost.add(zeros))
+        })?;
+        if let Some(since) = &d.plan.since {
+            // What was written between the first merge and the question is data in the fleece
+            // (or, with QEMUs that mix up old and new, data of now): it may hide zeros of the
+            // moment, and is dirty by now.
+            self.client.execute(
+                "block-dirty-bitmap-merge",
+                json!({"node": view, "target": work,
+                    "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}),
+            )?;
+        }
+        Ok(lost.ranges())
+    }
+
+    /// The test hook [`WALK`].
+    fn check_by_walk(&mut self, d: &Active, view: &str, work: &str) -> Result<()> {
+        let lost = self.lost_zeros(d, view, work)?;
+        match self.mark(d, &lost)? {
+            0 => Ok(()),
+            missed => {
+                let what = format!("{missed} bytes are zeros that would not have been copied");
+                Err(Error::new(Kind::Unsound, what))
+            }
+        }
     }
 
     pub(super) fn start_job(&mut self, d: &mut Active) -> Result<()> {
@@ -236,7 +263,11 @@ impl Run<'_> {
             a["speed"] = json!(copy.speed);
         }
         if let Some(n) = copy.workers {
-            a["x-perf"] = json!({"max-workers": n});
+            a["x-perf"]["max-workers"] = json!(n);
+        }
+        if d.plan.disk.has_backing && !self.blind {
+            // The target looks at whole requests for zeros.
+            a["x-perf"]["max-chunk"] = json!(fleece::least_chunk(&d.plan));
         }
         // No `discard-source`: where another program's backup is put above our filter, our view
         // becomes one of theirs, and what is discarded there goes from their copy.

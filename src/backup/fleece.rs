@@ -191,6 +191,11 @@ fn cluster_size(source: u64) -> u64 {
     if legal { source } else { 65536 }
 }
 
+/// The least that a job copies at once: QEMU's unit or a cluster of the target.
+pub fn least_chunk(plan: &DiskPlan) -> u64 {
+    cluster_size(plan.disk.cluster_size).max(FLEECE_CLUSTER)
+}
+
 /// Adds the node of an image file that we made. QEMU gets descriptors of that very file, opened by the
 /// one that we hold: what has its name by now does not matter.
 ///

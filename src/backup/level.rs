@@ -10,7 +10,7 @@ use super::folders::other_vm;
 use super::history::{History, no_base};
 use super::plan::{DiskPlan, Inputs};
 use super::seen::SeenDisk;
-use super::{Every, LevelWish, Options, floor, names};
+use super::{Every, LevelWish, Options, names, watermark};
 use crate::chain::Level;
 use crate::chain::manifest::{BitmapInfo, Manifest};
 use crate::error::Result;
@@ -117,8 +117,8 @@ fn check_same_disk(point: &Manifest, disk: &SeenDisk) -> Result<(), String> {
             point.disk.format, disk.identity.format
         ));
     }
-    let floor = point.bitmap.as_ref().and_then(|b| floor::of(b, disk));
-    if disk.size != point.virtual_size && !disk.regrows_zeros && floor.is_none() {
+    let mark = point.bitmap.as_ref().and_then(|b| watermark::of(b, disk));
+    if disk.size != point.virtual_size && !disk.regrows_zeros && mark.is_none() {
         return Err("the disk grew, and what it held while it was resized is not known".into());
     }
     Ok(())

@@ -18,7 +18,6 @@ pub mod conclude;
 pub mod control;
 pub mod disk;
 pub mod fleece;
-mod floor;
 pub mod folders;
 pub mod foreign;
 pub mod graph;
@@ -44,6 +43,7 @@ pub mod teardown;
 mod unplug;
 pub mod vm;
 mod wait;
+mod watermark;
 pub mod work;
 pub mod zeros;
 

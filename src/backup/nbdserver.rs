@@ -72,6 +72,17 @@ fn taken() -> Error {
     .remedy("name its address with --nbd")
 }
 
+/// What a node is exported for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Its bytes.
+    Read,
+    /// Its block status.
+    Status,
+    /// Writes to it.
+    Write,
+}
+
 /// A server to export from.
 #[derive(Debug)]
 pub struct Server {
@@ -139,12 +150,13 @@ impl Server {
         client: &mut Client,
         id: &str,
         node: &str,
-        writable: bool,
+        what_for: Use,
         work: impl FnOnce(&mut Nbd) -> Result<T>,
     ) -> Result<T> {
-        export(client, id, node, writable)?;
+        export(client, id, node, what_for == Use::Write)?;
         // Block status of 1 GiB reads metadata only.
-        let result = Nbd::connect(&self.address, node, !writable, answer_timeout())
+        let status = what_for == Use::Status;
+        let result = Nbd::connect(&self.address, node, status, answer_timeout())
             .and_then(|mut n| work(&mut n));
         unexport(client, id)?;
         result

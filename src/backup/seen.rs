@@ -85,6 +85,9 @@ pub struct SeenDisk {
     /// and RBD images. A volume may have its old bytes there again, while QEMU has forgotten which
     /// of them had changed.
     pub regrows_zeros: bool,
+    /// Whether it lies on another image: what that has no data for is zeros which no frozen view of the
+    /// disk is known to report.
+    pub has_backing: bool,
     /// Firmware flash: small, copied in full each time.
     pub pflash: bool,
     /// All bitmaps on `node`.
@@ -508,6 +511,8 @@ fn build(
         persistent: disk.drv == "qcow2" && version3 && !disk.ro,
         encrypted: is_encrypted(answers, disk),
         regrows_zeros: disk.drv == "qcow2" || ["file", "rbd"].contains(&answers.storage_of(disk)),
+        has_backing: disk.image.backing_image.is_some()
+            || answers.graph.child(&disk.node_name, "backing").is_some(),
         pflash,
         bitmaps: disk.dirty_bitmaps.clone(),
         allocated: allocated(&disk.image).min(disk.image.virtual_size),

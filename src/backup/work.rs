@@ -273,8 +273,9 @@ impl Run<'_> {
             plan::make(run.options, inputs)
         };
         let mut plan = make(self, None, &unsound)?;
+        let walk_all = std::env::var_os(WALK).is_some();
         for d in plan.disks.iter().filter(|d| d.since.is_some()) {
-            match ChainData::open(&d.dir, &d.base) {
+            match ChainData::open(&d.dir, &d.base, d.tail(), walk_all || d.needs_walk()) {
                 Ok(c) => drop(self.chains.insert(d.dir.join(&d.image), c)),
                 Err(e) => {
                     let tip = d.base.last().map_or_else(String::new, |m| m.image.clone());
@@ -287,16 +288,16 @@ impl Run<'_> {
             plan = make(self, None, &unsound)?;
         }
         let builds = plan.disks.iter().any(|d| d.since.is_some());
-        let floors = plan.disks.iter().any(DiskPlan::wants_floor);
-        if !builds && !floors && std::env::var_os(HOLD).is_none() {
+        let marks = plan.disks.iter().any(DiskPlan::wants_watermark);
+        if !builds && !marks && std::env::var_os(HOLD).is_none() {
             return Ok(plan);
         }
         match self.start_server() {
             Ok(()) => Ok(plan),
             Err(e) if e.kind() == Kind::Busy && builds => make(self, Some(e.report()), &unsound),
             Err(e) if !builds && e.kind() != Kind::Interrupted => {
-                // A FULL needs none: its bitmaps get no floors.
-                log::info!("the new bitmaps get no floors: {}", e.report());
+                // A FULL needs none: its bitmaps get no watermarks.
+                log::info!("the new bitmaps get no size watermarks: {}", e.report());
                 Ok(plan)
             }
             Err(e) => Err(e),
@@ -629,6 +630,10 @@ const SYNC_POLL: Duration = Duration::from_millis(10);
 /// A test hook: a folder. While the frozen views stand and before anything is copied, they are
 /// exported over NBD, `ready` says where, and the run waits for a file `go`.
 const HOLD: &str = "FLEECEFS_HOLD";
+
+/// A test hook: what is copied besides the dirty bits is also looked for in the whole disk, and a backup
+/// that has missed something fails.
+pub(super) const WALK: &str = "FLEECEFS_WALK";
 
 /// Whether an error means that QEMU is not there any more.
 fn gone_error(e: &Error, client: &mut Client) -> bool {

@@ -1,8 +1,9 @@
 //! What a bitmap cannot know: a disk that was shrunk and grown again between two points reads
 //! zeros in the regrown part, and no bit is dirty there, while the chain still has the old bytes.
 //!
-//! So the frozen view is asked which ranges are zeros, and the chain which ranges hold data; the
-//! ranges that are both are copied as well. QMP can set no bit in a bitmap, but a write can: the
+//! Where there is no watermark (see `watermark`), the frozen view is asked which ranges are zeros, and
+//! the chain which ranges hold data; the ranges that are both are copied as well. That walks over all
+//! extents of the disk and of all layers: it costs what the disk holds, not what has changed. QMP can set no bit in a bitmap, but a write can: the
 //! ranges are written to a scratch node (`null-co`, which keeps nothing) whose bitmap records, and
 //! that bitmap is merged into the one that the job copies by.
 
@@ -22,15 +23,25 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// A chain opened for comparison with the frozen view.
 pub struct ChainData {
     image: Arc<Image>,
-    ranges: Vec<Range<u64>>,
+    /// Where it holds data, if that was looked for.
+    ranges: Option<Vec<Range<u64>>>,
+    /// The bytes where its last point ended, as far as they are compared.
+    tail: Vec<u8>,
 }
 
 impl ChainData {
-    /// Opens the points of `chain` (root first) and finds where they hold data.
+    /// Opens the points of `chain` (root first): headers and first-level tables of all layers must be
+    /// sound. (What those lead to is for `verify` to look at.) Reads the bytes of `tail` that are
+    /// before the end; with `walk` finds where all data is.
     ///
     /// # Errors
-    /// A layer cannot be read or is bad somewhere: nothing may be built on such a chain.
-    pub fn open(dir: &Path, chain: &[Manifest]) -> Result<Self> {
+    /// A layer cannot be read, or is bad where it was looked at: nothing may be built on such a chain.
+    pub fn open(
+        dir: &Path,
+        chain: &[Manifest],
+        tail: Option<Range<u64>>,
+        walk: bool,
+    ) -> Result<Self> {
         let size = chain.last().map_or(0, |m| m.virtual_size);
         let mut layers = Vec::new();
         for m in chain {
@@ -42,15 +53,32 @@ impl ChainData {
             });
         }
         let image = Image::new(size, &layers, None, &Cache::new(CACHE_BYTES))?;
-        let ranges = data_ranges(&image).map_err(|e| e.at_path(dir))?;
-        Ok(ChainData { image, ranges })
+        image.open_layers()?;
+        let ranges = walk.then(|| data_ranges(&image).map_err(|e| e.at_path(dir))).transpose()?;
+        let tail = tail.map_or(0..0, |t| t.start..t.end.min(size));
+        let mut bytes = vec![0; tail.end.saturating_sub(tail.start) as usize];
+        image.read_at(&mut bytes, tail.start.min(size))?;
+        // Beside what was read, of what was looked at on the way.
+        match image.findings().first() {
+            Some(finding) => Err(finding.to_error()),
+            None => Ok(ChainData { image, ranges, tail: bytes }),
+        }
     }
 
-    /// Of the ranges that are zeros in the frozen view, those where the chain has something else.
-    /// `cluster` is the unit in which the job copies. The ranges come one after the other (by
-    /// [`Lost::add`]), since they may be very many.
-    pub fn lost(&self, cluster: u64) -> Lost<'_> {
-        Lost { chain: self, cluster: cluster.max(1), next: 0, found: Vec::new() }
+    /// The bytes that were read when it was opened.
+    pub fn tail(&self) -> &[u8] {
+        &self.tail
+    }
+
+    /// Of the ranges that are zeros in the frozen view, those where the chain has something else. The
+    /// ranges come one after the other (by [`Lost::add`]), since they may be very many.
+    ///
+    /// # Errors
+    /// Nobody has looked where the chain holds data.
+    pub fn lost(&self) -> Result<Lost<'_>> {
+        let unknown = || Error::new(Kind::Io, "the chain was not walked");
+        let ranges = self.ranges.as_deref().ok_or_else(unknown)?;
+        Ok(Lost { chain: self, ranges, next: 0, found: Vec::new() })
     }
 
     fn is_zero(&self, range: &Range<u64>) -> Result<bool> {
@@ -76,7 +104,7 @@ const APART: usize = 1 << 20;
 /// Looks for what was lost, in ascending order.
 pub struct Lost<'a> {
     chain: &'a ChainData,
-    cluster: u64,
+    ranges: &'a [Range<u64>],
     /// The first of the chain's ranges that does not end before what comes.
     next: usize,
     found: Vec<Range<u64>>,
@@ -88,7 +116,7 @@ impl Lost<'_> {
     /// # Errors
     /// The chain cannot be read.
     pub fn add(&mut self, zeros: Range<u64>) -> Result<()> {
-        while let Some(data) = self.chain.ranges.get(self.next) {
+        while let Some(data) = self.ranges.get(self.next) {
             let both = zeros.start.max(data.start)..zeros.end.min(data.end);
             if both.start < both.end {
                 self.judge(&both)?;
@@ -102,14 +130,10 @@ impl Lost<'_> {
     }
 
     fn judge(&mut self, r: &Range<u64>) -> Result<()> {
-        // A hole in part of a cluster is in the chain as data that is zero: that is no loss,
-        // and copying it again at each INC would never end. A whole cluster is copied as a
-        // zero cluster, so it comes up once.
-        let begin = r.start.checked_next_multiple_of(self.cluster);
-        let whole = begin.and_then(|b| b.checked_add(self.cluster)).is_some_and(|e| e <= r.end);
-        if whole || !self.chain.is_zero(r)? {
-            // The cut may lie in the unit before: its end became zero too, as data.
-            self.found.push(r.start.saturating_sub(1)..r.end);
+        // Zeros may be in the chain as data: that is no loss, and copying them again at each INC
+        // would never end.
+        if !self.chain.is_zero(r)? {
+            self.found.push(r.clone());
             if self.found.len() > APART {
                 self.found = join_pairs(&self.found);
             }
@@ -121,6 +145,12 @@ impl Lost<'_> {
     pub fn ranges(self) -> Vec<Range<u64>> {
         self.found
     }
+}
+
+/// What has to be copied for ranges that were lost: the cut may lie in the unit before each, whose end
+/// became zero too, as data.
+pub fn with_cuts(lost: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    lost.into_iter().map(|r| r.start.saturating_sub(1)..r.end).collect()
 }
 
 /// Makes one range of each two neighbours.
@@ -167,8 +197,8 @@ mod tests {
         let layers =
             [LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None }];
         let image = Image::new(4 << 20, &layers, None, &Cache::new(CACHE_BYTES)).ok()?;
-        let ranges = data_ranges(&image).ok()?;
-        made.then_some(ChainData { image, ranges })
+        let ranges = Some(data_ranges(&image).ok()?);
+        made.then_some(ChainData { image, ranges, tail: Vec::new() })
     }
 
     #[test]
@@ -179,11 +209,11 @@ mod tests {
             assert!(std::env::var_os("CI").is_none(), "qemu-img is missing");
             return eprintln!("skipped: zeros_over_data_are_lost: no qemu-img");
         };
-        assert_eq!(chain.ranges, vec![0..M, 2 * M..3 * M]);
+        assert_eq!(chain.ranges, Some(vec![0..M, 2 * M..3 * M]));
         let lost = |zeros: &[(u64, u64)]| {
-            let mut l = chain.lost(65536);
+            let mut l = chain.lost().unwrap();
             zeros.iter().try_for_each(|z| l.add(z.0..z.1)).unwrap();
-            l.ranges()
+            with_cuts(l.ranges())
         };
         assert_eq!(lost(&[(0, 4 * M)]), vec![0..M, 2 * M - 1..3 * M]);
         assert_eq!(lost(&[(512, 1024), (M / 2, 2 * M)]), vec![511..1024, M / 2 - 1..M]);

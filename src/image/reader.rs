@@ -188,6 +188,19 @@ impl Image {
         Ok(())
     }
 
+    /// Opens all layers, and checks of each what leads to everything else: header and first-level
+    /// table, and no more.
+    ///
+    /// # Errors
+    /// A layer cannot be opened, or is bad there.
+    pub fn open_layers(&self) -> Result<()> {
+        let open = |lazy: &Arc<LazyLayer>| {
+            lazy.get()?.check_top()?;
+            self.check_layer(lazy)
+        };
+        self.stack().iter().try_for_each(open)
+    }
+
     /// Whether reading in `range` has to wait until a layer is opened that takes long, such as an
     /// archive that has to be unpacked first.
     pub fn must_wait(&self, range: Range<u64>) -> bool {
@@ -542,6 +555,27 @@ mod tests {
         f.as_file().set_len(0x40200).unwrap();
         assert_eq!(image.seek_data(512 << 20).unwrap_err().kind(), Kind::Changed);
         assert_eq!(image.read_at(&mut [0], 0).unwrap_err().kind(), Kind::Changed);
+    }
+
+    #[test]
+    fn opening_layers_checks_first_level_tables_and_no_others() {
+        const GIB: u64 = 1 << 30;
+        let good = qcow2(16, GIB, &[0x20000, 0], &[0x30000]);
+        // Beyond the file's end, in the header, with reserved bits.
+        for bad in [0x50000, 0x100, 0x20200] {
+            let first_level = qcow2(16, GIB, &[0, bad], &[]);
+            let second_level = qcow2(16, GIB, &[0x20000, 0], &[0, bad]);
+            for (below, sound) in [(first_level, false), (second_level, true)] {
+                let below = image(below.path(), Format::Qcow2, GIB, None);
+                let top = image(good.path(), Format::Qcow2, GIB, Some(below));
+                assert_eq!(top.open_layers().is_ok(), sound, "{bad:#x}");
+            }
+        }
+        let gone = qcow2(16, GIB, &[0, 0], &[]);
+        let below = image(gone.path(), Format::Qcow2, GIB, None);
+        drop(gone);
+        let top = image(good.path(), Format::Qcow2, GIB, Some(below));
+        assert_eq!(top.open_layers().unwrap_err().kind(), Kind::NotFound);
     }
 
     #[test]

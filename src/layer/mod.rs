@@ -169,6 +169,14 @@ pub trait Layer: Send + Sync {
     /// range exactly. A part that cannot be mapped is `Bad`, with a finding.
     fn map(&self, range: Range<u64>) -> LayerMap;
 
+    /// Fails if the table that leads to all others is bad somewhere. Looks at no other.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Truncated` or `Io`, with file and offset.
+    fn check_top(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// A guest offset at or after `from` before which everything is certainly `Below`: a coarse
     /// and cheap hint that lets sparse disks be skipped over. `size()` if nothing follows.
     fn next_mapped(&self, from: u64) -> u64 {

@@ -85,6 +85,7 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         persistent: true,
         encrypted: false,
         regrows_zeros: true,
+        has_backing: false,
         pflash: false,
         bitmaps,
         allocated: 4096,
@@ -230,7 +231,7 @@ fn a_volume_gets_an_inc_of_what_its_floor_leaves_in_doubt() {
         (d.level, d.doubtful(), d.estimate()),
         (Level::Inc, Some(size - 65536..size), 65536)
     );
-    assert!(d.wants_floor() && !d.new_bitmap.as_ref().unwrap().floor);
+    assert!(d.wants_watermark() && !d.new_bitmap.as_ref().unwrap().floor);
     // The floor goes with the bitmap that it lies beside; the FULL's stays.
     assert_eq!(d.obsolete, [bitmap(tip), names::floor(&bitmap(tip))]);
     let d = auto(t.path(), volume(size, 3 * 65536));
@@ -249,6 +250,54 @@ fn a_volume_gets_an_inc_of_what_its_floor_leaves_in_doubt() {
         d.size = size;
         assert_eq!(auto(t.path(), d).doubtful(), None);
     }
+}
+
+#[test]
+fn what_a_watermark_proves_for_qcow2() {
+    let t = chain();
+    let tip = "000000000002";
+    let mut m = manifest::read(&t.path().join("d"), "INC-2-d".as_ref()).unwrap().unwrap();
+    let size = m.virtual_size;
+    let given = |change: &dyn Fn(&mut Bitmap), size: u64, cluster: u64| {
+        let name = names::floor(&bitmap(tip));
+        let mut mark = Bitmap { recording: false, count: size, ..recording(name) };
+        change(&mut mark);
+        let bitmaps = both().into_iter().chain([mark]).collect();
+        auto(t.path(), SeenDisk { size, cluster_size: cluster, ..disk("/vm/d", bitmaps) })
+    };
+    let all = |b: &mut Bitmap| b.count = size;
+    // The manifest knows of none.
+    let d = given(&all, size, 65536);
+    assert!(d.needs_walk() && d.tail().is_none() && d.doubtful().is_none());
+    m.bitmap.as_mut().unwrap().floor = true;
+    manifest::write(&t.path().join("d"), &m).unwrap();
+    let d = given(&all, size, 65536);
+    assert!(!d.needs_walk() && d.tail() == Some(size - 65536..size));
+    // A disk that has grown: the whole granule in which the old end lay.
+    let d = given(&all, size + 512, 65536);
+    assert!(!d.needs_walk() && d.tail() == Some(size - 65536..size));
+    let d = given(&|b| b.count = 3 * 65536, size, 65536);
+    assert_eq!((d.needs_walk(), d.doubtful()), (false, Some(2 * 65536..size)));
+    let d = given(&|b| b.count = 0, size, 65536);
+    assert_eq!((d.needs_walk(), d.doubtful()), (false, Some(0..size)));
+    let nothing: [&dyn Fn(&mut Bitmap); 6] = [
+        &|b| b.name = None,
+        &|b| b.recording = true,
+        &|b| b.inconsistent = true,
+        &|b| b.persistent = false,
+        &|b| b.granularity = 4096,
+        &|b| b.count = size + 65536,
+    ];
+    for change in nothing {
+        let d = given(change, size, 65536);
+        assert!(d.level == Level::Inc && d.needs_walk() && d.tail().is_none());
+    }
+    // More than a granule may come back with a cluster.
+    assert!(given(&all, size, 131072).needs_walk());
+    // A FULL builds on nothing.
+    assert!(
+        !plan(t.path(), LevelWish::Full, vec![disk("/vm/d", both())], 100).disks[0].needs_walk()
+    );
 }
 
 #[test]

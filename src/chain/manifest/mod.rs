@@ -215,8 +215,8 @@ pub struct BitmapInfo {
     /// Whether it survives a restart of QEMU.
     #[serde(default)]
     pub persistent: bool,
-    /// Whether a second bitmap lies beside it, of this name and `-floor`, that says how small the
-    /// disk has been since.
+    /// Whether a size watermark lies beside it: a second bitmap, of this name and `-floor`, that says
+    /// how small the disk has been since.
     #[serde(default)]
     pub floor: bool,
 }

@@ -161,6 +161,10 @@ impl Layer for Qcow2Layer {
         self.tables().map(range)
     }
 
+    fn check_top(&self) -> Result<()> {
+        self.tables().check_l1()
+    }
+
     fn next_mapped(&self, from: u64) -> u64 {
         let known = || self.without_tables.lock().unwrap_or_else(PoisonError::into_inner);
         let (start, end) = *known();

@@ -161,18 +161,41 @@ impl Tables<'_> {
     }
 
     fn map_l1_entry(&self, map: &mut LayerMap, raw: u64, i: u64, part: Range<u64>) -> Result<()> {
+        match self.l2_table(raw, i)? {
+            Some(table) => self.map_l2_table(map, table, part),
+            None => {
+                map.extents.push(part.end - part.start, Mapping::Below);
+                Ok(())
+            }
+        }
+    }
+
+    /// Where the table of L1 entry number `i` is, if it has one.
+    fn l2_table(&self, raw: u64, i: u64) -> Result<Option<u64>> {
         let at = self.l1.offset + i * 8;
         let entry = L1Entry::try_from_plain(raw, entry_rules(self.header.cluster_bits))
             .map_err(|e| self.corrupt(at, e.to_string()))?;
         if entry.is_zero() {
-            map.extents.push(part.end - part.start, Mapping::Below);
-            return Ok(());
+            return Ok(None);
         }
         self.check_place(entry.l2_offset(), at)?;
         if entry.l2_offset() >= self.image.len() {
             return Err(self.cut(at, "an L2 table lies past the end of the file"));
         }
-        self.map_l2_table(map, entry.l2_offset(), part)
+        Ok(Some(entry.l2_offset()))
+    }
+
+    /// See [`crate::layer::Layer::check_top`].
+    pub fn check_l1(&self) -> Result<()> {
+        let end = self.header.l1_entries_for(self.size);
+        let mut at = 0;
+        while at < end {
+            let n = MAP_CHUNK.min(end - at);
+            let entries = self.read_l1(at, n)?;
+            (at..).zip(entries).try_for_each(|(i, raw)| self.l2_table(raw, i).map(drop))?;
+            at += n;
+        }
+        Ok(())
     }
 
     /// Nothing may lie in the image's header or in the L1 table that leads to it. (Refcount tables

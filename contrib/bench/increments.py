@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Measures what an INC costs, beside upstream's qmpbackup: of a disk of many extents, and on a long chain.
+
+Before each round the same few MiB are written, then every way backs the disk up, in an order that is
+drawn anew. What counts are ratios of medians: ten times the extents, a hundred times the chain, and
+ours to theirs. The guest has no processor that runs (-S), as in backup.py.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import backup
+import chains
+
+MIB = chains.MIB
+# Small clusters: many extents in little memory.
+CLUSTER = 4096
+# What the project promises.
+PROMISES = {"ten times the extents": 1.2, "ours to theirs, most extents": 1.1, "the long chain": 1.2}
+
+
+def make_disk(path, extents):
+    """Every other cluster has data."""
+    size = extents * 2 * CLUSTER
+    chains.run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={CLUSTER}", path, size)
+    lines = (f"write -q -P {1 + i % 255} {i * 2 * CLUSTER} {CLUSTER}\n" for i in range(extents))
+    command = ["qemu-io", "-f", "qcow2", "-t", "unsafe", path]
+    subprocess.run(command, input="".join(lines), text=True, check=True, stdout=subprocess.DEVNULL)
+    return size
+
+
+def commands(args, qemu, work):
+    state = ["--state-dir", os.path.join(work, "state"), "--qmp", qemu.socket]
+    ours = [args.fleecefs, "backup", *state, "--target", os.path.join(work, "ours")]
+    theirs = shlex.split(args.qmpbackup)
+    theirs += ["--socket", qemu.socket, "backup", "--target", os.path.join(work, "theirs")]
+    return {"ours": ours, "theirs": theirs}
+
+
+class Disk:
+    """A disk and its backups."""
+
+    def __init__(self, args, work, extents):
+        self.args, self.work, self.rng = args, work, random.Random(extents)
+        os.makedirs(work)
+        disk = os.path.join(work, "disk.qcow2")
+        self.size = make_disk(disk, extents)
+        self.qemu = backup.Qemu(work, disk)
+        self.ways = commands(args, self.qemu, work)
+        for command in self.ways.values():
+            backup.timed(command, "full")
+
+    def write(self):
+        for _ in range(self.args.dirty_mib):
+            self.qemu.write(self.rng.randrange(self.size // MIB) * MIB, MIB, 1 + self.rng.randrange(255))
+
+    def increment(self, way):
+        return backup.timed(self.ways[way], "inc")
+
+
+def measure(args, work):
+    """Medians in seconds, by what was measured."""
+    figures = {}
+    disks = {n: Disk(args, os.path.join(work, str(n)), n) for n in args.extents}
+    long = None
+    try:
+        turns = [(f"{way}, {n} extents", disk, way) for n, disk in disks.items() for way in disk.ways]
+        if args.depth > 1:
+            # The shortest disk again, under a long chain.
+            long = Disk(args, os.path.join(work, "long"), min(args.extents))
+            for _ in range(args.depth - 1):
+                long.write()
+                long.increment("ours")
+            turns.append((f"ours, depth {args.depth}", long, "ours"))
+        for _ in range(args.rounds):
+            for disk in [*disks.values(), *([long] if long else [])]:
+                disk.write()
+            random.shuffle(turns)
+            for name, disk, way in turns:
+                figures.setdefault(name, []).append(disk.increment(way))
+            # Names of qmpbackup's images have seconds.
+            time.sleep(1.1)
+    finally:
+        for disk in [*disks.values(), *([long] if long else [])]:
+            disk.qemu.__exit__()
+    return {name: statistics.median(all_) for name, all_ in figures.items()}
+
+
+def show(args, figures):
+    few, many = min(args.extents), max(args.extents)
+    for name, seconds in sorted(figures.items()):
+        print(f"{name:<32}{seconds:>8.3f} s")
+    ratios = {
+        "ten times the extents": figures[f"ours, {many} extents"] / figures[f"ours, {few} extents"],
+        "ours to theirs, most extents": figures[f"ours, {many} extents"] / figures[f"theirs, {many} extents"],
+    }
+    if args.depth > 1:
+        ratios["the long chain"] = figures[f"ours, depth {args.depth}"] / figures[f"ours, {few} extents"]
+    for name, ratio in ratios.items():
+        verdict = "ok" if ratio <= PROMISES[name] else "TOO SLOW"
+        print(f"{name:<32}{ratio:>8.2f}x  (promised {PROMISES[name]}x: {verdict})")
+    return ratios
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fleecefs", default="target/release/fleecefs")
+    parser.add_argument("--qmpbackup", required=True, help="upstream's program, with arguments if need be")
+    parser.add_argument("--dir", default="/dev/shm", help="where disks and targets are put")
+    parser.add_argument("--extents", type=int, nargs=2, default=[10_000, 100_000])
+    parser.add_argument("--depth", type=int, default=100)
+    parser.add_argument("--dirty-mib", type=int, default=4, help="written before each INC")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", help="write the figures to this file")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    args.fleecefs = os.path.abspath(args.fleecefs)
+    work = tempfile.mkdtemp(prefix="bench-increments-", dir=args.dir)
+    try:
+        figures = measure(args, work)
+        ratios = show(args, figures)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if args.json:
+        with open(args.json, "w") as out:
+            json.dump({"seconds": figures, "ratios": ratios}, out, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
