@@ -6,7 +6,6 @@ mod backups;
 #[path = "common/guest.rs"]
 mod guest;
 mod mounted;
-mod qemu;
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -16,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use backup::{Caller, Daemon};
-use backups::{Backups, fleecefs};
+use backups::{Backups, fleecefs, qemu};
 use fleecefs::backup::Watch;
 use fleecefs::backup::recover::sweep;
 use fleecefs::chain::manifest::{self, Manifest};

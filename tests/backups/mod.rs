@@ -11,7 +11,7 @@ use fleecefs::chain::{Catalog, Level};
 use fleecefs::error::Finding;
 
 #[path = "../qemu/mod.rs"]
-mod qemu;
+pub mod qemu;
 #[allow(unused_imports)]
 pub use qemu::{have, run};
 
