@@ -97,7 +97,7 @@ fn a_state_folder_that_a_list_opens_to_others_is_refused() {
     let test = "a_state_folder_that_a_list_opens_to_others_is_refused";
     let Some(scene) = Scene::new(test) else { return };
     // Owner and mode of the folder, its list, and whether it is refused.
-    let cases: [(&str, u32, u32, Option<Vec<u8>>, bool); 7] = [
+    let cases = [
         ("none", 0, 0o700, None, false),
         ("writes", 0, 0o700, Some(list(ALL, ALL)), true),
         ("reads", 0, 0o700, Some(list(READ, READ)), false),
