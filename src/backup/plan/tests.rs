@@ -82,6 +82,8 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         encrypted: false,
         regrows_zeros: true,
         pflash: false,
+        throwaway: false,
+        by_rule: None,
         bitmaps,
         allocated: 4096,
         info: Value::Null,
