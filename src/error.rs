@@ -151,9 +151,18 @@ impl Error {
             _ if source.kind() == io::ErrorKind::UnexpectedEof => Kind::Truncated,
             _ if source.get_ref().is_some_and(|e| e.is::<Refused>()) => Kind::Unsupported,
             _ if source.kind() == io::ErrorKind::InvalidInput => Kind::Unsupported,
+            _ if source.kind() == io::ErrorKind::InvalidFilename => Kind::Unsupported,
             _ => Kind::Io,
         };
-        Error::new(kind, message).with_source(source)
+        let too_large = source.kind() == io::ErrorKind::FileTooLarge;
+        let error = Error::new(kind, message).with_source(source);
+        match too_large {
+            true => error.remedy(
+                "this file system ends files before that (ext4 at 16 TiB, FAT at 4 GiB; or ulimit -f \
+                 does): choose a folder on another one, such as XFS",
+            ),
+            false => error,
+        }
     }
 
     /// Names the file. The innermost file wins: an outer caller does not overwrite it.

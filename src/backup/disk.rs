@@ -88,7 +88,7 @@ impl Run<'_> {
         fleece::add_image(&mut self.client, &target, "qcow2", image, more, find_zeros)?;
         let handed = place.handed(&self.client)?;
         let name = object(&self.run, Role::Fleece, d.index);
-        fleece::add_image(&mut self.client, &name, "raw", handed, json!({}), false)
+        fleece::add_image(&mut self.client, &name, place.driver(), handed, json!({}), false)
     }
 
     /// Whether all that will be written has room, before anything is begun. A disk that does not
@@ -134,7 +134,7 @@ impl Run<'_> {
         if let Err(e) = d
             .folder()
             .and_then(|f| publish::discard_image(f, &d.plan.image))
-            .and_then(|()| fleece.empty())
+            .and_then(|()| fleece.empty_in_use())
         {
             self.watch.warn(&e.report());
         }
@@ -359,7 +359,8 @@ impl Run<'_> {
         let write = || -> Result<()> {
             let text = serde_json::to_vec_pretty(&p.disk.info)
                 .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))?;
-            let config = self.base.join(format!("{}.config", p.disk.base_name()));
+            let name = super::names::parse_image(&p.image).map_or(p.image.as_str(), |i| i.2);
+            let config = self.base.join(format!("{name}.config"));
             folder::write_whole(&config, &text)
                 .map_err(|e| Error::io(e, "cannot write the file").at_path(&config))?;
             let l = &self.options.layout;
@@ -384,13 +385,16 @@ pub fn job_error(text: &str) -> Error {
         return Error::new(Kind::NoSpace, "no space left for the image")
             .remedy("free space in the target, or prune it");
     }
+    if text.contains("File too large") {
+        return fleece::too_large();
+    }
     if text.contains("Permission denied") || text.contains("Operation not permitted") {
         return Error::new(
             Kind::Peer,
             "the frozen view was lost: the fleece image could not take a \
             write of the guest in time",
         )
-        .remedy("look at the space and speed of --fleece-dir");
+        .remedy("look at the space, the speed and the largest file of --fleece-dir");
     }
     Error::new(Kind::Peer, format!("the backup job failed: {}", short(text)))
 }

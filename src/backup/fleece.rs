@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::leftover::{Made, fleece_path};
 use super::names::{Role, object};
 use super::plan::DiskPlan;
-use super::seen::Insertion;
+use super::seen::{Insertion, qom_path};
 use super::space::Space;
 use super::{Compression, CopyOptions, Watch};
 use crate::error::{Error, Kind, Result};
@@ -26,7 +26,8 @@ use crate::text::path_text;
 const FLEECE_CLUSTER: u64 = 65536;
 
 /// The fleece image of one disk: a sparse raw file. Raw, since nothing of it outlives the run, and it
-/// costs no metadata.
+/// costs no metadata. Where the file system ends files before the disk ends (ext4: at 16 TiB) it is
+/// qcow2, whose file has only what is written to it.
 ///
 /// It goes where the user says, else to the file system of the disk's own file, else (that is none)
 /// to that of the backup. QEMU gets descriptors of it and needs no name: so it has none where the file
@@ -37,8 +38,10 @@ pub struct Fleece {
     /// The folder, for messages.
     dir: PathBuf,
     file: Option<File>,
-    /// Its name, if it has one.
+    /// Its name, if it has one. It is that of a raw file also where it is qcow2: it is given before
+    /// that is known, and nobody goes by it.
     path: Option<PathBuf>,
+    qcow2: bool,
 }
 
 impl Fleece {
@@ -56,7 +59,7 @@ impl Fleece {
         let given = copy.fleece_dir.as_deref();
         let named = |dir: &Path| {
             let path = fleece_path(dir, run, index);
-            Fleece { dir: dir.to_path_buf(), file: None, path: Some(path) }
+            Fleece { dir: dir.to_path_buf(), file: None, path: Some(path), qcow2: false }
         };
         if !client.takes_descriptors() {
             return Ok(named(given.unwrap_or(&plan.dir)));
@@ -85,7 +88,8 @@ impl Fleece {
     /// One without a name in `dir`; `None` if its file system has no such files.
     fn unnamed(dir: &Path) -> std::io::Result<Option<Self>> {
         let file = open_resolved(dir)?.create_unnamed()?;
-        Ok(file.map(|f| Fleece { dir: dir.to_path_buf(), file: Some(f), path: None }))
+        let dir = dir.to_path_buf();
+        Ok(file.map(|f| Fleece { dir, file: Some(f), path: None, qcow2: false }))
     }
 
     /// What a journal or a note says of it, if it has a name.
@@ -106,7 +110,37 @@ impl Fleece {
             let file = folder.create_new(path.file_name().unwrap_or_default());
             self.file = Some(file.map_err(failed)?);
         }
-        self.file.as_ref().map_or(Ok(()), |f| f.set_len(size)).map_err(failed)
+        let Some(file) = &self.file else { return Ok(()) };
+        match file.set_len(size) {
+            Err(e) if is_too_large(&e) => self.format(size),
+            sized => sized.map_err(failed),
+        }
+    }
+
+    /// Makes it a qcow2 image.
+    fn format(&mut self, size: u64) -> Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
+        let shape = NewImage {
+            size,
+            cluster_size: FLEECE_CLUSTER,
+            extended_l2: false,
+            // Nobody repairs it: it goes with the run.
+            lazy_refcounts: true,
+            compression: header::Compression::Zlib,
+        };
+        shape.fitting().write(file, &self.dir).map_err(|e| {
+            Error::new(e.kind(), "cannot create the fleece image")
+                .at_path(&self.dir)
+                .with_source(e)
+                .remedy("name a folder on another file system with --fleece-dir")
+        })?;
+        self.qcow2 = true;
+        Ok(())
+    }
+
+    /// The block driver for it.
+    pub fn driver(&self) -> &'static str {
+        if self.qcow2 { "qcow2" } else { "raw" }
     }
 
     /// How QEMU is to open it.
@@ -151,6 +185,21 @@ impl Fleece {
         let emptied = self.file.as_ref().map_or(Ok(()), |f| f.set_len(0));
         emptied.map_err(|e| Error::io(e, "cannot empty the fleece image").at_path(&self.dir))
     }
+
+    /// As [`Fleece::empty`] while QEMU works with it. A qcow2 image is left alone: QEMU would find its
+    /// tables gone.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn empty_in_use(&self) -> Result<()> {
+        if self.qcow2 { Ok(()) } else { self.empty() }
+    }
+}
+
+/// Whether a file of that length is refused because of the length. (POSIX allows both.)
+fn is_too_large(e: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{FileTooLarge, InvalidInput};
+    matches!(e.kind(), FileTooLarge | InvalidInput)
 }
 
 /// A folder that is named by its path, links and all.
@@ -173,7 +222,7 @@ pub struct Handed<'a> {
 /// The shape of a target, as the disk's own: version 3 always, since 2 loses zeroes in an INC.
 pub fn new_image(plan: &DiskPlan, copy: &CopyOptions) -> NewImage {
     let d = &plan.disk;
-    NewImage {
+    let shape = NewImage {
         size: d.size,
         cluster_size: cluster_size(d.cluster_size),
         extended_l2: d.extended_l2,
@@ -182,7 +231,8 @@ pub fn new_image(plan: &DiskPlan, copy: &CopyOptions) -> NewImage {
             Some(Compression::Zstd) => header::Compression::Zstd,
             _ => header::Compression::Zlib,
         },
-    }
+    };
+    shape.fitting()
 }
 
 /// What qcow2 allows: 512 bytes to 2 MiB, a power of two.
@@ -303,11 +353,20 @@ pub fn close_image(client: &mut Client, node: &str) -> Result<()> {
     let read_only = json!({"driver": "qcow2", "node-name": node, "file": file, "read-only": true,
         "discard": "unmap", "cache": {"no-flush": true}});
     let answer = client.call("blockdev-reopen", json!({"options": [read_only]}))?;
-    answer.map_err(|r| match r.desc.contains("No space left") {
-        true => Error::new(Kind::NoSpace, "no space left for the image's tables"),
-        false => Error::new(Kind::Io, format!("QEMU cannot complete the image: {}", r.desc)),
+    answer.map_err(|r| match &r.desc {
+        d if d.contains("No space left") => {
+            Error::new(Kind::NoSpace, "no space left for the image's tables")
+        }
+        d if d.contains("File too large") => too_large(),
+        d => Error::new(Kind::Io, format!("QEMU cannot complete the image: {d}")),
     })?;
     client.execute("blockdev-del", json!({"node-name": node})).map(drop)
+}
+
+/// The target's file system ends files before this image ends.
+pub fn too_large() -> Error {
+    Error::new(Kind::Io, "the image got larger than a file can be in the target")
+        .remedy("name a target on another file system (XFS has no such limit), or use --compress")
 }
 
 /// Adds the copy-before-write filter above what the guest is attached to. It does nothing until
@@ -371,12 +430,7 @@ pub fn add_blind(client: &mut Client, run: &str, index: usize) -> Result<()> {
 /// # Errors
 /// QEMU refuses: "Permission conflict" if a frozen view still hangs on the filter.
 pub fn plug(client: &mut Client, qdev: &str, node: &str) -> Result<()> {
-    // By id alone a device may be ambiguous: an NVMe controller's bus has its name.
-    let path = match qdev.starts_with('/') {
-        true => qdev.to_string(),
-        false => format!("/machine/peripheral/{qdev}"),
-    };
-    let arguments = json!({"path": path, "property": "drive", "value": node});
+    let arguments = json!({"path": qom_path(qdev), "property": "drive", "value": node});
     client.execute("qom-set", arguments).map(drop)
 }
 

@@ -146,16 +146,24 @@ fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Resu
     if options.level == LevelWish::Copy {
         return Ok(());
     }
-    let (name, flat) = (disk.base_name(), options.layout.no_subdir);
-    let read = |flat: bool| match flat {
-        true => History::read(inputs.base, Some(&name)),
-        false => History::read(&inputs.base.join(&name), None),
+    let (names, flat) = (disk.folder_names(&options.layout), options.layout.no_subdir);
+    let read = |flat: bool, name: &str| match flat {
+        true => History::read(inputs.base, Some(name)),
+        false => History::read(&inputs.base.join(name), None),
     };
-    let chained = |h: &History| {
+    let is_chained = |h: &History| {
         let mut levels = h.entries.iter().map(|e| e.level);
         same_file(inputs, disk, h) && levels.any(|l| matches!(l, Level::Full | Level::Inc))
     };
-    if !chained(&read(!flat)?) || chained(&read(flat)?) {
+    let chained = |flat: bool| -> Result<bool> {
+        for name in &names {
+            if is_chained(&read(flat, name)?) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    if !chained(!flat)? || chained(flat)? {
         return Ok(());
     }
     let (there, word) =
@@ -229,8 +237,11 @@ fn candidate(
     taken: &[Option<(PathBuf, History)>],
     (rule, new): (Rule, bool),
 ) -> Result<Option<(PathBuf, History)>> {
-    let name = disk.base_name();
-    for n in 1..=MAX_SAME_NAME {
+    // A new one is called by the layout; a chain goes on also where its FULL had another.
+    let names = disk.folder_names(&options.layout);
+    let names = names.iter().take(if new { 1 } else { usize::MAX });
+    let numbered = names.flat_map(|name| (1..=MAX_SAME_NAME).map(move |n| (name, n)));
+    for (name, n) in numbered {
         let folder = if n == 1 { name.clone() } else { format!("{name}-{n}") };
         let (dir, only) = if options.layout.no_subdir {
             (inputs.base.to_path_buf(), Some(folder.as_str()))

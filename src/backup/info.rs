@@ -89,7 +89,7 @@ fn owner(name: &str) -> String {
 /// # Errors
 /// As [`Client::execute`].
 pub fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
-    let Seen { disks, skipped, blocked } = survey(&Answers::ask(client)?);
+    let Seen { disks, skipped, blocked, .. } = survey(&Answers::ask(client)?);
     let mut list: Vec<DiskInfo> = disks.iter().map(included).collect();
     list.extend(skipped.into_iter().chain(blocked).map(|s| DiskInfo {
         disk: s.disk,
@@ -115,7 +115,7 @@ fn included(d: &SeenDisk) -> DiskInfo {
         file: d.identity.file.clone(),
         format: d.identity.format.clone(),
         size: d.size,
-        included: !d.encrypted && d.busy.is_none(),
+        included: !d.encrypted && d.busy.is_none() && d.by_rule.is_none(),
         how: how(d),
         bitmaps: found.map(|f| BitmapLine::from(&f)).collect(),
     }
@@ -129,10 +129,14 @@ fn how(d: &SeenDisk) -> String {
     if let Some(who) = &d.busy {
         return format!("not now: {who}");
     }
+    if let Some(rule) = d.by_rule {
+        return format!("{rule}: only if --include names it");
+    }
     if d.encrypted {
         return "encrypted: only with --allow-plaintext".to_string();
     }
     let incremental = match (d.pflash, d.persistent) {
+        _ if d.throwaway => "an overlay that goes with QEMU (snapshot=on): incremental until then",
         (true, _) => "firmware flash: a FULL each time",
         (_, true) => "incremental, also after a restart of QEMU",
         (_, false) => "incremental while QEMU lives, a FULL after each restart",

@@ -6,7 +6,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -99,7 +99,10 @@ impl DiskRecord {
     /// Whether it can be a record of ours: only such names are ever removed.
     fn is_sound(&self) -> bool {
         let fleece = self.fleece.as_os_str().is_empty() || self.fleece.is_absolute();
-        PlainName::new(&self.image).is_ok() && self.dir.is_absolute() && fleece
+        // Earlier versions began with names that were too long for any file to be made.
+        let named = PlainName::new(&self.image)
+            .map_or_else(|e| e.kind() == ErrorKind::InvalidFilename, |_| true);
+        named && self.dir.is_absolute() && fleece
     }
 }
 

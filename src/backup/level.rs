@@ -97,6 +97,9 @@ fn usable_base(
             Some(lost) => {
                 format!("{lost} is gone (its manifest is there): the bitmap went on from it; {why}")
             }
+            None if disk.throwaway => {
+                format!("with snapshot=on the disk begins anew at each start of QEMU: {why}")
+            }
             None => why,
         }
     })?;

@@ -7,9 +7,9 @@ use std::ffi::OsStr;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::chain::Level;
 use crate::chain::name::{Name, parse};
-use crate::error::{Error, Kind, Result};
+use crate::chain::{Level, is_foreign_name};
+use crate::error::{Error, Result};
 use crate::folder::{PlainName, TEMPORARY};
 
 /// What every name of ours begins with.
@@ -180,43 +180,63 @@ pub fn is_fleece(name: &str) -> bool {
 /// What the name of a [`fleece`] image ends in.
 const FLEECE: &str = ".fleece.raw";
 
-/// The longest name of a disk in bytes: what is put before and behind it in file names (level, time,
-/// `.partial.json` and the name of a temporary file) needs the rest of the usual 255.
-const LONGEST_DISK: usize = 200;
+/// The longest name of a disk's folder in bytes: what is put before and behind it in file names (level,
+/// time, `.partial.json`, `-2` and the name of a temporary file) needs the rest of the usual 255.
+const LONGEST_FOLDER: usize = 200;
 
-/// `name`, which QEMU gives a disk, if it can be the name of the disk's folder and the end of its
-/// images' names. Whatever QEMU says, it is one plain name, no file of ours, and every command sees
-/// the points under it. With `plain` the images carry it alone (`--no-timestamp`).
+/// How much of a name is kept in one that is made from it, in bytes.
+const KEPT: usize = 160;
+
+/// How many digits of its hash keep such names apart. (Where two are the same all the same, the second
+/// gets a number like any other.)
+const HASH_DIGITS: usize = 8;
+
+/// The name of the folder of a disk that QEMU calls `name`, and the end of its images' names: the very
+/// name where that can be, else what can be kept of it (no dots) and some digits of its hash. Whatever QEMU says,
+/// it is one plain name, no file of ours, and every command sees the points under it. With `plain`
+/// images carry it alone (`--no-timestamp`).
 ///
-/// # Errors
-/// `Unsupported`, with what can be done.
-pub fn disk(name: &str, plain: bool) -> Result<&str> {
-    let refuse = |why: &str| {
-        Err(Error::new(Kind::Unsupported, format!("{name:?} cannot be a disk's folder: {why}"))
-            .remedy("rename the disk's file, or name its device or node (id=, node-name=)"))
-    };
-    if PlainName::new(name).is_err() {
-        return refuse("it is not a plain file name");
+/// A chain goes on under the same name: what this makes of a name must stay the same for good.
+pub fn folder(name: &str, plain: bool) -> String {
+    if can_be_folder(name, plain) {
+        return name.to_string();
     }
-    if name.len() > LONGEST_DISK {
-        return refuse("it is too long");
+    let mut kept = String::new();
+    for c in name.chars().map(|c| if matches!(c, '/' | '.') || is_unseen(c) { '_' } else { c }) {
+        if kept.len().saturating_add(c.len_utf8()) > KEPT {
+            break;
+        }
+        kept.push(c);
     }
-    if name.chars().any(is_unseen) {
-        return refuse("it has control or invisible characters");
+    let hash = blake3::hash(name.as_bytes()).to_hex();
+    let made = format!("{kept}~{}", hash.get(..HASH_DIGITS).unwrap_or_default());
+    match can_be_folder(&made, true) {
+        true => made,
+        false => format!("disk-{made}"),
     }
+}
+
+fn can_be_folder(name: &str, plain: bool) -> bool {
     let lower = name.to_lowercase();
-    let own = [crate::chain::manifest::FOLDER, TEMPORARY].iter().any(|p| lower.starts_with(p));
-    if own || lower == "uuid" || [".partial", ".config"].iter().any(|s| lower.ends_with(s)) {
-        return refuse("that is a name of the backup directory's own files");
+    let own = [crate::chain::manifest::FOLDER, TEMPORARY].iter().any(|p| lower.starts_with(p))
+        || lower == "uuid"
+        || [".partial", ".config"].iter().any(|s| lower.ends_with(s));
+    if PlainName::new(name).is_err()
+        || name.len() > LONGEST_FOLDER
+        || name.chars().any(is_unseen)
+        || own
+    {
+        return false;
     }
     let seen = match parse(OsStr::new(&format!("FULL-1-{name}"))) {
         Name::Backup { disk, .. } => disk == name,
         _ => false,
     };
-    if !seen || plain && parse(OsStr::new(name)) == Name::Ignored {
-        return refuse("no command would take its images for points");
-    }
-    Ok(name)
+    // Without a time `FULL-1-x` is a backup of the disk x, or the link of one, `x.vma` an archive, and
+    // `latest` what everybody calls the newest point.
+    let file = OsStr::new(name);
+    let other = || parse(file) == Name::Other && !is_foreign_name(file) && name != "latest";
+    seen && (!plain || other())
 }
 
 /// Characters that do not show, or that change the order of those that do.
@@ -284,14 +304,16 @@ mod tests {
     }
 
     #[test]
-    fn names_of_disks() {
+    fn names_of_folders() {
         for good in
             ["sda", "disk 1.qcow2", ".hidden.qcow2", "f\u{fc}r.img", "FULL-1-x", "a:b", "2026-01"]
         {
-            assert_eq!(disk(good, false).unwrap(), good);
+            assert_eq!(folder(good, false), good);
         }
-        let long = "x".repeat(201);
-        for bad in [
+        assert_eq!(folder(&"x".repeat(200), true), "x".repeat(200));
+        let long = "\u{fc}".repeat(150);
+        let mut all = std::collections::BTreeSet::new();
+        let bad = [
             "",
             ".",
             "..",
@@ -312,10 +334,30 @@ mod tests {
             "a.config",
             "a.fleece.raw",
             &long,
-        ] {
-            assert_eq!(disk(bad, false).unwrap_err().kind(), Kind::Unsupported, "{bad:?}");
+        ];
+        for name in bad {
+            let made = folder(name, false);
+            assert!(made != name && made.len() < 180 && can_be_folder(&made, true), "{made:?}");
+            assert!(made.chars().rev().nth(HASH_DIGITS) == Some('~'), "{made:?}");
+            assert_eq!(folder(&made, true), made);
+            assert!(all.insert(made), "{name:?}");
         }
-        assert!(disk(".hidden.qcow2", true).is_err());
+        // For all time.
+        assert_eq!(folder("uuid", false), "uuid~8114f0b4");
+        assert!(folder("FULL-1-x", true).starts_with("disk-FULL-1-x~"));
+        for name in [
+            "x.vma.zst",
+            "sda.full.data",
+            ".hidden.qcow2",
+            "FULL-1-x",
+            "FULL-x",
+            "COPY-x",
+            "vm-1-fleece-0.raw",
+        ] {
+            let made = folder(name, true);
+            assert!(made.len() > name.len(), "{made}");
+            assert_eq!(parse(OsStr::new(&made)), Name::Other);
+        }
     }
 
     #[test]

@@ -133,10 +133,11 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     let wanted = choose(options, &inputs.seen, &mut plan);
     let folders = folders::assign(options, &inputs, &wanted)?;
     for b in &inputs.seen.blocked {
-        if is_wanted(options, &b.disk) {
+        if is_wanted(options, &inputs.seen, &b.disk) {
             plan.refused.push((b.disk.clone(), Error::new(Kind::Busy, b.reason.clone())));
         }
     }
+    refuse_included(options, &inputs.seen, &mut plan);
     for (disk, (dir, history)) in wanted.into_iter().zip(folders) {
         let label = disk.label().to_string();
         let index = plan.disks.len();
@@ -153,9 +154,21 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     Ok(plan)
 }
 
+/// `--include` names what is left out because it cannot be backed up.
+fn refuse_included(options: &Options, seen: &Seen, plan: &mut Plan) {
+    let named = |s: &Skipped| options.include.iter().any(|n| seen.is_called(&s.disk, n));
+    let all = std::mem::take(&mut plan.skipped).into_iter();
+    let (refused, skipped): (Vec<_>, Vec<_>) = all.partition(named);
+    plan.skipped = skipped;
+    for s in refused {
+        let what = format!("--include names it, but it cannot be backed up: {}", s.reason);
+        plan.refused.push((s.disk, Error::new(Kind::Unsupported, what)));
+    }
+}
+
 /// Whether a disk that is known by its name alone is asked for.
-fn is_wanted(options: &Options, name: &str) -> bool {
-    let listed = |list: &[String]| list.iter().any(|n| n == name);
+fn is_wanted(options: &Options, seen: &Seen, disk: &str) -> bool {
+    let listed = |list: &[String]| list.iter().any(|n| seen.is_called(disk, n));
     !listed(&options.exclude) && (options.include.is_empty() || listed(&options.include))
 }
 
@@ -163,7 +176,7 @@ fn check_names(options: &Options, seen: &Seen) -> Result<()> {
     for name in &options.include {
         let known = seen.disks.iter().any(|d| d.is_called(name));
         let others = seen.skipped.iter().chain(&seen.blocked);
-        if !known && !others.into_iter().any(|s| s.disk == *name) {
+        if !known && !others.into_iter().any(|s| seen.is_called(&s.disk, name)) {
             return Err(Error::new(Kind::NotFound, format!("there is no disk {name:?}"))
                 .remedy("fleecefs info blockdev lists them"));
         }
@@ -177,7 +190,10 @@ pub fn left_out(options: &Options, d: &SeenDisk) -> Option<&'static str> {
     if !options.include.is_empty() && !named(&options.include) {
         return Some("not in --include");
     }
-    named(&options.exclude).then_some("in --exclude")
+    if named(&options.exclude) {
+        return Some("in --exclude");
+    }
+    d.by_rule.filter(|_| options.include.is_empty())
 }
 
 fn choose(options: &Options, seen: &Seen, plan: &mut Plan) -> Vec<SeenDisk> {
@@ -191,8 +207,6 @@ fn choose(options: &Options, seen: &Seen, plan: &mut Plan) -> Vec<SeenDisk> {
             let e =
                 Error::new(Kind::Encrypted, "the disk is encrypted and the backup would not be")
                     .remedy("--allow-plaintext writes it in plain text, --exclude leaves it out");
-            plan.refused.push((d.label().into(), e));
-        } else if let Err(e) = names::disk(&d.base_name(), options.layout.no_timestamp) {
             plan.refused.push((d.label().into(), e));
         } else {
             wanted.push(d.clone());

@@ -345,17 +345,18 @@ fn check_alone(path: &Path, file: &File, why: Error) -> Result<()> {
 }
 
 /// Gives the file an mtime after its predecessors': qmprestore sorts by it.
-fn set_time(held: &Held, folder: &Folder, m: &Manifest) -> Result<()> {
+fn set_time(held: &Held, dir: &Folder, m: &Manifest) -> Result<()> {
     let mut time = SystemTime::now();
     let own = partial_name(&m.image);
-    let list = folder.entries().unwrap_or_default().into_iter();
+    let list = dir.entries().unwrap_or_default().into_iter();
     for e in list.filter(|e| e.kind == EntryKind::File && e.name != own.as_str()) {
-        let meta = folder.look(&e.name).ok().filter(|m| m.is_file());
+        let meta = dir.look(&e.name).ok().filter(|m| m.is_file());
         if let Some(t) = meta.and_then(|m| m.modified().ok()) {
             time = time.max(t.checked_add(Duration::from_secs(1)).unwrap_or(t));
         }
     }
-    held.file.set_modified(time).map_err(|e| held.failed(e, "cannot set the image's time"))
+    folder::set_modified(&held.file, time, &held.path)
+        .map_err(|e| held.failed(e, "cannot set the image's time"))
 }
 
 /// Makes what happened to names in a folder survive a power cut.

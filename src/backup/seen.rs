@@ -14,7 +14,7 @@ use crate::qmp::budget;
 use crate::qmp::client::check_length;
 use crate::qmp::types::{Bitmap, Drive, Graph, Image, Job, Node};
 
-use super::{graph, names};
+use super::{Layout, graph, names};
 
 /// How many nodes are followed from a disk to its file: filters and formats, some few. A graph has
 /// no loops; the bound is for an answer that has.
@@ -90,6 +90,11 @@ pub struct SeenDisk {
     pub has_backing: bool,
     /// Firmware flash: small, copied in full each time.
     pub pflash: bool,
+    /// QEMU's overlay of a disk with `snapshot=on`: it goes when QEMU ends, and the identity's file is
+    /// that of the disk below it.
+    pub throwaway: bool,
+    /// Why it is left out where `--include` does not name it.
+    pub by_rule: Option<&'static str>,
     /// All bitmaps on `node`.
     pub bitmaps: Vec<Bitmap>,
     /// Bytes that its files take, as an upper limit of what a full copy has to read.
@@ -99,9 +104,22 @@ pub struct SeenDisk {
 }
 
 impl SeenDisk {
-    /// The name of its folder and the last part of its images' names.
+    /// The name of its file, or what QEMU calls it where it has none.
     pub fn base_name(&self) -> String {
         base_name(&self.identity.file).unwrap_or_else(|| self.label().to_string())
+    }
+
+    /// The name of a new folder for it, and the last part of its images' names.
+    pub fn folder_name(&self, layout: &Layout) -> String {
+        names::folder(&self.base_name(), layout.no_timestamp)
+    }
+
+    /// That name, and the one that it has with and without `--no-timestamp` where they differ.
+    pub fn folder_names(&self, layout: &Layout) -> Vec<String> {
+        let mut names = vec![self.folder_name(layout)];
+        names.push(names::folder(&self.base_name(), !layout.no_timestamp));
+        names.dedup();
+        names
     }
 
     /// A short name for messages.
@@ -113,8 +131,10 @@ impl SeenDisk {
     /// Whether the user means this disk by `name`.
     pub fn is_called(&self, name: &str) -> bool {
         let i = &self.identity;
-        let tail = i.qdev.rsplit('/').find(|p| *p != "virtio-backend").unwrap_or_default();
-        [i.device.as_str(), &i.node, &i.qdev, &i.file, tail, &self.base_name()].contains(&name)
+        let tail = device_tail(&i.qdev);
+        let base = self.base_name();
+        [i.device.as_str(), &i.node, &i.qdev, &i.file, tail, &base].contains(&name)
+            || self.folder_names(&Layout::default()).iter().any(|n| n == name)
     }
 
     /// The named bitmap.
@@ -165,11 +185,24 @@ pub struct Seen {
     pub skipped: Vec<Skipped>,
     /// Those that should be backed up and cannot.
     pub blocked: Vec<Skipped>,
+    /// What else those are called that are left out or cannot be backed up: the other name, the disk.
+    pub aliases: Vec<(String, String)>,
 }
 
 impl Seen {
     fn count(&self) -> usize {
         [self.disks.len(), self.skipped.len(), self.blocked.len()].into_iter().sum()
+    }
+
+    /// Whether one that is no disk for a backup is meant by `name`.
+    pub fn is_called(&self, disk: &str, name: &str) -> bool {
+        disk == name || self.aliases.iter().any(|(a, d)| a == name && d == disk)
+    }
+
+    fn note_aliases<'a>(&mut self, disk: &str, names: impl IntoIterator<Item = &'a str>) {
+        let sound = |n: &&str| !n.is_empty() && n.len() <= LONGEST_NAME && *n != disk;
+        let names = names.into_iter().filter(sound);
+        self.aliases.extend(names.map(|n| (n.to_string(), disk.to_string())));
     }
 }
 
@@ -202,6 +235,8 @@ pub struct Answers {
     pub jobs: Vec<Job>,
     /// Whether this is QEMU with a guest.
     pub guest: bool,
+    /// The types of the devices whose medium can be removed, by their names.
+    types: HashMap<String, String>,
 }
 
 impl Answers {
@@ -210,7 +245,7 @@ impl Answers {
     /// # Errors
     /// As [`Client::execute`].
     pub fn ask(client: &mut Client) -> Result<Self> {
-        let drives = client.query("query-block", json!({}))?;
+        let drives: Vec<Drive> = client.query("query-block", json!({}))?;
         // Before the other large answer is in memory.
         let graph = if client.has("x-debug-query-block-graph") {
             client.query("x-debug-query-block-graph", json!({}))?
@@ -218,9 +253,15 @@ impl Answers {
             Graph::default()
         };
         let raw_nodes = client.execute("query-named-block-nodes", json!({}))?;
-        let mut answers = Self::of(drives, raw_nodes, graph, client.has_guest())?;
-        answers.jobs = client.query("query-jobs", json!({}))?;
-        Ok(answers)
+        let types = types(client, &drives)?;
+        let jobs = client.query("query-jobs", json!({}))?;
+        Ok(Answers { types, jobs, ..Self::of(drives, raw_nodes, graph, client.has_guest())? })
+    }
+
+    /// From `top` down to the node that holds the disk.
+    fn path_down(&self, root: graph::Root, top: &str) -> graph::Path {
+        let driver = |n: &str| self.node(n).map(|n| n.drv.as_str());
+        graph::Path::down(&self.graph, root, top, driver)
     }
 
     /// The graph, with the jobs that work in it.
@@ -239,8 +280,8 @@ impl Answers {
             by_name.entry(n.node_name.clone()).or_insert(at);
         }
         let encrypted = OnceLock::new();
-        let jobs = Vec::new();
-        Ok(Answers { drives, nodes, raw_nodes, by_name, encrypted, graph, jobs, guest })
+        let (jobs, types) = (Vec::new(), HashMap::new());
+        Ok(Answers { drives, nodes, raw_nodes, by_name, encrypted, graph, jobs, guest, types })
     }
 
     /// The nodes that are encrypted, or have such a node below them; found once for all disks.
@@ -303,6 +344,28 @@ impl Answers {
     }
 }
 
+/// Asks for the types of the devices whose medium can be removed: their buses call SD cards, USB
+/// sticks and some SCSI disks so as well.
+fn types(client: &mut Client, drives: &[Drive]) -> Result<HashMap<String, String>> {
+    let mut types = HashMap::new();
+    let removable = drives.iter().filter(|d| d.removable && d.inserted.is_some()).take(DISKS);
+    for qdev in removable.filter_map(|d| d.qdev.as_deref()).filter(|q| !q.is_empty()) {
+        let arguments = json!({"path": qom_path(qdev), "property": "type"});
+        if let Ok(Value::String(kind)) = client.call("qom-get", arguments)? {
+            types.insert(qdev.to_string(), budget::clip(&kind, 64));
+        }
+    }
+    Ok(types)
+}
+
+/// The path of a guest device. (By id alone it may be ambiguous: an NVMe controller's bus has its name.)
+pub fn qom_path(qdev: &str) -> String {
+    match qdev.starts_with('/') {
+        true => qdev.to_string(),
+        false => format!("/machine/peripheral/{qdev}"),
+    }
+}
+
 fn parse<T: DeserializeOwned>(v: &Value, what: &str) -> Result<T> {
     check_length(v, what)?;
     T::deserialize(v).map_err(|e| {
@@ -317,18 +380,62 @@ pub fn survey(answers: &Answers) -> Seen {
     let mut room = DESCRIPTIONS;
     if answers.guest {
         for d in answers.drives.iter().take(DISKS) {
-            note(&mut seen, &mut room, drive_name(d), from_drive(answers, d));
+            let found = from_drive(answers, d);
+            if found.is_err() {
+                let name = budget::clip(&drive_name(d), 64);
+                seen.note_aliases(&name, drive_names(d));
+            }
+            note(&mut seen, &mut room, drive_name(d), found);
         }
     } else {
         for n in exported(answers).into_iter().take(DISKS) {
             note(&mut seen, &mut room, n.node_name.clone(), from_export(answers, n));
         }
     }
+    refuse_several_paths(&mut seen);
     if seen.count() == DISKS {
         let reason = format!("more than {DISKS} disks: the others are not looked at");
         seen.blocked.push(Skipped { disk: "(others)".into(), reason });
     }
     seen
+}
+
+/// A disk that the guest has at two devices, as with multipath: a filter would be in the way of one
+/// of them alone, and what is written by way of the other would pass it by.
+fn refuse_several_paths(seen: &mut Seen) {
+    let mut paths: HashMap<String, Vec<SeenDisk>> = HashMap::new();
+    let mut order = Vec::new();
+    for d in std::mem::take(&mut seen.disks) {
+        order.push(d.node.clone());
+        paths.entry(d.node.clone()).or_default().push(d);
+    }
+    for node in order {
+        let Some(mut same) = paths.remove(&node) else { continue };
+        if same.len() == 1 {
+            seen.disks.append(&mut same);
+            continue;
+        }
+        let tail = |d: &SeenDisk| match d.identity.qdev.as_str() {
+            "" => d.top.clone(),
+            qdev => device_tail(qdev).to_string(),
+        };
+        let devices: Vec<String> = same.iter().take(4).map(tail).collect();
+        let disk = budget::clip(same.first().map_or("", SeenDisk::label), 64);
+        let reason = format!(
+            "it has {} paths ({}): writes by one of them pass the filter in the other, so that it \
+             cannot be frozen at one point; take all but one away for the time of the backup \
+             (device_del), or back it up from inside the guest",
+            same.len(),
+            devices.join(", ")
+        );
+        for d in &same {
+            let i = &d.identity;
+            let base = d.base_name();
+            let names = [&i.device, &i.node, &i.qdev, &i.file, &base].map(String::as_str);
+            seen.note_aliases(&disk, names.into_iter().chain([device_tail(&i.qdev)]));
+        }
+        seen.blocked.push(Skipped { disk, reason });
+    }
 }
 
 fn note(seen: &mut Seen, room: &mut usize, disk: String, found: Result<SeenDisk, Unfit>) {
@@ -379,13 +486,33 @@ fn drive_name(d: &Drive) -> String {
     node.or_else(|| d.qdev.clone()).unwrap_or_default()
 }
 
+/// What a user may call a drive.
+fn drive_names(d: &Drive) -> impl Iterator<Item = &str> {
+    let qdev = d.qdev.as_deref().unwrap_or_default();
+    let node = d.inserted.as_ref().map_or("", |n| &n.node_name);
+    let file = d.inserted.as_ref().map_or("", |n| &n.file);
+    [d.device.as_str(), qdev, device_tail(qdev), node, file].into_iter()
+}
+
+/// The last part of a device's path that tells which one it is.
+fn device_tail(qdev: &str) -> &str {
+    qdev.rsplit('/').find(|p| *p != "virtio-backend").unwrap_or_default()
+}
+
+/// Whether a device whose medium can be removed is a CD or floppy drive. One that says nothing of
+/// itself is taken for one.
+fn is_media_drive(kind: Option<&String>) -> bool {
+    kind.is_none_or(|k| k.ends_with("-cd") || k == "floppy" || k == "swim-drive")
+}
+
 fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, Unfit> {
     let Some(top) = &d.inserted else { return Err(Unfit::Skip("no medium is inserted")) };
-    if d.removable {
-        return Err(Unfit::Skip("removable medium (CD or floppy)"));
-    }
-    if top.ro {
-        return Err(Unfit::Skip("read-only"));
+    let kind = d.qdev.as_ref().and_then(|q| answers.types.get(q));
+    let media = d.removable && is_media_drive(kind);
+    match (top.ro, media) {
+        (true, true) => return Err(Unfit::Skip("a CD or floppy that is read-only")),
+        (true, false) => return Err(Unfit::Skip("read-only")),
+        (false, _) => {}
     }
     let Some(qdev) = d.qdev.clone().filter(|q| !q.is_empty()) else {
         return Err(Unfit::Skip("no guest device is attached"));
@@ -397,7 +524,9 @@ fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, Unfit> {
         return Err(Unfit::Blocked("QEMU's block graph does not show what it is attached to"));
     };
     let top = answers.node(name).unwrap_or(top);
-    build(answers, (root, top), insertion, qdev, d.device.clone(), pflash)
+    let mut disk = build(answers, (root, top), insertion, qdev, d.device.clone(), pflash)?;
+    disk.by_rule = media.then_some("a CD or floppy");
+    Ok(disk)
 }
 
 /// Nodes that have a backend above them: what qemu-storage-daemon exports.
@@ -484,19 +613,19 @@ fn build(
 ) -> Result<SeenDisk, Unfit> {
     let top_name = top.node_name.clone();
     let top = answers.node(&top_name).unwrap_or(top);
-    let driver = |n: &str| answers.node(n).map(|n| n.drv.as_str());
-    let path = graph::Path::down(&answers.graph, root, &top_name, driver);
+    let path = answers.path_down(root, &top_name);
     let busy = in_use(answers, &path)?;
     let disk = answers.node(path.disk()).unwrap_or(top);
     let format = disk.image.format_specific.get("data").cloned().unwrap_or_default();
     let flag = |k: &str| format.get(k).and_then(Value::as_bool).unwrap_or(false);
     let version3 = format.get("compat").and_then(Value::as_str) == Some("1.1");
+    let real = below_snapshot(answers, disk);
     Ok(SeenDisk {
         identity: DiskIdentity {
             qdev,
             node: disk.node_name.clone(),
             device,
-            file: answers.file_of(disk),
+            file: answers.file_of(real.unwrap_or(disk)),
             format: disk.drv.clone(),
         },
         node: disk.node_name.clone(),
@@ -508,16 +637,29 @@ fn build(
         cluster_size: disk.image.cluster_size.filter(is_cluster).unwrap_or(65536),
         extended_l2: flag("extended-l2"),
         lazy_refcounts: flag("lazy-refcounts"),
-        persistent: disk.drv == "qcow2" && version3 && !disk.ro,
+        persistent: disk.drv == "qcow2" && version3 && !disk.ro && real.is_none(),
         encrypted: is_encrypted(answers, disk),
         regrows_zeros: disk.drv == "qcow2" || ["file", "rbd"].contains(&answers.storage_of(disk)),
         has_backing: disk.image.backing_image.is_some()
             || answers.graph.child(&disk.node_name, "backing").is_some(),
         pflash,
+        throwaway: real.is_some(),
+        by_rule: None,
         bitmaps: disk.dirty_bitmaps.clone(),
         allocated: allocated(&disk.image).min(disk.image.virtual_size),
         info: answers.raw_image(&disk.node_name),
     })
+}
+
+/// What is below the overlay that QEMU makes for `snapshot=on`, if `disk` is one. It has a temporary
+/// file, `vl.XXXXXX`, and no name otherwise.
+fn below_snapshot<'a>(answers: &'a Answers, disk: &Node) -> Option<&'a Node> {
+    let file = base_name(&answers.file_of(disk))?;
+    let random = file.strip_prefix("vl.")?;
+    let temporary = random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric());
+    let below = answers.graph.child(&disk.node_name, "backing")?;
+    let path = answers.path_down(graph::Root::Node(disk.node_name.clone()), below);
+    answers.node(path.disk()).filter(|_| temporary && disk.drv == "qcow2")
 }
 
 /// A size that clusters have: qcow2's end at 2 MiB, those of other formats at some GiB.

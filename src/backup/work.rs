@@ -339,6 +339,14 @@ impl Run<'_> {
             self.watch.warn(&format!("{}: {}", path_text(&disk), e.report()));
         }
         for d in &plan.disks {
+            if d.disk.throwaway {
+                self.watch.warn(&format!(
+                    "{}: QEMU was started with snapshot=on: what the guest writes is in a temporary \
+                     overlay of {} and gone when QEMU ends; the point has the disk as the guest sees it",
+                    d.disk.label(),
+                    path_text(&d.disk.identity.file)
+                ));
+            }
             let word = names::level_word(d.level);
             match &d.demoted {
                 Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
@@ -542,7 +550,8 @@ impl Run<'_> {
     fn stop_after_views(&mut self, disks: &[Active]) -> Result<()> {
         if let (Some(dir), Some(server)) = (std::env::var_os(HOLD), &self.server) {
             let going = disks.iter().filter(|d| d.going());
-            let views: Vec<_> = going.map(|d| (d.index, d.plan.disk.base_name())).collect();
+            let layout = &self.options.layout;
+            let views: Vec<_> = going.map(|d| (d.index, d.plan.disk.folder_name(layout))).collect();
             nbdserver::hold(&mut self.client, server, &self.run, &views, Path::new(&dir))?;
         }
         self.stop_server()

@@ -39,6 +39,11 @@ pub(super) enum Inside {
     NoStream,
 }
 
+/// Whether a file with this name is taken for one of these layouts.
+pub fn is_foreign_name(file: &OsStr) -> bool {
+    layout(file).is_some()
+}
+
 /// What a file with this name is in one of these layouts; `None` for names that are in none.
 pub(super) fn layout(file: &OsStr) -> Option<&'static str> {
     if name::parse(file) != Name::Other {

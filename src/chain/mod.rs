@@ -23,6 +23,7 @@ mod virtnbd;
 
 use std::path::PathBuf;
 
+pub use foreign::is_foreign_name;
 pub use record::{describe, record_from};
 pub use select::{POINT_HELP, time_name};
 

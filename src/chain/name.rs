@@ -56,6 +56,7 @@ pub fn parse(name: &OsStr) -> Name {
     let ignored = bytes.ends_with(b".partial")
         || bytes.ends_with(b".config")
         || bytes == b"uuid"
+        || is_lone_fleece(bytes)
         // Copying tools (rsync) write to hidden names first.
         || bytes.starts_with(b".");
     if ignored {
@@ -135,6 +136,27 @@ fn split_stamp(rest: &[u8]) -> (Option<i64>, &[u8]) {
     }
 }
 
+/// A fleece image that has no level in its name: ours, `fleecefs-<run>-<number>.fleece.raw`, and that of
+/// a Proxmox guest, `vm-<number>-fleece-<number>` with or without an extension.
+fn is_lone_fleece(name: &[u8]) -> bool {
+    let digits = |b: &[u8]| !b.is_empty() && b.iter().all(u8::is_ascii_digit);
+    let halves = |b: &[u8], between: &[u8]| {
+        let at = b.windows(between.len()).position(|w| w == between)?;
+        Some((b[..at].to_vec(), b[at + between.len()..].to_vec()))
+    };
+    let ours = || {
+        let inner = name.strip_prefix(b"fleecefs-")?.strip_suffix(b".fleece.raw")?;
+        let (run, index) = halves(inner, b"-")?;
+        Some(run.iter().all(u8::is_ascii_hexdigit) && digits(&index))
+    };
+    let proxmox = || {
+        let (guest, rest) = halves(name.strip_prefix(b"vm-")?, b"-fleece-")?;
+        let stem = rest.split(|b| *b == b'.').next().unwrap_or_default();
+        Some(digits(&guest) && digits(stem))
+    };
+    ours() == Some(true) || proxmox() == Some(true)
+}
+
 /// `<node>.fleece.<format>`
 fn is_fleece(disk: &[u8]) -> bool {
     let Some(dot) = disk.iter().rposition(|b| *b == b'.') else { return false };
@@ -186,6 +208,9 @@ mod tests {
             "uuid",
             "INC-1-node.fleece.qcow2",
             "FULL-1-a.b.fleece.raw",
+            "fleecefs-0123456789ab-0.fleece.raw",
+            "vm-100-fleece-0.qcow2",
+            "vm-100-fleece-1",
             ".FULL-1-sda.qcow2.a8Xk2p",
         ] {
             assert_eq!(parse(OsStr::new(n)), Name::Ignored, "{n}");
@@ -195,6 +220,11 @@ mod tests {
             parse(OsStr::new("FULL-1-my.fleece.old.qcow2")),
             backup(Level::Full, Some(1), "my.fleece.old.qcow2")
         );
+        for disk in
+            ["fleecefs-x-0.fleece.raw", "vm-a-fleece-0.raw", "vm-100-fleece-.raw", "vm-1.raw"]
+        {
+            assert_eq!(parse(OsStr::new(disk)), Name::Other, "{disk}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::io;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{FileId, Folder, refused};
+use super::{FileId, Folder, lesser, refused};
 
 /// How often somebody may take a lock file's name away while it is being locked.
 const TRIES: usize = 16;
@@ -40,9 +40,7 @@ impl Locked {
                 Ok(()) => Ok(Locked::Own),
                 Err(Errno::INTR) => continue,
                 Err(Errno::WOULDBLOCK) => Ok(Locked::Other),
-                Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
-                    Ok(Locked::Without)
-                }
+                Err(e) if lesser::is_refusal(&e.into()) => Ok(Locked::Without),
                 Err(e) => Err(e.into()),
             };
         }
@@ -57,10 +55,7 @@ impl Lock {
             match Locked::of(&file)? {
                 Locked::Other => return Ok(None),
                 Locked::Own => {}
-                Locked::Without => log::warn!(
-                    "{}: this file system has no locks: make sure that only one fleecefs writes here",
-                    crate::text::path_text(&folder.join(name))
-                ),
+                Locked::Without => lesser::Lacking::Locks.tell(&folder.join(name)),
             }
             // Its last holder may have removed it before it was locked here.
             let there = super::absent_is_none(folder.look(name))?;

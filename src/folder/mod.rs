@@ -21,6 +21,7 @@
 mod fixed;
 mod handle;
 mod held;
+mod lesser;
 mod lock;
 mod name;
 mod open;
@@ -41,6 +42,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 pub use fixed::Fixed;
 pub use handle::Handle;
 pub use held::reopen;
+pub use lesser::{set_modified, set_times};
 pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use owner::{ForeignOwner, check_private, foreign_owner};
@@ -291,13 +293,20 @@ impl Folder {
         Ok(rustix::fs::symlinkat(text, &self.fd, plain(name.as_ref())?)?)
     }
 
-    /// As [`Folder::make_link`], replacing what has the name, in one step.
+    /// As [`Folder::make_link`], replacing what has the name, in one step. Where the file system has
+    /// no links there is none.
     ///
     /// # Errors
     /// What the operating system said.
     pub fn set_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
         let interim = temp::random_name()?;
-        self.make_link(text, &interim)?;
+        match self.make_link(text, &interim) {
+            Err(e) if lesser::is_refusal(&e) => {
+                lesser::Lacking::Links.tell(&self.join(name));
+                return Ok(());
+            }
+            made => made?,
+        }
         let renamed = self.rename(&interim, self, name);
         if renamed.is_err() {
             let _ = self.remove_if_there(&interim);
@@ -336,11 +345,7 @@ impl Folder {
     pub fn make_folder(&self, name: impl AsRef<OsStr>) -> io::Result<Folder> {
         let name = plain(name.as_ref())?;
         match rustix::fs::mkdirat(&self.fd, name, Mode::RWXU) {
-            Ok(()) => match self.sync() {
-                // A folder may let others make folders in it and not look into it.
-                Err(e) if e.kind() != io::ErrorKind::PermissionDenied => return Err(e),
-                _ => {}
-            },
+            Ok(()) => self.sync()?,
             Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(e.into()),
         }
@@ -391,7 +396,9 @@ impl Folder {
         let (from, new) = (plain(name.as_ref())?, plain(new.as_ref())?);
         match rustix::fs::renameat_with(&self.fd, from, &to.fd, new, RenameFlags::NOREPLACE) {
             // NFS, CIFS and some FUSE file systems.
-            Err(Errno::INVAL | Errno::NOSYS) => self.rename_new_by_link(from, to, new),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                self.rename_new_by_link(from, to, new)
+            }
             Err(Errno::EXIST) if self.same_file(from, to, new) => self.remove(from),
             other => Ok(other?),
         }
@@ -467,24 +474,14 @@ impl Folder {
         self.remove_if_there(name)
     }
 
-    /// Makes what happened to names in it survive a power cut. File systems that have no such thing
-    /// (some FUSE ones) are left alone.
+    /// Makes what happened to names in it survive a power cut. Where that is refused (by shares, some
+    /// FUSE file systems, and a folder that may be written and not read) it is told.
     ///
     /// # Errors
     /// What the operating system said.
     pub fn sync(&self) -> io::Result<()> {
-        match rustix::fs::fsync(self.reopen()?) {
-            Err(
-                rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP,
-            ) => {
-                log::debug!(
-                    "{}: this file system does not sync folders",
-                    crate::text::path_text(&self.path)
-                );
-                Ok(())
-            }
-            other => Ok(other?),
-        }
+        let synced = self.reopen().and_then(|fd| Ok(rustix::fs::fsync(fd)?));
+        lesser::without(synced, lesser::Lacking::FolderSync, &self.path)
     }
 
     /// Space on its file system.
@@ -591,16 +588,20 @@ pub fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
     }
 }
 
-/// `NotFound` as `None`.
+/// `NotFound` as `None`; so is a name that is too long, which no file can have.
 ///
 /// # Errors
 /// Every other one.
 pub fn absent_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) if is_absent(&e) => Ok(None),
         Err(e) => Err(e),
     }
+}
+
+fn is_absent(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidFilename)
 }
 
 /// A refusal of the gate's own; [`crate::error::Error::io`] makes it `Unsupported`.

@@ -60,19 +60,21 @@ impl<'a> serde::Deserialize<'a> for PlainName {
 /// `name` if it is one plain file name: not empty, not `.` or `..`, no `/`, no NUL, at most 255 bytes.
 ///
 /// # Errors
-/// `InvalidInput`.
+/// `InvalidInput`; `InvalidFilename` if it is too long alone.
 pub fn plain(name: &OsStr) -> io::Result<&OsStr> {
     let bytes = name.as_bytes();
     let bad = bytes.is_empty()
         || bytes == b"."
         || bytes == b".."
-        || bytes.len() > NAME_MAX
         || bytes.iter().any(|b| matches!(b, b'/' | 0));
-    match bad {
-        false => Ok(name),
-        true => {
-            let text = format!("{:?} is not a plain file name", crate::text::to_text(name));
-            Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+    let said = |kind, why: &str| {
+        Err(io::Error::new(kind, format!("{:?} is {why}", crate::text::to_text(name))))
+    };
+    match () {
+        () if bad => said(io::ErrorKind::InvalidInput, "not a plain file name"),
+        () if bytes.len() > NAME_MAX => {
+            said(io::ErrorKind::InvalidFilename, "too long for a file name")
         }
+        () => Ok(name),
     }
 }

@@ -449,6 +449,7 @@ fn like_the_point(disk: &Disk, point: usize, dir: &Folder, made: &Temp) -> Resul
     let old = dir.look(&name).map_err(failed)?;
     // Only root may give files away; the backup stays readable to whoever made it either way.
     let _ = give_common(made.file(), &parts(disk, point).map_err(failed)?);
-    made.file().set_modified(old.modified().map_err(failed)?).map_err(failed)?;
+    let time = old.modified().map_err(failed)?;
+    folder::set_modified(made.file(), time, made.path()).map_err(failed)?;
     made.file().sync_all().map_err(failed)
 }

@@ -42,6 +42,37 @@ impl Drop for Loop {
     }
 }
 
+/// A mounted file system on which no file is larger than 16 GiB, as ext4 ends them at 16 TiB.
+pub struct SmallFiles(tempfile::TempDir);
+
+impl SmallFiles {
+    /// What it needs beside root.
+    pub const TOOLS: &[&str] = &["mkfs.ext4", "mount", "/dev/loop-control"];
+
+    /// Makes it with 256 MiB.
+    pub fn new() -> Self {
+        let small = SmallFiles(tempfile::tempdir().unwrap());
+        let file = small.0.path().join("fs");
+        std::fs::create_dir(small.path()).unwrap();
+        std::fs::File::create(&file).unwrap().set_len(256 << 20).unwrap();
+        let file = file.to_str().unwrap();
+        run("mkfs.ext4", &["-q", "-b", "1024", "-O", "^64bit,^extent,^has_journal", file]);
+        run("mount", &["-o", "loop", file, small.path().to_str().unwrap()]);
+        small
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> PathBuf {
+        self.0.path().join("mnt")
+    }
+}
+
+impl Drop for SmallFiles {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["-q", "-l"]).arg(self.path()).status();
+    }
+}
+
 /// A mounted ext4 whose disk writes no more than so many bytes a second, and whose writes all wait
 /// for that disk: QEMU throttles an image and exports it as a file, a loop device is on that.
 pub struct Slow {

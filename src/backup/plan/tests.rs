@@ -87,6 +87,8 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         regrows_zeros: true,
         has_backing: false,
         pflash: false,
+        throwaway: false,
+        by_rule: None,
         bitmaps,
         allocated: 4096,
         info: Value::Null,

@@ -128,7 +128,8 @@ fn failed(e: io::Error, path: &Path) -> Error {
 /// Where something else than a folder has the name of the folder for manifests, there are none; nor is
 /// there one whose name would be too long.
 fn is_absent(e: &io::Error) -> bool {
-    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::InvalidInput)
+    use ErrorKind::{InvalidFilename, InvalidInput, NotADirectory, NotFound};
+    matches!(e.kind(), NotFound | NotADirectory | InvalidInput | InvalidFilename)
 }
 
 /// As [`read`], in a folder that is held.

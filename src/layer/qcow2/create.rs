@@ -15,6 +15,8 @@ const SECTOR: u64 = 512;
 const MAX_L1: u64 = 4 << 20;
 /// Extended L2 entries need clusters of this size at least.
 const MIN_EXTENDED: u64 = 16 << 10;
+/// The largest clusters.
+const MAX_CLUSTER: u64 = 2 << 20;
 /// Refcounts have 16 bits, as QEMU makes them.
 const REFCOUNT_BYTES: u64 = 2;
 
@@ -47,6 +49,14 @@ pub struct Tables {
 }
 
 impl NewImage {
+    /// The same with clusters that are large enough for a disk of its size, if there are such.
+    pub fn fitting(mut self) -> Self {
+        while self.cluster_size < MAX_CLUSTER && self.l1_entries().is_err() {
+            self.cluster_size = self.cluster_size.saturating_mul(2).max(512);
+        }
+        self
+    }
+
     /// Writes the empty image into the empty file `to`, called `path` in errors; the header last. It
     /// is not synced.
     ///
@@ -85,7 +95,7 @@ impl NewImage {
     fn l1_entries(&self) -> Result<u64> {
         let usage = |text: &str| Err(Error::new(Kind::Usage, text));
         let cluster = self.cluster_size;
-        if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
+        if !cluster.is_power_of_two() || !(512..=MAX_CLUSTER).contains(&cluster) {
             return usage("the cluster size must be a power of two from 512 to 2M");
         }
         if self.extended_l2 && cluster < MIN_EXTENDED {

@@ -270,7 +270,8 @@ pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) 
         .map_err(|e| target_error(e, "cannot open the file", image))?;
     let backing = format.map(|format| (pointer.as_os_str(), format));
     crate::layer::qcow2::backing::set_backing(&file, image, backing)?;
-    file.set_times(FileTimes::new().set_accessed(times.0).set_modified(times.1))
+    let times = FileTimes::new().set_accessed(times.0).set_modified(times.1);
+    folder::set_times(&file, times, image)
         .and_then(|()| file.sync_all())
         .map_err(|e| target_error(e, "cannot write to disk", image))?;
     if let Some(mut m) = manifest {
@@ -308,7 +309,7 @@ fn save_header(
         temp.file().write_all_at(hash.map_or(&NO_HASH[..], str::as_bytes), 0)?;
         temp.file().write_all_at(&buf, HASH_LEN as u64)?;
         // Its own time stands for the image's, which changing the header will move.
-        temp.file().set_modified(meta.modified()?)?;
+        folder::set_modified(temp.file(), meta.modified()?, &side.join(&name))?;
         temp.publish(&name, Replace::Yes)
     };
     save().map_err(|e| target_error(e, "cannot save the header", &side.join(&name)))?;
@@ -361,7 +362,7 @@ fn put_back(dir: &Folder, image: &OsStr, side: &Folder, saved: &OsStr) -> Result
         return Ok(());
     };
     file.write_all_at(cluster, 0)
-        .and_then(|()| file.set_modified(modified))
+        .and_then(|()| folder::set_modified(&file, modified, &path))
         .and_then(|()| file.sync_all())
         .map_err(|e| target_error(e, "cannot put back the header", &path))?;
     log::warn!("{}: put back the header that a killed run had saved", path_text(&path));

@@ -331,7 +331,7 @@ fn copy_attributes(plan: &Switch, dir: &Folder, temp: &Temp) -> Result<()> {
     let times =
         || Ok(FileTimes::new().set_accessed(meta.accessed()?).set_modified(meta.modified()?));
     times()
-        .and_then(|t| temp.file().set_times(t))
+        .and_then(|t| folder::set_times(temp.file(), t, temp.path()))
         .map_err(|e| target_error(e, "cannot copy the times", &dir.join(last)))
 }
 
@@ -363,7 +363,7 @@ fn replace_by_copy(plan: &Switch, dir: &Folder, side: &Folder, work: &Work) -> R
     if let Err(e) = give(temp.file(), &meta) {
         log::warn!("{}: cannot keep mode and owner: {e}", path_text(&dir.join(&plan.full)));
     }
-    meta.modified().and_then(|t| temp.file().set_modified(t)).map_err(failed)?;
+    meta.modified().and_then(|t| folder::set_modified(temp.file(), t, &path)).map_err(failed)?;
     temp.publish_in(dir, plan.full.as_os_str(), Replace::Yes)
 }
 
