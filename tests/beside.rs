@@ -42,11 +42,13 @@ enum Op {
     Unplug,
     TheirFilter,
     Export,
+    Reset,
+    Iothread,
 }
 
 use Op::*;
 
-const ALL: [Op; 15] = [
+const ALL: [Op; 17] = [
     Mirror,
     NamedMirror,
     DriveMirror,
@@ -62,6 +64,8 @@ const ALL: [Op; 15] = [
     Unplug,
     TheirFilter,
     Export,
+    Reset,
+    Iothread,
 ];
 
 /// An operation under way.
@@ -120,6 +124,11 @@ impl Op {
             }
             Grow => ("block_resize", json!({"device": "dr0", "size": SIZE + (2 << 20)})),
             Shrink => ("block_resize", json!({"device": "dr0", "size": SIZE - (1 << 20)})),
+            Reset => ("system_reset", json!({})),
+            Iothread => {
+                m.do_it("object-add", json!({"qom-type": "iothread", "id": "it"}));
+                ("x-blockdev-set-iothread", json!({"node-name": "a", "iothread": "it"}))
+            }
             Unplug => return self.unplug(m).then_some(Begun { op: self, then, node }),
             TheirFilter => {
                 return self.put_filter(m, &node).then_some(Begun { op: self, then, node });
@@ -128,6 +137,9 @@ impl Op {
         };
         if let Err(why) = m.qmp.try_execute(command, arguments) {
             println!("    {self:?}: QEMU refuses: {why}");
+            if self == Iothread {
+                m.do_it("object-del", json!({"id": "it"}));
+            }
             return None;
         }
         match self {
@@ -227,7 +239,11 @@ impl Begun {
                 m.qmp.wait_event("BLOCK_EXPORT_DELETED");
                 m.do_it("nbd-server-stop", json!({}));
             }
-            InternalSnapshot | Grow | Shrink | Unplug => {}
+            Iothread => {
+                m.do_it("x-blockdev-set-iothread", json!({"node-name": "a", "iothread": null}));
+                m.do_it("object-del", json!({"id": "it"}));
+            }
+            InternalSnapshot | Grow | Shrink | Unplug | Reset => {}
         }
     }
 }
@@ -321,7 +337,7 @@ fn what_another_program_does_already() {
         let mut m = Machine::start();
         let caller = m.caller();
         let begun = op.begin(&mut m);
-        assert!(begun.is_some(), "{op:?}");
+        assert_eq!(begun.is_none(), op == Iothread, "{op:?}");
         let gone = m.inserted(0).is_none();
         let out = caller.run("full");
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -376,11 +392,12 @@ fn what_another_program_begins_while_we_copy() {
         let absent = match op {
             DriveBackup | Stream | SnapshotByDevice | SnapshotByNode | TheirFilter => true,
             // QEMU refuses these while our filter stands.
-            Mirror | NamedMirror | DriveMirror | Commit | InternalSnapshot | Grow | Shrink => {
+            Mirror | NamedMirror | DriveMirror | Commit | InternalSnapshot | Grow | Shrink
+            | Iothread => {
                 assert!(begun.is_none(), "{op:?}");
                 false
             }
-            NodeBackup | Unplug | Export => false,
+            NodeBackup | Unplug | Export | Reset => false,
         };
         println!(
             "{op:?}: while copying: {:?} {status}: {}",
@@ -461,22 +478,187 @@ fn at_step(op: Op, n: usize) -> bool {
     true
 }
 
+/// The operations that the environment asks for at each step.
+fn wanted() -> Vec<Op> {
+    let asked = std::env::var("FLEECEFS_BESIDE").unwrap_or_default();
+    let named = |op: &Op| asked == "all" || asked.split(',').any(|n| n == format!("{op:?}"));
+    ALL.into_iter().filter(named).collect()
+}
+
 #[test]
 fn what_another_program_begins_at_a_step() {
     let name = "what_another_program_begins_at_a_step";
     if !have(name, TOOLS) {
         return;
     }
-    if std::env::var("FLEECEFS_BESIDE").is_ok_and(|v| v == "all") {
-        for op in ALL {
-            assert!((1..).take_while(|n| at_step(op, *n)).count() > 60, "{op:?}");
-        }
+    for op in wanted() {
+        assert!((1..).take_while(|n| at_step(op, *n)).count() > 60, "{op:?}");
+    }
+    if !wanted().is_empty() {
         return;
     }
-    for (i, op) in
-        [Mirror, DriveBackup, SnapshotByDevice, NodeBackup, Shrink].into_iter().enumerate()
-    {
-        let steps = (3 + 5 * i..).step_by(23).take_while(|n| at_step(op, *n)).count();
+    let some = [Mirror, DriveBackup, SnapshotByDevice, NodeBackup, Shrink];
+    for (i, op) in some.into_iter().enumerate() {
+        let steps = (3 + 17 * i..).step_by(67).take_while(|n| at_step(op, *n)).count();
         assert!(steps > 2, "{op:?}");
     }
+}
+
+/// A run that is stopped once it copies the first disk, and at each disk after that.
+struct Stopped {
+    child: Child,
+    err: PathBuf,
+}
+
+impl Stopped {
+    fn start(m: &Machine) -> Stopped {
+        let err = m.path("stderr");
+        let mut c = m.caller().command("full");
+        c.env("FLEECEFS_HANG_AT", "answer blockdev-backup");
+        let child = c.stderr(std::fs::File::create(&err).unwrap()).spawn().unwrap();
+        let mut stopped = Stopped { child, err };
+        while !is_stopped(&mut stopped.child).expect("it comes so far") {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        stopped
+    }
+
+    fn end(mut self) -> (Option<i32>, String) {
+        while let Some(stopped) = is_stopped(&mut self.child) {
+            if stopped {
+                // SAFETY: a signal to our own child.
+                unsafe { libc::kill(self.child.id() as i32, libc::SIGCONT) };
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let code = finish(&mut self.child).code();
+        (code, std::fs::read_to_string(&self.err).unwrap())
+    }
+}
+
+#[test]
+fn a_job_that_begins_and_ends_between_two_looks_fails_all_disks() {
+    let name = "a_job_that_begins_and_ends_between_two_looks_fails_all_disks";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let mut m = Machine::start();
+    let caller = m.caller();
+    let run = Stopped::start(&m);
+    let begun = DriveBackup.begin(&mut m).unwrap();
+    begun.end(&mut m);
+    let (code, said) = run.end();
+    assert!(code != Some(0) && said.contains("which disks it touched cannot be told"), "{said}");
+    assert!(points(&caller, "a.qcow2").is_empty() && points(&caller, "o.qcow2").is_empty());
+    afterwards(m, &caller, None, name);
+}
+
+#[test]
+fn a_job_that_only_makes_an_image_is_none_of_ours() {
+    let name = "a_job_that_only_makes_an_image_is_none_of_ours";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let mut m = Machine::start();
+    let (caller, frozen) = (m.caller(), m.expect.clone());
+    let run = Stopped::start(&m);
+    let options = json!({"driver": "file", "filename": m.path("new.img"), "size": 1 << 20});
+    m.do_it("blockdev-create", json!({"job-id": "make", "options": options}));
+    m.wait_job("make", |j| j["status"] == "concluded");
+    m.do_it("job-dismiss", json!({"id": "make"}));
+    let (code, said) = run.end();
+    assert_eq!(code, Some(0), "{said}");
+    right(&caller, "a.qcow2", &[&frozen[0]], &said);
+    afterwards(m, &caller, None, name);
+}
+
+#[test]
+fn a_job_on_one_disk_leaves_the_other_its_point() {
+    let name = "a_job_on_one_disk_leaves_the_other_its_point";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let mut m = Machine::start();
+    let caller = m.caller();
+    let copy =
+        json!({"job-id": "other", "device": "o", "target": "b", "sync": "full", "speed": 1 << 18});
+    m.do_it("blockdev-backup", copy);
+    let out = caller.with(&["--include", "dr0"]).run("full");
+    assert_eq!(out.status.code(), Some(0), "{}", String::from_utf8_lossy(&out.stderr));
+    let out = caller.run("auto");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.code() == Some(16) && said.contains("o: job other (backup)"), "{said}");
+    right(&caller, "a.qcow2", &[&m.expect[0]], &said);
+    m.do_it("job-cancel", json!({"id": "other"}));
+    m.wait_job("other", serde_json::Value::is_null);
+    afterwards(m, &caller, None, name);
+}
+
+#[test]
+fn a_backup_waits_for_others_as_long_as_it_may() {
+    let name = "a_backup_waits_for_others_as_long_as_it_may";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let mut m = Machine::start();
+    let caller = m.caller();
+    let begun = Mirror.begin(&mut m).unwrap();
+    let out = caller.with(&["--wait", "1s"]).run("full");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        out.status.code() == Some(16) && said.contains("waiting: dr0: job other (mirror)"),
+        "{said}"
+    );
+    let patient = caller.with(&["--wait", "5m"]);
+    let started = |m: &Machine, level: &str| {
+        let err = m.path("stderr");
+        let mut c = patient.command(level);
+        let child = c.stderr(std::fs::File::create(&err).unwrap()).spawn().unwrap();
+        let end = Instant::now() + Duration::from_secs(60);
+        while !std::fs::read_to_string(&err).unwrap().contains("waiting: ") {
+            assert!(Instant::now() < end, "it does not wait");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        child
+    };
+    let mut child = started(&m, "full");
+    m.scribble();
+    begun.end(&mut m);
+    assert_eq!(finish(&mut child).code(), Some(0));
+    right(&caller, "b.qcow2", &[&m.expect[0]], name);
+    // What could not be undone: their filter is above ours.
+    let slow = caller.with(&["--speed-limit", "1M"]);
+    let mut child = slow.command("full").spawn().unwrap();
+    assert!(m.wait_copying(&mut child));
+    let begun = TheirFilter.begin(&mut m).unwrap();
+    assert_ne!(finish(&mut child).code(), Some(0));
+    let (code, said) = recover(&caller);
+    assert!(code == Some(6) && said.contains("node tc is above it"), "{said}");
+    let (code, said) = recover(&caller);
+    assert!(code == Some(6) && said.contains("node tc is above it"), "{said}");
+    let mut child = started(&m, "auto");
+    m.scribble();
+    begun.end(&mut m);
+    assert_eq!(finish(&mut child).code(), Some(0));
+    right(&caller, "b.qcow2", &[&m.expect[0]], name);
+    afterwards(m, &caller, None, name);
+}
+
+#[test]
+fn a_job_that_nobody_saw_end_makes_no_point() {
+    let name = "a_job_that_nobody_saw_end_makes_no_point";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let mut m = Machine::start();
+    let caller = m.caller();
+    let mut run = Stopped::start(&m);
+    run.child.kill().unwrap();
+    run.child.wait().unwrap();
+    let ended = |j: &serde_json::Value| j["status"] == "concluded";
+    let id = m.jobs()[0]["id"].as_str().unwrap().to_string();
+    m.wait_job(&id, ended);
+    let (code, said) = recover(&caller);
+    assert!(code == Some(0) && said.contains("was not complete: removed"), "{said}");
+    afterwards(m, &caller, None, name);
 }

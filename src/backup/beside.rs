@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::json;
 
-use super::graph::{Expected, Scene, Stage, in_the_way};
+use super::graph::{BLOCK_JOBS, Expected, Scene, Stage, ask, in_the_way};
 use super::names::{PREFIX, Role, object, parse_object};
 use super::work::{Active, Run};
 use crate::error::{Error, Kind, Result};
@@ -14,9 +14,6 @@ use crate::qmp::budget::short;
 use crate::qmp::client::JobEvents;
 use crate::qmp::types::{Graph, Job, Node};
 use crate::units::human_bytes;
-
-/// Kinds of jobs that have nodes in the graph.
-const BLOCK_JOBS: &[&str] = &["backup", "commit", "mirror", "stream"];
 
 /// How often graph and jobs are asked for until they tell of the same jobs.
 const LOOKS: u32 = 3;
@@ -87,7 +84,7 @@ impl Run<'_> {
     fn look(&mut self) -> Result<(Graph, Vec<Job>)> {
         let mut tries = 0u32;
         loop {
-            let graph: Graph = self.client.poll("x-debug-query-block-graph")?;
+            let graph = ask(&mut self.client)?;
             let jobs: Vec<Job> = self.client.poll("query-jobs")?;
             let drawn: HashSet<&str> = graph.all("block-job").map(|j| j.name.as_str()).collect();
             let listed = jobs.iter().filter(|j| BLOCK_JOBS.contains(&j.kind.as_str()));

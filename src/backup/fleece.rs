@@ -13,13 +13,12 @@ use super::names::{Role, object};
 use super::plan::DiskPlan;
 use super::seen::{Insertion, qom_path};
 use super::space::Space;
-use super::{Compression, CopyOptions, Watch};
+use super::{Compression, CopyOptions, Watch, graph};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Access, FileId, Folder};
 use crate::layer::qcow2::create::NewImage;
 use crate::layer::qcow2::header;
 use crate::qmp::Client;
-use crate::qmp::types::Graph;
 use crate::text::path_text;
 
 /// QEMU's unit of copying before a write, for a fleece without clusters of its own.
@@ -346,7 +345,7 @@ pub fn target_options(copy: &CopyOptions) -> Value {
 /// # Errors
 /// They could not be written: the image is worthless. It is still open then.
 pub fn close_image(client: &mut Client, node: &str) -> Result<()> {
-    let graph: Graph = client.query("x-debug-query-block-graph", json!({}))?;
+    let graph = graph::ask(client)?;
     let Some(file) = graph.child(node, "file") else {
         return Err(Error::new(Kind::Peer, format!("QEMU does not say what is below {node}")));
     };

@@ -2,12 +2,16 @@
 //! it shows what `query-block` hides. A path is a value: planning keeps it, and what is seen later is
 //! compared with it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+
+use serde::Deserialize;
+use serde_json::json;
 
 use super::names::{Role, object, parse_object};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, Result};
+use crate::qmp::Client;
 use crate::qmp::budget::short;
-use crate::qmp::types::{Graph, GraphNode, Job};
+use crate::qmp::types::{Drive, Graph, GraphNode, Job};
 
 /// Filters that a user puts above a disk for good, and QEMU's and our own copy-before-write: they
 /// pass requests through to their `file` child.
@@ -19,6 +23,9 @@ const JOB_FILTERS: &[&str] = &["mirror_top", "commit_top"];
 
 /// Drivers above a disk that write elsewhere too, change what is read, or fail at will.
 const REFUSED: &[&str] = &["quorum", "replication", "blkdebug", "blkverify", "blkreplay"];
+
+/// Kinds of jobs that have nodes in the graph.
+pub const BLOCK_JOBS: &[&str] = &["backup", "commit", "mirror", "stream"];
 
 /// How many nodes are followed from a guest to its disk: filters, some few. A graph has no loops;
 /// the bound is for an answer that has.
@@ -315,6 +322,81 @@ impl Expected<'_> {
     }
 }
 
+/// Asks for the graph; no step (see [`crate::qmp::steps`]), since it is asked for again and again.
+///
+/// # Errors
+/// As [`Client::query`].
+pub fn ask(client: &mut Client) -> Result<Graph> {
+    if client.has("x-debug-query-block-graph") {
+        return client.poll("x-debug-query-block-graph");
+    }
+    let drives: Vec<Drive> = client.query("query-block", json!({}))?;
+    let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
+    let nodes: Vec<Named> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    of_children(&nodes, &drives, &jobs)
+}
+
+/// A node of a QEMU that lists children.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+struct Named {
+    node_name: String,
+    drv: String,
+    children: Vec<NamedChild>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+struct NamedChild {
+    child: String,
+    node_name: String,
+}
+
+/// The graph where each node tells of its children. Devices and jobs are not in it: a device is on
+/// what is inserted, or on the filter that a job hides above that; and a job of another program may
+/// work on all nodes. Without children the graph is empty, and no disk is taken.
+fn of_children(nodes: &[Named], drives: &[Drive], jobs: &[Job]) -> Result<Graph> {
+    let told = nodes.iter().any(|n| !n.children.is_empty());
+    let nodes = if told { nodes } else { &[] };
+    let ids: HashMap<&str, usize> =
+        nodes.iter().enumerate().map(|(id, n)| (n.node_name.as_str(), id)).collect();
+    let mut vertices = Vec::new();
+    let mut edges = Vec::new();
+    let mut hidden: HashMap<&str, &str> = HashMap::new();
+    for (id, n) in nodes.iter().enumerate() {
+        vertices.push(json!({"id": id, "type": "block-driver", "name": n.node_name}));
+        for c in &n.children {
+            edges.push(
+                json!({"parent": id, "child": ids.get(c.node_name.as_str()), "name": c.child}),
+            );
+            if is_of_job(&n.drv) {
+                hidden.insert(&c.node_name, &n.node_name);
+            }
+        }
+    }
+    for d in drives.iter().filter(|_| told) {
+        let Some(inserted) = &d.inserted else { continue };
+        let mut top = inserted.node_name.as_str();
+        for _ in 0..DEEPEST {
+            top = hidden.get(top).copied().unwrap_or(top);
+        }
+        let name = Some(&d.device).filter(|n| !n.is_empty()).or(d.qdev.as_ref());
+        let id = vertices.len();
+        vertices.push(json!({"id": id, "type": "block-backend", "name": name.map_or("", |n| n)}));
+        edges.push(json!({"parent": id, "child": ids.get(top), "name": "root"}));
+    }
+    let foreign = |j: &&Job| parse_object(&j.id).is_none() && BLOCK_JOBS.contains(&j.kind.as_str());
+    if let Some(j) = jobs.iter().find(foreign) {
+        let id = vertices.len();
+        vertices.push(json!({"id": id, "type": "block-job", "name": j.id}));
+        edges.extend((0..nodes.len()).map(|c| json!({"parent": id, "child": c, "name": "source"})));
+    }
+    edges.retain(|e| !e["child"].is_null());
+    serde_json::from_value(json!({"nodes": vertices, "edges": edges})).map_err(|e| {
+        Error::new(Kind::Corrupt, "the block graph has an unknown shape").with_source(e)
+    })
+}
+
 /// The error for what another program does to a disk.
 pub fn in_the_way(what: impl Into<String>) -> Error {
     Error::new(Kind::Busy, what.into())
@@ -470,6 +552,26 @@ mod tests {
         assert_eq!(differs(&edges, &[job("move", "stream")], Stage::Before), None);
         let inside = [edges.as_slice(), &[("j:move", "main node", "base")]].concat();
         assert!(differs(&inside, &[job("move", "commit")], Stage::Before).is_some());
+    }
+
+    #[test]
+    fn children_that_nodes_tell_of_make_a_graph() {
+        let node = |name: &str, drv: &str, child: &str, below: &str| json!({"node-name": name, "drv": drv, "children": [{"child": child, "node-name": below}]});
+        let nodes = json!([node("m", "mirror_top", "backing", "a"), node("a", "qcow2", "file", "f"),
+            {"node-name": "f", "drv": "file"}]);
+        let nodes: Vec<Named> = serde_json::from_value(nodes).unwrap();
+        let drives = json!([{"device": "", "qdev": "v0", "inserted": {"node-name": "a"}}]);
+        let drives: Vec<Drive> = serde_json::from_value(drives).unwrap();
+        let g = of_children(&nodes, &drives, &[job("move", "mirror")]).unwrap();
+        assert_eq!(Root::Device("v0".into()).tops(&g), ["m"]);
+        let jobs = [job("move", "mirror")];
+        let scene = Scene { graph: &g, jobs: &jobs };
+        assert_eq!(scene.working_on(&["a"]), ["move"]);
+        let g = of_children(&nodes[1..], &drives, &[job("make", "create")]).unwrap();
+        assert_eq!(Root::Device("v0".into()).tops(&g), ["a"]);
+        assert_eq!((g.child("a", "file"), g.all("block-job").count()), (Some("f"), 0));
+        // One that does not tell.
+        assert!(of_children(&nodes[2..], &drives, &[]).unwrap().is_empty());
     }
 
     #[test]

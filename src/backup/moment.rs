@@ -232,7 +232,7 @@ fn still_right(
     inserts: &[Insert],
     failed: &mut Vec<(usize, Error)>,
 ) -> Result<Vec<Insert>> {
-    let graph = client.query("x-debug-query-block-graph", json!({}))?;
+    let graph = graph::ask(client)?;
     let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
     let scene = graph::Scene { graph: &graph, jobs: &jobs };
     let mut right = Vec::new();

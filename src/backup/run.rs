@@ -64,7 +64,6 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         "query-jobs",
         "query-block-exports",
         "blockdev-reopen",
-        "x-debug-query-block-graph",
     ])?;
     if !client.features()?.has("snapshot-access") {
         return Err(Error::new(Kind::Unsupported, "this QEMU has no snapshot-access driver")

@@ -247,11 +247,7 @@ impl Answers {
     pub fn ask(client: &mut Client) -> Result<Self> {
         let drives: Vec<Drive> = client.query("query-block", json!({}))?;
         // Before the other large answer is in memory.
-        let graph = if client.has("x-debug-query-block-graph") {
-            client.query("x-debug-query-block-graph", json!({}))?
-        } else {
-            Graph::default()
-        };
+        let graph = graph::ask(client)?;
         let raw_nodes = client.execute("query-named-block-nodes", json!({}))?;
         let types = types(client, &drives)?;
         let jobs = client.query("query-jobs", json!({}))?;
@@ -765,6 +761,50 @@ mod tests {
         let seen = survey(&answers(drives, json!([filter, qcow2("d0")])));
         assert!(seen.skipped.is_empty() && seen.blocked.is_empty());
         assert!(seen.disks[0].busy.as_ref().unwrap().contains("--foreign"));
+    }
+
+    #[test]
+    fn what_stands_above_a_disk_is_named() {
+        let node = |name: &str, driver: &str| json!({"node-name": name, "drv": driver});
+        let look = |driver: &str, role: &str, jobs: Vec<Job>| {
+            let nodes = json!([node("top", driver), qcow2("d0")]);
+            let drives = json!([{"device": "", "qdev": "/m/v0", "inserted": node("top", driver)}]);
+            let mut a = answers(drives, nodes);
+            a.jobs = jobs;
+            a.graph = serde_json::from_value(json!({
+                "nodes": [{"id": 1, "type": "block-backend", "name": "/m/v0"},
+                    {"id": 2, "type": "block-driver", "name": "top"},
+                    {"id": 3, "type": "block-driver", "name": "d0"},
+                    {"id": 4, "type": "block-job", "name": if a.jobs.is_empty() { "fleecefs-0123456789ab-j0" } else { "move" }}],
+                "edges": [{"parent": 1, "child": 2, "name": "root"},
+                    {"parent": 2, "child": 3, "name": role}, {"parent": 4, "child": 2, "name": "main node"}]}))
+            .unwrap();
+            survey(&a)
+        };
+        for driver in ["quorum", "replication", "blkdebug", "blkverify"] {
+            let seen = look(driver, "image", Vec::new());
+            assert!(seen.blocked[0].reason.contains(driver), "{:?}", seen.blocked);
+        }
+        for driver in ["throttle", "copy-on-read", "compress", "blklogwrites", "preallocate"] {
+            let seen = look(driver, "file", Vec::new());
+            assert!(seen.disks[0].busy.is_none() && seen.disks[0].node == "d0", "{driver}");
+            assert_eq!((seen.disks[0].top.as_str(), seen.disks[0].path.nodes.len()), ("top", 2));
+        }
+        let job = Job { id: "move".into(), kind: "mirror".into(), ..Default::default() };
+        let seen = look("mirror_top", "backing", vec![job]);
+        let d = &seen.disks[0];
+        assert_eq!((d.node.as_str(), d.identity.format.as_str()), ("d0", "qcow2"));
+        assert!(d.busy.as_ref().unwrap().starts_with("job move (mirror)"), "{:?}", d.busy);
+        // Its job is not listed.
+        let seen = look("mirror_top", "backing", Vec::new());
+        assert!(seen.disks[0].busy.as_ref().unwrap().contains("mirror_top"));
+        // Nobody knows what it is attached to.
+        let mut a = answers(
+            json!([{"device": "", "qdev": "/m/v0", "inserted": qcow2("d0")}]),
+            json!([qcow2("d0")]),
+        );
+        a.graph = Graph::default();
+        assert!(survey(&a).blocked[0].reason.contains("graph"));
     }
 
     #[test]

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::fleece::plug;
+use super::graph;
 use super::seen::Answers;
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::budget::short;
 use crate::qmp::steps::answer_timeout;
-use crate::qmp::types::{Export, Graph, GraphNode, Job};
+use crate::qmp::types::{Export, GraphNode, Job};
 
 /// Who is directly above a filter.
 enum Holder<'a> {
@@ -107,7 +108,7 @@ fn device<'a>(answers: &'a Answers, backend: &str) -> Option<&'a str> {
 
 /// Whether a node is a layer of a chain, and not the filter of a mirror or a commit.
 fn is_overlay(answers: &Answers, node: &str) -> bool {
-    answers.node(node).is_some_and(|n| !super::graph::is_of_job(&n.drv))
+    answers.node(node).is_some_and(|n| !graph::is_of_job(&n.drv))
 }
 
 /// An export has no name in the graph.
@@ -142,8 +143,7 @@ fn relink(
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    let graph: Graph = client.query("x-debug-query-block-graph", json!({}))?;
-    if graph.child(overlay, "backing") == Some(filter) {
+    if graph::ask(client)?.child(overlay, "backing") == Some(filter) {
         let what = format!("{filter} is still below {}", short(overlay));
         return Err(Error::new(Kind::Peer, what));
     }
