@@ -362,7 +362,7 @@ fn disks_of_removable_devices_are_disks() {
     let dir = tempfile::tempdir().unwrap();
     let mut args: Vec<OsString> =
         ["-device", "virtio-scsi-pci,id=s", "-device", "qemu-xhci"].map(Into::into).to_vec();
-    args.extend(["-device", "sdhci-pci", "-device", "isa-fdc,id=f"].map(Into::into));
+    args.extend(["-device", "sdhci-pci"].map(Into::into));
     args.extend(with_disk(dir.path(), "scsi", "scsi-hd,id=d0,bus=s.0,removable=on"));
     args.extend(with_disk(dir.path(), "usb", "usb-storage,id=d1,removable=on"));
     args.extend(with_disk(dir.path(), "sd", "sd-card,id=d2"));

@@ -149,6 +149,8 @@ fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Resu
     let (names, flat) = (disk.folder_names(&options.layout), options.layout.no_subdir);
     let read = |flat: bool, name: &str| match flat {
         true => History::read(inputs.base, Some(name)),
+        // In the other layout the name may be that of an image, or of a link.
+        false if !folder::is_folder(&inputs.base.join(name)) => Ok(History::default()),
         false => History::read(&inputs.base.join(name), None),
     };
     let is_chained = |h: &History| {

@@ -59,8 +59,11 @@ impl History {
     /// The folder cannot be read.
     pub fn read(dir: &Path, disk: Option<&str>) -> Result<Self> {
         let mut history = History { dir: dir.to_path_buf(), ..Default::default() };
-        let list = folder::absent_is_none(folder::entries(dir))
-            .map_err(|e| Error::io(e, "cannot read the folder").at_path(dir))?;
+        let list = match folder::absent_is_none(folder::entries(dir)) {
+            // The image of a disk without a folder and a time has the name that a folder would have.
+            Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => None,
+            read => read.map_err(|e| Error::io(e, "cannot read the folder").at_path(dir))?,
+        };
         for item in list.unwrap_or_default() {
             let Ok(name) = item.name.into_string() else { continue };
             history.add(name, disk);
