@@ -515,8 +515,11 @@ fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, Unfit> {
     };
     let insertion = Insertion::Device(qdev.clone());
     let pflash = qdev.contains("system.flash") || d.device.starts_with("pflash");
-    let root = graph::Root::Device(if d.device.is_empty() { &qdev } else { &d.device }.clone());
-    let Some(name) = answers.top_of(&root, &top.node_name) else {
+    // The graph names a backend, or the device where that has no name.
+    let names = [d.device.clone(), qdev.clone()].into_iter().filter(|n| !n.is_empty());
+    let mut roots = names.map(graph::Root::Device);
+    let at = |root| Some((answers.top_of(&root, &top.node_name)?, root));
+    let Some((name, root)) = roots.find_map(at) else {
         return Err(Unfit::Blocked("QEMU's block graph does not show what it is attached to"));
     };
     let top = answers.node(name).unwrap_or(top);

@@ -24,7 +24,7 @@ const MIB: usize = 1 << 20;
 /// `-blockdev` with node `o`. `b` is an empty qcow2 node for the jobs of others.
 pub struct Machine {
     dir: tempfile::TempDir,
-    child: Child,
+    child: Process,
     /// The test's own client.
     pub qmp: Qmp,
     /// What `v0` and `v1` must hold.
@@ -67,7 +67,7 @@ impl Machine {
         c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]);
         let log = std::fs::File::create(path("qemu.log")).unwrap();
         c.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        let child = c.spawn().expect("QEMU starts");
+        let child = Process(c.spawn().expect("QEMU starts"));
         let end = Instant::now() + Duration::from_secs(60);
         while std::os::unix::net::UnixStream::connect(dir.path().join("own.sock")).is_err() {
             assert!(Instant::now() < end, "QEMU does not come up");
@@ -207,7 +207,7 @@ impl Machine {
             });
         }
         self.do_it("quit", json!({}));
-        self.child.wait().unwrap();
+        self.child.0.wait().unwrap();
         for (disk, (file, format)) in files.into_iter().enumerate() {
             let got = bytes(Path::new(&file), &format);
             if let Some(d) = first_difference(&got, &self.expect[disk]) {
@@ -233,7 +233,15 @@ impl Drop for Machine {
             let log: Vec<_> = log.lines().filter(|l| !l.contains("ops")).collect();
             eprintln!("QEMU's log: {}", log.join("\n"));
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    }
+}
+
+/// Ended on drop.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
