@@ -81,7 +81,7 @@ fn hash_with(
 ) -> Result<blake3::Hash> {
     let len = storage.len();
     // Asking where holes are costs a little, and dense files have none.
-    let sparse = storage.unallocated() > 0;
+    let sparse = (storage.unallocated() > 0).then(|| Stretches::new(storage));
     let blocks = len.div_ceil(BLOCK).max(1);
     let mut tree = Tree::default();
     let mut first = 0;
@@ -95,7 +95,7 @@ fn hash_with(
                 ((first + i) * BLOCK, len.min((first + i + 1).saturating_mul(BLOCK)));
             let mut hasher = blake3::Hasher::new();
             hasher.set_input_offset(start);
-            for_each_piece(storage, sparse, start..end, buf, |bytes| {
+            for_each_piece(storage, sparse.as_ref(), start..end, buf, |bytes| {
                 hasher.update(bytes);
             })?;
             let _ = match blocks {
@@ -122,17 +122,14 @@ fn hash_with(
 /// Calls `f` with all bytes of `range`, in pieces; those of holes are not read.
 fn for_each_piece(
     storage: &dyn ReadAt,
-    sparse: bool,
+    sparse: Option<&Stretches<'_>>,
     range: Range<u64>,
     buf: &mut Vec<u8>,
     mut f: impl FnMut(&[u8]),
 ) -> Result<()> {
     let mut at = range.start;
     while at < range.end {
-        let (hole, end) = match sparse {
-            true => stretch(storage, at, range.end),
-            false => (false, range.end),
-        };
+        let (hole, end) = sparse.map_or((false, range.end), |s| s.at(at, range.end));
         while at < end {
             let n = (end - at).min(PIECE) as usize;
             if hole {
@@ -146,6 +143,31 @@ fn for_each_piece(
         }
     }
     Ok(())
+}
+
+/// Where the holes of a file are, each looked for once: tmpfs looks at every page on the way to the
+/// end of one, so that asking again in each block would take time that grows with the file's square.
+struct Stretches<'a> {
+    storage: &'a dyn ReadAt,
+    /// The last that was found, and whether it is a hole. Who looks for one keeps the others waiting,
+    /// who will mostly need the same.
+    known: Mutex<(bool, Range<u64>)>,
+}
+
+impl<'a> Stretches<'a> {
+    fn new(storage: &'a dyn ReadAt) -> Self {
+        Stretches { storage, known: Mutex::new((false, 0..0)) }
+    }
+
+    /// As [`stretch`].
+    fn at(&self, at: u64, limit: u64) -> (bool, u64) {
+        let mut known = self.known.lock().unwrap_or_else(|p| p.into_inner());
+        if !known.1.contains(&at) {
+            let (hole, end) = stretch(self.storage, at, self.storage.len().max(limit));
+            *known = (hole, at..end);
+        }
+        (known.0, known.1.end.min(limit))
+    }
 }
 
 /// Whether there is a hole at `at`, and where that or the data ends, at the latest at `limit`. Where
@@ -276,11 +298,13 @@ mod tests {
         len: u64,
         data: Vec<Range<u64>>,
         read: AtomicU64,
+        /// Questions for holes and data.
+        asked: AtomicU64,
     }
 
     impl Sparse {
         fn new(len: u64, data: &[Range<u64>]) -> Self {
-            Sparse { len, data: data.to_vec(), read: AtomicU64::new(0) }
+            Sparse { len, data: data.to_vec(), read: AtomicU64::new(0), asked: AtomicU64::new(0) }
         }
     }
 
@@ -303,6 +327,7 @@ mod tests {
         }
 
         fn seek_data(&self, offset: u64) -> std::io::Result<Option<u64>> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
             Ok(self.data.iter().find(|d| d.end > offset).map(|d| d.start.max(offset)))
         }
 
@@ -331,6 +356,14 @@ mod tests {
             let wanted: u64 = data.iter().map(|d| d.end - d.start).sum();
             assert_eq!(storage.read.load(Ordering::Relaxed), wanted);
         }
+    }
+
+    #[test]
+    fn holes_are_looked_for_once() {
+        let data = [0..50 * BLOCK, 51 * BLOCK..100 * BLOCK];
+        let storage = Sparse::new(120 * BLOCK, &data);
+        hash(&storage, 1, &()).unwrap();
+        assert_eq!(storage.asked.into_inner(), 4);
     }
 
     #[test]
