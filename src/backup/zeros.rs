@@ -222,6 +222,33 @@ mod tests {
     }
 
     #[test]
+    fn zeros_over_zeros_that_are_stored_as_data_are_not_lost() {
+        const M: u64 = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("FULL-1-d");
+        let Some(before) = chain(dir.path()) else {
+            assert!(std::env::var_os("CI").is_none(), "qemu-img is missing");
+            return eprintln!(
+                "skipped: zeros_over_zeros_that_are_stored_as_data_are_not_lost: no qemu-img"
+            );
+        };
+        drop(before);
+        let args = ["-c", "write -P 0 2M 1M", path.to_str().unwrap()];
+        assert!(
+            std::process::Command::new("qemu-io").args(args).output().unwrap().status.success()
+        );
+        let file = Arc::new(SourceFile::look(path).unwrap());
+        let layers =
+            [LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None }];
+        let image = Image::new(4 * M, &layers, None, &Cache::new(CACHE_BYTES)).unwrap();
+        let ranges = Some(data_ranges(&image).unwrap());
+        let chain = ChainData { image, ranges, tail: Vec::new() };
+        let mut lost = chain.lost().unwrap();
+        lost.add(0..4 * M).unwrap();
+        assert_eq!(lost.ranges(), std::slice::from_ref(&(0..M)));
+    }
+
+    #[test]
     fn too_many_ranges_become_fewer_that_cover_them() {
         assert_eq!(join_pairs(&[0..1, 4..5, 6..7]), vec![0..5, 6..7]);
         assert!(join_pairs(&[]).is_empty());
