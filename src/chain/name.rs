@@ -62,7 +62,9 @@ pub fn parse(name: &OsStr) -> Name {
     if ignored {
         return Name::Ignored;
     }
-    let Some((level, rest)) = split_level(bytes) else { return Name::Other };
+    let Some((level, rest)) = split_level(bytes).or_else(|| split_any_case(bytes)) else {
+        return Name::Other;
+    };
     let (stamp, disk) = split_stamp(rest);
     // "." and ".." could be no folder of a disk.
     if disk.is_empty() || disk == b"." || disk == b".." {
@@ -72,6 +74,14 @@ pub fn parse(name: &OsStr) -> Name {
         return Name::Ignored;
     }
     Name::Backup { level, stamp, disk: OsString::from_vec(disk.to_vec()) }
+}
+
+/// The name that the FULL has which an INC of this name becomes; `None` for any other name.
+pub fn as_full(name: &str) -> Option<String> {
+    match parse(OsStr::new(name)) {
+        Name::Backup { level: Level::Inc, .. } => Some(format!("FULL-{}", name.get("INC-".len()..)?)),
+        _ => None,
+    }
 }
 
 /// Whether `name`, wherever it comes from, is the name of a file in a folder that may be an image.
@@ -113,14 +123,28 @@ pub fn promise(name: &OsStr) -> Promise {
     }
 }
 
+const PREFIXES: [(&[u8], Level); 4] = [
+    (b"FULL-", Level::Full),
+    (b"INC-", Level::Inc),
+    (b"DIFF-", Level::Diff),
+    (b"COPY-", Level::Copy),
+];
+
 fn split_level(bytes: &[u8]) -> Option<(Level, &[u8])> {
-    const PREFIXES: [(&[u8], Level); 4] = [
-        (b"FULL-", Level::Full),
-        (b"INC-", Level::Inc),
-        (b"DIFF-", Level::Diff),
-        (b"COPY-", Level::Copy),
-    ];
     PREFIXES.iter().find_map(|(p, level)| Some((*level, bytes.strip_prefix(*p)?)))
+}
+
+/// Times before this, in 1973, are numbers that a user gave: `full-1-x`.
+const FIRST_TIME: i64 = 100_000_000;
+
+/// As [`split_level`], without regard to case, if a time follows: some file systems and shares give
+/// all names in lower case, and an increment must not be taken for a whole disk then.
+fn split_any_case(bytes: &[u8]) -> Option<(Level, &[u8])> {
+    let found = PREFIXES.iter().find_map(|(p, level)| {
+        let (head, rest) = bytes.split_at_checked(p.len())?;
+        head.eq_ignore_ascii_case(p).then_some((*level, rest))
+    });
+    found.filter(|(_, rest)| split_stamp(rest).0.is_some_and(|t| t >= FIRST_TIME))
 }
 
 /// Splits `<digits>-<disk>`; without a time, or with one that is no 64-bit number, all is the disk.
@@ -184,6 +208,9 @@ mod tests {
         assert_eq!(p("FULL-99999999999999999999-x").clone(), {
             backup(Level::Full, None, "99999999999999999999-x")
         });
+        // As shares without case give them.
+        assert_eq!(p("inc-1706260639-d"), backup(Level::Inc, Some(1706260639), "d"));
+        assert_eq!(p("Full-170626063-x"), backup(Level::Full, Some(170626063), "x"));
         for other in [
             "full-1-x",
             "FULL",
@@ -197,6 +224,13 @@ mod tests {
         ] {
             assert_eq!(p(other), Name::Other, "{other}");
         }
+    }
+
+    #[test]
+    fn an_increment_becomes_a_full() {
+        assert_eq!(as_full("INC-7-x").as_deref(), Some("FULL-7-x"));
+        assert_eq!(as_full("inc-1706260639-d").as_deref(), Some("FULL-1706260639-d"));
+        assert!(as_full("FULL-7-x").is_none() && as_full("inc-7-x").is_none());
     }
 
     #[test]

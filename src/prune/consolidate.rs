@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use super::execute::{Known, replace};
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest, fingerprint_of};
 use crate::chain::removal::{self, Publish, Removal, TEMPORARY};
-use crate::chain::{Catalog, Disk, Level, describe as describe_point, record_from};
+use crate::chain::{Catalog, Disk, Level, describe as describe_point, name, record_from};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder, Replace};
 use crate::image::{Cache, open_point};
@@ -64,7 +64,7 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
         exact.or_else(|| points.iter().position(|p| shown_as(&p.name, name)))
     };
     // A disk may itself be called *.raw.
-    let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
+    let full = name::as_full(until);
     let is_exact = find(until).is_some() || full.is_some_and(|f| find(&f).is_some());
     let until = if is_exact { until } else { until.strip_suffix(".raw").unwrap_or(until) };
     // Not the latest that can be served: to merge up to another than was meant cannot be undone.
@@ -75,7 +75,7 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
             .remedy("name the last point to merge"));
     }
     let Some(point) = find(until).or_else(|| (until == "latest").then(newest).flatten()) else {
-        let full = until.strip_prefix("INC-").map(|rest| format!("FULL-{rest}"));
+        let full = name::as_full(until);
         if full.and_then(|f| find(&f)).is_some() {
             return Ok(None);
         }
@@ -133,9 +133,8 @@ pub fn plan_at(
     check_point(disk, point)?;
     let dir = p.source.parent().unwrap_or(Path::new("")).to_path_buf();
     let name = own_name(&p.source)?;
-    let image = match name.strip_prefix("INC-") {
-        Some(rest) => format!("FULL-{rest}"),
-        None => return Err(usage("the file's name does not begin with INC-")),
+    let Some(image) = name::as_full(&name) else {
+        return Err(usage("the file's name does not begin with INC-"));
     };
     if folder::exists(&dir.join(&image)) {
         return Err(
