@@ -98,10 +98,9 @@ fn holder<'a>(
 
 /// The device that a backend belongs to.
 fn device<'a>(answers: &'a Answers, backend: &str) -> Option<&'a str> {
-    let called = |d: &&crate::qmp::types::Drive| match d.device.is_empty() {
-        true => d.qdev.as_deref() == Some(backend),
-        false => d.device == backend,
-    };
+    // By the name that QEMU gives the backend, else by its device's.
+    let called =
+        |d: &&crate::qmp::types::Drive| d.device == backend || d.qdev.as_deref() == Some(backend);
     let mut named = answers.drives.iter().filter(|_| !backend.is_empty()).filter(called);
     named.next()?.qdev.as_deref().filter(|q| !q.is_empty())
 }

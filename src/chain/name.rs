@@ -79,7 +79,9 @@ pub fn parse(name: &OsStr) -> Name {
 /// The name that the FULL has which an INC of this name becomes; `None` for any other name.
 pub fn as_full(name: &str) -> Option<String> {
     match parse(OsStr::new(name)) {
-        Name::Backup { level: Level::Inc, .. } => Some(format!("FULL-{}", name.get("INC-".len()..)?)),
+        Name::Backup { level: Level::Inc, .. } => {
+            Some(format!("FULL-{}", name.get("INC-".len()..)?))
+        }
         _ => None,
     }
 }
