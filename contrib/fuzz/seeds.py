@@ -23,7 +23,7 @@ OPTIONS = ["cluster_size=512", "cluster_size=4k", "cluster_size=4k,compat=0.10",
 def image(path, options):
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, "256k"], check=True)
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 1 0 9k", "-c", "write -z 16k 8k",
-                    "-c", "write -c -P 7 64k 4k", path], check=True, stdout=subprocess.DEVNULL)
+                    "-c", "write -c -P 7 64k 16k", path], check=True, stdout=subprocess.DEVNULL)
 
 
 def pieces(files):
