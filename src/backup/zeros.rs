@@ -80,26 +80,15 @@ impl ChainData {
         let ranges = self.ranges.as_deref().ok_or_else(unknown)?;
         Ok(Lost { chain: self, ranges, next: 0, found: Vec::new() })
     }
-
-    fn is_zero(&self, range: &Range<u64>) -> Result<bool> {
-        let mut buf = vec![0u8; 64 << 10];
-        let mut at = range.start;
-        while at < range.end {
-            let n = (range.end - at).min(64 << 10);
-            let part = buf.get_mut(..n as usize).unwrap_or_default();
-            self.image.read_at(part, at)?;
-            if part.iter().any(|b| *b != 0) {
-                return Ok(false);
-            }
-            at += n;
-        }
-        Ok(true)
-    }
 }
 
 /// How many lost ranges are kept apart: each is a write to a scratch node. Beyond that neighbours
 /// become one, and what lies between them is copied for nothing.
 const APART: usize = 1 << 20;
+
+/// Bytes of the chain that are read at once, and compared at once: no bit of a bitmap stands for less.
+const PIECE: u64 = 64 << 10;
+const SECTOR: u64 = 512;
 
 /// Looks for what was lost, in ascending order.
 pub struct Lost<'a> {
@@ -129,13 +118,24 @@ impl Lost<'_> {
         Ok(())
     }
 
+    /// Zeros may be in the chain as data: that is no loss, and copying them again at each INC would
+    /// never end. So each sector is looked at for itself.
     fn judge(&mut self, r: &Range<u64>) -> Result<()> {
-        // Zeros may be in the chain as data: that is no loss, and copying them again at each INC
-        // would never end.
-        if !self.chain.is_zero(r)? {
-            self.found.push(r.clone());
-            if self.found.len() > APART {
-                self.found = join_pairs(&self.found);
+        let mut buf = vec![0u8; PIECE as usize];
+        let mut at = r.start;
+        while at < r.end {
+            let end = r.end.min((at - at % PIECE).saturating_add(PIECE));
+            let part = buf.get_mut(..(end - at) as usize).unwrap_or_default();
+            self.chain.image.read_at(part, at)?;
+            // The first may begin within a sector.
+            let first = (SECTOR - at % SECTOR).min(end - at) as usize;
+            let (head, rest) = part.split_at(first);
+            for sector in std::iter::once(head).chain(rest.chunks(SECTOR as usize)) {
+                let next = at.saturating_add(sector.len() as u64);
+                if sector.iter().any(|b| *b != 0) {
+                    push(&mut self.found, at..next);
+                }
+                at = next;
             }
         }
         Ok(())
@@ -144,6 +144,17 @@ impl Lost<'_> {
     /// What was lost.
     pub fn ranges(self) -> Vec<Range<u64>> {
         self.found
+    }
+}
+
+/// Appends a range, as one with the last where they touch.
+fn push(found: &mut Vec<Range<u64>>, r: Range<u64>) {
+    match found.last_mut() {
+        Some(last) if last.end == r.start => last.end = r.end,
+        _ => found.push(r),
+    }
+    if found.len() > APART {
+        *found = join_pairs(found);
     }
 }
 
