@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::names;
 use crate::chain::manifest::BitmapInfo;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::types::{Bitmap, Node};
 
@@ -71,6 +71,22 @@ pub fn find(client: &mut Client, node: &str, name: &str) -> Result<Option<Bitmap
     let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
     let node = nodes.iter().find(|n| n.node_name == node);
     Ok(node.and_then(|n| n.bitmap(name)).cloned())
+}
+
+/// Fails unless the bitmap is there and records: another program may have disabled or removed it since
+/// planning, and what was written then has no bit.
+///
+/// # Errors
+/// `Busy`; as [`Client::execute`].
+pub fn check_records(client: &mut Client, node: &str, name: &str) -> Result<()> {
+    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    let found = nodes.iter().find(|n| n.node_name == node).and_then(|n| n.bitmap(name));
+    if found.is_some_and(|b| b.recording && !b.inconsistent) {
+        return Ok(());
+    }
+    let what = format!("another program has disabled or removed bitmap {name}");
+    Err(Error::new(Kind::Busy, what)
+        .remedy("take a FULL: what was written meanwhile is not recorded"))
 }
 
 /// Dirty bytes of a bitmap; 0 if it is not there.

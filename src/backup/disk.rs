@@ -162,6 +162,7 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}},
             ]}),
         )?;
+        bitmap::check_records(&mut self.client, &d.plan.disk.node, &since.name)?;
         match d.plan.needs_walk() {
             true => self.add_lost_zeros(d, &view, &work)?,
             false => self.add_unmarked(d)?,
