@@ -55,7 +55,9 @@ impl Neighbours {
                 Some(_) => {}
             }
         }
-        self.known.extend(now.iter().map(|j| j.id.clone()));
+        // What ended before the answer was heard of before it: nothing else need be kept, however many
+        // names a QEMU makes up.
+        self.known = now.iter().map(|j| j.id.clone()).collect();
         found
     }
 }

@@ -39,8 +39,11 @@ impl Locked {
             return match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => Ok(Locked::Own),
                 Err(Errno::INTR) => continue,
-                Err(Errno::WOULDBLOCK) => Ok(Locked::Other),
-                Err(e) if lesser::is_refusal(&e.into()) => Ok(Locked::Without),
+                // On CIFS a lock that another host holds is ACCES.
+                Err(Errno::WOULDBLOCK | Errno::ACCESS) => Ok(Locked::Other),
+                Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                    Ok(Locked::Without)
+                }
                 Err(e) => Err(e.into()),
             };
         }
