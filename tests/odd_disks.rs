@@ -378,9 +378,9 @@ fn disks_of_removable_devices_are_disks() {
     bare.io("/machine/peripheral/d0", "write -P 5 0 64k");
     let caller = bare.caller("T");
     let said = caller.must("auto");
-    assert!(said.contains("cd: left out: a CD or floppy that is read-only"), "{said}");
-    assert!(said.contains("floppy: left out: a CD or floppy"), "{said}");
-    assert!(said.contains("left out: no medium is inserted"), "{said}");
+    assert!(said.contains("cd: skipped: a CD or floppy that is read-only"), "{said}");
+    assert!(said.contains("floppy: skipped: a CD or floppy"), "{said}");
+    assert!(said.contains("skipped: no medium is inserted"), "{said}");
     bare.io("/machine/peripheral/d2", "write -P 6 0 64k");
     let said = caller.must("auto");
     for disk in ["scsi", "usb", "sd"] {

@@ -333,7 +333,7 @@ impl Run<'_> {
 
     fn announce_plan(&self, plan: &Plan) {
         for s in &plan.skipped {
-            self.watch.say(&format!("{}: left out: {}", s.disk, s.reason));
+            self.watch.say(&format!("{}: skipped: {}", s.disk, s.reason));
         }
         for (disk, e) in &plan.refused {
             self.watch.warn(&format!("{}: {}", path_text(&disk), e.report()));

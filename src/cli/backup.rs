@@ -483,7 +483,7 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
         }
     }
     for s in &report.plan.skipped {
-        output::push_line(&mut text, format!("{}: left out: {}", path_text(&s.disk), s.reason));
+        output::push_line(&mut text, format!("{}: skipped: {}", path_text(&s.disk), s.reason));
     }
     for (d, e) in refused {
         output::push_line(&mut text, format!("{}: cannot be backed up: {e}", path_text(d)));

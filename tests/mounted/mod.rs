@@ -4,13 +4,19 @@
 
 pub mod process;
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 /// A mounted backup directory.
 pub struct Mount {
     dir: tempfile::TempDir,
+    /// Unmounts once its input ends: also when the test is killed and drops nothing.
+    unmounter: Child,
 }
+
+/// `$1` is the program, `$2` the mount point.
+const UNMOUNT: &str = r#"cat; "$1" umount "$2" || umount -l "$2"; rmdir "$2""#;
 
 impl Mount {
     /// Mounts `backups` and waits until it is ready (the command returns then).
@@ -35,7 +41,17 @@ impl Mount {
         let dir = tempfile::tempdir().unwrap();
         let out = mount(dir.path()).unwrap();
         assert!(out.status.success(), "mount: {}", String::from_utf8_lossy(&out.stderr));
-        Mount { dir }
+        let unmounter = Command::new("sh")
+            .args(["-c", UNMOUNT, "sh", env!("CARGO_BIN_EXE_fleecefs")])
+            .arg(dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            // A signal to the test's process group is not for it.
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        Mount { dir, unmounter }
     }
 
     /// The mount point.
@@ -53,12 +69,7 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let umount = |program: &str, args: &[&str]| {
-            let status = Command::new(program).args(args).arg(self.path()).status();
-            status.is_ok_and(|s| s.success())
-        };
-        if !umount(env!("CARGO_BIN_EXE_fleecefs"), &["umount"]) {
-            umount("umount", &["-l"]);
-        }
+        drop(self.unmounter.stdin.take());
+        let _ = self.unmounter.wait();
     }
 }
