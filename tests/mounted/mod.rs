@@ -39,8 +39,6 @@ impl Mount {
     /// Mounts by another command, which is given the mount point.
     pub fn by(mount: impl FnOnce(&Path) -> std::io::Result<Output>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let out = mount(dir.path()).unwrap();
-        assert!(out.status.success(), "mount: {}", String::from_utf8_lossy(&out.stderr));
         let unmounter = Command::new("sh")
             .args(["-c", UNMOUNT, "sh", env!("CARGO_BIN_EXE_fleecefs")])
             .arg(dir.path())
@@ -51,7 +49,11 @@ impl Mount {
             .process_group(0)
             .spawn()
             .unwrap();
-        Mount { dir, unmounter }
+        // Its guard is there before the mount is.
+        let guarded = Mount { dir, unmounter };
+        let out = mount(guarded.path()).unwrap();
+        assert!(out.status.success(), "mount: {}", String::from_utf8_lossy(&out.stderr));
+        guarded
     }
 
     /// The mount point.
