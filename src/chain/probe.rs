@@ -199,8 +199,8 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
     })
 }
 
-/// How much of a file is read at once: the header of an image, with a name in it.
-const START: usize = 1024;
+/// How much of a file is read at once: the header of an image, with its extensions and a name in it.
+const START: usize = 4096;
 
 /// A file whose first bytes are in memory: what it is takes several looks at them.
 struct Start<'a> {

@@ -257,7 +257,7 @@ impl Folder {
     pub fn open_with(&self, name: impl AsRef<OsStr>, access: Access) -> io::Result<File> {
         let name = name.as_ref();
         let probe = self.probe(name)?;
-        open::plain_file(self.fd.as_fd(), name, &probe, access)
+        open::plain_file(self.fd.as_fd(), name, (&probe, &probe.metadata()?), access)
     }
 
     /// The whole contents of a plain file of at most `max` bytes.
@@ -624,7 +624,7 @@ pub fn open_file(path: &Path) -> io::Result<File> {
 pub fn open_with(path: &Path, access: Access) -> io::Result<File> {
     let path = std::path::absolute(path)?;
     let probe = open::handle(&path)?;
-    open::plain_file(rustix::fs::CWD, path.as_os_str(), &probe, access)
+    open::plain_file(rustix::fs::CWD, path.as_os_str(), (&probe, &probe.metadata()?), access)
 }
 
 /// Opens a block device for reading and writing, for us alone: fails if it is mounted, or held by
