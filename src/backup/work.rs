@@ -349,6 +349,10 @@ impl Run<'_> {
             }
             let word = names::level_word(d.level);
             match &d.demoted {
+                Some(why) if why == super::history::FIRST => self.watch.say(&format!(
+                    "{}: first backup to this target, taking a FULL",
+                    d.disk.label()
+                )),
                 Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
                 None => self.watch.say(&format!(
                     "{}: {word} -> {}",

@@ -30,7 +30,7 @@ Exit codes:
    14  QEMU or the guest agent answered with an error
    15  no answer in time
    16  part of the work was done: some disks have a new point, others have not
-   17  something was left out, and --strict was given
+   17  something was skipped, or there was a warning, and --strict was given
    18  a check found a backup unsound
    19  a check could not prove a backup sound
   130  ended by a signal or by 'cancel'";
@@ -45,9 +45,9 @@ pub struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
 
-    /// Say only errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
-    pub quiet: bool,
+    /// Say less: once for warnings and errors only, twice for errors only
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "verbose")]
+    pub quiet: u8,
 
     /// Drop root's rights and work as the user who owns the backup directory
     ///

@@ -27,7 +27,7 @@ use crate::units::human_bytes;
 /// its data was read. Use 'fleecefs verify' for that.
 ///
 /// The exit code is 0 if the directory could be read, whatever was found in it; with --strict it is
-/// 12 if a point cannot be served, or if the newest backup of a disk is gone.
+/// 12 if a point cannot be served, if the newest backup of a disk is gone, or if there is none at all.
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// The backup directory
@@ -35,7 +35,8 @@ pub struct ListArgs {
     /// Print everything as JSON
     #[arg(long)]
     json: bool,
-    /// Fail (exit code 12) if a point cannot be served, or if a disk's newest backup is gone
+    /// Fail (exit code 12) if a point cannot be served, if a disk's newest backup is gone, or if there
+    /// is no backup
     #[arg(long)]
     strict: bool,
 }
@@ -55,6 +56,12 @@ pub fn run(args: ListArgs) -> Result<()> {
     if args.strict && lost > 0 {
         let what = format!("{lost} of {} points cannot be served", points(&catalog).count());
         return Err(Error::new(Kind::Incomplete, what).at_path(&catalog.root));
+    }
+    if args.strict && catalog.disks.is_empty() {
+        let what = "there is no backup in this directory";
+        return Err(Error::new(Kind::Incomplete, what)
+            .at_path(&catalog.root)
+            .remedy("is its file system mounted?"));
     }
     match catalog.disks.iter().find_map(Disk::newest_lost) {
         Some(file) if args.strict => {

@@ -34,6 +34,7 @@ mod writing;
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use clap::Parser;
 
@@ -130,18 +131,27 @@ fn become_owner(command: &mut Command) -> Result<()> {
     owner.become_it()
 }
 
-/// Whether the user wants to see errors only (`-q`).
+/// How often `-q` was given.
+static QUIET: AtomicU8 = AtomicU8::new(0);
+
+/// Whether the user wants to see warnings and errors only (`-q`).
 fn is_quiet() -> bool {
-    log::max_level() <= log::LevelFilter::Error
+    QUIET.load(Ordering::Relaxed) > 0
+}
+
+/// Whether the user wants to see errors only (`-qq`).
+fn is_silent() -> bool {
+    QUIET.load(Ordering::Relaxed) > 1
 }
 
 fn init_logging(cli: &Cli) {
+    QUIET.store(cli.quiet, Ordering::Relaxed);
     let level = match (cli.quiet, cli.verbose) {
-        (true, _) => "error",
-        (false, 0) => "warn",
-        (false, 1) => "info",
-        (false, 2) => "debug",
-        (false, _) => "trace",
+        (2.., _) => "error",
+        (1, _) | (_, 0) => "warn",
+        (_, 1) => "info",
+        (_, 2) => "debug",
+        _ => "trace",
     };
     // fuser calls it an error when a reader gave up before its answer, and a warning when somebody
     // else has unmounted; what ends a mount comes to us as an error in any case.
