@@ -45,7 +45,8 @@ pub struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
 
-    /// Say less: once for warnings and errors only, twice for errors only
+    /// Say less: once for errors and warnings (but for those about a set-up that stays as it is, such
+    /// as a folder of another user), twice for errors only
     #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "verbose")]
     pub quiet: u8,
 

@@ -39,6 +39,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use clap::Parser;
 
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::text::{is_hidden, path_text, visible};
 use args::{Cli, Command};
 use options::Helper;
@@ -156,7 +157,9 @@ fn init_logging(cli: &Cli) {
     // fuser calls it an error when a reader gave up before its answer, and a warning when somebody
     // else has unmounted; what ends a mount comes to us as an error in any case.
     let fuser = if cli.verbose >= 2 { "warn" } else { "off" };
-    let filter = format!("{level},fuser={fuser}");
+    // They are the same every night.
+    let standing = if cli.quiet > 0 { "error" } else { level };
+    let filter = format!("{level},fuser={fuser},{}={standing}", folder::STANDING);
     let env = env_logger::Env::new().filter_or("FLEECEFS_LOG", filter);
     let mut builder = env_logger::Builder::from_env(env);
     // When something happened matters to those who look for a fault.

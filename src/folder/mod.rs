@@ -693,6 +693,10 @@ pub fn remove_if_there(path: &Path) -> io::Result<bool> {
     folder.remove_if_there(name)
 }
 
+/// Target, in the log, of warnings about a set-up that stays as it is: whose a folder is, what its file
+/// system lacks. Others come with an event.
+pub const STANDING: &str = "fleecefs::standing";
+
 /// Makes the folder `path` and those above it that are missing, each with mode 0700, so that they
 /// survive a power cut, and gives it.
 ///
