@@ -90,6 +90,12 @@ fn warnings_are_heard_and_count() {
     assert!(!said.contains("warning"), "the first backup is a FULL, of course: {said}");
     assert!(said.contains("first backup"), "{said}");
 
+    // What the user does not want is not missing.
+    for wish in [["--exclude", "v1"], ["--include", "v0"]] {
+        let (exit, said) = code(&caller.with(&["--strict"]).with(&wish), "auto");
+        assert_eq!(exit, Some(0), "{said}");
+    }
+
     let agent = m.text("no-agent");
     let frozen = caller.with(&["--quiesce", "--agent", &agent]);
     let (exit, said) = code(&frozen.with(&["-q"]), "auto");

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::plan::Plan;
+use super::plan::{Plan, is_unwanted};
 use crate::chain::Level;
-use crate::chain::manifest::{Achieved, Consistency, Manifest};
+use crate::chain::manifest::{Achieved, Consistency, Manifest, Skipped};
 use crate::error::{Error, Kind, Result};
 
 /// What came of a run.
@@ -38,7 +38,7 @@ impl Report {
     pub fn forecast(&self, strict: bool) -> Result<()> {
         let (bad, good) = (self.plan.refused.len(), self.plan.disks.len());
         let Some((_, first)) = self.plan.refused.first() else {
-            return match self.plan.skipped.first().filter(|_| strict) {
+            return match self.first_skipped().filter(|_| strict) {
                 Some(s) => {
                     let text = format!("{} would be skipped: {}", s.disk, s.reason);
                     Err(Error::new(Kind::Skipped, text))
@@ -49,6 +49,11 @@ impl Report {
         let kind = if good > 0 { Kind::Partial } else { first.kind() };
         let text = format!("{bad} of {} disks would have no new point", bad.saturating_add(good));
         Err(Error::new(kind, text))
+    }
+
+    /// The first disk that is skipped without the user's wish.
+    fn first_skipped(&self) -> Option<&Skipped> {
+        self.plan.skipped.iter().find(|s| !is_unwanted(s))
     }
 
     /// The error to end with: `Partial` if some disks have a point and others not, the first
@@ -70,7 +75,7 @@ impl Report {
             );
             return Err(Error::new(kind, text));
         }
-        match self.plan.skipped.first() {
+        match self.first_skipped() {
             Some(s) if strict => {
                 Err(Error::new(Kind::Skipped, format!("{} was skipped: {}", s.disk, s.reason)))
             }

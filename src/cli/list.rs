@@ -12,7 +12,7 @@ use crate::chain::manifest::Achieved;
 use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::text::{columns, path_text, to_text, visible};
-use crate::units::human_bytes;
+use crate::units::{human_bytes, iso_time};
 
 /// Show the disks, chains and points of a backup directory
 ///
@@ -86,11 +86,6 @@ fn level_name(level: Level) -> &'static str {
     }
 }
 
-/// A point's time as UTC, or the bare number where no calendar has it.
-fn iso(time: i64) -> String {
-    jiff::Timestamp::from_second(time).map_or_else(|_| format!("@{time}"), |t| t.to_string())
-}
-
 fn health(point: &Point) -> String {
     let Some(finding) = &point.unavailable else { return HEADER_OK.into() };
     if finding.path == point.source {
@@ -110,7 +105,7 @@ fn table(catalog: &Catalog) -> String {
             path_text(&disk.path),
             if p.chain.is_empty() { "-".into() } else { path_text(&p.chain) },
             path_text(&p.name),
-            iso(p.time),
+            iso_time(p.time),
             level_name(p.level).into(),
             size,
             human_bytes(p.own_bytes),
@@ -235,7 +230,7 @@ fn disk_json(disk: &Disk) -> DiskJson<'_> {
                 level: p.level,
                 chain: (!p.chain.is_empty()).then_some(p.chain.as_str()),
                 time: p.time,
-                time_utc: iso(p.time),
+                time_utc: iso_time(p.time),
                 size: p.size,
                 own_bytes: p.own_bytes,
                 consistency: Achieved::word(p.consistency),
