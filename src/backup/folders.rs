@@ -233,6 +233,11 @@ pub fn vm_uuid(vm: &Value) -> Option<&str> {
     uuid.chars().any(|c| c != '0' && c != '-').then_some(uuid)
 }
 
+/// The VM's name out of what QEMU said about itself; `None` if it has none.
+pub fn vm_name(vm: &Value) -> Option<&str> {
+    vm.get("query-name")?.get("name")?.as_str().filter(|name| !name.is_empty())
+}
+
 fn unclaimed(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
     h.last_manifest().is_none()
 }

@@ -23,7 +23,9 @@ mod privileges;
 mod prune;
 mod recover;
 mod restore;
+mod runs;
 mod serve;
+mod show;
 mod umount;
 mod users;
 mod verbs;
@@ -101,6 +103,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Mount(a) => mount::mount(a, cli.as_owner),
         Command::Umount(a) => umount::umount(a),
         Command::List(a) => list::run(a),
+        Command::Show(a) => show::run(a),
         Command::Map(a) => map::run(a),
         Command::Restore(a) => restore::run(a),
         Command::Merge(a) => verbs::merge(a),

@@ -209,9 +209,16 @@ pub(super) fn find_disk<'a>(catalog: &'a Catalog, name: &Path) -> Result<&'a cra
         let wanted = wanted.to_str()?;
         catalog.disks.iter().find(|d| shown_as(&d.path, wanted))
     };
-    catalog.disks.iter().find(|d| d.path == wanted).or_else(shown).ok_or_else(|| {
-        let text = format!("no disk '{}' in {}", path_text(&name), path_text(&catalog.root));
-        Error::new(crate::error::Kind::NotFound, text)
-            .remedy("'fleecefs list DIR' shows what there is")
-    })
+    catalog
+        .disks
+        .iter()
+        .find(|d| d.path == wanted)
+        .or_else(shown)
+        .ok_or_else(|| no_disk(catalog, name))
+}
+
+/// That there is no disk of this name.
+pub(super) fn no_disk(catalog: &Catalog, name: &Path) -> Error {
+    let text = format!("no disk '{}' in {}", path_text(&name), path_text(&catalog.root));
+    Error::new(Kind::NotFound, text).remedy("'fleecefs list DIR' shows what there is")
 }

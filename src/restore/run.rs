@@ -130,8 +130,9 @@ fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<PathBuf> {
     None
 }
 
-/// A manifest that cannot be read is a finding of the scan's; here it is as if it were not.
-fn manifest_of(disk: &Disk, point: usize) -> Option<Manifest> {
+/// The manifest of a point. One that cannot be read is a finding of the scan's; here it is as if it were
+/// not there.
+pub fn manifest_of(disk: &Disk, point: usize) -> Option<Manifest> {
     let source = &disk.points[point].source;
     manifest::read(source.parent()?, source.file_name()?).ok()?
 }
