@@ -42,13 +42,14 @@ enum Op {
     Unplug,
     TheirFilter,
     Export,
+    WritableExport,
     Reset,
     Iothread,
 }
 
 use Op::*;
 
-const ALL: [Op; 17] = [
+const ALL: [Op; 18] = [
     Mirror,
     NamedMirror,
     DriveMirror,
@@ -64,6 +65,7 @@ const ALL: [Op; 17] = [
     Unplug,
     TheirFilter,
     Export,
+    WritableExport,
     Reset,
     Iothread,
 ];
@@ -133,7 +135,9 @@ impl Op {
             TheirFilter => {
                 return self.put_filter(m, &node).then_some(Begun { op: self, then, node });
             }
-            Export => return self.export(m).then_some(Begun { op: self, then, node }),
+            Export | WritableExport => {
+                return self.export(m).then_some(Begun { op: self, then, node });
+            }
         };
         if let Err(why) = m.qmp.try_execute(command, arguments) {
             println!("    {self:?}: QEMU refuses: {why}");
@@ -191,9 +195,13 @@ impl Op {
         if m.qmp.try_execute("nbd-server-start", json!({"addr": address})).is_err() {
             return false;
         }
-        let export = json!({"type": "nbd", "id": "theirs", "node-name": "a"});
-        m.do_it("block-export-add", export);
-        true
+        let writable = self == WritableExport;
+        let export = json!({"type": "nbd", "id": "theirs", "node-name": "a", "writable": writable});
+        let done = m.qmp.try_execute("block-export-add", export).is_ok();
+        if !done {
+            m.do_it("nbd-server-stop", json!({}));
+        }
+        done
     }
 }
 
@@ -234,7 +242,7 @@ impl Begun {
                     m.do_it("blockdev-del", json!({"node-name": n}));
                 }
             }
-            Export => {
+            Export | WritableExport => {
                 m.do_it("block-export-del", json!({"id": "theirs", "mode": "hard"}));
                 m.qmp.wait_event("BLOCK_EXPORT_DELETED");
                 m.do_it("nbd-server-stop", json!({}));
@@ -346,9 +354,18 @@ fn what_another_program_does_already() {
                 assert!(said.contains("job other ("), "{op:?}: {said}");
                 true
             }
+            WritableExport => {
+                let why = "dr0: export theirs (nbd) may write to node a";
+                assert!(said.contains(why), "{op:?}: {said}");
+                true
+            }
             TheirFilter => true,
             _ => false,
         };
+        if refused {
+            let alone = caller.with(&["--include", "dr0"]).run("full");
+            assert_eq!(alone.status.code(), Some(6), "{op:?}");
+        }
         assert_eq!(out.status.code(), Some(if refused { 16 } else { 0 }), "{op:?}: {said}");
         right(&caller, "o.qcow2", &[&m.expect[1]], &said);
         match (refused, disk_after(&mut m)) {
@@ -393,7 +410,7 @@ fn what_another_program_begins_while_we_copy() {
             DriveBackup | Stream | SnapshotByDevice | SnapshotByNode | TheirFilter => true,
             // QEMU refuses these while our filter stands.
             Mirror | NamedMirror | DriveMirror | Commit | InternalSnapshot | Grow | Shrink
-            | Iothread => {
+            | WritableExport | Iothread => {
                 assert!(begun.is_none(), "{op:?}");
                 false
             }

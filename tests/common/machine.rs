@@ -57,7 +57,7 @@ impl Machine {
             "if=none,id=dr0,node-name=a,backing.node-name=base,file={},format=qcow2,discard=unmap",
             path("a.qcow2")
         ));
-        c.args(["-device", "virtio-blk-pci,drive=dr0,id=v0"]);
+        c.args(["-device", "virtio-blk-pci,drive=dr0,id=v0,share-rw=on"]);
         for name in ["o", "b"] {
             c.arg("-blockdev").arg(format!(
                 "driver=qcow2,node-name={name},file.driver=file,file.filename={},discard=unmap",
