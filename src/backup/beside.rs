@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::json;
 
-use super::graph::{BLOCK_JOBS, Expected, Scene, Stage, ask, in_the_way};
+use super::graph::{BLOCK_JOBS, Expected, SNAPSHOT_LOAD, Scene, Stage, ask, in_the_way};
 use super::names::{PREFIX, Role, object, parse_object};
 use super::work::{Active, Run};
 use crate::error::{Error, Kind, Result};
@@ -23,11 +23,30 @@ const LOOKS: u32 = 3;
 pub struct Neighbours {
     /// Jobs that were looked at while they lived.
     known: HashSet<String>,
+    /// Jobs that had loaded a snapshot before the run.
+    over: HashSet<String>,
     /// This QEMU would not keep the disks' sizes.
     unlocked: bool,
 }
 
+/// Whether a job has loaded a snapshot, and is done.
+fn loaded(job: &Job) -> bool {
+    job.kind == SNAPSHOT_LOAD && job.concluded()
+}
+
 impl Neighbours {
+    /// A job that loads a snapshot, which gives all disks and the guest what they were: QEMU refuses it to
+    /// disks with a bitmap, and to these alone. `now` are the jobs that there are.
+    fn loads(&self, now: &[Job]) -> Option<String> {
+        let refused = |j: &Job| j.concluded() && j.error.is_some();
+        let loads = |j: &&Job| j.kind == SNAPSHOT_LOAD && !refused(j) && !self.over.contains(&j.id);
+        let job = now.iter().find(loads)?;
+        Some(format!(
+            "job {} ({SNAPSHOT_LOAD}) of another program loads a snapshot",
+            short(&job.id)
+        ))
+    }
+
     /// Whether something was heard that no look explains: a job that began and ended between two
     /// of them. `now` are the jobs that have just been looked at.
     fn unexplained(&mut self, heard: JobEvents, now: &[Job]) -> Option<String> {
@@ -103,6 +122,7 @@ impl Run<'_> {
     pub(super) fn begin_beside(&mut self, disks: &mut [Active]) -> Result<()> {
         self.client.listen_to_jobs(&format!("{PREFIX}{}-", self.run));
         let jobs: Vec<Job> = self.client.poll("query-jobs")?;
+        self.neighbours.over = jobs.iter().filter(|j| loaded(j)).map(|j| j.id.clone()).collect();
         self.neighbours.known.extend(jobs.into_iter().map(|j| j.id));
         self.look_beside(disks, Stage::Before)
     }
@@ -117,6 +137,7 @@ impl Run<'_> {
         let others: Vec<Job> =
             jobs.iter().filter(|j| parse_object(&j.id).is_none()).cloned().collect();
         let unexplained = self.neighbours.unexplained(heard, &others);
+        let unexplained = unexplained.or_else(|| self.neighbours.loads(&others));
         let scene = Scene { graph: &graph, jobs: &jobs };
         for d in disks.iter_mut().filter(|d| d.going()) {
             let expected = Expected {
@@ -221,6 +242,23 @@ mod tests {
         assert!(n.unexplained(heard(&end), &[]).is_none());
         n.known.insert("x".into());
         assert!(n.unexplained(heard(&again), &[]).is_some());
+    }
+
+    #[test]
+    fn a_job_that_loads_a_snapshot_concerns_all() {
+        let load = |status: &str, error: Option<&str>| {
+            let (kind, status) = (SNAPSHOT_LOAD.to_string(), status.to_string());
+            let error = error.map(str::to_string);
+            vec![Job { id: "l".into(), kind, status, error, ..Default::default() }]
+        };
+        let mut n = Neighbours::default();
+        for status in ["created", "running", "aborting", "concluded"] {
+            assert!(n.loads(&load(status, None)).unwrap().contains("job l (snapshot-load)"));
+        }
+        assert_eq!(n.loads(&load("concluded", Some("Device has active dirty bitmaps"))), None);
+        assert_eq!(n.loads(&[job("x")]), None);
+        n.over.insert("l".into());
+        assert_eq!(n.loads(&load("concluded", None)), None);
     }
 
     #[test]

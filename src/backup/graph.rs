@@ -27,6 +27,9 @@ const REFUSED: &[&str] = &["quorum", "replication", "blkdebug", "blkverify", "bl
 /// Kinds of jobs that have nodes in the graph.
 pub const BLOCK_JOBS: &[&str] = &["backup", "commit", "mirror", "stream"];
 
+/// The kind of a job that gives the guest and its disks back what they were at a snapshot.
+pub const SNAPSHOT_LOAD: &str = "snapshot-load";
+
 /// How many nodes are followed from a guest to its disk: filters, some few. A graph has no loops;
 /// the bound is for an answer that has.
 const DEEPEST: usize = 64;

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::{graph, names};
 use crate::chain::manifest::{DiskIdentity, Skipped};
 use crate::qmp::budget;
-use crate::qmp::types::{Bitmap, Drive, Image, Node};
+use crate::qmp::types::{Bitmap, Drive, Image, Job, Node};
 
 pub use answers::Answers;
 pub use disk::{Insertion, Seen, SeenDisk, base_name};
@@ -192,6 +192,10 @@ fn from_export(answers: &Answers, top: &Node) -> Result<SeenDisk, Unfit> {
 /// programs' backups.
 fn in_use(answers: &Answers, path: &graph::Path) -> Result<Option<String>, Unfit> {
     let scene = answers.scene();
+    let loads = |j: &&Job| j.kind == graph::SNAPSHOT_LOAD && !j.concluded();
+    if let Some(j) = answers.jobs.iter().find(loads) {
+        return Ok(Some(format!("{} of another program loads a snapshot", scene.job(&j.id))));
+    }
     let nodes: Vec<&str> = path.nodes.iter().map(String::as_str).collect();
     if let Some(job) = scene.working_on(&nodes).first() {
         return Ok(Some(format!("{} of another program works on it", scene.job(job))));

@@ -109,7 +109,8 @@ impl Machine {
         self.qmp.execute(command, arguments)
     }
 
-    fn hmp(&mut self, line: &str) -> String {
+    /// A line for the human monitor; what it said.
+    pub fn hmp(&mut self, line: &str) -> String {
         let said = self.do_it("human-monitor-command", json!({"command-line": line}));
         said.as_str().unwrap().to_string()
     }
