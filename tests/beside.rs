@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use backup::{Caller, leftovers, ours_in_qemu};
+use backup::{Caller, bitmaps, leftovers, ours_in_qemu};
 use machine::Machine;
 use other::{ALL, Begun, Op, Op::*};
 use points::{finish, points, recover, right};
@@ -250,17 +250,22 @@ fn what_another_program_begins_at_a_step() {
     }
 }
 
-/// A run that is stopped once it copies the first disk, and at each disk after that.
+/// A run that is stopped when it has come to a step, and each time that it comes there again.
 struct Stopped {
     child: Child,
     err: PathBuf,
 }
 
 impl Stopped {
-    fn start(m: &Machine) -> Stopped {
+    /// One that copies its first disk.
+    fn copying(m: &Machine) -> Stopped {
+        Self::start(m, "full", "answer blockdev-backup")
+    }
+
+    fn start(m: &Machine, level: &str, step: &str) -> Stopped {
         let err = m.path("stderr");
-        let mut c = m.caller().command("full");
-        c.env("FLEECEFS_HANG_AT", "answer blockdev-backup");
+        let mut c = m.caller().command(level);
+        c.env("FLEECEFS_HANG_AT", step);
         let child = c.stderr(std::fs::File::create(&err).unwrap()).spawn().unwrap();
         let mut stopped = Stopped { child, err };
         while !is_stopped(&mut stopped.child).expect("it comes so far") {
@@ -290,7 +295,7 @@ fn a_job_that_begins_and_ends_between_two_looks_fails_all_disks() {
     }
     let mut m = Machine::start();
     let caller = m.caller();
-    let run = Stopped::start(&m);
+    let run = Stopped::copying(&m);
     let begun = DriveBackup.begin(&mut m).unwrap();
     begun.end(&mut m);
     let (code, said) = run.end();
@@ -307,7 +312,7 @@ fn a_job_that_only_makes_an_image_is_none_of_ours() {
     }
     let mut m = Machine::start();
     let (caller, frozen) = (m.caller(), m.expect.clone());
-    let run = Stopped::start(&m);
+    let run = Stopped::copying(&m);
     let options = json!({"driver": "file", "filename": m.path("new.img"), "size": 1 << 20});
     m.do_it("blockdev-create", json!({"job-id": "make", "options": options}));
     m.wait_job("make", |j| j["status"] == "concluded");
@@ -316,6 +321,43 @@ fn a_job_that_only_makes_an_image_is_none_of_ours() {
     assert_eq!(code, Some(0), "{said}");
     right(&caller, "a.qcow2", &[&frozen[0]], &said);
     afterwards(m, &caller, None, name);
+}
+
+/// What was written since it was disabled has no bit.
+#[test]
+fn a_bitmap_that_another_program_disables_makes_no_inc() {
+    let name = "a_bitmap_that_another_program_disables_makes_no_inc";
+    if !have(name, TOOLS) {
+        return;
+    }
+    for command in ["block-dirty-bitmap-disable", "block-dirty-bitmap-remove"] {
+        let mut m = Machine::start();
+        let caller = m.caller();
+        caller.must("full");
+        let recording = bitmaps(&mut m.qmp).pop().unwrap();
+        let on = if recording.ends_with("-0") { ("a", "dr0", 0) } else { ("o", "o", 1) };
+        m.scribble();
+        let run = Stopped::start(&m, "inc", "files created");
+        m.do_it(command, json!({"node": on.0, "name": recording}));
+        m.scribble();
+        let frozen = m.expect.clone();
+        let (code, said) = run.end();
+        assert_eq!(code, Some(16), "{said}");
+        let why = match command {
+            "block-dirty-bitmap-disable" => "another program has disabled or removed bitmap",
+            // QEMU has none to merge.
+            _ => "not found",
+        };
+        assert!(said.contains(&format!("warning: {}: ", on.1)) && said.contains(why), "{said}");
+        let disks = ["a.qcow2", "o.qcow2"];
+        assert_eq!(points(&caller, disks[on.2]).len(), 1, "{said}");
+        right(&caller, disks[1 - on.2], &[&frozen[1 - on.2]], &said);
+        m.scribble();
+        let said = caller.must("auto");
+        assert!(said.contains(": a FULL, since bitmap "), "{said}");
+        right(&caller, disks[on.2], &[&m.expect[on.2]], &said);
+        afterwards(m, &caller, None, name);
+    }
 }
 
 #[test]
@@ -398,7 +440,7 @@ fn a_job_that_nobody_saw_end_makes_no_point() {
     }
     let mut m = Machine::start();
     let caller = m.caller();
-    let mut run = Stopped::start(&m);
+    let mut run = Stopped::copying(&m);
     run.child.kill().unwrap();
     run.child.wait().unwrap();
     let ended = |j: &serde_json::Value| j["status"] == "concluded";
