@@ -28,8 +28,6 @@ use points::{finish, points, recover, right};
 use qemu::have;
 use serde_json::json;
 
-const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
-
 /// The folder of `v0` after the operation, if it is there.
 fn disk_after(m: &mut Machine) -> Option<String> {
     let inserted = m.inserted(0)?;
@@ -67,11 +65,8 @@ fn afterwards(mut m: Machine, caller: &Caller, begun: Option<Begun>, what: &str)
 #[test]
 fn what_another_program_does_already() {
     let name = "what_another_program_does_already";
-    if !have(name, TOOLS) {
-        return;
-    }
-    for op in ALL {
-        let mut m = Machine::start();
+    for &op in ALL {
+        let Some(mut m) = Machine::start(name) else { return };
         let caller = m.caller();
         let begun = op.begin(&mut m);
         assert_eq!(begun.is_none(), op == Iothread, "{op:?}");
@@ -114,11 +109,8 @@ fn what_another_program_does_already() {
 #[test]
 fn what_another_program_begins_while_we_copy() {
     let name = "what_another_program_begins_while_we_copy";
-    if !have(name, TOOLS) {
-        return;
-    }
-    for op in ALL {
-        let mut m = Machine::start();
+    for &op in ALL {
+        let Some(mut m) = Machine::start(name) else { return };
         let caller = m.caller();
         let frozen = m.expect.clone();
         let slow = caller.with(&["--speed-limit", "1M"]);
@@ -173,7 +165,7 @@ fn is_stopped(child: &mut Child) -> Option<bool> {
 
 /// Begins `op` when an INC is at step `n`; false if it has fewer steps.
 fn at_step(op: Op, n: usize) -> bool {
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start("at_step") else { return false };
     let caller = m.caller();
     caller.must("full");
     let old = points(&caller, "a.qcow2");
@@ -227,14 +219,14 @@ fn at_step(op: Op, n: usize) -> bool {
 /// The operations that the environment asks for at each step.
 fn wanted() -> Vec<Op> {
     let asked = std::env::var("FLEECEFS_BESIDE").unwrap_or_default();
-    let named = |op: &Op| asked == "all" || asked.split(',').any(|n| n == format!("{op:?}"));
-    ALL.into_iter().filter(named).collect()
+    let named = |op: &&Op| asked == "all" || asked.split(',').any(|n| n == format!("{op:?}"));
+    ALL.iter().filter(named).copied().collect()
 }
 
 #[test]
 fn what_another_program_begins_at_a_step() {
     let name = "what_another_program_begins_at_a_step";
-    if !have(name, TOOLS) {
+    if !have(name, machine::TOOLS) {
         return;
     }
     for op in wanted() {
@@ -290,10 +282,7 @@ impl Stopped {
 #[test]
 fn a_job_that_begins_and_ends_between_two_looks_fails_all_disks() {
     let name = "a_job_that_begins_and_ends_between_two_looks_fails_all_disks";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
     let run = Stopped::copying(&m);
     let begun = DriveBackup.begin(&mut m).unwrap();
@@ -307,10 +296,7 @@ fn a_job_that_begins_and_ends_between_two_looks_fails_all_disks() {
 #[test]
 fn a_job_that_only_makes_an_image_is_none_of_ours() {
     let name = "a_job_that_only_makes_an_image_is_none_of_ours";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let (caller, frozen) = (m.caller(), m.expect.clone());
     let run = Stopped::copying(&m);
     let options = json!({"driver": "file", "filename": m.path("new.img"), "size": 1 << 20});
@@ -327,11 +313,8 @@ fn a_job_that_only_makes_an_image_is_none_of_ours() {
 #[test]
 fn a_bitmap_that_another_program_disables_makes_no_inc() {
     let name = "a_bitmap_that_another_program_disables_makes_no_inc";
-    if !have(name, TOOLS) {
-        return;
-    }
     for command in ["block-dirty-bitmap-disable", "block-dirty-bitmap-remove"] {
-        let mut m = Machine::start();
+        let Some(mut m) = Machine::start(name) else { return };
         let caller = m.caller();
         caller.must("full");
         let recording = bitmaps(&mut m.qmp).pop().unwrap();
@@ -363,10 +346,7 @@ fn a_bitmap_that_another_program_disables_makes_no_inc() {
 #[test]
 fn a_job_on_one_disk_leaves_the_other_its_point() {
     let name = "a_job_on_one_disk_leaves_the_other_its_point";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
     let copy =
         json!({"job-id": "other", "device": "o", "target": "b", "sync": "full", "speed": 1 << 18});
@@ -385,10 +365,7 @@ fn a_job_on_one_disk_leaves_the_other_its_point() {
 #[test]
 fn a_backup_waits_for_others_as_long_as_it_may() {
     let name = "a_backup_waits_for_others_as_long_as_it_may";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
     let begun = Mirror.begin(&mut m).unwrap();
     let out = caller.with(&["--wait", "1s"]).run("full");
@@ -435,10 +412,7 @@ fn a_backup_waits_for_others_as_long_as_it_may() {
 #[test]
 fn a_job_that_nobody_saw_end_makes_no_point() {
     let name = "a_job_that_nobody_saw_end_makes_no_point";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
     let mut run = Stopped::copying(&m);
     run.child.kill().unwrap();

@@ -26,11 +26,11 @@ use backup::{Caller, images, leftovers, level, newest, ours_in_qemu};
 use bare::{Bare, node};
 use guest::Qmp;
 use mounted::Mount;
-use qemu::have;
+use qemu::{have, is_root};
 use refusing::Refusing;
 use scene::daemon;
 use serde_json::{Value, json};
-use storage::{SmallFiles, is_root};
+use storage::SmallFiles;
 
 const MIB: u64 = 1 << 20;
 

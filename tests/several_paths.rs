@@ -18,9 +18,9 @@ use std::path::{Path, PathBuf};
 use backup::{Caller, images, leftovers, level, ours_in_qemu};
 use bare::{Bare, node};
 use mounted::Mount;
-use qemu::{have, run};
+use qemu::{have, is_root, run};
 use serde_json::json;
-use storage::{Loop, is_root};
+use storage::Loop;
 
 /// A raw image of 16 MiB.
 fn image(path: &Path) -> PathBuf {

@@ -23,8 +23,6 @@ use points::{finish, points, recover, right};
 use qemu::{have, run};
 use serde_json::{Value, json};
 
-const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
-
 /// Loads the snapshot; the job as it has ended.
 fn load(m: &mut Machine, devices: &[&str]) -> Value {
     let (id, tag) = ("load", "s");
@@ -37,8 +35,8 @@ fn load(m: &mut Machine, devices: &[&str]) -> Value {
 }
 
 /// A machine with a snapshot of all disks, which have changed since.
-fn with_snapshot() -> Machine {
-    let mut m = Machine::start();
+fn with_snapshot(test: &str) -> Option<Machine> {
+    let mut m = Machine::start(test)?;
     let save = json!({"job-id": "save", "tag": "s", "vmstate": "a", "devices": ["a", "o"]});
     m.do_it("snapshot-save", save);
     m.wait_job("save", |j| j["status"] == "concluded");
@@ -46,10 +44,10 @@ fn with_snapshot() -> Machine {
     assert!(job["error"].is_null(), "{job}");
     m.do_it("job-dismiss", json!({"id": "save"}));
     m.scribble();
-    m
+    Some(m)
 }
 
-fn copying(m: &mut Machine, more: &[&str]) -> Child {
+fn copying(m: &Machine, more: &[&str]) -> Child {
     let caller = m.caller().with(&[&["--speed-limit", "1M"], more].concat());
     let err = std::fs::File::create(m.path("stderr")).unwrap();
     caller.command("copy").stderr(err).spawn().unwrap()
@@ -58,12 +56,9 @@ fn copying(m: &mut Machine, more: &[&str]) -> Child {
 #[test]
 fn qemu_loads_no_snapshot_into_a_disk_that_is_copied() {
     let name = "qemu_loads_no_snapshot_into_a_disk_that_is_copied";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = with_snapshot();
+    let Some(mut m) = with_snapshot(name) else { return };
     let (caller, frozen) = (m.caller(), m.expect.clone());
-    let mut child = copying(&mut m, &[]);
+    let mut child = copying(&m, &[]);
     assert!(m.wait_copying(&mut child));
     assert_eq!(holds(&mut m.qmp).len(), 2);
     let job = load(&mut m, &["a", "o"]);
@@ -86,17 +81,12 @@ fn qemu_loads_no_snapshot_into_a_disk_that_is_copied() {
 #[test]
 fn a_snapshot_that_is_loaded_beside_fails_the_run() {
     let name = "a_snapshot_that_is_loaded_beside_fails_the_run";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let save = json!({"job-id": "save", "tag": "s", "vmstate": "o", "devices": ["o"]});
     m.do_it("snapshot-save", save);
     m.wait_job("save", |j| j["status"] == "concluded");
     let caller = m.caller();
-    let err = std::fs::File::create(m.path("stderr")).unwrap();
-    let slow = caller.with(&["--speed-limit", "1M", "--include", "dr0"]);
-    let mut child = slow.command("copy").stderr(err).spawn().unwrap();
+    let mut child = copying(&m, &["--include", "dr0"]);
     while holds(&mut m.qmp).is_empty() || !m.jobs().iter().any(|j| j["type"] == "backup") {
         assert!(child.try_wait().unwrap().is_none());
         std::thread::sleep(std::time::Duration::from_millis(10));
@@ -115,10 +105,7 @@ fn a_snapshot_that_is_loaded_beside_fails_the_run() {
 #[test]
 fn what_a_killed_copy_has_left_on_a_disk_is_removed() {
     let name = "what_a_killed_copy_has_left_on_a_disk_is_removed";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
     let mut left = 0;
     for n in (1..).step_by(3) {
@@ -150,7 +137,7 @@ fn what_a_killed_copy_has_left_on_a_disk_is_removed() {
 #[test]
 fn firmware_flash_has_one_too() {
     let name = "firmware_flash_has_one_too";
-    if !have(name, TOOLS) {
+    if !have(name, machine::TOOLS) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -175,11 +162,8 @@ fn firmware_flash_has_one_too() {
 #[test]
 fn it_goes_also_from_a_disk_that_has_become_read_only() {
     let name = "it_goes_also_from_a_disk_that_has_become_read_only";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
-    let mut child = copying(&mut m, &[]);
+    let Some(mut m) = Machine::start(name) else { return };
+    let mut child = copying(&m, &[]);
     assert!(m.wait_copying(&mut child));
     let file = m.text("ov.qcow2");
     let overlay = json!({"node-name": "a", "snapshot-file": file, "snapshot-node-name": "ov"});

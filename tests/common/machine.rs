@@ -13,7 +13,10 @@ use serde_json::{Value, json};
 
 use crate::backup::Caller;
 use crate::guest::Qmp;
-use crate::qemu::{first_difference, run};
+use crate::qemu::{first_difference, have, run};
+
+/// What it needs.
+pub const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
 
 /// Size of each disk.
 pub const SIZE: usize = 8 << 20;
@@ -33,7 +36,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn start() -> Machine {
+    /// Starts it, unless a tool that `test` needs is missing.
+    pub fn start(test: &str) -> Option<Machine> {
+        have(test, TOOLS).then(Self::begin)
+    }
+
+    fn begin() -> Machine {
         let dir = tempfile::tempdir().unwrap();
         let path = |n: &str| dir.path().join(n).display().to_string();
         let size = SIZE.to_string();

@@ -11,9 +11,18 @@ use serde_json::json;
 use crate::machine::{Machine, SIZE, bytes};
 use crate::qemu::first_difference;
 
-/// What another program does with `v0`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Op {
+macro_rules! operations {
+    ($($op:ident),* $(,)?) => {
+        /// What another program does with `v0`.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Op { $($op),* }
+
+        /// All of them.
+        pub const ALL: &[Op] = &[$(Op::$op),*];
+    };
+}
+
+operations! {
     Mirror,
     NamedMirror,
     DriveMirror,
@@ -35,27 +44,6 @@ pub enum Op {
 }
 
 pub use Op::*;
-
-pub const ALL: [Op; 18] = [
-    Mirror,
-    NamedMirror,
-    DriveMirror,
-    DriveBackup,
-    NodeBackup,
-    Commit,
-    Stream,
-    SnapshotByDevice,
-    SnapshotByNode,
-    InternalSnapshot,
-    Grow,
-    Shrink,
-    Unplug,
-    TheirFilter,
-    Export,
-    WritableExport,
-    Reset,
-    Iothread,
-];
 
 /// An operation under way.
 pub struct Begun {
