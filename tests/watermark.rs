@@ -35,7 +35,6 @@ struct Scene {
 }
 
 impl Scene {
-    /// A qcow2 disk of `size` bytes, full of data.
     /// One of a qcow2 disk, unless a tool that `test` needs is missing.
     fn new(test: &str, size: u64, options: &[&str]) -> Option<Self> {
         have(test, TOOLS).then(|| {
