@@ -36,7 +36,13 @@ impl Run<'_> {
         self.create_files(d)?;
         step("files created");
         self.hand_over(d)?;
-        self.add_bitmap(d)?;
+        match &d.plan.new_bitmap {
+            Some(_) => self.add_bitmap(d)?,
+            None => {
+                let name = object(&self.run, Role::Hold, d.index);
+                bitmap::hold(&mut self.client, &d.plan.disk.node, &name)?;
+            }
+        }
         let timeout = self.options.copy.cbw_timeout;
         fleece::add_filter(&mut self.client, &self.run, d.index, &d.plan.disk.top, timeout)
     }

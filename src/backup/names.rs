@@ -45,6 +45,8 @@ pub enum Role {
     ScratchExport,
     /// The node that keeps the guest from being migrated; one for the whole run.
     Blocker,
+    /// A disabled bitmap on a disk that gets no other: while one is there QEMU loads no snapshot.
+    Hold,
 }
 
 impl Role {
@@ -62,13 +64,14 @@ impl Role {
             Role::ViewExport => 'v',
             Role::ScratchExport => 'x',
             Role::Blocker => 'm',
+            Role::Hold => 'k',
         }
     }
 
     fn of(letter: char) -> Option<Role> {
         use Role::*;
         let nodes = [Snapshot, Blind, Lock, Filter, Target, Fleece, Scratch];
-        let others = [Blocker, Job, Relink, ViewExport, ScratchExport];
+        let others = [Blocker, Job, Relink, ViewExport, ScratchExport, Hold];
         nodes.into_iter().chain(others).find(|r| r.letter() == letter)
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::bitmap;
 use super::fleece::{close_image, reopen, reopen_options};
 use super::names::{Role, object, parse_object};
 use super::seen::{Answers, Insertion};
@@ -87,6 +88,8 @@ pub fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
     let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
     let exports: Vec<Export> = client.query("query-block-exports", json!({}))?;
     let names = answers.nodes.iter().map(|n| n.node_name.as_str());
+    let bitmaps = answers.nodes.iter().flat_map(|n| &n.dirty_bitmaps);
+    let names = names.chain(bitmaps.filter_map(|b| b.name.as_deref()));
     let names = names.chain(jobs.iter().map(|j| j.id.as_str()));
     let names = names.chain(exports.iter().map(|e| e.id.as_str()));
     let mut runs: Vec<String> =
@@ -195,7 +198,28 @@ fn take_off(
     delete(client, answers, scope, Role::Lock, torn)?;
     unplug(client, answers, scope, torn)?;
     delete(client, answers, scope, Role::Filter, torn)?;
-    delete(client, answers, scope, Role::Fleece, torn)
+    delete(client, answers, scope, Role::Fleece, torn)?;
+    drop_holds(client, answers, scope, torn)
+}
+
+/// Removes the bitmaps that a run has for its own time alone.
+fn drop_holds(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    torn: &mut Torn,
+) -> Result<()> {
+    // A filter of ours may report the disk's.
+    for n in answers.nodes.iter().filter(|n| parse_object(&n.node_name).is_none()) {
+        for name in n.dirty_bitmaps.iter().filter_map(|b| b.name.as_deref()) {
+            let Some((Role::Hold, index)) = scope.role(name) else { continue };
+            if !torn.stuck.contains(&index) {
+                let gone = bitmap::remove(client, &n.node_name, name);
+                torn.note(index, gone)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Closes the targets; gives those whose job ended well and of which QEMU had nothing left that it

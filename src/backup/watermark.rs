@@ -205,7 +205,8 @@ impl Run<'_> {
                 return Err(e);
             }
             self.client.call("blockdev-del", json!({"node-name": scratch}))?.ok();
-            let what = "if it is shrunk and grown again, that will not be noticed";
+            let what =
+                "its size cannot be watched: the next INC has to look through all of the disk";
             self.watch.warn(&format!("{}: {what}: {}", d.plan.disk.label(), e.report()));
             return bitmap::add(&mut self.client, &b);
         }

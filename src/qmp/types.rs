@@ -300,6 +300,17 @@ impl Graph {
         self.nodes.is_empty()
     }
 
+    /// Whether QEMU tells who may write: somebody may, wherever there is a guest.
+    pub fn tells_rights(&self) -> bool {
+        self.children.values().flatten().any(|l| l.writes)
+    }
+
+    /// Whether a vertex may change what `node` holds.
+    pub fn writes(&self, parent: u64, node: &str) -> bool {
+        let id = self.id(node);
+        self.links(parent).iter().any(|l| l.writes && Some(l.child) == id)
+    }
+
     /// What a vertex holds.
     pub fn links(&self, id: u64) -> &[Link] {
         self.children.get(&id).map_or(&[], Vec::as_slice)

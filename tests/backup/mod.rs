@@ -422,9 +422,15 @@ pub fn same(mount: &crate::mounted::Mount, disk: &str, image: &Path, view: &[u8]
     }
 }
 
-/// What of ours is in QEMU: nodes, jobs, exports.
+/// Bitmaps that a run has for its own time alone.
+pub fn holds(qmp: &mut crate::guest::Qmp) -> Vec<String> {
+    let hold = |n: &String| n.starts_with("fleecefs-") && n.contains("-k");
+    bitmaps(qmp).into_iter().filter(hold).collect()
+}
+
+/// What of ours is in QEMU: nodes, jobs, exports, bitmaps for the time of a run.
 pub fn ours_in_qemu(qmp: &mut crate::guest::Qmp) -> Vec<String> {
-    let mut found = Vec::new();
+    let mut found = holds(qmp);
     for (command, key) in [
         ("query-named-block-nodes", "node-name"),
         ("query-jobs", "id"),

@@ -13,7 +13,10 @@ use serde_json::{Value, json};
 
 use crate::backup::Caller;
 use crate::guest::Qmp;
-use crate::qemu::{first_difference, run};
+use crate::qemu::{first_difference, have, run};
+
+/// What it needs.
+pub const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
 
 /// Size of each disk.
 pub const SIZE: usize = 8 << 20;
@@ -33,7 +36,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn start() -> Machine {
+    /// Starts it, unless a tool that `test` needs is missing.
+    pub fn start(test: &str) -> Option<Machine> {
+        have(test, TOOLS).then(Self::begin)
+    }
+
+    fn begin() -> Machine {
         let dir = tempfile::tempdir().unwrap();
         let path = |n: &str| dir.path().join(n).display().to_string();
         let size = SIZE.to_string();
@@ -57,7 +65,7 @@ impl Machine {
             "if=none,id=dr0,node-name=a,backing.node-name=base,file={},format=qcow2,discard=unmap",
             path("a.qcow2")
         ));
-        c.args(["-device", "virtio-blk-pci,drive=dr0,id=v0"]);
+        c.args(["-device", "virtio-blk-pci,drive=dr0,id=v0,share-rw=on"]);
         for name in ["o", "b"] {
             c.arg("-blockdev").arg(format!(
                 "driver=qcow2,node-name={name},file.driver=file,file.filename={},discard=unmap",
@@ -109,7 +117,8 @@ impl Machine {
         self.qmp.execute(command, arguments)
     }
 
-    fn hmp(&mut self, line: &str) -> String {
+    /// A line for the human monitor; what it said.
+    pub fn hmp(&mut self, line: &str) -> String {
         let said = self.do_it("human-monitor-command", json!({"command-line": line}));
         said.as_str().unwrap().to_string()
     }
