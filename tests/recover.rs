@@ -5,6 +5,8 @@
 mod backup;
 #[path = "common/guest.rs"]
 mod guest;
+#[path = "common/machine.rs"]
+mod machine;
 mod mounted;
 mod qemu;
 
@@ -17,7 +19,8 @@ use std::process::{Command, Output};
 use backup::{Caller, Daemon, Held, leftovers, ours_in_qemu};
 use fleecefs::backup::journal::{self, Journal, Record};
 use fleecefs::lock::Locks;
-use fleecefs::qmp::Address;
+use fleecefs::qmp::{Address, Client};
+use machine::Machine;
 use qemu::{have, run};
 use serde_json::{Value, json};
 
@@ -306,6 +309,57 @@ fn a_guest_that_may_be_frozen_is_not_forgotten() {
     journalled(&caller, Some(&nobody), Some("boot-1-2"), Record::Freeze);
     let said = must_recover(&caller, &[]);
     assert!(said.contains("started again"), "{said}");
+    assert_eq!(pending(), None);
+}
+
+/// A killed run had stopped the guest, and QEMU's socket has lost its name since.
+#[test]
+fn a_qemu_that_cannot_be_reached_is_not_taken_for_gone() {
+    let name = "a_qemu_that_cannot_be_reached_is_not_taken_for_gone";
+    if !have(name, &["qemu-system-x86_64", "qemu-img", "qemu-io"]) {
+        return;
+    }
+    let mut m = Machine::start();
+    let caller = m.caller();
+    let vm = Address::Unix(caller.qmp.clone());
+    let pending = || journal::pending(&caller.state, &vm).unwrap();
+    let qemu = Client::connect(&vm).unwrap().process().expect("a process");
+    let (away, told) = (m.path("away.sock"), m.text("qmp.sock"));
+    m.do_it("stop", json!({}));
+    journalled(&caller, None, Some(&qemu), Record::Stop);
+    std::fs::rename(&caller.qmp, &away).unwrap();
+    let out = recover(&caller, &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("still runs"), "{said}");
+    assert!(said.contains(&told) && said.contains("may still be stopped"), "{said}");
+    assert!(pending().unwrap().stopped);
+    // It cannot be told.
+    journalled(&caller, None, None, Record::Stop);
+    let out = recover(&caller, &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("cannot be told whether QEMU runs"), "{said}");
+    assert!(pending().unwrap().stopped);
+    // Another QEMU has taken its place.
+    let other = Machine::start();
+    std::os::unix::fs::symlink(other.path("qmp.sock"), &caller.qmp).unwrap();
+    let mut there = caller.clone();
+    there.qmp = other.path("qmp.sock");
+    journalled(&there, None, Some(&qemu), Record::Stop);
+    let out = recover(&there, &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("another QEMU answers there"), "{said}");
+    std::fs::remove_file(&caller.qmp).unwrap();
+
+    journalled(&caller, None, Some(&qemu), Record::Stop);
+    std::fs::rename(&away, &caller.qmp).unwrap();
+    let said = must_recover(&caller, &[]);
+    assert!(said.contains("it runs again"), "{said}");
+    assert_eq!(m.do_it("query-status", json!({}))["status"], "running");
+    assert_eq!(pending(), None);
+    // By hand, at the user's word.
+    journalled(&caller, None, Some(&qemu), Record::Stop);
+    std::fs::rename(&caller.qmp, &away).unwrap();
+    must_recover(&caller, &["--forget"]);
     assert_eq!(pending(), None);
 }
 

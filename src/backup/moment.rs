@@ -160,6 +160,7 @@ fn orders(scene: &Scene<'_>) -> Orders {
         agent: options.agent.as_ref().map(|a| a.canonical()),
         deadline_ms: millis(options.moment.deadline).max(1),
         whole: options.moment.stop == StopWish::Whole,
+        qemu: scene.client.process(),
         run: scene.run.to_string(),
         journal: scene.journal.path(),
         parent: std::process::id(),

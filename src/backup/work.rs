@@ -214,7 +214,8 @@ impl Run<'_> {
         let Options { state_dir, qmp, .. } = self.options;
         let place = Place { state: state_dir, vm: qmp, cause: Cause::OwnEnd, agent: None };
         match recover::undo(&mut self.client, &pending, place, self.watch) {
-            Err(e) if e.kind() == Kind::Peer && gone(qmp) => {
+            Err(e) if e.kind() == Kind::Peer && silent(qmp) => {
+                recover::check_gone(&pending, qmp, e)?;
                 recover::undo_offline(&pending, place, self.watch).map(drop)
             }
             other => other.map(drop),
@@ -649,6 +650,7 @@ fn gone_error(e: &Error, client: &mut Client) -> bool {
     e.kind() == Kind::Peer && client.execute("query-version", json!({})).is_err()
 }
 
-fn gone(qmp: &crate::qmp::Address) -> bool {
+/// Whether nobody answers there.
+fn silent(qmp: &crate::qmp::Address) -> bool {
     matches!(Client::connect(qmp), Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound))
 }
