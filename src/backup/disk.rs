@@ -144,9 +144,8 @@ impl Run<'_> {
         self.fail(d, e)
     }
 
-    /// The frozen view, and the bitmap of what to copy out of it.
+    /// The bitmap of what to copy out of the frozen view.
     pub(super) fn view(&mut self, d: &mut Active) -> Result<()> {
-        fleece::add_view(&mut self.client, &self.run, d.index)?;
         if self.blind {
             fleece::add_blind(&mut self.client, &self.run, d.index)?;
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::fleece::{plug, reopen, reopen_options};
+use super::fleece::{add_view, plug, reopen, reopen_options};
 use super::guardian::{Guardian, Orders, Word};
 use super::journal::{Journal, Record};
 use super::names::{Role, parse_object};
@@ -211,19 +211,53 @@ fn insert_all(
     });
     let mut plugged = 0;
     for (i, qdev) in devices {
-        match plug(client, qdev, &i.filter) {
+        let top = i.path.nodes.first().map_or("", String::as_str);
+        match plug(client, qdev, top, &i.filter) {
             Ok(()) => plugged += 1,
-            Err(e) if e.kind() == Kind::Peer && is_alive(client) => {
-                failed.push((i.index, e));
-            }
-            Err(e) => return Err(e),
+            Err(e) => refused(client, &mut failed, i, e)?,
         }
     }
     if plugged > 1 && !stopped {
         consistency.one_moment = false;
     }
     reopen_all(client, inserts, consistency, &mut failed)?;
+    add_views(client, inserts, &mut failed)?;
     Ok(failed)
+}
+
+/// Keeps an error that concerns one disk.
+fn refused(
+    client: &mut Client,
+    failed: &mut Vec<(usize, Error)>,
+    of: &Insert,
+    error: Error,
+) -> Result<()> {
+    match error.kind() {
+        Kind::Busy => {}
+        Kind::Peer if is_alive(client) => {}
+        _ => return Err(error),
+    }
+    failed.push((of.index, error));
+    Ok(())
+}
+
+/// The frozen views, while the guest is stopped: from then on QEMU lets nobody take a filter out from
+/// between the guest and its disk, or refuses the view of one that is not there. Before, somebody
+/// could have put it back, and what the guest had written meanwhile would be missing in the fleece.
+fn add_views(
+    client: &mut Client,
+    inserts: &[Insert],
+    failed: &mut Vec<(usize, Error)>,
+) -> Result<()> {
+    for i in inserts {
+        let run = parse_object(&i.filter).map_or("", |(run, ..)| run);
+        if !failed.iter().any(|(index, _)| *index == i.index)
+            && let Err(e) = add_view(client, run, i.index)
+        {
+            refused(client, failed, i, e)?;
+        }
+    }
+    Ok(())
 }
 
 /// Leaves those out round which the graph is no longer what planning saw: a device must not be

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::fleece::{close_image, reopen, reopen_options};
+use super::graph;
 use super::names::{Role, object, parse_object};
 use super::seen::{Answers, Insertion};
 use super::unplug::{self, below};
@@ -319,11 +320,12 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
         torn.note(index, freed)?;
     }
     let mut options = Vec::new();
+    let graph = graph::ask(client)?;
     for n in &answers.nodes {
         let Some(index) = filter(&n.node_name).filter(|i| !torn.stuck.contains(i)) else {
             continue;
         };
-        for (parent, role) in answers.graph.parents(&n.node_name) {
+        for (parent, role) in graph.parents(&n.node_name) {
             let Some(p) = answers.node(&parent.name) else { continue };
             if role == "file" && p.drv == "raw" && parse_object(&p.node_name).is_none() {
                 let i = Insertion::Reopen {
@@ -331,7 +333,7 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
                     cache: p.cache.clone(),
                     detect_zeroes: p.detect_zeroes.clone(),
                 };
-                match below(answers, &n.node_name) {
+                match below(&graph, &n.node_name) {
                     Ok(b) => options.extend(reopen_options(&i, &b).map(|o| (index, o))),
                     Err(e) => torn.stick(index, e),
                 }
