@@ -214,6 +214,8 @@ impl Run<'_> {
         let node = object(&self.run, Role::Snapshot, d.index);
         let mut lost = chain.lost()?;
         let size = d.plan.disk.size;
+        // An export takes possession of a disk that is being handed over.
+        self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))?;
         server.with_export(&mut self.client, &export, &node, Use::Status, |n| {
             nbdserver::check_size(n, size)?;
             n.zero_ranges(|zeros| lost.add(zeros))

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::fleece::{add_view, plug, reopen, reopen_options};
-use super::guardian::{Guardian, Orders, Word};
+use super::guardian::{Guardian, Orders, Word, continue_if_paused};
 use super::journal::{Journal, Record};
 use super::names::{Role, parse_object};
 use super::seen::Insertion;
-use super::{Options, StopWish, Watch, graph};
+use super::{Options, StopWish, Watch, graph, migration};
 use crate::chain::manifest::{Achieved, Consistency};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
@@ -87,7 +87,7 @@ pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
     let stopped_at = Instant::now();
     let failed = insert_all(scene.client, inserts, &mut consistency, stop || !running);
     if stop && !whole {
-        scene.client.execute("cont", json!({}))?;
+        continue_if_paused(scene.client)?;
         consistency.stopped_ms = millis(stopped_at.elapsed());
         withdraw(scene, guardian.as_mut(), Record::Continue, Word::Continue)?;
     }
@@ -110,7 +110,8 @@ pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
 /// QEMU refuses to continue; the guardian goes on trying then.
 pub fn release(scene: &mut Scene<'_>, held: Held) -> Result<()> {
     let Held { mut guardian, agent } = held;
-    scene.client.execute("cont", json!({}))?;
+    // Not one that has been migrated meanwhile.
+    continue_if_paused(scene.client)?;
     withdraw(scene, Some(&mut guardian), Record::Continue, Word::Continue)?;
     // What was achieved is in the manifests already.
     let mut past = Consistency::default();
@@ -221,6 +222,8 @@ fn insert_all(
         consistency.one_moment = false;
     }
     reopen_all(client, inserts, consistency, &mut failed)?;
+    // Of a disk that is being handed over QEMU would take possession again.
+    migration::check(client)?;
     add_views(client, inserts, &mut failed)?;
     Ok(failed)
 }

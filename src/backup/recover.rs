@@ -14,7 +14,8 @@ use super::guardian::continue_if_paused;
 use super::journal::{self, DiskRecord, Left, Pending};
 use super::leftover::{self, Made};
 use super::lock::Lock;
-use super::teardown::{Scope, runs_in_qemu, teardown_all};
+use super::migration::Owner;
+use super::teardown::{Scope, runs_in_qemu, teardown_all, unblock};
 use super::{Watch, bitmap, migration, names, nbdserver, publish};
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result};
@@ -240,9 +241,19 @@ pub fn undo(
     place: Place<'_>,
     watch: &dyn Watch,
 ) -> Result<Vec<Left>> {
-    if migration::has_left(client)? {
-        watch.warn("the guest has migrated to another QEMU: what this one still has goes with it");
-        return undo_offline(pending, place, watch);
+    match migration::owner(client)? {
+        Owner::Here => {}
+        Owner::Left => {
+            let what =
+                "the guest has migrated to another QEMU: what this one still has goes with it";
+            watch.warn(&format!("{what} ({})", migration::KILL));
+            return undo_offline(pending, place, watch);
+        }
+        Owner::Leaving => {
+            // Files are ours in any case. The journal stays: the guest may come back.
+            undo_offline(pending, place, watch)?;
+            return Err(migration::leaving());
+        }
     }
     let freed = release_guest(client, pending, place, watch);
     // Open until all is settled: what could not be written to an image is forgotten with the last
@@ -269,7 +280,10 @@ pub fn undo(
         }
     }
     freed?;
-    torn.refused.map_or(Ok(left), Err)
+    torn.refused.map_or(Ok(()), Err)?;
+    // Last: until here what is on the disks is not what another QEMU should get.
+    unblock(client, &pending.run)?;
+    Ok(left)
 }
 
 /// Undoes what concerns files, when QEMU is gone and has taken everything else with it.

@@ -1,7 +1,8 @@
 //! Taking everything of a run out of QEMU, from whatever state it is in, in the order that QEMU
 //! accepts: jobs, exports, frozen views, filters (the guest put back on its disk first), targets,
-//! fleeces, and last what keeps the guest from being migrated. It goes by names alone and needs no memory of how far the run had come. What QEMU
-//! refuses for one disk does not stand in the way of the others.
+//! fleeces; and, once all else is done, what keeps the guest from being migrated. It goes by names alone
+//! and needs no memory of how far the run had come. What QEMU refuses for one disk does not stand in the
+//! way of the others.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use super::unplug::{self, below};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::steps::answer_timeout;
-use crate::qmp::types::{Export, FdSet, Job};
+use crate::qmp::types::{Export, FdSet, Job, Node};
 
 /// How many runs' leftovers are looked for at once: more than one is rare.
 const MOST_RUNS: usize = 64;
@@ -38,8 +39,8 @@ pub struct Scope<'a> {
 impl Scope<'_> {
     fn role(&self, name: &str) -> Option<(Role, usize)> {
         let (run, role, index) = parse_object(name)?;
-        // What belongs to the whole run is of no disk.
-        let one = self.index.is_none_or(|i| i == index && role != Role::Blocker);
+        // What keeps the guest from being migrated goes last, see `unblock`.
+        let one = self.index.is_none_or(|i| i == index) && role != Role::Blocker;
         (run == self.run && one).then_some((role, index))
     }
 }
@@ -140,9 +141,6 @@ fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
         torn.note(index, dismissed)?;
     }
     delete(client, &answers, scope, Role::Scratch, &mut torn)?;
-    if torn.stuck.is_empty() {
-        delete(client, &answers, scope, Role::Blocker, &mut torn)?;
-    }
     drop_descriptors(client, scope, &mut torn)?;
     if torn.refused.is_some() {
         // Refused by QEMU, or is it gone?
@@ -233,15 +231,34 @@ fn close_targets(
     Ok(good)
 }
 
+/// Lets the guest be migrated again: nothing of the run is left.
+///
+/// # Errors
+/// QEMU refuses or is gone.
+pub fn unblock(client: &mut Client, run: &str) -> Result<()> {
+    let blocker = object(run, Role::Blocker, 0);
+    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    if nodes.iter().any(|n| n.node_name == blocker) {
+        client.execute("blockdev-del", json!({"node-name": blocker}))?;
+    }
+    for s in descriptors(client)?.iter().filter(|s| s.names().any(|n| n == blocker)) {
+        client.execute("remove-fd", json!({"fdset-id": s.fdset_id}))?;
+    }
+    Ok(())
+}
+
+/// What was handed over.
+fn descriptors(client: &mut Client) -> Result<Vec<FdSet>> {
+    match client.takes_descriptors() {
+        true => client.query("query-fdsets", json!({})),
+        false => Ok(Vec::new()),
+    }
+}
+
 /// Takes back the descriptors that were handed over for these nodes.
 fn drop_descriptors(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
-    if !client.takes_descriptors() {
-        return Ok(());
-    }
-    let sets: Vec<FdSet> = client.query("query-fdsets", json!({}))?;
-    for s in sets {
-        let names = s.fds.iter().filter_map(|f| f.opaque.as_deref());
-        let Some((_, index)) = names.filter_map(|n| scope.role(n)).next() else { continue };
+    for s in descriptors(client)? {
+        let Some((_, index)) = s.names().filter_map(|n| scope.role(n)).next() else { continue };
         if !torn.stuck.contains(&index) {
             let removed = client.execute("remove-fd", json!({"fdset-id": s.fdset_id}));
             torn.note(index, removed)?;

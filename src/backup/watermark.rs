@@ -284,6 +284,7 @@ impl Run<'_> {
         let export = object(&self.run, Role::ViewExport, d.index);
         let node = object(&self.run, Role::Snapshot, d.index);
         let (known, size) = (chain.tail(), d.plan.disk.size);
+        self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))?;
         server.with_export(&mut self.client, &export, &node, Use::Read, |n| {
             nbdserver::check_size(n, size)?;
             differs(n, tail, known)

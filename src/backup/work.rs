@@ -185,6 +185,9 @@ impl Run<'_> {
             // What is said below undoes this as well, or fails with it.
             self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
         }
+        if let Some(g) = self.migration.take().filter(|_| !self.client.timed_out()) {
+            g.end(&mut self.client);
+        }
         let undone = self.undo();
         let Options { state_dir, qmp, .. } = self.options;
         match (result, undone) {
@@ -445,6 +448,7 @@ impl Run<'_> {
         self.phase("taking the moment");
         self.check_migration()?;
         self.take_moment(disks)?;
+        self.check_migration()?;
         self.look_beside(disks, Stage::Plugged)?;
         self.keep_sizes(disks)?;
         self.phase("copying");
@@ -464,11 +468,12 @@ impl Run<'_> {
     ) -> Result<()> {
         for d in disks.iter_mut().filter(|d| d.going()) {
             self.client.check_interrupt()?;
+            self.check_migration()?;
             if let Err(e) = step(self, d) {
                 self.fail(d, e)?;
             }
         }
-        Ok(())
+        self.check_migration()
     }
 
     /// Ends one disk: its objects leave QEMU, its new bitmap goes, its files are removed.
@@ -492,6 +497,10 @@ impl Run<'_> {
     }
 
     fn give_up(&mut self, d: &Active) -> Result<()> {
+        if migration::has_left(&mut self.client)? {
+            // `finish` sees to the rest.
+            return recover::settle_disk(None, &d.record, false, &super::Quiet).map(drop);
+        }
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
         // Not before: QEMU's closing of a large file takes time if nobody else has it open.
         self.fleeces.remove(&d.index);

@@ -34,6 +34,13 @@ pub struct Machine {
 
 impl Machine {
     pub fn start() -> Machine {
+        let mut m = Self::launch(&[]);
+        m.fill();
+        m
+    }
+
+    /// With more options for QEMU; the guest has written nothing yet.
+    pub fn launch(more: &[&str]) -> Machine {
         let dir = tempfile::tempdir().unwrap();
         let path = |n: &str| dir.path().join(n).display().to_string();
         let size = SIZE.to_string();
@@ -65,7 +72,7 @@ impl Machine {
                 path(&format!("{name}.qcow2"))
             ));
         }
-        c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]);
+        c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]).args(more);
         let log = std::fs::File::create(path("qemu.log")).unwrap();
         c.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let child = Process(c.spawn().expect("QEMU starts"));
@@ -77,12 +84,15 @@ impl Machine {
         let qmp = Qmp::connect(&dir.path().join("own.sock"));
         let mut expect = [vec![0; SIZE], vec![0; SIZE]];
         expect[0][..2 * MIB].fill(99);
-        let mut m = Machine { dir, child, qmp, expect, byte: 0 };
+        Machine { dir, child, qmp, expect, byte: 0 }
+    }
+
+    /// The guest's first writes.
+    pub fn fill(&mut self) {
         for disk in [0, 1] {
-            m.write(disk, MIB, 4 * MIB);
-            m.write(disk, 7 * MIB, MIB / 2);
+            self.write(disk, MIB, 4 * MIB);
+            self.write(disk, 7 * MIB, MIB / 2);
         }
-        m
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
