@@ -14,11 +14,12 @@ mod qemu;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use backup::{Caller, images, leftovers, newest, ours_in_qemu, same};
+use backup::{Caller, Held, images, leftovers, newest, ours_in_qemu, same};
 use guest::Qmp;
 use machine::Machine;
-use mitm::Lies;
+use mitm::{Lies, refusal};
 use mounted::Mount;
 use qemu::have;
 use serde_json::{Value, json};
@@ -227,6 +228,69 @@ fn a_filter_that_was_away_before_the_view_was_there_makes_no_point() {
     m.expect[0][1 << 20..][..65536].fill(byte);
     assert_eq!(code, Some(16), "{said}");
     assert_eq!(images(&m.caller().target.join("a.qcow2")), Vec::<PathBuf>::new());
+    nothing_of_ours(&mut m, &said);
+    m.scribble();
+    m.end(None);
+}
+
+/// Keeps the first two scratch nodes that are to be removed.
+#[derive(Default)]
+struct Keeps(AtomicUsize);
+
+impl Lies for Keeps {
+    fn asked(&self, request: &Value, _passed: &[File]) -> Option<Value> {
+        let node = request["arguments"]["node-name"].as_str().unwrap_or_default();
+        let scratch = request["execute"] == "blockdev-del" && node.contains("-z");
+        (scratch && self.0.fetch_add(1, Ordering::SeqCst) < 2).then(|| refusal("it is in use"))
+    }
+}
+
+#[test]
+fn a_scratch_node_that_stays_for_a_while_costs_no_point() {
+    let name = "a_scratch_node_that_stays_for_a_while_costs_no_point";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let mut m = Machine::start();
+    let between = m.path("between.sock");
+    mitm::listen(&between, &m.path("qmp.sock"), Keeps::default());
+    let (code, said) = code(&Caller { qmp: between, ..m.caller() });
+    assert_eq!(code, Some(0), "{said}");
+    both(&m, &m.expect);
+    nothing_of_ours(&mut m, &said);
+}
+
+#[test]
+fn a_filter_that_has_to_stay_copies_no_more() {
+    let name = "a_filter_that_has_to_stay_copies_no_more";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let mut m = Machine::start();
+    let held = Held::start(&m.caller(), "full");
+    let nodes = |m: &mut Machine| {
+        let list = m.do_it("query-named-block-nodes", json!({"flat": true}));
+        list.as_array().unwrap().clone()
+    };
+    let ours = |n: &Value, end: &str| n["node-name"].as_str().unwrap().ends_with(end);
+    let filter = nodes(&mut m).into_iter().find(|n| ours(n, "-c0")).unwrap()["node-name"].clone();
+    m.do_it(
+        "blockdev-add",
+        json!({"driver": "raw", "node-name": "theirs", "file": filter, "read-only": true}),
+    );
+    let (code, said) = held.end();
+    assert_ne!(code, Some(0), "{said}");
+    // More than once, and where it has copied before.
+    m.scribble();
+    m.write(0, 0, 8 << 20);
+    let left = nodes(&mut m);
+    assert!(left.iter().any(|n| ours(n, "-c0")), "the filter is there");
+    let fleece = left.iter().find(|n| ours(n, "-f0")).unwrap();
+    assert_eq!(fleece["image"]["actual-size"].as_u64().unwrap_or(0), 0, "{fleece}");
+    let out = m.caller().recovery(&[]).output().unwrap();
+    assert_eq!(out.status.code(), Some(6), "{}", String::from_utf8_lossy(&out.stderr));
+    m.do_it("blockdev-del", json!({"node-name": "theirs"}));
+    let said = m.caller().must_recover(&[]);
     nothing_of_ours(&mut m, &said);
     m.scribble();
     m.end(None);

@@ -16,6 +16,7 @@ use super::seen::{Answers, Insertion};
 use super::unplug::{self, below};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
+use crate::qmp::budget::short;
 use crate::qmp::steps::answer_timeout;
 use crate::qmp::types::{Export, FdSet, Job, Node};
 
@@ -142,6 +143,7 @@ fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     }
     delete(client, &answers, scope, Role::Scratch, &mut torn)?;
     drop_descriptors(client, scope, &mut torn)?;
+    end_copying(client, &answers, scope, &torn)?;
     if torn.refused.is_some() {
         // Refused by QEMU, or is it gone?
         client.execute("query-version", json!({}))?;
@@ -194,7 +196,41 @@ fn take_off(
     delete(client, answers, scope, Role::Lock, torn)?;
     unplug(client, answers, scope, torn)?;
     delete(client, answers, scope, Role::Filter, torn)?;
-    delete(client, answers, scope, Role::Fleece, torn)
+    delete(client, answers, scope, Role::Fleece, torn)?;
+    delete(client, answers, scope, Role::Dummy, torn)
+}
+
+/// Ends the copying of filters that cannot be taken out yet: else each would go on copying what the guest
+/// overwrites to its fleece. Its fleece is replaced by a node that takes no write; the first that fails
+/// breaks the frozen view, which nobody of ours reads any more, and from then on the filter only passes
+/// requests through.
+fn end_copying(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    torn: &Torn,
+) -> Result<()> {
+    for index in &torn.stuck {
+        let name = |role| object(scope.run, role, *index);
+        let (fleece, dummy) = (name(Role::Fleece), name(Role::Dummy));
+        // (A qcow2 image would want to write its tables.)
+        let raw = answers.node(&fleece).filter(|n| n.drv == "raw");
+        let Some(node) = raw.filter(|_| answers.node(&dummy).is_none()) else { continue };
+        let errors = json!({"driver": "blkdebug", "node-name": dummy,
+            "image": {"driver": "null-co", "size": node.image.virtual_size},
+            "inject-error": [{"event": "none", "iotype": "write", "errno": libc::ENOSPC}]});
+        let instead = json!({"driver": "raw", "node-name": fleece, "file": dummy,
+            "discard": "unmap", "cache": {"no-flush": true}});
+        let done = match client.call("blockdev-add", errors)? {
+            Ok(_) => client.call("blockdev-reopen", json!({"options": [instead]}))?,
+            refused => refused,
+        };
+        if let Err(r) = done {
+            log::warn!("{fleece} goes on taking what the guest overwrites: {}", short(&r.desc));
+            client.call("blockdev-del", json!({"node-name": dummy}))?.ok();
+        }
+    }
+    Ok(())
 }
 
 /// Closes the targets; gives those whose job ended well and of which QEMU had nothing left that it
@@ -327,10 +363,13 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
         let Some(index) = filter(&n.node_name).filter(|i| !torn.stuck.contains(i)) else {
             continue;
         };
-        // Raw nodes of exports are reopened below, all at once.
+        // Raw nodes of exports are reopened below, all at once. Above a filter below a guest's device
+        // they are another program's.
+        let parents = answers.graph.parents(&n.node_name);
+        let device = parents.iter().any(|(p, _)| p.kind == "block-backend" && !p.name.is_empty());
         let own = |name: &str| {
             let raw = answers.node(name).is_some_and(|p| p.drv == "raw");
-            raw || parse_object(name).is_some()
+            raw && !device || parse_object(name).is_some()
         };
         let job = object(scope.run, Role::Relink, index);
         let freed = unplug::free(client, answers, &n.node_name, &own, &job);
