@@ -279,7 +279,10 @@ fn a_filter_that_has_to_stay_copies_no_more() {
         json!({"driver": "raw", "node-name": "theirs", "file": filter, "read-only": true}),
     );
     let (code, said) = held.end();
-    assert_ne!(code, Some(0), "{said}");
+    assert_eq!(code, Some(6), "{said}");
+    assert!(said.contains("theirs") && said.contains("fleecefs recover"), "{said}");
+    // The other disk's point is told of.
+    assert!(said.contains("o: FULL ") && said.contains("copied in"), "{said}");
     // More than once, and where it has copied before.
     m.scribble();
     m.write(0, 0, 8 << 20);

@@ -172,6 +172,7 @@ impl Run<'_> {
             disks: disks.collect(),
             plan,
             consistency: self.consistency.clone(),
+            undo: None,
         }
     }
 
@@ -198,10 +199,11 @@ impl Run<'_> {
                 }
                 Err(e)
             }
-            (Ok(_), Err(u)) => Err(u.remedy("run fleecefs recover when QEMU answers again")),
+            // The points are there all the same.
+            (Ok(r), Err(u)) => Ok(Report { undo: Some(later(u)), ..r }),
             (Err(e), Err(u)) => {
                 self.watch.warn(&format!("cleaning up failed: {}", u.report()));
-                Err(e.remedy("run fleecefs recover when QEMU answers again"))
+                Err(later(e))
             }
         }
     }
@@ -653,6 +655,14 @@ const HOLD: &str = "FLEECEFS_HOLD";
 /// A test hook: what is copied besides the dirty bits is also looked for in the whole disk, and a backup
 /// that has missed something fails.
 pub(super) const WALK: &str = "FLEECEFS_WALK";
+
+/// Says what to do about what could not be undone, where the error itself does not.
+fn later(e: Error) -> Error {
+    match e.kind() {
+        Kind::Busy => e,
+        _ => e.remedy("run fleecefs recover when QEMU answers again"),
+    }
+}
 
 /// Whether an error means that QEMU is not there any more.
 fn gone_error(e: &Error, client: &mut Client) -> bool {
