@@ -83,7 +83,7 @@ fn warnings_are_heard_and_count() {
     if !have("warnings_are_heard_and_count", QEMU) {
         return;
     }
-    let mut m = Machine::start();
+    let mut m = Machine::begin();
     let caller = m.caller();
     let (exit, said) = code(&caller.with(&["--strict"]), "auto");
     assert_eq!(exit, Some(0), "{said}");

@@ -46,7 +46,7 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     if !have("a_run_is_listed_shown_and_restored_as_the_vm_knows_it", QEMU) {
         return;
     }
-    let mut m = Machine::start();
+    let mut m = Machine::begin();
     let config = m.text("vm.xml");
     std::fs::write(&config, "<domain/>\n").unwrap();
     let caller = m.caller().with(&["--config", &config, "--exclude", "b"]);

@@ -33,6 +33,8 @@ pub enum Role {
     Target,
     /// The fleece image.
     Fleece,
+    /// What the fleece image of a filter that cannot be taken out yet is replaced by.
+    Dummy,
     /// The scratch node on which extra dirty bits are made.
     Scratch,
     /// The backup job.
@@ -59,6 +61,7 @@ impl Role {
             Role::Filter => 'c',
             Role::Target => 't',
             Role::Fleece => 'f',
+            Role::Dummy => 'd',
             Role::Scratch => 'z',
             Role::Job => 'j',
             Role::ViewExport => 'v',
@@ -70,7 +73,7 @@ impl Role {
 
     fn of(letter: char) -> Option<Role> {
         use Role::*;
-        let nodes = [Snapshot, Blind, Lock, Filter, Target, Fleece, Scratch];
+        let nodes = [Snapshot, Blind, Lock, Filter, Target, Fleece, Dummy, Scratch];
         let others = [Blocker, Job, Relink, ViewExport, ScratchExport, Hold];
         nodes.into_iter().chain(others).find(|r| r.letter() == letter)
     }

@@ -18,6 +18,8 @@ pub struct Report {
     pub disks: Vec<DiskReport>,
     /// What the moment achieved.
     pub consistency: Consistency,
+    /// What is still in QEMU, and why.
+    pub undo: Option<Error>,
 }
 
 /// What became of a disk.
@@ -56,10 +58,14 @@ impl Report {
         self.plan.skipped.iter().find(|s| !is_unwanted(s))
     }
 
-    /// The error to end with: `Partial` if some disks have a point and others not, the first
+    /// The error to end with: that something could not be undone; `Partial` if some disks have a
+    /// point and others not, the first
     /// error if none has. With `strict` `Skipped` if a disk was left out, or if the guest was to be
     /// frozen (`quiesce`) and was not.
     pub fn verdict(&self, strict: bool, quiesce: bool) -> Result<()> {
+        if let Some(e) = &self.undo {
+            return Err(Error::new(e.kind(), e.report()));
+        }
         let refused = self.plan.refused.iter().map(|(d, e)| (d.as_str(), e));
         let failed =
             self.disks.iter().filter_map(|d| Some((d.disk.as_str(), d.result.as_ref().err()?)));
@@ -103,6 +109,7 @@ mod tests {
                 reason: "not frozen: no agent".into(),
                 ..Consistency::default()
             },
+            undo: None,
         };
         let crash = report(Achieved::Crash);
         let error = crash.verdict(true, true).unwrap_err();

@@ -175,7 +175,8 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
             other => other?,
         }
     }
-    Ok(Report { run, plan, disks: Vec::new(), consistency: Consistency::default() })
+    let consistency = Consistency::default();
+    Ok(Report { run, plan, disks: Vec::new(), consistency, undo: None })
 }
 
 /// Whether the frozen view shows the disk of now where one request covers clusters that the fleece

@@ -201,6 +201,13 @@ pub struct FdSet {
     pub fds: Vec<PassedFd>,
 }
 
+impl FdSet {
+    /// What was said about its descriptors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.fds.iter().filter_map(|f| f.opaque.as_deref())
+    }
+}
+
 /// One of them.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]

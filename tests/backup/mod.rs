@@ -235,6 +235,21 @@ impl Caller {
         self.command(level).output().expect("fleecefs starts")
     }
 
+    /// `fleecefs recover` of the same VM.
+    pub fn recovery(&self, more: &[&str]) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.args(["recover", "--qmp"]).arg(&self.qmp).arg("--state-dir").arg(&self.state).args(more);
+        c
+    }
+
+    /// It must succeed; gives what it said.
+    pub fn must_recover(&self, more: &[&str]) -> String {
+        let out = self.recovery(more).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "recover: {said}");
+        said
+    }
+
     /// Runs and must succeed; gives what it said.
     pub fn must(&self, level: &str) -> String {
         let out = self.run(level);

@@ -41,7 +41,15 @@ impl Machine {
         have(test, TOOLS).then(Self::begin)
     }
 
-    fn begin() -> Machine {
+    /// Starts it, where the tools are known to be there.
+    pub fn begin() -> Machine {
+        let mut m = Self::launch(&[]);
+        m.fill();
+        m
+    }
+
+    /// With more options for QEMU; the guest has written nothing yet.
+    pub fn launch(more: &[&str]) -> Machine {
         let dir = tempfile::tempdir().unwrap();
         let path = |n: &str| dir.path().join(n).display().to_string();
         let size = SIZE.to_string();
@@ -58,7 +66,8 @@ impl Machine {
         }
         let mut c = Command::new("qemu-system-x86_64");
         c.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"]);
-        for socket in ["qmp.sock", "own.sock"] {
+        // For us, for the test, and for whoever works beside us.
+        for socket in ["qmp.sock", "own.sock", "other.sock"] {
             c.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path(socket)));
         }
         c.arg("-drive").arg(format!(
@@ -72,7 +81,7 @@ impl Machine {
                 path(&format!("{name}.qcow2"))
             ));
         }
-        c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]);
+        c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]).args(more);
         let log = std::fs::File::create(path("qemu.log")).unwrap();
         c.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let child = Process(c.spawn().expect("QEMU starts"));
@@ -84,12 +93,15 @@ impl Machine {
         let qmp = Qmp::connect(&dir.path().join("own.sock"));
         let mut expect = [vec![0; SIZE], vec![0; SIZE]];
         expect[0][..2 * MIB].fill(99);
-        let mut m = Machine { dir, child, qmp, expect, byte: 0 };
+        Machine { dir, child, qmp, expect, byte: 0 }
+    }
+
+    /// The guest's first writes.
+    pub fn fill(&mut self) {
         for disk in [0, 1] {
-            m.write(disk, MIB, 4 * MIB);
-            m.write(disk, 7 * MIB, MIB / 2);
+            self.write(disk, MIB, 4 * MIB);
+            self.write(disk, 7 * MIB, MIB / 2);
         }
-        m
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
