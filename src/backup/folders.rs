@@ -130,18 +130,25 @@ pub fn assign(
 ) -> Result<Vec<(PathBuf, History)>> {
     disks.iter().try_for_each(|d| check_layout(options, inputs, d))?;
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
-    let known = [same_file_and_device as Rule, same_file, same_disk, damaged];
-    for (rule, new) in known.map(|r| (r, false)).into_iter().chain([(unclaimed as Rule, true)]) {
-        for (i, disk) in disks.iter().enumerate() {
-            if list.get(i).is_some_and(Option::is_some) {
-                continue;
-            }
-            let found = candidate(options, inputs, disk, &list, (rule, new))?;
-            if let Some(slot) = list.get_mut(i) {
-                *slot = found;
-            }
+    for rule in [chosen as Rule, same_file_and_device, same_file, same_disk, damaged] {
+        fill(options, inputs, disks, &mut list, (rule, false))?;
+    }
+    if list.iter().any(Option::is_none) {
+        let mut others = others(options, inputs, &list)?;
+        if inputs.newcomer && list.iter().all(Option::is_none) {
+            refuse_other_vm(inputs, &others)?;
+        }
+        for (slot, disk) in
+            list.iter_mut().zip(disks).filter(|(slot, d)| slot.is_none() && d.named.is_none())
+        {
+            // Where it had moved before, or has a name that the user gave it once.
+            let is = |h: &History| same_file(inputs, disk, h) || has_moved(inputs, disk, h, disks);
+            let at = others.iter().position(|(_, h)| is(h));
+            *slot = at.map(|at| others.swap_remove(at));
         }
     }
+    fill(options, inputs, disks, &mut list, (unclaimed, true))?;
+    check_names(disks, &list)?;
     let list = list
         .into_iter()
         .map(|o| o.ok_or_else(|| Error::new(Kind::Exists, "too many folders of one disk's name")));
@@ -182,6 +189,118 @@ fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Resu
     Err(Error::new(Kind::Usage, what)
         .at_path(inputs.base)
         .remedy(format!("go on {word} --no-subdir, or name another target")))
+}
+
+/// Gives a folder to each disk that has none yet and for which `rule` finds one.
+fn fill(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    disks: &[SeenDisk],
+    list: &mut [Option<(PathBuf, History)>],
+    rule: (Rule, bool),
+) -> Result<()> {
+    for (i, disk) in disks.iter().enumerate() {
+        if list.get(i).is_some_and(Option::is_some) {
+            continue;
+        }
+        let found = candidate(options, inputs, disk, list, rule)?;
+        if let Some(slot) = list.get_mut(i) {
+            *slot = found;
+        }
+    }
+    Ok(())
+}
+
+/// The folders with points that no disk has got yet. (Where all disks are in one folder nothing tells
+/// whose a name is but the name: then all that is there, as one.)
+fn others(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    list: &[Option<(PathBuf, History)>],
+) -> Result<Vec<(PathBuf, History)>> {
+    if options.layout.no_subdir {
+        return Ok(vec![(inputs.base.to_path_buf(), History::read(inputs.base, None)?)]);
+    }
+    let failed = |e| Error::io(e, "cannot read the folder").at_path(inputs.base);
+    let entries = folder::absent_is_none(folder::entries(inputs.base)).map_err(failed)?;
+    let mut others = Vec::new();
+    for entry in entries.unwrap_or_default().into_iter().filter(|e| e.kind == EntryKind::Folder) {
+        let Some(tail) = entry.name.to_str() else { continue };
+        let dir = inputs.base.join(tail);
+        if list.iter().flatten().any(|(taken, _)| *taken == dir) {
+            continue;
+        }
+        let mut history = History::read(&dir, None)?;
+        history.tail = tail.to_string();
+        if history.last_manifest().is_some() {
+            others.push((dir, history));
+        }
+    }
+    Ok(others)
+}
+
+/// A VM that has nothing here does not mix its points with those of another: retention and the latest
+/// run would be of both.
+fn refuse_other_vm(inputs: &Inputs<'_>, others: &[(PathBuf, History)]) -> Result<()> {
+    let all = || others.iter().filter_map(|(dir, h)| Some((dir, h.last_manifest()?)));
+    if all().any(|(_, m)| is_same_vm(inputs, m)) {
+        return Ok(());
+    }
+    let Some((dir, m)) = all().find(|(_, m)| is_other_vm(inputs, m)) else { return Ok(()) };
+    let who = vm_name(&m.vm).or(vm_uuid(&m.vm)).unwrap_or("another name");
+    let what = format!("this backup directory has backups of another VM ({who})");
+    Err(Error::new(Kind::Usage, what)
+        .at_path(dir)
+        .remedy("name another --target, or give --shared if both are to be here"))
+}
+
+/// Whether the point is of this VM for certain.
+fn is_same_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
+    match (inputs.vm, vm_uuid(&m.vm)) {
+        (Some(a), Some(b)) => a == b,
+        (None, None) => inputs.vm_name.is_some() && inputs.vm_name == vm_name(&m.vm),
+        _ => false,
+    }
+}
+
+/// Whether it is of another VM for certain; names count where there are no UUIDs.
+fn is_other_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
+    let unnamed = (inputs.vm, vm_uuid(&m.vm)) == (None, None);
+    let names = (inputs.vm_name, vm_name(&m.vm));
+    other_vm(inputs, m) || unnamed && matches!(names, (Some(a), Some(b)) if a != b)
+}
+
+/// The same device of the same VM has another file: the disk was restored to another place, or its
+/// loop device has another number. The old file must not be a disk of the VM still.
+fn has_moved(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History, disks: &[SeenDisk]) -> bool {
+    let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
+    let qdev = &disk.identity.qdev;
+    // QEMU makes up the others, by their place.
+    let is_given = !qdev.is_empty() && !qdev.starts_with("/machine/unattached/");
+    let is_there = disks.iter().any(|d| d.identity.file == m.disk.file);
+    is_given && *qdev == m.disk.qdev && !is_there
+}
+
+/// Who was given a name by the user has that, and not one with a number.
+fn check_names(disks: &[SeenDisk], list: &[Option<(PathBuf, History)>]) -> Result<()> {
+    for (disk, found) in disks.iter().zip(list) {
+        let (Some(name), Some((dir, h))) = (&disk.named, found) else { continue };
+        if !has_tail(h, name) {
+            let what = format!("the name {name:?} for {} is another disk's", disk.label());
+            return Err(Error::new(Kind::Usage, what).at_path(dir).remedy("choose another --name"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the folder is called as the user named a disk.
+fn has_tail(h: &History, name: &str) -> bool {
+    [false, true].iter().any(|plain| h.tail == names::folder(name, *plain))
+}
+
+/// The user says which disk's points these are.
+fn chosen(_: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+    disk.named.as_ref().is_some_and(|name| h.last_manifest().is_some() && has_tail(h, name))
 }
 
 type Rule = fn(&Inputs<'_>, &SeenDisk, &History) -> bool;

@@ -65,6 +65,10 @@ pub struct Options {
     pub agent: Option<Address>,
     /// The backup directory.
     pub target: PathBuf,
+    /// Other VMs may be backed up to it too.
+    pub shared: bool,
+    /// What disks are called: a disk as in `include`, and its name.
+    pub names: Vec<(String, String)>,
     /// It may be a new one, although another was there before.
     pub init: bool,
     /// What kind of points to make.

@@ -57,6 +57,8 @@ pub struct DiskPlan {
     pub obsolete: Vec<String>,
     /// The latest time in the folder's names.
     pub last_time: i64,
+    /// The file that the disk had at the last point, where it has another one now.
+    pub moved_from: Option<String>,
 }
 
 impl DiskPlan {
@@ -111,6 +113,10 @@ pub struct Inputs<'a> {
     pub now: i64,
     /// The VM's UUID, if it has one.
     pub vm: Option<&'a str>,
+    /// The VM's name, if it has one.
+    pub vm_name: Option<&'a str>,
+    /// Whether this VM was never backed up to this target, and may not share it.
+    pub newcomer: bool,
     /// Why INC and DIFF are impossible in this run, if they are.
     pub no_inc: Option<String>,
     /// Points that were tried and cannot be built on.
@@ -130,7 +136,8 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
         refused: Vec::new(),
     };
     check_names(options, &inputs.seen)?;
-    let wanted = choose(options, &inputs.seen, &mut plan);
+    let mut wanted = choose(options, &inputs.seen, &mut plan);
+    give_names(options, &mut wanted)?;
     let folders = folders::assign(options, &inputs, &wanted)?;
     for b in &inputs.seen.blocked {
         if is_wanted(options, &inputs.seen, &b.disk) {
@@ -192,6 +199,30 @@ fn check_names(options: &Options, seen: &Seen) -> Result<()> {
     Ok(())
 }
 
+/// `--name`.
+fn give_names(options: &Options, disks: &mut [SeenDisk]) -> Result<()> {
+    for (disk, name) in &options.names {
+        let missing = || {
+            let what = format!("--name: there is no disk {disk:?} to back up");
+            Error::new(Kind::NotFound, what).remedy("fleecefs info blockdev lists them")
+        };
+        let named = disks.iter_mut().find(|d| d.is_called(disk)).ok_or_else(missing)?;
+        named.named = Some(name.clone());
+    }
+    let mut names: Vec<&str> = disks.iter().filter_map(|d| d.named.as_deref()).collect();
+    names.sort_unstable();
+    match names.windows(2).find(|w| w.first() == w.last()) {
+        Some(two) => Err(Error::new(Kind::Usage, format!("--name: two disks are called {two:?}"))),
+        None => Ok(()),
+    }
+}
+
+/// The file that the disk had before, if it has another one now.
+fn moved_from(disk: &SeenDisk, history: &History) -> Option<String> {
+    let before = &history.last_manifest()?.disk.file;
+    (!before.is_empty() && *before != disk.identity.file).then(|| before.clone())
+}
+
 /// Why the user does not want a disk.
 pub fn left_out(options: &Options, d: &SeenDisk) -> Option<&'static str> {
     let named = |list: &[String]| list.iter().any(|n| d.is_called(n));
@@ -244,6 +275,7 @@ fn plan_disk(
         diff_bitmap: None,
         obsolete: Vec::new(),
         last_time,
+        moved_from: moved_from(&disk, history),
         dir,
         disk,
     };

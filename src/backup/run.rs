@@ -76,7 +76,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     }
     if options.dry_run {
         migration::check(&mut client)?;
-        return dry_run(options, &mut client);
+        return dry_run(options, &targets, &mut client);
     }
     let _qemu_lock = Lock::qemu(&options.state_dir, &client)?;
     let run = names::new_run()?;
@@ -98,7 +98,6 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     publish::make_folders(&base)?;
     let _target_lock = target_lock(options, &base)?;
     let target = TargetId::of(&options.target, &base, options.level != LevelWish::Copy)?;
-    targets.remember(&options.target)?;
     let first = Record::Begin {
         run: run.clone(),
         target: options.target.clone(),
@@ -127,9 +126,14 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         reserves: Reserves::default(),
         fleeces: HashMap::new(),
         neighbours: Neighbours::default(),
+        newcomer: !options.shared && !targets.knows(&options.target),
     };
     let result = r.execute();
-    r.finish(result)
+    let report = r.finish(result)?;
+    if report.disks.iter().any(|d| d.result.is_ok()) {
+        targets.remember(&options.target)?;
+    }
+    Ok(report)
 }
 
 fn first_status(options: &Options, run: &str) -> Shared {
@@ -143,7 +147,7 @@ fn first_status(options: &Options, run: &str) -> Shared {
     }))
 }
 
-fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
+fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<Report> {
     let run = names::new_run()?;
     let base = base_dir(options);
     let target = TargetId::of(&options.target, &base, false)?;
@@ -157,6 +161,8 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
             base: &base,
             now,
             vm: folders::vm_uuid(&vm),
+            vm_name: folders::vm_name(&vm),
+            newcomer: !options.shared && !targets.knows(&options.target),
             no_inc,
             unsound: &[],
         };

@@ -251,6 +251,7 @@ fn build(
     let version3 = format.get("compat").and_then(Value::as_str) == Some("1.1");
     let real = throwaway::below_snapshot(answers, disk);
     Ok(SeenDisk {
+        named: None,
         identity: DiskIdentity {
             qdev,
             node: disk.node_name.clone(),

@@ -84,6 +84,13 @@ impl Targets {
         }
     }
 
+    /// Whether this very backup directory was used for this VM.
+    pub fn knows(&self, target: &Path) -> bool {
+        let path = to_text(target.as_os_str());
+        let id = stored_id(target).ok().flatten();
+        id.is_some_and(|id| self.known.contains(&Known { path, id }))
+    }
+
     /// Remembers `target`, whose id has been written.
     ///
     /// # Errors

@@ -70,6 +70,8 @@ pub struct Run<'a> {
     pub(super) fleeces: HashMap<usize, Fleece>,
     /// What other programs do.
     pub(super) neighbours: Neighbours,
+    /// See [`Inputs::newcomer`].
+    pub(super) newcomer: bool,
 }
 
 /// A disk on its way.
@@ -273,6 +275,8 @@ impl Run<'_> {
                 base: &run.base,
                 now: time,
                 vm: folders::vm_uuid(&run.vm),
+                vm_name: folders::vm_name(&run.vm),
+                newcomer: run.newcomer,
                 no_inc,
                 unsound,
             };
@@ -351,6 +355,15 @@ impl Run<'_> {
                      overlay of {} and gone when QEMU ends; the point has the disk as the guest sees it",
                     d.disk.label(),
                     path_text(&d.disk.identity.file)
+                ));
+            }
+            if let Some(before) = &d.moved_from {
+                self.watch.say(&format!(
+                    "{}: its file was {} and is {} now; its points go on in {}",
+                    d.disk.label(),
+                    path_text(before),
+                    path_text(&d.disk.identity.file),
+                    path_text(&d.dir)
                 ));
             }
             let word = names::level_word(d.level);

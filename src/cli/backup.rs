@@ -20,7 +20,7 @@ use crate::backup::{
 };
 use crate::backup::{lock, names};
 use crate::error::{Error, Kind, Result};
-use crate::folder;
+use crate::folder::{self, PlainName};
 use crate::qmp::Address;
 use crate::text::path_text;
 use crate::units::{human_bytes, parse_bytes, parse_duration};
@@ -57,6 +57,15 @@ pub struct BackupArgs {
     /// folders above it
     #[arg(long)]
     init: bool,
+
+    /// Back up to a directory that has backups of another VM
+    #[arg(long)]
+    shared: bool,
+
+    /// Call the folder of a disk NAME, whatever its file is called; where there is such a folder its
+    /// chain goes on
+    #[arg(long = "name", value_name = "DISK=NAME", value_parser = parse_name)]
+    names: Vec<(String, String)>,
 
     /// Only these disks, by node, device, qdev or file name
     #[arg(short, long, value_name = "DISK", value_delimiter = ',')]
@@ -289,6 +298,15 @@ enum CompressArg {
     Zstd,
 }
 
+fn parse_name(text: &str) -> Result<(String, String), String> {
+    match text.rsplit_once('=') {
+        Some((disk, name)) if !disk.is_empty() && PlainName::new(name).is_ok() => {
+            Ok((disk.into(), name.into()))
+        }
+        _ => Err(format!("{text:?} is not DISK=NAME with a name without '/'")),
+    }
+}
+
 fn parse_every(text: &str) -> Result<Every, String> {
     if let Ok(n) = text.parse::<u64>() {
         return if n > 0 { Ok(Every::Points(n)) } else { Err("0 points make no chain".into()) };
@@ -354,6 +372,8 @@ impl BackupArgs {
             agent: address(&self.agent)?,
             target: paths::to_make(&self.target)?,
             init: self.init,
+            shared: self.shared,
+            names: self.names.clone(),
             level,
             include: self.include.clone(),
             exclude: self.exclude.clone(),

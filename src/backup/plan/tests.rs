@@ -14,6 +14,8 @@ const FIRST: &str = "000000000001";
 fn options(target: &Path, level: LevelWish) -> Options {
     Options {
         init: false,
+        names: Vec::new(),
+        shared: false,
         qmp: Address::Unix("/q".into()),
         agent: None,
         target: target.into(),
@@ -67,6 +69,7 @@ fn recording(name: String) -> Bitmap {
 
 fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
     SeenDisk {
+        named: None,
         identity: DiskIdentity {
             qdev: "/m/v0".into(),
             node: "n".into(),
@@ -153,6 +156,8 @@ fn plan_with(
         base: t,
         now: 100,
         vm: None,
+        vm_name: None,
+        newcomer: false,
         no_inc: None,
         unsound: &[],
     };
@@ -395,6 +400,8 @@ fn encrypted_disks_are_refused_and_unknown_names_are_errors() {
         base: t.path(),
         now: 1,
         vm: None,
+        vm_name: None,
+        newcomer: false,
         no_inc: None,
         unsound: &[],
     };
@@ -468,6 +475,8 @@ fn an_unsound_chain_demotes_no_other_disk_of_its_folder() {
         base: t.path(),
         now: 100,
         vm: None,
+        vm_name: None,
+        newcomer: false,
         no_inc: None,
         unsound: &unsound,
     };
@@ -521,6 +530,8 @@ fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
             base: &new,
             now: 100,
             vm: None,
+            vm_name: None,
+            newcomer: false,
             no_inc: None,
             unsound: &[],
         },

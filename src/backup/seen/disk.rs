@@ -32,6 +32,8 @@ pub enum Insertion {
 pub struct SeenDisk {
     /// Who it is.
     pub identity: DiskIdentity,
+    /// What the user calls it (`--name`): the name of its folder then.
+    pub named: Option<String>,
     /// The node that carries its bitmaps.
     pub node: String,
     /// The node that the guest is attached to: the same, or a filter above it.
@@ -79,7 +81,8 @@ pub struct SeenDisk {
 impl SeenDisk {
     /// The name of its file, or what QEMU calls it where it has none.
     pub fn base_name(&self) -> String {
-        base_name(&self.identity.file).unwrap_or_else(|| self.label().to_string())
+        let named = self.named.clone().or_else(|| base_name(&self.identity.file));
+        named.unwrap_or_else(|| self.label().to_string())
     }
 
     /// The name of a new folder for it, and the last part of its images' names.

@@ -1,0 +1,167 @@
+//! Whose points are whose: a disk stays itself when its file moves, and two VMs are not mixed.
+
+mod backup;
+#[path = "common/guest.rs"]
+mod guest;
+mod mounted;
+mod qemu;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use backup::Caller;
+use guest::Qmp;
+use qemu::{have, run};
+use serde_json::json;
+
+const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
+
+/// A QEMU with one disk, `vda`; ended on drop.
+struct Vm {
+    child: Child,
+    caller: Caller,
+}
+
+impl Vm {
+    fn start(dir: &Path, file: &Path, more: &[&str]) -> Vm {
+        let qmp = dir.join("qmp");
+        let _ = std::fs::remove_file(&qmp);
+        let mut c = Command::new("qemu-system-x86_64");
+        c.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"]);
+        c.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
+        let disk = format!("qcow2,node-name=n,file.driver=file,file.filename={}", file.display());
+        c.args(["-blockdev", &disk, "-device", "virtio-blk-pci,drive=n,id=vda"]).args(more);
+        let child = c.stdin(Stdio::null()).spawn().unwrap();
+        let caller = Caller {
+            qmp: qmp.clone(),
+            state: dir.join("state"),
+            target: dir.join("T"),
+            more: vec!["--progress".into(), "none".into()],
+        };
+        let vm = Vm { child, caller };
+        let end = Instant::now() + Duration::from_secs(60);
+        while std::os::unix::net::UnixStream::connect(&qmp).is_err() {
+            assert!(Instant::now() < end, "QEMU does not come up");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        vm
+    }
+
+    /// Ends QEMU in order, so that bitmaps are stored.
+    fn quit(mut self) {
+        Qmp::connect(&self.caller.qmp).execute("quit", json!({}));
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn image(path: &Path) -> PathBuf {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "4M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 0 1M", path.to_str().unwrap()]);
+    path.to_path_buf()
+}
+
+/// The folders of disks, with their numbers of images.
+fn folders(target: &Path) -> Vec<(String, usize)> {
+    let entries = std::fs::read_dir(target).unwrap().map(|e| e.unwrap());
+    let folders = entries.filter(|e| e.path().is_dir() && e.file_name() != ".fleecefs");
+    let mut list: Vec<_> = folders
+        .map(|e| (e.file_name().into_string().unwrap(), backup::images(&e.path()).len()))
+        .collect();
+    list.sort();
+    list
+}
+
+fn one(name: &str, images: usize) -> Vec<(String, usize)> {
+    vec![(name.to_string(), images)]
+}
+
+#[test]
+fn a_disk_that_was_restored_to_another_place_stays_itself() {
+    if !have("a_disk_that_was_restored_to_another_place_stays_itself", QEMU) {
+        return;
+    }
+    for identity in [["-uuid", "11111111-2222-3333-4444-555555555555"], ["-name", "guest=web"]] {
+        let d = qemu::tempdir();
+        let vm = Vm::start(d.path(), &image(&d.path().join("a/data.qcow2")), &identity);
+        let caller = vm.caller.clone();
+        caller.must("auto");
+        vm.quit();
+        // A new file without bitmaps, under another name.
+        let vm = Vm::start(d.path(), &image(&d.path().join("b/new.qcow2")), &identity);
+        let said = caller.must("auto");
+        assert!(said.contains("data.qcow2") && said.contains("new.qcow2 now"), "{said}");
+        assert_eq!(folders(&caller.target), one("data.qcow2", 2));
+        assert_eq!(backup::level(&caller, "data.qcow2"), "FULL");
+        caller.must("auto");
+        assert_eq!(backup::level(&caller, "data.qcow2"), "INC");
+        drop(vm);
+    }
+}
+
+#[test]
+fn a_disk_without_proof_of_who_it_is_begins_anew() {
+    if !have("a_disk_without_proof_of_who_it_is_begins_anew", QEMU) {
+        return;
+    }
+    let d = qemu::tempdir();
+    let vm = Vm::start(d.path(), &image(&d.path().join("a/data.qcow2")), &[]);
+    let caller = vm.caller.clone();
+    caller.must("auto");
+    vm.quit();
+    let vm = Vm::start(d.path(), &image(&d.path().join("b/new.qcow2")), &[]);
+    caller.must("auto");
+    assert_eq!(folders(&caller.target), [("data.qcow2".into(), 1), ("new.qcow2".into(), 1)]);
+    // The user says who it is.
+    caller.with(&["--name", "vda=data.qcow2"]).must("auto");
+    assert_eq!(folders(&caller.target), [("data.qcow2".into(), 2), ("new.qcow2".into(), 1)]);
+    caller.with(&["--name", "vda=data.qcow2"]).must("inc");
+    caller.with(&["--name", "n=root"]).must("auto");
+    assert_eq!(folders(&caller.target)[2], ("root".into(), 1));
+    for (name, code) in [("vdb=x", 3), ("vda=a/b", 2), ("vda", 2), ("vda=", 2)] {
+        let out = caller.with(&["--name", name]).run("auto");
+        assert_eq!(out.status.code(), Some(code), "{name}");
+    }
+    drop(vm);
+}
+
+#[test]
+fn another_vm_is_not_taken_in_unless_the_user_says_so() {
+    if !have("another_vm_is_not_taken_in_unless_the_user_says_so", QEMU) {
+        return;
+    }
+    let d = qemu::tempdir();
+    let (web, db) = (["-name", "guest=web"], ["-name", "guest=db"]);
+    let vm = Vm::start(d.path(), &image(&d.path().join("web.qcow2")), &web);
+    let target = vm.caller.target.clone();
+    vm.caller.must("auto");
+    drop(vm);
+    let home = d.path().join("other");
+    let vm = Vm::start(&home, &image(&home.join("db.qcow2")), &db);
+    let caller = Caller { target: target.clone(), ..vm.caller.clone() };
+    for _ in 0..2 {
+        for more in [&[][..], &["--dry-run"]] {
+            let out = caller.with(more).run("auto");
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert_eq!(out.status.code(), Some(2), "{said}");
+            assert!(said.contains("another VM (web)") && said.contains("--shared"), "{said}");
+        }
+        assert_eq!(folders(&target), one("web.qcow2", 1));
+    }
+    caller.with(&["--shared"]).must("auto");
+    caller.must("auto");
+    assert_eq!(folders(&target), [("db.qcow2".into(), 2), ("web.qcow2".into(), 1)]);
+    drop(vm);
+    // The first one goes on, a disk more or less.
+    let vm = Vm::start(d.path(), &image(&d.path().join("web2.qcow2")), &web);
+    vm.caller.must("auto");
+    drop(vm);
+}
