@@ -84,8 +84,8 @@ pub fn has_left(client: &mut Client) -> Result<bool> {
 
 /// What to do with a QEMU that has something of ours in memory while another has the disks. (Ended in
 /// order it writes the tables of its qcow2 images: seen where they are shared and not locked.)
-pub const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: what it has in \
-                        memory of the disks must not be written any more";
+pub const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: \
+                        what it has in memory of the disks must not be written any more";
 
 /// The error where something of ours cannot be undone yet.
 pub fn leaving() -> Error {
