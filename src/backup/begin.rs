@@ -19,8 +19,8 @@ use crate::chain::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat,
 use crate::error::{Kind, Result};
 use crate::text::path_text;
 
-/// A test hook: what is copied besides the dirty bits is also looked for in the whole disk, and a backup
-/// that has missed something fails.
+/// A test hook: what is copied besides the dirty bits is also looked for in the whole disk, and a
+/// backup that has missed something fails.
 pub(super) const WALK: &str = "FLEECEFS_WALK";
 
 impl Run<'_> {

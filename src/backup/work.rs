@@ -222,14 +222,17 @@ impl Run<'_> {
     }
 
     fn release(&mut self, held: moment::Held) -> Result<()> {
-        let mut scene = Scene {
+        moment::release(&mut self.scene(), held)
+    }
+
+    fn scene(&mut self) -> Scene<'_> {
+        Scene {
             client: &mut self.client,
             options: self.options,
             journal: &mut self.journal,
             run: &self.run,
             watch: self.watch,
-        };
-        moment::release(&mut scene, held)
+        }
     }
 
     pub(super) fn phase(&self, phase: &str) {
@@ -334,14 +337,7 @@ impl Run<'_> {
         if inserts.is_empty() {
             return Ok(());
         }
-        let mut scene = Scene {
-            client: &mut self.client,
-            options: self.options,
-            journal: &mut self.journal,
-            run: &self.run,
-            watch: self.watch,
-        };
-        let taken = moment::take(&mut scene, &inserts)?;
+        let taken = moment::take(&mut self.scene(), &inserts)?;
         self.guardian = taken.held;
         self.consistency = taken.consistency;
         let time = now();
