@@ -146,7 +146,7 @@ fn daemon_matrix(level: &str) {
         let how = match between {
             Between::Nothing => "then",
             Between::Recover => {
-                recover(&m.caller);
+                m.caller.must_recover(&[]);
                 "recover, then"
             }
             Between::JournalLost => {
@@ -164,17 +164,6 @@ fn daemon_matrix(level: &str) {
     }
     m.check_points();
     assert!(m.table.len() > 80, "only {} steps", m.table.len());
-}
-
-fn recovery(caller: &Caller) -> std::process::Command {
-    let mut c = std::process::Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    c.args(["recover", "--qmp"]).arg(&caller.qmp).arg("--state-dir").arg(&caller.state);
-    c
-}
-
-fn recover(caller: &Caller) {
-    let out = recovery(caller).output().unwrap();
-    assert!(out.status.success(), "recover: {}", String::from_utf8_lossy(&out.stderr));
 }
 
 #[test]
@@ -226,7 +215,8 @@ fn killed_at_every_step_of_the_recovery() {
             scribble(&d, 2 * n);
             let (killed, views) = m.caller.crash("inc", crash_at);
             assert!(killed.is_some(), "it dies there");
-            let out = recovery(&m.caller).env("FLEECEFS_CRASH_AT", n.to_string()).output().unwrap();
+            let out =
+                m.caller.recovery(&[]).env("FLEECEFS_CRASH_AT", n.to_string()).output().unwrap();
             let whole = out.status.success();
             assert!(whole || out.status.code().is_none(), "{out:?}");
             scribble(&d, 2 * n + 1);

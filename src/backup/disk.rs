@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use super::begin::WALK;
 use super::fleece::{Fleece, Handed};
 use super::journal::Record;
 use super::names::{Role, object, work_bitmap};
@@ -13,7 +14,7 @@ use super::nbdserver::{self, Use};
 use super::publish;
 use super::space::Space;
 use super::teardown::{Scope, detach, teardown};
-use super::work::{Active, Run, State, WALK};
+use super::work::{Active, Run, State};
 use super::{bitmap, fleece, leftover, space, vm, zeros};
 use crate::chain::Level;
 use crate::chain::manifest::Skipped;

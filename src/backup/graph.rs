@@ -296,8 +296,10 @@ impl Expected<'_> {
             wanted.push((copier.to_string(), "file", self.own(self.source)));
         }
         let wrong = |(parent, role, child): &(String, &str, String)| {
-            let now = scene.graph.child(parent, role).unwrap_or("nothing");
-            (now != child).then(|| format!("{parent} reads {} instead of {child}", scene.node(now)))
+            let now = scene.graph.child(parent, role);
+            let right = now == Some(child.as_str());
+            let now = now.map_or_else(|| "nothing".into(), |n| scene.node(n));
+            (!right).then(|| format!("{parent} reads {now} instead of {child}"))
         };
         wanted.iter().find_map(wrong)
     }

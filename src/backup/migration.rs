@@ -3,8 +3,8 @@
 //! A migration hands the disks over to another QEMU while our frozen view still reads them here, and
 //! saves the bitmaps into images that the other side writes already. So while a run is on, QEMU itself
 //! is made to refuse one: by a tiny read-only node of a format that cannot migrate, whose image is in
-//! memory. Where that cannot be had (`--only-migratable`, none of the formats built in, no way to pass a
-//! descriptor), and for the `cpr` modes, which such a node does not stop, the run asks again and again,
+//! memory. Where that cannot be had (`--only-migratable`, none of the formats built in, no way to pass
+//! a descriptor), and for the `cpr` modes, which such a node does not stop, the run asks again and again,
 //! and fails if a migration has begun.
 
 use std::fs::File;
@@ -84,8 +84,8 @@ pub fn has_left(client: &mut Client) -> Result<bool> {
 
 /// What to do with a QEMU that has something of ours in memory while another has the disks. (Ended in
 /// order it writes the tables of its qcow2 images: seen where they are shared and not locked.)
-pub const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: what it has in \
-                        memory of the disks must not be written any more";
+pub const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: \
+                        what it has in memory of the disks must not be written any more";
 
 /// The error where something of ours cannot be undone yet.
 pub fn leaving() -> Error {
@@ -245,8 +245,8 @@ impl Guard {
     }
 }
 
-/// Has QEMU tell of migrations where it does not yet: two that failed look alike afterwards. Says whether
-/// it did. (A killed run leaves it so: that costs some events, and does nothing to the guest.)
+/// Has QEMU tell of migrations where it does not yet: two that failed look alike afterwards. Says
+/// whether it did. (A killed run leaves it so: that costs some events, and does nothing to the guest.)
 fn ask_for_events(client: &mut Client) -> Result<bool> {
     if !client.has("query-migrate-capabilities") {
         return Ok(false);

@@ -12,6 +12,7 @@
 //! the run's id in its name, so that whatever dies whenever, the old bitmap still records and what
 //! is left over can be told and removed.
 
+pub mod begin;
 mod beside;
 pub mod bitmap;
 pub mod conclude;

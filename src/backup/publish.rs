@@ -393,7 +393,10 @@ pub fn link_plain(folder: &Folder, image: &str, level: Level) -> Result<()> {
     folder
         .remove_if_there(&link)
         .and_then(|_| folder.make_link(&folder.join(image), &link))
-        .map_err(|e| Error::io(e, "cannot make the link").at_path(folder.join(&link)))
+        .map_err(|e| {
+            Error::io(e, "cannot make the link beside the image").at_path(folder.join(&link))
+        })
+        .map_err(|e| e.remedy("the point is good without it; --no-symlink leaves it out"))
 }
 
 #[cfg(test)]

@@ -101,9 +101,11 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
     }
     let mut left = Vec::new();
     let (mut first, mut late) = (None, 0u32);
+    // Where the disks are another QEMU's, bitmaps are left to that one.
+    let here = !migration::has_left(client)?;
     for l in &journal.left {
         client.check_interrupt()?;
-        if !settle(Some(client), l, place, watch)? {
+        if !settle(here.then_some(&mut *client), l, place, watch)? {
             left.push(l.clone());
         }
     }

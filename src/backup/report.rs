@@ -58,10 +58,9 @@ impl Report {
         self.plan.skipped.iter().find(|s| !is_unwanted(s))
     }
 
-    /// The error to end with: that something could not be undone; `Partial` if some disks have a
-    /// point and others not, the first
-    /// error if none has. With `strict` `Skipped` if a disk was left out, or if the guest was to be
-    /// frozen (`quiesce`) and was not.
+    /// The error to end with: that something could not be undone; `Partial` if some disks have a point
+    /// and others not, the first error if none has. With `strict` `Skipped` if a disk was left out, or
+    /// if the guest was to be frozen (`quiesce`) and was not.
     pub fn verdict(&self, strict: bool, quiesce: bool) -> Result<()> {
         if let Some(e) = &self.undo {
             return Err(Error::new(e.kind(), e.report()));

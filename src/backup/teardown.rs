@@ -1,8 +1,8 @@
 //! Taking everything of a run out of QEMU, from whatever state it is in, in the order that QEMU
 //! accepts: jobs, exports, frozen views, filters (the guest put back on its disk first), targets,
-//! fleeces; and, once all else is done, what keeps the guest from being migrated. It goes by names alone
-//! and needs no memory of how far the run had come. What QEMU refuses for one disk does not stand in the
-//! way of the others.
+//! fleeces; and, once all else is done, what keeps the guest from being migrated. It goes by names
+//! alone and needs no memory of how far the run had come. What QEMU refuses for one disk does not stand
+//! in the way of the others.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -204,8 +204,8 @@ fn take_off(
     delete(client, answers, scope, Role::Dummy, torn)
 }
 
-/// Ends the copying of filters that cannot be taken out yet: else each would go on copying what the guest
-/// overwrites to its fleece. Its fleece is replaced by a node that takes no write; the first that fails
+/// Ends the copying of filters that cannot be taken out yet: else each would go on copying what the
+/// guest overwrites to its fleece. Its fleece is replaced by a node that takes no write; the first that fails
 /// breaks the frozen view, which nobody of ours reads any more, and from then on the filter only passes
 /// requests through.
 fn end_copying(

@@ -3,9 +3,9 @@
 //!
 //! Where there is no watermark (see `watermark`), the frozen view is asked which ranges are zeros, and
 //! the chain which ranges hold data; the ranges that are both are copied as well. That walks over all
-//! extents of the disk and of all layers: it costs what the disk holds, not what has changed. QMP can set no bit in a bitmap, but a write can: the
-//! ranges are written to a scratch node (`null-co`, which keeps nothing) whose bitmap records, and
-//! that bitmap is merged into the one that the job copies by.
+//! extents of the disk and of all layers: it costs what the disk holds, not what has changed. QMP can
+//! set no bit in a bitmap, but a write can: the ranges are written to a scratch node (`null-co`, which
+//! keeps nothing) whose bitmap records, and that bitmap is merged into the one that the job copies by.
 
 use std::ops::Range;
 use std::path::Path;

@@ -113,8 +113,8 @@ pub struct BackupArgs {
     #[arg(long, value_name = "SOCKET")]
     nbd: Option<String>,
 
-    /// Wait up to this long (30m, 2h) for another program's job on a disk to end, such as a
-    /// storage move; else such a disk is refused at once
+    /// Wait up to this long (30m, 2h) for what stands in the way to end: another program's job or
+    /// filter on a disk, such as a storage move, or a migration; else it is refused at once
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     wait: Option<u64>,
 

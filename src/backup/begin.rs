@@ -1,0 +1,226 @@
+//! The beginning of a run: what is to be done, and what it needs of QEMU beside the disks.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use super::conclude::failure;
+use super::control::DiskStatus;
+use super::journal::{DiskRecord, Record};
+use super::plan::{DiskPlan, Inputs, Plan, Unsound};
+use super::seen::{Answers, survey};
+use super::work::{Active, HOLD, Run, State};
+use super::zeros::ChainData;
+use super::{folders, names, nbdserver, now, plan, recover, vm};
+use crate::chain::Level;
+use crate::chain::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest};
+use crate::error::{Kind, Result};
+use crate::text::path_text;
+
+/// A test hook: what is copied besides the dirty bits is also looked for in the whole disk, and a
+/// backup that has missed something fails.
+pub(super) const WALK: &str = "FLEECEFS_WALK";
+
+impl Run<'_> {
+    /// Plans; where the chain proves unsound, or an INC needs QEMU's NBD server and that cannot
+    /// be had, plans again.
+    pub(super) fn plan(&mut self) -> Result<Plan> {
+        let seen = survey(&Answers::ask(&mut self.client)?);
+        self.vm = Arc::new(vm::describe(&mut self.client)?);
+        recover::sweep_all(&self.base, self.watch)?;
+        let mut unsound: Vec<Unsound> = Vec::new();
+        // One time for all plans: it is in the images' names.
+        let time = now();
+        let make = |run: &Self, no_inc: Option<String>, unsound: &[Unsound]| {
+            let inputs = Inputs {
+                seen: seen.clone(),
+                run: &run.run,
+                target: &run.target,
+                base: &run.base,
+                now: time,
+                vm: folders::vm_uuid(&run.vm),
+                vm_name: folders::vm_name(&run.vm),
+                newcomer: run.newcomer,
+                no_inc,
+                unsound,
+            };
+            plan::make(run.options, inputs)
+        };
+        let mut plan = make(self, None, &unsound)?;
+        let walk_all = std::env::var_os(WALK).is_some();
+        for d in plan.disks.iter().filter(|d| d.since.is_some()) {
+            match ChainData::open(&d.dir, &d.base, d.tail(), walk_all || d.needs_walk()) {
+                Ok(c) => drop(self.chains.insert(d.dir.join(&d.image), c)),
+                Err(e) => {
+                    let tip = d.base.last().map_or_else(String::new, |m| m.image.clone());
+                    let why = format!("the chain is unsound: {}", e.report());
+                    unsound.push((d.dir.clone(), tip, why));
+                }
+            }
+        }
+        if !unsound.is_empty() {
+            plan = make(self, None, &unsound)?;
+        }
+        let builds = plan.disks.iter().any(|d| d.since.is_some());
+        let marks = plan.disks.iter().any(DiskPlan::wants_watermark);
+        if !builds && !marks && std::env::var_os(HOLD).is_none() {
+            return Ok(plan);
+        }
+        match self.start_server() {
+            Ok(()) => Ok(plan),
+            Err(e) if e.kind() == Kind::Busy && builds => make(self, Some(e.report()), &unsound),
+            Err(e) if !builds && e.kind() != Kind::Interrupted => {
+                // A FULL needs none: its bitmaps get no watermarks.
+                log::info!("the new bitmaps get no size watermarks: {}", e.report());
+                Ok(plan)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn start_server(&mut self) -> Result<()> {
+        nbdserver::check_safe(&self.client, &self.vm)?;
+        if let Some(a) = &self.options.nbd {
+            self.server = Some(nbdserver::Server::existing(a.clone()));
+            return Ok(());
+        }
+        self.journal.write(&Record::NbdStart)?;
+        let path = nbdserver::socket_path(&self.options.state_dir, &self.options.qmp);
+        match nbdserver::Server::start(&mut self.client, &path) {
+            Ok(s) => self.server = Some(s),
+            Err(e) => {
+                self.journal.write(&Record::NbdStop)?;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn stop_server(&mut self) -> Result<()> {
+        if let Some(s) = self.server.take()
+            && s.stop(&mut self.client)?
+        {
+            self.journal.write(&Record::NbdStop)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn announce_plan(&self, plan: &Plan) {
+        for s in &plan.skipped {
+            self.watch.say(&format!("{}: skipped: {}", s.disk, s.reason));
+        }
+        for (disk, e) in &plan.refused {
+            self.watch.warn(&format!("{}: {}", path_text(&disk), e.report()));
+        }
+        for d in &plan.disks {
+            if d.disk.throwaway {
+                self.watch.warn(&format!(
+                    "{}: QEMU was started with snapshot=on: what the guest writes is in a temporary \
+                     overlay of {} and gone when QEMU ends; the point has the disk as the guest sees it",
+                    d.disk.label(),
+                    path_text(&d.disk.identity.file)
+                ));
+            }
+            if let Some(before) = &d.moved_from {
+                self.watch.say(&format!(
+                    "{}: its file was {} and is {} now; its points go on in {}",
+                    d.disk.label(),
+                    path_text(before),
+                    path_text(&d.disk.identity.file),
+                    path_text(&d.dir)
+                ));
+            }
+            let word = names::level_word(d.level);
+            match &d.demoted {
+                Some(why) if why == super::history::FIRST => self.watch.say(&format!(
+                    "{}: first backup to this target, taking a FULL",
+                    d.disk.label()
+                )),
+                Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
+                None => self.watch.say(&format!(
+                    "{}: {word} -> {}",
+                    path_text(&d.disk.label()),
+                    path_text(&d.image)
+                )),
+            }
+        }
+        let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());
+        s.disks = plan
+            .disks
+            .iter()
+            .map(|d| DiskStatus {
+                disk: d.disk.label().to_string(),
+                level: names::level_word(d.level).to_string(),
+                state: "waiting".into(),
+                total: d.estimate(),
+                ..Default::default()
+            })
+            .collect();
+    }
+
+    pub(super) fn activate(&mut self, plan: &Plan) -> Result<Vec<Active>> {
+        let vm = self.vm.clone();
+        let version = self.client.version().to_string();
+        Ok(plan
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, p)| Active {
+                index,
+                record: DiskRecord {
+                    index,
+                    dir: p.dir.clone(),
+                    image: p.image.clone(),
+                    fleece: PathBuf::new(),
+                    node: p.disk.node.clone(),
+                    top: p.disk.top.clone(),
+                    bitmap: p.new_bitmap.as_ref().map(|b| b.name.clone()),
+                    image_id: None,
+                    fleece_id: None,
+                },
+                manifest: self.manifest(p, plan, &vm, &version),
+                chain: None,
+                folder: None,
+                held: None,
+                progress: self.watch.disk(p.disk.label()),
+                shown: 0,
+                empty: 0,
+                began: Instant::now(),
+                plan: p.clone(),
+                state: State::Going,
+            })
+            .collect())
+    }
+
+    fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &Arc<Value>, version: &str) -> Manifest {
+        let dirty = matches!(p.level, Level::Inc | Level::Diff);
+        Manifest {
+            format_version: FORMAT_VERSION,
+            run: self.run.clone(),
+            image: p.image.clone(),
+            disk: p.disk.identity.clone(),
+            level: p.level,
+            time: now(),
+            parent: p.parent().map(|m| m.image.clone()),
+            state_of: None,
+            format: ImageFormat::Qcow2,
+            content: if dirty { Contents::DirtyOnly } else { Contents::Full },
+            virtual_size: p.disk.size,
+            file_size: 0,
+            bitmap: p.new_bitmap.clone(),
+            diff_bitmap: p.diff_bitmap.clone(),
+            bytes_copied: 0,
+            consistency: Consistency::default(),
+            qemu_version: version.to_string(),
+            duration_ms: 0,
+            blake3: None,
+            fingerprint: None,
+            vm: vm.clone(),
+            config_files: Vec::new(),
+            skipped: plan.skipped.clone(),
+            failed: plan.refused.iter().map(|(d, e)| failure(d, e)).collect(),
+        }
+    }
+}
