@@ -125,13 +125,14 @@ fn copies_of_configuration_go_with_their_points() {
         return;
     }
     let d = daemon(&[]);
-    let config = d.path("vm.json");
+    let long = format!("{}-vm.json", "x".repeat(240));
+    let config = d.path(&long);
     std::fs::write(&config, "secret").unwrap();
     let caller = Caller::of(&d).with(&["--config", config.to_str().unwrap()]);
     let side = caller.target.join("a.img/.fleecefs");
     let copies = || {
         let mut list = entries(&side);
-        list.retain(|p| p.file_name().unwrap().to_string_lossy().ends_with("-vm.json"));
+        list.retain(|p| p.file_name().unwrap().to_string_lossy().contains("-0-xxx"));
         list.sort();
         list
     };

@@ -337,7 +337,11 @@ impl Run<'_> {
         self.drop_fleece(d.index)?;
         let mut m = d.manifest.clone();
         m.failed = failed.to_vec();
-        m.config_files = vm::keep_config(&self.config, d.folder()?, &self.run)?;
+        match vm::keep_config(&self.config, d.folder()?, &self.run) {
+            Ok(kept) => m.config_files = kept,
+            // The disk is worth more.
+            Err(e) => self.watch.warn(&e.report()),
+        }
         let hash = !self.options.no_hash;
         let m = publish::publish(d.folder()?, m, hash, d.held()?, &|| Ok(()))?;
         d.held = None;

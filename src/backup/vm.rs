@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
+use super::names;
 use super::publish::side_folder;
 use crate::chain::manifest::{ConfigFile, FOLDER};
 use crate::error::{Error, Result};
@@ -72,6 +73,9 @@ impl Described {
 /// The largest file that is kept with a backup: a description of a guest, in bytes.
 const LARGEST: u64 = 16 << 20;
 
+/// The longest name of a kept file, in bytes: `config-RUN-N-` comes before it.
+const LONGEST_KEPT: usize = 200;
+
 /// Reads the files given with `--config`: before anything is begun, so that a wrong name costs no
 /// backup.
 ///
@@ -98,7 +102,9 @@ pub fn keep_config(
 ) -> Result<Vec<ConfigFile>> {
     let mut kept = Vec::new();
     for (n, (path, bytes)) in files.iter().enumerate() {
+        // Shortened where it would be too long with what comes before it.
         let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let name = if name.len() > LONGEST_KEPT { names::folder(&name, true) } else { name.into() };
         let name = format!("config-{run}-{n}-{name}");
         let side = side_folder(folder)?;
         side.write_whole(&name, bytes)

@@ -1,6 +1,7 @@
 //! A run at work: the phases over all disks, and the end, whatever it is.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -21,13 +22,13 @@ use super::moment::{Insert, Scene};
 use super::names::{Role, object};
 use super::plan::{DiskPlan, Plan};
 use super::publish::Held;
-use super::recover::{Cause, Place};
+use super::recover::{Cause, Fate, Place};
 use super::report::{DiskReport, Report};
 use super::space::Reserves;
 use super::teardown::{Scope, teardown};
 use super::zeros::ChainData;
 use super::{Options, StopWish, Watch, migration, moment, nbdserver, now, publish, recover};
-use crate::chain::manifest::{Consistency, Manifest, Skipped};
+use crate::chain::manifest::{self, Consistency, Manifest, Skipped};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::progress::{Position, Progress};
@@ -303,25 +304,40 @@ impl Run<'_> {
         self.disk_status(d.index, |s| s.state = "failed".into());
         d.state = State::Failed(error);
         match self.give_up(d) {
+            // What failed was a last step: the image was complete, and is told as what it is.
+            Ok(Fate::Published) => self.told_after_all(d),
+            Ok(Fate::Removed) => Ok(()),
             // The other disks go on; `finish` tries again, and tells.
             Err(e) if !self.client.timed_out() && !gone_error(&e, &mut self.client) => {
                 self.watch.warn(&format!("{}: {}", d.plan.disk.label(), e.report()));
                 Ok(())
             }
-            other => other,
+            Err(e) => Err(e),
         }
     }
 
-    fn give_up(&mut self, d: &Active) -> Result<()> {
+    /// A disk that had failed has its point.
+    fn told_after_all(&mut self, d: &mut Active) -> Result<()> {
+        let Some(m) = manifest::read(&d.plan.dir, OsStr::new(&d.plan.image))? else {
+            return Ok(());
+        };
+        self.watch.say(&format!("{}: the image was complete: it is a point", d.plan.disk.label()));
+        self.disk_status(d.index, |s| s.state = "done".into());
+        d.state = State::Done(Box::new(m));
+        Ok(())
+    }
+
+    fn give_up(&mut self, d: &Active) -> Result<Fate> {
         if migration::has_left(&mut self.client)? {
             // `finish` sees to the rest.
-            return recover::settle_disk(None, &d.record, false, &super::Quiet).map(drop);
+            return recover::settle_disk(None, &d.record, false, &super::Quiet);
         }
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
         // Not before: QEMU's closing of a large file takes time if nobody else has it open.
         self.fleeces.remove(&d.index);
-        recover::settle_disk(Some(&mut self.client), &d.record, false, &super::Quiet)?;
-        self.journal.write(&Record::Settled(d.index))
+        let fate = recover::settle_disk(Some(&mut self.client), &d.record, false, &super::Quiet)?;
+        self.journal.write(&Record::Settled(d.index))?;
+        Ok(fate)
     }
 
     fn take_moment(&mut self, disks: &mut [Active]) -> Result<()> {
