@@ -15,7 +15,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use backup::{Caller, images, leftovers, level, ours_in_qemu};
+use backup::{Caller, Held, images, leftovers, level, ours_in_qemu};
 use bare::{Bare, node};
 use mounted::Mount;
 use qemu::{have, is_root, run};
@@ -103,6 +103,14 @@ fn a_disk_with_two_paths_is_refused_and_the_others_are_backed_up() {
     bare.qmp().execute("device_del", json!({"id": "p1"}));
     caller.must("auto");
     assert_eq!(level(&caller, "two.qcow2"), "FULL");
+    // No second one comes while it is copied.
+    let held = Held::start(&caller, "auto");
+    let second =
+        json!({"driver": "scsi-hd", "id": "p1", "bus": "s.0", "drive": "two", "share-rw": true});
+    let added = bare.qmp().try_execute("device_add", second);
+    assert!(added.is_err_and(|e| e.contains("two")), "{}", held.said());
+    let (code, said) = held.end();
+    assert_eq!(code, Some(0), "{said}");
     clean(&bare, dir.path());
 }
 

@@ -63,7 +63,11 @@ impl<'a> Files<'a> {
             let identity = if alone || at >= LOOKS { None } else { identity(n) };
             let fresh = numbers.len();
             let known = identity.as_ref().and_then(|i| by_identity.get(i)).copied();
-            let number = *by_name.entry(n.file.as_str()).or_insert(known.unwrap_or(fresh));
+            let known = known.unwrap_or(fresh);
+            let number = match is_whole(&n.file) {
+                true => *by_name.entry(n.file.as_str()).or_insert(known),
+                false => known,
+            };
             if let Some(i) = identity {
                 by_identity.entry(i).or_insert(number);
             }
@@ -160,6 +164,12 @@ fn raw_begin(file: &str) -> Option<u64> {
         Some(_) => number("offset"),
         None => Some(0),
     }
+}
+
+/// Whether a name is all that the file's is: QEMU puts one sign for all that is no UTF-8, so that several
+/// files have one name.
+fn is_whole(name: &str) -> bool {
+    !name.contains(char::REPLACEMENT_CHARACTER)
 }
 
 /// Whether a node has its bytes from outside of QEMU.
