@@ -66,12 +66,18 @@ pub enum Owner {
 /// As [`Client::execute`].
 pub fn owner(client: &mut Client) -> Result<Owner> {
     let Some(state) = run_state(client)? else { return Ok(Owner::Here) };
-    Ok(match state.as_str() {
-        "postmigrate" => Owner::Left,
-        "finish-migrate" | "colo" => Owner::Leaving,
-        _ if Progress::ask(client)?.hands_over() => Owner::Leaving,
+    Ok(owner_in(&state, &Progress::ask(client)?))
+}
+
+fn owner_in(state: &str, progress: &Progress) -> Owner {
+    match (state, progress.status.as_str()) {
+        // It stands still here, until somebody lets it go on. (Seen with 7.2 and postcopy.)
+        ("postmigrate", "failed" | "cancelled") => Owner::Leaving,
+        ("postmigrate", _) => Owner::Left,
+        ("finish-migrate" | "colo", _) => Owner::Leaving,
+        _ if progress.hands_over() => Owner::Leaving,
         _ => Owner::Here,
-    })
+    }
 }
 
 /// Whether the disks are, or are becoming, another QEMU's, see [`owner`].
@@ -90,7 +96,9 @@ pub const KILL: &str = "end this QEMU with SIGKILL and not with quit when the gu
 /// The error where something of ours cannot be undone yet.
 pub fn leaving() -> Error {
     Error::new(Kind::Busy, "the guest is being migrated: what is left in this QEMU stays for now")
-        .remedy(format!("run fleecefs recover if the migration fails; else {KILL}"))
+        .remedy(format!(
+            "where it stays here, run fleecefs recover when it runs again; else {KILL}"
+        ))
 }
 
 /// Fails if the guest has not arrived yet: nothing may be written to its disks from here.
@@ -220,11 +228,10 @@ impl Guard {
     pub fn check(&self, client: &mut Client) -> Result<()> {
         let Some(state) = run_state(client)? else { return Ok(()) };
         let now = Progress::ask(client)?;
-        let handed =
-            now.hands_over() || ["finish-migrate", "postmigrate"].contains(&state.as_str());
-        check_state(&state).and_then(|()| now.check()).map_err(|e| match handed {
-            true => e.remedy(KILL),
-            false => e,
+        let safe = check_state(&state).and_then(|()| now.check());
+        safe.map_err(|e| match owner_in(&state, &now) {
+            Owner::Here => e,
+            _ => Error::new(e.kind(), e.to_string()).remedy(KILL),
         })?;
         if now == self.before && self.events == client.migration_events() {
             return Ok(());
@@ -398,7 +405,15 @@ mod tests {
 
     #[test]
     fn the_disks_are_handed_over_from_the_switch_on() {
-        let at = |status: &str| Progress { status: status.into(), total_time: None }.hands_over();
+        let owner = |state, status: &str| {
+            owner_in(state, &Progress { status: status.into(), total_time: None })
+        };
+        assert_eq!(owner("running", "active"), Owner::Here);
+        assert_eq!(owner("running", "completed"), Owner::Here);
+        assert_eq!(owner("finish-migrate", "active"), Owner::Leaving);
+        assert_eq!(owner("postmigrate", "completed"), Owner::Left);
+        assert_eq!(owner("postmigrate", "failed"), Owner::Leaving);
+        let at = |status: &str| owner("paused", status) == Owner::Leaving;
         for status in ["device", "postcopy-active", "postcopy-paused", "postcopy-recover"] {
             assert!(at(status), "{status}");
         }

@@ -197,10 +197,10 @@ impl Run<'_> {
                 Err(e)
             }
             // The points are there all the same.
-            (Ok(r), Err(u)) => Ok(Report { undo: Some(later(u)), ..r }),
+            (Ok(r), Err(u)) => Ok(Report { undo: Some(u.remedy(RECOVER)), ..r }),
             (Err(e), Err(u)) => {
                 self.watch.warn(&format!("cleaning up failed: {}", u.report()));
-                Err(later(e))
+                Err(e.remedy(RECOVER))
             }
         }
     }
@@ -475,13 +475,8 @@ const SYNC_POLL: Duration = Duration::from_millis(10);
 /// exported over NBD, `ready` says where, and the run waits for a file `go`.
 pub(super) const HOLD: &str = "FLEECEFS_HOLD";
 
-/// Says what to do about what could not be undone, where the error itself does not.
-fn later(e: Error) -> Error {
-    match e.kind() {
-        Kind::Busy => e,
-        _ => e.remedy("run fleecefs recover when QEMU answers again"),
-    }
-}
+/// What to do about what could not be undone, where the error itself does not say.
+const RECOVER: &str = "run fleecefs recover when QEMU answers again";
 
 /// Whether an error means that QEMU is not there any more.
 fn gone_error(e: &Error, client: &mut Client) -> bool {

@@ -235,6 +235,23 @@ impl Caller {
         self.command(level).output().expect("fleecefs starts")
     }
 
+    /// Starts a backup that stops itself at a step, and waits until it has. What it says goes to `err`.
+    pub fn stopped_at(&self, level: &str, step: &str, err: &Path) -> Child {
+        let mut c = self.command(level);
+        c.env("FLEECEFS_HANG_AT", step).stderr(std::fs::File::create(err).unwrap());
+        let mut child = c.spawn().unwrap();
+        let stat = format!("/proc/{}/stat", child.id());
+        let stopped = || {
+            let stat = std::fs::read_to_string(&stat).unwrap_or_default();
+            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+        };
+        while !stopped() {
+            assert!(child.try_wait().unwrap().is_none(), "it does not come so far");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child
+    }
+
     /// `fleecefs recover` of the same VM.
     pub fn recovery(&self, more: &[&str]) -> Command {
         let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
