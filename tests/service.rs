@@ -123,48 +123,6 @@ fn a_third_signal_ends_a_detached_mount() {
     assert_eq!(mount.child.wait().unwrap().code(), Some(130));
 }
 
-/// A qcow2 version 2 image of 0 bytes.
-fn tiny() -> Vec<u8> {
-    let mut image = b"QFI\xfb\0\0\0\x02".to_vec();
-    image.resize(72, 0);
-    image[23] = 16;
-    image
-}
-
-#[test]
-fn a_chain_of_too_many_files_is_told_and_harms_nothing_else() {
-    if !have("a_chain_of_too_many_files_is_told_and_harms_nothing_else", &["/dev/fuse"]) {
-        return;
-    }
-    let dir = backups();
-    std::fs::create_dir(dir.path().join("long")).unwrap();
-    for i in 1..=100 {
-        let level = if i == 1 { "FULL" } else { "INC" };
-        std::fs::write(dir.path().join(format!("long/{level}-{i}-long")), tiny()).unwrap();
-    }
-    let log = tempfile::NamedTempFile::new().unwrap();
-    let mount = Mount::by(|at| {
-        let script = "ulimit -n 80; exec \"$0\" mount --log-file \"$1\" \"$2\" \"$3\"";
-        let mut command = Command::new("sh");
-        command.args(["-c", script, FLEECEFS]).arg(log.path()).arg(dir.path()).arg(at).output()
-    });
-    let open = |path: &str| File::open(mount.path().join(path)).map_err(|e| e.raw_os_error());
-    for _ in 0..2 {
-        assert_eq!(open("long/INC-100-long.raw").err(), Some(Some(libc::ENFILE)));
-    }
-    open("long/INC-9-long.raw").unwrap().read_at(&mut [0; 1], 0).unwrap();
-    let mut bytes = [0; 16];
-    open(POINT).unwrap().read_exact_at(&mut bytes, 0).unwrap();
-    assert_eq!(bytes, [7; 16]);
-    let text = std::fs::read_to_string(log.path()).unwrap();
-    assert_eq!(text.matches("99 more open files").count() + text.matches("100 more").count(), 1);
-    // New points are still found.
-    std::fs::write(dir.path().join("d/FULL-2-d"), [8; 4096]).unwrap();
-    eventually("the new point", || mount.path().join("d/FULL-2-d.raw").exists());
-    open("d/FULL-2-d.raw").unwrap().read_exact_at(&mut bytes, 0).unwrap();
-    assert_eq!(bytes, [8; 16]);
-}
-
 #[test]
 fn an_idle_mount_inside_its_backup_directory_goes_away() {
     if !have("an_idle_mount_inside_its_backup_directory_goes_away", &["/dev/fuse"]) {

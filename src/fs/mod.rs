@@ -31,7 +31,7 @@ use arc_swap::ArcSwap;
 
 use crate::chain::Catalog;
 use crate::error::{Error, Kind};
-use crate::image::{Cache, Image, Wanted};
+use crate::image::{Cache, Held, Image, Wanted};
 use attr::{Attr, Owner};
 use control::Running;
 use handle::Handles;
@@ -53,7 +53,7 @@ pub struct Space {
 
 /// What an open file reads from.
 enum OpenFile {
-    Point(Arc<PointFile>),
+    Point(Arc<PointFile>, #[expect(dead_code, reason = "lives as long as it is open")] Held),
     Status(Vec<u8>),
 }
 
@@ -245,14 +245,19 @@ impl FileSystem {
         let (file, keep) = match &node.kind {
             NodeKind::File(file) => {
                 // Whoever has a point open keeps it, even if its files are removed before a read.
-                file.image.open_files().map_err(|e| self.not_opened(file, &e))?;
-                (OpenFile::Point(file.clone()), true)
+                let held = Held::new(&file.image).map_err(|e| self.not_opened(file, &e))?;
+                (OpenFile::Point(file.clone(), held), true)
             }
             NodeKind::Status => (OpenFile::Status(self.status_text()), false),
             NodeKind::Dir(_) => return Err(libc::EISDIR),
             NodeKind::Link(_) => return Err(libc::ELOOP),
         };
         Ok((self.files.insert(Arc::new(file)), keep))
+    }
+
+    /// Closes, for ever, the files of points that nobody has open any more.
+    pub fn close_files(&self) {
+        self.cache.holds().run();
     }
 
     /// Closes a file.
@@ -267,7 +272,7 @@ impl FileSystem {
     pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
         let open = self.files.get(handle).ok_or(libc::EBADF)?;
         match open.as_deref().ok_or(libc::EBADF)? {
-            OpenFile::Point(file) => {
+            OpenFile::Point(file, _) => {
                 let rest = file.image.size().saturating_sub(offset);
                 let n = usize::try_from(rest).unwrap_or(usize::MAX).min(buf.len());
                 file.image.read_at(&mut buf[..n], offset).map_err(|e| self.failed(file, &e))?;
@@ -286,7 +291,7 @@ impl FileSystem {
     /// that may take minutes.
     pub fn must_wait(&self, handle: u64, offset: u64, len: u64) -> bool {
         let open = self.files.get(handle);
-        let Some(OpenFile::Point(file)) = open.as_ref().and_then(|g| g.as_deref()) else {
+        let Some(OpenFile::Point(file, _)) = open.as_ref().and_then(|g| g.as_deref()) else {
             return false;
         };
         let end = offset.saturating_add(len).min(file.image.size());
@@ -325,7 +330,7 @@ impl FileSystem {
         let open = open.as_deref().ok_or(libc::EBADF)?;
         let offset = u64::try_from(offset).map_err(|_| libc::ENXIO)?;
         let size = match open {
-            OpenFile::Point(file) => file.image.size(),
+            OpenFile::Point(file, _) => file.image.size(),
             OpenFile::Status(text) => text.len() as u64,
         };
         if offset >= size {
@@ -337,7 +342,7 @@ impl FileSystem {
             _ => return Err(libc::EINVAL),
         };
         let found = match (open, wanted) {
-            (OpenFile::Point(file), _) => {
+            (OpenFile::Point(file, _), _) => {
                 find(&file.image, offset, wanted).map_err(|e| self.failed(file, &e))?
             }
             (OpenFile::Status(_), Wanted::Data) => Some(offset),

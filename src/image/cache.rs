@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use arc_swap::ArcSwapOption;
 use lru::LruCache;
 
+use super::hold::Holds;
 use super::window::Window;
 
 /// Roughly what the list itself takes for an entry.
@@ -103,6 +104,7 @@ pub struct Cache {
     folds: AtomicU64,
     decompressions: AtomicU64,
     next_id: AtomicU64,
+    holds: Holds,
 }
 
 impl Cache {
@@ -114,6 +116,7 @@ impl Cache {
             folds: AtomicU64::new(0),
             decompressions: AtomicU64::new(0),
             next_id: AtomicU64::new(1),
+            holds: Holds::default(),
         })
     }
 
@@ -128,6 +131,11 @@ impl Cache {
             folds: self.folds.load(Ordering::Relaxed),
             decompressions: self.decompressions.load(Ordering::Relaxed),
         }
+    }
+
+    /// What is held open of the images that use this cache.
+    pub fn holds(&self) -> &Holds {
+        &self.holds
     }
 
     /// A number that tells one image or layer from all others.
