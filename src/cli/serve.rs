@@ -100,7 +100,7 @@ impl Prepared {
             log::warn!("{}: no point can be served", path_text(&plan.backups));
         }
         // Each thread has the device open.
-        files::set_limit(plan.threads as u64);
+        files::set_limit(plan.threads as u64 + 1);
         check_file_limit(&catalog);
         let cache = Cache::new(plan.cache_size);
         let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());

@@ -17,7 +17,9 @@ pub mod handle;
 pub mod lane;
 pub mod names;
 mod number;
+mod place;
 pub mod point;
+pub mod space;
 pub mod tree;
 pub mod watch;
 
@@ -35,7 +37,9 @@ use crate::image::{Cache, Held, Image, Wanted};
 use attr::{Attr, Owner};
 use control::Running;
 use handle::Handles;
+use lane::Lane;
 use point::PointFile;
+use space::{Free, Room};
 use tree::{Changes, EntryKind, Node, NodeKind, ROOT, Tree};
 use watch::{Mode, Waker};
 
@@ -47,6 +51,8 @@ pub type Errno = i32;
 pub struct Space {
     /// Bytes that the backups take on disk.
     pub used: u64,
+    /// Bytes that are free there.
+    pub room: Room,
     /// Inodes.
     pub files: u64,
 }
@@ -93,6 +99,7 @@ pub struct FileSystem {
     generation: AtomicU64,
     last_use: AtomicU64,
     waker: Arc<Waker>,
+    free: Arc<Free>,
 }
 
 impl FileSystem {
@@ -106,6 +113,8 @@ impl FileSystem {
         waker: Arc<Waker>,
     ) -> Self {
         let tree = Tree::build(catalog, None, &cache, |_| false);
+        let free = Arc::new(Free::default());
+        free.ask(&tree.catalog.root);
         FileSystem {
             tree: ArcSwap::from_pointee(tree),
             known: Mutex::default(),
@@ -117,6 +126,7 @@ impl FileSystem {
             generation: AtomicU64::new(0),
             last_use: AtomicU64::new(now()),
             waker,
+            free,
         }
     }
 
@@ -184,11 +194,19 @@ impl FileSystem {
         Ok(self.attr(&node))
     }
 
-    /// Finds `name` in the folder `parent`; the kernel holds the result until [`Self::forget`].
+    /// Finds `name` in the folder `parent`; the kernel holds the result until [`Self::forget`]. `.` is
+    /// `parent` itself, which need not be a folder, and `..` what it lies in: so a number that the
+    /// kernel has forgotten and somebody else, an NFS client, has not, is found again.
     ///
     /// # Errors
     /// ENOENT, ENOTDIR, ESTALE.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Arc<Node>, Errno> {
+        if name == "." || name == ".." {
+            let node = self.node(parent)?;
+            let node = if name == "." { node } else { self.node(node.parent)? };
+            self.remember(&node);
+            return Ok(node);
+        }
         let tree = self.tree.load();
         let folder = match tree.node(parent) {
             Some(node) => node.clone(),
@@ -230,6 +248,17 @@ impl FileSystem {
             NodeKind::Link(target) => Ok(target.clone()),
             _ => Err(libc::EINVAL),
         }
+    }
+
+    /// Whether opening this file asks the storage of the backups, which may not answer.
+    pub fn opens_storage(&self, ino: u64) -> bool {
+        matches!(self.node(ino).map(|n| matches!(n.kind, NodeKind::File(_))), Ok(true))
+    }
+
+    /// Whether reading from this handle does.
+    pub fn reads_storage(&self, handle: u64) -> bool {
+        let open = self.files.get(handle);
+        matches!(open.as_ref().and_then(|g| g.as_deref()), Some(OpenFile::Point(..)))
     }
 
     /// Opens a file. The result is the handle, and whether the kernel may keep cached pages.
@@ -443,10 +472,11 @@ impl FileSystem {
         Ok(attr::xattr_names(&*self.node(ino)?))
     }
 
-    /// Figures for `statfs`.
-    pub fn space(&self) -> Space {
+    /// Figures for `statfs`; the backups' file system is asked by a thread of `lane`.
+    pub fn space(&self, lane: &Arc<Lane>) -> Space {
         let tree = self.tree.load();
-        Space { used: tree.own_bytes, files: tree.len() as u64 }
+        let room = self.free.room(&tree.catalog.root, lane);
+        Space { used: tree.own_bytes, room, files: tree.len() as u64 }
     }
 
     fn status_text(&self) -> Vec<u8> {

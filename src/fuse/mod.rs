@@ -38,7 +38,7 @@ pub enum Access {
 pub struct Options {
     /// Who may use it.
     pub access: Access,
-    /// Threads that serve requests, at least 1.
+    /// Threads that read from storage at the same time, at least 1. There is another, for names.
     pub threads: usize,
     /// What `mount` shows as the source.
     pub source: String,
@@ -63,7 +63,7 @@ const MAX_READ: u32 = 256 << 10;
 /// The kernel or fusermount refuses.
 pub fn mount(fs: Arc<FileSystem>, mountpoint: &Path, options: &Options) -> Result<Mounted> {
     let failed = |e: io::Error| mount_error(e, mountpoint);
-    let adapter = Adapter::new(fs);
+    let adapter = Adapter::new(fs, options.threads);
     let session = Session::new(adapter, mountpoint, &config(options)).map_err(failed)?;
     Ok(Mounted { session: session.spawn().map_err(failed)? })
 }
@@ -126,7 +126,8 @@ pub fn serve(fs: Arc<FileSystem>, device: File, options: &Options) -> Result<Mou
         Access::Owner => SessionACL::All,
         _ => config.acl,
     };
-    let session = Session::from_fd(Adapter::new(fs), OwnedFd::from(device), acl, config);
+    let session =
+        Session::from_fd(Adapter::new(fs, options.threads), OwnedFd::from(device), acl, config);
     let session = session.map_err(failed)?;
     Ok(Mounted { session: session.spawn().map_err(failed)? })
 }
@@ -153,7 +154,8 @@ fn config(options: &Options) -> Config {
         Access::Root => SessionACL::RootAndOwner,
         Access::Everybody => SessionACL::All,
     };
-    config.n_threads = Some(options.threads.max(1));
+    // And one that is left when the storage does not answer.
+    config.n_threads = Some(options.threads.max(1).saturating_add(1));
     config.clone_fd = true;
     config
 }
