@@ -6,9 +6,9 @@
 //!
 //! State, under one lock that is never held while a file is opened or closed:
 //! - each image counts its holders: open handles, and images above it that are held;
-//! - `resting`: handles that were closed a moment ago. Whoever goes through many points opens one
-//!   after the other, and all of a chain share the files below: they are let go of a little later, by
-//!   a thread of its own ([`Holds::run`]), so that a step from one to the next costs one file.
+//! - `resting`: handles that were closed a moment ago. A thread of its own lets go of them
+//!   ([`Holds::run`]): at once, but of a long chain a little later. Whoever goes through many points
+//!   opens one after the other, and all of a chain share the files below; so a step costs one file.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -19,8 +19,10 @@ use super::Image;
 use crate::error::Result;
 use crate::storage::files::{self, Closed};
 
-/// How long the files of a closed point stay open.
-const REST: Duration = Duration::from_secs(1);
+/// How long the files of a closed point stay open, if they are more than [`MANY`].
+const REST: Duration = Duration::from_millis(200);
+/// Opening as many takes a millisecond or two, which is not worth keeping anything open for.
+const MANY: usize = 256;
 
 /// All that is held of one mount.
 #[derive(Default)]
@@ -33,7 +35,8 @@ pub struct Holds {
 struct State {
     /// Open handles, whether their files are held or not.
     handles: usize,
-    /// Closed handles, oldest first; without an image if its files were not held.
+    /// Closed handles and when to let go of them, soonest first; without an image if its files were
+    /// not held.
     resting: VecDeque<(Instant, Option<Arc<Image>>)>,
 }
 
@@ -47,11 +50,11 @@ impl Holds {
         let mut state = self.state();
         loop {
             let now = Instant::now();
-            let Some((closed_at, _)) = state.resting.front() else {
+            let Some((at, _)) = state.resting.front() else {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            let left = (*closed_at + REST).saturating_duration_since(now);
+            let left = at.saturating_duration_since(now);
             if !left.is_zero() {
                 let waited = self.changed.wait_timeout(state, left);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -71,7 +74,7 @@ impl Holds {
 }
 
 impl State {
-    /// Lets go of the handle that was closed first; `None` if there is none.
+    /// Lets go of one closed handle; `None` if there is none.
     fn let_go(&mut self) -> Option<(Option<Arc<Image>>, Closed)> {
         let (_, image) = self.resting.pop_front()?;
         let closed = image.as_deref().map(Image::release).unwrap_or_default();
@@ -110,8 +113,11 @@ impl Drop for Held {
         let holds = self.image.cache.holds();
         let mut state = holds.state();
         state.handles -= 1;
-        let image = self.pinned.then(|| self.image.clone());
-        state.resting.push_back((Instant::now(), image));
+        let (image, now) = (self.pinned.then(|| self.image.clone()), Instant::now());
+        match self.pinned && self.image.files > MANY {
+            true => state.resting.push_back((now + REST, image)),
+            false => state.resting.push_front((now, image)),
+        }
         drop(state);
         holds.changed.notify_one();
     }

@@ -7,6 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Source;
 use crate::image::lazy::LazyLayer;
 use crate::image::window::Window;
+use crate::layer::{Layer, PIECE, Unit};
 
 /// The layers that a read has taken bytes from, each once. Reads go back and forth between a FULL
 /// and what lies on it; looking at a file after each piece would cost a tenth of the time.
@@ -73,24 +74,61 @@ impl Image {
         match source {
             Source::Data { file, host, .. } => layer.read_data(file, host, part),
             Source::Compressed { host, len, unit, skip, .. } => {
-                let data = self.cache.unit(lazy.id, host, || {
-                    let mut out = vec![0; unit as usize];
-                    layer.decompress(host, len, &mut out)?;
-                    // Bytes of a file that changed meanwhile must not get into the cache.
-                    layer.check_unchanged()?;
-                    Ok::<_, Error>(Arc::from(out))
-                })?;
-                let skip = skip as usize;
-                let bytes = data.get(skip..skip + part.len()).ok_or_else(|| {
-                    Error::new(Kind::Corrupt, "a compressed unit is shorter than its extent")
-                        .at_path(layer.path())
-                        .at_offset(host)
-                })?;
-                part.copy_from_slice(bytes);
-                Ok(())
+                let unit = Unit { host, len, size: unit };
+                match unit.size > PIECE && layer.has_pieces() {
+                    true => self.read_pieces(lazy.id, layer, unit, skip, part),
+                    false => self.read_unit(lazy.id, layer, unit, skip, part),
+                }
             }
             Source::Unallocated | Source::Zero { .. } | Source::Bad { .. } => Ok(()),
         }
+    }
+
+    fn read_unit(
+        &self,
+        id: u64,
+        layer: &dyn Layer,
+        unit: Unit,
+        skip: u32,
+        part: &mut [u8],
+    ) -> Result<()> {
+        let data = self.cache.unit(id, unit.host, unit.size.into(), || {
+            let mut out = vec![0; unit.size as usize];
+            layer.decompress(unit.host, unit.len, &mut out)?;
+            // Bytes of a file that changed meanwhile must not get into the cache.
+            layer.check_unchanged()?;
+            Ok::<_, Error>(Arc::from(out))
+        })?;
+        copy(&data, skip as usize, part).ok_or_else(|| short(layer, unit))
+    }
+
+    /// The same of a large unit, of which no more is decompressed than is needed.
+    fn read_pieces(
+        &self,
+        id: u64,
+        layer: &dyn Layer,
+        unit: Unit,
+        skip: u32,
+        part: &mut [u8],
+    ) -> Result<()> {
+        let (mut at, mut rest) = (skip, part);
+        while !rest.is_empty() {
+            let (number, inside) = (at / PIECE, at % PIECE);
+            let (now, after) = rest.split_at_mut(rest.len().min((PIECE - inside) as usize));
+            let piece = self.cache.piece(id, unit.host, number, |pieces, before| {
+                let before = before.as_ref().map(|(n, piece)| (*n, &**piece));
+                layer.decompress_pieces(unit, before, number, &mut |n, piece| {
+                    layer.check_unchanged()?;
+                    pieces.keep(n, piece);
+                    Ok(())
+                })
+            })?;
+            let done = piece.and_then(|p| copy(&p.bytes, inside as usize, now));
+            done.ok_or_else(|| short(layer, unit))?;
+            at += now.len() as u32;
+            rest = after;
+        }
+        Ok(())
     }
 
     fn bad_range(&self, layer: u16, at: u64) -> Error {
@@ -98,4 +136,16 @@ impl Image {
         Error::new(Kind::Corrupt, format!("guest offset {at:#x} cannot be read; see the findings"))
             .at_path(self.layer_path(layer))
     }
+}
+
+/// Fills `part` from the bytes after `skip`; `None` if there are too few.
+fn copy(bytes: &[u8], skip: usize, part: &mut [u8]) -> Option<()> {
+    part.copy_from_slice(bytes.get(skip..skip.checked_add(part.len())?)?);
+    Some(())
+}
+
+fn short(layer: &dyn Layer, unit: Unit) -> Error {
+    Error::new(Kind::Corrupt, "a compressed unit is shorter than its extent")
+        .at_path(layer.path())
+        .at_offset(unit.host)
 }
