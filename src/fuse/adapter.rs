@@ -294,10 +294,15 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.guard("release", |fs| {
+        // Closing files may take as long as reading them.
+        let release = move |fs: &FileSystem| {
             fs.release(fh.0);
             reply.ok();
-        });
+        };
+        match self.fs.reads_storage(fh.0) {
+            true => self.guard_storage("release", false, release),
+            false => self.guard("release", release),
+        }
     }
 
     fn fsync(

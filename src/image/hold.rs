@@ -6,9 +6,9 @@
 //!
 //! State, under one lock that is never held while a file is opened or closed:
 //! - each image counts its holders: open handles, and images above it that are held;
-//! - `resting`: handles that were closed a moment ago. A thread of its own lets go of them
-//!   ([`Holds::run`]): at once, but of a long chain a little later. Whoever goes through many points
-//!   opens one after the other, and all of a chain share the files below; so a step costs one file.
+//! - `resting`: points of long chains that were closed a moment ago. A thread of its own lets go of them
+//!   a little later ([`Holds::run`]): whoever goes through many points opens one after the other, and
+//!   all of a chain share the files below; so a step costs one file.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -35,9 +35,8 @@ pub struct Holds {
 struct State {
     /// Open handles, whether their files are held or not.
     handles: usize,
-    /// Closed handles and when to let go of them, soonest first; without an image if its files were
-    /// not held.
-    resting: VecDeque<(Instant, Option<Arc<Image>>)>,
+    /// Images of closed handles and when to let go of them, soonest first.
+    resting: VecDeque<(Instant, Arc<Image>)>,
 }
 
 impl Holds {
@@ -45,7 +44,7 @@ impl Holds {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets go of the files of closed points, for ever.
+    /// Lets go of what rests, for ever.
     pub fn run(&self) {
         let mut state = self.state();
         loop {
@@ -61,7 +60,7 @@ impl Holds {
                 continue;
             }
             let done = state.let_go();
-            let nothing_open = state.resting.is_empty() && state.handles == 0;
+            let nothing_open = state.is_empty();
             drop(state);
             // Here the storage may take its time.
             drop(done);
@@ -75,10 +74,14 @@ impl Holds {
 
 impl State {
     /// Lets go of one closed handle; `None` if there is none.
-    fn let_go(&mut self) -> Option<(Option<Arc<Image>>, Closed)> {
+    fn let_go(&mut self) -> Option<(Arc<Image>, Closed)> {
         let (_, image) = self.resting.pop_front()?;
-        let closed = image.as_deref().map(Image::release).unwrap_or_default();
+        let closed = image.release();
         Some((image, closed))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.handles == 0 && self.resting.is_empty()
     }
 }
 
@@ -113,13 +116,20 @@ impl Drop for Held {
         let holds = self.image.cache.holds();
         let mut state = holds.state();
         state.handles -= 1;
-        let (image, now) = (self.pinned.then(|| self.image.clone()), Instant::now());
-        match self.pinned && self.image.files > MANY {
-            true => state.resting.push_back((now + REST, image)),
-            false => state.resting.push_front((now, image)),
+        if self.pinned && self.image.files > MANY {
+            state.resting.push_back((Instant::now() + REST, self.image.clone()));
+            drop(state);
+            holds.changed.notify_one();
+            return;
         }
+        let closed = if self.pinned { self.image.release() } else { Closed::new() };
+        let nothing_open = state.is_empty();
         drop(state);
-        holds.changed.notify_one();
+        // Here the storage may take its time.
+        drop(closed);
+        if nothing_open {
+            files::close_unpinned();
+        }
     }
 }
 
