@@ -15,7 +15,7 @@ use super::privileges::{self, Owner};
 use super::{daemon, mountinfo, options, paths, serve, users};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
-use crate::fuse::Access;
+use crate::fuse::{self, Access};
 use crate::text::path_text;
 use crate::units::parse_bytes;
 
@@ -163,8 +163,6 @@ fn plan(args: &MountArgs) -> Result<Plan> {
     let access = access(args)?;
     // SAFETY: these calls cannot fail.
     let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
-    // More than the processors of a small machine: the file system under the backups may be slow.
-    let cores = std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(4, 8);
     let owner = crate::fs::attr::Owner {
         uid: args.uid.unwrap_or(uid),
         gid: args.gid.unwrap_or(gid),
@@ -182,7 +180,7 @@ fn plan(args: &MountArgs) -> Result<Plan> {
         access,
         owner,
         cache_size: args.cache_size.unwrap_or(64 << 20),
-        threads: args.threads.map_or(cores, usize::from),
+        threads: args.threads.map_or_else(fuse::default_threads, usize::from),
         idle_timeout: args.idle_timeout,
         poll_interval: args.poll_interval,
         as_owner: None,

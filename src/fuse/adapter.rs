@@ -149,6 +149,27 @@ impl Adapter {
     }
 }
 
+/// Asks the kernel for what a mount wants of it.
+pub fn negotiate(config: &mut KernelConfig) {
+    // Each is a wish: an older kernel goes without.
+    for wish in [
+        InitFlags::FUSE_ASYNC_DIO,
+        InitFlags::FUSE_PARALLEL_DIROPS,
+        InitFlags::FUSE_DO_READDIRPLUS,
+        InitFlags::FUSE_READDIRPLUS_AUTO,
+        InitFlags::FUSE_CACHE_SYMLINKS,
+        // NFS servers ask for what the kernel has forgotten.
+        InitFlags::FUSE_EXPORT_SUPPORT,
+    ] {
+        let _ = config.add_capabilities(wish);
+    }
+    let _ = config.set_max_write(MAX_REQUEST);
+    if let Err(most) = config.set_max_readahead(4 * MAX_REQUEST) {
+        let _ = config.set_max_readahead(most);
+    }
+    let _ = config.set_max_background(MAX_BACKGROUND);
+}
+
 /// Answers with the value, its length, or ERANGE, as `getxattr` and `listxattr` want it.
 fn reply_xattr(value: fs_result::Bytes, size: u32, reply: ReplyXattr) {
     match value {
@@ -165,23 +186,7 @@ mod fs_result {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Each is a wish: an older kernel goes without.
-        for wish in [
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-            // NFS servers ask for what the kernel has forgotten.
-            InitFlags::FUSE_EXPORT_SUPPORT,
-        ] {
-            let _ = config.add_capabilities(wish);
-        }
-        let _ = config.set_max_write(MAX_REQUEST);
-        if let Err(most) = config.set_max_readahead(4 * MAX_REQUEST) {
-            let _ = config.set_max_readahead(most);
-        }
-        let _ = config.set_max_background(MAX_BACKGROUND);
+        negotiate(config);
         Ok(())
     }
 

@@ -21,6 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::FileSystem;
 use crate::fs::tree::Changes;
 use adapter::Adapter;
+pub use adapter::negotiate;
 
 /// Who may use the mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,7 +133,14 @@ pub fn serve(fs: Arc<FileSystem>, device: File, options: &Options) -> Result<Mou
     Ok(Mounted { session: session.spawn().map_err(failed)? })
 }
 
-fn config(options: &Options) -> Config {
+/// How many threads read from storage if the user does not say: more than the processors of a small
+/// machine, since the file system under the backups may be slow.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(4, 8)
+}
+
+/// The settings of fuser for a mount.
+pub fn config(options: &Options) -> Config {
     let mut config = Config::default();
     // Only the direct way of mounting takes the name as it is; fusermount splits at commas.
     let escaped = options.source.replace('\\', "\\\\").replace(',', "\\,");
