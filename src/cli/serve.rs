@@ -43,6 +43,7 @@ pub(super) const SIGNALS: [i32; 3] = [SIGTERM, SIGINT, SIGHUP];
 /// Mounting failed, or the connection to the kernel broke.
 pub fn serve(plan: &Plan, ready: Ready) -> Result<u8> {
     raise_file_limit();
+    give_memory_back();
     log_panics();
     match privileges::is_root() {
         true => keeper::run(plan, ready),
@@ -313,6 +314,19 @@ fn longest_chain(catalog: &Catalog) -> (String, u64) {
         }
     }
     longest
+}
+
+/// What the cache lets go of is the system's again: without this the C library keeps it, scattered over
+/// the threads' heaps, and the process takes several times what `--cache-size` says.
+fn give_memory_back() {
+    /// Smaller than a decompressed piece.
+    #[cfg(target_env = "gnu")]
+    const OF_THEIR_OWN: libc::c_int = 128 << 10;
+    // SAFETY: plain numbers; there is one thread.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, OF_THEIR_OWN);
+    }
 }
 
 /// A panic in the background must not vanish with standard error.

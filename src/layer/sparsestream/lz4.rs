@@ -225,27 +225,36 @@ impl<'a> Frame<'a> {
         }
         let size = u64::from(self.blocks.unit.size);
         let mut done = u64::from(number) * u64::from(PIECE);
-        let mut bytes = Vec::new();
+        let (mut piece, mut block) = (Vec::new(), Vec::new());
         while done < size && number <= last {
-            if !self.blocks.next(&mut bytes)? {
+            block.clear();
+            if !self.blocks.next(&mut block)? {
                 return Err(cut(self.blocks.at, "compressed data is damaged: the frame is short"));
             }
-            let end = done + bytes.len() as u64;
-            if end > size {
+            if block.len() as u64 > size - done - piece.len() as u64 {
                 return Err(corrupt(
                     self.blocks.at,
                     "compressed data is damaged: the frame is long",
                 ));
             }
-            if end == size {
+            let ends = done + (piece.len() + block.len()) as u64 == size;
+            if ends {
                 self.blocks.check_end(None)?;
             }
-            while bytes.len() >= PIECE as usize || (end == size && !bytes.is_empty()) {
-                let rest = bytes.split_off(bytes.len().min(PIECE as usize));
-                done += bytes.len() as u64;
-                let next = rest.is_empty().then_some(self.blocks.at);
-                keep(number, Piece { bytes: bytes.into_boxed_slice(), next })?;
-                (number, bytes) = (number + 1, rest);
+            let mut rest = block.as_slice();
+            while !rest.is_empty() {
+                // Of the right length from the start: it may stay for long.
+                piece.reserve_exact((PIECE as usize).min((size - done) as usize) - piece.len());
+                let (now, after) = rest.split_at(rest.len().min(PIECE as usize - piece.len()));
+                piece.extend_from_slice(now);
+                rest = after;
+                if piece.len() == PIECE as usize || (ends && rest.is_empty()) {
+                    done += piece.len() as u64;
+                    let next = rest.is_empty().then_some(self.blocks.at);
+                    let bytes = std::mem::take(&mut piece).into_boxed_slice();
+                    keep(number, Piece { bytes, next })?;
+                    number += 1;
+                }
             }
         }
         Ok(())
