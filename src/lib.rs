@@ -5,7 +5,7 @@
 //!
 //! - [`text`], [`error`], [`units`], [`progress`]: what everybody needs
 //! - [`folder`]: the one way to reach files in folders that others may own; [`lock`] on top of it
-//! - [`storage`], [`hash`]: positioned reads, and the hash of a whole file
+//! - [`storage`], [`hash`]: positioned reads, a bounded number of open files, and the hash of a whole file
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
 //! - [`qemu_img`]: running qemu-img on images that nobody trusts

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measures reads through `fleecefs mount` beside qemu-storage-daemon's FUSE export of the same chain.
 
-Both serve the same files, in tmpfs, and are measured turn about, for some rounds. What counts is the
-median over the rounds of ours/theirs: a noisy machine disturbs both. Prints a table (to standard
-output) and writes JSON where --json says.
+Both serve the same files, in tmpfs, and are measured turn about, for some rounds; so is a file of zeros
+that is served with the same settings of fuser (--zeros), which is what FUSE itself allows. What counts is
+the median over the rounds of ours/theirs, and of ours/FUSE: a noisy machine disturbs all. Prints a table
+(to standard output) and writes JSON where --json says.
 """
 
 import argparse
@@ -36,6 +37,9 @@ METRICS = [
     "rand 4k direct, 1 job",
     "rand 4k direct, 8 jobs",
 ]
+# Eight readers on the newest eight points of one chain, of which theirs serves one.
+EIGHT = ["seq 1M direct, 8 points", "rand 4k direct, 8 points"]
+FUSE_SHARE = 0.9  # of what FUSE allows, of each direct read
 DEPTH_RATIO = 0.8  # ours, deepest chain over a single file
 SECOND_READ_RATIO = 0.9  # over a raw file in the page cache
 PEAK_MIB = 100
@@ -116,12 +120,44 @@ def theirs(_args, files, work):
         subprocess.run(["umount", "-q", point], check=False)
 
 
-def fio(path, size, seconds, *options):
+@contextlib.contextmanager
+def zeros(args, _files, work):
+    """Files of zeros, with the settings of a mount: yields the first and the process."""
+    mount_point = os.path.join(work, "zeros")
+    os.makedirs(mount_point, exist_ok=True)
+    process = subprocess.Popen([args.zeros, mount_point, str(args.size_mib * MIB)])
+    try:
+        wait_until(lambda: os.path.ismount(mount_point), "zeros", process)
+        with contextlib.suppress(OSError), open(read_ahead(mount_point), "w") as setting:
+            setting.write("4096")  # as a mount does
+        yield os.path.join(mount_point, "0"), process
+    finally:
+        subprocess.run(["umount", "-q", mount_point], check=False)
+        end(process)
+
+
+def read_ahead(mount_point):
+    device = os.stat(mount_point).st_dev
+    return f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+
+
+def eight_points(who, path, files):
+    """The files that eight readers read."""
+    folder = os.path.dirname(path)
+    if who == "fuse":
+        return [os.path.join(folder, str(i)) for i in range(8)]
+    names = [os.path.basename(file) + ".raw" for file in files[-8:]]
+    return [os.path.join(folder, names[i % len(names)]) for i in range(8)]
+
+
+def fio(paths, size, seconds, *options):
     command = [
-        "fio", "--name=read", f"--filename={path}", f"--size={size}", "--readonly",
+        "fio", f"--size={size}", "--readonly",
         "--ioengine=psync", "--direct=1", "--time_based", f"--runtime={seconds}",
         "--ramp_time=0.3", "--group_reporting", "--output-format=json", *options,
     ]  # fmt: skip
+    for number, path in enumerate(paths):
+        command += [f"--name=read{number}", f"--filename={path}"]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     # fio may print notes before its JSON.
     read = json.loads(result.stdout[result.stdout.index("{") :])["jobs"][0]["read"]
@@ -142,16 +178,17 @@ def first_read(server, args, files, work):
         return buffered(path, min(args.size_mib, args.buffered_mib) * MIB)
 
 
-def warm_figure(metric, path, args):
+def warm_figure(metric, path, args, eight=()):
     """One figure of a mount that has been read before."""
     size = args.size_mib * MIB
+    paths = eight if metric in EIGHT else [path]
     if metric == "buffered, second read":
         return max(buffered(path, min(size, args.buffered_mib * MIB)) for _ in range(2))
-    if metric == "seq 1M direct":
-        return fio(path, size, args.seconds, "--rw=read", "--bs=1M")[0]
+    if metric.startswith("seq 1M direct"):
+        return fio(paths, size, args.seconds, "--rw=read", "--bs=1M")[0]
     jobs = 8 if metric.endswith("8 jobs") else 1
     options = ["--rw=randread", "--bs=4k", f"--numjobs={jobs}", "--norandommap", "--randrepeat=0"]
-    return fio(path, size, args.seconds, *options)[1]
+    return fio(paths, size, args.seconds, *options)[1]
 
 
 def same_bytes(args, files, work):
@@ -196,6 +233,8 @@ def measure_depth(args, servers, files, work):
     """figures[who][metric] = one figure per round. The two measurements of a pair are seconds apart,
     so that what else the machine does hits both."""
     figures = {who: {metric: [] for metric in METRICS} for who in servers}
+    for who in servers.keys() - {"theirs"}:
+        figures[who] |= {metric: [] for metric in EIGHT}
     for number in range(args.rounds):
         for who, server in turn_about(servers, number):
             figures[who]["buffered, first read"].append(first_read(server, args, files, work))
@@ -203,10 +242,12 @@ def measure_depth(args, servers, files, work):
         mounts = {w: stack.enter_context(s(args, files, work)) for w, s in servers.items()}
         for path, _ in mounts.values():
             buffered(path, min(args.size_mib, args.buffered_mib) * MIB)
-        for metric in METRICS[1:]:
+        for metric in METRICS[1:] + EIGHT:
             for number in range(args.rounds):
                 for who, (path, _) in turn_about(mounts, number):
-                    figures[who][metric].append(warm_figure(metric, path, args))
+                    if metric in figures[who]:
+                        eight = eight_points(who, path, files)
+                        figures[who][metric].append(warm_figure(metric, path, args, eight))
         for who, (_, process) in mounts.items():
             figures[who]["peak MiB"] = [peak_mib(process)]
     return figures
@@ -240,6 +281,10 @@ def measure(args, files_by_depth, work):
     servers = {"ours": ours, "theirs": theirs}
     if args.only:
         servers = {args.only: servers[args.only]}
+    if os.path.exists(args.zeros):
+        servers["fuse"] = zeros
+    else:
+        print(f"bench: no {args.zeros}: what FUSE allows is not measured", file=sys.stderr)
     results = {}
     for depth, files in files_by_depth.items():
         results[depth] = measure_depth(args, servers, files, work)
@@ -286,16 +331,23 @@ def table(results, out):
     """Prints the medians of each metric and depth, with the median of the rounds' ratios."""
     promised = {(metric, depth): least for metric, depth, least in PROMISES}
     out["ratios"] = []
-    print(f"{'':24} {'depth':>5} {'ours':>10} {'theirs':>10} {'ratio':>7}  promised")
+    head = f"{'':24} {'depth':>5} {'ours':>10} {'theirs':>10} {'FUSE':>10} {'/theirs':>7} {'/FUSE':>6}"
+    print(head + "  promised")
     for depth, whos in results.items():
         for metric in next(iter(whos.values())):
-            medians = {who: statistics.median(values[metric]) for who, values in whos.items()}
+            there = {who: values[metric] for who, values in whos.items() if metric in values}
+            medians = {who: statistics.median(values) for who, values in there.items()}
             row = {"metric": metric, "depth": depth, **medians}
-            cells = [f"{medians[w]:10.0f}" if w in medians else " " * 10 for w in ("ours", "theirs")]
-            verdict = ""
-            if len(medians) == 2:
-                row["ratio"] = ratio(whos["ours"][metric], whos["theirs"][metric])
+            order = ("ours", "theirs", "fuse")
+            cells = [f"{medians[w]:10.0f}" if w in medians else " " * 10 for w in order]
+            verdict = " " * 7
+            if "ours" in there and "theirs" in there:
+                row["ratio"] = ratio(there["ours"], there["theirs"])
                 verdict = f"{row['ratio']:7.2f}"
+            if "ours" in there and "fuse" in there and metric != "peak MiB":
+                row["of fuse"] = ratio(there["ours"], there["fuse"])
+                verdict += f" {row['of fuse']:6.2f}"
+            if "ratio" in row:
                 least = promised.get((metric, depth))
                 if least:
                     row |= {"promised": least, "kept": row["ratio"] >= least}
@@ -307,7 +359,7 @@ def table(results, out):
 def promise(out, name, value, limit, at_least):
     kept = value >= limit if at_least else value <= limit
     sign = ">=" if at_least else "<="
-    print(f"{name:45} {value:8.2f}  {sign} {limit:g} {'ok' if kept else 'MISSED'}")
+    print(f"{name:62} {value:8.2f}  {sign} {limit:g} {'ok' if kept else 'MISSED'}")
     out["others"].append({"metric": name, "value": value, "promised": limit, "kept": kept})
 
 
@@ -316,6 +368,10 @@ def other_promises(args, results, files, work, out):
     out["others"] = []
     if args.only == "theirs":
         return
+    for row in out["ratios"]:
+        if "of fuse" in row and "direct" in row["metric"]:
+            name = f"of what FUSE allows, depth {row['depth']}: {row['metric']}"
+            promise(out, name, row["of fuse"], FUSE_SHARE, True)
     shallow, deep = min(results), max(results)
     if deep != shallow:
         for metric, value in depth_ratios(args, files, work).items():
@@ -330,7 +386,7 @@ def other_promises(args, results, files, work, out):
         else:
             # Told, not promised: such file systems copy out of folios of many pages, and the kernel
             # has none for FUSE.
-            print(f"{name:45} {value:8.2f}")
+            print(f"{name:62} {value:8.2f}")
             out["others"].append({"metric": name, "value": value})
     promise(out, f"peak MiB, depth {deep}", max(results[deep]["ours"]["peak MiB"]), PEAK_MIB, False)
     promise(out, "365 points of 1 TiB: mount, s", mount_many(args, work), MOUNT_365_SECONDS, False)
@@ -340,6 +396,7 @@ def other_promises(args, results, files, work, out):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--fleecefs", default="target/release/fleecefs")
+    parser.add_argument("--zeros", default="target/release/examples/zeros", help="what FUSE allows")
     parser.add_argument("--size-mib", type=int, default=4096, help="virtual disk (%(default)s)")
     parser.add_argument("--depths", default="1,10,200", help="files per chain (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -354,6 +411,7 @@ def arguments():
     if args.quick:
         args.size_mib, args.rounds, args.seconds, args.buffered_mib = 512, 1, 1, 256
     args.fleecefs = os.path.abspath(args.fleecefs)
+    args.zeros = os.path.abspath(args.zeros)
     return args
 
 

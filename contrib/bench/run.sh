@@ -1,5 +1,6 @@
 #!/bin/bash
-# Installs what is missing, builds the release, and measures it beside QEMU's own FUSE export.
+# Installs what is missing, builds the release, and measures it beside QEMU's own FUSE export and beside
+# what FUSE itself allows (examples/zeros.rs).
 # Arguments go to bench.py; --quick takes a minute, without it some ten.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,5 +11,6 @@ deps_build
 deps_fuse
 deps_bench
 deps_qemu
-cargo build --release --quiet
-exec python3 contrib/bench/bench.py --fleecefs "${CARGO_TARGET_DIR:-target}/release/fleecefs" "$@"
+cargo build --release --quiet --bins --example zeros
+exec python3 contrib/bench/bench.py --fleecefs "${CARGO_TARGET_DIR:-target}/release/fleecefs" \
+    --zeros "${CARGO_TARGET_DIR:-target}/release/examples/zeros" "$@"

@@ -15,7 +15,7 @@ use super::privileges::{self, Owner};
 use super::{daemon, mountinfo, options, paths, serve, users};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
-use crate::fuse::Access;
+use crate::fuse::{self, Access};
 use crate::text::path_text;
 use crate::units::parse_bytes;
 
@@ -34,7 +34,7 @@ Examples:
   fleecefs umount /mnt/vm1
 
 In /etc/fstab:
-  /backups/vm1  /mnt/vm1  fuse.fleecefs  noauto,allow_other,mode=0440,gid=backup  0 0")]
+  /backups/vm1  /mnt/vm1  fuse.fleecefs  noauto,x-systemd.requires-mounts-for=/backups/vm1,allow_other,mode=0440,gid=backup  0 0")]
 pub struct MountArgs {
     /// The backup directory
     pub backups: PathBuf,
@@ -92,6 +92,8 @@ pub struct MountArgs {
     pub options: Vec<String>,
 }
 
+/// Dead mounts on top of each other that are taken away.
+const MOST_DEAD: usize = 16;
 /// More than any `/etc/fuse.conf` has, in bytes.
 const FUSE_CONF_MAX: u64 = 1 << 20;
 
@@ -147,8 +149,11 @@ pub fn mount(mut args: MountArgs, as_owner: bool) -> Result<()> {
 fn plan(args: &MountArgs) -> Result<Plan> {
     let backups = directory(&args.backups, "the backup directory")?;
     // Looked up before anything asks the mount itself: its server may be dead.
-    if let Some(mount) = mountinfo::at(&args.mountpoint)?.filter(Mount::is_fleecefs) {
-        return Err(mounted_already(&mount));
+    for _ in 0..MOST_DEAD {
+        match mountinfo::at(&args.mountpoint)?.filter(Mount::is_fleecefs) {
+            Some(mount) => take_over(&mount)?,
+            None => break,
+        }
     }
     let mountpoint = directory(&args.mountpoint, "the mount point")?;
     if let Some(mount) = mountinfo::find(&mountpoint)?.filter(Mount::is_fleecefs) {
@@ -158,8 +163,6 @@ fn plan(args: &MountArgs) -> Result<Plan> {
     let access = access(args)?;
     // SAFETY: these calls cannot fail.
     let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
-    // More than the processors of a small machine: the file system under the backups may be slow.
-    let cores = std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(4, 8);
     let owner = crate::fs::attr::Owner {
         uid: args.uid.unwrap_or(uid),
         gid: args.gid.unwrap_or(gid),
@@ -177,22 +180,35 @@ fn plan(args: &MountArgs) -> Result<Plan> {
         access,
         owner,
         cache_size: args.cache_size.unwrap_or(64 << 20),
-        threads: args.threads.map_or(cores, usize::from),
+        threads: args.threads.map_or_else(fuse::default_threads, usize::from),
         idle_timeout: args.idle_timeout,
         poll_interval: args.poll_interval,
         as_owner: None,
     })
 }
 
-fn mounted_already(mount: &Mount) -> Error {
+/// Takes away a mount whose server was killed. Whoever still has a file of it open keeps that, dead.
+fn take_over(mount: &Mount) -> Result<()> {
+    if folder::look(&mount.path).err().and_then(|e| e.raw_os_error()) != Some(libc::ENOTCONN) {
+        return Err(mounted_already(mount));
+    }
     let path = path_text(&mount.path);
-    let remedy = format!("'fleecefs umount {path}' first");
-    let text = match folder::look(&mount.path).err().and_then(|e| e.raw_os_error()) {
-        Some(libc::ENOTCONN) => {
-            format!("a dead mount of {} is in the way: its process was killed", mount.source)
-        }
-        _ => format!("{} is mounted here already", mount.source),
-    };
+    mount.end(true).map_err(|e| {
+        let text = format!("a dead mount of {} is in the way: {}", mount.source, e.report());
+        Error::new(Kind::Busy, text)
+            .at_path(&mount.path)
+            .remedy(format!("'fleecefs umount --lazy {path}' as its owner or root first"))
+    })?;
+    log::warn!(
+        "{path}: took the place of a dead mount of {}, whose process was killed",
+        mount.source
+    );
+    Ok(())
+}
+
+fn mounted_already(mount: &Mount) -> Error {
+    let text = format!("{} is mounted here already", mount.source);
+    let remedy = format!("'fleecefs umount {}' first", path_text(&mount.path));
     Error::new(Kind::Busy, text).at_path(&mount.path).remedy(remedy)
 }
 

@@ -24,14 +24,13 @@ use crate::fs::FileSystem;
 use crate::fs::watch::{Waker, Watch};
 use crate::fuse::{self, Mounted, Notify};
 use crate::image::Cache;
+use crate::storage::files;
 use crate::text::path_text;
 
 /// How far the kernel reads ahead: several of its largest requests, so that all threads have work.
 const READ_AHEAD_KB: u32 = 4096;
 /// How often is looked whether there is something to do.
 pub(super) const TICK: Duration = Duration::from_millis(500);
-/// Descriptors for everything but layers, with room to spare.
-const OTHER_FILES: u64 = 64;
 /// Dropping a catalog of long chains must not run out of stack.
 const WATCH_STACK: usize = 16 << 20;
 /// What unmounts.
@@ -44,6 +43,7 @@ pub(super) const SIGNALS: [i32; 3] = [SIGTERM, SIGINT, SIGHUP];
 /// Mounting failed, or the connection to the kernel broke.
 pub fn serve(plan: &Plan, ready: Ready) -> Result<u8> {
     raise_file_limit();
+    give_memory_back();
     log_panics();
     match privileges::is_root() {
         true => keeper::run(plan, ready),
@@ -100,18 +100,22 @@ impl Prepared {
         if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
             log::warn!("{}: no point can be served", path_text(&plan.backups));
         }
+        // Each thread has the device open.
+        files::set_limit(plan.threads as u64 + 1);
         check_file_limit(&catalog);
         let cache = Cache::new(plan.cache_size);
         let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());
         Ok(Prepared { fs: Arc::new(fs), watch, waker, options, probes })
     }
 
-    /// Starts the thread that looks at the directory again.
+    /// Starts the threads that look at the directory again, and that close what nobody reads.
     ///
     /// # Errors
     /// No thread can be made.
     pub fn watch(self, mounted: &Mounted) -> Result<()> {
         let Prepared { fs, watch, waker, options, probes } = self;
+        let files = fs.clone();
+        start("files", 0, move || files.close_files())?;
         let refresh = Refresh { fs, notify: mounted.notifier(), options, probes, failing: false };
         start("watch", WATCH_STACK, move || refresh.run(watch, &waker))
     }
@@ -268,7 +272,7 @@ pub(super) fn start(name: &str, stack: usize, work: impl FnOnce() + Send + 'stat
         .map_err(|e| Error::io(e, format!("cannot start the thread '{name}'")))
 }
 
-/// A point's layers are all open at once: as many files as the system allows.
+/// The files of open points are held open: as many as the system allows.
 pub(super) fn raise_file_limit() {
     // SAFETY: plain data and valid pointers.
     unsafe {
@@ -280,19 +284,16 @@ pub(super) fn raise_file_limit() {
     }
 }
 
-/// Says so where a chain has more files than may be open at once, before somebody opens its points.
+/// Says so where a chain has more files than can be held open, before somebody opens its points.
 fn check_file_limit(catalog: &Catalog) {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: a valid pointer.
-    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
-    let (longest, files) = longest_chain(catalog);
-    // The rest of the program needs a few, too.
-    if known && files.saturating_add(OTHER_FILES) > limit.rlim_cur {
+    let most = files::pin_limit() as u64;
+    let (longest, count) = longest_chain(catalog);
+    if count > most {
         log::warn!(
-            "{}: a chain of {files} files, and only {} may be open: some of its points cannot be \
-             opened; raise the hard limit (ulimit -Hn, LimitNOFILE=) or consolidate the chain",
-            path_text(&longest),
-            limit.rlim_cur
+            "{}: a chain of {count} files, and only {most} can be held open: all points can be read, \
+             but not after one of their files is removed while they are open; raise the hard limit \
+             (ulimit -Hn, LimitNOFILE=) or consolidate the chain",
+            path_text(&longest)
         );
     }
 }
@@ -313,6 +314,19 @@ fn longest_chain(catalog: &Catalog) -> (String, u64) {
         }
     }
     longest
+}
+
+/// What the cache lets go of is the system's again: without this the C library keeps it, scattered over
+/// the threads' heaps, and the process takes several times what `--cache-size` says.
+fn give_memory_back() {
+    /// Smaller than a decompressed piece.
+    #[cfg(target_env = "gnu")]
+    const OF_THEIR_OWN: libc::c_int = 128 << 10;
+    // SAFETY: plain numbers; there is one thread.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, OF_THEIR_OWN);
+    }
 }
 
 /// A panic in the background must not vanish with standard error.

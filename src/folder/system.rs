@@ -33,7 +33,16 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The same as text; what is no UTF-8 is replaced.
+/// Opens a file of `/proc` or `/sys`, to be polled.
+///
+/// # Errors
+/// As [`read`].
+pub fn open(path: &Path) -> io::Result<File> {
+    check(path)?;
+    File::open(path)
+}
+
+/// The contents as text; what is no UTF-8 is replaced.
 ///
 /// # Errors
 /// As [`read`].

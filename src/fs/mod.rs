@@ -17,7 +17,9 @@ pub mod handle;
 pub mod lane;
 pub mod names;
 mod number;
+mod place;
 pub mod point;
+pub mod space;
 pub mod tree;
 pub mod watch;
 
@@ -31,11 +33,13 @@ use arc_swap::ArcSwap;
 
 use crate::chain::Catalog;
 use crate::error::{Error, Kind};
-use crate::image::{Cache, Image, Wanted};
+use crate::image::{Cache, Held, Image, Wanted};
 use attr::{Attr, Owner};
 use control::Running;
 use handle::Handles;
+use lane::Lane;
 use point::PointFile;
+use space::{Free, Room};
 use tree::{Changes, EntryKind, Node, NodeKind, ROOT, Tree};
 use watch::{Mode, Waker};
 
@@ -47,13 +51,15 @@ pub type Errno = i32;
 pub struct Space {
     /// Bytes that the backups take on disk.
     pub used: u64,
+    /// Bytes that are free there.
+    pub room: Room,
     /// Inodes.
     pub files: u64,
 }
 
 /// What an open file reads from.
 enum OpenFile {
-    Point(Arc<PointFile>),
+    Point(Arc<PointFile>, #[expect(dead_code, reason = "lives as long as it is open")] Held),
     Status(Vec<u8>),
 }
 
@@ -93,6 +99,7 @@ pub struct FileSystem {
     generation: AtomicU64,
     last_use: AtomicU64,
     waker: Arc<Waker>,
+    free: Arc<Free>,
 }
 
 impl FileSystem {
@@ -106,6 +113,8 @@ impl FileSystem {
         waker: Arc<Waker>,
     ) -> Self {
         let tree = Tree::build(catalog, None, &cache, |_| false);
+        let free = Arc::new(Free::default());
+        free.ask(&tree.catalog.root);
         FileSystem {
             tree: ArcSwap::from_pointee(tree),
             known: Mutex::default(),
@@ -117,6 +126,7 @@ impl FileSystem {
             generation: AtomicU64::new(0),
             last_use: AtomicU64::new(now()),
             waker,
+            free,
         }
     }
 
@@ -184,11 +194,19 @@ impl FileSystem {
         Ok(self.attr(&node))
     }
 
-    /// Finds `name` in the folder `parent`; the kernel holds the result until [`Self::forget`].
+    /// Finds `name` in the folder `parent`; the kernel holds the result until [`Self::forget`]. `.` is
+    /// `parent` itself, which need not be a folder, and `..` what it lies in: so a number that the
+    /// kernel has forgotten and somebody else, an NFS client, has not, is found again.
     ///
     /// # Errors
     /// ENOENT, ENOTDIR, ESTALE.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Arc<Node>, Errno> {
+        if name == "." || name == ".." {
+            let node = self.node(parent)?;
+            let node = if name == "." { node } else { self.node(node.parent)? };
+            self.remember(&node);
+            return Ok(node);
+        }
         let tree = self.tree.load();
         let folder = match tree.node(parent) {
             Some(node) => node.clone(),
@@ -232,6 +250,17 @@ impl FileSystem {
         }
     }
 
+    /// Whether opening this file asks the storage of the backups, which may not answer.
+    pub fn opens_storage(&self, ino: u64) -> bool {
+        matches!(self.node(ino).map(|n| matches!(n.kind, NodeKind::File(_))), Ok(true))
+    }
+
+    /// Whether reading from this handle does.
+    pub fn reads_storage(&self, handle: u64) -> bool {
+        let open = self.files.get(handle);
+        matches!(open.as_ref().and_then(|g| g.as_deref()), Some(OpenFile::Point(..)))
+    }
+
     /// Opens a file. The result is the handle, and whether the kernel may keep cached pages.
     ///
     /// # Errors
@@ -245,14 +274,19 @@ impl FileSystem {
         let (file, keep) = match &node.kind {
             NodeKind::File(file) => {
                 // Whoever has a point open keeps it, even if its files are removed before a read.
-                file.image.open_files().map_err(|e| self.not_opened(file, &e))?;
-                (OpenFile::Point(file.clone()), true)
+                let held = Held::new(&file.image).map_err(|e| self.not_opened(file, &e))?;
+                (OpenFile::Point(file.clone(), held), true)
             }
             NodeKind::Status => (OpenFile::Status(self.status_text()), false),
             NodeKind::Dir(_) => return Err(libc::EISDIR),
             NodeKind::Link(_) => return Err(libc::ELOOP),
         };
         Ok((self.files.insert(Arc::new(file)), keep))
+    }
+
+    /// Closes, for ever, the files of points that nobody has open any more.
+    pub fn close_files(&self) {
+        self.cache.holds().run();
     }
 
     /// Closes a file.
@@ -267,7 +301,7 @@ impl FileSystem {
     pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
         let open = self.files.get(handle).ok_or(libc::EBADF)?;
         match open.as_deref().ok_or(libc::EBADF)? {
-            OpenFile::Point(file) => {
+            OpenFile::Point(file, _) => {
                 let rest = file.image.size().saturating_sub(offset);
                 let n = usize::try_from(rest).unwrap_or(usize::MAX).min(buf.len());
                 file.image.read_at(&mut buf[..n], offset).map_err(|e| self.failed(file, &e))?;
@@ -286,7 +320,7 @@ impl FileSystem {
     /// that may take minutes.
     pub fn must_wait(&self, handle: u64, offset: u64, len: u64) -> bool {
         let open = self.files.get(handle);
-        let Some(OpenFile::Point(file)) = open.as_ref().and_then(|g| g.as_deref()) else {
+        let Some(OpenFile::Point(file, _)) = open.as_ref().and_then(|g| g.as_deref()) else {
             return false;
         };
         let end = offset.saturating_add(len).min(file.image.size());
@@ -325,7 +359,7 @@ impl FileSystem {
         let open = open.as_deref().ok_or(libc::EBADF)?;
         let offset = u64::try_from(offset).map_err(|_| libc::ENXIO)?;
         let size = match open {
-            OpenFile::Point(file) => file.image.size(),
+            OpenFile::Point(file, _) => file.image.size(),
             OpenFile::Status(text) => text.len() as u64,
         };
         if offset >= size {
@@ -337,7 +371,7 @@ impl FileSystem {
             _ => return Err(libc::EINVAL),
         };
         let found = match (open, wanted) {
-            (OpenFile::Point(file), _) => {
+            (OpenFile::Point(file, _), _) => {
                 find(&file.image, offset, wanted).map_err(|e| self.failed(file, &e))?
             }
             (OpenFile::Status(_), Wanted::Data) => Some(offset),
@@ -438,10 +472,11 @@ impl FileSystem {
         Ok(attr::xattr_names(&*self.node(ino)?))
     }
 
-    /// Figures for `statfs`.
-    pub fn space(&self) -> Space {
+    /// Figures for `statfs`; the backups' file system is asked by a thread of `lane`.
+    pub fn space(&self, lane: &Arc<Lane>) -> Space {
         let tree = self.tree.load();
-        Space { used: tree.own_bytes, files: tree.len() as u64 }
+        let room = self.free.room(&tree.catalog.root, lane);
+        Space { used: tree.own_bytes, room, files: tree.len() as u64 }
     }
 
     fn status_text(&self) -> Vec<u8> {

@@ -1,7 +1,8 @@
 //! Noticing that the backup directory changed: inotify, and polling where that is not enough.
 //!
-//! One thread waits for three things at once: events of any folder below the backup directory, the
-//! end of the polling interval, and [`Waker::wake`]. What exactly happened does not matter: after
+//! One thread waits for several things at once: events of any folder below the backup directory, another
+//! folder in its place ([`Place`]: the backup disk is mounted late), the end of the polling interval,
+//! and [`Waker::wake`]. What exactly happened does not matter: after
 //! a short quiet time everything is looked at again, which is cheap because unchanged files are
 //! not opened. Watches are set anew *before* that look whenever folders came or went, so nothing
 //! can slip in between. A flood of events delays the look by two seconds at most, and long
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use inotify::{EventMask, Inotify, WatchMask};
 
+use super::place::Place;
 use crate::folder::{EntryKind, Folder};
 use crate::text::path_text;
 
@@ -94,6 +96,7 @@ pub struct Watch {
     interval: Option<Duration>,
     /// `None` while watches cannot be set; it is tried again with each look.
     inotify: Option<Inotify>,
+    place: Place,
     mode: Arc<Mode>,
 }
 
@@ -105,7 +108,8 @@ impl Watch {
         let remote = || Folder::open(root).is_ok_and(|f| is_remote(&f));
         let interval = interval.or_else(|| remote().then_some(NETWORK_INTERVAL));
         let (root, skip) = (root.to_path_buf(), skip.to_path_buf());
-        let mut watch = Watch { root, skip, interval, inotify: None, mode: Arc::default() };
+        let place = Place::new(&root);
+        let mut watch = Watch { root, skip, interval, inotify: None, place, mode: Arc::default() };
         watch.renew(true);
         watch
     }
@@ -123,6 +127,7 @@ impl Watch {
     /// Watches all folders anew. Where that fails, polling takes over. Says so when it begins and
     /// when it is over, not each time.
     fn renew(&mut self, watched: bool) {
+        self.place.renew();
         let renewed = Inotify::init().and_then(|inotify| {
             let mut remote = false;
             watch_below(&inotify, &self.root, &self.skip, &mut remote)?;
@@ -182,6 +187,14 @@ impl Watch {
                     events |= seen.relevant;
                     folders |= seen.folders;
                 }
+                Ready::Place { mounts } => {
+                    let changed = match mounts {
+                        true => self.place.mounts_changed(),
+                        false => self.place.folder_changed(),
+                    };
+                    events |= changed;
+                    folders |= changed;
+                }
             }
             if events {
                 let first = *first.get_or_insert(now);
@@ -194,20 +207,33 @@ impl Watch {
 
     fn poll(&self, waker: &Waker, until: Option<Instant>) -> Ready {
         let watched = self.inotify.as_ref().map_or(-1, |i| i.as_raw_fd());
-        let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut fds = [entry(watched), entry(waker.0.as_raw_fd())];
+        let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
+        let mut fds = [
+            entry(waker.0.as_raw_fd(), libc::POLLIN),
+            entry(self.place.list_fd(), libc::POLLPRI),
+            entry(self.place.above_fd(), libc::POLLIN),
+            entry(watched, libc::POLLIN),
+        ];
         let wait = until.map_or(-1, |u| {
             let left = u.saturating_duration_since(Instant::now()).as_millis();
             // One more, or the last fraction of a millisecond is spent spinning.
             i32::try_from(left).map_or(i32::MAX, |ms| ms.saturating_add(1))
         });
-        // SAFETY: two valid entries; a negative descriptor is ignored.
-        let n = unsafe { libc::poll(fds.as_mut_ptr(), 2, wait) };
-        if n > 0 && fds[1].revents != 0 {
-            waker.drain();
-            return Ready::Woken;
+        // SAFETY: four valid entries; a negative descriptor is ignored.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), 4, wait) };
+        if n <= 0 {
+            return Ready::Nothing;
         }
-        if n > 0 { Ready::Events } else { Ready::Nothing }
+        match fds.map(|f| f.revents != 0) {
+            [true, ..] => {
+                waker.drain();
+                Ready::Woken
+            }
+            // To have been told is enough: it is ready for the next change then.
+            [_, true, ..] => Ready::Place { mounts: true },
+            [_, _, true, _] => Ready::Place { mounts: false },
+            _ => Ready::Events,
+        }
     }
 
     fn read_events(&mut self) -> Seen {
@@ -228,6 +254,10 @@ enum Ready {
     Nothing,
     Woken,
     Events,
+    /// Of the list of mounts, or of the folders above.
+    Place {
+        mounts: bool,
+    },
 }
 
 /// What a batch of events means.

@@ -2,8 +2,10 @@
 //!
 //! A panic inside one request becomes EIO for that request (fuser answers for a reply that is
 //! dropped) and a line in the log; the mount goes on. What may take long, reading from an archive
-//! that has to be unpacked first or searching far for data or a hole, is done by threads of its own ([`Lane`]): those that serve
-//! requests never wait for it, so names, attributes and other points answer meanwhile.
+//! that has to be unpacked first or searching far for data or a hole, is done by threads of its own
+//! ([`Lane`]): those that serve requests never wait for it. Other reads are done where they arrive, which
+//! is the fastest, but by all threads but one: storage may not answer, and names and attributes need
+//! none ([`Places`]).
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -22,7 +24,7 @@ use fuser::{
 };
 
 use crate::fs::attr::Attr;
-use crate::fs::lane::Lane;
+use crate::fs::lane::{Lane, Places};
 use crate::fs::tree::{EntryKind, Node};
 use crate::fs::{self, FileSystem, Listed};
 
@@ -40,6 +42,7 @@ const BLOCK: u32 = 4096;
 pub struct Adapter {
     fs: Arc<FileSystem>,
     lane: Arc<Lane>,
+    places: Places,
 }
 
 thread_local! {
@@ -111,13 +114,28 @@ fn seek(fs: &FileSystem, handle: u64, offset: i64, whence: i32, reply: ReplyLsee
 }
 
 impl Adapter {
-    /// Serves `fs`.
-    pub fn new(fs: Arc<FileSystem>) -> Self {
-        Adapter { fs, lane: Arc::default() }
+    /// Serves `fs`; so many threads may read at a time.
+    pub fn new(fs: Arc<FileSystem>, readers: usize) -> Self {
+        Adapter { fs, lane: Arc::default(), places: Places::new(readers) }
     }
 
     fn guard(&self, what: &str, operation: impl FnOnce(&FileSystem)) {
         guard(&self.fs, what, operation);
+    }
+
+    /// The same for what asks storage, by this thread as long as another is left for names; by a slow
+    /// one also if it will take long.
+    fn guard_storage(
+        &self,
+        what: &'static str,
+        long: bool,
+        operation: impl FnOnce(&FileSystem) + Send + 'static,
+    ) {
+        let place = if long { None } else { self.places.take() };
+        match place {
+            Some(_place) => self.guard(what, operation),
+            None => self.guard_slow(what, operation),
+        }
     }
 
     /// The same by a thread that may be kept waiting.
@@ -129,6 +147,27 @@ impl Adapter {
     fn node_attr(&self, node: &Node) -> FileAttr {
         file_attr(&self.fs.attr(node))
     }
+}
+
+/// Asks the kernel for what a mount wants of it.
+pub fn negotiate(config: &mut KernelConfig) {
+    // Each is a wish: an older kernel goes without.
+    for wish in [
+        InitFlags::FUSE_ASYNC_DIO,
+        InitFlags::FUSE_PARALLEL_DIROPS,
+        InitFlags::FUSE_DO_READDIRPLUS,
+        InitFlags::FUSE_READDIRPLUS_AUTO,
+        InitFlags::FUSE_CACHE_SYMLINKS,
+        // NFS servers ask for what the kernel has forgotten.
+        InitFlags::FUSE_EXPORT_SUPPORT,
+    ] {
+        let _ = config.add_capabilities(wish);
+    }
+    let _ = config.set_max_write(MAX_REQUEST);
+    if let Err(most) = config.set_max_readahead(4 * MAX_REQUEST) {
+        let _ = config.set_max_readahead(most);
+    }
+    let _ = config.set_max_background(MAX_BACKGROUND);
 }
 
 /// Answers with the value, its length, or ERANGE, as `getxattr` and `listxattr` want it.
@@ -147,21 +186,7 @@ mod fs_result {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Each is a wish: an older kernel goes without.
-        for wish in [
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-        ] {
-            let _ = config.add_capabilities(wish);
-        }
-        let _ = config.set_max_write(MAX_REQUEST);
-        if let Err(most) = config.set_max_readahead(4 * MAX_REQUEST) {
-            let _ = config.set_max_readahead(most);
-        }
-        let _ = config.set_max_background(MAX_BACKGROUND);
+        negotiate(config);
         Ok(())
     }
 
@@ -194,14 +219,18 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.guard("open", |fs| match fs.open(ino.0, flags.0) {
+        let open = move |fs: &FileSystem| match fs.open(ino.0, flags.0) {
             // Another generation is another inode, so cached pages are right for as long as
             // the kernel has them.
             Ok((fh, true)) => reply
                 .opened(FileHandle(fh), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
             Ok((fh, false)) => reply.opened(FileHandle(fh), FopenFlags::FOPEN_DIRECT_IO),
             Err(e) => reply.error(errno(e)),
-        });
+        };
+        match self.fs.opens_storage(ino.0) {
+            true => self.guard_storage("open", false, open),
+            false => self.guard("open", open),
+        }
     }
 
     fn read(
@@ -215,11 +244,12 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        if self.fs.must_wait(fh.0, offset, u64::from(size)) {
-            self.guard_slow("read", move |fs| read(fs, fh.0, offset, size, reply));
-        } else {
-            self.guard("read", |fs| read(fs, fh.0, offset, size, reply));
+        let read = move |fs: &FileSystem| read(fs, fh.0, offset, size, reply);
+        if !self.fs.reads_storage(fh.0) {
+            return self.guard("read", read);
         }
+        let long = self.fs.must_wait(fh.0, offset, u64::from(size));
+        self.guard_storage("read", long, read);
     }
 
     fn lseek(
@@ -231,18 +261,21 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        if self.fs.must_wait(fh.0, u64::try_from(offset).unwrap_or(0), u64::MAX) {
-            self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
-        } else {
-            self.guard("lseek", |fs| match fs.seek_near(fh.0, offset, whence) {
-                Ok(Some(at)) => reply.offset(at),
-                Err(e) => reply.error(errno(e)),
-                // Over a disk of millions of tables.
-                Ok(None) => {
-                    self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
-                }
-            });
+        let place = match self.fs.must_wait(fh.0, u64::try_from(offset).unwrap_or(0), u64::MAX) {
+            true => None,
+            false => self.places.take(),
+        };
+        if place.is_none() {
+            return self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
         }
+        self.guard("lseek", |fs| match fs.seek_near(fh.0, offset, whence) {
+            Ok(Some(at)) => reply.offset(at),
+            Err(e) => reply.error(errno(e)),
+            // Over a disk of millions of tables.
+            Ok(None) => {
+                self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
+            }
+        });
     }
 
     fn flush(
@@ -266,10 +299,15 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.guard("release", |fs| {
+        // Closing files may take as long as reading them.
+        let release = move |fs: &FileSystem| {
             fs.release(fh.0);
             reply.ok();
-        });
+        };
+        match self.fs.reads_storage(fh.0) {
+            true => self.guard_storage("release", false, release),
+            false => self.guard("release", release),
+        }
     }
 
     fn fsync(
@@ -363,9 +401,11 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        let space = self.fs.space();
-        let blocks = space.used.div_ceil(u64::from(BLOCK));
-        reply.statfs(blocks, 0, 0, space.files, 0, BLOCK, 255, BLOCK);
+        let space = self.fs.space(&self.lane);
+        let blocks = |bytes: u64| bytes / u64::from(BLOCK);
+        let (used, free) = (space.used.div_ceil(u64::from(BLOCK)), blocks(space.room.free));
+        let all = used.saturating_add(free);
+        reply.statfs(all, free, blocks(space.room.available), space.files, 0, BLOCK, 255, BLOCK);
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {

@@ -21,6 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::FileSystem;
 use crate::fs::tree::Changes;
 use adapter::Adapter;
+pub use adapter::negotiate;
 
 /// Who may use the mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +39,7 @@ pub enum Access {
 pub struct Options {
     /// Who may use it.
     pub access: Access,
-    /// Threads that serve requests, at least 1.
+    /// Threads that read from storage at the same time, at least 1. There is another, for names.
     pub threads: usize,
     /// What `mount` shows as the source.
     pub source: String,
@@ -63,7 +64,7 @@ const MAX_READ: u32 = 256 << 10;
 /// The kernel or fusermount refuses.
 pub fn mount(fs: Arc<FileSystem>, mountpoint: &Path, options: &Options) -> Result<Mounted> {
     let failed = |e: io::Error| mount_error(e, mountpoint);
-    let adapter = Adapter::new(fs);
+    let adapter = Adapter::new(fs, options.threads);
     let session = Session::new(adapter, mountpoint, &config(options)).map_err(failed)?;
     Ok(Mounted { session: session.spawn().map_err(failed)? })
 }
@@ -126,12 +127,20 @@ pub fn serve(fs: Arc<FileSystem>, device: File, options: &Options) -> Result<Mou
         Access::Owner => SessionACL::All,
         _ => config.acl,
     };
-    let session = Session::from_fd(Adapter::new(fs), OwnedFd::from(device), acl, config);
+    let session =
+        Session::from_fd(Adapter::new(fs, options.threads), OwnedFd::from(device), acl, config);
     let session = session.map_err(failed)?;
     Ok(Mounted { session: session.spawn().map_err(failed)? })
 }
 
-fn config(options: &Options) -> Config {
+/// How many threads read from storage if the user does not say: more than the processors of a small
+/// machine, since the file system under the backups may be slow.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(4, 8)
+}
+
+/// The settings of fuser for a mount.
+pub fn config(options: &Options) -> Config {
     let mut config = Config::default();
     // Only the direct way of mounting takes the name as it is; fusermount splits at commas.
     let escaped = options.source.replace('\\', "\\\\").replace(',', "\\,");
@@ -153,7 +162,8 @@ fn config(options: &Options) -> Config {
         Access::Root => SessionACL::RootAndOwner,
         Access::Everybody => SessionACL::All,
     };
-    config.n_threads = Some(options.threads.max(1));
+    // And one that is left when the storage does not answer.
+    config.n_threads = Some(options.threads.max(1).saturating_add(1));
     config.clone_fd = true;
     config
 }

@@ -3,15 +3,24 @@
 //! Windows are read without a lock: each image keeps them in atomically swapped slots, and a read
 //! only sets the window's `touched` flag. This cache decides what stays: a least-recently-used
 //! list, in which a window that was touched since it was last looked at gets a second chance.
+//!
+//! A unit is decompressed by one thread while others wait for it. What is being decompressed counts
+//! as used: as many units are at a time as the bound has room for, but always one.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::ArcSwapOption;
 use lru::LruCache;
 
+use super::hold::Holds;
 use super::window::Window;
+use crate::layer::Piece;
 
+/// What decompressing in pieces takes beside the pieces that are kept: one of them, and the blocks
+/// (of 64 KiB, as virtnbdbackup writes them) that go into it and come out of it.
+const MAKING_PIECES: u64 = 1 << 20;
 /// Roughly what the list itself takes for an entry.
 const ENTRY_OVERHEAD: usize = 128;
 
@@ -40,11 +49,13 @@ impl SlotGroup {
 enum Key {
     Window { image: u64, index: u64 },
     Unit { layer: u64, host: u64 },
+    Piece { layer: u64, host: u64, number: u32 },
 }
 
 enum Entry {
     Window { window: Arc<Window>, group: Weak<SlotGroup>, slot: usize },
     Unit(Arc<[u8]>),
+    Piece(Arc<Piece>),
 }
 
 impl Entry {
@@ -52,6 +63,7 @@ impl Entry {
         match self {
             Entry::Window { window, .. } => (window.bytes() + ENTRY_OVERHEAD) as u64,
             Entry::Unit(data) => (data.len() + ENTRY_OVERHEAD) as u64,
+            Entry::Piece(piece) => (piece.bytes.len() + ENTRY_OVERHEAD) as u64,
         }
     }
 
@@ -59,7 +71,7 @@ impl Entry {
     fn take_touched(&self) -> bool {
         match self {
             Entry::Window { window, .. } => window.take_touched(),
-            Entry::Unit(_) => false,
+            Entry::Unit(_) | Entry::Piece(_) => false,
         }
     }
 
@@ -73,10 +85,54 @@ impl Entry {
     }
 }
 
+impl Default for Inner {
+    fn default() -> Self {
+        Inner {
+            list: LruCache::unbounded(),
+            making: HashSet::new(),
+            used: 0,
+            reserved: 0,
+            evictions: 0,
+        }
+    }
+}
+
+/// A unit that one thread decompresses while others wait for it. Its bytes count as used.
+struct Making<'a> {
+    cache: &'a Cache,
+    unit: (u64, u64),
+    bytes: u64,
+}
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.cache.lock();
+        inner.making.remove(&self.unit);
+        inner.used -= self.bytes;
+        inner.reserved -= self.bytes;
+        drop(inner);
+        self.cache.made.notify_all();
+    }
+}
+
 struct Inner {
     list: LruCache<Key, Entry>,
+    /// Units that are being decompressed, by layer and place.
+    making: HashSet<(u64, u64)>,
+    /// Bytes of the list, and of what is being decompressed.
     used: u64,
+    /// Those of what is being decompressed.
+    reserved: u64,
     evictions: u64,
+}
+
+impl Inner {
+    fn piece(&mut self, layer: u64, host: u64, number: u32) -> Option<Arc<Piece>> {
+        match self.list.get(&Key::Piece { layer, host, number }) {
+            Some(Entry::Piece(piece)) => Some(piece.clone()),
+            _ => None,
+        }
+    }
 }
 
 /// What the cache holds, for status.json.
@@ -96,13 +152,37 @@ pub struct CacheFigures {
     pub decompressions: u64,
 }
 
+/// Takes in the pieces of a unit that is being decompressed.
+pub(super) struct Pieces<'a> {
+    cache: &'a Cache,
+    layer: u64,
+    host: u64,
+    wanted: u32,
+    found: Option<Arc<Piece>>,
+}
+
+impl Pieces<'_> {
+    /// Keeps a piece, which is right.
+    pub fn keep(&mut self, number: u32, piece: Piece) {
+        let piece = Arc::new(piece);
+        if number == self.wanted {
+            self.found = Some(piece.clone());
+        }
+        let key = Key::Piece { layer: self.layer, host: self.host, number };
+        self.cache.keep(key, Entry::Piece(piece));
+    }
+}
+
 /// The cache; shared by all images of a mount.
 pub struct Cache {
     limit: u64,
     inner: Mutex<Inner>,
+    /// Told whenever a unit has been decompressed.
+    made: Condvar,
     folds: AtomicU64,
     decompressions: AtomicU64,
     next_id: AtomicU64,
+    holds: Holds,
 }
 
 impl Cache {
@@ -110,10 +190,12 @@ impl Cache {
     pub fn new(limit: u64) -> Arc<Self> {
         Arc::new(Cache {
             limit,
-            inner: Mutex::new(Inner { list: LruCache::unbounded(), used: 0, evictions: 0 }),
+            inner: Mutex::new(Inner::default()),
+            made: Condvar::new(),
             folds: AtomicU64::new(0),
             decompressions: AtomicU64::new(0),
             next_id: AtomicU64::new(1),
+            holds: Holds::default(),
         })
     }
 
@@ -128,6 +210,11 @@ impl Cache {
             folds: self.folds.load(Ordering::Relaxed),
             decompressions: self.decompressions.load(Ordering::Relaxed),
         }
+    }
+
+    /// What is held open of the images that use this cache.
+    pub fn holds(&self) -> &Holds {
+        &self.holds
     }
 
     /// A number that tells one image or layer from all others.
@@ -162,7 +249,8 @@ impl Cache {
         }
     }
 
-    /// The decompressed unit at `host` of a layer; `make` decompresses it if it is not here.
+    /// The decompressed unit of `size` bytes at `host` of a layer; `make` decompresses it if it is not
+    /// here.
     ///
     /// # Errors
     /// Whatever `make` says; nothing is remembered then.
@@ -170,19 +258,87 @@ impl Cache {
         &self,
         layer: u64,
         host: u64,
+        size: u64,
         make: impl FnOnce() -> Result<Arc<[u8]>, E>,
     ) -> Result<Arc<[u8]>, E> {
         let key = Key::Unit { layer, host };
-        if let Some(Entry::Unit(data)) = self.lock().list.get(&key) {
-            return Ok(data.clone());
-        }
+        let here = |inner: &mut Inner| match inner.list.get(&key) {
+            Some(Entry::Unit(data)) => Some(data.clone()),
+            _ => None,
+        };
+        let making = match self.begin((layer, host), size, here) {
+            Ok(data) => return Ok(data),
+            Err(making) => making,
+        };
         let data = make()?;
+        self.keep(key, Entry::Unit(data.clone()));
+        drop(making);
+        Ok(data)
+    }
+
+    /// Piece number `number` of the unit at `host` of a layer. If it is not here, `make` decompresses it
+    /// and what it must before that: from the nearest piece on that is here and can be gone on from.
+    /// It gives the pieces to [`Pieces::keep`].
+    ///
+    /// # Errors
+    /// Whatever `make` says.
+    pub(super) fn piece<E>(
+        &self,
+        layer: u64,
+        host: u64,
+        number: u32,
+        make: impl FnOnce(&mut Pieces, Option<(u32, Arc<Piece>)>) -> Result<(), E>,
+    ) -> Result<Option<Arc<Piece>>, E> {
+        let here = |inner: &mut Inner| inner.piece(layer, host, number);
+        let making = match self.begin((layer, host), MAKING_PIECES, here) {
+            Ok(piece) => return Ok(Some(piece)),
+            Err(making) => making,
+        };
+        let before = self.before(layer, host, number);
+        let mut pieces = Pieces { cache: self, layer, host, wanted: number, found: None };
+        make(&mut pieces, before)?;
+        drop(making);
+        Ok(pieces.found)
+    }
+
+    /// The nearest piece before `number` after which decompression can go on.
+    fn before(&self, layer: u64, host: u64, number: u32) -> Option<(u32, Arc<Piece>)> {
+        let mut inner = self.lock();
+        let mut known = (0..number).rev().filter_map(|n| Some((n, inner.piece(layer, host, n)?)));
+        known.find(|(_, piece)| piece.next.is_some())
+    }
+
+    /// What is `here` by now, or the right to decompress a unit, with room for it.
+    fn begin<T>(
+        &self,
+        unit: (u64, u64),
+        bytes: u64,
+        here: impl Fn(&mut Inner) -> Option<T>,
+    ) -> Result<T, Making<'_>> {
+        let mut inner = self.lock();
+        loop {
+            if let Some(found) = here(&mut inner) {
+                return Ok(found);
+            }
+            let others: u64 = inner.reserved;
+            let room = others == 0 || others.saturating_add(bytes) <= self.limit;
+            if room && inner.making.insert(unit) {
+                break;
+            }
+            inner = self.made.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.used += bytes;
+        inner.reserved += bytes;
+        self.evict(&mut inner);
+        drop(inner);
         self.decompressions.fetch_add(1, Ordering::Relaxed);
-        let entry = Entry::Unit(data.clone());
+        Err(Making { cache: self, unit, bytes })
+    }
+
+    fn keep(&self, key: Key, entry: Entry) {
         if entry.bytes() <= self.limit {
             self.insert(&mut self.lock(), key, entry);
         }
-        Ok(data)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -195,6 +351,10 @@ impl Cache {
         if let Some(old) = inner.list.put(key, entry) {
             inner.used -= old.bytes();
         }
+        self.evict(inner);
+    }
+
+    fn evict(&self, inner: &mut Inner) {
         // Each entry gets at most one second chance per call, so this ends.
         let mut chances = inner.list.len();
         while inner.used > self.limit
@@ -252,9 +412,45 @@ mod tests {
     #[test]
     fn units_are_made_once_and_failures_are_not_remembered() {
         let cache = Cache::new(1 << 20);
-        let made = |r: Result<u8, ()>| cache.unit(1, 7, || r.map(|b| Arc::from([b; 10])));
+        let made = |r: Result<u8, ()>| cache.unit(1, 7, 10, || r.map(|b| Arc::from([b; 10])));
         assert!(made(Err(())).is_err());
         assert_eq!(made(Ok(1)).unwrap()[0], 1);
         assert_eq!(made(Ok(2)).unwrap()[0], 1);
+    }
+
+    #[test]
+    fn one_decompresses_while_others_wait_and_all_stay_within_the_bound() {
+        let cache = Cache::new(100_000);
+        let running = AtomicU64::new(0);
+        let made = AtomicU64::new(0);
+        let make = |byte: u8| {
+            let now = running.fetch_add(1, Ordering::SeqCst) + 1;
+            // Two and a half would fit.
+            assert!(now <= 2, "{now} at a time");
+            assert!(cache.figures().used <= 100_000);
+            made.fetch_add(1, Ordering::SeqCst);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            running.fetch_sub(1, Ordering::SeqCst);
+            Ok::<_, ()>(Arc::from(vec![byte; 40_000]))
+        };
+        std::thread::scope(|s| {
+            for _ in 0..4 {
+                s.spawn(|| assert_eq!(cache.unit(1, 1, 40_000, || make(1)).unwrap()[9], 1));
+            }
+        });
+        assert_eq!(made.load(Ordering::SeqCst), 1);
+        std::thread::scope(|s| {
+            for i in 0..8u8 {
+                let (cache, make) = (&cache, &make);
+                let host = u64::from(i) + 10;
+                s.spawn(move || {
+                    assert_eq!(cache.unit(1, host, 40_000, || make(i)).unwrap()[9], i);
+                });
+            }
+        });
+        // One that is larger than everything is made all the same, and not kept.
+        let large = cache.unit(1, 99, 1 << 20, || Ok::<_, ()>(Arc::from(vec![7; 1 << 20])));
+        assert_eq!(large.unwrap().len(), 1 << 20);
+        assert!(cache.figures().used <= 100_000);
     }
 }

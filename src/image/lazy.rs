@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::error::{Error, Finding, Kind, Result};
 use crate::layer::{self, Format, Layer, LayerSpec};
+use crate::storage::files::Slot;
 use crate::storage::{ReadAt, SourceFile};
 
 /// A layer that is opened when it is first needed.
@@ -52,7 +53,9 @@ impl LazyLayer {
     /// Remembers what lasts. What a file says while it is being changed does not.
     fn failure(&self, error: Error) -> Error {
         for file in self.files() {
-            if let Err(changed) = file.check_unchanged() {
+            if let Err(changed) = file.check_unchanged()
+                && changed.kind() == Kind::Changed
+            {
                 return changed;
             }
         }
@@ -67,9 +70,12 @@ impl LazyLayer {
         [Some(&self.spec.file), self.spec.data_file.as_ref()].into_iter().flatten()
     }
 
-    /// How many files [`Self::open_files`] would open.
-    pub fn unopened(&self) -> usize {
-        self.files().filter(|f| !f.is_open()).count()
+    /// Where the descriptors of its files are.
+    pub fn slots(&self) -> impl Iterator<Item = &Arc<Slot>> + Clone {
+        [Some(&self.spec.file), self.spec.data_file.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(|f| f.slot())
     }
 
     /// Opens the file(s) and reads nothing.

@@ -2,9 +2,11 @@
 //!
 //! `map` folds the layers over one window of guest offsets, `cache` bounds what is kept, `reader`
 //! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes; `window` is one
-//! stretch of a point, as `map` folded it; `lazy` opens layers when they are needed.
+//! stretch of a point, as `map` folded it; `lazy` opens layers when they are needed; `hold` keeps the
+//! files of open points open.
 
 mod cache;
+mod hold;
 mod lazy;
 mod map;
 mod points;
@@ -12,6 +14,7 @@ mod reader;
 mod window;
 
 pub use cache::{Cache, CacheFigures};
+pub use hold::{Held, Holds};
 pub use map::{Fold, Folded, FoldedExtent, Known, Source};
 pub use points::{open_point, open_point_sharing};
 pub use reader::{Image, Wanted};

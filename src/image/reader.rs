@@ -10,18 +10,19 @@
 //! never mixed.
 
 mod ahead;
+mod read;
 mod search;
 
 pub use search::Wanted;
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::cache::{Cache, SlotGroup};
 use super::lazy::LazyLayer;
-use super::map::{Fold, FoldedExtent, Known, Source};
+use super::map::{Fold, FoldedExtent, Known};
 use super::window::Window;
 use crate::error::{Error, Finding, Kind, Result};
 use crate::layer::LayerSpec;
@@ -33,38 +34,8 @@ const WINDOW: u64 = 64 << 20;
 const MAX_WINDOWS: u64 = 1 << 20;
 /// Locks that keep two threads from folding the same window at the same time.
 const FOLD_LOCKS: usize = 16;
-/// Descriptors that opening a point leaves to everything else.
-const SPARE_FILES: u64 = 24;
 /// Findings kept per image.
 const MAX_FINDINGS: usize = 256;
-
-/// The layers that a read has taken bytes from, each once. Reads go back and forth between a FULL
-/// and what lies on it; looking at a file after each piece would cost a tenth of the time.
-#[derive(Default)]
-struct LayersRead {
-    layers: [u16; LayersRead::MOST],
-    len: usize,
-}
-
-impl LayersRead {
-    /// The mount reads 256 KiB at a time: 5 clusters of 64 KiB at most.
-    const MOST: usize = 24;
-
-    /// Adds a layer; false if there is no room for it.
-    fn add(&mut self, layer: u16) -> bool {
-        if self.layers[..self.len].contains(&layer) {
-            return true;
-        }
-        let Some(free) = self.layers.get_mut(self.len) else { return false };
-        *free = layer;
-        self.len += 1;
-        true
-    }
-
-    fn iter(&self) -> impl Iterator<Item = u16> {
-        self.layers[..self.len].iter().copied()
-    }
-}
 
 /// One point of one disk as a readable image.
 pub struct Image {
@@ -74,19 +45,22 @@ pub struct Image {
     /// Number of layers, with those below.
     depth: usize,
     /// The point this one lies on; its layers come below ours.
-    below: Option<Arc<Image>>,
+    pub(super) below: Option<Arc<Image>>,
     /// The layers this point adds, bottom first.
-    own: Vec<Arc<LazyLayer>>,
+    pub(super) own: Vec<Arc<LazyLayer>>,
     /// Whether one of all layers may take long to open.
     slow: bool,
-    /// Whether all files are open.
-    pinned: AtomicBool,
+    /// Number of files, with those below.
+    pub(super) files: usize,
+    /// How many hold the files open, and whether all are open for them: see [`super::hold`].
+    pub(super) holders: AtomicUsize,
+    pub(super) files_open: AtomicBool,
     /// All layers, bottom first; gathered on first use.
     stack: OnceLock<Box<[Arc<LazyLayer>]>>,
     /// Allocated on first use: thousands of points may each claim exabytes.
     groups: OnceLock<Box<[OnceLock<Arc<SlotGroup>>]>>,
     fold_locks: [Mutex<()>; FOLD_LOCKS],
-    cache: Arc<Cache>,
+    pub(super) cache: Arc<Cache>,
     changed: AtomicBool,
     findings: Mutex<Vec<Finding>>,
 }
@@ -120,7 +94,10 @@ impl Image {
             depth,
             own: own.iter().map(lazy).collect(),
             slow: own.iter().any(LazyLayer::is_slow) || below.as_ref().is_some_and(|b| b.slow),
-            pinned: AtomicBool::new(false),
+            files: own.iter().map(|l| 1 + usize::from(l.data_file.is_some())).sum::<usize>()
+                + below.as_ref().map_or(0, |b| b.files),
+            holders: AtomicUsize::new(0),
+            files_open: AtomicBool::new(false),
             below,
             stack: OnceLock::new(),
             groups: OnceLock::new(),
@@ -166,26 +143,6 @@ impl Image {
             Some(lazy) => Ok(lazy.get()?.storage(file).as_file()),
             None => Ok(None),
         }
-    }
-
-    /// Opens the files of all layers, without reading them: from now on it does not matter whether
-    /// they are removed. Each is opened once, however many images it is part of.
-    ///
-    /// # Errors
-    /// A file is gone, may not be opened, or has changed; or there are more than may be open at a
-    /// time, which is said.
-    pub fn open_files(&self) -> Result<()> {
-        if self.pinned.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        let stack = self.stack();
-        let unopened = stack.iter().map(|l| l.unopened()).sum();
-        room_for(unopened)
-            .map_err(|e| e.at_path(self.name()))
-            .and_then(|()| stack.iter().try_for_each(|l| l.open_files()))
-            .inspect_err(|e| self.note_error(e))?;
-        self.pinned.store(true, Ordering::Release);
-        Ok(())
     }
 
     /// Opens all layers, and checks of each what leads to everything else: header and first-level
@@ -272,66 +229,11 @@ impl Image {
             .remedy("open the point again")
     }
 
-    fn read_window(&self, window: &Window, buf: &mut [u8], offset: u64) -> Result<()> {
-        let stack = self.stack();
-        let mut read_from = LayersRead::default();
-        for e in window.clipped(offset..offset + buf.len() as u64) {
-            let from = (e.start - offset) as usize;
-            let part = &mut buf[from..from + e.len as usize];
-            let layer = match e.content {
-                Source::Unallocated | Source::Zero { .. } => {
-                    part.fill(0);
-                    continue;
-                }
-                Source::Data { layer, .. } | Source::Compressed { layer, .. } => layer,
-                Source::Bad { layer } => return Err(self.bad_range(layer, e.start)),
-            };
-            if !read_from.add(layer) {
-                self.check_layers(&read_from)?;
-                read_from = LayersRead::default();
-                read_from.add(layer);
-            }
-            let lazy = &stack[usize::from(layer)];
-            self.read_extent(lazy, e.content, part).map_err(|err| self.blame(lazy, err))?;
-        }
-        self.check_layers(&read_from)
-    }
-
-    /// After the last read from a layer: makes sure that it was still the same file.
-    fn check_layers(&self, read_from: &LayersRead) -> Result<()> {
-        let stack = self.stack();
-        read_from.iter().try_for_each(|layer| self.check_layer(&stack[usize::from(layer)]))
-    }
-
-    fn read_extent(&self, lazy: &LazyLayer, source: Source, part: &mut [u8]) -> Result<()> {
-        let layer = lazy.get()?;
-        match source {
-            Source::Data { file, host, .. } => layer.read_data(file, host, part),
-            Source::Compressed { host, len, unit, skip, .. } => {
-                let data = self.cache.unit(lazy.id, host, || {
-                    let mut out = vec![0; unit as usize];
-                    layer.decompress(host, len, &mut out)?;
-                    // Bytes of a file that changed meanwhile must not get into the cache.
-                    layer.check_unchanged()?;
-                    Ok::<_, Error>(Arc::from(out))
-                })?;
-                let skip = skip as usize;
-                let bytes = data.get(skip..skip + part.len()).ok_or_else(|| {
-                    Error::new(Kind::Corrupt, "a compressed unit is shorter than its extent")
-                        .at_path(layer.path())
-                        .at_offset(host)
-                })?;
-                part.copy_from_slice(bytes);
-                Ok(())
-            }
-            Source::Unallocated | Source::Zero { .. } | Source::Bad { .. } => Ok(()),
-        }
-    }
-
     /// What to report for a failed read: a file that was cut or rewritten meanwhile fails in many
     /// ways, and all of them mean that it changed.
     fn blame(&self, lazy: &LazyLayer, error: Error) -> Error {
-        let error = self.check_layer(lazy).err().unwrap_or(error);
+        let error =
+            self.check_layer(lazy).err().filter(|e| e.kind() == Kind::Changed).unwrap_or(error);
         self.note_error(&error);
         error
     }
@@ -344,13 +246,7 @@ impl Image {
             .inspect_err(|e| self.note_error(e))
     }
 
-    fn bad_range(&self, layer: u16, at: u64) -> Error {
-        // The finding, logged when the window was folded, has file, offset and reason.
-        Error::new(Kind::Corrupt, format!("guest offset {at:#x} cannot be read; see the findings"))
-            .at_path(self.layer_path(layer))
-    }
-
-    fn note_error(&self, error: &Error) {
+    pub(super) fn note_error(&self, error: &Error) {
         if error.kind() == Kind::Changed {
             // Nothing is wrong with the backup: the next look at it makes another image.
             if !self.changed.swap(true, Ordering::AcqRel) {
@@ -430,10 +326,8 @@ impl Image {
             }
             asked -= 1;
             fold.add_layer(asked as u16, stack[asked].get()?);
-        }
-        // Tables read while a file was being changed must not be used, now or through a parent.
-        for lazy in stack {
-            self.check_layer(lazy)?;
+            // Tables read while a file was being changed must not be used, now or through a parent.
+            self.check_layer(&stack[asked])?;
         }
         let folded = fold.finish().map_err(|e| e.at_path(self.name()))?;
         folded.findings.into_iter().for_each(|f| self.note(f));
@@ -451,31 +345,6 @@ impl Image {
             parts.into_iter().rev().flatten().cloned().collect()
         })
     }
-}
-
-/// Fails if `files` more are too many to be open at a time. Asked before, since what was opened
-/// stays open: using up the last descriptors would stop everything else.
-fn room_for(files: usize) -> Result<()> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: a valid pointer.
-    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
-    if !known || files == 0 {
-        return Ok(());
-    }
-    let open = crate::folder::system::names(Path::new("/proc/self/fd"));
-    let needed = (open.len() as u64).saturating_add(files as u64).saturating_add(SPARE_FILES);
-    if needed <= limit.rlim_cur {
-        return Ok(());
-    }
-    let text = format!(
-        "this point needs {files} more open files than there are, and the limit is {}",
-        limit.rlim_cur
-    );
-    let error = Error::io(std::io::Error::from_raw_os_error(libc::EMFILE), text);
-    Err(error.remedy(
-        "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=) and mount again, or \
-         consolidate the chain",
-    ))
 }
 
 impl ReadAt for Image {
@@ -513,123 +382,4 @@ impl Drop for Image {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::layer::{Format, Part};
-    use std::os::unix::fs::FileExt;
-
-    fn spec(path: &Path, format: Format) -> LayerSpec {
-        let file = Arc::new(SourceFile::look(path).unwrap());
-        LayerSpec { file, format, part: Part::Whole, data_file: None }
-    }
-
-    pub fn image(path: &Path, format: Format, size: u64, below: Option<Arc<Image>>) -> Arc<Image> {
-        Image::new(size, &[spec(path, format)], below, &Cache::new(1 << 24)).unwrap()
-    }
-
-    /// A qcow2 of version 2 with this L1 table and, at 0x20000, this L2 table.
-    pub fn qcow2(cluster_bits: u8, size: u64, l1: &[u64], l2: &[u64]) -> tempfile::NamedTempFile {
-        let l1_at = 0x10000u64.max(1 << cluster_bits);
-        let mut header = b"QFI\xfb\0\0\0\x02".to_vec();
-        header.resize(72, 0);
-        header[23] = cluster_bits;
-        header[24..32].copy_from_slice(&size.to_be_bytes());
-        header[36..40].copy_from_slice(&(l1.len() as u32).to_be_bytes());
-        header[40..48].copy_from_slice(&l1_at.to_be_bytes());
-        let words = |w: &[u64]| w.iter().flat_map(|w| w.to_be_bytes()).collect::<Vec<u8>>();
-        let f = tempfile::NamedTempFile::new().unwrap();
-        f.as_file().write_all_at(&header, 0).unwrap();
-        f.as_file().write_all_at(&words(l1), l1_at).unwrap();
-        f.as_file().write_all_at(&words(l2), 0x20000).unwrap();
-        f.as_file().set_len(0x40000.max(l1_at + l1.len() as u64 * 8)).unwrap();
-        f
-    }
-
-    #[test]
-    fn a_hole_is_not_taken_from_a_table_that_is_being_rewritten() {
-        let f = qcow2(16, 1 << 30, &[0x20000, 0x20000], &[0x30000]);
-        let image = image(f.path(), Format::Qcow2, 1 << 30, None);
-        image.read_at(&mut [0], 0).unwrap();
-        // An in-place rebase or commit begins by writing tables.
-        f.as_file().write_all_at(&[0; 16], 0x10000).unwrap();
-        f.as_file().set_len(0x40200).unwrap();
-        assert_eq!(image.seek_data(512 << 20).unwrap_err().kind(), Kind::Changed);
-        assert_eq!(image.read_at(&mut [0], 0).unwrap_err().kind(), Kind::Changed);
-    }
-
-    #[test]
-    fn opening_layers_checks_first_level_tables_and_no_others() {
-        const GIB: u64 = 1 << 30;
-        let good = qcow2(16, GIB, &[0x20000, 0], &[0x30000]);
-        // Beyond the file's end, in the header, with reserved bits.
-        for bad in [0x50000, 0x100, 0x20200] {
-            let first_level = qcow2(16, GIB, &[0, bad], &[]);
-            let second_level = qcow2(16, GIB, &[0x20000, 0], &[0, bad]);
-            for (below, sound) in [(first_level, false), (second_level, true)] {
-                let below = image(below.path(), Format::Qcow2, GIB, None);
-                let top = image(good.path(), Format::Qcow2, GIB, Some(below));
-                assert_eq!(top.open_layers().is_ok(), sound, "{bad:#x}");
-            }
-        }
-        let gone = qcow2(16, GIB, &[0, 0], &[]);
-        let below = image(gone.path(), Format::Qcow2, GIB, None);
-        drop(gone);
-        let top = image(good.path(), Format::Qcow2, GIB, Some(below));
-        assert_eq!(top.open_layers().unwrap_err().kind(), Kind::NotFound);
-    }
-
-    #[test]
-    fn a_file_cut_in_place_has_changed_whatever_the_read_says() {
-        let f = tempfile::NamedTempFile::new().unwrap();
-        f.as_file().write_all_at(&[7; 1 << 20], 0).unwrap();
-        let image = image(f.path(), Format::Raw, 1 << 20, None);
-        image.read_at(&mut [0; 4096], 900 << 10).unwrap();
-        f.as_file().set_len(512 << 10).unwrap();
-        assert_eq!(image.read_at(&mut [0; 4096], 900 << 10).unwrap_err().kind(), Kind::Changed);
-    }
-
-    #[test]
-    fn a_huge_disk_over_tiny_clusters_does_not_fill_the_memory() {
-        // 512-byte clusters, all L1 entries one L2 table, in which every other cluster is data.
-        let (spans, span) = (1u64 << 13, 1u64 << 15);
-        let l2: Vec<u64> = (0..64).map(|i| (i % 2) * 0x30000).collect();
-        let bottom = qcow2(9, spans * span, &vec![0x20000; spans as usize], &l2);
-        let top = qcow2(21, 1 << 61, &[0; 1 << 22], &[]);
-        let below = image(bottom.path(), Format::Qcow2, spans * span, None);
-        below.read_at(&mut [0; 512], 0).unwrap();
-        let top = image(top.path(), Format::Qcow2, 1 << 61, Some(below.clone()));
-        let error = top.read_at(&mut [0], spans * span - 1).unwrap_err();
-        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
-        assert!(top.findings()[0].message.contains("too many pieces"));
-        // The same bytes are fine where windows are small.
-        below.read_at(&mut [0], spans * span - 1).unwrap();
-    }
-
-    #[test]
-    fn a_read_from_more_layers_than_are_remembered_looks_at_each() {
-        // 512-byte clusters; layer n has cluster n and nothing else.
-        let (count, size) = (LayersRead::MOST as u64 + 8, 64 * 512);
-        let l2 = |n| (0..64).map(|i| if i == n { 0x30000 } else { 0 }).collect::<Vec<u64>>();
-        for rewritten in [0, 1, LayersRead::MOST - 1, LayersRead::MOST, count as usize - 1] {
-            let files: Vec<_> = (0..count).map(|n| qcow2(9, size, &[0x20000], &l2(n))).collect();
-            let chain = files.iter().fold(None, |below, f| {
-                f.as_file().write_all_at(&[7; 512], 0x30000).unwrap();
-                Some(image(f.path(), Format::Qcow2, size, below))
-            });
-            let chain = chain.unwrap();
-            let mut bytes = vec![0; size as usize];
-            chain.read_at(&mut bytes, 0).unwrap();
-            assert_eq!(bytes.iter().position(|b| *b != 7), Some(count as usize * 512));
-            files[rewritten].as_file().set_len(0x50000).unwrap();
-            let error = chain.read_at(&mut bytes, 0).unwrap_err();
-            assert_eq!(error.kind(), Kind::Changed, "layer {rewritten}");
-        }
-    }
-
-    #[test]
-    fn nothing_is_allocated_for_windows_that_nobody_reads() {
-        let f = qcow2(16, 1 << 30, &[0, 0], &[]);
-        let image = image(f.path(), Format::Qcow2, i64::MAX as u64, None);
-        assert!(image.groups.get().is_none());
-    }
-}
+mod tests;

@@ -160,6 +160,29 @@ impl LayerMap {
     }
 }
 
+/// Bytes of a [`Piece`]; the last of a unit may have less.
+pub const PIECE: u32 = 256 << 10;
+
+/// A part of a large decompressed unit.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Its bytes.
+    pub bytes: Box<[u8]>,
+    /// Where in the file decompression goes on after it, if that can be told.
+    pub next: Option<u64>,
+}
+
+/// A compressed unit, as [`Mapping::Compressed`] names it.
+#[derive(Debug, Clone, Copy)]
+pub struct Unit {
+    /// Where it starts in file 0.
+    pub host: u64,
+    /// An upper limit of its compressed length.
+    pub len: u32,
+    /// Its length when decompressed.
+    pub size: u32,
+}
+
 /// One file's contribution to the points of a disk. Immutable once opened.
 pub trait Layer: Send + Sync {
     /// Size in bytes of the virtual disk that this layer describes.
@@ -215,6 +238,28 @@ pub trait Layer: Send + Sync {
     /// # Errors
     /// `Corrupt`, `Io` or `Truncated`, with file and offset.
     fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()>;
+
+    /// Whether units of more than [`PIECE`] bytes are decompressed by
+    /// [`decompress_pieces`](Self::decompress_pieces).
+    fn has_pieces(&self) -> bool {
+        false
+    }
+
+    /// Decompresses `unit` piece by piece, up to piece number `last` and a little further at most, and
+    /// gives each to `keep` with its number. Begins after the piece `after`, which has a `next`, or at the start.
+    ///
+    /// # Errors
+    /// As [`decompress`](Self::decompress), and what `keep` says. Pieces that were kept are right.
+    fn decompress_pieces(
+        &self,
+        unit: Unit,
+        after: Option<(u32, &Piece)>,
+        last: u32,
+        keep: &mut dyn FnMut(u32, Piece) -> Result<()>,
+    ) -> Result<()> {
+        let _ = (after, last, keep);
+        Err(Error::new(Kind::Corrupt, "this is not compressed in pieces").at_offset(unit.host))
+    }
 
     /// The storage behind [`Mapping::Data`]'s file number.
     fn storage(&self, file: u8) -> &dyn ReadAt;

@@ -216,7 +216,7 @@ impl<'a> Copier<'a> {
         let Some(source) = self.reader.image.source_file(layer, file)? else { return Ok(false) };
         let done = self
             .cloner
-            .clone(source.file()?, from, self.out, to, len)
+            .clone(&*source.file()?, from, self.out, to, len)
             .map_err(|e| e.at_path(self.path).at_offset(to))?;
         if done {
             source.check_unchanged()?;

@@ -1,18 +1,21 @@
 //! virtnbdbackup's streams: full, incremental, differential backups and copies of one disk.
 //!
 //! Room by room: `frame` (frame headers, metadata, the trailer with compressed sizes), `index` (one
-//! pass over the frames). A full stream or a copy lies on nothing; in an incremental one, what is
+//! pass over the frames), `lz4` (compressed frames, piece by piece). A full stream or a copy lies on nothing; in an incremental one, what is
 //! not mentioned is looked for below. Compressed data is lz4 frames whose checksums are verified.
 
 mod frame;
 mod index;
+mod lz4;
 
+use std::collections::HashSet;
 use std::io::{BufReader, Read};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Layer, LayerMap, Mapping};
+use super::{Layer, LayerMap, Mapping, Unit};
 use crate::error::{Error, Result};
+use crate::layer;
 use crate::storage::{ReadAt, Section};
 pub use frame::Meta;
 use index::{How, Piece};
@@ -47,6 +50,8 @@ pub struct StreamLayer {
     meta: Meta,
     /// Ascending, without overlap.
     pieces: Vec<Piece>,
+    /// Compressed frames whose content was compared with its checksum, by place.
+    verified: Mutex<HashSet<u64>>,
 }
 
 impl StreamLayer {
@@ -58,7 +63,7 @@ impl StreamLayer {
         let named = |e: Error| e.at_path(storage.name());
         let (meta, at) = frame::read_meta(&*storage).map_err(named)?;
         let pieces = index::read(&*storage, &meta, at).map_err(named)?;
-        Ok(StreamLayer { storage, meta, pieces })
+        Ok(StreamLayer { storage, meta, pieces, verified: Mutex::default() })
     }
 
     /// What the stream says about itself.
@@ -69,6 +74,22 @@ impl StreamLayer {
     /// What a range that is not mentioned means.
     fn between(&self) -> Mapping {
         if self.meta.incremental { Mapping::Below } else { Mapping::Zero }
+    }
+
+    fn verified(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A compressed frame, whose content has the checksum that it should have, if it has any.
+    fn frame(&self, unit: Unit) -> Result<lz4::Frame<'_>> {
+        let open = || lz4::Frame::open(&*self.storage, unit);
+        let frame = open()?;
+        if frame.has_content_sum() && !self.verified().contains(&unit.host) {
+            frame.verify()?;
+            self.verified().insert(unit.host);
+            return open();
+        }
+        Ok(frame)
     }
 
     fn first_after(&self, at: u64) -> usize {
@@ -135,6 +156,21 @@ impl Layer for StreamLayer {
             return Err(failed("the frame has another length".into()));
         }
         Ok(())
+    }
+
+    fn has_pieces(&self) -> bool {
+        true
+    }
+
+    fn decompress_pieces(
+        &self,
+        unit: Unit,
+        after: Option<(u32, &layer::Piece)>,
+        last: u32,
+        keep: &mut dyn FnMut(u32, layer::Piece) -> Result<()>,
+    ) -> Result<()> {
+        let pieces = self.frame(unit).and_then(|f| f.pieces(after, last, keep));
+        pieces.map_err(|e| e.at_path(self.storage.name()))
     }
 
     fn storage(&self, _file: u8) -> &dyn ReadAt {

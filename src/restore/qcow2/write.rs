@@ -185,7 +185,7 @@ impl Writer<'_> {
         let host = self.tables.allocate(count)?;
         let done = self
             .cloner
-            .clone(source.file()?, from, self.out, host, len)
+            .clone(&*source.file()?, from, self.out, host, len)
             .map_err(|e| e.at_path(self.path).at_offset(host))?;
         if !done {
             // These host clusters stay empty and unused: they only count as such.

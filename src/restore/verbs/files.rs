@@ -37,7 +37,7 @@ pub fn check(m: &Member, work: &Work) -> Result<()> {
     };
     if m.format == Format::Qcow2 {
         let source = SourceFile::look(&m.path)?;
-        match qemu_img::check(source.file()?, &m.path, &|| work.check()) {
+        match qemu_img::check(&*source.file()?, &m.path, &|| work.check()) {
             Ok(Verdict::Sound) => {}
             Ok(Verdict::Leaks(_)) => log::warn!("{}: has leaked clusters", path_text(&m.path)),
             Ok(Verdict::Damaged(said)) => return unsound(format!("qemu-img check says: {said}")),
@@ -103,7 +103,7 @@ pub fn copy_from(source: &SourceFile, to: &File, path: &Path, work: &Work) -> Re
     to.set_len(source.len()).map_err(failed)?;
     let cloner = Cloner::new(to, Reflink::Auto);
     // A length of 0 means up to the end, which need not be at a block's border.
-    if cloner.is_on() && cloner.clone(source.file()?, 0, to, 0, 0)? {
+    if cloner.is_on() && cloner.clone(&*source.file()?, 0, to, 0, 0)? {
         return Ok(());
     }
     let seek = |e| Error::io(e, "cannot find the holes of the file").at_path(source.path());

@@ -1,87 +1,22 @@
-//! Positioned reads: the one way bytes come in.
+//! [`SourceFile`]: a file of a backup directory that must be what it was when it was scanned.
 //!
-//! [`ReadAt`] is implemented by a lazily opened file that knows its own identity
-//! ([`SourceFile`]), by memory ([`MemStorage`]) and, for tests, by a wrapper that injects faults
-//! ([`FaultyStorage`]). Nothing here seeks, so everything can be shared between threads.
+//! It is opened when it is first read, may be closed at any time ([`files`]), and is opened again then.
+//! Each time its identity is compared: what is not provably the same file with the same bytes is an
+//! error. State: the identity of the scan; the slot of its descriptor; whether it was seen to have
+//! changed, which is never undone.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::files::{self, Opened, Slot};
+use super::{ReadAt, past_end};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Handle};
-
-/// Positioned reads of something with a length.
-pub trait ReadAt: Send + Sync {
-    /// Reads at most `buf.len()` bytes at `offset`; 0 only at the end.
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
-
-    /// Length in bytes, as it was when the storage was first looked at.
-    fn len(&self) -> u64;
-
-    /// Whether there is no byte at all.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// What to call it in messages.
-    fn name(&self) -> &Path;
-
-    /// Fails if the contents may have changed since they were first looked at.
-    fn check_unchanged(&self) -> Result<()> {
-        Ok(())
-    }
-
-    /// The next offset at or after `offset` that holds data, or `None` if only a hole follows.
-    /// A storage that cannot tell says that all is data.
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        Ok((offset < self.len()).then_some(offset))
-    }
-
-    /// The next offset at or after `offset` that begins a hole; the end counts as one.
-    fn seek_hole(&self, _offset: u64) -> io::Result<u64> {
-        Ok(self.len())
-    }
-
-    /// How many of its bytes the file system has not allocated.
-    fn unallocated(&self) -> u64 {
-        0
-    }
-
-    /// The file whose bytes these are, offset by offset, so that ranges of it may be cloned; `None`
-    /// for anything that is made out of a file (an unpacked copy, say).
-    fn as_file(&self) -> Option<&SourceFile> {
-        None
-    }
-
-    /// Reads exactly `buf.len()` bytes; the error names file and offset.
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            let at =
-                offset.checked_add(done as u64).ok_or_else(|| past_end(self.name(), offset))?;
-            match self.read_at(&mut buf[done..], at) {
-                Ok(0) => return Err(past_end(self.name(), at)),
-                Ok(n) => done += n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => {
-                    return Err(Error::io(e, "reading failed").at_path(self.name()).at_offset(at));
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn past_end(path: &Path, offset: u64) -> Error {
-    Error::new(Kind::Truncated, "the file ends before the data that is needed")
-        .at_path(path)
-        .at_offset(offset)
-        .remedy("restore this file from another copy of the backup")
-}
 
 /// What tells one state of a file from another. Two equal identities mean the same bytes, as far
 /// as the file system lets one know without reading them.
@@ -123,7 +58,9 @@ pub struct SourceFile {
     path: PathBuf,
     identity: Identity,
     names: Names,
-    file: OnceLock<File>,
+    slot: Arc<Slot>,
+    /// Whether bytes may have been read from it: then they have to be checked, open or not.
+    was_open: AtomicBool,
     changed: AtomicBool,
 }
 
@@ -196,8 +133,12 @@ impl SourceFile {
 
     /// A file whose identity a directory scan has read already.
     pub fn with_identity(path: PathBuf, identity: Identity) -> Self {
-        let (names, changed) = (Names::of(&identity), AtomicBool::new(false));
-        SourceFile { path, identity, names, file: OnceLock::new(), changed }
+        Self::in_slot(path, identity, Slot::new())
+    }
+
+    fn in_slot(path: PathBuf, identity: Identity, slot: Arc<Slot>) -> Self {
+        let (was_open, changed) = (AtomicBool::new(false), AtomicBool::new(false));
+        SourceFile { path, names: Names::of(&identity), identity, slot, was_open, changed }
     }
 
     /// A file that is open already; `path` is what to call it.
@@ -210,9 +151,7 @@ impl SourceFile {
         if !meta.is_file() {
             return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(&path));
         }
-        let source = Self::with_identity(path, Identity::of(&meta));
-        let _ = source.file.set(file);
-        Ok(source)
+        Ok(Self::in_slot(path, Identity::of(&meta), Slot::fixed(file)))
     }
 
     /// Whether an inode that now looks like `now` has the bytes that it had when it was looked at,
@@ -248,23 +187,35 @@ impl SourceFile {
         !self.is_same(&Identity::of(&meta))
     }
 
-    /// Forgets the descriptor, for scans that touch more files than may be open at once.
+    /// Closes it, for scans that touch more files than may be open at once.
     pub fn close(&mut self) {
-        self.file.take();
+        self.slot.close();
+        self.was_open = AtomicBool::new(false);
     }
 
-    /// Whether it has been opened.
-    pub fn is_open(&self) -> bool {
-        self.file.get().is_some()
+    /// Where its descriptor is, for [`files::pin`].
+    pub fn slot(&self) -> &Arc<Slot> {
+        &self.slot
     }
 
-    /// The open file; opened, and its identity compared, on first use.
-    pub fn file(&self) -> Result<&File> {
-        if let Some(f) = self.file.get() {
-            return Ok(f);
+    /// The open file; opened, and its identity compared, if it is not open. It may be closed as soon
+    /// as the result is dropped.
+    ///
+    /// # Errors
+    /// As opening says; `Changed` if it is not what was scanned.
+    pub fn file(&self) -> Result<Arc<Opened>> {
+        match self.slot.get().as_ref() {
+            Some(opened) => Ok(opened.clone()),
+            None => self.open(),
         }
-        let file = self.open()?;
-        Ok(self.file.get_or_init(|| file))
+    }
+
+    /// Calls `f` with the open file. Takes no lock and allocates nothing if it is open.
+    fn with<T>(&self, f: impl FnOnce(&File) -> T) -> Result<T> {
+        match self.slot.get().as_ref() {
+            Some(opened) => Ok(f(opened)),
+            None => self.open().map(|opened| f(&opened)),
+        }
     }
 
     /// As [`SourceFile::file`], through the handle by which a scan has just read its identity: it is
@@ -272,28 +223,53 @@ impl SourceFile {
     ///
     /// # Errors
     /// As [`SourceFile::file`], but for a change since then.
-    pub fn open_through(&self, handle: &Handle) -> Result<&File> {
-        if let Some(f) = self.file.get() {
-            return Ok(f);
+    pub fn open_through(&self, handle: &Handle) -> Result<Arc<Opened>> {
+        if let Some(opened) = self.slot.get().as_ref() {
+            return Ok(opened.clone());
         }
-        let file = handle.open().map_err(|e| self.open_error(e))?;
-        Ok(self.file.get_or_init(|| file))
+        let file = self.try_to_open(|| handle.open())?;
+        Ok(self.slot.put(file))
     }
 
-    fn open(&self) -> Result<File> {
-        let file = folder::open_file(&self.path).map_err(|e| self.open_error(e))?;
+    fn open(&self) -> Result<Arc<Opened>> {
+        let file = self.try_to_open(|| folder::open_file(&self.path))?;
         let meta = file
             .metadata()
             .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
         if !self.is_same(&Identity::of(&meta)) {
-            self.mark_changed();
-            return Err(self.changed_error());
+            self.has_changed()?;
         }
-        Ok(file)
+        self.was_open.store(true, Ordering::Release);
+        Ok(self.slot.put(file))
+    }
+
+    /// Where others have used up the descriptors, some files that nobody pins are closed.
+    fn try_to_open(&self, open: impl Fn() -> io::Result<File>) -> Result<File> {
+        loop {
+            match open() {
+                Err(e) if is_too_many(&e) && files::shed() => {}
+                result => return result.map_err(|e| self.open_error(e)),
+            }
+        }
+    }
+
+    /// Whether the file that has the name now is the one that was read.
+    fn check_name(&self) -> Result<()> {
+        let meta = folder::look(&self.path)
+            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
+        match self.is_same(&Identity::of(&meta)) {
+            true => Ok(()),
+            false => self.has_changed(),
+        }
+    }
+
+    fn has_changed(&self) -> Result<()> {
+        self.mark_changed();
+        Err(self.changed_error())
     }
 
     fn open_error(&self, e: io::Error) -> Error {
-        let too_many = matches!(e.raw_os_error(), Some(libc::EMFILE) | Some(libc::ENFILE));
+        let too_many = is_too_many(&e);
         let error = Error::io(e, "cannot open the file").at_path(&self.path);
         if too_many { error.remedy("raise the limit of open files (ulimit -n)") } else { error }
     }
@@ -305,88 +281,32 @@ impl SourceFile {
     }
 
     fn os_seek(&self, offset: u64, whence: i32) -> io::Result<Option<u64>> {
-        use std::os::fd::AsRawFd;
-        let file = self.file().map_err(io::Error::other)?;
-        // SAFETY: lseek on a descriptor we own; this file is only ever read by position.
-        let at = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
-        if at >= 0 {
-            return Ok(Some(at as u64));
-        }
-        let e = io::Error::last_os_error();
-        if e.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(e) }
-    }
-}
-
-/// A file that the caller has open and keeps open, with a length that stays what it was. Its start
-/// may be read once and for all: whoever parses it twice finds the same bytes.
-#[derive(Debug)]
-pub struct OpenFile<'a> {
-    file: &'a File,
-    path: &'a Path,
-    len: u64,
-    start: Vec<u8>,
-}
-
-impl<'a> OpenFile<'a> {
-    /// Takes note of its length; `path` is what to call it in messages.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn new(file: &'a File, path: &'a Path) -> Result<Self> {
-        Self::with_start(file, path, 0)
-    }
-
-    /// As [`OpenFile::new`], and reads the first `fixed` bytes, which it serves from memory then.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn with_start(file: &'a File, path: &'a Path, fixed: usize) -> Result<Self> {
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(path);
-        let len = file.metadata().map_err(failed)?.len();
-        let mut open = OpenFile { file, path, len, start: Vec::new() };
-        let mut start = vec![0; fixed.min(usize::try_from(len).unwrap_or(usize::MAX))];
-        open.read_exact_at(&mut start, 0)?;
-        open.start = start;
-        Ok(open)
-    }
-
-    /// The file.
-    pub fn file(&self) -> &'a File {
-        self.file
-    }
-
-    /// Its length in bytes when it was first looked at.
-    pub fn length(&self) -> u64 {
-        self.len
-    }
-}
-
-impl ReadAt for OpenFile<'_> {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let fixed = usize::try_from(offset).ok().and_then(|at| self.start.get(at..));
-        match fixed.filter(|bytes| !bytes.is_empty()) {
-            Some(bytes) => {
-                let n = bytes.len().min(buf.len());
-                buf[..n].copy_from_slice(&bytes[..n]);
-                Ok(n)
+        let seek = |file: &File| {
+            // SAFETY: lseek on a descriptor we own; this file is only ever read by position.
+            let at = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
+            if at >= 0 {
+                return Ok(Some(at as u64));
             }
-            None => self.file.read_at(buf, offset),
-        }
+            let e = io::Error::last_os_error();
+            if e.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(e) }
+        };
+        self.with(seek).map_err(io::Error::other)?
     }
+}
 
-    fn len(&self) -> u64 {
-        self.len
+impl Drop for SourceFile {
+    fn drop(&mut self) {
+        self.slot.close();
     }
+}
 
-    fn name(&self) -> &Path {
-        self.path
-    }
+fn is_too_many(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 impl ReadAt for SourceFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let file = self.file().map_err(io::Error::other)?;
-        file.read_at(buf, offset)
+        self.with(|file| file.read_at(buf, offset)).map_err(io::Error::other)?
     }
 
     fn len(&self) -> u64 {
@@ -401,15 +321,17 @@ impl ReadAt for SourceFile {
         if self.changed.load(Ordering::Acquire) {
             return Err(self.changed_error());
         }
-        let Some(file) = self.file.get() else { return Ok(()) };
+        let open = self.slot.get();
+        let Some(file) = open.as_ref() else {
+            return if self.was_open.load(Ordering::Acquire) { self.check_name() } else { Ok(()) };
+        };
         let meta = file
             .metadata()
             .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
-        if !self.has_same_bytes(&Identity::of(&meta)) {
-            self.mark_changed();
-            return Err(self.changed_error());
+        match self.has_same_bytes(&Identity::of(&meta)) {
+            true => Ok(()),
+            false => self.has_changed(),
         }
-        Ok(())
     }
 
     fn as_file(&self) -> Option<&SourceFile> {
@@ -417,7 +339,7 @@ impl ReadAt for SourceFile {
     }
 
     fn unallocated(&self) -> u64 {
-        let meta = self.file().ok().and_then(|f| f.metadata().ok());
+        let meta = self.with(|f| f.metadata().ok()).ok().flatten();
         meta.map_or(0, |m| m.size().saturating_sub(m.blocks().saturating_mul(512)))
     }
 
@@ -430,107 +352,13 @@ impl ReadAt for SourceFile {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let file = self.file()?;
-        file.read_exact_at(buf, offset).map_err(|e| {
+        self.with(|file| file.read_exact_at(buf, offset))?.map_err(|e| {
             if e.kind() == io::ErrorKind::UnexpectedEof {
                 past_end(&self.path, offset)
             } else {
                 Error::io(e, "reading failed").at_path(&self.path).at_offset(offset)
             }
         })
-    }
-}
-
-/// A range of a storage as a stream.
-pub struct Section<'a> {
-    storage: &'a dyn ReadAt,
-    at: u64,
-    end: u64,
-}
-
-impl<'a> Section<'a> {
-    /// The bytes from `at` to `end`.
-    pub fn new(storage: &'a dyn ReadAt, at: u64, end: u64) -> Self {
-        Section { storage, at, end }
-    }
-
-    /// How many bytes are left.
-    pub fn left(&self) -> u64 {
-        self.end.saturating_sub(self.at)
-    }
-}
-
-impl io::Read for Section<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = usize::try_from(self.left()).unwrap_or(usize::MAX).min(buf.len());
-        if n == 0 {
-            return Ok(0);
-        }
-        let got = self.storage.read_at(&mut buf[..n], self.at)?;
-        self.at += got as u64;
-        Ok(got)
-    }
-}
-
-/// Bytes in memory: for tests and fuzzing.
-#[derive(Debug, Clone)]
-pub struct MemStorage {
-    name: PathBuf,
-    bytes: Vec<u8>,
-}
-
-impl MemStorage {
-    /// Wraps `bytes`; `name` appears in messages.
-    pub fn new(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
-        MemStorage { name: name.into(), bytes }
-    }
-}
-
-impl ReadAt for MemStorage {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(self.bytes.len());
-        let n = buf.len().min(self.bytes.len() - start);
-        buf[..n].copy_from_slice(&self.bytes[start..start + n]);
-        Ok(n)
-    }
-
-    fn len(&self) -> u64 {
-        self.bytes.len() as u64
-    }
-
-    fn name(&self) -> &Path {
-        &self.name
-    }
-}
-
-/// Fails reads that touch a chosen range: for faults that cannot be made otherwise.
-pub struct FaultyStorage<S> {
-    inner: S,
-    bad: std::ops::Range<u64>,
-}
-
-impl<S: ReadAt> FaultyStorage<S> {
-    /// Reads of `inner` that touch `bad` fail with EIO.
-    pub fn new(inner: S, bad: std::ops::Range<u64>) -> Self {
-        FaultyStorage { inner, bad }
-    }
-}
-
-impl<S: ReadAt> ReadAt for FaultyStorage<S> {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let end = offset.saturating_add(buf.len() as u64);
-        if offset < self.bad.end && self.bad.start < end {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
-        self.inner.read_at(buf, offset)
-    }
-
-    fn len(&self) -> u64 {
-        self.inner.len()
-    }
-
-    fn name(&self) -> &Path {
-        self.inner.name()
     }
 }
 
@@ -602,9 +430,27 @@ mod tests {
     }
 
     #[test]
-    fn reading_past_the_end_names_file_and_offset() {
-        let m = MemStorage::new("m", vec![0; 10]);
-        let e = m.read_exact_at(&mut [0; 4], 8).unwrap_err();
-        assert_eq!((e.kind(), e.offset()), (Kind::Truncated, Some(10)));
+    fn what_was_closed_meanwhile_is_opened_again_if_it_is_the_same() {
+        let f = temp(b"hello");
+        let s = SourceFile::look(f.path()).unwrap();
+        let mut buf = [0; 5];
+        for _ in 0..2 {
+            s.read_exact_at(&mut buf, 0).unwrap();
+            s.check_unchanged().unwrap();
+            s.slot.close();
+            s.check_unchanged().unwrap();
+            assert_eq!(&buf, b"hello");
+        }
+        let moved = f.path().with_extension("moved");
+        std::fs::rename(f.path(), &moved).unwrap();
+        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(s.read_exact_at(&mut buf, 0).unwrap_err().kind(), Kind::NotFound);
+        // Same length, same time, another inode.
+        let time = std::fs::metadata(&moved).unwrap().modified().unwrap();
+        std::fs::write(f.path(), b"world").unwrap();
+        std::fs::File::options().write(true).open(f.path()).unwrap().set_modified(time).unwrap();
+        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
+        assert_eq!(s.read_exact_at(&mut buf, 0).unwrap_err().kind(), Kind::Changed);
+        std::fs::remove_file(&moved).unwrap();
     }
 }

@@ -1,0 +1,101 @@
+//! What `df` says: what the backups take, and what is free on the backups' own file system.
+//!
+//! State: the free space as it was last seen. Somebody else fills that file system without telling us,
+//! and its storage may not answer: so it is asked by a thread that may be kept waiting, and for a
+//! moment only is its answer waited for.
+
+use std::path::Path;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::lane::Lane;
+use crate::folder::Folder;
+
+/// Bytes that nobody uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Room {
+    /// All of them.
+    pub free: u64,
+    /// Those that users other than root may take.
+    pub available: u64,
+}
+
+/// How long what was seen is good enough.
+const FRESH: Duration = Duration::from_secs(1);
+/// How long storage gets to answer before what was seen last is told instead.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// The free space of one file system.
+#[derive(Debug, Default)]
+pub struct Free {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    room: Room,
+    seen: Option<Instant>,
+    /// Whether somebody is asking.
+    asking: bool,
+}
+
+impl Free {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Free space on the file system of `folder`; asked by a thread of `lane`.
+    pub fn room(self: &Arc<Self>, folder: &Path, lane: &Arc<Lane>) -> Room {
+        let mut state = self.state();
+        let fresh = state.seen.is_some_and(|at| at.elapsed() < FRESH);
+        if fresh || state.asking {
+            return state.room;
+        }
+        state.asking = true;
+        drop(state);
+        let (tell, told) = channel();
+        let (this, folder) = (self.clone(), folder.to_path_buf());
+        lane.run(Box::new(move || {
+            this.ask(&folder);
+            let _ = tell.send(());
+        }));
+        let _ = told.recv_timeout(PATIENCE);
+        self.state().room
+    }
+
+    /// Asks now, for as long as it takes.
+    pub fn ask(&self, folder: &Path) {
+        let found = Folder::open(folder).and_then(|f| f.space());
+        let mut state = self.state();
+        state.asking = false;
+        state.seen = Some(Instant::now());
+        if let Ok(s) = found {
+            let bytes = |blocks: u64| blocks.saturating_mul(s.f_frsize);
+            state.room = Room { free: bytes(s.f_bfree), available: bytes(s.f_bavail) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_is_gone_leaves_what_was_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let (free, lane) = (Arc::new(Free::default()), Arc::new(Lane::default()));
+        free.ask(dir.path());
+        let room = free.state().room;
+        assert!(room.free >= room.available && room.free > 0);
+        free.ask(&dir.path().join("gone"));
+        assert_eq!(free.room(dir.path(), &lane), room);
+    }
+
+    #[test]
+    fn storage_that_does_not_answer_keeps_nobody_waiting() {
+        let (free, lane) = (Arc::new(Free::default()), Arc::new(Lane::default()));
+        free.state().asking = true;
+        assert_eq!(free.room(Path::new("/"), &lane), Room::default());
+    }
+}

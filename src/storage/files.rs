@@ -1,0 +1,240 @@
+//! The descriptors of all [`super::SourceFile`]s of the process: so many at a time, however many
+//! files there are.
+//!
+//! State: `pinned`, how many files somebody has asked to be kept open (until they let go of them);
+//! and a least-recently-used list of those that are open for nobody in particular, which are closed
+//! to make room. A file that was read since it came to the head of the list gets a second chance.
+//! Pinned files leave room for a working set, so that reading goes on whatever is pinned.
+//!
+//! Readers find an open file without a lock ([`Slot::get`]). The lock is never held while a file is
+//! opened or closed: the storage may not answer.
+
+use std::fs::File;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::{ArcSwapOption, Guard};
+use lru::LruCache;
+
+/// Descriptors for everything that is not in here: the kernel's side of the mount, watches, folders
+/// that are being looked at.
+const SPARE: u64 = 64;
+/// More than this are never kept open: each costs the kernel memory.
+const MOST: u64 = 1 << 20;
+/// Of a limit this small everybody gets a half.
+const FEWEST: u64 = 8;
+
+/// An open file.
+#[derive(Debug)]
+pub struct Opened {
+    file: File,
+    used: AtomicBool,
+}
+
+impl Deref for Opened {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        // Reading first: the line stays shared between the threads' caches.
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+        &self.file
+    }
+}
+
+/// Where one file's descriptor is while it is open.
+#[derive(Debug)]
+pub struct Slot {
+    id: u64,
+    open: ArcSwapOption<Opened>,
+    /// How often it is pinned; changed under the pool's lock only.
+    pins: AtomicU64,
+}
+
+impl Slot {
+    /// Of a file that is not open.
+    pub(super) fn new() -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Slot { id, open: ArcSwapOption::empty(), pins: AtomicU64::new(0) })
+    }
+
+    /// Of a file that is open and stays so: nothing says how to open it again.
+    pub(super) fn fixed(file: File) -> Arc<Self> {
+        let slot = Self::new();
+        slot.open.store(Some(Opened::new(file)));
+        // Pinned by itself, so that nobody is the last.
+        slot.pins.store(1, Ordering::Relaxed);
+        slot
+    }
+
+    /// The file, if it is open.
+    pub(super) fn get(&self) -> Guard<Option<Arc<Opened>>> {
+        self.open.load()
+    }
+
+    /// Takes in a file that was just opened. If another thread was faster, the result is its own.
+    pub(super) fn put(self: &Arc<Self>, file: File) -> Arc<Opened> {
+        let mut pool = pool();
+        if let Some(other) = self.open.load_full() {
+            drop(pool);
+            return other;
+        }
+        let opened = Opened::new(file);
+        self.open.store(Some(opened.clone()));
+        if self.pins.load(Ordering::Relaxed) == 0 {
+            pool.list.put(self.id, self.clone());
+        }
+        let closed = pool.make_room();
+        drop(pool);
+        drop(closed);
+        opened
+    }
+
+    /// Closes it, whoever pins it.
+    pub(super) fn close(&self) {
+        let mut pool = pool();
+        pool.list.pop(&self.id);
+        let closed = self.open.swap(None);
+        drop(pool);
+        drop(closed);
+    }
+}
+
+impl Opened {
+    fn new(file: File) -> Arc<Self> {
+        Arc::new(Opened { file, used: AtomicBool::new(false) })
+    }
+}
+
+/// Files that are no longer in a slot. They are closed where this is dropped, which may take as long
+/// as their storage does.
+pub type Closed = Vec<Arc<Opened>>;
+
+struct Pool {
+    /// All files together.
+    limit: usize,
+    pinned: usize,
+    /// Open and not pinned.
+    list: LruCache<u64, Arc<Slot>>,
+}
+
+fn pool() -> MutexGuard<'static, Pool> {
+    static POOL: LazyLock<Mutex<Pool>> = LazyLock::new(|| {
+        Mutex::new(Pool { limit: limit(0), pinned: 0, list: LruCache::unbounded() })
+    });
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many files of backups may be open, if `others` descriptors more are needed for other things.
+fn limit(others: u64) -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid pointer.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    let all = if known { limit.rlim_cur.min(MOST) } else { 1024 };
+    let files = all.saturating_sub(SPARE.saturating_add(others)).max(all / 2).max(FEWEST);
+    usize::try_from(files).unwrap_or(usize::MAX)
+}
+
+/// What all pinned files leave to the others.
+fn working_set(limit: usize) -> usize {
+    (limit / 4).min(64)
+}
+
+impl Pool {
+    fn pin_limit(&self) -> usize {
+        self.limit - working_set(self.limit)
+    }
+
+    /// Takes the files that are too many out of their slots.
+    fn make_room(&mut self) -> Closed {
+        let room = self.limit.saturating_sub(self.pinned).max(working_set(self.limit));
+        let mut closed = Vec::new();
+        // Each gets at most one second chance per call, so this ends.
+        let mut chances = self.list.len();
+        while self.list.len() > room
+            && let Some((id, slot)) = self.list.pop_lru()
+        {
+            let used = |o: &Arc<Opened>| o.used.swap(false, Ordering::Relaxed);
+            if chances > 0 && slot.open.load().as_ref().is_some_and(used) {
+                chances -= 1;
+                self.list.put(id, slot);
+                continue;
+            }
+            closed.extend(slot.open.swap(None));
+        }
+        closed
+    }
+}
+
+/// Takes note of the limit of open files as it is now, and that `others` descriptors are needed for
+/// other things than the files of backups.
+pub fn set_limit(others: u64) {
+    pool().limit = limit(others);
+}
+
+/// How many files can be pinned at a time.
+pub fn pin_limit() -> usize {
+    pool().pin_limit()
+}
+
+/// Pins all of `slots` or, if `false`, none: they would be more than may be pinned. What is pinned
+/// stays open from the next time on that it is opened, until [`unpin`].
+pub fn pin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>> + Clone) -> bool {
+    let mut pool = pool();
+    let mut new = 0;
+    for slot in slots.clone() {
+        new += usize::from(slot.pins.fetch_add(1, Ordering::Relaxed) == 0);
+    }
+    if pool.pinned + new > pool.pin_limit() {
+        for slot in slots {
+            slot.pins.fetch_sub(1, Ordering::Relaxed);
+        }
+        return false;
+    }
+    pool.pinned += new;
+    for slot in slots {
+        pool.list.pop(&slot.id);
+    }
+    let closed = pool.make_room();
+    drop(pool);
+    drop(closed);
+    true
+}
+
+/// Undoes [`pin`]. Files that nobody pins any more are to be closed: drop the result.
+pub fn unpin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> Closed {
+    let mut pool = pool();
+    let mut closed = Vec::new();
+    for slot in slots {
+        if slot.pins.fetch_sub(1, Ordering::Relaxed) == 1 {
+            pool.pinned -= 1;
+            closed.extend(slot.open.swap(None));
+        }
+    }
+    closed
+}
+
+/// Closes all files that nobody pins.
+pub fn close_unpinned() {
+    drop(take_unpinned(usize::MAX));
+}
+
+/// Closes some that nobody pins, because there are no descriptors left; whether there was one.
+pub(super) fn shed() -> bool {
+    const SOME: usize = 8;
+    !take_unpinned(SOME).is_empty()
+}
+
+fn take_unpinned(most: usize) -> Closed {
+    let mut pool = pool();
+    let mut closed = Vec::new();
+    while closed.len() < most
+        && let Some((_, slot)) = pool.list.pop_lru()
+    {
+        closed.extend(slot.open.swap(None));
+    }
+    closed
+}
