@@ -24,8 +24,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::format::{self, Decision};
 use super::link::normalise;
-use super::manifest::{self, Brief};
+use super::manifest::{self, Brief, ImageFormat};
 use super::name::{self, Name};
 use super::probe::Probed;
 use super::side::Side;
@@ -43,6 +44,8 @@ pub struct ScanOptions {
     /// The directory as the user calls it, absolute, where that is by way of a link: images may name
     /// it so.
     pub called: Option<PathBuf>,
+    /// What the user says of images about which nothing else decides.
+    pub format: Option<ImageFormat>,
 }
 
 /// Index into [`Tree::files`].
@@ -60,6 +63,8 @@ pub(super) struct FileEntry {
     pub manifest: Option<Arc<Brief>>,
     /// Why its manifest cannot be read.
     pub manifest_problem: Option<Finding>,
+    /// How it is read.
+    pub decision: Decision,
 }
 
 /// A `FULL-<disk>` or `COPY-<disk>` link.
@@ -166,6 +171,7 @@ pub fn scan(
     let (mut tree, mut cache) = (walk.tree, walk.cache);
     tree.findings.append(&mut walk.unfinished);
     tree.resolve_links();
+    format::decide(&mut tree, options.format);
     if let Some(previous) = previous {
         tree.former = previous.bases_of(&tree.files);
     }
@@ -329,7 +335,8 @@ impl Walk<'_> {
         };
         let id = self.tree.files.len();
         self.tree.by_path.insert(path.as_os_str().to_os_string(), id);
-        let entry = FileEntry { path, name: parsed, probed, manifest, manifest_problem };
+        let decision = Decision::default();
+        let entry = FileEntry { path, name: parsed, probed, manifest, manifest_problem, decision };
         self.tree.files.push(entry);
         folder.files.push(id);
     }
