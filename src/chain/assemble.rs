@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::foreign;
 use super::group::{Belongs, Group, base_name, data_files, group};
+use super::info;
 use super::link::{Lies, Member, link};
 use super::manifest::ImageFormat;
 use super::name::Name;
@@ -21,7 +22,7 @@ use super::scan::{FileEntry, FileId, Tree};
 use super::{Catalog, Disk, Level, NEWEST_LOST};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::{Format, LayerSpec, Part};
-use crate::storage::{ReadAt, SourceFile};
+use crate::storage::SourceFile;
 use crate::text::path_text;
 
 /// Why a file cannot be used.
@@ -377,7 +378,9 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
     if let Name::Backup { level, .. } = entry.name
         && level != manifest.level
     {
-        return fail(Kind::Corrupt, "its name and its manifest disagree on its level".into());
+        let what = "its name and its manifest disagree on its level";
+        let error = Error::new(Kind::Corrupt, what).at_path(&entry.path);
+        return Some(error.remedy("give the file back the name it was written with"));
     }
     let format = match entry.format() {
         Format::Qcow2 => ImageFormat::Qcow2,
@@ -522,10 +525,6 @@ fn qcow2_on_raw(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)
 /// Whether `<disk>.config`, the output of `qemu-img info` that qmpbackup keeps beside the images or
 /// one folder up, says that the disk is qcow2. `known` has what the files said that were read already.
 fn config_says_qcow2(tree: &Tree, entry: &FileEntry, known: &mut HashMap<FileId, bool>) -> bool {
-    #[derive(serde::Deserialize)]
-    struct Info {
-        format: String,
-    }
     let mut name = match &entry.name {
         Name::Backup { disk, .. } => disk.clone(),
         _ => base_name(entry).to_os_string(),
@@ -534,21 +533,11 @@ fn config_says_qcow2(tree: &Tree, entry: &FileEntry, known: &mut HashMap<FileId,
     let folders = entry.path.ancestors().skip(1).take(2);
     let mut found = folders.filter_map(|f| tree.lookup(f, Path::new(&name)));
     let says_so = |file: FileId| {
-        let file = &tree.files[file].probed.file;
-        let file = SourceFile::with_identity(file.path().into(), file.identity());
-        if file.len() > MAX_CONFIG {
-            return false;
-        }
-        let mut text = vec![0; usize::try_from(file.len()).unwrap_or(0)];
-        let read = file.read_exact_at(&mut text, 0);
-        let info = read.ok().and_then(|()| serde_json::from_slice::<Info>(&text).ok());
-        info.is_some_and(|i| i.format == "qcow2")
+        let info = info::read(&tree.files[file].probed.file);
+        info.is_some_and(|i| i.format.as_deref() == Some("qcow2"))
     };
     found.any(|file| *known.entry(file).or_insert_with(|| says_so(file)))
 }
-
-/// `qemu-img info` says a few KiB; with many snapshots, more.
-const MAX_CONFIG: u64 = 4 << 20;
 
 /// Increments on a FULL without a time in its name that may have been overwritten by a later one:
 /// then those before that do not belong to it. Nothing proves it, but file times hint at it, and

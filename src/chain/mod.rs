@@ -9,6 +9,7 @@ mod assemble;
 mod foreign;
 mod format;
 mod group;
+mod info;
 mod link;
 pub mod manifest;
 pub mod name;

@@ -262,7 +262,11 @@ fn reason(blocked: &Blocked, name: &str) -> Finding {
             path_text(name),
             cause.message
         ),
-        remedy: cause.remedy.or(Some(format!("restore {file} from another copy of the backup"))),
+        // What is only not understood is in every copy.
+        remedy: cause.remedy.or_else(|| {
+            let lost = !matches!(cause.kind, Kind::Unsupported | Kind::Encrypted | Kind::Permission);
+            lost.then(|| format!("restore {file} from another copy of the backup"))
+        }),
         ..cause
     }
 }

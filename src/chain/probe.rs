@@ -190,7 +190,13 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
         return Err(Error::new(Kind::Corrupt, what)
             .at_path(file.path())
             .at_offset(0)
-            .remedy("restore this file from another copy of the backup"));
+            .remedy(match name::promise(name) {
+                Promise::Qcow2 if !file.is_empty() => {
+                    "restore this file from another copy of the backup; if it is a raw disk, let \
+                     its name end in .raw"
+                }
+                _ => "restore this file from another copy of the backup",
+            }));
     }
     let mut start = [0; raw::START];
     let len = start.len().min(usize::try_from(file.len()).unwrap_or(usize::MAX));
