@@ -100,6 +100,12 @@ pub fn parse_duration(text: &str) -> Result<u64, String> {
     if number.is_empty() && !text.trim().is_empty() { Ok(total) } else { Err(bad()) }
 }
 
+/// A time, in seconds since the epoch, as UTC: `2026-11-22T04:00:00Z`. The bare number where no
+/// calendar has it.
+pub fn iso_time(time: i64) -> String {
+    jiff::Timestamp::from_second(time).map_or_else(|_| format!("@{time}"), |t| t.to_string())
+}
+
 /// Parses a point in time: an age ([`parse_duration`]), `@` and seconds since the epoch, a date, or
 /// a date and time (local unless it says otherwise). Returns seconds since the epoch.
 pub fn parse_when(text: &str) -> Result<i64, String> {

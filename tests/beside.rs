@@ -11,287 +11,22 @@ mod guest;
 #[path = "common/machine.rs"]
 mod machine;
 mod mounted;
+#[path = "common/other.rs"]
+mod other;
+#[path = "backup/points.rs"]
+mod points;
 mod qemu;
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
-use backup::{Caller, images, leftovers, ours_in_qemu};
-use machine::{Machine, SIZE, bytes};
-use qemu::{first_difference, have};
+use backup::{Caller, bitmaps, leftovers, ours_in_qemu};
+use machine::Machine;
+use other::{ALL, Begun, Op, Op::*};
+use points::{finish, points, recover, right};
+use qemu::have;
 use serde_json::json;
-
-const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
-
-/// What another program does with `v0`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Op {
-    Mirror,
-    NamedMirror,
-    DriveMirror,
-    DriveBackup,
-    NodeBackup,
-    Commit,
-    Stream,
-    SnapshotByDevice,
-    SnapshotByNode,
-    InternalSnapshot,
-    Grow,
-    Shrink,
-    Unplug,
-    TheirFilter,
-    Export,
-    Reset,
-    Iothread,
-}
-
-use Op::*;
-
-const ALL: [Op; 17] = [
-    Mirror,
-    NamedMirror,
-    DriveMirror,
-    DriveBackup,
-    NodeBackup,
-    Commit,
-    Stream,
-    SnapshotByDevice,
-    SnapshotByNode,
-    InternalSnapshot,
-    Grow,
-    Shrink,
-    Unplug,
-    TheirFilter,
-    Export,
-    Reset,
-    Iothread,
-];
-
-/// An operation under way.
-struct Begun {
-    op: Op,
-    /// What `v0` held then.
-    then: Vec<u8>,
-    /// The node that their filter was put above.
-    node: String,
-}
-
-impl Op {
-    /// Begins it; `None` if QEMU refuses.
-    fn begin(self, m: &mut Machine) -> Option<Begun> {
-        let then = m.expect[0].clone();
-        let inserted = m.inserted(0)?;
-        let node = inserted["node-name"].as_str().unwrap().to_string();
-        let id = "other";
-        let file = |name: &str| m.text(name);
-        let (command, arguments) = match self {
-            Mirror => (
-                "blockdev-mirror",
-                json!({"job-id": id, "device": "dr0", "target": "b", "sync": "full"}),
-            ),
-            NamedMirror => (
-                "blockdev-mirror",
-                json!({"job-id": id, "device": "dr0", "target": "b", "sync": "full",
-                    "filter-node-name": "theirs"}),
-            ),
-            DriveMirror => (
-                "drive-mirror",
-                json!({"job-id": id, "device": "dr0", "target": file("m.qcow2"), "sync": "full",
-                    "format": "qcow2"}),
-            ),
-            DriveBackup => (
-                "drive-backup",
-                json!({"job-id": id, "device": "dr0", "target": file("x.qcow2"), "sync": "full",
-                    "format": "qcow2", "speed": 1 << 20}),
-            ),
-            NodeBackup => (
-                "blockdev-backup",
-                json!({"job-id": id, "device": "a", "target": "b", "sync": "full", "speed": 1 << 20}),
-            ),
-            Commit => ("block-commit", json!({"job-id": id, "device": "dr0"})),
-            Stream => ("block-stream", json!({"job-id": id, "device": "a", "speed": 1 << 20})),
-            SnapshotByDevice => (
-                "blockdev-snapshot-sync",
-                json!({"device": "dr0", "snapshot-file": file("ov.qcow2"), "snapshot-node-name": "ov"}),
-            ),
-            SnapshotByNode => (
-                "blockdev-snapshot-sync",
-                json!({"node-name": "a", "snapshot-file": file("ov.qcow2"), "snapshot-node-name": "ov"}),
-            ),
-            InternalSnapshot => {
-                ("blockdev-snapshot-internal-sync", json!({"device": "dr0", "name": "s"}))
-            }
-            Grow => ("block_resize", json!({"device": "dr0", "size": SIZE + (2 << 20)})),
-            Shrink => ("block_resize", json!({"device": "dr0", "size": SIZE - (1 << 20)})),
-            Reset => ("system_reset", json!({})),
-            Iothread => {
-                m.do_it("object-add", json!({"qom-type": "iothread", "id": "it"}));
-                ("x-blockdev-set-iothread", json!({"node-name": "a", "iothread": "it"}))
-            }
-            Unplug => return self.unplug(m).then_some(Begun { op: self, then, node }),
-            TheirFilter => {
-                return self.put_filter(m, &node).then_some(Begun { op: self, then, node });
-            }
-            Export => return self.export(m).then_some(Begun { op: self, then, node }),
-        };
-        if let Err(why) = m.qmp.try_execute(command, arguments) {
-            println!("    {self:?}: QEMU refuses: {why}");
-            if self == Iothread {
-                m.do_it("object-del", json!({"id": "it"}));
-            }
-            return None;
-        }
-        match self {
-            Grow => m.expect[0].resize(SIZE + (2 << 20), 0),
-            Shrink => m.expect[0].truncate(SIZE - (1 << 20)),
-            _ => {}
-        }
-        Some(Begun { op: self, then, node })
-    }
-
-    fn unplug(self, m: &mut Machine) -> bool {
-        if m.do_it("query-status", json!({}))["status"] != "running" {
-            return false;
-        }
-        m.do_it("device_del", json!({"id": "v0"}));
-        let end = Instant::now() + Duration::from_secs(60);
-        while m.inserted(0).is_some() {
-            assert!(Instant::now() < end, "v0 is not unplugged");
-            // A reset is an answer to the request as well.
-            m.do_it("system_reset", json!({}));
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        true
-    }
-
-    fn put_filter(self, m: &mut Machine, node: &str) -> bool {
-        let raw = m.path("theirs.raw");
-        std::fs::File::create(&raw).unwrap().set_len(m.expect[0].len() as u64).unwrap();
-        m.do_it(
-            "blockdev-add",
-            json!({"driver": "raw", "node-name": "tf", "file": {"driver": "file", "filename": raw}}),
-        );
-        let filter =
-            json!({"driver": "copy-before-write", "node-name": "tc", "file": node, "target": "tf"});
-        let path = "/machine/peripheral/v0/virtio-backend";
-        let set = json!({"path": path, "property": "drive", "value": "tc"});
-        let added = m.qmp.try_execute("blockdev-add", filter).is_ok();
-        if added && m.qmp.try_execute("qom-set", set).is_ok() {
-            return true;
-        }
-        for n in ["tc", "tf"].into_iter().skip(usize::from(!added)) {
-            m.do_it("blockdev-del", json!({"node-name": n}));
-        }
-        false
-    }
-
-    fn export(self, m: &mut Machine) -> bool {
-        let address = json!({"type": "unix", "data": {"path": m.text("their-nbd.sock")}});
-        if m.qmp.try_execute("nbd-server-start", json!({"addr": address})).is_err() {
-            return false;
-        }
-        let export = json!({"type": "nbd", "id": "theirs", "node-name": "a"});
-        m.do_it("block-export-add", export);
-        true
-    }
-}
-
-impl Begun {
-    /// Ends it; what it made is right.
-    fn end(&self, m: &mut Machine) {
-        let gone = |j: &serde_json::Value| j.is_null();
-        match self.op {
-            Mirror | NamedMirror | DriveMirror | Commit => {
-                m.wait_job("other", |j| j.is_null() || j["status"] == "ready");
-                m.do_it("job-complete", json!({"id": "other"}));
-                m.wait_job("other", gone);
-            }
-            DriveBackup | NodeBackup | Stream => {
-                // It may have ended.
-                let _ = m
-                    .qmp
-                    .try_execute("block-job-set-speed", json!({"device": "other", "speed": 0}));
-                m.wait_job("other", gone);
-                let copy = if self.op == DriveBackup { "x.qcow2" } else { "b.qcow2" };
-                if self.op == NodeBackup {
-                    // Until it is closed, some of it is in QEMU's memory.
-                    m.do_it("blockdev-del", json!({"node-name": "b"}));
-                }
-                if self.op != Stream {
-                    let got = bytes(&m.path(copy), "qcow2");
-                    assert_eq!(first_difference(&got, &self.then), None, "the other's copy");
-                }
-            }
-            SnapshotByDevice | SnapshotByNode => {
-                let got = bytes(&m.path("a.qcow2"), "qcow2");
-                assert_eq!(first_difference(&got, &self.then), None, "below the snapshot");
-            }
-            TheirFilter => {
-                let path = "/machine/peripheral/v0/virtio-backend";
-                m.do_it("qom-set", json!({"path": path, "property": "drive", "value": self.node}));
-                for n in ["tc", "tf"] {
-                    m.do_it("blockdev-del", json!({"node-name": n}));
-                }
-            }
-            Export => {
-                m.do_it("block-export-del", json!({"id": "theirs", "mode": "hard"}));
-                m.qmp.wait_event("BLOCK_EXPORT_DELETED");
-                m.do_it("nbd-server-stop", json!({}));
-            }
-            Iothread => {
-                m.do_it("x-blockdev-set-iothread", json!({"node-name": "a", "iothread": null}));
-                m.do_it("object-del", json!({"id": "it"}));
-            }
-            InternalSnapshot | Grow | Shrink | Unplug | Reset => {}
-        }
-    }
-}
-
-fn finish(child: &mut Child) -> ExitStatus {
-    let end = Instant::now() + Duration::from_secs(120);
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
-        }
-        assert!(Instant::now() < end, "the backup hangs");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// The bytes of a point.
-fn point(caller: &Caller, disk: &str, image: &Path) -> Vec<u8> {
-    let out = tempfile::tempdir().unwrap();
-    let raw = out.path().join("p.raw");
-    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    let name = format!("{disk}/{}", image.file_name().unwrap().to_str().unwrap());
-    c.args(["restore", "--quiet"]).arg(&caller.target).arg(name).arg(&raw);
-    let done = c.output().unwrap();
-    assert!(done.status.success(), "restore: {}", String::from_utf8_lossy(&done.stderr));
-    std::fs::read(raw).unwrap()
-}
-
-fn points(caller: &Caller, disk: &str) -> Vec<PathBuf> {
-    let mut list = images(&caller.target.join(disk));
-    list.retain(|p| p.extension().is_none_or(|e| e != "partial"));
-    list
-}
-
-/// The newest point of a disk holds one of these.
-fn right(caller: &Caller, disk: &str, any: &[&Vec<u8>], what: &str) {
-    let newest =
-        points(caller, disk).pop().unwrap_or_else(|| panic!("{what}: {disk} has no point"));
-    let got = point(caller, disk, &newest);
-    let differences: Vec<_> = any.iter().map(|e| first_difference(&got, e)).collect();
-    assert!(differences.contains(&None), "{what}: {}: {differences:?}", newest.display());
-}
-
-fn recover(caller: &Caller) -> (Option<i32>, String) {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    c.args(["recover", "--qmp"]).arg(&caller.qmp).arg("--state-dir").arg(&caller.state);
-    let out = c.output().unwrap();
-    (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
-}
 
 /// The folder of `v0` after the operation, if it is there.
 fn disk_after(m: &mut Machine) -> Option<String> {
@@ -330,11 +65,8 @@ fn afterwards(mut m: Machine, caller: &Caller, begun: Option<Begun>, what: &str)
 #[test]
 fn what_another_program_does_already() {
     let name = "what_another_program_does_already";
-    if !have(name, TOOLS) {
-        return;
-    }
-    for op in ALL {
-        let mut m = Machine::start();
+    for &op in ALL {
+        let Some(mut m) = Machine::start(name) else { return };
         let caller = m.caller();
         let begun = op.begin(&mut m);
         assert_eq!(begun.is_none(), op == Iothread, "{op:?}");
@@ -346,9 +78,18 @@ fn what_another_program_does_already() {
                 assert!(said.contains("job other ("), "{op:?}: {said}");
                 true
             }
+            WritableExport => {
+                let why = "dr0: export theirs (nbd) may write to node a";
+                assert!(said.contains(why), "{op:?}: {said}");
+                true
+            }
             TheirFilter => true,
             _ => false,
         };
+        if refused {
+            let alone = caller.with(&["--include", "dr0"]).run("full");
+            assert_eq!(alone.status.code(), Some(6), "{op:?}");
+        }
         assert_eq!(out.status.code(), Some(if refused { 16 } else { 0 }), "{op:?}: {said}");
         right(&caller, "o.qcow2", &[&m.expect[1]], &said);
         match (refused, disk_after(&mut m)) {
@@ -368,11 +109,8 @@ fn what_another_program_does_already() {
 #[test]
 fn what_another_program_begins_while_we_copy() {
     let name = "what_another_program_begins_while_we_copy";
-    if !have(name, TOOLS) {
-        return;
-    }
-    for op in ALL {
-        let mut m = Machine::start();
+    for &op in ALL {
+        let Some(mut m) = Machine::start(name) else { return };
         let caller = m.caller();
         let frozen = m.expect.clone();
         let slow = caller.with(&["--speed-limit", "1M"]);
@@ -393,7 +131,7 @@ fn what_another_program_begins_while_we_copy() {
             DriveBackup | Stream | SnapshotByDevice | SnapshotByNode | TheirFilter => true,
             // QEMU refuses these while our filter stands.
             Mirror | NamedMirror | DriveMirror | Commit | InternalSnapshot | Grow | Shrink
-            | Iothread => {
+            | WritableExport | Iothread => {
                 assert!(begun.is_none(), "{op:?}");
                 false
             }
@@ -427,7 +165,7 @@ fn is_stopped(child: &mut Child) -> Option<bool> {
 
 /// Begins `op` when an INC is at step `n`; false if it has fewer steps.
 fn at_step(op: Op, n: usize) -> bool {
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start("at_step") else { return false };
     let caller = m.caller();
     caller.must("full");
     let old = points(&caller, "a.qcow2");
@@ -481,14 +219,14 @@ fn at_step(op: Op, n: usize) -> bool {
 /// The operations that the environment asks for at each step.
 fn wanted() -> Vec<Op> {
     let asked = std::env::var("FLEECEFS_BESIDE").unwrap_or_default();
-    let named = |op: &Op| asked == "all" || asked.split(',').any(|n| n == format!("{op:?}"));
-    ALL.into_iter().filter(named).collect()
+    let named = |op: &&Op| asked == "all" || asked.split(',').any(|n| n == format!("{op:?}"));
+    ALL.iter().filter(named).copied().collect()
 }
 
 #[test]
 fn what_another_program_begins_at_a_step() {
     let name = "what_another_program_begins_at_a_step";
-    if !have(name, TOOLS) {
+    if !have(name, machine::TOOLS) {
         return;
     }
     for op in wanted() {
@@ -504,17 +242,22 @@ fn what_another_program_begins_at_a_step() {
     }
 }
 
-/// A run that is stopped once it copies the first disk, and at each disk after that.
+/// A run that is stopped when it has come to a step, and each time that it comes there again.
 struct Stopped {
     child: Child,
     err: PathBuf,
 }
 
 impl Stopped {
-    fn start(m: &Machine) -> Stopped {
+    /// One that copies its first disk.
+    fn copying(m: &Machine) -> Stopped {
+        Self::start(m, "full", "answer blockdev-backup")
+    }
+
+    fn start(m: &Machine, level: &str, step: &str) -> Stopped {
         let err = m.path("stderr");
-        let mut c = m.caller().command("full");
-        c.env("FLEECEFS_HANG_AT", "answer blockdev-backup");
+        let mut c = m.caller().command(level);
+        c.env("FLEECEFS_HANG_AT", step);
         let child = c.stderr(std::fs::File::create(&err).unwrap()).spawn().unwrap();
         let mut stopped = Stopped { child, err };
         while !is_stopped(&mut stopped.child).expect("it comes so far") {
@@ -539,12 +282,9 @@ impl Stopped {
 #[test]
 fn a_job_that_begins_and_ends_between_two_looks_fails_all_disks() {
     let name = "a_job_that_begins_and_ends_between_two_looks_fails_all_disks";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
-    let run = Stopped::start(&m);
+    let run = Stopped::copying(&m);
     let begun = DriveBackup.begin(&mut m).unwrap();
     begun.end(&mut m);
     let (code, said) = run.end();
@@ -556,12 +296,9 @@ fn a_job_that_begins_and_ends_between_two_looks_fails_all_disks() {
 #[test]
 fn a_job_that_only_makes_an_image_is_none_of_ours() {
     let name = "a_job_that_only_makes_an_image_is_none_of_ours";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let (caller, frozen) = (m.caller(), m.expect.clone());
-    let run = Stopped::start(&m);
+    let run = Stopped::copying(&m);
     let options = json!({"driver": "file", "filename": m.path("new.img"), "size": 1 << 20});
     m.do_it("blockdev-create", json!({"job-id": "make", "options": options}));
     m.wait_job("make", |j| j["status"] == "concluded");
@@ -572,13 +309,44 @@ fn a_job_that_only_makes_an_image_is_none_of_ours() {
     afterwards(m, &caller, None, name);
 }
 
+/// What was written since it was disabled has no bit.
+#[test]
+fn a_bitmap_that_another_program_disables_makes_no_inc() {
+    let name = "a_bitmap_that_another_program_disables_makes_no_inc";
+    for command in ["block-dirty-bitmap-disable", "block-dirty-bitmap-remove"] {
+        let Some(mut m) = Machine::start(name) else { return };
+        let caller = m.caller();
+        caller.must("full");
+        let recording = bitmaps(&mut m.qmp).pop().unwrap();
+        let on = if recording.ends_with("-0") { ("a", "dr0", 0) } else { ("o", "o", 1) };
+        m.scribble();
+        let run = Stopped::start(&m, "inc", "files created");
+        m.do_it(command, json!({"node": on.0, "name": recording}));
+        m.scribble();
+        let frozen = m.expect.clone();
+        let (code, said) = run.end();
+        assert_eq!(code, Some(16), "{said}");
+        let why = match command {
+            "block-dirty-bitmap-disable" => "another program has disabled or removed bitmap",
+            // QEMU has none to merge.
+            _ => "not found",
+        };
+        assert!(said.contains(&format!("warning: {}: ", on.1)) && said.contains(why), "{said}");
+        let disks = ["a.qcow2", "o.qcow2"];
+        assert_eq!(points(&caller, disks[on.2]).len(), 1, "{said}");
+        right(&caller, disks[1 - on.2], &[&frozen[1 - on.2]], &said);
+        m.scribble();
+        let said = caller.must("auto");
+        assert!(said.contains(": a FULL, since bitmap "), "{said}");
+        right(&caller, disks[on.2], &[&m.expect[on.2]], &said);
+        afterwards(m, &caller, None, name);
+    }
+}
+
 #[test]
 fn a_job_on_one_disk_leaves_the_other_its_point() {
     let name = "a_job_on_one_disk_leaves_the_other_its_point";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
     let copy =
         json!({"job-id": "other", "device": "o", "target": "b", "sync": "full", "speed": 1 << 18});
@@ -597,10 +365,7 @@ fn a_job_on_one_disk_leaves_the_other_its_point() {
 #[test]
 fn a_backup_waits_for_others_as_long_as_it_may() {
     let name = "a_backup_waits_for_others_as_long_as_it_may";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
     let begun = Mirror.begin(&mut m).unwrap();
     let out = caller.with(&["--wait", "1s"]).run("full");
@@ -647,12 +412,9 @@ fn a_backup_waits_for_others_as_long_as_it_may() {
 #[test]
 fn a_job_that_nobody_saw_end_makes_no_point() {
     let name = "a_job_that_nobody_saw_end_makes_no_point";
-    if !have(name, TOOLS) {
-        return;
-    }
-    let mut m = Machine::start();
+    let Some(mut m) = Machine::start(name) else { return };
     let caller = m.caller();
-    let mut run = Stopped::start(&m);
+    let mut run = Stopped::copying(&m);
     run.child.kill().unwrap();
     run.child.wait().unwrap();
     let ended = |j: &serde_json::Value| j["status"] == "concluded";

@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use backup::{Caller, Daemon, bitmaps, leftovers, level, manifest_of, newest, ours_in_qemu, same};
 use guest::{Disk, Guest, Qmp, has_qemu};
 use mounted::Mount;
-use qemu::{have, run};
+use qemu::{have, is_root, run};
 use serde_json::{Value, json};
-use storage::{Loop, is_root};
+use storage::Loop;
 
 const TOOLS: &[&str] = &["qemu-img", "/dev/fuse"];
 
@@ -432,7 +432,10 @@ fn where_no_nbd_server_is_to_be_had_a_full_is_made_without_a_floor() {
     let nowhere = d.path("nowhere.sock").display().to_string();
     caller.more = vec!["--nbd".into(), nowhere];
     let said = caller.must("full");
-    assert!(said.contains("that will not be noticed") && !floor(&caller), "{said}");
+    assert!(
+        said.contains("the next INC has to look through all of the disk") && !floor(&caller),
+        "{said}"
+    );
     assert_eq!(ours_in_qemu(&mut d.qmp()), Vec::<String>::new());
 }
 

@@ -4,139 +4,35 @@
 
 #[path = "chains/verbs.rs"]
 mod chains;
+#[path = "chains/owner.rs"]
+mod owner;
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use chains::qemu::{Chain, have, run};
+use chains::qemu::{have, run};
 use chains::{TOOLS, name, s};
 use fleecefs::chain::scan::{ScanOptions, scan};
 use fleecefs::error::Kind;
 use fleecefs::prune;
 use fleecefs::prune::plan::{Manner, Rules, plan};
+use owner::{PRECIOUS, Scene, fleecefs};
 use serde_json::json;
 
 /// Exit codes.
 const CORRUPT: i32 = 10;
 const UNSUPPORTED: i32 = 11;
 
-/// Nothing here takes longer, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A backup directory with one disk of a FULL and two INCs, and a folder that is none of its owner's
-/// business.
-struct Scene {
-    _dir: tempfile::TempDir,
-    root: PathBuf,
-    disk: PathBuf,
-    side: PathBuf,
-    images: Vec<PathBuf>,
-    outside: PathBuf,
-    victim: PathBuf,
-}
-
-const PRECIOUS: &[u8] = b"precious";
-
-impl Scene {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let base = dir.path().canonicalize().unwrap();
-        let (root, outside) = (base.join("backups"), base.join("outside"));
-        let mut chain = Chain::new(&root, "sda");
-        for i in 1..4 {
-            chain.point("", 1 << 20, &[format!("write -P {i} 0 64k")]);
-        }
-        let chain = chain.finish();
-        std::fs::create_dir(&outside).unwrap();
-        let victim = outside.join("victim");
-        std::fs::write(&victim, PRECIOUS).unwrap();
-        std::fs::set_permissions(&victim, std::fs::Permissions::from_mode(0o600)).unwrap();
-        let side = chain.dir.join(".fleecefs");
-        std::fs::create_dir(&side).unwrap();
-        Scene { _dir: dir, root, disk: chain.dir, side, images: chain.files, outside, victim }
-    }
-
-    /// Everything in the disk's folder, images with their bytes.
-    fn images_now(&self) -> Vec<(PathBuf, Vec<u8>)> {
-        let read = |p: &PathBuf| (p.clone(), std::fs::read(p).unwrap_or_default());
-        self.images.iter().map(read).collect()
-    }
-
-    fn check_outside(&self, what: &str) {
-        assert_eq!(std::fs::read(&self.victim).unwrap(), PRECIOUS, "{what}");
-        let meta = std::fs::metadata(&self.victim).unwrap();
-        // SAFETY: geteuid has no preconditions.
-        let own = unsafe { libc::geteuid() };
-        assert_eq!((meta.mode() & 0o7777, meta.uid()), (0o600, own), "{what}");
-        let names = std::fs::read_dir(&self.outside).unwrap().count();
-        assert_eq!(names, 1, "{what}: files were made or removed outside");
-    }
-
-    /// Writes a journal of the owner's own making; runs what would finish it; it has to be refused,
-    /// by name, and nothing may have changed.
-    fn refuses(&self, journal: &str, text: &[u8], code: i32, what: &str) {
-        let path = self.side.join(journal);
-        std::fs::write(&path, text).unwrap();
-        let before = self.images_now();
-        let out = fleecefs(&["prune", "--keep-last", "9", s(&self.root)]);
-        let said = String::from_utf8_lossy(&out.stderr).into_owned();
-        assert_eq!(out.status.code(), Some(code), "{what}: {said}");
-        assert!(said.contains(journal) && said.contains("remove"), "{what}: {said}");
-        assert!(before == self.images_now(), "{what}");
-        self.check_outside(what);
-        std::fs::remove_file(path).unwrap();
-    }
-}
-
-/// Runs fleecefs; it may not hang.
-fn fleecefs(args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
-    let (id, end) = (child.id().to_string(), Instant::now() + PATIENCE);
-    let done = std::sync::Arc::new(AtomicBool::new(false));
-    let watch = std::thread::spawn({
-        let done = done.clone();
-        move || {
-            while !done.load(Ordering::Relaxed) && Instant::now() < end {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            if !done.load(Ordering::Relaxed) {
-                run("kill", &["-KILL", &id]);
-            }
-        }
-    });
-    let out = child.wait_with_output().unwrap();
-    done.store(true, Ordering::Relaxed);
-    watch.join().unwrap();
-    assert!(out.status.code().is_some(), "{args:?} hung: {}", out.status);
-    out
-}
-
 fn fifo(path: &Path) {
     run("mkfifo", &[s(path)]);
-}
-
-fn is_root(test: &str) -> bool {
-    // SAFETY: geteuid has no preconditions.
-    let root = unsafe { libc::geteuid() } == 0;
-    if !root {
-        assert!(std::env::var_os("CI").is_none(), "{test} needs root");
-        println!("skipped: {test} needs root");
-    }
-    root
 }
 
 /// How often a race is run.
 fn races() -> usize {
     std::env::var("FLEECEFS_RACES").ok().and_then(|n| n.parse().ok()).unwrap_or(30)
 }
-
-/// Somebody's user number.
-const NOBODY: u32 = 65534;
 
 /// What is no name of an image in the journal's own folder.
 fn bad_names(scene: &Scene) -> Vec<String> {
@@ -529,117 +425,4 @@ fn a_consolidation_gives_no_other_file_away() {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let full = scene.disk.join(until.replace("INC-", "FULL-"));
     assert_eq!(std::fs::metadata(full).unwrap().mode() & 0o7777, 0o777);
-}
-
-#[test]
-fn what_root_restores_into_the_folder_of_another_is_roots() {
-    let test = "what_root_restores_into_the_folder_of_another_is_roots";
-    if !have(test, &TOOLS) || !is_root(test) {
-        return;
-    }
-    let scene = Scene::new();
-    for (mode, owner) in [(0o755, NOBODY), (0o1777, 0)] {
-        let to = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(to.path(), std::fs::Permissions::from_mode(mode)).unwrap();
-        std::os::unix::fs::chown(to.path(), Some(owner), None).unwrap();
-        // What version 0.1.0 would have used, and what it may be called now.
-        for made in [".disk.raw.fleecefs-partial", ".fleecefs-tmp-0123456789abcdef01234567"] {
-            let path = to.path().join(made);
-            std::fs::write(&path, b"").unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
-            std::os::unix::fs::chown(&path, Some(NOBODY), None).unwrap();
-        }
-        let target = to.path().join("disk.raw");
-        let point = name(&scene.images[2]);
-        let out = fleecefs(&["restore", s(&scene.root), point, s(&target)]);
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        let meta = std::fs::metadata(&target).unwrap();
-        assert_eq!((meta.uid(), meta.mode() & 0o7777), (0, 0o600));
-        // Nobody's files are nobody's: only what is root's own is cleared away.
-        assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 3);
-        // A link of nobody's that leads to what is not his is not followed, with --force neither.
-        let link = to.path().join("link");
-        symlink(&scene.victim, &link).unwrap();
-        std::os::unix::fs::lchown(&link, Some(NOBODY), None).unwrap();
-        let out = fleecefs(&["restore", "--force", s(&scene.root), point, s(&link)]);
-        assert!(!out.status.success());
-        scene.check_outside("a link as the target");
-    }
-}
-
-/// Whether files can be given to another user; in CI it is a failure if not.
-fn can_give(test: &str) -> bool {
-    // SAFETY: geteuid has no preconditions.
-    let root = unsafe { libc::geteuid() } == 0;
-    assert!(root || std::env::var_os("CI").is_none(), "{test} needs root");
-    if !root {
-        println!("skipped: {test} needs root");
-    }
-    root && have(test, &TOOLS)
-}
-
-/// A user who is neither root nor the caller.
-const STRANGER: u32 = 65534;
-
-fn give(path: &Path, mode: u32) {
-    std::os::unix::fs::chown(path, Some(STRANGER), Some(STRANGER)).unwrap();
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
-}
-
-fn assert_private(path: &Path) {
-    let meta = std::fs::metadata(path).unwrap();
-    assert_eq!((meta.uid(), meta.mode() & 0o7777), (0, 0o600), "{path:?}");
-}
-
-#[test]
-fn what_is_made_of_several_files_is_not_given_to_the_owner_of_one() {
-    if !can_give("what_is_made_of_several_files_is_not_given_to_the_owner_of_one") {
-        return;
-    }
-    let scene = || {
-        let scene = Scene::new();
-        for image in &scene.images {
-            std::fs::set_permissions(image, std::fs::Permissions::from_mode(0o600)).unwrap();
-        }
-        scene
-    };
-    // Whichever of them is the stranger's.
-    for i in 0..3 {
-        let s1 = scene();
-        give(&s1.images[i], 0o644);
-        let out = fleecefs(&["consolidate", s(&s1.root), "sda", "--until", "latest"]);
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        assert_private(&s1.disk.join(name(&s1.images[2]).replace("INC-", "FULL-")));
-    }
-    let s2 = scene();
-    give(&s2.images[0], 0o644);
-    let out = fleecefs(&["commit", s(&s2.disk)]);
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    assert_private(&s2.images[0]);
-}
-
-#[test]
-fn a_file_that_a_stranger_put_there_gives_its_owner_nothing() {
-    if !can_give("a_file_that_a_stranger_put_there_gives_its_owner_nothing") {
-        return;
-    }
-    let scene = Scene::new();
-    let shared = scene.root.with_file_name("shared");
-    std::fs::create_dir(&shared).unwrap();
-    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o1777)).unwrap();
-    let target = shared.join("disk.raw");
-    std::fs::write(&target, "x").unwrap();
-    give(&target, 0o644);
-    let restore = || {
-        let out = fleecefs(&["restore", "--force", s(&scene.root), "sda/latest", s(&target)]);
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    };
-    restore();
-    assert_private(&target);
-    // In a folder of root's own the file is root's gift to him: a disk of QEMU's user, say.
-    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o755)).unwrap();
-    give(&target, 0o640);
-    restore();
-    let meta = std::fs::metadata(&target).unwrap();
-    assert_eq!((meta.uid(), meta.mode() & 0o7777), (STRANGER, 0o640));
 }

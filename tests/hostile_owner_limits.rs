@@ -8,7 +8,7 @@ mod guest;
 mod mounted;
 
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -67,15 +67,21 @@ impl Watch for Impatient {
     }
 }
 
+/// A folder with the image of a disk of `size` bytes, which has got `len` so far.
+fn unfinished(size: u64, len: u64) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().canonicalize().unwrap();
+    announce(&path, size);
+    partial(&path, size, len);
+    (dir, path)
+}
+
 #[test]
 fn an_unfinished_image_that_is_far_too_long_is_not_read() {
     if !have("an_unfinished_image_that_is_far_too_long_is_not_read", &["qemu-img"]) {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().canonicalize().unwrap();
-    announce(&path, 1 << 20);
-    partial(&path, 1 << 20, 1 << 40);
+    let (_dir, path) = unfinished(1 << 20, 1 << 40);
     let watch = Impatient::default();
     sweep(&Folder::open(&path).unwrap(), &watch).unwrap();
     assert_eq!(watch.0.load(Ordering::SeqCst), 0, "long work was begun");
@@ -87,10 +93,7 @@ fn the_hashing_of_an_unfinished_image_is_ended_and_nothing_is_lost() {
     if !have("the_hashing_of_an_unfinished_image_is_ended_and_nothing_is_lost", &["qemu-img"]) {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().canonicalize().unwrap();
-    announce(&path, 1 << 36);
-    partial(&path, 1 << 36, 1 << 36);
+    let (_dir, path) = unfinished(1 << 36, 1 << 36);
     let e = sweep(&Folder::open(&path).unwrap(), &Impatient::default()).unwrap_err();
     assert_eq!(e.kind(), Kind::Interrupted);
     assert!(path.join("FULL-1-d.partial").exists());

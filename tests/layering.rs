@@ -143,7 +143,13 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
     ];
     let data = [
         data.as_slice(),
-        &["backup/disk.rs", "backup/journal.rs", "backup/leftover.rs", "backup/guardian.rs"],
+        &[
+            "backup/targets.rs",
+            "backup/disk.rs",
+            "backup/journal.rs",
+            "backup/leftover.rs",
+            "backup/guardian.rs",
+        ],
     ]
     .concat();
     let paths = ["qmp/address.rs", "backup/vm.rs"];

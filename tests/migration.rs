@@ -5,97 +5,53 @@
 mod backup;
 #[path = "common/guest.rs"]
 mod guest;
+#[path = "common/machine.rs"]
+mod machine;
+#[path = "common/mitm.rs"]
+mod mitm;
 mod mounted;
 mod qemu;
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use backup::{Caller, Held, bitmaps, images, leftovers, newest, ours_in_qemu, same};
 use guest::Qmp;
+use machine::Machine;
+use mitm::{Lies, refusal};
 use mounted::Mount;
-use qemu::{have, run};
-use serde_json::json;
+use qemu::have;
+use serde_json::{Value, json};
 
 const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
-const SIZE: usize = 16 << 20;
+const DISKS: [&str; 2] = ["a.qcow2", "o.qcow2"];
 
-/// QEMU with one disk, a guest without an operating system, and what the guest has written.
-struct Machine {
-    dir: tempfile::TempDir,
-    child: Child,
-    /// The test's own client: a socket serves one.
-    qmp: Qmp,
-    wrote: Vec<u8>,
+/// QEMU with these options, and a guest that has written.
+fn machine(test: &str, more: &[&str]) -> Option<Machine> {
+    if !have(test, TOOLS) {
+        return None;
+    }
+    let mut m = Machine::launch(more);
+    m.fill();
+    Some(m)
 }
 
-impl Machine {
-    fn start(test: &str, more: &[&str]) -> Option<Self> {
-        if !have(test, TOOLS) {
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let disk = dir.path().join("d.qcow2");
-        run("qemu-img", &["create", "-q", "-f", "qcow2", disk.to_str().unwrap(), "16M"]);
-        let mut c = Command::new("qemu-system-x86_64");
-        c.args(["-M", "q35", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none"]);
-        for socket in ["qmp.sock", "own.sock"] {
-            let path = dir.path().join(socket);
-            c.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path.display()));
-        }
-        c.arg("-blockdev").arg(format!(
-            "driver=qcow2,node-name=disk0,discard=unmap,file.driver=file,file.filename={}",
-            disk.display()
-        ));
-        c.args(["-device", "virtio-blk-pci,id=vd0,drive=disk0"]).args(more).stdin(Stdio::null());
-        let child = c.spawn().expect("QEMU starts");
-        let own = dir.path().join("own.sock");
-        let end = Instant::now() + Duration::from_secs(60);
-        while std::os::unix::net::UnixStream::connect(&own).is_err() {
-            assert!(Instant::now() < end, "QEMU does not come up");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Some(Machine { qmp: Qmp::connect(&own), dir, child, wrote: vec![0; SIZE] })
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn caller(&self) -> Caller {
-        let (state, target) = (self.path("state"), self.path("T"));
-        Caller { qmp: self.path("qmp.sock"), state, target, more: Vec::new() }
-    }
-
-    /// Writes as the guest's device does.
-    fn write(&mut self, byte: u8, at: usize, len: usize) {
-        let line = format!(
-            "qemu-io -d /machine/peripheral/vd0/virtio-backend \"write -P {byte} {at} {len}\""
-        );
-        self.qmp.execute("human-monitor-command", json!({"command-line": line}));
-        self.wrote[at..at + len].fill(byte);
-    }
-
-    /// Ends QEMU, and compares its disk with what was written.
-    fn check_disk(mut self) {
-        let _ = self.qmp.try_execute("quit", json!({}));
-        self.child.wait().unwrap();
-        let (disk, raw) = (self.path("d.qcow2"), self.path("d.raw"));
-        let text = |p: &Path| p.to_str().unwrap().to_string();
-        run("qemu-img", &["check", "-q", &text(&disk)]);
-        run("qemu-img", &["convert", "-O", "raw", &text(&disk), &text(&raw)]);
-        assert!(
-            std::fs::read(&raw).unwrap() == self.wrote,
-            "the guest's disk is not what it wrote"
-        );
+/// The newest point of each disk holds these bytes.
+fn points(m: &Machine, bytes: &[Vec<u8>; 2]) {
+    let target = m.caller().target;
+    let mount = Mount::new(&target);
+    for (disk, bytes) in DISKS.iter().zip(bytes) {
+        same(&mount, disk, &newest(&target, disk), bytes);
     }
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+fn no_points(m: &Machine) {
+    for disk in DISKS {
+        assert_eq!(images(&m.caller().target.join(disk)), Vec::<PathBuf>::new());
     }
 }
 
@@ -125,37 +81,34 @@ fn code(caller: &Caller) -> (Option<i32>, String) {
 
 fn nothing_of_ours(m: &mut Machine) {
     assert_eq!(ours_in_qemu(&mut m.qmp), Vec::<String>::new());
-    assert_eq!(leftovers(m.dir.path()), Vec::<PathBuf>::new());
+    assert_eq!(leftovers(m.folder()), Vec::<PathBuf>::new());
 }
 
 #[test]
 fn qemu_refuses_a_migration_while_a_backup_runs() {
     let name = "qemu_refuses_a_migration_while_a_backup_runs";
-    let Some(mut m) = Machine::start(name, &[]) else { return };
-    m.write(1, 0, 8 << 20);
-    let frozen = m.wrote.clone();
+    let Some(mut m) = machine(name, &[]) else { return };
+    let frozen = m.expect.clone();
     let held = Held::start(&m.caller(), "auto");
-    m.write(2, 4 << 20, 8 << 20);
+    m.scribble();
     let why = migrate(&mut m.qmp, false).unwrap_err();
     assert!(why.contains("does not support live migration"), "{why}");
     let (code, said) = held.end();
     assert_eq!(code, Some(0), "{said}");
-    let target = m.caller().target;
-    same(&Mount::new(&target), "d.qcow2", &newest(&target, "d.qcow2"), &frozen);
+    points(&m, &frozen);
     nothing_of_ours(&mut m);
     // Only while it ran.
     migrate(&mut m.qmp, false).unwrap();
     wait_for(&mut m.qmp, "query-migrate", "completed");
-    m.check_disk();
+    m.end(None);
 }
 
 #[test]
 fn without_what_refuses_it_a_migration_makes_the_backup_fail() {
     let name = "without_what_refuses_it_a_migration_makes_the_backup_fail";
-    let Some(mut m) = Machine::start(name, &["-only-migratable"]) else { return };
-    m.write(1, 0, 8 << 20);
+    let Some(mut m) = machine(name, &["-only-migratable"]) else { return };
     let held = Held::start(&m.caller(), "auto");
-    m.write(2, 4 << 20, 8 << 20);
+    m.scribble();
     migrate(&mut m.qmp, true).unwrap();
     wait_for(&mut m.qmp, "query-migrate", "active");
     let (code, said) = held.end();
@@ -164,7 +117,7 @@ fn without_what_refuses_it_a_migration_makes_the_backup_fail() {
     assert!(said.contains("is being migrated (active)"), "{said}");
     nothing_of_ours(&mut m);
     assert_eq!(bitmaps(&mut m.qmp), Vec::<String>::new());
-    assert_eq!(images(&m.caller().target.join("d.qcow2")), Vec::<PathBuf>::new());
+    no_points(&m);
     // And none begins beside one that runs.
     let (code, said) = self::code(&m.caller());
     assert!(code == Some(6) && said.contains("is being migrated (active)"), "{said}");
@@ -172,16 +125,14 @@ fn without_what_refuses_it_a_migration_makes_the_backup_fail() {
     wait_for(&mut m.qmp, "query-migrate", "cancelled");
     let said = m.caller().must("auto");
     assert!(said.contains("cannot be kept from migrating"), "{said}");
-    let target = m.caller().target;
-    same(&Mount::new(&target), "d.qcow2", &newest(&target, "d.qcow2"), &m.wrote);
-    m.check_disk();
+    points(&m, &m.expect);
+    m.end(None);
 }
 
 #[test]
 fn a_migration_that_has_come_and_gone_is_noticed() {
     let name = "a_migration_that_has_come_and_gone_is_noticed";
-    let Some(mut m) = Machine::start(name, &["-only-migratable"]) else { return };
-    m.write(1, 0, 8 << 20);
+    let Some(mut m) = machine(name, &["-only-migratable"]) else { return };
     let held = Held::start(&m.caller(), "auto");
     migrate(&mut m.qmp, true).unwrap();
     wait_for(&mut m.qmp, "query-migrate", "active");
@@ -190,20 +141,19 @@ fn a_migration_that_has_come_and_gone_is_noticed() {
     let (code, said) = held.end();
     assert!(code == Some(6) && said.contains("was migrated meanwhile"), "{said}");
     nothing_of_ours(&mut m);
-    assert_eq!(images(&m.caller().target.join("d.qcow2")), Vec::<PathBuf>::new());
-    m.check_disk();
+    no_points(&m);
+    m.end(None);
 }
 
 #[test]
 fn a_guest_that_has_left_is_not_backed_up_here() {
     let name = "a_guest_that_has_left_is_not_backed_up_here";
-    let Some(mut m) = Machine::start(name, &[]) else { return };
-    m.write(1, 0, 8 << 20);
+    let Some(mut m) = machine(name, &[]) else { return };
     m.caller().must("auto");
     let before = bitmaps(&mut m.qmp);
     migrate(&mut m.qmp, false).unwrap();
     wait_for(&mut m.qmp, "query-status", "postmigrate");
-    for more in [&[][..], &["--dry-run"]] {
+    for more in [&[][..], &["--dry-run"], &["--wait", "1h"]] {
         let (code, said) = code(&m.caller().with(more));
         assert!(code == Some(6) && said.contains("has migrated to another QEMU"), "{said}");
     }
@@ -214,22 +164,23 @@ fn a_guest_that_has_left_is_not_backed_up_here() {
     // It comes back, since the other side has failed: nothing was lost meanwhile.
     m.qmp.execute("cont", json!({}));
     assert_eq!(bitmaps(&mut m.qmp), before);
-    m.write(3, 1 << 20, 1 << 20);
+    m.scribble();
     m.caller().must("inc");
-    let target = m.caller().target;
-    same(&Mount::new(&target), "d.qcow2", &newest(&target, "d.qcow2"), &m.wrote);
-    m.check_disk();
+    points(&m, &m.expect);
+    m.end(None);
 }
 
 #[test]
 fn a_guest_that_has_not_arrived_is_not_touched() {
     let name = "a_guest_that_has_not_arrived_is_not_touched";
-    let Some(mut m) = Machine::start(name, &["-incoming", "defer"]) else { return };
+    if !have(name, TOOLS) {
+        return;
+    }
+    // Nobody may write to its disks yet.
+    let mut m = Machine::launch(&["-incoming", "defer"]);
     let (code, said) = code(&m.caller());
     assert!(code == Some(6) && said.contains("waits for a migration to arrive"), "{said}");
-    let mut recover = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    recover.args(["recover", "--qmp"]).arg(m.caller().qmp);
-    let out = recover.arg("--state-dir").arg(m.caller().state).output().unwrap();
+    let out = m.caller().recovery(&[]).output().unwrap();
     assert_eq!(out.status.code(), Some(6), "{}", String::from_utf8_lossy(&out.stderr));
     nothing_of_ours(&mut m);
 }
@@ -238,8 +189,7 @@ fn a_guest_that_has_not_arrived_is_not_touched() {
 #[test]
 fn while_something_of_ours_cannot_be_removed_no_migration_begins() {
     let name = "while_something_of_ours_cannot_be_removed_no_migration_begins";
-    let Some(mut m) = Machine::start(name, &[]) else { return };
-    m.write(1, 0, 8 << 20);
+    let Some(mut m) = machine(name, &[]) else { return };
     let held = Held::start(&m.caller(), "auto");
     let filter = ours_in_qemu(&mut m.qmp).into_iter().find_map(|n| {
         let node = n.strip_prefix("query-named-block-nodes: ")?.to_string();
@@ -254,15 +204,12 @@ fn while_something_of_ours_cannot_be_removed_no_migration_begins() {
     let why = migrate(&mut m.qmp, false).unwrap_err();
     assert!(why.contains("does not support live migration"), "{why}");
     m.qmp.execute("blockdev-del", json!({"node-name": "theirs"}));
-    let mut recover = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    recover.args(["recover", "--qmp"]).arg(m.caller().qmp);
-    let out = recover.arg("--state-dir").arg(m.caller().state).output().unwrap();
-    assert_eq!(out.status.code(), Some(0), "{}", String::from_utf8_lossy(&out.stderr));
+    m.caller().must_recover(&[]);
     nothing_of_ours(&mut m);
     migrate(&mut m.qmp, false).unwrap();
     // QEMU may die if it is ended while a migration is.
     wait_for(&mut m.qmp, "query-migrate", "completed");
-    m.check_disk();
+    m.end(None);
 }
 
 /// `cpr-reboot` saves the guest to be started again by another QEMU on this host; a node that
@@ -270,8 +217,7 @@ fn while_something_of_ours_cannot_be_removed_no_migration_begins() {
 #[test]
 fn a_guest_saved_for_another_qemu_on_this_host_makes_the_backup_fail() {
     let name = "a_guest_saved_for_another_qemu_on_this_host_makes_the_backup_fail";
-    let Some(mut m) = Machine::start(name, &[]) else { return };
-    m.write(1, 0, 8 << 20);
+    let Some(mut m) = machine(name, &[]) else { return };
     if m.qmp.try_execute("migrate-set-parameters", json!({"mode": "cpr-reboot"})).is_err() {
         return println!("skipped: {name}: this QEMU has no mode cpr-reboot");
     }
@@ -288,8 +234,148 @@ fn a_guest_saved_for_another_qemu_on_this_host_makes_the_backup_fail() {
     }
     let (code, said) = held.end();
     assert_eq!(code, Some(6), "{said}");
-    let left = Vec::<PathBuf>::new();
-    assert_eq!(images(&m.caller().target.join("d.qcow2")), left);
-    assert_eq!(leftovers(m.dir.path()), left);
-    m.check_disk();
+    no_points(&m);
+    assert_eq!(leftovers(m.folder()), Vec::<PathBuf>::new());
+    m.end(None);
+}
+
+/// What is asked of QEMU, with some of it answered otherwise.
+#[derive(Default)]
+struct Between {
+    /// Commands that are no questions, with their arguments.
+    asked: Mutex<Vec<(String, Value)>>,
+    /// The arguments of an `add-fd` that is refused contain this.
+    refused: Option<&'static str>,
+    /// The guest is being handed over once it goes on.
+    hands_over: AtomicBool,
+    handed: AtomicBool,
+}
+
+impl Lies for Arc<Between> {
+    fn asked(&self, request: &Value, _passed: &[File]) -> Option<Value> {
+        let command = request["execute"].as_str().unwrap().to_string();
+        let arguments = request["arguments"].clone();
+        let refuse = command == "add-fd"
+            && self.refused.is_some_and(|r| arguments["opaque"].as_str().unwrap().contains(r));
+        if command.starts_with("query-") {
+            return None;
+        }
+        self.asked.lock().unwrap().push((command, arguments));
+        refuse.then(|| refusal("no more descriptors"))
+    }
+
+    fn answered(&self, command: &str, answer: &mut Value) {
+        let handed = self.handed.load(Ordering::SeqCst);
+        match command {
+            "cont" if self.hands_over.swap(false, Ordering::SeqCst) => {
+                self.handed.store(true, Ordering::SeqCst);
+                self.asked.lock().unwrap().clear();
+            }
+            "query-status" if handed => {
+                answer["return"] = json!({"status": "finish-migrate", "running": false});
+            }
+            "query-migrate" if handed => answer["return"] = json!({"status": "postcopy-active"}),
+            _ => {}
+        }
+    }
+}
+
+impl Between {
+    /// From now on it is in front of QEMU.
+    fn listen(self, m: &Machine) -> Arc<Between> {
+        let (socket, real) = (m.path("qmp.sock"), m.path("real.sock"));
+        std::fs::rename(&socket, &real).unwrap();
+        let between = Arc::new(self);
+        mitm::listen(&socket, &real, between.clone());
+        between
+    }
+}
+
+/// Whatever is begun on a disk that is being handed over makes QEMU take it back, and write its tables
+/// at its end.
+#[test]
+fn a_disk_that_is_being_handed_over_is_left_alone() {
+    let name = "a_disk_that_is_being_handed_over_is_left_alone";
+    let Some(mut m) = machine(name, &[]) else { return };
+    m.caller().must("full");
+    let before = bitmaps(&mut m.qmp);
+    m.scribble();
+    let lies = Between { hands_over: true.into(), ..Default::default() };
+    let between = lies.listen(&m);
+    let caller = m.caller();
+    let out = caller.run("inc");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(6), "{said}");
+    assert!(said.contains("SIGKILL") && said.contains("is being migrated"), "{said}");
+    let mut asked: Vec<String> =
+        between.asked.lock().unwrap().drain(..).map(|(command, _)| command).collect();
+    asked.retain(|c| !["qmp_capabilities", "x-debug-query-block-graph"].contains(&c.as_str()));
+    assert_eq!(asked, Vec::<String>::new());
+    assert_eq!(leftovers(&caller.target), Vec::<PathBuf>::new());
+    let out = caller.recovery(&[]).output().unwrap();
+    assert_eq!(out.status.code(), Some(6), "{}", String::from_utf8_lossy(&out.stderr));
+    // The migration fails, and the guest stays.
+    between.handed.store(false, Ordering::SeqCst);
+    caller.must_recover(&[]);
+    nothing_of_ours(&mut m);
+    assert_eq!(bitmaps(&mut m.qmp), before);
+    caller.must("inc");
+    points(&m, &m.expect);
+    m.end(None);
+}
+
+#[test]
+fn two_failed_migrations_are_told_apart() {
+    let name = "two_failed_migrations_are_told_apart";
+    let Some(mut m) = machine(name, &["-only-migratable"]) else { return };
+    let fail = |m: &mut Machine| {
+        m.qmp.execute("migrate", json!({"uri": "exec:exit 1"}));
+        wait_for(&mut m.qmp, "query-migrate", "failed");
+    };
+    fail(&mut m);
+    m.caller().must("full");
+    let held = Held::start(&m.caller(), "auto");
+    fail(&mut m);
+    let (code, said) = held.end();
+    assert!(code == Some(6) && said.contains("was migrated meanwhile"), "{said}");
+    nothing_of_ours(&mut m);
+    let list = m.qmp.execute("query-migrate-capabilities", json!({}));
+    let events = list.as_array().unwrap().iter().find(|c| c["capability"] == "events").unwrap();
+    assert_eq!(events["state"], false);
+    m.end(None);
+}
+
+/// Until then what is on the disks is not what another QEMU should get.
+#[test]
+fn what_keeps_the_guest_here_goes_last() {
+    let name = "what_keeps_the_guest_here_goes_last";
+    let Some(mut m) = machine(name, &[]) else { return };
+    let (code, said) = Held::start(&m.caller(), "full").signalled(libc::SIGKILL);
+    assert_eq!(code, None, "{said}");
+    let between = Between::default().listen(&m);
+    m.caller().must_recover(&[]);
+    let asked = between.asked.lock().unwrap();
+    let last = |command: &str, node: &str| {
+        let is = |(c, a): &(String, Value)| {
+            let name = ["node-name", "name"].iter().find_map(|k| a[*k].as_str());
+            c == command && name.unwrap_or_default().contains(node)
+        };
+        asked.iter().rposition(is).unwrap_or_else(|| panic!("no {command} {node}: {asked:?}"))
+    };
+    assert!(last("block-dirty-bitmap-remove", "fleecefs-") < last("blockdev-del", "-m0"));
+    drop(asked);
+    nothing_of_ours(&mut m);
+    m.end(None);
+}
+
+#[test]
+fn a_blocker_that_cannot_be_handed_over_costs_no_backup() {
+    let name = "a_blocker_that_cannot_be_handed_over_costs_no_backup";
+    let Some(mut m) = machine(name, &[]) else { return };
+    Between { refused: Some("-m0"), ..Default::default() }.listen(&m);
+    let said = m.caller().must("full");
+    assert!(said.contains("cannot be kept from migrating"), "{said}");
+    points(&m, &m.expect);
+    nothing_of_ours(&mut m);
+    m.end(None);
 }

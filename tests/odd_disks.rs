@@ -1,5 +1,5 @@
 //! `backup` of disks that are odd: larger than a file can be, with names that no folder can have, of
-//! removable devices, of throw-away overlays, with two paths; and what others see while it works.
+//! removable devices, of throw-away overlays; and what others see while it works.
 
 mod backup;
 #[path = "common/bare.rs"]
@@ -26,11 +26,11 @@ use backup::{Caller, images, leftovers, level, newest, ours_in_qemu};
 use bare::{Bare, node};
 use guest::Qmp;
 use mounted::Mount;
-use qemu::have;
+use qemu::{have, is_root};
 use refusing::Refusing;
 use scene::daemon;
 use serde_json::{Value, json};
-use storage::{SmallFiles, is_root};
+use storage::SmallFiles;
 
 const MIB: u64 = 1 << 20;
 
@@ -466,38 +466,6 @@ fn a_throw_away_overlay_is_told_and_has_the_name_of_its_disk() {
         let _ = bare.qmp().try_execute("quit", json!({}));
         bare.ended();
     }
-}
-
-/// Writes by one path pass a filter in the other.
-#[test]
-fn a_disk_with_two_paths_is_refused_and_the_others_are_backed_up() {
-    let name = "a_disk_with_two_paths_is_refused_and_the_others_are_backed_up";
-    if !have(name, bare::TOOLS) {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let mut args: Vec<OsString> = ["-device", "virtio-scsi-pci,id=s"].map(Into::into).to_vec();
-    args.extend(with_disk(dir.path(), "two", "scsi-hd,id=p0,bus=s.0,share-rw=on"));
-    args.extend(["-device".into(), "scsi-hd,id=p1,bus=s.0,drive=two,share-rw=on".into()]);
-    args.extend(with_disk(dir.path(), "one", "scsi-hd,id=p2,bus=s.0"));
-    let bare = Bare::start(dir.path(), &args);
-    let caller = bare.caller("T");
-    let out = caller.run("auto");
-    let said = self::said(&out);
-    assert_eq!(out.status.code(), Some(16), "{said}");
-    assert!(said.contains("two: it has 2 paths (p0, p1)"), "{said}");
-    assert_eq!(images(&caller.target.join("one.qcow2")).len(), 1);
-    assert!(!caller.target.join("two.qcow2").exists());
-    for other in ["p0", "p1", "two", "two.qcow2"] {
-        let said = caller.with(&["--exclude", other]).must("auto");
-        assert_eq!(level(&caller, "one.qcow2"), "INC", "{said}");
-    }
-    assert_eq!(caller.with(&["--include", "p1"]).run("auto").status.code(), Some(6));
-    // One path that is left is as good as any.
-    bare.qmp().execute("device_del", json!({"id": "p1"}));
-    caller.must("auto");
-    assert_eq!(level(&caller, "two.qcow2"), "FULL");
-    clean(&mut bare.qmp(), dir.path());
 }
 
 /// What shares and FUSE file systems refuse, alone and all at once; how often it is told.

@@ -5,6 +5,8 @@
 mod backup;
 #[path = "common/guest.rs"]
 mod guest;
+#[path = "common/machine.rs"]
+mod machine;
 mod mounted;
 mod qemu;
 
@@ -12,12 +14,13 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 
 use backup::{Caller, Daemon, Held, leftovers, ours_in_qemu};
 use fleecefs::backup::journal::{self, Journal, Record};
 use fleecefs::lock::Locks;
-use fleecefs::qmp::Address;
+use fleecefs::qmp::{Address, Client};
+use machine::Machine;
 use qemu::{have, run};
 use serde_json::{Value, json};
 
@@ -36,21 +39,8 @@ fn daemon() -> Daemon {
     d
 }
 
-fn recovery(caller: &Caller, more: &[&str]) -> Command {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    c.args(["recover", "--qmp"]).arg(&caller.qmp).arg("--state-dir").arg(&caller.state).args(more);
-    c
-}
-
 fn recover(caller: &Caller, more: &[&str]) -> Output {
-    recovery(caller, more).output().unwrap()
-}
-
-fn must_recover(caller: &Caller, more: &[&str]) -> String {
-    let out = recover(caller, more);
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(out.status.success(), "recover: {said}");
-    said
+    caller.recovery(more).output().unwrap()
 }
 
 fn clean(d: &Daemon) {
@@ -127,7 +117,7 @@ fn a_target_that_is_away_waits_and_blocks_nobody() {
     killed(&old);
     std::fs::remove_dir_all(&old.target).unwrap();
     assert!(!recover(&old, &[]).status.success());
-    let said = must_recover(&old, &["--forget"]);
+    let said = old.must_recover(&["--forget"]);
     assert!(said.contains("given up"), "{said}");
     clean(&d);
 }
@@ -149,7 +139,7 @@ fn recovery_waits_for_whoever_works_in_the_target() {
     assert!(!out.status.success() && said.contains("another run is writing"), "{said}");
     assert_eq!(leftovers(&caller.target), before);
     drop(prune);
-    must_recover(&caller, &[]);
+    caller.must_recover(&[]);
     clean(&d);
 }
 
@@ -227,7 +217,7 @@ fn an_image_that_could_not_be_checked_is_not_removed() {
     let busy = "echo 'Failed to get \"write\" lock' >&2; exit 1";
     let scripts = [false_qemu_img("kill -KILL $$"), false_qemu_img(busy)];
     for (i, path) in scripts.iter().enumerate() {
-        let mut c = recovery(&caller, &[]);
+        let mut c = caller.recovery(&[]);
         let out = c.env("PATH", path.path()).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         assert!(!out.status.success() && !said.contains("removed"), "{i}: {said}");
@@ -235,7 +225,7 @@ fn an_image_that_could_not_be_checked_is_not_removed() {
     }
     // Where there is none, our own check does.
     let nothing = tempfile::tempdir().unwrap();
-    let out = recovery(&caller, &[]).env("PATH", nothing.path()).output().unwrap();
+    let out = caller.recovery(&[]).env("PATH", nothing.path()).output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(out.status.success() && said.contains("was complete: published"), "{said}");
     assert!(said.contains("checked by fleecefs alone"), "{said}");
@@ -286,26 +276,77 @@ fn a_guest_that_may_be_frozen_is_not_forgotten() {
     let note = Record::Thawed("0123456789ab".into());
     let path = journal::path(&caller.state, &Address::Unix(caller.qmp.clone()));
     journal::note(&path, "0123456789ab", &note).unwrap();
-    must_recover(&caller, &[]);
+    caller.must_recover(&[]);
     assert_eq!(pending(), None);
     // Its agent has another socket now.
     journalled(&caller, Some(&nobody), None, Record::Freeze);
     let elsewhere = d.path("other.sock");
     let agent = UnixListener::bind(&elsewhere).unwrap();
     let thawing = std::thread::spawn(move || thaws(agent.accept().unwrap().0));
-    let said = must_recover(&caller, &["--agent", elsewhere.to_str().unwrap()]);
+    let said = caller.must_recover(&["--agent", elsewhere.to_str().unwrap()]);
     assert!(said.contains("still frozen: thawed"), "{said}");
     assert!(thawing.join().unwrap());
     assert_eq!(pending(), None);
     // Nobody will ever answer.
     journalled(&caller, Some(&nobody), None, Record::Freeze);
-    let said = must_recover(&caller, &["--forget"]);
+    let said = caller.must_recover(&["--forget"]);
     assert!(said.contains("may still be frozen"), "{said}");
     assert_eq!(pending(), None);
     // It was another QEMU's guest.
     journalled(&caller, Some(&nobody), Some("boot-1-2"), Record::Freeze);
-    let said = must_recover(&caller, &[]);
+    let said = caller.must_recover(&[]);
     assert!(said.contains("started again"), "{said}");
+    assert_eq!(pending(), None);
+}
+
+/// A killed run had stopped the guest, and QEMU's socket has lost its name since.
+#[test]
+fn a_qemu_that_cannot_be_reached_is_not_taken_for_gone() {
+    let name = "a_qemu_that_cannot_be_reached_is_not_taken_for_gone";
+    if !have(name, &["qemu-system-x86_64", "qemu-img", "qemu-io"]) {
+        return;
+    }
+    let mut m = Machine::begin();
+    let caller = m.caller();
+    let vm = Address::Unix(caller.qmp.clone());
+    let pending = || journal::pending(&caller.state, &vm).unwrap();
+    let qemu = Client::connect(&vm).unwrap().process().expect("a process");
+    let (away, told) = (m.path("away.sock"), m.text("qmp.sock"));
+    m.do_it("stop", json!({}));
+    journalled(&caller, None, Some(&qemu), Record::Stop);
+    std::fs::rename(&caller.qmp, &away).unwrap();
+    let out = recover(&caller, &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("still runs"), "{said}");
+    assert!(said.contains(&told) && said.contains("may still be stopped"), "{said}");
+    assert!(pending().unwrap().stopped);
+    // It cannot be told.
+    journalled(&caller, None, None, Record::Stop);
+    let out = recover(&caller, &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("cannot be told whether QEMU runs"), "{said}");
+    assert!(pending().unwrap().stopped);
+    // Another QEMU has taken its place.
+    let other = Machine::begin();
+    std::os::unix::fs::symlink(other.path("qmp.sock"), &caller.qmp).unwrap();
+    let mut there = caller.clone();
+    there.qmp = other.path("qmp.sock");
+    journalled(&there, None, Some(&qemu), Record::Stop);
+    let out = recover(&there, &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("another QEMU answers there"), "{said}");
+    std::fs::remove_file(&caller.qmp).unwrap();
+
+    journalled(&caller, None, Some(&qemu), Record::Stop);
+    std::fs::rename(&away, &caller.qmp).unwrap();
+    let said = caller.must_recover(&[]);
+    assert!(said.contains("it runs again"), "{said}");
+    assert_eq!(m.do_it("query-status", json!({}))["status"], "running");
+    assert_eq!(pending(), None);
+    // By hand, at the user's word.
+    journalled(&caller, None, Some(&qemu), Record::Stop);
+    std::fs::rename(&caller.qmp, &away).unwrap();
+    caller.must_recover(&["--forget"]);
     assert_eq!(pending(), None);
 }
 
@@ -317,7 +358,7 @@ fn another_programs_nbd_server_is_left_alone() {
     let d = daemon();
     let caller = Caller::of(&d);
     journalled(&caller, None, None, Record::NbdStart);
-    must_recover(&caller, &[]);
+    caller.must_recover(&[]);
     UnixStream::connect(d.path("nbd.sock")).expect("the server of the daemon runs on");
     clean(&d);
 }
@@ -357,7 +398,7 @@ fn only_qmpbackups_own_nodes_are_taken_for_its_leftovers() {
         );
     }
     drop(qmp);
-    must_recover(&caller, &["--foreign"]);
+    caller.must_recover(&["--foreign"]);
     let nodes = d.qmp().execute("query-named-block-nodes", json!({}));
     let names: Vec<&str> =
         nodes.as_array().unwrap().iter().filter_map(|n| n["node-name"].as_str()).collect();
@@ -391,7 +432,7 @@ fn what_qemu_refuses_for_one_disk_does_not_keep_the_other() {
     let settled = |disk: &&str| leftovers(&caller.target.join(disk)).is_empty();
     assert_eq!(["a.img", "b.img"].iter().filter(|d| settled(d)).count(), 1, "{said}");
     d.qmp().execute("blockdev-del", json!({"node-name": "theirs"}));
-    must_recover(&caller, &[]);
+    caller.must_recover(&[]);
     clean(&d);
     let said = caller.must("auto");
     assert!(!said.contains("a FULL, since"), "{said}");

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use qemu::{Chain, Oracle, Rng, first_difference, have, run};
+use qemu::{Chain, Oracle, Rng, first_difference, have, is_root, run};
 
 const MIB: u64 = 1 << 20;
 const TOOLS: [&str; 2] = ["qemu-img", "qemu-io"];
@@ -357,16 +357,6 @@ impl Drop for Undo {
             }
         }
     }
-}
-
-fn is_root(test: &str) -> bool {
-    // SAFETY: geteuid has no preconditions.
-    let root = unsafe { libc::geteuid() } == 0;
-    if !root {
-        assert!(std::env::var_os("CI").is_none(), "{test} needs root");
-        println!("skipped: {test} needs root");
-    }
-    root
 }
 
 fn loop_device(file: &Path, undo: &mut Undo) -> PathBuf {

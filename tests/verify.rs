@@ -179,6 +179,16 @@ fn damages() -> Vec<Damage> {
     ]
 }
 
+/// A chain whose points have manifests, unless a tool that `test` needs is missing.
+fn recorded(test: &str, seed: u64) -> Option<(tempfile::TempDir, Chain)> {
+    qemu::have(test, &TOOLS).then(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let c = chain(dir.path(), "sda", seed);
+        create(dir.path());
+        (dir, c)
+    })
+}
+
 #[test]
 fn every_damage_is_found() {
     if !qemu::have("every_damage_is_found", &TOOLS) {
@@ -240,12 +250,7 @@ fn points_below_the_damage_stay_sound() {
 /// zeros is not hashed to say so.
 #[test]
 fn a_file_of_another_length_is_not_hashed() {
-    if !qemu::have("a_file_of_another_length_is_not_hashed", &TOOLS) {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let c = chain(dir.path(), "sda", 5);
-    create(dir.path());
+    let Some((dir, c)) = recorded("a_file_of_another_length_is_not_hashed", 5) else { return };
     let resize = |path: &Path, len: u64| {
         std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(len).unwrap();
     };
@@ -270,12 +275,7 @@ fn a_file_of_another_length_is_not_hashed() {
 
 #[test]
 fn a_flipped_bit_in_a_manifest_is_found() {
-    if !qemu::have("a_flipped_bit_in_a_manifest_is_found", &TOOLS) {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let c = chain(dir.path(), "sda", 5);
-    create(dir.path());
+    let Some((dir, c)) = recorded("a_flipped_bit_in_a_manifest_is_found", 5) else { return };
     let path = manifest(&c.files[1]);
     let good = std::fs::read(&path).unwrap();
     let mut rng = Rng(6);
@@ -292,13 +292,10 @@ fn a_flipped_bit_in_a_manifest_is_found() {
 
 #[test]
 fn files_mixed_up_with_their_manifests_are_found() {
-    if !qemu::have("files_mixed_up_with_their_manifests_are_found", &TOOLS) {
+    let Some((dir, c)) = recorded("files_mixed_up_with_their_manifests_are_found", 7) else {
         return;
-    }
+    };
     // Swapped with their manifests: each manifest is of another image than its name says.
-    let dir = tempfile::tempdir().unwrap();
-    let c = chain(dir.path(), "sda", 7);
-    create(dir.path());
     swap(&c.files[1], &c.files[2]);
     swap(&manifest(&c.files[1]), &manifest(&c.files[2]));
     assert_eq!(verify(dir.path(), &["--quick"]).0, UNSOUND);

@@ -35,11 +35,13 @@ struct Scene {
 }
 
 impl Scene {
-    /// A qcow2 disk of `size` bytes, full of data.
-    fn new(size: u64, options: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        create(dir.path(), "a", size, options);
-        Self::over(dir, size)
+    /// One of a qcow2 disk, unless a tool that `test` needs is missing.
+    fn new(test: &str, size: u64, options: &[&str]) -> Option<Self> {
+        have(test, TOOLS).then(|| {
+            let dir = tempfile::tempdir().unwrap();
+            create(dir.path(), "a", size, options);
+            Self::over(dir, size)
+        })
     }
 
     /// A qcow2 disk over a template full of data.
@@ -168,11 +170,11 @@ fn live(d: &Daemon, sizes: &[u64]) {
 
 #[test]
 fn the_watermark_lies_beside_each_bitmap_and_survives_a_restart() {
-    let name = "the_watermark_lies_beside_each_bitmap_and_survives_a_restart";
-    if !have(name, TOOLS) {
+    let Some(mut s) =
+        Scene::new("the_watermark_lies_beside_each_bitmap_and_survives_a_restart", 16 * MIB, &[])
+    else {
         return;
-    }
-    let mut s = Scene::new(16 * MIB, &[]);
+    };
     s.plain("full", "FULL");
     for restarted in [false, true, false] {
         if restarted {
@@ -197,13 +199,10 @@ fn the_watermark_lies_beside_each_bitmap_and_survives_a_restart() {
 #[test]
 fn a_cut_anywhere_is_copied() {
     let name = "a_cut_anywhere_is_copied";
-    if !have(name, TOOLS) {
-        return;
-    }
     // Each granule has a mark; or each second, and the end is inside one.
     for (size, step) in [(4 * MIB, 64 * KIB), (20 * MIB + 512, 128 * KIB)] {
         let last = (size - 1) / (64 * KIB) * (64 * KIB);
-        let mut s = Scene::new(size, &[]);
+        let Some(mut s) = Scene::new(name, size, &[]) else { return };
         s.plain("full", "FULL");
         s.resize(How::Live, &[0, size]);
         s.smaller("inc", "INC");
@@ -230,11 +229,9 @@ fn a_cut_anywhere_is_copied() {
 /// Nobody is told then that there are zeros.
 #[test]
 fn a_part_that_is_given_back_preallocated() {
-    let name = "a_part_that_is_given_back_preallocated";
-    if !have(name, TOOLS) {
+    let Some(mut s) = Scene::new("a_part_that_is_given_back_preallocated", 16 * MIB, &[]) else {
         return;
-    }
-    let mut s = Scene::new(16 * MIB, &[]);
+    };
     s.plain("full", "FULL");
     s.resize(How::Offline(&["--preallocation=full"]), &[10 * MIB, 16 * MIB]);
     s.smaller("inc", "INC");
@@ -270,13 +267,10 @@ fn a_disk_over_a_template_that_was_smaller() {
 #[test]
 fn growing_shrinking_and_growing() {
     let name = "growing_shrinking_and_growing";
-    if !have(name, TOOLS) {
-        return;
-    }
     const SIZE: u64 = 8 * MIB + 4096;
     for cluster in ["cluster_size=64k", "cluster_size=2M", "cluster_size=4k"] {
         for how in [How::Live, How::Offline(&[])] {
-            let mut s = Scene::new(SIZE, &["-o", cluster]);
+            let Some(mut s) = Scene::new(name, SIZE, &["-o", cluster]) else { return };
             s.plain("full", "FULL");
             // Never smaller than at the point.
             s.resize(how, &[12 * MIB]);
@@ -301,11 +295,9 @@ fn growing_shrinking_and_growing() {
 
 #[test]
 fn a_diff_is_measured_by_the_fulls_watermark() {
-    let name = "a_diff_is_measured_by_the_fulls_watermark";
-    if !have(name, TOOLS) {
+    let Some(mut s) = Scene::new("a_diff_is_measured_by_the_fulls_watermark", 8 * MIB, &[]) else {
         return;
-    }
-    let mut s = Scene::new(8 * MIB, &[]);
+    };
     s.plain("full", "FULL");
     s.d.io("a", &["write -P 2 1M 64k"]);
     s.plain("inc", "INC");
@@ -324,12 +316,8 @@ fn a_diff_is_measured_by_the_fulls_watermark() {
 /// What proves nothing leads to a walk over the whole disk, and the new point has a watermark again.
 #[test]
 fn a_watermark_that_proves_nothing() {
-    let name = "a_watermark_that_proves_nothing";
-    if !have(name, TOOLS) {
-        return;
-    }
     const SIZE: u64 = 20 * MIB;
-    let mut s = Scene::new(SIZE, &[]);
+    let Some(mut s) = Scene::new("a_watermark_that_proves_nothing", SIZE, &[]) else { return };
     s.plain("full", "FULL");
     let remove = |s: &Scene| {
         s.execute("block-dirty-bitmap-remove", json!({"node": "a", "name": s.watermark()}));

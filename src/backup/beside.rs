@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::json;
 
-use super::graph::{BLOCK_JOBS, Expected, Scene, Stage, ask, in_the_way};
+use super::graph::{BLOCK_JOBS, Expected, SNAPSHOT_LOAD, Scene, Stage, ask, in_the_way};
 use super::names::{PREFIX, Role, object, parse_object};
 use super::work::{Active, Run};
 use crate::error::{Error, Kind, Result};
@@ -23,14 +23,33 @@ const LOOKS: u32 = 3;
 pub struct Neighbours {
     /// Jobs that were looked at while they lived.
     known: HashSet<String>,
+    /// Jobs that had loaded a snapshot before the run.
+    over: HashSet<String>,
     /// This QEMU would not keep the disks' sizes.
     unlocked: bool,
 }
 
+/// Whether a job has loaded a snapshot, and is done.
+fn loaded(job: &Job) -> bool {
+    job.kind == SNAPSHOT_LOAD && job.concluded()
+}
+
 impl Neighbours {
+    /// A job that loads a snapshot, which gives all disks and the guest what they were: QEMU refuses it to
+    /// disks with a bitmap, and to these alone. `now` are the jobs that there are.
+    fn loads(&self, now: &[Job]) -> Option<String> {
+        let refused = |j: &Job| j.concluded() && j.error.is_some();
+        let loads = |j: &&Job| j.kind == SNAPSHOT_LOAD && !refused(j) && !self.over.contains(&j.id);
+        let job = now.iter().find(loads)?;
+        Some(format!(
+            "job {} ({SNAPSHOT_LOAD}) of another program loads a snapshot",
+            short(&job.id)
+        ))
+    }
+
     /// Whether something was heard that no look explains: a job that began and ended between two
-    /// of them. `now` are the jobs that have just been looked at.
-    fn unexplained(&mut self, heard: JobEvents, now: &[Job]) -> Option<String> {
+    /// of them. `now` are the jobs that have just been looked at, `graph` shows where they work.
+    fn unexplained(&mut self, heard: JobEvents, now: &[Job], graph: &Graph) -> Option<String> {
         if heard.lost {
             return Some("other programs began more jobs than can be followed".into());
         }
@@ -55,10 +74,19 @@ impl Neighbours {
                 Some(_) => {}
             }
         }
-        // What ended before the answer was heard of before it: nothing else need be kept, however many
-        // names a QEMU makes up.
-        self.known = now.iter().map(|j| j.id.clone()).collect();
+        self.know(now, graph);
         found
+    }
+
+    /// What ended before the answer was heard of before it: nothing else need be kept, however many names
+    /// a QEMU makes up. One that the graph does not show works nobody knows where: it is not known.
+    fn know(&mut self, now: &[Job], graph: &Graph) {
+        let drawn: HashSet<&str> = graph.all("block-job").map(|j| j.name.as_str()).collect();
+        let seen = |j: &&Job| {
+            let id = j.id.as_str();
+            drawn.contains(id) || !BLOCK_JOBS.contains(&j.kind.as_str()) || self.known.contains(id)
+        };
+        self.known = now.iter().filter(seen).map(|j| j.id.clone()).collect();
     }
 }
 
@@ -102,8 +130,9 @@ impl Run<'_> {
     /// whatever another program puts there takes them along.
     pub(super) fn begin_beside(&mut self, disks: &mut [Active]) -> Result<()> {
         self.client.listen_to_jobs(&format!("{PREFIX}{}-", self.run));
-        let jobs: Vec<Job> = self.client.poll("query-jobs")?;
-        self.neighbours.known.extend(jobs.into_iter().map(|j| j.id));
+        let (graph, jobs) = self.look()?;
+        self.neighbours.over = jobs.iter().filter(|j| loaded(j)).map(|j| j.id.clone()).collect();
+        self.neighbours.know(&jobs, &graph);
         self.look_beside(disks, Stage::Before)
     }
 
@@ -116,7 +145,8 @@ impl Run<'_> {
         let heard = self.client.job_events();
         let others: Vec<Job> =
             jobs.iter().filter(|j| parse_object(&j.id).is_none()).cloned().collect();
-        let unexplained = self.neighbours.unexplained(heard, &others);
+        let unexplained = self.neighbours.unexplained(heard, &others, &graph);
+        let unexplained = unexplained.or_else(|| self.neighbours.loads(&others));
         let scene = Scene { graph: &graph, jobs: &jobs };
         for d in disks.iter_mut().filter(|d| d.going()) {
             let expected = Expected {
@@ -202,31 +232,76 @@ mod tests {
         let mut n = Neighbours::default();
         let gone =
             [("x", "created"), ("x", "running"), ("x", "block"), ("x", "concluded"), ("x", "null")];
-        assert!(n.unexplained(heard(&gone), &[]).unwrap().contains("job x"));
+        assert!(n.unexplained(heard(&gone), &[], &Graph::default()).unwrap().contains("job x"));
         // It may wait to be dismissed.
-        assert!(n.unexplained(heard(&gone[..4]), &[job("x")]).is_some());
-        assert!(n.unexplained(heard(&gone[4..]), &[]).is_none());
+        assert!(n.unexplained(heard(&gone[..4]), &[job("x")], &Graph::default()).is_some());
+        assert!(n.unexplained(heard(&gone[4..]), &[], &Graph::default()).is_none());
         // It failed at once.
-        assert!(n.unexplained(heard(&[("y", "created"), ("y", "null")]), &[]).is_some());
+        assert!(
+            n.unexplained(heard(&[("y", "created"), ("y", "null")]), &[], &Graph::default())
+                .is_some()
+        );
         let lost = JobEvents { lost: true, ..Default::default() };
-        assert!(n.unexplained(lost, &[]).is_some());
+        assert!(n.unexplained(lost, &[], &Graph::default()).is_some());
     }
 
     #[test]
     fn a_job_that_was_looked_at_is_explained_until_another_has_its_name() {
         let mut n = Neighbours::default();
-        assert!(n.unexplained(heard(&[("x", "created"), ("x", "running")]), &[job("x")]).is_none());
+        assert!(
+            n.unexplained(
+                heard(&[("x", "created"), ("x", "running")]),
+                &[job("x")],
+                &Graph::default()
+            )
+            .is_none()
+        );
         let end = [("x", "block"), ("x", "concluded"), ("x", "null")];
         let again = [end.as_slice(), &[("x", "created"), ("x", "running")], &end].concat();
-        assert!(n.unexplained(heard(&end), &[]).is_none());
+        assert!(n.unexplained(heard(&end), &[], &Graph::default()).is_none());
         n.known.insert("x".into());
-        assert!(n.unexplained(heard(&again), &[]).is_some());
+        assert!(n.unexplained(heard(&again), &[], &Graph::default()).is_some());
+    }
+
+    #[test]
+    fn a_job_that_the_graph_never_shows_is_not_known() {
+        let block = |id: &str| Job { kind: "backup".into(), ..job(id) };
+        let begin = [("x", "created"), ("x", "running")];
+        let end = [("x", "block"), ("x", "concluded"), ("x", "null")];
+        let drawn: Graph = serde_json::from_value(
+            json!({"nodes": [{"id": 1, "type": "block-job", "name": "x"}], "edges": []}),
+        )
+        .unwrap();
+        let mut n = Neighbours::default();
+        assert!(n.unexplained(heard(&begin), &[block("x")], &Graph::default()).is_none());
+        assert!(n.unexplained(heard(&end), &[], &Graph::default()).is_some());
+        assert!(n.unexplained(heard(&begin), &[block("x")], &drawn).is_none());
+        // Once it was shown, where it works is known.
+        assert!(n.unexplained(heard(&[]), &[block("x")], &Graph::default()).is_none());
+        assert!(n.unexplained(heard(&end), &[], &Graph::default()).is_none());
+    }
+
+    #[test]
+    fn a_job_that_loads_a_snapshot_concerns_all() {
+        let load = |status: &str, error: Option<&str>| {
+            let (kind, status) = (SNAPSHOT_LOAD.to_string(), status.to_string());
+            let error = error.map(str::to_string);
+            vec![Job { id: "l".into(), kind, status, error, ..Default::default() }]
+        };
+        let mut n = Neighbours::default();
+        for status in ["created", "running", "aborting", "concluded"] {
+            assert!(n.loads(&load(status, None)).unwrap().contains("job l (snapshot-load)"));
+        }
+        assert_eq!(n.loads(&load("concluded", Some("Device has active dirty bitmaps"))), None);
+        assert_eq!(n.loads(&[job("x")]), None);
+        n.over.insert("l".into());
+        assert_eq!(n.loads(&load("concluded", None)), None);
     }
 
     #[test]
     fn a_job_without_nodes_is_none_of_ours() {
         let mut n = Neighbours::default();
         let create = [("c", "created"), ("c", "running"), ("c", "concluded"), ("c", "null")];
-        assert!(n.unexplained(heard(&create), &[]).is_none());
+        assert!(n.unexplained(heard(&create), &[], &Graph::default()).is_none());
     }
 }

@@ -29,6 +29,20 @@ pub fn options(b: &BitmapInfo) -> Value {
         "persistent": b.persistent})
 }
 
+/// Bytes per bit of a bitmap that nobody reads: few bits.
+const COARSE: u64 = 64 << 20;
+
+/// Adds a bitmap that records nothing and ends with QEMU: as long as any is there, QEMU refuses to load a
+/// snapshot into the disk.
+///
+/// # Errors
+/// QEMU refuses.
+pub fn hold(client: &mut Client, node: &str, name: &str) -> Result<()> {
+    let options = json!({"node": node, "name": name, "granularity": COARSE,
+        "persistent": false, "disabled": true});
+    client.execute("block-dirty-bitmap-add", options).map(drop)
+}
+
 /// Removes a bitmap.
 ///
 /// # Errors

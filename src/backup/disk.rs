@@ -36,7 +36,13 @@ impl Run<'_> {
         self.create_files(d)?;
         step("files created");
         self.hand_over(d)?;
-        self.add_bitmap(d)?;
+        match &d.plan.new_bitmap {
+            Some(_) => self.add_bitmap(d)?,
+            None => {
+                let name = object(&self.run, Role::Hold, d.index);
+                bitmap::hold(&mut self.client, &d.plan.disk.node, &name)?;
+            }
+        }
         let timeout = self.options.copy.cbw_timeout;
         fleece::add_filter(&mut self.client, &self.run, d.index, &d.plan.disk.top, timeout)
     }
@@ -144,9 +150,8 @@ impl Run<'_> {
         self.fail(d, e)
     }
 
-    /// The frozen view, and the bitmap of what to copy out of it.
+    /// The bitmap of what to copy out of the frozen view.
     pub(super) fn view(&mut self, d: &mut Active) -> Result<()> {
-        fleece::add_view(&mut self.client, &self.run, d.index)?;
         if self.blind {
             fleece::add_blind(&mut self.client, &self.run, d.index)?;
         }
@@ -215,6 +220,8 @@ impl Run<'_> {
         let node = object(&self.run, Role::Snapshot, d.index);
         let mut lost = chain.lost()?;
         let size = d.plan.disk.size;
+        // An export takes possession of a disk that is being handed over.
+        self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))?;
         server.with_export(&mut self.client, &export, &node, Use::Status, |n| {
             nbdserver::check_size(n, size)?;
             n.zero_ranges(|zeros| lost.add(zeros))

@@ -71,6 +71,14 @@ fn read_id(path: &Path) -> Result<Option<String>> {
     digits(&text, path).map(|_| Some(text))
 }
 
+/// The text of the file `uuid` in `target`, if there is one.
+///
+/// # Errors
+/// `Corrupt` if it is no id, or what the operating system said.
+pub fn stored_id(target: &Path) -> Result<Option<String>> {
+    Ok(read_id(&target.join("uuid"))?.map(|text| text.trim_end().to_string()))
+}
+
 fn write_id(path: &Path, text: &str) -> Result<()> {
     let failed = |e| Error::io(e, "cannot write the target's id").at_path(path);
     folder::write_whole(path, text.as_bytes()).map_err(failed)
@@ -223,6 +231,11 @@ fn damaged(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
 pub fn vm_uuid(vm: &Value) -> Option<&str> {
     let uuid = vm.get("query-uuid")?.get("UUID")?.as_str()?;
     uuid.chars().any(|c| c != '0' && c != '-').then_some(uuid)
+}
+
+/// The VM's name out of what QEMU said about itself; `None` if it has none.
+pub fn vm_name(vm: &Value) -> Option<&str> {
+    vm.get("query-name")?.get("name")?.as_str().filter(|name| !name.is_empty())
 }
 
 fn unclaimed(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {

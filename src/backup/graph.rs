@@ -27,6 +27,9 @@ const REFUSED: &[&str] = &["quorum", "replication", "blkdebug", "blkverify", "bl
 /// Kinds of jobs that have nodes in the graph.
 pub const BLOCK_JOBS: &[&str] = &["backup", "commit", "mirror", "stream"];
 
+/// The kind of a job that gives the guest and its disks back what they were at a snapshot.
+pub const SNAPSHOT_LOAD: &str = "snapshot-load";
+
 /// How many nodes are followed from a guest to its disk: filters, some few. A graph has no loops;
 /// the bound is for an answer that has.
 const DEEPEST: usize = 64;
@@ -385,11 +388,15 @@ fn of_children(nodes: &[Named], drives: &[Drive], jobs: &[Job]) -> Result<Graph>
         vertices.push(json!({"id": id, "type": "block-backend", "name": name.map_or("", |n| n)}));
         edges.push(json!({"parent": id, "child": ids.get(top), "name": "root"}));
     }
-    let foreign = |j: &&Job| parse_object(&j.id).is_none() && BLOCK_JOBS.contains(&j.kind.as_str());
-    if let Some(j) = jobs.iter().find(foreign) {
+    // All are there, as the list has them. One of the others on all nodes is as good as each of them.
+    let mut all_nodes = 0..nodes.len();
+    for j in jobs.iter().filter(|j| BLOCK_JOBS.contains(&j.kind.as_str())) {
         let id = vertices.len();
         vertices.push(json!({"id": id, "type": "block-job", "name": j.id}));
-        edges.extend((0..nodes.len()).map(|c| json!({"parent": id, "child": c, "name": "source"})));
+        if parse_object(&j.id).is_none() {
+            let works = std::mem::take(&mut all_nodes);
+            edges.extend(works.map(|c| json!({"parent": id, "child": c, "name": "source"})));
+        }
     }
     edges.retain(|e| !e["child"].is_null());
     serde_json::from_value(json!({"nodes": vertices, "edges": edges})).map_err(|e| {
@@ -567,6 +574,14 @@ mod tests {
         let jobs = [job("move", "mirror")];
         let scene = Scene { graph: &g, jobs: &jobs };
         assert_eq!(scene.working_on(&["a"]), ["move"]);
+        let two = [("move", "mirror"), ("more", "stream"), ("make", "create")];
+        let mut two: Vec<Job> = two.into_iter().map(|(id, kind)| job(id, kind)).collect();
+        two.insert(0, job(&own(Role::Job), "backup"));
+        let g = of_children(&nodes, &drives, &two).unwrap();
+        let mut drawn: Vec<&str> = g.all("block-job").map(|j| j.name.as_str()).collect();
+        drawn.sort_unstable();
+        assert_eq!(drawn, [own(Role::Job).as_str(), "more", "move"]);
+        assert_eq!(Scene { graph: &g, jobs: &two }.working_on(&["a"]), ["move"]);
         let g = of_children(&nodes[1..], &drives, &[job("make", "create")]).unwrap();
         assert_eq!(Root::Device("v0".into()).tops(&g), ["a"]);
         assert_eq!((g.child("a", "file"), g.all("block-job").count()), (Some("f"), 0));

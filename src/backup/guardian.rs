@@ -55,6 +55,9 @@ pub struct Orders {
     /// The guest is to be stopped for as long as the backup takes: only the time counts in which
     /// it runs and is frozen.
     pub whole: bool,
+    /// Which process QEMU is, if that can be told.
+    #[serde(default)]
+    pub qemu: Option<String>,
     /// The run.
     pub run: String,
     /// Its journal.
@@ -279,8 +282,8 @@ fn rescue(orders: &Orders, guest: Guest) -> Result<()> {
     let mut result = Ok(());
     if guest.stopped {
         let qmp = Address::parse(&orders.qmp)?;
-        result =
-            persist(&qmp, PATIENCE, || continue_guest(&qmp), || !is_ours(orders, |p| p.stopped));
+        let over = || !is_ours(orders, |p| p.stopped);
+        result = persist(PATIENCE, || continue_guest(&qmp), over, || is_gone(orders, &qmp));
         if result.is_ok() {
             note(orders, Record::Continued(orders.run.clone()));
         }
@@ -289,7 +292,8 @@ fn rescue(orders: &Orders, guest: Guest) -> Result<()> {
         && let Some(agent) = &orders.agent
     {
         let agent = Address::parse(agent)?;
-        let thawed = persist(&agent, PATIENCE, || thaw(&agent), || !is_ours(orders, |p| p.frozen));
+        let over = || !is_ours(orders, |p| p.frozen);
+        let thawed = persist(PATIENCE, || thaw(&agent), over, || is_gone(orders, &agent));
         if thawed.is_ok() {
             note(orders, Record::Thawed(orders.run.clone()));
         }
@@ -314,20 +318,26 @@ fn is_ours(orders: &Orders, what: impl Fn(&journal::Pending) -> bool) -> bool {
     }
 }
 
-/// Tries until it works, until it is `over`, or until nobody listens any more: then there is no
-/// guest to help.
+/// Whether nobody listens any more and there is no guest to help. A QEMU that runs may get its socket
+/// back; with the journal gone nobody would say then that it is no longer ours to do.
+fn is_gone(orders: &Orders, peer: &Address) -> bool {
+    let runs = || orders.qemu.as_deref().is_some_and(crate::qmp::peer::runs);
+    let known = || matches!(journal::read(&orders.journal), Ok(Some(p)) if p.run == orders.run);
+    peer.is_dead() && !(runs() && known())
+}
+
+/// Tries until it works, until it is `over`, or until the peer is `gone`.
 fn persist(
-    peer: &Address,
     patience: Patience,
     mut act: impl FnMut() -> Result<()>,
     over: impl Fn() -> bool,
+    gone: impl Fn() -> bool,
 ) -> Result<()> {
     let mut pause = patience.first;
     let mut tries = 0u32;
     loop {
         let Err(e) = act() else { return Ok(()) };
-        let gone = matches!(e.kind(), Kind::NotFound | Kind::Peer) && peer.is_dead();
-        if gone {
+        if matches!(e.kind(), Kind::NotFound | Kind::Peer) && gone() {
             return Err(e);
         }
         tries = tries.saturating_add(1);
@@ -396,10 +406,16 @@ mod tests {
             agent: None,
             deadline_ms: 0,
             whole,
+            qemu: None,
             run: "r".into(),
             journal: "/nonexistent".into(),
             parent: 1,
         }
+    }
+
+    fn begun(run: &str) -> String {
+        let r = Record::Begin { run: run.into(), target: "/t".into(), agent: None, qemu: None };
+        serde_json::to_string(&r).unwrap()
     }
 
     #[test]
@@ -432,13 +448,28 @@ mod tests {
                 if tries.get() == good_at { Ok(()) } else { Err(Error::new(kind, "no")) }
             }
         };
-        persist(&peer, nothing, act(50), || false).unwrap();
+        let dead = || is_gone(&orders(false), &peer);
+        persist(nothing, act(50), || false, dead).unwrap();
         assert_eq!(tries.replace(0), 50);
-        persist(&peer, nothing, act(50), || tries.get() == 7).unwrap();
+        persist(nothing, act(50), || tries.get() == 7, dead).unwrap();
         assert_eq!(tries.replace(0), 7);
         drop(listener);
-        persist(&peer, nothing, act(50), || false).unwrap_err();
-        assert_eq!(tries.get(), 2);
+        persist(nothing, act(50), || false, dead).unwrap_err();
+        assert_eq!(tries.replace(0), 2);
+        // QEMU runs, and the run is known.
+        let journal = dir.path().join("j");
+        std::fs::write(&journal, begun("r")).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let qemu = crate::qmp::peer::named(child.id());
+        let mut known = Orders { journal, qemu, ..orders(false) };
+        persist(nothing, act(50), || false, || is_gone(&known, &peer)).unwrap();
+        assert_eq!(tries.replace(0), 50);
+        known.run = "s".into();
+        assert!(is_gone(&known, &peer));
+        known.run = "r".into();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(is_gone(&known, &peer));
     }
 
     /// Peers that send without end, and nothing that was asked for: each try ends, so that what is
@@ -470,15 +501,11 @@ mod tests {
         let mut o = orders(false);
         o.journal = d.path().join("j");
         assert!(is_ours(&o, |p| p.stopped));
-        let begin = |run: &str| {
-            let r = Record::Begin { run: run.into(), target: "/t".into(), agent: None, qemu: None };
-            serde_json::to_string(&r).unwrap()
-        };
-        std::fs::write(&o.journal, format!("{}\n\"stop\"\n", begin("r"))).unwrap();
+        std::fs::write(&o.journal, format!("{}\n\"stop\"\n", begun("r"))).unwrap();
         assert!(is_ours(&o, |p| p.stopped));
         note(&o, Record::Continued("r".into()));
         assert!(!is_ours(&o, |p| p.stopped));
-        std::fs::write(&o.journal, format!("{}\n\"stop\"\n", begin("s"))).unwrap();
+        std::fs::write(&o.journal, format!("{}\n\"stop\"\n", begun("s"))).unwrap();
         assert!(!is_ours(&o, |p| p.stopped));
     }
 }

@@ -11,6 +11,9 @@ use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 
+/// Why there is no INC where nothing was backed up yet.
+pub const FIRST: &str = "there is no FULL in the target yet";
+
 /// An image in the folder.
 #[derive(Debug, Clone)]
 pub struct Entry {
@@ -133,7 +136,7 @@ impl History {
     /// In words why there is none.
     pub fn full(&self) -> Result<Vec<&Manifest>, String> {
         let Some(last) = self.entries.iter().rev().find(|e| e.level == Level::Full) else {
-            return Err("there is no FULL in the target yet".into());
+            return Err(FIRST.into());
         };
         let full = last.committed()?;
         self.check_file(full)?;
@@ -148,7 +151,7 @@ impl History {
         let mut on_chain =
             self.entries.iter().filter(|e| matches!(e.level, Level::Full | Level::Inc));
         let Some(last) = on_chain.next_back() else {
-            return Err("there is no FULL in the target yet".into());
+            return Err(FIRST.into());
         };
         let mut at = last.committed()?;
         let mut chain = vec![at];

@@ -79,6 +79,9 @@ fn owner(name: &str) -> String {
             format!("fleecefs target {}, to tell if the disk was smaller", b.target)
         }
         Some(b) => format!("fleecefs target {}", b.target),
+        None if names::parse_object(name).is_some() => {
+            "fleecefs, for the time of a run".to_string()
+        }
         None if name.starts_with("qmpbackup-") => "qmpbackup".to_string(),
         None => "another program".to_string(),
     }
@@ -183,6 +186,9 @@ impl Choice {
             let of_target = self.uuid.as_deref().is_some_and(|u| prefix(name.target, u));
             return self.all || of_target || (b.inconsistent && self.uuid.is_none());
         }
+        if names::parse_object(&b.name).is_some() {
+            return self.all;
+        }
         let theirs = b.name.starts_with("qmpbackup-");
         let named = self.uuid.as_deref().is_none_or(|u| b.name.contains(u));
         theirs && self.foreign && named
@@ -211,7 +217,10 @@ mod tests {
         let of = |u: &str| Choice { uuid: Some(u.into()), ..Default::default() };
         assert!(of("0a1b2c3d-1111-4111-8111-111111111111").takes(&line(&ours, false)));
         assert!(!of("ffffffff").takes(&line(&ours, true)) && !of("").takes(&line(&ours, false)));
-        assert!(Choice { all: true, ..Default::default() }.takes(&line(&ours, false)));
+        let all = Choice { all: true, ..Default::default() };
+        assert!(all.takes(&line(&ours, false)) && !all.takes(&line("theirs", false)));
+        let hold = names::object("0123456789ab", names::Role::Hold, 0);
+        assert!(all.takes(&line(&hold, false)) && !none.takes(&line(&hold, false)));
         assert!(Choice { foreign: true, ..Default::default() }.takes(&line("qmpbackup-x", false)));
     }
 }

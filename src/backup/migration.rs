@@ -48,13 +48,49 @@ pub fn check(client: &mut Client) -> Result<()> {
     Progress::ask(client)?.check()
 }
 
-/// Whether the guest has left for another QEMU, which has the disks now: nothing may be written to
-/// them from here, not even a bitmap removed.
+/// Whose the disks are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// This QEMU's.
+    Here,
+    /// Being handed over: another QEMU may write to them already, or never get them.
+    Leaving,
+    /// Another QEMU's: the guest has left.
+    Left,
+}
+
+/// Whose the disks are: unless they are this QEMU's, nothing may be written to them from here, not even
+/// a bitmap removed.
 ///
 /// # Errors
 /// As [`Client::execute`].
+pub fn owner(client: &mut Client) -> Result<Owner> {
+    let Some(state) = run_state(client)? else { return Ok(Owner::Here) };
+    Ok(match state.as_str() {
+        "postmigrate" => Owner::Left,
+        "finish-migrate" | "colo" => Owner::Leaving,
+        _ if Progress::ask(client)?.hands_over() => Owner::Leaving,
+        _ => Owner::Here,
+    })
+}
+
+/// Whether the disks are, or are becoming, another QEMU's, see [`owner`].
+///
+/// # Errors
+/// As [`owner`].
 pub fn has_left(client: &mut Client) -> Result<bool> {
-    Ok(run_state(client)?.is_some_and(|s| s == "postmigrate"))
+    Ok(owner(client)? != Owner::Here)
+}
+
+/// What to do with a QEMU that has something of ours in memory while another has the disks. (Ended in
+/// order it writes the tables of its qcow2 images: seen where they are shared and not locked.)
+pub const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: what it has in \
+                        memory of the disks must not be written any more";
+
+/// The error where something of ours cannot be undone yet.
+pub fn leaving() -> Error {
+    Error::new(Kind::Busy, "the guest is being migrated: what is left in this QEMU stays for now")
+        .remedy(format!("run fleecefs recover if the migration fails; else {KILL}"))
 }
 
 /// Fails if the guest has not arrived yet: nothing may be written to its disks from here.
@@ -130,6 +166,12 @@ impl Progress {
         })
     }
 
+    /// Whether the disks may be the other side's already.
+    fn hands_over(&self) -> bool {
+        let status = self.status.as_str();
+        ["device", "pre-switchover", "colo"].contains(&status) || status.starts_with("postcopy")
+    }
+
     fn check(&self) -> Result<()> {
         if OVER.contains(&self.status.as_str()) { Ok(()) } else { migrates(&self.status) }
     }
@@ -139,6 +181,10 @@ impl Progress {
 #[derive(Debug)]
 pub struct Guard {
     before: Progress,
+    /// Events that had come by then.
+    events: u64,
+    /// We asked for events.
+    told: bool,
 }
 
 impl Guard {
@@ -150,7 +196,7 @@ impl Guard {
     pub fn begin(client: &mut Client, run: &str, watch: &dyn Watch) -> Result<Self> {
         check(client)?;
         let before = Progress::ask(client)?;
-        let guard = Guard { before };
+        let mut guard = Guard { before, events: client.migration_events(), told: false };
         if !client.has("migrate") {
             return Ok(guard);
         }
@@ -158,6 +204,7 @@ impl Guard {
         // One may have begun just before: then the node was refused, or came too late.
         guard.check(client)?;
         if let Some(why) = refused {
+            guard.told = ask_for_events(client)?;
             watch.warn(&format!(
                 "QEMU cannot be kept from migrating the guest during the backup ({why}): a migration \
                  that begins makes the backup fail"
@@ -172,10 +219,14 @@ impl Guard {
     /// `Busy`; as [`Client::execute`].
     pub fn check(&self, client: &mut Client) -> Result<()> {
         let Some(state) = run_state(client)? else { return Ok(()) };
-        check_state(&state)?;
         let now = Progress::ask(client)?;
-        now.check()?;
-        if now == self.before {
+        let handed =
+            now.hands_over() || ["finish-migrate", "postmigrate"].contains(&state.as_str());
+        check_state(&state).and_then(|()| now.check()).map_err(|e| match handed {
+            true => e.remedy(KILL),
+            false => e,
+        })?;
+        if now == self.before && self.events == client.migration_events() {
             return Ok(());
         }
         // One that failed may have stopped the guest and given its disks away for a time.
@@ -183,6 +234,35 @@ impl Guard {
             format!("the guest was migrated meanwhile (its migration is {})", short(&now.status));
         Err(Error::new(Kind::Busy, what).remedy("back it up again where it runs now"))
     }
+
+    /// Makes QEMU as silent about migrations as it was before.
+    pub fn end(self, client: &mut Client) {
+        if self.told
+            && let Err(e) = set_events(client, false)
+        {
+            log::info!("{}", e.report());
+        }
+    }
+}
+
+/// Has QEMU tell of migrations where it does not yet: two that failed look alike afterwards. Says whether
+/// it did. (A killed run leaves it so: that costs some events, and does nothing to the guest.)
+fn ask_for_events(client: &mut Client) -> Result<bool> {
+    if !client.has("query-migrate-capabilities") {
+        return Ok(false);
+    }
+    let list = client.execute("query-migrate-capabilities", json!({}))?;
+    let off = |c: &Value| c["capability"] == "events" && c["state"] == false;
+    match list.as_array().is_some_and(|l| l.iter().any(off)) {
+        true => set_events(client, true),
+        false => Ok(false),
+    }
+}
+
+/// Says whether QEMU did it.
+fn set_events(client: &mut Client, on: bool) -> Result<bool> {
+    let events = json!({"capability": "events", "state": on});
+    Ok(client.call("migrate-set-capabilities", json!({"capabilities": [events]}))?.is_ok())
 }
 
 /// Adds a node that keeps the guest from being migrated; why not, if none could be added.
@@ -193,9 +273,15 @@ fn block(client: &mut Client, run: &str) -> Result<Option<String>> {
     let node = object(run, Role::Blocker, 0);
     let mut why = None;
     for (driver, image) in images() {
-        let file = in_memory(&image)?;
-        let handed = Handed { file: &file, name: Path::new("(memory)"), by_name: false };
-        let set = pass_file(client, handed, &node, false)?;
+        let set = match hand_over(client, &node, &image) {
+            Ok(set) => set,
+            Err(e) if matches!(e.kind(), Kind::Timeout | Kind::Interrupted) => return Err(e),
+            Err(e) => {
+                // It lives, or all ends here.
+                client.execute("query-version", json!({}))?;
+                return Ok(Some(e.report()));
+            }
+        };
         let added = client.call(
             "blockdev-add",
             json!({"driver": driver, "node-name": node, "read-only": true,
@@ -211,6 +297,13 @@ fn block(client: &mut Client, run: &str) -> Result<Option<String>> {
         }
     }
     Ok(why)
+}
+
+/// Gives QEMU the image as a set of descriptors.
+fn hand_over(client: &mut Client, node: &str, image: &[u8]) -> Result<u64> {
+    let file = in_memory(image)?;
+    let handed = Handed { file: &file, name: Path::new("(memory)"), by_name: false };
+    pass_file(client, handed, node, false)
 }
 
 fn in_memory(image: &[u8]) -> Result<File> {
@@ -300,6 +393,17 @@ mod tests {
             ["inmigrate", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "new", ""]
         {
             assert_eq!(check_state(state).unwrap_err().kind(), Kind::Busy, "{state}");
+        }
+    }
+
+    #[test]
+    fn the_disks_are_handed_over_from_the_switch_on() {
+        let at = |status: &str| Progress { status: status.into(), total_time: None }.hands_over();
+        for status in ["device", "postcopy-active", "postcopy-paused", "postcopy-recover"] {
+            assert!(at(status), "{status}");
+        }
+        for status in ["none", "setup", "active", "completed", "failed", "cancelling"] {
+            assert!(!at(status), "{status}");
         }
     }
 

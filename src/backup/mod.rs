@@ -39,6 +39,7 @@ pub mod report;
 pub mod run;
 pub mod seen;
 pub mod space;
+mod targets;
 pub mod teardown;
 mod unplug;
 pub mod vm;
@@ -64,6 +65,8 @@ pub struct Options {
     pub agent: Option<Address>,
     /// The backup directory.
     pub target: PathBuf,
+    /// It may be a new one, although another was there before.
+    pub init: bool,
     /// What kind of points to make.
     pub level: LevelWish,
     /// Only these disks (by node, device, qdev or file name); empty for all.

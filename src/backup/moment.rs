@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::fleece::{plug, reopen, reopen_options};
-use super::guardian::{Guardian, Orders, Word};
+use super::fleece::{add_view, plug, reopen, reopen_options};
+use super::guardian::{Guardian, Orders, Word, continue_if_paused};
 use super::journal::{Journal, Record};
 use super::names::{Role, parse_object};
 use super::seen::Insertion;
-use super::{Options, StopWish, Watch, graph};
+use super::{Options, StopWish, Watch, graph, migration};
 use crate::chain::manifest::{Achieved, Consistency};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
@@ -87,7 +87,7 @@ pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
     let stopped_at = Instant::now();
     let failed = insert_all(scene.client, inserts, &mut consistency, stop || !running);
     if stop && !whole {
-        scene.client.execute("cont", json!({}))?;
+        continue_if_paused(scene.client)?;
         consistency.stopped_ms = millis(stopped_at.elapsed());
         withdraw(scene, guardian.as_mut(), Record::Continue, Word::Continue)?;
     }
@@ -110,7 +110,8 @@ pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
 /// QEMU refuses to continue; the guardian goes on trying then.
 pub fn release(scene: &mut Scene<'_>, held: Held) -> Result<()> {
     let Held { mut guardian, agent } = held;
-    scene.client.execute("cont", json!({}))?;
+    // Not one that has been migrated meanwhile.
+    continue_if_paused(scene.client)?;
     withdraw(scene, Some(&mut guardian), Record::Continue, Word::Continue)?;
     // What was achieved is in the manifests already.
     let mut past = Consistency::default();
@@ -160,6 +161,7 @@ fn orders(scene: &Scene<'_>) -> Orders {
         agent: options.agent.as_ref().map(|a| a.canonical()),
         deadline_ms: millis(options.moment.deadline).max(1),
         whole: options.moment.stop == StopWish::Whole,
+        qemu: scene.client.process(),
         run: scene.run.to_string(),
         journal: scene.journal.path(),
         parent: std::process::id(),
@@ -210,19 +212,55 @@ fn insert_all(
     });
     let mut plugged = 0;
     for (i, qdev) in devices {
-        match plug(client, qdev, &i.filter) {
+        let top = i.path.nodes.first().map_or("", String::as_str);
+        match plug(client, qdev, top, &i.filter) {
             Ok(()) => plugged += 1,
-            Err(e) if e.kind() == Kind::Peer && is_alive(client) => {
-                failed.push((i.index, e));
-            }
-            Err(e) => return Err(e),
+            Err(e) => refused(client, &mut failed, i, e)?,
         }
     }
     if plugged > 1 && !stopped {
         consistency.one_moment = false;
     }
     reopen_all(client, inserts, consistency, &mut failed)?;
+    // Of a disk that is being handed over QEMU would take possession again.
+    migration::check(client)?;
+    add_views(client, inserts, &mut failed)?;
     Ok(failed)
+}
+
+/// Keeps an error that concerns one disk.
+fn refused(
+    client: &mut Client,
+    failed: &mut Vec<(usize, Error)>,
+    of: &Insert,
+    error: Error,
+) -> Result<()> {
+    match error.kind() {
+        Kind::Busy => {}
+        Kind::Peer if is_alive(client) => {}
+        _ => return Err(error),
+    }
+    failed.push((of.index, error));
+    Ok(())
+}
+
+/// The frozen views, while the guest is stopped: from then on QEMU lets nobody take a filter out from
+/// between the guest and its disk, or refuses the view of one that is not there. Before, somebody
+/// could have put it back, and what the guest had written meanwhile would be missing in the fleece.
+fn add_views(
+    client: &mut Client,
+    inserts: &[Insert],
+    failed: &mut Vec<(usize, Error)>,
+) -> Result<()> {
+    for i in inserts {
+        let run = parse_object(&i.filter).map_or("", |(run, ..)| run);
+        if !failed.iter().any(|(index, _)| *index == i.index)
+            && let Err(e) = add_view(client, run, i.index)
+        {
+            refused(client, failed, i, e)?;
+        }
+    }
+    Ok(())
 }
 
 /// Leaves those out round which the graph is no longer what planning saw: a device must not be

@@ -33,6 +33,8 @@ pub enum Role {
     Target,
     /// The fleece image.
     Fleece,
+    /// What the fleece image of a filter that cannot be taken out yet is replaced by.
+    Dummy,
     /// The scratch node on which extra dirty bits are made.
     Scratch,
     /// The backup job.
@@ -45,6 +47,8 @@ pub enum Role {
     ScratchExport,
     /// The node that keeps the guest from being migrated; one for the whole run.
     Blocker,
+    /// A disabled bitmap on a disk that gets no other: while one is there QEMU loads no snapshot.
+    Hold,
 }
 
 impl Role {
@@ -57,18 +61,20 @@ impl Role {
             Role::Filter => 'c',
             Role::Target => 't',
             Role::Fleece => 'f',
+            Role::Dummy => 'd',
             Role::Scratch => 'z',
             Role::Job => 'j',
             Role::ViewExport => 'v',
             Role::ScratchExport => 'x',
             Role::Blocker => 'm',
+            Role::Hold => 'k',
         }
     }
 
     fn of(letter: char) -> Option<Role> {
         use Role::*;
-        let nodes = [Snapshot, Blind, Lock, Filter, Target, Fleece, Scratch];
-        let others = [Blocker, Job, Relink, ViewExport, ScratchExport];
+        let nodes = [Snapshot, Blind, Lock, Filter, Target, Fleece, Dummy, Scratch];
+        let others = [Blocker, Job, Relink, ViewExport, ScratchExport, Hold];
         nodes.into_iter().chain(others).find(|r| r.letter() == letter)
     }
 }

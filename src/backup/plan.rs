@@ -154,6 +154,14 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     Ok(plan)
 }
 
+const NOT_INCLUDED: &str = "not in --include";
+const EXCLUDED: &str = "in --exclude";
+
+/// Whether a disk is skipped because the user wants it so.
+pub fn is_unwanted(s: &Skipped) -> bool {
+    [NOT_INCLUDED, EXCLUDED].contains(&s.reason.as_str())
+}
+
 /// `--include` names what is left out because it cannot be backed up.
 fn refuse_included(options: &Options, seen: &Seen, plan: &mut Plan) {
     let named = |s: &Skipped| options.include.iter().any(|n| seen.is_called(&s.disk, n));
@@ -188,10 +196,10 @@ fn check_names(options: &Options, seen: &Seen) -> Result<()> {
 pub fn left_out(options: &Options, d: &SeenDisk) -> Option<&'static str> {
     let named = |list: &[String]| list.iter().any(|n| d.is_called(n));
     if !options.include.is_empty() && !named(&options.include) {
-        return Some("not in --include");
+        return Some(NOT_INCLUDED);
     }
     if named(&options.exclude) {
-        return Some("in --exclude");
+        return Some(EXCLUDED);
     }
     d.by_rule.filter(|_| options.include.is_empty())
 }

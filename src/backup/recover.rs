@@ -14,14 +14,15 @@ use super::guardian::continue_if_paused;
 use super::journal::{self, DiskRecord, Left, Pending};
 use super::leftover::{self, Made};
 use super::lock::Lock;
-use super::teardown::{Scope, runs_in_qemu, teardown_all};
+use super::migration::Owner;
+use super::teardown::{Scope, runs_in_qemu, teardown_all, unblock};
 use super::{Watch, bitmap, migration, names, nbdserver, publish};
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder};
 use crate::lock::Locks;
 use crate::qmp::agent::Agent;
-use crate::qmp::{Address, Client};
+use crate::qmp::{Address, Client, peer};
 use crate::text::path_text;
 
 /// After so many runs whose objects do not go in time the others are left for the next recovery: a
@@ -93,7 +94,7 @@ pub struct Recovered {
 pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Result<Recovered> {
     migration::check_arrived(client)?;
     let mut journal = journal::pending(place.state, place.vm)?.unwrap_or_default();
-    forget_other_process(client, &mut journal, watch);
+    forget_other_process(client, &mut journal, place, watch)?;
     let mut runs = runs_in_qemu(client)?;
     if !journal.run.is_empty() && !runs.contains(&journal.run) {
         runs.push(journal.run.clone());
@@ -140,14 +141,55 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
     Ok(Recovered { done: runs.len().saturating_add(settled), left: left.len() })
 }
 
-/// As [`recover`], when QEMU is gone and has taken everything but files with it.
+/// How long a QEMU that does not listen any more may take to end.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// Nobody answers at the VM's socket, `why`. Fails unless QEMU is gone: where it still runs, so do
+/// its jobs, and the guest may be stopped or frozen by us.
 ///
 /// # Errors
-/// As [`recover`].
-pub fn recover_offline(place: Place<'_>, watch: &dyn Watch) -> Result<Recovered> {
-    let Some(journal) = journal::pending(place.state, place.vm)? else {
-        return Ok(Recovered::default());
+/// `why`, where QEMU runs, or where that cannot be told and the guest may be held.
+pub fn check_gone(pending: &Pending, vm: &Address, why: Error) -> Result<()> {
+    let (what, remedy) = match &pending.qemu {
+        Some(process) if peer::runs_on(process, ENDING) => {
+            let pid = peer::pid(process).unwrap_or_default();
+            let what = format!("nobody answers at {vm}, but QEMU (process {pid}) still runs");
+            let remedy = "let that socket lead to a QMP monitor of this QEMU again and run fleecefs \
+                          recover; or see to the guest by hand and run it with --forget";
+            (what, remedy)
+        }
+        None if pending.stopped || pending.frozen => {
+            let what = format!("nobody answers at {vm}, and it cannot be told whether QEMU runs");
+            let remedy =
+                "run fleecefs recover when QEMU answers there; if it has ended, with --forget";
+            (what, remedy)
+        }
+        _ => return Ok(()),
     };
+    let held = match (pending.stopped, pending.frozen) {
+        (false, false) => "",
+        (true, _) => ": the guest may still be stopped",
+        (false, true) => ": the guest may still be frozen",
+    };
+    Err(Error::new(Kind::Peer, format!("{what}{held}")).with_source(why).remedy(remedy))
+}
+
+/// As [`recover`], when QEMU is gone and has taken everything but files with it. `why` says that
+/// nobody answers.
+///
+/// # Errors
+/// As [`recover`] and [`check_gone`].
+pub fn recover_offline(place: Place<'_>, watch: &dyn Watch, why: Error) -> Result<Recovered> {
+    let Some(journal) = journal::pending(place.state, place.vm)? else {
+        return Err(why);
+    };
+    match check_gone(&journal, place.vm, why) {
+        Err(e) if place.cause == Cause::Forget => watch.warn(&e.to_string()),
+        other => {
+            other?;
+            watch.say("QEMU is gone: only files are left to settle");
+        }
+    }
     let mut left = Vec::new();
     for l in &journal.left {
         if !settle(None, l, place, watch)? {
@@ -163,14 +205,29 @@ pub fn recover_offline(place: Place<'_>, watch: &dyn Watch) -> Result<Recovered>
 
 /// What a run did to the guest of another QEMU process is over: who is stopped or frozen now was
 /// stopped or frozen by somebody else.
-fn forget_other_process(client: &Client, pending: &mut Pending, watch: &dyn Watch) {
-    let (Some(then), Some(now)) = (&pending.qemu, client.process()) else { return };
-    if *then != now && (pending.stopped || pending.frozen || pending.nbd) {
-        watch.say("QEMU was started again since: the guest is left as it is");
-        pending.stopped = false;
-        pending.frozen = false;
-        pending.nbd = false;
+///
+/// # Errors
+/// That process runs on, and has the guest: another listens at its socket.
+fn forget_other_process(
+    client: &Client,
+    pending: &mut Pending,
+    place: Place<'_>,
+    watch: &dyn Watch,
+) -> Result<()> {
+    let (Some(then), Some(now)) = (&pending.qemu, client.process()) else { return Ok(()) };
+    if *then == now || !(pending.stopped || pending.frozen || pending.nbd) {
+        return Ok(());
     }
+    let held = pending.stopped || pending.frozen;
+    if held && place.cause != Cause::Forget && peer::runs_on(then, ENDING) {
+        let another = Error::new(Kind::Busy, "another QEMU answers there");
+        return check_gone(pending, place.vm, another);
+    }
+    watch.say("QEMU was started again since: the guest is left as it is");
+    pending.stopped = false;
+    pending.frozen = false;
+    pending.nbd = false;
+    Ok(())
 }
 
 /// Undoes one run: the guest first, then QEMU, then files and bitmaps. Gives the disks that are
@@ -184,9 +241,19 @@ pub fn undo(
     place: Place<'_>,
     watch: &dyn Watch,
 ) -> Result<Vec<Left>> {
-    if migration::has_left(client)? {
-        watch.warn("the guest has migrated to another QEMU: what this one still has goes with it");
-        return undo_offline(pending, place, watch);
+    match migration::owner(client)? {
+        Owner::Here => {}
+        Owner::Left => {
+            let what =
+                "the guest has migrated to another QEMU: what this one still has goes with it";
+            watch.warn(&format!("{what} ({})", migration::KILL));
+            return undo_offline(pending, place, watch);
+        }
+        Owner::Leaving => {
+            // Files are ours in any case. The journal stays: the guest may come back.
+            undo_offline(pending, place, watch)?;
+            return Err(migration::leaving());
+        }
     }
     let freed = release_guest(client, pending, place, watch);
     // Open until all is settled: what could not be written to an image is forgotten with the last
@@ -213,7 +280,10 @@ pub fn undo(
         }
     }
     freed?;
-    torn.refused.map_or(Ok(left), Err)
+    torn.refused.map_or(Ok(()), Err)?;
+    // Last: until here what is on the disks is not what another QEMU should get.
+    unblock(client, &pending.run)?;
+    Ok(left)
 }
 
 /// Undoes what concerns files, when QEMU is gone and has taken everything else with it.

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::plan::Plan;
+use super::plan::{Plan, is_unwanted};
 use crate::chain::Level;
-use crate::chain::manifest::{Achieved, Consistency, Manifest};
+use crate::chain::manifest::{Achieved, Consistency, Manifest, Skipped};
 use crate::error::{Error, Kind, Result};
 
 /// What came of a run.
@@ -18,6 +18,8 @@ pub struct Report {
     pub disks: Vec<DiskReport>,
     /// What the moment achieved.
     pub consistency: Consistency,
+    /// What is still in QEMU, and why.
+    pub undo: Option<Error>,
 }
 
 /// What became of a disk.
@@ -38,7 +40,7 @@ impl Report {
     pub fn forecast(&self, strict: bool) -> Result<()> {
         let (bad, good) = (self.plan.refused.len(), self.plan.disks.len());
         let Some((_, first)) = self.plan.refused.first() else {
-            return match self.plan.skipped.first().filter(|_| strict) {
+            return match self.first_skipped().filter(|_| strict) {
                 Some(s) => {
                     let text = format!("{} would be skipped: {}", s.disk, s.reason);
                     Err(Error::new(Kind::Skipped, text))
@@ -51,10 +53,19 @@ impl Report {
         Err(Error::new(kind, text))
     }
 
-    /// The error to end with: `Partial` if some disks have a point and others not, the first
+    /// The first disk that is skipped without the user's wish.
+    fn first_skipped(&self) -> Option<&Skipped> {
+        self.plan.skipped.iter().find(|s| !is_unwanted(s))
+    }
+
+    /// The error to end with: that something could not be undone; `Partial` if some disks have a
+    /// point and others not, the first
     /// error if none has. With `strict` `Skipped` if a disk was left out, or if the guest was to be
     /// frozen (`quiesce`) and was not.
     pub fn verdict(&self, strict: bool, quiesce: bool) -> Result<()> {
+        if let Some(e) = &self.undo {
+            return Err(Error::new(e.kind(), e.report()));
+        }
         let refused = self.plan.refused.iter().map(|(d, e)| (d.as_str(), e));
         let failed =
             self.disks.iter().filter_map(|d| Some((d.disk.as_str(), d.result.as_ref().err()?)));
@@ -70,7 +81,7 @@ impl Report {
             );
             return Err(Error::new(kind, text));
         }
-        match self.plan.skipped.first() {
+        match self.first_skipped() {
             Some(s) if strict => {
                 Err(Error::new(Kind::Skipped, format!("{} was skipped: {}", s.disk, s.reason)))
             }
@@ -98,6 +109,7 @@ mod tests {
                 reason: "not frozen: no agent".into(),
                 ..Consistency::default()
             },
+            undo: None,
         };
         let crash = report(Achieved::Crash);
         let error = crash.verdict(true, true).unwrap_err();

@@ -27,6 +27,7 @@ use super::recover::{Cause, Place};
 use super::report::Report;
 use super::seen::{Answers, survey};
 use super::space::Reserves;
+use super::targets::Targets;
 use super::work::Run;
 use super::{
     LevelWish, Options, Stopping, Watch, folders, migration, names, nbdserver, now, plan, publish,
@@ -56,6 +57,10 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         ..options.clone()
     };
     let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
+    let mut targets = Targets::read(&options.state_dir, &options.qmp)?;
+    if !options.init {
+        targets.check(&options.target)?;
+    }
     let mut client = Client::connect_until(&options.qmp, interrupt.clone())?;
     client.require(&[
         "blockdev-add",
@@ -93,6 +98,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     publish::make_folders(&base)?;
     let _target_lock = target_lock(options, &base)?;
     let target = TargetId::of(&options.target, &base, options.level != LevelWish::Copy)?;
+    targets.remember(&options.target)?;
     let first = Record::Begin {
         run: run.clone(),
         target: options.target.clone(),
@@ -169,7 +175,8 @@ fn dry_run(options: &Options, client: &mut Client) -> Result<Report> {
             other => other?,
         }
     }
-    Ok(Report { run, plan, disks: Vec::new(), consistency: Consistency::default() })
+    let consistency = Consistency::default();
+    Ok(Report { run, plan, disks: Vec::new(), consistency, undo: None })
 }
 
 /// Whether the frozen view shows the disk of now where one request covers clusters that the fleece

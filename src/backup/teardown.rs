@@ -1,21 +1,25 @@
 //! Taking everything of a run out of QEMU, from whatever state it is in, in the order that QEMU
 //! accepts: jobs, exports, frozen views, filters (the guest put back on its disk first), targets,
-//! fleeces, and last what keeps the guest from being migrated. It goes by names alone and needs no memory of how far the run had come. What QEMU
-//! refuses for one disk does not stand in the way of the others.
+//! fleeces; and, once all else is done, what keeps the guest from being migrated. It goes by names alone
+//! and needs no memory of how far the run had come. What QEMU refuses for one disk does not stand in the
+//! way of the others.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::bitmap;
 use super::fleece::{close_image, reopen, reopen_options};
+use super::graph;
 use super::names::{Role, object, parse_object};
 use super::seen::{Answers, Insertion};
 use super::unplug::{self, below};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
+use crate::qmp::budget::short;
 use crate::qmp::steps::answer_timeout;
-use crate::qmp::types::{Export, FdSet, Job};
+use crate::qmp::types::{Export, FdSet, Job, Node};
 
 /// How many runs' leftovers are looked for at once: more than one is rare.
 const MOST_RUNS: usize = 64;
@@ -37,8 +41,8 @@ pub struct Scope<'a> {
 impl Scope<'_> {
     fn role(&self, name: &str) -> Option<(Role, usize)> {
         let (run, role, index) = parse_object(name)?;
-        // What belongs to the whole run is of no disk.
-        let one = self.index.is_none_or(|i| i == index && role != Role::Blocker);
+        // What keeps the guest from being migrated goes last, see `unblock`.
+        let one = self.index.is_none_or(|i| i == index) && role != Role::Blocker;
         (run == self.run && one).then_some((role, index))
     }
 }
@@ -87,6 +91,8 @@ pub fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
     let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
     let exports: Vec<Export> = client.query("query-block-exports", json!({}))?;
     let names = answers.nodes.iter().map(|n| n.node_name.as_str());
+    let bitmaps = answers.nodes.iter().flat_map(|n| &n.dirty_bitmaps);
+    let names = names.chain(bitmaps.filter_map(|b| b.name.as_deref()));
     let names = names.chain(jobs.iter().map(|j| j.id.as_str()));
     let names = names.chain(exports.iter().map(|e| e.id.as_str()));
     let mut runs: Vec<String> =
@@ -139,10 +145,8 @@ fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
         torn.note(index, dismissed)?;
     }
     delete(client, &answers, scope, Role::Scratch, &mut torn)?;
-    if torn.stuck.is_empty() {
-        delete(client, &answers, scope, Role::Blocker, &mut torn)?;
-    }
     drop_descriptors(client, scope, &mut torn)?;
+    end_copying(client, &answers, scope, &torn)?;
     if torn.refused.is_some() {
         // Refused by QEMU, or is it gone?
         client.execute("query-version", json!({}))?;
@@ -195,7 +199,62 @@ fn take_off(
     delete(client, answers, scope, Role::Lock, torn)?;
     unplug(client, answers, scope, torn)?;
     delete(client, answers, scope, Role::Filter, torn)?;
-    delete(client, answers, scope, Role::Fleece, torn)
+    delete(client, answers, scope, Role::Fleece, torn)?;
+    drop_holds(client, answers, scope, torn)?;
+    delete(client, answers, scope, Role::Dummy, torn)
+}
+
+/// Ends the copying of filters that cannot be taken out yet: else each would go on copying what the guest
+/// overwrites to its fleece. Its fleece is replaced by a node that takes no write; the first that fails
+/// breaks the frozen view, which nobody of ours reads any more, and from then on the filter only passes
+/// requests through.
+fn end_copying(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    torn: &Torn,
+) -> Result<()> {
+    for index in &torn.stuck {
+        let name = |role| object(scope.run, role, *index);
+        let (fleece, dummy) = (name(Role::Fleece), name(Role::Dummy));
+        // (A qcow2 image would want to write its tables.)
+        let raw = answers.node(&fleece).filter(|n| n.drv == "raw");
+        let Some(node) = raw.filter(|_| answers.node(&dummy).is_none()) else { continue };
+        let errors = json!({"driver": "blkdebug", "node-name": dummy,
+            "image": {"driver": "null-co", "size": node.image.virtual_size},
+            "inject-error": [{"event": "none", "iotype": "write", "errno": libc::ENOSPC}]});
+        let instead = json!({"driver": "raw", "node-name": fleece, "file": dummy,
+            "discard": "unmap", "cache": {"no-flush": true}});
+        let done = match client.call("blockdev-add", errors)? {
+            Ok(_) => client.call("blockdev-reopen", json!({"options": [instead]}))?,
+            refused => refused,
+        };
+        if let Err(r) = done {
+            log::warn!("{fleece} goes on taking what the guest overwrites: {}", short(&r.desc));
+            client.call("blockdev-del", json!({"node-name": dummy}))?.ok();
+        }
+    }
+    Ok(())
+}
+
+/// Removes the bitmaps that a run has for its own time alone.
+fn drop_holds(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    torn: &mut Torn,
+) -> Result<()> {
+    // A filter of ours may report the disk's.
+    for n in answers.nodes.iter().filter(|n| parse_object(&n.node_name).is_none()) {
+        for name in n.dirty_bitmaps.iter().filter_map(|b| b.name.as_deref()) {
+            let Some((Role::Hold, index)) = scope.role(name) else { continue };
+            if !torn.stuck.contains(&index) {
+                let gone = bitmap::remove(client, &n.node_name, name);
+                torn.note(index, gone)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Closes the targets; gives those whose job ended well and of which QEMU had nothing left that it
@@ -232,15 +291,34 @@ fn close_targets(
     Ok(good)
 }
 
+/// Lets the guest be migrated again: nothing of the run is left.
+///
+/// # Errors
+/// QEMU refuses or is gone.
+pub fn unblock(client: &mut Client, run: &str) -> Result<()> {
+    let blocker = object(run, Role::Blocker, 0);
+    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    if nodes.iter().any(|n| n.node_name == blocker) {
+        client.execute("blockdev-del", json!({"node-name": blocker}))?;
+    }
+    for s in descriptors(client)?.iter().filter(|s| s.names().any(|n| n == blocker)) {
+        client.execute("remove-fd", json!({"fdset-id": s.fdset_id}))?;
+    }
+    Ok(())
+}
+
+/// What was handed over.
+fn descriptors(client: &mut Client) -> Result<Vec<FdSet>> {
+    match client.takes_descriptors() {
+        true => client.query("query-fdsets", json!({})),
+        false => Ok(Vec::new()),
+    }
+}
+
 /// Takes back the descriptors that were handed over for these nodes.
 fn drop_descriptors(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
-    if !client.takes_descriptors() {
-        return Ok(());
-    }
-    let sets: Vec<FdSet> = client.query("query-fdsets", json!({}))?;
-    for s in sets {
-        let names = s.fds.iter().filter_map(|f| f.opaque.as_deref());
-        let Some((_, index)) = names.filter_map(|n| scope.role(n)).next() else { continue };
+    for s in descriptors(client)? {
+        let Some((_, index)) = s.names().filter_map(|n| scope.role(n)).next() else { continue };
         if !torn.stuck.contains(&index) {
             let removed = client.execute("remove-fd", json!({"fdset-id": s.fdset_id}));
             torn.note(index, removed)?;
@@ -309,21 +387,25 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
         let Some(index) = filter(&n.node_name).filter(|i| !torn.stuck.contains(i)) else {
             continue;
         };
-        // Raw nodes of exports are reopened below, all at once.
+        // Raw nodes of exports are reopened below, all at once. Above a filter below a guest's device
+        // they are another program's.
+        let parents = answers.graph.parents(&n.node_name);
+        let device = parents.iter().any(|(p, _)| p.kind == "block-backend" && !p.name.is_empty());
         let own = |name: &str| {
             let raw = answers.node(name).is_some_and(|p| p.drv == "raw");
-            raw || parse_object(name).is_some()
+            raw && !device || parse_object(name).is_some()
         };
         let job = object(scope.run, Role::Relink, index);
         let freed = unplug::free(client, answers, &n.node_name, &own, &job);
         torn.note(index, freed)?;
     }
     let mut options = Vec::new();
+    let graph = graph::ask(client)?;
     for n in &answers.nodes {
         let Some(index) = filter(&n.node_name).filter(|i| !torn.stuck.contains(i)) else {
             continue;
         };
-        for (parent, role) in answers.graph.parents(&n.node_name) {
+        for (parent, role) in graph.parents(&n.node_name) {
             let Some(p) = answers.node(&parent.name) else { continue };
             if role == "file" && p.drv == "raw" && parse_object(&p.node_name).is_none() {
                 let i = Insertion::Reopen {
@@ -331,7 +413,7 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
                     cache: p.cache.clone(),
                     detect_zeroes: p.detect_zeroes.clone(),
                 };
-                match below(answers, &n.node_name) {
+                match below(&graph, &n.node_name) {
                     Ok(b) => options.extend(reopen_options(&i, &b).map(|o| (index, o))),
                     Err(e) => torn.stick(index, e),
                 }

@@ -13,7 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::budget::short;
 use crate::qmp::steps::answer_timeout;
-use crate::qmp::types::{Export, GraphNode, Job};
+use crate::qmp::types::{Export, Graph, GraphNode, Job};
 
 /// Who is directly above a filter.
 enum Holder<'a> {
@@ -31,8 +31,8 @@ enum Holder<'a> {
 ///
 /// # Errors
 /// QEMU does not say.
-pub fn below(answers: &Answers, filter: &str) -> Result<String> {
-    answers.graph.child(filter, "file").map(str::to_string).ok_or_else(|| {
+pub fn below(graph: &Graph, filter: &str) -> Result<String> {
+    graph.child(filter, "file").map(str::to_string).ok_or_else(|| {
         Error::new(Kind::Peer, format!("QEMU does not say what is below {filter}"))
             .remedy("set the device's drive property back by hand (qom-set) and delete the filter")
     })
@@ -50,7 +50,25 @@ pub fn free(
     own: &dyn Fn(&str) -> bool,
     job: &str,
 ) -> Result<()> {
-    let parents = answers.graph.parents(filter);
+    let last = free_once(client, answers, filter, own, job)?;
+    let Some(e) = last else { return Ok(()) };
+    // Somebody may have come in between, such as a new overlay: it is seen now.
+    log::info!("{}: looking again", e.report());
+    let answers = Answers::ask(client)?;
+    free_once(client, &answers, filter, own, job)?.map_or(Ok(()), Err)
+}
+
+/// As [`free`]; gives why it could not be freed.
+fn free_once(
+    client: &mut Client,
+    answers: &Answers,
+    filter: &str,
+    own: &dyn Fn(&str) -> bool,
+    job: &str,
+) -> Result<Option<Error>> {
+    // The answers are of some time ago.
+    let graph = graph::ask(client)?;
+    let parents = graph.parents(filter);
     let holders: Vec<_> = parents.iter().map(|(p, role)| holder(answers, p, role, own)).collect();
     for h in &holders {
         if let Holder::Other(who) = h {
@@ -59,18 +77,22 @@ pub fn free(
                 filter,
                 name_export(client, filter, who)?
             );
-            return Err(Error::new(Kind::Busy, what)
-                .remedy("when that has ended, the next backup or fleecefs recover does it"));
+            let remedy = "when that has ended, the next backup or fleecefs recover does it";
+            return Ok(Some(Error::new(Kind::Busy, what).remedy(remedy)));
         }
     }
     for h in holders {
-        match h {
-            Holder::Device(qdev) => plug(client, qdev, &below(answers, filter)?)?,
-            Holder::Overlay(node) => relink(client, node, (filter, &below(answers, filter)?), job)?,
-            Holder::Own | Holder::Other(_) => {}
+        let moved = match h {
+            Holder::Device(qdev) => plug(client, qdev, filter, &below(&graph, filter)?),
+            Holder::Overlay(node) => relink(client, node, (filter, &below(&graph, filter)?), job),
+            Holder::Own | Holder::Other(_) => Ok(()),
+        };
+        match moved {
+            Err(e) if matches!(e.kind(), Kind::Busy | Kind::Peer) => return Ok(Some(e)),
+            other => other?,
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 fn holder<'a>(

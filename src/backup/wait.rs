@@ -30,8 +30,9 @@ pub fn until_free(
         let tell: &dyn Watch = if said.is_some() { &Quiet } else { watch };
         let undone = migration::check(client).and_then(|()| recover::recover(client, place, tell));
         let who = match undone {
-            Err(e) if e.kind() == Kind::Busy && !over() => e.to_string(),
-            Err(e) => return Err(e),
+            // One that has left does not come back by itself.
+            Err(e) if e.kind() != Kind::Busy || over() || has_left(client)? => return Err(e),
+            Err(e) => e.to_string(),
             Ok(_) if options.wait.is_zero() => return Ok(()),
             Ok(_) => match busy(client, options)? {
                 Some(who) if !over() => who,
@@ -49,6 +50,10 @@ pub fn until_free(
             std::thread::sleep(Duration::from_millis(50));
         }
     }
+}
+
+fn has_left(client: &mut Client) -> Result<bool> {
+    Ok(migration::owner(client)? == migration::Owner::Left)
 }
 
 /// Who works on a disk that is wanted.

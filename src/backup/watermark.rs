@@ -50,6 +50,8 @@ use super::seen::SeenDisk;
 use super::work::{Active, Run};
 use crate::chain::manifest::BitmapInfo;
 use crate::error::{Error, Kind, Result};
+use crate::qmp::Client;
+use crate::qmp::budget::short;
 use crate::qmp::nbd::Nbd;
 use crate::qmp::types::Bitmap;
 use crate::units::human_bytes;
@@ -204,14 +206,15 @@ impl Run<'_> {
             if e.kind() == Kind::Interrupted {
                 return Err(e);
             }
-            self.client.call("blockdev-del", json!({"node-name": scratch}))?.ok();
-            let what = "if it is shrunk and grown again, that will not be noticed";
+            drop_scratch(&mut self.client, &scratch)?;
+            let what =
+                "its size cannot be watched: the next INC has to look through all of the disk";
             self.watch.warn(&format!("{}: {what}: {}", d.plan.disk.label(), e.report()));
             return bitmap::add(&mut self.client, &b);
         }
         let from = json!({"node": scratch, "name": work_bitmap(&self.run)});
         self.add_with_marks(d, &b, &from)?;
-        self.client.execute("blockdev-del", json!({"node-name": scratch})).map(drop)
+        drop_scratch(&mut self.client, &scratch)
     }
 
     /// Adds the new bitmap and its watermark, which takes the marks of the bitmap `from`, in one
@@ -284,6 +287,7 @@ impl Run<'_> {
         let export = object(&self.run, Role::ViewExport, d.index);
         let node = object(&self.run, Role::Snapshot, d.index);
         let (known, size) = (chain.tail(), d.plan.disk.size);
+        self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))?;
         server.with_export(&mut self.client, &export, &node, Use::Read, |n| {
             nbdserver::check_size(n, size)?;
             differs(n, tail, known)
@@ -305,7 +309,7 @@ impl Run<'_> {
             json!({"node": view, "target": work,
             "bitmaps": [{"node": scratch, "name": work}]}),
         )?;
-        self.client.execute("blockdev-del", json!({"node-name": scratch}))?;
+        drop_scratch(&mut self.client, &scratch)?;
         Ok(bitmap::count(&mut self.client, &view, &work)?.saturating_sub(before))
     }
 
@@ -315,11 +319,13 @@ impl Run<'_> {
             return Err(Error::new(Kind::Peer, "there is no NBD server to mark ranges by"));
         };
         let scratch = object(&self.run, Role::Scratch, d.index);
-        self.client.execute(
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": scratch,
-            "size": d.plan.disk.size, "read-zeroes": true}),
-        )?;
+        let node = json!({"driver": "null-co", "node-name": scratch,
+            "size": d.plan.disk.size, "read-zeroes": true});
+        if self.client.call("blockdev-add", node.clone())?.is_err() {
+            // One that could not be removed after its last use is still there.
+            drop_scratch(&mut self.client, &scratch)?;
+            self.client.execute("blockdev-add", node)?;
+        }
         self.client.execute(
             "block-dirty-bitmap-add",
             json!({"node": scratch, "name": work_bitmap(&self.run),
@@ -330,6 +336,14 @@ impl Run<'_> {
             ranges.iter().try_for_each(|r| n.write_zeroes(r.clone()))
         })
     }
+}
+
+/// Removes a scratch node. Where that cannot be done now, the end of the run does it.
+fn drop_scratch(client: &mut Client, node: &str) -> Result<()> {
+    if let Err(r) = client.call("blockdev-del", json!({"node-name": node}))? {
+        log::warn!("node {node} stays for now: {}", short(&r.desc));
+    }
+    Ok(())
 }
 
 /// Whether an export holds other bytes in `range` than `known`, beyond which there are zeros.

@@ -172,6 +172,7 @@ impl Run<'_> {
             disks: disks.collect(),
             plan,
             consistency: self.consistency.clone(),
+            undo: None,
         }
     }
 
@@ -185,6 +186,9 @@ impl Run<'_> {
             // What is said below undoes this as well, or fails with it.
             self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
         }
+        if let Some(g) = self.migration.take().filter(|_| !self.client.timed_out()) {
+            g.end(&mut self.client);
+        }
         let undone = self.undo();
         let Options { state_dir, qmp, .. } = self.options;
         match (result, undone) {
@@ -195,10 +199,11 @@ impl Run<'_> {
                 }
                 Err(e)
             }
-            (Ok(_), Err(u)) => Err(u.remedy("run fleecefs recover when QEMU answers again")),
+            // The points are there all the same.
+            (Ok(r), Err(u)) => Ok(Report { undo: Some(later(u)), ..r }),
             (Err(e), Err(u)) => {
                 self.watch.warn(&format!("cleaning up failed: {}", u.report()));
-                Err(e.remedy("run fleecefs recover when QEMU answers again"))
+                Err(later(e))
             }
         }
     }
@@ -214,7 +219,8 @@ impl Run<'_> {
         let Options { state_dir, qmp, .. } = self.options;
         let place = Place { state: state_dir, vm: qmp, cause: Cause::OwnEnd, agent: None };
         match recover::undo(&mut self.client, &pending, place, self.watch) {
-            Err(e) if e.kind() == Kind::Peer && gone(qmp) => {
+            Err(e) if e.kind() == Kind::Peer && silent(qmp) => {
+                recover::check_gone(&pending, qmp, e)?;
                 recover::undo_offline(&pending, place, self.watch).map(drop)
             }
             other => other.map(drop),
@@ -349,6 +355,10 @@ impl Run<'_> {
             }
             let word = names::level_word(d.level);
             match &d.demoted {
+                Some(why) if why == super::history::FIRST => self.watch.say(&format!(
+                    "{}: first backup to this target, taking a FULL",
+                    d.disk.label()
+                )),
                 Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
                 None => self.watch.say(&format!(
                     "{}: {word} -> {}",
@@ -444,6 +454,7 @@ impl Run<'_> {
         self.phase("taking the moment");
         self.check_migration()?;
         self.take_moment(disks)?;
+        self.check_migration()?;
         self.look_beside(disks, Stage::Plugged)?;
         self.keep_sizes(disks)?;
         self.phase("copying");
@@ -463,11 +474,12 @@ impl Run<'_> {
     ) -> Result<()> {
         for d in disks.iter_mut().filter(|d| d.going()) {
             self.client.check_interrupt()?;
+            self.check_migration()?;
             if let Err(e) = step(self, d) {
                 self.fail(d, e)?;
             }
         }
-        Ok(())
+        self.check_migration()
     }
 
     /// Ends one disk: its objects leave QEMU, its new bitmap goes, its files are removed.
@@ -491,6 +503,10 @@ impl Run<'_> {
     }
 
     fn give_up(&mut self, d: &Active) -> Result<()> {
+        if migration::has_left(&mut self.client)? {
+            // `finish` sees to the rest.
+            return recover::settle_disk(None, &d.record, false, &super::Quiet).map(drop);
+        }
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
         // Not before: QEMU's closing of a large file takes time if nobody else has it open.
         self.fleeces.remove(&d.index);
@@ -644,11 +660,20 @@ const HOLD: &str = "FLEECEFS_HOLD";
 /// that has missed something fails.
 pub(super) const WALK: &str = "FLEECEFS_WALK";
 
+/// Says what to do about what could not be undone, where the error itself does not.
+fn later(e: Error) -> Error {
+    match e.kind() {
+        Kind::Busy => e,
+        _ => e.remedy("run fleecefs recover when QEMU answers again"),
+    }
+}
+
 /// Whether an error means that QEMU is not there any more.
 fn gone_error(e: &Error, client: &mut Client) -> bool {
     e.kind() == Kind::Peer && client.execute("query-version", json!({})).is_err()
 }
 
-fn gone(qmp: &crate::qmp::Address) -> bool {
+/// Whether nobody answers there.
+fn silent(qmp: &crate::qmp::Address) -> bool {
     matches!(Client::connect(qmp), Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound))
 }

@@ -264,7 +264,8 @@ fn reason(blocked: &Blocked, name: &str) -> Finding {
         ),
         // What is only not understood is in every copy.
         remedy: cause.remedy.or_else(|| {
-            let lost = !matches!(cause.kind, Kind::Unsupported | Kind::Encrypted | Kind::Permission);
+            let lost =
+                !matches!(cause.kind, Kind::Unsupported | Kind::Encrypted | Kind::Permission);
             lost.then(|| format!("restore {file} from another copy of the backup"))
         }),
         ..cause

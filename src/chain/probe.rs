@@ -187,16 +187,15 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
         _ => None,
     };
     if let Some(what) = what {
-        return Err(Error::new(Kind::Corrupt, what)
-            .at_path(file.path())
-            .at_offset(0)
-            .remedy(match name::promise(name) {
+        return Err(Error::new(Kind::Corrupt, what).at_path(file.path()).at_offset(0).remedy(
+            match name::promise(name) {
                 Promise::Qcow2 if !file.is_empty() => {
                     "restore this file from another copy of the backup; if it is a raw disk, let \
                      its name end in .raw"
                 }
                 _ => "restore this file from another copy of the backup",
-            }));
+            },
+        ));
     }
     let mut start = [0; raw::START];
     let len = start.len().min(usize::try_from(file.len()).unwrap_or(usize::MAX));
@@ -208,8 +207,8 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
     })
 }
 
-/// How much of a file is read at once: the header of an image, with a name in it.
-const START: usize = 1024;
+/// How much of a file is read at once: the header of an image, with its extensions and a name in it.
+const START: usize = 4096;
 
 /// A file whose first bytes are in memory: what it is takes several looks at them.
 struct Start<'a> {

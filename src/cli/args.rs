@@ -30,7 +30,7 @@ Exit codes:
    14  QEMU or the guest agent answered with an error
    15  no answer in time
    16  part of the work was done: some disks have a new point, others have not
-   17  something was left out, and --strict was given
+   17  something was skipped, or there was a warning, and --strict was given
    18  a check found a backup unsound
    19  a check could not prove a backup sound
   130  ended by a signal or by 'cancel'";
@@ -45,9 +45,10 @@ pub struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
 
-    /// Say only errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
-    pub quiet: bool,
+    /// Say less: once for errors and warnings (but for those about a set-up that stays as it is, such
+    /// as a folder of another user), twice for errors only
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "verbose")]
+    pub quiet: u8,
 
     /// Drop root's rights and work as the user who owns the backup directory
     ///
@@ -76,6 +77,7 @@ pub enum Command {
     Mount(super::mount::MountArgs),
     Umount(super::umount::UmountArgs),
     List(super::list::ListArgs),
+    Show(super::show::ShowArgs),
     Map(super::map::MapArgs),
     Restore(super::restore::RestoreArgs),
     Merge(super::verbs::MergeArgs),
@@ -96,6 +98,7 @@ impl Command {
             Command::Backup(a) => Some(a.target()),
             Command::Mount(a) => Some(&a.backups),
             Command::List(a) => Some(&a.dir),
+            Command::Show(a) => Some(&a.dir),
             Command::Map(a) => Some(&a.dir),
             Command::Restore(a) => Some(&a.dir),
             Command::Merge(a) => Some(a.verb.dir()),

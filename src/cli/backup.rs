@@ -19,7 +19,7 @@ use crate::backup::{
     Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
 };
 use crate::backup::{lock, names};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::qmp::Address;
 use crate::text::path_text;
@@ -53,6 +53,11 @@ pub struct BackupArgs {
     #[arg(short, long, value_name = "DIR")]
     target: PathBuf,
 
+    /// Begin a new backup directory where the one that this VM was backed up to is gone, and make the
+    /// folders above it
+    #[arg(long)]
+    init: bool,
+
     /// Only these disks, by node, device, qdev or file name
     #[arg(short, long, value_name = "DISK", value_delimiter = ',')]
     include: Vec<String>,
@@ -82,7 +87,8 @@ pub struct BackupArgs {
     #[arg(long)]
     no_hash: bool,
 
-    /// A disk that is left out is an error (exit code 17)
+    /// A disk that is skipped, a failed freeze and every other warning end with exit code 17; what is
+    /// there is backed up all the same
     #[arg(long)]
     strict: bool,
 
@@ -347,6 +353,7 @@ impl BackupArgs {
             qmp: Address::parse(&self.qmp)?,
             agent: address(&self.agent)?,
             target: paths::to_make(&self.target)?,
+            init: self.init,
             level,
             include: self.include.clone(),
             exclude: self.exclude.clone(),
@@ -435,7 +442,19 @@ pub fn run(args: &BackupArgs) -> Result<()> {
         return report.forecast(options.strict);
     }
     tell(&console, &report);
-    report.verdict(options.strict, options.moment.quiesce).inspect_err(|e| console.log_error(e))
+    let verdict = report.verdict(options.strict, options.moment.quiesce);
+    verdict.and_then(|()| no_warning(&options, &console)).inspect_err(|e| console.log_error(e))
+}
+
+/// With `--strict` a warning is an error, since nobody may read it.
+fn no_warning(options: &Options, console: &Console) -> Result<()> {
+    match console.first_warning() {
+        Some(text) if options.strict => {
+            Err(Error::new(Kind::Skipped, format!("there was a warning: {text}"))
+                .remedy("the points are there and restorable"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn tell(console: &Console, report: &Report) {

@@ -38,6 +38,7 @@ pub struct Console {
     bars: Option<MultiProgress>,
     file: Option<Mutex<File>>,
     syslog: bool,
+    first_warning: Mutex<Option<String>>,
 }
 
 impl Console {
@@ -53,7 +54,8 @@ impl Console {
     ) -> Result<Self> {
         let file = log_file.map(super::paths::log_file).transpose()?.map(Mutex::new);
         let bars = style == Style::Auto && std::io::stderr().is_terminal();
-        Ok(Console { style, interval, bars: bars.then(MultiProgress::new), file, syslog })
+        let bars = bars.then(MultiProgress::new);
+        Ok(Console { style, interval, bars, file, syslog, first_warning: Mutex::default() })
     }
 
     /// Takes the bars away.
@@ -69,9 +71,15 @@ impl Console {
         self.record(libc::LOG_ERR, &e.report());
     }
 
+    /// The first warning that was shown.
+    pub fn first_warning(&self) -> Option<String> {
+        self.first_warning.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
     fn show(&self, priority: libc::c_int, kind: &str, line: &str) {
+        let hidden = if kind == "warning" { super::is_silent() } else { super::is_quiet() };
         match (self.style, &self.bars) {
-            (style, _) if style != Style::Json && super::is_quiet() => {}
+            (style, _) if style != Style::Json && hidden => {}
             (Style::Json, _) => {
                 print_event(&json!({"event": kind, "text": line}));
             }
@@ -123,6 +131,9 @@ impl Watch for Console {
     }
 
     fn warn(&self, line: &str) {
+        let mut first = self.first_warning.lock().unwrap_or_else(|e| e.into_inner());
+        first.get_or_insert_with(|| line.to_string());
+        drop(first);
         self.show(libc::LOG_WARNING, "warning", &format!("warning: {line}"));
     }
 }

@@ -91,6 +91,11 @@ pub fn run(args: InfoArgs) -> Result<()> {
     output::print(&what(common)?)
 }
 
+/// The text, or that there is nothing to show.
+fn or_none(text: String, what: &str) -> String {
+    if text.is_empty() { format!("no {what}\n") } else { text }
+}
+
 fn connect(common: &Common) -> Result<Client> {
     let vm = Address::parse(&common.qmp)?;
     Client::connect(&vm).map_err(|e| match e.kind() {
@@ -152,7 +157,8 @@ fn bitmaps(common: &Common) -> Result<String> {
     if common.json {
         return output::json_pretty(&list);
     }
-    Ok(lines(list.iter().map(|b| format!("{}: {}", path_text(&b.node), bitmap_line(b)))))
+    let text = lines(list.iter().map(|b| format!("{}: {}", path_text(&b.node), bitmap_line(b))));
+    Ok(or_none(text, "dirty bitmaps"))
 }
 
 fn jobs(common: &Common) -> Result<String> {
@@ -171,23 +177,31 @@ fn jobs(common: &Common) -> Result<String> {
             human_bytes(j.total_progress)
         )
     };
-    Ok(lines(list.iter().map(line)))
+    Ok(or_none(lines(list.iter().map(line)), "jobs"))
 }
 
 /// What to say where no backup runs: a VM is known by its socket, so a mistyped one is another.
 pub fn not_running(vm: &Address) -> Error {
     let e = Error::new(Kind::NotFound, "no backup of this VM is running");
     match vm {
-        Address::Unix(p) if folder::resolve(p).is_err() => {
+        Address::Unix(p) if !is_there(vm) => {
             e.at_path(p).remedy("there is no such socket: name the one that the backup was given")
         }
         _ => e.remedy("if one was given another --qmp or --state-dir, give the same here"),
     }
 }
 
+fn is_there(vm: &Address) -> bool {
+    !matches!(vm, Address::Unix(p) if folder::resolve(p).is_err())
+}
+
 fn status(common: &Common) -> Result<String> {
     let vm = Address::parse(&common.qmp)?;
     let found = control::ask(&common.state.dir()?, &vm, "status")?;
+    // Whoever watches a socket that is not there has mistyped it, or the VM is off.
+    if found.is_none() && !is_there(&vm) {
+        return Err(not_running(&vm));
+    }
     if common.json {
         return output::json_pretty(&found);
     }

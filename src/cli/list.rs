@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
-use super::output;
 use super::paths::catalog;
+use super::{output, runs};
 use crate::chain::manifest::Achieved;
 use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
-use crate::text::{columns, path_text, to_text, visible};
-use crate::units::human_bytes;
+use crate::text::{columns, path_text, shown_as, to_text, visible};
+use crate::units::{human_bytes, iso_time, parse_when};
 
 /// Show the disks, chains and points of a backup directory
 ///
@@ -26,18 +26,34 @@ use crate::units::human_bytes;
 /// Only headers are looked at: 'header ok' means that nothing speaks against the point, not that
 /// its data was read. Use 'fleecefs verify' for that.
 ///
+/// With --runs each row is a backup run: the time to give to 'restore --run', its disks, and those
+/// that the run should have had and has not. All times are in UTC.
+///
 /// The exit code is 0 if the directory could be read, whatever was found in it; with --strict it is
-/// 12 if a point cannot be served, if the newest backup of a disk is gone, or if something is not
-/// looked at: a folder that cannot be read, a link that leads out of the directory.
+/// 12 if there is no backup, if a point cannot be served, if the newest backup of a disk is gone, or if
+/// something is not looked at: a folder that cannot be read, a link that leads out of the directory.
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// The backup directory
     pub dir: PathBuf,
+    /// Only this disk, by its path in the table or the last part of that
+    #[arg(long, value_name = "DISK")]
+    disk: Option<String>,
+    /// Only points since then: 2026-11-22, 2026-11-22T04:00Z, 7d, or @SECONDS (a time without Z or
+    /// offset is local)
+    #[arg(long, value_name = "WHEN", value_parser = parse_when)]
+    since: Option<i64>,
+    /// Only points up to then
+    #[arg(long, value_name = "WHEN", value_parser = parse_when)]
+    until: Option<i64>,
+    /// Show backup runs instead, the newest first: all points that were made together
+    #[arg(long)]
+    runs: bool,
     /// Print everything as JSON
     #[arg(long)]
     json: bool,
-    /// Fail (exit code 12) if a point cannot be served, if a disk's newest backup is gone, or if
-    /// something is not looked at
+    /// Fail (exit code 12) if a point cannot be served, if a disk's newest backup is gone, if there is no
+    /// backup, or if something is not looked at
     #[arg(long)]
     strict: bool,
 }
@@ -51,12 +67,25 @@ const HEADER_OK: &str = "header ok, data not checked";
 /// The directory cannot be read; with `--strict` also `Incomplete`.
 pub fn run(args: ListArgs) -> Result<()> {
     let catalog = catalog(&args.dir)?;
-    let text = if args.json { json(&catalog)? } else { table(&catalog) };
-    output::print(&text)?;
+    let shown = Shown { catalog: &catalog, args: &args };
+    if let Some(name) = args.disk.as_ref().filter(|_| shown.disks().next().is_none()) {
+        return Err(super::prune::no_disk(&catalog, Path::new(name)));
+    }
+    output::print(&match (args.runs, args.json) {
+        (true, _) => runs::show(&catalog, &shown.points().collect::<Vec<_>>(), args.json)?,
+        (false, true) => json(&shown)?,
+        (false, false) => table(&shown),
+    })?;
     let lost = points(&catalog).filter(|(_, p)| !p.is_served()).count();
     if args.strict && lost > 0 {
         let what = format!("{lost} of {} points cannot be served", points(&catalog).count());
         return Err(Error::new(Kind::Incomplete, what).at_path(&catalog.root));
+    }
+    if args.strict && catalog.disks.is_empty() {
+        let what = "there is no backup in this directory";
+        return Err(Error::new(Kind::Incomplete, what)
+            .at_path(&catalog.root)
+            .remedy("is its file system mounted?"));
     }
     match catalog.disks.iter().find_map(Disk::newest_lost) {
         Some(file) if args.strict => {
@@ -81,11 +110,42 @@ fn check_omissions(catalog: &Catalog) -> Result<()> {
     Err(Error::new(Kind::Incomplete, what).at_path(&first.path))
 }
 
+/// What of a catalog the user wants to see.
+struct Shown<'a> {
+    catalog: &'a Catalog,
+    args: &'a ListArgs,
+}
+
+impl<'a> Shown<'a> {
+    fn disks(&self) -> impl Iterator<Item = &'a Disk> {
+        let wanted = self.args.disk.as_deref();
+        let is = move |d: &&Disk| {
+            let tail = Path::new(d.path.file_name().unwrap_or_default());
+            wanted.is_none_or(|w| {
+                [&d.path, tail].iter().any(|p| *p == Path::new(w) || shown_as(p, w))
+            })
+        };
+        self.catalog.disks.iter().filter(is)
+    }
+
+    fn of(&self, disk: &'a Disk) -> impl Iterator<Item = (usize, &'a Point)> {
+        let (since, until) = (self.args.since, self.args.until);
+        let is_in = move |(_, p): &(usize, &Point)| {
+            since.is_none_or(|t| p.time >= t) && until.is_none_or(|t| p.time <= t)
+        };
+        disk.points.iter().enumerate().filter(is_in)
+    }
+
+    fn points(&self) -> impl Iterator<Item = (&'a Disk, usize)> {
+        self.disks().flat_map(|d| self.of(d).map(move |(i, _)| (d, i)))
+    }
+}
+
 fn points(catalog: &Catalog) -> impl Iterator<Item = (&Disk, &Point)> {
     catalog.disks.iter().flat_map(|d| d.points.iter().map(move |p| (d, p)))
 }
 
-fn level_name(level: Level) -> &'static str {
+pub(super) fn level_name(level: Level) -> &'static str {
     match level {
         Level::Full => "FULL",
         Level::Inc => "INC",
@@ -94,11 +154,6 @@ fn level_name(level: Level) -> &'static str {
         Level::Image => "image",
         Level::Snapshot => "snapshot",
     }
-}
-
-/// A point's time as UTC, or the bare number where no calendar has it.
-fn iso(time: i64) -> String {
-    jiff::Timestamp::from_second(time).map_or_else(|_| format!("@{time}"), |t| t.to_string())
 }
 
 fn health(point: &Point) -> String {
@@ -110,17 +165,19 @@ fn health(point: &Point) -> String {
     format!("unavailable: needs {file}")
 }
 
-fn table(catalog: &Catalog) -> String {
+fn table(shown: &Shown<'_>) -> String {
+    let catalog = shown.catalog;
     let titles =
         ["DISK", "CHAIN", "POINT", "TIME", "LEVEL", "SIZE", "OWN", "CONSISTENCY", "HEALTH"];
     let mut rows = vec![titles.map(String::from)];
-    rows.extend(points(catalog).map(|(disk, p)| {
+    rows.extend(shown.points().map(|(disk, i)| {
+        let p = &disk.points[i];
         let size = if p.size == 0 && !p.is_served() { "-".into() } else { human_bytes(p.size) };
         [
             path_text(&disk.path),
             if p.chain.is_empty() { "-".into() } else { path_text(&p.chain) },
             path_text(&p.name),
-            iso(p.time),
+            iso_time(p.time),
             level_name(p.level).into(),
             size,
             human_bytes(p.own_bytes),
@@ -132,14 +189,15 @@ fn table(catalog: &Catalog) -> String {
     if rows.len() == 1 {
         let _ = writeln!(text, "no backups in {}", path_text(&catalog.root));
     } else {
-        write_rows(&mut text, &rows);
+        write_rows(&mut text, &rows, &[5, 6]);
     }
     write_findings(&mut text, catalog);
     text
 }
 
-fn write_rows(text: &mut String, rows: &[[String; 9]]) {
-    let mut widths = [0; 9];
+/// A table with its titles in the first row; the columns `right` are numbers.
+pub(super) fn write_rows<const N: usize>(text: &mut String, rows: &[[String; N]], right: &[usize]) {
+    let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(columns(cell));
@@ -151,7 +209,7 @@ fn write_rows(text: &mut String, rows: &[[String; 9]]) {
             // Numbers to the right, everything else to the left.
             let gap = " ".repeat(width.saturating_sub(columns(cell)));
             let _ = match i {
-                5 | 6 => write!(line, "{gap}{cell}  "),
+                i if right.contains(&i) => write!(line, "{gap}{cell}  "),
                 _ => write!(line, "{cell}{gap}  "),
             };
         }
@@ -223,29 +281,31 @@ struct PointJson<'a> {
     unavailable: Option<&'a Finding>,
 }
 
-fn json(catalog: &Catalog) -> Result<String> {
+fn json(shown: &Shown<'_>) -> Result<String> {
+    let catalog = shown.catalog;
     let value = CatalogJson {
         root: to_text(catalog.root.as_os_str()),
-        disks: catalog.disks.iter().map(disk_json).collect(),
+        disks: shown.disks().map(|d| disk_json(shown, d)).collect(),
         findings: &catalog.findings,
     };
     output::json_pretty(&value)
 }
 
-fn disk_json(disk: &Disk) -> DiskJson<'_> {
+fn disk_json<'a>(shown: &Shown<'a>, disk: &'a Disk) -> DiskJson<'a> {
     let name_of = |i: usize| disk.points.get(i).map(|p| p.name.as_str());
     DiskJson {
         path: to_text(disk.path.as_os_str()),
         findings: &disk.findings,
-        points: (disk.points.iter())
-            .map(|p| PointJson {
+        points: shown
+            .of(disk)
+            .map(|(_, p)| PointJson {
                 parent: p.parent.and_then(name_of),
                 name: &p.name,
                 source: to_text(p.source.as_os_str()),
                 level: p.level,
                 chain: (!p.chain.is_empty()).then_some(p.chain.as_str()),
                 time: p.time,
-                time_utc: iso(p.time),
+                time_utc: iso_time(p.time),
                 size: p.size,
                 own_bytes: p.own_bytes,
                 consistency: Achieved::word(p.consistency),

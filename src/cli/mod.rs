@@ -23,7 +23,9 @@ mod privileges;
 mod prune;
 mod recover;
 mod restore;
+mod runs;
 mod serve;
+mod show;
 mod umount;
 mod users;
 mod verbs;
@@ -34,10 +36,12 @@ mod writing;
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use clap::Parser;
 
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::text::{is_hidden, path_text, visible};
 use args::{Cli, Command};
 use options::Helper;
@@ -99,6 +103,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Mount(a) => mount::mount(a, cli.as_owner),
         Command::Umount(a) => umount::umount(a),
         Command::List(a) => list::run(a),
+        Command::Show(a) => show::run(a),
         Command::Map(a) => map::run(a),
         Command::Restore(a) => restore::run(a),
         Command::Merge(a) => verbs::merge(a),
@@ -130,23 +135,34 @@ fn become_owner(command: &mut Command) -> Result<()> {
     owner.become_it()
 }
 
-/// Whether the user wants to see errors only (`-q`).
+/// How often `-q` was given.
+static QUIET: AtomicU8 = AtomicU8::new(0);
+
+/// Whether the user wants to see warnings and errors only (`-q`).
 fn is_quiet() -> bool {
-    log::max_level() <= log::LevelFilter::Error
+    QUIET.load(Ordering::Relaxed) > 0
+}
+
+/// Whether the user wants to see errors only (`-qq`).
+fn is_silent() -> bool {
+    QUIET.load(Ordering::Relaxed) > 1
 }
 
 fn init_logging(cli: &Cli) {
+    QUIET.store(cli.quiet, Ordering::Relaxed);
     let level = match (cli.quiet, cli.verbose) {
-        (true, _) => "error",
-        (false, 0) => "warn",
-        (false, 1) => "info",
-        (false, 2) => "debug",
-        (false, _) => "trace",
+        (2.., _) => "error",
+        (1, _) | (_, 0) => "warn",
+        (_, 1) => "info",
+        (_, 2) => "debug",
+        _ => "trace",
     };
     // fuser calls it an error when a reader gave up before its answer, and a warning when somebody
     // else has unmounted; what ends a mount comes to us as an error in any case.
     let fuser = if cli.verbose >= 2 { "warn" } else { "off" };
-    let filter = format!("{level},fuser={fuser}");
+    // They are the same every night.
+    let standing = if cli.quiet > 0 { "error" } else { level };
+    let filter = format!("{level},fuser={fuser},{}={standing}", folder::STANDING);
     let env = env_logger::Env::new().filter_or("FLEECEFS_LOG", filter);
     let mut builder = env_logger::Builder::from_env(env);
     // When something happened matters to those who look for a fault.

@@ -10,9 +10,9 @@ use super::output;
 use super::paths::catalog;
 use super::writing::locked;
 use crate::chain::Catalog;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::prune::consolidate::How;
-use crate::prune::plan::{Manner, Plan, Rules, plan};
+use crate::prune::plan::{DiskPlan, Manner, Plan, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, consolidate, execute, items};
 use crate::text::{path_text, shown_as};
@@ -85,7 +85,9 @@ pub fn run(args: PruneArgs) -> Result<()> {
     }
     if args.dry_run {
         let catalog = catalog(&args.dir)?;
-        return show(&make(&catalog, &rules, &args)?, args.json, true);
+        let plan = make(&catalog, &rules, &args)?;
+        show(&plan, args.json, true)?;
+        return verdict(&plan);
     }
     let (catalog, locks) = locked(&args.dir)?;
     let plan = make(&catalog, &rules, &args)?;
@@ -102,7 +104,22 @@ pub fn run(args: PruneArgs) -> Result<()> {
             super::consolidate::one(&args.dir, &disk.disk, until, how, args.json, &args.work)?;
         }
     }
-    Ok(())
+    verdict(&plan)
+}
+
+/// `Partial` where nothing may be deleted of some disks, `Unproven` where of none.
+fn verdict(plan: &Plan) -> Result<()> {
+    let is_held = |disk: &&DiskPlan| {
+        let reasons = disk.points.iter().flat_map(|p| &p.keep);
+        reasons.into_iter().any(|r| matches!(r, Reason::Held(_)))
+    };
+    let held = plan.disks.iter().filter(is_held).count();
+    if held == 0 {
+        return Ok(());
+    }
+    let kind = if held < plan.disks.len() { Kind::Partial } else { Kind::Unproven };
+    let what = format!("nothing was deleted of {held} of {} disks", plan.disks.len());
+    Err(Error::new(kind, what).remedy("see above why; --force overrides it"))
 }
 
 fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
@@ -192,9 +209,16 @@ pub(super) fn find_disk<'a>(catalog: &'a Catalog, name: &Path) -> Result<&'a cra
         let wanted = wanted.to_str()?;
         catalog.disks.iter().find(|d| shown_as(&d.path, wanted))
     };
-    catalog.disks.iter().find(|d| d.path == wanted).or_else(shown).ok_or_else(|| {
-        let text = format!("no disk '{}' in {}", path_text(&name), path_text(&catalog.root));
-        Error::new(crate::error::Kind::NotFound, text)
-            .remedy("'fleecefs list DIR' shows what there is")
-    })
+    catalog
+        .disks
+        .iter()
+        .find(|d| d.path == wanted)
+        .or_else(shown)
+        .ok_or_else(|| no_disk(catalog, name))
+}
+
+/// That there is no disk of this name.
+pub(super) fn no_disk(catalog: &Catalog, name: &Path) -> Error {
+    let text = format!("no disk '{}' in {}", path_text(&name), path_text(&catalog.root));
+    Error::new(Kind::NotFound, text).remedy("'fleecefs list DIR' shows what there is")
 }

@@ -7,7 +7,7 @@ use super::info;
 use super::output;
 use crate::backup::lock::Lock;
 use crate::backup::recover::{Cause, Place, Recovered};
-use crate::backup::{Watch, control, foreign, guardian, journal, recover};
+use crate::backup::{Watch as _, control, foreign, guardian, journal, recover};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::qmp::{Address, Client};
@@ -79,7 +79,7 @@ pub fn run(args: RecoverArgs) -> Result<()> {
     let place = Place { state: &state, vm: &vm, cause, agent: agent.as_ref() };
     let mut client = match Client::connect(&vm) {
         Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound) => {
-            return offline(place, &console, e);
+            return verdict(&recover::recover_offline(place, &console, e)?);
         }
         other => other?,
     };
@@ -102,15 +102,6 @@ fn verdict(done: &Recovered) -> Result<()> {
     );
     Err(Error::new(Kind::NotFound, what)
         .remedy("mount the targets and run fleecefs recover again, or give up with --forget"))
-}
-
-/// QEMU is gone and took nodes and jobs with it: only files are left.
-fn offline(place: Place<'_>, console: &dyn Watch, why: Error) -> Result<()> {
-    if journal::pending(place.state, place.vm)?.is_none() {
-        return Err(why);
-    }
-    console.say("QEMU is gone: only files are left to settle");
-    verdict(&recover::recover_offline(place, console)?)
 }
 
 /// Runs `fleecefs cancel`.

@@ -32,10 +32,12 @@ use crate::units::{counted, human_bytes};
 /// Where backup and target share an XFS or btrfs, ranges are cloned: nothing is copied, and no new
 /// space is taken. The output says which way it went.
 ///
-/// With --run, all disks of one run are restored into the folder --to. A run is named by its time in
+/// With --run, all disks of one run are restored into the folder --to, with the file names and formats
+/// that the VM had, as far as manifests tell. A run is 'latest', or named by its time as 'list' shows it
+/// (or the beginning of that, such as 2026-11-22: the newest run of this day, in UTC), by its time in
 /// seconds (that in its file names; after a commit that of the last image taken in) or by its id in
 /// the manifests. Without manifests it is all points of exactly that time; with them, all points of
-/// the same id.
+/// the same id. Of several VMs in one directory 'latest' and dates take the newest run of each.
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
     /// The backup directory
@@ -45,8 +47,8 @@ pub struct RestoreArgs {
     /// A file to make, an existing block device, or '-' for standard output
     #[arg(required_unless_present = "run", conflicts_with = "run")]
     target: Option<PathBuf>,
-    /// Restore all disks of the run with this time (seconds) or id
-    #[arg(long, value_name = "TS", requires = "to")]
+    /// Restore all disks of a run: latest, a date or time, its time in seconds, or its id
+    #[arg(long, value_name = "RUN", requires = "to")]
     run: Option<String>,
     /// The folder that the disks of a run are restored into
     #[arg(long, value_name = "FOLDER", requires = "run")]
@@ -55,6 +57,15 @@ pub struct RestoreArgs {
     how: How,
     #[command(flatten)]
     work: WorkArgs,
+}
+
+impl FileFormat {
+    fn extension(self) -> &'static str {
+        match self {
+            FileFormat::Raw => "raw",
+            FileFormat::Qcow2 => "qcow2",
+        }
+    }
 }
 
 /// Options that do not depend on what is restored.
@@ -182,16 +193,13 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
         for path in &run.without {
             log::warn!("disk {} has no point of this run", path_text(&path));
         }
-        let extension = match args.how.format {
-            Some(FileFormat::Qcow2) => "qcow2",
-            _ => "raw",
-        };
         let to = paths::to_make(to)?;
-        let job = |(disk, point): &(&'a Disk, usize)| {
-            let path = to.join(run::file_name(disk, *point, extension));
-            Ok(Job { disk, point: *point, target: args.how.file_target(&path)?, of_run: true })
+        let names = names_in_run(&args.how, &run.points);
+        let job = |((disk, point), (name, format)): (&(&'a Disk, usize), (PathBuf, FileFormat))| {
+            let target = args.how.file_of(&to.join(name), format)?;
+            Ok(Job { disk, point: *point, target, of_run: true })
         };
-        let jobs = run.points.iter().map(job).collect::<Result<Vec<_>>>()?;
+        let jobs = run.points.iter().zip(names).map(job).collect::<Result<Vec<_>>>()?;
         return check_apart(&jobs).map(|()| jobs);
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
@@ -199,6 +207,38 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
     };
     let (disk, point) = catalog.find(point)?;
     Ok(vec![Job { disk, point, target: args.how.target(target)?, of_run: false }])
+}
+
+/// File and format of each of a run's points, below the folder that they are restored to: what the VM
+/// had, so that it finds its disks again. Where that is not known, or would be one name for two, the
+/// name of the disk's folder in the backup directory.
+fn names_in_run(how: &How, points: &[(&Disk, usize)]) -> Vec<(PathBuf, FileFormat)> {
+    let named: Vec<_> = points.iter().map(|(disk, point)| original(how, disk, *point)).collect();
+    let mut count: HashMap<&Path, usize> = HashMap::new();
+    for (path, _) in named.iter().flatten() {
+        *count.entry(path).or_default() += 1;
+    }
+    let is_one = |path: &Path| count.get(path) == Some(&1);
+    let by_folder = |(disk, point): &(&Disk, usize)| {
+        let format = how.format.unwrap_or(FileFormat::Raw);
+        (run::file_name(disk, *point, format.extension()), format)
+    };
+    let known = |one: &Option<(PathBuf, FileFormat)>| one.clone().filter(|(path, _)| is_one(path));
+    named.iter().zip(points).map(|(one, p)| known(one).unwrap_or_else(|| by_folder(p))).collect()
+}
+
+/// What the VM had, but for another format where the user wants one.
+fn original(how: &How, disk: &Disk, point: usize) -> Option<(PathBuf, FileFormat)> {
+    let was = run::original(disk, point)?;
+    let had = if was.is_qcow2 { FileFormat::Qcow2 } else { FileFormat::Raw };
+    let format = how.format.unwrap_or(had);
+    let mut name = was.name.as_os_str().to_os_string();
+    if format != had {
+        name.push(".");
+        name.push(format.extension());
+    }
+    let guest = disk.path.parent().unwrap_or(Path::new(""));
+    Some((guest.join(name), format))
 }
 
 /// Fails if two points of a run would get the same file (disks `a` and `a.raw`; two points of one
@@ -243,7 +283,11 @@ impl How {
             Some("qcow2") => FileFormat::Qcow2,
             _ => FileFormat::Raw,
         };
-        match self.format.unwrap_or_else(by_name) {
+        self.file_of(path, self.format.unwrap_or_else(by_name))
+    }
+
+    fn file_of(&self, path: &Path, format: FileFormat) -> Result<Target> {
+        match format {
             FileFormat::Raw if self.compress.is_some() => {
                 Err(super::usage("a raw file cannot be compressed; use --format qcow2"))
             }

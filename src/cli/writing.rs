@@ -9,7 +9,7 @@ use super::work::cancel_flag;
 use super::{paths, privileges};
 use crate::chain::{Catalog, unfinished};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Folder, ForeignOwner, foreign_owner};
+use crate::folder::{self, Folder, ForeignOwner, foreign_owner};
 use crate::lock::Locks;
 use crate::prune::recover;
 use crate::restore::Work;
@@ -69,7 +69,7 @@ pub(super) fn warn_of_others(root: &Path) -> Result<()> {
     let folder = Folder::open(root).map_err(failed)?;
     let Some(who) = foreign_owner(&folder).map_err(failed)? else { return Ok(()) };
     let text = of_others(root, who);
-    WARNED.call_once(|| log::warn!("{text}"));
+    WARNED.call_once(|| log::warn!(target: folder::STANDING, "{text}"));
     Ok(())
 }
 

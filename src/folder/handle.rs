@@ -39,7 +39,7 @@ impl Handle<'_> {
     /// # Errors
     /// As [`Folder::open_file`].
     pub fn open(&self) -> io::Result<File> {
-        open::plain_file(self.folder.as_fd(), self.name, &self.probe, Access::Read)
+        open::plain_file(self.folder.as_fd(), self.name, (&self.probe, &self.meta), Access::Read)
     }
 
     /// The whole contents, at most `max` bytes.

@@ -50,7 +50,7 @@ impl Lacking {
         static TOLD: [AtomicBool; 4] = [const { AtomicBool::new(false) }; 4];
         let first = TOLD.get(self as usize).is_some_and(|t| !t.swap(true, Ordering::Relaxed));
         if first {
-            log::warn!("{}: {}", path_text(path), self.weaker());
+            log::warn!(target: super::STANDING, "{}: {}", path_text(path), self.weaker());
         } else {
             log::debug!("{}: {self:?} is refused", path_text(path));
         }

@@ -257,7 +257,7 @@ impl Folder {
     pub fn open_with(&self, name: impl AsRef<OsStr>, access: Access) -> io::Result<File> {
         let name = name.as_ref();
         let probe = self.probe(name)?;
-        open::plain_file(self.fd.as_fd(), name, &probe, access)
+        open::plain_file(self.fd.as_fd(), name, (&probe, &probe.metadata()?), access)
     }
 
     /// The whole contents of a plain file of at most `max` bytes.
@@ -624,7 +624,7 @@ pub fn open_file(path: &Path) -> io::Result<File> {
 pub fn open_with(path: &Path, access: Access) -> io::Result<File> {
     let path = std::path::absolute(path)?;
     let probe = open::handle(&path)?;
-    open::plain_file(rustix::fs::CWD, path.as_os_str(), &probe, access)
+    open::plain_file(rustix::fs::CWD, path.as_os_str(), (&probe, &probe.metadata()?), access)
 }
 
 /// Opens a block device for reading and writing, for us alone: fails if it is mounted, or held by
@@ -692,6 +692,10 @@ pub fn remove_if_there(path: &Path) -> io::Result<bool> {
     let Some((folder, name)) = absent_is_none(Folder::of(path))? else { return Ok(false) };
     folder.remove_if_there(name)
 }
+
+/// Target, in the log, of warnings about a set-up that stays as it is: whose a folder is, what its file
+/// system lacks. Others come with an event.
+pub const STANDING: &str = "fleecefs::standing";
 
 /// Makes the folder `path` and those above it that are missing, each with mode 0700, so that they
 /// survive a power cut, and gives it.

@@ -2,7 +2,7 @@
 //! container's filter) does not have it.
 
 use std::ffi::OsStr;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -86,15 +86,14 @@ fn explain(e: Errno) -> io::Error {
     }
 }
 
-/// Opens for good what `probe` is a handle of, if that is a plain file. `name` relative to `at` is
-/// its name, for systems without /proc.
+/// Opens for good what `probe` is a handle of and `meta` was seen of, if that is a plain file. `name`
+/// relative to `at` is its name, for systems without /proc.
 pub fn plain_file(
     at: BorrowedFd<'_>,
     name: &OsStr,
-    probe: &File,
+    (probe, meta): (&File, &Metadata),
     access: Access,
 ) -> io::Result<File> {
-    let meta = probe.metadata()?;
     if meta.is_symlink() {
         return Err(refused("it is a symbolic link; links are not followed here"));
     }
@@ -109,7 +108,7 @@ pub fn plain_file(
         other => return other,
     };
     // Without /proc the name may stand for another file by now.
-    if FileId::of(&file.metadata()?) == FileId::of(&meta) {
+    if FileId::of(&file.metadata()?) == FileId::of(meta) {
         Ok(file)
     } else {
         Err(refused("another file has taken its name"))

@@ -11,6 +11,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use super::config;
 use super::plan::Plan;
 use crate::chain::manifest::{Manifest, fingerprint_of};
 use crate::chain::removal::{self, Publish, Removal};
@@ -67,6 +68,7 @@ pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Resul
         removal::write_in(&folder, &removal)?;
         remove_all(&folder, &removal.remove, None, &going.known, progress)?;
         removal::clear_in(&folder)?;
+        config::sweep(&folder)?;
     }
     Ok(())
 }
@@ -272,7 +274,8 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     let known = Known::new();
     let Some(publish) = &removal.publish else {
         remove_all(dir, &removal.remove, None, &known, work.progress)?;
-        return removal::clear_in(dir);
+        removal::clear_in(dir)?;
+        return config::sweep(dir);
     };
     let temporary = verbs::side_folder(dir)?.has(&publish.temporary);
     // The temporary file was complete and synced before the journal was written.
@@ -318,7 +321,8 @@ pub(super) fn replace(
     }
     remove_all(dir, &removal.remove, Some(&new), known, work.progress)?;
     relink(dir, &removal.relink, &new, work)?;
-    removal::clear_in(dir)
+    removal::clear_in(dir)?;
+    config::sweep(dir)
 }
 
 /// What stays and lies on what goes, also what a backup has added since an earlier run was broken

@@ -108,6 +108,8 @@ pub struct Client {
     woken: bool,
     /// The beginning of the names of our own jobs, and what was heard of all others.
     jobs: Option<(String, JobEvents)>,
+    /// How many events of migrations came.
+    migrations: u64,
     version: Version,
     commands: HashSet<String>,
     features: Option<Features>,
@@ -160,6 +162,7 @@ impl Client {
             next_id: 0,
             woken: false,
             jobs: None,
+            migrations: 0,
             version,
             commands: HashSet::new(),
             features: None,
@@ -366,6 +369,7 @@ impl Client {
         log::debug!("QMP < {message}");
         let Some(name) = name.as_str() else { return true };
         let data = message.get("data");
+        self.migrations = self.migrations.wrapping_add(u64::from(name == "MIGRATION"));
         self.woken |= ends_a_wait(name, data);
         if let Some((own, heard)) = &mut self.jobs {
             self.woken |= heard.note(own, name, data);
@@ -383,6 +387,11 @@ impl Client {
     /// what was asked later.
     pub fn job_events(&mut self) -> JobEvents {
         self.jobs.as_mut().map(|(_, heard)| std::mem::take(heard)).unwrap_or_default()
+    }
+
+    /// How many events of migrations came so far. (QEMU sends them with the capability `events`.)
+    pub fn migration_events(&self) -> u64 {
+        self.migrations
     }
 
     /// Waits until `deadline`, or until a job or an export may have come to its end.

@@ -4,7 +4,8 @@
 
 use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::folder::system;
 
@@ -16,14 +17,56 @@ const QEMU: [&str; 2] = ["qemu", "kvm"];
 /// socket was made by another program than QEMU (libvirt hands over its own), which may have made
 /// many.
 pub fn process(fd: RawFd) -> Option<String> {
-    let pid = peer_pid(fd)?;
-    let proc = Path::new("/proc").join(pid.to_string());
-    if !is_qemu(&proc) {
-        return None;
+    let pid = u32::try_from(peer_pid(fd)?).ok()?;
+    if is_qemu(&folder(pid)) { named(pid) } else { None }
+}
+
+fn folder(pid: u32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string())
+}
+
+/// The name of the process that has this id now.
+pub fn named(pid: u32) -> Option<String> {
+    let start = start_time(&system::text(&folder(pid).join("stat")).ok()?)?;
+    Some(format!("{}-{pid}-{start}", boot()?))
+}
+
+fn boot() -> Option<String> {
+    let id = system::text(Path::new("/proc/sys/kernel/random/boot_id")).ok()?;
+    Some(id.trim().to_string())
+}
+
+/// How often it is looked again whether a process has ended.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// The process id in what [`process`] said.
+pub fn pid(process: &str) -> Option<u32> {
+    process.rsplit('-').nth(1)?.parse().ok()
+}
+
+/// Whether the process that [`process`] told of still runs.
+pub fn runs(process: &str) -> bool {
+    let told = || {
+        let (rest, start) = process.rsplit_once('-')?;
+        let (then, pid) = rest.rsplit_once('-')?;
+        let pid: u32 = pid.parse().ok()?;
+        let stat = system::text(&folder(pid).join("stat")).ok()?;
+        let same = start_time(&stat) == start.parse().ok() && boot().as_deref() == Some(then);
+        Some(same && !is_ending(&stat))
+    };
+    told().unwrap_or(false)
+}
+
+/// As [`runs`], but gives it `patience` to end: its sockets go before it does.
+pub fn runs_on(process: &str, patience: Duration) -> bool {
+    let end = Instant::now() + patience;
+    while runs(process) {
+        if Instant::now() >= end {
+            return true;
+        }
+        std::thread::sleep(AGAIN);
     }
-    let start = start_time(&system::text(&proc.join("stat")).ok()?)?;
-    let boot = system::text(Path::new("/proc/sys/kernel/random/boot_id")).ok()?;
-    Some(format!("{}-{pid}-{start}", boot.trim()))
+    false
 }
 
 fn peer_pid(fd: RawFd) -> Option<i32> {
@@ -50,6 +93,15 @@ fn is_qemu(proc: &Path) -> bool {
     known(&command) || known(&exe)
 }
 
+/// Whether it has ended and waits for its parent, or the kernel takes it down: fields 3 and 9 of
+/// `/proc/PID/stat`, the latter with `PF_EXITING`.
+fn is_ending(stat: &str) -> bool {
+    let Some((_, rest)) = stat.rsplit_once(')') else { return false };
+    let mut fields = rest.split_ascii_whitespace();
+    let dead = fields.next().is_some_and(|s| ["Z", "X", "x"].contains(&s));
+    dead || fields.nth(5).and_then(|f| f.parse::<u64>().ok()).is_some_and(|f| f & 4 != 0)
+}
+
 /// Field 22 of `/proc/PID/stat` (proc(5)), in clock ticks since the boot. The name before it may
 /// hold anything, also brackets and blanks.
 fn start_time(stat: &str) -> Option<u64> {
@@ -68,6 +120,22 @@ mod tests {
         assert_eq!(start_time(&stat), Some(22));
         assert_eq!(start_time("17 (a"), None);
         assert_eq!(start_time("17 (a) S 1"), None);
+    }
+
+    #[test]
+    fn a_process_runs_until_it_has_ended() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let here = named(child.id()).unwrap();
+        assert!(runs(&here) && runs_on(&here, Duration::ZERO));
+        assert_eq!(pid(&here), Some(child.id()));
+        // Of another boot, or begun at another time.
+        assert!(!runs(&format!("x{here}")) && !runs(&format!("{here}0")));
+        assert!(!runs("") && !runs("a-b-c"));
+        child.kill().unwrap();
+        // Nobody has waited for it yet.
+        assert!(!runs_on(&here, Duration::from_secs(60)));
+        child.wait().unwrap();
+        assert!(!runs(&here));
     }
 
     #[test]

@@ -201,6 +201,13 @@ pub struct FdSet {
     pub fds: Vec<PassedFd>,
 }
 
+impl FdSet {
+    /// What was said about its descriptors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.fds.iter().filter_map(|f| f.opaque.as_deref())
+    }
+}
+
 /// One of them.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
@@ -298,6 +305,17 @@ impl Graph {
     /// Whether QEMU told of nothing.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
+    }
+
+    /// Whether QEMU tells who may write: somebody may, wherever there is a guest.
+    pub fn tells_rights(&self) -> bool {
+        self.children.values().flatten().any(|l| l.writes)
+    }
+
+    /// Whether a vertex may change what `node` holds.
+    pub fn writes(&self, parent: u64, node: &str) -> bool {
+        let id = self.id(node);
+        self.links(parent).iter().any(|l| l.writes && Some(l.child) == id)
     }
 
     /// What a vertex holds.

@@ -235,6 +235,21 @@ impl Caller {
         self.command(level).output().expect("fleecefs starts")
     }
 
+    /// `fleecefs recover` of the same VM.
+    pub fn recovery(&self, more: &[&str]) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.args(["recover", "--qmp"]).arg(&self.qmp).arg("--state-dir").arg(&self.state).args(more);
+        c
+    }
+
+    /// It must succeed; gives what it said.
+    pub fn must_recover(&self, more: &[&str]) -> String {
+        let out = self.recovery(more).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "recover: {said}");
+        said
+    }
+
     /// Runs and must succeed; gives what it said.
     pub fn must(&self, level: &str) -> String {
         let out = self.run(level);
@@ -422,9 +437,15 @@ pub fn same(mount: &crate::mounted::Mount, disk: &str, image: &Path, view: &[u8]
     }
 }
 
-/// What of ours is in QEMU: nodes, jobs, exports.
+/// Bitmaps that a run has for its own time alone.
+pub fn holds(qmp: &mut crate::guest::Qmp) -> Vec<String> {
+    let hold = |n: &String| n.starts_with("fleecefs-") && n.contains("-k");
+    bitmaps(qmp).into_iter().filter(hold).collect()
+}
+
+/// What of ours is in QEMU: nodes, jobs, exports, bitmaps for the time of a run.
 pub fn ours_in_qemu(qmp: &mut crate::guest::Qmp) -> Vec<String> {
-    let mut found = Vec::new();
+    let mut found = holds(qmp);
     for (command, key) in [
         ("query-named-block-nodes", "node-name"),
         ("query-jobs", "id"),

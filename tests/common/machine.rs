@@ -13,7 +13,10 @@ use serde_json::{Value, json};
 
 use crate::backup::Caller;
 use crate::guest::Qmp;
-use crate::qemu::{first_difference, run};
+use crate::qemu::{first_difference, have, run};
+
+/// What it needs.
+pub const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
 
 /// Size of each disk.
 pub const SIZE: usize = 8 << 20;
@@ -33,7 +36,20 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn start() -> Machine {
+    /// Starts it, unless a tool that `test` needs is missing.
+    pub fn start(test: &str) -> Option<Machine> {
+        have(test, TOOLS).then(Self::begin)
+    }
+
+    /// Starts it, where the tools are known to be there.
+    pub fn begin() -> Machine {
+        let mut m = Self::launch(&[]);
+        m.fill();
+        m
+    }
+
+    /// With more options for QEMU; the guest has written nothing yet.
+    pub fn launch(more: &[&str]) -> Machine {
         let dir = tempfile::tempdir().unwrap();
         let path = |n: &str| dir.path().join(n).display().to_string();
         let size = SIZE.to_string();
@@ -50,21 +66,22 @@ impl Machine {
         }
         let mut c = Command::new("qemu-system-x86_64");
         c.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"]);
-        for socket in ["qmp.sock", "own.sock"] {
+        // For us, for the test, and for whoever works beside us.
+        for socket in ["qmp.sock", "own.sock", "other.sock"] {
             c.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path(socket)));
         }
         c.arg("-drive").arg(format!(
             "if=none,id=dr0,node-name=a,backing.node-name=base,file={},format=qcow2,discard=unmap",
             path("a.qcow2")
         ));
-        c.args(["-device", "virtio-blk-pci,drive=dr0,id=v0"]);
+        c.args(["-device", "virtio-blk-pci,drive=dr0,id=v0,share-rw=on"]);
         for name in ["o", "b"] {
             c.arg("-blockdev").arg(format!(
                 "driver=qcow2,node-name={name},file.driver=file,file.filename={},discard=unmap",
                 path(&format!("{name}.qcow2"))
             ));
         }
-        c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]);
+        c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]).args(more);
         let log = std::fs::File::create(path("qemu.log")).unwrap();
         c.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let child = Process(c.spawn().expect("QEMU starts"));
@@ -76,12 +93,15 @@ impl Machine {
         let qmp = Qmp::connect(&dir.path().join("own.sock"));
         let mut expect = [vec![0; SIZE], vec![0; SIZE]];
         expect[0][..2 * MIB].fill(99);
-        let mut m = Machine { dir, child, qmp, expect, byte: 0 };
+        Machine { dir, child, qmp, expect, byte: 0 }
+    }
+
+    /// The guest's first writes.
+    pub fn fill(&mut self) {
         for disk in [0, 1] {
-            m.write(disk, MIB, 4 * MIB);
-            m.write(disk, 7 * MIB, MIB / 2);
+            self.write(disk, MIB, 4 * MIB);
+            self.write(disk, 7 * MIB, MIB / 2);
         }
-        m
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -109,7 +129,8 @@ impl Machine {
         self.qmp.execute(command, arguments)
     }
 
-    fn hmp(&mut self, line: &str) -> String {
+    /// A line for the human monitor; what it said.
+    pub fn hmp(&mut self, line: &str) -> String {
         let said = self.do_it("human-monitor-command", json!({"command-line": line}));
         said.as_str().unwrap().to_string()
     }

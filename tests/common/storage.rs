@@ -8,18 +8,6 @@ use std::time::{Duration, Instant};
 
 use crate::qemu::run;
 
-/// Whether this user may attach loop devices and mount. In CI it is a failure if not, elsewhere the
-/// test says that it was skipped.
-pub fn is_root(test: &str) -> bool {
-    // SAFETY: geteuid has no preconditions.
-    let root = unsafe { libc::geteuid() } == 0;
-    if !root {
-        assert!(std::env::var_os("CI").is_none(), "{test} needs root");
-        println!("skipped: {test} needs root");
-    }
-    root
-}
-
 /// A file as a block device.
 pub struct Loop(PathBuf);
 

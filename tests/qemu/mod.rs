@@ -22,6 +22,18 @@ pub fn have(test: &str, tools: &[&str]) -> bool {
     false
 }
 
+/// Whether this user may do what root may: attach devices, mount, give files away. In CI it is a failure if not, elsewhere the
+/// test says that it was skipped.
+pub fn is_root(test: &str) -> bool {
+    // SAFETY: geteuid has no preconditions.
+    let root = unsafe { libc::geteuid() } == 0;
+    if !root {
+        assert!(std::env::var_os("CI").is_none(), "{test} needs root");
+        println!("skipped: {test} needs root");
+    }
+    root
+}
+
 /// Runs a command that has to succeed.
 pub fn run(program: &str, args: &[&str]) -> Output {
     let out =

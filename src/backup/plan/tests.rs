@@ -13,6 +13,7 @@ const FIRST: &str = "000000000001";
 
 fn options(target: &Path, level: LevelWish) -> Options {
     Options {
+        init: false,
         qmp: Address::Unix("/q".into()),
         agent: None,
         target: target.into(),

@@ -9,6 +9,7 @@ mod store;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -353,6 +354,11 @@ pub fn file_name(image: &OsStr) -> OsString {
     let mut name = image.to_os_string();
     name.push(".json");
     name
+}
+
+/// The image whose manifest is called `name`; the other way round than [`file_name`].
+pub fn image_of(name: &OsStr) -> Option<&OsStr> {
+    name.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes)
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ use crate::storage::ReadAt;
 pub(super) const V2_HEADER_LEN: u32 = 72;
 /// Length of a version 3 header without the compression type.
 const V3_HEADER_LEN: u32 = 104;
+/// Within these first bytes nearly every header ends, with its extensions and the backing file's name.
+const USUAL_LEN: u64 = 4096;
 /// QEMU refuses larger snapshot counts.
 const MAX_SNAPSHOTS: u32 = 65536;
 /// The spec's limit for a backing file name.
@@ -165,14 +167,18 @@ impl Header {
     /// `Corrupt`, `Truncated`, `Unsupported` or `Encrypted` with the offset of the field that is
     /// to blame; `Io` if reading failed.
     pub fn read(storage: &dyn ReadAt) -> Result<Header> {
-        let buf = read_start(storage, 4096)?;
+        let mut buf = read_start(storage, USUAL_LEN)?;
         let fields = Fields { buf: &buf, path: storage.name() };
         check_version(&fields)?;
         let cluster_bits = fields.u32(20)?;
         if !(9..=21).contains(&cluster_bits) {
             return Err(fields.corrupt(20, format!("cluster_bits is {cluster_bits}, not 9 to 21")));
         }
-        let buf = read_start(storage, 1 << cluster_bits)?;
+        // A list of ten thousand images need not read ten thousand clusters.
+        let cluster = 1 << cluster_bits;
+        if cluster < USUAL_LEN || !fields.are_all_here(cluster) {
+            buf = read_start(storage, cluster)?;
+        }
         let fields = Fields { buf: &buf, path: storage.name() };
         let mut header = parse_fixed(&fields, cluster_bits)?;
         fields.check_features(&header)?;
@@ -227,6 +233,31 @@ impl Fields<'_> {
 
     fn u64(&self, offset: u64) -> Result<u64> {
         Ok(be64(self.bytes(offset, 8)?))
+    }
+
+    /// Whether the backing file's name and all extensions are in the bytes that were read, of a first
+    /// cluster of `cluster` bytes. Says no where anything is odd.
+    fn are_all_here(&self, cluster: u64) -> bool {
+        self.end_of_extensions(cluster).is_ok()
+    }
+
+    fn end_of_extensions(&self, cluster: u64) -> Result<u64> {
+        let (name, len) = (self.u64(8)?, self.u32(16)?);
+        let end = if name == 0 { cluster } else { name };
+        if name != 0 {
+            self.bytes(name, u64::from(len))?;
+        }
+        let is_v3 = self.u32(4)? == 3;
+        let mut at = u64::from(if is_v3 { self.u32(100)? } else { V2_HEADER_LEN });
+        while at + 8 <= end {
+            let (kind, len) = (self.u32(at)?, u64::from(self.u32(at + 4)?));
+            if kind == EXT_END {
+                break;
+            }
+            self.bytes(at + 8, len)?;
+            at += 8 + len.next_multiple_of(8);
+        }
+        Ok(at)
     }
 
     fn error(&self, kind: Kind, offset: u64, what: impl Into<String>) -> Error {
@@ -443,4 +474,71 @@ pub(super) fn check_snapshot_l1(
 ) -> Result<()> {
     let fields = Fields { buf: &[], path: storage.name() };
     check_l1(&fields, h, l1, size, storage.len(), l1.offset)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::MemStorage;
+
+    /// 64 KiB clusters; `extension` bytes of unknown kind, then the backing file's format, then its
+    /// name `distance` bytes behind.
+    fn header(extension: usize, distance: usize) -> Vec<u8> {
+        let mut bytes = b"QFI\xfb\0\0\0\x03".to_vec();
+        bytes.resize(104, 0);
+        bytes[23] = 16;
+        bytes[24..32].copy_from_slice(&(1u64 << 20).to_be_bytes());
+        bytes[36..40].copy_from_slice(&1u32.to_be_bytes());
+        bytes[40..48].copy_from_slice(&65536u64.to_be_bytes());
+        bytes[48..56].copy_from_slice(&131_072u64.to_be_bytes());
+        bytes[56..60].copy_from_slice(&1u32.to_be_bytes());
+        bytes[96..100].copy_from_slice(&4u32.to_be_bytes());
+        bytes[100..104].copy_from_slice(&104u32.to_be_bytes());
+        let mut extend = |kind: u32, data: &[u8]| {
+            bytes.extend(kind.to_be_bytes());
+            bytes.extend((data.len() as u32).to_be_bytes());
+            bytes.extend(data);
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+        };
+        if extension > 0 {
+            extend(0x1234_5678, &vec![7; extension]);
+        }
+        extend(EXT_BACKING_FORMAT, b"qcow2");
+        extend(EXT_END, b"");
+        let name = bytes.len() + distance;
+        bytes.resize(name, 0);
+        bytes.extend(b"FULL");
+        bytes[8..16].copy_from_slice(&(name as u64).to_be_bytes());
+        bytes[16..20].copy_from_slice(&4u32.to_be_bytes());
+        bytes.resize(4 * 65536, 0);
+        bytes
+    }
+
+    #[test]
+    fn what_lies_behind_the_first_bytes_of_a_header_is_read_too() {
+        for (extension, distance) in [
+            (0, 0),
+            // The name begins, or ends, or all of it is behind; so do the extensions.
+            (0, 3954),
+            (0, 3956),
+            (0, 5000),
+            (3900, 0),
+            (3960, 0),
+            (9000, 0),
+            (60_000, 1000),
+        ] {
+            let image = MemStorage::new("m", header(extension, distance));
+            let header = Header::read(&image).unwrap();
+            let names = (header.backing_file.as_deref(), header.backing_format.as_deref());
+            assert_eq!(names, (Some("FULL"), Some("qcow2")), "{extension} {distance}");
+        }
+    }
+
+    #[test]
+    fn an_extension_that_is_too_long_is_told_by_its_place() {
+        let mut bytes = header(100, 0);
+        bytes[108..112].copy_from_slice(&70_000u32.to_be_bytes());
+        let error = Header::read(&MemStorage::new("m", bytes)).unwrap_err();
+        assert_eq!((error.kind(), error.offset()), (Kind::Corrupt, Some(104)));
+    }
 }

@@ -1,0 +1,122 @@
+//! `fleecefs list --runs`: what was backed up together.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::list::{level_name, write_rows};
+use super::output;
+use crate::chain::manifest::Achieved;
+use crate::chain::{Catalog, Disk, Level};
+use crate::error::Result;
+use crate::restore::run::manifest_of;
+use crate::text::{path_text, to_text};
+use crate::units::{human_bytes, iso_time};
+
+/// A run of one guest (folder).
+#[derive(Debug, Serialize)]
+struct RunRow {
+    /// The guest's folder in the backup directory.
+    guest: String,
+    /// The run's id; points without a manifest have none, and belong together by their time.
+    id: Option<String>,
+    time: i64,
+    time_utc: String,
+    points: Vec<PointRow>,
+    /// Disks that the run should have backed up and could not.
+    failed: BTreeSet<String>,
+    /// Bytes that its files take.
+    own_bytes: u64,
+    /// The least that is known of any of its points.
+    consistency: &'static str,
+    served: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct PointRow {
+    disk: String,
+    point: String,
+    level: Level,
+    served: bool,
+}
+
+/// The runs of `points`, the newest first, as a table or as JSON.
+///
+/// # Errors
+/// The JSON cannot be written.
+pub fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Result<String> {
+    let runs = runs(points);
+    if as_json {
+        return output::json_pretty(&runs);
+    }
+    if runs.is_empty() {
+        return Ok(format!("no backups in {}\n", path_text(&catalog.root)));
+    }
+    Ok(table(&runs))
+}
+
+fn runs(points: &[(&Disk, usize)]) -> Vec<RunRow> {
+    let mut found: BTreeMap<(&Path, Option<String>, i64), RunRow> = BTreeMap::new();
+    for (disk, i) in points.iter().filter(|(d, i)| d.points[*i].level != Level::Snapshot) {
+        let p = &disk.points[*i];
+        let manifest = manifest_of(disk, *i);
+        let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());
+        let guest = disk.path.parent().unwrap_or(Path::new(""));
+        // With an id the time is the same for all.
+        let key = (guest, id.clone(), if id.is_some() { 0 } else { p.time });
+        let run = found.entry(key).or_insert_with(|| RunRow {
+            guest: to_text(guest.as_os_str()),
+            id,
+            time: p.time,
+            time_utc: iso_time(p.time),
+            points: Vec::new(),
+            failed: BTreeSet::new(),
+            own_bytes: 0,
+            consistency: Achieved::word(p.consistency),
+            served: true,
+        });
+        run.points.push(PointRow {
+            disk: to_text(disk.path.file_name().unwrap_or_default()),
+            point: p.name.clone(),
+            level: p.level,
+            served: p.is_served(),
+        });
+        run.failed.extend(manifest.into_iter().flat_map(|m| m.failed).map(|f| f.disk));
+        run.own_bytes = run.own_bytes.saturating_add(p.own_bytes);
+        run.served &= p.is_served();
+        if run.consistency != Achieved::word(p.consistency) {
+            run.consistency = "mixed";
+        }
+    }
+    let mut runs: Vec<RunRow> = found.into_values().collect();
+    runs.sort_by(|a, b| b.time.cmp(&a.time).then_with(|| a.guest.cmp(&b.guest)));
+    runs
+}
+
+fn table(runs: &[RunRow]) -> String {
+    let titles = ["RUN", "ID", "VM", "DISKS", "OWN", "CONSISTENCY", "HEALTH"];
+    let mut rows = vec![titles.map(String::from)];
+    rows.extend(runs.iter().map(|r| {
+        let disks = r.points.iter();
+        let disks = disks.map(|p| format!("{} {}", path_text(&p.disk), level_name(p.level)));
+        let failed: Vec<String> = r.failed.iter().map(path_text).collect();
+        let health = match (r.served, failed.as_slice()) {
+            (false, _) => "unavailable: see 'list'".into(),
+            (true, []) => "header ok, data not checked".into(),
+            (true, names) => format!("partial: without {}", names.join(", ")),
+        };
+        [
+            r.time_utc.clone(),
+            r.id.as_deref().map_or_else(|| "-".into(), path_text),
+            if r.guest.is_empty() { "-".into() } else { path_text(&r.guest) },
+            disks.collect::<Vec<_>>().join(", "),
+            human_bytes(r.own_bytes),
+            r.consistency.into(),
+            health,
+        ]
+    }));
+    let mut text = String::new();
+    write_rows(&mut text, &rows, &[4]);
+    text
+}

@@ -1,0 +1,188 @@
+//! `fleecefs show`: all that is known about one point.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::output;
+use super::paths::catalog;
+use crate::backup::folders::{vm_name, vm_uuid};
+use crate::chain::manifest::{self, Achieved, ConfigFile, Manifest};
+use crate::chain::{Disk, POINT_HELP};
+use crate::error::{Error, Kind, Result};
+use crate::folder::{self, PlainName};
+use crate::text::{path_text, to_text};
+use crate::units::{human_bytes, iso_time};
+
+/// Show all that is known about a point: what its manifest says, and which VM and disk it is of
+///
+/// Times are in UTC. With --config a file that was kept with the backup is printed instead, by the
+/// name that 'show' gives: a libvirt XML, a start script.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fleecefs show /backups/vm1 sda/latest
+  fleecefs show /backups/vm1 sda/latest --config vm1.xml
+  fleecefs show /backups/vm1 INC-1706260646-sda.qcow2 --json | jq .manifest.vm")]
+pub struct ShowArgs {
+    /// The backup directory
+    pub dir: PathBuf,
+    #[arg(help = POINT_HELP)]
+    point: PathBuf,
+    /// Print the kept file of this name
+    #[arg(long, value_name = "NAME", conflicts_with = "json")]
+    config: Option<String>,
+    /// Print JSON, with the VM's whole configuration as QEMU reported it
+    #[arg(long)]
+    json: bool,
+}
+
+/// The largest file that `backup --config` keeps, in bytes.
+const LARGEST: u64 = 16 << 20;
+
+/// Runs `fleecefs show`.
+///
+/// # Errors
+/// The directory, the point or its manifest cannot be read; `NotFound` if there is no such file.
+pub fn run(args: ShowArgs) -> Result<()> {
+    let catalog = catalog(&args.dir)?;
+    let (disk, point) = catalog.find(&args.point)?;
+    let source = &disk.points[point].source;
+    let (dir, image) = match (source.parent(), source.file_name()) {
+        (Some(dir), Some(image)) => (dir, image),
+        _ => return Err(Error::new(Kind::NotFound, "the point has no file").at_path(source)),
+    };
+    let manifest = manifest::read(dir, image)?;
+    if let Some(name) = &args.config {
+        return print_config(dir, manifest.as_ref(), name);
+    }
+    output::print(&match args.json {
+        true => output::json_pretty(&as_json(disk, point, manifest.as_ref()))?,
+        false => text(disk, point, manifest.as_ref()),
+    })
+}
+
+fn print_config(dir: &Path, manifest: Option<&Manifest>, name: &str) -> Result<()> {
+    let files = manifest.map(|m| m.config_files.as_slice()).unwrap_or_default();
+    let file = files.iter().find(|c| base_name(c) == name).ok_or_else(|| {
+        let names: Vec<String> = files.iter().map(|c| path_text(&base_name(c))).collect();
+        let what = format!("no file '{}' was kept with this point", path_text(name));
+        let remedy = match names.is_empty() {
+            true => "none was: 'backup --config FILE' keeps one".into(),
+            false => format!("there are: {}", names.join(", ")),
+        };
+        Error::new(Kind::NotFound, what).remedy(remedy)
+    })?;
+    let failed = |e| Error::io(e, "cannot read the kept file").at_path(dir.join(&file.stored));
+    let side =
+        folder::Folder::open(dir).and_then(|d| d.folder(manifest::FOLDER)).map_err(failed)?;
+    let stored = Path::new(&file.stored).file_name().unwrap_or_default();
+    let bytes = PlainName::new(stored).and_then(|n| side.read_small(n, LARGEST)).map_err(failed)?;
+    if blake3::hash(&bytes).to_hex().as_str() != file.blake3 {
+        let what = "the kept file is not what was kept: its BLAKE3 is another";
+        return Err(Error::new(Kind::Corrupt, what)
+            .at_path(side.join(stored))
+            .remedy("restore this file from another copy of the backup"));
+    }
+    output::print_as_is(&bytes)
+}
+
+fn base_name(file: &ConfigFile) -> &str {
+    file.path.rsplit('/').next().unwrap_or_default()
+}
+
+fn as_json(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> Value {
+    let p = &disk.points[point];
+    json!({
+        "disk": to_text(disk.path.as_os_str()),
+        "point": p.name,
+        "source": to_text(p.source.as_os_str()),
+        "level": p.level,
+        "time": p.time,
+        "time_utc": iso_time(p.time),
+        "size": p.size,
+        "own_bytes": p.own_bytes,
+        "depth": disk.stack(point).len(),
+        "served": p.is_served(),
+        "unavailable": p.unavailable,
+        "manifest": manifest,
+    })
+}
+
+/// Rows of a title and what stands there; empty ones are not shown.
+struct Rows(String);
+
+impl Rows {
+    fn row(&mut self, title: &str, value: impl AsRef<str>) {
+        if !value.as_ref().is_empty() {
+            output::push_line(&mut self.0, format!("{title:<16}{}", path_text(value.as_ref())));
+        }
+    }
+}
+
+fn text(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> String {
+    let p = &disk.points[point];
+    let mut rows = Rows(String::new());
+    rows.row("point", to_text(disk.point_path(point).as_os_str()));
+    rows.row("file", to_text(p.source.as_os_str()));
+    rows.row("level", super::list::level_name(p.level));
+    rows.row("time", iso_time(p.time));
+    if p.is_served() || p.size > 0 {
+        rows.row("disk size", human_bytes(p.size));
+    }
+    rows.row("takes", human_bytes(p.own_bytes));
+    rows.row("parent", p.parent.map(|i| disk.points[i].name.as_str()).unwrap_or_default());
+    rows.row("chain", &p.chain);
+    rows.row("state", p.unavailable.as_ref().map_or("header ok, data not checked", |f| &f.message));
+    match manifest {
+        Some(m) => of_manifest(&mut rows, m, p.consistency),
+        None => {
+            rows.row("manifest", "none: not made by fleecefs, or not recorded ('verify --create')")
+        }
+    }
+    rows.0
+}
+
+fn of_manifest(rows: &mut Rows, m: &Manifest, known: Option<Achieved>) {
+    rows.row("state of", m.state_of.as_deref().unwrap_or_default());
+    rows.row("run", &m.run);
+    rows.row("VM", vm_name(&m.vm).unwrap_or_default());
+    rows.row("VM uuid", vm_uuid(&m.vm).unwrap_or_default());
+    rows.row("QEMU", &m.qemu_version);
+    let d = &m.disk;
+    for (title, value) in [
+        ("disk file", &d.file),
+        ("disk format", &d.format),
+        ("device", &d.device),
+        ("qdev", &d.qdev),
+        ("node", &d.node),
+    ] {
+        rows.row(title, value);
+    }
+    let c = &m.consistency;
+    rows.row("consistency", Achieved::word(known));
+    rows.row("because", &c.reason);
+    if c.one_moment {
+        rows.row("moment", "one for all disks of the run");
+    }
+    if c.stopped_ms > 0 {
+        rows.row("guest stopped", format!("{} ms", c.stopped_ms));
+    }
+    rows.row("frozen", c.frozen.join(", "));
+    rows.row(
+        "copied",
+        format!("{} in {:.1} s", human_bytes(m.bytes_copied), m.duration_ms as f64 / 1000.0),
+    );
+    rows.row("file size", m.file_size.to_string());
+    rows.row("blake3", m.blake3.as_deref().unwrap_or_default());
+    rows.row("bitmap", m.bitmap.as_ref().map(|b| b.name.as_str()).unwrap_or_default());
+    for file in &m.config_files {
+        rows.row("config file", format!("{} (from {})", base_name(file), file.path));
+    }
+    for (title, list) in [("disk skipped", &m.skipped), ("disk failed", &m.failed)] {
+        for s in list {
+            rows.row(title, format!("{}: {}", s.disk, s.reason));
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Backups that nobody watches: what went wrong is told and is an exit code; what went well is silent
+//! and 0.
+
+mod backup;
+#[path = "common/guest.rs"]
+mod guest;
+#[path = "common/machine.rs"]
+mod machine;
+mod mounted;
+mod qemu;
+#[path = "backup/scene.rs"]
+mod scene;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use backup::{Caller, images};
+use machine::Machine;
+use qemu::have;
+use scene::{code, daemon, good};
+use serde_json::json;
+
+const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
+const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
+
+/// Exit code, and what was said on either output.
+fn fleecefs(args: &[&str], dir: &Path) -> (Option<i32>, String) {
+    let out = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).arg(dir).output().unwrap();
+    let text = [out.stdout, out.stderr].concat();
+    (out.status.code(), String::from_utf8_lossy(&text).into_owned())
+}
+
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect()
+}
+
+#[test]
+fn a_backup_disk_that_is_not_mounted_gets_no_backup() {
+    if !have("a_backup_disk_that_is_not_mounted_gets_no_backup", TOOLS) {
+        return;
+    }
+    let d = daemon(&[]);
+    let mut caller = Caller::of(&d);
+    let place = d.path("disks/usb");
+    caller.target = place.join("T");
+    let (exit, said) = code(&caller, "full");
+    assert_eq!((exit, d.path("disks").exists()), (Some(3), false), "{said}");
+    assert!(said.contains("not mounted"), "{said}");
+
+    std::fs::create_dir_all(&place).unwrap();
+    caller.must("full");
+    // The disk goes, and what was its mount point is an empty folder, or has another one in it.
+    let away = d.path("away");
+    std::fs::rename(&place, &away).unwrap();
+    for (name, below) in [("no mount point", false), ("a mount point", true)] {
+        if below {
+            std::fs::create_dir_all(&caller.target).unwrap();
+        }
+        for level in ["inc", "auto", "full", "copy"] {
+            let (exit, said) = code(&caller.with(&["-q"]), level);
+            assert_eq!(exit, Some(3), "{name}, {level}: {said}");
+            assert!(said.contains("gone") && said.contains("--init"), "{name}: {said}");
+            assert!(code(&caller.with(&["--dry-run"]), level).0 == Some(3), "{name}, {level}");
+        }
+        assert_eq!(below.then(|| entries(&caller.target)).unwrap_or_default().len(), 0, "{name}");
+    }
+    std::fs::remove_dir_all(&place).unwrap();
+    std::fs::rename(&away, &place).unwrap();
+    good("the disk is there again", &d, &caller, &[("a.img", "INC")]);
+
+    // Another disk in its place is a backup directory if it says so, or if the user does.
+    std::fs::rename(&place, &away).unwrap();
+    good("a new disk", &d, &caller.with(&["--init"]), &[("a.img", "FULL")]);
+    good("and again", &d, &caller, &[("a.img", "INC")]);
+    let second = d.path("second");
+    std::fs::rename(&place, &second).unwrap();
+    std::fs::rename(&away, &place).unwrap();
+    good("the first again", &d, &caller, &[("a.img", "INC")]);
+}
+
+#[test]
+fn warnings_are_heard_and_count() {
+    if !have("warnings_are_heard_and_count", QEMU) {
+        return;
+    }
+    let mut m = Machine::begin();
+    let caller = m.caller();
+    let (exit, said) = code(&caller.with(&["--strict"]), "auto");
+    assert_eq!(exit, Some(0), "{said}");
+    assert!(!said.contains("warning"), "the first backup is a FULL, of course: {said}");
+    assert!(said.contains("first backup"), "{said}");
+
+    // What the user does not want is not missing.
+    for wish in [["--exclude", "v1"], ["--include", "v0"]] {
+        let (exit, said) = code(&caller.with(&["--strict"]).with(&wish), "auto");
+        assert_eq!(exit, Some(0), "{said}");
+    }
+
+    let agent = m.text("no-agent");
+    let frozen = caller.with(&["--quiesce", "--agent", &agent]);
+    let (exit, said) = code(&frozen.with(&["-q"]), "auto");
+    assert_eq!(exit, Some(0), "{said}");
+    assert!(said.starts_with("warning: ") && said.lines().count() == 1, "{said:?}");
+    assert_eq!(code(&frozen.with(&["-qq"]), "auto"), (Some(0), String::new()));
+    assert_eq!(code(&caller.with(&["-q"]), "auto"), (Some(0), String::new()));
+    let folder = caller.target.join("a.qcow2");
+    let before = images(&folder).len();
+    let (exit, said) = code(&frozen.with(&["-q", "--strict"]), "auto");
+    assert_eq!(exit, Some(17), "{said}");
+    assert_eq!(images(&folder).len(), before + 1);
+    // A chain that had to begin anew: no wrong backup, but one that somebody should look at.
+    for name in backup::bitmaps(&mut m.qmp) {
+        for node in ["a", "o"] {
+            let _ =
+                m.qmp.try_execute("block-dirty-bitmap-remove", json!({"node": node, "name": name}));
+        }
+    }
+    let (exit, said) = code(&caller.with(&["--strict"]), "auto");
+    assert!(exit == Some(17) && said.contains("warning"), "{exit:?} {said}");
+}
+
+#[test]
+fn copies_of_configuration_go_with_their_points() {
+    if !have("copies_of_configuration_go_with_their_points", TOOLS) {
+        return;
+    }
+    let d = daemon(&[]);
+    let config = d.path("vm.json");
+    std::fs::write(&config, "secret").unwrap();
+    let caller = Caller::of(&d).with(&["--config", config.to_str().unwrap()]);
+    let side = caller.target.join("a.img/.fleecefs");
+    let copies = || {
+        let mut list = entries(&side);
+        list.retain(|p| p.file_name().unwrap().to_string_lossy().ends_with("-vm.json"));
+        list.sort();
+        list
+    };
+    caller.must("full");
+    let first = copies();
+    caller.must("inc");
+    caller.must("full");
+    let all = copies();
+    assert_eq!((first.len(), all.len()), (1, 3));
+    // An image that is called as the copies are.
+    let odd = "config-0123456789ab-0-x";
+    std::fs::write(side.parent().unwrap().join(odd), vec![0; 512]).unwrap();
+    std::fs::write(side.join(format!("{odd}.json")), "{}").unwrap();
+    let (exit, said) = fleecefs(&["prune", "--keep-last", "1"], &caller.target);
+    assert!(exit.is_some_and(|c| [0, 16].contains(&c)), "{said}");
+    assert_eq!(copies(), all, "while there is a manifest that nobody can read: {said}");
+    std::fs::remove_file(side.parent().unwrap().join(odd)).unwrap();
+    std::fs::remove_file(side.join(format!("{odd}.json"))).unwrap();
+
+    caller.must("full");
+    let newest: Vec<_> = copies().into_iter().filter(|c| !all.contains(c)).collect();
+    let (exit, said) = fleecefs(&["prune", "--keep-last", "1"], &caller.target);
+    assert_eq!(exit, Some(0), "{said}");
+    assert_eq!(copies(), newest);
+    assert_eq!(std::fs::read(&newest[0]).unwrap(), b"secret");
+    assert_eq!(fleecefs(&["verify"], &caller.target).0, Some(0));
+}
+
+#[test]
+fn what_shows_nothing_is_no_success() {
+    let dir = qemu::tempdir();
+    let (empty, state) = (dir.path().join("empty"), dir.path().join("state"));
+    std::fs::create_dir(&empty).unwrap();
+    assert_eq!(fleecefs(&["list"], &empty).0, Some(0));
+    let (exit, said) = fleecefs(&["list", "--strict"], &empty);
+    assert!(exit == Some(12) && said.contains("no backup"), "{exit:?} {said}");
+    for more in [&[][..], &["--json"]] {
+        let args: Vec<&str> = ["info", "status", "--qmp", "/nowhere/qmp"].into_iter().collect();
+        let args = [&args[..], more, &["--state-dir"]].concat();
+        let (exit, said) = fleecefs(&args, &state);
+        assert!(exit == Some(3) && said.contains("no such socket"), "{exit:?} {said}");
+    }
+    // Without manifests nothing proves the newest point.
+    let sda = empty.join("sda");
+    std::fs::create_dir(&sda).unwrap();
+    for time in [1_700_000_000, 1_700_000_100] {
+        let path = sda.join(format!("FULL-{time}-sda.raw"));
+        std::fs::write(path, vec![1; 4096]).unwrap();
+    }
+    for more in [&[][..], &["--dry-run"]] {
+        let args = [&["prune", "--keep-last", "1"], more].concat();
+        let (exit, said) = fleecefs(&args, &empty);
+        assert!(exit == Some(19) && said.contains("--force"), "{exit:?} {said}");
+    }
+    assert_eq!(entries(&sda).len(), 2);
+    assert_eq!(fleecefs(&["prune", "--keep-last", "1", "--force"], &empty).0, Some(0));
+    assert_eq!(images(&sda).len(), 1);
+}
