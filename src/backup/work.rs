@@ -338,6 +338,13 @@ impl Run<'_> {
     }
 
     fn announce_plan(&self, plan: &Plan) {
+        for path in super::folders::unfinished(plan.disks.iter().map(|d| d.dir.as_path())) {
+            self.watch.warn(&format!(
+                "{}: a backup of another program that did not finish, or is still running: nothing \
+                 is built on it; remove it if nobody writes to it",
+                path_text(&path)
+            ));
+        }
         for s in &plan.skipped {
             self.watch.say(&format!("{}: skipped: {}", s.disk, s.reason));
         }

@@ -169,16 +169,42 @@ impl Sorter<'_> {
                 has(&[Level::Inc, Level::Diff]) && !has(&[Level::Full])
             })
         };
-        // Anywhere else, a file that is called like the disk may be the disk itself, or anything.
+        // Anywhere else, a file that is called like the disk may be the disk itself, or anything: unless
+        // its manifest says what it is, or the folder looks as such folders look.
+        let recorded = entry.manifest.as_ref().map(|m| m.level);
+        let recorded = recorded.filter(|l| matches!(l, Level::Full | Level::Copy));
         let in_own_folder = self.folder.path.file_name() == Some(&name)
             && (self.looks_like_image(file) || has_increments());
-        if linked.is_some() || in_own_folder {
-            let level = linked.map_or(Level::Full, |l| l.level);
+        let is_full = in_own_folder
+            || recorded.is_some()
+            || has_increments() && self.is_backup_folder(file, &name);
+        if linked.is_some() || is_full {
+            let level = recorded.or(linked.map(|l| l.level)).unwrap_or(Level::Full);
             let belongs = Belongs { file, level, stamp: None, aliases: Vec::new() };
             self.disks.entry(name).or_default().list.push(belongs);
         } else if self.looks_like_image(file) {
             self.images.push(file);
         }
+    }
+
+    /// Whether a folder in which `file` is called like the disk of increments is a backup directory in
+    /// which disks have no folders of their own, as the disk's `.config` shows, or a copy of a disk's
+    /// folder under another name, in which there is nothing else. (Else it may be the folder of the
+    /// VM's own disks. Of a file that was written after its increments `overwritten` thinks the worst.)
+    fn is_backup_folder(&self, file: FileId, disk: &OsStr) -> bool {
+        let mut config = disk.to_os_string();
+        config.push(".config");
+        if self.tree.lookup(&self.folder.path, Path::new(&config)).is_some() {
+            return true;
+        }
+        let of_disk = |f: &FileId| match &self.entry(*f).name {
+            Name::Backup { disk: of, .. } => of == disk,
+            Name::Other => *f == file || self.is_sidecar(*f),
+            Name::Ignored => {
+                parse_partial(base_name(self.entry(*f))).is_some_and(|(_, _, of)| of == disk)
+            }
+        };
+        self.folder.files.iter().all(of_disk)
     }
 
     /// Gives `FULL-<disk>` links to the files that they stand for.
