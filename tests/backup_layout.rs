@@ -110,8 +110,17 @@ fn layouts_of_qmpbackup() {
     assert!(d.path("plain/a.img/FULL-a.img").is_symlink());
     let (exit, said) = code(&caller.with(&["--no-subdir"]), "auto");
     assert!(exit == Some(2) && said.contains("go on without --no-subdir"), "{said}");
-    let (exit, said) = code(&caller.with(&["--no-timestamp"]), "full");
-    assert_eq!(exit, Some(4), "{said}");
+    // The first FULL is there: what follows has times in its names, and lies on it.
+    let plain = caller.with(&["--no-timestamp"]);
+    for level in ["inc", "auto", "full", "inc"] {
+        check(&plain, &d.path("plain/a.img"), level, "a", "a.img");
+    }
+    caller.target = d.path("bare");
+    let bare = caller.with(&["--no-timestamp", "--no-subdir", "--no-symlink"]);
+    for level in ["full", "inc", "auto", "full", "inc"] {
+        check(&bare, &d.path("bare"), level, "a", "a.img");
+        d.io("a", &["write -P 78 3M 1M"]);
+    }
     clean("layouts", &d);
 }
 
@@ -179,4 +188,31 @@ fn encrypted_disks_are_not_written_in_plain_text() {
     let (_, views) = caller.with(&["--allow-plaintext"]).held("full");
     assert_eq!(views.len(), 2);
     clean(name, &d);
+}
+
+/// It takes the events of our jobs for its own: one of us has to wait.
+#[test]
+fn a_running_job_of_qmpbackup_refuses_the_vm() {
+    if !have("a_running_job_of_qmpbackup_refuses_the_vm", TOOLS) {
+        return;
+    }
+    let d = daemon(&[("b", "driver=raw")]);
+    let caller = Caller::of(&d);
+    let mut qmp = d.qmp();
+    let size = std::fs::metadata(d.path("b.img")).unwrap().len();
+    let void = json!({"driver": "null-co", "node-name": "void", "size": size, "read-zeroes": true});
+    qmp.execute("blockdev-add", void);
+    let id = "qmpbackup.b.b.img";
+    let job = json!({"job-id": id, "device": "b", "target": "void", "sync": "full", "speed": 1});
+    qmp.execute("blockdev-backup", job);
+    // Not on that disk, but in the same QEMU.
+    let (exit, said) = code(&caller.with(&["--include", "a"]), "full");
+    assert!(exit == Some(6) && said.contains("qmpbackup is at work"), "{said}");
+    qmp.execute("job-cancel", json!({"id": id}));
+    let wait = caller.with(&["--include", "a", "--wait", "1m"]);
+    assert_eq!(code(&wait, "full").0, Some(0));
+    // What it left behind unfinished is told.
+    std::fs::write(caller.target.join("a.img/FULL-bar.partial"), b"").unwrap();
+    let (exit, said) = code(&caller.with(&["--include", "a"]), "inc");
+    assert!(exit == Some(0) && said.contains("FULL-bar.partial"), "{said}");
 }

@@ -353,9 +353,13 @@ fn a_qcow2_file_with_damaged_magic_is_never_raw() {
     }
     assert_eq!(b.why("INC-2-a.img").kind, Kind::Incomplete);
     assert_eq!(b.why("INC-2-f").kind, Kind::Changed);
-    // And a raw image that turned into a qcow2 one.
+    // Whatever a raw image begins with.
     b.image("f/INC-2-f", None);
-    assert_eq!(b.why("INC-2-f").kind, Kind::Corrupt);
+    assert_eq!(b.why("INC-2-f").kind, Kind::Changed);
+    let mut disk = backups::tiny(Some("FULL-1-f"));
+    disk.resize(512, 0);
+    b.file("f/INC-2-f", &disk);
+    assert_eq!(b.shown(), ["b: COPY-2-b", "f: FULL-1-f", "f: INC-2-f"]);
 }
 
 #[test]

@@ -80,18 +80,18 @@ fn a_root_on_an_image_inside_the_directory() {
     let b = Backups::new();
     b.image("base/deep/base.qcow2", None);
     b.image("mid.qcow2", Some(b.path("base/deep/base.qcow2").to_str().unwrap()));
-    b.image("d/FULL-1-d", Some("../mid.qcow2"));
-    b.image("d/INC-2-d", None);
+    b.image("d/FULL-1-d.qcow2", Some("../mid.qcow2"));
+    b.image("d/INC-2-d.qcow2", None);
     // A root on an increment has all that the increment has.
-    b.image("e/FULL-9-e", Some("../d/./INC-2-d"));
-    let d = "base.qcow2 < mid.qcow2 < FULL-1-d";
+    b.image("e/FULL-9-e.qcow2", Some("../d/./INC-2-d.qcow2"));
+    let d = "base.qcow2 < mid.qcow2 < FULL-1-d.qcow2";
     assert_eq!(
         b.shown(),
         [
             "base/deep/base.qcow2: base.qcow2".to_string(),
             format!("d: {d}"),
-            format!("d: {d} < INC-2-d"),
-            format!("e: {d} < INC-2-d < FULL-9-e"),
+            format!("d: {d} < INC-2-d.qcow2"),
+            format!("e: {d} < INC-2-d.qcow2 < FULL-9-e.qcow2"),
             "mid.qcow2: base.qcow2 < mid.qcow2".to_string(),
         ]
     );
@@ -352,5 +352,58 @@ proptest::proptest! {
         }
         let files: Vec<_> = files.into_iter().collect();
         proptest::prop_assert_eq!(b.shown(), model(&files));
+    }
+}
+
+/// qmpbackup's `--no-subdir --no-timestamp --no-symlink`, and folders of its that were copied.
+#[test]
+fn a_full_without_time_and_link_is_found_where_the_folder_shows_what_it_is() {
+    let config = br#"{"format": "qcow2", "virtual-size": 0}"#;
+    // Increments with a time to come, as theirs are later than the file's.
+    let inc = |disk: &str| format!("INC-4000000000-{disk}");
+    let with = |files: &[&str], disk: &str, names: &[&str]| {
+        let b = Backups::new();
+        b.image(&format!("x/{disk}"), None);
+        b.image(&format!("x/{}", inc(disk)), None);
+        files.iter().for_each(|f| b.file(&format!("x/{f}"), config));
+        names.iter().for_each(|f| b.image(&format!("x/{f}"), None));
+        b.shown()
+    };
+    let chain = format!("disk1.qcow2 < {}", inc("disk1.qcow2"));
+    let whole = |path: &str| vec![format!("{path}: disk1.qcow2"), format!("{path}: {chain}")];
+    // A copied folder, and a flat one, alone and among others.
+    assert_eq!(with(&[], "disk1.qcow2", &[]), whole("x"));
+    assert_eq!(with(&["disk1.qcow2.config", "uuid"], "disk1.qcow2", &[]), whole("x"));
+    let two = with(&["disk1.qcow2.config", "uuid"], "disk1.qcow2", &["disk2.qcow2"]);
+    assert_eq!(two[..2], whole("x"));
+    // Nothing shows that it is no disk of a VM; or there is a FULL.
+    for (files, names) in [(&["uuid"][..], &["disk2.qcow2"][..]), (&[], &["disk2.qcow2"])] {
+        assert!(with(files, "disk1.qcow2", names).iter().all(|l| !l.contains(" < ")));
+    }
+    let full = with(&["disk1.qcow2.config"], "disk1.qcow2", &["FULL-1-disk1.qcow2"]);
+    assert!(full.iter().any(|l| l.contains("FULL-1-disk1.qcow2 < INC-4")), "{full:?}");
+    // A disk that is written to now is none of theirs.
+    let b = Backups::new();
+    b.image("x/INC-1700000000-d.qcow2", None);
+    let old = std::fs::File::open(b.path("x/INC-1700000000-d.qcow2")).unwrap();
+    old.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000))
+        .unwrap();
+    b.file("x/d.qcow2.config", config);
+    b.image("x/d.qcow2", None);
+    assert_eq!(b.shown(), ["x: d.qcow2"]);
+}
+
+/// A raw FULL of qmpbackup's `--include-raw` stays good beside ours, which is qcow2 inside.
+#[test]
+fn a_raw_full_beside_one_with_a_manifest_is_no_damaged_qcow2() {
+    for disk in ["disk3.raw", "disk3"] {
+        let b = Backups::new();
+        b.file(&format!("{disk}/FULL-1700000000-{disk}"), &[7; 4096]);
+        b.image(&format!("{disk}/FULL-1700000100-{disk}"), None);
+        let name = format!("FULL-1700000100-{disk}");
+        manifest(&b.path(disk), &name, Level::Full, None, 0);
+        b.file(&format!("{disk}.config"), br#"{"format": "raw"}"#);
+        assert_eq!(b.shown().len(), 2, "{disk}: {:?}", b.findings());
+        assert!(b.findings().is_empty(), "{:?}", b.findings());
     }
 }

@@ -204,8 +204,14 @@ fn a_flipped_header_bit_makes_the_point_absent() {
     }
     // Magic, version, cluster bits, encryption, L1 size and offset, incompatible
     // features, header length. (A smaller disk size is plausible: only a manifest tells.)
-    let fields =
-        [(0u64, 3u32), (7, 2), (23, 3), (35, 0), (39, 0), (46, 4), (79, 1), (76, 0), (101, 0)];
+    let fields = [(0u64, 3u32), (7, 2), (23, 3), (35, 0), (39, 0), (46, 4), (76, 0), (101, 0)];
+    // That one says that the image is corrupt, and its clusters that it is not.
+    let b = backups("", false);
+    flip(&b.victim.files[2], 79, 1);
+    let (second, third, findings) = examine(&b);
+    assert_eq!((second, third), (Seen::Errors(0), Seen::Errors(0)));
+    let marked = |f: &&Value| f["message"].as_str().is_some_and(|m| m.contains("marked"));
+    assert_eq!(findings.iter().filter(marked).count(), 1, "{findings:#?}");
     for (offset, bit) in fields {
         let b = backups("", false);
         flip(&b.victim.files[2], offset, bit);

@@ -114,6 +114,13 @@ impl Run<'_> {
         for (disk, e) in &plan.refused {
             self.watch.warn(&format!("{}: {}", path_text(&disk), e.report()));
         }
+        for path in folders::unfinished(plan.disks.iter().map(|d| d.dir.as_path())) {
+            self.watch.warn(&format!(
+                "{}: a backup of another program that did not finish, or is still running: nothing \
+                 is built on it; remove it if nobody writes to it",
+                path_text(&path)
+            ));
+        }
         for d in &plan.disks {
             if d.disk.throwaway {
                 self.watch.warn(&format!(

@@ -16,7 +16,6 @@ use super::space::Space;
 use super::teardown::{Scope, detach, teardown};
 use super::work::{Active, Run, State};
 use super::{bitmap, fleece, leftover, space, vm, zeros};
-use crate::chain::Level;
 use crate::chain::manifest::Skipped;
 use crate::error::{Error, Kind, Result};
 use crate::folder;
@@ -377,7 +376,8 @@ impl Run<'_> {
             folder::write_whole(&config, &text)
                 .map_err(|e| Error::io(e, "cannot write the file").at_path(&config))?;
             let l = &self.options.layout;
-            if l.no_timestamp && !l.no_symlink && matches!(p.level, Level::Full | Level::Copy) {
+            let plain = super::names::parse_image(&p.image).is_none();
+            if plain && l.no_timestamp && !l.no_symlink {
                 publish::link_plain(d.folder()?, &p.image, p.level)?;
             }
             Ok(())

@@ -16,7 +16,7 @@ use crate::folder::{self, EntryKind};
 /// Whose bitmaps are a target's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetId {
-    /// First eight digits of its id, for the names of new bitmaps.
+    /// Eight digits that stand for its id in the names of bitmaps.
     pub id: String,
     /// Those of other ids that are its own too.
     others: Vec<String>,
@@ -28,7 +28,8 @@ impl TargetId {
         TargetId { id: id.to_string(), others: Vec::new() }
     }
 
-    /// The id of `target`, as qmpbackup keeps it: a file `uuid` of 36 bytes without a newline.
+    /// The id of `target`, as qmpbackup keeps it: a file `uuid` of 36 bytes without a newline, or of any
+    /// words that a user put there.
     /// `base` is where this run's disks go: the target itself, or its folder of the month. Months
     /// share the target's id, else nobody would let go of last month's bitmaps; each has a copy of
     /// it, where qmpbackup looks. Months that have ids of their own, as they had once, are known
@@ -84,12 +85,27 @@ fn write_id(path: &Path, text: &str) -> Result<()> {
     folder::write_whole(path, text.as_bytes()).map_err(failed)
 }
 
+/// Of a UUID its first eight digits; any other words count whole, by their hash.
 fn digits(text: &str, path: &Path) -> Result<String> {
-    let id: String = text.chars().filter(char::is_ascii_hexdigit).take(8).collect();
-    if id.len() == 8 {
-        return Ok(id.to_ascii_lowercase());
+    let text = text.trim();
+    if text.is_empty() {
+        let what = "the id of this backup directory is empty";
+        return Err(Error::new(Kind::Corrupt, what)
+            .at_path(path)
+            .remedy("put the id back, or remove the file: then a FULL begins a new chain"));
     }
-    Err(Error::new(Kind::Corrupt, "this is not the id of a backup directory").at_path(path))
+    let first = text.get(..8).filter(|_| is_uuid(text)).map(str::to_ascii_lowercase);
+    let hashed = || blake3::hash(text.as_bytes()).to_hex().chars().take(8).collect();
+    Ok(first.unwrap_or_else(hashed))
+}
+
+fn is_uuid(text: &str) -> bool {
+    let dashes = [8, 13, 18, 23];
+    let fits = |(i, c): (usize, char)| match dashes.contains(&i) {
+        true => c == '-',
+        false => c.is_ascii_hexdigit(),
+    };
+    text.len() == 36 && text.chars().enumerate().all(fits)
 }
 
 fn new_id() -> Result<String> {
@@ -403,6 +419,20 @@ fn image_tail(h: &History) -> Option<&str> {
     (!h.tail.is_empty()).then_some(h.tail.as_str())
 }
 
+/// The files of unfinished backups in these folders. Ours are gone when a run begins.
+pub fn unfinished<'a>(dirs: impl Iterator<Item = &'a Path>) -> Vec<PathBuf> {
+    let dirs: std::collections::BTreeSet<&Path> = dirs.collect();
+    let of_dir = |dir: &Path| {
+        let entries = folder::entries(dir).unwrap_or_default().into_iter();
+        let partial = |n: &std::ffi::OsStr| n.to_str().is_some_and(|n| n.ends_with(".partial"));
+        let names = entries.map(|e| e.name).filter(|n| partial(n));
+        names.map(|n| dir.join(n)).collect::<Vec<_>>()
+    };
+    let mut found: Vec<PathBuf> = dirs.into_iter().flat_map(of_dir).collect();
+    found.sort();
+    found
+}
+
 /// The bitmaps that the tip of the folder's chain needs.
 pub fn needed(history: &History) -> Vec<&str> {
     let tip = history.entries.iter().rev().find(|e| matches!(e.level, Level::Full | Level::Inc));
@@ -433,8 +463,9 @@ mod tests {
     #[test]
     fn a_month_with_an_id_of_its_own_is_the_targets_all_the_same() {
         let t = tempfile::tempdir().unwrap();
-        for (m, id) in [("2026-10", "aaaaaaaa-1"), ("2026-11", "bbbbbbbb-1"), ("other", "cccccccc")]
-        {
+        let ids = ["aaaaaaaa", "bbbbbbbb", "cccccccc"]
+            .map(|i| format!("{i}-1111-4222-8333-444455556666"));
+        for (m, id) in ["2026-10", "2026-11", "other"].into_iter().zip(&ids) {
             std::fs::create_dir(t.path().join(m)).unwrap();
             std::fs::write(t.path().join(m).join("uuid"), id).unwrap();
         }
@@ -445,7 +476,23 @@ mod tests {
         // Without --monthly the months are somebody else's.
         let id = TargetId::of(t.path(), t.path(), false).unwrap();
         assert!(!id.owns(&of("aaaaaaaa")));
-        std::fs::write(t.path().join("uuid"), "no id").unwrap();
+        std::fs::write(t.path().join("uuid"), "\n").unwrap();
         assert_eq!(TargetId::of(t.path(), t.path(), true).unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn any_words_are_an_id_and_count_whole() {
+        let t = tempfile::tempdir().unwrap();
+        let id = |text: &str| {
+            std::fs::write(t.path().join("uuid"), text).unwrap();
+            TargetId::of(t.path(), t.path(), true).unwrap().id
+        };
+        let words =
+            ["no id", "backup of the office", "backup of the officf", "aaaaaaaa-1", "aaaaaaaa-2"];
+        let ids: std::collections::BTreeSet<String> = words.iter().map(|w| id(w)).collect();
+        assert_eq!(ids.len(), words.len(), "{ids:?}");
+        assert!(ids.iter().all(|i| i.len() == 8), "{ids:?}");
+        assert_eq!(id("no id"), id("no id\n"));
+        assert_eq!(id("0A1b2c3d-1111-4222-8333-444455556666"), "0a1b2c3d");
     }
 }

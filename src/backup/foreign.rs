@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 
 use super::seen::Answers;
 use super::{Watch, names, unplug};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
+use crate::qmp::budget::short;
 use crate::qmp::types::{Job, Node};
 
 /// The job that takes its filter out from below an overlay.
@@ -38,6 +39,23 @@ pub fn remove(client: &mut Client, watch: &dyn Watch) -> Result<usize> {
     }
     count += remove_foreign_nodes(client, watch)?;
     Ok(count)
+}
+
+/// Fails while a job of qmpbackup runs: it takes the events of any job in this QEMU for its own, so
+/// that ours would end its run before its time.
+///
+/// # Errors
+/// `Busy`; QEMU does not answer.
+pub fn refuse_at_work(client: &mut Client) -> Result<()> {
+    let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
+    let Some(job) = jobs.iter().find(|j| is_foreign(&j.id) && !j.concluded()) else {
+        return Ok(());
+    };
+    let what = format!("qmpbackup is at work in this QEMU (job {})", short(&job.id));
+    Err(Error::new(Kind::Busy, what).remedy(
+        "let it end, or wait for it with --wait; it takes our jobs for its own. If it was killed: \
+         'fleecefs recover --foreign'",
+    ))
 }
 
 fn is_foreign(id: &str) -> bool {

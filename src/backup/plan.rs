@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::folders::{self, TargetId};
 use super::history::History;
-use super::seen::{Seen, SeenDisk};
+use super::seen::{NO_MEDIUM, Seen, SeenDisk};
 use super::{Options, graph, level, names};
 use crate::chain::Level;
 use crate::chain::manifest::{BitmapInfo, Manifest, Skipped};
@@ -164,9 +164,9 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
 const NOT_INCLUDED: &str = "not in --include";
 const EXCLUDED: &str = "in --exclude";
 
-/// Whether a disk is skipped because the user wants it so.
+/// Whether a disk is skipped because the user wants it so, or as there is none in its drive.
 pub fn is_unwanted(s: &Skipped) -> bool {
-    [NOT_INCLUDED, EXCLUDED].contains(&s.reason.as_str())
+    [NOT_INCLUDED, EXCLUDED, NO_MEDIUM].contains(&s.reason.as_str())
 }
 
 /// `--include` names what is left out because it cannot be backed up.
@@ -283,12 +283,12 @@ fn plan_disk(
     level::choose_bitmaps(options, inputs, &mut plan);
     let word = names::level_word(plan.level);
     let plain = options.layout.no_timestamp && matches!(plan.level, Level::Full | Level::Copy);
-    plan.image =
-        if plain { history.tail.clone() } else { format!("{word}-{time}-{}", history.tail) };
-    if plain && folder::exists(&plan.dir.join(&plan.image)) {
-        return Err(Error::new(Kind::Exists, "an image without timestamp is there already")
-            .at_path(plan.dir.join(&plan.image)));
-    }
+    // The next FULL has a time in its name: the first, and what lies on it, stays what it is.
+    let taken = plain && folder::exists(&plan.dir.join(&history.tail));
+    plan.image = match plain && !taken {
+        true => history.tail.clone(),
+        false => format!("{word}-{time}-{}", history.tail),
+    };
     Ok(plan)
 }
 

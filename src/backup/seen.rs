@@ -15,6 +15,10 @@ use crate::qmp::budget;
 use crate::qmp::types::{Bitmap, Drive, Image, Job, Node};
 
 pub use answers::Answers;
+
+/// Why an empty drive is skipped.
+pub const NO_MEDIUM: &str = "no medium is inserted";
+
 pub use disk::{Insertion, Seen, SeenDisk, base_name};
 pub use media::qom_path;
 
@@ -129,7 +133,7 @@ fn drive_names(d: &Drive) -> impl Iterator<Item = &str> {
 }
 
 fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, Unfit> {
-    let Some(top) = &d.inserted else { return Err(Unfit::Skip("no medium is inserted")) };
+    let Some(top) = &d.inserted else { return Err(Unfit::Skip(NO_MEDIUM)) };
     let kind = d.qdev.as_ref().and_then(|q| answers.device_type(q));
     let media = d.removable && media::is_media_drive(kind);
     match (top.ro, media) {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::recover::{self, Place};
 use super::seen::{Answers, survey};
-use super::{Options, Quiet, Watch, migration, plan};
+use super::{Options, Quiet, Watch, foreign, migration, plan};
 use crate::error::{Kind, Result};
 use crate::qmp::Client;
 
@@ -28,7 +28,9 @@ pub fn until_free(
     let mut said: Option<String> = None;
     loop {
         let tell: &dyn Watch = if said.is_some() { &Quiet } else { watch };
-        let undone = migration::check(client).and_then(|()| recover::recover(client, place, tell));
+        let undone = migration::check(client)
+            .and_then(|()| recover::recover(client, place, tell))
+            .and_then(|n| foreign::refuse_at_work(client).map(|()| n));
         let who = match undone {
             // One that has left does not come back by itself.
             Err(e) if e.kind() != Kind::Busy || over() || has_left(client)? => return Err(e),

@@ -11,16 +11,18 @@ use std::sync::Arc;
 
 use super::foreign;
 use super::group::{Belongs, Group, base_name, data_files, group};
-use super::link::{Lies, Member, link, split_pointer};
+use super::info;
+use super::link::{Lies, Member, link};
 use super::manifest::ImageFormat;
 use super::name::Name;
+use super::pointer;
 use super::points::points;
-use super::probe::{Content, Probed};
+use super::probe::Probed;
 use super::scan::{FileEntry, FileId, Tree};
 use super::{Catalog, Disk, Level, NEWEST_LOST};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::{Format, LayerSpec, Part};
-use crate::storage::{ReadAt, SourceFile};
+use crate::storage::SourceFile;
 use crate::text::path_text;
 
 /// Why a file cannot be used.
@@ -94,14 +96,27 @@ fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
         findings.extend(entry.manifest_problem.clone().map(warning));
         findings.extend(manifest_oddity(entry));
         findings.extend(folded_state(entry));
-        findings.extend(entry.probed.info().into_iter().flat_map(|i| i.findings.clone()));
+        findings.extend(entry.info().into_iter().flat_map(|i| i.findings.clone()));
     }
+    findings.extend(notes(fates.tree, &group));
     // The causes once each, not once per point above them.
     let causes = points.iter().filter_map(|(_, b)| b.as_ref().map(|b| (*b.cause).clone()));
     let mut seen = HashSet::new();
     findings.extend(causes);
     findings.retain(|f| seen.insert(f.clone()));
     Disk { path, points: points.into_iter().map(|(p, _)| p).collect(), findings }
+}
+
+/// What is to be known about the formats of a disk's files: said once, however many there are.
+fn notes(tree: &Tree, group: &Group) -> Option<Finding> {
+    let entries = group.members.iter().map(|b| &tree.files[b.file]);
+    let mut notes = entries.filter_map(|e| e.decision.note.as_ref());
+    let mut first = notes.next()?.clone();
+    match notes.count() {
+        0 => {}
+        n => first.message.push_str(&format!(" (and {n} more of this disk)")),
+    }
+    Some(first)
 }
 
 /// A path that no other disk has, nor the mount's own folder.
@@ -155,7 +170,8 @@ impl<'a> Fates<'a> {
         group.findings.extend(warnings);
         group.findings.extend(by_names_alone(tree, &members, &lies));
         group.findings.extend(newest_lost(tree, group));
-        let suspects = not_raw_after_all(tree, group, &lies);
+        let mut suspects = not_raw_after_all(tree, group, &lies);
+        suspects.extend(qcow2_on_raw(tree, group, &lies));
         for (belongs, lies) in group.members.iter().zip(&lies) {
             self.lies[belongs.file] = match lies {
                 Lies::Root => None,
@@ -228,12 +244,8 @@ impl<'a> Fates<'a> {
     fn own_problem(&self, file: FileId) -> Option<Finding> {
         let entry = &self.tree.files[file];
         let fail = |e: Error| Some(Finding::from_error(&e.at_path(&entry.path), &entry.path));
-        match &entry.probed.content {
-            Content::Bad(finding) => return Some(finding.clone()),
-            Content::Foreign(what) => {
-                return fail(Error::new(Kind::Unsupported, *what).remedy(UNPACK));
-            }
-            Content::Image(_) | Content::Plain => {}
+        if let Some(finding) = entry.content_problem() {
+            return Some(finding);
         }
         if entry.name == Name::Ignored {
             return fail(Error::new(Kind::Incomplete, "an unfinished or auxiliary file"));
@@ -242,10 +254,16 @@ impl<'a> Fates<'a> {
     }
 
     fn find_below(&self, file: FileId) -> Result<Below, Finding> {
-        if let Some(lies) = &self.lies[file] {
-            return lies.clone().map(Below::File);
-        }
         let entry = &self.tree.files[file];
+        if let Some(lies) = &self.lies[file] {
+            let below = lies.clone()?;
+            let fits = entry.info().is_none_or(|i| i.backing_file.is_none());
+            let checked = if fits { Ok(()) } else { self.check_format(entry, below) };
+            return match checked {
+                Ok(()) => Ok(Below::File(below)),
+                Err(e) => Err(Finding::from_error(&e, &entry.path)),
+            };
+        }
         self.backing(entry).map_err(|e| {
             let e = e.at_path(&entry.path).remedy(
                 "put the backing image into the backup directory, or flatten the image with \
@@ -257,38 +275,49 @@ impl<'a> Fates<'a> {
 
     /// The backing image of a root: inside the backup directory or not at all.
     fn backing(&self, entry: &FileEntry) -> Result<Below, Error> {
-        let Some(info) = entry.probed.info() else { return Ok(Below::Nothing) };
+        let Some(info) = entry.info() else { return Ok(Below::Nothing) };
         let Some(pointer) = info.backing_file.as_deref() else { return Ok(Below::Nothing) };
-        split_pointer(pointer)?;
+        let path = pointer::parse(pointer)?.path;
         let folder = entry.path.parent().unwrap_or(&self.tree.root);
-        let Some(file) = self.tree.lookup(folder, pointer.as_ref()) else {
+        let Some(file) = self.tree.lookup(folder, &path) else {
             let what = format!("its backing file {pointer:?} is not in the backup directory");
             return Err(Error::new(Kind::Incomplete, what));
         };
-        let found = self.tree.files[file].probed.format();
-        let fits = match info.backing_format.as_deref() {
-            None => true,
-            Some("raw") => found == Format::Raw,
-            Some("qcow2") => found == Format::Qcow2,
-            Some(_) => false,
-        };
-        if !fits {
-            let format = info.backing_format.as_deref().unwrap_or_default();
-            let what = format!("its backing file {pointer:?} is not of format {format}");
-            return Err(Error::new(Kind::Corrupt, what));
-        }
+        entry.check_followed(&self.tree.files[file])?;
+        self.check_format(entry, file)?;
         Ok(Below::File(file))
+    }
+
+    /// Fails if the file below is not read in the format that an image gives for it, as QEMU would.
+    fn check_format(&self, entry: &FileEntry, below: FileId) -> Result<(), Error> {
+        let below = &self.tree.files[below];
+        let Some(format) = entry.backing_format() else { return Ok(()) };
+        let fits = match format.as_str() {
+            "raw" => below.is_raw(),
+            "qcow2" => below.format() == Format::Qcow2,
+            _ => false,
+        };
+        // What cannot be used says so itself.
+        if fits || below.content_problem().is_some() {
+            return Ok(());
+        }
+        let name = path_text(base_name(below));
+        let what = format!("its backing file {name} is not of format {format}, as it says");
+        Err(Error::new(Kind::Corrupt, what).at_path(&entry.path).remedy(
+            "correct the format that it gives, with 'qemu-img rebase -u -F FORMAT -b FILE' on a copy",
+        ))
     }
 
     /// The external data file of an image, if it needs one.
     fn data_file(&self, entry: &FileEntry) -> Result<Option<Arc<SourceFile>>, Error> {
-        let Some(name) = entry.probed.info().and_then(|i| i.data_file.as_deref()) else {
+        let Some(name) = entry.info().and_then(|i| i.data_file.as_deref()) else {
             return Ok(None);
         };
         let folder = entry.path.parent().unwrap_or(&self.tree.root);
-        let found = split_pointer(name).ok().and_then(|_| self.tree.lookup(folder, name.as_ref()));
-        match found {
+        let path = pointer::parse(name).ok().map(|p| p.path);
+        match path.and_then(|p| self.tree.lookup(folder, &p)) {
             Some(file) if self.tree.files[file].path != entry.path => {
+                entry.check_followed(&self.tree.files[file])?;
                 Ok(Some(self.tree.files[file].probed.file.clone()))
             }
             _ => {
@@ -305,7 +334,7 @@ impl<'a> Fates<'a> {
         let entry = &self.tree.files[file];
         LayerSpec {
             file: entry.probed.file.clone(),
-            format: entry.probed.format(),
+            format: entry.format(),
             part,
             // A usable file has its data file: `own_problem` saw to it.
             data_file: self.data_file(entry).ok().flatten(),
@@ -326,7 +355,6 @@ impl<'a> Fates<'a> {
 }
 
 const RESTORE: &str = "restore this file from another copy of the backup";
-const UNPACK: &str = "unpack or convert it to raw or qcow2";
 
 fn member<'a>(tree: &'a Tree, belongs: &'a Belongs) -> Member<'a> {
     let entry = &tree.files[belongs.file];
@@ -335,8 +363,8 @@ fn member<'a>(tree: &'a Tree, belongs: &'a Belongs) -> Member<'a> {
         aliases: &belongs.aliases,
         level: belongs.level,
         stamp: belongs.stamp,
-        raw: matches!(entry.probed.content, Content::Plain),
-        backing: entry.probed.info().and_then(|i| i.backing_file.as_deref()),
+        raw: entry.is_raw(),
+        backing: entry.info().and_then(|i| i.backing_file.as_deref()),
         manifest: entry.manifest.as_deref(),
         unreadable: entry.manifest_problem.as_ref(),
         gone: tree.former.get(&belongs.file).map(PathBuf::as_path).filter(|p| !tree.has(p)),
@@ -350,10 +378,12 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
     if let Name::Backup { level, .. } = entry.name
         && level != manifest.level
     {
-        return fail(Kind::Corrupt, "its name and its manifest disagree on its level".into());
+        let what = "its name and its manifest disagree on its level";
+        let error = Error::new(Kind::Corrupt, what).at_path(&entry.path);
+        return Some(error.remedy("give the file back the name it was written with"));
     }
-    let format = match &entry.probed.content {
-        Content::Image(_) => ImageFormat::Qcow2,
+    let format = match entry.format() {
+        Format::Qcow2 => ImageFormat::Qcow2,
         _ => ImageFormat::Raw,
     };
     if format != manifest.format {
@@ -384,10 +414,10 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
 /// What a manifest says that its file contradicts, without making the file useless.
 fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
     let manifest = entry.manifest.as_deref()?;
-    let (len, size) = (entry.probed.file.identity().size, entry.probed.virtual_size());
+    let (len, size) = (entry.probed.file.identity().size, entry.virtual_size());
     let grown = manifest.file_size != 0 && len > manifest.file_size;
     // Of a file that cannot be read the size is not known.
-    let resized = size != manifest.virtual_size && entry.probed.info().is_some();
+    let resized = size != manifest.virtual_size && entry.info().is_some();
     (grown || resized).then(|| {
         let what = "changed since it was published: it may hold a later state than its name says";
         Finding::warning(Kind::Changed, &entry.path, what)
@@ -450,11 +480,15 @@ fn by_names_alone(tree: &Tree, members: &[Member], lies: &[Lies]) -> Option<Find
 fn not_raw_after_all(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)> {
     let entry = |b: &Belongs| &tree.files[b.file];
     let mut configs = HashMap::new();
-    let others_are_qcow2 = group.members.iter().any(|b| entry(b).probed.magic);
+    // Backups with a manifest may be of another program, which has formats of its own.
+    let is_qcow2 = |e: &FileEntry| e.probed.magic && e.manifest.is_none() && !e.is_raw();
+    let others_are_qcow2 = group.members.iter().any(|b| is_qcow2(entry(b)));
     let mut suspicion = |b: &Belongs| {
         let entry = entry(b);
-        let plain = matches!(entry.probed.content, Content::Plain);
-        if !plain || !matches!(b.level, Level::Full | Level::Copy) || entry.manifest.is_some() {
+        if !entry.is_raw()
+            || !matches!(b.level, Level::Full | Level::Copy)
+            || entry.manifest.is_some()
+        {
             return None;
         }
         if entry.manifest_problem.is_some() {
@@ -474,13 +508,23 @@ fn not_raw_after_all(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, E
         .collect()
 }
 
+/// Increments that would be raw by their names, and on a raw FULL, and begin like qcow2 images: what a
+/// raw one of these holds cannot be known, and a guest can make it begin so.
+fn qcow2_on_raw(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)> {
+    let entry = |i: usize| &tree.files[group.members[i].file];
+    let what = "its name and the backup below say raw, its content is a qcow2 image: a guest can \
+                write such bytes to a raw disk";
+    let suspicious = |(i, lies): (usize, &Lies)| match lies {
+        Lies::On(below) if entry(i).decision.note.is_some() && entry(*below).is_raw() => Some(i),
+        _ => None,
+    };
+    let error = || Error::new(Kind::Unsupported, what).at_offset(0).remedy(super::format::DECIDE);
+    lies.iter().enumerate().filter_map(suspicious).map(|i| (i, error())).collect()
+}
+
 /// Whether `<disk>.config`, the output of `qemu-img info` that qmpbackup keeps beside the images or
 /// one folder up, says that the disk is qcow2. `known` has what the files said that were read already.
 fn config_says_qcow2(tree: &Tree, entry: &FileEntry, known: &mut HashMap<FileId, bool>) -> bool {
-    #[derive(serde::Deserialize)]
-    struct Info {
-        format: String,
-    }
     let mut name = match &entry.name {
         Name::Backup { disk, .. } => disk.clone(),
         _ => base_name(entry).to_os_string(),
@@ -489,21 +533,11 @@ fn config_says_qcow2(tree: &Tree, entry: &FileEntry, known: &mut HashMap<FileId,
     let folders = entry.path.ancestors().skip(1).take(2);
     let mut found = folders.filter_map(|f| tree.lookup(f, Path::new(&name)));
     let says_so = |file: FileId| {
-        let file = &tree.files[file].probed.file;
-        let file = SourceFile::with_identity(file.path().into(), file.identity());
-        if file.len() > MAX_CONFIG {
-            return false;
-        }
-        let mut text = vec![0; usize::try_from(file.len()).unwrap_or(0)];
-        let read = file.read_exact_at(&mut text, 0);
-        let info = read.ok().and_then(|()| serde_json::from_slice::<Info>(&text).ok());
-        info.is_some_and(|i| i.format == "qcow2")
+        let info = info::read(&tree.files[file].probed.file);
+        info.is_some_and(|i| i.format.as_deref() == Some("qcow2"))
     };
     found.any(|file| *known.entry(file).or_insert_with(|| says_so(file)))
 }
-
-/// `qemu-img info` says a few KiB; with many snapshots, more.
-const MAX_CONFIG: u64 = 4 << 20;
 
 /// Increments on a FULL without a time in its name that may have been overwritten by a later one:
 /// then those before that do not belong to it. Nothing proves it, but file times hint at it, and

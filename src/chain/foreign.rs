@@ -33,9 +33,9 @@ pub(super) struct Found {
 pub(super) enum Inside {
     /// A Proxmox archive.
     Archive(vma::Header),
-    /// A stream of virtnbdbackup.
-    Stream(Meta),
-    /// What is named like a copy in virtnbdbackup's layout, but is no stream.
+    /// A stream of virtnbdbackup, and what is said of it if it ends too early.
+    Stream(Meta, Option<Finding>),
+    /// What is named like a copy or a full backup in virtnbdbackup's layout, but is no stream.
     NoStream,
 }
 
@@ -66,11 +66,12 @@ pub(super) fn look_inside(file: &SourceFile) -> Result<Inside> {
     if archive_stem(&name).is_some() {
         return vma::read_header(file).map(Inside::Archive);
     }
-    let is_copy = virtnbd::StreamName::parse(&name).is_some_and(|n| n.level == Level::Copy);
-    if is_copy && !sparsestream::has_magic(file)? {
+    let level = virtnbd::StreamName::parse(&name).map(|n| n.level);
+    if matches!(level, Some(Level::Copy | Level::Full)) && !sparsestream::has_magic(file)? {
         return Ok(Inside::NoStream);
     }
-    sparsestream::probe(file).map(Inside::Stream)
+    let (meta, cut) = sparsestream::probe(file)?;
+    Ok(Inside::Stream(meta, cut.map(|e| Finding::from_error(&e, file.path()))))
 }
 
 /// Finds disks of these layouts in `folder`. `claimed` files are parts of other images.
@@ -102,7 +103,7 @@ pub(super) fn find(tree: &Tree, folder: &Folder, claimed: &HashSet<FileId>) -> F
             .iter()
             .map(|f| (*f, base_name(&tree.files[*f]).to_string_lossy().into()))
             .collect();
-        virtnbd::find(&folder.relative, &streams, &beside, &mut found);
+        virtnbd::find(tree, &folder.relative, &streams, &beside, &mut found);
     }
     found
 }

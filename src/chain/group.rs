@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::Level;
 use super::name::{Name, Promise, parse_partial, promise};
-use super::probe::Content;
+use super::pointer;
 use super::scan::{FileEntry, FileId, Folder, Lost, Tree};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::text::path_text;
@@ -169,16 +169,42 @@ impl Sorter<'_> {
                 has(&[Level::Inc, Level::Diff]) && !has(&[Level::Full])
             })
         };
-        // Anywhere else, a file that is called like the disk may be the disk itself, or anything.
+        // Anywhere else, a file that is called like the disk may be the disk itself, or anything: unless
+        // its manifest says what it is, or the folder looks as such folders look.
+        let recorded = entry.manifest.as_ref().map(|m| m.level);
+        let recorded = recorded.filter(|l| matches!(l, Level::Full | Level::Copy));
         let in_own_folder = self.folder.path.file_name() == Some(&name)
             && (self.looks_like_image(file) || has_increments());
-        if linked.is_some() || in_own_folder {
-            let level = linked.map_or(Level::Full, |l| l.level);
+        let is_full = in_own_folder
+            || recorded.is_some()
+            || has_increments() && self.is_backup_folder(file, &name);
+        if linked.is_some() || is_full {
+            let level = recorded.or(linked.map(|l| l.level)).unwrap_or(Level::Full);
             let belongs = Belongs { file, level, stamp: None, aliases: Vec::new() };
             self.disks.entry(name).or_default().list.push(belongs);
         } else if self.looks_like_image(file) {
             self.images.push(file);
         }
+    }
+
+    /// Whether a folder in which `file` is called like the disk of increments is a backup directory in
+    /// which disks have no folders of their own, as the disk's `.config` shows, or a copy of a disk's
+    /// folder under another name, in which there is nothing else. (Else it may be the folder of the
+    /// VM's own disks. Of a file that was written after its increments `overwritten` thinks the worst.)
+    fn is_backup_folder(&self, file: FileId, disk: &OsStr) -> bool {
+        let mut config = disk.to_os_string();
+        config.push(".config");
+        if self.tree.lookup(&self.folder.path, Path::new(&config)).is_some() {
+            return true;
+        }
+        let of_disk = |f: &FileId| match &self.entry(*f).name {
+            Name::Backup { disk: of, .. } => of == disk,
+            Name::Other => *f == file || self.is_sidecar(*f),
+            Name::Ignored => {
+                parse_partial(base_name(self.entry(*f))).is_some_and(|(_, _, of)| of == disk)
+            }
+        };
+        self.folder.files.iter().all(of_disk)
     }
 
     /// Gives `FULL-<disk>` links to the files that they stand for.
@@ -269,12 +295,22 @@ impl Sorter<'_> {
 /// The files that are parts of images: external data files that are inside the directory.
 pub(super) fn data_files(tree: &Tree) -> HashSet<FileId> {
     let named = |f: &FileEntry| {
-        let name = f.probed.info()?.data_file.as_deref().filter(|n| !n.is_empty())?;
-        let file = tree.lookup(f.path.parent()?, name.as_ref())?;
-        // An image in its own right stays one, whoever claims it.
-        matches!(tree.files[file].probed.content, Content::Plain).then_some(file)
+        let name = f.info()?.data_file.as_deref()?;
+        let file = tree.lookup(f.path.parent()?, &pointer::parse(name).ok()?.path)?;
+        let data = &tree.files[file];
+        // What has a place of its own keeps it, whoever claims it.
+        let backup = data.name != Name::Other && !is_called_after(base_name(data), base_name(f));
+        let own = backup || data.manifest.is_some() || !data.is_raw();
+        let beside = data.path.parent() == f.path.parent();
+        (!own && beside && f.check_followed(data).is_ok()).then_some(file)
     };
     tree.files.iter().filter_map(named).collect()
+}
+
+/// `FULL-1-d.data.raw` and `FULL-1-d.qcow2`.
+fn is_called_after(data: &OsStr, image: &OsStr) -> bool {
+    let stem = Path::new(image).file_stem().unwrap_or_default().as_bytes();
+    data.as_bytes().strip_prefix(stem).is_some_and(|rest| rest.starts_with(b"."))
 }
 
 /// File name of an entry.

@@ -12,6 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::Level;
 use super::manifest::{Brief, Contents};
+use super::pointer;
 use super::scan::Lost;
 use crate::error::{Error, Finding, Kind};
 use crate::text::path_text;
@@ -143,7 +144,9 @@ impl<'a> Linker<'a> {
     /// pointer does; without one, whatever else hints at a gap counts.
     fn nothing_between(&self, me: usize, base: usize) -> Result<usize, Error> {
         let (m, b) = (&self.members[me], &self.members[base]);
-        if m.backing.and_then(|p| split_pointer(p).ok()).is_some_and(|(_, name)| b.is_called(&name))
+        if m.backing
+            .and_then(|p| pointer::split(p).ok())
+            .is_some_and(|(_, name)| b.is_called(&name))
         {
             return Ok(base);
         }
@@ -208,7 +211,7 @@ impl<'a> Linker<'a> {
 
     /// Decides between candidates by the image's own pointer, or by what links them to each other.
     fn settle(&self, m: &Member, candidates: &[usize], ties: &[usize]) -> Result<usize, Error> {
-        if let Some(Ok((_, base))) = m.backing.map(split_pointer) {
+        if let Some(Ok((_, base))) = m.backing.map(pointer::split) {
             let named: Vec<_> =
                 candidates.iter().filter(|i| self.members[**i].is_called(&base)).collect();
             if let [one] = named[..] {
@@ -232,7 +235,7 @@ impl<'a> Linker<'a> {
         if let Some(parent) = m.manifest.and_then(|m| m.parent.as_deref()) {
             return self.by_name.get(OsStr::new(parent)).copied();
         }
-        let (_, base) = split_pointer(m.backing?).ok()?;
+        let (_, base) = pointer::split(m.backing?).ok()?;
         self.by_name.get(base.as_os_str()).copied()
     }
 
@@ -250,7 +253,7 @@ impl<'a> Linker<'a> {
     fn confirm(&self, me: usize, below: usize, out: &mut Vec<Finding>) -> Result<(), Error> {
         let (m, base) = (&self.members[me], &self.members[below]);
         let Some(pointer) = m.backing else { return Ok(()) };
-        let (folder, name) = split_pointer(pointer)?;
+        let (folder, name) = pointer::split(pointer)?;
         if !base.is_called(&name) {
             return Err(contradiction(pointer, &name, base, self.by_name.contains_key(&*name)));
         }
@@ -323,23 +326,6 @@ fn contradiction(pointer: &str, name: &OsStr, base: &Member, exists: bool) -> Er
         .remedy(format!("if {base} is right: qemu-img rebase -u -b {base} on a copy"))
 }
 
-/// Folder and name of a backing pointer.
-///
-/// # Errors
-/// `Incomplete` if it is no plain path: a protocol, a `json:` description, or a folder.
-pub(super) fn split_pointer(pointer: &str) -> Result<(PathBuf, OsString), Error> {
-    // QEMU takes everything before a colon for a protocol unless a slash comes first.
-    let head = pointer.split('/').next().unwrap_or_default();
-    let path = Path::new(pointer);
-    match path.file_name() {
-        Some(name) if !head.contains(':') && !pointer.ends_with('/') => {
-            Ok((path.parent().unwrap_or(Path::new("")).to_path_buf(), name.to_os_string()))
-        }
-        _ => Err(incomplete(format!("its backing pointer {pointer:?} is no plain file"))
-            .remedy("a name inside an image is followed inside the backup directory only")),
-    }
-}
-
 /// `path` as seen from `folder`, without `.` and `..`; `None` if it leads above the root. Purely by
 /// name: nothing outside may be touched, not even to look whether it is there.
 pub(super) fn normalise(folder: &Path, path: &Path) -> Option<PathBuf> {
@@ -359,17 +345,6 @@ pub(super) fn normalise(folder: &Path, path: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_plain_paths_are_pointers() {
-        let split = |p: &str| split_pointer(p).ok().map(|(d, n)| (d, n.into_string().unwrap()));
-        assert_eq!(split("a"), Some(("".into(), "a".into())));
-        assert_eq!(split("../x/a"), Some(("../x".into(), "a".into())));
-        assert_eq!(split("/x/a:b"), Some(("/x".into(), "a:b".into())));
-        for bad in ["", "/", "..", "a/..", "a/", "nbd:x", "json:{}", "file:a", "https://h/a"] {
-            assert_eq!(split(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn paths_are_made_plain_without_touching_a_file() {

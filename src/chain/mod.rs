@@ -7,10 +7,13 @@
 
 mod assemble;
 mod foreign;
+mod format;
 mod group;
+mod info;
 mod link;
 pub mod manifest;
 pub mod name;
+mod pointer;
 mod points;
 mod probe;
 mod record;
@@ -24,7 +27,8 @@ mod virtnbd;
 use std::path::PathBuf;
 
 pub use foreign::is_foreign_name;
-pub use record::{describe, record_from};
+pub use pointer::backing_name;
+pub use record::{describe, describe_format, record_from};
 pub use select::{POINT_HELP, time_name};
 
 use crate::error::Finding;

@@ -120,7 +120,7 @@ impl Maker<'_> {
             chain,
             parent,
             time: self.time(belongs),
-            size: entry.probed.virtual_size(),
+            size: entry.virtual_size(),
             own_bytes: entry.probed.own_bytes,
             consistency: entry.manifest.as_ref().and_then(|m| m.achieved),
             layers,
@@ -135,7 +135,7 @@ impl Maker<'_> {
 
     /// The internal snapshots of an image are points too, older than its active state.
     fn snapshots(&mut self, belongs: &Belongs, active: &mut Point, blocked: Option<&Blocked>) {
-        let Some(info) = self.fates.tree.files[belongs.file].probed.info() else { return };
+        let Some(info) = self.fates.tree.files[belongs.file].info() else { return };
         let rebased = info.snapshots.iter().any(|s| s.name == FULL_SNAPSHOT);
         let rebased = rebased.then(|| self.latest_rebased(belongs)).flatten();
         // The snapshot of the FULL's own state is of the time in its name, whatever was folded since.
@@ -262,7 +262,12 @@ fn reason(blocked: &Blocked, name: &str) -> Finding {
             path_text(name),
             cause.message
         ),
-        remedy: cause.remedy.or(Some(format!("restore {file} from another copy of the backup"))),
+        // What is only not understood is in every copy.
+        remedy: cause.remedy.or_else(|| {
+            let lost =
+                !matches!(cause.kind, Kind::Unsupported | Kind::Encrypted | Kind::Permission);
+            lost.then(|| format!("restore {file} from another copy of the backup"))
+        }),
         ..cause
     }
 }

@@ -13,7 +13,7 @@ use super::scan::{FileEntry, FileId};
 use super::side::Side;
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::Handle;
-use crate::layer::{self, Format, ImageInfo, raw};
+use crate::layer::{self, ImageInfo, raw};
 use crate::storage::{Identity, ReadAt, SourceFile};
 
 /// What a file holds.
@@ -38,6 +38,8 @@ pub(super) struct Probed {
     pub own_bytes: u64,
     /// Modification time, seconds since the epoch.
     pub mtime: i64,
+    /// The user that the file belongs to.
+    pub owner: u32,
     /// Whether it begins with an image format's magic bytes, readable or not.
     pub magic: bool,
     /// What is in it.
@@ -158,6 +160,7 @@ fn look(path: &Path, handle: &Handle, identity: Identity, look_inside: bool) -> 
         file: Arc::new(file),
         own_bytes: meta.blocks().saturating_mul(512),
         mtime: meta.mtime(),
+        owner: meta.uid(),
         magic,
         content,
         inside: OnceLock::new(),
@@ -184,10 +187,15 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
         _ => None,
     };
     if let Some(what) = what {
-        return Err(Error::new(Kind::Corrupt, what)
-            .at_path(file.path())
-            .at_offset(0)
-            .remedy("restore this file from another copy of the backup"));
+        return Err(Error::new(Kind::Corrupt, what).at_path(file.path()).at_offset(0).remedy(
+            match name::promise(name) {
+                Promise::Qcow2 if !file.is_empty() => {
+                    "restore this file from another copy of the backup; if it is a raw disk, let \
+                     its name end in .raw"
+                }
+                _ => "restore this file from another copy of the backup",
+            },
+        ));
     }
     let mut start = [0; raw::START];
     let len = start.len().min(usize::try_from(file.len()).unwrap_or(usize::MAX));
@@ -303,17 +311,12 @@ impl Probed {
             && self.file.check_unchanged().is_ok()
     }
 
-    /// What the header says, if there is one that can be used.
+    /// What the header says, if there is one that can be used; how the file is read, `format` decides.
     pub fn info(&self) -> Option<&ImageInfo> {
         match &self.content {
             Content::Image(info) => Some(info),
             _ => None,
         }
-    }
-
-    /// The format to open it with.
-    pub fn format(&self) -> Format {
-        self.info().map_or(Format::Raw, |i| i.format)
     }
 
     /// Size in bytes of the virtual disk; 0 if it cannot be known.

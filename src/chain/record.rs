@@ -11,10 +11,18 @@ use crate::layer::Format;
 /// internal snapshot, a plain image, a point that lies on a file in another folder).
 pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
     let p = &disk.points[i];
-    if !matches!(p.level, Level::Full | Level::Inc | Level::Diff | Level::Copy) {
+    let is_backup = matches!(p.level, Level::Full | Level::Inc | Level::Diff | Level::Copy);
+    if !is_backup || p.layers.len() != 1 {
         return None;
     }
-    let [layer] = p.layers.as_slice() else { return None };
+    describe_format(disk, i)
+}
+
+/// As [`describe`], also of a plain image, and of one that lies on a file in another folder: then the
+/// manifest says no more of it than its format and size, and its own pointer what is below.
+pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
+    let p = &disk.points[i];
+    let layer = p.layers.last().filter(|_| p.level != Level::Snapshot)?;
     let format = match layer.format {
         Format::Qcow2 => ImageFormat::Qcow2,
         Format::Raw => ImageFormat::Raw,
@@ -34,7 +42,10 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
         disk: DiskIdentity::default(),
         level: p.level,
         time: p.time,
-        content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
+        content: match parent.is_some() || p.layers.len() > 1 {
+            true => Contents::DirtyOnly,
+            false => Contents::Full,
+        },
         parent,
         state_of: None,
         format,

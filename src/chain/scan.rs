@@ -24,8 +24,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::format::{self, Decision};
 use super::link::normalise;
-use super::manifest::{self, Brief};
+use super::manifest::{self, Brief, ImageFormat};
 use super::name::{self, Name};
 use super::probe::Probed;
 use super::side::Side;
@@ -43,6 +44,8 @@ pub struct ScanOptions {
     /// The directory as the user calls it, absolute, where that is by way of a link: images may name
     /// it so.
     pub called: Option<PathBuf>,
+    /// What the user says of images about which nothing else decides.
+    pub format: Option<ImageFormat>,
 }
 
 /// Index into [`Tree::files`].
@@ -60,6 +63,8 @@ pub(super) struct FileEntry {
     pub manifest: Option<Arc<Brief>>,
     /// Why its manifest cannot be read.
     pub manifest_problem: Option<Finding>,
+    /// How it is read.
+    pub decision: Decision,
 }
 
 /// A `FULL-<disk>` or `COPY-<disk>` link.
@@ -152,6 +157,7 @@ pub fn scan(
         previous,
         cache: ProbeCache::default(),
         unfinished: Vec::new(),
+        loose_links: Vec::new(),
         tree: Tree {
             root: path,
             called,
@@ -163,9 +169,15 @@ pub fn scan(
         },
     };
     walk.run(&top);
+    let loose = std::mem::take(&mut walk.loose_links);
     let (mut tree, mut cache) = (walk.tree, walk.cache);
+    let outside =
+        loose.into_iter().filter_map(|(dir, name, text)| tree.outside(&dir, &name, &text));
+    let outside: Vec<Finding> = outside.collect();
+    tree.findings.extend(outside);
     tree.findings.append(&mut walk.unfinished);
     tree.resolve_links();
+    format::decide(&mut tree, options.format);
     if let Some(previous) = previous {
         tree.former = previous.bases_of(&tree.files);
     }
@@ -190,6 +202,21 @@ impl Tree {
         self.by_path.contains_key(path.as_os_str())
     }
 
+    /// What is to be said of a link, unless it leads to what was walked: behind it there may be
+    /// backups. What it leads to is not asked, as nothing outside may be touched.
+    fn outside(&self, folder: &Path, name: &OsStr, text: &Path) -> Option<Finding> {
+        let inside = |path: &Path| path.starts_with(&self.root) || path.starts_with(&self.called);
+        if normalise(folder, text).is_some_and(|path| inside(&path)) {
+            return None;
+        }
+        let what = "a symbolic link that leads out of the backup directory: links are not followed, \
+                    and what is behind it is not shown";
+        let finding = Finding::warning(Kind::Unsupported, folder.join(name), what);
+        let remedy = "mount the folder there ('mount --bind'), move it here, or name it instead of \
+                      this directory";
+        Some(Finding { remedy: Some(remedy.into()), ..finding })
+    }
+
     fn resolve_links(&mut self) {
         for f in 0..self.folders.len() {
             for l in 0..self.folders[f].links.len() {
@@ -208,6 +235,8 @@ struct Walk<'a> {
     tree: Tree,
     /// What runs that were broken off left.
     unfinished: Vec<Finding>,
+    /// Links that stand for no backup: folder, name, and what they say.
+    loose_links: Vec<(PathBuf, OsString, PathBuf)>,
 }
 
 impl Walk<'_> {
@@ -297,7 +326,12 @@ impl Walk<'_> {
 
     fn link(&mut self, name: &OsStr, open: &folder::Folder, folder: &mut Folder) {
         self.no_backup(name, "a symbolic link, which is not followed,", folder);
-        let (Some((level, disk)), Ok(text)) = (name::parse_link(name), open.read_link(name)) else {
+        let Ok(text) = open.read_link(name) else { return };
+        let Some((level, disk)) = name::parse_link(name) else {
+            // `image` is what qmprestore leaves beside a chain, as an absolute path.
+            if name::parse(name) != Name::Ignored && name != "image" {
+                self.loose_links.push((folder.path.clone(), name.to_os_string(), text));
+            }
             return;
         };
         let (name, disk) = (name.to_os_string(), disk.to_os_string());
@@ -329,7 +363,8 @@ impl Walk<'_> {
         };
         let id = self.tree.files.len();
         self.tree.by_path.insert(path.as_os_str().to_os_string(), id);
-        let entry = FileEntry { path, name: parsed, probed, manifest, manifest_problem };
+        let decision = Decision::default();
+        let entry = FileEntry { path, name: parsed, probed, manifest, manifest_problem, decision };
         self.tree.files.push(entry);
         folder.files.push(id);
     }

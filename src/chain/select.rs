@@ -153,7 +153,9 @@ impl Disk {
         let is_latest = selector == self.path.join("latest")
             || selector == self.path.join("latest.raw")
             || selector == self.path;
-        let latest = is_latest.then(|| self.latest()).flatten();
+        // Where none can be served, the newest says why.
+        let newest = || self.points.len().checked_sub(1);
+        let latest = is_latest.then(|| self.latest().or_else(newest)).flatten();
         let by_name = self.points.iter().enumerate().filter_map(move |(i, p)| {
             let raw = format!("{}.raw", p.name);
             let full = [&p.name, &raw].iter().any(|n| selector == self.path.join(n));

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::foreign::{Found, Inside};
-use super::scan::{FileEntry, FileId};
+use super::info::{self, DiskInfo};
+use super::scan::{FileEntry, FileId, Tree};
 use super::{Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::layer::sparsestream::Meta;
@@ -40,6 +41,19 @@ impl StreamName {
         };
         let named = !disk.is_empty() && (!ident.is_empty() || !level.builds_on());
         named.then(|| StreamName { disk: disk.to_owned(), level, ident: ident.to_owned() })
+    }
+}
+
+impl StreamName {
+    /// Whether a file of this name describes the disk at the time of this backup, which holds all of it.
+    fn is_description(&self, file: &str) -> bool {
+        let inner = || file.strip_prefix(&self.disk)?.strip_prefix('.')?.strip_suffix(".qcow.json");
+        inner().is_some_and(|ident| match self.level {
+            Level::Copy => ident == "copy",
+            // It is called after the first checkpoint.
+            Level::Full => ident == "full" || ident.ends_with(".0"),
+            _ => false,
+        })
     }
 }
 
@@ -149,6 +163,7 @@ fn number(checkpoint: &str) -> Option<u64> {
 /// Finds the disks of one folder. `streams` are its files with a stream's name, `beside` all
 /// files with their names.
 pub(super) fn find(
+    tree: &Tree,
     folder: &Path,
     streams: &[&FileEntry],
     beside: &[(FileId, String)],
@@ -158,30 +173,41 @@ pub(super) fn find(
     for entry in streams {
         let file = entry.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let Some(name) = StreamName::parse(&file) else { continue };
-        let meta = meta_of(entry, &name, beside);
+        let meta = meta_of(tree, entry, &name, beside);
         disks.entry(name.disk.clone()).or_default().push(Member { entry, file, name, meta });
     }
     found.taken.extend(beside.iter().filter(|(_, name)| is_beside(name)).map(|(file, _)| *file));
     found.disks.extend(disks.into_iter().map(|(name, members)| make_disk(folder, &name, members)));
 }
 
-/// The stream's metadata. That a copy is a raw image is believed only if nothing beside it shows
-/// that it was a stream once.
+/// The stream's metadata; `None` for a raw disk (`-t raw`, or a disk that is raw itself). A file of
+/// the size that the disk had by the description beside it is one, whatever it begins with: a guest
+/// can write a stream to its disk. Else that a copy is raw is believed only if nothing beside it
+/// shows that it was a stream once.
 fn meta_of<'a>(
+    tree: &Tree,
     entry: &'a FileEntry,
     name: &StreamName,
     beside: &[(FileId, String)],
 ) -> Result<Option<&'a Meta>, Finding> {
+    let len = entry.probed.file.identity().size;
+    let described: Vec<Option<DiskInfo>> = (beside.iter())
+        .filter(|(_, file)| name.is_description(file))
+        .map(|(file, _)| info::read(&tree.files[*file].probed.file))
+        .collect();
+    let is_size = |d: &Option<DiskInfo>| d.as_ref().and_then(|d| d.virtual_size) == Some(len);
+    if len > 0 && described.iter().any(is_size) {
+        return Ok(None);
+    }
     match entry.probed.inside() {
-        Ok(Inside::Stream(meta)) => return Ok(Some(meta)),
+        Ok(Inside::Stream(meta, _)) => return Ok(Some(meta)),
         Ok(Inside::NoStream | Inside::Archive(_)) => {}
         Err(finding) => return Err(finding.clone()),
     }
-    let traces =
-        [format!("{}.copy.data.chksum", name.disk), format!("{}.copy.qcow.json", name.disk)];
-    let was_stream = beside.iter().any(|(_, n)| traces.contains(n));
-    let len = entry.probed.file.identity().size;
-    if was_stream || len == 0 || !len.is_multiple_of(512) {
+    let sum = format!("{}.copy.data.chksum", name.disk);
+    let was_stream = !described.is_empty() || beside.iter().any(|(_, n)| *n == sum);
+    let may_be_raw = name.level == Level::Copy && !was_stream;
+    if !may_be_raw || len == 0 || !len.is_multiple_of(512) {
         let error = Error::new(Kind::Corrupt, "this is neither a stream nor a whole raw disk")
             .remedy("restore this file from another copy of the backup");
         return Err(Finding::from_error(&error, &entry.path));
@@ -197,6 +223,11 @@ fn make_disk(folder: &Path, name: &str, mut members: Vec<Member>) -> Disk {
     let mut makers: BTreeMap<String, usize> = BTreeMap::new();
     for (i, member) in members.iter().enumerate() {
         let mut point = new_point(member);
+        if let (Ok(Inside::Stream(_, Some(cut))), Ok(Some(_))) =
+            (member.entry.probed.inside(), &member.meta)
+        {
+            disk.findings.push(cut.clone());
+        }
         if let Err(finding) = settle(member, &makers, &disk.points, &mut point) {
             // A cause is told once, not once per point above it.
             if finding.path == point.source {

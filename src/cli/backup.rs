@@ -361,10 +361,6 @@ impl BackupArgs {
             (LevelArg::Diff, None) => LevelWish::Diff,
             (LevelArg::Copy, None) => LevelWish::Copy,
         };
-        let plain = self.layout.no_timestamp;
-        if plain && !matches!(level, LevelWish::Full | LevelWish::Copy) {
-            return Err(usage("--no-timestamp goes with --level full or copy"));
-        }
         let config = self.config.iter().map(|p| paths::resolved(p, "cannot keep this file"));
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
         Ok(Options {
@@ -380,7 +376,7 @@ impl BackupArgs {
             layout: Layout {
                 monthly: self.layout.monthly,
                 no_subdir: self.layout.no_subdir,
-                no_timestamp: plain,
+                no_timestamp: self.layout.no_timestamp,
                 no_symlink: self.layout.no_symlink,
             },
             moment: self.moment(),

@@ -30,7 +30,8 @@ use crate::units::{human_bytes, iso_time, parse_when};
 /// that the run should have had and has not. All times are in UTC.
 ///
 /// The exit code is 0 if the directory could be read, whatever was found in it; with --strict it is
-/// 12 if a point cannot be served, if the newest backup of a disk is gone, or if there is none at all.
+/// 12 if there is no backup, if a point cannot be served, if the newest backup of a disk is gone, or if
+/// something is not looked at: a folder that cannot be read, a link that leads out of the directory.
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// The backup directory
@@ -51,8 +52,8 @@ pub struct ListArgs {
     /// Print everything as JSON
     #[arg(long)]
     json: bool,
-    /// Fail (exit code 12) if a point cannot be served, if a disk's newest backup is gone, or if there
-    /// is no backup
+    /// Fail (exit code 12) if a point cannot be served, if a disk's newest backup is gone, if there is no
+    /// backup, or if something is not looked at
     #[arg(long)]
     strict: bool,
 }
@@ -90,8 +91,23 @@ pub fn run(args: ListArgs) -> Result<()> {
         Some(file) if args.strict => {
             Err(Error::new(Kind::Incomplete, "the newest backup is gone").at_path(file))
         }
+        _ if args.strict => check_omissions(&catalog),
         _ => Ok(()),
     }
+}
+
+/// Fails if there is something that was not looked at. What a run at work leaves is no omission.
+fn check_omissions(catalog: &Catalog) -> Result<()> {
+    let is_one = |f: &&Finding| match f.severity {
+        Severity::Error => true,
+        Severity::Warning => f.kind != Kind::Incomplete,
+        Severity::Note => false,
+    };
+    let Some(first) = catalog.findings.iter().find(is_one) else { return Ok(()) };
+    let more = catalog.findings.iter().filter(is_one).count().saturating_sub(1);
+    let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
+    let what = format!("not everything was looked at: {}{more}", first.message);
+    Err(Error::new(Kind::Incomplete, what).at_path(&first.path))
 }
 
 /// What of a catalog the user wants to see.

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::chain::Catalog;
+use crate::chain::manifest::ImageFormat;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
@@ -25,8 +26,17 @@ pub fn backups(path: &Path) -> Result<PathBuf> {
 /// # Errors
 /// See [`backups`] and [`scan`].
 pub fn catalog(path: &Path) -> Result<Catalog> {
+    catalog_told(path, None)
+}
+
+/// As [`catalog`]; `format` is what the user says of files whose format nothing else decides.
+///
+/// # Errors
+/// As [`catalog`].
+pub fn catalog_told(path: &Path, format: Option<ImageFormat>) -> Result<Catalog> {
     let real = backups(path)?;
-    let options = ScanOptions { called: Some(absolute(path)?), ..ScanOptions::default() };
+    let called = Some(absolute(path)?);
+    let options = ScanOptions { called, format, ..ScanOptions::default() };
     scan(&real, &options, None).map(|(catalog, _)| catalog)
 }
 

@@ -95,7 +95,7 @@ impl Prepared {
         // First the watches, then the scan: what changes in between is noticed.
         let watch = Watch::new(&plan.backups, &plan.mountpoint, plan.poll_interval);
         let (skip, called) = (vec![plan.mountpoint.clone()], Some(plan.called.clone()));
-        let options = ScanOptions { skip, called };
+        let options = ScanOptions { skip, called, ..ScanOptions::default() };
         let (catalog, probes) = scan::scan(&plan.backups, &options, None)?;
         if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
             log::warn!("{}: no point can be served", path_text(&plan.backups));

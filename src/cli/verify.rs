@@ -6,8 +6,10 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::output;
-use super::paths::catalog;
+use super::paths::catalog_told;
+use super::restore::FileFormat;
 use crate::chain::POINT_HELP;
+use crate::chain::manifest::ImageFormat;
 use crate::error::{Error, Kind, Result, Severity};
 use crate::text::path_text;
 use crate::units::{counted, parse_when};
@@ -39,6 +41,11 @@ pub struct VerifyArgs {
     /// Points that may lack something (after an unfinished backup, for one) are left out
     #[arg(long, conflicts_with = "quick")]
     create: bool,
+    /// With --create: the format of files whose names say raw and whose contents say qcow2 (or which
+    /// have no such name, and name other files), and of which no manifest says what they are; each
+    /// of them, or that of --point, gets a manifest that says so from now on
+    #[arg(long, value_enum, requires = "create")]
+    format: Option<FileFormat>,
     /// Threads; as many as processors if left out
     #[arg(short, long, default_value = "0", hide_default_value = true)]
     jobs: usize,
@@ -55,13 +62,18 @@ pub fn run(args: VerifyArgs) -> Result<()> {
     if args.create {
         super::writing::finish_what_is_left(&args.dir)?;
     }
-    let catalog = catalog(&args.dir)?;
+    let format = args.format.map(|f| match f {
+        FileFormat::Raw => ImageFormat::Raw,
+        FileFormat::Qcow2 => ImageFormat::Qcow2,
+    });
+    let catalog = catalog_told(&args.dir, format)?;
     let options = Options {
         quick: args.quick,
         point: args.point,
         since: args.since,
         jobs: args.jobs,
         create: args.create,
+        format,
     };
     let report = verify(&catalog, &options, &Bar::default())?;
     output::print(&if args.json { output::json_pretty(&report)? } else { text(&report) })?;

@@ -2,11 +2,12 @@
 //! other with all threads on each.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::content;
 use crate::chain::Point;
+use crate::chain::name::{Promise, promise};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::check::{self as structure, Collected};
 use crate::layer::{self, Format, LayerSpec, Part};
@@ -147,7 +148,8 @@ fn check_opened(
     let data = target.spec.as_ref().and_then(|s| s.data_file.as_deref()).map(own);
     let qcow2 = match &target.spec {
         Some(spec) => spec.format == Format::Qcow2,
-        None => layer::sniff(&*file)? == Some(Format::Qcow2),
+        // What is in a file whose name says raw, nobody knows as long as it cannot be used.
+        None => !says_raw(&target.path) && layer::sniff(&*file)? == Some(Format::Qcow2),
     };
     let mut compressed = false;
     if qcow2 {
@@ -173,6 +175,10 @@ fn check_opened(
         }
     }
     still_the_same(&file)
+}
+
+fn says_raw(path: &Path) -> bool {
+    path.file_name().is_some_and(|n| promise(n) == Promise::Raw)
 }
 
 /// Says why a file that takes little space takes long: the zeros of its holes are hashed.

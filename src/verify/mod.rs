@@ -19,6 +19,7 @@ mod suspects;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use crate::chain::manifest::ImageFormat;
 use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::progress::Progress;
@@ -45,6 +46,8 @@ pub struct Options {
     pub jobs: usize,
     /// Write manifests, with hashes, for points that have none.
     pub create: bool,
+    /// What the user says of files whose format nothing else decides; `catalog` was made with it.
+    pub format: Option<ImageFormat>,
 }
 
 /// How it stands. The order is from good to bad.
@@ -119,12 +122,12 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     report.findings = catalog.findings.iter().cloned().chain(orphans).collect();
     let mut look = Look { options, files: &files, recorder: None, told: HashSet::new() };
     if options.create && !options.quick {
-        look.recorder = recorder(&catalog.root, &mut report)?;
+        look.recorder = recorder(&catalog.root, options.format.is_some(), &mut report)?;
     }
     for chosen in &chosen {
         look.disk_report(chosen, &mut report)?;
     }
-    settle::settle(catalog, std::slice::from_mut(&mut report))?;
+    settle::settle(catalog, options.format, std::slice::from_mut(&mut report))?;
     report.outcome = worst(&report);
     Ok(report)
 }
@@ -161,7 +164,7 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<Standin
     // What belongs to no disk counts for each.
     let findings = catalog.findings.clone();
     reports.push(Report { findings, ..Report::new(catalog, &options) });
-    settle::settle(catalog, &mut reports)?;
+    settle::settle(catalog, None, &mut reports)?;
     let common = reports.pop().map_or(Outcome::Sound, |r| worst(&r));
     let standing = |r: Report| Standing {
         outcome: worst(&r).max(common),
@@ -171,8 +174,8 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<Standin
 }
 
 /// What writes manifests; `None`, with a finding, if somebody else is writing.
-fn recorder(root: &Path, report: &mut Report) -> Result<Option<Recorder>> {
-    match Recorder::begin(root) {
+fn recorder(root: &Path, told: bool, report: &mut Report) -> Result<Option<Recorder>> {
+    match Recorder::begin(root, told) {
         // What was found is worth telling all the same.
         Err(e) if e.kind() == Kind::Busy => {
             let found = Finding::from_error(&e, root);

@@ -8,13 +8,15 @@ use super::Outcome;
 use super::files::FileReport;
 use super::links::{Record, Records};
 use crate::chain::manifest::{self, fingerprint};
-use crate::chain::{Disk, Level, describe, unfinished};
+use crate::chain::{Disk, Level, describe, describe_format, unfinished};
 use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
 use crate::text::path_text;
 
 /// Writes manifests; nobody else writes to the directory as long as it is there.
 pub(super) struct Recorder {
+    /// Whether the user said what format the files have: that is to be kept of any image.
+    told: bool,
     _locks: Locks,
 }
 
@@ -23,13 +25,13 @@ impl Recorder {
     ///
     /// # Errors
     /// `Busy` if somebody else is writing to it.
-    pub fn begin(root: &Path) -> Result<Self> {
+    pub fn begin(root: &Path, told: bool) -> Result<Self> {
         let locks = Locks::take(root)?;
         if let Some(dir) = unfinished::folders(root).first() {
             let what = "another run altered this folder meanwhile, and was broken off";
             return Err(Error::new(Kind::Busy, what).at_path(dir).remedy("verify again"));
         }
-        Ok(Recorder { _locks: locks })
+        Ok(Recorder { told, _locks: locks })
     }
 
     /// Writes manifests for those points of `disk` that have none, and adds the hash to manifests
@@ -61,6 +63,7 @@ impl Recorder {
                 Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
                 Some(_) => None,
                 // One that cannot be read is a finding, and stays.
+                None if self.told => describe_format(disk, i),
                 None => describe(disk, i),
             };
             let Some(mut m) = m.filter(|_| is_as_it_was(disk, i, records)) else { continue };

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use qcow2_rs::meta::Qcow2Header;
 
-use crate::error::{Error, Finding, Kind, Result};
+use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::storage::ReadAt;
 
 /// Length of a version 2 header.
@@ -134,6 +134,22 @@ impl Header {
         self.incompatible & INCOMPAT_DIRTY != 0
     }
 
+    /// Whether QEMU found the image's tables at odds with each other, and marked it so.
+    pub fn is_marked_corrupt(&self) -> bool {
+        self.incompatible & INCOMPAT_CORRUPT != 0
+    }
+
+    /// The mark of a corrupt image as an error.
+    pub fn corrupt_mark(&self, path: &Path) -> Error {
+        Error::new(
+            Kind::Corrupt,
+            "QEMU marked the image as corrupt: clusters that two claim are not read",
+        )
+        .at_path(path)
+        .at_offset(72)
+        .remedy("check a copy of it with 'qemu-img check'")
+    }
+
     /// Guest bytes that one L2 table maps.
     pub fn l2_span(&self) -> u64 {
         let entry_bits = if self.extended_l2() { 4 } else { 3 };
@@ -153,6 +169,7 @@ impl Header {
     pub fn read(storage: &dyn ReadAt) -> Result<Header> {
         let mut buf = read_start(storage, USUAL_LEN)?;
         let fields = Fields { buf: &buf, path: storage.name() };
+        check_version(&fields)?;
         let cluster_bits = fields.u32(20)?;
         if !(9..=21).contains(&cluster_bits) {
             return Err(fields.corrupt(20, format!("cluster_bits is {cluster_bits}, not 9 to 21")));
@@ -177,6 +194,10 @@ impl Header {
             let text = "the image was not closed cleanly (dirty flag): its refcounts may be \
                         stale, its data is not affected";
             found.push(Finding::warning(Kind::Corrupt, path, text));
+        }
+        if self.is_marked_corrupt() {
+            let finding = Finding::from_error(&self.corrupt_mark(path), path);
+            found.push(Finding { severity: Severity::Warning, ..finding });
         }
         found
     }
@@ -260,11 +281,6 @@ impl Fields<'_> {
             let remedy = "the image was made by a newer QEMU; use a newer version of this program";
             return Err(self.error(Kind::Unsupported, 72, what).remedy(remedy));
         }
-        if h.incompatible & INCOMPAT_CORRUPT != 0 {
-            return Err(self
-                .error(Kind::Corrupt, 72, "QEMU marked the image as corrupt")
-                .remedy("check a copy of it with 'qemu-img check'"));
-        }
         let bit = h.incompatible & INCOMPAT_COMPRESSION != 0;
         if bit != (h.compression != Compression::Zlib) {
             return Err(self.corrupt(104, "compression type and its feature bit disagree"));
@@ -298,11 +314,25 @@ fn be64(b: &[u8]) -> u64 {
     u64::from_be_bytes(b.try_into().expect("eight bytes"))
 }
 
+/// Before anything else is looked at: what it means depends on it.
+fn check_version(f: &Fields) -> Result<()> {
+    let (what, remedy) = match f.u32(4)? {
+        2 | 3 => return Ok(()),
+        1 => (
+            "a qcow image of version 1, which is not read".to_string(),
+            "convert it with 'qemu-img convert -O qcow2'",
+        ),
+        other => (
+            format!("qcow2 version {other} is not known"),
+            "the image was made by a newer QEMU; use a newer version of this program, or restore it \
+             from another copy if it is damaged",
+        ),
+    };
+    Err(f.error(Kind::Unsupported, 4, what).remedy(remedy))
+}
+
 fn parse_fixed(f: &Fields, cluster_bits: u32) -> Result<Header> {
     let version = f.u32(4)?;
-    if version != 2 && version != 3 {
-        return Err(f.error(Kind::Unsupported, 4, format!("qcow2 version {version}")));
-    }
     match f.u32(32)? {
         0 => {}
         1 | 2 => return Err(encrypted(f)),

@@ -22,6 +22,7 @@ use super::{Format, ImageInfo, Kinds, KnownTables, Layer, LayerMap, Part};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::ExtentList;
 use crate::storage::ReadAt;
+use check::ClusterSet;
 use header::{Header, TableRef};
 use table::Tables;
 
@@ -80,6 +81,8 @@ pub struct Qcow2Layer {
     l1: TableRef,
     size: u64,
     look_for_holes: bool,
+    /// Of an image that QEMU marked as corrupt, what is not read.
+    twice: Option<ClusterSet>,
     /// Start and end of a stretch without tables that was found last. Whoever walks over a sparse
     /// disk asks for its end again and again, and the L1 table may have millions of entries.
     without_tables: Mutex<(u64, u64)>,
@@ -110,7 +113,12 @@ impl Qcow2Layer {
         };
         let look_for_holes = has_holes_in_clusters(data.as_deref().unwrap_or(&*image), &header);
         let without_tables = Mutex::default();
-        Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes, without_tables })
+        let data_len = data.as_ref().map(|d| d.len());
+        let twice = match header.is_marked_corrupt() {
+            true => Some(check::claimed_twice(&*image, &header, data_len)?),
+            false => None,
+        };
+        Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes, twice, without_tables })
     }
 
     /// The image's header.
@@ -127,6 +135,7 @@ impl Qcow2Layer {
             data: self.data.as_deref().unwrap_or(&*self.image),
             data_ix: u8::from(self.data.is_some()),
             look_for_holes: self.look_for_holes,
+            twice: self.twice.as_ref(),
         }
     }
 }
@@ -162,6 +171,10 @@ impl Layer for Qcow2Layer {
     }
 
     fn check_top(&self) -> Result<()> {
+        // It can be read, but is nothing to build on.
+        if self.header.is_marked_corrupt() {
+            return Err(self.header.corrupt_mark(self.image.name()));
+        }
         self.tables().check_l1()
     }
 

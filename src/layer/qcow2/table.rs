@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use qcow2_rs::dev::{Qcow2DevParams, Qcow2Info};
 use qcow2_rs::meta::{L1Entry, L2Entry, Qcow2Header, TableEntry};
 
+use super::check::{ClusterSet, DATA_FILE};
 use super::header::{Header, TableRef};
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentList;
@@ -41,6 +42,8 @@ pub struct Tables<'a> {
     pub data_ix: u8,
     /// Whether to ask the file system for holes inside plain clusters.
     pub look_for_holes: bool,
+    /// Clusters that are not read, as two references claim them.
+    pub twice: Option<&'a ClusterSet>,
 }
 
 impl Tables<'_> {
@@ -206,6 +209,14 @@ impl Tables<'_> {
         if host < self.header.cluster_size() || l1.contains(&host) {
             return Err(self.corrupt(at, "a table entry points into the image's own metadata"));
         }
+        self.check_claim(host >> self.header.cluster_bits, at)
+    }
+
+    fn check_claim(&self, cluster: u64, at: u64) -> Result<()> {
+        if self.twice.is_some_and(|t| t.contains(cluster)) {
+            let what = "the image is marked as corrupt, and something else uses the same cluster";
+            return Err(self.corrupt(at, what));
+        }
         Ok(())
     }
 
@@ -281,7 +292,10 @@ impl Tables<'_> {
     }
 
     fn check_data_place(&self, host: u64, at: u64) -> Result<()> {
-        if self.header.has_data_file() { Ok(()) } else { self.check_place(host, at) }
+        match self.header.has_data_file() {
+            true => self.check_claim(host >> self.header.cluster_bits | DATA_FILE, at),
+            false => self.check_place(host, at),
+        }
     }
 
     /// Offset 0 means "nothing here", but in an external data file 0 is a good place.
@@ -347,6 +361,7 @@ impl Tables<'_> {
             return Err(self.cut(at, "a compressed cluster lies past the end of the file"));
         }
         let skip = (part.start & ((1 << bits) - 1)) as u32;
+        self.check_claim((host + len - 1) >> bits, at)?;
         let mapping = Mapping::Compressed { host, len: len as u32, unit: 1 << bits, skip };
         map.extents.push(part.end - part.start, mapping);
         Ok(())

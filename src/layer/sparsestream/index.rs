@@ -3,20 +3,20 @@
 //! The pass is strict. Frames must ascend without overlap, lie inside the disk, add up to the size
 //! that the metadata announces, and the file must end where they end. A full stream mentions every
 //! byte of the disk, if it mentions zeros at all: a gap is a frame that was lost or damaged.
+//!
+//! A stream that only ends too early is what its writer made as far as it goes. Without its last
+//! frame a compressed one has no list of sizes: then the lz4 frames themselves say how long they are.
 
 use std::io::Read;
 use std::ops::Range;
 
 use super::frame::{self, Frame, HEADER, Kinds, Meta, Sizes, TERM, corrupt, cut};
+use super::measure;
 use crate::error::{Error, Kind, Result};
 use crate::storage::{ReadAt, Section};
 
 /// The most that is decompressed at once. The writer's frames hold at most 32 MiB.
 pub const MAX_UNIT: u64 = 64 << 20;
-/// "lz4 frame" in little-endian.
-const LZ4_MAGIC: [u8; 4] = 0x184d_2204u32.to_le_bytes();
-/// The bit of an lz4 frame's descriptor that says that its content's size follows.
-const LZ4_HAS_SIZE: u8 = 1 << 3;
 
 /// One range that a stream mentions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,11 +49,35 @@ impl Piece {
     }
 }
 
+/// What a stream mentions.
+pub struct Found {
+    /// Ascending, without overlap.
+    pub pieces: Vec<Piece>,
+    /// Where the stream ends too early: from this guest offset on nothing is known.
+    pub cut: Option<Cut>,
+}
+
+/// A stream that ends too early.
+#[derive(Debug, Clone, Copy)]
+pub struct Cut {
+    /// The first guest byte that it would still have mentioned.
+    pub from: u64,
+    /// Where in the file something is missing.
+    at: u64,
+}
+
+impl Cut {
+    /// The reason, without the file's name.
+    pub fn error(&self) -> Error {
+        cut(self.at, "the stream ends too early: what it had from here on is lost")
+    }
+}
+
 /// Reads all frames after the metadata, which ended at `at`.
 ///
 /// # Errors
 /// The stream breaks a rule, or cannot be read; without the file's name.
-pub fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Vec<Piece>> {
+pub fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Found> {
     let mut walk = Walk {
         storage,
         meta,
@@ -64,7 +88,12 @@ pub fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Vec<Piece>> {
         gap: None,
         zeros: false,
         pieces: Vec::new(),
+        unlisted: false,
     };
+    if frame::check_end(storage, meta).is_err_and(|e| e.kind() == Kind::Truncated) {
+        walk.unlisted = meta.compressed;
+        return walk.until_cut();
+    }
     if meta.compressed {
         let (list, text_at) = frame::read_trailer(storage)?;
         walk.sizes = Some(list);
@@ -89,9 +118,38 @@ struct Walk<'a> {
     /// Whether there are frames for zeros.
     zeros: bool,
     pieces: Vec<Piece>,
+    /// Whether it is compressed, and the list of sizes is lost.
+    unlisted: bool,
 }
 
+/// A part of a plain data frame that is cut off is given up in these units.
+const UNIT: u64 = 4096;
+
 impl Walk<'_> {
+    /// Takes the frames that are there of a stream that ends too early.
+    fn until_cut(mut self) -> Result<Found> {
+        let mut known = self.after;
+        let at = loop {
+            match self.step() {
+                Ok(true) => known = self.after,
+                // Nothing but the list of sizes is missing.
+                Ok(false) => {
+                    self.end = if self.unlisted { self.at } else { self.end };
+                    return self.finish();
+                }
+                Err(e) if e.kind() == Kind::Truncated => break self.at,
+                Err(e) => return Err(e),
+            }
+        };
+        if let Some(lost) = self.lost_frame() {
+            return Err(lost);
+        }
+        // A plain data frame is there as far as it goes; of lz4 frames those that are whole.
+        let last = self.pieces.last().filter(|p| p.end() > known);
+        known = last.map_or(known, Piece::end);
+        Ok(Found { pieces: self.pieces, cut: Some(Cut { from: known, at }) })
+    }
+
     /// Takes one frame; `false` at the last.
     fn step(&mut self) -> Result<bool> {
         let at = self.at;
@@ -139,8 +197,13 @@ impl Walk<'_> {
     fn data(&mut self, at: u64, frame: Frame) -> Result<()> {
         self.check_range(at, frame)?;
         let stored = match self.sizes.as_mut().map(Sizes::next) {
+            None if self.unlisted => self.unlisted(frame)?,
             None => {
-                self.push(frame.start, frame.len, self.at, How::Plain);
+                let there = self.end.saturating_sub(self.at).min(frame.len);
+                let there = if there < frame.len { there - there % UNIT } else { there };
+                if there > 0 {
+                    self.push(frame.start, there, self.at, How::Plain);
+                }
                 frame.len
             }
             Some(Some(places)) => self.compressed(frame, places)?,
@@ -181,15 +244,38 @@ impl Walk<'_> {
         Ok(host - self.at)
     }
 
-    fn finish(mut self) -> Result<Vec<Piece>> {
+    /// Takes the lz4 frames of one data frame, which say themselves how long they are.
+    fn unlisted(&mut self, frame: Frame) -> Result<u64> {
+        let (mut start, end, mut host) = (frame.start, frame.start + frame.len, self.at);
+        while start < end {
+            let single = start == frame.start;
+            let found = measure::measure(self.storage, host)?;
+            let len = found.content.or(single.then_some(frame.len)).filter(|n| *n > 0);
+            let len = len.filter(|n| *n <= end - start).ok_or_else(|| mismatch(host))?;
+            let size = u32::try_from(found.len).ok().filter(|_| len <= MAX_UNIT);
+            let size = size.ok_or_else(|| corrupt(host, "an lz4 frame is too large"))?;
+            self.push(start, len, host, How::Lz4(size));
+            start += len;
+            host += found.len;
+        }
+        Ok(host - self.at)
+    }
+
+    /// A range that a full stream leaves out, though it has frames for zeros.
+    fn lost_frame(&self) -> Option<Error> {
+        let at = self.gap.filter(|_| self.zeros && !self.meta.incremental)?;
+        Some(corrupt(at, "a full stream leaves out a range before this frame"))
+    }
+
+    fn finish(mut self) -> Result<Found> {
         if self.at != self.end {
             return Err(corrupt(self.at, "bytes follow the end of the stream"));
         }
-        if self.sizes.is_some_and(|mut rest| rest.next().is_some()) {
+        if self.sizes.as_mut().is_some_and(|rest| rest.next().is_some()) {
             return Err(corrupt(self.end, "the list of sizes is longer than the stream"));
         }
-        if let Some(at) = self.gap.filter(|_| self.zeros && !self.meta.incremental) {
-            return Err(corrupt(at, "a full stream leaves out a range before this frame"));
+        if let Some(lost) = self.lost_frame() {
+            return Err(lost);
         }
         let data = self.pieces.iter().filter(|p| p.how != How::Zero);
         // Pieces do not overlap and lie inside the disk, so the sum cannot overflow.
@@ -199,7 +285,7 @@ impl Walk<'_> {
             return Err(corrupt(HEADER, what));
         }
         self.pieces.shrink_to_fit();
-        Ok(self.pieces)
+        Ok(Found { pieces: self.pieces, cut: None })
     }
 }
 
@@ -213,10 +299,10 @@ fn lz4_content(storage: &dyn ReadAt, host: u64, size: u32) -> Result<Option<u64>
     let mut from = Section::new(storage, host, host + u64::from(size));
     let read = from.read_exact(&mut head);
     // The smallest frame: magic, descriptor of 3 bytes, end mark.
-    if size < 11 || head[..4] != LZ4_MAGIC {
+    if size < 11 || head[..4] != measure::MAGIC {
         return Err(corrupt(host, "there is no lz4 frame where one has to be"));
     }
-    if head[4] & LZ4_HAS_SIZE == 0 {
+    if head[4] & measure::HAS_SIZE == 0 {
         return Ok(None);
     }
     read.map_err(|_| corrupt(host, "an lz4 frame is cut"))?;

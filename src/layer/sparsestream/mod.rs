@@ -1,12 +1,14 @@
 //! virtnbdbackup's streams: full, incremental, differential backups and copies of one disk.
 //!
 //! Room by room: `frame` (frame headers, metadata, the trailer with compressed sizes), `index` (one
-//! pass over the frames), `lz4` (compressed frames, piece by piece). A full stream or a copy lies on nothing; in an incremental one, what is
+//! pass over the frames), `measure` (how long a compressed frame is), `lz4` (such frames, piece by
+//! piece). A full stream or a copy lies on nothing; in an incremental one, what is
 //! not mentioned is looked for below. Compressed data is lz4 frames whose checksums are verified.
 
 mod frame;
 mod index;
 mod lz4;
+mod measure;
 
 use std::collections::HashSet;
 use std::io::{BufReader, Read};
@@ -14,21 +16,25 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Layer, LayerMap, Mapping, Unit};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::layer;
 use crate::storage::{ReadAt, Section};
 pub use frame::Meta;
-use index::{How, Piece};
+use index::{Cut, Found, How, Piece};
 
-/// Reads the metadata of a stream, and looks whether its last frame is there.
+/// Reads the metadata of a stream, and looks whether its last frame is there: if not, the error says
+/// so, and what is before the cut can be read all the same.
 ///
 /// # Errors
-/// It is damaged, cut, or of an unknown version.
-pub fn probe(storage: &dyn ReadAt) -> Result<Meta> {
+/// It is damaged, cut in its metadata, or of an unknown version.
+pub fn probe(storage: &dyn ReadAt) -> Result<(Meta, Option<Error>)> {
     let named = |e: Error| e.at_path(storage.name());
     let (meta, _) = frame::read_meta(storage).map_err(named)?;
-    frame::check_end(storage, &meta).map_err(named)?;
-    Ok(meta)
+    match frame::check_end(storage, &meta) {
+        Ok(()) => Ok((meta, None)),
+        Err(e) if e.kind() == Kind::Truncated => Ok((meta, Some(named(e)))),
+        Err(e) => Err(named(e)),
+    }
 }
 
 /// Whether a file begins as a stream does. A raw disk can, too: ask for its name first.
@@ -52,18 +58,21 @@ pub struct StreamLayer {
     pieces: Vec<Piece>,
     /// Compressed frames whose content was compared with its checksum, by place.
     verified: Mutex<HashSet<u64>>,
+    /// Where it ends too early.
+    cut: Option<Cut>,
 }
 
 impl StreamLayer {
     /// Reads all frame headers of the stream.
     ///
     /// # Errors
-    /// The stream is damaged anywhere in its structure, or cannot be read.
+    /// The stream is damaged anywhere in its structure (one that only ends too early is not), or cannot
+    /// be read.
     pub fn open(storage: Arc<dyn ReadAt>) -> Result<Self> {
         let named = |e: Error| e.at_path(storage.name());
         let (meta, at) = frame::read_meta(&*storage).map_err(named)?;
-        let pieces = index::read(&*storage, &meta, at).map_err(named)?;
-        Ok(StreamLayer { storage, meta, pieces, verified: Mutex::default() })
+        let Found { pieces, cut } = index::read(&*storage, &meta, at).map_err(named)?;
+        Ok(StreamLayer { storage, meta, pieces, cut, verified: Mutex::default() })
     }
 
     /// What the stream says about itself.
@@ -90,6 +99,16 @@ impl StreamLayer {
             return open();
         }
         Ok(frame)
+    }
+
+    /// Appends what is not mentioned, up to `to`; what would have been behind a cut is bad.
+    fn push_between(&self, map: &mut LayerMap, to: u64) {
+        let at = map.extents.end();
+        let known = self.cut.map_or(to, |c| c.from.clamp(at, to.max(at)));
+        map.extents.push(known.saturating_sub(at), self.between());
+        if let Some(cut) = self.cut.filter(|_| known < to) {
+            map.push_bad(to - known, &cut.error(), self.storage.name());
+        }
     }
 
     fn first_after(&self, at: u64) -> usize {
@@ -124,12 +143,12 @@ impl Layer for StreamLayer {
                 map.push_bad(range.end - at, &e, self.storage.name());
                 return map;
             }
-            map.extents.push(piece.start.saturating_sub(at), self.between());
+            self.push_between(&mut map, piece.start.max(at));
             let from = piece.start.max(at);
             let len = piece.end().min(range.end) - from;
             map.extents.push(len, mapping(piece, from - piece.start));
         }
-        map.extents.push(range.end - map.extents.end(), self.between());
+        self.push_between(&mut map, range.end);
         map
     }
 
@@ -138,7 +157,8 @@ impl Layer for StreamLayer {
             return from;
         }
         let next = self.pieces.get(self.first_after(from));
-        next.map_or(self.meta.virtual_size, |p| p.start).max(from)
+        let last = self.cut.map_or(self.meta.virtual_size, |c| c.from);
+        next.map_or(last, |p| p.start).max(from)
     }
 
     fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()> {

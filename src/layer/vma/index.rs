@@ -8,13 +8,14 @@
 //!
 //! The pass is strict, as `vma extract` is: every cluster of every device occurs once, every header
 //! has the right sum and identity, block counts agree with masks. An archive that breaks a rule is
-//! refused as a whole, because it is not what its writer made.
+//! refused as a whole, because it is not what its writer made. One that only ends too early is what
+//! its writer made as far as it goes: clusters that are there whole are served, the others are bad.
 
 use std::ops::Range;
 
 use super::header::{Device, Header, array, check_sum, corrupt, cut};
 use super::{BLOCK, CLUSTER};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layer::{LayerMap, Mapping};
 use crate::storage::ReadAt;
 
@@ -22,6 +23,8 @@ use crate::storage::ReadAt;
 const EXTENT_HEADER: u64 = 512;
 /// Clusters described by one extent.
 const SLOTS: usize = 59;
+
+const CUT_IN_HEADER: &str = "the archive ends inside an extent's header";
 
 /// One checked extent header.
 pub struct Extent {
@@ -52,7 +55,7 @@ impl Extent {
     /// Reads and checks the extent header at `at`.
     pub fn read(storage: &dyn ReadAt, header: &Header, at: u64) -> Result<Extent> {
         if storage.len().saturating_sub(at) < EXTENT_HEADER {
-            return Err(cut(at, "the archive ends inside an extent's header"));
+            return Err(cut(at, CUT_IN_HEADER));
         }
         let mut bytes = [0; EXTENT_HEADER as usize];
         storage.read_exact_at(&mut bytes, at)?;
@@ -107,6 +110,8 @@ pub struct Index {
     extents: Vec<u64>,
     /// For each device, in the header's order, its runs, ascending.
     runs: Vec<Vec<Run>>,
+    /// Where the archive ends too early, and in what.
+    cut: Option<(u64, &'static str)>,
 }
 
 impl Index {
@@ -115,19 +120,26 @@ impl Index {
     /// # Errors
     /// The archive breaks a rule of the format, or cannot be read; without the file's name.
     pub fn build(storage: &dyn ReadAt, header: &Header) -> Result<Index> {
-        let mut index = Index { extents: Vec::new(), runs: vec![Vec::new(); header.devices.len()] };
+        let runs = vec![Vec::new(); header.devices.len()];
+        let mut index = Index { extents: Vec::new(), runs, cut: None };
         let mut used = vec![0; header.devices.len()];
-        let mut at = header.len;
-        while at < storage.len() {
+        let (mut at, end) = (header.len, storage.len());
+        while at < end {
+            if end - at < EXTENT_HEADER {
+                index.cut = Some((at, CUT_IN_HEADER));
+                break;
+            }
             let extent = Extent::read(storage, header, at)?;
-            index.add(header, &extent, at, &mut used)?;
+            index.add(header, &extent, at, end, &mut used)?;
             at = extent.data + u64::from(extent.blocks) * BLOCK;
-            if at > storage.len() {
-                return Err(cut(storage.len(), "the archive ends inside the data of an extent"));
+            if at > end {
+                index.cut = Some((end, "the archive ends inside the data of an extent"));
             }
         }
         for (device, runs) in header.devices.iter().zip(&mut index.runs) {
-            check_complete(device, runs)?;
+            if !check_unique(device, runs)? {
+                index.cut.get_or_insert((end, "the archive ends before its last extent"));
+            }
             runs.shrink_to_fit();
         }
         index.extents.shrink_to_fit();
@@ -136,13 +148,22 @@ impl Index {
 
     /// Takes one extent in; `used` counts the clusters of each device so far. More than a device
     /// has cannot all be different: seen at once, or a hostile archive would fill the memory.
-    fn add(&mut self, header: &Header, extent: &Extent, at: u64, used: &mut [u64]) -> Result<()> {
+    /// What lies past `end`, that of the archive, is not there.
+    fn add(
+        &mut self,
+        header: &Header,
+        extent: &Extent,
+        at: u64,
+        end: u64,
+        used: &mut [u64],
+    ) -> Result<()> {
         let number = u32::try_from(self.extents.len())
             .map_err(|_| corrupt(at, "an archive cannot have so many extents"))?;
         self.extents.push(at);
         let mut blocks = 0;
-        for (i, slot, _) in extent.used() {
-            blocks += slot.mask().count_ones();
+        for (i, slot, data) in extent.used() {
+            let stored = slot.mask().count_ones();
+            blocks += stored;
             let Ok(d) = header.devices.binary_search_by_key(&slot.device(), |d| d.id) else {
                 let what = format!("a cluster of device {}, which does not exist", slot.device());
                 return Err(corrupt(at, what));
@@ -152,6 +173,9 @@ impl Index {
             used[d] += 1;
             if used[d] > device.clusters() {
                 return Err(corrupt(at, format!("a cluster of {} is there twice", device.name)));
+            }
+            if stored > 0 && data + u64::from(stored) * BLOCK > end {
+                continue;
             }
             let run = Run { cluster: slot.cluster(), extent: number, slot: i as u8, count: 1 };
             match self.runs[d].last_mut() {
@@ -164,6 +188,16 @@ impl Index {
             return Err(corrupt(at + 6, what));
         }
         Ok(())
+    }
+
+    /// Why there are clusters that are not there, if there are.
+    pub fn cut(&self) -> Option<Error> {
+        self.cut.map(|(at, what)| cut(at, what))
+    }
+
+    /// Whether any cluster is there of the device at `position` in the header.
+    pub fn has_any(&self, position: usize) -> bool {
+        !self.runs[position].is_empty()
     }
 
     /// Appends what the archive says about `range` of the device at `position` in the header.
@@ -193,9 +227,22 @@ impl Index {
                     &held.insert((run.extent, Extent::read(storage, header, at)?)).1
                 }
             };
+            let from = (u64::from(run.cluster) * CLUSTER).max(range.start);
+            self.push_gap(map, from, storage);
             push_run(map, extent, run, &range);
         }
+        self.push_gap(map, range.end, storage);
         Ok(())
+    }
+}
+
+impl Index {
+    /// Appends what is not there before `to`.
+    fn push_gap(&self, map: &mut LayerMap, to: u64, storage: &dyn ReadAt) {
+        let len = to.saturating_sub(map.extents.end());
+        if let Some(error) = self.cut().filter(|_| len > 0) {
+            map.push_bad(len, &error, storage.name());
+        }
     }
 }
 
@@ -217,30 +264,25 @@ fn continues(last: &Run, next: &Run) -> bool {
         && last.slot + last.count == next.slot
 }
 
-/// Every cluster once; of a RAM state a beginning will do, in order.
-fn check_complete(device: &Device, runs: &mut [Run]) -> Result<()> {
+/// No cluster twice; of a RAM state they are in order. Whether all are there; of a RAM state a
+/// beginning will do.
+fn check_unique(device: &Device, runs: &mut [Run]) -> Result<bool> {
     if !device.is_state() {
         runs.sort_unstable_by_key(|r| r.cluster);
     }
-    let mut next = 0;
+    let (mut next, mut complete) = (0, true);
     for run in &*runs {
         let cluster = u64::from(run.cluster);
         if cluster < next {
             return Err(corrupt(0, format!("cluster {cluster} of {} is there twice", device.name)));
         }
-        if cluster > next {
-            return Err(missing(device, next));
+        if cluster > next && device.is_state() {
+            return Err(cut(0, format!("cluster {next} of {} is missing", device.name)));
         }
+        complete &= cluster == next;
         next = run.end();
     }
-    if next < device.clusters() && !device.is_state() {
-        return Err(missing(device, next));
-    }
-    Ok(())
-}
-
-fn missing(device: &Device, cluster: u64) -> crate::error::Error {
-    cut(0, format!("cluster {cluster} of {} is missing", device.name))
+    Ok(device.is_state() || complete && next >= device.clusters())
 }
 
 /// Appends the part of `run` that lies in `range`.

@@ -45,7 +45,8 @@ impl Archive {
     /// first, because nothing but its beginning could be found otherwise.
     ///
     /// # Errors
-    /// The archive is damaged anywhere in its structure, or cannot be read; `NoSpace` if the
+    /// The archive is damaged anywhere in its structure, or cannot be read (one that only ends too
+    /// early can, if it is not compressed: there only sums at its end prove what was unpacked); `NoSpace` if the
     /// scratch file would fill its file system.
     pub fn open(storage: Arc<dyn ReadAt>) -> Result<Self> {
         let storage = unpack::plain(storage)?;
@@ -68,13 +69,17 @@ impl VmaLayer {
     /// The layer of device number `id`.
     ///
     /// # Errors
-    /// `NotFound` if there is no such disk.
+    /// `NotFound` if there is no such disk; `Truncated` if nothing of it is there.
     pub fn new(archive: Arc<Archive>, id: u8) -> Result<Self> {
         let found = archive.header.devices.iter().position(|d| d.id == id && !d.is_state());
         let position = found.ok_or_else(|| {
             Error::new(Kind::NotFound, format!("the archive has no disk with number {id}"))
                 .at_path(archive.storage.name())
         })?;
+        // With nothing of it there, it is no disk that lacks something.
+        if let Some(error) = archive.index.cut().filter(|_| !archive.index.has_any(position)) {
+            return Err(error.at_path(archive.storage.name()));
+        }
         let size = archive.header.devices[position].size;
         Ok(VmaLayer { archive, position, size })
     }

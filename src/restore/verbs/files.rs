@@ -390,9 +390,7 @@ pub fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<O
     let parent = known.and_then(|m| m.parent).map(OsString::from);
     let open = || SourceFile::of_open(dir.open_file(image).ok()?, dir.join(image)).ok();
     let pointer = open().and_then(|f| crate::layer::probe(&f).ok()).and_then(|i| i.backing_file);
-    let pointer = pointer.filter(|p| !p.is_empty());
-    let pointer = pointer.and_then(|p| Path::new(&p).file_name().map(OsStr::to_os_string));
-    (parent, pointer)
+    (parent, pointer.as_deref().and_then(crate::chain::backing_name))
 }
 
 /// The names of the plain files of a folder that may be images.

@@ -15,7 +15,7 @@ use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::header::{Header, TableRef};
 use crate::layer::qcow2::snapshot;
 use crate::storage::ReadAt;
-use clusters::ClusterSet;
+pub(super) use clusters::ClusterSet;
 
 /// Findings kept of one file; thousands more would say nothing new.
 const MAX_FINDINGS: usize = 20;
@@ -30,7 +30,7 @@ const ZERO: u64 = 1;
 /// L1 entries read at a time.
 const L1_CHUNK: u64 = 4096;
 /// Marks a cluster number as one of the external data file; clusters have less than 56 bits.
-const DATA_FILE: u64 = 1 << 60;
+pub(super) const DATA_FILE: u64 = 1 << 60;
 /// What to do about a damaged file.
 pub const REMEDY: &str = "restore this file from another copy of the backup";
 
@@ -67,9 +67,28 @@ pub fn check(image: &dyn ReadAt, data: Option<&Arc<dyn ReadAt>>) -> Structure {
         refcounts::check(image, &header, &walker.used, &walker.blocks)
     };
     let mut findings = walker.out.finish();
-    findings.extend(header.oddities(image.name()));
+    findings.extend(header.oddities(image.name()).into_iter().filter(|f| f.offset.is_none()));
+    if header.is_marked_corrupt() {
+        findings.push(Finding::from_error(&header.corrupt_mark(image.name()), image.name()));
+    }
     let compressed = walker.compressed;
     Structure { findings, refcounts, header: Some(header), compressed }
+}
+
+/// The host clusters that two references claim which exclude each other, those of an external data
+/// file of `data_len` bytes by their numbers there: in an image that QEMU marked as corrupt, nobody
+/// knows whose bytes are in them.
+///
+/// # Errors
+/// A table cannot be read.
+pub(super) fn claimed_twice(
+    image: &dyn ReadAt,
+    header: &Header,
+    data_len: Option<u64>,
+) -> Result<ClusterSet> {
+    let mut walker = Walker::new(image, header, data_len);
+    walker.walk()?;
+    Ok(walker.twice)
 }
 
 /// Which host clusters hold what.
@@ -138,6 +157,8 @@ struct Walker<'a> {
     blocks: Vec<u64>,
     blocks_readable: bool,
     compressed: bool,
+    /// Clusters that two references claim.
+    twice: ClusterSet,
     out: Collected,
 }
 
@@ -160,6 +181,7 @@ impl<'a> Walker<'a> {
             blocks: Vec::new(),
             blocks_readable: true,
             compressed: false,
+            twice: ClusterSet::default(),
             out: Collected::default(),
         }
     }
@@ -205,6 +227,7 @@ impl<'a> Walker<'a> {
             if !self.used.meta.insert(cluster) || !free {
                 let at = cluster << self.h.cluster_bits;
                 let text = format!("{what} and something else use the same cluster");
+                self.twice.insert(cluster);
                 self.error(Kind::Corrupt, at, text);
                 return false;
             }
@@ -428,6 +451,7 @@ impl<'a> Walker<'a> {
         let used = &self.used;
         let taken = [&used.meta, &used.data, &used.packed].iter().any(|s| s.contains(cluster));
         if taken || !self.seen.insert(cluster) {
+            self.twice.insert(cluster);
             self.error(Kind::Corrupt, at, "an L2 table and something else use the same cluster");
             return false;
         }
@@ -520,14 +544,17 @@ impl<'a> Walker<'a> {
         if self.data_len.is_some() {
             // The other file's clusters, apart from this one's L2 tables.
             if !self.seen.insert(cluster | DATA_FILE) {
+                self.twice.insert(cluster | DATA_FILE);
                 self.error(Kind::Corrupt, p.at, "two guest clusters have the same place");
             }
             return;
         }
         if self.used.meta.contains(cluster) || self.used.l2.contains(cluster) {
+            self.twice.insert(cluster);
             return self.error(Kind::Corrupt, p.at, "a data cluster lies over metadata");
         }
         if self.used.packed.contains(cluster) || !self.seen.insert(cluster) {
+            self.twice.insert(cluster);
             return self.error(Kind::Corrupt, p.at, "two guest clusters have the same place");
         }
         self.used.data.insert(cluster);
@@ -551,6 +578,7 @@ impl<'a> Walker<'a> {
         for cluster in clusters(range, self.h.cluster_bits) {
             let used = &self.used;
             if [&used.meta, &used.l2, &used.data].iter().any(|s| s.contains(cluster)) {
+                self.twice.insert(cluster);
                 let what = "a compressed cluster and something else use the same cluster";
                 return self.error(Kind::Corrupt, at, what);
             }

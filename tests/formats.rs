@@ -1,0 +1,242 @@
+//! The promise: a file's format is what the manifest, an image above it, its container or its name
+//! says. A guest, which writes all bytes of a raw disk, cannot make it another disk's.
+
+mod backups;
+
+use std::path::Path;
+
+use backups::{Backups, fleecefs, have, run};
+use fleecefs::chain::Catalog;
+use fleecefs::error::Severity;
+use fleecefs::image::{Cache, open_point};
+use fleecefs::layer::Format;
+
+const TOOLS: [&str; 2] = ["qemu-img", "qemu-io"];
+
+/// What only the other guest may know, and 1 MiB of disk.
+const SECRET: u8 = 0x53;
+const SIZE: u64 = 1 << 20;
+
+/// Makes an image with `byte` in its first 64 KiB.
+fn image(path: &Path, options: &[&str], byte: u8) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let path = path.to_str().unwrap();
+    run("qemu-img", &[&["create", "-q", "-f", "qcow2"], options, &[path, "1M"]].concat());
+    if byte != 0 {
+        run("qemu-io", &["-c", &format!("write -P {byte} 0 64k"), path]);
+    }
+}
+
+/// Writes what a guest writes to its raw disk: a header that names `backing` or `data`.
+fn hostile(b: &Backups, relative: &str, backing: Option<&str>, data: Option<&str>) -> Vec<u8> {
+    let aside = tempfile::tempdir().unwrap();
+    let at = aside.path().join("a/b/disk");
+    match data {
+        Some(name) => {
+            std::fs::create_dir_all(at.parent().unwrap()).unwrap();
+            let here = at.parent().unwrap();
+            std::fs::create_dir_all(here.join(name).parent().unwrap()).unwrap();
+            let option = format!("data_file={name},data_file_raw=on");
+            let mut create = std::process::Command::new("qemu-img");
+            create.args(["create", "-q", "-f", "qcow2", "-o", &option, "disk", "1M"]);
+            assert!(create.current_dir(here).status().unwrap().success());
+        }
+        None => image(&at, &[], 0),
+    }
+    if let Some(name) = backing {
+        run("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", name, at.to_str().unwrap()]);
+    }
+    let mut bytes = std::fs::read(&at).unwrap();
+    bytes.resize(SIZE as usize, 0);
+    b.file(relative, &bytes);
+    bytes
+}
+
+fn first_bytes(catalog: &Catalog, source: &Path) -> Option<Vec<u8>> {
+    let mut points = catalog.disks.iter().flat_map(|d| (0..d.points.len()).map(move |i| (d, i)));
+    let (disk, i) = points.find(|(d, i)| d.points[*i].source == source).expect("it is listed");
+    let image = open_point(disk, i, &Cache::new(1 << 20)).ok()?;
+    let mut bytes = vec![0; usize::try_from(image.size().min(SIZE)).unwrap()];
+    image.read_at(&mut bytes, 0).ok()?;
+    Some(bytes)
+}
+
+#[test]
+fn a_header_on_a_raw_disk_shows_nothing_of_another_guest() {
+    if !have("a_header_on_a_raw_disk_shows_nothing_of_another_guest", &TOOLS) {
+        return;
+    }
+    let (image_of, raw_of) = ("../../vm2/sda/FULL-1700000000-sda.qcow2", "../../vm2/sda/disk.raw");
+    for name in [
+        "FULL-1700000000-sda.raw",
+        "COPY-1700000000-sda.img",
+        "disk.raw",
+        "disk.img",
+        "FULL-1700000000-sda",
+        "INC-1700000001-sda",
+        "INC-1700000001-sda.raw",
+        "disk",
+        "FULL-1700000000-sda.RAW",
+    ] {
+        for (backing, data) in [(Some(image_of), None), (None, Some(raw_of)), (Some(raw_of), None)]
+        {
+            let b = Backups::new();
+            image(&b.path("vm2/sda/FULL-1700000000-sda.qcow2"), &[], SECRET);
+            b.file("vm2/sda/disk.raw", &vec![SECRET; SIZE as usize]);
+            let disks = b.scan().disks.len();
+            let relative = format!("vm1/sda/{name}");
+            let own = hostile(&b, &relative, backing, data);
+            let catalog = b.scan();
+            assert_eq!(catalog.disks.len(), disks + 1, "{name}: nobody disappears");
+            let got = first_bytes(&catalog, &b.path(&relative));
+            assert!(got.is_none_or(|got| got == own), "{name}: {backing:?} {data:?}");
+            let why = b.why(name);
+            assert!(why.remedy.is_some(), "{name}: {why}");
+            for other in ["vm2/sda/FULL-1700000000-sda.qcow2", "vm2/sda/disk.raw"] {
+                let got = first_bytes(&catalog, &b.path(other)).expect("it is as it was");
+                assert_eq!(got[0], SECRET, "{other}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_raw_name_with_a_whole_image_inside_is_read_with_a_finding() {
+    if !have("a_raw_name_with_a_whole_image_inside_is_read_with_a_finding", &TOOLS) {
+        return;
+    }
+    let b = Backups::new();
+    image(&b.path("cloud.img"), &[], 0x41);
+    let catalog = b.scan();
+    assert_eq!(first_bytes(&catalog, &b.path("cloud.img")).unwrap()[0], 0x41);
+    let findings = b.findings();
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    assert_eq!(findings[0].severity, Severity::Warning);
+    assert!(findings[0].remedy.as_ref().unwrap().contains("--format"), "{findings:?}");
+    // An overlay that is an image by its name says what it is.
+    let overlay = |format: &str, name: &str| {
+        let path = b.path(name);
+        image(&path, &["-F", format, "-b", "cloud.img"], 0);
+        path
+    };
+    let above = overlay("qcow2", "vm.qcow2");
+    assert!(b.findings().is_empty(), "{:?}", b.findings());
+    assert_eq!(first_bytes(&b.scan(), &above).unwrap()[0], 0x41);
+    std::fs::remove_file(&above).unwrap();
+    // As QEMU reads it where that says raw.
+    let above = overlay("raw", "vm.qcow2");
+    let wanted = std::fs::read(b.path("cloud.img")).unwrap();
+    let got = first_bytes(&b.scan(), &above).unwrap();
+    let len = wanted.len().min(got.len());
+    assert_eq!(got[..len], wanted[..len]);
+    // Two that disagree decide nothing.
+    overlay("qcow2", "other.qcow2");
+    assert!(first_bytes(&b.scan(), &b.path("cloud.img")).is_none());
+    assert!(b.why("cloud.img").message.contains("disagree"));
+    assert!(first_bytes(&b.scan(), &above).is_none());
+}
+
+#[test]
+fn an_increment_says_how_its_full_is_read() {
+    if !have("an_increment_says_how_its_full_is_read", &TOOLS) {
+        return;
+    }
+    for (full, format, wanted) in [
+        ("FULL-1-sda", "raw", Some(Format::Raw)),
+        ("FULL-1-sda", "qcow2", Some(Format::Qcow2)),
+        // Its name says what it is, the increment says otherwise.
+        ("FULL-1-sda.qcow2", "raw", None),
+    ] {
+        let b = Backups::new();
+        let tail = full.strip_prefix("FULL-1-").unwrap();
+        image(&b.path(&format!("sda/{full}")), &[], 0x41);
+        let file = std::fs::File::options().write(true).open(b.path(&format!("sda/{full}")));
+        file.unwrap().set_len(SIZE).unwrap();
+        let inc = format!("INC-2-{tail}");
+        let path = b.path(&format!("sda/{inc}"));
+        image(&path, &["-F", format, "-b", full], 0);
+        if wanted.is_some() {
+            // Nothing but a manifest proves what has no extension.
+            backups::manifest(&b.path("sda"), &inc, fleecefs::chain::Level::Inc, Some(full), 0);
+        }
+        let catalog = b.scan();
+        let points = &catalog.disks[0].points;
+        let above = points.iter().find(|p| p.name == inc).unwrap();
+        match wanted {
+            Some(format) => {
+                assert!(above.is_served(), "{format:?}: {:?}", above.unavailable);
+                assert_eq!(points[0].layers[0].format, format);
+            }
+            None => {
+                let why = above.unavailable.as_ref().unwrap();
+                assert!(why.message.contains("not of format raw"), "{why}");
+            }
+        }
+    }
+}
+
+#[test]
+fn verify_records_what_a_user_says() {
+    if !have("verify_records_what_a_user_says", &TOOLS) {
+        return;
+    }
+    for format in ["raw", "qcow2"] {
+        let b = Backups::new();
+        image(&b.path("base.qcow2"), &[], 0x42);
+        let own = hostile(&b, "vm1/disk.raw", Some("../base.qcow2"), None);
+        b.file("vm1/gz.raw", &[&[0x1f, 0x8b][..], &[7; 4094]].concat());
+        let root = b.root().to_str().unwrap();
+        let verify = |point: &str, format: &str| {
+            let args = ["verify", "--create", "--format", format, root, "--point", point];
+            let out = fleecefs(&args);
+            String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned()
+        };
+        assert!(first_bytes(&b.scan(), &b.path("vm1/disk.raw")).is_none());
+        let said = verify("disk.raw", format);
+        assert!(said.contains("1 manifest written"), "{said}");
+        let got = first_bytes(&b.scan(), &b.path("vm1/disk.raw")).expect("it is decided");
+        match format {
+            "raw" => assert!(got == own),
+            _ => assert_eq!(got[0], 0x42),
+        }
+        // Only what was asked for, and only what a format can be given to.
+        assert!(first_bytes(&b.scan(), &b.path("vm1/gz.raw")).is_none());
+        let said = verify("gz.raw", format);
+        assert_eq!(said.contains("1 manifest written"), format == "raw", "{said}");
+        assert_eq!(first_bytes(&b.scan(), &b.path("vm1/gz.raw")).is_some(), format == "raw");
+    }
+    // Without a user's word nothing is recorded of a plain image.
+    let b = Backups::new();
+    image(&b.path("x.qcow2"), &[], 1);
+    fleecefs(&["verify", "--create", b.root().to_str().unwrap()]);
+    assert!(!b.path(".fleecefs/x.qcow2.json").exists());
+}
+
+#[test]
+fn backing_pointers_in_qemus_other_words_are_followed_as_plain_ones() {
+    if !have("backing_pointers_in_qemus_other_words_are_followed_as_plain_ones", &TOOLS) {
+        return;
+    }
+    let b = Backups::new();
+    image(&b.path("sda/FULL-1-sda.qcow2"), &[], 0x41);
+    image(&b.path("base.qcow2"), &[], 0x42);
+    let (inc, top) = (b.path("sda/INC-2-sda.qcow2"), b.path("top.qcow2"));
+    for (image_path, full) in [(&inc, "sda/FULL-1-sda.qcow2"), (&top, "base.qcow2")] {
+        image(image_path, &[], 0);
+        let below = b.path(full);
+        let name = below.file_name().unwrap().to_str().unwrap();
+        for pointer in [
+            format!("file:{}", below.display()),
+            format!("file:{name}"),
+            format!(r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{name}"}}}}"#),
+            format!(r#"json:{{"driver":"qcow2","file.driver":"file","file.filename":"{name}"}}"#),
+        ] {
+            let path = image_path.to_str().unwrap();
+            run("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", &pointer, path]);
+            let got = first_bytes(&b.scan(), image_path).unwrap_or_else(|| panic!("{pointer}"));
+            assert_eq!(got[0], if full.starts_with("sda") { 0x41 } else { 0x42 }, "{pointer}");
+            let warned: Vec<_> = b.findings();
+            assert!(warned.iter().all(|f| f.severity == Severity::Note), "{pointer}: {warned:?}");
+        }
+    }
+}
