@@ -10,8 +10,10 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
+
 use serde_json::{Value, json};
 
 use super::Watch;
@@ -34,6 +36,9 @@ const SAFE: &[&str] = &[
     "internal-error",
     "guest-panicked",
 ];
+
+/// The longest that a refused snapshot job is waited for.
+const PASSING: Duration = Duration::from_secs(10);
 
 /// States of a migration that is over, or never was.
 const OVER: &[&str] = &["none", "completed", "cancelled", "failed"];
@@ -119,6 +124,21 @@ fn run_state(client: &mut Client) -> Result<Option<String>> {
     }
     let status: Value = client.poll("query-status")?;
     Ok(Some(status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_string()))
+}
+
+/// As [`run_state`], but waits while a job saves or loads a snapshot: QEMU refuses that as long as a run
+/// has its bitmaps, but stops the guest first and lets it go on after. What did load one has a job that
+/// is seen.
+fn lasting_state(client: &mut Client) -> Result<Option<String>> {
+    let deadline = Instant::now() + PASSING;
+    loop {
+        let state = run_state(client)?;
+        let passes = matches!(state.as_deref(), Some("save-vm" | "restore-vm"));
+        if !passes || Instant::now() >= deadline {
+            return Ok(state);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn check_state(state: &str) -> Result<()> {
@@ -226,7 +246,7 @@ impl Guard {
     /// # Errors
     /// `Busy`; as [`Client::execute`].
     pub fn check(&self, client: &mut Client) -> Result<()> {
-        let Some(state) = run_state(client)? else { return Ok(()) };
+        let Some(state) = lasting_state(client)? else { return Ok(()) };
         let now = Progress::ask(client)?;
         let safe = check_state(&state).and_then(|()| now.check());
         safe.map_err(|e| match owner_in(&state, &now) {

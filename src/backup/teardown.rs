@@ -205,9 +205,9 @@ fn take_off(
 }
 
 /// Ends the copying of filters that cannot be taken out yet: else each would go on copying what the
-/// guest overwrites to its fleece. Its fleece is replaced by a node that takes no write; the first that fails
-/// breaks the frozen view, which nobody of ours reads any more, and from then on the filter only passes
-/// requests through.
+/// guest overwrites to its fleece. Its fleece is replaced by a node that takes no write; the first
+/// that fails breaks the frozen view, which nobody of ours reads any more, and from then on the filter
+/// only passes requests through.
 fn end_copying(
     client: &mut Client,
     answers: &Answers,
