@@ -504,9 +504,9 @@ fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
     let (old, new) = (t.path().join("2026-11"), t.path().join("2026-12"));
     put(&old.join("d"), "FULL-1-d", Level::Full, None, FIRST);
     std::fs::create_dir(&new).unwrap();
-    std::fs::write(t.path().join("uuid"), format!("{TARGET}-0000")).unwrap();
+    std::fs::write(t.path().join("uuid"), format!("{TARGET}-1111-4222-8333-444455556666")).unwrap();
     // November had an id of its own once.
-    std::fs::write(old.join("uuid"), "eeeeeeee-0000").unwrap();
+    std::fs::write(old.join("uuid"), "eeeeeeee-1111-4222-8333-444455556666").unwrap();
     let earlier = names::bitmap("eeeeeeee", FIRST, FIRST, 0);
     let foreign = names::bitmap("ffffffff", FIRST, FIRST, 0);
     let target = TargetId::of(t.path(), &new, true).unwrap();
