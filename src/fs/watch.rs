@@ -1,7 +1,7 @@
 //! Noticing that the backup directory changed: inotify, and polling where that is not enough.
 //!
 //! One thread waits for several things at once: events of any folder below the backup directory, another
-//! folder in its place ([`Place`]: the backup disk is mounted late), the end of the polling interval,
+//! folder in its place (`Place`: the backup disk is mounted late), the end of the polling interval,
 //! and [`Waker::wake`]. What exactly happened does not matter: after
 //! a short quiet time everything is looked at again, which is cheap because unchanged files are
 //! not opened. Watches are set anew *before* that look whenever folders came or went, so nothing

@@ -132,7 +132,7 @@ impl Image {
         }
     }
 
-    /// The file that [`Source::Data`] of layer `index` and file number `file` gives offsets in, for
+    /// The file that [`super::Source::Data`] of layer `index` and file number `file` gives offsets in, for
     /// cloning ranges of it; `None` if they are offsets in something else (an archive's unpacked
     /// copy).
     ///

@@ -6,7 +6,7 @@
 //! to make room. A file that was read since it came to the head of the list gets a second chance.
 //! Pinned files leave room for a working set, so that reading goes on whatever is pinned.
 //!
-//! Readers find an open file without a lock ([`Slot::get`]). The lock is never held while a file is
+//! Readers find an open file without a lock (`Slot::get`). The lock is never held while a file is
 //! opened or closed: the storage may not answer.
 
 use std::fs::File;
