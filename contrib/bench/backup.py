@@ -7,17 +7,14 @@ nothing but the copy is measured; its writes are made through QEMU's own monitor
 has a target and a bitmap of its own.
 """
 
-import argparse
 import json
 import os
 import random
 import shlex
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 import chains
@@ -133,23 +130,17 @@ def show(level, figures):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fleecefs", default="target/release/fleecefs")
-    parser.add_argument("--qmpbackup", required=True, help="upstream's program, with arguments if need be")
-    parser.add_argument("--dir", default="/dev/shm", help="where disk and targets are put")
+    parser = chains.parser(__doc__, upstream=True)
     parser.add_argument("--size-mib", type=int, default=4096)
     parser.add_argument("--dirty-mib", type=int, default=256, help="written before each INC")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args()
 
 
 def main():
     args = arguments()
-    args.fleecefs = os.path.abspath(args.fleecefs)
-    work = tempfile.mkdtemp(prefix="bench-backup-", dir=args.dir)
     rows = []
-    try:
+    with chains.workplace(args, "backup") as work:
         disk = os.path.join(work, "disk.qcow2")
         chains.make_full(disk, args.size_mib * MIB)
         with Qemu(work, disk) as qemu:
@@ -157,11 +148,7 @@ def main():
         print(f"{'backup':<20}{'qmpbackup':>12}{'fleecefs':>12}{'ratio':>9}")
         for level, by_way in figures.items():
             rows += show(level, by_way)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    if args.json:
-        with open(args.json, "w") as out:
-            json.dump(rows, out, indent=1)
+    chains.write_json(args, rows)
 
 
 if __name__ == "__main__":

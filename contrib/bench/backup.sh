@@ -5,13 +5,7 @@
 #
 #   python3 -m venv venv && venv/bin/pip install ./qmpbackup
 #   contrib/bench/backup.sh --qmpbackup venv/bin/qmpbackup
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-# shellcheck source=../lib/deps.sh
-. contrib/lib/deps.sh
-deps_rust
-deps_build
-deps_bench
-deps_qemu
-cargo build --release --quiet
-exec python3 contrib/bench/backup.py --fleecefs "${CARGO_TARGET_DIR:-target}/release/fleecefs" "$@"
+
+# shellcheck source=../lib/bench.sh
+. "$(dirname "$0")/../lib/bench.sh"
+measure backup qemu -- "$@"

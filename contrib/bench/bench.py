@@ -7,7 +7,6 @@ the median over the rounds of ours/theirs, and of ours/FUSE: a noisy machine dis
 (to standard output) and writes JSON where --json says.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -15,7 +14,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 import chains
@@ -394,24 +392,20 @@ def other_promises(args, results, files, work, out):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--fleecefs", default="target/release/fleecefs")
-    parser.add_argument("--zeros", default="target/release/examples/zeros", help="what FUSE allows")
+    parser = chains.parser(__doc__.split("\n", 1)[0])
+    parser.add_argument("--zeros", default="target/release/examples/zeros", type=os.path.abspath,
+                        help="what FUSE allows")  # fmt: skip
     parser.add_argument("--size-mib", type=int, default=4096, help="virtual disk (%(default)s)")
     parser.add_argument("--depths", default="1,10,200", help="files per chain (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2, help="each fio run (%(default)s)")
     parser.add_argument("--buffered-mib", type=int, default=1024, help="length of dd (%(default)s)")
-    parser.add_argument("--dir", default="/dev/shm", help="where the chains go (%(default)s)")
     parser.add_argument("--raw-dir", default="/var/tmp", help="where the raw file goes (%(default)s)")
     parser.add_argument("--only", choices=["ours", "theirs"], help="measure one server")
-    parser.add_argument("--json", help="file for all figures")
     parser.add_argument("--quick", action="store_true", help="a small disk, one round, one second")
     args = parser.parse_args()
     if args.quick:
         args.size_mib, args.rounds, args.seconds, args.buffered_mib = 512, 1, 1, 256
-    args.fleecefs = os.path.abspath(args.fleecefs)
-    args.zeros = os.path.abspath(args.zeros)
     return args
 
 
@@ -431,7 +425,7 @@ def make_chains(args, work):
 def main():
     args = arguments()
     out = {"size_mib": args.size_mib, "rounds": args.rounds}
-    with tempfile.TemporaryDirectory(dir=args.dir, prefix="fleecefs-bench.") as work:
+    with chains.workplace(args, "mount") as work:
         begin = time.monotonic()
         files = make_chains(args, work)
         print(f"bench: chains made in {time.monotonic() - begin:.0f} s", file=sys.stderr)
@@ -441,9 +435,7 @@ def main():
         print("MB/s (seq, buffered), reads/s (rand), MiB (peak)")
         table(results, out)
         other_promises(args, results, files, work, out)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(out, file, indent=1)
+    chains.write_json(args, out)
     rows = out["ratios"] + out["others"]
     print(f"{sum(r.get('kept', False) for r in rows)} promises kept, "
           f"{sum(not r.get('kept', True) for r in rows)} missed")  # fmt: skip

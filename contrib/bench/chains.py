@@ -1,8 +1,14 @@
-"""Backup chains for the benchmark, made with QEMU's tools, in tmpfs if that is where they are put."""
+"""Backup chains for the benchmarks, made with QEMU's tools, in tmpfs if that is where they are put; and what
+the benchmarks' command lines share."""
 
+import argparse
+import contextlib
+import json
 import os
 import random
+import shutil
 import subprocess
+import tempfile
 
 MIB = 1 << 20
 CLUSTER = 64 * 1024
@@ -10,6 +16,34 @@ CLUSTER = 64 * 1024
 FIRST_POINT = 1700000000
 # qemu-io holds a whole write in memory.
 FULL_WRITE = 64 * MIB
+
+
+def parser(description, *, upstream=False):
+    """Arguments that benchmarks share."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--fleecefs", default="target/release/fleecefs", type=os.path.abspath)
+    found.add_argument("--dir", default="/dev/shm", help="where all that is needed is put (%(default)s)")
+    found.add_argument("--json", help="write the figures to this file")
+    if upstream:
+        found.add_argument("--qmpbackup", required=True, help="upstream's program, with arguments if need be")
+    return found
+
+
+@contextlib.contextmanager
+def workplace(args, name):
+    """A folder of its own below --dir, which goes at the end."""
+    work = tempfile.mkdtemp(prefix=f"bench-{name}-", dir=args.dir)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_json(args, figures):
+    """Writes the figures where --json says."""
+    if args.json:
+        with open(args.json, "w") as out:
+            json.dump(figures, out, indent=1)
 
 
 def run(*command):

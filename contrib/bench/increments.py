@@ -6,16 +6,11 @@ drawn anew. What counts are ratios of medians: ten times the extents, a hundred 
 ours to theirs. The guest has no processor that runs (-S), as in backup.py.
 """
 
-import argparse
-import json
 import os
 import random
 import shlex
-import shutil
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
 
 import backup
@@ -112,32 +107,21 @@ def show(args, figures):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fleecefs", default="target/release/fleecefs")
-    parser.add_argument("--qmpbackup", required=True, help="upstream's program, with arguments if need be")
-    parser.add_argument("--dir", default="/dev/shm", help="where disks and targets are put")
+    parser = chains.parser(__doc__, upstream=True)
     parser.add_argument("--extents", type=int, nargs=2, default=[10_000, 100_000])
     parser.add_argument("--depth", type=int, default=100)
     parser.add_argument("--dirty-mib", type=int, default=4, help="written before each INC")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args()
 
 
 def main():
     args = arguments()
-    args.fleecefs = os.path.abspath(args.fleecefs)
-    work = tempfile.mkdtemp(prefix="bench-increments-", dir=args.dir)
-    try:
+    with chains.workplace(args, "increments") as work:
         figures = measure(args, work)
         ratios = show(args, figures)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    if args.json:
-        with open(args.json, "w") as out:
-            json.dump({"seconds": figures, "ratios": ratios}, out, indent=1)
-    return 0
+    chains.write_json(args, {"seconds": figures, "ratios": ratios})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

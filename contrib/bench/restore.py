@@ -8,7 +8,6 @@ root), it also restores on a loop-mounted XFS, where ranges are cloned. Beside t
 the processor time of both (user and system), which other work on the machine hardly moves.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -171,9 +170,7 @@ def quick_verify(args, work):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fleecefs", default="target/release/fleecefs")
-    parser.add_argument("--dir", default="/dev/shm", help="where chains and results are put")
+    parser = chains.parser(__doc__)
     parser.add_argument("--size-mib", type=int, default=4096)
     parser.add_argument("--clusters", type=int, default=200, help="64 KiB clusters in each INC")
     parser.add_argument("--rounds", type=int, default=5)
@@ -181,16 +178,13 @@ def arguments():
     parser.add_argument("--xfs", action="store_true", help="also by cloning (needs root)")
     parser.add_argument("--xfs-dir", help="where the XFS image is put; by default --dir")
     parser.add_argument("--no-verify", action="store_true", help="restore only")
-    parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args()
 
 
 def main():
     args = arguments()
-    args.fleecefs = os.path.abspath(args.fleecefs)
     rows = []
-    work = tempfile.mkdtemp(prefix="bench-restore-", dir=args.dir)
-    try:
+    with chains.workplace(args, "restore") as work:
         full = os.path.join(work, "full")
         chains.make_full(full, args.size_mib * MIB)
         heading("restore to raw", "qemu-img")
@@ -216,11 +210,7 @@ def main():
             heading("verify", "b3sum")
             rows.append(show("full", verified, VERIFY_RATIO))
             rows.append(quick_verify(args, work))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    if args.json:
-        with open(args.json, "w") as out:
-            json.dump(rows, out, indent=1)
+    chains.write_json(args, rows)
 
 
 if __name__ == "__main__":
