@@ -235,6 +235,7 @@ pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) 
     let pointer = base.map(|(pointer, _)| pointer).unwrap_or_default();
     let dir = open_folder(folder_of(image))?;
     let name = image.file_name().unwrap_or_default();
+    check_may_be_qcow2(&dir, name)?;
     let info = {
         let file = dir.open_file(name);
         let file = file.map_err(|e| target_error(e, "cannot open the image", image))?;
@@ -383,11 +384,31 @@ fn not_put_back(e: std::io::Error, image: &OsStr, saved: PathBuf) -> Error {
     )
 }
 
+/// Fails for what may be a guest's raw disk, whatever it begins with: its bytes are not to be changed.
+fn check_may_be_qcow2(dir: &Folder, image: &OsStr) -> Result<()> {
+    let is_raw = match manifest::read_in(dir, image)? {
+        Some(m) => m.format == manifest::ImageFormat::Raw,
+        None => name::promise(image) == name::Promise::Raw,
+    };
+    if !is_raw {
+        return Ok(());
+    }
+    let what = "this may be a raw disk, whose guest can have written a qcow2 header to it";
+    Err(Error::new(Kind::Unsupported, what).at_path(dir.join(image)).remedy(
+        "'fleecefs verify --create --format qcow2 DIR --point POINT' says that it is an image",
+    ))
+}
+
 /// What an image lies on by its own words: its manifest's parent, and the file name in its
 /// backing pointer. What is damaged says nothing.
 pub fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<OsString>) {
     let known = manifest::read_in(dir, image).ok().flatten();
+    let is_raw = known.as_ref().is_some_and(|m| m.format == manifest::ImageFormat::Raw);
     let parent = known.and_then(|m| m.parent).map(OsString::from);
+    if is_raw {
+        // A guest may have written any header to its disk.
+        return (parent, None);
+    }
     let open = || SourceFile::of_open(dir.open_file(image).ok()?, dir.join(image)).ok();
     let pointer = open().and_then(|f| crate::layer::probe(&f).ok()).and_then(|i| i.backing_file);
     (parent, pointer.as_deref().and_then(crate::chain::backing_name))
