@@ -25,13 +25,20 @@ struct Vm {
 
 impl Vm {
     fn start(dir: &Path, file: &Path, more: &[&str]) -> Vm {
+        Self::on(dir, file, ("n", "vda"), more)
+    }
+
+    /// With other names of node and device.
+    fn on(dir: &Path, file: &Path, (node, device): (&str, &str), more: &[&str]) -> Vm {
         let qmp = dir.join("qmp");
         let _ = std::fs::remove_file(&qmp);
         let mut c = Command::new("qemu-system-x86_64");
         c.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"]);
         c.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
-        let disk = format!("qcow2,node-name=n,file.driver=file,file.filename={}", file.display());
-        c.args(["-blockdev", &disk, "-device", "virtio-blk-pci,drive=n,id=vda"]).args(more);
+        let file = file.display();
+        c.arg("-blockdev")
+            .arg(format!("qcow2,node-name={node},file.driver=file,file.filename={file}"));
+        c.arg("-device").arg(format!("virtio-blk-pci,drive={node},id={device}")).args(more);
         let child = c.stdin(Stdio::null()).spawn().unwrap();
         let caller = Caller {
             qmp: qmp.clone(),
@@ -67,6 +74,10 @@ fn image(path: &Path) -> PathBuf {
     run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "4M"]);
     run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 0 1M", path.to_str().unwrap()]);
     path.to_path_buf()
+}
+
+fn fleecefs(args: &[&str], dir: &Path) -> std::process::Output {
+    Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).arg(dir).output().unwrap()
 }
 
 /// The folders of disks, with their numbers of images.
@@ -134,6 +145,82 @@ fn a_disk_without_proof_of_who_it_is_begins_anew() {
 }
 
 #[test]
+fn disks_in_one_folder_keep_their_names() {
+    if !have("disks_in_one_folder_keep_their_names", QEMU) {
+        return;
+    }
+    let d = qemu::tempdir();
+    let identity = ["-name", "guest=web"];
+    let vm = Vm::start(d.path(), &image(&d.path().join("a/data.qcow2")), &identity);
+    let caller = vm.caller.with(&["--no-subdir"]);
+    caller.must("auto");
+    // Named once, and then forgotten.
+    caller.with(&["--name", "vda=root"]).must("auto");
+    caller.must("auto");
+    vm.quit();
+    let vm = Vm::start(d.path(), &image(&d.path().join("b/new.qcow2")), &identity);
+    for _ in 0..2 {
+        caller.must("auto");
+    }
+    drop(vm);
+    let out = fleecefs(&["list", "--strict"], &caller.target);
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && said.contains("INC"), "{said}");
+    for line in said.lines().filter(|l| l.contains("FULL-") || l.contains("INC-")) {
+        let disk = line.split_whitespace().next().unwrap();
+        assert!(["data.qcow2", "root"].contains(&disk), "{line}");
+    }
+}
+
+#[test]
+fn a_disk_that_moved_and_got_another_device_is_sound() {
+    if !have("a_disk_that_moved_and_got_another_device_is_sound", QEMU) {
+        return;
+    }
+    let d = qemu::tempdir();
+    let identity = ["-name", "guest=web"];
+    let file = image(&d.path().join("a/data.qcow2"));
+    let vm = Vm::start(d.path(), &file, &identity);
+    let caller = vm.caller.clone();
+    caller.must("auto");
+    vm.quit();
+    let moved = d.path().join("b/data.qcow2");
+    std::fs::create_dir(d.path().join("b")).unwrap();
+    std::fs::rename(&file, &moved).unwrap();
+    let vm = Vm::on(d.path(), &moved, ("other", "vdx"), &identity);
+    caller.must("inc");
+    vm.quit();
+    assert_eq!(fleecefs(&["verify"], &caller.target).status.code(), Some(0));
+    // Under another name its bitmap tells who it is.
+    let renamed = d.path().join("b/renamed.qcow2");
+    std::fs::rename(&moved, &renamed).unwrap();
+    let vm = Vm::on(d.path(), &renamed, ("third", "vdy"), &identity);
+    let said = caller.must("inc");
+    assert_eq!(folders(&caller.target), one("data.qcow2", 3), "{said}");
+    drop(vm);
+    assert_eq!(fleecefs(&["verify"], &caller.target).status.code(), Some(0));
+}
+
+#[test]
+fn another_disk_at_the_same_place_is_another_disk() {
+    if !have("another_disk_at_the_same_place_is_another_disk", QEMU) {
+        return;
+    }
+    let d = qemu::tempdir();
+    let identity = ["-name", "guest=web"];
+    let vm = Vm::start(d.path(), &image(&d.path().join("data.qcow2")), &identity);
+    let caller = vm.caller.clone();
+    caller.must("auto");
+    vm.quit();
+    let other = image(&d.path().join("other.qcow2"));
+    run("qemu-img", &["resize", "-q", other.to_str().unwrap(), "8M"]);
+    let vm = Vm::start(d.path(), &other, &identity);
+    caller.must("auto");
+    assert_eq!(folders(&caller.target), [("data.qcow2".into(), 1), ("other.qcow2".into(), 1)]);
+    drop(vm);
+}
+
+#[test]
 fn another_vm_is_not_taken_in_unless_the_user_says_so() {
     if !have("another_vm_is_not_taken_in_unless_the_user_says_so", QEMU) {
         return;
@@ -156,10 +243,25 @@ fn another_vm_is_not_taken_in_unless_the_user_says_so() {
         }
         assert_eq!(folders(&target), one("web.qcow2", 1));
     }
+    // Nor by a name.
+    for (more, code) in [(&[][..], 2), (&["--shared"], 2)] {
+        let named = caller.with(&["--name", "vda=web.qcow2"]);
+        assert_eq!(named.with(more).run("auto").status.code(), Some(code));
+        assert_eq!(folders(&target), one("web.qcow2", 1));
+    }
     caller.with(&["--shared"]).must("auto");
     caller.must("auto");
     assert_eq!(folders(&target), [("db.qcow2".into(), 2), ("web.qcow2".into(), 1)]);
     drop(vm);
+    // Each has its runs, and the latest is of each.
+    let runs = fleecefs(&["list", "--runs"], &target).stdout;
+    let runs = String::from_utf8(runs).unwrap();
+    assert!(runs.contains(" web ") && runs.contains(" db "), "{runs}");
+    let to = d.path().join("restored");
+    let to = to.to_str().unwrap();
+    let out = fleecefs(&["restore", "--run", "latest", "--to", to], &target);
+    assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
+    assert_eq!(std::fs::read_dir(to).unwrap().count(), 2);
     // The first one goes on, a disk more or less.
     let vm = Vm::start(d.path(), &image(&d.path().join("web2.qcow2")), &web);
     vm.caller.must("auto");

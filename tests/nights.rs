@@ -49,6 +49,8 @@ fn a_backup_disk_that_is_not_mounted_gets_no_backup() {
 
     std::fs::create_dir_all(&place).unwrap();
     caller.must("full");
+    let copies = Caller { target: place.join("copies"), ..caller.clone() };
+    copies.must("copy");
     // The disk goes, and what was its mount point is an empty folder, or has another one in it.
     let away = d.path("away");
     std::fs::rename(&place, &away).unwrap();
@@ -62,6 +64,10 @@ fn a_backup_disk_that_is_not_mounted_gets_no_backup() {
             assert!(said.contains("gone") && said.contains("--init"), "{name}: {said}");
             assert!(code(&caller.with(&["--dry-run"]), level).0 == Some(3), "{name}, {level}");
         }
+        assert_eq!(code(&copies, "copy").0, Some(3), "{name}");
+        // Nor by another socket of the same QEMU, which makes another VM of it.
+        let other = Caller { qmp: d.path("qmp2.sock"), ..caller.clone() };
+        assert_eq!(code(&other, "full").0, Some(3), "{name}");
         assert!(!below || entries(&caller.target).is_empty(), "{name}");
     }
     std::fs::remove_dir_all(&place).unwrap();
@@ -95,6 +101,10 @@ fn warnings_are_heard_and_count() {
         let (exit, said) = code(&caller.with(&["--strict"]).with(&wish), "auto");
         assert_eq!(exit, Some(0), "{said}");
     }
+
+    // Nor is a FULL that is due an alarm.
+    let due = caller.with(&["--strict", "-q", "--full-every", "1"]);
+    assert_eq!(code(&due, "auto"), (Some(0), String::new()));
 
     let agent = m.text("no-agent");
     let frozen = caller.with(&["--quiesce", "--agent", &agent]);
@@ -167,6 +177,9 @@ fn what_shows_nothing_is_no_success() {
     let (empty, state) = (dir.path().join("empty"), dir.path().join("state"));
     std::fs::create_dir(&empty).unwrap();
     assert_eq!(fleecefs(&["list"], &empty).0, Some(0));
+    let (exit, said) = fleecefs(&["prune", "--keep-last", "1"], &empty);
+    assert!(exit == Some(3) && said.contains("no backup"), "{exit:?} {said}");
+    assert_eq!(entries(&empty).len(), 0, "not even a lock");
     let (exit, said) = fleecefs(&["list", "--strict"], &empty);
     assert!(exit == Some(12) && said.contains("no backup"), "{exit:?} {said}");
     for more in [&[][..], &["--json"]] {
@@ -188,6 +201,8 @@ fn what_shows_nothing_is_no_success() {
         assert!(exit == Some(19) && said.contains("--force"), "{exit:?} {said}");
     }
     assert_eq!(entries(&sda).len(), 2);
-    assert_eq!(fleecefs(&["prune", "--keep-last", "1", "--force"], &empty).0, Some(0));
+    assert_eq!(fleecefs(&["prune", "--keep-last", "2"], &empty).0, Some(0), "nothing is to go");
+    let quiet = fleecefs(&["prune", "-q", "--keep-last", "1", "--force"], &empty);
+    assert_eq!(quiet, (Some(0), String::new()));
     assert_eq!(images(&sda).len(), 1);
 }

@@ -131,20 +131,29 @@ impl Run<'_> {
                 ));
             }
             if let Some(before) = &d.moved_from {
-                self.watch.say(&format!(
+                let text = format!(
                     "{}: its file was {} and is {} now; its points go on in {}",
                     d.disk.label(),
                     path_text(before),
                     path_text(&d.disk.identity.file),
                     path_text(&d.dir)
-                ));
+                );
+                // Its bitmap came along, which proves that it is the same; else somebody should look.
+                match d.since {
+                    Some(_) => self.watch.say(&text),
+                    None => self.watch.warn(&text),
+                }
             }
             let word = names::level_word(d.level);
             match &d.demoted {
                 Some(why) if why == super::history::FIRST => self.watch.say(&format!(
-                    "{}: first backup to this target, taking a FULL",
+                    "{}: first backup of this disk to this target, taking a FULL",
                     d.disk.label()
                 )),
+                // As the user wants it.
+                Some(why) if why == super::level::DUE => {
+                    self.watch.say(&format!("{}: a FULL, since {why}", d.disk.label()));
+                }
                 Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
                 None => self.watch.say(&format!(
                     "{}: {word} -> {}",
@@ -208,6 +217,7 @@ impl Run<'_> {
             run: self.run.clone(),
             image: p.image.clone(),
             disk: p.disk.identity.clone(),
+            moved_from: p.moved_from.clone(),
             level: p.level,
             time: now(),
             parent: p.parent().map(|m| m.image.clone()),

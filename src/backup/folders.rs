@@ -2,14 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use super::history::History;
 use super::plan::Inputs;
 use super::seen::SeenDisk;
 use super::{LevelWish, Options, names};
 use crate::chain::Level;
 use crate::chain::manifest::{DiskIdentity, Manifest};
+pub use crate::chain::manifest::{vm_name, vm_uuid};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind};
 
@@ -50,7 +49,12 @@ impl TargetId {
         if make && base != target && of_month.is_none() {
             write_id(&month, &text)?;
         }
-        let others = if base == target { Vec::new() } else { months(target) };
+        let mut others = if base == target { Vec::new() } else { months(target) };
+        // What 0.1.0 made of ids that are no UUIDs.
+        let digits_alone: String = text.chars().filter(char::is_ascii_hexdigit).take(8).collect();
+        if digits_alone.len() == 8 {
+            others.push(digits_alone.to_ascii_lowercase());
+        }
         Ok(TargetId { id: digits(&text, &own)?, others })
     }
 
@@ -121,8 +125,8 @@ fn new_id() -> Result<String> {
     ))
 }
 
-/// The ids in the folders of all months, as far as they have one.
-fn months(target: &Path) -> Vec<String> {
+/// The folders of all months.
+fn months_of(target: &Path) -> Vec<PathBuf> {
     let is_month = |n: &str| {
         let shape = n.bytes().map(|b| if b.is_ascii_digit() { b'0' } else { b });
         shape.eq(*b"0000-00")
@@ -130,7 +134,12 @@ fn months(target: &Path) -> Vec<String> {
     let list = folder::entries(target).unwrap_or_default().into_iter();
     let folders =
         list.filter(|e| e.kind == EntryKind::Folder && e.name.to_str().is_some_and(is_month));
-    let ids = folders.map(|e| target.join(e.name).join("uuid"));
+    folders.map(|e| target.join(e.name)).collect()
+}
+
+/// The ids in the folders of all months, as far as they have one.
+fn months(target: &Path) -> Vec<String> {
+    let ids = months_of(target).into_iter().map(|m| m.join("uuid"));
     ids.filter_map(|p| digits(&read_id(&p).ok()??, &p).ok()).collect()
 }
 
@@ -152,13 +161,18 @@ pub fn assign(
     if list.iter().any(Option::is_none) {
         let mut others = others(options, inputs, &list)?;
         if inputs.newcomer && list.iter().all(Option::is_none) {
-            refuse_other_vm(inputs, &others)?;
+            refuse_other_vm(options, inputs, &others)?;
         }
         for (slot, disk) in
             list.iter_mut().zip(disks).filter(|(slot, d)| slot.is_none() && d.named.is_none())
         {
             // Where it had moved before, or has a name that the user gave it once.
-            let is = |h: &History| same_file(inputs, disk, h) || has_moved(inputs, disk, h, disks);
+            let is_new = !folder::exists(&inputs.base.join(disk.folder_name(&options.layout)));
+            let is = |h: &History| {
+                same_file(inputs, disk, h)
+                    || carries_bitmap(inputs, disk, h)
+                    || is_new && has_moved(inputs, disk, h, disks)
+            };
             let at = others.iter().position(|(_, h)| is(h));
             *slot = at.map(|at| others.swap_remove(at));
         }
@@ -227,22 +241,55 @@ fn fill(
     Ok(())
 }
 
-/// The folders with points that no disk has got yet. (Where all disks are in one folder nothing tells
-/// whose a name is but the name: then all that is there, as one.)
+/// The folders with points that no disk has got yet (where all disks are in one folder: the names), the
+/// one with the newest point first.
 fn others(
     options: &Options,
     inputs: &Inputs<'_>,
     list: &[Option<(PathBuf, History)>],
 ) -> Result<Vec<(PathBuf, History)>> {
-    if options.layout.no_subdir {
-        return Ok(vec![(inputs.base.to_path_buf(), History::read(inputs.base, None)?)]);
+    let mut others = match options.layout.no_subdir {
+        true => others_in(inputs.base, list)?,
+        false => other_folders(inputs.base, list)?,
+    };
+    others.sort_by_key(|(_, h)| std::cmp::Reverse(h.last_time()));
+    Ok(others)
+}
+
+/// The chains of other disks in the one folder of all.
+fn others_in(base: &Path, list: &[Option<(PathBuf, History)>]) -> Result<Vec<(PathBuf, History)>> {
+    let all = History::read(base, None)?;
+    let tails = all.entries.iter().filter_map(|e| Some(names::parse_image(&e.name)?.2));
+    let tails: std::collections::BTreeSet<&str> = tails.filter(|t| !t.is_empty()).collect();
+    let mut others = Vec::new();
+    for tail in tails.into_iter().filter(|t| !list.iter().flatten().any(|(_, h)| h.tail == *t)) {
+        let mut history = History::read(base, Some(tail))?;
+        history.tail = tail.to_string();
+        if history.last_manifest().is_some() {
+            others.push((base.to_path_buf(), history));
+        }
     }
-    let failed = |e| Error::io(e, "cannot read the folder").at_path(inputs.base);
-    let entries = folder::absent_is_none(folder::entries(inputs.base)).map_err(failed)?;
+    Ok(others)
+}
+
+/// All chains in a folder of a month.
+fn others_of(options: &Options, base: &Path) -> Result<Vec<(PathBuf, History)>> {
+    match options.layout.no_subdir {
+        true => others_in(base, &[]),
+        false => other_folders(base, &[]),
+    }
+}
+
+fn other_folders(
+    base: &Path,
+    list: &[Option<(PathBuf, History)>],
+) -> Result<Vec<(PathBuf, History)>> {
+    let failed = |e| Error::io(e, "cannot read the folder").at_path(base);
+    let entries = folder::absent_is_none(folder::entries(base)).map_err(failed)?;
     let mut others = Vec::new();
     for entry in entries.unwrap_or_default().into_iter().filter(|e| e.kind == EntryKind::Folder) {
         let Some(tail) = entry.name.to_str() else { continue };
-        let dir = inputs.base.join(tail);
+        let dir = base.join(tail);
         if list.iter().flatten().any(|(taken, _)| *taken == dir) {
             continue;
         }
@@ -257,12 +304,23 @@ fn others(
 
 /// A VM that has nothing here does not mix its points with those of another: retention and the latest
 /// run would be of both.
-fn refuse_other_vm(inputs: &Inputs<'_>, others: &[(PathBuf, History)]) -> Result<()> {
+fn refuse_other_vm(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    others: &[(PathBuf, History)],
+) -> Result<()> {
     let all = || others.iter().filter_map(|(dir, h)| Some((dir, h.last_manifest()?)));
     if all().any(|(_, m)| is_same_vm(inputs, m)) {
         return Ok(());
     }
     let Some((dir, m)) = all().find(|(_, m)| is_other_vm(inputs, m)) else { return Ok(()) };
+    // It may have begun to share the target in an earlier month.
+    for month in months_of(&options.target).into_iter().filter(|m| m != inputs.base) {
+        let found = others_of(options, &month)?;
+        if found.iter().filter_map(|(_, h)| h.last_manifest()).any(|m| is_same_vm(inputs, m)) {
+            return Ok(());
+        }
+    }
     let who = vm_name(&m.vm).or(vm_uuid(&m.vm)).unwrap_or("another name");
     let what = format!("this backup directory has backups of another VM ({who})");
     Err(Error::new(Kind::Usage, what)
@@ -292,9 +350,10 @@ fn has_moved(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History, disks: &[SeenDis
     let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
     let qdev = &disk.identity.qdev;
     // QEMU makes up the others, by their place.
-    let is_given = !qdev.is_empty() && !qdev.starts_with("/machine/unattached/");
+    let made_up = ["/machine/unattached/", "/machine/peripheral-anon/"];
+    let is_given = !qdev.is_empty() && !made_up.iter().any(|m| qdev.starts_with(m));
     let is_there = disks.iter().any(|d| d.identity.file == m.disk.file);
-    is_given && *qdev == m.disk.qdev && !is_there
+    is_given && *qdev == m.disk.qdev && disk.size == m.virtual_size && !is_there
 }
 
 /// Who was given a name by the user has that, and not one with a number.
@@ -315,8 +374,9 @@ fn has_tail(h: &History, name: &str) -> bool {
 }
 
 /// The user says which disk's points these are.
-fn chosen(_: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
-    disk.named.as_ref().is_some_and(|name| h.last_manifest().is_some() && has_tail(h, name))
+fn chosen(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+    let is_free = h.last_manifest().is_some_and(|m| !is_other_vm(inputs, m));
+    disk.named.as_ref().is_some_and(|name| is_free && has_tail(h, name))
 }
 
 type Rule = fn(&Inputs<'_>, &SeenDisk, &History) -> bool;
@@ -340,9 +400,14 @@ fn same_file(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
 fn same_disk(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
     let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
     let same_vm = inputs.vm.is_some() && vm_uuid(&m.vm) == inputs.vm;
+    carries_bitmap(inputs, disk, h) || same_vm && device(&m.disk) == device(&disk.identity)
+}
+
+/// The chain's bitmap is on the disk, and nothing says that the disk is a copy of another VM's.
+fn carries_bitmap(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+    let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
     let carries = needed(h).iter().any(|b| disk.bitmap(b).is_some());
-    carries && (same_vm || agree(&m.disk, &disk.identity))
-        || same_vm && device(&m.disk) == device(&disk.identity)
+    carries && (is_same_vm(inputs, m) || agree(&m.disk, &disk.identity))
 }
 
 /// Whether the point is of another VM for certain. Not every VM has a UUID.
@@ -360,17 +425,6 @@ fn agree(a: &DiskIdentity, b: &DiskIdentity) -> bool {
 /// Nothing is known of its points but that there are some: a FULL can begin beside them.
 fn damaged(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
     h.last_manifest().is_none() && h.entries.iter().any(|e| e.broken.is_some())
-}
-
-/// The VM's UUID out of what QEMU said about itself; `None` if it has none.
-pub fn vm_uuid(vm: &Value) -> Option<&str> {
-    let uuid = vm.get("query-uuid")?.get("UUID")?.as_str()?;
-    uuid.chars().any(|c| c != '0' && c != '-').then_some(uuid)
-}
-
-/// The VM's name out of what QEMU said about itself; `None` if it has none.
-pub fn vm_name(vm: &Value) -> Option<&str> {
-    vm.get("query-name")?.get("name")?.as_str().filter(|name| !name.is_empty())
 }
 
 fn unclaimed(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {

@@ -15,6 +15,9 @@ use crate::chain::Level;
 use crate::chain::manifest::{BitmapInfo, Manifest};
 use crate::error::Result;
 
+/// Why there is a FULL where the user wants one from time to time.
+pub const DUE: &str = "a new FULL is due (--full-every)";
+
 /// Chooses the level, and what the point builds on.
 ///
 /// # Errors
@@ -41,7 +44,7 @@ pub fn choose(
             if let LevelWish::Auto(Some(every)) = wish
                 && is_due(every, &base, inputs.now)
             {
-                plan.demoted = Some("a new FULL is due (--full-every)".into());
+                plan.demoted = Some(DUE.into());
                 return Ok(());
             }
             plan.chain = base.first().map_or_else(String::new, |m| m.run.clone());

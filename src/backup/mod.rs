@@ -96,6 +96,8 @@ pub struct Options {
     pub config: Vec<PathBuf>,
     /// Where journals and locks are.
     pub state_dir: PathBuf,
+    /// State folders of others, in which lists of targets are looked at too.
+    pub more_state: Vec<PathBuf>,
     /// How long to wait for other programs' jobs to end before anything is begun.
     pub wait: Duration,
     /// Only say what would be done.

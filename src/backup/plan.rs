@@ -279,6 +279,10 @@ fn plan_disk(
         dir,
         disk,
     };
+    if history.tail.is_empty() {
+        return Err(Error::new(Kind::Usage, "this disk has no name for its images")
+            .remedy("give it one with --name DISK=NAME"));
+    }
     level::choose(options, inputs, history, &mut plan)?;
     level::choose_bitmaps(options, inputs, &mut plan);
     let word = names::level_word(plan.level);

@@ -57,7 +57,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         ..options.clone()
     };
     let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
-    let mut targets = Targets::read(&options.state_dir, &options.qmp)?;
+    let mut targets = Targets::read(&options.state_dir, &options.qmp, &options.more_state)?;
     if !options.init {
         targets.check(&options.target)?;
     }
@@ -91,6 +91,10 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         agent: None,
     };
     wait::until_free(&mut client, place, options, watch)?;
+    // It may have gone while we waited.
+    if !options.init {
+        targets.check(&options.target)?;
+    }
     let base = base_dir(options);
     if !folder::exists(&base) {
         watch.say(&format!("{}: a new folder for backups", path_text(&base)));
@@ -131,7 +135,10 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     let result = r.execute();
     let report = r.finish(result)?;
     if report.disks.iter().any(|d| d.result.is_ok()) {
-        targets.remember(&options.target)?;
+        // The points are there.
+        if let Err(e) = targets.remember(&options.target) {
+            watch.warn(&e.report());
+        }
     }
     Ok(report)
 }

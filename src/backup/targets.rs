@@ -4,15 +4,16 @@
 //! `vm-KEY.targets` in the state folder has a JSON list of path and id (the text of the file `uuid`),
 //! oldest first. Several may share a path: disks that are changed every week.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::folders::stored_id;
 use super::lock::{state_folder, state_folder_if_there, vm_key};
+use crate::chain::manifest;
 use crate::error::{Error, Kind, Result};
-use crate::folder;
+use crate::folder::{self, Folder};
 use crate::qmp::Address;
 use crate::text::to_text;
 
@@ -27,39 +28,37 @@ struct Known {
     id: String,
 }
 
-/// The backup directories of a VM.
+/// The backup directories of a VM, and those of others.
 #[derive(Debug)]
 pub struct Targets {
     state: PathBuf,
     name: String,
     known: Vec<Known>,
+    /// What other VMs know, and this one by other sockets: a path that is gone is so for all.
+    others: Vec<Known>,
 }
 
 impl Targets {
-    /// Those of the VM behind `vm`, as the folder `state` has them.
+    /// Those of the VM behind `vm`, as the folder `state` has them, and those of all others there and in
+    /// the folders `more`, as far as they can be read.
     ///
     /// # Errors
-    /// The list cannot be read, or is none.
-    pub fn read(state: &Path, vm: &Address) -> Result<Self> {
-        let name = format!("{}.targets", vm_key(vm));
-        let mut known = Vec::new();
+    /// A list cannot be read, or is none.
+    pub fn read(state: &Path, vm: &Address, more: &[PathBuf]) -> Result<Self> {
+        let name = format!("{}{SUFFIX}", vm_key(vm));
+        let (mut known, mut others) = (Vec::new(), Vec::new());
         if let Some(folder) = state_folder_if_there(state)? {
-            let path = folder.join(&name);
-            let failed = |e| Error::io(e, "cannot read the list of this VM's targets");
-            let bytes =
-                folder.read_if_there(&name, LARGEST).map_err(|e| failed(e).at_path(&path))?;
-            if let Some(bytes) = bytes {
-                known = serde_json::from_slice(&bytes).map_err(|e| {
-                    Error::new(Kind::Corrupt, "this is no list of a VM's targets")
-                        .with_source(e)
-                        .at_path(path)
-                        .remedy(
-                            "remove it: it is made anew, but not mounted targets go unnoticed once",
-                        )
-                })?;
+            known = read_list(&folder, OsStr::new(&name))?;
+            for entry in lists(&folder)?.into_iter().filter(|n| *n != *name) {
+                others.extend(read_list(&folder, &entry)?);
             }
         }
-        Ok(Targets { state: state.to_path_buf(), name, known })
+        // Those belong to others.
+        for folder in more.iter().filter_map(|f| Folder::open(f).ok()) {
+            let lists = lists(&folder).unwrap_or_default();
+            others.extend(lists.iter().flat_map(|n| read_list(&folder, n).unwrap_or_default()));
+        }
+        Ok(Targets { state: state.to_path_buf(), name, known, others })
     }
 
     /// Whether `target` can be used: one that was used before has to be there still, and what a new
@@ -69,13 +68,22 @@ impl Targets {
     /// `NotFound` if not.
     pub fn check(&self, target: &Path) -> Result<()> {
         let path = to_text(target.as_os_str());
-        let known = self.known.iter().rfind(|k| k.path == path);
-        match known {
-            Some(known) if stored_id(target)?.is_none() => {
-                let what = format!(
-                    "the backup directory that was here is gone: there is no file 'uuid' with its id {}",
-                    known.id
-                );
+        let known = self.known.iter().chain(&self.others).filter(|k| k.path == path);
+        let mut gone = None;
+        for one in known {
+            if !is_there(target, one)? {
+                gone = Some(one);
+            }
+        }
+        match gone {
+            Some(known) => {
+                let what = match known.id.as_str() {
+                    "" => "the backup directory that was here is gone: it is empty".to_string(),
+                    id => format!(
+                        "the backup directory that was here is gone: there is no file 'uuid' with its id \
+                         {id}"
+                    ),
+                };
                 Err(Error::new(Kind::NotFound, what).at_path(target).remedy(
                     "is its file system mounted? To begin a new backup directory here, give --init",
                 ))
@@ -97,7 +105,7 @@ impl Targets {
     /// What the operating system said.
     pub fn remember(&mut self, target: &Path) -> Result<()> {
         // A mere copy leaves no id.
-        let Some(id) = stored_id(target)? else { return Ok(()) };
+        let id = stored_id(target)?.unwrap_or_default();
         let one = Known { path: to_text(target.as_os_str()), id };
         if self.known.contains(&one) {
             return Ok(());
@@ -114,6 +122,45 @@ impl Targets {
         let text = serde_json::to_vec(&self.known).map_err(|e| failed(e.into()))?;
         folder.write_whole(OsStr::new(&self.name), &text).map_err(failed)
     }
+}
+
+/// The end of the names of such lists.
+const SUFFIX: &str = ".targets";
+
+/// The names of the lists in a folder.
+fn lists(folder: &Folder) -> Result<Vec<OsString>> {
+    let failed = |e| Error::io(e, "cannot read the folder").at_path(folder.path());
+    let entries = folder.entries().map_err(failed)?.into_iter();
+    let is_list = |n: &OsStr| n.to_str().is_some_and(|n| n.ends_with(SUFFIX));
+    Ok(entries.map(|e| e.name).filter(|n| is_list(n)).collect())
+}
+
+fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<Known>> {
+    let path = folder.join(name);
+    let failed = |e| Error::io(e, "cannot read the list of a VM's targets").at_path(&path);
+    let Some(bytes) = folder.read_if_there(name, LARGEST).map_err(failed)? else {
+        return Ok(Vec::new());
+    };
+    serde_json::from_slice(&bytes).map_err(|e| {
+        Error::new(Kind::Corrupt, "this is no list of a VM's targets")
+            .with_source(e)
+            .at_path(&path)
+            .remedy(
+                "remove it: it is made anew, but a target that is not mounted goes unnoticed once",
+            )
+    })
+}
+
+/// Whether what is at `target` can be what was there: it has an id, or, where only copies were made,
+/// anything.
+fn is_there(target: &Path, known: &Known) -> Result<bool> {
+    if stored_id(target)?.is_some() {
+        return Ok(true);
+    }
+    let found = folder::absent_is_none(folder::entries(target));
+    let found = found.map_err(|e| Error::io(e, "cannot read the folder").at_path(target))?;
+    let mut names = found.unwrap_or_default().into_iter().map(|e| e.name);
+    Ok(known.id.is_empty() && names.any(|n| n != "lost+found" && n != manifest::FOLDER))
 }
 
 /// A new backup directory is made, but not what it is to be in: that would rather be a file system
@@ -141,12 +188,13 @@ mod tests {
         let d = tempfile::tempdir().unwrap();
         let (state, disk) = (d.path().join("state"), d.path().join("disk"));
         let target = disk.join("target");
-        let kind = |t: &Path| Targets::read(&state, &vm()).unwrap().check(t).map_err(|e| e.kind());
+        let kind =
+            |t: &Path| Targets::read(&state, &vm(), &[]).unwrap().check(t).map_err(|e| e.kind());
         assert_eq!(kind(&target), Err(Kind::NotFound), "no parent");
         std::fs::create_dir_all(&target).unwrap();
         assert_eq!((kind(&target), kind(&disk.join("new"))), (Ok(()), Ok(())));
         std::fs::write(target.join("uuid"), "01234567-89ab-4cde-8f01-23456789abcd").unwrap();
-        Targets::read(&state, &vm()).unwrap().remember(&target).unwrap();
+        Targets::read(&state, &vm(), &[]).unwrap().remember(&target).unwrap();
         assert_eq!(kind(&target), Ok(()));
         // Another disk, of which we know nothing, has an id: it is a backup directory.
         std::fs::write(target.join("uuid"), "11234567-89ab-4cde-8f01-23456789abcd").unwrap();
@@ -155,21 +203,38 @@ mod tests {
         assert_eq!(kind(&target), Err(Kind::NotFound));
         std::fs::remove_dir(&target).unwrap();
         assert_eq!(kind(&target), Err(Kind::NotFound));
-        let other = Targets::read(&state, &Address::Unix("/run/other".into())).unwrap();
-        assert!(other.check(&target).is_ok());
+        // It is gone for all.
+        let other = Address::Unix("/run/other".into());
+        let other = Targets::read(&state, &other, &[]).unwrap();
+        assert!(other.check(&target).is_err() && !other.knows(&target));
+        let more = [state.clone()];
+        let other = Targets::read(&d.path().join("none"), &vm(), &more).unwrap();
+        assert!(other.check(&target).is_err());
+    }
+
+    #[test]
+    fn a_target_of_copies_is_not_empty() {
+        let d = tempfile::tempdir().unwrap();
+        let (state, target) = (d.path().join("state"), d.path().join("copies"));
+        std::fs::create_dir_all(target.join("sda")).unwrap();
+        let read = || Targets::read(&state, &vm(), &[]).unwrap();
+        read().remember(&target).unwrap();
+        assert!(read().check(&target).is_ok());
+        std::fs::remove_dir(target.join("sda")).unwrap();
+        assert!(read().check(&target).is_err());
     }
 
     #[test]
     fn the_oldest_go() {
         let d = tempfile::tempdir().unwrap();
-        let mut targets = Targets::read(d.path(), &vm()).unwrap();
+        let mut targets = Targets::read(d.path(), &vm(), &[]).unwrap();
         let known = |n: usize| Known { path: format!("/t{n}"), id: "i".into() };
         targets.known = (0..MOST).map(known).collect();
         std::fs::write(d.path().join("uuid"), "01234567").unwrap();
         targets.remember(d.path()).unwrap();
-        let read = Targets::read(d.path(), &vm()).unwrap();
+        let read = Targets::read(d.path(), &vm(), &[]).unwrap();
         assert_eq!((read.known.len(), &read.known[0]), (MOST, &known(1)));
         std::fs::write(d.path().join(&read.name), "{}").unwrap();
-        assert_eq!(Targets::read(d.path(), &vm()).unwrap_err().kind(), Kind::Corrupt);
+        assert_eq!(Targets::read(d.path(), &vm(), &[]).unwrap_err().kind(), Kind::Corrupt);
     }
 }

@@ -40,6 +40,7 @@ pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
         run: format!("time-{}", p.time),
         image: p.source.file_name()?.to_str()?.to_string(),
         disk: DiskIdentity::default(),
+        moved_from: None,
         level: p.level,
         time: p.time,
         content: match parent.is_some() || p.layers.len() > 1 {

@@ -1,5 +1,7 @@
 //! `fleecefs backup`.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -124,6 +126,10 @@ pub struct BackupArgs {
 
     #[command(flatten)]
     state: StateArgs,
+
+    /// See [`Self::look_at_owners`].
+    #[arg(skip)]
+    more_state: Vec<PathBuf>,
 
     #[command(flatten)]
     show: ShowArgs,
@@ -352,6 +358,22 @@ impl BackupArgs {
         Ok(())
     }
 
+    /// For `--as-owner` where the target belongs to root: it may be a mount point whose file system, of
+    /// another owner, is not mounted. So the lists of targets of all owners' state folders count.
+    ///
+    /// # Errors
+    /// The state folder cannot be found.
+    pub fn look_at_owners(&mut self) -> Result<()> {
+        let state = self.state.dir()?;
+        let (Some(above), Some(name)) = (state.parent(), state.file_name()) else { return Ok(()) };
+        let mut prefix = name.to_os_string();
+        prefix.push(".as-");
+        let entries = folder::entries(above).unwrap_or_default().into_iter();
+        let is = |n: &OsStr| n.as_bytes().starts_with(prefix.as_bytes());
+        self.more_state = entries.filter(|e| is(&e.name)).map(|e| above.join(e.name)).collect();
+        Ok(())
+    }
+
     fn options(&self) -> Result<Options> {
         let level = match (self.level, self.full_every) {
             (LevelArg::Auto, every) => LevelWish::Auto(every),
@@ -387,6 +409,7 @@ impl BackupArgs {
             allow_plaintext: self.allow_plaintext,
             config: config.collect::<Result<_>>()?,
             state_dir: self.state.dir()?,
+            more_state: self.more_state.clone(),
             wait: Duration::from_secs(self.wait.unwrap_or(0)),
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,

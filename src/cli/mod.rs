@@ -127,7 +127,12 @@ fn become_owner(command: &mut Command) -> Result<()> {
     if matches!(command, Command::Mount(_)) {
         return Ok(());
     }
-    let Some(owner) = privileges::Owner::of(dir)? else { return Ok(()) };
+    let Some(owner) = privileges::Owner::of(dir)? else {
+        if let Command::Backup(a) = command {
+            a.look_at_owners()?;
+        }
+        return Ok(());
+    };
     log::info!("working as {}, the owner of {}", owner.name(), crate::text::path_text(dir));
     if let Command::Backup(a) = command {
         a.give_state_to(&owner)?;

@@ -7,10 +7,11 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::output;
-use super::paths::catalog;
+use super::paths::{backups, catalog};
 use super::writing::locked;
-use crate::chain::Catalog;
+use crate::chain::{Catalog, manifest};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::prune::consolidate::How;
 use crate::prune::plan::{DiskPlan, Manner, Plan, Rules, plan};
 use crate::prune::reason::Reason;
@@ -24,8 +25,8 @@ use crate::units::{counted, human_bytes, parse_duration};
 /// one; a point is kept if any rule keeps it. What a kept point needs is kept too; so are the newest
 /// point, the last complete run, and the other disks' points of a run that is kept. Nothing at all
 /// is deleted of a disk whose newest point is lost, unsound (as 'verify --quick' sees it: by structure
-/// and manifests, not by reading all), or not verified (no manifest), unless
-/// forced.
+/// and manifests, not by reading all), or not verified (no manifest), unless forced: exit code 16 says
+/// that some disks kept for that what a rule gives up, 19 that all did.
 #[derive(Debug, Args)]
 pub struct PruneArgs {
     /// The backup directory
@@ -89,9 +90,13 @@ pub fn run(args: PruneArgs) -> Result<()> {
         show(&plan, args.json, true)?;
         return verdict(&plan);
     }
+    // Nothing is made, not even a lock, where there is nothing: it may be a mount point.
+    check_not_empty(&args.dir)?;
     let (catalog, locks) = locked(&args.dir)?;
     let plan = make(&catalog, &rules, &args)?;
-    show(&plan, args.json, false)?;
+    if args.json || !super::is_quiet() {
+        show(&plan, args.json, false)?;
+    }
     // Whoever runs it by cron does not read the plan.
     held(&plan).iter().for_each(|why| log::warn!("nothing is deleted, but with --force: {why}"));
     execute(&catalog, &plan, &Bar::default())?;
@@ -107,12 +112,25 @@ pub fn run(args: PruneArgs) -> Result<()> {
     verdict(&plan)
 }
 
+/// Fails for a directory without anything in it.
+fn check_not_empty(dir: &Path) -> Result<()> {
+    let root = backups(dir)?;
+    let failed = |e| Error::io(e, "cannot read the backup directory").at_path(&root);
+    let mut names = folder::entries(&root).map_err(failed)?.into_iter().map(|e| e.name);
+    if names.any(|n| n != "lost+found" && n != manifest::FOLDER) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::NotFound, "there is no backup in this directory")
+        .at_path(&root)
+        .remedy("is its file system mounted?"))
+}
+
 /// `Partial` where nothing may be deleted of some disks, `Unproven` where of none.
 fn verdict(plan: &Plan) -> Result<()> {
-    let is_held = |disk: &&DiskPlan| {
-        let reasons = disk.points.iter().flat_map(|p| &p.keep);
-        reasons.into_iter().any(|r| matches!(r, Reason::Held(_)))
-    };
+    // A point that is kept for nothing else would have gone.
+    let alone = |keep: &[Reason]| keep.iter().all(|r| matches!(r, Reason::Held(_)));
+    let is_held =
+        |disk: &&DiskPlan| disk.points.iter().any(|p| !p.keep.is_empty() && alone(&p.keep));
     let held = plan.disks.iter().filter(is_held).count();
     if held == 0 {
         return Ok(());

@@ -1,7 +1,6 @@
 //! `fleecefs list --runs`: what was backed up together.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
 use serde::Serialize;
 
@@ -10,15 +9,15 @@ use super::output;
 use crate::chain::manifest::Achieved;
 use crate::chain::{Catalog, Disk, Level};
 use crate::error::Result;
-use crate::restore::run::manifest_of;
+use crate::restore::run::{Guest, manifest_of};
 use crate::text::{path_text, to_text};
 use crate::units::{human_bytes, iso_time};
 
-/// A run of one guest (folder).
+/// A run of one VM.
 #[derive(Debug, Serialize)]
 struct RunRow {
-    /// The guest's folder in the backup directory.
-    guest: String,
+    /// The VM's name, else its UUID, else the folder of its disks in the backup directory.
+    vm: String,
     /// The run's id; points without a manifest have none, and belong together by their time.
     id: Option<String>,
     time: i64,
@@ -57,16 +56,17 @@ pub fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Resu
 }
 
 fn runs(points: &[(&Disk, usize)]) -> Vec<RunRow> {
-    let mut found: BTreeMap<(&Path, Option<String>, i64), RunRow> = BTreeMap::new();
+    let mut found: BTreeMap<(Guest, Option<String>, i64), RunRow> = BTreeMap::new();
     for (disk, i) in points.iter().filter(|(d, i)| d.points[*i].level != Level::Snapshot) {
         let p = &disk.points[*i];
         let manifest = manifest_of(disk, *i);
         let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());
-        let guest = disk.path.parent().unwrap_or(Path::new(""));
+        let guest = Guest::of(disk, manifest.as_ref());
         // With an id the time is the same for all.
+        let vm = guest.name();
         let key = (guest, id.clone(), if id.is_some() { 0 } else { p.time });
         let run = found.entry(key).or_insert_with(|| RunRow {
-            guest: to_text(guest.as_os_str()),
+            vm,
             id,
             time: p.time,
             time_utc: iso_time(p.time),
@@ -90,7 +90,7 @@ fn runs(points: &[(&Disk, usize)]) -> Vec<RunRow> {
         }
     }
     let mut runs: Vec<RunRow> = found.into_values().collect();
-    runs.sort_by(|a, b| b.time.cmp(&a.time).then_with(|| a.guest.cmp(&b.guest)));
+    runs.sort_by(|a, b| b.time.cmp(&a.time).then_with(|| a.vm.cmp(&b.vm)));
     runs
 }
 
@@ -109,7 +109,7 @@ fn table(runs: &[RunRow]) -> String {
         [
             r.time_utc.clone(),
             r.id.as_deref().map_or_else(|| "-".into(), path_text),
-            if r.guest.is_empty() { "-".into() } else { path_text(&r.guest) },
+            if r.vm.is_empty() { "-".into() } else { path_text(&r.vm) },
             disks.collect::<Vec<_>>().join(", "),
             human_bytes(r.own_bytes),
             r.consistency.into(),

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::chain::manifest::{self, Manifest};
+use crate::chain::manifest::{self, Manifest, vm_name, vm_uuid};
 use crate::chain::{Catalog, Disk, Level};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
-use crate::text::path_text;
+use crate::text::{path_text, to_text};
 use crate::units::iso_time;
 
 /// What a run consists of.
@@ -20,18 +20,74 @@ pub struct Run<'a> {
     pub without: Vec<PathBuf>,
 }
 
+/// A VM as far as manifests tell: its UUID, its name, or, where there are none, the folder of its disks.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Guest {
+    /// By its UUID; with its name.
+    Uuid(String, String),
+    /// By its name.
+    Name(String),
+    /// By its folder.
+    Folder(PathBuf),
+}
+
+impl Guest {
+    /// Whose point it is.
+    pub fn of(disk: &Disk, manifest: Option<&Manifest>) -> Self {
+        let vm = manifest.map(|m| &*m.vm);
+        let name = vm.and_then(vm_name).map(str::to_string);
+        match (vm.and_then(vm_uuid), name) {
+            (Some(uuid), name) => Guest::Uuid(uuid.into(), name.unwrap_or_default()),
+            (None, Some(name)) => Guest::Name(name),
+            (None, None) => Guest::Folder(disk.path.parent().unwrap_or(Path::new("")).into()),
+        }
+    }
+
+    /// What to call it; empty if there is nothing.
+    pub fn name(&self) -> String {
+        match self {
+            Guest::Uuid(uuid, name) if name.is_empty() => uuid.clone(),
+            Guest::Uuid(_, name) | Guest::Name(name) => name.clone(),
+            Guest::Folder(folder) => to_text(folder.as_os_str()),
+        }
+    }
+}
+
+/// A point of some run.
+struct Member<'a> {
+    disk: &'a Disk,
+    point: usize,
+    time: i64,
+    id: Option<String>,
+    guest: Guest,
+}
+
+fn members(catalog: &Catalog) -> Vec<Member<'_>> {
+    let points = catalog.disks.iter().flat_map(|d| (0..d.points.len()).map(move |i| (d, i)));
+    let points = points.filter(|(d, i)| d.points[*i].level != Level::Snapshot);
+    let known = points.map(|(disk, point)| (disk, point, manifest_of(disk, point)));
+    let all = known.map(|(disk, point, manifest)| Member {
+        disk,
+        point,
+        time: disk.points[point].time,
+        guest: Guest::of(disk, manifest.as_ref()),
+        id: manifest.map(|m| m.run).filter(|id| !id.is_empty()),
+    });
+    all.collect()
+}
+
 /// How the user names a run.
 enum Wish<'a> {
     /// By its id, or by its time in seconds.
     Named(&'a str, Option<i64>),
-    /// The time of the newest run of each guest (its folder).
-    Newest(BTreeMap<Option<&'a Path>, i64>),
+    /// The time of the newest run of each VM.
+    Newest(BTreeMap<Guest, i64>),
 }
 
 impl<'a> Wish<'a> {
     /// `latest`; a date, or a date and time, as `list` shows them or the beginning of that: the newest
     /// run of this day or minute; else a time in seconds, or an id.
-    fn of(catalog: &'a Catalog, name: &'a str) -> Self {
+    fn of(members: &[Member<'_>], name: &'a str) -> Self {
         let mut bytes = name.bytes();
         let is_date = name.len() >= "2026-11-22".len()
             && bytes.by_ref().take(4).all(|b| b.is_ascii_digit())
@@ -41,19 +97,17 @@ impl<'a> Wish<'a> {
         }
         let fits = |time: i64| !is_date || iso_time(time).starts_with(name);
         let mut newest = BTreeMap::new();
-        for disk in &catalog.disks {
-            let points = disk.points.iter().filter(|p| p.level != Level::Snapshot);
-            let Some(time) = points.map(|p| p.time).filter(|t| fits(*t)).max() else { continue };
-            let known = newest.entry(disk.path.parent()).or_insert(time);
-            *known = time.max(*known);
+        for m in members.iter().filter(|m| fits(m.time)) {
+            let known = newest.entry(m.guest.clone()).or_insert(m.time);
+            *known = m.time.max(*known);
         }
         Wish::Newest(newest)
     }
 
-    fn has_time(&self, disk: &Disk, time: i64) -> bool {
+    fn has_time(&self, m: &Member<'_>) -> bool {
         match self {
-            Wish::Named(_, named) => *named == Some(time),
-            Wish::Newest(newest) => newest.get(&disk.path.parent()) == Some(&time),
+            Wish::Named(_, named) => *named == Some(m.time),
+            Wish::Newest(newest) => newest.get(&m.guest) == Some(&m.time),
         }
     }
 
@@ -72,32 +126,23 @@ impl<'a> Wish<'a> {
 /// # Errors
 /// `NotFound` if there is none.
 pub fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
-    let all: Vec<(&Disk, usize, Option<String>)> = catalog
-        .disks
-        .iter()
-        .flat_map(|d| (0..d.points.len()).map(move |i| (d, i, run_id(d, i))))
-        .filter(|(d, i, _)| d.points[*i].level != Level::Snapshot)
-        .collect();
-    let wish = Wish::of(catalog, name);
-    let at_time = |d: &Disk, i: usize| wish.has_time(d, d.points[i].time);
-    let ids: BTreeSet<&str> = all
-        .iter()
-        .filter(|(d, i, id)| at_time(d, *i) || wish.has_id(id.as_deref()))
-        .filter_map(|(_, _, id)| id.as_deref())
-        .collect();
-    let is_in = |d: &Disk, i: usize, id: &Option<String>| match id {
+    let all = members(catalog);
+    let wish = Wish::of(&all, name);
+    let named = all.iter().filter(|m| wish.has_time(m) || wish.has_id(m.id.as_deref()));
+    let ids: BTreeSet<&str> = named.filter_map(|m| m.id.as_deref()).collect();
+    let is_in = |m: &&Member<'_>| match &m.id {
         Some(id) => ids.contains(id.as_str()),
-        None => at_time(d, i),
+        None => wish.has_time(m),
     };
-    let points: Vec<(&Disk, usize)> =
-        all.iter().filter(|(d, i, id)| is_in(d, *i, id)).map(|(d, i, _)| (*d, *i)).collect();
+    let found: Vec<&Member<'_>> = all.iter().filter(is_in).collect();
+    let points: Vec<(&Disk, usize)> = found.iter().map(|m| (m.disk, m.point)).collect();
     if points.is_empty() {
         let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
         return Err(Error::new(Kind::NotFound, text).remedy(
-            "'fleecefs list DIR' shows the points; a run is named by their time, or 'latest'",
+            "'fleecefs list --runs DIR' shows them; a run is named by its time or id, or 'latest'",
         ));
     }
-    let without = disks_without(catalog, &points);
+    let without = disks_without(&all, &found);
     for disk in catalog.disks.iter().filter(|d| without.contains(&d.path)) {
         if let Some(image) = lost(disk, &ids) {
             let what = "its manifest says that it belongs to the run, and it is gone";
@@ -137,10 +182,6 @@ pub fn manifest_of(disk: &Disk, point: usize) -> Option<Manifest> {
     manifest::read(source.parent()?, source.file_name()?).ok()?
 }
 
-fn run_id(disk: &Disk, point: usize) -> Option<String> {
-    manifest_of(disk, point).map(|m| m.run).filter(|id| !id.is_empty())
-}
-
 /// What the guest's disk was when a point was made, as its manifest tells.
 #[derive(Debug)]
 pub struct Original {
@@ -155,17 +196,26 @@ pub struct Original {
 pub fn original(disk: &Disk, point: usize) -> Option<Original> {
     let identity = manifest_of(disk, point)?.disk;
     let name = PlainName::new(Path::new(&identity.file).file_name()?).ok()?;
-    // A device's name says nothing of a file.
-    let is_file = Path::new(&identity.file).is_absolute() && !identity.file.starts_with("/dev/");
+    // A device's name says nothing of a file, nor does one of another protocol (rbd:POOL/IMAGE).
+    let is_device = identity.file.starts_with("/dev/") && !identity.file.starts_with("/dev/shm/");
+    let has_protocol = !identity.file.starts_with('/') && identity.file.contains(':');
+    let is_file = !is_device && !has_protocol;
     is_file.then(|| Original { name, is_qcow2: identity.format == "qcow2" })
 }
 
-/// Disks of the same guests (folders) that have no point among `points`.
-fn disks_without(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<PathBuf> {
-    let guests: BTreeSet<Option<&Path>> = points.iter().map(|(d, _)| d.path.parent()).collect();
-    let has = |disk: &Disk| points.iter().any(|(d, _)| d.path == disk.path);
-    let beside = catalog.disks.iter().filter(|d| guests.contains(&d.path.parent()));
-    beside.filter(|d| !has(d)).map(|d| d.path.clone()).collect()
+/// Disks of the same VMs, by their newest points, that have none among `found`.
+fn disks_without(all: &[Member<'_>], found: &[&Member<'_>]) -> Vec<PathBuf> {
+    let guests: BTreeSet<&Guest> = found.iter().map(|m| &m.guest).collect();
+    let mut newest: BTreeMap<&Path, &Member<'_>> = BTreeMap::new();
+    for m in all {
+        let known = newest.entry(&m.disk.path).or_insert(m);
+        if m.time >= known.time {
+            *known = m;
+        }
+    }
+    let has = |path: &Path| found.iter().any(|m| m.disk.path == path);
+    let missing = newest.values().filter(|m| guests.contains(&m.guest) && !has(&m.disk.path));
+    missing.map(|m| m.disk.path.clone()).collect()
 }
 
 /// The name of a disk's file below the folder that a run is restored to.

@@ -210,7 +210,8 @@ impl Check<'_> {
         }
         let Some((b, Some(bm))) = below.map(|(b, r)| (b, r.manifest.as_ref())) else { return };
         self.order(b, bm);
-        if is_other_disk(&m.disk, &bm.disk) {
+        let moved = m.moved_from.as_ref() == Some(&bm.disk.file);
+        if !moved && is_other_disk(&m.disk, &bm.disk) {
             let what = format!("it is of another disk than {}, on which it lies", b.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
         }

@@ -117,6 +117,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         run: "0123".into(),
         image: image.into(),
         disk: Default::default(),
+        moved_from: None,
         level,
         time: 1,
         parent: parent.map(str::to_string),

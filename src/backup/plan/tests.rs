@@ -14,6 +14,7 @@ const FIRST: &str = "000000000001";
 fn options(target: &Path, level: LevelWish) -> Options {
     Options {
         init: false,
+        more_state: Vec::new(),
         names: Vec::new(),
         shared: false,
         qmp: Address::Unix("/q".into()),

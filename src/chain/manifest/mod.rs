@@ -48,6 +48,9 @@ pub struct Manifest {
     /// Which disk of which guest it is.
     #[serde(default)]
     pub disk: DiskIdentity,
+    /// The file that the disk had at the point before, where it had moved since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved_from: Option<String>,
     /// What kind of backup it is.
     pub level: Level,
     /// When the frozen moment was, in seconds since the epoch.
@@ -356,6 +359,17 @@ pub fn file_name(image: &OsStr) -> OsString {
     name
 }
 
+/// The VM's UUID out of what QEMU said about itself; `None` if it has none.
+pub fn vm_uuid(vm: &serde_json::Value) -> Option<&str> {
+    let uuid = vm.get("query-uuid")?.get("UUID")?.as_str()?;
+    uuid.chars().any(|c| c != '0' && c != '-').then_some(uuid)
+}
+
+/// The VM's name out of what QEMU said about itself; `None` if it has none.
+pub fn vm_name(vm: &serde_json::Value) -> Option<&str> {
+    vm.get("query-name")?.get("name")?.as_str().filter(|name| !name.is_empty())
+}
+
 /// The image whose manifest is called `name`; the other way round than [`file_name`].
 pub fn image_of(name: &OsStr) -> Option<&OsStr> {
     name.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes)
@@ -373,6 +387,7 @@ pub(crate) mod tests {
             run: "0123".into(),
             image: image.into(),
             disk: DiskIdentity { node: "drive0".into(), ..Default::default() },
+            moved_from: None,
             level,
             time: 1_700_000_000,
             parent: parent.map(str::to_string),
