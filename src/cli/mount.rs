@@ -189,7 +189,7 @@ fn plan(args: &MountArgs) -> Result<Plan> {
 
 /// Takes away a mount whose server was killed. Whoever still has a file of it open keeps that, dead.
 fn take_over(mount: &Mount) -> Result<()> {
-    if folder::look(&mount.path).err().and_then(|e| e.raw_os_error()) != Some(libc::ENOTCONN) {
+    if folder::ask(&mount.path).err().and_then(|e| e.raw_os_error()) != Some(libc::ENOTCONN) {
         return Err(mounted_already(mount));
     }
     let path = path_text(&mount.path);

@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
+use super::asked::remembered;
 use super::{absent_is_none, look, refused};
 
 /// How many links are followed: as many as Linux does.
@@ -20,11 +21,18 @@ const LINKS: usize = 40;
 /// # Errors
 /// What the operating system said; a refusal where a link of somebody else's leads to what isn't his.
 pub fn resolve(path: &Path) -> io::Result<PathBuf> {
-    let mut links = LINKS;
-    let path = std::path::absolute(path)?;
-    let real = follow(PathBuf::from("/"), &path, &mut links)?;
+    let real = resolve_place(path)?;
     look(&real)?;
     Ok(real)
+}
+
+/// As [`resolve`], but what is mounted there is not asked for anything: its server may be dead or hang.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_place(path: &Path) -> io::Result<PathBuf> {
+    let mut links = LINKS;
+    follow(PathBuf::from("/"), &std::path::absolute(path)?, &mut links)
 }
 
 /// As [`resolve`], of something that need not exist yet: its folder has to.
@@ -70,10 +78,10 @@ fn follow(base: PathBuf, path: &Path, links: &mut usize) -> io::Result<PathBuf> 
             continue;
         }
         let next = at.join(part);
-        let meta = look(&next)?;
-        if meta.is_symlink() {
-            at = follow_link(&at, &next, meta.uid(), links)?;
-        } else if i + 1 < parts.len() && !meta.is_dir() {
+        let found = remembered(&next)?;
+        if found.kind.is_symlink() {
+            at = follow_link(&at, &next, found.uid, links)?;
+        } else if i + 1 < parts.len() && !found.kind.is_dir() {
             return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
         } else {
             at = next;
