@@ -220,7 +220,7 @@ fn directory(path: &Path, what: &str) -> Result<PathBuf> {
 }
 
 /// The mount must not cover what it reads. Inside the backup directory it may lie; it is left out.
-fn check_apart(backups: &Path, mountpoint: &Path) -> Result<()> {
+pub(super) fn check_apart(backups: &Path, mountpoint: &Path) -> Result<()> {
     if backups.starts_with(mountpoint) {
         let text = "mounting here would cover the backup directory";
         return Err(Error::new(Kind::Usage, text)
