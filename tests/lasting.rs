@@ -212,6 +212,54 @@ fn a_backup_directory_that_is_replaced_is_followed() {
     assert_eq!(std::fs::read(shown(&mount, 1)).unwrap(), [2; SIZE]);
 }
 
+#[test]
+fn links_to_the_backup_directory_are_followed_as_they_change() {
+    let test = "links_to_the_backup_directory_are_followed_as_they_change";
+    if !have(test, &["/dev/fuse"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let here = |name: &str| dir.path().join(name);
+    for (i, name) in ["called", "b2", "b3", "far/b4"].iter().enumerate() {
+        std::fs::create_dir_all(here(name)).unwrap();
+        point(&here(name), i);
+    }
+    let root = here("called");
+    let mount = Mount::new(&root);
+    let shows = |i: usize, what: &str| {
+        let only = || (0..5).all(|other| shown(&mount, other).exists() == (other == i));
+        eventually(what, only);
+        assert_eq!(std::fs::read(shown(&mount, i)).unwrap(), vec![i as u8 + 1; SIZE]);
+    };
+    let link = |to: &str| std::os::unix::fs::symlink(to, &root).unwrap();
+    shows(0, "the folder");
+    std::fs::rename(&root, here("b1")).unwrap();
+    link("b2");
+    shows(1, "a link in its place");
+    std::fs::remove_file(&root).unwrap();
+    link("b3");
+    shows(2, "another link");
+    std::fs::remove_file(&root).unwrap();
+    link("far/b4");
+    shows(3, "a link further away");
+    // What the link leads to is replaced, with a folder missing for a while.
+    std::fs::rename(here("far"), here("moved")).unwrap();
+    std::fs::create_dir(here("far")).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    std::fs::create_dir(here("far/b4")).unwrap();
+    point(&here("far/b4"), 4);
+    shows(4, "what the link leads to now");
+    // The mount itself is no backup directory: all stays.
+    std::fs::remove_file(&root).unwrap();
+    std::os::unix::fs::symlink(mount.path(), &root).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    shows(4, "the last one");
+    std::fs::remove_file(&root).unwrap();
+    std::fs::rename(here("b1"), &root).unwrap();
+    shows(0, "the first folder again");
+    assert_eq!(status(mount.path())["watch"], "inotify");
+}
+
 #[repr(C)]
 struct Handle {
     bytes: u32,

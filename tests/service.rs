@@ -97,6 +97,86 @@ fn a_dead_mount_is_recognised_and_the_next_takes_its_place() {
     assert!(stderr(&out).contains(&format!("fleecefs umount {}", at.display())));
 }
 
+/// Kills all processes of a mount, so that nobody takes it away.
+fn kill_both(at: &Path) {
+    let pid = server_pid(at);
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let parent = stat.rsplit_once(") ").unwrap().1.split(' ').nth(1).unwrap().to_string();
+    let text = std::fs::read_to_string(format!("/proc/{parent}/cmdline")).unwrap_or_default();
+    if text.starts_with(&format!("{FLEECEFS}\0mount\0")) {
+        signal(parent.parse().unwrap(), libc::SIGKILL);
+    }
+    signal(pid, libc::SIGKILL);
+    eventually("its end", || is_gone(pid));
+    // The kernel may still remember the folder's attributes: stat(2) would not do.
+    eventually("that it is dead", || {
+        let error = std::fs::read_dir(at).err().and_then(|e| e.raw_os_error());
+        error == Some(libc::ENOTCONN)
+    });
+}
+
+#[test]
+fn a_mount_that_has_just_died_is_recognised_also_through_a_link() {
+    if !have("a_mount_that_has_just_died_is_recognised_also_through_a_link", &["/dev/fuse"]) {
+        return;
+    }
+    let dir = backups();
+    let mount = Mount::new(dir.path());
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(mount.path(), &link).unwrap();
+    for at in [mount.path(), &link] {
+        // The kernel remembers this for a second.
+        std::fs::metadata(mount.path()).unwrap();
+        kill_both(mount.path());
+        let out = fleecefs(&[&"mount", &dir.path(), &at]);
+        assert!(out.status.success(), "{}", stderr(&out));
+        assert!(stderr(&out).contains("dead mount"), "{}", stderr(&out));
+        assert!(mount.path().join(POINT).exists());
+    }
+    // Long after its death, when nothing is remembered any more.
+    kill_both(mount.path());
+    eventually("that it is forgotten", || std::fs::metadata(mount.path()).is_err());
+    let out = fleecefs(&[&"mount", &dir.path(), &link]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    assert!(mount.path().join(POINT).exists());
+}
+
+#[test]
+fn a_mount_that_another_one_hides_is_not_there() {
+    let test = "a_mount_that_another_one_hides_is_not_there";
+    if !have(test, &["/dev/fuse", "mount", "umount"]) {
+        return;
+    }
+    // SAFETY: cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        println!("skipped: {test}: needs root");
+        return;
+    }
+    let (dir, above) = (backups(), tempfile::tempdir().unwrap());
+    let at = above.path().join("at");
+    std::fs::create_dir(&at).unwrap();
+    let run = |name: &str, args: &[&dyn AsRef<std::ffi::OsStr>]| {
+        let out = Command::new(name).args(args.iter().map(|a| a.as_ref())).output().unwrap();
+        assert!(out.status.success(), "{}", stderr(&out));
+    };
+    run(FLEECEFS, &[&"mount", &dir.path(), &at]);
+    let pid = server_pid(&at);
+    run("mount", &[&"-t", &"tmpfs", &"none", &above.path()]);
+    std::fs::create_dir(&at).unwrap();
+    let again = fleecefs(&[&"mount", &dir.path(), &at]);
+    let both = at.join(POINT).exists();
+    let gone = fleecefs(&[&"umount", &at]);
+    let none = fleecefs(&[&"umount", &at]);
+    // One signal: it goes as soon as it can be reached.
+    signal(pid, libc::SIGTERM);
+    run("umount", &[&above.path()]);
+    eventually("its end", || is_gone(pid));
+    assert!(!is_mounted(&at));
+    assert!(again.status.success() && both, "{}", stderr(&again));
+    assert!(gone.status.success(), "{}", stderr(&gone));
+    assert_eq!(none.status.code(), Some(3), "{}", stderr(&none));
+}
+
 #[test]
 fn a_third_signal_ends_a_detached_mount() {
     if !have("a_third_signal_ends_a_detached_mount", &["/dev/fuse"]) {

@@ -51,7 +51,7 @@ pub fn busy(mount: &Mount) -> Error {
 /// Whether its server was killed. Asking the mount is safe where nobody serves it: the kernel
 /// answers.
 pub fn is_dead(mount: &Mount) -> bool {
-    let asked = || folder::look(&mount.path).err().and_then(|e| e.raw_os_error());
+    let asked = || folder::ask(&mount.path).err().and_then(|e| e.raw_os_error());
     mount.server().is_none() && asked() == Some(libc::ENOTCONN)
 }
 

@@ -189,7 +189,7 @@ fn plan(args: &MountArgs) -> Result<Plan> {
 
 /// Takes away a mount whose server was killed. Whoever still has a file of it open keeps that, dead.
 fn take_over(mount: &Mount) -> Result<()> {
-    if folder::look(&mount.path).err().and_then(|e| e.raw_os_error()) != Some(libc::ENOTCONN) {
+    if folder::ask(&mount.path).err().and_then(|e| e.raw_os_error()) != Some(libc::ENOTCONN) {
         return Err(mounted_already(mount));
     }
     let path = path_text(&mount.path);
@@ -220,7 +220,7 @@ fn directory(path: &Path, what: &str) -> Result<PathBuf> {
 }
 
 /// The mount must not cover what it reads. Inside the backup directory it may lie; it is left out.
-fn check_apart(backups: &Path, mountpoint: &Path) -> Result<()> {
+pub(super) fn check_apart(backups: &Path, mountpoint: &Path) -> Result<()> {
     if backups.starts_with(mountpoint) {
         let text = "mounting here would cover the backup directory";
         return Err(Error::new(Kind::Usage, text)

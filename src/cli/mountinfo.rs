@@ -20,6 +20,8 @@ use crate::folder::{self, Folder};
 pub struct Mount {
     /// Where.
     pub path: PathBuf,
+    /// Number of the mount.
+    number: String,
     /// Device number, `major:minor`.
     pub dev: String,
     /// File system type.
@@ -39,6 +41,7 @@ impl Mount {
         let front: Vec<&str> = front.split(' ').collect();
         let mut back = back.split(' ');
         Some(Mount {
+            number: (*front.first()?).to_string(),
             dev: (*front.get(2)?).to_string(),
             path: PathBuf::from(unescape(front.get(4)?)),
             fstype: back.next()?.to_string(),
@@ -49,12 +52,15 @@ impl Mount {
     /// Unmounts it, if it is still there.
     ///
     /// # Errors
-    /// As [`unmount`].
+    /// As [`unmount`]; `Busy` if something else is mounted over it.
     pub fn end(&self, lazy: bool) -> Result<()> {
         // Somebody may have unmounted it and mounted something else.
+        if !listed()?.iter().any(|m| m.path == self.path && m.dev == self.dev) {
+            return Ok(());
+        }
         match find(&self.path)? {
             Some(m) if m.dev == self.dev => unmount(&self.path, lazy),
-            _ => Ok(()),
+            _ => Err(Error::new(Kind::Busy, "another mount hides it").at_path(&self.path)),
         }
     }
 
@@ -124,19 +130,33 @@ fn unescape(text: &str) -> OsString {
     OsString::from_vec(out)
 }
 
-/// What is mounted at `path`, which must be absolute and without links; the topmost of several.
+fn listed() -> Result<Vec<Mount>> {
+    let list = "/proc/self/mountinfo";
+    let text = folder::system::text(Path::new(list))
+        .map_err(|e| Error::io(e, "cannot read the list of mounts").at_path(list))?;
+    Ok(text.lines().filter_map(Mount::parse).collect())
+}
+
+/// What is mounted at `path`, which must be absolute and without links; the topmost of several. One
+/// that a later mount above it hides is not there.
 ///
 /// # Errors
 /// The list cannot be read.
 pub fn find(path: &Path) -> Result<Option<Mount>> {
-    let list = "/proc/self/mountinfo";
-    let text = folder::system::text(Path::new(list))
-        .map_err(|e| Error::io(e, "cannot read the list of mounts").at_path(list))?;
-    Ok(text.lines().filter_map(Mount::parse).rfind(|m| m.path == path))
+    let mut here = listed()?;
+    here.retain(|m| m.path == path);
+    if here.is_empty() {
+        return Ok(None);
+    }
+    Ok(match folder::mount_number(path) {
+        Ok(number) => here.into_iter().find(|m| m.number == number),
+        // Where nobody may look, the list has to do.
+        Err(_) => here.pop(),
+    })
 }
 
-/// What is mounted at `path`, however it is written. The path itself is not looked at, only the
-/// folder it lies in: its server may be dead or hang.
+/// What is mounted at `path`, however it is written. What is mounted there is not asked: its server
+/// may be dead or hang.
 ///
 /// # Errors
 /// The list cannot be read.
@@ -146,13 +166,14 @@ pub fn at(path: &Path) -> Result<Option<Mount>> {
     if let Some(mount) = find(&absolute)? {
         return Ok(Some(mount));
     }
-    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
-        return Ok(None);
-    };
-    match folder::resolve(parent) {
-        Ok(parent) => find(&parent.join(name)),
-        Err(_) => Ok(None),
+    // The folder it is in first: what is mounted may be somebody's who lets nobody look at it.
+    if let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name())
+        && let Ok(parent) = folder::resolve(parent)
+        && let Some(mount) = find(&parent.join(name))?
+    {
+        return Ok(Some(mount));
     }
+    folder::resolve_place(path).ok().map_or(Ok(None), |real| find(&real))
 }
 
 /// Unmounts what is at `path`: directly, or with fusermount where the kernel wants root. There may be

@@ -4,7 +4,7 @@
 //! directory again, swaps the tree and tells the kernel; `control`, which unmounts on a signal or
 //! when idle, or has `keeper` do it; and the first, which waits for the end.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::daemon::Ready;
-use super::mount::Plan;
+use super::mount::{Plan, check_apart};
 use super::mountinfo::{self, Mount};
 use super::{keeper, privileges};
 use crate::chain::Catalog;
@@ -80,6 +80,9 @@ pub(super) struct Prepared {
     pub fs: Arc<FileSystem>,
     watch: Watch,
     waker: Arc<Waker>,
+    /// The backup directory, as it is looked up each time.
+    root: PathBuf,
+    mountpoint: PathBuf,
     options: ScanOptions,
     probes: ProbeCache,
 }
@@ -92,11 +95,12 @@ impl Prepared {
     pub fn new(plan: &Plan) -> Result<Self> {
         let waker = Waker::new().map_err(|e| Error::io(e, "cannot make an eventfd"))?;
         let waker = Arc::new(waker);
+        let root = followed(plan);
         // First the watches, then the scan: what changes in between is noticed.
-        let watch = Watch::new(&plan.backups, &plan.mountpoint, plan.poll_interval);
+        let watch = Watch::new(&root, &plan.mountpoint, plan.poll_interval);
         let (skip, called) = (vec![plan.mountpoint.clone()], Some(plan.called.clone()));
         let options = ScanOptions { skip, called, ..ScanOptions::default() };
-        let (catalog, probes) = scan::scan(&plan.backups, &options, None)?;
+        let (catalog, probes) = scan::scan(&root, &options, None)?;
         if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
             log::warn!("{}: no point can be served", path_text(&plan.backups));
         }
@@ -105,7 +109,8 @@ impl Prepared {
         check_file_limit(&catalog);
         let cache = Cache::new(plan.cache_size);
         let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());
-        Ok(Prepared { fs: Arc::new(fs), watch, waker, options, probes })
+        let (fs, mountpoint) = (Arc::new(fs), plan.mountpoint.clone());
+        Ok(Prepared { fs, watch, waker, root, mountpoint, options, probes })
     }
 
     /// Starts the threads that look at the directory again, and that close what nobody reads.
@@ -113,11 +118,21 @@ impl Prepared {
     /// # Errors
     /// No thread can be made.
     pub fn watch(self, mounted: &Mounted) -> Result<()> {
-        let Prepared { fs, watch, waker, options, probes } = self;
+        let Prepared { fs, watch, waker, root, mountpoint, options, probes } = self;
         let files = fs.clone();
         start("files", 0, move || files.close_files())?;
-        let refresh = Refresh { fs, notify: mounted.notifier(), options, probes, failing: false };
+        let notify = mounted.notifier();
+        let refresh = Refresh { fs, notify, root, mountpoint, options, probes, failing: false };
         start("watch", WATCH_STACK, move || refresh.run(watch, &waker))
+    }
+}
+
+/// The directory as the user called it, so that links are looked at again each time; without them where
+/// the serving process cannot go their way.
+fn followed(plan: &Plan) -> PathBuf {
+    match folder::resolve(&plan.called) {
+        Ok(real) if real == plan.backups => plan.called.clone(),
+        _ => plan.backups.clone(),
     }
 }
 
@@ -156,6 +171,8 @@ pub(super) fn answers(
 struct Refresh {
     fs: Arc<FileSystem>,
     notify: Notify,
+    root: PathBuf,
+    mountpoint: PathBuf,
     options: ScanOptions,
     probes: ProbeCache,
     /// Whether the last look failed.
@@ -174,8 +191,8 @@ impl Refresh {
 
     /// Reads the directory again. Where that fails, all stays as it is.
     fn look(&mut self) {
-        let root = self.fs.tree().catalog.root.clone();
-        match scan::scan(&root, &self.options, Some(&self.probes)) {
+        let root = self.root.clone();
+        match self.scan() {
             Ok((catalog, probes)) => {
                 self.probes = probes;
                 let changes = self.fs.install(catalog);
@@ -191,6 +208,14 @@ impl Refresh {
             }
             Err(e) => log::debug!("kept the old points: {}", e.report()),
         }
+    }
+
+    fn scan(&self) -> Result<(Catalog, ProbeCache)> {
+        // A link may lead into the mount by now.
+        if let Ok(real) = folder::resolve_place(&self.root) {
+            check_apart(&real, &self.mountpoint)?;
+        }
+        scan::scan(&self.root, &self.options, Some(&self.probes))
     }
 }
 

@@ -18,6 +18,7 @@
 
 #![allow(clippy::disallowed_methods)]
 
+mod asked;
 mod fixed;
 mod handle;
 mod held;
@@ -39,6 +40,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 
+pub use asked::{ask, mount_number};
 pub use fixed::Fixed;
 pub use handle::Handle;
 pub use held::reopen;
@@ -46,7 +48,7 @@ pub use lesser::{set_modified, set_times};
 pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use owner::{ForeignOwner, check_private, foreign_owner};
-pub use resolve::{resolve, resolve_target, resolve_to_make};
+pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to

@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
+use super::asked::remembered;
 use super::{absent_is_none, look, refused};
 
 /// How many links are followed: as many as Linux does.
@@ -20,11 +21,34 @@ const LINKS: usize = 40;
 /// # Errors
 /// What the operating system said; a refusal where a link of somebody else's leads to what isn't his.
 pub fn resolve(path: &Path) -> io::Result<PathBuf> {
-    let mut links = LINKS;
-    let path = std::path::absolute(path)?;
-    let real = follow(PathBuf::from("/"), &path, &mut links)?;
+    let real = resolve_place(path)?;
     look(&real)?;
     Ok(real)
+}
+
+/// As [`resolve`], but what is mounted there is not asked for anything: its server may be dead or hang.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_place(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    Walk::default().follow(PathBuf::from("/"), &path)
+}
+
+/// What decides where a path leads.
+pub struct Way {
+    /// Where it leads, as [`resolve_place`] says.
+    pub real: io::Result<PathBuf>,
+    /// Each name that was looked up for that, in its folder, which has no link on its path. The last one
+    /// is missing if the path leads nowhere.
+    pub names: Vec<(PathBuf, OsString)>,
+}
+
+/// Resolves `path` as [`resolve_place`] does and says what that depends on.
+pub fn way(path: &Path) -> Way {
+    let mut walk = Walk::default();
+    let real = std::path::absolute(path).and_then(|p| walk.follow(PathBuf::from("/"), &p));
+    Way { real, names: walk.names }
 }
 
 /// As [`resolve`], of something that need not exist yet: its folder has to.
@@ -60,26 +84,54 @@ pub fn resolve_to_make(path: &Path) -> io::Result<PathBuf> {
     Ok(path)
 }
 
-/// Walks `path` from `base`, which has no links.
-fn follow(base: PathBuf, path: &Path, links: &mut usize) -> io::Result<PathBuf> {
-    let mut at = if path.is_absolute() { PathBuf::from("/") } else { base };
-    let parts: Vec<OsString> = path.components().filter_map(part).collect();
-    for (i, part) in parts.iter().enumerate() {
-        if part == ".." {
-            at.pop();
-            continue;
+/// A path that is being resolved.
+#[derive(Default)]
+struct Walk {
+    /// How many links were followed.
+    links: usize,
+    names: Vec<(PathBuf, OsString)>,
+}
+
+impl Walk {
+    /// Walks `path` from `base`, which has no links.
+    fn follow(&mut self, base: PathBuf, path: &Path) -> io::Result<PathBuf> {
+        let mut at = if path.is_absolute() { PathBuf::from("/") } else { base };
+        let parts: Vec<OsString> = path.components().filter_map(part).collect();
+        for (i, part) in parts.iter().enumerate() {
+            if part == ".." {
+                at.pop();
+                continue;
+            }
+            self.names.push((at.clone(), part.clone()));
+            let next = at.join(part);
+            let found = remembered(&next)?;
+            if found.kind.is_symlink() {
+                at = self.follow_link(&at, &next, found.uid)?;
+            } else if i + 1 < parts.len() && !found.kind.is_dir() {
+                return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
+            } else {
+                at = next;
+            }
         }
-        let next = at.join(part);
-        let meta = look(&next)?;
-        if meta.is_symlink() {
-            at = follow_link(&at, &next, meta.uid(), links)?;
-        } else if i + 1 < parts.len() && !meta.is_dir() {
-            return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
-        } else {
-            at = next;
-        }
+        Ok(at)
     }
-    Ok(at)
+
+    /// Where the link `link` in the folder `folder` leads, if its owner may lead there.
+    fn follow_link(&mut self, folder: &Path, link: &Path, owner: u32) -> io::Result<PathBuf> {
+        self.links += 1;
+        if self.links > LINKS {
+            return Err(io::Error::from_raw_os_error(libc::ELOOP));
+        }
+        let text = std::fs::read_link(link)?;
+        let end = self.follow(folder.to_path_buf(), &text)?;
+        let own = rustix::process::geteuid().as_raw();
+        if owner != 0 && owner != own && look(&end)?.uid() != owner {
+            return Err(refused(
+                "a symbolic link of another user leads to what does not belong to him",
+            ));
+        }
+        Ok(end)
+    }
 }
 
 fn part(component: Component<'_>) -> Option<OsString> {
@@ -88,18 +140,4 @@ fn part(component: Component<'_>) -> Option<OsString> {
         Component::ParentDir => Some("..".into()),
         _ => None,
     }
-}
-
-/// Where the link `link` in the folder `folder` leads, if its owner may lead there.
-fn follow_link(folder: &Path, link: &Path, owner: u32, links: &mut usize) -> io::Result<PathBuf> {
-    *links = links.checked_sub(1).ok_or_else(|| io::Error::from_raw_os_error(libc::ELOOP))?;
-    let text = std::fs::read_link(link)?;
-    let end = follow(folder.to_path_buf(), &text, links)?;
-    let own = rustix::process::geteuid().as_raw();
-    if owner != 0 && owner != own && look(&end)?.uid() != owner {
-        return Err(refused(
-            "a symbolic link of another user leads to what does not belong to him",
-        ));
-    }
-    Ok(end)
 }

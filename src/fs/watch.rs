@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use inotify::{EventMask, Inotify, WatchMask};
 
 use super::place::Place;
-use crate::folder::{EntryKind, Folder};
+use crate::folder::{self, EntryKind, Folder};
 use crate::text::path_text;
 
 /// Events that follow each other more closely than this are taken together.
@@ -90,6 +90,7 @@ impl Mode {
 
 /// Watches one backup directory.
 pub struct Watch {
+    /// As the user calls it, absolute.
     root: PathBuf,
     skip: PathBuf,
     /// How often to look in any case.
@@ -101,11 +102,11 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Sets the watches below `root`, but not in the folder `skip` (the mount point, should it lie
-    /// there). With `interval`, or on a network file system, the directory is also looked at in
+    /// Sets the watches below `root`, which is what the user calls it and may be a link, but not in the
+    /// folder `skip` (the mount point, should it lie there). With `interval`, or on a network file system, the directory is also looked at in
     /// regular intervals.
     pub fn new(root: &Path, skip: &Path, interval: Option<Duration>) -> Self {
-        let remote = || Folder::open(root).is_ok_and(|f| is_remote(&f));
+        let remote = || open(root).is_ok_and(|f| is_remote(&f));
         let interval = interval.or_else(|| remote().then_some(NETWORK_INTERVAL));
         let (root, skip) = (root.to_path_buf(), skip.to_path_buf());
         let place = Place::new(&root);
@@ -285,7 +286,12 @@ impl Seen {
     }
 }
 
-/// Watches `root` and all folders below it; never through a symlink. Each is watched by a descriptor
+/// What `root` means now.
+fn open(root: &Path) -> io::Result<Folder> {
+    Folder::open(&folder::resolve(root)?)
+}
+
+/// Watches what `root` means now and all folders below it, never through a symlink there. Each is watched by a descriptor
 /// of it, which nobody can exchange.
 fn watch_below(inotify: &Inotify, root: &Path, skip: &Path, remote: &mut bool) -> io::Result<()> {
     let mask = WatchMask::CREATE
@@ -297,7 +303,10 @@ fn watch_below(inotify: &Inotify, root: &Path, skip: &Path, remote: &mut bool) -
         | WatchMask::DELETE_SELF
         | WatchMask::MOVE_SELF
         | WatchMask::ONLYDIR;
-    let top = Folder::open(root)?;
+    let top = open(root)?;
+    if top.path().starts_with(skip) {
+        return Err(io::Error::other("it leads to the mount itself"));
+    }
     let mut todo = vec![(PathBuf::new(), top.metadata()?.dev())];
     while let Some((relative, above)) = todo.pop() {
         // Removed, forbidden or exchanged meanwhile: its parent's events or the scan will tell.
@@ -382,7 +391,7 @@ mod tests {
     fn what_cannot_be_watched_is_polled_until_it_can() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("backups");
-        let mut watch = Watch::new(&root, Path::new("/"), None);
+        let mut watch = Watch::new(&root, Path::new("/none"), None);
         let mode = watch.mode();
         assert_eq!((mode.word(), watch.polling()), ("polling", Some(NETWORK_INTERVAL)));
         std::fs::create_dir(&root).unwrap();
@@ -397,15 +406,20 @@ mod tests {
         std::fs::create_dir_all(root.join("disk/below")).unwrap();
         std::fs::create_dir(&other).unwrap();
         std::os::unix::fs::symlink(&other, root.join("link")).unwrap();
-        let mut watch = Watch::new(&root, Path::new("/"), None);
+        let mut watch = Watch::new(&root, Path::new("/none"), None);
         std::fs::write(other.join("a"), "x").unwrap();
         assert_eq!(watch.read_events(), Seen::default());
         std::fs::write(root.join("disk/below/a"), "x").unwrap();
         assert!(watch.read_events().relevant);
-        // The top may not be a link by now: what is behind it is not what was mounted.
+        // The top is what its path means now.
         std::fs::rename(&root, dir.path().join("moved")).unwrap();
         std::os::unix::fs::symlink(&other, &root).unwrap();
         watch.renew(true);
+        assert_eq!(watch.mode().word(), "inotify");
+        std::fs::write(other.join("b"), "x").unwrap();
+        assert!(watch.read_events().relevant);
+        // But never the mount itself.
+        let watch = Watch::new(&root, &other, None);
         assert_eq!(watch.mode().word(), "polling");
     }
 
@@ -413,7 +427,7 @@ mod tests {
     fn new_files_and_files_in_new_folders_are_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let waker = std::sync::Arc::new(Waker::new().unwrap());
-        let watch = Watch::new(dir.path(), Path::new("/"), None);
+        let watch = Watch::new(dir.path(), Path::new("/none"), None);
         let (tell, told) = std::sync::mpsc::channel();
         let root = dir.path().to_path_buf();
         std::thread::spawn(move || {

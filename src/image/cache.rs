@@ -18,9 +18,6 @@ use super::hold::Holds;
 use super::window::Window;
 use crate::layer::Piece;
 
-/// What decompressing in pieces takes beside the pieces that are kept: one of them, and the blocks
-/// (of 64 KiB, as virtnbdbackup writes them) that go into it and come out of it.
-const MAKING_PIECES: u64 = 1 << 20;
 /// Roughly what the list itself takes for an entry.
 const ENTRY_OVERHEAD: usize = 128;
 
@@ -249,16 +246,16 @@ impl Cache {
         }
     }
 
-    /// The decompressed unit of `size` bytes at `host` of a layer; `make` decompresses it if it is not
-    /// here.
+    /// The decompressed unit at `host` of a layer. If it is not here, `make` decompresses it, which takes
+    /// as many bytes as `room` says.
     ///
     /// # Errors
-    /// Whatever `make` says; nothing is remembered then.
+    /// Whatever `room` and `make` say; nothing is remembered then.
     pub(super) fn unit<E>(
         &self,
         layer: u64,
         host: u64,
-        size: u64,
+        room: impl FnOnce() -> Result<u64, E>,
         make: impl FnOnce() -> Result<Arc<[u8]>, E>,
     ) -> Result<Arc<[u8]>, E> {
         let key = Key::Unit { layer, host };
@@ -266,7 +263,10 @@ impl Cache {
             Some(Entry::Unit(data)) => Some(data.clone()),
             _ => None,
         };
-        let making = match self.begin((layer, host), size, here) {
+        if let Some(data) = here(&mut self.lock()) {
+            return Ok(data);
+        }
+        let making = match self.begin((layer, host), room()?, here) {
             Ok(data) => return Ok(data),
             Err(making) => making,
         };
@@ -278,19 +278,23 @@ impl Cache {
 
     /// Piece number `number` of the unit at `host` of a layer. If it is not here, `make` decompresses it
     /// and what it must before that: from the nearest piece on that is here and can be gone on from.
-    /// It gives the pieces to [`Pieces::keep`].
+    /// It gives the pieces to [`Pieces::keep`]; beside them it takes as many bytes as `room` says.
     ///
     /// # Errors
-    /// Whatever `make` says.
+    /// Whatever `room` and `make` say.
     pub(super) fn piece<E>(
         &self,
         layer: u64,
         host: u64,
         number: u32,
+        room: impl FnOnce() -> Result<u64, E>,
         make: impl FnOnce(&mut Pieces, Option<(u32, Arc<Piece>)>) -> Result<(), E>,
     ) -> Result<Option<Arc<Piece>>, E> {
         let here = |inner: &mut Inner| inner.piece(layer, host, number);
-        let making = match self.begin((layer, host), MAKING_PIECES, here) {
+        if let Some(piece) = here(&mut self.lock()) {
+            return Ok(Some(piece));
+        }
+        let making = match self.begin((layer, host), room()?, here) {
             Ok(piece) => return Ok(Some(piece)),
             Err(making) => making,
         };
@@ -412,10 +416,27 @@ mod tests {
     #[test]
     fn units_are_made_once_and_failures_are_not_remembered() {
         let cache = Cache::new(1 << 20);
-        let made = |r: Result<u8, ()>| cache.unit(1, 7, 10, || r.map(|b| Arc::from([b; 10])));
+        let made =
+            |r: Result<u8, ()>| cache.unit(1, 7, || Ok(10), || r.map(|b| Arc::from([b; 10])));
         assert!(made(Err(())).is_err());
         assert_eq!(made(Ok(1)).unwrap()[0], 1);
         assert_eq!(made(Ok(2)).unwrap()[0], 1);
+    }
+
+    #[test]
+    fn what_making_a_piece_takes_counts_as_used_until_it_is_made() {
+        let cache = Cache::new(100_000);
+        let room = || Ok::<u64, ()>(60_000);
+        let piece = cache.piece(1, 7, 0, room, |pieces, before| {
+            assert!(before.is_none() && cache.figures().used == 60_000);
+            pieces.keep(0, Piece { bytes: Box::from([3; 10]), next: None });
+            Ok(())
+        });
+        assert_eq!(piece.unwrap().unwrap().bytes[9], 3);
+        assert!(cache.figures().used < 1000);
+        // What is here is found without asking how much it would take.
+        let again = cache.piece(1, 7, 0, || Err(()), |_, _| Err(()));
+        assert!(again.unwrap().is_some());
     }
 
     #[test]
@@ -435,7 +456,7 @@ mod tests {
         };
         std::thread::scope(|s| {
             for _ in 0..4 {
-                s.spawn(|| assert_eq!(cache.unit(1, 1, 40_000, || make(1)).unwrap()[9], 1));
+                s.spawn(|| assert_eq!(cache.unit(1, 1, || Ok(40_000), || make(1)).unwrap()[9], 1));
             }
         });
         assert_eq!(made.load(Ordering::SeqCst), 1);
@@ -444,12 +465,12 @@ mod tests {
                 let (cache, make) = (&cache, &make);
                 let host = u64::from(i) + 10;
                 s.spawn(move || {
-                    assert_eq!(cache.unit(1, host, 40_000, || make(i)).unwrap()[9], i);
+                    assert_eq!(cache.unit(1, host, || Ok(40_000), || make(i)).unwrap()[9], i);
                 });
             }
         });
         // One that is larger than everything is made all the same, and not kept.
-        let large = cache.unit(1, 99, 1 << 20, || Ok::<_, ()>(Arc::from(vec![7; 1 << 20])));
+        let large = cache.unit(1, 99, || Ok(1 << 20), || Ok::<_, ()>(Arc::from(vec![7; 1 << 20])));
         assert_eq!(large.unwrap().len(), 1 << 20);
         assert!(cache.figures().used <= 100_000);
     }

@@ -12,8 +12,10 @@
 mod ahead;
 mod read;
 mod search;
+mod stack;
 
 pub use search::Wanted;
+use stack::{Chunk, Stack};
 
 use std::ops::Range;
 use std::path::Path;
@@ -56,7 +58,9 @@ pub struct Image {
     pub(super) holders: AtomicUsize,
     pub(super) files_open: AtomicBool,
     /// All layers, bottom first; gathered on first use.
-    stack: OnceLock<Box<[Arc<LazyLayer>]>>,
+    stack: OnceLock<Stack>,
+    /// The chunks of all stacks above that end with the own layers.
+    chunks: OnceLock<Box<[Chunk]>>,
     /// Allocated on first use: thousands of points may each claim exabytes.
     groups: OnceLock<Box<[OnceLock<Arc<SlotGroup>>]>>,
     fold_locks: [Mutex<()>; FOLD_LOCKS],
@@ -100,6 +104,7 @@ impl Image {
             files_open: AtomicBool::new(false),
             below,
             stack: OnceLock::new(),
+            chunks: OnceLock::new(),
             groups: OnceLock::new(),
             fold_locks: Default::default(),
             cache: cache.clone(),
@@ -155,7 +160,7 @@ impl Image {
             lazy.get()?.check_top()?;
             self.check_layer(lazy)
         };
-        self.stack().iter().try_for_each(open)
+        self.stack().from(0).try_for_each(open)
     }
 
     /// Whether reading in `range` has to wait until a layer is opened that takes long, such as an
@@ -166,7 +171,7 @@ impl Image {
         }
         let last = (range.end - 1) / self.window_size;
         let mut windows = range.start / self.window_size..=last;
-        self.stack().iter().any(|l| l.opens_slowly())
+        self.stack().from(0).any(|l| l.opens_slowly())
             && windows.any(|w| self.cached_window(w).is_none())
     }
 
@@ -334,16 +339,8 @@ impl Image {
         Ok(folded.extents.into_boxed())
     }
 
-    fn stack(&self) -> &[Arc<LazyLayer>] {
-        self.stack.get_or_init(|| {
-            let mut parts = vec![&self.own];
-            let mut at = self.below.as_deref();
-            while let Some(image) = at {
-                parts.push(&image.own);
-                at = image.below.as_deref();
-            }
-            parts.into_iter().rev().flatten().cloned().collect()
-        })
+    fn stack(&self) -> &Stack {
+        self.stack.get_or_init(|| Stack::of(self))
     }
 }
 

@@ -245,6 +245,15 @@ pub trait Layer: Send + Sync {
         false
     }
 
+    /// Bytes that decompressing `unit` takes at a time, beside what comes out.
+    ///
+    /// # Errors
+    /// As [`decompress`](Self::decompress).
+    fn room(&self, unit: Unit) -> Result<u64> {
+        let _ = unit;
+        Ok(0)
+    }
+
     /// Decompresses `unit` piece by piece, up to piece number `last` and a little further at most, and
     /// gives each to `keep` with its number. Begins after the piece `after`, which has a `next`, or at the start.
     ///

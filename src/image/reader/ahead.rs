@@ -96,7 +96,6 @@ impl<'a> Ahead<'a> {
     /// `Changed`.
     pub fn check_unchanged(&self) -> Result<()> {
         let stack = self.image.stack();
-        let asked = stack.get(self.lowest.min(stack.len())..).unwrap_or_default();
-        asked.iter().try_for_each(|lazy| self.image.check_layer(lazy))
+        stack.from(self.lowest).try_for_each(|lazy| self.image.check_layer(lazy))
     }
 }

@@ -92,7 +92,8 @@ impl Image {
         skip: u32,
         part: &mut [u8],
     ) -> Result<()> {
-        let data = self.cache.unit(id, unit.host, unit.size.into(), || {
+        let room = || Ok(u64::from(unit.size).saturating_add(layer.room(unit)?));
+        let data = self.cache.unit(id, unit.host, room, || {
             let mut out = vec![0; unit.size as usize];
             layer.decompress(unit.host, unit.len, &mut out)?;
             // Bytes of a file that changed meanwhile must not get into the cache.
@@ -115,7 +116,8 @@ impl Image {
         while !rest.is_empty() {
             let (number, inside) = (at / PIECE, at % PIECE);
             let (now, after) = rest.split_at_mut(rest.len().min((PIECE - inside) as usize));
-            let piece = self.cache.piece(id, unit.host, number, |pieces, before| {
+            let room = || layer.room(unit);
+            let piece = self.cache.piece(id, unit.host, number, room, |pieces, before| {
                 let before = before.as_ref().map(|(n, piece)| (*n, &**piece));
                 layer.decompress_pieces(unit, before, number, &mut |n, piece| {
                     layer.check_unchanged()?;

@@ -40,7 +40,7 @@ impl Image {
         }
         // Tables that were read while a file was being rewritten say nothing.
         if limit > at {
-            stack[asked..].iter().try_for_each(|lazy| self.check_layer(lazy))?;
+            stack.from(asked).try_for_each(|lazy| self.check_layer(lazy))?;
         }
         Ok(limit)
     }
@@ -52,7 +52,7 @@ impl Image {
     /// A layer cannot be opened.
     pub fn next_data(&self, from: u64) -> Result<u64> {
         let mut next = self.size;
-        for lazy in self.stack().iter().rev() {
+        for lazy in self.stack().from(0).rev() {
             let layer = lazy.get()?;
             if layer.size() <= from {
                 // Whatever is below is cut off here.

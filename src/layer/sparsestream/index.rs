@@ -18,6 +18,10 @@ use crate::storage::{ReadAt, Section};
 /// The most that is decompressed at once. The writer's frames hold at most 32 MiB.
 pub const MAX_UNIT: u64 = 64 << 20;
 
+/// The most ranges that are kept of a stream that ends too early: 64 MiB of them. Of a whole one the
+/// list of sizes is bounded; a cut one would say by itself how many there are.
+pub const MAX_PIECES: usize = (64 << 20) / size_of::<Piece>();
+
 /// One range that a stream mentions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
@@ -78,6 +82,16 @@ impl Cut {
 /// # Errors
 /// The stream breaks a rule, or cannot be read; without the file's name.
 pub fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Found> {
+    read_at_most(storage, meta, at, MAX_PIECES)
+}
+
+/// The same; of a stream that ends too early, what comes after `most` ranges counts as cut off.
+pub(super) fn read_at_most(
+    storage: &dyn ReadAt,
+    meta: &Meta,
+    at: u64,
+    most: usize,
+) -> Result<Found> {
     let mut walk = Walk {
         storage,
         meta,
@@ -88,10 +102,12 @@ pub fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Found> {
         gap: None,
         zeros: false,
         pieces: Vec::new(),
+        most: usize::MAX,
         unlisted: false,
     };
     if frame::check_end(storage, meta).is_err_and(|e| e.kind() == Kind::Truncated) {
         walk.unlisted = meta.compressed;
+        walk.most = most;
         return walk.until_cut();
     }
     if meta.compressed {
@@ -118,6 +134,8 @@ struct Walk<'a> {
     /// Whether there are frames for zeros.
     zeros: bool,
     pieces: Vec<Piece>,
+    /// How many of them are kept.
+    most: usize,
     /// Whether it is compressed, and the list of sizes is lost.
     unlisted: bool,
 }
@@ -162,7 +180,7 @@ impl Walk<'_> {
                 self.zeros = true;
                 // What a full backup does not keep a piece for reads as zeros anyhow.
                 if self.meta.incremental {
-                    self.push(frame.start, frame.len, 0, How::Zero);
+                    self.push(frame.start, frame.len, 0, How::Zero)?;
                 }
             }
             Kinds::Stop if frame.start == 0 && frame.len == 0 => {
@@ -174,8 +192,12 @@ impl Walk<'_> {
         Ok(true)
     }
 
-    fn push(&mut self, start: u64, len: u64, host: u64, how: How) {
+    fn push(&mut self, start: u64, len: u64, host: u64, how: How) -> Result<()> {
+        if self.pieces.len() >= self.most {
+            return Err(cut(self.at, "the stream ends too early and has too many pieces"));
+        }
         self.pieces.push(Piece { start, len, host, how });
+        Ok(())
     }
 
     fn check_range(&mut self, at: u64, frame: Frame) -> Result<()> {
@@ -202,7 +224,7 @@ impl Walk<'_> {
                 let there = self.end.saturating_sub(self.at).min(frame.len);
                 let there = if there < frame.len { there - there % UNIT } else { there };
                 if there > 0 {
-                    self.push(frame.start, there, self.at, How::Plain);
+                    self.push(frame.start, there, self.at, How::Plain)?;
                 }
                 frame.len
             }
@@ -234,7 +256,7 @@ impl Walk<'_> {
                 let error = Error::new(Kind::Unsupported, what).at_offset(host);
                 return Err(error.remedy("restore the disk with virtnbdrestore"));
             }
-            self.push(start, len, host, How::Lz4(size));
+            self.push(start, len, host, How::Lz4(size))?;
             start += len;
             host += u64::from(size);
         }
@@ -254,7 +276,7 @@ impl Walk<'_> {
             let len = len.filter(|n| *n <= end - start).ok_or_else(|| mismatch(host))?;
             let size = u32::try_from(found.len).ok().filter(|_| len <= MAX_UNIT);
             let size = size.ok_or_else(|| corrupt(host, "an lz4 frame is too large"))?;
-            self.push(start, len, host, How::Lz4(size));
+            self.push(start, len, host, How::Lz4(size))?;
             start += len;
             host += found.len;
         }

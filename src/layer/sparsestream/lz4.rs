@@ -120,7 +120,11 @@ impl Blocks<'_> {
         if len > self.info.block_max {
             return Err(bad("a block is too large"));
         }
+        // Of their full length from the start: growing, they would take up to twice that.
         let mut packed = std::mem::take(&mut self.packed);
+        packed.clear();
+        packed.reserve_exact(self.info.block_max);
+        out.reserve_exact(self.info.block_max);
         packed.resize(len, 0);
         self.take(&mut packed)?;
         if self.info.block_sums && self.word()? != sum(&packed) {
@@ -182,6 +186,12 @@ impl<'a> Frame<'a> {
         let at = unit.host.saturating_add(info.len);
         let blocks = Blocks { storage, unit, info, at, packed: Vec::new(), window: Vec::new() };
         Ok(Frame { blocks })
+    }
+
+    /// Bytes that decompressing takes at a time, beside the pieces that are kept: a block as it is stored
+    /// and as it was, one piece, and what blocks refer to.
+    pub fn room(&self) -> u64 {
+        2 * self.blocks.info.block_max as u64 + 2 * u64::from(PIECE)
     }
 
     /// Whether there is a checksum of the whole.
@@ -324,6 +334,22 @@ mod tests {
                 open().pieces(Some((n as u32, piece)), u32::MAX, &mut keep).unwrap();
             }
             open().verify().unwrap();
+        }
+    }
+
+    #[test]
+    fn no_more_room_is_taken_than_is_said() {
+        for info in infos() {
+            let (storage, unit) = packed(info);
+            let mut frame = Frame::open(&storage, unit).unwrap();
+            let room = frame.room();
+            let mut block = Vec::new();
+            while frame.blocks.next(&mut block).unwrap() {
+                let taken = block.capacity() + frame.blocks.packed.capacity();
+                let taken = taken + frame.blocks.window.capacity() + PIECE as usize;
+                assert!(taken as u64 <= room, "{taken} of {room}");
+                block.clear();
+            }
         }
     }
 

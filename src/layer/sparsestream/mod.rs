@@ -182,6 +182,11 @@ impl Layer for StreamLayer {
         true
     }
 
+    fn room(&self, unit: Unit) -> Result<u64> {
+        let frame = lz4::Frame::open(&*self.storage, unit);
+        frame.map(|f| f.room()).map_err(|e| e.at_path(self.storage.name()))
+    }
+
     fn decompress_pieces(
         &self,
         unit: Unit,

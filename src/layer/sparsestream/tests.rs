@@ -291,6 +291,30 @@ fn of_a_stream_cut_anywhere_what_is_before_the_cut_is_served() {
 }
 
 #[test]
+fn of_a_cut_stream_no_more_pieces_are_kept_than_there_is_room_for() {
+    let mut made = full();
+    for chunk in [None, Some(64)] {
+        made.chunk = chunk;
+        let mut bytes = made.bytes();
+        let read = |bytes: &[u8], most| {
+            let storage = MemStorage::new("sda.full.data", bytes.to_vec());
+            let (meta, at) = frame::read_meta(&storage).unwrap();
+            index::read_at_most(&storage, &meta, at, most).unwrap()
+        };
+        // A whole one is bounded by its list of sizes.
+        let whole = read(&bytes, 2).pieces;
+        assert!(whole.len() > 2);
+        bytes.truncate(bytes.len() - 1);
+        let found = read(&bytes, 2);
+        assert_eq!(found.pieces, whole[..2]);
+        // Zeros in between are known still.
+        let from = found.cut.unwrap().from;
+        assert!((whole[1].end()..=whole[2].start).contains(&from), "{from}");
+    }
+    assert!(index::MAX_PIECES * size_of::<Piece>() <= 64 << 20);
+}
+
+#[test]
 fn flipped_bits_in_compressed_streams_never_give_other_bytes() {
     let mut made = full();
     made.frames[1].2.truncate(20_000);
