@@ -7,6 +7,8 @@ use std::path::Path;
 
 use backups::{Backups, fleecefs, have, run};
 use fleecefs::chain::Catalog;
+use fleecefs::chain::manifest::ImageFormat;
+use fleecefs::chain::scan::{ScanOptions, Told, scan};
 use fleecefs::error::Severity;
 use fleecefs::image::{Cache, open_point};
 use fleecefs::layer::Format;
@@ -137,6 +139,49 @@ fn a_raw_name_with_a_whole_image_inside_is_read_with_a_finding() {
 }
 
 #[test]
+fn images_that_lie_on_each_other_are_decided_about_and_end() {
+    if !have("images_that_lie_on_each_other_are_decided_about_and_end", &TOOLS) {
+        return;
+    }
+    let b = Backups::new();
+    for (name, below) in [("B.raw", "C.raw"), ("C.raw", "B.raw"), ("A.qcow2", "B.raw")] {
+        let path = b.path(name);
+        image(&path, &[], 0);
+        run("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", below, path.to_str().unwrap()]);
+    }
+    let (tell, told) = std::sync::mpsc::channel();
+    let root = b.root().to_path_buf();
+    std::thread::spawn(move || {
+        let _ = tell.send(scan(&root, &ScanOptions::default(), None).unwrap().0);
+    });
+    let catalog = told.recv_timeout(std::time::Duration::from_secs(60)).expect("the scan ends");
+    let points: Vec<_> = catalog.disks.iter().flat_map(|d| &d.points).collect();
+    assert_eq!(points.len(), 3);
+    assert!(points.iter().all(|p| p.unavailable.as_ref().unwrap().message.contains("loop")));
+}
+
+/// To open an image that is marked as corrupt takes a walk over all tables that it claims to have.
+#[test]
+fn the_mark_of_a_corrupt_image_on_a_raw_disk_starts_no_walk() {
+    if !have("the_mark_of_a_corrupt_image_on_a_raw_disk_starts_no_walk", &TOOLS) {
+        return;
+    }
+    for (name, read) in [("disk.raw", false), ("FULL-1-sda", false), ("disk.qcow2", true)] {
+        let b = Backups::new();
+        let path = b.path(name);
+        image(&path, &[], 0x41);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[79] |= 2;
+        b.file(name, &bytes);
+        assert_eq!(first_bytes(&b.scan(), &path).is_some(), read, "{name}");
+        if !read {
+            let why = b.why(name);
+            assert!(why.message.contains("marked") && why.remedy.is_some(), "{why}");
+        }
+    }
+}
+
+#[test]
 fn an_increment_says_how_its_full_is_read() {
     if !have("an_increment_says_how_its_full_is_read", &TOOLS) {
         return;
@@ -210,6 +255,65 @@ fn verify_records_what_a_user_says() {
     image(&b.path("x.qcow2"), &[], 1);
     fleecefs(&["verify", "--create", b.root().to_str().unwrap()]);
     assert!(!b.path(".fleecefs/x.qcow2.json").exists());
+}
+
+/// A manifest lets an image name other files: a guest may write what it is to name later.
+#[test]
+fn verify_records_no_format_that_only_the_bytes_say() {
+    if !have("verify_records_no_format_that_only_the_bytes_say", &TOOLS) {
+        return;
+    }
+    for (name, recorded) in [
+        ("FULL-1700000000-sda.raw", false),
+        ("FULL-1700000000-sda", false),
+        ("FULL-1700000000-sda.qcow2", true),
+    ] {
+        let b = Backups::new();
+        image(&b.path(&format!("sda/{name}")), &[], 1);
+        let root = b.root().to_str().unwrap();
+        let manifest = b.path(&format!("sda/.fleecefs/{name}.json"));
+        fleecefs(&["verify", "--create", root]);
+        assert_eq!(manifest.exists(), recorded, "{name}");
+        fleecefs(&["verify", "--create", "--format", "qcow2", root]);
+        assert!(manifest.exists(), "{name}");
+    }
+}
+
+#[test]
+fn a_users_word_counts_for_what_was_asked_for_only() {
+    if !have("a_users_word_counts_for_what_was_asked_for_only", &TOOLS) {
+        return;
+    }
+    let b = Backups::new();
+    image(&b.path("vm2/secret.qcow2"), &[], SECRET);
+    let asked = b.path("vm1/asked.raw");
+    let other = b.path("vm1/other.raw");
+    image(&asked, &[], 0x41);
+    let own = hostile(&b, "vm1/other.raw", Some("../vm2/secret.qcow2"), None);
+    run("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", "other.raw", asked.to_str().unwrap()]);
+    let files = [asked.clone()].into();
+    let told = Some(Told { format: ImageFormat::Qcow2, files });
+    let options = ScanOptions { told, ..ScanOptions::default() };
+    let (catalog, _) = scan(b.root(), &options, None).unwrap();
+    // What it lies on it says itself, once it is told what it is.
+    assert_eq!(first_bytes(&catalog, &asked).unwrap()[0], 0x41);
+    let files = [b.path("vm1/none.raw")].into();
+    let told = Some(Told { format: ImageFormat::Qcow2, files });
+    let options = ScanOptions { told, ..ScanOptions::default() };
+    let (catalog, _) = scan(b.root(), &options, None).unwrap();
+    assert!(first_bytes(&catalog, &asked).is_none());
+    assert!(first_bytes(&catalog, &other).is_none_or(|got| got == own));
+    // And on the command line.
+    let c = Backups::new();
+    for name in ["a.raw", "b.raw"] {
+        hostile(&c, &format!("vm1/{name}"), Some("../base.qcow2"), None);
+    }
+    image(&c.path("base.qcow2"), &[], 0x42);
+    let catalog = c.scan();
+    let point = Some(std::path::PathBuf::from("a.raw"));
+    let options = fleecefs::verify::Options { point, ..Default::default() };
+    let asked = fleecefs::verify::asked(&catalog, &options).unwrap();
+    assert_eq!(asked, [c.path("vm1/a.raw")].into());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::manifest::ImageFormat;
 use super::name::{Name, Promise, promise};
 use super::pointer;
 use super::probe::Content;
-use super::scan::{FileEntry, FileId, Tree};
+use super::scan::{FileEntry, FileId, Told, Tree};
 use crate::error::{Error, Finding, Kind};
 use crate::layer::{Format, ImageInfo};
 
@@ -105,6 +105,11 @@ impl FileEntry {
         Ok(())
     }
 
+    /// Whether it is read as an image because of its own bytes alone.
+    pub fn is_unproved(&self) -> bool {
+        self.info().is_some() && !self.decision.proved
+    }
+
     /// The format that it gives for its backing file.
     pub fn backing_format(&self) -> Option<String> {
         let info = self.info()?;
@@ -135,7 +140,7 @@ const UNPACK: &str = "unpack or convert it to raw or qcow2";
 
 /// Decides about all files of a walked directory. `told` is what a user says of those about which
 /// nothing else decides.
-pub(super) fn decide(tree: &mut Tree, told: Option<ImageFormat>) {
+pub(super) fn decide(tree: &mut Tree, told: Option<&Told>) {
     let mut proved = Vec::new();
     for file in 0..tree.files.len() {
         if by_manifest_or_name(&mut tree.files[file]) {
@@ -143,14 +148,15 @@ pub(super) fn decide(tree: &mut Tree, told: Option<ImageFormat>) {
         }
     }
     by_what_lies_above(tree, proved);
-    let open: Vec<FileId> =
-        (0..tree.files.len()).filter(|f| is_undecided(&tree.files[*f])).collect();
-    if let Some(format) = told {
-        let decided = open.into_iter().filter(|f| by_word(&mut tree.files[*f], format)).collect();
+    if let Some(told) = told {
+        let is_told = |f: &FileEntry| is_undecided(f) && told.files.contains(&f.path);
+        let open: Vec<FileId> =
+            (0..tree.files.len()).filter(|f| is_told(&tree.files[*f])).collect();
+        let by_word = |f: &FileId| by_word(&mut tree.files[*f], told.format);
+        let decided = open.into_iter().filter(by_word).collect();
         by_what_lies_above(tree, decided);
-    } else {
-        open.into_iter().for_each(|f| by_content(&mut tree.files[f]));
     }
+    tree.files.iter_mut().filter(|f| is_undecided(f)).for_each(by_content);
 }
 
 /// Takes the manifest's word, then the name's; whether it is proved to be qcow2 now.
@@ -182,8 +188,10 @@ fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
         let entry = &mut tree.files[below];
         match (&entry.decision.reading, format) {
             (Reading::Content, ImageFormat::Qcow2) if entry.probed.magic => {
-                entry.decision.proved = true;
-                proved.push(below);
+                // Whoever was proved before has been asked, or will be: two may lie on each other.
+                if !std::mem::replace(&mut entry.decision.proved, true) {
+                    proved.push(below);
+                }
             }
             (Reading::Content, ImageFormat::Raw) if !entry.decision.proved => {
                 entry.decision.reading = Reading::Raw;
@@ -230,13 +238,20 @@ fn by_word(entry: &mut FileEntry, format: ImageFormat) -> bool {
 /// Nothing decides but the content: of a name that says raw, no more than it must.
 fn by_content(entry: &mut FileEntry) {
     let name = entry.path.file_name().unwrap_or_default();
-    if promise(name) != Promise::Raw {
-        return;
-    }
     let refuse = |kind, what: String| {
         let error = Error::new(kind, what).at_path(&entry.path).at_offset(0).remedy(DECIDE);
         Reading::Undecided(Finding::from_error(&error, &entry.path))
     };
+    // To read such an image takes a walk over all of its tables.
+    if matches!(&entry.probed.content, Content::Image(info) if info.marked_corrupt) {
+        let what = "QEMU marked it as corrupt, and nothing but its own bytes says that it is a \
+                    qcow2 image: a guest can write such bytes to a raw disk";
+        entry.decision.reading = refuse(Kind::Unsupported, what.into());
+        return;
+    }
+    if promise(name) != Promise::Raw {
+        return;
+    }
     let reading = match &entry.probed.content {
         _ if entry.manifest_problem.is_some() => {
             let what = "whether it is a raw image, only its manifest can say, and cannot be read";

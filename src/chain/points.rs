@@ -124,6 +124,7 @@ impl Maker<'_> {
             own_bytes: entry.probed.own_bytes,
             consistency: entry.manifest.as_ref().and_then(|m| m.achieved),
             layers,
+            format_is_open: entry.is_unproved(),
             unavailable,
         };
         if carries_snapshots(belongs.level) {
@@ -191,6 +192,7 @@ impl Maker<'_> {
             own_bytes: 0,
             consistency: None,
             layers,
+            format_is_open: active.format_is_open,
         }
     }
 
