@@ -80,18 +80,20 @@ fn a_root_on_an_image_inside_the_directory() {
     let b = Backups::new();
     b.image("base/deep/base.qcow2", None);
     b.image("mid.qcow2", Some(b.path("base/deep/base.qcow2").to_str().unwrap()));
-    b.image("d/FULL-1-d.qcow2", Some("../mid.qcow2"));
+    b.image("d/low.qcow2", Some("../mid.qcow2"));
+    b.image("d/FULL-1-d.qcow2", Some("low.qcow2"));
     b.image("d/INC-2-d.qcow2", None);
     // A root on an increment has all that the increment has.
-    b.image("e/FULL-9-e.qcow2", Some("../d/./INC-2-d.qcow2"));
-    let d = "base.qcow2 < mid.qcow2 < FULL-1-d.qcow2";
+    b.image("e/top.qcow2", Some("../d/./INC-2-d.qcow2"));
+    let d = "base.qcow2 < mid.qcow2 < low.qcow2 < FULL-1-d.qcow2";
     assert_eq!(
         b.shown(),
         [
             "base/deep/base.qcow2: base.qcow2".to_string(),
             format!("d: {d}"),
             format!("d: {d} < INC-2-d.qcow2"),
-            format!("e: {d} < INC-2-d.qcow2 < FULL-9-e.qcow2"),
+            "d/low.qcow2: base.qcow2 < mid.qcow2 < low.qcow2".to_string(),
+            format!("e/top.qcow2: {d} < INC-2-d.qcow2 < top.qcow2"),
             "mid.qcow2: base.qcow2 < mid.qcow2".to_string(),
         ]
     );

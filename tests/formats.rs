@@ -344,3 +344,78 @@ fn backing_pointers_in_qemus_other_words_are_followed_as_plain_ones() {
         }
     }
 }
+
+/// QEMU writes the headers of backups, and QEMU is one guest's.
+#[test]
+fn a_backup_shows_nothing_of_another_disk() {
+    if !have("a_backup_shows_nothing_of_another_disk", &TOOLS) {
+        return;
+    }
+    let (image_of, raw_of) = ("../../vmb/sda/FULL-1700000000-sda.qcow2", "../../vmb/sda/other.raw");
+    for name in
+        ["FULL-1700000000-sda.qcow2", "COPY-1700000000-sda.qcow2", "INC-1700000001-sda.qcow2"]
+    {
+        for (backing, data) in [(Some(image_of), None), (None, Some(raw_of))] {
+            let b = Backups::new();
+            image(&b.path("vmb/sda/FULL-1700000000-sda.qcow2"), &[], SECRET);
+            b.file("vmb/sda/other.raw", &vec![SECRET; SIZE as usize]);
+            if name.starts_with("INC") {
+                image(&b.path("vma/sda/FULL-1700000000-sda.qcow2"), &[], 0x41);
+            }
+            let relative = format!("vma/sda/{name}");
+            hostile(&b, &relative, backing, data);
+            let catalog = b.scan();
+            let got = first_bytes(&catalog, &b.path(&relative));
+            // An increment lies on its own FULL, wherever it was made.
+            let moved = name.starts_with("INC") && data.is_none();
+            match moved {
+                true => assert_eq!(got.unwrap()[0], 0x41),
+                false => assert!(got.is_none() && b.why(name).remedy.is_some(), "{name} {data:?}"),
+            }
+            let catalog = b.scan();
+            for other in ["vmb/sda/FULL-1700000000-sda.qcow2", "vmb/sda/other.raw"] {
+                assert_eq!(first_bytes(&catalog, &b.path(other)).unwrap()[0], SECRET);
+            }
+        }
+    }
+    // Its manifest says what it is.
+    let b = Backups::new();
+    image(&b.path("vmb/sda/FULL-1700000000-sda.qcow2"), &[], SECRET);
+    hostile(&b, "vma/sda/sda", Some(image_of), None);
+    backups::manifest(&b.path("vma/sda"), "sda", fleecefs::chain::Level::Full, None, 0);
+    assert!(first_bytes(&b.scan(), &b.path("vma/sda/sda")).is_none());
+}
+
+#[test]
+fn a_data_file_is_no_other_disk_of_the_folder() {
+    if !have("a_data_file_is_no_other_disk_of_the_folder", &TOOLS) {
+        return;
+    }
+    let full = "FULL-1700000000-sda.qcow2";
+    for (data, served) in [
+        ("disk1.raw", false),
+        ("disk1", false),
+        ("FULL-1700000000-sdb.raw", false),
+        ("FULL-1700000000-sda.raw", true),
+        ("FULL-1700000000-sda.data", true),
+        ("data", true),
+    ] {
+        let b = Backups::new();
+        hostile(&b, full, None, Some(data));
+        b.file(data, &vec![SECRET; SIZE as usize]);
+        if data.starts_with("disk1") {
+            b.file(&format!("{data}.config"), br#"{"format": "raw"}"#);
+            image(&b.path(&format!("INC-4000000000-{data}")), &[], 0);
+        }
+        let catalog = b.scan();
+        let points = || catalog.disks.iter().flat_map(|d| &d.points);
+        let at = |name: &str| points().find(|p| p.name == name);
+        assert_eq!(at(full).unwrap().is_served(), served, "{data}");
+        assert_eq!(
+            at(data).is_some(),
+            !served,
+            "{data}: {:?}",
+            points().map(|p| &p.name).collect::<Vec<_>>()
+        );
+    }
+}

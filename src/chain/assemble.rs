@@ -9,8 +9,9 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::follow::{self, DataFiles};
 use super::foreign;
-use super::group::{Belongs, Group, base_name, data_files, group};
+use super::group::{Belongs, Group, base_name, group};
 use super::info;
 use super::link::{Lies, Member, link};
 use super::manifest::ImageFormat;
@@ -43,6 +44,9 @@ enum Below {
 /// What has been decided about each file.
 pub(super) struct Fates<'a> {
     pub tree: &'a Tree,
+    data_files: DataFiles,
+    /// As what each file belongs to a disk.
+    levels: Vec<Option<Level>>,
     /// What each file lies on by the layout of its disk; `Root` for files of no disk.
     lies: Vec<Option<Result<FileId, Finding>>>,
     below: Vec<Option<Below>>,
@@ -55,7 +59,8 @@ type Bases = Vec<(Arc<Probed>, PathBuf)>;
 /// Makes the catalog of a walked directory; also what its files lie on.
 pub(super) fn assemble(mut tree: Tree) -> (Catalog, Bases) {
     let mut findings = std::mem::take(&mut tree.findings);
-    let mut claimed = data_files(&tree);
+    let data_files = DataFiles::new(&tree);
+    let mut claimed = data_files.claimed(&tree);
     let (mut groups, mut foreign) = (Vec::new(), Vec::new());
     for folder in &tree.folders {
         let found = foreign::find(&tree, folder, &claimed);
@@ -67,7 +72,7 @@ pub(super) fn assemble(mut tree: Tree) -> (Catalog, Bases) {
         findings.extend(homeless);
     }
     groups.sort_by(|a, b| a.path.cmp(&b.path));
-    let mut fates = Fates::new(&tree);
+    let mut fates = Fates::new(&tree, data_files);
     for group in &mut groups {
         fates.link(group);
     }
@@ -138,11 +143,13 @@ fn unique(path: &Path, taken: &mut HashSet<PathBuf>) -> PathBuf {
 }
 
 impl<'a> Fates<'a> {
-    fn new(tree: &'a Tree) -> Self {
+    fn new(tree: &'a Tree, data_files: DataFiles) -> Self {
         let n = tree.files.len();
         let none = |_| None;
         Fates {
             tree,
+            data_files,
+            levels: vec![None; n],
             lies: (0..n).map(|_| None).collect(),
             below: (0..n).map(|_| None).collect(),
             blocked: (0..n).map(none).collect(),
@@ -173,6 +180,7 @@ impl<'a> Fates<'a> {
         let mut suspects = not_raw_after_all(tree, group, &lies);
         suspects.extend(qcow2_on_raw(tree, group, &lies));
         for (belongs, lies) in group.members.iter().zip(&lies) {
+            self.levels[belongs.file] = Some(belongs.level);
             self.lies[belongs.file] = match lies {
                 Lies::Root => None,
                 Lies::On(i) => Some(Ok(group.members[*i].file)),
@@ -250,7 +258,7 @@ impl<'a> Fates<'a> {
         if entry.name == Name::Ignored {
             return fail(Error::new(Kind::Incomplete, "an unfinished or auxiliary file"));
         }
-        manifest_problem(entry).or_else(|| self.data_file(entry).err()).and_then(fail)
+        manifest_problem(entry).or_else(|| self.data_file(file).err()).and_then(fail)
     }
 
     fn find_below(&self, file: FileId) -> Result<Below, Finding> {
@@ -264,7 +272,7 @@ impl<'a> Fates<'a> {
                 Err(e) => Err(Finding::from_error(&e, &entry.path)),
             };
         }
-        self.backing(entry).map_err(|e| {
+        self.backing(file).map_err(|e| {
             let e = e.at_path(&entry.path).remedy(
                 "put the backing image into the backup directory, or flatten the image with \
                  'qemu-img convert'",
@@ -274,7 +282,8 @@ impl<'a> Fates<'a> {
     }
 
     /// The backing image of a root: inside the backup directory or not at all.
-    fn backing(&self, entry: &FileEntry) -> Result<Below, Error> {
+    fn backing(&self, above: FileId) -> Result<Below, Error> {
+        let entry = &self.tree.files[above];
         let Some(info) = entry.info() else { return Ok(Below::Nothing) };
         let Some(pointer) = info.backing_file.as_deref() else { return Ok(Below::Nothing) };
         let path = pointer::parse(pointer)?.path;
@@ -284,6 +293,8 @@ impl<'a> Fates<'a> {
             return Err(Error::new(Kind::Incomplete, what));
         };
         entry.check_followed(&self.tree.files[file])?;
+        let seen = |f: FileId| (&self.tree.files[f], self.levels[f]);
+        follow::check_backing(seen(above), seen(file))?;
         self.check_format(entry, file)?;
         Ok(Below::File(file))
     }
@@ -309,7 +320,8 @@ impl<'a> Fates<'a> {
     }
 
     /// The external data file of an image, if it needs one.
-    fn data_file(&self, entry: &FileEntry) -> Result<Option<Arc<SourceFile>>, Error> {
+    fn data_file(&self, image: FileId) -> Result<Option<Arc<SourceFile>>, Error> {
+        let entry = &self.tree.files[image];
         let Some(name) = entry.info().and_then(|i| i.data_file.as_deref()) else {
             return Ok(None);
         };
@@ -317,7 +329,7 @@ impl<'a> Fates<'a> {
         let path = pointer::parse(name).ok().map(|p| p.path);
         match path.and_then(|p| self.tree.lookup(folder, &p)) {
             Some(file) if self.tree.files[file].path != entry.path => {
-                entry.check_followed(&self.tree.files[file])?;
+                self.data_files.check(self.tree, image, file)?;
                 Ok(Some(self.tree.files[file].probed.file.clone()))
             }
             _ => {
@@ -337,7 +349,7 @@ impl<'a> Fates<'a> {
             format: entry.format(),
             part,
             // A usable file has its data file: `own_problem` saw to it.
-            data_file: self.data_file(entry).ok().flatten(),
+            data_file: self.data_file(file).ok().flatten(),
         }
     }
 

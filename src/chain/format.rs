@@ -8,6 +8,7 @@
 //! word on the format of others not taken. `verify --create --format` writes the manifest that
 //! decides.
 
+use super::follow;
 use super::manifest::ImageFormat;
 use super::name::{Name, Promise, promise};
 use super::pointer;
@@ -223,7 +224,10 @@ fn word_on_what_is_below(tree: &Tree, above: FileId) -> Option<(FileId, ImageFor
     let below = tree.lookup(folder, &path).or_else(|| is_backup.then(beside).flatten())?;
     let (file, name) = (&tree.files[below], tree.files[below].path.file_name()?);
     let open = file.is_open_question() && promise(name) != Promise::Qcow2;
-    (below != above && open && file.probed.owner == entry.probed.owner).then_some((below, format))
+    // What may not lie on it has no say in it.
+    let may = follow::check_backing((entry, None), (file, None)).is_ok();
+    let same_owner = file.probed.owner == entry.probed.owner;
+    (below != above && open && may && same_owner).then_some((below, format))
 }
 
 /// Takes the user's word; whether it is proved to be qcow2 now.
