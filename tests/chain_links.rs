@@ -99,6 +99,19 @@ fn a_root_on_an_image_inside_the_directory() {
     );
 }
 
+/// QEMU takes a protocol's node for the bytes themselves, and asks nobody whether they are an image.
+#[test]
+fn a_description_without_a_format_means_the_bytes_of_the_file() {
+    let b = Backups::new();
+    b.image("base.qcow2", None);
+    b.image("top.qcow2", Some(r#"json:{"driver":"file","filename":"base.qcow2"}"#));
+    b.file("disk.raw", &[7; 4096]);
+    b.image("over.qcow2", Some(r#"json:{"driver":"file","filename":"disk.raw"}"#));
+    let shown = b.shown();
+    assert!(shown.contains(&"over.qcow2: disk.raw < over.qcow2".to_string()), "{shown:?}");
+    assert!(b.why("top.qcow2").message.contains("not of format raw"));
+}
+
 #[test]
 fn a_root_on_anything_else_is_not_served() {
     let outside = tempfile::tempdir().unwrap();

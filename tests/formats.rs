@@ -138,6 +138,41 @@ fn a_raw_name_with_a_whole_image_inside_is_read_with_a_finding() {
     assert!(first_bytes(&b.scan(), &above).is_none());
 }
 
+/// Neither the name says what it is, nor anything beside it.
+#[test]
+fn a_name_without_a_word_with_a_whole_image_inside_is_read_with_a_finding() {
+    if !have("a_name_without_a_word_with_a_whole_image_inside_is_read_with_a_finding", &TOOLS) {
+        return;
+    }
+    let name = "FULL-1700000000-vda";
+    let warned = |prepare: &dyn Fn(&Backups)| {
+        let b = Backups::new();
+        image(&b.path(&format!("vda/{name}")), &[], 0x41);
+        prepare(&b);
+        let path = b.path(&format!("vda/{name}"));
+        assert_eq!(first_bytes(&b.scan(), &path).unwrap()[0], 0x41);
+        let findings = b.findings();
+        let of_it = findings.iter().filter(|f| f.severity == Severity::Warning);
+        let remedies = of_it.map(|f| f.remedy.clone().unwrap_or_default()).collect::<Vec<_>>();
+        assert!(remedies.iter().all(|r| r.contains("--format")), "{findings:?}");
+        remedies.len()
+    };
+    assert_eq!(warned(&|_| {}), 1);
+    assert_eq!(warned(&|b| image(&b.path("vda/FULL-1700000001-vda"), &[], 0)), 1);
+    // There are increments, or its disk was one, or it was recorded.
+    assert_eq!(warned(&|b| image(&b.path("vda/INC-1700000001-vda"), &[], 0)), 0);
+    assert_eq!(warned(&|b| b.file("vda/vda.config", br#"{"format": "qcow2"}"#)), 0);
+    let level = fleecefs::chain::Level::Full;
+    assert_eq!(warned(&|b| recorded(&b.path("vda"), name, level)), 0);
+}
+
+fn recorded(dir: &Path, name: &str, level: fleecefs::chain::Level) {
+    use fleecefs::chain::manifest::{read, write};
+    backups::manifest(dir, name, level, None, 0);
+    let known = read(dir, name.as_ref()).unwrap().unwrap();
+    write(dir, &fleecefs::chain::manifest::Manifest { virtual_size: SIZE, ..known }).unwrap();
+}
+
 #[test]
 fn images_that_lie_on_each_other_are_decided_about_and_end() {
     if !have("images_that_lie_on_each_other_are_decided_about_and_end", &TOOLS) {

@@ -111,11 +111,12 @@ impl FileEntry {
         self.info().is_some() && !self.decision.proved
     }
 
-    /// The format that it gives for its backing file.
+    /// The format that it gives for its backing file: as for QEMU, a description in the place of the
+    /// name comes second.
     pub fn backing_format(&self) -> Option<String> {
         let info = self.info()?;
         let described = || pointer::parse(info.backing_file.as_deref()?).ok()?.format;
-        described().or_else(|| info.backing_format.clone())
+        info.backing_format.clone().or_else(described)
     }
 
     /// Whether it begins like an image, and no manifest says what it is.

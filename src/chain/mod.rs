@@ -6,6 +6,7 @@
 //! Nothing here writes but `manifest` and `removal`.
 
 mod assemble;
+mod doubt;
 mod follow;
 mod foreign;
 mod format;
