@@ -205,13 +205,13 @@ fn two_files_that_may_both_be_the_full_carry_no_increments() {
 #[test]
 fn an_unfinished_backup_is_told_of() {
     let b = Backups::new();
-    b.image("d/FULL-1-d", None);
-    b.image("d/INC-2-d.partial", None);
+    b.image("d/FULL-1-d.qcow2", None);
+    b.image("d/INC-2-d.qcow2.partial", None);
     let findings = b.findings();
     assert_eq!((findings.len(), findings[0].severity), (1, Severity::Note));
-    b.image("d/INC-3-d", None);
+    b.image("d/INC-3-d.qcow2", None);
     assert_eq!(b.findings()[0].severity, Severity::Warning);
-    manifest(&b.path("d"), "INC-3-d", Level::Inc, Some("FULL-1-d"), 0);
+    manifest(&b.path("d"), "INC-3-d.qcow2", Level::Inc, Some("FULL-1-d.qcow2"), 0);
     assert_eq!(b.findings()[0].severity, Severity::Note);
     b.image("alone/FULL-1-x.partial", None);
     assert_eq!(b.scan().disks.len(), 1);

@@ -80,21 +80,36 @@ fn a_root_on_an_image_inside_the_directory() {
     let b = Backups::new();
     b.image("base/deep/base.qcow2", None);
     b.image("mid.qcow2", Some(b.path("base/deep/base.qcow2").to_str().unwrap()));
-    b.image("d/FULL-1-d.qcow2", Some("../mid.qcow2"));
+    b.image("d/low.qcow2", Some("../mid.qcow2"));
+    b.image("d/FULL-1-d.qcow2", Some("low.qcow2"));
     b.image("d/INC-2-d.qcow2", None);
     // A root on an increment has all that the increment has.
-    b.image("e/FULL-9-e.qcow2", Some("../d/./INC-2-d.qcow2"));
-    let d = "base.qcow2 < mid.qcow2 < FULL-1-d.qcow2";
+    b.image("e/top.qcow2", Some("../d/./INC-2-d.qcow2"));
+    let d = "base.qcow2 < mid.qcow2 < low.qcow2 < FULL-1-d.qcow2";
     assert_eq!(
         b.shown(),
         [
             "base/deep/base.qcow2: base.qcow2".to_string(),
             format!("d: {d}"),
             format!("d: {d} < INC-2-d.qcow2"),
-            format!("e: {d} < INC-2-d.qcow2 < FULL-9-e.qcow2"),
+            "d/low.qcow2: base.qcow2 < mid.qcow2 < low.qcow2".to_string(),
+            format!("e/top.qcow2: {d} < INC-2-d.qcow2 < top.qcow2"),
             "mid.qcow2: base.qcow2 < mid.qcow2".to_string(),
         ]
     );
+}
+
+/// QEMU takes a protocol's node for the bytes themselves, and asks nobody whether they are an image.
+#[test]
+fn a_description_without_a_format_means_the_bytes_of_the_file() {
+    let b = Backups::new();
+    b.image("base.qcow2", None);
+    b.image("top.qcow2", Some(r#"json:{"driver":"file","filename":"base.qcow2"}"#));
+    b.file("disk.raw", &[7; 4096]);
+    b.image("over.qcow2", Some(r#"json:{"driver":"file","filename":"disk.raw"}"#));
+    let shown = b.shown();
+    assert!(shown.contains(&"over.qcow2: disk.raw < over.qcow2".to_string()), "{shown:?}");
+    assert!(b.why("top.qcow2").message.contains("not of format raw"));
 }
 
 #[test]

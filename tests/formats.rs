@@ -7,6 +7,8 @@ use std::path::Path;
 
 use backups::{Backups, fleecefs, have, run};
 use fleecefs::chain::Catalog;
+use fleecefs::chain::manifest::ImageFormat;
+use fleecefs::chain::scan::{ScanOptions, Told, scan};
 use fleecefs::error::Severity;
 use fleecefs::image::{Cache, open_point};
 use fleecefs::layer::Format;
@@ -136,6 +138,84 @@ fn a_raw_name_with_a_whole_image_inside_is_read_with_a_finding() {
     assert!(first_bytes(&b.scan(), &above).is_none());
 }
 
+/// Neither the name says what it is, nor anything beside it.
+#[test]
+fn a_name_without_a_word_with_a_whole_image_inside_is_read_with_a_finding() {
+    if !have("a_name_without_a_word_with_a_whole_image_inside_is_read_with_a_finding", &TOOLS) {
+        return;
+    }
+    let name = "FULL-1700000000-vda";
+    let warned = |prepare: &dyn Fn(&Backups)| {
+        let b = Backups::new();
+        image(&b.path(&format!("vda/{name}")), &[], 0x41);
+        prepare(&b);
+        let path = b.path(&format!("vda/{name}"));
+        assert_eq!(first_bytes(&b.scan(), &path).unwrap()[0], 0x41);
+        let findings = b.findings();
+        let of_it = findings.iter().filter(|f| f.severity == Severity::Warning);
+        let remedies = of_it.map(|f| f.remedy.clone().unwrap_or_default()).collect::<Vec<_>>();
+        assert!(remedies.iter().all(|r| r.contains("--format")), "{findings:?}");
+        remedies.len()
+    };
+    assert_eq!(warned(&|_| {}), 1);
+    assert_eq!(warned(&|b| image(&b.path("vda/FULL-1700000001-vda"), &[], 0)), 1);
+    // There are increments, or its disk was one, or it was recorded.
+    assert_eq!(warned(&|b| image(&b.path("vda/INC-1700000001-vda"), &[], 0)), 0);
+    assert_eq!(warned(&|b| b.file("vda/vda.config", br#"{"format": "qcow2"}"#)), 0);
+    let level = fleecefs::chain::Level::Full;
+    assert_eq!(warned(&|b| recorded(&b.path("vda"), name, level)), 0);
+}
+
+fn recorded(dir: &Path, name: &str, level: fleecefs::chain::Level) {
+    use fleecefs::chain::manifest::{read, write};
+    backups::manifest(dir, name, level, None, 0);
+    let known = read(dir, name.as_ref()).unwrap().unwrap();
+    write(dir, &fleecefs::chain::manifest::Manifest { virtual_size: SIZE, ..known }).unwrap();
+}
+
+#[test]
+fn images_that_lie_on_each_other_are_decided_about_and_end() {
+    if !have("images_that_lie_on_each_other_are_decided_about_and_end", &TOOLS) {
+        return;
+    }
+    let b = Backups::new();
+    for (name, below) in [("B.raw", "C.raw"), ("C.raw", "B.raw"), ("A.qcow2", "B.raw")] {
+        let path = b.path(name);
+        image(&path, &[], 0);
+        run("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", below, path.to_str().unwrap()]);
+    }
+    let (tell, told) = std::sync::mpsc::channel();
+    let root = b.root().to_path_buf();
+    std::thread::spawn(move || {
+        let _ = tell.send(scan(&root, &ScanOptions::default(), None).unwrap().0);
+    });
+    let catalog = told.recv_timeout(std::time::Duration::from_secs(60)).expect("the scan ends");
+    let points: Vec<_> = catalog.disks.iter().flat_map(|d| &d.points).collect();
+    assert_eq!(points.len(), 3);
+    assert!(points.iter().all(|p| p.unavailable.as_ref().unwrap().message.contains("loop")));
+}
+
+/// To open an image that is marked as corrupt takes a walk over all tables that it claims to have.
+#[test]
+fn the_mark_of_a_corrupt_image_on_a_raw_disk_starts_no_walk() {
+    if !have("the_mark_of_a_corrupt_image_on_a_raw_disk_starts_no_walk", &TOOLS) {
+        return;
+    }
+    for (name, read) in [("disk.raw", false), ("FULL-1-sda", false), ("disk.qcow2", true)] {
+        let b = Backups::new();
+        let path = b.path(name);
+        image(&path, &[], 0x41);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[79] |= 2;
+        b.file(name, &bytes);
+        assert_eq!(first_bytes(&b.scan(), &path).is_some(), read, "{name}");
+        if !read {
+            let why = b.why(name);
+            assert!(why.message.contains("marked") && why.remedy.is_some(), "{why}");
+        }
+    }
+}
+
 #[test]
 fn an_increment_says_how_its_full_is_read() {
     if !have("an_increment_says_how_its_full_is_read", &TOOLS) {
@@ -212,6 +292,65 @@ fn verify_records_what_a_user_says() {
     assert!(!b.path(".fleecefs/x.qcow2.json").exists());
 }
 
+/// A manifest lets an image name other files: a guest may write what it is to name later.
+#[test]
+fn verify_records_no_format_that_only_the_bytes_say() {
+    if !have("verify_records_no_format_that_only_the_bytes_say", &TOOLS) {
+        return;
+    }
+    for (name, recorded) in [
+        ("FULL-1700000000-sda.raw", false),
+        ("FULL-1700000000-sda", false),
+        ("FULL-1700000000-sda.qcow2", true),
+    ] {
+        let b = Backups::new();
+        image(&b.path(&format!("sda/{name}")), &[], 1);
+        let root = b.root().to_str().unwrap();
+        let manifest = b.path(&format!("sda/.fleecefs/{name}.json"));
+        fleecefs(&["verify", "--create", root]);
+        assert_eq!(manifest.exists(), recorded, "{name}");
+        fleecefs(&["verify", "--create", "--format", "qcow2", root]);
+        assert!(manifest.exists(), "{name}");
+    }
+}
+
+#[test]
+fn a_users_word_counts_for_what_was_asked_for_only() {
+    if !have("a_users_word_counts_for_what_was_asked_for_only", &TOOLS) {
+        return;
+    }
+    let b = Backups::new();
+    image(&b.path("vm2/secret.qcow2"), &[], SECRET);
+    let asked = b.path("vm1/asked.raw");
+    let other = b.path("vm1/other.raw");
+    image(&asked, &[], 0x41);
+    let own = hostile(&b, "vm1/other.raw", Some("../vm2/secret.qcow2"), None);
+    run("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", "other.raw", asked.to_str().unwrap()]);
+    let files = [asked.clone()].into();
+    let told = Some(Told { format: ImageFormat::Qcow2, files });
+    let options = ScanOptions { told, ..ScanOptions::default() };
+    let (catalog, _) = scan(b.root(), &options, None).unwrap();
+    // What it lies on it says itself, once it is told what it is.
+    assert_eq!(first_bytes(&catalog, &asked).unwrap()[0], 0x41);
+    let files = [b.path("vm1/none.raw")].into();
+    let told = Some(Told { format: ImageFormat::Qcow2, files });
+    let options = ScanOptions { told, ..ScanOptions::default() };
+    let (catalog, _) = scan(b.root(), &options, None).unwrap();
+    assert!(first_bytes(&catalog, &asked).is_none());
+    assert!(first_bytes(&catalog, &other).is_none_or(|got| got == own));
+    // And on the command line.
+    let c = Backups::new();
+    for name in ["a.raw", "b.raw"] {
+        hostile(&c, &format!("vm1/{name}"), Some("../base.qcow2"), None);
+    }
+    image(&c.path("base.qcow2"), &[], 0x42);
+    let catalog = c.scan();
+    let point = Some(std::path::PathBuf::from("a.raw"));
+    let options = fleecefs::verify::Options { point, ..Default::default() };
+    let asked = fleecefs::verify::asked(&catalog, &options).unwrap();
+    assert_eq!(asked, [c.path("vm1/a.raw")].into());
+}
+
 #[test]
 fn backing_pointers_in_qemus_other_words_are_followed_as_plain_ones() {
     if !have("backing_pointers_in_qemus_other_words_are_followed_as_plain_ones", &TOOLS) {
@@ -238,5 +377,80 @@ fn backing_pointers_in_qemus_other_words_are_followed_as_plain_ones() {
             let warned: Vec<_> = b.findings();
             assert!(warned.iter().all(|f| f.severity == Severity::Note), "{pointer}: {warned:?}");
         }
+    }
+}
+
+/// QEMU writes the headers of backups, and QEMU is one guest's.
+#[test]
+fn a_backup_shows_nothing_of_another_disk() {
+    if !have("a_backup_shows_nothing_of_another_disk", &TOOLS) {
+        return;
+    }
+    let (image_of, raw_of) = ("../../vmb/sda/FULL-1700000000-sda.qcow2", "../../vmb/sda/other.raw");
+    for name in
+        ["FULL-1700000000-sda.qcow2", "COPY-1700000000-sda.qcow2", "INC-1700000001-sda.qcow2"]
+    {
+        for (backing, data) in [(Some(image_of), None), (None, Some(raw_of))] {
+            let b = Backups::new();
+            image(&b.path("vmb/sda/FULL-1700000000-sda.qcow2"), &[], SECRET);
+            b.file("vmb/sda/other.raw", &vec![SECRET; SIZE as usize]);
+            if name.starts_with("INC") {
+                image(&b.path("vma/sda/FULL-1700000000-sda.qcow2"), &[], 0x41);
+            }
+            let relative = format!("vma/sda/{name}");
+            hostile(&b, &relative, backing, data);
+            let catalog = b.scan();
+            let got = first_bytes(&catalog, &b.path(&relative));
+            // An increment lies on its own FULL, wherever it was made.
+            let moved = name.starts_with("INC") && data.is_none();
+            match moved {
+                true => assert_eq!(got.unwrap()[0], 0x41),
+                false => assert!(got.is_none() && b.why(name).remedy.is_some(), "{name} {data:?}"),
+            }
+            let catalog = b.scan();
+            for other in ["vmb/sda/FULL-1700000000-sda.qcow2", "vmb/sda/other.raw"] {
+                assert_eq!(first_bytes(&catalog, &b.path(other)).unwrap()[0], SECRET);
+            }
+        }
+    }
+    // Its manifest says what it is.
+    let b = Backups::new();
+    image(&b.path("vmb/sda/FULL-1700000000-sda.qcow2"), &[], SECRET);
+    hostile(&b, "vma/sda/sda", Some(image_of), None);
+    backups::manifest(&b.path("vma/sda"), "sda", fleecefs::chain::Level::Full, None, 0);
+    assert!(first_bytes(&b.scan(), &b.path("vma/sda/sda")).is_none());
+}
+
+#[test]
+fn a_data_file_is_no_other_disk_of_the_folder() {
+    if !have("a_data_file_is_no_other_disk_of_the_folder", &TOOLS) {
+        return;
+    }
+    let full = "FULL-1700000000-sda.qcow2";
+    for (data, served) in [
+        ("disk1.raw", false),
+        ("disk1", false),
+        ("FULL-1700000000-sdb.raw", false),
+        ("FULL-1700000000-sda.raw", true),
+        ("FULL-1700000000-sda.data", true),
+        ("data", true),
+    ] {
+        let b = Backups::new();
+        hostile(&b, full, None, Some(data));
+        b.file(data, &vec![SECRET; SIZE as usize]);
+        if data.starts_with("disk1") {
+            b.file(&format!("{data}.config"), br#"{"format": "raw"}"#);
+            image(&b.path(&format!("INC-4000000000-{data}")), &[], 0);
+        }
+        let catalog = b.scan();
+        let points = || catalog.disks.iter().flat_map(|d| &d.points);
+        let at = |name: &str| points().find(|p| p.name == name);
+        assert_eq!(at(full).unwrap().is_served(), served, "{data}");
+        assert_eq!(
+            at(data).is_some(),
+            !served,
+            "{data}: {:?}",
+            points().map(|p| &p.name).collect::<Vec<_>>()
+        );
     }
 }

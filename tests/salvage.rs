@@ -178,3 +178,93 @@ fn what_is_behind_a_link_is_an_omission() {
     }
     assert_eq!(strict().0, Some(0));
 }
+
+/// An image of 1 GiB, the first 4 MiB of it written, that is marked as corrupt.
+struct Marked {
+    b: Backups,
+    file: std::fs::File,
+}
+
+impl Marked {
+    fn new() -> Marked {
+        let b = Backups::new();
+        let path = b.path("sda.qcow2");
+        let image = path.to_str().unwrap();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", image, "1G"]);
+        run("qemu-io", &["-c", "write -P 0x41 0 4M", image]);
+        run("qemu-img", &["snapshot", "-c", "one", image]);
+        let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        let marked = Marked { b, file };
+        marked.file.write_all_at(&[2], 79).unwrap();
+        marked
+    }
+
+    fn word(&self, at: u64) -> u64 {
+        let mut word = [0; 8];
+        self.file.read_exact_at(&mut word, at).unwrap();
+        u64::from_be_bytes(word)
+    }
+
+    fn set(&self, at: u64, word: u64) {
+        self.file.write_all_at(&word.to_be_bytes(), at).unwrap();
+    }
+
+    fn l2(&self) -> u64 {
+        self.word(self.word(40)) & 0x00ff_ffff_ffff_fe00
+    }
+
+    /// The first bytes of guest clusters 0 and 3, or why they cannot be read.
+    fn read(&self) -> [Result<u8, String>; 2] {
+        let catalog = self.b.scan();
+        let disk = &catalog.disks[0];
+        let whole = disk.points.iter().position(|p| p.name == "sda.qcow2").unwrap();
+        let cache = fleecefs::image::Cache::new(1 << 20);
+        let image = fleecefs::image::open_point(disk, whole, &cache).unwrap();
+        [0, 3].map(|i| {
+            let mut byte = [0];
+            let read = image.read_at(&mut byte, i * CLUSTER as u64);
+            read.map(|_| byte[0]).map_err(|e| e.report())
+        })
+    }
+}
+
+/// Clusters that metadata claims are found, or nothing of the image is read.
+#[test]
+fn of_a_marked_image_all_that_claims_clusters_is_looked_into() {
+    if !have("of_a_marked_image_all_that_claims_clusters_is_looked_into", &["qemu-img", "qemu-io"])
+    {
+        return;
+    }
+    let read = |change: &dyn Fn(&Marked)| {
+        let marked = Marked::new();
+        change(&marked);
+        marked.read()
+    };
+    assert_eq!(read(&|_| {}), [Ok(0x41), Ok(0x41)]);
+    // A refcount block in two places, and one behind that which is a guest's cluster, too.
+    let blocks = |m: &Marked| {
+        let table = m.word(48);
+        m.set(table + 8, m.word(table));
+        m.set(table + 16, m.word(m.l2() + 3 * 8) & 0x00ff_ffff_ffff_fe00);
+    };
+    let [first, third] = read(&blocks);
+    assert!(first == Ok(0x41) && third.is_err(), "{first:?} {third:?}");
+    let refused = |change: &dyn Fn(&Marked), what: &str| {
+        for said in read(change) {
+            let said = said.unwrap_err();
+            assert!(said.contains(what) && said.contains("sda.qcow2"), "{said}");
+        }
+    };
+    let unknown = "it cannot be known which clusters are claimed twice";
+    refused(&|m| m.set(48, 1 << 40), unknown);
+    // The snapshot table, the snapshot's L1 table, and an L2 table that is not where it could be.
+    refused(&|m| m.set(64, 1 << 40), unknown);
+    refused(&|m| m.set(m.word(64), 1 << 40), unknown);
+    refused(&|m| m.set(m.word(40) + 8, 1 << 40), unknown);
+    // Zeros that are said to have places all over the largest file that there may be.
+    let wide = |m: &Marked| {
+        let words = (64..8192u64).flat_map(|i| (i << 31 | 1).to_be_bytes()).collect::<Vec<_>>();
+        m.file.write_all_at(&words, m.l2() + 64 * 8).unwrap();
+    };
+    refused(&wide, "too far apart");
+}

@@ -21,6 +21,7 @@ use crate::folder::{self, Access, EntryKind, FileId, Folder};
 use crate::hash::Check;
 use crate::layer::qcow2::check as structure;
 use crate::layer::qcow2::create::NewImage;
+use crate::layer::{Format, ImageInfo};
 use crate::qemu_img::{self, Verdict};
 use crate::qmp::steps::step;
 use crate::storage::{OpenFile, SourceFile};
@@ -313,6 +314,7 @@ fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
         return Err(Error::new(Kind::Unsound, what).at_path(path));
     }
     let info = crate::layer::probe(&OpenFile::new(file, path)?)?;
+    alone(&info, path)?;
     match qemu_img::check(file, path, &|| stop()) {
         Ok(Verdict::Sound) => {}
         Ok(Verdict::Leaks(said) | Verdict::Damaged(said)) => {
@@ -330,6 +332,19 @@ fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
         return Err(Error::new(Kind::Unsound, what).at_path(path));
     }
     Ok(())
+}
+
+/// Fails if the image is not what was made for QEMU: it names no other file, whose bytes would be
+/// taken for the disk's.
+fn alone(info: &ImageInfo, path: &Path) -> Result<()> {
+    let what = match info {
+        _ if info.format != Format::Qcow2 => "the image is not qcow2 any more",
+        _ if info.backing_file.is_some() => "the image names a backing file, as none of ours does",
+        _ if info.data_file.is_some() => "the image names a data file, as none of ours does",
+        _ => return Ok(()),
+    };
+    let error = Error::new(Kind::Unsound, what).at_path(path).at_offset(0);
+    Err(error.remedy("find out what this QEMU is: it wrote the image's header"))
 }
 
 /// Our own check of all tables and refcounts, where there is no qemu-img.
@@ -478,5 +493,39 @@ mod tests {
         drop(make());
         assert_eq!(Held::open(&folder, "FULL-1-d", made).unwrap_err().kind(), Kind::Unsound);
         Held::open(&folder, "FULL-1-d", None).unwrap();
+    }
+
+    #[test]
+    fn an_image_that_names_another_file_is_not_published() {
+        let (d, folder) = scene();
+        let shape = NewImage {
+            size: 1 << 20,
+            cluster_size: 65536,
+            extended_l2: false,
+            lazy_refcounts: false,
+            compression: crate::layer::qcow2::header::Compression::Zlib,
+        };
+        for (name, backing, wanted) in
+            [("FULL-1-d", Some("other.qcow2"), Some("backing file")), ("FULL-2-d", None, None)]
+        {
+            let held = create_image(&folder, name, &shape).unwrap();
+            let pointer = backing.map(|b| (OsStr::new(b), "qcow2"));
+            crate::layer::qcow2::backing::set_backing(held.file(), held.path(), pointer).unwrap();
+            let found = publish(&folder, example(name, Level::Full, None), true, &held, &|| Ok(()));
+            let said = found.map(drop).map_err(|e| e.report());
+            match wanted {
+                Some(what) => assert!(said.as_ref().unwrap_err().contains(what), "{said:?}"),
+                None => assert_eq!(said, Ok(())),
+            }
+            assert_eq!(d.path().join(name).exists(), wanted.is_none());
+        }
+        let path = d.path().join("FULL-2-d");
+        let file = File::open(&path).unwrap();
+        let info = |data_file: Option<&str>| ImageInfo {
+            data_file: data_file.map(str::to_string),
+            ..crate::layer::probe(&OpenFile::new(&file, &path).unwrap()).unwrap()
+        };
+        assert!(alone(&info(None), d.path()).is_ok());
+        assert!(alone(&info(Some("x.raw")), d.path()).is_err());
     }
 }

@@ -4,14 +4,15 @@
 //! A file's fate depends on the file below it, so fates are decided bottom up, without recursion:
 //! a chain may be thousands of files deep, and hostile ones may form a loop.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::doubt::{not_raw_after_all, note, qcow2_on_raw};
+use super::follow::{self, DataFiles};
 use super::foreign;
-use super::group::{Belongs, Group, base_name, data_files, group};
-use super::info;
+use super::group::{Belongs, Group, base_name, group};
 use super::link::{Lies, Member, link};
 use super::manifest::ImageFormat;
 use super::name::Name;
@@ -43,6 +44,9 @@ enum Below {
 /// What has been decided about each file.
 pub(super) struct Fates<'a> {
     pub tree: &'a Tree,
+    data_files: DataFiles,
+    /// As what each file belongs to a disk.
+    levels: Vec<Option<Level>>,
     /// What each file lies on by the layout of its disk; `Root` for files of no disk.
     lies: Vec<Option<Result<FileId, Finding>>>,
     below: Vec<Option<Below>>,
@@ -55,7 +59,8 @@ type Bases = Vec<(Arc<Probed>, PathBuf)>;
 /// Makes the catalog of a walked directory; also what its files lie on.
 pub(super) fn assemble(mut tree: Tree) -> (Catalog, Bases) {
     let mut findings = std::mem::take(&mut tree.findings);
-    let mut claimed = data_files(&tree);
+    let data_files = DataFiles::new(&tree);
+    let mut claimed = data_files.claimed(&tree);
     let (mut groups, mut foreign) = (Vec::new(), Vec::new());
     for folder in &tree.folders {
         let found = foreign::find(&tree, folder, &claimed);
@@ -67,7 +72,7 @@ pub(super) fn assemble(mut tree: Tree) -> (Catalog, Bases) {
         findings.extend(homeless);
     }
     groups.sort_by(|a, b| a.path.cmp(&b.path));
-    let mut fates = Fates::new(&tree);
+    let mut fates = Fates::new(&tree, data_files);
     for group in &mut groups {
         fates.link(group);
     }
@@ -98,25 +103,13 @@ fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
         findings.extend(folded_state(entry));
         findings.extend(entry.info().into_iter().flat_map(|i| i.findings.clone()));
     }
-    findings.extend(notes(fates.tree, &group));
+    findings.extend(note(fates.tree, &group));
     // The causes once each, not once per point above them.
     let causes = points.iter().filter_map(|(_, b)| b.as_ref().map(|b| (*b.cause).clone()));
     let mut seen = HashSet::new();
     findings.extend(causes);
     findings.retain(|f| seen.insert(f.clone()));
     Disk { path, points: points.into_iter().map(|(p, _)| p).collect(), findings }
-}
-
-/// What is to be known about the formats of a disk's files: said once, however many there are.
-fn notes(tree: &Tree, group: &Group) -> Option<Finding> {
-    let entries = group.members.iter().map(|b| &tree.files[b.file]);
-    let mut notes = entries.filter_map(|e| e.decision.note.as_ref());
-    let mut first = notes.next()?.clone();
-    match notes.count() {
-        0 => {}
-        n => first.message.push_str(&format!(" (and {n} more of this disk)")),
-    }
-    Some(first)
 }
 
 /// A path that no other disk has, nor the mount's own folder.
@@ -138,11 +131,13 @@ fn unique(path: &Path, taken: &mut HashSet<PathBuf>) -> PathBuf {
 }
 
 impl<'a> Fates<'a> {
-    fn new(tree: &'a Tree) -> Self {
+    fn new(tree: &'a Tree, data_files: DataFiles) -> Self {
         let n = tree.files.len();
         let none = |_| None;
         Fates {
             tree,
+            data_files,
+            levels: vec![None; n],
             lies: (0..n).map(|_| None).collect(),
             below: (0..n).map(|_| None).collect(),
             blocked: (0..n).map(none).collect(),
@@ -173,6 +168,7 @@ impl<'a> Fates<'a> {
         let mut suspects = not_raw_after_all(tree, group, &lies);
         suspects.extend(qcow2_on_raw(tree, group, &lies));
         for (belongs, lies) in group.members.iter().zip(&lies) {
+            self.levels[belongs.file] = Some(belongs.level);
             self.lies[belongs.file] = match lies {
                 Lies::Root => None,
                 Lies::On(i) => Some(Ok(group.members[*i].file)),
@@ -250,7 +246,7 @@ impl<'a> Fates<'a> {
         if entry.name == Name::Ignored {
             return fail(Error::new(Kind::Incomplete, "an unfinished or auxiliary file"));
         }
-        manifest_problem(entry).or_else(|| self.data_file(entry).err()).and_then(fail)
+        manifest_problem(entry).or_else(|| self.data_file(file).err()).and_then(fail)
     }
 
     fn find_below(&self, file: FileId) -> Result<Below, Finding> {
@@ -264,7 +260,7 @@ impl<'a> Fates<'a> {
                 Err(e) => Err(Finding::from_error(&e, &entry.path)),
             };
         }
-        self.backing(entry).map_err(|e| {
+        self.backing(file).map_err(|e| {
             let e = e.at_path(&entry.path).remedy(
                 "put the backing image into the backup directory, or flatten the image with \
                  'qemu-img convert'",
@@ -274,7 +270,8 @@ impl<'a> Fates<'a> {
     }
 
     /// The backing image of a root: inside the backup directory or not at all.
-    fn backing(&self, entry: &FileEntry) -> Result<Below, Error> {
+    fn backing(&self, above: FileId) -> Result<Below, Error> {
+        let entry = &self.tree.files[above];
         let Some(info) = entry.info() else { return Ok(Below::Nothing) };
         let Some(pointer) = info.backing_file.as_deref() else { return Ok(Below::Nothing) };
         let path = pointer::parse(pointer)?.path;
@@ -284,6 +281,8 @@ impl<'a> Fates<'a> {
             return Err(Error::new(Kind::Incomplete, what));
         };
         entry.check_followed(&self.tree.files[file])?;
+        let seen = |f: FileId| (&self.tree.files[f], self.levels[f]);
+        follow::check_backing(seen(above), seen(file))?;
         self.check_format(entry, file)?;
         Ok(Below::File(file))
     }
@@ -309,7 +308,8 @@ impl<'a> Fates<'a> {
     }
 
     /// The external data file of an image, if it needs one.
-    fn data_file(&self, entry: &FileEntry) -> Result<Option<Arc<SourceFile>>, Error> {
+    fn data_file(&self, image: FileId) -> Result<Option<Arc<SourceFile>>, Error> {
+        let entry = &self.tree.files[image];
         let Some(name) = entry.info().and_then(|i| i.data_file.as_deref()) else {
             return Ok(None);
         };
@@ -317,7 +317,7 @@ impl<'a> Fates<'a> {
         let path = pointer::parse(name).ok().map(|p| p.path);
         match path.and_then(|p| self.tree.lookup(folder, &p)) {
             Some(file) if self.tree.files[file].path != entry.path => {
-                entry.check_followed(&self.tree.files[file])?;
+                self.data_files.check(self.tree, image, file)?;
                 Ok(Some(self.tree.files[file].probed.file.clone()))
             }
             _ => {
@@ -337,7 +337,7 @@ impl<'a> Fates<'a> {
             format: entry.format(),
             part,
             // A usable file has its data file: `own_problem` saw to it.
-            data_file: self.data_file(entry).ok().flatten(),
+            data_file: self.data_file(file).ok().flatten(),
         }
     }
 
@@ -354,7 +354,7 @@ impl<'a> Fates<'a> {
     }
 }
 
-const RESTORE: &str = "restore this file from another copy of the backup";
+pub(super) const RESTORE: &str = "restore this file from another copy of the backup";
 
 fn member<'a>(tree: &'a Tree, belongs: &'a Belongs) -> Member<'a> {
     let entry = &tree.files[belongs.file];
@@ -472,71 +472,6 @@ fn by_names_alone(tree: &Tree, members: &[Member], lies: &[Lies]) -> Option<Find
     );
     let finding = Finding::warning(Kind::Incomplete, folder, what);
     Some(Finding { severity: Severity::Note, ..finding })
-}
-
-/// Plain roots that are qcow2 files whose beginning is damaged, rather than raw: other backups of the
-/// disk are qcow2, or the disk itself was. (Backups of a raw disk are all raw.) A manifest that can
-/// be read settles it.
-fn not_raw_after_all(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)> {
-    let entry = |b: &Belongs| &tree.files[b.file];
-    let mut configs = HashMap::new();
-    // Backups with a manifest may be of another program, which has formats of its own.
-    let is_qcow2 = |e: &FileEntry| e.probed.magic && e.manifest.is_none() && !e.is_raw();
-    let others_are_qcow2 = group.members.iter().any(|b| is_qcow2(entry(b)));
-    let mut suspicion = |b: &Belongs| {
-        let entry = entry(b);
-        if !entry.is_raw()
-            || !matches!(b.level, Level::Full | Level::Copy)
-            || entry.manifest.is_some()
-        {
-            return None;
-        }
-        if entry.manifest_problem.is_some() {
-            return Some(
-                "whether it is a raw image, only its manifest can say, and cannot be read",
-            );
-        }
-        (others_are_qcow2 || config_says_qcow2(tree, entry, &mut configs)).then_some(
-            "it does not begin with qcow2's magic bytes, but other backups of this disk do, or \
-             the disk did when it was backed up",
-        )
-    };
-    let error = |what| Error::new(Kind::Corrupt, what).at_offset(0).remedy(RESTORE);
-    (group.members.iter().zip(lies).enumerate())
-        .filter(|(_, (_, lies))| matches!(lies, Lies::Root))
-        .filter_map(|(i, (b, _))| Some((i, error(suspicion(b)?))))
-        .collect()
-}
-
-/// Increments that would be raw by their names, and on a raw FULL, and begin like qcow2 images: what a
-/// raw one of these holds cannot be known, and a guest can make it begin so.
-fn qcow2_on_raw(tree: &Tree, group: &Group, lies: &[Lies]) -> Vec<(usize, Error)> {
-    let entry = |i: usize| &tree.files[group.members[i].file];
-    let what = "its name and the backup below say raw, its content is a qcow2 image: a guest can \
-                write such bytes to a raw disk";
-    let suspicious = |(i, lies): (usize, &Lies)| match lies {
-        Lies::On(below) if entry(i).decision.note.is_some() && entry(*below).is_raw() => Some(i),
-        _ => None,
-    };
-    let error = || Error::new(Kind::Unsupported, what).at_offset(0).remedy(super::format::DECIDE);
-    lies.iter().enumerate().filter_map(suspicious).map(|i| (i, error())).collect()
-}
-
-/// Whether `<disk>.config`, the output of `qemu-img info` that qmpbackup keeps beside the images or
-/// one folder up, says that the disk is qcow2. `known` has what the files said that were read already.
-fn config_says_qcow2(tree: &Tree, entry: &FileEntry, known: &mut HashMap<FileId, bool>) -> bool {
-    let mut name = match &entry.name {
-        Name::Backup { disk, .. } => disk.clone(),
-        _ => base_name(entry).to_os_string(),
-    };
-    name.push(".config");
-    let folders = entry.path.ancestors().skip(1).take(2);
-    let mut found = folders.filter_map(|f| tree.lookup(f, Path::new(&name)));
-    let says_so = |file: FileId| {
-        let info = info::read(&tree.files[file].probed.file);
-        info.is_some_and(|i| i.format.as_deref() == Some("qcow2"))
-    };
-    found.any(|file| *known.entry(file).or_insert_with(|| says_so(file)))
 }
 
 /// Increments on a FULL without a time in its name that may have been overwritten by a later one:

@@ -151,6 +151,7 @@ fn add_archive(
                 part: Part::Device(device.id),
                 data_file: None,
             }],
+            format_is_open: false,
             unavailable: None,
         });
     }

@@ -8,11 +8,12 @@
 //! word on the format of others not taken. `verify --create --format` writes the manifest that
 //! decides.
 
+use super::follow;
 use super::manifest::ImageFormat;
 use super::name::{Name, Promise, promise};
 use super::pointer;
 use super::probe::Content;
-use super::scan::{FileEntry, FileId, Tree};
+use super::scan::{FileEntry, FileId, Told, Tree};
 use crate::error::{Error, Finding, Kind};
 use crate::layer::{Format, ImageInfo};
 
@@ -105,11 +106,17 @@ impl FileEntry {
         Ok(())
     }
 
-    /// The format that it gives for its backing file.
+    /// Whether it is read as an image because of its own bytes alone.
+    pub fn is_unproved(&self) -> bool {
+        self.info().is_some() && !self.decision.proved
+    }
+
+    /// The format that it gives for its backing file: as for QEMU, a description in the place of the
+    /// name comes second.
     pub fn backing_format(&self) -> Option<String> {
         let info = self.info()?;
         let described = || pointer::parse(info.backing_file.as_deref()?).ok()?.format;
-        described().or_else(|| info.backing_format.clone())
+        info.backing_format.clone().or_else(described)
     }
 
     /// Whether it begins like an image, and no manifest says what it is.
@@ -135,7 +142,7 @@ const UNPACK: &str = "unpack or convert it to raw or qcow2";
 
 /// Decides about all files of a walked directory. `told` is what a user says of those about which
 /// nothing else decides.
-pub(super) fn decide(tree: &mut Tree, told: Option<ImageFormat>) {
+pub(super) fn decide(tree: &mut Tree, told: Option<&Told>) {
     let mut proved = Vec::new();
     for file in 0..tree.files.len() {
         if by_manifest_or_name(&mut tree.files[file]) {
@@ -143,14 +150,15 @@ pub(super) fn decide(tree: &mut Tree, told: Option<ImageFormat>) {
         }
     }
     by_what_lies_above(tree, proved);
-    let open: Vec<FileId> =
-        (0..tree.files.len()).filter(|f| is_undecided(&tree.files[*f])).collect();
-    if let Some(format) = told {
-        let decided = open.into_iter().filter(|f| by_word(&mut tree.files[*f], format)).collect();
+    if let Some(told) = told {
+        let is_told = |f: &FileEntry| is_undecided(f) && told.files.contains(&f.path);
+        let open: Vec<FileId> =
+            (0..tree.files.len()).filter(|f| is_told(&tree.files[*f])).collect();
+        let by_word = |f: &FileId| by_word(&mut tree.files[*f], told.format);
+        let decided = open.into_iter().filter(by_word).collect();
         by_what_lies_above(tree, decided);
-    } else {
-        open.into_iter().for_each(|f| by_content(&mut tree.files[f]));
     }
+    tree.files.iter_mut().filter(|f| is_undecided(f)).for_each(by_content);
 }
 
 /// Takes the manifest's word, then the name's; whether it is proved to be qcow2 now.
@@ -182,8 +190,10 @@ fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
         let entry = &mut tree.files[below];
         match (&entry.decision.reading, format) {
             (Reading::Content, ImageFormat::Qcow2) if entry.probed.magic => {
-                entry.decision.proved = true;
-                proved.push(below);
+                // Whoever was proved before has been asked, or will be: two may lie on each other.
+                if !std::mem::replace(&mut entry.decision.proved, true) {
+                    proved.push(below);
+                }
             }
             (Reading::Content, ImageFormat::Raw) if !entry.decision.proved => {
                 entry.decision.reading = Reading::Raw;
@@ -215,7 +225,10 @@ fn word_on_what_is_below(tree: &Tree, above: FileId) -> Option<(FileId, ImageFor
     let below = tree.lookup(folder, &path).or_else(|| is_backup.then(beside).flatten())?;
     let (file, name) = (&tree.files[below], tree.files[below].path.file_name()?);
     let open = file.is_open_question() && promise(name) != Promise::Qcow2;
-    (below != above && open && file.probed.owner == entry.probed.owner).then_some((below, format))
+    // What may not lie on it has no say in it.
+    let may = follow::check_backing((entry, None), (file, None)).is_ok();
+    let same_owner = file.probed.owner == entry.probed.owner;
+    (below != above && open && may && same_owner).then_some((below, format))
 }
 
 /// Takes the user's word; whether it is proved to be qcow2 now.
@@ -230,13 +243,20 @@ fn by_word(entry: &mut FileEntry, format: ImageFormat) -> bool {
 /// Nothing decides but the content: of a name that says raw, no more than it must.
 fn by_content(entry: &mut FileEntry) {
     let name = entry.path.file_name().unwrap_or_default();
-    if promise(name) != Promise::Raw {
-        return;
-    }
     let refuse = |kind, what: String| {
         let error = Error::new(kind, what).at_path(&entry.path).at_offset(0).remedy(DECIDE);
         Reading::Undecided(Finding::from_error(&error, &entry.path))
     };
+    // To read such an image takes a walk over all of its tables.
+    if matches!(&entry.probed.content, Content::Image(info) if info.marked_corrupt) {
+        let what = "QEMU marked it as corrupt, and nothing but its own bytes says that it is a \
+                    qcow2 image: a guest can write such bytes to a raw disk";
+        entry.decision.reading = refuse(Kind::Unsupported, what.into());
+        return;
+    }
+    if promise(name) != Promise::Raw {
+        return;
+    }
     let reading = match &entry.probed.content {
         _ if entry.manifest_problem.is_some() => {
             let what = "whether it is a raw image, only its manifest can say, and cannot be read";

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use super::Level;
 use super::name::{Name, Promise, parse_partial, promise};
-use super::pointer;
 use super::scan::{FileEntry, FileId, Folder, Lost, Tree};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::text::path_text;
@@ -290,27 +289,6 @@ impl Sorter<'_> {
         }
         (groups, homeless)
     }
-}
-
-/// The files that are parts of images: external data files that are inside the directory.
-pub(super) fn data_files(tree: &Tree) -> HashSet<FileId> {
-    let named = |f: &FileEntry| {
-        let name = f.info()?.data_file.as_deref()?;
-        let file = tree.lookup(f.path.parent()?, &pointer::parse(name).ok()?.path)?;
-        let data = &tree.files[file];
-        // What has a place of its own keeps it, whoever claims it.
-        let backup = data.name != Name::Other && !is_called_after(base_name(data), base_name(f));
-        let own = backup || data.manifest.is_some() || !data.is_raw();
-        let beside = data.path.parent() == f.path.parent();
-        (!own && beside && f.check_followed(data).is_ok()).then_some(file)
-    };
-    tree.files.iter().filter_map(named).collect()
-}
-
-/// `FULL-1-d.data.raw` and `FULL-1-d.qcow2`.
-fn is_called_after(data: &OsStr, image: &OsStr) -> bool {
-    let stem = Path::new(image).file_stem().unwrap_or_default().as_bytes();
-    data.as_bytes().strip_prefix(stem).is_some_and(|rest| rest.starts_with(b"."))
 }
 
 /// File name of an entry.

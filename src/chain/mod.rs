@@ -6,6 +6,8 @@
 //! Nothing here writes but `manifest` and `removal`.
 
 mod assemble;
+mod doubt;
+mod follow;
 mod foreign;
 mod format;
 mod group;
@@ -117,6 +119,8 @@ pub struct Point {
     /// cannot be served. [`Disk::stack`] gives them all. (A list of all layers in each point
     /// would grow with the square of the chain's length.)
     pub layers: Vec<LayerSpec>,
+    /// Whether nothing but its own bytes says that it is a qcow2 image.
+    pub format_is_open: bool,
     /// Why it cannot be served; `None` if it can.
     pub unavailable: Option<Finding>,
 }

@@ -76,7 +76,9 @@ fn is_file_name(path: &Path) -> bool {
 
 fn described(text: &str) -> Option<Pointer> {
     let Value::Object(flat) = serde_json::from_str(text).ok()? else { return None };
-    node(&nested(flat)?, MAX_DEPTH)
+    // The protocol alone has the file's bytes as they are.
+    let raw = |p: Pointer| Pointer { format: p.format.or_else(|| Some("raw".into())), ..p };
+    node(&nested(flat)?, MAX_DEPTH).map(raw)
 }
 
 /// `{"file.filename": x}` as `{"file": {"filename": x}}`: QEMU takes both.
@@ -139,10 +141,11 @@ mod tests {
             ("/x/a:b", "/x/a:b"),
             ("file:a", "a"),
             ("file:///x/a", "///x/a"),
-            (r#"json:{"driver":"file","filename":"a"}"#, "a"),
         ] {
             assert_eq!(path(pointer), Some((wanted.into(), None)), "{pointer}");
         }
+        let bytes = path(r#"json:{"driver":"file","filename":"a"}"#);
+        assert_eq!(bytes, Some(("a".into(), Some("raw".into()))));
         for pointer in [
             r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/b/a"}}"#,
             r#"json:{"driver":"qcow2","file.driver":"file","file.filename":"/b/a"}"#,

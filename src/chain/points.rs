@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::assemble::{Blocked, Fates, carries_snapshots};
+use super::doubt::open_formats;
 use super::group::{Belongs, Group, base_name};
 use super::name::to_text;
 use super::scan::FileId;
@@ -26,6 +27,7 @@ const MAX_ID: usize = 40;
 /// The points of a disk, each after the one it lies on, and why those that cannot be served cannot.
 pub(super) fn points(fates: &Fates, group: &Group) -> Vec<(Point, Option<Blocked>)> {
     let mut maker = Maker {
+        open: open_formats(fates.tree, group),
         fates,
         group,
         made: HashMap::new(),
@@ -83,6 +85,8 @@ fn rank(level: Level) -> u8 {
 struct Maker<'a> {
     fates: &'a Fates<'a>,
     group: &'a Group,
+    /// Files of which only their content says that they are images.
+    open: HashSet<FileId>,
     /// Where the point of each file is.
     made: HashMap<FileId, usize>,
     names: HashSet<String>,
@@ -124,6 +128,7 @@ impl Maker<'_> {
             own_bytes: entry.probed.own_bytes,
             consistency: entry.manifest.as_ref().and_then(|m| m.achieved),
             layers,
+            format_is_open: self.open.contains(&belongs.file),
             unavailable,
         };
         if carries_snapshots(belongs.level) {
@@ -191,6 +196,7 @@ impl Maker<'_> {
             own_bytes: 0,
             consistency: None,
             layers,
+            format_is_open: active.format_is_open,
         }
     }
 

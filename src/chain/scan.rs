@@ -17,7 +17,7 @@
 //!
 //! Other backup formats plug in by folder: see `Tree` and `assemble`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -45,7 +45,16 @@ pub struct ScanOptions {
     /// it so.
     pub called: Option<PathBuf>,
     /// What the user says of images about which nothing else decides.
-    pub format: Option<ImageFormat>,
+    pub told: Option<Told>,
+}
+
+/// A user's word on what files are about which nothing else decides.
+#[derive(Debug, Clone)]
+pub struct Told {
+    /// How they are to be read.
+    pub format: ImageFormat,
+    /// Which files are meant, as a scan gives their paths. Of others nothing is said.
+    pub files: HashSet<PathBuf>,
 }
 
 /// Index into [`Tree::files`].
@@ -177,7 +186,7 @@ pub fn scan(
     tree.findings.extend(outside);
     tree.findings.append(&mut walk.unfinished);
     tree.resolve_links();
-    format::decide(&mut tree, options.format);
+    format::decide(&mut tree, options.told.as_ref());
     if let Some(previous) = previous {
         tree.former = previous.bases_of(&tree.files);
     }

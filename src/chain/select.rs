@@ -184,6 +184,7 @@ mod tests {
             own_bytes: 0,
             consistency: None,
             layers: Vec::new(),
+            format_is_open: false,
             unavailable: None,
         };
         let points = names.iter().map(point).collect();

@@ -292,6 +292,7 @@ fn new_point(member: &Member) -> Point {
             part: Part::Whole,
             data_file: None,
         }],
+        format_is_open: false,
         unavailable: None,
     }
 }

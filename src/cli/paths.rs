@@ -8,8 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::chain::Catalog;
-use crate::chain::manifest::ImageFormat;
-use crate::chain::scan::{ScanOptions, scan};
+use crate::chain::scan::{ScanOptions, Told, scan};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 
@@ -29,14 +28,14 @@ pub fn catalog(path: &Path) -> Result<Catalog> {
     catalog_told(path, None)
 }
 
-/// As [`catalog`]; `format` is what the user says of files whose format nothing else decides.
+/// As [`catalog`]; `told` is what the user says of files whose format nothing else decides.
 ///
 /// # Errors
 /// As [`catalog`].
-pub fn catalog_told(path: &Path, format: Option<ImageFormat>) -> Result<Catalog> {
+pub fn catalog_told(path: &Path, told: Option<Told>) -> Result<Catalog> {
     let real = backups(path)?;
     let called = Some(absolute(path)?);
-    let options = ScanOptions { called, format, ..ScanOptions::default() };
+    let options = ScanOptions { called, told, ..ScanOptions::default() };
     scan(&real, &options, None).map(|(catalog, _)| catalog)
 }
 

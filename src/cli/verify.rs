@@ -10,10 +10,11 @@ use super::paths::catalog_told;
 use super::restore::FileFormat;
 use crate::chain::POINT_HELP;
 use crate::chain::manifest::ImageFormat;
+use crate::chain::scan::Told;
 use crate::error::{Error, Kind, Result, Severity};
 use crate::text::path_text;
 use crate::units::{counted, parse_when};
-use crate::verify::{Options, Outcome, PointReport, Report, verify};
+use crate::verify::{Options, Outcome, PointReport, Report, asked, verify};
 
 /// Check whether backups are sound
 ///
@@ -66,15 +67,19 @@ pub fn run(args: VerifyArgs) -> Result<()> {
         FileFormat::Raw => ImageFormat::Raw,
         FileFormat::Qcow2 => ImageFormat::Qcow2,
     });
-    let catalog = catalog_told(&args.dir, format)?;
-    let options = Options {
+    let mut catalog = catalog_told(&args.dir, None)?;
+    let mut options = Options {
         quick: args.quick,
         point: args.point,
         since: args.since,
         jobs: args.jobs,
         create: args.create,
-        format,
+        told: None,
     };
+    if let Some(format) = format {
+        options.told = Some(Told { format, files: asked(&catalog, &options)? });
+        catalog = catalog_told(&args.dir, options.told.clone())?;
+    }
     let report = verify(&catalog, &options, &Bar::default())?;
     output::print(&if args.json { output::json_pretty(&report)? } else { text(&report) })?;
     match report.outcome {

@@ -371,6 +371,7 @@ mod tests {
                     own_bytes: 4096,
                     consistency: None,
                     layers,
+                    format_is_open: false,
                     unavailable: None,
                 });
             }

@@ -319,6 +319,8 @@ pub struct ImageInfo {
     pub cluster_size: u32,
     /// qcow2 version 2 or 3; 0 for other formats.
     pub version: u32,
+    /// Whether QEMU marked the image as corrupt.
+    pub marked_corrupt: bool,
     /// Odd things that do not stop reading (dirty flag, unknown autoclear bits).
     pub findings: Vec<Finding>,
 }

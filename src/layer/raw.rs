@@ -62,6 +62,7 @@ pub(super) fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
         snapshots: Vec::new(),
         cluster_size: 0,
         version: 0,
+        marked_corrupt: false,
         findings: Vec::new(),
     })
 }

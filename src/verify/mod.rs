@@ -19,7 +19,7 @@ mod suspects;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use crate::chain::manifest::ImageFormat;
+use crate::chain::scan::Told;
 use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::progress::Progress;
@@ -47,7 +47,7 @@ pub struct Options {
     /// Write manifests, with hashes, for points that have none.
     pub create: bool,
     /// What the user says of files whose format nothing else decides; `catalog` was made with it.
-    pub format: Option<ImageFormat>,
+    pub told: Option<Told>,
 }
 
 /// How it stands. The order is from good to bad.
@@ -122,14 +122,25 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     report.findings = catalog.findings.iter().cloned().chain(orphans).collect();
     let mut look = Look { options, files: &files, recorder: None, told: HashSet::new() };
     if options.create && !options.quick {
-        look.recorder = recorder(&catalog.root, options.format.is_some(), &mut report)?;
+        look.recorder = recorder(&catalog.root, options.told.as_ref(), &mut report)?;
     }
     for chosen in &chosen {
         look.disk_report(chosen, &mut report)?;
     }
-    settle::settle(catalog, options.format, std::slice::from_mut(&mut report))?;
+    settle::settle(catalog, options.told.as_ref(), std::slice::from_mut(&mut report))?;
     report.outcome = worst(&report);
     Ok(report)
+}
+
+/// The files of the points that `options` names, without those that they lie on.
+///
+/// # Errors
+/// `NotFound` if there is no such point.
+pub fn asked(catalog: &Catalog, options: &Options) -> Result<HashSet<PathBuf>> {
+    let chosen = choose(catalog, options, true)?;
+    let sources =
+        |c: &Chosen| c.wanted.iter().map(|i| c.disk.points[*i].source.clone()).collect::<Vec<_>>();
+    Ok(chosen.iter().flat_map(sources).collect())
 }
 
 /// How a point stands with all that it lies on.
@@ -174,7 +185,7 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<Standin
 }
 
 /// What writes manifests; `None`, with a finding, if somebody else is writing.
-fn recorder(root: &Path, told: bool, report: &mut Report) -> Result<Option<Recorder>> {
+fn recorder(root: &Path, told: Option<&Told>, report: &mut Report) -> Result<Option<Recorder>> {
     match Recorder::begin(root, told) {
         // What was found is worth telling all the same.
         Err(e) if e.kind() == Kind::Busy => {

@@ -8,6 +8,7 @@ use super::Outcome;
 use super::files::FileReport;
 use super::links::{Record, Records};
 use crate::chain::manifest::{self, fingerprint};
+use crate::chain::scan::Told;
 use crate::chain::{Disk, Level, describe, describe_format, unfinished};
 use crate::error::{Error, Kind, Result};
 use crate::lock::Locks;
@@ -15,8 +16,8 @@ use crate::text::path_text;
 
 /// Writes manifests; nobody else writes to the directory as long as it is there.
 pub(super) struct Recorder {
-    /// Whether the user said what format the files have: that is to be kept of any image.
-    told: bool,
+    /// The files of which the user said what format they have: that is to be kept of any image.
+    told: HashSet<PathBuf>,
     _locks: Locks,
 }
 
@@ -25,12 +26,13 @@ impl Recorder {
     ///
     /// # Errors
     /// `Busy` if somebody else is writing to it.
-    pub fn begin(root: &Path, told: bool) -> Result<Self> {
+    pub fn begin(root: &Path, told: Option<&Told>) -> Result<Self> {
         let locks = Locks::take(root)?;
         if let Some(dir) = unfinished::folders(root).first() {
             let what = "another run altered this folder meanwhile, and was broken off";
             return Err(Error::new(Kind::Busy, what).at_path(dir).remedy("verify again"));
         }
+        let told = told.map(|t| t.files.clone()).unwrap_or_default();
         Ok(Recorder { told, _locks: locks })
     }
 
@@ -63,7 +65,9 @@ impl Recorder {
                 Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
                 Some(_) => None,
                 // One that cannot be read is a finding, and stays.
-                None if self.told => describe_format(disk, i),
+                None if self.told.contains(&p.source) => describe_format(disk, i),
+                // From then on it would be followed wherever it leads, whatever is written to it.
+                None if p.format_is_open => None,
                 None => describe(disk, i),
             };
             let Some(mut m) = m.filter(|_| is_as_it_was(disk, i, records)) else { continue };

@@ -5,8 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::{Outcome, Report, links};
-use crate::chain::manifest::ImageFormat;
-use crate::chain::scan::{ScanOptions, scan};
+use crate::chain::scan::{ScanOptions, Told, scan};
 use crate::chain::{Catalog, Disk};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 
@@ -15,18 +14,15 @@ use crate::error::{Error, Finding, Kind, Result, Severity};
 ///
 /// # Errors
 /// The directory cannot be read any more.
-pub(super) fn settle(
-    catalog: &Catalog,
-    format: Option<ImageFormat>,
-    reports: &mut [Report],
-) -> Result<()> {
+pub(super) fn settle(catalog: &Catalog, told: Option<&Told>, reports: &mut [Report]) -> Result<()> {
     let bad = |r: &Report| {
         r.points.iter().any(|p| p.outcome == Outcome::Unsound) || r.findings.iter().any(is_error)
     };
     if !reports.iter().any(bad) {
         return Ok(());
     }
-    let (now, _) = scan(&catalog.root, &ScanOptions { format, ..ScanOptions::default() }, None)?;
+    let options = ScanOptions { told: told.cloned(), ..ScanOptions::default() };
+    let (now, _) = scan(&catalog.root, &options, None)?;
     let after: HashMap<&Path, &Disk> = now.disks.iter().map(|d| (d.path.as_path(), d)).collect();
     let mut changed: HashSet<PathBuf> = HashSet::new();
     for disk in &catalog.disks {

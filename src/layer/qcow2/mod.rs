@@ -67,6 +67,7 @@ pub(super) fn probe(storage: &dyn ReadAt) -> Result<ImageInfo> {
         snapshots: snapshots.into_iter().map(|s| s.info).collect(),
         cluster_size: header.cluster_size() as u32,
         version: header.version,
+        marked_corrupt: header.is_marked_corrupt(),
         backing_file: header.backing_file,
         backing_format: header.backing_format,
         findings,

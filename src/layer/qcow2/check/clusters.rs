@@ -35,6 +35,12 @@ impl ClusterSet {
         self.pages.get(&page).map_or(0, |p| p[word])
     }
 
+    /// Bytes that it takes, about.
+    pub fn bytes(&self) -> u64 {
+        // A page, and its place in the map.
+        (self.pages.len() as u64).saturating_mul(PAGE_WORDS * 8 + 64)
+    }
+
     /// The parts of the number space that may hold members, in no order.
     pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         let page = PAGE_WORDS * 64;

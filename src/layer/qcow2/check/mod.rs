@@ -6,6 +6,7 @@
 //! Memory is bounded by a few bits per host cluster and one table.
 
 mod clusters;
+mod directories;
 mod refcounts;
 
 use std::ops::Range;
@@ -13,7 +14,6 @@ use std::sync::Arc;
 
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::header::{Header, TableRef};
-use crate::layer::qcow2::snapshot;
 use crate::storage::ReadAt;
 pub(super) use clusters::ClusterSet;
 
@@ -80,15 +80,20 @@ pub fn check(image: &dyn ReadAt, data: Option<&Arc<dyn ReadAt>>) -> Structure {
 /// knows whose bytes are in them.
 ///
 /// # Errors
-/// A table cannot be read.
+/// A table cannot be read, or what is in it cannot be known: `Corrupt`; `Unsupported` if there is more
+/// than is looked at.
 pub(super) fn claimed_twice(
     image: &dyn ReadAt,
     header: &Header,
     data_len: Option<u64>,
 ) -> Result<ClusterSet> {
     let mut walker = Walker::new(image, header, data_len);
+    walker.most = MAX_CLAIMS;
     walker.walk()?;
-    Ok(walker.twice)
+    match walker.left_out {
+        None => Ok(walker.twice),
+        Some(left_out) => Err(left_out),
+    }
 }
 
 /// Which host clusters hold what.
@@ -159,6 +164,10 @@ struct Walker<'a> {
     compressed: bool,
     /// Clusters that two references claim.
     twice: ClusterSet,
+    /// Bytes that the sets of clusters may take.
+    most: u64,
+    /// The first thing that may claim clusters and was not looked into.
+    left_out: Option<Error>,
     out: Collected,
 }
 
@@ -182,6 +191,8 @@ impl<'a> Walker<'a> {
             blocks_readable: true,
             compressed: false,
             twice: ClusterSet::default(),
+            most: u64::MAX,
+            left_out: None,
             out: Collected::default(),
         }
     }
@@ -193,6 +204,7 @@ impl<'a> Walker<'a> {
         self.metadata(self.h.l1.offset, self.needed_l1(), "the L1 table");
         let snapshots = self.snapshots();
         self.bitmaps();
+        self.bounded()?;
         self.l1_table(self.h.l1, self.h.size)?;
         for s in snapshots {
             self.seen = ClusterSet::default();
@@ -219,16 +231,52 @@ impl<'a> Walker<'a> {
         self.out.push(finding);
     }
 
+    /// Remembers that something was not looked into which may claim clusters.
+    fn leave_out(&mut self, at: u64) {
+        let error = || {
+            let what = "QEMU marked the image as corrupt, and it cannot be known which clusters are \
+                        claimed twice: a table cannot be followed";
+            Error::new(Kind::Corrupt, what).at_path(self.image.name()).at_offset(at).remedy(REMEDY)
+        };
+        if self.left_out.is_none() {
+            self.left_out = Some(error());
+        }
+    }
+
+    /// Whether all that counts is which clusters are claimed.
+    fn claims_only(&self) -> bool {
+        self.most != u64::MAX
+    }
+
+    /// Fails if the sets of clusters have become larger than they may.
+    fn bounded(&self) -> Result<()> {
+        let u = &self.used;
+        let sets = [&u.meta, &u.l2, &u.data, &u.packed, &self.seen, &self.twice];
+        if sets.iter().map(|s| s.bytes()).sum::<u64>() <= self.most {
+            return Ok(());
+        }
+        let what = "QEMU marked the image as corrupt, and its clusters lie too far apart to find \
+                    those that are claimed twice";
+        Err(Error::new(Kind::Unsupported, what).at_path(self.image.name()).remedy(REMEDY))
+    }
+
     /// Marks clusters that must be used for nothing else; false if one is used already. The rest is
     /// left out then: a hostile file may name one large table a million times.
     fn metadata(&mut self, offset: u64, len: u64, what: &str) -> bool {
-        for cluster in clusters(offset..offset.saturating_add(len), self.h.cluster_bits) {
+        let range = clusters(offset..offset.saturating_add(len), self.h.cluster_bits);
+        for cluster in range.clone() {
+            if self.bounded().is_err() {
+                return false;
+            }
             let free = self.is_free(cluster);
             if !self.used.meta.insert(cluster) || !free {
                 let at = cluster << self.h.cluster_bits;
                 let text = format!("{what} and something else use the same cluster");
                 self.twice.insert(cluster);
                 self.error(Kind::Corrupt, at, text);
+                if cluster + 1 < range.end {
+                    self.leave_out(at);
+                }
                 return false;
             }
         }
@@ -252,12 +300,16 @@ impl<'a> Walker<'a> {
         let (offset, bits) = (self.h.reftable_offset, self.h.cluster_bits);
         let len = u64::from(self.h.reftable_clusters) << bits;
         if offset.checked_add(len).is_none_or(|end| end > self.image.len()) {
+            self.leave_out(offset);
             return self.refcounts_unreadable(offset, "the refcount table lies past the end");
         }
         self.metadata(offset, len, "the refcount table");
         let entries = match read_words(self.image, offset, len / 8) {
             Ok(e) => e,
-            Err(e) => return self.out.push(Finding::from_error(&e, self.image.name())),
+            Err(e) => {
+                self.leave_out(offset);
+                return self.out.push(Finding::from_error(&e, self.image.name()));
+            }
         };
         for (i, &entry) in (0..).zip(&entries) {
             let block = entry & !0x1ff;
@@ -269,11 +321,9 @@ impl<'a> Walker<'a> {
                     self.refcounts_unreadable(offset + i * 8, "a refcount block is past the end");
                 }
             }
-            if block != 0
-                && block < self.image.len()
-                && !self.metadata(block, self.h.cluster_size(), "a refcount block")
-            {
-                break;
+            // One that something else uses is no reason to leave out the others: each is one cluster.
+            if block != 0 && block < self.image.len() {
+                self.metadata(block, self.h.cluster_size(), "a refcount block");
             }
         }
         self.blocks = entries.iter().map(|e| e & !0x1ff).collect();
@@ -286,125 +336,12 @@ impl<'a> Walker<'a> {
         self.note(Severity::Warning, Kind::Corrupt, at, text);
     }
 
-    fn snapshots(&mut self) -> Vec<snapshot::Snapshot> {
-        if self.h.nb_snapshots == 0 {
-            return Vec::new();
-        }
-        let table = match snapshot::read_table(self.image, self.h) {
-            Ok(t) => t,
-            Err(e) => {
-                self.out.push(Finding::from_error(&e, self.image.name()));
-                return Vec::new();
-            }
-        };
-        let end = table.last().map_or(self.h.snapshots_offset, |s| s.end);
-        let len = end.saturating_sub(self.h.snapshots_offset);
-        self.metadata(self.h.snapshots_offset, len, "the snapshot table");
-        let (mut sound, mut total) = (Vec::new(), 0_u64);
-        for s in table {
-            let (l1, len) = (s.l1, s.l1.byte_len());
-            let aligned = l1.offset & (self.h.cluster_size() - 1) == 0;
-            let fits = l1.offset.checked_add(len).is_some_and(|e| e <= self.image.len());
-            if !(aligned && fits && len <= MAX_L1_BYTES) {
-                let name = &s.info.name;
-                let text = format!("the L1 table of snapshot '{name}' is not where it could be");
-                self.error(Kind::Corrupt, l1.offset, text);
-                continue;
-            }
-            total += len;
-            if total > MAX_TABLES {
-                let what = "more L1 tables of snapshots than are looked at";
-                self.error(Kind::Unsupported, l1.offset, what);
-                break;
-            }
-            if self.metadata(l1.offset, len, "a snapshot's L1 table") {
-                sound.push(s);
-            }
-        }
-        sound
-    }
-
-    /// Persistent bitmaps: no read needs them, so trouble is a warning unless it overlaps data.
-    fn bitmaps(&mut self) {
-        let Some(b) = self.h.bitmaps else { return };
-        if let Err(e) = self.bitmap_directory(b.directory_offset, b.directory_size, b.count) {
-            let mut finding = Finding::from_error(&e, self.image.name());
-            finding.severity = Severity::Warning;
-            self.out.push(finding);
-        }
-    }
-
-    fn bitmap_directory(&mut self, offset: u64, size: u64, count: u32) -> Result<()> {
-        let there = offset.checked_add(size).is_some_and(|end| end <= self.image.len());
-        if size > MAX_DIRECTORY_BYTES || !there || offset & (self.h.cluster_size() - 1) != 0 {
-            return Err(self.bad_bitmap(offset, "the bitmap directory is not where it could be"));
-        }
-        if count > MAX_BITMAPS {
-            return Err(self.bad_bitmap(offset, "there are more bitmaps than there may be"));
-        }
-        self.metadata(offset, size, "the bitmap directory");
-        let mut directory = vec![0; size as usize];
-        self.image.read_exact_at(&mut directory, offset)?;
-        let (mut at, mut total) = (0, 0_u64);
-        for _ in 0..count {
-            let entry = directory
-                .get(at..at + 24)
-                .ok_or_else(|| self.bad_bitmap(offset, "the bitmap directory is cut off"))?;
-            let (table, entries) = (be64(&entry[0..8]), be32(&entry[8..12]));
-            let names = u64::from(u16::from_be_bytes([entry[18], entry[19]]));
-            let extra = u64::from(be32(&entry[20..24]));
-            total += u64::from(entries) * 8;
-            if total > MAX_TABLES {
-                return Err(
-                    self.bad_bitmap(table, "there are more bitmap tables than are looked at")
-                );
-            }
-            self.bitmap_table(table, entries)?;
-            at += (24 + names + extra).next_multiple_of(8) as usize;
-        }
-        Ok(())
-    }
-
-    fn bitmap_table(&mut self, table: u64, entries: u32) -> Result<()> {
-        let len = u64::from(entries) * 8;
-        let there = table.checked_add(len).is_some_and(|end| end <= self.image.len());
-        if !there || len > MAX_L1_BYTES || table & (self.h.cluster_size() - 1) != 0 {
-            return Err(self.bad_bitmap(table, "a bitmap's table is not where it could be"));
-        }
-        if !self.metadata(table, len, "a bitmap's table") {
-            return Err(self.bad_bitmap(table, "a bitmap's table lies over something else"));
-        }
-        if self.is_hole(table, len) {
-            return Ok(());
-        }
-        for (i, entry) in (0..).zip(read_words(self.image, table, u64::from(entries))?) {
-            let offset = entry & OFFSET;
-            if entry & !(OFFSET | 1) != 0 || offset & (self.h.cluster_size() - 1) != 0 {
-                return Err(self.bad_bitmap(table + i * 8, "a bitmap's table entry is impossible"));
-            }
-            if offset != 0 {
-                if offset >= self.image.len() {
-                    return Err(self.bad_bitmap(table + i * 8, "a bitmap lies past the end"));
-                }
-                if !self.metadata(offset, self.h.cluster_size(), "a bitmap") {
-                    let what = "a bitmap lies over something else";
-                    return Err(self.bad_bitmap(table + i * 8, what));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn bad_bitmap(&self, at: u64, what: &str) -> Error {
-        Error::new(Kind::Corrupt, format!("{what}; the data is not affected"))
-            .at_path(self.image.name())
-            .at_offset(at)
-            .remedy("remove the image's bitmaps from a copy of it")
-    }
-
     fn l1_table(&mut self, l1: TableRef, size: u64) -> Result<()> {
         let there = self.image.len().saturating_sub(l1.offset) / 8;
         let count = u64::from(l1.entries).min(there);
+        if count < self.h.l1_entries_for(size) {
+            self.leave_out(l1.offset);
+        }
         let mut first = 0;
         while first < count {
             let n = L1_CHUNK.min(count - first);
@@ -424,10 +361,12 @@ impl<'a> Walker<'a> {
     fn l1_entry(&mut self, entry: u64, at: u64, index: u64, size: u64) -> Result<()> {
         let table = entry & OFFSET;
         if entry & !(OFFSET | COPIED) != 0 {
+            self.leave_out(at);
             self.error(Kind::Corrupt, at, "reserved bits of an L1 entry are set");
             return Ok(());
         }
         if table & (self.h.cluster_size() - 1) != 0 {
+            self.leave_out(at);
             self.error(Kind::Corrupt, at, "an L2 table is not aligned");
             return Ok(());
         }
@@ -445,6 +384,7 @@ impl<'a> Walker<'a> {
     fn take_l2(&mut self, table: u64, at: u64) -> bool {
         let cluster = table >> self.h.cluster_bits;
         if table >= self.image.len() {
+            self.leave_out(at);
             self.error(Kind::Truncated, at, "an L2 table lies past the end of the file");
             return false;
         }
@@ -453,7 +393,8 @@ impl<'a> Walker<'a> {
         if taken || !self.seen.insert(cluster) {
             self.twice.insert(cluster);
             self.error(Kind::Corrupt, at, "an L2 table and something else use the same cluster");
-            return false;
+            // Whatever is in it claims clusters too.
+            return taken && self.claims_only() && self.used.l2.insert(cluster);
         }
         // Known already: another snapshot's, and looked into then.
         self.used.l2.insert(cluster)
@@ -465,6 +406,7 @@ impl<'a> Walker<'a> {
         let there = (self.image.len() - table) / (words * 8);
         let needed = size.saturating_sub(guest).div_ceil(self.h.cluster_size()).min(count);
         if there < needed {
+            self.leave_out(from);
             self.error(Kind::Truncated, from, "the file ends inside an L2 table");
         }
         if self.is_hole(table, count.min(there) * words * 8) {
@@ -474,6 +416,7 @@ impl<'a> Walker<'a> {
         let (mut at, mut guest) = (table, guest);
         for entry in entries.chunks_exact(words as usize) {
             if entry.iter().any(|w| *w != 0) {
+                self.bounded()?;
                 let needed = size.saturating_sub(guest).min(self.h.cluster_size());
                 self.l2_entry(entry[0], entry.get(1).copied(), needed, at);
             }
@@ -534,11 +477,11 @@ impl<'a> Walker<'a> {
     fn data_cluster(&mut self, p: &Plain) {
         let len = self.data_len.unwrap_or(self.image.len());
         if p.needed > 0 && p.offset.checked_add(p.needed).is_none_or(|end| end > len) {
-            return self.error(
-                Kind::Truncated,
-                p.at,
-                "a data cluster lies past the end of the file",
-            );
+            self.error(Kind::Truncated, p.at, "a data cluster lies past the end of the file");
+            // What is there of it is claimed.
+            if p.offset >= len {
+                return;
+            }
         }
         let cluster = p.offset >> self.h.cluster_bits;
         if self.data_len.is_some() {
@@ -575,28 +518,26 @@ impl<'a> Walker<'a> {
             return self.error(Kind::Truncated, at, what);
         }
         self.compressed = true;
+        let mut taken = false;
         for cluster in clusters(range, self.h.cluster_bits) {
             let used = &self.used;
             if [&used.meta, &used.l2, &used.data].iter().any(|s| s.contains(cluster)) {
                 self.twice.insert(cluster);
-                let what = "a compressed cluster and something else use the same cluster";
-                return self.error(Kind::Corrupt, at, what);
+                taken = true;
+            } else {
+                self.used.packed.insert(cluster);
             }
-            self.used.packed.insert(cluster);
+        }
+        if taken {
+            let what = "a compressed cluster and something else use the same cluster";
+            self.error(Kind::Corrupt, at, what);
         }
     }
 }
 
-/// QEMU's limit for an L1 table, used for bitmap tables too.
-const MAX_L1_BYTES: u64 = 32 << 20;
-/// Bytes of bitmap tables, or of snapshots' L1 tables, that are looked at in one file. 512 MiB of them
-/// describe petabytes.
-const MAX_TABLES: u64 = 512 << 20;
-/// QEMU's limit for the number of bitmaps.
-const MAX_BITMAPS: u32 = 65_535;
-/// QEMU's limit for the bitmap directory: 65,535 bitmaps of 1 KiB.
-const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
-
+/// Bytes that the sets of [`claimed_twice`] may take: an image of 15 TiB with clusters of 64 KiB, all
+/// of them used, takes as many.
+const MAX_CLAIMS: u64 = 64 << 20;
 /// Host bytes of a compressed cluster: whole sectors, the last of which may be cut by the file's
 /// end.
 fn packed_range(entry: u64, cluster_bits: u32) -> Range<u64> {
