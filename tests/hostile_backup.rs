@@ -218,7 +218,7 @@ fn what_qemu_calls_a_disk_is_no_path() {
             (r#""device":"""#.to_string(), format!(r#""device":{}"#, json!(device))),
             (disk.clone(), json!(file).to_string()),
         ];
-        let caller = m.caller(Renames(lies.to_vec())).with(&[layout]);
+        let caller = m.caller(Renames(lies.to_vec())).with(&[layout, "--init"]);
         let out = caller.run("full");
         assert_eq!(out.status.code(), Some(0), "{device} {file}: {}", said(&out));
         // Whatever it is called, it has a plain name of ours.
@@ -471,6 +471,7 @@ fn a_linked_target_and_a_linked_state_folder_work() {
     caller.must("full");
     caller.must("inc");
     assert_eq!(images(&m.path("real-T/d.qcow2")).len(), 2);
+    std::fs::create_dir(m.path("real-T/deeper")).unwrap();
     caller.target = m.path("link-T/deeper/still");
     caller.must("full");
     assert_eq!(images(&m.path("real-T/deeper/still/d.qcow2")).len(), 1);
