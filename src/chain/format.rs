@@ -189,11 +189,12 @@ fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
         let Some((below, format)) = word_on_what_is_below(tree, above) else { continue };
         let entry = &mut tree.files[below];
         match (&entry.decision.reading, format) {
-            (Reading::Content, ImageFormat::Qcow2) if entry.probed.magic => {
-                // Whoever was proved before has been asked, or will be: two may lie on each other.
-                if !std::mem::replace(&mut entry.decision.proved, true) {
-                    proved.push(below);
-                }
+            // Whoever was proved before has been asked, or will be: two may lie on each other.
+            (Reading::Content, ImageFormat::Qcow2)
+                if entry.probed.magic && !entry.decision.proved =>
+            {
+                entry.decision.proved = true;
+                proved.push(below);
             }
             (Reading::Content, ImageFormat::Raw) if !entry.decision.proved => {
                 entry.decision.reading = Reading::Raw;
