@@ -107,8 +107,18 @@ pub fn ops(rng: &mut Rng, seed: u64, compressed: bool) -> Vec<String> {
 
 pub fn fleecefs(args: &[&str], dir: &Path) -> Output {
     let (verb, rest) = args.split_first().unwrap();
+    spoken(&["-q", verb], dir, rest)
+}
+
+/// As [`fleecefs`], without `-q`.
+pub fn aloud(args: &[&str], dir: &Path) -> Output {
+    let (verb, rest) = args.split_first().unwrap();
+    spoken(&[verb], dir, rest)
+}
+
+fn spoken(verb: &[&str], dir: &Path, rest: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    command.args(["-q", verb]).arg(dir).args(rest).output().unwrap()
+    command.args(verb).arg(dir).args(rest).output().unwrap()
 }
 
 pub fn code(out: &Output) -> i32 {
