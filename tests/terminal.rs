@@ -194,7 +194,7 @@ fn what_a_list_shows_is_understood_as_an_argument() {
 fn an_escape_in_a_name_is_told_from_one_that_is_written_out() {
     let all = Backups::new();
     for name in ["a\x1bb", r"a\u{1b}b"] {
-        all.file(&format!("{name}/FULL-1700000000-sda"), &tiny(None));
+        all.file(&format!("{name}/FULL-1700000000-sda.qcow2"), &tiny(None));
     }
     let out = look(&["list".as_ref(), all.root().as_os_str()]);
     let table = String::from_utf8(out.stdout).unwrap();
