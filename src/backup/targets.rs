@@ -142,7 +142,7 @@ fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<Known>> {
         return Ok(Vec::new());
     };
     serde_json::from_slice(&bytes).map_err(|e| {
-        Error::new(Kind::Corrupt, "this is no list of a VM's targets")
+        Error::new(Kind::Corrupt, "not a list of backup directories")
             .with_source(e)
             .at_path(&path)
             .remedy(
