@@ -6,7 +6,8 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::json;
 
-use super::graph::{BLOCK_JOBS, Expected, SNAPSHOT_LOAD, Scene, Stage, ask, in_the_way};
+use super::expected::{Expected, Stage};
+use super::graph::{BLOCK_JOBS, SNAPSHOT_LOAD, Scene, ask, in_the_way};
 use super::names::{PREFIX, Role, object, parse_object};
 use super::work::{Active, Run};
 use crate::error::{Error, Kind, Result};

@@ -18,6 +18,7 @@ pub mod bitmap;
 pub mod conclude;
 pub mod control;
 pub mod disk;
+mod expected;
 pub mod fleece;
 pub mod folders;
 pub mod foreign;

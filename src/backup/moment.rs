@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::expected::{Expected, Stage};
 use super::fleece::{add_view, plug, reopen, reopen_options};
 use super::guardian::{Guardian, Orders, Word, continue_if_paused};
 use super::journal::{Journal, Record};
@@ -277,8 +278,8 @@ fn still_right(
     for i in inserts {
         let run = parse_object(&i.filter).map_or("", |(run, ..)| run);
         let (label, path) = (i.label.as_str(), &i.path);
-        let expected = graph::Expected { run, index: i.index, label, path, source: Role::Snapshot };
-        match expected.difference(scene, graph::Stage::Before) {
+        let expected = Expected { run, index: i.index, label, path, source: Role::Snapshot };
+        match expected.difference(scene, Stage::Before) {
             Some(what) => failed.push((i.index, graph::in_the_way(what))),
             None => right.push(i.clone()),
         }

@@ -11,7 +11,7 @@
 //! - What is read whole has a limit: [`Folder::read_small`].
 //! - What is written appears whole or not at all: [`Temp`].
 //!
-//! The functions in this file that take a path ([`open_file`], [`read_small`] and so on) are the same
+//! The functions that take a path ([`open_file`], [`read_small`] and so on) are the same
 //! for a single act: they open the folder without following links, act, and close it.
 //!
 //! `clippy.toml` forbids `std::fs` everywhere else.
@@ -19,12 +19,14 @@
 #![allow(clippy::disallowed_methods)]
 
 mod asked;
+mod changes;
 mod fixed;
 mod handle;
 mod held;
 mod lesser;
 mod lock;
 mod name;
+mod once;
 mod open;
 mod owner;
 mod resolve;
@@ -38,7 +40,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{Mode, OFlags};
 
 pub use asked::{ask, mount_number};
 pub use fixed::Fixed;
@@ -47,6 +49,10 @@ pub use held::reopen;
 pub use lesser::{set_modified, set_times};
 pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
+pub use once::{
+    entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
+    read_small, remove_if_there, write_whole,
+};
 pub use owner::{ForeignOwner, check_private, foreign_owner};
 pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
@@ -287,36 +293,6 @@ impl Folder {
         Ok(PathBuf::from(OsStr::from_bytes(text.to_bytes())))
     }
 
-    /// Makes a symbolic link with this text.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn make_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
-        Ok(rustix::fs::symlinkat(text, &self.fd, plain(name.as_ref())?)?)
-    }
-
-    /// As [`Folder::make_link`], replacing what has the name, in one step. Where the file system has
-    /// no links there is none.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn set_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
-        let interim = temp::random_name()?;
-        match self.make_link(text, &interim) {
-            Err(e) if lesser::is_refusal(&e) => {
-                lesser::Lacking::Links.tell(&self.join(name));
-                return Ok(());
-            }
-            made => made?,
-        }
-        let renamed = self.rename(&interim, self, name);
-        if renamed.is_err() {
-            let _ = self.remove_if_there(&interim);
-        }
-        renamed?;
-        self.sync()
-    }
-
     /// Makes an empty file with mode 0600 that was not there.
     ///
     /// # Errors
@@ -368,112 +344,6 @@ impl Folder {
             _ => return Err(refused("the folder belongs to another user")),
         }
         Ok(folder)
-    }
-
-    /// Renames, replacing what has the new name.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn rename(
-        &self,
-        name: impl AsRef<OsStr>,
-        to: &Folder,
-        new: impl AsRef<OsStr>,
-    ) -> io::Result<()> {
-        let (from, new) = (plain(name.as_ref())?, plain(new.as_ref())?);
-        Ok(rustix::fs::renameat(&self.fd, from, &to.fd, new)?)
-    }
-
-    /// Renames without replacing anything.
-    ///
-    /// # Errors
-    /// What the operating system said, `AlreadyExists` among it.
-    pub fn rename_new(
-        &self,
-        name: impl AsRef<OsStr>,
-        to: &Folder,
-        new: impl AsRef<OsStr>,
-    ) -> io::Result<()> {
-        use rustix::io::Errno;
-        let (from, new) = (plain(name.as_ref())?, plain(new.as_ref())?);
-        match rustix::fs::renameat_with(&self.fd, from, &to.fd, new, RenameFlags::NOREPLACE) {
-            // NFS, CIFS and some FUSE file systems.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                self.rename_new_by_link(from, to, new)
-            }
-            Err(Errno::EXIST) if self.same_file(from, to, new) => self.remove(from),
-            other => Ok(other?),
-        }
-    }
-
-    /// [`Folder::rename_new`] where the file system can't: a second name, then the first one goes. A
-    /// crash in between leaves both, which the next call notices.
-    fn rename_new_by_link(&self, from: &OsStr, to: &Folder, new: &OsStr) -> io::Result<()> {
-        use rustix::io::Errno;
-        match rustix::fs::linkat(&self.fd, from, &to.fd, new, AtFlags::empty()) {
-            Ok(()) => self.remove(from),
-            Err(Errno::EXIST) if self.same_file(from, to, new) => self.remove(from),
-            // No second names either (FAT, some shares): the directory's lock keeps fleecefs out.
-            Err(Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS | Errno::MLINK | Errno::INVAL) => {
-                if to.has(new) {
-                    return Err(Errno::EXIST.into());
-                }
-                log::debug!(
-                    "{}: this file system cannot rename without replacing: checked, then renamed",
-                    crate::text::path_text(&to.join(new))
-                );
-                self.rename(from, to, new)
-            }
-            Err(e) => Err(e.into()),
-        }
-    }
-
-    fn same_file(&self, name: &OsStr, other: &Folder, theirs: &OsStr) -> bool {
-        let id = |f: &Folder, n: &OsStr| f.look(n).ok().map(|m| FileId::of(&m));
-        id(self, name).is_some() && id(self, name) == id(other, theirs)
-    }
-
-    /// Gives the plain file `name` a second name.
-    ///
-    /// # Errors
-    /// What the operating system said, `AlreadyExists` among it.
-    pub fn link(
-        &self,
-        name: impl AsRef<OsStr>,
-        to: &Folder,
-        new: impl AsRef<OsStr>,
-    ) -> io::Result<()> {
-        let (from, new) = (plain(name.as_ref())?, plain(new.as_ref())?);
-        Ok(rustix::fs::linkat(&self.fd, from, &to.fd, new, AtFlags::empty())?)
-    }
-
-    /// Removes a name that is no folder.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub fn remove(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
-        Ok(rustix::fs::unlinkat(&self.fd, plain(name.as_ref())?, AtFlags::empty())?)
-    }
-
-    /// As [`Folder::remove`]; whether there was one.
-    ///
-    /// # Errors
-    /// What the operating system said, but for `NotFound`.
-    pub fn remove_if_there(&self, name: impl AsRef<OsStr>) -> io::Result<bool> {
-        Ok(absent_is_none(self.remove(name))?.is_some())
-    }
-
-    /// Removes a name if it still stands for the file `id`; whether it did.
-    ///
-    /// # Errors
-    /// What the operating system said, but for `NotFound`.
-    pub fn remove_if_same(&self, name: impl AsRef<OsStr>, id: FileId) -> io::Result<bool> {
-        let name = name.as_ref();
-        let there = absent_is_none(self.look(name))?.map(|m| FileId::of(&m));
-        if there != Some(id) {
-            return Ok(false);
-        }
-        self.remove_if_there(name)
     }
 
     /// Makes what happened to names in it survive a power cut. Where that is refused (by shares, some
@@ -611,112 +481,9 @@ fn refused(why: &'static str) -> io::Error {
     io::Error::other(crate::error::Refused(why))
 }
 
-/// Opens the plain file at `path` for reading: [`Folder::open_file`] for a single act.
-///
-/// # Errors
-/// As [`Folder::of`] and [`Folder::open_file`].
-pub fn open_file(path: &Path) -> io::Result<File> {
-    open_with(path, Access::Read)
-}
-
-/// [`Folder::open_with`] for a single act.
-///
-/// # Errors
-/// As [`Folder::of`] and [`Folder::open_with`].
-pub fn open_with(path: &Path, access: Access) -> io::Result<File> {
-    let path = std::path::absolute(path)?;
-    let probe = open::handle(&path)?;
-    open::plain_file(rustix::fs::CWD, path.as_os_str(), (&probe, &probe.metadata()?), access)
-}
-
-/// Opens a block device for reading and writing, for us alone: fails if it is mounted, or held by
-/// RAID, LVM or swap.
-///
-/// # Errors
-/// As [`Folder::of`]; a refusal for anything else than a block device; `ResourceBusy`.
-pub fn open_device(path: &Path) -> io::Result<File> {
-    open::device(&open::handle(&std::path::absolute(path)?)?, path)
-}
-
-/// Metadata of `path`, of the link itself if it is one; no link on the way to it is followed.
-///
-/// # Errors
-/// What the operating system said, `NotFound` among it.
-pub fn look(path: &Path) -> io::Result<Metadata> {
-    open::handle(&std::path::absolute(path)?)?.metadata()
-}
-
-/// Whether there is something at `path`.
-pub fn exists(path: &Path) -> bool {
-    look(path).is_ok()
-}
-
-/// Whether `path` is a folder and no link.
-pub fn is_folder(path: &Path) -> bool {
-    look(path).is_ok_and(|m| m.is_dir())
-}
-
-/// Whether `path` is a plain file and no link.
-pub fn is_file(path: &Path) -> bool {
-    look(path).is_ok_and(|m| m.is_file())
-}
-
-/// [`Folder::read_small`] for a single act.
-///
-/// # Errors
-/// As [`Folder::of`] and [`Folder::read_small`].
-pub fn read_small(path: &Path, max: u64) -> io::Result<Vec<u8>> {
-    read_bounded(open_file(path)?, max)
-}
-
-/// [`Folder::entries`] for a single act.
-///
-/// # Errors
-/// As [`Folder::open`] and [`Folder::entries`].
-pub fn entries(path: &Path) -> io::Result<Vec<Entry>> {
-    Folder::open(path)?.entries()
-}
-
-/// [`Folder::write_whole`] for a single act.
-///
-/// # Errors
-/// As [`Folder::of`] and [`Folder::write_whole`].
-pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let (folder, name) = Folder::of(path)?;
-    folder.write_whole(name, bytes)
-}
-
-/// [`Folder::remove_if_there`] for a single act.
-///
-/// # Errors
-/// As [`Folder::of`] and [`Folder::remove_if_there`].
-pub fn remove_if_there(path: &Path) -> io::Result<bool> {
-    let Some((folder, name)) = absent_is_none(Folder::of(path))? else { return Ok(false) };
-    folder.remove_if_there(name)
-}
-
 /// Target, in the log, of warnings about a set-up that stays as it is: whose a folder is, what its file
 /// system lacks. Others come with an event.
 pub const STANDING: &str = "fleecefs::standing";
-
-/// Makes the folder `path` and those above it that are missing, each with mode 0700, so that they
-/// survive a power cut, and gives it.
-///
-/// # Errors
-/// What the operating system said; a refusal if there is a link on the path.
-pub fn make_folders(path: &Path) -> io::Result<Folder> {
-    let path = std::path::absolute(path)?;
-    let there = path.ancestors().find_map(|a| match Folder::open(a) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-        other => Some(other),
-    });
-    let mut folder = there.unwrap_or_else(|| Folder::open(Path::new("/")))?;
-    let missing = path.strip_prefix(&folder.path).map(Path::to_path_buf).unwrap_or_default();
-    for part in missing.components() {
-        folder = folder.make_folder(part.as_os_str())?;
-    }
-    Ok(folder)
-}
 
 #[cfg(test)]
 mod tests;
