@@ -144,7 +144,9 @@ impl Error {
         let kind = match source.raw_os_error() {
             Some(libc::ENOENT) | Some(libc::ENOTDIR) => Kind::NotFound,
             Some(libc::EEXIST) => Kind::Exists,
-            Some(libc::EACCES) | Some(libc::EPERM) | Some(libc::EROFS) => Kind::Permission,
+            Some(libc::EACCES) | Some(libc::EPERM) | Some(libc::EROFS) | Some(libc::EOVERFLOW) => {
+                Kind::Permission
+            }
             Some(libc::EBUSY) => Kind::Busy,
             Some(libc::ENOSPC) | Some(libc::EDQUOT) => Kind::NoSpace,
             Some(libc::ETIMEDOUT) => Kind::Timeout,
@@ -154,14 +156,22 @@ impl Error {
             _ if source.kind() == io::ErrorKind::InvalidFilename => Kind::Unsupported,
             _ => Kind::Io,
         };
-        let too_large = source.kind() == io::ErrorKind::FileTooLarge;
-        let error = Error::new(kind, message).with_source(source);
-        match too_large {
-            true => error.remedy(
+        let remedy = match source.raw_os_error() {
+            Some(libc::EFBIG) => Some(
                 "this file system ends files before that (ext4 at 16 TiB, FAT at 4 GiB; or ulimit -f \
                  does): choose a folder on another one, such as XFS",
             ),
-            false => error,
+            // An id-mapped mount on which the caller is nobody: see mount_setattr(2).
+            Some(libc::EOVERFLOW) => Some(
+                "you have no user id on this id-mapped mount: work as the folder's owner with \
+                 --as-owner",
+            ),
+            _ => None,
+        };
+        let error = Error::new(kind, message).with_source(source);
+        match remedy {
+            Some(remedy) => error.remedy(remedy),
+            None => error,
         }
     }
 

@@ -497,6 +497,63 @@ fn a_directory_on_an_overlay_is_worked_on() {
     whole_life(&scene, 0, &[], &scene.text("over/b"), &scene.text("restored"));
 }
 
+/// Mounts `from` at `to` with the user ids shifted (mount_setattr(2)); an error where that is not to be
+/// had.
+fn mount_shifted(from: &Path, to: &Path, shift: u32) -> std::io::Result<()> {
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+    let mut holder = Command::new("unshare").args(["--user", "sleep", "60"]).spawn()?;
+    let proc = PathBuf::from(format!("/proc/{}", holder.id()));
+    let own = std::fs::read_link("/proc/self/ns/user")?;
+    while std::fs::read_link(proc.join("ns/user"))? == own {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    for map in ["uid_map", "gid_map"] {
+        std::fs::write(proc.join(map), format!("0 {shift} 65536"))?;
+    }
+    let users = std::fs::File::open(proc.join("ns/user"))?;
+    holder.kill()?;
+    holder.wait()?;
+    let attributes: [u64; 4] = [libc::MOUNT_ATTR_IDMAP, 0, 0, users.as_raw_fd() as u64];
+    let said =
+        |result: i64| if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) };
+    let [from, to] = [from, to].map(|p| std::ffi::CString::new(p.to_str().unwrap()).unwrap());
+    // SAFETY: the strings end with a zero; the attributes are a struct mount_attr of 32 bytes.
+    unsafe {
+        let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+        let tree = said(libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, from.as_ptr(), flags))?;
+        let tree = OwnedFd::from_raw_fd(tree as i32);
+        let (fd, here) = (tree.as_raw_fd(), c"".as_ptr());
+        let empty = libc::AT_EMPTY_PATH;
+        said(libc::syscall(libc::SYS_mount_setattr, fd, here, empty, &attributes, 32))?;
+        let at = (libc::AT_FDCWD, to.as_ptr());
+        // 4: MOVE_MOUNT_F_EMPTY_PATH.
+        said(libc::syscall(libc::SYS_move_mount, fd, here, at.0, at.1, 4))?;
+    }
+    Ok(())
+}
+
+/// Root is nobody there, and may write nothing: the owner may.
+#[test]
+fn on_an_id_mapped_mount_the_owner_does_all() {
+    let test = "on_an_id_mapped_mount_the_owner_does_all";
+    let Some(scene) = Scene::new(test, 0) else { return };
+    std::fs::create_dir(scene.path("shifted")).unwrap();
+    let shifted = scene.path("shifted");
+    if let Err(e) = mount_shifted(&scene.path("home"), &shifted, OWNER) {
+        println!("skipped: {test}: no id-mapped mount here: {e}");
+        return;
+    }
+    let _shifted = Unmount(shifted);
+    let dir = scene.text("shifted/b");
+    let out = scene.run(0, &["verify", "--create", &dir]);
+    assert_eq!(out.status.code(), Some(5), "{}", stderr(&out));
+    assert!(stderr(&out).contains("--as-owner"), "{}", stderr(&out));
+    assert!(!scene.path("home/b/.fleecefs").exists());
+    whole_life(&scene, 0, &["--as-owner"], &dir, &scene.text("shifted/restored"));
+    let mine = std::fs::metadata(scene.path("home/b/.fleecefs")).unwrap();
+    assert_eq!(mine.uid(), 0, "as it is on the disk");
+}
+
 /// A mount that goes away with the test.
 struct Unmount(PathBuf);
 

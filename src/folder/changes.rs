@@ -77,7 +77,12 @@ impl Folder {
 
     /// [`Folder::rename_new`] where the file system can't: a second name, then the first one goes. A
     /// crash in between leaves both, which the next call notices.
-    pub(super) fn rename_new_by_link(&self, from: &OsStr, to: &Folder, new: &OsStr) -> io::Result<()> {
+    pub(super) fn rename_new_by_link(
+        &self,
+        from: &OsStr,
+        to: &Folder,
+        new: &OsStr,
+    ) -> io::Result<()> {
         use rustix::io::Errno;
         match rustix::fs::linkat(&self.fd, from, &to.fd, new, AtFlags::empty()) {
             Ok(()) => self.remove(from),
