@@ -22,6 +22,7 @@ recorded there, so that "could not tell" is the answer), and no point that is wr
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -76,7 +77,16 @@ def wanted_of_archive(entry):
     for device in entry["devices"]:
         if device["name"] == "vmstate":  # a guest's memory, not a disk: not shown
             continue
-        yield Want(entry["archive"], entry["archive"], entry["expect"], device, device["name"])
+        expect = "any" if is_whole_in_damaged(entry, device) else entry["expect"]
+        yield Want(entry["archive"], entry["archive"], expect, device, device["name"])
+
+
+def is_whole_in_damaged(entry, device):
+    """Whether an archive is damaged elsewhere: what is whole may be served. A reader that goes on after
+    damage says which devices differ."""
+    said = entry.get("readers", {}).get("dissect", "")
+    went_on = said == "match" or said.startswith("differs: ")
+    return entry["expect"] == "error" and went_on and f"'{device['name']}'" not in said
 
 
 def wanted_of_chain(folder, entry):
@@ -144,7 +154,8 @@ def is_marked_corrupt(path):
     """Whether QEMU has set the corrupt bit (incompatible feature 1 of version 3)."""
     with open(path, "rb") as file:
         header = file.read(80)
-    return header[:4] == b"QFI\xfb" and header[7:8] == b"\3" and bool(header[79] & 2)
+    version_3 = header[:4] == b"QFI\xfb" and header[7:8] == b"\3"
+    return version_3 and len(header) == 80 and bool(header[79] & 2)
 
 
 def allow_refusal(wants, target):
@@ -177,8 +188,10 @@ def hash_sparse(fd, size):
     while at < size:
         try:
             at = os.lseek(fd, at, os.SEEK_DATA) // BLOCK * BLOCK
-        except OSError:  # ENXIO: no data from here to the end
-            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # a range that cannot be read
+                raise
+            break  # no data from here to the end
         data = os.pread(fd, BLOCK, at)
         if data != zero[: len(data)]:
             digest.update(at.to_bytes(8, "big") + data)
