@@ -80,6 +80,7 @@ fn holes_are_exactly_where_qemu_sees_zeros() {
         }
         let file = File::open(mount.point("sda", file)).unwrap();
         assert_eq!(data_runs(&file), want, "point {i}");
+        // SAFETY: the file is open.
         let beyond = |w| unsafe { libc::lseek(file.as_raw_fd(), SIZE as i64, w) };
         assert_eq!((beyond(libc::SEEK_DATA), beyond(libc::SEEK_HOLE)), (-1, -1));
     }

@@ -286,6 +286,7 @@ fn fleecefs(args: &[&str], dir: &Path, seed: &str) -> Ended {
         .unwrap();
     let start = Instant::now();
     let pid = child.id() as i32;
+    // SAFETY: numbers, for which zeros are a value.
     let (mut status, mut usage) = (0, unsafe { std::mem::zeroed::<libc::rusage>() });
     // SAFETY: our own child, and two places to write to. It is not waited for elsewhere.
     while unsafe { libc::wait4(pid, &mut status, libc::WNOHANG, &mut usage) } == 0 {
