@@ -10,7 +10,7 @@ use super::guardian::{Guardian, Orders, Word, continue_if_paused};
 use super::journal::{Journal, Record};
 use super::names::{Role, parse_object};
 use super::seen::Insertion;
-use super::{Options, StopWish, Watch, graph, migration};
+use super::{Options, StopWish, Watch, foreign, graph, migration};
 use crate::chain::manifest::{Achieved, Consistency};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
@@ -141,6 +141,7 @@ fn let_go(
 /// Stops the guest, unless somebody else has in the meantime: such a stop is not ours to end.
 /// Says whether it did.
 fn stop_guest(scene: &mut Scene<'_>, mut guardian: Option<&mut Guardian>) -> Result<bool> {
+    foreign::refuse_stop(scene.client)?;
     announce(scene, guardian.as_deref_mut(), Record::Stop, Word::Stop)?;
     if is_running(scene.client)? {
         scene.client.execute("stop", json!({}))?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::recover::{self, Place};
 use super::seen::{Answers, survey};
-use super::{Options, Quiet, Watch, foreign, migration, plan};
+use super::{Options, Quiet, StopWish, Watch, foreign, migration, plan};
 use crate::error::{Kind, Result};
 use crate::qmp::Client;
 
@@ -25,12 +25,14 @@ pub fn until_free(
 ) -> Result<()> {
     let end = Instant::now().checked_add(options.wait);
     let over = || end.is_some_and(|e| Instant::now() >= e);
+    let stops = options.moment.stop != StopWish::Never && client.has_guest();
     let mut said: Option<String> = None;
     loop {
         let tell: &dyn Watch = if said.is_some() { &Quiet } else { watch };
         let undone = migration::check(client)
             .and_then(|()| recover::recover(client, place, tell))
-            .and_then(|n| foreign::refuse_at_work(client).map(|()| n));
+            .and_then(|n| foreign::refuse_at_work(client).map(|()| n))
+            .and_then(|n| if stops { foreign::refuse_stop(client).map(|()| n) } else { Ok(n) });
         let who = match undone {
             // One that has left does not come back by itself.
             Err(e) if e.kind() != Kind::Busy || over() || has_left(client)? => return Err(e),
