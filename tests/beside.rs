@@ -138,7 +138,7 @@ fn a_guest_that_must_not_be_paused_beside_a_stream_is_not() {
     m.do_it("job-cancel", json!({"id": "other"}));
     m.wait_job("other", |j| j.is_null());
     // One that begins when planning is over.
-    let run = Stopped::start(&m, "full", "answer transaction");
+    let run = Stopped::start(&m, "full", "files created");
     m.do_it("block-stream", stream);
     let (code, said) = run.end();
     refused(code, &said);
