@@ -218,6 +218,7 @@ impl Run<'_> {
             image: p.image.clone(),
             disk: p.disk.identity.clone(),
             moved_from: p.moved_from.clone(),
+            linked_from: None,
             level: p.level,
             time: now(),
             parent: p.parent().map(|m| m.image.clone()),
