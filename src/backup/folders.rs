@@ -126,7 +126,7 @@ fn new_id() -> Result<String> {
 }
 
 /// The folders of all months.
-fn months_of(target: &Path) -> Vec<PathBuf> {
+pub(super) fn months_of(target: &Path) -> Vec<PathBuf> {
     let is_month = |n: &str| {
         let shape = n.bytes().map(|b| if b.is_ascii_digit() { b'0' } else { b });
         shape.eq(*b"0000-00")

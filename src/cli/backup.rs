@@ -14,6 +14,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use super::console::{Console, Style};
 use super::privileges::Owner;
 use super::{output, paths, usage};
+use crate::backup::offline::backup_offline;
 use crate::backup::plan::Printed;
 use crate::backup::report::Report;
 use crate::backup::run::backup;
@@ -34,8 +35,24 @@ use crate::units::{human_bytes, parse_bytes, parse_duration};
 #[derive(Debug, Args)]
 pub struct BackupArgs {
     /// QEMU's QMP socket: a path, or tcp:HOST:PORT
-    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
-    qmp: String,
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        visible_alias = "socket",
+        required_unless_present = "offline"
+    )]
+    qmp: Option<String>,
+
+    /// Back up these images of a VM that is shut off: files, with 'raw:' or 'qcow2:' before them where
+    /// neither the target nor the name says what they are
+    ///
+    /// A qemu-storage-daemon is started for it. Disks are known by their files, so their chains go on:
+    /// the bitmaps in qcow2 images (version 3) say what has changed, and the VM's next backup goes on
+    /// from this one. A raw image has none: FULL. An image that is in use is refused; the VM cannot be
+    /// started while it is backed up.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all =
+        ["qmp", "agent", "nbd", "include", "exclude", "quiesce", "pause", "no_stop", "wait"])]
+    offline: Vec<String>,
 
     /// The guest agent's socket, for --quiesce
     #[arg(long, value_name = "SOCKET", visible_alias = "agent-socket")]
@@ -386,7 +403,8 @@ impl BackupArgs {
         let config = self.config.iter().map(|p| paths::resolved(p, "cannot keep this file"));
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
         Ok(Options {
-            qmp: Address::parse(&self.qmp)?,
+            // With --offline: that of our own daemon, later.
+            qmp: self.qmp.as_deref().map_or(Ok(Address::Unix(PathBuf::new())), Address::parse)?,
             agent: address(&self.agent)?,
             target: paths::to_make(&self.target)?,
             init: self.init,
@@ -413,6 +431,7 @@ impl BackupArgs {
             wait: Duration::from_secs(self.wait.unwrap_or(0)),
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
+            offline: None,
         })
     }
 
@@ -473,7 +492,11 @@ pub fn run(args: &BackupArgs) -> Result<()> {
     if !options.dry_run {
         super::writing::finish_what_is_left(&options.target)?;
     }
-    let result = backup(&options, &console, interrupt_flag()?);
+    let flag = interrupt_flag()?;
+    let result = match args.offline.as_slice() {
+        [] => backup(&options, &console, flag),
+        disks => backup_offline(&options, disks, &console, flag),
+    };
     console.finish();
     let report = result.inspect_err(|e| console.log_error(e))?;
     if options.dry_run {
