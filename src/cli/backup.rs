@@ -74,6 +74,9 @@ pub struct BackupArgs {
 
     /// Begin a new backup directory where the one that this VM was backed up to is gone, and make the
     /// folders above it
+    ///
+    /// Bitmaps of the one that is gone go on recording in QEMU: 'fleecefs cleanup --keep DIR', with the
+    /// new one, removes them.
     #[arg(long)]
     init: bool,
 
@@ -504,7 +507,9 @@ pub fn run(args: &BackupArgs) -> Result<()> {
         return report.forecast(options.strict);
     }
     tell(&console, &report);
-    let verdict = report.verdict(options.strict, options.moment.quiesce);
+    // Events go elsewhere, and with -qq there are no warnings.
+    let told = args.show.progress != Style::Json && !super::is_silent();
+    let verdict = report.verdict(options.strict, options.moment.quiesce, told);
     verdict.and_then(|()| no_warning(&options, &console)).inspect_err(|e| console.log_error(e))
 }
 
