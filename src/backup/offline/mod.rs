@@ -216,8 +216,7 @@ fn arguments(qmp: &Path, nbd: &Path, images: &[Image], dry_run: bool) -> Result<
 }
 
 fn text(value: &Value) -> Result<String> {
-    serde_json::to_string(value)
-        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))
+    crate::text::json(value).map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))
 }
 
 impl Known {
