@@ -137,7 +137,10 @@ fn a_guest_that_must_not_be_paused_beside_a_stream_is_not() {
     refused(out.status.code(), &String::from_utf8_lossy(&out.stderr));
     m.do_it("job-cancel", json!({"id": "other"}));
     m.wait_job("other", |j| j.is_null());
+    afterwards(m, &caller, None, name);
     // One that begins when planning is over.
+    let mut m = Machine::begin();
+    let caller = m.caller();
     let run = Stopped::start(&m, "full", "files created");
     m.do_it("block-stream", stream);
     let (code, said) = run.end();

@@ -10,25 +10,44 @@ use super::conclude::failure;
 use super::control::DiskStatus;
 use super::journal::{DiskRecord, Record};
 use super::plan::{DiskPlan, Inputs, Plan, Unsound};
-use super::seen::{Answers, survey};
+use super::seen::{Answers, Seen, survey};
 use super::work::{Active, HOLD, Run, State};
 use super::zeros::ChainData;
-use super::{folders, names, nbdserver, now, plan, recover, vm};
+use super::{Options, folders, names, nbdserver, now, plan, recover, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest};
 use crate::error::{Kind, Result};
+use crate::qmp::Client;
 use crate::text::path_text;
 
 /// A test hook: what is copied besides the dirty bits is also looked for in the whole disk, and a
 /// backup that has missed something fails.
 pub(super) const WALK: &str = "FLEECEFS_WALK";
 
+/// The disks, and what QEMU says of the VM.
+///
+/// # Errors
+/// As [`Answers::ask`] and [`vm::describe`].
+pub(super) fn look(options: &Options, client: &mut Client) -> Result<(Seen, Arc<Value>)> {
+    let mut answers = Answers::ask(client)?;
+    if options.offline.is_some() && options.dry_run {
+        // We opened them so, lest anything is changed.
+        answers.nodes.iter_mut().for_each(|n| n.ro = false);
+    }
+    let (mut seen, mut vm) = (survey(&answers), Arc::new(vm::describe(client)?));
+    if let Some(known) = &options.offline {
+        known.name(&mut seen);
+        vm = known.vm.clone().unwrap_or(vm);
+    }
+    Ok((seen, vm))
+}
+
 impl Run<'_> {
     /// Plans; where the chain proves unsound, or an INC needs QEMU's NBD server and that cannot
     /// be had, plans again.
     pub(super) fn plan(&mut self) -> Result<Plan> {
-        let seen = survey(&Answers::ask(&mut self.client)?);
-        self.vm = Arc::new(vm::describe(&mut self.client)?);
+        let (seen, vm) = look(self.options, &mut self.client)?;
+        self.vm = vm;
         recover::sweep_all(&self.base, self.watch)?;
         let mut unsound: Vec<Unsound> = Vec::new();
         // One time for all plans: it is in the images' names.
@@ -218,6 +237,7 @@ impl Run<'_> {
             image: p.image.clone(),
             disk: p.disk.identity.clone(),
             moved_from: p.moved_from.clone(),
+            linked_from: None,
             level: p.level,
             time: now(),
             parent: p.parent().map(|m| m.image.clone()),

@@ -25,7 +25,6 @@ impl Run<'_> {
         if error.kind() == Kind::Interrupted {
             return Err(again());
         }
-        self.watch.warn(&error.report());
         for d in disks.iter_mut().filter(|d| !d.settled()) {
             let closed = matches!(d.state, State::Closed);
             if !closed || self.publish(d, refused).is_err() {
@@ -33,7 +32,11 @@ impl Run<'_> {
             }
         }
         match disks.iter().any(|d| matches!(d.state, State::Done(_))) {
-            true => Ok(()),
+            true => {
+                self.watch.warn(&error.report());
+                Ok(())
+            }
+            // The caller says it.
             false => Err(again()),
         }
     }

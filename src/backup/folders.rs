@@ -49,13 +49,51 @@ impl TargetId {
         if make && base != target && of_month.is_none() {
             write_id(&month, &text)?;
         }
-        let mut others = if base == target { Vec::new() } else { months(target) };
+        let others = if base == target { Vec::new() } else { months(target) };
+        Self::with(&text, &own, others)
+    }
+
+    fn with(text: &str, path: &Path, mut others: Vec<String>) -> Result<Self> {
         // What 0.1.0 made of ids that are no UUIDs.
         let digits_alone: String = text.chars().filter(char::is_ascii_hexdigit).take(8).collect();
         if digits_alone.len() == 8 {
             others.push(digits_alone.to_ascii_lowercase());
         }
-        Ok(TargetId { id: digits(&text, &own)?, others })
+        Ok(TargetId { id: digits(text, path)?, others })
+    }
+
+    /// The id that the target has, and those of its months.
+    ///
+    /// # Errors
+    /// `NotFound` if it has none; as [`TargetId::of`].
+    pub fn stored(target: &Path) -> Result<Self> {
+        let own = target.join("uuid");
+        let (text, mut months) = (read_id(&own)?, months(target));
+        match text {
+            Some(text) => Self::with(&text, &own, months),
+            None if !months.is_empty() => {
+                let id = months.remove(0);
+                Ok(TargetId { id, others: months })
+            }
+            None => Err(Error::new(Kind::NotFound, "no backup directory: there is no file 'uuid'")
+                .at_path(target)
+                .remedy("is its file system mounted?")),
+        }
+    }
+
+    /// The id as the user writes it: the text of a file `uuid`, or the eight digits that bitmaps' names
+    /// have for it.
+    ///
+    /// # Errors
+    /// `Usage` if it is empty.
+    pub fn named(text: &str) -> Result<Self> {
+        let text = text.trim();
+        let short = text.len() == 8 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        match short {
+            true => Ok(Self::new(&text.to_ascii_lowercase())),
+            false if text.is_empty() => Err(Error::new(Kind::Usage, "--uuid is empty")),
+            false => Self::with(text, Path::new("uuid"), Vec::new()),
+        }
     }
 
     /// Whether a bitmap of ours is of this target.
@@ -126,7 +164,7 @@ fn new_id() -> Result<String> {
 }
 
 /// The folders of all months.
-fn months_of(target: &Path) -> Vec<PathBuf> {
+pub(super) fn months_of(target: &Path) -> Vec<PathBuf> {
     let is_month = |n: &str| {
         let shape = n.bytes().map(|b| if b.is_ascii_digit() { b'0' } else { b });
         shape.eq(*b"0000-00")

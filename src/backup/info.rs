@@ -4,8 +4,9 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::bitmap::{self, Found};
+use super::folders::TargetId;
 use super::names;
-use super::seen::{Answers, Insertion, Seen, SeenDisk, survey};
+use super::seen::{Answers, Insertion, Seen, SeenDisk, base_name, device_tail, survey};
 use crate::error::Result;
 use crate::qmp::Client;
 use crate::qmp::types::Job;
@@ -38,6 +39,8 @@ pub struct DiskInfo {
 pub struct BitmapLine {
     /// The node it is on.
     pub node: String,
+    /// What the disk of that node is called in the guest, or its file; empty if that is not known.
+    pub disk: String,
     /// Its name.
     pub name: String,
     /// Whose it is: the target's id for ours.
@@ -61,6 +64,7 @@ impl From<&Found> for BitmapLine {
         let name = f.bitmap.name.clone().unwrap_or_default();
         BitmapLine {
             node: f.node.clone(),
+            disk: String::new(),
             owner: owner(&name),
             name,
             dirty: f.bitmap.count,
@@ -111,6 +115,7 @@ pub fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
 fn included(d: &SeenDisk) -> DiskInfo {
     let named = d.bitmaps.iter().filter(|b| b.name.is_some());
     let found = named.map(|b| Found { node: d.node.clone(), bitmap: b.clone() });
+    let line = |f: Found| BitmapLine { disk: spoken(d), ..BitmapLine::from(&f) };
     DiskInfo {
         disk: d.label().to_string(),
         node: d.node.clone(),
@@ -120,7 +125,7 @@ fn included(d: &SeenDisk) -> DiskInfo {
         size: d.size,
         included: !d.encrypted && d.busy.is_none() && d.by_rule.is_none(),
         how: how(d),
-        bitmaps: found.map(|f| BitmapLine::from(&f)).collect(),
+        bitmaps: found.map(line).collect(),
     }
 }
 
@@ -152,7 +157,19 @@ fn how(d: &SeenDisk) -> String {
 /// # Errors
 /// As [`Client::execute`].
 pub fn bitmaps(client: &mut Client) -> Result<Vec<BitmapLine>> {
-    Ok(bitmap::list(client)?.iter().map(BitmapLine::from).collect())
+    let seen = survey(&Answers::ask(client)?);
+    let named = |f: &Found| {
+        let of = seen.disks.iter().find(|d| d.node == f.node);
+        BitmapLine { disk: of.map(spoken).unwrap_or_default(), ..BitmapLine::from(f) }
+    };
+    Ok(bitmap::list(client)?.iter().map(named).collect())
+}
+
+/// What a user calls a disk: nobody knows node names that QEMU made up.
+fn spoken(d: &SeenDisk) -> String {
+    let (device, tail) = (d.identity.device.as_str(), device_tail(&d.identity.qdev));
+    let file = base_name(&d.identity.file).unwrap_or_default();
+    [device, tail, &file].into_iter().find(|n| !n.is_empty()).unwrap_or_default().to_string()
 }
 
 /// All jobs, ours and others'.
@@ -166,8 +183,12 @@ pub fn jobs(client: &mut Client) -> Result<Vec<Job>> {
 /// Which bitmaps `cleanup` removes.
 #[derive(Debug, Clone, Default)]
 pub struct Choice {
-    /// Those of the backup directory with this id (its `uuid` file, or the first digits of it).
+    /// Those of this backup directory.
+    pub of: Option<TargetId>,
+    /// Its id as the user gave it: qmpbackup's names have all of it.
     pub uuid: Option<String>,
+    /// All of ours but for those of these.
+    pub keep: Vec<TargetId>,
     /// All of ours.
     pub all: bool,
     /// qmpbackup's as well.
@@ -178,19 +199,17 @@ impl Choice {
     /// Whether this bitmap is chosen. Inconsistent ones of ours always are: they are good for
     /// nothing and take room in the image.
     pub fn takes(&self, b: &BitmapLine) -> bool {
-        let prefix = |whole: &str, part: &str| {
-            let part: String = part.chars().filter(|c| *c != '-').take(8).collect();
-            !part.is_empty() && whole.starts_with(&part.to_ascii_lowercase())
-        };
-        if let Some(name) = names::parse_bitmap(&b.name) {
-            let of_target = self.uuid.as_deref().is_some_and(|u| prefix(name.target, u));
-            return self.all || of_target || (b.inconsistent && self.uuid.is_none());
+        if names::parse_bitmap(&b.name).is_some() {
+            let owns = |t: &TargetId| t.owns(&b.name);
+            let of_target = self.of.as_ref().is_some_and(owns);
+            let of_others = !self.keep.is_empty() && !self.keep.iter().any(owns);
+            return self.all || of_target || of_others || b.inconsistent && self.of.is_none();
         }
         if names::parse_object(&b.name).is_some() {
             return self.all;
         }
         let theirs = b.name.starts_with("qmpbackup-");
-        let named = self.uuid.as_deref().is_none_or(|u| b.name.contains(u));
+        let named = self.uuid.as_deref().is_none_or(|u| b.name.contains(u.trim()));
         theirs && self.foreign && named
     }
 }
@@ -214,9 +233,20 @@ mod tests {
         let none = Choice::default();
         assert!(!none.takes(&line(&ours, false)) && none.takes(&line(&ours, true)));
         assert!(!none.takes(&line("qmpbackup-x", true)) && !none.takes(&line("theirs", true)));
-        let of = |u: &str| Choice { uuid: Some(u.into()), ..Default::default() };
-        assert!(of("0a1b2c3d-1111-4111-8111-111111111111").takes(&line(&ours, false)));
-        assert!(!of("ffffffff").takes(&line(&ours, true)) && !of("").takes(&line(&ours, false)));
+        let of = |u: &str| Choice { of: Some(TargetId::named(u).unwrap()), ..Default::default() };
+        for id in ["0a1b2c3d-1111-4111-8111-111111111111", "0a1b2c3d", "0A1B2C3D\n"] {
+            assert!(of(id).takes(&line(&ours, false)), "{id}");
+        }
+        assert!(!of("ffffffff").takes(&line(&ours, true)) && TargetId::named(" ").is_err());
+        // Fewer digits are words, and words count whole.
+        assert!(!of("0a1b").takes(&line(&ours, false)));
+        let words = TargetId::named("backup of the office").unwrap().id;
+        let theirs = names::bitmap(&words, "0123456789ab", "ba9876543210", 0);
+        assert!(of("backup of the office").takes(&line(&theirs, false)));
+        let keep =
+            Choice { keep: vec![TargetId::named("0a1b2c3d").unwrap()], ..Default::default() };
+        assert!(!keep.takes(&line(&ours, false)) && keep.takes(&line(&theirs, false)));
+        assert!(keep.takes(&line(&names::floor(&theirs), false)) && !keep.takes(&line("x", false)));
         let all = Choice { all: true, ..Default::default() };
         assert!(all.takes(&line(&ours, false)) && !all.takes(&line("theirs", false)));
         let hold = names::object("0123456789ab", names::Role::Hold, 0);

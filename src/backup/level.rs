@@ -39,7 +39,11 @@ pub fn choose(
         LevelWish::Inc | LevelWish::Diff | LevelWish::Auto(_) => {}
     }
     let diff = wish == LevelWish::Diff;
-    match usable_base(inputs, history, &plan.disk, diff) {
+    let base = match keeps_none(options, &plan.disk).filter(|_| !history.entries.is_empty()) {
+        Some(why) => Err(why),
+        None => usable_base(inputs, history, &plan.disk, diff),
+    };
+    match base {
         Ok((base, since)) => {
             if let LevelWish::Auto(Some(every)) = wish
                 && is_due(every, &base, inputs.now)
@@ -59,6 +63,18 @@ pub fn choose(
         }
         Err(reason) => Err(no_base(&reason)),
     }
+}
+
+/// Why there is nothing to go by for a disk of a VM that does not run.
+fn keeps_none(options: &Options, disk: &SeenDisk) -> Option<String> {
+    let keeps_none = options.offline.is_some() && !disk.persistent;
+    let what = match disk.identity.format.as_str() {
+        "qcow2" => "a qcow2 image of version 2",
+        _ => "a raw image",
+    };
+    keeps_none.then(|| {
+        format!("{what} keeps no bitmap while its VM is off, so that nothing says what has changed")
+    })
 }
 
 fn is_due(every: Every, base: &[Manifest], now: i64) -> bool {
@@ -154,7 +170,9 @@ fn check_bitmap(info: &BitmapInfo, disk: &SeenDisk) -> Result<(), String> {
 
 /// Chooses which bitmaps record from now on, and which go.
 pub fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, plan: &mut DiskPlan) {
-    let records = matches!(plan.level, Level::Full | Level::Inc) && !plan.disk.pflash;
+    // One that ends with the daemon of a backup would be of no use.
+    let lasts = options.offline.is_none() || plan.disk.persistent;
+    let records = matches!(plan.level, Level::Full | Level::Inc) && !plan.disk.pflash && lasts;
     if records {
         plan.new_bitmap = Some(BitmapInfo {
             name: names::bitmap(&inputs.target.id, &plan.chain, inputs.run, plan.index),

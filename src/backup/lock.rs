@@ -100,6 +100,17 @@ impl Lock {
         Self::take_passing(state, format!("run-{run}.lock"))
     }
 
+    /// Takes the lock of a target's backups of shut-off VMs.
+    ///
+    /// # Errors
+    /// `Busy` if one is at work.
+    pub fn offline(state: &Path, name: &str) -> Result<Self> {
+        let folder = state_folder(state)?;
+        let held = "a backup of a shut-off VM to this backup directory is running";
+        let lock = take(&folder, &format!("{name}.lock"), held)?;
+        Ok(Lock { _lock: lock, passing: None })
+    }
+
     /// A lock whose file goes with it.
     fn take_passing(state: &Path, name: String) -> Result<Self> {
         let folder = state_folder(state)?;

@@ -5,7 +5,7 @@
 //! `run` executes it: `bitmap` adds the next recording bitmap, `fleece` puts files and nodes in
 //! place, `moment` takes the one frozen moment under the eyes of `guardian`, `zeros` finds what a
 //! bitmap cannot know, `publish` makes a finished image a point. `journal` and `recover` undo what a
-//! killed run left (`leftover`: which fleece images may go). `lock` keeps two runs apart, `control`
+//! killed run left (`leftover`: which fleece images may go). `offline` runs all that on a daemon of ours. `lock` keeps two runs apart, `control`
 //! reaches a running one.
 //!
 //! Two rules carry everything: no bitmap is ever cleared, and every object we add to QEMU carries
@@ -34,6 +34,7 @@ pub mod migration;
 pub mod moment;
 pub mod names;
 pub mod nbdserver;
+pub mod offline;
 pub mod plan;
 pub mod publish;
 pub mod recover;
@@ -105,6 +106,8 @@ pub struct Options {
     pub dry_run: bool,
     /// An NBD server that QEMU runs already: only one is possible.
     pub nbd: Option<Address>,
+    /// The VM is shut off, and QMP is that of a daemon of ours.
+    pub offline: Option<Arc<offline::Known>>,
 }
 
 /// Which level is asked for.

@@ -424,7 +424,9 @@ fn judge(scene: &Scene<'_>, running: bool, whole: bool, c: &mut Consistency) {
         c.reason = "one moment per disk".into();
     }
     if c.achieved == Achieved::Crash && c.reason.is_empty() {
-        c.reason = if scene.client.has_guest() {
+        c.reason = if scene.options.offline.is_some() {
+            "the VM was shut off: as it left its disks".into()
+        } else if scene.client.has_guest() {
             "the guest's file systems were not frozen (--quiesce)".into()
         } else {
             "qemu-storage-daemon knows nothing of a guest".into()

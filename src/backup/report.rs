@@ -60,8 +60,9 @@ impl Report {
 
     /// The error to end with: that something could not be undone; `Partial` if some disks have a point
     /// and others not, the first error if none has. With `strict` `Skipped` if a disk was left out, or
-    /// if the guest was to be frozen (`quiesce`) and was not.
-    pub fn verdict(&self, strict: bool, quiesce: bool) -> Result<()> {
+    /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `told` why a disk has none
+    /// when it failed, that is not said again.
+    pub fn verdict(&self, strict: bool, quiesce: bool, told: bool) -> Result<()> {
         if let Some(e) = &self.undo {
             return Err(Error::new(e.kind(), e.report()));
         }
@@ -72,13 +73,15 @@ impl Report {
         let good = self.disks.iter().filter(|d| d.result.is_ok()).count();
         if let Some((disk, e)) = bad.first() {
             let kind = if good > 0 { Kind::Partial } else { e.kind() };
-            let text = format!(
-                "{} of {} disks have no new point; {disk}: {}",
-                bad.len(),
-                bad.len().saturating_add(good),
-                e.report()
-            );
-            return Err(Error::new(kind, text));
+            let all = bad.len().saturating_add(good);
+            let text = format!("{} of {all} disks have no new point", bad.len());
+            return Err(match told {
+                true => {
+                    let names: Vec<&str> = bad.iter().map(|(d, _)| *d).collect();
+                    Error::new(kind, format!("{text}: {}", names.join(", ")))
+                }
+                false => Error::new(kind, format!("{text}; {disk}: {}", e.report())),
+            });
         }
         match self.first_skipped() {
             Some(s) if strict => {
@@ -111,9 +114,22 @@ mod tests {
             undo: None,
         };
         let crash = report(Achieved::Crash);
-        let error = crash.verdict(true, true).unwrap_err();
+        let error = crash.verdict(true, true, true).unwrap_err();
         assert!(error.kind() == Kind::Skipped && error.message().contains("no agent"), "{error}");
-        assert!(crash.verdict(false, true).is_ok() && crash.verdict(true, false).is_ok());
-        assert!(report(Achieved::FileSystem).verdict(true, true).is_ok());
+        assert!(
+            crash.verdict(false, true, true).is_ok() && crash.verdict(true, false, true).is_ok()
+        );
+        let broken = |told| {
+            let e = Error::new(Kind::Io, "it broke");
+            let refused = vec![("vda".to_string(), e)];
+            let plan = Plan { refused, ..report(Achieved::Crash).plan };
+            Report { plan, ..report(Achieved::Crash) }
+                .verdict(false, false, told)
+                .unwrap_err()
+                .report()
+        };
+        assert!(broken(false).contains("it broke") && !broken(true).contains("it broke"));
+        assert!(broken(true).contains("vda"));
+        assert!(report(Achieved::FileSystem).verdict(true, true, true).is_ok());
     }
 }

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use super::begin::look;
 use super::beside::Neighbours;
 use super::control::{Control, Shared, Status};
 use super::folders::TargetId;
@@ -25,7 +26,6 @@ use super::lock::{Lock, real_path, state_folder};
 use super::plan::Inputs;
 use super::recover::{Cause, Place};
 use super::report::Report;
-use super::seen::{Answers, survey};
 use super::space::Reserves;
 use super::targets::Targets;
 use super::work::Run;
@@ -158,8 +158,7 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
     let run = names::new_run()?;
     let base = base_dir(options);
     let target = TargetId::of(&options.target, &base, false)?;
-    let vm = vm::describe(client)?;
-    let (seen, now) = (survey(&Answers::ask(client)?), now());
+    let ((seen, vm), now) = (look(options, client)?, now());
     let make = |no_inc: Option<String>| {
         let inputs = Inputs {
             seen: seen.clone(),

@@ -19,10 +19,10 @@ pub use answers::Answers;
 /// Why an empty drive is skipped.
 pub const NO_MEDIUM: &str = "no medium is inserted";
 
-pub use disk::{Insertion, Seen, SeenDisk, base_name};
+pub use disk::{Insertion, Seen, SeenDisk, base_name, device_tail};
 pub use media::qom_path;
 
-use disk::{LONGEST_NAME, device_tail};
+use disk::LONGEST_NAME;
 
 /// How many disks are looked at: more than any machine has.
 const DISKS: usize = 512;

@@ -41,6 +41,7 @@ pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
         image: p.source.file_name()?.to_str()?.to_string(),
         disk: DiskIdentity::default(),
         moved_from: None,
+        linked_from: None,
         level: p.level,
         time: p.time,
         content: match parent.is_some() || p.layers.len() > 1 {

@@ -87,6 +87,7 @@ pub enum Command {
     Verify(super::verify::VerifyArgs),
     Prune(super::prune::PruneArgs),
     Consolidate(super::consolidate::ConsolidateArgs),
+    LinkDisk(super::link_disk::LinkDiskArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
 }
@@ -108,6 +109,7 @@ impl Command {
             Command::Verify(a) => Some(&a.dir),
             Command::Prune(a) => Some(&a.dir),
             Command::Consolidate(a) => Some(&a.dir),
+            Command::LinkDisk(a) => Some(&a.dir),
             Command::Info(_) | Command::Cleanup(_) | Command::Recover(_) | Command::Cancel(_) => {
                 None
             }

@@ -14,6 +14,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use super::console::{Console, Style};
 use super::privileges::Owner;
 use super::{output, paths, usage};
+use crate::backup::offline::backup_offline;
 use crate::backup::plan::Printed;
 use crate::backup::report::Report;
 use crate::backup::run::backup;
@@ -34,8 +35,24 @@ use crate::units::{human_bytes, parse_bytes, parse_duration};
 #[derive(Debug, Args)]
 pub struct BackupArgs {
     /// QEMU's QMP socket: a path, or tcp:HOST:PORT
-    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
-    qmp: String,
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        visible_alias = "socket",
+        required_unless_present = "offline"
+    )]
+    qmp: Option<String>,
+
+    /// Back up these images of a VM that is shut off: files, with 'raw:' or 'qcow2:' before them where
+    /// neither the target nor the name says what they are
+    ///
+    /// A qemu-storage-daemon is started for it. Disks are known by their files, so their chains go on:
+    /// the bitmaps in qcow2 images (version 3) say what has changed, and the VM's next backup goes on
+    /// from this one. A raw image has none: FULL. An image that is in use is refused; the VM cannot be
+    /// started while it is backed up.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all =
+        ["qmp", "agent", "nbd", "include", "exclude", "quiesce", "pause", "no_stop", "wait"])]
+    offline: Vec<String>,
 
     /// The guest agent's socket, for --quiesce
     #[arg(long, value_name = "SOCKET", visible_alias = "agent-socket")]
@@ -57,6 +74,9 @@ pub struct BackupArgs {
 
     /// Begin a new backup directory where the one that this VM was backed up to is gone, and make the
     /// folders above it
+    ///
+    /// Bitmaps of the one that is gone go on recording in QEMU: 'fleecefs cleanup --keep DIR', with the
+    /// new one, removes them.
     #[arg(long)]
     init: bool,
 
@@ -386,7 +406,8 @@ impl BackupArgs {
         let config = self.config.iter().map(|p| paths::resolved(p, "cannot keep this file"));
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
         Ok(Options {
-            qmp: Address::parse(&self.qmp)?,
+            // With --offline: that of our own daemon, later.
+            qmp: self.qmp.as_deref().map_or(Ok(Address::Unix(PathBuf::new())), Address::parse)?,
             agent: address(&self.agent)?,
             target: paths::to_make(&self.target)?,
             init: self.init,
@@ -413,6 +434,7 @@ impl BackupArgs {
             wait: Duration::from_secs(self.wait.unwrap_or(0)),
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
+            offline: None,
         })
     }
 
@@ -473,7 +495,11 @@ pub fn run(args: &BackupArgs) -> Result<()> {
     if !options.dry_run {
         super::writing::finish_what_is_left(&options.target)?;
     }
-    let result = backup(&options, &console, interrupt_flag()?);
+    let flag = interrupt_flag()?;
+    let result = match args.offline.as_slice() {
+        [] => backup(&options, &console, flag),
+        disks => backup_offline(&options, disks, &console, flag),
+    };
     console.finish();
     let report = result.inspect_err(|e| console.log_error(e))?;
     if options.dry_run {
@@ -481,7 +507,9 @@ pub fn run(args: &BackupArgs) -> Result<()> {
         return report.forecast(options.strict);
     }
     tell(&console, &report);
-    let verdict = report.verdict(options.strict, options.moment.quiesce);
+    // Events go elsewhere, and with -qq there are no warnings.
+    let told = args.show.progress != Style::Json && !super::is_silent();
+    let verdict = report.verdict(options.strict, options.moment.quiesce, told);
     verdict.and_then(|()| no_warning(&options, &console)).inspect_err(|e| console.log_error(e))
 }
 

@@ -98,7 +98,7 @@ mod tests {
             text.split(".SH").next().unwrap().replace('\\', "")
         };
         let backup = page("fleecefs-backup.1");
-        for part in ["fBfleecefs backupfR", " --qmp <SOCKET> ", "[--speed-limit <RATE>]"] {
+        for part in ["fBfleecefs backupfR", " [--qmp <SOCKET>] ", "[--speed-limit <RATE>]"] {
             assert!(backup.contains(part), "no {part} in {backup}");
         }
         assert!(page("fleecefs-merge.1").contains("[-n|--dry-run]"));

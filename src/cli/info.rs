@@ -1,9 +1,12 @@
 //! `fleecefs info` and `fleecefs cleanup`.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
 use super::backup::StateArgs;
-use super::output;
+use super::{output, paths};
+use crate::backup::folders::TargetId;
 use crate::backup::info::{self, BitmapLine, Choice};
 use crate::backup::lock::Lock;
 use crate::backup::{bitmap, control, migration};
@@ -49,16 +52,25 @@ struct Common {
 
 /// Remove dirty bitmaps that no chain needs any more
 ///
-/// Without --uuid or --all only those that are worthless: QEMU marks a bitmap as inconsistent when
+/// Without --keep, --uuid or --all only those that are worthless: QEMU marks a bitmap as inconsistent when
 /// it did not end cleanly. A disk whose bitmap is removed gets a FULL next time.
+///
+/// After 'backup --init' began a new backup directory, the bitmaps of the one that is gone go on recording,
+/// which costs memory, and room in the image. 'cleanup --keep DIR', with the new one, removes them.
 #[derive(Debug, Args)]
 pub struct CleanupArgs {
     /// QEMU's QMP socket: a path, or tcp:HOST:PORT
     #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
     qmp: String,
 
-    /// Those of the backup directory with this id: the contents of its file 'uuid'
-    #[arg(long)]
+    /// All that fleecefs made, but for those of this backup directory; may be given more than once,
+    /// where the VM is backed up to several
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["uuid", "all"])]
+    keep: Vec<PathBuf>,
+
+    /// Those of the backup directory with this id: the contents of its file 'uuid', or the eight
+    /// digits that 'info bitmaps' shows as the target
+    #[arg(long, value_name = "ID")]
     uuid: Option<String>,
 
     /// All that fleecefs made, of every backup directory
@@ -157,8 +169,18 @@ fn bitmaps(common: &Common) -> Result<String> {
     if common.json {
         return output::json_pretty(&list);
     }
-    let text = lines(list.iter().map(|b| format!("{}: {}", path_text(&b.node), bitmap_line(b))));
+    let text = lines(list.iter().map(|b| format!("{}: {}", place(b), bitmap_line(b))));
     Ok(or_none(text, "dirty bitmaps"))
+}
+
+/// The node, and the disk beside it.
+fn place(b: &BitmapLine) -> String {
+    let node = path_text(&b.node);
+    match b.disk.as_str() {
+        "" => node,
+        disk if disk == b.node => node,
+        disk => format!("{node} ({})", path_text(disk)),
+    }
 }
 
 fn jobs(common: &Common) -> Result<String> {
@@ -227,21 +249,25 @@ fn status(common: &Common) -> Result<String> {
 pub fn cleanup(args: CleanupArgs) -> Result<()> {
     let vm = Address::parse(&args.qmp)?;
     let state = args.state.dir()?;
+    let keep = args.keep.iter().map(|dir| TargetId::stored(&paths::backups(dir)?));
+    let choice = Choice {
+        of: args.uuid.as_deref().map(TargetId::named).transpose()?,
+        uuid: args.uuid,
+        keep: keep.collect::<Result<_>>()?,
+        all: args.all,
+        foreign: args.foreign,
+    };
     let _lock = Lock::vm(&state, &vm)?;
     let mut client = Client::connect(&vm)?;
     let _qemu_lock = Lock::qemu(&state, &client)?;
     migration::check(&mut client)?;
-    let choice = Choice { uuid: args.uuid, all: args.all, foreign: args.foreign };
     let mut text = String::new();
     for b in info::bitmaps(&mut client)?.iter().filter(|b| choice.takes(b)) {
         if !args.dry_run {
             bitmap::remove(&mut client, &b.node, &b.name)?;
         }
         let word = if args.dry_run { "would remove" } else { "removed" };
-        output::push_line(
-            &mut text,
-            format!("{word} {} from {}", path_text(&b.name), path_text(&b.node)),
-        );
+        output::push_line(&mut text, format!("{word} {} from {}", path_text(&b.name), place(b)));
     }
     if text.is_empty() {
         text = match &choice.uuid {

@@ -11,6 +11,7 @@ mod docs;
 mod holders;
 mod info;
 mod keeper;
+mod link_disk;
 mod list;
 mod logging;
 mod map;
@@ -113,6 +114,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Verify(a) => verify::run(a),
         Command::Prune(a) => prune::run(a),
         Command::Consolidate(a) => consolidate::run(a),
+        Command::LinkDisk(a) => link_disk::run(a),
         Command::Completions(a) => docs::completions(a),
         Command::Man(a) => docs::man(a),
     }

@@ -146,6 +146,7 @@ fn text(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> String {
 
 fn of_manifest(rows: &mut Rows, m: &Manifest, known: Option<Achieved>) {
     rows.row("state of", m.state_of.as_deref().unwrap_or_default());
+    rows.row("was of disk", m.linked_from.as_deref().unwrap_or_default());
     rows.row("run", &m.run);
     rows.row("VM", vm_name(&m.vm).unwrap_or_default());
     rows.row("VM uuid", vm_uuid(&m.vm).unwrap_or_default());

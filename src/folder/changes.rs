@@ -129,6 +129,14 @@ impl Folder {
         Ok(rustix::fs::unlinkat(&self.fd, plain(name.as_ref())?, AtFlags::empty())?)
     }
 
+    /// Removes the folder `name`, which is empty.
+    ///
+    /// # Errors
+    /// What the operating system said, `DirectoryNotEmpty` among it.
+    pub fn remove_folder(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.fd, plain(name.as_ref())?, AtFlags::REMOVEDIR)?)
+    }
+
     /// As [`Folder::remove`]; whether there was one.
     ///
     /// # Errors

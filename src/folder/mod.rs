@@ -51,7 +51,7 @@ pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use once::{
     entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
-    read_small, remove_if_there, write_whole,
+    pin, read_small, remove_if_there, write_whole,
 };
 pub use owner::{ForeignOwner, check_private, foreign_owner};
 pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};

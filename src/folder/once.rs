@@ -42,6 +42,14 @@ pub fn look(path: &Path) -> io::Result<Metadata> {
     open::handle(&std::path::absolute(path)?)?.metadata()
 }
 
+/// A handle (`O_PATH`) of what is at `path`: it names it, and gives no access to it.
+///
+/// # Errors
+/// As [`look`].
+pub fn pin(path: &Path) -> io::Result<File> {
+    open::handle(&std::path::absolute(path)?)
+}
+
 /// Whether there is something at `path`.
 pub fn exists(path: &Path) -> bool {
     look(path).is_ok()

@@ -192,7 +192,7 @@ fn own_files(disk: &Disk, i: usize) -> Vec<PathBuf> {
 }
 
 /// Removes what the journal of `dir` names; links that led there lead to `new`, or go too.
-fn remove_all(
+pub(super) fn remove_all(
     dir: &Folder,
     remove: &[String],
     new: Option<&str>,

@@ -2,7 +2,7 @@
 //!
 //! `plan` decides, purely, with `reason` and, for chains to be merged, `shorten`; `items` turns a catalog into its input; `execute` carries a plan out, `config` removes the copies of configuration files that
 //! nobody needs then.
-//! `consolidate` makes the oldest part of a chain one new FULL. What a crash leaves is finished by
+//! `consolidate` makes the oldest part of a chain one new FULL, `join` makes one disk's history of two names'. What a crash leaves is finished by
 //! `recover` at the start of whatever writes to the folder next (a backup too); until then the
 //! directory holds the old or the new chain whole. `recover` also finishes what the verbs that alter
 //! a chain left: there is one recovery for all.
@@ -11,6 +11,7 @@ mod config;
 pub mod consolidate;
 mod execute;
 mod items;
+pub mod join;
 pub mod plan;
 pub mod reason;
 mod shorten;

@@ -42,9 +42,50 @@ pub fn enter(keep: &[i32], limits: Limits, parent: u32) -> io::Result<()> {
     drop_user()?;
     // SAFETY: prctl with plain numbers.
     done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
-    restrict();
-    die_with(parent)
+    restrict(&[]);
+    die_with(parent, libc::SIGKILL)
 }
+
+/// A place that a daemon may change: a handle of it, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Its descriptor (`O_PATH`).
+    pub fd: i32,
+    /// Rights of Landlock.
+    pub rights: u64,
+}
+
+/// What a file that is written to needs: writing, truncating, asking a device for its size.
+pub const WRITE: u64 = 1 << 1 | 1 << 14 | 1 << 15;
+/// What a folder needs in which it makes files and sockets and removes them.
+pub const KEEP: u64 = WRITE | 1 << 5 | 1 << 8 | 1 << 9;
+
+/// For a daemon that opens images by their names, with the caller's user: it may read what that user
+/// may, but it changes nothing except `places`; it gets no core dump, no network, no rights of root but
+/// those to files, no new ones, no terminal's signals, and ends with its parent: by SIGTERM, so that it
+/// closes its images in order.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_daemon(places: &[Place], keep: &[i32], parent: u32) -> io::Result<()> {
+    close_others(keep)?;
+    cap(libc::RLIMIT_CORE, 0)?;
+    // SAFETY: plain system calls.
+    unsafe {
+        libc::setpgid(0, 0);
+        if libc::geteuid() == 0 {
+            libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWIPC);
+        }
+    }
+    keep_capabilities(FILE_CAPABILITIES)?;
+    // SAFETY: prctl with plain numbers.
+    done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    restrict(places);
+    die_with(parent, libc::SIGTERM)
+}
+
+/// `CAP_DAC_OVERRIDE` and `CAP_DAC_READ_SEARCH`: images belong to other users.
+const FILE_CAPABILITIES: u32 = 1 << 1 | 1 << 2;
 
 fn done(result: libc::c_int) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -126,11 +167,26 @@ const CAP_VERSION: u32 = 0x2008_0522;
 
 /// What a change of user leaves: service managers may have set the bits that keep capabilities.
 fn drop_capabilities() -> io::Result<()> {
+    keep_capabilities(0)
+}
+
+/// Keeps those of the first 32 capabilities that are in `mask`, as far as they are there.
+fn keep_capabilities(mask: u32) -> io::Result<()> {
     let header = CapHeader { version: CAP_VERSION, pid: 0 };
-    let none = [CapData { effective: 0, permitted: 0, inheritable: 0 }; 2];
-    // SAFETY: both structures are laid out as capset(2) wants them.
-    let r = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
-    done(r as libc::c_int)
+    let mut sets = [CapData { effective: 0, permitted: 0, inheritable: 0 }; 2];
+    // SAFETY: the structures are laid out as capget(2) and capset(2) want them.
+    unsafe {
+        if mask != 0 {
+            done(libc::syscall(libc::SYS_capget, &raw const header, sets.as_mut_ptr())
+                as libc::c_int)?;
+        }
+        let [low, high] = &mut sets;
+        let kept = low.permitted & mask;
+        *low = CapData { effective: kept, permitted: kept, inheritable: 0 };
+        *high = CapData { effective: 0, permitted: 0, inheritable: 0 };
+        let r = libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr());
+        done(r as libc::c_int)
+    }
 }
 
 /// `struct landlock_ruleset_attr`; older kernels take its first fields alone.
@@ -148,9 +204,18 @@ const FILES_BY_VERSION: [(libc::c_long, u64); 4] =
 /// `LANDLOCK_CREATE_RULESET_VERSION`.
 const ASK_VERSION: libc::c_long = 1;
 
-/// A ruleset without rules: what it handles is forbidden. Where there is no Landlock, what else is
+/// `struct landlock_path_beneath_attr`.
+#[repr(C, packed)]
+struct Beneath {
+    rights: u64,
+    fd: i32,
+}
+/// `LANDLOCK_RULE_PATH_BENEATH`.
+const PATH_BENEATH: libc::c_long = 1;
+
+/// What the ruleset handles is forbidden, but in `places`. Where there is no Landlock, what else is
 /// taken away must do.
-fn restrict() {
+fn restrict(places: &[Place]) {
     // SAFETY: the kernel reads `set` as far as `len`, which its version knows.
     unsafe {
         let null = std::ptr::null::<Ruleset>();
@@ -172,6 +237,11 @@ fn restrict() {
         };
         let fd = libc::syscall(libc::SYS_landlock_create_ruleset, &raw const set, len, 0);
         if fd >= 0 {
+            for place in places {
+                let rule = Beneath { rights: place.rights & set.files, fd: place.fd };
+                let at = &raw const rule;
+                libc::syscall(libc::SYS_landlock_add_rule, fd, PATH_BENEATH, at, 0);
+            }
             libc::syscall(libc::SYS_landlock_restrict_self, fd, 0);
             libc::close(fd as libc::c_int);
         }
@@ -181,10 +251,9 @@ fn restrict() {
 /// Ties this new process to its parent: left behind by a killed run, QEMU would go on writing to an
 /// image while the next run puts it right. (The kernel ends it with the thread that started it,
 /// which waits for it.)
-fn die_with(parent: u32) -> io::Result<()> {
+fn die_with(parent: u32, signal: libc::c_int) -> io::Result<()> {
     // SAFETY: prctl and getppid are plain system calls.
-    let (tied, now) =
-        unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL), libc::getppid()) };
+    let (tied, now) = unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, signal), libc::getppid()) };
     match tied {
         // A parent that died before has another in its place, and sends no signal any more.
         0 if u32::try_from(now) == Ok(parent) => Ok(()),

@@ -18,6 +18,7 @@
 //!   than a sound image does; its words are bounded.
 
 mod confine;
+pub mod daemon;
 mod export;
 mod run;
 
@@ -212,18 +213,18 @@ fn failure(verb: &str, about: &Path, said: &str) -> Error {
     Error::new(kind, format!("qemu-img {verb} failed: {said}")).at_path(about)
 }
 
-/// Where qemu-img is.
+/// Where one of QEMU's tools is.
 ///
 /// # Errors
 /// `NotFound` if it is not installed.
 // A program is found as a shell finds it, links and all: PATH is the caller's.
 #[allow(clippy::disallowed_methods)]
-fn program() -> Result<std::path::PathBuf> {
+fn program(name: &str) -> Result<std::path::PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|dir| dir.join(OsStr::new("qemu-img")));
+    let found = std::env::split_paths(&path).map(|dir| dir.join(OsStr::new(name)));
     let mut found = found.filter(|p| p.is_absolute() && p.is_file());
     found.next().ok_or_else(|| {
-        Error::new(Kind::NotFound, "cannot run qemu-img: it is not installed")
+        Error::new(Kind::NotFound, format!("cannot run {name}: it is not installed"))
             .remedy("install it (Debian: qemu-utils)")
     })
 }

@@ -116,7 +116,7 @@ impl Job<'_> {
     }
 
     fn start(&self, args: &[OsString], fds: Vec<i32>) -> Result<Child> {
-        let program = program()?;
+        let program = program("qemu-img")?;
         let mut command = Command::new(&program);
         command.args(args).env_clear().env("LC_ALL", "C").current_dir("/");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -151,7 +151,7 @@ impl Job<'_> {
 }
 
 /// What it says, as far as it is kept.
-fn said(mut stderr: impl Read) -> String {
+pub(super) fn said(mut stderr: impl Read) -> String {
     let mut text = Vec::new();
     let _ = stderr.by_ref().take(MAX_SAID).read_to_end(&mut text);
     // A full pipe would block it for ever.
@@ -177,7 +177,7 @@ fn wait(child: &mut Child, stop: Stop) -> Result<ExitStatus> {
 }
 
 /// Arguments as a shell would take them.
-fn shown(args: &[OsString]) -> String {
+pub(super) fn shown(args: &[OsString]) -> String {
     let quote = |a: &OsString| {
         let text = a.to_string_lossy();
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);

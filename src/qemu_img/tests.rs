@@ -8,7 +8,7 @@ use crate::layer::qcow2::header::Compression;
 
 /// In CI a missing qemu-img is a failure; elsewhere the test says that it was skipped.
 fn have(test: &str) -> bool {
-    let found = program().is_ok();
+    let found = program("qemu-img").is_ok();
     assert!(found || std::env::var_os("CI").is_none(), "{test} needs qemu-img");
     if !found {
         println!("skipped: {test} needs qemu-img");

@@ -118,6 +118,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         image: image.into(),
         disk: Default::default(),
         moved_from: None,
+        linked_from: None,
         level,
         time: 1,
         parent: parent.map(str::to_string),

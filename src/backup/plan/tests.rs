@@ -50,6 +50,7 @@ fn options(target: &Path, level: LevelWish) -> Options {
         state_dir: "/s".into(),
         dry_run: false,
         nbd: None,
+        offline: None,
         wait: Duration::ZERO,
     }
 }

@@ -101,7 +101,10 @@ impl SeenDisk {
     /// A short name for messages.
     pub fn label(&self) -> &str {
         let i = &self.identity;
-        [&i.device, &i.node, &i.qdev].into_iter().find(|s| !s.is_empty()).map_or("disk", |s| s)
+        let known = [&i.device, &i.node, &i.qdev].into_iter().map(String::as_str);
+        // A file that no QEMU has named.
+        let file = i.file.rsplit('/').next();
+        known.chain(file).find(|s| !s.is_empty()).unwrap_or("disk")
     }
 
     /// Whether the user means this disk by `name`.

@@ -51,6 +51,9 @@ pub struct Manifest {
     /// The file that the disk had at the point before, where it had moved since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved_from: Option<String>,
+    /// The disk of which it was a point, as `list` showed it, before `link-disk` made it one of this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linked_from: Option<String>,
     /// What kind of backup it is.
     pub level: Level,
     /// When the frozen moment was, in seconds since the epoch.
@@ -388,6 +391,7 @@ pub(crate) mod tests {
             image: image.into(),
             disk: DiskIdentity { node: "drive0".into(), ..Default::default() },
             moved_from: None,
+            linked_from: None,
             level,
             time: 1_700_000_000,
             parent: parent.map(str::to_string),

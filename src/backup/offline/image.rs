@@ -1,0 +1,195 @@
+//! How a shut-off VM's image is opened.
+//!
+//! Its header may have been written by a QEMU that a guest had taken over, or, where it is raw, by the guest
+//! itself. So the format is never taken from the content alone, and what lies below an image is what its
+//! owner may read.
+
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::known::KnownDisk;
+use crate::chain::name::{Promise, promise};
+use crate::error::{Error, Kind, Result};
+use crate::folder;
+use crate::layer::{self, Format};
+use crate::storage::SourceFile;
+
+/// More layers than anybody's disk has.
+const DEEPEST: usize = 200;
+
+/// An image and what lies below it.
+#[derive(Debug)]
+pub struct Image {
+    /// Its path without links.
+    pub real: PathBuf,
+    /// From the top down.
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    path: PathBuf,
+    driver: &'static str,
+    device: bool,
+}
+
+/// The name of the node that the guest would be attached to.
+pub fn top(real: &Path) -> String {
+    let hash = blake3::hash(real.as_os_str().as_bytes()).to_hex();
+    format!("offline-{}", hash.as_str().get(..12).unwrap_or_default())
+}
+
+impl Image {
+    /// Looks at it, and at what is below it.
+    ///
+    /// # Errors
+    /// `Usage` if its format is not certain; `Unsupported` for what cannot be opened so; `Permission` for
+    /// a pointer to what its owner may not read.
+    pub fn of(disk: &KnownDisk) -> Result<Self> {
+        let (real, mut layers) = (disk.real.clone(), Vec::new());
+        let failed = |e| Error::io(e, "cannot look at the image").at_path(&real);
+        let meta = folder::look(&real).map_err(failed)?;
+        let device = meta.file_type().is_block_device();
+        if !device && !meta.is_file() {
+            return Err(
+                Error::new(Kind::Unsupported, "neither a file nor a block device").at_path(real)
+            );
+        }
+        let driver = match disk.format.as_deref() {
+            Some(format) => known_driver(format, &real)?,
+            None if device => return Err(ask(&real, "nothing says what a block device holds")),
+            None => by_name(&real)?,
+        };
+        let owner = meta.uid();
+        let mut at = Layer { path: real.clone(), driver, device };
+        while layers.len() < DEEPEST {
+            let below = at.below(owner)?;
+            layers.push(at);
+            match below {
+                Some(below) => at = below,
+                None => return Ok(Image { real, layers }),
+            }
+        }
+        Err(Error::new(Kind::Unsupported, "more than 200 images below it").at_path(real))
+    }
+
+    /// See [`top`].
+    pub fn top(&self) -> String {
+        top(&self.real)
+    }
+
+    /// Its nodes, those below first: the file, the format, and a raw node above it.
+    pub fn nodes(&self, read_only: bool) -> [Value; 2] {
+        let (top, disk) = (self.top(), format!("{}-d", self.top()));
+        let mut format = Value::Null;
+        for (i, layer) in self.layers.iter().enumerate().rev() {
+            let read_only = read_only || i > 0;
+            format = layer.node(format, read_only);
+        }
+        format["node-name"] = json!(disk);
+        let raw = json!({"driver": "raw", "node-name": top, "file": disk, "discard": "unmap",
+            "read-only": read_only});
+        [format, raw]
+    }
+}
+
+impl Layer {
+    fn node(&self, below: Value, read_only: bool) -> Value {
+        let driver = if self.device { "host_device" } else { "file" };
+        let file = json!({"driver": driver, "filename": self.path.to_string_lossy(),
+            "discard": "unmap", "read-only": read_only});
+        let mut node = json!({"driver": self.driver, "file": file, "discard": "unmap",
+            "read-only": read_only});
+        if self.driver == "qcow2" {
+            // None rather than what the header says.
+            node["backing"] = below;
+        }
+        node
+    }
+
+    /// What its header names. A block device is not read here: with one, nothing may lie below.
+    fn below(&self, owner: u32) -> Result<Option<Layer>> {
+        let unfit =
+            |what: &str| Error::new(Kind::Unsupported, what.to_string()).at_path(&self.path);
+        if self.path.to_str().is_none() {
+            return Err(unfit("its path is not UTF-8"));
+        }
+        if self.driver != "qcow2" || self.device {
+            return Ok(None);
+        }
+        let failed = |e| Error::io(e, "cannot read the image").at_path(&self.path);
+        let file = folder::open_file(&self.path).map_err(failed)?;
+        let file = SourceFile::of_open(file, self.path.clone())?;
+        let info = layer::probe(&file).map_err(|e| e.at_path(&self.path))?;
+        if info.format != Format::Qcow2 {
+            return Err(Error::new(Kind::Corrupt, "not a qcow2 image").at_path(&self.path));
+        }
+        if info.data_file.is_some() {
+            return Err(unfit("it keeps its data in another file: back it up while its VM runs"));
+        }
+        let Some(pointer) = info.backing_file else { return Ok(None) };
+        if pointer.contains(':') {
+            return Err(unfit(
+                "what it lies on is not named as a plain file: back it up while its VM runs",
+            ));
+        }
+        let path = self.path.parent().unwrap_or(Path::new("/")).join(pointer);
+        let path = folder::resolve(&path)
+            .map_err(|e| Error::io(e, "cannot find what it lies on").at_path(&path))?;
+        let meta = folder::look(&path).map_err(failed)?;
+        let readable = owner == 0 || meta.uid() == owner || meta.mode() & 0o4 != 0;
+        if !readable || !meta.is_file() {
+            let what = "it lies on something that is no file which its owner may read";
+            return Err(Error::new(Kind::Permission, what).at_path(&self.path));
+        }
+        let Some(format) = info.backing_format else {
+            let what = "its header names no format of the image that it lies on";
+            return Err(Error::new(Kind::Unsupported, what)
+                .at_path(&self.path)
+                .remedy("'qemu-img rebase -u -F FORMAT -b FILE' writes it there"));
+        };
+        Ok(Some(Layer { driver: known_driver(&format, &path)?, path, device: false }))
+    }
+}
+
+fn known_driver(format: &str, path: &Path) -> Result<&'static str> {
+    match format {
+        "qcow2" => Ok("qcow2"),
+        "raw" => Ok("raw"),
+        _ => {
+            let what = format!("an image of format {format}: only qcow2 and raw are backed up so");
+            Err(Error::new(Kind::Unsupported, what)
+                .at_path(path)
+                .remedy("back it up while its VM runs"))
+        }
+    }
+}
+
+/// The format of a file of which the target knows nothing. A raw disk's first bytes are its guest's, which
+/// may write any header there.
+fn by_name(path: &Path) -> Result<&'static str> {
+    let failed = |e| Error::io(e, "cannot read the image").at_path(path);
+    let file = folder::open_file(path).map_err(failed)?;
+    let file = SourceFile::of_open(file, path.to_path_buf())?;
+    let magic = layer::sniff(&file)? == Some(Format::Qcow2);
+    match (promise(path.file_name().unwrap_or_default()), magic) {
+        (Promise::Qcow2, true) => Ok("qcow2"),
+        (Promise::Raw | Promise::Nothing, false) => Ok("raw"),
+        (_, true) => {
+            Err(ask(path, "it looks like qcow2, which the guest of a raw disk can do as well"))
+        }
+        (Promise::Foreign, false) => Err(ask(path, "its name says neither qcow2 nor raw")),
+        (Promise::Qcow2, false) => {
+            Err(Error::new(Kind::Corrupt, "not a qcow2 image, as its name says").at_path(path))
+        }
+    }
+}
+
+fn ask(path: &Path, why: &str) -> Error {
+    Error::new(Kind::Usage, format!("its format is not certain: {why}"))
+        .at_path(path)
+        .remedy("say it: --offline raw:FILE or --offline qcow2:FILE")
+}

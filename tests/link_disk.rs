@@ -1,0 +1,369 @@
+//! link-disk: a renamed disk's points and those under its new name become one history, whatever dies
+//! whenever.
+
+mod backup;
+#[path = "chains/verbs.rs"]
+mod chains;
+#[path = "common/guest.rs"]
+mod guest;
+mod mounted;
+#[path = "backup/scene.rs"]
+mod scene;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use backup::{Caller, level, newest, same};
+use chains::qemu::{self, have, run};
+use chains::{
+    MIB, TOOLS, add_manifests, assert_same, chain, files, fleecefs, manifests_fit, name, ok, s,
+};
+use fleecefs::chain::manifest;
+use fleecefs::chain::scan::{ScanOptions, scan};
+use fleecefs::image::{Cache, open_point};
+use mounted::Mount;
+use serde_json::Value;
+
+/// A backup directory in which the disk `old` became `new`, and the bytes of each point by its time.
+struct Renamed {
+    dir: tempfile::TempDir,
+    truth: Vec<(i64, Vec<u8>)>,
+    old: &'static str,
+    new: &'static str,
+}
+
+fn stamp(file: &Path) -> i64 {
+    name(file).split('-').nth(1).unwrap().parse().unwrap()
+}
+
+impl Renamed {
+    /// Each disk in a folder of its own.
+    fn folders() -> Self {
+        let dir = qemu::tempdir();
+        let (old, first) = chain(dir.path(), "old", &[4 * MIB]);
+        let (new, second) = chain(dir.path(), "new", &[4 * MIB]);
+        let (old, mut new) = (old.finish(), new.finish());
+        for file in &mut new.files {
+            let later = name(file).replace("17000", "17010");
+            let to = file.with_file_name(later);
+            std::fs::rename(&*file, &to).unwrap();
+            *file = to;
+        }
+        add_manifests(&old, &[4 * MIB]);
+        add_manifests(&new, &[4 * MIB]);
+        for file in &new.files {
+            let m = manifest::read(&new.dir, name(file).as_ref()).unwrap().unwrap();
+            let run = format!("{}-new", m.run);
+            manifest::write(&new.dir, &manifest::Manifest { run, ..m }).unwrap();
+        }
+        let all = old.files.iter().chain(&new.files).map(|f| stamp(f));
+        let truth = all.zip(first.into_iter().chain(second)).collect();
+        Renamed { dir, truth, old: "old", new: "new" }
+    }
+
+    /// All in one folder.
+    fn flat() -> Self {
+        let r = Self::folders();
+        for disk in [r.old, r.new] {
+            let from = r.dir.path().join(disk);
+            let side = r.dir.path().join(".fleecefs");
+            std::fs::create_dir_all(&side).unwrap();
+            for file in files(&from) {
+                std::fs::rename(from.join(&file), r.dir.path().join(&file)).unwrap();
+                let m = format!("{file}.json");
+                std::fs::rename(from.join(".fleecefs").join(&m), side.join(&m)).unwrap();
+            }
+            std::fs::remove_dir(from.join(".fleecefs")).unwrap();
+            std::fs::remove_dir(from).unwrap();
+        }
+        Renamed { old: "old.qcow2", new: "new.qcow2", ..r }
+    }
+
+    fn copy(&self) -> tempfile::TempDir {
+        let copy = qemu::tempdir();
+        run("cp", &["-a", &format!("{}/.", self.dir.path().display()), s(copy.path())]);
+        copy
+    }
+
+    fn link(&self, dir: &Path, more: &[&str]) -> Output {
+        fleecefs(&[&["link-disk", s(dir), self.old, self.new], more].concat())
+    }
+
+    fn must(&self, dir: &Path, more: &[&str]) -> String {
+        let out = self.link(dir, more);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    /// Where the images of the joined disk are.
+    fn joined(&self, dir: &Path) -> PathBuf {
+        if self.new == "new" { dir.join("new") } else { dir.to_path_buf() }
+    }
+
+    /// Each point is there, at least once, and each time that it is served it is right.
+    fn check(&self, dir: &Path, what: &str) {
+        let (catalog, _) = scan(dir, &ScanOptions::default(), None).unwrap();
+        for (time, truth) in &self.truth {
+            let mut found = 0;
+            for disk in &catalog.disks {
+                for (i, p) in disk.points.iter().enumerate().filter(|(_, p)| p.time == *time) {
+                    let image = open_point(disk, i, &Cache::new(16 << 20))
+                        .unwrap_or_else(|e| panic!("{what}: {}: {}", p.name, e.report()));
+                    let mut bytes = vec![0; truth.len()];
+                    image.read_at(&mut bytes, 0).unwrap();
+                    assert_same(&format!("{what}: {}", p.name), &bytes, truth);
+                    found += 1;
+                }
+            }
+            assert!(found > 0, "{what}: the point of {time} is nowhere");
+        }
+    }
+
+    /// One disk, with all points, and nothing left of the other.
+    fn check_end(&self, dir: &Path, what: &str) {
+        self.check(dir, what);
+        let list: Value =
+            serde_json::from_slice(&ok(&["list", s(dir), "--json"]).stdout).expect("JSON");
+        let disks = list["disks"].as_array().unwrap();
+        assert_eq!(disks.len(), 1, "{what}: {list:#}");
+        let points = disks[0]["points"].as_array().unwrap();
+        assert_eq!(points.len(), 8, "{what}: {list:#}");
+        let folder = self.joined(dir);
+        manifests_fit(&folder);
+        for file in files(&folder) {
+            assert!(file.ends_with("-new.qcow2"), "{what}: {file}");
+            assert_eq!(std::fs::metadata(folder.join(&file)).unwrap().nlink(), 1, "{what}: {file}");
+        }
+        assert!(!dir.join("old").exists(), "{what}");
+        let verified = fleecefs(&["verify", s(dir)]);
+        assert_eq!(
+            verified.status.code(),
+            Some(0),
+            "{what}: {}",
+            String::from_utf8_lossy(&verified.stdout)
+        );
+    }
+}
+
+#[test]
+fn two_names_become_one_disk() {
+    if !have("two_names_become_one_disk", &TOOLS) {
+        return;
+    }
+    for r in [Renamed::folders(), Renamed::flat()] {
+        let dir = r.dir.path();
+        let mtimes = |d: &Path| {
+            let all = std::fs::read_dir(d).unwrap().map(|e| e.unwrap().metadata().unwrap());
+            let mut t: Vec<_> = all.filter(|m| m.is_file()).map(|m| m.mtime()).collect();
+            t.sort();
+            t
+        };
+        let times = match r.old {
+            "old" => [mtimes(&dir.join("old")), mtimes(&dir.join("new"))].concat(),
+            _ => mtimes(dir),
+        };
+        let before = ok(&["list", s(dir), "--json"]).stdout;
+        let plan = r.must(dir, &["--dry-run"]);
+        assert!(plan.contains("FULL-1700003600-old.qcow2 -> "), "{plan}");
+        assert!(plan.contains("FULL-1700003600-new.qcow2"), "{plan}");
+        assert!(plan.contains("dry run"), "{plan}");
+        let json: Value = serde_json::from_str(&r.must(dir, &["--dry-run", "--json"])).unwrap();
+        assert_eq!(json["points"][1]["time"], 1_700_007_200, "{json:#}");
+        assert_eq!(before, ok(&["list", s(dir), "--json"]).stdout, "a dry run changed something");
+        r.must(dir, &[]);
+        r.check_end(dir, r.old);
+        let mut times = times;
+        times.sort();
+        let at = if r.old == "old" { dir.join("new") } else { dir.to_path_buf() };
+        assert_eq!(mtimes(&at), times, "the files' times stay");
+        // Once more there is nothing to do.
+        assert!(r.must(dir, &[]).contains("already"));
+        // It is one disk for retention, too.
+        ok(&["prune", s(dir), "--keep-last", "1"]);
+        assert_eq!(files(&r.joined(dir)).len(), 4);
+    }
+}
+
+#[test]
+fn killed_at_any_step_no_point_is_lost() {
+    if !have("killed_at_any_step_no_point_is_lost", &TOOLS) {
+        return;
+    }
+    for r in [Renamed::folders(), Renamed::flat()] {
+        let mut crashes = 0;
+        loop {
+            let copy = r.copy();
+            let status = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+                .args(["-q", "link-disk", s(copy.path()), r.old, r.new])
+                .env("FLEECEFS_CRASH_AT", (crashes + 1).to_string())
+                .status()
+                .unwrap();
+            if status.success() {
+                break;
+            }
+            assert_eq!(status.code(), None, "step {}", crashes + 1);
+            crashes += 1;
+            let what = format!("{}, killed at step {crashes}", r.old);
+            r.check(copy.path(), &what);
+            // Any other command that writes may come first, and the same one goes on.
+            if crashes % 2 == 0 {
+                let out = fleecefs(&["verify", "--create", s(copy.path())]);
+                assert!(out.status.success(), "{what}: {out:?}");
+                r.check(copy.path(), &what);
+            }
+            r.must(copy.path(), &[]);
+            r.check_end(copy.path(), &what);
+        }
+        // Manifest and image of four points, the journal, four that go, the journal's end.
+        assert_eq!(crashes, 14, "steps");
+    }
+}
+
+/// It is refused with this code and these words, and changes nothing.
+fn refused(r: &Renamed, more: &[&str], code: i32, words: &str) {
+    let before = ok(&["list", s(r.dir.path()), "--json"]).stdout;
+    for dry in [true, false] {
+        let dry_run: &[&str] = if dry { &["--dry-run"] } else { &[] };
+        let out = r.link(r.dir.path(), &[dry_run, more].concat());
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(code), "{words}: {said}");
+        assert!(said.contains(words), "{said}");
+    }
+    assert_eq!(before, ok(&["list", s(r.dir.path()), "--json"]).stdout, "{words}");
+}
+
+#[test]
+fn what_is_not_one_disks_history_is_refused() {
+    if !have("what_is_not_one_disks_history_is_refused", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let swapped = Renamed { old: "new", new: "old", ..Renamed::folders() };
+    refused(&swapped, &[], 2, "the other way round");
+    refused(&Renamed { old: "new", ..Renamed::folders() }, &[], 2, "the same disk");
+    refused(&Renamed { old: "none", ..Renamed::folders() }, &[], 3, "no disk 'none'");
+    refused(&Renamed { new: "none", ..Renamed::folders() }, &[], 3, "no disk 'none'");
+
+    // Both were backed up at the same time.
+    let both = Renamed::folders();
+    let dir = both.dir.path();
+    let last = dir.join("old/FULL-1701007201-old.qcow2");
+    std::fs::copy(dir.join("old/FULL-1700003600-old.qcow2"), last).unwrap();
+    refused(&both, &[], 2, "of the same time");
+
+    // Another file has the name.
+    let taken = Renamed::folders();
+    let dir = taken.dir.path();
+    let to = dir.join("new/FULL-1700003600-new.qcow2");
+    std::fs::copy(dir.join("new/FULL-1701003600-new.qcow2"), &to).unwrap();
+    std::fs::rename(&to, dir.join("new/COPY-1699990000-new.qcow2")).unwrap();
+    let copy = dir.join("old/COPY-1699990000-old.qcow2");
+    std::fs::copy(dir.join("old/FULL-1700003600-old.qcow2"), &copy).unwrap();
+    let out = taken.link(dir, &[]);
+    assert!([2, 4].contains(&out.status.code().unwrap()), "{out:?}");
+
+    // A header names the old name.
+    let linked = Renamed::folders();
+    ok(&["rebase", s(&linked.dir.path().join("old"))]);
+    refused(&linked, &[], 11, "rebased");
+
+    // Of another VM.
+    let vms = Renamed::folders();
+    for (disk, uuid) in [("old", "1"), ("new", "2")] {
+        let dir = vms.dir.path().join(disk);
+        for file in files(&dir) {
+            let m = manifest::read(&dir, file.as_ref()).unwrap().unwrap();
+            let vm = serde_json::json!({"query-uuid": {"UUID": format!("{uuid}1111111-1111-4111-8111-111111111111")}});
+            manifest::write(&dir, &manifest::Manifest { vm: vm.into(), ..m }).unwrap();
+        }
+    }
+    refused(&vms, &[], 2, "another VM");
+    vms.must(vms.dir.path(), &["--other-vm"]);
+    vms.check_end(vms.dir.path(), "--other-vm");
+
+    // Somebody writes there.
+    let side = r.dir.path().join(".fleecefs");
+    std::fs::create_dir_all(&side).unwrap();
+    let lock = std::fs::File::create(side.join("lock")).unwrap();
+    lock.lock().unwrap();
+    let out = r.link(r.dir.path(), &[]);
+    assert_eq!(out.status.code(), Some(6), "{out:?}");
+}
+
+#[test]
+fn a_gap_stays_known_and_what_has_no_manifest_comes_along() {
+    if !have("a_gap_stays_known_and_what_has_no_manifest_comes_along", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let dir = r.dir.path();
+    std::fs::remove_file(dir.join("old/INC-1700007200-old.qcow2")).unwrap();
+    manifest::remove(&dir.join("old"), "INC-1700014400-old.qcow2".as_ref()).unwrap();
+    r.must(dir, &[]);
+    let list: Value = serde_json::from_slice(&ok(&["list", s(dir), "--json"]).stdout).unwrap();
+    let disks = list["disks"].as_array().unwrap();
+    assert_eq!(disks.len(), 1, "{list:#}");
+    let (catalog, _) = scan(dir, &ScanOptions::default(), None).unwrap();
+    let served = |t: i64| catalog.disks[0].points.iter().find(|p| p.time == t).unwrap().is_served();
+    assert!(served(1_700_003_600) && !served(1_700_010_800) && !served(1_700_014_400));
+    assert!(served(1_701_014_400));
+    assert!(!dir.join("old").exists());
+}
+
+#[test]
+fn the_next_inc_goes_on_under_the_new_name() {
+    let tools = ["qemu-storage-daemon", "qemu-img", "qemu-io"];
+    if !have("the_next_inc_goes_on_under_the_new_name", &tools) {
+        return;
+    }
+    let d = scene::daemon(&[]);
+    let caller = Caller::of(&d);
+    let config = d.path("vm.xml");
+    std::fs::write(&config, "<secret/>").unwrap();
+    let config = ["--config", s(&config)];
+    let old = caller.with(&["--name", "a=old"]).with(&config);
+    let new = caller.with(&["--name", "a=new"]);
+    let mut truth: Vec<(i64, Vec<u8>)> = Vec::new();
+    for (caller, wish, op) in [
+        (&old, "full", "write -P 7 0 64k"),
+        (&old, "inc", "write -P 8 1M 64k"),
+        (&new, "auto", "write -P 9 2M 64k"),
+        (&new, "inc", "write -P 10 3M 64k"),
+    ] {
+        d.io("a", &[op]);
+        let (_, views) = caller.held(wish);
+        let disk = if caller.more.contains(&"a=old".to_string()) { "old" } else { "new" };
+        let time = stamp(&newest(&caller.target, disk));
+        truth.push((time, views[0].1.clone()));
+        // A point's time may be some seconds ahead, where several are made in one.
+        while fleecefs::backup::now() <= time {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+    }
+    ok(&["link-disk", s(&caller.target), "old", "new"]);
+    assert!(!caller.target.join("old").exists());
+    let kept = std::fs::read_dir(caller.target.join("new/.fleecefs")).unwrap();
+    let kept =
+        kept.filter(|e| e.as_ref().unwrap().file_name().to_str().unwrap().contains("vm.xml"));
+    assert_eq!(kept.count(), 2, "copies of the configuration");
+    // Whatever the user calls it: the disk is known by its points.
+    for (caller, op) in [(&new, "write -P 11 4M 64k"), (&caller, "write -P 12 5M 64k")] {
+        d.io("a", &[op]);
+        let (_, views) = caller.held("inc");
+        assert_eq!(level(caller, "new"), "INC");
+        truth.push((stamp(&newest(&caller.target, "new")), views[0].1.clone()));
+    }
+    let mount = Mount::new(&caller.target);
+    let images = backup::images(&caller.target.join("new"));
+    assert_eq!(images.len(), truth.len());
+    for (image, (time, view)) in images.iter().zip(&truth) {
+        assert_eq!(stamp(image), *time);
+        same(&mount, "new", image, view);
+    }
+    drop(mount);
+    // The old chain goes by the rules for one disk; its configuration goes with it.
+    ok(&["prune", s(&caller.target), "--keep-last", "2"]);
+    let left = backup::images(&caller.target.join("new"));
+    assert_eq!(left.len(), 4);
+}

@@ -1,0 +1,384 @@
+//! Backups of shut-off VMs: the chain goes on from the VM's own QEMU to ours and back, whatever dies; what is
+//! in use or uncertain is refused.
+
+mod backup;
+#[path = "common/guest.rs"]
+mod guest;
+mod mounted;
+mod qemu;
+#[path = "common/vm.rs"]
+mod vm;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use backup::{Caller, images, level, manifest_of, newest, same};
+use mounted::Mount;
+use qemu::{have, is_root, run};
+use serde_json::Value;
+use vm::{Vm, image};
+
+const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-storage-daemon", "qemu-img", "qemu-io"];
+const UUID: [&str; 4] = ["-uuid", "11111111-2222-3333-4444-555555555555", "-name", "guest=web"];
+
+/// The backup of shut-off images to the caller's target.
+fn command(caller: &Caller, level: &str, files: &[&str], more: &[&str]) -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    c.args(["backup", "--level", level, "--offline"]).args(files);
+    c.arg("--target").arg(&caller.target).arg("--state-dir").arg(&caller.state);
+    c.args(["--progress", "none"]).args(more).env_remove("FLEECEFS_STATE_DIR");
+    c.env("FLEECEFS_WALK", "1");
+    c
+}
+
+fn offline(caller: &Caller, level: &str, files: &[&str], more: &[&str]) -> Output {
+    command(caller, level, files, more).output().unwrap()
+}
+
+fn must(caller: &Caller, level: &str, file: &Path) -> String {
+    let out = offline(caller, level, &[s(file)], &[]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "{level}: {said}");
+    said
+}
+
+/// It is refused with this code and these words.
+fn refused(out: &Output, code: i32, words: &str) {
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{words}: {said}");
+    assert!(said.contains(words), "{said}");
+}
+
+fn s(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn write(file: &Path, op: &str) {
+    run("qemu-io", &["-f", "qcow2", "-c", op, s(file)]);
+}
+
+/// What is on a disk that nobody uses.
+fn bytes(file: &Path, format: &str) -> Vec<u8> {
+    let raw = file.with_extension("bytes");
+    run("qemu-img", &["convert", "-f", format, "-O", "raw", s(file), s(&raw)]);
+    let bytes = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(raw).unwrap();
+    bytes
+}
+
+/// A caller for tests in which no VM runs.
+fn caller(dir: &Path) -> Caller {
+    Caller {
+        qmp: dir.join("qmp"),
+        state: dir.join("state"),
+        target: dir.join("T"),
+        more: Vec::new(),
+    }
+}
+
+fn verified(target: &Path) {
+    let out =
+        Command::new(env!("CARGO_BIN_EXE_fleecefs")).arg("verify").arg(target).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+}
+
+#[test]
+fn the_chain_goes_on_while_the_vm_is_off_and_when_it_runs_again() {
+    if !have("the_chain_goes_on_while_the_vm_is_off_and_when_it_runs_again", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let file = image(&d.path().join("vm/data.qcow2"));
+    let mut truth: Vec<Vec<u8>> = Vec::new();
+    let vm = Vm::start(d.path(), &file, &UUID);
+    let caller = vm.caller.clone();
+    caller.must("full");
+    vm.quit();
+    truth.push(bytes(&file, "qcow2"));
+    // A guest that writes and shuts down: qemu-io sets the bits of its bitmaps as well.
+    for (i, level_word) in ["inc", "diff", "auto", "copy"].into_iter().enumerate() {
+        write(&file, &format!("write -P {} {}k 192k", 10 + i, 512 * i));
+        truth.push(bytes(&file, "qcow2"));
+        must(&caller, level_word, &file);
+        let want = if level_word == "auto" { "INC" } else { &level_word.to_uppercase() };
+        assert_eq!(level(&caller, "data.qcow2"), want);
+    }
+    write(&file, "write -P 20 3M 192k");
+    truth.push(bytes(&file, "qcow2"));
+    let vm = Vm::start(d.path(), &file, &UUID);
+    caller.must("inc");
+    vm.quit();
+    write(&file, "write -z 1M 128k");
+    truth.push(bytes(&file, "qcow2"));
+    must(&caller, "inc", &file);
+    let made = images(&caller.target.join("data.qcow2"));
+    assert_eq!(made.len(), truth.len());
+    let mount = Mount::new(&caller.target);
+    for (image, truth) in made.iter().zip(&truth) {
+        same(&mount, "data.qcow2", image, truth);
+    }
+    drop(mount);
+    verified(&caller.target);
+    // It is the VM's disk in each of them.
+    let [online, off] = [&made[0], &made[1]].map(|i| manifest_of(i));
+    for key in ["qdev", "node", "device", "file", "format"] {
+        assert_eq!(online["disk"][key], off["disk"][key], "{key}");
+    }
+    assert_eq!(online["vm"]["query-uuid"], off["vm"]["query-uuid"]);
+    assert!(off["consistency"]["reason"].as_str().unwrap().contains("shut off"), "{off:#}");
+    run("qemu-img", &["check", "-q", s(&file)]);
+    assert_eq!(backup::leftovers(d.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn an_image_in_use_is_refused_and_a_dry_run_changes_nothing() {
+    if !have("an_image_in_use_is_refused_and_a_dry_run_changes_nothing", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let file = image(&d.path().join("vm/data.qcow2"));
+    let vm = Vm::start(d.path(), &file, &UUID);
+    let caller = vm.caller.clone();
+    caller.must("full");
+    for more in [&["-n"][..], &[]] {
+        let began = Instant::now();
+        refused(&offline(&caller, "auto", &[s(&file)], more), 6, "in use by another process");
+        assert!(began.elapsed() < Duration::from_secs(10), "it waits for nobody");
+    }
+    assert_eq!(images(&caller.target.join("data.qcow2")).len(), 1);
+    caller.must("inc");
+    vm.quit();
+    let before = std::fs::read(&file).unwrap();
+    let out = offline(&caller, "auto", &[s(&file)], &["-n"]);
+    let plan = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && plan.contains("n: INC"), "{out:?}");
+    assert!(before == std::fs::read(&file).unwrap(), "the dry run wrote to the image");
+    assert_eq!(images(&caller.target.join("data.qcow2")).len(), 2);
+}
+
+#[test]
+fn a_raw_image_gets_a_full_each_time_and_is_told_why() {
+    if !have("a_raw_image_gets_a_full_each_time_and_is_told_why", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let file = d.path().join("data.raw");
+    run("qemu-img", &["create", "-q", "-f", "raw", s(&file), "4M"]);
+    let caller = caller(d.path());
+    must(&caller, "auto", &file);
+    let out = offline(&caller, "auto", &[s(&file)], &[]);
+    refused(&out, 0, "a raw image keeps no bitmap");
+    refused(&offline(&caller, "inc", &[s(&file)], &[]), 12, "a raw image keeps no bitmap");
+    let old = d.path().join("old.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "compat=0.10", s(&old), "4M"]);
+    let old = [s(&old)];
+    assert!(offline(&caller, "auto", &old, &[]).status.success());
+    refused(&offline(&caller, "auto", &old, &[]), 0, "a qcow2 image of version 2 keeps no bitmap");
+    assert_eq!(level(&caller, "data.raw"), "FULL");
+    assert_eq!(manifest_of(&newest(&caller.target, "data.raw"))["bitmap"], Value::Null);
+}
+
+/// The processes with `needle` in their command line.
+fn processes(needle: &str) -> Vec<PathBuf> {
+    let all = std::fs::read_dir("/proc").unwrap().map(|e| e.unwrap().path());
+    let line = |p: &PathBuf| std::fs::read(p.join("cmdline")).unwrap_or_default();
+    let is = |p: &PathBuf| {
+        let line = String::from_utf8_lossy(&line(p)).into_owned();
+        line.starts_with("qemu-storage-daemon") | line.contains("/qemu-storage-daemon")
+            && line.contains(needle)
+    };
+    all.filter(is).collect()
+}
+
+#[test]
+fn killed_at_any_time_the_daemon_ends_and_the_chain_goes_on() {
+    if !have("killed_at_any_time_the_daemon_ends_and_the_chain_goes_on", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let file = image(&d.path().join("vm/data.qcow2"));
+    let vm = Vm::start(d.path(), &file, &UUID);
+    let caller = vm.caller.clone();
+    caller.must("full");
+    vm.quit();
+    let (mut at, mut kills) = (1, 0);
+    loop {
+        write(&file, &format!("write -P {} {}k 64k", 1 + at % 200, (at * 7) % 4000));
+        let status = command(&caller, "inc", &[s(&file)], &[])
+            .env("FLEECEFS_CRASH_AT", at.to_string())
+            .stderr(std::process::Stdio::null())
+            .status()
+            .unwrap();
+        if status.success() {
+            break;
+        }
+        assert_eq!(status.code(), None, "step {at}");
+        kills += 1;
+        let end = Instant::now() + Duration::from_secs(30);
+        // Without waiting for it, the next run comes; every other time the VM is started first.
+        if kills % 2 == 0 {
+            while !processes(s(&caller.state)).is_empty() {
+                assert!(Instant::now() < end, "step {at}: the daemon lives on");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            let vm = Vm::start(d.path(), &file, &UUID);
+            caller.must("inc");
+            vm.quit();
+        } else {
+            must(&caller, "inc", &file);
+        }
+        let truth = bytes(&file, "qcow2");
+        let mount = Mount::new(&caller.target);
+        same(&mount, "data.qcow2", &newest(&caller.target, "data.qcow2"), &truth);
+        drop(mount);
+        at += 9;
+    }
+    assert!(kills > 5, "{kills} kills");
+    println!("killed {kills} times");
+    must(&caller, "inc", &file);
+    verified(&caller.target);
+    run("qemu-img", &["check", "-q", s(&file)]);
+    assert_eq!(processes(s(&caller.state)), Vec::<PathBuf>::new());
+    assert_eq!(backup::leftovers(d.path()), Vec::<PathBuf>::new());
+    let info = run("qemu-img", &["info", "--output", "json", s(&file)]);
+    let info: Value = serde_json::from_slice(&info.stdout).unwrap();
+    let left = info["format-specific"]["data"]["bitmaps"].as_array().unwrap().len();
+    // That of the tip, that of the FULL, and their watermarks.
+    assert!(left <= 4, "{info:#}");
+}
+
+#[test]
+fn the_daemon_has_few_rights() {
+    let test = "the_daemon_has_few_rights";
+    if !have(test, QEMU) || !is_root(test) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let file = image(&d.path().join("vm/data.qcow2"));
+    let caller = caller(d.path());
+    let mut child = command(&caller, "full", &[s(&file)], &[])
+        .env("FLEECEFS_HANG_AT", "files created")
+        .spawn()
+        .unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    let status = loop {
+        let found = processes(s(&caller.state));
+        if let [one] = found.as_slice() {
+            break std::fs::read_to_string(one.join("status")).unwrap();
+        }
+        assert!(Instant::now() < end, "no daemon: {found:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let has =
+        |key: &str| status.lines().find_map(|l| l.strip_prefix(key)).unwrap().trim().to_string();
+    assert_eq!(has("NoNewPrivs:"), "1");
+    assert_eq!(u64::from_str_radix(&has("CapEff:"), 16).unwrap() & !6, 0, "{status}");
+    assert_eq!(u64::from_str_radix(&has("CapPrm:"), 16).unwrap() & !6, 0, "{status}");
+    let mode = std::fs::metadata(
+        std::fs::read_dir(&caller.state)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .find(|p| {
+                p.is_dir() && p.file_name().unwrap().to_str().unwrap().starts_with("offline-")
+            })
+            .unwrap(),
+    )
+    .unwrap()
+    .permissions()
+    .mode();
+    assert_eq!(mode & 0o77, 0);
+    // SAFETY: a signal to our own child, which is not reaped.
+    unsafe { libc::kill(child.id() as i32, libc::SIGKILL) };
+    child.wait().unwrap();
+    while !processes(s(&caller.state)).is_empty() {
+        assert!(Instant::now() < end, "the daemon lives on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_a_header_says_is_not_believed() {
+    if !have("what_a_header_says_is_not_believed", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let caller = caller(d.path());
+    // The guest of a raw disk writes a header that names a file of the host.
+    let (secret, disk) = (d.path().join("secret"), d.path().join("disk.img"));
+    std::fs::write(&secret, "secret".repeat(100_000)).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-b", s(&secret), "-F", "raw", s(&disk), "1M"];
+    run("qemu-img", &create);
+    refused(&offline(&caller, "full", &[s(&disk)], &[]), 2, "its format is not certain");
+    let raw = format!("raw:{}", s(&disk));
+    assert!(offline(&caller, "full", &[&raw], &[]).status.success());
+    // From then on the target knows.
+    must(&caller, "full", &disk);
+    let mount = Mount::new(&caller.target);
+    let image = newest(&caller.target, "disk.img");
+    let truth = std::fs::read(&disk).unwrap();
+    let got = std::fs::read(mount.point("disk.img", &image)).unwrap();
+    assert!(got[..truth.len()] == truth[..], "the header's bytes are the disk's");
+    drop(mount);
+    // A backing file is read as its header says, but by the rights of the image's owner.
+    let (base, thin) = (d.path().join("base.qcow2"), d.path().join("thin.qcow2"));
+    vm::image(&base);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)]);
+    let truth = bytes(&thin, "qcow2");
+    must(&caller, "full", &thin);
+    let mount = Mount::new(&caller.target);
+    same(&mount, "thin.qcow2", &newest(&caller.target, "thin.qcow2"), &truth);
+    drop(mount);
+    // Today's qemu-img writes the format always; older ones did not.
+    let mut header = std::fs::read(&thin).unwrap();
+    let at = header.windows(4).position(|w| w == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
+    header[at..at + 4].fill(0);
+    std::fs::write(&thin, header).unwrap();
+    refused(&offline(&caller, "full", &[s(&thin)], &[]), 11, "names no format");
+    if is_root("what_a_header_says_is_not_believed") {
+        run("qemu-img", &["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", s(&base), s(&thin)]);
+        std::os::unix::fs::chown(&thin, Some(65534), Some(65534)).unwrap();
+        std::fs::set_permissions(&base, std::fs::Permissions::from_mode(0o600)).unwrap();
+        refused(&offline(&caller, "full", &[s(&thin)], &[]), 5, "which its owner may read");
+    }
+}
+
+#[test]
+fn whose_disk_it_is_has_to_be_known() {
+    if !have("whose_disk_it_is_has_to_be_known", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let file = image(&d.path().join("vm/data.qcow2"));
+    let vm = Vm::start(d.path(), &file, &UUID);
+    let caller = vm.caller.clone();
+    caller.must("full");
+    vm.quit();
+    let other = image(&d.path().join("other/disk.qcow2"));
+    refused(&offline(&caller, "auto", &[s(&other)], &[]), 2, "none of these disks");
+    refused(
+        &offline(&caller, "auto", &[s(&d.path().join("none"))], &[]),
+        3,
+        "cannot find the image",
+    );
+    refused(&offline(&caller, "auto", &[s(&file), s(&file)], &[]), 2, "given twice");
+    // With one that it knows, it is that VM's.
+    let out = offline(&caller, "auto", &[s(&file), s(&other)], &[]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(level(&caller, "data.qcow2"), "INC");
+    assert_eq!(level(&caller, "disk.qcow2"), "FULL");
+    assert_eq!(
+        manifest_of(&newest(&caller.target, "disk.qcow2"))["vm"]["query-uuid"]["UUID"],
+        UUID[1]
+    );
+    // The file was moved while the VM was off.
+    let moved = d.path().join("vm/moved.qcow2");
+    std::fs::rename(&file, &moved).unwrap();
+    let name = format!("{}=data.qcow2", s(&moved));
+    let out = offline(&caller, "inc", &[s(&moved)], &["--name", &name]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(level(&caller, "data.qcow2"), "INC");
+    assert_eq!(images(&caller.target.join("data.qcow2")).len(), 3);
+    verified(&caller.target);
+}
