@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::backup::Caller;
+use crate::backup::guard::tied;
 use crate::guest::Qmp;
 use crate::qemu::{first_difference, have, run};
 
@@ -84,7 +85,7 @@ impl Machine {
         c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]).args(more);
         let log = std::fs::File::create(path("qemu.log")).unwrap();
         c.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        let child = Process(c.spawn().expect("QEMU starts"));
+        let child = Process(tied(&mut c).spawn().expect("QEMU starts"));
         let end = Instant::now() + Duration::from_secs(60);
         while std::os::unix::net::UnixStream::connect(dir.path().join("own.sock")).is_err() {
             assert!(Instant::now() < end, "QEMU does not come up");
@@ -102,6 +103,11 @@ impl Machine {
             self.write(disk, MIB, 4 * MIB);
             self.write(disk, 7 * MIB, MIB / 2);
         }
+    }
+
+    /// QEMU's process.
+    pub fn pid(&self) -> u32 {
+        self.child.0.id()
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
