@@ -1,9 +1,10 @@
 //! What the target is and holds: its id, and which of its folders belongs to which disk.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::history::History;
-use super::plan::Inputs;
+use super::plan::{DiskPlan, Inputs, Plan};
 use super::seen::SeenDisk;
 use super::{LevelWish, Options, names};
 use crate::chain::Level;
@@ -11,6 +12,9 @@ use crate::chain::manifest::{DiskIdentity, Manifest};
 pub use crate::chain::manifest::{vm_name, vm_uuid};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind};
+
+/// What the folders of disks are called whose names do not tell: by the disk's file.
+pub type Folders = BTreeMap<String, String>;
 
 /// Whose bitmaps are a target's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -158,6 +162,7 @@ pub fn assign(
     for rule in [chosen as Rule, same_file_and_device, same_file, same_disk, damaged] {
         fill(options, inputs, disks, &mut list, (rule, false))?;
     }
+    fill_known(options, inputs, disks, &mut list)?;
     if list.iter().any(Option::is_none) {
         let mut others = others(options, inputs, &list)?;
         if inputs.newcomer && list.iter().all(Option::is_none) {
@@ -173,8 +178,10 @@ pub fn assign(
                     || carries_bitmap(inputs, disk, h)
                     || is_new && has_moved(inputs, disk, h, disks)
             };
-            let at = others.iter().position(|(_, h)| is(h));
-            *slot = at.map(|at| others.swap_remove(at));
+            let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
+            let (dir, seen) = others.swap_remove(at);
+            let whole = read_whole(&dir, seen.tail, options.layout.no_subdir)?;
+            *slot = is(&whole).then_some((dir, whole));
         }
     }
     fill(options, inputs, disks, &mut list, (unclaimed, true))?;
@@ -241,8 +248,58 @@ fn fill(
     Ok(())
 }
 
+/// Gives renamed disks the folders that they had at the last run, if those are still theirs: without
+/// that, every folder of the target is looked at in each run.
+fn fill_known(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    disks: &[SeenDisk],
+    list: &mut [Option<(PathBuf, History)>],
+) -> Result<()> {
+    let flat = options.layout.no_subdir;
+    for (i, disk) in disks.iter().enumerate().filter(|(_, d)| d.named.is_none()) {
+        let is_open = list.get(i).is_some_and(Option::is_none);
+        let Some(tail) = inputs.renamed.get(&disk.identity.file).filter(|_| is_open) else {
+            continue;
+        };
+        if folder::plain(tail.as_ref()).is_err() {
+            continue;
+        }
+        let dir = if flat { inputs.base.to_path_buf() } else { inputs.base.join(tail) };
+        if list.iter().flatten().any(|(d, h)| *d == dir && (!flat || h.tail == *tail)) {
+            continue;
+        }
+        let history = read_whole(&dir, tail.clone(), flat)?;
+        if let Some(slot) = list.get_mut(i).filter(|_| same_file(inputs, disk, &history)) {
+            *slot = Some((dir, history));
+        }
+    }
+    Ok(())
+}
+
+/// What the folders (where all disks are in one: the names) of a plan's disks are called that are not
+/// called as their files are.
+pub fn renamed(options: &Options, plan: &Plan) -> Folders {
+    let of = |d: &DiskPlan| {
+        let tail = match options.layout.no_subdir {
+            true => names::parse_image(&d.image)?.2.to_string(),
+            false => d.dir.file_name()?.to_str()?.to_string(),
+        };
+        let is_own = d.disk.folder_names(&options.layout).contains(&tail);
+        (!is_own).then(|| (d.disk.identity.file.clone(), tail))
+    };
+    plan.disks.iter().filter_map(of).collect()
+}
+
+/// All that there is in the folder `dir`, or, where all disks are in it, of the one called `tail`.
+fn read_whole(dir: &Path, tail: String, flat: bool) -> Result<History> {
+    let mut history = History::read(dir, flat.then_some(tail.as_str()))?;
+    history.tail = tail;
+    Ok(history)
+}
+
 /// The folders with points that no disk has got yet (where all disks are in one folder: the names), the
-/// one with the newest point first.
+/// one with the newest point first. Of each no more is read than tells whose it is.
 fn others(
     options: &Options,
     inputs: &Inputs<'_>,
@@ -258,18 +315,12 @@ fn others(
 
 /// The chains of other disks in the one folder of all.
 fn others_in(base: &Path, list: &[Option<(PathBuf, History)>]) -> Result<Vec<(PathBuf, History)>> {
-    let all = History::read(base, None)?;
-    let tails = all.entries.iter().filter_map(|e| Some(names::parse_image(&e.name)?.2));
-    let tails: std::collections::BTreeSet<&str> = tails.filter(|t| !t.is_empty()).collect();
-    let mut others = Vec::new();
-    for tail in tails.into_iter().filter(|t| !list.iter().flatten().any(|(_, h)| h.tail == *t)) {
-        let mut history = History::read(base, Some(tail))?;
-        history.tail = tail.to_string();
-        if history.last_manifest().is_some() {
-            others.push((base.to_path_buf(), history));
-        }
-    }
-    Ok(others)
+    let is_free = |h: &History| {
+        !h.tail.is_empty() && !list.iter().flatten().any(|(_, taken)| taken.tail == h.tail)
+    };
+    let others = History::glance(base, true)?.into_iter();
+    let others = others.filter(|h| is_free(h) && h.last_manifest().is_some());
+    Ok(others.map(|h| (base.to_path_buf(), h)).collect())
 }
 
 /// All chains in a folder of a month.
@@ -293,10 +344,11 @@ fn other_folders(
         if list.iter().flatten().any(|(taken, _)| *taken == dir) {
             continue;
         }
-        let mut history = History::read(&dir, None)?;
-        history.tail = tail.to_string();
-        if history.last_manifest().is_some() {
-            others.push((dir, history));
+        for mut history in History::glance(&dir, false)? {
+            history.tail = tail.to_string();
+            if history.last_manifest().is_some() {
+                others.push((dir.clone(), history));
+            }
         }
     }
     Ok(others)
@@ -444,6 +496,11 @@ fn candidate(
     // A new one is called by the layout; a chain goes on also where its FULL had another.
     let names = disk.folder_names(&options.layout);
     let names = names.iter().take(if new { 1 } else { usize::MAX });
+    // Where all are in one folder it is read for names that are there alone.
+    let there = match options.layout.no_subdir {
+        true => Some(History::tails(inputs.base)?),
+        false => None,
+    };
     let numbered = names.flat_map(|name| (1..=MAX_SAME_NAME).map(move |n| (name, n)));
     for (name, n) in numbered {
         let folder = if n == 1 { name.clone() } else { format!("{name}-{n}") };
@@ -460,7 +517,12 @@ fn candidate(
         if is_taken || new && taken.iter().flatten().any(like) {
             continue;
         }
-        let mut history = History::read(&dir, only)?;
+        let mut history = match &there {
+            Some(tails) if !tails.contains(&folder) => {
+                History { dir: dir.clone(), ..History::default() }
+            }
+            _ => History::read(&dir, only)?,
+        };
         history.tail = folder;
         if rule(inputs, disk, &history) {
             return Ok(Some((dir, history)));

@@ -131,12 +131,14 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         fleeces: HashMap::new(),
         neighbours: Neighbours::default(),
         newcomer: !options.shared && !targets.knows(&options.target),
+        renamed: targets.folders(&options.target),
     };
     let result = r.execute();
     let report = r.finish(result)?;
     if report.disks.iter().any(|d| d.result.is_ok()) {
         // The points are there.
-        if let Err(e) = targets.remember(&options.target) {
+        let renamed = folders::renamed(options, &report.plan);
+        if let Err(e) = targets.remember(&options.target, renamed) {
             watch.warn(&e.report());
         }
     }
@@ -160,6 +162,7 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
     let target = TargetId::of(&options.target, &base, false)?;
     let vm = vm::describe(client)?;
     let (seen, now) = (survey(&Answers::ask(client)?), now());
+    let renamed = targets.folders(&options.target);
     let make = |no_inc: Option<String>| {
         let inputs = Inputs {
             seen: seen.clone(),
@@ -170,6 +173,7 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
             vm: folders::vm_uuid(&vm),
             vm_name: folders::vm_name(&vm),
             newcomer: !options.shared && !targets.knows(&options.target),
+            renamed: &renamed,
             no_inc,
             unsound: &[],
         };

@@ -14,7 +14,7 @@ use super::conclude::failure;
 use super::control::{DiskStatus, Shared};
 use super::disk::job_error;
 use super::fleece::Fleece;
-use super::folders::TargetId;
+use super::folders::{Folders, TargetId};
 use super::graph::Stage;
 use super::journal::{DiskRecord, Journal, Pending, Record};
 use super::migration::Guard;
@@ -67,6 +67,8 @@ pub struct Run<'a> {
     pub(super) neighbours: Neighbours,
     /// See [`super::plan::Inputs::newcomer`].
     pub(super) newcomer: bool,
+    /// See [`super::plan::Inputs::renamed`].
+    pub(super) renamed: Folders,
 }
 
 /// A disk on its way.

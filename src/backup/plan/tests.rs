@@ -8,6 +8,7 @@ use crate::qmp::types::Bitmap;
 use serde_json::{Value, json};
 use std::time::Duration;
 
+static NONE: Folders = Folders::new();
 const TARGET: &str = "0a1b2c3d";
 const FIRST: &str = "000000000001";
 
@@ -159,6 +160,7 @@ fn plan_with(
         vm: None,
         vm_name: None,
         newcomer: false,
+        renamed: &NONE,
         no_inc: None,
         unsound: &[],
     };
@@ -403,6 +405,7 @@ fn encrypted_disks_are_refused_and_unknown_names_are_errors() {
         vm: None,
         vm_name: None,
         newcomer: false,
+        renamed: &NONE,
         no_inc: None,
         unsound: &[],
     };
@@ -478,6 +481,7 @@ fn an_unsound_chain_demotes_no_other_disk_of_its_folder() {
         vm: None,
         vm_name: None,
         newcomer: false,
+        renamed: &NONE,
         no_inc: None,
         unsound: &unsound,
     };
@@ -533,6 +537,7 @@ fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
             vm: None,
             vm_name: None,
             newcomer: false,
+            renamed: &NONE,
             no_inc: None,
             unsound: &[],
         },
