@@ -11,7 +11,7 @@ use crate::chain::Level;
 use crate::chain::manifest::{DiskIdentity, Manifest};
 pub use crate::chain::manifest::{vm_name, vm_uuid};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, EntryKind};
+use crate::folder::{self, EntryKind, Share};
 
 /// What the folders of disks are called whose names do not tell: by the disk's file.
 pub type Folders = BTreeMap<String, String>;
@@ -41,6 +41,14 @@ impl TargetId {
     /// # Errors
     /// `Corrupt` if it is no id, or what the operating system said.
     pub fn of(target: &Path, base: &Path, make: bool) -> Result<Self> {
+        Self::shared(target, base, make, Share::default())
+    }
+
+    /// As [`TargetId::of`]; an id that is written is shared.
+    ///
+    /// # Errors
+    /// As [`TargetId::of`].
+    pub fn shared(target: &Path, base: &Path, make: bool, share: Share) -> Result<Self> {
         let (own, month) = (target.join("uuid"), base.join("uuid"));
         let (of_target, of_month) = (read_id(&own)?, read_id(&month)?);
         let text = match of_target.as_ref().or(of_month.as_ref()) {
@@ -48,10 +56,10 @@ impl TargetId {
             None => new_id()?,
         };
         if make && of_target.is_none() {
-            write_id(&own, &text)?;
+            write_id(&own, &text, share)?;
         }
         if make && base != target && of_month.is_none() {
-            write_id(&month, &text)?;
+            write_id(&month, &text, share)?;
         }
         let mut others = if base == target { Vec::new() } else { months(target) };
         // What 0.1.0 made of ids that are no UUIDs.
@@ -88,9 +96,9 @@ pub fn stored_id(target: &Path) -> Result<Option<String>> {
     Ok(read_id(&target.join("uuid"))?.map(|text| text.trim_end().to_string()))
 }
 
-fn write_id(path: &Path, text: &str) -> Result<()> {
+fn write_id(path: &Path, text: &str, share: Share) -> Result<()> {
     let failed = |e| Error::io(e, "cannot write the target's id").at_path(path);
-    folder::write_whole(path, text.as_bytes()).map_err(failed)
+    folder::write_shared(path, text.as_bytes(), share).map_err(failed)
 }
 
 /// Of a UUID its first eight digits; any other words count whole, by their hash.

@@ -102,6 +102,8 @@ pub struct Options {
     pub wait: Duration,
     /// Only say what would be done.
     pub dry_run: bool,
+    /// Who besides the user may read what is made.
+    pub share: crate::folder::Share,
     /// An NBD server that QEMU runs already: only one is possible.
     pub nbd: Option<Address>,
 }

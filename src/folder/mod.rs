@@ -28,6 +28,7 @@ mod name;
 mod open;
 mod owner;
 mod resolve;
+mod share;
 pub mod system;
 mod temp;
 
@@ -49,6 +50,7 @@ pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use owner::{ForeignOwner, check_private, foreign_owner};
 pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};
+pub use share::Share;
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
@@ -507,9 +509,7 @@ impl Folder {
     /// # Errors
     /// What the operating system said.
     pub fn write_whole(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> io::Result<()> {
-        let temp = self.temp()?;
-        io::Write::write_all(&mut temp.file(), bytes)?;
-        temp.publish(name.as_ref(), Replace::Yes)
+        self.write_shared(name, bytes, Share::default())
     }
 
     /// A new file in this folder that has no name yet, or one that nobody can guess.
@@ -675,6 +675,15 @@ pub fn read_small(path: &Path, max: u64) -> io::Result<Vec<u8>> {
 /// As [`Folder::open`] and [`Folder::entries`].
 pub fn entries(path: &Path) -> io::Result<Vec<Entry>> {
     Folder::open(path)?.entries()
+}
+
+/// [`Folder::write_shared`] for a single act.
+///
+/// # Errors
+/// As [`Folder::of`] and [`Folder::write_shared`].
+pub fn write_shared(path: &Path, bytes: &[u8], share: Share) -> io::Result<()> {
+    let (folder, name) = Folder::of(path)?;
+    folder.write_shared(name, bytes, share)
 }
 
 /// [`Folder::write_whole`] for a single act.

@@ -15,6 +15,7 @@ const FIRST: &str = "000000000001";
 fn options(target: &Path, level: LevelWish) -> Options {
     Options {
         init: false,
+        share: crate::folder::Share::default(),
         more_state: Vec::new(),
         names: Vec::new(),
         shared: false,
