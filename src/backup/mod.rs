@@ -40,6 +40,7 @@ pub mod report;
 pub mod run;
 pub mod seen;
 pub mod space;
+mod target_id;
 mod targets;
 pub mod teardown;
 mod unplug;
