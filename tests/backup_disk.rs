@@ -17,6 +17,7 @@ use fleecefs::error::Kind;
 use fleecefs::qmp::nbd::Nbd;
 use fleecefs::qmp::{Address, Client};
 use mounted::Mount;
+use mounted::guard::Guard;
 use qemu::{have, run};
 use serde_json::json;
 
@@ -77,8 +78,9 @@ fn an_image_whose_tables_cannot_be_written_is_not_closed() {
 /// A file system whose disk takes less than it claims: a loop device over a file in a small tmpfs.
 /// Everything is taken down on drop. Needs root.
 struct Lying {
+    // In the order in which they go.
+    _guards: Vec<Guard>,
     dir: tempfile::TempDir,
-    device: String,
 }
 
 impl Lying {
@@ -87,9 +89,8 @@ impl Lying {
         let (store, mount) = (dir.path().join("store"), dir.path().join("mnt"));
         std::fs::create_dir_all(&store).unwrap();
         std::fs::create_dir_all(&mount).unwrap();
-        let mut l = Lying { dir, device: String::new() };
-        match l.make(&store, &mount) {
-            Some(()) => Some(l),
+        match Self::make(&store, &mount) {
+            Some(guards) => Some(Lying { _guards: guards, dir }),
             None => {
                 assert!(std::env::var_os("CI").is_none(), "{test} needs root, loop and ext4");
                 println!("skipped: {test} needs root, loop devices and mkfs.ext4");
@@ -98,16 +99,16 @@ impl Lying {
         }
     }
 
-    fn make(&mut self, store: &Path, mount: &Path) -> Option<()> {
-        let run = |c: &mut Command| c.output().ok().filter(|o| o.status.success());
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=8M", "tmpfs"]).arg(store))?;
+    fn make(store: &Path, mount: &Path) -> Option<Vec<Guard>> {
+        let size = Guard::try_mount("-t tmpfs -o size=8M", Path::new("tmpfs"), store).ok()?;
         let disk = store.join("disk");
         std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-        run(Command::new("mkfs.ext4").args(["-q", "-b", "4096", "-O", "^has_journal"]).arg(&disk))?;
-        let out = run(Command::new("losetup").args(["-f", "--show"]).arg(&disk))?;
-        self.device = String::from_utf8(out.stdout).ok()?.trim().to_string();
-        run(Command::new("mount").args(["-o", "errors=continue", &self.device]).arg(mount))?;
-        Some(())
+        let mut mkfs = Command::new("mkfs.ext4");
+        mkfs.args(["-q", "-b", "4096", "-O", "^has_journal"]).arg(&disk);
+        mkfs.output().ok().filter(|o| o.status.success())?;
+        let device = Guard::try_attach("", &disk).ok()?;
+        let mounted = Guard::try_mount("-o errors=continue", device.made(), mount).ok()?;
+        Some(vec![mounted, device, size])
     }
 
     fn target(&self) -> PathBuf {
@@ -118,16 +119,6 @@ impl Lying {
     fn heal(&self) {
         let store = self.dir.path().join("store");
         run("mount", &["-o", "remount,size=128M", store.to_str().unwrap()]);
-    }
-}
-
-impl Drop for Lying {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.dir.path().join("mnt")).status();
-        if !self.device.is_empty() {
-            let _ = Command::new("losetup").args(["-d", &self.device]).status();
-        }
-        let _ = Command::new("umount").arg("-l").arg(self.dir.path().join("store")).status();
     }
 }
 

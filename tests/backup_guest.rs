@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use backup::{Caller, bitmaps, leftovers, newest, ours_in_qemu, same};
 use guest::{Disk, Guest, has_qemu};
 use mounted::Mount;
+use mounted::guard::{Guard, UNMOUNT};
 use qemu::{have, run};
 use storage::Slow;
 
@@ -412,6 +413,7 @@ fn qemu_killed_and_booted_again() {
 
 /// An ext4 file system in a file; writing to it hangs while it is frozen. Needs root.
 struct Freezable {
+    _mount: Guard,
     dir: tempfile::TempDir,
 }
 
@@ -421,15 +423,14 @@ impl Freezable {
         let (file, mnt) = (dir.path().join("fs"), dir.path().join("mnt"));
         std::fs::create_dir(&mnt).unwrap();
         std::fs::File::create(&file).unwrap().set_len(256 << 20).unwrap();
-        let ok = |c: &mut std::process::Command| c.output().is_ok_and(|o| o.status.success());
-        let made = ok(std::process::Command::new("mkfs.ext4").arg("-q").arg(&file))
-            && ok(std::process::Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&mnt));
-        if !made {
+        let make = r#"mkfs.ext4 -q "$2" && mount -o loop "$2" "$1""#;
+        let undo = format!(r#"fsfreeze -u "$1"; {UNMOUNT}"#);
+        let Ok(mount) = Guard::try_new(make, &undo, &[&mnt, &file]) else {
             assert!(std::env::var_os("CI").is_none(), "{test} needs root and mkfs.ext4");
             println!("skipped: {test} needs root and mkfs.ext4");
             return None;
-        }
-        Some(Freezable { dir })
+        };
+        Some(Freezable { _mount: mount, dir })
     }
 
     fn mnt(&self) -> PathBuf {
@@ -438,13 +439,6 @@ impl Freezable {
 
     fn freeze(&self, flag: &str) {
         run("fsfreeze", &[flag, self.mnt().to_str().unwrap()]);
-    }
-}
-
-impl Drop for Freezable {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("fsfreeze").arg("-u").arg(self.mnt()).output();
-        let _ = std::process::Command::new("umount").arg("-l").arg(self.mnt()).output();
     }
 }
 

@@ -16,6 +16,7 @@ use std::process::Command;
 
 use backup::{Caller, Daemon, Held, bitmaps, images, leftovers, level, manifest_of, newest, same};
 use mounted::Mount;
+use mounted::guard::Guard;
 use qemu::{have, run};
 use scene::{clean, code, daemon, good, image_of};
 use serde_json::json;
@@ -243,18 +244,16 @@ fn what_was_cut_off_inside_a_cluster_comes_back() {
 
 /// A small file system; unmounted on drop. Needs root.
 struct Small {
+    _mount: Guard,
     dir: tempfile::TempDir,
 }
 
 impl Small {
     fn new(test: &str, size: &str) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
-        let status = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
-            .arg(dir.path())
-            .status();
-        if status.is_ok_and(|s| s.success()) {
-            return Some(Small { dir });
+        let options = format!("-t tmpfs -o size={size}");
+        if let Ok(mount) = Guard::try_mount(&options, "tmpfs".as_ref(), dir.path()) {
+            return Some(Small { _mount: mount, dir });
         }
         assert!(std::env::var_os("CI").is_none(), "{test} needs root");
         println!("skipped: {test} needs root");
@@ -264,12 +263,6 @@ impl Small {
     fn grow(&self, size: &str) {
         let dir = self.dir.path().to_str().unwrap();
         run("mount", &["-o", &format!("remount,size={size}"), dir]);
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.dir.path()).status();
     }
 }
 

@@ -1,5 +1,7 @@
 //! Backups of other programs read as chains: virtnbdbackup's streams and Proxmox archives.
 
+#[path = "mounted/guard.rs"]
+mod guard;
 #[path = "common/foreign.rs"]
 mod made;
 mod qemu;
@@ -10,6 +12,7 @@ use fleecefs::chain::scan::{ScanOptions, scan};
 use fleecefs::chain::{Catalog, Disk};
 use fleecefs::error::Result;
 use fleecefs::image::{Cache, open_point};
+use guard::Guard;
 use made::{archive, archive_of, stream};
 
 fn look(dir: &Path) -> Catalog {
@@ -190,6 +193,7 @@ fn point_name(mount: &Path, archive: &str) -> String {
 /// A small XFS on a loop device; unmounted at the end.
 struct Xfs {
     path: std::path::PathBuf,
+    _mount: Guard,
     _dir: tempfile::TempDir,
 }
 
@@ -199,18 +203,7 @@ impl Xfs {
         let (file, path) = (dir.path().join("xfs"), dir.path().join("mnt"));
         std::fs::File::create(&file).unwrap().set_len(320 << 20).unwrap();
         std::fs::create_dir(&path).unwrap();
-        let (file, mount) = (file.to_str().unwrap(), path.to_str().unwrap());
-        qemu::run("mkfs.xfs", &["-q", "-m", "reflink=1", file]);
-        qemu::run("mount", &["-o", "loop", file, mount]);
-        Xfs { path, _dir: dir }
-    }
-}
-
-impl Drop for Xfs {
-    fn drop(&mut self) {
-        let done = std::process::Command::new("umount").arg(&self.path).status();
-        if !done.is_ok_and(|s| s.success()) {
-            eprintln!("cannot unmount {}", self.path.display());
-        }
+        qemu::run("mkfs.xfs", &["-q", "-m", "reflink=1", file.to_str().unwrap()]);
+        Xfs { _mount: Guard::mount("-o loop", &file, &path), path, _dir: dir }
     }
 }

@@ -314,6 +314,49 @@ fn verify_records_no_format_that_only_the_bytes_say() {
     }
 }
 
+/// What is merged would be qcow2 for good, by the word of its own bytes.
+#[test]
+fn nothing_is_merged_whose_format_only_its_bytes_say() {
+    if !have("nothing_is_merged_whose_format_only_its_bytes_say", &TOOLS) {
+        return;
+    }
+    for tail in ["sda.raw", "sda.img"] {
+        let full = &format!("FULL-1700000000-{tail}");
+        let inc = format!("INC-1700000001-{tail}");
+        let inc = inc.as_str();
+        let b = Backups::new();
+        let path = b.path(&format!("sda/{full}"));
+        image(&path, &[], 0x41);
+        image(&b.path(&format!("sda/{inc}")), &[], 0x42);
+        let disks = b.scan().disks;
+        let disk = disks[0].path.to_str().unwrap();
+        let (root, folder) = (b.root().to_str().unwrap(), b.path("sda"));
+        let folder = folder.to_str().unwrap();
+        let before = std::fs::read(&path).unwrap();
+        let verbs: [&[&str]; 6] = [
+            &["consolidate", root, disk, "--until", inc],
+            &["consolidate", root, disk, "--until", inc, "--dry-run"],
+            &["prune", "--keep-last", "1", "--consolidate", "--force", root],
+            &["commit", folder],
+            &["commit", folder, "--until", inc, "--dry-run"],
+            &["snapshot-rebase", folder],
+        ];
+        for verb in verbs {
+            let out = fleecefs(verb);
+            let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+            assert!(said.contains("verify --create --format"), "{verb:?}: {said}");
+            // To prune is more than to consolidate: that says why the point stays what it is.
+            assert_eq!(out.status.success(), verb[0] == "prune", "{verb:?}: {said}");
+            assert_eq!(std::fs::read(&path).unwrap(), before, "{verb:?}");
+            assert!(!b.path(&format!("sda/.fleecefs/{full}.json")).exists(), "{verb:?}");
+            assert!(!b.path(&format!("sda/.fleecefs/{inc}.json")).exists(), "{verb:?}");
+        }
+        fleecefs(&["verify", "--create", "--format", "qcow2", root]);
+        let out = fleecefs(verbs[0]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+}
+
 #[test]
 fn a_users_word_counts_for_what_was_asked_for_only() {
     if !have("a_users_word_counts_for_what_was_asked_for_only", &TOOLS) {

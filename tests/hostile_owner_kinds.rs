@@ -3,6 +3,8 @@
 //! What cannot be done is refused before anything is begun, and what is beside it is worked on.
 
 mod chains;
+#[path = "mounted/guard.rs"]
+mod guard;
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -10,6 +12,7 @@ use std::process::{Command, Output};
 
 use chains::qemu::{have, run};
 use chains::{Backups, TOOLS, copy_to};
+use guard::Guard;
 
 const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
 /// A user without an entry in the user database.
@@ -149,13 +152,14 @@ impl Drop for Attribute {
     }
 }
 
-/// A mount that goes away with the test.
-struct Unmount(PathBuf);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
+/// A mount, where the kernel has what it needs.
+fn try_mount(test: &str, options: &str, what: &Path, at: &Path) -> Option<Guard> {
+    let said = match Guard::try_mount(options, what, at) {
+        Ok(guard) => return Some(guard),
+        Err(said) => said,
+    };
+    println!("skipped: {test}: mount {options}: {said}");
+    None
 }
 
 #[test]
@@ -211,17 +215,13 @@ fn what_is_mounted_over_an_image_is_refused_before_anything_goes() {
     std::fs::copy(scene.image(1), &other).unwrap();
     let kept = std::fs::read(&other).unwrap();
     let at = scene.image(1);
-    if !try_run(test, "mount", &["--bind", &text(&other), &text(&at)]) {
-        return;
-    }
-    let held = Unmount(at);
+    let Some(held) = try_mount(test, "--bind", &other, &at) else { return };
     scene.all_refuse(6, "unmount it first");
     // As a target, too: before the point is copied.
     let [target, third] = ["target", "third"].map(|n| scene.top.path().join(n));
     std::fs::write(&target, "").unwrap();
     std::fs::write(&third, "").unwrap();
-    run("mount", &["--bind", &text(&third), &text(&target)]);
-    let held_target = Unmount(target.clone());
+    let held_target = Guard::mount("--bind", &third, &target);
     let out = fleecefs(&["restore", "--force", &text(&scene.root()), "sda/latest", &text(&target)]);
     assert_eq!(out.status.code(), Some(6), "{}", stderr(&out));
     assert!(std::fs::read(&other).unwrap() == kept);
@@ -238,13 +238,8 @@ fn a_folder_for_manifests_from_elsewhere_is_refused_before_anything_goes() {
     for bind in [true, false] {
         std::fs::create_dir_all(&other).unwrap();
         std::fs::create_dir_all(&at).unwrap();
-        let (other, to) = (text(&other), text(&at));
-        let bound = ["--bind", &other, &to];
-        let args: &[&str] = if bind { &bound } else { &["-t", "tmpfs", "none", &to] };
-        if !try_run(test, "mount", args) {
-            return;
-        }
-        let held = Unmount(at.clone());
+        let options = if bind { "--bind" } else { "-t tmpfs" };
+        let Some(held) = try_mount(test, options, &other, &at) else { return };
         // What moves an image out of it.
         for args in &scene.writers()[..3] {
             let before = scene.contents();
@@ -269,10 +264,7 @@ fn a_folder_that_is_mounted_in_the_directory_is_worked_on() {
     let (other, at) = (scene.top.path().join("other"), scene.root().join("sda"));
     std::fs::rename(&at, &other).unwrap();
     std::fs::create_dir(&at).unwrap();
-    if !try_run(test, "mount", &["--bind", &text(&other), &text(&at)]) {
-        return;
-    }
-    let held = Unmount(at.clone());
+    let Some(held) = try_mount(test, "--bind", &other, &at) else { return };
     scene.works();
     drop(held);
     assert_eq!(std::fs::read_dir(&at).unwrap().count(), 0);
@@ -283,10 +275,7 @@ fn a_file_system_that_cannot_be_written_is_read() {
     let test = "a_file_system_that_cannot_be_written_is_read";
     let Some(scene) = Scene::new(test) else { return };
     let root = text(&scene.root());
-    if !try_run(test, "mount", &["--bind", &root, &root]) {
-        return;
-    }
-    let _held = Unmount(scene.root());
+    let Some(_held) = try_mount(test, "--bind", &scene.root(), &scene.root()) else { return };
     run("mount", &["-o", "remount,bind,ro", &root]);
     must(&["list", &root]);
     assert_eq!(fleecefs(&["verify", &root]).status.code(), Some(19));
@@ -366,7 +355,7 @@ fn a_file_system_of_the_owners_that_never_answers_holds_nobody_up() {
         )
     };
     assert_eq!(mounted, 0, "{}", std::io::Error::last_os_error());
-    let _held = Unmount(at);
+    let _held = Guard::of(r#"umount -l "$1""#, &[&at]);
     let root = text(&scene.root());
     let out = must(&["list", &root]);
     let said = String::from_utf8_lossy(&out.stdout).into_owned();

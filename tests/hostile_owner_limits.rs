@@ -9,7 +9,7 @@ mod mounted;
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use fleecefs::chain::manifest::{self, Manifest};
 use fleecefs::error::{Error, Kind, Result};
 use fleecefs::folder::Folder;
 use fleecefs::progress::Progress;
+use mounted::guard::Guard;
 use qemu::{have, run};
 use serde_json::json;
 
@@ -233,18 +234,8 @@ fn a_folder_with_the_files_of_a_mount_is_not_hidden() {
     b.image("plain/FULL-1700000000-a", None);
     std::fs::create_dir(b.path("mounted")).unwrap();
     let at = b.path("mounted");
-    run("mount", &["-t", "tmpfs", "none", at.to_str().unwrap()]);
-    let _guard = Unmount(at);
+    let _guard = Guard::tmpfs("50%", &at);
     b.file("mounted/.fleecefs/status.json", b"{}");
     b.image("mounted/FULL-1700000000-b", None);
     assert_eq!(b.shown().len(), 2, "{:?}", b.shown());
-}
-
-/// A mount that goes away with the test.
-struct Unmount(std::path::PathBuf);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
 }

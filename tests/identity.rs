@@ -8,11 +8,15 @@ mod qemu;
 #[path = "common/vm.rs"]
 mod vm;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use backup::Caller;
+use fleecefs::chain::manifest;
+use inotify::{Inotify, WatchMask};
 use qemu::{have, run};
+use serde_json::json;
 use vm::{Vm, image};
 
 const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
@@ -57,6 +61,132 @@ fn a_disk_that_was_restored_to_another_place_stays_itself() {
         assert_eq!(backup::level(&caller, "data.qcow2"), "INC");
         drop(vm);
     }
+}
+
+/// Folders of other disks in the target, each with `points` points, and their places for manifests.
+fn other_disks(target: &Path, count: usize, points: usize) -> Vec<PathBuf> {
+    let own = backup::newest(target, "data.qcow2");
+    let known = manifest::read(own.parent().unwrap(), own.file_name().unwrap()).unwrap().unwrap();
+    let side = |i: usize| {
+        let dir = target.join(format!("d{i}.qcow2"));
+        for p in 0..points {
+            let image = format!("FULL-{}-d{i}.qcow2", 1_600_000_000 + p);
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join(&image), "x").unwrap();
+            let mut m = manifest::Manifest { image, ..known.clone() };
+            m.disk.file = format!("/other/d{i}.qcow2");
+            m.disk.qdev = format!("/machine/peripheral/d{i}");
+            for b in [&mut m.bitmap, &mut m.diff_bitmap].into_iter().flatten() {
+                b.name = format!("fleecefs-00000000-000000000000-{i:012x}-0");
+            }
+            manifest::write(&dir, &m).unwrap();
+        }
+        dir.join(".fleecefs")
+    };
+    (0..count).map(side).collect()
+}
+
+/// Runs a backup; which files in these folders were opened, and how long it took.
+fn opened(caller: &Caller, folders: &[PathBuf]) -> (Vec<String>, Duration) {
+    let mut watch = Inotify::init().unwrap();
+    for dir in folders {
+        watch.watches().add(dir, WatchMask::OPEN | WatchMask::ONLYDIR).unwrap();
+    }
+    let began = Instant::now();
+    caller.must("auto");
+    let took = began.elapsed();
+    let (mut names, mut buffer) = (Vec::new(), vec![0; 1 << 20]);
+    while let Ok(events) = watch.read_events(&mut buffer) {
+        let files = events.filter_map(|e| Some(e.name?.to_str()?.to_owned()));
+        names.extend(files.filter(|n| n.ends_with(".json")));
+    }
+    (names, took)
+}
+
+/// `FLEECEFS_FOLDERS=2000` measures.
+#[test]
+fn to_find_a_renamed_disks_folder_costs_little_and_once() {
+    if !have("to_find_a_renamed_disks_folder_costs_little_and_once", QEMU) {
+        return;
+    }
+    let count = std::env::var("FLEECEFS_FOLDERS").map_or(20, |n| n.parse().unwrap());
+    let identity = ["-uuid", "11111111-2222-3333-4444-555555555555"];
+    for flat in [false, true] {
+        let d = tempfile::tempdir().unwrap();
+        let vm = Vm::start(d.path(), &image(&d.path().join("a/data.qcow2")), &identity);
+        vm.caller.must("full");
+        let mut others = other_disks(&vm.caller.target, count, 5);
+        let more: &[&str] = if flat { &["--no-subdir"] } else { &[] };
+        let caller = match flat {
+            true => {
+                // As if all had been made so.
+                run(
+                    "sh",
+                    &[
+                        "-c",
+                        r#"
+                    cd "$1"; mkdir -p .fleecefs
+                    for d in *.qcow2; do
+                        mv $d/.fleecefs/*.json .fleecefs/; rm -r $d/.fleecefs; mv $d flat; mv flat/* .
+                        rmdir flat
+                    done"#,
+                        "sh",
+                        vm.caller.target.to_str().unwrap(),
+                    ],
+                );
+                others = vec![vm.caller.target.join(".fleecefs")];
+                vm.caller.with(more)
+            }
+            false => vm.caller.clone(),
+        };
+        let is_other = |n: &&String| !n.contains("-data.qcow2");
+        let (names, before) = opened(&caller, &others);
+        assert_eq!(names.iter().filter(is_other).count(), 0, "{names:?}");
+        vm.quit();
+        let vm = Vm::start(d.path(), &image(&d.path().join("b/new.qcow2")), &identity);
+        let (names, first) = opened(&caller, &others);
+        let old = names.iter().filter(is_other).filter(|n| !n.starts_with("FULL-1600000004-"));
+        println!("flat {flat}, {count} folders: {before:?}, the first run {first:?}");
+        assert_eq!(old.count(), 0, "the newest of each alone: {names:?}");
+        for _ in 0..2 {
+            let (names, then) = opened(&caller, &others);
+            println!("flat {flat}, {count} folders: then {then:?}");
+            assert_eq!(names.iter().filter(is_other).count(), 0, "{names:?}");
+        }
+        let folder = if flat { caller.target.clone() } else { caller.target.join("data.qcow2") };
+        let own = backup::images(&folder).into_iter();
+        let own = own.filter(|i| i.to_str().unwrap().ends_with("-data.qcow2"));
+        assert_eq!(own.count(), 5);
+        // What is remembered proves nothing: the disk is another one's by now.
+        vm.quit();
+        let m = manifest_of(&folder);
+        manifest::write(
+            &folder,
+            &manifest::Manifest {
+                disk: manifest::DiskIdentity {
+                    file: "/elsewhere".into(),
+                    qdev: "x".into(),
+                    ..m.disk.clone()
+                },
+                vm: json!({}).into(),
+                bitmap: None,
+                diff_bitmap: None,
+                ..m
+            },
+        )
+        .unwrap();
+        let _vm = Vm::start(d.path(), &d.path().join("b/new.qcow2"), &identity);
+        caller.must("auto");
+        let new = if flat { caller.target.clone() } else { caller.target.join("new.qcow2") };
+        assert!(backup::images(&new).iter().any(|i| i.to_str().unwrap().ends_with("-new.qcow2")));
+    }
+}
+
+/// The newest manifest of the disk `data.qcow2`.
+fn manifest_of(folder: &Path) -> manifest::Manifest {
+    let mut own = backup::images(folder);
+    own.retain(|i| i.to_str().unwrap().ends_with("-data.qcow2"));
+    manifest::read(folder, own.last().unwrap().file_name().unwrap()).unwrap().unwrap()
 }
 
 #[test]

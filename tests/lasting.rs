@@ -14,6 +14,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use mounted::Mount;
+use mounted::guard::Guard;
 use mounted::process::{eventually, server_pid, signal, status};
 use qemu::have;
 
@@ -134,21 +135,8 @@ fn waits_for_fuse(child: &Child) -> bool {
 }
 
 /// A folder that is mounted over another until this is dropped.
-struct Bound(PathBuf);
-
-impl Bound {
-    fn new(from: &Path, at: &Path) -> Self {
-        let out = Command::new("mount").arg("--bind").args([from, at]).output().unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        Bound(at.to_path_buf())
-    }
-}
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        let mut umount = Command::new("umount");
-        let _ = umount.arg("-l").arg(&self.0).output();
-    }
+fn bound(from: &Path, at: &Path) -> Guard {
+    Guard::mount("--bind", from, at)
 }
 
 fn is_root(test: &str) -> bool {
@@ -179,7 +167,7 @@ fn a_disk_that_is_mounted_later_shows_and_shows_again() {
         let mount = Mount::new(&root);
         assert!(!shown(&mount, 0).exists());
         for _ in 0..2 {
-            let bound = Bound::new(&from, &at);
+            let bound = bound(&from, &at);
             eventually("the points", || shown(&mount, 0).exists());
             assert_eq!(std::fs::read(shown(&mount, 0)).unwrap(), [1; SIZE]);
             // With nothing open the disk can be unmounted, and goes.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use mounted::Mount;
+use mounted::guard::Guard;
 use qemu::{Chain, have, run};
 use serde_json::Value;
 
@@ -37,8 +38,8 @@ fn partitions_mount_through_a_loop_device() {
     let looped = Loop::new(&latest);
     for (n, options) in [(1, "ro,noload"), (2, "ro,norecovery,nouuid")] {
         let part = looped.partition(n, &latest);
-        let inner = Inner::new(&part.0, options);
-        let text = std::fs::read_to_string(inner.0.path().join("hello")).unwrap();
+        let inner = Inner::new(part.path(), options);
+        let text = std::fs::read_to_string(inner.dir.path().join("hello")).unwrap();
         assert_eq!(text, "hello from the backup\n");
     }
 }
@@ -71,55 +72,51 @@ fn partitioned_disk(work: &Path) -> PathBuf {
     work.join("disk")
 }
 
-/// A loop device that goes away with its guard.
-struct Loop(String);
+/// A loop device, or the device of a partition, which goes with its disk's.
+enum Loop {
+    Whole(Guard),
+    Part(PathBuf),
+}
 
 impl Loop {
     fn new(file: &Path) -> Self {
-        let out = run("losetup", &["-r", "-P", "--show", "-f", file.to_str().unwrap()]);
-        Loop(String::from_utf8_lossy(&out.stdout).trim().to_string())
+        Loop::Whole(Guard::attach("-r -P", file))
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Loop::Whole(guard) => guard.made(),
+            Loop::Part(device) => device,
+        }
     }
 
     /// The device of partition `n`. A kernel without partition tables gets a loop device that
     /// begins where sfdisk, reading through this one, says that the partition does.
     fn partition(&self, n: usize, file: &Path) -> Loop {
-        let out = run("sfdisk", &["--json", &self.0]);
+        let own = self.path().to_str().unwrap();
+        let out = run("sfdisk", &["--json", own]);
         let table: Value = serde_json::from_slice(&out.stdout).unwrap();
         let part = &table["partitiontable"]["partitions"][n - 1];
-        let device = format!("{}p{n}", self.0);
-        if Path::new(&device).exists() {
-            return Loop(device);
+        let device = PathBuf::from(format!("{own}p{n}"));
+        if device.exists() {
+            return Loop::Part(device);
         }
-        let bytes = |key: &str| (part[key].as_u64().unwrap() * 512).to_string();
+        let bytes = |key: &str| part[key].as_u64().unwrap() * 512;
         let (start, size) = (bytes("start"), bytes("size"));
-        let file = file.to_str().unwrap();
-        let args = ["-r", "--show", "-f", "-o", &start, "--sizelimit", &size, file];
-        Loop(String::from_utf8_lossy(&run("losetup", &args).stdout).trim().to_string())
+        Loop::Whole(Guard::attach(&format!("-r -o {start} --sizelimit {size}"), file))
     }
 }
 
-impl Drop for Loop {
-    fn drop(&mut self) {
-        // A partition's device goes with its disk's.
-        if !self.0.trim_start_matches("/dev/loop").contains('p') {
-            let _ = Command::new("losetup").args(["-d", &self.0]).status();
-        }
-    }
+/// A mounted partition.
+struct Inner {
+    _mount: Guard,
+    dir: tempfile::TempDir,
 }
-
-/// A mounted partition that goes away with its guard.
-struct Inner(tempfile::TempDir);
 
 impl Inner {
-    fn new(device: &str, options: &str) -> Self {
+    fn new(device: &Path, options: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        run("mount", &["-o", options, device, dir.path().to_str().unwrap()]);
-        Inner(dir)
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
+        let mount = Guard::mount(&format!("-o {options}"), device, dir.path());
+        Inner { _mount: mount, dir }
     }
 }

@@ -4,11 +4,12 @@
 mod mounted;
 mod qemu;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use fleecefs::chain::manifest;
 use mounted::Mount;
+use mounted::guard::Guard;
 use qemu::{Chain, Oracle, Rng, first_difference, qemu_io, run};
 use serde_json::Value;
 
@@ -281,13 +282,17 @@ fn bytes_and_maps_equal_qemus(test: &str, half: u64) {
 /// Where points are restored to: files, and a loop device where we may have one.
 struct Targets {
     dir: tempfile::TempDir,
-    device: Option<PathBuf>,
+    device: Option<Guard>,
 }
 
 /// As large as the largest disk of the matrix, and then some.
 const DEVICE: u64 = 16 * MIB;
 
 impl Targets {
+    fn device(&self) -> Option<&Path> {
+        self.device.as_ref().map(Guard::made)
+    }
+
     fn new() -> Self {
         let dir = qemu::tempdir();
         // SAFETY: geteuid has no preconditions.
@@ -296,8 +301,7 @@ impl Targets {
         let device = (root && qemu::have("matrix (loop device)", &["losetup"])).then(|| {
             let file = dir.path().join("device");
             std::fs::File::create(&file).unwrap().set_len(DEVICE).unwrap();
-            let out = run("losetup", &["--find", "--show", file.to_str().unwrap()]);
-            PathBuf::from(String::from_utf8(out.stdout).unwrap().trim())
+            Guard::attach("", &file)
         });
         if device.is_none() {
             println!("skipped: matrix (loop device) needs root");
@@ -309,7 +313,7 @@ impl Targets {
         let point = Path::new(&chain.name).join(file.file_name().unwrap());
         let (raw, qcow2) = (self.dir.path().join("r.raw"), self.dir.path().join("r.qcow2"));
         let mut found = Vec::new();
-        let all = [Some(&raw), Some(&qcow2), self.device.as_ref()];
+        let all = [Some(raw.as_path()), Some(qcow2.as_path()), self.device()];
         for target in all.into_iter().flatten() {
             let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
             command.args(["-q", "restore", "--force", "--yes"]).args([dir, &point, target]);
@@ -318,15 +322,15 @@ impl Targets {
                 found.push(format!("restore: {}", String::from_utf8_lossy(&out.stderr)));
                 continue;
             }
-            if *target == qcow2 {
+            if target == qcow2 {
                 let q = qcow2.to_str().unwrap();
                 run("qemu-img", &["check", "-q", "-f", "qcow2", q]);
                 let to = raw.to_str().unwrap();
                 run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", q, to]);
             }
-            let from = if *target == qcow2 { &raw } else { target };
+            let from = if target == qcow2 { &raw } else { target };
             let mut got = std::fs::read(from).unwrap();
-            if Some(from) == self.device.as_ref() {
+            if Some(from) == self.device() {
                 got.truncate(right.len());
             }
             if let Some(d) = first_difference(&got, right) {
@@ -334,17 +338,6 @@ impl Targets {
             }
         }
         found
-    }
-}
-
-impl Drop for Targets {
-    fn drop(&mut self) {
-        if let Some(device) = &self.device {
-            let done = Command::new("losetup").arg("-d").arg(device).status();
-            if !done.is_ok_and(|s| s.success()) {
-                eprintln!("cannot detach {}", device.display());
-            }
-        }
     }
 }
 

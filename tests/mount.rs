@@ -13,7 +13,7 @@ use std::process::{Command, Output};
 
 use mounted::Mount;
 use mounted::process::{eventually, status, stderr};
-use qemu::{Chain, Oracle, first_difference, have, run};
+use qemu::{Chain, Oracle, first_difference, have, is_root, run};
 use three_points::{MIB, SIZE, backups};
 
 const TOOLS: [&str; 3] = ["qemu-img", "qemu-io", "/dev/fuse"];
@@ -270,6 +270,40 @@ fn a_user_mounts_without_root() {
         .output()
         .unwrap();
     assert!(out.status.success(), "{:?}: {}", out.status.code(), stderr(&out));
+}
+
+/// What is missing is said: to a user all of it is "Permission denied".
+#[test]
+fn a_user_who_may_not_mount_is_told_what_to_do() {
+    let test = "a_user_who_may_not_mount_is_told_what_to_do";
+    let tools = [TOOLS.as_slice(), &["setpriv", "fusermount3", "unshare"]].concat();
+    if !have(test, &tools) || !is_root(test) {
+        return;
+    }
+    let (dir, _) = backups();
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(home.path(), Some(65534), Some(65534)).unwrap();
+    let program = home.path().join("fleecefs");
+    std::fs::copy(FLEECEFS, &program).unwrap();
+    let script = r#"
+        cd "$HOME_DIR" && mkdir -p own && chown 65534:65534 own && mkdir -p roots || exit 99
+        mknod fuse c 10 229; chmod "$MODE" fuse && mount --bind fuse /dev/fuse || exit 99
+        exec setpriv --reuid=65534 --regid=65534 --clear-groups $MORE ./fleecefs mount "$BACKUPS" "$AT"
+    "#;
+    for (mode, more, at, wanted) in [
+        ("600", "", "own", "(mode 0600 of user 0: Permission denied"),
+        ("666", "", "roots", "at a folder of his own"),
+        ("666", "--no-new-privs", "own", "no_new_privs"),
+    ] {
+        let mut user = Command::new("unshare");
+        user.args(["-m", "sh", "-c", script]).env("HOME_DIR", home.path());
+        user.env("BACKUPS", dir.path()).env("MODE", mode).env("MORE", more).env("AT", at);
+        let out = user.output().unwrap();
+        let said = stderr(&out);
+        assert_eq!(out.status.code(), Some(5), "{mode} {more} {at}: {said}");
+        assert!(said.contains(wanted) && !said.contains("\\n"), "{mode} {more} {at}: {said}");
+    }
 }
 
 #[test]

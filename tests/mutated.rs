@@ -4,6 +4,8 @@
 //!
 //! `FLEECEFS_MUTATED=20000` tries so many disks instead of a few hundred.
 
+#[path = "mounted/guard.rs"]
+mod guard;
 #[path = "common/foreign.rs"]
 mod made;
 mod qemu;
@@ -15,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use guard::Guard;
 use qemu::{Chain, Oracle, Rng, run};
 
 /// Disks tried unless the environment says otherwise.
@@ -310,6 +313,8 @@ fn fleecefs(args: &[&str], dir: &Path, seed: &str) -> Ended {
 fn look_through_mount(dir: &Path, truth: &[u8], seed: &str) {
     let mount = tempfile::tempdir().unwrap();
     let at = mount.path().to_str().unwrap();
+    // For a test that is killed.
+    let _guard = Guard::of(r#"umount -l "$1""#, &[mount.path()]);
     let status = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
         .args(["-q", "mount", dir.to_str().unwrap(), at])
         .stderr(Stdio::null())
@@ -331,9 +336,6 @@ fn look_through_mount(dir: &Path, truth: &[u8], seed: &str) {
         assert!(good.unwrap() == truth, "{seed}: the good disk has other bytes");
     });
     let end = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(["umount", at]).status().unwrap();
-    if !end.success() {
-        let _ = Command::new("umount").args(["-l", at]).status();
-    }
     if let Err(e) = read {
         std::panic::resume_unwind(e);
     }

@@ -470,12 +470,18 @@ fn a_throw_away_overlay_is_told_and_has_the_name_of_its_disk() {
 
 /// What shares and FUSE file systems refuse, alone and all at once; how often it is told.
 const LESSER: [(&str, Refusing); 7] = [
-    ("sync folders", Refusing { folder_sync: Some(libc::EINVAL), calls: &[] }),
-    ("sync folders", Refusing { folder_sync: Some(libc::EACCES), calls: &[] }),
-    ("no locks", Refusing { folder_sync: None, calls: &[(libc::SYS_flock, libc::ENOLCK)] }),
-    ("no locks", Refusing { folder_sync: None, calls: &[(libc::SYS_flock, libc::EOPNOTSUPP)] }),
-    ("file's times", Refusing { folder_sync: None, calls: &[(libc::SYS_utimensat, libc::EPERM)] }),
-    ("file's times", Refusing { folder_sync: None, calls: &[(libc::SYS_utimensat, libc::ENOSYS)] }),
+    ("sync folders", Refusing { folder_sync: Some(libc::EINVAL), ..Refusing::NOTHING }),
+    ("sync folders", Refusing { folder_sync: Some(libc::EACCES), ..Refusing::NOTHING }),
+    ("no locks", Refusing { calls: &[(libc::SYS_flock, libc::ENOLCK)], ..Refusing::NOTHING }),
+    ("no locks", Refusing { calls: &[(libc::SYS_flock, libc::EOPNOTSUPP)], ..Refusing::NOTHING }),
+    (
+        "file's times",
+        Refusing { calls: &[(libc::SYS_utimensat, libc::EPERM)], ..Refusing::NOTHING },
+    ),
+    (
+        "file's times",
+        Refusing { calls: &[(libc::SYS_utimensat, libc::ENOSYS)], ..Refusing::NOTHING },
+    ),
     (
         "sync folders",
         Refusing {
@@ -488,6 +494,7 @@ const LESSER: [(&str, Refusing); 7] = [
                 (libc::SYS_fchmod, libc::EPERM),
                 (libc::SYS_fchown, libc::EPERM),
             ],
+            ..Refusing::NOTHING
         },
     ),
 ];

@@ -1,13 +1,16 @@
 //! prune and consolidate, killed or on a full file system: no point that should stay is lost.
 
 mod chains;
+#[path = "mounted/guard.rs"]
+mod guard;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use chains::qemu::{self, Rng, run};
+use chains::qemu::{self, Rng};
 use chains::{Backups, TOOLS, code, copy_to, fleecefs, names, succeed};
+use guard::Guard;
 
 /// A run that is killed after `delay`; whether it was still at work.
 fn killed(args: &[&str], dir: &Path, delay: Duration) -> bool {
@@ -97,20 +100,15 @@ fn consolidate_of_linked_images_survives_kill() {
 }
 
 /// A small file system in memory.
-struct Tmpfs(tempfile::TempDir);
+struct Tmpfs {
+    _mount: Guard,
+    dir: tempfile::TempDir,
+}
 
 impl Tmpfs {
     fn new(bytes: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let size = format!("size={bytes}");
-        run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", dir.path().to_str().unwrap()]);
-        Tmpfs(dir)
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
+        Tmpfs { _mount: Guard::tmpfs(&bytes.to_string(), dir.path()), dir }
     }
 }
 
@@ -136,7 +134,7 @@ fn a_full_file_system_loses_nothing() {
     for round in 0..rounds() {
         let room = rng.below(12 << 20) / 4096 * 4096;
         let fs = Tmpfs::new(used + room);
-        let dir = fs.0.path().join("b");
+        let dir = fs.dir.path().join("b");
         std::fs::create_dir(&dir).unwrap();
         copy_to(b.dir.path(), &dir);
         let verb: Vec<String> = match round % 2 {

@@ -9,6 +9,8 @@ mod guest;
 mod machine;
 mod mounted;
 mod qemu;
+#[path = "common/refusing.rs"]
+mod refusing;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -230,6 +232,41 @@ fn an_image_that_could_not_be_checked_is_not_removed() {
     assert!(out.status.success() && said.contains("was complete: published"), "{said}");
     assert!(said.contains("checked by fleecefs alone"), "{said}");
     clean(&d);
+}
+
+/// What failed was a last step, and failed once: the image is a point, and no failure.
+#[test]
+fn a_disk_that_failed_after_its_image_was_complete_is_told_as_a_point() {
+    let test = "a_disk_that_failed_after_its_image_was_complete_is_told_as_a_point";
+    if !have(test, TOOLS) {
+        return;
+    }
+    let d = daemon();
+    let caller = Caller::of(&d);
+    caller.must("full");
+    // The sync after the image got its name.
+    let has_new = |folder: &Path| {
+        let mut names = backup::images(folder).into_iter();
+        let is_new = |name: &str| name.starts_with("INC-") && name.ends_with(".img");
+        names.any(|i| is_new(i.file_name().unwrap().to_str().unwrap()))
+    };
+    let refusing = refusing::Refusing {
+        folder_sync: Some(libc::EIO),
+        once: Some(has_new),
+        ..refusing::Refusing::NOTHING
+    };
+    let out = refusing.run(&mut caller.command("inc"));
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    assert!(said.contains("cannot sync the folder"), "it failed: {said}");
+    assert_eq!(said.matches("the image was complete: it is a point").count(), 1, "{said}");
+    assert_eq!(out.status.code(), Some(0), "{said}");
+    for disk in ["a.img", "b.img"] {
+        let image = backup::newest(&caller.target, disk);
+        assert_eq!(backup::level(&caller, disk), "INC", "{said}");
+        assert!(backup::manifest_of(&image)["failed"].is_null(), "{said}");
+    }
+    clean(&d);
+    caller.must("inc");
 }
 
 /// The agent of a frozen guest, until nobody asks any more; whether it was told to thaw.

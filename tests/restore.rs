@@ -1,12 +1,15 @@
 //! What `restore` writes equals QEMU's own answer, on every kind of target, and nothing wrong ever
 //! stands under the target's name.
 
+#[path = "mounted/guard.rs"]
+mod guard;
 mod qemu;
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
+use guard::Guard;
 use qemu::{Chain, Oracle, Rng, first_difference, have, is_root, run};
 
 const MIB: u64 = 1 << 20;
@@ -339,33 +342,6 @@ fn unreadable_ranges_fail_or_are_salvaged_and_told() {
     }
 }
 
-/// A loop device or mount that goes away with its guard.
-struct Undo(Vec<Vec<String>>);
-
-impl Undo {
-    fn add(&mut self, command: &[&str]) {
-        self.0.push(command.iter().map(|s| s.to_string()).collect());
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        while let Some(c) = self.0.pop() {
-            let done = Command::new(&c[0]).args(&c[1..]).status();
-            if !done.is_ok_and(|s| s.success()) {
-                eprintln!("cannot undo: {c:?}");
-            }
-        }
-    }
-}
-
-fn loop_device(file: &Path, undo: &mut Undo) -> PathBuf {
-    let out = run("losetup", &["--find", "--show", s(file)]);
-    let device = String::from_utf8(out.stdout).unwrap().trim().to_string();
-    undo.add(&["losetup", "-d", &device]);
-    PathBuf::from(device)
-}
-
 #[test]
 fn a_block_device_is_overwritten_only_when_meant() {
     let test = "a_block_device_is_overwritten_only_when_meant";
@@ -378,32 +354,31 @@ fn a_block_device_is_overwritten_only_when_meant() {
     let point = name(&c.files[2]);
     let to = tempfile::tempdir().unwrap();
     let file = to.path().join("device");
-    let mut undo = Undo(Vec::new());
     std::fs::write(&file, vec![0xaa; 72 * MIB as usize]).unwrap();
-    let device = loop_device(&file, &mut undo);
+    let guard = Guard::attach("", &file);
+    let device = guard.made();
     let dir = s(dir.path());
-    let text = fails(&["restore", dir, point, s(&device)], 2);
+    let text = fails(&["restore", dir, point, s(device)], 2);
     assert!(text.contains("--yes"), "{text}");
     for extra in [&[] as &[&str], &["--discard"]] {
-        run("dd", &["if=/dev/zero", &format!("of={}", s(&device)), "bs=1M", "count=72"]);
-        run("sh", &["-c", &format!("tr '\\0' '\\252' </dev/zero | head -c 72M >{}", s(&device))]);
-        let mut args = vec!["restore", "--yes", "--verify", dir, point, s(&device)];
+        run("dd", &["if=/dev/zero", &format!("of={}", s(device)), "bs=1M", "count=72"]);
+        run("sh", &["-c", &format!("tr '\\0' '\\252' </dev/zero | head -c 72M >{}", s(device))]);
+        let mut args = vec!["restore", "--yes", "--verify", dir, point, s(device)];
         args.extend(extra);
         ok(&args);
-        let got = std::fs::read(&device).unwrap();
+        let got = std::fs::read(device).unwrap();
         assert_eq!(first_difference(&got[..want.len()], &want), None, "{extra:?}");
     }
     let small = to.path().join("small");
     std::fs::write(&small, vec![0; MIB as usize]).unwrap();
-    let small = loop_device(&small, &mut undo);
-    fails(&["restore", "--yes", dir, point, s(&small)], 7);
+    let small = Guard::attach("", &small);
+    fails(&["restore", "--yes", dir, point, s(small.made())], 7);
     // In use: never.
-    run("mkfs.ext4", &["-q", s(&device)]);
+    run("mkfs.ext4", &["-q", s(device)]);
     let mount = to.path().join("mnt");
     std::fs::create_dir(&mount).unwrap();
-    run("mount", &[s(&device), s(&mount)]);
-    undo.add(&["umount", s(&mount)]);
-    fails(&["restore", "--yes", dir, point, s(&device)], 6);
+    let _mount = Guard::mount("", device, &mount);
+    fails(&["restore", "--yes", dir, point, s(device)], 6);
 }
 
 #[test]
@@ -416,11 +391,9 @@ fn on_one_xfs_ranges_are_cloned() {
     let file = to.path().join("xfs");
     std::fs::File::create(&file).unwrap().set_len(600 * MIB).unwrap();
     run("mkfs.xfs", &["-q", "-m", "reflink=1", s(&file)]);
-    let mut undo = Undo(Vec::new());
     let mount = to.path().join("mnt");
     std::fs::create_dir(&mount).unwrap();
-    run("mount", &["-o", "loop", s(&file), s(&mount)]);
-    undo.add(&["umount", s(&mount)]);
+    let _guard = Guard::mount("-o loop", &file, &mount);
     let backups = mount.join("b");
     // Clusters below the file system's block size may lie at any place within a block.
     let kinds =
@@ -539,9 +512,7 @@ fn a_full_disk_leaves_nothing() {
     let mut c = Chain::new(dir.path(), "sda");
     let f = c.point("", 32 * MIB, &["write -P 1 0 32M".into()]);
     let to = tempfile::tempdir().unwrap();
-    run("mount", &["-t", "tmpfs", "-o", "size=16M", "none", s(to.path())]);
-    let mut undo = Undo(Vec::new());
-    undo.add(&["umount", s(to.path())]);
+    let _guard = Guard::tmpfs("16M", to.path());
     let mut rng = Rng(11);
     // The disk is full at another moment each time; the last is that of the part below.
     let sizes = (1..rounds()).map(|_| 4 + rng.below(32 * MIB / 4096 - 8)).chain([4096]);

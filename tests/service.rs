@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use mounted::Mount;
+use mounted::guard::{Guard, tied};
 use mounted::process::{eventually, is_gone, is_mounted, server_pid, signal, stderr};
 use qemu::have;
 
@@ -31,6 +32,8 @@ fn fleecefs(args: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
 /// A mount in the foreground, which ends with its guard whatever happens to the test.
 struct Foreground {
     child: Child,
+    /// Of what the child leaves if both are killed.
+    _mount: Guard,
     at: tempfile::TempDir,
     /// Where it is mounted, if not there.
     elsewhere: Option<PathBuf>,
@@ -39,10 +42,17 @@ struct Foreground {
 impl Foreground {
     fn start(args: impl FnOnce(&mut Command, &Path)) -> Self {
         let at = tempfile::tempdir().unwrap();
+        let umount = r#""$1" umount --lazy "$2""#;
+        let guard = Guard::of(umount, &[Path::new(FLEECEFS), at.path()]);
         let mut command = Command::new(FLEECEFS);
         args(&mut command, at.path());
         command.env("FLEECEFS_LOG", "info").stdout(Stdio::null()).stderr(Stdio::piped());
-        Foreground { child: command.spawn().unwrap(), at, elsewhere: None }
+        Foreground {
+            child: tied(&mut command).spawn().unwrap(),
+            _mount: guard,
+            at,
+            elsewhere: None,
+        }
     }
 
     fn pid(&self) -> i32 {
@@ -161,7 +171,7 @@ fn a_mount_that_another_one_hides_is_not_there() {
     };
     run(FLEECEFS, &[&"mount", &dir.path(), &at]);
     let pid = server_pid(&at);
-    run("mount", &[&"-t", &"tmpfs", &"none", &above.path()]);
+    let hidden = Guard::tmpfs("50%", above.path());
     std::fs::create_dir(&at).unwrap();
     let again = fleecefs(&[&"mount", &dir.path(), &at]);
     let both = at.join(POINT).exists();
@@ -169,7 +179,7 @@ fn a_mount_that_another_one_hides_is_not_there() {
     let none = fleecefs(&[&"umount", &at]);
     // One signal: it goes as soon as it can be reached.
     signal(pid, libc::SIGTERM);
-    run("umount", &[&above.path()]);
+    drop(hidden);
     eventually("its end", || is_gone(pid));
     assert!(!is_mounted(&at));
     assert!(again.status.success() && both, "{}", stderr(&again));

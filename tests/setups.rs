@@ -12,6 +12,7 @@ use std::process::{Command, Output};
 use chains::qemu::{have, run};
 use chains::{Backups, SIZE, TOOLS};
 use mounted::Mount;
+use mounted::guard::Guard;
 use mounted::process::stderr;
 
 const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
@@ -250,24 +251,14 @@ fn a_restore_target_may_be_a_link_to_a_device() {
     }
     let Some(scene) = Scene::new(test, 0) else { return };
     run("truncate", &["-s", &(2 * SIZE).to_string(), &scene.text("disk")]);
-    let device = run("losetup", &["-f", "--show", &scene.text("disk")]);
-    let device = String::from_utf8(device.stdout).unwrap().trim().to_string();
-    let _guard = Detach(device.clone());
+    let guard = Guard::attach("", &scene.path("disk"));
+    let device = guard.made();
     // As /dev/vg/lv is.
-    symlink(&device, scene.path("lv")).unwrap();
+    symlink(device, scene.path("lv")).unwrap();
     scene.must(0, &["restore", &scene.text("home/b"), "sda/latest", &scene.text("lv"), "--yes"]);
-    let bytes = std::fs::read(&device).unwrap();
+    let bytes = std::fs::read(device).unwrap();
     assert!(bytes[..SIZE as usize] == *scene.points.truth[3]);
     assert!(scene.path("lv").is_symlink());
-}
-
-/// A loop device that goes away with the test.
-struct Detach(String);
-
-impl Drop for Detach {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).output();
-    }
 }
 
 #[test]
@@ -459,18 +450,10 @@ fn a_target_on_a_fuse_file_system_is_worked_on() {
     }
     let Some(scene) = Scene::new(test, 0) else { return };
     std::fs::create_dir(scene.path("bound")).unwrap();
-    run("bindfs", &[&scene.text("home"), &scene.text("bound")]);
-    let _guard = Unbind(scene.path("bound"));
+    let undo = r#"fusermount3 -u -z "$1""#;
+    let _guard =
+        Guard::new(r#"bindfs "$2" "$1""#, undo, &[&scene.path("bound"), &scene.path("home")]);
     whole_life(&scene, 0, &[], &scene.text("bound/b"), &scene.text("bound/restored"));
-}
-
-/// A FUSE mount that goes away with the test.
-struct Unbind(PathBuf);
-
-impl Drop for Unbind {
-    fn drop(&mut self) {
-        let _ = Command::new("fusermount3").args(["-u", "-z"]).arg(&self.0).output();
-    }
 }
 
 #[test]
@@ -481,19 +464,15 @@ fn a_directory_on_an_overlay_is_worked_on() {
         std::fs::create_dir(scene.path(name)).unwrap();
     }
     // A lower layer on another file system: a file that is changed gets another inode there.
-    run("mount", &["-t", "tmpfs", "none", &scene.text("lower")]);
-    let _lower = Unmount(scene.path("lower"));
+    let _lower = Guard::tmpfs("50%", &scene.path("lower"));
     scene.fill("lower/b");
     let [lower, upper, work] = ["lower", "upper", "work"].map(|n| scene.text(n));
-    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
-    let mut mount = Command::new("mount");
-    mount.args(["-t", "overlay", "none", "-o", &options, &scene.text("over")]);
-    let out = mount.output().unwrap();
-    if !out.status.success() {
-        println!("skipped: {test}: no overlay here: {}", stderr(&out));
-        return;
-    }
-    let _over = Unmount(scene.path("over"));
+    let options = format!("-t overlay -o lowerdir={lower},upperdir={upper},workdir={work}");
+    let over = Guard::try_mount(&options, Path::new("none"), &scene.path("over"));
+    let _over = match over {
+        Ok(over) => over,
+        Err(said) => return println!("skipped: {test}: no overlay here: {said}"),
+    };
     whole_life(&scene, 0, &[], &scene.text("over/b"), &scene.text("restored"));
 }
 
@@ -539,11 +518,11 @@ fn on_an_id_mapped_mount_the_owner_does_all() {
     let Some(scene) = Scene::new(test, 0) else { return };
     std::fs::create_dir(scene.path("shifted")).unwrap();
     let shifted = scene.path("shifted");
+    let _shifted = Guard::of(UNMOUNT, &[&shifted]);
     if let Err(e) = mount_shifted(&scene.path("home"), &shifted, OWNER) {
         println!("skipped: {test}: no id-mapped mount here: {e}");
         return;
     }
-    let _shifted = Unmount(shifted);
     let dir = scene.text("shifted/b");
     let out = scene.run(0, &["verify", "--create", &dir]);
     assert_eq!(out.status.code(), Some(5), "{}", stderr(&out));
@@ -552,13 +531,4 @@ fn on_an_id_mapped_mount_the_owner_does_all() {
     whole_life(&scene, 0, &["--as-owner"], &dir, &scene.text("shifted/restored"));
     let mine = std::fs::metadata(scene.path("home/b/.fleecefs")).unwrap();
     assert_eq!(mine.uid(), 0, "as it is on the disk");
-}
-
-/// A mount that goes away with the test.
-struct Unmount(PathBuf);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
 }

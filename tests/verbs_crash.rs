@@ -3,6 +3,8 @@
 
 #[path = "chains/verbs.rs"]
 mod chains;
+#[path = "mounted/guard.rs"]
+mod guard;
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
@@ -16,6 +18,7 @@ use chains::{
     restored, s,
 };
 use fleecefs::chain::manifest::{self, Manifest};
+use guard::Guard;
 
 /// The folder as a run leaves it that is killed when the new FULL has its interim name: `done` is
 /// the same folder after the run.
@@ -285,8 +288,8 @@ fn a_full_disk_loses_nothing() {
     for round in 0..rounds {
         let small = tempfile::tempdir().unwrap();
         let free = rng.below(used) / 4096 * 4096 / if round % 2 == 0 { 1 } else { 16 };
-        let size = format!("size={}", used + (48 << 10) + free);
-        run("mount", &["-t", "tmpfs", "-o", &size, "none", s(small.path())]);
+        let size = (used + (48 << 10) + free).to_string();
+        let mounted = Guard::tmpfs(&size, small.path());
         let verb = ["commit", "rebase", "snapshot-rebase", "rebase"][round % 4];
         let check = std::panic::catch_unwind(|| {
             let folder = copy_of(&chain.dir, small.path());
@@ -301,7 +304,7 @@ fn a_full_disk_loses_nothing() {
             assert!(matches!(out.status.code(), Some(0 | 19)), "{what}: {found}");
             code != Some(0)
         });
-        run("umount", &[s(small.path())]);
+        drop(mounted);
         failed += u32::from(check.unwrap());
     }
     println!("{failed} of {rounds} runs met a full disk");

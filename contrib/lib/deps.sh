@@ -7,6 +7,8 @@
 #   deps_fuse          fuse3, bindfs and a usable /dev/fuse
 #   deps_qemu          qemu-system-x86_64, qemu-img, qemu-io, qemu-storage-daemon of one version
 #   deps_filesystems   what makes and checks file systems and partitions
+#   deps_clock         faketime, with which tests let nights pass
+#   deps_nfs           an NFS server and a client, neither of which is the kernel's
 #   deps_bench         fio, jq, python3
 #   deps_b3sum         b3sum, by way of cargo
 #   deps_guest         what contrib/guest/build.sh uses
@@ -186,6 +188,10 @@ deps_filesystems() {
     deps_packages e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools gdisk fdisk lvm2 attr util-linux mount
 }
 
+deps_clock() { deps_packages faketime; }
+
+deps_nfs() { deps_packages nfs-ganesha nfs-ganesha-vfs libnfs-utils; }
+
 deps_bench() { deps_packages fio jq python3; }
 
 # b3sum, which Debian 12 does not have: built by cargo, kept in the target folder.
@@ -205,6 +211,8 @@ deps_all() {
     deps_build
     deps_fuse
     deps_filesystems
+    deps_clock
+    deps_nfs
     deps_bench
     deps_guest
     deps_qemu

@@ -62,6 +62,7 @@ impl Run<'_> {
                 vm: folders::vm_uuid(&run.vm),
                 vm_name: folders::vm_name(&run.vm),
                 newcomer: run.newcomer,
+                renamed: &run.renamed,
                 no_inc,
                 unsound,
             };

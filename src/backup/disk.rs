@@ -69,7 +69,7 @@ impl Run<'_> {
             publish::note_fleece(&folder, &p.image, &made)?;
         }
         let image = fleece::new_image(p, &self.options.copy);
-        let held = publish::create_image(&folder, &p.image, &image)?;
+        let held = publish::create_image(&folder, &p.image, &image, self.options.share)?;
         place.create(p.disk.size)?;
         d.record.image_id = Some(held.id()?);
         if let Some(made) = place.made() {
@@ -336,7 +336,7 @@ impl Run<'_> {
         self.drop_fleece(d.index)?;
         let mut m = d.manifest.clone();
         m.failed = failed.to_vec();
-        match vm::keep_config(&self.config, d.folder()?, &self.run) {
+        match vm::keep_config(&self.config, d.folder()?, &self.run, self.options.share) {
             Ok(kept) => m.config_files = kept,
             // The disk is worth more.
             Err(e) => self.watch.warn(&e.report()),
@@ -373,7 +373,7 @@ impl Run<'_> {
                 .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))?;
             let name = super::names::parse_image(&p.image).map_or(p.image.as_str(), |i| i.2);
             let config = self.base.join(format!("{name}.config"));
-            folder::write_whole(&config, &text)
+            folder::write_shared(&config, &text, self.options.share)
                 .map_err(|e| Error::io(e, "cannot write the file").at_path(&config))?;
             let l = &self.options.layout;
             let plain = super::names::parse_image(&p.image).is_none();

@@ -1,10 +1,13 @@
-//! What the target is and holds: its id, and which of its folders belongs to which disk.
+//! What the target holds: which of its folders belongs to which disk.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::history::History;
-use super::plan::Inputs;
+use super::plan::{DiskPlan, Inputs, Plan};
 use super::seen::SeenDisk;
+use super::target_id::months_of;
+pub use super::target_id::{TargetId, stored_id};
 use super::{LevelWish, Options, names};
 use crate::chain::Level;
 use crate::chain::manifest::{DiskIdentity, Manifest};
@@ -12,174 +15,8 @@ pub use crate::chain::manifest::{vm_name, vm_uuid};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind};
 
-/// Whose bitmaps are a target's.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TargetId {
-    /// Eight digits that stand for its id in the names of bitmaps.
-    pub id: String,
-    /// Those of other ids that are its own too.
-    others: Vec<String>,
-}
-
-impl TargetId {
-    /// One that has this id alone.
-    pub fn new(id: &str) -> Self {
-        TargetId { id: id.to_string(), others: Vec::new() }
-    }
-
-    /// The id of `target`, as qmpbackup keeps it: a file `uuid` of 36 bytes without a newline, or of any
-    /// words that a user put there.
-    /// `base` is where this run's disks go: the target itself, or its folder of the month. Months
-    /// share the target's id, else nobody would let go of last month's bitmaps; each has a copy of
-    /// it, where qmpbackup looks. Months that have ids of their own, as they had once, are known
-    /// too. With `make` an id that is missing is written.
-    ///
-    /// # Errors
-    /// `Corrupt` if it is no id, or what the operating system said.
-    pub fn of(target: &Path, base: &Path, make: bool) -> Result<Self> {
-        let (own, month) = (target.join("uuid"), base.join("uuid"));
-        let (of_target, of_month) = (read_id(&own)?, read_id(&month)?);
-        let text = match of_target.as_ref().or(of_month.as_ref()) {
-            Some(t) => t.clone(),
-            None => new_id()?,
-        };
-        if make && of_target.is_none() {
-            write_id(&own, &text)?;
-        }
-        if make && base != target && of_month.is_none() {
-            write_id(&month, &text)?;
-        }
-        let others = if base == target { Vec::new() } else { months(target) };
-        Self::with(&text, &own, others)
-    }
-
-    fn with(text: &str, path: &Path, mut others: Vec<String>) -> Result<Self> {
-        // What 0.1.0 made of ids that are no UUIDs.
-        let digits_alone: String = text.chars().filter(char::is_ascii_hexdigit).take(8).collect();
-        if digits_alone.len() == 8 {
-            others.push(digits_alone.to_ascii_lowercase());
-        }
-        Ok(TargetId { id: digits(text, path)?, others })
-    }
-
-    /// The id that the target has, and those of its months.
-    ///
-    /// # Errors
-    /// `NotFound` if it has none; as [`TargetId::of`].
-    pub fn stored(target: &Path) -> Result<Self> {
-        let own = target.join("uuid");
-        let (text, mut months) = (read_id(&own)?, months(target));
-        match text {
-            Some(text) => Self::with(&text, &own, months),
-            None if !months.is_empty() => {
-                let id = months.remove(0);
-                Ok(TargetId { id, others: months })
-            }
-            None => Err(Error::new(Kind::NotFound, "no backup directory: there is no file 'uuid'")
-                .at_path(target)
-                .remedy("is its file system mounted?")),
-        }
-    }
-
-    /// The id as the user writes it: the text of a file `uuid`, or the eight digits that bitmaps' names
-    /// have for it.
-    ///
-    /// # Errors
-    /// `Usage` if it is empty.
-    pub fn named(text: &str) -> Result<Self> {
-        let text = text.trim();
-        let short = text.len() == 8 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        match short {
-            true => Ok(Self::new(&text.to_ascii_lowercase())),
-            false if text.is_empty() => Err(Error::new(Kind::Usage, "--uuid is empty")),
-            false => Self::with(text, Path::new("uuid"), Vec::new()),
-        }
-    }
-
-    /// Whether a bitmap of ours is of this target.
-    pub fn owns(&self, bitmap: &str) -> bool {
-        let of = |t: &str| self.id == t || self.others.iter().any(|o| o == t);
-        names::parse_bitmap(bitmap).is_some_and(|b| of(b.target))
-    }
-}
-
-/// The largest id, in bytes: one has 36, and perhaps a newline.
-const LARGEST_ID: u64 = 256;
-
-fn read_id(path: &Path) -> Result<Option<String>> {
-    let failed = |e| Error::io(e, "cannot read the target's id").at_path(path);
-    let read = folder::absent_is_none(folder::read_small(path, LARGEST_ID)).map_err(failed)?;
-    let Some(bytes) = read else { return Ok(None) };
-    let text = String::from_utf8_lossy(&bytes).into_owned();
-    digits(&text, path).map(|_| Some(text))
-}
-
-/// The text of the file `uuid` in `target`, if there is one.
-///
-/// # Errors
-/// `Corrupt` if it is no id, or what the operating system said.
-pub fn stored_id(target: &Path) -> Result<Option<String>> {
-    Ok(read_id(&target.join("uuid"))?.map(|text| text.trim_end().to_string()))
-}
-
-fn write_id(path: &Path, text: &str) -> Result<()> {
-    let failed = |e| Error::io(e, "cannot write the target's id").at_path(path);
-    folder::write_whole(path, text.as_bytes()).map_err(failed)
-}
-
-/// Of a UUID its first eight digits; any other words count whole, by their hash.
-fn digits(text: &str, path: &Path) -> Result<String> {
-    let text = text.trim();
-    if text.is_empty() {
-        let what = "the id of this backup directory is empty";
-        return Err(Error::new(Kind::Corrupt, what)
-            .at_path(path)
-            .remedy("put the id back, or remove the file: then a FULL begins a new chain"));
-    }
-    let first = text.get(..8).filter(|_| is_uuid(text)).map(str::to_ascii_lowercase);
-    let hashed = || blake3::hash(text.as_bytes()).to_hex().chars().take(8).collect();
-    Ok(first.unwrap_or_else(hashed))
-}
-
-fn is_uuid(text: &str) -> bool {
-    let dashes = [8, 13, 18, 23];
-    let fits = |(i, c): (usize, char)| match dashes.contains(&i) {
-        true => c == '-',
-        false => c.is_ascii_hexdigit(),
-    };
-    text.len() == 36 && text.chars().enumerate().all(fits)
-}
-
-fn new_id() -> Result<String> {
-    let hex = names::random_hex(16)?;
-    let part = |r: std::ops::Range<usize>| hex.get(r).unwrap_or_default();
-    Ok(format!(
-        "{}-{}-4{}-8{}-{}",
-        part(0..8),
-        part(8..12),
-        part(13..16),
-        part(17..20),
-        part(20..32)
-    ))
-}
-
-/// The folders of all months.
-pub(super) fn months_of(target: &Path) -> Vec<PathBuf> {
-    let is_month = |n: &str| {
-        let shape = n.bytes().map(|b| if b.is_ascii_digit() { b'0' } else { b });
-        shape.eq(*b"0000-00")
-    };
-    let list = folder::entries(target).unwrap_or_default().into_iter();
-    let folders =
-        list.filter(|e| e.kind == EntryKind::Folder && e.name.to_str().is_some_and(is_month));
-    folders.map(|e| target.join(e.name)).collect()
-}
-
-/// The ids in the folders of all months, as far as they have one.
-fn months(target: &Path) -> Vec<String> {
-    let ids = months_of(target).into_iter().map(|m| m.join("uuid"));
-    ids.filter_map(|p| digits(&read_id(&p).ok()??, &p).ok()).collect()
-}
+/// What the folders of disks are called whose names do not tell: by the disk's file.
+pub type Folders = BTreeMap<String, String>;
 
 /// Which folder belongs to which disk, and what it holds. A disk keeps the folder whose manifests
 /// name its file, else its bitmap or device; a new one gets a folder by its base name, made unique.
@@ -196,6 +33,7 @@ pub fn assign(
     for rule in [chosen as Rule, same_file_and_device, same_file, same_disk, damaged] {
         fill(options, inputs, disks, &mut list, (rule, false))?;
     }
+    fill_known(options, inputs, disks, &mut list)?;
     if list.iter().any(Option::is_none) {
         let mut others = others(options, inputs, &list)?;
         if inputs.newcomer && list.iter().all(Option::is_none) {
@@ -211,8 +49,10 @@ pub fn assign(
                     || carries_bitmap(inputs, disk, h)
                     || is_new && has_moved(inputs, disk, h, disks)
             };
-            let at = others.iter().position(|(_, h)| is(h));
-            *slot = at.map(|at| others.swap_remove(at));
+            let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
+            let (dir, seen) = others.swap_remove(at);
+            let whole = read_whole(&dir, seen.tail, options.layout.no_subdir)?;
+            *slot = is(&whole).then_some((dir, whole));
         }
     }
     fill(options, inputs, disks, &mut list, (unclaimed, true))?;
@@ -279,8 +119,58 @@ fn fill(
     Ok(())
 }
 
+/// Gives renamed disks the folders that they had at the last run, if those are still theirs: without
+/// that, every folder of the target is looked at in each run.
+fn fill_known(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    disks: &[SeenDisk],
+    list: &mut [Option<(PathBuf, History)>],
+) -> Result<()> {
+    let flat = options.layout.no_subdir;
+    for (i, disk) in disks.iter().enumerate().filter(|(_, d)| d.named.is_none()) {
+        let is_open = list.get(i).is_some_and(Option::is_none);
+        let Some(tail) = inputs.renamed.get(&disk.identity.file).filter(|_| is_open) else {
+            continue;
+        };
+        if folder::plain(tail.as_ref()).is_err() {
+            continue;
+        }
+        let dir = if flat { inputs.base.to_path_buf() } else { inputs.base.join(tail) };
+        if list.iter().flatten().any(|(d, h)| *d == dir && (!flat || h.tail == *tail)) {
+            continue;
+        }
+        let history = read_whole(&dir, tail.clone(), flat)?;
+        if let Some(slot) = list.get_mut(i).filter(|_| same_file(inputs, disk, &history)) {
+            *slot = Some((dir, history));
+        }
+    }
+    Ok(())
+}
+
+/// What the folders (where all disks are in one: the names) of a plan's disks are called that are not
+/// called as their files are.
+pub fn renamed(options: &Options, plan: &Plan) -> Folders {
+    let of = |d: &DiskPlan| {
+        let tail = match options.layout.no_subdir {
+            true => names::parse_image(&d.image)?.2.to_string(),
+            false => d.dir.file_name()?.to_str()?.to_string(),
+        };
+        let is_own = d.disk.folder_names(&options.layout).contains(&tail);
+        (!is_own).then(|| (d.disk.identity.file.clone(), tail))
+    };
+    plan.disks.iter().filter_map(of).collect()
+}
+
+/// All that there is in the folder `dir`, or, where all disks are in it, of the one called `tail`.
+fn read_whole(dir: &Path, tail: String, flat: bool) -> Result<History> {
+    let mut history = History::read(dir, flat.then_some(tail.as_str()))?;
+    history.tail = tail;
+    Ok(history)
+}
+
 /// The folders with points that no disk has got yet (where all disks are in one folder: the names), the
-/// one with the newest point first.
+/// one with the newest point first. Of each no more is read than tells whose it is.
 fn others(
     options: &Options,
     inputs: &Inputs<'_>,
@@ -296,18 +186,12 @@ fn others(
 
 /// The chains of other disks in the one folder of all.
 fn others_in(base: &Path, list: &[Option<(PathBuf, History)>]) -> Result<Vec<(PathBuf, History)>> {
-    let all = History::read(base, None)?;
-    let tails = all.entries.iter().filter_map(|e| Some(names::parse_image(&e.name)?.2));
-    let tails: std::collections::BTreeSet<&str> = tails.filter(|t| !t.is_empty()).collect();
-    let mut others = Vec::new();
-    for tail in tails.into_iter().filter(|t| !list.iter().flatten().any(|(_, h)| h.tail == *t)) {
-        let mut history = History::read(base, Some(tail))?;
-        history.tail = tail.to_string();
-        if history.last_manifest().is_some() {
-            others.push((base.to_path_buf(), history));
-        }
-    }
-    Ok(others)
+    let is_free = |h: &History| {
+        !h.tail.is_empty() && !list.iter().flatten().any(|(_, taken)| taken.tail == h.tail)
+    };
+    let others = History::glance(base, true)?.into_iter();
+    let others = others.filter(|h| is_free(h) && h.last_manifest().is_some());
+    Ok(others.map(|h| (base.to_path_buf(), h)).collect())
 }
 
 /// All chains in a folder of a month.
@@ -331,10 +215,11 @@ fn other_folders(
         if list.iter().flatten().any(|(taken, _)| *taken == dir) {
             continue;
         }
-        let mut history = History::read(&dir, None)?;
-        history.tail = tail.to_string();
-        if history.last_manifest().is_some() {
-            others.push((dir, history));
+        for mut history in History::glance(&dir, false)? {
+            history.tail = tail.to_string();
+            if history.last_manifest().is_some() {
+                others.push((dir.clone(), history));
+            }
         }
     }
     Ok(others)
@@ -482,6 +367,11 @@ fn candidate(
     // A new one is called by the layout; a chain goes on also where its FULL had another.
     let names = disk.folder_names(&options.layout);
     let names = names.iter().take(if new { 1 } else { usize::MAX });
+    // Where all are in one folder it is read for names that are there alone.
+    let there = match options.layout.no_subdir {
+        true => Some(History::tails(inputs.base)?),
+        false => None,
+    };
     let numbered = names.flat_map(|name| (1..=MAX_SAME_NAME).map(move |n| (name, n)));
     for (name, n) in numbered {
         let folder = if n == 1 { name.clone() } else { format!("{name}-{n}") };
@@ -498,7 +388,12 @@ fn candidate(
         if is_taken || new && taken.iter().flatten().any(like) {
             continue;
         }
-        let mut history = History::read(&dir, only)?;
+        let mut history = match &there {
+            Some(tails) if !tails.contains(&folder) => {
+                History { dir: dir.clone(), ..History::default() }
+            }
+            _ => History::read(&dir, only)?,
+        };
         history.tail = folder;
         if rule(inputs, disk, &history) {
             return Ok(Some((dir, history)));
@@ -531,60 +426,4 @@ pub fn needed(history: &History) -> Vec<&str> {
     let tip = tip.and_then(|e| e.manifest.as_ref());
     let bitmaps = tip.map(|m| [m.bitmap.as_ref(), m.diff_bitmap.as_ref()]);
     bitmaps.into_iter().flatten().flatten().map(|b| b.name.as_str()).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn months_share_the_targets_id() {
-        let t = tempfile::tempdir().unwrap();
-        let month = |m: &str| {
-            std::fs::create_dir_all(t.path().join(m)).unwrap();
-            t.path().join(m)
-        };
-        let november = TargetId::of(t.path(), &month("2026-11"), true).unwrap();
-        let december = TargetId::of(t.path(), &month("2026-12"), true).unwrap();
-        assert_eq!(november.id, december.id);
-        let text = |p: PathBuf| std::fs::read_to_string(p.join("uuid")).unwrap();
-        assert_eq!(text(month("2026-12")), text(t.path().into()));
-        assert_eq!(text(month("2026-12")).len(), 36);
-    }
-
-    #[test]
-    fn a_month_with_an_id_of_its_own_is_the_targets_all_the_same() {
-        let t = tempfile::tempdir().unwrap();
-        let ids = ["aaaaaaaa", "bbbbbbbb", "cccccccc"]
-            .map(|i| format!("{i}-1111-4222-8333-444455556666"));
-        for (m, id) in ["2026-10", "2026-11", "other"].into_iter().zip(&ids) {
-            std::fs::create_dir(t.path().join(m)).unwrap();
-            std::fs::write(t.path().join(m).join("uuid"), id).unwrap();
-        }
-        let id = TargetId::of(t.path(), &t.path().join("2026-11"), true).unwrap();
-        assert_eq!(id.id, "bbbbbbbb");
-        let of = |target| names::bitmap(target, "000000000001", "000000000002", 0);
-        assert!(id.owns(&of("aaaaaaaa")) && id.owns(&of("bbbbbbbb")) && !id.owns(&of("cccccccc")));
-        // Without --monthly the months are somebody else's.
-        let id = TargetId::of(t.path(), t.path(), false).unwrap();
-        assert!(!id.owns(&of("aaaaaaaa")));
-        std::fs::write(t.path().join("uuid"), "\n").unwrap();
-        assert_eq!(TargetId::of(t.path(), t.path(), true).unwrap_err().kind(), Kind::Corrupt);
-    }
-
-    #[test]
-    fn any_words_are_an_id_and_count_whole() {
-        let t = tempfile::tempdir().unwrap();
-        let id = |text: &str| {
-            std::fs::write(t.path().join("uuid"), text).unwrap();
-            TargetId::of(t.path(), t.path(), true).unwrap().id
-        };
-        let words =
-            ["no id", "backup of the office", "backup of the officf", "aaaaaaaa-1", "aaaaaaaa-2"];
-        let ids: std::collections::BTreeSet<String> = words.iter().map(|w| id(w)).collect();
-        assert_eq!(ids.len(), words.len(), "{ids:?}");
-        assert!(ids.iter().all(|i| i.len() == 8), "{ids:?}");
-        assert_eq!(id("no id"), id("no id\n"));
-        assert_eq!(id("0A1b2c3d-1111-4222-8333-444455556666"), "0a1b2c3d");
-    }
 }

@@ -1,6 +1,7 @@
 //! What a target's folder holds for one disk: committed points, images without a manifest, the
 //! tip that an INC would build on.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -73,6 +74,75 @@ impl History {
         }
         history.entries.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
         Ok(history)
+    }
+
+    /// As [`History::read`] of a folder, but of its manifests no more are read than tell whose it is: the
+    /// newest that can be read, and that of the newest FULL or INC. With `flat`, a history for each
+    /// disk's name in it.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn glance(dir: &Path, flat: bool) -> Result<Vec<Self>> {
+        let failed = |e| Error::io(e, "cannot read the folder").at_path(dir);
+        let list = folder::absent_is_none(folder::entries(dir)).map_err(failed)?;
+        let mut found: BTreeMap<String, History> = BTreeMap::new();
+        for item in list.unwrap_or_default() {
+            let Ok(name) = item.name.into_string() else { continue };
+            let whole = name.strip_suffix(".partial").unwrap_or(&name);
+            let parsed = names::parse_image(whole).map(|(l, t, d)| (l, t, d.to_string()));
+            if flat && parsed.is_none() {
+                continue;
+            }
+            let tail = parsed.as_ref().filter(|_| flat).map_or_else(String::new, |p| p.2.clone());
+            let new = || History { dir: dir.to_path_buf(), tail: tail.clone(), ..Self::default() };
+            let history = found.entry(tail.clone()).or_insert_with(new);
+            match parsed {
+                None => history.add_plain(name, None),
+                Some(_) if whole.len() != name.len() => history.partials.push(name),
+                Some((level, time, _)) => {
+                    history.entries.push(Entry { name, level, time, manifest: None, broken: None });
+                }
+            }
+        }
+        found.values_mut().for_each(History::read_newest);
+        Ok(found.into_values().collect())
+    }
+
+    /// The names of disks of which there may be something in the folder of all.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn tails(dir: &Path) -> Result<BTreeSet<String>> {
+        let failed = |e| Error::io(e, "cannot read the folder").at_path(dir);
+        let list = folder::absent_is_none(folder::entries(dir)).map_err(failed)?;
+        let names = list.unwrap_or_default().into_iter().filter_map(|e| e.name.into_string().ok());
+        let tail = |name: String| {
+            let whole = name.strip_suffix(".partial").unwrap_or(&name);
+            names::parse_image(whole).map_or(name.clone(), |(_, _, d)| d.to_string())
+        };
+        Ok(names.map(tail).collect())
+    }
+
+    /// Reads the manifests that tell whose the folder is.
+    fn read_newest(&mut self) {
+        self.entries.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
+        let (mut newest, mut tip) = (false, false);
+        for e in self.entries.iter_mut().rev() {
+            let may_be_tip = !tip && matches!(e.level, Level::Full | Level::Inc);
+            if newest && !may_be_tip {
+                continue;
+            }
+            if e.manifest.is_none() {
+                e.manifest = manifest::read(&self.dir, OsStr::new(&e.name)).ok().flatten();
+                let state_time = e.manifest.as_ref().and_then(|m| m.state_time(Some(e.time)));
+                e.time = state_time.unwrap_or(e.time);
+            }
+            tip |= may_be_tip;
+            newest |= e.manifest.is_some();
+            if newest && tip {
+                return;
+            }
+        }
     }
 
     fn add(&mut self, name: String, disk: Option<&str>) {

@@ -107,7 +107,7 @@ pub fn remove_recorded(made: &Made) -> Result<()> {
 fn remove(made: &Made) -> Result<()> {
     let path = &made.path;
     // None, or a descriptor set's name.
-    if !path.is_absolute() || path.starts_with("/dev") {
+    if !path.is_absolute() || path.starts_with("/dev/fdset") {
         return Ok(());
     }
     let failed = |e| Error::io(e, "cannot remove the fleece image").at_path(path);
@@ -198,6 +198,20 @@ mod tests {
         assert!(path.exists());
         remove_recorded(&Made { path: linked, id: None }).unwrap();
         assert!(!path.exists());
+    }
+
+    /// A target may be in memory.
+    #[test]
+    fn below_dev_only_sets_of_descriptors_are_no_files() {
+        let Ok(d) = tempfile::tempdir_in("/dev/shm") else {
+            println!("skipped: below_dev_only_sets_of_descriptors_are_no_files (no /dev/shm)");
+            return;
+        };
+        let path = d.path().join(NAME);
+        std::fs::write(&path, "x").unwrap();
+        remove_recorded(&Made { path: path.clone(), id: None }).unwrap();
+        assert!(!path.exists());
+        remove_recorded(&Made { path: "/dev/fdset/1".into(), id: None }).unwrap();
     }
 
     #[test]

@@ -42,6 +42,7 @@ pub mod report;
 pub mod run;
 pub mod seen;
 pub mod space;
+mod target_id;
 mod targets;
 pub mod teardown;
 mod unplug;
@@ -104,6 +105,8 @@ pub struct Options {
     pub wait: Duration,
     /// Only say what would be done.
     pub dry_run: bool,
+    /// Who besides the user may read what is made.
+    pub share: crate::folder::Share,
     /// An NBD server that QEMU runs already: only one is possible.
     pub nbd: Option<Address>,
     /// The VM is shut off, and QMP is that of a daemon of ours.

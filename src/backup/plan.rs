@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::folders::{self, TargetId};
+use super::folders::{self, Folders, TargetId};
 use super::history::History;
 use super::seen::{NO_MEDIUM, Seen, SeenDisk};
 use super::{Options, graph, level, names};
@@ -117,6 +117,8 @@ pub struct Inputs<'a> {
     pub vm_name: Option<&'a str>,
     /// Whether this VM was never backed up to this target, and may not share it.
     pub newcomer: bool,
+    /// What the folders of renamed disks were called at the last run.
+    pub renamed: &'a Folders,
     /// Why INC and DIFF are impossible in this run, if they are.
     pub no_inc: Option<String>,
     /// Points that were tried and cannot be built on.

@@ -17,7 +17,7 @@ use super::leftover::{self, Made};
 use crate::chain::Level;
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result, Severity};
-use crate::folder::{self, Access, EntryKind, FileId, Folder};
+use crate::folder::{self, Access, EntryKind, FileId, Folder, Share};
 use crate::hash::Check;
 use crate::layer::qcow2::check as structure;
 use crate::layer::qcow2::create::NewImage;
@@ -94,16 +94,23 @@ pub fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
     }))
 }
 
-/// Creates the empty image that the job will fill, private to its owner.
+/// Creates the empty image that the job will fill, for its owner and those with whom it is shared; so
+/// is its folder.
 ///
 /// # Errors
 /// `Exists` if it is there, `NoSpace`, `Permission`, `Io`.
-pub fn create_image(folder: &Folder, name: &str, image: &NewImage) -> Result<Held> {
+pub fn create_image(folder: &Folder, name: &str, image: &NewImage, share: Share) -> Result<Held> {
     let name = partial_name(name);
     let path = folder.join(&name);
     let file = folder
         .create_new(&name)
         .map_err(|e| Error::io(e, "cannot create the file").at_path(&path))?;
+    let given = share.give_folder(folder).and_then(|()| share.give(&file));
+    given.map_err(|e| {
+        Error::io(e, "cannot give it the --group and --mode")
+            .at_path(&path)
+            .remedy("only a member of a group, or root, gives files to it")
+    })?;
     let held = Held { file: Arc::new(file), path };
     image.write(&held.file, &held.path)?;
     Ok(held)
@@ -508,7 +515,7 @@ mod tests {
         for (name, backing, wanted) in
             [("FULL-1-d", Some("other.qcow2"), Some("backing file")), ("FULL-2-d", None, None)]
         {
-            let held = create_image(&folder, name, &shape).unwrap();
+            let held = create_image(&folder, name, &shape, Share::default()).unwrap();
             let pointer = backing.map(|b| (OsStr::new(b), "qcow2"));
             crate::layer::qcow2::backing::set_backing(held.file(), held.path(), pointer).unwrap();
             let found = publish(&folder, example(name, Level::Full, None), true, &held, &|| Ok(()));

@@ -36,7 +36,7 @@ use super::{
 use crate::chain::manifest::Consistency;
 use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
-use crate::folder;
+use crate::folder::{self, Share};
 use crate::lock::Locks;
 use crate::qmp::Client;
 use crate::text::path_text;
@@ -99,9 +99,10 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     if !folder::exists(&base) {
         watch.say(&format!("{}: a new folder for backups", path_text(&base)));
     }
-    publish::make_folders(&base)?;
+    make_base(options, &base)?;
     let _target_lock = target_lock(options, &base)?;
-    let target = TargetId::of(&options.target, &base, options.level != LevelWish::Copy)?;
+    let make = options.level != LevelWish::Copy;
+    let target = TargetId::shared(&options.target, &base, make, options.share)?;
     let first = Record::Begin {
         run: run.clone(),
         target: options.target.clone(),
@@ -131,16 +132,32 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
         fleeces: HashMap::new(),
         neighbours: Neighbours::default(),
         newcomer: !options.shared && !targets.knows(&options.target),
+        renamed: targets.folders(&options.target),
     };
     let result = r.execute();
     let report = r.finish(result)?;
     if report.disks.iter().any(|d| d.result.is_ok()) {
         // The points are there.
-        if let Err(e) = targets.remember(&options.target) {
+        let renamed = folders::renamed(options, &report.plan);
+        if let Err(e) = targets.remember(&options.target, renamed) {
             watch.warn(&e.report());
         }
     }
     Ok(report)
+}
+
+/// Makes the target, or its folder of the month. One that was there before has the mode that somebody
+/// gave it.
+fn make_base(options: &Options, base: &Path) -> Result<()> {
+    for folder in [options.target.as_path(), base] {
+        let is_new = !folder::exists(folder);
+        let made = publish::make_folders(folder)?;
+        let share = if is_new { options.share } else { Share::default() };
+        share
+            .give_folder(&made)
+            .map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(folder))?;
+    }
+    Ok(())
 }
 
 fn first_status(options: &Options, run: &str) -> Shared {
@@ -159,6 +176,7 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
     let base = base_dir(options);
     let target = TargetId::of(&options.target, &base, false)?;
     let ((seen, vm), now) = (look(options, client)?, now());
+    let renamed = targets.folders(&options.target);
     let make = |no_inc: Option<String>| {
         let inputs = Inputs {
             seen: seen.clone(),
@@ -169,6 +187,7 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
             vm: folders::vm_uuid(&vm),
             vm_name: folders::vm_name(&vm),
             newcomer: !options.shared && !targets.knows(&options.target),
+            renamed: &renamed,
             no_inc,
             unsound: &[],
         };

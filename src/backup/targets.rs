@@ -2,14 +2,16 @@
 //! mounted, and a backup would fill the one below.
 //!
 //! `vm-KEY.targets` in the state folder has a JSON list of path and id (the text of the file `uuid`),
-//! oldest first. Several may share a path: disks that are changed every week.
+//! oldest first. Several may share a path: disks that are changed every week. With each there are the
+//! folders of disks that are not called as the disk's file is: to find one takes a look into every
+//! folder of the target. (They are looked at all the same before anything is written to them.)
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::folders::stored_id;
+use super::folders::{Folders, stored_id};
 use super::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::chain::manifest;
 use crate::error::{Error, Kind, Result};
@@ -21,11 +23,22 @@ use crate::text::to_text;
 const LARGEST: u64 = 1 << 20;
 /// More than that are not remembered: the oldest go. Some name a new directory each day.
 const MOST: usize = 1000;
+/// More folders than that are not remembered either: a disk's file may have another name each day.
+const MOST_FOLDERS: usize = 256;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Known {
     path: String,
     id: String,
+    /// By the disk's file.
+    #[serde(default, skip_serializing_if = "Folders::is_empty")]
+    folders: Folders,
+}
+
+impl Known {
+    fn is(&self, path: &str, id: &str) -> bool {
+        self.path == path && self.id == id
+    }
 }
 
 /// The backup directories of a VM, and those of others.
@@ -96,30 +109,50 @@ impl Targets {
     pub fn knows(&self, target: &Path) -> bool {
         let path = to_text(target.as_os_str());
         let id = stored_id(target).ok().flatten();
-        id.is_some_and(|id| self.known.contains(&Known { path, id }))
+        id.is_some_and(|id| self.known.iter().any(|k| k.is(&path, &id)))
     }
 
-    /// Remembers `target`, whose id has been written.
+    /// What the folders of renamed disks were called in it.
+    pub fn folders(&self, target: &Path) -> Folders {
+        let path = to_text(target.as_os_str());
+        let id = stored_id(target).ok().flatten().unwrap_or_default();
+        let known = self.known.iter().find(|k| k.is(&path, &id));
+        known.map(|k| k.folders.clone()).unwrap_or_default()
+    }
+
+    /// Remembers `target`, whose id has been written, and these folders in it.
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn remember(&mut self, target: &Path) -> Result<()> {
+    pub fn remember(&mut self, target: &Path, folders: Folders) -> Result<()> {
+        let path = to_text(target.as_os_str());
         // A mere copy leaves no id.
         let id = stored_id(target)?.unwrap_or_default();
-        let one = Known { path: to_text(target.as_os_str()), id };
-        if self.known.contains(&one) {
-            return Ok(());
+        if let Some(known) = self.known.iter_mut().find(|k| k.is(&path, &id)) {
+            if folders.iter().all(|(file, name)| known.folders.get(file) == Some(name)) {
+                return Ok(());
+            }
+            if known.folders.len() >= MOST_FOLDERS {
+                known.folders.clear();
+            }
+            known.folders.extend(folders);
+            return self.write();
         }
-        self.known.push(one);
+        self.known.push(Known { path, id, folders });
         let too_many = self.known.len().saturating_sub(MOST);
         self.known.drain(..too_many);
         self.write()
     }
 
-    fn write(&self) -> Result<()> {
+    fn write(&mut self) -> Result<()> {
         let folder = state_folder(&self.state)?;
         let failed = |e| Error::io(e, "cannot write the file").at_path(folder.join(&self.name));
-        let text = serde_json::to_vec(&self.known).map_err(|e| failed(e.into()))?;
+        let mut text = serde_json::to_vec(&self.known).map_err(|e| failed(e.into()))?;
+        if text.len() as u64 > LARGEST {
+            // They can be found again.
+            self.known.iter_mut().for_each(|k| k.folders.clear());
+            text = serde_json::to_vec(&self.known).map_err(|e| failed(e.into()))?;
+        }
         folder.write_whole(OsStr::new(&self.name), &text).map_err(failed)
     }
 }
@@ -183,6 +216,30 @@ mod tests {
         Address::Unix("/run/vm".into())
     }
 
+    fn none() -> Folders {
+        Folders::new()
+    }
+
+    #[test]
+    fn folders_are_remembered_within_bounds() {
+        let d = tempfile::tempdir().unwrap();
+        std::fs::write(d.path().join("uuid"), "01234567").unwrap();
+        let read = || Targets::read(d.path(), &vm(), &[]).unwrap();
+        let one = |n: usize, len: usize| Folders::from([(format!("/f{n}"), "x".repeat(len))]);
+        for n in 0..2 * MOST_FOLDERS {
+            read().remember(d.path(), one(n, 3)).unwrap();
+        }
+        let known = read().folders(d.path());
+        assert!(known.len() <= MOST_FOLDERS && known.contains_key("/f511"), "{}", known.len());
+        read().remember(d.path(), none()).unwrap();
+        assert_eq!(read().folders(d.path()), known);
+        // Another disk in the same place.
+        std::fs::write(d.path().join("uuid"), "11234567").unwrap();
+        assert_eq!(read().folders(d.path()), none());
+        read().remember(d.path(), one(1, LARGEST as usize)).unwrap();
+        assert!(read().folders(d.path()).is_empty() && read().knows(d.path()));
+    }
+
     #[test]
     fn a_target_that_was_there_has_to_be_there() {
         let d = tempfile::tempdir().unwrap();
@@ -194,7 +251,7 @@ mod tests {
         std::fs::create_dir_all(&target).unwrap();
         assert_eq!((kind(&target), kind(&disk.join("new"))), (Ok(()), Ok(())));
         std::fs::write(target.join("uuid"), "01234567-89ab-4cde-8f01-23456789abcd").unwrap();
-        Targets::read(&state, &vm(), &[]).unwrap().remember(&target).unwrap();
+        Targets::read(&state, &vm(), &[]).unwrap().remember(&target, none()).unwrap();
         assert_eq!(kind(&target), Ok(()));
         // Another disk, of which we know nothing, has an id: it is a backup directory.
         std::fs::write(target.join("uuid"), "11234567-89ab-4cde-8f01-23456789abcd").unwrap();
@@ -218,7 +275,7 @@ mod tests {
         let (state, target) = (d.path().join("state"), d.path().join("copies"));
         std::fs::create_dir_all(target.join("sda")).unwrap();
         let read = || Targets::read(&state, &vm(), &[]).unwrap();
-        read().remember(&target).unwrap();
+        read().remember(&target, none()).unwrap();
         assert!(read().check(&target).is_ok());
         std::fs::remove_dir(target.join("sda")).unwrap();
         assert!(read().check(&target).is_err());
@@ -228,10 +285,10 @@ mod tests {
     fn the_oldest_go() {
         let d = tempfile::tempdir().unwrap();
         let mut targets = Targets::read(d.path(), &vm(), &[]).unwrap();
-        let known = |n: usize| Known { path: format!("/t{n}"), id: "i".into() };
+        let known = |n: usize| Known { path: format!("/t{n}"), id: "i".into(), folders: none() };
         targets.known = (0..MOST).map(known).collect();
         std::fs::write(d.path().join("uuid"), "01234567").unwrap();
-        targets.remember(d.path()).unwrap();
+        targets.remember(d.path(), none()).unwrap();
         let read = Targets::read(d.path(), &vm(), &[]).unwrap();
         assert_eq!((read.known.len(), &read.known[0]), (MOST, &known(1)));
         std::fs::write(d.path().join(&read.name), "{}").unwrap();

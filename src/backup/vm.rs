@@ -8,7 +8,7 @@ use super::names;
 use super::publish::side_folder;
 use crate::chain::manifest::{ConfigFile, FOLDER};
 use crate::error::{Error, Result};
-use crate::folder::{self, Folder};
+use crate::folder::{self, Folder, Share};
 use crate::qmp::Client;
 use crate::qmp::budget;
 
@@ -99,6 +99,7 @@ pub fn keep_config(
     files: &[(PathBuf, Vec<u8>)],
     folder: &Folder,
     run: &str,
+    share: Share,
 ) -> Result<Vec<ConfigFile>> {
     let mut kept = Vec::new();
     for (n, (path, bytes)) in files.iter().enumerate() {
@@ -107,7 +108,7 @@ pub fn keep_config(
         let name = if name.len() > LONGEST_KEPT { names::folder(&name, true) } else { name.into() };
         let name = format!("config-{run}-{n}-{name}");
         let side = side_folder(folder)?;
-        side.write_whole(&name, bytes)
+        side.write_shared(&name, bytes, share)
             .map_err(|e| Error::io(e, "cannot write the file").at_path(side.join(&name)))?;
         let stored = format!("{FOLDER}/{name}");
         kept.push(ConfigFile {

@@ -15,7 +15,7 @@ use super::control::{DiskStatus, Shared};
 use super::disk::job_error;
 use super::expected::Stage;
 use super::fleece::Fleece;
-use super::folders::TargetId;
+use super::folders::{Folders, TargetId};
 use super::journal::{DiskRecord, Journal, Pending, Record};
 use super::migration::Guard;
 use super::moment::{Insert, Scene};
@@ -67,6 +67,8 @@ pub struct Run<'a> {
     pub(super) neighbours: Neighbours,
     /// See [`super::plan::Inputs::newcomer`].
     pub(super) newcomer: bool,
+    /// See [`super::plan::Inputs::renamed`].
+    pub(super) renamed: Folders,
 }
 
 /// A disk on its way.

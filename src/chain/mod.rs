@@ -30,7 +30,7 @@ use std::path::PathBuf;
 
 pub use foreign::is_foreign_name;
 pub use pointer::backing_name;
-pub use record::{describe, describe_format, record_from};
+pub use record::{check_formats, describe, describe_format, record_from};
 pub use select::{POINT_HELP, time_name};
 
 use crate::error::Finding;

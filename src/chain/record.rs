@@ -1,9 +1,10 @@
 //! Manifests for images that have none, out of what names, headers and neighbours say.
 
+use super::format::DECIDE;
 use super::manifest::{
     self, Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest,
 };
-use super::{Disk, Level};
+use super::{Disk, Level, Point};
 use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
 
@@ -68,12 +69,27 @@ pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
     })
 }
 
+/// Fails if of an image in the chain of point `of` nothing but its own bytes says that it is qcow2: a
+/// manifest, or an image that is made of it, would turn that guess into a fact.
+///
+/// # Errors
+/// `Unsupported`, with what decides.
+pub fn check_formats(disk: &Disk, of: usize) -> Result<()> {
+    let chain = &disk.points[of].chain;
+    let open = |p: &&Point| p.chain == *chain && p.format_is_open;
+    let Some(p) = disk.points.iter().find(open) else { return Ok(()) };
+    let what = "nothing but its own bytes says that it is a qcow2 image: if a guest wrote them to \
+                a raw disk, they are meant as they are";
+    Err(Error::new(Kind::Unsupported, what).at_path(&p.source).remedy(DECIDE))
+}
+
 /// Writes manifests, without hashes, for point `from` and all after it in its chain that have
 /// none: from then on they say what lies on what, whatever names say.
 ///
 /// # Errors
-/// `Unsupported` if a manifest cannot say it, or writing failed.
+/// As [`check_formats`]; `Unsupported` if a manifest cannot say it, or writing failed.
 pub fn record_from(disk: &Disk, from: usize) -> Result<()> {
+    check_formats(disk, from)?;
     let first = &disk.points[from];
     for (i, p) in disk.points.iter().enumerate() {
         let later = i >= from || p.time >= first.time;

@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
 use super::privileges::Owner;
-use super::{output, paths, usage};
+use super::{output, paths, usage, users};
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::Printed;
 use crate::backup::report::Report;
@@ -23,7 +23,7 @@ use crate::backup::{
 };
 use crate::backup::{lock, names};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, PlainName};
+use crate::folder::{self, PlainName, Share};
 use crate::qmp::Address;
 use crate::text::path_text;
 use crate::units::{human_bytes, parse_bytes, parse_duration};
@@ -71,6 +71,15 @@ pub struct BackupArgs {
     /// The backup directory
     #[arg(short, long, value_name = "DIR")]
     target: PathBuf,
+
+    /// Permission bits of what is made, octal; folders get x where files have r. What is said of an
+    /// image later, and what is made of it, follows the image [default: 0600]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    mode: Option<u32>,
+
+    /// Group of what is made, by name or number: those who pull the backups as another user
+    #[arg(long, value_name = "GROUP", value_parser = users::group, requires = "mode")]
+    group: Option<u32>,
 
     /// Begin a new backup directory where the one that this VM was backed up to is gone, and make the
     /// folders above it
@@ -435,6 +444,7 @@ impl BackupArgs {
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
             offline: None,
+            share: Share { mode: self.mode, group: self.group },
         })
     }
 
@@ -469,6 +479,17 @@ impl BackupArgs {
             remove_delay: Duration::from_secs(c.remove_delay),
             no_space_check: c.no_space_check,
         })
+    }
+}
+
+/// `0640`: permission bits.
+fn parse_mode(text: &str) -> std::result::Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).map_err(|_| format!("'{text}' is not octal"))?;
+    match mode {
+        m if m & 0o002 != 0 => Err(format!("'{text}' lets everybody write to the backups")),
+        m if m & !0o664 != 0 => Err(format!("'{text}' has bits other than r and w")),
+        m if m & 0o600 != 0o600 => Err(format!("'{text}' leaves out the owner, who writes them")),
+        m => Ok(m),
     }
 }
 

@@ -30,6 +30,7 @@ mod once;
 mod open;
 mod owner;
 mod resolve;
+mod share;
 pub mod system;
 mod temp;
 
@@ -51,10 +52,11 @@ pub use lock::{Lock, Locked};
 pub use name::{PlainName, plain};
 pub use once::{
     entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
-    pin, read_small, remove_if_there, write_whole,
+    pin, read_small, remove_if_there, write_shared, write_whole,
 };
 pub use owner::{ForeignOwner, check_private, foreign_owner};
 pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};
+pub use share::Share;
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
@@ -377,9 +379,7 @@ impl Folder {
     /// # Errors
     /// What the operating system said.
     pub fn write_whole(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> io::Result<()> {
-        let temp = self.temp()?;
-        io::Write::write_all(&mut temp.file(), bytes)?;
-        temp.publish(name.as_ref(), Replace::Yes)
+        self.write_shared(name, bytes, Share::default())
     }
 
     /// A new file in this folder that has no name yet, or one that nobody can guess.

@@ -5,7 +5,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::path::Path;
 
-use super::{Access, Entry, Folder, absent_is_none, open, read_bounded};
+use super::{Access, Entry, Folder, Share, absent_is_none, open, read_bounded};
 
 /// Opens the plain file at `path` for reading: [`Folder::open_file`] for a single act.
 ///
@@ -79,6 +79,15 @@ pub fn read_small(path: &Path, max: u64) -> io::Result<Vec<u8>> {
 /// As [`Folder::open`] and [`Folder::entries`].
 pub fn entries(path: &Path) -> io::Result<Vec<Entry>> {
     Folder::open(path)?.entries()
+}
+
+/// [`Folder::write_shared`] for a single act.
+///
+/// # Errors
+/// As [`Folder::of`] and [`Folder::write_shared`].
+pub fn write_shared(path: &Path, bytes: &[u8], share: Share) -> io::Result<()> {
+    let (folder, name) = Folder::of(path)?;
+    folder.write_shared(name, bytes, share)
 }
 
 /// [`Folder::write_whole`] for a single act.

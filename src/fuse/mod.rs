@@ -169,16 +169,50 @@ pub fn config(options: &Options) -> Config {
 }
 
 fn mount_error(e: io::Error, mountpoint: &Path) -> Error {
-    let kind = e.raw_os_error();
-    let error = Error::io(e, "cannot mount here").at_path(mountpoint);
-    match kind {
+    let code = e.raw_os_error();
+    // Without a code it is what fusermount3 said, which refuses a user.
+    let is_user = !rustix::process::geteuid().is_root();
+    let error = match code {
+        None if is_user => {
+            Error::new(Kind::Permission, format!("cannot mount here: {}", e.to_string().trim()))
+        }
+        _ => Error::io(e, "cannot mount here"),
+    };
+    let text = error.to_string();
+    let error = error.at_path(mountpoint);
+    let has_device = crate::folder::look(Path::new(DEVICE)).is_ok();
+    match code {
+        Some(libc::EACCES | libc::EPERM) => error.remedy(device_remedy()),
+        Some(libc::ENOENT) if has_device => {
+            error.remedy("users need fusermount3 (package fuse3), or mount as root")
+        }
         Some(libc::ENOENT | libc::ENODEV) => {
             error.remedy("is the fuse module loaded, and is there a /dev/fuse?")
         }
-        Some(libc::EACCES | libc::EPERM) => {
-            error.remedy("users need fusermount3 (package fuse3) and access to /dev/fuse")
+        None if text.contains("no write access") || text.contains("not owned by user") => {
+            error.remedy("a user mounts at a folder of his own; root mounts anywhere")
         }
+        None if text.contains("Operation not permitted") => error.remedy(
+            "fusermount3 has not got root's rights: is it setuid root (ls -l, package fuse3), and may \
+             this process gain rights (no_new_privs of a unit or container)? Or mount as root",
+        ),
         _ => error,
+    }
+}
+
+/// What an ordinary user, or a root of a container, lacks.
+fn device_remedy() -> String {
+    use std::os::unix::fs::MetadataExt;
+    let device = Path::new(DEVICE);
+    let opened = crate::folder::system::device(device);
+    match (opened, crate::folder::look(device)) {
+        (Err(e), Ok(meta)) => format!(
+            "this user may not open {DEVICE} (mode {:04o} of user {}: {e}): as root 'chmod 0666 \
+             {DEVICE}', as udev has it (it lets nobody mount what he may not), or mount as root",
+            meta.mode() & 0o7777,
+            meta.uid(),
+        ),
+        _ => "users need fusermount3 (package fuse3) and access to /dev/fuse".into(),
     }
 }
 

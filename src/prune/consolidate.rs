@@ -18,7 +18,9 @@ use std::path::{Path, PathBuf};
 use super::execute::{Known, replace};
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest, fingerprint_of};
 use crate::chain::removal::{self, Publish, Removal, TEMPORARY};
-use crate::chain::{Catalog, Disk, Level, describe as describe_point, name, record_from};
+use crate::chain::{
+    Catalog, Disk, Level, check_formats, describe as describe_point, name, record_from,
+};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder, Replace};
 use crate::image::{Cache, open_point};
@@ -172,7 +174,7 @@ fn check_point(disk: &Disk, point: usize) -> Result<()> {
             .at_path(&p.source)
             .remedy("restore it to a new image instead"));
     }
-    Ok(())
+    check_formats(disk, point)
 }
 
 /// All of the chain that is older than the point, with the point's own file, newest first; and

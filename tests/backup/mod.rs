@@ -3,6 +3,11 @@
 
 #![allow(dead_code)]
 
+// Others that a test may have beside this have it as well.
+#[allow(clippy::duplicate_mod)]
+#[path = "../mounted/guard.rs"]
+pub mod guard;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -60,7 +65,7 @@ impl Daemon {
                 "type=nbd,id={name}-export,node-name={name}-top,name={name},writable=on"
             ));
         }
-        c.stdin(Stdio::null()).spawn().expect("qemu-storage-daemon starts")
+        guard::tied(c.stdin(Stdio::null())).spawn().expect("qemu-storage-daemon starts")
     }
 
     fn wait_ready(&self) {

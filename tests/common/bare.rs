@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::backup::Caller;
+use crate::backup::guard::tied;
 use crate::guest::Qmp;
 
 /// What it needs.
@@ -34,7 +35,7 @@ impl Bare {
             c.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path.display()));
         }
         c.args(args).stdin(Stdio::null()).stdout(Stdio::null());
-        let child = c.spawn().expect("QEMU starts");
+        let child = tied(&mut c).spawn().expect("QEMU starts");
         let mut bare = Bare { dir: dir.to_path_buf(), child };
         let end = Instant::now() + Duration::from_secs(60);
         while std::os::unix::net::UnixStream::connect(bare.dir.join("qmp2.sock")).is_err() {

@@ -6,6 +6,11 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+// Others that a test may have beside this have it as well.
+#[allow(clippy::duplicate_mod)]
+#[path = "../mounted/guard.rs"]
+mod guard;
+
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -14,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use guard::Guard;
 use serde_json::{Value, json};
 
 /// How long QEMU may take to answer on a busy machine under emulation.
@@ -57,10 +63,19 @@ impl Disk {
 
 /// A running guest. Its sockets, logs and root disk lie in a directory of its own.
 pub struct Guest {
+    /// Its QEMU is no child of the test.
+    _stop: Guard,
     dir: tempfile::TempDir,
 }
 
 impl Guest {
+    fn unbooted() -> Guest {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let run = script("run.sh");
+        let stop = Guard::of(r#""$1" stop "$2""#, &[Path::new(run.get_program()), dir.path()]);
+        Guest { _stop: stop, dir }
+    }
+
     /// Starts a guest with these disks beside its root disk, and waits until it is up. Each of
     /// `run` is a command line of the guest's writer, such as `["churn /dev/disk/a 7"]`.
     ///
@@ -76,7 +91,7 @@ impl Guest {
         if !has_qemu(test) {
             return None;
         }
-        let guest = Guest { dir: tempfile::tempdir().expect("a temporary directory") };
+        let guest = Guest::unbooted();
         let root = guest.path("root.qcow2");
         let cache = script("build.sh").output().expect("build.sh runs");
         assert!(cache.status.success(), "build.sh: {}", text(&cache.stderr));
@@ -92,7 +107,7 @@ impl Guest {
         if !has_qemu(test) {
             return None;
         }
-        let guest = Guest { dir: tempfile::tempdir().expect("a temporary directory") };
+        let guest = Guest::unbooted();
         let cache = text(&must(&mut script("build.sh")).stdout);
         Some((guest, PathBuf::from(cache.trim()).join("root.qcow2")))
     }
@@ -190,7 +205,6 @@ impl Drop for Guest {
             let log = fs::read_to_string(self.path("qemu.log")).unwrap_or_default();
             eprintln!("QEMU's log: {log}");
         }
-        drop(script("run.sh").arg("stop").arg(self.dir.path()).output());
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::backup::Caller;
+use crate::backup::guard::tied;
 use crate::guest::Qmp;
 use crate::qemu::{first_difference, have, run};
 
@@ -33,6 +34,7 @@ pub struct Machine {
     /// What `v0` and `v1` must hold.
     pub expect: [Vec<u8>; 2],
     byte: u8,
+    more: Vec<String>,
 }
 
 impl Machine {
@@ -64,10 +66,22 @@ impl Machine {
                 &["create", "-q", "-f", "qcow2", &path(&format!("{name}.qcow2")), &size],
             );
         }
+        let child = Self::boot(dir.path(), more);
+        let qmp = Qmp::connect(&dir.path().join("own.sock"));
+        let mut expect = [vec![0; SIZE], vec![0; SIZE]];
+        expect[0][..2 * MIB].fill(99);
+        let more = more.iter().map(|m| m.to_string()).collect();
+        Machine { dir, child, qmp, expect, byte: 0, more }
+    }
+
+    /// QEMU over the images in `dir`.
+    fn boot(dir: &Path, more: &[&str]) -> Process {
+        let path = |n: &str| dir.join(n).display().to_string();
         let mut c = Command::new("qemu-system-x86_64");
         c.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"]);
         // For us, for the test, and for whoever works beside us.
         for socket in ["qmp.sock", "own.sock", "other.sock"] {
+            let _ = std::fs::remove_file(path(socket));
             c.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path(socket)));
         }
         c.arg("-drive").arg(format!(
@@ -84,16 +98,32 @@ impl Machine {
         c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]).args(more);
         let log = std::fs::File::create(path("qemu.log")).unwrap();
         c.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        let child = Process(c.spawn().expect("QEMU starts"));
+        let child = Process(tied(&mut c).spawn().expect("QEMU starts"));
         let end = Instant::now() + Duration::from_secs(60);
-        while std::os::unix::net::UnixStream::connect(dir.path().join("own.sock")).is_err() {
+        while std::os::unix::net::UnixStream::connect(path("own.sock")).is_err() {
             assert!(Instant::now() < end, "QEMU does not come up");
             std::thread::sleep(Duration::from_millis(20));
         }
-        let qmp = Qmp::connect(&dir.path().join("own.sock"));
-        let mut expect = [vec![0; SIZE], vec![0; SIZE]];
-        expect[0][..2 * MIB].fill(99);
-        Machine { dir, child, qmp, expect, byte: 0 }
+        child
+    }
+
+    /// Ends QEMU in order, so that bitmaps are stored.
+    pub fn off(&mut self) {
+        self.do_it("quit", json!({}));
+        self.child.0.wait().unwrap();
+    }
+
+    /// Starts it again after [`Machine::off`].
+    pub fn on(&mut self) {
+        let more: Vec<&str> = self.more.iter().map(String::as_str).collect();
+        self.child = Self::boot(self.dir.path(), &more);
+        self.qmp = Qmp::connect(&self.path("own.sock"));
+    }
+
+    /// Gives `v1` this size.
+    pub fn resize(&mut self, size: usize) {
+        self.do_it("block_resize", json!({"node-name": "o", "size": size}));
+        self.expect[1].resize(size, 0);
     }
 
     /// The guest's first writes.
@@ -102,6 +132,11 @@ impl Machine {
             self.write(disk, MIB, 4 * MIB);
             self.write(disk, 7 * MIB, MIB / 2);
         }
+    }
+
+    /// QEMU's process.
+    pub fn pid(&self) -> u32 {
+        self.child.0.id()
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -227,8 +262,7 @@ impl Machine {
                 (None, None) => panic!("v{disk} is gone"),
             });
         }
-        self.do_it("quit", json!({}));
-        self.child.0.wait().unwrap();
+        self.off();
         for (disk, (file, format)) in files.into_iter().enumerate() {
             let got = bytes(Path::new(&file), &format);
             if let Some(d) = first_difference(&got, &self.expect[disk]) {

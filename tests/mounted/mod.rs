@@ -2,21 +2,25 @@
 
 #![allow(dead_code)]
 
+// Others that a test may have beside this have it as well.
+#[allow(clippy::duplicate_mod)]
+pub mod guard;
 pub mod process;
 
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
+
+use guard::Guard;
 
 /// A mounted backup directory.
 pub struct Mount {
+    // Before the folder goes.
+    _unmounter: Guard,
     dir: tempfile::TempDir,
-    /// Unmounts once its input ends: also when the test is killed and drops nothing.
-    unmounter: Child,
 }
 
 /// `$1` is the program, `$2` the mount point.
-const UNMOUNT: &str = r#"cat; "$1" umount "$2" || umount -l "$2"; rmdir "$2""#;
+const UNMOUNT: &str = r#""$1" umount "$2" || umount -l "$2"; rmdir "$2""#;
 
 impl Mount {
     /// Mounts `backups` and waits until it is ready (the command returns then).
@@ -39,18 +43,10 @@ impl Mount {
     /// Mounts by another command, which is given the mount point.
     pub fn by(mount: impl FnOnce(&Path) -> std::io::Result<Output>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let unmounter = Command::new("sh")
-            .args(["-c", UNMOUNT, "sh", env!("CARGO_BIN_EXE_fleecefs")])
-            .arg(dir.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            // A signal to the test's process group is not for it.
-            .process_group(0)
-            .spawn()
-            .unwrap();
+        let program = Path::new(env!("CARGO_BIN_EXE_fleecefs"));
+        let unmounter = Guard::of(UNMOUNT, &[program, dir.path()]);
         // Its guard is there before the mount is.
-        let guarded = Mount { dir, unmounter };
+        let guarded = Mount { _unmounter: unmounter, dir };
         let out = mount(guarded.path()).unwrap();
         assert!(out.status.success(), "mount: {}", String::from_utf8_lossy(&out.stderr));
         guarded
@@ -66,12 +62,5 @@ impl Mount {
         let mut name = file.file_name().unwrap().to_os_string();
         name.push(".raw");
         self.path().join(disk).join(name)
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        drop(self.unmounter.stdin.take());
-        let _ = self.unmounter.wait();
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::backup::history::History;
-use crate::backup::{Options, folders};
+use crate::backup::{Options, target_id};
 use crate::chain::manifest::{DiskIdentity, Manifest, vm_name, vm_uuid};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind};
@@ -98,7 +98,7 @@ fn is_file(recorded: &str, called: &Path, real: &Path) -> bool {
 fn histories(target: &Path) -> Result<Vec<History>> {
     let mut all = vec![History::read(target, None)?];
     let mut bases = vec![target.to_path_buf()];
-    bases.extend(folders::months_of(target));
+    bases.extend(target_id::months_of(target));
     for base in bases {
         let failed = |e| Error::io(e, "cannot read the folder").at_path(&base);
         let entries = folder::absent_is_none(folder::entries(&base)).map_err(failed)?;

@@ -8,12 +8,14 @@ use crate::qmp::types::Bitmap;
 use serde_json::{Value, json};
 use std::time::Duration;
 
+static NONE: Folders = Folders::new();
 const TARGET: &str = "0a1b2c3d";
 const FIRST: &str = "000000000001";
 
 fn options(target: &Path, level: LevelWish) -> Options {
     Options {
         init: false,
+        share: crate::folder::Share::default(),
         more_state: Vec::new(),
         names: Vec::new(),
         shared: false,
@@ -160,6 +162,7 @@ fn plan_with(
         vm: None,
         vm_name: None,
         newcomer: false,
+        renamed: &NONE,
         no_inc: None,
         unsound: &[],
     };
@@ -404,6 +407,7 @@ fn encrypted_disks_are_refused_and_unknown_names_are_errors() {
         vm: None,
         vm_name: None,
         newcomer: false,
+        renamed: &NONE,
         no_inc: None,
         unsound: &[],
     };
@@ -479,6 +483,7 @@ fn an_unsound_chain_demotes_no_other_disk_of_its_folder() {
         vm: None,
         vm_name: None,
         newcomer: false,
+        renamed: &NONE,
         no_inc: None,
         unsound: &unsound,
     };
@@ -534,6 +539,7 @@ fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
             vm: None,
             vm_name: None,
             newcomer: false,
+            renamed: &NONE,
             no_inc: None,
             unsound: &[],
         },

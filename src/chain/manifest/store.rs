@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, file_name, manifest_path};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Folder, Handle, plain};
+use crate::folder::{Folder, Handle, Share, plain};
 use crate::text::path_text;
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
@@ -189,8 +189,18 @@ pub fn write_in(dir: &Folder, manifest: &Manifest) -> Result<()> {
     let side = dir.make_folder(FOLDER).map_err(|e| {
         Error::io(e, "cannot make the folder for manifests").at_path(dir.join(FOLDER))
     })?;
-    side.write_whole(file_name(image), &seal(text))
-        .map_err(|e| Error::io(e, "cannot write the manifest").at_path(&path))
+    // It is for those who may read its image; a group that cannot be given is no reason against it.
+    let share = dir.look(image).map(|m| Share::like(&m)).unwrap_or_default();
+    let shared = share.give_folder(&side).is_ok();
+    let share = if shared { share } else { Share::default() };
+    let (name, text) = (file_name(image), seal(text));
+    let written = match side.write_shared(&name, &text, share) {
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            side.write_whole(&name, &text)
+        }
+        written => written,
+    };
+    written.map_err(|e| Error::io(e, "cannot write the manifest").at_path(&path))
 }
 
 /// Removes the manifest of `image`, if there is one, and syncs the folder.

@@ -57,6 +57,7 @@ impl FoldPlan {
             return Err(Error::new(Kind::NotFound, "there is no image"));
         };
         let increments: Vec<Member> = members.collect();
+        chain::check_formats(line.disk, line.last())?;
         for m in &increments {
             only_qcow2(m)?;
             same_folder(&full, m)?;

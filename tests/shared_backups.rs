@@ -1,0 +1,103 @@
+//! Backups that another user pulls: what a backup makes has the mode and the group that were asked for,
+//! and what is made of that later follows it.
+
+mod backup;
+#[path = "common/guest.rs"]
+mod guest;
+mod mounted;
+mod qemu;
+#[path = "backup/scene.rs"]
+mod scene;
+
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use backup::{Caller, images, newest};
+use qemu::{have, is_root};
+use scene::{code, daemon};
+
+const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse", "cat"];
+/// Nobody has this number.
+const GROUP: u32 = 4_000_123;
+
+/// All that is below a folder, with its mode and group; the lock and journals are nobody's to read.
+fn all(dir: &Path) -> Vec<(PathBuf, u32, u32)> {
+    let mut found = Vec::new();
+    let mut todo = vec![dir.to_path_buf()];
+    while let Some(path) = todo.pop() {
+        let meta = std::fs::symlink_metadata(&path).unwrap();
+        if path.is_dir() {
+            todo.extend(std::fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+        }
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let locks = path.parent() == Some(&dir.join(".fleecefs")) || path == dir.join(".fleecefs");
+        if !locks && !name.ends_with("lock") && !name.ends_with("journal") {
+            found.push((path, meta.mode() & 0o7777, meta.gid()));
+        }
+    }
+    found
+}
+
+/// Somebody of the group reads all of it.
+fn pulled(dir: &Path, what: &str) {
+    for (path, mode, group) in all(dir) {
+        let wanted = if path.is_dir() { 0o750 } else { 0o640 };
+        assert_eq!((mode, group), (wanted, GROUP), "{what}: {} {mode:o}", path.display());
+        let read = if path.is_dir() { "ls" } else { "cat" };
+        let out = Command::new(read).arg(&path).uid(4_000_001).gid(GROUP).output().unwrap();
+        assert!(out.status.success(), "{what}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+}
+
+fn fleecefs(args: &[&str]) {
+    let out = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).output().unwrap();
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    assert!(matches!(out.status.code(), Some(0 | 19)), "{args:?}: {said}");
+}
+
+#[test]
+fn what_is_made_has_the_mode_and_group_that_were_asked_for() {
+    let name = "what_is_made_has_the_mode_and_group_that_were_asked_for";
+    if !have(name, TOOLS) || !is_root(name) {
+        return;
+    }
+    let d = daemon(&[]);
+    std::fs::set_permissions(d.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
+    let config = d.path("vm.json");
+    std::fs::write(&config, "secret").unwrap();
+    let plain = Caller::of(&d).with(&["--config", config.to_str().unwrap()]);
+    let group = GROUP.to_string();
+    let caller = plain.with(&["--mode", "0640", "--group", &group]);
+    for level in ["full", "inc", "inc"] {
+        caller.must(level);
+        pulled(&caller.target, level);
+    }
+    let target = caller.target.to_str().unwrap();
+    let disk = caller.target.join("a.img");
+    // A manifest that is made anew.
+    let image = newest(&caller.target, "a.img");
+    let image = image.file_name().unwrap().to_str().unwrap();
+    std::fs::remove_file(disk.join(format!(".fleecefs/{image}.json"))).unwrap();
+    fleecefs(&["verify", "--create", "--format", "qcow2", target]);
+    assert!(disk.join(format!(".fleecefs/{image}.json")).exists());
+    pulled(&caller.target, "verify --create");
+    let second = images(&disk)[1].file_name().unwrap().to_str().unwrap().to_string();
+    fleecefs(&["consolidate", target, "a.img", "--until", &second]);
+    pulled(&caller.target, "consolidate");
+    fleecefs(&["commit", disk.to_str().unwrap()]);
+    pulled(&caller.target, "commit");
+    // As ever where nothing was asked for.
+    let own = Caller { target: d.path("own"), ..plain.clone() };
+    own.must("full");
+    for (path, mode, _) in all(&own.target) {
+        assert_eq!(mode, if path.is_dir() { 0o700 } else { 0o600 }, "{}", path.display());
+    }
+    for bad in ["0666", "0662", "0750", "0440", "4640", "x"] {
+        let (exit, said) = code(&plain.with(&["--mode", bad]), "full");
+        assert_eq!(exit, Some(2), "{bad}: {said}");
+    }
+    assert_eq!(code(&plain.with(&["--group", &group]), "full").0, Some(2));
+}
