@@ -31,6 +31,9 @@ struct State {
 }
 
 impl Lane {
+    /// What its threads are called.
+    pub const THREAD: &str = "slow";
+
     /// Has `job` done by another thread; by this one only if there is no other and none can be
     /// started.
     pub fn run(self: &Arc<Self>, job: Job) {
@@ -41,7 +44,8 @@ impl Lane {
             return;
         }
         let lane = self.clone();
-        let started = std::thread::Builder::new().name("slow".into()).spawn(move || lane.serve());
+        let started =
+            std::thread::Builder::new().name(Lane::THREAD.into()).spawn(move || lane.serve());
         match started {
             Ok(_) => state.threads += 1,
             Err(e) => {
