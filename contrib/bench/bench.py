@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measures reads through `fleecefs mount` beside qemu-storage-daemon's FUSE export of the same chain.
 
-Both serve the same files, in tmpfs, and are measured turn about, for some rounds; so is a file of zeros
-that is served with the same settings of fuser (--zeros), which is what FUSE itself allows. What counts is
-the median over the rounds of ours/theirs, and of ours/FUSE: a noisy machine disturbs all. Prints a table
+Both serve the same files, in tmpfs, and are measured turn about, for some rounds; so is the chain's FULL
+as a plain file by a server that does nothing but read it (--plain: one pread and one reply for each read,
+with the same settings of fuser, threads and buffers), which is what FUSE allows. What counts is the median
+over the rounds of ours/theirs, and of ours/FUSE: a noisy machine disturbs all. Prints a table
 (to standard output) and writes JSON where --json says.
 """
 
@@ -119,13 +120,14 @@ def theirs(_args, files, work):
 
 
 @contextlib.contextmanager
-def zeros(args, _files, work):
-    """Files of zeros, with the settings of a mount: yields the first and the process."""
-    mount_point = os.path.join(work, "zeros")
+def plain(args, files, work):
+    """The FULL's own bytes as files of the disk's size, with the settings of a mount: yields the first and
+    the process."""
+    mount_point = os.path.join(work, "plain")
     os.makedirs(mount_point, exist_ok=True)
-    process = subprocess.Popen([args.zeros, mount_point, str(args.size_mib * MIB)])
+    process = subprocess.Popen([args.plain, mount_point, files[0], str(args.size_mib * MIB)])
     try:
-        wait_until(lambda: os.path.ismount(mount_point), "zeros", process)
+        wait_until(lambda: os.path.ismount(mount_point), "plain", process)
         with contextlib.suppress(OSError), open(read_ahead(mount_point), "w") as setting:
             setting.write("4096")  # as a mount does
         yield os.path.join(mount_point, "0"), process
@@ -279,10 +281,10 @@ def measure(args, files_by_depth, work):
     servers = {"ours": ours, "theirs": theirs}
     if args.only:
         servers = {args.only: servers[args.only]}
-    if os.path.exists(args.zeros):
-        servers["fuse"] = zeros
+    if os.path.exists(args.plain):
+        servers["fuse"] = plain
     else:
-        print(f"bench: no {args.zeros}: what FUSE allows is not measured", file=sys.stderr)
+        print(f"bench: no {args.plain}: what FUSE allows is not measured", file=sys.stderr)
     results = {}
     for depth, files in files_by_depth.items():
         results[depth] = measure_depth(args, servers, files, work)
@@ -393,7 +395,7 @@ def other_promises(args, results, files, work, out):
 
 def arguments():
     parser = chains.parser(__doc__.split("\n", 1)[0])
-    parser.add_argument("--zeros", default="target/release/examples/zeros", type=os.path.abspath,
+    parser.add_argument("--plain", default="target/release/examples/plain", type=os.path.abspath,
                         help="what FUSE allows")  # fmt: skip
     parser.add_argument("--size-mib", type=int, default=4096, help="virtual disk (%(default)s)")
     parser.add_argument("--depths", default="1,10,200", help="files per chain (%(default)s)")

@@ -1,12 +1,10 @@
-//! Threads for what may take minutes, apart from those that serve requests; and how many of those may
-//! be kept waiting at a time ([`Places`]).
+//! Threads for what may take minutes, apart from those that serve requests.
 //!
 //! State: the jobs that nobody has taken yet, and how many threads there are and wait for one. A
 //! thread is started when none is free, up to a bound, and ends when it had nothing to do for a
 //! while: usually there is none at all.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -33,6 +31,9 @@ struct State {
 }
 
 impl Lane {
+    /// What its threads are called.
+    pub const THREAD: &str = "slow";
+
     /// Has `job` done by another thread; by this one only if there is no other and none can be
     /// started.
     pub fn run(self: &Arc<Self>, job: Job) {
@@ -43,7 +44,8 @@ impl Lane {
             return;
         }
         let lane = self.clone();
-        let started = std::thread::Builder::new().name("slow".into()).spawn(move || lane.serve());
+        let started =
+            std::thread::Builder::new().name(Lane::THREAD.into()).spawn(move || lane.serve());
         match started {
             Ok(_) => state.threads += 1,
             Err(e) => {
@@ -81,49 +83,9 @@ impl Lane {
     }
 }
 
-/// How many serving threads may be reading from storage, which may not answer. One is always left for
-/// what needs none: names and attributes.
-pub struct Places {
-    most: usize,
-    taken: AtomicUsize,
-}
-
-/// One thread's permission; given back when it is dropped.
-pub struct Place<'a>(&'a Places);
-
-impl Places {
-    /// So many at a time.
-    pub fn new(most: usize) -> Self {
-        Places { most, taken: AtomicUsize::new(0) }
-    }
-
-    /// A place, unless all are taken.
-    pub fn take(&self) -> Option<Place<'_>> {
-        let place = Place(self);
-        // Nothing but the number itself depends on it.
-        (self.taken.fetch_add(1, Ordering::Relaxed) < self.most).then_some(place)
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.taken.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn as_many_places_as_there_are_and_no_more() {
-        let places = Places::new(2);
-        let (first, second) = (places.take(), places.take());
-        assert!(first.is_some() && second.is_some());
-        assert!(places.take().is_none() && places.take().is_none());
-        drop(first);
-        assert!(places.take().is_some());
-    }
     use std::sync::mpsc::channel;
 
     #[test]

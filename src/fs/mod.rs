@@ -19,6 +19,7 @@ pub mod names;
 mod number;
 mod place;
 pub mod point;
+pub mod readers;
 pub mod space;
 pub mod tree;
 pub mod watch;
@@ -61,6 +62,17 @@ pub struct Space {
 enum OpenFile {
     Point(Arc<PointFile>, #[expect(dead_code, reason = "lives as long as it is open")] Held),
     Status(Vec<u8>),
+}
+
+/// What a read has to wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waits {
+    /// Nothing.
+    No,
+    /// Storage, which may not answer.
+    Storage,
+    /// Something that takes minutes, such as an archive that has to be unpacked first.
+    Long,
 }
 
 /// An open folder: its entries as they were when it was opened.
@@ -261,6 +273,16 @@ impl FileSystem {
         matches!(open.as_ref().and_then(|g| g.as_deref()), Some(OpenFile::Point(..)))
     }
 
+    /// What reading `len` bytes at `offset`, or as far as there are any, has to wait for.
+    pub fn waits_for(&self, handle: u64, offset: u64, len: u64) -> Waits {
+        let open = self.files.get(handle);
+        let Some(OpenFile::Point(file, _)) = open.as_ref().and_then(|g| g.as_deref()) else {
+            return Waits::No;
+        };
+        let end = offset.saturating_add(len).min(file.image.size());
+        if file.image.must_wait(offset..end) { Waits::Long } else { Waits::Storage }
+    }
+
     /// Opens a file. The result is the handle, and whether the kernel may keep cached pages.
     ///
     /// # Errors
@@ -314,17 +336,6 @@ impl FileSystem {
                 Ok(n)
             }
         }
-    }
-
-    /// Whether reading `len` bytes at `offset`, or as far as there are any, has to wait for something
-    /// that may take minutes.
-    pub fn must_wait(&self, handle: u64, offset: u64, len: u64) -> bool {
-        let open = self.files.get(handle);
-        let Some(OpenFile::Point(file, _)) = open.as_ref().and_then(|g| g.as_deref()) else {
-            return false;
-        };
-        let end = offset.saturating_add(len).min(file.image.size());
-        file.image.must_wait(offset..end)
     }
 
     /// `lseek` for `SEEK_DATA` and `SEEK_HOLE`.

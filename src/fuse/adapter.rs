@@ -5,7 +5,7 @@
 //! that has to be unpacked first or searching far for data or a hole, is done by threads of its own
 //! ([`Lane`]): those that serve requests never wait for it. Other reads are done where they arrive, which
 //! is the fastest, but by all threads but one: storage may not answer, and names and attributes need
-//! none ([`Places`]).
+//! none ([`Readers`]).
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -24,9 +24,10 @@ use fuser::{
 };
 
 use crate::fs::attr::Attr;
-use crate::fs::lane::{Lane, Places};
+use crate::fs::lane::Lane;
+use crate::fs::readers::Readers;
 use crate::fs::tree::{EntryKind, Node};
-use crate::fs::{self, FileSystem, Listed};
+use crate::fs::{self, FileSystem, Listed, Waits};
 
 /// How long the kernel may trust a name or attributes. A refresh tells it what changed, so this
 /// only bounds what a reply that crossed a refresh can do.
@@ -42,7 +43,7 @@ const BLOCK: u32 = 4096;
 pub struct Adapter {
     fs: Arc<FileSystem>,
     lane: Arc<Lane>,
-    places: Places,
+    readers: Readers,
 }
 
 thread_local! {
@@ -106,36 +107,47 @@ fn read(fs: &FileSystem, handle: u64, offset: u64, size: u32, reply: ReplyData) 
     });
 }
 
-fn seek(fs: &FileSystem, handle: u64, offset: i64, whence: i32, reply: ReplyLseek) {
+/// Where a search begins, by handle and offset, and what for.
+type Start = (u64, i64, i32);
+
+fn seek(fs: &FileSystem, (handle, offset, whence): Start, reply: ReplyLseek) {
     match fs.seek(handle, offset, whence) {
         Ok(at) => reply.offset(at),
         Err(e) => reply.error(errno(e)),
     }
 }
 
+/// The same where the answer is near; by another thread over a disk of millions of tables.
+fn seek_near(fs: &Arc<FileSystem>, lane: &Arc<Lane>, from: Start, reply: ReplyLseek) {
+    let (handle, offset, whence) = from;
+    guard(fs, "lseek", |near| match near.seek_near(handle, offset, whence) {
+        Ok(Some(at)) => reply.offset(at),
+        Err(e) => reply.error(errno(e)),
+        Ok(None) => {
+            let fs = fs.clone();
+            lane.run(Box::new(move || guard(&fs, "lseek", |fs| seek(fs, from, reply))));
+        }
+    });
+}
+
 impl Adapter {
     /// Serves `fs`; so many threads may read at a time.
     pub fn new(fs: Arc<FileSystem>, readers: usize) -> Self {
-        Adapter { fs, lane: Arc::default(), places: Places::new(readers) }
+        let lane = Arc::<Lane>::default();
+        Adapter { fs, lane: lane.clone(), readers: Readers::new(readers, lane) }
     }
 
     fn guard(&self, what: &str, operation: impl FnOnce(&FileSystem)) {
         guard(&self.fs, what, operation);
     }
 
-    /// The same for what asks storage, by this thread as long as another is left for names; by a slow
-    /// one also if it will take long.
+    /// The same for what asks storage: by this thread as long as another is left for names.
     fn guard_storage(
         &self,
         what: &'static str,
-        long: bool,
         operation: impl FnOnce(&FileSystem) + Send + 'static,
     ) {
-        let place = if long { None } else { self.places.take() };
-        match place {
-            Some(_place) => self.guard(what, operation),
-            None => self.guard_slow(what, operation),
-        }
+        self.readers.run(&self.fs, move |fs| guard(fs, what, operation));
     }
 
     /// The same by a thread that may be kept waiting.
@@ -228,7 +240,7 @@ impl Filesystem for Adapter {
             Err(e) => reply.error(errno(e)),
         };
         match self.fs.opens_storage(ino.0) {
-            true => self.guard_storage("open", false, open),
+            true => self.guard_storage("open", open),
             false => self.guard("open", open),
         }
     }
@@ -245,11 +257,11 @@ impl Filesystem for Adapter {
         reply: ReplyData,
     ) {
         let read = move |fs: &FileSystem| read(fs, fh.0, offset, size, reply);
-        if !self.fs.reads_storage(fh.0) {
-            return self.guard("read", read);
+        match self.fs.waits_for(fh.0, offset, u64::from(size)) {
+            Waits::No => self.guard("read", read),
+            Waits::Storage => self.guard_storage("read", read),
+            Waits::Long => self.guard_slow("read", read),
         }
-        let long = self.fs.must_wait(fh.0, offset, u64::from(size));
-        self.guard_storage("read", long, read);
     }
 
     fn lseek(
@@ -261,21 +273,15 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let place = match self.fs.must_wait(fh.0, u64::try_from(offset).unwrap_or(0), u64::MAX) {
-            true => None,
-            false => self.places.take(),
-        };
-        if place.is_none() {
-            return self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
-        }
-        self.guard("lseek", |fs| match fs.seek_near(fh.0, offset, whence) {
-            Ok(Some(at)) => reply.offset(at),
-            Err(e) => reply.error(errno(e)),
-            // Over a disk of millions of tables.
-            Ok(None) => {
-                self.guard_slow("lseek", move |fs| seek(fs, fh.0, offset, whence, reply));
+        let from = (fh.0, offset, whence);
+        match self.fs.waits_for(fh.0, u64::try_from(offset).unwrap_or(0), u64::MAX) {
+            Waits::No => self.guard("lseek", |fs| seek(fs, from, reply)),
+            Waits::Long => self.guard_slow("lseek", move |fs| seek(fs, from, reply)),
+            Waits::Storage => {
+                let lane = self.lane.clone();
+                self.readers.run(&self.fs, move |fs| seek_near(fs, &lane, from, reply));
             }
-        });
+        }
     }
 
     fn flush(
@@ -305,7 +311,7 @@ impl Filesystem for Adapter {
             reply.ok();
         };
         match self.fs.reads_storage(fh.0) {
-            true => self.guard_storage("release", false, release),
+            true => self.guard_storage("release", release),
             false => self.guard("release", release),
         }
     }

@@ -45,13 +45,11 @@ impl SlotGroup {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Key {
     Window { image: u64, index: u64 },
-    Unit { layer: u64, host: u64 },
     Piece { layer: u64, host: u64, number: u32 },
 }
 
 enum Entry {
     Window { window: Arc<Window>, group: Weak<SlotGroup>, slot: usize },
-    Unit(Arc<[u8]>),
     Piece(Arc<Piece>),
 }
 
@@ -59,7 +57,6 @@ impl Entry {
     fn bytes(&self) -> u64 {
         match self {
             Entry::Window { window, .. } => (window.bytes() + ENTRY_OVERHEAD) as u64,
-            Entry::Unit(data) => (data.len() + ENTRY_OVERHEAD) as u64,
             Entry::Piece(piece) => (piece.bytes.len() + ENTRY_OVERHEAD) as u64,
         }
     }
@@ -68,7 +65,7 @@ impl Entry {
     fn take_touched(&self) -> bool {
         match self {
             Entry::Window { window, .. } => window.take_touched(),
-            Entry::Unit(_) | Entry::Piece(_) => false,
+            Entry::Piece(_) => false,
         }
     }
 
@@ -139,7 +136,7 @@ pub struct CacheFigures {
     pub limit: u64,
     /// Bytes in use.
     pub used: u64,
-    /// Windows and units in use.
+    /// Windows and pieces of units in use.
     pub entries: u64,
     /// How many were dropped to stay below the bound.
     pub evictions: u64,
@@ -246,39 +243,9 @@ impl Cache {
         }
     }
 
-    /// The decompressed unit at `host` of a layer. If it is not here, `make` decompresses it, which takes
-    /// as many bytes as `room` says.
-    ///
-    /// # Errors
-    /// Whatever `room` and `make` say; nothing is remembered then.
-    pub(super) fn unit<E>(
-        &self,
-        layer: u64,
-        host: u64,
-        room: impl FnOnce() -> Result<u64, E>,
-        make: impl FnOnce() -> Result<Arc<[u8]>, E>,
-    ) -> Result<Arc<[u8]>, E> {
-        let key = Key::Unit { layer, host };
-        let here = |inner: &mut Inner| match inner.list.get(&key) {
-            Some(Entry::Unit(data)) => Some(data.clone()),
-            _ => None,
-        };
-        if let Some(data) = here(&mut self.lock()) {
-            return Ok(data);
-        }
-        let making = match self.begin((layer, host), room()?, here) {
-            Ok(data) => return Ok(data),
-            Err(making) => making,
-        };
-        let data = make()?;
-        self.keep(key, Entry::Unit(data.clone()));
-        drop(making);
-        Ok(data)
-    }
-
     /// Piece number `number` of the unit at `host` of a layer. If it is not here, `make` decompresses it
     /// and what it must before that: from the nearest piece on that is here and can be gone on from.
-    /// It gives the pieces to [`Pieces::keep`]; beside them it takes as many bytes as `room` says.
+    /// It gives the pieces to [`Pieces::keep`], and takes as many bytes as `room` says meanwhile.
     ///
     /// # Errors
     /// Whatever `room` and `make` say.
@@ -413,14 +380,25 @@ mod tests {
         assert_eq!(cache.figures().used, 0);
     }
 
+    /// The first byte of unit `host`, made of `room` bytes that `make` gives.
+    fn unit<E>(
+        cache: &Cache,
+        host: u64,
+        room: u64,
+        make: impl FnOnce() -> Result<Box<[u8]>, E>,
+    ) -> Result<u8, E> {
+        let keep = |pieces: &mut Pieces, bytes| pieces.keep(0, Piece { bytes, next: None });
+        let made = cache.piece(1, host, 0, || Ok(room), |p, _| make().map(|b| keep(p, b)));
+        made.map(|piece| piece.unwrap().bytes[0])
+    }
+
     #[test]
     fn units_are_made_once_and_failures_are_not_remembered() {
         let cache = Cache::new(1 << 20);
-        let made =
-            |r: Result<u8, ()>| cache.unit(1, 7, || Ok(10), || r.map(|b| Arc::from([b; 10])));
+        let made = |r: Result<u8, ()>| unit(&cache, 7, 10, || r.map(|b| Box::from([b; 10])));
         assert!(made(Err(())).is_err());
-        assert_eq!(made(Ok(1)).unwrap()[0], 1);
-        assert_eq!(made(Ok(2)).unwrap()[0], 1);
+        assert_eq!(made(Ok(1)), Ok(1));
+        assert_eq!(made(Ok(2)), Ok(1));
     }
 
     #[test]
@@ -452,11 +430,11 @@ mod tests {
             made.fetch_add(1, Ordering::SeqCst);
             std::thread::sleep(std::time::Duration::from_millis(5));
             running.fetch_sub(1, Ordering::SeqCst);
-            Ok::<_, ()>(Arc::from(vec![byte; 40_000]))
+            Ok::<_, ()>(Box::from(vec![byte; 40_000]))
         };
         std::thread::scope(|s| {
             for _ in 0..4 {
-                s.spawn(|| assert_eq!(cache.unit(1, 1, || Ok(40_000), || make(1)).unwrap()[9], 1));
+                s.spawn(|| assert_eq!(unit(&cache, 1, 40_000, || make(1)), Ok(1)));
             }
         });
         assert_eq!(made.load(Ordering::SeqCst), 1);
@@ -465,13 +443,13 @@ mod tests {
                 let (cache, make) = (&cache, &make);
                 let host = u64::from(i) + 10;
                 s.spawn(move || {
-                    assert_eq!(cache.unit(1, host, || Ok(40_000), || make(i)).unwrap()[9], i);
+                    assert_eq!(unit(cache, host, 40_000, || make(i)), Ok(i));
                 });
             }
         });
         // One that is larger than everything is made all the same, and not kept.
-        let large = cache.unit(1, 99, || Ok(1 << 20), || Ok::<_, ()>(Arc::from(vec![7; 1 << 20])));
-        assert_eq!(large.unwrap().len(), 1 << 20);
+        let large = unit(&cache, 99, 1 << 20, || Ok::<_, ()>(Box::from(vec![7; 1 << 20])));
+        assert_eq!(large, Ok(7));
         assert!(cache.figures().used <= 100_000);
     }
 }

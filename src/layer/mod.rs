@@ -160,10 +160,10 @@ impl LayerMap {
     }
 }
 
-/// Bytes of a [`Piece`]; the last of a unit may have less.
+/// Bytes of a [`Piece`] where a unit has several.
 pub const PIECE: u32 = 256 << 10;
 
-/// A part of a large decompressed unit.
+/// A decompressed unit, or a part of a large one.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Piece {
     /// Its bytes.
@@ -239,19 +239,17 @@ pub trait Layer: Send + Sync {
     /// `Corrupt`, `Io` or `Truncated`, with file and offset.
     fn decompress(&self, host: u64, len: u32, out: &mut [u8]) -> Result<()>;
 
-    /// Whether units of more than [`PIECE`] bytes are decompressed by
-    /// [`decompress_pieces`](Self::decompress_pieces).
-    fn has_pieces(&self) -> bool {
-        false
+    /// The length of `unit`'s pieces, of which the last may be shorter; at least 1.
+    fn piece_size(&self, unit: Unit) -> u32 {
+        unit.size.max(1)
     }
 
-    /// Bytes that decompressing `unit` takes at a time, beside what comes out.
+    /// Bytes that decompressing pieces of `unit` takes at a time, what comes out included.
     ///
     /// # Errors
     /// As [`decompress`](Self::decompress).
     fn room(&self, unit: Unit) -> Result<u64> {
-        let _ = unit;
-        Ok(0)
+        Ok(unit.size.into())
     }
 
     /// Decompresses `unit` piece by piece, up to piece number `last` and a little further at most, and
@@ -266,8 +264,10 @@ pub trait Layer: Send + Sync {
         last: u32,
         keep: &mut dyn FnMut(u32, Piece) -> Result<()>,
     ) -> Result<()> {
-        let _ = (after, last, keep);
-        Err(Error::new(Kind::Corrupt, "this is not compressed in pieces").at_offset(unit.host))
+        let _ = (after, last);
+        let mut bytes = vec![0; unit.size as usize].into_boxed_slice();
+        self.decompress(unit.host, unit.len, &mut bytes)?;
+        keep(0, Piece { bytes, next: None })
     }
 
     /// The storage behind [`Mapping::Data`]'s file number.

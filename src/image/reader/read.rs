@@ -7,7 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Source;
 use crate::image::lazy::LazyLayer;
 use crate::image::window::Window;
-use crate::layer::{Layer, PIECE, Unit};
+use crate::layer::{Layer, Piece, Unit};
 
 /// The layers that a read has taken bytes from, each once. Reads go back and forth between a FULL
 /// and what lies on it; looking at a file after each piece would cost a tenth of the time.
@@ -74,16 +74,13 @@ impl Image {
         match source {
             Source::Data { file, host, .. } => layer.read_data(file, host, part),
             Source::Compressed { host, len, unit, skip, .. } => {
-                let unit = Unit { host, len, size: unit };
-                match unit.size > PIECE && layer.has_pieces() {
-                    true => self.read_pieces(lazy.id, layer, unit, skip, part),
-                    false => self.read_unit(lazy.id, layer, unit, skip, part),
-                }
+                self.read_unit(lazy.id, layer, Unit { host, len, size: unit }, skip, part)
             }
             Source::Unallocated | Source::Zero { .. } | Source::Bad { .. } => Ok(()),
         }
     }
 
+    /// Reads a compressed unit from `skip` on. Of a large one, no more is decompressed than is needed.
     fn read_unit(
         &self,
         id: u64,
@@ -92,45 +89,42 @@ impl Image {
         skip: u32,
         part: &mut [u8],
     ) -> Result<()> {
-        let room = || Ok(u64::from(unit.size).saturating_add(layer.room(unit)?));
-        let data = self.cache.unit(id, unit.host, room, || {
-            let mut out = vec![0; unit.size as usize];
-            layer.decompress(unit.host, unit.len, &mut out)?;
-            // Bytes of a file that changed meanwhile must not get into the cache.
-            layer.check_unchanged()?;
-            Ok::<_, Error>(Arc::from(out))
-        })?;
-        copy(&data, skip as usize, part).ok_or_else(|| short(layer, unit))
-    }
-
-    /// The same of a large unit, of which no more is decompressed than is needed.
-    fn read_pieces(
-        &self,
-        id: u64,
-        layer: &dyn Layer,
-        unit: Unit,
-        skip: u32,
-        part: &mut [u8],
-    ) -> Result<()> {
+        let size = layer.piece_size(unit);
         let (mut at, mut rest) = (skip, part);
         while !rest.is_empty() {
-            let (number, inside) = (at / PIECE, at % PIECE);
-            let (now, after) = rest.split_at_mut(rest.len().min((PIECE - inside) as usize));
-            let room = || layer.room(unit);
-            let piece = self.cache.piece(id, unit.host, number, room, |pieces, before| {
-                let before = before.as_ref().map(|(n, piece)| (*n, &**piece));
-                layer.decompress_pieces(unit, before, number, &mut |n, piece| {
-                    layer.check_unchanged()?;
-                    pieces.keep(n, piece);
-                    Ok(())
-                })
-            })?;
+            let (number, inside) = (at / size, at % size);
+            let (now, after) = rest.split_at_mut(rest.len().min((size - inside) as usize));
+            let piece = self.piece(id, layer, unit, number)?;
             let done = piece.and_then(|p| copy(&p.bytes, inside as usize, now));
             done.ok_or_else(|| short(layer, unit))?;
             at += now.len() as u32;
             rest = after;
         }
         Ok(())
+    }
+
+    fn piece(
+        &self,
+        id: u64,
+        layer: &dyn Layer,
+        unit: Unit,
+        number: u32,
+    ) -> Result<Option<Arc<Piece>>> {
+        self.cache.piece(
+            id,
+            unit.host,
+            number,
+            || layer.room(unit),
+            |pieces, before| {
+                let before = before.as_ref().map(|(n, piece)| (*n, &**piece));
+                layer.decompress_pieces(unit, before, number, &mut |n, piece| {
+                    // Bytes of a file that changed meanwhile must not get into the cache.
+                    layer.check_unchanged()?;
+                    pieces.keep(n, piece);
+                    Ok(())
+                })
+            },
+        )
     }
 
     fn bad_range(&self, layer: u16, at: u64) -> Error {

@@ -178,8 +178,8 @@ impl Layer for StreamLayer {
         Ok(())
     }
 
-    fn has_pieces(&self) -> bool {
-        true
+    fn piece_size(&self, unit: Unit) -> u32 {
+        unit.size.clamp(1, layer::PIECE)
     }
 
     fn room(&self, unit: Unit) -> Result<u64> {

@@ -1,13 +1,18 @@
-//! What FUSE itself allows: files of zeros, served with the settings of `fleecefs mount`.
+//! What FUSE allows a server whose bytes come from a file: one `pread` and one reply for each read, with the
+//! settings of `fleecefs mount`, its threads and its buffers.
 //!
-//! `contrib/bench` reads them beside a mount: `zeros MOUNTPOINT BYTES` serves eight files, `0` to `7`, until it
-//! is unmounted. A read costs what fuser and the kernel take, and nothing else.
+//! `contrib/bench` reads it beside a mount: `plain MOUNTPOINT FILE BYTES` serves eight files, `0` to `7`, of so
+//! many bytes, which are those of FILE over and over, until it is unmounted.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use fleecefs::fs::buffer::Buffer;
 use fleecefs::fuse::{self, Access, Options};
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
@@ -19,13 +24,29 @@ const TTL: Duration = Duration::from_secs(1);
 /// The root's number; those of the files follow.
 const ROOT: u64 = 1;
 const FILES: u64 = 8;
-static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
-struct Zeros {
+thread_local! {
+    static BUFFER: RefCell<Buffer> = const { RefCell::new(Buffer::new()) };
+}
+
+struct Plain {
+    file: File,
+    /// Bytes of `file`.
+    len: u64,
+    /// Bytes of what is served.
     size: u64,
 }
 
-impl Zeros {
+impl Plain {
+    fn fill(&self, mut buf: &mut [u8], mut at: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            let n = self.file.read_at(buf, at % self.len)?;
+            buf = &mut buf[n..];
+            at += n as u64;
+        }
+        Ok(())
+    }
+
     fn attr(&self, ino: u64) -> FileAttr {
         let (kind, perm, size) = match ino {
             ROOT => (FileType::Directory, 0o555, 0),
@@ -52,7 +73,7 @@ impl Zeros {
     }
 }
 
-impl Filesystem for Zeros {
+impl Filesystem for Plain {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
         fuse::negotiate(config);
         Ok(())
@@ -86,18 +107,28 @@ impl Filesystem for Zeros {
         reply: ReplyData,
     ) {
         let left = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
-        reply.data(&ZEROS[..left.min(size as usize).min(ZEROS.len())]);
+        BUFFER.with_borrow_mut(|buffer| {
+            let buf = buffer.get(left.min(size as usize));
+            match self.fill(buf, offset) {
+                Ok(()) => reply.data(buf),
+                Err(_) => reply.error(Errno::EIO),
+            }
+        });
     }
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().collect();
-    let [_, mountpoint, size] = args.as_slice() else {
-        return Err("usage: zeros MOUNTPOINT BYTES".into());
+    let [_, mountpoint, file, size] = args.as_slice() else {
+        return Err("usage: plain MOUNTPOINT FILE BYTES".into());
     };
+    let file = File::open(file)?;
+    let plain = Plain { len: file.metadata()?.len(), file, size: size.parse()? };
+    if plain.len == 0 {
+        return Err("the file is empty".into());
+    }
     let threads = fuse::default_threads();
-    let options = Options { access: Access::Owner, threads, source: "zeros".into() };
-    let zeros = Zeros { size: size.parse()? };
-    let session = Session::new(zeros, Path::new(mountpoint), &fuse::config(&options))?;
+    let options = Options { access: Access::Owner, threads, source: "plain".into() };
+    let session = Session::new(plain, Path::new(mountpoint), &fuse::config(&options))?;
     Ok(session.spawn()?.guard.join().map_err(|_| "a serving thread panicked")??)
 }
