@@ -4,6 +4,7 @@
 mod backup;
 #[path = "common/guest.rs"]
 mod guest;
+mod mounted;
 mod qemu;
 
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ const SIZE: u64 = 64 << 20;
 
 /// Two disks; most of each is data.
 fn daemon() -> Daemon {
-    let dir = qemu::tempdir();
+    let dir = tempfile::tempdir().unwrap();
     for (name, format) in [("a", "qcow2"), ("b", "raw")] {
         let path = dir.path().join(format!("{name}.img"));
         run("qemu-img", &["create", "-q", "-f", format, path.to_str().unwrap(), &SIZE.to_string()]);
@@ -100,8 +101,9 @@ fn what_cannot_be_hashed_ahead_is_hashed_at_the_end() {
         return;
     }
     let d = daemon();
-    for more in [&["--compress"][..], &["--no-hash"], &["--blockdev-disable-cache"]] {
-        let caller = caller(&d, &[&["--include", "a"], more].concat());
+    for more in [&["--compress"][..], &["--no-hash"], &["--direct"]] {
+        let mut caller = caller(&d, &[&["--include", "a"], more].concat());
+        caller.target = d.path(more[0]);
         let (said, steps) = backed_up(&caller, &d);
         assert_eq!(steps("send job-pause"), 0, "{more:?}: {said}");
         match more {
@@ -110,7 +112,6 @@ fn what_cannot_be_hashed_ahead_is_hashed_at_the_end() {
             }
             _ => check_hash(&caller, "a.img"),
         }
-        std::fs::remove_dir_all(&caller.target).unwrap();
     }
     clean(&d);
 }
@@ -215,6 +216,7 @@ fn a_job_that_another_program_paused_is_not_resumed() {
     other.execute("job-resume", json!({"id": id}));
     stopped.goes_on(&d);
     check_hash(&caller, "a.img");
+    drop(other);
     clean(&d);
 }
 
