@@ -30,6 +30,9 @@ const MOST_PIECES: u64 = 1 << 28;
 /// How much longer than a disk and an eighth of it its image may be: tables take less.
 const MORE: u64 = 64 << 20;
 
+/// How much lower the priority of the hashing thread is.
+const NICE: i32 = 10;
+
 /// What is certain of an image that is being written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Mark {
@@ -139,8 +142,10 @@ impl Drop for Early {
     }
 }
 
-/// Until it is over.
+/// Until it is over. Whoever copies, and the guest, go first: what is not done in time is done at the end.
 fn hash_units(image: &dyn ReadAt, unit: u64, orders: &Orders) -> Result<Vec<Unit>> {
+    // SAFETY: setpriority has no preconditions. Here 0 is this thread, and a failure changes nothing.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
     let mut units = Vec::new();
     let mut end = unit;
     while let Some(mark) = orders.wait(end) {
@@ -227,7 +232,8 @@ mod tests {
     }
 
     /// A QEMU that copies a disk: several writes at a time, each of which may fail, which frees its
-    /// cluster; the next one that needs a cluster gets the lowest that is free.
+    /// cluster; the next one that needs a cluster gets the lowest that is free, or one behind (as if it
+    /// needed several in a row).
     struct Qemu {
         rng: Rng,
         file: Vec<u8>,
@@ -247,7 +253,8 @@ mod tests {
         }
 
         fn take(&mut self) -> usize {
-            let at = self.free.iter().position(|f| *f).unwrap_or(self.free.len());
+            let lowest = self.free.iter().position(|f| *f).filter(|_| self.rng.below(3) == 0);
+            let at = lowest.unwrap_or(self.free.len());
             self.free.resize(self.free.len().max(at + 1), false);
             self.free[at] = false;
             at
