@@ -12,7 +12,7 @@ use std::process::{Command, Output};
 use chains::qemu::{have, run};
 use chains::{Backups, SIZE, TOOLS};
 use mounted::Mount;
-use mounted::guard::Guard;
+use mounted::guard::{Guard, UNMOUNT};
 use mounted::process::stderr;
 
 const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");

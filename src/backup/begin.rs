@@ -220,6 +220,7 @@ impl Run<'_> {
                 chain: None,
                 folder: None,
                 held: None,
+                early: None,
                 progress: self.watch.disk(p.disk.label()),
                 shown: 0,
                 empty: 0,

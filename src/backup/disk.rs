@@ -11,7 +11,7 @@ use super::fleece::{Fleece, Handed};
 use super::journal::Record;
 use super::names::{Role, object, work_bitmap};
 use super::nbdserver::{self, Use};
-use super::publish;
+use super::publish::{self, Hashing};
 use super::space::Space;
 use super::teardown::{Scope, detach, teardown};
 use super::work::{Active, Run, State};
@@ -282,6 +282,7 @@ impl Run<'_> {
         d.empty = d.held.as_ref().and_then(publish::Held::length).unwrap_or(0);
         d.began = Instant::now();
         self.client.execute("blockdev-backup", a)?;
+        d.early = self.barriers(d);
         d.progress.begin(d.plan.disk.label(), d.plan.estimate());
         self.disk_status(d.index, |s| s.state = "copying".into());
         Ok(())
@@ -341,8 +342,12 @@ impl Run<'_> {
             // The disk is worth more.
             Err(e) => self.watch.warn(&e.report()),
         }
-        let hash = !self.options.no_hash;
-        let m = publish::publish(d.folder()?, m, hash, d.held()?, &|| Ok(()))?;
+        let hashing = match (self.options.no_hash, d.early.take()) {
+            (true, _) => Hashing::Left,
+            (_, None) => Hashing::Whole,
+            (_, Some(b)) => Hashing::Begun(b.early()),
+        };
+        let m = publish::publish(d.folder()?, m, hashing, d.held()?, &|| Ok(()))?;
         d.held = None;
         self.beside(d);
         d.state = State::Done(Box::new(m));

@@ -4,20 +4,23 @@
 //! `plan`, in which `level` decides what each disk gets;
 //! `run` executes it: `bitmap` adds the next recording bitmap, `fleece` puts files and nodes in
 //! place, `moment` takes the one frozen moment under the eyes of `guardian`, `zeros` finds what a
-//! bitmap cannot know, `publish` makes a finished image a point. `journal` and `recover` undo what a
-//! killed run left (`leftover`: which fleece images may go). `offline` runs all that on a daemon of ours. `lock` keeps two runs apart, `control`
-//! reaches a running one.
+//! bitmap cannot know, `barrier` and `early` hash an image while it is written, `publish` makes a
+//! finished image a point. `journal` and `recover` undo what a killed run left (`leftover`: which
+//! fleece images may go). `offline` runs all that on a daemon of ours. `lock` keeps two runs apart,
+//! `control` reaches a running one.
 //!
 //! Two rules carry everything: no bitmap is ever cleared, and every object we add to QEMU carries
 //! the run's id in its name, so that whatever dies whenever, the old bitmap still records and what
 //! is left over can be told and removed.
 
+mod barrier;
 pub mod begin;
 mod beside;
 pub mod bitmap;
 pub mod conclude;
 pub mod control;
 pub mod disk;
+mod early;
 mod expected;
 pub mod fleece;
 pub mod folders;

@@ -13,12 +13,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 use std::time::{Duration, SystemTime};
 
+use super::early::Early;
 use super::leftover::{self, Made};
 use crate::chain::Level;
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result, Severity};
 use crate::folder::{self, Access, EntryKind, FileId, Folder, Share};
 use crate::hash::Check;
+use crate::hash::ahead::Known;
 use crate::layer::qcow2::check as structure;
 use crate::layer::qcow2::create::NewImage;
 use crate::layer::{Format, ImageInfo};
@@ -163,6 +165,11 @@ impl Held {
         &self.path
     }
 
+    /// What hashes it while it grows; its disk has `size` bytes.
+    pub fn early(&self, size: u64) -> Early {
+        Early::new(self.file.clone(), self.path.clone(), size)
+    }
+
     /// Its length now, which grows with what is copied; `None` if it cannot be told.
     pub fn length(&self) -> Option<u64> {
         self.file.metadata().ok().map(|m| m.len())
@@ -216,6 +223,17 @@ fn taken(path: &Path) -> Error {
         .remedy("find out who writes to the backup directory")
 }
 
+/// How the BLAKE3 of an image comes about.
+#[derive(Debug)]
+pub enum Hashing {
+    /// Not at all.
+    Left,
+    /// Of the complete file.
+    Whole,
+    /// It was begun while the file was written.
+    Begun(Early),
+}
+
 /// Publishes a complete image that QEMU has closed. `manifest` is completed with what only the
 /// finished file tells. `stop` is asked during long work; what it says ends that, and the image stays
 /// as it is.
@@ -225,7 +243,7 @@ fn taken(path: &Path) -> Error {
 pub fn publish(
     folder: &Folder,
     mut manifest: Manifest,
-    hash: bool,
+    hashing: Hashing,
     held: &Held,
     stop: &Check,
 ) -> Result<Manifest> {
@@ -238,7 +256,7 @@ pub fn publish(
     set_time(held, folder, &manifest)?;
     held.sync()?;
     step("synced");
-    complete(&mut manifest, held, hash, stop)?;
+    complete(&mut manifest, held, hashing, stop)?;
     // The announcement, now complete, is what a recovery after the rename writes as manifest.
     announce(folder, &manifest)?;
     step("announced");
@@ -292,11 +310,17 @@ pub fn discard_image(folder: &Folder, image: &str) -> Result<()> {
     gone.map_err(|e| Error::io(e, "cannot remove the image").at_path(folder.join(&name)))
 }
 
-fn complete(m: &mut Manifest, held: &Held, hash: bool, stop: &Check) -> Result<()> {
+fn complete(m: &mut Manifest, held: &Held, hashing: Hashing, stop: &Check) -> Result<()> {
     let source = held.source()?;
     m.file_size = source.identity().size;
     m.fingerprint = Some(held.fingerprint()?);
-    m.blake3 = if hash { Some(crate::hash::whole_with(&source, jobs(), &(), stop)?) } else { None };
+    let known = match hashing {
+        Hashing::Left => None,
+        Hashing::Whole => Some(Known::default()),
+        Hashing::Begun(early) => Some(early.end(stop)?),
+    };
+    let hash = |known| crate::hash::rest_with(&source, &known, jobs(), stop);
+    m.blake3 = known.map(hash).transpose()?;
     Ok(())
 }
 
@@ -489,8 +513,13 @@ mod tests {
             }
             let e = rename(&folder, &held, "FULL-1-d").unwrap_err();
             assert_eq!(e.kind(), Kind::Unsound);
-            let e =
-                publish(&folder, example("FULL-1-d", Level::Full, None), true, &held, &|| Ok(()));
+            let e = publish(
+                &folder,
+                example("FULL-1-d", Level::Full, None),
+                Hashing::Whole,
+                &held,
+                &|| Ok(()),
+            );
             assert_eq!(e.unwrap_err().kind(), Kind::Unsound);
             assert!(!d.path().join("FULL-1-d").exists());
             discard_image(&folder, "FULL-1-d").unwrap();
@@ -518,7 +547,10 @@ mod tests {
             let held = create_image(&folder, name, &shape, Share::default()).unwrap();
             let pointer = backing.map(|b| (OsStr::new(b), "qcow2"));
             crate::layer::qcow2::backing::set_backing(held.file(), held.path(), pointer).unwrap();
-            let found = publish(&folder, example(name, Level::Full, None), true, &held, &|| Ok(()));
+            let found =
+                publish(&folder, example(name, Level::Full, None), Hashing::Whole, &held, &|| {
+                    Ok(())
+                });
             let said = found.map(drop).map_err(|e| e.report());
             match wanted {
                 Some(what) => assert!(said.as_ref().unwrap_err().contains(what), "{said:?}"),

@@ -15,6 +15,7 @@ use super::journal::{self, DiskRecord, Left, Pending};
 use super::leftover::{self, Made};
 use super::lock::Lock;
 use super::migration::Owner;
+use super::publish::Hashing;
 use super::teardown::{Scope, runs_in_qemu, teardown_all, unblock};
 use super::{Watch, bitmap, migration, names, nbdserver, publish};
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
@@ -462,7 +463,7 @@ pub fn settle_image(
     let checked = m.fingerprint.is_some();
     let done = if folder.has(publish::partial_name(image)) && (finished || checked) {
         publish::Held::open(folder, image, made).and_then(|held| {
-            publish::publish(folder, m, true, &held, &|| watch.check_stop()).map(drop)
+            publish::publish(folder, m, Hashing::Whole, &held, &|| watch.check_stop()).map(drop)
         })
     } else if folder.has(image) && checked {
         adopt(folder, m)

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::barrier::Barriers;
 use super::beside::Neighbours;
 use super::conclude::failure;
 use super::control::{DiskStatus, Shared};
-use super::disk::job_error;
 use super::expected::Stage;
 use super::fleece::Fleece;
 use super::folders::{Folders, TargetId};
@@ -31,9 +31,8 @@ use super::{Options, StopWish, Watch, migration, moment, nbdserver, now, publish
 use crate::chain::manifest::{self, Consistency, Manifest, Skipped};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
-use crate::progress::{Position, Progress};
+use crate::progress::Progress;
 use crate::qmp::Client;
-use crate::qmp::steps::step;
 use crate::qmp::types::Job;
 
 /// A run at work.
@@ -82,6 +81,8 @@ pub struct Active {
     pub(super) folder: Option<Arc<Folder>>,
     /// The image, open from its beginning to its end.
     pub(super) held: Option<Held>,
+    /// Hashes it while it is written.
+    pub(super) early: Option<Barriers>,
     pub(super) progress: Arc<dyn Progress>,
     pub(super) shown: u64,
     /// Length of the image before anything was copied.
@@ -441,29 +442,6 @@ impl Run<'_> {
     /// once a job has ended.
     pub(super) fn check_migration(&mut self) -> Result<()> {
         self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))
-    }
-
-    /// Shows progress; gives the job once it has ended.
-    fn follow(&mut self, d: &mut Active, job: &Job) -> Option<Result<Job>> {
-        let (at, of, copied) = (job.current_progress, job.total_progress, d.copied(job));
-        let copy = &self.options.copy;
-        d.progress.place(Position { at, of, paced: copy.speed > 0 || copy.compress.is_some() });
-        d.progress.advance(copied.saturating_sub(d.shown));
-        d.shown = d.shown.max(copied);
-        self.disk_status(d.index, |s| {
-            s.copied = copied;
-            s.done = job.current_progress;
-            s.total = job.total_progress;
-        });
-        if !job.concluded() {
-            return None;
-        }
-        step("job concluded");
-        d.progress.end(d.began.elapsed());
-        Some(match &job.error {
-            None => Ok(job.clone()),
-            Some(e) => Err(job_error(e)),
-        })
     }
 }
 

@@ -394,7 +394,7 @@ impl Client {
         self.migrations
     }
 
-    /// Waits until `deadline`, or until a job or an export may have come to its end.
+    /// Waits until `deadline`, or until a job or an export may have come to its end, or a job is paused.
     ///
     /// # Errors
     /// `Peer` if QEMU is gone, `Interrupted` if the flag given to [`Client::interrupt_by`] is set.
@@ -417,11 +417,13 @@ impl Client {
     }
 }
 
-/// Whether this event is news for who waits for a job or an export to end.
+/// Whether this event is news for who waits for a job or an export to end, or for a job to pause.
 fn ends_a_wait(event: &str, data: Option<&Value>) -> bool {
     let status = data.and_then(|d| d.get("status")?.as_str());
     match event {
-        "JOB_STATUS_CHANGE" => matches!(status, Some("concluded" | "null" | "aborting")),
+        "JOB_STATUS_CHANGE" => {
+            matches!(status, Some("concluded" | "null" | "aborting" | "paused"))
+        }
         "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_ERROR" => true,
         other => other == "BLOCK_EXPORT_DELETED",
     }

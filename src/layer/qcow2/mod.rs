@@ -2,7 +2,7 @@
 //!
 //! Room by room: `header` (fixed fields, extensions, limits), `snapshot` (internal snapshots),
 //! `table` (L1/L2 entries to mappings), `compress` (one cluster's decompression), `check` (whether
-//! all parts of a file agree), `create` and `backing` (empty images, and the backing file's name). Of
+//! all parts of a file agree), `plain` (where its plain clusters are), `create` and `backing` (empty images, and the backing file's name). Of
 //! an image that is read nothing is kept in memory but its header: L1 and L2 entries are read when
 //! a window is folded.
 
@@ -11,6 +11,7 @@ pub mod check;
 pub mod compress;
 pub mod create;
 pub mod header;
+pub mod plain;
 pub mod snapshot;
 mod table;
 

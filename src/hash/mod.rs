@@ -7,6 +7,10 @@
 //!
 //! Holes are not read; their zeros are hashed all the same. (There is no shortcut: BLAKE3 hashes the
 //! place of each KiB along with it, so that subtrees of zeros differ from each other.)
+//!
+//! Subtrees of a file that still grows can be hashed ahead, see [`ahead`].
+
+pub mod ahead;
 
 use std::ops::Range;
 use std::path::Path;
@@ -18,10 +22,11 @@ use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};
+use ahead::Known;
 
-/// Bytes hashed as one subtree: a power of two.
+/// Bytes hashed as one subtree, where nothing else is said: a power of two.
 const BLOCK: u64 = 1 << 20;
-/// Blocks whose values are kept at a time: a power of two.
+/// Subtrees whose values are kept at a time: a power of two.
 const GROUP: u64 = 1024;
 /// Bytes read at once: a power of two, small enough to be in the processor's own cache still when they
 /// are hashed.
@@ -56,7 +61,17 @@ pub fn whole_with(
     progress: &dyn Progress,
     check: &Check,
 ) -> Result<String> {
-    let hash = hash_with(file, jobs, progress, check)?;
+    let hash = hash_with(file, &Known::default(), jobs, progress, check)?;
+    file.check_unchanged()?;
+    Ok(hash.to_hex().to_string())
+}
+
+/// The same, but what is `known` already is not read.
+///
+/// # Errors
+/// As [`whole_with()`].
+pub fn rest_with(file: &SourceFile, known: &Known, jobs: usize, check: &Check) -> Result<String> {
+    let hash = hash_with(file, known, jobs, &(), check)?;
     file.check_unchanged()?;
     Ok(hash.to_hex().to_string())
 }
@@ -70,18 +85,20 @@ pub type Check<'a> = dyn Fn() -> Result<()> + Sync + 'a;
 /// # Errors
 /// Reading failed, or the file became shorter.
 pub fn hash(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> Result<blake3::Hash> {
-    hash_with(storage, jobs, progress, &|| Ok(()))
+    hash_with(storage, &Known::default(), jobs, progress, &|| Ok(()))
 }
 
 fn hash_with(
     storage: &dyn ReadAt,
+    known: &Known,
     jobs: usize,
     progress: &dyn Progress,
     check: &Check,
 ) -> Result<blake3::Hash> {
     let len = storage.len();
     let holes = Holes::of(storage);
-    let blocks = len.div_ceil(BLOCK).max(1);
+    let unit = known.unit();
+    let blocks = len.div_ceil(unit).max(1);
     let mut tree = Tree::default();
     let mut first = 0;
     while first < blocks {
@@ -90,16 +107,15 @@ fn hash_with(
         let root = OnceLock::new();
         let work = |i: u64, buf: &mut Vec<u8>| -> Result<()> {
             check()?;
-            let (start, end) =
-                ((first + i) * BLOCK, len.min((first + i + 1).saturating_mul(BLOCK)));
-            let mut hasher = blake3::Hasher::new();
-            hasher.set_input_offset(start);
-            for_each_piece(&holes, start..end, buf, |bytes| {
-                hasher.update(bytes);
-            })?;
-            let _ = match blocks {
-                1 => root.set(hasher.finalize()).map_err(drop),
-                _ => values[i as usize].set(hasher.finalize_non_root()).map_err(drop),
+            let start = (first + i) * unit;
+            let end = len.min(start.saturating_add(unit));
+            // The root of a tree is no subtree; the last one of a file may be a smaller one.
+            let value = known.value(first + i).filter(|_| blocks > 1 && end - start == unit);
+            let mut hashed = || hasher_of(&holes, start..end, buf);
+            let _ = match value {
+                Some(value) => values[i as usize].set(*value).map_err(drop),
+                None if blocks == 1 => root.set(hashed()?.finalize()).map_err(drop),
+                None => values[i as usize].set(hashed()?.finalize_non_root()).map_err(drop),
             };
             progress.advance(end - start);
             Ok(())
@@ -116,6 +132,16 @@ fn hash_with(
         first += count;
     }
     Ok(tree.root())
+}
+
+/// Hashes `range`, which is a subtree.
+fn hasher_of(holes: &Holes<'_>, range: Range<u64>, buf: &mut Vec<u8>) -> Result<blake3::Hasher> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.set_input_offset(range.start);
+    for_each_piece(holes, range, buf, |bytes| {
+        hasher.update(bytes);
+    })?;
+    Ok(hasher)
 }
 
 /// Calls `f` with all bytes of `range`, in pieces; those of holes are not read.
@@ -415,7 +441,7 @@ mod tests {
             0..3 => Ok(()),
             _ => Err(Error::new(Kind::Interrupted, "stopped")),
         };
-        let e = hash_with(&storage, 1, &(), &check).unwrap_err();
+        let e = hash_with(&storage, &Known::default(), 1, &(), &check).unwrap_err();
         assert_eq!((e.kind(), asked.into_inner()), (Kind::Interrupted, 4));
     }
 
