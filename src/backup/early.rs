@@ -308,7 +308,7 @@ mod tests {
             self.file[l2 * C..(l2 + 1) * C].fill(0);
             for (g, at) in self.place.iter().enumerate() {
                 let entry = match at {
-                    Some(at) if *at > 0 => 1 << 63 | (at * C) as u64,
+                    Some(at) if *at > 0 => (1 << 63) | (at * C) as u64,
                     _ => 1,
                 };
                 let to = l2 * C + g * 8;
@@ -323,8 +323,8 @@ mod tests {
             put(40, 3 * C as u64);
             put(48, C as u64);
             put(56, 1 << 32);
-            put(96, 4 << 32 | 104);
-            put(3 * C, 1 << 63 | (l2 * C) as u64);
+            put(96, (4 << 32) | 104);
+            put(3 * C, (1 << 63) | (l2 * C) as u64);
         }
     }
 

@@ -104,7 +104,7 @@ mod tests {
             for (unit, mask) in [(BLOCK, 0u64), (BLOCK, 0x1ff), (BLOCK, 0x5a), (2 * BLOCK, 0b1011)]
             {
                 let whole = len / unit;
-                let value = |i: u64| (mask >> i & 1 != 0).then(|| hash_unit(&storage, unit, i));
+                let value = |i: u64| ((mask >> i) & 1 != 0).then(|| hash_unit(&storage, unit, i));
                 let values = (0..whole).map(|i| value(i).map(Result::unwrap)).collect();
                 let known = Known::new(unit, values);
                 assert_eq!(known.count(), u64::from((mask & ((1 << whole) - 1)).count_ones()));

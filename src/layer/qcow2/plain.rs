@@ -96,7 +96,7 @@ mod tests {
         bytes[99] = 4;
         bytes[103] = 104;
         let l1 = 3 * C as usize;
-        bytes[l1..l1 + 8].copy_from_slice(&(1 << 63 | (4 * C)).to_be_bytes());
+        bytes[l1..l1 + 8].copy_from_slice(&((1 << 63) | (4 * C)).to_be_bytes());
         for (i, e) in entries.iter().enumerate() {
             let at = 4 * C as usize + i * 8;
             bytes[at..at + 8].copy_from_slice(&e.to_be_bytes());
@@ -127,8 +127,8 @@ mod tests {
 
     #[test]
     fn compressed_and_damaged_clusters_are_errors() {
-        for entry in [1 << 62 | (5 * C), 1 << 63 | (20 * C), (1 << 63) | (C / 2)] {
-            assert!(found(&[1 << 63 | (6 * C), entry]).is_err(), "{entry:x}");
+        for entry in [(1 << 62) | (5 * C), (1 << 63) | (20 * C), (1 << 63) | (C / 2)] {
+            assert!(found(&[(1 << 63) | (6 * C), entry]).is_err(), "{entry:x}");
         }
     }
 
