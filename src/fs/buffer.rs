@@ -1,6 +1,6 @@
 //! [`Buffer`]: where a serving thread puts the bytes of a reply.
 //!
-//! State: the huge pages that buffers are in, each shared by [`PARTS`] threads and freed with the last of
+//! State: the huge pages that buffers are in, each shared by `PARTS` threads and freed with the last of
 //! them. A huge page for each thread would be mostly air.
 
 use std::alloc::Layout;
