@@ -3,7 +3,7 @@
 //! All serving threads but one may read at a time ([`Readers`]); that one is left for names and
 //! attributes, which need no storage. The kernel gives it reads as well. Passing a read to a thread
 //! that has to be woken takes longer than most reads do: so it leaves the read to the first of the
-//! others that is done, and asks the kernel for nothing meanwhile. If none is done after [`PATIENCE`],
+//! others that is done, and asks the kernel for nothing meanwhile. If none is done after `PATIENCE`,
 //! storage is slow, and the read goes to a thread of the [`Lane`].
 //!
 //! State: how many threads read; the read that was left; how many of those to come go to the lane at
