@@ -1,7 +1,7 @@
 //! A qemu-storage-daemon of our own, from start to end.
 //!
 //! It opens images by their names, as QEMU does, and so needs the rights of its caller to read. What it
-//! may change is spelled out (see [`super::confine::enter_daemon`]). It is ended by SIGTERM, at which it
+//! may change is spelled out (see `super::confine::enter_daemon`). It is ended by SIGTERM, at which it
 //! closes its images in order and stores their bitmaps; it gets the same signal when we die.
 
 use std::ffi::OsString;
