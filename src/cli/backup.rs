@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
 use super::privileges::Owner;
-use super::{output, paths, usage, users};
+use super::{output, paths, usage, users, values};
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::Printed;
 use crate::backup::report::Report;
@@ -23,7 +23,7 @@ use crate::backup::{
 };
 use crate::backup::{lock, names};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, PlainName, Share};
+use crate::folder::{self, Share};
 use crate::qmp::Address;
 use crate::text::path_text;
 use crate::units::{human_bytes, parse_bytes, parse_duration};
@@ -65,7 +65,7 @@ pub struct BackupArgs {
 
     /// With --level auto: a new FULL when the chain has N points, or when it is older than a
     /// DURATION such as 12h, 7d or 4w
-    #[arg(long, value_name = "N|DURATION", value_parser = parse_every)]
+    #[arg(long, value_name = "N|DURATION", value_parser = values::every)]
     full_every: Option<Every>,
 
     /// The backup directory
@@ -74,7 +74,7 @@ pub struct BackupArgs {
 
     /// Permission bits of what is made, octal; folders get x where files have r. What is said of an
     /// image later, and what is made of it, follows the image [default: 0600]
-    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    #[arg(long, value_name = "MODE", value_parser = values::mode)]
     mode: Option<u32>,
 
     /// Group of what is made, by name or number: those who pull the backups as another user
@@ -95,7 +95,7 @@ pub struct BackupArgs {
 
     /// Call the folder of a disk NAME, whatever its file is called; where there is such a folder its
     /// chain goes on
-    #[arg(long = "name", value_name = "DISK=NAME", value_parser = parse_name)]
+    #[arg(long = "name", value_name = "DISK=NAME", value_parser = values::disk_name)]
     names: Vec<(String, String)>,
 
     /// Only these disks, by node, device, qdev or file name
@@ -333,34 +333,6 @@ enum CompressArg {
     Zstd,
 }
 
-fn parse_name(text: &str) -> Result<(String, String), String> {
-    match text.rsplit_once('=') {
-        Some((disk, name)) if !disk.is_empty() && PlainName::new(name).is_ok() => {
-            Ok((disk.into(), name.into()))
-        }
-        _ => Err(format!("{text:?} is not DISK=NAME with a name without '/'")),
-    }
-}
-
-fn parse_every(text: &str) -> Result<Every, String> {
-    if let Ok(n) = text.parse::<u64>() {
-        return if n > 0 { Ok(Every::Points(n)) } else { Err("0 points make no chain".into()) };
-    }
-    let unit = match text.chars().last() {
-        Some('s') => 1,
-        Some('m') => 60,
-        Some('h') => 3600,
-        Some('d') => 86_400,
-        Some('w') => 604_800,
-        _ => return Err(format!("{text:?} is neither a number nor a duration like 7d")),
-    };
-    let number = text.get(..text.len() - 1).and_then(|n| n.parse::<u64>().ok());
-    let seconds = number.and_then(|n| n.checked_mul(unit)).filter(|s| *s > 0);
-    seconds
-        .map(|s| Every::Age(Duration::from_secs(s)))
-        .ok_or_else(|| format!("{text:?} is neither a number nor a duration like 7d"))
-}
-
 impl BackupArgs {
     /// The backup directory.
     pub fn target(&self) -> &Path {
@@ -482,17 +454,6 @@ impl BackupArgs {
     }
 }
 
-/// `0640`: permission bits.
-fn parse_mode(text: &str) -> std::result::Result<u32, String> {
-    let mode = u32::from_str_radix(text, 8).map_err(|_| format!("'{text}' is not octal"))?;
-    match mode {
-        m if m & 0o002 != 0 => Err(format!("'{text}' lets everybody write to the backups")),
-        m if m & !0o664 != 0 => Err(format!("'{text}' has bits other than r and w")),
-        m if m & 0o600 != 0o600 => Err(format!("'{text}' leaves out the owner, who writes them")),
-        m => Ok(m),
-    }
-}
-
 /// A flag that SIGINT, SIGTERM and SIGHUP (a lost terminal) set.
 ///
 /// # Errors
@@ -596,18 +557,4 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
         output::push_line(&mut text, format!("{}: cannot be backed up: {e}", path_text(d)));
     }
     output::print(&(text + super::UNCHANGED))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn when_a_full_is_due() {
-        assert_eq!(parse_every("10"), Ok(Every::Points(10)));
-        assert_eq!(parse_every("7d"), Ok(Every::Age(Duration::from_secs(604_800))));
-        for bad in ["0", "", "d", "7y", "-1", "0h", "99999999999999999999w"] {
-            assert!(parse_every(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -29,6 +29,7 @@ mod serve;
 mod show;
 mod umount;
 mod users;
+mod values;
 mod verbs;
 mod verify;
 mod work;
