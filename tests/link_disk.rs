@@ -282,6 +282,26 @@ fn what_is_not_one_disks_history_is_refused() {
     vms.must(vms.dir.path(), &["--other-vm"]);
     vms.check_end(vms.dir.path(), "--other-vm");
 
+    // A run had both; then, other sizes, and other devices.
+    let change = |r: &Renamed, disk: &str, change: &dyn Fn(&mut manifest::Manifest)| {
+        let dir = r.dir.path().join(disk);
+        for file in files(&dir) {
+            let mut m = manifest::read(&dir, file.as_ref()).unwrap().unwrap();
+            change(&mut m);
+            manifest::write(&dir, &m).unwrap();
+        }
+    };
+    let together = Renamed::folders();
+    change(&together, "new", &|m| m.run = m.run.replace("-new", ""));
+    refused(&together, &[], 2, "in one run");
+    refused(&together, &["--force"], 2, "in one run");
+    let devices = Renamed::folders();
+    change(&devices, "old", &|m| m.disk.qdev = "v1".into());
+    change(&devices, "new", &|m| m.disk.qdev = "v2".into());
+    refused(&devices, &[], 2, "(v1, v2)");
+    devices.must(devices.dir.path(), &["--force"]);
+    devices.check_end(devices.dir.path(), "--force");
+
     // Somebody writes there.
     let side = r.dir.path().join(".fleecefs");
     std::fs::create_dir_all(&side).unwrap();

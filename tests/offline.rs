@@ -321,12 +321,23 @@ fn what_a_header_says_is_not_believed() {
     let got = std::fs::read(mount.point("disk.img", &image)).unwrap();
     assert!(got[..truth.len()] == truth[..], "the header's bytes are the disk's");
     drop(mount);
-    // A backing file is read as its header says, but by the rights of the image's owner.
+    // Nor is a format that an older point had.
+    let was = d.path().join("was.img");
+    vm::image(&was);
+    let qcow2 = format!("qcow2:{}", s(&was));
+    assert!(offline(&caller, "full", &[&qcow2], &[]).status.success());
+    std::fs::copy(&disk, &was).unwrap();
+    let before = std::fs::read(&was).unwrap();
+    refused(&offline(&caller, "full", &[s(&was)], &[]), 2, "its format is not certain");
+    assert!(std::fs::read(&was).unwrap() == before);
+    // What an image lies on is named by the user as well.
     let (base, thin) = (d.path().join("base.qcow2"), d.path().join("thin.qcow2"));
     vm::image(&base);
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)]);
     let truth = bytes(&thin, "qcow2");
-    must(&caller, "full", &thin);
+    refused(&offline(&caller, "full", &[s(&thin)], &[]), 5, "nobody but its header names");
+    let lies = ["--backing-file", s(&base)];
+    assert!(offline(&caller, "full", &[s(&thin)], &lies).status.success());
     let mount = Mount::new(&caller.target);
     same(&mount, "thin.qcow2", &newest(&caller.target, "thin.qcow2"), &truth);
     drop(mount);
@@ -335,13 +346,30 @@ fn what_a_header_says_is_not_believed() {
     let at = header.windows(4).position(|w| w == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
     header[at..at + 4].fill(0);
     std::fs::write(&thin, header).unwrap();
-    refused(&offline(&caller, "full", &[s(&thin)], &[]), 11, "names no format");
-    if is_root("what_a_header_says_is_not_believed") {
-        run("qemu-img", &["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", s(&base), s(&thin)]);
-        std::os::unix::fs::chown(&thin, Some(65534), Some(65534)).unwrap();
-        std::fs::set_permissions(&base, std::fs::Permissions::from_mode(0o600)).unwrap();
-        refused(&offline(&caller, "full", &[s(&thin)], &[]), 5, "which its owner may read");
+    refused(&offline(&caller, "full", &[s(&thin)], &lies), 11, "names no format");
+}
+
+/// Whoever may rename in a folder could put another file in the place of what was looked at.
+#[test]
+fn where_others_could_exchange_an_image_it_is_not_opened() {
+    let name = "where_others_could_exchange_an_image_it_is_not_opened";
+    if !have(name, QEMU) || !is_root(name) {
+        return;
     }
+    let d = tempfile::tempdir().unwrap();
+    let caller = caller(d.path());
+    let (theirs, mine) = (d.path().join("theirs/disk.qcow2"), d.path().join("disk.qcow2"));
+    vm::image(&theirs);
+    vm::image(&mine);
+    let give = |path: &Path, user: u32| std::os::unix::fs::chown(path, Some(user), None).unwrap();
+    give(theirs.parent().unwrap(), 65534);
+    refused(&offline(&caller, "full", &[s(&theirs)], &[]), 5, "--as-owner");
+    // Nor into a target in which others could.
+    must(&caller, "full", &mine);
+    give(&caller.target, 65534);
+    refused(&offline(&caller, "full", &[s(&mine)], &[]), 5, "--as-owner");
+    give(&caller.target, 0);
+    must(&caller, "inc", &mine);
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod qemu;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use guard::Guard;
 use qemu::{Chain, Oracle, Rng, first_difference, have, is_root, run};
@@ -179,6 +179,32 @@ fn holes_stay_holes_and_existing_targets_stay() {
     let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
     assert_eq!(plan["totals"]["data"].as_u64(), Some(9 * MIB));
     assert_eq!(plan["chunks"].as_array().unwrap().len(), 3);
+}
+
+/// A VM would go on with a file that has no name any more.
+#[test]
+fn what_a_vm_has_open_is_not_replaced() {
+    if !have("what_a_vm_has_open_is_not_replaced", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = Chain::new(dir.path(), "sda");
+    let f = c.point("", MIB, &["write -P 1 0 64k".into()]);
+    let to = tempfile::tempdir().unwrap();
+    let target = to.path().join("disk.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", s(&target), "1M"]);
+    let before = std::fs::read(&target).unwrap();
+    let mut vm = Command::new("qemu-io");
+    let mut vm = vm.args(["-f", "qcow2", s(&target)]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut vm = guard::tied(&mut vm).spawn().unwrap();
+    // Its prompt comes when the image is open.
+    std::io::Read::read_exact(vm.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+    let args = ["restore", "--force", s(dir.path()), name(&f), s(&target)];
+    assert!(fails(&args, 6).contains("in use by another process"));
+    assert!(std::fs::read(&target).unwrap() == before);
+    drop(vm.stdin.take());
+    vm.wait().unwrap();
+    ok(&args);
 }
 
 #[test]

@@ -75,6 +75,9 @@ fn what_is_made_has_the_mode_and_group_that_were_asked_for() {
         caller.must(level);
         pulled(&caller.target, level);
     }
+    // Or who lists there misses what belongs to the whole.
+    let side = std::fs::metadata(caller.target.join(".fleecefs")).unwrap();
+    assert_eq!((side.mode() & 0o7777, side.gid()), (0o750, GROUP));
     let target = caller.target.to_str().unwrap();
     let disk = caller.target.join("a.img");
     // A manifest that is made anew.

@@ -67,7 +67,8 @@ impl Run<'_> {
         let apt = !self.options.no_hash && copy.compress.is_none() && !copy.direct;
         let knows =
             ["job-pause", "job-resume", "query-blockstats"].iter().all(|c| self.client.has(c));
-        if !apt || !knows || d.plan.since.is_some() {
+        // A QEMU elsewhere writes by another page cache than the one that is read here.
+        if !apt || !knows || self.client.is_remote() || d.plan.since.is_some() {
             return None;
         }
         let early = d.held.as_ref()?.early(d.plan.disk.size);

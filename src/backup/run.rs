@@ -33,10 +33,10 @@ use super::{
     LevelWish, Options, Stopping, Watch, folders, migration, names, nbdserver, now, plan, publish,
     vm, wait,
 };
-use crate::chain::manifest::Consistency;
+use crate::chain::manifest::{self, Consistency};
 use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Share};
+use crate::folder::{self, Folder, Share};
 use crate::lock::Locks;
 use crate::qmp::Client;
 use crate::text::path_text;
@@ -101,6 +101,7 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     }
     make_base(options, &base)?;
     let _target_lock = target_lock(options, &base)?;
+    share_side(options)?;
     let make = options.level != LevelWish::Copy;
     let target = TargetId::shared(&options.target, &base, make, options.share)?;
     let first = Record::Begin {
@@ -158,6 +159,14 @@ fn make_base(options: &Options, base: &Path) -> Result<()> {
             .map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(folder))?;
     }
     Ok(())
+}
+
+/// What belongs to the target as a whole can be listed by those with whom it is shared. (Its lock file
+/// stays private: who may open that could keep every run out.)
+fn share_side(options: &Options) -> Result<()> {
+    let side = options.target.join(manifest::FOLDER);
+    let shared = Folder::open(&side).and_then(|f| options.share.give_folder(&f));
+    shared.map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(side))
 }
 
 fn first_status(options: &Options, run: &str) -> Shared {

@@ -54,6 +54,11 @@ pub struct BackupArgs {
         ["qmp", "agent", "nbd", "include", "exclude", "quiesce", "pause", "no_stop", "wait"])]
     offline: Vec<String>,
 
+    /// An image that one of --offline's lies on: its header alone is not believed, since a guest may have
+    /// written it (give it again for each)
+    #[arg(long, value_name = "FILE", requires = "offline")]
+    backing_file: Vec<PathBuf>,
+
     /// The guest agent's socket, for --quiesce
     #[arg(long, value_name = "SOCKET", visible_alias = "agent-socket")]
     agent: Option<String>,
@@ -480,7 +485,7 @@ pub fn run(args: &BackupArgs) -> Result<()> {
     let flag = interrupt_flag()?;
     let result = match args.offline.as_slice() {
         [] => backup(&options, &console, flag),
-        disks => backup_offline(&options, disks, &console, flag),
+        disks => backup_offline(&options, (disks, &args.backing_file), &console, flag),
     };
     console.finish();
     let report = result.inspect_err(|e| console.log_error(e))?;

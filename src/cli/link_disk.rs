@@ -22,8 +22,9 @@ use crate::units::counted;
 /// names like the new ones, with the times that they have, and 'list', 'mount', 'prune' and 'backup' see
 /// one history. The next INC goes on from the newest point. Nothing is copied.
 ///
-/// It is refused where both have points of the same time (they are two disks then), where the newest
-/// point is one of OLD, for points of different VMs, and for chains that 'rebase' has linked. Broken off
+/// It is refused where both have points of the same time or of one run (they are two disks then), where
+/// size or device differ or the VM does (unless you say so), where the newest point is one of OLD, and
+/// for chains that 'rebase' has linked. Broken off
 /// at any time, no point is lost, and the same command goes on.
 #[derive(Debug, Args)]
 pub struct LinkDiskArgs {
@@ -36,6 +37,9 @@ pub struct LinkDiskArgs {
     /// Join them also if their points are of different VMs
     #[arg(long)]
     other_vm: bool,
+    /// Join them also if their sizes differ, or they are different devices of the VM
+    #[arg(long)]
+    force: bool,
     /// Print what would be done and stop
     #[arg(short = 'n', long)]
     dry_run: bool,
@@ -67,7 +71,7 @@ fn plan(catalog: &Catalog, args: &LinkDiskArgs) -> Result<Joining> {
         Err(e) if e.kind() == Kind::NotFound && join::is_joined(&args.old, new) => {
             Ok(Joining::done(&args.old, new))
         }
-        old => join::plan(old?, new, args.other_vm),
+        old => join::plan(old?, new, args.other_vm, args.force),
     }
 }
 

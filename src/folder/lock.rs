@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -48,6 +49,21 @@ impl Locked {
             };
         }
     }
+}
+
+/// Whether somebody else has a lock on a part of the file, as QEMU has on the images that it has open
+/// (file-posix.c: bytes from 100 on). Where the file system does not tell, nobody has.
+pub fn is_in_use(file: &File) -> bool {
+    let mut all = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the file is open, and `all` is a struct flock that is written to.
+    let told = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut all) };
+    told == 0 && all.l_type != libc::F_UNLCK as libc::c_short
 }
 
 impl Lock {

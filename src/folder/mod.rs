@@ -48,13 +48,13 @@ pub use fixed::Fixed;
 pub use handle::Handle;
 pub use held::reopen;
 pub use lesser::{set_modified, set_times};
-pub use lock::{Lock, Locked};
+pub use lock::{Lock, Locked, is_in_use};
 pub use name::{PlainName, plain};
 pub use once::{
     entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
     pin, read_small, remove_if_there, write_shared, write_whole,
 };
-pub use owner::{ForeignOwner, check_private, foreign_owner};
+pub use owner::{ForeignOwner, check_private, check_unchangeable, foreign_owner};
 pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};
 pub use share::Share;
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};

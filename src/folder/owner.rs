@@ -26,6 +26,19 @@ const STICKY: u32 = 0o1000;
 /// # Errors
 /// `Permission` naming the folder that somebody else may change; what the operating system said.
 pub fn check_private(path: &Path) -> Result<()> {
+    check_unchangeable(
+        path,
+        "journals and locks must be in a folder of yours or root's that nobody else may write to: \
+         chmod go-w, or --state-dir",
+    )
+}
+
+/// Fails where somebody other than root and the caller could exchange what is in the folder, as in
+/// [`check_private`]; `remedy` says what to do then.
+///
+/// # Errors
+/// As [`check_private`].
+pub fn check_unchangeable(path: &Path, remedy: &str) -> Result<()> {
     for folder in path.ancestors() {
         let failed = |e| Error::io(e, "cannot look at the folder").at_path(folder);
         let held = Folder::open(folder).map_err(failed)?;
@@ -43,10 +56,7 @@ pub fn check_private(path: &Path) -> Result<()> {
             true => format!("this folder is not safe here: {whose}"),
             false => format!("the folder above {} is not safe here: {whose}", path_text(path)),
         };
-        return Err(Error::new(Kind::Permission, what).at_path(folder).remedy(
-            "journals and locks must be in a folder of yours or root's that nobody else may write \
-             to: chmod go-w, or --state-dir",
-        ));
+        return Err(Error::new(Kind::Permission, what).at_path(folder).remedy(remedy));
     }
     Ok(())
 }

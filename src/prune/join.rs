@@ -15,7 +15,7 @@
 //! Broken off in 1 or 2, the next `link-disk` goes on: what has its second name already is known by
 //! the file that it is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -88,7 +88,7 @@ struct Images<'a> {
 /// # Errors
 /// `Usage` if they are not for certain one disk's, or nobody could tell afterwards; `Exists` if a name
 /// is taken; `Unsupported` for what another program keeps there.
-pub fn plan(old: &Disk, new: &Disk, other_vm: bool) -> Result<Joining> {
+pub fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joining> {
     let (from, to) = (Images::of(old)?, Images::of(new)?);
     if old.path == new.path {
         return Err(Error::new(Kind::Usage, "both names are the same disk's"));
@@ -101,6 +101,7 @@ pub fn plan(old: &Disk, new: &Disk, other_vm: bool) -> Result<Joining> {
         points.push(from.moved(p, &to)?);
     }
     check_times(&from, &to, &points)?;
+    check_device(&from, &to, force)?;
     from.check_images()?;
     points.extend(from.lost(&to)?);
     for p in &points {
@@ -258,11 +259,15 @@ impl<'a> Images<'a> {
         Ok(())
     }
 
+    /// The manifests of its points, the newest first.
+    fn manifests(&self) -> impl Iterator<Item = Manifest> {
+        let names = self.points.iter().rev().filter_map(|p| p.source.file_name());
+        names.filter_map(|n| manifest::read_in(&self.folder, n).ok().flatten())
+    }
+
     /// What the newest manifest says of the VM.
     fn vm(&self) -> Option<std::sync::Arc<serde_json::Value>> {
-        let names = self.points.iter().rev().filter_map(|p| p.source.file_name());
-        let mut manifests = names.filter_map(|n| manifest::read_in(&self.folder, n).ok().flatten());
-        manifests.find(|m| !m.vm.is_null()).map(|m| m.vm)
+        self.manifests().find(|m| !m.vm.is_null()).map(|m| m.vm)
     }
 }
 
@@ -314,6 +319,35 @@ fn check_vm(from: &Images<'_>, to: &Images<'_>) -> Result<()> {
         who(&b)
     );
     Err(Error::new(Kind::Usage, what).remedy("--other-vm joins them all the same"))
+}
+
+/// Two disks that a run had both of are two, and so, unless the user knows better, are those of
+/// different sizes or at different devices of the VM.
+fn check_device(from: &Images<'_>, to: &Images<'_>, force: bool) -> Result<()> {
+    let differ = |what: &str| {
+        let (old, new) = (path_text(&from.disk.path), path_text(&to.disk.path));
+        Error::new(Kind::Usage, format!("'{old}' and '{new}' {what}: two disks, not one renamed"))
+    };
+    // What an earlier try has brought over already is of the same runs.
+    let own: Vec<Manifest> = to.manifests().filter(|m| m.linked_from.is_none()).collect();
+    let runs: BTreeSet<&str> =
+        own.iter().map(|m| m.run.as_str()).filter(|r| !r.is_empty()).collect();
+    if from.manifests().any(|m| runs.contains(m.run.as_str())) {
+        return Err(differ("were backed up in one run"));
+    }
+    let (Some(last), Some(next), false) = (from.manifests().next(), own.last(), force) else {
+        return Ok(());
+    };
+    let remedy = "--force joins them all the same";
+    if last.virtual_size != next.virtual_size {
+        let [a, b] = [last.virtual_size, next.virtual_size].map(crate::units::human_bytes);
+        return Err(differ(&format!("have different sizes ({a}, {b})")).remedy(remedy));
+    }
+    let (a, b) = (&last.disk.qdev, &next.disk.qdev);
+    if !a.is_empty() && !b.is_empty() && a != b {
+        return Err(differ(&format!("are different devices of the VM ({a}, {b})")).remedy(remedy));
+    }
+    Ok(())
 }
 
 /// One disk has one history: no chain of the new name has a time between those of the old name's

@@ -214,6 +214,11 @@ impl Client {
         self.has("add-fd") && self.wire.passes_descriptors()
     }
 
+    /// Whether QEMU may be on another host.
+    pub fn is_remote(&self) -> bool {
+        !self.wire.passes_descriptors()
+    }
+
     /// Fails with `Unsupported` if one of `commands` is missing.
     pub fn require(&self, commands: &[&str]) -> Result<()> {
         match commands.iter().find(|c| !self.has(c)) {

@@ -105,6 +105,8 @@ impl Temp {
     pub fn publish(self) -> Result<()> {
         let replace = if self.force { Replace::Yes } else { Replace::No };
         if self.force {
+            // A VM may have been started meanwhile.
+            check_unused(self.file.folder(), &self.name)?;
             self.take_over_owner();
         }
         let failed = |e| target_error(e, "cannot give the file its name", &self.path);
@@ -235,7 +237,23 @@ fn check_new(folder: &Folder, name: &std::ffi::OsStr, force: bool) -> Result<()>
             .at_path(path)
             .remedy("choose another name, or replace it with --force"));
     }
+    check_unused(folder, name)?;
     check_removable(folder, name)
+}
+
+/// Fails if somebody works with the file that is to be replaced: a VM would go on with one that has no
+/// name any more, and all that it writes would be lost.
+fn check_unused(folder: &Folder, name: &std::ffi::OsStr) -> Result<()> {
+    match folder.open_file(name) {
+        Ok(file) if folder::is_in_use(&file) => Err(Error::new(
+            Kind::Busy,
+            "the target is in use by another process, such as a running VM",
+        )
+        .at_path(folder.join(name))
+        .remedy("shut the VM off first, or restore to another name")),
+        // Whether it may be replaced does not depend on whether it can be read.
+        _ => Ok(()),
+    }
 }
 
 /// The folder that `path` is in.

@@ -1,11 +1,11 @@
 //! How a shut-off VM's image is opened.
 //!
 //! Its header may have been written by a QEMU that a guest had taken over, or, where it is raw, by the guest
-//! itself. So the format is never taken from the content alone, and what lies below an image is what its
-//! owner may read.
+//! itself. So the format is never taken from the content alone, and what lies below an image is what the
+//! user names. The daemon opens all by name: no other user may be able to exchange what has the name.
 
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -16,6 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::layer::{self, Format};
 use crate::storage::SourceFile;
+use crate::text::path_text;
 
 /// More layers than anybody's disk has.
 const DEEPEST: usize = 200;
@@ -43,12 +44,12 @@ pub fn top(real: &Path) -> String {
 }
 
 impl Image {
-    /// Looks at it, and at what is below it.
+    /// Looks at it, and at what is below it, which has to be among `allowed`.
     ///
     /// # Errors
     /// `Usage` if its format is not certain; `Unsupported` for what cannot be opened so; `Permission` for
-    /// a pointer to what its owner may not read.
-    pub fn of(disk: &KnownDisk) -> Result<Self> {
+    /// a pointer to what is not allowed, and where somebody else could exchange it.
+    pub fn of(disk: &KnownDisk, allowed: &[PathBuf]) -> Result<Self> {
         let (real, mut layers) = (disk.real.clone(), Vec::new());
         let failed = |e| Error::io(e, "cannot look at the image").at_path(&real);
         let meta = folder::look(&real).map_err(failed)?;
@@ -63,10 +64,10 @@ impl Image {
             None if device => return Err(ask(&real, "nothing says what a block device holds")),
             None => by_name(&real)?,
         };
-        let owner = meta.uid();
         let mut at = Layer { path: real.clone(), driver, device };
         while layers.len() < DEEPEST {
-            let below = at.below(owner)?;
+            check_place(at.path.parent().unwrap_or(Path::new("/")))?;
+            let below = at.below(allowed)?;
             layers.push(at);
             match below {
                 Some(below) => at = below,
@@ -111,7 +112,7 @@ impl Layer {
     }
 
     /// What its header names. A block device is not read here: with one, nothing may lie below.
-    fn below(&self, owner: u32) -> Result<Option<Layer>> {
+    fn below(&self, allowed: &[PathBuf]) -> Result<Option<Layer>> {
         let unfit =
             |what: &str| Error::new(Kind::Unsupported, what.to_string()).at_path(&self.path);
         if self.path.to_str().is_none() {
@@ -140,10 +141,16 @@ impl Layer {
         let path = folder::resolve(&path)
             .map_err(|e| Error::io(e, "cannot find what it lies on").at_path(&path))?;
         let meta = folder::look(&path).map_err(failed)?;
-        let readable = owner == 0 || meta.uid() == owner || meta.mode() & 0o4 != 0;
-        if !readable || !meta.is_file() {
-            let what = "it lies on something that is no file which its owner may read";
-            return Err(Error::new(Kind::Permission, what).at_path(&self.path));
+        if !meta.is_file() {
+            return Err(unfit("it lies on something that is no plain file"));
+        }
+        if !allowed.contains(&path) {
+            let what =
+                format!("it lies on {}, which nobody but its header names", path_text(&path));
+            return Err(Error::new(Kind::Permission, what).at_path(&self.path).remedy(format!(
+                "a guest may have written that: --backing-file {} if it is right",
+                path_text(&path)
+            )));
         }
         let Some(format) = info.backing_format else {
             let what = "its header names no format of the image that it lies on";
@@ -153,6 +160,16 @@ impl Layer {
         };
         Ok(Some(Layer { driver: known_driver(&format, &path)?, path, device: false }))
     }
+}
+
+/// Fails where another user could put something else in the place of what was looked at: the daemon, which
+/// opens it by name, may do more than he.
+///
+/// # Errors
+/// As [`folder::check_unchangeable`].
+pub fn check_place(dir: &Path) -> Result<()> {
+    let remedy = "work as its owner with --as-owner, or back it up while its VM runs";
+    folder::check_unchangeable(dir, remedy)
 }
 
 fn known_driver(format: &str, path: &Path) -> Result<&'static str> {

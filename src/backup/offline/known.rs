@@ -1,5 +1,6 @@
 //! What a target knows of the images of a shut-off VM: their disks' names and format, and the VM.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use serde_json::Value;
 use crate::backup::history::History;
 use crate::backup::{Options, target_id};
 use crate::chain::manifest::{DiskIdentity, Manifest, vm_name, vm_uuid};
+use crate::chain::name::{Promise, promise};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind};
 use crate::text::{path_text, to_text};
@@ -62,7 +64,10 @@ impl Known {
             let point = all().filter(of_file).max_by_key(newest);
             let mut identity = point.or(under).map(|m| m.disk.clone()).unwrap_or_default();
             let said = format.map(str::to_string);
-            let format = said.or_else(|| point.map(|m| m.disk.format.clone()));
+            // Since that point a raw image may have taken the place of a qcow2 one.
+            let is_sure = |f: &String| f != "qcow2" || promise(to_name(&real)) == Promise::Qcow2;
+            let recorded = point.map(|m| m.disk.format.clone()).filter(is_sure);
+            let format = said.or(recorded);
             if point.is_none() {
                 identity.file = to_text(called.as_os_str());
             }
@@ -75,6 +80,10 @@ impl Known {
         }
         Ok(found)
     }
+}
+
+fn to_name(path: &Path) -> &OsStr {
+    path.file_name().unwrap_or_default()
 }
 
 fn split(text: &str) -> (Option<&str>, &str) {

@@ -45,14 +45,14 @@ fn folder_name(target: &Path) -> String {
 }
 
 /// Backs up the images `disks`, `FILE` or `FORMAT:FILE`, of a VM that does not run. (`options.qmp`,
-/// `options.nbd` and `options.offline` are those of the daemon.)
+/// `options.nbd` and `options.offline` are those of the daemon.) They may lie on the images `backing`.
 ///
 /// # Errors
 /// `Busy` if an image is in use; `Usage` or `Unsupported` for an image that cannot be opened safely; as
 /// [`backup`].
 pub fn backup_offline(
     options: &Options,
-    disks: &[String],
+    (disks, backing): (&[String], &[PathBuf]),
     watch: &dyn Watch,
     interrupt: Arc<AtomicBool>,
 ) -> Result<Report> {
@@ -63,7 +63,13 @@ pub fn backup_offline(
     let failed = |e| Error::io(e, "cannot make a folder for sockets").at_path(state.join(&name));
     let own = state.make_folder(&name).map_err(failed)?;
     let known = Known::find(options, &target, disks)?;
-    let images: Vec<Image> = known.disks.iter().map(Image::of).collect::<Result<_>>()?;
+    for dir in std::iter::once(&target).chain(&options.copy.fleece_dir) {
+        image::check_place(dir.ancestors().find(|a| folder::exists(a)).unwrap_or(dir))?;
+    }
+    let backing: Vec<PathBuf> =
+        backing.iter().map(|f| real_path(f, "the backing file")).collect::<Result<_>>()?;
+    let images: Vec<Image> =
+        known.disks.iter().map(|d| Image::of(d, &backing)).collect::<Result<_>>()?;
     let (qmp, nbd) = (own.join("qmp.sock"), own.join("nbd.sock"));
     let places =
         Places { own: own.path(), target: &target, fleece: options.copy.fleece_dir.as_deref() };
