@@ -63,6 +63,30 @@ fn a_disk_that_was_restored_to_another_place_stays_itself() {
     }
 }
 
+#[test]
+fn a_disk_that_was_restored_under_its_name_elsewhere_stays_itself() {
+    if !have("a_disk_that_was_restored_under_its_name_elsewhere_stays_itself", QEMU) {
+        return;
+    }
+    for more in [&[][..], &["--no-subdir"]] {
+        let d = qemu::tempdir();
+        let identity = ["-name", "guest=web"];
+        let vm = Vm::start(d.path(), &image(&d.path().join("a/data.qcow2")), &identity);
+        let caller = vm.caller.with(more);
+        caller.must("auto");
+        vm.quit();
+        let vm = Vm::start(d.path(), &image(&d.path().join("b/data.qcow2")), &identity);
+        let said = caller.must("auto");
+        assert!(said.contains("a/data.qcow2") && said.contains("b/data.qcow2 now"), "{said}");
+        caller.must("inc");
+        let list = fleecefs(&["list", "--json"], &caller.target).stdout;
+        let list: serde_json::Value = serde_json::from_slice(&list).unwrap();
+        let disks = list["disks"].as_array().unwrap();
+        assert_eq!((disks.len(), disks[0]["points"].as_array().unwrap().len()), (1, 3), "{list:#}");
+        drop(vm);
+    }
+}
+
 /// Folders of other disks in the target, each with `points` points, and their places for manifests.
 fn other_disks(target: &Path, count: usize, points: usize) -> Vec<PathBuf> {
     let own = backup::newest(target, "data.qcow2");

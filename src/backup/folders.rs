@@ -43,11 +43,13 @@ pub fn assign(
             list.iter_mut().zip(disks).filter(|(slot, d)| slot.is_none() && d.named.is_none())
         {
             // Where it had moved before, or has a name that the user gave it once.
-            let is_new = !folder::exists(&inputs.base.join(disk.folder_name(&options.layout)));
+            // Or it has a new place, and its name or none that is there.
+            let own = disk.folder_name(&options.layout);
+            let is_new = !folder::exists(&inputs.base.join(&own));
             let is = |h: &History| {
                 same_file(inputs, disk, h)
                     || carries_bitmap(inputs, disk, h)
-                    || is_new && has_moved(inputs, disk, h, disks)
+                    || (is_new || h.tail == own) && has_moved(inputs, disk, h, disks)
             };
             let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
             let (dir, seen) = others.swap_remove(at);
