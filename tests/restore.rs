@@ -195,8 +195,8 @@ fn what_a_vm_has_open_is_not_replaced() {
     run("qemu-img", &["create", "-q", "-f", "qcow2", s(&target), "1M"]);
     let before = std::fs::read(&target).unwrap();
     let mut vm = Command::new("qemu-io");
-    let mut vm = vm.args(["-f", "qcow2", s(&target)]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut vm = guard::tied(&mut vm).spawn().unwrap();
+    let vm = vm.args(["-f", "qcow2", s(&target)]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut vm = guard::tied(vm).spawn().unwrap();
     // Its prompt comes when the image is open.
     std::io::Read::read_exact(vm.stdout.as_mut().unwrap(), &mut [0]).unwrap();
     let args = ["restore", "--force", s(dir.path()), name(&f), s(&target)];
