@@ -102,6 +102,15 @@ fn warnings_are_heard_and_count() {
         assert_eq!(exit, Some(0), "{said}");
     }
 
+    // A name that is none leaves nothing out.
+    let typo = caller.with(&["--exclude", "vl"]);
+    let (exit, said) = code(&typo.with(&["-q"]), "auto");
+    assert_eq!(exit, Some(0), "{said}");
+    assert!(said.contains("--exclude vl: there is no such disk"), "{said}");
+    let plan = typo.with(&["-n"]).run("auto").stdout;
+    assert!(String::from_utf8_lossy(&plan).contains("no such disk"));
+    assert_eq!(code(&typo.with(&["--strict"]), "auto").0, Some(17));
+
     // Nor is a FULL that is due an alarm.
     let due = caller.with(&["--strict", "-q", "--full-every", "1"]);
     assert_eq!(code(&due, "auto"), (Some(0), String::new()));

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::conclude::failure;
 use super::control::DiskStatus;
 use super::journal::{DiskRecord, Record};
-use super::plan::{DiskPlan, Inputs, Plan, Unsound};
+use super::plan::{DiskPlan, Inputs, Plan, Unsound, unknown_disk};
 use super::seen::{Answers, Seen, survey};
 use super::work::{Active, HOLD, Run, State};
 use super::zeros::ChainData;
@@ -130,6 +130,9 @@ impl Run<'_> {
     pub(super) fn announce_plan(&self, plan: &Plan) {
         for s in &plan.skipped {
             self.watch.say(&format!("{}: skipped: {}", s.disk, s.reason));
+        }
+        for name in &plan.unknown {
+            self.watch.warn(&unknown_disk(name));
         }
         for (disk, e) in &plan.refused {
             self.watch.warn(&format!("{}: {}", path_text(&disk), e.report()));

@@ -26,6 +26,8 @@ pub struct Plan {
     pub skipped: Vec<Skipped>,
     /// Disks that should be backed up and cannot.
     pub refused: Vec<(String, Error)>,
+    /// What `--exclude` names and is not there.
+    pub unknown: Vec<String>,
 }
 
 /// What will be done with one disk.
@@ -136,7 +138,10 @@ pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
         disks: Vec::new(),
         skipped: inputs.seen.skipped.clone(),
         refused: Vec::new(),
+        unknown: Vec::new(),
     };
+    let unknown = options.exclude.iter().filter(|name| !is_known(&inputs.seen, name));
+    plan.unknown = unknown.cloned().collect();
     check_names(options, &inputs.seen)?;
     let mut wanted = choose(options, &inputs.seen, &mut plan);
     give_names(options, &mut wanted)?;
@@ -189,11 +194,20 @@ fn is_wanted(options: &Options, seen: &Seen, disk: &str) -> bool {
     !listed(&options.exclude) && (options.include.is_empty() || listed(&options.include))
 }
 
+/// What is said of a name in [`Plan::unknown`].
+pub fn unknown_disk(name: &str) -> String {
+    format!("--exclude {name}: there is no such disk (fleecefs info blockdev lists them)")
+}
+
+/// Whether the VM has a disk of that name, to be backed up or not.
+fn is_known(seen: &Seen, name: &str) -> bool {
+    let mut others = seen.skipped.iter().chain(&seen.blocked);
+    seen.disks.iter().any(|d| d.is_called(name)) || others.any(|s| seen.is_called(&s.disk, name))
+}
+
 fn check_names(options: &Options, seen: &Seen) -> Result<()> {
     for name in &options.include {
-        let known = seen.disks.iter().any(|d| d.is_called(name));
-        let others = seen.skipped.iter().chain(&seen.blocked);
-        if !known && !others.into_iter().any(|s| seen.is_called(&s.disk, name)) {
+        if !is_known(seen, name) {
             return Err(Error::new(Kind::NotFound, format!("there is no disk {name:?}"))
                 .remedy("fleecefs info blockdev lists them"));
         }

@@ -104,7 +104,13 @@ mod tests {
     fn strict_wants_the_freeze_that_was_asked_for() {
         let report = |achieved| Report {
             run: "r".into(),
-            plan: Plan { run: "r".into(), disks: vec![], skipped: vec![], refused: vec![] },
+            plan: Plan {
+                run: "r".into(),
+                disks: vec![],
+                skipped: vec![],
+                refused: vec![],
+                unknown: vec![],
+            },
             disks: vec![],
             consistency: Consistency {
                 achieved,

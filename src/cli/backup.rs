@@ -15,7 +15,7 @@ use super::console::{Console, Style};
 use super::privileges::Owner;
 use super::{output, paths, usage, users, values};
 use crate::backup::offline::backup_offline;
-use crate::backup::plan::Printed;
+use crate::backup::plan::{Printed, unknown_disk};
 use crate::backup::report::Report;
 use crate::backup::run::backup;
 use crate::backup::{
@@ -530,7 +530,7 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     let disks: Vec<Printed> = report.plan.disks.iter().map(Printed::from).collect();
     let refused: Vec<_> = report.plan.refused.iter().map(|(d, e)| (d, e.report())).collect();
     if as_json {
-        let all = json!({"disks": disks, "skipped": report.plan.skipped,
+        let all = json!({"disks": disks, "skipped": report.plan.skipped, "unknown": report.plan.unknown,
             "refused": refused.iter().map(|(d, e)| json!({"disk": d, "reason": e})).collect::<Vec<_>>()});
         return output::print(&output::json_pretty(&all)?);
     }
@@ -557,6 +557,9 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     }
     for s in &report.plan.skipped {
         output::push_line(&mut text, format!("{}: skipped: {}", path_text(&s.disk), s.reason));
+    }
+    for name in &report.plan.unknown {
+        output::push_line(&mut text, unknown_disk(name));
     }
     for (d, e) in refused {
         output::push_line(&mut text, format!("{}: cannot be backed up: {e}", path_text(d)));
