@@ -220,6 +220,27 @@ fn killed_at_any_step_no_point_is_lost() {
     }
 }
 
+/// What cannot be read is known by its name.
+#[test]
+fn broken_off_with_a_damaged_point_it_goes_on() {
+    if !have("broken_off_with_a_damaged_point_it_goes_on", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let dir = r.dir.path();
+    let damaged = files(&dir.join("old")).pop().unwrap();
+    let file = std::fs::File::options().write(true).open(dir.join("old").join(damaged)).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 512], 0).unwrap();
+    for step in ["4", "9"] {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.args(["-q", "link-disk", s(dir), "old", "new"]).env("FLEECEFS_CRASH_AT", step);
+        assert_eq!(c.status().unwrap().code(), None);
+    }
+    r.must(dir, &[]);
+    assert!(!dir.join("old").exists());
+    assert_eq!(files(&dir.join("new")).len(), 8);
+}
+
 /// It is refused with this code and these words, and changes nothing.
 fn refused(r: &Renamed, more: &[&str], code: i32, words: &str) {
     let before = ok(&["list", s(r.dir.path()), "--json"]).stdout;

@@ -357,8 +357,10 @@ fn check_times(from: &Images<'_>, to: &Images<'_>, points: &[Moved]) -> Result<(
     let (Some(first), Some(last)) = (times().min(), times().max()) else { return Ok(()) };
     let mut chains: BTreeMap<&str, (i64, i64)> = BTreeMap::new();
     for p in &to.points {
-        // What an earlier run has brought here.
-        if points.iter().any(|m| m.id.is_some() && m.id == file_of(p)) {
+        // What an earlier run has brought here, to be served or not.
+        let there = p.source.file_name().and_then(|n| to.folder.look(n).ok());
+        let id = there.map(|meta| FileId::of(&meta));
+        if points.iter().any(|m| m.id.is_some() && m.id == id) {
             continue;
         }
         let range = chains.entry(&p.chain).or_insert((p.time, p.time));
