@@ -78,6 +78,17 @@ fn caller(dir: &Path) -> Caller {
     }
 }
 
+/// An image of a VM that is shut off, with a FULL.
+fn shut_off() -> (tempfile::TempDir, std::path::PathBuf, Caller) {
+    let d = tempfile::tempdir().unwrap();
+    let file = image(&d.path().join("vm/data.qcow2"));
+    let vm = Vm::start(d.path(), &file, &UUID);
+    let caller = vm.caller.clone();
+    caller.must("full");
+    vm.quit();
+    (d, file, caller)
+}
+
 fn verified(target: &Path) {
     let out =
         Command::new(env!("CARGO_BIN_EXE_fleecefs")).arg("verify").arg(target).output().unwrap();
@@ -197,12 +208,7 @@ fn killed_at_any_time_the_daemon_ends_and_the_chain_goes_on() {
     if !have("killed_at_any_time_the_daemon_ends_and_the_chain_goes_on", QEMU) {
         return;
     }
-    let d = tempfile::tempdir().unwrap();
-    let file = image(&d.path().join("vm/data.qcow2"));
-    let vm = Vm::start(d.path(), &file, &UUID);
-    let caller = vm.caller.clone();
-    caller.must("full");
-    vm.quit();
+    let (d, file, caller) = shut_off();
     let (mut at, mut kills) = (1, 0);
     loop {
         write(&file, &format!("write -P {} {}k 64k", 1 + at % 200, (at * 7) % 4000));
@@ -330,12 +336,16 @@ fn what_a_header_says_is_not_believed() {
     let before = std::fs::read(&was).unwrap();
     refused(&offline(&caller, "full", &[s(&was)], &[]), 2, "its format is not certain");
     assert!(std::fs::read(&was).unwrap() == before);
-    // What an image lies on is named by the user as well.
+    // Backing files are named by the user as well.
     let (base, thin) = (d.path().join("base.qcow2"), d.path().join("thin.qcow2"));
     vm::image(&base);
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)]);
     let truth = bytes(&thin, "qcow2");
-    refused(&offline(&caller, "full", &[s(&thin)], &[]), 5, "nobody but its header names");
+    refused(
+        &offline(&caller, "full", &[s(&thin)], &[]),
+        5,
+        "only its header names the backing file",
+    );
     let lies = ["--backing-file", s(&base)];
     assert!(offline(&caller, "full", &[s(&thin)], &lies).status.success());
     let mount = Mount::new(&caller.target);
@@ -346,7 +356,11 @@ fn what_a_header_says_is_not_believed() {
     let at = header.windows(4).position(|w| w == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
     header[at..at + 4].fill(0);
     std::fs::write(&thin, header).unwrap();
-    refused(&offline(&caller, "full", &[s(&thin)], &lies), 11, "names no format");
+    refused(
+        &offline(&caller, "full", &[s(&thin)], &lies),
+        11,
+        "names no format for its backing file",
+    );
 }
 
 /// Whoever may rename in a folder could put another file in the place of what was looked at.
@@ -377,12 +391,7 @@ fn whose_disk_it_is_has_to_be_known() {
     if !have("whose_disk_it_is_has_to_be_known", QEMU) {
         return;
     }
-    let d = tempfile::tempdir().unwrap();
-    let file = image(&d.path().join("vm/data.qcow2"));
-    let vm = Vm::start(d.path(), &file, &UUID);
-    let caller = vm.caller.clone();
-    caller.must("full");
-    vm.quit();
+    let (d, file, caller) = shut_off();
     let other = image(&d.path().join("other/disk.qcow2"));
     refused(&offline(&caller, "auto", &[s(&other)], &[]), 2, "none of these disks");
     refused(

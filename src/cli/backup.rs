@@ -54,7 +54,7 @@ pub struct BackupArgs {
         ["qmp", "agent", "nbd", "include", "exclude", "quiesce", "pause", "no_stop", "wait"])]
     offline: Vec<String>,
 
-    /// An image that one of --offline's lies on: its header alone is not believed, since a guest may have
+    /// A backing file of one of --offline's images: its header alone is not believed, since a guest may have
     /// written it (give it again for each)
     #[arg(long, value_name = "FILE", requires = "offline")]
     backing_file: Vec<PathBuf>,

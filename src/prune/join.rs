@@ -369,7 +369,7 @@ fn check_times(from: &Images<'_>, to: &Images<'_>, points: &[Moved]) -> Result<(
     let (old, new) = (path_text(&from.disk.path), path_text(&to.disk.path));
     if let Some((chain, _)) = chains.iter().find(|(_, (a, b))| *a <= last && first <= *b) {
         let what = format!(
-            "points of '{new}' ({chain} and what lies on it) and of '{old}' are of the same time: two \
+            "points of '{new}' (chain {chain}) and of '{old}' are of the same time: two \
              disks, not one that was renamed"
         );
         return Err(Error::new(Kind::Usage, what).at_path(to.folder.path()));

@@ -134,26 +134,25 @@ impl Layer {
         let Some(pointer) = info.backing_file else { return Ok(None) };
         if pointer.contains(':') {
             return Err(unfit(
-                "what it lies on is not named as a plain file: back it up while its VM runs",
+                "the name of its backing file is no plain file name: back it up while its VM runs",
             ));
         }
         let path = self.path.parent().unwrap_or(Path::new("/")).join(pointer);
         let path = folder::resolve(&path)
-            .map_err(|e| Error::io(e, "cannot find what it lies on").at_path(&path))?;
+            .map_err(|e| Error::io(e, "cannot find the backing file").at_path(&path))?;
         let meta = folder::look(&path).map_err(failed)?;
         if !meta.is_file() {
-            return Err(unfit("it lies on something that is no plain file"));
+            return Err(unfit("its backing file is not a regular file"));
         }
         if !allowed.contains(&path) {
-            let what =
-                format!("it lies on {}, which nobody but its header names", path_text(&path));
+            let what = format!("only its header names the backing file {}", path_text(&path));
             return Err(Error::new(Kind::Permission, what).at_path(&self.path).remedy(format!(
-                "a guest may have written that: --backing-file {} if it is right",
+                "a guest may have written that; if it is right: --backing-file {}",
                 path_text(&path)
             )));
         }
         let Some(format) = info.backing_format else {
-            let what = "its header names no format of the image that it lies on";
+            let what = "its header names no format for its backing file";
             return Err(Error::new(Kind::Unsupported, what)
                 .at_path(&self.path)
                 .remedy("'qemu-img rebase -u -F FORMAT -b FILE' writes it there"));

@@ -45,7 +45,7 @@ fn folder_name(target: &Path) -> String {
 }
 
 /// Backs up the images `disks`, `FILE` or `FORMAT:FILE`, of a VM that does not run. (`options.qmp`,
-/// `options.nbd` and `options.offline` are those of the daemon.) They may lie on the images `backing`.
+/// `options.nbd` and `options.offline` are those of the daemon.) `backing` are the backing files that they may have.
 ///
 /// # Errors
 /// `Busy` if an image is in use; `Usage` or `Unsupported` for an image that cannot be opened safely; as
