@@ -20,6 +20,7 @@ mod number;
 mod place;
 pub mod point;
 pub mod readers;
+mod rest;
 pub mod space;
 pub mod tree;
 pub mod watch;

@@ -6,14 +6,19 @@
 //! others that is done, and asks the kernel for nothing meanwhile. If none is done after `PATIENCE`,
 //! storage is slow, and the read goes to a thread of the [`Lane`].
 //!
+//! The kernel gives each request to the thread that has waited longest, whose caches are cold by then: with
+//! five threads one reader gets a fifth less than with two. So threads that are not needed rest
+//! ([`Rest`]) until all others read.
+//!
 //! State: how many threads read; the read that was left; how many of those to come go to the lane at
-//! once, since the last ones had to.
+//! once, since the last ones had to; which threads rest.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::lane::{Job, Lane};
+use super::rest::Rest;
 
 /// How long names may have to wait when storage stops answering: longer than a read takes, also from a disk
 /// that turns or on a busy machine, and not noticed by anybody.
@@ -34,6 +39,7 @@ pub struct Readers {
     /// How many reads go to the lane at once.
     skip: AtomicU32,
     lane: Arc<Lane>,
+    rest: Rest,
 }
 
 /// One thread's permission to read; given back when it is dropped.
@@ -56,6 +62,7 @@ impl Readers {
             slow: AtomicU32::new(0),
             skip: AtomicU32::new(0),
             lane,
+            rest: Rest::default(),
         }
     }
 
@@ -68,9 +75,21 @@ impl Readers {
             let what = what.clone();
             return self.leave(Box::new(move || job(&what)));
         };
+        if self.free() == 0 {
+            self.rest.end_one();
+        }
         job(what);
         drop(place);
-        self.do_left();
+        if !self.do_left() {
+            self.rest.if_not_needed(|| self.free());
+        }
+    }
+
+    /// How many threads neither read nor rest: they wait for a request, or look for a name, which never
+    /// takes long.
+    fn free(&self) -> usize {
+        let busy = self.reading.load(Ordering::SeqCst) + self.rest.resting();
+        (self.most + 1).saturating_sub(busy)
     }
 
     /// A place, unless all are taken.
@@ -214,6 +233,41 @@ mod tests {
         });
         // A few of them were waited with, the others less and less often.
         assert_eq!(readers.slow.load(Ordering::Relaxed), MOST_SLOW);
+    }
+
+    #[test]
+    fn while_all_others_read_nobody_rests() {
+        let readers = readers(4);
+        let (release, released) = channel::<()>();
+        let (tell, told) = channel();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while !stop.load(Ordering::SeqCst) {
+                    run(&readers, || ());
+                }
+            });
+            while readers.rest.resting() != 1 {
+                std::thread::yield_now();
+            }
+            // Of the other four, three get something to do that takes long.
+            let released = Arc::new(Mutex::new(released));
+            for _ in 0..3 {
+                let (tell, released) = (tell.clone(), released.clone());
+                let readers = &readers;
+                s.spawn(move || {
+                    run(readers, move || {
+                        tell.send(()).unwrap();
+                        let _ = released.lock().unwrap().recv();
+                    })
+                });
+                told.recv().unwrap();
+            }
+            run(&readers, || ());
+            assert_eq!(readers.rest.resting(), 0);
+            stop.store(true, Ordering::SeqCst);
+            drop(release);
+        });
     }
 
     #[test]
