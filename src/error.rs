@@ -61,6 +61,11 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Whether reading the same bytes again would fail in the same way.
+    pub fn is_lasting(self) -> bool {
+        matches!(self, Kind::Corrupt | Kind::Truncated | Kind::Unsupported | Kind::Encrypted)
+    }
+
     /// The one table: errno for file system callers, exit code for shells.
     ///
     /// Exit code 1 is left to failures without a better word, 2 is what clap uses for usage.

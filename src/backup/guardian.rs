@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 use super::journal::{self, Record};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::agent::Agent;
+use crate::qmp::socket::Socket;
 use crate::qmp::{Address, Client};
 
 /// How it tries on.
@@ -323,7 +324,7 @@ fn is_ours(orders: &Orders, what: impl Fn(&journal::Pending) -> bool) -> bool {
 fn is_gone(orders: &Orders, peer: &Address) -> bool {
     let runs = || orders.qemu.as_deref().is_some_and(crate::qmp::peer::runs);
     let known = || matches!(journal::read(&orders.journal), Ok(Some(p)) if p.run == orders.run);
-    peer.is_dead() && !(runs() && known())
+    Socket::is_dead(peer) && !(runs() && known())
 }
 
 /// Tries until it works, until it is `over`, or until the peer is `gone`.

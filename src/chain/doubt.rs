@@ -4,14 +4,14 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::Level;
-use super::assemble::RESTORE;
 use super::format::DECIDE;
 use super::group::{Belongs, Group, base_name};
 use super::info;
 use super::link::Lies;
 use super::name::{Name, Promise, promise};
-use super::scan::{FileEntry, FileId, Tree};
+use super::tree::{FileEntry, FileId, Tree};
 use crate::error::{Error, Finding, Kind};
+use crate::layer::qcow2::check::REMEDY as RESTORE;
 
 /// What is to be known about the formats of a disk's files: said once, however many there are.
 pub(super) fn note(tree: &Tree, group: &Group) -> Option<Finding> {

@@ -13,7 +13,7 @@ use super::Level;
 use super::group::base_name;
 use super::name::{Name, Promise, promise};
 use super::pointer;
-use super::scan::{FileEntry, FileId, Tree};
+use super::tree::{FileEntry, FileId, Tree};
 use crate::error::{Error, Kind};
 use crate::text::path_text;
 

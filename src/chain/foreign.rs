@@ -9,69 +9,15 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::group::base_name;
-use super::name::{self, Name};
-use super::scan::{FileEntry, FileId, Folder, Tree};
+use super::inside::{Inside, archive_stem, layout};
+use super::tree::{FileEntry, FileId, Folder, Tree};
+use super::virtnbd::Found;
 use super::{Disk, Level, Point, virtnbd};
-use crate::error::{Finding, Result};
-use crate::layer::sparsestream::{self, Meta};
 use crate::layer::{Format, LayerSpec, Part, vma};
-use crate::storage::SourceFile;
-
-/// What was found in one folder.
-#[derive(Default)]
-pub(super) struct Found {
-    /// Disks; their paths are not yet unique.
-    pub disks: Vec<Disk>,
-    /// What belongs to no disk.
-    pub findings: Vec<Finding>,
-    /// The files that are of these layouts and nobody else's business.
-    pub taken: Vec<FileId>,
-}
-
-/// What a file of these layouts holds.
-#[derive(Debug)]
-pub(super) enum Inside {
-    /// A Proxmox archive.
-    Archive(vma::Header),
-    /// A stream of virtnbdbackup, and what is said of it if it ends too early.
-    Stream(Meta, Option<Finding>),
-    /// What is named like a copy or a full backup in virtnbdbackup's layout, but is no stream.
-    NoStream,
-}
 
 /// Whether a file with this name is taken for one of these layouts.
 pub fn is_foreign_name(file: &OsStr) -> bool {
     layout(file).is_some()
-}
-
-/// What a file with this name is in one of these layouts; `None` for names that are in none.
-pub(super) fn layout(file: &OsStr) -> Option<&'static str> {
-    if name::parse(file) != Name::Other {
-        return None;
-    }
-    let text = file.to_string_lossy();
-    match () {
-        () if archive_stem(&text).is_some() => Some("a Proxmox archive"),
-        () if virtnbd::StreamName::parse(&text).is_some() => Some("a virtnbdbackup stream"),
-        () => None,
-    }
-}
-
-/// Looks into a file whose name [`layout`] knows.
-///
-/// # Errors
-/// The file is damaged or cannot be read.
-pub(super) fn look_inside(file: &SourceFile) -> Result<Inside> {
-    let name = file.path().file_name().unwrap_or_default().to_string_lossy();
-    if archive_stem(&name).is_some() {
-        return vma::read_header(file).map(Inside::Archive);
-    }
-    let level = virtnbd::StreamName::parse(&name).map(|n| n.level);
-    if matches!(level, Some(Level::Copy | Level::Full)) && !sparsestream::has_magic(file)? {
-        return Ok(Inside::NoStream);
-    }
-    let (meta, cut) = sparsestream::probe(file)?;
-    Ok(Inside::Stream(meta, cut.map(|e| Finding::from_error(&e, file.path()))))
 }
 
 /// Finds disks of these layouts in `folder`. `claimed` files are parts of other images.
@@ -106,13 +52,6 @@ pub(super) fn find(tree: &Tree, folder: &Folder, claimed: &HashSet<FileId>) -> F
         virtnbd::find(tree, &folder.relative, &streams, &beside, &mut found);
     }
     found
-}
-
-/// An archive's name without its endings, or `None` for other files.
-fn archive_stem(name: &str) -> Option<&str> {
-    const ENDINGS: [&str; 4] = [".vma", ".vma.zst", ".vma.gz", ".vma.lzo"];
-    let stem = ENDINGS.iter().find_map(|ending| name.strip_suffix(ending))?;
-    (!stem.is_empty()).then_some(stem)
 }
 
 /// Each archive is a folder of disks. One that is there twice, compressed and not, has disks with

@@ -8,34 +8,25 @@
 //! word on the format of others not taken. `verify --create --format` writes the manifest that
 //! decides.
 
+use std::collections::HashSet;
+use std::path::PathBuf;
+
 use super::follow;
 use super::manifest::ImageFormat;
 use super::name::{Name, Promise, promise};
 use super::pointer;
-use super::probe::Content;
-use super::scan::{FileEntry, FileId, Told, Tree};
+use super::probed::Content;
+use super::tree::{FileEntry, FileId, Reading, Tree};
 use crate::error::{Error, Finding, Kind};
 use crate::layer::{Format, ImageInfo};
 
-/// How a file is read.
-#[derive(Debug, Default)]
-pub(super) struct Decision {
-    reading: Reading,
-    /// Whether something other than its bytes says that it is qcow2.
-    proved: bool,
-    /// What a user should know about it.
-    pub note: Option<Finding>,
-}
-
-#[derive(Debug, Default)]
-enum Reading {
-    /// As its content says.
-    #[default]
-    Content,
-    /// The guest's bytes one to one, whatever they begin with.
-    Raw,
-    /// Not at all, until somebody says what it is.
-    Undecided(Finding),
+/// A user's word on what files are about which nothing else decides.
+#[derive(Debug, Clone)]
+pub struct Told {
+    /// How they are to be read.
+    pub format: ImageFormat,
+    /// Which files are meant, as a scan gives their paths. Of others nothing is said.
+    pub files: HashSet<PathBuf>,
 }
 
 /// What makes somebody decide.

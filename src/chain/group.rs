@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::Level;
 use super::name::{Name, Promise, parse_partial, promise};
-use super::scan::{FileEntry, FileId, Folder, Lost, Tree};
+use super::tree::{FileEntry, FileId, Folder, Lost, Tree};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::text::path_text;
 

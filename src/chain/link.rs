@@ -8,12 +8,12 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
 use super::Level;
 use super::manifest::{Brief, Contents};
-use super::pointer;
-use super::scan::Lost;
+use super::pointer::{self, normalise};
+use super::tree::Lost;
 use crate::error::{Error, Finding, Kind};
 use crate::text::path_text;
 
@@ -324,22 +324,6 @@ fn contradiction(pointer: &str, name: &OsStr, base: &Member, exists: bool) -> Er
     let base = path_text(base.name());
     incomplete(format!("its backing pointer says {pointer:?}, but the backup before it is {base}"))
         .remedy(format!("if {base} is right: qemu-img rebase -u -b {base} on a copy"))
-}
-
-/// `path` as seen from `folder`, without `.` and `..`; `None` if it leads above the root. Purely by
-/// name: nothing outside may be touched, not even to look whether it is there.
-pub(super) fn normalise(folder: &Path, path: &Path) -> Option<PathBuf> {
-    let mut clean = PathBuf::new();
-    for part in folder.join(path).components() {
-        match part {
-            Component::CurDir => {}
-            Component::ParentDir => {
-                clean.pop().then_some(())?;
-            }
-            other => clean.push(other),
-        }
-    }
-    Some(clean)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! description that QEMU writes for a node with options. Pure: no file is touched.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -122,6 +122,22 @@ fn node(options: &Map<String, Value>, depth: u32) -> Option<Pointer> {
         }
         _ => None,
     }
+}
+
+/// `path` as seen from `folder`, without `.` and `..`; `None` if it leads above the root. Purely by
+/// name: nothing outside may be touched, not even to look whether it is there.
+pub(super) fn normalise(folder: &Path, path: &Path) -> Option<PathBuf> {
+    let mut clean = PathBuf::new();
+    for part in folder.join(path).components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                clean.pop().then_some(())?;
+            }
+            other => clean.push(other),
+        }
+    }
+    Some(clean)
 }
 
 #[cfg(test)]

@@ -3,11 +3,11 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::assemble::{Blocked, Fates, carries_snapshots};
 use super::doubt::open_formats;
+use super::fates::{Blocked, Fates, carries_snapshots};
 use super::group::{Belongs, Group, base_name};
 use super::name::to_text;
-use super::scan::FileId;
+use super::tree::FileId;
 use super::{Level, Point};
 use crate::error::{Finding, Kind, Severity};
 use crate::layer::{LayerSpec, Part, SnapshotInfo};

@@ -6,47 +6,16 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::foreign::{self, Inside};
+use super::inside;
 use super::manifest::{self, Brief};
 use super::name::{self, Promise};
-use super::scan::{FileEntry, FileId};
+use super::probed::{Content, Probed};
 use super::side::Side;
+use super::tree::{FileEntry, FileId};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::Handle;
-use crate::layer::{self, ImageInfo, raw};
+use crate::layer::{self, raw};
 use crate::storage::{Identity, ReadAt, SourceFile};
-
-/// What a file holds.
-#[derive(Debug)]
-pub(super) enum Content {
-    /// An image by its magic bytes.
-    Image(ImageInfo),
-    /// No magic that we know: raw, if it is an image at all.
-    Plain,
-    /// Surely neither an image that we read nor the guest's bytes one to one; says what it is.
-    Foreign(&'static str),
-    /// It cannot be read, or its magic is followed by nonsense.
-    Bad(Finding),
-}
-
-/// A plain file as this or an earlier scan saw it.
-#[derive(Debug)]
-pub(super) struct Probed {
-    /// The file; the same `Arc` as long as the file is unchanged.
-    pub file: Arc<SourceFile>,
-    /// Bytes allocated on disk.
-    pub own_bytes: u64,
-    /// Modification time, seconds since the epoch.
-    pub mtime: i64,
-    /// The user that the file belongs to.
-    pub owner: u32,
-    /// Whether it begins with an image format's magic bytes, readable or not.
-    pub magic: bool,
-    /// What is in it.
-    pub content: Content,
-    /// What is in it as a file of another program's layout; looked for when asked.
-    inside: OnceLock<Result<Inside, Finding>>,
-}
 
 type ManifestResult = std::result::Result<Option<Arc<Brief>>, Finding>;
 
@@ -169,7 +138,7 @@ fn look(path: &Path, handle: &Handle, identity: Identity, look_inside: bool) -> 
 
 fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Result<Content> {
     let name = file.path().file_name().unwrap_or_default();
-    if let Some(what) = foreign::layout(name) {
+    if let Some(what) = inside::layout(name) {
         return Ok(Content::Foreign(what));
     }
     file.open_through(handle)?;
@@ -269,11 +238,6 @@ impl ReadAt for Start<'_> {
     }
 }
 
-/// Whether reading the same bytes again would fail in the same way.
-fn is_lasting(kind: Kind) -> bool {
-    matches!(kind, Kind::Corrupt | Kind::Truncated | Kind::Unsupported | Kind::Encrypted)
-}
-
 /// Formats that would be wrong data if they were taken for raw images.
 fn foreign(start: &[u8]) -> Option<&'static str> {
     const MAGICS: [(&[u8], &str); 5] = [
@@ -285,46 +249,4 @@ fn foreign(start: &[u8]) -> Option<&'static str> {
     ];
     let packed = MAGICS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what);
     packed.or_else(|| raw::other_format(start))
-}
-
-impl Probed {
-    /// What the file holds as one of another program's layout; looked at once, by a descriptor that
-    /// is not kept.
-    pub fn inside(&self) -> Result<&Inside, &Finding> {
-        let look = || {
-            let file = SourceFile::with_identity(self.file.path().into(), self.file.identity());
-            foreign::look_inside(&file).map_err(|e| Finding::from_error(&e, file.path()))
-        };
-        self.inside.get_or_init(look).as_ref()
-    }
-
-    /// Whether all of this is still true of a file that now looks like `now`.
-    fn still_holds(&self, now: &Identity) -> bool {
-        let before = self.file.identity();
-        // What the operating system said may be different the next time: no memory, too many files.
-        let passing = |f: &Finding| !is_lasting(f.kind);
-        let passing = matches!(&self.content, Content::Bad(f) if passing(f))
-            || matches!(self.inside.get(), Some(Err(f)) if passing(f));
-        (before.dev, before.ino) == (now.dev, now.ino)
-            && self.file.has_same_bytes(now)
-            && !passing
-            && self.file.check_unchanged().is_ok()
-    }
-
-    /// What the header says, if there is one that can be used; how the file is read, `format` decides.
-    pub fn info(&self) -> Option<&ImageInfo> {
-        match &self.content {
-            Content::Image(info) => Some(info),
-            _ => None,
-        }
-    }
-
-    /// Size in bytes of the virtual disk; 0 if it cannot be known.
-    pub fn virtual_size(&self) -> u64 {
-        match &self.content {
-            Content::Image(info) => info.virtual_size,
-            Content::Plain => self.file.identity().size,
-            Content::Foreign(_) | Content::Bad(_) => 0,
-        }
-    }
 }

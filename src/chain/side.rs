@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use super::manifest;
 use super::name::{self, Name};
-use super::scan::Lost;
+use super::tree::Lost;
 use super::{removal, unfinished};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::folder::{Entry, EntryKind, Folder, Handle, plain};

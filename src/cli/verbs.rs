@@ -16,7 +16,7 @@ use crate::error::{Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::Format;
 use crate::lock::Locks;
-use crate::restore::verbs::{self, Line, files, fold::FoldPlan, rebase::RebasePlan};
+use crate::restore::verbs::{self, FoldPlan, Line, files, rebase::RebasePlan};
 use crate::restore::{Options, Plan, Qcow2Options, Target};
 use crate::text::path_text;
 use crate::units::{counted, human_bytes};

@@ -20,6 +20,7 @@
 
 mod asked;
 mod changes;
+mod file_id;
 mod fixed;
 mod handle;
 mod held;
@@ -44,6 +45,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 
 pub use asked::{ask, mount_number};
+pub use file_id::FileId;
 pub use fixed::Fixed;
 pub use handle::Handle;
 pub use held::reopen;
@@ -54,6 +56,8 @@ pub use once::{
     entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
     pin, read_small, remove_if_there, write_shared, write_whole,
 };
+pub use open::Access;
+use open::refused;
 pub use owner::{ForeignOwner, check_private, check_unchangeable, foreign_owner};
 pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};
 pub use share::Share;
@@ -87,35 +91,6 @@ pub struct Entry {
     pub name: OsString,
     /// What it stands for.
     pub kind: EntryKind,
-}
-
-/// Device and inode number: which file a name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-pub struct FileId {
-    /// Device number.
-    pub dev: u64,
-    /// Inode number.
-    pub ino: u64,
-}
-
-impl FileId {
-    /// Reads it off file metadata.
-    pub fn of(meta: &Metadata) -> Self {
-        use std::os::unix::fs::MetadataExt;
-        FileId { dev: meta.dev(), ino: meta.ino() }
-    }
-}
-
-/// How a plain file is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
-    /// For reading.
-    Read,
-    /// For writing alone; as with [`Access::ReadWrite`] the file must have no other name.
-    Write,
-    /// For reading and for changing it in place. A file with more than one name is refused: its
-    /// other name may be anywhere.
-    ReadWrite,
 }
 
 impl Folder {
@@ -474,11 +449,6 @@ pub fn absent_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 
 fn is_absent(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidFilename)
-}
-
-/// A refusal of the gate's own; [`crate::error::Error::io`] makes it `Unsupported`.
-fn refused(why: &'static str) -> io::Error {
-    io::Error::other(crate::error::Refused(why))
 }
 
 /// Target, in the log, of warnings about a set-up that stays as it is: whose a folder is, what its file

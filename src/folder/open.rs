@@ -12,7 +12,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
-use super::{Access, FileId, refused};
+use super::file_id::FileId;
+
+/// How a plain file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// For reading.
+    Read,
+    /// For writing alone; as with [`Access::ReadWrite`] the file must have no other name.
+    Write,
+    /// For reading and for changing it in place. A file with more than one name is refused: its
+    /// other name may be anywhere.
+    ReadWrite,
+}
+
+/// A refusal of the gate's own; [`crate::error::Error::io`] makes it `Unsupported`.
+pub(super) fn refused(why: &'static str) -> io::Error {
+    io::Error::other(crate::error::Refused(why))
+}
 
 /// Set when openat2 turned out not to be there.
 static WITHOUT_OPENAT2: AtomicBool = AtomicBool::new(false);

@@ -16,6 +16,7 @@ pub mod control;
 pub mod handle;
 pub mod lane;
 pub mod names;
+mod node;
 mod number;
 mod place;
 pub mod point;

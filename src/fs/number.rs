@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::names::{Child, Folder};
+use super::node::{Entry, EntryKind, Node, NodeKind, ROOT};
 use super::point::PointFile;
-use super::tree::{Entry, EntryKind, Node, NodeKind, ROOT};
 use crate::image::Image;
 
 /// Gives out inode numbers.

@@ -22,15 +22,13 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::names::{self, Child, Folder};
+pub use super::node::{Entry, EntryKind, Node, NodeKind, ROOT, find};
 use super::number::Numbering;
 use super::point::PointFile;
 use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Finding, Result};
 use crate::image::{Cache, Image};
 use crate::layer::LayerSpec;
-
-/// The root's inode number, fixed by the FUSE protocol.
-pub const ROOT: u64 = 1;
 
 /// Everything below the mount point at one moment.
 pub struct Tree {
@@ -43,52 +41,6 @@ pub struct Tree {
     pub own_bytes: u64,
     /// When it was built.
     pub built: SystemTime,
-}
-
-/// One inode.
-pub struct Node {
-    /// Its number.
-    pub ino: u64,
-    /// The folder it lies in; the root is its own.
-    pub parent: u64,
-    /// Modification time in seconds since the epoch.
-    pub time: i64,
-    /// What it is.
-    pub kind: NodeKind,
-}
-
-/// What an inode is.
-pub enum NodeKind {
-    /// A folder with its entries, sorted by name.
-    Dir(Vec<Entry>),
-    /// A point's merged image.
-    File(Arc<PointFile>),
-    /// A symbolic link and its target.
-    Link(PathBuf),
-    /// `status.json`, whose text is made when it is looked at.
-    Status,
-}
-
-/// A name in a folder.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
-    /// The name.
-    pub name: OsString,
-    /// Its inode.
-    pub ino: u64,
-    /// The inode's type.
-    pub kind: EntryKind,
-}
-
-/// The file types that exist here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EntryKind {
-    /// A folder.
-    Dir,
-    /// A plain file.
-    File,
-    /// A symbolic link.
-    Link,
 }
 
 /// What the kernel has to forget when one tree follows another.
@@ -244,11 +196,6 @@ fn layer_changed(layer: &LayerSpec, seen: &mut HashMap<PathBuf, bool>) -> bool {
         Slot::Vacant(s) => *s.insert(file.is_changed_on_disk()),
     };
     changed(&layer.file) || layer.data_file.as_deref().is_some_and(changed)
-}
-
-/// The entry with this name in a sorted list.
-pub fn find<'a>(entries: &'a [Entry], name: &OsStr) -> Option<&'a Entry> {
-    entries.binary_search_by(|e| e.name.as_os_str().cmp(name)).ok().map(|i| &entries[i])
 }
 
 /// Gives every served point its image and its name.

@@ -7,10 +7,14 @@
 pub use blake3::hazmat::ChainingValue;
 use blake3::hazmat::HasherExt;
 
-use super::{BLOCK, PIECE};
 use crate::error::Result;
 use crate::storage::ReadAt;
 
+/// Bytes hashed as one subtree, where nothing else is said: a power of two.
+pub(super) const BLOCK: u64 = 1 << 20;
+/// Bytes read at once: a power of two, small enough to be in the processor's own cache still when they
+/// are hashed.
+pub(super) const PIECE: u64 = 128 << 10;
 /// The most units of a file.
 const MOST_UNITS: u64 = 1 << 20;
 /// The largest subtree that a file is taken in: beyond it a file has more units.

@@ -22,15 +22,9 @@ use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};
-use ahead::Known;
-
-/// Bytes hashed as one subtree, where nothing else is said: a power of two.
-const BLOCK: u64 = 1 << 20;
+use ahead::{Known, PIECE};
 /// Subtrees whose values are kept at a time: a power of two.
 const GROUP: u64 = 1024;
-/// Bytes read at once: a power of two, small enough to be in the processor's own cache still when they
-/// are hashed.
-const PIECE: u64 = 128 << 10;
 /// What a hole reads as.
 static ZEROS: [u8; PIECE as usize] = [0; PIECE as usize];
 
@@ -309,6 +303,7 @@ pub fn in_parallel<S>(
 // Lists of ranges, some of which have one.
 #[allow(clippy::single_range_in_vec_init)]
 mod tests {
+    use super::ahead::BLOCK;
     use super::*;
     use crate::error::Kind;
     use crate::storage::{FaultyStorage, MemStorage};

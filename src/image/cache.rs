@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use arc_swap::ArcSwapOption;
 use lru::LruCache;
 
-use super::hold::Holds;
+use super::holds::Holds;
 use super::window::Window;
 use crate::layer::Piece;
 

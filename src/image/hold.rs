@@ -10,12 +10,12 @@
 //!   a little later ([`Holds::run`]): whoever goes through many points opens one after the other, and
 //!   all of a chain share the files below; so a step costs one file.
 
-use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Image;
+use super::holds::Pinned;
 use crate::error::Result;
 use crate::storage::files::{self, Closed};
 
@@ -23,67 +23,6 @@ use crate::storage::files::{self, Closed};
 const REST: Duration = Duration::from_millis(200);
 /// Opening as many takes a millisecond or two, which is not worth keeping anything open for.
 const MANY: usize = 256;
-
-/// All that is held of one mount.
-#[derive(Default)]
-pub struct Holds {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    /// Open handles, whether their files are held or not.
-    handles: usize,
-    /// Images of closed handles and when to let go of them, soonest first.
-    resting: VecDeque<(Instant, Arc<Image>)>,
-}
-
-impl Holds {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lets go of what rests, for ever.
-    pub fn run(&self) {
-        let mut state = self.state();
-        loop {
-            let now = Instant::now();
-            let Some((at, _)) = state.resting.front() else {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let left = at.saturating_duration_since(now);
-            if !left.is_zero() {
-                let waited = self.changed.wait_timeout(state, left);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
-                continue;
-            }
-            let done = state.let_go();
-            let nothing_open = state.is_empty();
-            drop(state);
-            // Here the storage may take its time.
-            drop(done);
-            if nothing_open {
-                files::close_unpinned();
-            }
-            state = self.state();
-        }
-    }
-}
-
-impl State {
-    /// Lets go of one closed handle; `None` if there is none.
-    fn let_go(&mut self) -> Option<(Arc<Image>, Closed)> {
-        let (_, image) = self.resting.pop_front()?;
-        let closed = image.release();
-        Some((image, closed))
-    }
-
-    fn is_empty(&self) -> bool {
-        self.handles == 0 && self.resting.is_empty()
-    }
-}
 
 /// An open point. As long as it lives, so do the files that the point is made of.
 pub struct Held {
@@ -164,19 +103,6 @@ impl Image {
         pinned
     }
 
-    /// Undoes [`Self::pin`]; called under the lock.
-    fn release(&self) -> Closed {
-        let mut closed = Vec::new();
-        for image in self.with_below() {
-            if image.holders.fetch_sub(1, Ordering::Relaxed) > 1 {
-                break;
-            }
-            image.files_open.store(false, Ordering::Release);
-            closed.extend(files::unpin(image.own_slots()));
-        }
-        closed
-    }
-
     /// Opens all files of a pinned image.
     fn open_held(&self) -> Result<()> {
         let unready = |i: &&Image| !i.files_open.load(Ordering::Acquire);
@@ -199,5 +125,20 @@ impl Image {
 
     fn own_slots(&self) -> impl Iterator<Item = &Arc<files::Slot>> + Clone {
         self.own.iter().flat_map(|l| l.slots())
+    }
+}
+
+impl Pinned for Image {
+    /// Undoes [`Image::pin`].
+    fn release(&self) -> Closed {
+        let mut closed = Vec::new();
+        for image in self.with_below() {
+            if image.holders.fetch_sub(1, Ordering::Relaxed) > 1 {
+                break;
+            }
+            image.files_open.store(false, Ordering::Release);
+            closed.extend(files::unpin(image.own_slots()));
+        }
+        closed
     }
 }

@@ -59,7 +59,7 @@ impl LazyLayer {
                 return changed;
             }
         }
-        if is_lasting(error.kind()) {
+        if error.kind().is_lasting() {
             let path = self.spec.file.path();
             self.failed.get_or_init(|| Finding::from_error(&error, path));
         }
@@ -98,11 +98,6 @@ impl LazyLayer {
     pub fn opens_slowly(&self) -> bool {
         Self::is_slow(&self.spec) && self.layer.get().is_none() && self.failed.get().is_none()
     }
-}
-
-/// Whether the same file will give the same error.
-fn is_lasting(kind: Kind) -> bool {
-    matches!(kind, Kind::Corrupt | Kind::Truncated | Kind::Unsupported | Kind::Encrypted)
 }
 
 #[cfg(test)]

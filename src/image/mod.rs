@@ -7,6 +7,7 @@
 
 mod cache;
 mod hold;
+mod holds;
 mod lazy;
 mod map;
 mod points;
@@ -14,7 +15,8 @@ mod reader;
 mod window;
 
 pub use cache::{Cache, CacheFigures};
-pub use hold::{Held, Holds};
+pub use hold::Held;
+pub use holds::Holds;
 pub use map::{Fold, Folded, FoldedExtent, Known, Source};
 pub use points::{open_point, open_point_sharing};
 pub use reader::{Image, Wanted};

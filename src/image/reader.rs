@@ -13,9 +13,10 @@ mod ahead;
 mod read;
 mod search;
 mod stack;
+mod wanted;
 
-pub use search::Wanted;
 use stack::{Chunk, Stack};
+pub use wanted::Wanted;
 
 use std::ops::Range;
 use std::path::Path;
@@ -340,7 +341,24 @@ impl Image {
     }
 
     fn stack(&self) -> &Stack {
-        self.stack.get_or_init(|| Stack::of(self))
+        self.stack.get_or_init(|| self.gather())
+    }
+
+    /// All layers, from the nearest image below that knows its own.
+    fn gather(&self) -> Stack {
+        let mut way = vec![self];
+        let mut at = self.below.as_deref();
+        let mut stack = loop {
+            let Some(image) = at else { break Stack::default() };
+            if let Some(known) = image.stack.get() {
+                break known.clone();
+            }
+            way.push(image);
+            at = image.below.as_deref();
+        };
+        way.into_iter().rev().for_each(|image| stack.add(&image.own, &image.chunks));
+        stack.shrink();
+        stack
     }
 }
 

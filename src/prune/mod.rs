@@ -13,9 +13,11 @@ mod execute;
 mod items;
 pub mod join;
 pub mod plan;
+mod planned;
 pub mod reason;
 mod shorten;
 
 pub use execute::{execute, recover};
 pub use items::items;
-pub use shorten::{CanMerge, Unmerged};
+pub use planned::Unmerged;
+pub use shorten::CanMerge;

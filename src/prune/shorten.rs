@@ -2,22 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::plan::{DiskItems, PointPlan};
+use super::planned::{DiskItems, PointPlan, Unmerged};
 use super::reason::Reason;
 use crate::chain::Level;
 
 /// Whether a chain of a disk can become one FULL up to a point, once these points of the disk are
 /// gone; else why not. Disk and points are indices.
 pub type CanMerge<'a> = dyn Fn(usize, usize, &BTreeSet<usize>) -> Result<(), String> + 'a;
-
-/// A chain that stays as long as it is.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Unmerged {
-    /// The point that would become a FULL.
-    pub until: String,
-    /// Why it cannot.
-    pub why: String,
-}
 
 /// Of each chain whose FULL is kept only for others: the oldest point that is wanted, if it is an
 /// INC and nothing wanted is older. What is older becomes part of it, if `can` says so.

@@ -20,7 +20,14 @@
 
 use std::io;
 
-use super::run::Limits;
+/// What it may use.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes of address space.
+    pub memory: u64,
+    /// Seconds of processor time.
+    pub cpu: Option<u64>,
+}
 
 /// The user and group that owns nothing, by convention.
 const NOBODY: u32 = 65534;

@@ -22,7 +22,6 @@ pub mod daemon;
 mod export;
 mod run;
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::path::Path;
 
@@ -31,11 +30,10 @@ use crate::layer::Format;
 use crate::layer::qcow2::backing::set_backing;
 use crate::layer::qcow2::header::Header;
 use crate::storage::OpenFile;
+use confine::Limits;
 use export::Export;
-use run::{Job, Limits, Outcome};
-
-/// Asked every few milliseconds while qemu-img runs: an error ends it, and is passed on.
-pub type Stop<'a> = &'a dyn Fn() -> Result<()>;
+pub use run::Stop;
+use run::{Job, Outcome, failure, program};
 
 /// What `qemu-img check` found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -205,28 +203,6 @@ fn qcow2(fd: i32, backing: Option<serde_json::Value>) -> serde_json::Value {
 /// A graph as qemu-img takes it in place of a file name.
 fn named(graph: &serde_json::Value) -> std::ffi::OsString {
     format!("json:{graph}").into()
-}
-
-/// It ran, and failed with these words.
-fn failure(verb: &str, about: &Path, said: &str) -> Error {
-    let kind = if said.contains("No space left") { Kind::NoSpace } else { Kind::Peer };
-    Error::new(kind, format!("qemu-img {verb} failed: {said}")).at_path(about)
-}
-
-/// Where one of QEMU's tools is.
-///
-/// # Errors
-/// `NotFound` if it is not installed.
-// A program is found as a shell finds it, links and all: PATH is the caller's.
-#[allow(clippy::disallowed_methods)]
-fn program(name: &str) -> Result<std::path::PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|dir| dir.join(OsStr::new(name)));
-    let mut found = found.filter(|p| p.is_absolute() && p.is_file());
-    found.next().ok_or_else(|| {
-        Error::new(Kind::NotFound, format!("cannot run {name}: it is not installed"))
-            .remedy("install it (Debian: qemu-utils)")
-    })
 }
 
 #[cfg(test)]

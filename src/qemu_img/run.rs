@@ -1,6 +1,6 @@
 //! One qemu-img from start to end.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -10,23 +10,14 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use super::confine::{self, Limits};
 use super::export::Export;
-use super::{Stop, confine, failure, program};
 use crate::error::{Error, Kind, Result};
 
 /// How often a running qemu-img is looked at.
 const LOOK: Duration = Duration::from_millis(5);
 /// Of what it says, this much is kept.
 const MAX_SAID: u64 = 64 << 10;
-
-/// What it may use.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Bytes of address space.
-    pub memory: u64,
-    /// Seconds of processor time.
-    pub cpu: Option<u64>,
-}
 
 /// What is to be run.
 pub struct Job<'a> {
@@ -187,4 +178,29 @@ pub(super) fn shown(args: &[OsString]) -> String {
         }
     };
     args.iter().map(quote).collect::<Vec<_>>().join(" ")
+}
+
+/// Asked every few milliseconds while qemu-img runs: an error ends it, and is passed on.
+pub type Stop<'a> = &'a dyn Fn() -> Result<()>;
+
+/// It ran, and failed with these words.
+pub(super) fn failure(verb: &str, about: &Path, said: &str) -> Error {
+    let kind = if said.contains("No space left") { Kind::NoSpace } else { Kind::Peer };
+    Error::new(kind, format!("qemu-img {verb} failed: {said}")).at_path(about)
+}
+
+/// Where one of QEMU's tools is.
+///
+/// # Errors
+/// `NotFound` if it is not installed.
+// A program is found as a shell finds it, links and all: PATH is the caller's.
+#[allow(clippy::disallowed_methods)]
+pub(super) fn program(name: &str) -> Result<std::path::PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join(OsStr::new(name)));
+    let mut found = found.filter(|p| p.is_absolute() && p.is_file());
+    found.next().ok_or_else(|| {
+        Error::new(Kind::NotFound, format!("cannot run {name}: it is not installed"))
+            .remedy("install it (Debian: qemu-utils)")
+    })
 }

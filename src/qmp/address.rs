@@ -1,9 +1,7 @@
 //! The address of a socket, by a name that stays the same.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use super::socket::Socket;
 use crate::error::{Error, Kind, Result};
 
 /// Where a socket listens.
@@ -56,12 +54,6 @@ impl Address {
             Address::Tcp(_) => self.clone(),
         }
     }
-
-    /// Whether nobody listens there any more.
-    pub fn is_dead(&self) -> bool {
-        let e = Socket::connect(self, Duration::from_secs(1)).err();
-        e.is_some_and(|e| matches!(e.kind(), Kind::NotFound | Kind::Peer))
-    }
 }
 
 /// How many symbolic links are followed: as many as Linux does.
@@ -101,6 +93,7 @@ impl std::fmt::Display for Address {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qmp::socket::Socket;
     use std::os::unix::net::UnixListener;
 
     #[test]
@@ -124,10 +117,10 @@ mod tests {
             ["vm/s", "link/s", "short"].map(|n| Address::Unix(real.join(n)).canonical()).to_vec()
         };
         let listener = UnixListener::bind(real.join("vm/s")).unwrap();
-        assert!(!Address::Unix(real.join("short")).is_dead());
+        assert!(!Socket::is_dead(&Address::Unix(real.join("short"))));
         assert_eq!(names(), vec![want.clone(); 3]);
         drop(listener);
-        assert!(Address::Unix(real.join("short")).is_dead());
+        assert!(Socket::is_dead(&Address::Unix(real.join("short"))));
         std::fs::remove_file(real.join("vm/s")).unwrap();
         assert_eq!(names(), vec![want.clone(); 3]);
         let before = Address::Unix(real.join("link/s")).resolved();

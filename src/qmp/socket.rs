@@ -45,6 +45,12 @@ impl Socket {
         Self::of(fd, address.to_string(), unix)
     }
 
+    /// Whether nobody listens at `address` any more.
+    pub fn is_dead(address: &Address) -> bool {
+        let e = Self::connect(address, Duration::from_secs(1)).err();
+        e.is_some_and(|e| matches!(e.kind(), Kind::NotFound | Kind::Peer))
+    }
+
     /// One that was accepted; `name` is for messages.
     ///
     /// # Errors

@@ -8,6 +8,7 @@
 
 mod clone;
 mod device;
+mod options;
 mod plan;
 mod pool;
 pub mod qcow2;
@@ -20,14 +21,15 @@ mod temp;
 pub mod verbs;
 pub mod work;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::image::Image;
 
 pub use device::Device;
+use options::target_error;
+pub use options::{Options, Reflink, Summary, Target};
 pub use plan::{Chunk, Plan, Totals};
 pub use qcow2::{Compression, Preallocation, Qcow2Options};
 pub use source::BadRange;
@@ -35,87 +37,6 @@ pub use temp::{Temp, check_removable, give, give_common};
 pub use work::{RateLimit, Work};
 
 use source::Reader;
-
-/// Where a point goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
-    /// A sparse raw file.
-    Raw(PathBuf),
-    /// A qcow2 file.
-    Qcow2(PathBuf, Qcow2Options),
-    /// An existing block device.
-    Device(PathBuf),
-    /// Standard output: every byte in order.
-    Stdout,
-}
-
-impl Target {
-    /// The path, if it has one.
-    pub fn path(&self) -> Option<&Path> {
-        match self {
-            Target::Raw(p) | Target::Qcow2(p, _) | Target::Device(p) => Some(p),
-            Target::Stdout => None,
-        }
-    }
-}
-
-/// Whether ranges may be cloned instead of copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Reflink {
-    /// Clone where the file system can.
-    #[default]
-    Auto,
-    /// Fail if nothing can be cloned.
-    Always,
-    /// Copy all.
-    Never,
-}
-
-/// How to restore.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Options {
-    /// Replace a target that exists.
-    pub force: bool,
-    /// Read the result back and compare it.
-    pub verify: bool,
-    /// Where the backup cannot be read, leave zeros, report it and go on.
-    pub salvage: bool,
-    /// Discard the whole device first.
-    pub discard: bool,
-    /// Cloning.
-    pub reflink: Reflink,
-}
-
-/// How a restore went.
-#[derive(Debug, Clone, Default, serde::Serialize)]
-pub struct Summary {
-    /// Size in bytes of the virtual disk.
-    pub size: u64,
-    /// Bytes that were read and written.
-    pub copied: u64,
-    /// Bytes that the target shares with the backup.
-    pub cloned: u64,
-    /// Bytes that read as zeros and were not written.
-    pub holes: u64,
-    /// What could not be read and is zeros in the target (only with `--salvage`).
-    pub bad: Vec<BadRange>,
-    /// Whether the result was read back and found equal.
-    pub verified: bool,
-    /// How long it took, in milliseconds.
-    pub duration_ms: u64,
-}
-
-impl Summary {
-    /// Which way the bytes went, in one word.
-    pub fn way(&self) -> &'static str {
-        match (self.copied, self.cloned) {
-            (0, 0) => "nothing to write",
-            (_, 0) => "copied",
-            (0, _) => "cloned",
-            _ => "cloned and copied",
-        }
-    }
-}
 
 /// Executes `plan`: writes the point `image` to `target`.
 ///
@@ -174,9 +95,4 @@ fn finish(summary: &mut Summary, plan: &Plan, reader: Reader, started: Instant, 
 
 fn millis(d: Duration) -> u64 {
     u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// An error of the target's, with its path.
-fn target_error(e: std::io::Error, what: &str, path: &Path) -> Error {
-    Error::io(e, what).at_path(path)
 }

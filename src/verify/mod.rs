@@ -13,6 +13,7 @@ mod content;
 mod files;
 mod links;
 mod record;
+mod report;
 mod settle;
 mod suspects;
 
@@ -20,13 +21,15 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::chain::scan::Told;
-use crate::chain::{Catalog, Disk, Level, Point};
+use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::progress::Progress;
 use crate::text::path_text;
 use files::{FileReport, Target};
 use links::{Record, Records};
 use record::Recorder;
+pub use report::{Outcome, PointReport, Report};
+use report::{outcome_of, worst};
 
 use crate::layer::qcow2::check as structure;
 
@@ -50,60 +53,6 @@ pub struct Options {
     pub told: Option<Told>,
 }
 
-/// How it stands. The order is from good to bad.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Outcome {
-    /// Everything that was looked at is as it should be.
-    Sound,
-    /// Could not tell: nothing is known to be wrong, but there is no proof.
-    Unproven,
-    /// Damaged, incomplete or mixed up.
-    Unsound,
-}
-
-/// The result for one point.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct PointReport {
-    /// The disk's path in the catalog.
-    #[serde(serialize_with = "crate::text::as_text")]
-    pub disk: PathBuf,
-    /// The point's name.
-    pub point: String,
-    /// The file that ends the point.
-    #[serde(serialize_with = "crate::text::as_text")]
-    pub file: PathBuf,
-    /// Its kind of backup.
-    pub level: Level,
-    /// Seconds since the epoch.
-    pub time: i64,
-    /// How it stands, with all that it lies on.
-    pub outcome: Outcome,
-    /// Why it is not sound, in a few words.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    /// Whether `create` wrote a manifest for it in this run.
-    pub recorded: bool,
-    /// What was found in its own files.
-    pub findings: Vec<Finding>,
-}
-
-/// The result for a backup directory.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct Report {
-    /// The backup directory.
-    #[serde(serialize_with = "crate::text::as_text")]
-    pub root: PathBuf,
-    /// Whether data was left out.
-    pub quick: bool,
-    /// The worst outcome.
-    pub outcome: Outcome,
-    /// All points that were looked at.
-    pub points: Vec<PointReport>,
-    /// What belongs to no point.
-    pub findings: Vec<Finding>,
-}
-
 /// Looks at the points of `catalog` that `options` names.
 ///
 /// # Errors
@@ -118,7 +67,7 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     let all_gone = !orphans.is_empty() && options.since.is_none();
     let chosen = choose(catalog, options, all_gone)?;
     let files = files::check_all(&targets(options, &chosen), options.threads(), progress)?;
-    let mut report = Report::new(catalog, options);
+    let mut report = Report::new(&catalog.root, options.quick);
     report.findings = catalog.findings.iter().cloned().chain(orphans).collect();
     let mut look = Look { options, files: &files, recorder: None, told: HashSet::new() };
     if options.create && !options.quick {
@@ -168,13 +117,13 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<Standin
     for chosen in &chosen {
         let mut look =
             Look { options: &options, files: &files, recorder: None, told: HashSet::new() };
-        let mut report = Report::new(catalog, &options);
+        let mut report = Report::new(&catalog.root, options.quick);
         look.disk_report(chosen, &mut report)?;
         reports.push(report);
     }
     // What belongs to no disk counts for each.
     let findings = catalog.findings.clone();
-    reports.push(Report { findings, ..Report::new(catalog, &options) });
+    reports.push(Report { findings, ..Report::new(&catalog.root, options.quick) });
     settle::settle(catalog, None, &mut reports)?;
     let common = reports.pop().map_or(Outcome::Sound, |r| worst(&r));
     let standing = |r: Report| Standing {
@@ -204,28 +153,6 @@ impl Options {
             n => n,
         }
     }
-}
-
-impl Report {
-    fn new(catalog: &Catalog, options: &Options) -> Report {
-        Report {
-            root: catalog.root.clone(),
-            quick: options.quick,
-            outcome: Outcome::Sound,
-            points: Vec::new(),
-            findings: Vec::new(),
-        }
-    }
-}
-
-fn worst(report: &Report) -> Outcome {
-    let points = report.points.iter().map(|p| match p.outcome {
-        // What `create` has just recorded is proved from now on.
-        Outcome::Unproven if p.recorded => Outcome::Sound,
-        o => o,
-    });
-    let apart = report.findings.iter().filter(|f| f.severity == Severity::Error).map(outcome_of);
-    points.chain(apart).max().unwrap_or(Outcome::Sound)
 }
 
 /// Which points of a disk are looked at.
@@ -470,20 +397,6 @@ fn join(own: Verdict, below: Option<&Verdict>, below_name: Option<&str>) -> Verd
             Verdict { outcome: b.outcome, reason: Some(reason), findings: own.findings }
         }
         _ => own,
-    }
-}
-
-/// What an error finding means: damage, or that no one could look.
-fn outcome_of(finding: &Finding) -> Outcome {
-    match finding.kind {
-        // "Changed" while it was read; a hash that differs is told apart by its file being quiet.
-        Kind::Unsupported
-        | Kind::Encrypted
-        | Kind::Permission
-        | Kind::Busy
-        | Kind::Interrupted
-        | Kind::Timeout => Outcome::Unproven,
-        _ => Outcome::Unsound,
     }
 }
 

@@ -5,7 +5,7 @@
 //! stretches of the layers overlap.
 
 use super::Image;
-use super::search::Wanted;
+use super::wanted::Wanted;
 use crate::error::Result;
 use crate::extent::{Extent, ExtentList};
 use crate::layer::{Kinds, KnownTables, Layer};

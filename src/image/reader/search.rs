@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::Image;
 use super::ahead::Ahead;
+use super::wanted::Wanted;
 use crate::error::Result;
 use crate::extent::Extent;
 use crate::image::{FoldedExtent, Source};
@@ -201,15 +202,6 @@ impl Image {
         }
         ahead.map_or(Ok((None, at)), |ahead| ahead.look(at))
     }
-}
-
-/// What a search is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
-    /// The next byte that is not in a hole.
-    Data,
-    /// The next byte that is in one.
-    Hole,
 }
 
 /// How a search ended.

@@ -2,9 +2,8 @@
 //! of its own for each image would take memory by the square of the chain's length.
 
 use std::ops::Index;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use super::Image;
 use crate::image::lazy::LazyLayer;
 
 /// Layers in a chunk.
@@ -22,33 +21,23 @@ pub(super) struct Stack {
 }
 
 impl Stack {
-    /// Gathers them. A chunk is kept by the lowest image that has all of it, for all above.
-    pub fn of(image: &Image) -> Self {
-        let mut way = vec![image];
-        let mut at = image.below.as_deref();
-        let mut stack = loop {
-            let Some(image) = at else { break Stack::default() };
-            if let Some(known) = image.stack.get() {
-                break known.clone();
-            }
-            way.push(image);
-            at = image.below.as_deref();
-        };
-        way.into_iter().rev().for_each(|image| stack.add(image));
-        stack.chunks.shrink_to_fit();
-        stack.rest.shrink_to_fit();
-        stack
-    }
-
-    fn add(&mut self, image: &Image) {
-        self.rest.extend(image.own.iter().cloned());
+    /// Adds the own layers of the next image above. A chunk is kept by the lowest image that has all of it,
+    /// in `chunks`, for all above.
+    pub fn add(&mut self, own: &[Arc<LazyLayer>], chunks: &OnceLock<Box<[Chunk]>>) {
+        self.rest.extend(own.iter().cloned());
         if self.rest.len() < LEN {
             return;
         }
         let whole = || self.rest.chunks_exact(LEN).map(Arc::from).collect();
-        let chunks: &[Chunk] = image.chunks.get_or_init(whole);
+        let chunks: &[Chunk] = chunks.get_or_init(whole);
         self.chunks.extend(chunks.iter().cloned());
         self.rest.drain(..chunks.len() * LEN);
+    }
+
+    /// Takes no more memory than it needs.
+    pub fn shrink(&mut self) {
+        self.chunks.shrink_to_fit();
+        self.rest.shrink_to_fit();
     }
 
     /// How many.
@@ -84,7 +73,7 @@ impl Index<usize> for Stack {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::Cache;
+    use crate::image::{Cache, Image};
     use crate::layer::{Format, LayerSpec, Part};
     use crate::storage::SourceFile;
 

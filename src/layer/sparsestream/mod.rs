@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Layer, LayerMap, Mapping, Unit};
 use crate::error::{Error, Kind, Result};
-use crate::layer;
+use crate::layer::{PIECE, Piece as LayerPiece};
 use crate::storage::{ReadAt, Section};
 pub use frame::Meta;
 use index::{Cut, Found, How, Piece};
@@ -179,7 +179,7 @@ impl Layer for StreamLayer {
     }
 
     fn piece_size(&self, unit: Unit) -> u32 {
-        unit.size.clamp(1, layer::PIECE)
+        unit.size.clamp(1, PIECE)
     }
 
     fn room(&self, unit: Unit) -> Result<u64> {
@@ -190,9 +190,9 @@ impl Layer for StreamLayer {
     fn decompress_pieces(
         &self,
         unit: Unit,
-        after: Option<(u32, &layer::Piece)>,
+        after: Option<(u32, &LayerPiece)>,
         last: u32,
-        keep: &mut dyn FnMut(u32, layer::Piece) -> Result<()>,
+        keep: &mut dyn FnMut(u32, LayerPiece) -> Result<()>,
     ) -> Result<()> {
         let pieces = self.frame(unit).and_then(|f| f.pieces(after, last, keep));
         pieces.map_err(|e| e.at_path(self.storage.name()))

@@ -9,6 +9,11 @@ use md5::{Digest, Md5};
 
 use crate::error::{Error, Kind, Result};
 
+/// Guest bytes per cluster.
+pub const CLUSTER: u64 = 64 << 10;
+/// Guest bytes per block: what a bit of a cluster's mask stands for.
+pub const BLOCK: u64 = 4096;
+
 /// "VMA\0".
 pub const MAGIC: [u8; 4] = *b"VMA\0";
 /// Length of the part of the header that every archive has.
@@ -37,7 +42,7 @@ impl Device {
 
     /// How many 64 KiB clusters it has.
     pub fn clusters(&self) -> u64 {
-        self.size.div_ceil(super::CLUSTER)
+        self.size.div_ceil(CLUSTER)
     }
 }
 

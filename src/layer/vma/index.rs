@@ -13,8 +13,8 @@
 
 use std::ops::Range;
 
+use super::header::{BLOCK, CLUSTER};
 use super::header::{Device, Header, array, check_sum, corrupt, cut};
-use super::{BLOCK, CLUSTER};
 use crate::error::{Error, Result};
 use crate::layer::{LayerMap, Mapping};
 use crate::storage::ReadAt;

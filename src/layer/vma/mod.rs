@@ -19,11 +19,6 @@ use crate::storage::{ReadAt, Section, SourceFile};
 pub use header::{Device, Header};
 use index::Index;
 
-/// Guest bytes per cluster.
-const CLUSTER: u64 = 64 << 10;
-/// Guest bytes per block: what a bit of a cluster's mask stands for.
-const BLOCK: u64 = 4096;
-
 /// Reads the header of an archive, compressed or not: its devices and its time.
 ///
 /// # Errors

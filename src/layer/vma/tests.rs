@@ -4,6 +4,7 @@ use std::io::Write;
 
 use md5::{Digest, Md5};
 
+use super::header::{BLOCK, CLUSTER};
 use super::*;
 use crate::layer::Mapping;
 use crate::layer::testing::{pattern, read_onto};

@@ -6,7 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::{Member, open_folder, side_folder};
+use super::folders::{open_folder, side_folder};
+use super::member::Member;
 use crate::chain::unfinished::HEADER_SUFFIX;
 use crate::chain::{manifest, name};
 use crate::error::{Error, Kind, Result};

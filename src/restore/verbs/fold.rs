@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::plan::FoldPlan;
 use super::rebase::{only_qcow2, same_folder};
 use super::switch::{Switch, switch};
 use super::{Line, Member, Users, files, open_folder, side_folder, snapshots};
@@ -25,22 +26,6 @@ use crate::restore::temp::folder_of;
 use crate::restore::work::Work;
 use crate::restore::{Plan, Temp, check_removable, readback, target_error};
 use crate::text::path_text;
-
-/// What a fold is going to do.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct FoldPlan {
-    /// The FULL.
-    pub full: Member,
-    /// What it takes in, in order; these files go.
-    pub increments: Vec<Member>,
-    /// The new FULL's name while both chains are there: a FULL of the last point's time.
-    pub interim: PathBuf,
-    /// Images that lie on the last one and will lie on the FULL.
-    pub children: Vec<PathBuf>,
-    /// Names of the internal snapshots, the FULL's own first; empty for a plain commit. The FULL's
-    /// state may have one from an earlier run.
-    pub snapshots: Vec<Option<String>>,
-}
 
 /// Memory for folded windows while the result is compared.
 const CACHE_BYTES: u64 = 128 << 20;

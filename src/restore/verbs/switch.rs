@@ -20,8 +20,10 @@ use std::fs::FileTimes;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::fold::FoldPlan;
-use super::{Member, files, side_folder};
+use super::files;
+use super::folders::side_folder;
+use super::member::Member;
+use super::plan::FoldPlan;
 use crate::chain::manifest::{self, Contents, Manifest, fingerprint_of};
 use crate::chain::unfinished::{FOLD, MAX_JOURNAL, check_count};
 use crate::chain::{Level, name};

@@ -1,6 +1,6 @@
 //! The walk over what names further tables: internal snapshots and persistent bitmaps.
 
-use super::{OFFSET, Walker, be32, be64, read_words};
+use super::walk::{OFFSET, Walker, be32, be64, read_words};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::snapshot;
 

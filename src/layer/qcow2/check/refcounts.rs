@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Collected, REMEDY, Used};
+use super::found::{Collected, REMEDY, Used};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::qcow2::header::Header;
 use crate::storage::ReadAt;

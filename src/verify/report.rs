@@ -1,0 +1,96 @@
+//! How it stands with points, and with a backup directory.
+
+use std::path::{Path, PathBuf};
+
+use crate::chain::Level;
+use crate::error::{Finding, Kind, Severity};
+
+/// How it stands. The order is from good to bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Everything that was looked at is as it should be.
+    Sound,
+    /// Could not tell: nothing is known to be wrong, but there is no proof.
+    Unproven,
+    /// Damaged, incomplete or mixed up.
+    Unsound,
+}
+
+/// The result for one point.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct PointReport {
+    /// The disk's path in the catalog.
+    #[serde(serialize_with = "crate::text::as_text")]
+    pub disk: PathBuf,
+    /// The point's name.
+    pub point: String,
+    /// The file that ends the point.
+    #[serde(serialize_with = "crate::text::as_text")]
+    pub file: PathBuf,
+    /// Its kind of backup.
+    pub level: Level,
+    /// Seconds since the epoch.
+    pub time: i64,
+    /// How it stands, with all that it lies on.
+    pub outcome: Outcome,
+    /// Why it is not sound, in a few words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Whether `create` wrote a manifest for it in this run.
+    pub recorded: bool,
+    /// What was found in its own files.
+    pub findings: Vec<Finding>,
+}
+
+/// The result for a backup directory.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Report {
+    /// The backup directory.
+    #[serde(serialize_with = "crate::text::as_text")]
+    pub root: PathBuf,
+    /// Whether data was left out.
+    pub quick: bool,
+    /// The worst outcome.
+    pub outcome: Outcome,
+    /// All points that were looked at.
+    pub points: Vec<PointReport>,
+    /// What belongs to no point.
+    pub findings: Vec<Finding>,
+}
+
+impl Report {
+    pub(super) fn new(root: &Path, quick: bool) -> Report {
+        Report {
+            root: root.to_path_buf(),
+            quick,
+            outcome: Outcome::Sound,
+            points: Vec::new(),
+            findings: Vec::new(),
+        }
+    }
+}
+
+pub(super) fn worst(report: &Report) -> Outcome {
+    let points = report.points.iter().map(|p| match p.outcome {
+        // What `create` has just recorded is proved from now on.
+        Outcome::Unproven if p.recorded => Outcome::Sound,
+        o => o,
+    });
+    let apart = report.findings.iter().filter(|f| f.severity == Severity::Error).map(outcome_of);
+    points.chain(apart).max().unwrap_or(Outcome::Sound)
+}
+
+/// What an error finding means: damage, or that no one could look.
+pub(super) fn outcome_of(finding: &Finding) -> Outcome {
+    match finding.kind {
+        // "Changed" while it was read; a hash that differs is told apart by its file being quiet.
+        Kind::Unsupported
+        | Kind::Encrypted
+        | Kind::Permission
+        | Kind::Busy
+        | Kind::Interrupted
+        | Kind::Timeout => Outcome::Unproven,
+        _ => Outcome::Unsound,
+    }
+}
