@@ -2,7 +2,8 @@
 //! or at any step of it, the guest's disk holds what the guest wrote, the point is right or absent,
 //! the other's result is right, and once it has ended nothing of ours is left.
 //!
-//! `FLEECEFS_BESIDE=all` begins each operation at each step of a run, `all/3` at every third,
+//! `FLEECEFS_BESIDE=all` begins each operation at each step of a run, `all/3` at every third (`Mirror/3+100`
+//! from the hundredth on),
 //! `Mirror,Commit` those two; else some begin at some steps.
 //! With `-- --nocapture` the table is shown.
 
@@ -272,12 +273,17 @@ fn at_step(op: Op, n: usize) -> bool {
     true
 }
 
-/// The operations that the environment asks for, and at every how many steps they begin.
-fn wanted() -> (Vec<Op>, usize) {
+/// The operations that the environment asks for, at every how many steps they begin, and with which first.
+fn wanted() -> (Vec<Op>, usize, Option<usize>) {
     let asked = std::env::var("FLEECEFS_BESIDE").unwrap_or_default();
     let (names, every) = asked.split_once('/').unwrap_or((&asked, "1"));
+    let (every, first) = match every.split_once('+') {
+        Some((every, first)) => (every, Some(first.parse().expect("a step"))),
+        None => (every, None),
+    };
     let named = |op: &&Op| names == "all" || names.split(',').any(|n| n == format!("{op:?}"));
-    (ALL.iter().filter(named).copied().collect(), every.parse().expect("a number of steps"))
+    let ops = ALL.iter().filter(named).copied().collect();
+    (ops, every.parse().expect("a number of steps"), first)
 }
 
 #[test]
@@ -286,10 +292,11 @@ fn what_another_program_begins_at_a_step() {
     if !have(name, machine::TOOLS) {
         return;
     }
-    let (ops, every) = wanted();
+    let (ops, every, first) = wanted();
     for (i, op) in ops.iter().enumerate() {
-        let steps = (1 + i % every..).step_by(every).take_while(|n| at_step(*op, *n)).count();
-        assert!(steps * every > 60, "{op:?}");
+        let from = first.unwrap_or(1 + i % every);
+        let steps = (from..).step_by(every).take_while(|n| at_step(*op, *n)).count();
+        assert!(steps * every + from > 60, "{op:?}");
     }
     if !ops.is_empty() {
         return;

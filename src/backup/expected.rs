@@ -44,9 +44,21 @@ impl Expected<'_> {
             _ => [filter.as_str()].into_iter().chain(below).collect(),
         };
         let beside = self.allowed(scene, &filter);
-        self.path_differs(scene, &nodes, &beside)
+        let passed = if stage == Stage::Before { self.passed(scene) } else { None };
+        passed
+            .or_else(|| self.path_differs(scene, &nodes, &beside))
             .or_else(|| self.view_differs(scene, stage))
             .or_else(|| self.job_works(scene, &nodes, &beside))
+    }
+
+    /// A node that another program has put above the disk since planning and that nobody uses: it is about
+    /// to put the guest's device there; or it has, between our last look at the device and our own putting
+    /// it elsewhere, which QEMU offers no way to do in one.
+    pub fn passed(&self, scene: Scene<'_>) -> Option<String> {
+        let fresh = |n: &&str| !self.path.unused.iter().any(|u| u == n);
+        let top = self.path.nodes.first()?;
+        let node = super::graph::unused_above(scene.graph, top).into_iter().find(fresh)?;
+        Some(format!("{} was put above {} meanwhile", scene.node(node), self.label))
     }
 
     /// Backups of other programs that copy before a write below our filter, by their own nodes:
@@ -156,7 +168,11 @@ mod tests {
     use crate::qmp::types::Job;
 
     fn path() -> Path {
-        Path { root: Root::Device("v0".into()), nodes: vec!["t".into(), "a".into()] }
+        Path {
+            root: Root::Device("v0".into()),
+            nodes: vec!["t".into(), "a".into()],
+            unused: vec!["u".into()],
+        }
     }
 
     fn differs(edges: &[(&str, &str, &str)], jobs: &[Job], stage: Stage) -> Option<String> {
@@ -178,6 +194,24 @@ mod tests {
         let elsewhere = [plugged[1], plugged[2], ("b:v0", "root", "x")];
         let said = differs(&elsewhere, &[], Stage::Plugged).unwrap();
         assert_eq!(said, "v0 is attached to node x now");
+    }
+
+    #[test]
+    fn a_node_that_came_above_the_disk_and_is_not_used_is_noticed_before_the_filter_is() {
+        let disk = [("b:v0", "root", "t"), ("t", "file", "a")];
+        let with = |node| [disk.as_slice(), &[(node, "file", "t")]].concat();
+        let said = differs(&with("n"), &[], Stage::Before).unwrap();
+        assert_eq!(said, "node n was put above v0 meanwhile");
+        // One that planning saw, and ours.
+        assert_eq!(differs(&with("u"), &[], Stage::Before), None);
+        let c = own(Role::Filter);
+        assert_eq!(differs(&with(&c), &[], Stage::Before), None);
+        // While we copy anybody may.
+        let plugged = [("b:v0", "root", c.as_str()), (&c, "file", "t"), ("t", "file", "a")];
+        let late = [plugged.as_slice(), &[("n", "file", "t")]].concat();
+        assert_eq!(differs(&late, &[], Stage::Plugged), None);
+        let used = [disk.as_slice(), &[("n", "file", "t"), ("b:x", "root", "n")]].concat();
+        assert_eq!(differs(&used, &[], Stage::Before), None);
     }
 
     #[test]

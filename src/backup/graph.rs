@@ -65,6 +65,8 @@ pub struct Path {
     pub root: Root,
     /// The names of its nodes; never none.
     pub nodes: Vec<String>,
+    /// Nodes above the first of them that nobody used.
+    pub unused: Vec<String>,
 }
 
 impl Path {
@@ -85,13 +87,22 @@ impl Path {
             let Some(child) = graph.child(at, role) else { break };
             nodes.push(child.to_string());
         }
-        Path { root, nodes }
+        let unused = unused_above(graph, top).into_iter().map(str::to_string).collect();
+        Path { root, nodes, unused }
     }
 
     /// The node that holds the disk.
     pub fn disk(&self) -> &str {
         self.nodes.last().map_or("", String::as_str)
     }
+}
+
+/// The nodes directly above `node` that nobody uses, but for a run's own.
+pub fn unused_above<'a>(graph: &'a Graph, node: &str) -> Vec<&'a str> {
+    let parents = graph.parents(node).into_iter().map(|(p, _)| p);
+    let nodes = parents.filter(|p| graph.id(&p.name) == Some(p.id));
+    let unused = nodes.filter(|p| graph.parents(&p.name).is_empty());
+    unused.map(|p| p.name.as_str()).filter(|n| parse_object(n).is_none()).collect()
 }
 
 /// Whether a backup cannot go by a node of this driver above a disk.

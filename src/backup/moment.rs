@@ -33,6 +33,14 @@ pub struct Insert {
     pub path: graph::Path,
 }
 
+impl Insert {
+    fn expected(&self) -> Expected<'_> {
+        let run = parse_object(&self.filter).map_or("", |(run, ..)| run);
+        let (index, label, path) = (self.index, self.label.as_str(), &self.path);
+        Expected { run, index, label, path, source: Role::Snapshot }
+    }
+}
+
 /// What came of it.
 #[derive(Debug)]
 pub struct Taken {
@@ -223,6 +231,9 @@ fn insert_all(
     if plugged > 1 && !stopped {
         consistency.one_moment = false;
     }
+    if plugged > 0 {
+        note_passed(client, inserts, &mut failed)?;
+    }
     reopen_all(client, inserts, consistency, &mut failed)?;
     // Of a disk that is being handed over QEMU would take possession again.
     migration::check(client)?;
@@ -265,6 +276,24 @@ fn add_views(
     Ok(())
 }
 
+/// Notes the disks whose device was plugged past a node that another program put there at the same time:
+/// that one's backup, if it is one, misses what is written from now on, and somebody has to know.
+fn note_passed(
+    client: &mut Client,
+    inserts: &[Insert],
+    failed: &mut Vec<(usize, Error)>,
+) -> Result<()> {
+    let graph = graph::ask(client)?;
+    let scene = graph::Scene { graph: &graph, jobs: &[] };
+    for i in inserts.iter().filter(|i| matches!(i.insertion, Insertion::Device(_))) {
+        if let Some(what) = i.expected().passed(scene) {
+            let what = format!("{what}, and the device is no longer on it if it was");
+            failed.push((i.index, graph::in_the_way(what)));
+        }
+    }
+    Ok(())
+}
+
 /// Leaves those out round which the graph is no longer what planning saw: a device must not be
 /// plugged past what somebody has put there since.
 fn still_right(
@@ -277,10 +306,7 @@ fn still_right(
     let scene = graph::Scene { graph: &graph, jobs: &jobs };
     let mut right = Vec::new();
     for i in inserts {
-        let run = parse_object(&i.filter).map_or("", |(run, ..)| run);
-        let (label, path) = (i.label.as_str(), &i.path);
-        let expected = Expected { run, index: i.index, label, path, source: Role::Snapshot };
-        match expected.difference(scene, Stage::Before) {
+        match i.expected().difference(scene, Stage::Before) {
             Some(what) => failed.push((i.index, graph::in_the_way(what))),
             None => right.push(i.clone()),
         }

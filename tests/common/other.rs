@@ -212,7 +212,12 @@ impl Begun {
             }
             TheirFilter => {
                 let path = "/machine/peripheral/v0/virtio-backend";
-                m.do_it("qom-set", json!({"path": path, "property": "drive", "value": self.node}));
+                // Whoever puts a device where it is already ends QEMU.
+                let now = m.inserted(0).map(|i| i["node-name"].clone());
+                if now.is_none_or(|n| n != self.node) {
+                    let value = json!({"path": path, "property": "drive", "value": self.node});
+                    m.do_it("qom-set", value);
+                }
                 for n in ["tc", "tf"] {
                     m.do_it("blockdev-del", json!({"node-name": n}));
                 }

@@ -84,7 +84,11 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         node: "n".into(),
         top: "n".into(),
         insertion: Insertion::Device("/m/v0".into()),
-        path: NodePath { root: Root::Device("/m/v0".into()), nodes: vec!["n".into()] },
+        path: NodePath {
+            root: Root::Device("/m/v0".into()),
+            nodes: vec!["n".into()],
+            unused: vec![],
+        },
         busy: None,
         size: 1 << 20,
         cluster_size: 65536,
