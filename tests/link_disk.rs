@@ -185,6 +185,59 @@ fn two_names_become_one_disk() {
     }
 }
 
+/// Reads all of an open point, past the page cache.
+fn read_whole(file: &std::fs::File, len: usize) -> std::io::Result<Vec<u8>> {
+    let layout = std::alloc::Layout::from_size_align(MIB as usize, 4096).unwrap();
+    let mut all = Vec::new();
+    while all.len() < len {
+        // SAFETY: the size is not zero; freed below with the same layout.
+        let at = unsafe { std::alloc::alloc_zeroed(layout) };
+        assert!(!at.is_null());
+        // SAFETY: so many bytes, written to with zeros, that nobody else has.
+        let part = unsafe { std::slice::from_raw_parts_mut(at, layout.size()) };
+        let read = std::os::unix::fs::FileExt::read_at(file, part, all.len() as u64);
+        all.extend_from_slice(part);
+        // SAFETY: allocated above.
+        unsafe { std::alloc::dealloc(at, layout) };
+        assert_ne!(read?, 0);
+    }
+    all.truncate(len);
+    Ok(all)
+}
+
+#[test]
+fn what_is_open_in_a_mount_is_read_on() {
+    if !have("what_is_open_in_a_mount_is_read_on", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let dir = r.dir.path();
+    let mount = Mount::new(dir);
+    let open = |disk: &str, image: &str| {
+        let direct = std::fs::File::options();
+        let mut direct = direct;
+        std::os::unix::fs::OpenOptionsExt::custom_flags(direct.read(true), libc::O_DIRECT);
+        direct.open(mount.point(disk, Path::new(image))).unwrap()
+    };
+    let old = files(&dir.join("old"));
+    let handles: Vec<_> = old.iter().map(|n| (stamp(Path::new(n)), open("old", n))).collect();
+    let check = |(time, file): &(i64, std::fs::File), what: &str| {
+        let (_, truth) = r.truth.iter().find(|(t, _)| t == time).unwrap();
+        let got = read_whole(file, truth.len()).unwrap_or_else(|e| panic!("{what}, {time}: {e}"));
+        assert_same(&format!("{what}, {time}"), &got, truth);
+    };
+    // One has been read before, the others not.
+    check(&handles[1], "before");
+    r.must(dir, &[]);
+    handles.iter().for_each(|h| check(h, "after"));
+    let there = || mount.point("new", Path::new("FULL-1700003600-new.qcow2")).exists();
+    mounted::process::eventually("the new names", there);
+    handles.iter().for_each(|h| check(h, "after the mount has the new names"));
+    for name in old.iter().map(|n| n.replace("-old", "-new")) {
+        check(&(stamp(Path::new(&name)), open("new", &name)), "by the new name");
+    }
+}
+
 #[test]
 fn killed_at_any_step_no_point_is_lost() {
     if !have("killed_at_any_step_no_point_is_lost", &TOOLS) {

@@ -25,8 +25,8 @@ use crate::units::counted;
 /// It is refused where both have points of the same time or of one run (they are two disks then), where
 /// size or device differ or the VM does (unless you say so), where the newest point is one of OLD, and
 /// for chains that 'rebase' has linked. A mount shows the points under their new names at once; whoever
-/// has one of the old ones open gets errors and opens it anew. Broken off
-/// at any time, no point is lost, and the same command goes on.
+/// has one of the old ones open reads on. Broken off at any time, no point is lost, and the same command
+/// goes on.
 #[derive(Debug, Args)]
 pub struct LinkDiskArgs {
     /// The backup directory
