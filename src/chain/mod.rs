@@ -3,7 +3,7 @@
 //! `scan` walks the directory, `side` looks at `.fleecefs/` beside the images, `name` reads file
 //! names, `manifest` reads and writes `.fleecefs/*.json`, `link` decides which file lies on which. The
 //! result is a [`Catalog`]: a value that `list`, `mount`, `restore`, `verify` and `prune` share.
-//! Nothing here writes but `manifest` and `removal`.
+//! Nothing here writes but `manifest`, `removal` and `linking`.
 
 mod assemble;
 mod doubt;
@@ -13,6 +13,7 @@ mod format;
 mod group;
 mod info;
 mod link;
+pub mod linking;
 pub mod manifest;
 pub mod name;
 mod pointer;
