@@ -46,7 +46,7 @@ pub mod run;
 pub mod seen;
 pub mod space;
 mod target_id;
-mod targets;
+pub mod targets;
 pub mod teardown;
 mod unplug;
 pub mod vm;
