@@ -16,6 +16,7 @@ mod link;
 pub mod linking;
 pub mod manifest;
 pub mod name;
+mod nearest;
 mod pointer;
 mod points;
 mod probe;
@@ -30,6 +31,7 @@ mod virtnbd;
 use std::path::PathBuf;
 
 pub use foreign::is_foreign_name;
+pub use nearest::nearest;
 pub use pointer::backing_name;
 pub use record::{check_formats, describe, describe_format, record_from};
 pub use select::{POINT_HELP, time_name};
