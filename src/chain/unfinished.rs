@@ -109,7 +109,7 @@ fn unfinished_link(journal: PathBuf, linking: &Linking) -> Finding {
         path_text(&linking.new)
     );
     let remedy =
-        format!("'{}', or the next command that writes there, finishes it", linking.command());
+        format!("{}, or the next command that writes there, finishes it", linking.command());
     Finding { remedy: Some(remedy), ..Finding::warning(Kind::Incomplete, journal, what) }
 }
 

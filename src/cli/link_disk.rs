@@ -106,7 +106,7 @@ pub(super) fn finish(root: &Path, own: Option<(&Path, &Path)>) -> Result<()> {
         log::warn!("{}: going on with a link-disk that was broken off", path_text(&dir));
         go_on(root, &folder, &linking).map_err(|e| {
             let what = format!("a link-disk was broken off here, and cannot be finished: {e}");
-            let remedy = format!("finish it with '{}' first", linking.command());
+            let remedy = format!("finish it first with: {}", linking.command());
             Error::new(e.kind(), what).at_path(linking::journal_path(&dir)).remedy(remedy)
         })?;
     }
