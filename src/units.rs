@@ -107,7 +107,7 @@ pub fn iso_time(time: i64) -> String {
 }
 
 /// Parses a point in time: an age ([`parse_duration`]), `@` and seconds since the epoch, a date, or
-/// a date and time (local unless it says otherwise). Returns seconds since the epoch.
+/// a date and time, in UTC unless it says otherwise: what is shown is UTC. Returns seconds since the epoch.
 pub fn parse_when(text: &str) -> Result<i64, String> {
     let text = text.trim();
     if let Some(seconds) = text.strip_prefix('@') {
@@ -120,10 +120,9 @@ pub fn parse_when(text: &str) -> Result<i64, String> {
     if let Ok(t) = text.parse::<jiff::Timestamp>() {
         return Ok(t.as_second());
     }
-    let local = text
-        .parse::<jiff::civil::DateTime>()
-        .and_then(|d| d.to_zoned(jiff::tz::TimeZone::system()));
-    local.map(|z| z.timestamp().as_second()).map_err(|_| {
+    let utc =
+        text.parse::<jiff::civil::DateTime>().and_then(|d| d.to_zoned(jiff::tz::TimeZone::UTC));
+    utc.map(|z| z.timestamp().as_second()).map_err(|_| {
         format!("'{text}' is no time; use 2026-11-22, 2026-11-22T04:00, 7d or @seconds")
     })
 }
@@ -141,7 +140,9 @@ mod tests {
         }
         assert_eq!(parse_when("@12"), Ok(12));
         assert_eq!(parse_when("1970-01-02T00:00:00Z"), Ok(86_400));
-        assert!(parse_when("2026-11-22").is_ok());
+        assert_eq!(parse_when("1970-01-02"), Ok(86_400));
+        assert_eq!(parse_when("1970-01-02T01:00"), Ok(90_000));
+        assert_eq!(parse_when("1970-01-02T01:00+01:00"), Ok(86_400));
         assert!(parse_when("soon").is_err());
     }
 

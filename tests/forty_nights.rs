@@ -9,10 +9,12 @@ mod machine;
 mod mounted;
 mod qemu;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CString;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use backup::{Caller, images, manifest_of, newest};
 use machine::{Machine, SIZE};
@@ -62,6 +64,42 @@ fn library() -> Option<PathBuf> {
     libraries.into_iter().find(|l| l.exists())
 }
 
+/// What processes under faketime share. One that is killed leaves what it made, so each command gets some
+/// that is made here, and goes with the test.
+struct Clock {
+    prefix: String,
+    count: Cell<u32>,
+    _remover: Guard,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let prefix = format!("fleecefs-nights-{}", std::process::id());
+        let undo = r#"rm -f "/dev/shm/$1"-* "/dev/shm/sem.$1"-*"#;
+        let _remover = Guard::of(undo, &[Path::new(&prefix)]);
+        Clock { prefix, count: Cell::new(0), _remover }
+    }
+
+    /// The names of a new semaphore and of memory.
+    fn next(&self) -> String {
+        self.count.set(self.count.get() + 1);
+        let name = format!("/{}-{}", self.prefix, self.count.get());
+        let c_name = CString::new(name.as_str()).unwrap();
+        let flags = libc::O_CREAT | libc::O_EXCL | libc::O_RDWR;
+        // SAFETY: a valid name; what is opened is closed, and nothing else.
+        unsafe {
+            let sem =
+                libc::sem_open(c_name.as_ptr(), flags, 0o600 as libc::mode_t, 1 as libc::c_uint);
+            assert_ne!(sem, libc::SEM_FAILED);
+            libc::sem_close(sem);
+            let memory = libc::shm_open(c_name.as_ptr(), flags, 0o600);
+            assert!(memory >= 0 && libc::ftruncate(memory, 4096) == 0);
+            libc::close(memory);
+        }
+        format!("{name} {name}")
+    }
+}
+
 /// Everything that lasts over the nights.
 struct Scene {
     m: Machine,
@@ -71,6 +109,7 @@ struct Scene {
     mounted: Option<Guard>,
     _store: Guard,
     library: PathBuf,
+    clock: Clock,
     caller: Caller,
     /// The hash of what a disk held, by its folder and the point's time.
     held: BTreeMap<(usize, i64), blake3::Hash>,
@@ -90,18 +129,24 @@ impl Scene {
         let caller = Caller { target: at.join("T"), ..m.caller() };
         let caller = caller.with(&["-q", "--full-every", "7d"]);
         let agent = UnixListener::bind(m.path("agent.sock")).unwrap();
-        let held = BTreeMap::new();
-        Scene { m, store, at, mounted, _store: space, library, caller, held, _agent: agent }
+        let (held, clock) = (BTreeMap::new(), Clock::new());
+        Scene { m, store, at, mounted, _store: space, library, clock, caller, held, _agent: agent }
     }
 
     /// The command as of night `n`, a few seconds later than the one before.
     fn at_night(&self, n: i64, command: &mut Command) -> Output {
-        self.dated(n, command).output().unwrap()
+        let (out, err) = (Stdio::piped(), Stdio::piped());
+        let child = self.dated(n, command).stdout(out).stderr(err).spawn().unwrap();
+        let own = PathBuf::from(format!("/dev/shm/faketime_shm_{}", child.id()));
+        let out = child.wait_with_output().unwrap();
+        assert!(!own.exists(), "night {n}: {} stays", own.display());
+        out
     }
 
     fn dated<'a>(&self, n: i64, command: &'a mut Command) -> &'a mut Command {
         // A point's waits are real ones, and so are the times of files.
         command.env("LD_PRELOAD", &self.library).env("TZ", "UTC");
+        command.env("FAKETIME_SHARED", self.clock.next());
         command
             .env("FAKETIME", format!("@{}", date(when(n))))
             .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");

@@ -136,6 +136,7 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
     // Files of the backup's own, orders to a guardian, addresses.
     let data = [
         "text.rs",
+        "chain/linking.rs",
         "chain/removal.rs",
         "chain/manifest/mod.rs",
         "chain/manifest/store.rs",

@@ -120,6 +120,13 @@ impl Renamed {
         }
     }
 
+    /// One disk.
+    fn check_one(&self, dir: &Path, what: &str) {
+        let (catalog, _) = scan(dir, &ScanOptions::default(), None).unwrap();
+        assert_eq!(catalog.disks.len(), 1, "{what}");
+        assert!(!dir.join("old").exists(), "{what}");
+    }
+
     /// One disk, with all points, and nothing left of the other.
     fn check_end(&self, dir: &Path, what: &str) {
         self.check(dir, what);
@@ -185,6 +192,59 @@ fn two_names_become_one_disk() {
     }
 }
 
+/// Reads all of an open point, past the page cache.
+fn read_whole(file: &std::fs::File, len: usize) -> std::io::Result<Vec<u8>> {
+    let layout = std::alloc::Layout::from_size_align(MIB as usize, 4096).unwrap();
+    let mut all = Vec::new();
+    while all.len() < len {
+        // SAFETY: the size is not zero; freed below with the same layout.
+        let at = unsafe { std::alloc::alloc_zeroed(layout) };
+        assert!(!at.is_null());
+        // SAFETY: so many bytes, written to with zeros, that nobody else has.
+        let part = unsafe { std::slice::from_raw_parts_mut(at, layout.size()) };
+        let read = std::os::unix::fs::FileExt::read_at(file, part, all.len() as u64);
+        all.extend_from_slice(part);
+        // SAFETY: allocated above.
+        unsafe { std::alloc::dealloc(at, layout) };
+        assert_ne!(read?, 0);
+    }
+    all.truncate(len);
+    Ok(all)
+}
+
+#[test]
+fn what_is_open_in_a_mount_is_read_on() {
+    if !have("what_is_open_in_a_mount_is_read_on", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let dir = r.dir.path();
+    let mount = Mount::new(dir);
+    let open = |disk: &str, image: &str| {
+        let direct = std::fs::File::options();
+        let mut direct = direct;
+        std::os::unix::fs::OpenOptionsExt::custom_flags(direct.read(true), libc::O_DIRECT);
+        direct.open(mount.point(disk, Path::new(image))).unwrap()
+    };
+    let old = files(&dir.join("old"));
+    let handles: Vec<_> = old.iter().map(|n| (stamp(Path::new(n)), open("old", n))).collect();
+    let check = |(time, file): &(i64, std::fs::File), what: &str| {
+        let (_, truth) = r.truth.iter().find(|(t, _)| t == time).unwrap();
+        let got = read_whole(file, truth.len()).unwrap_or_else(|e| panic!("{what}, {time}: {e}"));
+        assert_same(&format!("{what}, {time}"), &got, truth);
+    };
+    // One has been read before, the others not.
+    check(&handles[1], "before");
+    r.must(dir, &[]);
+    handles.iter().for_each(|h| check(h, "after"));
+    let there = || mount.point("new", Path::new("FULL-1700003600-new.qcow2")).exists();
+    mounted::process::eventually("the new names", there);
+    handles.iter().for_each(|h| check(h, "after the mount has the new names"));
+    for name in old.iter().map(|n| n.replace("-old", "-new")) {
+        check(&(stamp(Path::new(&name)), open("new", &name)), "by the new name");
+    }
+}
+
 #[test]
 fn killed_at_any_step_no_point_is_lost() {
     if !have("killed_at_any_step_no_point_is_lost", &TOOLS) {
@@ -206,18 +266,104 @@ fn killed_at_any_step_no_point_is_lost() {
             crashes += 1;
             let what = format!("{}, killed at step {crashes}", r.old);
             r.check(copy.path(), &what);
-            // Any other command that writes may come first, and the same one goes on.
-            if crashes % 2 == 0 {
-                let out = fleecefs(&["verify", "--create", s(copy.path())]);
-                assert!(out.status.success(), "{what}: {out:?}");
-                r.check(copy.path(), &what);
+            // Nothing is damaged, and whoever looks is told how to go on.
+            let out = fleecefs(&["verify", s(copy.path())]);
+            let said = String::from_utf8_lossy(&out.stdout);
+            assert_eq!(out.status.code(), Some(0), "{what}: {said}");
+            let command = format!("fleecefs link-disk DIR '{}' '{}'", r.old, r.new);
+            assert!(said.contains(&command) || crashes >= 17, "{what}: {said}");
+            // Whatever writes next finishes it, and so does the same command.
+            let consolidate = ["consolidate", s(copy.path()), r.new, "--until", "latest"];
+            let finishing: [&[&str]; 3] = [
+                &["verify", "--create", s(copy.path())],
+                &["prune", s(copy.path()), "--keep-last", "100"],
+                &[&consolidate[..], &["--skip-check"]].concat(),
+            ];
+            if (3..17).contains(&crashes)
+                && let Some(args) = finishing.get(crashes % 4)
+            {
+                let out = fleecefs(args);
+                assert!(out.status.success(), "{what}: {args:?}: {out:?}");
+                if args[0] == "consolidate" {
+                    r.check_one(copy.path(), &what);
+                    continue;
+                }
+            } else {
+                r.must(copy.path(), &[]);
             }
-            r.must(copy.path(), &[]);
             r.check_end(copy.path(), &what);
         }
-        // Manifest and image of four points, the journal, four that go, the journal's end.
-        assert_eq!(crashes, 14, "steps");
+        // Two journals; manifest and image of four points; a journal, four that go, its end; the ends of
+        // the first two (which are one where the folder is).
+        assert_eq!(crashes, if r.old == "old" { 18 } else { 17 }, "steps");
     }
+}
+
+/// Killed at this step.
+fn killed(r: &Renamed, dir: &Path, step: &str) {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    c.args(["-q", "link-disk", s(dir), r.old, r.new]).env("FLEECEFS_CRASH_AT", step);
+    assert_eq!(c.status().unwrap().code(), None);
+}
+
+#[test]
+fn broken_off_and_worked_on_in_one_folder_alone_or_in_one_above() {
+    if !have("broken_off_and_worked_on_in_one_folder_alone_or_in_one_above", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let dir = r.dir.path();
+    killed(&r, dir, "6");
+    // From further up the disks have longer names.
+    let above = qemu::tempdir();
+    run("cp", &["-a", s(dir), s(&above.path().join("vm"))]);
+    ok(&["prune", s(above.path()), "--keep-last", "100"]);
+    r.check_end(&above.path().join("vm"), "from above");
+    // Where only one of both is in sight, it says what is to be done first.
+    for disk in ["old", "new"] {
+        let path = dir.join(disk);
+        for args in [&["commit", s(&path)][..], &["prune", s(&path), "--keep-last", "1"]] {
+            let out = fleecefs(args);
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(said.contains("fleecefs link-disk DIR 'old' 'new'"), "{args:?}: {said}");
+            assert_eq!(out.status.code(), Some(3), "{args:?}: {said}");
+        }
+    }
+    r.check(dir, "refused");
+    // The owner of one folder has no say about another.
+    let sly = r.copy();
+    for keep in ["old", "new"] {
+        let copy = r.copy();
+        let other = if keep == "old" { "new" } else { "old" };
+        std::fs::remove_file(copy.path().join(other).join(".fleecefs/link-disk.journal")).unwrap();
+        let out = fleecefs(&["prune", s(copy.path()), "--keep-last", "100"]);
+        assert_eq!(out.status.success(), keep == "new", "{keep}: {out:?}");
+        assert_eq!(files(&copy.path().join("old")).len(), 4, "{keep}");
+    }
+    std::fs::write(sly.path().join("new/.fleecefs/link-disk.journal"), "{").unwrap();
+    let out = fleecefs(&["prune", s(sly.path()), "--keep-last", "100"]);
+    assert_eq!(out.status.code(), Some(10), "{out:?}");
+}
+
+#[test]
+fn what_is_no_file_stays_and_is_told() {
+    if !have("what_is_no_file_stays_and_is_told", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let old = r.dir.path().join("old");
+    run("mkfifo", &[s(&old.join("INC-1700018000-old.qcow2"))]);
+    std::fs::create_dir(old.join("INC-1700021600-old.qcow2")).unwrap();
+    let out = r.link(r.dir.path(), &[]);
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert_eq!(out.status.code(), Some(16), "{out:?}");
+    for name in ["INC-1700018000-old.qcow2", "INC-1700021600-old.qcow2"] {
+        assert!(said.contains(&format!("{name}: not a plain file")), "{said}");
+        assert!(old.join(name).exists());
+    }
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(said.contains("2 images of 'old' not joined"), "{said}");
+    r.check(r.dir.path(), "what is left stays");
 }
 
 /// What cannot be read is known by its name.

@@ -139,6 +139,12 @@ fn the_chain_goes_on_while_the_vm_is_off_and_when_it_runs_again() {
     }
     assert_eq!(online["vm"]["query-uuid"], off["vm"]["query-uuid"]);
     assert!(off["consistency"]["reason"].as_str().unwrap().contains("shut off"), "{off:#}");
+    let mut list = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    let list = list.args(["list", "--json", s(&caller.target)]).output().unwrap();
+    let list: Value = serde_json::from_slice(&list.stdout).unwrap();
+    let words = list["disks"][0]["points"].as_array().unwrap().iter();
+    let words: Vec<_> = words.map(|p| p["consistency"].as_str().unwrap()).collect();
+    assert_eq!(words[..2], ["crash", "offline"], "{list:#}");
     run("qemu-img", &["check", "-q", s(&file)]);
     assert_eq!(backup::leftovers(d.path()), Vec::<PathBuf>::new());
 }

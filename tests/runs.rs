@@ -11,6 +11,7 @@ mod qemu;
 use std::path::Path;
 use std::process::Command;
 
+use fleecefs::chain::manifest;
 use machine::Machine;
 use qemu::{first_difference, have, run};
 use serde_json::Value;
@@ -101,6 +102,59 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     assert!(exit == Some(3) && said.contains("vm.xml"), "{said}");
     let point = json(&["show", target, "a.qcow2/latest"]);
     assert_eq!((&point["depth"], &point["manifest"]["run"]), (&2.into(), &runs[0]["id"]));
+}
+
+/// Of two runs in a second the one that was made later is the newest, whatever its id.
+#[test]
+fn runs_of_one_second_are_ordered_and_told_apart() {
+    let dir = qemu::tempdir();
+    let root = dir.path().to_str().unwrap();
+    let time = 1_700_000_000;
+    // The first has a disk and the second another one; then both in one second, so that the name of one
+    // has the next.
+    let points = [
+        ("a", time, "ffffffffffff", 1),
+        ("b", time, "000000000000", 2),
+        ("a", time + 1, "eeeeeeeeeeee", 3),
+        ("c", time, "eeeeeeeeeeee", 3),
+    ];
+    for (disk, stamp, id, nanos) in points {
+        let folder = dir.path().join(disk);
+        std::fs::create_dir_all(&folder).unwrap();
+        let image = format!("FULL-{stamp}-{disk}.raw");
+        std::fs::write(folder.join(&image), vec![1; 4096]).unwrap();
+        must(&["verify", "--create", "--point", &format!("{disk}/{image}"), root]);
+        let mut m = manifest::read(&folder, image.as_ref()).unwrap().unwrap();
+        (m.run, m.time, m.time_nanos) = (id.into(), time, nanos);
+        m.vm = serde_json::json!({"query-name": {"name": "vm"}}).into();
+        manifest::write(&folder, &m).unwrap();
+    }
+    let runs = json(&["list", "--runs", root]);
+    let ids: Vec<&str> =
+        runs.as_array().unwrap().iter().map(|r| r["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["eeeeeeeeeeee", "000000000000", "ffffffffffff"], "{runs:#}");
+    assert_eq!(runs[0]["time"], time + 1);
+    // A time that fits several names them.
+    for name in
+        [time.to_string(), "2023-11-14T22:13:20Z".into(), "2023-11-14T23:13:20+01:00".into()]
+    {
+        let (exit, said) = fleecefs(&["restore", root, "--run", &name, "--to", "/x", "-n"]);
+        assert_eq!(exit, Some(2), "{said}");
+        assert!(ids.iter().all(|id| said.contains(id)), "{said}");
+    }
+    let to = qemu::tempdir();
+    let restored = |name: &str| {
+        let to = to.path().join(name);
+        must(&["restore", root, "--run", name, "--to", to.to_str().unwrap()]);
+        let mut names: Vec<_> =
+            std::fs::read_dir(&to).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    for newest in ["latest", "2023-11-14", "2023-11-14 22:13", "@1700000001", "eeeeeeeeeeee"] {
+        assert_eq!(restored(newest), ["a.raw", "c.raw"], "{newest}");
+    }
+    assert_eq!(restored("ffffffffffff"), ["a.raw"]);
 }
 
 #[test]

@@ -45,7 +45,28 @@ fn bitmaps_of_a_target_that_is_gone_go_in_one_step() {
     assert_eq!(ids(&text).len(), 2, "{text}");
     // The node, and what the user calls the disk.
     assert!(text.lines().all(|l| l.starts_with("n (vda): bitmap ")), "{text}");
+    // A second target of the VM is alive.
+    let second = Caller { target: d.path().join("second"), ..caller.clone() };
+    second.must("full");
     let keep = ["cleanup", "--keep", caller.target.to_str().unwrap()];
+    for more in [&["-n"][..], &[]] {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.args(keep).args(more).arg("--qmp").arg(&caller.qmp);
+        let out = c.arg("--state-dir").arg(&caller.state).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{said}");
+        let other = format!("--keep '{}'", second.target.display());
+        assert!(said.contains(&other) && said.contains("--all-targets"), "{said}");
+    }
+    assert_eq!(ids(&asked(&caller, &["info", "bitmaps"])).len(), 3);
+    let both = [&keep[..], &["--keep", second.target.to_str().unwrap()]].concat();
+    let plan = asked(&caller, &[&both[..], &["-n"]].concat());
+    let other = std::fs::read_to_string(second.target.join("uuid")).unwrap();
+    assert!(plan.contains("would remove") && !plan.contains(other.get(..8).unwrap()), "{plan}");
+    let all = [&keep[..], &["--all-targets", "-n"]].concat();
+    assert!(asked(&caller, &all).contains(other.get(..8).unwrap()));
+    // It is gone, and so is nobody's.
+    std::fs::remove_dir_all(&second.target).unwrap();
     let plan = asked(&caller, &[&keep[..], &["-n"]].concat());
     assert!(plan.contains("would remove") && plan.contains("n (vda)"), "{plan}");
     asked(&caller, &keep);

@@ -13,7 +13,7 @@ use super::plan::{DiskPlan, Inputs, Plan, Unsound, unknown_disk};
 use super::seen::{Answers, Seen, survey};
 use super::work::{Active, HOLD, Run, State};
 use super::zeros::ChainData;
-use super::{Options, folders, names, nbdserver, now, plan, recover, vm};
+use super::{Options, folders, names, nbdserver, now, now_exactly, plan, recover, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest};
 use crate::error::{Kind, Result};
@@ -235,6 +235,7 @@ impl Run<'_> {
     }
 
     fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &Arc<Value>, version: &str) -> Manifest {
+        let (time, time_nanos) = now_exactly();
         let dirty = matches!(p.level, Level::Inc | Level::Diff);
         Manifest {
             format_version: FORMAT_VERSION,
@@ -244,7 +245,8 @@ impl Run<'_> {
             moved_from: p.moved_from.clone(),
             linked_from: None,
             level: p.level,
-            time: now(),
+            time,
+            time_nanos,
             parent: p.parent().map(|m| m.image.clone()),
             state_of: None,
             format: ImageFormat::Qcow2,

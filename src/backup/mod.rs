@@ -46,7 +46,7 @@ pub mod run;
 pub mod seen;
 pub mod space;
 mod target_id;
-mod targets;
+pub mod targets;
 pub mod teardown;
 mod unplug;
 pub mod vm;
@@ -272,6 +272,12 @@ impl Watch for Quiet {
 
 /// Seconds since the epoch.
 pub fn now() -> i64 {
+    now_exactly().0
+}
+
+/// The same, and nanoseconds.
+fn now_exactly() -> (i64, u32) {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX))
+    let exact = |d: Duration| (i64::try_from(d.as_secs()).unwrap_or(i64::MAX), d.subsec_nanos());
+    since.map_or((0, 0), exact)
 }

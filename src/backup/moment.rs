@@ -11,7 +11,7 @@ use super::journal::{Journal, Record};
 use super::names::{Role, parse_object};
 use super::seen::Insertion;
 use super::{Options, StopWish, Watch, foreign, graph, migration};
-use crate::chain::manifest::{Achieved, Consistency};
+use crate::chain::manifest::{Achieved, Consistency, OFFLINE};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
@@ -446,13 +446,16 @@ fn judge(scene: &Scene<'_>, running: bool, whole: bool, c: &mut Consistency) {
     if c.achieved == Achieved::Crash && scene.client.has_guest() && (!running || whole) {
         c.achieved = Achieved::Paused;
     }
+    if scene.options.offline.is_some() {
+        // Nobody wrote, at whichever moment of each disk.
+        c.reason = OFFLINE.into();
+        return;
+    }
     if !c.one_moment {
         c.reason = "one moment per disk".into();
     }
     if c.achieved == Achieved::Crash && c.reason.is_empty() {
-        c.reason = if scene.options.offline.is_some() {
-            "the VM was shut off: as it left its disks".into()
-        } else if scene.client.has_guest() {
+        c.reason = if scene.client.has_guest() {
             "the guest's file systems were not frozen (--quiesce)".into()
         } else {
             "qemu-storage-daemon knows nothing of a guest".into()

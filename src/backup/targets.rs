@@ -6,12 +6,13 @@
 //! folders of disks that are not called as the disk's file is: to find one takes a look into every
 //! folder of the target. (They are looked at all the same before anything is written to them.)
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::folders::{Folders, stored_id};
+use super::folders::{Folders, TargetId, stored_id};
 use super::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::chain::manifest;
 use crate::error::{Error, Kind, Result};
@@ -110,6 +111,20 @@ impl Targets {
         let path = to_text(target.as_os_str());
         let id = stored_id(target).ok().flatten();
         id.is_some_and(|id| self.known.iter().any(|k| k.is(&path, &id)))
+    }
+
+    /// All that are known to the state folder and have an id, and what they have by now: `None` where the id
+    /// is not there (any more, or its file system is not mounted).
+    pub fn with_ids(&self) -> Vec<(PathBuf, String, Option<TargetId>)> {
+        let mut all = BTreeMap::new();
+        for k in self.known.iter().chain(&self.others).filter(|k| !k.id.is_empty()) {
+            let path = PathBuf::from(&k.path);
+            let is_it = |id: &String| *id == k.id;
+            let now = stored_id(&path).ok().flatten().filter(is_it);
+            let now = now.and_then(|_| TargetId::stored(&path).ok());
+            all.insert((path, k.id.clone()), now);
+        }
+        all.into_iter().map(|((path, id), now)| (path, id, now)).collect()
     }
 
     /// What the folders of renamed disks were called in it.

@@ -3,7 +3,7 @@
 //! `scan` walks the directory, `side` looks at `.fleecefs/` beside the images, `name` reads file
 //! names, `manifest` reads and writes `.fleecefs/*.json`, `link` decides which file lies on which. The
 //! result is a [`Catalog`]: a value that `list`, `mount`, `restore`, `verify` and `prune` share.
-//! Nothing here writes but `manifest` and `removal`.
+//! Nothing here writes but `manifest`, `removal` and `linking`.
 
 mod assemble;
 mod catalog;
@@ -17,8 +17,10 @@ mod info;
 mod inside;
 mod level;
 mod link;
+pub mod linking;
 pub mod manifest;
 pub mod name;
+mod nearest;
 mod pointer;
 mod points;
 mod probe;
@@ -37,6 +39,7 @@ pub(crate) use catalog::NEWEST_LOST;
 pub use catalog::{Catalog, Disk, Point};
 pub use foreign::is_foreign_name;
 pub use level::Level;
+pub use nearest::nearest;
 pub use pointer::backing_name;
 pub use record::{check_formats, describe, describe_format, record_from};
 pub use select::{POINT_HELP, time_name};

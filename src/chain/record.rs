@@ -43,6 +43,7 @@ pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
         disk: DiskIdentity::default(),
         moved_from: None,
         linked_from: None,
+        time_nanos: 0,
         level: p.level,
         time: p.time,
         content: match parent.is_some() || p.layers.len() > 1 {

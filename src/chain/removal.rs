@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::linking;
 use super::manifest::{FOLDER, Manifest, plain_name};
 use super::unfinished::{self, MAX_JOURNAL};
 use crate::error::{Error, Kind, Result};
@@ -95,7 +96,7 @@ fn is_absent(e: &io::Error) -> bool {
     matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-/// The images that are on their way out of `dir`, whatever takes them out.
+/// The images that are on their way out of `dir`, or into it, whatever moves them.
 pub fn pending(dir: &Path) -> Vec<String> {
     Folder::open(&dir.join(FOLDER)).map(|side| pending_in(&side)).unwrap_or_default()
 }
@@ -105,6 +106,7 @@ pub fn pending(dir: &Path) -> Vec<String> {
 pub(super) fn pending_in(side: &Folder) -> Vec<String> {
     let mut leaving = read_side(side).ok().flatten().map(|r| r.remove).unwrap_or_default();
     leaving.extend(unfinished::leaving_by_fold(side));
+    leaving.extend(linking::arriving(side));
     leaving
 }
 

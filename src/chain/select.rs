@@ -2,9 +2,9 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use super::{Catalog, Disk, NEWEST_LOST, Point};
+use super::{Catalog, Disk, NEWEST_LOST, Point, nearest};
 use crate::error::{Error, Kind, Result};
-use crate::text::{path_text, shown_as};
+use crate::text::{path_text, shown_as, to_text};
 
 /// Help text for arguments that name a point.
 pub const POINT_HELP: &str = "A point: its file name (INC-1706260646-sda.qcow2), with the disk's \
@@ -75,9 +75,20 @@ impl Catalog {
 
     fn not_found(&self, selector: &Path) -> Error {
         let text = format!("no point '{}' in {}", path_text(&selector), path_text(&self.root));
-        Error::new(Kind::NotFound, text).remedy(
-            "'fleecefs list DIR' shows what there is; DISK/latest is the newest point of a disk",
-        )
+        let wanted = path_text(selector);
+        // With the disk, if that was given; points of several disks have the same names.
+        let near = |with: bool| {
+            let points = self.disks.iter().flat_map(|d| (0..d.points.len()).map(move |i| (d, i)));
+            let name = |(d, i): (&Disk, usize)| match with {
+                true => to_text(d.point_path(i).as_os_str()),
+                false => d.points[i].name.clone(),
+            };
+            nearest(wanted.strip_suffix(".raw").unwrap_or(&wanted), points.map(name))
+        };
+        Error::new(Kind::NotFound, text).remedy(format!(
+            "{}'fleecefs list DIR' shows what there is; DISK/latest is the newest point of a disk",
+            near(selector.components().count() > 1)
+        ))
     }
 }
 
@@ -202,6 +213,10 @@ mod tests {
         assert_eq!(find("vm/sda").unwrap(), Path::new("vm/sda/INC-2-x"));
         assert_eq!(find("FULL-1-x").unwrap_err().kind(), Kind::Usage);
         assert_eq!(find("nope").unwrap_err().kind(), Kind::NotFound);
+        for (wrong, near) in [("INC-3-x", "INC-2-x"), ("vm/sda/INC-3-x.raw", "vm/sda/INC-2-x")] {
+            let said = find(wrong).unwrap_err().report();
+            assert!(said.contains(&format!("the nearest are {near}")), "{said}");
+        }
         let e = find("latest").unwrap_err();
         assert!(e.report().contains("vm/sda/latest, vm/sdb/latest"), "{}", e.report());
     }

@@ -1,16 +1,18 @@
 //! What a run that altered a folder left when it was broken off, by the files that say so:
 //! `.fleecefs/fold.json` (`commit`, `snapshot-rebase`), `.fleecefs/<image>.header` (a header that
-//! was being changed), `.fleecefs/removal.journal` (`prune`, `consolidate`). Whoever writes to the
-//! folder finishes it first; whoever reads says that it is there.
+//! was being changed), `.fleecefs/removal.journal` (`prune`, `consolidate`), `.fleecefs/link-disk.journal`.
+//! Whoever writes to the folder finishes it first; whoever reads says that it is there.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::linking::Linking;
 use super::manifest::FOLDER;
-use super::removal;
+use super::{linking, removal};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::{Entry, EntryKind, Folder, PlainName};
+use crate::text::path_text;
 
 /// The journal of a fold, in the folder for manifests.
 pub const FOLD: &str = "fold.json";
@@ -27,7 +29,8 @@ const REMEDY: &str = "'fleecefs verify --create DIR', or the next command that w
                       finishes it";
 
 fn is_journal(name: &OsStr) -> bool {
-    name.as_bytes().ends_with(HEADER_SUFFIX.as_bytes()) || name == FOLD || name == removal::NAME
+    let whole = [FOLD, removal::NAME, linking::NAME];
+    name.as_bytes().ends_with(HEADER_SUFFIX.as_bytes()) || whole.iter().any(|n| name == *n)
 }
 
 /// The files in `dir` that say that something is unfinished.
@@ -69,7 +72,15 @@ pub(super) fn findings(side: &Folder, entries: &[Entry]) -> Vec<Finding> {
 
 fn finding(side: &Folder, journal: &Entry) -> Finding {
     let path = side.join(&journal.name);
+    let mut linked = None;
     let broken = match journal.kind {
+        EntryKind::File if journal.name == linking::NAME => match linking::read_side(side) {
+            Ok(found) => {
+                linked = found;
+                None
+            }
+            Err(e) => Some(e),
+        },
         EntryKind::File if journal.name == FOLD => read_fold(side).err(),
         EntryKind::File if journal.name == removal::NAME => removal::read_side(side).err(),
         EntryKind::File => None,
@@ -81,10 +92,25 @@ fn finding(side: &Folder, journal: &Entry) -> Finding {
     if let Some(error) = broken {
         return Finding::from_error(&error, &path);
     }
+    if let Some(linking) = linked {
+        return unfinished_link(path, &linking);
+    }
     let what = "a run that alters this folder is at work, or was broken off: until it is finished, \
                 points may be missing or there twice";
     let finding = Finding::warning(Kind::Incomplete, path, what);
     Finding { remedy: Some(REMEDY.into()), ..finding }
+}
+
+fn unfinished_link(journal: PathBuf, linking: &Linking) -> Finding {
+    let what = format!(
+        "link-disk is at work here, or was broken off: until it is finished, points of '{}' are there \
+         twice, as those of '{}' too; none is lost",
+        path_text(&linking.old),
+        path_text(&linking.new)
+    );
+    let remedy =
+        format!("{}, or the next command that writes there, finishes it", linking.command());
+    Finding { remedy: Some(remedy), ..Finding::warning(Kind::Incomplete, journal, what) }
 }
 
 /// Fails if there is anything unfinished from `root` downward.

@@ -9,6 +9,7 @@ use super::{output, paths};
 use crate::backup::folders::TargetId;
 use crate::backup::info::{self, BitmapLine, Choice};
 use crate::backup::lock::Lock;
+use crate::backup::targets::Targets;
 use crate::backup::{bitmap, control, migration};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
@@ -56,7 +57,8 @@ struct Common {
 /// it did not end cleanly. A disk whose bitmap is removed gets a FULL next time.
 ///
 /// After 'backup --init' began a new backup directory, the bitmaps of the one that is gone go on recording,
-/// which costs memory, and room in the image. 'cleanup --keep DIR', with the new one, removes them.
+/// which costs memory, and room in the image. 'cleanup --keep DIR', with the new one, removes them. It is
+/// refused if that takes bitmaps of another backup directory of this machine's VMs that still exists.
 #[derive(Debug, Args)]
 pub struct CleanupArgs {
     /// QEMU's QMP socket: a path, or tcp:HOST:PORT
@@ -67,6 +69,10 @@ pub struct CleanupArgs {
     /// where the VM is backed up to several
     #[arg(long, value_name = "DIR", conflicts_with_all = ["uuid", "all"])]
     keep: Vec<PathBuf>,
+
+    /// With --keep: also those of backup directories that exist and are not named; each gets a FULL next
+    #[arg(long, requires = "keep")]
+    all_targets: bool,
 
     /// Those of the backup directory with this id: the contents of its file 'uuid', or the eight
     /// digits that 'info bitmaps' shows as the target
@@ -242,6 +248,32 @@ fn status(common: &Common) -> Result<String> {
     Ok(text)
 }
 
+/// Fails if bitmaps of a backup directory that is there are chosen; says which ones are not there.
+fn check_targets(targets: &Targets, chosen: &[BitmapLine]) -> Result<()> {
+    let mut there = Vec::new();
+    for (path, id, now) in targets.with_ids() {
+        let known = now.clone().or_else(|| TargetId::named(&id).ok());
+        // Those that QEMU calls inconsistent are good for nobody.
+        let goes = |t: TargetId| chosen.iter().any(|b| !b.inconsistent && t.owns(&b.name));
+        match (known.is_some_and(goes), now) {
+            (true, Some(_)) => there.push(path_text(&path)),
+            (true, None) => log::warn!(
+                "{}: the backup directory with the id {id} is not there (not mounted?): its bitmaps go, and \
+                 its disks get a FULL next time",
+                path_text(&path)
+            ),
+            (false, _) => {}
+        }
+    }
+    if there.is_empty() {
+        return Ok(());
+    }
+    let more: Vec<String> = there.iter().map(|p| format!("--keep '{p}'")).collect();
+    let what = format!("that takes bitmaps of backup directories that exist: {}", there.join(", "));
+    Err(Error::new(Kind::Usage, what)
+        .remedy(format!("add {} to keep theirs, or --all-targets to remove them", more.join(" "))))
+}
+
 /// Runs `fleecefs cleanup`.
 ///
 /// # Errors
@@ -262,7 +294,12 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
     let _qemu_lock = Lock::qemu(&state, &client)?;
     migration::check(&mut client)?;
     let mut text = String::new();
-    for b in info::bitmaps(&mut client)?.iter().filter(|b| choice.takes(b)) {
+    let mut chosen = info::bitmaps(&mut client)?;
+    chosen.retain(|b| choice.takes(b));
+    if !choice.keep.is_empty() && !args.all_targets {
+        check_targets(&Targets::read(&state, &vm, &[])?, &chosen)?;
+    }
+    for b in &chosen {
         if !args.dry_run {
             bitmap::remove(&mut client, &b.node, &b.name)?;
         }

@@ -39,8 +39,8 @@ pub struct ListArgs {
     /// Only this disk, by its path in the table or the last part of that
     #[arg(long, value_name = "DISK")]
     disk: Option<String>,
-    /// Only points since then: 2026-11-22, 2026-11-22T04:00Z, 7d, or @SECONDS (a time without Z or
-    /// offset is local)
+    /// Only points since then: 2026-11-22, 2026-11-22T04:00, 7d, or @SECONDS. Times are UTC, as they are
+    /// shown; +01:00 behind one says otherwise
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
     /// Only points up to then
@@ -271,7 +271,7 @@ struct PointJson<'a> {
     time_utc: String,
     size: u64,
     own_bytes: u64,
-    /// `crash`, `file-system`, `paused` or `unknown`.
+    /// `crash`, `file-system`, `paused`, `offline` or `unknown`.
     consistency: &'static str,
     served: bool,
     health: String,

@@ -9,20 +9,20 @@ use super::bar::Bar;
 use super::output;
 use super::paths::{backups, catalog};
 use super::writing::locked;
-use crate::chain::{Catalog, manifest};
+use crate::chain::{Catalog, manifest, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::prune::consolidate::How;
 use crate::prune::plan::{DiskPlan, Manner, Plan, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, consolidate, execute, items};
-use crate::text::{path_text, shown_as};
+use crate::text::{path_text, shown_as, to_text};
 use crate::units::{counted, human_bytes, parse_duration};
 
 /// Delete old points by retention rules
 ///
-/// Each rule keeps, per disk, the newest point of each of the newest N days (weeks, ...) that have
-/// one; a point is kept if any rule keeps it. What a kept point needs is kept too; so are the newest
+/// Each rule keeps, per disk, the newest point of each of the newest N days (weeks, ...; by this
+/// machine's clock, not UTC) that have one; a point is kept if any rule keeps it. What a kept point needs is kept too; so are the newest
 /// point, the last complete run, and the other disks' points of a run that is kept. Nothing at all
 /// is deleted of a disk whose newest point is lost, unsound (as 'verify --quick' sees it: by structure
 /// and manifests, not by reading all), or not verified (no manifest), unless forced: exit code 16 says
@@ -238,5 +238,8 @@ pub(super) fn find_disk<'a>(catalog: &'a Catalog, name: &Path) -> Result<&'a cra
 /// That there is no disk of this name.
 pub(super) fn no_disk(catalog: &Catalog, name: &Path) -> Error {
     let text = format!("no disk '{}' in {}", path_text(&name), path_text(&catalog.root));
-    Error::new(Kind::NotFound, text).remedy("'fleecefs list DIR' shows what there is")
+    let disks = catalog.disks.iter().map(|d| to_text(d.path.as_os_str()));
+    let near = nearest(&to_text(name.as_os_str()), disks);
+    Error::new(Kind::NotFound, text)
+        .remedy(format!("{near}'fleecefs list DIR' shows what there is"))
 }

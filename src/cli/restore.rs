@@ -33,10 +33,10 @@ use crate::units::{counted, human_bytes};
 /// space is taken. The output says which way it went.
 ///
 /// With --run, all disks of one run are restored into the folder --to, with the file names and formats
-/// that the VM had, as far as manifests tell. A run is 'latest', or named by its time as 'list' shows it
-/// (or the beginning of that, such as 2026-11-22: the newest run of this day, in UTC), by its time in
-/// seconds (that in its file names; after a commit that of the last image taken in) or by its id in
-/// the manifests. Without manifests it is all points of exactly that time; with them, all points of
+/// that the VM had, as far as manifests tell. A run is 'latest', or named by its time as 'list' shows it, in
+/// UTC unless +01:00 or the like says otherwise (or the beginning of that, such as 2026-11-22: the newest run
+/// of this day), by its time in seconds (that in its file names; after a commit that of the last image taken
+/// in) or by its id in the manifests. A time that fits several runs of one VM is refused with their ids. Without manifests it is all points of exactly that time; with them, all points of
 /// the same id. Of several VMs in one directory 'latest' and dates take the newest run of each.
 #[derive(Debug, Args)]
 pub struct RestoreArgs {

@@ -9,7 +9,7 @@ use super::output;
 use crate::chain::manifest::Achieved;
 use crate::chain::{Catalog, Disk, Level};
 use crate::error::Result;
-use crate::restore::run::{Guest, manifest_of};
+use crate::restore::run::{Guest, When, manifest_of};
 use crate::text::{path_text, to_text};
 use crate::units::{human_bytes, iso_time};
 
@@ -20,6 +20,9 @@ struct RunRow {
     vm: String,
     /// The run's id; points without a manifest have none, and belong together by their time.
     id: Option<String>,
+    /// What they are ordered by.
+    #[serde(skip)]
+    when: When,
     time: i64,
     time_utc: String,
     points: Vec<PointRow>,
@@ -62,20 +65,22 @@ fn runs(points: &[(&Disk, usize)]) -> Vec<RunRow> {
         let manifest = manifest_of(disk, *i);
         let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());
         let guest = Guest::of(disk, manifest.as_ref());
-        // With an id the time is the same for all.
+        let when = When::of(p.time, manifest.as_ref());
         let vm = guest.name();
         let key = (guest, id.clone(), if id.is_some() { 0 } else { p.time });
         let run = found.entry(key).or_insert_with(|| RunRow {
             vm,
             id,
+            when,
             time: p.time,
-            time_utc: iso_time(p.time),
+            time_utc: String::new(),
             points: Vec::new(),
             failed: BTreeSet::new(),
             own_bytes: 0,
             consistency: Achieved::word(p.consistency),
             served: true,
         });
+        run.when = run.when.max(when);
         run.points.push(PointRow {
             disk: to_text(disk.path.file_name().unwrap_or_default()),
             point: p.name.clone(),
@@ -90,7 +95,12 @@ fn runs(points: &[(&Disk, usize)]) -> Vec<RunRow> {
         }
     }
     let mut runs: Vec<RunRow> = found.into_values().collect();
-    runs.sort_by(|a, b| b.time.cmp(&a.time).then_with(|| a.vm.cmp(&b.vm)));
+    for run in &mut runs {
+        // Where a disk had a point of this second already, its next one has the next.
+        run.time = run.when.time;
+        run.time_utc = iso_time(run.time);
+    }
+    runs.sort_by(|a, b| b.when.cmp(&a.when).then_with(|| a.vm.cmp(&b.vm)));
     runs
 }
 

@@ -34,8 +34,8 @@ pub struct VerifyArgs {
     quick: bool,
     #[arg(long, help = POINT_HELP)]
     point: Option<PathBuf>,
-    /// Only points since then: a date, a time, or an age such as 7d, 12h, 3w. Of what they lie on,
-    /// structure and chain are checked
+    /// Only points since then: a date, a time (UTC, as they are shown), or an age such as 7d, 12h, 3w. Of
+    /// what they lie on, structure and chain are checked
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
     /// Write manifests with hashes for points that have none, so that later changes are found.

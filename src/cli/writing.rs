@@ -6,7 +6,7 @@ use std::sync::Once;
 
 use super::bar::Bar;
 use super::work::cancel_flag;
-use super::{paths, privileges};
+use super::{link_disk, paths, privileges};
 use crate::chain::{Catalog, unfinished};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder, ForeignOwner, foreign_owner};
@@ -31,9 +31,19 @@ pub(super) fn locked(dir: &Path) -> Result<(Catalog, Locks)> {
 /// See [`locked`].
 pub(super) fn finished(dir: &Path) -> Result<Locks> {
     let root = paths::backups(dir)?;
-    warn_of_others(&root)?;
-    let locks = Locks::take(&root)?;
-    let folders: Vec<PathBuf> = unfinished::folders(&root);
+    let locks = finished_but_links(&root)?;
+    link_disk::finish(&root, None)?;
+    Ok(locks)
+}
+
+/// As [`finished`] for a resolved directory, but for what `link-disk` left.
+///
+/// # Errors
+/// See [`locked`].
+pub(super) fn finished_but_links(root: &Path) -> Result<Locks> {
+    warn_of_others(root)?;
+    let locks = Locks::take(root)?;
+    let folders: Vec<PathBuf> = unfinished::folders(root);
     if !folders.is_empty() {
         let (bar, cancel) = (Bar::default(), cancel_flag()?);
         let work = Work { cancel: &cancel, progress: &bar, workers: 2, rate: None };

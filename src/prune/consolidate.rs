@@ -19,7 +19,7 @@ use super::execute::{Known, replace};
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest, fingerprint_of};
 use crate::chain::removal::{self, Publish, Removal, TEMPORARY};
 use crate::chain::{
-    Catalog, Disk, Level, check_formats, describe as describe_point, name, record_from,
+    Catalog, Disk, Level, check_formats, describe as describe_point, name, nearest, record_from,
 };
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder, Replace};
@@ -82,8 +82,10 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
             return Ok(None);
         }
         let what = format!("no point '{}' of disk {}", path_text(until), path_text(&disk.path));
-        return Err(Error::new(Kind::NotFound, what)
-            .remedy("'fleecefs list DIR' shows the points; 'latest' is the newest"));
+        let near = nearest(until, disk.points.iter().map(|p| p.name.clone()));
+        return Err(Error::new(Kind::NotFound, what).remedy(format!(
+            "{near}'fleecefs list DIR' shows the points; 'latest' is the newest"
+        )));
     };
     plan_at(&Index::of(catalog), disk, point, &BTreeSet::new()).map(Some)
 }

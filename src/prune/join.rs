@@ -6,14 +6,14 @@
 //!
 //! Whatever dies whenever, each point is whole in one of both places:
 //!
+//! 0. A journal in both folders says what is going on: whoever writes to one of them next goes on.
 //! 1. Of each point, parents first: its manifest under the new name, then the image's second name (a
 //!    hard link). The old ones are untouched.
 //! 2. All of it is synced.
-//! 3. The old names go, newest first, by the journal that prune has for that: from here on whoever
-//!    writes to the folder next finishes it.
+//! 3. The old names go, newest first, by the journal that prune has for that. Then the first goes.
 //!
-//! Broken off in 1 or 2, the next `link-disk` goes on: what has its second name already is known by
-//! the file that it is.
+//! Broken off, it is done again from the beginning: what has its second name already is known by the file
+//! that it is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -25,12 +25,13 @@ use serde::Serialize;
 
 use super::config;
 use super::execute::{Known, remove_all};
+use crate::chain::linking::{self, Linking};
 use crate::chain::manifest::{self, FOLDER, Manifest, vm_name, vm_uuid};
 use crate::chain::name::{Name, parse};
 use crate::chain::removal::{self, Removal};
 use crate::chain::{Catalog, Disk, Level, Point, is_foreign_name};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{FileId, Folder};
+use crate::folder::{EntryKind, FileId, Folder};
 use crate::progress::Progress;
 use crate::qmp::steps::step;
 use crate::restore::check_removable;
@@ -48,12 +49,22 @@ pub struct Joining {
     pub new: PathBuf,
     /// The old name's points, parents first.
     pub points: Vec<Moved>,
+    /// What has the name of an image of `old`, and is no file: it stays where it is.
+    #[serde(serialize_with = "texts")]
+    pub left: Vec<PathBuf>,
+    /// What the journal says.
+    #[serde(skip)]
+    linking: Linking,
     /// Their folder.
     #[serde(skip)]
     from: PathBuf,
     /// The folder that they go to.
     #[serde(skip)]
     to: PathBuf,
+}
+
+fn texts<S: serde::Serializer>(paths: &[PathBuf], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(paths.iter().map(|p| to_text(p.as_os_str())))
 }
 
 /// One image that gets another name.
@@ -111,10 +122,14 @@ pub fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joini
             return Err(Error::new(Kind::Exists, what).at_path(to.folder.path()));
         }
     }
+    let arriving = points.iter().filter(|p| p.id.is_some()).map(|p| p.to.clone()).collect();
+    let [o, n] = [old, new].map(|d| to_text(d.path.as_os_str()));
     Ok(Joining {
         old: old.path.clone(),
         new: new.path.clone(),
         points,
+        left: from.left()?,
+        linking: Linking { old: o, new: n, arriving, other_vm, force },
         from: from.folder.path().to_path_buf(),
         to: to.folder.path().to_path_buf(),
     })
@@ -123,8 +138,16 @@ pub fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joini
 impl Joining {
     /// Nothing to do: the points of `old` are among those of `new`.
     pub fn done(old: &Path, new: &Disk) -> Self {
-        let (from, to) = (PathBuf::new(), PathBuf::new());
-        Joining { old: old.to_path_buf(), new: new.path.clone(), points: Vec::new(), from, to }
+        let to = new.points.first().and_then(|p| p.source.parent()).unwrap_or(Path::new(""));
+        Joining {
+            old: old.to_path_buf(),
+            new: new.path.clone(),
+            points: Vec::new(),
+            left: Vec::new(),
+            linking: Linking::default(),
+            from: PathBuf::new(),
+            to: to.to_path_buf(),
+        }
     }
 }
 
@@ -236,6 +259,20 @@ impl<'a> Images<'a> {
             lost.push(Moved { from: from.into(), to: renamed, time, id: None, manifest });
         }
         Ok(lost)
+    }
+
+    /// What has the name of one of its images and is none: a folder, a pipe, a link.
+    fn left(&self) -> Result<Vec<PathBuf>> {
+        let failed = |e| Error::io(e, "cannot list the folder").at_path(self.folder.path());
+        let is_named = |name: &OsStr| match parse(name) {
+            Name::Backup { stamp: Some(_), disk, .. } => disk == *self.tail,
+            _ => false,
+        };
+        let entries = self.folder.entries().map_err(failed)?.into_iter();
+        let left = entries.filter(|e| e.kind != EntryKind::File && is_named(&e.name));
+        let mut left: Vec<PathBuf> = left.map(|e| self.folder.join(&e.name)).collect();
+        left.sort();
+        Ok(left)
     }
 
     /// Refuses what names other files: under their new names they would not be found.
@@ -388,13 +425,13 @@ fn check_times(from: &Images<'_>, to: &Images<'_>, points: &[Moved]) -> Result<(
 /// What was done stays, and the next run goes on from there.
 pub fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progress) -> Result<()> {
     if joining.points.is_empty() {
-        // What an earlier run may have left.
-        return Folder::open(&catalog.root.join(&joining.old)).map_or(Ok(()), |from| {
-            tidy(&from, &catalog.root);
-            Ok(())
-        });
+        return clear_left(joining, catalog);
     }
     let (from, to) = (verbs::open_folder(&joining.from)?, verbs::open_folder(&joining.to)?);
+    linking::write_in(&to, &joining.linking)?;
+    step("a journal of the link");
+    linking::write_in(&from, &joining.linking)?;
+    step("journals of the link");
     for p in &joining.points {
         p.copy_config(&from, &to)?;
         if let Some(m) = p.manifest.as_ref().filter(|m| !is_written(&to, m)) {
@@ -419,9 +456,27 @@ pub fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progress) ->
     step("journal gone");
     config::sweep(&from)?;
     if from.path() != to.path() {
+        linking::clear_in(&from)?;
+        step("a journal of the link gone");
         tidy(&from, &catalog.root);
     }
+    linking::clear_in(&to)?;
+    step("journals of the link gone");
     Ok(())
+}
+
+/// Clears up after a run whose points are all there.
+fn clear_left(joining: &Joining, catalog: &Catalog) -> Result<()> {
+    let clear = |folder: &Folder| match linking::read_in(folder)? {
+        // It may be another disk's.
+        Some(l) if Path::new(&l.old).ends_with(&joining.old) => linking::clear_in(folder),
+        _ => Ok(()),
+    };
+    if let Ok(from) = Folder::open(&catalog.root.join(&joining.old)) {
+        clear(&from)?;
+        tidy(&from, &catalog.root);
+    }
+    clear(&verbs::open_folder(&joining.to)?)
 }
 
 /// Counts each file that goes as a step.

@@ -9,7 +9,7 @@ use crate::chain::{Catalog, Disk, Level};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::text::{path_text, to_text};
-use crate::units::iso_time;
+use crate::units::{iso_time, parse_when};
 
 /// What a run consists of.
 #[derive(Debug, Default)]
@@ -53,11 +53,29 @@ impl Guest {
     }
 }
 
+/// When a point was made, as far as is known. Where several are made in a second, names have the next ones,
+/// and manifests say more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct When {
+    /// The time that is shown.
+    pub time: i64,
+    /// What the manifest says, in seconds and nanoseconds.
+    made: (i64, u32),
+}
+
+impl When {
+    /// Of a point and its manifest.
+    pub fn of(time: i64, manifest: Option<&Manifest>) -> Self {
+        When { time, made: manifest.map_or((time, 0), |m| (m.time, m.time_nanos)) }
+    }
+}
+
 /// A point of some run.
 struct Member<'a> {
     disk: &'a Disk,
     point: usize,
     time: i64,
+    when: When,
     id: Option<String>,
     guest: Guest,
 }
@@ -70,6 +88,7 @@ fn members(catalog: &Catalog) -> Vec<Member<'_>> {
         disk,
         point,
         time: disk.points[point].time,
+        when: When::of(disk.points[point].time, manifest.as_ref()),
         guest: Guest::of(disk, manifest.as_ref()),
         id: manifest.map(|m| m.run).filter(|id| !id.is_empty()),
     });
@@ -80,40 +99,109 @@ fn members(catalog: &Catalog) -> Vec<Member<'_>> {
 enum Wish<'a> {
     /// By its id, or by its time in seconds.
     Named(&'a str, Option<i64>),
-    /// The time of the newest run of each VM.
-    Newest(BTreeMap<Guest, i64>),
+    /// The newest run of each VM of which the time as `list` shows it begins so.
+    Newest(String),
 }
 
 impl<'a> Wish<'a> {
     /// `latest`; a date, or a date and time, as `list` shows them or the beginning of that: the newest
-    /// run of this day or minute; else a time in seconds, or an id.
-    fn of(members: &[Member<'_>], name: &'a str) -> Self {
-        let mut bytes = name.bytes();
+    /// run of this day or minute; else an exact time, or an id.
+    fn of(name: &'a str) -> Self {
         let is_date = name.len() >= "2026-11-22".len()
-            && bytes.by_ref().take(4).all(|b| b.is_ascii_digit())
-            && bytes.next() == Some(b'-');
-        if name != "latest" && !is_date {
-            return Wish::Named(name, name.parse().ok());
+            && name.bytes().take(4).all(|b| b.is_ascii_digit())
+            && name.as_bytes().get(4) == Some(&b'-');
+        let shown = name.replacen(' ', "T", 1);
+        let is_exact =
+            shown.parse::<jiff::Timestamp>().is_ok() || shown.len() == "2026-11-22T04:00:00".len();
+        match name.strip_prefix('@') {
+            Some(seconds) => Wish::Named(name, seconds.parse().ok()),
+            None if name == "latest" => Wish::Newest(String::new()),
+            None if is_date && is_exact => Wish::Named(name, parse_when(&shown).ok()),
+            None if is_date => Wish::Newest(shown),
+            None => Wish::Named(name, name.parse().ok()),
         }
-        let fits = |time: i64| !is_date || iso_time(time).starts_with(name);
-        let mut newest = BTreeMap::new();
-        for m in members.iter().filter(|m| fits(m.time)) {
-            let known = newest.entry(m.guest.clone()).or_insert(m.time);
-            *known = m.time.max(*known);
+    }
+}
+
+/// Which points are meant.
+#[derive(Default)]
+struct Meant<'a> {
+    /// Those of these runs.
+    ids: BTreeSet<&'a str>,
+    /// And those that are of no run, by VM or of all, and time.
+    times: BTreeSet<(Option<&'a Guest>, i64)>,
+}
+
+impl<'a> Meant<'a> {
+    fn by(all: &'a [Member<'_>], wish: &Wish<'_>) -> Result<Self> {
+        match wish {
+            Wish::Named(name, at) => Self::named(all, name, *at),
+            Wish::Newest(begin) => Self::newest(all, begin),
         }
-        Wish::Newest(newest)
     }
 
-    fn has_time(&self, m: &Member<'_>) -> bool {
-        match self {
-            Wish::Named(_, named) => *named == Some(m.time),
-            Wish::Newest(newest) => newest.get(&m.guest) == Some(&m.time),
+    fn named(all: &'a [Member<'_>], name: &str, at: Option<i64>) -> Result<Self> {
+        let mut meant = Meant::default();
+        if all.iter().any(|m| m.id.as_deref() == Some(name)) {
+            meant.ids =
+                all.iter().filter_map(|m| m.id.as_deref()).filter(|id| *id == name).collect();
+            return Ok(meant);
         }
+        let mut of_guest: BTreeMap<&Guest, BTreeSet<&str>> = BTreeMap::new();
+        for m in all.iter().filter(|m| Some(m.time) == at) {
+            of_guest.entry(&m.guest).or_default().extend(m.id.as_deref());
+            meant.times.insert((None, m.time));
+        }
+        for ids in of_guest.into_values() {
+            check_one(name, &ids)?;
+            meant.ids.extend(ids);
+        }
+        Ok(meant)
     }
 
-    fn has_id(&self, id: Option<&str>) -> bool {
-        matches!(self, Wish::Named(name, _) if id == Some(*name))
+    fn newest(all: &'a [Member<'_>], begin: &str) -> Result<Self> {
+        // A run's time is that of its newest point.
+        let mut runs: BTreeMap<(&Guest, Option<&str>, i64), When> = BTreeMap::new();
+        for m in all.iter().filter(|m| iso_time(m.time).starts_with(begin)) {
+            let id = m.id.as_deref();
+            let when = runs.entry((&m.guest, id, id.map_or(m.time, |_| 0))).or_insert(m.when);
+            *when = m.when.max(*when);
+        }
+        let mut newest: BTreeMap<&Guest, (When, BTreeSet<&str>)> = BTreeMap::new();
+        for ((guest, id, _), when) in runs {
+            let (known, ids) = newest.entry(guest).or_insert((when, BTreeSet::new()));
+            if when > *known {
+                (*known, *ids) = (when, BTreeSet::new());
+            }
+            if when == *known {
+                ids.extend(id);
+            }
+        }
+        let mut meant = Meant::default();
+        for (guest, (when, ids)) in newest {
+            check_one(if begin.is_empty() { "latest" } else { begin }, &ids)?;
+            meant.times.insert((Some(guest), when.time));
+            meant.ids.extend(ids);
+        }
+        Ok(meant)
     }
+
+    fn has(&self, m: &Member<'_>) -> bool {
+        match &m.id {
+            Some(id) => self.ids.contains(id.as_str()),
+            None => [None, Some(&m.guest)].into_iter().any(|g| self.times.contains(&(g, m.time))),
+        }
+    }
+}
+
+/// Fails where a time fits more than one run of a VM.
+fn check_one(name: &str, ids: &BTreeSet<&str>) -> Result<()> {
+    if ids.len() < 2 {
+        return Ok(());
+    }
+    let ids: Vec<String> = ids.iter().map(path_text).collect();
+    let text = format!("'{}' fits several runs of one VM", path_text(name));
+    Err(Error::new(Kind::Usage, text).remedy(format!("name one by its id: {}", ids.join(", "))))
 }
 
 /// Finds the points of run `name`: a run's id as manifests have it, a time in seconds, `latest`, or a
@@ -124,17 +212,11 @@ impl<'a> Wish<'a> {
 /// id. (qmpbackup gives all disks of a run one time.)
 ///
 /// # Errors
-/// `NotFound` if there is none.
+/// `NotFound` if there is none; `Usage` if a time fits several runs of one VM.
 pub fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let all = members(catalog);
-    let wish = Wish::of(&all, name);
-    let named = all.iter().filter(|m| wish.has_time(m) || wish.has_id(m.id.as_deref()));
-    let ids: BTreeSet<&str> = named.filter_map(|m| m.id.as_deref()).collect();
-    let is_in = |m: &&Member<'_>| match &m.id {
-        Some(id) => ids.contains(id.as_str()),
-        None => wish.has_time(m),
-    };
-    let found: Vec<&Member<'_>> = all.iter().filter(is_in).collect();
+    let meant = Meant::by(&all, &Wish::of(name))?;
+    let found: Vec<&Member<'_>> = all.iter().filter(|m| meant.has(m)).collect();
     let points: Vec<(&Disk, usize)> = found.iter().map(|m| (m.disk, m.point)).collect();
     if points.is_empty() {
         let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
@@ -144,7 +226,7 @@ pub fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     }
     let without = disks_without(&all, &found);
     for disk in catalog.disks.iter().filter(|d| without.contains(&d.path)) {
-        if let Some(image) = lost(disk, &ids) {
+        if let Some(image) = lost(disk, &meant.ids) {
             let what = "its manifest says that it belongs to the run, and it is gone";
             return Err(Error::new(Kind::Incomplete, what)
                 .at_path(image)

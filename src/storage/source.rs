@@ -86,8 +86,9 @@ struct Names {
     /// Nanoseconds since the epoch: enough until 2262.
     ctime: AtomicI64,
     nlink: AtomicU64,
-    /// Held while the pair is replaced. A reader that sees half of a new pair asks again under it.
-    replacing: Mutex<()>,
+    /// Whether the name's end has explained a new ctime: it does so once. Held while the pair is
+    /// replaced; a reader that sees half of a new pair asks again under it.
+    name_went: Mutex<bool>,
 }
 
 impl Names {
@@ -95,12 +96,14 @@ impl Names {
         Names {
             ctime: AtomicI64::new(identity.ctime as i64),
             nlink: AtomicU64::new(identity.nlink),
-            replacing: Mutex::new(()),
+            name_went: Mutex::new(false),
         }
     }
 
-    /// Whether ctime and link count are what they were, or moved together.
-    fn allow(&self, now: &Identity) -> bool {
+    /// Whether ctime and link count are what they were, or moved together; or whether the one name that
+    /// is known is gone, as `is_gone` tells, while another one came (link-disk, a rename): that moves ctime
+    /// and leaves the count as it was.
+    fn allow(&self, now: &Identity, is_gone: impl Fn() -> bool) -> bool {
         let ctime = now.ctime as i64;
         let same = || {
             let old = (self.ctime.load(Ordering::Acquire), self.nlink.load(Ordering::Acquire));
@@ -109,15 +112,17 @@ impl Names {
         if same() == (true, true) {
             return true;
         }
-        let _guard = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut name_went = self.name_went.lock().unwrap_or_else(PoisonError::into_inner);
         match same() {
             // Clocks tick coarsely: a name can come within the tick of the last change.
             (true, _) => {
                 self.nlink.store(now.nlink, Ordering::Release);
                 true
             }
-            (false, true) => false,
-            (false, false) => {
+            (false, true) if *name_went || !is_gone() => false,
+            (false, _) => {
+                // Whichever of both it was that moved ctime: it will not go a second time.
+                *name_went = *name_went || is_gone();
                 self.nlink.store(now.nlink, Ordering::Release);
                 self.ctime.store(ctime, Ordering::Release);
                 true
@@ -173,7 +178,16 @@ impl SourceFile {
     /// as far as can be known without reading them. (Device and inode number are not compared.)
     pub(crate) fn has_same_bytes(&self, now: &Identity) -> bool {
         let old = &self.identity;
-        (old.size, old.mtime) == (now.size, now.mtime) && self.names.allow(now)
+        (old.size, old.mtime) == (now.size, now.mtime)
+            && self.names.allow(now, || self.is_name_gone())
+    }
+
+    /// Whether nothing has the name any more.
+    fn is_name_gone(&self) -> bool {
+        let is_absent = || folder::look(&self.path).is_err_and(|e| is_absent(&e));
+        // While a name goes, its file can have the new times already. Whoever lists the folder waits for that.
+        is_absent()
+            || self.path.parent().is_some_and(|dir| folder::entries(dir).is_ok() && is_absent())
     }
 
     fn is_same(&self, now: &Identity) -> bool {
@@ -315,6 +329,10 @@ impl Drop for SourceFile {
     }
 }
 
+fn is_absent(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
 fn is_too_many(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
@@ -413,15 +431,68 @@ mod tests {
         // With one name more than at the scan, a write that hides its mtime still shows.
         std::fs::hard_link(f.path(), &other).unwrap();
         s.check_unchanged().unwrap();
-        let file = std::fs::File::options().write(true).open(f.path()).unwrap();
+        write_hidden(f.path());
+        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
+        std::fs::remove_file(&other).unwrap();
+    }
+
+    /// A write that hides its mtime.
+    fn write_hidden(path: &Path) {
+        let file = std::fs::File::options().write(true).open(path).unwrap();
         let time = file.metadata().unwrap().modified().unwrap();
         let before = file.metadata().unwrap().ctime_nsec();
         while file.metadata().unwrap().ctime_nsec() == before {
             file.write_at(b"J", 0).unwrap();
             file.set_modified(time).unwrap();
         }
+    }
+
+    #[test]
+    fn a_file_that_got_another_name_stays_readable_and_a_later_write_is_noticed() {
+        let rename = |from: &Path, to: &Path| std::fs::rename(from, to).unwrap();
+        let link = |from: &Path, to: &Path| {
+            std::fs::hard_link(from, to).unwrap();
+            std::fs::remove_file(from).unwrap();
+        };
+        for give in [&rename as &dyn Fn(&Path, &Path), &link] {
+            let dir = tempfile::tempdir().unwrap();
+            let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+            std::fs::write(&old, b"hello").unwrap();
+            let s = SourceFile::look(&old).unwrap();
+            s.read_exact_at(&mut [0; 5], 0).unwrap();
+            let before = std::fs::metadata(&old).unwrap().ctime_nsec();
+            // Clocks tick coarsely.
+            let mut names = [&old, &new];
+            while std::fs::metadata(names[0]).unwrap().ctime_nsec() == before || names[0] == &old {
+                give(names[0], names[1]);
+                names.reverse();
+            }
+            s.check_unchanged().unwrap();
+            s.read_exact_at(&mut [0; 5], 0).unwrap();
+            s.check_unchanged().unwrap();
+            write_hidden(&new);
+            assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
+        }
+    }
+
+    #[test]
+    fn a_name_that_went_before_explains_no_later_ctime() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+        std::fs::write(&old, b"hello").unwrap();
+        let s = SourceFile::look(&old).unwrap();
+        s.file().unwrap();
+        std::fs::hard_link(&old, &new).unwrap();
+        s.check_unchanged().unwrap();
+        std::fs::remove_file(&old).unwrap();
+        s.check_unchanged().unwrap();
+        write_hidden(&new);
         assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
-        std::fs::remove_file(&other).unwrap();
+        // Nor does any, while the name is there.
+        let s = SourceFile::look(&new).unwrap();
+        s.file().unwrap();
+        write_hidden(&new);
+        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
     }
 
     #[test]

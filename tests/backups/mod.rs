@@ -119,6 +119,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         disk: Default::default(),
         moved_from: None,
         linked_from: None,
+        time_nanos: 0,
         level,
         time: 1,
         parent: parent.map(str::to_string),

@@ -58,6 +58,9 @@ pub struct Manifest {
     pub level: Level,
     /// When the frozen moment was, in seconds since the epoch.
     pub time: i64,
+    /// What comes after the full second, in nanoseconds; 0 if nobody recorded it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub time_nanos: u32,
     /// File name of the image that it lies on, in the same folder; `None` for a root.
     #[serde(default, deserialize_with = "plain_name_if_any")]
     pub parent: Option<String>,
@@ -142,6 +145,10 @@ pub struct Brief {
     pub achieved: Option<Achieved>,
 }
 
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
 /// A name that is a path to somewhere must not get in: whoever reads one acts in one folder.
 pub(super) fn plain_name<'a, D: serde::Deserializer<'a>>(
     from: D,
@@ -162,6 +169,9 @@ fn plain_name_if_any<'a, D: serde::Deserializer<'a>>(
 /// The reason in a manifest that was made afterwards: what it says was achieved is a default.
 pub const RECORDED: &str = "recorded afterwards";
 
+/// The reason in the manifest of a VM that was shut off.
+pub const OFFLINE: &str = "the VM was shut off: as it left its disks";
+
 /// What a manifest knows to have been achieved.
 fn achieved<'a, D: serde::Deserializer<'a>>(
     from: D,
@@ -169,8 +179,12 @@ fn achieved<'a, D: serde::Deserializer<'a>>(
     // What a later version may put there is unknown, and no reason to do without the rest.
     let known = serde_json::Value::deserialize(from)?;
     let achieved = known.get("achieved").map(Achieved::deserialize).and_then(|a| a.ok());
-    let recorded = known.get("reason").is_some_and(|r| r == RECORDED);
-    Ok(achieved.filter(|_| !recorded))
+    let reason = |text: &str| known.get("reason").is_some_and(|r| r == text);
+    Ok(match achieved {
+        _ if reason(RECORDED) => None,
+        Some(Achieved::Crash) if reason(OFFLINE) => Some(Achieved::Offline),
+        known => known,
+    })
 }
 
 /// A disk as QEMU knows it. Any of these may be empty.
@@ -262,6 +276,9 @@ pub enum Achieved {
     FileSystem,
     /// The guest was stopped for the whole backup.
     Paused,
+    /// The VM was shut off. In a manifest this is [`Achieved::Crash`] with the reason [`OFFLINE`].
+    #[serde(skip)]
+    Offline,
 }
 
 impl Achieved {
@@ -272,6 +289,7 @@ impl Achieved {
             Some(Achieved::Crash) => "crash",
             Some(Achieved::FileSystem) => "file-system",
             Some(Achieved::Paused) => "paused",
+            Some(Achieved::Offline) => "offline",
         }
     }
 }
@@ -392,6 +410,7 @@ pub(crate) mod tests {
             disk: DiskIdentity { node: "drive0".into(), ..Default::default() },
             moved_from: None,
             linked_from: None,
+            time_nanos: 0,
             level,
             time: 1_700_000_000,
             parent: parent.map(str::to_string),
@@ -443,6 +462,9 @@ pub(crate) mod tests {
         assert_eq!(brief(&m), Some(Achieved::Crash));
         m.consistency.achieved = Achieved::FileSystem;
         assert_eq!(brief(&m), Some(Achieved::FileSystem));
+        m.consistency = Consistency { reason: OFFLINE.into(), ..Consistency::default() };
+        assert_eq!(brief(&m), Some(Achieved::Offline));
+        assert_eq!(serde_json::to_value(&m).unwrap()["consistency"]["achieved"], "crash");
         // Made for an image of another program: see `chain::describe`.
         m.consistency = Consistency { reason: RECORDED.into(), ..Consistency::default() };
         assert_eq!(brief(&m), None);

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use super::files;
 use super::member::Member;
-use crate::chain::{Catalog, Disk, Level, Point};
+use crate::chain::{Catalog, Disk, Level, Point, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
-use crate::text::{path_text, shown_as};
+use crate::text::{path_text, shown_as, to_text};
 
 /// The points from a chain's FULL to one point, in order.
 #[derive(Debug, Clone)]
@@ -126,7 +126,10 @@ fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
     let shown = || wanted.to_str().and_then(|w| find(&|name| shown_as(name, w)));
     find(&|name| name == wanted).or_else(shown).ok_or_else(|| {
         let text = format!("no point '{}' of disk {}", path_text(until), path_text(&disk.path));
-        Error::new(Kind::NotFound, text).remedy("'fleecefs list DIR' shows the points")
+        let files = disk.points.iter().filter_map(|p| p.source.file_name());
+        let near = nearest(&to_text(wanted), files.map(to_text));
+        Error::new(Kind::NotFound, text)
+            .remedy(format!("{near}'fleecefs list DIR' shows the points"))
     })
 }
 

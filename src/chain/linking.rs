@@ -1,0 +1,105 @@
+//! A `link-disk` that is at work, or was broken off: `.fleecefs/link-disk.journal` in the folders of both
+//! disks, from before the first file gets its second name until the last old one is gone.
+//!
+//! A manifest whose image is yet to come is listed here, and is no lost point.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::manifest::FOLDER;
+use super::unfinished::{self, MAX_JOURNAL};
+use crate::error::{Error, Kind, Result};
+use crate::folder::{self, Folder};
+use crate::text::path_text;
+
+/// The journal's name, in the folder for manifests.
+pub const NAME: &str = "link-disk.journal";
+
+/// What is being done.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Linking {
+    /// The disk's old name, as `list` showed it.
+    pub old: String,
+    /// Its new name.
+    pub new: String,
+    /// The names that the old images get.
+    pub arriving: Vec<String>,
+    /// What the user said of disks of different VMs.
+    #[serde(default)]
+    pub other_vm: bool,
+    /// What he said of other sizes and devices.
+    #[serde(default)]
+    pub force: bool,
+}
+
+impl Linking {
+    /// The command, for messages.
+    pub fn command(&self) -> String {
+        format!("fleecefs link-disk DIR '{}' '{}'", path_text(&self.old), path_text(&self.new))
+    }
+}
+
+/// Where the journal of `dir` is.
+pub fn journal_path(dir: &Path) -> PathBuf {
+    dir.join(FOLDER).join(NAME)
+}
+
+/// Reads the journal of `dir`; `None` if there is none.
+///
+/// # Errors
+/// It cannot be read, or is damaged: a half-written one never gets its name.
+pub fn read_in(dir: &Folder) -> Result<Option<Linking>> {
+    let failed = |e| Error::io(e, "cannot read the journal").at_path(journal_path(dir.path()));
+    match folder::absent_is_none(dir.folder(FOLDER)).map_err(failed)? {
+        Some(side) => read_side(&side),
+        None => Ok(None),
+    }
+}
+
+/// As [`read_in`], in the folder for manifests.
+pub(super) fn read_side(side: &Folder) -> Result<Option<Linking>> {
+    let path = || side.join(NAME);
+    let failed = |e| Error::io(e, "cannot read the journal").at_path(path());
+    let Some(bytes) = side.read_if_there(NAME, MAX_JOURNAL).map_err(failed)? else {
+        return Ok(None);
+    };
+    unfinished::check_count(&bytes, &path())?;
+    serde_json::from_slice(&bytes).map(Some).map_err(|e| {
+        Error::new(Kind::Corrupt, "the journal of a link-disk is damaged")
+            .with_source(e)
+            .at_path(path())
+            .remedy("remove the journal, and call 'fleecefs link-disk' again as it was called")
+    })
+}
+
+/// The images beside `side` that are on their way in.
+pub(super) fn arriving(side: &Folder) -> Vec<String> {
+    read_side(side).ok().flatten().map(|l| l.arriving).unwrap_or_default()
+}
+
+/// Writes the journal of `dir`, so that it survives a power cut.
+///
+/// # Errors
+/// What the operating system said; `Unsupported` if it would not be read again.
+pub fn write_in(dir: &Folder, linking: &Linking) -> Result<()> {
+    let path = journal_path(dir.path());
+    let text = serde_json::to_vec_pretty(linking)
+        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
+    unfinished::check_count(&text, &path)?;
+    dir.make_folder(FOLDER)
+        .and_then(|side| side.write_whole(NAME, &text))
+        .map_err(|e| Error::io(e, "cannot write the journal").at_path(&path))
+}
+
+/// Removes the journal of `dir`, if there is one.
+///
+/// # Errors
+/// What the operating system said.
+pub fn clear_in(dir: &Folder) -> Result<()> {
+    let clear = || match folder::absent_is_none(dir.folder(FOLDER))? {
+        Some(side) if side.remove_if_there(NAME)? => side.sync(),
+        _ => Ok(()),
+    };
+    clear().map_err(|e| Error::io(e, "cannot remove the journal").at_path(journal_path(dir.path())))
+}

@@ -1,0 +1,48 @@
+//! Names that somebody may have meant.
+
+use crate::text::path_text;
+
+/// So many are told.
+const FEW: usize = 3;
+
+/// A sentence that names those of `names` that are the most like `wanted`, to be followed by another one;
+/// empty where none is alike.
+pub fn nearest(wanted: &str, names: impl Iterator<Item = String>) -> String {
+    let mut best: Vec<(usize, String)> = Vec::new();
+    for name in names {
+        let score = alike(wanted, &name);
+        // More than half of either is the same.
+        if score * 2 <= wanted.len().max(name.len()) || best.iter().any(|b| b.1 == name) {
+            continue;
+        }
+        let at = best.partition_point(|b| b.0 >= score);
+        best.insert(at, (score, name));
+        best.truncate(FEW);
+    }
+    let best: Vec<String> = best.iter().map(|b| path_text(&b.1)).collect();
+    if best.is_empty() { String::new() } else { format!("the nearest are {}; ", best.join(", ")) }
+}
+
+/// Bytes that both have in common at their begin and at their end: names of points differ in level and time.
+fn alike(a: &str, b: &str) -> usize {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let begin = a.iter().zip(b).take_while(|(x, y)| x == y).count();
+    let rest = a.len().min(b.len()) - begin;
+    begin + a.iter().rev().zip(b.iter().rev()).take(rest).take_while(|(x, y)| x == y).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_alike_are_told_and_others_not() {
+        let names = ["FULL-1700000000-sda", "INC-1700000100-sda", "INC-1700000200-sda", "x"];
+        let told = |wanted: &str| nearest(wanted, names.iter().map(|n| n.to_string()));
+        assert!(told("INC-1700000101-sda").starts_with("the nearest are INC-1700000100-sda, "));
+        assert!(told("FULL-1700000000-sdb").starts_with("the nearest are FULL-1700000000-sda"));
+        assert_eq!(told("nothing"), "");
+        assert_eq!(told(""), "");
+        assert_eq!(nearest("a", std::iter::empty()), "");
+    }
+}
