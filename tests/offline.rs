@@ -556,3 +556,87 @@ fn the_state_folder_may_have_a_long_path() {
     must(&caller, "inc", &file);
     assert_eq!(level(&caller, "data.qcow2"), "INC");
 }
+
+/// What `fleecefs` with these words says, and that it ends well.
+fn says(caller: &Caller, words: &[&str]) -> String {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    c.args(words).arg("--state-dir").arg(&caller.state).env_remove("FLEECEFS_STATE_DIR");
+    let out = c.output().unwrap();
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    assert!(out.status.success(), "{words:?}: {said}");
+    said
+}
+
+/// Unfinished images below a folder.
+fn partials(target: &Path) -> usize {
+    let left = backup::leftovers(target).into_iter();
+    left.filter(|p| p.extension().is_some_and(|e| e == "partial")).count()
+}
+
+/// Kills a backup once it has made its files.
+fn kill(mut command: Command, target: &Path) {
+    let mut child = command.env("FLEECEFS_HANG_AT", "files created").spawn().unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    while partials(target) == 0 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(partials(target), 1);
+}
+
+#[test]
+fn a_run_is_shown_ended_and_recovered_by_its_target() {
+    if !have("a_run_is_shown_ended_and_recovered_by_its_target", QEMU) {
+        return;
+    }
+    let (d, file, caller) = shut_off();
+    let target = ["--target", s(&caller.target)];
+    let status = ["info", "status", target[0], target[1]];
+    assert!(says(&caller, &status).contains("no backup --offline"));
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 0 2M", s(&file)]);
+    let mut child =
+        command(&caller, "inc", &[s(&file)], &["--speed-limit", "16k"]).spawn().unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    while !says(&caller, &status).contains(&format!("(process {})", child.id())) {
+        assert!(Instant::now() < end, "its status does not come");
+    }
+    assert!(says(&caller, &["cancel", target[0], target[1]]).contains("is ending"));
+    assert!(!child.wait().unwrap().success());
+    assert_eq!(partials(&caller.target), 0);
+
+    let inc = || command(&caller, "inc", &[s(&file)], &[]);
+    kill(inc(), &caller.target);
+    let said = says(&caller, &status);
+    assert!(said.contains("did not end in order"), "{said}");
+    let remedy = format!("'fleecefs recover --target {} --state-dir", s(&caller.target));
+    assert!(said.contains(&remedy), "{said}");
+    let json: Value =
+        serde_json::from_str(&says(&caller, &[&status[..], &["--json"]].concat())).unwrap();
+    assert_eq!((&json["recover"], &json["target"]), (&true.into(), &s(&caller.target).into()));
+    let said = says(&caller, &["recover", target[0], target[1]]);
+    assert!(said.contains("was not complete: removed") && partials(&caller.target) == 0, "{said}");
+    assert!(says(&caller, &["recover", target[0], target[1]]).contains("nothing to recover"));
+    assert!(says(&caller, &status).contains("no backup --offline"));
+
+    // So it is by the VM's own recovery, whether it runs or not.
+    for runs in [false, true] {
+        kill(inc(), &caller.target);
+        let vm = runs.then(|| Vm::start(d.path(), &file, &UUID));
+        let said = says(&caller, &["recover", "--qmp", s(&caller.qmp)]);
+        assert_eq!(partials(&caller.target), 0, "{said}");
+        if let Some(vm) = vm {
+            kill(caller.command("inc"), &caller.target);
+            let said = says(&caller, &["info", "status", "--qmp", s(&caller.qmp)]);
+            assert!(
+                said.contains(&format!("'fleecefs recover --qmp {}", s(&caller.qmp))),
+                "{said}"
+            );
+            says(&caller, &["recover", "--qmp", s(&caller.qmp)]);
+            caller.must("inc");
+            vm.quit();
+        }
+    }
+    must(&caller, "inc", &file);
+    verified(&caller.target);
+}

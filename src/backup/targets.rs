@@ -6,6 +6,7 @@
 //! folders of disks that are not called as the disk's file is: to find one takes a look into every
 //! folder of the target. (They are looked at all the same before anything is written to them.)
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
@@ -110,6 +111,11 @@ impl Targets {
         let path = to_text(target.as_os_str());
         let id = stored_id(target).ok().flatten();
         id.is_some_and(|id| self.known.iter().any(|k| k.is(&path, &id)))
+    }
+
+    /// The backup directories of this VM.
+    pub fn paths(&self) -> BTreeSet<PathBuf> {
+        self.known.iter().map(|k| PathBuf::from(&k.path)).collect()
     }
 
     /// What the folders of renamed disks were called in it.

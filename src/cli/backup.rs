@@ -178,6 +178,11 @@ pub struct StateArgs {
 }
 
 impl StateArgs {
+    /// What was given.
+    pub fn given(&self) -> Option<&Path> {
+        self.state_dir.as_deref()
+    }
+
     /// The folder, without links. What is in it decides what is deleted later, so it has to be the
     /// caller's own if it is there; where it has to be made, whoever makes it looks.
     ///

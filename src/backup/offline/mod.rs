@@ -23,7 +23,8 @@ use super::lock::{Lock, real_path, state_folder};
 use super::report::Report;
 use super::run::backup;
 use super::seen::Seen;
-use super::{Options, Watch};
+use super::targets::Targets;
+use super::{Options, Watch, journal};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 use crate::qemu_img::daemon::{Daemon, Rights};
@@ -42,6 +43,34 @@ fn folder_name(target: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
     let hash = blake3::hash(target.as_os_str().as_bytes()).to_hex();
     format!("offline-{}", hash.as_str().get(..16).unwrap_or_default())
+}
+
+/// What stands for a VM that is shut off in the names of journals and locks, and where its runs are
+/// reached: the socket of the daemon for `target`. Neither has to be there.
+///
+/// # Errors
+/// A path that cannot be followed.
+pub fn address(state: &Path, target: &Path) -> Result<Address> {
+    let target = real_path(target, "the backup directory")?;
+    let own = real_path(state, "the state folder")?.join(folder_name(&target));
+    Ok(Address::Unix(own.join(QMP)))
+}
+
+/// The addresses of runs on the images of `vm` while it was off that did not end in order: of those to its
+/// backup directories.
+///
+/// # Errors
+/// A list or a journal cannot be read.
+pub fn journals(state: &Path, vm: &Address) -> Result<Vec<Address>> {
+    let mut found = Vec::new();
+    for target in Targets::read(state, vm, &[])?.paths() {
+        // One that cannot be followed is not there.
+        let Ok(address) = address(state, &target) else { continue };
+        if !found.contains(&address) && journal::pending(state, &address)?.is_some() {
+            found.push(address);
+        }
+    }
+    Ok(found)
 }
 
 /// Backs up the images `disks`, `FILE` or `FORMAT:FILE`, of a VM that does not run. (`options.qmp`,
