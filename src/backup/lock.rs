@@ -109,7 +109,10 @@ impl Lock {
     pub fn offline(state: &Path, name: &str) -> Result<Self> {
         let folder = state_folder(state)?;
         let held = "a backup of a shut-off VM to this backup directory is running";
-        let lock = take(&folder, &format!("{name}.lock"), held)?;
+        let lock = take(&folder, &format!("{name}.lock"), held).map_err(|e| match e.kind() {
+            Kind::Busy => e.remedy("fleecefs info status --target DIR shows it, cancel ends it"),
+            _ => e,
+        })?;
         Ok(Lock { _lock: lock, passing: None })
     }
 
