@@ -8,7 +8,7 @@
 //!
 //! The kernel gives each request to the thread that has waited longest, whose caches are cold by then: with
 //! five threads one reader gets a fifth less than with two. So threads that are not needed rest
-//! ([`Rest`]) until all others read.
+//! (`Rest`) until all others read.
 //!
 //! State: how many threads read; the read that was left; how many of those to come go to the lane at
 //! once, since the last ones had to; which threads rest.
