@@ -146,6 +146,7 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
         data.as_slice(),
         &[
             "backup/targets.rs",
+            "backup/shared.rs",
             "backup/disk.rs",
             "backup/journal.rs",
             "backup/leftover.rs",

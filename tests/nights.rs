@@ -85,6 +85,28 @@ fn a_backup_disk_that_is_not_mounted_gets_no_backup() {
 }
 
 #[test]
+fn a_folder_of_other_files_becomes_a_target_with_init_alone() {
+    if !have("a_folder_of_other_files_becomes_a_target_with_init_alone", TOOLS) {
+        return;
+    }
+    let d = daemon(&[]);
+    let caller = Caller { target: d.path("Documents"), ..Caller::of(&d) };
+    std::fs::create_dir_all(caller.target.join("Photos")).unwrap();
+    std::fs::write(caller.target.join("Photos/1.jpg"), "x").unwrap();
+    for level in ["full", "copy"] {
+        for more in [&["-n"][..], &[]] {
+            let (exit, said) = code(&caller.with(more), level);
+            assert_eq!(exit, Some(4), "{said}");
+            assert!(said.contains("Photos") && said.contains("--init"), "{said}");
+        }
+    }
+    assert_eq!(entries(&caller.target).len(), 1);
+    good("with --init", &d, &caller.with(&["--init"]), &[("a.img", "FULL")]);
+    good("and again", &d, &caller, &[("a.img", "INC")]);
+    assert!(caller.target.join("Photos/1.jpg").exists());
+}
+
+#[test]
 fn warnings_are_heard_and_count() {
     if !have("warnings_are_heard_and_count", QEMU) {
         return;

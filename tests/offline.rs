@@ -9,6 +9,7 @@ mod qemu;
 #[path = "common/vm.rs"]
 mod vm;
 
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -27,6 +28,9 @@ const UUID: [&str; 4] = ["-uuid", "11111111-2222-3333-4444-555555555555", "-name
 fn command(caller: &Caller, level: &str, files: &[&str], more: &[&str]) -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
     c.args(["backup", "--level", level, "--offline"]).args(files);
+    if let Some(folder) = caller.target.parent() {
+        c.current_dir(folder);
+    }
     c.arg("--target").arg(&caller.target).arg("--state-dir").arg(&caller.state);
     c.args(["--progress", "none"]).args(more).env_remove("FLEECEFS_STATE_DIR");
     c.env("FLEECEFS_WALK", "1");
@@ -197,14 +201,15 @@ fn a_raw_image_gets_a_full_each_time_and_is_told_why() {
     assert_eq!(manifest_of(&newest(&caller.target, "data.raw"))["bitmap"], Value::Null);
 }
 
-/// The processes with `needle` in their command line.
-fn processes(needle: &str) -> Vec<PathBuf> {
+/// The daemons that work below the folder `state`.
+fn processes(state: &str) -> Vec<PathBuf> {
     let all = std::fs::read_dir("/proc").unwrap().map(|e| e.unwrap().path());
     let line = |p: &PathBuf| std::fs::read(p.join("cmdline")).unwrap_or_default();
     let is = |p: &PathBuf| {
         let line = String::from_utf8_lossy(&line(p)).into_owned();
-        line.starts_with("qemu-storage-daemon") | line.contains("/qemu-storage-daemon")
-            && line.contains(needle)
+        let dir = std::fs::read_link(p.join("cwd")).unwrap_or_default();
+        (line.starts_with("qemu-storage-daemon") || line.contains("/qemu-storage-daemon"))
+            && dir.starts_with(state)
     };
     all.filter(is).collect()
 }
@@ -415,6 +420,14 @@ fn whose_disk_it_is_has_to_be_known() {
         manifest_of(&newest(&caller.target, "disk.qcow2"))["vm"]["query-uuid"]["UUID"],
         UUID[1]
     );
+    // Its path may be written in any way, and a name with or without the format.
+    for (folder, name) in
+        [("one", "other/disk.qcow2=one"), ("two", "qcow2:./other/../other/disk.qcow2=two")]
+    {
+        let out = offline(&caller, "full", &["./other/disk.qcow2"], &["--shared", "--name", name]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert_eq!(images(&caller.target.join(folder)).len(), 1, "{name}");
+    }
     // The file was moved while the VM was off.
     let moved = d.path().join("vm/moved.qcow2");
     std::fs::rename(&file, &moved).unwrap();
@@ -423,5 +436,213 @@ fn whose_disk_it_is_has_to_be_known() {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     assert_eq!(level(&caller, "data.qcow2"), "INC");
     assert_eq!(images(&caller.target.join("data.qcow2")).len(), 3);
+    verified(&caller.target);
+}
+
+/// A bitmap of the disk does not say that something was written below it.
+#[test]
+fn a_backing_file_that_was_changed_makes_a_full() {
+    if !have("a_backing_file_that_was_changed_makes_a_full", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let caller = caller(d.path());
+    let (base, thin) = (d.path().join("base.qcow2"), d.path().join("thin.qcow2"));
+    vm::image(&base);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)]);
+    let lies = ["--backing-file", s(&base)];
+    let take = |want: &str, words: &str| {
+        let out = offline(&caller, "auto", &[s(&thin)], &lies);
+        refused(&out, 0, words);
+        assert_eq!(level(&caller, "thin.qcow2"), want, "{words}");
+        let mount = Mount::new(&caller.target);
+        same(&mount, "thin.qcow2", &newest(&caller.target, "thin.qcow2"), &bytes(&thin, "qcow2"));
+    };
+    take("FULL", "first backup");
+    write(&thin, "write -P 7 0 64k");
+    take("INC", "");
+    write(&base, "write -P 9 1M 256k");
+    refused(&offline(&caller, "inc", &[s(&thin)], &lies), 12, "is not as it was at INC-");
+    take("FULL", "base.qcow2 is not as it was at INC-");
+    let changed = manifest_of(&newest(&caller.target, "thin.qcow2"));
+    assert_eq!(changed["backing"][0]["file"], s(&base), "{changed:#}");
+    write(&thin, "write -P 8 128k 64k");
+    take("INC", "");
+    // Another file with the same bytes and times may be anything.
+    let other = d.path().join("other.qcow2");
+    run("cp", &["-p", s(&base), s(&other)]);
+    std::fs::rename(&other, &base).unwrap();
+    take("FULL", "is not as it was at INC-");
+    // The disk lies on nothing any more.
+    run("qemu-img", &["rebase", "-q", "-u", "-f", "qcow2", "-b", "", s(&thin)]);
+    take("FULL", "has no longer the backing file that it had at FULL-");
+    take("INC", "");
+    run(
+        "qemu-img",
+        &["rebase", "-q", "-u", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)],
+    );
+    take("FULL", "does not say what the disk's backing file was");
+    take("INC", "");
+    verified(&caller.target);
+}
+
+/// A raw image opens beside the QEMU that has it.
+#[test]
+fn a_raw_image_in_use_is_refused_before_anything_is_made() {
+    if !have("a_raw_image_in_use_is_refused_before_anything_is_made", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let caller = caller(d.path());
+    let (file, thin) = (d.path().join("data.raw"), d.path().join("thin.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "raw", s(&file), "4M"]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", s(&file), "-F", "raw", s(&thin)]);
+    let mut user = Command::new("qemu-io")
+        .args(["-f", "raw", "-c", "sleep 60000", s(&file)])
+        .stdin(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let end = Instant::now() + Duration::from_secs(30);
+    while offline(&caller, "auto", &[s(&file)], &["-n"]).status.success() {
+        assert!(Instant::now() < end, "a dry run does not see it");
+    }
+    for more in [&["-n"][..], &[]] {
+        refused(&offline(&caller, "auto", &[s(&file)], more), 6, "in use by another process");
+        let more = [more, &["--backing-file", s(&file)]].concat();
+        refused(&offline(&caller, "auto", &[s(&thin)], &more), 6, "in use by another process");
+    }
+    assert!(!caller.target.exists());
+    user.kill().unwrap();
+    user.wait().unwrap();
+    must(&caller, "auto", &file);
+    // While it is backed up no other writes to it.
+    let mut child = command(&caller, "full", &[s(&file)], &[])
+        .env("FLEECEFS_HANG_AT", "files created")
+        .spawn()
+        .unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    let folder = caller.target.join("data.raw");
+    let began =
+        || std::fs::read_dir(&folder).unwrap().any(|e| s(&e.unwrap().path()).ends_with(".partial"));
+    while !began() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut vm = Command::new("qemu-system-x86_64")
+        .args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-qmp", "stdio", "-device", "virtio-blk-pci,drive=n", "-blockdev"])
+        .arg(format!("raw,node-name=n,file.driver=file,file.filename={}", file.display()))
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stdin = vm.stdin.take().unwrap();
+    let _ = stdin.write_all(br#"{"execute":"qmp_capabilities"}{"execute":"quit"}"#);
+    let started = vm.wait().unwrap().success();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!started, "a VM with it starts");
+    while !processes(s(&caller.state)).is_empty() {
+        assert!(Instant::now() < end, "the daemon lives on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A socket's address has 108 bytes.
+#[test]
+fn the_state_folder_may_have_a_long_path() {
+    if !have("the_state_folder_may_have_a_long_path", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let file = image(&d.path().join("data.qcow2"));
+    let mut caller = caller(d.path());
+    caller.state = d.path().join("long".repeat(50));
+    must(&caller, "full", &file);
+    write(&file, "write -P 3 0 64k");
+    must(&caller, "inc", &file);
+    assert_eq!(level(&caller, "data.qcow2"), "INC");
+}
+
+/// What `fleecefs` with these words says, and that it ends well.
+fn says(caller: &Caller, words: &[&str]) -> String {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    c.args(words).arg("--state-dir").arg(&caller.state).env_remove("FLEECEFS_STATE_DIR");
+    let out = c.output().unwrap();
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    assert!(out.status.success(), "{words:?}: {said}");
+    said
+}
+
+/// Unfinished images below a folder.
+fn partials(target: &Path) -> usize {
+    let left = backup::leftovers(target).into_iter();
+    left.filter(|p| p.extension().is_some_and(|e| e == "partial")).count()
+}
+
+/// Kills a backup once it has made its files.
+fn kill(mut command: Command, target: &Path) {
+    let mut child = command.env("FLEECEFS_HANG_AT", "files created").spawn().unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    while partials(target) == 0 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(partials(target), 1);
+}
+
+#[test]
+fn a_run_is_shown_ended_and_recovered_by_its_target() {
+    if !have("a_run_is_shown_ended_and_recovered_by_its_target", QEMU) {
+        return;
+    }
+    let (d, file, caller) = shut_off();
+    let target = ["--target", s(&caller.target)];
+    let status = ["info", "status", target[0], target[1]];
+    assert!(says(&caller, &status).contains("no backup --offline"));
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 0 2M", s(&file)]);
+    let mut child =
+        command(&caller, "inc", &[s(&file)], &["--speed-limit", "16k"]).spawn().unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    while !says(&caller, &status).contains(&format!("(process {})", child.id())) {
+        assert!(Instant::now() < end, "its status does not come");
+    }
+    assert!(says(&caller, &["cancel", target[0], target[1]]).contains("is ending"));
+    assert!(!child.wait().unwrap().success());
+    assert_eq!(partials(&caller.target), 0);
+
+    let inc = || command(&caller, "inc", &[s(&file)], &[]);
+    kill(inc(), &caller.target);
+    let said = says(&caller, &status);
+    assert!(said.contains("did not end in order"), "{said}");
+    let remedy = format!("'fleecefs recover --target {} --state-dir", s(&caller.target));
+    assert!(said.contains(&remedy), "{said}");
+    let json: Value =
+        serde_json::from_str(&says(&caller, &[&status[..], &["--json"]].concat())).unwrap();
+    assert_eq!((&json["recover"], &json["target"]), (&true.into(), &s(&caller.target).into()));
+    let said = says(&caller, &["recover", target[0], target[1]]);
+    assert!(said.contains("was not complete: removed") && partials(&caller.target) == 0, "{said}");
+    assert!(says(&caller, &["recover", target[0], target[1]]).contains("nothing to recover"));
+    assert!(says(&caller, &status).contains("no backup --offline"));
+
+    // So it is by the VM's own recovery, whether it runs or not.
+    for runs in [false, true] {
+        kill(inc(), &caller.target);
+        let vm = runs.then(|| Vm::start(d.path(), &file, &UUID));
+        let said = says(&caller, &["recover", "--qmp", s(&caller.qmp)]);
+        assert_eq!(partials(&caller.target), 0, "{said}");
+        if let Some(vm) = vm {
+            kill(caller.command("inc"), &caller.target);
+            let said = says(&caller, &["info", "status", "--qmp", s(&caller.qmp)]);
+            assert!(
+                said.contains(&format!("'fleecefs recover --qmp {}", s(&caller.qmp))),
+                "{said}"
+            );
+            says(&caller, &["recover", "--qmp", s(&caller.qmp)]);
+            caller.must("inc");
+            vm.quit();
+        }
+    }
+    must(&caller, "inc", &file);
     verified(&caller.target);
 }

@@ -92,6 +92,11 @@ fn what_is_made_has_the_mode_and_group_that_were_asked_for() {
     pulled(&caller.target, "consolidate");
     fleecefs(&["commit", disk.to_str().unwrap()]);
     pulled(&caller.target, "commit");
+    // Nor does a backup: it goes on as it was told once.
+    plain.must("auto");
+    pulled(&caller.target, "no --mode");
+    plain.with(&["--mode", "0640"]).must("full");
+    pulled(&caller.target, "no --group");
     // As ever where nothing was asked for.
     let own = Caller { target: d.path("own"), ..plain.clone() };
     own.must("full");
@@ -103,4 +108,43 @@ fn what_is_made_has_the_mode_and_group_that_were_asked_for() {
         assert_eq!(exit, Some(2), "{bad}: {said}");
     }
     assert_eq!(code(&plain.with(&["--group", &group]), "full").0, Some(2));
+}
+
+/// The line that contrib/doc/security.md gives.
+#[test]
+fn those_who_pull_leave_out_the_lock_files() {
+    let name = "those_who_pull_leave_out_the_lock_files";
+    if !have(name, &[TOOLS, &["rsync"]].concat()) || !is_root(name) {
+        return;
+    }
+    let document = include_str!("../contrib/doc/security.md");
+    let line = document.lines().find(|l| l.trim().starts_with("rsync ")).unwrap();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let [options @ .., _, _] = words.as_slice() else { panic!("{line}") };
+    let d = daemon(&[]);
+    std::fs::set_permissions(d.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
+    let group = GROUP.to_string();
+    let caller = Caller::of(&d).with(&["--mode", "0640", "--group", &group]);
+    caller.must("full");
+    let copy = d.path("copy");
+    std::fs::create_dir(&copy).unwrap();
+    std::os::unix::fs::chown(&copy, Some(4_000_001), Some(GROUP)).unwrap();
+    let out = Command::new("rsync")
+        .args(&options[1..])
+        .arg(format!("{}/", caller.target.display()))
+        .arg(&copy)
+        .uid(4_000_001)
+        .gid(GROUP)
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let names = |dir: &Path| -> Vec<_> {
+        let all = all(dir).into_iter().map(|(p, _, _)| p.strip_prefix(dir).unwrap().to_path_buf());
+        let mut all: Vec<_> = all.collect();
+        all.sort();
+        all
+    };
+    assert_eq!(names(&copy), names(&caller.target));
+    fleecefs(&["verify", copy.to_str().unwrap()]);
 }

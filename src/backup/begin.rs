@@ -262,6 +262,7 @@ impl Run<'_> {
             blake3: None,
             fingerprint: None,
             vm: vm.clone(),
+            backing: p.disk.backing.clone(),
             config_files: Vec::new(),
             skipped: plan.skipped.clone(),
             failed: plan.refused.iter().map(|(d, e)| failure(d, e)).collect(),

@@ -12,8 +12,9 @@ use super::plan::{DiskPlan, Inputs};
 use super::seen::SeenDisk;
 use super::{Every, LevelWish, Options, names, watermark};
 use crate::chain::Level;
-use crate::chain::manifest::{BitmapInfo, Manifest};
+use crate::chain::manifest::{BackingFile, BitmapInfo, Manifest};
 use crate::error::Result;
+use crate::text::path_text;
 
 /// Why there is a FULL where the user wants one from time to time.
 pub const DUE: &str = "a new FULL is due (--full-every)";
@@ -41,7 +42,8 @@ pub fn choose(
     let diff = wish == LevelWish::Diff;
     let base = match keeps_none(options, &plan.disk).filter(|_| !history.entries.is_empty()) {
         Some(why) => Err(why),
-        None => usable_base(inputs, history, &plan.disk, diff),
+        None => usable_base(inputs, history, &plan.disk, diff)
+            .and_then(|base| check_backing(options, base, &plan.disk)),
     };
     match base {
         Ok((base, since)) => {
@@ -87,13 +89,44 @@ fn is_due(every: Every, base: &[Manifest], now: i64) -> bool {
     }
 }
 
+/// A point to build on and what is below it, root first, and the bitmap that says what changed since.
+type Base = (Vec<Manifest>, BitmapInfo);
+
+/// Fails if what the disk lies on is not what it was: no bitmap says so. A running QEMU keeps others from
+/// writing there, so with that one a point without a record is as good as it was.
+fn check_backing(options: &Options, base: Base, disk: &SeenDisk) -> Result<Base, String> {
+    let Some(point) = base.0.last() else { return Ok(base) };
+    let image = &point.image;
+    match (&point.backing, &disk.backing) {
+        (Some(then), Some(now)) => {
+            let same = |(now, then): (&BackingFile, &BackingFile)| now.is_unchanged(then);
+            if let Some((now, _)) = now.iter().zip(then).find(|both| !same(*both)) {
+                let name = path_text(&now.file);
+                return Err(format!("the backing file {name} is not as it was at {image}"));
+            }
+            if now.len() != then.len() {
+                return Err(format!("the disk has other backing files than it had at {image}"));
+            }
+        }
+        _ if options.offline.is_none() => {}
+        (Some(_), None) => {
+            return Err(format!("the disk has no longer the backing file that it had at {image}"));
+        }
+        (None, _) if disk.has_backing => {
+            return Err(format!("{image} does not say what the disk's backing file was then"));
+        }
+        (None, _) => {}
+    }
+    Ok(base)
+}
+
 /// The chain to build on and the bitmap that says what changed since.
 fn usable_base(
     inputs: &Inputs<'_>,
     history: &History,
     disk: &SeenDisk,
     diff: bool,
-) -> Result<(Vec<Manifest>, BitmapInfo), String> {
+) -> Result<Base, String> {
     let chain = if diff { history.full()? } else { history.chain()? };
     if let Some(reason) = &inputs.no_inc {
         return Err(reason.clone());

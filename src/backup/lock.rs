@@ -10,9 +10,10 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder};
+use crate::folder::{self, EntryKind, Folder};
 use crate::qmp::{Address, Client};
 
 /// What a user who has no state folder can do.
@@ -78,6 +79,7 @@ impl Lock {
         let folder = state_folder(state)?;
         let name = format!("{}.lock", vm_key(address));
         let lock = take(&folder, &name, "a backup or recovery of this VM is running")?;
+        sweep(&folder);
         Ok(Lock { _lock: lock, passing: None })
     }
 
@@ -107,7 +109,10 @@ impl Lock {
     pub fn offline(state: &Path, name: &str) -> Result<Self> {
         let folder = state_folder(state)?;
         let held = "a backup of a shut-off VM to this backup directory is running";
-        let lock = take(&folder, &format!("{name}.lock"), held)?;
+        let lock = take(&folder, &format!("{name}.lock"), held).map_err(|e| match e.kind() {
+            Kind::Busy => e.remedy("fleecefs info status --target DIR shows it, cancel ends it"),
+            _ => e,
+        })?;
         Ok(Lock { _lock: lock, passing: None })
     }
 
@@ -115,8 +120,36 @@ impl Lock {
     fn take_passing(state: &Path, name: String) -> Result<Self> {
         let folder = state_folder(state)?;
         let held = "a backup of this VM is running by another of its QMP sockets";
-        let lock = take(&folder, &name, held)?;
-        Ok(Lock { _lock: lock, passing: Some((folder, name.into())) })
+        let mut lock = take(&folder, &name, held);
+        for _ in 0..TRIES {
+            if !lock.as_ref().is_err_and(|e| e.kind() == Kind::Busy) {
+                break;
+            }
+            // Whoever sweeps has it for a moment.
+            std::thread::sleep(AGAIN);
+            lock = take(&folder, &name, held);
+        }
+        Ok(Lock { _lock: lock?, passing: Some((folder, name.into())) })
+    }
+}
+
+/// How often a lock whose file goes with it is tried again, and after how long.
+const TRIES: u32 = 3;
+const AGAIN: Duration = Duration::from_millis(30);
+
+/// Removes the files of such locks that runs left which were killed. What cannot be removed is tried again
+/// the next time.
+fn sweep(folder: &Folder) {
+    for entry in folder.entries().unwrap_or_default() {
+        let Some(name) = entry.name.to_str() else { continue };
+        let passing = ["run-", "qemu-"].iter().any(|p| name.starts_with(p));
+        if !passing || !name.ends_with(".lock") || entry.kind != EntryKind::File {
+            continue;
+        }
+        // Held while it is removed, so that nobody has it.
+        if let Ok(Some(_lock)) = folder.lock(name) {
+            let _ = folder.remove_if_there(name);
+        }
     }
 }
 
@@ -183,6 +216,22 @@ mod tests {
         drop(mark);
         assert_eq!(std::fs::read_dir(d.path()).unwrap().count(), 0);
         Lock::run(d.path(), "0123456789ab").unwrap();
+    }
+
+    #[test]
+    fn the_marks_of_killed_runs_go_and_those_of_others_stay() {
+        let d = tempfile::tempdir().unwrap();
+        let lives = Lock::run(d.path(), "0123456789ab").unwrap();
+        for dead in ["run-ffffffffffff.lock", "qemu-0123456789abcdef.lock", "run-x.other"] {
+            std::fs::write(d.path().join(dead), "").unwrap();
+        }
+        let _vm = Lock::vm(d.path(), &Address::Unix("/run/a".into())).unwrap();
+        let left = std::fs::read_dir(d.path()).unwrap().map(|e| e.unwrap().file_name());
+        let mut left: Vec<_> = left.filter(|n| !n.to_str().unwrap().starts_with("vm-")).collect();
+        left.sort();
+        assert_eq!(left, ["run-0123456789ab.lock", "run-x.other"]);
+        assert_eq!(Lock::run(d.path(), "0123456789ab").unwrap_err().kind(), Kind::Busy);
+        drop(lives);
     }
 
     #[test]

@@ -44,6 +44,7 @@ pub mod recover;
 pub mod report;
 pub mod run;
 pub mod seen;
+mod shared;
 pub mod space;
 mod target_id;
 pub mod targets;

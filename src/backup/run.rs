@@ -31,7 +31,7 @@ use super::targets::Targets;
 use super::work::Run;
 use super::{
     LevelWish, Options, Stopping, Watch, folders, migration, names, nbdserver, now, plan, publish,
-    vm, wait,
+    shared, vm, wait,
 };
 use crate::chain::manifest::{self, Consistency};
 use crate::chain::unfinished;
@@ -49,11 +49,13 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     let watch: &dyn Watch = &Stopping { watch, flag: &interrupt };
     let config = vm::read_config(&options.config)?;
     // A link on the way to the socket may change, and the socket goes with QEMU.
+    let target = real_path(&options.target, "the backup directory")?;
     let options = &Options {
         qmp: options.qmp.resolved(),
         // Links are followed once, and from here on no more.
         state_dir: state_folder(&options.state_dir)?.path().to_path_buf(),
-        target: real_path(&options.target, "the backup directory")?,
+        share: shared::with_kept(&target, options.share)?,
+        target,
         ..options.clone()
     };
     let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
@@ -166,7 +168,8 @@ fn make_base(options: &Options, base: &Path) -> Result<()> {
 fn share_side(options: &Options) -> Result<()> {
     let side = options.target.join(manifest::FOLDER);
     let shared = Folder::open(&side).and_then(|f| options.share.give_folder(&f));
-    shared.map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(side))
+    shared.map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(side))?;
+    shared::keep(&options.target, options.share)
 }
 
 fn first_status(options: &Options, run: &str) -> Shared {

@@ -1,6 +1,7 @@
 //! Which disks QEMU has, and which of them a backup takes.
 
 mod answers;
+mod backing;
 mod disk;
 mod media;
 mod paths;
@@ -10,7 +11,7 @@ mod throwaway;
 use serde_json::Value;
 
 use super::{graph, names};
-use crate::chain::manifest::{DiskIdentity, Skipped};
+use crate::chain::manifest::{BackingFile, DiskIdentity, Skipped};
 use crate::qmp::budget;
 use crate::qmp::types::{Bitmap, Drive, Image, Job, Node};
 
@@ -108,6 +109,12 @@ fn fits(mut d: SeenDisk, room: &mut usize) -> Result<SeenDisk, Unfit> {
         return Err(Unfit::Blocked("QEMU's description of it is too long"));
     };
     *room = left;
+    let below = |b: &BackingFile| b.file.len().saturating_add(b.format.len()).saturating_add(100);
+    let below = d.backing.iter().flatten().map(below).fold(0, usize::saturating_add);
+    match room.checked_sub(below) {
+        Some(left) => *room = left,
+        None => d.backing = None,
+    }
     // Nothing depends on it.
     match room.checked_sub(budget::size(&d.info)) {
         Some(left) => *room = left,
@@ -277,6 +284,7 @@ fn build(
         regrows_zeros: disk.drv == "qcow2" || ["file", "rbd"].contains(&answers.storage_of(disk)),
         has_backing: disk.image.backing_image.is_some()
             || answers.graph.child(&disk.node_name, "backing").is_some(),
+        backing: if real.is_none() { backing::files(answers, disk) } else { None },
         pflash,
         throwaway: real.is_some(),
         by_rule: None,

@@ -6,7 +6,7 @@
 //! folders of disks that are not called as the disk's file is: to find one takes a look into every
 //! folder of the target. (They are looked at all the same before anything is written to them.)
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
@@ -14,11 +14,12 @@ use serde::{Deserialize, Serialize};
 
 use super::folders::{Folders, TargetId, stored_id};
 use super::lock::{state_folder, state_folder_if_there, vm_key};
+use super::names;
 use crate::chain::manifest;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder};
+use crate::folder::{self, EntryKind, Folder};
 use crate::qmp::Address;
-use crate::text::to_text;
+use crate::text::{path_text, to_text};
 
 /// A path and an id take a few hundred bytes.
 const LARGEST: u64 = 1 << 20;
@@ -102,8 +103,14 @@ impl Targets {
                     "is its file system mounted? To begin a new backup directory here, give --init",
                 ))
             }
-            _ => check_parent(target),
+            // Where only copies were made, nothing else says that it is one.
+            None if self.is_remembered(&path) => Ok(()),
+            None => check_contents(target).and_then(|()| check_parent(target)),
         }
+    }
+
+    fn is_remembered(&self, path: &str) -> bool {
+        self.known.iter().chain(&self.others).any(|k| k.path == path)
     }
 
     /// Whether this very backup directory was used for this VM.
@@ -125,6 +132,11 @@ impl Targets {
             all.insert((path, k.id.clone()), now);
         }
         all.into_iter().map(|((path, id), now)| (path, id, now)).collect()
+    }
+
+    /// The backup directories of this VM.
+    pub fn paths(&self) -> BTreeSet<PathBuf> {
+        self.known.iter().map(|k| PathBuf::from(&k.path)).collect()
     }
 
     /// What the folders of renamed disks were called in it.
@@ -211,6 +223,56 @@ fn is_there(target: &Path, known: &Known) -> Result<bool> {
     Ok(known.id.is_empty() && names.any(|n| n != "lost+found" && n != manifest::FOLDER))
 }
 
+/// What may be in a folder that is to be a backup directory: file systems, snapshots and storage devices
+/// put something into each, mostly with such a first letter.
+fn is_harmless(name: &str) -> bool {
+    let marks = ['.', '@', '#', '$'];
+    name.starts_with(marks) || ["lost+found", "System Volume Information"].contains(&name)
+}
+
+/// Whether a folder, or one in it, has backups: ours, qmpbackup's, or those of another VM.
+fn has_backups(dir: &Path, own: Option<&str>) -> bool {
+    let entries = folder::entries(dir).unwrap_or_default();
+    entries.iter().filter_map(|e| e.name.to_str()).any(|name| {
+        let whole = name.strip_suffix(".partial").unwrap_or(name);
+        let is_image = names::parse_image(whole).is_some() || own == Some(name);
+        let is_side = name == manifest::FOLDER && own.is_some();
+        is_image || is_side || name == "uuid"
+    })
+}
+
+/// A folder of the user's other files is not made a backup directory without a word.
+fn check_contents(target: &Path) -> Result<()> {
+    // What is no folder, or cannot be read, is no target either: that is said when it is made one.
+    let Ok(found) = folder::entries(target) else { return Ok(()) };
+    let mut others = Vec::new();
+    for entry in found {
+        let name = to_text(&entry.name);
+        if is_harmless(&name) {
+            continue;
+        }
+        let below = target.join(&entry.name);
+        match entry.kind {
+            EntryKind::Folder if has_backups(&below, Some(&name)) => return Ok(()),
+            EntryKind::Folder if folder::entries(&below).is_ok_and(|e| e.is_empty()) => {}
+            _ => others.push(name),
+        }
+    }
+    others.sort_unstable();
+    let Some(first) = others.first().filter(|_| !has_backups(target, None)) else { return Ok(()) };
+    let more = match others.len() {
+        1 => String::new(),
+        n => format!(" and {} more", n.saturating_sub(1)),
+    };
+    let what = format!(
+        "this folder was no backup directory until now, and has other files: {}{more}",
+        path_text(first)
+    );
+    Err(Error::new(Kind::Exists, what).at_path(target).remedy(
+        "name another one, or an empty folder. To begin a backup directory here, give --init",
+    ))
+}
+
 /// A new backup directory is made, but not what it is to be in: that would rather be a file system
 /// that is not mounted, or a typing error.
 fn check_parent(target: &Path) -> Result<()> {
@@ -294,6 +356,64 @@ mod tests {
         assert!(read().check(&target).is_ok());
         std::fs::remove_dir(target.join("sda")).unwrap();
         assert!(read().check(&target).is_err());
+    }
+
+    #[test]
+    fn a_folder_of_other_files_is_no_new_target() {
+        let d = tempfile::tempdir().unwrap();
+        let (state, target) = (d.path().join("state"), d.path().join("T"));
+        let kind =
+            || Targets::read(&state, &vm(), &[]).unwrap().check(&target).map_err(|e| e.kind());
+        let put = |name: &str| {
+            let path = target.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "x").unwrap();
+        };
+        let begin = || {
+            let _ = std::fs::remove_dir_all(&target);
+            std::fs::create_dir(&target).unwrap();
+        };
+        for harmless in
+            ["", "lost+found/#1", ".snapshots/1/T", ".fleecefs/lock", "@eaDir/x", ".zfs/y", "new/"]
+        {
+            begin();
+            match harmless.strip_suffix('/') {
+                Some(folder) => std::fs::create_dir(target.join(folder)).unwrap(),
+                None if harmless.is_empty() => {}
+                None => put(harmless),
+            }
+            assert_eq!(kind(), Ok(()), "{harmless}");
+        }
+        for other in ["letter.odt", "Photos/1.jpg", "vm/disk.qcow2", ".hidden/x\u{7f}/../../y"] {
+            begin();
+            std::fs::create_dir(target.join(".hidden")).unwrap();
+            std::fs::create_dir(target.join(".hidden/x\u{7f}")).unwrap();
+            put(other);
+            assert_eq!(kind(), Err(Kind::Exists), "{other}");
+        }
+        // What has backups is one: ours, of other VMs, qmpbackup's copies, which have no id.
+        for ours in [
+            "uuid",
+            "2026-11/uuid",
+            "vm2/uuid",
+            "sda/COPY-1-sda",
+            "sda/sda",
+            "COPY-1-sda",
+            "sda/FULL-1-sda.partial",
+            "sda/.fleecefs/FULL-1-sda.partial.json",
+        ] {
+            begin();
+            put("README.txt");
+            put(ours);
+            if ours == "uuid" {
+                std::fs::write(target.join(ours), "01234567").unwrap();
+            }
+            assert_eq!(kind(), Ok(()), "{ours}");
+        }
+        begin();
+        put("README.txt");
+        let said = Targets::read(&state, &vm(), &[]).unwrap().check(&target).unwrap_err().report();
+        assert!(said.contains("README.txt") && said.contains("give --init"), "{said}");
     }
 
     #[test]

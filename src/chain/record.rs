@@ -64,6 +64,7 @@ pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
         blake3: None,
         fingerprint: None,
         vm: std::sync::Arc::default(),
+        backing: None,
         config_files: Vec::new(),
         skipped: Vec::new(),
         failed: Vec::new(),

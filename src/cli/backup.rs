@@ -78,16 +78,18 @@ pub struct BackupArgs {
     target: PathBuf,
 
     /// Permission bits of what is made, octal; folders get x where files have r. What is said of an
-    /// image later, and what is made of it, follows the image [default: 0600]
+    /// image later, and what is made of it, follows the image [default: as at the last backup to this
+    /// directory that was given it, else 0600]
     #[arg(long, value_name = "MODE", value_parser = values::mode)]
     mode: Option<u32>,
 
-    /// Group of what is made, by name or number: those who pull the backups as another user
+    /// Group of what is made, by name or number: those who pull the backups as another user [default: as
+    /// with --mode, else the user's own]
     #[arg(long, value_name = "GROUP", value_parser = users::group, requires = "mode")]
     group: Option<u32>,
 
-    /// Begin a new backup directory where the one that this VM was backed up to is gone, and make the
-    /// folders above it
+    /// Begin a new backup directory where the one that this VM was backed up to is gone, or in a folder
+    /// that has other files, and make the folders above it
     ///
     /// Bitmaps of the one that is gone go on recording in QEMU: 'fleecefs cleanup --keep DIR', with the
     /// new one, removes them.
@@ -178,6 +180,11 @@ pub struct StateArgs {
 }
 
 impl StateArgs {
+    /// What was given.
+    pub fn given(&self) -> Option<&Path> {
+        self.state_dir.as_deref()
+    }
+
     /// The folder, without links. What is in it decides what is deleted later, so it has to be the
     /// caller's own if it is there; where it has to be made, whoever makes it looks.
     ///

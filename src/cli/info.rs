@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::backup::StateArgs;
+use super::status::{self, StatusArgs};
 use super::{output, paths};
 use crate::backup::folders::TargetId;
 use crate::backup::info::{self, BitmapLine, Choice};
@@ -12,7 +13,6 @@ use crate::backup::lock::Lock;
 use crate::backup::targets::Targets;
 use crate::backup::{bitmap, control, migration};
 use crate::error::{Error, Kind, Result};
-use crate::folder;
 use crate::qmp::{Address, Client};
 use crate::text::path_text;
 use crate::units::human_bytes;
@@ -33,8 +33,8 @@ enum What {
     Bitmaps(Common),
     /// The jobs that run in QEMU
     Jobs(Common),
-    /// The running backup of this VM, if there is one
-    Status(Common),
+    /// The running backup of this VM, if there is one, or what one that was killed has left to do
+    Status(StatusArgs),
 }
 
 #[derive(Debug, Args)]
@@ -104,7 +104,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
         What::Blockdev(c) => (c, blockdev),
         What::Bitmaps(c) => (c, bitmaps),
         What::Jobs(c) => (c, jobs),
-        What::Status(c) => (c, status),
+        What::Status(args) => return status::run(args),
     };
     output::print(&what(common)?)
 }
@@ -206,46 +206,6 @@ fn jobs(common: &Common) -> Result<String> {
         )
     };
     Ok(or_none(lines(list.iter().map(line)), "jobs"))
-}
-
-/// What to say where no backup runs: a VM is known by its socket, so a mistyped one is another.
-pub fn not_running(vm: &Address) -> Error {
-    let e = Error::new(Kind::NotFound, "no backup of this VM is running");
-    match vm {
-        Address::Unix(p) if !is_there(vm) => {
-            e.at_path(p).remedy("there is no such socket: name the one that the backup was given")
-        }
-        _ => e.remedy("if one was given another --qmp or --state-dir, give the same here"),
-    }
-}
-
-fn is_there(vm: &Address) -> bool {
-    !matches!(vm, Address::Unix(p) if folder::resolve(p).is_err())
-}
-
-fn status(common: &Common) -> Result<String> {
-    let vm = Address::parse(&common.qmp)?;
-    let found = control::ask(&common.state.dir()?, &vm, "status")?;
-    // Whoever watches a socket that is not there has mistyped it, or the VM is off.
-    if found.is_none() && !is_there(&vm) {
-        return Err(not_running(&vm));
-    }
-    if common.json {
-        return output::json_pretty(&found);
-    }
-    let Some(s) = found else { return Ok(format!("{}\n", not_running(&vm).report())) };
-    let mut text = String::new();
-    output::push_line(&mut text, format!("run {} (process {}): {}", s.run, s.pid, s.phase));
-    for d in &s.disks {
-        let (done, total) = (human_bytes(d.done), human_bytes(d.total));
-        let copied = human_bytes(d.copied);
-        let (disk, level, state) = (&d.disk, &d.level, &d.state);
-        output::push_line(
-            &mut text,
-            format!("  {disk} {level} {state}: {copied} copied, at {done} of {total}"),
-        );
-    }
-    Ok(text)
 }
 
 /// Fails if bitmaps of a backup directory that is there are chosen; says which ones are not there.

@@ -27,6 +27,7 @@ mod restore;
 mod runs;
 mod serve;
 mod show;
+mod status;
 mod umount;
 mod users;
 mod values;

@@ -1,13 +1,16 @@
 //! `fleecefs recover`, `cancel` and the hidden `guardian`.
 
+use std::path::Path;
+
 use clap::Args;
 
 use super::backup::{ShowArgs, StateArgs};
-use super::info;
+use super::console::Console;
 use super::output;
+use super::status::RunArgs;
 use crate::backup::lock::Lock;
 use crate::backup::recover::{Cause, Place, Recovered};
-use crate::backup::{Watch as _, control, foreign, guardian, journal, recover};
+use crate::backup::{Watch as _, control, foreign, guardian, journal, offline, recover};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::qmp::{Address, Client};
@@ -19,9 +22,8 @@ use crate::units::counted;
 /// The next backup does this by itself; this is for doing it now.
 #[derive(Debug, Args)]
 pub struct RecoverArgs {
-    /// QEMU's QMP socket: a path, or tcp:HOST:PORT
-    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
-    qmp: String,
+    #[command(flatten)]
+    of: RunArgs,
 
     /// The guest agent's socket, if it is another than the killed backup was given
     #[arg(long, value_name = "SOCKET")]
@@ -48,9 +50,8 @@ pub struct RecoverArgs {
 /// The disks that are not finished keep their last point; nothing is lost.
 #[derive(Debug, Args)]
 pub struct CancelArgs {
-    /// The QMP socket that the backup was given
-    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
-    qmp: String,
+    #[command(flatten)]
+    of: RunArgs,
 
     #[command(flatten)]
     state: StateArgs,
@@ -65,31 +66,61 @@ pub struct GuardianArgs {}
 /// # Errors
 /// QEMU cannot be reached or refuses.
 pub fn run(args: RecoverArgs) -> Result<()> {
-    let vm = Address::parse(&args.qmp)?;
     let state = args.state.dir()?;
+    let vm = args.of.vm(&state)?;
     let console = args.show.console()?;
     let _lock = Lock::vm(&state, &vm)?;
-    if let Some(pending) = journal::pending(&state, &vm)?
+    // Backups of the VM's disks while it was off have journals of their own.
+    let off = match args.of.is_offline() {
+        true => Vec::new(),
+        false => offline::journals(&state, &vm)?,
+    };
+    let mut done = match one(&args, (&state, &vm), &console) {
+        // Nobody answers, and nothing of a run that had that QEMU is left.
+        Err(e) if is_gone(&e) && journal::pending(&state, &vm)?.is_none() => {
+            match args.of.is_offline() || !off.is_empty() {
+                true => Recovered::default(),
+                false => return Err(e),
+            }
+        }
+        other => other?,
+    };
+    for vm in &off {
+        let _lock = Lock::vm(&state, vm)?;
+        let more = one(&args, (&state, vm), &console)?;
+        done.done = done.done.saturating_add(more.done);
+        done.left = done.left.saturating_add(more.left);
+    }
+    if done.done == 0 && done.left == 0 {
+        console.say("nothing to recover");
+    }
+    verdict(&done)
+}
+
+fn is_gone(e: &Error) -> bool {
+    matches!(e.kind(), Kind::Peer | Kind::NotFound)
+}
+
+/// Recovers what runs on one QEMU left; its lock is held.
+fn one(args: &RecoverArgs, (state, vm): (&Path, &Address), console: &Console) -> Result<Recovered> {
+    if let Some(pending) = journal::pending(state, vm)?
         && folder::is_folder(&pending.target)
     {
         super::writing::warn_of_others(&pending.target)?;
     }
     let cause = if args.forget { Cause::Forget } else { Cause::Command };
     let agent = args.agent.as_deref().map(Address::parse).transpose()?;
-    let place = Place { state: &state, vm: &vm, cause, agent: agent.as_ref() };
-    let mut client = match Client::connect(&vm) {
-        Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound) => {
-            return verdict(&recover::recover_offline(place, &console, e)?);
-        }
+    let place = Place { state, vm, cause, agent: agent.as_ref() };
+    let mut client = match Client::connect(vm) {
+        Err(e) if is_gone(&e) => return recover::recover_offline(place, console, e),
         other => other?,
     };
-    let _qemu_lock = Lock::qemu(&state, &client)?;
-    let done = recover::recover(&mut client, place, &console)?;
-    let foreign = if args.foreign { foreign::remove(&mut client, &console)? } else { 0 };
-    if done.done == 0 && done.left == 0 && foreign == 0 {
-        console.say("nothing to recover");
+    let _qemu_lock = Lock::qemu(state, &client)?;
+    let mut done = recover::recover(&mut client, place, console)?;
+    if args.foreign {
+        done.done = done.done.saturating_add(foreign::remove(&mut client, console)?);
     }
-    verdict(&done)
+    Ok(done)
 }
 
 fn verdict(done: &Recovered) -> Result<()> {
@@ -109,12 +140,13 @@ fn verdict(done: &Recovered) -> Result<()> {
 /// # Errors
 /// `NotFound` if no backup runs.
 pub fn cancel(args: CancelArgs) -> Result<()> {
-    let vm = Address::parse(&args.qmp)?;
-    match control::ask(&args.state.dir()?, &vm, "cancel")? {
+    let state = args.state.dir()?;
+    let vm = args.of.vm(&state)?;
+    match control::ask(&state, &vm, "cancel")? {
         Some(s) => {
             output::print(&format!("backup {} (process {}) is ending\n", path_text(&s.run), s.pid))
         }
-        None => Err(info::not_running(&vm)),
+        None => Err(args.of.not_running(&vm)),
     }
 }
 

@@ -54,16 +54,27 @@ impl Locked {
 /// Whether somebody else has a lock on a part of the file, as QEMU has on the images that it has open
 /// (file-posix.c: bytes from 100 on). Where the file system does not tell, nobody has.
 pub fn is_in_use(file: &File) -> bool {
-    let mut all = libc::flock {
+    has_lock(file, (0, 0))
+}
+
+/// Whether a QEMU or one of its tools may write to an image (byte 101 is locked), or lets nobody else
+/// write to it (byte 201). As [`is_in_use`].
+pub fn qemu_writes(file: &File) -> (bool, bool) {
+    (has_lock(file, (101, 1)), has_lock(file, (201, 1)))
+}
+
+/// Whether somebody else has a lock on a part of `len` bytes, 0 for all of them.
+fn has_lock(file: &File, (start, len): (libc::off_t, libc::off_t)) -> bool {
+    let mut part = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
+        l_start: start,
+        l_len: len,
         l_pid: 0,
     };
-    // SAFETY: the file is open, and `all` is a struct flock that is written to.
-    let told = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut all) };
-    told == 0 && all.l_type != libc::F_UNLCK as libc::c_short
+    // SAFETY: the file is open, and `part` is a struct flock that is written to.
+    let told = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut part) };
+    told == 0 && part.l_type != libc::F_UNLCK as libc::c_short
 }
 
 impl Lock {

@@ -50,7 +50,7 @@ pub use fixed::Fixed;
 pub use handle::Handle;
 pub use held::reopen;
 pub use lesser::{set_modified, set_times};
-pub use lock::{Lock, Locked, is_in_use};
+pub use lock::{Lock, Locked, is_in_use, qemu_writes};
 pub use name::{PlainName, plain};
 pub use once::{
     entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,

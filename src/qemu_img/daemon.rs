@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -71,21 +71,21 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it, and waits until there is a socket at `ready`. It holds `lock`, a locked file, for as long as
+    /// Starts it in the folder `dir`, and waits until there is a socket at `ready`. It holds `lock`, a locked file, for as long as
     /// it lives.
     ///
     /// # Errors
     /// `NotFound` if it is not installed, `Peer` with its own words if it ends, `Timeout`.
     pub fn start(
         args: &[OsString],
-        rights: Rights,
+        (dir, rights): (&Path, Rights),
         lock: &File,
         (ready, wait): (&Path, Duration),
     ) -> Result<Self> {
         let program = program(NAME)?;
         log::info!("{NAME} {}", shown(args));
         let mut command = Command::new(&program);
-        command.args(args).env_clear().env("LC_ALL", "C").current_dir("/");
+        command.args(args).env_clear().env("LC_ALL", "C").current_dir(dir);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let places: Vec<Place> = rights
             .places
@@ -170,14 +170,4 @@ impl Drop for Daemon {
             let _ = self.close();
         }
     }
-}
-
-/// A folder or file that options of the form `key=value,...` name: commas are doubled.
-pub fn option_path(path: &Path) -> PathBuf {
-    use std::os::unix::ffi::{OsStrExt, OsStringExt};
-    let mut out = Vec::new();
-    for b in path.as_os_str().as_bytes() {
-        out.extend(std::iter::repeat_n(*b, if *b == b',' { 2 } else { 1 }));
-    }
-    PathBuf::from(OsString::from_vec(out))
 }

@@ -137,6 +137,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         blake3: None,
         fingerprint: None,
         vm: std::sync::Arc::default(),
+        backing: None,
         config_files: Vec::new(),
         skipped: Vec::new(),
         failed: Vec::new(),

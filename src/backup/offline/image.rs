@@ -77,6 +77,24 @@ impl Image {
         Err(Error::new(Kind::Unsupported, "more than 200 images below it").at_path(real))
     }
 
+    /// Fails if a QEMU has it open, or writes to what is below it: a raw image is opened beside that
+    /// QEMU, and refused when the backup would begin.
+    ///
+    /// # Errors
+    /// `Busy`, and as `open(2)`.
+    pub fn check_free(&self) -> Result<()> {
+        for (i, layer) in self.layers.iter().enumerate().filter(|(_, l)| !l.device) {
+            let failed = |e| Error::io(e, "cannot read the image").at_path(&layer.path);
+            let (written, kept) =
+                folder::qemu_writes(&folder::open_file(&layer.path).map_err(failed)?);
+            // Below, others read as well, who let nobody write.
+            if written || kept && i == 0 {
+                return Err(in_use(&path_text(&layer.path)));
+            }
+        }
+        Ok(())
+    }
+
     /// See [`top`].
     pub fn top(&self) -> String {
         top(&self.real)
@@ -159,6 +177,13 @@ impl Layer {
         };
         Ok(Some(Layer { driver: known_driver(&format, &path)?, path, device: false }))
     }
+}
+
+/// Somebody has the image `name`, or several of them, open.
+pub fn in_use(name: &str) -> Error {
+    let what = format!("{name} is in use by another process: its VM runs, or a tool works on it");
+    Error::new(Kind::Busy, what)
+        .remedy("back up a running VM by its QMP socket: --qmp instead of --offline")
 }
 
 /// Fails where another user could put something else in the place of what was looked at: the daemon, which

@@ -56,7 +56,7 @@ impl Known {
             let newest = |m: &&Manifest| m.time;
             let manifests = || histories.iter().flat_map(|h| h.entries.iter());
             let all = || manifests().filter_map(|e| e.manifest.as_ref());
-            let named = options.names.iter().find(|(disk, _)| disk == path);
+            let named = options.names.iter().find(|(disk, _)| means(disk, &real));
             let under = named.and_then(|(_, name)| {
                 let of = histories.iter().filter(|h| h.dir.file_name() == Some(name.as_ref()));
                 of.filter_map(History::last_manifest).max_by_key(newest)
@@ -80,6 +80,23 @@ impl Known {
         }
         Ok(found)
     }
+}
+
+impl Known {
+    /// The names that the user gives to disks, with each disk as a point calls it: he wrote its path as it
+    /// is on the command line, perhaps a relative one, or one with links.
+    pub fn names(&self, given: &[(String, String)]) -> Vec<(String, String)> {
+        let as_known = |(disk, name): &(String, String)| {
+            let known = self.disks.iter().find(|k| means(disk, &k.real));
+            (known.map_or(disk, |k| &k.identity.file).clone(), name.clone())
+        };
+        given.iter().map(as_known).collect()
+    }
+}
+
+/// Whether a user who wrote `disk`, with or without a format, means the image `real`.
+fn means(disk: &str, real: &Path) -> bool {
+    folder::resolve(Path::new(split(disk).1)).is_ok_and(|r| r == real)
 }
 
 fn to_name(path: &Path) -> &OsStr {

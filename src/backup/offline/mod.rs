@@ -23,10 +23,11 @@ use super::lock::{Lock, real_path, state_folder};
 use super::report::Report;
 use super::run::backup;
 use super::seen::Seen;
-use super::{Options, Watch};
+use super::targets::Targets;
+use super::{Options, Watch, journal};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
-use crate::qemu_img::daemon::{Daemon, Rights, option_path};
+use crate::qemu_img::daemon::{Daemon, Rights};
 use crate::qmp::Address;
 use crate::text::path_text;
 use image::Image;
@@ -42,6 +43,34 @@ fn folder_name(target: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
     let hash = blake3::hash(target.as_os_str().as_bytes()).to_hex();
     format!("offline-{}", hash.as_str().get(..16).unwrap_or_default())
+}
+
+/// What stands for a VM that is shut off in the names of journals and locks, and where its runs are
+/// reached: the socket of the daemon for `target`. Neither has to be there.
+///
+/// # Errors
+/// A path that cannot be followed.
+pub fn address(state: &Path, target: &Path) -> Result<Address> {
+    let target = real_path(target, "the backup directory")?;
+    let own = real_path(state, "the state folder")?.join(folder_name(&target));
+    Ok(Address::Unix(own.join(QMP)))
+}
+
+/// The addresses of runs on the images of `vm` while it was off that did not end in order: of those to its
+/// backup directories.
+///
+/// # Errors
+/// A list or a journal cannot be read.
+pub fn journals(state: &Path, vm: &Address) -> Result<Vec<Address>> {
+    let mut found = Vec::new();
+    for target in Targets::read(state, vm, &[])?.paths() {
+        // One that cannot be followed is not there.
+        let Ok(address) = address(state, &target) else { continue };
+        if !found.contains(&address) && journal::pending(state, &address)?.is_some() {
+            found.push(address);
+        }
+    }
+    Ok(found)
 }
 
 /// Backs up the images `disks`, `FILE` or `FORMAT:FILE`, of a VM that does not run. (`options.qmp`,
@@ -70,15 +99,17 @@ pub fn backup_offline(
         backing.iter().map(|f| real_path(f, "the backing file")).collect::<Result<_>>()?;
     let images: Vec<Image> =
         known.disks.iter().map(|d| Image::of(d, &backing)).collect::<Result<_>>()?;
-    let (qmp, nbd) = (own.join("qmp.sock"), own.join("nbd.sock"));
+    let (qmp, nbd) = (own.join(QMP), own.join(NBD));
     let places =
         Places { own: own.path(), target: &target, fleece: options.copy.fleece_dir.as_deref() };
-    let args = arguments(&qmp, &nbd, &images, options.dry_run)?;
+    let args = arguments(&images, options.dry_run)?;
     let lock = daemon_lock(&own)?;
+    images.iter().try_for_each(Image::check_free)?;
     let daemon = start(&args, &places, &images, (&lock, options.dry_run))?;
     let options = Options {
         qmp: Address::Unix(qmp),
         nbd: Some(Address::Unix(nbd)),
+        names: known.names(&options.names),
         offline: Some(Arc::new(known)),
         ..options.clone()
     };
@@ -133,9 +164,10 @@ fn start(
     (lock, dry_run): (&folder::Lock, bool),
 ) -> Result<Daemon> {
     remove_sockets(places.own)?;
-    let ready = places.own.join("nbd.sock");
+    let ready = places.own.join(NBD);
     let rights = places.rights(images, dry_run)?;
-    Daemon::start(args, rights, lock.file(), (&ready, OPENING)).map_err(|e| explained(e, images))
+    Daemon::start(args, (places.own, rights), lock.file(), (&ready, OPENING))
+        .map_err(|e| explained(e, images))
 }
 
 /// The lock that each daemon has until it ends: that of a run that was killed closes its images yet.
@@ -156,11 +188,14 @@ fn daemon_lock(own: &Folder) -> Result<folder::Lock> {
     }
 }
 
+/// Its sockets.
+const QMP: &str = "qmp.sock";
+const NBD: &str = "nbd.sock";
 /// See [`daemon_lock`].
 const LOCK: &str = "daemon.lock";
 
 fn remove_sockets(own: &Path) -> Result<()> {
-    ["qmp.sock", "nbd.sock"].into_iter().try_for_each(|name| {
+    [QMP, NBD].into_iter().try_for_each(|name| {
         let path = own.join(name);
         let removed = folder::remove_if_there(&path).map(drop);
         removed.map_err(|e| Error::io(e, "cannot remove an old socket").at_path(&path))
@@ -180,10 +215,7 @@ fn explained(e: Error, images: &[Image]) -> Error {
     let of_all = || images.iter().map(|i| path_text(&i.real)).collect::<Vec<_>>().join(", ");
     if is_locked(&e) {
         let name = of.map_or_else(of_all, |i| path_text(&i.real));
-        let what =
-            format!("{name} is in use by another process: its VM runs, or a tool works on it");
-        return Error::new(Kind::Busy, what)
-            .remedy("back up a running VM by its QMP socket: --qmp instead of --offline");
+        return image::in_use(&name);
     }
     if text.contains("key-secret") || text.contains("encrypt") {
         let what = "an encrypted image, whose key only the VM's QEMU has";
@@ -197,25 +229,23 @@ fn explained(e: Error, images: &[Image]) -> Error {
     }
 }
 
-/// The arguments of the daemon. Each image is exported, though nobody reads it there: so it has a user above
-/// the raw node into which the filter goes.
-fn arguments(qmp: &Path, nbd: &Path, images: &[Image], dry_run: bool) -> Result<Vec<OsString>> {
+/// The arguments of the daemon. Each image is exported, though nobody uses that: so the raw node into which
+/// the filter goes has a user above it, and the image a writer, beside which QEMU lets no other write.
+fn arguments(images: &[Image], dry_run: bool) -> Result<Vec<OsString>> {
     let mut args: Vec<OsString> = Vec::new();
-    let mut socket = OsString::from("socket,id=qmp,server=on,wait=off,path=");
-    socket.push(option_path(qmp));
-    let mut server = OsString::from("addr.type=unix,addr.path=");
-    server.push(option_path(nbd));
-    args.extend(["--chardev".into(), socket, "--monitor".into(), "chardev=qmp".into()]);
+    // By its working directory: a socket's address has 108 bytes.
+    let socket = format!("socket,id=qmp,server=on,wait=off,path={QMP}");
+    args.extend(["--chardev", &socket, "--monitor", "chardev=qmp"].map(OsString::from));
     for image in images {
         for node in image.nodes(dry_run) {
             args.extend(["--blockdev".into(), text(&node)?.into()]);
         }
     }
     // Last: whoever sees its socket finds all images open.
-    args.extend(["--nbd-server".into(), server]);
+    args.extend(["--nbd-server".into(), format!("addr.type=unix,addr.path={NBD}").into()]);
     for image in images {
         let export = json!({"type": "nbd", "id": image.top(), "node-name": image.top(),
-            "name": image.top(), "writable": false});
+            "name": image.top(), "writable": !dry_run});
         args.extend(["--export".into(), text(&export)?.into()]);
     }
     Ok(args)

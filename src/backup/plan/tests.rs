@@ -2,10 +2,13 @@ use super::*;
 use crate::backup::graph::{Path as NodePath, Root};
 use crate::backup::seen::Insertion;
 use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
-use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, fingerprint, tests::example};
+use crate::chain::manifest::{
+    self, BackingFile, BitmapInfo, DiskIdentity, fingerprint, tests::example,
+};
 use crate::qmp::Address;
 use crate::qmp::types::Bitmap;
 use serde_json::{Value, json};
+use std::ffi::OsStr;
 use std::time::Duration;
 
 static NONE: Folders = Folders::new();
@@ -98,6 +101,7 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         encrypted: false,
         regrows_zeros: true,
         has_backing: false,
+        backing: None,
         pflash: false,
         throwaway: false,
         by_rule: None,
@@ -553,4 +557,29 @@ fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
     assert_eq!((p.level, &p.dir), (Level::Full, &new.join("d")));
     assert_eq!(p.obsolete, [bitmap(FIRST), earlier]);
     assert!(target.owns(&p.new_bitmap.as_ref().unwrap().name));
+}
+
+/// No bitmap records what is written below a disk.
+#[test]
+fn a_running_disk_whose_backing_file_was_changed_gets_a_full() {
+    let t = chain();
+    let file = |mtime_ns| BackingFile { file: "/vm/base".into(), mtime_ns, ..Default::default() };
+    let on = |now: Option<i64>| SeenDisk {
+        has_backing: true,
+        backing: now.map(|n| vec![file(n)]),
+        ..disk("/vm/d", both())
+    };
+    // The point says nothing of it.
+    assert_eq!(auto(t.path(), on(Some(1))).level, Level::Inc);
+    let (d, tip) = (t.path().join("d"), OsStr::new("INC-2-d"));
+    let m = manifest::read(&d, tip).unwrap().unwrap();
+    manifest::write(&d, &Manifest { backing: Some(vec![file(1)]), ..m }).unwrap();
+    assert_eq!(auto(t.path(), on(Some(1))).level, Level::Inc);
+    assert_eq!(auto(t.path(), on(None)).level, Level::Inc);
+    let changed = auto(t.path(), on(Some(2)));
+    assert!(changed.demoted.unwrap().contains("/vm/base is not as it was at INC-2-d"));
+    // It was renamed.
+    let mut moved = on(Some(1));
+    moved.backing.as_mut().unwrap()[0].file = "/vm/other".into();
+    assert_eq!(auto(t.path(), moved).level, Level::Inc);
 }

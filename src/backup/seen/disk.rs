@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::backup::{Layout, graph, names};
-use crate::chain::manifest::{DiskIdentity, Skipped};
+use crate::chain::manifest::{BackingFile, DiskIdentity, Skipped};
 use crate::qmp::types::Bitmap;
 
 /// The longest name of a node or device, in bytes. QEMU's nodes have 31, QOM paths some hundred.
@@ -63,6 +63,8 @@ pub struct SeenDisk {
     /// Whether it lies on another image: what that has no data for is zeros which no frozen view of the
     /// disk is known to report.
     pub has_backing: bool,
+    /// The files of those images, nearest first, where all are files of this host.
+    pub backing: Option<Vec<BackingFile>>,
     /// Firmware flash: small, copied in full each time.
     pub pflash: bool,
     /// QEMU's overlay of a disk with `snapshot=on`: it goes when QEMU ends, and the identity's file is

@@ -103,6 +103,10 @@ pub struct Manifest {
     /// The guest's configuration as QEMU reports it.
     #[serde(default)]
     pub vm: std::sync::Arc<serde_json::Value>,
+    /// The files below the disk's own, nearest first; `None` if there is none, or where one of them could
+    /// not be looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<Vec<BackingFile>>,
     /// Files that were given with `--config`.
     #[serde(default)]
     pub config_files: Vec<ConfigFile>,
@@ -294,6 +298,29 @@ impl Achieved {
     }
 }
 
+/// A backing file of a disk as it was. No bitmap of the disk says that it has changed since.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BackingFile {
+    /// Its path.
+    pub file: String,
+    /// Its format.
+    pub format: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// When it was written to last, in nanoseconds since the epoch.
+    pub mtime_ns: i64,
+    /// Its inode number.
+    pub inode: u64,
+}
+
+impl BackingFile {
+    /// Whether it is the same file, and has not been written to. It may have been renamed.
+    pub fn is_unchanged(&self, since: &Self) -> bool {
+        *self == BackingFile { file: self.file.clone(), ..since.clone() }
+    }
+}
+
 /// A file kept beside the backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigFile {
@@ -428,6 +455,7 @@ pub(crate) mod tests {
             blake3: None,
             fingerprint: None,
             vm: std::sync::Arc::default(),
+            backing: None,
             config_files: Vec::new(),
             skipped: Vec::new(),
             failed: Vec::new(),

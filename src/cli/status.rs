@@ -1,0 +1,161 @@
+//! `fleecefs info status`, and which run it, `recover` and `cancel` are about.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::backup::StateArgs;
+use super::{output, paths};
+use crate::backup::control::{self, Status};
+use crate::backup::{journal, offline};
+use crate::error::{Error, Kind, Result};
+use crate::folder;
+use crate::qmp::Address;
+use crate::text::path_text;
+use crate::units::human_bytes;
+
+/// Which VM's run, or which target's of a VM that is shut off.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// QEMU's QMP socket: a path, or tcp:HOST:PORT; as the backup was given it
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        visible_alias = "socket",
+        required_unless_present = "target"
+    )]
+    qmp: Option<String>,
+
+    /// The backup directory of a backup --offline, which has no QMP socket
+    #[arg(short, long, value_name = "DIR", conflicts_with = "qmp")]
+    target: Option<PathBuf>,
+}
+
+impl RunArgs {
+    /// Where the QEMU of the run listens, or that of the qemu-storage-daemon of --offline.
+    ///
+    /// # Errors
+    /// `Usage` if that is no address; a path that cannot be followed.
+    pub fn vm(&self, state: &Path) -> Result<Address> {
+        match (&self.target, &self.qmp) {
+            (Some(target), _) => offline::address(state, &paths::to_make(target)?),
+            (None, Some(qmp)) => Address::parse(qmp),
+            (None, None) => Err(Error::new(Kind::Usage, "neither --qmp nor --target is given")),
+        }
+    }
+
+    /// Whether it is about a VM that is shut off.
+    pub fn is_offline(&self) -> bool {
+        self.target.is_some()
+    }
+
+    /// What to say where no backup runs: a VM is known by its socket, so a mistyped one is another.
+    pub fn not_running(&self, vm: &Address) -> Error {
+        if let Some(target) = &self.target {
+            let what = "no backup --offline to this backup directory is running";
+            return Error::new(Kind::NotFound, what)
+                .at_path(target)
+                .remedy("if one was given another --state-dir, give the same here");
+        }
+        let e = Error::new(Kind::NotFound, "no backup of this VM is running");
+        match vm {
+            Address::Unix(p) if !is_there(vm) => e
+                .at_path(p)
+                .remedy("there is no such socket: name the one that the backup was given"),
+            _ => e.remedy("if one was given another --qmp or --state-dir, give the same here"),
+        }
+    }
+}
+
+/// What `info status` is about.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    of: RunArgs,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    state: StateArgs,
+}
+
+/// A run that did not end in order.
+#[derive(Debug, Serialize)]
+struct Unfinished {
+    /// What is to be done.
+    recover: bool,
+    /// Its id; empty if only disks of runs before are left.
+    run: String,
+    /// Its backup directory.
+    target: PathBuf,
+}
+
+/// Runs `fleecefs info status`.
+///
+/// # Errors
+/// The run does not answer; `NotFound` if nobody can be there who runs.
+pub fn run(args: &StatusArgs) -> Result<()> {
+    let state = args.state.dir()?;
+    let vm = args.of.vm(&state)?;
+    if let Some(s) = control::ask(&state, &vm, "status")? {
+        return output::print(&if args.json { output::json_pretty(&s)? } else { text(&s) });
+    }
+    if let Some(left) = journal::pending(&state, &vm)? {
+        let left = Unfinished { recover: true, run: left.run, target: left.target };
+        return output::print(&match args.json {
+            true => output::json_pretty(&left)?,
+            false => due(&left, args),
+        });
+    }
+    // Whoever watches a socket that is not there has mistyped it, or the VM is off.
+    if !args.of.is_offline() && !is_there(&vm) {
+        return Err(args.of.not_running(&vm));
+    }
+    match args.json {
+        true => output::print(&output::json_pretty(&None::<Status>)?),
+        false => output::print(&format!("{}\n", args.of.not_running(&vm).report())),
+    }
+}
+
+fn due(left: &Unfinished, args: &StatusArgs) -> String {
+    let mut text = match left.run.as_str() {
+        "" => "a backup that did not end in order has left unfinished images".to_string(),
+        run => format!(
+            "no backup is running; run {} to {} did not end in order",
+            path_text(&run),
+            path_text(&left.target)
+        ),
+    };
+    let of = match (&args.of.target, &args.of.qmp) {
+        (Some(target), _) => format!("--target {}", path_text(target)),
+        (None, qmp) => format!("--qmp {}", path_text(&qmp.clone().unwrap_or_default())),
+    };
+    let state = args.state.given().map(|d| format!(" --state-dir {}", path_text(d)));
+    text += &format!(
+        ": 'fleecefs recover {of}{}' finishes what it left (the next backup does so, too)\n",
+        state.unwrap_or_default()
+    );
+    text
+}
+
+fn text(s: &Status) -> String {
+    let mut text = String::new();
+    output::push_line(&mut text, format!("run {} (process {}): {}", s.run, s.pid, s.phase));
+    for d in &s.disks {
+        let (done, total) = (human_bytes(d.done), human_bytes(d.total));
+        let copied = human_bytes(d.copied);
+        let (disk, level, state) = (&d.disk, &d.level, &d.state);
+        output::push_line(
+            &mut text,
+            format!("  {disk} {level} {state}: {copied} copied, at {done} of {total}"),
+        );
+    }
+    text
+}
+
+fn is_there(vm: &Address) -> bool {
+    !matches!(vm, Address::Unix(p) if folder::resolve(p).is_err())
+}
