@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::journal::{self, MAX_JOURNAL};
 use super::manifest::FOLDER;
-use super::unfinished::{self, MAX_JOURNAL};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 use crate::text::path_text;
@@ -64,7 +64,7 @@ pub(super) fn read_side(side: &Folder) -> Result<Option<Linking>> {
     let Some(bytes) = side.read_if_there(NAME, MAX_JOURNAL).map_err(failed)? else {
         return Ok(None);
     };
-    unfinished::check_count(&bytes, &path())?;
+    journal::check_count(&bytes, &path())?;
     serde_json::from_slice(&bytes).map(Some).map_err(|e| {
         Error::new(Kind::Corrupt, "the journal of a link-disk is damaged")
             .with_source(e)
@@ -86,7 +86,7 @@ pub fn write_in(dir: &Folder, linking: &Linking) -> Result<()> {
     let path = journal_path(dir.path());
     let text = serde_json::to_vec_pretty(linking)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
-    unfinished::check_count(&text, &path)?;
+    journal::check_count(&text, &path)?;
     dir.make_folder(FOLDER)
         .and_then(|side| side.write_whole(NAME, &text))
         .map_err(|e| Error::io(e, "cannot write the journal").at_path(&path))

@@ -15,6 +15,7 @@ mod format;
 mod group;
 mod info;
 mod inside;
+pub mod journal;
 mod level;
 mod link;
 pub mod linking;

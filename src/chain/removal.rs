@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::journal::{self, MAX_JOURNAL};
 use super::linking;
 use super::manifest::{FOLDER, Manifest, plain_name};
-use super::unfinished::{self, MAX_JOURNAL};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 
@@ -76,7 +76,7 @@ pub(super) fn read_side(side: &Folder) -> Result<Option<Removal>> {
     let path = || side.join(NAME);
     let bytes = side.read_if_there(NAME, MAX_JOURNAL).map_err(|e| cannot_read(e, &path()))?;
     let Some(bytes) = bytes else { return Ok(None) };
-    unfinished::check_count(&bytes, &path())?;
+    journal::check_count(&bytes, &path())?;
     let removal: Removal = serde_json::from_slice(&bytes).map_err(|e| {
         Error::new(Kind::Corrupt, "the journal of removals is damaged")
             .with_source(e)
@@ -105,7 +105,7 @@ pub fn pending(dir: &Path) -> Vec<String> {
 /// says that there is one.
 pub(super) fn pending_in(side: &Folder) -> Vec<String> {
     let mut leaving = read_side(side).ok().flatten().map(|r| r.remove).unwrap_or_default();
-    leaving.extend(unfinished::leaving_by_fold(side));
+    leaving.extend(journal::leaving_by_fold(side));
     leaving.extend(linking::arriving(side));
     leaving
 }
@@ -162,7 +162,7 @@ pub fn write_in(dir: &Folder, removal: &Removal) -> Result<()> {
     removal.check_names(&path)?;
     let text = serde_json::to_vec_pretty(removal)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
-    unfinished::check_count(&text, &path)?;
+    journal::check_count(&text, &path)?;
     let write = || {
         let side = dir.make_folder(FOLDER)?;
         side.write_whole(NAME, &text)?;

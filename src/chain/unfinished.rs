@@ -7,22 +7,15 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::journal::{FOLD, read_fold};
 use super::linking::Linking;
 use super::manifest::FOLDER;
 use super::{linking, removal};
 use crate::error::{Error, Finding, Kind, Result};
-use crate::folder::{Entry, EntryKind, Folder, PlainName};
+use crate::folder::{Entry, EntryKind, Folder};
 use crate::text::path_text;
-
-/// The journal of a fold, in the folder for manifests.
-pub const FOLD: &str = "fold.json";
 /// Ends the names of saved headers.
 pub const HEADER_SUFFIX: &str = ".header";
-/// A journal names some images, and has a manifest or two: 100,000 names of 255 bytes.
-pub const MAX_JOURNAL: u64 = 32 << 20;
-
-/// Values in a journal: the names of more images than a folder has, and some manifests.
-const MAX_VALUES: usize = 1_000_000;
 
 /// What to do about it.
 const REMEDY: &str = "'fleecefs verify --create DIR', or the next command that writes there, \
@@ -121,45 +114,4 @@ pub fn refuse(root: &Path) -> Result<()> {
     let Some(dir) = folders(root).into_iter().next() else { return Ok(()) };
     let what = "a run that altered this folder was broken off";
     Err(Error::new(Kind::Incomplete, what).at_path(dir).remedy(REMEDY))
-}
-
-/// Fails if a journal has more values than any of ours: each takes many times its bytes in memory.
-///
-/// # Errors
-/// `Corrupt`.
-pub fn check_count(journal: &[u8], path: &Path) -> Result<()> {
-    if journal.iter().filter(|b| **b == b',').count() <= MAX_VALUES {
-        return Ok(());
-    }
-    Err(Error::new(Kind::Corrupt, "the journal has too many entries")
-        .at_path(path)
-        .remedy("verify the disk, then remove the journal"))
-}
-
-/// The images beside `side` that a fold is about to remove.
-pub(super) fn leaving_by_fold(side: &Folder) -> Vec<String> {
-    read_fold(side).ok().flatten().unwrap_or_default()
-}
-
-/// The images that the journal of a fold in `side` removes; `None` if there is no journal.
-fn read_fold(side: &Folder) -> Result<Option<Vec<String>>> {
-    #[derive(serde::Deserialize)]
-    struct Fold {
-        interim: PlainName,
-        increments: Vec<PlainName>,
-    }
-    let path = || side.join(FOLD);
-    let text = side
-        .read_if_there(FOLD, MAX_JOURNAL)
-        .map_err(|e| Error::io(e, "cannot read the journal of a fold").at_path(path()))?;
-    let Some(text) = text else { return Ok(None) };
-    check_count(&text, &path())?;
-    let fold: Fold = serde_json::from_slice(&text).map_err(|e| {
-        Error::new(Kind::Corrupt, "the journal of a fold is damaged")
-            .with_source(e)
-            .at_path(path())
-            .remedy("verify the disk, then remove the journal")
-    })?;
-    let all = fold.increments.iter().chain([&fold.interim]);
-    Ok(Some(all.filter_map(|p| Some(p.as_os_str().to_str()?.to_string())).collect()))
 }
