@@ -91,10 +91,10 @@ impl Content for Kinds {
     }
 }
 
-/// What a caller of [`Layer::outline`] keeps between calls: what is in each table that was read.
+/// What a caller of [`super::Layer::outline`] keeps between calls: what is in each table that was read.
 pub type KnownTables = HashMap<u64, Kinds>;
 
-/// The result of [`Layer::map`]: a list that covers exactly the range asked for, and what was
+/// The result of [`super::Layer::map`]: a list that covers exactly the range asked for, and what was
 /// found wrong on the way (each such range is [`Mapping::Bad`]).
 #[derive(Debug)]
 pub struct LayerMap {
@@ -106,11 +106,11 @@ pub struct LayerMap {
     pub suppressed: u64,
 }
 
-/// Findings kept per call of [`Layer::map`]: a table full of garbage has thousands, and the first
+/// Findings kept per call of [`super::Layer::map`]: a table full of garbage has thousands, and the first
 /// few say all there is to say.
 const MAX_FINDINGS: usize = 8;
 
-/// Extents kept per call of [`Layer::map`]. Twice what a window of 64 MiB in pieces of 512 bytes
+/// Extents kept per call of [`super::Layer::map`]. Twice what a window of 64 MiB in pieces of 512 bytes
 /// takes. Only disks of more than 64 TiB have larger windows, and only a hostile image, in which
 /// thousands of table entries share a cluster, fills one of those with so many.
 pub const MAX_EXTENTS: usize = 1 << 18;

@@ -19,7 +19,7 @@ pub enum Format {
     SparseStream,
 }
 
-/// What [`probe`] finds out about a file without opening another.
+/// What [`super::probe`] finds out about a file without opening another.
 #[derive(Debug, Clone)]
 pub struct ImageInfo {
     /// The file's format.
@@ -77,7 +77,7 @@ pub enum Part {
 pub struct LayerSpec {
     /// The file, as the scan saw it.
     pub file: Arc<SourceFile>,
-    /// Its format, as [`probe`] found it.
+    /// Its format, as [`super::probe`] found it.
     pub format: Format,
     /// Which part of it.
     pub part: Part,
