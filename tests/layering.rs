@@ -168,3 +168,190 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
     }
     assert!(wrong.is_empty(), "{wrong:?}");
 }
+
+/// The modules in which files still import each other in circles.
+const CIRCLES: [&str; 2] = ["backup", "cli"];
+
+/// A file, by the names of the modules down to it: `["chain", "scan"]`; `mod.rs` has its folder's.
+type Module = Vec<String>;
+
+/// Paths with their braces and line breaks resolved: `a::{b, c::d as e}` names `a::b` and `a::c::d`.
+fn paths(written: &str) -> Vec<String> {
+    let written = written.split_whitespace().collect::<Vec<_>>().join(" ");
+    let Some((head, rest)) = written.split_once('{') else {
+        return vec![written.split(" as ").next().unwrap_or("").trim().to_string()];
+    };
+    let body = rest.rsplit_once('}').map_or(rest, |(body, _)| body);
+    let (mut items, mut item, mut depth) = (Vec::new(), String::new(), 0);
+    for c in body.chars() {
+        depth += i32::from(c == '{') - i32::from(c == '}');
+        match c {
+            ',' if depth == 0 => items.push(std::mem::take(&mut item)),
+            c => item.push(c),
+        }
+    }
+    items.push(item);
+    let items = items.iter().filter(|i| !i.trim().is_empty());
+    items.flat_map(|i| paths(i)).map(|p| format!("{}{p}", head.trim())).collect()
+}
+
+/// The code without comments, texts, and who may see an item.
+fn bare(code: &str) -> String {
+    let mut bare = String::new();
+    for line in code.lines().filter(|l| !l.trim_start().starts_with("//")) {
+        // Every second part is inside a text, in lines without escaped quotes.
+        let line = line.trim_start();
+        let line = match line.strip_prefix("pub(in ").and_then(|rest| rest.split_once(')')) {
+            Some((_, item)) => item,
+            None => line,
+        };
+        bare.extend(line.split('"').step_by(2));
+        bare.push('\n');
+    }
+    bare
+}
+
+/// All that a file names: in its `use` lines, with those that it passes on, and in its code.
+struct Named {
+    imports: Vec<String>,
+    passed_on: Vec<String>,
+}
+
+/// Whether this ends with `pub` or `pub(somewhere)`.
+fn is_public(before: &str) -> bool {
+    let word = before.rsplit(|c: char| c.is_whitespace() || c == ']' || c == '}').next();
+    word.is_some_and(|w| w == "pub" || w.starts_with("pub("))
+}
+
+fn named_in(code: &str) -> Named {
+    let (mut imports, mut passed_on, mut rest) = (Vec::new(), Vec::new(), String::new());
+    for statement in code.split_inclusive(';') {
+        let begin = statement.rfind("use ").filter(|b| {
+            let before = statement[..*b].trim_end();
+            before.is_empty() || before.ends_with(['}', ';', ']']) || is_public(before)
+        });
+        match begin {
+            Some(b) => {
+                rest.push_str(&statement[..b]);
+                let list = paths(statement[b + 4..].trim_end_matches(';'));
+                let public = is_public(statement[..b].trim_end());
+                passed_on.extend(list.clone());
+                imports.extend(list.into_iter().filter(|_| !public));
+            }
+            None => rest.push_str(statement),
+        }
+    }
+    let is_path = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
+    let words = rest.split(|c| !is_path(c)).filter(|w| w.contains("::"));
+    imports.extend(words.map(str::to_string));
+    Named { imports, passed_on }
+}
+
+/// All files, and what they name.
+struct Files(std::collections::BTreeMap<Module, Named>);
+
+impl Files {
+    fn read() -> Files {
+        let mut files = std::collections::BTreeMap::new();
+        for (file, code) in code() {
+            let name = file.file_stem().unwrap();
+            if name == "tests" || name == "testing" {
+                continue;
+            }
+            let mut module: Module =
+                file.with_extension("").iter().map(|p| p.to_string_lossy().into()).collect();
+            module.pop_if(|last| last == "mod");
+            files.insert(module, named_in(&bare(&code)));
+        }
+        Files(files)
+    }
+
+    /// The file in which what `from` calls `path` is.
+    fn find(&self, from: &Module, path: &str, depth: usize) -> Option<Module> {
+        let mut at = from.clone();
+        let mut words = path.split("::").map(str::trim).peekable();
+        match words.peek()? {
+            &"crate" => (at, _) = (Module::new(), words.next()),
+            &"self" => _ = words.next(),
+            &"super" => {
+                while words.next_if(|w| *w == "super").is_some() {
+                    at.pop();
+                }
+            }
+            word => {
+                self.0.contains_key(&[at.clone(), vec![word.to_string()]].concat()).then_some(())?
+            }
+        }
+        while let Some(word) = words.peek() {
+            let below = [at.clone(), vec![word.to_string()]].concat();
+            if !self.0.contains_key(&below) && !self.0.keys().any(|k| k.starts_with(&below)) {
+                break;
+            }
+            at = below;
+            words.next();
+        }
+        // What a module passes on is where it comes from.
+        let item = words.next().filter(|_| depth < 5);
+        let passed = item.and_then(|item| {
+            let list = &self.0.get(&at)?.passed_on;
+            let path = list.iter().find(|p| p.rsplit("::").next() == Some(item))?;
+            self.find(&at, path, depth + 1)
+        });
+        passed.or_else(|| self.0.contains_key(&at).then_some(at))
+    }
+
+    /// What a file imports from other files of its top module.
+    fn beside(&self, file: &Module) -> Vec<Module> {
+        let found = self.0[file].imports.iter().filter_map(|p| self.find(file, p, 0));
+        found.filter(|f| f != file && f.first() == file.first()).collect()
+    }
+
+    /// A way from `file` back to it.
+    fn circle(&self, file: &Module) -> Option<Vec<Module>> {
+        let mut ways = vec![vec![file.clone()]];
+        let mut seen = std::collections::BTreeSet::new();
+        while let Some(way) = ways.pop() {
+            for next in self.beside(way.last()?) {
+                let longer = [way.clone(), vec![next.clone()]].concat();
+                if next == *file {
+                    return Some(longer);
+                }
+                if seen.insert(next) {
+                    ways.push(longer);
+                }
+            }
+        }
+        None
+    }
+}
+
+#[test]
+fn what_a_file_names_is_found_however_it_is_written() {
+    let code = "pub use a::A;\nuse super::{b::{C, D as E}, f};\nfn g() { crate::h::i(); j::k() }";
+    let named = named_in(code);
+    assert_eq!(named.passed_on, ["a::A", "super::b::C", "super::b::D", "super::f"]);
+    let all = ["super::b::C", "super::b::D", "super::f", "crate::h::i", "j::k"];
+    assert_eq!(named.imports, all);
+}
+
+#[test]
+fn files_of_a_module_import_one_way() {
+    let files = Files::read();
+    let mut wrong = Vec::new();
+    for file in files.0.keys().filter(|f| f.first().is_some_and(|top| top != "lib")) {
+        if !CIRCLES.contains(&file[0].as_str())
+            && let Some(way) = files.circle(file)
+        {
+            let names: Vec<String> = way.iter().map(|m| m.join("/")).collect();
+            wrong.push(names.join(" -> "));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // Seen at all: what a folder's own file imports, what it passes on, what is inside it.
+    let [scan, tree, format] =
+        ["scan", "tree", "format"].map(|f| vec!["chain".to_string(), f.to_string()]);
+    assert!(files.beside(&scan).contains(&tree) && files.beside(&scan).contains(&format));
+    assert!(
+        CIRCLES.iter().all(|top| files.0.keys().any(|f| f[0] == *top && files.circle(f).is_some()))
+    );
+}

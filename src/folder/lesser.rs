@@ -11,6 +11,10 @@ use rustix::io::Errno;
 
 use crate::text::path_text;
 
+/// Target, in the log, of warnings about a set-up that stays as it is: whose a folder is, what its file
+/// system lacks. Others come with an event.
+pub const STANDING: &str = "fleecefs::standing";
+
 /// What is done without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lacking {
@@ -50,7 +54,7 @@ impl Lacking {
         static TOLD: [AtomicBool; 4] = [const { AtomicBool::new(false) }; 4];
         let first = TOLD.get(self as usize).is_some_and(|t| !t.swap(true, Ordering::Relaxed));
         if first {
-            log::warn!(target: super::STANDING, "{}: {}", path_text(path), self.weaker());
+            log::warn!(target: STANDING, "{}: {}", path_text(path), self.weaker());
         } else {
             log::debug!("{}: {self:?} is refused", path_text(path));
         }

@@ -49,7 +49,7 @@ pub use file_id::FileId;
 pub use fixed::Fixed;
 pub use handle::Handle;
 pub use held::reopen;
-pub use lesser::{set_modified, set_times};
+pub use lesser::{STANDING, set_modified, set_times};
 pub use lock::{Lock, Locked, is_in_use, qemu_writes};
 pub use name::{PlainName, plain};
 pub use once::{
@@ -450,10 +450,6 @@ pub fn absent_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 fn is_absent(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidFilename)
 }
-
-/// Target, in the log, of warnings about a set-up that stays as it is: whose a folder is, what its file
-/// system lacks. Others come with an event.
-pub const STANDING: &str = "fleecefs::standing";
 
 #[cfg(test)]
 mod tests;

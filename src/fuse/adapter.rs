@@ -183,17 +183,13 @@ pub fn negotiate(config: &mut KernelConfig) {
 }
 
 /// Answers with the value, its length, or ERANGE, as `getxattr` and `listxattr` want it.
-fn reply_xattr(value: fs_result::Bytes, size: u32, reply: ReplyXattr) {
+fn reply_xattr(value: Result<Vec<u8>, fs::Errno>, size: u32, reply: ReplyXattr) {
     match value {
         Err(e) => reply.error(errno(e)),
         Ok(v) if size == 0 => reply.size(u32::try_from(v.len()).unwrap_or(u32::MAX)),
         Ok(v) if v.len() > size as usize => reply.error(Errno::ERANGE),
         Ok(v) => reply.data(&v),
     }
-}
-
-mod fs_result {
-    pub type Bytes = std::result::Result<Vec<u8>, super::fs::Errno>;
 }
 
 impl Filesystem for Adapter {
