@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::disk::job_error;
-use super::early::{Early, Mark};
+use super::early::{Barriers, Mark};
 use super::names::{Role, object};
-use super::work::{Active, Run};
+use super::session::{Active, Run};
 use crate::error::Result;
 use crate::progress::Position;
 use crate::qmp::budget::short;
@@ -31,24 +31,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A test hook: bytes from one barrier to the next. They are made on a single processor too then.
 const HOOK: &str = "FLEECEFS_BARRIER";
-
-/// The barriers of a disk.
-#[derive(Debug)]
-pub struct Barriers {
-    early: Early,
-    every: u64,
-    /// How long the image was at the last one.
-    last: u64,
-    /// The job was paused by us and is not resumed yet: until when it is waited for.
-    paused: Option<Instant>,
-}
-
-impl Barriers {
-    /// What was hashed.
-    pub(super) fn early(self) -> Early {
-        self.early
-    }
-}
 
 /// How much an image has to grow, if it is to be hashed while it does: without a second processor the
 /// copying would only become slower.

@@ -2,7 +2,7 @@
 //! point says which disks of its run have none.
 
 use super::publish;
-use super::work::{Active, Run, State};
+use super::session::{Active, Run, State};
 use crate::chain::manifest::{self, Skipped};
 use crate::error::{Error, Kind, Result};
 

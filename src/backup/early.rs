@@ -16,6 +16,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::error::{Error, Kind, Result};
 use crate::hash::Check;
@@ -205,6 +206,24 @@ impl Seen {
             *count += u32::from(cluster.guest_end <= u.guest);
             Ok(())
         })
+    }
+}
+
+/// The barriers of a disk.
+#[derive(Debug)]
+pub struct Barriers {
+    pub(super) early: Early,
+    pub(super) every: u64,
+    /// How long the image was at the last one.
+    pub(super) last: u64,
+    /// The job was paused by us and is not resumed yet: until when it is waited for.
+    pub(super) paused: Option<Instant>,
+}
+
+impl Barriers {
+    /// What was hashed.
+    pub(super) fn early(self) -> Early {
+        self.early
     }
 }
 

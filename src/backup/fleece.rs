@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::leftover::{Made, fleece_path};
 use super::names::{Role, object};
-use super::plan::DiskPlan;
+use super::planned::DiskPlan;
 use super::seen::{Insertion, qom_path};
 use super::space::Space;
 use super::{Compression, CopyOptions, Watch, graph};

@@ -1,10 +1,10 @@
 //! What the target holds: which of its folders belongs to which disk.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::history::History;
-use super::plan::{DiskPlan, Inputs, Plan};
+pub use super::planned::Folders;
+use super::planned::{DiskPlan, Inputs, Plan};
 use super::seen::SeenDisk;
 use super::target_id::months_of;
 pub use super::target_id::{TargetId, stored_id};
@@ -14,9 +14,6 @@ use crate::chain::manifest::{DiskIdentity, Manifest};
 pub use crate::chain::manifest::{vm_name, vm_uuid};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind};
-
-/// What the folders of disks are called whose names do not tell: by the disk's file.
-pub type Folders = BTreeMap<String, String>;
 
 /// Which folder belongs to which disk, and what it holds. A disk keeps the folder whose manifests
 /// name its file, else its bitmap or device; a new one gets a folder by its base name, made unique.

@@ -8,7 +8,7 @@
 
 use super::folders::other_vm;
 use super::history::{History, no_base};
-use super::plan::{DiskPlan, Inputs};
+use super::planned::{DiskPlan, Inputs};
 use super::seen::SeenDisk;
 use super::{Every, LevelWish, Options, names, watermark};
 use crate::chain::Level;

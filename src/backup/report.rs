@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::plan::{Plan, is_unwanted};
+use super::planned::{Plan, is_unwanted};
 use crate::chain::Level;
 use crate::chain::manifest::{Achieved, Consistency, Manifest, Skipped};
 use crate::error::{Error, Kind, Result};

@@ -18,17 +18,17 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use super::begin::look;
-use super::beside::Neighbours;
 use super::control::{Control, Shared, Status};
 use super::folders::TargetId;
 use super::journal::{Journal, Record};
 use super::lock::{Lock, real_path, state_folder};
-use super::plan::Inputs;
+use super::neighbours::Neighbours;
+use super::planned::Inputs;
 use super::recover::{Cause, Place};
 use super::report::Report;
+use super::session::Run;
 use super::space::Reserves;
 use super::targets::Targets;
-use super::work::Run;
 use super::{
     LevelWish, Options, Stopping, Watch, folders, migration, names, nbdserver, now, plan, publish,
     shared, vm, wait,

@@ -1,142 +1,28 @@
 //! A run at work: the phases over all disks, and the end, whatever it is.
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::barrier::Barriers;
-use super::beside::Neighbours;
 use super::conclude::failure;
-use super::control::{DiskStatus, Shared};
+use super::control::DiskStatus;
 use super::expected::Stage;
-use super::fleece::Fleece;
-use super::folders::{Folders, TargetId};
-use super::journal::{DiskRecord, Journal, Pending, Record};
+use super::journal::{Pending, Record};
 use super::migration::Guard;
 use super::moment::{Insert, Scene};
 use super::names::{Role, object};
-use super::plan::{DiskPlan, Plan};
-use super::publish::Held;
+use super::planned::Plan;
 use super::recover::{Cause, Fate, Place};
 use super::report::{DiskReport, Report};
-use super::space::Reserves;
+use super::session::{Active, Run, State};
 use super::teardown::{Scope, teardown};
-use super::zeros::ChainData;
-use super::{Options, StopWish, Watch, migration, moment, nbdserver, now, publish, recover};
-use crate::chain::manifest::{self, Consistency, Manifest, Skipped};
+use super::{Options, StopWish, migration, moment, nbdserver, now, publish, recover};
+use crate::chain::manifest::{self, Skipped};
 use crate::error::{Error, Kind, Result};
-use crate::folder::Folder;
-use crate::progress::Progress;
 use crate::qmp::Client;
 use crate::qmp::types::Job;
-
-/// A run at work.
-pub struct Run<'a> {
-    pub(super) options: &'a Options,
-    pub(super) watch: &'a dyn Watch,
-    pub(super) client: Client,
-    pub(super) journal: Journal,
-    pub(super) run: String,
-    pub(super) target: TargetId,
-    pub(super) base: PathBuf,
-    pub(super) status: Shared,
-    pub(super) server: Option<nbdserver::Server>,
-    /// From the beginning on.
-    pub(super) migration: Option<migration::Guard>,
-    pub(super) guardian: Option<moment::Held>,
-    pub(super) consistency: Consistency,
-    /// The frozen view needs care, see `run::is_blind`.
-    pub(super) blind: bool,
-    /// What QEMU says about the VM.
-    pub(super) vm: Arc<Value>,
-    /// Chains that INCs build on, by the new image's path.
-    pub(super) chains: HashMap<PathBuf, ChainData>,
-    /// What is given with `--config`: paths and bytes.
-    pub(super) config: Vec<(PathBuf, Vec<u8>)>,
-    /// What must stay free where fleece images are.
-    pub(super) reserves: Reserves,
-    /// The fleece images by the disk's number, held open until QEMU has closed them.
-    pub(super) fleeces: HashMap<usize, Fleece>,
-    /// What other programs do.
-    pub(super) neighbours: Neighbours,
-    /// See [`super::plan::Inputs::newcomer`].
-    pub(super) newcomer: bool,
-    /// See [`super::plan::Inputs::renamed`].
-    pub(super) renamed: Folders,
-}
-
-/// A disk on its way.
-pub struct Active {
-    pub(super) index: usize,
-    pub(super) plan: DiskPlan,
-    pub(super) record: DiskRecord,
-    pub(super) manifest: Manifest,
-    pub(super) chain: Option<ChainData>,
-    /// Its folder in the target, open from then on.
-    pub(super) folder: Option<Arc<Folder>>,
-    /// The image, open from its beginning to its end.
-    pub(super) held: Option<Held>,
-    /// Hashes it while it is written.
-    pub(super) early: Option<Barriers>,
-    pub(super) progress: Arc<dyn Progress>,
-    pub(super) shown: u64,
-    /// Length of the image before anything was copied.
-    pub(super) empty: u64,
-    pub(super) began: Instant,
-    pub(super) state: State,
-}
-
-/// How a disk is getting on.
-pub enum State {
-    /// Up to the end of its job.
-    Going,
-    /// The guest is let go of; the image is being synced.
-    Syncing(JoinHandle<Result<()>>),
-    /// QEMU has closed the image.
-    Closed,
-    Done(Box<Manifest>),
-    Failed(Error),
-}
-
-impl Active {
-    pub(super) fn going(&self) -> bool {
-        matches!(self.state, State::Going)
-    }
-
-    /// Its folder.
-    pub(super) fn folder(&self) -> Result<&Arc<Folder>> {
-        let folder = self.folder.as_ref();
-        folder.ok_or_else(|| Error::new(Kind::Io, "the folder is not open").at_path(&self.plan.dir))
-    }
-
-    /// Its image.
-    pub(super) fn held(&self) -> Result<&Held> {
-        self.held.as_ref().ok_or_else(|| Error::new(Kind::Io, "the image is not open"))
-    }
-
-    pub(super) fn syncing(&self) -> bool {
-        matches!(self.state, State::Syncing(_))
-    }
-
-    fn synced(&self) -> bool {
-        matches!(&self.state, State::Syncing(t) if t.is_finished())
-    }
-
-    /// Bytes that the image got: a job counts the holes that it passes as well.
-    pub(super) fn copied(&self, job: &Job) -> u64 {
-        let len = self.held.as_ref().and_then(|h| h.length());
-        len.map_or(job.current_progress, |l| l.saturating_sub(self.empty).min(job.current_progress))
-    }
-
-    pub(super) fn settled(&self) -> bool {
-        matches!(self.state, State::Done(_) | State::Failed(_))
-    }
-}
 
 impl Run<'_> {
     pub(super) fn execute(&mut self) -> Result<Report> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::backup::history::History;
-use crate::backup::{Options, target_id};
+use crate::backup::target_id;
 use crate::chain::manifest::{DiskIdentity, Manifest, vm_name, vm_uuid};
 use crate::chain::name::{Promise, promise};
 use crate::error::{Error, Kind, Result};
@@ -35,12 +35,18 @@ pub struct KnownDisk {
 }
 
 impl Known {
-    /// Looks for each of `disks`, `FILE` or `FORMAT:FILE`, in the target.
+    /// Looks for each of `disks`, `FILE` or `FORMAT:FILE`, in the target, which others may share; `names`
+    /// says what disks are called.
     ///
     /// # Errors
     /// `NotFound` if there is no such file; `Usage` if they are disks of several VMs, or of none that
     /// the target knows while it has points of another.
-    pub fn find(options: &Options, target: &Path, disks: &[String]) -> Result<Self> {
+    pub fn find(
+        names: &[(String, String)],
+        shared: bool,
+        target: &Path,
+        disks: &[String],
+    ) -> Result<Self> {
         let histories = histories(target)?;
         let mut found = Known { vm: None, disks: Vec::new() };
         let mut points: Vec<&Manifest> = Vec::new();
@@ -56,7 +62,7 @@ impl Known {
             let newest = |m: &&Manifest| m.time;
             let manifests = || histories.iter().flat_map(|h| h.entries.iter());
             let all = || manifests().filter_map(|e| e.manifest.as_ref());
-            let named = options.names.iter().find(|(disk, _)| means(disk, &real));
+            let named = names.iter().find(|(disk, _)| means(disk, &real));
             let under = named.and_then(|(_, name)| {
                 let of = histories.iter().filter(|h| h.dir.file_name() == Some(name.as_ref()));
                 of.filter_map(History::last_manifest).max_by_key(newest)
@@ -75,7 +81,7 @@ impl Known {
             found.disks.push(KnownDisk { real, identity, format });
         }
         found.vm = one_vm(&points)?;
-        if found.vm.is_none() && !options.shared && options.names.is_empty() {
+        if found.vm.is_none() && !shared && names.is_empty() {
             refuse_other_vm(&histories)?;
         }
         Ok(found)

@@ -91,7 +91,7 @@ pub fn backup_offline(
     let _lock = Lock::offline(state.path(), &name)?;
     let failed = |e| Error::io(e, "cannot make a folder for sockets").at_path(state.join(&name));
     let own = state.make_folder(&name).map_err(failed)?;
-    let known = Known::find(options, &target, disks)?;
+    let known = Known::find(&options.names, options.shared, &target, disks)?;
     for dir in std::iter::once(&target).chain(&options.copy.fleece_dir) {
         image::check_place(dir.ancestors().find(|a| folder::exists(a)).unwrap_or(dir))?;
     }

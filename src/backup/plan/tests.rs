@@ -1,7 +1,9 @@
 use super::*;
+use crate::backup::folders::{Folders, TargetId};
 use crate::backup::graph::{Path as NodePath, Root};
 use crate::backup::seen::Insertion;
 use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
+use crate::chain::manifest::Manifest;
 use crate::chain::manifest::{
     self, BackingFile, BitmapInfo, DiskIdentity, fingerprint, tests::example,
 };
@@ -9,6 +11,7 @@ use crate::qmp::Address;
 use crate::qmp::types::Bitmap;
 use serde_json::{Value, json};
 use std::ffi::OsStr;
+use std::path::Path;
 use std::time::Duration;
 
 static NONE: Folders = Folders::new();
