@@ -11,7 +11,6 @@ use super::journal::{self, MAX_JOURNAL};
 use super::manifest::FOLDER;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
-use crate::text::path_text;
 
 /// The journal's name, in the folder for manifests.
 pub const NAME: &str = "link-disk.journal";
@@ -31,12 +30,24 @@ pub struct Linking {
     /// What he said of other sizes and devices.
     #[serde(default)]
     pub force: bool,
+    /// All of them have arrived: an image that is not there now is gone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub arrived: bool,
 }
 
+/// What to do about one that cannot be finished. No command with the names that the journal says: its
+/// owner may write there what he likes.
+pub const REMEDY: &str = "call 'fleecefs link-disk' again as it was called, or remove the journal: points \
+                          may be there twice then, none is lost";
+
+/// Bytes of a disk's name in a journal.
+const MAX_NAME: usize = 4096;
+
 impl Linking {
-    /// The command, for messages.
-    pub fn command(&self) -> String {
-        format!("fleecefs link-disk DIR '{}' '{}'", path_text(&self.old), path_text(&self.new))
+    /// Whether both are of one call.
+    pub fn is_of(&self, other: &Linking) -> bool {
+        let same = Linking { arrived: other.arrived, ..self.clone() };
+        same == *other
     }
 }
 
@@ -65,17 +76,22 @@ pub(super) fn read_side(side: &Folder) -> Result<Option<Linking>> {
         return Ok(None);
     };
     journal::check_count(&bytes, &path())?;
-    serde_json::from_slice(&bytes).map(Some).map_err(|e| {
+    let damaged = || {
         Error::new(Kind::Corrupt, "the journal of a link-disk is damaged")
-            .with_source(e)
             .at_path(path())
             .remedy("remove the journal, and call 'fleecefs link-disk' again as it was called")
-    })
+    };
+    let linking: Linking = serde_json::from_slice(&bytes).map_err(|e| damaged().with_source(e))?;
+    match linking.old.len().max(linking.new.len()) > MAX_NAME {
+        true => Err(damaged()),
+        false => Ok(Some(linking)),
+    }
 }
 
 /// The images beside `side` that are on their way in.
 pub(super) fn arriving(side: &Folder) -> Vec<String> {
-    read_side(side).ok().flatten().map(|l| l.arriving).unwrap_or_default()
+    let linking = read_side(side).ok().flatten().filter(|l| !l.arrived);
+    linking.map(|l| l.arriving).unwrap_or_default()
 }
 
 /// Writes the journal of `dir`, so that it survives a power cut.
@@ -90,6 +106,24 @@ pub fn write_in(dir: &Folder, linking: &Linking) -> Result<()> {
     dir.make_folder(FOLDER)
         .and_then(|side| side.write_whole(NAME, &text))
         .map_err(|e| Error::io(e, "cannot write the journal").at_path(&path))
+}
+
+/// Fails while a link of the images in `dir` is unfinished: what alters a chain would alter one of the two.
+///
+/// # Errors
+/// `Incomplete`; the journal cannot be read.
+pub fn refuse(dir: &Path) -> Result<()> {
+    let open = folder::absent_is_none(Folder::open(dir));
+    let Some(folder) = open.map_err(|e| Error::io(e, "cannot open the folder").at_path(dir))?
+    else {
+        return Ok(());
+    };
+    match read_in(&folder)? {
+        None => Ok(()),
+        Some(_) => Err(Error::new(Kind::Incomplete, "a link-disk was broken off here")
+            .at_path(journal_path(dir))
+            .remedy(REMEDY)),
+    }
 }
 
 /// Removes the journal of `dir`, if there is one.

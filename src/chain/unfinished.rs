@@ -97,13 +97,13 @@ fn finding(side: &Folder, journal: &Entry) -> Finding {
 fn unfinished_link(journal: PathBuf, linking: &Linking) -> Finding {
     let what = format!(
         "link-disk is at work here, or was broken off: until it is finished, points of '{}' are there \
-         twice, as those of '{}' too; none is lost",
+         twice, as those of '{}' too",
         path_text(&linking.old),
         path_text(&linking.new)
     );
     let remedy =
-        format!("{}, or the next command that writes there, finishes it", linking.command());
-    Finding { remedy: Some(remedy), ..Finding::warning(Kind::Incomplete, journal, what) }
+        "'fleecefs link-disk' as it was called, or the next command that writes there, finishes it";
+    Finding { remedy: Some(remedy.into()), ..Finding::warning(Kind::Incomplete, journal, what) }
 }
 
 /// Fails if there is anything unfinished from `root` downward.

@@ -345,6 +345,16 @@ enum CompressArg {
     Zstd,
 }
 
+/// The state folders beside `state` of the owners as whom `--as-owner` has worked.
+pub fn of_owners(state: &Path) -> Vec<PathBuf> {
+    let (Some(above), Some(name)) = (state.parent(), state.file_name()) else { return Vec::new() };
+    let mut prefix = name.to_os_string();
+    prefix.push(".as-");
+    let entries = folder::entries(above).unwrap_or_default().into_iter();
+    let is = |n: &OsStr| n.as_bytes().starts_with(prefix.as_bytes());
+    entries.filter(|e| is(&e.name)).map(|e| above.join(e.name)).collect()
+}
+
 impl BackupArgs {
     /// The backup directory.
     pub fn target(&self) -> &Path {
@@ -377,13 +387,7 @@ impl BackupArgs {
     /// # Errors
     /// The state folder cannot be found.
     pub fn look_at_owners(&mut self) -> Result<()> {
-        let state = self.state.dir()?;
-        let (Some(above), Some(name)) = (state.parent(), state.file_name()) else { return Ok(()) };
-        let mut prefix = name.to_os_string();
-        prefix.push(".as-");
-        let entries = folder::entries(above).unwrap_or_default().into_iter();
-        let is = |n: &OsStr| n.as_bytes().starts_with(prefix.as_bytes());
-        self.more_state = entries.filter(|e| is(&e.name)).map(|e| above.join(e.name)).collect();
+        self.more_state = of_owners(&self.state.dir()?);
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::backup::StateArgs;
+use super::backup::{StateArgs, of_owners};
 use super::status::{self, StatusArgs};
 use super::{output, paths};
 use crate::backup::folders::TargetId;
@@ -257,7 +257,7 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
     let mut chosen = info::bitmaps(&mut client)?;
     chosen.retain(|b| choice.takes(b));
     if !choice.keep.is_empty() && !args.all_targets {
-        check_targets(&Targets::read(&state, &vm, &[])?, &chosen)?;
+        check_targets(&Targets::read(&state, &vm, &of_owners(&state))?, &chosen)?;
     }
     for b in &chosen {
         if !args.dry_run {

@@ -85,10 +85,11 @@ pub fn run(args: LinkDiskArgs) -> Result<()> {
 }
 
 /// Goes on with what was broken off from `root` downward, but for that of the disks `own`. The caller
-/// holds the locks.
+/// holds the locks. Where it cannot be gone on with, a warning says so: no point is lost or wrong, and
+/// nobody's backup has to wait for it.
 ///
 /// # Errors
-/// It cannot be gone on with; the message says how to go on.
+/// A journal is damaged.
 pub(super) fn finish(root: &Path, own: Option<(&Path, &Path)>) -> Result<()> {
     for dir in unfinished::folders(root) {
         // The other one of a pair may be gone with it.
@@ -104,11 +105,14 @@ pub(super) fn finish(root: &Path, own: Option<(&Path, &Path)>) -> Result<()> {
             continue;
         }
         log::warn!("{}: going on with a link-disk that was broken off", path_text(&dir));
-        go_on(root, &folder, &linking).map_err(|e| {
-            let what = format!("a link-disk was broken off here, and cannot be finished: {e}");
-            let remedy = format!("finish it first with: {}", linking.command());
-            Error::new(e.kind(), what).at_path(linking::journal_path(&dir)).remedy(remedy)
-        })?;
+        if let Err(e) = go_on(root, &folder, &linking) {
+            log::warn!(
+                "{}: a link-disk was broken off here and cannot be finished: {} ({})",
+                path_text(&linking::journal_path(&dir)),
+                e.report(),
+                linking::REMEDY
+            );
+        }
     }
     Ok(())
 }
@@ -126,7 +130,7 @@ fn go_on(root: &Path, dir: &Folder, linking: &Linking) -> Result<()> {
     let to = find_disk(&catalog, &above.join(new))?;
     let from = match find_disk(&catalog, &above.join(old)) {
         Err(e) if e.kind() == Kind::NotFound && join::is_joined(old, to) => {
-            check_single(dir, linking)?;
+            check_single(to, linking)?;
             let done = Joining::done(&above.join(old), to);
             return join::execute(&done, &catalog, &Bar::default());
         }
@@ -148,11 +152,14 @@ fn go_on(root: &Path, dir: &Folder, linking: &Linking) -> Result<()> {
 fn says(disk: &Disk, linking: &Linking) -> Result<Option<Folder>> {
     let Some(dir) = disk.points.first().and_then(|p| p.source.parent()) else { return Ok(None) };
     let folder = verbs::open_folder(dir)?;
-    Ok(linking::read_in(&folder)?.filter(|l| l == linking).map(|_| folder))
+    Ok(linking::read_in(&folder)?.filter(|l| l.is_of(linking)).map(|_| folder))
 }
 
 /// Fails if the images have other names yet, which are then outside of the directory that is read.
-fn check_single(dir: &Folder, linking: &Linking) -> Result<()> {
+fn check_single(to: &Disk, linking: &Linking) -> Result<()> {
+    let dir = verbs::open_folder(
+        to.points.first().and_then(|p| p.source.parent()).unwrap_or(Path::new("")),
+    )?;
     let is_single = |n: &String| dir.look(n).is_ok_and(|m| m.nlink() == 1);
     match linking.arriving.iter().all(is_single) {
         true => Ok(()),

@@ -69,13 +69,22 @@ pub fn run(args: RecoverArgs) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
     let console = args.show.console()?;
-    let _lock = Lock::vm(&state, &vm)?;
+    let lock = Lock::vm(&state, &vm)?;
+    // Before all else, and whatever else cannot be read: the guest may be waiting.
+    let first = one(&args, (&state, &vm), &console);
+    drop(lock);
     // Backups of the VM's disks while it was off have journals of their own.
     let off = match args.of.is_offline() {
         true => Vec::new(),
-        false => offline::journals(&state, &vm)?,
+        false => offline::journals(&state, &vm).unwrap_or_else(|e| {
+            log::warn!(
+                "backups of the VM's disks while it was off are not looked at: {}",
+                e.report()
+            );
+            Vec::new()
+        }),
     };
-    let mut done = match one(&args, (&state, &vm), &console) {
+    let mut done = match first {
         // Nobody answers, and nothing of a run that had that QEMU is left.
         Err(e) if is_gone(&e) && journal::pending(&state, &vm)?.is_none() => {
             match args.of.is_offline() || !off.is_empty() {

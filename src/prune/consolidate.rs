@@ -19,7 +19,8 @@ use super::execute::{Known, replace};
 use crate::chain::manifest::{self, Contents, ImageFormat, Manifest, fingerprint_of};
 use crate::chain::removal::{self, Publish, Removal, TEMPORARY};
 use crate::chain::{
-    Catalog, Disk, Level, check_formats, describe as describe_point, name, nearest, record_from,
+    Catalog, Disk, Level, check_formats, describe as describe_point, linking, name, nearest,
+    record_from,
 };
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, FileId, Folder, Replace};
@@ -136,6 +137,7 @@ pub fn plan_at(
     }
     check_point(disk, point)?;
     let dir = p.source.parent().unwrap_or(Path::new("")).to_path_buf();
+    linking::refuse(&dir)?;
     let name = own_name(&p.source)?;
     let Some(image) = name::as_full(&name) else {
         return Err(usage("the file's name does not begin with INC-"));

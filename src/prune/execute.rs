@@ -9,13 +9,14 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::config;
 use super::plan::Plan;
 use crate::chain::manifest::{Manifest, fingerprint_of};
 use crate::chain::removal::{self, Publish, Removal};
-use crate::chain::{Catalog, Disk, manifest};
+use crate::chain::{Catalog, Disk, linking, manifest};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{FileId, Folder};
 use crate::layer::Format;
@@ -260,6 +261,11 @@ fn remove_one(
     manifest::remove_in(dir, OsStr::new(name))
 }
 
+/// Whether those of these images that are there have another name somewhere.
+fn have_another_name(dir: &Folder, images: &[String]) -> bool {
+    images.iter().filter_map(|n| dir.look(n).ok()).all(|m| m.nlink() > 1)
+}
+
 /// Finishes or takes back what runs that were broken off left in `dir`: prune, consolidate and the
 /// verbs that alter a chain. The caller holds the lock.
 ///
@@ -273,6 +279,13 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     work.progress.note(&format!("finishing what an earlier run began in {path}"));
     let known = Known::new();
     let Some(publish) = &removal.publish else {
+        if linking::read_in(dir)?.is_some() && !have_another_name(dir, &removal.remove) {
+            // Nothing goes that is not under its new name: somebody has removed that.
+            log::warn!(
+                "{path}: a link-disk was broken off, and the new names of its points are gone"
+            );
+            return removal::clear_in(dir);
+        }
         remove_all(dir, &removal.remove, None, &known, work.progress)?;
         removal::clear_in(dir)?;
         return config::sweep(dir);

@@ -129,7 +129,7 @@ pub fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joini
         new: new.path.clone(),
         points,
         left: from.left()?,
-        linking: Linking { old: o, new: n, arriving, other_vm, force },
+        linking: Linking { old: o, new: n, arriving, other_vm, force, arrived: false },
         from: from.folder.path().to_path_buf(),
         to: to.folder.path().to_path_buf(),
     })
@@ -430,21 +430,17 @@ pub fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progress) ->
     let (from, to) = (verbs::open_folder(&joining.from)?, verbs::open_folder(&joining.to)?);
     linking::write_in(&to, &joining.linking)?;
     step("a journal of the link");
-    linking::write_in(&from, &joining.linking)?;
-    step("journals of the link");
-    for p in &joining.points {
-        p.copy_config(&from, &to)?;
-        if let Some(m) = p.manifest.as_ref().filter(|m| !is_written(&to, m)) {
-            manifest::write_in(&to, m)?;
-            step("manifest under the new name");
-        }
-        if let Some(id) = p.id {
-            p.link(id, &from, &to)?;
-            step("image under the new name");
-        }
-        progress.advance(1);
+    let arrived = linking::write_in(&from, &joining.linking)
+        .and_then(|()| bring(joining, &from, &to, progress));
+    if let Err(e) = arrived {
+        // What has two names does no harm, and a journal that nobody can finish does.
+        let _ = linking::clear_in(&to);
+        let _ = linking::clear_in(&from);
+        return Err(e);
     }
-    to.sync().map_err(|e| Error::io(e, "cannot sync the folder").at_path(to.path()))?;
+    let linking = Linking { arrived: true, ..joining.linking.clone() };
+    linking::write_in(&to, &linking)?;
+    step("all points have their new names");
     let names = joining.points.iter().rev().filter(|p| p.from != p.to || from.path() != to.path());
     let removal = Removal { remove: names.map(|p| p.from.clone()).collect(), ..Removal::default() };
     removal::write_in(&from, &removal)?;
@@ -463,6 +459,24 @@ pub fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progress) ->
     linking::clear_in(&to)?;
     step("journals of the link gone");
     Ok(())
+}
+
+/// Gives all points their new names, in addition to the old ones.
+fn bring(joining: &Joining, from: &Folder, to: &Folder, progress: &dyn Progress) -> Result<()> {
+    step("journals of the link");
+    for p in &joining.points {
+        p.copy_config(from, to)?;
+        if let Some(m) = p.manifest.as_ref().filter(|m| !is_written(to, m)) {
+            manifest::write_in(to, m)?;
+            step("manifest under the new name");
+        }
+        if let Some(id) = p.id {
+            p.link(id, from, to)?;
+            step("image under the new name");
+        }
+        progress.advance(1);
+    }
+    to.sync().map_err(|e| Error::io(e, "cannot sync the folder").at_path(to.path()))
 }
 
 /// Clears up after a run whose points are all there.

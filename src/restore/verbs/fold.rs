@@ -42,6 +42,7 @@ impl FoldPlan {
             return Err(Error::new(Kind::NotFound, "there is no image"));
         };
         let increments: Vec<Member> = members.collect();
+        chain::linking::refuse(folder_of(&full.path))?;
         chain::check_formats(line.disk, line.last())?;
         for m in &increments {
             only_qcow2(m)?;

@@ -14,6 +14,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use super::{Line, Member, files, open_folder};
+use crate::chain::linking;
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::layer::Format;
@@ -43,6 +44,7 @@ impl RebasePlan {
         let Some(full) = members.first() else {
             return Err(Error::new(Kind::NotFound, "there is no image"));
         };
+        linking::refuse(folder_of(&full.path))?;
         for m in &members[1..] {
             only_qcow2(m)?;
             same_folder(full, m)?;
