@@ -14,8 +14,8 @@ use crate::text::path_text;
 
 /// The folder that holds the lock file, in the one that is locked.
 const FOLDER: &str = ".fleecefs";
-/// The lock file in it.
-const NAME: &str = "lock";
+/// The lock file in it: there wherever something was written.
+pub const NAME: &str = "lock";
 /// Folders that lie deeper below the one that is locked are not looked into.
 const DEPTH: usize = 200;
 

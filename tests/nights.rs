@@ -104,6 +104,18 @@ fn a_folder_of_other_files_becomes_a_target_with_init_alone() {
     good("with --init", &d, &caller.with(&["--init"]), &[("a.img", "FULL")]);
     good("and again", &d, &caller, &[("a.img", "INC")]);
     assert!(caller.target.join("Photos/1.jpg").exists());
+
+    // One that has nothing but copies is known by what is in it, whoever asks.
+    let copies = Caller { target: d.path("copies"), ..Caller::of(&d) }.with(&["--monthly"]);
+    for _ in 0..2 {
+        let (exit, said) = code(&copies, "copy");
+        assert_eq!(exit, Some(0), "{said}");
+        std::fs::remove_dir_all(&copies.state).unwrap();
+    }
+    // A folder with the name of an id is none.
+    std::fs::create_dir_all(d.path("other/a/uuid")).unwrap();
+    let other = Caller { target: d.path("other"), ..Caller::of(&d) };
+    assert_eq!(code(&other, "copy").0, Some(4));
 }
 
 #[test]

@@ -233,16 +233,23 @@ fn is_harmless(name: &str) -> bool {
 /// Whether a folder, or one in it, has backups: ours, qmpbackup's, or those of another VM.
 fn has_backups(dir: &Path, own: Option<&str>) -> bool {
     let entries = folder::entries(dir).unwrap_or_default();
-    entries.iter().filter_map(|e| e.name.to_str()).any(|name| {
+    let named = entries.iter().filter_map(|e| Some((e.name.to_str()?, e.kind)));
+    named.into_iter().any(|(name, kind)| {
         let whole = name.strip_suffix(".partial").unwrap_or(name);
         let is_image = names::parse_image(whole).is_some() || own == Some(name);
         let is_side = name == manifest::FOLDER && own.is_some();
-        is_image || is_side || name == "uuid"
+        is_image || is_side || (name == "uuid" && kind == EntryKind::File)
     })
 }
 
 /// A folder of the user's other files is not made a backup directory without a word.
 fn check_contents(target: &Path) -> Result<()> {
+    // Whatever has written here has taken a lock, also where there are but copies or folders of months.
+    if folder::look(&target.join(manifest::FOLDER).join(crate::lock::NAME))
+        .is_ok_and(|m| m.is_file())
+    {
+        return Ok(());
+    }
     // What is no folder, or cannot be read, is no target either: that is said when it is made one.
     let Ok(found) = folder::entries(target) else { return Ok(()) };
     let mut others = Vec::new();
