@@ -486,6 +486,40 @@ fn a_backing_file_that_was_changed_makes_a_full() {
     verified(&caller.target);
 }
 
+/// So a new version of a base image is put in its place, and a running QEMU goes on with the old one.
+#[test]
+fn a_backing_file_that_is_replaced_under_a_running_vm_makes_a_full_once_it_is_read() {
+    let name = "a_backing_file_that_is_replaced_under_a_running_vm_makes_a_full_once_it_is_read";
+    if !have(name, QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let (base, thin) = (d.path().join("vm/base.qcow2"), d.path().join("vm/thin.qcow2"));
+    image(&base);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)]);
+    let vm = Vm::start(d.path(), &thin, &UUID);
+    let caller = vm.caller.clone();
+    let take = |want: &str| {
+        caller.must("auto");
+        assert_eq!(level(&caller, "thin.qcow2"), want);
+    };
+    let new = d.path().join("vm/new.qcow2");
+    run("cp", &[s(&base), s(&new)]);
+    write(&new, "write -P 9 1M 256k");
+    std::fs::rename(&new, &base).unwrap();
+    // The old one, which no path leads to any more.
+    take("FULL");
+    take("INC");
+    vm.quit();
+    let vm = Vm::start(d.path(), &thin, &UUID);
+    take("FULL");
+    take("INC");
+    vm.quit();
+    let mount = Mount::new(&caller.target);
+    same(&mount, "thin.qcow2", &newest(&caller.target, "thin.qcow2"), &bytes(&thin, "qcow2"));
+    verified(&caller.target);
+}
+
 /// A raw image opens beside the QEMU that has it.
 #[test]
 fn a_raw_image_in_use_is_refused_before_anything_is_made() {

@@ -2,7 +2,7 @@
 //! folders of others, but they are full of links; nothing else is reached this way.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -66,6 +66,15 @@ pub fn set(path: &Path, value: &str) -> io::Result<()> {
 pub fn link(path: &Path) -> io::Result<PathBuf> {
     check(path)?;
     std::fs::read_link(path)
+}
+
+/// What the file behind a link of `/proc` is, also one that no path leads to any more.
+///
+/// # Errors
+/// As [`read`].
+pub fn behind(path: &Path) -> io::Result<Metadata> {
+    check(path)?;
+    std::fs::metadata(path)
 }
 
 /// The names in a folder of `/proc` or `/sys`; none if it cannot be read.

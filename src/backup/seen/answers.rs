@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use super::media;
 use crate::backup::graph;
 use crate::error::{Error, Kind, Result};
-use crate::qmp::Client;
 use crate::qmp::client::check_length;
 use crate::qmp::types::{Drive, Export, Graph, Image, Job, Node};
+use crate::qmp::{Client, peer};
 
 /// How many nodes are followed from a disk to its file: filters and formats, some few. A graph has
 /// no loops; the bound is for an answer that has.
@@ -38,6 +38,8 @@ pub struct Answers {
     pub exports: Vec<Export>,
     /// Whether this is QEMU with a guest.
     pub guest: bool,
+    /// QEMU's process, if it is one of this host.
+    pub pid: Option<u32>,
     /// The types of the devices whose medium can be removed, by their names.
     types: HashMap<String, String>,
 }
@@ -62,6 +64,7 @@ impl Answers {
             types,
             jobs,
             exports,
+            pid: client.process().as_deref().and_then(peer::pid),
             ..Self::of(drives, raw_nodes, graph, client.has_guest())?
         })
     }

@@ -315,9 +315,14 @@ pub struct BackingFile {
 }
 
 impl BackingFile {
+    /// The inode number where QEMU has another file open than the one that has the name, and it cannot be
+    /// told which.
+    pub const UNKNOWN: u64 = 0;
+
     /// Whether it is the same file, and has not been written to. It may have been renamed.
     pub fn is_unchanged(&self, since: &Self) -> bool {
-        *self == BackingFile { file: self.file.clone(), ..since.clone() }
+        self.inode != Self::UNKNOWN
+            && *self == BackingFile { file: self.file.clone(), ..since.clone() }
     }
 }
 
