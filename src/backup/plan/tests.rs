@@ -566,7 +566,12 @@ fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
 #[test]
 fn a_running_disk_whose_backing_file_was_changed_gets_a_full() {
     let t = chain();
-    let file = |mtime_ns| BackingFile { file: "/vm/base".into(), mtime_ns, ..Default::default() };
+    let file = |mtime_ns| BackingFile {
+        file: "/vm/base".into(),
+        mtime_ns,
+        inode: 7,
+        ..Default::default()
+    };
     let on = |now: Option<i64>| SeenDisk {
         has_backing: true,
         backing: now.map(|n| vec![file(n)]),
@@ -585,4 +590,10 @@ fn a_running_disk_whose_backing_file_was_changed_gets_a_full() {
     let mut moved = on(Some(1));
     moved.backing.as_mut().unwrap()[0].file = "/vm/other".into();
     assert_eq!(auto(t.path(), moved).level, Level::Inc);
+    // Of what is unknown nobody knows that it is the same, also if it was unknown before.
+    let unknown = || BackingFile { inode: BackingFile::UNKNOWN, ..file(1) };
+    let m = manifest::read(&d, tip).unwrap().unwrap();
+    manifest::write(&d, &Manifest { backing: Some(vec![unknown()]), ..m }).unwrap();
+    let odd = SeenDisk { backing: Some(vec![unknown()]), ..on(Some(1)) };
+    assert_eq!(auto(t.path(), odd).level, Level::Full);
 }
