@@ -422,7 +422,9 @@ fn links_and_pipes_in_the_target_are_refused_or_replaced() {
     let outside = m.path("outside");
     let config = m.path("guest.xml");
     std::fs::write(&config, "<domain/>").unwrap();
-    let caller = m.called(m.path("real.sock")).with(&["--config", config.to_str().unwrap()]);
+    // Without --init a folder that has something else is refused at once.
+    let more = ["--init", "--config", config.to_str().unwrap()];
+    let caller = m.called(m.path("real.sock")).with(&more);
     let target = caller.target.clone();
     let fresh = || {
         let _ = std::fs::remove_dir_all(&target);
