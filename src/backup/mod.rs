@@ -1,11 +1,11 @@
 //! Backups of running guests by image fleecing over QMP.
 //!
 //! A run: `seen` (which disks there are), `folders` and `history` (what the target holds) give a
-//! `plan`, in which `level` decides what each disk gets;
-//! `run` executes it: `bitmap` adds the next recording bitmap, `fleece` puts files and nodes in
+//! `plan` (whose parts are in `planned`), in which `level` decides what each disk gets;
+//! `run` executes it, with all that a run has in `session`, in steps that `work` calls: `bitmap` adds the next recording bitmap, `fleece` puts files and nodes in
 //! place, `moment` takes the one frozen moment under the eyes of `guardian`, `zeros` finds what a
 //! bitmap cannot know, `barrier` and `early` hash an image while it is written, `publish` makes a
-//! finished image a point. `journal` and `recover` undo what a killed run left (`leftover`: which
+//! finished image a point; `beside` looks what other programs do (`neighbours`). `journal` and `recover` undo what a killed run left (`leftover`: which
 //! fleece images may go). `offline` runs all that on a daemon of ours. `lock` keeps two runs apart,
 //! `control` reaches a running one.
 //!

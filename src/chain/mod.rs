@@ -1,7 +1,8 @@
 //! From a backup directory to disks, chains and points.
 //!
-//! `scan` walks the directory, `side` looks at `.fleecefs/` beside the images, `name` reads file
-//! names, `manifest` reads and writes `.fleecefs/*.json`, `link` decides which file lies on which. The
+//! `scan` walks the directory and gives a `tree`, `side` looks at `.fleecefs/` beside the images, `name` reads
+//! file names, `probe` says what files hold (`probed`), `format` how they are read, `fates` which of them can
+//! be served; `assemble` makes the `catalog` of it; `manifest` reads and writes `.fleecefs/*.json`, `link` decides which file lies on which. The
 //! result is a [`Catalog`]: a value that `list`, `mount`, `restore`, `verify` and `prune` share.
 //! Nothing here writes but `manifest`, `removal` and `linking`.
 

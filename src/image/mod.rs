@@ -3,7 +3,7 @@
 //! `map` folds the layers over one window of guest offsets, `cache` bounds what is kept, `reader`
 //! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes; `window` is one
 //! stretch of a point, as `map` folded it; `lazy` opens layers when they are needed; `hold` keeps the
-//! files of open points open.
+//! files of open points open, and `holds` knows which those are.
 
 mod cache;
 mod hold;

@@ -2,7 +2,8 @@
 //!
 //! A layer knows its own file(s) only. It never opens another file: a name found inside an image
 //! (backing file, data file) is reported by [`probe`] and resolved by `chain`, which passes the
-//! result in through [`LayerSpec`]. Mapping is data ([`Mapping`]); reading happens elsewhere.
+//! result in through [`LayerSpec`]. Mapping is data ([`Mapping`], in `map`); reading happens elsewhere. What all
+//! formats can do is in `traits`, what is known of a file before it is opened in `spec`.
 
 mod map;
 pub mod qcow2;
