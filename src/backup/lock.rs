@@ -67,8 +67,15 @@ pub struct Lock {
     passing: Option<(Folder, OsString)>,
 }
 
-/// What the user can do about a lock that is held.
-const REMEDY: &str = "fleecefs info status shows it, fleecefs cancel ends it";
+/// What is said of a lock that is held: who has it, and what the user can do.
+type Taken = (&'static str, &'static str);
+const BY_VM: Taken = ("a backup or recovery of this VM is running", BY_QMP);
+const BY_SOCKET: Taken = ("a backup of this VM is running by another of its QMP sockets", BY_QMP);
+const BY_QMP: &str = "fleecefs info status shows it, fleecefs cancel ends it";
+const BY_TARGET: Taken = (
+    "a backup of a shut-off VM to this backup directory is running",
+    "fleecefs info status --target DIR shows it, fleecefs cancel --target DIR ends it",
+);
 
 impl Lock {
     /// Takes the lock of the VM behind `address`.
@@ -78,7 +85,7 @@ impl Lock {
     pub fn vm(state: &Path, address: &Address) -> Result<Self> {
         let folder = state_folder(state)?;
         let name = format!("{}.lock", vm_key(address));
-        let lock = take(&folder, &name, "a backup or recovery of this VM is running")?;
+        let lock = take(&folder, &name, BY_VM)?;
         sweep(&folder);
         Ok(Lock { _lock: lock, passing: None })
     }
@@ -108,26 +115,21 @@ impl Lock {
     /// `Busy` if one is at work.
     pub fn offline(state: &Path, name: &str) -> Result<Self> {
         let folder = state_folder(state)?;
-        let held = "a backup of a shut-off VM to this backup directory is running";
-        let lock = take(&folder, &format!("{name}.lock"), held).map_err(|e| match e.kind() {
-            Kind::Busy => e.remedy("fleecefs info status --target DIR shows it, cancel ends it"),
-            _ => e,
-        })?;
+        let lock = take(&folder, &format!("{name}.lock"), BY_TARGET)?;
         Ok(Lock { _lock: lock, passing: None })
     }
 
     /// A lock whose file goes with it.
     fn take_passing(state: &Path, name: String) -> Result<Self> {
         let folder = state_folder(state)?;
-        let held = "a backup of this VM is running by another of its QMP sockets";
-        let mut lock = take(&folder, &name, held);
+        let mut lock = take(&folder, &name, BY_SOCKET);
         for _ in 0..TRIES {
             if !lock.as_ref().is_err_and(|e| e.kind() == Kind::Busy) {
                 break;
             }
             // Whoever sweeps has it for a moment.
             std::thread::sleep(AGAIN);
-            lock = take(&folder, &name, held);
+            lock = take(&folder, &name, BY_SOCKET);
         }
         Ok(Lock { _lock: lock?, passing: Some((folder, name.into())) })
     }
@@ -153,11 +155,11 @@ fn sweep(folder: &Folder) {
     }
 }
 
-fn take(folder: &Folder, name: &str, held: &str) -> Result<folder::Lock> {
+fn take(folder: &Folder, name: &str, (held, remedy): Taken) -> Result<folder::Lock> {
     let lock = folder
         .lock(name)
         .map_err(|e| Error::io(e, "cannot take the lock").at_path(folder.join(name)))?;
-    lock.ok_or_else(|| Error::new(Kind::Busy, held).at_path(folder.join(name)).remedy(REMEDY))
+    lock.ok_or_else(|| Error::new(Kind::Busy, held).at_path(folder.join(name)).remedy(remedy))
 }
 
 impl Drop for Lock {
