@@ -2,8 +2,9 @@
 //!
 //! `scan` walks the directory and gives a `tree`, `side` looks at `.fleecefs/` beside the images, `name` reads
 //! file names, `probe` says what files hold (`probed`), `format` how they are read, `fates` which of them can
-//! be served; `assemble` makes the `catalog` of it; `manifest` reads and writes `.fleecefs/*.json`, `link` decides which file lies on which. The
-//! result is a [`Catalog`]: a value that `list`, `mount`, `restore`, `verify` and `prune` share.
+//! be served, by what `link` says of which parent each has; `assemble` makes the `catalog` of it.
+//! `manifest` reads and writes `.fleecefs/*.json`. The result is a [`Catalog`]: a value that `list`, `mount`,
+//! `restore`, `verify` and `prune` share.
 //! Nothing here writes but `manifest`, `removal` and `linking`.
 
 mod assemble;
