@@ -379,6 +379,29 @@ fn broken_off_and_the_new_names_removed_the_old_ones_stay() {
     }
 }
 
+/// A run has each disk once, also while its points have two names.
+#[test]
+fn broken_off_each_run_has_each_point_once() {
+    if !have("broken_off_each_run_has_each_point_once", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let points = |dir: &Path| -> Vec<String> {
+        let out = ok(&["list", "--runs", "--json", s(dir)]);
+        let runs: Value = serde_json::from_slice(&out.stdout).unwrap();
+        let points = runs.as_array().unwrap().iter().flat_map(|r| r["points"].as_array().unwrap());
+        points.map(|p| p["point"].as_str().unwrap().to_string()).collect()
+    };
+    let before = points(r.dir.path());
+    assert_eq!(before.len(), 8);
+    for step in ["4", "7", "11", "13"] {
+        let copy = r.copy();
+        killed(&r, copy.path(), step);
+        let now = points(copy.path());
+        assert_eq!(now.len(), 8, "step {step}: {now:?}");
+    }
+}
+
 #[test]
 fn what_is_no_file_stays_and_is_told() {
     if !have("what_is_no_file_stays_and_is_told", &TOOLS) {

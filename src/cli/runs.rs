@@ -9,7 +9,7 @@ use super::output;
 use crate::chain::manifest::Achieved;
 use crate::chain::{Catalog, Disk, Level};
 use crate::error::Result;
-use crate::restore::run::{Guest, When, manifest_of};
+use crate::restore::run::{Doubles, Guest, When, manifest_of};
 use crate::text::{path_text, to_text};
 use crate::units::{human_bytes, iso_time};
 
@@ -48,7 +48,7 @@ struct PointRow {
 /// # Errors
 /// The JSON cannot be written.
 pub fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Result<String> {
-    let runs = runs(points);
+    let runs = runs(catalog, points);
     if as_json {
         return output::json_pretty(&runs);
     }
@@ -58,11 +58,15 @@ pub fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Resu
     Ok(table(&runs))
 }
 
-fn runs(points: &[(&Disk, usize)]) -> Vec<RunRow> {
+fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
+    let doubles = Doubles::of(catalog);
     let mut found: BTreeMap<(Guest, Option<String>, i64), RunRow> = BTreeMap::new();
     for (disk, i) in points.iter().filter(|(d, i)| d.points[*i].level != Level::Snapshot) {
         let p = &disk.points[*i];
         let manifest = manifest_of(disk, *i);
+        if doubles.has(p.time, manifest.as_ref()) {
+            continue;
+        }
         let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());
         let guest = Guest::of(disk, manifest.as_ref());
         let when = When::of(p.time, manifest.as_ref());

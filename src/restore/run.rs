@@ -1,6 +1,6 @@
 //! All disks of one run.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
@@ -80,10 +80,34 @@ struct Member<'a> {
     guest: Guest,
 }
 
+/// While a link-disk is unfinished points have two names, and are one disk's all the same.
+pub struct Doubles(HashSet<(String, i64)>);
+
+impl Doubles {
+    /// Those of a backup directory.
+    pub fn of(catalog: &Catalog) -> Self {
+        let of_disk = |d: &Disk| {
+            let name = to_text(d.path.as_os_str());
+            d.points.iter().map(move |p| (name.clone(), p.time)).collect::<Vec<_>>()
+        };
+        Doubles(catalog.disks.iter().flat_map(of_disk).collect())
+    }
+
+    /// Whether a point is there by its old name too, as its manifest says.
+    pub fn has(&self, time: i64, manifest: Option<&Manifest>) -> bool {
+        let old = manifest.and_then(|m| m.linked_from.clone());
+        old.is_some_and(|old| self.0.contains(&(old, time)))
+    }
+}
+
 fn members(catalog: &Catalog) -> Vec<Member<'_>> {
     let points = catalog.disks.iter().flat_map(|d| (0..d.points.len()).map(move |i| (d, i)));
     let points = points.filter(|(d, i)| d.points[*i].level != Level::Snapshot);
     let known = points.map(|(disk, point)| (disk, point, manifest_of(disk, point)));
+    let doubles = Doubles::of(catalog);
+    let known = known.filter(|(disk, point, manifest)| {
+        !doubles.has(disk.points[*point].time, manifest.as_ref())
+    });
     let all = known.map(|(disk, point, manifest)| Member {
         disk,
         point,
