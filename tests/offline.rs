@@ -6,98 +6,24 @@ mod backup;
 mod guest;
 mod mounted;
 mod qemu;
+mod shut_off;
 #[path = "common/vm.rs"]
 mod vm;
 
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use backup::{Caller, images, level, manifest_of, newest, same};
+use backup::{images, level, manifest_of, newest, same};
 use mounted::Mount;
 use qemu::{have, is_root, run};
 use serde_json::Value;
+use shut_off::*;
 use vm::{Vm, image};
 
 const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-storage-daemon", "qemu-img", "qemu-io"];
-const UUID: [&str; 4] = ["-uuid", "11111111-2222-3333-4444-555555555555", "-name", "guest=web"];
-
-/// The backup of shut-off images to the caller's target.
-fn command(caller: &Caller, level: &str, files: &[&str], more: &[&str]) -> Command {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    c.args(["backup", "--level", level, "--offline"]).args(files);
-    if let Some(folder) = caller.target.parent() {
-        c.current_dir(folder);
-    }
-    c.arg("--target").arg(&caller.target).arg("--state-dir").arg(&caller.state);
-    c.args(["--progress", "none"]).args(more).env_remove("FLEECEFS_STATE_DIR");
-    c.env("FLEECEFS_WALK", "1");
-    c
-}
-
-fn offline(caller: &Caller, level: &str, files: &[&str], more: &[&str]) -> Output {
-    command(caller, level, files, more).output().unwrap()
-}
-
-fn must(caller: &Caller, level: &str, file: &Path) -> String {
-    let out = offline(caller, level, &[s(file)], &[]);
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(out.status.success(), "{level}: {said}");
-    said
-}
-
-/// It is refused with this code and these words.
-fn refused(out: &Output, code: i32, words: &str) {
-    let said = String::from_utf8_lossy(&out.stderr);
-    assert_eq!(out.status.code(), Some(code), "{words}: {said}");
-    assert!(said.contains(words), "{said}");
-}
-
-fn s(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn write(file: &Path, op: &str) {
-    run("qemu-io", &["-f", "qcow2", "-c", op, s(file)]);
-}
-
-/// What is on a disk that nobody uses.
-fn bytes(file: &Path, format: &str) -> Vec<u8> {
-    let raw = file.with_extension("bytes");
-    run("qemu-img", &["convert", "-f", format, "-O", "raw", s(file), s(&raw)]);
-    let bytes = std::fs::read(&raw).unwrap();
-    std::fs::remove_file(raw).unwrap();
-    bytes
-}
-
-/// A caller for tests in which no VM runs.
-fn caller(dir: &Path) -> Caller {
-    Caller {
-        qmp: dir.join("qmp"),
-        state: dir.join("state"),
-        target: dir.join("T"),
-        more: Vec::new(),
-    }
-}
-
-/// An image of a VM that is shut off, with a FULL.
-fn shut_off() -> (tempfile::TempDir, std::path::PathBuf, Caller) {
-    let d = tempfile::tempdir().unwrap();
-    let file = image(&d.path().join("vm/data.qcow2"));
-    let vm = Vm::start(d.path(), &file, &UUID);
-    let caller = vm.caller.clone();
-    caller.must("full");
-    vm.quit();
-    (d, file, caller)
-}
-
-fn verified(target: &Path) {
-    let out =
-        Command::new(env!("CARGO_BIN_EXE_fleecefs")).arg("verify").arg(target).output().unwrap();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
-}
 
 #[test]
 fn the_chain_goes_on_while_the_vm_is_off_and_when_it_runs_again() {
@@ -201,19 +127,6 @@ fn a_raw_image_gets_a_full_each_time_and_is_told_why() {
     assert_eq!(manifest_of(&newest(&caller.target, "data.raw"))["bitmap"], Value::Null);
 }
 
-/// The daemons that work below the folder `state`.
-fn processes(state: &str) -> Vec<PathBuf> {
-    let all = std::fs::read_dir("/proc").unwrap().map(|e| e.unwrap().path());
-    let line = |p: &PathBuf| std::fs::read(p.join("cmdline")).unwrap_or_default();
-    let is = |p: &PathBuf| {
-        let line = String::from_utf8_lossy(&line(p)).into_owned();
-        let dir = std::fs::read_link(p.join("cwd")).unwrap_or_default();
-        (line.starts_with("qemu-storage-daemon") || line.contains("/qemu-storage-daemon"))
-            && dir.starts_with(state)
-    };
-    all.filter(is).collect()
-}
-
 #[test]
 fn killed_at_any_time_the_daemon_ends_and_the_chain_goes_on() {
     if !have("killed_at_any_time_the_daemon_ends_and_the_chain_goes_on", QEMU) {
@@ -309,10 +222,7 @@ fn the_daemon_has_few_rights() {
     // SAFETY: a signal to our own child, which is not reaped.
     unsafe { libc::kill(child.id() as i32, libc::SIGKILL) };
     child.wait().unwrap();
-    while !processes(s(&caller.state)).is_empty() {
-        assert!(Instant::now() < end, "the daemon lives on");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait_for_no_daemon(&caller);
 }
 
 #[test]
@@ -575,10 +485,7 @@ fn a_raw_image_in_use_is_refused_before_anything_is_made() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(!started, "a VM with it starts");
-    while !processes(s(&caller.state)).is_empty() {
-        assert!(Instant::now() < end, "the daemon lives on");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait_for_no_daemon(&caller);
 }
 
 /// A socket's address has 108 bytes.
@@ -595,34 +502,6 @@ fn the_state_folder_may_have_a_long_path() {
     write(&file, "write -P 3 0 64k");
     must(&caller, "inc", &file);
     assert_eq!(level(&caller, "data.qcow2"), "INC");
-}
-
-/// What `fleecefs` with these words says, and that it ends well.
-fn says(caller: &Caller, words: &[&str]) -> String {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    c.args(words).arg("--state-dir").arg(&caller.state).env_remove("FLEECEFS_STATE_DIR");
-    let out = c.output().unwrap();
-    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
-    assert!(out.status.success(), "{words:?}: {said}");
-    said
-}
-
-/// Unfinished images below a folder.
-fn partials(target: &Path) -> usize {
-    let left = backup::leftovers(target).into_iter();
-    left.filter(|p| p.extension().is_some_and(|e| e == "partial")).count()
-}
-
-/// Kills a backup once it has made its files.
-fn kill(mut command: Command, target: &Path) {
-    let mut child = command.env("FLEECEFS_HANG_AT", "files created").spawn().unwrap();
-    let end = Instant::now() + Duration::from_secs(60);
-    while partials(target) == 0 && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert_eq!(partials(target), 1);
 }
 
 #[test]

@@ -142,7 +142,7 @@ impl<'a> Fates<'a> {
                 None
             }
             Ok(Below::File(f)) if self.blocked[f].is_none() && on_path.contains(&f) => {
-                let what = "a loop: the files that it lies on lie on it";
+                let what = "the backing chain forms a loop";
                 let error = Error::new(Kind::Corrupt, what).at_path(&self.tree.files[file].path);
                 Some(own(Finding::from_error(&error, &self.tree.root)))
             }

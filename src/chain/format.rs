@@ -191,7 +191,8 @@ fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
                 entry.decision.reading = Reading::Raw;
             }
             (Reading::Content, ImageFormat::Raw) | (Reading::Raw, ImageFormat::Qcow2) => {
-                let what = "the images that lie on it disagree whether it is raw or qcow2";
+                let what =
+                    "the images that have it as backing file disagree whether it is raw or qcow2";
                 let error = Error::new(Kind::Corrupt, what).at_path(&entry.path).remedy(DECIDE);
                 let finding = Finding::from_error(&error, &entry.path);
                 entry.decision.reading = Reading::Undecided(finding);
