@@ -53,7 +53,7 @@ fn an_image_whose_tables_cannot_be_written_is_not_closed() {
         client.execute("block-export-add", export).unwrap();
         let nbd = Address::Unix(d.path("nbd.sock"));
         let mut n = Nbd::connect(&nbd, "t", false, Duration::from_secs(10)).unwrap();
-        n.write_zeroes(0..1 << 20).unwrap();
+        n.write_zeroes(std::slice::from_ref(&(0..1 << 20))).unwrap();
         drop(n);
         client.execute("block-export-del", json!({"id": "e", "mode": "hard"})).unwrap();
         while !client

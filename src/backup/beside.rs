@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use serde_json::json;
 
 use super::expected::{Expected, Stage};
-use super::graph::{BLOCK_JOBS, Scene, ask, in_the_way};
+use super::graph::{BLOCK_JOBS, Scene, ask_with_jobs, in_the_way};
 use super::names::{PREFIX, Role, object, parse_object};
 use super::neighbours::{LOOKS, loaded};
 use super::session::{Active, Run};
@@ -21,8 +21,7 @@ impl Run<'_> {
     fn look(&mut self) -> Result<(Graph, Vec<Job>)> {
         let mut tries = 0u32;
         loop {
-            let graph = ask(&mut self.client)?;
-            let jobs: Vec<Job> = self.client.poll("query-jobs")?;
+            let (graph, jobs) = ask_with_jobs(&mut self.client)?;
             let drawn: HashSet<&str> = graph.all("block-job").map(|j| j.name.as_str()).collect();
             let listed = jobs.iter().filter(|j| BLOCK_JOBS.contains(&j.kind.as_str()));
             let listed: HashSet<&str> = listed.map(|j| j.id.as_str()).collect();
@@ -40,7 +39,7 @@ impl Run<'_> {
         let (graph, jobs) = self.look()?;
         self.neighbours.over = jobs.iter().filter(|j| loaded(j)).map(|j| j.id.clone()).collect();
         self.neighbours.know(&jobs, &graph);
-        self.look_beside(disks, Stage::Before)
+        self.judge(disks, Stage::Before, &graph, &jobs)
     }
 
     /// Fails the disks round which something is not as it has to be.
@@ -49,12 +48,23 @@ impl Run<'_> {
             return Ok(());
         }
         let (graph, jobs) = self.look()?;
+        self.judge(disks, stage, &graph, &jobs)
+    }
+
+    /// By what a look has shown, and what was heard up to then.
+    fn judge(
+        &mut self,
+        disks: &mut [Active],
+        stage: Stage,
+        graph: &Graph,
+        jobs: &[Job],
+    ) -> Result<()> {
         let heard = self.client.job_events();
         let others: Vec<Job> =
             jobs.iter().filter(|j| parse_object(&j.id).is_none()).cloned().collect();
-        let unexplained = self.neighbours.unexplained(heard, &others, &graph);
+        let unexplained = self.neighbours.unexplained(heard, &others, graph);
         let unexplained = unexplained.or_else(|| self.neighbours.loads(&others));
-        let scene = Scene { graph: &graph, jobs: &jobs };
+        let scene = Scene { graph, jobs };
         for d in disks.iter_mut().filter(|d| d.going()) {
             let expected = Expected {
                 run: &self.run,

@@ -77,24 +77,27 @@ fn shows_own(n: &Node) -> bool {
     names::parse_object(&n.node_name).is_none()
 }
 
-/// The named bitmap of a node as it is now.
+/// The bitmaps of a node as they are now; none if it is not there.
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn find(client: &mut Client, node: &str, name: &str) -> Result<Option<Bitmap>> {
+pub fn of(client: &mut Client, node: &str) -> Result<Vec<Bitmap>> {
     let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
-    let node = nodes.iter().find(|n| n.node_name == node);
-    Ok(node.and_then(|n| n.bitmap(name)).cloned())
+    let node = nodes.into_iter().find(|n| n.node_name == node);
+    Ok(node.map(|n| n.dirty_bitmaps).unwrap_or_default())
+}
+
+fn named<'a>(bitmaps: &'a [Bitmap], name: &str) -> Option<&'a Bitmap> {
+    bitmaps.iter().find(|b| b.name.as_deref() == Some(name))
 }
 
 /// Fails unless the bitmap is there and records: another program may have disabled or removed it since
 /// planning, and what was written then has no bit.
 ///
 /// # Errors
-/// `Busy`; as [`Client::execute`].
-pub fn check_records(client: &mut Client, node: &str, name: &str) -> Result<()> {
-    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
-    let found = nodes.iter().find(|n| n.node_name == node).and_then(|n| n.bitmap(name));
+/// `Busy`.
+pub fn check_records(now: &[Bitmap], name: &str) -> Result<()> {
+    let found = named(now, name);
     if found.is_some_and(|b| b.recording && !b.inconsistent) {
         return Ok(());
     }
@@ -108,7 +111,7 @@ pub fn check_records(client: &mut Client, node: &str, name: &str) -> Result<()> 
 /// # Errors
 /// As [`Client::execute`].
 pub fn count(client: &mut Client, node: &str, name: &str) -> Result<u64> {
-    Ok(find(client, node, name)?.map_or(0, |b| b.count))
+    Ok(named(&of(client, node)?, name).map_or(0, |b| b.count))
 }
 
 /// A bitmap and where it is.

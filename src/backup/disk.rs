@@ -12,9 +12,9 @@ use super::journal::Record;
 use super::names::{Role, object, work_bitmap};
 use super::nbdserver::{self, Use};
 use super::publish::{self, Hashing};
-use super::session::{Active, Run, State};
+use super::session::{Active, Run, State, Syncing};
 use super::space::Space;
-use super::teardown::{Scope, detach, teardown};
+use super::teardown::{Scope, detach, take_back};
 use super::{bitmap, fleece, leftover, space, vm, zeros};
 use crate::chain::manifest::Skipped;
 use crate::error::{Error, Kind, Result};
@@ -167,10 +167,11 @@ impl Run<'_> {
                     "bitmaps": [{"node": d.plan.disk.node, "name": since.name}]}},
             ]}),
         )?;
-        bitmap::check_records(&mut self.client, &d.plan.disk.node, &since.name)?;
+        let now = bitmap::of(&mut self.client, &d.plan.disk.node)?;
+        bitmap::check_records(&now, &since.name)?;
         match d.plan.needs_walk() {
             true => self.add_lost_zeros(d, &view, &work)?,
-            false => self.add_unmarked(d)?,
+            false => self.add_unmarked(d, &now)?,
         }
         if let Some(grown) = d.plan.grown() {
             if d.plan.disk.identity.format != "qcow2" {
@@ -221,7 +222,7 @@ impl Run<'_> {
         let mut lost = chain.lost()?;
         let size = d.plan.disk.size;
         // An export takes possession of a disk that is being handed over.
-        self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))?;
+        self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))?;
         server.with_export(&mut self.client, &export, &node, Use::Status, |n| {
             nbdserver::check_size(n, size)?;
             n.zero_ranges(|zeros| lost.add(zeros))
@@ -307,14 +308,14 @@ impl Run<'_> {
             // Nobody is told of such an error twice: what a recovery might find must be gone.
             held.sync().inspect_err(|_| drop(publish::discard_image(&folder, &image)))
         };
-        d.state = State::Syncing(std::thread::spawn(sync));
+        d.state = State::Syncing(Syncing::begin(sync));
         Ok(())
     }
 
     /// QEMU closes the image. There is little left to write: its tables.
     pub(super) fn close(&mut self, d: &mut Active) -> Result<()> {
-        if let State::Syncing(t) = std::mem::replace(&mut d.state, State::Going) {
-            t.join().unwrap_or_else(|_| Err(Error::new(Kind::Io, "the sync has crashed")))?;
+        if let State::Syncing(s) = std::mem::replace(&mut d.state, State::Going) {
+            s.end()?;
         }
         let target = object(&self.run, Role::Target, d.index);
         fleece::close_image(&mut self.client, &target)?;
@@ -324,7 +325,7 @@ impl Run<'_> {
         self.journal.write(&Record::Closed(d.index))?;
         let job = object(&self.run, Role::Job, d.index);
         self.client.execute("job-dismiss", json!({"id": job}))?;
-        teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
+        take_back(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
         d.state = State::Closed;
         self.disk_status(d.index, |s| s.state = "copied".into());
         Ok(())

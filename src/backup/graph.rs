@@ -34,6 +34,9 @@ pub const SNAPSHOT_LOAD: &str = "snapshot-load";
 /// the bound is for an answer that has.
 const DEEPEST: usize = 64;
 
+/// The question for the whole graph.
+pub const GRAPH: &str = "x-debug-query-block-graph";
+
 /// Where a path begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Root {
@@ -199,13 +202,25 @@ impl Scene<'_> {
 /// # Errors
 /// As [`Client::query`].
 pub fn ask(client: &mut Client) -> Result<Graph> {
-    if client.has("x-debug-query-block-graph") {
-        return client.poll("x-debug-query-block-graph");
+    if client.has(GRAPH) {
+        return client.poll(GRAPH);
     }
     let drives: Vec<Drive> = client.query("query-block", json!({}))?;
     let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
     let nodes: Vec<Named> = client.query("query-named-block-nodes", json!({"flat": true}))?;
     of_children(&nodes, &drives, &jobs)
+}
+
+/// As [`ask`], with the jobs of the same time.
+///
+/// # Errors
+/// As [`Client::query`].
+pub fn ask_with_jobs(client: &mut Client) -> Result<(Graph, Vec<Job>)> {
+    if !client.has(GRAPH) {
+        return Ok((ask(client)?, client.poll("query-jobs")?));
+    }
+    let (graph, jobs) = (client.ask_again(GRAPH)?, client.ask_again("query-jobs")?);
+    Ok((client.told(graph)?, client.told(jobs)?))
 }
 
 /// A node of a QEMU that lists children.

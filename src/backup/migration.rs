@@ -48,9 +48,9 @@ const OVER: &[&str] = &["none", "completed", "cancelled", "failed"];
 /// # Errors
 /// `Busy` with the reason; as [`Client::execute`].
 pub fn check(client: &mut Client) -> Result<()> {
-    let Some(state) = run_state(client)? else { return Ok(()) };
+    let Some((state, progress)) = facts(client)? else { return Ok(()) };
     check_state(&state)?;
-    Progress::ask(client)?.check()
+    progress.check()
 }
 
 /// Whose the disks are.
@@ -70,8 +70,8 @@ pub enum Owner {
 /// # Errors
 /// As [`Client::execute`].
 pub fn owner(client: &mut Client) -> Result<Owner> {
-    let Some(state) = run_state(client)? else { return Ok(Owner::Here) };
-    Ok(owner_in(&state, &Progress::ask(client)?))
+    let facts = facts(client)?;
+    Ok(facts.map_or(Owner::Here, |(state, progress)| owner_in(&state, &progress)))
 }
 
 fn owner_in(state: &str, progress: &Progress) -> Owner {
@@ -123,19 +123,38 @@ fn run_state(client: &mut Client) -> Result<Option<String>> {
         return Ok(None);
     }
     let status: Value = client.poll("query-status")?;
-    Ok(Some(status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_string()))
+    Ok(Some(state_in(&status)))
 }
 
-/// As [`run_state`], but waits while a job saves or loads a snapshot: QEMU refuses that as long as a run
+fn state_in(status: &Value) -> String {
+    status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_string()
+}
+
+/// The guest's state, and that of a migration at the same time; `None` where there is no guest.
+fn facts(client: &mut Client) -> Result<Option<(String, Progress)>> {
+    if !client.has_guest() {
+        return Ok(None);
+    }
+    let status = client.ask_again("query-status")?;
+    let migrate = match client.has("query-migrate") {
+        true => Some(client.ask_again("query-migrate")?),
+        false => None,
+    };
+    let state = state_in(&client.told(status)?);
+    let progress = migrate.map(|m| client.told(m)).transpose()?;
+    Ok(Some((state, Progress::of(&progress.unwrap_or_default()))))
+}
+
+/// As [`facts`], but waits while a job saves or loads a snapshot: QEMU refuses that as long as a run
 /// has its bitmaps, but stops the guest first and lets it go on after. What did load one has a job that
 /// is seen.
-fn lasting_state(client: &mut Client) -> Result<Option<String>> {
+fn lasting_facts(client: &mut Client) -> Result<Option<(String, Progress)>> {
     let deadline = Instant::now() + PASSING;
     loop {
-        let state = run_state(client)?;
-        let passes = matches!(state.as_deref(), Some("save-vm" | "restore-vm"));
-        if !passes || Instant::now() >= deadline {
-            return Ok(state);
+        let facts = facts(client)?;
+        let passes = |(state, _): &(String, _)| ["save-vm", "restore-vm"].contains(&state.as_str());
+        if !facts.as_ref().is_some_and(passes) || Instant::now() >= deadline {
+            return Ok(facts);
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -182,16 +201,12 @@ struct Progress {
 }
 
 impl Progress {
-    fn ask(client: &mut Client) -> Result<Self> {
-        if !client.has("query-migrate") {
-            return Ok(Progress { status: "none".into(), total_time: None });
-        }
-        let answer: Value = client.poll("query-migrate")?;
+    fn of(answer: &Value) -> Self {
         let status = answer.get("status").and_then(Value::as_str).unwrap_or("none");
-        Ok(Progress {
+        Progress {
             status: status.to_string(),
             total_time: answer.get("total-time").and_then(Value::as_u64),
-        })
+        }
     }
 
     /// Whether the disks may be the other side's already.
@@ -222,8 +237,13 @@ impl Guard {
     /// # Errors
     /// `Busy` if a migration runs; as [`Client::execute`].
     pub fn begin(client: &mut Client, run: &str, watch: &dyn Watch) -> Result<Self> {
-        check(client)?;
-        let before = Progress::ask(client)?;
+        let before = match facts(client)? {
+            Some((state, progress)) => {
+                check_state(&state).and_then(|()| progress.check())?;
+                progress
+            }
+            None => Progress::of(&Value::Null),
+        };
         let mut guard = Guard { before, events: client.migration_events(), told: false };
         if !client.has("migrate") {
             return Ok(guard);
@@ -241,20 +261,19 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Fails if a migration runs, or has run since [`Guard::begin`].
+    /// Fails if a migration runs, or has run since [`Guard::begin`]; gives the guest's state.
     ///
     /// # Errors
     /// `Busy`; as [`Client::execute`].
-    pub fn check(&self, client: &mut Client) -> Result<()> {
-        let Some(state) = lasting_state(client)? else { return Ok(()) };
-        let now = Progress::ask(client)?;
+    pub fn check(&self, client: &mut Client) -> Result<Option<String>> {
+        let Some((state, now)) = lasting_facts(client)? else { return Ok(None) };
         let safe = check_state(&state).and_then(|()| now.check());
         safe.map_err(|e| match owner_in(&state, &now) {
             Owner::Here => e,
             _ => Error::new(e.kind(), e.to_string()).remedy(KILL),
         })?;
         if now == self.before && self.events == client.migration_events() {
-            return Ok(());
+            return Ok(Some(state));
         }
         // One that failed may have stopped the guest and given its disks away for a time.
         let what =

@@ -16,7 +16,6 @@ use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
 use crate::qmp::steps::step;
-use crate::qmp::types::Job;
 
 /// A filter to insert.
 #[derive(Debug, Clone)]
@@ -74,13 +73,12 @@ pub struct Scene<'a> {
     pub watch: &'a dyn Watch,
 }
 
-/// Takes the moment.
+/// Takes the moment of a guest that runs, or does not.
 ///
 /// # Errors
 /// The guest could not be stopped or continued, or the guardian or journal could not be written.
 /// A failed freeze is no error: the reason is in the consistency.
-pub fn take(scene: &mut Scene<'_>, inserts: &[Insert]) -> Result<Taken> {
-    let running = is_running(scene.client)?;
+pub fn take(scene: &mut Scene<'_>, inserts: &[Insert], running: bool) -> Result<Taken> {
     let wanted = running && scene.options.moment.stop != StopWish::Never;
     let freeze = running && scene.options.moment.quiesce;
     let mut consistency = Consistency { one_moment: true, ..Default::default() };
@@ -301,8 +299,7 @@ fn still_right(
     inserts: &[Insert],
     failed: &mut Vec<(usize, Error)>,
 ) -> Result<Vec<Insert>> {
-    let graph = graph::ask(client)?;
-    let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
+    let (graph, jobs) = graph::ask_with_jobs(client)?;
     let scene = graph::Scene { graph: &graph, jobs: &jobs };
     let mut right = Vec::new();
     for i in inserts {

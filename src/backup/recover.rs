@@ -103,7 +103,7 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
     let mut left = Vec::new();
     let (mut first, mut late) = (None, 0u32);
     // Where the disks are another QEMU's, bitmaps are left to that one.
-    let here = !migration::has_left(client)?;
+    let here = journal.left.is_empty() || !migration::has_left(client)?;
     for l in &journal.left {
         client.check_interrupt()?;
         if !settle(here.then_some(&mut *client), l, place, watch)? {
@@ -269,6 +269,7 @@ pub fn undo(
     let _fleeces: Vec<_> = pending.disks.iter().filter_map(|d| leftover::hold(&d.fleece)).collect();
     let scope = Scope { run: &pending.run, index: None };
     let torn = teardown_all(client, scope)?;
+    let blocked = torn.blocked;
     if pending.nbd {
         nbdserver::stop_left(client, place.state, place.vm)?;
     }
@@ -285,7 +286,7 @@ pub fn undo(
     freed?;
     torn.refused.map_or(Ok(()), Err)?;
     // Last: until here what is on the disks is not what another QEMU should get.
-    unblock(client, &pending.run)?;
+    unblock(client, &pending.run, blocked)?;
     Ok(left)
 }
 

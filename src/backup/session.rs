@@ -4,8 +4,9 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -88,11 +89,49 @@ pub enum State {
     /// Up to the end of its job.
     Going,
     /// The guest is let go of; the image is being synced.
-    Syncing(JoinHandle<Result<()>>),
+    Syncing(Syncing),
     /// QEMU has closed the image.
     Closed,
     Done(Box<Manifest>),
     Failed(Error),
+}
+
+/// A sync beside the run.
+pub struct Syncing {
+    thread: JoinHandle<Result<()>>,
+    /// Closed at its end; nothing is ever sent.
+    over: Receiver<()>,
+}
+
+impl Syncing {
+    /// Begins it.
+    pub(super) fn begin(sync: impl FnOnce() -> Result<()> + Send + 'static) -> Self {
+        let (bell, over) = channel();
+        let work = move || {
+            let _rung_at_the_end = bell;
+            sync()
+        };
+        Syncing { thread: std::thread::spawn(work), over }
+    }
+
+    /// Waits until it is over, at most so long.
+    pub(super) fn rest(&self, most: Duration) {
+        // It is over, or the time is.
+        let _ = self.over.recv_timeout(most);
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.try_recv() == Err(TryRecvError::Disconnected)
+    }
+
+    /// What came of it.
+    ///
+    /// # Errors
+    /// As the sync; `Io` if it has crashed.
+    pub(super) fn end(self) -> Result<()> {
+        let crashed = |_| Err(Error::new(Kind::Io, "the sync has crashed"));
+        self.thread.join().unwrap_or_else(crashed)
+    }
 }
 
 impl Active {
@@ -112,11 +151,15 @@ impl Active {
     }
 
     pub(super) fn syncing(&self) -> bool {
-        matches!(self.state, State::Syncing(_))
+        self.sync().is_some()
+    }
+
+    pub(super) fn sync(&self) -> Option<&Syncing> {
+        if let State::Syncing(s) = &self.state { Some(s) } else { None }
     }
 
     pub(super) fn synced(&self) -> bool {
-        matches!(&self.state, State::Syncing(t) if t.is_finished())
+        self.sync().is_some_and(Syncing::is_over)
     }
 
     /// Bytes that the image got: a job counts the holes that it passes as well.

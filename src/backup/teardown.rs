@@ -19,7 +19,7 @@ use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::budget::short;
 use crate::qmp::steps::answer_timeout;
-use crate::qmp::types::{Export, FdSet, Job, Node};
+use crate::qmp::types::{Export, FdSet, Job};
 
 /// How many runs' leftovers are looked for at once: more than one is rare.
 const MOST_RUNS: usize = 64;
@@ -56,6 +56,8 @@ pub struct Torn {
     pub stuck: BTreeSet<usize>,
     /// The first refusal.
     pub refused: Option<Error>,
+    /// What keeps the guest from being migrated is there, see [`unblock`].
+    pub blocked: bool,
 }
 
 impl Torn {
@@ -88,12 +90,11 @@ impl Torn {
 /// As [`Client::execute`].
 pub fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
     let answers = Answers::ask(client)?;
-    let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
     let exports: Vec<Export> = client.query("query-block-exports", json!({}))?;
     let names = answers.nodes.iter().map(|n| n.node_name.as_str());
     let bitmaps = answers.nodes.iter().flat_map(|n| &n.dirty_bitmaps);
     let names = names.chain(bitmaps.filter_map(|b| b.name.as_deref()));
-    let names = names.chain(jobs.iter().map(|j| j.id.as_str()));
+    let names = names.chain(answers.jobs.iter().map(|j| j.id.as_str()));
     let names = names.chain(exports.iter().map(|e| e.id.as_str()));
     let mut runs: Vec<String> =
         names.filter_map(|n| Some(parse_object(n)?.0.to_string())).collect();
@@ -125,9 +126,13 @@ pub fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
 
 fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let mut torn = Torn::default();
-    let jobs = end_jobs(client, scope, &mut torn)?;
-    end_exports(client, scope, &mut torn)?;
+    let jobs = client.ask("query-jobs", json!({}))?;
+    let exports = client.ask("query-block-exports", json!({}))?;
+    let (jobs, exports) = (client.told(jobs)?, client.told(exports)?);
+    let jobs = end_jobs(client, scope, jobs, &mut torn)?;
+    end_exports(client, scope, exports, &mut torn)?;
     let answers = Answers::ask(client)?;
+    torn.blocked = answers.node(&object(scope.run, Role::Blocker, 0)).is_some();
     let jobs = forget_unseen(client, &answers, scope, jobs, &mut torn)?;
     take_off(client, &answers, scope, &mut torn)?;
     // The target first, then its job: a job that is still listed says that its image may not be
@@ -291,14 +296,13 @@ fn close_targets(
     Ok(good)
 }
 
-/// Lets the guest be migrated again: nothing of the run is left.
+/// Lets the guest be migrated again, if it was `blocked`: nothing else of the run is left.
 ///
 /// # Errors
 /// QEMU refuses or is gone.
-pub fn unblock(client: &mut Client, run: &str) -> Result<()> {
+pub fn unblock(client: &mut Client, run: &str, blocked: bool) -> Result<()> {
     let blocker = object(run, Role::Blocker, 0);
-    let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
-    if nodes.iter().any(|n| n.node_name == blocker) {
+    if blocked {
         client.execute("blockdev-del", json!({"node-name": blocker}))?;
     }
     for s in descriptors(client)?.iter().filter(|s| s.names().any(|n| n == blocker)) {
@@ -315,6 +319,16 @@ fn descriptors(client: &mut Client) -> Result<Vec<FdSet>> {
     }
 }
 
+/// Takes back the descriptors of images that QEMU has closed.
+///
+/// # Errors
+/// QEMU refuses or is gone.
+pub fn take_back(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+    let mut torn = Torn::default();
+    drop_descriptors(client, scope, &mut torn)?;
+    torn.refused.map_or(Ok(()), Err)
+}
+
 /// Takes back the descriptors that were handed over for these nodes.
 fn drop_descriptors(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
     for s in descriptors(client)? {
@@ -327,12 +341,21 @@ fn drop_descriptors(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> R
     Ok(())
 }
 
-/// Cancels jobs and waits until they have concluded; gives those that have.
-fn end_jobs(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<Vec<Job>> {
+/// Cancels the run's of these jobs and waits until they have concluded; gives those that have.
+fn end_jobs(
+    client: &mut Client,
+    scope: Scope<'_>,
+    jobs: Vec<Job>,
+    torn: &mut Torn,
+) -> Result<Vec<Job>> {
     let mine = |jobs: Vec<Job>| -> Vec<Job> {
         jobs.into_iter().filter(|j| scope.role(&j.id).is_some()).collect()
     };
-    for j in mine(client.query("query-jobs", json!({}))?).iter().filter(|j| !j.concluded()) {
+    let jobs = mine(jobs);
+    if jobs.iter().all(Job::concluded) {
+        return Ok(jobs);
+    }
+    for j in jobs.iter().filter(|j| !j.concluded()) {
         // It may conclude in this very moment: a refusal is no news.
         let _ = client.call("job-cancel", json!({"id": j.id}))?;
     }
@@ -357,8 +380,12 @@ fn late(what: &str) -> Error {
     Error::new(Kind::Timeout, what.to_string())
 }
 
-fn end_exports(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
-    let exports: Vec<Export> = client.query("query-block-exports", json!({}))?;
+fn end_exports(
+    client: &mut Client,
+    scope: Scope<'_>,
+    exports: Vec<Export>,
+    torn: &mut Torn,
+) -> Result<()> {
     let mine: Vec<_> = exports.into_iter().filter(|e| scope.role(&e.id).is_some()).collect();
     for e in &mine {
         client.call("block-export-del", json!({"id": e.id, "mode": "hard"}))?.ok();
@@ -398,6 +425,9 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
         let job = object(scope.run, Role::Relink, index);
         let freed = unplug::free(client, answers, &n.node_name, &own, &job);
         torn.note(index, freed)?;
+    }
+    if !answers.nodes.iter().any(|n| filter(&n.node_name).is_some()) {
+        return Ok(());
     }
     let mut options = Vec::new();
     let graph = graph::ask(client)?;

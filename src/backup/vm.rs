@@ -36,18 +36,19 @@ const ANSWERS: usize = 8 << 20;
 /// # Errors
 /// QEMU is gone or does not answer, or a signal ends it.
 pub fn describe(client: &mut Client) -> Result<Value> {
-    let mut all = Described { value: json!({}), room: ANSWERS };
-    for q in QUESTIONS {
-        if client.has(q)
-            && let Ok(answer) = client.call(q, json!({}))?
-        {
-            all.keep(q, answer);
+    let machine = ("qom-get", json!({"path": "/machine", "property": "type"}));
+    let known = QUESTIONS.iter().map(|q| (*q, json!({}))).chain([machine]);
+    let mut asked = Vec::new();
+    for (q, arguments) in known {
+        if client.has(q) {
+            asked.push((q, client.ask(q, arguments)?));
         }
     }
-    if client.has("qom-get")
-        && let Ok(kind) = client.call("qom-get", json!({"path": "/machine", "property": "type"}))?
-    {
-        all.keep("machine", kind);
+    let mut all = Described { value: json!({}), room: ANSWERS };
+    for (q, a) in asked {
+        if let Ok(answer) = client.answer(a)? {
+            all.keep(if q == "qom-get" { "machine" } else { q }, answer);
+        }
     }
     Ok(all.value)
 }

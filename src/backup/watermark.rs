@@ -176,6 +176,14 @@ impl DiskPlan {
         self.new_bitmap.as_ref().is_some_and(fits)
     }
 
+    /// Dirty bytes left of the watermark among these bitmaps; none if it is none any more.
+    fn marks_left(&self, now: &[Bitmap]) -> u64 {
+        let (Some(since), Some(known)) = (&self.since, self.watermark()) else { return 0 };
+        let mark = now.iter().find(|b| b.name == known.name);
+        let good = mark.filter(|m| proves(m, since, &self.disk) && m.count <= known.count);
+        good.map_or(0, |m| m.count)
+    }
+
     /// The name of the watermark below if all its marks are there and the new one would have the same.
     fn same_marks(&self) -> Option<&str> {
         let (since, point, new) = (self.since.as_ref()?, self.parent()?, self.new_bitmap.as_ref()?);
@@ -244,8 +252,9 @@ impl Run<'_> {
     /// Adds to what the job copies where the disk may differ from the point below without a dirty bit.
     /// (The question comes after the frozen moment, and after the dirty bits were taken: what is cut
     /// off later is copied for nothing, no more.)
-    pub(super) fn add_unmarked(&mut self, d: &Active) -> Result<()> {
-        let Some((range, smaller)) = d.plan.cut(self.marks_left(d)?) else { return Ok(()) };
+    /// `now` are the bitmaps of the disk's node, as they are then.
+    pub(super) fn add_unmarked(&mut self, d: &Active, now: &[Bitmap]) -> Result<()> {
+        let Some((range, smaller)) = d.plan.cut(d.plan.marks_left(now)) else { return Ok(()) };
         let parent = d.plan.parent().map_or("the last point", |m| &m.image);
         let label = d.plan.disk.label();
         if smaller {
@@ -269,15 +278,6 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Dirty bytes left of the watermark now; none if it is none any more.
-    fn marks_left(&mut self, d: &Active) -> Result<u64> {
-        let (Some(since), Some(known)) = (&d.plan.since, d.plan.watermark()) else { return Ok(0) };
-        let name = known.name.as_deref().unwrap_or_default();
-        let mark = bitmap::find(&mut self.client, &d.plan.disk.node, name)?;
-        let good = mark.filter(|m| proves(m, since, &d.plan.disk) && m.count <= known.count);
-        Ok(good.map_or(0, |m| m.count))
-    }
-
     /// Whether the frozen view has other bytes than the chain where the point below ended.
     fn tail_differs(&mut self, d: &Active) -> Result<bool> {
         let (Some(server), Some(chain), Some(tail)) = (&self.server, &d.chain, d.plan.tail())
@@ -287,7 +287,7 @@ impl Run<'_> {
         let export = object(&self.run, Role::ViewExport, d.index);
         let node = object(&self.run, Role::Snapshot, d.index);
         let (known, size) = (chain.tail(), d.plan.disk.size);
-        self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))?;
+        self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))?;
         server.with_export(&mut self.client, &export, &node, Use::Read, |n| {
             nbdserver::check_size(n, size)?;
             differs(n, tail, known)
@@ -333,7 +333,7 @@ impl Run<'_> {
         )?;
         let export = object(&self.run, Role::ScratchExport, d.index);
         server.with_export(&mut self.client, &export, &scratch, Use::Write, |n| {
-            ranges.iter().try_for_each(|r| n.write_zeroes(r.clone()))
+            n.write_zeroes(ranges)
         })
     }
 }

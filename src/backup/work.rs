@@ -147,12 +147,11 @@ impl Run<'_> {
 
     fn copy_all(&mut self, disks: &mut [Active]) -> Result<()> {
         self.phase("preparing");
-        self.each(disks, Self::place_fleece)?;
+        self.place_fleeces(disks)?;
         self.check_space(disks)?;
         self.each(disks, Self::prepare)?;
         self.begin_beside(disks)?;
         self.phase("taking the moment");
-        self.check_migration()?;
         self.take_moment(disks)?;
         self.check_migration()?;
         self.look_beside(disks, Stage::Plugged)?;
@@ -166,7 +165,18 @@ impl Run<'_> {
         self.wait(disks)
     }
 
-    /// Does `step` for every disk still going; a failure ends that disk alone.
+    fn place_fleeces(&mut self, disks: &mut [Active]) -> Result<()> {
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            self.client.check_interrupt()?;
+            if let Err(e) = self.place_fleece(d) {
+                self.fail(d, e)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Does `step` for every disk still going; a failure ends that disk alone. (Whether a migration has
+    /// begun is asked before each step, and so after the last one before whatever comes next.)
     fn each(
         &mut self,
         disks: &mut [Active],
@@ -179,7 +189,7 @@ impl Run<'_> {
                 self.fail(d, e)?;
             }
         }
-        self.check_migration()
+        Ok(())
     }
 
     /// Ends one disk: its objects leave QEMU, its new bitmap goes, its files are removed.
@@ -230,6 +240,7 @@ impl Run<'_> {
     }
 
     fn take_moment(&mut self, disks: &mut [Active]) -> Result<()> {
+        let running = self.check_migration()?.as_deref() == Some("running");
         let inserts: Vec<Insert> = disks
             .iter()
             .filter(|d| d.going())
@@ -244,7 +255,7 @@ impl Run<'_> {
         if inserts.is_empty() {
             return Ok(());
         }
-        let taken = moment::take(&mut self.scene(), &inserts)?;
+        let taken = moment::take(&mut self.scene(), &inserts, running)?;
         self.guardian = taken.held;
         self.consistency = taken.consistency;
         let time = now();
@@ -284,9 +295,13 @@ impl Run<'_> {
     /// Until all jobs have ended and QEMU has closed all images. No disk waits for another: each is
     /// let go of when its own job ends.
     fn wait(&mut self, disks: &mut [Active]) -> Result<()> {
+        let mut haste = Haste(AT_ONCE);
         loop {
             self.check_migration()?;
-            let jobs: Vec<Job> = self.client.poll("query-jobs")?;
+            let jobs: Vec<Job> = match disks.iter().any(Active::going) {
+                true => self.client.poll("query-jobs")?,
+                false => Vec::new(),
+            };
             self.look_beside(disks, Stage::Copying)?;
             for d in disks.iter_mut().filter(|d| d.going()) {
                 let id = object(&self.run, Role::Job, d.index);
@@ -316,26 +331,48 @@ impl Run<'_> {
             }
             self.client.check_interrupt()?;
             self.guard_fleeces(disks)?;
-            let began = Instant::now();
-            let pause = if going { POLL } else { SYNC_POLL };
-            self.client.pause(began + pause)?;
-            // A flood of events must not become one of questions.
-            std::thread::sleep(SYNC_POLL.saturating_sub(began.elapsed()));
+            match disks.iter().find_map(Active::sync).filter(|_| !going) {
+                Some(sync) => sync.rest(SYNC_POLL),
+                None => haste.pause(&mut self.client)?,
+            }
         }
     }
 
     /// Fails if a migration runs, or has run since the beginning: before the moment, at each look, and
-    /// once a job has ended.
-    pub(super) fn check_migration(&mut self) -> Result<()> {
-        self.migration.as_ref().map_or(Ok(()), |g| g.check(&mut self.client))
+    /// once a job has ended. Gives the guest's state, if there is a guest.
+    pub(super) fn check_migration(&mut self) -> Result<Option<String>> {
+        self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))
     }
 }
 
 /// How often a job's progress is asked for.
 const POLL: Duration = Duration::from_millis(250);
 
-/// How often a sync is asked whether it has ended; most end at once.
-const SYNC_POLL: Duration = Duration::from_millis(10);
+/// How often it is looked whether there is something else to do while the last images are synced.
+const SYNC_POLL: Duration = Duration::from_millis(50);
+
+/// A flood of events must not become one of questions: the shortest pause, and how many may be shorter
+/// in a row since there was something to hear.
+const SHORTEST: Duration = Duration::from_millis(10);
+const AT_ONCE: u32 = 16;
+
+/// How many pauses may still be shorter than [`SHORTEST`].
+struct Haste(u32);
+
+impl Haste {
+    /// Waits for the time of the next look, or until something may have ended.
+    fn pause(&mut self, client: &mut Client) -> Result<()> {
+        let began = Instant::now();
+        client.pause(began + POLL)?;
+        let short = SHORTEST.saturating_sub(began.elapsed());
+        match self.0.checked_sub(1) {
+            _ if short.is_zero() => self.0 = self.0.saturating_add(1).min(AT_ONCE),
+            Some(left) => self.0 = left,
+            None => std::thread::sleep(short),
+        }
+        Ok(())
+    }
+}
 
 /// A test hook: a folder. While the frozen views stand and before anything is copied, they are
 /// exported over NBD, `ready` says where, and the run waits for a file `go`.

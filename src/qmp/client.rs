@@ -116,8 +116,17 @@ pub struct Client {
     timeout: Duration,
     /// No command is waited for beyond this.
     until: Option<Instant>,
-    uncounted: bool,
     timed_out: bool,
+}
+
+/// A question that was sent.
+#[derive(Debug)]
+#[must_use]
+pub struct Asked<'a> {
+    command: &'a str,
+    id: u64,
+    /// It is a step, see [`super::steps`].
+    counted: bool,
 }
 
 impl Client {
@@ -168,7 +177,6 @@ impl Client {
             features: None,
             timeout: answer_timeout(),
             until: None,
-            uncounted: false,
             timed_out: false,
         };
         client.execute("qmp_capabilities", json!({}))?;
@@ -267,11 +275,9 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::query`].
-    pub fn poll<T: DeserializeOwned>(&mut self, command: &str) -> Result<T> {
-        self.uncounted = true;
-        let answer = self.query(command, json!({}));
-        self.uncounted = false;
-        answer
+    pub fn poll<T: DeserializeOwned>(&mut self, command: &'static str) -> Result<T> {
+        let asked = self.ask_again(command)?;
+        self.told(asked)
     }
 
     /// As [`Client::execute`], read into `T`.
@@ -280,11 +286,50 @@ impl Client {
     /// As [`Client::execute`]; `Corrupt` if the answer has another shape.
     pub fn query<T: DeserializeOwned>(&mut self, command: &str, arguments: Value) -> Result<T> {
         let value = self.execute(command, arguments)?;
-        check_length(&value, command)?;
-        serde_json::from_value(value).map_err(|e| {
-            Error::new(Kind::Corrupt, format!("the answer to {command} has an unknown shape"))
-                .with_source(e)
-        })
+        read(value, command)
+    }
+
+    /// Sends a question whose answer is read later, by [`Client::told`]: what is to be known of one
+    /// time is asked for in one go. QEMU answers in order, and the answers have to be read in that
+    /// order; one that is not read is passed over. For questions alone: what changes something is sent
+    /// when the answer before has been seen.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn ask(&mut self, command: &'static str, arguments: Value) -> Result<Asked<'static>> {
+        self.send(command, arguments, None, true)
+    }
+
+    /// As [`Client::ask`], and no step, see [`Client::poll`].
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn ask_again(&mut self, command: &'static str) -> Result<Asked<'static>> {
+        self.send(command, json!({}), None, false)
+    }
+
+    /// What was answered; a refusal is a value.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn answer(&mut self, asked: Asked<'_>) -> Result<Result<Value, Refusal>> {
+        let deadline = self.deadline();
+        // All that one answer may bring, beside the answers before it.
+        self.wire.rest();
+        let answer = self.next_answer(asked.command, asked.id, deadline)?;
+        if asked.counted {
+            step(&format!("answer {}", asked.command));
+        }
+        Ok(answer)
+    }
+
+    /// What was answered, read into `T`.
+    ///
+    /// # Errors
+    /// As [`Client::query`].
+    pub fn told<T: DeserializeOwned>(&mut self, asked: Asked<'_>) -> Result<T> {
+        let command = asked.command;
+        read(self.answer(asked)??, command)
     }
 
     /// Runs a command; a refusal is a value.
@@ -305,6 +350,17 @@ impl Client {
         arguments: Value,
         pass: Option<BorrowedFd<'_>>,
     ) -> Result<Result<Value, Refusal>> {
+        let asked = self.send(command, arguments, pass, true)?;
+        self.answer(asked)
+    }
+
+    fn send<'a>(
+        &mut self,
+        command: &'a str,
+        arguments: Value,
+        pass: Option<BorrowedFd<'_>>,
+        counted: bool,
+    ) -> Result<Asked<'a>> {
         self.next_id = self.next_id.wrapping_add(1);
         let id = self.next_id;
         let mut request = json!({"execute": command, "id": id});
@@ -312,23 +368,17 @@ impl Client {
             request["arguments"] = arguments;
         }
         log::debug!("QMP > {request}");
-        let counted = !self.uncounted;
         if counted {
             step(&format!("send {command}"));
         }
-        let deadline = self.deadline();
         let line = format!("{request}\n");
-        let sent = self.wire.send(line.as_bytes(), pass, deadline);
+        let sent = self.wire.send(line.as_bytes(), pass, self.deadline());
         self.timed_out |= sent.as_ref().is_err_and(|e| e.kind() == Kind::Timeout);
         sent?;
-        let answer = self.answer(command, id, deadline)?;
-        if counted {
-            step(&format!("answer {command}"));
-        }
-        Ok(answer)
+        Ok(Asked { command, id, counted })
     }
 
-    fn answer(
+    fn next_answer(
         &mut self,
         command: &str,
         id: u64,
@@ -444,6 +494,15 @@ fn greeting(wire: &mut Wire, patience: Duration) -> Result<Version> {
         Err(e) => return Err(e),
     };
     Version::from_greeting(&greeting).ok_or_else(|| not_qmp(wire.peer()))
+}
+
+/// Reads an answer.
+fn read<T: DeserializeOwned>(answer: Value, command: &str) -> Result<T> {
+    check_length(&answer, command)?;
+    serde_json::from_value(answer).map_err(|e| {
+        Error::new(Kind::Corrupt, format!("the answer to {command} has an unknown shape"))
+            .with_source(e)
+    })
 }
 
 /// Refuses a list that no machine has: what is read from it would take memory and time.

@@ -35,6 +35,9 @@ const MAX_PAYLOAD: u32 = (1 << 20) + 4096;
 const MAX_READ: u32 = 32 << 20;
 /// One request covers at most this much: lengths are 32 bits, and servers like alignment.
 const CHUNK: u64 = 1 << 30;
+/// How many small requests are sent before the first answer is read: they and their answers fit into
+/// the socket's buffers.
+const AHEAD: usize = 64;
 
 /// A connection to one export.
 pub struct Nbd {
@@ -164,33 +167,44 @@ impl Nbd {
         size.ok_or_else(|| protocol("the server did not tell the size"))
     }
 
-    fn request(&mut self, command: u16, offset: u64, len: u64) -> Result<u64> {
+    fn request(&mut self, command: u16, offset: u64, len: u64) -> Result<()> {
+        let mut r = Vec::new();
+        self.add_request(&mut r, command, offset, len)?;
+        self.send(&r)
+    }
+
+    /// Adds a request to `bytes` that are to be sent.
+    fn add_request(
+        &mut self,
+        bytes: &mut Vec<u8>,
+        command: u16,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
         self.handle = self.handle.wrapping_add(1);
         let len = u32::try_from(len).map_err(|_| protocol("a request over 4 GiB"))?;
-        let mut r = REQUEST.to_be_bytes().to_vec();
-        r.extend_from_slice(&0u16.to_be_bytes());
-        r.extend_from_slice(&command.to_be_bytes());
-        r.extend_from_slice(&self.handle.to_be_bytes());
-        r.extend_from_slice(&offset.to_be_bytes());
-        r.extend_from_slice(&len.to_be_bytes());
-        self.send(&r)?;
-        Ok(self.handle)
+        bytes.extend_from_slice(&REQUEST.to_be_bytes());
+        bytes.extend_from_slice(&0u16.to_be_bytes());
+        bytes.extend_from_slice(&command.to_be_bytes());
+        bytes.extend_from_slice(&self.handle.to_be_bytes());
+        bytes.extend_from_slice(&offset.to_be_bytes());
+        bytes.extend_from_slice(&len.to_be_bytes());
+        Ok(())
     }
 
     /// Reads replies until the one that ends the request; payloads of block status go to `sink`.
     fn replies(&mut self, mut sink: impl FnMut(&[u8])) -> Result<()> {
         loop {
-            let magic = self.u32()?;
-            if magic == SIMPLE_REPLY {
-                let error = self.u32()?;
-                self.u64()?;
-                return if error == 0 { Ok(()) } else { Err(server_error(error)) };
+            // Magic, error or flags and kind, handle.
+            let head = self.bytes(16)?;
+            let (magic, word) = (be32(&head, 0), be32(&head, 4).unwrap_or_default());
+            match magic {
+                Some(SIMPLE_REPLY) if word == 0 => return Ok(()),
+                Some(SIMPLE_REPLY) => return Err(server_error(word)),
+                Some(STRUCTURED_REPLY) => {}
+                _ => return Err(protocol("a bad reply")),
             }
-            if magic != STRUCTURED_REPLY {
-                return Err(protocol("a bad reply"));
-            }
-            let (flags, kind) = (self.u16()?, self.u16()?);
-            self.u64()?;
+            let (flags, kind) = (word >> 16, word & 0xffff);
             let len = self.u32()?;
             let payload = self.payload(len)?;
             if kind & 0x8000 != 0 {
@@ -258,18 +272,27 @@ impl Nbd {
         }
     }
 
-    /// Writes zeros to `range`.
+    /// Writes zeros to `ranges`, in no order.
     ///
     /// # Errors
     /// `Peer` or `Io`.
-    pub fn write_zeroes(&mut self, range: Range<u64>) -> Result<()> {
-        let mut at = range.start;
-        while at < range.end {
-            let len = (range.end - at).min(CHUNK);
+    pub fn write_zeroes(&mut self, ranges: &[Range<u64>]) -> Result<()> {
+        let starts = |r: &Range<u64>| r.clone().step_by(CHUNK as usize);
+        let pieces = |r: &Range<u64>| {
+            let end = r.end;
+            starts(r).map(move |at| (at, (end - at).min(CHUNK)))
+        };
+        let mut pieces = ranges.iter().flat_map(pieces).peekable();
+        while pieces.peek().is_some() {
+            let (mut requests, mut count) = (Vec::new(), 0);
+            for (at, len) in pieces.by_ref().take(AHEAD) {
+                self.add_request(&mut requests, CMD_WRITE_ZEROES, at, len)?;
+                count += 1;
+            }
             self.renew();
-            self.request(CMD_WRITE_ZEROES, at, len)?;
-            self.replies(|_| ())?;
-            at += len;
+            self.send(&requests)?;
+            // Which is answered first does not matter: all have to be.
+            (0..count).try_for_each(|_| self.replies(|_| ()))?;
         }
         Ok(())
     }
@@ -290,11 +313,6 @@ impl Nbd {
     fn fill(&mut self, buf: &mut [u8]) -> Result<()> {
         let read = self.socket.read_exact(buf, self.deadline);
         read.map_err(|e| failed(e, "reading from QEMU's NBD server"))
-    }
-
-    fn u16(&mut self) -> Result<u16> {
-        let b = self.bytes(2)?;
-        b.try_into().map(u16::from_be_bytes).map_err(|_| protocol("short"))
     }
 
     fn u32(&mut self) -> Result<u32> {
@@ -469,6 +487,31 @@ mod tests {
         let list = [(CHUNK as u32, 3)];
         let got = against(move |s| status(s, 3 * CHUNK, &list, None), LONG).unwrap();
         assert_eq!(got, (all.end, vec![all]));
+    }
+
+    /// Takes three requests before it answers one, and the last of them first.
+    #[test]
+    fn writes_do_not_wait_for_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let mut s = listener.accept().unwrap().0;
+            s.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+            let mut buf = [0u8; 4 + 16 + 4 + 1 + 2 + 3 * 28];
+            s.read_exact(&mut buf[..4 + 16 + 4 + 1 + 2]).unwrap();
+            reply(&mut s, 3, &[&[0, 0][..], &u64::MAX.to_be_bytes(), &[0, 0]].concat()).unwrap();
+            reply(&mut s, REP_ACK, &[]).unwrap();
+            s.read_exact(&mut buf[..3 * 28]).unwrap();
+            for r in buf[..3 * 28].chunks(28).rev() {
+                let head = [&SIMPLE_REPLY.to_be_bytes()[..], &[0; 4], &r[8..16]].concat();
+                s.write_all(&head).unwrap();
+            }
+            buf[..3 * 28].chunks(28).map(|r| be64(r, 16).unwrap()).collect::<Vec<_>>()
+        });
+        let mut n = Nbd::connect(&Address::Unix(path), "x", false, Duration::from_secs(5)).unwrap();
+        n.write_zeroes(&[0..512, 4096..4096 + CHUNK + 1]).unwrap();
+        assert_eq!(server.join().unwrap(), [0, 4096, 4096 + CHUNK]);
     }
 
     #[test]

@@ -50,12 +50,20 @@ impl Answers {
     /// # Errors
     /// As [`Client::execute`].
     pub fn ask(client: &mut Client) -> Result<Self> {
-        let drives: Vec<Drive> = client.query("query-block", json!({}))?;
-        // Before the other large answer is in memory.
-        let graph = graph::ask(client)?;
-        let raw_nodes = client.execute("query-named-block-nodes", json!({}))?;
+        let drives = client.ask("query-block", json!({}))?;
+        let graph = match client.has(graph::GRAPH) {
+            true => Some(client.ask_again(graph::GRAPH)?),
+            false => None,
+        };
+        let nodes = client.ask("query-named-block-nodes", json!({}))?;
+        let jobs = client.ask("query-jobs", json!({}))?;
+        let drives: Vec<Drive> = client.told(drives)?;
+        // Read before the other large answer is in memory.
+        let graph = graph.map(|g| client.told(g)).transpose()?;
+        let raw_nodes = client.answer(nodes)??;
+        let jobs = client.told(jobs)?;
+        let graph = graph.map_or_else(|| graph::ask(client), Ok)?;
         let types = media::types(client, &drives)?;
-        let jobs = client.query("query-jobs", json!({}))?;
         let exports = match graph.all("block-backend").any(|b| b.name.is_empty()) {
             true => client.poll("query-block-exports")?,
             false => Vec::new(),
