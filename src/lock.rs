@@ -1,15 +1,15 @@
 //! One writer per backup directory: `flock` on `.fleecefs/lock`, so that a killed process leaves
 //! no lock behind.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
-use crate::folder::{EntryKind, Folder, Lock};
+use crate::folder::{EntryKind, FileId, Folder, Lock};
 use crate::text::path_text;
 
 /// The folder that holds the lock file, in the one that is locked.
@@ -38,7 +38,7 @@ impl Locks {
         let side = folder.make_folder(FOLDER).map_err(|e| {
             explain(Error::io(e, "cannot make the folder for the lock").at_path(root.join(FOLDER)))
         })?;
-        let mut held = Held(BTreeMap::new());
+        let mut held = Held::default();
         held.add(&side)?;
         // After the own one: of two first runs, one above the other, at least one sees the other's.
         for above in root.ancestors().skip(1) {
@@ -47,12 +47,17 @@ impl Locks {
             held.add_of(&above)?;
         }
         held.add_below(&folder, DEPTH)?;
-        Ok(Locks { _held: held.0.into_values().collect() })
+        Ok(Locks { _held: held.locks.into_values().collect() })
     }
 }
 
 /// Locks by the paths of their files.
-struct Held(BTreeMap<PathBuf, Lock>);
+#[derive(Default)]
+struct Held {
+    locks: BTreeMap<PathBuf, Lock>,
+    /// Which files they are: in a copy of hard links there are the same again, by other names.
+    files: HashSet<FileId>,
+}
 
 impl Held {
     /// Takes the lock of the folder `dir`, if that has a lock file.
@@ -65,8 +70,14 @@ impl Held {
     }
 
     fn add(&mut self, side: &Folder) -> Result<()> {
-        if let Entry::Vacant(place) = self.0.entry(side.join(NAME)) {
+        let there = side.look(NAME).ok().map(|m| FileId::of(&m));
+        if there.is_some_and(|id| self.files.contains(&id)) {
+            return Ok(());
+        }
+        if let Entry::Vacant(place) = self.locks.entry(side.join(NAME)) {
             let lock = lock(side)?;
+            let failed = |e| Error::io(e, "cannot look at the lock").at_path(side.join(NAME));
+            self.files.insert(FileId::of(&lock.file().metadata().map_err(failed)?));
             place.insert(lock);
         }
         Ok(())
@@ -157,6 +168,25 @@ mod tests {
         assert_eq!(Locks::take(&vm).unwrap_err().kind(), Kind::Busy);
         drop(held);
         Locks::take(&root).unwrap();
+    }
+
+    #[test]
+    fn a_copy_of_hard_links_has_the_same_lock_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        for name in ["vm", "copy"] {
+            std::fs::create_dir_all(root.join(name).join(FOLDER)).unwrap();
+        }
+        let file = |name: &str| root.join(name).join(FOLDER).join(NAME);
+        std::fs::write(file("vm"), "").unwrap();
+        std::fs::hard_link(file("vm"), file("copy")).unwrap();
+        let held = Locks::take(&root).unwrap();
+        for name in ["vm", "copy"] {
+            assert_eq!(Locks::take(&root.join(name)).unwrap_err().kind(), Kind::Busy);
+        }
+        drop(held);
+        let _held = Locks::take(&root.join("copy")).unwrap();
+        assert_eq!(Locks::take(&root).unwrap_err().kind(), Kind::Busy);
     }
 
     #[test]

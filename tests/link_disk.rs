@@ -214,6 +214,99 @@ fn broken_off_and_worked_on_in_one_folder_alone_or_in_one_above() {
     assert_eq!(out.status.code(), Some(10), "{out:?}");
 }
 
+/// Finished from a folder further down than where it was begun.
+#[test]
+fn broken_off_above_it_is_finished_from_below() {
+    if !have("broken_off_above_it_is_finished_from_below", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    // Also when all is done but for the journals.
+    for (step, command) in [("6", "prune"), ("6", "link-disk"), ("18", "prune"), ("19", "prune")] {
+        let above = qemu::tempdir();
+        let dir = above.path().join("vm");
+        run("cp", &["-a", s(r.dir.path()), s(&dir)]);
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.args(["-q", "link-disk", s(above.path()), "vm/old", "vm/new"]);
+        assert_eq!(c.env("FLEECEFS_CRASH_AT", step).status().unwrap().code(), None);
+        assert_eq!(points_of_runs(&dir).len(), 8, "{step}");
+        let out = match command {
+            "prune" => ok(&["prune", s(&dir), "--keep-last", "100"]),
+            _ => r.link(&dir, &[]),
+        };
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(0), "{step} {command}: {said}");
+        assert!(!said.contains("cannot be finished"), "{step} {command}: {said}");
+        r.check_end(&dir, &format!("{step} {command}"));
+        assert!(!dir.join("new/.fleecefs/link-disk.journal").exists(), "{step} {command}");
+    }
+}
+
+/// A copy of hard links, in the same backup directory and elsewhere: each is finished by itself.
+#[test]
+fn broken_off_and_copied_by_hard_links_each_copy_is_whole() {
+    if !have("broken_off_and_copied_by_hard_links_each_copy_is_whole", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    for step in ["4", "11", "15", "18", "19"] {
+        let above = qemu::tempdir();
+        let (dir, copy) = (above.path().join("vm"), above.path().join("copy"));
+        run("cp", &["-a", s(r.dir.path()), s(&dir)]);
+        killed(&r, &dir, step);
+        run("cp", &["-al", s(&dir), s(&copy)]);
+        let out = ok(&["prune", s(above.path()), "--keep-last", "100"]);
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(!said.contains("cannot be finished"), "{step}: {said}");
+        let elsewhere = qemu::tempdir();
+        std::fs::rename(&copy, elsewhere.path().join("copy")).unwrap();
+        for place in [dir, elsewhere.path().join("copy")] {
+            r.check(&place, step);
+            r.check_one(&place, step);
+            assert_eq!(points_of_runs(&place).len(), 8, "{step}");
+            assert_eq!(files(&place.join("new")).len(), 8, "{step}");
+            assert!(!place.join("new/.fleecefs/link-disk.journal").exists(), "{step}");
+        }
+    }
+    // Whoever removed the new names has the old ones left, whatever other names the files have.
+    let above = qemu::tempdir();
+    let (dir, copy) = (above.path().join("vm"), above.path().join("copy"));
+    run("cp", &["-a", s(r.dir.path()), s(&dir)]);
+    killed(&r, &dir, "12");
+    run("cp", &["-al", s(&dir), s(&copy)]);
+    for file in files(&dir.join("new")).iter().filter(|f| f.contains("-17000")) {
+        std::fs::remove_file(dir.join("new").join(file)).unwrap();
+    }
+    ok(&["prune", s(&dir), "--keep-last", "100"]);
+    r.check(&dir, "the new names removed");
+    r.check(&copy, "the copy");
+}
+
+/// Journals that nobody can finish cost one look at the directory, however many.
+#[test]
+fn many_forged_journals_are_counted_and_cost_one_scan() {
+    if !have("many_forged_journals_are_counted_and_cost_one_scan", &TOOLS) {
+        return;
+    }
+    let r = Renamed::folders();
+    let journal = serde_json::json!({"old": "x/y", "new": "z/w", "arriving": []}).to_string();
+    for i in 0..300 {
+        let side = r.dir.path().join(format!("d{i}/.fleecefs"));
+        std::fs::create_dir_all(&side).unwrap();
+        std::fs::write(side.join("link-disk.journal"), &journal).unwrap();
+    }
+    let out = ok(&["prune", s(r.dir.path()), "--keep-last", "100"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(said.matches("cannot be finished").count(), 10, "{said}");
+    assert!(said.contains("290 more journals"), "{said}");
+    r.check(r.dir.path(), "forged journals");
+    // One that no link-disk writes is damaged, and not read whole.
+    let large = r.dir.path().join("d0/.fleecefs/link-disk.journal");
+    std::fs::File::create(large).unwrap().set_len(5 << 20).unwrap();
+    let list = ok(&["list", s(r.dir.path()), "--json"]);
+    assert!(String::from_utf8_lossy(&list.stdout).contains("d0/.fleecefs/link-disk.journal"));
+}
+
 #[test]
 fn broken_off_and_the_new_names_removed_the_old_ones_stay() {
     if !have("broken_off_and_the_new_names_removed_the_old_ones_stay", &TOOLS) {
@@ -235,6 +328,14 @@ fn broken_off_and_the_new_names_removed_the_old_ones_stay() {
     }
 }
 
+/// The points of all runs.
+fn points_of_runs(dir: &Path) -> Vec<String> {
+    let out = ok(&["list", "--runs", "--json", s(dir)]);
+    let runs: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let points = runs.as_array().unwrap().iter().flat_map(|r| r["points"].as_array().unwrap());
+    points.map(|p| p["point"].as_str().unwrap().to_string()).collect()
+}
+
 /// A run has each disk once, also while its points have two names.
 #[test]
 fn broken_off_each_run_has_each_point_once() {
@@ -242,18 +343,12 @@ fn broken_off_each_run_has_each_point_once() {
         return;
     }
     let r = Renamed::folders();
-    let points = |dir: &Path| -> Vec<String> {
-        let out = ok(&["list", "--runs", "--json", s(dir)]);
-        let runs: Value = serde_json::from_slice(&out.stdout).unwrap();
-        let points = runs.as_array().unwrap().iter().flat_map(|r| r["points"].as_array().unwrap());
-        points.map(|p| p["point"].as_str().unwrap().to_string()).collect()
-    };
-    let before = points(r.dir.path());
+    let before = points_of_runs(r.dir.path());
     assert_eq!(before.len(), 8);
     for step in ["4", "7", "11", "13"] {
         let copy = r.copy();
         killed(&r, copy.path(), step);
-        let now = points(copy.path());
+        let now = points_of_runs(copy.path());
         assert_eq!(now.len(), 8, "step {step}: {now:?}");
     }
 }
@@ -277,6 +372,17 @@ fn what_is_no_file_stays_and_is_told() {
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(said.contains("2 images of 'old' not joined"), "{said}");
     r.check(r.dir.path(), "what is left stays");
+    // It is told until it is seen to.
+    for more in [&[][..], &["--dry-run"], &[]] {
+        let out = r.link(r.dir.path(), more);
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert!(said.contains("INC-1700018000-old.qcow2: not a plain file"), "{more:?}: {said}");
+        assert_eq!(out.status.code(), Some(if more.is_empty() { 16 } else { 0 }), "{more:?}");
+    }
+    std::fs::remove_file(old.join("INC-1700018000-old.qcow2")).unwrap();
+    std::fs::remove_dir(old.join("INC-1700021600-old.qcow2")).unwrap();
+    r.must(r.dir.path(), &[]);
+    r.check_end(r.dir.path(), "done");
 }
 
 /// What cannot be read is known by its name.

@@ -45,33 +45,53 @@ fn bitmaps_of_a_target_that_is_gone_go_in_one_step() {
     assert_eq!(ids(&text).len(), 2, "{text}");
     // The node, and what the user calls the disk.
     assert!(text.lines().all(|l| l.starts_with("n (vda): bitmap ")), "{text}");
+    let id_in = |target: &std::path::Path| std::fs::read_to_string(target.join("uuid")).unwrap();
+    let own = id_in(&caller.target);
+    let gone = ids(&text).into_iter().find(|id| !own.starts_with(id)).unwrap();
     // A second target of the VM is alive.
     let second = Caller { target: d.path().join("second"), ..caller.clone() };
     second.must("full");
+    let other = id_in(&second.target);
     let keep = ["cleanup", "--keep", caller.target.to_str().unwrap()];
-    for more in [&["-n"][..], &[]] {
+    let refused = |args: &[&str], words: &[&str]| {
         let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-        c.args(keep).args(more).arg("--qmp").arg(&caller.qmp);
+        c.args(args).arg("--qmp").arg(&caller.qmp);
         let out = c.arg("--state-dir").arg(&caller.state).output().unwrap();
-        let said = String::from_utf8_lossy(&out.stderr);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(2), "{said}");
-        let other = format!("--keep '{}'", second.target.display());
-        assert!(said.contains(&other) && said.contains("--all-targets"), "{said}");
+        for word in words.iter().chain(&["--all-targets"]) {
+            assert!(said.contains(word), "{word}: {said}");
+        }
+        said
+    };
+    let add = format!("--keep '{}'", second.target.display());
+    let by_id = format!("cleanup --uuid {gone}");
+    for more in [&["-n"][..], &[]] {
+        refused(&[&keep[..], more].concat(), &[&add, &by_id]);
     }
-    assert_eq!(ids(&asked(&caller, &["info", "bitmaps"])).len(), 3);
+    // One that is not mounted may come back, and would need a FULL then.
     let both = [&keep[..], &["--keep", second.target.to_str().unwrap()]].concat();
-    let plan = asked(&caller, &[&both[..], &["-n"]].concat());
-    let other = std::fs::read_to_string(second.target.join("uuid")).unwrap();
-    assert!(plan.contains("would remove") && !plan.contains(other.get(..8).unwrap()), "{plan}");
+    let said = refused(&both, &[&by_id, "not there"]);
+    assert!(!said.contains(&add), "{said}");
+    let away = d.path().join("away");
+    std::fs::rename(&second.target, &away).unwrap();
+    refused(&keep, &[&format!("cleanup --uuid {}", &other[..8]), &by_id]);
+    // What was moved can be named where it is.
+    let moved = [&keep[..], &["--keep", away.to_str().unwrap()]].concat();
+    let said = refused(&moved, &[&by_id]);
+    assert!(!said.contains(&other[..8]), "{said}");
+    std::fs::rename(&away, &second.target).unwrap();
+    assert_eq!(ids(&asked(&caller, &["info", "bitmaps"])).len(), 3, "something went");
     let all = [&keep[..], &["--all-targets", "-n"]].concat();
-    assert!(asked(&caller, &all).contains(other.get(..8).unwrap()));
-    // It is gone, and so is nobody's.
-    std::fs::remove_dir_all(&second.target).unwrap();
-    let plan = asked(&caller, &[&keep[..], &["-n"]].concat());
+    let plan = asked(&caller, &all);
+    assert!(plan.contains(&other[..8]) && plan.contains(&gone), "{plan}");
+    // By the id that was said.
+    let plan = asked(&caller, &["cleanup", "--uuid", &gone, "-n"]);
     assert!(plan.contains("would remove") && plan.contains("n (vda)"), "{plan}");
-    asked(&caller, &keep);
+    asked(&caller, &["cleanup", "--uuid", &gone]);
+    assert!(asked(&caller, &both).contains("nothing to remove"));
+    asked(&caller, &[&keep[..], &["--all-targets"]].concat());
     let left = ids(&asked(&caller, &["info", "bitmaps"]));
-    let own = std::fs::read_to_string(caller.target.join("uuid")).unwrap();
     assert_eq!(left.into_iter().collect::<Vec<_>>(), [own.get(..8).unwrap()]);
     caller.must("auto");
     assert_eq!(level(&caller, "data.qcow2"), "INC");

@@ -41,6 +41,7 @@ mod neighbours;
 pub mod offline;
 pub mod plan;
 mod planned;
+mod proof;
 pub mod publish;
 pub mod recover;
 pub mod report;

@@ -143,7 +143,8 @@ fn digits(text: &str, path: &Path) -> Result<String> {
     Ok(first.unwrap_or_else(hashed))
 }
 
-fn is_uuid(text: &str) -> bool {
+/// Whether this is what qmpbackup and fleecefs write as an id.
+pub(super) fn is_uuid(text: &str) -> bool {
     let dashes = [8, 13, 18, 23];
     let fits = |(i, c): (usize, char)| match dashes.contains(&i) {
         true => c == '-',

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::folders::{Folders, TargetId, stored_id};
 use super::lock::{state_folder, state_folder_if_there, vm_key};
-use super::names;
+use super::proof::has_backups;
 use crate::chain::manifest;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, Folder};
@@ -230,26 +230,8 @@ fn is_harmless(name: &str) -> bool {
     name.starts_with(marks) || ["lost+found", "System Volume Information"].contains(&name)
 }
 
-/// Whether a folder, or one in it, has backups: ours, qmpbackup's, or those of another VM.
-fn has_backups(dir: &Path, own: Option<&str>) -> bool {
-    let entries = folder::entries(dir).unwrap_or_default();
-    let named = entries.iter().filter_map(|e| Some((e.name.to_str()?, e.kind)));
-    named.into_iter().any(|(name, kind)| {
-        let whole = name.strip_suffix(".partial").unwrap_or(name);
-        let is_image = names::parse_image(whole).is_some() || own == Some(name);
-        let is_side = name == manifest::FOLDER && own.is_some();
-        is_image || is_side || (name == "uuid" && kind == EntryKind::File)
-    })
-}
-
 /// A folder of the user's other files is not made a backup directory without a word.
 fn check_contents(target: &Path) -> Result<()> {
-    // Whatever has written here has taken a lock, also where there are but copies or folders of months.
-    if folder::look(&target.join(manifest::FOLDER).join(crate::lock::NAME))
-        .is_ok_and(|m| m.is_file())
-    {
-        return Ok(());
-    }
     // What is no folder, or cannot be read, is no target either: that is said when it is made one.
     let Ok(found) = folder::entries(target) else { return Ok(()) };
     let mut others = Vec::new();
@@ -260,13 +242,12 @@ fn check_contents(target: &Path) -> Result<()> {
         }
         let below = target.join(&entry.name);
         match entry.kind {
-            EntryKind::Folder if has_backups(&below, Some(&name)) => return Ok(()),
             EntryKind::Folder if folder::entries(&below).is_ok_and(|e| e.is_empty()) => {}
             _ => others.push(name),
         }
     }
     others.sort_unstable();
-    let Some(first) = others.first().filter(|_| !has_backups(target, None)) else { return Ok(()) };
+    let Some(first) = others.first().filter(|_| !has_backups(target)) else { return Ok(()) };
     let more = match others.len() {
         1 => String::new(),
         n => format!(" and {} more", n.saturating_sub(1)),
@@ -391,7 +372,23 @@ mod tests {
             }
             assert_eq!(kind(), Ok(()), "{harmless}");
         }
-        for other in ["letter.odt", "Photos/1.jpg", "vm/disk.qcow2", ".hidden/x\u{7f}/../../y"] {
+        for other in [
+            "letter.odt",
+            "Photos/1.jpg",
+            "vm/disk.qcow2",
+            ".hidden/x\u{7f}/../../y",
+            // What has such a name by chance.
+            "project/project/README",
+            "tool/tool",
+            "FULL-1-letter",
+            "COPY-1700000000-sda",
+            "notes/FULL-1-letter",
+            "sda/FULL-1-sda/x",
+            "cards/uuid",
+            "uuid/x",
+            "x/.fleecefs/x",
+            "x.config",
+        ] {
             begin();
             std::fs::create_dir(target.join(".hidden")).unwrap();
             std::fs::create_dir(target.join(".hidden/x\u{7f}")).unwrap();
@@ -399,23 +396,39 @@ mod tests {
             assert_eq!(kind(), Err(Kind::Exists), "{other}");
         }
         // What has backups is one: ours, of other VMs, qmpbackup's copies, which have no id.
-        for ours in [
-            "uuid",
-            "2026-11/uuid",
-            "vm2/uuid",
-            "sda/COPY-1-sda",
-            "sda/sda",
-            "COPY-1-sda",
-            "sda/FULL-1-sda.partial",
-            "sda/.fleecefs/FULL-1-sda.partial.json",
+        let id = "01234567-89ab-4cde-8f01-23456789abcd";
+        let magic = [b'Q', b'F', b'I', 0xfb, 0, 0, 0, 3];
+        for (ours, content) in [
+            ("uuid", &b"the office"[..]),
+            ("2026-11/uuid", id.as_bytes()),
+            ("vm2/uuid", id.as_bytes()),
+            ("sda/COPY-1-sda", b"x"),
+            ("node/FULL-1-sda", &magic),
+            ("2026-11/sda/COPY-1-sda", b"x"),
+            ("sda/FULL-1-sda.partial", b"x"),
+            ("sda/.fleecefs/FULL-1-sda.partial.json", b"x"),
+            (".fleecefs/FULL-1-sda.json", b"x"),
+            (".fleecefs/lock", b""),
         ] {
             begin();
             put("README.txt");
             put(ours);
-            if ours == "uuid" {
-                std::fs::write(target.join(ours), "01234567").unwrap();
-            }
+            std::fs::write(target.join(ours), content).unwrap();
             assert_eq!(kind(), Ok(()), "{ours}");
+        }
+        // A copy without a time: with a link, or with the disk's description.
+        for linked in [true, false] {
+            begin();
+            put("README.txt");
+            put("sda/sda");
+            match linked {
+                true => {
+                    let link = target.join("sda/COPY-sda");
+                    std::os::unix::fs::symlink(target.join("sda/sda"), link).unwrap();
+                }
+                false => put("sda.config"),
+            }
+            assert_eq!(kind(), Ok(()), "{linked}");
         }
         begin();
         put("README.txt");

@@ -91,8 +91,8 @@ pub struct BackupArgs {
     /// Begin a new backup directory where the one that this VM was backed up to is gone, or in a folder
     /// that has other files, and make the folders above it
     ///
-    /// Bitmaps of the one that is gone go on recording in QEMU: 'fleecefs cleanup --keep DIR', with the
-    /// new one, removes them.
+    /// Bitmaps of the one that is gone go on recording in QEMU: 'fleecefs cleanup --uuid ID', with its id,
+    /// which 'fleecefs info bitmaps' shows, removes them.
     #[arg(long)]
     init: bool,
 

@@ -57,8 +57,9 @@ struct Common {
 /// it did not end cleanly. A disk whose bitmap is removed gets a FULL next time.
 ///
 /// After 'backup --init' began a new backup directory, the bitmaps of the one that is gone go on recording,
-/// which costs memory, and room in the image. 'cleanup --keep DIR', with the new one, removes them. It is
-/// refused if that takes bitmaps of another backup directory of this machine's VMs that still exists.
+/// which costs memory, and room in the image. 'cleanup --uuid ID', with the id of the one that is gone, removes
+/// them; 'info bitmaps' shows it. 'cleanup --keep DIR' removes those of all directories but DIR. It is refused
+/// if that takes bitmaps of another one that this machine remembers, whether it is mounted now or not.
 #[derive(Debug, Args)]
 pub struct CleanupArgs {
     /// QEMU's QMP socket: a path, or tcp:HOST:PORT
@@ -70,7 +71,7 @@ pub struct CleanupArgs {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["uuid", "all"])]
     keep: Vec<PathBuf>,
 
-    /// With --keep: also those of backup directories that exist and are not named; each gets a FULL next
+    /// With --keep: also those of remembered backup directories that are not named; each gets a FULL next
     #[arg(long, requires = "keep")]
     all_targets: bool,
 
@@ -208,30 +209,47 @@ fn jobs(common: &Common) -> Result<String> {
     Ok(or_none(lines(list.iter().map(line)), "jobs"))
 }
 
-/// Fails if bitmaps of a backup directory that is there are chosen; says which ones are not there.
+/// Fails if bitmaps of another backup directory that is remembered are chosen, whether it is there or not: a
+/// bitmap that stays does no harm, and one that goes costs a FULL.
 fn check_targets(targets: &Targets, chosen: &[BitmapLine]) -> Result<()> {
-    let mut there = Vec::new();
+    let (mut there, mut gone) = (Vec::new(), Vec::new());
     for (path, id, now) in targets.with_ids() {
-        let known = now.clone().or_else(|| TargetId::named(&id).ok());
+        let is_there = now.is_some();
+        let Some(known) = now.or_else(|| TargetId::named(&id).ok()) else { continue };
         // Those that QEMU calls inconsistent are good for nobody.
-        let goes = |t: TargetId| chosen.iter().any(|b| !b.inconsistent && t.owns(&b.name));
-        match (known.is_some_and(goes), now) {
-            (true, Some(_)) => there.push(path_text(&path)),
-            (true, None) => log::warn!(
-                "{}: the backup directory with the id {id} is not there (not mounted?): its bitmaps go, and \
-                 its disks get a FULL next time",
-                path_text(&path)
-            ),
-            (false, _) => {}
+        if !chosen.iter().any(|b| !b.inconsistent && known.owns(&b.name)) {
+            continue;
+        }
+        match is_there {
+            true => there.push(path_text(&path)),
+            false => gone.push((path_text(&path), known.id)),
         }
     }
-    if there.is_empty() {
+    if there.is_empty() && gone.is_empty() {
         return Ok(());
     }
-    let more: Vec<String> = there.iter().map(|p| format!("--keep '{p}'")).collect();
-    let what = format!("that takes bitmaps of backup directories that exist: {}", there.join(", "));
-    Err(Error::new(Kind::Usage, what)
-        .remedy(format!("add {} to keep theirs, or --all-targets to remove them", more.join(" "))))
+    let absent = |(path, id): &(String, String)| format!("{path} (not there now, id {id})");
+    let all: Vec<String> = there.iter().cloned().chain(gone.iter().map(absent)).collect();
+    let what = format!("that takes bitmaps of other backup directories: {}", all.join(", "));
+    Err(Error::new(Kind::Usage, what).remedy(ways(&there, &gone)))
+}
+
+/// What to do about bitmaps of the backup directories `there`, and of those that are `gone`, with their ids.
+fn ways(there: &[String], gone: &[(String, String)]) -> String {
+    let mut ways = Vec::new();
+    if !there.is_empty() {
+        let keep: Vec<String> = there.iter().map(|p| format!("--keep '{p}'")).collect();
+        ways.push(format!("add {} to keep theirs", keep.join(" ")));
+    }
+    if !gone.is_empty() {
+        let ids: Vec<String> = gone.iter().map(|(_, id)| format!("--uuid {id}")).collect();
+        ways.push(format!(
+            "mount what is not mounted, and name what was moved, with --keep; of one that is gone for good \
+             'fleecefs cleanup {}' removes the bitmaps",
+            ids.join("' and 'fleecefs cleanup ")
+        ));
+    }
+    format!("{}; or --all-targets, which removes them all", ways.join("; "))
 }
 
 /// Runs `fleecefs cleanup`.

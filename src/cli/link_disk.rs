@@ -1,5 +1,9 @@
 //! `fleecefs link-disk`: the points of a renamed disk and those under its new name become one history.
 
+use std::cell::OnceCell;
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -8,15 +12,15 @@ use clap::Args;
 use super::bar::Bar;
 use super::output;
 use super::paths::{backups, catalog};
-use super::prune::find_disk;
+use super::prune::{find_disk, no_disk};
 use super::writing::finished_but_links;
 use crate::chain::linking::{self, Linking};
 use crate::chain::{Catalog, Disk, unfinished};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder};
+use crate::folder::{self, FileId, Folder};
 use crate::prune::join::{self, Joining};
 use crate::restore::verbs;
-use crate::text::path_text;
+use crate::text::{path_text, to_text};
 use crate::units::counted;
 
 /// Join the points of a renamed disk with those under its new name
@@ -84,13 +88,18 @@ pub fn run(args: LinkDiskArgs) -> Result<()> {
     Err(Error::new(Kind::Partial, what).remedy("see above; they are where they were"))
 }
 
+/// Of how many journals it is said what becomes of them. More are counted.
+const MOST_TOLD: usize = 10;
+
 /// Goes on with what was broken off from `root` downward, but for that of the disks `own`. The caller
 /// holds the locks. Where it cannot be gone on with, a warning says so: no point is lost or wrong, and
-/// nobody's backup has to wait for it.
+/// nobody's backup has to wait for it. The directory is read once, however many there are: each is of two
+/// folders that no other has.
 ///
 /// # Errors
 /// A journal is damaged.
 pub(super) fn finish(root: &Path, own: Option<(&Path, &Path)>) -> Result<()> {
+    let (known, mut count) = (OnceCell::new(), 0_usize);
     for dir in unfinished::folders(root) {
         // The other one of a pair may be gone with it.
         let open = folder::absent_is_none(Folder::open(&dir));
@@ -104,48 +113,83 @@ pub(super) fn finish(root: &Path, own: Option<(&Path, &Path)>) -> Result<()> {
         if own.is_some_and(is_own) {
             continue;
         }
-        log::warn!("{}: going on with a link-disk that was broken off", path_text(&dir));
-        if let Err(e) = go_on(root, &folder, &linking) {
-            log::warn!(
-                "{}: a link-disk was broken off here and cannot be finished: {} ({})",
-                path_text(&linking::journal_path(&dir)),
-                e.report(),
-                linking::REMEDY
-            );
-        }
+        let catalog = match known.get() {
+            Some(catalog) => catalog,
+            None => {
+                let catalog = catalog(root)?;
+                known.get_or_init(|| catalog)
+            }
+        };
+        count = count.saturating_add(1);
+        tell_and_go_on(catalog, &folder, &linking, count <= MOST_TOLD);
+    }
+    if let Some(more) = count.checked_sub(MOST_TOLD).filter(|n| *n > 0) {
+        let what = counted(more as u64, "more journal");
+        log::warn!("{}: {what} of link-disk; 'fleecefs list' shows what is left", path_text(root));
     }
     Ok(())
 }
 
-/// Goes on with what the journal in `dir` says.
-fn go_on(root: &Path, dir: &Folder, linking: &Linking) -> Result<()> {
-    let catalog = catalog(root)?;
-    let (old, new) = (Path::new(&linking.old), Path::new(&linking.new));
-    // It may have been begun in a folder further down.
-    let above = catalog.disks.iter().find_map(|d| {
-        let is_here = d.points.iter().any(|p| p.source.parent() == Some(dir.path()));
-        [old, new].into_iter().filter(|_| is_here).find_map(|n| before(&d.path, n))
-    });
-    let above = above.unwrap_or_default();
-    let to = find_disk(&catalog, &above.join(new))?;
-    let from = match find_disk(&catalog, &above.join(old)) {
-        Err(e) if e.kind() == Kind::NotFound && join::is_joined(old, to) => {
-            check_single(to, linking)?;
-            let done = Joining::done(&above.join(old), to);
-            return join::execute(&done, &catalog, &Bar::default());
+fn tell_and_go_on(catalog: &Catalog, dir: &Folder, linking: &Linking, aloud: bool) {
+    if aloud {
+        let path = path_text(dir.path());
+        log::warn!("{path}: going on with a link-disk that was broken off");
+    }
+    match go_on(catalog, dir, linking) {
+        Ok(left) => left
+            .iter()
+            .filter(|_| aloud)
+            .for_each(|path| log::warn!("{}: not a plain file: not joined", path_text(path))),
+        Err(e) if aloud => log::warn!(
+            "{}: a link-disk was broken off here and cannot be finished: {} ({})",
+            path_text(&linking::journal_path(dir.path())),
+            e.report(),
+            linking::REMEDY
+        ),
+        Err(_) => {}
+    }
+}
+
+/// Goes on with what the journal in `dir` says; what could not come along.
+fn go_on(catalog: &Catalog, dir: &Folder, linking: &Linking) -> Result<Vec<PathBuf>> {
+    let (old, to) = pair(catalog, dir, linking)?;
+    let Some(from) = named(catalog, &old) else {
+        if !join::is_joined(&old, to) {
+            return Err(no_disk(catalog, &old));
         }
-        from => from?,
+        check_old_gone(&catalog.root, to, linking)?;
+        let done = Joining::done(&catalog.root, &old, to)?;
+        return join::execute(&done, catalog, &Bar::default()).map(|()| done.left);
     };
     // The owner of one folder has no say about another's.
     match (says(from, linking)?, says(to, linking)?) {
         (Some(_), Some(_)) => {
-            let plan = join::plan(from, to, linking.other_vm, linking.force)?;
-            join::execute(&plan, &catalog, &Bar::default())
+            let plan = join::plan(from, to, linking.other_vm, linking.force)?.going_on(linking);
+            join::execute(&plan, catalog, &Bar::default()).map(|()| plan.left)
         }
         // Nothing was done yet.
-        (None, Some(folder)) => linking::clear_in(&folder),
+        (None, Some(folder)) => linking::clear_in(&folder).map(|()| Vec::new()),
         _ => Err(Error::new(Kind::Incomplete, "the other disk's folder has no such journal")),
     }
+}
+
+/// The old name and the new disk of a journal in `dir`, as they are called here.
+fn pair<'a>(catalog: &'a Catalog, dir: &Folder, linking: &Linking) -> Result<(PathBuf, &'a Disk)> {
+    let is_here = |d: &&Disk| d.points.first().and_then(|p| p.source.parent()) == Some(dir.path());
+    let disks = catalog.disks.iter().filter(is_here).map(|d| d.path.as_path());
+    // Its points may be gone, all of them.
+    let own = dir.path().strip_prefix(&catalog.root).ok();
+    let names = disks.chain(own).map(|path| PathBuf::from(to_text(path.as_os_str())));
+    let mut pairs = names.flat_map(|name| linking.pairs(&name));
+    pairs.find_map(|(old, new)| Some((old, named(catalog, &new)?))).ok_or_else(|| {
+        let what = format!("no disk '{}' from here downward", path_text(&linking.new));
+        Error::new(Kind::NotFound, what)
+    })
+}
+
+/// The disk that a journal calls so.
+fn named<'a>(catalog: &'a Catalog, name: &Path) -> Option<&'a Disk> {
+    catalog.disks.iter().find(|d| Path::new(&to_text(d.path.as_os_str())) == name)
 }
 
 /// The folder of a disk, if it has this journal.
@@ -155,29 +199,41 @@ fn says(disk: &Disk, linking: &Linking) -> Result<Option<Folder>> {
     Ok(linking::read_in(&folder)?.filter(|l| l.is_of(linking)).map(|_| folder))
 }
 
-/// Fails if the images have other names yet, which are then outside of the directory that is read.
-fn check_single(to: &Disk, linking: &Linking) -> Result<()> {
+/// Fails if the images may have their old names yet: in the old disk's folder, which may be outside of the
+/// directory that is read. (Elsewhere they may have others: in a copy of hard links.)
+fn check_old_gone(root: &Path, to: &Disk, linking: &Linking) -> Result<()> {
     let dir = verbs::open_folder(
         to.points.first().and_then(|p| p.source.parent()).unwrap_or(Path::new("")),
     )?;
-    let is_single = |n: &String| dir.look(n).is_ok_and(|m| m.nlink() == 1);
-    match linking.arriving.iter().all(is_single) {
-        true => Ok(()),
-        false => Err(Error::new(Kind::Incomplete, "the old names are not in this directory")),
+    let looked = linking.arriving.iter().filter_map(|n| dir.look(n).ok());
+    let several: HashSet<FileId> =
+        looked.filter(|m| m.nlink() > 1).map(|m| FileId::of(&m)).collect();
+    let seen =
+        linking.old_folders(dir.path()).into_iter().filter(|(above, _)| above.starts_with(root));
+    let places: Vec<PathBuf> = seen.map(|(_, place)| place).collect();
+    let has_old = |place: &PathBuf| {
+        let old = match Folder::open(place) {
+            Ok(old) => old,
+            Err(e) => return !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory),
+        };
+        let is_new = |n: &OsStr| {
+            old.path() == dir.path() && linking.arriving.iter().any(|a| n == a.as_str())
+        };
+        let names = old.entries().unwrap_or_default().into_iter().map(|e| e.name);
+        let mut ids = names.filter(|n| !is_new(n)).filter_map(|n| old.look(&n).ok());
+        ids.any(|m| several.contains(&FileId::of(&m)))
+    };
+    if several.is_empty() || !places.is_empty() && !places.iter().any(has_old) {
+        return Ok(());
     }
-}
-
-/// What of `path` comes before `end`.
-fn before(path: &Path, end: &Path) -> Option<PathBuf> {
-    let above = path.components().count().checked_sub(end.components().count())?;
-    path.ends_with(end).then(|| path.components().take(above).collect())
+    Err(Error::new(Kind::Incomplete, "the old names are not in this directory"))
 }
 
 fn plan(catalog: &Catalog, args: &LinkDiskArgs) -> Result<Joining> {
     let new = find_disk(catalog, &args.new)?;
     match find_disk(catalog, &args.old) {
         Err(e) if e.kind() == Kind::NotFound && join::is_joined(&args.old, new) => {
-            Ok(Joining::done(&args.old, new))
+            Joining::done(&catalog.root, &args.old, new)
         }
         old => join::plan(old?, new, args.other_vm, args.force),
     }

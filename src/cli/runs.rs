@@ -64,7 +64,7 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
     for (disk, i) in points.iter().filter(|(d, i)| d.points[*i].level != Level::Snapshot) {
         let p = &disk.points[*i];
         let manifest = manifest_of(disk, *i);
-        if doubles.has(p.time, manifest.as_ref()) {
+        if doubles.has(disk, p.time, manifest.as_ref()) {
             continue;
         }
         let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());

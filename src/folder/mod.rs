@@ -397,6 +397,11 @@ impl Folder {
     }
 }
 
+/// As [`Folder::proc_path`], of an open file.
+pub fn path_of(file: &File) -> PathBuf {
+    open::proc_path(file.as_raw_fd())
+}
+
 fn kind_of(kind: rustix::fs::FileType) -> Option<EntryKind> {
     use rustix::fs::FileType;
     match kind {

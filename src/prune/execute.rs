@@ -9,14 +9,14 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::config;
 use super::plan::Plan;
+use crate::chain::linking::{self, Linking};
 use crate::chain::manifest::{Manifest, fingerprint_of};
 use crate::chain::removal::{self, Publish, Removal};
-use crate::chain::{Catalog, Disk, linking, manifest};
+use crate::chain::{Catalog, Disk, manifest};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{FileId, Folder};
 use crate::layer::Format;
@@ -261,9 +261,16 @@ fn remove_one(
     manifest::remove_in(dir, OsStr::new(name))
 }
 
-/// Whether those of these images that are there have another name somewhere.
-fn have_another_name(dir: &Folder, images: &[String]) -> bool {
-    images.iter().filter_map(|n| dir.look(n).ok()).all(|m| m.nlink() > 1)
+/// Whether those of these images that are there have their new names too, where a link-disk put them. (A
+/// copy of hard links of the whole directory gives each file another name as well.)
+fn have_new_names(dir: &Folder, images: &[String], linking: &Linking) -> bool {
+    let Some(to) = linking.new_folder(dir.path()) else { return false };
+    let going: HashSet<&OsStr> = images.iter().map(OsStr::new).collect();
+    let stays = |name: &OsStr| to.path() != dir.path() || !going.contains(name);
+    let names = to.entries().unwrap_or_default().into_iter().map(|e| e.name).filter(|n| stays(n));
+    let there: HashSet<FileId> =
+        names.filter_map(|n| Some(FileId::of(&to.look(&n).ok()?))).collect();
+    images.iter().filter_map(|n| dir.look(n).ok()).all(|m| there.contains(&FileId::of(&m)))
 }
 
 /// Finishes or takes back what runs that were broken off left in `dir`: prune, consolidate and the
@@ -279,7 +286,8 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     work.progress.note(&format!("finishing what an earlier run began in {path}"));
     let known = Known::new();
     let Some(publish) = &removal.publish else {
-        if linking::read_in(dir)?.is_some() && !have_another_name(dir, &removal.remove) {
+        let linking = linking::read_in(dir)?;
+        if linking.is_some_and(|l| !have_new_names(dir, &removal.remove, &l)) {
             // Nothing goes that is not under its new name: somebody has removed that.
             log::warn!(
                 "{path}: a link-disk was broken off, and the new names of its points are gone"

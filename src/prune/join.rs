@@ -128,7 +128,7 @@ pub fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joini
         old: old.path.clone(),
         new: new.path.clone(),
         points,
-        left: from.left()?,
+        left: no_files(&from.folder, Some(OsStr::new(&from.tail)))?,
         linking: Linking { old: o, new: n, arriving, other_vm, force, arrived: false },
         from: from.folder.path().to_path_buf(),
         to: to.folder.path().to_path_buf(),
@@ -136,29 +136,70 @@ pub fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joini
 }
 
 impl Joining {
-    /// Nothing to do: the points of `old` are among those of `new`.
-    pub fn done(old: &Path, new: &Disk) -> Self {
+    /// Nothing to do: the points of `old` are among those of `new`. What could not come along is told again.
+    ///
+    /// # Errors
+    /// The folder of `old` cannot be read.
+    pub fn done(root: &Path, old: &Path, new: &Disk) -> Result<Self> {
         let to = new.points.first().and_then(|p| p.source.parent()).unwrap_or(Path::new(""));
-        Joining {
+        Ok(Joining {
             old: old.to_path_buf(),
             new: new.path.clone(),
             points: Vec::new(),
-            left: Vec::new(),
+            left: left_of(root, old)?,
             linking: Linking::default(),
             from: PathBuf::new(),
             to: to.to_path_buf(),
-        }
+        })
+    }
+
+    /// Goes on with what this journal says: both keep its words, from wherever they are seen.
+    pub fn going_on(self, journal: &Linking) -> Self {
+        let Linking { old, new, .. } = journal.clone();
+        Joining { linking: Linking { old, new, ..self.linking }, ..self }
     }
 }
 
-/// Whether points of the disk `new` were those of a disk `old`: then there is nothing left to do.
+/// Whether points of the disk `new` were those of a disk `old`: then there is nothing left to do. It may have
+/// been called from a folder further up or down.
 pub fn is_joined(old: &Path, new: &Disk) -> bool {
     let is = |p: &Point| {
         let (dir, name) = (p.source.parent()?, p.source.file_name()?);
         let m = manifest::read(dir, name).ok().flatten()?;
-        Some(m.linked_from? == to_text(old.as_os_str()))
+        Some(is_same_end(Path::new(&m.linked_from?), Path::new(&to_text(old.as_os_str()))))
     };
     new.points.iter().any(|p| is(p) == Some(true))
+}
+
+fn is_same_end(a: &Path, b: &Path) -> bool {
+    a.ends_with(b) || b.ends_with(a)
+}
+
+/// What has the name of an image of the disk `old`, which has no points any more, and is no file.
+fn left_of(root: &Path, old: &Path) -> Result<Vec<PathBuf>> {
+    let own = root.join(old);
+    let (dir, tail) = match crate::folder::is_folder(&own) {
+        true => (own.as_path(), None),
+        false => (own.parent().unwrap_or(root), own.file_name()),
+    };
+    let open = crate::folder::absent_is_none(Folder::open(dir));
+    let open = open.map_err(|e| Error::io(e, "cannot open the folder").at_path(dir))?;
+    open.map_or(Ok(Vec::new()), |folder| no_files(&folder, tail))
+}
+
+/// What has the name of an image of the disk `tail`, or of any, in this folder, and is none: a folder, a pipe,
+/// a link.
+fn no_files(folder: &Folder, tail: Option<&OsStr>) -> Result<Vec<PathBuf>> {
+    let failed = |e| Error::io(e, "cannot list the folder").at_path(folder.path());
+    let is_named = |name: &OsStr| match parse(name) {
+        Name::Backup { stamp: Some(_), disk, .. } => tail.is_none_or(|tail| *disk == *tail),
+        _ => false,
+    };
+    let entries = folder.entries().map_err(failed)?.into_iter();
+    let left = entries.filter(|e| e.kind != EntryKind::File && is_named(&e.name));
+    let mut left: Vec<PathBuf> = left.map(|e| folder.join(&e.name)).collect();
+    left.sort();
+    Ok(left)
 }
 
 impl<'a> Images<'a> {
@@ -259,20 +300,6 @@ impl<'a> Images<'a> {
             lost.push(Moved { from: from.into(), to: renamed, time, id: None, manifest });
         }
         Ok(lost)
-    }
-
-    /// What has the name of one of its images and is none: a folder, a pipe, a link.
-    fn left(&self) -> Result<Vec<PathBuf>> {
-        let failed = |e| Error::io(e, "cannot list the folder").at_path(self.folder.path());
-        let is_named = |name: &OsStr| match parse(name) {
-            Name::Backup { stamp: Some(_), disk, .. } => disk == *self.tail,
-            _ => false,
-        };
-        let entries = self.folder.entries().map_err(failed)?.into_iter();
-        let left = entries.filter(|e| e.kind != EntryKind::File && is_named(&e.name));
-        let mut left: Vec<PathBuf> = left.map(|e| self.folder.join(&e.name)).collect();
-        left.sort();
-        Ok(left)
     }
 
     /// Refuses what names other files: under their new names they would not be found.
@@ -483,7 +510,7 @@ fn bring(joining: &Joining, from: &Folder, to: &Folder, progress: &dyn Progress)
 fn clear_left(joining: &Joining, catalog: &Catalog) -> Result<()> {
     let clear = |folder: &Folder| match linking::read_in(folder)? {
         // It may be another disk's.
-        Some(l) if Path::new(&l.old).ends_with(&joining.old) => linking::clear_in(folder),
+        Some(l) if is_same_end(Path::new(&l.old), &joining.old) => linking::clear_in(folder),
         _ => Ok(()),
     };
     if let Ok(from) = Folder::open(&catalog.root.join(&joining.old)) {

@@ -49,7 +49,7 @@ pub fn enter(keep: &[i32], limits: Limits, parent: u32) -> io::Result<()> {
     drop_user()?;
     // SAFETY: prctl with plain numbers.
     done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
-    restrict(&[]);
+    restrict(&[], false);
     die_with(parent, libc::SIGKILL)
 }
 
@@ -62,19 +62,27 @@ pub struct Place {
     pub rights: u64,
 }
 
-/// What a file that is written to needs: writing, truncating, asking a device for its size.
-pub const WRITE: u64 = 1 << 1 | 1 << 14 | 1 << 15;
+/// Reading a file, where reading is limited.
+pub const READ: u64 = 1 << 2;
+/// Listing a folder.
+pub const LIST: u64 = 1 << 3;
+/// What a file that is written to needs: reading, writing, truncating, asking a device for its size.
+pub const WRITE: u64 = READ | 1 << 1 | 1 << 14 | 1 << 15;
 /// What a folder needs in which it makes files and sockets and removes them.
 pub const KEEP: u64 = WRITE | 1 << 5 | 1 << 8 | 1 << 9;
 
-/// For a daemon that opens images by their names, with the caller's user: it may read what that user
-/// may, but it changes nothing except `places`; it gets no core dump, no network, no rights of root but
+/// For a daemon that opens images by their names, with the caller's user: it changes nothing except
+/// `places`, and, where `read_limited`, it reads nothing else either; it gets no core dump, no network, no rights of root but
 /// those to files, no new ones, no terminal's signals, and ends with its parent: by SIGTERM, so that it
 /// closes its images in order.
 ///
 /// # Errors
 /// As [`enter`].
-pub fn enter_daemon(places: &[Place], keep: &[i32], parent: u32) -> io::Result<()> {
+pub fn enter_daemon(
+    (places, read_limited): (&[Place], bool),
+    keep: &[i32],
+    parent: u32,
+) -> io::Result<()> {
     close_others(keep)?;
     cap(libc::RLIMIT_CORE, 0)?;
     // SAFETY: plain system calls.
@@ -87,7 +95,7 @@ pub fn enter_daemon(places: &[Place], keep: &[i32], parent: u32) -> io::Result<(
     keep_capabilities(FILE_CAPABILITIES)?;
     // SAFETY: prctl with plain numbers.
     done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
-    restrict(places);
+    restrict(places, read_limited);
     die_with(parent, libc::SIGTERM)
 }
 
@@ -222,7 +230,7 @@ const PATH_BENEATH: libc::c_long = 1;
 
 /// What the ruleset handles is forbidden, but in `places`. Where there is no Landlock, what else is
 /// taken away must do.
-fn restrict(places: &[Place]) {
+fn restrict(places: &[Place], read_limited: bool) {
     // SAFETY: the kernel reads `set` as far as `len`, which its version knows.
     unsafe {
         let null = std::ptr::null::<Ruleset>();
@@ -233,6 +241,7 @@ fn restrict(places: &[Place]) {
                 set.files = bits;
             }
         }
+        set.files |= if read_limited { READ | LIST } else { 0 };
         // Binding and connecting TCP; abstract sockets and signals.
         set.net = if version >= 4 { 0b11 } else { 0 };
         set.scoped = if version >= 6 { 0b11 } else { 0 };

@@ -1,9 +1,10 @@
 //! All disks of one run.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use crate::chain::linking;
 use crate::chain::manifest::{self, Manifest, vm_name, vm_uuid};
 use crate::chain::{Catalog, Disk, Level};
 use crate::error::{Error, Kind, Result};
@@ -81,7 +82,12 @@ struct Member<'a> {
 }
 
 /// While a link-disk is unfinished points have two names, and are one disk's all the same.
-pub struct Doubles(HashSet<(String, i64)>);
+pub struct Doubles {
+    /// All points, by their disks' names and their times.
+    all: HashSet<(String, i64)>,
+    /// The old names of the disks that a journal speaks of, by their new ones, as both are called here.
+    old: HashMap<PathBuf, String>,
+}
 
 impl Doubles {
     /// Those of a backup directory.
@@ -90,14 +96,29 @@ impl Doubles {
             let name = to_text(d.path.as_os_str());
             d.points.iter().map(move |p| (name.clone(), p.time)).collect::<Vec<_>>()
         };
-        Doubles(catalog.disks.iter().flat_map(of_disk).collect())
+        let old = |d: &Disk| Some((d.path.clone(), old_name(d)?));
+        Doubles {
+            all: catalog.disks.iter().flat_map(of_disk).collect(),
+            old: catalog.disks.iter().filter_map(old).collect(),
+        }
     }
 
-    /// Whether a point is there by its old name too, as its manifest says.
-    pub fn has(&self, time: i64, manifest: Option<&Manifest>) -> bool {
-        let old = manifest.and_then(|m| m.linked_from.clone());
-        old.is_some_and(|old| self.0.contains(&(old, time)))
+    /// Whether a point of the disk is there by its old name too, as its manifest says.
+    pub fn has(&self, disk: &Disk, time: i64, manifest: Option<&Manifest>) -> bool {
+        let said = manifest.and_then(|m| m.linked_from.as_ref());
+        // It may have been said in a folder further up or down, or in what this is a copy of.
+        let here = said.and_then(|_| self.old.get(&disk.path));
+        [said, here].into_iter().flatten().any(|old| self.all.contains(&(old.clone(), time)))
     }
+}
+
+/// The old name of the disk, if a link-disk to it is unfinished.
+fn old_name(disk: &Disk) -> Option<String> {
+    let folder = Folder::open(disk.points.first()?.source.parent()?).ok()?;
+    let linking = linking::read_in(&folder).ok()??;
+    let name = to_text(disk.path.as_os_str());
+    let mut pairs = linking.pairs(Path::new(&name)).into_iter();
+    pairs.find(|(_, new)| new == Path::new(&name)).map(|(old, _)| to_text(old.as_os_str()))
 }
 
 fn members(catalog: &Catalog) -> Vec<Member<'_>> {
@@ -106,7 +127,7 @@ fn members(catalog: &Catalog) -> Vec<Member<'_>> {
     let known = points.map(|(disk, point)| (disk, point, manifest_of(disk, point)));
     let doubles = Doubles::of(catalog);
     let known = known.filter(|(disk, point, manifest)| {
-        !doubles.has(disk.points[*point].time, manifest.as_ref())
+        !doubles.has(disk, disk.points[*point].time, manifest.as_ref())
     });
     let all = known.map(|(disk, point, manifest)| Member {
         disk,

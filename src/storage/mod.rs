@@ -6,7 +6,9 @@
 //! bounds how many files are open.
 
 pub mod files;
+mod names;
 mod source;
+mod writes;
 
 use std::fs::File;
 use std::io;

@@ -2,18 +2,21 @@
 //!
 //! It is opened when it is first read, may be closed at any time ([`files`]), and is opened again then.
 //! Each time its identity is compared: what is not provably the same file with the same bytes is an
-//! error. State: the identity of the scan; the slot of its descriptor; whether it was seen to have
-//! changed, which is never undone.
+//! error. State: the identity of the scan; what was seen of its names since ([`super::names`]); the
+//! kernel's word on writes, from when it is first read ([`super::writes`]); the slot of its descriptor;
+//! whether it was seen to have changed, which is never undone.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::files::{self, Opened, Slot};
+use super::names::{Ask, Names};
+use super::writes::Writes;
 use super::{ReadAt, past_end};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Handle};
@@ -73,62 +76,12 @@ pub struct SourceFile {
     path: PathBuf,
     identity: Identity,
     names: Names,
+    /// From when bytes may have been read from it. `None`: nobody tells of them.
+    writes: OnceLock<Option<Writes>>,
     slot: Arc<Slot>,
     /// Whether bytes may have been read from it: then they have to be checked, open or not.
     was_open: AtomicBool,
     changed: AtomicBool,
-}
-
-/// Change time and link count as they were last seen with the same bytes. Adding or removing a name
-/// moves both; from then on the new pair is what the file is compared with.
-#[derive(Debug)]
-struct Names {
-    /// Nanoseconds since the epoch: enough until 2262.
-    ctime: AtomicI64,
-    nlink: AtomicU64,
-    /// Whether the name's end has explained a new ctime: it does so once. Held while the pair is
-    /// replaced; a reader that sees half of a new pair asks again under it.
-    name_went: Mutex<bool>,
-}
-
-impl Names {
-    fn of(identity: &Identity) -> Self {
-        Names {
-            ctime: AtomicI64::new(identity.ctime as i64),
-            nlink: AtomicU64::new(identity.nlink),
-            name_went: Mutex::new(false),
-        }
-    }
-
-    /// Whether ctime and link count are what they were, or moved together; or whether the one name that
-    /// is known is gone, as `is_gone` tells, while another one came (link-disk, a rename): that moves ctime
-    /// and leaves the count as it was.
-    fn allow(&self, now: &Identity, is_gone: impl Fn() -> bool) -> bool {
-        let ctime = now.ctime as i64;
-        let same = || {
-            let old = (self.ctime.load(Ordering::Acquire), self.nlink.load(Ordering::Acquire));
-            (old.0 == ctime, old.1 == now.nlink)
-        };
-        if same() == (true, true) {
-            return true;
-        }
-        let mut name_went = self.name_went.lock().unwrap_or_else(PoisonError::into_inner);
-        match same() {
-            // Clocks tick coarsely: a name can come within the tick of the last change.
-            (true, _) => {
-                self.nlink.store(now.nlink, Ordering::Release);
-                true
-            }
-            (false, true) if *name_went || !is_gone() => false,
-            (false, _) => {
-                // Whichever of both it was that moved ctime: it will not go a second time.
-                *name_went = *name_went || is_gone();
-                self.nlink.store(now.nlink, Ordering::Release);
-                self.ctime.store(ctime, Ordering::Release);
-                true
-            }
-        }
-    }
 }
 
 impl SourceFile {
@@ -158,7 +111,8 @@ impl SourceFile {
 
     fn in_slot(path: PathBuf, identity: Identity, slot: Arc<Slot>) -> Self {
         let (was_open, changed) = (AtomicBool::new(false), AtomicBool::new(false));
-        SourceFile { path, names: Names::of(&identity), identity, slot, was_open, changed }
+        let (names, writes) = (Names::of(&identity), OnceLock::new());
+        SourceFile { path, names, writes, identity, slot, was_open, changed }
     }
 
     /// A file that is open already; `path` is what to call it.
@@ -174,12 +128,43 @@ impl SourceFile {
         Ok(Self::in_slot(path, Identity::of(&meta), Slot::fixed(file)))
     }
 
-    /// Whether an inode that now looks like `now` has the bytes that it had when it was looked at,
-    /// as far as can be known without reading them. (Device and inode number are not compared.)
+    /// Whether the file of its name, which just looked like `now`, has the bytes that it had when it was
+    /// looked at, as far as can be known without reading them. (Device and inode number of `now` are not
+    /// compared.)
     pub(crate) fn has_same_bytes(&self, now: &Identity) -> bool {
+        self.is_unchanged(now, || self.look_again()).unwrap_or(false)
+    }
+
+    /// As [`SourceFile::has_same_bytes`], where `again` says what the same inode looks like, `None` if it is
+    /// another now.
+    fn is_unchanged(
+        &self,
+        now: &Identity,
+        again: impl Fn() -> io::Result<Option<Identity>>,
+    ) -> io::Result<bool> {
         let old = &self.identity;
-        (old.size, old.mtime) == (now.size, now.mtime)
-            && self.names.allow(now, || self.is_name_gone())
+        let fits = |now: &Identity| (old.size, old.mtime) == (now.size, now.mtime);
+        let ask = Ask {
+            now: &|| Ok(again()?.filter(fits)),
+            is_gone: &|| self.is_name_gone(),
+            unwritten: &|| Some(self.writes.get()?.as_ref()?.are_none()),
+        };
+        Ok(fits(now) && self.names.allow(now, &ask)?)
+    }
+
+    /// What its name stands for, if that is the same inode.
+    fn look_again(&self) -> io::Result<Option<Identity>> {
+        let now = Identity::of(&folder::look(&self.path)?);
+        Ok(self.is_inode(&now).then_some(now))
+    }
+
+    fn is_inode(&self, now: &Identity) -> bool {
+        (now.dev, now.ino) == (self.identity.dev, self.identity.ino)
+    }
+
+    /// Has the kernel tell of writes from now on.
+    fn watch(&self, file: &File) {
+        self.writes.get_or_init(|| Writes::of(file));
     }
 
     /// Whether nothing has the name any more.
@@ -190,8 +175,13 @@ impl SourceFile {
             || self.path.parent().is_some_and(|dir| folder::entries(dir).is_ok() && is_absent())
     }
 
-    fn is_same(&self, now: &Identity) -> bool {
-        (now.dev, now.ino) == (self.identity.dev, self.identity.ino) && self.has_same_bytes(now)
+    /// Whether what looked like `now` is this file with the same bytes.
+    fn is_same(
+        &self,
+        now: &Identity,
+        again: impl Fn() -> io::Result<Option<Identity>>,
+    ) -> io::Result<bool> {
+        Ok(self.is_inode(now) && self.is_unchanged(now, again)?)
     }
 
     /// The identity it had when it was looked at.
@@ -213,7 +203,9 @@ impl SourceFile {
     /// A name that is gone does not: whoever has the file open goes on reading the old bytes.
     pub fn is_changed_on_disk(&self) -> bool {
         let Ok(meta) = folder::look(&self.path) else { return false };
-        !self.is_same(&Identity::of(&meta))
+        let same = self.is_same(&Identity::of(&meta), || self.look_again());
+        // The name may go meanwhile.
+        same.is_ok_and(|same| !same)
     }
 
     /// Closes it, for scans that touch more files than may be open at once.
@@ -262,10 +254,12 @@ impl SourceFile {
 
     fn open(&self) -> Result<Arc<Opened>> {
         let file = self.try_to_open(|| folder::open_file(&self.path))?;
-        let meta = file
-            .metadata()
-            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
-        if !self.is_same(&Identity::of(&meta)) {
+        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        // Before it is compared: what is written from now on is told.
+        self.watch(&file);
+        let again = || Identity::of_open(&file).map(Some);
+        let now = Identity::of_open(&file).map_err(failed)?;
+        if !self.is_same(&now, again).map_err(failed)? {
             self.has_changed()?;
         }
         self.was_open.store(true, Ordering::Release);
@@ -284,9 +278,9 @@ impl SourceFile {
 
     /// Whether the file that has the name now is the one that was read.
     fn check_name(&self) -> Result<()> {
-        let meta = folder::look(&self.path)
-            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
-        match self.is_same(&Identity::of(&meta)) {
+        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        let now = Identity::of(&folder::look(&self.path).map_err(failed)?);
+        match self.is_same(&now, || self.look_again()).map_err(failed)? {
             true => Ok(()),
             false => self.has_changed(),
         }
@@ -358,9 +352,11 @@ impl ReadAt for SourceFile {
         let Some(file) = open.as_ref() else {
             return if self.was_open.load(Ordering::Acquire) { self.check_name() } else { Ok(()) };
         };
-        let now = Identity::of_open(file)
-            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&self.path))?;
-        match self.has_same_bytes(&now) {
+        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        self.watch(file);
+        let again = || Identity::of_open(file).map(Some);
+        let now = Identity::of_open(file).map_err(failed)?;
+        match self.is_unchanged(&now, again).map_err(failed)? {
             true => Ok(()),
             false => self.has_changed(),
         }
@@ -395,147 +391,4 @@ impl ReadAt for SourceFile {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn temp(bytes: &[u8]) -> tempfile::NamedTempFile {
-        let f = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(f.path(), bytes).unwrap();
-        f
-    }
-
-    #[test]
-    fn a_file_changed_in_place_is_noticed() {
-        let f = temp(b"hello");
-        let s = SourceFile::look(f.path()).unwrap();
-        let mut buf = [0; 5];
-        s.read_exact_at(&mut buf, 0).unwrap();
-        s.check_unchanged().unwrap();
-        std::fs::write(f.path(), b"hello, world").unwrap();
-        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
-    }
-
-    #[test]
-    fn another_name_is_no_change_but_a_later_ctime_is_one_even_then() {
-        let f = temp(b"hello");
-        let s = SourceFile::look(f.path()).unwrap();
-        s.file().unwrap();
-        let other = f.path().with_extension("link");
-        for _ in 0..2 {
-            std::fs::hard_link(f.path(), &other).unwrap();
-            s.check_unchanged().unwrap();
-            assert!(!s.is_changed_on_disk());
-            std::fs::remove_file(&other).unwrap();
-            s.check_unchanged().unwrap();
-        }
-        // With one name more than at the scan, a write that hides its mtime still shows.
-        std::fs::hard_link(f.path(), &other).unwrap();
-        s.check_unchanged().unwrap();
-        write_hidden(f.path());
-        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
-        std::fs::remove_file(&other).unwrap();
-    }
-
-    /// A write that hides its mtime.
-    fn write_hidden(path: &Path) {
-        let file = std::fs::File::options().write(true).open(path).unwrap();
-        let time = file.metadata().unwrap().modified().unwrap();
-        let before = file.metadata().unwrap().ctime_nsec();
-        while file.metadata().unwrap().ctime_nsec() == before {
-            file.write_at(b"J", 0).unwrap();
-            file.set_modified(time).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_file_that_got_another_name_stays_readable_and_a_later_write_is_noticed() {
-        let rename = |from: &Path, to: &Path| std::fs::rename(from, to).unwrap();
-        let link = |from: &Path, to: &Path| {
-            std::fs::hard_link(from, to).unwrap();
-            std::fs::remove_file(from).unwrap();
-        };
-        for give in [&rename as &dyn Fn(&Path, &Path), &link] {
-            let dir = tempfile::tempdir().unwrap();
-            let (old, new) = (dir.path().join("old"), dir.path().join("new"));
-            std::fs::write(&old, b"hello").unwrap();
-            let s = SourceFile::look(&old).unwrap();
-            s.read_exact_at(&mut [0; 5], 0).unwrap();
-            let before = std::fs::metadata(&old).unwrap().ctime_nsec();
-            // Clocks tick coarsely.
-            let mut names = [&old, &new];
-            while std::fs::metadata(names[0]).unwrap().ctime_nsec() == before || names[0] == &old {
-                give(names[0], names[1]);
-                names.reverse();
-            }
-            s.check_unchanged().unwrap();
-            s.read_exact_at(&mut [0; 5], 0).unwrap();
-            s.check_unchanged().unwrap();
-            write_hidden(&new);
-            assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
-        }
-    }
-
-    #[test]
-    fn a_name_that_went_before_explains_no_later_ctime() {
-        let dir = tempfile::tempdir().unwrap();
-        let (old, new) = (dir.path().join("old"), dir.path().join("new"));
-        std::fs::write(&old, b"hello").unwrap();
-        let s = SourceFile::look(&old).unwrap();
-        s.file().unwrap();
-        std::fs::hard_link(&old, &new).unwrap();
-        s.check_unchanged().unwrap();
-        std::fs::remove_file(&old).unwrap();
-        s.check_unchanged().unwrap();
-        write_hidden(&new);
-        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
-        // Nor does any, while the name is there.
-        let s = SourceFile::look(&new).unwrap();
-        s.file().unwrap();
-        write_hidden(&new);
-        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
-    }
-
-    #[test]
-    fn a_file_replaced_before_it_was_opened_is_noticed() {
-        let f = temp(b"hello");
-        let s = SourceFile::look(f.path()).unwrap();
-        let other = temp(b"world");
-        std::fs::rename(other.path(), f.path()).unwrap();
-        assert_eq!(s.file().unwrap_err().kind(), Kind::Changed);
-    }
-
-    #[test]
-    fn an_unlinked_file_stays_readable_for_those_who_hold_it() {
-        let f = temp(b"hello");
-        let s = SourceFile::look(f.path()).unwrap();
-        s.file().unwrap();
-        drop(f);
-        s.check_unchanged().unwrap();
-        s.read_exact_at(&mut [0; 5], 0).unwrap();
-    }
-
-    #[test]
-    fn what_was_closed_meanwhile_is_opened_again_if_it_is_the_same() {
-        let f = temp(b"hello");
-        let s = SourceFile::look(f.path()).unwrap();
-        let mut buf = [0; 5];
-        for _ in 0..2 {
-            s.read_exact_at(&mut buf, 0).unwrap();
-            s.check_unchanged().unwrap();
-            s.slot.close();
-            s.check_unchanged().unwrap();
-            assert_eq!(&buf, b"hello");
-        }
-        let moved = f.path().with_extension("moved");
-        std::fs::rename(f.path(), &moved).unwrap();
-        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::NotFound);
-        assert_eq!(s.read_exact_at(&mut buf, 0).unwrap_err().kind(), Kind::NotFound);
-        // Same length, same time, another inode.
-        let time = std::fs::metadata(&moved).unwrap().modified().unwrap();
-        std::fs::write(f.path(), b"world").unwrap();
-        std::fs::File::options().write(true).open(f.path()).unwrap().set_modified(time).unwrap();
-        assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
-        assert_eq!(s.read_exact_at(&mut buf, 0).unwrap_err().kind(), Kind::Changed);
-        std::fs::remove_file(&moved).unwrap();
-    }
-}
+mod tests;

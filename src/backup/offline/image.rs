@@ -95,6 +95,11 @@ impl Image {
         Ok(())
     }
 
+    /// The files below it.
+    pub fn below_it(&self) -> impl Iterator<Item = &Path> {
+        self.layers.iter().skip(1).map(|layer| layer.path.as_path())
+    }
+
     /// See [`top`].
     pub fn top(&self) -> String {
         top(&self.real)

@@ -123,7 +123,7 @@ pub fn backup_offline(
     remove_sockets(own.path()).and(report)
 }
 
-/// What the daemon may change.
+/// What the daemon may change, beside the images.
 struct Places<'a> {
     own: &'a Path,
     target: &'a Path,
@@ -140,11 +140,16 @@ impl Places<'_> {
         rights.own(self.own).map_err(failed(self.own))?;
         // QEMU tries there which kind of locks the system has.
         rights.image(Path::new("/dev/null")).map_err(failed(Path::new("/dev/null")))?;
-        if dry_run {
-            return Ok(rights);
+        for below in images.iter().flat_map(Image::below_it) {
+            rights.read(below).map_err(failed(below))?;
         }
         for image in images {
-            rights.image(&image.real).map_err(failed(&image.real))?;
+            let path = &image.real;
+            let allow = if dry_run { Rights::read } else { Rights::image };
+            allow(&mut rights, path).map_err(failed(path))?;
+        }
+        if dry_run {
+            return Ok(rights);
         }
         // A new target is made later.
         let there = self.target.ancestors().find(|a| folder::exists(a)).unwrap_or(self.target);
