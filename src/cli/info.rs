@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::backup::{StateArgs, of_owners};
+use super::say;
+use super::state::{StateArgs, of_owners};
 use super::status::{self, StatusArgs};
 use super::{output, paths};
 use crate::backup::folders::TargetId;
@@ -276,7 +277,7 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
         };
     }
     if args.dry_run {
-        text += super::UNCHANGED;
+        text += say::UNCHANGED;
     }
     output::print(&text)
 }

@@ -1,21 +1,17 @@
 //! `fleecefs link-disk`: the points of a renamed disk and those under its new name become one history.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
 use super::bar::Bar;
-use super::output;
 use super::paths::{backups, catalog};
-use super::prune::find_disk;
+use super::say;
 use super::writing::finished_but_links;
-use crate::chain::linking::{self, Linking};
-use crate::chain::{Catalog, Disk, unfinished};
+use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder};
+use crate::output;
 use crate::prune::join::{self, Joining};
-use crate::restore::verbs;
 use crate::text::path_text;
 use crate::units::counted;
 
@@ -67,7 +63,7 @@ pub fn run(args: LinkDiskArgs) -> Result<()> {
     let root = backups(&args.dir)?;
     let _locks = finished_but_links(&root)?;
     // Its own is gone on with, by what the user says now.
-    finish(&root, Some((&args.old, &args.new)))?;
+    join::finish(&root, Some((&args.old, &args.new)), &Bar::default())?;
     let catalog = catalog(&args.dir)?;
     let plan = plan(&catalog, &args)?;
     join::execute(&plan, &catalog, &Bar::default())?;
@@ -84,98 +80,9 @@ pub fn run(args: LinkDiskArgs) -> Result<()> {
     Err(Error::new(Kind::Partial, what).remedy("see above; they are where they were"))
 }
 
-/// Goes on with what was broken off from `root` downward, but for that of the disks `own`. The caller
-/// holds the locks. Where it cannot be gone on with, a warning says so: no point is lost or wrong, and
-/// nobody's backup has to wait for it.
-///
-/// # Errors
-/// A journal is damaged.
-pub(super) fn finish(root: &Path, own: Option<(&Path, &Path)>) -> Result<()> {
-    for dir in unfinished::folders(root) {
-        // The other one of a pair may be gone with it.
-        let open = folder::absent_is_none(Folder::open(&dir));
-        let failed = |e| Error::io(e, "cannot open the folder").at_path(&dir);
-        let Some(folder) = open.map_err(failed)? else { continue };
-        let Some(linking) = linking::read_in(&folder)? else { continue };
-        let is_own = |(old, new): (&Path, &Path)| {
-            let same = |p: &Path, said: &str| p.components().eq(Path::new(said).components());
-            same(old, &linking.old) && same(new, &linking.new)
-        };
-        if own.is_some_and(is_own) {
-            continue;
-        }
-        log::warn!("{}: going on with a link-disk that was broken off", path_text(&dir));
-        if let Err(e) = go_on(root, &folder, &linking) {
-            log::warn!(
-                "{}: a link-disk was broken off here and cannot be finished: {} ({})",
-                path_text(&linking::journal_path(&dir)),
-                e.report(),
-                linking::REMEDY
-            );
-        }
-    }
-    Ok(())
-}
-
-/// Goes on with what the journal in `dir` says.
-fn go_on(root: &Path, dir: &Folder, linking: &Linking) -> Result<()> {
-    let catalog = catalog(root)?;
-    let (old, new) = (Path::new(&linking.old), Path::new(&linking.new));
-    // It may have been begun in a folder further down.
-    let above = catalog.disks.iter().find_map(|d| {
-        let is_here = d.points.iter().any(|p| p.source.parent() == Some(dir.path()));
-        [old, new].into_iter().filter(|_| is_here).find_map(|n| before(&d.path, n))
-    });
-    let above = above.unwrap_or_default();
-    let to = find_disk(&catalog, &above.join(new))?;
-    let from = match find_disk(&catalog, &above.join(old)) {
-        Err(e) if e.kind() == Kind::NotFound && join::is_joined(old, to) => {
-            check_single(to, linking)?;
-            let done = Joining::done(&above.join(old), to);
-            return join::execute(&done, &catalog, &Bar::default());
-        }
-        from => from?,
-    };
-    // The owner of one folder has no say about another's.
-    match (says(from, linking)?, says(to, linking)?) {
-        (Some(_), Some(_)) => {
-            let plan = join::plan(from, to, linking.other_vm, linking.force)?;
-            join::execute(&plan, &catalog, &Bar::default())
-        }
-        // Nothing was done yet.
-        (None, Some(folder)) => linking::clear_in(&folder),
-        _ => Err(Error::new(Kind::Incomplete, "the other disk's folder has no such journal")),
-    }
-}
-
-/// The folder of a disk, if it has this journal.
-fn says(disk: &Disk, linking: &Linking) -> Result<Option<Folder>> {
-    let Some(dir) = disk.points.first().and_then(|p| p.source.parent()) else { return Ok(None) };
-    let folder = verbs::open_folder(dir)?;
-    Ok(linking::read_in(&folder)?.filter(|l| l.is_of(linking)).map(|_| folder))
-}
-
-/// Fails if the images have other names yet, which are then outside of the directory that is read.
-fn check_single(to: &Disk, linking: &Linking) -> Result<()> {
-    let dir = verbs::open_folder(
-        to.points.first().and_then(|p| p.source.parent()).unwrap_or(Path::new("")),
-    )?;
-    let is_single = |n: &String| dir.look(n).is_ok_and(|m| m.nlink() == 1);
-    match linking.arriving.iter().all(is_single) {
-        true => Ok(()),
-        false => Err(Error::new(Kind::Incomplete, "the old names are not in this directory")),
-    }
-}
-
-/// What of `path` comes before `end`.
-fn before(path: &Path, end: &Path) -> Option<PathBuf> {
-    let above = path.components().count().checked_sub(end.components().count())?;
-    path.ends_with(end).then(|| path.components().take(above).collect())
-}
-
 fn plan(catalog: &Catalog, args: &LinkDiskArgs) -> Result<Joining> {
-    let new = find_disk(catalog, &args.new)?;
-    match find_disk(catalog, &args.old) {
+    let new = catalog.disk(&args.new)?;
+    match catalog.disk(&args.old) {
         Err(e) if e.kind() == Kind::NotFound && join::is_joined(&args.old, new) => {
             Ok(Joining::done(&args.old, new))
         }
@@ -201,7 +108,7 @@ fn show(plan: &Joining, args: &LinkDiskArgs) -> Result<()> {
         n => output::push_line(&mut out, format!("{} to {new}", counted(n as u64, "point"))),
     }
     if args.dry_run {
-        out += super::UNCHANGED;
+        out += say::UNCHANGED;
     }
     output::print(&out)
 }

@@ -9,13 +9,15 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::bar::Bar;
-use super::output;
 use super::paths;
+use super::say;
+use super::values::FileFormat;
 use super::work::{WorkArgs, cancel_flag};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, FileId};
 use crate::image::{Cache, open_point};
+use crate::output;
 use crate::restore::{
     Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, Work, run,
 };
@@ -109,13 +111,6 @@ struct How {
     json: bool,
 }
 
-/// Formats of new files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum FileFormat {
-    Raw,
-    Qcow2,
-}
-
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum CompressArg {
     Zlib,
@@ -203,7 +198,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
         return check_apart(&jobs).map(|()| jobs);
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
-        return Err(super::usage("name a point and a target, or a run and a folder"));
+        return Err(say::usage("name a point and a target, or a run and a folder"));
     };
     let (disk, point) = catalog.find(point)?;
     Ok(vec![Job { disk, point, target: args.how.target(target)?, of_run: false }])
@@ -263,7 +258,7 @@ impl How {
     fn target(&self, path: &Path) -> Result<Target> {
         if paths::is_stdout(path) {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(super::usage("a qcow2 file cannot be written to a pipe"));
+                return Err(say::usage("a qcow2 file cannot be written to a pipe"));
             }
             return Ok(Target::Stdout);
         }
@@ -271,7 +266,7 @@ impl How {
         let is_device = folder::look(path).is_ok_and(|m| m.file_type().is_block_device());
         if is_device {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(super::usage("a block device gets the raw disk"));
+                return Err(say::usage("a block device gets the raw disk"));
             }
             return Ok(Target::Device(path.to_path_buf()));
         }
@@ -289,7 +284,7 @@ impl How {
     fn file_of(&self, path: &Path, format: FileFormat) -> Result<Target> {
         match format {
             FileFormat::Raw if self.compress.is_some() => {
-                Err(super::usage("a raw file cannot be compressed; use --format qcow2"))
+                Err(say::usage("a raw file cannot be compressed; use --format qcow2"))
             }
             FileFormat::Raw => Ok(Target::Raw(path.to_path_buf())),
             FileFormat::Qcow2 => Ok(Target::Qcow2(path.to_path_buf(), self.qcow2()?)),
@@ -298,7 +293,7 @@ impl How {
 
     fn qcow2(&self) -> Result<Qcow2Options> {
         let cluster_size = u32::try_from(self.cluster_size)
-            .map_err(|_| super::usage("the cluster size must be at most 2M"))?;
+            .map_err(|_| say::usage("the cluster size must be at most 2M"))?;
         Ok(Qcow2Options {
             cluster_size,
             compression: match self.compress {
@@ -334,10 +329,10 @@ impl How {
 fn check_target(how: &How, catalog: &Catalog, job: &Job) -> Result<()> {
     match &job.target {
         Target::Stdout if std::io::stdout().is_terminal() => {
-            Err(super::usage("a disk is not written to a terminal; use a pipe"))
+            Err(say::usage("a disk is not written to a terminal; use a pipe"))
         }
         Target::Stdout if how.verify => {
-            Err(super::usage("what went into a pipe cannot be read back"))
+            Err(say::usage("what went into a pipe cannot be read back"))
         }
         Target::Device(path) if !how.yes && !how.dry_run => {
             let text = "everything on this device would be overwritten";
@@ -437,12 +432,12 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
 /// Standard output, unless the disk itself goes there.
 fn say(target: &Target, text: String) -> Result<()> {
     if *target == Target::Stdout {
-        if !super::is_quiet() {
+        if !say::is_quiet() {
             output::tell(&text);
         }
         return Ok(());
     }
-    if super::is_quiet() {
+    if say::is_quiet() {
         return Ok(());
     }
     output::print(&text)
@@ -486,7 +481,7 @@ fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<Str
         text.push_str(&format!("{} cannot be read\n", human_bytes(t.bad)));
     }
     plan.findings.iter().for_each(|f| text.push_str(&format!("{f}\n")));
-    Ok(text + super::UNCHANGED)
+    Ok(text + say::UNCHANGED)
 }
 
 fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> Result<String> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
-use super::backup::StateArgs;
+use super::state::StateArgs;
 use super::{output, paths};
 use crate::backup::control::{self, Status};
 use crate::backup::{journal, offline};

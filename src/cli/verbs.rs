@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
-use super::output;
 use super::paths::{self, catalog};
-use super::restore::{FileFormat, check_outside};
+use super::restore::check_outside;
+use super::say;
+use super::values::FileFormat;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::chain::Catalog;
@@ -16,6 +17,7 @@ use crate::error::{Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::Format;
 use crate::lock::Locks;
+use crate::output;
 use crate::restore::verbs::{self, FoldPlan, Line, files, rebase::RebasePlan};
 use crate::restore::{Options, Plan, Qcow2Options, Target};
 use crate::text::path_text;
@@ -136,7 +138,7 @@ impl VerbArgs {
         if self.dry_run {
             let mut text = String::new();
             steps.iter().for_each(|s| output::push_line(&mut text, s));
-            output::print(&(text + super::UNCHANGED))?;
+            output::print(&(text + say::UNCHANGED))?;
             return Ok(false);
         }
         log::warn!("{}: this alters the backup itself", path_text(&self.dir));
@@ -221,7 +223,7 @@ pub fn merge(mut args: MergeArgs) -> Result<()> {
         let data = human_bytes(plan.totals.data);
         let (name, target) = (path_text(&name), path_text(&args.target));
         let what = format!("restore {name} to {target}: {data} of data\n{note}");
-        return output::print(&(what + super::UNCHANGED));
+        return output::print(&(what + say::UNCHANGED));
     }
     if !args.verb.skip_check {
         // A point that is no chain of single files has nothing to check this way.
