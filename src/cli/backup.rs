@@ -10,8 +10,10 @@ use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
+use super::shared::{QmpArgs, qmp_unless};
 use super::state::{self, StateArgs};
-use super::{paths, say, values};
+use super::values::{self, CompressArg};
+use super::{paths, say};
 use crate::backup::names;
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::{Printed, unknown_disk};
@@ -33,15 +35,10 @@ use crate::units::{human_bytes, parse_bytes, parse_duration};
 /// Copies what changed since the last point out of a frozen view, while the guest runs on. The
 /// frozen moment is one for all disks; the guest is stopped for it for some tens of milliseconds.
 #[derive(Debug, Args)]
+#[command(mut_args(qmp_unless("offline", "")))]
 pub struct BackupArgs {
-    /// QEMU's QMP socket: a path, or tcp:HOST:PORT
-    #[arg(
-        long,
-        value_name = "SOCKET",
-        visible_alias = "socket",
-        required_unless_present = "offline"
-    )]
-    qmp: Option<String>,
+    #[command(flatten)]
+    vm: QmpArgs,
 
     /// Back up these images of a VM that is shut off: files, with 'raw:' or 'qcow2:' before them where
     /// neither the target nor the name says what they are
@@ -310,12 +307,6 @@ enum LevelArg {
     Auto,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum CompressArg {
-    Zlib,
-    Zstd,
-}
-
 impl BackupArgs {
     /// The backup directory.
     pub fn target(&self) -> &Path {
@@ -365,7 +356,7 @@ impl BackupArgs {
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
         Ok(Options {
             // With --offline: that of our own daemon, later.
-            qmp: self.qmp.as_deref().map_or(Ok(Address::Unix(PathBuf::new())), Address::parse)?,
+            qmp: self.vm.given()?.unwrap_or_else(|| Address::Unix(PathBuf::new())),
             agent: address(&self.agent)?,
             target: paths::to_make(&self.target)?,
             init: self.init,

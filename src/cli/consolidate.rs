@@ -7,6 +7,7 @@ use clap::Args;
 use super::bar::Bar;
 use super::paths::catalog;
 use super::say;
+use super::shared::DryRunArgs;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::error::Result;
@@ -39,9 +40,8 @@ pub struct ConsolidateArgs {
     /// Do not compare the files that are merged with the hashes in their manifests first
     #[arg(long)]
     skip_check: bool,
-    /// Print what would be done and stop
-    #[arg(short = 'n', long)]
-    dry_run: bool,
+    #[command(flatten)]
+    only: DryRunArgs,
     #[command(flatten)]
     work: WorkArgs,
 }
@@ -54,7 +54,7 @@ const DONE: &str = "this point is a FULL already\n";
 /// `Usage` or `NotFound` for disk and point, `Busy` if a backup is running, or what reading and
 /// writing say.
 pub fn run(args: ConsolidateArgs) -> Result<()> {
-    if args.dry_run {
+    if args.only.dry_run {
         let catalog = catalog(&args.dir)?;
         let plan = plan(&catalog, catalog.disk(&args.disk)?, &args.until)?;
         let text = plan.as_ref().map_or(DONE.to_string(), text);

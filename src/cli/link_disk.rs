@@ -7,6 +7,7 @@ use clap::Args;
 use super::bar::Bar;
 use super::paths::{backups, catalog};
 use super::say;
+use super::shared::DryRunArgs;
 use super::writing::finished_but_links;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
@@ -42,9 +43,8 @@ pub struct LinkDiskArgs {
     /// Join them also if their sizes differ, or they are different devices of the VM
     #[arg(long)]
     force: bool,
-    /// Print what would be done and stop
-    #[arg(short = 'n', long)]
-    dry_run: bool,
+    #[command(flatten)]
+    only: DryRunArgs,
     /// Print what is done as JSON
     #[arg(long)]
     json: bool,
@@ -55,7 +55,7 @@ pub struct LinkDiskArgs {
 /// # Errors
 /// `NotFound` if there is no such disk, `Busy` if a backup is running, or why they are not joined.
 pub fn run(args: LinkDiskArgs) -> Result<()> {
-    if args.dry_run {
+    if args.only.dry_run {
         let plan = plan(&catalog(&args.dir)?, &args)?;
         return show(&plan, &args);
     }
@@ -107,7 +107,7 @@ fn show(plan: &Joining, args: &LinkDiskArgs) -> Result<()> {
         0 => output::push_line(&mut out, format!("the points are those of {new} already")),
         n => output::push_line(&mut out, format!("{} to {new}", counted(n as u64, "point"))),
     }
-    if args.dry_run {
+    if args.only.dry_run {
         out += say::UNCHANGED;
     }
     output::print(&out)

@@ -18,6 +18,7 @@ mod recover;
 mod restore;
 mod runs;
 mod say;
+mod shared;
 mod show;
 mod state;
 mod status;

@@ -11,7 +11,8 @@ use serde_json::json;
 use super::bar::Bar;
 use super::paths;
 use super::say;
-use super::values::FileFormat;
+use super::shared::ForceArgs;
+use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
@@ -85,9 +86,8 @@ struct How {
     /// qcow2: what to set aside for clusters that hold nothing
     #[arg(long, value_enum, default_value = "off")]
     preallocation: PreallocationArg,
-    /// Replace a target that exists
-    #[arg(long)]
-    force: bool,
+    #[command(flatten)]
+    over: ForceArgs,
     /// Overwrite the block device
     #[arg(long)]
     yes: bool,
@@ -109,12 +109,6 @@ struct How {
     /// Print the plan or the result as JSON
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum CompressArg {
-    Zlib,
-    Zstd,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -312,7 +306,7 @@ impl How {
 
     fn options(&self) -> Options {
         Options {
-            force: self.force,
+            force: self.over.force,
             verify: self.verify,
             salvage: self.salvage,
             discard: self.discard,

@@ -48,6 +48,13 @@ pub fn mode(text: &str) -> Result<u32, String> {
     }
 }
 
+/// How the clusters of new files are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompressArg {
+    Zlib,
+    Zstd,
+}
+
 /// Formats of new files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FileFormat {

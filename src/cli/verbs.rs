@@ -9,6 +9,7 @@ use super::bar::Bar;
 use super::paths::{self, catalog};
 use super::restore::check_outside;
 use super::say;
+use super::shared::ForceArgs;
 use super::values::FileFormat;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
@@ -105,9 +106,8 @@ pub struct MergeArgs {
     /// The format of the new file; the FULL's if left out
     #[arg(long, value_enum)]
     format: Option<FileFormat>,
-    /// Replace a target that exists
-    #[arg(long)]
-    force: bool,
+    #[command(flatten)]
+    over: ForceArgs,
 }
 
 /// Memory for folded windows.
@@ -232,7 +232,7 @@ pub fn merge(mut args: MergeArgs) -> Result<()> {
     }
     // As qmprestore does.
     super::restore::make_folder(&args.target)?;
-    let options = Options { force: args.force, ..Options::default() };
+    let options = Options { force: args.over.force, ..Options::default() };
     let summary = crate::restore::restore(&image, &plan, &target, &options, &work)?;
     let (name, target) = (path_text(&name), path_text(&args.target));
     output::print(&format!("{name} -> {target}: {}\n{note}", summary.way()))
