@@ -4,6 +4,7 @@
 //! The rooms, each of which imports only from those above it (`tests/layering.rs` watches that):
 //!
 //! - [`text`], [`error`], [`units`], [`progress`]: what everybody needs
+//! - [`failpoint`]: hooks for tests, in no program that users have
 //! - [`output`]: the one way to the terminal, and where logs go
 //! - [`folder`]: the one way to reach files in folders that others may own; [`lock`] on top of it
 //! - [`privileges`]: users, and giving up root's rights
@@ -26,6 +27,7 @@ pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod extent;
+pub mod failpoint;
 pub mod folder;
 pub mod fs;
 pub mod fuse;

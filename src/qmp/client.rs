@@ -16,10 +16,11 @@ use serde_json::{Value, json};
 use super::address::Address;
 use super::budget::{clip, short};
 use super::socket::in_use;
-use super::steps::{answer_timeout, step};
+use super::timeout::answer_timeout;
 use super::types::{Features, Version};
 use super::wire::{Limits, Wire};
 use crate::error::{Error, Kind, Result};
+use crate::failpoint::step_of;
 
 /// How long to wait for the greeting. QEMU sends it as soon as it accepts.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -314,7 +315,7 @@ impl Client {
         log::debug!("QMP > {request}");
         let counted = !self.uncounted;
         if counted {
-            step(&format!("send {command}"));
+            step_of("send", command);
         }
         let deadline = self.deadline();
         let line = format!("{request}\n");
@@ -323,7 +324,7 @@ impl Client {
         sent?;
         let answer = self.answer(command, id, deadline)?;
         if counted {
-            step(&format!("answer {command}"));
+            step_of("answer", command);
         }
         Ok(answer)
     }

@@ -14,9 +14,9 @@ use crate::chain::linking::{self, Linking};
 use crate::chain::manifest::{self, FOLDER, Manifest};
 use crate::chain::removal::{self, Removal};
 use crate::error::{Error, Kind, Result};
+use crate::failpoint::step;
 use crate::folder::{FileId, Folder};
 use crate::progress::Progress;
-use crate::qmp::steps::step;
 use crate::restore::verbs::{self, files};
 use crate::text::path_text;
 
