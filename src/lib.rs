@@ -4,7 +4,10 @@
 //! The rooms, each of which imports only from those above it (`tests/layering.rs` watches that):
 //!
 //! - [`text`], [`error`], [`units`], [`progress`]: what everybody needs
+//! - [`failpoint`]: hooks for tests, in no program that users have
+//! - [`output`]: the one way to the terminal, and where logs go
 //! - [`folder`]: the one way to reach files in folders that others may own; [`lock`] on top of it
+//! - [`privileges`]: users, and giving up root's rights
 //! - [`storage`], [`hash`]: positioned reads, a bounded number of open files, and the hash of a whole file
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
@@ -14,6 +17,7 @@
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
 //! - [`restore`], [`verify`], [`prune`]: commands over chains and images
+//! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`cli`]: arguments, output, exit codes
 
 #![cfg_attr(not(test), deny(clippy::disallowed_macros, clippy::disallowed_methods))]
@@ -23,6 +27,7 @@ pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod extent;
+pub mod failpoint;
 pub mod folder;
 pub mod fs;
 pub mod fuse;
@@ -30,6 +35,9 @@ pub mod hash;
 pub mod image;
 pub mod layer;
 pub mod lock;
+pub mod mount;
+pub mod output;
+pub mod privileges;
 pub mod progress;
 pub mod prune;
 pub mod qemu_img;

@@ -1,6 +1,7 @@
-//! Release builds say what they log: a dependency switches the log crate off in them, which
-//! `[profile.release.package.log]` in Cargo.toml undoes.
+//! The program as users build it: it logs (a dependency switches the log crate off in release builds, which
+//! `[profile.release.package.log]` in Cargo.toml undoes), and it has none of the hooks that tests use.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -35,6 +36,41 @@ fn release_builds_log() {
     let out = Command::new(program).arg("map").arg(dir.path()).arg("disk.qcow2").output().unwrap();
     let log = String::from_utf8_lossy(&out.stderr);
     assert!(log.contains("error: ") && log.contains("disk.qcow2 at offset 0x20000"), "{log}");
+}
+
+/// The variables of ours that a program names.
+fn variables(program: &Path) -> BTreeSet<String> {
+    let bytes = std::fs::read(program).unwrap();
+    let begins = |i: &usize| bytes[*i..].starts_with(b"FLEECEFS_");
+    let name = |i: usize| {
+        let name = bytes[i..].iter().take_while(|b| b.is_ascii_uppercase() || **b == b'_');
+        String::from_utf8(name.copied().collect()).unwrap()
+    };
+    (0..bytes.len()).filter(begins).map(name).collect()
+}
+
+#[test]
+fn what_users_build_has_no_hooks_for_tests() {
+    let hooks =
+        ["ANSWER_TIMEOUT", "BARRIER", "BLIND", "CRASH_AT", "HANG_AT", "HOLD", "STEPS", "WALK"];
+    let under_test = variables(Path::new(env!("CARGO_BIN_EXE_fleecefs")));
+    let missing: Vec<_> = hooks
+        .iter()
+        // Constants may lie side by side in a program.
+        .filter(|hook| !under_test.iter().any(|v| v.contains(&format!("FLEECEFS_{hook}"))))
+        .collect();
+    assert!(missing.is_empty(), "the program under test has no {missing:?}: {under_test:?}");
+    let Some(program) = release() else {
+        println!("skipped: what_users_build_has_no_hooks_for_tests needs a release build");
+        return;
+    };
+    let found = variables(&program);
+    let is_ours =
+        |v: &&String| v.starts_with("FLEECEFS_LOG") || v.starts_with("FLEECEFS_STATE_DIR");
+    assert!(found.len() >= 2 && found.iter().all(|v| is_ours(&v)), "{found:?}");
+    for hook in hooks {
+        assert!(!found.iter().any(|v| v.contains(&format!("FLEECEFS_{hook}"))), "{found:?}");
+    }
 }
 
 /// A qcow2 header and an L1 table whose only entry points far past the end of the file.

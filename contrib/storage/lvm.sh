@@ -119,7 +119,7 @@ deps_filesystems
 deps_guest
 deps_qemu
 get_kernel
-(cd "$root" && cargo build --quiet)
+(cd "$root" && cargo build --quiet --features failpoint)
 fleecefs=$(realpath "${CARGO_TARGET_DIR:-$root/target}")/debug/fleecefs
 work=$(mktemp -d "${TMPDIR:-/tmp}/fleecefs-lvm.XXXXXX")
 guest=''

@@ -215,7 +215,7 @@ deps_build
 deps_fuse
 deps_qemu
 get_ceph
-(cd "$root" && cargo build --quiet)
+(cd "$root" && cargo build --quiet --features failpoint)
 fleecefs=$(realpath "${CARGO_TARGET_DIR:-$root/target}")/debug/fleecefs
 work=$(mktemp -d "${TMPDIR:-/tmp}/fleecefs-rbd.XXXXXX")
 monitor='' osd='' plugins='' image=vm-disk size=64 grown=80

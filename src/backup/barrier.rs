@@ -18,9 +18,9 @@ use super::early::{Barriers, Mark};
 use super::names::{Role, object};
 use super::session::{Active, Run};
 use crate::error::Result;
+use crate::failpoint::{self, step};
 use crate::progress::Position;
 use crate::qmp::budget::short;
-use crate::qmp::steps::step;
 use crate::qmp::types::Job;
 
 /// How much an image grows from one barrier to the next. A pause costs some tens of milliseconds.
@@ -29,15 +29,11 @@ const EVERY: u64 = 256 << 20;
 /// How long a job may take to pause: its writes under way have to end, 64 MiB at most.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A test hook: bytes from one barrier to the next. They are made on a single processor too then.
-const HOOK: &str = "FLEECEFS_BARRIER";
-
 /// How much an image has to grow, if it is to be hashed while it does: without a second processor the
 /// copying would only become slower.
 fn interval() -> Option<u64> {
-    let hook = std::env::var(HOOK).ok().and_then(|v| v.parse().ok());
     let several = std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
-    hook.or(several.then_some(EVERY))
+    failpoint::barrier().or(several.then_some(EVERY))
 }
 
 impl Run<'_> {

@@ -12,18 +12,14 @@ use super::journal::{DiskRecord, Record};
 use super::planned::{DiskPlan, Inputs, Plan, Unsound, unknown_disk};
 use super::seen::{Answers, Seen, survey};
 use super::session::{Active, Run, State};
-use super::work::HOLD;
 use super::zeros::ChainData;
 use super::{Options, folders, names, nbdserver, now, now_exactly, plan, recover, vm};
 use crate::chain::Level;
 use crate::chain::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest};
 use crate::error::{Kind, Result};
+use crate::failpoint;
 use crate::qmp::Client;
 use crate::text::path_text;
-
-/// A test hook: what is copied besides the dirty bits is also looked for in the whole disk, and a
-/// backup that has missed something fails.
-pub(super) const WALK: &str = "FLEECEFS_WALK";
 
 /// The disks, and what QEMU says of the VM.
 ///
@@ -70,7 +66,7 @@ impl Run<'_> {
             plan::make(run.options, inputs)
         };
         let mut plan = make(self, None, &unsound)?;
-        let walk_all = std::env::var_os(WALK).is_some();
+        let walk_all = failpoint::walks_all();
         for d in plan.disks.iter().filter(|d| d.since.is_some()) {
             match ChainData::open(&d.dir, &d.base, d.tail(), walk_all || d.needs_walk()) {
                 Ok(c) => drop(self.chains.insert(d.dir.join(&d.image), c)),
@@ -86,7 +82,7 @@ impl Run<'_> {
         }
         let builds = plan.disks.iter().any(|d| d.since.is_some());
         let marks = plan.disks.iter().any(DiskPlan::wants_watermark);
-        if !builds && !marks && std::env::var_os(HOLD).is_none() {
+        if !builds && !marks && failpoint::hold().is_none() {
             return Ok(plan);
         }
         match self.start_server() {

@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::begin::WALK;
 use super::fleece::{Fleece, Handed};
 use super::journal::Record;
 use super::names::{Role, object, work_bitmap};
@@ -18,9 +17,9 @@ use super::teardown::{Scope, detach, take_back};
 use super::{bitmap, fleece, leftover, space, vm, zeros};
 use crate::chain::manifest::Skipped;
 use crate::error::{Error, Kind, Result};
+use crate::failpoint::{self, step};
 use crate::folder;
 use crate::qmp::budget::short;
-use crate::qmp::steps::step;
 use crate::qmp::types::Job;
 use crate::units::human_bytes;
 
@@ -183,9 +182,9 @@ impl Run<'_> {
             }
             self.mark(d, &[grown])?;
         }
-        match std::env::var_os(WALK) {
-            Some(_) => self.check_by_walk(d, &view, &work),
-            None => Ok(()),
+        match failpoint::walks_all() {
+            true => self.check_by_walk(d, &view, &work),
+            false => Ok(()),
         }
     }
 
@@ -240,7 +239,7 @@ impl Run<'_> {
         Ok(lost.ranges())
     }
 
-    /// The test hook [`WALK`].
+    /// See [`failpoint::walks_all`].
     fn check_by_walk(&mut self, d: &Active, view: &str, work: &str) -> Result<()> {
         let lost = self.lost_zeros(d, view, work)?;
         match self.mark(d, &lost)? {

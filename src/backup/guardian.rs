@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 
 use super::journal::{self, Record};
 use crate::error::{Error, Kind, Result};
+use crate::failpoint;
 use crate::qmp::agent::Agent;
 use crate::qmp::socket::Socket;
 use crate::qmp::{Address, Client};
@@ -89,15 +90,13 @@ impl Guardian {
     pub fn start(orders: &Orders) -> Result<Self> {
         let failed = |e| Error::io(e, "cannot start the guardian process");
         // This very program, also where an upgrade has replaced its file since it was started.
-        let mut child = Command::new("/proc/self/exe")
+        let mut command = Command::new("/proc/self/exe");
+        failpoint::keep_from(&mut command);
+        let mut child = command
             .arg0("fleecefs")
             .arg("guardian")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // The matrix's steps are the parent's.
-            .env_remove("FLEECEFS_CRASH_AT")
-            .env_remove("FLEECEFS_HANG_AT")
-            .env_remove("FLEECEFS_STEPS")
             .spawn()
             .map_err(failed)?;
         let mut pipe = child.stdin.take();

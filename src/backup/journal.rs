@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use super::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
+use crate::failpoint::step;
 use crate::folder::{self, Access, FileId, Folder, PlainName};
 use crate::qmp::Address;
-use crate::qmp::steps::step;
 
 /// One record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,9 +13,9 @@ use super::seen::Insertion;
 use super::{Options, StopWish, Watch, foreign, graph, migration};
 use crate::chain::manifest::{Achieved, Consistency, OFFLINE};
 use crate::error::{Error, Kind, Result};
+use crate::failpoint::step;
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
-use crate::qmp::steps::step;
 
 /// A filter to insert.
 #[derive(Debug, Clone)]

@@ -12,7 +12,7 @@ use super::names::{Role, object};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 use crate::qmp::nbd::Nbd;
-use crate::qmp::steps::answer_timeout;
+use crate::qmp::timeout::answer_timeout;
 use crate::qmp::types::Export;
 use crate::qmp::{Address, Client};
 
@@ -224,7 +224,7 @@ fn unexport(client: &mut Client, id: &str) -> Result<()> {
     }
 }
 
-/// The test hook `FLEECEFS_HOLD`: exports the views, says so in `ready`, waits for `go`.
+/// For `failpoint::hold`: exports the views, says so in `ready`, waits for `go`.
 ///
 /// # Errors
 /// QEMU refuses, or a signal ends the wait.

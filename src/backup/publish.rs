@@ -18,6 +18,7 @@ use super::leftover::{self, Made};
 use crate::chain::Level;
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
 use crate::error::{Error, Kind, Result, Severity};
+use crate::failpoint::step;
 use crate::folder::{self, Access, EntryKind, FileId, Folder, Share};
 use crate::hash::Check;
 use crate::hash::ahead::Known;
@@ -25,7 +26,6 @@ use crate::layer::qcow2::check as structure;
 use crate::layer::qcow2::create::NewImage;
 use crate::layer::{Format, ImageInfo};
 use crate::qemu_img::{self, Verdict};
-use crate::qmp::steps::step;
 use crate::storage::{OpenFile, SourceFile};
 
 /// The name of an image that is not a point yet.

@@ -36,6 +36,7 @@ use super::{
 use crate::chain::manifest::{self, Consistency};
 use crate::chain::unfinished;
 use crate::error::{Error, Kind, Result};
+use crate::failpoint;
 use crate::folder::{self, Folder, Share};
 use crate::lock::Locks;
 use crate::qmp::Client;
@@ -221,9 +222,9 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
 
 /// Whether the frozen view shows the disk of now where one request covers clusters that the fleece
 /// has and clusters that it has not. Seen with 7.2 (reads and block status), not with 10.0; nobody
-/// looked at those between. The variable lets tests take this way with any QEMU.
+/// looked at those between. A hook lets tests take this way with any QEMU.
 fn is_blind(client: &Client) -> bool {
-    client.version().number < (10, 0, 0) || std::env::var_os("FLEECEFS_BLIND").is_some()
+    client.version().number < (10, 0, 0) || failpoint::is_blind()
 }
 
 /// Fails unless QEMU has the driver of frozen views, as each since 7.2 has. What an older one has is in

@@ -18,7 +18,7 @@ use super::unplug::{self, below};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::budget::short;
-use crate::qmp::steps::answer_timeout;
+use crate::qmp::timeout::answer_timeout;
 use crate::qmp::types::{Export, FdSet, Job};
 
 /// How many runs' leftovers are looked for at once: more than one is rare.

@@ -12,7 +12,7 @@ use super::seen::Answers;
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Client;
 use crate::qmp::budget::short;
-use crate::qmp::steps::answer_timeout;
+use crate::qmp::timeout::answer_timeout;
 use crate::qmp::types::{Export, Graph, GraphNode, Job};
 
 /// Who is directly above a filter.

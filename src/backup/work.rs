@@ -1,7 +1,6 @@
 //! A run at work: the phases over all disks, and the end, whatever it is.
 
 use std::ffi::OsStr;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -21,6 +20,7 @@ use super::teardown::{Scope, teardown};
 use super::{Options, StopWish, migration, moment, nbdserver, now, publish, recover};
 use crate::chain::manifest::{self, Skipped};
 use crate::error::{Error, Kind, Result};
+use crate::failpoint;
 use crate::qmp::Client;
 use crate::qmp::types::Job;
 
@@ -283,11 +283,11 @@ impl Run<'_> {
     }
 
     fn stop_after_views(&mut self, disks: &[Active]) -> Result<()> {
-        if let (Some(dir), Some(server)) = (std::env::var_os(HOLD), &self.server) {
+        if let (Some(dir), Some(server)) = (failpoint::hold(), &self.server) {
             let going = disks.iter().filter(|d| d.going());
             let layout = &self.options.layout;
             let views: Vec<_> = going.map(|d| (d.index, d.plan.disk.folder_name(layout))).collect();
-            nbdserver::hold(&mut self.client, server, &self.run, &views, Path::new(&dir))?;
+            nbdserver::hold(&mut self.client, server, &self.run, &views, &dir)?;
         }
         self.stop_server()
     }
@@ -373,10 +373,6 @@ impl Haste {
         Ok(())
     }
 }
-
-/// A test hook: a folder. While the frozen views stand and before anything is copied, they are
-/// exported over NBD, `ready` says where, and the run waits for a file `go`.
-pub(super) const HOLD: &str = "FLEECEFS_HOLD";
 
 /// What to do about what could not be undone, where the error itself does not say.
 const RECOVER: &str = "run fleecefs recover when QEMU answers again";

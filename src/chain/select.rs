@@ -1,4 +1,4 @@
-//! How a user names a point: the one rule for every subcommand.
+//! How a user names a point, or a disk: the one rule for every subcommand.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -19,6 +19,29 @@ pub fn time_name(time: i64) -> Option<String> {
 }
 
 impl Catalog {
+    /// The disk that the user calls `name`, or that `list` shows so.
+    ///
+    /// # Errors
+    /// `NotFound` if there is none.
+    pub fn disk(&self, name: &Path) -> Result<&Disk> {
+        let wanted: PathBuf = name.components().collect();
+        let shown = || {
+            let wanted = wanted.to_str()?;
+            self.disks.iter().find(|d| shown_as(&d.path, wanted))
+        };
+        let is = |d: &&Disk| d.path == wanted;
+        self.disks.iter().find(is).or_else(shown).ok_or_else(|| self.no_disk(name))
+    }
+
+    /// That there is no disk of this name.
+    pub fn no_disk(&self, name: &Path) -> Error {
+        let text = format!("no disk '{}' in {}", path_text(&name), path_text(&self.root));
+        let disks = self.disks.iter().map(|d| to_text(d.path.as_os_str()));
+        let near = nearest(&to_text(name.as_os_str()), disks);
+        Error::new(Kind::NotFound, text)
+            .remedy(format!("{near}'fleecefs list DIR' shows what there is"))
+    }
+
     /// Finds the disk and point that `selector` names. See [`POINT_HELP`].
     ///
     /// # Errors

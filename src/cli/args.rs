@@ -74,7 +74,7 @@ pub enum Command {
     Cancel(super::recover::CancelArgs),
     #[command(hide = true)]
     Guardian(super::recover::GuardianArgs),
-    Mount(super::mount::MountArgs),
+    Mount(super::mount::args::MountArgs),
     Umount(super::umount::UmountArgs),
     List(super::list::ListArgs),
     Show(super::show::ShowArgs),

@@ -1,7 +1,5 @@
 //! `fleecefs backup`.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -12,8 +10,11 @@ use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
-use super::privileges::Owner;
-use super::{output, paths, usage, users, values};
+use super::shared::{QmpArgs, qmp_unless};
+use super::state::{self, StateArgs};
+use super::values::{self, CompressArg};
+use super::{paths, say};
+use crate::backup::names;
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::{Printed, unknown_disk};
 use crate::backup::report::Report;
@@ -21,9 +22,10 @@ use crate::backup::run::backup;
 use crate::backup::{
     Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
 };
-use crate::backup::{lock, names};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Share};
+use crate::output;
+use crate::privileges::{Owner, users};
 use crate::qmp::Address;
 use crate::text::path_text;
 use crate::units::{human_bytes, parse_bytes, parse_duration};
@@ -33,15 +35,10 @@ use crate::units::{human_bytes, parse_bytes, parse_duration};
 /// Copies what changed since the last point out of a frozen view, while the guest runs on. The
 /// frozen moment is one for all disks; the guest is stopped for it for some tens of milliseconds.
 #[derive(Debug, Args)]
+#[command(mut_args(qmp_unless("offline", "")))]
 pub struct BackupArgs {
-    /// QEMU's QMP socket: a path, or tcp:HOST:PORT
-    #[arg(
-        long,
-        value_name = "SOCKET",
-        visible_alias = "socket",
-        required_unless_present = "offline"
-    )]
-    qmp: Option<String>,
+    #[command(flatten)]
+    vm: QmpArgs,
 
     /// Back up these images of a VM that is shut off: files, with 'raw:' or 'qcow2:' before them where
     /// neither the target nor the name says what they are
@@ -169,35 +166,6 @@ pub struct BackupArgs {
 
     #[command(flatten)]
     show: ShowArgs,
-}
-
-/// Where locks and journals are.
-#[derive(Debug, Args)]
-pub struct StateArgs {
-    /// Where journals and locks are [default: /var/lib/fleecefs, or the user's state folder]
-    #[arg(long, value_name = "DIR", env = "FLEECEFS_STATE_DIR")]
-    state_dir: Option<PathBuf>,
-}
-
-impl StateArgs {
-    /// What was given.
-    pub fn given(&self) -> Option<&Path> {
-        self.state_dir.as_deref()
-    }
-
-    /// The folder, without links. What is in it decides what is deleted later, so it has to be the
-    /// caller's own if it is there; where it has to be made, whoever makes it looks.
-    ///
-    /// # Errors
-    /// `Permission` if others may change it.
-    pub fn dir(&self) -> Result<PathBuf> {
-        let path = self.state_dir.clone().map_or_else(lock::default_state_dir, Ok)?;
-        let path = paths::to_make(&path)?;
-        if folder::exists(&path) {
-            folder::check_private(&path)?;
-        }
-        Ok(path)
-    }
 }
 
 /// How progress and messages are shown.
@@ -339,22 +307,6 @@ enum LevelArg {
     Auto,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum CompressArg {
-    Zlib,
-    Zstd,
-}
-
-/// The state folders beside `state` of the owners as whom `--as-owner` has worked.
-pub fn of_owners(state: &Path) -> Vec<PathBuf> {
-    let (Some(above), Some(name)) = (state.parent(), state.file_name()) else { return Vec::new() };
-    let mut prefix = name.to_os_string();
-    prefix.push(".as-");
-    let entries = folder::entries(above).unwrap_or_default().into_iter();
-    let is = |n: &OsStr| n.as_bytes().starts_with(prefix.as_bytes());
-    entries.filter(|e| is(&e.name)).map(|e| above.join(e.name)).collect()
-}
-
 impl BackupArgs {
     /// The backup directory.
     pub fn target(&self) -> &Path {
@@ -370,7 +322,7 @@ impl BackupArgs {
         let state = self.state.dir()?;
         let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
         let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
-            return Err(usage("the state folder needs a name"));
+            return Err(say::usage("the state folder needs a name"));
         };
         let folder = folder::make_folders(above).map_err(failed)?;
         folder::check_private(above)?;
@@ -387,14 +339,14 @@ impl BackupArgs {
     /// # Errors
     /// The state folder cannot be found.
     pub fn look_at_owners(&mut self) -> Result<()> {
-        self.more_state = of_owners(&self.state.dir()?);
+        self.more_state = state::of_owners(&self.state.dir()?);
         Ok(())
     }
 
     fn options(&self) -> Result<Options> {
         let level = match (self.level, self.full_every) {
             (LevelArg::Auto, every) => LevelWish::Auto(every),
-            (_, Some(_)) => return Err(usage("--full-every goes with --level auto")),
+            (_, Some(_)) => return Err(say::usage("--full-every goes with --level auto")),
             (LevelArg::Full, None) => LevelWish::Full,
             (LevelArg::Inc, None) => LevelWish::Inc,
             (LevelArg::Diff, None) => LevelWish::Diff,
@@ -404,7 +356,7 @@ impl BackupArgs {
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
         Ok(Options {
             // With --offline: that of our own daemon, later.
-            qmp: self.qmp.as_deref().map_or(Ok(Address::Unix(PathBuf::new())), Address::parse)?,
+            qmp: self.vm.given()?.unwrap_or_else(|| Address::Unix(PathBuf::new())),
             agent: address(&self.agent)?,
             target: paths::to_make(&self.target)?,
             init: self.init,
@@ -506,7 +458,7 @@ pub fn run(args: &BackupArgs) -> Result<()> {
     }
     tell(&console, &report);
     // Events go elsewhere, and with -qq there are no warnings.
-    let told = args.show.progress != Style::Json && !super::is_silent();
+    let told = args.show.progress != Style::Json && !say::is_silent();
     let verdict = report.verdict(options.strict, options.moment.quiesce, told);
     verdict.and_then(|()| no_warning(&options, &console)).inspect_err(|e| console.log_error(e))
 }
@@ -575,5 +527,5 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     for (d, e) in refused {
         output::push_line(&mut text, format!("{}: cannot be backed up: {e}", path_text(d)));
     }
-    output::print(&(text + super::UNCHANGED))
+    output::print(&(text + say::UNCHANGED))
 }

@@ -11,9 +11,10 @@ use clap::ValueEnum;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::output;
+use super::say;
 use crate::backup::Watch;
 use crate::error::{Error, Result};
+use crate::output;
 use crate::progress::{Position, Progress};
 use crate::text::{path_text, visible};
 use crate::units::human_bytes;
@@ -77,7 +78,7 @@ impl Console {
     }
 
     fn show(&self, priority: libc::c_int, kind: &str, line: &str) {
-        let hidden = if kind == "warning" { super::is_silent() } else { super::is_quiet() };
+        let hidden = if kind == "warning" { say::is_silent() } else { say::is_quiet() };
         match (self.style, &self.bars) {
             (style, _) if style != Style::Json && hidden => {}
             (Style::Json, _) => {

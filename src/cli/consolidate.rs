@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
-use super::output;
 use super::paths::catalog;
+use super::say;
+use super::shared::DryRunArgs;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::error::Result;
+use crate::output;
 use crate::prune::consolidate::{Consolidation, How, consolidate, plan};
 use crate::text::path_text;
 use crate::units::human_bytes;
@@ -38,9 +40,8 @@ pub struct ConsolidateArgs {
     /// Do not compare the files that are merged with the hashes in their manifests first
     #[arg(long)]
     skip_check: bool,
-    /// Print what would be done and stop
-    #[arg(short = 'n', long)]
-    dry_run: bool,
+    #[command(flatten)]
+    only: DryRunArgs,
     #[command(flatten)]
     work: WorkArgs,
 }
@@ -53,11 +54,11 @@ const DONE: &str = "this point is a FULL already\n";
 /// `Usage` or `NotFound` for disk and point, `Busy` if a backup is running, or what reading and
 /// writing say.
 pub fn run(args: ConsolidateArgs) -> Result<()> {
-    if args.dry_run {
+    if args.only.dry_run {
         let catalog = catalog(&args.dir)?;
-        let plan = plan(&catalog, super::prune::find_disk(&catalog, &args.disk)?, &args.until)?;
+        let plan = plan(&catalog, catalog.disk(&args.disk)?, &args.until)?;
         let text = plan.as_ref().map_or(DONE.to_string(), text);
-        return output::print(&(text + super::UNCHANGED));
+        return output::print(&(text + say::UNCHANGED));
     }
     let how = How { check: !args.skip_check, compare: !args.no_compare };
     one(&args.dir, &args.disk, &args.until, how, false, &args.work)
@@ -77,7 +78,7 @@ pub(super) fn one(
 ) -> Result<()> {
     let say = |text: &str| if quiet { Ok(()) } else { output::print(text) };
     let (catalog, _locks) = locked(dir)?;
-    let disk = super::prune::find_disk(&catalog, disk)?;
+    let disk = catalog.disk(disk)?;
     let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE) };
     say(&text(&plan))?;
     let (bar, cancel) = (Bar::default(), cancel_flag()?);

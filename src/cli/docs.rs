@@ -5,14 +5,13 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use clap::{Arg, Args, Command, CommandFactory};
+use clap::{Arg, Args, Command};
 use clap_complete::Shell;
 
-use super::args::Cli;
-use super::output;
 use super::paths;
 use crate::error::{Error, Result};
 use crate::folder::{Folder, Replace};
+use crate::output;
 
 /// Print a shell completion script
 #[derive(Debug, Args)]
@@ -28,16 +27,22 @@ pub struct ManArgs {
     dir: PathBuf,
 }
 
-/// Runs `fleecefs completions`.
-pub fn completions(args: CompletionsArgs) -> Result<()> {
+/// Runs `fleecefs completions` for the whole program's command line.
+///
+/// # Errors
+/// Writing failed.
+pub fn completions(args: CompletionsArgs, program: &mut Command) -> Result<()> {
     let mut text = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "fleecefs", &mut text);
+    clap_complete::generate(args.shell, program, "fleecefs", &mut text);
     output::print_as_is(&text)
 }
 
-/// Runs `fleecefs man`.
-pub fn man(args: ManArgs) -> Result<()> {
-    let mut cmd = Cli::command().disable_help_subcommand(true);
+/// Runs `fleecefs man` for the whole program's command line.
+///
+/// # Errors
+/// The folder does not exist, or cannot be written to.
+pub fn man(args: ManArgs, program: Command) -> Result<()> {
+    let mut cmd = program.disable_help_subcommand(true);
     cmd.build();
     let failed = |e| Error::io(e, "cannot write the man pages").at_path(&args.dir);
     let dir = paths::existing_folder(&args.dir, "the folder for the man pages")?;
@@ -86,12 +91,15 @@ fn synopsis(option: &Arg) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
+    use crate::cli::args::Cli;
 
     #[test]
     fn the_synopsis_of_a_man_page_has_the_values_of_options() {
         let dir = tempfile::tempdir().unwrap();
-        man(ManArgs { dir: dir.path().into() }).unwrap();
+        man(ManArgs { dir: dir.path().into() }, Cli::command()).unwrap();
         let page = |name: &str| {
             let text = std::fs::read_to_string(dir.path().join(name)).unwrap();
             let text = text.split(".SH SYNOPSIS").nth(1).unwrap().to_string();

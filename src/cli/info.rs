@@ -4,15 +4,18 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::backup::{StateArgs, of_owners};
+use super::paths;
+use super::say;
+use super::shared::{JsonArgs, QmpArgs};
+use super::state::{StateArgs, of_owners};
 use super::status::{self, StatusArgs};
-use super::{output, paths};
 use crate::backup::folders::TargetId;
 use crate::backup::info::{self, BitmapLine, Choice};
 use crate::backup::lock::Lock;
 use crate::backup::targets::Targets;
 use crate::backup::{bitmap, control, migration};
 use crate::error::{Error, Kind, Result};
+use crate::output;
 use crate::qmp::{Address, Client};
 use crate::text::path_text;
 use crate::units::human_bytes;
@@ -39,13 +42,11 @@ enum What {
 
 #[derive(Debug, Args)]
 struct Common {
-    /// QEMU's QMP socket: a path, or tcp:HOST:PORT
-    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
-    qmp: String,
+    #[command(flatten)]
+    vm: QmpArgs,
 
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    print: JsonArgs,
 
     #[command(flatten)]
     state: StateArgs,
@@ -62,9 +63,8 @@ struct Common {
 /// if that takes bitmaps of another one that this machine remembers, whether it is mounted now or not.
 #[derive(Debug, Args)]
 pub struct CleanupArgs {
-    /// QEMU's QMP socket: a path, or tcp:HOST:PORT
-    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
-    qmp: String,
+    #[command(flatten)]
+    vm: QmpArgs,
 
     /// All that fleecefs made, but for those of this backup directory; may be given more than once,
     /// where the VM is backed up to several
@@ -116,7 +116,7 @@ fn or_none(text: String, what: &str) -> String {
 }
 
 fn connect(common: &Common) -> Result<Client> {
-    let vm = Address::parse(&common.qmp)?;
+    let vm = common.vm.address()?;
     Client::connect(&vm).map_err(|e| match e.kind() {
         Kind::Busy if is_running(common, &vm) => {
             Error::new(Kind::Busy, "a backup of this VM is running and holds the socket")
@@ -133,7 +133,7 @@ fn is_running(common: &Common, vm: &Address) -> bool {
 
 fn blockdev(common: &Common) -> Result<String> {
     let list = info::disks(&mut connect(common)?)?;
-    if common.json {
+    if common.print.json {
         return output::json_pretty(&list);
     }
     let mut text = String::new();
@@ -173,7 +173,7 @@ fn lines(all: impl Iterator<Item = String>) -> String {
 
 fn bitmaps(common: &Common) -> Result<String> {
     let list = info::bitmaps(&mut connect(common)?)?;
-    if common.json {
+    if common.print.json {
         return output::json_pretty(&list);
     }
     let text = lines(list.iter().map(|b| format!("{}: {}", place(b), bitmap_line(b))));
@@ -192,7 +192,7 @@ fn place(b: &BitmapLine) -> String {
 
 fn jobs(common: &Common) -> Result<String> {
     let list = info::jobs(&mut connect(common)?)?;
-    if common.json {
+    if common.print.json {
         return output::json_pretty(&list);
     }
     let line = |j: &crate::qmp::types::Job| {
@@ -257,7 +257,7 @@ fn ways(there: &[String], gone: &[(String, String)]) -> String {
 /// # Errors
 /// QEMU cannot be reached or refuses.
 pub fn cleanup(args: CleanupArgs) -> Result<()> {
-    let vm = Address::parse(&args.qmp)?;
+    let vm = args.vm.address()?;
     let state = args.state.dir()?;
     let keep = args.keep.iter().map(|dir| TargetId::stored(&paths::backups(dir)?));
     let choice = Choice {
@@ -294,7 +294,7 @@ pub fn cleanup(args: CleanupArgs) -> Result<()> {
         };
     }
     if args.dry_run {
-        text += super::UNCHANGED;
+        text += say::UNCHANGED;
     }
     output::print(&text)
 }

@@ -7,11 +7,13 @@ use clap::Args;
 use serde::Serialize;
 
 use super::paths::catalog;
-use super::{output, runs};
+use super::runs;
+use super::table::{level_name, write_rows};
 use crate::chain::manifest::Achieved;
 use crate::chain::{Catalog, Disk, Level, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
-use crate::text::{columns, path_text, shown_as, to_text, visible};
+use crate::output;
+use crate::text::{path_text, shown_as, to_text, visible};
 use crate::units::{human_bytes, iso_time, parse_when};
 
 /// Show the disks, chains and points of a backup directory
@@ -69,7 +71,7 @@ pub fn run(args: ListArgs) -> Result<()> {
     let catalog = catalog(&args.dir)?;
     let shown = Shown { catalog: &catalog, args: &args };
     if let Some(name) = args.disk.as_ref().filter(|_| shown.disks().next().is_none()) {
-        return Err(super::prune::no_disk(&catalog, Path::new(name)));
+        return Err(catalog.no_disk(Path::new(name)));
     }
     output::print(&match (args.runs, args.json) {
         (true, _) => runs::show(&catalog, &shown.points().collect::<Vec<_>>(), args.json)?,
@@ -145,17 +147,6 @@ fn points(catalog: &Catalog) -> impl Iterator<Item = (&Disk, &Point)> {
     catalog.disks.iter().flat_map(|d| d.points.iter().map(move |p| (d, p)))
 }
 
-pub(super) fn level_name(level: Level) -> &'static str {
-    match level {
-        Level::Full => "FULL",
-        Level::Inc => "INC",
-        Level::Diff => "DIFF",
-        Level::Copy => "COPY",
-        Level::Image => "image",
-        Level::Snapshot => "snapshot",
-    }
-}
-
 fn health(point: &Point) -> String {
     let Some(finding) = &point.unavailable else { return HEADER_OK.into() };
     if finding.path == point.source {
@@ -193,28 +184,6 @@ fn table(shown: &Shown<'_>) -> String {
     }
     write_findings(&mut text, catalog);
     text
-}
-
-/// A table with its titles in the first row; the columns `right` are numbers.
-pub(super) fn write_rows<const N: usize>(text: &mut String, rows: &[[String; N]], right: &[usize]) {
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(columns(cell));
-        }
-    }
-    for row in rows {
-        let mut line = String::new();
-        for (i, (cell, width)) in row.iter().zip(widths).enumerate() {
-            // Numbers to the right, everything else to the left.
-            let gap = " ".repeat(width.saturating_sub(columns(cell)));
-            let _ = match i {
-                i if right.contains(&i) => write!(line, "{gap}{cell}  "),
-                _ => write!(line, "{cell}{gap}  "),
-            };
-        }
-        output::push_line(text, line.trim_end());
-    }
 }
 
 fn write_findings(text: &mut String, catalog: &Catalog) {

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::output;
 use super::paths::catalog;
+use super::say;
 use crate::chain::POINT_HELP;
 use crate::error::Result;
 use crate::extent::Content;
 use crate::image::{Cache, FoldedExtent, Image, Source, open_point};
+use crate::output;
 use crate::text::{self, path_text, to_text};
 
 /// Show where the bytes of a point are: which file, which offset, and what is a hole
@@ -78,7 +79,7 @@ pub fn run(args: MapArgs) -> Result<()> {
     let start = args.start_offset;
     if start > image.size() {
         let what = format!("--start-offset is beyond the end of the disk, {} bytes", image.size());
-        return Err(super::usage(what));
+        return Err(say::usage(what));
     }
     let end = args.max_length.map_or(image.size(), |n| start.saturating_add(n)).min(image.size());
     let mut unread = None;

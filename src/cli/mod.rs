@@ -6,30 +6,24 @@ mod backup;
 mod bar;
 mod console;
 mod consolidate;
-mod daemon;
 mod docs;
-mod holders;
 mod info;
-mod keeper;
 mod link_disk;
 mod list;
-mod logging;
 mod map;
 mod mount;
-mod mountinfo;
-mod options;
-mod output;
 mod paths;
-mod privileges;
 mod prune;
 mod recover;
 mod restore;
 mod runs;
-mod serve;
+mod say;
+mod shared;
 mod show;
+mod state;
 mod status;
+mod table;
 mod umount;
-mod users;
 mod values;
 mod verbs;
 mod verify;
@@ -39,20 +33,20 @@ mod writing;
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU8, Ordering};
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
-use crate::error::{Error, Kind, Result};
-use crate::folder;
+use crate::error::Result;
+use crate::output::logging;
 use crate::text::{is_hidden, path_text, visible};
+use crate::{folder, output, privileges};
 use args::{Cli, Command};
-use options::Helper;
+use mount::helper::{self, Helper};
 
 /// Runs the program and says how it ended.
 pub fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
-    let parsed = match options::helper(&args) {
+    let parsed = match helper::helper(&args) {
         Helper::No => parse(args),
         Helper::Run(args) => parse(args),
         Helper::Nothing => return ExitCode::SUCCESS,
@@ -62,7 +56,7 @@ pub fn main() -> ExitCode {
         Err(code) => return code,
     };
     init_logging(&cli);
-    serve::raise_file_limit();
+    crate::mount::raise_file_limit();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -103,7 +97,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Recover(a) => recover::run(a),
         Command::Cancel(a) => recover::cancel(a),
         Command::Guardian(a) => recover::guard(a),
-        Command::Mount(a) => mount::mount(a, cli.as_owner),
+        Command::Mount(a) => mount::run(a, cli.as_owner),
         Command::Umount(a) => umount::umount(a),
         Command::List(a) => list::run(a),
         Command::Show(a) => show::run(a),
@@ -117,8 +111,8 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Prune(a) => prune::run(a),
         Command::Consolidate(a) => consolidate::run(a),
         Command::LinkDisk(a) => link_disk::run(a),
-        Command::Completions(a) => docs::completions(a),
-        Command::Man(a) => docs::man(a),
+        Command::Completions(a) => docs::completions(a, &mut Cli::command()),
+        Command::Man(a) => docs::man(a, Cli::command()),
     }
 }
 
@@ -126,7 +120,7 @@ fn run(mut cli: Cli) -> Result<()> {
 /// thread yet. `mount` needs root first, and does it by itself.
 fn become_owner(command: &mut Command) -> Result<()> {
     let Some(dir) = command.backups() else {
-        return Err(usage("--as-owner goes with commands that name a backup directory"));
+        return Err(say::usage("--as-owner goes with commands that name a backup directory"));
     };
     if matches!(command, Command::Mount(_)) {
         return Ok(());
@@ -137,28 +131,15 @@ fn become_owner(command: &mut Command) -> Result<()> {
         }
         return Ok(());
     };
-    log::info!("working as {}, the owner of {}", owner.name(), crate::text::path_text(dir));
+    log::info!("working as {}, the owner of {}", owner.name(), path_text(dir));
     if let Command::Backup(a) = command {
         a.give_state_to(&owner)?;
     }
     owner.become_it()
 }
 
-/// How often `-q` was given.
-static QUIET: AtomicU8 = AtomicU8::new(0);
-
-/// Whether the user wants to see warnings and errors only (`-q`).
-fn is_quiet() -> bool {
-    QUIET.load(Ordering::Relaxed) > 0
-}
-
-/// Whether the user wants to see errors only (`-qq`).
-fn is_silent() -> bool {
-    QUIET.load(Ordering::Relaxed) > 1
-}
-
 fn init_logging(cli: &Cli) {
-    QUIET.store(cli.quiet, Ordering::Relaxed);
+    say::set_quiet(cli.quiet);
     let level = match (cli.quiet, cli.verbose) {
         (2.., _) => "error",
         (1, _) | (_, 0) => "warn",
@@ -184,12 +165,4 @@ fn init_logging(cli: &Cli) {
         writeln!(out, "{word}: {text}")
     });
     logging::start(builder.build());
-}
-
-/// The last line of what a dry run says.
-const UNCHANGED: &str = "dry run: nothing was changed\n";
-
-/// A usage error.
-pub(crate) fn usage(message: impl Into<String>) -> Error {
-    Error::new(Kind::Usage, message)
 }

@@ -6,17 +6,18 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
-use super::output;
 use super::paths::{backups, catalog};
+use super::say;
 use super::writing::locked;
-use crate::chain::{Catalog, manifest, nearest};
+use crate::chain::{Catalog, manifest};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
+use crate::output;
 use crate::prune::consolidate::How;
 use crate::prune::plan::{DiskPlan, Manner, Plan, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, consolidate, execute, items};
-use crate::text::{path_text, shown_as, to_text};
+use crate::text::path_text;
 use crate::units::{counted, human_bytes, parse_duration};
 
 /// Delete old points by retention rules
@@ -80,7 +81,7 @@ pub fn run(args: PruneArgs) -> Result<()> {
         within: args.keep_within,
     };
     if rules.is_empty() {
-        return Err(super::usage(
+        return Err(say::usage(
             "no rule keeps anything; give at least one --keep-... of 1 or more",
         ));
     }
@@ -94,7 +95,7 @@ pub fn run(args: PruneArgs) -> Result<()> {
     check_not_empty(&args.dir)?;
     let (catalog, locks) = locked(&args.dir)?;
     let plan = make(&catalog, &rules, &args)?;
-    if args.json || !super::is_quiet() {
+    if args.json || !say::is_quiet() {
         show(&plan, args.json, false)?;
     }
     // Whoever runs it by cron does not read the plan.
@@ -212,34 +213,7 @@ fn text(plan: &Plan, dry_run: bool) -> String {
         );
     }
     if dry_run {
-        out += super::UNCHANGED;
+        out += say::UNCHANGED;
     }
     out
-}
-
-/// A disk's name as the user gives it, or as `list` shows it.
-///
-/// # Errors
-/// `NotFound` if there is no such disk.
-pub(super) fn find_disk<'a>(catalog: &'a Catalog, name: &Path) -> Result<&'a crate::chain::Disk> {
-    let wanted: PathBuf = name.components().collect();
-    let shown = || {
-        let wanted = wanted.to_str()?;
-        catalog.disks.iter().find(|d| shown_as(&d.path, wanted))
-    };
-    catalog
-        .disks
-        .iter()
-        .find(|d| d.path == wanted)
-        .or_else(shown)
-        .ok_or_else(|| no_disk(catalog, name))
-}
-
-/// That there is no disk of this name.
-pub(super) fn no_disk(catalog: &Catalog, name: &Path) -> Error {
-    let text = format!("no disk '{}' in {}", path_text(&name), path_text(&catalog.root));
-    let disks = catalog.disks.iter().map(|d| to_text(d.path.as_os_str()));
-    let near = nearest(&to_text(name.as_os_str()), disks);
-    Error::new(Kind::NotFound, text)
-        .remedy(format!("{near}'fleecefs list DIR' shows what there is"))
 }

@@ -4,15 +4,16 @@ use std::path::Path;
 
 use clap::Args;
 
-use super::backup::{ShowArgs, StateArgs};
+use super::backup::ShowArgs;
 use super::console::Console;
-use super::output;
+use super::state::StateArgs;
 use super::status::RunArgs;
 use crate::backup::lock::Lock;
 use crate::backup::recover::{Cause, Place, Recovered};
 use crate::backup::{Watch as _, control, foreign, guardian, journal, offline, recover};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
+use crate::output;
 use crate::qmp::{Address, Client};
 use crate::text::path_text;
 use crate::units::counted;

@@ -9,13 +9,16 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::bar::Bar;
-use super::output;
 use super::paths;
+use super::say;
+use super::shared::ForceArgs;
+use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, FileId};
 use crate::image::{Cache, open_point};
+use crate::output;
 use crate::restore::{
     Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, Work, run,
 };
@@ -83,9 +86,8 @@ struct How {
     /// qcow2: what to set aside for clusters that hold nothing
     #[arg(long, value_enum, default_value = "off")]
     preallocation: PreallocationArg,
-    /// Replace a target that exists
-    #[arg(long)]
-    force: bool,
+    #[command(flatten)]
+    over: ForceArgs,
     /// Overwrite the block device
     #[arg(long)]
     yes: bool,
@@ -107,19 +109,6 @@ struct How {
     /// Print the plan or the result as JSON
     #[arg(long)]
     json: bool,
-}
-
-/// Formats of new files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum FileFormat {
-    Raw,
-    Qcow2,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum CompressArg {
-    Zlib,
-    Zstd,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -203,7 +192,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
         return check_apart(&jobs).map(|()| jobs);
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
-        return Err(super::usage("name a point and a target, or a run and a folder"));
+        return Err(say::usage("name a point and a target, or a run and a folder"));
     };
     let (disk, point) = catalog.find(point)?;
     Ok(vec![Job { disk, point, target: args.how.target(target)?, of_run: false }])
@@ -263,7 +252,7 @@ impl How {
     fn target(&self, path: &Path) -> Result<Target> {
         if paths::is_stdout(path) {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(super::usage("a qcow2 file cannot be written to a pipe"));
+                return Err(say::usage("a qcow2 file cannot be written to a pipe"));
             }
             return Ok(Target::Stdout);
         }
@@ -271,7 +260,7 @@ impl How {
         let is_device = folder::look(path).is_ok_and(|m| m.file_type().is_block_device());
         if is_device {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(super::usage("a block device gets the raw disk"));
+                return Err(say::usage("a block device gets the raw disk"));
             }
             return Ok(Target::Device(path.to_path_buf()));
         }
@@ -289,7 +278,7 @@ impl How {
     fn file_of(&self, path: &Path, format: FileFormat) -> Result<Target> {
         match format {
             FileFormat::Raw if self.compress.is_some() => {
-                Err(super::usage("a raw file cannot be compressed; use --format qcow2"))
+                Err(say::usage("a raw file cannot be compressed; use --format qcow2"))
             }
             FileFormat::Raw => Ok(Target::Raw(path.to_path_buf())),
             FileFormat::Qcow2 => Ok(Target::Qcow2(path.to_path_buf(), self.qcow2()?)),
@@ -298,7 +287,7 @@ impl How {
 
     fn qcow2(&self) -> Result<Qcow2Options> {
         let cluster_size = u32::try_from(self.cluster_size)
-            .map_err(|_| super::usage("the cluster size must be at most 2M"))?;
+            .map_err(|_| say::usage("the cluster size must be at most 2M"))?;
         Ok(Qcow2Options {
             cluster_size,
             compression: match self.compress {
@@ -317,7 +306,7 @@ impl How {
 
     fn options(&self) -> Options {
         Options {
-            force: self.force,
+            force: self.over.force,
             verify: self.verify,
             salvage: self.salvage,
             discard: self.discard,
@@ -334,10 +323,10 @@ impl How {
 fn check_target(how: &How, catalog: &Catalog, job: &Job) -> Result<()> {
     match &job.target {
         Target::Stdout if std::io::stdout().is_terminal() => {
-            Err(super::usage("a disk is not written to a terminal; use a pipe"))
+            Err(say::usage("a disk is not written to a terminal; use a pipe"))
         }
         Target::Stdout if how.verify => {
-            Err(super::usage("what went into a pipe cannot be read back"))
+            Err(say::usage("what went into a pipe cannot be read back"))
         }
         Target::Device(path) if !how.yes && !how.dry_run => {
             let text = "everything on this device would be overwritten";
@@ -437,12 +426,12 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
 /// Standard output, unless the disk itself goes there.
 fn say(target: &Target, text: String) -> Result<()> {
     if *target == Target::Stdout {
-        if !super::is_quiet() {
+        if !say::is_quiet() {
             output::tell(&text);
         }
         return Ok(());
     }
-    if super::is_quiet() {
+    if say::is_quiet() {
         return Ok(());
     }
     output::print(&text)
@@ -486,7 +475,7 @@ fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<Str
         text.push_str(&format!("{} cannot be read\n", human_bytes(t.bad)));
     }
     plan.findings.iter().for_each(|f| text.push_str(&format!("{f}\n")));
-    Ok(text + super::UNCHANGED)
+    Ok(text + say::UNCHANGED)
 }
 
 fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> Result<String> {

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::list::{level_name, write_rows};
-use super::output;
+use super::table::{level_name, write_rows};
 use crate::chain::manifest::Achieved;
 use crate::chain::{Catalog, Disk, Level};
 use crate::error::Result;
+use crate::output;
 use crate::restore::run::{Doubles, Guest, When, manifest_of};
 use crate::text::{path_text, to_text};
 use crate::units::{human_bytes, iso_time};

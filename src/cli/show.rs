@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::output;
 use super::paths::catalog;
+use super::table::level_name;
 use crate::backup::folders::{vm_name, vm_uuid};
 use crate::chain::manifest::{self, Achieved, ConfigFile, Manifest};
 use crate::chain::{Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, PlainName};
+use crate::output;
 use crate::text::{path_text, to_text};
 use crate::units::{human_bytes, iso_time};
 
@@ -126,7 +127,7 @@ fn text(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> String {
     let mut rows = Rows(String::new());
     rows.row("point", to_text(disk.point_path(point).as_os_str()));
     rows.row("file", to_text(p.source.as_os_str()));
-    rows.row("level", super::list::level_name(p.level));
+    rows.row("level", level_name(p.level));
     rows.row("time", iso_time(p.time));
     if p.is_served() || p.size > 0 {
         rows.row("disk size", human_bytes(p.size));

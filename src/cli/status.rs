@@ -5,27 +5,24 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
-use super::backup::StateArgs;
-use super::{output, paths};
+use super::paths;
+use super::shared::{JsonArgs, QmpArgs, qmp_unless};
+use super::state::StateArgs;
 use crate::backup::control::{self, Status};
 use crate::backup::{journal, offline};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
+use crate::output;
 use crate::qmp::Address;
 use crate::text::path_text;
 use crate::units::human_bytes;
 
 /// Which VM's run, or which target's of a VM that is shut off.
 #[derive(Debug, Args)]
+#[command(mut_args(qmp_unless("target", "; as the backup was given it")))]
 pub struct RunArgs {
-    /// QEMU's QMP socket: a path, or tcp:HOST:PORT; as the backup was given it
-    #[arg(
-        long,
-        value_name = "SOCKET",
-        visible_alias = "socket",
-        required_unless_present = "target"
-    )]
-    qmp: Option<String>,
+    #[command(flatten)]
+    qemu: QmpArgs,
 
     /// The backup directory of a backup --offline, which has no QMP socket
     #[arg(short, long, value_name = "DIR", conflicts_with = "qmp")]
@@ -38,10 +35,9 @@ impl RunArgs {
     /// # Errors
     /// `Usage` if that is no address; a path that cannot be followed.
     pub fn vm(&self, state: &Path) -> Result<Address> {
-        match (&self.target, &self.qmp) {
-            (Some(target), _) => offline::address(state, &paths::to_make(target)?),
-            (None, Some(qmp)) => Address::parse(qmp),
-            (None, None) => Err(Error::new(Kind::Usage, "neither --qmp nor --target is given")),
+        match &self.target {
+            Some(target) => offline::address(state, &paths::to_make(target)?),
+            None => self.qemu.address(),
         }
     }
 
@@ -74,9 +70,8 @@ pub struct StatusArgs {
     #[command(flatten)]
     of: RunArgs,
 
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    print: JsonArgs,
 
     #[command(flatten)]
     state: StateArgs,
@@ -101,11 +96,11 @@ pub fn run(args: &StatusArgs) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
     if let Some(s) = control::ask(&state, &vm, "status")? {
-        return output::print(&if args.json { output::json_pretty(&s)? } else { text(&s) });
+        return output::print(&if args.print.json { output::json_pretty(&s)? } else { text(&s) });
     }
     if let Some(left) = journal::pending(&state, &vm)? {
         let left = Unfinished { recover: true, run: left.run, target: left.target };
-        return output::print(&match args.json {
+        return output::print(&match args.print.json {
             true => output::json_pretty(&left)?,
             false => due(&left, args),
         });
@@ -114,7 +109,7 @@ pub fn run(args: &StatusArgs) -> Result<()> {
     if !args.of.is_offline() && !is_there(&vm) {
         return Err(args.of.not_running(&vm));
     }
-    match args.json {
+    match args.print.json {
         true => output::print(&output::json_pretty(&None::<Status>)?),
         false => output::print(&format!("{}\n", args.of.not_running(&vm).report())),
     }
@@ -129,7 +124,7 @@ fn due(left: &Unfinished, args: &StatusArgs) -> String {
             path_text(&left.target)
         ),
     };
-    let of = match (&args.of.target, &args.of.qmp) {
+    let of = match (&args.of.target, &args.of.qemu.qmp) {
         (Some(target), _) => format!("--target {}", path_text(target)),
         (None, qmp) => format!("--qmp {}", path_text(&qmp.clone().unwrap_or_default())),
     };

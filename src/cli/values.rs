@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use clap::ValueEnum;
+
 use crate::backup::Every;
 use crate::folder::PlainName;
 
@@ -44,6 +46,20 @@ pub fn mode(text: &str) -> Result<u32, String> {
         m if m & 0o600 != 0o600 => Err(format!("'{text}' leaves out the owner, who writes them")),
         m => Ok(m),
     }
+}
+
+/// How the clusters of new files are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompressArg {
+    Zlib,
+    Zstd,
+}
+
+/// Formats of new files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FileFormat {
+    Raw,
+    Qcow2,
 }
 
 #[cfg(test)]

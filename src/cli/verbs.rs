@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
-use super::output;
 use super::paths::{self, catalog};
-use super::restore::{FileFormat, check_outside};
+use super::restore::check_outside;
+use super::say;
+use super::shared::ForceArgs;
+use super::values::FileFormat;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::chain::Catalog;
@@ -16,6 +18,7 @@ use crate::error::{Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::Format;
 use crate::lock::Locks;
+use crate::output;
 use crate::restore::verbs::{self, FoldPlan, Line, files, rebase::RebasePlan};
 use crate::restore::{Options, Plan, Qcow2Options, Target};
 use crate::text::path_text;
@@ -103,9 +106,8 @@ pub struct MergeArgs {
     /// The format of the new file; the FULL's if left out
     #[arg(long, value_enum)]
     format: Option<FileFormat>,
-    /// Replace a target that exists
-    #[arg(long)]
-    force: bool,
+    #[command(flatten)]
+    over: ForceArgs,
 }
 
 /// Memory for folded windows.
@@ -136,7 +138,7 @@ impl VerbArgs {
         if self.dry_run {
             let mut text = String::new();
             steps.iter().for_each(|s| output::push_line(&mut text, s));
-            output::print(&(text + super::UNCHANGED))?;
+            output::print(&(text + say::UNCHANGED))?;
             return Ok(false);
         }
         log::warn!("{}: this alters the backup itself", path_text(&self.dir));
@@ -221,7 +223,7 @@ pub fn merge(mut args: MergeArgs) -> Result<()> {
         let data = human_bytes(plan.totals.data);
         let (name, target) = (path_text(&name), path_text(&args.target));
         let what = format!("restore {name} to {target}: {data} of data\n{note}");
-        return output::print(&(what + super::UNCHANGED));
+        return output::print(&(what + say::UNCHANGED));
     }
     if !args.verb.skip_check {
         // A point that is no chain of single files has nothing to check this way.
@@ -230,7 +232,7 @@ pub fn merge(mut args: MergeArgs) -> Result<()> {
     }
     // As qmprestore does.
     super::restore::make_folder(&args.target)?;
-    let options = Options { force: args.force, ..Options::default() };
+    let options = Options { force: args.over.force, ..Options::default() };
     let summary = crate::restore::restore(&image, &plan, &target, &options, &work)?;
     let (name, target) = (path_text(&name), path_text(&args.target));
     output::print(&format!("{name} -> {target}: {}\n{note}", summary.way()))

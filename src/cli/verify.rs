@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::bar::Bar;
-use super::output;
 use super::paths::catalog_told;
-use super::restore::FileFormat;
+use super::values::FileFormat;
 use crate::chain::POINT_HELP;
 use crate::chain::manifest::ImageFormat;
 use crate::chain::scan::Told;
 use crate::error::{Error, Kind, Result, Severity};
+use crate::output;
 use crate::text::path_text;
 use crate::units::{counted, parse_when};
 use crate::verify::{Options, Outcome, PointReport, Report, asked, verify};

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use super::bar::Bar;
+use super::paths;
 use super::work::cancel_flag;
-use super::{link_disk, paths, privileges};
 use crate::chain::{Catalog, unfinished};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder, ForeignOwner, foreign_owner};
 use crate::lock::Locks;
-use crate::prune::recover;
+use crate::privileges;
+use crate::prune::{join, recover};
 use crate::restore::Work;
 use crate::text::path_text;
 
@@ -32,7 +33,7 @@ pub(super) fn locked(dir: &Path) -> Result<(Catalog, Locks)> {
 pub(super) fn finished(dir: &Path) -> Result<Locks> {
     let root = paths::backups(dir)?;
     let locks = finished_but_links(&root)?;
-    link_disk::finish(&root, None)?;
+    join::finish(&root, None, &Bar::default())?;
     Ok(locks)
 }
 

@@ -27,6 +27,7 @@ mod held;
 mod lesser;
 mod lock;
 mod name;
+pub mod named;
 mod once;
 mod open;
 mod owner;

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 
 use super::address::Address;
 use super::budget::{self, short};
-use super::steps::step;
 use super::wire::{Limits, Wire};
 use crate::error::{Error, Kind, Result};
+use crate::failpoint::step_of;
 
 /// Memory that the answer to a synchronisation may take, in bytes: it is a number. What is larger
 /// is another's answer.
@@ -79,12 +79,12 @@ impl Agent {
     pub fn execute(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value> {
         let deadline = Instant::now() + timeout;
         let request = json!({"execute": command, "arguments": arguments});
-        step(&format!("agent {command}"));
+        step_of("agent", command);
         self.wire.send(format!("{request}\n").as_bytes(), None, deadline)?;
         let Some(mut answer) = self.wire.json(deadline)? else {
             return Err(silent(self.wire.peer()));
         };
-        step(&format!("agent answered {command}"));
+        step_of("agent answered", command);
         if let Some(e) = answer.get("error") {
             let desc = e.get("desc").and_then(Value::as_str).unwrap_or("(no reason)");
             let what = format!("the agent refused {command}: {}", short(desc));

@@ -16,10 +16,11 @@ use serde_json::{Value, json};
 use super::address::Address;
 use super::budget::{clip, short};
 use super::socket::in_use;
-use super::steps::{answer_timeout, step};
+use super::timeout::answer_timeout;
 use super::types::{Features, Version};
 use super::wire::{Limits, Wire};
 use crate::error::{Error, Kind, Result};
+use crate::failpoint::step_of;
 
 /// How long to wait for the greeting. QEMU sends it as soon as it accepts.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -125,7 +126,7 @@ pub struct Client {
 pub struct Asked<'a> {
     command: &'a str,
     id: u64,
-    /// It is a step, see [`super::steps`].
+    /// It is a step, see [`crate::failpoint`].
     counted: bool,
 }
 
@@ -271,7 +272,7 @@ impl Client {
     }
 
     /// As [`Client::query`] for questions asked again and again: how often depends on time, so
-    /// they are no steps (see [`super::steps`]).
+    /// they are no steps (see [`crate::failpoint`]).
     ///
     /// # Errors
     /// As [`Client::query`].
@@ -318,7 +319,7 @@ impl Client {
         self.wire.rest();
         let answer = self.next_answer(asked.command, asked.id, deadline)?;
         if asked.counted {
-            step(&format!("answer {}", asked.command));
+            step_of("answer", asked.command);
         }
         Ok(answer)
     }
@@ -369,7 +370,7 @@ impl Client {
         }
         log::debug!("QMP > {request}");
         if counted {
-            step(&format!("send {command}"));
+            step_of("send", command);
         }
         let line = format!("{request}\n");
         let sent = self.wire.send(line.as_bytes(), pass, self.deadline());

@@ -14,7 +14,7 @@ pub mod client;
 pub mod nbd;
 pub mod peer;
 pub mod socket;
-pub mod steps;
+pub mod timeout;
 pub mod types;
 pub mod wire;
 

@@ -1,11 +1,9 @@
-//! Options as mount(8) and fstab write them, and the command line of a mount helper.
+//! Options as mount(8) and fstab write them.
 
-use std::ffi::{OsStr, OsString};
-use std::path::Path;
-
-use super::mount::{MountArgs, parse_duration, parse_mode};
-use super::users;
+use super::super::say;
+use super::args::{MountArgs, parse_duration, parse_mode};
 use crate::error::Result;
+use crate::privileges::users;
 use crate::units::parse_bytes;
 
 /// Options of mount(8) and its friends that say nothing to us: what is always so here, and what
@@ -64,7 +62,7 @@ pub fn apply(args: &mut MountArgs, list: &str) -> Result<()> {
         };
         let key = key.replace('-', "_");
         if !set(args, &key, value)? && !is_ignored(&key) && !sloppy {
-            return Err(super::usage(format!("unknown mount option '{option}'"))
+            return Err(say::usage(format!("unknown mount option '{option}'"))
                 .remedy("'fleecefs mount --help' lists them all"));
         }
     }
@@ -81,12 +79,11 @@ fn is_ignored(key: &str) -> bool {
 
 /// Sets one option; false if there is none of that name.
 fn set(args: &mut MountArgs, key: &str, value: Option<&str>) -> Result<bool> {
-    let need = || {
-        value.ok_or_else(|| super::usage(format!("mount option '{key}' needs a value: {key}=…")))
-    };
+    let need =
+        || value.ok_or_else(|| say::usage(format!("mount option '{key}' needs a value: {key}=…")));
     let number =
-        |text: &str| text.parse().map_err(|_| super::usage(format!("{key}={text}: not a number")));
-    let wrong = |e: String| super::usage(format!("mount option '{key}': {e}"));
+        |text: &str| text.parse().map_err(|_| say::usage(format!("{key}={text}: not a number")));
+    let wrong = |e: String| say::usage(format!("mount option '{key}': {e}"));
     match key {
         "allow_other" => args.allow_other = true,
         "allow_root" => args.allow_root = true,
@@ -107,47 +104,8 @@ fn set(args: &mut MountArgs, key: &str, value: Option<&str>) -> Result<bool> {
 fn threads(n: u32) -> Result<u16> {
     match u16::try_from(n) {
         Ok(n @ 1..=128) => Ok(n),
-        _ => Err(super::usage("threads must be from 1 to 128")),
+        _ => Err(say::usage("threads must be from 1 to 128")),
     }
-}
-
-/// What the command line asks for when the program is run as a mount helper.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Helper {
-    /// It is not.
-    No,
-    /// Continue with this command line.
-    Run(Vec<OsString>),
-    /// `mount -f` of mount(8): do everything but mount.
-    Nothing,
-}
-
-/// Recognises `mount.fleecefs` and `mount.fuse.fleecefs` (names by which mount(8) calls us), and
-/// `fleecefs /SOURCE /TARGET …`, the way mount.fuse does.
-pub fn helper(args: &[OsString]) -> Helper {
-    let name = args.first().and_then(|a| Path::new(a).file_name());
-    let is_helper = [Some(OsStr::new("mount.fleecefs")), Some(OsStr::new("mount.fuse.fleecefs"))]
-        .contains(&name);
-    let by_path = args.len() >= 3 && args[1].to_string_lossy().starts_with('/');
-    if !is_helper && !by_path {
-        return Helper::No;
-    }
-    if is_helper && args.iter().skip(1).any(|a| a == "--help" || a == "-h") {
-        return Helper::Run(vec!["fleecefs".into(), "mount".into(), "--help".into()]);
-    }
-    let mut run: Vec<OsString> = vec!["fleecefs".into(), "mount".into()];
-    let mut rest = args.iter().skip(1);
-    while let Some(arg) = rest.next() {
-        match arg.to_string_lossy().as_ref() {
-            // Of mount(8), "fake"; typed by somebody, "foreground".
-            "-f" if is_helper => return Helper::Nothing,
-            "-s" => run.extend(["-o".into(), "sloppy".into()]),
-            "-n" | "-v" => {}
-            "-N" | "-t" => drop(rest.next()),
-            _ => run.push(arg.clone()),
-        }
-    }
-    Helper::Run(run)
 }
 
 #[cfg(test)]
@@ -177,18 +135,5 @@ mod tests {
             assert!(e.message().contains(bad.split('=').next().unwrap()), "{}", e.message());
         }
         assert!(applied("frobnicate,sloppy").is_ok());
-    }
-
-    #[test]
-    fn helper_names_and_flags() {
-        let args = |list: &[&str]| list.iter().map(OsString::from).collect::<Vec<_>>();
-        assert_eq!(helper(&args(&["fleecefs", "list", "/b"])), Helper::No);
-        let want = Helper::Run(args(&["fleecefs", "mount", "/b", "/m", "-o", "rw"]));
-        let by_type = ["/sbin/mount.fuse.fleecefs", "/b", "/m", "-n", "-t", "x", "-o", "rw"];
-        assert_eq!(helper(&args(&by_type)), want);
-        assert_eq!(helper(&args(&["fleecefs", "/b", "/m", "-o", "rw"])), want);
-        assert_eq!(helper(&args(&["mount.fleecefs", "/b", "/m", "-f"])), Helper::Nothing);
-        let want = Helper::Run(args(&["fleecefs", "mount", "/b", "/m", "-f"]));
-        assert_eq!(helper(&args(&["fleecefs", "/b", "/m", "-f"])), want);
     }
 }

@@ -1,7 +1,9 @@
 //! Giving up what is not needed.
 //!
 //! Both ways are taken while there is one thread: capabilities, and the promise to gain none, belong
-//! to a thread, and the threads that begin later inherit them.
+//! to a thread, and the threads that begin later inherit them. Users and groups by name: `users`.
+
+pub mod users;
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -10,9 +12,8 @@ use std::path::Path;
 use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-use super::{paths, users};
 use crate::error::{Error, Kind, Result};
-use crate::folder;
+use crate::folder::{self, named};
 use crate::text::visible;
 
 /// The group that owns nothing, for an owner who has none but root's.
@@ -41,7 +42,7 @@ impl Owner {
     /// # Errors
     /// The folder cannot be looked at; `Permission` if the caller may not become somebody else.
     pub fn of(path: &Path) -> Result<Option<Self>> {
-        let real = paths::backups(path)?;
+        let real = named::backups(path)?;
         let meta = folder::look(&real)
             .map_err(|e| Error::io(e, "cannot look at the backup directory").at_path(path))?;
         let caller = rustix::process::geteuid().as_raw();

@@ -1,5 +1,8 @@
 //! The one way to the terminal: whatever the program prints as text goes through here, and is made
-//! visible once more, so that no name can be forgotten. `clippy.toml` forbids the macros elsewhere.
+//! visible once more, so that no name can be forgotten. `clippy.toml` forbids the macros elsewhere. What is
+//! logged goes through `logging`.
+
+pub mod logging;
 
 use std::io::{Stdout, Write};
 

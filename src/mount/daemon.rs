@@ -16,10 +16,10 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::rc::Rc;
 
-use super::logging::{self, Sink};
-use super::output;
 use crate::error::{Error, Kind, Result};
 use crate::folder::system;
+use crate::output;
+use crate::output::logging::{self, Sink};
 
 /// What is left to do when a mount answers. In two processes it is done in parts.
 pub enum Ready {

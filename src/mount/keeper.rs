@@ -18,14 +18,16 @@ use rustix::process::Pid;
 use signal_hook::iterator::Signals;
 
 use super::daemon::Ready;
-use super::mount::Plan;
-use super::mountinfo::{self, Mount};
-use super::serve::{self, Prepared, SIGNALS, TICK};
-use super::{output, privileges};
+use super::mounted;
+use super::plan::Plan;
+use super::prepared::Prepared;
+use super::process::{self, SIGNALS, TICK};
+use super::table::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::fs::FileSystem;
 use crate::fuse;
+use crate::{output, privileges};
 
 /// What the two processes say to each other.
 mod word {
@@ -203,10 +205,10 @@ impl Keeper<'_> {
     fn announce(&mut self) -> Result<()> {
         let Some((device, mountpoint, ready)) = self.before.take() else { return Ok(()) };
         drop((device, mountpoint));
-        let (mount, announced) = serve::answers(&self.plan.mountpoint)?;
+        let (mount, announced) = mounted::answers(&self.plan.mountpoint)?;
         (self.mount, self.announced) = (Some(mount), announced);
         ready.tell()?;
-        serve::say_mounted(self.plan);
+        mounted::say_mounted(self.plan);
         Ok(())
     }
 
@@ -251,7 +253,7 @@ impl Keeper<'_> {
         }
         let mount = match &self.mount {
             Some(mount) => Some(mount.clone()),
-            None => mountinfo::find(&self.plan.mountpoint).ok().flatten(),
+            None => table::find(&self.plan.mountpoint).ok().flatten(),
         };
         if let Some(mount) = mount.filter(Mount::is_fleecefs)
             && let Err(e) = mount.end(false)
@@ -318,18 +320,18 @@ impl Server<'_> {
             return Err(gone());
         }
         let prepared = Prepared::new(self.plan)?;
-        let signals = serve::signals()?;
+        let signals = process::signals()?;
         self.say(word::MOUNT)?;
         if self.hear()? != word::MOUNTED {
             return Err(gone());
         }
         let Some(device) = self.device.take() else { return Err(gone()) };
-        let mounted = fuse::serve(prepared.fs.clone(), device, &self.plan.fuse())?;
+        let mount = fuse::serve(prepared.fs.clone(), device, &self.plan.fuse())?;
         self.control(signals, prepared.fs.clone())?;
-        prepared.watch(&mounted)?;
+        prepared.watch(&mount)?;
         *detached = ready.detach()?;
         self.say(word::SERVED)?;
-        serve::finish(mounted, self.plan)
+        mounted::finish(mount, self.plan)
     }
 
     fn say(&mut self, word: u8) -> Result<()> {
@@ -346,7 +348,7 @@ impl Server<'_> {
     fn control(&self, mut signals: Signals, fs: Arc<FileSystem>) -> Result<()> {
         let link = || self.link.try_clone().map_err(|e| Error::io(e, "cannot copy a socket"));
         let mut tell = link()?;
-        serve::start("signals", 0, move || {
+        process::start("signals", 0, move || {
             for _ in signals.forever() {
                 if tell.write_all(&[word::SIGNAL]).is_err() {
                     return;
@@ -355,7 +357,7 @@ impl Server<'_> {
         })?;
         let Some(timeout) = self.plan.idle_seconds() else { return Ok(()) };
         let mut ask = link()?;
-        serve::start("control", 0, move || {
+        process::start("control", 0, move || {
             loop {
                 std::thread::sleep(TICK.min(Duration::from_secs(timeout)));
                 if fs.idle_seconds() < timeout {
@@ -375,20 +377,4 @@ impl Server<'_> {
 
 fn gone() -> Error {
     Error::new(Kind::Interrupted, "the process that mounts has ended")
-}
-
-impl Plan {
-    /// What mounting needs to know.
-    pub(super) fn fuse(&self) -> fuse::Options {
-        fuse::Options {
-            access: self.access,
-            threads: self.threads,
-            source: self.backups.to_string_lossy().into_owned(),
-        }
-    }
-
-    /// Seconds without use after which it is unmounted.
-    pub(super) fn idle_seconds(&self) -> Option<u64> {
-        self.idle_timeout.map(|t| t.as_secs())
-    }
 }

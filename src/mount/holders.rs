@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::mountinfo::Mount;
+use super::table::Mount;
 use crate::error::{Error, Kind};
 use crate::folder::{self, system};
 use crate::text::path_text;

@@ -1,0 +1,124 @@
+//! The options of `fleecefs mount`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::privileges::users;
+use crate::units::parse_bytes;
+
+/// Mount a backup directory: every point of every disk becomes a raw image
+///
+/// Below MOUNTPOINT there is a folder per disk, and in it a file per point in time, named after the
+/// backup file with .raw appended; latest.raw leads to the newest, by-time/ to each by its date.
+/// .fleecefs/status.json tells what was found. Everything is read-only. New backups appear
+/// without remounting.
+#[derive(Debug, Clone, Default, Args)]
+#[command(after_help = "\
+Examples:
+  fleecefs mount /backups/vm1 /mnt/vm1
+  qemu-img convert /mnt/vm1/sda/latest.raw restored.qcow2
+  losetup -r -P --show -f /mnt/vm1/sda/latest.raw
+  fleecefs umount /mnt/vm1
+
+In /etc/fstab:
+  /backups/vm1  /mnt/vm1  fuse.fleecefs  noauto,x-systemd.requires-mounts-for=/backups/vm1,allow_other,mode=0440,gid=backup  0 0")]
+pub struct MountArgs {
+    /// The backup directory
+    pub backups: PathBuf,
+
+    /// An existing directory to mount at
+    pub mountpoint: PathBuf,
+
+    /// Stay in the foreground and log to standard error, or to --log-file
+    #[arg(short, long)]
+    pub foreground: bool,
+
+    /// Let other users in, as far as owner, group and mode of the files allow (see --mode)
+    #[arg(long, conflicts_with = "allow_root")]
+    pub allow_other: bool,
+
+    /// Let root in, too
+    #[arg(long)]
+    pub allow_root: bool,
+
+    /// Owner of all files, by name or number [default: the user who mounts]
+    #[arg(long, value_name = "UID", value_parser = users::user)]
+    pub uid: Option<u32>,
+
+    /// Group of all files, by name or number [default: that of the user who mounts]
+    #[arg(long, value_name = "GID", value_parser = users::group)]
+    pub gid: Option<u32>,
+
+    /// Permission bits of the files, octal; folders get x where files have r [default: 0400]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    pub mode: Option<u16>,
+
+    /// Memory for folded maps and decompressed clusters [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub cache_size: Option<u64>,
+
+    /// Threads that serve requests [default: one per processor, 4 to 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub threads: Option<u16>,
+
+    /// Unmount after this time without use (90, 90s, 15m, 2h) [default: never]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub idle_timeout: Option<Duration>,
+
+    /// Also look for new points at this interval [default: 10s on network file systems, else
+    /// only when the kernel reports a change]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub poll_interval: Option<Duration>,
+
+    /// Where to log [default: the system log, in the foreground standard error]
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+
+    /// The same options as mount(8) and /etc/fstab write them: allow_other,uid=1000,cache_size=1G
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+}
+
+/// `0440`, `440`: permission bits. What could not be done on a read-only mount is refused.
+pub(super) fn parse_mode(text: &str) -> std::result::Result<u16, String> {
+    let mode = u16::from_str_radix(text, 8).map_err(|_| format!("'{text}' is not octal"))?;
+    if mode & !0o444 != 0 {
+        return Err(format!("'{text}' has bits other than r; the mount is read-only"));
+    }
+    Ok(mode)
+}
+
+/// `90`, `90s`, `15m`, `2h`.
+pub(super) fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
+    let wrong = || format!("'{text}' is not a time; write 90, 90s, 15m or 2h");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
+    let factor = match &text[digits..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(wrong()),
+    };
+    match number.checked_mul(factor) {
+        // A hundred years; more makes no sense to any clock.
+        Some(s) if (1..=3_155_760_000).contains(&s) => Ok(Duration::from_secs(s)),
+        _ => Err(wrong()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_and_times_read_as_written() {
+        assert_eq!(parse_mode("0440"), Ok(0o440));
+        assert!(parse_mode("0640").is_err() && parse_mode("rw").is_err());
+        assert_eq!(parse_duration("15m"), Ok(Duration::from_secs(900)));
+        for bad in ["", "0", "1d", "m", "99999999999999999999", "9999999999999999h"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+}

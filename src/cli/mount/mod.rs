@@ -1,0 +1,47 @@
+//! `fleecefs mount`.
+
+pub mod args;
+pub mod helper;
+mod options;
+
+use args::MountArgs;
+
+use super::{paths, say};
+use crate::error::Result;
+use crate::fuse::Access;
+use crate::mount::{self, Options, Plan};
+
+/// Runs `fleecefs mount`; with `as_owner`, the directory's owner serves it.
+///
+/// # Errors
+/// As the exit codes say.
+pub fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
+    for list in std::mem::take(&mut args.options) {
+        options::apply(&mut args, &list)?;
+    }
+    let access = access(&args)?;
+    let plan = Plan::new(&Options {
+        backups: args.backups,
+        mountpoint: args.mountpoint,
+        access,
+        uid: args.uid,
+        gid: args.gid,
+        mode: args.mode,
+        cache_size: args.cache_size,
+        threads: args.threads.map(usize::from),
+        idle_timeout: args.idle_timeout,
+        poll_interval: args.poll_interval,
+        as_owner,
+    })?;
+    let log = args.log_file.as_deref().map(paths::log_file).transpose()?;
+    mount::run(&plan, args.foreground, log)
+}
+
+fn access(args: &MountArgs) -> Result<Access> {
+    match (args.allow_other, args.allow_root) {
+        (true, true) => Err(say::usage("allow_other and allow_root exclude each other")),
+        (true, false) => Ok(Access::Everybody),
+        (false, true) => Ok(Access::Root),
+        (false, false) => Ok(Access::Owner),
+    }
+}

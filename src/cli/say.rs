@@ -1,0 +1,31 @@
+//! How much is said, and words that several commands say.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::error::{Error, Kind};
+
+/// How often `-q` was given.
+static QUIET: AtomicU8 = AtomicU8::new(0);
+
+/// Remembers how often `-q` was given.
+pub fn set_quiet(times: u8) {
+    QUIET.store(times, Ordering::Relaxed);
+}
+
+/// Whether the user wants to see warnings and errors only (`-q`).
+pub fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed) > 0
+}
+
+/// Whether the user wants to see errors only (`-qq`).
+pub fn is_silent() -> bool {
+    QUIET.load(Ordering::Relaxed) > 1
+}
+
+/// The last line of what a dry run says.
+pub const UNCHANGED: &str = "dry run: nothing was changed\n";
+
+/// A usage error.
+pub fn usage(message: impl Into<String>) -> Error {
+    Error::new(Kind::Usage, message)
+}

@@ -1,0 +1,31 @@
+//! Hooks for tests: a run can be counted step by step, killed or stopped at a step, held, and made to take
+//! the ways that only few meet.
+//!
+//! They are in the program only with the cargo feature `failpoint`, which tests have (by way of the package's
+//! dev-dependency on itself) and users' builds have not; there, nothing is left of them (`off`). With it (`on`)
+//! the environment says what to do:
+//!
+//! - `FLEECEFS_CRASH_AT=N`: SIGKILL when step N is reached. A step is a command about to be sent, its answer,
+//!   an awaited event, or a change on disk. The crash matrix (tests/crash.rs) walks through all of them
+//! - `FLEECEFS_HANG_AT=NAME`: SIGSTOP at the steps of that name; with a number, at that step
+//! - `FLEECEFS_STEPS=FILE`: appends a line per step to that file
+//! - `FLEECEFS_ANSWER_TIMEOUT=SECONDS`: nothing waits longer for an answer of QEMU than that
+//! - `FLEECEFS_HOLD=FOLDER`: while the frozen views stand and before anything is copied, they are exported over
+//!   NBD, the file `ready` in it says where, and the run waits for a file `go`
+//! - `FLEECEFS_WALK=1`: what is copied besides the dirty bits is also looked for in the whole disk, and a
+//!   backup that has missed something fails
+//! - `FLEECEFS_BLIND=1`: every QEMU's frozen view counts as one that cannot be read across clusters
+//! - `FLEECEFS_BARRIER=BYTES`: how much an image grows from one barrier to the next; a single processor is
+//!   enough then
+
+#[cfg(not(feature = "failpoint"))]
+mod off;
+#[cfg(feature = "failpoint")]
+mod on;
+
+#[cfg(not(feature = "failpoint"))]
+pub(crate) use off::{
+    answer_timeout, barrier, hold, is_blind, keep_from, step, step_of, walks_all,
+};
+#[cfg(feature = "failpoint")]
+pub(crate) use on::{answer_timeout, barrier, hold, is_blind, keep_from, step, step_of, walks_all};

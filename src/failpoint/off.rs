@@ -1,0 +1,47 @@
+//! What is left of the hooks in the program that users have: nothing.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+/// Nothing.
+#[inline(always)]
+pub(crate) fn step(_name: &str) {}
+
+/// Nothing.
+#[inline(always)]
+pub(crate) fn step_of(_what: &str, _command: &str) {}
+
+/// Nothing: the program that is started has no hooks either.
+#[inline(always)]
+pub(crate) fn keep_from(_command: &mut Command) {}
+
+/// As it is.
+#[inline(always)]
+pub(crate) fn answer_timeout(usual: Duration) -> Duration {
+    usual
+}
+
+/// Never.
+#[inline(always)]
+pub(crate) fn hold() -> Option<PathBuf> {
+    None
+}
+
+/// Never.
+#[inline(always)]
+pub(crate) fn walks_all() -> bool {
+    false
+}
+
+/// Never.
+#[inline(always)]
+pub(crate) fn is_blind() -> bool {
+    false
+}
+
+/// Never.
+#[inline(always)]
+pub(crate) fn barrier() -> Option<u64> {
+    None
+}

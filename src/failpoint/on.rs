@@ -1,0 +1,108 @@
+//! The hooks. Without their variables a step costs an atomic add.
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::process::{Signal, getpid, kill_process};
+
+const CRASH_AT: &str = "FLEECEFS_CRASH_AT";
+const HANG_AT: &str = "FLEECEFS_HANG_AT";
+const STEPS: &str = "FLEECEFS_STEPS";
+const ANSWER_TIMEOUT: &str = "FLEECEFS_ANSWER_TIMEOUT";
+const HOLD: &str = "FLEECEFS_HOLD";
+const WALK: &str = "FLEECEFS_WALK";
+const BLIND: &str = "FLEECEFS_BLIND";
+const BARRIER: &str = "FLEECEFS_BARRIER";
+
+struct Hook {
+    crash_at: Option<u64>,
+    hang_at: Option<String>,
+    trace: Option<OsString>,
+    answer_timeout: Option<Duration>,
+}
+
+static COUNT: AtomicU64 = AtomicU64::new(0);
+static HOOK: OnceLock<Hook> = OnceLock::new();
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().and_then(|v| v.parse().ok())
+}
+
+fn hook() -> &'static Hook {
+    HOOK.get_or_init(|| Hook {
+        crash_at: number(CRASH_AT),
+        hang_at: std::env::var(HANG_AT).ok(),
+        trace: std::env::var_os(STEPS),
+        answer_timeout: number(ANSWER_TIMEOUT).map(Duration::from_secs),
+    })
+}
+
+/// Counts a step; the process ends here, or stops, if this is the one chosen.
+pub(crate) fn step(name: &str) {
+    let n = COUNT.fetch_add(1, Ordering::SeqCst) + 1;
+    let hook = hook();
+    if let Some(path) = &hook.trace {
+        trace(path, n, name);
+    }
+    if hook.crash_at == Some(n) {
+        send(Signal::KILL);
+    }
+    if hook.hang_at.as_deref().is_some_and(|at| at == name || at == n.to_string()) {
+        send(Signal::STOP);
+    }
+}
+
+/// A step that is named by what is done with a command.
+pub(crate) fn step_of(what: &str, command: &str) {
+    step(&format!("{what} {command}"));
+}
+
+fn send(signal: Signal) {
+    // Every process may signal itself.
+    let _ = kill_process(getpid(), signal);
+}
+
+// A test's own file.
+#[allow(clippy::disallowed_methods)]
+fn trace(path: &OsStr, n: u64, name: &str) {
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    if let Ok(mut f) = file {
+        // A trace that cannot be written shows in the test that reads it.
+        let _ = writeln!(f, "{n} {name}");
+    }
+}
+
+/// Keeps steps from a program that is about to be started: they are this process's.
+pub(crate) fn keep_from(command: &mut Command) {
+    command.env_remove(CRASH_AT).env_remove(HANG_AT).env_remove(STEPS);
+}
+
+/// How long QEMU may take for one answer: `usual`, or less.
+pub(crate) fn answer_timeout(usual: Duration) -> Duration {
+    hook().answer_timeout.map_or(usual, |wanted| wanted.min(usual))
+}
+
+/// The folder in which a run says that it is held, and is let go.
+pub(crate) fn hold() -> Option<PathBuf> {
+    std::env::var_os(HOLD).map(PathBuf::from)
+}
+
+/// Whether the whole disk is looked through for what was missed.
+pub(crate) fn walks_all() -> bool {
+    std::env::var_os(WALK).is_some()
+}
+
+/// Whether frozen views count as those of a QEMU that needs care.
+pub(crate) fn is_blind() -> bool {
+    std::env::var_os(BLIND).is_some()
+}
+
+/// Bytes from one barrier to the next.
+pub(crate) fn barrier() -> Option<u64> {
+    number(BARRIER)
+}

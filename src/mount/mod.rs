@@ -1,0 +1,28 @@
+//! Mounting: from the plan to the process that serves, and unmounting.
+//!
+//! The order matters: the background process is forked before any thread exists, watches are set
+//! before the directory is read (so that no change falls between), and mounting ends only
+//! after the mount has answered a first request.
+//!
+//! - `plan`: what is checked and decided before
+//! - `serve`: the life of a mount; `alone` in a user's one process, `keeper` in root's two
+//! - `daemon`: going into the background; `process`: signals, threads and limits of the one that serves
+//! - `prepared`: the directory as it was read, and looking at it again; `mounted`: what the kernel has
+//! - `table`: what is mounted where; `holders`: who holds a mount; `umount`
+
+mod alone;
+mod daemon;
+mod holders;
+mod keeper;
+mod mounted;
+mod plan;
+mod prepared;
+mod process;
+mod serve;
+mod table;
+mod umount;
+
+pub use plan::{Options, Plan};
+pub use process::raise_file_limit;
+pub use serve::run;
+pub use umount::umount;

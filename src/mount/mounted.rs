@@ -1,0 +1,48 @@
+//! Once the kernel has the mount: its first answer, and its end.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use super::plan::Plan;
+use super::table::{self, Mount};
+use crate::error::{Error, Kind, Result};
+use crate::folder;
+use crate::fuse::Mounted;
+use crate::text::path_text;
+
+/// How far the kernel reads ahead: several of its largest requests, so that all threads have work.
+const READ_AHEAD_KB: u32 = 4096;
+
+/// Said by whichever process has mounted.
+pub(super) fn say_mounted(plan: &Plan) {
+    log::info!("{} is mounted at {}", path_text(&plan.backups), path_text(&plan.mountpoint));
+}
+
+/// Waits for the end.
+///
+/// # Errors
+/// The connection to the kernel broke.
+pub(super) fn finish(mounted: Mounted, plan: &Plan) -> Result<()> {
+    mounted.wait()?;
+    log::info!("{} is unmounted", path_text(&plan.mountpoint));
+    Ok(())
+}
+
+/// Waits for the first answer, raises read-ahead and announces that this process is alive, as long as
+/// the second value lives.
+///
+/// # Errors
+/// The mount does not answer.
+pub(super) fn answers(mountpoint: &Path) -> Result<(Mount, Option<UnixListener>)> {
+    folder::look(mountpoint)
+        .map_err(|e| Error::io(e, "the mount does not answer").at_path(mountpoint))?;
+    let Some(mount) = table::find(mountpoint)? else {
+        return Err(Error::new(Kind::Io, "the mount is gone again").at_path(mountpoint));
+    };
+    let setting = format!("/sys/class/bdi/{}/read_ahead_kb", mount.dev);
+    if let Err(e) = folder::system::set(Path::new(&setting), &READ_AHEAD_KB.to_string()) {
+        log::info!("{setting}: cannot raise read-ahead: {e}");
+    }
+    let announced = mount.announce().ok();
+    Ok((mount, announced))
+}

@@ -1,0 +1,50 @@
+//! Unmounting.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::holders;
+use super::table::{self, Mount};
+use crate::error::{Error, Kind, Result};
+use crate::folder;
+
+/// How long the serving process gets to end after its mount is gone.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Unmounts and waits until the process that served has ended; with `lazy` it detaches, and does not wait.
+///
+/// # Errors
+/// `NotFound` if nothing is mounted there, `Usage` if it is not ours, `Busy`, `Permission`, `Timeout`.
+pub fn umount(mountpoint: &Path, lazy: bool) -> Result<()> {
+    let mount = find(mountpoint)?;
+    // Asked before, so that it cannot be another mount's.
+    let server = mount.server();
+    table::unmount(&mount.path, lazy).map_err(|e| match e.kind() {
+        Kind::Busy => holders::busy(&mount),
+        _ => e,
+    })?;
+    if !lazy && server.is_some_and(|s| !s.wait(PATIENCE)) {
+        let text = "unmounted, but the process that served it has not ended yet";
+        return Err(Error::new(Kind::Timeout, text).at_path(&mount.path));
+    }
+    Ok(())
+}
+
+fn find(path: &Path) -> Result<Mount> {
+    let wrong = |e| Error::io(e, "cannot find the mount point").at_path(path);
+    if let Some(mount) = table::at(path)? {
+        return ours(mount);
+    }
+    match table::find(&folder::resolve(path).map_err(wrong)?)? {
+        Some(mount) => ours(mount),
+        None => Err(Error::new(Kind::NotFound, "nothing is mounted here").at_path(path)),
+    }
+}
+
+fn ours(mount: Mount) -> Result<Mount> {
+    if mount.is_fleecefs() {
+        return Ok(mount);
+    }
+    let text = format!("this is a {} mount, not one of fleecefs", mount.fstype);
+    Err(Error::new(Kind::Usage, text).at_path(&mount.path).remedy("use umount(8)"))
+}
