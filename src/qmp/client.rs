@@ -298,7 +298,8 @@ impl Client {
     /// # Errors
     /// As [`Client::call`].
     pub fn ask(&mut self, command: &'static str, arguments: Value) -> Result<Asked<'static>> {
-        self.send(command, arguments, None, true)
+        let deadline = self.deadline();
+        self.send(command, arguments, None, true, deadline)
     }
 
     /// As [`Client::ask`], and no step, see [`Client::poll`].
@@ -306,7 +307,8 @@ impl Client {
     /// # Errors
     /// As [`Client::call`].
     pub fn ask_again(&mut self, command: &'static str) -> Result<Asked<'static>> {
-        self.send(command, json!({}), None, false)
+        let deadline = self.deadline();
+        self.send(command, json!({}), None, false, deadline)
     }
 
     /// What was answered; a refusal is a value.
@@ -314,9 +316,13 @@ impl Client {
     /// # Errors
     /// As [`Client::call`].
     pub fn answer(&mut self, asked: Asked<'_>) -> Result<Result<Value, Refusal>> {
+        // Each has the time for an answer, and may bring what one answer may.
         let deadline = self.deadline();
-        // All that one answer may bring, beside the answers before it.
         self.wire.rest();
+        self.answer_by(asked, deadline)
+    }
+
+    fn answer_by(&mut self, asked: Asked<'_>, deadline: Instant) -> Result<Result<Value, Refusal>> {
         let answer = self.next_answer(asked.command, asked.id, deadline)?;
         if asked.counted {
             step_of("answer", asked.command);
@@ -351,8 +357,9 @@ impl Client {
         arguments: Value,
         pass: Option<BorrowedFd<'_>>,
     ) -> Result<Result<Value, Refusal>> {
-        let asked = self.send(command, arguments, pass, true)?;
-        self.answer(asked)
+        let deadline = self.deadline();
+        let asked = self.send(command, arguments, pass, true, deadline)?;
+        self.answer_by(asked, deadline)
     }
 
     fn send<'a>(
@@ -361,6 +368,7 @@ impl Client {
         arguments: Value,
         pass: Option<BorrowedFd<'_>>,
         counted: bool,
+        deadline: Instant,
     ) -> Result<Asked<'a>> {
         self.next_id = self.next_id.wrapping_add(1);
         let id = self.next_id;
@@ -373,7 +381,7 @@ impl Client {
             step_of("send", command);
         }
         let line = format!("{request}\n");
-        let sent = self.wire.send(line.as_bytes(), pass, self.deadline());
+        let sent = self.wire.send(line.as_bytes(), pass, deadline);
         self.timed_out |= sent.as_ref().is_err_and(|e| e.kind() == Kind::Timeout);
         sent?;
         Ok(Asked { command, id, counted })
