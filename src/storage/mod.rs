@@ -6,6 +6,7 @@
 //! bounds how many files are open.
 
 pub mod files;
+mod identity;
 mod names;
 mod source;
 mod writes;
@@ -16,7 +17,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
-pub use source::{Identity, SourceFile};
+pub use identity::Identity;
+pub use source::SourceFile;
 
 /// Positioned reads of something with a length.
 pub trait ReadAt: Send + Sync {

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::Identity;
+use super::identity::Identity;
 
 /// Change time and link count as they were last seen with the same bytes. Adding or removing a name
 /// moves both; from then on the new pair is what the file is compared with.
