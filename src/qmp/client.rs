@@ -493,16 +493,25 @@ fn ends_a_wait(event: &str, data: Option<&Value>) -> bool {
     }
 }
 
-/// Reads the greeting.
+/// Reads the greeting. What QEMU was still answering to a client that died may come before it.
 fn greeting(wire: &mut Wire, patience: Duration) -> Result<Version> {
-    let greeting = match wire.json(Instant::now() + patience) {
-        Ok(Some(g)) => g,
-        Ok(None) if wire.has_fragment() => return Err(not_qmp(wire.peer())),
-        Ok(None) => return Err(in_use(Path::new(wire.peer()))),
-        Err(e) if e.kind() == Kind::Corrupt => return Err(not_qmp(wire.peer())),
-        Err(e) => return Err(e),
-    };
-    Version::from_greeting(&greeting).ok_or_else(|| not_qmp(wire.peer()))
+    let deadline = Instant::now() + patience;
+    loop {
+        let line = match wire.json(deadline) {
+            Ok(Some(line)) => line,
+            Ok(None) if wire.has_fragment() => return Err(not_qmp(wire.peer())),
+            Ok(None) => return Err(in_use(Path::new(wire.peer()))),
+            Err(e) if e.kind() == Kind::Corrupt => return Err(not_qmp(wire.peer())),
+            Err(e) => return Err(e),
+        };
+        if let Some(version) = Version::from_greeting(&line) {
+            return Ok(version);
+        }
+        let answers = line.get("return").or(line.get("error")).and(line.get("id")).is_some();
+        if !answers && line.get("event").is_none() {
+            return Err(not_qmp(wire.peer()));
+        }
+    }
 }
 
 /// Reads an answer.
@@ -544,6 +553,29 @@ fn not_qmp(peer: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The client before died while QEMU was at work for it.
+    #[test]
+    fn what_was_meant_for_another_client_may_come_before_the_greeting() {
+        use std::io::{BufRead, BufReader, Write};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let mut s = listener.accept().unwrap().0;
+            let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""});
+            let greeting = json!({"QMP": {"version": version, "capabilities": []}});
+            writeln!(s, "{}\n{greeting}", json!({"return": [], "id": 25})).unwrap();
+            for line in BufReader::new(s.try_clone().unwrap()).lines().map_while(|l| l.ok()) {
+                let request: Value = serde_json::from_str(&line).unwrap();
+                writeln!(s, "{}", json!({"return": [], "id": request["id"]})).unwrap();
+            }
+        });
+        let client = Client::connect(&Address::Unix(path)).unwrap();
+        assert_eq!(client.version().number, (10, 0, 2));
+        drop(client);
+        server.join().unwrap();
+    }
 
     #[test]
     fn of_other_jobs_a_bounded_list_is_kept() {
