@@ -7,7 +7,6 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::journal;
 use super::manifest::FOLDER;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
@@ -42,8 +41,10 @@ pub const REMEDY: &str = "call 'fleecefs link-disk' again as it was called, or r
 
 /// Bytes of a disk's name in a journal.
 const MAX_NAME: usize = 4096;
-/// Bytes of a journal: the names of 50,000 images. Each one in a directory is read by whoever lists it.
-const MAX_BYTES: u64 = 4 << 20;
+/// Bytes of a journal, and names in it: more images than a disk has. Each journal in a directory, and its owner
+/// may put there as many as he likes, is read by whoever lists it.
+const MAX_BYTES: u64 = 1 << 20;
+const MAX_NAMES: usize = 25_000;
 
 impl Linking {
     /// Whether both are of one call. (What has arrived already is not the same at all times.)
@@ -136,17 +137,24 @@ pub(super) fn read_side(side: &Folder) -> Result<Option<Linking>> {
     let Some(bytes) = side.read_if_there(NAME, MAX_BYTES).map_err(failed)? else {
         return Ok(None);
     };
-    journal::check_count(&bytes, &path())?;
     let damaged = || {
         Error::new(Kind::Corrupt, "the journal of a link-disk is damaged")
             .at_path(path())
             .remedy("remove the journal, and call 'fleecefs link-disk' again as it was called")
     };
+    if !fits(&bytes) {
+        return Err(damaged());
+    }
     let linking: Linking = serde_json::from_slice(&bytes).map_err(|e| damaged().with_source(e))?;
     match linking.old.len().max(linking.new.len()) > MAX_NAME {
         true => Err(damaged()),
         false => Ok(Some(linking)),
     }
+}
+
+/// Whether a journal has no more values than any of ours.
+fn fits(journal: &[u8]) -> bool {
+    journal.iter().filter(|b| **b == b',').count() <= MAX_NAMES
 }
 
 /// The images beside `side` that are on their way in.
@@ -163,8 +171,7 @@ pub fn write_in(dir: &Folder, linking: &Linking) -> Result<()> {
     let path = journal_path(dir.path());
     let text = serde_json::to_vec_pretty(linking)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
-    journal::check_count(&text, &path)?;
-    if text.len() as u64 > MAX_BYTES {
+    if text.len() as u64 > MAX_BYTES || !fits(&text) {
         let what = "the disk has more points than fit into a journal";
         return Err(Error::new(Kind::Unsupported, what).at_path(&path).remedy("prune it first"));
     }
@@ -230,6 +237,27 @@ mod tests {
             assert!(pair(old, new, "new").is_empty(), "{old} {new}");
         }
         assert!(pair("old", "new", "other").is_empty());
+    }
+
+    #[test]
+    fn a_journal_of_more_names_than_any_of_ours_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open(&dir.path().canonicalize().unwrap()).unwrap();
+        let with = |count: usize, name: &str| Linking {
+            arriving: vec![name.into(); count],
+            ..linking("old", "new")
+        };
+        let most = with(MAX_NAMES - 10, "INC-1700000000-disk.qcow2");
+        write_in(&folder, &most).unwrap();
+        assert!(read_in(&folder).unwrap().is_some_and(|l| l == most));
+        for (count, name) in [(MAX_NAMES + 1, "a"), (5_000, &*"x".repeat(250))] {
+            let many = with(count, name);
+            assert_eq!(write_in(&folder, &many).unwrap_err().kind(), Kind::Unsupported);
+            let text = serde_json::to_vec(&many).unwrap();
+            std::fs::write(journal_path(folder.path()), text).unwrap();
+            assert!(read_in(&folder).is_err(), "{count}");
+            assert!(arriving(&folder.folder(FOLDER).unwrap()).is_empty());
+        }
     }
 
     #[test]
