@@ -22,7 +22,7 @@ use crate::units::human_bytes;
 
 /// Show what a backup would see, or how a running one is getting on
 #[derive(Debug, Args)]
-pub struct InfoArgs {
+pub(super) struct InfoArgs {
     /// What to show
     #[command(subcommand)]
     what: What,
@@ -61,7 +61,7 @@ struct Common {
 /// which costs memory, and room in the image. 'cleanup --keep DIR', with the new one, removes them. It is
 /// refused if that takes bitmaps of another backup directory of this machine's VMs that still exists.
 #[derive(Debug, Args)]
-pub struct CleanupArgs {
+pub(super) struct CleanupArgs {
     #[command(flatten)]
     vm: QmpArgs,
 
@@ -99,7 +99,7 @@ pub struct CleanupArgs {
 ///
 /// # Errors
 /// QEMU cannot be reached.
-pub fn run(args: InfoArgs) -> Result<()> {
+pub(super) fn run(args: InfoArgs) -> Result<()> {
     let (common, what): (&Common, fn(&Common) -> Result<String>) = match &args.what {
         What::Blockdev(c) => (c, blockdev),
         What::Bitmaps(c) => (c, bitmaps),
@@ -238,7 +238,7 @@ fn check_targets(targets: &Targets, chosen: &[BitmapLine]) -> Result<()> {
 ///
 /// # Errors
 /// QEMU cannot be reached or refuses.
-pub fn cleanup(args: CleanupArgs) -> Result<()> {
+pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
     let vm = args.vm.address()?;
     let state = args.state.dir()?;
     let keep = args.keep.iter().map(|dir| TargetId::stored(&paths::backups(dir)?));
