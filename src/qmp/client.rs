@@ -264,7 +264,7 @@ impl Client {
     }
 
     /// As [`Client::query`] for questions asked again and again: how often depends on time, so
-    /// they are no steps (see [`super::steps`]).
+    /// they are no steps (see `failpoint`).
     ///
     /// # Errors
     /// As [`Client::query`].
