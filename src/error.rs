@@ -96,11 +96,6 @@ impl Kind {
         }
     }
 
-    /// The errno that a FUSE caller gets.
-    pub fn errno(self) -> i32 {
-        self.table().0
-    }
-
     /// The process exit code.
     pub fn exit_code(self) -> u8 {
         self.table().1
@@ -207,11 +202,6 @@ impl Error {
     /// What went wrong.
     pub fn kind(&self) -> Kind {
         self.kind
-    }
-
-    /// The errno that a FUSE caller gets.
-    pub fn errno(&self) -> i32 {
-        self.kind.errno()
     }
 
     /// The message alone.

@@ -59,17 +59,6 @@ impl<C: Content> ExtentList<C> {
         ExtentList { start, extents: Vec::new() }
     }
 
-    /// Empties the list and lets it begin at `start`; the memory is kept.
-    pub fn reset(&mut self, start: u64) {
-        self.start = start;
-        self.extents.clear();
-    }
-
-    /// First guest byte covered.
-    pub fn start(&self) -> u64 {
-        self.start
-    }
-
     /// One past the last guest byte covered so far.
     pub fn end(&self) -> u64 {
         self.extents.last().map_or(self.start, Extent::end)
@@ -98,11 +87,6 @@ impl<C: Content> ExtentList<C> {
     /// The extents, as an owned boxed slice without spare room.
     pub fn into_boxed(self) -> Box<[Extent<C>]> {
         self.extents.into_boxed_slice()
-    }
-
-    /// The extents that overlap `range`, clipped to it.
-    pub fn clipped(&self, range: Range<u64>) -> impl Iterator<Item = Extent<C>> + '_ {
-        clipped(&self.extents, range)
     }
 
     /// Says where the invariant is broken, if it is.
@@ -179,9 +163,9 @@ mod tests {
         let mut l = ExtentList::new(0);
         l.push(10, C::At(1000));
         l.push(10, C::Zero);
-        let part: Vec<_> = l.clipped(4..12).collect();
+        let part: Vec<_> = clipped(l.as_slice(), 4..12).collect();
         assert_eq!(part[0], Extent { start: 4, len: 6, content: C::At(1004) });
         assert_eq!(part[1], Extent { start: 10, len: 2, content: C::Zero });
-        assert_eq!(l.clipped(20..30).count(), 0);
+        assert_eq!(clipped(l.as_slice(), 20..30).count(), 0);
     }
 }

@@ -20,30 +20,47 @@
 //! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`cli`]: arguments, output, exit codes
 
+// The list above names all of them, for whoever reads the source.
+#![allow(rustdoc::private_intra_doc_links)]
 #![cfg_attr(not(test), deny(clippy::disallowed_macros, clippy::disallowed_methods))]
 
 pub mod backup;
 pub mod chain;
+#[warn(unreachable_pub)]
 pub mod cli;
+#[warn(unreachable_pub)]
 pub mod error;
+#[warn(unreachable_pub)]
 pub mod extent;
-pub mod failpoint;
+#[warn(unreachable_pub)]
+pub(crate) mod failpoint;
 pub mod folder;
+#[warn(unreachable_pub)]
 pub mod fs;
+#[warn(unreachable_pub)]
 pub mod fuse;
-pub mod hash;
+#[warn(unreachable_pub)]
+pub(crate) mod hash;
+#[warn(unreachable_pub)]
 pub mod image;
+#[warn(unreachable_pub)]
 pub mod layer;
 pub mod lock;
-pub mod mount;
-pub mod output;
-pub mod privileges;
+#[warn(unreachable_pub)]
+pub(crate) mod mount;
+#[warn(unreachable_pub)]
+pub(crate) mod output;
+#[warn(unreachable_pub)]
+pub(crate) mod privileges;
+#[warn(unreachable_pub)]
 pub mod progress;
 pub mod prune;
 pub mod qemu_img;
 pub mod qmp;
 pub mod restore;
 pub mod storage;
+#[warn(unreachable_pub)]
 pub mod text;
+#[warn(unreachable_pub)]
 pub mod units;
 pub mod verify;

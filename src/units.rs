@@ -1,44 +1,4 @@
-//! Newtypes for the two address spaces that must never be mixed up.
-//!
-//! A [`GuestOffset`] is a byte position on the virtual disk, a [`HostOffset`] one inside an image
-//! file. Arithmetic that may overflow on hostile input is checked.
-
-use std::fmt;
-
-macro_rules! offset {
-    ($(#[$doc:meta])* $name:ident) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-        pub struct $name(pub u64);
-
-        impl $name {
-            /// `self + len`, or `None` past the end of 64 bits.
-            pub fn checked_add(self, len: u64) -> Option<Self> {
-                self.0.checked_add(len).map($name)
-            }
-
-            /// Whether this is a multiple of `align` (a power of two).
-            pub fn is_aligned(self, align: u64) -> bool {
-                self.0 & (align - 1) == 0
-            }
-        }
-
-        impl fmt::LowerHex for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                fmt::LowerHex::fmt(&self.0, f)
-            }
-        }
-    };
-}
-
-offset!(
-    /// A byte position on the virtual disk, as the guest counts.
-    GuestOffset
-);
-offset!(
-    /// A byte position inside an image file.
-    HostOffset
-);
+//! Numbers and times as people write and read them.
 
 /// `bytes` in words: `512 B`, `64.0 KiB`, `1.2 TiB`.
 pub fn human_bytes(bytes: u64) -> String {

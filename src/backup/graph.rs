@@ -197,7 +197,7 @@ impl Scene<'_> {
     }
 }
 
-/// Asks for the graph; no step (see [`crate::qmp::steps`]), since it is asked for again and again.
+/// Asks for the graph; no step (see `failpoint`), since it is asked for again and again.
 ///
 /// # Errors
 /// As [`Client::query`].

@@ -40,7 +40,7 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "fleecefs", version, propagate_version = true, max_term_width = 100)]
 #[command(after_help = AFTER_HELP)]
-pub struct Cli {
+pub(super) struct Cli {
     /// Say more: once for progress of the work, twice for details, three times for everything
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
@@ -66,7 +66,7 @@ pub struct Cli {
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(super) enum Command {
     Backup(Box<super::backup::BackupArgs>),
     Info(super::info::InfoArgs),
     Cleanup(super::info::CleanupArgs),
@@ -94,7 +94,7 @@ pub enum Command {
 
 impl Command {
     /// The backup directory that it names, if that decides whose work it is.
-    pub fn backups(&self) -> Option<&Path> {
+    pub(super) fn backups(&self) -> Option<&Path> {
         match self {
             Command::Backup(a) => Some(a.target()),
             Command::Mount(a) => Some(&a.backups),

@@ -36,7 +36,7 @@ use crate::units::{human_bytes, parse_bytes, parse_duration};
 /// frozen moment is one for all disks; the guest is stopped for it for some tens of milliseconds.
 #[derive(Debug, Args)]
 #[command(mut_args(qmp_unless("offline", "")))]
-pub struct BackupArgs {
+pub(super) struct BackupArgs {
     #[command(flatten)]
     vm: QmpArgs,
 
@@ -170,7 +170,7 @@ pub struct BackupArgs {
 
 /// How progress and messages are shown.
 #[derive(Debug, Args)]
-pub struct ShowArgs {
+pub(super) struct ShowArgs {
     /// How progress is shown: bars on a terminal, else lines; json: an object per line
     #[arg(long, value_enum, default_value = "auto")]
     progress: Style,
@@ -193,7 +193,7 @@ impl ShowArgs {
     ///
     /// # Errors
     /// The log file cannot be opened.
-    pub fn console(&self) -> Result<Console> {
+    pub(super) fn console(&self) -> Result<Console> {
         let interval = Duration::from_secs(self.progress_interval.max(1));
         Console::open(self.progress, interval, self.log_file.as_deref(), self.syslog)
     }
@@ -309,7 +309,7 @@ enum LevelArg {
 
 impl BackupArgs {
     /// The backup directory.
-    pub fn target(&self) -> &Path {
+    pub(super) fn target(&self) -> &Path {
         &self.target
     }
 
@@ -318,7 +318,7 @@ impl BackupArgs {
     ///
     /// # Errors
     /// It cannot be made; `Permission` if others may write where it is to be.
-    pub fn give_state_to(&mut self, owner: &Owner) -> Result<()> {
+    pub(super) fn give_state_to(&mut self, owner: &Owner) -> Result<()> {
         let state = self.state.dir()?;
         let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
         let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
@@ -338,7 +338,7 @@ impl BackupArgs {
     ///
     /// # Errors
     /// The state folder cannot be found.
-    pub fn look_at_owners(&mut self) -> Result<()> {
+    pub(super) fn look_at_owners(&mut self) -> Result<()> {
         self.more_state = state::of_owners(&self.state.dir()?);
         Ok(())
     }
@@ -426,7 +426,7 @@ impl BackupArgs {
 ///
 /// # Errors
 /// The handlers cannot be installed.
-pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+pub(super) fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, flag.clone())
@@ -439,7 +439,7 @@ pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
 ///
 /// # Errors
 /// As the exit codes say: 16 if some disks have a point and others not, 17 with `--strict`.
-pub fn run(args: &BackupArgs) -> Result<()> {
+pub(super) fn run(args: &BackupArgs) -> Result<()> {
     let options = args.options()?;
     let console = args.show.console()?;
     if !options.dry_run {

@@ -11,7 +11,7 @@ use crate::text::visible;
 
 /// A bar on standard error; nothing if that is no terminal.
 #[derive(Debug, Default)]
-pub struct Bar {
+pub(super) struct Bar {
     bar: Mutex<Option<ProgressBar>>,
 }
 

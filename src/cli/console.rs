@@ -21,7 +21,7 @@ use crate::units::human_bytes;
 
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Style {
+pub(super) enum Style {
     /// Bars on a terminal, lines elsewhere
     Auto,
     /// Lines
@@ -33,7 +33,7 @@ pub enum Style {
 }
 
 /// Shows messages and progress.
-pub struct Console {
+pub(super) struct Console {
     style: Style,
     interval: Duration,
     bars: Option<MultiProgress>,
@@ -47,7 +47,7 @@ impl Console {
     ///
     /// # Errors
     /// The log file cannot be opened.
-    pub fn open(
+    pub(super) fn open(
         style: Style,
         interval: Duration,
         log_file: Option<&Path>,
@@ -60,7 +60,7 @@ impl Console {
     }
 
     /// Takes the bars away.
-    pub fn finish(&self) {
+    pub(super) fn finish(&self) {
         if let Some(b) = &self.bars {
             // A terminal that is gone needs no clearing.
             let _ = b.clear();
@@ -68,12 +68,12 @@ impl Console {
     }
 
     /// An error that ends the program; the caller prints it.
-    pub fn log_error(&self, e: &Error) {
+    pub(super) fn log_error(&self, e: &Error) {
         self.record(libc::LOG_ERR, &e.report());
     }
 
     /// The first warning that was shown.
-    pub fn first_warning(&self) -> Option<String> {
+    pub(super) fn first_warning(&self) -> Option<String> {
         self.first_warning.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 

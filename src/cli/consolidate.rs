@@ -26,7 +26,7 @@ use crate::units::human_bytes;
 /// Whatever breaks it off leaves the old or the new chain whole; the next run finishes it or takes
 /// it back.
 #[derive(Debug, Args)]
-pub struct ConsolidateArgs {
+pub(super) struct ConsolidateArgs {
     /// The backup directory
     pub dir: PathBuf,
     /// The disk, as 'fleecefs list' shows it
@@ -53,7 +53,7 @@ const DONE: &str = "this point is a FULL already\n";
 /// # Errors
 /// `Usage` or `NotFound` for disk and point, `Busy` if a backup is running, or what reading and
 /// writing say.
-pub fn run(args: ConsolidateArgs) -> Result<()> {
+pub(super) fn run(args: ConsolidateArgs) -> Result<()> {
     if args.only.dry_run {
         let catalog = catalog(&args.dir)?;
         let plan = plan(&catalog, catalog.disk(&args.disk)?, &args.until)?;

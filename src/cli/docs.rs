@@ -15,14 +15,14 @@ use crate::output;
 
 /// Print a shell completion script
 #[derive(Debug, Args)]
-pub struct CompletionsArgs {
+pub(super) struct CompletionsArgs {
     /// The shell to complete for
     shell: Shell,
 }
 
 /// Write the man pages, one per subcommand, into a folder
 #[derive(Debug, Args)]
-pub struct ManArgs {
+pub(super) struct ManArgs {
     /// The folder to write into; it must exist
     dir: PathBuf,
 }
@@ -31,7 +31,7 @@ pub struct ManArgs {
 ///
 /// # Errors
 /// Writing failed.
-pub fn completions(args: CompletionsArgs, program: &mut Command) -> Result<()> {
+pub(super) fn completions(args: CompletionsArgs, program: &mut Command) -> Result<()> {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, program, "fleecefs", &mut text);
     output::print_as_is(&text)
@@ -41,7 +41,7 @@ pub fn completions(args: CompletionsArgs, program: &mut Command) -> Result<()> {
 ///
 /// # Errors
 /// The folder does not exist, or cannot be written to.
-pub fn man(args: ManArgs, program: Command) -> Result<()> {
+pub(super) fn man(args: ManArgs, program: Command) -> Result<()> {
     let mut cmd = program.disable_help_subcommand(true);
     cmd.build();
     let failed = |e| Error::io(e, "cannot write the man pages").at_path(&args.dir);

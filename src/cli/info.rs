@@ -22,7 +22,7 @@ use crate::units::human_bytes;
 
 /// Show what a backup would see, or how a running one is getting on
 #[derive(Debug, Args)]
-pub struct InfoArgs {
+pub(super) struct InfoArgs {
     /// What to show
     #[command(subcommand)]
     what: What,
@@ -62,7 +62,7 @@ struct Common {
 /// them; 'info bitmaps' shows it. 'cleanup --keep DIR' removes those of all directories but DIR. It is refused
 /// if that takes bitmaps of another one that this machine remembers, whether it is mounted now or not.
 #[derive(Debug, Args)]
-pub struct CleanupArgs {
+pub(super) struct CleanupArgs {
     #[command(flatten)]
     vm: QmpArgs,
 
@@ -100,7 +100,7 @@ pub struct CleanupArgs {
 ///
 /// # Errors
 /// QEMU cannot be reached.
-pub fn run(args: InfoArgs) -> Result<()> {
+pub(super) fn run(args: InfoArgs) -> Result<()> {
     let (common, what): (&Common, fn(&Common) -> Result<String>) = match &args.what {
         What::Blockdev(c) => (c, blockdev),
         What::Bitmaps(c) => (c, bitmaps),
@@ -256,7 +256,7 @@ fn ways(there: &[String], gone: &[(String, String)]) -> String {
 ///
 /// # Errors
 /// QEMU cannot be reached or refuses.
-pub fn cleanup(args: CleanupArgs) -> Result<()> {
+pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
     let vm = args.vm.address()?;
     let state = args.state.dir()?;
     let keep = args.keep.iter().map(|dir| TargetId::stored(&paths::backups(dir)?));

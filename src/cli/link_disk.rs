@@ -30,7 +30,7 @@ use crate::units::counted;
 /// has one of the old ones open reads on. Broken off at any time, no point is lost, and the next
 /// command that writes there finishes it.
 #[derive(Debug, Args)]
-pub struct LinkDiskArgs {
+pub(super) struct LinkDiskArgs {
     /// The backup directory
     pub dir: PathBuf,
     /// The disk's old name, as 'fleecefs list' shows it
@@ -54,7 +54,7 @@ pub struct LinkDiskArgs {
 ///
 /// # Errors
 /// `NotFound` if there is no such disk, `Busy` if a backup is running, or why they are not joined.
-pub fn run(args: LinkDiskArgs) -> Result<()> {
+pub(super) fn run(args: LinkDiskArgs) -> Result<()> {
     if args.only.dry_run {
         let plan = plan(&catalog(&args.dir)?, &args)?;
         return show(&plan, &args);

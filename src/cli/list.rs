@@ -35,7 +35,7 @@ use crate::units::{human_bytes, iso_time, parse_when};
 /// 12 if there is no backup, if a point cannot be served, if the newest backup of a disk is gone, or if
 /// something is not looked at: a folder that cannot be read, a link that leads out of the directory.
 #[derive(Debug, Args)]
-pub struct ListArgs {
+pub(super) struct ListArgs {
     /// The backup directory
     pub dir: PathBuf,
     /// Only this disk, by its path in the table or the last part of that
@@ -67,7 +67,7 @@ const HEADER_OK: &str = "header ok, data not checked";
 ///
 /// # Errors
 /// The directory cannot be read; with `--strict` also `Incomplete`.
-pub fn run(args: ListArgs) -> Result<()> {
+pub(super) fn run(args: ListArgs) -> Result<()> {
     let catalog = catalog(&args.dir)?;
     let shown = Shown { catalog: &catalog, args: &args };
     if let Some(name) = args.disk.as_ref().filter(|_| shown.disks().next().is_none()) {

@@ -25,7 +25,7 @@ use crate::text::{self, path_text, to_text};
 Examples:
   fleecefs map /backups/vm1 sda/latest
   fleecefs map /backups/vm1 INC-1706260646-sda.qcow2 --output=json --max-length=1G")]
-pub struct MapArgs {
+pub(super) struct MapArgs {
     /// The backup directory
     pub dir: PathBuf,
     #[arg(help = POINT_HELP)]
@@ -72,7 +72,7 @@ const CACHE_BYTES: u64 = 16 << 20;
 ///
 /// # Errors
 /// The directory or point cannot be read; output failed.
-pub fn run(args: MapArgs) -> Result<()> {
+pub(super) fn run(args: MapArgs) -> Result<()> {
     let catalog = catalog(&args.dir)?;
     let (disk, point) = catalog.find(&args.point)?;
     let image = open_point(disk, point, &Cache::new(CACHE_BYTES))?;

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use crate::chain::Catalog;
 use crate::chain::scan::{ScanOptions, Told, scan};
 use crate::error::{Error, Result};
-pub use crate::folder::named::{backups, existing_folder, log_file, resolved, to_make};
+pub(super) use crate::folder::named::{backups, existing_folder, log_file, resolved, to_make};
 
 /// Reads the backup directory that the user calls `path`. (Images may name it the same way.)
 ///
 /// # Errors
 /// See [`backups`] and [`scan`].
-pub fn catalog(path: &Path) -> Result<Catalog> {
+pub(super) fn catalog(path: &Path) -> Result<Catalog> {
     catalog_told(path, None)
 }
 
@@ -19,7 +19,7 @@ pub fn catalog(path: &Path) -> Result<Catalog> {
 ///
 /// # Errors
 /// As [`catalog`].
-pub fn catalog_told(path: &Path, told: Option<Told>) -> Result<Catalog> {
+pub(super) fn catalog_told(path: &Path, told: Option<Told>) -> Result<Catalog> {
     let real = backups(path)?;
     let called = Some(absolute(path)?);
     let options = ScanOptions { called, told, ..ScanOptions::default() };
@@ -27,7 +27,7 @@ pub fn catalog_told(path: &Path, told: Option<Told>) -> Result<Catalog> {
 }
 
 /// Whether the user means standard output by this: `-`, or one of the names that systems have for it.
-pub fn is_stdout(path: &Path) -> bool {
+pub(super) fn is_stdout(path: &Path) -> bool {
     ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|p| path == Path::new(p))
 }
 

@@ -29,7 +29,7 @@ use crate::units::{counted, human_bytes, parse_duration};
 /// and manifests, not by reading all), or not verified (no manifest), unless forced: exit code 16 says
 /// that some disks kept for that what a rule gives up, 19 that all did.
 #[derive(Debug, Args)]
-pub struct PruneArgs {
+pub(super) struct PruneArgs {
     /// The backup directory
     pub dir: PathBuf,
     /// Keep the newest N points
@@ -71,7 +71,7 @@ pub struct PruneArgs {
 ///
 /// # Errors
 /// `Usage` without a rule, `Busy` if a backup is running, or what deleting says.
-pub fn run(args: PruneArgs) -> Result<()> {
+pub(super) fn run(args: PruneArgs) -> Result<()> {
     let rules = Rules {
         last: args.keep_last,
         daily: args.keep_daily,

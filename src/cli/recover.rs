@@ -22,7 +22,7 @@ use crate::units::counted;
 ///
 /// The next backup does this by itself; this is for doing it now.
 #[derive(Debug, Args)]
-pub struct RecoverArgs {
+pub(super) struct RecoverArgs {
     #[command(flatten)]
     of: RunArgs,
 
@@ -50,7 +50,7 @@ pub struct RecoverArgs {
 ///
 /// The disks that are not finished keep their last point; nothing is lost.
 #[derive(Debug, Args)]
-pub struct CancelArgs {
+pub(super) struct CancelArgs {
     #[command(flatten)]
     of: RunArgs,
 
@@ -60,13 +60,13 @@ pub struct CancelArgs {
 
 /// For fleecefs itself: continues and thaws a guest whose backup died
 #[derive(Debug, Args)]
-pub struct GuardianArgs {}
+pub(super) struct GuardianArgs {}
 
 /// Runs `fleecefs recover`.
 ///
 /// # Errors
 /// QEMU cannot be reached or refuses.
-pub fn run(args: RecoverArgs) -> Result<()> {
+pub(super) fn run(args: RecoverArgs) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
     let console = args.show.console()?;
@@ -149,7 +149,7 @@ fn verdict(done: &Recovered) -> Result<()> {
 ///
 /// # Errors
 /// `NotFound` if no backup runs.
-pub fn cancel(args: CancelArgs) -> Result<()> {
+pub(super) fn cancel(args: CancelArgs) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
     match control::ask(&state, &vm, "cancel")? {
@@ -164,6 +164,6 @@ pub fn cancel(args: CancelArgs) -> Result<()> {
 ///
 /// # Errors
 /// As [`guardian::serve`].
-pub fn guard(_args: GuardianArgs) -> Result<()> {
+pub(super) fn guard(_args: GuardianArgs) -> Result<()> {
     guardian::serve()
 }

@@ -42,7 +42,7 @@ use crate::units::{counted, human_bytes};
 /// in) or by its id in the manifests. A time that fits several runs of one VM is refused with their ids. Without manifests it is all points of exactly that time; with them, all points of
 /// the same id. Of several VMs in one directory 'latest' and dates take the newest run of each.
 #[derive(Debug, Args)]
-pub struct RestoreArgs {
+pub(super) struct RestoreArgs {
     /// The backup directory
     pub dir: PathBuf,
     #[arg(help = POINT_HELP, required_unless_present = "run", conflicts_with = "run")]
@@ -143,7 +143,7 @@ struct Job<'a> {
 /// # Errors
 /// The directory, run or point cannot be read; see [`crate::restore::restore`]. `Partial` if
 /// ranges were given up.
-pub fn run(args: RestoreArgs) -> Result<()> {
+pub(super) fn run(args: RestoreArgs) -> Result<()> {
     let catalog = paths::catalog(&args.dir)?;
     let jobs = jobs(&args, &catalog)?;
     for job in &jobs {

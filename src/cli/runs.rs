@@ -47,7 +47,7 @@ struct PointRow {
 ///
 /// # Errors
 /// The JSON cannot be written.
-pub fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Result<String> {
+pub(super) fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Result<String> {
     let runs = runs(catalog, points);
     if as_json {
         return output::json_pretty(&runs);

@@ -8,24 +8,24 @@ use crate::error::{Error, Kind};
 static QUIET: AtomicU8 = AtomicU8::new(0);
 
 /// Remembers how often `-q` was given.
-pub fn set_quiet(times: u8) {
+pub(super) fn set_quiet(times: u8) {
     QUIET.store(times, Ordering::Relaxed);
 }
 
 /// Whether the user wants to see warnings and errors only (`-q`).
-pub fn is_quiet() -> bool {
+pub(super) fn is_quiet() -> bool {
     QUIET.load(Ordering::Relaxed) > 0
 }
 
 /// Whether the user wants to see errors only (`-qq`).
-pub fn is_silent() -> bool {
+pub(super) fn is_silent() -> bool {
     QUIET.load(Ordering::Relaxed) > 1
 }
 
 /// The last line of what a dry run says.
-pub const UNCHANGED: &str = "dry run: nothing was changed\n";
+pub(super) const UNCHANGED: &str = "dry run: nothing was changed\n";
 
 /// A usage error.
-pub fn usage(message: impl Into<String>) -> Error {
+pub(super) fn usage(message: impl Into<String>) -> Error {
     Error::new(Kind::Usage, message)
 }

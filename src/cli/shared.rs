@@ -8,7 +8,7 @@ use crate::qmp::Address;
 
 /// QEMU's own socket. It has to be given; where something else may stand for it, see [`qmp_unless`].
 #[derive(Debug, Args)]
-pub struct QmpArgs {
+pub(super) struct QmpArgs {
     /// QEMU's QMP socket: a path, or tcp:HOST:PORT
     #[arg(long, value_name = "SOCKET", visible_alias = "socket", required = true)]
     pub qmp: Option<String>,
@@ -19,7 +19,7 @@ impl QmpArgs {
     ///
     /// # Errors
     /// `Usage` if that is no address.
-    pub fn given(&self) -> Result<Option<Address>> {
+    pub(super) fn given(&self) -> Result<Option<Address>> {
         self.qmp.as_deref().map(Address::parse).transpose()
     }
 
@@ -27,13 +27,13 @@ impl QmpArgs {
     ///
     /// # Errors
     /// As [`Self::given`], and where nothing was said.
-    pub fn address(&self) -> Result<Address> {
+    pub(super) fn address(&self) -> Result<Address> {
         self.given()?.ok_or_else(|| say::usage("--qmp is not given"))
     }
 }
 
 /// For `mut_args` of a command with [`QmpArgs`]: `other` may stand for it, and more is said about it.
-pub fn qmp_unless(other: &'static str, more: &'static str) -> impl FnMut(Arg) -> Arg {
+pub(super) fn qmp_unless(other: &'static str, more: &'static str) -> impl FnMut(Arg) -> Arg {
     move |arg| match arg.get_help().map(|help| format!("{help}{more}")) {
         Some(help) if arg.get_id() == "qmp" => {
             arg.required(false).required_unless_present(other).help(help)
@@ -44,7 +44,7 @@ pub fn qmp_unless(other: &'static str, more: &'static str) -> impl FnMut(Arg) ->
 
 /// How what is found is printed.
 #[derive(Debug, Args)]
-pub struct JsonArgs {
+pub(super) struct JsonArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -52,7 +52,7 @@ pub struct JsonArgs {
 
 /// Whether it is done at all.
 #[derive(Debug, Args)]
-pub struct DryRunArgs {
+pub(super) struct DryRunArgs {
     /// Print what would be done and stop
     #[arg(short = 'n', long)]
     pub dry_run: bool,
@@ -60,7 +60,7 @@ pub struct DryRunArgs {
 
 /// What to do where the new file is there already.
 #[derive(Debug, Args)]
-pub struct ForceArgs {
+pub(super) struct ForceArgs {
     /// Replace a target that exists
     #[arg(long)]
     pub force: bool,

@@ -26,7 +26,7 @@ Examples:
   fleecefs show /backups/vm1 sda/latest
   fleecefs show /backups/vm1 sda/latest --config vm1.xml
   fleecefs show /backups/vm1 INC-1706260646-sda.qcow2 --json | jq .manifest.vm")]
-pub struct ShowArgs {
+pub(super) struct ShowArgs {
     /// The backup directory
     pub dir: PathBuf,
     #[arg(help = POINT_HELP)]
@@ -46,7 +46,7 @@ const LARGEST: u64 = 16 << 20;
 ///
 /// # Errors
 /// The directory, the point or its manifest cannot be read; `NotFound` if there is no such file.
-pub fn run(args: ShowArgs) -> Result<()> {
+pub(super) fn run(args: ShowArgs) -> Result<()> {
     let catalog = catalog(&args.dir)?;
     let (disk, point) = catalog.find(&args.point)?;
     let source = &disk.points[point].source;

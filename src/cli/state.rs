@@ -13,7 +13,7 @@ use crate::folder;
 
 /// Where locks and journals are.
 #[derive(Debug, Args)]
-pub struct StateArgs {
+pub(super) struct StateArgs {
     /// Where journals and locks are [default: /var/lib/fleecefs, or the user's state folder]
     #[arg(long, value_name = "DIR", env = "FLEECEFS_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
@@ -21,7 +21,7 @@ pub struct StateArgs {
 
 impl StateArgs {
     /// What was given.
-    pub fn given(&self) -> Option<&Path> {
+    pub(super) fn given(&self) -> Option<&Path> {
         self.state_dir.as_deref()
     }
 
@@ -30,7 +30,7 @@ impl StateArgs {
     ///
     /// # Errors
     /// `Permission` if others may change it.
-    pub fn dir(&self) -> Result<PathBuf> {
+    pub(super) fn dir(&self) -> Result<PathBuf> {
         let path = self.state_dir.clone().map_or_else(lock::default_state_dir, Ok)?;
         let path = paths::to_make(&path)?;
         if folder::exists(&path) {
@@ -41,7 +41,7 @@ impl StateArgs {
 }
 
 /// The state folders beside `state` of the owners as whom `--as-owner` has worked.
-pub fn of_owners(state: &Path) -> Vec<PathBuf> {
+pub(super) fn of_owners(state: &Path) -> Vec<PathBuf> {
     let (Some(above), Some(name)) = (state.parent(), state.file_name()) else { return Vec::new() };
     let mut prefix = name.to_os_string();
     prefix.push(".as-");

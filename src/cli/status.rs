@@ -20,7 +20,7 @@ use crate::units::human_bytes;
 /// Which VM's run, or which target's of a VM that is shut off.
 #[derive(Debug, Args)]
 #[command(mut_args(qmp_unless("target", "; as the backup was given it")))]
-pub struct RunArgs {
+pub(super) struct RunArgs {
     #[command(flatten)]
     qemu: QmpArgs,
 
@@ -34,7 +34,7 @@ impl RunArgs {
     ///
     /// # Errors
     /// `Usage` if that is no address; a path that cannot be followed.
-    pub fn vm(&self, state: &Path) -> Result<Address> {
+    pub(super) fn vm(&self, state: &Path) -> Result<Address> {
         match &self.target {
             Some(target) => offline::address(state, &paths::to_make(target)?),
             None => self.qemu.address(),
@@ -42,12 +42,12 @@ impl RunArgs {
     }
 
     /// Whether it is about a VM that is shut off.
-    pub fn is_offline(&self) -> bool {
+    pub(super) fn is_offline(&self) -> bool {
         self.target.is_some()
     }
 
     /// What to say where no backup runs: a VM is known by its socket, so a mistyped one is another.
-    pub fn not_running(&self, vm: &Address) -> Error {
+    pub(super) fn not_running(&self, vm: &Address) -> Error {
         if let Some(target) = &self.target {
             let what = "no backup --offline to this backup directory is running";
             return Error::new(Kind::NotFound, what)
@@ -66,7 +66,7 @@ impl RunArgs {
 
 /// What `info status` is about.
 #[derive(Debug, Args)]
-pub struct StatusArgs {
+pub(super) struct StatusArgs {
     #[command(flatten)]
     of: RunArgs,
 
@@ -92,7 +92,7 @@ struct Unfinished {
 ///
 /// # Errors
 /// The run does not answer; `NotFound` if nobody can be there who runs.
-pub fn run(args: &StatusArgs) -> Result<()> {
+pub(super) fn run(args: &StatusArgs) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
     if let Some(s) = control::ask(&state, &vm, "status")? {

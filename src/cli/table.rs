@@ -7,7 +7,7 @@ use crate::output;
 use crate::text::columns;
 
 /// A level as tables show it.
-pub fn level_name(level: Level) -> &'static str {
+pub(super) fn level_name(level: Level) -> &'static str {
     match level {
         Level::Full => "FULL",
         Level::Inc => "INC",
@@ -19,7 +19,7 @@ pub fn level_name(level: Level) -> &'static str {
 }
 
 /// A table with its titles in the first row; the columns `right` are numbers.
-pub fn write_rows<const N: usize>(text: &mut String, rows: &[[String; N]], right: &[usize]) {
+pub(super) fn write_rows<const N: usize>(text: &mut String, rows: &[[String; N]], right: &[usize]) {
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {

@@ -9,7 +9,7 @@ use crate::mount;
 
 /// Unmount what 'fleecefs mount' mounted, and wait until its process has ended
 #[derive(Debug, Args)]
-pub struct UmountArgs {
+pub(super) struct UmountArgs {
     /// The mount point
     mountpoint: PathBuf,
 
@@ -22,6 +22,6 @@ pub struct UmountArgs {
 ///
 /// # Errors
 /// As [`mount::umount`].
-pub fn umount(args: UmountArgs) -> Result<()> {
+pub(super) fn umount(args: UmountArgs) -> Result<()> {
     mount::umount(&args.mountpoint, args.lazy)
 }

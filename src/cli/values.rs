@@ -8,7 +8,7 @@ use crate::backup::Every;
 use crate::folder::PlainName;
 
 /// `DISK=NAME`.
-pub fn disk_name(text: &str) -> Result<(String, String), String> {
+pub(super) fn disk_name(text: &str) -> Result<(String, String), String> {
     match text.rsplit_once('=') {
         Some((disk, name)) if !disk.is_empty() && PlainName::new(name).is_ok() => {
             Ok((disk.into(), name.into()))
@@ -18,7 +18,7 @@ pub fn disk_name(text: &str) -> Result<(String, String), String> {
 }
 
 /// `10` points, or `7d`.
-pub fn every(text: &str) -> Result<Every, String> {
+pub(super) fn every(text: &str) -> Result<Every, String> {
     if let Ok(n) = text.parse::<u64>() {
         return if n > 0 { Ok(Every::Points(n)) } else { Err("0 points make no chain".into()) };
     }
@@ -38,7 +38,7 @@ pub fn every(text: &str) -> Result<Every, String> {
 }
 
 /// `0640`: permission bits.
-pub fn mode(text: &str) -> Result<u32, String> {
+pub(super) fn mode(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).map_err(|_| format!("'{text}' is not octal"))?;
     match mode {
         m if m & 0o002 != 0 => Err(format!("'{text}' lets everybody write to the backups")),
@@ -50,14 +50,14 @@ pub fn mode(text: &str) -> Result<u32, String> {
 
 /// How the clusters of new files are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CompressArg {
+pub(super) enum CompressArg {
     Zlib,
     Zstd,
 }
 
 /// Formats of new files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum FileFormat {
+pub(super) enum FileFormat {
     Raw,
     Qcow2,
 }

@@ -26,7 +26,7 @@ use crate::units::{counted, human_bytes};
 
 /// Options that all verbs have.
 #[derive(Debug, Args)]
-pub struct VerbArgs {
+pub(super) struct VerbArgs {
     /// The folder that holds the images of a disk
     dir: PathBuf,
     /// The last image to take in, by its file name; the newest if left out
@@ -56,7 +56,7 @@ pub struct VerbArgs {
 /// A crash leaves some images linked and others not, which changes nothing for restoring. The
 /// header being changed is saved first and put back by whatever writes there next.
 #[derive(Debug, Args)]
-pub struct RebaseArgs {
+pub(super) struct RebaseArgs {
     #[command(flatten)]
     pub verb: VerbArgs,
     /// Write absolute pointers, as qmprestore does: the folder must not be moved then
@@ -78,7 +78,7 @@ pub struct RebaseArgs {
 /// there next (a backup, too) finishes the work. Points that lie on one of the increments keep it
 /// from starting.
 #[derive(Debug, Args)]
-pub struct CommitArgs {
+pub(super) struct CommitArgs {
     #[command(flatten)]
     pub verb: VerbArgs,
 }
@@ -89,7 +89,7 @@ pub struct CommitArgs {
 /// and for each increment, named by its local time (a second one of that name gets a number). 'qemu-img
 /// snapshot -a' goes back to one.
 #[derive(Debug, Args)]
-pub struct SnapshotRebaseArgs {
+pub(super) struct SnapshotRebaseArgs {
     #[command(flatten)]
     pub verb: VerbArgs,
 }
@@ -98,7 +98,7 @@ pub struct SnapshotRebaseArgs {
 ///
 /// The same as 'restore' of the newest point, or of --until, to a file in the FULL's format.
 #[derive(Debug, Args)]
-pub struct MergeArgs {
+pub(super) struct MergeArgs {
     #[command(flatten)]
     pub verb: VerbArgs,
     /// The file to make
@@ -115,7 +115,7 @@ const CACHE_BYTES: u64 = 256 << 20;
 
 impl VerbArgs {
     /// The folder.
-    pub fn dir(&self) -> &Path {
+    pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
 
@@ -151,7 +151,7 @@ impl VerbArgs {
 ///
 /// # Errors
 /// See [`RebasePlan`].
-pub fn rebase(args: RebaseArgs) -> Result<()> {
+pub(super) fn rebase(args: RebaseArgs) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);
     let (catalog, _locks) = args.verb.catalog(true)?;
@@ -167,7 +167,7 @@ pub fn rebase(args: RebaseArgs) -> Result<()> {
 ///
 /// # Errors
 /// See [`FoldPlan`].
-pub fn commit(args: CommitArgs) -> Result<()> {
+pub(super) fn commit(args: CommitArgs) -> Result<()> {
     fold(&args.verb, false)
 }
 
@@ -175,7 +175,7 @@ pub fn commit(args: CommitArgs) -> Result<()> {
 ///
 /// # Errors
 /// See [`FoldPlan`].
-pub fn snapshot_rebase(args: SnapshotRebaseArgs) -> Result<()> {
+pub(super) fn snapshot_rebase(args: SnapshotRebaseArgs) -> Result<()> {
     fold(&args.verb, true)
 }
 
@@ -208,7 +208,7 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
 ///
 /// # Errors
 /// See [`crate::restore::restore`].
-pub fn merge(mut args: MergeArgs) -> Result<()> {
+pub(super) fn merge(mut args: MergeArgs) -> Result<()> {
     args.target = paths::to_make(&args.target)?;
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);

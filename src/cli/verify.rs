@@ -26,7 +26,7 @@ use crate::verify::{Options, Outcome, PointReport, Report, asked, verify};
 /// The exit code is 0 if all points are sound, 18 if one is unsound, 19 if none is unsound and of
 /// one it could not be told.
 #[derive(Debug, Args)]
-pub struct VerifyArgs {
+pub(super) struct VerifyArgs {
     /// The backup directory
     pub dir: PathBuf,
     /// Structure and chain only: reads no data, and says nothing about it
@@ -59,7 +59,7 @@ pub struct VerifyArgs {
 ///
 /// # Errors
 /// `Unsound` or `Unproven` as the report says; or the directory cannot be read.
-pub fn run(args: VerifyArgs) -> Result<()> {
+pub(super) fn run(args: VerifyArgs) -> Result<()> {
     if args.create {
         super::writing::finish_what_is_left(&args.dir)?;
     }

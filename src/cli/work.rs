@@ -12,7 +12,7 @@ use crate::restore::{RateLimit, Work};
 
 /// Options of long work.
 #[derive(Debug, Args)]
-pub struct WorkArgs {
+pub(super) struct WorkArgs {
     /// Threads that read and write; by default as many as there are processors, at least 4, at most 8
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
@@ -28,7 +28,7 @@ const MOST_WORKERS: usize = 8;
 
 impl WorkArgs {
     /// The surroundings of a job that `cancel` stops.
-    pub fn work<'a>(&self, cancel: &'a AtomicBool, progress: &'a dyn Progress) -> Work<'a> {
+    pub(super) fn work<'a>(&self, cancel: &'a AtomicBool, progress: &'a dyn Progress) -> Work<'a> {
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
         let workers = processors.clamp(LEAST_WORKERS, MOST_WORKERS);
         let workers = self.workers.map_or(workers, usize::from);
@@ -40,7 +40,7 @@ impl WorkArgs {
 ///
 /// # Errors
 /// `Io` if the system refuses the handlers.
-pub fn cancel_flag() -> Result<Arc<AtomicBool>> {
+pub(super) fn cancel_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         let status = 128 + signal;

@@ -14,7 +14,7 @@ use super::point::PointFile;
 use crate::image::Image;
 
 /// Gives out inode numbers.
-pub struct Numbering<'a> {
+pub(super) struct Numbering<'a> {
     /// What has its number.
     pub nodes: HashMap<u64, Arc<Node>>,
     /// Images of the tree before, by address, and their numbers.
@@ -25,7 +25,7 @@ pub struct Numbering<'a> {
 
 impl Numbering<'_> {
     /// Adds a folder and all below it; says how new its newest point is.
-    pub fn folder(&mut self, ino: u64, parent: u64, path: &Path, folder: Folder) -> i64 {
+    pub(super) fn folder(&mut self, ino: u64, parent: u64, path: &Path, folder: Folder) -> i64 {
         let mut entries = Vec::with_capacity(folder.children.len());
         // Taken at once, so that nothing below gets it.
         self.insert(ino, parent, 0, NodeKind::Dir(Vec::new()));

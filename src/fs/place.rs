@@ -22,7 +22,7 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 const TRIES: usize = 16;
 
 /// What is at a path, links included.
-pub struct Place {
+pub(super) struct Place {
     /// As the user calls it, absolute.
     called: PathBuf,
     /// `None` without /proc.
@@ -39,7 +39,7 @@ pub struct Place {
 
 impl Place {
     /// What is at `called` now, which is absolute.
-    pub fn new(called: &Path) -> Self {
+    pub(super) fn new(called: &Path) -> Self {
         let list = system::open(Path::new(MOUNTS)).ok();
         let (real, called) = (called.to_path_buf(), called.to_path_buf());
         let (mounts, names) = (HashSet::new(), Vec::new());
@@ -49,29 +49,29 @@ impl Place {
     }
 
     /// Takes note of what is there, and watches the folders on the way that are there now.
-    pub fn renew(&mut self) {
+    pub(super) fn renew(&mut self) {
         self.watch_way();
         self.mounts = self.mounts_now();
         self.folder = self.folder_now();
     }
 
     /// The list of mounts, to be polled for `POLLPRI`; -1 if there is none.
-    pub fn list_fd(&self) -> RawFd {
+    pub(super) fn list_fd(&self) -> RawFd {
         self.list.as_ref().map_or(-1, |f| f.as_raw_fd())
     }
 
     /// The watches of the folders above, to be polled for `POLLIN`; -1 if there are none.
-    pub fn above_fd(&self) -> RawFd {
+    pub(super) fn above_fd(&self) -> RawFd {
         self.above.as_ref().map_or(-1, |i| i.as_raw_fd())
     }
 
     /// Whether a mount that concerns the directory came or went.
-    pub fn mounts_changed(&self) -> bool {
+    pub(super) fn mounts_changed(&self) -> bool {
         self.mounts_now() != self.mounts
     }
 
     /// Whether, after an event above it, the directory is another folder, or gone, or there again.
-    pub fn folder_changed(&mut self) -> bool {
+    pub(super) fn folder_changed(&mut self) -> bool {
         let names: HashSet<&OsStr> = self.names.iter().map(|(_, n)| n.as_os_str()).collect();
         let mut concerned = false;
         let mut buffer = [0; 4096];

@@ -17,7 +17,7 @@ const LONGEST: Duration = Duration::from_millis(200);
 
 /// Serving threads that rest.
 #[derive(Default)]
-pub struct Rest {
+pub(super) struct Rest {
     resting: AtomicUsize,
     in_a_row: AtomicU32,
     told: Mutex<usize>,
@@ -26,13 +26,13 @@ pub struct Rest {
 
 impl Rest {
     /// How many rest.
-    pub fn resting(&self) -> usize {
+    pub(super) fn resting(&self) -> usize {
         self.resting.load(Ordering::SeqCst)
     }
 
     /// Ends the rest of one thread, if one rests. Whoever has made himself busy calls this afterwards, and
     /// whoever rests looks afterwards who is free: one of them sees the other.
-    pub fn end_one(&self) {
+    pub(super) fn end_one(&self) {
         if self.resting() == 0 {
             return;
         }
@@ -45,7 +45,7 @@ impl Rest {
 
     /// Lets this thread rest if there are more than enough, for a while, by what `free` says: how many
     /// neither rest nor are busy.
-    pub fn if_not_needed(&self, free: impl Fn() -> usize) {
+    pub(super) fn if_not_needed(&self, free: impl Fn() -> usize) {
         if free() < ENOUGH {
             return self.in_a_row.store(0, Ordering::Relaxed);
         }

@@ -40,7 +40,7 @@ const MAX_BACKGROUND: u16 = 64;
 const BLOCK: u32 = 4096;
 
 /// The file system as fuser sees it.
-pub struct Adapter {
+pub(super) struct Adapter {
     fs: Arc<FileSystem>,
     lane: Arc<Lane>,
     readers: Readers,
@@ -132,7 +132,7 @@ fn seek_near(fs: &Arc<FileSystem>, lane: &Arc<Lane>, from: Start, reply: ReplyLs
 
 impl Adapter {
     /// Serves `fs`; so many threads may read at a time.
-    pub fn new(fs: Arc<FileSystem>, readers: usize) -> Self {
+    pub(super) fn new(fs: Arc<FileSystem>, readers: usize) -> Self {
         let lane = Arc::<Lane>::default();
         Adapter { fs, lane: lane.clone(), readers: Readers::new(readers, lane) }
     }

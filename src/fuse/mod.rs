@@ -222,11 +222,6 @@ impl Mounted {
         Notify(self.session.notifier())
     }
 
-    /// Whether all is over.
-    pub fn has_ended(&self) -> bool {
-        self.session.guard.is_finished()
-    }
-
     /// Waits until it is unmounted.
     ///
     /// # Errors

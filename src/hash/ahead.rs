@@ -4,7 +4,7 @@
 //! all units take 32 MiB at most. Whoever hashes ahead says at the end which values still hold; all
 //! else is hashed then, see [`super::rest_with`].
 
-pub use blake3::hazmat::ChainingValue;
+pub(crate) use blake3::hazmat::ChainingValue;
 use blake3::hazmat::HasherExt;
 
 use crate::error::Result;
@@ -21,7 +21,7 @@ const MOST_UNITS: u64 = 1 << 20;
 const LARGEST_UNIT: u64 = 1 << 30;
 
 /// How many bytes to hash ahead as one subtree, for a file that will have `longest` bytes at most.
-pub fn unit(longest: u64) -> u64 {
+pub(crate) fn unit(longest: u64) -> u64 {
     let unit = longest.div_ceil(MOST_UNITS).checked_next_power_of_two().unwrap_or(LARGEST_UNIT);
     unit.clamp(BLOCK, LARGEST_UNIT)
 }
@@ -30,7 +30,7 @@ pub fn unit(longest: u64) -> u64 {
 ///
 /// # Errors
 /// What the operating system said; the file is shorter.
-pub fn hash_unit(storage: &dyn ReadAt, unit: u64, index: u64) -> Result<ChainingValue> {
+pub(crate) fn hash_unit(storage: &dyn ReadAt, unit: u64, index: u64) -> Result<ChainingValue> {
     let (mut at, end) = (index * unit, (index + 1) * unit);
     let mut hasher = blake3::Hasher::new();
     hasher.set_input_offset(at);

@@ -10,10 +10,9 @@
 //!
 //! Subtrees of a file that still grows can be hashed ahead, see [`ahead`].
 
-pub mod ahead;
+pub(crate) mod ahead;
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
@@ -28,28 +27,11 @@ const GROUP: u64 = 1024;
 /// What a hole reads as.
 static ZEROS: [u8; PIECE as usize] = [0; PIECE as usize];
 
-/// BLAKE3 of the file at `path` in hexadecimal, with a thread per processor.
-///
-/// # Errors
-/// It cannot be read, or changed meanwhile.
-pub fn file(path: &Path) -> Result<String> {
-    whole(&SourceFile::look(path)?)
-}
-
-/// As [`file()`], of a file that was looked at already.
-///
-/// # Errors
-/// As [`file()`].
-pub fn whole(file: &SourceFile) -> Result<String> {
-    let jobs = std::thread::available_parallelism().map_or(1, |n| n.get());
-    whole_with(file, jobs, &(), &|| Ok(()))
-}
-
 /// The same with `jobs` threads, which call `check` before each block.
 ///
 /// # Errors
 /// It cannot be read, or changed meanwhile; the first error of `check`.
-pub fn whole_with(
+pub(crate) fn whole_with(
     file: &SourceFile,
     jobs: usize,
     progress: &dyn Progress,
@@ -64,21 +46,30 @@ pub fn whole_with(
 ///
 /// # Errors
 /// As [`whole_with()`].
-pub fn rest_with(file: &SourceFile, known: &Known, jobs: usize, check: &Check) -> Result<String> {
+pub(crate) fn rest_with(
+    file: &SourceFile,
+    known: &Known,
+    jobs: usize,
+    check: &Check,
+) -> Result<String> {
     let hash = hash_with(file, known, jobs, &(), check)?;
     file.check_unchanged()?;
     Ok(hash.to_hex().to_string())
 }
 
 /// What is asked before each block; an error ends the work.
-pub type Check<'a> = dyn Fn() -> Result<()> + Sync + 'a;
+pub(crate) type Check<'a> = dyn Fn() -> Result<()> + Sync + 'a;
 
 /// BLAKE3 of all of `storage`, with `jobs` threads. Whoever must know that it did not change
 /// meanwhile asks afterwards.
 ///
 /// # Errors
 /// Reading failed, or the file became shorter.
-pub fn hash(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> Result<blake3::Hash> {
+pub(crate) fn hash(
+    storage: &dyn ReadAt,
+    jobs: usize,
+    progress: &dyn Progress,
+) -> Result<blake3::Hash> {
     hash_with(storage, &Known::default(), jobs, progress, &|| Ok(()))
 }
 
@@ -166,7 +157,7 @@ fn for_each_piece(
 /// Where a file has holes, for those who read it from the beginning to the end, perhaps with several
 /// threads. Each stretch is asked for once, however many pieces it is read in: on some file systems
 /// (tmpfs) a question takes as long as the stretch.
-pub struct Holes<'a> {
+pub(crate) struct Holes<'a> {
     storage: &'a dyn ReadAt,
     /// Dense files have none, and are not asked.
     sparse: bool,
@@ -176,14 +167,14 @@ pub struct Holes<'a> {
 
 impl<'a> Holes<'a> {
     /// Nothing is known yet.
-    pub fn of(storage: &'a dyn ReadAt) -> Self {
+    pub(crate) fn of(storage: &'a dyn ReadAt) -> Self {
         let sparse = storage.unallocated() > 0;
         Holes { storage, sparse, known: Mutex::new((0..0, false)) }
     }
 
     /// Whether there is a hole at `at`, and where that or the data ends, at the latest at `limit`.
     /// Where the file system does not tell, all is data.
-    pub fn stretch(&self, at: u64, limit: u64) -> (bool, u64) {
+    pub(crate) fn stretch(&self, at: u64, limit: u64) -> (bool, u64) {
         if !self.sparse {
             return (false, limit);
         }
@@ -267,7 +258,7 @@ fn left_len(n: usize) -> usize {
 ///
 /// # Errors
 /// The first that `work` returned.
-pub fn in_parallel<S>(
+pub(crate) fn in_parallel<S>(
     count: u64,
     jobs: usize,
     scratch: impl Fn() -> S + Sync,
@@ -303,6 +294,8 @@ pub fn in_parallel<S>(
 // Lists of ranges, some of which have one.
 #[allow(clippy::single_range_in_vec_init)]
 mod tests {
+    use std::path::Path;
+
     use super::ahead::BLOCK;
     use super::*;
     use crate::error::Kind;

@@ -22,11 +22,11 @@ use crate::layer::Piece;
 const ENTRY_OVERHEAD: usize = 128;
 
 /// Where a window can be found without a lock.
-pub type Slot = ArcSwapOption<Window>;
+pub(super) type Slot = ArcSwapOption<Window>;
 
 /// The slots of 64 neighbouring windows.
 #[derive(Debug)]
-pub struct SlotGroup {
+pub(super) struct SlotGroup {
     /// One per window.
     pub slots: [Slot; SlotGroup::LEN],
 }
@@ -39,7 +39,7 @@ impl Default for SlotGroup {
 
 impl SlotGroup {
     /// Windows in a group.
-    pub const LEN: usize = 64;
+    pub(super) const LEN: usize = 64;
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -157,7 +157,7 @@ pub(super) struct Pieces<'a> {
 
 impl Pieces<'_> {
     /// Keeps a piece, which is right.
-    pub fn keep(&mut self, number: u32, piece: Piece) {
+    pub(super) fn keep(&mut self, number: u32, piece: Piece) {
         let piece = Arc::new(piece);
         if number == self.wanted {
             self.found = Some(piece.clone());

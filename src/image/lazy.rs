@@ -13,7 +13,7 @@ use crate::storage::files::Slot;
 use crate::storage::{ReadAt, SourceFile};
 
 /// A layer that is opened when it is first needed.
-pub struct LazyLayer {
+pub(super) struct LazyLayer {
     /// Names it in the cache.
     pub id: u64,
     /// How to open it.
@@ -25,7 +25,7 @@ pub struct LazyLayer {
 
 impl LazyLayer {
     /// Opens nothing yet.
-    pub fn new(id: u64, spec: LayerSpec) -> Self {
+    pub(super) fn new(id: u64, spec: LayerSpec) -> Self {
         let (layer, failed, opening) = (OnceLock::new(), OnceLock::new(), Mutex::new(()));
         LazyLayer { id, spec, layer, failed, opening }
     }
@@ -35,7 +35,7 @@ impl LazyLayer {
     /// # Errors
     /// As [`layer::open`], the same again where it cannot get better; `Changed` if the file is
     /// another than the one that was scanned.
-    pub fn get(&self) -> Result<&dyn Layer> {
+    pub(super) fn get(&self) -> Result<&dyn Layer> {
         if let Some(l) = self.layer.get() {
             return Ok(&**l);
         }
@@ -71,7 +71,7 @@ impl LazyLayer {
     }
 
     /// Where the descriptors of its files are.
-    pub fn slots(&self) -> impl Iterator<Item = &Arc<Slot>> + Clone {
+    pub(super) fn slots(&self) -> impl Iterator<Item = &Arc<Slot>> + Clone {
         [Some(&self.spec.file), self.spec.data_file.as_ref()]
             .into_iter()
             .flatten()
@@ -82,12 +82,12 @@ impl LazyLayer {
     ///
     /// # Errors
     /// The file is gone, may not be opened, or has changed.
-    pub fn open_files(&self) -> Result<()> {
+    pub(super) fn open_files(&self) -> Result<()> {
         self.files().try_for_each(|f| f.file().map(drop))
     }
 
     /// Whether opening such a layer may take long: some formats are read from end to end.
-    pub fn is_slow(spec: &LayerSpec) -> bool {
+    pub(super) fn is_slow(spec: &LayerSpec) -> bool {
         match spec.format {
             Format::Vma | Format::SparseStream => true,
             Format::Qcow2 | Format::Raw => false,
@@ -95,7 +95,7 @@ impl LazyLayer {
     }
 
     /// Whether [`Self::get`] may take long now.
-    pub fn opens_slowly(&self) -> bool {
+    pub(super) fn opens_slowly(&self) -> bool {
         Self::is_slow(&self.spec) && self.layer.get().is_none() && self.failed.get().is_none()
     }
 }

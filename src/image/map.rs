@@ -336,7 +336,7 @@ mod tests {
             };
             let folded = fold(layers.len(), range.clone());
             for at in range.clone().step_by(97) {
-                let e = folded.clipped(at..at + 1).next().unwrap();
+                let e = crate::extent::clipped(folded.as_slice(), at..at + 1).next().unwrap();
                 prop_assert_eq!(e.content, model(&layers, at));
             }
             // The same with the lower layers known beforehand.

@@ -12,7 +12,7 @@ use crate::extent::{self, Extent};
 /// jumps through all of their memory, which is rarely in the processor's cache; so the window is
 /// divided into about as many equal steps as it has extents, and `first` says where each begins.
 #[derive(Debug)]
-pub struct Window {
+pub(super) struct Window {
     /// Ascending, contiguous, coalesced.
     extents: Box<[FoldedExtent]>,
     /// For each step, the first extent that ends after its first byte.
@@ -27,7 +27,7 @@ const MAX_STEPS: u64 = 1 << 16;
 
 impl Window {
     /// A window that nobody has read yet.
-    pub fn new(extents: Box<[FoldedExtent]>) -> Self {
+    pub(super) fn new(extents: Box<[FoldedExtent]>) -> Self {
         let (start, end) = match &*extents {
             [] => (0, 0),
             [first, ..] => (first.start, extents.last().map_or(0, Extent::end)),
@@ -46,12 +46,12 @@ impl Window {
     }
 
     /// All extents.
-    pub fn extents(&self) -> &[FoldedExtent] {
+    pub(super) fn extents(&self) -> &[FoldedExtent] {
         &self.extents
     }
 
     /// The extents that overlap `range`, which begins inside the window, clipped to it.
-    pub fn clipped(&self, range: Range<u64>) -> impl Iterator<Item = FoldedExtent> + '_ {
+    pub(super) fn clipped(&self, range: Range<u64>) -> impl Iterator<Item = FoldedExtent> + '_ {
         let start = self.extents.first().map_or(0, |e| e.start);
         let step = (range.start.saturating_sub(start) >> self.shift) as usize;
         let from = self.first.get(step).map_or(self.extents.len(), |i| *i as usize);
@@ -62,19 +62,19 @@ impl Window {
     }
 
     /// Remembers that it was used. Writes only if it has to: the flag is shared by all threads.
-    pub fn touch(&self) {
+    pub(super) fn touch(&self) {
         if !self.touched.load(Ordering::Relaxed) {
             self.touched.store(true, Ordering::Relaxed);
         }
     }
 
     /// Whether it was used since the last time this was asked.
-    pub fn take_touched(&self) -> bool {
+    pub(super) fn take_touched(&self) -> bool {
         self.touched.swap(false, Ordering::Relaxed)
     }
 
     /// Bytes of memory that it takes.
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         size_of::<Window>() + size_of_val(&*self.extents) + size_of_val(&*self.first)
     }
 }

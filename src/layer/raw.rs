@@ -151,6 +151,7 @@ pub(super) fn push_raw(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::extent::clipped;
     use crate::storage::SourceFile;
     use std::os::unix::fs::FileExt;
 
@@ -162,7 +163,7 @@ mod tests {
         let layer = RawLayer::new(Arc::new(SourceFile::look(f.path()).unwrap()));
         let map = layer.map(4096..1 << 20);
         map.extents.check(&(4096..1 << 20)).unwrap();
-        let at = |o: u64| map.extents.clipped(o..o + 1).next().unwrap().content;
+        let at = |o: u64| clipped(map.extents.as_slice(), o..o + 1).next().unwrap().content;
         assert_eq!(at(8192), Mapping::Zero);
         assert_eq!(at(256 << 10), Mapping::Data { file: 0, host: 256 << 10 });
         assert_eq!(at(900 << 10), Mapping::Zero);

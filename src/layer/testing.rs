@@ -7,7 +7,7 @@ use crate::error::Result;
 ///
 /// # Errors
 /// The first bad range or failed read.
-pub fn read_onto(layer: &dyn Layer, mut below: Vec<u8>, window: u64) -> Result<Vec<u8>> {
+pub(crate) fn read_onto(layer: &dyn Layer, mut below: Vec<u8>, window: u64) -> Result<Vec<u8>> {
     below.resize(layer.size() as usize, 0);
     let mut at = 0;
     while at < layer.size() {
@@ -37,7 +37,7 @@ pub fn read_onto(layer: &dyn Layer, mut below: Vec<u8>, window: u64) -> Result<V
 }
 
 /// Bytes that differ from block to block, with blocks of zeros among them.
-pub fn pattern(len: usize, seed: u8) -> Vec<u8> {
+pub(crate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
     let byte = |i: usize| {
         let block = i / 4096;
         let zero = (block * 7 + usize::from(seed)) % 5 < 2;

@@ -22,7 +22,7 @@ use crate::output;
 use crate::output::logging::{self, Sink};
 
 /// What is left to do when a mount answers. In two processes it is done in parts.
-pub enum Ready {
+pub(super) enum Ready {
     /// In the foreground: systemd is told.
     Foreground,
     /// In the background: the terminal is released, and the process that waits is told.
@@ -41,7 +41,7 @@ impl Ready {
     ///
     /// # Errors
     /// There is no `/dev/null`.
-    pub fn detach(&self) -> Result<bool> {
+    pub(super) fn detach(&self) -> Result<bool> {
         match self {
             Ready::Foreground => Ok(false),
             Ready::Background { log, .. } => {
@@ -56,7 +56,7 @@ impl Ready {
     ///
     /// # Errors
     /// As [`Ready::detach`]; nobody listens.
-    pub fn tell(self) -> Result<()> {
+    pub(super) fn tell(self) -> Result<()> {
         self.detach()?;
         match self {
             Ready::Foreground => {
@@ -80,7 +80,7 @@ impl Ready {
 /// # Errors
 /// No process can be made, or it died; where `work` fails first, the process tells why and this
 /// one ends with the same exit code.
-pub fn background(log: Option<File>, work: impl FnOnce(Ready) -> Result<u8>) -> Result<()> {
+pub(super) fn background(log: Option<File>, work: impl FnOnce(Ready) -> Result<u8>) -> Result<()> {
     let (mut from_child, to_parent) = pipe()?;
     // SAFETY: there is one thread, so the child may do anything after the fork.
     match unsafe { libc::fork() } {

@@ -18,7 +18,7 @@ struct Holder {
 }
 
 /// The error for a mount that is in use: who holds it, and whether its server is gone.
-pub fn busy(mount: &Mount) -> Error {
+pub(super) fn busy(mount: &Mount) -> Error {
     let mut all = loops(&mount.path, Path::new("/sys/block"));
     all.extend(processes(&mount.path, Path::new("/proc")));
     let at = path_text(&mount.path);
@@ -50,7 +50,7 @@ pub fn busy(mount: &Mount) -> Error {
 
 /// Whether its server was killed. Asking the mount is safe where nobody serves it: the kernel
 /// answers.
-pub fn is_dead(mount: &Mount) -> bool {
+pub(super) fn is_dead(mount: &Mount) -> bool {
     let asked = || folder::ask(&mount.path).err().and_then(|e| e.raw_os_error());
     mount.server().is_none() && asked() == Some(libc::ENOTCONN)
 }

@@ -32,24 +32,24 @@ use crate::{output, privileges};
 /// What the two processes say to each other.
 mod word {
     /// Server: mount it.
-    pub const MOUNT: u8 = b'm';
+    pub(super) const MOUNT: u8 = b'm';
     /// Keeper: it is mounted.
-    pub const MOUNTED: u8 = b'M';
+    pub(super) const MOUNTED: u8 = b'M';
     /// Server: it is served.
-    pub const SERVED: u8 = b's';
+    pub(super) const SERVED: u8 = b's';
     /// Server: it is idle, unmount it.
-    pub const IDLE: u8 = b'i';
+    pub(super) const IDLE: u8 = b'i';
     /// Keeper: it was not idle after all.
-    pub const BUSY: u8 = b'b';
+    pub(super) const BUSY: u8 = b'b';
     /// Server: a signal came.
-    pub const SIGNAL: u8 = b'g';
+    pub(super) const SIGNAL: u8 = b'g';
 }
 
 /// Mounts and serves in a second process; the exit code.
 ///
 /// # Errors
 /// Mounting failed, or the serving process was killed.
-pub fn run(plan: &Plan, ready: Ready) -> Result<u8> {
+pub(super) fn run(plan: &Plan, ready: Ready) -> Result<u8> {
     let device = fuse::open_device()?;
     let failed = |e| Error::io(e, "cannot use the mount point").at_path(&plan.mountpoint);
     let mountpoint = Folder::open(&plan.mountpoint).map_err(failed)?;

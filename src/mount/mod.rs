@@ -22,7 +22,7 @@ mod serve;
 mod table;
 mod umount;
 
-pub use plan::{Options, Plan};
-pub use process::raise_file_limit;
-pub use serve::run;
-pub use umount::umount;
+pub(crate) use plan::{Options, Plan};
+pub(crate) use process::raise_file_limit;
+pub(crate) use serve::run;
+pub(crate) use umount::umount;

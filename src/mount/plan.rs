@@ -21,7 +21,7 @@ const FUSE_CONF_MAX: u64 = 1 << 20;
 const CACHE_SIZE: u64 = 64 << 20;
 
 /// What the user wants.
-pub struct Options {
+pub(crate) struct Options {
     /// The backup directory.
     pub backups: PathBuf,
     /// Where to mount.
@@ -47,7 +47,7 @@ pub struct Options {
 }
 
 /// Everything that was checked and decided before mounting.
-pub struct Plan {
+pub(crate) struct Plan {
     /// The backup directory, without links.
     pub(super) backups: PathBuf,
     /// The same as the user calls it, absolute.
@@ -75,7 +75,7 @@ impl Plan {
     ///
     /// # Errors
     /// `Usage` or `NotFound` for the folders, `Busy` where something is mounted already, `Permission`.
-    pub fn new(wanted: &Options) -> Result<Self> {
+    pub(crate) fn new(wanted: &Options) -> Result<Self> {
         let backups = directory(&wanted.backups, "the backup directory")?;
         clear(&wanted.mountpoint)?;
         let mountpoint = directory(&wanted.mountpoint, "the mount point")?;

@@ -38,7 +38,7 @@ impl Prepared {
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn new(plan: &Plan) -> Result<Self> {
+    pub(super) fn new(plan: &Plan) -> Result<Self> {
         let waker = Waker::new().map_err(|e| Error::io(e, "cannot make an eventfd"))?;
         let waker = Arc::new(waker);
         let root = followed(plan);
@@ -63,7 +63,7 @@ impl Prepared {
     ///
     /// # Errors
     /// No thread can be made.
-    pub fn watch(self, mounted: &Mounted) -> Result<()> {
+    pub(super) fn watch(self, mounted: &Mounted) -> Result<()> {
         let Prepared { fs, watch, waker, root, mountpoint, options, probes } = self;
         let files = fs.clone();
         start("files", 0, move || files.close_files())?;

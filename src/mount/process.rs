@@ -37,7 +37,7 @@ pub(super) fn start(name: &str, stack: usize, work: impl FnOnce() + Send + 'stat
 }
 
 /// The files of open points are held open: as many as the system allows.
-pub fn raise_file_limit() {
+pub(crate) fn raise_file_limit() {
     // SAFETY: plain data and valid pointers.
     unsafe {
         let mut limit: libc::rlimit = std::mem::zeroed();

@@ -20,7 +20,7 @@ use crate::privileges;
 ///
 /// # Errors
 /// Mounting failed, or the connection to the kernel broke.
-pub fn run(plan: &Plan, foreground: bool, log: Option<File>) -> Result<()> {
+pub(crate) fn run(plan: &Plan, foreground: bool, log: Option<File>) -> Result<()> {
     if !foreground {
         return daemon::background(log, |ready| serve(plan, ready));
     }

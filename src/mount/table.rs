@@ -17,7 +17,7 @@ use crate::folder::{self, Folder};
 
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mount {
+pub(super) struct Mount {
     /// Where.
     pub path: PathBuf,
     /// Number of the mount.
@@ -32,7 +32,7 @@ pub struct Mount {
 
 impl Mount {
     /// Whether it is one of ours.
-    pub fn is_fleecefs(&self) -> bool {
+    pub(super) fn is_fleecefs(&self) -> bool {
         self.fstype == "fuse.fleecefs"
     }
 
@@ -53,7 +53,7 @@ impl Mount {
     ///
     /// # Errors
     /// As [`unmount`]; `Busy` if something else is mounted over it.
-    pub fn end(&self, lazy: bool) -> Result<()> {
+    pub(super) fn end(&self, lazy: bool) -> Result<()> {
         // Somebody may have unmounted it and mounted something else.
         if !listed()?.iter().any(|m| m.path == self.path && m.dev == self.dev) {
             return Ok(());
@@ -69,12 +69,12 @@ impl Mount {
     }
 
     /// A socket that tells `umount` which process serves this mount; nobody ever answers it.
-    pub fn announce(&self) -> std::io::Result<UnixListener> {
+    pub(super) fn announce(&self) -> std::io::Result<UnixListener> {
         UnixListener::bind_addr(&SocketAddr::from_abstract_name(self.socket_name())?)
     }
 
     /// The process that serves this mount, if it can be told.
-    pub fn server(&self) -> Option<Server> {
+    pub(super) fn server(&self) -> Option<Server> {
         let address = SocketAddr::from_abstract_name(self.socket_name()).ok()?;
         let stream = UnixStream::connect_addr(&address).ok()?;
         let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
@@ -96,11 +96,11 @@ impl Mount {
 }
 
 /// A process that serves a mount.
-pub struct Server(OwnedFd);
+pub(super) struct Server(OwnedFd);
 
 impl Server {
     /// Waits until it has ended; false if it has not after `patience`.
-    pub fn wait(&self, patience: Duration) -> bool {
+    pub(super) fn wait(&self, patience: Duration) -> bool {
         let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: one valid entry.
@@ -142,7 +142,7 @@ fn listed() -> Result<Vec<Mount>> {
 ///
 /// # Errors
 /// The list cannot be read.
-pub fn find(path: &Path) -> Result<Option<Mount>> {
+pub(super) fn find(path: &Path) -> Result<Option<Mount>> {
     let mut here = listed()?;
     here.retain(|m| m.path == path);
     if here.is_empty() {
@@ -160,7 +160,7 @@ pub fn find(path: &Path) -> Result<Option<Mount>> {
 ///
 /// # Errors
 /// The list cannot be read.
-pub fn at(path: &Path) -> Result<Option<Mount>> {
+pub(super) fn at(path: &Path) -> Result<Option<Mount>> {
     let wrong = |e| Error::io(e, "cannot find the mount point").at_path(path);
     let absolute = std::path::absolute(path).map_err(wrong)?;
     if let Some(mount) = find(&absolute)? {
@@ -182,7 +182,7 @@ pub fn at(path: &Path) -> Result<Option<Mount>> {
 ///
 /// # Errors
 /// `Busy` if it is in use, `NotFound` if nothing is mounted there, `Permission`.
-pub fn unmount(path: &Path, lazy: bool) -> Result<()> {
+pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let (folder, name) =
         Folder::of(path).map_err(|e| Error::io(e, "cannot unmount").at_path(path))?;
     let name = CString::new(folder.proc_path().join(name).as_os_str().as_bytes())

@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// `NotFound` if nothing is mounted there, `Usage` if it is not ours, `Busy`, `Permission`, `Timeout`.
-pub fn umount(mountpoint: &Path, lazy: bool) -> Result<()> {
+pub(crate) fn umount(mountpoint: &Path, lazy: bool) -> Result<()> {
     let mount = find(mountpoint)?;
     // Asked before, so that it cannot be another mount's.
     let server = mount.server();

@@ -11,7 +11,7 @@ use log::{Level, Log, Metadata, Record};
 use crate::text::visible;
 
 /// Where lines go from now on.
-pub enum Sink {
+pub(crate) enum Sink {
     /// Standard error, in colours on a terminal.
     Stderr,
     /// A file, appended to.
@@ -23,7 +23,7 @@ pub enum Sink {
 static SINK: Mutex<Sink> = Mutex::new(Sink::Stderr);
 
 /// Sends further lines elsewhere.
-pub fn redirect(sink: Sink) {
+pub(crate) fn redirect(sink: Sink) {
     if matches!(sink, Sink::System) {
         // SAFETY: the name is a string constant, which syslog keeps.
         unsafe { libc::openlog(c"fleecefs".as_ptr(), libc::LOG_PID, libc::LOG_DAEMON) };
@@ -32,14 +32,14 @@ pub fn redirect(sink: Sink) {
 }
 
 /// Starts logging: all that `stderr` lets through, to wherever [`redirect`] says.
-pub fn start(stderr: env_logger::Logger) {
+pub(crate) fn start(stderr: env_logger::Logger) {
     log::set_max_level(stderr.filter());
     // Fails only if a logger is set already, as in a test; that one is as good.
     let _ = log::set_boxed_logger(Box::new(Switch { stderr }));
 }
 
 /// A level as messages begin with it, the same ones as `backup` prints and keeps.
-pub fn word(level: Level) -> &'static str {
+pub(crate) fn word(level: Level) -> &'static str {
     match level {
         Level::Error => "error",
         Level::Warn => "warning",

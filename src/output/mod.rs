@@ -2,7 +2,7 @@
 //! visible once more, so that no name can be forgotten. `clippy.toml` forbids the macros elsewhere. What is
 //! logged goes through `logging`.
 
-pub mod logging;
+pub(crate) mod logging;
 
 use std::io::{Stdout, Write};
 
@@ -15,7 +15,7 @@ use crate::text::{self, visible, visible_lines};
 ///
 /// # Errors
 /// `Io` or `NoSpace` if writing failed for any other reason.
-pub fn print(text: &str) -> Result<()> {
+pub(crate) fn print(text: &str) -> Result<()> {
     print_as_is(visible_lines(text).as_bytes())
 }
 
@@ -23,7 +23,7 @@ pub fn print(text: &str) -> Result<()> {
 ///
 /// # Errors
 /// As [`print`].
-pub fn print_as_is(bytes: &[u8]) -> Result<()> {
+pub(crate) fn print_as_is(bytes: &[u8]) -> Result<()> {
     written(|out| out.write_all(bytes))
 }
 
@@ -31,7 +31,7 @@ pub fn print_as_is(bytes: &[u8]) -> Result<()> {
 ///
 /// # Errors
 /// As [`print`].
-pub fn written(write: impl FnOnce(&mut Stdout) -> std::io::Result<()>) -> Result<()> {
+pub(crate) fn written(write: impl FnOnce(&mut Stdout) -> std::io::Result<()>) -> Result<()> {
     let mut out = std::io::stdout();
     match write(&mut out).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -40,18 +40,18 @@ pub fn written(write: impl FnOnce(&mut Stdout) -> std::io::Result<()>) -> Result
 }
 
 /// Adds a line to a text that is to be printed; a line break inside becomes visible.
-pub fn push_line(text: &mut String, line: impl std::fmt::Display) {
+pub(crate) fn push_line(text: &mut String, line: impl std::fmt::Display) {
     text.push_str(&visible(&line.to_string()));
     text.push('\n');
 }
 
 /// Writes lines of text to standard error. If nobody reads it there is nobody to tell.
-pub fn tell(text: &str) {
+pub(crate) fn tell(text: &str) {
     let _ = std::io::stderr().lock().write_all(visible_lines(text).as_bytes());
 }
 
 /// The last words of a program that failed.
-pub fn tell_error(error: &Error) {
+pub(crate) fn tell_error(error: &Error) {
     tell(&format!("fleecefs: {}\n", error.report()));
 }
 
@@ -59,7 +59,7 @@ pub fn tell_error(error: &Error) {
 ///
 /// # Errors
 /// `Io` if it has no form in JSON.
-pub fn json_pretty<T: Serialize + ?Sized>(value: &T) -> Result<String> {
+pub(crate) fn json_pretty<T: Serialize + ?Sized>(value: &T) -> Result<String> {
     text::json_pretty(value).map(|t| t + "\n").map_err(failed)
 }
 
@@ -67,7 +67,7 @@ pub fn json_pretty<T: Serialize + ?Sized>(value: &T) -> Result<String> {
 ///
 /// # Errors
 /// As [`json_pretty`].
-pub fn json_line<T: Serialize + ?Sized>(value: &T) -> Result<String> {
+pub(crate) fn json_line<T: Serialize + ?Sized>(value: &T) -> Result<String> {
     text::json(value).map(|t| t + "\n").map_err(failed)
 }
 

@@ -3,7 +3,7 @@
 //! Both ways are taken while there is one thread: capabilities, and the promise to gain none, belong
 //! to a thread, and the threads that begin later inherit them. Users and groups by name: `users`.
 
-pub mod users;
+pub(crate) mod users;
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -23,7 +23,7 @@ const CAPABILITIES: u64 = 64;
 
 /// Who does the work with `--as-owner`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Owner {
+pub(crate) struct Owner {
     /// User.
     pub uid: u32,
     gid: u32,
@@ -31,7 +31,7 @@ pub struct Owner {
 }
 
 /// Whether this process may do as root may.
-pub fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
@@ -41,7 +41,7 @@ impl Owner {
     ///
     /// # Errors
     /// The folder cannot be looked at; `Permission` if the caller may not become somebody else.
-    pub fn of(path: &Path) -> Result<Option<Self>> {
+    pub(crate) fn of(path: &Path) -> Result<Option<Self>> {
         let real = named::backups(path)?;
         let meta = folder::look(&real)
             .map_err(|e| Error::io(e, "cannot look at the backup directory").at_path(path))?;
@@ -75,7 +75,7 @@ impl Owner {
     }
 
     /// His name or number, for messages.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         name_of(self.uid)
     }
 
@@ -83,7 +83,7 @@ impl Owner {
     ///
     /// # Errors
     /// What the operating system said; the process must not go on then.
-    pub fn become_it(&self) -> Result<()> {
+    pub(crate) fn become_it(&self) -> Result<()> {
         self.switch().map_err(|e| {
             Error::io(e, format!("cannot work as user {}, the owner of the folder", self.uid))
         })
@@ -123,7 +123,7 @@ fn harden() -> io::Result<()> {
 ///
 /// # Errors
 /// What the operating system said; the process must not go on then.
-pub fn keep_reading() -> Result<()> {
+pub(crate) fn keep_reading() -> Result<()> {
     drop_to(CapabilitySet::DAC_READ_SEARCH)
         .map_err(|e| Error::io(e, "cannot give up the capabilities of root"))
 }
@@ -155,13 +155,13 @@ fn empty_bounding_set() {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn end_with(parent: rustix::process::Pid) -> io::Result<bool> {
+pub(crate) fn end_with(parent: rustix::process::Pid) -> io::Result<bool> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     Ok(rustix::process::getppid() == Some(parent))
 }
 
 /// A user's name where the system knows one, else the number; for messages.
-pub fn name_of(uid: u32) -> String {
+pub(crate) fn name_of(uid: u32) -> String {
     match users::name(uid) {
         Some(name) => format!("user {}", visible(&name.to_string_lossy())),
         None => format!("user {uid}"),

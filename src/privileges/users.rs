@@ -6,7 +6,7 @@ use std::ffi::{CStr, CString};
 ///
 /// # Errors
 /// It is no number, and the system knows no user of that name.
-pub fn user(text: &str) -> Result<u32, String> {
+pub(crate) fn user(text: &str) -> Result<u32, String> {
     id(text, "user", |name| {
         // SAFETY: a C string; the result is read at once, and mounting parses its options before
         // there is a second thread.
@@ -18,7 +18,7 @@ pub fn user(text: &str) -> Result<u32, String> {
 ///
 /// # Errors
 /// It is no number, and the system knows no group of that name.
-pub fn group(text: &str) -> Result<u32, String> {
+pub(crate) fn group(text: &str) -> Result<u32, String> {
     id(text, "group", |name| {
         // SAFETY: as above.
         unsafe { libc::getgrnam(name.as_ptr()).as_ref().map(|group| group.gr_gid) }
@@ -35,13 +35,13 @@ fn id(text: &str, what: &str, find: impl FnOnce(&CString) -> Option<u32>) -> Res
 }
 
 /// A user's name; `None` if the system knows no such user.
-pub fn name(uid: u32) -> Option<CString> {
+pub(crate) fn name(uid: u32) -> Option<CString> {
     // SAFETY: the result is copied at once; nobody else asks for users beside us.
     unsafe { libc::getpwuid(uid).as_ref().map(|user| CStr::from_ptr(user.pw_name).to_owned()) }
 }
 
 /// A user's main group and all his groups; `None` if the system knows no such user.
-pub fn groups_of(uid: u32) -> Option<(u32, Vec<u32>)> {
+pub(crate) fn groups_of(uid: u32) -> Option<(u32, Vec<u32>)> {
     // SAFETY: the result is copied at once.
     let (name, gid) = unsafe {
         let user = libc::getpwuid(uid).as_ref()?;

@@ -126,7 +126,7 @@ pub struct Client {
 pub struct Asked<'a> {
     command: &'a str,
     id: u64,
-    /// It is a step, see [`crate::failpoint`].
+    /// It is a step, see `failpoint`.
     counted: bool,
 }
 
@@ -272,7 +272,7 @@ impl Client {
     }
 
     /// As [`Client::query`] for questions asked again and again: how often depends on time, so
-    /// they are no steps (see [`crate::failpoint`]).
+    /// they are no steps (see `failpoint`).
     ///
     /// # Errors
     /// As [`Client::query`].

@@ -24,7 +24,7 @@ Examples:
 
 In /etc/fstab:
   /backups/vm1  /mnt/vm1  fuse.fleecefs  noauto,x-systemd.requires-mounts-for=/backups/vm1,allow_other,mode=0440,gid=backup  0 0")]
-pub struct MountArgs {
+pub(crate) struct MountArgs {
     /// The backup directory
     pub backups: PathBuf,
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// What the command line asks for when the program is run as a mount helper.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Helper {
+pub(crate) enum Helper {
     /// It is not.
     No,
     /// Continue with this command line.
@@ -16,7 +16,7 @@ pub enum Helper {
 
 /// Recognises `mount.fleecefs` and `mount.fuse.fleecefs` (names by which mount(8) calls us), and
 /// `fleecefs /SOURCE /TARGET …`, the way mount.fuse does.
-pub fn helper(args: &[OsString]) -> Helper {
+pub(crate) fn helper(args: &[OsString]) -> Helper {
     let name = args.first().and_then(|a| Path::new(a).file_name());
     let is_helper = [Some(OsStr::new("mount.fleecefs")), Some(OsStr::new("mount.fuse.fleecefs"))]
         .contains(&name);

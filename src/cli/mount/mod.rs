@@ -1,7 +1,7 @@
 //! `fleecefs mount`.
 
-pub mod args;
-pub mod helper;
+pub(super) mod args;
+pub(super) mod helper;
 mod options;
 
 use args::MountArgs;
@@ -15,7 +15,7 @@ use crate::mount::{self, Options, Plan};
 ///
 /// # Errors
 /// As the exit codes say.
-pub fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
+pub(super) fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
     for list in std::mem::take(&mut args.options) {
         options::apply(&mut args, &list)?;
     }

@@ -53,7 +53,7 @@ const IGNORED: [&str; 38] = [
 ///
 /// # Errors
 /// `Usage` for an unknown option, a value that makes no sense, or one that is missing.
-pub fn apply(args: &mut MountArgs, list: &str) -> Result<()> {
+pub(super) fn apply(args: &mut MountArgs, list: &str) -> Result<()> {
     let sloppy = list.split(',').any(|o| o == "sloppy");
     for option in list.split(',').map(str::trim).filter(|o| !o.is_empty()) {
         let (key, value) = match option.split_once('=') {

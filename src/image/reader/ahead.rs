@@ -35,7 +35,7 @@ impl Seen {
 }
 
 /// One search's view of all layers.
-pub struct Ahead<'a> {
+pub(super) struct Ahead<'a> {
     image: &'a Image,
     /// One for each layer, bottom first; made when it is first needed.
     seen: Vec<Seen>,
@@ -45,7 +45,7 @@ pub struct Ahead<'a> {
 
 impl<'a> Ahead<'a> {
     /// Nothing has been looked at yet.
-    pub fn new(image: &'a Image) -> Self {
+    pub(super) fn new(image: &'a Image) -> Self {
         Ahead { image, seen: Vec::new(), lowest: usize::MAX }
     }
 
@@ -53,7 +53,7 @@ impl<'a> Ahead<'a> {
     ///
     /// # Errors
     /// A layer cannot be opened.
-    pub fn look(&mut self, at: u64) -> Result<(Option<Wanted>, u64)> {
+    pub(super) fn look(&mut self, at: u64) -> Result<(Option<Wanted>, u64)> {
         let stack = self.image.stack();
         let new = || Seen { stretches: ExtentList::new(0), current: 0, known: KnownTables::new() };
         self.seen.resize_with(stack.len(), new);
@@ -94,7 +94,7 @@ impl<'a> Ahead<'a> {
     ///
     /// # Errors
     /// `Changed`.
-    pub fn check_unchanged(&self) -> Result<()> {
+    pub(super) fn check_unchanged(&self) -> Result<()> {
         let stack = self.image.stack();
         stack.from(self.lowest).try_for_each(|lazy| self.image.check_layer(lazy))
     }

@@ -23,7 +23,7 @@ pub(super) struct Stack {
 impl Stack {
     /// Adds the own layers of the next image above. A chunk is kept by the lowest image that has all of it,
     /// in `chunks`, for all above.
-    pub fn add(&mut self, own: &[Arc<LazyLayer>], chunks: &OnceLock<Box<[Chunk]>>) {
+    pub(super) fn add(&mut self, own: &[Arc<LazyLayer>], chunks: &OnceLock<Box<[Chunk]>>) {
         self.rest.extend(own.iter().cloned());
         if self.rest.len() < LEN {
             return;
@@ -35,18 +35,18 @@ impl Stack {
     }
 
     /// Takes no more memory than it needs.
-    pub fn shrink(&mut self) {
+    pub(super) fn shrink(&mut self) {
         self.chunks.shrink_to_fit();
         self.rest.shrink_to_fit();
     }
 
     /// How many.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.chunks.len() * LEN + self.rest.len()
     }
 
     /// Number `index`, counted from the bottom.
-    pub fn get(&self, index: usize) -> Option<&Arc<LazyLayer>> {
+    pub(super) fn get(&self, index: usize) -> Option<&Arc<LazyLayer>> {
         match self.chunks.get(index / LEN) {
             Some(chunk) => chunk.get(index % LEN),
             None => self.rest.get(index - self.chunks.len() * LEN),
@@ -54,7 +54,7 @@ impl Stack {
     }
 
     /// From number `first` on, upwards.
-    pub fn from(&self, first: usize) -> impl DoubleEndedIterator<Item = &Arc<LazyLayer>> {
+    pub(super) fn from(&self, first: usize) -> impl DoubleEndedIterator<Item = &Arc<LazyLayer>> {
         (first..self.len()).filter_map(|index| self.get(index))
     }
 }

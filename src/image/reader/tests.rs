@@ -8,12 +8,22 @@ fn spec(path: &Path, format: Format) -> LayerSpec {
     LayerSpec { file, format, part: Part::Whole, data_file: None }
 }
 
-pub fn image(path: &Path, format: Format, size: u64, below: Option<Arc<Image>>) -> Arc<Image> {
+pub(crate) fn image(
+    path: &Path,
+    format: Format,
+    size: u64,
+    below: Option<Arc<Image>>,
+) -> Arc<Image> {
     Image::new(size, &[spec(path, format)], below, &Cache::new(1 << 24)).unwrap()
 }
 
 /// A qcow2 of version 2 with this L1 table and, at 0x20000, this L2 table.
-pub fn qcow2(cluster_bits: u8, size: u64, l1: &[u64], l2: &[u64]) -> tempfile::NamedTempFile {
+pub(crate) fn qcow2(
+    cluster_bits: u8,
+    size: u64,
+    l1: &[u64],
+    l2: &[u64],
+) -> tempfile::NamedTempFile {
     let l1_at = 0x10000u64.max(1 << cluster_bits);
     let mut header = b"QFI\xfb\0\0\0\x02".to_vec();
     header.resize(72, 0);

@@ -123,11 +123,6 @@ impl Qcow2Layer {
         Ok(Qcow2Layer { image, data, header, l1, size, look_for_holes, twice, without_tables })
     }
 
-    /// The image's header.
-    pub fn header(&self) -> &Header {
-        &self.header
-    }
-
     fn tables(&self) -> Tables<'_> {
         Tables {
             header: &self.header,

@@ -30,7 +30,7 @@ const MOST_KNOWN: usize = 1 << 16;
 const MAP_CHUNK: u64 = 1 << 16;
 
 /// One L1 table of an image together with what is needed to walk it.
-pub struct Tables<'a> {
+pub(super) struct Tables<'a> {
     pub header: &'a Header,
     pub l1: TableRef,
     /// Size in bytes of the virtual disk that the table maps.
@@ -48,7 +48,7 @@ pub struct Tables<'a> {
 
 impl Tables<'_> {
     /// Maps `range`, which lies inside the virtual disk.
-    pub fn map(&self, range: Range<u64>) -> LayerMap {
+    pub(super) fn map(&self, range: Range<u64>) -> LayerMap {
         let mut map = LayerMap::new(range.start);
         let span = self.header.l2_span();
         let end = range.end.div_ceil(span);
@@ -96,7 +96,7 @@ impl Tables<'_> {
     }
 
     /// First guest offset at or after `from` that an L2 table may map.
-    pub fn next_mapped(&self, from: u64) -> u64 {
+    pub(super) fn next_mapped(&self, from: u64) -> u64 {
         let span = self.header.l2_span();
         let end = self.header.l1_entries_for(self.size);
         let mut at = from / span;
@@ -113,7 +113,7 @@ impl Tables<'_> {
 
     /// See [`crate::layer::Layer::outline`]. Reads an L2 table only if none of the same place is
     /// `known`: a small image can lead to one table from millions of places.
-    pub fn outline(&self, from: u64, known: &mut KnownTables) -> ExtentList<Kinds> {
+    pub(super) fn outline(&self, from: u64, known: &mut KnownTables) -> ExtentList<Kinds> {
         let span = self.header.l2_span();
         let first = from / span;
         let count = L1_CHUNK.min(self.header.l1_entries_for(self.size) - first);
@@ -189,7 +189,7 @@ impl Tables<'_> {
     }
 
     /// See [`crate::layer::Layer::check_top`].
-    pub fn check_l1(&self) -> Result<()> {
+    pub(super) fn check_l1(&self) -> Result<()> {
         let end = self.header.l1_entries_for(self.size);
         let mut at = 0;
         while at < end {

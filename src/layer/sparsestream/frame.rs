@@ -14,9 +14,9 @@ use crate::error::{Error, Kind, Result};
 use crate::storage::{ReadAt, Section};
 
 /// Length of a frame's header.
-pub const HEADER: u64 = 40;
+pub(super) const HEADER: u64 = 40;
 /// CR LF, which ends a frame that carries something.
-pub const TERM: u64 = 2;
+pub(super) const TERM: u64 = 2;
 /// Metadata is a few hundred bytes.
 const MAX_META: u64 = 1 << 20;
 /// About ten bytes for each data frame: enough for one of 20 TB in pieces of 4 MiB, and bounded.
@@ -26,7 +26,7 @@ const MAX_DISK: u64 = i64::MAX as u64;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kinds {
+pub(super) enum Kinds {
     /// The metadata, first in the file.
     Meta,
     /// Bytes of the guest.
@@ -41,7 +41,7 @@ pub enum Kinds {
 
 /// A frame's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Frame {
+pub(super) struct Frame {
     /// What it is.
     pub kind: Kinds,
     /// First guest byte.
@@ -52,7 +52,7 @@ pub struct Frame {
 
 impl Frame {
     /// Parses a header.
-    pub fn parse(bytes: &[u8; HEADER as usize]) -> Option<Frame> {
+    pub(super) fn parse(bytes: &[u8; HEADER as usize]) -> Option<Frame> {
         let kind = match &bytes[..4] {
             b"meta" => Kinds::Meta,
             b"data" => Kinds::Data,
@@ -70,7 +70,7 @@ impl Frame {
     ///
     /// # Errors
     /// `Truncated`, `Corrupt` or `Io`; without the file's name.
-    pub fn read(storage: &dyn ReadAt, at: u64) -> Result<Frame> {
+    pub(super) fn read(storage: &dyn ReadAt, at: u64) -> Result<Frame> {
         if storage.len().saturating_sub(at) < HEADER {
             return Err(cut(at, "the stream ends without its last frame"));
         }
@@ -132,7 +132,7 @@ struct RawMeta {
 ///
 /// # Errors
 /// `Truncated`, `Corrupt`, `Unsupported` or `Io`; without the file's name.
-pub fn read_meta(storage: &dyn ReadAt) -> Result<(Meta, u64)> {
+pub(super) fn read_meta(storage: &dyn ReadAt) -> Result<(Meta, u64)> {
     let frame = Frame::read(storage, 0)?;
     if frame.kind != Kinds::Meta || frame.start != 0 {
         return Err(corrupt(0, "the stream does not begin with its metadata"));
@@ -170,7 +170,7 @@ pub fn read_meta(storage: &dyn ReadAt) -> Result<(Meta, u64)> {
 ///
 /// # Errors
 /// `Truncated` if it does not.
-pub fn check_end(storage: &dyn ReadAt, meta: &Meta) -> Result<()> {
+pub(super) fn check_end(storage: &dyn ReadAt, meta: &Meta) -> Result<()> {
     let at = storage.len().saturating_sub(HEADER);
     let last = if meta.compressed { Kinds::Comp } else { Kinds::Stop };
     match Frame::read(storage, at) {
@@ -184,7 +184,7 @@ pub fn check_end(storage: &dyn ReadAt, meta: &Meta) -> Result<()> {
 /// frame or several one after another. Four bytes for each lz4 frame, and eight for each stretch of
 /// data frames that have equally many.
 #[derive(Debug, Default)]
-pub struct Sizes {
+pub(super) struct Sizes {
     sizes: Vec<u32>,
     /// How many sizes each of so many data frames has.
     runs: Vec<(u32, u32)>,
@@ -197,7 +197,7 @@ pub struct Sizes {
 
 impl Sizes {
     /// The places of the next data frame's sizes.
-    pub fn next(&mut self) -> Option<Range<usize>> {
+    pub(super) fn next(&mut self) -> Option<Range<usize>> {
         while self.left == 0 {
             self.left = self.runs.get(self.run)?.1;
             self.run += 1;
@@ -209,7 +209,7 @@ impl Sizes {
     }
 
     /// The size at one of those places.
-    pub fn size(&self, place: usize) -> u32 {
+    pub(super) fn size(&self, place: usize) -> u32 {
         self.sizes[place]
     }
 
@@ -317,7 +317,7 @@ impl<'de> Visitor<'de> for Chunks<'_> {
 ///
 /// # Errors
 /// `Truncated`, `Corrupt` or `Io`; without the file's name.
-pub fn read_trailer(storage: &dyn ReadAt) -> Result<(Sizes, u64)> {
+pub(super) fn read_trailer(storage: &dyn ReadAt) -> Result<(Sizes, u64)> {
     let at = storage.len().saturating_sub(HEADER);
     let frame = Frame::read(storage, at)?;
     let text_at = at.checked_sub(TERM).and_then(|end| end.checked_sub(frame.len));
@@ -353,21 +353,21 @@ fn read_text(storage: &dyn ReadAt, at: u64, len: u64, limit: u64) -> Result<Vec<
 ///
 /// # Errors
 /// Something else is there.
-pub fn expect_term(storage: &dyn ReadAt, at: u64) -> Result<()> {
+pub(super) fn expect_term(storage: &dyn ReadAt, at: u64) -> Result<()> {
     let mut term = [0; TERM as usize];
     storage.read_exact_at(&mut term, at)?;
     if term == *b"\r\n" { Ok(()) } else { Err(corrupt(at, "a frame does not end where it should")) }
 }
 
 /// Something contradicts the format at `at`.
-pub fn corrupt(at: u64, what: impl Into<String>) -> Error {
+pub(super) fn corrupt(at: u64, what: impl Into<String>) -> Error {
     Error::new(Kind::Corrupt, what)
         .at_offset(at)
         .remedy("restore this file from another copy of the backup")
 }
 
 /// The stream ends too early.
-pub fn cut(at: u64, what: impl Into<String>) -> Error {
+pub(super) fn cut(at: u64, what: impl Into<String>) -> Error {
     Error::new(Kind::Truncated, what)
         .at_offset(at)
         .remedy("restore this file from another copy of the backup")

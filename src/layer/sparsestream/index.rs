@@ -16,15 +16,15 @@ use crate::error::{Error, Kind, Result};
 use crate::storage::{ReadAt, Section};
 
 /// The most that is decompressed at once. The writer's frames hold at most 32 MiB.
-pub const MAX_UNIT: u64 = 64 << 20;
+pub(super) const MAX_UNIT: u64 = 64 << 20;
 
 /// The most ranges that are kept of a stream that ends too early: 64 MiB of them. Of a whole one the
 /// list of sizes is bounded; a cut one would say by itself how many there are.
-pub const MAX_PIECES: usize = (64 << 20) / size_of::<Piece>();
+pub(super) const MAX_PIECES: usize = (64 << 20) / size_of::<Piece>();
 
 /// One range that a stream mentions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
+pub(super) struct Piece {
     /// First guest byte.
     pub start: u64,
     /// Guest bytes.
@@ -37,7 +37,7 @@ pub struct Piece {
 
 /// How a piece is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum How {
+pub(super) enum How {
     /// Not at all: it is zeros.
     Zero,
     /// As it is.
@@ -48,13 +48,13 @@ pub enum How {
 
 impl Piece {
     /// One past the last guest byte; `read` has checked that it does not overflow.
-    pub fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.start + self.len
     }
 }
 
 /// What a stream mentions.
-pub struct Found {
+pub(super) struct Found {
     /// Ascending, without overlap.
     pub pieces: Vec<Piece>,
     /// Where the stream ends too early: from this guest offset on nothing is known.
@@ -63,7 +63,7 @@ pub struct Found {
 
 /// A stream that ends too early.
 #[derive(Debug, Clone, Copy)]
-pub struct Cut {
+pub(super) struct Cut {
     /// The first guest byte that it would still have mentioned.
     pub from: u64,
     /// Where in the file something is missing.
@@ -72,7 +72,7 @@ pub struct Cut {
 
 impl Cut {
     /// The reason, without the file's name.
-    pub fn error(&self) -> Error {
+    pub(super) fn error(&self) -> Error {
         cut(self.at, "the stream ends too early: what it had from here on is lost")
     }
 }
@@ -81,7 +81,7 @@ impl Cut {
 ///
 /// # Errors
 /// The stream breaks a rule, or cannot be read; without the file's name.
-pub fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Found> {
+pub(super) fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Found> {
     read_at_most(storage, meta, at, MAX_PIECES)
 }
 

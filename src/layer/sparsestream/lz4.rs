@@ -172,7 +172,7 @@ impl Blocks<'_> {
 }
 
 /// One unit of a stream, to be decompressed piece by piece.
-pub struct Frame<'a> {
+pub(super) struct Frame<'a> {
     blocks: Blocks<'a>,
 }
 
@@ -181,7 +181,7 @@ impl<'a> Frame<'a> {
     ///
     /// # Errors
     /// `Corrupt`, `Truncated` or `Io`, without the file's name.
-    pub fn open(storage: &'a dyn ReadAt, unit: Unit) -> Result<Self> {
+    pub(super) fn open(storage: &'a dyn ReadAt, unit: Unit) -> Result<Self> {
         let info = Info::read(storage, unit)?;
         let at = unit.host.saturating_add(info.len);
         let blocks = Blocks { storage, unit, info, at, packed: Vec::new(), window: Vec::new() };
@@ -190,12 +190,12 @@ impl<'a> Frame<'a> {
 
     /// Bytes that decompressing takes at a time, beside the pieces that are kept: a block as it is stored
     /// and as it was, one piece, and what blocks refer to.
-    pub fn room(&self) -> u64 {
+    pub(super) fn room(&self) -> u64 {
         2 * self.blocks.info.block_max as u64 + 2 * u64::from(PIECE)
     }
 
     /// Whether there is a checksum of the whole.
-    pub fn has_content_sum(&self) -> bool {
+    pub(super) fn has_content_sum(&self) -> bool {
         self.blocks.info.content_sum
     }
 
@@ -203,7 +203,7 @@ impl<'a> Frame<'a> {
     ///
     /// # Errors
     /// As [`Frame::open`].
-    pub fn verify(mut self) -> Result<()> {
+    pub(super) fn verify(mut self) -> Result<()> {
         let mut hash = XxHash32::with_seed(0);
         let (mut left, mut block) = (u64::from(self.blocks.unit.size), Vec::new());
         while left > 0 && self.blocks.next(&mut block)? {
@@ -219,7 +219,7 @@ impl<'a> Frame<'a> {
     ///
     /// # Errors
     /// As [`Frame::open`], and what `keep` says.
-    pub fn pieces(
+    pub(super) fn pieces(
         mut self,
         after: Option<(u32, &Piece)>,
         last: u32,

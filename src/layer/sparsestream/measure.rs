@@ -5,13 +5,13 @@ use crate::error::{Kind, Result};
 use crate::storage::ReadAt;
 
 /// "lz4 frame" in little-endian.
-pub const MAGIC: [u8; 4] = 0x184d_2204u32.to_le_bytes();
+pub(super) const MAGIC: [u8; 4] = 0x184d_2204u32.to_le_bytes();
 /// Bits of a frame's descriptor: a dictionary's number, a checksum of the content, the content's
 /// size, and checksums of blocks follow.
 const HAS_DICTIONARY: u8 = 1;
 const HAS_CHECKSUM: u8 = 1 << 2;
 /// See [`HAS_DICTIONARY`].
-pub const HAS_SIZE: u8 = 1 << 3;
+pub(super) const HAS_SIZE: u8 = 1 << 3;
 const HAS_BLOCK_CHECKSUMS: u8 = 1 << 4;
 /// A block's size has this bit where it is not compressed.
 const PLAIN_BLOCK: u32 = 1 << 31;
@@ -19,7 +19,7 @@ const PLAIN_BLOCK: u32 = 1 << 31;
 const MAX_BLOCK: u32 = 4 << 20;
 
 /// An lz4 frame.
-pub struct Measured {
+pub(super) struct Measured {
     /// Bytes that it takes.
     pub len: u64,
     /// Bytes that it holds, if it says so.
@@ -30,7 +30,7 @@ pub struct Measured {
 ///
 /// # Errors
 /// `Truncated` if the file ends in it, `Corrupt` if there is none; without the file's name.
-pub fn measure(storage: &dyn ReadAt, host: u64) -> Result<Measured> {
+pub(super) fn measure(storage: &dyn ReadAt, host: u64) -> Result<Measured> {
     let head: [u8; 6] = bytes(storage, host)?;
     let Some(flags) = head.strip_prefix(&MAGIC).and_then(|rest| rest.first()).copied() else {
         return Err(corrupt(host, "there is no lz4 frame where one has to be"));

@@ -75,11 +75,6 @@ impl StreamLayer {
         Ok(StreamLayer { storage, meta, pieces, cut, verified: Mutex::default() })
     }
 
-    /// What the stream says about itself.
-    pub fn meta(&self) -> &Meta {
-        &self.meta
-    }
-
     /// What a range that is not mentioned means.
     fn between(&self) -> Mapping {
         if self.meta.incremental { Mapping::Below } else { Mapping::Zero }

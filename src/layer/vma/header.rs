@@ -10,14 +10,14 @@ use md5::{Digest, Md5};
 use crate::error::{Error, Kind, Result};
 
 /// Guest bytes per cluster.
-pub const CLUSTER: u64 = 64 << 10;
+pub(super) const CLUSTER: u64 = 64 << 10;
 /// Guest bytes per block: what a bit of a cluster's mask stands for.
-pub const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 
 /// "VMA\0".
-pub const MAGIC: [u8; 4] = *b"VMA\0";
+pub(super) const MAGIC: [u8; 4] = *b"VMA\0";
 /// Length of the part of the header that every archive has.
-pub const FIXED: usize = 12288;
+pub(super) const FIXED: usize = 12288;
 /// 256 names and blobs of each kind, 64 KiB each, stay below this.
 const MAX_HEADER: u32 = 64 << 20;
 /// Cluster numbers have 32 bits, clusters 64 KiB.
@@ -189,7 +189,7 @@ fn info_at(id: u8) -> usize {
 
 /// Checks the MD5 sum at `at` of a block that begins at `offset` of the archive; the sum counts as
 /// zeros, and is overwritten with them.
-pub fn check_sum(block: &mut [u8], at: usize, offset: u64) -> Result<()> {
+pub(super) fn check_sum(block: &mut [u8], at: usize, offset: u64) -> Result<()> {
     let stored: [u8; 16] = array(block, at);
     block[at..at + 16].fill(0);
     if Md5::digest(&*block)[..] == stored {
@@ -210,21 +210,21 @@ fn reading(e: std::io::Error) -> Error {
 }
 
 /// Something contradicts the format at `at`.
-pub fn corrupt(at: u64, what: impl Into<String>) -> Error {
+pub(super) fn corrupt(at: u64, what: impl Into<String>) -> Error {
     Error::new(Kind::Corrupt, what)
         .at_offset(at)
         .remedy("restore this archive from another copy of the backup")
 }
 
 /// The archive ends too early.
-pub fn cut(at: u64, what: impl Into<String>) -> Error {
+pub(super) fn cut(at: u64, what: impl Into<String>) -> Error {
     Error::new(Kind::Truncated, what)
         .at_offset(at)
         .remedy("restore this archive from another copy of the backup")
 }
 
 /// `N` bytes at `at`, which the caller knows to be there.
-pub fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut out = [0; N];
     out.copy_from_slice(&bytes[at..at + N]);
     out

@@ -27,7 +27,7 @@ const SLOTS: usize = 59;
 const CUT_IN_HEADER: &str = "the archive ends inside an extent's header";
 
 /// One checked extent header.
-pub struct Extent {
+pub(super) struct Extent {
     /// Where its data begins in the archive.
     data: u64,
     blocks: u16,
@@ -53,7 +53,7 @@ impl Slot {
 
 impl Extent {
     /// Reads and checks the extent header at `at`.
-    pub fn read(storage: &dyn ReadAt, header: &Header, at: u64) -> Result<Extent> {
+    pub(super) fn read(storage: &dyn ReadAt, header: &Header, at: u64) -> Result<Extent> {
         if storage.len().saturating_sub(at) < EXTENT_HEADER {
             return Err(cut(at, CUT_IN_HEADER));
         }
@@ -105,7 +105,7 @@ impl Run {
 }
 
 /// The places of all clusters.
-pub struct Index {
+pub(super) struct Index {
     /// Where each extent's header is.
     extents: Vec<u64>,
     /// For each device, in the header's order, its runs, ascending.
@@ -119,7 +119,7 @@ impl Index {
     ///
     /// # Errors
     /// The archive breaks a rule of the format, or cannot be read; without the file's name.
-    pub fn build(storage: &dyn ReadAt, header: &Header) -> Result<Index> {
+    pub(super) fn build(storage: &dyn ReadAt, header: &Header) -> Result<Index> {
         let runs = vec![Vec::new(); header.devices.len()];
         let mut index = Index { extents: Vec::new(), runs, cut: None };
         let mut used = vec![0; header.devices.len()];
@@ -191,12 +191,12 @@ impl Index {
     }
 
     /// Why there are clusters that are not there, if there are.
-    pub fn cut(&self) -> Option<Error> {
+    pub(super) fn cut(&self) -> Option<Error> {
         self.cut.map(|(at, what)| cut(at, what))
     }
 
     /// Whether any cluster is there of the device at `position` in the header.
-    pub fn has_any(&self, position: usize) -> bool {
+    pub(super) fn has_any(&self, position: usize) -> bool {
         !self.runs[position].is_empty()
     }
 
@@ -204,7 +204,7 @@ impl Index {
     ///
     /// # Errors
     /// An extent header cannot be read any more; what was appended so far stays.
-    pub fn map(
+    pub(super) fn map(
         &self,
         storage: &dyn ReadAt,
         header: &Header,

@@ -17,7 +17,7 @@ struct Block<'a> {
 ///
 /// # Errors
 /// A text that says why the block is not what it should be.
-pub fn decompress(input: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
+pub(super) fn decompress(input: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
     let mut block = Block { input, at: 0, out, done: 0 };
     let mut state = 0;
     // The first byte may be a run of literals in a shorter form.

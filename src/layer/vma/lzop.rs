@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use super::lzo1x;
 
 /// The nine bytes that begin every lzop file.
-pub const MAGIC: [u8; 9] = *b"\x89LZO\0\r\n\x1a\n";
+pub(super) const MAGIC: [u8; 9] = *b"\x89LZO\0\r\n\x1a\n";
 /// lzop writes blocks of 256 KiB; nothing larger than this is taken from a file.
 const MAX_BLOCK: usize = 64 << 20;
 /// lzop itself never writes an extra field; no more than this is read into memory.
@@ -21,7 +21,7 @@ const FILTER: u32 = 0x800;
 const HEADER_CRC32: u32 = 0x1000;
 
 /// Decompresses an lzop file.
-pub struct LzopReader<R> {
+pub(super) struct LzopReader<R> {
     from: R,
     flags: u32,
     packed: Vec<u8>,
@@ -35,7 +35,7 @@ impl<R: Read> LzopReader<R> {
     ///
     /// # Errors
     /// The header is damaged or cut, or asks for something that is not known.
-    pub fn new(mut from: R) -> io::Result<Self> {
+    pub(super) fn new(mut from: R) -> io::Result<Self> {
         let flags = read_header(&mut from)?;
         let (packed, block) = (Vec::new(), Vec::new());
         Ok(LzopReader { from, flags, packed, block, given: 0, ended: false })

@@ -75,7 +75,7 @@ impl Packing {
 ///
 /// # Errors
 /// The container's header is damaged.
-pub fn reader<'a>(storage: &'a dyn ReadAt) -> Result<Box<dyn Read + 'a>> {
+pub(super) fn reader<'a>(storage: &'a dyn ReadAt) -> Result<Box<dyn Read + 'a>> {
     let packing = Packing::of(storage)?;
     packing.reader(storage).map_err(|e| unpacking(e, storage))
 }
@@ -84,7 +84,7 @@ pub fn reader<'a>(storage: &'a dyn ReadAt) -> Result<Box<dyn Read + 'a>> {
 ///
 /// # Errors
 /// The container is damaged or cut; `NoSpace` where the copy does not fit.
-pub fn plain(storage: Arc<dyn ReadAt>) -> Result<Arc<dyn ReadAt>> {
+pub(super) fn plain(storage: Arc<dyn ReadAt>) -> Result<Arc<dyn ReadAt>> {
     let packing = Packing::of(&*storage)?;
     if packing == Packing::Plain {
         return Ok(storage);

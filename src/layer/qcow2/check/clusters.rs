@@ -9,13 +9,13 @@ const PAGE_WORDS: u64 = 512;
 
 /// A set of cluster numbers.
 #[derive(Debug, Default)]
-pub struct ClusterSet {
+pub(crate) struct ClusterSet {
     pages: HashMap<u64, Box<[u64; PAGE_WORDS as usize]>>,
 }
 
 impl ClusterSet {
     /// Adds a cluster; false if it was in already.
-    pub fn insert(&mut self, cluster: u64) -> bool {
+    pub(crate) fn insert(&mut self, cluster: u64) -> bool {
         let (page, word, bit) = place(cluster);
         let page = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_WORDS as usize]));
         let new = page[word] & bit == 0;
@@ -24,25 +24,25 @@ impl ClusterSet {
     }
 
     /// Whether a cluster is in.
-    pub fn contains(&self, cluster: u64) -> bool {
+    pub(crate) fn contains(&self, cluster: u64) -> bool {
         let (page, word, bit) = place(cluster);
         self.pages.get(&page).is_some_and(|p| p[word] & bit != 0)
     }
 
     /// The 64 clusters from `first`, a multiple of 64, as one word, lowest bit first.
-    pub fn word(&self, first: u64) -> u64 {
+    pub(crate) fn word(&self, first: u64) -> u64 {
         let (page, word, _) = place(first);
         self.pages.get(&page).map_or(0, |p| p[word])
     }
 
     /// Bytes that it takes, about.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         // A page, and its place in the map.
         (self.pages.len() as u64).saturating_mul(PAGE_WORDS * 8 + 64)
     }
 
     /// The parts of the number space that may hold members, in no order.
-    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         let page = PAGE_WORDS * 64;
         self.pages.keys().map(move |p| p.saturating_mul(page)..(p + 1).saturating_mul(page))
     }

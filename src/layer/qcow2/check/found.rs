@@ -24,12 +24,12 @@ pub(super) struct Used {
 
 impl Used {
     /// The use of 64 clusters from `first` on.
-    pub fn word(&self, first: u64) -> u64 {
+    pub(super) fn word(&self, first: u64) -> u64 {
         [&self.meta, &self.l2, &self.data, &self.packed].iter().fold(0, |w, s| w | s.word(first))
     }
 
     /// Of these, the ones whose refcount must be exactly 1 if there are no snapshots.
-    pub fn word_once(&self, first: u64) -> u64 {
+    pub(super) fn word_once(&self, first: u64) -> u64 {
         self.word(first) & !self.packed.word(first)
     }
 }
