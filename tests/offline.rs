@@ -391,7 +391,7 @@ fn a_backing_file_that_was_changed_makes_a_full() {
         "qemu-img",
         &["rebase", "-q", "-u", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)],
     );
-    take("FULL", "does not say what the disk's backing file was");
+    take("FULL", "has a backing file and had none at INC-");
     take("INC", "");
     verified(&caller.target);
 }

@@ -421,8 +421,9 @@ pub fn settle_disk(
 /// What a disk has outside its target: its new bitmap and its fleece image.
 fn drop_traces(client: Option<&mut Client>, d: &DiskRecord) -> Result<()> {
     if let (Some(client), Some(name)) = (client, &d.bitmap) {
-        bitmap::remove_everywhere(client, name)?;
-        bitmap::remove_everywhere(client, &names::floor(name))?;
+        for name in names::with_beside(name) {
+            bitmap::remove_everywhere(client, &name)?;
+        }
     }
     remove_fleece(d)
 }

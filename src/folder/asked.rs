@@ -60,6 +60,18 @@ pub fn mount_number(path: &Path) -> io::Result<String> {
     number.map(|n| n.trim().to_string()).ok_or_else(|| Errno::NOENT.into())
 }
 
+/// `FUSE_SUPER_MAGIC` of linux/magic.h.
+const FUSE: rustix::fs::FsWord = 0x6573_5546;
+
+/// Whether what `path` leads to is on a FUSE file system: what is told of files there, their times too, is
+/// what its server says. Asks that server.
+///
+/// # Errors
+/// What the operating system said.
+pub fn is_on_fuse(path: &Path) -> io::Result<bool> {
+    Ok(rustix::fs::statfs(path)?.f_type == FUSE)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
