@@ -323,7 +323,8 @@ pub fn stopped(mut command: Command, step: &str, err: &Path) -> Child {
         stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
     };
     while !stopped() {
-        assert!(child.try_wait().unwrap().is_none(), "it does not come so far");
+        let said = || std::fs::read_to_string(err).unwrap_or_default();
+        assert!(child.try_wait().unwrap().is_none(), "it does not come so far: {}", said());
         std::thread::sleep(Duration::from_millis(1));
     }
     child
