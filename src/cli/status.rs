@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::backup::StateArgs;
 use super::{output, paths};
 use crate::backup::control::{self, Status};
-use crate::backup::{journal, offline};
+use crate::backup::{journal, offline, reach};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::qmp::Address;
@@ -39,10 +39,18 @@ impl RunArgs {
     /// `Usage` if that is no address; a path that cannot be followed.
     pub fn vm(&self, state: &Path) -> Result<Address> {
         match (&self.target, &self.qmp) {
-            (Some(target), _) => offline::address(state, &paths::to_make(target)?),
+            (Some(target), _) => {
+                reach::check_answers(target)?;
+                offline::address(state, &paths::to_make(target)?)
+            }
             (None, Some(qmp)) => Address::parse(qmp),
             (None, None) => Err(Error::new(Kind::Usage, "neither --qmp nor --target is given")),
         }
+    }
+
+    /// The backup directory, if it is named.
+    pub fn target(&self) -> Option<&Path> {
+        self.target.as_deref()
     }
 
     /// Whether it is about a VM that is shut off.
@@ -80,6 +88,18 @@ pub struct StatusArgs {
 
     #[command(flatten)]
     state: StateArgs,
+}
+
+impl StatusArgs {
+    /// The backup directory, if it is named.
+    pub fn target(&self) -> Option<&Path> {
+        self.of.target()
+    }
+
+    /// Where the state is.
+    pub fn state(&mut self) -> &mut StateArgs {
+        &mut self.state
+    }
 }
 
 /// A run that did not end in order.
@@ -133,9 +153,10 @@ fn due(left: &Unfinished, args: &StatusArgs) -> String {
         (Some(target), _) => format!("--target {}", path_text(target)),
         (None, qmp) => format!("--qmp {}", path_text(&qmp.clone().unwrap_or_default())),
     };
+    let owner = if args.state.is_owners() { "--as-owner " } else { "" };
     let state = args.state.given().map(|d| format!(" --state-dir {}", path_text(d)));
     text += &format!(
-        ": 'fleecefs recover {of}{}' finishes what it left (the next backup does so, too)\n",
+        ": 'fleecefs {owner}recover {of}{}' finishes what it left (the next backup does so, too)\n",
         state.unwrap_or_default()
     );
     text
