@@ -65,6 +65,9 @@ impl Run<'_> {
     /// Fails if what the disk lies on was written to since the run began: the frozen view reads it, and is no
     /// view of one time then.
     fn check_below(&self, d: &Active) -> Result<()> {
+        if !d.plan.disk.backing.iter().any(BackingFile::is_known) {
+            return Ok(());
+        }
         let pid = self.client.process().as_deref().and_then(peer::pid);
         let view = View::of(pid, self.options.offline.is_some());
         let Some(file) = seen::changed(&view, &d.plan.disk.backing) else { return Ok(()) };
