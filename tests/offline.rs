@@ -188,19 +188,11 @@ fn the_daemon_has_few_rights() {
     let d = tempfile::tempdir().unwrap();
     let file = image(&d.path().join("vm/data.qcow2"));
     let caller = caller(d.path());
-    let mut child = command(&caller, "full", &[s(&file)], &[])
-        .env("FLEECEFS_HANG_AT", "files created")
-        .spawn()
-        .unwrap();
-    let end = Instant::now() + Duration::from_secs(60);
-    let status = loop {
-        let found = processes(s(&caller.state));
-        if let [one] = found.as_slice() {
-            break std::fs::read_to_string(one.join("status")).unwrap();
-        }
-        assert!(Instant::now() < end, "no daemon: {found:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    };
+    let full = command(&caller, "full", &[s(&file)], &[]);
+    let mut child = backup::stopped(full, "files created", &d.path().join("stderr"));
+    let daemons = processes(s(&caller.state));
+    let [daemon] = daemons.as_slice() else { panic!("{daemons:?}") };
+    let status = std::fs::read_to_string(daemon.join("status")).unwrap();
     let has =
         |key: &str| status.lines().find_map(|l| l.strip_prefix(key)).unwrap().trim().to_string();
     assert_eq!(has("NoNewPrivs:"), "1");
@@ -391,7 +383,7 @@ fn a_backing_file_that_was_changed_makes_a_full() {
         "qemu-img",
         &["rebase", "-q", "-u", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)],
     );
-    take("FULL", "does not say what the disk's backing file was");
+    take("FULL", "has a backing file and had none at INC-");
     take("INC", "");
     verified(&caller.target);
 }
@@ -460,17 +452,8 @@ fn a_raw_image_in_use_is_refused_before_anything_is_made() {
     user.wait().unwrap();
     must(&caller, "auto", &file);
     // While it is backed up no other writes to it.
-    let mut child = command(&caller, "full", &[s(&file)], &[])
-        .env("FLEECEFS_HANG_AT", "files created")
-        .spawn()
-        .unwrap();
-    let end = Instant::now() + Duration::from_secs(60);
-    let folder = caller.target.join("data.raw");
-    let began =
-        || std::fs::read_dir(&folder).unwrap().any(|e| s(&e.unwrap().path()).ends_with(".partial"));
-    while !began() && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let full = command(&caller, "full", &[s(&file)], &[]);
+    let mut child = backup::stopped(full, "files created", &d.path().join("stderr"));
     let mut vm = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-qmp", "stdio", "-device", "virtio-blk-pci,drive=n", "-blockdev"])
@@ -542,6 +525,8 @@ fn a_run_is_shown_ended_and_recovered_by_its_target() {
     // So it is by the VM's own recovery, whether it runs or not.
     for runs in [false, true] {
         kill(inc(), &caller.target);
+        // Until then it has the image open.
+        wait_for_no_daemon(&caller);
         let vm = runs.then(|| Vm::start(d.path(), &file, &UUID));
         let said = says(&caller, &["recover", "--qmp", s(&caller.qmp)]);
         assert_eq!(partials(&caller.target), 0, "{said}");

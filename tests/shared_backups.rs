@@ -110,6 +110,25 @@ fn what_is_made_has_the_mode_and_group_that_were_asked_for() {
     assert_eq!(code(&plain.with(&["--group", &group]), "full").0, Some(2));
 }
 
+/// What was given for a run that made no point is not kept.
+#[test]
+fn a_failed_run_changes_nothing_for_the_next() {
+    if !have("a_failed_run_changes_nothing_for_the_next", TOOLS) {
+        return;
+    }
+    let d = daemon(&[]);
+    let plain = Caller::of(&d);
+    let open = plain.with(&["--mode", "0644"]);
+    let (exit, said) = code(&open, "inc");
+    assert_eq!(exit, Some(12), "{said}");
+    plain.must("full");
+    let mode = |image: &Path| std::fs::metadata(image).unwrap().mode() & 0o7777;
+    assert_eq!(mode(&newest(&plain.target, "a.img")), 0o600);
+    open.must("inc");
+    plain.must("inc");
+    assert_eq!(mode(&newest(&plain.target, "a.img")), 0o644);
+}
+
 /// The line that contrib/doc/security.md gives.
 #[test]
 fn those_who_pull_leave_out_the_lock_files() {

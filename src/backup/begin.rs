@@ -27,6 +27,7 @@ use crate::text::path_text;
 /// As [`Answers::ask`] and [`vm::describe`].
 pub(super) fn look(options: &Options, client: &mut Client) -> Result<(Seen, Arc<Value>)> {
     let mut answers = Answers::ask(client)?;
+    answers.ours = options.offline.is_some();
     if options.offline.is_some() && options.dry_run {
         // We opened them so, lest anything is changed.
         answers.nodes.iter_mut().for_each(|n| n.ro = false);
@@ -259,7 +260,7 @@ impl Run<'_> {
             blake3: None,
             fingerprint: None,
             vm: vm.clone(),
-            backing: p.disk.backing.clone(),
+            backing: Some(p.disk.backing.clone()),
             config_files: Vec::new(),
             skipped: plan.skipped.clone(),
             failed: plan.refused.iter().map(|(d, e)| failure(d, e)).collect(),

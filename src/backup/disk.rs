@@ -11,15 +11,17 @@ use super::journal::Record;
 use super::names::{Role, object, work_bitmap};
 use super::nbdserver::{self, Use};
 use super::publish::{self, Hashing};
+use super::seen::View;
 use super::session::{Active, Run, State, Syncing};
 use super::space::Space;
 use super::teardown::{Scope, detach, take_back};
-use super::{bitmap, fleece, leftover, space, vm, zeros};
-use crate::chain::manifest::Skipped;
+use super::{bitmap, fleece, leftover, names, seen, space, vm, zeros};
+use crate::chain::manifest::{BackingFile, Skipped};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::{self, step};
 use crate::folder;
 use crate::qmp::budget::short;
+use crate::qmp::peer;
 use crate::qmp::types::Job;
 use crate::units::human_bytes;
 
@@ -36,7 +38,10 @@ impl Run<'_> {
         step("files created");
         self.hand_over(d)?;
         match &d.plan.new_bitmap {
-            Some(_) => self.add_bitmap(d)?,
+            Some(_) => {
+                self.add_bitmap(d)?;
+                self.add_open_mark(d)?;
+            }
             None => {
                 let name = object(&self.run, Role::Hold, d.index);
                 bitmap::hold(&mut self.client, &d.plan.disk.node, &name)?;
@@ -44,6 +49,33 @@ impl Run<'_> {
         }
         let timeout = self.options.copy.cbw_timeout;
         fleece::add_filter(&mut self.client, &self.run, d.index, &d.plan.disk.top, timeout)
+    }
+
+    /// What tells the next INC whether QEMU has had the disk open all the time, where nothing else tells that
+    /// what it lies on is as it was.
+    fn add_open_mark(&mut self, d: &Active) -> Result<()> {
+        let Some(b) = d.plan.new_bitmap.as_ref().filter(|b| b.persistent) else { return Ok(()) };
+        match d.plan.disk.backing.iter().all(BackingFile::is_known) {
+            true => Ok(()),
+            false => bitmap::hold(&mut self.client, &b.node, &names::open(&b.name)),
+        }
+    }
+
+    /// Fails if what the disk lies on was written to since the run began: the frozen view reads it, and is no
+    /// view of one time then.
+    fn check_below(&self, d: &Active) -> Result<()> {
+        if !d.plan.disk.backing.iter().any(BackingFile::is_known) {
+            return Ok(());
+        }
+        let pid = self.client.process().as_deref().and_then(peer::pid);
+        let view = View::of(pid, self.options.offline.is_some());
+        let Some(file) = seen::changed(&view, &d.plan.disk.backing) else { return Ok(()) };
+        Err(Error::new(
+            Kind::Changed,
+            "the backing file was written to while the disk was backed up",
+        )
+        .at_path(&file.file)
+        .remedy("nobody may write to it while a disk lies on it; back up again, to a FULL"))
     }
 
     /// Where the fleece image goes; if it needs no name, it is there already.
@@ -292,6 +324,7 @@ impl Run<'_> {
     /// then synced beside the run, since that may take minutes on a slow disk.
     pub(super) fn detach(&mut self, d: &mut Active, job: &Job) -> Result<()> {
         self.check_migration()?;
+        self.check_below(d)?;
         self.disk_status(d.index, |s| s.state = "syncing".into());
         d.manifest.bytes_copied = d.copied(job);
         d.manifest.duration_ms = u64::try_from(d.began.elapsed().as_millis()).unwrap_or(u64::MAX);

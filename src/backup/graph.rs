@@ -113,6 +113,11 @@ pub fn is_refused(driver: &str) -> bool {
     REFUSED.contains(&driver)
 }
 
+/// Whether a node of this driver passes requests through to one child.
+pub fn is_filter(driver: &str) -> bool {
+    FILTERS.contains(&driver) || JOB_FILTERS.contains(&driver)
+}
+
 /// Whether a node of this driver belongs to a job.
 pub fn is_of_job(driver: &str) -> bool {
     JOB_FILTERS.contains(&driver)

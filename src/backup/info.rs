@@ -82,6 +82,9 @@ fn owner(name: &str) -> String {
         Some(b) if names::is_floor(name) => {
             format!("fleecefs target {}, to tell if the disk was smaller", b.target)
         }
+        Some(b) if names::is_open(name) => {
+            format!("fleecefs target {}, to tell if QEMU closed the disk", b.target)
+        }
         Some(b) => format!("fleecefs target {}", b.target),
         None if names::parse_object(name).is_some() => {
             "fleecefs, for the time of a run".to_string()

@@ -6,13 +6,15 @@
 //! keeps a recording bitmap of its own (for DIFFs), so that where all INCs are gone, an INC on the
 //! FULL holds everything since then and is as right as a DIFF.
 
+use serde_json::Value;
+
 use super::folders::other_vm;
 use super::history::{History, no_base};
 use super::planned::{DiskPlan, Inputs};
 use super::seen::SeenDisk;
 use super::{Every, LevelWish, Options, names, watermark};
 use crate::chain::Level;
-use crate::chain::manifest::{BackingFile, BitmapInfo, Manifest};
+use crate::chain::manifest::{BitmapInfo, Compared, Manifest, OFFLINE};
 use crate::error::Result;
 use crate::text::path_text;
 
@@ -43,7 +45,7 @@ pub fn choose(
     let base = match keeps_none(options, &plan.disk).filter(|_| !history.entries.is_empty()) {
         Some(why) => Err(why),
         None => usable_base(inputs, history, &plan.disk, diff)
-            .and_then(|base| check_backing(options, base, &plan.disk)),
+            .and_then(|base| check_backing(base, &plan.disk)),
     };
     match base {
         Ok((base, since)) => {
@@ -92,32 +94,57 @@ fn is_due(every: Every, base: &[Manifest], now: i64) -> bool {
 /// A point to build on and what is below it, root first, and the bitmap that says what changed since.
 type Base = (Vec<Manifest>, BitmapInfo);
 
-/// Fails if what the disk lies on is not what it was: no bitmap says so. A running QEMU keeps others from
-/// writing there, so with that one a point without a record is as good as it was.
-fn check_backing(options: &Options, base: Base, disk: &SeenDisk) -> Result<Base, String> {
+/// Fails unless what the disk lies on is known to be what it was: no bitmap says so.
+fn check_backing(base: Base, disk: &SeenDisk) -> Result<Base, String> {
     let Some(point) = base.0.last() else { return Ok(base) };
-    let image = &point.image;
-    match (&point.backing, &disk.backing) {
-        (Some(then), Some(now)) => {
-            let same = |(now, then): (&BackingFile, &BackingFile)| now.is_unchanged(then);
-            if let Some((now, _)) = now.iter().zip(then).find(|both| !same(*both)) {
-                let name = path_text(&now.file);
-                return Err(format!("the backing file {name} is not as it was at {image}"));
-            }
-            if now.len() != then.len() {
-                return Err(format!("the disk has other backing files than it had at {image}"));
-            }
+    let (now, image) = (&disk.backing, &point.image);
+    let Some(then) = &point.backing else {
+        return match now.is_empty() && had_none(point) {
+            true => Ok(base),
+            false => Err(format!("{image} does not say what the disk's backing file was then")),
+        };
+    };
+    match (then.is_empty(), now.is_empty()) {
+        (true, false) => {
+            return Err(format!("the disk has a backing file and had none at {image}"));
         }
-        _ if options.offline.is_none() => {}
-        (Some(_), None) => {
+        (false, true) => {
             return Err(format!("the disk has no longer the backing file that it had at {image}"));
         }
-        (None, _) if disk.has_backing => {
-            return Err(format!("{image} does not say what the disk's backing file was then"));
+        _ if now.len() != then.len() => {
+            return Err(format!("the disk has other backing files than it had at {image}"));
         }
-        (None, _) => {}
+        _ => {}
+    }
+    for (now, then) in now.iter().zip(then) {
+        let name = path_text(&now.file);
+        let told = now.is_known() && then.is_known();
+        if !told && !disk.is_open_since(&base.1.name) {
+            return Err(format!(
+                "nothing tells whether {name}, on which the disk lies, is as it was at {image}: it is no file \
+                 whose changes are seen here, and QEMU has opened the disk anew since"
+            ));
+        }
+        if now.compare(then) == Compared::Changed {
+            return Err(format!("the backing file {name} is not as it was at {image}"));
+        }
     }
     Ok(base)
+}
+
+/// Whether the disk of a point without a record is known to have had no backing file: QEMU said so of its
+/// device. (That of a VM that is shut off says what was so before.)
+fn had_none(point: &Manifest) -> bool {
+    let drives = point.vm.get("query-block").and_then(Value::as_array);
+    let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).map(str::to_string);
+    let is_it = |i: &&Value| text(i, "node-name").as_ref() == Some(&point.disk.node);
+    let drive = drives.into_iter().flatten().filter_map(|d| d.get("inserted")).find(is_it);
+    let has = |i: &Value| {
+        text(i, "backing_file").is_some()
+            || i.get("image").and_then(|i| i.get("backing-image")).is_some()
+            || i.get("backing_file_depth").and_then(Value::as_u64) != Some(0)
+    };
+    point.consistency.reason != OFFLINE && drive.is_some_and(|i| !has(i))
 }
 
 /// The chain to build on and the bitmap that says what changed since.
@@ -244,7 +271,7 @@ fn obsolete(inputs: &Inputs<'_>, plan: &DiskPlan) -> Vec<String> {
         return Vec::new();
     }
     let kept = plan.new_bitmap.iter().chain(&plan.diff_bitmap);
-    let keep: Vec<String> = kept.flat_map(|b| [b.name.clone(), names::floor(&b.name)]).collect();
+    let keep: Vec<String> = kept.flat_map(|b| names::with_beside(&b.name)).collect();
     let named = plan.disk.bitmaps.iter().filter_map(|b| b.name.clone());
     named.filter(|n| inputs.target.owns(n) && !keep.contains(n)).collect()
 }

@@ -6,7 +6,7 @@
 //! place, `moment` takes the one frozen moment under the eyes of `guardian`, `zeros` finds what a
 //! bitmap cannot know, `barrier` and `early` hash an image while it is written, `publish` makes a
 //! finished image a point; `beside` looks what other programs do (`neighbours`). `journal` and `recover` undo what a killed run left (`leftover`: which
-//! fleece images may go). `offline` runs all that on a daemon of ours. `lock` keeps two runs apart,
+//! fleece images may go, `reach`: targets that do not answer). `offline` runs all that on a daemon of ours. `lock` keeps two runs apart,
 //! `control` reaches a running one.
 //!
 //! Two rules carry everything: no bitmap is ever cleared, and every object we add to QEMU carries
@@ -43,6 +43,7 @@ pub mod plan;
 mod planned;
 mod proof;
 pub mod publish;
+pub mod reach;
 pub mod recover;
 pub mod report;
 pub mod run;

@@ -115,6 +115,24 @@ pub fn is_floor(name: &str) -> bool {
     name.ends_with(FLOOR)
 }
 
+/// The bitmap beside a [`bitmap`] that is in no image, so that it is there as long as QEMU has the disk open.
+pub fn open(bitmap: &str) -> String {
+    format!("{bitmap}{OPEN}")
+}
+
+/// Whether a bitmap's name is that of an [`open`].
+pub fn is_open(name: &str) -> bool {
+    name.ends_with(OPEN)
+}
+
+/// The name of a [`bitmap`], and of all that may be beside it.
+pub fn with_beside(bitmap: &str) -> [String; 3] {
+    [bitmap.to_string(), floor(bitmap), open(bitmap)]
+}
+
+/// What the name of an [`open`] ends in.
+const OPEN: &str = "-open";
+
 /// What the name of a [`floor`] ends in.
 const FLOOR: &str = "-floor";
 
@@ -129,9 +147,10 @@ pub struct BitmapName<'a> {
     pub run: &'a str,
 }
 
-/// Reads [`bitmap`] or [`floor`] back; `None` for other programs' bitmaps.
+/// Reads [`bitmap`], [`floor`] or [`open`] back; `None` for other programs' bitmaps.
 pub fn parse_bitmap(name: &str) -> Option<BitmapName<'_>> {
-    let name = name.strip_suffix(FLOOR).unwrap_or(name);
+    let beside = name.strip_suffix(FLOOR).or_else(|| name.strip_suffix(OPEN));
+    let name = beside.unwrap_or(name);
     let mut parts = name.strip_prefix(PREFIX)?.split('-');
     let (target, chain, run) = (parts.next()?, parts.next()?, parts.next()?);
     parts.next()?.parse::<usize>().ok()?;
@@ -299,6 +318,7 @@ mod tests {
         assert_eq!((parsed.target, parsed.run), ("0a1b2c3d", "ba9876543210"));
         assert_eq!(parse_bitmap(&floor(&name)), Some(parsed));
         assert_eq!(parse_bitmap(&floor(&floor(&name))), None);
+        assert_eq!(parse_bitmap(&open(&name)), Some(parsed));
         assert_eq!(parse_bitmap("qmpbackup-0a1b2c3d"), None);
         assert_eq!(parse_bitmap(&work_bitmap("0123456789ab")), None);
     }

@@ -16,6 +16,7 @@ use super::leftover::{self, Made};
 use super::lock::Lock;
 use super::migration::Owner;
 use super::publish::Hashing;
+use super::reach::{answers, check_answers, real_folder};
 use super::teardown::{Scope, runs_in_qemu, teardown_all, unblock};
 use super::{Watch, bitmap, migration, names, nbdserver, publish};
 use crate::chain::manifest::{self, Manifest, fingerprint_of};
@@ -104,13 +105,6 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
     let (mut first, mut late) = (None, 0u32);
     // Where the disks are another QEMU's, bitmaps are left to that one.
     let here = journal.left.is_empty() || !migration::has_left(client)?;
-    for l in &journal.left {
-        client.check_interrupt()?;
-        if !settle(here.then_some(&mut *client), l, place, watch)? {
-            left.push(l.clone());
-        }
-    }
-    let settled = journal.left.len().saturating_sub(left.len());
     for run in &runs {
         client.check_interrupt()?;
         // It may have come by another of QEMU's sockets.
@@ -139,6 +133,15 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
     }
     if let Some(e) = first {
         return Err(e);
+    }
+    // Last: the guest does not wait for targets.
+    let mut settled = 0usize;
+    for l in &journal.left {
+        client.check_interrupt()?;
+        match settle(here.then_some(&mut *client), l, place, watch)? {
+            true => settled = settled.saturating_add(1),
+            false => left.push(l.clone()),
+        }
     }
     journal::keep(place.state, place.vm, &left)?;
     Ok(Recovered { done: runs.len().saturating_add(settled), left: left.len() })
@@ -266,7 +269,9 @@ pub fn undo(
         publish::Held::open(&folder, &d.image, d.image_id).ok()
     };
     let _images: Vec<_> = pending.disks.iter().filter_map(open).collect();
-    let _fleeces: Vec<_> = pending.disks.iter().filter_map(|d| leftover::hold(&d.fleece)).collect();
+    let fleeces = pending.disks.iter().map(|d| &d.fleece);
+    let fleeces = fleeces.filter(|f| f.parent().is_some_and(answers));
+    let _fleeces: Vec<_> = fleeces.filter_map(|f| leftover::hold(f)).collect();
     let scope = Scope { run: &pending.run, index: None };
     let torn = teardown_all(client, scope)?;
     let blocked = torn.blocked;
@@ -333,6 +338,7 @@ fn settle(
 
 /// The lock of the target that a disk's folder is in; who ends his own run has it.
 fn reach(dir: &Path, cause: Cause<'_>, may_wait: bool) -> Result<Option<Locks>> {
+    check_answers(dir)?;
     if cause == Cause::OwnEnd {
         return Ok(None);
     }
@@ -388,14 +394,6 @@ fn thaw(agent: &Address) -> Result<bool> {
     Ok(frozen)
 }
 
-/// The folder that a journal names; links on the way to it are followed as on the command line.
-/// `None` if it is not there.
-fn real_folder(dir: &Path) -> Result<Option<Folder>> {
-    let failed = |e| Error::io(e, "cannot open the folder").at_path(dir);
-    let real = folder::absent_is_none(folder::resolve(dir)).map_err(failed)?;
-    real.map(|r| Folder::open(&r)).transpose().map_err(failed)
-}
-
 /// Publishes or removes one disk's image; where it is removed, the bitmap that records since it
 /// goes as well.
 ///
@@ -422,8 +420,9 @@ pub fn settle_disk(
 /// What a disk has outside its target: its new bitmap and its fleece image.
 fn drop_traces(client: Option<&mut Client>, d: &DiskRecord) -> Result<()> {
     if let (Some(client), Some(name)) = (client, &d.bitmap) {
-        bitmap::remove_everywhere(client, name)?;
-        bitmap::remove_everywhere(client, &names::floor(name))?;
+        for name in names::with_beside(name) {
+            bitmap::remove_everywhere(client, &name)?;
+        }
     }
     remove_fleece(d)
 }

@@ -138,7 +138,10 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     let result = r.execute();
     let report = r.finish(result)?;
     if report.disks.iter().any(|d| d.result.is_ok()) {
-        // The points are there.
+        // The points are there. What was given for a run that made none is no promise.
+        if let Err(e) = shared::keep(&options.target, options.share) {
+            watch.warn(&e.report());
+        }
         let renamed = folders::renamed(options, &report.plan);
         if let Err(e) = targets.remember(&options.target, renamed) {
             watch.warn(&e.report());
@@ -166,8 +169,7 @@ fn make_base(options: &Options, base: &Path) -> Result<()> {
 fn share_side(options: &Options) -> Result<()> {
     let side = options.target.join(manifest::FOLDER);
     let shared = Folder::open(&side).and_then(|f| options.share.give_folder(&f));
-    shared.map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(side))?;
-    shared::keep(&options.target, options.share)
+    shared.map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(side))
 }
 
 fn first_status(options: &Options, run: &str) -> Shared {

@@ -16,6 +16,7 @@ use crate::qmp::budget;
 use crate::qmp::types::{Bitmap, Drive, Image, Job, Node};
 
 pub use answers::Answers;
+pub use backing::{View, changed};
 
 /// Why an empty drive is skipped.
 pub const NO_MEDIUM: &str = "no medium is inserted";
@@ -109,11 +110,16 @@ fn fits(mut d: SeenDisk, room: &mut usize) -> Result<SeenDisk, Unfit> {
         return Err(Unfit::Blocked("QEMU's description of it is too long"));
     };
     *room = left;
-    let below = |b: &BackingFile| b.file.len().saturating_add(b.format.len()).saturating_add(100);
-    let below = d.backing.iter().flatten().map(below).fold(0, usize::saturating_add);
+    let below = |b: &BackingFile| {
+        [b.format.len(), b.node.len(), 100].iter().fold(b.file.len(), |a, n| a.saturating_add(*n))
+    };
+    let below = d.backing.iter().map(below).fold(0, usize::saturating_add);
     match room.checked_sub(below) {
         Some(left) => *room = left,
-        None => d.backing = None,
+        None => {
+            let file = "(more than can be recorded)".to_string();
+            d.backing = vec![BackingFile { file, node: d.node.clone(), ..Default::default() }];
+        }
     }
     // Nothing depends on it.
     match room.checked_sub(budget::size(&d.info)) {
@@ -284,7 +290,8 @@ fn build(
         regrows_zeros: disk.drv == "qcow2" || ["file", "rbd"].contains(&answers.storage_of(disk)),
         has_backing: disk.image.backing_image.is_some()
             || answers.graph.child(&disk.node_name, "backing").is_some(),
-        backing: if real.is_none() { backing::files(answers, disk) } else { None },
+        // The bitmaps of an overlay that ends with QEMU do so as well.
+        backing: if real.is_none() { backing::below(answers, disk) } else { Vec::new() },
         pflash,
         throwaway: real.is_some(),
         by_rule: None,

@@ -55,7 +55,7 @@ pub(super) struct Cli {
     /// For a backup directory of another user: nothing outside that user's reach is read or written.
     /// Everything else that is named (restore target, QEMU's and the agent's socket) must be within
     /// that user's reach, too. 'backup' keeps its state in a folder of that user's beside root's, such
-    /// as /var/lib/fleecefs.as-1000. 'mount' mounts as root, and a process of that user serves it.
+    /// as /var/lib/fleecefs.as-1000, where 'info status', 'recover' and 'cancel' with --target look. 'mount' mounts as root, and a process of that user serves it.
     #[arg(long, global = true)]
     pub as_owner: bool,
 
@@ -93,6 +93,17 @@ pub(super) enum Command {
 }
 
 impl Command {
+    /// Where its locks and journals are, if it has some.
+    pub(super) fn state(&mut self) -> Option<&mut super::state::StateArgs> {
+        match self {
+            Command::Backup(a) => Some(a.state()),
+            Command::Info(a) => a.state(),
+            Command::Recover(a) => Some(a.state()),
+            Command::Cancel(a) => Some(a.state()),
+            _ => None,
+        }
+    }
+
     /// The backup directory that it names, if that decides whose work it is.
     pub(super) fn backups(&self) -> Option<&Path> {
         match self {
@@ -110,9 +121,10 @@ impl Command {
             Command::Prune(a) => Some(&a.dir),
             Command::Consolidate(a) => Some(&a.dir),
             Command::LinkDisk(a) => Some(&a.dir),
-            Command::Info(_) | Command::Cleanup(_) | Command::Recover(_) | Command::Cancel(_) => {
-                None
-            }
+            Command::Info(a) => a.target(),
+            Command::Recover(a) => a.target(),
+            Command::Cancel(a) => a.target(),
+            Command::Cleanup(_) => None,
             Command::Guardian(_) | Command::Umount(_) => None,
             Command::Completions(_) | Command::Man(_) => None,
         }

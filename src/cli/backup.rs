@@ -23,9 +23,9 @@ use crate::backup::{
     Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
 };
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Share};
+use crate::folder::Share;
 use crate::output;
-use crate::privileges::{Owner, users};
+use crate::privileges::users;
 use crate::qmp::Address;
 use crate::text::path_text;
 use crate::units::{human_bytes, parse_bytes, parse_duration};
@@ -313,24 +313,9 @@ impl BackupArgs {
         &self.target
     }
 
-    /// For `--as-owner`: makes a state folder of the owner's own beside root's, which he may not enter,
-    /// and uses that: `/var/lib/fleecefs.as-1000`.
-    ///
-    /// # Errors
-    /// It cannot be made; `Permission` if others may write where it is to be.
-    pub(super) fn give_state_to(&mut self, owner: &Owner) -> Result<()> {
-        let state = self.state.dir()?;
-        let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
-        let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
-            return Err(say::usage("the state folder needs a name"));
-        };
-        let folder = folder::make_folders(above).map_err(failed)?;
-        folder::check_private(above)?;
-        let mut own = name.to_os_string();
-        own.push(format!(".as-{}", owner.uid));
-        folder.make_folder_of(&own, owner.uid).map_err(failed)?;
-        self.state.state_dir = Some(above.join(own));
-        Ok(())
+    /// Where its state is.
+    pub(super) fn state(&mut self) -> &mut StateArgs {
+        &mut self.state
     }
 
     /// For `--as-owner` where the target belongs to root: it may be a mount point whose file system, of

@@ -1,6 +1,6 @@
 //! `fleecefs info` and `fleecefs cleanup`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
@@ -94,6 +94,18 @@ pub(super) struct CleanupArgs {
 
     #[command(flatten)]
     state: StateArgs,
+}
+
+impl InfoArgs {
+    /// The backup directory, if `info status` names it.
+    pub(super) fn target(&self) -> Option<&Path> {
+        if let What::Status(a) = &self.what { a.target() } else { None }
+    }
+
+    /// Where the state is that `info status` shows.
+    pub(super) fn state(&mut self) -> Option<&mut StateArgs> {
+        if let What::Status(a) = &mut self.what { Some(a.state()) } else { None }
+    }
 }
 
 /// Runs `fleecefs info`.

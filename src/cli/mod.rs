@@ -132,8 +132,8 @@ fn become_owner(command: &mut Command) -> Result<()> {
         return Ok(());
     };
     log::info!("working as {}, the owner of {}", owner.name(), path_text(dir));
-    if let Command::Backup(a) = command {
-        a.give_state_to(&owner)?;
+    if let Some(state) = command.state() {
+        state.give_to(&owner)?;
     }
     owner.become_it()
 }

@@ -10,7 +10,7 @@ use super::state::StateArgs;
 use super::status::RunArgs;
 use crate::backup::lock::Lock;
 use crate::backup::recover::{Cause, Place, Recovered};
-use crate::backup::{Watch as _, control, foreign, guardian, journal, offline, recover};
+use crate::backup::{Watch as _, control, foreign, guardian, journal, offline, reach, recover};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::output;
@@ -61,6 +61,30 @@ pub(super) struct CancelArgs {
 /// For fleecefs itself: continues and thaws a guest whose backup died
 #[derive(Debug, Args)]
 pub(super) struct GuardianArgs {}
+
+impl RecoverArgs {
+    /// The backup directory, if it is named.
+    pub(super) fn target(&self) -> Option<&Path> {
+        self.of.target()
+    }
+
+    /// Where its state is.
+    pub(super) fn state(&mut self) -> &mut StateArgs {
+        &mut self.state
+    }
+}
+
+impl CancelArgs {
+    /// The backup directory, if it is named.
+    pub(super) fn target(&self) -> Option<&Path> {
+        self.of.target()
+    }
+
+    /// Where its state is.
+    pub(super) fn state(&mut self) -> &mut StateArgs {
+        &mut self.state
+    }
+}
 
 /// Runs `fleecefs recover`.
 ///
@@ -113,11 +137,23 @@ fn is_gone(e: &Error) -> bool {
 
 /// Recovers what runs on one QEMU left; its lock is held.
 fn one(args: &RecoverArgs, (state, vm): (&Path, &Address), console: &Console) -> Result<Recovered> {
-    if let Some(pending) = journal::pending(state, vm)?
+    let pending = journal::pending(state, vm)?;
+    let done = recovered(args, (state, vm), console);
+    // Not before: the target may hang, and the guest may wait.
+    if let Some(pending) = pending
+        && reach::answers(&pending.target)
         && folder::is_folder(&pending.target)
     {
         super::writing::warn_of_others(&pending.target)?;
     }
+    done
+}
+
+fn recovered(
+    args: &RecoverArgs,
+    (state, vm): (&Path, &Address),
+    console: &Console,
+) -> Result<Recovered> {
     let cause = if args.forget { Cause::Forget } else { Cause::Command };
     let agent = args.agent.as_deref().map(Address::parse).transpose()?;
     let place = Place { state, vm, cause, agent: agent.as_ref() };

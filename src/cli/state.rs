@@ -6,20 +6,50 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::paths;
+use super::{paths, say};
 use crate::backup::lock;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::folder;
+use crate::privileges::Owner;
 
 /// Where locks and journals are.
 #[derive(Debug, Args)]
 pub(super) struct StateArgs {
     /// Where journals and locks are [default: /var/lib/fleecefs, or the user's state folder]
     #[arg(long, value_name = "DIR", env = "FLEECEFS_STATE_DIR")]
-    pub state_dir: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+
+    /// See [`Self::give_to`].
+    #[arg(skip)]
+    own: Option<PathBuf>,
 }
 
 impl StateArgs {
+    /// For `--as-owner`: makes a state folder of the owner's own beside root's, which he may not enter,
+    /// and uses that: `/var/lib/fleecefs.as-1000`.
+    ///
+    /// # Errors
+    /// It cannot be made; `Permission` if others may write where it is to be.
+    pub(super) fn give_to(&mut self, owner: &Owner) -> Result<()> {
+        let state = self.dir()?;
+        let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
+        let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
+            return Err(say::usage("the state folder needs a name"));
+        };
+        let folder = folder::make_folders(above).map_err(failed)?;
+        folder::check_private(above)?;
+        let mut own = name.to_os_string();
+        own.push(format!(".as-{}", owner.uid));
+        folder.make_folder_of(&own, owner.uid).map_err(failed)?;
+        self.own = Some(above.join(own));
+        Ok(())
+    }
+
+    /// Whether it is that of an owner.
+    pub(super) fn is_owners(&self) -> bool {
+        self.own.is_some()
+    }
+
     /// What was given.
     pub(super) fn given(&self) -> Option<&Path> {
         self.state_dir.as_deref()
@@ -31,7 +61,8 @@ impl StateArgs {
     /// # Errors
     /// `Permission` if others may change it.
     pub(super) fn dir(&self) -> Result<PathBuf> {
-        let path = self.state_dir.clone().map_or_else(lock::default_state_dir, Ok)?;
+        let given = self.own.as_ref().or(self.state_dir.as_ref()).cloned();
+        let path = given.map_or_else(lock::default_state_dir, Ok)?;
         let path = paths::to_make(&path)?;
         if folder::exists(&path) {
             folder::check_private(&path)?;

@@ -9,7 +9,7 @@ use super::paths;
 use super::shared::{JsonArgs, QmpArgs, qmp_unless};
 use super::state::StateArgs;
 use crate::backup::control::{self, Status};
-use crate::backup::{journal, offline};
+use crate::backup::{journal, offline, reach};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::output;
@@ -36,9 +36,17 @@ impl RunArgs {
     /// `Usage` if that is no address; a path that cannot be followed.
     pub(super) fn vm(&self, state: &Path) -> Result<Address> {
         match &self.target {
-            Some(target) => offline::address(state, &paths::to_make(target)?),
+            Some(target) => {
+                reach::check_answers(target)?;
+                offline::address(state, &paths::to_make(target)?)
+            }
             None => self.qemu.address(),
         }
+    }
+
+    /// The backup directory, if it is named.
+    pub(super) fn target(&self) -> Option<&Path> {
+        self.target.as_deref()
     }
 
     /// Whether it is about a VM that is shut off.
@@ -75,6 +83,18 @@ pub(super) struct StatusArgs {
 
     #[command(flatten)]
     state: StateArgs,
+}
+
+impl StatusArgs {
+    /// The backup directory, if it is named.
+    pub(super) fn target(&self) -> Option<&Path> {
+        self.of.target()
+    }
+
+    /// Where the state is.
+    pub(super) fn state(&mut self) -> &mut StateArgs {
+        &mut self.state
+    }
 }
 
 /// A run that did not end in order.
@@ -128,9 +148,10 @@ fn due(left: &Unfinished, args: &StatusArgs) -> String {
         (Some(target), _) => format!("--target {}", path_text(target)),
         (None, qmp) => format!("--qmp {}", path_text(&qmp.clone().unwrap_or_default())),
     };
+    let owner = if args.state.is_owners() { "--as-owner " } else { "" };
     let state = args.state.given().map(|d| format!(" --state-dir {}", path_text(d)));
     text += &format!(
-        ": 'fleecefs recover {of}{}' finishes what it left (the next backup does so, too)\n",
+        ": 'fleecefs {owner}recover {of}{}' finishes what it left (the next backup does so, too)\n",
         state.unwrap_or_default()
     );
     text

@@ -4,6 +4,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, StatxFlags};
 use rustix::io::Errno;
@@ -17,6 +19,17 @@ use super::{Folder, open, system};
 /// What the operating system said; `ENOTCONN` if its server is dead.
 pub fn ask(path: &Path) -> io::Result<()> {
     statx(path, AtFlags::STATX_FORCE_SYNC).map(drop)
+}
+
+/// As [`ask`], but no longer than that. A thread may be left that waits on; it ends with the process.
+///
+/// # Errors
+/// As [`ask`]; `TimedOut`.
+pub fn ask_within(path: &Path, patience: Duration) -> io::Result<()> {
+    let (say, heard) = mpsc::channel();
+    let path = path.to_path_buf();
+    std::thread::Builder::new().spawn(move || say.send(ask(&path)))?;
+    heard.recv_timeout(patience).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// What is at `path`, as far as the kernel knows without asking a server.
@@ -60,6 +73,18 @@ pub fn mount_number(path: &Path) -> io::Result<String> {
     number.map(|n| n.trim().to_string()).ok_or_else(|| Errno::NOENT.into())
 }
 
+/// `FUSE_SUPER_MAGIC` of linux/magic.h.
+const FUSE: rustix::fs::FsWord = 0x6573_5546;
+
+/// Whether what `path` leads to is on a FUSE file system: what is told of files there, their times too, is
+/// what its server says. Asks that server.
+///
+/// # Errors
+/// What the operating system said.
+pub fn is_on_fuse(path: &Path) -> io::Result<bool> {
+    Ok(rustix::fs::statfs(path)?.f_type == FUSE)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,6 +101,7 @@ mod tests {
     #[test]
     fn what_is_asked_and_what_is_remembered_is_there_or_not() {
         ask(Path::new("/proc/sys")).unwrap();
+        ask_within(Path::new("/proc/sys"), Duration::from_secs(60)).unwrap();
         assert!(remembered(Path::new("/proc/self")).unwrap().kind.is_symlink());
         assert!(remembered(Path::new("/")).unwrap().kind.is_dir());
         let none = ask(Path::new("/none")).unwrap_err();

@@ -242,19 +242,7 @@ impl Caller {
 
     /// Starts a backup that stops itself at a step, and waits until it has. What it says goes to `err`.
     pub fn stopped_at(&self, level: &str, step: &str, err: &Path) -> Child {
-        let mut c = self.command(level);
-        c.env("FLEECEFS_HANG_AT", step).stderr(std::fs::File::create(err).unwrap());
-        let mut child = c.spawn().unwrap();
-        let stat = format!("/proc/{}/stat", child.id());
-        let stopped = || {
-            let stat = std::fs::read_to_string(&stat).unwrap_or_default();
-            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
-        };
-        while !stopped() {
-            assert!(child.try_wait().unwrap().is_none(), "it does not come so far");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        child
+        stopped(self.command(level), step, err)
     }
 
     /// `fleecefs recover` of the same VM.
@@ -323,6 +311,23 @@ impl Caller {
         assert!(status.success(), "backup --level {level}: {status}\n{said}");
         (said, views)
     }
+}
+
+/// Starts a command that stops itself at a step, and waits until it has. What it says goes to `err`.
+pub fn stopped(mut command: Command, step: &str, err: &Path) -> Child {
+    command.env("FLEECEFS_HANG_AT", step).stderr(std::fs::File::create(err).unwrap());
+    let mut child = command.spawn().unwrap();
+    let stat = format!("/proc/{}/stat", child.id());
+    let stopped = || {
+        let stat = std::fs::read_to_string(&stat).unwrap_or_default();
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+    };
+    while !stopped() {
+        let said = || std::fs::read_to_string(err).unwrap_or_default();
+        assert!(child.try_wait().unwrap().is_none(), "it does not come so far: {}", said());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child
 }
 
 /// Each disk's name and its bytes at the frozen moment.
@@ -484,13 +489,14 @@ pub fn ours_in_qemu(qmp: &mut crate::guest::Qmp) -> Vec<String> {
     found
 }
 
-/// Named bitmaps in QEMU, but for floors that lie beside the bitmap that they belong to.
+/// Named bitmaps in QEMU, but for those that lie beside the bitmap that they belong to.
 pub fn bitmaps(qmp: &mut crate::guest::Qmp) -> Vec<String> {
     let list = qmp.execute("query-named-block-nodes", serde_json::json!({}));
     let nodes = list.as_array().unwrap();
     let maps = nodes.iter().filter_map(|n| n["dirty-bitmaps"].as_array()).flatten();
     let names: Vec<String> = maps.filter_map(|b| Some(b["name"].as_str()?.to_owned())).collect();
-    let beside = |n: &str| n.strip_suffix("-floor").is_some_and(|b| names.iter().any(|n| n == b));
+    let of = |n: &str| n.strip_suffix("-floor").or(n.strip_suffix("-open")).map(str::to_string);
+    let beside = |n: &str| of(n).is_some_and(|b| names.contains(&b));
     names.iter().filter(|n| !beside(n)).cloned().collect()
 }
 

@@ -25,16 +25,20 @@ impl Vm {
 
     /// With other names of node and device.
     pub fn on(dir: &Path, file: &Path, (node, device): (&str, &str), more: &[&str]) -> Vm {
+        let file = file.display();
+        let disk = format!("qcow2,node-name={node},file.driver=file,file.filename={file}");
+        let device = format!("virtio-blk-pci,drive={node},id={device}");
+        Self::with(dir, &[&["-blockdev", &disk, "-device", &device], more].concat())
+    }
+
+    /// With these disks and devices; files may be named as seen from `dir`.
+    pub fn with(dir: &Path, args: &[&str]) -> Vm {
         let qmp = dir.join("qmp");
         let _ = std::fs::remove_file(&qmp);
         let mut c = Command::new("qemu-system-x86_64");
         c.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"]);
         c.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
-        let file = file.display();
-        c.arg("-blockdev")
-            .arg(format!("qcow2,node-name={node},file.driver=file,file.filename={file}"));
-        c.arg("-device").arg(format!("virtio-blk-pci,drive={node},id={device}")).args(more);
-        let child = c.stdin(Stdio::null()).spawn().unwrap();
+        let child = c.args(args).current_dir(dir).stdin(Stdio::null()).spawn().unwrap();
         let caller = Caller {
             qmp: qmp.clone(),
             state: dir.join("state"),

@@ -115,12 +115,9 @@ pub fn partials(target: &Path) -> usize {
 }
 
 /// Kills a backup once it has made its files.
-pub fn kill(mut command: Command, target: &Path) {
-    let mut child = command.env("FLEECEFS_HANG_AT", "files created").spawn().unwrap();
-    let end = Instant::now() + Duration::from_secs(60);
-    while partials(target) == 0 && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(20));
-    }
+pub fn kill(command: Command, target: &Path) {
+    let err = tempfile::NamedTempFile::new().unwrap();
+    let mut child = backup::stopped(command, "files created", err.path());
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(partials(target), 1);

@@ -24,7 +24,7 @@ use super::report::Report;
 use super::run::backup;
 use super::seen::Seen;
 use super::targets::Targets;
-use super::{Options, Watch, journal};
+use super::{Options, Watch, journal, reach};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 use crate::qemu_img::daemon::{Daemon, Rights};
@@ -51,8 +51,11 @@ fn folder_name(target: &Path) -> String {
 /// # Errors
 /// A path that cannot be followed.
 pub fn address(state: &Path, target: &Path) -> Result<Address> {
-    let target = real_path(target, "the backup directory")?;
-    let own = real_path(state, "the state folder")?.join(folder_name(&target));
+    of_real(state, &real_path(target, "the backup directory")?)
+}
+
+fn of_real(state: &Path, target: &Path) -> Result<Address> {
+    let own = real_path(state, "the state folder")?.join(folder_name(target));
     Ok(Address::Unix(own.join(QMP)))
 }
 
@@ -64,8 +67,12 @@ pub fn address(state: &Path, target: &Path) -> Result<Address> {
 pub fn journals(state: &Path, vm: &Address) -> Result<Vec<Address>> {
     let mut found = Vec::new();
     for target in Targets::read(state, vm, &[])?.paths() {
-        // One that cannot be followed is not there.
-        let Ok(address) = address(state, &target) else { continue };
+        // One that cannot be followed is not there. One that does not answer was followed before.
+        let address = match reach::answers(&target) {
+            true => address(state, &target),
+            false => of_real(state, &target),
+        };
+        let Ok(address) = address else { continue };
         if !found.contains(&address) && journal::pending(state, &address)?.is_some() {
             found.push(address);
         }

@@ -4,9 +4,7 @@ use crate::backup::graph::{Path as NodePath, Root};
 use crate::backup::seen::Insertion;
 use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
 use crate::chain::manifest::Manifest;
-use crate::chain::manifest::{
-    self, BackingFile, BitmapInfo, DiskIdentity, fingerprint, tests::example,
-};
+use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, fingerprint, tests::example};
 use crate::qmp::Address;
 use crate::qmp::types::Bitmap;
 use serde_json::{Value, json};
@@ -104,7 +102,7 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         encrypted: false,
         regrows_zeros: true,
         has_backing: false,
-        backing: None,
+        backing: Vec::new(),
         pflash: false,
         throwaway: false,
         by_rule: None,
@@ -562,38 +560,4 @@ fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
     assert!(target.owns(&p.new_bitmap.as_ref().unwrap().name));
 }
 
-/// No bitmap records what is written below a disk.
-#[test]
-fn a_running_disk_whose_backing_file_was_changed_gets_a_full() {
-    let t = chain();
-    let file = |mtime_ns| BackingFile {
-        file: "/vm/base".into(),
-        mtime_ns,
-        inode: 7,
-        ..Default::default()
-    };
-    let on = |now: Option<i64>| SeenDisk {
-        has_backing: true,
-        backing: now.map(|n| vec![file(n)]),
-        ..disk("/vm/d", both())
-    };
-    // The point says nothing of it.
-    assert_eq!(auto(t.path(), on(Some(1))).level, Level::Inc);
-    let (d, tip) = (t.path().join("d"), OsStr::new("INC-2-d"));
-    let m = manifest::read(&d, tip).unwrap().unwrap();
-    manifest::write(&d, &Manifest { backing: Some(vec![file(1)]), ..m }).unwrap();
-    assert_eq!(auto(t.path(), on(Some(1))).level, Level::Inc);
-    assert_eq!(auto(t.path(), on(None)).level, Level::Inc);
-    let changed = auto(t.path(), on(Some(2)));
-    assert!(changed.demoted.unwrap().contains("/vm/base is not as it was at INC-2-d"));
-    // It was renamed.
-    let mut moved = on(Some(1));
-    moved.backing.as_mut().unwrap()[0].file = "/vm/other".into();
-    assert_eq!(auto(t.path(), moved).level, Level::Inc);
-    // Of what is unknown nobody knows that it is the same, also if it was unknown before.
-    let unknown = || BackingFile { inode: BackingFile::UNKNOWN, ..file(1) };
-    let m = manifest::read(&d, tip).unwrap().unwrap();
-    manifest::write(&d, &Manifest { backing: Some(vec![unknown()]), ..m }).unwrap();
-    let odd = SeenDisk { backing: Some(vec![unknown()]), ..on(Some(1)) };
-    assert_eq!(auto(t.path(), odd).level, Level::Full);
-}
+mod backing;

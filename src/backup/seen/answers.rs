@@ -40,6 +40,8 @@ pub struct Answers {
     pub guest: bool,
     /// QEMU's process, if it is one of this host.
     pub pid: Option<u32>,
+    /// Whether that is a daemon of ours, over images that nobody else can exchange.
+    pub ours: bool,
     /// The types of the devices whose medium can be removed, by their names.
     types: HashMap<String, String>,
 }

@@ -63,8 +63,8 @@ pub struct SeenDisk {
     /// Whether it lies on another image: what that has no data for is zeros which no frozen view of the
     /// disk is known to report.
     pub has_backing: bool,
-    /// The files of those images, nearest first, where all are files of this host.
-    pub backing: Option<Vec<BackingFile>>,
+    /// What those images are, nearest first.
+    pub backing: Vec<BackingFile>,
     /// Firmware flash: small, copied in full each time.
     pub pflash: bool,
     /// QEMU's overlay of a disk with `snapshot=on`: it goes when QEMU ends, and the identity's file is
@@ -121,6 +121,13 @@ impl SeenDisk {
     /// The named bitmap.
     pub fn bitmap(&self, name: &str) -> Option<&Bitmap> {
         self.bitmaps.iter().find(|b| b.name.as_deref() == Some(name))
+    }
+
+    /// Whether QEMU has had it open since the bitmap `name` was added to it: so it has where that is in no
+    /// image, or a bitmap beside it that is in none.
+    pub fn is_open_since(&self, name: &str) -> bool {
+        let lasts = |n: &str| self.bitmap(n).map(|b| b.persistent);
+        lasts(name) == Some(false) || lasts(&names::open(name)) == Some(false)
     }
 
     /// The folder that holds its own file, if that is a file.

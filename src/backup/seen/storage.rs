@@ -140,12 +140,16 @@ impl<'a> Files<'a> {
     /// What a node uses of the file right below it: all, unless it is a raw node with an offset.
     pub fn range(&self, parent: u64) -> Range<u64> {
         let node = self.answers.graph.name(parent).and_then(|n| self.answers.node(n));
-        let begin = node.filter(|n| n.drv == "raw").and_then(|n| Some((raw_begin(&n.file)?, n)));
-        match begin {
+        match node.and_then(|n| Some((part_of(n)?, n))) {
             Some((begin, n)) => begin..begin.saturating_add(n.image.virtual_size),
             None => 0..u64::MAX,
         }
     }
+}
+
+/// Where in its file a node begins, if it is a part of that.
+pub fn part_of(node: &Node) -> Option<u64> {
+    if node.drv == "raw" { raw_begin(&node.file) } else { None }
 }
 
 /// The offset of a raw node, if its description has one, or a size.

@@ -5,6 +5,7 @@
 //! checked before it is used. Reading tolerates unknown fields; an unknown format version is an
 //! error, which a scan turns into a finding.
 
+mod backing;
 mod store;
 
 use std::ffi::{OsStr, OsString};
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::{Level, name};
 use crate::error::{Error, Result};
 use crate::folder::{self, PlainName};
+pub use backing::{BackingFile, Compared};
 pub(super) use store::read_brief;
 pub use store::{has_room, parse, read, read_in, read_sealed, remove, remove_in, write, write_in};
 
@@ -103,8 +105,7 @@ pub struct Manifest {
     /// The guest's configuration as QEMU reports it.
     #[serde(default)]
     pub vm: std::sync::Arc<serde_json::Value>,
-    /// The files below the disk's own, nearest first; `None` if there is none, or where one of them could
-    /// not be looked at.
+    /// What is below the disk's own file, nearest first; `None` where nobody looked: 0.1.0 did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<Vec<BackingFile>>,
     /// Files that were given with `--config`.
@@ -298,34 +299,6 @@ impl Achieved {
     }
 }
 
-/// A backing file of a disk as it was. No bitmap of the disk says that it has changed since.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct BackingFile {
-    /// Its path.
-    pub file: String,
-    /// Its format.
-    pub format: String,
-    /// Its length in bytes.
-    pub size: u64,
-    /// When it was written to last, in nanoseconds since the epoch.
-    pub mtime_ns: i64,
-    /// Its inode number.
-    pub inode: u64,
-}
-
-impl BackingFile {
-    /// The inode number where QEMU has another file open than the one that has the name, and it cannot be
-    /// told which.
-    pub const UNKNOWN: u64 = 0;
-
-    /// Whether it is the same file, and has not been written to. It may have been renamed.
-    pub fn is_unchanged(&self, since: &Self) -> bool {
-        self.inode != Self::UNKNOWN
-            && *self == BackingFile { file: self.file.clone(), ..since.clone() }
-    }
-}
-
 /// A file kept beside the backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigFile {
@@ -460,7 +433,7 @@ pub(crate) mod tests {
             blake3: None,
             fingerprint: None,
             vm: std::sync::Arc::default(),
-            backing: None,
+            backing: Some(Vec::new()),
             config_files: Vec::new(),
             skipped: Vec::new(),
             failed: Vec::new(),
