@@ -43,9 +43,13 @@ pub mod fuse;
 pub(crate) mod hash;
 #[warn(unreachable_pub)]
 pub mod image;
+pub mod job;
+pub mod journal;
 #[warn(unreachable_pub)]
 pub mod layer;
+pub mod layout;
 pub mod lock;
+pub mod manifest;
 #[warn(unreachable_pub)]
 pub(crate) mod mount;
 #[warn(unreachable_pub)]
@@ -58,6 +62,7 @@ pub mod prune;
 pub mod qemu_img;
 pub mod qmp;
 pub mod restore;
+pub mod rewrite;
 pub mod storage;
 #[warn(unreachable_pub)]
 pub mod text;

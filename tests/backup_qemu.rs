@@ -9,7 +9,7 @@ mod qemu;
 use std::path::PathBuf;
 
 use backup::{Caller, Daemon, bitmaps, images, leftovers, newest, ours_in_qemu, same};
-use fleecefs::chain::manifest;
+use fleecefs::manifest;
 use mounted::Mount;
 use qemu::{have, run};
 

@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use backups::{Backups, manifest, raw_manifest};
 use fleecefs::chain::scan::{ScanOptions, scan};
-use fleecefs::chain::{Level, manifest as manifests};
 use fleecefs::error::{Kind, Severity};
+use fleecefs::layout::Level;
+use fleecefs::manifest as manifests;
 
 /// `FULL-1-d < INC-2-d` is how [`Backups::shown`] writes a point and its layers, bottom first.
 #[test]

@@ -7,8 +7,9 @@ use std::path::Path;
 
 use backups::{Backups, manifest};
 use fleecefs::chain::scan::{ScanOptions, scan};
-use fleecefs::chain::{Level, manifest as manifests};
 use fleecefs::error::{Kind, Severity};
+use fleecefs::layout::Level;
+use fleecefs::manifest as manifests;
 
 #[test]
 fn a_bad_layer_takes_only_what_is_above_it() {

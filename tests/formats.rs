@@ -7,11 +7,11 @@ use std::path::Path;
 
 use backups::{Backups, fleecefs, have, run};
 use fleecefs::chain::Catalog;
-use fleecefs::chain::manifest::ImageFormat;
 use fleecefs::chain::scan::{ScanOptions, Told, scan};
 use fleecefs::error::Severity;
 use fleecefs::image::{Cache, open_point};
 use fleecefs::layer::Format;
+use fleecefs::manifest::ImageFormat;
 
 const TOOLS: [&str; 2] = ["qemu-img", "qemu-io"];
 
@@ -162,15 +162,15 @@ fn a_name_without_a_word_with_a_whole_image_inside_is_read_with_a_finding() {
     // There are increments, or its disk was one, or it was recorded.
     assert_eq!(warned(&|b| image(&b.path("vda/INC-1700000001-vda"), &[], 0)), 0);
     assert_eq!(warned(&|b| b.file("vda/vda.config", br#"{"format": "qcow2"}"#)), 0);
-    let level = fleecefs::chain::Level::Full;
+    let level = fleecefs::layout::Level::Full;
     assert_eq!(warned(&|b| recorded(&b.path("vda"), name, level)), 0);
 }
 
-fn recorded(dir: &Path, name: &str, level: fleecefs::chain::Level) {
-    use fleecefs::chain::manifest::{read, write};
+fn recorded(dir: &Path, name: &str, level: fleecefs::layout::Level) {
+    use fleecefs::manifest::{read, write};
     backups::manifest(dir, name, level, None, 0);
     let known = read(dir, name.as_ref()).unwrap().unwrap();
-    write(dir, &fleecefs::chain::manifest::Manifest { virtual_size: SIZE, ..known }).unwrap();
+    write(dir, &fleecefs::manifest::Manifest { virtual_size: SIZE, ..known }).unwrap();
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn an_increment_says_how_its_full_is_read() {
         image(&path, &["-F", format, "-b", full], 0);
         if wanted.is_some() {
             // Nothing but a manifest proves what has no extension.
-            backups::manifest(&b.path("sda"), &inc, fleecefs::chain::Level::Inc, Some(full), 0);
+            backups::manifest(&b.path("sda"), &inc, fleecefs::layout::Level::Inc, Some(full), 0);
         }
         let catalog = b.scan();
         let points = &catalog.disks[0].points;
@@ -460,7 +460,7 @@ fn a_backup_shows_nothing_of_another_disk() {
     let b = Backups::new();
     image(&b.path("vmb/sda/FULL-1700000000-sda.qcow2"), &[], SECRET);
     hostile(&b, "vma/sda/sda", Some(image_of), None);
-    backups::manifest(&b.path("vma/sda"), "sda", fleecefs::chain::Level::Full, None, 0);
+    backups::manifest(&b.path("vma/sda"), "sda", fleecefs::layout::Level::Full, None, 0);
     assert!(first_bytes(&b.scan(), &b.path("vma/sda/sda")).is_none());
 }
 

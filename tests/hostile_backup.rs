@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use backup::{Caller, Daemon, images, leftovers, ours_in_qemu};
-use fleecefs::backup::journal;
+use fleecefs::backup::state::journal;
 use fleecefs::qmp::Address;
 use guest::Qmp;
 use mitm::Lies;

@@ -316,7 +316,7 @@ fn what_was_exchanged_between_plan_and_deed_is_not_deleted() {
             names.filter(|n| n.to_string_lossy().contains("-17")).count()
         };
         let before = count(&scene.disk);
-        let e = prune::execute(&catalog, &plan, &()).unwrap_err();
+        let e = fleecefs::rewrite::remove::execute(&catalog, &plan, &()).unwrap_err();
         let expected = [Kind::Changed, Kind::Unsupported, Kind::NotFound];
         assert!(expected.contains(&e.kind()), "{what}: {}", e.report());
         assert_eq!(count(&scene.disk), before, "{what}");

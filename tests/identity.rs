@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use backup::Caller;
-use fleecefs::chain::manifest;
+use fleecefs::manifest;
 use inotify::{Inotify, WatchMask};
 use qemu::{have, run};
 use serde_json::json;

@@ -129,7 +129,7 @@ fn code() -> Vec<(PathBuf, String)> {
 fn text_reaches_the_terminal_in_one_way() {
     // Apart from the images that `restore` writes, what a guardian tells the backup that started
     // it, and the question whether there is a terminal.
-    let others = ["output/mod.rs", "restore/mod.rs", "backup/guardian.rs"].map(Path::new);
+    let others = ["output/mod.rs", "restore/mod.rs", "backup/freeze/guardian.rs"].map(Path::new);
     let wrong = |code: &str| {
         code.lines().any(|l| {
             let asks = l.contains("is_terminal()");
@@ -146,25 +146,25 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
     // Files of the backup's own, orders to a guardian, addresses.
     let data = [
         "text.rs",
-        "chain/linking.rs",
-        "chain/removal.rs",
-        "chain/manifest/mod.rs",
-        "chain/manifest/store.rs",
-        "restore/verbs/switch.rs",
+        "journal/linking.rs",
+        "journal/removal.rs",
+        "manifest/mod.rs",
+        "manifest/store.rs",
+        "rewrite/switch.rs",
     ];
     let data = [
         data.as_slice(),
         &[
-            "backup/targets.rs",
-            "backup/shared.rs",
-            "backup/disk.rs",
-            "backup/journal.rs",
-            "backup/leftover.rs",
-            "backup/guardian.rs",
+            "backup/target/targets.rs",
+            "backup/target/shared.rs",
+            "backup/run/disk.rs",
+            "backup/state/journal.rs",
+            "backup/state/leftover.rs",
+            "backup/freeze/guardian.rs",
         ],
     ]
     .concat();
-    let paths = ["qmp/address.rs", "backup/vm.rs"];
+    let paths = ["qmp/address.rs", "backup/publish/vm.rs"];
     let mut wrong = Vec::new();
     for (file, code) in code() {
         let is = |list: &[&str]| list.iter().any(|f| file == Path::new(f));

@@ -10,7 +10,7 @@ mod qemu;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use fleecefs::chain::manifest;
+use fleecefs::manifest;
 
 use backup::{Caller, Daemon, images, newest, same};
 use mounted::Mount;

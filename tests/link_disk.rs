@@ -18,8 +18,8 @@ use std::process::Command;
 use backup::{Caller, level, newest, same};
 use chains::qemu::{self, have, run};
 use chains::{MIB, TOOLS, assert_same, files, fleecefs, ok, s};
-use fleecefs::chain::manifest;
 use fleecefs::chain::scan::{ScanOptions, scan};
+use fleecefs::manifest;
 
 use mounted::Mount;
 use renamed::*;

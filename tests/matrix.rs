@@ -7,7 +7,7 @@ mod qemu;
 use std::path::Path;
 use std::process::Command;
 
-use fleecefs::chain::manifest;
+use fleecefs::manifest;
 use mounted::Mount;
 use mounted::guard::Guard;
 use qemu::{Chain, Oracle, Rng, first_difference, qemu_io, run};

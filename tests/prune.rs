@@ -8,11 +8,12 @@ use std::process::Command;
 
 use chains::qemu::{self, Chain, Rng, run};
 use chains::{Backups, Copy, SIZE, TOOLS, aloud, code, copy_to, fleecefs, names, ops, succeed};
-use fleecefs::chain::manifest;
-use fleecefs::chain::removal::{self, Publish, Removal};
 use fleecefs::chain::scan::{ScanOptions, scan};
 use fleecefs::image::{Cache, open_point};
+use fleecefs::journal::removal;
+use fleecefs::journal::removal::{Publish, Removal};
 use fleecefs::lock::Locks;
+use fleecefs::manifest;
 
 #[test]
 fn a_real_run_executes_the_plan_that_a_dry_run_prints() {

@@ -6,8 +6,9 @@ mod qemu;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use fleecefs::chain::manifest::{self, manifest_path};
 use fleecefs::chain::scan::{ScanOptions, scan};
+use fleecefs::manifest;
+use fleecefs::manifest::manifest_path;
 use fleecefs::verify::{Options, Outcome};
 use qemu::{Chain, Rng, have};
 use serde_json::Value;

@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use backup::{Caller, Daemon, Held, leftovers, ours_in_qemu};
-use fleecefs::backup::journal::{self, Journal, Record};
+use fleecefs::backup::state::journal;
+use fleecefs::backup::state::journal::{Journal, Record};
 use fleecefs::lock::Locks;
 use fleecefs::qmp::{Address, Client};
 use machine::Machine;

@@ -11,7 +11,7 @@ mod qemu;
 use std::path::Path;
 use std::process::Command;
 
-use fleecefs::chain::manifest;
+use fleecefs::manifest;
 use machine::Machine;
 use qemu::{first_difference, have, run};
 use serde_json::Value;

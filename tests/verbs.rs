@@ -12,8 +12,9 @@ use chains::{
     MIB, TOOLS, add_manifests, assert_same, chain, files, fleecefs, manifests_fit, name, ok,
     restored, s,
 };
-use fleecefs::chain::manifest::{self, BitmapInfo};
 use fleecefs::lock::Locks;
+use fleecefs::manifest;
+use fleecefs::manifest::BitmapInfo;
 
 #[test]
 fn rebase_links_to_the_point_asked_for() {

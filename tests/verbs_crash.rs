@@ -17,7 +17,8 @@ use chains::{
     MIB, TOOLS, add_manifests, assert_same, chain, files, fleecefs, manifests_fit, name, ok,
     restored, s,
 };
-use fleecefs::chain::manifest::{self, Manifest};
+use fleecefs::manifest;
+use fleecefs::manifest::Manifest;
 use guard::Guard;
 
 /// The folder as a run leaves it that is killed when the new FULL has its interim name: `done` is

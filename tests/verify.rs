@@ -312,10 +312,10 @@ fn files_mixed_up_with_their_manifests_are_found() {
     create(dir.path());
     for (i, file) in c.files.iter().enumerate() {
         let (folder, name) = (file.parent().unwrap(), file.file_name().unwrap());
-        let mut m = fleecefs::chain::manifest::read(folder, name).unwrap().unwrap();
+        let mut m = fleecefs::manifest::read(folder, name).unwrap().unwrap();
         let node = if i == 2 { "drive1" } else { "drive0" };
         m.disk.node = node.into();
-        fleecefs::chain::manifest::write(folder, &m).unwrap();
+        fleecefs::manifest::write(folder, &m).unwrap();
     }
     let (code, report) = verify(dir.path(), &["--quick"]);
     assert_eq!(code, UNSOUND, "{report:#}");

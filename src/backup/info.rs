@@ -3,10 +3,11 @@
 use serde::Serialize;
 use serde_json::json;
 
-use super::bitmap::{self, Found};
-use super::folders::TargetId;
+use super::disks::{Answers, Insertion, Seen, SeenDisk, base_name, device_tail, survey};
+use super::graph::bitmap;
+use super::graph::bitmap::Found;
 use super::names;
-use super::seen::{Answers, Insertion, Seen, SeenDisk, base_name, device_tail, survey};
+use super::plan::folders::TargetId;
 use crate::error::Result;
 use crate::qmp::Client;
 use crate::qmp::types::Job;

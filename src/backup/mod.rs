@@ -13,53 +13,19 @@
 //! the run's id in its name, so that whatever dies whenever, the old bitmap still records and what
 //! is left over can be told and removed.
 
-mod barrier;
-pub mod begin;
-mod beside;
-pub mod bitmap;
-pub mod conclude;
-pub mod control;
-pub mod disk;
-mod early;
-mod expected;
+pub mod disks;
 pub mod fleece;
-pub mod folders;
-pub mod foreign;
+pub mod freeze;
 pub mod graph;
-pub mod guardian;
-pub mod history;
 pub mod info;
-pub mod journal;
-pub mod leftover;
-pub mod level;
-pub mod lock;
-pub mod migration;
-pub mod moment;
 pub mod names;
-pub mod nbdserver;
-mod neighbours;
 pub mod offline;
 pub mod plan;
-mod planned;
-mod proof;
 pub mod publish;
-pub mod reach;
 pub mod recover;
-pub mod report;
 pub mod run;
-pub mod seen;
-mod session;
-mod shared;
-pub mod space;
-mod target_id;
-pub mod targets;
-pub mod teardown;
-mod unplug;
-pub mod vm;
-mod wait;
-mod watermark;
-pub mod work;
-pub mod zeros;
+pub mod state;
+pub mod target;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -7,10 +7,11 @@ use std::ffi::OsStr;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::chain::name::{Name, parse};
-use crate::chain::{Level, is_foreign_name};
+use crate::chain::is_foreign_name;
 use crate::error::{Error, Result};
 use crate::folder::{PlainName, TEMPORARY};
+use crate::layout::Level;
+use crate::layout::name::{Name, parse};
 
 /// What every name of ours begins with.
 pub const PREFIX: &str = "fleecefs-";
@@ -243,7 +244,7 @@ pub fn folder(name: &str, plain: bool) -> String {
 
 fn can_be_folder(name: &str, plain: bool) -> bool {
     let lower = name.to_lowercase();
-    let own = [crate::chain::manifest::FOLDER, TEMPORARY].iter().any(|p| lower.starts_with(p))
+    let own = [crate::manifest::FOLDER, TEMPORARY].iter().any(|p| lower.starts_with(p))
         || lower == "uuid"
         || [".partial", ".config"].iter().any(|s| lower.ends_with(s));
     if PlainName::new(name).is_err()

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::level::Level;
-use super::manifest;
 use crate::error::Finding;
 use crate::layer::LayerSpec;
+use crate::layout::Level;
+use crate::manifest;
 
 /// Everything found in a backup directory.
 #[derive(Debug, Clone, Default)]

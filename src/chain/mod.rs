@@ -7,42 +7,16 @@
 //! `restore`, `verify` and `prune` share.
 //! Nothing here writes but `manifest`, `removal` and `linking`.
 
-mod assemble;
 mod catalog;
-mod doubt;
-mod fates;
-mod follow;
-mod foreign;
-mod format;
-mod group;
-mod info;
-mod inside;
-pub mod journal;
-mod level;
-mod link;
-pub mod linking;
-pub mod manifest;
-pub mod name;
-mod nearest;
-mod pointer;
-mod points;
-mod probe;
-mod probed;
-mod record;
-pub mod removal;
+pub(crate) mod link;
+pub(crate) mod points;
 pub mod scan;
-mod select;
-mod side;
-mod stream_name;
-mod tree;
-pub mod unfinished;
-mod virtnbd;
+pub mod walk;
 
+pub use self::points::foreign::is_foreign_name;
+pub use self::points::nearest::nearest;
+pub use self::points::record::{check_formats, describe, describe_format, record_from};
+pub use self::points::select::{POINT_HELP, time_name};
+pub use self::walk::pointer::backing_name;
 pub(crate) use catalog::NEWEST_LOST;
 pub use catalog::{Catalog, Disk, Point};
-pub use foreign::is_foreign_name;
-pub use level::Level;
-pub use nearest::nearest;
-pub use pointer::backing_name;
-pub use record::{check_formats, describe, describe_format, record_from};
-pub use select::{POINT_HELP, time_name};

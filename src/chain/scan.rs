@@ -23,17 +23,19 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::format;
-use super::manifest::{self};
-use super::name::{self, Name};
-use super::side::Side;
-use super::tree::{Decision, FileEntry, Folder, Link, Tree};
-use super::{Catalog, assemble};
+use super::Catalog;
+use super::link::format;
+use super::points::assemble;
+use super::walk::side::Side;
+use super::walk::tree::{Decision, FileEntry, Folder, Link, Tree};
 use crate::error::{Error, Finding, Kind, Result};
-use crate::folder::{self, Entry, EntryKind};
+use crate::folder::{Entry, EntryKind};
+use crate::layout::name;
+use crate::layout::name::Name;
+use crate::{folder, manifest};
 
-pub use super::format::Told;
-pub use super::probe::ProbeCache;
+pub use super::link::format::Told;
+pub use super::walk::probe::ProbeCache;
 
 /// How to scan.
 #[derive(Debug, Clone, Default)]

@@ -11,16 +11,16 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
 use super::shared::{QmpArgs, qmp_unless};
-use super::state::{self, StateArgs};
-use super::values::{self, CompressArg};
-use super::{paths, say};
-use crate::backup::names;
+use super::state::StateArgs;
+use super::values::CompressArg;
+use super::{paths, say, state, values};
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::{Printed, unknown_disk};
-use crate::backup::report::Report;
+use crate::backup::publish::report::Report;
 use crate::backup::run::backup;
 use crate::backup::{
     Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
+    names,
 };
 use crate::error::{Error, Kind, Result};
 use crate::folder::Share;

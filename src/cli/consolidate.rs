@@ -12,7 +12,7 @@ use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::error::Result;
 use crate::output;
-use crate::prune::consolidate::{Consolidation, How, consolidate, plan};
+use crate::rewrite::consolidate::{Consolidation, How, consolidate, plan};
 use crate::text::path_text;
 use crate::units::human_bytes;
 

@@ -4,16 +4,18 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::paths;
-use super::say;
 use super::shared::{JsonArgs, QmpArgs};
 use super::state::{StateArgs, of_owners};
-use super::status::{self, StatusArgs};
-use crate::backup::folders::TargetId;
-use crate::backup::info::{self, BitmapLine, Choice};
-use crate::backup::lock::Lock;
-use crate::backup::targets::Targets;
-use crate::backup::{bitmap, control, migration};
+use super::status::StatusArgs;
+use super::{paths, say, status};
+use crate::backup::fleece::migration;
+use crate::backup::graph::bitmap;
+use crate::backup::info;
+use crate::backup::info::{BitmapLine, Choice};
+use crate::backup::plan::folders::TargetId;
+use crate::backup::state::control;
+use crate::backup::state::lock::Lock;
+use crate::backup::target::targets::Targets;
 use crate::error::{Error, Kind, Result};
 use crate::output;
 use crate::qmp::{Address, Client};

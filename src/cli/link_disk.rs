@@ -12,7 +12,8 @@ use super::writing::finished_but_links;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
 use crate::output;
-use crate::prune::join::{self, Joining};
+use crate::rewrite::join;
+use crate::rewrite::join::Joining;
 use crate::text::path_text;
 use crate::units::counted;
 

@@ -9,16 +9,17 @@ use super::bar::Bar;
 use super::paths::{backups, catalog};
 use super::say;
 use super::writing::locked;
-use crate::chain::{Catalog, manifest};
+use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
-use crate::folder;
-use crate::output;
-use crate::prune::consolidate::How;
 use crate::prune::plan::{DiskPlan, Manner, Plan, Rules, plan};
 use crate::prune::reason::Reason;
-use crate::prune::{CanMerge, consolidate, execute, items};
+use crate::prune::{CanMerge, items};
+use crate::rewrite::consolidate;
+use crate::rewrite::consolidate::How;
+use crate::rewrite::remove::execute;
 use crate::text::path_text;
 use crate::units::{counted, human_bytes, parse_duration};
+use crate::{folder, manifest, output};
 
 /// Delete old points by retention rules
 ///

@@ -8,15 +8,18 @@ use super::backup::ShowArgs;
 use super::console::Console;
 use super::state::StateArgs;
 use super::status::RunArgs;
-use crate::backup::lock::Lock;
+use crate::backup::fleece::foreign;
+use crate::backup::freeze::guardian;
 use crate::backup::recover::{Cause, Place, Recovered};
-use crate::backup::{Watch as _, control, foreign, guardian, journal, offline, reach, recover};
+use crate::backup::state::lock::Lock;
+use crate::backup::state::{control, journal};
+use crate::backup::target::reach;
+use crate::backup::{Watch as _, offline, recover};
 use crate::error::{Error, Kind, Result};
-use crate::folder;
-use crate::output;
 use crate::qmp::{Address, Client};
 use crate::text::path_text;
 use crate::units::counted;
+use crate::{folder, output};
 
 /// Finish what a killed backup left in QEMU, in the guest and on disk
 ///

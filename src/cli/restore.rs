@@ -9,21 +9,21 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::bar::Bar;
-use super::paths;
-use super::say;
 use super::shared::ForceArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
+use super::{paths, say};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, FileId};
+use crate::folder::FileId;
 use crate::image::{Cache, open_point};
-use crate::output;
+use crate::job::Work;
 use crate::restore::{
-    Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, Work, run,
+    Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, run,
 };
 use crate::text::{path_text, to_text};
 use crate::units::{counted, human_bytes};
+use crate::{folder, output};
 
 /// Restore a point to a file, a block device or standard output
 ///

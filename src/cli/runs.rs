@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use super::table::{level_name, write_rows};
-use crate::chain::manifest::Achieved;
-use crate::chain::{Catalog, Disk, Level};
+use crate::chain::{Catalog, Disk};
 use crate::error::Result;
+use crate::layout::Level;
+use crate::manifest::Achieved;
 use crate::output;
 use crate::restore::run::{Doubles, Guest, When, manifest_of};
 use crate::text::{path_text, to_text};

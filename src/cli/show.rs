@@ -7,14 +7,13 @@ use serde_json::{Value, json};
 
 use super::paths::catalog;
 use super::table::level_name;
-use crate::backup::folders::{vm_name, vm_uuid};
-use crate::chain::manifest::{self, Achieved, ConfigFile, Manifest};
 use crate::chain::{Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, PlainName};
-use crate::output;
+use crate::folder::PlainName;
+use crate::manifest::{Achieved, ConfigFile, Manifest, vm_name, vm_uuid};
 use crate::text::{path_text, to_text};
 use crate::units::{human_bytes, iso_time};
+use crate::{folder, manifest, output};
 
 /// Show all that is known about a point: what its manifest says, and which VM and disk it is of
 ///

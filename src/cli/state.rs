@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{paths, say};
-use crate::backup::lock;
+use crate::backup::state::lock;
 use crate::error::{Error, Result};
 use crate::folder;
 use crate::privileges::Owner;

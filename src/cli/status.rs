@@ -8,14 +8,15 @@ use serde::Serialize;
 use super::paths;
 use super::shared::{JsonArgs, QmpArgs, qmp_unless};
 use super::state::StateArgs;
-use crate::backup::control::{self, Status};
-use crate::backup::{journal, offline, reach};
+use crate::backup::offline;
+use crate::backup::state::control::Status;
+use crate::backup::state::{control, journal};
+use crate::backup::target::reach;
 use crate::error::{Error, Kind, Result};
-use crate::folder;
-use crate::output;
 use crate::qmp::Address;
 use crate::text::path_text;
 use crate::units::human_bytes;
+use crate::{folder, output};
 
 /// Which VM's run, or which target's of a VM that is shut off.
 #[derive(Debug, Args)]

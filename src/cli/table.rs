@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::chain::Level;
+use crate::layout::Level;
 use crate::output;
 use crate::text::columns;
 

@@ -6,23 +6,24 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
-use super::paths::{self, catalog};
+use super::paths::catalog;
 use super::restore::check_outside;
-use super::say;
 use super::shared::ForceArgs;
 use super::values::FileFormat;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
+use super::{paths, say};
 use crate::chain::Catalog;
 use crate::error::{Kind, Result};
 use crate::image::{Cache, open_point};
 use crate::layer::Format;
 use crate::lock::Locks;
-use crate::output;
-use crate::restore::verbs::{self, FoldPlan, Line, files, rebase::RebasePlan};
 use crate::restore::{Options, Plan, Qcow2Options, Target};
+use crate::rewrite::rebase::RebasePlan;
+use crate::rewrite::{FoldPlan, Line, files};
 use crate::text::path_text;
 use crate::units::{counted, human_bytes};
+use crate::{output, rewrite};
 
 /// Options that all verbs have.
 #[derive(Debug, Args)]
@@ -129,7 +130,7 @@ impl VerbArgs {
     }
 
     fn line<'a>(&self, catalog: &'a Catalog) -> Result<Line<'a>> {
-        verbs::select(catalog, &self.filter, self.until.as_deref())
+        rewrite::select(catalog, &self.filter, self.until.as_deref())
     }
 
     /// Tells that the backup is going to change, or, with --dry-run, prints the steps; whether to
@@ -185,7 +186,7 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     let (catalog, _locks) = verb.catalog(true)?;
     let line = match verb.line(&catalog) {
         Err(e) if e.kind() == Kind::NotFound => {
-            let done = verb.until.as_ref().and_then(|u| verbs::folded(&catalog, &verb.filter, u));
+            let done = verb.until.as_ref().and_then(|u| rewrite::folded(&catalog, &verb.filter, u));
             let Some(full) = done else { return Err(e) };
             return output::print(&format!("{} holds that state already\n", path_text(&full)));
         }

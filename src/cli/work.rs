@@ -7,8 +7,8 @@ use clap::Args;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::error::{Error, Result};
+use crate::job::{RateLimit, Work};
 use crate::progress::Progress;
-use crate::restore::{RateLimit, Work};
 
 /// Options of long work.
 #[derive(Debug, Args)]

@@ -7,14 +7,16 @@ use std::sync::Once;
 use super::bar::Bar;
 use super::paths;
 use super::work::cancel_flag;
-use crate::chain::{Catalog, unfinished};
+use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder, ForeignOwner, foreign_owner};
+use crate::folder::{Folder, ForeignOwner, foreign_owner};
+use crate::job::Work;
+use crate::journal::unfinished;
 use crate::lock::Locks;
-use crate::privileges;
-use crate::prune::{join, recover};
-use crate::restore::Work;
+use crate::rewrite::join;
+use crate::rewrite::remove::recover;
 use crate::text::path_text;
+use crate::{folder, privileges};
 
 /// Takes the locks, finishes what an earlier run left, and then reads the directory.
 ///

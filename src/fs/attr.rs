@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use super::point::PointFile;
 use super::tree::{EntryKind, Node, NodeKind, Tree};
-use crate::chain::Level;
-use crate::chain::manifest::Achieved;
+use crate::layout::Level;
+use crate::manifest::Achieved;
 
 /// Who owns the files and who may read them.
 #[derive(Debug, Clone, Copy)]

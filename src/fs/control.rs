@@ -8,11 +8,13 @@ use serde::Serialize;
 
 use super::attr::time_text;
 use super::tree::Tree;
-use crate::chain::manifest::Achieved;
-use crate::chain::{Disk, Level, Point};
+use crate::chain::{Disk, Point};
 use crate::error::Finding;
 use crate::image::CacheFigures;
-use crate::text::{self, to_text};
+use crate::layout::Level;
+use crate::manifest::Achieved;
+use crate::text;
+use crate::text::to_text;
 
 /// What the tree does not know about the mount.
 #[derive(Debug, Clone, Copy, Serialize)]

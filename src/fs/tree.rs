@@ -21,7 +21,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::names::{self, Child, Folder};
+use super::names;
+use super::names::{Child, Folder};
 pub use super::node::{Entry, EntryKind, Node, NodeKind, ROOT, find};
 use super::number::Numbering;
 use super::point::PointFile;
@@ -267,9 +268,9 @@ impl<'a> Files<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chain::Level;
     use crate::error::Kind;
     use crate::layer::{Format, Part};
+    use crate::layout::Level;
     use crate::storage::SourceFile;
 
     /// A backup directory of real (raw) files, so that identities are real, too.

@@ -5,14 +5,16 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Component, Path, PathBuf};
 
 use super::plan::{DiskItems, Item, vm};
-use crate::chain::manifest;
-use crate::chain::name::{self, Name, parse_partial};
-use crate::chain::{Catalog, Disk, Level, Point, removal};
+use crate::chain::{Catalog, Disk, Point};
 use crate::error::Result;
-use crate::folder::{self, Folder};
+use crate::folder::Folder;
+use crate::journal::removal;
 use crate::layer::Format;
+use crate::layout::name::{Name, parse_partial};
+use crate::layout::{Level, name};
 use crate::text::path_text;
 use crate::verify::{Outcome, Standing, quick};
+use crate::{folder, manifest};
 
 /// The points of all disks; of each the newest is verified quickly, for nothing of a VM may go as
 /// long as nobody knows whether there is a good successor on each of its disks.

@@ -7,17 +7,12 @@
 //! directory holds the old or the new chain whole. `recover` also finishes what the verbs that alter
 //! a chain left: there is one recovery for all.
 
-mod config;
-pub mod consolidate;
-mod execute;
-mod items;
-pub mod join;
+pub(crate) mod items;
 pub mod plan;
 mod planned;
 pub mod reason;
 mod shorten;
 
-pub use execute::{execute, recover};
 pub use items::items;
 pub use planned::Unmerged;
 pub use shorten::CanMerge;

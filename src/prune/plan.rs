@@ -7,12 +7,11 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use super::reason::Reason;
-use super::shorten::{CanMerge, shortened};
-
 pub use super::planned::{DiskItems, DiskPlan, Item, Plan, PointPlan, Unmerged};
 
-use crate::chain::Level;
+use super::reason::Reason;
+use super::shorten::{CanMerge, shortened};
+use crate::layout::Level;
 
 /// What is kept, as restic and borg have it: of each of the newest N days (weeks, ...) that have a
 /// point at all, the newest one.

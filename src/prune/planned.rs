@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::reason::Reason;
-use crate::chain::Level;
+use crate::layout::Level;
 
 /// One point, as far as the plan needs it.
 #[derive(Debug, Clone)]

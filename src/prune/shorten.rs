@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::planned::{DiskItems, PointPlan, Unmerged};
 use super::reason::Reason;
-use crate::chain::Level;
+use crate::layout::Level;
 
 /// Whether a chain of a disk can become one FULL up to a point, once these points of the disk are
 /// gone; else why not. Disk and points are indices.

@@ -6,20 +6,18 @@
 //! and writes it by position. Files are made without a name, or under a temporary one, in the target's
 //! folder (`temp`) and get their own name only when they are complete and on disk.
 
-mod clone;
+pub(crate) mod clone;
 mod device;
-mod options;
-mod plan;
-mod pool;
+pub(crate) mod options;
+pub(crate) mod plan;
 pub mod qcow2;
 mod raw;
-mod readback;
+pub(crate) mod readback;
 pub mod run;
-mod source;
+pub(crate) mod shape;
+pub(crate) mod source;
 mod stream;
-mod temp;
-pub mod verbs;
-pub mod work;
+pub(crate) mod temp;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,6 +25,7 @@ use std::time::{Duration, Instant};
 use crate::error::Result;
 use crate::image::Image;
 
+use crate::job::Work;
 pub use device::Device;
 use options::target_error;
 pub use options::{Options, Reflink, Summary, Target};
@@ -34,7 +33,6 @@ pub use plan::{Chunk, Plan, Totals};
 pub use qcow2::{Compression, Preallocation, Qcow2Options};
 pub use source::BadRange;
 pub use temp::{Temp, check_removable, give, give_common};
-pub use work::{RateLimit, Work};
 
 use source::Reader;
 

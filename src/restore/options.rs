@@ -88,6 +88,6 @@ impl Summary {
 }
 
 /// An error of the target's, with its path.
-pub(super) fn target_error(e: std::io::Error, what: &str, path: &Path) -> Error {
+pub(crate) fn target_error(e: std::io::Error, what: &str, path: &Path) -> Error {
     Error::io(e, what).at_path(path)
 }

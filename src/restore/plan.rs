@@ -6,11 +6,10 @@
 
 use std::sync::Mutex;
 
-use super::pool;
-use super::work::Work;
 use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::ExtentList;
 use crate::image::{FoldedExtent, Image, Source};
+use crate::job::{Work, pool};
 
 /// Bytes of the disk that one job deals with; the same as a window of the image.
 pub const CHUNK: u64 = 64 << 20;

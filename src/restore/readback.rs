@@ -8,10 +8,10 @@ use std::path::Path;
 
 use super::plan::Plan;
 use super::source::Reader;
-use super::work::Work;
-use super::{pool, target_error};
+use super::target_error;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
+use crate::job::{Work, pool};
 use crate::storage::ReadAt;
 
 /// Bytes compared at once.

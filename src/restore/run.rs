@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::chain::linking;
-use crate::chain::manifest::{self, Manifest, vm_name, vm_uuid};
-use crate::chain::{Catalog, Disk, Level};
+use crate::chain::{Catalog, Disk};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
+use crate::journal::linking;
+use crate::layout::Level;
+use crate::manifest;
+use crate::manifest::{Manifest, vm_name, vm_uuid};
 use crate::text::{path_text, to_text};
 use crate::units::{iso_time, parse_when};
 

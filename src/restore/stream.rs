@@ -4,11 +4,11 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use super::Summary;
 use super::plan::Plan;
 use super::source::Reader;
-use super::work::Work;
-use super::{Summary, pool};
 use crate::error::{Error, Result};
+use crate::job::{Work, pool};
 
 /// Bytes per piece.
 const PIECE: u64 = 1 << 20;

@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use super::content;
 use crate::chain::Point;
-use crate::chain::name::{Promise, promise};
 use crate::error::{Error, Finding, Kind, Result, Severity};
-use crate::layer::qcow2::check::{self as structure, Collected};
-use crate::layer::{self, Format, LayerSpec, Part};
+use crate::layer;
+use crate::layer::qcow2::check as structure;
+use crate::layer::qcow2::check::Collected;
+use crate::layer::{Format, LayerSpec, Part};
+use crate::layout::name::{Promise, promise};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};
 use crate::text::path_text;

@@ -6,14 +6,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::backup::names::parse_bitmap;
-use crate::chain::manifest::fingerprint;
-use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, Manifest};
-use crate::chain::name::{self, Name};
-use crate::chain::{Catalog, Disk, Level, Point, removal};
+use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Error, Finding, Kind, Severity};
-use crate::folder::{self, EntryKind, Folder};
+use crate::folder::{EntryKind, Folder};
+use crate::journal::removal;
 use crate::layer::qcow2::check::REMEDY;
+use crate::layout::name::Name;
+use crate::layout::{Level, name};
+use crate::manifest::{BitmapInfo, DiskIdentity, Manifest, fingerprint};
 use crate::text::path_text;
+use crate::{folder, manifest};
 
 /// What `.fleecefs/` has about a point.
 pub(super) struct Record {

@@ -7,11 +7,14 @@ use std::path::{Path, PathBuf};
 use super::Outcome;
 use super::files::FileReport;
 use super::links::{Record, Records};
-use crate::chain::manifest::{self, fingerprint};
 use crate::chain::scan::Told;
-use crate::chain::{Disk, Level, describe, describe_format, unfinished};
+use crate::chain::{Disk, describe, describe_format};
 use crate::error::{Error, Kind, Result};
+use crate::journal::unfinished;
+use crate::layout::Level;
 use crate::lock::Locks;
+use crate::manifest;
+use crate::manifest::fingerprint;
 use crate::text::path_text;
 
 /// Writes manifests; nobody else writes to the directory as long as it is there.

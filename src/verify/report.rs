@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::chain::Level;
 use crate::error::{Finding, Kind, Severity};
+use crate::layout::Level;
 
 /// How it stands. The order is from good to bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]

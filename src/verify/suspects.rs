@@ -5,9 +5,10 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::chain::name::{Name, parse, parse_partial};
-use crate::chain::{Disk, Level};
+use crate::chain::Disk;
 use crate::error::{Finding, Kind, Severity};
+use crate::layout::Level;
+use crate::layout::name::{Name, parse, parse_partial};
 use crate::verify::links::Records;
 
 /// Points that must not be recorded as they are, and why: increments after one that qmpbackup did

@@ -5,10 +5,12 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use fleecefs::chain::manifest::{self, Consistency, Contents, ImageFormat, Manifest};
+use fleecefs::chain::Catalog;
 use fleecefs::chain::scan::{ScanOptions, scan};
-use fleecefs::chain::{Catalog, Level};
 use fleecefs::error::Finding;
+use fleecefs::layout::Level;
+use fleecefs::manifest;
+use fleecefs::manifest::{Consistency, Contents, ImageFormat, Manifest};
 
 #[path = "../qemu/mod.rs"]
 pub mod qemu;

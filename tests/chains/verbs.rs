@@ -5,8 +5,9 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use fleecefs::chain::Level;
-use fleecefs::chain::manifest::{self, Contents, ImageFormat, Manifest};
+use fleecefs::layout::Level;
+use fleecefs::manifest;
+use fleecefs::manifest::{Contents, ImageFormat, Manifest};
 
 #[path = "../qemu/mod.rs"]
 pub mod qemu;

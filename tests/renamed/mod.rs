@@ -4,13 +4,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::chains::qemu::{self, run};
+use crate::chains::qemu::run;
 use crate::chains::{
-    MIB, add_manifests, assert_same, chain, files, fleecefs, manifests_fit, name, ok, s,
+    MIB, add_manifests, assert_same, chain, files, fleecefs, manifests_fit, name, ok, qemu, s,
 };
-use fleecefs::chain::manifest;
 use fleecefs::chain::scan::{ScanOptions, scan};
 use fleecefs::image::{Cache, open_point};
+use fleecefs::manifest;
 use serde_json::Value;
 
 /// A backup directory in which the disk `old` became `new`, and the bytes of each point by its time.

@@ -5,9 +5,9 @@
 
 use std::path::Path;
 
-use fleecefs::chain::scan::{ScanOptions, scan};
-use fleecefs::image::{Cache, open_point};
-use fleecefs::restore::Work;
+use fleecefs::chain::scan::{scan, ScanOptions};
+use fleecefs::image::{open_point, Cache};
+use fleecefs::job::Work;
 
 /// What the pieces of the input are written to.
 const NAMES: [&str; 14] = [
@@ -44,7 +44,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     look(&dir);
     let cancel = std::sync::atomic::AtomicBool::new(false);
     let work = Work { cancel: &cancel, progress: &(), workers: 1, rate: None };
-    let _ = fleecefs::prune::recover(&dir, &work);
+    let _ = fleecefs::rewrite::remove::recover(&dir, &work);
     look(&dir);
     assert_eq!(std::fs::read(top.join("victim")).expect("it is still there"), b"precious");
     assert_eq!(std::fs::read_dir(&top).expect("a folder").count(), 2);

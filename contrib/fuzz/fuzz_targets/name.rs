@@ -5,5 +5,5 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    let _ = fleecefs::chain::name::parse(OsStr::from_bytes(bytes));
+    let _ = fleecefs::layout::name::parse(OsStr::from_bytes(bytes));
 });

@@ -1,7 +1,7 @@
 //! Answers of QEMU from hostile bytes: refused, or all that planning makes of them; never a panic.
 #![no_main]
 
-use fleecefs::backup::seen::{Answers, survey};
+use fleecefs::backup::disks::{survey, Answers};
 use fleecefs::qmp::budget;
 use fleecefs::qmp::types::{Features, Graph, Job, Version};
 use serde_json::Value;

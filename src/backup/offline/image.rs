@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::known::KnownDisk;
-use crate::chain::name::{Promise, promise};
+use crate::backup::target::known::KnownDisk;
 use crate::error::{Error, Kind, Result};
-use crate::folder;
-use crate::layer::{self, Format};
+use crate::layer::Format;
+use crate::layout::name::{Promise, promise};
 use crate::storage::SourceFile;
 use crate::text::path_text;
+use crate::{folder, layer};
 
 /// More layers than anybody's disk has.
 const DEEPEST: usize = 200;

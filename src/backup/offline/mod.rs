@@ -9,7 +9,6 @@
 //! written by a QEMU that a guest has taken over. `known` finds what the target knows of it.
 
 mod image;
-mod known;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -19,19 +18,22 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::lock::{Lock, real_path, state_folder};
-use super::report::Report;
+use super::disks::Seen;
+use super::publish::report::Report;
 use super::run::backup;
-use super::seen::Seen;
-use super::targets::Targets;
-use super::{Options, Watch, journal, reach};
+use super::state::journal;
+use super::state::lock::{Lock, real_path, state_folder};
+pub use super::target::known::Known;
+use super::target::reach;
+use super::target::targets::Targets;
+use super::{Options, Watch};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Folder};
+use crate::folder;
+use crate::folder::Folder;
 use crate::qemu_img::daemon::{Daemon, Rights};
 use crate::qmp::Address;
 use crate::text::path_text;
 use image::Image;
-pub use known::Known;
 
 /// How long opening the images may take: one that was not closed in order has its tables checked.
 const OPENING: Duration = Duration::from_secs(120);

@@ -1,10 +1,11 @@
+use super::folders::{Folders, TargetId};
 use super::*;
-use crate::backup::folders::{Folders, TargetId};
+use crate::backup::disks::Insertion;
 use crate::backup::graph::{Path as NodePath, Root};
-use crate::backup::seen::Insertion;
 use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
-use crate::chain::manifest::Manifest;
-use crate::chain::manifest::{self, BitmapInfo, DiskIdentity, fingerprint, tests::example};
+use crate::manifest;
+use crate::manifest::tests::example;
+use crate::manifest::{BitmapInfo, DiskIdentity, Manifest, fingerprint};
 use crate::qmp::Address;
 use crate::qmp::types::Bitmap;
 use serde_json::{Value, json};

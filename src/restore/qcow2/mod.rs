@@ -8,21 +8,20 @@
 //! Format: docs/interop/qcow2.rst of QEMU.
 
 mod compress;
-mod options;
 mod tables;
 mod write;
 
 use std::path::Path;
 use std::sync::Arc;
 
-pub use options::{Compression, Preallocation, Qcow2Options};
+pub use super::shape::{Compression, Preallocation, Qcow2Options};
 
 use super::plan::Plan;
 use super::source::Reader;
-use super::work::Work;
 use super::{Options, Summary, Temp, raw, readback};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image};
+use crate::job::Work;
 use crate::layer::{Format, LayerSpec, Part};
 
 /// Restores to a new qcow2 file.

@@ -10,12 +10,12 @@ use super::tables::{Entry, Tables};
 use super::{Compression, Preallocation, Qcow2Options};
 use crate::error::{Error, Kind, Result};
 use crate::image::Source;
+use crate::job::{Work, pool};
 use crate::restore::clone::Cloner;
 use crate::restore::plan::{Chunk, Plan, extents};
 use crate::restore::raw::is_zero;
 use crate::restore::source::Reader;
-use crate::restore::work::Work;
-use crate::restore::{Options, Reflink, Summary, Temp, pool, target_error};
+use crate::restore::{Options, Reflink, Summary, Temp, target_error};
 use crate::storage::ReadAt;
 
 /// Bytes that are read at once, and compressed bytes that are written at once (at least; a

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::*;
-use crate::chain::manifest::{BackingFile, OFFLINE};
+use crate::manifest::{BackingFile, OFFLINE};
 
 /// A backing file that was written to at this time.
 fn known(mtime_ns: i64) -> BackingFile {

@@ -1,0 +1,576 @@
+//! Making a finished image a point: check, sync, rename, manifest. The manifest is the commit.
+//!
+//! Until then the image is called `.partial`, and its manifest-to-be lies beside the manifests as
+//! that of the `.partial`: whoever finds both after a crash can finish the work.
+//!
+//! The folder may be somebody else's, who can exchange any name in it at any time. So it is opened
+//! once, and the image is looked at, checked, hashed and synced by the descriptor that it was made
+//! with; its name is compared with that before it is renamed and after.
+
+pub(crate) mod early;
+pub mod report;
+pub mod vm;
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Once};
+use std::time::{Duration, SystemTime};
+
+use self::early::Early;
+use super::state::leftover;
+use super::state::leftover::Made;
+use crate::error::{Error, Kind, Result, Severity};
+use crate::failpoint::step;
+use crate::folder::{Access, EntryKind, FileId, Folder, Share};
+use crate::hash::Check;
+use crate::hash::ahead::Known;
+use crate::layer::qcow2::check as structure;
+use crate::layer::qcow2::create::NewImage;
+use crate::layer::{Format, ImageInfo};
+use crate::layout::Level;
+use crate::manifest::{Manifest, fingerprint_of};
+use crate::qemu_img::Verdict;
+use crate::storage::{OpenFile, SourceFile};
+use crate::{folder, manifest, qemu_img};
+
+/// The name of an image that is not a point yet.
+pub fn partial_name(image: &str) -> String {
+    format!("{image}.partial")
+}
+
+/// Writes down what the image will be once it is complete.
+///
+/// # Errors
+/// As [`manifest::write`].
+pub fn announce(folder: &Folder, manifest: &Manifest) -> Result<()> {
+    let mut pending = manifest.clone();
+    pending.image = partial_name(&manifest.image);
+    manifest::write_in(folder, &pending)?;
+    Ok(())
+}
+
+/// The folder for manifests, made if it is not there.
+///
+/// # Errors
+/// What the operating system said; a refusal if it is a link.
+pub fn side_folder(folder: &Folder) -> Result<Folder> {
+    folder.make_folder(manifest::FOLDER).map_err(|e| {
+        Error::io(e, "cannot make the folder for manifests").at_path(folder.join(manifest::FOLDER))
+    })
+}
+
+/// Notes where the fleece image of an announced image will be, so that it can be removed even if
+/// the journal is lost.
+///
+/// # Errors
+/// What the operating system said.
+pub fn note_fleece(folder: &Folder, image: &str, fleece: &Made) -> Result<()> {
+    let name = fleece_note(image);
+    let side = side_folder(folder)?;
+    let failed = |e| Error::io(e, "cannot write the file").at_path(side.join(&name));
+    side.write_whole(&name, &leftover::note(fleece)).map_err(failed)
+}
+
+fn fleece_note(image: &str) -> String {
+    format!("{}.fleece", partial_name(image))
+}
+
+/// Removes a noted fleece image, and the note. What cannot be removed is no reason against a point.
+fn drop_fleece(folder: &Folder, image: &str) {
+    let Ok(side) = folder.folder(manifest::FOLDER) else { return };
+    let name = fleece_note(image);
+    let removed = side.read_if_there(&name, leftover::LONGEST_NOTE).and_then(|note| {
+        let Some(note) = note else { return Ok(()) };
+        leftover::remove_noted(&note, folder.path());
+        side.remove_if_there(&name).map(drop)
+    });
+    if let Err(e) = removed {
+        log::warn!("{}", Error::io(e, "cannot remove the note").at_path(side.join(&name)).report());
+    }
+}
+
+/// What was announced for `image`, if anything.
+///
+/// # Errors
+/// As [`manifest::read`].
+pub fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
+    let pending = manifest::read_in(folder, OsStr::new(&partial_name(image)))?;
+    Ok(pending.map(|mut m| {
+        m.image = image.to_string();
+        m
+    }))
+}
+
+/// Creates the empty image that the job will fill, for its owner and those with whom it is shared; so
+/// is its folder.
+///
+/// # Errors
+/// `Exists` if it is there, `NoSpace`, `Permission`, `Io`.
+pub fn create_image(folder: &Folder, name: &str, image: &NewImage, share: Share) -> Result<Held> {
+    let name = partial_name(name);
+    let path = folder.join(&name);
+    let file = folder
+        .create_new(&name)
+        .map_err(|e| Error::io(e, "cannot create the file").at_path(&path))?;
+    let given = share.give_folder(folder).and_then(|()| share.give(&file));
+    given.map_err(|e| {
+        Error::io(e, "cannot give it the --group and --mode")
+            .at_path(&path)
+            .remedy("only a member of a group, or root, gives files to it")
+    })?;
+    let held = Held { file: Arc::new(file), path };
+    image.write(&held.file, &held.path)?;
+    Ok(held)
+}
+
+/// An image held open from before anything was written to it. What the operating system could not
+/// write is told once, to those who had the file open then: whoever opens it later is told that
+/// all is well, and reads the lost bytes out of the page cache.
+#[derive(Debug, Clone)]
+pub struct Held {
+    file: Arc<File>,
+    path: PathBuf,
+}
+
+impl Held {
+    /// Opens the unfinished image that a killed run left; with `made` it must be that very file.
+    /// Errors that nobody was told of yet are told here, as long as QEMU has it open without
+    /// syncing it.
+    ///
+    /// # Errors
+    /// What the operating system said; `Unsound` if it is another file.
+    pub fn open(folder: &Folder, image: &str, made: Option<FileId>) -> Result<Self> {
+        let name = partial_name(image);
+        let path = folder.join(&name);
+        let failed = |e| Error::io(e, "cannot open the image").at_path(&path);
+        let file = folder.open_with(&name, Access::ReadWrite).map_err(failed)?;
+        let id = FileId::of(&file.metadata().map_err(failed)?);
+        if made.is_some_and(|m| !leftover::agree(m, id)) {
+            return Err(taken(&path));
+        }
+        Ok(Held { file: Arc::new(file), path })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Which file it is.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn id(&self) -> Result<FileId> {
+        let meta = self.file.metadata();
+        Ok(FileId::of(&meta.map_err(|e| self.failed(e, "cannot look at the image"))?))
+    }
+
+    /// Its name at the beginning, for messages, and for a QEMU that takes no descriptors.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What hashes it while it grows; its disk has `size` bytes.
+    pub fn early(&self, size: u64) -> Early {
+        Early::new(self.file.clone(), self.path.clone(), size)
+    }
+
+    /// Its length now, which grows with what is copied; `None` if it cannot be told.
+    pub fn length(&self) -> Option<u64> {
+        self.file.metadata().ok().map(|m| m.len())
+    }
+
+    /// Makes it survive a power cut.
+    ///
+    /// # Errors
+    /// Something that was ever written to it is lost: the image is worthless.
+    pub fn sync(&self) -> Result<()> {
+        let synced = self.file.sync_all();
+        synced.map_err(|e| self.failed(e, "the image could not be written to its disk"))
+    }
+
+    /// [`manifest::fingerprint`] of it.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        fingerprint_of(&self.file).map_err(|e| self.failed(e, "cannot read the image"))
+    }
+
+    /// Fails unless `name` stands for this very file.
+    ///
+    /// # Errors
+    /// `Unsound`, or what the operating system said.
+    pub fn require_name(&self, folder: &Folder, name: &str) -> Result<()> {
+        let path = folder.join(name);
+        match folder.is_same(name, &self.file) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(taken(&path)),
+            Err(e) => Err(Error::io(e, "cannot look at the image").at_path(&path)),
+        }
+    }
+
+    /// To be read like any other image.
+    fn source(&self) -> Result<SourceFile> {
+        let file = folder::reopen(&self.file, Access::Read);
+        let file = file.map_err(|e| self.failed(e, "cannot open the image"))?;
+        SourceFile::of_open(file, self.path.clone())
+    }
+
+    fn failed(&self, e: std::io::Error, what: &str) -> Error {
+        Error::io(e, what).at_path(&self.path)
+    }
+}
+
+fn taken(path: &Path) -> Error {
+    Error::new(Kind::Unsound, "somebody has put another file in the place of the image")
+        .at_path(path)
+        .remedy("find out who writes to the backup directory")
+}
+
+/// How the BLAKE3 of an image comes about.
+#[derive(Debug)]
+pub enum Hashing {
+    /// Not at all.
+    Left,
+    /// Of the complete file.
+    Whole,
+    /// It was begun while the file was written.
+    Begun(Early),
+}
+
+/// Publishes a complete image that QEMU has closed. `manifest` is completed with what only the
+/// finished file tells. `stop` is asked during long work; what it says ends that, and the image stays
+/// as it is.
+///
+/// # Errors
+/// The image is unsound, or something could not be written; then it is no point.
+pub fn publish(
+    folder: &Folder,
+    mut manifest: Manifest,
+    hashing: Hashing,
+    held: &Held,
+    stop: &Check,
+) -> Result<Manifest> {
+    let partial = partial_name(&manifest.image);
+    // First of all: what is read below comes out of the page cache, written or not.
+    held.sync()?;
+    held.require_name(folder, &partial)?;
+    check(&held.path, &held.file, manifest.virtual_size, stop)?;
+    step("checked");
+    set_time(held, folder, &manifest)?;
+    held.sync()?;
+    step("synced");
+    complete(&mut manifest, held, hashing, stop)?;
+    // The announcement, now complete, is what a recovery after the rename writes as manifest.
+    announce(folder, &manifest)?;
+    step("announced");
+    rename(folder, held, &manifest.image)?;
+    step("renamed");
+    sync(folder)?;
+    commit(folder, &manifest)?;
+    Ok(manifest)
+}
+
+/// Gives the image its final name, and makes sure that it was the image that got it.
+fn rename(folder: &Folder, held: &Held, image: &str) -> Result<()> {
+    let partial = partial_name(image);
+    held.require_name(folder, &partial)?;
+    let failed = |e| Error::io(e, "cannot rename the image").at_path(folder.join(image));
+    folder.rename_new(&partial, folder, image).map_err(failed)?;
+    held.require_name(folder, image).inspect_err(|_| {
+        // Whatever it is, it came here by our rename and is no point.
+        let _ = folder.remove_if_there(image);
+    })
+}
+
+/// The last step: the manifest, then the announcement goes.
+///
+/// # Errors
+/// As [`manifest::write`].
+pub fn commit(folder: &Folder, manifest: &Manifest) -> Result<()> {
+    manifest::write_in(folder, manifest)?;
+    step("committed");
+    drop_fleece(folder, &manifest.image);
+    manifest::remove_in(folder, OsStr::new(&partial_name(&manifest.image)))
+}
+
+/// Removes an image that will not be a point, and its announcement.
+///
+/// # Errors
+/// What the operating system said.
+pub fn discard(folder: &Folder, image: &str) -> Result<()> {
+    drop_fleece(folder, image);
+    discard_image(folder, image)?;
+    manifest::remove_in(folder, OsStr::new(&partial_name(image)))
+}
+
+/// Removes an unfinished image alone: no recovery can make a point of it then.
+///
+/// # Errors
+/// What the operating system said.
+pub fn discard_image(folder: &Folder, image: &str) -> Result<()> {
+    let name = partial_name(image);
+    let gone = folder.remove_if_there(&name).map(drop);
+    gone.map_err(|e| Error::io(e, "cannot remove the image").at_path(folder.join(&name)))
+}
+
+fn complete(m: &mut Manifest, held: &Held, hashing: Hashing, stop: &Check) -> Result<()> {
+    let source = held.source()?;
+    m.file_size = source.identity().size;
+    m.fingerprint = Some(held.fingerprint()?);
+    let known = match hashing {
+        Hashing::Left => None,
+        Hashing::Whole => Some(Known::default()),
+        Hashing::Begun(early) => Some(early.end(stop)?),
+    };
+    let hash = |known| crate::hash::rest_with(&source, &known, jobs(), stop);
+    m.blake3 = known.map(hash).transpose()?;
+    Ok(())
+}
+
+/// Tables of an image that holds next to nothing, in bytes.
+const MAX_TABLES: u64 = 64 << 20;
+
+fn jobs() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+/// qemu-img's check, by which others judge an image that QEMU wrote: no error and no leak; and the
+/// size.
+///
+/// That qemu-img could not look is no verdict: unless the image cannot be read by us either, it may
+/// be as good as any.
+fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
+    let longest = size.saturating_mul(2).saturating_add(MAX_TABLES);
+    let len =
+        file.metadata().map_err(|e| Error::io(e, "cannot look at the image").at_path(path))?.len();
+    if len > longest {
+        let what = format!("the image has {len} bytes, far more than a disk of {size} can take");
+        return Err(Error::new(Kind::Unsound, what).at_path(path));
+    }
+    let info = crate::layer::probe(&OpenFile::new(file, path)?)?;
+    alone(&info, path)?;
+    match qemu_img::check(file, path, &|| stop()) {
+        Ok(Verdict::Sound) => {}
+        Ok(Verdict::Leaks(said) | Verdict::Damaged(said)) => {
+            return Err(Error::new(Kind::Unsound, format!("qemu-img check: {said}")).at_path(path));
+        }
+        Err(e) if e.kind() == Kind::NotFound => check_alone(path, file, e)?,
+        Err(e) if e.kind() == Kind::Peer => {
+            let what = "the image could not be checked";
+            return Err(Error::new(Kind::Busy, what).at_path(path).with_source(e));
+        }
+        Err(e) => return Err(e),
+    }
+    if info.virtual_size != size {
+        let what = format!("the image has {} bytes, the disk {size}", info.virtual_size);
+        return Err(Error::new(Kind::Unsound, what).at_path(path));
+    }
+    Ok(())
+}
+
+/// Fails if the image is not what was made for QEMU: it names no other file, whose bytes would be
+/// taken for the disk's.
+fn alone(info: &ImageInfo, path: &Path) -> Result<()> {
+    let what = match info {
+        _ if info.format != Format::Qcow2 => "the image is not qcow2 any more",
+        _ if info.backing_file.is_some() => "the image names a backing file, as none of ours does",
+        _ if info.data_file.is_some() => "the image names a data file, as none of ours does",
+        _ => return Ok(()),
+    };
+    let error = Error::new(Kind::Unsound, what).at_path(path).at_offset(0);
+    Err(error.remedy("find out what this QEMU is: it wrote the image's header"))
+}
+
+/// Our own check of all tables and refcounts, where there is no qemu-img.
+fn check_alone(path: &Path, file: &File, why: Error) -> Result<()> {
+    static WARNED: Once = Once::new();
+    WARNED.call_once(|| log::warn!("images are checked by fleecefs alone: {}", why.report()));
+    let found = structure::check(&OpenFile::new(file, path)?, None);
+    let all = found.findings.iter().chain(&found.refcounts);
+    match all.into_iter().find(|f| f.severity == Severity::Error) {
+        Some(f) => Err(Error::new(Kind::Unsound, f.message.clone()).at_path(path)),
+        None => Ok(()),
+    }
+}
+
+/// Gives the file an mtime after its predecessors': qmprestore sorts by it.
+fn set_time(held: &Held, dir: &Folder, m: &Manifest) -> Result<()> {
+    let mut time = SystemTime::now();
+    let own = partial_name(&m.image);
+    let list = dir.entries().unwrap_or_default().into_iter();
+    for e in list.filter(|e| e.kind == EntryKind::File && e.name != own.as_str()) {
+        let meta = dir.look(&e.name).ok().filter(|m| m.is_file());
+        if let Some(t) = meta.and_then(|m| m.modified().ok()) {
+            time = time.max(t.checked_add(Duration::from_secs(1)).unwrap_or(t));
+        }
+    }
+    folder::set_modified(&held.file, time, &held.path)
+        .map_err(|e| held.failed(e, "cannot set the image's time"))
+}
+
+/// Makes what happened to names in a folder survive a power cut.
+///
+/// # Errors
+/// What the operating system said.
+pub fn sync(folder: &Folder) -> Result<()> {
+    folder.sync().map_err(|e| Error::io(e, "cannot sync the folder").at_path(folder.path()))
+}
+
+/// Makes a folder, and those above it, that only their owner enters, and that survive a power cut.
+///
+/// # Errors
+/// What the operating system said; a refusal if there is a link on the path.
+pub fn make_folders(path: &Path) -> Result<Folder> {
+    folder::make_folders(path).map_err(|e| {
+        let what = Error::io(e, "cannot make the folder").at_path(path);
+        match folder::look(path) {
+            Ok(meta) if meta.is_file() => {
+                Error::new(Kind::Exists, "this is a file").at_path(path).remedy("name a folder")
+            }
+            _ => what,
+        }
+    })
+}
+
+/// The kind of link and files that qmpbackup has beside an image without timestamp. Only its text
+/// matters: nothing follows it.
+///
+/// # Errors
+/// What the operating system said.
+pub fn link_plain(folder: &Folder, image: &str, level: Level) -> Result<()> {
+    let link = format!("{}-{image}", super::names::level_word(level));
+    folder
+        .remove_if_there(&link)
+        .and_then(|_| folder.make_link(&folder.join(image), &link))
+        .map_err(|e| {
+            Error::io(e, "cannot make the link beside the image").at_path(folder.join(&link))
+        })
+        .map_err(|e| e.remedy("the point is good without it; --no-symlink leaves it out"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::Quiet;
+    use crate::backup::recover::sweep;
+    use crate::manifest::tests::example;
+
+    fn scene() -> (tempfile::TempDir, Folder) {
+        let d = tempfile::tempdir().unwrap();
+        let folder = Folder::open(&d.path().canonicalize().unwrap()).unwrap();
+        (d, folder)
+    }
+
+    #[test]
+    fn a_damaged_announcement_stops_no_other() {
+        let (d, folder) = scene();
+        for image in ["FULL-1-d", "FULL-2-d"] {
+            announce(&folder, &example(image, Level::Full, None)).unwrap();
+            std::fs::write(d.path().join(partial_name(image)), "x").unwrap();
+        }
+        std::fs::write(d.path().join(".fleecefs/FULL-1-d.partial.json"), "{").unwrap();
+        sweep(&folder, &Quiet).unwrap();
+        assert!(d.path().join("FULL-1-d.partial").exists());
+        assert!(!d.path().join("FULL-2-d.partial").exists());
+    }
+
+    #[test]
+    fn an_image_with_both_names_is_complete() {
+        let (d, folder) = scene();
+        std::fs::write(d.path().join("FULL-1-d"), "x".repeat(70000)).unwrap();
+        std::fs::hard_link(d.path().join("FULL-1-d"), d.path().join("FULL-1-d.partial")).unwrap();
+        let mut m = example("FULL-1-d", Level::Full, None);
+        m.fingerprint = Some(manifest::fingerprint(&d.path().join("FULL-1-d")).unwrap());
+        announce(&folder, &m).unwrap();
+        sweep(&folder, &Quiet).unwrap();
+        assert!(d.path().join("FULL-1-d").exists() && !d.path().join("FULL-1-d.partial").exists());
+        assert!(manifest::read(d.path(), OsStr::new("FULL-1-d")).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_the_folder_is_said_to_be_one() {
+        let (d, folder) = scene();
+        std::fs::write(d.path().join("T"), "").unwrap();
+        let e = make_folders(&folder.join("T")).unwrap_err();
+        assert!(e.kind() == Kind::Exists && e.report().contains("name a folder"), "{e}");
+    }
+
+    /// Only the file that was made gets the final name, whatever has the name of it now.
+    #[test]
+    fn an_exchanged_image_is_not_published() {
+        let (d, folder) = scene();
+        let make = || {
+            let file = folder.create_new("FULL-1-d.partial").unwrap();
+            Held { file: Arc::new(file), path: folder.join("FULL-1-d.partial") }
+        };
+        let held = make();
+        rename(&folder, &held, "FULL-1-d").unwrap();
+        std::fs::remove_file(d.path().join("FULL-1-d")).unwrap();
+        std::fs::write(d.path().join("victim"), "v").unwrap();
+        for link in [true, false] {
+            let held = make();
+            std::fs::remove_file(held.path()).unwrap();
+            match link {
+                true => std::os::unix::fs::symlink("victim", held.path()).unwrap(),
+                false => std::fs::write(held.path(), "other").unwrap(),
+            }
+            let e = rename(&folder, &held, "FULL-1-d").unwrap_err();
+            assert_eq!(e.kind(), Kind::Unsound);
+            let e = publish(
+                &folder,
+                example("FULL-1-d", Level::Full, None),
+                Hashing::Whole,
+                &held,
+                &|| Ok(()),
+            );
+            assert_eq!(e.unwrap_err().kind(), Kind::Unsound);
+            assert!(!d.path().join("FULL-1-d").exists());
+            discard_image(&folder, "FULL-1-d").unwrap();
+        }
+        assert_eq!(std::fs::read(d.path().join("victim")).unwrap(), b"v");
+        let made = Some(held.id().unwrap());
+        drop(make());
+        assert_eq!(Held::open(&folder, "FULL-1-d", made).unwrap_err().kind(), Kind::Unsound);
+        Held::open(&folder, "FULL-1-d", None).unwrap();
+    }
+
+    #[test]
+    fn an_image_that_names_another_file_is_not_published() {
+        let (d, folder) = scene();
+        let shape = NewImage {
+            size: 1 << 20,
+            cluster_size: 65536,
+            extended_l2: false,
+            lazy_refcounts: false,
+            compression: crate::layer::qcow2::header::Compression::Zlib,
+        };
+        for (name, backing, wanted) in
+            [("FULL-1-d", Some("other.qcow2"), Some("backing file")), ("FULL-2-d", None, None)]
+        {
+            let held = create_image(&folder, name, &shape, Share::default()).unwrap();
+            let pointer = backing.map(|b| (OsStr::new(b), "qcow2"));
+            crate::layer::qcow2::backing::set_backing(held.file(), held.path(), pointer).unwrap();
+            let found =
+                publish(&folder, example(name, Level::Full, None), Hashing::Whole, &held, &|| {
+                    Ok(())
+                });
+            let said = found.map(drop).map_err(|e| e.report());
+            match wanted {
+                Some(what) => assert!(said.as_ref().unwrap_err().contains(what), "{said:?}"),
+                None => assert_eq!(said, Ok(())),
+            }
+            assert_eq!(d.path().join(name).exists(), wanted.is_none());
+        }
+        let path = d.path().join("FULL-2-d");
+        let file = File::open(&path).unwrap();
+        let info = |data_file: Option<&str>| ImageInfo {
+            data_file: data_file.map(str::to_string),
+            ..crate::layer::probe(&OpenFile::new(&file, &path).unwrap()).unwrap()
+        };
+        assert!(alone(&info(None), d.path()).is_ok());
+        assert!(alone(&info(Some("x.raw")), d.path()).is_err());
+    }
+}

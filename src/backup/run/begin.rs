@@ -1,0 +1,277 @@
+//! The beginning of a run: what is to be done, and what it needs of QEMU beside the disks.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use super::conclude::failure;
+use super::session::{Active, Run, State};
+use crate::backup::disks::{Answers, Seen, survey};
+use crate::backup::fleece::nbdserver;
+use crate::backup::fleece::zeros::ChainData;
+use crate::backup::plan::folders;
+use crate::backup::plan::planned::{DiskPlan, Inputs, Plan, Unsound, unknown_disk};
+use crate::backup::publish::vm;
+use crate::backup::state::control::DiskStatus;
+use crate::backup::state::journal::{DiskRecord, Record};
+use crate::backup::{Options, names, now, now_exactly, plan, recover};
+use crate::error::{Kind, Result};
+use crate::failpoint;
+use crate::layout::Level;
+use crate::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest};
+use crate::qmp::Client;
+use crate::text::path_text;
+
+/// The disks, and what QEMU says of the VM.
+///
+/// # Errors
+/// As [`Answers::ask`] and [`vm::describe`].
+pub(in crate::backup) fn look(
+    options: &Options,
+    client: &mut Client,
+) -> Result<(Seen, Arc<Value>)> {
+    let mut answers = Answers::ask(client)?;
+    answers.ours = options.offline.is_some();
+    if options.offline.is_some() && options.dry_run {
+        // We opened them so, lest anything is changed.
+        answers.nodes.iter_mut().for_each(|n| n.ro = false);
+    }
+    let (mut seen, mut vm) = (survey(&answers), Arc::new(vm::describe(client)?));
+    if let Some(known) = &options.offline {
+        known.name(&mut seen);
+        vm = known.vm.clone().unwrap_or(vm);
+    }
+    Ok((seen, vm))
+}
+
+impl Run<'_> {
+    /// Plans; where the chain proves unsound, or an INC needs QEMU's NBD server and that cannot
+    /// be had, plans again.
+    pub(in crate::backup) fn plan(&mut self) -> Result<Plan> {
+        let (seen, vm) = look(self.options, &mut self.client)?;
+        self.vm = vm;
+        recover::sweep_all(&self.base, self.watch)?;
+        let mut unsound: Vec<Unsound> = Vec::new();
+        // One time for all plans: it is in the images' names.
+        let time = now();
+        let make = |run: &Self, no_inc: Option<String>, unsound: &[Unsound]| {
+            let inputs = Inputs {
+                seen: seen.clone(),
+                run: &run.run,
+                target: &run.target,
+                base: &run.base,
+                now: time,
+                vm: folders::vm_uuid(&run.vm),
+                vm_name: folders::vm_name(&run.vm),
+                newcomer: run.newcomer,
+                renamed: &run.renamed,
+                no_inc,
+                unsound,
+            };
+            plan::make(run.options, inputs)
+        };
+        let mut plan = make(self, None, &unsound)?;
+        let walk_all = failpoint::walks_all();
+        for d in plan.disks.iter().filter(|d| d.since.is_some()) {
+            match ChainData::open(&d.dir, &d.base, d.tail(), walk_all || d.needs_walk()) {
+                Ok(c) => drop(self.chains.insert(d.dir.join(&d.image), c)),
+                Err(e) => {
+                    let tip = d.base.last().map_or_else(String::new, |m| m.image.clone());
+                    let why = format!("the chain is unsound: {}", e.report());
+                    unsound.push((d.dir.clone(), tip, why));
+                }
+            }
+        }
+        if !unsound.is_empty() {
+            plan = make(self, None, &unsound)?;
+        }
+        let builds = plan.disks.iter().any(|d| d.since.is_some());
+        let marks = plan.disks.iter().any(DiskPlan::wants_watermark);
+        if !builds && !marks && failpoint::hold().is_none() {
+            return Ok(plan);
+        }
+        match self.start_server() {
+            Ok(()) => Ok(plan),
+            Err(e) if e.kind() == Kind::Busy && builds => make(self, Some(e.report()), &unsound),
+            Err(e) if !builds && e.kind() != Kind::Interrupted => {
+                // A FULL needs none: its bitmaps get no watermarks.
+                log::info!("the new bitmaps get no size watermarks: {}", e.report());
+                Ok(plan)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn start_server(&mut self) -> Result<()> {
+        nbdserver::check_safe(&self.client, &self.vm)?;
+        if let Some(a) = &self.options.nbd {
+            self.server = Some(nbdserver::Server::existing(a.clone()));
+            return Ok(());
+        }
+        self.journal.write(&Record::NbdStart)?;
+        let path = nbdserver::socket_path(&self.options.state_dir, &self.options.qmp);
+        match nbdserver::Server::start(&mut self.client, &path) {
+            Ok(s) => self.server = Some(s),
+            Err(e) => {
+                self.journal.write(&Record::NbdStop)?;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    pub(in crate::backup) fn stop_server(&mut self) -> Result<()> {
+        if let Some(s) = self.server.take()
+            && s.stop(&mut self.client)?
+        {
+            self.journal.write(&Record::NbdStop)?;
+        }
+        Ok(())
+    }
+
+    pub(in crate::backup) fn announce_plan(&self, plan: &Plan) {
+        for s in &plan.skipped {
+            self.watch.say(&format!("{}: skipped: {}", s.disk, s.reason));
+        }
+        for name in &plan.unknown {
+            self.watch.warn(&unknown_disk(name));
+        }
+        for (disk, e) in &plan.refused {
+            self.watch.warn(&format!("{}: {}", path_text(&disk), e.report()));
+        }
+        for path in folders::unfinished(plan.disks.iter().map(|d| d.dir.as_path())) {
+            self.watch.warn(&format!(
+                "{}: a backup of another program that did not finish, or is still running: nothing \
+                 is built on it; remove it if nobody writes to it",
+                path_text(&path)
+            ));
+        }
+        for d in &plan.disks {
+            if d.disk.throwaway {
+                self.watch.warn(&format!(
+                    "{}: QEMU was started with snapshot=on: what the guest writes is in a temporary \
+                     overlay of {} and gone when QEMU ends; the point has the disk as the guest sees it",
+                    d.disk.label(),
+                    path_text(&d.disk.identity.file)
+                ));
+            }
+            if let Some(before) = &d.moved_from {
+                let text = format!(
+                    "{}: its file was {} and is {} now; its points go on in {}",
+                    d.disk.label(),
+                    path_text(before),
+                    path_text(&d.disk.identity.file),
+                    path_text(&d.dir)
+                );
+                // Its bitmap came along, which proves that it is the same; else somebody should look.
+                match d.since {
+                    Some(_) => self.watch.say(&text),
+                    None => self.watch.warn(&text),
+                }
+            }
+            let word = names::level_word(d.level);
+            match &d.demoted {
+                Some(why) if why == crate::backup::target::history::FIRST => {
+                    self.watch.say(&format!(
+                        "{}: first backup of this disk to this target, taking a FULL",
+                        d.disk.label()
+                    ))
+                }
+                // As the user wants it.
+                Some(why) if why == crate::backup::plan::level::DUE => {
+                    self.watch.say(&format!("{}: a FULL, since {why}", d.disk.label()));
+                }
+                Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
+                None => self.watch.say(&format!(
+                    "{}: {word} -> {}",
+                    path_text(&d.disk.label()),
+                    path_text(&d.image)
+                )),
+            }
+        }
+        let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());
+        s.disks = plan
+            .disks
+            .iter()
+            .map(|d| DiskStatus {
+                disk: d.disk.label().to_string(),
+                level: names::level_word(d.level).to_string(),
+                state: "waiting".into(),
+                total: d.estimate(),
+                ..Default::default()
+            })
+            .collect();
+    }
+
+    pub(in crate::backup) fn activate(&mut self, plan: &Plan) -> Result<Vec<Active>> {
+        let vm = self.vm.clone();
+        let version = self.client.version().to_string();
+        Ok(plan
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, p)| Active {
+                index,
+                record: DiskRecord {
+                    index,
+                    dir: p.dir.clone(),
+                    image: p.image.clone(),
+                    fleece: PathBuf::new(),
+                    node: p.disk.node.clone(),
+                    top: p.disk.top.clone(),
+                    bitmap: p.new_bitmap.as_ref().map(|b| b.name.clone()),
+                    image_id: None,
+                    fleece_id: None,
+                },
+                manifest: self.manifest(p, plan, &vm, &version),
+                chain: None,
+                folder: None,
+                held: None,
+                early: None,
+                progress: self.watch.disk(p.disk.label()),
+                shown: 0,
+                empty: 0,
+                began: Instant::now(),
+                plan: p.clone(),
+                state: State::Going,
+            })
+            .collect())
+    }
+
+    fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &Arc<Value>, version: &str) -> Manifest {
+        let (time, time_nanos) = now_exactly();
+        let dirty = matches!(p.level, Level::Inc | Level::Diff);
+        Manifest {
+            format_version: FORMAT_VERSION,
+            run: self.run.clone(),
+            image: p.image.clone(),
+            disk: p.disk.identity.clone(),
+            moved_from: p.moved_from.clone(),
+            linked_from: None,
+            level: p.level,
+            time,
+            time_nanos,
+            parent: p.parent().map(|m| m.image.clone()),
+            state_of: None,
+            format: ImageFormat::Qcow2,
+            content: if dirty { Contents::DirtyOnly } else { Contents::Full },
+            virtual_size: p.disk.size,
+            file_size: 0,
+            bitmap: p.new_bitmap.clone(),
+            diff_bitmap: p.diff_bitmap.clone(),
+            bytes_copied: 0,
+            consistency: Consistency::default(),
+            qemu_version: version.to_string(),
+            duration_ms: 0,
+            blake3: None,
+            fingerprint: None,
+            vm: vm.clone(),
+            backing: Some(p.disk.backing.clone()),
+            config_files: Vec::new(),
+            skipped: plan.skipped.clone(),
+            failed: plan.refused.iter().map(|(d, e)| failure(d, e)).collect(),
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! A backup from connection to published points.
+//!
+//! The order is the one that held under continuous writes (every step's undo is named, and on
+//! disk, before the step):
+//!
+//! 1. the new bitmap is added beside the recording one; both record through the moment;
+//! 2. fleece and filter nodes are added, which do nothing yet;
+//! 3. the moment: all filters are inserted at once;
+//! 4. frozen views are added; a disabled bitmap on each view takes what the old bitmap has;
+//! 5. jobs copy what it names, out of the frozen view;
+//! 6. each finished image is closed, taken down, published; only then the old bitmap goes.
+//!
+//! Whatever fails before 6 removes the new bitmap, and the old one has recorded everything.
+
+pub(crate) mod barrier;
+pub mod begin;
+pub(crate) mod beside;
+pub mod conclude;
+pub mod disk;
+pub(crate) mod session;
+pub(crate) mod watermark;
+pub mod work;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use self::begin::look;
+use self::session::Run;
+use super::fleece::space::Reserves;
+use super::fleece::{migration, nbdserver};
+use super::graph::neighbours::Neighbours;
+use super::plan::folders;
+use super::plan::folders::TargetId;
+use super::plan::planned::Inputs;
+use super::publish::report::Report;
+use super::publish::vm;
+use super::recover::{Cause, Place, wait};
+use super::state::control::{Control, Shared, Status};
+use super::state::journal::{Journal, Record};
+use super::state::lock::{Lock, real_path, state_folder};
+use super::target::shared;
+use super::target::targets::Targets;
+use super::{LevelWish, Options, Stopping, Watch, names, now, plan, publish};
+use crate::error::{Error, Kind, Result};
+use crate::folder::{Folder, Share};
+use crate::journal::unfinished;
+use crate::lock::Locks;
+use crate::manifest::Consistency;
+use crate::qmp::Client;
+use crate::text::path_text;
+use crate::{failpoint, folder, manifest};
+
+/// Makes the backup.
+///
+/// # Errors
+/// Nothing could be begun, or QEMU is gone. What concerns one disk is in its report.
+pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) -> Result<Report> {
+    let watch: &dyn Watch = &Stopping { watch, flag: &interrupt };
+    let config = vm::read_config(&options.config)?;
+    // A link on the way to the socket may change, and the socket goes with QEMU.
+    let target = real_path(&options.target, "the backup directory")?;
+    let options = &Options {
+        qmp: options.qmp.resolved(),
+        // Links are followed once, and from here on no more.
+        state_dir: state_folder(&options.state_dir)?.path().to_path_buf(),
+        share: shared::with_kept(&target, options.share)?,
+        target,
+        ..options.clone()
+    };
+    let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
+    let mut targets = Targets::read(&options.state_dir, &options.qmp, &options.more_state)?;
+    if !options.init {
+        targets.check(&options.target)?;
+    }
+    let mut client = Client::connect_until(&options.qmp, interrupt.clone())?;
+    client.require(&[
+        "blockdev-add",
+        "blockdev-backup",
+        "block-dirty-bitmap-merge",
+        "query-jobs",
+        "query-block-exports",
+        "blockdev-reopen",
+    ])?;
+    require_views(&mut client)?;
+    if options.dry_run {
+        migration::check(&mut client)?;
+        return dry_run(options, &targets, &mut client);
+    }
+    let _qemu_lock = Lock::qemu(&options.state_dir, &client)?;
+    let run = names::new_run()?;
+    let _mark = Lock::run(&options.state_dir, &run)?;
+    let status = first_status(options, &run);
+    let _control =
+        Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt.clone())?;
+    let place = Place {
+        state: &options.state_dir,
+        vm: &options.qmp,
+        cause: Cause::Backup(&options.target),
+        agent: None,
+    };
+    wait::until_free(&mut client, place, options, watch)?;
+    // It may have gone while we waited.
+    if !options.init {
+        targets.check(&options.target)?;
+    }
+    let base = base_dir(options);
+    if !folder::exists(&base) {
+        watch.say(&format!("{}: a new folder for backups", path_text(&base)));
+    }
+    make_base(options, &base)?;
+    let _target_lock = target_lock(options, &base)?;
+    share_side(options)?;
+    let make = options.level != LevelWish::Copy;
+    let target = TargetId::shared(&options.target, &base, make, options.share)?;
+    let first = Record::Begin {
+        run: run.clone(),
+        target: options.target.clone(),
+        agent: options.agent.as_ref().map(|a| a.canonical()),
+        qemu: client.process(),
+    };
+    let journal = Journal::begin(&options.state_dir, &options.qmp, &first)?;
+    let blind = is_blind(&client);
+    let mut r = Run {
+        options,
+        watch,
+        client,
+        journal,
+        run,
+        target,
+        base,
+        status,
+        server: None,
+        migration: None,
+        guardian: None,
+        consistency: Consistency::default(),
+        blind,
+        vm: Arc::default(),
+        chains: HashMap::new(),
+        config,
+        reserves: Reserves::default(),
+        fleeces: HashMap::new(),
+        neighbours: Neighbours::default(),
+        newcomer: !options.shared && !targets.knows(&options.target),
+        renamed: targets.folders(&options.target),
+    };
+    let result = r.execute();
+    let report = r.finish(result)?;
+    if report.disks.iter().any(|d| d.result.is_ok()) {
+        // The points are there. What was given for a run that made none is no promise.
+        if let Err(e) = shared::keep(&options.target, options.share) {
+            watch.warn(&e.report());
+        }
+        let renamed = folders::renamed(options, &report.plan);
+        if let Err(e) = targets.remember(&options.target, renamed) {
+            watch.warn(&e.report());
+        }
+    }
+    Ok(report)
+}
+
+/// Makes the target, or its folder of the month. One that was there before has the mode that somebody
+/// gave it.
+fn make_base(options: &Options, base: &Path) -> Result<()> {
+    for folder in [options.target.as_path(), base] {
+        let is_new = !folder::exists(folder);
+        let made = publish::make_folders(folder)?;
+        let share = if is_new { options.share } else { Share::default() };
+        share
+            .give_folder(&made)
+            .map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(folder))?;
+    }
+    Ok(())
+}
+
+/// What belongs to the target as a whole can be listed by those with whom it is shared. (Its lock file
+/// stays private: who may open that could keep every run out.)
+fn share_side(options: &Options) -> Result<()> {
+    let side = options.target.join(manifest::FOLDER);
+    let shared = Folder::open(&side).and_then(|f| options.share.give_folder(&f));
+    shared.map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(side))
+}
+
+fn first_status(options: &Options, run: &str) -> Shared {
+    Arc::new(Mutex::new(Status {
+        run: run.to_string(),
+        pid: std::process::id(),
+        started: now(),
+        target: options.target.clone(),
+        phase: "beginning".into(),
+        disks: Vec::new(),
+    }))
+}
+
+fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<Report> {
+    let run = names::new_run()?;
+    let base = base_dir(options);
+    let target = TargetId::of(&options.target, &base, false)?;
+    let ((seen, vm), now) = (look(options, client)?, now());
+    let renamed = targets.folders(&options.target);
+    let make = |no_inc: Option<String>| {
+        let inputs = Inputs {
+            seen: seen.clone(),
+            run: &run,
+            target: &target,
+            base: &base,
+            now,
+            vm: folders::vm_uuid(&vm),
+            vm_name: folders::vm_name(&vm),
+            newcomer: !options.shared && !targets.knows(&options.target),
+            renamed: &renamed,
+            no_inc,
+            unsound: &[],
+        };
+        plan::make(options, inputs)
+    };
+    let mut plan = make(None)?;
+    // An INC or a DIFF needs QEMU's NBD server.
+    if let Some(d) = plan.disks.iter().find(|d| d.since.is_some()) {
+        let socket = nbdserver::socket_path(&options.state_dir, &options.qmp);
+        let free = nbdserver::check_safe(client, &vm).and_then(|()| match options.nbd {
+            Some(_) => Ok(()),
+            None => nbdserver::check_free(client, &socket, &d.disk.node),
+        });
+        match free {
+            Err(e) if e.kind() == Kind::Busy => plan = make(Some(e.report()))?,
+            other => other?,
+        }
+    }
+    let consistency = Consistency::default();
+    Ok(Report { run, plan, disks: Vec::new(), consistency, undo: None })
+}
+
+/// Whether the frozen view shows the disk of now where one request covers clusters that the fleece
+/// has and clusters that it has not. Seen with 7.2 (reads and block status), not with 10.0; nobody
+/// looked at those between. A hook lets tests take this way with any QEMU.
+fn is_blind(client: &Client) -> bool {
+    client.version().number < (10, 0, 0) || failpoint::is_blind()
+}
+
+/// Fails unless QEMU has the driver of frozen views, as each since 7.2 has. What an older one has is in
+/// its schema alone. (To tell that takes QEMU's main loop some tens of milliseconds, in which the guest's
+/// devices stand still: one that is known to have it is not asked.)
+fn require_views(client: &mut Client) -> Result<()> {
+    let known = client.version().number >= (7, 2, 0);
+    if known || client.features()?.has("snapshot-access") {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Unsupported, "this QEMU has no snapshot-access driver")
+        .remedy("QEMU 7.2 or newer is needed"))
+}
+
+/// The lock that prune and the verbs take as well.
+fn target_lock(options: &Options, base: &Path) -> Result<Locks> {
+    let locks = Locks::take(&options.target)?;
+    // What lies on files that are about to go, or to be replaced, must not get a child.
+    unfinished::refuse(base)?;
+    Ok(locks)
+}
+
+/// The target, or its folder of this month.
+fn base_dir(options: &Options) -> PathBuf {
+    if !options.layout.monthly {
+        return options.target.clone();
+    }
+    options.target.join(jiff::Zoned::now().strftime("%Y-%m").to_string())
+}

@@ -1,0 +1,395 @@
+//! A run at work: the phases over all disks, and the end, whatever it is.
+
+use std::ffi::OsStr;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::conclude::failure;
+use super::session::{Active, Run, State};
+use crate::backup::fleece::migration::Guard;
+use crate::backup::fleece::teardown::{Scope, teardown};
+use crate::backup::fleece::{migration, nbdserver};
+use crate::backup::freeze::moment;
+use crate::backup::freeze::moment::{Insert, Scene};
+use crate::backup::graph::expected::Stage;
+use crate::backup::names::{Role, object};
+use crate::backup::plan::planned::Plan;
+use crate::backup::publish::report::{DiskReport, Report};
+use crate::backup::recover::{Cause, Fate, Place};
+use crate::backup::state::control::DiskStatus;
+use crate::backup::state::journal::{Pending, Record};
+use crate::backup::{Options, StopWish, now, publish, recover};
+use crate::error::{Error, Kind, Result};
+use crate::manifest::Skipped;
+use crate::qmp::Client;
+use crate::qmp::types::Job;
+use crate::{failpoint, manifest};
+
+impl Run<'_> {
+    pub(in crate::backup) fn execute(&mut self) -> Result<Report> {
+        self.phase("planning");
+        self.migration = Some(Guard::begin(&mut self.client, &self.run, self.watch)?);
+        let plan = self.plan()?;
+        self.announce_plan(&plan);
+        let mut disks = self.activate(&plan)?;
+        let refused: Vec<Skipped> = plan.refused.iter().map(|(d, e)| failure(d, e)).collect();
+        let mut outcome =
+            self.copy_all(&mut disks).and_then(|()| self.publish_all(&mut disks, &refused));
+        if let Err(e) = &outcome {
+            outcome = self.cut_short(&mut disks, &refused, e);
+        }
+        outcome?;
+        self.note_failures(&mut disks, &refused);
+        Ok(self.report(plan, disks))
+    }
+
+    fn report(&self, plan: Plan, disks: Vec<Active>) -> Report {
+        let disks = disks.into_iter().map(|d| DiskReport {
+            disk: d.plan.disk.label().to_string(),
+            level: d.plan.level,
+            path: d.plan.dir.join(&d.plan.image),
+            result: match d.state {
+                State::Done(m) => Ok(*m),
+                State::Failed(e) => Err(e),
+                _ => Err(Error::new(Kind::Interrupted, "it was not finished")),
+            },
+        });
+        Report {
+            run: self.run.clone(),
+            disks: disks.collect(),
+            plan,
+            consistency: self.consistency.clone(),
+            undo: None,
+        }
+    }
+
+    /// Whatever happened: nothing of ours stays in QEMU, and the journal ends.
+    pub(in crate::backup) fn finish(mut self, result: Result<Report>) -> Result<Report> {
+        self.client.interrupt_by(None);
+        self.phase("cleaning up");
+        if let Some(g) = self.guardian.take()
+            && let Err(e) = self.release(g)
+        {
+            // What is said below undoes this as well, or fails with it.
+            self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
+        }
+        if let Some(g) = self.migration.take().filter(|_| !self.client.timed_out()) {
+            g.end(&mut self.client);
+        }
+        let undone = self.undo();
+        let Options { state_dir, qmp, .. } = self.options;
+        match (result, undone) {
+            (Ok(r), Ok(())) => self.journal.end(state_dir, qmp).map(|()| r),
+            (Err(e), Ok(())) => {
+                if let Err(j) = self.journal.end(state_dir, qmp) {
+                    self.watch.warn(&j.report());
+                }
+                Err(e)
+            }
+            // The points are there all the same.
+            (Ok(r), Err(u)) => Ok(Report { undo: Some(u.remedy(RECOVER)), ..r }),
+            (Err(e), Err(u)) => {
+                self.watch.warn(&format!("cleaning up failed: {}", u.report()));
+                Err(e.remedy(RECOVER))
+            }
+        }
+    }
+
+    /// By the journal; without it by the names that carry the run's id.
+    fn undo(&mut self) -> Result<()> {
+        let pending = self.journal.pending().unwrap_or_else(|e| {
+            self.watch.warn(&e.report());
+            None
+        });
+        let own = || Pending { run: self.run.clone(), ..Default::default() };
+        let pending = pending.filter(|p| p.run == self.run).unwrap_or_else(own);
+        let Options { state_dir, qmp, .. } = self.options;
+        let place = Place { state: state_dir, vm: qmp, cause: Cause::OwnEnd, agent: None };
+        match recover::undo(&mut self.client, &pending, place, self.watch) {
+            Err(e) if e.kind() == Kind::Peer && silent(qmp) => {
+                recover::check_gone(&pending, qmp, e)?;
+                recover::undo_offline(&pending, place, self.watch).map(drop)
+            }
+            other => other.map(drop),
+        }
+    }
+
+    fn release(&mut self, held: moment::Held) -> Result<()> {
+        moment::release(&mut self.scene(), held)
+    }
+
+    fn scene(&mut self) -> Scene<'_> {
+        Scene {
+            client: &mut self.client,
+            options: self.options,
+            journal: &mut self.journal,
+            run: &self.run,
+            watch: self.watch,
+        }
+    }
+
+    pub(in crate::backup) fn phase(&self, phase: &str) {
+        let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());
+        s.phase = phase.to_string();
+        if s.run.is_empty() {
+            s.run = self.run.clone();
+            s.pid = std::process::id();
+            s.started = now();
+            s.target = self.options.target.clone();
+        }
+    }
+
+    pub(in crate::backup) fn disk_status(
+        &self,
+        index: usize,
+        change: impl FnOnce(&mut DiskStatus),
+    ) {
+        let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(d) = s.disks.get_mut(index) {
+            change(d);
+        }
+    }
+
+    fn copy_all(&mut self, disks: &mut [Active]) -> Result<()> {
+        self.phase("preparing");
+        self.place_fleeces(disks)?;
+        self.check_space(disks)?;
+        self.each(disks, Self::prepare)?;
+        self.begin_beside(disks)?;
+        self.phase("taking the moment");
+        self.take_moment(disks)?;
+        self.check_migration()?;
+        self.look_beside(disks, Stage::Plugged)?;
+        self.keep_sizes(disks)?;
+        self.phase("copying");
+        self.each(disks, Self::view)?;
+        self.stop_after_views(disks)?;
+        self.guard_fleeces(disks)?;
+        self.look_beside(disks, Stage::Copying)?;
+        self.each(disks, Self::start_job)?;
+        self.wait(disks)
+    }
+
+    fn place_fleeces(&mut self, disks: &mut [Active]) -> Result<()> {
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            self.client.check_interrupt()?;
+            if let Err(e) = self.place_fleece(d) {
+                self.fail(d, e)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Does `step` for every disk still going; a failure ends that disk alone. (Whether a migration has
+    /// begun is asked before each step, and so after the last one before whatever comes next.)
+    fn each(
+        &mut self,
+        disks: &mut [Active],
+        step: fn(&mut Self, &mut Active) -> Result<()>,
+    ) -> Result<()> {
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            self.client.check_interrupt()?;
+            self.check_migration()?;
+            if let Err(e) = step(self, d) {
+                self.fail(d, e)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends one disk: its objects leave QEMU, its new bitmap goes, its files are removed.
+    pub(in crate::backup) fn fail(&mut self, d: &mut Active, error: Error) -> Result<()> {
+        // A file that was not to be had in time concerns its disk alone; a QMP that is silent all.
+        let over = error.kind() == Kind::Interrupted || self.client.timed_out();
+        if over || gone_error(&error, &mut self.client) {
+            return Err(error);
+        }
+        self.watch.warn(&format!("{}: {}", d.plan.disk.label(), error.report()));
+        self.disk_status(d.index, |s| s.state = "failed".into());
+        d.state = State::Failed(error);
+        match self.give_up(d) {
+            // What failed was a last step: the image was complete, and is told as what it is.
+            Ok(Fate::Published) => self.told_after_all(d),
+            Ok(Fate::Removed) => Ok(()),
+            // The other disks go on; `finish` tries again, and tells.
+            Err(e) if !self.client.timed_out() && !gone_error(&e, &mut self.client) => {
+                self.watch.warn(&format!("{}: {}", d.plan.disk.label(), e.report()));
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// A disk that had failed has its point.
+    fn told_after_all(&mut self, d: &mut Active) -> Result<()> {
+        let Some(m) = manifest::read(&d.plan.dir, OsStr::new(&d.plan.image))? else {
+            return Ok(());
+        };
+        self.watch.say(&format!("{}: the image was complete: it is a point", d.plan.disk.label()));
+        self.disk_status(d.index, |s| s.state = "done".into());
+        d.state = State::Done(Box::new(m));
+        Ok(())
+    }
+
+    fn give_up(&mut self, d: &Active) -> Result<Fate> {
+        if migration::has_left(&mut self.client)? {
+            // `finish` sees to the rest.
+            return recover::settle_disk(None, &d.record, false, &crate::backup::Quiet);
+        }
+        teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
+        // Not before: QEMU's closing of a large file takes time if nobody else has it open.
+        self.fleeces.remove(&d.index);
+        let fate =
+            recover::settle_disk(Some(&mut self.client), &d.record, false, &crate::backup::Quiet)?;
+        self.journal.write(&Record::Settled(d.index))?;
+        Ok(fate)
+    }
+
+    fn take_moment(&mut self, disks: &mut [Active]) -> Result<()> {
+        let running = self.check_migration()?.as_deref() == Some("running");
+        let inserts: Vec<Insert> = disks
+            .iter()
+            .filter(|d| d.going())
+            .map(|d| Insert {
+                index: d.index,
+                insertion: d.plan.disk.insertion.clone(),
+                filter: object(&self.run, Role::Filter, d.index),
+                label: d.plan.disk.label().to_string(),
+                path: d.plan.disk.path.clone(),
+            })
+            .collect();
+        if inserts.is_empty() {
+            return Ok(());
+        }
+        let taken = moment::take(&mut self.scene(), &inserts, running)?;
+        self.guardian = taken.held;
+        self.consistency = taken.consistency;
+        let time = now();
+        let mut unwritten = Vec::new();
+        for d in disks.iter_mut().filter(|d| d.going()) {
+            d.manifest.time = time;
+            d.manifest.consistency = self.consistency.clone();
+            // Who finishes this point after a crash knows no more than what is announced.
+            if let Err(e) = d.folder().and_then(|f| publish::announce(f, &d.manifest)) {
+                unwritten.push((d.index, e));
+            }
+        }
+        let c = &self.consistency;
+        if c.stopped_ms > 0
+            || self.client.has_guest() && self.options.moment.stop == StopWish::Moment
+        {
+            self.watch.say(&format!("the guest was stopped for {} ms", c.stopped_ms));
+        }
+        for (index, e) in taken.failed.into_iter().chain(unwritten) {
+            if let Some(d) = disks.iter_mut().find(|d| d.index == index) {
+                self.fail(d, e)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_after_views(&mut self, disks: &[Active]) -> Result<()> {
+        if let (Some(dir), Some(server)) = (failpoint::hold(), &self.server) {
+            let going = disks.iter().filter(|d| d.going());
+            let layout = &self.options.layout;
+            let views: Vec<_> = going.map(|d| (d.index, d.plan.disk.folder_name(layout))).collect();
+            nbdserver::hold(&mut self.client, server, &self.run, &views, &dir)?;
+        }
+        self.stop_server()
+    }
+
+    /// Until all jobs have ended and QEMU has closed all images. No disk waits for another: each is
+    /// let go of when its own job ends.
+    fn wait(&mut self, disks: &mut [Active]) -> Result<()> {
+        let mut haste = Haste(AT_ONCE);
+        loop {
+            self.check_migration()?;
+            let jobs: Vec<Job> = match disks.iter().any(Active::going) {
+                true => self.client.poll("query-jobs")?,
+                false => Vec::new(),
+            };
+            self.look_beside(disks, Stage::Copying)?;
+            for d in disks.iter_mut().filter(|d| d.going()) {
+                let id = object(&self.run, Role::Job, d.index);
+                let ended = match jobs.iter().find(|j| j.id == id) {
+                    Some(j) => self.follow(d, j),
+                    None => Some(Err(Error::new(Kind::Peer, "the backup job has vanished"))),
+                };
+                let Some(ended) = ended else { continue };
+                if let Err(e) = ended.and_then(|job| self.detach(d, &job)) {
+                    self.fail(d, e)?;
+                }
+            }
+            let going = disks.iter().any(Active::going);
+            if let Some(g) = self.guardian.take_if(|_| !going)
+                && let Err(e) = self.release(g)
+            {
+                // `--pause`, and nothing reads the guest's disks any more. `finish` tries again.
+                self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
+            }
+            for d in disks.iter_mut().filter(|d| d.synced()) {
+                if let Err(e) = self.close(d) {
+                    self.fail(d, e)?;
+                }
+            }
+            if !disks.iter().any(|d| d.going() || d.syncing()) {
+                return Ok(());
+            }
+            self.client.check_interrupt()?;
+            self.guard_fleeces(disks)?;
+            match disks.iter().find_map(Active::sync).filter(|_| !going) {
+                Some(sync) => sync.rest(SYNC_POLL),
+                None => haste.pause(&mut self.client)?,
+            }
+        }
+    }
+
+    /// Fails if a migration runs, or has run since the beginning: before the moment, at each look, and
+    /// once a job has ended. Gives the guest's state, if there is a guest.
+    pub(in crate::backup) fn check_migration(&mut self) -> Result<Option<String>> {
+        self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))
+    }
+}
+
+/// How often a job's progress is asked for.
+const POLL: Duration = Duration::from_millis(250);
+
+/// How often it is looked whether there is something else to do while the last images are synced.
+const SYNC_POLL: Duration = Duration::from_millis(50);
+
+/// A flood of events must not become one of questions: the shortest pause, and how many may be shorter
+/// in a row since there was something to hear.
+const SHORTEST: Duration = Duration::from_millis(10);
+const AT_ONCE: u32 = 16;
+
+/// How many pauses may still be shorter than [`SHORTEST`].
+struct Haste(u32);
+
+impl Haste {
+    /// Waits for the time of the next look, or until something may have ended.
+    fn pause(&mut self, client: &mut Client) -> Result<()> {
+        let began = Instant::now();
+        client.pause(began + POLL)?;
+        let short = SHORTEST.saturating_sub(began.elapsed());
+        match self.0.checked_sub(1) {
+            _ if short.is_zero() => self.0 = self.0.saturating_add(1).min(AT_ONCE),
+            Some(left) => self.0 = left,
+            None => std::thread::sleep(short),
+        }
+        Ok(())
+    }
+}
+
+/// What to do about what could not be undone, where the error itself does not say.
+const RECOVER: &str = "run fleecefs recover when QEMU answers again";
+
+/// Whether an error means that QEMU is not there any more.
+fn gone_error(e: &Error, client: &mut Client) -> bool {
+    e.kind() == Kind::Peer && client.execute("query-version", json!({})).is_err()
+}
+
+/// Whether nobody answers there.
+fn silent(qmp: &crate::qmp::Address) -> bool {
+    matches!(Client::connect(qmp), Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound))
+}

@@ -1,0 +1,452 @@
+//! Which backup directories a VM was backed up to: where one of them is gone, its file system is not
+//! mounted, and a backup would fill the one below.
+//!
+//! `vm-KEY.targets` in the state folder has a JSON list of path and id (the text of the file `uuid`),
+//! oldest first. Several may share a path: disks that are changed every week. With each there are the
+//! folders of disks that are not called as the disk's file is: to find one takes a look into every
+//! folder of the target. (They are looked at all the same before anything is written to them.)
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::proof::has_backups;
+use crate::backup::plan::folders::{Folders, TargetId, stored_id};
+use crate::backup::state::lock::{state_folder, state_folder_if_there, vm_key};
+use crate::error::{Error, Kind, Result};
+use crate::folder::{EntryKind, Folder};
+use crate::qmp::Address;
+use crate::text::{path_text, to_text};
+use crate::{folder, manifest};
+
+/// A path and an id take a few hundred bytes.
+const LARGEST: u64 = 1 << 20;
+/// More than that are not remembered: the oldest go. Some name a new directory each day.
+const MOST: usize = 1000;
+/// More folders than that are not remembered either: a disk's file may have another name each day.
+const MOST_FOLDERS: usize = 256;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Known {
+    path: String,
+    id: String,
+    /// By the disk's file.
+    #[serde(default, skip_serializing_if = "Folders::is_empty")]
+    folders: Folders,
+}
+
+impl Known {
+    fn is(&self, path: &str, id: &str) -> bool {
+        self.path == path && self.id == id
+    }
+}
+
+/// The backup directories of a VM, and those of others.
+#[derive(Debug)]
+pub struct Targets {
+    state: PathBuf,
+    name: String,
+    known: Vec<Known>,
+    /// What other VMs know, and this one by other sockets: a path that is gone is so for all.
+    others: Vec<Known>,
+}
+
+impl Targets {
+    /// Those of the VM behind `vm`, as the folder `state` has them, and those of all others there and in
+    /// the folders `more`, as far as they can be read.
+    ///
+    /// # Errors
+    /// A list cannot be read, or is none.
+    pub fn read(state: &Path, vm: &Address, more: &[PathBuf]) -> Result<Self> {
+        let name = format!("{}{SUFFIX}", vm_key(vm));
+        let (mut known, mut others) = (Vec::new(), Vec::new());
+        if let Some(folder) = state_folder_if_there(state)? {
+            known = read_list(&folder, OsStr::new(&name))?;
+            for entry in lists(&folder)?.into_iter().filter(|n| *n != *name) {
+                others.extend(read_list(&folder, &entry)?);
+            }
+        }
+        // Those belong to others.
+        for folder in more.iter().filter_map(|f| Folder::open(f).ok()) {
+            let lists = lists(&folder).unwrap_or_default();
+            others.extend(lists.iter().flat_map(|n| read_list(&folder, n).unwrap_or_default()));
+        }
+        Ok(Targets { state: state.to_path_buf(), name, known, others })
+    }
+
+    /// Whether `target` can be used: one that was used before has to be there still, and what a new
+    /// one is to be made in.
+    ///
+    /// # Errors
+    /// `NotFound` if not.
+    pub fn check(&self, target: &Path) -> Result<()> {
+        let path = to_text(target.as_os_str());
+        let known = self.known.iter().chain(&self.others).filter(|k| k.path == path);
+        let mut gone = None;
+        for one in known {
+            if !is_there(target, one)? {
+                gone = Some(one);
+            }
+        }
+        match gone {
+            Some(known) => {
+                let what = match known.id.as_str() {
+                    "" => "the backup directory that was here is gone: it is empty".to_string(),
+                    id => format!(
+                        "the backup directory that was here is gone: there is no file 'uuid' with its id \
+                         {id}"
+                    ),
+                };
+                Err(Error::new(Kind::NotFound, what).at_path(target).remedy(
+                    "is its file system mounted? To begin a new backup directory here, give --init",
+                ))
+            }
+            // Where only copies were made, nothing else says that it is one.
+            None if self.is_remembered(&path) => Ok(()),
+            None => check_contents(target).and_then(|()| check_parent(target)),
+        }
+    }
+
+    fn is_remembered(&self, path: &str) -> bool {
+        self.known.iter().chain(&self.others).any(|k| k.path == path)
+    }
+
+    /// Whether this very backup directory was used for this VM.
+    pub fn knows(&self, target: &Path) -> bool {
+        let path = to_text(target.as_os_str());
+        let id = stored_id(target).ok().flatten();
+        id.is_some_and(|id| self.known.iter().any(|k| k.is(&path, &id)))
+    }
+
+    /// All that are known to the state folder and have an id, and what they have by now: `None` where the id
+    /// is not there (any more, or its file system is not mounted).
+    pub fn with_ids(&self) -> Vec<(PathBuf, String, Option<TargetId>)> {
+        let mut all = BTreeMap::new();
+        for k in self.known.iter().chain(&self.others).filter(|k| !k.id.is_empty()) {
+            let path = PathBuf::from(&k.path);
+            let is_it = |id: &String| *id == k.id;
+            let now = stored_id(&path).ok().flatten().filter(is_it);
+            let now = now.and_then(|_| TargetId::stored(&path).ok());
+            all.insert((path, k.id.clone()), now);
+        }
+        all.into_iter().map(|((path, id), now)| (path, id, now)).collect()
+    }
+
+    /// The backup directories of this VM.
+    pub fn paths(&self) -> BTreeSet<PathBuf> {
+        self.known.iter().map(|k| PathBuf::from(&k.path)).collect()
+    }
+
+    /// What the folders of renamed disks were called in it.
+    pub fn folders(&self, target: &Path) -> Folders {
+        let path = to_text(target.as_os_str());
+        let id = stored_id(target).ok().flatten().unwrap_or_default();
+        let known = self.known.iter().find(|k| k.is(&path, &id));
+        known.map(|k| k.folders.clone()).unwrap_or_default()
+    }
+
+    /// Remembers `target`, whose id has been written, and these folders in it.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn remember(&mut self, target: &Path, folders: Folders) -> Result<()> {
+        let path = to_text(target.as_os_str());
+        // A mere copy leaves no id.
+        let id = stored_id(target)?.unwrap_or_default();
+        if let Some(known) = self.known.iter_mut().find(|k| k.is(&path, &id)) {
+            if folders.iter().all(|(file, name)| known.folders.get(file) == Some(name)) {
+                return Ok(());
+            }
+            if known.folders.len() >= MOST_FOLDERS {
+                known.folders.clear();
+            }
+            known.folders.extend(folders);
+            return self.write();
+        }
+        self.known.push(Known { path, id, folders });
+        let too_many = self.known.len().saturating_sub(MOST);
+        self.known.drain(..too_many);
+        self.write()
+    }
+
+    fn write(&mut self) -> Result<()> {
+        let folder = state_folder(&self.state)?;
+        let failed = |e| Error::io(e, "cannot write the file").at_path(folder.join(&self.name));
+        let mut text = serde_json::to_vec(&self.known).map_err(|e| failed(e.into()))?;
+        if text.len() as u64 > LARGEST {
+            // They can be found again.
+            self.known.iter_mut().for_each(|k| k.folders.clear());
+            text = serde_json::to_vec(&self.known).map_err(|e| failed(e.into()))?;
+        }
+        folder.write_whole(OsStr::new(&self.name), &text).map_err(failed)
+    }
+}
+
+/// The end of the names of such lists.
+const SUFFIX: &str = ".targets";
+
+/// The names of the lists in a folder.
+fn lists(folder: &Folder) -> Result<Vec<OsString>> {
+    let failed = |e| Error::io(e, "cannot read the folder").at_path(folder.path());
+    let entries = folder.entries().map_err(failed)?.into_iter();
+    let is_list = |n: &OsStr| n.to_str().is_some_and(|n| n.ends_with(SUFFIX));
+    Ok(entries.map(|e| e.name).filter(|n| is_list(n)).collect())
+}
+
+fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<Known>> {
+    let path = folder.join(name);
+    let failed = |e| Error::io(e, "cannot read the list of a VM's targets").at_path(&path);
+    let Some(bytes) = folder.read_if_there(name, LARGEST).map_err(failed)? else {
+        return Ok(Vec::new());
+    };
+    serde_json::from_slice(&bytes).map_err(|e| {
+        Error::new(Kind::Corrupt, "not a list of backup directories")
+            .with_source(e)
+            .at_path(&path)
+            .remedy(
+                "remove it: it is made anew, but a target that is not mounted goes unnoticed once",
+            )
+    })
+}
+
+/// Whether what is at `target` can be what was there: it has an id, or, where only copies were made,
+/// anything.
+fn is_there(target: &Path, known: &Known) -> Result<bool> {
+    if stored_id(target)?.is_some() {
+        return Ok(true);
+    }
+    let found = folder::absent_is_none(folder::entries(target));
+    let found = found.map_err(|e| Error::io(e, "cannot read the folder").at_path(target))?;
+    let mut names = found.unwrap_or_default().into_iter().map(|e| e.name);
+    Ok(known.id.is_empty() && names.any(|n| n != "lost+found" && n != manifest::FOLDER))
+}
+
+/// What may be in a folder that is to be a backup directory: file systems, snapshots and storage devices
+/// put something into each, mostly with such a first letter.
+fn is_harmless(name: &str) -> bool {
+    let marks = ['.', '@', '#', '$'];
+    name.starts_with(marks) || ["lost+found", "System Volume Information"].contains(&name)
+}
+
+/// A folder of the user's other files is not made a backup directory without a word.
+fn check_contents(target: &Path) -> Result<()> {
+    // What is no folder, or cannot be read, is no target either: that is said when it is made one.
+    let Ok(found) = folder::entries(target) else { return Ok(()) };
+    let mut others = Vec::new();
+    for entry in found {
+        let name = to_text(&entry.name);
+        if is_harmless(&name) {
+            continue;
+        }
+        let below = target.join(&entry.name);
+        match entry.kind {
+            EntryKind::Folder if folder::entries(&below).is_ok_and(|e| e.is_empty()) => {}
+            _ => others.push(name),
+        }
+    }
+    others.sort_unstable();
+    let Some(first) = others.first().filter(|_| !has_backups(target)) else { return Ok(()) };
+    let more = match others.len() {
+        1 => String::new(),
+        n => format!(" and {} more", n.saturating_sub(1)),
+    };
+    let what = format!(
+        "this folder was no backup directory until now, and has other files: {}{more}",
+        path_text(first)
+    );
+    Err(Error::new(Kind::Exists, what).at_path(target).remedy(
+        "name another one, or an empty folder. To begin a backup directory here, give --init",
+    ))
+}
+
+/// A new backup directory is made, but not what it is to be in: that would rather be a file system
+/// that is not mounted, or a typing error.
+fn check_parent(target: &Path) -> Result<()> {
+    let parent = target.parent().unwrap_or(target);
+    if folder::exists(target) || folder::exists(parent) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::NotFound, "the folder for the backup directory does not exist")
+        .at_path(parent)
+        .remedy("make it first, if it is neither mistyped nor a file system that is not mounted"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm() -> Address {
+        Address::Unix("/run/vm".into())
+    }
+
+    fn none() -> Folders {
+        Folders::new()
+    }
+
+    #[test]
+    fn folders_are_remembered_within_bounds() {
+        let d = tempfile::tempdir().unwrap();
+        std::fs::write(d.path().join("uuid"), "01234567").unwrap();
+        let read = || Targets::read(d.path(), &vm(), &[]).unwrap();
+        let one = |n: usize, len: usize| Folders::from([(format!("/f{n}"), "x".repeat(len))]);
+        for n in 0..2 * MOST_FOLDERS {
+            read().remember(d.path(), one(n, 3)).unwrap();
+        }
+        let known = read().folders(d.path());
+        assert!(known.len() <= MOST_FOLDERS && known.contains_key("/f511"), "{}", known.len());
+        read().remember(d.path(), none()).unwrap();
+        assert_eq!(read().folders(d.path()), known);
+        // Another disk in the same place.
+        std::fs::write(d.path().join("uuid"), "11234567").unwrap();
+        assert_eq!(read().folders(d.path()), none());
+        read().remember(d.path(), one(1, LARGEST as usize)).unwrap();
+        assert!(read().folders(d.path()).is_empty() && read().knows(d.path()));
+    }
+
+    #[test]
+    fn a_target_that_was_there_has_to_be_there() {
+        let d = tempfile::tempdir().unwrap();
+        let (state, disk) = (d.path().join("state"), d.path().join("disk"));
+        let target = disk.join("target");
+        let kind =
+            |t: &Path| Targets::read(&state, &vm(), &[]).unwrap().check(t).map_err(|e| e.kind());
+        assert_eq!(kind(&target), Err(Kind::NotFound), "no parent");
+        std::fs::create_dir_all(&target).unwrap();
+        assert_eq!((kind(&target), kind(&disk.join("new"))), (Ok(()), Ok(())));
+        std::fs::write(target.join("uuid"), "01234567-89ab-4cde-8f01-23456789abcd").unwrap();
+        Targets::read(&state, &vm(), &[]).unwrap().remember(&target, none()).unwrap();
+        assert_eq!(kind(&target), Ok(()));
+        // Another disk, of which we know nothing, has an id: it is a backup directory.
+        std::fs::write(target.join("uuid"), "11234567-89ab-4cde-8f01-23456789abcd").unwrap();
+        assert_eq!(kind(&target), Ok(()));
+        std::fs::remove_file(target.join("uuid")).unwrap();
+        assert_eq!(kind(&target), Err(Kind::NotFound));
+        std::fs::remove_dir(&target).unwrap();
+        assert_eq!(kind(&target), Err(Kind::NotFound));
+        // It is gone for all.
+        let other = Address::Unix("/run/other".into());
+        let other = Targets::read(&state, &other, &[]).unwrap();
+        assert!(other.check(&target).is_err() && !other.knows(&target));
+        let more = [state.clone()];
+        let other = Targets::read(&d.path().join("none"), &vm(), &more).unwrap();
+        assert!(other.check(&target).is_err());
+    }
+
+    #[test]
+    fn a_target_of_copies_is_not_empty() {
+        let d = tempfile::tempdir().unwrap();
+        let (state, target) = (d.path().join("state"), d.path().join("copies"));
+        std::fs::create_dir_all(target.join("sda")).unwrap();
+        let read = || Targets::read(&state, &vm(), &[]).unwrap();
+        read().remember(&target, none()).unwrap();
+        assert!(read().check(&target).is_ok());
+        std::fs::remove_dir(target.join("sda")).unwrap();
+        assert!(read().check(&target).is_err());
+    }
+
+    #[test]
+    fn a_folder_of_other_files_is_no_new_target() {
+        let d = tempfile::tempdir().unwrap();
+        let (state, target) = (d.path().join("state"), d.path().join("T"));
+        let kind =
+            || Targets::read(&state, &vm(), &[]).unwrap().check(&target).map_err(|e| e.kind());
+        let put = |name: &str| {
+            let path = target.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "x").unwrap();
+        };
+        let begin = || {
+            let _ = std::fs::remove_dir_all(&target);
+            std::fs::create_dir(&target).unwrap();
+        };
+        for harmless in
+            ["", "lost+found/#1", ".snapshots/1/T", ".fleecefs/lock", "@eaDir/x", ".zfs/y", "new/"]
+        {
+            begin();
+            match harmless.strip_suffix('/') {
+                Some(folder) => std::fs::create_dir(target.join(folder)).unwrap(),
+                None if harmless.is_empty() => {}
+                None => put(harmless),
+            }
+            assert_eq!(kind(), Ok(()), "{harmless}");
+        }
+        for other in [
+            "letter.odt",
+            "Photos/1.jpg",
+            "vm/disk.qcow2",
+            ".hidden/x\u{7f}/../../y",
+            // What has such a name by chance.
+            "project/project/README",
+            "tool/tool",
+            "FULL-1-letter",
+            "COPY-1700000000-sda",
+            "notes/FULL-1-letter",
+            "sda/FULL-1-sda/x",
+            "cards/uuid",
+            "uuid/x",
+            "x/.fleecefs/x",
+            "x.config",
+        ] {
+            begin();
+            std::fs::create_dir(target.join(".hidden")).unwrap();
+            std::fs::create_dir(target.join(".hidden/x\u{7f}")).unwrap();
+            put(other);
+            assert_eq!(kind(), Err(Kind::Exists), "{other}");
+        }
+        // What has backups is one: ours, of other VMs, qmpbackup's copies, which have no id.
+        let id = "01234567-89ab-4cde-8f01-23456789abcd";
+        let magic = [b'Q', b'F', b'I', 0xfb, 0, 0, 0, 3];
+        for (ours, content) in [
+            ("uuid", &b"the office"[..]),
+            ("2026-11/uuid", id.as_bytes()),
+            ("vm2/uuid", id.as_bytes()),
+            ("sda/COPY-1-sda", b"x"),
+            ("node/FULL-1-sda", &magic),
+            ("2026-11/sda/COPY-1-sda", b"x"),
+            ("sda/FULL-1-sda.partial", b"x"),
+            ("sda/.fleecefs/FULL-1-sda.partial.json", b"x"),
+            (".fleecefs/FULL-1-sda.json", b"x"),
+            (".fleecefs/lock", b""),
+        ] {
+            begin();
+            put("README.txt");
+            put(ours);
+            std::fs::write(target.join(ours), content).unwrap();
+            assert_eq!(kind(), Ok(()), "{ours}");
+        }
+        // A copy without a time: with a link, or with the disk's description.
+        for linked in [true, false] {
+            begin();
+            put("README.txt");
+            put("sda/sda");
+            match linked {
+                true => {
+                    let link = target.join("sda/COPY-sda");
+                    std::os::unix::fs::symlink(target.join("sda/sda"), link).unwrap();
+                }
+                false => put("sda.config"),
+            }
+            assert_eq!(kind(), Ok(()), "{linked}");
+        }
+        begin();
+        put("README.txt");
+        let said = Targets::read(&state, &vm(), &[]).unwrap().check(&target).unwrap_err().report();
+        assert!(said.contains("README.txt") && said.contains("give --init"), "{said}");
+    }
+
+    #[test]
+    fn the_oldest_go() {
+        let d = tempfile::tempdir().unwrap();
+        let mut targets = Targets::read(d.path(), &vm(), &[]).unwrap();
+        let known = |n: usize| Known { path: format!("/t{n}"), id: "i".into(), folders: none() };
+        targets.known = (0..MOST).map(known).collect();
+        std::fs::write(d.path().join("uuid"), "01234567").unwrap();
+        targets.remember(d.path(), none()).unwrap();
+        let read = Targets::read(d.path(), &vm(), &[]).unwrap();
+        assert_eq!((read.known.len(), &read.known[0]), (MOST, &known(1)));
+        std::fs::write(d.path().join(&read.name), "{}").unwrap();
+        assert_eq!(Targets::read(d.path(), &vm(), &[]).unwrap_err().kind(), Kind::Corrupt);
+    }
+}

@@ -1,0 +1,347 @@
+//! Which file of a disk lies on which. Pure: names, manifests and backing pointers come in as
+//! values, and an answer comes out for each file.
+//!
+//! The rules, in order of authority: a manifest's parent, the times in the names, and, where two
+//! names have the same second, the backing pointer. A backing pointer may confirm what names and
+//! manifests say; where it contradicts them the point is incomplete. Modification times are never
+//! looked at: copying changes them.
+
+pub(crate) mod doubt;
+pub(crate) mod fates;
+pub(crate) mod follow;
+pub(crate) mod format;
+pub(crate) mod group;
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use super::walk::pointer;
+use super::walk::pointer::normalise;
+use super::walk::tree::Lost;
+use crate::error::{Error, Finding, Kind};
+use crate::layout::Level;
+use crate::manifest::{Brief, Contents};
+use crate::text::path_text;
+
+/// One file of a disk.
+pub(super) struct Member<'a> {
+    /// Its path.
+    pub path: &'a Path,
+    /// Other names that stand for it in its folder (`FULL-<disk>` links).
+    pub aliases: &'a [OsString],
+    /// Its kind of backup.
+    pub level: Level,
+    /// Seconds since the epoch as its name has it.
+    pub stamp: Option<i64>,
+    /// Whether it has no way to say "ask below".
+    pub raw: bool,
+    /// The name of its backing file as it stands in the image.
+    pub backing: Option<&'a str>,
+    /// Its manifest.
+    pub manifest: Option<&'a Brief>,
+    /// Why its manifest cannot be read.
+    pub unreadable: Option<&'a Finding>,
+    /// What it lay on when it was last looked at, if that is gone.
+    pub gone: Option<&'a Path>,
+}
+
+/// What a file lies on.
+#[derive(Debug)]
+pub(super) enum Lies {
+    /// It is a root: nothing of this disk is below it.
+    Root,
+    /// On this other member.
+    On(usize),
+    /// That cannot be known, or what it lies on is not there.
+    Unknown(Error),
+}
+
+impl Member<'_> {
+    fn name(&self) -> &OsStr {
+        self.path.file_name().unwrap_or_default()
+    }
+
+    fn is_called(&self, name: &OsStr) -> bool {
+        // Names inside images come as text; one that is not UTF-8 comes lossily.
+        let same = |own: &OsStr| own == name || own.to_string_lossy() == name.to_string_lossy();
+        same(self.name()) || self.aliases.iter().any(|a| same(a))
+    }
+
+    fn may_carry(&self, above: Level) -> bool {
+        match above {
+            Level::Diff => self.level == Level::Full,
+            _ => matches!(self.level, Level::Full | Level::Inc),
+        }
+    }
+}
+
+/// Says of each member what it lies on, and what is odd about it. `lost` are backups of this disk
+/// that are known to have been there.
+pub(super) fn link(members: &[Member], lost: &[Lost]) -> (Vec<Lies>, Vec<Finding>) {
+    let linker = Linker::new(members, lost);
+    let mut findings = Vec::new();
+    let lies = (0..members.len()).map(|i| linker.link_one(i, &mut findings)).collect();
+    (lies, findings)
+}
+
+struct Linker<'a> {
+    members: &'a [Member<'a>],
+    /// FULLs and INCs that are gone, by time.
+    lost_bases: Vec<&'a Lost>,
+    /// FULLs that are gone, by time.
+    lost_fulls: Vec<&'a Lost>,
+    by_name: HashMap<&'a OsStr, usize>,
+    /// FULLs and INCs with a time, by time.
+    bases: Vec<(i64, usize)>,
+    /// FULLs with a time, by time.
+    fulls: Vec<(i64, usize)>,
+    /// FULLs without a time.
+    timeless: Vec<usize>,
+}
+
+impl<'a> Linker<'a> {
+    fn new(members: &'a [Member<'a>], lost: &'a [Lost]) -> Self {
+        let stamped = |wanted: fn(Level) -> bool| {
+            let mut list: Vec<_> = (members.iter().enumerate())
+                .filter(|(_, m)| wanted(m.level))
+                .filter_map(|(i, m)| Some((m.stamp?, i)))
+                .collect();
+            list.sort_unstable();
+            list
+        };
+        let gone = |wanted: fn(Level) -> bool| {
+            let mut list: Vec<_> = lost.iter().filter(|l| wanted(l.level)).collect();
+            list.sort_by_key(|l| l.stamp);
+            list
+        };
+        let timeless = |(_, m): &(usize, &Member)| m.level == Level::Full && m.stamp.is_none();
+        Linker {
+            members,
+            lost_bases: gone(|l| matches!(l, Level::Full | Level::Inc)),
+            lost_fulls: gone(|l| l == Level::Full),
+            by_name: names(members),
+            bases: stamped(|l| matches!(l, Level::Full | Level::Inc)),
+            fulls: stamped(|l| l == Level::Full),
+            timeless: members.iter().enumerate().filter(timeless).map(|(i, _)| i).collect(),
+        }
+    }
+
+    fn link_one(&self, me: usize, findings: &mut Vec<Finding>) -> Lies {
+        let m = &self.members[me];
+        if !matches!(m.level, Level::Inc | Level::Diff) {
+            return Lies::Root;
+        }
+        if m.raw {
+            return raw_increment(m);
+        }
+        let below = self.below(me).and_then(|b| self.confirm(me, b, findings).map(|()| b));
+        below.map_or_else(|e| Lies::Unknown(e.at_path(m.path)), Lies::On)
+    }
+
+    fn below(&self, me: usize) -> Result<usize, Error> {
+        let m = &self.members[me];
+        match m.manifest.and_then(|m| m.parent.as_deref()) {
+            Some(parent) => self.by_manifest(m, OsStr::new(parent)),
+            None => self.by_time(me).and_then(|base| self.nothing_between(me, base)),
+        }
+    }
+
+    /// Names give an order, but do not tell of a file that is missing from it. Only the image's own
+    /// pointer does; without one, whatever else hints at a gap counts.
+    fn nothing_between(&self, me: usize, base: usize) -> Result<usize, Error> {
+        let (m, b) = (&self.members[me], &self.members[base]);
+        if m.backing
+            .and_then(|p| pointer::split(p).ok())
+            .is_some_and(|(_, name)| b.is_called(&name))
+        {
+            return Ok(base);
+        }
+        if let Some(finding) = m.unreadable {
+            let what = format!("which file it lies on cannot be known: {}", finding.message);
+            return Err(Error::new(finding.kind, what).remedy(UNREADABLE));
+        }
+        let lost = if m.level == Level::Diff { &self.lost_fulls } else { &self.lost_bases };
+        let upto = lost.partition_point(|l| Some(l.stamp) <= m.stamp);
+        if let Some(last) = lost[..upto].last().filter(|l| b.stamp <= Some(l.stamp)) {
+            return Err(missing(&last.name));
+        }
+        match m.gone.and_then(Path::file_name) {
+            Some(name) if !b.is_called(name) => Err(missing(name)),
+            _ => Ok(base),
+        }
+    }
+
+    fn by_manifest(&self, m: &Member, parent: &OsStr) -> Result<usize, Error> {
+        let Some(found) = self.by_name.get(parent) else { return Err(missing(parent)) };
+        if self.members[*found].may_carry(m.level) {
+            return Ok(*found);
+        }
+        let what = format!("its manifest says that it lies on {parent:?}, which is no base for it");
+        Err(Error::new(Kind::Corrupt, what))
+    }
+
+    fn by_time(&self, me: usize) -> Result<usize, Error> {
+        let m = &self.members[me];
+        let Some(stamp) = m.stamp else {
+            return Err(incomplete("there is no time in its name and no manifest that orders it")
+                .remedy("restore its manifest from .fleecefs/"));
+        };
+        let bases = if m.level == Level::Diff { &self.fulls } else { &self.bases };
+        let start = bases.partition_point(|(t, _)| *t < stamp);
+        let ties: Vec<usize> = (bases[start..].iter())
+            .take_while(|(t, _)| *t == stamp)
+            .map(|(_, i)| *i)
+            .filter(|i| *i != me && self.stated_parent(*i) != Some(me))
+            .collect();
+        let last = bases[..start].last().map(|(t, _)| *t);
+        let from = bases.partition_point(|(t, _)| last.is_some_and(|l| *t < l));
+        let before: Vec<usize> = bases[from..start].iter().map(|(_, i)| *i).collect();
+        self.choose(m, &before, &ties)
+    }
+
+    /// `before` are the candidates of the last second before, `ties` those of the very same second.
+    fn choose(&self, m: &Member, before: &[usize], ties: &[usize]) -> Result<usize, Error> {
+        let mixed = !self.timeless.is_empty() && !self.fulls.is_empty();
+        let candidates: Vec<usize> = match (before, mixed) {
+            ([], _) => [&self.timeless, ties].concat(),
+            (_, false) => [before, ties].concat(),
+            (_, true) => [before, ties, &self.timeless].concat(),
+        };
+        match candidates[..] {
+            [] => Err(no_full()),
+            // A tie alone is never enough: this one may come before the other.
+            [one] if ties.is_empty() => Ok(one),
+            _ => self.settle(m, &candidates, ties),
+        }
+    }
+
+    /// Decides between candidates by the image's own pointer, or by what links them to each other.
+    fn settle(&self, m: &Member, candidates: &[usize], ties: &[usize]) -> Result<usize, Error> {
+        if let Some(Ok((_, base))) = m.backing.map(pointer::split) {
+            let named: Vec<_> =
+                candidates.iter().filter(|i| self.members[**i].is_called(&base)).collect();
+            if let [one] = named[..] {
+                return Ok(*one);
+            }
+        }
+        let is_below = |i: usize| {
+            candidates.iter().any(|above| self.stated_parent(*above).is_some_and(|p| p == i))
+        };
+        let ends: Vec<_> = candidates.iter().filter(|i| !is_below(**i)).collect();
+        let connected = candidates.iter().filter(|i| is_below(**i)).count() + 1 == candidates.len();
+        match ends[..] {
+            [one] if ties.is_empty() && connected => Ok(*one),
+            _ => Err(self.tie(candidates)),
+        }
+    }
+
+    /// The parent that a member's manifest or backing pointer names, whatever names say.
+    fn stated_parent(&self, i: usize) -> Option<usize> {
+        let m = &self.members[i];
+        if let Some(parent) = m.manifest.and_then(|m| m.parent.as_deref()) {
+            return self.by_name.get(OsStr::new(parent)).copied();
+        }
+        let (_, base) = pointer::split(m.backing?).ok()?;
+        self.by_name.get(base.as_os_str()).copied()
+    }
+
+    fn tie(&self, candidates: &[usize]) -> Error {
+        let names: Vec<_> = candidates.iter().map(|i| path_text(self.members[*i].name())).collect();
+        let what = format!(
+            "it cannot be known which file it lies on ({}): times in names do not order them, and \
+             no manifest does",
+            names.join(", ")
+        );
+        incomplete(what).remedy("restore the manifests of these files from .fleecefs/")
+    }
+
+    /// Compares with what the image itself says about its backing file.
+    fn confirm(&self, me: usize, below: usize, out: &mut Vec<Finding>) -> Result<(), Error> {
+        let (m, base) = (&self.members[me], &self.members[below]);
+        let Some(pointer) = m.backing else { return Ok(()) };
+        let (folder, name) = pointer::split(pointer)?;
+        if !base.is_called(&name) {
+            return Err(contradiction(pointer, &name, base, self.by_name.contains_key(&*name)));
+        }
+        let own = m.path.parent().unwrap_or(Path::new(""));
+        if normalise(own, &folder).as_deref() != Some(own) {
+            let what = format!(
+                "its backing pointer {pointer:?} leads to another folder; {} beside it is used",
+                path_text(base.name())
+            );
+            out.push(Finding::warning(Kind::Incomplete, m.path, what));
+        }
+        Ok(())
+    }
+}
+
+fn names<'a>(members: &'a [Member<'a>]) -> HashMap<&'a OsStr, usize> {
+    let mut names = HashMap::new();
+    for (i, m) in members.iter().enumerate() {
+        for alias in m.aliases {
+            names.entry(alias.as_os_str()).or_insert(i);
+        }
+    }
+    for (i, m) in members.iter().enumerate() {
+        names.insert(m.name(), i);
+    }
+    names
+}
+
+fn raw_increment(m: &Member) -> Lies {
+    let what = match m.manifest.map(|m| m.content) {
+        Some(Contents::Full) => return Lies::Root,
+        Some(Contents::DirtyOnly) => {
+            "a raw file that holds changed ranges only: which ones, it cannot say"
+        }
+        None => {
+            "an increment in a raw file: whether it holds all or only what changed cannot be known"
+        }
+    };
+    Lies::Unknown(
+        Error::new(Kind::Unsupported, what)
+            .at_path(m.path)
+            .remedy("the FULL before it is good; back the disk up as qcow2"),
+    )
+}
+
+const UNREADABLE: &str = "make its manifest readable or restore it from .fleecefs/ of another copy; \
+                          remove it if it is beyond repair and the names are right";
+
+fn incomplete(what: impl Into<String>) -> Error {
+    Error::new(Kind::Incomplete, what)
+}
+
+fn no_full() -> Error {
+    incomplete("there is no FULL backup that it lies on")
+        .remedy("restore the FULL of this chain from another copy of the backup")
+}
+
+fn missing(name: &OsStr) -> Error {
+    let name = path_text(name);
+    incomplete(format!("it lies on {name}, which is missing"))
+        .remedy(format!("restore {name} from another copy of the backup"))
+}
+
+fn contradiction(pointer: &str, name: &OsStr, base: &Member, exists: bool) -> Error {
+    if !exists {
+        return missing(name);
+    }
+    let base = path_text(base.name());
+    incomplete(format!("its backing pointer says {pointer:?}, but the backup before it is {base}"))
+        .remedy(format!("if {base} is right: qemu-img rebase -u -b {base} on a copy"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_made_plain_without_touching_a_file() {
+        let at = |p: &str| normalise(Path::new("/b/d"), Path::new(p));
+        assert_eq!(at("./../e//f"), Some("/b/e/f".into()));
+        assert_eq!(at("/x/../y"), Some("/y".into()));
+        assert_eq!(at("../../../../etc/hostname"), None);
+    }
+}

@@ -1,0 +1,60 @@
+//! What all journals of a folder have in common, and what other files ask of the one of a fold.
+
+pub mod linking;
+pub mod removal;
+pub mod unfinished;
+
+use std::path::Path;
+
+use crate::error::{Error, Kind, Result};
+use crate::folder::{Folder, PlainName};
+
+/// The journal of a fold, in the folder for manifests.
+pub const FOLD: &str = "fold.json";
+
+/// A journal names some images, and has a manifest or two: 100,000 names of 255 bytes.
+pub const MAX_JOURNAL: u64 = 32 << 20;
+
+/// Values in a journal: the names of more images than a folder has, and some manifests.
+const MAX_VALUES: usize = 1_000_000;
+
+/// Fails if a journal has more values than any of ours: each takes many times its bytes in memory.
+///
+/// # Errors
+/// `Corrupt`.
+pub fn check_count(journal: &[u8], path: &Path) -> Result<()> {
+    if journal.iter().filter(|b| **b == b',').count() <= MAX_VALUES {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Corrupt, "the journal has too many entries")
+        .at_path(path)
+        .remedy("verify the disk, then remove the journal"))
+}
+
+/// The images beside `side` that a fold is about to remove.
+pub(crate) fn leaving_by_fold(side: &Folder) -> Vec<String> {
+    read_fold(side).ok().flatten().unwrap_or_default()
+}
+
+/// The images that the journal of a fold in `side` removes; `None` if there is no journal.
+pub(crate) fn read_fold(side: &Folder) -> Result<Option<Vec<String>>> {
+    #[derive(serde::Deserialize)]
+    struct Fold {
+        interim: PlainName,
+        increments: Vec<PlainName>,
+    }
+    let path = || side.join(FOLD);
+    let text = side
+        .read_if_there(FOLD, MAX_JOURNAL)
+        .map_err(|e| Error::io(e, "cannot read the journal of a fold").at_path(path()))?;
+    let Some(text) = text else { return Ok(None) };
+    check_count(&text, &path())?;
+    let fold: Fold = serde_json::from_slice(&text).map_err(|e| {
+        Error::new(Kind::Corrupt, "the journal of a fold is damaged")
+            .with_source(e)
+            .at_path(path())
+            .remedy("verify the disk, then remove the journal")
+    })?;
+    let all = fold.increments.iter().chain([&fold.interim]);
+    Ok(Some(all.filter_map(|p| Some(p.as_os_str().to_str()?.to_string())).collect()))
+}

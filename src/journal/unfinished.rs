@@ -1,0 +1,116 @@
+//! What a run that altered a folder left when it was broken off, by the files that say so:
+//! `.fleecefs/fold.json` (`commit`, `snapshot-rebase`), `.fleecefs/<image>.header` (a header that
+//! was being changed), `.fleecefs/removal.journal` (`prune`, `consolidate`), `.fleecefs/link-disk.journal`.
+//! Whoever writes to the folder finishes it first; whoever reads says that it is there.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::linking::Linking;
+use super::{FOLD, linking, read_fold, removal};
+use crate::error::{Error, Finding, Kind, Result};
+use crate::folder::{Entry, EntryKind, Folder};
+use crate::manifest::FOLDER;
+use crate::text::path_text;
+/// Ends the names of saved headers.
+pub const HEADER_SUFFIX: &str = ".header";
+
+/// What to do about it.
+const REMEDY: &str = "'fleecefs verify --create DIR', or the next command that writes there, \
+                      finishes it";
+
+fn is_journal(name: &OsStr) -> bool {
+    let whole = [FOLD, removal::NAME, linking::NAME];
+    name.as_bytes().ends_with(HEADER_SUFFIX.as_bytes()) || whole.iter().any(|n| name == *n)
+}
+
+/// The files in `dir` that say that something is unfinished.
+pub fn journals(dir: &Path) -> Vec<PathBuf> {
+    let Ok(side) = Folder::open(&dir.join(FOLDER)) else { return Vec::new() };
+    journals_in(&side)
+}
+
+fn journals_in(side: &Folder) -> Vec<PathBuf> {
+    let names = side.entries().unwrap_or_default().into_iter().map(|e| e.name);
+    let mut found: Vec<PathBuf> = names.filter(|n| is_journal(n)).map(|n| side.join(n)).collect();
+    found.sort();
+    found
+}
+
+/// The folders from `root` downward in which something is unfinished.
+pub fn folders(root: &Path) -> Vec<PathBuf> {
+    let Ok(top) = Folder::open(root) else { return Vec::new() };
+    let (mut found, mut todo) = (Vec::new(), vec![PathBuf::new()]);
+    while let Some(relative) = todo.pop() {
+        let Ok(dir) = top.beneath(&relative) else { continue };
+        let entries = dir.entries().unwrap_or_default();
+        for entry in entries.into_iter().filter(|e| e.kind == EntryKind::Folder) {
+            if entry.name != FOLDER {
+                todo.push(relative.join(entry.name));
+            } else if dir.folder(FOLDER).is_ok_and(|side| !journals_in(&side).is_empty()) {
+                found.push(dir.path().to_path_buf());
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// One finding for each of them among the `entries` of the folder for manifests, `side`.
+pub(crate) fn findings(side: &Folder, entries: &[Entry]) -> Vec<Finding> {
+    entries.iter().filter(|e| is_journal(&e.name)).map(|e| finding(side, e)).collect()
+}
+
+fn finding(side: &Folder, journal: &Entry) -> Finding {
+    let path = side.join(&journal.name);
+    let mut linked = None;
+    let broken = match journal.kind {
+        EntryKind::File if journal.name == linking::NAME => match linking::read_side(side) {
+            Ok(found) => {
+                linked = found;
+                None
+            }
+            Err(e) => Some(e),
+        },
+        EntryKind::File if journal.name == FOLD => read_fold(side).err(),
+        EntryKind::File if journal.name == removal::NAME => removal::read_side(side).err(),
+        EntryKind::File => None,
+        _ => {
+            let what = "it has the name of a journal, and is not a plain file";
+            Some(Error::new(Kind::Unsupported, what).at_path(&path).remedy("remove it"))
+        }
+    };
+    if let Some(error) = broken {
+        return Finding::from_error(&error, &path);
+    }
+    if let Some(linking) = linked {
+        return unfinished_link(path, &linking);
+    }
+    let what = "a run that alters this folder is at work, or was broken off: until it is finished, \
+                points may be missing or there twice";
+    let finding = Finding::warning(Kind::Incomplete, path, what);
+    Finding { remedy: Some(REMEDY.into()), ..finding }
+}
+
+fn unfinished_link(journal: PathBuf, linking: &Linking) -> Finding {
+    let what = format!(
+        "link-disk is at work here, or was broken off: until it is finished, points of '{}' are there \
+         twice, as those of '{}' too",
+        path_text(&linking.old),
+        path_text(&linking.new)
+    );
+    let remedy =
+        "'fleecefs link-disk' as it was called, or the next command that writes there, finishes it";
+    Finding { remedy: Some(remedy.into()), ..Finding::warning(Kind::Incomplete, journal, what) }
+}
+
+/// Fails if there is anything unfinished from `root` downward.
+///
+/// # Errors
+/// `Incomplete`.
+pub fn refuse(root: &Path) -> Result<()> {
+    let Some(dir) = folders(root).into_iter().next() else { return Ok(()) };
+    let what = "a run that altered this folder was broken off";
+    Err(Error::new(Kind::Incomplete, what).at_path(dir).remedy(REMEDY))
+}

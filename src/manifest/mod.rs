@@ -1,0 +1,544 @@
+//! Manifests: `.fleecefs/<image file name>.json` beside the images, one per published image.
+//!
+//! A manifest is what file names cannot say: which file a point lies on, which bitmap records
+//! since then, what the guest's disk was. For `backup` it is the commit: an image without one is
+//! checked before it is used. Reading tolerates unknown fields; an unknown format version is an
+//! error, which a scan turns into a finding.
+
+mod backing;
+mod store;
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use self::backing::{BackingFile, Compared};
+pub(crate) use self::store::read_brief;
+pub use self::store::{
+    has_room, parse, read, read_in, read_sealed, remove, remove_in, write, write_in,
+};
+use crate::error::{Error, Result};
+use crate::folder;
+use crate::folder::PlainName;
+use crate::layout::{Level, name};
+
+/// The folder, beside the images, that holds the manifests. qmprestore ignores folders.
+pub const FOLDER: &str = ".fleecefs";
+
+/// How the names of files that are not yet complete begin in that folder. Under the folder's lock
+/// they are what a killed run left.
+pub const TEMPORARY: &str = ".tmp-";
+
+/// The version that this program writes, and the newest it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Bytes hashed at either end of an image to tell whether it was replaced. The front holds a
+/// qcow2's header, L1 and the first tables, the back its latest clusters.
+const SAMPLE: u64 = 128 << 10;
+
+/// What is known about one published image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this structure, [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Id of the run that made it; the same for all disks of one run.
+    pub run: String,
+    /// File name of the image, without folders.
+    #[serde(deserialize_with = "plain_name")]
+    pub image: String,
+    /// Which disk of which guest it is.
+    #[serde(default)]
+    pub disk: DiskIdentity,
+    /// The file that the disk had at the point before, where it had moved since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved_from: Option<String>,
+    /// The disk of which it was a point, as `list` showed it, before `link-disk` made it one of this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linked_from: Option<String>,
+    /// What kind of backup it is.
+    pub level: Level,
+    /// When the frozen moment was, in seconds since the epoch.
+    pub time: i64,
+    /// What comes after the full second, in nanoseconds; 0 if nobody recorded it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub time_nanos: u32,
+    /// File name of the image that it lies on, in the same folder; `None` for a root.
+    #[serde(default, deserialize_with = "plain_name_if_any")]
+    pub parent: Option<String>,
+    /// After a `commit`: file name of the last image that was folded into this one, whose state it
+    /// is now. Its own name still has the old time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_of: Option<String>,
+    /// Format of the image file.
+    pub format: ImageFormat,
+    /// Whether the image holds the whole disk or only what changed since its parent.
+    pub content: Contents,
+    /// Size of the virtual disk in bytes.
+    pub virtual_size: u64,
+    /// Length of the image file in bytes.
+    pub file_size: u64,
+    /// The bitmap that records since this point.
+    #[serde(default)]
+    pub bitmap: Option<BitmapInfo>,
+    /// The bitmap that records since the chain's FULL, for DIFFs.
+    #[serde(default)]
+    pub diff_bitmap: Option<BitmapInfo>,
+    /// Bytes copied out of the frozen view, as they are in the image (after compression).
+    #[serde(default)]
+    pub bytes_copied: u64,
+    /// How consistent the frozen moment is.
+    #[serde(default = "Consistency::unknown")]
+    pub consistency: Consistency,
+    /// QEMU's version, as it reports it.
+    #[serde(default)]
+    pub qemu_version: String,
+    /// How long the copy took, in milliseconds.
+    #[serde(default)]
+    pub duration_ms: u64,
+    /// BLAKE3 of the image file, in hexadecimal; `None` with `--no-hash`.
+    #[serde(default)]
+    pub blake3: Option<String>,
+    /// BLAKE3 over the image's length and both its ends: tells a replaced image cheaply.
+    #[serde(default)]
+    pub fingerprint: Option<String>,
+    /// The guest's configuration as QEMU reports it.
+    #[serde(default)]
+    pub vm: std::sync::Arc<serde_json::Value>,
+    /// What is below the disk's own file, nearest first; `None` where nobody looked: 0.1.0 did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<Vec<BackingFile>>,
+    /// Files that were given with `--config`.
+    #[serde(default)]
+    pub config_files: Vec<ConfigFile>,
+    /// Disks that this run left out, and why.
+    #[serde(default)]
+    pub skipped: Vec<Skipped>,
+    /// Disks that this run should have backed up and could not, and why: with any, the run was
+    /// partial.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<Skipped>,
+}
+
+/// The part of a [`Manifest`] that orders and describes points: a mount keeps it for each image, and
+/// a manifest may hold the whole configuration of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Brief {
+    /// See [`Manifest::image`].
+    #[serde(deserialize_with = "plain_name")]
+    pub image: String,
+    /// See [`Manifest::level`].
+    pub level: Level,
+    /// See [`Manifest::time`].
+    pub time: i64,
+    /// See [`Manifest::parent`].
+    #[serde(default, deserialize_with = "plain_name_if_any")]
+    pub parent: Option<String>,
+    /// See [`Manifest::state_of`].
+    #[serde(default)]
+    pub state_of: Option<String>,
+    /// See [`Manifest::format`].
+    pub format: ImageFormat,
+    /// See [`Manifest::content`].
+    pub content: Contents,
+    /// See [`Manifest::virtual_size`].
+    pub virtual_size: u64,
+    /// See [`Manifest::file_size`].
+    pub file_size: u64,
+    /// See [`Consistency::achieved`]; `None` if that is not known.
+    #[serde(default, rename = "consistency", deserialize_with = "achieved")]
+    pub achieved: Option<Achieved>,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+/// A name that is a path to somewhere must not get in: whoever reads one acts in one folder.
+pub(crate) fn plain_name<'a, D: serde::Deserializer<'a>>(
+    from: D,
+) -> std::result::Result<String, D::Error> {
+    let name = String::deserialize(from)?;
+    PlainName::new(&name).map_err(serde::de::Error::custom)?;
+    Ok(name)
+}
+
+fn plain_name_if_any<'a, D: serde::Deserializer<'a>>(
+    from: D,
+) -> std::result::Result<Option<String>, D::Error> {
+    let name = Option::<String>::deserialize(from)?;
+    name.as_ref().map(PlainName::new).transpose().map_err(serde::de::Error::custom)?;
+    Ok(name)
+}
+
+/// The reason in a manifest that was made afterwards: what it says was achieved is a default.
+pub const RECORDED: &str = "recorded afterwards";
+
+/// The reason in the manifest of a VM that was shut off.
+pub const OFFLINE: &str = "the VM was shut off: as it left its disks";
+
+/// What a manifest knows to have been achieved.
+fn achieved<'a, D: serde::Deserializer<'a>>(
+    from: D,
+) -> std::result::Result<Option<Achieved>, D::Error> {
+    // What a later version may put there is unknown, and no reason to do without the rest.
+    let known = serde_json::Value::deserialize(from)?;
+    let achieved = known.get("achieved").map(Achieved::deserialize).and_then(|a| a.ok());
+    let reason = |text: &str| known.get("reason").is_some_and(|r| r == text);
+    Ok(match achieved {
+        _ if reason(RECORDED) => None,
+        Some(Achieved::Crash) if reason(OFFLINE) => Some(Achieved::Offline),
+        known => known,
+    })
+}
+
+/// A disk as QEMU knows it. Any of these may be empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskIdentity {
+    /// Id or QOM path of the guest device.
+    pub qdev: String,
+    /// Node name of the disk's format node; `#block…` names change at each start.
+    pub node: String,
+    /// Name of the block backend, if it has one.
+    pub device: String,
+    /// The disk's own file or device.
+    pub file: String,
+    /// The disk's own format.
+    pub format: String,
+}
+
+/// Formats that `backup` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// qcow2 version 3.
+    Qcow2,
+    /// The guest's bytes one to one.
+    Raw,
+}
+
+/// How much of the disk an image holds. It settles what a raw INC means, which its bytes cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Contents {
+    /// The whole disk: nothing below it is read.
+    Full,
+    /// Only what changed; the rest is in the parent.
+    DirtyOnly,
+}
+
+/// A dirty bitmap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitmapInfo {
+    /// Its name.
+    pub name: String,
+    /// Name of the node it is on.
+    #[serde(default)]
+    pub node: String,
+    /// Bytes per bit.
+    pub granularity: u64,
+    /// Whether it survives a restart of QEMU.
+    #[serde(default)]
+    pub persistent: bool,
+    /// Whether a size watermark lies beside it: a second bitmap, of this name and `-floor`, that says
+    /// how small the disk has been since.
+    #[serde(default)]
+    pub floor: bool,
+}
+
+/// What state of the guest the frozen moment is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Consistency {
+    /// What was achieved.
+    pub achieved: Achieved,
+    /// Why not more, in words; empty if there is no more.
+    pub reason: String,
+    /// Whether all disks of the run share one frozen moment.
+    pub one_moment: bool,
+    /// How long the guest was stopped for it, in milliseconds.
+    pub stopped_ms: u64,
+    /// Mount points that were frozen.
+    pub frozen: Vec<String>,
+}
+
+impl Consistency {
+    /// Of a point whose moment nobody recorded.
+    pub fn unknown() -> Self {
+        Consistency { reason: RECORDED.into(), ..Consistency::default() }
+    }
+}
+
+/// Degrees of consistency, least first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Achieved {
+    /// As after a power cut.
+    #[default]
+    Crash,
+    /// The guest's file systems were frozen.
+    FileSystem,
+    /// The guest was stopped for the whole backup.
+    Paused,
+    /// The VM was shut off. In a manifest this is [`Achieved::Crash`] with the reason [`OFFLINE`].
+    #[serde(skip)]
+    Offline,
+}
+
+impl Achieved {
+    /// The word that stands in manifests; `unknown` where nobody knows.
+    pub fn word(achieved: Option<Achieved>) -> &'static str {
+        match achieved {
+            None => "unknown",
+            Some(Achieved::Crash) => "crash",
+            Some(Achieved::FileSystem) => "file-system",
+            Some(Achieved::Paused) => "paused",
+            Some(Achieved::Offline) => "offline",
+        }
+    }
+}
+
+/// A file kept beside the backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigFile {
+    /// Path it was read from.
+    pub path: String,
+    /// Where it is kept, relative to the folder of the image.
+    #[serde(default)]
+    pub stored: String,
+    /// BLAKE3 of its bytes, in hexadecimal.
+    #[serde(default)]
+    pub blake3: String,
+}
+
+/// A disk that was left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// Node, device or qdev name.
+    pub disk: String,
+    /// Why, in words.
+    pub reason: String,
+}
+
+impl Manifest {
+    /// The time of the state that it holds: that in its name, `named`, or of what a commit folded in.
+    pub fn state_time(&self, named: Option<i64>) -> Option<i64> {
+        state_time(self.state_of.as_deref(), self.time, named)
+    }
+}
+
+impl Brief {
+    /// The time of the state that it holds: that in its name, `named`, or of what a commit folded in.
+    pub fn state_time(&self, named: Option<i64>) -> Option<i64> {
+        state_time(self.state_of.as_deref(), self.time, named)
+    }
+}
+
+/// The time of the state that an image holds: that in its name, `named`; after a commit that in the
+/// name of the image folded last, or else `recorded`, its manifest's. A state that was folded in is
+/// never older than the name.
+fn state_time(state_of: Option<&str>, recorded: i64, named: Option<i64>) -> Option<i64> {
+    let Some(state_of) = state_of else { return named };
+    let time = match name::parse(OsStr::new(state_of)) {
+        name::Name::Backup { stamp: Some(stamp), .. } => stamp,
+        _ => recorded,
+    };
+    Some(named.map_or(time, |n| n.max(time)))
+}
+
+/// BLAKE3 over both ends of a file and its length: cheap, and different for a replaced image.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn fingerprint(path: &Path) -> Result<String> {
+    let read = || fingerprint_of(&folder::open_file(path)?);
+    read().map_err(|e| Error::io(e, "cannot read the image").at_path(path))
+}
+
+/// As [`fingerprint`], of an open file.
+///
+/// # Errors
+/// What the operating system said.
+pub fn fingerprint_of(file: &File) -> std::io::Result<String> {
+    let len = file.metadata()?.len();
+    let mut hash = blake3::Hasher::new();
+    hash.update(&len.to_be_bytes());
+    for start in [0, len.saturating_sub(SAMPLE)] {
+        let n = usize::try_from(SAMPLE.min(len)).unwrap_or(0);
+        let mut buf = vec![0; n];
+        file.read_exact_at(&mut buf, start)?;
+        hash.update(&buf);
+    }
+    Ok(hash.finalize().to_hex().as_str().get(..32).unwrap_or_default().to_string())
+}
+
+/// Where the manifest of `image` in folder `dir` is.
+pub fn manifest_path(dir: &Path, image: &OsStr) -> PathBuf {
+    dir.join(FOLDER).join(file_name(image))
+}
+
+/// The name of the manifest of `image`, in [`FOLDER`].
+pub fn file_name(image: &OsStr) -> OsString {
+    let mut name = image.to_os_string();
+    name.push(".json");
+    name
+}
+
+/// The VM's UUID out of what QEMU said about itself; `None` if it has none.
+pub fn vm_uuid(vm: &serde_json::Value) -> Option<&str> {
+    let uuid = vm.get("query-uuid")?.get("UUID")?.as_str()?;
+    uuid.chars().any(|c| c != '0' && c != '-').then_some(uuid)
+}
+
+/// The VM's name out of what QEMU said about itself; `None` if it has none.
+pub fn vm_name(vm: &serde_json::Value) -> Option<&str> {
+    vm.get("query-name")?.get("name")?.as_str().filter(|name| !name.is_empty())
+}
+
+/// The image whose manifest is called `name`; the other way round than [`file_name`].
+pub fn image_of(name: &OsStr) -> Option<&OsStr> {
+    name.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::store::parse_as;
+    use super::*;
+    use crate::error::Kind;
+
+    pub(crate) fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
+        Manifest {
+            format_version: FORMAT_VERSION,
+            run: "0123".into(),
+            image: image.into(),
+            disk: DiskIdentity { node: "drive0".into(), ..Default::default() },
+            moved_from: None,
+            linked_from: None,
+            time_nanos: 0,
+            level,
+            time: 1_700_000_000,
+            parent: parent.map(str::to_string),
+            state_of: None,
+            format: ImageFormat::Qcow2,
+            content: if parent.is_some() { Contents::DirtyOnly } else { Contents::Full },
+            virtual_size: 1 << 20,
+            file_size: 0,
+            bitmap: None,
+            diff_bitmap: None,
+            bytes_copied: 0,
+            consistency: Consistency::default(),
+            qemu_version: "10.0.2".into(),
+            duration_ms: 5,
+            blake3: None,
+            fingerprint: None,
+            vm: std::sync::Arc::default(),
+            backing: Some(Vec::new()),
+            config_files: Vec::new(),
+            skipped: Vec::new(),
+            failed: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_nothing_is_left_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let m = example("INC-2-sda", Level::Inc, Some("FULL-1-sda"));
+        let path = write(dir.path(), &m).unwrap();
+        assert_eq!(path, dir.path().join(".fleecefs/INC-2-sda.json"));
+        write(dir.path(), &m).unwrap();
+        assert_eq!(read(dir.path(), OsStr::new("INC-2-sda")).unwrap(), Some(m));
+        assert_eq!(std::fs::read_dir(dir.path().join(FOLDER)).unwrap().count(), 1);
+        assert_eq!(read(dir.path(), OsStr::new("FULL-1-sda")).unwrap(), None);
+        remove(dir.path(), OsStr::new("INC-2-sda")).unwrap();
+        remove(dir.path(), OsStr::new("INC-2-sda")).unwrap();
+        assert_eq!(read(dir.path(), OsStr::new("INC-2-sda")).unwrap(), None);
+    }
+
+    #[test]
+    fn what_nobody_recorded_is_unknown_and_not_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let brief = |m: &Manifest| {
+            let path = write(dir.path(), m).unwrap();
+            let side = folder::Folder::open(path.parent().unwrap()).unwrap();
+            let handle = side.handle(path.file_name().unwrap()).unwrap();
+            read_brief(&handle, OsStr::new(&m.image), &path).unwrap().achieved
+        };
+        let mut m = example("FULL-1-sda", Level::Full, None);
+        assert_eq!(brief(&m), Some(Achieved::Crash));
+        m.consistency.achieved = Achieved::FileSystem;
+        assert_eq!(brief(&m), Some(Achieved::FileSystem));
+        m.consistency = Consistency { reason: OFFLINE.into(), ..Consistency::default() };
+        assert_eq!(brief(&m), Some(Achieved::Offline));
+        assert_eq!(serde_json::to_value(&m).unwrap()["consistency"]["achieved"], "crash");
+        // Made for an image of another program: see `chain::describe`.
+        m.consistency = Consistency { reason: RECORDED.into(), ..Consistency::default() };
+        assert_eq!(brief(&m), None);
+        let mut v = serde_json::to_value(&m).unwrap();
+        v.as_object_mut().unwrap().remove("consistency");
+        assert_eq!(parse_as::<Brief>(v.to_string().as_bytes()).unwrap().achieved, None);
+        for (known, word) in [(None, "unknown"), (Some(Achieved::FileSystem), "file-system")] {
+            assert_eq!(Achieved::word(known), word);
+        }
+    }
+
+    #[test]
+    fn unknown_fields_are_tolerated_and_unknown_versions_are_not() {
+        let mut v = serde_json::to_value(example("a", Level::Full, None)).unwrap();
+        v["new_field"] = 7.into();
+        assert!(parse(v.to_string().as_bytes()).is_ok());
+        v["format_version"] = 2.into();
+        v["level"] = "sideways".into();
+        assert_eq!(parse(v.to_string().as_bytes()).unwrap_err().kind(), Kind::Unsupported);
+        assert_eq!(parse(b"{").unwrap_err().kind(), Kind::Corrupt);
+        assert_eq!(parse(b"[]").unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(dir.path(), &example("a", Level::Full, None)).unwrap();
+        let good = std::fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            std::fs::write(&path, &bad).unwrap();
+            let found = read_sealed(dir.path(), OsStr::new("a"));
+            assert!(!matches!(found, Ok(Some((_, true)))), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_manifest_of_another_image_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), &example("a", Level::Full, None)).unwrap();
+        std::fs::rename(dir.path().join(".fleecefs/a.json"), dir.path().join(".fleecefs/b.json"))
+            .unwrap();
+        assert_eq!(read(dir.path(), OsStr::new("b")).unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn a_name_with_folders_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for bad in ["", "..", "a/b", "/etc/passwd"] {
+            assert!(write(dir.path(), &example(bad, Level::Full, None)).is_err(), "{bad}");
+            let text = |m: &Manifest| serde_json::to_vec(m).unwrap();
+            let image = text(&example(bad, Level::Full, None));
+            assert_eq!(parse(&image).unwrap_err().kind(), Kind::Corrupt, "{bad}");
+            let parent = text(&example("a", Level::Inc, Some(bad)));
+            assert_eq!(parse(&parent).unwrap_err().kind(), Kind::Corrupt, "{bad}");
+            assert_eq!(parse_as::<Brief>(&parent).unwrap_err().kind(), Kind::Corrupt, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join(FOLDER)).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", dir.path().join(".fleecefs/a.json")).unwrap();
+        assert!(read(dir.path(), OsStr::new("a")).is_err());
+    }
+}
