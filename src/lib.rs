@@ -1,7 +1,8 @@
 //! fleecefs: every backup point of every disk of a QEMU backup directory as a plain raw image, and
 //! the making, restoring, checking and pruning of such backups.
 //!
-//! The rooms, each of which imports only from those above it (`tests/layering.rs` watches that):
+//! The modules. Each imports only from those above it, and neither files nor folders inside a module import
+//! each other in a circle (`tests/layering.rs` checks both):
 //!
 //! - [`text`], [`error`], [`units`], [`progress`]: what everybody needs
 //! - [`failpoint`]: hooks for tests, in no program that users have
@@ -12,11 +13,16 @@
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
 //! - [`qemu_img`]: running qemu-img on images that nobody trusts
-//! - [`chain`]: backup directory to disks, chains and points; manifests
+//! - [`layout`]: how backup programs name their files: here begins what a new program's names need
+//! - [`manifest`]: one per image, the commit of a point; [`journal`]: what is written down before a backup is
+//!   changed, so that whoever comes after a crash can finish it
+//! - [`chain`]: backup directory to disks, chains and points
 //! - [`image`]: layers folded into cached windows, and reads through them
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
-//! - [`restore`], [`verify`], [`prune`]: commands over chains and images
+//! - [`job`]: what long work needs: workers, a way to stop, progress, a rate limit
+//! - [`restore`], [`verify`], [`prune`]: reading points out, proving them, choosing which stay
+//! - [`rewrite`]: all that changes backups in place: delete, consolidate, commit, rebase, join
 //! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`cli`]: arguments, output, exit codes
 

@@ -1,8 +1,8 @@
-//! A module imports only from rooms above its own: the order is the one in the head of `src/lib.rs`.
+//! A module imports only from modules above its own: the order is the one in the head of `src/lib.rs`.
 
 use std::path::{Path, PathBuf};
 
-/// The rooms, lowest first: as the head of `src/lib.rs` lists them, and the program. A room may import
+/// The modules, lowest first: as the head of `src/lib.rs` lists them, and the program. A module may import
 /// from those before it, and from itself.
 fn order() -> Vec<String> {
     let lib = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs"));
@@ -10,12 +10,12 @@ fn order() -> Vec<String> {
     let head = lib.lines().filter_map(|l| l.strip_prefix("//! "));
     // `- [`text`], [`error`]: what everybody needs`.
     let named = |line: &str| -> Vec<String> {
-        let rooms = line.split("[`").skip(1).filter_map(|part| part.split_once("`]"));
-        rooms.map(|(room, _)| room.to_string()).collect()
+        let modules = line.split("[`").skip(1).filter_map(|part| part.split_once("`]"));
+        modules.map(|(module, _)| module.to_string()).collect()
     };
-    let rooms = head.flat_map(named).chain(["main".to_string()]).collect::<Vec<_>>();
-    assert!(rooms.len() > 20, "{rooms:?}");
-    rooms
+    let modules = head.flat_map(named).chain(["main".to_string()]).collect::<Vec<_>>();
+    assert!(modules.len() > 20, "{modules:?}");
+    modules
 }
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
@@ -29,19 +29,19 @@ fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The room of a source file: the first folder or the file's name below `src`.
-fn room(src: &Path, file: &Path) -> String {
+/// The module of a source file: the first folder or the file's name below `src`.
+fn module(src: &Path, file: &Path) -> String {
     let below = file.strip_prefix(src).unwrap();
     let first = below.components().next().unwrap().as_os_str().to_string_lossy().into_owned();
     first.trim_end_matches(".rs").to_string()
 }
 
-fn rank(order: &[String], room: &str) -> usize {
-    let place = order.iter().position(|r| r == room);
-    place.unwrap_or_else(|| panic!("{room} has no place in the head of src/lib.rs"))
+fn rank(order: &[String], module: &str) -> usize {
+    let place = order.iter().position(|r| r == module);
+    place.unwrap_or_else(|| panic!("{module} has no place in the head of src/lib.rs"))
 }
 
-/// The rooms that a source names as `crate::room`, outside its tests.
+/// The modules that a source names as `crate::module`, outside its tests.
 fn imports(text: &str) -> Vec<String> {
     let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or("");
     let lines: Vec<_> = code.lines().filter(|l| !l.trim_start().starts_with("//")).collect();
@@ -49,7 +49,7 @@ fn imports(text: &str) -> Vec<String> {
     code.split("crate::").skip(1).flat_map(named).collect()
 }
 
-/// The rooms named by what follows `crate::`: one, or several in braces.
+/// The modules named by what follows `crate::`: one, or several in braces.
 fn named(rest: &str) -> Vec<String> {
     let word = |text: &str| -> String {
         let text = text.trim_start();
@@ -83,13 +83,13 @@ fn imports_are_seen_however_they_are_written() {
 }
 
 #[test]
-fn rooms_import_only_from_rooms_above() {
+fn modules_import_only_from_modules_above() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
     let (order, mut wrong) = (order(), Vec::new());
     for file in &files {
-        let own = room(&src, file);
+        let own = module(&src, file);
         if own == "lib" {
             continue;
         }
@@ -103,13 +103,13 @@ fn rooms_import_only_from_rooms_above() {
 }
 
 #[test]
-fn only_one_room_names_the_fuse_library() {
+fn only_one_module_names_the_fuse_library() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
     let names = |f: &&PathBuf| std::fs::read_to_string(f).unwrap().contains("fuser::");
-    let rooms: Vec<_> = files.iter().filter(names).map(|f| room(&src, f)).collect();
-    assert!(!rooms.is_empty() && rooms.iter().all(|r| r == "fuse"), "{rooms:?}");
+    let modules: Vec<_> = files.iter().filter(names).map(|f| module(&src, f)).collect();
+    assert!(!modules.is_empty() && modules.iter().all(|r| r == "fuse"), "{modules:?}");
 }
 
 /// The code of each source outside its tests.
@@ -371,7 +371,37 @@ fn files_of_a_module_import_one_way() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // Seen at all: what a folder's own file imports, what it passes on, what is inside it.
-    let [scan, tree, format] =
-        ["scan", "tree", "format"].map(|f| vec!["chain".to_string(), f.to_string()]);
+    let [scan, tree, format] = [&["scan"][..], &["walk", "tree"], &["link", "format"]]
+        .map(|f| ["chain"].iter().chain(f).map(|s| s.to_string()).collect::<Module>());
     assert!(files.beside(&scan).contains(&tree) && files.beside(&scan).contains(&format));
+}
+
+/// What each folder inside a top module imports from its other folders and files, by the files that do.
+fn between_folders(files: &Files) -> std::collections::BTreeMap<[String; 2], [String; 2]> {
+    let mut found = std::collections::BTreeMap::new();
+    for from in files.0.keys().filter(|f| f.len() > 1) {
+        for to in files.beside(from).into_iter().filter(|to| to.len() > 1 && to[1] != from[1]) {
+            let edge = [&from[..2], &to[..2]].map(|m| m.join("/"));
+            found.entry(edge).or_insert([from.join("/"), to.join("/")]);
+        }
+    }
+    found
+}
+
+#[test]
+fn folders_of_a_module_import_one_way() {
+    let edges = between_folders(&Files::read());
+    assert!(edges.len() > 60, "{edges:?}");
+    // Whatever imports nothing that is left is taken away; what stays is in a circle, or leads to one.
+    let mut left: std::collections::BTreeSet<&[String; 2]> = edges.keys().collect();
+    loop {
+        let from: std::collections::BTreeSet<_> = left.iter().map(|[from, _]| from).collect();
+        let before = left.len();
+        left = left.iter().copied().filter(|[_, to]| from.contains(to)).collect();
+        if left.len() == before {
+            break;
+        }
+    }
+    let circle: Vec<_> = left.iter().map(|e| edges[*e].join(" -> ")).collect();
+    assert!(circle.is_empty(), "{}", circle.join("\n"));
 }

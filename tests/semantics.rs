@@ -35,7 +35,9 @@ fn every_promise_names_a_test_that_exists() {
         let path = match file.strip_suffix("::tests") {
             Some(module) => {
                 let path = root("src").join(module.replace("::", "/"));
-                if path.is_dir() { path.join("tests.rs") } else { path.with_extension("rs") }
+                let places =
+                    [path.join("tests.rs"), path.join("mod.rs"), path.with_extension("rs")];
+                places.into_iter().find(|p| p.exists()).unwrap_or(path)
             }
             None => root("tests").join(file).with_extension("rs"),
         };

@@ -7,7 +7,7 @@ use super::disks::{Answers, Insertion, Seen, SeenDisk, base_name, device_tail, s
 use super::graph::bitmap;
 use super::graph::bitmap::Found;
 use super::names;
-use super::plan::folders::TargetId;
+use crate::backup::target::target_id::TargetId;
 use crate::error::Result;
 use crate::qmp::Client;
 use crate::qmp::types::Job;

@@ -1,11 +1,10 @@
 //! From a backup directory to disks, chains and points.
 //!
-//! `scan` walks the directory and gives a `tree`, `side` looks at `.fleecefs/` beside the images, `name` reads
-//! file names, `probe` says what files hold (`probed`), `format` how they are read, `fates` which of them can
-//! be served, by what `link` says of which parent each has; `assemble` makes the `catalog` of it.
-//! `manifest` reads and writes `.fleecefs/*.json`. The result is a [`Catalog`]: a value that `list`, `mount`,
-//! `restore`, `verify` and `prune` share.
-//! Nothing here writes but `manifest`, `removal` and `linking`.
+//! [`scan`] does it: `walk` reads the directory (`tree`), `.fleecefs/` beside the images (`side`) and what files
+//! hold (`probe`). `link` decides which files are of one disk (`group`), in which format each is read
+//! (`format`), which parent it has, and whether it can be served (`fates`). `points` makes the `catalog` of it.
+//! The result is a [`Catalog`]: a value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here
+//! writes.
 
 mod catalog;
 pub(crate) mod link;

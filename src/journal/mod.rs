@@ -1,4 +1,11 @@
-//! What all journals of a folder have in common, and what other files ask of the one of a fold.
+//! Journals in a backup directory: what is written down before a backup is changed in place, one file for each
+//! kind of work, and each read and written in one place.
+//!
+//! - [`removal`]: what prune and consolidate are about to remove
+//! - [`linking`]: a `link-disk` at work
+//! - [`unfinished`]: which of them are in a folder
+//!
+//! Here is what all of them have in common, and what other files ask of the one of a fold.
 
 pub mod linking;
 pub mod removal;

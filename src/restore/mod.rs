@@ -1,5 +1,4 @@
-//! Restoring points: to raw files, qcow2 files, block devices and standard output, and the
-//! in-place verbs of qmprestore.
+//! Restoring points: to raw files, qcow2 files, block devices and standard output.
 //!
 //! Everything is planned first ([`Plan`] is a value that `--dry-run` prints) and then executed by
 //! a few workers, each of which takes the next chunk of the disk, reads it through the extent map

@@ -1,10 +1,16 @@
-//! qmprestore's verbs, which alter the backup in place: [`rebase`], [`fold`] (`commit` and
-//! `snapshot-rebase`). (`merge` restores into a file and alters nothing.)
+//! All that changes backups in place.
+//!
+//! - [`remove`]: takes points away, for `prune`; `config`: the copies of configuration files that go with them
+//! - [`consolidate`]: the oldest part of a chain becomes one new FULL
+//! - [`fold`]: qmprestore's `commit` and `snapshot-rebase`; [`rebase`]: its `rebase`; `switch` puts a new FULL
+//!   into the place of a chain's beginning
+//! - [`join`]: `link-disk`: the points of a renamed disk go to its new name
+//! - `line`, `member`: which files are meant; `files`, `folders`: steps on one file or folder
 //!
 //! Crash safety: no step ever takes away bytes that a point which is to stay still needs. What is
 //! rewritten is made under another name and renamed; a header that is changed in place is saved
-//! first; what a crash may leave is written down before (`.fleecefs/fold.json`,
-//! `.fleecefs/<file>.header`), and whoever writes to the folder next finishes it ([`recover`]).
+//! first; what a crash may leave is written down before ([`crate::journal`]), and whoever writes to the folder
+//! next finishes it ([`recover`]).
 
 pub(crate) mod config;
 pub mod consolidate;

@@ -2,19 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-pub use super::planned::Folders;
 use super::planned::{DiskPlan, Inputs, Plan};
 use crate::backup::disks::SeenDisk;
 use crate::backup::target::history::History;
 use crate::backup::target::target_id::months_of;
-pub use crate::backup::target::target_id::{TargetId, stored_id};
+use crate::backup::target::targets::Folders;
 use crate::backup::{LevelWish, Options, names};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::folder::EntryKind;
 use crate::layout::Level;
 use crate::manifest::{DiskIdentity, Manifest};
-pub use crate::manifest::{vm_name, vm_uuid};
+use crate::manifest::{vm_name, vm_uuid};
 
 /// Which folder belongs to which disk, and what it holds. A disk keeps the folder whose manifests
 /// name its file, else its bitmap or device; a new one gets a folder by its base name, made unique.

@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use super::folders::other_vm;
 use super::planned::{DiskPlan, Inputs};
+use super::watermark;
 use crate::backup::disks::SeenDisk;
-use crate::backup::run::watermark;
 use crate::backup::target::history::{History, no_base};
 use crate::backup::{Every, LevelWish, Options, names};
 use crate::error::Result;

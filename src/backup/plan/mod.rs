@@ -4,6 +4,7 @@
 pub mod folders;
 pub mod level;
 pub(crate) mod planned;
+pub(crate) mod watermark;
 
 use std::path::PathBuf;
 

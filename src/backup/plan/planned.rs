@@ -1,17 +1,14 @@
 //! What a plan is made from, and what it is.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::backup::disks::{NO_MEDIUM, Seen, SeenDisk};
 use crate::backup::target::target_id::TargetId;
+use crate::backup::target::targets::Folders;
 use crate::error::Error;
 use crate::layout::Level;
 use crate::manifest::{BitmapInfo, Manifest, Skipped};
-
-/// What the folders of disks are called whose names do not tell: by the disk's file.
-pub type Folders = BTreeMap<String, String>;
 
 /// What will be done.
 #[derive(Debug)]

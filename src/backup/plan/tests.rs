@@ -1,7 +1,8 @@
-use super::folders::{Folders, TargetId};
 use super::*;
 use crate::backup::disks::Insertion;
 use crate::backup::graph::{Path as NodePath, Root};
+use crate::backup::target::target_id::TargetId;
+use crate::backup::target::targets::Folders;
 use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
 use crate::manifest;
 use crate::manifest::tests::example;

@@ -32,7 +32,6 @@ use super::fleece::space::Reserves;
 use super::fleece::{migration, nbdserver};
 use super::graph::neighbours::Neighbours;
 use super::plan::folders;
-use super::plan::folders::TargetId;
 use super::plan::planned::Inputs;
 use super::publish::report::Report;
 use super::publish::vm;
@@ -43,6 +42,7 @@ use super::state::lock::{Lock, real_path, state_folder};
 use super::target::shared;
 use super::target::targets::Targets;
 use super::{LevelWish, Options, Stopping, Watch, names, now, plan, publish};
+use crate::backup::target::target_id::TargetId;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, Share};
 use crate::journal::unfinished;
@@ -206,8 +206,8 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
             target: &target,
             base: &base,
             now,
-            vm: folders::vm_uuid(&vm),
-            vm_name: folders::vm_name(&vm),
+            vm: crate::manifest::vm_uuid(&vm),
+            vm_name: crate::manifest::vm_name(&vm),
             newcomer: !options.shared && !targets.knows(&options.target),
             renamed: &renamed,
             no_inc,

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::proof::has_backups;
-use crate::backup::plan::folders::{Folders, TargetId, stored_id};
+use super::target_id::{TargetId, stored_id};
 use crate::backup::state::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{EntryKind, Folder};
@@ -27,6 +27,9 @@ const LARGEST: u64 = 1 << 20;
 const MOST: usize = 1000;
 /// More folders than that are not remembered either: a disk's file may have another name each day.
 const MOST_FOLDERS: usize = 256;
+
+/// What the folders of disks are called whose names do not tell: by the disk's file.
+pub type Folders = BTreeMap<String, String>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Known {
