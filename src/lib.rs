@@ -28,41 +28,29 @@
 
 // The list above names all of them, for whoever reads the source.
 #![allow(rustdoc::private_intra_doc_links)]
+#![warn(unreachable_pub)]
 #![cfg_attr(not(test), deny(clippy::disallowed_macros, clippy::disallowed_methods))]
 
 pub mod backup;
 pub mod chain;
-#[warn(unreachable_pub)]
 pub mod cli;
-#[warn(unreachable_pub)]
 pub mod error;
-#[warn(unreachable_pub)]
 pub mod extent;
-#[warn(unreachable_pub)]
 pub(crate) mod failpoint;
 pub mod folder;
-#[warn(unreachable_pub)]
 pub mod fs;
-#[warn(unreachable_pub)]
 pub mod fuse;
-#[warn(unreachable_pub)]
 pub(crate) mod hash;
-#[warn(unreachable_pub)]
 pub mod image;
 pub mod job;
 pub mod journal;
-#[warn(unreachable_pub)]
 pub mod layer;
 pub mod layout;
 pub mod lock;
 pub mod manifest;
-#[warn(unreachable_pub)]
 pub(crate) mod mount;
-#[warn(unreachable_pub)]
 pub(crate) mod output;
-#[warn(unreachable_pub)]
 pub(crate) mod privileges;
-#[warn(unreachable_pub)]
 pub mod progress;
 pub mod prune;
 pub mod qemu_img;
@@ -70,8 +58,6 @@ pub mod qmp;
 pub mod restore;
 pub mod rewrite;
 pub mod storage;
-#[warn(unreachable_pub)]
 pub mod text;
-#[warn(unreachable_pub)]
 pub mod units;
 pub mod verify;

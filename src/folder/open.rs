@@ -37,12 +37,12 @@ static WITHOUT_OPENAT2: AtomicBool = AtomicBool::new(false);
 const TRIES: usize = 64;
 
 /// A handle (`O_PATH`) of the folder at `path`, relative to `at`.
-pub fn folder(at: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn folder(at: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     open(at, path, OFlags::PATH | OFlags::DIRECTORY)
 }
 
 /// A handle of whatever is at the absolute `path`; of a link itself if it is one.
-pub fn handle(path: &Path) -> io::Result<File> {
+pub(super) fn handle(path: &Path) -> io::Result<File> {
     // With both, openat2 gives a link at the end itself, for all that it resolves none (its man page).
     open(rustix::fs::CWD, path, OFlags::PATH | OFlags::NOFOLLOW).map(File::from)
 }
@@ -105,7 +105,7 @@ fn explain(e: Errno) -> io::Error {
 
 /// Opens for good what `probe` is a handle of and `meta` was seen of, if that is a plain file. `name`
 /// relative to `at` is its name, for systems without /proc.
-pub fn plain_file(
+pub(super) fn plain_file(
     at: BorrowedFd<'_>,
     name: &OsStr,
     (probe, meta): (&File, &Metadata),
@@ -133,7 +133,7 @@ pub fn plain_file(
 }
 
 /// Opens `name` in the folder `at` for appending, or makes it. See [`super::Folder::append`].
-pub fn append(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<File> {
+pub(super) fn append(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<File> {
     use std::os::unix::fs::FileTypeExt;
     // Without NONBLOCK a pipe that nobody reads would hold us here.
     let flags = OFlags::WRONLY
@@ -159,7 +159,7 @@ pub fn append(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<File> {
 
 /// Opens the block device for good that `probe` is a handle of. `path` is its name, for systems
 /// without /proc.
-pub fn device(probe: &File, path: &Path) -> io::Result<File> {
+pub(super) fn device(probe: &File, path: &Path) -> io::Result<File> {
     let meta = probe.metadata()?;
     if meta.is_symlink() {
         return Err(refused("it is a symbolic link; links are not followed here"));
@@ -184,7 +184,7 @@ pub fn device(probe: &File, path: &Path) -> io::Result<File> {
 }
 
 /// A path to an open descriptor of this process.
-pub fn proc_path(fd: RawFd) -> PathBuf {
+pub(super) fn proc_path(fd: RawFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{fd}"))
 }
 

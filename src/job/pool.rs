@@ -10,7 +10,7 @@ use crate::error::{Error, Kind, Result};
 ///
 /// # Errors
 /// The first error of a job, or `Interrupted`.
-pub fn run<S>(
+pub(crate) fn run<S>(
     jobs: usize,
     work: &Work,
     state: impl Fn() -> S + Sync,
@@ -47,7 +47,7 @@ pub fn run<S>(
 }
 
 /// The error for a range that does not fit into memory's address space.
-pub fn too_large() -> Error {
+pub(crate) fn too_large() -> Error {
     Error::new(Kind::Unsupported, "the disk is too large for this machine")
 }
 

@@ -14,7 +14,7 @@ pub(crate) struct StreamName {
 
 impl StreamName {
     /// Reads a file's name.
-    pub fn parse(name: &str) -> Option<StreamName> {
+    pub(crate) fn parse(name: &str) -> Option<StreamName> {
         let name = name.strip_suffix(".data")?;
         let (disk, level, ident) = if let Some(disk) = name.strip_suffix(".full") {
             (disk, Level::Full, "")
@@ -33,7 +33,7 @@ impl StreamName {
 
 impl StreamName {
     /// Whether a file of this name describes the disk at the time of this backup, which holds all of it.
-    pub fn is_description(&self, file: &str) -> bool {
+    pub(crate) fn is_description(&self, file: &str) -> bool {
         let inner = || file.strip_prefix(&self.disk)?.strip_prefix('.')?.strip_suffix(".qcow.json");
         inner().is_some_and(|ident| match self.level {
             Level::Copy => ident == "copy",

@@ -12,7 +12,7 @@ pub type CanMerge<'a> = dyn Fn(usize, usize, &BTreeSet<usize>) -> Result<(), Str
 
 /// Of each chain whose FULL is kept only for others: the oldest point that is wanted, if it is an
 /// INC and nothing wanted is older. What is older becomes part of it, if `can` says so.
-pub fn shortened(
+pub(super) fn shortened(
     disk: &DiskItems,
     points: &mut [PointPlan],
     can: impl Fn(usize, &BTreeSet<usize>) -> Result<(), String>,

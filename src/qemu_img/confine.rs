@@ -22,7 +22,7 @@ use std::io;
 
 /// What it may use.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub(super) struct Limits {
     /// Bytes of address space.
     pub memory: u64,
     /// Seconds of processor time.
@@ -43,7 +43,7 @@ const MAX_FD: i32 = 65536;
 ///
 /// # Errors
 /// What the operating system said, for those steps that every system must have.
-pub fn enter(keep: &[i32], limits: Limits, parent: u32) -> io::Result<()> {
+pub(super) fn enter(keep: &[i32], limits: Limits, parent: u32) -> io::Result<()> {
     close_others(keep)?;
     limit(limits)?;
     drop_user()?;
@@ -55,7 +55,7 @@ pub fn enter(keep: &[i32], limits: Limits, parent: u32) -> io::Result<()> {
 
 /// A place that a daemon may change: a handle of it, and how.
 #[derive(Debug, Clone, Copy)]
-pub struct Place {
+pub(super) struct Place {
     /// Its descriptor (`O_PATH`).
     pub fd: i32,
     /// Rights of Landlock.
@@ -63,13 +63,13 @@ pub struct Place {
 }
 
 /// Reading a file, where reading is limited.
-pub const READ: u64 = 1 << 2;
+pub(super) const READ: u64 = 1 << 2;
 /// Listing a folder.
-pub const LIST: u64 = 1 << 3;
+pub(super) const LIST: u64 = 1 << 3;
 /// What a file that is written to needs: reading, writing, truncating, asking a device for its size.
-pub const WRITE: u64 = READ | 1 << 1 | 1 << 14 | 1 << 15;
+pub(super) const WRITE: u64 = READ | 1 << 1 | 1 << 14 | 1 << 15;
 /// What a folder needs in which it makes files and sockets and removes them.
-pub const KEEP: u64 = WRITE | 1 << 5 | 1 << 8 | 1 << 9;
+pub(super) const KEEP: u64 = WRITE | 1 << 5 | 1 << 8 | 1 << 9;
 
 /// For a daemon that opens images by their names, with the caller's user: it changes nothing except
 /// `places`, and, where `read_limited`, it reads nothing else either; it gets no core dump, no network, no rights of root but
@@ -78,7 +78,7 @@ pub const KEEP: u64 = WRITE | 1 << 5 | 1 << 8 | 1 << 9;
 ///
 /// # Errors
 /// As [`enter`].
-pub fn enter_daemon(
+pub(super) fn enter_daemon(
     (places, read_limited): (&[Place], bool),
     keep: &[i32],
     parent: u32,

@@ -50,7 +50,7 @@ const EINVAL: u32 = 22;
 const ENOSPC: u32 = 28;
 
 /// A file as a child process may see it.
-pub struct Export<'a> {
+pub(super) struct Export<'a> {
     image: &'a OpenFile<'a>,
     size: u64,
     writable: bool,
@@ -74,18 +74,18 @@ fn whole_sectors(size: u64) -> u64 {
 
 impl<'a> Export<'a> {
     /// One that is only read.
-    pub fn reading(image: &'a OpenFile<'a>) -> Self {
+    pub(super) fn reading(image: &'a OpenFile<'a>) -> Self {
         // Whole sectors: QEMU waits for ever for one that is not whole.
         Export { image, size: whole_sectors(image.length()), writable: false }
     }
 
     /// One of `size` bytes that may be written; the file grows as far as that is done.
-    pub fn writing(image: &'a OpenFile<'a>, size: u64) -> Self {
+    pub(super) fn writing(image: &'a OpenFile<'a>, size: u64) -> Self {
         Export { image, size: whole_sectors(size), writable: true }
     }
 
     /// Serves until the client goes. The first error that the file's operating system reported.
-    pub fn serve(&self, socket: &UnixStream) -> Option<io::Error> {
+    pub(super) fn serve(&self, socket: &UnixStream) -> Option<io::Error> {
         let mut failed = None;
         // A client that neither asks nor goes is stuck, and its checks of time do not see it.
         let _ = socket.set_read_timeout(Some(LONGEST_SILENCE));

@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(5);
 const MAX_SAID: u64 = 64 << 10;
 
 /// What is to be run.
-pub struct Job<'a> {
+pub(super) struct Job<'a> {
     /// For messages.
     pub verb: &'a str,
     /// The file to name in errors.
@@ -35,7 +35,7 @@ pub struct Job<'a> {
 
 /// How it ended.
 #[derive(Debug)]
-pub struct Outcome {
+pub(super) struct Outcome {
     /// Its exit code.
     pub code: i32,
     /// What it wrote to stderr.
@@ -47,7 +47,7 @@ impl Outcome {
     ///
     /// # Errors
     /// `NoSpace` or `Peer` with its own words.
-    pub fn must_succeed(self, verb: &str, about: &Path) -> Result<()> {
+    pub(super) fn must_succeed(self, verb: &str, about: &Path) -> Result<()> {
         match self.code {
             0 => Ok(()),
             _ => Err(failure(verb, about, &self.said)),
@@ -62,7 +62,7 @@ impl Job<'_> {
     /// `NotFound` if there is no qemu-img, `Busy` if it could not be started, `Interrupted` if it
     /// was killed, `Peer` if it used up its processor time; what `stop` says; why an image could not
     /// be read or written.
-    pub fn run(&self, args: impl Fn(&[i32]) -> Vec<OsString>, stop: Stop) -> Result<Outcome> {
+    pub(super) fn run(&self, args: impl Fn(&[i32]) -> Vec<OsString>, stop: Stop) -> Result<Outcome> {
         let (ours, theirs) = self.sockets()?;
         let fds: Vec<i32> = theirs.iter().map(AsRawFd::as_raw_fd).collect();
         let args = args(&fds);

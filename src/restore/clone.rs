@@ -42,7 +42,7 @@ const WORKS: u8 = 1;
 const OFF: u8 = 2;
 
 /// Clones into one target, as long as that works.
-pub struct Cloner {
+pub(crate) struct Cloner {
     state: AtomicU8,
     wanted: Reflink,
     block: u64,
@@ -50,19 +50,19 @@ pub struct Cloner {
 
 impl Cloner {
     /// For ranges that end up in `target`.
-    pub fn new(target: &File, wanted: Reflink) -> Self {
+    pub(crate) fn new(target: &File, wanted: Reflink) -> Self {
         let state = if wanted == Reflink::Never { OFF } else { UNKNOWN };
         Cloner { state: AtomicU8::new(state), wanted, block: block_size(target).unwrap_or(0) }
     }
 
     /// Whether it is worth trying.
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.block > 0 && self.state.load(Ordering::Relaxed) != OFF
     }
 
     /// The part of a run of `len` bytes that can be cloned from offset `from` to offset `to`:
     /// whole blocks, at the same place within a block on both sides.
-    pub fn part(&self, from: u64, to: u64, len: u64) -> Option<Range<u64>> {
+    pub(crate) fn part(&self, from: u64, to: u64, len: u64) -> Option<Range<u64>> {
         if !self.is_on() || from % self.block != to % self.block {
             return None;
         }
@@ -77,7 +77,7 @@ impl Cloner {
     ///
     /// # Errors
     /// `NoSpace` or `Io`: it works here, but not this time. Also when cloning was insisted on.
-    pub fn clone(
+    pub(crate) fn clone(
         &self,
         source: &File,
         from: u64,
@@ -130,7 +130,7 @@ impl Cloner {
     ///
     /// # Errors
     /// `Unsupported`.
-    pub fn check_wanted(&self, copied: u64) -> Result<()> {
+    pub(crate) fn check_wanted(&self, copied: u64) -> Result<()> {
         if self.wanted == Reflink::Always
             && copied > 0
             && self.state.load(Ordering::Relaxed) != WORKS

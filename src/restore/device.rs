@@ -18,7 +18,7 @@ const BLKZEROOUT: libc::c_ulong = 0x127f;
 /// How much is written at once where the device cannot zero by itself.
 const ZEROS: usize = 1 << 20;
 /// How much is zeroed or discarded in one call, so that a signal is noticed.
-pub const STEP: u64 = 1 << 30;
+pub(super) const STEP: u64 = 1 << 30;
 
 /// An opened block device that nobody else uses.
 #[derive(Debug)]

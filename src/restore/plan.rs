@@ -12,10 +12,10 @@ use crate::image::{FoldedExtent, Image, Source};
 use crate::job::{Work, pool};
 
 /// Bytes of the disk that one job deals with; the same as a window of the image.
-pub const CHUNK: u64 = 64 << 20;
+pub(crate) const CHUNK: u64 = 64 << 20;
 /// The largest disk that is gone through whole, holes and all: no device is larger, and a list of its
 /// chunks still fits into memory.
-pub const MAX_WHOLE: u64 = 1 << 50;
+pub(crate) const MAX_WHOLE: u64 = 1 << 50;
 
 /// A part of the disk that holds something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -203,7 +203,7 @@ fn starts(size: u64, work: &Work, next: impl Fn(u64) -> Result<u64>) -> Result<V
 ///
 /// # Errors
 /// A layer cannot be opened or changed.
-pub fn extents(image: &Image, range: std::ops::Range<u64>) -> Result<ExtentList<Source>> {
+pub(crate) fn extents(image: &Image, range: std::ops::Range<u64>) -> Result<ExtentList<Source>> {
     let mut list = ExtentList::new(range.start);
     image.for_each_extent(range, |e| {
         list.push(e.len, e.content);

@@ -28,7 +28,7 @@ const ZERO_BLOCK: usize = 64 << 10;
 ///
 /// # Errors
 /// See [`super::restore`].
-pub fn to_file(
+pub(super) fn to_file(
     reader: &Reader,
     plan: &Plan,
     path: &Path,
@@ -52,7 +52,7 @@ pub fn to_file(
 }
 
 /// Tells that files of killed runs were found.
-pub fn note_leftover(temp: &Temp, work: &Work) {
+pub(super) fn note_leftover(temp: &Temp, work: &Work) {
     let left = temp.leftover;
     if left.bytes > 0 {
         let (folder, files) = (path_text(temp.folder().path()), counted(left.files as u64, "file"));
@@ -76,7 +76,7 @@ fn check_length(file: &File, size: u64, path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// See [`super::restore`].
-pub fn to_device(
+pub(super) fn to_device(
     reader: &Reader,
     plan: &Plan,
     path: &Path,
@@ -286,7 +286,7 @@ fn data_runs(bytes: &[u8], at: u64) -> impl Iterator<Item = std::ops::Range<usiz
 
 /// Whether all bytes are zero; looks at a vector's worth at a time, and stops at the first that
 /// is not.
-pub fn is_zero(bytes: &[u8]) -> bool {
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
     let mut lines = bytes.chunks_exact(64);
     let zero = |line: &[u8]| line.iter().fold(0, |a, b| a | b) == 0;
     lines.all(zero) && zero(lines.remainder())

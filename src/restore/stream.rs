@@ -21,7 +21,7 @@ type Piece = Result<Vec<u8>>;
 ///
 /// # Errors
 /// Reading or writing failed, `Interrupted`.
-pub fn to_writer(
+pub(super) fn to_writer(
     reader: &Reader,
     plan: &Plan,
     out: &mut dyn Write,

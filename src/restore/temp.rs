@@ -14,7 +14,7 @@ use crate::storage::SourceFile;
 use crate::text::path_text;
 
 /// Ends the names of version 0.1.0's temporary files.
-pub const OLD_SUFFIX: &str = ".fleecefs-partial";
+pub(crate) const OLD_SUFFIX: &str = ".fleecefs-partial";
 
 /// The file that is being made.
 #[derive(Debug)]
@@ -257,7 +257,7 @@ fn check_unused(folder: &Folder, name: &std::ffi::OsStr) -> Result<()> {
 }
 
 /// The folder that `path` is in.
-pub fn folder_of(path: &Path) -> &Path {
+pub(crate) fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),

@@ -19,7 +19,7 @@ const WINDOW: u64 = 1 << 30;
 ///
 /// # Errors
 /// The FULL cannot be read.
-pub fn names(full: &Member, increments: &[Member]) -> Result<Vec<Option<String>>> {
+pub(super) fn names(full: &Member, increments: &[Member]) -> Result<Vec<Option<String>>> {
     let taken = files::probe(&full.path)?.snapshots;
     let known = match (0u32..).zip(&taken).last() {
         Some((place, _)) => is_state_of(full, place)?,

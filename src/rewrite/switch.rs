@@ -41,7 +41,7 @@ use crate::{folder, manifest};
 /// What is to be done, as it is written down. Images stand by their names: a folder that is moved
 /// before the work is finished is finished where it is.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Switch {
+pub(super) struct Switch {
     full: PlainName,
     interim: PlainName,
     /// Oldest first.
@@ -73,7 +73,7 @@ impl Switch {
     ///
     /// # Errors
     /// A manifest or the new image cannot be read.
-    pub fn new(plan: &FoldPlan, dir: &Folder, made: &Temp, work: &Work) -> Result<Self> {
+    pub(super) fn new(plan: &FoldPlan, dir: &Folder, made: &Temp, work: &Work) -> Result<Self> {
         let last = plan.increments.last().unwrap_or(&plan.full);
         let old = manifest::read_in(dir, plan.full.name())?;
         let manifest = match manifest::read_in(dir, last.name())? {
@@ -258,7 +258,7 @@ fn new_manifest(
 ///
 /// # Errors
 /// What was met; whoever writes to the folder next goes on where this one stopped.
-pub fn switch(mut plan: Switch, dir: &Folder, new: Temp, work: &Work) -> Result<()> {
+pub(super) fn switch(mut plan: Switch, dir: &Folder, new: Temp, work: &Work) -> Result<()> {
     plan.known.iter().try_for_each(|(name, id)| files::check_same(dir, name.as_os_str(), *id))?;
     copy_attributes(&plan, dir, &new)?;
     write_journal(&plan, dir)?;

@@ -19,7 +19,7 @@ const BATCH: usize = 1 << 12;
 ///
 /// # Errors
 /// Reading failed.
-pub fn read_all(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> Result<()> {
+pub(super) fn read_all(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> Result<()> {
     let (len, holes) = (storage.len(), Holes::of(storage));
     let mut at = 0;
     while at < len {
@@ -51,7 +51,7 @@ pub fn read_all(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progress) -> R
 ///
 /// # Errors
 /// None of its own; what the layer says goes to `found`.
-pub fn decompress_all(layer: &dyn Layer, jobs: usize, found: impl Fn(Error) + Sync) -> Result<()> {
+pub(super) fn decompress_all(layer: &dyn Layer, jobs: usize, found: impl Fn(Error) + Sync) -> Result<()> {
     let mut at = layer.next_mapped(0);
     while at < layer.size() {
         let windows = mapped_windows(layer, &mut at);

@@ -56,7 +56,7 @@ pub(super) fn paths(point: &Point) -> Vec<PathBuf> {
 
 impl Target {
     /// The files of a point; with `hash`, the point's own file is hashed.
-    pub fn of_point(point: &Point, deep: bool, hash: bool) -> Vec<Target> {
+    pub(super) fn of_point(point: &Point, deep: bool, hash: bool) -> Vec<Target> {
         if point.layers.is_empty() {
             let path = point.source.clone();
             return vec![Target { path, spec: None, parts: vec![Part::Whole], deep, hash }];
@@ -72,7 +72,7 @@ impl Target {
     }
 
     /// The same file as another point needs it.
-    pub fn join(&mut self, other: Target) {
+    pub(super) fn join(&mut self, other: Target) {
         self.deep |= other.deep;
         self.hash |= other.hash;
         self.spec = self.spec.take().or(other.spec);

@@ -27,7 +27,7 @@ pub(super) struct Record {
 
 impl Record {
     /// Reads it.
-    pub fn read(point: &Point) -> Record {
+    pub(super) fn read(point: &Point) -> Record {
         let none = Record { manifest: None, sealed: false, problem: None };
         let (Some(dir), Some(name)) = (point.source.parent(), point.source.file_name()) else {
             return none;
@@ -43,7 +43,7 @@ impl Record {
     }
 
     /// The hash that the file must have.
-    pub fn hash(&self) -> Option<&str> {
+    pub(super) fn hash(&self) -> Option<&str> {
         self.manifest.as_ref()?.blake3.as_deref()
     }
 }
@@ -62,7 +62,7 @@ pub(super) struct Records {
 
 impl Records {
     /// Reads all of them.
-    pub fn read(disk: &Disk) -> Records {
+    pub(super) fn read(disk: &Disk) -> Records {
         let list: Vec<Record> = disk.points.iter().map(Record::read).collect();
         let recorded = |(_, r): &(&Point, &Record)| r.manifest.is_some() || r.problem.is_some();
         let chains = disk.points.iter().zip(&list).filter(recorded);

@@ -29,7 +29,7 @@ impl Recorder {
     ///
     /// # Errors
     /// `Busy` if somebody else is writing to it.
-    pub fn begin(root: &Path, told: Option<&Told>) -> Result<Self> {
+    pub(super) fn begin(root: &Path, told: Option<&Told>) -> Result<Self> {
         let locks = Locks::take(root)?;
         if let Some(dir) = unfinished::folders(root).first() {
             let what = "another run altered this folder meanwhile, and was broken off";
@@ -46,7 +46,7 @@ impl Recorder {
     ///
     /// # Errors
     /// A manifest cannot be written.
-    pub fn create(
+    pub(super) fn create(
         &self,
         disk: &Disk,
         records: &Records,

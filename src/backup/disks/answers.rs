@@ -184,7 +184,7 @@ impl Answers {
     }
 }
 
-pub fn parse<T: DeserializeOwned>(v: &Value, what: &str) -> Result<T> {
+pub(super) fn parse<T: DeserializeOwned>(v: &Value, what: &str) -> Result<T> {
     check_length(v, what)?;
     T::deserialize(v).map_err(|e| {
         Error::new(Kind::Corrupt, format!("the answer to {what} has an unknown shape"))
@@ -211,7 +211,7 @@ fn encrypted_image(image: &Image) -> bool {
 /// The file that a `json:` description is about. QEMU has no shorter name for what is not found by
 /// its name alone, above all for an RBD image: that is `rbd:POOL/IMAGE` here, or
 /// `rbd:POOL/NAMESPACE/IMAGE`, wherever its cluster's configuration lies.
-pub fn described_file(name: &str) -> Option<String> {
+pub(super) fn described_file(name: &str) -> Option<String> {
     let all: Value = serde_json::from_str(name.strip_prefix("json:")?).ok()?;
     let mut at = &all;
     while let Some(child) = at.get("file").or_else(|| at.get("image")).filter(|c| c.is_object()) {

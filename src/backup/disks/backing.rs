@@ -136,7 +136,7 @@ pub fn changed<'a>(view: &View, then: &'a [BackingFile]) -> Option<&'a BackingFi
 
 /// What a disk lies on: its backing file, what that lies on, and the files in which these keep their data;
 /// nearest first.
-pub fn below(answers: &Answers, disk: &Node) -> Vec<BackingFile> {
+pub(super) fn below(answers: &Answers, disk: &Node) -> Vec<BackingFile> {
     let links = answers.graph.id(&disk.node_name).map_or(&[][..], |id| answers.graph.links(id));
     let begins: Vec<u64> = links.iter().filter(|l| l.role == "backing").map(|l| l.child).collect();
     if begins.is_empty() {

@@ -9,7 +9,7 @@ use crate::manifest::{BackingFile, DiskIdentity, Skipped};
 use crate::qmp::types::Bitmap;
 
 /// The longest name of a node or device, in bytes. QEMU's nodes have 31, QOM paths some hundred.
-pub const LONGEST_NAME: usize = 1024;
+pub(super) const LONGEST_NAME: usize = 1024;
 
 /// How the filter gets between the guest and its disk.
 #[derive(Debug, Clone, PartialEq, Eq)]

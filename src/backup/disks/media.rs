@@ -18,7 +18,7 @@ const MOST: usize = 512;
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn types(client: &mut Client, drives: &[Drive]) -> Result<HashMap<String, String>> {
+pub(super) fn types(client: &mut Client, drives: &[Drive]) -> Result<HashMap<String, String>> {
     let mut types = HashMap::new();
     let removable = drives.iter().filter(|d| d.removable && d.inserted.is_some()).take(MOST);
     for qdev in removable.filter_map(|d| d.qdev.as_deref()).filter(|q| !q.is_empty()) {
@@ -40,6 +40,6 @@ pub fn qom_path(qdev: &str) -> String {
 
 /// Whether a device whose medium can be removed is a CD or floppy drive. One that says nothing of
 /// itself is taken for one.
-pub fn is_media_drive(kind: Option<&String>) -> bool {
+pub(super) fn is_media_drive(kind: Option<&String>) -> bool {
     kind.is_none_or(|k| k.ends_with("-cd") || k == "floppy" || k == "swim-drive")
 }

@@ -16,7 +16,7 @@ use crate::qmp::types::GraphNode;
 const NAMED: usize = 4;
 
 /// Refuses disks with several paths, and notes who else writes to one.
-pub fn refuse_several(answers: &Answers, seen: &mut Seen) {
+pub(super) fn refuse_several(answers: &Answers, seen: &mut Seen) {
     let files = Files::of(answers);
     let written = files.written_parts();
     let disks = std::mem::take(&mut seen.disks);

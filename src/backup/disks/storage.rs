@@ -35,7 +35,7 @@ enum Identity {
 
 /// A part of a file that a disk has.
 #[derive(Debug, Clone)]
-pub struct Part<'a> {
+pub(super) struct Part<'a> {
     /// The node that reads and writes it.
     pub leaf: &'a str,
     /// The number of the file; the same for each of its names.
@@ -45,7 +45,7 @@ pub struct Part<'a> {
 }
 
 /// The files of all nodes.
-pub struct Files<'a> {
+pub(super) struct Files<'a> {
     answers: &'a Answers,
     numbers: HashMap<&'a str, usize>,
     written: HashSet<u64>,
@@ -54,7 +54,7 @@ pub struct Files<'a> {
 
 impl<'a> Files<'a> {
     /// Looks at all of them.
-    pub fn of(answers: &'a Answers) -> Self {
+    pub(super) fn of(answers: &'a Answers) -> Self {
         let mut numbers = HashMap::new();
         let (mut by_name, mut by_identity) = (HashMap::new(), HashMap::new());
         let leaves: Vec<&Node> = answers.nodes.iter().filter(|n| is_leaf(answers, n)).collect();
@@ -77,7 +77,7 @@ impl<'a> Files<'a> {
     }
 
     /// Whether there was more to compare than any machine has: then no two parts are apart.
-    pub fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.room.get() == 0
     }
 
@@ -86,14 +86,14 @@ impl<'a> Files<'a> {
     }
 
     /// Whether two parts have bytes in common.
-    pub fn meet(&self, a: &Part<'_>, b: &Part<'_>) -> bool {
+    pub(super) fn meet(&self, a: &Part<'_>, b: &Part<'_>) -> bool {
         self.take(1);
         let common = a.range.start < b.range.end && b.range.start < a.range.end;
         self.is_full() || (a.file == b.file && common)
     }
 
     /// All that the disk of `node` is read from, backing files too.
-    pub fn parts(&self, node: &str) -> Vec<Part<'a>> {
+    pub(super) fn parts(&self, node: &str) -> Vec<Part<'a>> {
         let graph = &self.answers.graph;
         let Some(id) = graph.id(node) else { return Vec::new() };
         let mut parts = Vec::new();
@@ -110,7 +110,7 @@ impl<'a> Files<'a> {
     }
 
     /// What somebody writes to, job or guest or export, by the number of the file.
-    pub fn written_parts(&self) -> HashMap<usize, Vec<Part<'a>>> {
+    pub(super) fn written_parts(&self) -> HashMap<usize, Vec<Part<'a>>> {
         let graph = &self.answers.graph;
         let mut parts: HashMap<usize, Vec<Part<'_>>> = HashMap::new();
         for id in &self.written {
@@ -128,7 +128,7 @@ impl<'a> Files<'a> {
     }
 
     /// Whether somebody writes to a part by its own node.
-    pub fn is_written(&self, part: &Part<'_>) -> bool {
+    pub(super) fn is_written(&self, part: &Part<'_>) -> bool {
         self.answers.graph.id(part.leaf).is_some_and(|id| self.written.contains(&id))
     }
 
@@ -138,7 +138,7 @@ impl<'a> Files<'a> {
     }
 
     /// What a node uses of the file right below it: all, unless it is a raw node with an offset.
-    pub fn range(&self, parent: u64) -> Range<u64> {
+    pub(super) fn range(&self, parent: u64) -> Range<u64> {
         let node = self.answers.graph.name(parent).and_then(|n| self.answers.node(n));
         match node.and_then(|n| Some((part_of(n)?, n))) {
             Some((begin, n)) => begin..begin.saturating_add(n.image.virtual_size),
@@ -148,7 +148,7 @@ impl<'a> Files<'a> {
 }
 
 /// Where in its file a node begins, if it is a part of that.
-pub fn part_of(node: &Node) -> Option<u64> {
+pub(super) fn part_of(node: &Node) -> Option<u64> {
     if node.drv == "raw" { raw_begin(&node.file) } else { None }
 }
 

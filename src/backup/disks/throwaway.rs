@@ -7,7 +7,7 @@ use crate::qmp::types::Node;
 
 /// What is below the overlay that QEMU makes for `snapshot=on`, if `disk` is one. It has a temporary
 /// file, `vl.XXXXXX`, and no name otherwise.
-pub fn below_snapshot<'a>(answers: &'a Answers, disk: &Node) -> Option<&'a Node> {
+pub(super) fn below_snapshot<'a>(answers: &'a Answers, disk: &Node) -> Option<&'a Node> {
     let file = base_name(&answers.file_of(disk))?;
     let random = file.strip_prefix("vl.")?;
     let temporary = random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric());

@@ -31,7 +31,7 @@ enum Holder<'a> {
 ///
 /// # Errors
 /// QEMU does not say.
-pub fn below(graph: &Graph, filter: &str) -> Result<String> {
+pub(crate) fn below(graph: &Graph, filter: &str) -> Result<String> {
     graph.child(filter, "file").map(str::to_string).ok_or_else(|| {
         Error::new(Kind::Peer, format!("QEMU does not say what is below {filter}"))
             .remedy("set the device's drive property back by hand (qom-set) and delete the filter")
@@ -43,7 +43,7 @@ pub fn below(graph: &Graph, filter: &str) -> Result<String> {
 ///
 /// # Errors
 /// `Busy` if another program's node or export is above it; what QEMU says.
-pub fn free(
+pub(crate) fn free(
     client: &mut Client,
     answers: &Answers,
     filter: &str,

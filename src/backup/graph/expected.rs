@@ -6,7 +6,7 @@ use crate::qmp::types::GraphNode;
 
 /// How far a disk has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stage {
+pub(crate) enum Stage {
     /// Its filter is not in place.
     Before,
     /// Its filter is in place.
@@ -17,7 +17,7 @@ pub enum Stage {
 
 /// What the graph round a disk has to be: what planning saw, and what we added.
 #[derive(Debug, Clone, Copy)]
-pub struct Expected<'a> {
+pub(crate) struct Expected<'a> {
     /// Our run.
     pub run: &'a str,
     /// The disk's number in it.
@@ -36,7 +36,7 @@ impl Expected<'_> {
     }
 
     /// The first thing that is not as it has to be.
-    pub fn difference(&self, scene: Scene<'_>, stage: Stage) -> Option<String> {
+    pub(crate) fn difference(&self, scene: Scene<'_>, stage: Stage) -> Option<String> {
         let filter = self.own(Role::Filter);
         let below = self.path.nodes.iter().map(String::as_str);
         let nodes: Vec<&str> = match stage {
@@ -54,7 +54,7 @@ impl Expected<'_> {
     /// A node that another program has put above the disk since planning and that nobody uses: it is about
     /// to put the guest's device there; or it has, between our last look at the device and our own putting
     /// it elsewhere, which QEMU offers no way to do in one.
-    pub fn passed(&self, scene: Scene<'_>) -> Option<String> {
+    pub(crate) fn passed(&self, scene: Scene<'_>) -> Option<String> {
         let fresh = |n: &&str| !self.path.unused.iter().any(|u| u == n);
         let top = self.path.nodes.first()?;
         let node = super::unused_above(scene.graph, top).into_iter().find(fresh)?;

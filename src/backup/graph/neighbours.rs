@@ -12,7 +12,7 @@ pub(in crate::backup) const LOOKS: u32 = 3;
 
 /// What is known of other programs' jobs.
 #[derive(Debug, Default)]
-pub struct Neighbours {
+pub(crate) struct Neighbours {
     /// Jobs that were looked at while they lived.
     pub(in crate::backup) known: HashSet<String>,
     /// Jobs that had loaded a snapshot before the run.

@@ -23,7 +23,7 @@ const DEEPEST: usize = 200;
 
 /// An image and what lies below it.
 #[derive(Debug)]
-pub struct Image {
+pub(super) struct Image {
     /// Its path without links.
     pub real: PathBuf,
     /// From the top down.
@@ -38,7 +38,7 @@ struct Layer {
 }
 
 /// The name of the node that the guest would be attached to.
-pub fn top(real: &Path) -> String {
+pub(super) fn top(real: &Path) -> String {
     let hash = blake3::hash(real.as_os_str().as_bytes()).to_hex();
     format!("offline-{}", hash.as_str().get(..12).unwrap_or_default())
 }
@@ -49,7 +49,7 @@ impl Image {
     /// # Errors
     /// `Usage` if its format is not certain; `Unsupported` for what cannot be opened so; `Permission` for
     /// a pointer to what is not allowed, and where somebody else could exchange it.
-    pub fn of(disk: &KnownDisk, allowed: &[PathBuf]) -> Result<Self> {
+    pub(super) fn of(disk: &KnownDisk, allowed: &[PathBuf]) -> Result<Self> {
         let (real, mut layers) = (disk.real.clone(), Vec::new());
         let failed = |e| Error::io(e, "cannot look at the image").at_path(&real);
         let meta = folder::look(&real).map_err(failed)?;
@@ -82,7 +82,7 @@ impl Image {
     ///
     /// # Errors
     /// `Busy`, and as `open(2)`.
-    pub fn check_free(&self) -> Result<()> {
+    pub(super) fn check_free(&self) -> Result<()> {
         for (i, layer) in self.layers.iter().enumerate().filter(|(_, l)| !l.device) {
             let failed = |e| Error::io(e, "cannot read the image").at_path(&layer.path);
             let (written, kept) =
@@ -96,17 +96,17 @@ impl Image {
     }
 
     /// The files below it.
-    pub fn below_it(&self) -> impl Iterator<Item = &Path> {
+    pub(super) fn below_it(&self) -> impl Iterator<Item = &Path> {
         self.layers.iter().skip(1).map(|layer| layer.path.as_path())
     }
 
     /// See [`top`].
-    pub fn top(&self) -> String {
+    pub(super) fn top(&self) -> String {
         top(&self.real)
     }
 
     /// Its nodes, those below first: the file, the format, and a raw node above it.
-    pub fn nodes(&self, read_only: bool) -> [Value; 2] {
+    pub(super) fn nodes(&self, read_only: bool) -> [Value; 2] {
         let (top, disk) = (self.top(), format!("{}-d", self.top()));
         let mut format = Value::Null;
         for (i, layer) in self.layers.iter().enumerate().rev() {
@@ -185,7 +185,7 @@ impl Layer {
 }
 
 /// Somebody has the image `name`, or several of them, open.
-pub fn in_use(name: &str) -> Error {
+pub(super) fn in_use(name: &str) -> Error {
     let what = format!("{name} is in use by another process: its VM runs, or a tool works on it");
     Error::new(Kind::Busy, what)
         .remedy("back up a running VM by its QMP socket: --qmp instead of --offline")
@@ -196,7 +196,7 @@ pub fn in_use(name: &str) -> Error {
 ///
 /// # Errors
 /// As [`folder::check_unchangeable`].
-pub fn check_place(dir: &Path) -> Result<()> {
+pub(super) fn check_place(dir: &Path) -> Result<()> {
     let remedy = "work as its owner with --as-owner, or back it up while its VM runs";
     folder::check_unchangeable(dir, remedy)
 }

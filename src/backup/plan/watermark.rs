@@ -89,7 +89,7 @@ fn below_last(size: u64, granularity: u64) -> u64 {
 /// From where on a disk that had `size` bytes may hold anything, if `count` dirty bytes are left of
 /// its marks; and whether it was smaller for certain. A cut inside the last bit's part leaves all
 /// marks: that part is always in doubt.
-pub fn in_doubt(size: u64, granularity: u64, count: u64) -> (u64, bool) {
+pub(crate) fn in_doubt(size: u64, granularity: u64, count: u64) -> (u64, bool) {
     let left = count / granularity.max(1);
     if left > below_last(size, granularity) {
         return (last(size, granularity), false);
@@ -99,7 +99,7 @@ pub fn in_doubt(size: u64, granularity: u64, count: u64) -> (u64, bool) {
 
 /// The watermark that a manifest says to lie beside its bitmap, if it is on the disk and proves
 /// anything.
-pub fn of<'a>(info: &BitmapInfo, disk: &'a SeenDisk) -> Option<&'a Bitmap> {
+pub(crate) fn of<'a>(info: &BitmapInfo, disk: &'a SeenDisk) -> Option<&'a Bitmap> {
     let mark = disk.bitmap(&names::floor(&info.name)).filter(|_| info.floor)?;
     proves(mark, info, disk).then_some(mark)
 }

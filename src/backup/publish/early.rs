@@ -212,7 +212,7 @@ impl Seen {
 
 /// The barriers of a disk.
 #[derive(Debug)]
-pub struct Barriers {
+pub(crate) struct Barriers {
     pub(in crate::backup) early: Early,
     pub(in crate::backup) every: u64,
     /// How long the image was at the last one.

@@ -18,7 +18,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// As [`migration::check`] and [`recover::recover`]; `Interrupted`.
-pub fn until_free(
+pub(crate) fn until_free(
     client: &mut Client,
     place: Place<'_>,
     options: &Options,

@@ -31,7 +31,7 @@ use crate::qmp::Client;
 use crate::qmp::types::Job;
 
 /// A run at work.
-pub struct Run<'a> {
+pub(crate) struct Run<'a> {
     pub(in crate::backup) options: &'a Options,
     pub(in crate::backup) watch: &'a dyn Watch,
     pub(in crate::backup) client: Client,
@@ -66,7 +66,7 @@ pub struct Run<'a> {
 }
 
 /// A disk on its way.
-pub struct Active {
+pub(crate) struct Active {
     pub(in crate::backup) index: usize,
     pub(in crate::backup) plan: DiskPlan,
     pub(in crate::backup) record: DiskRecord,
@@ -87,7 +87,7 @@ pub struct Active {
 }
 
 /// How a disk is getting on.
-pub enum State {
+pub(crate) enum State {
     /// Up to the end of its job.
     Going,
     /// The guest is let go of; the image is being synced.
@@ -99,7 +99,7 @@ pub enum State {
 }
 
 /// A sync beside the run.
-pub struct Syncing {
+pub(crate) struct Syncing {
     thread: JoinHandle<Result<()>>,
     /// Closed at its end; nothing is ever sent.
     over: Receiver<()>,

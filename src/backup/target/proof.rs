@@ -11,7 +11,7 @@ use crate::storage::SourceFile;
 use crate::{folder, layer, manifest};
 
 /// Whether `target`, or a folder in it, has backups: ours, qmpbackup's, or those of another VM.
-pub fn has_backups(target: &Path) -> bool {
+pub(crate) fn has_backups(target: &Path) -> bool {
     // Words that a user chose are an id as well, where a target's id is.
     is_marked(target)
         || matches!(stored_id(target), Ok(Some(_)))

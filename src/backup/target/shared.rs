@@ -28,7 +28,7 @@ struct Kept {
 ///
 /// # Errors
 /// What was kept cannot be read.
-pub fn with_kept(target: &Path, given: Share) -> Result<Share> {
+pub(crate) fn with_kept(target: &Path, given: Share) -> Result<Share> {
     if given.group.is_some() {
         return Ok(given);
     }
@@ -44,7 +44,7 @@ pub fn with_kept(target: &Path, given: Share) -> Result<Share> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn keep(target: &Path, share: Share) -> Result<()> {
+pub(crate) fn keep(target: &Path, share: Share) -> Result<()> {
     let Some(mode) = share.mode else { return Ok(()) };
     let new = Kept { mode, group: share.group };
     if kept(target)?.as_ref() == Some(&new) {

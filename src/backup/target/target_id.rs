@@ -121,7 +121,7 @@ fn read_id(path: &Path) -> Result<Option<String>> {
 ///
 /// # Errors
 /// `Corrupt` if it is no id, or what the operating system said.
-pub fn stored_id(target: &Path) -> Result<Option<String>> {
+pub(crate) fn stored_id(target: &Path) -> Result<Option<String>> {
     Ok(read_id(&target.join("uuid"))?.map(|text| text.trim_end().to_string()))
 }
 

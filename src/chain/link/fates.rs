@@ -66,12 +66,12 @@ impl<'a> Fates<'a> {
     }
 
     /// Why a file cannot be used, or `None` if it can.
-    pub fn blocked(&self, file: FileId) -> Option<&Blocked> {
+    pub(crate) fn blocked(&self, file: FileId) -> Option<&Blocked> {
         self.blocked[file].as_ref().and_then(Option::as_ref)
     }
 
     /// The file that `file` lies on, where that is known.
-    pub fn below(&self, file: FileId) -> Option<FileId> {
+    pub(crate) fn below(&self, file: FileId) -> Option<FileId> {
         match self.below[file] {
             Some(Below::File(f)) => Some(f),
             _ => None,
@@ -251,7 +251,7 @@ impl<'a> Fates<'a> {
     }
 
     /// The layer that `part` of a usable file is.
-    pub fn layer(&self, file: FileId, part: Part) -> LayerSpec {
+    pub(crate) fn layer(&self, file: FileId, part: Part) -> LayerSpec {
         let entry = &self.tree.files[file];
         LayerSpec {
             file: entry.probed.file.clone(),
@@ -263,7 +263,7 @@ impl<'a> Fates<'a> {
     }
 
     /// The layers below a usable root, bottom first.
-    pub fn layers_below(&self, file: FileId) -> Vec<LayerSpec> {
+    pub(crate) fn layers_below(&self, file: FileId) -> Vec<LayerSpec> {
         let mut layers = Vec::new();
         let mut at = self.below(file);
         while let Some(f) = at {

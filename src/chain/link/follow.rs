@@ -72,7 +72,7 @@ pub(in crate::chain) struct DataFiles {
 
 impl DataFiles {
     /// Looks at the neighbours of all files, if any image has a data file.
-    pub fn new(tree: &Tree) -> Self {
+    pub(crate) fn new(tree: &Tree) -> Self {
         let has_data_file = |f: &FileEntry| f.info().is_some_and(|i| i.data_file.is_some());
         if !tree.files.iter().any(has_data_file) {
             return Self::default();
@@ -104,7 +104,7 @@ impl DataFiles {
     ///
     /// # Errors
     /// `Unsupported`.
-    pub fn check(&self, tree: &Tree, image: FileId, data: FileId) -> Result<(), Error> {
+    pub(crate) fn check(&self, tree: &Tree, image: FileId, data: FileId) -> Result<(), Error> {
         let (from, to) = (&tree.files[image], &tree.files[data]);
         from.check_followed(to)?;
         let backup = stated_level(from).is_some() || self.timeless.contains(&image);
@@ -134,7 +134,7 @@ impl DataFiles {
     }
 
     /// The files that are parts of images: external data files that are inside the directory.
-    pub fn claimed(&self, tree: &Tree) -> HashSet<FileId> {
+    pub(crate) fn claimed(&self, tree: &Tree) -> HashSet<FileId> {
         let named = |image: FileId| {
             let f = &tree.files[image];
             let name = f.info()?.data_file.as_deref()?;

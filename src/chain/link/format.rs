@@ -35,7 +35,7 @@ pub(in crate::chain) const DECIDE: &str = "'fleecefs verify --create --format ra
 
 impl FileEntry {
     /// What the header says, if the file is read as an image that has one.
-    pub fn info(&self) -> Option<&ImageInfo> {
+    pub(crate) fn info(&self) -> Option<&ImageInfo> {
         match self.decision.reading {
             Reading::Content => self.probed.info(),
             Reading::Raw | Reading::Undecided(_) => None,
@@ -43,12 +43,12 @@ impl FileEntry {
     }
 
     /// The format to open it with.
-    pub fn format(&self) -> Format {
+    pub(crate) fn format(&self) -> Format {
         self.info().map_or(Format::Raw, |i| i.format)
     }
 
     /// Size in bytes of the virtual disk; 0 if it cannot be known.
-    pub fn virtual_size(&self) -> u64 {
+    pub(crate) fn virtual_size(&self) -> u64 {
         match self.decision.reading {
             Reading::Content => self.probed.virtual_size(),
             Reading::Raw => self.probed.file.identity().size,
@@ -57,7 +57,7 @@ impl FileEntry {
     }
 
     /// Whether it is read as the guest's bytes one to one.
-    pub fn is_raw(&self) -> bool {
+    pub(crate) fn is_raw(&self) -> bool {
         match self.decision.reading {
             Reading::Content => matches!(self.probed.content, Content::Plain),
             Reading::Raw => true,
@@ -66,7 +66,7 @@ impl FileEntry {
     }
 
     /// Why its content cannot be used.
-    pub fn content_problem(&self) -> Option<Finding> {
+    pub(crate) fn content_problem(&self) -> Option<Finding> {
         match (&self.decision.reading, &self.probed.content) {
             (Reading::Raw, _) => None,
             (Reading::Undecided(finding), _) | (_, Content::Bad(finding)) => Some(finding.clone()),
@@ -82,7 +82,7 @@ impl FileEntry {
     ///
     /// # Errors
     /// `Unsupported`.
-    pub fn check_followed(&self, to: &FileEntry) -> Result<(), Error> {
+    pub(crate) fn check_followed(&self, to: &FileEntry) -> Result<(), Error> {
         if !self.decision.proved {
             let what = "it names another file, and nothing but its own bytes says that it is a \
                         qcow2 image: a guest can write such bytes to a raw disk";
@@ -98,13 +98,13 @@ impl FileEntry {
     }
 
     /// Whether it is read as an image because of its own bytes alone.
-    pub fn is_unproved(&self) -> bool {
+    pub(crate) fn is_unproved(&self) -> bool {
         self.info().is_some() && !self.decision.proved
     }
 
     /// The format that it gives for its backing file: as for QEMU, a description in the place of the
     /// name comes second.
-    pub fn backing_format(&self) -> Option<String> {
+    pub(crate) fn backing_format(&self) -> Option<String> {
         let info = self.info()?;
         let described = || pointer::parse(info.backing_file.as_deref()?).ok()?.format;
         info.backing_format.clone().or_else(described)

@@ -43,7 +43,7 @@ pub(in crate::chain) struct Probed {
 impl Probed {
     /// What the file holds as one of another program's layout; looked at once, by a descriptor that
     /// is not kept.
-    pub fn inside(&self) -> Result<&Inside, &Finding> {
+    pub(crate) fn inside(&self) -> Result<&Inside, &Finding> {
         let look = || {
             let file = SourceFile::with_identity(self.file.path().into(), self.file.identity());
             inside::look_inside(&file).map_err(|e| Finding::from_error(&e, file.path()))
@@ -52,7 +52,7 @@ impl Probed {
     }
 
     /// Whether all of this is still true of a file that now looks like `now`.
-    pub fn still_holds(&self, now: &Identity) -> bool {
+    pub(crate) fn still_holds(&self, now: &Identity) -> bool {
         let before = self.file.identity();
         // What the operating system said may be different the next time: no memory, too many files.
         let passing = |f: &Finding| !f.kind.is_lasting();
@@ -65,7 +65,7 @@ impl Probed {
     }
 
     /// What the header says, if there is one that can be used; how the file is read, `format` decides.
-    pub fn info(&self) -> Option<&ImageInfo> {
+    pub(crate) fn info(&self) -> Option<&ImageInfo> {
         match &self.content {
             Content::Image(info) => Some(info),
             _ => None,
@@ -73,7 +73,7 @@ impl Probed {
     }
 
     /// Size in bytes of the virtual disk; 0 if it cannot be known.
-    pub fn virtual_size(&self) -> u64 {
+    pub(crate) fn virtual_size(&self) -> u64 {
         match &self.content {
             Content::Image(info) => info.virtual_size,
             Content::Plain => self.file.identity().size,

@@ -38,7 +38,7 @@ pub(in crate::chain) struct Contents<'a> {
 
 impl Side {
     /// The one in `folder`, which has `entries`.
-    pub fn of(folder: &Folder, entries: &[Entry], findings: &mut Vec<Finding>) -> Side {
+    pub(crate) fn of(folder: &Folder, entries: &[Entry], findings: &mut Vec<Finding>) -> Side {
         let Some(entry) = entries.iter().find(|e| e.name == manifest::FOLDER) else {
             return Side::None;
         };
@@ -66,7 +66,7 @@ impl Side {
     ///
     /// # Errors
     /// There may be one and it cannot be looked at: it may say that all is otherwise.
-    pub fn handle<'a>(&'a self, file: &'a OsStr) -> Result<Option<(PathBuf, Handle<'a>)>, Finding> {
+    pub(crate) fn handle<'a>(&'a self, file: &'a OsStr) -> Result<Option<(PathBuf, Handle<'a>)>, Finding> {
         let side = match self {
             Side::Open(side) => side,
             Side::None => return Ok(None),
@@ -88,7 +88,7 @@ impl Side {
     }
 
     /// Lists it for the images in `dir`.
-    pub fn list<'a>(&'a self, dir: &'a Path, found: &mut Vec<Finding>) -> Option<Contents<'a>> {
+    pub(crate) fn list<'a>(&'a self, dir: &'a Path, found: &mut Vec<Finding>) -> Option<Contents<'a>> {
         let Side::Open(side) = self else { return None };
         let mut entries = Vec::new();
         if let Err(e) = side.list(&mut entries) {
@@ -102,7 +102,7 @@ impl Side {
 
 impl Contents<'_> {
     /// The backups whose manifests are here and that are not beside it, as `is_here` knows.
-    pub fn lost(&self, is_here: impl Fn(&OsStr) -> bool) -> Vec<Lost> {
+    pub(crate) fn lost(&self, is_here: impl Fn(&OsStr) -> bool) -> Vec<Lost> {
         let mut lost: Vec<Lost> = (self.entries.iter())
             .filter_map(|e| e.name.as_bytes().strip_suffix(b".json").map(OsStr::from_bytes))
             .filter(|name| !is_here(name))
@@ -121,12 +121,12 @@ impl Contents<'_> {
     }
 
     /// What runs that were broken off left.
-    pub fn unfinished(&self) -> Vec<Finding> {
+    pub(crate) fn unfinished(&self) -> Vec<Finding> {
         unfinished::findings(self.side, &self.entries)
     }
 
     /// Backups in here are nobody's points: a disk's folder cannot have this name.
-    pub fn hidden(&self) -> Option<Finding> {
+    pub(crate) fn hidden(&self) -> Option<Finding> {
         let is_image = |e: &&Entry| {
             let known = [".json", ".header", ".fleece", ".new"];
             let known = known.iter().any(|s| e.name.as_bytes().ends_with(s.as_bytes()));

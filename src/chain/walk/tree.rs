@@ -92,7 +92,7 @@ pub(in crate::chain) struct Tree {
 
 impl Tree {
     /// The walked file that `name`, as it stands in a file of `folder`, means. Purely by name.
-    pub fn lookup(&self, folder: &Path, name: &Path) -> Option<FileId> {
+    pub(crate) fn lookup(&self, folder: &Path, name: &Path) -> Option<FileId> {
         let path = normalise(folder, name)?;
         if let Some(id) = self.by_path.get(path.as_os_str()) {
             return Some(*id);
@@ -102,13 +102,13 @@ impl Tree {
     }
 
     /// Whether there is a walked file at `path`.
-    pub fn has(&self, path: &Path) -> bool {
+    pub(crate) fn has(&self, path: &Path) -> bool {
         self.by_path.contains_key(path.as_os_str())
     }
 
     /// What is to be said of a link, unless it leads to what was walked: behind it there may be
     /// backups. What it leads to is not asked, as nothing outside may be touched.
-    pub fn outside(&self, folder: &Path, name: &OsStr, text: &Path) -> Option<Finding> {
+    pub(crate) fn outside(&self, folder: &Path, name: &OsStr, text: &Path) -> Option<Finding> {
         let inside = |path: &Path| path.starts_with(&self.root) || path.starts_with(&self.called);
         if normalise(folder, text).is_some_and(|path| inside(&path)) {
             return None;
@@ -121,7 +121,7 @@ impl Tree {
         Some(Finding { remedy: Some(remedy.into()), ..finding })
     }
 
-    pub fn resolve_links(&mut self) {
+    pub(crate) fn resolve_links(&mut self) {
         for f in 0..self.folders.len() {
             for l in 0..self.folders[f].links.len() {
                 let folder = &self.folders[f].path;

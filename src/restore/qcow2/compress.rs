@@ -11,7 +11,7 @@ const ZLIB_LEVEL: u32 = 6;
 const ZSTD_LEVEL: i32 = 3;
 
 /// A worker's compressor.
-pub enum Compressor {
+pub(super) enum Compressor {
     /// Nothing is compressed.
     None,
     /// Raw deflate.
@@ -25,7 +25,7 @@ impl Compressor {
     ///
     /// # Errors
     /// A text, if zstd cannot be set up.
-    pub fn new(kind: Compression) -> Result<Self, String> {
+    pub(super) fn new(kind: Compression) -> Result<Self, String> {
         Ok(match kind {
             Compression::None => Compressor::None,
             Compression::Zlib => {
@@ -42,7 +42,7 @@ impl Compressor {
 
     /// Compresses `cluster` into `out`, whose length is the limit. The compressed length, or
     /// `None` if it does not fit or nothing is to be compressed.
-    pub fn compress(&mut self, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
+    pub(super) fn compress(&mut self, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
         match self {
             Compressor::None => None,
             Compressor::Zlib(c) => {

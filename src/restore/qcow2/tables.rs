@@ -25,7 +25,7 @@ const REFCOUNT_BYTES: u64 = 2;
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 
 /// One cluster's place: guest cluster index and L2 entry.
-pub type Entry = (u64, u64);
+pub(super) type Entry = (u64, u64);
 
 /// An L2 table that is being filled.
 struct L2 {
@@ -35,7 +35,7 @@ struct L2 {
 }
 
 /// All metadata.
-pub struct Tables<'a> {
+pub(super) struct Tables<'a> {
     out: &'a File,
     path: &'a Path,
     options: &'a Qcow2Options,
@@ -51,7 +51,7 @@ pub struct Tables<'a> {
 
 impl<'a> Tables<'a> {
     /// Metadata of a file for a disk of `size` bytes whose data is in `chunks`.
-    pub fn new(
+    pub(super) fn new(
         out: &'a File,
         path: &'a Path,
         options: &'a Qcow2Options,
@@ -86,7 +86,7 @@ impl<'a> Tables<'a> {
     ///
     /// # Errors
     /// `Unsupported` beyond what the format can address.
-    pub fn allocate(&self, count: u64) -> Result<u64> {
+    pub(super) fn allocate(&self, count: u64) -> Result<u64> {
         let at = self.next.fetch_add(count * self.cluster(), Ordering::Relaxed);
         if at >= MAX_OFFSET - (count * self.cluster()).min(MAX_OFFSET) {
             return Err(Error::new(Kind::Unsupported, "the file gets larger than qcow2 allows")
@@ -96,20 +96,20 @@ impl<'a> Tables<'a> {
     }
 
     /// The L2 entry of a plain cluster.
-    pub fn plain(host: u64) -> u64 {
+    pub(super) fn plain(host: u64) -> u64 {
         host | COPIED
     }
 
     /// The L2 entry of `len` compressed bytes at `host`. The length counts the 512-byte sectors
     /// after the first that the bytes touch.
-    pub fn compressed(&self, host: u64, len: u64) -> u64 {
+    pub(super) fn compressed(&self, host: u64, len: u64) -> u64 {
         let shift = 62 - (self.options.cluster_size.trailing_zeros() - 8);
         let sectors = (host + len - 1) / 512 - host / 512;
         COMPRESSED | sectors << shift | host
     }
 
     /// Remembers that the host cluster at `host` has `count` references.
-    pub fn share(&self, host: u64, count: u16) {
+    pub(super) fn share(&self, host: u64, count: u16) {
         let mut shared = self.shared.lock().unwrap_or_else(|e| e.into_inner());
         shared.insert(host / self.cluster(), count);
     }
@@ -118,7 +118,7 @@ impl<'a> Tables<'a> {
     ///
     /// # Errors
     /// Writing failed.
-    pub fn place(&self, chunk: &Chunk, entries: &[Entry]) -> Result<()> {
+    pub(super) fn place(&self, chunk: &Chunk, entries: &[Entry]) -> Result<()> {
         let per_table = self.cluster() / 8;
         let coverage = self.options.l2_coverage();
         let mut complete = Vec::new();
@@ -167,7 +167,7 @@ impl<'a> Tables<'a> {
     ///
     /// # Errors
     /// Writing failed; `Unsupported` if the file got larger than QEMU opens.
-    pub fn finish(&self) -> Result<()> {
+    pub(super) fn finish(&self) -> Result<()> {
         let l1 = self.l1.lock().unwrap_or_else(|e| e.into_inner());
         let l1_bytes = big_endian(&l1);
         let l1_at = self.allocate((l1_bytes.len() as u64).div_ceil(self.cluster()).max(1))?;

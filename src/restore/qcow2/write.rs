@@ -23,7 +23,7 @@ use crate::storage::ReadAt;
 const BUFFER: u64 = 256 << 10;
 
 /// Writes the file.
-pub fn write(
+pub(super) fn write(
     reader: &Reader,
     plan: &Plan,
     temp: &Temp,
