@@ -110,7 +110,7 @@ impl<C: Content> ExtentList<C> {
 
 /// The part of sorted, contiguous `extents` that overlaps `range`, clipped to it. Finds the
 /// first by binary search and allocates nothing.
-pub fn clipped<C: Content>(
+pub(crate) fn clipped<C: Content>(
     extents: &[Extent<C>],
     range: Range<u64>,
 ) -> impl Iterator<Item = Extent<C>> + '_ {
@@ -119,7 +119,7 @@ pub fn clipped<C: Content>(
 }
 
 /// The same where the first of `extents` is known to overlap, if any does.
-pub fn clipped_from<C: Content>(
+pub(crate) fn clipped_from<C: Content>(
     extents: &[Extent<C>],
     range: Range<u64>,
 ) -> impl Iterator<Item = Extent<C>> + '_ {

@@ -14,7 +14,7 @@ use crate::qmp::types::Job;
 
 /// A disk as `info blockdev` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct DiskInfo {
+pub(crate) struct DiskInfo {
     /// Its name.
     pub disk: String,
     /// Its node.
@@ -37,7 +37,7 @@ pub struct DiskInfo {
 
 /// A bitmap as `info` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct BitmapLine {
+pub(crate) struct BitmapLine {
     /// The node it is on.
     pub node: String,
     /// What the disk of that node is called in the guest, or its file; empty if that is not known.
@@ -99,7 +99,7 @@ fn owner(name: &str) -> String {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
+pub(crate) fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
     let Seen { disks, skipped, blocked, .. } = survey(&Answers::ask(client)?);
     let mut list: Vec<DiskInfo> = disks.iter().map(included).collect();
     list.extend(skipped.into_iter().chain(blocked).map(|s| DiskInfo {
@@ -160,7 +160,7 @@ fn how(d: &SeenDisk) -> String {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn bitmaps(client: &mut Client) -> Result<Vec<BitmapLine>> {
+pub(crate) fn bitmaps(client: &mut Client) -> Result<Vec<BitmapLine>> {
     let seen = survey(&Answers::ask(client)?);
     let named = |f: &Found| {
         let of = seen.disks.iter().find(|d| d.node == f.node);
@@ -180,13 +180,13 @@ fn spoken(d: &SeenDisk) -> String {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn jobs(client: &mut Client) -> Result<Vec<Job>> {
+pub(crate) fn jobs(client: &mut Client) -> Result<Vec<Job>> {
     client.query("query-jobs", json!({}))
 }
 
 /// Which bitmaps `cleanup` removes.
 #[derive(Debug, Clone, Default)]
-pub struct Choice {
+pub(crate) struct Choice {
     /// Those of this backup directory.
     pub of: Option<TargetId>,
     /// Its id as the user gave it: qmpbackup's names have all of it.
@@ -202,7 +202,7 @@ pub struct Choice {
 impl Choice {
     /// Whether this bitmap is chosen. Inconsistent ones of ours always are: they are good for
     /// nothing and take room in the image.
-    pub fn takes(&self, b: &BitmapLine) -> bool {
+    pub(crate) fn takes(&self, b: &BitmapLine) -> bool {
         if names::parse_bitmap(&b.name).is_some() {
             let owns = |t: &TargetId| t.owns(&b.name);
             let of_target = self.of.as_ref().is_some_and(owns);

@@ -22,18 +22,18 @@
 
 pub mod disks;
 pub mod fleece;
-pub mod freeze;
-pub mod graph;
-pub mod info;
-pub mod names;
-pub mod offline;
+pub(crate) mod freeze;
+pub(crate) mod graph;
+pub(crate) mod info;
+pub(crate) mod names;
+pub(crate) mod offline;
 mod options;
-pub mod plan;
-pub mod publish;
+pub(crate) mod plan;
+pub(crate) mod publish;
 pub mod recover;
-pub mod run;
+pub(crate) mod run;
 pub mod state;
-pub mod target;
+pub(crate) mod target;
 mod watch;
 
 pub use options::{

@@ -14,14 +14,14 @@ use crate::layout::Level;
 use crate::layout::name::{Name, parse};
 
 /// What every name of ours begins with.
-pub const PREFIX: &str = "fleecefs-";
+pub(crate) const PREFIX: &str = "fleecefs-";
 
 /// Length of a run id in hexadecimal digits.
 const RUN_DIGITS: usize = 12;
 
 /// What an object in QEMU is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Role {
+pub(crate) enum Role {
     /// The frozen view.
     Snapshot,
     /// A filter above the frozen view that hides its block status.
@@ -81,12 +81,12 @@ impl Role {
 }
 
 /// `fleecefs-<run>-<role><index>`.
-pub fn object(run: &str, role: Role, index: usize) -> String {
+pub(crate) fn object(run: &str, role: Role, index: usize) -> String {
     format!("{PREFIX}{run}-{}{index}", role.letter())
 }
 
 /// Reads [`object`] back: run, role, index of the disk.
-pub fn parse_object(name: &str) -> Option<(&str, Role, usize)> {
+pub(crate) fn parse_object(name: &str) -> Option<(&str, Role, usize)> {
     let (run, rest) = name.strip_prefix(PREFIX)?.split_once('-')?;
     if !is_run(run) {
         return None;
@@ -102,32 +102,32 @@ fn is_run(text: &str) -> bool {
 /// `fleecefs-<target>-<chain>-<run>-<index>`: the bitmap that a run adds to a disk. `target` is the
 /// first eight digits of the backup directory's id; `chain` is the run of the chain's FULL; with
 /// the disk's index no two disks have one of the same name.
-pub fn bitmap(target: &str, chain: &str, run: &str, index: usize) -> String {
+pub(crate) fn bitmap(target: &str, chain: &str, run: &str, index: usize) -> String {
     format!("{PREFIX}{target}-{chain}-{run}-{index}")
 }
 
 /// The disabled bitmap beside a [`bitmap`] that says how small the disk has been since.
-pub fn floor(bitmap: &str) -> String {
+pub(crate) fn floor(bitmap: &str) -> String {
     format!("{bitmap}{FLOOR}")
 }
 
 /// Whether a bitmap's name is that of a [`floor`].
-pub fn is_floor(name: &str) -> bool {
+pub(crate) fn is_floor(name: &str) -> bool {
     name.ends_with(FLOOR)
 }
 
 /// The bitmap beside a [`bitmap`] that is in no image, so that it is there as long as QEMU has the disk open.
-pub fn open(bitmap: &str) -> String {
+pub(crate) fn open(bitmap: &str) -> String {
     format!("{bitmap}{OPEN}")
 }
 
 /// Whether a bitmap's name is that of an [`open`].
-pub fn is_open(name: &str) -> bool {
+pub(crate) fn is_open(name: &str) -> bool {
     name.ends_with(OPEN)
 }
 
 /// The name of a [`bitmap`], and of all that may be beside it.
-pub fn with_beside(bitmap: &str) -> [String; 3] {
+pub(crate) fn with_beside(bitmap: &str) -> [String; 3] {
     [bitmap.to_string(), floor(bitmap), open(bitmap)]
 }
 
@@ -139,7 +139,7 @@ const FLOOR: &str = "-floor";
 
 /// A bitmap's name taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BitmapName<'a> {
+pub(crate) struct BitmapName<'a> {
     /// Which backup directory it belongs to.
     pub target: &'a str,
     /// The run that began its chain.
@@ -149,7 +149,7 @@ pub struct BitmapName<'a> {
 }
 
 /// Reads [`bitmap`], [`floor`] or [`open`] back; `None` for other programs' bitmaps.
-pub fn parse_bitmap(name: &str) -> Option<BitmapName<'_>> {
+pub(crate) fn parse_bitmap(name: &str) -> Option<BitmapName<'_>> {
     let beside = name.strip_suffix(FLOOR).or_else(|| name.strip_suffix(OPEN));
     let name = beside.unwrap_or(name);
     let mut parts = name.strip_prefix(PREFIX)?.split('-');
@@ -160,7 +160,7 @@ pub fn parse_bitmap(name: &str) -> Option<BitmapName<'_>> {
 }
 
 /// Name of the disabled, merged bitmap that a job copies by; it lives on the frozen view.
-pub fn work_bitmap(run: &str) -> String {
+pub(crate) fn work_bitmap(run: &str) -> String {
     format!("{PREFIX}work-{run}")
 }
 
@@ -168,7 +168,7 @@ pub fn work_bitmap(run: &str) -> String {
 ///
 /// # Errors
 /// `Io` if the system has no random numbers.
-pub fn new_run() -> Result<String> {
+pub(crate) fn new_run() -> Result<String> {
     random_hex(RUN_DIGITS / 2)
 }
 
@@ -176,7 +176,7 @@ pub fn new_run() -> Result<String> {
 ///
 /// # Errors
 /// `Io` if the system has no random numbers.
-pub fn random_hex(bytes: usize) -> Result<String> {
+pub(crate) fn random_hex(bytes: usize) -> Result<String> {
     let mut buf = vec![0u8; bytes];
     let mut done = 0;
     while let Some(rest) = buf.get_mut(done..).filter(|r| !r.is_empty()) {
@@ -190,12 +190,12 @@ pub fn random_hex(bytes: usize) -> Result<String> {
 }
 
 /// The file name of a fleece image: `fleecefs-<run>-<index>.fleece.raw`.
-pub fn fleece(run: &str, index: usize) -> String {
+pub(crate) fn fleece(run: &str, index: usize) -> String {
     format!("{PREFIX}{run}-{index}{FLEECE}")
 }
 
 /// Whether a file name is that of a [`fleece`] image.
-pub fn is_fleece(name: &str) -> bool {
+pub(crate) fn is_fleece(name: &str) -> bool {
     let between = name.strip_prefix(PREFIX).and_then(|n| n.strip_suffix(FLEECE));
     let parts = between.and_then(|n| n.split_once('-'));
     parts.is_some_and(|(run, index)| {
@@ -223,7 +223,7 @@ const HASH_DIGITS: usize = 8;
 /// images carry it alone (`--no-timestamp`).
 ///
 /// A chain goes on under the same name: what this makes of a name must stay the same for good.
-pub fn folder(name: &str, plain: bool) -> String {
+pub(crate) fn folder(name: &str, plain: bool) -> String {
     if can_be_folder(name, plain) {
         return name.to_string();
     }
@@ -274,7 +274,7 @@ fn is_unseen(c: char) -> bool {
 }
 
 /// The word for a level in file names.
-pub fn level_word(level: Level) -> &'static str {
+pub(crate) fn level_word(level: Level) -> &'static str {
     match level {
         Level::Full => "FULL",
         Level::Inc => "INC",
@@ -284,7 +284,7 @@ pub fn level_word(level: Level) -> &'static str {
 }
 
 /// Level and timestamp of an image's file name; the name after the timestamp.
-pub fn parse_image(name: &str) -> Option<(Level, i64, &str)> {
+pub(crate) fn parse_image(name: &str) -> Option<(Level, i64, &str)> {
     let (word, rest) = name.split_once('-')?;
     let level = match word {
         "FULL" => Level::Full,

@@ -10,7 +10,7 @@ mod catalog;
 pub(crate) mod link;
 pub(crate) mod points;
 pub mod scan;
-pub mod walk;
+pub(crate) mod walk;
 
 pub use self::points::foreign::is_foreign_name;
 pub use self::points::nearest::nearest;

@@ -27,13 +27,13 @@ mod held;
 mod lesser;
 mod lock;
 mod name;
-pub mod named;
+pub(crate) mod named;
 mod once;
 mod open;
 mod owner;
 mod resolve;
 mod share;
-pub mod system;
+pub(crate) mod system;
 mod temp;
 
 use std::ffi::{OsStr, OsString};

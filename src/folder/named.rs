@@ -14,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 ///
 /// # Errors
 /// As the exit codes say; a refusal where a link of somebody else's leads to what isn't his.
-pub fn backups(path: &Path) -> Result<PathBuf> {
+pub(crate) fn backups(path: &Path) -> Result<PathBuf> {
     resolved(path, "cannot read the backup directory")
 }
 
@@ -22,7 +22,7 @@ pub fn backups(path: &Path) -> Result<PathBuf> {
 ///
 /// # Errors
 /// As [`backups`].
-pub fn resolved(path: &Path, what: &str) -> Result<PathBuf> {
+pub(crate) fn resolved(path: &Path, what: &str) -> Result<PathBuf> {
     super::resolve(path).map_err(|e| Error::io(e, what).at_path(path))
 }
 
@@ -30,7 +30,7 @@ pub fn resolved(path: &Path, what: &str) -> Result<PathBuf> {
 ///
 /// # Errors
 /// As [`backups`]; `Usage` if it is something else.
-pub fn existing_folder(path: &Path, what: &str) -> Result<PathBuf> {
+pub(crate) fn existing_folder(path: &Path, what: &str) -> Result<PathBuf> {
     let real = resolved(path, &format!("cannot use {what}"))?;
     if !super::is_folder(&real) {
         return Err(Error::new(Kind::Usage, format!("{what} is not a directory")).at_path(path));
@@ -42,7 +42,7 @@ pub fn existing_folder(path: &Path, what: &str) -> Result<PathBuf> {
 ///
 /// # Errors
 /// What the operating system said, but for `NotFound`.
-pub fn to_make(path: &Path) -> Result<PathBuf> {
+pub(crate) fn to_make(path: &Path) -> Result<PathBuf> {
     super::resolve_to_make(path).map_err(|e| Error::io(e, "cannot use this path").at_path(path))
 }
 
@@ -50,7 +50,7 @@ pub fn to_make(path: &Path) -> Result<PathBuf> {
 ///
 /// # Errors
 /// It cannot be opened, or is neither a plain file nor a device.
-pub fn log_file(path: &Path) -> Result<File> {
+pub(crate) fn log_file(path: &Path) -> Result<File> {
     let failed = |e| Error::io(e, "cannot open the log file").at_path(path);
     let real = super::resolve_target(path).map_err(failed)?;
     let (folder, name) = Folder::of(&real).map_err(failed)?;

@@ -26,7 +26,7 @@ fn check(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// What the operating system said; a refusal for other paths.
-pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     check(path)?;
     let mut bytes = Vec::new();
     File::open(path)?.take(LONGEST).read_to_end(&mut bytes)?;
@@ -37,7 +37,7 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
 ///
 /// # Errors
 /// As [`read`].
-pub fn open(path: &Path) -> io::Result<File> {
+pub(crate) fn open(path: &Path) -> io::Result<File> {
     check(path)?;
     File::open(path)
 }
@@ -46,7 +46,7 @@ pub fn open(path: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// As [`read`].
-pub fn text(path: &Path) -> io::Result<String> {
+pub(crate) fn text(path: &Path) -> io::Result<String> {
     read(path).map(|b| String::from_utf8_lossy(&b).into_owned())
 }
 
@@ -54,7 +54,7 @@ pub fn text(path: &Path) -> io::Result<String> {
 ///
 /// # Errors
 /// As [`read`].
-pub fn set(path: &Path, value: &str) -> io::Result<()> {
+pub(crate) fn set(path: &Path, value: &str) -> io::Result<()> {
     check(path)?;
     std::fs::write(path, value)
 }
@@ -63,7 +63,7 @@ pub fn set(path: &Path, value: &str) -> io::Result<()> {
 ///
 /// # Errors
 /// As [`read`].
-pub fn link(path: &Path) -> io::Result<PathBuf> {
+pub(crate) fn link(path: &Path) -> io::Result<PathBuf> {
     check(path)?;
     std::fs::read_link(path)
 }
@@ -72,13 +72,13 @@ pub fn link(path: &Path) -> io::Result<PathBuf> {
 ///
 /// # Errors
 /// As [`read`].
-pub fn behind(path: &Path) -> io::Result<Metadata> {
+pub(crate) fn behind(path: &Path) -> io::Result<Metadata> {
     check(path)?;
     std::fs::metadata(path)
 }
 
 /// The names in a folder of `/proc` or `/sys`; none if it cannot be read.
-pub fn names(path: &Path) -> Vec<OsString> {
+pub(crate) fn names(path: &Path) -> Vec<OsString> {
     if check(path).is_err() {
         return Vec::new();
     }
@@ -89,7 +89,7 @@ pub fn names(path: &Path) -> Vec<OsString> {
 ///
 /// # Errors
 /// What the operating system said; a refusal for anything but a character device below `/dev`.
-pub fn device(path: &Path) -> io::Result<File> {
+pub(crate) fn device(path: &Path) -> io::Result<File> {
     let flags = libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NOCTTY;
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
     let is_device = file.metadata()?.file_type().is_char_device();

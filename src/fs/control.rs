@@ -18,7 +18,7 @@ use crate::text::to_text;
 
 /// What the tree does not know about the mount.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub struct Running {
+pub(crate) struct Running {
     /// How many times the tree was replaced since mounting.
     pub generation: u64,
     /// Files that are open through the mount.
@@ -76,7 +76,7 @@ struct PointStatus<'a> {
 }
 
 /// The file's text: JSON, ended by a newline.
-pub fn render(tree: &Tree, running: Running) -> Vec<u8> {
+pub(crate) fn render(tree: &Tree, running: Running) -> Vec<u8> {
     let paths = tree.paths();
     let served: Served = paths
         .iter()

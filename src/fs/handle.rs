@@ -14,7 +14,7 @@ const FIRST: usize = 64;
 const CHUNKS: usize = 27;
 
 /// A table of handles.
-pub struct Handles<T> {
+pub(crate) struct Handles<T> {
     chunks: [OnceLock<Box<[ArcSwapOption<T>]>>; CHUNKS],
     free: Mutex<Free>,
 }
@@ -35,7 +35,7 @@ impl<T> Default for Handles<T> {
 
 impl<T> Handles<T> {
     /// Stores `value`; the number finds it again.
-    pub fn insert(&self, value: Arc<T>) -> u64 {
+    pub(crate) fn insert(&self, value: Arc<T>) -> u64 {
         let mut free = self.free.lock().unwrap_or_else(|e| e.into_inner());
         let handle = free.list.pop().unwrap_or_else(|| {
             free.next += 1;
@@ -50,26 +50,26 @@ impl<T> Handles<T> {
     }
 
     /// What `handle` stands for; `None` if it is not open.
-    pub fn get(&self, handle: u64) -> Option<Guard<Option<Arc<T>>>> {
+    pub(crate) fn get(&self, handle: u64) -> Option<Guard<Option<Arc<T>>>> {
         let guard = self.slot(handle)?.load();
         guard.is_some().then_some(guard)
     }
 
     /// Takes it out; its number may be given to another from now on.
-    pub fn remove(&self, handle: u64) -> Option<Arc<T>> {
+    pub(crate) fn remove(&self, handle: u64) -> Option<Arc<T>> {
         let value = self.slot(handle)?.swap(None)?;
         self.free.lock().unwrap_or_else(|e| e.into_inner()).list.push(handle);
         Some(value)
     }
 
     /// How many are open.
-    pub fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         let free = self.free.lock().unwrap_or_else(|e| e.into_inner());
         free.next - free.list.len() as u64
     }
 
     /// Whether none is open.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.len() == 0
     }
 

@@ -12,17 +12,17 @@
 
 pub mod attr;
 pub mod buffer;
-pub mod control;
-pub mod handle;
-pub mod lane;
-pub mod names;
+pub(crate) mod control;
+pub(crate) mod handle;
+pub(crate) mod lane;
+pub(crate) mod names;
 mod node;
 mod number;
 mod place;
-pub mod point;
+pub(crate) mod point;
 pub mod readers;
 mod rest;
-pub mod space;
+pub(crate) mod space;
 pub mod tree;
 pub mod watch;
 

@@ -16,7 +16,7 @@ const NAME_MAX: usize = 255;
 
 /// A folder while names are being given out.
 #[derive(Default)]
-pub struct Folder {
+pub(crate) struct Folder {
     /// What is in it, sorted by name.
     pub children: BTreeMap<OsString, Child>,
     /// The first number that may still be free, of names that are taken.
@@ -24,7 +24,7 @@ pub struct Folder {
 }
 
 /// What a name stands for.
-pub enum Child {
+pub(crate) enum Child {
     /// A folder.
     Dir(Folder),
     /// A point.
@@ -43,7 +43,7 @@ pub enum Child {
 impl Folder {
     /// The folder at `path`, made where it is missing. Only called before files get names, so
     /// nothing but folders is in the way.
-    pub fn at(&mut self, path: &Path) -> &mut Folder {
+    pub(crate) fn at(&mut self, path: &Path) -> &mut Folder {
         let mut folder = self;
         for part in path.components() {
             let Component::Normal(name) = part else { continue };
@@ -59,7 +59,7 @@ impl Folder {
     }
 
     /// A name that is still free: `stem.raw`, else `stem-2.raw` and so on.
-    pub fn free_name(&mut self, stem: &OsStr) -> OsString {
+    pub(crate) fn free_name(&mut self, stem: &OsStr) -> OsString {
         let name = raw_name(stem, 1);
         if !self.children.contains_key(&name) {
             return name;
@@ -92,7 +92,7 @@ fn raw_name(stem: &OsStr, n: usize) -> OsString {
 }
 
 /// `latest.raw` and `by-time/`.
-pub fn add_links(folder: &mut Folder, points: &[(OsString, i64)]) {
+pub(crate) fn add_links(folder: &mut Folder, points: &[(OsString, i64)]) {
     if let Some((name, time)) = points.last() {
         let link = Child::Link { target: name.into(), time: *time };
         folder.children.entry("latest.raw".into()).or_insert(link);

@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 
 /// The free space of one file system.
 #[derive(Debug, Default)]
-pub struct Free {
+pub(crate) struct Free {
     state: Mutex<State>,
 }
 
@@ -46,7 +46,7 @@ impl Free {
     }
 
     /// Free space on the file system of `folder`; asked by a thread of `lane`.
-    pub fn room(self: &Arc<Self>, folder: &Path, lane: &Arc<Lane>) -> Room {
+    pub(crate) fn room(self: &Arc<Self>, folder: &Path, lane: &Arc<Lane>) -> Room {
         let mut state = self.state();
         let fresh = state.seen.is_some_and(|at| at.elapsed() < FRESH);
         if fresh || state.asking {
@@ -65,7 +65,7 @@ impl Free {
     }
 
     /// Asks now, for as long as it takes.
-    pub fn ask(&self, folder: &Path) {
+    pub(crate) fn ask(&self, folder: &Path) {
         let found = Folder::open(folder).and_then(|f| f.space());
         let mut state = self.state();
         state.asking = false;

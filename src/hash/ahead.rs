@@ -45,7 +45,7 @@ pub(crate) fn hash_unit(storage: &dyn ReadAt, unit: u64, index: u64) -> Result<C
 
 /// The values of some units.
 #[derive(Debug, Clone)]
-pub struct Known {
+pub(crate) struct Known {
     unit: u64,
     values: Vec<Option<ChainingValue>>,
 }
@@ -60,12 +60,12 @@ impl Default for Known {
 impl Known {
     /// The values of the first units of a file, of `unit` bytes each as [`unit()`] says; `None` where
     /// one is to be hashed.
-    pub fn new(unit: u64, values: Vec<Option<ChainingValue>>) -> Self {
+    pub(crate) fn new(unit: u64, values: Vec<Option<ChainingValue>>) -> Self {
         Known { unit, values }
     }
 
     /// How many units are known.
-    pub fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         self.values.iter().flatten().count() as u64
     }
 

@@ -1,6 +1,6 @@
 //! What every long work needs: workers, a way to stop, progress, a rate limit.
 
 pub(crate) mod pool;
-pub mod work;
+pub(crate) mod work;
 
 pub use self::work::{RateLimit, Work};

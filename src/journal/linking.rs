@@ -13,11 +13,11 @@ use crate::folder::Folder;
 use crate::manifest::FOLDER;
 
 /// The journal's name, in the folder for manifests.
-pub const NAME: &str = "link-disk.journal";
+pub(crate) const NAME: &str = "link-disk.journal";
 
 /// What is being done.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Linking {
+pub(crate) struct Linking {
     /// The disk's old name, as `list` showed it.
     pub old: String,
     /// Its new name.
@@ -37,7 +37,7 @@ pub struct Linking {
 
 /// What to do about one that cannot be finished. No command with the names that the journal says: its
 /// owner may write there what he likes.
-pub const REMEDY: &str = "call 'fleecefs link-disk' again as it was called, or remove the journal: points \
+pub(crate) const REMEDY: &str = "call 'fleecefs link-disk' again as it was called, or remove the journal: points \
                           may be there twice then, none is lost";
 
 /// Bytes of a disk's name in a journal.
@@ -49,7 +49,7 @@ const MAX_NAMES: usize = 25_000;
 
 impl Linking {
     /// Whether both are of one call. (What has arrived already is not the same at all times.)
-    pub fn is_of(&self, other: &Linking) -> bool {
+    pub(crate) fn is_of(&self, other: &Linking) -> bool {
         let said = |l: &Linking| (l.old.clone(), l.new.clone(), l.other_vm, l.force);
         said(self) == said(other)
     }
@@ -57,7 +57,7 @@ impl Linking {
     /// What both disks may be called where one of them is called `path`: the old name, and the new one.
     /// Where a backup directory is read from a folder further up or down than it was then, or is a copy of
     /// that, the folders above both have other names.
-    pub fn pairs(&self, path: &Path) -> Vec<(PathBuf, PathBuf)> {
+    pub(crate) fn pairs(&self, path: &Path) -> Vec<(PathBuf, PathBuf)> {
         let Some((old, new)) = self.ends() else { return Vec::new() };
         let above = [&new, &old].into_iter().filter_map(|end| without_end(path, end));
         above.map(|above| (above.join(&old), above.join(&new))).collect()
@@ -65,13 +65,13 @@ impl Linking {
 
     /// Where the folder of the disk with the old name may be, if that with the new one is in `dir`: the
     /// folder above both, and it. Nothing is looked at.
-    pub fn old_folders(&self, dir: &Path) -> Vec<(PathBuf, PathBuf)> {
+    pub(crate) fn old_folders(&self, dir: &Path) -> Vec<(PathBuf, PathBuf)> {
         self.ends().map(|(old, new)| others(dir, &new, &old)).unwrap_or_default()
     }
 
     /// The folder of the disk with the new name, which has this journal too, if that with the old one is in
     /// `dir`.
-    pub fn new_folder(&self, dir: &Path) -> Option<Folder> {
+    pub(crate) fn new_folder(&self, dir: &Path) -> Option<Folder> {
         let (old, new) = self.ends()?;
         let found = others(dir, &old, &new).into_iter();
         let mut open = found.filter_map(|(_, path)| Folder::open(&path).ok());
@@ -115,7 +115,7 @@ fn others(dir: &Path, from: &Path, to: &Path) -> Vec<(PathBuf, PathBuf)> {
 }
 
 /// Where the journal of `dir` is.
-pub fn journal_path(dir: &Path) -> PathBuf {
+pub(crate) fn journal_path(dir: &Path) -> PathBuf {
     dir.join(FOLDER).join(NAME)
 }
 
@@ -123,7 +123,7 @@ pub fn journal_path(dir: &Path) -> PathBuf {
 ///
 /// # Errors
 /// It cannot be read, or is damaged: a half-written one never gets its name.
-pub fn read_in(dir: &Folder) -> Result<Option<Linking>> {
+pub(crate) fn read_in(dir: &Folder) -> Result<Option<Linking>> {
     let failed = |e| Error::io(e, "cannot read the journal").at_path(journal_path(dir.path()));
     match folder::absent_is_none(dir.folder(FOLDER)).map_err(failed)? {
         Some(side) => read_side(&side),
@@ -168,7 +168,7 @@ pub(crate) fn arriving(side: &Folder) -> Vec<String> {
 ///
 /// # Errors
 /// What the operating system said; `Unsupported` if it would not be read again.
-pub fn write_in(dir: &Folder, linking: &Linking) -> Result<()> {
+pub(crate) fn write_in(dir: &Folder, linking: &Linking) -> Result<()> {
     let path = journal_path(dir.path());
     let text = serde_json::to_vec_pretty(linking)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
@@ -185,7 +185,7 @@ pub fn write_in(dir: &Folder, linking: &Linking) -> Result<()> {
 ///
 /// # Errors
 /// `Incomplete`; the journal cannot be read.
-pub fn refuse(dir: &Path) -> Result<()> {
+pub(crate) fn refuse(dir: &Path) -> Result<()> {
     let open = folder::absent_is_none(Folder::open(dir));
     let Some(folder) = open.map_err(|e| Error::io(e, "cannot open the folder").at_path(dir))?
     else {
@@ -203,7 +203,7 @@ pub fn refuse(dir: &Path) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn clear_in(dir: &Folder) -> Result<()> {
+pub(crate) fn clear_in(dir: &Folder) -> Result<()> {
     let clear = || match folder::absent_is_none(dir.folder(FOLDER))? {
         Some(side) if side.remove_if_there(NAME)? => side.sync(),
         _ => Ok(()),

@@ -7,9 +7,9 @@
 //!
 //! Here is what all of them have in common, and what other files ask of the one of a fold.
 
-pub mod linking;
+pub(crate) mod linking;
 pub mod removal;
-pub mod unfinished;
+pub(crate) mod unfinished;
 
 use std::path::Path;
 

@@ -14,7 +14,7 @@ use crate::folder::{Entry, EntryKind, Folder};
 use crate::manifest::FOLDER;
 use crate::text::path_text;
 /// Ends the names of saved headers.
-pub const HEADER_SUFFIX: &str = ".header";
+pub(crate) const HEADER_SUFFIX: &str = ".header";
 
 /// What to do about it.
 const REMEDY: &str = "'fleecefs verify --create DIR', or the next command that writes there, \
@@ -25,12 +25,7 @@ fn is_journal(name: &OsStr) -> bool {
     name.as_bytes().ends_with(HEADER_SUFFIX.as_bytes()) || whole.iter().any(|n| name == *n)
 }
 
-/// The files in `dir` that say that something is unfinished.
-pub fn journals(dir: &Path) -> Vec<PathBuf> {
-    let Ok(side) = Folder::open(&dir.join(FOLDER)) else { return Vec::new() };
-    journals_in(&side)
-}
-
+/// The files in the folder for manifests, `side`, that say that something is unfinished.
 fn journals_in(side: &Folder) -> Vec<PathBuf> {
     let names = side.entries().unwrap_or_default().into_iter().map(|e| e.name);
     let mut found: Vec<PathBuf> = names.filter(|n| is_journal(n)).map(|n| side.join(n)).collect();
@@ -39,7 +34,7 @@ fn journals_in(side: &Folder) -> Vec<PathBuf> {
 }
 
 /// The folders from `root` downward in which something is unfinished.
-pub fn folders(root: &Path) -> Vec<PathBuf> {
+pub(crate) fn folders(root: &Path) -> Vec<PathBuf> {
     let Ok(top) = Folder::open(root) else { return Vec::new() };
     let (mut found, mut todo) = (Vec::new(), vec![PathBuf::new()]);
     while let Some(relative) = todo.pop() {
@@ -109,7 +104,7 @@ fn unfinished_link(journal: PathBuf, linking: &Linking) -> Finding {
 ///
 /// # Errors
 /// `Incomplete`.
-pub fn refuse(root: &Path) -> Result<()> {
+pub(crate) fn refuse(root: &Path) -> Result<()> {
     let Some(dir) = folders(root).into_iter().next() else { return Ok(()) };
     let what = "a run that altered this folder was broken off";
     Err(Error::new(Kind::Incomplete, what).at_path(dir).remedy(REMEDY))

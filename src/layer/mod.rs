@@ -7,7 +7,7 @@
 
 mod map;
 pub mod qcow2;
-pub mod raw;
+pub(crate) mod raw;
 pub mod sparsestream;
 mod spec;
 #[cfg(test)]

@@ -9,13 +9,13 @@ use crate::extent::ExtentList;
 use crate::storage::ReadAt;
 
 /// A raw image. A raw file has no way to say "ask below": its holes are zeros.
-pub struct RawLayer {
+pub(crate) struct RawLayer {
     storage: Arc<dyn ReadAt>,
 }
 
 impl RawLayer {
     /// A raw layer over `storage`.
-    pub fn new(storage: Arc<dyn ReadAt>) -> Self {
+    pub(crate) fn new(storage: Arc<dyn ReadAt>) -> Self {
         RawLayer { storage }
     }
 }
@@ -36,10 +36,10 @@ const OTHER_FORMATS: [(&[u8], &str); 10] = [
 ];
 
 /// Bytes that [`other_format`] wants to see.
-pub const START: usize = 32;
+pub(crate) const START: usize = 32;
 
 /// What a file that begins with `start` is, if it is an image of a format that is not read.
-pub fn other_format(start: &[u8]) -> Option<&'static str> {
+pub(crate) fn other_format(start: &[u8]) -> Option<&'static str> {
     OTHER_FORMATS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, name)| *name)
 }
 

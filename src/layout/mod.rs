@@ -1,6 +1,6 @@
 //! How backup programs name their files: qmpbackup's (and ours), virtnbdbackup's.
 
-pub mod level;
+pub(crate) mod level;
 pub mod name;
 pub(crate) mod stream_name;
 

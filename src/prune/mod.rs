@@ -6,7 +6,7 @@
 pub(crate) mod items;
 pub mod plan;
 mod planned;
-pub mod reason;
+pub(crate) mod reason;
 mod shorten;
 
 pub use items::items;

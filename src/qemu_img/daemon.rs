@@ -61,7 +61,7 @@ const SYSTEM: [&str; 22] = [
 
 /// What it may change, and read.
 #[derive(Debug, Default)]
-pub struct Rights {
+pub(crate) struct Rights {
     places: Vec<(File, u64)>,
 }
 
@@ -70,7 +70,7 @@ impl Rights {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn image(&mut self, path: &Path) -> io::Result<()> {
+    pub(crate) fn image(&mut self, path: &Path) -> io::Result<()> {
         self.places.push((folder::pin(path)?, WRITE));
         Ok(())
     }
@@ -79,7 +79,7 @@ impl Rights {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn read(&mut self, path: &Path) -> io::Result<()> {
+    pub(crate) fn read(&mut self, path: &Path) -> io::Result<()> {
         self.places.push((folder::pin(path)?, READ));
         Ok(())
     }
@@ -113,7 +113,7 @@ impl Rights {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn files_in(&mut self, path: &Path) -> io::Result<()> {
+    pub(crate) fn files_in(&mut self, path: &Path) -> io::Result<()> {
         self.image(path)
     }
 
@@ -121,7 +121,7 @@ impl Rights {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn own(&mut self, path: &Path) -> io::Result<()> {
+    pub(crate) fn own(&mut self, path: &Path) -> io::Result<()> {
         self.places.push((folder::pin(path)?, KEEP | LIST));
         Ok(())
     }
@@ -152,7 +152,7 @@ fn runs_with(program: &Path, system: &Rights) -> bool {
 
 /// One that runs. Ended on drop.
 #[derive(Debug)]
-pub struct Daemon {
+pub(crate) struct Daemon {
     child: Option<Child>,
     words: Option<JoinHandle<String>>,
 }
@@ -163,7 +163,7 @@ impl Daemon {
     ///
     /// # Errors
     /// `NotFound` if it is not installed, `Peer` with its own words if it ends, `Timeout`.
-    pub fn start(
+    pub(crate) fn start(
         args: &[OsString],
         (dir, rights): (&Path, Rights),
         lock: &File,
@@ -211,7 +211,7 @@ impl Daemon {
     }
 
     /// Whether it is gone.
-    pub fn has_ended(&mut self) -> bool {
+    pub(crate) fn has_ended(&mut self) -> bool {
         self.child.as_mut().is_none_or(|c| !matches!(c.try_wait(), Ok(None)))
     }
 
@@ -219,7 +219,7 @@ impl Daemon {
     ///
     /// # Errors
     /// `Peer` if it did not end in order: then bitmaps may be lost.
-    pub fn end(mut self) -> Result<()> {
+    pub(crate) fn end(mut self) -> Result<()> {
         let (status, said) = self.close();
         match status {
             Some(status) if status.success() && said.is_empty() => Ok(()),

@@ -18,7 +18,7 @@
 //!   than a sound image does; its words are bounded.
 
 mod confine;
-pub mod daemon;
+pub(crate) mod daemon;
 mod export;
 mod run;
 

@@ -62,7 +62,11 @@ impl Job<'_> {
     /// `NotFound` if there is no qemu-img, `Busy` if it could not be started, `Interrupted` if it
     /// was killed, `Peer` if it used up its processor time; what `stop` says; why an image could not
     /// be read or written.
-    pub(super) fn run(&self, args: impl Fn(&[i32]) -> Vec<OsString>, stop: Stop) -> Result<Outcome> {
+    pub(super) fn run(
+        &self,
+        args: impl Fn(&[i32]) -> Vec<OsString>,
+        stop: Stop,
+    ) -> Result<Outcome> {
         let (ours, theirs) = self.sockets()?;
         let fds: Vec<i32> = theirs.iter().map(AsRawFd::as_raw_fd).collect();
         let args = args(&fds);

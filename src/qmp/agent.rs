@@ -22,7 +22,7 @@ const MOUNTPOINTS: usize = 16 << 10;
 
 /// A session with the agent.
 #[derive(Debug)]
-pub struct Agent {
+pub(crate) struct Agent {
     wire: Wire,
     /// How often it was synchronised: each time with a number of its own.
     syncs: u32,
@@ -33,7 +33,7 @@ impl Agent {
     ///
     /// # Errors
     /// `Timeout` if no agent answers (none runs, or another client holds the socket).
-    pub fn connect(address: &Address, timeout: Duration) -> Result<Self> {
+    pub(crate) fn connect(address: &Address, timeout: Duration) -> Result<Self> {
         let deadline = Instant::now() + timeout;
         let wire = Wire::connect(address, timeout, Limits::AGENT).map_err(|e| match e.kind() {
             Kind::NotFound => e.remedy(
@@ -76,7 +76,12 @@ impl Agent {
     ///
     /// # Errors
     /// `Timeout`; `Peer` with the agent's own words.
-    pub fn execute(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value> {
+    pub(crate) fn execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+    ) -> Result<Value> {
         let deadline = Instant::now() + timeout;
         let request = json!({"execute": command, "arguments": arguments});
         step_of("agent", command);
@@ -97,7 +102,7 @@ impl Agent {
     ///
     /// # Errors
     /// As [`Agent::execute`].
-    pub fn is_frozen(&mut self, timeout: Duration) -> Result<bool> {
+    pub(crate) fn is_frozen(&mut self, timeout: Duration) -> Result<bool> {
         let command = "guest-fsfreeze-status";
         match self.execute(command, json!({}), timeout)?.as_str() {
             Some("frozen") => Ok(true),
@@ -110,7 +115,7 @@ impl Agent {
     ///
     /// # Errors
     /// As [`Agent::execute`].
-    pub fn freeze(&mut self, mountpoints: &[String], timeout: Duration) -> Result<u64> {
+    pub(crate) fn freeze(&mut self, mountpoints: &[String], timeout: Duration) -> Result<u64> {
         let v = if mountpoints.is_empty() {
             self.execute("guest-fsfreeze-freeze", json!({}), timeout)?
         } else {
@@ -125,7 +130,7 @@ impl Agent {
     ///
     /// # Errors
     /// As [`Agent::execute`]; `Peer` if the guest is frozen still.
-    pub fn thaw(&mut self, timeout: Duration) -> Result<u64> {
+    pub(crate) fn thaw(&mut self, timeout: Duration) -> Result<u64> {
         let deadline = Instant::now() + timeout;
         self.sync(deadline)?;
         let left = |d: Instant| d.saturating_duration_since(Instant::now());
@@ -140,7 +145,7 @@ impl Agent {
     ///
     /// # Errors
     /// As [`Agent::execute`].
-    pub fn mountpoints(&mut self, timeout: Duration) -> Result<Vec<String>> {
+    pub(crate) fn mountpoints(&mut self, timeout: Duration) -> Result<Vec<String>> {
         let v = self.execute("guest-get-fsinfo", json!({}), timeout)?;
         let list = v.as_array().into_iter().flatten();
         let names: Vec<&str> = list.filter_map(|f| f.get("mountpoint")?.as_str()).collect();

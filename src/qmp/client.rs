@@ -527,7 +527,7 @@ fn read<T: DeserializeOwned>(answer: Value, command: &str) -> Result<T> {
 ///
 /// # Errors
 /// `Corrupt`.
-pub fn check_length(answer: &Value, command: &str) -> Result<()> {
+pub(crate) fn check_length(answer: &Value, command: &str) -> Result<()> {
     let len = |v: &Value| v.as_array().map_or(0, Vec::len);
     let parts = answer.as_object().into_iter().flat_map(|o| o.values()).map(len);
     if parts.chain([len(answer)]).max() <= Some(LONGEST_LIST) {

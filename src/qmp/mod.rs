@@ -7,16 +7,16 @@
 //! through [`socket`], all JSON through [`budget`], which bound the time, bytes, nesting and memory
 //! of an answer.
 
-pub mod address;
-pub mod agent;
+pub(crate) mod address;
+pub(crate) mod agent;
 pub mod budget;
-pub mod client;
+pub(crate) mod client;
 pub mod nbd;
-pub mod peer;
-pub mod socket;
-pub mod timeout;
+pub(crate) mod peer;
+pub(crate) mod socket;
+pub(crate) mod timeout;
 pub mod types;
-pub mod wire;
+pub(crate) mod wire;
 
 pub use address::Address;
 pub use client::{Client, Refusal};

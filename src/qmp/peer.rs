@@ -16,7 +16,7 @@ const QEMU: [&str; 2] = ["qemu", "kvm"];
 /// start time. `None` where that cannot be told (TCP, another process namespace), and where the
 /// socket was made by another program than QEMU (libvirt hands over its own), which may have made
 /// many.
-pub fn process(fd: RawFd) -> Option<String> {
+pub(crate) fn process(fd: RawFd) -> Option<String> {
     let pid = u32::try_from(peer_pid(fd)?).ok()?;
     if is_qemu(&folder(pid)) { named(pid) } else { None }
 }
@@ -26,7 +26,7 @@ fn folder(pid: u32) -> PathBuf {
 }
 
 /// The name of the process that has this id now.
-pub fn named(pid: u32) -> Option<String> {
+pub(crate) fn named(pid: u32) -> Option<String> {
     let start = start_time(&system::text(&folder(pid).join("stat")).ok()?)?;
     Some(format!("{}-{pid}-{start}", boot()?))
 }
@@ -40,12 +40,12 @@ fn boot() -> Option<String> {
 const AGAIN: Duration = Duration::from_millis(20);
 
 /// The process id in what [`process`] said.
-pub fn pid(process: &str) -> Option<u32> {
+pub(crate) fn pid(process: &str) -> Option<u32> {
     process.rsplit('-').nth(1)?.parse().ok()
 }
 
 /// Whether the process that [`process`] told of still runs.
-pub fn runs(process: &str) -> bool {
+pub(crate) fn runs(process: &str) -> bool {
     let told = || {
         let (rest, start) = process.rsplit_once('-')?;
         let (then, pid) = rest.rsplit_once('-')?;
@@ -58,7 +58,7 @@ pub fn runs(process: &str) -> bool {
 }
 
 /// As [`runs`], but gives it `patience` to end: its sockets go before it does.
-pub fn runs_on(process: &str, patience: Duration) -> bool {
+pub(crate) fn runs_on(process: &str, patience: Duration) -> bool {
     let end = Instant::now() + patience;
     while runs(process) {
         if Instant::now() >= end {

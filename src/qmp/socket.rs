@@ -24,7 +24,7 @@ const SLICE: Duration = Duration::from_millis(100);
 
 /// A connected socket.
 #[derive(Debug)]
-pub struct Socket {
+pub(crate) struct Socket {
     fd: OwnedFd,
     peer: String,
     unix: bool,
@@ -37,7 +37,7 @@ impl Socket {
     /// # Errors
     /// `NotFound`, `Permission` or `Peer` if nobody listens; `Busy` if the queue of waiting
     /// clients is full; `Timeout`.
-    pub fn connect(address: &Address, timeout: Duration) -> Result<Self> {
+    pub(crate) fn connect(address: &Address, timeout: Duration) -> Result<Self> {
         let (fd, unix) = match address {
             Address::Unix(path) => (connect_unix(path, timeout)?, true),
             Address::Tcp(a) => (connect_tcp(a, timeout)?, false),
@@ -46,7 +46,7 @@ impl Socket {
     }
 
     /// Whether nobody listens at `address` any more.
-    pub fn is_dead(address: &Address) -> bool {
+    pub(crate) fn is_dead(address: &Address) -> bool {
         let e = Self::connect(address, Duration::from_secs(1)).err();
         e.is_some_and(|e| matches!(e.kind(), Kind::NotFound | Kind::Peer))
     }
@@ -55,7 +55,7 @@ impl Socket {
     ///
     /// # Errors
     /// It cannot be set up.
-    pub fn accepted(stream: UnixStream, name: &str) -> Result<Self> {
+    pub(crate) fn accepted(stream: UnixStream, name: &str) -> Result<Self> {
         Self::of(stream.into(), name.to_string(), true)
     }
 
@@ -65,17 +65,17 @@ impl Socket {
     }
 
     /// Who is at the other end, for messages.
-    pub fn peer(&self) -> &str {
+    pub(crate) fn peer(&self) -> &str {
         &self.peer
     }
 
     /// Whether descriptors can be passed.
-    pub fn passes_descriptors(&self) -> bool {
+    pub(crate) fn passes_descriptors(&self) -> bool {
         self.unix
     }
 
     /// From now on waits end with `Interrupted` once the flag is set; `None` ends that.
-    pub fn stop_by(&mut self, flag: Option<Arc<AtomicBool>>) {
+    pub(crate) fn stop_by(&mut self, flag: Option<Arc<AtomicBool>>) {
         self.stop = flag;
     }
 
@@ -83,7 +83,7 @@ impl Socket {
     ///
     /// # Errors
     /// `Peer` if the other end is gone, `Timeout` if it does not read, `Interrupted`.
-    pub fn send(
+    pub(crate) fn send(
         &self,
         bytes: &[u8],
         pass: Option<BorrowedFd<'_>>,
@@ -111,7 +111,7 @@ impl Socket {
     ///
     /// # Errors
     /// `Peer` at the end of the stream, `Interrupted`.
-    pub fn read(&self, buf: &mut [u8], deadline: Instant) -> Result<Option<usize>> {
+    pub(crate) fn read(&self, buf: &mut [u8], deadline: Instant) -> Result<Option<usize>> {
         while self.ready(libc::POLLIN, deadline)? {
             // SAFETY: the buffer is ours and as long as we say.
             let n =
@@ -134,7 +134,7 @@ impl Socket {
     ///
     /// # Errors
     /// `Timeout` if it is not full at the deadline, and as [`Socket::read`].
-    pub fn read_exact(&self, buf: &mut [u8], deadline: Instant) -> Result<()> {
+    pub(crate) fn read_exact(&self, buf: &mut [u8], deadline: Instant) -> Result<()> {
         let mut rest = buf;
         while !rest.is_empty() {
             let Some(n) = self.read(rest, deadline)? else {
@@ -175,7 +175,7 @@ impl Socket {
     ///
     /// # Errors
     /// `Interrupted`.
-    pub fn check_stop(&self) -> Result<()> {
+    pub(crate) fn check_stop(&self) -> Result<()> {
         match &self.stop {
             Some(f) if f.load(Ordering::SeqCst) => {
                 Err(Error::new(Kind::Interrupted, "ended by a signal or by cancel"))
@@ -189,7 +189,7 @@ impl Socket {
     }
 
     /// The error for a peer that was too slow.
-    pub fn timeout(&self, what: &str) -> Error {
+    pub(crate) fn timeout(&self, what: &str) -> Error {
         Error::new(Kind::Timeout, what).at_path(&self.peer)
     }
 }
@@ -306,7 +306,7 @@ fn limit_send(fd: &OwnedFd, timeout: Duration) {
 /// The folder of a long path cannot be opened.
 // The caller names a socket; links on the way to it are his.
 #[allow(clippy::disallowed_methods)]
-pub fn shorten(path: &Path) -> Result<(PathBuf, Option<std::fs::File>)> {
+pub(crate) fn shorten(path: &Path) -> Result<(PathBuf, Option<std::fs::File>)> {
     use std::os::unix::fs::OpenOptionsExt;
     if path.as_os_str().len() < 108 {
         return Ok((path.to_path_buf(), None));
@@ -350,7 +350,7 @@ fn connect_error(e: io::Error, path: &Path) -> Error {
 }
 
 /// The error for a socket that another client holds.
-pub fn in_use(path: &Path) -> Error {
+pub(crate) fn in_use(path: &Path) -> Error {
     Error::new(Kind::Busy, "the socket accepts the connection but nobody answers: another program holds it")
         .at_path(path)
         .remedy("a QMP socket serves one client; give QEMU a second one: -qmp unix:/run/vm-backup.sock,server=on,wait=off (libvirt: a <qemu:commandline> with the same argument)")

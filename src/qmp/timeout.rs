@@ -9,6 +9,6 @@ use crate::failpoint;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take for one answer, or for an end that was asked for.
-pub fn answer_timeout() -> Duration {
+pub(crate) fn answer_timeout() -> Duration {
     failpoint::answer_timeout(ANSWER_TIMEOUT)
 }

@@ -14,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 
 /// What is accepted of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// The longest line, in bytes.
     pub line: usize,
     /// Memory that the values of one line may take, in bytes, as [`budget`] counts it.
@@ -28,14 +28,14 @@ impl Limits {
     /// node: of thousands of nodes, some MiB. An answer takes up to 48 MiB of memory: three of them
     /// are looked at together, within the 256 MiB that a backup may take. QEMU's events are some
     /// hundred bytes each.
-    pub const QEMU: Limits = Limits { line: 16 << 20, memory: 48 << 20, flood: 128 << 20 };
+    pub(crate) const QEMU: Limits = Limits { line: 16 << 20, memory: 48 << 20, flood: 128 << 20 };
 
     /// The guest agent's: a few KiB for each file system, and answers to an earlier client that
     /// come late.
-    pub const AGENT: Limits = Limits { line: 4 << 20, memory: 16 << 20, flood: 16 << 20 };
+    pub(crate) const AGENT: Limits = Limits { line: 4 << 20, memory: 16 << 20, flood: 16 << 20 };
 
     /// A backup's own, about itself: some hundred bytes for each disk.
-    pub const CONTROL: Limits = Limits { line: 4 << 20, memory: 16 << 20, flood: 4 << 20 };
+    pub(crate) const CONTROL: Limits = Limits { line: 4 << 20, memory: 16 << 20, flood: 4 << 20 };
 }
 
 /// How much is read at once, in bytes.
@@ -43,7 +43,7 @@ const CHUNK: usize = 64 << 10;
 
 /// A connected socket and the bytes read but not yet consumed.
 #[derive(Debug)]
-pub struct Wire {
+pub(crate) struct Wire {
     socket: Socket,
     limits: Limits,
     buf: Vec<u8>,
@@ -60,27 +60,27 @@ impl Wire {
     ///
     /// # Errors
     /// As [`Socket::connect`].
-    pub fn connect(address: &Address, timeout: Duration, limits: Limits) -> Result<Self> {
+    pub(crate) fn connect(address: &Address, timeout: Duration, limits: Limits) -> Result<Self> {
         Ok(Self::over(Socket::connect(address, timeout)?, limits))
     }
 
     /// Over a socket that is connected.
-    pub fn over(socket: Socket, limits: Limits) -> Self {
+    pub(crate) fn over(socket: Socket, limits: Limits) -> Self {
         Wire { socket, limits, buf: Vec::new(), start: 0, scanned: 0, received: 0 }
     }
 
     /// Who is at the other end, for messages.
-    pub fn peer(&self) -> &str {
+    pub(crate) fn peer(&self) -> &str {
         self.socket.peer()
     }
 
     /// Whether descriptors can be passed.
-    pub fn passes_descriptors(&self) -> bool {
+    pub(crate) fn passes_descriptors(&self) -> bool {
         self.socket.passes_descriptors()
     }
 
     /// As [`Socket::stop_by`].
-    pub fn stop_by(&mut self, flag: Option<Arc<AtomicBool>>) {
+    pub(crate) fn stop_by(&mut self, flag: Option<Arc<AtomicBool>>) {
         self.socket.stop_by(flag);
     }
 
@@ -88,7 +88,7 @@ impl Wire {
     ///
     /// # Errors
     /// `Interrupted`.
-    pub fn check_stop(&self) -> Result<()> {
+    pub(crate) fn check_stop(&self) -> Result<()> {
         self.socket.check_stop()
     }
 
@@ -96,7 +96,7 @@ impl Wire {
     ///
     /// # Errors
     /// As [`Socket::send`].
-    pub fn send(
+    pub(crate) fn send(
         &mut self,
         bytes: &[u8],
         pass: Option<BorrowedFd<'_>>,
@@ -107,7 +107,7 @@ impl Wire {
     }
 
     /// Begins to count anew what comes: something else is waited for.
-    pub fn rest(&mut self) {
+    pub(crate) fn rest(&mut self) {
         self.received = 0;
     }
 
@@ -116,7 +116,7 @@ impl Wire {
     /// # Errors
     /// `Peer` at the end of the stream, `Corrupt` for a line that is too long, or for more lines
     /// than anybody sends who has something to say; `Interrupted`.
-    pub fn line(&mut self, deadline: Instant) -> Result<Option<&[u8]>> {
+    pub(crate) fn line(&mut self, deadline: Instant) -> Result<Option<&[u8]>> {
         let Some((from, to)) = self.next_line(deadline)? else { return Ok(None) };
         Ok(self.buf.get(from..to))
     }
@@ -142,7 +142,7 @@ impl Wire {
     ///
     /// # Errors
     /// As [`Wire::line`]; `Corrupt` if the line is no JSON, or holds more than is accepted.
-    pub fn json(&mut self, deadline: Instant) -> Result<Option<Value>> {
+    pub(crate) fn json(&mut self, deadline: Instant) -> Result<Option<Value>> {
         let memory = self.limits.memory;
         loop {
             let Some((from, to)) = self.next_line(deadline)? else { return Ok(None) };
@@ -156,7 +156,7 @@ impl Wire {
     }
 
     /// Whether something has arrived that is no whole line yet.
-    pub fn has_fragment(&self) -> bool {
+    pub(crate) fn has_fragment(&self) -> bool {
         self.start < self.buf.len()
     }
 

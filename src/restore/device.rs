@@ -22,7 +22,7 @@ pub(super) const STEP: u64 = 1 << 30;
 
 /// An opened block device that nobody else uses.
 #[derive(Debug)]
-pub struct Device {
+pub(crate) struct Device {
     file: File,
     path: PathBuf,
     size: u64,
@@ -37,7 +37,7 @@ impl Device {
     /// # Errors
     /// `Busy` if it is mounted or used otherwise, `Usage` if it is no block device, or what the
     /// operating system said.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let real = folder::resolve(path).map_err(|e| target_error(e, "cannot find it", path))?;
         let is_device = folder::look(&real).is_ok_and(|m| m.file_type().is_block_device());
         if !is_device {
@@ -52,25 +52,20 @@ impl Device {
     }
 
     /// The open device.
-    pub fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
     /// Its size in bytes.
-    pub fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.size
-    }
-
-    /// Its path.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Fails if `size` bytes do not fit.
     ///
     /// # Errors
     /// `NoSpace`.
-    pub fn check_size(&self, size: u64) -> Result<()> {
+    pub(crate) fn check_size(&self, size: u64) -> Result<()> {
         if size <= self.size {
             return Ok(());
         }
@@ -80,7 +75,7 @@ impl Device {
 
     /// Discards `start..start + len` (both within the device). Whether it is certain that zeros
     /// are read there from now on.
-    pub fn discard(&self, start: u64, len: u64) -> bool {
+    pub(crate) fn discard(&self, start: u64, len: u64) -> bool {
         if self.aligned(start, len) && self.punch(start, len) {
             return true;
         }
@@ -93,7 +88,7 @@ impl Device {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn zero(&self, start: u64, len: u64, discard: bool) -> Result<()> {
+    pub(crate) fn zero(&self, start: u64, len: u64, discard: bool) -> Result<()> {
         if self.aligned(start, len) {
             if discard && self.punch(start, len) {
                 return Ok(());

@@ -9,10 +9,10 @@ pub(crate) mod clone;
 mod device;
 pub(crate) mod options;
 pub(crate) mod plan;
-pub mod qcow2;
+pub(crate) mod qcow2;
 mod raw;
 pub(crate) mod readback;
-pub mod run;
+pub(crate) mod run;
 pub(crate) mod shape;
 pub(crate) mod source;
 mod stream;
@@ -25,13 +25,11 @@ use crate::error::Result;
 use crate::image::Image;
 
 use crate::job::Work;
-pub use device::Device;
 use options::target_error;
-pub use options::{Options, Reflink, Summary, Target};
-pub use plan::{Chunk, Plan, Totals};
-pub use qcow2::{Compression, Preallocation, Qcow2Options};
-pub use source::BadRange;
-pub use temp::{Temp, check_removable, give, give_common};
+pub(crate) use options::{Options, Reflink, Summary, Target};
+pub(crate) use plan::Plan;
+pub(crate) use qcow2::{Compression, Preallocation, Qcow2Options};
+pub(crate) use temp::{Temp, check_removable, give_common};
 
 use source::Reader;
 
@@ -41,7 +39,7 @@ use source::Reader;
 /// `Exists` without `force`, also if another restore to the same target ended first; `Usage`/`NoSpace`
 /// if it does not fit; `Busy` if the device is in use; `Interrupted`; whatever reading and writing
 /// meet. A file target is then as it was before; a device holds part of the disk.
-pub fn restore(
+pub(crate) fn restore(
     image: &Arc<Image>,
     plan: &Plan,
     target: &Target,
@@ -66,7 +64,7 @@ pub fn restore(
 ///
 /// # Errors
 /// See [`restore`].
-pub fn restore_to_temp(
+pub(crate) fn restore_to_temp(
     image: &Arc<Image>,
     plan: &Plan,
     temp: &Temp,

@@ -8,7 +8,7 @@ use crate::error::Error;
 
 /// Where a point goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
+pub(crate) enum Target {
     /// A sparse raw file.
     Raw(PathBuf),
     /// A qcow2 file.
@@ -21,7 +21,7 @@ pub enum Target {
 
 impl Target {
     /// The path, if it has one.
-    pub fn path(&self) -> Option<&Path> {
+    pub(crate) fn path(&self) -> Option<&Path> {
         match self {
             Target::Raw(p) | Target::Qcow2(p, _) | Target::Device(p) => Some(p),
             Target::Stdout => None,
@@ -31,7 +31,7 @@ impl Target {
 
 /// Whether ranges may be cloned instead of copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Reflink {
+pub(crate) enum Reflink {
     /// Clone where the file system can.
     #[default]
     Auto,
@@ -43,7 +43,7 @@ pub enum Reflink {
 
 /// How to restore.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Options {
+pub(crate) struct Options {
     /// Replace a target that exists.
     pub force: bool,
     /// Read the result back and compare it.
@@ -58,7 +58,7 @@ pub struct Options {
 
 /// How a restore went.
 #[derive(Debug, Clone, Default, serde::Serialize)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// Size in bytes of the virtual disk.
     pub size: u64,
     /// Bytes that were read and written.
@@ -77,7 +77,7 @@ pub struct Summary {
 
 impl Summary {
     /// Which way the bytes went, in one word.
-    pub fn way(&self) -> &'static str {
+    pub(crate) fn way(&self) -> &'static str {
         match (self.copied, self.cloned) {
             (0, 0) => "nothing to write",
             (_, 0) => "copied",

@@ -19,7 +19,7 @@ pub(crate) const MAX_WHOLE: u64 = 1 << 50;
 
 /// A part of the disk that holds something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub struct Chunk {
+pub(crate) struct Chunk {
     /// First guest byte.
     pub start: u64,
     /// Length in bytes, never 0.
@@ -30,14 +30,14 @@ pub struct Chunk {
 
 impl Chunk {
     /// The guest bytes it covers.
-    pub fn range(&self) -> std::ops::Range<u64> {
+    pub(crate) fn range(&self) -> std::ops::Range<u64> {
         self.start..self.start + self.len
     }
 }
 
 /// What the disk consists of, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Totals {
+pub(crate) struct Totals {
     /// Plain, compressed and bad together: what is not a hole.
     pub data: u64,
     /// Of these, what has to be decompressed.
@@ -78,7 +78,7 @@ impl Totals {
 
 /// What a restore is going to do.
 #[derive(Debug, Clone, serde::Serialize)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// Size in bytes of the virtual disk.
     pub size: u64,
     /// Number of layers that are read.
@@ -97,7 +97,7 @@ impl Plan {
     /// # Errors
     /// A layer cannot be opened or changed meanwhile; `Interrupted`. A bad range is no error here:
     /// see [`Plan::check_readable`].
-    pub fn new(image: &Image, work: &Work) -> Result<Self> {
+    pub(crate) fn new(image: &Image, work: &Work) -> Result<Self> {
         let starts = starts(image.size(), work, |at| image.next_data(at))?;
         let found = Mutex::new((Totals::default(), Vec::new()));
         pool::run(
@@ -131,7 +131,7 @@ impl Plan {
     ///
     /// # Errors
     /// `Unsupported` for a disk of more than 1 PiB.
-    pub fn all_chunks(&self) -> Result<Vec<Chunk>> {
+    pub(crate) fn all_chunks(&self) -> Result<Vec<Chunk>> {
         if self.size > MAX_WHOLE {
             return Err(pool::too_large());
         }
@@ -150,7 +150,7 @@ impl Plan {
     ///
     /// # Errors
     /// What `other` says when asked where its next data is.
-    pub fn chunks_with(
+    pub(crate) fn chunks_with(
         &self,
         work: &Work,
         other: impl Fn(u64) -> Result<u64>,
@@ -166,7 +166,7 @@ impl Plan {
     ///
     /// # Errors
     /// The first finding, as an error.
-    pub fn check_readable(&self, salvage: bool) -> Result<()> {
+    pub(crate) fn check_readable(&self, salvage: bool) -> Result<()> {
         if salvage || self.totals.bad == 0 {
             return Ok(());
         }

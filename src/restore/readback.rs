@@ -21,7 +21,13 @@ const BUFFER: usize = 1 << 20;
 ///
 /// # Errors
 /// `Unsound` with the first offset that differs, or what reading said.
-pub(crate) fn file(reader: &Reader, plan: &Plan, out: &File, path: &Path, work: &Work) -> Result<()> {
+pub(crate) fn file(
+    reader: &Reader,
+    plan: &Plan,
+    out: &File,
+    path: &Path,
+    work: &Work,
+) -> Result<()> {
     out.sync_all().map_err(|e| target_error(e, "cannot write to disk", path))?;
     // From the disk, not from memory. Advice only: what stays cached is compared all the same.
     // SAFETY: posix_fadvise on an open descriptor with plain integers.
@@ -37,7 +43,13 @@ pub(crate) fn file(reader: &Reader, plan: &Plan, out: &File, path: &Path, work: 
 ///
 /// # Errors
 /// See [`file`].
-pub(crate) fn image(reader: &Reader, plan: &Plan, result: &Image, path: &Path, work: &Work) -> Result<()> {
+pub(crate) fn image(
+    reader: &Reader,
+    plan: &Plan,
+    result: &Image,
+    path: &Path,
+    work: &Work,
+) -> Result<()> {
     if result.len() != plan.size {
         let text = format!("the result has {} bytes instead of {}", result.len(), plan.size);
         return Err(Error::new(Kind::Unsound, text).at_path(path));

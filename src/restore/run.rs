@@ -16,7 +16,7 @@ use crate::units::{iso_time, parse_when};
 
 /// What a run consists of.
 #[derive(Debug, Default)]
-pub struct Run<'a> {
+pub(crate) struct Run<'a> {
     /// The points: disk and index.
     pub points: Vec<(&'a Disk, usize)>,
     /// Disks beside those that have no point of this run.
@@ -25,7 +25,7 @@ pub struct Run<'a> {
 
 /// A VM as far as manifests tell: its UUID, its name, or, where there are none, the folder of its disks.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Guest {
+pub(crate) enum Guest {
     /// By its UUID; with its name.
     Uuid(String, String),
     /// By its name.
@@ -36,7 +36,7 @@ pub enum Guest {
 
 impl Guest {
     /// Whose point it is.
-    pub fn of(disk: &Disk, manifest: Option<&Manifest>) -> Self {
+    pub(crate) fn of(disk: &Disk, manifest: Option<&Manifest>) -> Self {
         let vm = manifest.map(|m| &*m.vm);
         let name = vm.and_then(vm_name).map(str::to_string);
         match (vm.and_then(vm_uuid), name) {
@@ -47,7 +47,7 @@ impl Guest {
     }
 
     /// What to call it; empty if there is nothing.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         match self {
             Guest::Uuid(uuid, name) if name.is_empty() => uuid.clone(),
             Guest::Uuid(_, name) | Guest::Name(name) => name.clone(),
@@ -59,7 +59,7 @@ impl Guest {
 /// When a point was made, as far as is known. Where several are made in a second, names have the next ones,
 /// and manifests say more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct When {
+pub(crate) struct When {
     /// The time that is shown.
     pub time: i64,
     /// What the manifest says, in seconds and nanoseconds.
@@ -68,7 +68,7 @@ pub struct When {
 
 impl When {
     /// Of a point and its manifest.
-    pub fn of(time: i64, manifest: Option<&Manifest>) -> Self {
+    pub(crate) fn of(time: i64, manifest: Option<&Manifest>) -> Self {
         When { time, made: manifest.map_or((time, 0), |m| (m.time, m.time_nanos)) }
     }
 }
@@ -84,7 +84,7 @@ struct Member<'a> {
 }
 
 /// While a link-disk is unfinished points have two names, and are one disk's all the same.
-pub struct Doubles {
+pub(crate) struct Doubles {
     /// All points, by their disks' names and their times.
     all: HashSet<(String, i64)>,
     /// The old names of the disks that a journal speaks of, by their new ones, as both are called here.
@@ -93,7 +93,7 @@ pub struct Doubles {
 
 impl Doubles {
     /// Those of a backup directory.
-    pub fn of(catalog: &Catalog) -> Self {
+    pub(crate) fn of(catalog: &Catalog) -> Self {
         let of_disk = |d: &Disk| {
             let name = to_text(d.path.as_os_str());
             d.points.iter().map(move |p| (name.clone(), p.time)).collect::<Vec<_>>()
@@ -106,7 +106,7 @@ impl Doubles {
     }
 
     /// Whether a point of the disk is there by its old name too, as its manifest says.
-    pub fn has(&self, disk: &Disk, time: i64, manifest: Option<&Manifest>) -> bool {
+    pub(crate) fn has(&self, disk: &Disk, time: i64, manifest: Option<&Manifest>) -> bool {
         let said = manifest.and_then(|m| m.linked_from.as_ref());
         // It may have been said in a folder further up or down, or in what this is a copy of.
         let here = said.and_then(|_| self.old.get(&disk.path));
@@ -260,7 +260,7 @@ fn check_one(name: &str, ids: &BTreeSet<&str>) -> Result<()> {
 ///
 /// # Errors
 /// `NotFound` if there is none; `Usage` if a time fits several runs of one VM.
-pub fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
+pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let all = members(catalog);
     let meant = Meant::by(&all, &Wish::of(name))?;
     let found: Vec<&Member<'_>> = all.iter().filter(|m| meant.has(m)).collect();
@@ -306,14 +306,14 @@ fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<PathBuf> {
 
 /// The manifest of a point. One that cannot be read is a finding of the scan's; here it is as if it were
 /// not there.
-pub fn manifest_of(disk: &Disk, point: usize) -> Option<Manifest> {
+pub(crate) fn manifest_of(disk: &Disk, point: usize) -> Option<Manifest> {
     let source = &disk.points[point].source;
     manifest::read(source.parent()?, source.file_name()?).ok()?
 }
 
 /// What the guest's disk was when a point was made, as its manifest tells.
 #[derive(Debug)]
-pub struct Original {
+pub(crate) struct Original {
     /// The name of its file, without folders.
     pub name: PlainName,
     /// Whether it was a qcow2 image.
@@ -322,7 +322,7 @@ pub struct Original {
 
 /// The disk that `point` is a state of, as the VM's configuration names it; `None` if no manifest
 /// says.
-pub fn original(disk: &Disk, point: usize) -> Option<Original> {
+pub(crate) fn original(disk: &Disk, point: usize) -> Option<Original> {
     let identity = manifest_of(disk, point)?.disk;
     let name = PlainName::new(Path::new(&identity.file).file_name()?).ok()?;
     // A device's name says nothing of a file, nor does one of another protocol (rbd:POOL/IMAGE).
@@ -348,7 +348,7 @@ fn disks_without(all: &[Member<'_>], found: &[&Member<'_>]) -> Vec<PathBuf> {
 }
 
 /// The name of a disk's file below the folder that a run is restored to.
-pub fn file_name(disk: &Disk, point: usize, extension: &str) -> PathBuf {
+pub(crate) fn file_name(disk: &Disk, point: usize, extension: &str) -> PathBuf {
     let mut path = disk.path.clone();
     if path.file_name().is_none() {
         path = PathBuf::from(disk.points[point].source.file_name().unwrap_or(OsStr::new("disk")));

@@ -5,7 +5,7 @@ use crate::error::{Error, Kind, Result};
 /// How clusters are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Compression {
+pub(crate) enum Compression {
     /// Not at all.
     #[default]
     None,
@@ -18,7 +18,7 @@ pub enum Compression {
 /// What is set aside for clusters that hold nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Preallocation {
+pub(crate) enum Preallocation {
     /// Nothing.
     #[default]
     Off,
@@ -32,7 +32,7 @@ pub enum Preallocation {
 
 /// The shape of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub struct Qcow2Options {
+pub(crate) struct Qcow2Options {
     /// Bytes per cluster: a power of two from 512 to 2 MiB.
     pub cluster_size: u32,
     /// Compression.
@@ -57,7 +57,7 @@ impl Qcow2Options {
     ///
     /// # Errors
     /// `Usage`.
-    pub fn check(&self, size: u64) -> Result<()> {
+    pub(crate) fn check(&self, size: u64) -> Result<()> {
         let usage = |text: &str| Err(Error::new(Kind::Usage, text));
         if !self.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&self.cluster_size) {
             return usage("the cluster size must be a power of two from 512 to 2M");

@@ -12,7 +12,7 @@ const MAX_LISTED: usize = 10_000;
 
 /// A range that is zeros in the target because it could not be read.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct BadRange {
+pub(crate) struct BadRange {
     /// First guest byte.
     pub start: u64,
     /// Length in bytes.
@@ -22,7 +22,7 @@ pub struct BadRange {
 }
 
 /// A point that is being restored.
-pub struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     /// The point.
     pub image: &'a Arc<Image>,
     salvage: bool,
@@ -31,12 +31,12 @@ pub struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     /// Reads `image`; with `salvage`, unreadable ranges become zeros and are listed.
-    pub fn new(image: &'a Arc<Image>, salvage: bool) -> Self {
+    pub(crate) fn new(image: &'a Arc<Image>, salvage: bool) -> Self {
         Reader { image, salvage, bad: Mutex::new(Vec::new()) }
     }
 
     /// The same point, to read it once more: what is given up is not listed again.
-    pub fn again(&self) -> Self {
+    pub(crate) fn again(&self) -> Self {
         Reader::new(self.image, self.salvage)
     }
 
@@ -44,7 +44,7 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// What the image says; with `salvage` only what concerns more than one range.
-    pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+    pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         match self.image.read_at(buf, offset) {
             Err(e) if self.salvage && is_local(&e) => self.salvage(buf, offset, &e),
             other => other,
@@ -52,7 +52,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Whether a range that the tables already show as bad is given up; it is listed then.
-    pub fn gives_up(&self, e: &FoldedExtent) -> bool {
+    pub(crate) fn gives_up(&self, e: &FoldedExtent) -> bool {
         if self.salvage {
             let finding = self.image.findings().into_iter().next();
             let text = finding.map_or("cannot be read".to_string(), |f| f.to_string());
@@ -86,7 +86,7 @@ impl<'a> Reader<'a> {
     }
 
     /// What was given up, ascending.
-    pub fn into_bad(self) -> Vec<BadRange> {
+    pub(crate) fn into_bad(self) -> Vec<BadRange> {
         let mut bad = self.bad.into_inner().unwrap_or_else(|e| e.into_inner());
         bad.sort_unstable_by_key(|b| b.start);
         bad

@@ -18,7 +18,7 @@ pub(crate) const OLD_SUFFIX: &str = ".fleecefs-partial";
 
 /// The file that is being made.
 #[derive(Debug)]
-pub struct Temp {
+pub(crate) struct Temp {
     file: folder::Temp,
     name: OsString,
     path: PathBuf,
@@ -32,7 +32,7 @@ impl Temp {
     ///
     /// # Errors
     /// `Exists` if there is a target and `force` is not set; what the operating system said.
-    pub fn create(target: &Path, force: bool) -> Result<Self> {
+    pub(crate) fn create(target: &Path, force: bool) -> Result<Self> {
         let real = folder::resolve_target(target)
             .map_err(|e| target_error(e, "cannot find the target's folder", target))?;
         let Some(name) = real.file_name().filter(|_| target.file_name().is_some()) else {
@@ -54,7 +54,7 @@ impl Temp {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn create_named(folder: &Path) -> Result<Self> {
+    pub(crate) fn create_named(folder: &Path) -> Result<Self> {
         let failed = |e| target_error(e, "cannot make a temporary file", folder);
         let file = Folder::open(folder).and_then(folder::Temp::create_named).map_err(failed)?;
         let name = file.name().unwrap_or_default().to_os_string();
@@ -66,19 +66,19 @@ impl Temp {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn create_in(folder: &Folder) -> Result<Self> {
+    pub(crate) fn create_in(folder: &Folder) -> Result<Self> {
         let file = folder.temp().map_err(|e| failed_to_make(e, folder))?;
         let path = folder.path().to_path_buf();
         Ok(Temp { file, name: OsString::new(), path, force: false, leftover: Swept::default() })
     }
 
     /// The open file.
-    pub fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         self.file.file()
     }
 
     /// What to call it: its path if it has a name ([`Temp::create_named`]), else its target's.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -86,14 +86,14 @@ impl Temp {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn source(&self) -> Result<SourceFile> {
+    pub(crate) fn source(&self) -> Result<SourceFile> {
         let file = self.file().try_clone();
         let file = file.map_err(|e| target_error(e, "cannot read the file", &self.path))?;
         SourceFile::of_open(file, self.path.clone())
     }
 
     /// The folder that it is in.
-    pub fn folder(&self) -> &Folder {
+    pub(crate) fn folder(&self) -> &Folder {
         self.file.folder()
     }
 
@@ -102,7 +102,7 @@ impl Temp {
     /// # Errors
     /// What the operating system said; `Exists` if a target has appeared meanwhile. The temporary
     /// file is gone then.
-    pub fn publish(self) -> Result<()> {
+    pub(crate) fn publish(self) -> Result<()> {
         let replace = if self.force { Replace::Yes } else { Replace::No };
         if self.force {
             // A VM may have been started meanwhile.
@@ -118,7 +118,12 @@ impl Temp {
     ///
     /// # Errors
     /// See [`Temp::publish`]; `Exists` if there is such a file and it may not be replaced.
-    pub fn publish_in(self, to: &Folder, name: &std::ffi::OsStr, replace: Replace) -> Result<()> {
+    pub(crate) fn publish_in(
+        self,
+        to: &Folder,
+        name: &std::ffi::OsStr,
+        replace: Replace,
+    ) -> Result<()> {
         let failed = |e| target_error(e, "cannot give the file its name", &to.join(name));
         self.file.publish_in(to, name, replace).map_err(failed)
     }
@@ -156,7 +161,7 @@ impl Temp {
 ///
 /// # Errors
 /// What the operating system said; only root may give files away.
-pub fn give(file: &File, like: &Metadata) -> std::io::Result<()> {
+pub(crate) fn give(file: &File, like: &Metadata) -> std::io::Result<()> {
     let owned = std::os::unix::fs::fchown(file, Some(like.uid()), Some(like.gid()));
     // The mode last: it may let others read, and changing the owner clears some of its bits.
     file.set_permissions(Permissions::from_mode(like.mode() & 0o777))?;
@@ -170,7 +175,7 @@ pub fn give(file: &File, like: &Metadata) -> std::io::Result<()> {
 ///
 /// # Errors
 /// As [`give`].
-pub fn give_common(file: &File, parts: &[Metadata]) -> std::io::Result<()> {
+pub(crate) fn give_common(file: &File, parts: &[Metadata]) -> std::io::Result<()> {
     let Some(first) = parts.first() else { return Ok(()) };
     let own = rustix::process::geteuid().as_raw();
     let alike = |m: &Metadata| (m.uid(), m.gid()) == (first.uid(), first.gid());
@@ -189,7 +194,7 @@ pub fn give_common(file: &File, parts: &[Metadata]) -> std::io::Result<()> {
 ///
 /// # Errors
 /// `Permission`, or `Busy` if something is mounted there; what the operating system said.
-pub fn check_removable(folder: &Folder, name: &std::ffi::OsStr) -> Result<()> {
+pub(crate) fn check_removable(folder: &Folder, name: &std::ffi::OsStr) -> Result<()> {
     let path = folder.join(name);
     let fixed = folder.fixed(name).map_err(|e| target_error(e, "cannot look at it", &path))?;
     let (kind, what, remedy) = match fixed {

@@ -38,7 +38,7 @@ const CACHE_BYTES: u64 = 256 << 20;
 
 /// What is going to happen.
 #[derive(Debug, Clone, serde::Serialize)]
-pub struct Consolidation {
+pub(crate) struct Consolidation {
     /// The folder.
     pub dir: PathBuf,
     /// The point that becomes a FULL, as an index into the disk's points.
@@ -59,7 +59,7 @@ pub struct Consolidation {
 /// # Errors
 /// `Usage` if the point is no INC of a chain that can be shortened; `NotFound`; `Incomplete` if
 /// the point cannot be served.
-pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
+pub(crate) fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consolidation>> {
     let find = |name: &str| {
         let points = &disk.points;
         let exact = points.iter().position(|p| p.name == name);
@@ -91,7 +91,7 @@ pub fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option<Consol
 }
 
 /// What many plans look up: who uses which file, and what is in which chain.
-pub struct Index<'a> {
+pub(crate) struct Index<'a> {
     users: Users<'a>,
     /// By folder of a disk and name of a chain; in chain order.
     chains: HashMap<&'a Path, HashMap<&'a str, Vec<usize>>>,
@@ -99,7 +99,7 @@ pub struct Index<'a> {
 
 impl<'a> Index<'a> {
     /// That of all disks.
-    pub fn of(catalog: &'a Catalog) -> Self {
+    pub(crate) fn of(catalog: &'a Catalog) -> Self {
         let mut chains: HashMap<&Path, HashMap<&str, Vec<usize>>> = HashMap::new();
         for disk in &catalog.disks {
             let of_disk = chains.entry(&disk.path).or_default();
@@ -123,7 +123,7 @@ impl<'a> Index<'a> {
 ///
 /// # Errors
 /// As [`plan`].
-pub fn plan_at(
+pub(crate) fn plan_at(
     index: &Index,
     disk: &Disk,
     point: usize,
@@ -245,7 +245,7 @@ fn line_of_parents(disk: &Disk, point: usize) -> impl Iterator<Item = usize> + '
 
 /// How a chain is consolidated.
 #[derive(Debug, Clone, Copy)]
-pub struct How {
+pub(crate) struct How {
     /// Compare each file that is merged with its manifest's hash first.
     pub check: bool,
     /// Read the new image back and compare it with the point.
@@ -257,7 +257,12 @@ pub struct How {
 /// # Errors
 /// Reading, writing or comparing failed: everything is as it was. After the new FULL has its name,
 /// an error leaves a journal, which the next run finishes.
-pub fn consolidate(disk: &Disk, plan: &Consolidation, how: How, work: &Work) -> Result<Summary> {
+pub(crate) fn consolidate(
+    disk: &Disk,
+    plan: &Consolidation,
+    how: How,
+    work: &Work,
+) -> Result<Summary> {
     if how.check {
         check_sources(disk, plan.point, work)?;
     }

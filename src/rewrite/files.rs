@@ -24,7 +24,7 @@ use crate::text::path_text;
 use crate::{folder, manifest, qemu_img};
 
 /// Ends the name of a saved header that is not yet complete.
-pub const UNFINISHED_HEADER: &str = ".header.tmp";
+pub(crate) const UNFINISHED_HEADER: &str = ".header.tmp";
 /// Bytes copied at once.
 const BUFFER: usize = 1 << 20;
 
@@ -32,7 +32,7 @@ const BUFFER: usize = 1 << 20;
 ///
 /// # Errors
 /// `Unsound` with what was found.
-pub fn check(m: &Member, work: &Work) -> Result<()> {
+pub(crate) fn check(m: &Member, work: &Work) -> Result<()> {
     let unsound = |text: String| {
         Err(Error::new(Kind::Unsound, text)
             .at_path(&m.path)
@@ -63,7 +63,7 @@ pub fn check(m: &Member, work: &Work) -> Result<()> {
 ///
 /// # Errors
 /// See [`manifest::read`].
-pub fn manifest_of(image: &Path) -> Result<Option<manifest::Manifest>> {
+pub(crate) fn manifest_of(image: &Path) -> Result<Option<manifest::Manifest>> {
     let name = image.file_name().unwrap_or_default();
     manifest::read(folder_of(image), name)
 }
@@ -72,7 +72,7 @@ pub fn manifest_of(image: &Path) -> Result<Option<manifest::Manifest>> {
 ///
 /// # Errors
 /// Reading failed, `Interrupted`.
-pub fn hash(path: &Path, work: &Work) -> Result<String> {
+pub(crate) fn hash(path: &Path, work: &Work) -> Result<String> {
     let file = folder::open_file(path);
     let file = file.map_err(|e| Error::io(e, "cannot open the file").at_path(path))?;
     hash_of(&file, path, work)
@@ -82,7 +82,7 @@ pub fn hash(path: &Path, work: &Work) -> Result<String> {
 ///
 /// # Errors
 /// Reading failed, it changed meanwhile, `Interrupted`.
-pub fn hash_of(file: &File, path: &Path, work: &Work) -> Result<String> {
+pub(crate) fn hash_of(file: &File, path: &Path, work: &Work) -> Result<String> {
     let file = file.try_clone().map_err(|e| Error::io(e, "cannot use the file").at_path(path))?;
     let source = SourceFile::of_open(file, path.to_path_buf())?;
     crate::hash::whole_with(&source, work.workers, &(), &|| work.check())
@@ -93,7 +93,7 @@ pub fn hash_of(file: &File, path: &Path, work: &Work) -> Result<String> {
 ///
 /// # Errors
 /// Reading or writing failed, `Interrupted`.
-pub fn copy(from: &Path, to: &File, path: &Path, work: &Work) -> Result<()> {
+pub(crate) fn copy(from: &Path, to: &File, path: &Path, work: &Work) -> Result<()> {
     copy_from(&SourceFile::look(from)?, to, path, work)
 }
 
@@ -101,7 +101,7 @@ pub fn copy(from: &Path, to: &File, path: &Path, work: &Work) -> Result<()> {
 ///
 /// # Errors
 /// See [`copy`].
-pub fn copy_from(source: &SourceFile, to: &File, path: &Path, work: &Work) -> Result<()> {
+pub(crate) fn copy_from(source: &SourceFile, to: &File, path: &Path, work: &Work) -> Result<()> {
     let failed = |e| target_error(e, "writing failed", path);
     to.set_len(source.len()).map_err(failed)?;
     let cloner = Cloner::new(to, Reflink::Auto);
@@ -130,7 +130,7 @@ pub fn copy_from(source: &SourceFile, to: &File, path: &Path, work: &Work) -> Re
 ///
 /// # Errors
 /// `Changed`; what the operating system said.
-pub fn check_same(dir: &Folder, name: &OsStr, id: FileId) -> Result<()> {
+pub(crate) fn check_same(dir: &Folder, name: &OsStr, id: FileId) -> Result<()> {
     let path = dir.join(name);
     let meta = dir.look(name).map_err(|e| target_error(e, "cannot look at the file", &path))?;
     if FileId::of(&meta) == id {
@@ -140,7 +140,7 @@ pub fn check_same(dir: &Folder, name: &OsStr, id: FileId) -> Result<()> {
 }
 
 /// Another file has the name of one that was to be altered or removed.
-pub fn exchanged(path: &Path) -> Error {
+pub(crate) fn exchanged(path: &Path) -> Error {
     Error::new(Kind::Changed, "another file has taken its name since the folder was read")
         .at_path(path)
         .remedy("find out who alters this folder, and try again")
@@ -151,7 +151,7 @@ pub fn exchanged(path: &Path) -> Error {
 ///
 /// # Errors
 /// `Unsupported`; what the operating system said.
-pub fn check_alterable(dir: &Folder, name: &OsStr) -> Result<()> {
+pub(crate) fn check_alterable(dir: &Folder, name: &OsStr) -> Result<()> {
     dir.open_with(name, Access::ReadWrite).map(drop).map_err(|e| not_alterable(e, dir.join(name)))
 }
 
@@ -170,7 +170,7 @@ fn not_alterable(e: std::io::Error, image: PathBuf) -> Error {
 ///
 /// # Errors
 /// See [`crate::layer::probe`].
-pub fn probe(path: &Path) -> Result<ImageInfo> {
+pub(crate) fn probe(path: &Path) -> Result<ImageInfo> {
     crate::layer::probe(&SourceFile::look(path)?)
 }
 
@@ -178,7 +178,7 @@ pub fn probe(path: &Path) -> Result<ImageInfo> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn remove_in(dir: &Folder, name: &OsStr) -> Result<bool> {
+pub(crate) fn remove_in(dir: &Folder, name: &OsStr) -> Result<bool> {
     let remove = || {
         let was = dir.remove_if_there(name)?;
         if was {
@@ -194,7 +194,7 @@ pub fn remove_in(dir: &Folder, name: &OsStr) -> Result<bool> {
 
 /// How an image in the same folder is called in a backing pointer: relative, so that the folder
 /// can be moved. QEMU takes what is before a colon for a protocol.
-pub fn pointer_to(base: &Path) -> OsString {
+pub(crate) fn pointer_to(base: &Path) -> OsString {
     let name = base.file_name().unwrap_or_default();
     let mut pointer = OsString::new();
     if name.as_bytes().contains(&b':') {
@@ -205,7 +205,7 @@ pub fn pointer_to(base: &Path) -> OsString {
 }
 
 /// The name of a format for QEMU.
-pub fn format_name(format: Format) -> Option<&'static str> {
+pub(crate) fn format_name(format: Format) -> Option<&'static str> {
     match format {
         Format::Qcow2 => Some("qcow2"),
         Format::Raw => Some("raw"),
@@ -219,7 +219,7 @@ pub fn format_name(format: Format) -> Option<&'static str> {
 ///
 /// # Errors
 /// What was met; the image is then as before, or [`restore_headers`] makes it so.
-pub fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> Result<()> {
+pub(crate) fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> Result<()> {
     let base = base.map(|(path, format)| (pointer_to(path), format));
     set_pointer(image, base, work)
 }
@@ -228,7 +228,11 @@ pub fn set_backing(image: &Path, base: Option<(&Path, Format)>, work: &Work) -> 
 ///
 /// # Errors
 /// See [`set_backing`].
-pub fn set_pointer(image: &Path, base: Option<(OsString, Format)>, work: &Work) -> Result<()> {
+pub(crate) fn set_pointer(
+    image: &Path,
+    base: Option<(OsString, Format)>,
+    work: &Work,
+) -> Result<()> {
     let format = match &base {
         Some((pointer, format)) => Some(format_name(*format).ok_or_else(|| {
             Error::new(Kind::Unsupported, "QEMU has no such format").at_path(pointer)
@@ -325,7 +329,7 @@ fn save_header(
 ///
 /// # Errors
 /// Reading or writing failed; `Corrupt` if a saved header is none, or of no image of ours.
-pub fn restore_headers(dir: &Folder) -> Result<()> {
+pub(crate) fn restore_headers(dir: &Folder) -> Result<()> {
     let failed = |e| target_error(e, "cannot read the folder", dir.path());
     let side = folder::absent_is_none(dir.folder(manifest::FOLDER)).map_err(failed)?;
     let Some(side) = side else { return Ok(()) };
@@ -404,7 +408,7 @@ fn check_may_be_qcow2(dir: &Folder, image: &OsStr) -> Result<()> {
 
 /// What an image lies on by its own words: its manifest's parent, and the file name in its
 /// backing pointer. What is damaged says nothing.
-pub fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<OsString>) {
+pub(crate) fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<OsString>) {
     let known = manifest::read_in(dir, image).ok().flatten();
     let is_raw = known.as_ref().is_some_and(|m| m.format == manifest::ImageFormat::Raw);
     let parent = known.and_then(|m| m.parent).map(OsString::from);
@@ -421,7 +425,7 @@ pub fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<O
 ///
 /// # Errors
 /// The folder cannot be read.
-pub fn images(dir: &Folder) -> Result<Vec<OsString>> {
+pub(crate) fn images(dir: &Folder) -> Result<Vec<OsString>> {
     let entries = dir.entries();
     let entries = entries.map_err(|e| target_error(e, "cannot read the folder", dir.path()))?;
     let mut found: Vec<OsString> = entries
@@ -434,7 +438,7 @@ pub fn images(dir: &Folder) -> Result<Vec<OsString>> {
 }
 
 /// The link that leads to the newest point, as `rebase` sets it.
-pub const LINK: &str = "image";
+pub(crate) const LINK: &str = "image";
 
 /// Sets a link of that name, or of the kind `FULL-<disk>`, that leads to one of the images `gone`
 /// to `new`, the image that took its place. Without `new`, and for links of the second kind, which
@@ -442,7 +446,7 @@ pub const LINK: &str = "image";
 ///
 /// # Errors
 /// What the operating system said.
-pub fn lead_links(dir: &Folder, gone: &[&OsStr], new: Option<&OsStr>) -> Result<()> {
+pub(crate) fn lead_links(dir: &Folder, gone: &[&OsStr], new: Option<&OsStr>) -> Result<()> {
     let entries = dir.entries();
     let entries = entries.map_err(|e| target_error(e, "cannot read the folder", dir.path()))?;
     for link in entries.into_iter().filter(|e| e.kind == EntryKind::Link).map(|e| e.name) {
@@ -467,7 +471,7 @@ pub fn lead_links(dir: &Folder, gone: &[&OsStr], new: Option<&OsStr>) -> Result<
 ///
 /// # Errors
 /// What the operating system said.
-pub fn set_link(dir: &Folder, link: &OsStr, target: &OsStr) -> Result<()> {
+pub(crate) fn set_link(dir: &Folder, link: &OsStr, target: &OsStr) -> Result<()> {
     dir.set_link(Path::new(target), link)
         .map_err(|e| target_error(e, "cannot set the link", &dir.join(link)))
 }

@@ -13,15 +13,15 @@
 //! next finishes it ([`recover`]).
 
 pub(crate) mod config;
-pub mod consolidate;
-pub mod files;
-pub mod fold;
+pub(crate) mod consolidate;
+pub(crate) mod files;
+pub(crate) mod fold;
 mod folders;
-pub mod join;
+pub(crate) mod join;
 pub(crate) mod line;
 mod member;
 pub(crate) mod plan;
-pub mod rebase;
+pub(crate) mod rebase;
 pub mod remove;
 mod snapshots;
 mod switch;

@@ -24,7 +24,7 @@ use crate::text::path_text;
 
 /// What a rebase is going to do.
 #[derive(Debug, Clone, serde::Serialize)]
-pub struct RebasePlan {
+pub(crate) struct RebasePlan {
     /// The files, the FULL first.
     pub members: Vec<Member>,
     /// The link that leads to the last one.
@@ -39,7 +39,7 @@ impl RebasePlan {
     /// # Errors
     /// `Unsupported` if an image is raw, or the images are not in one folder; `Exists` if there is
     /// something called `image` that is no link.
-    pub fn new(line: &Line, absolute: bool) -> Result<Self> {
+    pub(crate) fn new(line: &Line, absolute: bool) -> Result<Self> {
         let members = line.members()?;
         let Some(full) = members.first() else {
             return Err(Error::new(Kind::NotFound, "there is no image"));
@@ -57,7 +57,7 @@ impl RebasePlan {
     }
 
     /// The steps, one a line.
-    pub fn lines(&self) -> Vec<String> {
+    pub(crate) fn lines(&self) -> Vec<String> {
         let name = |m: &Member| path_text(m.path.file_name().unwrap_or_default());
         let base = |m: &Member| self.pointer(&m.path).map_or_else(|_| name(m), |p| path_text(&p));
         let pairs = self.members.windows(2);
@@ -73,7 +73,7 @@ impl RebasePlan {
     ///
     /// # Errors
     /// What was met; the point restores as before.
-    pub fn execute(&self, skip_check: bool, work: &Work) -> Result<()> {
+    pub(crate) fn execute(&self, skip_check: bool, work: &Work) -> Result<()> {
         if !skip_check {
             self.members.iter().try_for_each(|m| files::check(m, work))?;
         }
@@ -105,7 +105,7 @@ impl RebasePlan {
 ///
 /// # Errors
 /// `Unsupported`.
-pub fn only_qcow2(m: &Member) -> Result<()> {
+pub(crate) fn only_qcow2(m: &Member) -> Result<()> {
     if m.format == Format::Qcow2 {
         return Ok(());
     }
@@ -118,7 +118,7 @@ pub fn only_qcow2(m: &Member) -> Result<()> {
 ///
 /// # Errors
 /// `Unsupported`.
-pub fn same_folder(a: &Member, b: &Member) -> Result<()> {
+pub(crate) fn same_folder(a: &Member, b: &Member) -> Result<()> {
     if folder_of(&a.path) == folder_of(&b.path) {
         return Ok(());
     }

@@ -111,7 +111,7 @@ impl Opened {
 
 /// Files that are no longer in a slot. They are closed where this is dropped, which may take as long
 /// as their storage does.
-pub type Closed = Vec<Arc<Opened>>;
+pub(crate) type Closed = Vec<Arc<Opened>>;
 
 struct Pool {
     /// All files together.
@@ -171,18 +171,18 @@ impl Pool {
 
 /// Takes note of the limit of open files as it is now, and that `others` descriptors are needed for
 /// other things than the files of backups.
-pub fn set_limit(others: u64) {
+pub(crate) fn set_limit(others: u64) {
     pool().limit = limit(others);
 }
 
 /// How many files can be pinned at a time.
-pub fn pin_limit() -> usize {
+pub(crate) fn pin_limit() -> usize {
     pool().pin_limit()
 }
 
 /// Pins all of `slots` or, if `false`, none: they would be more than may be pinned. What is pinned
 /// stays open from the next time on that it is opened, until [`unpin`].
-pub fn pin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>> + Clone) -> bool {
+pub(crate) fn pin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>> + Clone) -> bool {
     let mut pool = pool();
     let mut new = 0;
     for slot in slots.clone() {
@@ -205,7 +205,7 @@ pub fn pin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>> + Clone) -> bool {
 }
 
 /// Undoes [`pin`]. Files that nobody pins any more are to be closed: drop the result.
-pub fn unpin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> Closed {
+pub(crate) fn unpin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> Closed {
     let mut pool = pool();
     let mut closed = Vec::new();
     for slot in slots {
@@ -218,7 +218,7 @@ pub fn unpin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> Closed {
 }
 
 /// Closes all files that nobody pins.
-pub fn close_unpinned() {
+pub(crate) fn close_unpinned() {
     drop(take_unpinned(usize::MAX));
 }
 

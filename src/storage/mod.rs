@@ -5,7 +5,7 @@
 //! ([`FaultyStorage`]). Nothing here seeks, so everything can be shared between threads. [`files`]
 //! bounds how many files are open.
 
-pub mod files;
+pub(crate) mod files;
 mod identity;
 mod names;
 mod source;

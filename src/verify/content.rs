@@ -51,7 +51,11 @@ pub(super) fn read_all(storage: &dyn ReadAt, jobs: usize, progress: &dyn Progres
 ///
 /// # Errors
 /// None of its own; what the layer says goes to `found`.
-pub(super) fn decompress_all(layer: &dyn Layer, jobs: usize, found: impl Fn(Error) + Sync) -> Result<()> {
+pub(super) fn decompress_all(
+    layer: &dyn Layer,
+    jobs: usize,
+    found: impl Fn(Error) + Sync,
+) -> Result<()> {
     let mut at = layer.next_mapped(0);
     while at < layer.size() {
         let windows = mapped_windows(layer, &mut at);

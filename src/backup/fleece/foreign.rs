@@ -20,7 +20,7 @@ const RELINK: &str = "fleecefs-relink";
 ///
 /// # Errors
 /// QEMU refuses.
-pub fn remove(client: &mut Client, watch: &dyn Watch) -> Result<usize> {
+pub(crate) fn remove(client: &mut Client, watch: &dyn Watch) -> Result<usize> {
     let mut count = 0;
     let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
     for j in jobs.iter().filter(|j| is_foreign(&j.id)) {
@@ -47,7 +47,7 @@ pub fn remove(client: &mut Client, watch: &dyn Watch) -> Result<usize> {
 ///
 /// # Errors
 /// `Busy`; QEMU does not answer.
-pub fn refuse_at_work(client: &mut Client) -> Result<()> {
+pub(crate) fn refuse_at_work(client: &mut Client) -> Result<()> {
     let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
     let Some(job) = jobs.iter().find(|j| is_foreign(&j.id) && !j.concluded()) else {
         return Ok(());
@@ -64,7 +64,7 @@ pub fn refuse_at_work(client: &mut Client) -> Result<()> {
 ///
 /// # Errors
 /// `Busy`; QEMU does not answer.
-pub fn refuse_stop(client: &mut Client) -> Result<()> {
+pub(crate) fn refuse_stop(client: &mut Client) -> Result<()> {
     if client.version().number >= (10, 0, 0) {
         return Ok(());
     }

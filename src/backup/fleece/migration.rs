@@ -47,7 +47,7 @@ const OVER: &[&str] = &["none", "completed", "cancelled", "failed"];
 ///
 /// # Errors
 /// `Busy` with the reason; as [`Client::execute`].
-pub fn check(client: &mut Client) -> Result<()> {
+pub(crate) fn check(client: &mut Client) -> Result<()> {
     let Some((state, progress)) = facts(client)? else { return Ok(()) };
     check_state(&state)?;
     progress.check()
@@ -55,7 +55,7 @@ pub fn check(client: &mut Client) -> Result<()> {
 
 /// Whose the disks are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owner {
+pub(crate) enum Owner {
     /// This QEMU's.
     Here,
     /// Being handed over: another QEMU may write to them already, or never get them.
@@ -69,7 +69,7 @@ pub enum Owner {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn owner(client: &mut Client) -> Result<Owner> {
+pub(crate) fn owner(client: &mut Client) -> Result<Owner> {
     let facts = facts(client)?;
     Ok(facts.map_or(Owner::Here, |(state, progress)| owner_in(&state, &progress)))
 }
@@ -89,17 +89,17 @@ fn owner_in(state: &str, progress: &Progress) -> Owner {
 ///
 /// # Errors
 /// As [`owner`].
-pub fn has_left(client: &mut Client) -> Result<bool> {
+pub(crate) fn has_left(client: &mut Client) -> Result<bool> {
     Ok(owner(client)? != Owner::Here)
 }
 
 /// What to do with a QEMU that has something of ours in memory while another has the disks. (Ended in
 /// order it writes the tables of its qcow2 images: seen where they are shared and not locked.)
-pub const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: \
+pub(crate) const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: \
                         what it has in memory of the disks must not be written any more";
 
 /// The error where something of ours cannot be undone yet.
-pub fn leaving() -> Error {
+pub(crate) fn leaving() -> Error {
     Error::new(Kind::Busy, "the guest is being migrated: what is left in this QEMU stays for now")
         .remedy(format!(
             "where it stays here, run fleecefs recover when it runs again; else {KILL}"
@@ -110,7 +110,7 @@ pub fn leaving() -> Error {
 ///
 /// # Errors
 /// `Busy`; as [`Client::execute`].
-pub fn check_arrived(client: &mut Client) -> Result<()> {
+pub(crate) fn check_arrived(client: &mut Client) -> Result<()> {
     match run_state(client)? {
         Some(state) if state == "inmigrate" => check_state(&state),
         _ => Ok(()),
@@ -222,7 +222,7 @@ impl Progress {
 
 /// Watches that no migration begins while a run is on.
 #[derive(Debug)]
-pub struct Guard {
+pub(crate) struct Guard {
     before: Progress,
     /// Events that had come by then.
     events: u64,
@@ -236,7 +236,7 @@ impl Guard {
     ///
     /// # Errors
     /// `Busy` if a migration runs; as [`Client::execute`].
-    pub fn begin(client: &mut Client, run: &str, watch: &dyn Watch) -> Result<Self> {
+    pub(crate) fn begin(client: &mut Client, run: &str, watch: &dyn Watch) -> Result<Self> {
         let before = match facts(client)? {
             Some((state, progress)) => {
                 check_state(&state).and_then(|()| progress.check())?;
@@ -265,7 +265,7 @@ impl Guard {
     ///
     /// # Errors
     /// `Busy`; as [`Client::execute`].
-    pub fn check(&self, client: &mut Client) -> Result<Option<String>> {
+    pub(crate) fn check(&self, client: &mut Client) -> Result<Option<String>> {
         let Some((state, now)) = lasting_facts(client)? else { return Ok(None) };
         let safe = check_state(&state).and_then(|()| now.check());
         safe.map_err(|e| match owner_in(&state, &now) {
@@ -282,7 +282,7 @@ impl Guard {
     }
 
     /// Makes QEMU as silent about migrations as it was before.
-    pub fn end(self, client: &mut Client) {
+    pub(crate) fn end(self, client: &mut Client) {
         if self.told
             && let Err(e) = set_events(client, false)
         {

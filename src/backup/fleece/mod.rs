@@ -1,12 +1,12 @@
 //! The files and nodes of one disk's fleecing: fleece image, target image, filter, frozen view.
 
-pub mod foreign;
-pub mod migration;
-pub mod nbdserver;
-pub mod space;
-pub mod teardown;
+pub(crate) mod foreign;
+pub(crate) mod migration;
+pub(crate) mod nbdserver;
+pub(crate) mod space;
+pub(crate) mod teardown;
 pub(crate) mod unplug;
-pub mod zeros;
+pub(crate) mod zeros;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};

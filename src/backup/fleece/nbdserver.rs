@@ -24,7 +24,7 @@ const TOO_LONG: usize = 4097;
 ///
 /// # Errors
 /// `Busy`.
-pub fn check_safe(client: &Client, vm: &Value) -> Result<()> {
+pub(crate) fn check_safe(client: &Client, vm: &Value) -> Result<()> {
     // Seen with 7.2: QEMU dies of an assertion when a client of a node in an iothread leaves.
     let threads = vm.get("query-iothreads").and_then(Value::as_array);
     if client.version().number < (9, 1, 0) && threads.is_some_and(|t| !t.is_empty()) {
@@ -42,7 +42,7 @@ pub fn check_safe(client: &Client, vm: &Value) -> Result<()> {
 ///
 /// # Errors
 /// `Busy`, as [`Server::start`].
-pub fn check_free(client: &mut Client, path: &Path, node: &str) -> Result<()> {
+pub(crate) fn check_free(client: &mut Client, path: &Path, node: &str) -> Result<()> {
     if folder::exists(path)
         && Nbd::greets(&Address::Unix(path.to_path_buf()), Duration::from_secs(2))
     {
@@ -75,7 +75,7 @@ fn taken() -> Error {
 
 /// What a node is exported for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Use {
+pub(crate) enum Use {
     /// Its bytes.
     Read,
     /// Its block status.
@@ -86,19 +86,19 @@ pub enum Use {
 
 /// A server to export from.
 #[derive(Debug)]
-pub struct Server {
+pub(crate) struct Server {
     address: Address,
     ours: bool,
 }
 
 /// Where the socket of a server of ours is.
-pub fn socket_path(state: &Path, vm: &Address) -> PathBuf {
+pub(crate) fn socket_path(state: &Path, vm: &Address) -> PathBuf {
     state.join(format!("{}-nbd.sock", vm_key(vm)))
 }
 
 impl Server {
     /// One that runs already.
-    pub fn existing(address: Address) -> Self {
+    pub(crate) fn existing(address: Address) -> Self {
         Server { address, ours: false }
     }
 
@@ -107,7 +107,7 @@ impl Server {
     ///
     /// # Errors
     /// `Busy` if another program has started one, else what QEMU says.
-    pub fn start(client: &mut Client, path: &Path) -> Result<Self> {
+    pub(crate) fn start(client: &mut Client, path: &Path) -> Result<Self> {
         stop_at(client, path)?;
         let answer = if client.has("getfd") && client.takes_descriptors() {
             let listener = Folder::of(path)
@@ -132,7 +132,7 @@ impl Server {
     ///
     /// # Errors
     /// QEMU refuses.
-    pub fn stop(self, client: &mut Client) -> Result<bool> {
+    pub(crate) fn stop(self, client: &mut Client) -> Result<bool> {
         if self.ours {
             client.execute("nbd-server-stop", json!({}))?;
             if let Address::Unix(p) = &self.address {
@@ -146,7 +146,7 @@ impl Server {
     ///
     /// # Errors
     /// QEMU refuses, or `work` fails.
-    pub fn with_export<T>(
+    pub(crate) fn with_export<T>(
         &self,
         client: &mut Client,
         id: &str,
@@ -168,7 +168,7 @@ impl Server {
 ///
 /// # Errors
 /// `Peer`.
-pub fn check_size(nbd: &Nbd, size: u64) -> Result<()> {
+pub(crate) fn check_size(nbd: &Nbd, size: u64) -> Result<()> {
     match nbd.size() == size {
         true => Ok(()),
         false => Err(Error::new(
@@ -182,7 +182,7 @@ pub fn check_size(nbd: &Nbd, size: u64) -> Result<()> {
 ///
 /// # Errors
 /// QEMU is gone, or the socket cannot be removed.
-pub fn stop_left(client: &mut Client, state: &Path, vm: &Address) -> Result<()> {
+pub(crate) fn stop_left(client: &mut Client, state: &Path, vm: &Address) -> Result<()> {
     stop_at(client, &socket_path(state, vm))
 }
 
@@ -229,7 +229,7 @@ fn unexport(client: &mut Client, id: &str) -> Result<()> {
 ///
 /// # Errors
 /// QEMU refuses, or a signal ends the wait.
-pub fn hold(
+pub(crate) fn hold(
     client: &mut Client,
     server: &Server,
     run: &str,

@@ -68,7 +68,7 @@ impl Space {
 
 /// What a run is going to write, file system by file system.
 #[derive(Debug, Default)]
-pub struct Budget {
+pub(crate) struct Budget {
     claimed: HashMap<u64, u64>,
 }
 
@@ -77,7 +77,7 @@ impl Budget {
     ///
     /// # Errors
     /// `NoSpace` if it is not free, or is claimed already; or what the operating system said.
-    pub fn take(&mut self, claims: &[(Space, u64, &str)]) -> Result<()> {
+    pub(crate) fn take(&mut self, claims: &[(Space, u64, &str)]) -> Result<()> {
         let mut claimed = self.claimed.clone();
         for (space, need, what) in claims {
             let sum = claimed.entry(space.device).or_default();
@@ -92,20 +92,20 @@ impl Budget {
 
 /// What must stay free where fleece images are, file system by file system.
 #[derive(Debug, Default)]
-pub struct Reserves {
+pub(crate) struct Reserves {
     of: HashMap<u64, u64>,
 }
 
 impl Reserves {
     /// A fleece will be made: fixes the reserve of its file system, a twentieth of it, if that has
     /// none yet. Where less than twice that is free the user wants it so, and it is half of that.
-    pub fn note(&mut self, fleece: &Space) {
+    pub(crate) fn note(&mut self, fleece: &Space) {
         let reserve = (fleece.all / 20).min(RESERVE_MAX).min(fleece.free / 2);
         self.of.entry(fleece.device).or_insert(reserve);
     }
 
     /// Whether the file system of a fleece has fallen below its reserve.
-    pub fn is_short(&self, fleece: &Space) -> bool {
+    pub(crate) fn is_short(&self, fleece: &Space) -> bool {
         self.of.get(&fleece.device).is_some_and(|reserve| fleece.free < *reserve)
     }
 }
@@ -128,12 +128,12 @@ fn require(space: &Space, need: u64, others: u64, what: &str) -> Result<()> {
 
 /// What an image of `copied` bytes takes compressed: half, by experience. It is not known before,
 /// and guessing too high would refuse what fits.
-pub fn compressed(copied: u64) -> u64 {
+pub(crate) fn compressed(copied: u64) -> u64 {
     copied / 2
 }
 
 /// What a fleece needs at least when `copied` bytes are to be copied: a twentieth of it.
-pub fn fleece_need(copied: u64) -> u64 {
+pub(crate) fn fleece_need(copied: u64) -> u64 {
     (copied / 20).max(FLEECE_MIN).min(copied.max(1 << 20))
 }
 

@@ -31,7 +31,7 @@ const TIMES: u32 = 30;
 
 /// What is taken down.
 #[derive(Debug, Clone, Copy)]
-pub struct Scope<'a> {
+pub(crate) struct Scope<'a> {
     /// The run.
     pub run: &'a str,
     /// Only this disk of it.
@@ -49,7 +49,7 @@ impl Scope<'_> {
 
 /// What was found while taking it down.
 #[derive(Debug, Default)]
-pub struct Torn {
+pub(crate) struct Torn {
     /// Disks whose job had finished without error, and whose image QEMU has now closed.
     pub finished: Vec<usize>,
     /// Disks of which something is still there.
@@ -88,7 +88,7 @@ impl Torn {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
+pub(crate) fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
     let answers = Answers::ask(client)?;
     let exports: Vec<Export> = client.query("query-block-exports", json!({}))?;
     let names = answers.nodes.iter().map(|n| n.node_name.as_str());
@@ -108,7 +108,7 @@ pub fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// QEMU refuses or is gone; what could be removed is removed.
-pub fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
+pub(crate) fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     let mut torn = teardown_all(client, scope)?;
     torn.refused.take().map_or(Ok(torn), Err)
 }
@@ -117,7 +117,7 @@ pub fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
 ///
 /// # Errors
 /// QEMU is gone, or does not answer.
-pub fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
+pub(crate) fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
     client.limit_total(Some(answer_timeout().saturating_mul(TIMES)));
     let torn = take_all_down(client, scope);
     client.limit_total(None);
@@ -186,7 +186,7 @@ fn forget_unseen(
 ///
 /// # Errors
 /// As [`teardown`].
-pub fn detach(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+pub(crate) fn detach(client: &mut Client, scope: Scope<'_>) -> Result<()> {
     let mut torn = Torn::default();
     let answers = Answers::ask(client)?;
     take_off(client, &answers, scope, &mut torn)?;
@@ -300,7 +300,7 @@ fn close_targets(
 ///
 /// # Errors
 /// QEMU refuses or is gone.
-pub fn unblock(client: &mut Client, run: &str, blocked: bool) -> Result<()> {
+pub(crate) fn unblock(client: &mut Client, run: &str, blocked: bool) -> Result<()> {
     let blocker = object(run, Role::Blocker, 0);
     if blocked {
         client.execute("blockdev-del", json!({"node-name": blocker}))?;
@@ -323,7 +323,7 @@ fn descriptors(client: &mut Client) -> Result<Vec<FdSet>> {
 ///
 /// # Errors
 /// QEMU refuses or is gone.
-pub fn take_back(client: &mut Client, scope: Scope<'_>) -> Result<()> {
+pub(crate) fn take_back(client: &mut Client, scope: Scope<'_>) -> Result<()> {
     let mut torn = Torn::default();
     drop_descriptors(client, scope, &mut torn)?;
     torn.refused.map_or(Ok(()), Err)

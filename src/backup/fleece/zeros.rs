@@ -21,7 +21,7 @@ use crate::storage::SourceFile;
 const CACHE_BYTES: u64 = 16 << 20;
 
 /// A chain opened for comparison with the frozen view.
-pub struct ChainData {
+pub(crate) struct ChainData {
     image: Arc<Image>,
     /// Where it holds data, if that was looked for.
     ranges: Option<Vec<Range<u64>>>,
@@ -36,7 +36,7 @@ impl ChainData {
     ///
     /// # Errors
     /// A layer cannot be read, or is bad where it was looked at: nothing may be built on such a chain.
-    pub fn open(
+    pub(crate) fn open(
         dir: &Path,
         chain: &[Manifest],
         tail: Option<Range<u64>>,
@@ -66,7 +66,7 @@ impl ChainData {
     }
 
     /// The bytes that were read when it was opened.
-    pub fn tail(&self) -> &[u8] {
+    pub(crate) fn tail(&self) -> &[u8] {
         &self.tail
     }
 
@@ -75,7 +75,7 @@ impl ChainData {
     ///
     /// # Errors
     /// Nobody has looked where the chain holds data.
-    pub fn lost(&self) -> Result<Lost<'_>> {
+    pub(crate) fn lost(&self) -> Result<Lost<'_>> {
         let unknown = || Error::new(Kind::Io, "the chain was not walked");
         let ranges = self.ranges.as_deref().ok_or_else(unknown)?;
         Ok(Lost { chain: self, ranges, next: 0, found: Vec::new() })
@@ -91,7 +91,7 @@ const PIECE: u64 = 64 << 10;
 const SECTOR: u64 = 512;
 
 /// Looks for what was lost, in ascending order.
-pub struct Lost<'a> {
+pub(crate) struct Lost<'a> {
     chain: &'a ChainData,
     ranges: &'a [Range<u64>],
     /// The first of the chain's ranges that does not end before what comes.
@@ -104,7 +104,7 @@ impl Lost<'_> {
     ///
     /// # Errors
     /// The chain cannot be read.
-    pub fn add(&mut self, zeros: Range<u64>) -> Result<()> {
+    pub(crate) fn add(&mut self, zeros: Range<u64>) -> Result<()> {
         while let Some(data) = self.ranges.get(self.next) {
             let both = zeros.start.max(data.start)..zeros.end.min(data.end);
             if both.start < both.end {
@@ -142,7 +142,7 @@ impl Lost<'_> {
     }
 
     /// What was lost.
-    pub fn ranges(self) -> Vec<Range<u64>> {
+    pub(crate) fn ranges(self) -> Vec<Range<u64>> {
         self.found
     }
 }
@@ -160,7 +160,7 @@ fn push(found: &mut Vec<Range<u64>>, r: Range<u64>) {
 
 /// What has to be copied for ranges that were lost: the cut may lie in the unit before each, whose end
 /// became zero too, as data.
-pub fn with_cuts(lost: Vec<Range<u64>>) -> Vec<Range<u64>> {
+pub(crate) fn with_cuts(lost: Vec<Range<u64>>) -> Vec<Range<u64>> {
     lost.into_iter().map(|r| r.start.saturating_sub(1)..r.end).collect()
 }
 

@@ -48,7 +48,7 @@ const WORDS: u64 = 1 << 20;
 
 /// What the guardian is told at the start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Orders {
+pub(crate) struct Orders {
     /// QEMU's QMP socket.
     pub qmp: String,
     /// The agent's socket.
@@ -78,7 +78,7 @@ impl Orders {
 
 /// The parent's side.
 #[derive(Debug)]
-pub struct Guardian {
+pub(crate) struct Guardian {
     child: Child,
     pipe: Option<ChildStdin>,
 }
@@ -88,7 +88,7 @@ impl Guardian {
     ///
     /// # Errors
     /// It cannot be started: the guest must not be touched then.
-    pub fn start(orders: &Orders) -> Result<Self> {
+    pub(crate) fn start(orders: &Orders) -> Result<Self> {
         let failed = |e| Error::io(e, "cannot start the guardian process");
         // This very program, also where an upgrade has replaced its file since it was started.
         let mut command = Command::new("/proc/self/exe");
@@ -119,7 +119,7 @@ impl Guardian {
     ///
     /// # Errors
     /// The guardian is gone: nothing may be done to the guest then.
-    pub fn tell(&mut self, word: Word) -> Result<()> {
+    pub(crate) fn tell(&mut self, word: Word) -> Result<()> {
         let Some(p) = &mut self.pipe else {
             return Err(Error::new(Kind::Io, "the guardian process was dismissed"));
         };
@@ -127,12 +127,12 @@ impl Guardian {
     }
 
     /// Leaves it to do what is still to be done, as if we had died.
-    pub fn leave(mut self) {
+    pub(crate) fn leave(mut self) {
         drop(self.pipe.take());
     }
 
     /// Lets it go: the guest runs and is thawed.
-    pub fn dismiss(mut self) {
+    pub(crate) fn dismiss(mut self) {
         if let Some(mut p) = self.pipe.take() {
             let _ = writeln!(p, "done");
         }
@@ -142,7 +142,7 @@ impl Guardian {
 
 /// What the guardian is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Word {
+pub(crate) enum Word {
     /// The guest will be frozen.
     Freeze,
     /// It is thawed.
@@ -179,7 +179,7 @@ struct Guest {
 ///
 /// # Errors
 /// The orders make no sense, or the guest could not be helped.
-pub fn serve() -> Result<()> {
+pub(crate) fn serve() -> Result<()> {
     // SAFETY: no preconditions; both only concern this process.
     unsafe {
         libc::setsid();
@@ -368,7 +368,7 @@ fn fall_silent() {
 ///
 /// # Errors
 /// QEMU cannot be reached or refuses.
-pub fn continue_guest(qmp: &Address) -> Result<()> {
+pub(crate) fn continue_guest(qmp: &Address) -> Result<()> {
     let mut client = Client::connect_within(qmp, Duration::from_secs(2), None)?;
     continue_if_paused(&mut client).map(drop)
 }
@@ -377,7 +377,7 @@ pub fn continue_guest(qmp: &Address) -> Result<()> {
 ///
 /// # Errors
 /// QEMU refuses.
-pub fn continue_if_paused(client: &mut Client) -> Result<bool> {
+pub(crate) fn continue_if_paused(client: &mut Client) -> Result<bool> {
     let status = client.execute("query-status", json!({}))?;
     let paused = status.get("status").and_then(Value::as_str) == Some("paused");
     if paused {
@@ -390,7 +390,7 @@ pub fn continue_if_paused(client: &mut Client) -> Result<bool> {
 ///
 /// # Errors
 /// The agent cannot be reached or refuses.
-pub fn thaw(agent: &Address) -> Result<()> {
+pub(crate) fn thaw(agent: &Address) -> Result<()> {
     let wait = Duration::from_secs(5);
     Agent::connect(agent, wait)?.thaw(wait).map(drop)
 }

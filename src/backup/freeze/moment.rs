@@ -19,7 +19,7 @@ use crate::qmp::agent::Agent;
 
 /// A filter to insert.
 #[derive(Debug, Clone)]
-pub struct Insert {
+pub(crate) struct Insert {
     /// Number of the disk.
     pub index: usize,
     /// Where.
@@ -42,7 +42,7 @@ impl Insert {
 
 /// What came of it.
 #[derive(Debug)]
-pub struct Taken {
+pub(crate) struct Taken {
     /// What was achieved.
     pub consistency: Consistency,
     /// Disks whose filter could not be inserted.
@@ -53,14 +53,14 @@ pub struct Taken {
 
 /// A guest that is stopped, and frozen if it was asked for, for the whole backup.
 #[derive(Debug)]
-pub struct Held {
+pub(crate) struct Held {
     guardian: Guardian,
     /// Who has to thaw it: once it runs, since the agent is part of it.
     agent: Option<Agent>,
 }
 
 /// Everything the moment works with.
-pub struct Scene<'a> {
+pub(crate) struct Scene<'a> {
     /// QEMU.
     pub client: &'a mut Client,
     /// What was wanted.
@@ -78,7 +78,7 @@ pub struct Scene<'a> {
 /// # Errors
 /// The guest could not be stopped or continued, or the guardian or journal could not be written.
 /// A failed freeze is no error: the reason is in the consistency.
-pub fn take(scene: &mut Scene<'_>, inserts: &[Insert], running: bool) -> Result<Taken> {
+pub(crate) fn take(scene: &mut Scene<'_>, inserts: &[Insert], running: bool) -> Result<Taken> {
     let wanted = running && scene.options.moment.stop != StopWish::Never;
     let freeze = running && scene.options.moment.quiesce;
     let mut consistency = Consistency { one_moment: true, ..Default::default() };
@@ -115,7 +115,7 @@ pub fn take(scene: &mut Scene<'_>, inserts: &[Insert], running: bool) -> Result<
 ///
 /// # Errors
 /// QEMU refuses to continue; the guardian goes on trying then.
-pub fn release(scene: &mut Scene<'_>, held: Held) -> Result<()> {
+pub(crate) fn release(scene: &mut Scene<'_>, held: Held) -> Result<()> {
     let Held { mut guardian, agent } = held;
     // Not one that has been migrated meanwhile.
     continue_if_paused(scene.client)?;

@@ -19,12 +19,12 @@ const LONGEST_NAME: usize = 255;
 ///
 /// # Errors
 /// QEMU refuses.
-pub fn add(client: &mut Client, b: &BitmapInfo) -> Result<()> {
+pub(crate) fn add(client: &mut Client, b: &BitmapInfo) -> Result<()> {
     client.execute("block-dirty-bitmap-add", options(b)).map(drop)
 }
 
 /// What QEMU needs to know to add a recording bitmap.
-pub fn options(b: &BitmapInfo) -> Value {
+pub(crate) fn options(b: &BitmapInfo) -> Value {
     json!({"node": b.node, "name": b.name, "granularity": b.granularity,
         "persistent": b.persistent})
 }
@@ -37,7 +37,7 @@ const COARSE: u64 = 64 << 20;
 ///
 /// # Errors
 /// QEMU refuses.
-pub fn hold(client: &mut Client, node: &str, name: &str) -> Result<()> {
+pub(crate) fn hold(client: &mut Client, node: &str, name: &str) -> Result<()> {
     let options = json!({"node": node, "name": name, "granularity": COARSE,
         "persistent": false, "disabled": true});
     client.execute("block-dirty-bitmap-add", options).map(drop)
@@ -47,7 +47,7 @@ pub fn hold(client: &mut Client, node: &str, name: &str) -> Result<()> {
 ///
 /// # Errors
 /// QEMU refuses: it is busy, or not there.
-pub fn remove(client: &mut Client, node: &str, name: &str) -> Result<()> {
+pub(crate) fn remove(client: &mut Client, node: &str, name: &str) -> Result<()> {
     client.execute("block-dirty-bitmap-remove", json!({"node": node, "name": name})).map(drop)
 }
 
@@ -57,7 +57,7 @@ pub fn remove(client: &mut Client, node: &str, name: &str) -> Result<()> {
 ///
 /// # Errors
 /// QEMU refuses.
-pub fn remove_everywhere(client: &mut Client, name: &str) -> Result<usize> {
+pub(crate) fn remove_everywhere(client: &mut Client, name: &str) -> Result<usize> {
     let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
     let mut removed = 0;
     let with = nodes.iter().filter(|n| shows_own(n) && n.bitmap(name).is_some());
@@ -81,7 +81,7 @@ fn shows_own(n: &Node) -> bool {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn of(client: &mut Client, node: &str) -> Result<Vec<Bitmap>> {
+pub(crate) fn of(client: &mut Client, node: &str) -> Result<Vec<Bitmap>> {
     let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
     let node = nodes.into_iter().find(|n| n.node_name == node);
     Ok(node.map(|n| n.dirty_bitmaps).unwrap_or_default())
@@ -96,7 +96,7 @@ fn named<'a>(bitmaps: &'a [Bitmap], name: &str) -> Option<&'a Bitmap> {
 ///
 /// # Errors
 /// `Busy`.
-pub fn check_records(now: &[Bitmap], name: &str) -> Result<()> {
+pub(crate) fn check_records(now: &[Bitmap], name: &str) -> Result<()> {
     let found = named(now, name);
     if found.is_some_and(|b| b.recording && !b.inconsistent) {
         return Ok(());
@@ -110,13 +110,13 @@ pub fn check_records(now: &[Bitmap], name: &str) -> Result<()> {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn count(client: &mut Client, node: &str, name: &str) -> Result<u64> {
+pub(crate) fn count(client: &mut Client, node: &str, name: &str) -> Result<u64> {
     Ok(named(&of(client, node)?, name).map_or(0, |b| b.count))
 }
 
 /// A bitmap and where it is.
 #[derive(Debug, Clone)]
-pub struct Found {
+pub(crate) struct Found {
     /// The node.
     pub node: String,
     /// The bitmap.
@@ -127,7 +127,7 @@ pub struct Found {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub fn list(client: &mut Client) -> Result<Vec<Found>> {
+pub(crate) fn list(client: &mut Client) -> Result<Vec<Found>> {
     let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
     let mut found = Vec::new();
     for n in nodes.into_iter().filter(|n| shows_own(n) && n.node_name.len() <= LONGEST_NAME) {

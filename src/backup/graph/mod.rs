@@ -2,7 +2,7 @@
 //! it shows what `query-block` hides. A path is a value: planning keeps it, and what is seen later is
 //! compared with it.
 
-pub mod bitmap;
+pub(crate) mod bitmap;
 pub(crate) mod expected;
 pub(crate) mod neighbours;
 
@@ -29,17 +29,17 @@ const JOB_FILTERS: &[&str] = &["mirror_top", "commit_top"];
 const REFUSED: &[&str] = &["quorum", "replication", "blkdebug", "blkverify", "blkreplay"];
 
 /// Kinds of jobs that have nodes in the graph.
-pub const BLOCK_JOBS: &[&str] = &["backup", "commit", "mirror", "stream"];
+pub(crate) const BLOCK_JOBS: &[&str] = &["backup", "commit", "mirror", "stream"];
 
 /// The kind of a job that gives the guest and its disks back what they were at a snapshot.
-pub const SNAPSHOT_LOAD: &str = "snapshot-load";
+pub(crate) const SNAPSHOT_LOAD: &str = "snapshot-load";
 
 /// How many nodes are followed from a guest to its disk: filters, some few. A graph has no loops;
 /// the bound is for an answer that has.
 const DEEPEST: usize = 64;
 
 /// The question for the whole graph.
-pub const GRAPH: &str = "x-debug-query-block-graph";
+pub(crate) const GRAPH: &str = "x-debug-query-block-graph";
 
 /// Where a path begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +105,7 @@ impl Path {
 }
 
 /// The nodes directly above `node` that nobody uses, but for a run's own.
-pub fn unused_above<'a>(graph: &'a Graph, node: &str) -> Vec<&'a str> {
+pub(crate) fn unused_above<'a>(graph: &'a Graph, node: &str) -> Vec<&'a str> {
     let parents = graph.parents(node).into_iter().map(|(p, _)| p);
     let nodes = parents.filter(|p| graph.id(&p.name) == Some(p.id));
     let unused = nodes.filter(|p| graph.parents(&p.name).is_empty());
@@ -113,17 +113,17 @@ pub fn unused_above<'a>(graph: &'a Graph, node: &str) -> Vec<&'a str> {
 }
 
 /// Whether a backup cannot go by a node of this driver above a disk.
-pub fn is_refused(driver: &str) -> bool {
+pub(crate) fn is_refused(driver: &str) -> bool {
     REFUSED.contains(&driver)
 }
 
 /// Whether a node of this driver passes requests through to one child.
-pub fn is_filter(driver: &str) -> bool {
+pub(crate) fn is_filter(driver: &str) -> bool {
     FILTERS.contains(&driver) || JOB_FILTERS.contains(&driver)
 }
 
 /// Whether a node of this driver belongs to a job.
-pub fn is_of_job(driver: &str) -> bool {
+pub(crate) fn is_of_job(driver: &str) -> bool {
     JOB_FILTERS.contains(&driver)
 }
 
@@ -210,7 +210,7 @@ impl Scene<'_> {
 ///
 /// # Errors
 /// As [`Client::query`].
-pub fn ask(client: &mut Client) -> Result<Graph> {
+pub(crate) fn ask(client: &mut Client) -> Result<Graph> {
     if client.has(GRAPH) {
         return client.poll(GRAPH);
     }
@@ -224,7 +224,7 @@ pub fn ask(client: &mut Client) -> Result<Graph> {
 ///
 /// # Errors
 /// As [`Client::query`].
-pub fn ask_with_jobs(client: &mut Client) -> Result<(Graph, Vec<Job>)> {
+pub(crate) fn ask_with_jobs(client: &mut Client) -> Result<(Graph, Vec<Job>)> {
     if !client.has(GRAPH) {
         return Ok((ask(client)?, client.poll("query-jobs")?));
     }
@@ -298,7 +298,7 @@ fn of_children(nodes: &[Named], drives: &[Drive], jobs: &[Job]) -> Result<Graph>
 }
 
 /// The error for what another program does to a disk.
-pub fn in_the_way(what: impl Into<String>) -> Error {
+pub(crate) fn in_the_way(what: impl Into<String>) -> Error {
     Error::new(Kind::Busy, what.into())
         .remedy("back up when it has ended; --wait DURATION waits before it begins")
 }

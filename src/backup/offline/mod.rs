@@ -23,7 +23,7 @@ use super::publish::report::Report;
 use super::run::backup;
 use super::state::journal;
 use super::state::lock::{Lock, real_path, state_folder};
-pub use super::target::known::Known;
+pub(crate) use super::target::known::Known;
 use super::target::reach;
 use super::target::targets::Targets;
 use super::{Options, Watch};
@@ -52,7 +52,7 @@ fn folder_name(target: &Path) -> String {
 ///
 /// # Errors
 /// A path that cannot be followed.
-pub fn address(state: &Path, target: &Path) -> Result<Address> {
+pub(crate) fn address(state: &Path, target: &Path) -> Result<Address> {
     of_real(state, &real_path(target, "the backup directory")?)
 }
 
@@ -66,7 +66,7 @@ fn of_real(state: &Path, target: &Path) -> Result<Address> {
 ///
 /// # Errors
 /// A list or a journal cannot be read.
-pub fn journals(state: &Path, vm: &Address) -> Result<Vec<Address>> {
+pub(crate) fn journals(state: &Path, vm: &Address) -> Result<Vec<Address>> {
     let mut found = Vec::new();
     for target in Targets::read(state, vm, &[])?.paths() {
         // One that cannot be followed is not there. One that does not answer was followed before.
@@ -88,7 +88,7 @@ pub fn journals(state: &Path, vm: &Address) -> Result<Vec<Address>> {
 /// # Errors
 /// `Busy` if an image is in use; `Usage` or `Unsupported` for an image that cannot be opened safely; as
 /// [`backup`].
-pub fn backup_offline(
+pub(crate) fn backup_offline(
     options: &Options,
     (disks, backing): (&[String], &[PathBuf]),
     watch: &dyn Watch,

@@ -20,7 +20,7 @@ use crate::manifest::{vm_name, vm_uuid};
 ///
 /// # Errors
 /// A folder cannot be read; `Usage` if a disk's chain is there in the other layout.
-pub fn assign(
+pub(crate) fn assign(
     options: &Options,
     inputs: &Inputs<'_>,
     disks: &[SeenDisk],
@@ -149,7 +149,7 @@ fn fill_known(
 
 /// What the folders (where all disks are in one: the names) of a plan's disks are called that are not
 /// called as their files are.
-pub fn renamed(options: &Options, plan: &Plan) -> Folders {
+pub(crate) fn renamed(options: &Options, plan: &Plan) -> Folders {
     let of = |d: &DiskPlan| {
         let tail = match options.layout.no_subdir {
             true => names::parse_image(&d.image)?.2.to_string(),
@@ -333,7 +333,7 @@ fn carries_bitmap(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
 }
 
 /// Whether the point is of another VM for certain. Not every VM has a UUID.
-pub fn other_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
+pub(crate) fn other_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
     matches!((inputs.vm, vm_uuid(&m.vm)), (Some(a), Some(b)) if a != b)
 }
 
@@ -406,7 +406,7 @@ fn image_tail(h: &History) -> Option<&str> {
 }
 
 /// The files of unfinished backups in these folders. Ours are gone when a run begins.
-pub fn unfinished<'a>(dirs: impl Iterator<Item = &'a Path>) -> Vec<PathBuf> {
+pub(crate) fn unfinished<'a>(dirs: impl Iterator<Item = &'a Path>) -> Vec<PathBuf> {
     let dirs: std::collections::BTreeSet<&Path> = dirs.collect();
     let of_dir = |dir: &Path| {
         let entries = folder::entries(dir).unwrap_or_default().into_iter();
@@ -420,7 +420,7 @@ pub fn unfinished<'a>(dirs: impl Iterator<Item = &'a Path>) -> Vec<PathBuf> {
 }
 
 /// The bitmaps that the tip of the folder's chain needs.
-pub fn needed(history: &History) -> Vec<&str> {
+pub(crate) fn needed(history: &History) -> Vec<&str> {
     let tip = history.entries.iter().rev().find(|e| matches!(e.level, Level::Full | Level::Inc));
     let tip = tip.and_then(|e| e.manifest.as_ref());
     let bitmaps = tip.map(|m| [m.bitmap.as_ref(), m.diff_bitmap.as_ref()]);

@@ -20,13 +20,13 @@ use crate::manifest::{BitmapInfo, Compared, Manifest, OFFLINE};
 use crate::text::path_text;
 
 /// Why there is a FULL where the user wants one from time to time.
-pub const DUE: &str = "a new FULL is due (--full-every)";
+pub(crate) const DUE: &str = "a new FULL is due (--full-every)";
 
 /// Chooses the level, and what the point builds on.
 ///
 /// # Errors
 /// `Incomplete`, with the reason, where the level that was asked for is impossible.
-pub fn choose(
+pub(crate) fn choose(
     options: &Options,
     inputs: &Inputs<'_>,
     history: &History,
@@ -230,7 +230,7 @@ fn check_bitmap(info: &BitmapInfo, disk: &SeenDisk) -> Result<(), String> {
 }
 
 /// Chooses which bitmaps record from now on, and which go.
-pub fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, plan: &mut DiskPlan) {
+pub(crate) fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, plan: &mut DiskPlan) {
     // One that ends with the daemon of a backup would be of no use.
     let lasts = options.offline.is_none() || plan.disk.persistent;
     let records = matches!(plan.level, Level::Full | Level::Inc) && !plan.disk.pflash && lasts;

@@ -1,8 +1,8 @@
 //! What a run will do, as a value: which disks, at which level and why, out of what is there.
 //! Pure: nothing here talks to QEMU or writes.
 
-pub mod folders;
-pub mod level;
+pub(crate) mod folders;
+pub(crate) mod level;
 pub(crate) mod planned;
 pub(crate) mod watermark;
 
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-pub use self::planned::{DiskPlan, Inputs, Plan, Unsound, is_unwanted, unknown_disk};
+pub(crate) use self::planned::{DiskPlan, Inputs, Plan, unknown_disk};
 use self::planned::{EXCLUDED, NOT_INCLUDED};
 use super::disks::{Seen, SeenDisk};
 use super::target::history::History;
@@ -25,9 +25,8 @@ use crate::manifest::Skipped;
 /// # Errors
 /// The target cannot be read, or `--include` names a disk that is not there. A disk that cannot
 /// have what was asked for is in [`Plan::refused`].
-pub fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
+pub(crate) fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     let mut plan = Plan {
-        run: inputs.run.to_string(),
         disks: Vec::new(),
         skipped: inputs.seen.skipped.clone(),
         refused: Vec::new(),
@@ -120,7 +119,7 @@ fn moved_from(disk: &SeenDisk, history: &History) -> Option<String> {
 }
 
 /// Why the user does not want a disk.
-pub fn left_out(options: &Options, d: &SeenDisk) -> Option<&'static str> {
+pub(crate) fn left_out(options: &Options, d: &SeenDisk) -> Option<&'static str> {
     let named = |list: &[String]| list.iter().any(|n| d.is_called(n));
     if !options.include.is_empty() && !named(&options.include) {
         return Some(NOT_INCLUDED);
@@ -206,7 +205,7 @@ fn separate_images(disks: &mut [DiskPlan]) {
 
 /// A plan as `--dry-run --json` prints it.
 #[derive(Debug, Serialize)]
-pub struct Printed {
+pub(crate) struct Printed {
     /// The disk.
     pub disk: String,
     /// Its file.

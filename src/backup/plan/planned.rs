@@ -12,9 +12,7 @@ use crate::manifest::{BitmapInfo, Manifest, Skipped};
 
 /// What will be done.
 #[derive(Debug)]
-pub struct Plan {
-    /// The run's id.
-    pub run: String,
+pub(crate) struct Plan {
     /// The disks, in the order QEMU lists them.
     pub disks: Vec<DiskPlan>,
     /// Disks left out.
@@ -94,10 +92,10 @@ impl DiskPlan {
 }
 
 /// A point that cannot be built on: its folder, its file name, and why.
-pub type Unsound = (PathBuf, String, String);
+pub(crate) type Unsound = (PathBuf, String, String);
 
 /// What planning needs to know beside the options.
-pub struct Inputs<'a> {
+pub(crate) struct Inputs<'a> {
     /// The disks.
     pub seen: Seen,
     /// The run's id.
@@ -127,11 +125,11 @@ pub(in crate::backup) const NOT_INCLUDED: &str = "not in --include";
 pub(in crate::backup) const EXCLUDED: &str = "in --exclude";
 
 /// Whether a disk is skipped because the user wants it so, or as there is none in its drive.
-pub fn is_unwanted(s: &Skipped) -> bool {
+pub(crate) fn is_unwanted(s: &Skipped) -> bool {
     [NOT_INCLUDED, EXCLUDED, NO_MEDIUM].contains(&s.reason.as_str())
 }
 
 /// What is said of a name in [`Plan::unknown`].
-pub fn unknown_disk(name: &str) -> String {
+pub(crate) fn unknown_disk(name: &str) -> String {
     format!("--exclude {name}: there is no such disk (fleecefs info blockdev lists them)")
 }

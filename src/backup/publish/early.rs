@@ -37,7 +37,7 @@ const NICE: i32 = 10;
 
 /// What is certain of an image that is being written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Mark {
+pub(crate) struct Mark {
     /// All guest bytes below it are copied, for good.
     pub guest: u64,
     /// How long the file is.
@@ -46,7 +46,7 @@ pub struct Mark {
 
 /// One image's hashing.
 #[derive(Debug)]
-pub struct Early {
+pub(crate) struct Early {
     file: Arc<File>,
     path: PathBuf,
     unit: u64,
@@ -97,14 +97,14 @@ pub(in crate::backup) struct Unit {
 
 impl Early {
     /// Of the image of a disk of `size` bytes that is open as `file` and called `path`.
-    pub fn new(file: Arc<File>, path: PathBuf, size: u64) -> Self {
+    pub(crate) fn new(file: Arc<File>, path: PathBuf, size: u64) -> Self {
         let longest = size.saturating_add(size / 8).saturating_add(MORE);
         let unit = ahead::unit(longest);
         Early { file, path, unit, longest, orders: Arc::default(), thread: None }
     }
 
     /// From now on the file may be hashed up to `mark`.
-    pub fn go_on(&mut self, mark: Mark) {
+    pub(crate) fn go_on(&mut self, mark: Mark) {
         let mark = Mark { length: mark.length.min(self.longest), ..mark };
         self.orders.change(|now| now.mark = mark);
         if self.thread.is_none() && mark.length >= self.unit {
@@ -122,7 +122,7 @@ impl Early {
     ///
     /// # Errors
     /// What `stop` says.
-    pub fn end(mut self, stop: &Check) -> Result<Known> {
+    pub(crate) fn end(mut self, stop: &Check) -> Result<Known> {
         self.orders.change(|now| now.over = true);
         let Some(thread) = self.thread.take() else { return Ok(Known::default()) };
         let crashed = |_| Err(Error::new(Kind::Io, "the thread has crashed"));

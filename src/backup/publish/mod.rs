@@ -8,8 +8,8 @@
 //! with; its name is compared with that before it is renamed and after.
 
 pub(crate) mod early;
-pub mod report;
-pub mod vm;
+pub(crate) mod report;
+pub(crate) mod vm;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -35,7 +35,7 @@ use crate::storage::{OpenFile, SourceFile};
 use crate::{folder, manifest, qemu_img};
 
 /// The name of an image that is not a point yet.
-pub fn partial_name(image: &str) -> String {
+pub(crate) fn partial_name(image: &str) -> String {
     format!("{image}.partial")
 }
 
@@ -43,7 +43,7 @@ pub fn partial_name(image: &str) -> String {
 ///
 /// # Errors
 /// As [`manifest::write`].
-pub fn announce(folder: &Folder, manifest: &Manifest) -> Result<()> {
+pub(crate) fn announce(folder: &Folder, manifest: &Manifest) -> Result<()> {
     let mut pending = manifest.clone();
     pending.image = partial_name(&manifest.image);
     manifest::write_in(folder, &pending)?;
@@ -54,7 +54,7 @@ pub fn announce(folder: &Folder, manifest: &Manifest) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said; a refusal if it is a link.
-pub fn side_folder(folder: &Folder) -> Result<Folder> {
+pub(crate) fn side_folder(folder: &Folder) -> Result<Folder> {
     folder.make_folder(manifest::FOLDER).map_err(|e| {
         Error::io(e, "cannot make the folder for manifests").at_path(folder.join(manifest::FOLDER))
     })
@@ -65,7 +65,7 @@ pub fn side_folder(folder: &Folder) -> Result<Folder> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn note_fleece(folder: &Folder, image: &str, fleece: &Made) -> Result<()> {
+pub(crate) fn note_fleece(folder: &Folder, image: &str, fleece: &Made) -> Result<()> {
     let name = fleece_note(image);
     let side = side_folder(folder)?;
     let failed = |e| Error::io(e, "cannot write the file").at_path(side.join(&name));
@@ -94,7 +94,7 @@ fn drop_fleece(folder: &Folder, image: &str) {
 ///
 /// # Errors
 /// As [`manifest::read`].
-pub fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
+pub(crate) fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
     let pending = manifest::read_in(folder, OsStr::new(&partial_name(image)))?;
     Ok(pending.map(|mut m| {
         m.image = image.to_string();
@@ -107,7 +107,12 @@ pub fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
 ///
 /// # Errors
 /// `Exists` if it is there, `NoSpace`, `Permission`, `Io`.
-pub fn create_image(folder: &Folder, name: &str, image: &NewImage, share: Share) -> Result<Held> {
+pub(crate) fn create_image(
+    folder: &Folder,
+    name: &str,
+    image: &NewImage,
+    share: Share,
+) -> Result<Held> {
     let name = partial_name(name);
     let path = folder.join(&name);
     let file = folder
@@ -128,7 +133,7 @@ pub fn create_image(folder: &Folder, name: &str, image: &NewImage, share: Share)
 /// write is told once, to those who had the file open then: whoever opens it later is told that
 /// all is well, and reads the lost bytes out of the page cache.
 #[derive(Debug, Clone)]
-pub struct Held {
+pub(crate) struct Held {
     file: Arc<File>,
     path: PathBuf,
 }
@@ -140,7 +145,7 @@ impl Held {
     ///
     /// # Errors
     /// What the operating system said; `Unsound` if it is another file.
-    pub fn open(folder: &Folder, image: &str, made: Option<FileId>) -> Result<Self> {
+    pub(crate) fn open(folder: &Folder, image: &str, made: Option<FileId>) -> Result<Self> {
         let name = partial_name(image);
         let path = folder.join(&name);
         let failed = |e| Error::io(e, "cannot open the image").at_path(&path);
@@ -153,7 +158,7 @@ impl Held {
     }
 
     /// The open file.
-    pub fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
@@ -161,23 +166,23 @@ impl Held {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn id(&self) -> Result<FileId> {
+    pub(crate) fn id(&self) -> Result<FileId> {
         let meta = self.file.metadata();
         Ok(FileId::of(&meta.map_err(|e| self.failed(e, "cannot look at the image"))?))
     }
 
     /// Its name at the beginning, for messages, and for a QEMU that takes no descriptors.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// What hashes it while it grows; its disk has `size` bytes.
-    pub fn early(&self, size: u64) -> Early {
+    pub(crate) fn early(&self, size: u64) -> Early {
         Early::new(self.file.clone(), self.path.clone(), size)
     }
 
     /// Its length now, which grows with what is copied; `None` if it cannot be told.
-    pub fn length(&self) -> Option<u64> {
+    pub(crate) fn length(&self) -> Option<u64> {
         self.file.metadata().ok().map(|m| m.len())
     }
 
@@ -185,7 +190,7 @@ impl Held {
     ///
     /// # Errors
     /// Something that was ever written to it is lost: the image is worthless.
-    pub fn sync(&self) -> Result<()> {
+    pub(crate) fn sync(&self) -> Result<()> {
         let synced = self.file.sync_all();
         synced.map_err(|e| self.failed(e, "the image could not be written to its disk"))
     }
@@ -194,7 +199,7 @@ impl Held {
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn fingerprint(&self) -> Result<String> {
+    pub(crate) fn fingerprint(&self) -> Result<String> {
         fingerprint_of(&self.file).map_err(|e| self.failed(e, "cannot read the image"))
     }
 
@@ -202,7 +207,7 @@ impl Held {
     ///
     /// # Errors
     /// `Unsound`, or what the operating system said.
-    pub fn require_name(&self, folder: &Folder, name: &str) -> Result<()> {
+    pub(crate) fn require_name(&self, folder: &Folder, name: &str) -> Result<()> {
         let path = folder.join(name);
         match folder.is_same(name, &self.file) {
             Ok(true) => Ok(()),
@@ -231,7 +236,7 @@ fn taken(path: &Path) -> Error {
 
 /// How the BLAKE3 of an image comes about.
 #[derive(Debug)]
-pub enum Hashing {
+pub(crate) enum Hashing {
     /// Not at all.
     Left,
     /// Of the complete file.
@@ -246,7 +251,7 @@ pub enum Hashing {
 ///
 /// # Errors
 /// The image is unsound, or something could not be written; then it is no point.
-pub fn publish(
+pub(crate) fn publish(
     folder: &Folder,
     mut manifest: Manifest,
     hashing: Hashing,
@@ -289,7 +294,7 @@ fn rename(folder: &Folder, held: &Held, image: &str) -> Result<()> {
 ///
 /// # Errors
 /// As [`manifest::write`].
-pub fn commit(folder: &Folder, manifest: &Manifest) -> Result<()> {
+pub(crate) fn commit(folder: &Folder, manifest: &Manifest) -> Result<()> {
     manifest::write_in(folder, manifest)?;
     step("committed");
     drop_fleece(folder, &manifest.image);
@@ -300,7 +305,7 @@ pub fn commit(folder: &Folder, manifest: &Manifest) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn discard(folder: &Folder, image: &str) -> Result<()> {
+pub(crate) fn discard(folder: &Folder, image: &str) -> Result<()> {
     drop_fleece(folder, image);
     discard_image(folder, image)?;
     manifest::remove_in(folder, OsStr::new(&partial_name(image)))
@@ -310,7 +315,7 @@ pub fn discard(folder: &Folder, image: &str) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn discard_image(folder: &Folder, image: &str) -> Result<()> {
+pub(crate) fn discard_image(folder: &Folder, image: &str) -> Result<()> {
     let name = partial_name(image);
     let gone = folder.remove_if_there(&name).map(drop);
     gone.map_err(|e| Error::io(e, "cannot remove the image").at_path(folder.join(&name)))
@@ -415,7 +420,7 @@ fn set_time(held: &Held, dir: &Folder, m: &Manifest) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn sync(folder: &Folder) -> Result<()> {
+pub(crate) fn sync(folder: &Folder) -> Result<()> {
     folder.sync().map_err(|e| Error::io(e, "cannot sync the folder").at_path(folder.path()))
 }
 
@@ -423,7 +428,7 @@ pub fn sync(folder: &Folder) -> Result<()> {
 ///
 /// # Errors
 /// What the operating system said; a refusal if there is a link on the path.
-pub fn make_folders(path: &Path) -> Result<Folder> {
+pub(crate) fn make_folders(path: &Path) -> Result<Folder> {
     folder::make_folders(path).map_err(|e| {
         let what = Error::io(e, "cannot make the folder").at_path(path);
         match folder::look(path) {
@@ -440,7 +445,7 @@ pub fn make_folders(path: &Path) -> Result<Folder> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn link_plain(folder: &Folder, image: &str, level: Level) -> Result<()> {
+pub(crate) fn link_plain(folder: &Folder, image: &str, level: Level) -> Result<()> {
     let link = format!("{}-{image}", super::names::level_word(level));
     folder
         .remove_if_there(&link)

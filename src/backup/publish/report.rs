@@ -9,9 +9,7 @@ use crate::manifest::{Achieved, Consistency, Manifest, Skipped};
 
 /// What came of a run.
 #[derive(Debug)]
-pub struct Report {
-    /// The run's id.
-    pub run: String,
+pub(crate) struct Report {
     /// The plan that was made, and in a dry run not executed.
     pub plan: Plan,
     /// What became of each disk.
@@ -24,7 +22,7 @@ pub struct Report {
 
 /// What became of a disk.
 #[derive(Debug)]
-pub struct DiskReport {
+pub(crate) struct DiskReport {
     /// Its name.
     pub disk: String,
     /// Its level.
@@ -37,7 +35,7 @@ pub struct DiskReport {
 
 impl Report {
     /// For a dry run: the error that the real one would end with, as far as can be known.
-    pub fn forecast(&self, strict: bool) -> Result<()> {
+    pub(crate) fn forecast(&self, strict: bool) -> Result<()> {
         let (bad, good) = (self.plan.refused.len(), self.plan.disks.len());
         let Some((_, first)) = self.plan.refused.first() else {
             return match self.first_skipped().filter(|_| strict) {
@@ -62,7 +60,7 @@ impl Report {
     /// and others not, the first error if none has. With `strict` `Skipped` if a disk was left out, or
     /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `told` why a disk has none
     /// when it failed, that is not said again.
-    pub fn verdict(&self, strict: bool, quiesce: bool, told: bool) -> Result<()> {
+    pub(crate) fn verdict(&self, strict: bool, quiesce: bool, told: bool) -> Result<()> {
         if let Some(e) = &self.undo {
             return Err(Error::new(e.kind(), e.report()));
         }
@@ -103,14 +101,7 @@ mod tests {
     #[test]
     fn strict_wants_the_freeze_that_was_asked_for() {
         let report = |achieved| Report {
-            run: "r".into(),
-            plan: Plan {
-                run: "r".into(),
-                disks: vec![],
-                skipped: vec![],
-                refused: vec![],
-                unknown: vec![],
-            },
+            plan: Plan { disks: vec![], skipped: vec![], refused: vec![], unknown: vec![] },
             disks: vec![],
             consistency: Consistency {
                 achieved,

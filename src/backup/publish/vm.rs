@@ -35,7 +35,7 @@ const ANSWERS: usize = 8 << 20;
 ///
 /// # Errors
 /// QEMU is gone or does not answer, or a signal ends it.
-pub fn describe(client: &mut Client) -> Result<Value> {
+pub(crate) fn describe(client: &mut Client) -> Result<Value> {
     let machine = ("qom-get", json!({"path": "/machine", "property": "type"}));
     let known = QUESTIONS.iter().map(|q| (*q, json!({}))).chain([machine]);
     let mut asked = Vec::new();
@@ -82,7 +82,7 @@ const LONGEST_KEPT: usize = 200;
 ///
 /// # Errors
 /// One cannot be read.
-pub fn read_config(files: &[PathBuf]) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+pub(crate) fn read_config(files: &[PathBuf]) -> Result<Vec<(PathBuf, Vec<u8>)>> {
     let read = |p: &PathBuf| {
         let bytes = folder::resolve(p)
             .and_then(|real| folder::read_small(&real, LARGEST))
@@ -96,7 +96,7 @@ pub fn read_config(files: &[PathBuf]) -> Result<Vec<(PathBuf, Vec<u8>)>> {
 ///
 /// # Errors
 /// One cannot be written.
-pub fn keep_config(
+pub(crate) fn keep_config(
     files: &[(PathBuf, Vec<u8>)],
     folder: &Folder,
     run: &str,

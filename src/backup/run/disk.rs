@@ -434,7 +434,7 @@ fn no_fleece() -> Error {
 }
 
 /// A job's error in our words.
-pub fn job_error(text: &str) -> Error {
+pub(crate) fn job_error(text: &str) -> Error {
     if text.contains("No space left") {
         return Error::new(Kind::NoSpace, "no space left for the image")
             .remedy("free space in the target, or prune it");

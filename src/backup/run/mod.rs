@@ -13,13 +13,13 @@
 //! Whatever fails before 6 removes the new bitmap, and the old one has recorded everything.
 
 pub(crate) mod barrier;
-pub mod begin;
+pub(crate) mod begin;
 pub(crate) mod beside;
-pub mod conclude;
-pub mod disk;
+pub(crate) mod conclude;
+pub(crate) mod disk;
 pub(crate) mod session;
 pub(crate) mod watermark;
-pub mod work;
+pub(crate) mod work;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -56,34 +56,20 @@ use crate::{failpoint, folder, manifest};
 ///
 /// # Errors
 /// Nothing could be begun, or QEMU is gone. What concerns one disk is in its report.
-pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) -> Result<Report> {
+pub(crate) fn backup(
+    options: &Options,
+    watch: &dyn Watch,
+    interrupt: Arc<AtomicBool>,
+) -> Result<Report> {
     let watch: &dyn Watch = &Stopping { watch, flag: &interrupt };
     let config = vm::read_config(&options.config)?;
-    // A link on the way to the socket may change, and the socket goes with QEMU.
-    let target = real_path(&options.target, "the backup directory")?;
-    let options = &Options {
-        qmp: options.qmp.resolved(),
-        // Links are followed once, and from here on no more.
-        state_dir: state_folder(&options.state_dir)?.path().to_path_buf(),
-        share: shared::with_kept(&target, options.share)?,
-        target,
-        ..options.clone()
-    };
+    let options = &resolved(options)?;
     let _vm_lock = Lock::vm(&options.state_dir, &options.qmp)?;
     let mut targets = Targets::read(&options.state_dir, &options.qmp, &options.more_state)?;
     if !options.init {
         targets.check(&options.target)?;
     }
-    let mut client = Client::connect_until(&options.qmp, interrupt.clone())?;
-    client.require(&[
-        "blockdev-add",
-        "blockdev-backup",
-        "block-dirty-bitmap-merge",
-        "query-jobs",
-        "query-block-exports",
-        "blockdev-reopen",
-    ])?;
-    require_views(&mut client)?;
+    let mut client = connect(options, &interrupt)?;
     if options.dry_run {
         migration::check(&mut client)?;
         return dry_run(options, &targets, &mut client);
@@ -147,17 +133,51 @@ pub fn backup(options: &Options, watch: &dyn Watch, interrupt: Arc<AtomicBool>) 
     };
     let result = r.execute();
     let report = r.finish(result)?;
+    // What was given for a run that made no point is no promise.
     if report.disks.iter().any(|d| d.result.is_ok()) {
-        // The points are there. What was given for a run that made none is no promise.
-        if let Err(e) = shared::keep(&options.target, options.share) {
-            watch.warn(&e.report());
-        }
-        let renamed = folders::renamed(options, &report.plan);
-        if let Err(e) = targets.remember(&options.target, renamed) {
-            watch.warn(&e.report());
-        }
+        remember(options, &report, &mut targets, watch);
     }
     Ok(report)
+}
+
+/// With all links followed: once, and from here on no more. (One on the way to the socket may change, and the
+/// socket goes with QEMU.)
+fn resolved(options: &Options) -> Result<Options> {
+    let target = real_path(&options.target, "the backup directory")?;
+    Ok(Options {
+        qmp: options.qmp.resolved(),
+        state_dir: state_folder(&options.state_dir)?.path().to_path_buf(),
+        share: shared::with_kept(&target, options.share)?,
+        target,
+        ..options.clone()
+    })
+}
+
+/// A QEMU that can do what a backup needs.
+fn connect(options: &Options, interrupt: &Arc<AtomicBool>) -> Result<Client> {
+    let mut client = Client::connect_until(&options.qmp, interrupt.clone())?;
+    client.require(&[
+        "blockdev-add",
+        "blockdev-backup",
+        "block-dirty-bitmap-merge",
+        "query-jobs",
+        "query-block-exports",
+        "blockdev-reopen",
+    ])?;
+    require_views(&mut client)?;
+    Ok(client)
+}
+
+/// Keeps what the next run to this target needs to know. The points are there: where that fails it is a
+/// warning.
+fn remember(options: &Options, report: &Report, targets: &mut Targets, watch: &dyn Watch) {
+    if let Err(e) = shared::keep(&options.target, options.share) {
+        watch.warn(&e.report());
+    }
+    let renamed = folders::renamed(options, &report.plan);
+    if let Err(e) = targets.remember(&options.target, renamed) {
+        watch.warn(&e.report());
+    }
 }
 
 /// Makes the target, or its folder of the month. One that was there before has the mode that somebody
@@ -229,7 +249,7 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
         }
     }
     let consistency = Consistency::default();
-    Ok(Report { run, plan, disks: Vec::new(), consistency, undo: None })
+    Ok(Report { plan, disks: Vec::new(), consistency, undo: None })
 }
 
 /// Whether the frozen view shows the disk of now where one request covers clusters that the fleece

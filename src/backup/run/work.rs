@@ -55,13 +55,7 @@ impl Run<'_> {
                 _ => Err(Error::new(Kind::Interrupted, "it was not finished")),
             },
         });
-        Report {
-            run: self.run.clone(),
-            disks: disks.collect(),
-            plan,
-            consistency: self.consistency.clone(),
-            undo: None,
-        }
+        Report { disks: disks.collect(), plan, consistency: self.consistency.clone(), undo: None }
     }
 
     /// Whatever happened: nothing of ours stays in QEMU, and the journal ends.

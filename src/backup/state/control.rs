@@ -17,7 +17,7 @@ use crate::qmp::wire::{Limits, Wire};
 
 /// What a running backup tells about itself.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Status {
+pub(crate) struct Status {
     /// The run's id.
     pub run: String,
     /// Its process.
@@ -34,7 +34,7 @@ pub struct Status {
 
 /// How far one disk is.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct DiskStatus {
+pub(crate) struct DiskStatus {
     /// Its name.
     pub disk: String,
     /// The level.
@@ -51,11 +51,11 @@ pub struct DiskStatus {
 }
 
 /// What the run and the socket share.
-pub type Shared = Arc<Mutex<Status>>;
+pub(crate) type Shared = Arc<Mutex<Status>>;
 
 /// The listening end; gone when it is dropped.
 #[derive(Debug)]
-pub struct Control {
+pub(crate) struct Control {
     folder: Folder,
     name: String,
     end: Arc<AtomicBool>,
@@ -66,7 +66,7 @@ impl Control {
     ///
     /// # Errors
     /// The socket cannot be made.
-    pub fn open(
+    pub(crate) fn open(
         state: &Path,
         vm: &Address,
         status: Shared,
@@ -140,7 +140,7 @@ fn answer(stream: UnixStream, status: &Shared, cancel: &AtomicBool) {
 ///
 /// # Errors
 /// It does not answer, or not with its status; or as [`state_folder`].
-pub fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Status>> {
+pub(crate) fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Status>> {
     if state_folder_if_there(state)?.is_none() {
         return Ok(None);
     }

@@ -20,7 +20,7 @@ use crate::folder::{FileId, Folder};
 use crate::text::path_text;
 
 /// The longest note, in bytes: a path and two numbers, in JSON.
-pub const LONGEST_NOTE: u64 = 64 << 10;
+pub(crate) const LONGEST_NOTE: u64 = 64 << 10;
 
 /// A file that a run made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +46,7 @@ enum NotedPath {
 }
 
 /// What is noted about a fleece image.
-pub fn note(fleece: &Made) -> Vec<u8> {
+pub(crate) fn note(fleece: &Made) -> Vec<u8> {
     let path = match fleece.path.to_str() {
         Some(text) => NotedPath::Text(text.to_string()),
         None => NotedPath::Bytes(fleece.path.as_os_str().as_bytes().to_vec()),
@@ -67,7 +67,7 @@ fn parse(note: &[u8]) -> Made {
 
 /// Removes what a note in the folder `dir` names, if it is a fleece image of ours in that folder. A
 /// note may be the work of the folder's owner: what it names elsewhere stays.
-pub fn remove_noted(note: &[u8], dir: &Path) {
+pub(crate) fn remove_noted(note: &[u8], dir: &Path) {
     let made = parse(note);
     if made.path.parent() != Some(dir) {
         if folder::exists(&made.path) {
@@ -85,7 +85,7 @@ pub fn remove_noted(note: &[u8], dir: &Path) {
 
 /// Holds a file open that a journal names: QEMU's closing it then frees nothing, which would take
 /// time in its main loop. `None` if it is not there.
-pub fn hold(path: &Path) -> Option<File> {
+pub(crate) fn hold(path: &Path) -> Option<File> {
     let real = folder::resolve(path.parent()?).ok()?;
     Folder::open(&real).ok()?.open_file(path.file_name()?).ok()
 }
@@ -95,7 +95,7 @@ pub fn hold(path: &Path) -> Option<File> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn remove_recorded(made: &Made) -> Result<()> {
+pub(crate) fn remove_recorded(made: &Made) -> Result<()> {
     let (Some(parent), Some(name)) = (made.path.parent(), made.path.file_name()) else {
         return Ok(());
     };
@@ -131,12 +131,12 @@ fn remove(made: &Made) -> Result<()> {
 
 /// Whether a file is the one that was made. Device numbers are given anew at a restart (and on NFS
 /// and btrfs at each mount): what a run before it made has the same inode number alone.
-pub fn agree(made: FileId, there: FileId) -> bool {
+pub(crate) fn agree(made: FileId, there: FileId) -> bool {
     made.ino == there.ino
 }
 
 /// The path of a fleece image in `dir`.
-pub fn fleece_path(dir: &Path, run: &str, index: usize) -> PathBuf {
+pub(crate) fn fleece_path(dir: &Path, run: &str, index: usize) -> PathBuf {
     dir.join(names::fleece(run, index))
 }
 

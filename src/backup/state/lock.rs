@@ -23,7 +23,7 @@ const NAME_ONE: &str = "journals and locks go there: name another with --state-d
 ///
 /// # Errors
 /// `Permission` if somebody else may write to it, or what the operating system said.
-pub fn state_folder(path: &Path) -> Result<Folder> {
+pub(crate) fn state_folder(path: &Path) -> Result<Folder> {
     let failed = |e| Error::io(e, "cannot make the state folder").at_path(path);
     let real = real_path(path, "the state folder")?;
     let made = folder::make_folders(&real).map_err(failed).map_err(|e| match e.kind() {
@@ -40,7 +40,7 @@ pub fn state_folder(path: &Path) -> Result<Folder> {
 ///
 /// # Errors
 /// As [`state_folder`].
-pub fn state_folder_if_there(path: &Path) -> Result<Option<Folder>> {
+pub(crate) fn state_folder_if_there(path: &Path) -> Result<Option<Folder>> {
     let real = real_path(path, "the state folder")?;
     let failed = |e| Error::io(e, "cannot open the state folder").at_path(path);
     let Some(there) = folder::absent_is_none(Folder::open(&real)).map_err(failed)? else {
@@ -54,14 +54,14 @@ pub fn state_folder_if_there(path: &Path) -> Result<Option<Folder>> {
 ///
 /// # Errors
 /// What the operating system said; a refusal where somebody else's link leads astray.
-pub fn real_path(path: &Path, what: &str) -> Result<PathBuf> {
+pub(crate) fn real_path(path: &Path, what: &str) -> Result<PathBuf> {
     let failed = |e| Error::io(e, format!("cannot find {what}")).at_path(path);
     folder::resolve_to_make(path).map_err(failed)
 }
 
 /// A lock, held until it is dropped.
 #[derive(Debug)]
-pub struct Lock {
+pub(crate) struct Lock {
     _lock: folder::Lock,
     /// Removed at the end.
     passing: Option<(Folder, OsString)>,
@@ -82,7 +82,7 @@ impl Lock {
     ///
     /// # Errors
     /// `Busy` if another run has it; as [`state_folder`].
-    pub fn vm(state: &Path, address: &Address) -> Result<Self> {
+    pub(crate) fn vm(state: &Path, address: &Address) -> Result<Self> {
         let folder = state_folder(state)?;
         let name = format!("{}.lock", vm_key(address));
         let lock = take(&folder, &name, BY_VM)?;
@@ -94,7 +94,7 @@ impl Lock {
     ///
     /// # Errors
     /// `Busy` if a run that came by another socket of it is at work.
-    pub fn qemu(state: &Path, client: &Client) -> Result<Option<Self>> {
+    pub(crate) fn qemu(state: &Path, client: &Client) -> Result<Option<Self>> {
         let Some(process) = client.process() else { return Ok(None) };
         let hash = blake3::hash(process.as_bytes()).to_hex();
         let name = format!("qemu-{}.lock", hash.as_str().get(..16).unwrap_or_default());
@@ -105,7 +105,7 @@ impl Lock {
     ///
     /// # Errors
     /// `Busy` if it lives.
-    pub fn run(state: &Path, run: &str) -> Result<Self> {
+    pub(crate) fn run(state: &Path, run: &str) -> Result<Self> {
         Self::take_passing(state, format!("run-{run}.lock"))
     }
 
@@ -113,7 +113,7 @@ impl Lock {
     ///
     /// # Errors
     /// `Busy` if one is at work.
-    pub fn offline(state: &Path, name: &str) -> Result<Self> {
+    pub(crate) fn offline(state: &Path, name: &str) -> Result<Self> {
         let folder = state_folder(state)?;
         let lock = take(&folder, &format!("{name}.lock"), BY_TARGET)?;
         Ok(Lock { _lock: lock, passing: None })
@@ -171,7 +171,7 @@ impl Drop for Lock {
 }
 
 /// The name under which a VM's journal, lock and control socket are kept.
-pub fn vm_key(address: &Address) -> String {
+pub(crate) fn vm_key(address: &Address) -> String {
     let hash = blake3::hash(address.canonical().as_bytes()).to_hex();
     format!("vm-{}", hash.as_str().get(..16).unwrap_or_default())
 }
@@ -181,7 +181,7 @@ pub fn vm_key(address: &Address) -> String {
 ///
 /// # Errors
 /// `Usage` for a user who has no such folder: a folder for everybody's temporary files is none.
-pub fn default_state_dir() -> Result<PathBuf> {
+pub(crate) fn default_state_dir() -> Result<PathBuf> {
     if rustix::process::geteuid().is_root() {
         return Ok(PathBuf::from("/var/lib/fleecefs"));
     }

@@ -1,6 +1,6 @@
 //! What is kept in the state folder and beside the images while a run is at work: journal, locks, the control socket.
 
-pub mod control;
+pub(crate) mod control;
 pub mod journal;
-pub mod leftover;
-pub mod lock;
+pub(crate) mod leftover;
+pub(crate) mod lock;

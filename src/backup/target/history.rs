@@ -14,11 +14,11 @@ use crate::manifest::{Manifest, fingerprint_of};
 use crate::{folder, manifest};
 
 /// Why there is no INC where nothing was backed up yet.
-pub const FIRST: &str = "there is no FULL in the target yet";
+pub(crate) const FIRST: &str = "there is no FULL in the target yet";
 
 /// An image in the folder.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// File name.
     pub name: String,
     /// From the name.
@@ -43,7 +43,7 @@ impl Entry {
 
 /// A folder as far as one disk is concerned.
 #[derive(Debug, Clone, Default)]
-pub struct History {
+pub(crate) struct History {
     /// The folder.
     pub dir: PathBuf,
     /// Images, oldest first by the time in their names.
@@ -62,7 +62,7 @@ impl History {
     ///
     /// # Errors
     /// The folder cannot be read.
-    pub fn read(dir: &Path, disk: Option<&str>) -> Result<Self> {
+    pub(crate) fn read(dir: &Path, disk: Option<&str>) -> Result<Self> {
         let mut history = History { dir: dir.to_path_buf(), ..Default::default() };
         let list = match folder::absent_is_none(folder::entries(dir)) {
             // The image of a disk without a folder and a time has the name that a folder would have.
@@ -83,7 +83,7 @@ impl History {
     ///
     /// # Errors
     /// The folder cannot be read.
-    pub fn glance(dir: &Path, flat: bool) -> Result<Vec<Self>> {
+    pub(crate) fn glance(dir: &Path, flat: bool) -> Result<Vec<Self>> {
         let failed = |e| Error::io(e, "cannot read the folder").at_path(dir);
         let list = folder::absent_is_none(folder::entries(dir)).map_err(failed)?;
         let mut found: BTreeMap<String, History> = BTreeMap::new();
@@ -113,7 +113,7 @@ impl History {
     ///
     /// # Errors
     /// The folder cannot be read.
-    pub fn tails(dir: &Path) -> Result<BTreeSet<String>> {
+    pub(crate) fn tails(dir: &Path) -> Result<BTreeSet<String>> {
         let failed = |e| Error::io(e, "cannot read the folder").at_path(dir);
         let list = folder::absent_is_none(folder::entries(dir)).map_err(failed)?;
         let names = list.unwrap_or_default().into_iter().filter_map(|e| e.name.into_string().ok());
@@ -190,13 +190,13 @@ impl History {
     }
 
     /// The latest time in any name, so that the next one can be later.
-    pub fn last_time(&self) -> i64 {
+    pub(crate) fn last_time(&self) -> i64 {
         let partials = self.partials.iter().filter_map(|p| names::parse_image(p)).map(|p| p.1);
         self.entries.iter().map(|e| e.time).chain(partials).max().unwrap_or(0)
     }
 
     /// The latest committed manifest of any level.
-    pub fn last_manifest(&self) -> Option<&Manifest> {
+    pub(crate) fn last_manifest(&self) -> Option<&Manifest> {
         self.entries.iter().rev().find_map(|e| e.manifest.as_ref())
     }
 
@@ -205,7 +205,7 @@ impl History {
     ///
     /// # Errors
     /// In words why there is none.
-    pub fn full(&self) -> Result<Vec<&Manifest>, String> {
+    pub(crate) fn full(&self) -> Result<Vec<&Manifest>, String> {
         let Some(last) = self.entries.iter().rev().find(|e| e.level == Level::Full) else {
             return Err(FIRST.into());
         };
@@ -218,7 +218,7 @@ impl History {
     ///
     /// # Errors
     /// In words why there is none: the reason for a FULL.
-    pub fn chain(&self) -> Result<Vec<&Manifest>, String> {
+    pub(crate) fn chain(&self) -> Result<Vec<&Manifest>, String> {
         let mut on_chain =
             self.entries.iter().filter(|e| matches!(e.level, Level::Full | Level::Inc));
         let Some(last) = on_chain.next_back() else {
@@ -248,7 +248,7 @@ impl History {
     }
 
     /// The newest point that came after `point` and has its manifest here, but not its file.
-    pub fn lost_after(&self, point: &Manifest) -> Option<String> {
+    pub(crate) fn lost_after(&self, point: &Manifest) -> Option<String> {
         let (_, time, disk) = names::parse_image(&point.image)?;
         let time = point.state_time(Some(time)).unwrap_or(time);
         let folder = Folder::open(&self.dir).ok()?;
@@ -281,7 +281,7 @@ impl History {
 }
 
 /// Fails with `Incomplete` and the reason that [`History::chain`] gave.
-pub fn no_base(reason: &str) -> Error {
+pub(crate) fn no_base(reason: &str) -> Error {
     Error::new(Kind::Incomplete, reason.to_string())
         .remedy("take a FULL, or use --level auto, which takes one where it must")
 }

@@ -1,9 +1,9 @@
 //! The backup directory that a run writes to: whose it is, what it holds, who shares it.
 
-pub mod history;
+pub(crate) mod history;
 pub(crate) mod known;
 pub(crate) mod proof;
-pub mod reach;
+pub(crate) mod reach;
 pub(crate) mod shared;
 pub(crate) mod target_id;
-pub mod targets;
+pub(crate) mod targets;

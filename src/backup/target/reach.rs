@@ -17,7 +17,7 @@ static SILENT: OnceLock<Mutex<HashSet<PathBuf>>> = OnceLock::new();
 ///
 /// # Errors
 /// `Io`.
-pub fn check_answers(dir: &Path) -> Result<()> {
+pub(crate) fn check_answers(dir: &Path) -> Result<()> {
     let silent = SILENT.get_or_init(Mutex::default);
     let known = || silent.lock().unwrap_or_else(|e| e.into_inner());
     let patience = answer_timeout();
@@ -38,7 +38,7 @@ pub fn check_answers(dir: &Path) -> Result<()> {
 }
 
 /// Whether [`check_answers`] does not fail.
-pub fn answers(dir: &Path) -> bool {
+pub(crate) fn answers(dir: &Path) -> bool {
     check_answers(dir).inspect_err(|e| log::info!("{}", e.report())).is_ok()
 }
 
@@ -47,7 +47,7 @@ pub fn answers(dir: &Path) -> bool {
 ///
 /// # Errors
 /// As [`check_answers`]; what the operating system said.
-pub fn real_folder(dir: &Path) -> Result<Option<Folder>> {
+pub(crate) fn real_folder(dir: &Path) -> Result<Option<Folder>> {
     check_answers(dir)?;
     let failed = |e| Error::io(e, "cannot open the folder").at_path(dir);
     let real = folder::absent_is_none(folder::resolve(dir)).map_err(failed)?;

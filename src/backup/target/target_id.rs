@@ -9,7 +9,7 @@ use crate::folder::{EntryKind, Share};
 
 /// Whose bitmaps are a target's.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TargetId {
+pub(crate) struct TargetId {
     /// Eight digits that stand for its id in the names of bitmaps.
     pub id: String,
     /// Those of other ids that are its own too.
@@ -18,7 +18,7 @@ pub struct TargetId {
 
 impl TargetId {
     /// One that has this id alone.
-    pub fn new(id: &str) -> Self {
+    pub(crate) fn new(id: &str) -> Self {
         TargetId { id: id.to_string(), others: Vec::new() }
     }
 
@@ -31,7 +31,7 @@ impl TargetId {
     ///
     /// # Errors
     /// `Corrupt` if it is no id, or what the operating system said.
-    pub fn of(target: &Path, base: &Path, make: bool) -> Result<Self> {
+    pub(crate) fn of(target: &Path, base: &Path, make: bool) -> Result<Self> {
         Self::shared(target, base, make, Share::default())
     }
 
@@ -39,7 +39,7 @@ impl TargetId {
     ///
     /// # Errors
     /// As [`TargetId::of`].
-    pub fn shared(target: &Path, base: &Path, make: bool, share: Share) -> Result<Self> {
+    pub(crate) fn shared(target: &Path, base: &Path, make: bool, share: Share) -> Result<Self> {
         let (own, month) = (target.join("uuid"), base.join("uuid"));
         let (of_target, of_month) = (read_id(&own)?, read_id(&month)?);
         let text = match of_target.as_ref().or(of_month.as_ref()) {
@@ -69,7 +69,7 @@ impl TargetId {
     ///
     /// # Errors
     /// `NotFound` if it has none; as [`TargetId::of`].
-    pub fn stored(target: &Path) -> Result<Self> {
+    pub(crate) fn stored(target: &Path) -> Result<Self> {
         let own = target.join("uuid");
         let (text, mut months) = (read_id(&own)?, months(target));
         match text {
@@ -89,7 +89,7 @@ impl TargetId {
     ///
     /// # Errors
     /// `Usage` if it is empty.
-    pub fn named(text: &str) -> Result<Self> {
+    pub(crate) fn named(text: &str) -> Result<Self> {
         let text = text.trim();
         let short = text.len() == 8 && text.bytes().all(|b| b.is_ascii_hexdigit());
         match short {
@@ -100,7 +100,7 @@ impl TargetId {
     }
 
     /// Whether a bitmap of ours is of this target.
-    pub fn owns(&self, bitmap: &str) -> bool {
+    pub(crate) fn owns(&self, bitmap: &str) -> bool {
         let of = |t: &str| self.id == t || self.others.iter().any(|o| o == t);
         names::parse_bitmap(bitmap).is_some_and(|b| of(b.target))
     }

@@ -29,7 +29,7 @@ const MOST: usize = 1000;
 const MOST_FOLDERS: usize = 256;
 
 /// What the folders of disks are called whose names do not tell: by the disk's file.
-pub type Folders = BTreeMap<String, String>;
+pub(crate) type Folders = BTreeMap<String, String>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Known {
@@ -48,7 +48,7 @@ impl Known {
 
 /// The backup directories of a VM, and those of others.
 #[derive(Debug)]
-pub struct Targets {
+pub(crate) struct Targets {
     state: PathBuf,
     name: String,
     known: Vec<Known>,
@@ -62,7 +62,7 @@ impl Targets {
     ///
     /// # Errors
     /// A list cannot be read, or is none.
-    pub fn read(state: &Path, vm: &Address, more: &[PathBuf]) -> Result<Self> {
+    pub(crate) fn read(state: &Path, vm: &Address, more: &[PathBuf]) -> Result<Self> {
         let name = format!("{}{SUFFIX}", vm_key(vm));
         let (mut known, mut others) = (Vec::new(), Vec::new());
         if let Some(folder) = state_folder_if_there(state)? {
@@ -84,7 +84,7 @@ impl Targets {
     ///
     /// # Errors
     /// `NotFound` if not.
-    pub fn check(&self, target: &Path) -> Result<()> {
+    pub(crate) fn check(&self, target: &Path) -> Result<()> {
         let path = to_text(target.as_os_str());
         let known = self.known.iter().chain(&self.others).filter(|k| k.path == path);
         let mut gone = None;
@@ -117,7 +117,7 @@ impl Targets {
     }
 
     /// Whether this very backup directory was used for this VM.
-    pub fn knows(&self, target: &Path) -> bool {
+    pub(crate) fn knows(&self, target: &Path) -> bool {
         let path = to_text(target.as_os_str());
         let id = stored_id(target).ok().flatten();
         id.is_some_and(|id| self.known.iter().any(|k| k.is(&path, &id)))
@@ -125,7 +125,7 @@ impl Targets {
 
     /// All that are known to the state folder and have an id, and what they have by now: `None` where the id
     /// is not there (any more, or its file system is not mounted).
-    pub fn with_ids(&self) -> Vec<(PathBuf, String, Option<TargetId>)> {
+    pub(crate) fn with_ids(&self) -> Vec<(PathBuf, String, Option<TargetId>)> {
         let mut all = BTreeMap::new();
         for k in self.known.iter().chain(&self.others).filter(|k| !k.id.is_empty()) {
             let path = PathBuf::from(&k.path);
@@ -138,12 +138,12 @@ impl Targets {
     }
 
     /// The backup directories of this VM.
-    pub fn paths(&self) -> BTreeSet<PathBuf> {
+    pub(crate) fn paths(&self) -> BTreeSet<PathBuf> {
         self.known.iter().map(|k| PathBuf::from(&k.path)).collect()
     }
 
     /// What the folders of renamed disks were called in it.
-    pub fn folders(&self, target: &Path) -> Folders {
+    pub(crate) fn folders(&self, target: &Path) -> Folders {
         let path = to_text(target.as_os_str());
         let id = stored_id(target).ok().flatten().unwrap_or_default();
         let known = self.known.iter().find(|k| k.is(&path, &id));
@@ -154,7 +154,7 @@ impl Targets {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn remember(&mut self, target: &Path, folders: Folders) -> Result<()> {
+    pub(crate) fn remember(&mut self, target: &Path, folders: Folders) -> Result<()> {
         let path = to_text(target.as_os_str());
         // A mere copy leaves no id.
         let id = stored_id(target)?.unwrap_or_default();

@@ -66,7 +66,10 @@ impl Side {
     ///
     /// # Errors
     /// There may be one and it cannot be looked at: it may say that all is otherwise.
-    pub(crate) fn handle<'a>(&'a self, file: &'a OsStr) -> Result<Option<(PathBuf, Handle<'a>)>, Finding> {
+    pub(crate) fn handle<'a>(
+        &'a self,
+        file: &'a OsStr,
+    ) -> Result<Option<(PathBuf, Handle<'a>)>, Finding> {
         let side = match self {
             Side::Open(side) => side,
             Side::None => return Ok(None),
@@ -88,7 +91,11 @@ impl Side {
     }
 
     /// Lists it for the images in `dir`.
-    pub(crate) fn list<'a>(&'a self, dir: &'a Path, found: &mut Vec<Finding>) -> Option<Contents<'a>> {
+    pub(crate) fn list<'a>(
+        &'a self,
+        dir: &'a Path,
+        found: &mut Vec<Finding>,
+    ) -> Option<Contents<'a>> {
         let Side::Open(side) = self else { return None };
         let mut entries = Vec::new();
         if let Err(e) = side.list(&mut entries) {

@@ -23,7 +23,7 @@ thread_local! {
 ///
 /// # Errors
 /// A text that says why the stream is not what it should be.
-pub fn decompress(kind: Compression, input: &[u8], out: &mut [u8]) -> Result<(), String> {
+pub(crate) fn decompress(kind: Compression, input: &[u8], out: &mut [u8]) -> Result<(), String> {
     match kind {
         Compression::Zlib => INFLATE.with_borrow_mut(|d| inflate(d, input, out)),
         Compression::Zstd => ZSTD.with_borrow_mut(|slot| {

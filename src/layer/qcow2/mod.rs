@@ -7,12 +7,12 @@
 //! a window is folded.
 
 pub mod backing;
-pub mod check;
-pub mod compress;
+pub(crate) mod check;
+pub(crate) mod compress;
 pub mod create;
 pub mod header;
-pub mod plain;
-pub mod snapshot;
+pub(crate) mod plain;
+pub(crate) mod snapshot;
 mod table;
 
 use std::cell::RefCell;

@@ -8,7 +8,7 @@ use crate::storage::ReadAt;
 
 /// One whole cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cluster {
+pub(crate) struct Cluster {
     /// One past its last guest byte.
     pub guest_end: u64,
     /// Offset in the file.
@@ -23,7 +23,7 @@ pub struct Cluster {
 /// # Errors
 /// Something cannot be read or is damaged, is compressed or is in another file; the first error of `f`
 /// and of `check`.
-pub fn clusters(
+pub(crate) fn clusters(
     image: &dyn ReadAt,
     check: &dyn Fn() -> Result<()>,
     mut f: impl FnMut(Cluster) -> Result<()>,

@@ -17,7 +17,7 @@ const MAX_TEXT: usize = 255;
 
 /// One internal snapshot: what to show and where its L1 table is.
 #[derive(Debug, Clone)]
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     /// What to show.
     pub info: SnapshotInfo,
     /// Its L1 table; where that cannot be right, `info` says so.
@@ -30,7 +30,7 @@ pub struct Snapshot {
 ///
 /// # Errors
 /// `Corrupt` or `Truncated` with the offset of the entry to blame.
-pub fn read_table(storage: &dyn ReadAt, header: &Header) -> Result<Vec<Snapshot>> {
+pub(crate) fn read_table(storage: &dyn ReadAt, header: &Header) -> Result<Vec<Snapshot>> {
     (0..header.nb_snapshots).zip(entries(storage, header)).map(|(_, entry)| entry).collect()
 }
 
@@ -38,7 +38,7 @@ pub fn read_table(storage: &dyn ReadAt, header: &Header) -> Result<Vec<Snapshot>
 ///
 /// # Errors
 /// As [`read_table`], and `NotFound`.
-pub fn read_one(storage: &dyn ReadAt, header: &Header, index: u32) -> Result<Snapshot> {
+pub(crate) fn read_one(storage: &dyn ReadAt, header: &Header, index: u32) -> Result<Snapshot> {
     let found = (0..header.nb_snapshots).zip(entries(storage, header)).find_map(|(i, entry)| {
         // One that cannot be read hides all that follow.
         (i == index || entry.is_err()).then_some(entry)

@@ -14,7 +14,7 @@ mod write;
 use std::path::Path;
 use std::sync::Arc;
 
-pub use super::shape::{Compression, Preallocation, Qcow2Options};
+pub(crate) use super::shape::{Compression, Preallocation, Qcow2Options};
 
 use super::plan::Plan;
 use super::source::Reader;
@@ -28,7 +28,7 @@ use crate::layer::{Format, LayerSpec, Part};
 ///
 /// # Errors
 /// See [`super::restore`].
-pub fn to_file(
+pub(crate) fn to_file(
     reader: &Reader,
     plan: &Plan,
     path: &Path,
@@ -47,7 +47,7 @@ pub fn to_file(
 ///
 /// # Errors
 /// See [`super::restore`].
-pub fn to_temp(
+pub(crate) fn to_temp(
     reader: &Reader,
     plan: &Plan,
     temp: &Temp,

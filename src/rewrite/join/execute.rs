@@ -26,7 +26,7 @@ use crate::{manifest, rewrite};
 /// # Errors
 /// What the operating system said; `Changed` if a file is not what it was when the plan was made.
 /// What was done stays, and the next run goes on from there.
-pub fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progress) -> Result<()> {
+pub(crate) fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progress) -> Result<()> {
     if joining.points.is_empty() {
         return clear_left(joining, catalog);
     }

@@ -25,7 +25,7 @@ mod planned;
 mod refuse;
 mod unfinished;
 
-pub use self::execute::execute;
-pub use self::plan::plan;
-pub use self::planned::{Joining, Moved, is_joined};
-pub use self::unfinished::finish;
+pub(crate) use self::execute::execute;
+pub(crate) use self::plan::plan;
+pub(crate) use self::planned::{Joining, is_joined};
+pub(crate) use self::unfinished::finish;

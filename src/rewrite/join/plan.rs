@@ -15,7 +15,7 @@ use std::ffi::OsStr;
 /// # Errors
 /// `Usage` if they are not for certain one disk's, or nobody could tell afterwards; `Exists` if a name
 /// is taken; `Unsupported` for what another program keeps there.
-pub fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joining> {
+pub(crate) fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joining> {
     let (from, to) = (Images::of(old)?, Images::of(new)?);
     if old.path == new.path {
         return Err(Error::new(Kind::Usage, "both names are the same disk's"));

@@ -16,7 +16,7 @@ use crate::text::to_text;
 
 /// What will be done.
 #[derive(Debug, Serialize)]
-pub struct Joining {
+pub(crate) struct Joining {
     /// The disk's old name, as `list` shows it.
     #[serde(serialize_with = "crate::text::as_text")]
     pub old: PathBuf,
@@ -45,7 +45,7 @@ fn texts<S: serde::Serializer>(paths: &[PathBuf], to: S) -> Result<S::Ok, S::Err
 
 /// One image that gets another name.
 #[derive(Debug, Serialize)]
-pub struct Moved {
+pub(crate) struct Moved {
     /// Its name.
     pub from: String,
     /// The name that it gets.
@@ -65,7 +65,7 @@ impl Joining {
     ///
     /// # Errors
     /// The folder of `old` cannot be read.
-    pub fn done(root: &Path, old: &Path, new: &Disk) -> Result<Self> {
+    pub(crate) fn done(root: &Path, old: &Path, new: &Disk) -> Result<Self> {
         let to = new.points.first().and_then(|p| p.source.parent()).unwrap_or(Path::new(""));
         Ok(Joining {
             old: old.to_path_buf(),
@@ -79,7 +79,7 @@ impl Joining {
     }
 
     /// Goes on with what this journal says: both keep its words, from wherever they are seen.
-    pub fn going_on(self, journal: &Linking) -> Self {
+    pub(crate) fn going_on(self, journal: &Linking) -> Self {
         let Linking { old, new, .. } = journal.clone();
         Joining { linking: Linking { old, new, ..self.linking }, ..self }
     }
@@ -87,7 +87,7 @@ impl Joining {
 
 /// Whether points of the disk `new` were those of a disk `old`: then there is nothing left to do. It may have
 /// been called from a folder further up or down.
-pub fn is_joined(old: &Path, new: &Disk) -> bool {
+pub(crate) fn is_joined(old: &Path, new: &Disk) -> bool {
     let is = |p: &Point| {
         let (dir, name) = (p.source.parent()?, p.source.file_name()?);
         let m = manifest::read(dir, name).ok().flatten()?;

@@ -31,7 +31,11 @@ const MOST_TOLD: usize = 10;
 ///
 /// # Errors
 /// A journal is damaged.
-pub fn finish(root: &Path, own: Option<(&Path, &Path)>, progress: &dyn Progress) -> Result<()> {
+pub(crate) fn finish(
+    root: &Path,
+    own: Option<(&Path, &Path)>,
+    progress: &dyn Progress,
+) -> Result<()> {
     let (known, mut count) = (OnceCell::new(), 0_usize);
     for dir in unfinished::folders(root) {
         // The other one of a pair may be gone with it.

@@ -7,7 +7,7 @@ use crate::error::Finding;
 const MAX_FINDINGS: usize = 20;
 
 /// What to do about a damaged file.
-pub const REMEDY: &str = "restore this file from another copy of the backup";
+pub(crate) const REMEDY: &str = "restore this file from another copy of the backup";
 
 /// Which host clusters hold what.
 #[derive(Debug, Default)]
@@ -36,14 +36,14 @@ impl Used {
 
 /// Findings with a bound.
 #[derive(Default)]
-pub struct Collected {
+pub(crate) struct Collected {
     found: Vec<Finding>,
     more: u64,
 }
 
 impl Collected {
     /// Keeps it, or counts it.
-    pub fn push(&mut self, finding: Finding) {
+    pub(crate) fn push(&mut self, finding: Finding) {
         if self.found.len() < MAX_FINDINGS {
             self.found.push(finding);
         } else {
@@ -52,7 +52,7 @@ impl Collected {
     }
 
     /// What was kept; the last one says how many were not.
-    pub fn finish(&mut self) -> Vec<Finding> {
+    pub(crate) fn finish(&mut self) -> Vec<Finding> {
         let mut found = std::mem::take(&mut self.found);
         if self.more > 0
             && let Some(last) = found.last_mut()

@@ -14,7 +14,7 @@ mod walk;
 use std::sync::Arc;
 
 pub(super) use clusters::ClusterSet;
-pub use found::{Collected, REMEDY};
+pub(crate) use found::{Collected, REMEDY};
 pub(super) use walk::DATA_FILE;
 use walk::{MAX_CLAIMS, Walker};
 
