@@ -1,18 +1,17 @@
 //! `fleecefs backup`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::console::{Console, Style};
 use super::shared::{QmpArgs, qmp_unless};
 use super::state::StateArgs;
 use super::values::CompressArg;
+use super::work::undo_flag;
 use super::{paths, say, state, values};
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::{Printed, unknown_disk};
@@ -407,19 +406,6 @@ impl BackupArgs {
     }
 }
 
-/// A flag that SIGINT, SIGTERM and SIGHUP (a lost terminal) set.
-///
-/// # Errors
-/// The handlers cannot be installed.
-pub(super) fn interrupt_flag() -> Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, flag.clone())
-            .map_err(|e| Error::io(e, "cannot install a signal handler"))?;
-    }
-    Ok(flag)
-}
-
 /// Runs `fleecefs backup`.
 ///
 /// # Errors
@@ -430,7 +416,7 @@ pub(super) fn run(args: &BackupArgs) -> Result<()> {
     if !options.dry_run {
         super::writing::finish_what_is_left(&options.target)?;
     }
-    let flag = interrupt_flag()?;
+    let flag = undo_flag()?;
     let result = match args.offline.as_slice() {
         [] => backup(&options, &console, flag),
         disks => backup_offline(&options, (disks, &args.backing_file), &console, flag),

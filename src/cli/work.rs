@@ -36,17 +36,36 @@ impl WorkArgs {
     }
 }
 
-/// A flag that SIGINT, SIGTERM and SIGHUP set. The second signal ends the process at once.
+const SIGNALS: [i32; 3] = [SIGINT, SIGTERM, SIGHUP];
+
+/// A flag that SIGINT, SIGTERM and SIGHUP (a lost terminal) set. The second signal ends the process at once:
+/// what is written has a temporary name, or a journal.
 ///
 /// # Errors
 /// `Io` if the system refuses the handlers.
 pub(super) fn cancel_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
+    for signal in SIGNALS {
         let status = 128 + signal;
         signal_hook::flag::register_conditional_shutdown(signal, status, flag.clone())
-            .and_then(|_| signal_hook::flag::register(signal, flag.clone()))
-            .map_err(|e| Error::io(e, "cannot set up signal handling"))?;
+            .map_err(no_handler)?;
+        signal_hook::flag::register(signal, flag.clone()).map_err(no_handler)?;
     }
     Ok(flag)
+}
+
+/// The same for a backup, which a second signal does not end either: what it did to the guest has to be undone.
+///
+/// # Errors
+/// `Io` if the system refuses the handlers.
+pub(super) fn undo_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in SIGNALS {
+        signal_hook::flag::register(signal, flag.clone()).map_err(no_handler)?;
+    }
+    Ok(flag)
+}
+
+fn no_handler(e: std::io::Error) -> Error {
+    Error::io(e, "cannot set up signal handling")
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::privileges::users;
+use crate::units;
 use crate::units::parse_bytes;
 
 /// Mount a backup directory: every point of every disk becomes a raw image
@@ -90,22 +91,17 @@ pub(super) fn parse_mode(text: &str) -> std::result::Result<u16, String> {
     Ok(mode)
 }
 
-/// `90`, `90s`, `15m`, `2h`.
+/// `90`, `90s`, `15m`, `2h`: as everywhere, and a number alone is seconds.
 pub(super) fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
     let wrong = || format!("'{text}' is not a time; write 90, 90s, 15m or 2h");
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
-    let factor = match &text[digits..] {
-        "" | "s" => 1,
-        "m" => 60,
-        "h" => 3600,
-        _ => return Err(wrong()),
+    let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let seconds = match is_number {
+        true => text.parse().map_err(|_| wrong())?,
+        false => units::parse_duration(text).map_err(|_| wrong())?,
     };
-    match number.checked_mul(factor) {
-        // A hundred years; more makes no sense to any clock.
-        Some(s) if (1..=3_155_760_000).contains(&s) => Ok(Duration::from_secs(s)),
-        _ => Err(wrong()),
-    }
+    // A hundred years; more makes no sense to any clock.
+    let sensible = Some(seconds).filter(|s| (1..=3_155_760_000).contains(s));
+    sensible.map(Duration::from_secs).ok_or_else(wrong)
 }
 
 #[cfg(test)]
@@ -117,7 +113,9 @@ mod tests {
         assert_eq!(parse_mode("0440"), Ok(0o440));
         assert!(parse_mode("0640").is_err() && parse_mode("rw").is_err());
         assert_eq!(parse_duration("15m"), Ok(Duration::from_secs(900)));
-        for bad in ["", "0", "1d", "m", "99999999999999999999", "9999999999999999h"] {
+        assert_eq!(parse_duration("1d"), Ok(Duration::from_secs(86_400)));
+        assert_eq!(parse_duration("90"), Ok(Duration::from_secs(90)));
+        for bad in ["", "0", "1x", "m", "99999999999999999999", "9999999999999999h"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }
