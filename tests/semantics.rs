@@ -11,7 +11,7 @@ fn root(path: &str) -> PathBuf {
 /// The tests that the documents name, as `file::name`.
 fn promised() -> BTreeSet<String> {
     let read = |path: String| std::fs::read_to_string(root(&path)).unwrap();
-    let documents = ["SEMANTICS.md", "doc/security.md", "doc/beside.md", "doc/qmpbackup.md"];
+    let documents = ["SEMANTICS.md", "doc/security.md", "doc/beside.md", "doc/from-qmpbackup.md"];
     let documents = documents.map(|d| format!("contrib/{d}"));
     let text: String = documents.into_iter().map(read).collect();
     let named = text.split('`').skip(1).step_by(2).filter(|word| word.contains("::"));
