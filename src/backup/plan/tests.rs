@@ -6,12 +6,13 @@ use crate::backup::target::targets::Folders;
 use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
 use crate::manifest;
 use crate::manifest::tests::example;
-use crate::manifest::{BitmapInfo, DiskIdentity, Manifest, fingerprint};
+use crate::manifest::{BitmapInfo, Consistency, DiskIdentity, Manifest, fingerprint};
 use crate::qmp::Address;
 use crate::qmp::types::Bitmap;
 use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 static NONE: Folders = Folders::new();
@@ -377,6 +378,25 @@ fn disks_of_one_name_keep_their_folders() {
     // Moved elsewhere, its bitmap proves that it is the same disk.
     let p = auto(t.path(), disk("/moved/d", both()));
     assert_eq!((p.dir.clone(), p.level), (t.path().join("d"), Level::Inc));
+}
+
+#[test]
+fn a_folder_whose_manifests_were_made_afterwards_goes_on() {
+    let t = chain();
+    let d = t.path().join("d");
+    for (image, parent) in [("FULL-1-d", None), ("INC-2-d", Some("FULL-1-d"))] {
+        let level = if parent.is_none() { Level::Full } else { Level::Inc };
+        let m = Manifest {
+            disk: DiskIdentity::default(),
+            vm: Arc::default(),
+            consistency: Consistency::unknown(),
+            bitmap: None,
+            ..example(image, level, parent)
+        };
+        manifest::write(&d, &m).unwrap();
+    }
+    let p = auto(t.path(), disk("/vm/d", Vec::new()));
+    assert_eq!((p.level, p.dir), (Level::Full, d));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::backup::names;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::layout::Level;
-use crate::manifest::{Manifest, fingerprint_of};
+use crate::manifest::{DiskIdentity, Manifest, fingerprint_of};
 use crate::{folder, manifest};
 
 /// Why there is no INC where nothing was backed up yet.
@@ -195,9 +195,11 @@ impl History {
         self.entries.iter().map(|e| e.time).chain(partials).max().unwrap_or(0)
     }
 
-    /// The latest committed manifest of any level.
+    /// The latest committed manifest of any level that says which disk it is of. (Those that were made
+    /// afterwards, of other programs' backups, say nothing.)
     pub(crate) fn last_manifest(&self) -> Option<&Manifest> {
-        self.entries.iter().rev().find_map(|e| e.manifest.as_ref())
+        let says = |m: &&Manifest| m.disk != DiskIdentity::default();
+        self.entries.iter().rev().filter_map(|e| e.manifest.as_ref()).find(says)
     }
 
     /// The FULL that a new DIFF would lie on: the latest, there and unchanged. INCs between may be
