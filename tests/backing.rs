@@ -230,9 +230,8 @@ fn a_base_on_a_block_device() {
     std::fs::create_dir(d.path().join("vm")).unwrap();
     let raw = d.path().join("base.raw");
     run("qemu-img", &["create", "-q", "-f", "raw", s(&raw), "4M"]);
-    let device = run("losetup", &["-f", "--show", s(&raw)]).stdout;
-    let device = String::from_utf8(device).unwrap().trim().to_string();
-    let _detached = backup::guard::Guard::of("losetup -d \"$1\"", &[Path::new(&device)]);
+    let attached = backup::guard::Guard::attach("", &raw);
+    let device = s(attached.made()).to_string();
     overlay(d.path(), &device, "raw");
     let [flag, disk] = by_header(&d.path().join("vm/thin.qcow2"));
     Thin::new(d, &[&flag, &disk]).nights("FULL", |_| {
@@ -356,14 +355,21 @@ fn a_backing_file_that_is_written_to_during_a_backup_fails_it() {
     let mut thin = Thin::new(d, &[&flag, &disk]);
     let fails = |command: Command, err: &Path, byte: u8| {
         let mut child = stopped(command, "files created", err);
-        let file = std::fs::File::options().write(true).open(&raw).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&file, &[byte; 4096], 1 << 20).unwrap();
+        write_raw(&raw, byte);
+        // The file that QEMU has open is looked at, whatever it is called.
+        let moved = raw.with_extension("moved");
+        if byte == 2 {
+            std::fs::rename(&raw, &moved).unwrap();
+        }
         // SAFETY: a signal to our own child, which is not reaped.
         unsafe { libc::kill(child.id() as i32, libc::SIGCONT) };
         let code = child.wait().unwrap().code();
         let said = std::fs::read_to_string(err).unwrap();
-        let words = "was written to while the disk was backed up";
+        let words = "was written to, or exchanged, while the disk was backed up";
         assert!(code == Some(13) && said.contains(words), "{code:?}: {said}");
+        if byte == 2 {
+            std::fs::rename(&moved, &raw).unwrap();
+        }
     };
     let err = thin.d.path().join("stderr");
     thin.start();
@@ -387,4 +393,83 @@ fn a_backing_file_that_is_written_to_during_a_backup_fails_it() {
     drop(mount);
     verified(&caller.target);
     assert_eq!(backup::leftovers(thin.d.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_base_that_is_replaced_by_a_copy_with_its_times() {
+    if !have("a_base_that_is_replaced_by_a_copy_with_its_times", &[QEMU, &["cp"]].concat()) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    std::fs::create_dir(d.path().join("vm")).unwrap();
+    let raw = d.path().join("vm/base.raw");
+    run("qemu-img", &["create", "-q", "-f", "raw", s(&raw), "4M"]);
+    overlay(d.path(), "base.raw", "raw");
+    let [flag, disk] = by_header(&d.path().join("vm/thin.qcow2"));
+    Thin::new(d, &[&flag, &disk]).nights("INC", |_| {
+        let other = raw.with_extension("new");
+        run("cp", &["-p", s(&raw), s(&other)]);
+        run("qemu-io", &["-f", "raw", "-c", "write -P 9 1M 256k", s(&other)]);
+        run("touch", &["-r", s(&raw), s(&other)]);
+        // In place: it keeps its inode.
+        run("cp", &["-p", s(&other), s(&raw)]);
+    });
+}
+
+/// What QEMU calls its base is another file now, which another node of it reads.
+#[test]
+fn a_base_whose_name_leads_to_the_file_of_another_node() {
+    if !have("a_base_whose_name_leads_to_the_file_of_another_node", QEMU) {
+        return;
+    }
+    let d = folder();
+    let base = d.path().join("vm/base.qcow2");
+    overlay(d.path(), "base.qcow2", "qcow2");
+    let [flag, disk] = by_header(&d.path().join("vm/thin.qcow2"));
+    let mut thin = Thin::new(d, &[&flag, &disk]);
+    thin.start();
+    thin.take("FULL");
+    thin.take("INC");
+    std::fs::rename(&base, base.with_extension("first")).unwrap();
+    run("cp", &[s(&base.with_extension("first")), s(&base)]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 9 1M 256k", s(&base)]);
+    let other = json!({"driver": "qcow2", "node-name": "other", "read-only": true,
+        "file": {"driver": "file", "filename": s(&base)}});
+    Qmp::connect(&thin.caller().qmp).execute("blockdev-add", other);
+    assert!(thin.take("FULL").contains("is the file that it was at INC-"));
+    // In one process nothing is exchanged behind QEMU's back.
+    thin.take("INC");
+    thin.vm.take().unwrap().quit();
+    thin.start();
+    thin.take("FULL");
+    thin.stop();
+}
+
+#[test]
+fn a_raw_node_above_a_qcow2_overlay_lies_on_its_base_too() {
+    if !have("a_raw_node_above_a_qcow2_overlay_lies_on_its_base_too", QEMU) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    std::fs::create_dir(d.path().join("vm")).unwrap();
+    let raw = d.path().join("vm/base.raw");
+    run("qemu-img", &["create", "-q", "-f", "raw", s(&raw), "4M"]);
+    overlay(d.path(), "base.raw", "raw");
+    let file = d.path().join("vm/thin.qcow2");
+    let disk = format!(
+        "raw,node-name=n,file.driver=qcow2,file.file.driver=file,file.file.filename={}",
+        s(&file)
+    );
+    let mut thin = Thin::new(d, &["-blockdev", &disk]);
+    thin.start();
+    thin.take("FULL");
+    thin.take("INC");
+    write_raw(&raw, 9);
+    assert!(thin.take("FULL").contains("base.raw is not as it was at INC-"));
+    thin.stop();
+}
+
+fn write_raw(file: &Path, byte: u8) {
+    let file = std::fs::File::options().write(true).open(file).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[byte; 4096], 1 << 20).unwrap();
 }

@@ -26,9 +26,21 @@ pub fn ask(path: &Path) -> io::Result<()> {
 /// # Errors
 /// As [`ask`]; `TimedOut`.
 pub fn ask_within(path: &Path, patience: Duration) -> io::Result<()> {
-    let (say, heard) = mpsc::channel();
     let path = path.to_path_buf();
-    std::thread::Builder::new().spawn(move || say.send(ask(&path)))?;
+    within(patience, move || ask(&path))
+}
+
+/// Does what may hang with a file system, but waits no longer than that. A thread may be left that waits on; it
+/// ends with the process.
+///
+/// # Errors
+/// Those of `act`; `TimedOut`.
+pub fn within<T: Send + 'static>(
+    patience: Duration,
+    act: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let (say, heard) = mpsc::channel();
+    std::thread::Builder::new().spawn(move || say.send(act()))?;
     heard.recv_timeout(patience).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 

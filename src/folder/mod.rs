@@ -45,7 +45,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-pub use asked::{ask, ask_within, is_on_fuse, mount_number};
+pub use asked::{ask, ask_within, is_on_fuse, mount_number, within};
 pub use file_id::FileId;
 pub use fixed::Fixed;
 pub use handle::Handle;

@@ -15,11 +15,19 @@ pub struct BackingFile {
     pub size: u64,
     /// When it was written to last, in nanoseconds since the epoch.
     pub mtime_ns: i64,
+    /// When its contents, name, owner or mode changed last, in nanoseconds since the epoch. Nobody can set it: a
+    /// copy that keeps the other time shows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ctime_ns: Option<i64>,
     /// Its inode number; [`BackingFile::UNKNOWN`] where nothing tells whether it is written to.
     pub inode: u64,
     /// QEMU's name for its node, if it is unknown: while a node lives, so does what it has open.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub node: String,
+    /// The process that had it open, if it is unknown and that could be told. What QEMU knows of a disk in its
+    /// memory may be migrated to another.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub process: String,
 }
 
 /// What two records say of one another.
@@ -29,8 +37,10 @@ pub enum Compared {
     Same,
     /// It is another one, or was written to.
     Changed,
-    /// It has the same name, and nothing tells whether it was written to.
+    /// It has the same name, and nothing but QEMU, which has it open, tells whether it is the same.
     Unknown,
+    /// It is not known now and was then, or the other way round.
+    Uncertain,
 }
 
 impl BackingFile {
@@ -44,22 +54,25 @@ impl BackingFile {
         self.inode != Self::UNKNOWN
     }
 
+    /// Whether this is the file `then`, of which as much is known, and has not been written to, as far as its
+    /// times tell that anybody can set.
+    pub fn is_unwritten(&self, then: &Self) -> bool {
+        let key = |b: &Self| (b.size, b.mtime_ns, b.inode);
+        self.is_known() && key(self) == key(then)
+    }
+
     /// What became of it since it was as `then`.
     pub fn compare(&self, then: &Self) -> Compared {
-        let same = match self.is_known() && then.is_known() {
-            true => {
-                let key = |b: &Self| (b.size, b.mtime_ns, b.inode);
-                self.format == then.format && key(self) == key(then)
-            }
-            false => {
-                let other_node = self.node != then.node && !self.is_known() && !then.is_known();
-                self.format == then.format && self.file == then.file && !other_node
-            }
-        };
-        match same {
-            false => Compared::Changed,
-            true if self.is_known() && then.is_known() => Compared::Same,
-            true => Compared::Unknown,
+        if self.format != then.format {
+            return Compared::Changed;
+        }
+        let name = |b: &Self| (b.file.clone(), b.node.clone());
+        let untouched = self.ctime_ns.zip(then.ctime_ns).is_none_or(|(a, b)| a == b);
+        match (self.is_known(), then.is_known()) {
+            (true, true) if self.is_unwritten(then) && untouched => Compared::Same,
+            (false, false) if name(self) == name(then) => Compared::Unknown,
+            (true, true) | (false, false) => Compared::Changed,
+            _ => Compared::Uncertain,
         }
     }
 }
@@ -75,24 +88,28 @@ mod tests {
             format: "qcow2".into(),
             size: 5,
             mtime_ns: 6,
+            ctime_ns: Some(8),
             inode: 7,
             ..Default::default()
         };
         let unknown = || BackingFile { inode: BackingFile::UNKNOWN, node: "n".into(), ..known() };
         assert_eq!(known().compare(&known()), Compared::Same);
+        let untold = BackingFile { ctime_ns: None, ..known() };
+        assert_eq!(known().compare(&untold), Compared::Same);
         let renamed = BackingFile { file: "/vm/other".into(), ..known() };
         assert_eq!(renamed.compare(&known()), Compared::Same);
         for other in [
             BackingFile { size: 4, ..known() },
             BackingFile { mtime_ns: 4, ..known() },
             BackingFile { inode: 4, ..known() },
+            BackingFile { ctime_ns: Some(4), ..known() },
             BackingFile { format: "raw".into(), ..known() },
         ] {
             assert_eq!(other.compare(&known()), Compared::Changed, "{other:?}");
         }
         assert_eq!(unknown().compare(&unknown()), Compared::Unknown);
-        assert_eq!(unknown().compare(&known()), Compared::Unknown);
-        assert_eq!(known().compare(&unknown()), Compared::Unknown);
+        assert_eq!(unknown().compare(&known()), Compared::Uncertain);
+        assert_eq!(known().compare(&unknown()), Compared::Uncertain);
         for other in [
             BackingFile { node: "m".into(), ..unknown() },
             BackingFile { file: "/vm/other".into(), ..unknown() },

@@ -7,11 +7,13 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::media;
+use super::open_files::View;
 use crate::backup::graph;
 use crate::error::{Error, Kind, Result};
+use crate::manifest::BackingFile;
+use crate::qmp::Client;
 use crate::qmp::client::check_length;
 use crate::qmp::types::{Drive, Export, Graph, Image, Job, Node};
-use crate::qmp::{Client, peer};
 
 /// How many nodes are followed from a disk to its file: filters and formats, some few. A graph has
 /// no loops; the bound is for an answer that has.
@@ -30,6 +32,8 @@ pub struct Answers {
     by_name: HashMap<String, usize>,
     /// See [`Answers::encrypted`].
     encrypted: OnceLock<HashSet<String>>,
+    /// See [`Answers::record`].
+    view: OnceLock<Option<View>>,
     /// `x-debug-query-block-graph`.
     pub graph: Graph,
     /// `query-jobs`.
@@ -38,8 +42,8 @@ pub struct Answers {
     pub exports: Vec<Export>,
     /// Whether this is QEMU with a guest.
     pub guest: bool,
-    /// QEMU's process, if it is one of this host.
-    pub pid: Option<u32>,
+    /// QEMU's process, if it is one of this host; see [`peer::process`].
+    pub process: String,
     /// Whether that is a daemon of ours, over images that nobody else can exchange.
     pub ours: bool,
     /// The types of the devices whose medium can be removed, by their names.
@@ -74,7 +78,7 @@ impl Answers {
             types,
             jobs,
             exports,
-            pid: client.process().as_deref().and_then(peer::pid),
+            process: client.process().unwrap_or_default(),
             ..Self::of(drives, raw_nodes, graph, client.has_guest())?
         })
     }
@@ -158,6 +162,19 @@ impl Answers {
             at = child;
         }
         described_file(&at.file).unwrap_or_default()
+    }
+
+    /// What tells whether the file is written to that QEMU calls `name`, if it is certain which one that is.
+    pub fn record(&self, name: &str) -> Option<BackingFile> {
+        let view = self.view.get_or_init(|| {
+            let process = Some(self.process.clone()).filter(|p| !p.is_empty());
+            let view = View::of(process, self.ours);
+            let files = self.nodes.iter().filter(|n| n.drv == "file" || n.drv == "host_device");
+            let names: Vec<String> = files.map(|n| self.file_of(n)).collect();
+            let names = names.iter().map(String::as_str).collect();
+            view.is_certain(&names).then_some(view)
+        });
+        view.as_ref()?.record(name)
     }
 
     /// The driver of the node that holds a disk's bytes.

@@ -4,6 +4,7 @@ mod answers;
 mod backing;
 mod disk;
 mod media;
+mod open_files;
 mod paths;
 mod storage;
 mod throwaway;
@@ -11,7 +12,7 @@ mod throwaway;
 use serde_json::Value;
 
 pub use self::answers::Answers;
-pub use self::backing::{View, changed};
+pub(crate) use self::open_files::View;
 
 /// Why an empty drive is skipped.
 pub const NO_MEDIUM: &str = "no medium is inserted";

@@ -379,7 +379,10 @@ pub(crate) fn continue_guest(qmp: &Address) -> Result<()> {
 /// QEMU refuses.
 pub(crate) fn continue_if_paused(client: &mut Client) -> Result<bool> {
     let status = client.execute("query-status", json!({}))?;
-    let paused = status.get("status").and_then(Value::as_str) == Some("paused");
+    let Some(state) = status.get("status").and_then(Value::as_str) else {
+        return Err(Error::new(Kind::Peer, "QEMU does not say whether the guest runs"));
+    };
+    let paused = state == "paused";
     if paused {
         client.execute("cont", json!({}))?;
     }

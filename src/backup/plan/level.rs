@@ -119,15 +119,24 @@ fn check_backing(base: Base, disk: &SeenDisk) -> Result<Base, String> {
     }
     for (now, then) in now.iter().zip(then) {
         let name = path_text(&now.file);
-        let told = now.is_known() && then.is_known();
-        if !told && !disk.is_open_since(&base.1.name) {
+        // What is in QEMU's memory may be migrated to another process.
+        let held = now.process == then.process && disk.is_open_since(&base.1.name);
+        if !now.is_known() && !then.is_known() && !held {
             return Err(format!(
                 "nothing tells whether {name}, on which the disk lies, is as it was at {image}: it is no file \
                  whose changes are seen here, and QEMU has opened the disk anew since"
             ));
         }
-        if now.compare(then) == Compared::Changed {
-            return Err(format!("the backing file {name} is not as it was at {image}"));
+        match now.compare(then) {
+            Compared::Same | Compared::Unknown => {}
+            Compared::Uncertain => {
+                return Err(format!(
+                    "nothing tells whether {name}, on which the disk lies, is the file that it was at {image}"
+                ));
+            }
+            Compared::Changed => {
+                return Err(format!("the backing file {name} is not as it was at {image}"));
+            }
         }
     }
     Ok(base)

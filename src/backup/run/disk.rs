@@ -17,12 +17,11 @@ use crate::backup::names::{Role, object, work_bitmap};
 use crate::backup::publish::{Hashing, vm};
 use crate::backup::state::journal::Record;
 use crate::backup::state::leftover;
-use crate::backup::{disks, fleece, names, publish};
+use crate::backup::{fleece, names, publish};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
 use crate::manifest::{BackingFile, Skipped};
 use crate::qmp::budget::short;
-use crate::qmp::peer;
 use crate::qmp::types::Job;
 use crate::units::human_bytes;
 use crate::{failpoint, folder};
@@ -69,12 +68,11 @@ impl Run<'_> {
         if !d.plan.disk.backing.iter().any(BackingFile::is_known) {
             return Ok(());
         }
-        let pid = self.client.process().as_deref().and_then(peer::pid);
-        let view = View::of(pid, self.options.offline.is_some());
-        let Some(file) = disks::changed(&view, &d.plan.disk.backing) else { return Ok(()) };
+        let view = View::of(self.client.process(), self.options.offline.is_some());
+        let Some(file) = view.changed(&d.plan.disk.backing) else { return Ok(()) };
         Err(Error::new(
             Kind::Changed,
-            "the backing file was written to while the disk was backed up",
+            "the backing file was written to, or exchanged, while the disk was backed up",
         )
         .at_path(&file.file)
         .remedy("nobody may write to it while a disk lies on it; back up again, to a FULL"))
