@@ -159,6 +159,15 @@ fn a_name_without_a_word_with_a_whole_image_inside_is_read_with_a_finding() {
     };
     assert_eq!(warned(&|_| {}), 1);
     assert_eq!(warned(&|b| image(&b.path("vda/FULL-1700000001-vda"), &[], 0)), 1);
+    // An increment that says that it is raw is no proof of the contrary.
+    let full = Path::new(name);
+    let on_raw = |b: &Backups| {
+        let path = b.path("vda/INC-1700000001-vda");
+        run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "1M"]);
+        let rebase = ["rebase", "-u", "-F", "raw", "-b", full.to_str().unwrap()];
+        run("qemu-img", &[&rebase[..], &[path.to_str().unwrap()]].concat());
+    };
+    assert_eq!(warned(&on_raw), 1);
     // There are increments, or its disk was one, or it was recorded.
     assert_eq!(warned(&|b| image(&b.path("vda/INC-1700000001-vda"), &[], 0)), 0);
     assert_eq!(warned(&|b| b.file("vda/vda.config", br#"{"format": "qcow2"}"#)), 0);

@@ -45,11 +45,13 @@ fn is_unnamed_image(entry: &FileEntry) -> bool {
     entry.is_unproved() && promise(base_name(entry)) == Promise::Nothing
 }
 
-/// Whether a disk is qcow2 by the backups of it: there are increments only of such, and qmpbackup
-/// writes down what the disk was.
+/// Whether a disk is qcow2 by the backups of it: there are increments only of such (but for one that says that
+/// its parent is raw), and qmpbackup writes down what the disk was.
 fn is_qcow2_disk(tree: &Tree, group: &Group, known: &mut HashMap<FileId, bool>) -> bool {
     let is_increment = |b: &Belongs| {
-        matches!(b.level, Level::Inc | Level::Diff) && tree.files[b.file].info().is_some()
+        let file = &tree.files[b.file];
+        let says_raw = || file.backing_format().as_deref() == Some("raw");
+        matches!(b.level, Level::Inc | Level::Diff) && file.info().is_some() && !says_raw()
     };
     let has_increments = group.members.iter().any(is_increment);
     let says_so = |b: &Belongs| config_says_qcow2(tree, &tree.files[b.file], known);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::doubt::{not_raw_after_all, qcow2_on_raw};
 use super::follow::DataFiles;
+use super::format::DECIDE;
 use super::group::{Belongs, Group, base_name};
 use super::{Lies, Member, follow, link};
 use crate::chain::NEWEST_LOST;
@@ -223,9 +224,14 @@ impl<'a> Fates<'a> {
         }
         let name = path_text(base_name(below));
         let what = format!("its backing file {name} is not of format {format}, as it says");
-        Err(Error::new(Kind::Corrupt, what).at_path(&entry.path).remedy(
-            "correct the format that it gives, with 'qemu-img rebase -u -F FORMAT -b FILE' on a copy",
-        ))
+        // Nothing but its own bytes says how the file below is read: this one may be right.
+        let remedy = match below.is_unproved() {
+            true => DECIDE,
+            false => {
+                "correct the format that it gives, with 'qemu-img rebase -u -F FORMAT -b FILE' on a copy"
+            }
+        };
+        Err(Error::new(Kind::Corrupt, what).at_path(&entry.path).remedy(remedy))
     }
 
     /// The external data file of an image, if it needs one.
