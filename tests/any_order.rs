@@ -31,7 +31,7 @@ const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
 const DISKS: [(&str, &str); 2] = [("a", "qcow2"), ("b", "raw")];
 const MIB: u64 = 1 << 20;
 /// Steps of a backup of two disks, about.
-const STEPS: u64 = 190;
+const STEPS: u64 = 130;
 /// `verify`: nothing is wrong, but not all could be told.
 const COULD_NOT_TELL: i32 = 19;
 /// `backup`: not all disks have a point.
