@@ -14,6 +14,7 @@ mod mounted;
 mod qemu;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,7 +54,10 @@ struct Listed {
 /// What somebody who reads all the time has read: disk folder and hash of a whole file.
 type Seen = Arc<Mutex<BTreeSet<(String, [u8; 32])>>>;
 
-/// Reads every file of a mount, over and over, until it is dropped.
+/// For how long a mount is read on after the last change: it learns of that a moment later.
+const READ_ON: Duration = Duration::from_millis(500);
+
+/// Reads every file of a mount, over and over while the backups change, until it is dropped.
 struct Reader {
     seen: Seen,
     end: Arc<AtomicBool>,
@@ -61,11 +65,20 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(mount: &Path) -> Self {
+    fn new(mount: &Path, backups: &Path) -> Self {
         let (seen, end) = (Seen::default(), Arc::new(AtomicBool::new(false)));
-        let (mount, to, until) = (mount.to_path_buf(), seen.clone(), end.clone());
+        let (mount, backups) = (mount.to_path_buf(), backups.to_path_buf());
+        let (to, until) = (seen.clone(), end.clone());
         let thread = std::thread::spawn(move || {
+            let (mut then, mut changed) = (BTreeSet::new(), Instant::now());
             while !until.load(Ordering::SeqCst) {
+                let now = stamp(&backups);
+                if now != then {
+                    (then, changed) = (now, Instant::now());
+                } else if changed.elapsed() > READ_ON {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
                 for (disk, _) in DISKS {
                     read_all(&mount, &format!("{disk}.img"), &to);
                 }
@@ -73,6 +86,17 @@ impl Reader {
         });
         Reader { seen, end, thread: Some(thread) }
     }
+}
+
+/// What changes with the backups: each file's path, inode, size and time.
+fn stamp(backups: &Path) -> BTreeSet<(PathBuf, u64, u64, i64, i64)> {
+    let folders = DISKS.iter().map(|(disk, _)| backups.join(format!("{disk}.img")));
+    let files = folders.flat_map(|f| std::fs::read_dir(f).into_iter().flatten().flatten());
+    let of = |f: std::fs::DirEntry| {
+        let m = f.metadata().ok()?;
+        Some((f.path(), m.ino(), m.size(), m.mtime(), m.mtime_nsec()))
+    };
+    files.filter_map(of).collect()
 }
 
 fn read_all(mount: &Path, disk: &str, to: &Seen) {
@@ -123,7 +147,7 @@ impl World {
         let caller = Caller::of(&daemon);
         std::fs::create_dir(&caller.target).unwrap();
         let mount = Mount::new(&caller.target);
-        let reader = Reader::new(mount.path());
+        let reader = Reader::new(mount.path(), &caller.target);
         let (known, ever, done) = Default::default();
         World { daemon, caller, rng: Rng(seed), sizes, known, ever, reader, mount, read: 0, done }
     }
