@@ -3,7 +3,7 @@
 //!
 //! Backups of all levels, crashes, restarts, resizes, prune, consolidate and qmprestore's verbs in
 //! random order, killed at random moments; a mount stays open all the time.
-//! `FLEECEFS_ACTIONS` (default 60) says how many, `FLEECEFS_SEED` with which random numbers, and
+//! `FLEECEFS_ACTIONS` (default 100) says how many, `FLEECEFS_SEED` with which random numbers, and
 //! `FLEECEFS_KEEP` where to leave the backups if a point is wrong;
 //! `cargo test --test any_order -- --nocapture` prints them.
 
@@ -14,6 +14,7 @@ mod mounted;
 mod qemu;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use backup::{Caller, Daemon, Views, bitmaps, leftovers, ours_in_qemu};
 use mounted::Mount;
-use qemu::{Rng, first_difference, have, run};
+use qemu::{Rng, first_difference, have, run, wait_until_closed};
 use serde_json::Value;
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
@@ -31,7 +32,9 @@ const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
 const DISKS: [(&str, &str); 2] = [("a", "qcow2"), ("b", "raw")];
 const MIB: u64 = 1 << 20;
 /// Steps of a backup of two disks, about.
-const STEPS: u64 = 190;
+const STEPS: u64 = 130;
+/// What else has to happen: a verb is killed before it ends.
+const KILLED: &str = "killed verb";
 /// `verify`: nothing is wrong, but not all could be told.
 const COULD_NOT_TELL: i32 = 19;
 /// `backup`: not all disks have a point.
@@ -53,7 +56,10 @@ struct Listed {
 /// What somebody who reads all the time has read: disk folder and hash of a whole file.
 type Seen = Arc<Mutex<BTreeSet<(String, [u8; 32])>>>;
 
-/// Reads every file of a mount, over and over, until it is dropped.
+/// For how long a mount is read on after the last change: it learns of that a moment later.
+const READ_ON: Duration = Duration::from_millis(500);
+
+/// Reads every file of a mount, over and over while the backups change, until it is dropped.
 struct Reader {
     seen: Seen,
     end: Arc<AtomicBool>,
@@ -61,11 +67,20 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(mount: &Path) -> Self {
+    fn new(mount: &Path, backups: &Path) -> Self {
         let (seen, end) = (Seen::default(), Arc::new(AtomicBool::new(false)));
-        let (mount, to, until) = (mount.to_path_buf(), seen.clone(), end.clone());
+        let (mount, backups) = (mount.to_path_buf(), backups.to_path_buf());
+        let (to, until) = (seen.clone(), end.clone());
         let thread = std::thread::spawn(move || {
+            let (mut then, mut changed) = (BTreeSet::new(), Instant::now());
             while !until.load(Ordering::SeqCst) {
+                let now = stamp(&backups);
+                if now != then {
+                    (then, changed) = (now, Instant::now());
+                } else if changed.elapsed() > READ_ON {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
                 for (disk, _) in DISKS {
                     read_all(&mount, &format!("{disk}.img"), &to);
                 }
@@ -73,6 +88,17 @@ impl Reader {
         });
         Reader { seen, end, thread: Some(thread) }
     }
+}
+
+/// What changes with the backups: each file's path, inode, size and time.
+fn stamp(backups: &Path) -> BTreeSet<(PathBuf, u64, u64, i64, i64)> {
+    let folders = DISKS.iter().map(|(disk, _)| backups.join(format!("{disk}.img")));
+    let files = folders.flat_map(|f| std::fs::read_dir(f).into_iter().flatten().flatten());
+    let of = |f: std::fs::DirEntry| {
+        let m = f.metadata().ok()?;
+        Some((f.path(), m.ino(), m.size(), m.mtime(), m.mtime_nsec()))
+    };
+    files.filter_map(of).collect()
 }
 
 fn read_all(mount: &Path, disk: &str, to: &Seen) {
@@ -123,7 +149,7 @@ impl World {
         let caller = Caller::of(&daemon);
         std::fs::create_dir(&caller.target).unwrap();
         let mount = Mount::new(&caller.target);
-        let reader = Reader::new(mount.path());
+        let reader = Reader::new(mount.path(), &caller.target);
         let (known, ever, done) = Default::default();
         World { daemon, caller, rng: Rng(seed), sizes, known, ever, reader, mount, read: 0, done }
     }
@@ -258,20 +284,25 @@ impl World {
         self.daemon.respawn();
     }
 
-    /// Runs a verb; in one of three cases it is killed on the way, and run again.
+    /// Runs a verb; in one of two cases it is killed on the way, unless it is quicker, and run again.
     fn verb(&mut self, args: &[&str]) -> Output {
         let command = || {
             let mut c = Command::new(FLEECEFS);
             c.args(args);
             c
         };
-        if self.chance(3) {
+        if self.chance(2) {
             let silent = std::process::Stdio::null;
             let mut child = command().stdout(silent()).stderr(silent()).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(self.rng.below(120)));
+            std::thread::sleep(Duration::from_millis(self.rng.below(60)));
             let _ = child.kill();
             let killed = child.wait().unwrap().code().is_none();
+            self.count(KILLED, killed);
             println!("    {}", if killed { "killed once" } else { "ended before it was killed" });
+            // What it had started has its locks until it has gone, too.
+            for folder in ["", "a.img", "b.img"] {
+                wait_until_closed(&self.caller.target.join(folder).join(".fleecefs"));
+            }
         }
         let out = command().output().unwrap();
         if !out.status.success() {
@@ -381,6 +412,18 @@ impl World {
         }
     }
 
+    /// What has not happened by chance: a new increment, and `what`.
+    fn act_on(&mut self, what: &'static str) {
+        self.named("auto", |w| w.backup("auto", &Vec::new()));
+        self.named(what, |w| match what {
+            "inc" | "diff" => w.try_backup(what),
+            "prune" => w.prune(),
+            "consolidate" => w.consolidate(),
+            KILLED => w.fold("rebase"),
+            verb => w.fold(verb),
+        });
+    }
+
     fn named(&mut self, what: &'static str, action: impl FnOnce(&mut World)) {
         println!("  {what}");
         action(self);
@@ -449,21 +492,25 @@ fn every_point_is_right_whatever_happens() {
     let mut world = World::new(seed);
     world.backup("full", &Vec::new());
     // What did nothing has shown nothing: so it goes on until each has happened.
-    let wanted = ["inc", "diff", "prune", "consolidate", "commit", "rebase", "snapshot-rebase"];
+    let wanted =
+        ["inc", "diff", "prune", "consolidate", "commit", "rebase", "snapshot-rebase", KILLED];
     let missing = |w: &World| {
         let did = |what: &str| w.done.get(what).is_some_and(|n| *n > 0);
         wanted.into_iter().find(|what| !did(what))
     };
     let (least, given) =
-        (number("FLEECEFS_ACTIONS", 60), std::env::var_os("FLEECEFS_SEED").is_some());
+        (number("FLEECEFS_ACTIONS", 100), std::env::var_os("FLEECEFS_SEED").is_some());
     let mut n = 0;
     while n < least || !given && missing(&world).is_some() {
         println!("{n}");
         world.scribble();
-        world.act();
+        match missing(&world) {
+            Some(what) if n >= least => world.act_on(what),
+            _ => world.act(),
+        }
         world.check();
         n += 1;
-        assert!(n < least + 400, "{:?} never did anything", missing(&world));
+        assert!(n < least + 40, "{:?} never did anything", missing(&world));
     }
     let (states, read) = (world.known.len(), world.read);
     println!("{states} states at the end; {read} files read meanwhile; {:?}", world.done);

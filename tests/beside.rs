@@ -228,6 +228,8 @@ fn at_step(op: Op, n: usize) -> bool {
         .command("auto")
         .env("FLEECEFS_HANG_AT", n.to_string())
         .env("FLEECEFS_STEPS", &steps)
+        // Between two questions another program may change what they are about.
+        .env("FLEECEFS_STEPS_ALL", "1")
         .stderr(std::fs::File::create(&err).unwrap())
         .spawn()
         .unwrap();

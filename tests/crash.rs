@@ -3,6 +3,10 @@
 //! After it: exit 0, all points right, the guest running and thawed, nothing of ours left in QEMU
 //! or on disk but the bitmaps that the points name. `cargo test --test crash -- --nocapture` shows
 //! the table of step, fault and outcome.
+//!
+//! A step is a command before it is sent and after its answer, or a change on disk. Commands that only ask, one
+//! after the other, are one step: a kill at any of them leaves QEMU, guest and disk the same. With
+//! `FLEECEFS_STEPS_ALL=1` each is two, for the complete walk.
 
 mod backup;
 #[path = "common/guest.rs"]
@@ -236,6 +240,67 @@ fn killed_at_every_step_of_the_recovery() {
     }
     m.known.retain(|_, hash| *hash != [0; 32]);
     m.check_points();
+}
+
+/// The commands that a run sends, from its own log.
+fn sent(said: &str) -> Vec<String> {
+    let requests = said.lines().filter_map(|l| l.split_once("QMP > "));
+    let name = |request: &str| {
+        let request: serde_json::Value = serde_json::from_str(request).expect("a whole line");
+        request["execute"].as_str().expect("a command").to_string()
+    };
+    requests.map(|(_, request)| name(request)).collect()
+}
+
+#[test]
+fn what_changes_something_has_a_step_before_it_and_one_after() {
+    let name = "what_changes_something_has_a_step_before_it_and_one_after";
+    if !have(name, TOOLS) {
+        return;
+    }
+    let d = small_daemon();
+    let caller = Caller::of(&d);
+    let trace = d.path("steps");
+    let steps = |level: &str, more: &[(&str, &str)]| {
+        scribble(&d, 1);
+        let mut c = caller.command(level);
+        c.env("FLEECEFS_LOG", "debug");
+        let out = c.env("FLEECEFS_STEPS", &trace).envs(more.iter().copied()).output().unwrap();
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.success(), "{said}");
+        let steps = std::fs::read_to_string(&trace).unwrap();
+        std::fs::remove_file(&trace).unwrap();
+        let names = steps.lines().map(|l| l.split_once(' ').expect("a number").1.to_string());
+        (names.collect::<Vec<String>>(), sent(&said))
+    };
+    for level in ["full", "inc"] {
+        let (steps, sent) = steps(level, &[]);
+        let asks = |c: &str| c.contains("query") || c == "qom-get" || c == "qom-list";
+        let changes: Vec<&String> = sent.iter().filter(|c| !asks(c)).collect();
+        let mut rest = steps.iter().filter(|s| s.starts_with("send ") || s.starts_with("answer "));
+        for command in &changes {
+            // One that follows right after its answer is met there.
+            let mut next = || rest.find(|s| !asks(s)).map(String::as_str);
+            assert_eq!(next(), Some(&*format!("send {command}")), "{steps:#?}");
+            assert_eq!(next(), Some(&*format!("answer {command}")), "{steps:#?}");
+        }
+        assert_eq!(rest.find(|s| !asks(s)), None, "{steps:#?}");
+        for command in
+            ["blockdev-add", "blockdev-reopen", "blockdev-backup", "transaction", "job-dismiss"]
+        {
+            assert!(changes.iter().any(|c| *c == command), "{command}: {changes:?}");
+        }
+        // Of those that ask there is the first of each run of them, and no other.
+        let run = steps.windows(2).find(|w| asks(&w[0]) && asks(&w[1]));
+        assert_eq!(run, None, "{steps:#?}");
+        assert!(steps.iter().any(|s| asks(s)), "{steps:#?}");
+        println!("{level}: {} steps, {} commands", steps.len(), sent.len());
+    }
+    let (steps, sent) = steps("inc", &[("FLEECEFS_STEPS_ALL", "1")]);
+    let of = |what: &str| steps.iter().filter(|s| s.starts_with(what)).count();
+    println!("all: {} steps, {} commands", steps.len(), sent.len());
+    assert!(of("send ") > 2 * of("send blockdev"), "{steps:#?}");
+    assert_eq!(of("send "), of("answer "), "{steps:#?}");
 }
 
 #[test]

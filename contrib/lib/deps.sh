@@ -204,7 +204,7 @@ deps_b3sum() {
     cargo install --quiet --locked --root "$tools" b3sum || deps_die "cargo could not install b3sum"
 }
 
-deps_guest() { deps_packages e2fsprogs fdisk xfsprogs cpio gzip xz-utils kmod dpkg jq; }
+deps_guest() { deps_packages e2fsprogs fdisk xfsprogs cpio gzip xz-utils zstd kmod dpkg jq; }
 
 deps_all() {
     deps_rust

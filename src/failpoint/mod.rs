@@ -6,9 +6,11 @@
 //! the environment says what to do:
 //!
 //! - `FLEECEFS_CRASH_AT=N`: SIGKILL when step N is reached. A step is a command about to be sent, its answer,
-//!   an awaited event, or a change on disk. The crash matrix (tests/crash.rs) walks through all of them
+//!   an awaited event, or a change on disk; commands that only ask, one after the other, are one step together.
+//!   The crash matrix (tests/crash.rs) walks through all of them
 //! - `FLEECEFS_HANG_AT=NAME`: SIGSTOP at the steps of that name; with a number, at that step
 //! - `FLEECEFS_STEPS=FILE`: appends a line per step to that file
+//! - `FLEECEFS_STEPS_ALL=1`: each command is a step of its own, and so is each answer
 //! - `FLEECEFS_ANSWER_TIMEOUT=SECONDS`: nothing waits longer for an answer of QEMU than that
 //! - `FLEECEFS_HOLD=FOLDER`: while the frozen views stand and before anything is copied, they are exported over
 //!   NBD, the file `ready` in it says where, and the run waits for a file `go`

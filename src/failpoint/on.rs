@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::process::{Signal, getpid, kill_process};
@@ -13,6 +13,7 @@ use rustix::process::{Signal, getpid, kill_process};
 const CRASH_AT: &str = "FLEECEFS_CRASH_AT";
 const HANG_AT: &str = "FLEECEFS_HANG_AT";
 const STEPS: &str = "FLEECEFS_STEPS";
+const STEPS_ALL: &str = "FLEECEFS_STEPS_ALL";
 const ANSWER_TIMEOUT: &str = "FLEECEFS_ANSWER_TIMEOUT";
 const HOLD: &str = "FLEECEFS_HOLD";
 const WALK: &str = "FLEECEFS_WALK";
@@ -23,10 +24,13 @@ struct Hook {
     crash_at: Option<u64>,
     hang_at: Option<String>,
     trace: Option<OsString>,
+    all: bool,
     answer_timeout: Option<Duration>,
 }
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
+/// Whether the last step was about a command that only asks.
+static ASKING: AtomicBool = AtomicBool::new(false);
 static HOOK: OnceLock<Hook> = OnceLock::new();
 
 fn number(variable: &str) -> Option<u64> {
@@ -38,12 +42,18 @@ fn hook() -> &'static Hook {
         crash_at: number(CRASH_AT),
         hang_at: std::env::var(HANG_AT).ok(),
         trace: std::env::var_os(STEPS),
+        all: std::env::var_os(STEPS_ALL).is_some(),
         answer_timeout: number(ANSWER_TIMEOUT).map(Duration::from_secs),
     })
 }
 
 /// Counts a step; the process ends here, or stops, if this is the one chosen.
 pub(crate) fn step(name: &str) {
+    ASKING.store(false, Ordering::SeqCst);
+    count(name);
+}
+
+fn count(name: &str) {
     let n = COUNT.fetch_add(1, Ordering::SeqCst) + 1;
     let hook = hook();
     if let Some(path) = &hook.trace {
@@ -57,9 +67,26 @@ pub(crate) fn step(name: &str) {
     }
 }
 
-/// A step that is named by what is done with a command.
+/// A step that is named by what is done with a command. Of several that only ask, one after the other, the first
+/// counts: whoever dies at another of them leaves the same behind.
 pub(crate) fn step_of(what: &str, command: &str) {
-    step(&format!("{what} {command}"));
+    let name = format!("{what} {command}");
+    if !only_asks(command) {
+        return step(&name);
+    }
+    if !ASKING.swap(true, Ordering::SeqCst) || hook().all {
+        count(&name);
+    } else if hook().hang_at.as_deref() == Some(&*name) {
+        send(Signal::STOP);
+    }
+}
+
+/// Whether a command changes nothing, neither in QEMU nor in its guest. One that is not known is taken for one
+/// that does.
+fn only_asks(command: &str) -> bool {
+    let begins = ["query-", "qom-list", "guest-get-"];
+    let named = ["qom-get", "x-debug-query-block-graph", "guest-fsfreeze-status", "guest-info"];
+    begins.iter().any(|b| command.starts_with(b)) || named.contains(&command)
 }
 
 fn send(signal: Signal) {
@@ -79,7 +106,9 @@ fn trace(path: &OsStr, n: u64, name: &str) {
 
 /// Keeps steps from a program that is about to be started: they are this process's.
 pub(crate) fn keep_from(command: &mut Command) {
-    command.env_remove(CRASH_AT).env_remove(HANG_AT).env_remove(STEPS);
+    for name in [CRASH_AT, HANG_AT, STEPS, STEPS_ALL] {
+        command.env_remove(name);
+    }
 }
 
 /// How long QEMU may take for one answer: `usual`, or less.
