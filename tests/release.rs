@@ -22,7 +22,8 @@ fn release() -> Option<PathBuf> {
     let mut target = Path::new(env!("CARGO_BIN_EXE_fleecefs")).parent()?.parent()?.to_path_buf();
     if std::env::var_os("CI").is_some() {
         target.push("release-unoptimised");
-        let build = Command::new(env!("CARGO"))
+        // By the name: rustup's own program says to all it starts which toolchain it is.
+        let build = Command::new("cargo")
             .args(["build", "--release", "--quiet", "--target-dir"])
             .arg(&target)
             .envs(UNOPTIMISED)
