@@ -101,6 +101,7 @@ fn a_disk_with_two_paths_is_refused_and_the_others_are_backed_up() {
     assert_eq!(caller.with(&["--include", "p1"]).run("auto").status.code(), Some(6));
     // One path that is left is as good as any.
     bare.qmp().execute("device_del", json!({"id": "p1"}));
+    wait_until_gone(&bare, "p1");
     caller.must("auto");
     assert_eq!(level(&caller, "two.qcow2"), "FULL");
     // No second one comes while it is copied.
@@ -112,6 +113,16 @@ fn a_disk_with_two_paths_is_refused_and_the_others_are_backed_up() {
     let (code, said) = held.end();
     assert_eq!(code, Some(0), "{said}");
     clean(&bare, dir.path());
+}
+
+/// QEMU lets go of a device's disk some time after it is gone.
+fn wait_until_gone(bare: &Bare, device: &str) {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    let mut qmp = bare.qmp();
+    while qmp.execute("x-debug-query-block-graph", json!({})).to_string().contains(device) {
+        assert!(std::time::Instant::now() < end, "{device} stays");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
 }
 
 /// Each path has a node of its own, as with passthrough: QEMU's locks are off, or it could not be.

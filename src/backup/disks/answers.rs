@@ -42,7 +42,7 @@ pub struct Answers {
     pub exports: Vec<Export>,
     /// Whether this is QEMU with a guest.
     pub guest: bool,
-    /// QEMU's process, if it is one of this host; see [`peer::process`].
+    /// QEMU's process, if it is one of this host; see [`crate::qmp::peer::process`].
     pub process: String,
     /// Whether that is a daemon of ours, over images that nobody else can exchange.
     pub ours: bool,
