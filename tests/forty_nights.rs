@@ -102,7 +102,6 @@ impl Clock {
 
 /// Everything that lasts over the nights.
 struct Scene {
-    m: Machine,
     /// The backup disk: a small file system that is mounted at `at`.
     store: PathBuf,
     at: PathBuf,
@@ -115,6 +114,8 @@ struct Scene {
     held: BTreeMap<(usize, i64), blake3::Hash>,
     /// What a night without an agent, or with a silent one, asks.
     _agent: UnixListener,
+    /// Last: its folder goes when nothing is mounted in it any more.
+    m: Machine,
 }
 
 impl Scene {
