@@ -139,6 +139,8 @@ sed -n 's/^{"reason":"compiler-artifact".*"target":{[^}]*"name":"\([^"]*\)".*"pr
 room=$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1 || true)
 if [ "${room:-0}" -gt $((4 << 20)) ]; then
     memory=$(mktemp -d /dev/shm/fleecefs-test.XXXXXX)
+    # Some tests work as another user, too.
+    chmod 711 "$memory"
 fi
 
 # binary NAME [FILTER]: runs a test binary as cargo would.

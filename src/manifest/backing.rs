@@ -24,8 +24,8 @@ pub struct BackingFile {
     /// QEMU's name for its node, if it is unknown: while a node lives, so does what it has open.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub node: String,
-    /// The process that had it open, if it is unknown and that could be told. What QEMU knows of a disk in its
-    /// memory may be migrated to another.
+    /// The process that had it open, if that could be told. What QEMU knows of a disk in its memory may be
+    /// migrated to another.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub process: String,
 }

@@ -83,8 +83,14 @@ fn is_told(node: &Node, filter: bool, links: &[&Link]) -> bool {
 /// What has its bytes from outside of QEMU.
 fn leaf(answers: &Answers, node: &Node, format: &str) -> BackingFile {
     let known = answers.record(&answers.file_of(node)).filter(|_| node.drv == "file");
-    let known = known.map(|known| BackingFile { format: format.to_string(), ..known.clone() });
-    known.unwrap_or_else(|| unknown(answers, node, format))
+    match known {
+        Some(known) => BackingFile {
+            format: format.to_string(),
+            process: budget::clip(&answers.process, LONGEST_NAME),
+            ..known
+        },
+        None => unknown(answers, node, format),
+    }
 }
 
 fn unknown(answers: &Answers, node: &Node, format: &str) -> BackingFile {

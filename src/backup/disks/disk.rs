@@ -65,6 +65,8 @@ pub struct SeenDisk {
     pub has_backing: bool,
     /// What those images are, nearest first.
     pub backing: Vec<BackingFile>,
+    /// QEMU's process, if it is one of this host; see [`crate::qmp::peer::process`].
+    pub process: String,
     /// Firmware flash: small, copied in full each time.
     pub pflash: bool,
     /// QEMU's overlay of a disk with `snapshot=on`: it goes when QEMU ends, and the identity's file is

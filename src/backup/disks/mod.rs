@@ -12,7 +12,7 @@ mod throwaway;
 use serde_json::Value;
 
 pub use self::answers::Answers;
-pub(crate) use self::open_files::View;
+pub(crate) use self::open_files::{View, is_as_recorded};
 
 /// Why an empty drive is skipped.
 pub const NO_MEDIUM: &str = "no medium is inserted";
@@ -292,6 +292,7 @@ fn build(
             || answers.graph.child(&disk.node_name, "backing").is_some(),
         // The bitmaps of an overlay that ends with QEMU do so as well.
         backing: if real.is_none() { backing::below(answers, disk) } else { Vec::new() },
+        process: answers.process.clone(),
         pflash,
         throwaway: real.is_some(),
         by_rule: None,

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::folder::{self, system};
-use crate::manifest::BackingFile;
+use crate::manifest::{BackingFile, Compared};
 use crate::qmp::peer;
 use crate::qmp::timeout::answer_timeout;
 
@@ -21,6 +21,8 @@ use crate::qmp::timeout::answer_timeout;
 const LONGEST_PATH: usize = 4096;
 /// More descriptors than a QEMU has.
 const MOST_OPEN: usize = 100_000;
+/// A file system like others, below a folder of devices.
+const SHARED_MEMORY: &str = "/dev/shm";
 /// Bits of `open(2)`'s flags, as `/proc/PID/fdinfo` shows them.
 const ACCESS: u32 = libc::O_ACCMODE as u32;
 const WRITE_ONLY: u32 = libc::O_WRONLY as u32;
@@ -99,7 +101,11 @@ impl View {
     fn explains(&self, open: &[OpenFile], names: &HashSet<&str>) -> bool {
         let named = names.iter().flat_map(|n| self.candidates(open, n));
         let named: HashSet<&Path> = named.map(|o| o.path.as_path()).collect();
-        open.iter().all(|o| named.contains(o.path.as_path()))
+        // A guest's memory may be a file there, where no disk is.
+        let there = |p: &Path| p.starts_with(SHARED_MEMORY);
+        let all = named.iter().any(|p| there(p));
+        let counts = |o: &&OpenFile| all || !there(&o.path);
+        open.iter().filter(counts).all(|o| named.contains(o.path.as_path()))
     }
 
     /// Whether the names `all` of QEMU's files, those of all its nodes, lead to all that it has open.
@@ -151,21 +157,36 @@ impl View {
     }
 }
 
+/// Whether the file of a record, which QEMU may have closed since, is there and as it was.
+pub(crate) fn is_as_recorded(then: &BackingFile) -> bool {
+    let name = PathBuf::from(&then.file);
+    if !name.is_absolute() {
+        return false;
+    }
+    let look = move || folder::look(&folder::resolve(&name)?);
+    let now = folder::within(answer_timeout(), look).ok().and_then(|m| of_meta(&m, &then.file));
+    now.is_some_and(|now| {
+        let now = BackingFile { format: then.format.clone(), ..now };
+        now.compare(then) == Compared::Same
+    })
+}
+
 /// What tells whether a file is written to, once a later write is certain to show.
 fn settled(look: impl Fn() -> Option<Metadata>, name: &str) -> Option<BackingFile> {
     let age = |m: &Metadata| {
         let written = Duration::new(m.mtime().try_into().ok()?, m.mtime_nsec().try_into().ok()?);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
-        // One of the future tells nothing.
         let enough = if written.subsec_nanos() == 0 { COARSE } else { FINE };
-        Some((now.checked_sub(written)?, enough))
+        // A clock was set back, where it is in the future: a write has an earlier time then.
+        Some((now.abs_diff(written), enough))
     };
     let meta = look()?;
     let (old, enough) = age(&meta)?;
     if old >= enough {
         return of_meta(&meta, name);
     }
-    std::thread::sleep(enough.saturating_sub(old));
+    // Twice: it may be in the future.
+    std::thread::sleep(enough.saturating_mul(2));
     let meta = look()?;
     let (old, enough) = age(&meta)?;
     of_meta(&meta, name).filter(|_| old >= enough)
@@ -227,11 +248,11 @@ fn fuse_mounts(mountinfo: &str) -> HashSet<String> {
     mountinfo.lines().filter(is_fuse).filter_map(number).collect()
 }
 
-/// Whether a path of `/proc/PID/fd` is that of a file that outlives the machine.
+/// Whether a path of `/proc/PID/fd` is that of a file on a file system.
 fn is_stored(path: &Path) -> bool {
-    let kernel = ["/dev", "/proc", "/sys"];
+    let kernel = ["/dev", "/proc", "/sys"].iter().any(|k| path.starts_with(k));
     path.is_absolute()
-        && !kernel.iter().any(|k| path.starts_with(k))
+        && (!kernel || path.starts_with(SHARED_MEMORY))
         && !path.as_os_str().as_bytes().starts_with(b"/memfd:")
         && !path.as_os_str().as_bytes().starts_with(b"/anon_hugepage")
 }

@@ -11,12 +11,12 @@ use serde_json::Value;
 use super::folders::other_vm;
 use super::planned::{DiskPlan, Inputs};
 use super::watermark;
-use crate::backup::disks::SeenDisk;
+use crate::backup::disks::{SeenDisk, is_as_recorded};
 use crate::backup::target::history::{History, no_base};
 use crate::backup::{Every, LevelWish, Options, names};
 use crate::error::Result;
 use crate::layout::Level;
-use crate::manifest::{BitmapInfo, Compared, Manifest, OFFLINE};
+use crate::manifest::{BackingFile, BitmapInfo, Compared, Manifest, OFFLINE};
 use crate::text::path_text;
 
 /// Why there is a FULL where the user wants one from time to time.
@@ -105,19 +105,17 @@ fn check_backing(base: Base, disk: &SeenDisk) -> Result<Base, String> {
             false => Err(format!("{image} does not say what the disk's backing file was then")),
         };
     };
-    match (then.is_empty(), now.is_empty()) {
-        (true, false) => {
-            return Err(format!("the disk has a backing file and had none at {image}"));
-        }
-        (false, true) => {
-            return Err(format!("the disk has no longer the backing file that it had at {image}"));
-        }
-        _ if now.len() != then.len() => {
-            return Err(format!("the disk has other backing files than it had at {image}"));
-        }
-        _ => {}
+    if then.is_empty() && !now.is_empty() {
+        return Err(format!("the disk has a backing file and had none at {image}"));
     }
-    for (now, then) in now.iter().zip(then) {
+    let kept = kept(then, disk);
+    if now.len() != kept.len() {
+        return Err(match now.is_empty() {
+            true => format!("the disk has no longer the backing file that it had at {image}"),
+            false => format!("the disk has other backing files than it had at {image}"),
+        });
+    }
+    for (now, then) in now.iter().zip(kept) {
         let name = path_text(&now.file);
         // What is in QEMU's memory may be migrated to another process.
         let held = now.process == then.process && disk.is_open_since(&base.1.name);
@@ -140,6 +138,16 @@ fn check_backing(base: Base, disk: &SeenDisk) -> Result<Base, String> {
         }
     }
     Ok(base)
+}
+
+/// Those of a disk's backing files that it still has. The others were copied into it by the same process
+/// (block-stream), which changes nothing that the guest sees, if they are as they were then.
+fn kept<'a>(then: &'a [BackingFile], disk: &SeenDisk) -> Vec<&'a BackingFile> {
+    let is_there = |b: &BackingFile| disk.backing.iter().any(|now| now.file == b.file);
+    let is_copied = |b: &BackingFile| {
+        !is_there(b) && !b.process.is_empty() && b.process == disk.process && is_as_recorded(b)
+    };
+    then.iter().filter(|b| !is_copied(b)).collect()
 }
 
 /// Whether the disk of a point without a record is known to have had no backing file: QEMU said so of its

@@ -106,6 +106,7 @@ fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
         regrows_zeros: true,
         has_backing: false,
         backing: Vec::new(),
+        process: String::new(),
         pflash: false,
         throwaway: false,
         by_rule: None,
