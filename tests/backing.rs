@@ -82,7 +82,7 @@ impl Thin {
         write(&self.thin(), "write -P 7 0 64k");
         self.start();
         let said = self.take(again);
-        let why = "nothing tells whether";
+        let why = "cannot tell whether backing file";
         assert_eq!(said.contains(why), again == "FULL", "{said}");
         self.take("INC");
         self.stop();
@@ -104,6 +104,16 @@ fn folder() -> tempfile::TempDir {
     let d = tempfile::tempdir().unwrap();
     image(&d.path().join("vm/base.qcow2"));
     d
+}
+
+/// A folder with `vm/thin.qcow2`, whose backing file is `vm/base.raw`.
+fn on_raw() -> (tempfile::TempDir, PathBuf) {
+    let d = tempfile::tempdir().unwrap();
+    std::fs::create_dir(d.path().join("vm")).unwrap();
+    let raw = d.path().join("vm/base.raw");
+    run("qemu-img", &["create", "-q", "-f", "raw", s(&raw), "4M"]);
+    overlay(d.path(), "base.raw", "raw");
+    (d, raw)
 }
 
 fn overlay(dir: &Path, base: &str, format: &str) {
@@ -335,7 +345,7 @@ fn a_disk_that_was_unplugged_meanwhile() {
     run("qemu-io", &["-f", "raw", "-c", "write -P 9 1M 256k", &address]);
     ask(&thin, "blockdev-add", disk);
     ask(&thin, "device_add", json!({"driver": "scsi-hd", "drive": "n", "id": "vda"}));
-    assert!(thin.take("FULL").contains("nothing tells whether"));
+    assert!(thin.take("FULL").contains("cannot tell whether backing file"));
     thin.take("INC");
     thin.stop();
 }
@@ -346,11 +356,7 @@ fn a_backing_file_that_is_written_to_during_a_backup_fails_it() {
     if !have("a_backing_file_that_is_written_to_during_a_backup_fails_it", QEMU) {
         return;
     }
-    let d = tempfile::tempdir().unwrap();
-    std::fs::create_dir(d.path().join("vm")).unwrap();
-    let raw = d.path().join("vm/base.raw");
-    run("qemu-img", &["create", "-q", "-f", "raw", s(&raw), "4M"]);
-    overlay(d.path(), "base.raw", "raw");
+    let (d, raw) = on_raw();
     let [flag, disk] = by_header(&d.path().join("vm/thin.qcow2"));
     let mut thin = Thin::new(d, &[&flag, &disk]);
     let fails = |command: Command, err: &Path, byte: u8| {
@@ -400,11 +406,7 @@ fn a_base_that_is_replaced_by_a_copy_with_its_times() {
     if !have("a_base_that_is_replaced_by_a_copy_with_its_times", &[QEMU, &["cp"]].concat()) {
         return;
     }
-    let d = tempfile::tempdir().unwrap();
-    std::fs::create_dir(d.path().join("vm")).unwrap();
-    let raw = d.path().join("vm/base.raw");
-    run("qemu-img", &["create", "-q", "-f", "raw", s(&raw), "4M"]);
-    overlay(d.path(), "base.raw", "raw");
+    let (d, raw) = on_raw();
     let [flag, disk] = by_header(&d.path().join("vm/thin.qcow2"));
     Thin::new(d, &[&flag, &disk]).nights("INC", |_| {
         let other = raw.with_extension("new");
@@ -436,7 +438,7 @@ fn a_base_whose_name_leads_to_the_file_of_another_node() {
     let other = json!({"driver": "qcow2", "node-name": "other", "read-only": true,
         "file": {"driver": "file", "filename": s(&base)}});
     Qmp::connect(&thin.caller().qmp).execute("blockdev-add", other);
-    assert!(thin.take("FULL").contains("is the file that it was at INC-"));
+    assert!(thin.take("FULL").contains("is the same file as at INC-"));
     // In one process nothing is exchanged behind QEMU's back.
     thin.take("INC");
     thin.vm.take().unwrap().quit();
@@ -446,15 +448,11 @@ fn a_base_whose_name_leads_to_the_file_of_another_node() {
 }
 
 #[test]
-fn a_raw_node_above_a_qcow2_overlay_lies_on_its_base_too() {
-    if !have("a_raw_node_above_a_qcow2_overlay_lies_on_its_base_too", QEMU) {
+fn a_raw_node_above_a_qcow2_overlay_has_its_backing_file_too() {
+    if !have("a_raw_node_above_a_qcow2_overlay_has_its_backing_file_too", QEMU) {
         return;
     }
-    let d = tempfile::tempdir().unwrap();
-    std::fs::create_dir(d.path().join("vm")).unwrap();
-    let raw = d.path().join("vm/base.raw");
-    run("qemu-img", &["create", "-q", "-f", "raw", s(&raw), "4M"]);
-    overlay(d.path(), "base.raw", "raw");
+    let (d, raw) = on_raw();
     let file = d.path().join("vm/thin.qcow2");
     let disk = format!(
         "raw,node-name=n,file.driver=qcow2,file.file.driver=file,file.file.filename={}",

@@ -121,15 +121,15 @@ fn check_backing(base: Base, disk: &SeenDisk) -> Result<Base, String> {
         let held = now.process == then.process && disk.is_open_since(&base.1.name);
         if !now.is_known() && !then.is_known() && !held {
             return Err(format!(
-                "nothing tells whether {name}, on which the disk lies, is as it was at {image}: it is no file \
-                 whose changes are seen here, and QEMU has opened the disk anew since"
+                "cannot tell whether backing file {name} has changed since {image}: it is not a local file whose \
+                 writes can be checked, and QEMU has reopened the disk since"
             ));
         }
         match now.compare(then) {
             Compared::Same | Compared::Unknown => {}
             Compared::Uncertain => {
                 return Err(format!(
-                    "nothing tells whether {name}, on which the disk lies, is the file that it was at {image}"
+                    "cannot tell whether backing file {name} is the same file as at {image}"
                 ));
             }
             Compared::Changed => {

@@ -75,7 +75,7 @@ impl Run<'_> {
             "the backing file was written to, or exchanged, while the disk was backed up",
         )
         .at_path(&file.file)
-        .remedy("nobody may write to it while a disk lies on it; back up again, to a FULL"))
+        .remedy("do not write to a backing file while a VM uses it; then take a FULL"))
     }
 
     /// Where the fleece image goes; if it needs no name, it is there already.

@@ -64,21 +64,21 @@ fn a_running_disk_whose_backing_file_was_changed_gets_a_full() {
 fn what_tells_of_no_writes_is_believed_while_qemu_has_the_disk_open() {
     let t = recorded(Some(&[device()]));
     assert_eq!(auto(t.path(), on(&[device()], both(), true)).level, Level::Inc);
-    refused(&t, on(&[device()], both(), false), "nothing tells whether /vm/base");
+    refused(&t, on(&[device()], both(), false), "cannot tell whether backing file /vm/base");
     // A bitmap of that name that is in the image tells nothing.
     let mut in_image = on(&[device()], both(), true);
     in_image.bitmaps.iter_mut().for_each(|b| b.persistent = true);
-    refused(&t, in_image, "nothing tells whether /vm/base");
+    refused(&t, in_image, "cannot tell whether backing file /vm/base");
     // Plugged in again, or put there by blockdev-reopen.
     let other = BackingFile { node: "#block9".into(), ..device() };
     refused(&t, on(&[other], both(), true), "/vm/base is not as it was at INC-2-d");
     // In another process, to which what QEMU had in its memory was migrated.
     let migrated = BackingFile { process: "b-2-2".into(), ..device() };
-    refused(&t, on(&[migrated], both(), true), "nothing tells whether /vm/base");
+    refused(&t, on(&[migrated], both(), true), "cannot tell whether backing file /vm/base");
     // Seen by another user, or exchanged.
-    refused(&t, on(&[known(1)], both(), true), "is the file that it was at INC-2-d");
+    refused(&t, on(&[known(1)], both(), true), "is the same file as at INC-2-d");
     let t = recorded(Some(&[known(1)]));
-    refused(&t, on(&[device()], both(), true), "is the file that it was at INC-2-d");
+    refused(&t, on(&[device()], both(), true), "is the same file as at INC-2-d");
 }
 
 #[test]
