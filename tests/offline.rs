@@ -62,6 +62,10 @@ fn the_chain_goes_on_while_the_vm_is_off_and_when_it_runs_again() {
     }
     drop(mount);
     verified(&caller.target);
+    // Nothing of the daemons stays.
+    let state = std::fs::read_dir(&caller.state).unwrap().map(|e| e.unwrap());
+    let folders: Vec<_> = state.filter(|e| e.path().is_dir()).map(|e| e.file_name()).collect();
+    assert!(!folders.iter().any(|n| n.to_str().unwrap().starts_with("offline-")), "{folders:?}");
     // It is the VM's disk in each of them.
     let [online, off] = [&made[0], &made[1]].map(|i| manifest_of(i));
     for key in ["qdev", "node", "device", "file", "format"] {

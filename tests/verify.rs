@@ -291,6 +291,29 @@ fn a_flipped_bit_in_a_manifest_is_found() {
 }
 
 #[test]
+fn a_manifest_changed_by_hand_gets_its_checksum_again() {
+    let Some((dir, c)) = recorded("a_manifest_changed_by_hand_gets_its_checksum_again", 9) else {
+        return;
+    };
+    let path = manifest(&c.files[1]);
+    let good = std::fs::read_to_string(&path).unwrap();
+    let open =
+        good.lines().filter(|l| !l.contains("\"checksum\": ")).collect::<Vec<_>>().join("\n");
+    let open = open.replace(",\n}", "\n}");
+    // With another file's hash the point is unsound, and stays it.
+    let hash = good.lines().find(|l| l.contains("\"blake3\": ")).unwrap();
+    let wrong = hash.replace(['0', '1'], "2");
+    assert_ne!(hash, wrong);
+    std::fs::write(&path, open.replace(hash, &wrong)).unwrap();
+    assert_eq!(verify(dir.path(), &["--create"]).0, UNSOUND);
+    std::fs::write(&path, &open).unwrap();
+    assert_eq!(verify(dir.path(), &[]).0, UNPROVEN);
+    create(dir.path());
+    assert_eq!(verify(dir.path(), &[]).0, SOUND);
+    assert!(std::fs::read_to_string(&path).unwrap().contains("\"checksum\": "));
+}
+
+#[test]
 fn files_mixed_up_with_their_manifests_are_found() {
     let Some((dir, c)) = recorded("files_mixed_up_with_their_manifests_are_found", 7) else {
         return;

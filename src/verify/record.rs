@@ -39,8 +39,8 @@ impl Recorder {
         Ok(Recorder { told, _locks: locks })
     }
 
-    /// Writes manifests for those points of `disk` that have none, and adds the hash to manifests
-    /// without. Points that are unsound are left out, those that lie on a point without a sound
+    /// Writes manifests for those points of `disk` that have none, adds the hash to manifests
+    /// without, and the checksum to those that somebody wrote or changed by hand. Points that are unsound are left out, those that lie on a point without a sound
     /// record (what they are depends on it), and those whose file or manifest has changed since it
     /// was looked at. Returns the points that got one.
     ///
@@ -62,10 +62,13 @@ impl Recorder {
                 continue;
             }
             let Some(hash) = reports.get(&p.source).and_then(|r| r.hash.clone()) else { continue };
-            let known = records.list[i].manifest.as_ref();
-            let m = match known {
-                // Made without a hash: it gets one now.
-                Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
+            let record = &records.list[i];
+            let m = match record.manifest.as_ref() {
+                // Without a hash or a checksum of its own: it gets them now. (Its hash, if any, is right: the
+                // point would be unsound.)
+                Some(m) if (m.blake3.is_none() || !record.sealed) && p.level != Level::Snapshot => {
+                    Some(m.clone())
+                }
                 Some(_) => None,
                 // One that cannot be read is a finding, and stays.
                 None if self.told.contains(&p.source) => describe_format(disk, i),

@@ -123,13 +123,27 @@ pub(crate) fn backup_offline(
         ..options.clone()
     };
     let report = backup(&options, watch, interrupt);
-    if let Err(e) = daemon.end() {
+    let ended = daemon.end();
+    if let Err(e) = &ended {
         watch.warn(&format!(
             "the images were not closed in order, so that the next backup may be a FULL: {}",
             e.report()
         ));
     }
-    remove_sockets(own.path()).and(report)
+    let mut removed = remove_sockets(own.path());
+    if ended.is_ok() {
+        removed = removed.and_then(|()| remove_folder(&state, &own, &name));
+    }
+    if let Err(e) = removed {
+        watch.warn(&e.report());
+    }
+    report
+}
+
+/// Removes the folder of a daemon that has ended; the target's lock is still held, so nobody waits for its own.
+fn remove_folder(state: &Folder, own: &Folder, name: &str) -> Result<()> {
+    let removed = own.remove_if_there(LOCK).and_then(|_| state.remove_folder(name));
+    removed.map_err(|e| Error::io(e, "cannot remove the folder for sockets").at_path(own.path()))
 }
 
 /// What the daemon may change, beside the images.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::lock::{state_folder, state_folder_if_there, vm_key};
+use super::lock::{SOCKET, state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::qmp::Address;
@@ -100,7 +100,7 @@ impl Drop for Control {
 }
 
 fn file_name(vm: &Address) -> String {
-    format!("{}.sock", vm_key(vm))
+    format!("{}{SOCKET}", vm_key(vm))
 }
 
 fn socket_path(state: &Path, vm: &Address) -> PathBuf {
