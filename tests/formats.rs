@@ -282,7 +282,7 @@ fn verify_records_what_a_user_says() {
         };
         assert!(first_bytes(&b.scan(), &b.path("vm1/disk.raw")).is_none());
         let said = verify("disk.raw", format);
-        assert!(said.contains("1 manifest written"), "{said}");
+        assert!(said.contains("1 point recorded"), "{said}");
         let got = first_bytes(&b.scan(), &b.path("vm1/disk.raw")).expect("it is decided");
         match format {
             "raw" => assert!(got == own),
@@ -291,7 +291,7 @@ fn verify_records_what_a_user_says() {
         // Only what was asked for, and only what a format can be given to.
         assert!(first_bytes(&b.scan(), &b.path("vm1/gz.raw")).is_none());
         let said = verify("gz.raw", format);
-        assert_eq!(said.contains("1 manifest written"), format == "raw", "{said}");
+        assert_eq!(said.contains("1 point recorded"), format == "raw", "{said}");
         assert_eq!(first_bytes(&b.scan(), &b.path("vm1/gz.raw")).is_some(), format == "raw");
     }
     // Without a user's word nothing is recorded of a plain image.

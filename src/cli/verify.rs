@@ -124,8 +124,8 @@ fn text(report: &Report) -> String {
     );
     let recorded = report.points.iter().filter(|p| p.recorded).count();
     if recorded > 0 {
-        let written = counted(recorded as u64, "manifest");
-        output::push_line(&mut out, format!("{written} written: from now on changes are found"));
+        let points = counted(recorded as u64, "point");
+        output::push_line(&mut out, format!("{points} recorded: later changes will be found"));
     }
     out
 }

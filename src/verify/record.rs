@@ -42,7 +42,7 @@ impl Recorder {
     /// Writes manifests for those points of `disk` that have none, adds the hash to manifests
     /// without, and the checksum to those that somebody wrote or changed by hand. Points that are unsound are left out, those that lie on a point without a sound
     /// record (what they are depends on it), and those whose file or manifest has changed since it
-    /// was looked at. Returns the points that got one.
+    /// was looked at. Returns the points that are proved by that.
     ///
     /// # Errors
     /// A manifest cannot be written.
@@ -68,6 +68,11 @@ impl Recorder {
                 // point would be unsound.)
                 Some(m) if (m.blake3.is_none() || !record.sealed) && p.level != Level::Snapshot => {
                     Some(m.clone())
+                }
+                // What it depends on has its record now, and its own was right before.
+                Some(m) if m.blake3.as_ref().is_some_and(|h| h.eq_ignore_ascii_case(&hash)) => {
+                    written.insert(i);
+                    None
                 }
                 Some(_) => None,
                 // One that cannot be read is a finding, and stays.

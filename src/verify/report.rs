@@ -37,7 +37,7 @@ pub struct PointReport {
     /// Why it is not sound, in a few words.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Whether `create` wrote a manifest for it in this run.
+    /// Whether it is proved from now on, by what `create` wrote for it, or for what it depends on, in this run.
     pub recorded: bool,
     /// What was found in its own files.
     pub findings: Vec<Finding>,
