@@ -2,7 +2,7 @@
 //! the making, restoring, checking and pruning of such backups.
 //!
 //! The modules. Each imports only from those above it, and neither files nor folders inside a module import
-//! each other in a circle (`tests/layering.rs` checks both):
+//! each other in a circle (`tests/it/layering.rs` checks both):
 //!
 //! - [`text`], [`error`], [`units`], [`progress`]: what everybody needs
 //! - [`failpoint`]: hooks for tests, in no program that users have
