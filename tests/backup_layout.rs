@@ -7,7 +7,7 @@ mod guest;
 mod mounted;
 mod qemu;
 #[path = "backup/scene.rs"]
-mod scene;
+mod setup;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,8 +15,8 @@ use std::time::Duration;
 use backup::{Caller, bitmaps, images, newest, same};
 use mounted::Mount;
 use qemu::{have, run};
-use scene::{clean, code, daemon, good};
 use serde_json::json;
+use setup::{clean, code, daemon, good};
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
 

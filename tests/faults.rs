@@ -9,7 +9,7 @@ mod guest;
 mod mounted;
 mod qemu;
 #[path = "backup/scene.rs"]
-mod scene;
+mod setup;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -18,8 +18,8 @@ use backup::{Caller, Daemon, Held, bitmaps, images, leftovers, level, manifest_o
 use mounted::Mount;
 use mounted::guard::Guard;
 use qemu::{have, run};
-use scene::{clean, code, daemon, good, image_of};
 use serde_json::json;
+use setup::{clean, code, daemon, good, image_of};
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
 

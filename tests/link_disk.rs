@@ -9,7 +9,7 @@ mod guest;
 mod mounted;
 mod renamed;
 #[path = "backup/scene.rs"]
-mod scene;
+mod setup;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -523,7 +523,7 @@ fn the_next_inc_goes_on_under_the_new_name() {
     if !have("the_next_inc_goes_on_under_the_new_name", &tools) {
         return;
     }
-    let d = scene::daemon(&[]);
+    let d = setup::daemon(&[]);
     let caller = Caller::of(&d);
     let config = d.path("vm.xml");
     std::fs::write(&config, "<secret/>").unwrap();

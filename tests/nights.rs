@@ -9,7 +9,7 @@ mod machine;
 mod mounted;
 mod qemu;
 #[path = "backup/scene.rs"]
-mod scene;
+mod setup;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,8 +17,8 @@ use std::process::Command;
 use backup::{Caller, images};
 use machine::Machine;
 use qemu::have;
-use scene::{code, daemon, good};
 use serde_json::json;
+use setup::{code, daemon, good};
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
 const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];

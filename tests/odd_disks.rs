@@ -11,7 +11,7 @@ mod qemu;
 #[path = "common/refusing.rs"]
 mod refusing;
 #[path = "backup/scene.rs"]
-mod scene;
+mod setup;
 #[path = "common/storage.rs"]
 mod storage;
 
@@ -28,8 +28,8 @@ use guest::Qmp;
 use mounted::Mount;
 use qemu::{have, is_root};
 use refusing::Refusing;
-use scene::daemon;
 use serde_json::{Value, json};
+use setup::daemon;
 use storage::SmallFiles;
 
 const MIB: u64 = 1 << 20;

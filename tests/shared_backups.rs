@@ -7,7 +7,7 @@ mod guest;
 mod mounted;
 mod qemu;
 #[path = "backup/scene.rs"]
-mod scene;
+mod setup;
 
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
@@ -16,7 +16,7 @@ use std::process::Command;
 
 use backup::{Caller, images, newest};
 use qemu::{have, is_root};
-use scene::{code, daemon};
+use setup::{code, daemon};
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse", "cat"];
 /// Nobody has this number.
