@@ -19,7 +19,7 @@ use fleecefs::fs::buffer::Buffer;
 use fleecefs::fs::readers::Readers;
 use fleecefs::fs::tree::ROOT;
 use fleecefs::fs::watch::Waker;
-use fleecefs::fs::{FileSystem, Waits};
+use fleecefs::fs::{FileSystem, WaitsFor};
 use fleecefs::image::Cache;
 
 /// Counts what each thread allocates.
@@ -96,7 +96,7 @@ fn read_calls() -> usize {
 fn read_all(fs: &Arc<FileSystem>, readers: &Readers, handle: u64, here: &Arc<AtomicUsize>) {
     let thread = std::thread::current().id();
     for offset in (0..PARTS * PART).step_by(4096) {
-        assert_eq!(fs.waits_for(handle, offset as u64, 4096), Waits::Storage);
+        assert_eq!(fs.waits_for(handle, offset as u64, 4096), WaitsFor::Storage);
         let here = here.clone();
         readers.run(fs, move |fs| {
             BUFFER.with_borrow_mut(|buffer| {

@@ -37,7 +37,7 @@ pub(crate) mod target;
 mod watch;
 
 pub use options::{
-    Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish,
+    Compression, CopyOptions, FreezeOptions, FullEvery, Layout, Options, RequestedLevel, StopMode,
 };
 pub(crate) use watch::Stopping;
 pub(in crate::backup) use watch::now_exactly;

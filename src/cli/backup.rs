@@ -12,17 +12,17 @@ use super::shared::{QmpArgs, qmp_unless};
 use super::state::StateArgs;
 use super::values::CompressArg;
 use super::work::undo_flag;
-use super::{paths, say, state, values};
+use super::{paths, state, values, verbosity};
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::{Printed, unknown_disk};
 use crate::backup::publish::report::Report;
 use crate::backup::run::backup;
 use crate::backup::{
-    Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
-    names,
+    Compression, CopyOptions, FreezeOptions, FullEvery, Layout, Options, RequestedLevel, StopMode,
+    Watch, names,
 };
 use crate::error::{Error, Kind, Result};
-use crate::folder::Share;
+use crate::folder::FileMode;
 use crate::output;
 use crate::privileges::users;
 use crate::qmp::Address;
@@ -67,7 +67,7 @@ pub(super) struct BackupArgs {
     /// With --level auto: a new FULL when the chain has N points, or when it is older than a
     /// DURATION such as 12h, 7d or 4w
     #[arg(long, value_name = "N|DURATION", value_parser = values::every)]
-    full_every: Option<Every>,
+    full_every: Option<FullEvery>,
 
     /// The backup directory
     #[arg(short, long, value_name = "DIR")]
@@ -117,7 +117,7 @@ pub(super) struct BackupArgs {
     layout: LayoutArgs,
 
     #[command(flatten)]
-    moment: MomentArgs,
+    freeze_point: FreezeArgs,
 
     #[command(flatten)]
     copy: CopyArgs,
@@ -224,7 +224,7 @@ const LONGEST_WAIT: u64 = 3600;
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "The frozen moment")]
-struct MomentArgs {
+struct FreezeArgs {
     /// Do not stop the guest: each disk has a moment of its own
     #[arg(long, conflicts_with = "pause")]
     no_stop: bool,
@@ -329,12 +329,12 @@ impl BackupArgs {
 
     fn options(&self) -> Result<Options> {
         let level = match (self.level, self.full_every) {
-            (LevelArg::Auto, every) => LevelWish::Auto(every),
-            (_, Some(_)) => return Err(say::usage("--full-every goes with --level auto")),
-            (LevelArg::Full, None) => LevelWish::Full,
-            (LevelArg::Inc, None) => LevelWish::Inc,
-            (LevelArg::Diff, None) => LevelWish::Diff,
-            (LevelArg::Copy, None) => LevelWish::Copy,
+            (LevelArg::Auto, every) => RequestedLevel::Auto(every),
+            (_, Some(_)) => return Err(verbosity::usage("--full-every goes with --level auto")),
+            (LevelArg::Full, None) => RequestedLevel::Full,
+            (LevelArg::Inc, None) => RequestedLevel::Inc,
+            (LevelArg::Diff, None) => RequestedLevel::Diff,
+            (LevelArg::Copy, None) => RequestedLevel::Copy,
         };
         let config = self.config.iter().map(|p| paths::resolved(p, "cannot keep this file"));
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
@@ -355,7 +355,7 @@ impl BackupArgs {
                 no_timestamp: self.layout.no_timestamp,
                 no_symlink: self.layout.no_symlink,
             },
-            moment: self.moment(),
+            freeze_point: self.freeze_point(),
             copy: self.copy()?,
             no_diff: self.no_diff,
             no_hash: self.no_hash,
@@ -368,17 +368,17 @@ impl BackupArgs {
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
             offline: None,
-            share: Share { mode: self.mode, group: self.group },
+            share: FileMode { mode: self.mode, group: self.group },
         })
     }
 
-    fn moment(&self) -> MomentOptions {
-        let m = &self.moment;
-        MomentOptions {
+    fn freeze_point(&self) -> FreezeOptions {
+        let m = &self.freeze_point;
+        FreezeOptions {
             stop: match (m.no_stop, m.pause) {
-                (true, _) => StopWish::Never,
-                (_, true) => StopWish::Whole,
-                _ => StopWish::Moment,
+                (true, _) => StopMode::Never,
+                (_, true) => StopMode::WholeBackup,
+                _ => StopMode::FreezePoint,
             },
             quiesce: m.quiesce,
             mountpoints: m.freeze.clone(),
@@ -429,8 +429,8 @@ pub(super) fn run(args: &BackupArgs) -> Result<()> {
     }
     tell(&console, &report);
     // Events go elsewhere, and with -qq there are no warnings.
-    let told = args.show.progress != Style::Json && !say::is_silent();
-    let verdict = report.verdict(options.strict, options.moment.quiesce, told);
+    let told = args.show.progress != Style::Json && !verbosity::is_silent();
+    let verdict = report.verdict(options.strict, options.freeze_point.quiesce, told);
     verdict.and_then(|()| no_warning(&options, &console)).inspect_err(|e| console.log_error(e))
 }
 
@@ -498,5 +498,5 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     for (d, e) in refused {
         output::push_line(&mut text, format!("{}: cannot be backed up: {e}", path_text(d)));
     }
-    output::print(&(text + say::UNCHANGED))
+    output::print(&(text + verbosity::UNCHANGED))
 }

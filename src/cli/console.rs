@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::say;
+use super::verbosity;
 use crate::backup::Watch;
 use crate::error::{Error, Result};
 use crate::output;
@@ -78,7 +78,7 @@ impl Console {
     }
 
     fn show(&self, priority: libc::c_int, kind: &str, line: &str) {
-        let hidden = if kind == "warning" { say::is_silent() } else { say::is_quiet() };
+        let hidden = if kind == "warning" { verbosity::is_silent() } else { verbosity::is_quiet() };
         match (self.style, &self.bars) {
             (style, _) if style != Style::Json && hidden => {}
             (Style::Json, _) => {

@@ -6,13 +6,13 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::paths::catalog;
-use super::say;
 use super::shared::DryRunArgs;
+use super::verbosity;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::error::Result;
 use crate::output;
-use crate::rewrite::consolidate::{Consolidation, How, consolidate, plan};
+use crate::rewrite::consolidate::{ConsolidateOptions, Consolidation, consolidate, plan};
 use crate::text::path_text;
 use crate::units::human_bytes;
 
@@ -58,9 +58,9 @@ pub(super) fn run(args: ConsolidateArgs) -> Result<()> {
         let catalog = catalog(&args.dir)?;
         let plan = plan(&catalog, catalog.disk(&args.disk)?, &args.until)?;
         let text = plan.as_ref().map_or(DONE.to_string(), text);
-        return output::print(&(text + say::UNCHANGED));
+        return output::print(&(text + verbosity::UNCHANGED));
     }
-    let how = How { check: !args.skip_check, compare: !args.no_compare };
+    let how = ConsolidateOptions { check: !args.skip_check, compare: !args.no_compare };
     one(&args.dir, &args.disk, &args.until, how, false, &args.work)
 }
 
@@ -72,7 +72,7 @@ pub(super) fn one(
     dir: &Path,
     disk: &Path,
     until: &str,
-    how: How,
+    how: ConsolidateOptions,
     quiet: bool,
     work: &WorkArgs,
 ) -> Result<()> {

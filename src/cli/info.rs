@@ -7,11 +7,11 @@ use clap::{Args, Subcommand};
 use super::shared::{JsonArgs, QmpArgs};
 use super::state::{StateArgs, of_owners};
 use super::status::StatusArgs;
-use super::{paths, say, status};
+use super::{paths, status, verbosity};
 use crate::backup::fleece::migration;
 use crate::backup::graph::bitmap;
 use crate::backup::info;
-use crate::backup::info::{BitmapLine, Choice};
+use crate::backup::info::{BitmapLine, CleanupChoice};
 use crate::backup::state::control;
 use crate::backup::state::lock::Lock;
 use crate::backup::target::target_id::TargetId;
@@ -27,11 +27,11 @@ use crate::units::human_bytes;
 pub(super) struct InfoArgs {
     /// What to show
     #[command(subcommand)]
-    what: What,
+    what: InfoCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
+enum InfoCommand {
     /// The disks: which would be backed up, how, and why the others would not
     Blockdev(Common),
     /// The dirty bitmaps, whose they are, and how much is dirty
@@ -101,12 +101,12 @@ pub(super) struct CleanupArgs {
 impl InfoArgs {
     /// The backup directory, if `info status` names it.
     pub(super) fn target(&self) -> Option<&Path> {
-        if let What::Status(a) = &self.what { a.target() } else { None }
+        if let InfoCommand::Status(a) = &self.what { a.target() } else { None }
     }
 
     /// Where the state is that `info status` shows.
     pub(super) fn state(&mut self) -> Option<&mut StateArgs> {
-        if let What::Status(a) = &mut self.what { Some(a.state()) } else { None }
+        if let InfoCommand::Status(a) = &mut self.what { Some(a.state()) } else { None }
     }
 }
 
@@ -116,10 +116,10 @@ impl InfoArgs {
 /// QEMU cannot be reached.
 pub(super) fn run(args: InfoArgs) -> Result<()> {
     let (common, what): (&Common, fn(&Common) -> Result<String>) = match &args.what {
-        What::Blockdev(c) => (c, blockdev),
-        What::Bitmaps(c) => (c, bitmaps),
-        What::Jobs(c) => (c, jobs),
-        What::Status(args) => return status::run(args),
+        InfoCommand::Blockdev(c) => (c, blockdev),
+        InfoCommand::Bitmaps(c) => (c, bitmaps),
+        InfoCommand::Jobs(c) => (c, jobs),
+        InfoCommand::Status(args) => return status::run(args),
     };
     output::print(&what(common)?)
 }
@@ -274,7 +274,7 @@ pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
     let vm = args.vm.address()?;
     let state = args.state.dir()?;
     let keep = args.keep.iter().map(|dir| TargetId::stored(&paths::backups(dir)?));
-    let choice = Choice {
+    let choice = CleanupChoice {
         of: args.uuid.as_deref().map(TargetId::named).transpose()?,
         uuid: args.uuid,
         keep: keep.collect::<Result<_>>()?,
@@ -308,7 +308,7 @@ pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
         };
     }
     if args.dry_run {
-        text += say::UNCHANGED;
+        text += verbosity::UNCHANGED;
     }
     output::print(&text)
 }

@@ -6,14 +6,14 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::paths::{backups, catalog};
-use super::say;
 use super::shared::DryRunArgs;
+use super::verbosity;
 use super::writing::finished_but_links;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
 use crate::output;
 use crate::rewrite::join;
-use crate::rewrite::join::Joining;
+use crate::rewrite::join::JoinPlan;
 use crate::text::path_text;
 use crate::units::counted;
 
@@ -81,17 +81,17 @@ pub(super) fn run(args: LinkDiskArgs) -> Result<()> {
     Err(Error::new(Kind::Partial, what).remedy("see above; they are where they were"))
 }
 
-fn plan(catalog: &Catalog, args: &LinkDiskArgs) -> Result<Joining> {
+fn plan(catalog: &Catalog, args: &LinkDiskArgs) -> Result<JoinPlan> {
     let new = catalog.disk(&args.new)?;
     match catalog.disk(&args.old) {
         Err(e) if e.kind() == Kind::NotFound && join::is_joined(&args.old, new) => {
-            Joining::done(&catalog.root, &args.old, new)
+            JoinPlan::done(&catalog.root, &args.old, new)
         }
         old => join::plan(old?, new, args.other_vm, args.force),
     }
 }
 
-fn show(plan: &Joining, args: &LinkDiskArgs) -> Result<()> {
+fn show(plan: &JoinPlan, args: &LinkDiskArgs) -> Result<()> {
     if args.json {
         return output::print(&output::json_pretty(plan)?);
     }
@@ -109,7 +109,7 @@ fn show(plan: &Joining, args: &LinkDiskArgs) -> Result<()> {
         n => output::push_line(&mut out, format!("{} to {new}", counted(n as u64, "point"))),
     }
     if args.only.dry_run {
-        out += say::UNCHANGED;
+        out += verbosity::UNCHANGED;
     }
     output::print(&out)
 }

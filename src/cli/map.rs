@@ -8,13 +8,13 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::paths::catalog;
-use super::say;
+use super::verbosity;
 use crate::chain::POINT_HELP;
 use crate::error::Result;
 use crate::extent::Content;
-use crate::image::{Cache, FoldedExtent, Image, Source, open_point};
-use crate::output;
-use crate::text::{self, path_text, to_text};
+use crate::image::{Cache, Image, MergedExtent, Source, open_point};
+use crate::text::{path_text, to_text};
+use crate::{output, text};
 
 /// Show where the bytes of a point are: which file, which offset, and what is a hole
 ///
@@ -79,7 +79,7 @@ pub(super) fn run(args: MapArgs) -> Result<()> {
     let start = args.start_offset;
     if start > image.size() {
         let what = format!("--start-offset is beyond the end of the disk, {} bytes", image.size());
-        return Err(say::usage(what));
+        return Err(verbosity::usage(what));
     }
     let end = args.max_length.map_or(image.size(), |n| start.saturating_add(n)).min(image.size());
     let mut unread = None;
@@ -113,7 +113,7 @@ impl<W: Write> Rows<'_, W> {
             false => writeln!(self.out, "{}", line(["Offset", "Length", "Mapped to", "File"])),
         };
         // Extents are split at the borders of windows; only the last may go on.
-        let mut last: Option<FoldedExtent> = None;
+        let mut last: Option<MergedExtent> = None;
         self.image.for_each_extent(range, |e| {
             if done.is_err() {
                 return false;
@@ -136,7 +136,7 @@ impl<W: Write> Rows<'_, W> {
         Ok(done.and_then(|()| self.out.flush()))
     }
 
-    fn row(&mut self, e: &FoldedExtent) -> std::io::Result<()> {
+    fn row(&mut self, e: &MergedExtent) -> std::io::Result<()> {
         let row = row(self.image, self.depth, e);
         if self.args.output == Output::Json {
             let between = if std::mem::replace(&mut self.any, true) { ",\n" } else { "" };
@@ -162,14 +162,14 @@ fn line([offset, length, place, file]: [&str; 4]) -> String {
 }
 
 /// The file that an extent is in.
-fn file<'a>(image: &'a Image, e: &FoldedExtent) -> Option<&'a Path> {
+fn file<'a>(image: &'a Image, e: &MergedExtent) -> Option<&'a Path> {
     e.content.layer().map(|l| match e.content {
         Source::Data { file, .. } => image.file_path(l, file),
         _ => image.layer_path(l),
     })
 }
 
-fn row(image: &Image, depth: usize, e: &FoldedExtent) -> Row {
+fn row(image: &Image, depth: usize, e: &MergedExtent) -> Row {
     let layer = e.content.layer();
     let offset = match e.content {
         Source::Data { host, .. } => Some(host),

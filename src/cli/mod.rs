@@ -17,7 +17,6 @@ mod prune;
 mod recover;
 mod restore;
 mod runs;
-mod say;
 mod shared;
 mod show;
 mod state;
@@ -25,6 +24,7 @@ mod status;
 mod table;
 mod umount;
 mod values;
+mod verbosity;
 mod verbs;
 mod verify;
 mod work;
@@ -120,7 +120,9 @@ fn run(mut cli: Cli) -> Result<()> {
 /// thread yet. `mount` needs root first, and does it by itself.
 fn become_owner(command: &mut Command) -> Result<()> {
     let Some(dir) = command.backups() else {
-        return Err(say::usage("--as-owner goes with commands that name a backup directory"));
+        return Err(self::verbosity::usage(
+            "--as-owner goes with commands that name a backup directory",
+        ));
     };
     if matches!(command, Command::Mount(_)) {
         return Ok(());
@@ -139,7 +141,7 @@ fn become_owner(command: &mut Command) -> Result<()> {
 }
 
 fn init_logging(cli: &Cli) {
-    say::set_quiet(cli.quiet);
+    self::verbosity::set_quiet(cli.quiet);
     let level = match (cli.quiet, cli.verbose) {
         (2.., _) => "error",
         (1, _) | (_, 0) => "warn",

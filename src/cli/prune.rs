@@ -7,15 +7,15 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::paths::{backups, catalog};
-use super::say;
+use super::verbosity;
 use super::writing::locked;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
-use crate::prune::plan::{DiskPlan, Manner, Plan, Rules, plan};
+use crate::prune::plan::{DiskPlan, Plan, PlanOptions, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, items};
 use crate::rewrite::consolidate;
-use crate::rewrite::consolidate::How;
+use crate::rewrite::consolidate::ConsolidateOptions;
 use crate::rewrite::remove::execute;
 use crate::text::path_text;
 use crate::units::{counted, human_bytes, parse_duration};
@@ -82,7 +82,7 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
         within: args.keep_within,
     };
     if rules.is_empty() {
-        return Err(say::usage(
+        return Err(verbosity::usage(
             "no rule keeps anything; give at least one --keep-... of 1 or more",
         ));
     }
@@ -96,7 +96,7 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
     check_not_empty(&args.dir)?;
     let (catalog, locks) = locked(&args.dir)?;
     let plan = make(&catalog, &rules, &args)?;
-    if args.json || !say::is_quiet() {
+    if args.json || !verbosity::is_quiet() {
         show(&plan, args.json, false)?;
     }
     // Whoever runs it by cron does not read the plan.
@@ -107,7 +107,7 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
     for disk in &plan.disks {
         for until in &disk.consolidate {
             // The JSON document is the whole of the output.
-            let how = How { check: true, compare: true };
+            let how = ConsolidateOptions { check: true, compare: true };
             super::consolidate::one(&args.dir, &disk.disk, until, how, args.json, &args.work)?;
         }
     }
@@ -150,7 +150,7 @@ fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
         planned.map(drop).map_err(|e| e.report())
     };
     let merge: Option<&CanMerge> = args.consolidate.then_some(&can_merge as &CanMerge);
-    let manner = Manner { force: args.force, merge };
+    let manner = PlanOptions { force: args.force, merge };
     Ok(plan(&items(catalog)?, rules, &jiff::tz::TimeZone::system(), manner))
 }
 
@@ -214,7 +214,7 @@ fn text(plan: &Plan, dry_run: bool) -> String {
         );
     }
     if dry_run {
-        out += say::UNCHANGED;
+        out += verbosity::UNCHANGED;
     }
     out
 }

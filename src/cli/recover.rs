@@ -1,4 +1,4 @@
-//! `fleecefs recover`, `cancel` and the hidden `guardian`.
+//! `fleecefs recover`, `cancel` and the hidden `watchdog`.
 
 use std::path::Path;
 
@@ -9,11 +9,11 @@ use super::console::Console;
 use super::state::StateArgs;
 use super::status::RunArgs;
 use crate::backup::fleece::foreign;
-use crate::backup::freeze::guardian;
-use crate::backup::recover::{Cause, Place, Recovered};
+use crate::backup::freeze::watchdog;
+use crate::backup::recover::{RecoverCause, RecoverContext, Recovered};
 use crate::backup::state::lock::Lock;
 use crate::backup::state::{control, journal};
-use crate::backup::target::reach;
+use crate::backup::target::reachable;
 use crate::backup::{Watch as _, offline, recover};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::{Address, Client};
@@ -144,7 +144,7 @@ fn one(args: &RecoverArgs, (state, vm): (&Path, &Address), console: &Console) ->
     let done = recovered(args, (state, vm), console);
     // Not before: the target may hang, and the guest may wait.
     if let Some(pending) = pending
-        && reach::answers(&pending.target)
+        && reachable::answers(&pending.target)
         && folder::is_folder(&pending.target)
     {
         super::writing::warn_of_others(&pending.target)?;
@@ -157,9 +157,9 @@ fn recovered(
     (state, vm): (&Path, &Address),
     console: &Console,
 ) -> Result<Recovered> {
-    let cause = if args.forget { Cause::Forget } else { Cause::Command };
+    let cause = if args.forget { RecoverCause::Forget } else { RecoverCause::Command };
     let agent = args.agent.as_deref().map(Address::parse).transpose()?;
-    let place = Place { state, vm, cause, agent: agent.as_ref() };
+    let place = RecoverContext { state, vm, cause, agent: agent.as_ref() };
     let mut client = match Client::connect(vm) {
         Err(e) if is_gone(&e) => return recover::recover_offline(place, console, e),
         other => other?,
@@ -202,7 +202,7 @@ pub(super) fn cancel(args: CancelArgs) -> Result<()> {
 /// Runs `fleecefs guardian`.
 ///
 /// # Errors
-/// As [`guardian::serve`].
+/// As [`watchdog::serve`].
 pub(super) fn guard(_args: GuardianArgs) -> Result<()> {
-    guardian::serve()
+    watchdog::serve()
 }

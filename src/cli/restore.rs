@@ -12,7 +12,7 @@ use super::bar::Bar;
 use super::shared::ForceArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
-use super::{paths, say};
+use super::{paths, verbosity};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
@@ -57,7 +57,7 @@ pub(super) struct RestoreArgs {
     #[arg(long, value_name = "FOLDER", requires = "run")]
     to: Option<PathBuf>,
     #[command(flatten)]
-    how: How,
+    how: OutputArgs,
     #[command(flatten)]
     work: WorkArgs,
 }
@@ -73,7 +73,7 @@ impl FileFormat {
 
 /// Options that do not depend on what is restored.
 #[derive(Debug, Args)]
-struct How {
+struct OutputArgs {
     /// The format of the new file; by default qcow2 if its name ends so, else raw
     #[arg(long, value_enum)]
     format: Option<FileFormat>,
@@ -192,7 +192,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
         return check_apart(&jobs).map(|()| jobs);
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
-        return Err(say::usage("name a point and a target, or a run and a folder"));
+        return Err(verbosity::usage("name a point and a target, or a run and a folder"));
     };
     let (disk, point) = catalog.find(point)?;
     Ok(vec![Job { disk, point, target: args.how.target(target)?, of_run: false }])
@@ -201,7 +201,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
 /// File and format of each of a run's points, below the folder that they are restored to: what the VM
 /// had, so that it finds its disks again. Where that is not known, or would be one name for two, the
 /// name of the disk's folder in the backup directory.
-fn names_in_run(how: &How, points: &[(&Disk, usize)]) -> Vec<(PathBuf, FileFormat)> {
+fn names_in_run(how: &OutputArgs, points: &[(&Disk, usize)]) -> Vec<(PathBuf, FileFormat)> {
     let named: Vec<_> = points.iter().map(|(disk, point)| original(how, disk, *point)).collect();
     let mut count: HashMap<&Path, usize> = HashMap::new();
     for (path, _) in named.iter().flatten() {
@@ -217,7 +217,7 @@ fn names_in_run(how: &How, points: &[(&Disk, usize)]) -> Vec<(PathBuf, FileForma
 }
 
 /// What the VM had, but for another format where the user wants one.
-fn original(how: &How, disk: &Disk, point: usize) -> Option<(PathBuf, FileFormat)> {
+fn original(how: &OutputArgs, disk: &Disk, point: usize) -> Option<(PathBuf, FileFormat)> {
     let was = run::original(disk, point)?;
     let had = if was.is_qcow2 { FileFormat::Qcow2 } else { FileFormat::Raw };
     let format = how.format.unwrap_or(had);
@@ -247,12 +247,12 @@ fn check_apart(jobs: &[Job]) -> Result<()> {
     Ok(())
 }
 
-impl How {
+impl OutputArgs {
     /// What the user means by a target; its path is resolved.
     fn target(&self, path: &Path) -> Result<Target> {
         if paths::is_stdout(path) {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(say::usage("a qcow2 file cannot be written to a pipe"));
+                return Err(verbosity::usage("a qcow2 file cannot be written to a pipe"));
             }
             return Ok(Target::Stdout);
         }
@@ -260,7 +260,7 @@ impl How {
         let is_device = folder::look(path).is_ok_and(|m| m.file_type().is_block_device());
         if is_device {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(say::usage("a block device gets the raw disk"));
+                return Err(verbosity::usage("a block device gets the raw disk"));
             }
             return Ok(Target::Device(path.to_path_buf()));
         }
@@ -278,7 +278,7 @@ impl How {
     fn file_of(&self, path: &Path, format: FileFormat) -> Result<Target> {
         match format {
             FileFormat::Raw if self.compress.is_some() => {
-                Err(say::usage("a raw file cannot be compressed; use --format qcow2"))
+                Err(verbosity::usage("a raw file cannot be compressed; use --format qcow2"))
             }
             FileFormat::Raw => Ok(Target::Raw(path.to_path_buf())),
             FileFormat::Qcow2 => Ok(Target::Qcow2(path.to_path_buf(), self.qcow2()?)),
@@ -287,7 +287,7 @@ impl How {
 
     fn qcow2(&self) -> Result<Qcow2Options> {
         let cluster_size = u32::try_from(self.cluster_size)
-            .map_err(|_| say::usage("the cluster size must be at most 2M"))?;
+            .map_err(|_| verbosity::usage("the cluster size must be at most 2M"))?;
         Ok(Qcow2Options {
             cluster_size,
             compression: match self.compress {
@@ -320,13 +320,13 @@ impl How {
 }
 
 /// What can be refused before anything is read.
-fn check_target(how: &How, catalog: &Catalog, job: &Job) -> Result<()> {
+fn check_target(how: &OutputArgs, catalog: &Catalog, job: &Job) -> Result<()> {
     match &job.target {
         Target::Stdout if std::io::stdout().is_terminal() => {
-            Err(say::usage("a disk is not written to a terminal; use a pipe"))
+            Err(verbosity::usage("a disk is not written to a terminal; use a pipe"))
         }
         Target::Stdout if how.verify => {
-            Err(say::usage("what went into a pipe cannot be read back"))
+            Err(verbosity::usage("what went into a pipe cannot be read back"))
         }
         Target::Device(path) if !how.yes && !how.dry_run => {
             let text = "everything on this device would be overwritten";
@@ -369,7 +369,7 @@ pub(crate) fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
 }
 
 /// Plans and restores one point; the number of bytes that were given up.
-fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
+fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
     let name = job.disk.point_path(job.point);
     let image = open_point(job.disk, job.point, &Cache::new(CACHE_BYTES))?;
     let plan = Plan::new(&image, work)?;
@@ -426,12 +426,12 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
 /// Standard output, unless the disk itself goes there.
 fn say(target: &Target, text: String) -> Result<()> {
     if *target == Target::Stdout {
-        if !say::is_quiet() {
+        if !verbosity::is_quiet() {
             output::tell(&text);
         }
         return Ok(());
     }
-    if say::is_quiet() {
+    if verbosity::is_quiet() {
         return Ok(());
     }
     output::print(&text)
@@ -450,7 +450,7 @@ fn kind_name(target: &Target) -> &'static str {
     }
 }
 
-fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<String> {
+fn show_plan(how: &OutputArgs, name: &Path, target: &Target, plan: &Plan) -> Result<String> {
     if how.json {
         let value = json!({
             "point": to_text(name.as_os_str()), "target": target.path().map(|p| to_text(p.as_os_str())), "kind": kind_name(target), "size": plan.size,
@@ -475,10 +475,10 @@ fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<Str
         text.push_str(&format!("{} cannot be read\n", human_bytes(t.bad)));
     }
     plan.findings.iter().for_each(|f| text.push_str(&format!("{f}\n")));
-    Ok(text + say::UNCHANGED)
+    Ok(text + verbosity::UNCHANGED)
 }
 
-fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> Result<String> {
+fn show_summary(how: &OutputArgs, name: &Path, target: &Target, s: &Summary) -> Result<String> {
     if how.json {
         let value = json!({
             "point": to_text(name.as_os_str()), "target": target.path().map(|p| to_text(p.as_os_str())), "kind": kind_name(target), "way": s.way(),

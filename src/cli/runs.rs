@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::layout::Level;
 use crate::manifest::Achieved;
 use crate::output;
-use crate::restore::run::{Doubles, Guest, When, manifest_of};
+use crate::restore::run::{Duplicates, Guest, PointTime, manifest_of};
 use crate::text::{path_text, to_text};
 use crate::units::{human_bytes, iso_time};
 
@@ -23,7 +23,7 @@ struct RunRow {
     id: Option<String>,
     /// What they are ordered by.
     #[serde(skip)]
-    when: When,
+    when: PointTime,
     time: i64,
     time_utc: String,
     points: Vec<PointRow>,
@@ -60,7 +60,7 @@ pub(super) fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) 
 }
 
 fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
-    let doubles = Doubles::of(catalog);
+    let doubles = Duplicates::of(catalog);
     let mut found: BTreeMap<(Guest, Option<String>, i64), RunRow> = BTreeMap::new();
     for (disk, i) in points.iter().filter(|(d, i)| d.points[*i].level != Level::Snapshot) {
         let p = &disk.points[*i];
@@ -70,7 +70,7 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
         }
         let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());
         let guest = Guest::of(disk, manifest.as_ref());
-        let when = When::of(p.time, manifest.as_ref());
+        let when = PointTime::of(p.time, manifest.as_ref());
         let vm = guest.name();
         let key = (guest, id.clone(), if id.is_some() { 0 } else { p.time });
         let run = found.entry(key).or_insert_with(|| RunRow {

@@ -11,7 +11,7 @@ use super::state::StateArgs;
 use crate::backup::offline;
 use crate::backup::state::control::Status;
 use crate::backup::state::{control, journal};
-use crate::backup::target::reach;
+use crate::backup::target::reachable;
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Address;
 use crate::text::path_text;
@@ -38,7 +38,7 @@ impl RunArgs {
     pub(super) fn vm(&self, state: &Path) -> Result<Address> {
         match &self.target {
             Some(target) => {
-                reach::check_answers(target)?;
+                reachable::check_answers(target)?;
                 offline::address(state, &paths::to_make(target)?)
             }
             None => self.qemu.address(),

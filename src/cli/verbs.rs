@@ -12,7 +12,7 @@ use super::shared::ForceArgs;
 use super::values::FileFormat;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
-use super::{paths, say};
+use super::{paths, verbosity};
 use crate::chain::Catalog;
 use crate::error::{Kind, Result};
 use crate::image::{Cache, open_point};
@@ -20,7 +20,7 @@ use crate::layer::Format;
 use crate::lock::Locks;
 use crate::restore::{Options, Plan, Qcow2Options, Target};
 use crate::rewrite::rebase::RebasePlan;
-use crate::rewrite::{FoldPlan, Line, files};
+use crate::rewrite::{ChainSection, FlattenPlan, files};
 use crate::text::path_text;
 use crate::units::{counted, human_bytes};
 use crate::{output, rewrite};
@@ -129,7 +129,7 @@ impl VerbArgs {
         locked(&self.dir).map(|(catalog, locks)| (catalog, Some(locks)))
     }
 
-    fn line<'a>(&self, catalog: &'a Catalog) -> Result<Line<'a>> {
+    fn line<'a>(&self, catalog: &'a Catalog) -> Result<ChainSection<'a>> {
         rewrite::select(catalog, &self.filter, self.until.as_deref())
     }
 
@@ -139,7 +139,7 @@ impl VerbArgs {
         if self.dry_run {
             let mut text = String::new();
             steps.iter().for_each(|s| output::push_line(&mut text, s));
-            output::print(&(text + say::UNCHANGED))?;
+            output::print(&(text + verbosity::UNCHANGED))?;
             return Ok(false);
         }
         log::warn!("{}: this alters the backup itself", path_text(&self.dir));
@@ -167,7 +167,7 @@ pub(super) fn rebase(args: RebaseArgs) -> Result<()> {
 /// Runs `fleecefs commit`.
 ///
 /// # Errors
-/// See [`FoldPlan`].
+/// See [`FlattenPlan`].
 pub(super) fn commit(args: CommitArgs) -> Result<()> {
     fold(&args.verb, false)
 }
@@ -175,7 +175,7 @@ pub(super) fn commit(args: CommitArgs) -> Result<()> {
 /// Runs `fleecefs snapshot-rebase`.
 ///
 /// # Errors
-/// See [`FoldPlan`].
+/// See [`FlattenPlan`].
 pub(super) fn snapshot_rebase(args: SnapshotRebaseArgs) -> Result<()> {
     fold(&args.verb, true)
 }
@@ -192,7 +192,7 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
         }
         line => line?,
     };
-    let plan = FoldPlan::new(&catalog, &line, with_snapshots)?;
+    let plan = FlattenPlan::new(&catalog, &line, with_snapshots)?;
     if plan.increments.is_empty() && !with_snapshots {
         return output::print("there is nothing to fold\n");
     }
@@ -224,7 +224,7 @@ pub(super) fn merge(mut args: MergeArgs) -> Result<()> {
         let data = human_bytes(plan.totals.data);
         let (name, target) = (path_text(&name), path_text(&args.target));
         let what = format!("restore {name} to {target}: {data} of data\n{note}");
-        return output::print(&(what + say::UNCHANGED));
+        return output::print(&(what + verbosity::UNCHANGED));
     }
     if !args.verb.skip_check {
         // A point that is no chain of single files has nothing to check this way.
@@ -254,7 +254,7 @@ fn format_note(target: &Target) -> String {
     }
 }
 
-fn merge_target(args: &MergeArgs, line: &Line) -> Result<Target> {
+fn merge_target(args: &MergeArgs, line: &ChainSection) -> Result<Target> {
     let full = line.disk.stack(line.points[0]);
     let raw = match args.format {
         Some(f) => f == FileFormat::Raw,

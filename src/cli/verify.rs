@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::bar::Bar;
-use super::paths::catalog_told;
+use super::paths::catalog_with_format;
 use super::values::FileFormat;
 use crate::chain::POINT_HELP;
-use crate::chain::scan::Told;
+use crate::chain::scan::FormatOverride;
 use crate::error::{Error, Kind, Result, Severity};
 use crate::manifest::ImageFormat;
 use crate::output;
@@ -67,7 +67,7 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
         FileFormat::Raw => ImageFormat::Raw,
         FileFormat::Qcow2 => ImageFormat::Qcow2,
     });
-    let mut catalog = catalog_told(&args.dir, None)?;
+    let mut catalog = catalog_with_format(&args.dir, None)?;
     let mut options = Options {
         quick: args.quick,
         point: args.point,
@@ -77,8 +77,8 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
         told: None,
     };
     if let Some(format) = format {
-        options.told = Some(Told { format, files: asked(&catalog, &options)? });
-        catalog = catalog_told(&args.dir, options.told.clone())?;
+        options.told = Some(FormatOverride { format, files: asked(&catalog, &options)? });
+        catalog = catalog_with_format(&args.dir, options.told.clone())?;
     }
     let report = verify(&catalog, &options, &Bar::default())?;
     output::print(&if args.json { output::json_pretty(&report)? } else { text(&report) })?;

@@ -27,7 +27,9 @@ mod on;
 
 #[cfg(not(feature = "failpoint"))]
 pub(crate) use off::{
-    answer_timeout, barrier, hold, is_blind, keep_from, step, step_of, walks_all,
+    answer_timeout, barrier, hides_status, hold, keep_from, step, step_of, walks_all,
 };
 #[cfg(feature = "failpoint")]
-pub(crate) use on::{answer_timeout, barrier, hold, is_blind, keep_from, step, step_of, walks_all};
+pub(crate) use on::{
+    answer_timeout, barrier, hides_status, hold, keep_from, step, step_of, walks_all,
+};

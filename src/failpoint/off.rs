@@ -36,7 +36,7 @@ pub(crate) fn walks_all() -> bool {
 
 /// Never.
 #[inline(always)]
-pub(crate) fn is_blind() -> bool {
+pub(crate) fn hides_status() -> bool {
     false
 }
 

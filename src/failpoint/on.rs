@@ -127,7 +127,7 @@ pub(crate) fn walks_all() -> bool {
 }
 
 /// Whether frozen views count as those of a QEMU that needs care.
-pub(crate) fn is_blind() -> bool {
+pub(crate) fn hides_status() -> bool {
     std::env::var_os(BLIND).is_some()
 }
 

@@ -18,23 +18,23 @@
 
 #![allow(clippy::disallowed_methods)]
 
-mod asked;
 mod changes;
+mod degraded;
 mod file_id;
-mod fixed;
+mod file_mode;
 mod handle;
-mod held;
-mod lesser;
 mod lock;
 mod name;
-pub(crate) mod named;
-mod once;
+mod one_shot;
 mod open;
 mod owner;
 mod resolve;
-mod share;
+mod stat_timeout;
 pub(crate) mod system;
 mod temp;
+mod undeletable;
+mod unnamed;
+pub(crate) mod user_paths;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
@@ -45,23 +45,23 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-pub use asked::{ask, ask_within, is_on_fuse, mount_number, within};
-pub use file_id::FileId;
-pub use fixed::Fixed;
-pub use handle::Handle;
-pub use held::reopen;
-pub use lesser::{STANDING, set_modified, set_times};
-pub use lock::{Lock, Locked, is_in_use, qemu_writes};
-pub use name::{PlainName, plain};
-pub use once::{
+pub use self::file_mode::FileMode;
+pub use self::one_shot::{
     entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
     pin, read_small, remove_if_there, write_shared, write_whole,
 };
+pub use self::stat_timeout::{ask, ask_within, is_on_fuse, mount_number, within};
+pub use self::undeletable::Undeletable;
+pub use self::unnamed::reopen;
+pub use degraded::{STANDING, set_modified, set_times};
+pub use file_id::FileId;
+pub use handle::Handle;
+pub use lock::{Lock, Locked, is_in_use, qemu_writes};
+pub use name::{PlainName, plain};
 pub use open::Access;
 use open::refused;
 pub use owner::{ForeignOwner, check_private, check_unchangeable, foreign_owner};
-pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};
-pub use share::Share;
+pub use resolve::{ResolvedPath, resolve, resolve_any, resolve_target, resolve_to_make, way};
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
@@ -331,7 +331,7 @@ impl Folder {
     /// What the operating system said.
     pub fn sync(&self) -> io::Result<()> {
         let synced = self.reopen().and_then(|fd| Ok(rustix::fs::fsync(fd)?));
-        lesser::without(synced, lesser::Lacking::FolderSync, &self.path)
+        degraded::without(synced, degraded::MissingFeature::FolderSync, &self.path)
     }
 
     /// Space on its file system.
@@ -355,7 +355,7 @@ impl Folder {
     /// # Errors
     /// What the operating system said.
     pub fn write_whole(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> io::Result<()> {
-        self.write_shared(name, bytes, Share::default())
+        self.write_shared(name, bytes, FileMode::default())
     }
 
     /// A new file in this folder that has no name yet, or one that nobody can guess.

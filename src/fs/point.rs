@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image};
-use crate::layer::{LayerSpec, Part};
+use crate::layer::{LayerPart, LayerSpec};
 
 /// A served point: its image and where the catalog describes it.
 pub struct PointFile {
@@ -108,7 +108,7 @@ fn layer_digest(below: blake3::Hash, layer: &LayerSpec) -> blake3::Hash {
         hash.update(&id.size.to_le_bytes());
         hash.update(&id.mtime.to_le_bytes());
     }
-    if let Part::Snapshot(index) = &layer.part {
+    if let LayerPart::Snapshot(index) = &layer.part {
         hash.update(&index.to_le_bytes());
     }
     hash.finalize()

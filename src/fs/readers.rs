@@ -4,11 +4,11 @@
 //! attributes, which need no storage. The kernel gives it reads as well. Passing a read to a thread
 //! that has to be woken takes longer than most reads do: so it leaves the read to the first of the
 //! others that is done, and asks the kernel for nothing meanwhile. If none is done after `PATIENCE`,
-//! storage is slow, and the read goes to a thread of the [`Lane`].
+//! storage is slow, and the read goes to a thread of the [`SlowPool`].
 //!
 //! The kernel gives each request to the thread that has waited longest, whose caches are cold by then: with
 //! five threads one reader gets a fifth less than with two. So threads that are not needed rest
-//! (`Rest`) until all others read.
+//! (`IdleThreads`) until all others read.
 //!
 //! State: how many threads read; the read that was left; how many of those to come go to the lane at
 //! once, since the last ones had to; which threads rest.
@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::lane::{Job, Lane};
-use super::rest::Rest;
+use super::idle_threads::IdleThreads;
+use super::slow_pool::{Job, SlowPool};
 
 /// How long names may have to wait when storage stops answering: longer than a read takes, also from a disk
 /// that turns or on a busy machine, and not noticed by anybody.
@@ -38,22 +38,22 @@ pub struct Readers {
     slow: AtomicU32,
     /// How many reads go to the lane at once.
     skip: AtomicU32,
-    lane: Arc<Lane>,
-    rest: Rest,
+    slow_pool: Arc<SlowPool>,
+    rest: IdleThreads,
 }
 
 /// One thread's permission to read; given back when it is dropped.
-struct Place<'a>(&'a AtomicUsize);
+struct ReadPermit<'a>(&'a AtomicUsize);
 
-impl Drop for Place<'_> {
+impl Drop for ReadPermit<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 impl Readers {
-    /// So many at a time; what they cannot do is done by `lane`.
-    pub fn new(most: usize, lane: Arc<Lane>) -> Self {
+    /// So many at a time; what they cannot do is done by `slow_pool`.
+    pub fn new(most: usize, slow_pool: Arc<SlowPool>) -> Self {
         Readers {
             most,
             reading: AtomicUsize::new(0),
@@ -61,8 +61,8 @@ impl Readers {
             is_left: AtomicBool::new(false),
             slow: AtomicU32::new(0),
             skip: AtomicU32::new(0),
-            lane,
-            rest: Rest::default(),
+            slow_pool,
+            rest: IdleThreads::default(),
         }
     }
 
@@ -93,10 +93,10 @@ impl Readers {
     }
 
     /// A place, unless all are taken.
-    fn place(&self) -> Option<Place<'_>> {
+    fn place(&self) -> Option<ReadPermit<'_>> {
         let one_more = |n| (n < self.most).then_some(n + 1);
         let taken = self.reading.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
-        taken.ok().map(|_| Place(&self.reading))
+        taken.ok().map(|_| ReadPermit(&self.reading))
     }
 
     /// Does what was left meanwhile; whether there was something. Whoever leaves a job looks for a place
@@ -115,10 +115,10 @@ impl Readers {
 
     fn leave(&self, job: Job) {
         if self.take_skip() {
-            return self.lane.run(job);
+            return self.slow_pool.run(job);
         }
         if let Err(job) = self.put_left(job) {
-            return self.lane.run(job);
+            return self.slow_pool.run(job);
         }
         if self.do_left() {
             return;
@@ -130,7 +130,7 @@ impl Readers {
                 let slow = self.slow.load(Ordering::Relaxed);
                 self.skip.store((1 << slow) - 1, Ordering::Relaxed);
                 self.slow.store((slow + 1).min(MOST_SLOW), Ordering::Relaxed);
-                self.lane.run(job);
+                self.slow_pool.run(job);
             }
             None => self.slow.store(0, Ordering::Relaxed),
         }
@@ -281,7 +281,7 @@ mod tests {
                         let counts = counts.clone();
                         run(&readers, move || {
                             let [now, most, done] = &*counts;
-                            if std::thread::current().name() != Some(Lane::THREAD) {
+                            if std::thread::current().name() != Some(SlowPool::THREAD) {
                                 most.fetch_max(
                                     now.fetch_add(1, Ordering::SeqCst) + 1,
                                     Ordering::SeqCst,

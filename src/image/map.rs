@@ -96,10 +96,10 @@ impl Content for Source {
 }
 
 /// An extent of a point.
-pub type FoldedExtent = Extent<Source>;
+pub type MergedExtent = Extent<Source>;
 
 /// What a fold yields.
-pub struct Folded {
+pub struct MergedMap {
     /// Covers exactly the range that was folded.
     pub extents: ExtentList<Source>,
     /// Why ranges are bad.
@@ -107,16 +107,16 @@ pub struct Folded {
 }
 
 /// What is below a certain layer, known already: a parent point's cached window.
-pub struct Known<'a> {
+pub struct KnownParent<'a> {
     /// Size in bytes of the parent's virtual disk.
     pub size: u64,
     /// The parent's extents; they cover the range up to `size`.
-    pub extents: &'a [FoldedExtent],
+    pub extents: &'a [MergedExtent],
 }
 
 /// One fold in progress.
-pub struct Fold {
-    pieces: Vec<FoldedExtent>,
+pub struct LayerMerge {
+    pieces: Vec<MergedExtent>,
     /// What is not covered yet, ascending.
     pending: Vec<Range<u64>>,
     next: Vec<Range<u64>>,
@@ -129,10 +129,10 @@ pub struct Fold {
 /// Pieces of one fold, covered or not: 20 MiB of them.
 const MAX_PIECES: usize = 2 * MAX_EXTENTS;
 
-impl Fold {
+impl LayerMerge {
     /// Begins the fold of `range`.
     pub fn new(range: Range<u64>) -> Self {
-        Fold {
+        LayerMerge {
             pieces: Vec::new(),
             pending: if range.is_empty() { Vec::new() } else { vec![range.clone()] },
             next: Vec::new(),
@@ -179,7 +179,7 @@ impl Fold {
     }
 
     /// Ends the walk with what is known of all layers below.
-    pub fn add_known(&mut self, known: &Known) {
+    pub fn add_known(&mut self, known: &KnownParent) {
         for range in std::mem::take(&mut self.pending) {
             let inside = range.start.min(known.size)..range.end.min(known.size);
             self.pieces.extend(crate::extent::clipped(known.extents, inside));
@@ -192,7 +192,7 @@ impl Fold {
     /// # Errors
     /// `Corrupt` if the range is in more pieces than a sound image can have, or if a layer broke its
     /// promise of covering it.
-    pub fn finish(mut self) -> Result<Folded> {
+    pub fn finish(mut self) -> Result<MergedMap> {
         if self.overflown {
             return Err(Error::new(Kind::Corrupt, "too many pieces for a disk of this size"));
         }
@@ -211,7 +211,7 @@ impl Fold {
             let text = format!("the folded map is inconsistent: {what}");
             Error::new(Kind::Corrupt, text)
         })?;
-        Ok(Folded { extents, findings: self.findings })
+        Ok(MergedMap { extents, findings: self.findings })
     }
 
     /// Takes over what a layer says about the pending ranges; both are ascending. Says whether
@@ -328,7 +328,7 @@ mod tests {
             let size = layers.last().unwrap().size();
             let range = from.min(size)..(from + len).min(size);
             let fold = |upto: usize, range: Range<u64>| {
-                let mut f = Fold::new(range);
+                let mut f = LayerMerge::new(range);
                 for (i, l) in layers[..upto].iter().enumerate().rev() {
                     f.add_layer(i as u16, l);
                 }
@@ -344,11 +344,11 @@ mod tests {
             if cut > 0 {
                 let lower = layers[cut - 1].size();
                 let known = fold(cut, range.start.min(lower)..range.end.min(lower));
-                let mut f = Fold::new(range.clone());
+                let mut f = LayerMerge::new(range.clone());
                 for (i, l) in layers.iter().enumerate().skip(cut).rev() {
                     f.add_layer(i as u16, l);
                 }
-                f.add_known(&Known { size: lower, extents: known.as_slice() });
+                f.add_known(&KnownParent { size: lower, extents: known.as_slice() });
                 prop_assert_eq!(f.finish().unwrap().extents, folded);
             }
         }

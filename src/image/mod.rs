@@ -6,7 +6,7 @@
 //! files of open points open, and `holds` knows which those are.
 
 mod cache;
-mod hold;
+mod held_point;
 mod holds;
 mod lazy;
 mod map;
@@ -14,9 +14,9 @@ mod points;
 mod reader;
 mod window;
 
+pub use self::held_point::HeldPoint;
 pub use cache::{Cache, CacheFigures};
-pub use hold::Held;
 pub use holds::Holds;
-pub use map::{Fold, Folded, FoldedExtent, Known, Source};
+pub use map::{KnownParent, LayerMerge, MergedExtent, MergedMap, Source};
 pub use points::{open_point, open_point_sharing};
-pub use reader::{Image, Wanted};
+pub use reader::{Image, RangeKind};

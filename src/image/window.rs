@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::map::FoldedExtent;
+use super::map::MergedExtent;
 use crate::extent::{self, Extent};
 
 /// The folded extents of one window.
@@ -14,7 +14,7 @@ use crate::extent::{self, Extent};
 #[derive(Debug)]
 pub(super) struct Window {
     /// Ascending, contiguous, coalesced.
-    extents: Box<[FoldedExtent]>,
+    extents: Box<[MergedExtent]>,
     /// For each step, the first extent that ends after its first byte.
     first: Box<[u32]>,
     /// A step has 2 to the power of this many bytes.
@@ -27,7 +27,7 @@ const MAX_STEPS: u64 = 1 << 16;
 
 impl Window {
     /// A window that nobody has read yet.
-    pub(super) fn new(extents: Box<[FoldedExtent]>) -> Self {
+    pub(super) fn new(extents: Box<[MergedExtent]>) -> Self {
         let (start, end) = match &*extents {
             [] => (0, 0),
             [first, ..] => (first.start, extents.last().map_or(0, Extent::end)),
@@ -46,12 +46,12 @@ impl Window {
     }
 
     /// All extents.
-    pub(super) fn extents(&self) -> &[FoldedExtent] {
+    pub(super) fn extents(&self) -> &[MergedExtent] {
         &self.extents
     }
 
     /// The extents that overlap `range`, which begins inside the window, clipped to it.
-    pub(super) fn clipped(&self, range: Range<u64>) -> impl Iterator<Item = FoldedExtent> + '_ {
+    pub(super) fn clipped(&self, range: Range<u64>) -> impl Iterator<Item = MergedExtent> + '_ {
         let start = self.extents.first().map_or(0, |e| e.start);
         let step = (range.start.saturating_sub(start) >> self.shift) as usize;
         let from = self.first.get(step).map_or(self.extents.len(), |i| *i as usize);

@@ -17,7 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 
 /// The journal of a fold, in the folder for manifests.
-pub const FOLD: &str = "fold.json";
+pub const FLATTEN: &str = "fold.json";
 
 /// A journal names some images, and has a manifest or two: 100,000 names of 255 bytes.
 pub const MAX_JOURNAL: u64 = 32 << 20;
@@ -39,20 +39,20 @@ pub fn check_count(journal: &[u8], path: &Path) -> Result<()> {
 }
 
 /// The images beside `side` that a fold is about to remove.
-pub(crate) fn leaving_by_fold(side: &Folder) -> Vec<String> {
-    read_fold(side).ok().flatten().unwrap_or_default()
+pub(crate) fn removed_by_flatten(side: &Folder) -> Vec<String> {
+    read_flatten(side).ok().flatten().unwrap_or_default()
 }
 
 /// The images that the journal of a fold in `side` removes; `None` if there is no journal.
-pub(crate) fn read_fold(side: &Folder) -> Result<Option<Vec<String>>> {
+pub(crate) fn read_flatten(side: &Folder) -> Result<Option<Vec<String>>> {
     #[derive(serde::Deserialize)]
     struct Fold {
         interim: PlainName,
         increments: Vec<PlainName>,
     }
-    let path = || side.join(FOLD);
+    let path = || side.join(FLATTEN);
     let text = side
-        .read_if_there(FOLD, MAX_JOURNAL)
+        .read_if_there(FLATTEN, MAX_JOURNAL)
         .map_err(|e| Error::io(e, "cannot read the journal of a fold").at_path(path()))?;
     let Some(text) = text else { return Ok(None) };
     check_count(&text, &path())?;

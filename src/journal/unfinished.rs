@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::linking::Linking;
-use super::{FOLD, linking, read_fold, removal};
+use super::{FLATTEN, linking, read_flatten, removal};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::{Entry, EntryKind, Folder};
 use crate::manifest::FOLDER;
@@ -21,7 +21,7 @@ const REMEDY: &str = "'fleecefs verify --create DIR', or the next command that w
                       finishes it";
 
 fn is_journal(name: &OsStr) -> bool {
-    let whole = [FOLD, removal::NAME, linking::NAME];
+    let whole = [FLATTEN, removal::NAME, linking::NAME];
     name.as_bytes().ends_with(HEADER_SUFFIX.as_bytes()) || whole.iter().any(|n| name == *n)
 }
 
@@ -68,7 +68,7 @@ fn finding(side: &Folder, journal: &Entry) -> Finding {
             }
             Err(e) => Some(e),
         },
-        EntryKind::File if journal.name == FOLD => read_fold(side).err(),
+        EntryKind::File if journal.name == FLATTEN => read_flatten(side).err(),
         EntryKind::File if journal.name == removal::NAME => removal::read_side(side).err(),
         EntryKind::File => None,
         _ => {

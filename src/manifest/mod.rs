@@ -246,8 +246,8 @@ pub struct BitmapInfo {
     pub persistent: bool,
     /// Whether a size watermark lies beside it: a second bitmap, of this name and `-floor`, that says
     /// how small the disk has been since.
-    #[serde(default)]
-    pub floor: bool,
+    #[serde(default, rename = "floor")]
+    pub watermark: bool,
 }
 
 /// What state of the guest the frozen moment is.

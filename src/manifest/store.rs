@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, file_name, manifest_path};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Folder, Handle, Share, plain};
+use crate::folder::{FileMode, Folder, Handle, plain};
 use crate::text::path_text;
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
@@ -190,9 +190,9 @@ pub fn write_in(dir: &Folder, manifest: &Manifest) -> Result<()> {
         Error::io(e, "cannot make the folder for manifests").at_path(dir.join(FOLDER))
     })?;
     // It is for those who may read its image; a group that cannot be given is no reason against it.
-    let share = dir.look(image).map(|m| Share::like(&m)).unwrap_or_default();
+    let share = dir.look(image).map(|m| FileMode::like(&m)).unwrap_or_default();
     let shared = share.give_folder(&side).is_ok();
-    let share = if shared { share } else { Share::default() };
+    let share = if shared { share } else { FileMode::default() };
     let (name, text) = (file_name(image), seal(text));
     let written = match side.write_shared(&name, &text, share) {
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {

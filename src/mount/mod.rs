@@ -10,17 +10,17 @@
 //! - `prepared`: the directory as it was read, and looking at it again; `mounted`: what the kernel has
 //! - `table`: what is mounted where; `holders`: who holds a mount; `umount`
 
-mod alone;
 mod daemon;
 mod holders;
-mod keeper;
 mod mounted;
 mod plan;
 mod prepared;
 mod process;
 mod serve;
+mod supervisor;
 mod table;
 mod umount;
+mod user_mount;
 
 pub(crate) use plan::{Options, Plan};
 pub(crate) use process::raise_file_limit;

@@ -14,7 +14,7 @@ use crate::text::path_text;
 const READ_AHEAD_KB: u32 = 4096;
 
 /// Said by whichever process has mounted.
-pub(super) fn say_mounted(plan: &Plan) {
+pub(super) fn print_mounted(plan: &Plan) {
     log::info!("{} is mounted at {}", path_text(&plan.backups), path_text(&plan.mountpoint));
 }
 

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::table::{self, Mount};
+use super::table;
+use super::table::Mount;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, named};
+use crate::folder::user_paths;
 use crate::fs::attr;
-use crate::fuse::{self, Access};
-use crate::privileges::{self, Owner};
+use crate::fuse::Access;
+use crate::privileges::Owner;
 use crate::text::path_text;
+use crate::{folder, fuse, privileges};
 
 /// Dead mounts on top of each other that are taken away.
 const MOST_DEAD: usize = 16;
@@ -165,7 +167,7 @@ fn mounted_already(mount: &Mount) -> Error {
 }
 
 fn directory(path: &Path, what: &str) -> Result<PathBuf> {
-    named::existing_folder(path, what).map_err(|e| match e.os_code() {
+    user_paths::existing_folder(path, what).map_err(|e| match e.os_code() {
         Some(libc::ENOTCONN) => e.remedy("a dead mount is in the way; unmount it first"),
         _ => e,
     })

@@ -13,7 +13,8 @@ use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, named};
+use crate::folder;
+use crate::folder::user_paths;
 use crate::text::visible;
 
 /// The group that owns nothing, for an owner who has none but root's.
@@ -42,7 +43,7 @@ impl Owner {
     /// # Errors
     /// The folder cannot be looked at; `Permission` if the caller may not become somebody else.
     pub(crate) fn of(path: &Path) -> Result<Option<Self>> {
-        let real = named::backups(path)?;
+        let real = user_paths::backups(path)?;
         let meta = folder::look(&real)
             .map_err(|e| Error::io(e, "cannot look at the backup directory").at_path(path))?;
         let caller = rustix::process::geteuid().as_raw();

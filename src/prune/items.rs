@@ -13,7 +13,7 @@ use crate::layer::Format;
 use crate::layout::name::{Name, parse_partial};
 use crate::layout::{Level, name};
 use crate::text::path_text;
-use crate::verify::{Outcome, Standing, quick};
+use crate::verify::{Outcome, PointOutcome, quick};
 use crate::{folder, manifest};
 
 /// The points of all disks; of each the newest is verified quickly, for nothing of a VM may go as
@@ -279,7 +279,7 @@ fn timeline(disk: &Path) -> PathBuf {
 }
 
 /// Why nothing older than the newest point, which can be served, may be deleted.
-fn unproven(newest: &Point, standing: Standing) -> Option<String> {
+fn unproven(newest: &Point, standing: PointOutcome) -> Option<String> {
     let word = match standing.outcome {
         Outcome::Sound => return None,
         Outcome::Unsound => "unsound",

@@ -4,11 +4,11 @@
 //! its input.
 
 pub(crate) mod items;
+mod merge;
 pub mod plan;
 mod planned;
 pub(crate) mod reason;
-mod shorten;
 
+pub use self::merge::CanMerge;
 pub use items::items;
 pub use planned::Unmerged;
-pub use shorten::CanMerge;

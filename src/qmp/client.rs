@@ -123,7 +123,7 @@ pub struct Client {
 /// A question that was sent.
 #[derive(Debug)]
 #[must_use]
-pub struct Asked<'a> {
+pub struct PendingCommand<'a> {
     command: &'a str,
     id: u64,
     /// It is a step, see `failpoint`.
@@ -297,7 +297,11 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn ask(&mut self, command: &'static str, arguments: Value) -> Result<Asked<'static>> {
+    pub fn ask(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<PendingCommand<'static>> {
         let deadline = self.deadline();
         self.send(command, arguments, None, true, deadline)
     }
@@ -306,7 +310,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn ask_again(&mut self, command: &'static str) -> Result<Asked<'static>> {
+    pub fn ask_again(&mut self, command: &'static str) -> Result<PendingCommand<'static>> {
         let deadline = self.deadline();
         self.send(command, json!({}), None, false, deadline)
     }
@@ -315,14 +319,18 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn answer(&mut self, asked: Asked<'_>) -> Result<Result<Value, Refusal>> {
+    pub fn answer(&mut self, asked: PendingCommand<'_>) -> Result<Result<Value, Refusal>> {
         // Each has the time for an answer, and may bring what one answer may.
         let deadline = self.deadline();
         self.wire.rest();
         self.answer_by(asked, deadline)
     }
 
-    fn answer_by(&mut self, asked: Asked<'_>, deadline: Instant) -> Result<Result<Value, Refusal>> {
+    fn answer_by(
+        &mut self,
+        asked: PendingCommand<'_>,
+        deadline: Instant,
+    ) -> Result<Result<Value, Refusal>> {
         let answer = self.next_answer(asked.command, asked.id, deadline)?;
         if asked.counted {
             step_of("answer", asked.command);
@@ -334,7 +342,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::query`].
-    pub fn told<T: DeserializeOwned>(&mut self, asked: Asked<'_>) -> Result<T> {
+    pub fn told<T: DeserializeOwned>(&mut self, asked: PendingCommand<'_>) -> Result<T> {
         let command = asked.command;
         read(self.answer(asked)??, command)
     }
@@ -369,7 +377,7 @@ impl Client {
         pass: Option<BorrowedFd<'_>>,
         counted: bool,
         deadline: Instant,
-    ) -> Result<Asked<'a>> {
+    ) -> Result<PendingCommand<'a>> {
         self.next_id = self.next_id.wrapping_add(1);
         let id = self.next_id;
         let mut request = json!({"execute": command, "id": id});
@@ -384,7 +392,7 @@ impl Client {
         let sent = self.wire.send(line.as_bytes(), pass, deadline);
         self.timed_out |= sent.as_ref().is_err_and(|e| e.kind() == Kind::Timeout);
         sent?;
-        Ok(Asked { command, id, counted })
+        Ok(PendingCommand { command, id, counted })
     }
 
     fn next_answer(

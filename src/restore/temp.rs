@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::target_error;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Fixed, Folder, Replace, Swept, sweep_counted};
+use crate::folder::{self, Folder, Replace, Swept, Undeletable, sweep_counted};
 use crate::storage::SourceFile;
 use crate::text::path_text;
 
@@ -199,17 +199,17 @@ pub(crate) fn check_removable(folder: &Folder, name: &std::ffi::OsStr) -> Result
     let fixed = folder.fixed(name).map_err(|e| target_error(e, "cannot look at it", &path))?;
     let (kind, what, remedy) = match fixed {
         None => return Ok(()),
-        Some(Fixed::File) => (
+        Some(Undeletable::File) => (
             Kind::Permission,
             "it is immutable or append-only, and cannot be removed or replaced",
             "chattr -i -a, if that is to happen",
         ),
-        Some(Fixed::Folder) => (
+        Some(Undeletable::Folder) => (
             Kind::Permission,
             "its folder is immutable or append-only: nothing in it can be removed or replaced",
             "chattr -i -a on the folder, if that is to happen",
         ),
-        Some(Fixed::Mount) => (
+        Some(Undeletable::Mount) => (
             Kind::Busy,
             "something is mounted there: it cannot be removed or replaced",
             "unmount it first",

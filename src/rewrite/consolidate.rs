@@ -16,7 +16,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::Users;
-use super::remove::{Known, replace};
+use super::remove::{KnownFiles, replace};
 use crate::chain::points::nearest::nearest;
 use crate::chain::{Catalog, Disk, check_formats, describe as describe_point, record_from};
 use crate::error::{Error, Kind, Result};
@@ -245,7 +245,7 @@ fn line_of_parents(disk: &Disk, point: usize) -> impl Iterator<Item = usize> + '
 
 /// How a chain is consolidated.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct How {
+pub(crate) struct ConsolidateOptions {
     /// Compare each file that is merged with its manifest's hash first.
     pub check: bool,
     /// Read the new image back and compare it with the point.
@@ -260,7 +260,7 @@ pub(crate) struct How {
 pub(crate) fn consolidate(
     disk: &Disk,
     plan: &Consolidation,
-    how: How,
+    how: ConsolidateOptions,
     work: &Work,
 ) -> Result<Summary> {
     if how.check {
@@ -291,8 +291,8 @@ pub(crate) fn consolidate(
 
 /// Which files go, as the folder was read; fails if one of those that stay, and get another backing
 /// pointer, cannot be altered.
-fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<Known> {
-    let mut known = Known::new();
+fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<KnownFiles> {
+    let mut known = KnownFiles::new();
     for p in &disk.points {
         let (Ok(name), Some(layer)) = (own_name(&p.source), p.layers.first()) else { continue };
         let identity = layer.file.identity();

@@ -14,7 +14,7 @@ use crate::job::Work;
 use crate::journal::unfinished::HEADER_SUFFIX;
 use crate::layer::{Format, ImageInfo};
 use crate::layout::name;
-use crate::qemu_img::Verdict;
+use crate::qemu_img::CheckResult;
 use crate::restore::clone::Cloner;
 use crate::restore::options::target_error;
 use crate::restore::temp::folder_of;
@@ -41,9 +41,11 @@ pub(crate) fn check(m: &Member, work: &Work) -> Result<()> {
     if m.format == Format::Qcow2 {
         let source = SourceFile::look(&m.path)?;
         match qemu_img::check(&*source.file()?, &m.path, &|| work.check()) {
-            Ok(Verdict::Sound) => {}
-            Ok(Verdict::Leaks(_)) => log::warn!("{}: has leaked clusters", path_text(&m.path)),
-            Ok(Verdict::Damaged(said)) => return unsound(format!("qemu-img check says: {said}")),
+            Ok(CheckResult::Sound) => {}
+            Ok(CheckResult::Leaks(_)) => log::warn!("{}: has leaked clusters", path_text(&m.path)),
+            Ok(CheckResult::Damaged(said)) => {
+                return unsound(format!("qemu-img check says: {said}"));
+            }
             // Too damaged even to be looked at.
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Truncated | Kind::Peer) => {
                 return unsound(e.report());

@@ -15,19 +15,19 @@
 pub(crate) mod config;
 pub(crate) mod consolidate;
 pub(crate) mod files;
-pub(crate) mod fold;
+pub(crate) mod flatten;
 mod folders;
 pub(crate) mod join;
-pub(crate) mod line;
 mod member;
 pub(crate) mod plan;
 pub(crate) mod rebase;
 pub mod remove;
+mod replace;
+pub(crate) mod section;
 mod snapshots;
-mod switch;
 
 pub use self::folders::{open_folder, side_folder};
-pub use self::line::{Line, Users, folded, select};
 pub use self::member::Member;
-pub use self::plan::FoldPlan;
-pub use self::switch::recover;
+pub use self::plan::FlattenPlan;
+pub use self::replace::recover;
+pub use self::section::{ChainSection, Users, folded, select};

@@ -1,4 +1,4 @@
-//! [`FoldPlan`].
+//! [`FlattenPlan`].
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use super::member::Member;
 
 /// What a fold is going to do.
 #[derive(Debug, Clone, serde::Serialize)]
-pub struct FoldPlan {
+pub struct FlattenPlan {
     /// The FULL.
     pub full: Member,
     /// What it takes in, in order; these files go.

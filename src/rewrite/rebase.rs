@@ -13,7 +13,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use super::{Line, Member, files, open_folder};
+use super::{ChainSection, Member, files, open_folder};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::job::Work;
@@ -39,7 +39,7 @@ impl RebasePlan {
     /// # Errors
     /// `Unsupported` if an image is raw, or the images are not in one folder; `Exists` if there is
     /// something called `image` that is no link.
-    pub(crate) fn new(line: &Line, absolute: bool) -> Result<Self> {
+    pub(crate) fn new(line: &ChainSection, absolute: bool) -> Result<Self> {
         let members = line.members()?;
         let Some(full) = members.first() else {
             return Err(Error::new(Kind::NotFound, "there is no image"));

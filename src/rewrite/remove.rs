@@ -30,15 +30,15 @@ use crate::{manifest, rewrite};
 
 /// Which files names stood for when the folder was read; empty for whoever finishes the work of
 /// another.
-pub(crate) type Known = BTreeMap<String, FileId>;
+pub(crate) type KnownFiles = BTreeMap<String, FileId>;
 
 /// What goes from one folder.
-struct Going {
+struct FolderRemoval {
     /// The folder itself.
     id: FileId,
     /// In this order.
     names: Vec<String>,
-    known: Known,
+    known: KnownFiles,
 }
 
 /// Deletes what `plan`, made from `catalog`, says. The caller holds the lock.
@@ -47,7 +47,7 @@ struct Going {
 /// A file cannot be removed, or is not what it was when the plan was made. What went before stays
 /// gone, in an order that leaves every chain whole.
 pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Result<()> {
-    let mut folders: BTreeMap<PathBuf, Going> = BTreeMap::new();
+    let mut folders: BTreeMap<PathBuf, FolderRemoval> = BTreeMap::new();
     let kept = kept_files(catalog, plan);
     for (disk, plan) in catalog.disks.iter().zip(&plan.disks) {
         let goes = |i: usize| plan.points.get(i).is_some_and(|p| p.keep.is_empty());
@@ -58,7 +58,7 @@ pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Resul
                 let folder = open_once(&mut held, dir)?;
                 let going = match folders.entry(dir.to_path_buf()) {
                     Entry::Occupied(e) => e.into_mut(),
-                    Entry::Vacant(e) => e.insert(Going::new(folder)?),
+                    Entry::Vacant(e) => e.insert(FolderRemoval::new(folder)?),
                 };
                 going.add(folder, disk, i, &path, text(&path, name)?)?;
             }
@@ -85,9 +85,9 @@ fn open_once<'a>(held: &'a mut Option<Folder>, dir: &Path) -> Result<&'a Folder>
     Ok(held.insert(folder))
 }
 
-impl Going {
+impl FolderRemoval {
     fn new(folder: &Folder) -> Result<Self> {
-        Ok(Going { id: folder_id(folder)?, names: Vec::new(), known: Known::new() })
+        Ok(FolderRemoval { id: folder_id(folder)?, names: Vec::new(), known: KnownFiles::new() })
     }
 
     /// Adds a file of point `i`, if it is what it was when the folder was read.
@@ -199,7 +199,7 @@ pub(crate) fn remove_all(
     dir: &Folder,
     remove: &[String],
     new: Option<&str>,
-    known: &Known,
+    known: &KnownFiles,
     progress: &dyn Progress,
 ) -> Result<()> {
     let needed = still_needed(dir, remove)?;
@@ -286,7 +286,7 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     let Some(removal) = removal::read_in(dir)? else { return Ok(()) };
     let path = path_text(dir.path());
     work.progress.note(&format!("finishing what an earlier run began in {path}"));
-    let known = Known::new();
+    let known = KnownFiles::new();
     let Some(publish) = &removal.publish else {
         let linking = linking::read_in(dir)?;
         if linking.is_some_and(|l| !have_new_names(dir, &removal.remove, &l)) {
@@ -321,7 +321,7 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
 pub(crate) fn replace(
     dir: &Folder,
     mut removal: Removal,
-    known: &Known,
+    known: &KnownFiles,
     work: &Work,
 ) -> Result<()> {
     let Some(publish) = removal.publish.clone() else { return Ok(()) };
@@ -376,7 +376,7 @@ fn without_pointer(dir: &Folder, name: &str, new: &str, work: &Work) -> Result<(
 }
 
 /// Steps 2 and 3.
-fn publish_new(dir: &Folder, publish: &Publish, known: &Known) -> Result<()> {
+fn publish_new(dir: &Folder, publish: &Publish, known: &KnownFiles) -> Result<()> {
     let name = OsStr::new(&publish.manifest.image);
     let path = dir.join(name);
     match rewrite::side_folder(dir)?.rename_new(&publish.temporary, dir, name) {

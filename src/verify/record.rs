@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::Outcome;
 use super::files::FileReport;
 use super::links::{Record, Records};
-use crate::chain::scan::Told;
+use crate::chain::scan::FormatOverride;
 use crate::chain::{Disk, describe, describe_format};
 use crate::error::{Error, Kind, Result};
 use crate::journal::unfinished;
@@ -29,7 +29,7 @@ impl Recorder {
     ///
     /// # Errors
     /// `Busy` if somebody else is writing to it.
-    pub(super) fn begin(root: &Path, told: Option<&Told>) -> Result<Self> {
+    pub(super) fn begin(root: &Path, told: Option<&FormatOverride>) -> Result<Self> {
         let locks = Locks::take(root)?;
         if let Some(dir) = unfinished::folders(root).first() {
             let what = "another run altered this folder meanwhile, and was broken off";

@@ -36,9 +36,9 @@ fn list(stranger: u16, mask: u16) -> Vec<u8> {
     bytes
 }
 
-struct Scene(tempfile::TempDir);
+struct Setup(tempfile::TempDir);
 
-impl Scene {
+impl Setup {
     /// `None`, and the test says why, where there are no lists or no rights to give files away.
     fn new(test: &str) -> Option<Self> {
         // SAFETY: geteuid has no preconditions.
@@ -46,15 +46,15 @@ impl Scene {
             println!("skipped: {test} needs root");
             return None;
         }
-        let scene = Scene(tempfile::tempdir().unwrap());
-        std::fs::set_permissions(scene.0.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        let probe = scene.folder("probe", 0, 0o700);
+        let setup = Setup(tempfile::tempdir().unwrap());
+        std::fs::set_permissions(setup.0.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let probe = setup.folder("probe", 0, 0o700);
         if set_list(&probe, &list(READ, READ)).is_err() {
             println!("skipped: {test}: the file system has no access control lists");
             return None;
         }
-        copy_program(&scene.path("fleecefs"));
-        Some(scene)
+        copy_program(&setup.path("fleecefs"));
+        Some(setup)
     }
 
     fn path(&self, below: &str) -> PathBuf {
@@ -95,7 +95,7 @@ fn stderr(out: &Output) -> String {
 #[test]
 fn a_state_folder_that_a_list_opens_to_others_is_refused() {
     let test = "a_state_folder_that_a_list_opens_to_others_is_refused";
-    let Some(scene) = Scene::new(test) else { return };
+    let Some(setup) = Setup::new(test) else { return };
     // Owner and mode of the folder, its list, and whether it is refused.
     let cases = [
         ("none", 0, 0o700, None, false),
@@ -108,13 +108,13 @@ fn a_state_folder_that_a_list_opens_to_others_is_refused() {
         ("own-masked", OWNER, 0o770, Some(list(ALL, READ)), false),
     ];
     for (name, owner, mode, list, refused) in cases {
-        let state = scene.folder(name, owner, mode);
+        let state = setup.folder(name, owner, mode);
         if let Some(list) = list {
             set_list(&state, &list).unwrap();
         }
         let state = state.to_str().unwrap();
         let args = ["recover", "--qmp", "/nonexistent/qmp", "--state-dir", state];
-        let out = scene.run(owner, &args);
+        let out = setup.run(owner, &args);
         let code = if refused { 5 } else { 3 };
         assert_eq!(out.status.code(), Some(code), "{name}: {}", stderr(&out));
         assert_eq!(stderr(&out).contains("not safe here"), refused, "{name}: {}", stderr(&out));
@@ -124,16 +124,16 @@ fn a_state_folder_that_a_list_opens_to_others_is_refused() {
 #[test]
 fn a_backup_directory_that_a_list_opens_to_others_is_warned_of() {
     let test = "a_backup_directory_that_a_list_opens_to_others_is_warned_of";
-    let Some(scene) = Scene::new(test) else { return };
+    let Some(setup) = Setup::new(test) else { return };
     for (name, list, warned) in [
         ("writes", list(ALL, ALL), true),
         ("reads", list(READ, READ), false),
         ("masked", list(ALL, READ), false),
     ] {
-        let dir = scene.folder(name, 0, 0o700);
+        let dir = setup.folder(name, 0, 0o700);
         std::fs::write(dir.join("disk.raw"), [7; 4096]).unwrap();
         set_list(&dir, &list).unwrap();
-        let out = scene.run(0, &["verify", "--create", dir.to_str().unwrap()]);
+        let out = setup.run(0, &["verify", "--create", dir.to_str().unwrap()]);
         assert!(matches!(out.status.code(), Some(0 | 19)), "{name}: {}", stderr(&out));
         let says = stderr(&out).contains("others may write there");
         assert_eq!(says, warned, "{name}: {}", stderr(&out));

@@ -12,7 +12,7 @@ use fleecefs::chain::scan::{ScanOptions, scan};
 use fleecefs::fs::attr::Owner;
 use fleecefs::fs::tree::ROOT;
 use fleecefs::fs::watch::Waker;
-use fleecefs::fs::{FileSystem, Waits};
+use fleecefs::fs::{FileSystem, WaitsFor};
 use fleecefs::image::Cache;
 use md5::{Digest, Md5};
 
@@ -134,9 +134,9 @@ fn only_what_has_to_be_unpacked_waits() {
     let paths = fs.tree().paths().into_iter().map(|(p, _)| p).collect::<Vec<_>>();
     let of = |folder: &str| paths.iter().find(|p| p.starts_with(folder)).expect(folder);
     let (archive, plain) = (handle(of("a")), handle(of("d")));
-    assert_eq!([512, u64::MAX].map(|len| fs.waits_for(archive, 0, len)), [Waits::Long; 2]);
-    assert_eq!(fs.waits_for(archive, 65536, 512), Waits::Storage, "nothing is there to be read");
-    assert_eq!(fs.waits_for(plain, 0, 512), Waits::Storage);
+    assert_eq!([512, u64::MAX].map(|len| fs.waits_for(archive, 0, len)), [WaitsFor::Long; 2]);
+    assert_eq!(fs.waits_for(archive, 65536, 512), WaitsFor::Storage, "nothing is there to be read");
+    assert_eq!(fs.waits_for(plain, 0, 512), WaitsFor::Storage);
     assert_eq!(fs.read(archive, 0, &mut [0; 512]), Ok(512));
-    assert_eq!(fs.waits_for(archive, 0, u64::MAX), Waits::Storage, "it is unpacked");
+    assert_eq!(fs.waits_for(archive, 0, u64::MAX), WaitsFor::Storage, "it is unpacked");
 }

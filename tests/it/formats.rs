@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::support::tools::{have, run};
 use crate::support::tree::{self, Backups, fleecefs};
 use fleecefs::chain::Catalog;
-use fleecefs::chain::scan::{ScanOptions, Told, scan};
+use fleecefs::chain::scan::{FormatOverride, ScanOptions, scan};
 use fleecefs::error::Severity;
 use fleecefs::image::{Cache, open_point};
 use fleecefs::layer::Format;
@@ -378,13 +378,13 @@ fn a_users_word_counts_for_what_was_asked_for_only() {
     let own = hostile(&b, "vm1/other.raw", Some("../vm2/secret.qcow2"), None);
     run("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", "other.raw", asked.to_str().unwrap()]);
     let files = [asked.clone()].into();
-    let told = Some(Told { format: ImageFormat::Qcow2, files });
+    let told = Some(FormatOverride { format: ImageFormat::Qcow2, files });
     let options = ScanOptions { told, ..ScanOptions::default() };
     let (catalog, _) = scan(b.root(), &options, None).unwrap();
     // What it lies on it says itself, once it is told what it is.
     assert_eq!(first_bytes(&catalog, &asked).unwrap()[0], 0x41);
     let files = [b.path("vm1/none.raw")].into();
-    let told = Some(Told { format: ImageFormat::Qcow2, files });
+    let told = Some(FormatOverride { format: ImageFormat::Qcow2, files });
     let options = ScanOptions { told, ..ScanOptions::default() };
     let (catalog, _) = scan(b.root(), &options, None).unwrap();
     assert!(first_bytes(&catalog, &asked).is_none());

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::support::images::{self, Rng, qemu_io};
 use crate::support::tools::{self, run};
 use fleecefs::layer::qcow2::Qcow2Layer;
-use fleecefs::layer::{Layer, Mapping, Part, probe};
+use fleecefs::layer::{Layer, LayerPart, Mapping, probe};
 use fleecefs::storage::MemStorage;
 
 /// Mutated copies tried per kind of image.
@@ -56,8 +56,8 @@ fn mutate(rng: &mut Rng, bytes: &mut Vec<u8>) {
 fn look(bytes: Vec<u8>) {
     let storage = Arc::new(MemStorage::new("image", bytes));
     let Ok(info) = probe(&*storage) else { return };
-    let parts = (0..info.snapshots.len().min(4) as u32).map(Part::Snapshot);
-    for part in std::iter::once(Part::Whole).chain(parts) {
+    let parts = (0..info.snapshots.len().min(4) as u32).map(LayerPart::Snapshot);
+    for part in std::iter::once(LayerPart::Whole).chain(parts) {
         let data = info.data_file.is_some().then(|| storage.clone() as _);
         let Ok(layer) = Qcow2Layer::open(storage.clone(), data, &part) else { continue };
         for start in [0, layer.size().saturating_sub(SPAN)] {

@@ -7,13 +7,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::support::owner::{PRECIOUS, Scene, fleecefs};
+use crate::support::owner::{PRECIOUS, Setup, fleecefs};
 use crate::support::tools::{have, run};
 use crate::support::verbs::{TOOLS, name, s};
 use fleecefs::chain::scan::{ScanOptions, scan};
 use fleecefs::error::Kind;
 use fleecefs::prune;
-use fleecefs::prune::plan::{Manner, Rules, plan};
+use fleecefs::prune::plan::{PlanOptions, Rules, plan};
 use serde_json::json;
 
 /// Exit codes.
@@ -30,7 +30,7 @@ fn races() -> usize {
 }
 
 /// What is no name of an image in the journal's own folder.
-fn bad_names(scene: &Scene) -> Vec<String> {
+fn bad_names(setup: &Setup) -> Vec<String> {
     let mut names: Vec<String> = [
         "",
         ".",
@@ -46,7 +46,7 @@ fn bad_names(scene: &Scene) -> Vec<String> {
     ]
     .map(String::from)
     .into();
-    names.push(s(&scene.victim).into());
+    names.push(s(&setup.victim).into());
     names.push("x".repeat(256));
     names
 }
@@ -63,15 +63,15 @@ fn journals_name_only_images_of_their_own_folder() {
     if !have("journals_name_only_images_of_their_own_folder", &TOOLS) {
         return;
     }
-    let scene = Scene::new();
-    let own = name(&scene.images[2]).to_string();
+    let setup = Setup::new();
+    let own = name(&setup.images[2]).to_string();
     let new = "FULL-1700010800-sda.qcow2";
-    for bad in bad_names(&scene) {
+    for bad in bad_names(&setup) {
         let publish = |temporary: &str, image: &str| {
             let publish = json!({"temporary": temporary, "manifest": manifest(image)});
             json!({"publish": publish, "remove": []})
         };
-        std::fs::write(scene.side.join("payload"), b"evil").unwrap();
+        std::fs::write(setup.side.join("payload"), b"evil").unwrap();
         for removal in [
             json!({"remove": [own, bad]}),
             json!({"remove": [], "relink": [bad]}),
@@ -81,10 +81,10 @@ fn journals_name_only_images_of_their_own_folder() {
             publish("payload", new),
         ] {
             let text = removal.to_string();
-            scene.refuses("removal.journal", text.as_bytes(), CORRUPT, &text);
+            setup.refuses("removal.journal", text.as_bytes(), CORRUPT, &text);
         }
         let good = json!({
-            "full": name(&scene.images[0]), "interim": new, "increments": [own], "raw": false,
+            "full": name(&setup.images[0]), "interim": new, "increments": [own], "raw": false,
             "manifest": null,
         });
         for (field, value) in [
@@ -96,7 +96,7 @@ fn journals_name_only_images_of_their_own_folder() {
             let mut fold = good.clone();
             fold[field] = value;
             let text = fold.to_string();
-            scene.refuses("fold.json", text.as_bytes(), CORRUPT, &text);
+            setup.refuses("fold.json", text.as_bytes(), CORRUPT, &text);
         }
     }
 }
@@ -106,15 +106,15 @@ fn a_journal_of_an_earlier_version_is_still_finished() {
     if !have("a_journal_of_an_earlier_version_is_still_finished", &TOOLS) {
         return;
     }
-    let scene = Scene::new();
-    let going = [&scene.images[2], &scene.images[1]].map(|p| name(p));
+    let setup = Setup::new();
+    let going = [&setup.images[2], &setup.images[1]].map(|p| name(p));
     let text = json!({"publish": null, "remove": going, "relink": []}).to_string();
-    std::fs::write(scene.side.join("removal.journal"), text).unwrap();
-    let out = fleecefs(&["prune", "--keep-last", "9", s(&scene.root)]);
+    std::fs::write(setup.side.join("removal.journal"), text).unwrap();
+    let out = fleecefs(&["prune", "--keep-last", "9", s(&setup.root)]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let there: Vec<bool> = scene.images.iter().map(|p| p.exists()).collect();
+    let there: Vec<bool> = setup.images.iter().map(|p| p.exists()).collect();
     assert_eq!(there, [true, false, false]);
-    assert!(!scene.side.join("removal.journal").exists());
+    assert!(!setup.side.join("removal.journal").exists());
 }
 
 #[test]
@@ -122,24 +122,24 @@ fn a_saved_header_goes_into_no_file_elsewhere() {
     if !have("a_saved_header_goes_into_no_file_elsewhere", &TOOLS) {
         return;
     }
-    let scene = Scene::new();
+    let setup = Setup::new();
     let evil = [&[b'0'; 64][..], b"evil"].concat();
-    let image = scene.disk.join("x");
-    symlink(&scene.victim, &image).unwrap();
-    scene.refuses("x.header", &evil, UNSUPPORTED, "a link");
+    let image = setup.disk.join("x");
+    symlink(&setup.victim, &image).unwrap();
+    setup.refuses("x.header", &evil, UNSUPPORTED, "a link");
     std::fs::remove_file(&image).unwrap();
-    std::fs::hard_link(&scene.victim, &image).unwrap();
-    scene.refuses("x.header", &evil, UNSUPPORTED, "a hard link");
+    std::fs::hard_link(&setup.victim, &image).unwrap();
+    setup.refuses("x.header", &evil, UNSUPPORTED, "a hard link");
     std::fs::remove_file(&image).unwrap();
     fifo(&image);
-    scene.refuses("x.header", &evil, UNSUPPORTED, "a pipe");
+    setup.refuses("x.header", &evil, UNSUPPORTED, "a pipe");
     std::fs::remove_file(&image).unwrap();
     // What is before the ending is the image: these would be the folder itself and the one above.
     for odd in ["..header", "...header", ".header", "uuid.header", ".x.header"] {
-        scene.refuses(odd, &evil, CORRUPT, odd);
+        setup.refuses(odd, &evil, CORRUPT, odd);
     }
     // A saved header that is none itself.
-    let saved = scene.side.join("x.header");
+    let saved = setup.side.join("x.header");
     std::fs::write(&image, b"image").unwrap();
     let make: [(&str, &dyn Fn()); 3] = [
         ("a pipe", &|| fifo(&saved)),
@@ -148,20 +148,20 @@ fn a_saved_header_goes_into_no_file_elsewhere() {
     ];
     for (what, make) in make {
         make();
-        let out = fleecefs(&["verify", "--create", s(&scene.root)]);
+        let out = fleecefs(&["verify", "--create", s(&setup.root)]);
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(UNSUPPORTED), "{what}: {said}");
         assert!(said.contains("x.header"), "{what}: {said}");
         assert_eq!(std::fs::read(&image).unwrap(), b"image", "{what}");
         std::fs::remove_file(&saved).unwrap();
     }
-    scene.check_outside("headers");
+    setup.check_outside("headers");
 }
 
 /// Commands that write into a backup directory.
-fn writers(scene: &Scene) -> Vec<Vec<String>> {
-    let (root, disk) = (s(&scene.root), s(&scene.disk));
-    let until = name(&scene.images[1]);
+fn writers(setup: &Setup) -> Vec<Vec<String>> {
+    let (root, disk) = (s(&setup.root), s(&setup.disk));
+    let until = name(&setup.images[1]);
     let all: [&[&str]; 6] = [
         &["prune", "--keep-last", "1", "--force", root],
         &["verify", "--create", root],
@@ -178,30 +178,30 @@ fn a_side_folder_that_is_none_is_refused() {
     if !have("a_side_folder_that_is_none_is_refused", &TOOLS) {
         return;
     }
-    let scene = Scene::new();
-    std::fs::remove_dir(&scene.side).unwrap();
+    let setup = Setup::new();
+    std::fs::remove_dir(&setup.side).unwrap();
     let make: [(&str, &dyn Fn()); 3] = [
-        ("a link", &|| symlink(&scene.outside, &scene.side).unwrap()),
-        ("a pipe", &|| fifo(&scene.side)),
-        ("a file", &|| std::fs::write(&scene.side, b"").unwrap()),
+        ("a link", &|| symlink(&setup.outside, &setup.side).unwrap()),
+        ("a pipe", &|| fifo(&setup.side)),
+        ("a file", &|| std::fs::write(&setup.side, b"").unwrap()),
     ];
-    let before = scene.images_now();
+    let before = setup.images_now();
     for (what, make) in make {
         make();
-        for args in writers(&scene) {
+        for args in writers(&setup) {
             let args: Vec<&str> = args.iter().map(String::as_str).collect();
             // A prune removes nothing before it could write that down.
-            let newer = scene.disk.join("FULL-1800000000-sda.qcow2");
+            let newer = setup.disk.join("FULL-1800000000-sda.qcow2");
             if args[0] == "prune" {
-                std::fs::copy(&scene.images[0], &newer).unwrap();
+                std::fs::copy(&setup.images[0], &newer).unwrap();
             }
             let out = fleecefs(&args);
             let _ = std::fs::remove_file(&newer);
             assert!(!out.status.success(), "{what}: {args:?}");
-            assert!(before == scene.images_now(), "{what}: {args:?}");
-            scene.check_outside(&format!("{what}: {args:?}"));
+            assert!(before == setup.images_now(), "{what}: {args:?}");
+            setup.check_outside(&format!("{what}: {args:?}"));
         }
-        std::fs::remove_file(&scene.side).unwrap();
+        std::fs::remove_file(&setup.side).unwrap();
     }
 }
 
@@ -211,8 +211,8 @@ fn links_under_temporary_names_are_not_followed() {
         return;
     }
     for i in 0..6 {
-        let scene = Scene::new();
-        let image = name(&scene.images[1]);
+        let setup = Setup::new();
+        let image = name(&setup.images[1]);
         let new = image.replace("INC-", "FULL-");
         for odd in [
             "removal.journal-tmp".to_string(),
@@ -220,20 +220,20 @@ fn links_under_temporary_names_are_not_followed() {
             ".new-full.fleecefs-partial".into(),
             ".increment.fleecefs-partial".into(),
             format!("{image}.header.tmp"),
-            format!("{}.new", name(&scene.images[0])),
+            format!("{}.new", name(&setup.images[0])),
             format!("consolidate-{new}"),
             format!(".consolidate-{new}.fleecefs-partial"),
         ] {
-            symlink(&scene.victim, scene.side.join(odd)).unwrap();
+            symlink(&setup.victim, setup.side.join(odd)).unwrap();
         }
-        symlink(&scene.victim, scene.disk.join(".image.tmp")).unwrap();
-        let args = writers(&scene).swap_remove(i);
+        symlink(&setup.victim, setup.disk.join(".image.tmp")).unwrap();
+        let args = writers(&setup).swap_remove(i);
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let out = fleecefs(&args);
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         // verify has more to say of such a folder.
         assert!(out.status.success() || args[0] == "verify", "{args:?}: {said}");
-        scene.check_outside(&format!("{args:?}"));
+        setup.check_outside(&format!("{args:?}"));
     }
 }
 
@@ -242,32 +242,32 @@ fn what_has_hard_links_is_not_changed_in_place() {
     if !have("what_has_hard_links_is_not_changed_in_place", &TOOLS) {
         return;
     }
-    let scene = Scene::new();
-    let aside = tempfile::tempdir_in(scene.root.parent().unwrap()).unwrap();
+    let setup = Setup::new();
+    let aside = tempfile::tempdir_in(setup.root.parent().unwrap()).unwrap();
     let copy = aside.path().join("copy");
-    let (last, disk) = (&scene.images[2], s(&scene.disk));
+    let (last, disk) = (&setup.images[2], s(&setup.disk));
     assert!(fleecefs(&["rebase", disk]).status.success());
     std::fs::hard_link(last, &copy).unwrap();
-    let before = scene.images_now();
-    let until = name(&scene.images[1]);
-    let consolidate = ["consolidate", s(&scene.root), "sda", "--until", until];
+    let before = setup.images_now();
+    let until = name(&setup.images[1]);
+    let consolidate = ["consolidate", s(&setup.root), "sda", "--until", until];
     let commit = ["commit", disk, "--until", until];
     for args in [&["rebase", "--absolute", disk] as &[&str], &consolidate, &commit] {
         let out = fleecefs(args);
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(UNSUPPORTED), "{args:?}: {said}");
         assert!(said.contains("hard links") && said.contains("cp -a"), "{args:?}: {said}");
-        assert!(before == scene.images_now(), "{args:?}");
+        assert!(before == setup.images_now(), "{args:?}");
     }
     std::fs::remove_file(&copy).unwrap();
     assert!(fleecefs(&consolidate).status.success());
     // Removing one of several names takes nothing from the others.
-    let scene = Scene::new();
-    let bytes = std::fs::read(&scene.images[0]).unwrap();
-    std::fs::hard_link(&scene.images[0], &copy).unwrap();
-    std::fs::copy(&scene.images[0], scene.disk.join("FULL-1800000000-sda.qcow2")).unwrap();
-    assert!(fleecefs(&["prune", "--keep-last", "1", "--force", s(&scene.root)]).status.success());
-    assert!(!scene.images[0].exists());
+    let setup = Setup::new();
+    let bytes = std::fs::read(&setup.images[0]).unwrap();
+    std::fs::hard_link(&setup.images[0], &copy).unwrap();
+    std::fs::copy(&setup.images[0], setup.disk.join("FULL-1800000000-sda.qcow2")).unwrap();
+    assert!(fleecefs(&["prune", "--keep-last", "1", "--force", s(&setup.root)]).status.success());
+    assert!(!setup.images[0].exists());
     assert_eq!(std::fs::read(&copy).unwrap(), bytes);
 }
 
@@ -276,46 +276,46 @@ fn what_was_exchanged_between_plan_and_deed_is_not_deleted() {
     if !have("what_was_exchanged_between_plan_and_deed_is_not_deleted", &TOOLS) {
         return;
     }
-    type Exchange<'a> = &'a dyn Fn(&Scene);
+    type Exchange<'a> = &'a dyn Fn(&Setup);
     let exchange: [(&str, Exchange); 4] = [
-        ("the folder for a link", &|scene| {
-            std::fs::rename(&scene.disk, scene.root.join("moved")).unwrap();
-            symlink(&scene.outside, &scene.disk).unwrap();
+        ("the folder for a link", &|setup| {
+            std::fs::rename(&setup.disk, setup.root.join("moved")).unwrap();
+            symlink(&setup.outside, &setup.disk).unwrap();
         }),
-        ("the folder for another", &|scene| {
-            let moved = scene.outside.join("moved");
-            std::fs::rename(&scene.disk, &moved).unwrap();
-            run("cp", &["-a", s(&moved), s(&scene.disk)]);
+        ("the folder for another", &|setup| {
+            let moved = setup.outside.join("moved");
+            std::fs::rename(&setup.disk, &moved).unwrap();
+            run("cp", &["-a", s(&moved), s(&setup.disk)]);
         }),
-        ("an image for another", &|scene| {
-            std::fs::rename(&scene.images[1], scene.disk.join("aside")).unwrap();
-            std::fs::copy(&scene.images[2], &scene.images[1]).unwrap();
+        ("an image for another", &|setup| {
+            std::fs::rename(&setup.images[1], setup.disk.join("aside")).unwrap();
+            std::fs::copy(&setup.images[2], &setup.images[1]).unwrap();
         }),
-        ("an image for a link", &|scene| {
-            std::fs::rename(&scene.images[1], scene.disk.join("aside")).unwrap();
-            symlink(&scene.victim, &scene.images[1]).unwrap();
+        ("an image for a link", &|setup| {
+            std::fs::rename(&setup.images[1], setup.disk.join("aside")).unwrap();
+            symlink(&setup.victim, &setup.images[1]).unwrap();
         }),
     ];
     for (what, exchange) in exchange {
-        let scene = Scene::new();
-        std::fs::copy(&scene.images[0], scene.disk.join("FULL-1800000000-sda.qcow2")).unwrap();
-        let (catalog, _) = scan(&scene.root, &ScanOptions::default(), None).unwrap();
+        let setup = Setup::new();
+        std::fs::copy(&setup.images[0], setup.disk.join("FULL-1800000000-sda.qcow2")).unwrap();
+        let (catalog, _) = scan(&setup.root, &ScanOptions::default(), None).unwrap();
         let rules = Rules { last: 1, ..Rules::default() };
-        let manner = Manner { force: true, merge: None };
+        let manner = PlanOptions { force: true, merge: None };
         let items = prune::items(&catalog).unwrap();
         let plan = plan(&items, &rules, &jiff::tz::TimeZone::UTC, manner);
         assert_eq!(plan.deleted().count(), 3);
-        exchange(&scene);
+        exchange(&setup);
         let count = |dir: &Path| {
             let names = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name());
             names.filter(|n| n.to_string_lossy().contains("-17")).count()
         };
-        let before = count(&scene.disk);
+        let before = count(&setup.disk);
         let e = fleecefs::rewrite::remove::execute(&catalog, &plan, &()).unwrap_err();
         let expected = [Kind::Changed, Kind::Unsupported, Kind::NotFound];
         assert!(expected.contains(&e.kind()), "{what}: {}", e.report());
-        assert_eq!(count(&scene.disk), before, "{what}");
-        assert_eq!(std::fs::read(&scene.victim).unwrap(), PRECIOUS, "{what}");
+        assert_eq!(count(&setup.disk), before, "{what}");
+        assert_eq!(std::fs::read(&setup.victim).unwrap(), PRECIOUS, "{what}");
     }
 }
 
@@ -349,30 +349,30 @@ fn a_prune_deletes_nothing_elsewhere_while_its_folder_is_exchanged() {
     if !have(test, &TOOLS) {
         return;
     }
-    let scene = Scene::new();
+    let setup = Setup::new();
     let kept = tempfile::tempdir().unwrap();
-    run("cp", &["-a", s(&scene.disk), s(kept.path())]);
+    run("cp", &["-a", s(&setup.disk), s(kept.path())]);
     let kept = kept.path().join("sda");
-    std::fs::copy(kept.join(name(&scene.images[0])), kept.join("FULL-1800000000-sda.qcow2"))
+    std::fs::copy(kept.join(name(&setup.images[0])), kept.join("FULL-1800000000-sda.qcow2"))
         .unwrap();
-    let (elsewhere, link) = (scene.outside.join("sda"), scene.root.join("link"));
+    let (elsewhere, link) = (setup.outside.join("sda"), setup.root.join("link"));
     std::fs::create_dir(&elsewhere).unwrap();
-    let victims = || scene.images.iter().map(|p| elsewhere.join(name(p)));
+    let victims = || setup.images.iter().map(|p| elsewhere.join(name(p)));
     victims().for_each(|p| std::fs::write(p, PRECIOUS).unwrap());
     let mut done = 0;
     for i in 0..races() {
-        for path in [&scene.disk, &link] {
+        for path in [&setup.disk, &link] {
             match std::fs::symlink_metadata(path) {
                 Ok(m) if m.is_dir() => std::fs::remove_dir_all(path).unwrap(),
                 Ok(_) => std::fs::remove_file(path).unwrap(),
                 Err(_) => {}
             }
         }
-        run("cp", &["-a", s(&kept), s(&scene.disk)]);
+        run("cp", &["-a", s(&kept), s(&setup.disk)]);
         symlink(&elsewhere, &link).unwrap();
         let out = disturbed(
-            |stop| exchange(&scene.disk, &link, stop),
-            || fleecefs(&["prune", "--keep-last", "1", "--force", s(&scene.root)]),
+            |stop| exchange(&setup.disk, &link, stop),
+            || fleecefs(&["prune", "--keep-last", "1", "--force", s(&setup.root)]),
         );
         done += usize::from(out.status.success());
         for path in victims() {
@@ -388,36 +388,36 @@ fn a_consolidation_gives_no_other_file_away() {
     if !have("a_consolidation_gives_no_other_file_away", &TOOLS) {
         return;
     }
-    let scene = Scene::new();
-    for image in &scene.images[..2] {
+    let setup = Setup::new();
+    for image in &setup.images[..2] {
         std::fs::set_permissions(image, std::fs::Permissions::from_mode(0o4777)).unwrap();
     }
     let kept = tempfile::tempdir().unwrap();
-    run("cp", &["-a", s(&scene.disk), s(kept.path())]);
+    run("cp", &["-a", s(&setup.disk), s(kept.path())]);
     let swap = |stop: &AtomicBool| {
         while !stop.load(Ordering::Relaxed) {
-            for entry in std::fs::read_dir(&scene.side).into_iter().flatten().flatten() {
+            for entry in std::fs::read_dir(&setup.side).into_iter().flatten().flatten() {
                 let path = entry.path();
                 let new = entry.file_name().to_string_lossy().starts_with("consolidate-")
                     && !path.is_symlink();
-                if new && std::fs::rename(&path, scene.side.join("kept")).is_ok() {
-                    let _ = symlink(&scene.victim, &path);
+                if new && std::fs::rename(&path, setup.side.join("kept")).is_ok() {
+                    let _ = symlink(&setup.victim, &path);
                 }
             }
         }
     };
-    let until = name(&scene.images[1]);
+    let until = name(&setup.images[1]);
     for i in 0..races() {
-        std::fs::remove_dir_all(&scene.disk).unwrap();
-        run("cp", &["-a", s(&kept.path().join("sda")), s(&scene.disk)]);
-        disturbed(swap, || fleecefs(&["consolidate", s(&scene.root), "sda", "--until", until]));
-        scene.check_outside(&format!("run {i}"));
+        std::fs::remove_dir_all(&setup.disk).unwrap();
+        run("cp", &["-a", s(&kept.path().join("sda")), s(&setup.disk)]);
+        disturbed(swap, || fleecefs(&["consolidate", s(&setup.root), "sda", "--until", until]));
+        setup.check_outside(&format!("run {i}"));
     }
     // Undisturbed, the new FULL has the mode of what it is made of, but gives nobody its owner's rights.
-    std::fs::remove_dir_all(&scene.disk).unwrap();
-    run("cp", &["-a", s(&kept.path().join("sda")), s(&scene.disk)]);
-    let out = fleecefs(&["consolidate", s(&scene.root), "sda", "--until", until]);
+    std::fs::remove_dir_all(&setup.disk).unwrap();
+    run("cp", &["-a", s(&kept.path().join("sda")), s(&setup.disk)]);
+    let out = fleecefs(&["consolidate", s(&setup.root), "sda", "--until", until]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let full = scene.disk.join(until.replace("INC-", "FULL-"));
+    let full = setup.disk.join(until.replace("INC-", "FULL-"));
     assert_eq!(std::fs::metadata(full).unwrap().mode() & 0o7777, 0o777);
 }

@@ -15,12 +15,12 @@ const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
 const OWNER: u32 = 4_000_000;
 
 /// A backup directory of a FULL and three INCs.
-struct Scene {
+struct Setup {
     points: Backups,
     top: tempfile::TempDir,
 }
 
-impl Scene {
+impl Setup {
     /// `None`, and the test says why, where it cannot be made.
     fn new(test: &str) -> Option<Self> {
         // SAFETY: geteuid has no preconditions.
@@ -31,10 +31,10 @@ impl Scene {
         if !have(test, &TOOLS) {
             return None;
         }
-        let scene =
-            Scene { points: Backups::new(1, 3, "", false), top: tempfile::tempdir().unwrap() };
-        scene.fill();
-        Some(scene)
+        let setup =
+            Setup { points: Backups::new(1, 3, "", false), top: tempfile::tempdir().unwrap() };
+        setup.fill();
+        Some(setup)
     }
 
     /// The directory as it was in the beginning.
@@ -164,22 +164,22 @@ fn what_an_attribute_holds_fast_is_refused_before_anything_goes() {
     if !have(test, &["chattr"]) {
         return;
     }
-    let Some(scene) = Scene::new(test) else { return };
+    let Some(setup) = Setup::new(test) else { return };
     for (path, attribute) in [
-        (scene.image(1), "+i"),
-        (scene.image(1), "+a"),
-        (scene.image(0), "+i"),
-        (scene.disk(), "+a"),
+        (setup.image(1), "+i"),
+        (setup.image(1), "+a"),
+        (setup.image(0), "+i"),
+        (setup.disk(), "+a"),
     ] {
-        std::fs::create_dir_all(scene.disk().join(".fleecefs")).unwrap();
+        std::fs::create_dir_all(setup.disk().join(".fleecefs")).unwrap();
         if !try_run(test, "chattr", &[attribute, &text(&path)]) {
             return;
         }
         let held = Attribute(path.clone(), attribute);
-        let newer = scene.disk().join("FULL-1710000000-sda.qcow2");
-        if path == scene.disk() {
+        let newer = setup.disk().join("FULL-1710000000-sda.qcow2");
+        if path == setup.disk() {
             // Only what is there can be tried: what is made would stay.
-            for args in &scene.writers()[..3] {
+            for args in &setup.writers()[..3] {
                 let args: Vec<&str> = args.iter().map(String::as_str).collect();
                 let out = fleecefs(&args);
                 assert_eq!(out.status.code(), Some(5), "{args:?}: {}", stderr(&out));
@@ -187,68 +187,68 @@ fn what_an_attribute_holds_fast_is_refused_before_anything_goes() {
             }
             assert!(!newer.exists());
         } else {
-            scene.all_refuse(5, "immutable or append-only");
+            setup.all_refuse(5, "immutable or append-only");
         }
         // It can be read all the same.
         must(&[
             "restore",
             "--force",
-            &text(&scene.root()),
+            &text(&setup.root()),
             "sda/latest",
-            &text(&scene.top.path().join("r")),
+            &text(&setup.top.path().join("r")),
         ]);
         drop(held);
-        scene.works();
-        scene.fill();
+        setup.works();
+        setup.fill();
     }
 }
 
 #[test]
 fn what_is_mounted_over_an_image_is_refused_before_anything_goes() {
     let test = "what_is_mounted_over_an_image_is_refused_before_anything_goes";
-    let Some(scene) = Scene::new(test) else { return };
-    let other = scene.top.path().join("other");
-    std::fs::copy(scene.image(1), &other).unwrap();
+    let Some(setup) = Setup::new(test) else { return };
+    let other = setup.top.path().join("other");
+    std::fs::copy(setup.image(1), &other).unwrap();
     let kept = std::fs::read(&other).unwrap();
-    let at = scene.image(1);
+    let at = setup.image(1);
     let Some(held) = try_mount(test, "--bind", &other, &at) else { return };
-    scene.all_refuse(6, "unmount it first");
+    setup.all_refuse(6, "unmount it first");
     // As a target, too: before the point is copied.
-    let [target, third] = ["target", "third"].map(|n| scene.top.path().join(n));
+    let [target, third] = ["target", "third"].map(|n| setup.top.path().join(n));
     std::fs::write(&target, "").unwrap();
     std::fs::write(&third, "").unwrap();
     let held_target = Guard::mount("--bind", &third, &target);
-    let out = fleecefs(&["restore", "--force", &text(&scene.root()), "sda/latest", &text(&target)]);
+    let out = fleecefs(&["restore", "--force", &text(&setup.root()), "sda/latest", &text(&target)]);
     assert_eq!(out.status.code(), Some(6), "{}", stderr(&out));
     assert!(std::fs::read(&other).unwrap() == kept);
     drop((held, held_target));
-    scene.works();
+    setup.works();
     assert!(std::fs::read(&other).unwrap() == kept);
 }
 
 #[test]
 fn a_folder_for_manifests_from_elsewhere_is_refused_before_anything_goes() {
     let test = "a_folder_for_manifests_from_elsewhere_is_refused_before_anything_goes";
-    let Some(scene) = Scene::new(test) else { return };
-    let (other, at) = (scene.top.path().join("other"), scene.disk().join(".fleecefs"));
+    let Some(setup) = Setup::new(test) else { return };
+    let (other, at) = (setup.top.path().join("other"), setup.disk().join(".fleecefs"));
     for bind in [true, false] {
         std::fs::create_dir_all(&other).unwrap();
         std::fs::create_dir_all(&at).unwrap();
         let options = if bind { "--bind" } else { "-t tmpfs" };
         let Some(held) = try_mount(test, options, &other, &at) else { return };
         // What moves an image out of it.
-        for args in &scene.writers()[..3] {
-            let before = scene.contents();
+        for args in &setup.writers()[..3] {
+            let before = setup.contents();
             let args: Vec<&str> = args.iter().map(String::as_str).collect();
             let out = fleecefs(&args);
             assert_eq!(out.status.code(), Some(11), "{args:?}: {}", stderr(&out));
             assert!(stderr(&out).contains("mounted from elsewhere"), "{}", stderr(&out));
-            assert!(scene.contents() == before, "{args:?}");
+            assert!(setup.contents() == before, "{args:?}");
         }
         assert!(!at.join("removal.journal").exists() && !at.join("fold.json").exists());
         drop(held);
-        scene.works();
-        scene.fill();
+        setup.works();
+        setup.fill();
     }
 }
 
@@ -256,12 +256,12 @@ fn a_folder_for_manifests_from_elsewhere_is_refused_before_anything_goes() {
 #[test]
 fn a_folder_that_is_mounted_in_the_directory_is_worked_on() {
     let test = "a_folder_that_is_mounted_in_the_directory_is_worked_on";
-    let Some(scene) = Scene::new(test) else { return };
-    let (other, at) = (scene.top.path().join("other"), scene.root().join("sda"));
+    let Some(setup) = Setup::new(test) else { return };
+    let (other, at) = (setup.top.path().join("other"), setup.root().join("sda"));
     std::fs::rename(&at, &other).unwrap();
     std::fs::create_dir(&at).unwrap();
     let Some(held) = try_mount(test, "--bind", &other, &at) else { return };
-    scene.works();
+    setup.works();
     drop(held);
     assert_eq!(std::fs::read_dir(&at).unwrap().count(), 0);
 }
@@ -269,16 +269,16 @@ fn a_folder_that_is_mounted_in_the_directory_is_worked_on() {
 #[test]
 fn a_file_system_that_cannot_be_written_is_read() {
     let test = "a_file_system_that_cannot_be_written_is_read";
-    let Some(scene) = Scene::new(test) else { return };
-    let root = text(&scene.root());
-    let Some(_held) = try_mount(test, "--bind", &scene.root(), &scene.root()) else { return };
+    let Some(setup) = Setup::new(test) else { return };
+    let root = text(&setup.root());
+    let Some(_held) = try_mount(test, "--bind", &setup.root(), &setup.root()) else { return };
     run("mount", &["-o", "remount,bind,ro", &root]);
     must(&["list", &root]);
     assert_eq!(fleecefs(&["verify", &root]).status.code(), Some(19));
-    let target = scene.top.path().join("restored");
+    let target = setup.top.path().join("restored");
     must(&["restore", &root, "sda/latest", &text(&target)]);
-    assert!(std::fs::read(&target).unwrap() == *scene.points.truth.last().unwrap());
-    for args in scene.writers().into_iter().take(3) {
+    assert!(std::fs::read(&target).unwrap() == *setup.points.truth.last().unwrap());
+    for args in setup.writers().into_iter().take(3) {
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let out = fleecefs(&args);
         assert_eq!(out.status.code(), Some(5), "{args:?}: {}", stderr(&out));
@@ -290,19 +290,19 @@ fn a_file_system_that_cannot_be_written_is_read() {
 #[test]
 fn a_second_name_of_another_disks_image_takes_nothing_from_it() {
     let test = "a_second_name_of_another_disks_image_takes_nothing_from_it";
-    let Some(scene) = Scene::new(test) else { return };
-    let root = text(&scene.root());
-    let other = scene.root().join("sdb/FULL-1600000000-sdb.qcow2");
+    let Some(setup) = Setup::new(test) else { return };
+    let root = text(&setup.root());
+    let other = setup.root().join("sdb/FULL-1600000000-sdb.qcow2");
     std::fs::create_dir(other.parent().unwrap()).unwrap();
-    std::fs::hard_link(scene.image(0), &other).unwrap();
+    std::fs::hard_link(setup.image(0), &other).unwrap();
     std::fs::copy(&other, other.with_file_name("FULL-1650000000-sdb.qcow2")).unwrap();
     let kept = std::fs::read(&other).unwrap();
     must(&["list", &root]);
     must(&["verify", "--create", &root]);
     must(&["prune", "--keep-last", "1", "--force", &root]);
     assert!(!other.exists());
-    assert!(std::fs::read(scene.image(0)).unwrap() == kept);
-    scene.points.check(&scene.root(), [0, 1, 2, 3], "after the prune");
+    assert!(std::fs::read(setup.image(0)).unwrap() == kept);
+    setup.points.check(&setup.root(), [0, 1, 2, 3], "after the prune");
 }
 
 /// Everybody may make names in a sticky folder, and remove only his own. What is a stranger's is not
@@ -310,16 +310,16 @@ fn a_second_name_of_another_disks_image_takes_nothing_from_it() {
 #[test]
 fn a_sticky_folder_is_worked_in_and_warned_of() {
     let test = "a_sticky_folder_is_worked_in_and_warned_of";
-    let Some(scene) = Scene::new(test) else { return };
-    std::fs::set_permissions(scene.disk(), PermissionsExt::from_mode(0o1777)).unwrap();
-    let strange = scene.disk().join(".fleecefs-tmp-0123456789abcdef01234567");
+    let Some(setup) = Setup::new(test) else { return };
+    std::fs::set_permissions(setup.disk(), PermissionsExt::from_mode(0o1777)).unwrap();
+    let strange = setup.disk().join(".fleecefs-tmp-0123456789abcdef01234567");
     std::fs::write(&strange, "x").unwrap();
     chown(&strange, Some(OWNER), Some(OWNER)).unwrap();
-    let out = must(&["rebase", &text(&scene.disk())]);
+    let out = must(&["rebase", &text(&setup.disk())]);
     assert!(stderr(&out).contains("others may write there"), "{}", stderr(&out));
-    scene.works();
+    setup.works();
     assert_eq!(std::fs::read(&strange).unwrap(), b"x");
-    for entry in std::fs::read_dir(scene.disk()).unwrap() {
+    for entry in std::fs::read_dir(setup.disk()).unwrap() {
         let path = entry.unwrap().path();
         assert!(path == strange || path.symlink_metadata().unwrap().uid() == 0, "{path:?}");
     }
@@ -333,8 +333,8 @@ fn a_file_system_of_the_owners_that_never_answers_holds_nobody_up() {
     if !have(test, &["/dev/fuse"]) {
         return;
     }
-    let Some(scene) = Scene::new(test) else { return };
-    let at = scene.root().join("silent");
+    let Some(setup) = Setup::new(test) else { return };
+    let at = setup.root().join("silent");
     std::fs::create_dir(&at).unwrap();
     let device = std::fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
     let fd = std::os::fd::AsRawFd::as_raw_fd(&device);
@@ -352,13 +352,13 @@ fn a_file_system_of_the_owners_that_never_answers_holds_nobody_up() {
     };
     assert_eq!(mounted, 0, "{}", std::io::Error::last_os_error());
     let _held = Guard::of(r#"umount -l "$1""#, &[&at]);
-    let root = text(&scene.root());
+    let root = text(&setup.root());
     let out = must(&["list", &root]);
     let said = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(said.contains("silent: cannot read it"), "{said}");
-    assert!(said.contains(&scene.points.name(3)), "{said}");
+    assert!(said.contains(&setup.points.name(3)), "{said}");
     assert!(matches!(fleecefs(&["verify", &root]).status.code(), Some(18 | 19)));
-    scene.points.check(&scene.root(), [0, 1, 2, 3], "beside it");
+    setup.points.check(&setup.root(), [0, 1, 2, 3], "beside it");
     // Ends every request that waits, should there be one.
     drop(device);
 }

@@ -4,7 +4,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use crate::support::owner::{Scene, fleecefs};
+use crate::support::owner::{Setup, fleecefs};
 use crate::support::tools::{have, is_root};
 use crate::support::verbs::{TOOLS, name, s};
 
@@ -27,7 +27,7 @@ fn what_root_restores_into_the_folder_of_another_is_roots() {
     if !have(test, &TOOLS) || !is_root(test) {
         return;
     }
-    let scene = Scene::new();
+    let setup = Setup::new();
     for (mode, owner) in [(0o755, STRANGER), (0o1777, 0)] {
         let to = tempfile::tempdir().unwrap();
         std::fs::set_permissions(to.path(), std::fs::Permissions::from_mode(mode)).unwrap();
@@ -40,8 +40,8 @@ fn what_root_restores_into_the_folder_of_another_is_roots() {
             std::os::unix::fs::chown(&path, Some(STRANGER), None).unwrap();
         }
         let target = to.path().join("disk.raw");
-        let point = name(&scene.images[2]);
-        let out = fleecefs(&["restore", s(&scene.root), point, s(&target)]);
+        let point = name(&setup.images[2]);
+        let out = fleecefs(&["restore", s(&setup.root), point, s(&target)]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         let meta = std::fs::metadata(&target).unwrap();
         assert_eq!((meta.uid(), meta.mode() & 0o7777), (0, 0o600));
@@ -49,11 +49,11 @@ fn what_root_restores_into_the_folder_of_another_is_roots() {
         assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 3);
         // A link of nobody's that leads to what is not his is not followed, with --force neither.
         let link = to.path().join("link");
-        symlink(&scene.victim, &link).unwrap();
+        symlink(&setup.victim, &link).unwrap();
         std::os::unix::fs::lchown(&link, Some(STRANGER), None).unwrap();
-        let out = fleecefs(&["restore", "--force", s(&scene.root), point, s(&link)]);
+        let out = fleecefs(&["restore", "--force", s(&setup.root), point, s(&link)]);
         assert!(!out.status.success());
-        scene.check_outside("a link as the target");
+        setup.check_outside("a link as the target");
     }
 }
 
@@ -63,22 +63,22 @@ fn what_is_made_of_several_files_is_not_given_to_the_owner_of_one() {
     if !have(test, &TOOLS) || !is_root(test) {
         return;
     }
-    let scene = || {
-        let scene = Scene::new();
-        for image in &scene.images {
+    let setup = || {
+        let setup = Setup::new();
+        for image in &setup.images {
             std::fs::set_permissions(image, std::fs::Permissions::from_mode(0o600)).unwrap();
         }
-        scene
+        setup
     };
     // Whichever of them is the stranger's.
     for i in 0..3 {
-        let s1 = scene();
+        let s1 = setup();
         give(&s1.images[i], 0o644);
         let out = fleecefs(&["consolidate", s(&s1.root), "sda", "--until", "latest"]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         assert_private(&s1.disk.join(name(&s1.images[2]).replace("INC-", "FULL-")));
     }
-    let s2 = scene();
+    let s2 = setup();
     give(&s2.images[0], 0o644);
     let out = fleecefs(&["commit", s(&s2.disk)]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
@@ -91,15 +91,15 @@ fn a_file_that_a_stranger_put_there_gives_its_owner_nothing() {
     if !have(test, &TOOLS) || !is_root(test) {
         return;
     }
-    let scene = Scene::new();
-    let shared = scene.root.with_file_name("shared");
+    let setup = Setup::new();
+    let shared = setup.root.with_file_name("shared");
     std::fs::create_dir(&shared).unwrap();
     std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o1777)).unwrap();
     let target = shared.join("disk.raw");
     std::fs::write(&target, "x").unwrap();
     give(&target, 0o644);
     let restore = || {
-        let out = fleecefs(&["restore", "--force", s(&scene.root), "sda/latest", s(&target)]);
+        let out = fleecefs(&["restore", "--force", s(&setup.root), "sda/latest", s(&target)]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     };
     restore();

@@ -129,7 +129,7 @@ fn code() -> Vec<(PathBuf, String)> {
 fn text_reaches_the_terminal_in_one_way() {
     // Apart from the images that `restore` writes, what a guardian tells the backup that started
     // it, and the question whether there is a terminal.
-    let others = ["output/mod.rs", "restore/mod.rs", "backup/freeze/guardian.rs"].map(Path::new);
+    let others = ["output/mod.rs", "restore/mod.rs", "backup/freeze/watchdog.rs"].map(Path::new);
     let wrong = |code: &str| {
         code.lines().any(|l| {
             let asks = l.contains("is_terminal()");
@@ -150,17 +150,17 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
         "journal/removal.rs",
         "manifest/mod.rs",
         "manifest/store.rs",
-        "rewrite/switch.rs",
+        "rewrite/replace.rs",
     ];
     let data = [
         data.as_slice(),
         &[
             "backup/target/targets.rs",
-            "backup/target/shared.rs",
+            "backup/target/file_mode.rs",
             "backup/run/disk.rs",
             "backup/state/journal.rs",
             "backup/state/leftover.rs",
-            "backup/freeze/guardian.rs",
+            "backup/freeze/watchdog.rs",
         ],
     ]
     .concat();

@@ -13,7 +13,7 @@ use fleecefs::layer::Format;
 use fleecefs::layer::qcow2::backing::set_backing;
 use fleecefs::layer::qcow2::create::NewImage;
 use fleecefs::layer::qcow2::header::Compression;
-use fleecefs::qemu_img::{self, Verdict};
+use fleecefs::qemu_img::{self, CheckResult};
 use inotify::{Inotify, WatchMask};
 
 fn open(path: &Path) -> File {
@@ -176,7 +176,7 @@ fn no_pointer_in_an_image_is_followed() {
         shape(65536, false, false, MIB).write(&File::create(&image).unwrap(), &image).unwrap();
         set_backing(&open(&image), &image, Some((OsStr::new(pointer), "qcow2"))).unwrap();
         let file = open(&image);
-        assert_eq!(qemu_img::check(&file, &image, &go_on).unwrap(), Verdict::Sound);
+        assert_eq!(qemu_img::check(&file, &image, &go_on).unwrap(), CheckResult::Sound);
         qemu_img::snapshot(&file, "name", &image, &go_on).unwrap();
         qemu_img::resize(&file, 2 * MIB, &image, &go_on).unwrap();
         // As that which is committed, and as that which takes it in.
@@ -201,7 +201,7 @@ fn damage_and_leaks_are_told() {
     run("qemu-img", &["create", "-q", "-f", "qcow2", s(&image), "1M"]);
     run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 64k", s(&image)]);
     let check = || qemu_img::check(&open(&image), &image, &go_on).unwrap();
-    assert_eq!(check(), Verdict::Sound);
+    assert_eq!(check(), CheckResult::Sound);
     use std::os::unix::fs::FileExt;
     let word = |at: u64| {
         let mut word = [0; 8];
@@ -213,9 +213,9 @@ fn damage_and_leaks_are_told() {
     let l2 = word(l1) & mask;
     let entry = word(l2);
     open(&image).write_all_at(&[0; 8], l2).unwrap();
-    assert!(matches!(check(), Verdict::Leaks(_)));
+    assert!(matches!(check(), CheckResult::Leaks(_)));
     open(&image).write_all_at(&(entry + 512).to_be_bytes(), l2).unwrap();
-    assert!(matches!(check(), Verdict::Damaged(said) if !said.is_empty()));
+    assert!(matches!(check(), CheckResult::Damaged(said) if !said.is_empty()));
 }
 
 /// A program called qemu-img that is a shell script, in a folder that every user may enter.

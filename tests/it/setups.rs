@@ -19,12 +19,12 @@ const STRANGER: u32 = 4_000_001;
 
 /// A backup directory that belongs to somebody, below a folder that everybody may enter, and the
 /// program where everybody may run it.
-struct Scene {
+struct Setup {
     top: tempfile::TempDir,
     points: Backups,
 }
 
-impl Scene {
+impl Setup {
     /// `None`, and the test says why, where it cannot be made.
     fn new(test: &str, owner: u32) -> Option<Self> {
         // SAFETY: cannot fail.
@@ -38,13 +38,13 @@ impl Scene {
         let top = tempfile::tempdir().unwrap();
         mode(top.path(), 0o755);
         let points = Backups::new(1, 3, "", false);
-        let scene = Scene { top, points };
-        std::fs::create_dir(scene.path("home")).unwrap();
-        scene.fill("home/b");
+        let setup = Setup { top, points };
+        std::fs::create_dir(setup.path("home")).unwrap();
+        setup.fill("home/b");
         // By another process: what another test forks meanwhile would have it open for writing.
-        run("cp", &[FLEECEFS, &scene.text("fleecefs")]);
-        give(&scene.path("home"), owner);
-        Some(scene)
+        run("cp", &[FLEECEFS, &setup.text("fleecefs")]);
+        give(&setup.path("home"), owner);
+        Some(setup)
     }
 
     fn path(&self, below: &str) -> PathBuf {
@@ -85,32 +85,32 @@ fn give(path: &Path, owner: u32) {
 }
 
 /// The whole life of a directory: everything that reads it and everything that changes it.
-fn whole_life(scene: &Scene, user: u32, options: &[&str], dir: &str, target: &str) -> Vec<String> {
+fn whole_life(setup: &Setup, user: u32, options: &[&str], dir: &str, target: &str) -> Vec<String> {
     let mut told = Vec::new();
     let mut step = |args: &[&str]| {
-        let out = scene.must(user, &[options, args].concat());
+        let out = setup.must(user, &[options, args].concat());
         told.push(stderr(&out));
     };
     step(&["verify", "--create", dir]);
     step(&["list", dir]);
     step(&["map", dir, "sda/latest"]);
     step(&["restore", dir, "sda/latest", target]);
-    step(&["consolidate", dir, "sda", "--until", &scene.points.name(1)]);
+    step(&["consolidate", dir, "sda", "--until", &setup.points.name(1)]);
     step(&["rebase", &format!("{dir}/sda")]);
-    step(&["commit", &format!("{dir}/sda"), "--until", &scene.points.name(2)]);
+    step(&["commit", &format!("{dir}/sda"), "--until", &setup.points.name(2)]);
     step(&["prune", "--keep-last", "1", dir]);
     step(&["verify", dir]);
-    assert!(std::fs::read(target).unwrap() == *scene.points.truth.last().unwrap());
-    scene.points.check(Path::new(dir), [3], "at the end");
+    assert!(std::fs::read(target).unwrap() == *setup.points.truth.last().unwrap());
+    setup.points.check(Path::new(dir), [3], "at the end");
     told
 }
 
 #[test]
 fn root_works_on_a_folder_of_another_user_and_is_warned_once() {
     let test = "root_works_on_a_folder_of_another_user_and_is_warned_once";
-    let Some(scene) = Scene::new(test, OWNER) else { return };
-    let (dir, target) = (scene.text("home/b"), scene.text("restored"));
-    let told = whole_life(&scene, 0, &[], &dir, &target);
+    let Some(setup) = Setup::new(test, OWNER) else { return };
+    let (dir, target) = (setup.text("home/b"), setup.text("restored"));
+    let told = whole_life(&setup, 0, &[], &dir, &target);
     let warned = |text: &String| text.matches("belongs to user 4000000").count();
     // Not of list, map, restore and verify, which write nothing there.
     assert_eq!(
@@ -118,18 +118,18 @@ fn root_works_on_a_folder_of_another_user_and_is_warned_once() {
         [1, 0, 0, 0, 1, 1, 1, 1, 0],
         "{told:?}"
     );
-    let quiet = scene.must(0, &["-q", "prune", "--keep-last", "1", &dir]);
+    let quiet = setup.must(0, &["-q", "prune", "--keep-last", "1", &dir]);
     assert_eq!(stderr(&quiet), "");
 }
 
 #[test]
 fn as_owner_everything_is_done_with_his_rights_alone() {
     let test = "as_owner_everything_is_done_with_his_rights_alone";
-    let Some(scene) = Scene::new(test, OWNER) else { return };
-    let (dir, target) = (scene.text("home/b"), scene.text("home/restored"));
-    let told = whole_life(&scene, 0, &["--as-owner"], &dir, &target);
+    let Some(setup) = Setup::new(test, OWNER) else { return };
+    let (dir, target) = (setup.text("home/b"), setup.text("home/restored"));
+    let told = whole_life(&setup, 0, &["--as-owner"], &dir, &target);
     assert!(!told.concat().contains("belongs to"), "{told:?}");
-    let mut todo = vec![scene.path("home")];
+    let mut todo = vec![setup.path("home")];
     while let Some(path) = todo.pop() {
         let meta = std::fs::symlink_metadata(&path).unwrap();
         assert_eq!(meta.uid(), OWNER, "{}", path.display());
@@ -138,37 +138,37 @@ fn as_owner_everything_is_done_with_his_rights_alone() {
         }
     }
     // Where the owner may not write, root does not either.
-    let out = scene.run(0, &["--as-owner", "restore", &dir, "sda/latest", &scene.text("outside")]);
+    let out = setup.run(0, &["--as-owner", "restore", &dir, "sda/latest", &setup.text("outside")]);
     assert_eq!(out.status.code(), Some(5), "{}", stderr(&out));
     // A backup keeps its state where the owner may write, and has only his way to QEMU.
-    let state = scene.text("state");
+    let state = setup.text("state");
     let backup = ["--as-owner", "backup", "--level", "full", "--target", &dir];
     let more = ["--qmp", "/nonexistent/socket", "--state-dir", &state];
-    let out = scene.run(0, &[&backup[..], &more].concat());
+    let out = setup.run(0, &[&backup[..], &more].concat());
     assert_eq!(out.status.code(), Some(3), "{}", stderr(&out));
-    let own = std::fs::metadata(scene.path("state.as-4000000")).unwrap();
+    let own = std::fs::metadata(setup.path("state.as-4000000")).unwrap();
     assert_eq!((own.uid(), own.mode() & 0o777), (OWNER, 0o700));
     assert!(!Path::new(&state).exists());
     // Nobody but root becomes somebody else.
-    let out = scene.run(STRANGER, &["--as-owner", "list", &dir]);
+    let out = setup.run(STRANGER, &["--as-owner", "list", &dir]);
     assert_eq!(out.status.code(), Some(5), "{}", stderr(&out));
     // And there is nobody to become where it is root's.
-    scene.fill("roots");
-    let out = scene.must(0, &["--as-owner", "list", &scene.text("roots")]);
+    setup.fill("roots");
+    let out = setup.must(0, &["--as-owner", "list", &setup.text("roots")]);
     assert!(stderr(&out).contains("belongs to root"), "{}", stderr(&out));
-    let out = scene.run(0, &["--as-owner", "umount", &dir]);
+    let out = setup.run(0, &["--as-owner", "umount", &dir]);
     assert_eq!(out.status.code(), Some(2), "{}", stderr(&out));
 }
 
 #[test]
 fn as_owner_roots_group_is_left_behind() {
     let test = "as_owner_roots_group_is_left_behind";
-    let Some(scene) = Scene::new(test, OWNER) else { return };
+    let Some(setup) = Setup::new(test, OWNER) else { return };
     if !have(test, &["/dev/fuse"]) {
         return;
     }
-    run("chgrp", &["-R", "0", &scene.text("home")]);
-    let mount = Mount::with(&scene.path("home/b"), &["--as-owner"]);
+    run("chgrp", &["-R", "0", &setup.text("home")]);
+    let mount = Mount::with(&setup.path("home/b"), &["--as-owner"]);
     let pid = process::server_pid(mount.path());
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let of = |name: &str| {
@@ -182,44 +182,44 @@ fn as_owner_roots_group_is_left_behind() {
 
 #[test]
 fn a_user_without_root_works_in_his_own_folder() {
-    let Some(scene) = Scene::new("a_user_without_root_works_in_his_own_folder", OWNER) else {
+    let Some(setup) = Setup::new("a_user_without_root_works_in_his_own_folder", OWNER) else {
         return;
     };
-    let told = whole_life(&scene, OWNER, &[], &scene.text("home/b"), &scene.text("home/restored"));
+    let told = whole_life(&setup, OWNER, &[], &setup.text("home/b"), &setup.text("home/restored"));
     assert!(!told.concat().contains("belongs to"), "{told:?}");
 }
 
 #[test]
 fn a_group_folder_is_worked_in_and_warned_of() {
-    let Some(scene) = Scene::new("a_group_folder_is_worked_in_and_warned_of", 0) else { return };
+    let Some(setup) = Setup::new("a_group_folder_is_worked_in_and_warned_of", 0) else { return };
     for below in ["home/b", "home/b/sda"] {
-        chown(scene.path(below), Some(0), Some(OWNER)).unwrap();
-        mode(&scene.path(below), 0o2770);
+        chown(setup.path(below), Some(0), Some(OWNER)).unwrap();
+        mode(&setup.path(below), 0o2770);
     }
-    let told = whole_life(&scene, 0, &[], &scene.text("home/b"), &scene.text("restored"));
+    let told = whole_life(&setup, 0, &[], &setup.text("home/b"), &setup.text("restored"));
     assert!(told[0].contains("others may write there"), "{told:?}");
 }
 
 #[test]
 fn a_linked_top_directory_is_followed_if_the_link_is_ones_own() {
     let test = "a_linked_top_directory_is_followed_if_the_link_is_ones_own";
-    let Some(scene) = Scene::new(test, OWNER) else { return };
-    symlink("home", scene.path("backups")).unwrap();
-    whole_life(&scene, 0, &[], &scene.text("backups/b"), &scene.text("restored"));
+    let Some(setup) = Setup::new(test, OWNER) else { return };
+    symlink("home", setup.path("backups")).unwrap();
+    whole_life(&setup, 0, &[], &setup.text("backups/b"), &setup.text("restored"));
 
-    scene.fill("home/second");
-    give(&scene.path("home/second"), OWNER);
-    symlink("second", scene.path("home/his")).unwrap();
-    std::os::unix::fs::lchown(scene.path("home/his"), Some(OWNER), Some(OWNER)).unwrap();
-    whole_life(&scene, OWNER, &[], &scene.text("home/his"), &scene.text("home/again"));
-    scene.must(0, &["list", &scene.text("home/his")]);
+    setup.fill("home/second");
+    give(&setup.path("home/second"), OWNER);
+    symlink("second", setup.path("home/his")).unwrap();
+    std::os::unix::fs::lchown(setup.path("home/his"), Some(OWNER), Some(OWNER)).unwrap();
+    whole_life(&setup, OWNER, &[], &setup.text("home/his"), &setup.text("home/again"));
+    setup.must(0, &["list", &setup.text("home/his")]);
 
     // A link of his to what is not his leads root nowhere, whatever the path stands for.
-    scene.fill("roots");
-    let bad = scene.path("home/bad");
+    setup.fill("roots");
+    let bad = setup.path("home/bad");
     symlink("../roots", &bad).unwrap();
     std::os::unix::fs::lchown(&bad, Some(OWNER), Some(OWNER)).unwrap();
-    let (bad, good) = (scene.text("home/bad"), scene.text("roots"));
+    let (bad, good) = (setup.text("home/bad"), setup.text("roots"));
     let log = format!("{bad}/log");
     for args in [
         &["list", &bad][..],
@@ -228,15 +228,15 @@ fn a_linked_top_directory_is_followed_if_the_link_is_ones_own() {
         &["restore", &good, "--run", "1700000000", "--to", &format!("{bad}/x")],
         &["merge", &format!("{good}/sda"), &format!("{bad}/x")],
         &["mount", &good, &bad],
-        &["mount", &good, &scene.text("home"), "--log-file", &log],
+        &["mount", &good, &setup.text("home"), "--log-file", &log],
         &["man", &bad],
         &["recover", "--qmp", "/nonexistent", "--state-dir", &bad],
     ] {
-        let out = scene.run(0, args);
+        let out = setup.run(0, args);
         assert_eq!(out.status.code(), Some(11), "{args:?}: {}", stderr(&out));
         assert!(stderr(&out).contains("symbolic link of another user"), "{}", stderr(&out));
     }
-    let left = std::fs::read_dir(scene.path("roots")).unwrap().count();
+    let left = std::fs::read_dir(setup.path("roots")).unwrap().count();
     assert_eq!(left, 1, "something was written");
 }
 
@@ -246,38 +246,38 @@ fn a_restore_target_may_be_a_link_to_a_device() {
     if !have(test, &["losetup", "/dev/loop-control"]) {
         return;
     }
-    let Some(scene) = Scene::new(test, 0) else { return };
-    run("truncate", &["-s", &(2 * SIZE).to_string(), &scene.text("disk")]);
-    let guard = Guard::attach("", &scene.path("disk"));
+    let Some(setup) = Setup::new(test, 0) else { return };
+    run("truncate", &["-s", &(2 * SIZE).to_string(), &setup.text("disk")]);
+    let guard = Guard::attach("", &setup.path("disk"));
     let device = guard.made();
     // As /dev/vg/lv is.
-    symlink(device, scene.path("lv")).unwrap();
-    scene.must(0, &["restore", &scene.text("home/b"), "sda/latest", &scene.text("lv"), "--yes"]);
+    symlink(device, setup.path("lv")).unwrap();
+    setup.must(0, &["restore", &setup.text("home/b"), "sda/latest", &setup.text("lv"), "--yes"]);
     let bytes = std::fs::read(device).unwrap();
-    assert!(bytes[..SIZE as usize] == *scene.points.truth[3]);
-    assert!(scene.path("lv").is_symlink());
+    assert!(bytes[..SIZE as usize] == *setup.points.truth[3]);
+    assert!(setup.path("lv").is_symlink());
 }
 
 #[test]
 fn standard_output_is_no_path() {
-    let Some(scene) = Scene::new("standard_output_is_no_path", 0) else { return };
+    let Some(setup) = Setup::new("standard_output_is_no_path", 0) else { return };
     for target in ["-", "/dev/stdout", "/proc/self/fd/1"] {
-        let out = scene.must(0, &["restore", &scene.text("home/b"), "sda/latest", target]);
-        assert!(out.stdout == scene.points.truth[3], "{target}");
+        let out = setup.must(0, &["restore", &setup.text("home/b"), "sda/latest", target]);
+        assert!(out.stdout == setup.points.truth[3], "{target}");
     }
 }
 
 #[test]
 fn a_state_folder_that_others_may_change_is_refused() {
-    let Some(scene) = Scene::new("a_state_folder_that_others_may_change_is_refused", OWNER) else {
+    let Some(setup) = Setup::new("a_state_folder_that_others_may_change_is_refused", OWNER) else {
         return;
     };
-    std::fs::create_dir(scene.path("open")).unwrap();
-    mode(&scene.path("open"), 0o777);
-    for state in [scene.text("home"), scene.text("open")] {
+    std::fs::create_dir(setup.path("open")).unwrap();
+    mode(&setup.path("open"), 0o777);
+    for state in [setup.text("home"), setup.text("open")] {
         for verb in [&["recover"][..], &["cleanup"], &["cancel"], &["info", "status"]] {
             let args = [verb, &["--qmp", "/nonexistent", "--state-dir", &state]].concat();
-            let out = scene.run(0, &args);
+            let out = setup.run(0, &args);
             assert_eq!(out.status.code(), Some(5), "{args:?}: {}", stderr(&out));
             assert!(stderr(&out).contains("not safe here"), "{}", stderr(&out));
         }
@@ -306,14 +306,14 @@ fn all_rights(pid: i32) -> Vec<String> {
 #[test]
 fn the_process_that_serves_roots_mount_can_only_read() {
     let test = "the_process_that_serves_roots_mount_can_only_read";
-    let Some(scene) = Scene::new(test, OWNER) else { return };
+    let Some(setup) = Setup::new(test, OWNER) else { return };
     if !have(test, &["/dev/fuse"]) {
         return;
     }
     // Even what nobody but its owner may read.
-    mode(&scene.path("home"), 0o700);
-    mode(&scene.path("home/b/sda"), 0o700);
-    let mount = Mount::new(&scene.path("home/b"));
+    mode(&setup.path("home"), 0o700);
+    mode(&setup.path("home/b/sda"), 0o700);
+    let mount = Mount::new(&setup.path("home/b"));
     let pid = process::server_pid(mount.path());
     let all = all_rights(pid);
     assert!(all.len() > 3, "{all:?}");
@@ -324,18 +324,18 @@ fn the_process_that_serves_roots_mount_can_only_read() {
         }
         assert!(rights.contains("CapBnd: 0000000000000000"), "{rights}");
     }
-    let point = mount.point("sda", &scene.points.files[3]);
-    assert!(std::fs::read(point).unwrap() == scene.points.truth[3]);
+    let point = mount.point("sda", &setup.points.files[3]);
+    assert!(std::fs::read(point).unwrap() == setup.points.truth[3]);
 }
 
 #[test]
 fn a_mount_as_owner_is_served_by_him() {
     let test = "a_mount_as_owner_is_served_by_him";
-    let Some(scene) = Scene::new(test, OWNER) else { return };
+    let Some(setup) = Setup::new(test, OWNER) else { return };
     if !have(test, &["/dev/fuse"]) {
         return;
     }
-    let mount = Mount::with(&scene.path("home/b"), &["--as-owner"]);
+    let mount = Mount::with(&setup.path("home/b"), &["--as-owner"]);
     let pid = process::server_pid(mount.path());
     for rights in all_rights(pid) {
         assert!(rights.contains("Uid: 4000000 4000000 4000000 4000000"), "{rights}");
@@ -343,29 +343,29 @@ fn a_mount_as_owner_is_served_by_him() {
         assert!(rights.contains("CapEff: 0000000000000000"), "{rights}");
         assert!(rights.contains("NoNewPrivs: 1"), "{rights}");
     }
-    let point = mount.point("sda", &scene.points.files[3]);
-    assert!(std::fs::read(point).unwrap() == scene.points.truth[3]);
+    let point = mount.point("sda", &setup.points.files[3]);
+    assert!(std::fs::read(point).unwrap() == setup.points.truth[3]);
     // Root may read this, and the owner may not: so it is no backup of his.
-    let closed = scene.points.name(1);
-    chown(scene.path("home/b/sda").join(&closed), Some(0), Some(0)).unwrap();
-    mode(&scene.path("home/b/sda").join(&closed), 0o600);
-    let other = Mount::with(&scene.path("home/b"), &["--as-owner"]);
-    assert!(!other.point("sda", &scene.points.files[1]).exists());
+    let closed = setup.points.name(1);
+    chown(setup.path("home/b/sda").join(&closed), Some(0), Some(0)).unwrap();
+    mode(&setup.path("home/b/sda").join(&closed), 0o600);
+    let other = Mount::with(&setup.path("home/b"), &["--as-owner"]);
+    assert!(!other.point("sda", &setup.points.files[1]).exists());
 }
 
 #[test]
 fn a_server_that_crashed_leaves_no_dead_mount() {
     let test = "a_server_that_crashed_leaves_no_dead_mount";
-    let Some(scene) = Scene::new(test, 0) else { return };
+    let Some(setup) = Setup::new(test, 0) else { return };
     if !have(test, &["/dev/fuse"]) {
         return;
     }
-    let mount = Mount::new(&scene.path("home/b"));
+    let mount = Mount::new(&setup.path("home/b"));
     let pid = process::server_pid(mount.path());
     process::signal(pid, libc::SIGKILL);
     process::eventually("that it is unmounted", || !process::is_mounted(mount.path()));
     // And one whose other process was killed is not served on without it.
-    let mount = Mount::new(&scene.path("home/b"));
+    let mount = Mount::new(&setup.path("home/b"));
     let pid = process::server_pid(mount.path());
     process::signal(parent(pid), libc::SIGKILL);
     process::eventually("the end of the server", || process::is_gone(pid));
@@ -414,16 +414,16 @@ fn refuse_all_that_is_new() -> std::io::Result<()> {
 
 #[test]
 fn a_share_that_has_none_of_what_is_new_is_worked_on() {
-    let Some(scene) = Scene::new("a_share_that_has_none_of_what_is_new_is_worked_on", 0) else {
+    let Some(setup) = Setup::new("a_share_that_has_none_of_what_is_new_is_worked_on", 0) else {
         return;
     };
-    let (dir, target) = (scene.text("home/b"), scene.text("restored"));
+    let (dir, target) = (setup.text("home/b"), setup.text("restored"));
     for args in [
         &["verify", "--create", &dir][..],
         &["list", &dir],
         &["restore", &dir, "sda/latest", &target],
-        &["consolidate", &dir, "sda", "--until", &scene.points.name(1)],
-        &["commit", &format!("{dir}/sda"), "--until", &scene.points.name(2)],
+        &["consolidate", &dir, "sda", "--until", &setup.points.name(1)],
+        &["commit", &format!("{dir}/sda"), "--until", &setup.points.name(2)],
         &["prune", "--keep-last", "1", &dir],
         &["verify", &dir],
     ] {
@@ -433,8 +433,8 @@ fn a_share_that_has_none_of_what_is_new_is_worked_on() {
         let out = command.output().unwrap();
         assert!(out.status.success(), "{args:?}: {}", stderr(&out));
     }
-    assert!(std::fs::read(&target).unwrap() == scene.points.truth[3]);
-    scene.points.check(Path::new(&dir), [3], "at the end");
+    assert!(std::fs::read(&target).unwrap() == setup.points.truth[3]);
+    setup.points.check(Path::new(&dir), [3], "at the end");
 }
 
 #[test]
@@ -443,32 +443,32 @@ fn a_target_on_a_fuse_file_system_is_worked_on() {
     if !have(test, &["bindfs", "fusermount3", "/dev/fuse"]) {
         return;
     }
-    let Some(scene) = Scene::new(test, 0) else { return };
-    std::fs::create_dir(scene.path("bound")).unwrap();
+    let Some(setup) = Setup::new(test, 0) else { return };
+    std::fs::create_dir(setup.path("bound")).unwrap();
     let undo = r#"fusermount3 -u -z "$1""#;
     let _guard =
-        Guard::new(r#"bindfs "$2" "$1""#, undo, &[&scene.path("bound"), &scene.path("home")]);
-    whole_life(&scene, 0, &[], &scene.text("bound/b"), &scene.text("bound/restored"));
+        Guard::new(r#"bindfs "$2" "$1""#, undo, &[&setup.path("bound"), &setup.path("home")]);
+    whole_life(&setup, 0, &[], &setup.text("bound/b"), &setup.text("bound/restored"));
 }
 
 #[test]
 fn a_directory_on_an_overlay_is_worked_on() {
     let test = "a_directory_on_an_overlay_is_worked_on";
-    let Some(scene) = Scene::new(test, 0) else { return };
+    let Some(setup) = Setup::new(test, 0) else { return };
     for name in ["lower", "upper", "work", "over"] {
-        std::fs::create_dir(scene.path(name)).unwrap();
+        std::fs::create_dir(setup.path(name)).unwrap();
     }
     // A lower layer on another file system: a file that is changed gets another inode there.
-    let _lower = Guard::tmpfs("50%", &scene.path("lower"));
-    scene.fill("lower/b");
-    let [lower, upper, work] = ["lower", "upper", "work"].map(|n| scene.text(n));
+    let _lower = Guard::tmpfs("50%", &setup.path("lower"));
+    setup.fill("lower/b");
+    let [lower, upper, work] = ["lower", "upper", "work"].map(|n| setup.text(n));
     let options = format!("-t overlay -o lowerdir={lower},upperdir={upper},workdir={work}");
-    let over = Guard::try_mount(&options, Path::new("none"), &scene.path("over"));
+    let over = Guard::try_mount(&options, Path::new("none"), &setup.path("over"));
     let _over = match over {
         Ok(over) => over,
         Err(said) => return println!("skipped: {test}: no overlay here: {said}"),
     };
-    whole_life(&scene, 0, &[], &scene.text("over/b"), &scene.text("restored"));
+    whole_life(&setup, 0, &[], &setup.text("over/b"), &setup.text("restored"));
 }
 
 /// Mounts `from` at `to` with the user ids shifted (mount_setattr(2)); an error where that is not to be
@@ -510,20 +510,20 @@ fn mount_shifted(from: &Path, to: &Path, shift: u32) -> std::io::Result<()> {
 #[test]
 fn on_an_id_mapped_mount_the_owner_does_all() {
     let test = "on_an_id_mapped_mount_the_owner_does_all";
-    let Some(scene) = Scene::new(test, 0) else { return };
-    std::fs::create_dir(scene.path("shifted")).unwrap();
-    let shifted = scene.path("shifted");
+    let Some(setup) = Setup::new(test, 0) else { return };
+    std::fs::create_dir(setup.path("shifted")).unwrap();
+    let shifted = setup.path("shifted");
     let _shifted = Guard::of(UNMOUNT, &[&shifted]);
-    if let Err(e) = mount_shifted(&scene.path("home"), &shifted, OWNER) {
+    if let Err(e) = mount_shifted(&setup.path("home"), &shifted, OWNER) {
         println!("skipped: {test}: no id-mapped mount here: {e}");
         return;
     }
-    let dir = scene.text("shifted/b");
-    let out = scene.run(0, &["verify", "--create", &dir]);
+    let dir = setup.text("shifted/b");
+    let out = setup.run(0, &["verify", "--create", &dir]);
     assert_eq!(out.status.code(), Some(5), "{}", stderr(&out));
     assert!(stderr(&out).contains("--as-owner"), "{}", stderr(&out));
-    assert!(!scene.path("home/b/.fleecefs").exists());
-    whole_life(&scene, 0, &["--as-owner"], &dir, &scene.text("shifted/restored"));
-    let mine = std::fs::metadata(scene.path("home/b/.fleecefs")).unwrap();
+    assert!(!setup.path("home/b/.fleecefs").exists());
+    whole_life(&setup, 0, &["--as-owner"], &dir, &setup.text("shifted/restored"));
+    let mine = std::fs::metadata(setup.path("home/b/.fleecefs")).unwrap();
     assert_eq!(mine.uid(), 0, "as it is on the disk");
 }

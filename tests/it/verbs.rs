@@ -388,7 +388,7 @@ fn what_a_diff_goes_by_is_the_old_fulls_bitmap() {
         let mut m = manifest::read(&chain.dir, name(file).as_ref()).unwrap().unwrap();
         let (name, node) = (format!("of-{}", m.time), String::new());
         m.bitmap =
-            Some(BitmapInfo { name, node, granularity: 65536, persistent: true, floor: false });
+            Some(BitmapInfo { name, node, granularity: 65536, persistent: true, watermark: false });
         manifest::write(&chain.dir, &m).unwrap();
     }
     let bitmap = |file: &Path| {

@@ -114,7 +114,7 @@ impl Drop for Reader {
     }
 }
 
-struct World {
+struct Setup {
     daemon: Daemon,
     caller: Caller,
     rng: Rng,
@@ -132,7 +132,7 @@ struct World {
     done: BTreeMap<&'static str, u32>,
 }
 
-impl World {
+impl Setup {
     fn new(seed: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let sizes = [4 * MIB, 3 * MIB + 512];
@@ -147,7 +147,7 @@ impl World {
         let mount = Mount::new(&caller.target);
         let reader = Reader::new(mount.path(), &caller.target);
         let (known, ever, done) = Default::default();
-        World { daemon, caller, rng: Rng(seed), sizes, known, ever, reader, mount, read: 0, done }
+        Setup { daemon, caller, rng: Rng(seed), sizes, known, ever, reader, mount, read: 0, done }
     }
 
     fn chance(&mut self, one_in: u64) -> bool {
@@ -344,7 +344,7 @@ impl World {
         self.count("prune", some);
     }
 
-    /// As [`World::drop_gone`] for one of several disks: what is older than `from` may go.
+    /// As [`Setup::drop_gone`] for one of several disks: what is older than `from` may go.
     fn drop_gone_of(&mut self, disk: &str, from: i64) -> bool {
         let there: BTreeSet<State> = self.listed().into_iter().map(|p| p.state).collect();
         let mine: Vec<State> = self.known.keys().filter(|s| s.0 == disk).cloned().collect();
@@ -396,12 +396,12 @@ impl World {
             11..=12 => self.named("diff", |w| w.try_backup("diff")),
             13 => self.named("full", |w| w.backup("full", &Vec::new())),
             14 => self.named("copy", |w| w.backup("copy", &Vec::new())),
-            15..=18 => self.named("crash", World::crash),
-            19 => self.named("resize", World::resize),
+            15..=18 => self.named("crash", Setup::crash),
+            19 => self.named("resize", Setup::resize),
             20 => self.named("restart", |w| w.daemon.restart()),
             21 => self.named("kill QEMU", |w| w.daemon.restart_after_kill()),
-            22..=23 => self.named("prune", World::prune),
-            24..=26 => self.named("consolidate", World::consolidate),
+            22..=23 => self.named("prune", Setup::prune),
+            24..=26 => self.named("consolidate", Setup::consolidate),
             27..=28 => self.named("commit", |w| w.fold("commit")),
             29..=30 => self.named("rebase", |w| w.fold("rebase")),
             _ => self.named("snapshot-rebase", |w| w.fold("snapshot-rebase")),
@@ -420,7 +420,7 @@ impl World {
         });
     }
 
-    fn named(&mut self, what: &'static str, action: impl FnOnce(&mut World)) {
+    fn named(&mut self, what: &'static str, action: impl FnOnce(&mut Setup)) {
         println!("  {what}");
         action(self);
     }
@@ -485,30 +485,30 @@ fn every_point_is_right_whatever_happens() {
     }
     let seed = number("FLEECEFS_SEED", 7);
     println!("FLEECEFS_SEED={seed}");
-    let mut world = World::new(seed);
-    world.backup("full", &Vec::new());
+    let mut setup = Setup::new(seed);
+    setup.backup("full", &Vec::new());
     // What did nothing has shown nothing: so it goes on until each has happened.
     let wanted =
         ["inc", "diff", "prune", "consolidate", "commit", "rebase", "snapshot-rebase", KILLED];
-    let missing = |w: &World| {
+    let missing = |w: &Setup| {
         let did = |what: &str| w.done.get(what).is_some_and(|n| *n > 0);
         wanted.into_iter().find(|what| !did(what))
     };
     let (least, given) =
         (number("FLEECEFS_ACTIONS", 100), std::env::var_os("FLEECEFS_SEED").is_some());
     let mut n = 0;
-    while n < least || !given && missing(&world).is_some() {
+    while n < least || !given && missing(&setup).is_some() {
         println!("{n}");
-        world.scribble();
-        match missing(&world) {
-            Some(what) if n >= least => world.act_on(what),
-            _ => world.act(),
+        setup.scribble();
+        match missing(&setup) {
+            Some(what) if n >= least => setup.act_on(what),
+            _ => setup.act(),
         }
-        world.check();
+        setup.check();
         n += 1;
-        assert!(n < least + 40, "{:?} never did anything", missing(&world));
+        assert!(n < least + 40, "{:?} never did anything", missing(&setup));
     }
-    let (states, read) = (world.known.len(), world.read);
-    println!("{states} states at the end; {read} files read meanwhile; {:?}", world.done);
+    let (states, read) = (setup.known.len(), setup.read);
+    println!("{states} states at the end; {read} files read meanwhile; {:?}", setup.done);
     assert!(read > 0, "nobody read anything");
 }

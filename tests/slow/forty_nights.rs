@@ -93,7 +93,7 @@ impl Clock {
 }
 
 /// Everything that lasts over the nights.
-struct Scene {
+struct Setup {
     /// The backup disk: a small file system that is mounted at `at`.
     store: PathBuf,
     at: PathBuf,
@@ -110,7 +110,7 @@ struct Scene {
     m: Machine,
 }
 
-impl Scene {
+impl Setup {
     fn new(library: PathBuf) -> Self {
         let m = Machine::begin();
         let (store, at) = (m.path("store"), m.path("disk"));
@@ -123,7 +123,7 @@ impl Scene {
         let caller = caller.with(&["-q", "--full-every", "7d"]);
         let agent = UnixListener::bind(m.path("agent.sock")).unwrap();
         let (held, clock) = (BTreeMap::new(), Clock::new());
-        Scene { m, store, at, mounted, _store: space, library, clock, caller, held, _agent: agent }
+        Setup { m, store, at, mounted, _store: space, library, clock, caller, held, _agent: agent }
     }
 
     /// The command as of night `n`, a few seconds later than the one before.
@@ -223,7 +223,7 @@ fn forty_nights() {
         println!("skipped: {name} needs faketime");
         return;
     };
-    let mut s = Scene::new(library);
+    let mut s = Setup::new(library);
     println!("night date        what       exit prune points said");
     for n in 0..NIGHTS {
         let what = night(n);
@@ -256,7 +256,7 @@ fn forty_nights() {
 }
 
 /// One night's backup: exit code, and what was said.
-fn one_night(s: &mut Scene, n: i64, what: Night) -> (Option<i32>, String) {
+fn one_night(s: &mut Setup, n: i64, what: Night) -> (Option<i32>, String) {
     let agent = s.m.text(if what == Night::HungAgent { "agent.sock" } else { "none.sock" });
     let mut caller = s.caller.clone();
     match what {
@@ -292,7 +292,7 @@ fn fill(store: &Path) {
     while file.write_all(&[1; 4096]).is_ok() {}
 }
 
-fn end_of_night(s: &mut Scene, n: i64, what: Night) {
+fn end_of_night(s: &mut Setup, n: i64, what: Night) {
     match what {
         Night::Unmounted => s.mounted = Some(Guard::mount("--bind", &s.store, &s.at)),
         Night::Full => std::fs::remove_file(s.store.join("others")).unwrap(),
@@ -305,7 +305,7 @@ fn end_of_night(s: &mut Scene, n: i64, what: Night) {
 }
 
 /// What each night says, to whom nobody listens, and returns.
-fn expected(s: &Scene, n: i64, what: Night, exit: Option<i32>, text: &str) {
+fn expected(s: &Setup, n: i64, what: Night, exit: Option<i32>, text: &str) {
     let (code, words): (Option<i32>, &[&str]) = match what {
         Night::Plain | Night::Resized => (Some(0), &[]),
         Night::Unmounted => (Some(3), &["is gone", "mounted", "--init"]),
@@ -330,7 +330,7 @@ fn expected(s: &Scene, n: i64, what: Night, exit: Option<i32>, text: &str) {
     }
 }
 
-fn in_the_end(s: &Scene) {
+fn in_the_end(s: &Setup) {
     let out = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
         .args(["list", "--json"])
         .arg(&s.caller.target)
@@ -360,7 +360,7 @@ fn in_the_end(s: &Scene) {
     assert_eq!(backup::leftovers(&s.caller.target), Vec::<PathBuf>::new());
 }
 
-fn restored(s: &Scene, disk: &str, image: &Path) -> Vec<u8> {
+fn restored(s: &Setup, disk: &str, image: &Path) -> Vec<u8> {
     let raw = s.m.path("restored.raw");
     let _ = std::fs::remove_file(&raw);
     let name = format!("{disk}/{}", image.file_name().unwrap().to_str().unwrap());

@@ -27,12 +27,12 @@ const SMALLER: &str = "was shrunk and grown again since";
 const WALKED: &str = "have become zeros without a dirty bit";
 
 /// A daemon with one disk `a`, and how to back it up.
-struct Scene {
+struct Setup {
     d: Daemon,
     caller: Caller,
 }
 
-impl Scene {
+impl Setup {
     /// One of a qcow2 disk, unless a tool that `test` needs is missing.
     fn new(test: &str, size: u64, options: &[&str]) -> Option<Self> {
         have(test, TOOLS).then(|| {
@@ -61,7 +61,7 @@ impl Scene {
     fn started(dir: tempfile::TempDir) -> Self {
         let d = Daemon::start(dir, &[("a", "driver=qcow2")]);
         let caller = Caller::of(&d);
-        Scene { d, caller }
+        Setup { d, caller }
     }
 
     fn image(&self) -> String {
@@ -169,7 +169,7 @@ fn live(d: &Daemon, sizes: &[u64]) {
 #[test]
 fn the_watermark_lies_beside_each_bitmap_and_survives_a_restart() {
     let Some(mut s) =
-        Scene::new("the_watermark_lies_beside_each_bitmap_and_survives_a_restart", 16 * MIB, &[])
+        Setup::new("the_watermark_lies_beside_each_bitmap_and_survives_a_restart", 16 * MIB, &[])
     else {
         return;
     };
@@ -200,7 +200,7 @@ fn a_cut_anywhere_is_copied() {
     // Each granule has a mark; or each second, and the end is inside one.
     for (size, step) in [(4 * MIB, 64 * KIB), (20 * MIB + 512, 128 * KIB)] {
         let last = (size - 1) / (64 * KIB) * (64 * KIB);
-        let Some(mut s) = Scene::new(name, size, &[]) else { return };
+        let Some(mut s) = Setup::new(name, size, &[]) else { return };
         s.plain("full", "FULL");
         s.resize(How::Live, &[0, size]);
         s.smaller("inc", "INC");
@@ -227,7 +227,7 @@ fn a_cut_anywhere_is_copied() {
 /// Nobody is told then that there are zeros.
 #[test]
 fn a_part_that_is_given_back_preallocated() {
-    let Some(mut s) = Scene::new("a_part_that_is_given_back_preallocated", 16 * MIB, &[]) else {
+    let Some(mut s) = Setup::new("a_part_that_is_given_back_preallocated", 16 * MIB, &[]) else {
         return;
     };
     s.plain("full", "FULL");
@@ -246,7 +246,7 @@ fn a_disk_over_a_template_that_was_smaller() {
     }
     const SIZE: u64 = 8 * MIB;
     for how in [How::Live, How::Offline(&[])] {
-        let mut s = Scene::clone_of_template(SIZE);
+        let mut s = Setup::clone_of_template(SIZE);
         s.plain("full", "FULL");
         s.plain("inc", "INC");
         // Inside the last granule.
@@ -268,7 +268,7 @@ fn growing_shrinking_and_growing() {
     const SIZE: u64 = 8 * MIB + 4096;
     for cluster in ["cluster_size=64k", "cluster_size=2M", "cluster_size=4k"] {
         for how in [How::Live, How::Offline(&[])] {
-            let Some(mut s) = Scene::new(name, SIZE, &["-o", cluster]) else { return };
+            let Some(mut s) = Setup::new(name, SIZE, &["-o", cluster]) else { return };
             s.plain("full", "FULL");
             // Never smaller than at the point.
             s.resize(how, &[12 * MIB]);
@@ -293,7 +293,7 @@ fn growing_shrinking_and_growing() {
 
 #[test]
 fn a_diff_is_measured_by_the_fulls_watermark() {
-    let Some(mut s) = Scene::new("a_diff_is_measured_by_the_fulls_watermark", 8 * MIB, &[]) else {
+    let Some(mut s) = Setup::new("a_diff_is_measured_by_the_fulls_watermark", 8 * MIB, &[]) else {
         return;
     };
     s.plain("full", "FULL");
@@ -315,19 +315,19 @@ fn a_diff_is_measured_by_the_fulls_watermark() {
 #[test]
 fn a_watermark_that_proves_nothing() {
     const SIZE: u64 = 20 * MIB;
-    let Some(mut s) = Scene::new("a_watermark_that_proves_nothing", SIZE, &[]) else { return };
+    let Some(mut s) = Setup::new("a_watermark_that_proves_nothing", SIZE, &[]) else { return };
     s.plain("full", "FULL");
-    let remove = |s: &Scene| {
+    let remove = |s: &Setup| {
         s.execute("block-dirty-bitmap-remove", json!({"node": "a", "name": s.watermark()}));
     };
-    let add = |s: &Scene, granularity: u64, persistent: bool| {
+    let add = |s: &Setup, granularity: u64, persistent: bool| {
         s.execute(
             "block-dirty-bitmap-add",
             json!({"node": "a", "name": s.watermark(), "granularity": granularity,
                 "disabled": true, "persistent": persistent}),
         );
     };
-    type Case<'a> = (&'a str, &'a dyn Fn(&Scene));
+    type Case<'a> = (&'a str, &'a dyn Fn(&Setup));
     let cases: [Case<'_>; 5] = [
         ("it is gone", &|s| remove(s)),
         ("it records", &|s| {
@@ -386,7 +386,7 @@ fn a_full_over_a_template_takes_what_disk_and_template_hold() {
         let base = dir.path().join("base.img").display().to_string();
         run("qemu-io", &["-c", "write -P 9 1M 1M", "-c", "write -P 8 40M 64k", &base]);
         create(dir.path(), "a", 64 * MIB, &["-o", cluster, "-b", &base, "-F", "qcow2"]);
-        let s = Scene::started(dir);
+        let s = Setup::started(dir);
         s.d.io("a", &["write -P 1 8M 64k", "write -z 1M 64k"]);
         s.plain("full", "FULL");
         assert!(s.stored() < 6000, "{cluster}: {}", s.stored());
@@ -408,7 +408,7 @@ fn a_disk_that_was_streamed_is_not_called_smaller() {
     let base = dir.path().join("base.img").display().to_string();
     run("qemu-io", &["-c", "write -P 9 1M 1M", &base]);
     create(dir.path(), "a", 16 * MIB, &["-b", &base, "-F", "qcow2"]);
-    let s = Scene::started(dir);
+    let s = Setup::started(dir);
     s.d.io("a", &["write -P 1 4M 1M"]);
     s.plain("full", "FULL");
     let mut qmp = s.d.qmp();
@@ -478,7 +478,7 @@ fn bytes_for_an_inc(extents: u64) -> u64 {
     for part in ops.chunks(500) {
         images::qemu_io(Path::new(&path), part);
     }
-    let mut s = Scene::started(dir);
+    let mut s = Setup::started(dir);
     let counted = Counted::new(s.d.path("counted.sock"), s.d.path("nbd.sock"));
     s.caller.more = vec!["--nbd".into(), counted.path.display().to_string()];
     let run = |level: &str| {

@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A backup directory with one disk of a FULL and two INCs, and a folder that is none of its owner's
 /// business.
-pub struct Scene {
+pub struct Setup {
     _dir: tempfile::TempDir,
     pub root: PathBuf,
     pub disk: PathBuf,
@@ -27,7 +27,7 @@ pub struct Scene {
 
 pub const PRECIOUS: &[u8] = b"precious";
 
-impl Scene {
+impl Setup {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path().canonicalize().unwrap();
@@ -43,7 +43,7 @@ impl Scene {
         std::fs::set_permissions(&victim, std::fs::Permissions::from_mode(0o600)).unwrap();
         let side = chain.dir.join(".fleecefs");
         std::fs::create_dir(&side).unwrap();
-        Scene { _dir: dir, root, disk: chain.dir, side, images: chain.files, outside, victim }
+        Setup { _dir: dir, root, disk: chain.dir, side, images: chain.files, outside, victim }
     }
 
     /// Everything in the disk's folder, images with their bytes.

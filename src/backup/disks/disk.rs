@@ -29,7 +29,7 @@ pub enum Insertion {
 
 /// One disk that can be backed up.
 #[derive(Debug, Clone)]
-pub struct SeenDisk {
+pub struct GuestDisk {
     /// Who it is.
     pub identity: DiskIdentity,
     /// What the user calls it (`--name`): the name of its folder then.
@@ -82,7 +82,7 @@ pub struct SeenDisk {
     pub info: Value,
 }
 
-impl SeenDisk {
+impl GuestDisk {
     /// The name of its file, or what QEMU calls it where it has none.
     pub fn base_name(&self) -> String {
         let named = self.named.clone().or_else(|| base_name(&self.identity.file));
@@ -147,9 +147,9 @@ pub fn base_name(file: &str) -> Option<String> {
 
 /// Everything there is.
 #[derive(Debug, Clone, Default)]
-pub struct Seen {
+pub struct Survey {
     /// Disks that can be backed up.
-    pub disks: Vec<SeenDisk>,
+    pub disks: Vec<GuestDisk>,
     /// Those that are left out by rule: empty, read-only, removable.
     pub skipped: Vec<Skipped>,
     /// Those that should be backed up and cannot.
@@ -158,7 +158,7 @@ pub struct Seen {
     pub aliases: Vec<(String, String)>,
 }
 
-impl Seen {
+impl Survey {
     /// How many there are, the others among them.
     pub fn count(&self) -> usize {
         [self.disks.len(), self.skipped.len(), self.blocked.len()].into_iter().sum()

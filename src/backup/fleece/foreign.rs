@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::unplug;
+use super::remove_filter;
 use crate::backup::disks::Answers;
 use crate::backup::{Watch, names};
 use crate::error::{Error, Kind, Result};
@@ -100,7 +100,7 @@ fn remove_foreign_nodes(client: &mut Client, watch: &dyn Watch) -> Result<usize>
                     is_foreign(name)
                         || answers.node(name).is_some_and(|p| p.drv == "snapshot-access")
                 };
-                unplug::free(client, &answers, &n.node_name, &own, RELINK)?;
+                remove_filter::free(client, &answers, &n.node_name, &own, RELINK)?;
             }
             let answer: std::result::Result<Value, _> =
                 client.call("blockdev-del", json!({"node-name": n.node_name}))?;

@@ -16,7 +16,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use serde_json::{Value, json};
 
-use super::{Handed, pass_file};
+use super::{TargetFile, pass_file};
 use crate::backup::Watch;
 use crate::backup::names::{Role, object};
 use crate::error::{Error, Kind, Result};
@@ -222,7 +222,7 @@ impl Progress {
 
 /// Watches that no migration begins while a run is on.
 #[derive(Debug)]
-pub(crate) struct Guard {
+pub(crate) struct MigrationGuard {
     before: Progress,
     /// Events that had come by then.
     events: u64,
@@ -230,7 +230,7 @@ pub(crate) struct Guard {
     told: bool,
 }
 
-impl Guard {
+impl MigrationGuard {
     /// Makes QEMU refuse migrations from now on, as far as it can be made to. The node is removed with
     /// the last of the run's objects, see [`super::teardown`].
     ///
@@ -244,7 +244,7 @@ impl Guard {
             }
             None => Progress::of(&Value::Null),
         };
-        let mut guard = Guard { before, events: client.migration_events(), told: false };
+        let mut guard = MigrationGuard { before, events: client.migration_events(), told: false };
         if !client.has("migrate") {
             return Ok(guard);
         }
@@ -348,7 +348,7 @@ fn block(client: &mut Client, run: &str) -> Result<Option<String>> {
 /// Gives QEMU the image as a set of descriptors.
 fn hand_over(client: &mut Client, node: &str, image: &[u8]) -> Result<u64> {
     let file = in_memory(image)?;
-    let handed = Handed { file: &file, name: Path::new("(memory)"), by_name: false };
+    let handed = TargetFile { file: &file, name: Path::new("(memory)"), by_name: false };
     pass_file(client, handed, node, false)
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image, Source};
-use crate::layer::{Format, LayerSpec, Part};
+use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::manifest::Manifest;
 use crate::storage::SourceFile;
 
@@ -48,7 +48,7 @@ impl ChainData {
             layers.push(LayerSpec {
                 file: Arc::new(SourceFile::look(dir.join(&m.image))?),
                 format: Format::Qcow2,
-                part: Part::Whole,
+                part: LayerPart::Whole,
                 data_file: None,
             });
         }
@@ -75,10 +75,10 @@ impl ChainData {
     ///
     /// # Errors
     /// Nobody has looked where the chain holds data.
-    pub(crate) fn lost(&self) -> Result<Lost<'_>> {
+    pub(crate) fn lost(&self) -> Result<LostZeros<'_>> {
         let unknown = || Error::new(Kind::Io, "the chain was not walked");
         let ranges = self.ranges.as_deref().ok_or_else(unknown)?;
-        Ok(Lost { chain: self, ranges, next: 0, found: Vec::new() })
+        Ok(LostZeros { chain: self, ranges, next: 0, found: Vec::new() })
     }
 }
 
@@ -91,7 +91,7 @@ const PIECE: u64 = 64 << 10;
 const SECTOR: u64 = 512;
 
 /// Looks for what was lost, in ascending order.
-pub(crate) struct Lost<'a> {
+pub(crate) struct LostZeros<'a> {
     chain: &'a ChainData,
     ranges: &'a [Range<u64>],
     /// The first of the chain's ranges that does not end before what comes.
@@ -99,7 +99,7 @@ pub(crate) struct Lost<'a> {
     found: Vec<Range<u64>>,
 }
 
-impl Lost<'_> {
+impl LostZeros<'_> {
     /// Takes the next range of zeros.
     ///
     /// # Errors
@@ -206,7 +206,7 @@ mod tests {
             && run("qemu-io", &["-c", "write -P 1 0 1M", "-c", "write -P 2 2M 1M", name]);
         let file = Arc::new(SourceFile::look(path).ok()?);
         let layers =
-            [LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None }];
+            [LayerSpec { file, format: Format::Qcow2, part: LayerPart::Whole, data_file: None }];
         let image = Image::new(4 << 20, &layers, None, &Cache::new(CACHE_BYTES)).ok()?;
         let ranges = Some(data_ranges(&image).ok()?);
         made.then_some(ChainData { image, ranges, tail: Vec::new() })
@@ -250,7 +250,7 @@ mod tests {
         );
         let file = Arc::new(SourceFile::look(path).unwrap());
         let layers =
-            [LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None }];
+            [LayerSpec { file, format: Format::Qcow2, part: LayerPart::Whole, data_file: None }];
         let image = Image::new(4 * M, &layers, None, &Cache::new(CACHE_BYTES)).unwrap();
         let ranges = Some(data_ranges(&image).unwrap());
         let chain = ChainData { image, ranges, tail: Vec::new() };

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::backup::target::known::KnownDisk;
+use crate::backup::target::known_disks::KnownDisk;
 use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
 use crate::layout::name::{Promise, promise};

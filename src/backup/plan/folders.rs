@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use super::planned::{DiskPlan, Inputs, Plan};
-use crate::backup::disks::SeenDisk;
+use crate::backup::disks::GuestDisk;
 use crate::backup::target::history::History;
 use crate::backup::target::target_id::months_of;
 use crate::backup::target::targets::Folders;
-use crate::backup::{LevelWish, Options, names};
+use crate::backup::{Options, RequestedLevel, names};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::folder::EntryKind;
@@ -23,7 +23,7 @@ use crate::manifest::{vm_name, vm_uuid};
 pub(crate) fn assign(
     options: &Options,
     inputs: &Inputs<'_>,
-    disks: &[SeenDisk],
+    disks: &[GuestDisk],
 ) -> Result<Vec<(PathBuf, History)>> {
     disks.iter().try_for_each(|d| check_layout(options, inputs, d))?;
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
@@ -64,8 +64,8 @@ pub(crate) fn assign(
 
 /// `--no-subdir` forgotten once, or given once, must not end a chain: a FULL in the other layout would
 /// take over the disk's bitmaps, and its name. Where there are chains in both, either goes.
-fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Result<()> {
-    if options.level == LevelWish::Copy {
+fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &GuestDisk) -> Result<()> {
+    if options.level == RequestedLevel::Copy {
         return Ok(());
     }
     let (names, flat) = (disk.folder_names(&options.layout), options.layout.no_subdir);
@@ -102,7 +102,7 @@ fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Resu
 fn fill(
     options: &Options,
     inputs: &Inputs<'_>,
-    disks: &[SeenDisk],
+    disks: &[GuestDisk],
     list: &mut [Option<(PathBuf, History)>],
     rule: (Rule, bool),
 ) -> Result<()> {
@@ -123,7 +123,7 @@ fn fill(
 fn fill_known(
     options: &Options,
     inputs: &Inputs<'_>,
-    disks: &[SeenDisk],
+    disks: &[GuestDisk],
     list: &mut [Option<(PathBuf, History)>],
 ) -> Result<()> {
     let flat = options.layout.no_subdir;
@@ -268,7 +268,7 @@ fn is_other_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
 
 /// The same device of the same VM has another file: the disk was restored to another place, or its
 /// loop device has another number. The old file must not be a disk of the VM still.
-fn has_moved(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History, disks: &[SeenDisk]) -> bool {
+fn has_moved(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History, disks: &[GuestDisk]) -> bool {
     let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
     let qdev = &disk.identity.qdev;
     // QEMU makes up the others, by their place.
@@ -279,7 +279,7 @@ fn has_moved(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History, disks: &[SeenDis
 }
 
 /// Who was given a name by the user has that, and not one with a number.
-fn check_names(disks: &[SeenDisk], list: &[Option<(PathBuf, History)>]) -> Result<()> {
+fn check_names(disks: &[GuestDisk], list: &[Option<(PathBuf, History)>]) -> Result<()> {
     for (disk, found) in disks.iter().zip(list) {
         let (Some(name), Some((dir, h))) = (&disk.named, found) else { continue };
         if !has_tail(h, name) {
@@ -296,15 +296,15 @@ fn has_tail(h: &History, name: &str) -> bool {
 }
 
 /// The user says which disk's points these are.
-fn chosen(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn chosen(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     let is_free = h.last_manifest().is_some_and(|m| !is_other_vm(inputs, m));
     disk.named.as_ref().is_some_and(|name| is_free && has_tail(h, name))
 }
 
-type Rule = fn(&Inputs<'_>, &SeenDisk, &History) -> bool;
+type Rule = fn(&Inputs<'_>, &GuestDisk, &History) -> bool;
 
 /// Before the others: images of two clusters may have one name, `rbd:POOL/IMAGE`.
-fn same_file_and_device(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn same_file_and_device(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     same_file(inputs, disk, h)
         && h.last_manifest().is_some_and(|m| device(&m.disk) == device(&disk.identity))
 }
@@ -313,20 +313,20 @@ fn device(d: &DiskIdentity) -> (&str, &str) {
     (&d.qdev, &d.device)
 }
 
-fn same_file(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn same_file(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     h.last_manifest().is_some_and(|m| !other_vm(inputs, m) && m.disk.file == disk.identity.file)
 }
 
 /// The disk's file was moved: its bitmap came along, or it is at the same device of the same VM.
 /// A bitmap alone proves nothing: a copy of the disk, of a cloned VM, carries it too.
-fn same_disk(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn same_disk(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
     let same_vm = inputs.vm.is_some() && vm_uuid(&m.vm) == inputs.vm;
     carries_bitmap(inputs, disk, h) || same_vm && device(&m.disk) == device(&disk.identity)
 }
 
 /// The chain's bitmap is on the disk, and nothing says that the disk is a copy of another VM's.
-fn carries_bitmap(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn carries_bitmap(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
     let carries = needed(h).iter().any(|b| disk.bitmap(b).is_some());
     carries && (is_same_vm(inputs, m) || agree(&m.disk, &disk.identity))
@@ -345,11 +345,11 @@ fn agree(a: &DiskIdentity, b: &DiskIdentity) -> bool {
 }
 
 /// Nothing is known of its points but that there are some: a FULL can begin beside them.
-fn damaged(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
+fn damaged(_: &Inputs<'_>, _: &GuestDisk, h: &History) -> bool {
     h.last_manifest().is_none() && h.entries.iter().any(|e| e.broken.is_some())
 }
 
-fn unclaimed(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
+fn unclaimed(_: &Inputs<'_>, _: &GuestDisk, h: &History) -> bool {
     h.last_manifest().is_none()
 }
 
@@ -359,7 +359,7 @@ const MAX_SAME_NAME: usize = 100;
 fn candidate(
     options: &Options,
     inputs: &Inputs<'_>,
-    disk: &SeenDisk,
+    disk: &GuestDisk,
     taken: &[Option<(PathBuf, History)>],
     (rule, new): (Rule, bool),
 ) -> Result<Option<(PathBuf, History)>> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::backup::disks::{NO_MEDIUM, Seen, SeenDisk};
+use crate::backup::disks::{GuestDisk, NO_MEDIUM, Survey};
 use crate::backup::target::target_id::TargetId;
 use crate::backup::target::targets::Folders;
 use crate::error::Error;
@@ -29,7 +29,7 @@ pub struct DiskPlan {
     /// Its number in the run.
     pub index: usize,
     /// The disk.
-    pub disk: SeenDisk,
+    pub disk: GuestDisk,
     /// Its folder in the target.
     pub dir: PathBuf,
     /// The level it gets.
@@ -83,7 +83,7 @@ impl DiskPlan {
         match &self.since {
             Some(b) => {
                 let dirty = self.disk.bitmap(&b.name).map_or(0, |b| b.count);
-                let cut = self.doubtful().map_or(0, |r| r.end - r.start);
+                let cut = self.unproved().map_or(0, |r| r.end - r.start);
                 dirty.saturating_add(grown).saturating_add(cut).min(self.disk.size)
             }
             None => self.disk.allocated,
@@ -97,7 +97,7 @@ pub(crate) type Unsound = (PathBuf, String, String);
 /// What planning needs to know beside the options.
 pub(crate) struct Inputs<'a> {
     /// The disks.
-    pub seen: Seen,
+    pub seen: Survey,
     /// The run's id.
     pub run: &'a str,
     /// Whose bitmaps are this target's.

@@ -7,7 +7,7 @@
 //! once, and the image is looked at, checked, hashed and synced by the descriptor that it was made
 //! with; its name is compared with that before it is renamed and after.
 
-pub(crate) mod early;
+pub(crate) mod hasher;
 pub(crate) mod report;
 pub(crate) mod vm;
 
@@ -17,20 +17,20 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 use std::time::{Duration, SystemTime};
 
-use self::early::Early;
+use self::hasher::AheadHasher;
 use super::state::leftover;
-use super::state::leftover::Made;
+use super::state::leftover::CreatedFile;
 use crate::error::{Error, Kind, Result, Severity};
 use crate::failpoint::step;
-use crate::folder::{Access, EntryKind, FileId, Folder, Share};
+use crate::folder::{Access, EntryKind, FileId, FileMode, Folder};
 use crate::hash::Check;
-use crate::hash::ahead::Known;
+use crate::hash::subtrees::KnownSubtrees;
 use crate::layer::qcow2::check as structure;
 use crate::layer::qcow2::create::NewImage;
 use crate::layer::{Format, ImageInfo};
 use crate::layout::Level;
 use crate::manifest::{Manifest, fingerprint_of};
-use crate::qemu_img::Verdict;
+use crate::qemu_img::CheckResult;
 use crate::storage::{OpenFile, SourceFile};
 use crate::{folder, manifest, qemu_img};
 
@@ -65,7 +65,7 @@ pub(crate) fn side_folder(folder: &Folder) -> Result<Folder> {
 ///
 /// # Errors
 /// What the operating system said.
-pub(crate) fn note_fleece(folder: &Folder, image: &str, fleece: &Made) -> Result<()> {
+pub(crate) fn note_fleece(folder: &Folder, image: &str, fleece: &CreatedFile) -> Result<()> {
     let name = fleece_note(image);
     let side = side_folder(folder)?;
     let failed = |e| Error::io(e, "cannot write the file").at_path(side.join(&name));
@@ -111,8 +111,8 @@ pub(crate) fn create_image(
     folder: &Folder,
     name: &str,
     image: &NewImage,
-    share: Share,
-) -> Result<Held> {
+    share: FileMode,
+) -> Result<OpenImage> {
     let name = partial_name(name);
     let path = folder.join(&name);
     let file = folder
@@ -124,7 +124,7 @@ pub(crate) fn create_image(
             .at_path(&path)
             .remedy("only a member of a group, or root, gives files to it")
     })?;
-    let held = Held { file: Arc::new(file), path };
+    let held = OpenImage { file: Arc::new(file), path };
     image.write(&held.file, &held.path)?;
     Ok(held)
 }
@@ -133,12 +133,12 @@ pub(crate) fn create_image(
 /// write is told once, to those who had the file open then: whoever opens it later is told that
 /// all is well, and reads the lost bytes out of the page cache.
 #[derive(Debug, Clone)]
-pub(crate) struct Held {
+pub(crate) struct OpenImage {
     file: Arc<File>,
     path: PathBuf,
 }
 
-impl Held {
+impl OpenImage {
     /// Opens the unfinished image that a killed run left; with `made` it must be that very file.
     /// Errors that nobody was told of yet are told here, as long as QEMU has it open without
     /// syncing it.
@@ -154,7 +154,7 @@ impl Held {
         if made.is_some_and(|m| !leftover::agree(m, id)) {
             return Err(taken(&path));
         }
-        Ok(Held { file: Arc::new(file), path })
+        Ok(OpenImage { file: Arc::new(file), path })
     }
 
     /// The open file.
@@ -177,8 +177,8 @@ impl Held {
     }
 
     /// What hashes it while it grows; its disk has `size` bytes.
-    pub(crate) fn early(&self, size: u64) -> Early {
-        Early::new(self.file.clone(), self.path.clone(), size)
+    pub(crate) fn hasher(&self, size: u64) -> AheadHasher {
+        AheadHasher::new(self.file.clone(), self.path.clone(), size)
     }
 
     /// Its length now, which grows with what is copied; `None` if it cannot be told.
@@ -242,7 +242,7 @@ pub(crate) enum Hashing {
     /// Of the complete file.
     Whole,
     /// It was begun while the file was written.
-    Begun(Early),
+    Begun(AheadHasher),
 }
 
 /// Publishes a complete image that QEMU has closed. `manifest` is completed with what only the
@@ -255,7 +255,7 @@ pub(crate) fn publish(
     folder: &Folder,
     mut manifest: Manifest,
     hashing: Hashing,
-    held: &Held,
+    held: &OpenImage,
     stop: &Check,
 ) -> Result<Manifest> {
     let partial = partial_name(&manifest.image);
@@ -279,7 +279,7 @@ pub(crate) fn publish(
 }
 
 /// Gives the image its final name, and makes sure that it was the image that got it.
-fn rename(folder: &Folder, held: &Held, image: &str) -> Result<()> {
+fn rename(folder: &Folder, held: &OpenImage, image: &str) -> Result<()> {
     let partial = partial_name(image);
     held.require_name(folder, &partial)?;
     let failed = |e| Error::io(e, "cannot rename the image").at_path(folder.join(image));
@@ -321,14 +321,14 @@ pub(crate) fn discard_image(folder: &Folder, image: &str) -> Result<()> {
     gone.map_err(|e| Error::io(e, "cannot remove the image").at_path(folder.join(&name)))
 }
 
-fn complete(m: &mut Manifest, held: &Held, hashing: Hashing, stop: &Check) -> Result<()> {
+fn complete(m: &mut Manifest, held: &OpenImage, hashing: Hashing, stop: &Check) -> Result<()> {
     let source = held.source()?;
     m.file_size = source.identity().size;
     m.fingerprint = Some(held.fingerprint()?);
     let known = match hashing {
         Hashing::Left => None,
-        Hashing::Whole => Some(Known::default()),
-        Hashing::Begun(early) => Some(early.end(stop)?),
+        Hashing::Whole => Some(KnownSubtrees::default()),
+        Hashing::Begun(hasher) => Some(hasher.end(stop)?),
     };
     let hash = |known| crate::hash::rest_with(&source, &known, jobs(), stop);
     m.blake3 = known.map(hash).transpose()?;
@@ -358,8 +358,8 @@ fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
     let info = crate::layer::probe(&OpenFile::new(file, path)?)?;
     alone(&info, path)?;
     match qemu_img::check(file, path, &|| stop()) {
-        Ok(Verdict::Sound) => {}
-        Ok(Verdict::Leaks(said) | Verdict::Damaged(said)) => {
+        Ok(CheckResult::Sound) => {}
+        Ok(CheckResult::Leaks(said) | CheckResult::Damaged(said)) => {
             return Err(Error::new(Kind::Unsound, format!("qemu-img check: {said}")).at_path(path));
         }
         Err(e) if e.kind() == Kind::NotFound => check_alone(path, file, e)?,
@@ -402,7 +402,7 @@ fn check_alone(path: &Path, file: &File, why: Error) -> Result<()> {
 }
 
 /// Gives the file an mtime after its predecessors': qmprestore sorts by it.
-fn set_time(held: &Held, dir: &Folder, m: &Manifest) -> Result<()> {
+fn set_time(held: &OpenImage, dir: &Folder, m: &Manifest) -> Result<()> {
     let mut time = SystemTime::now();
     let own = partial_name(&m.image);
     let list = dir.entries().unwrap_or_default().into_iter();
@@ -463,7 +463,7 @@ mod tests {
     use crate::backup::recover::sweep;
     use crate::manifest::tests::example;
 
-    fn scene() -> (tempfile::TempDir, Folder) {
+    fn test_folder() -> (tempfile::TempDir, Folder) {
         let d = tempfile::tempdir().unwrap();
         let folder = Folder::open(&d.path().canonicalize().unwrap()).unwrap();
         (d, folder)
@@ -471,7 +471,7 @@ mod tests {
 
     #[test]
     fn a_damaged_announcement_stops_no_other() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         for image in ["FULL-1-d", "FULL-2-d"] {
             announce(&folder, &example(image, Level::Full, None)).unwrap();
             std::fs::write(d.path().join(partial_name(image)), "x").unwrap();
@@ -484,7 +484,7 @@ mod tests {
 
     #[test]
     fn an_image_with_both_names_is_complete() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         std::fs::write(d.path().join("FULL-1-d"), "x".repeat(70000)).unwrap();
         std::fs::hard_link(d.path().join("FULL-1-d"), d.path().join("FULL-1-d.partial")).unwrap();
         let mut m = example("FULL-1-d", Level::Full, None);
@@ -497,7 +497,7 @@ mod tests {
 
     #[test]
     fn a_file_in_the_place_of_the_folder_is_said_to_be_one() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         std::fs::write(d.path().join("T"), "").unwrap();
         let e = make_folders(&folder.join("T")).unwrap_err();
         assert!(e.kind() == Kind::Exists && e.report().contains("name a folder"), "{e}");
@@ -506,10 +506,10 @@ mod tests {
     /// Only the file that was made gets the final name, whatever has the name of it now.
     #[test]
     fn an_exchanged_image_is_not_published() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         let make = || {
             let file = folder.create_new("FULL-1-d.partial").unwrap();
-            Held { file: Arc::new(file), path: folder.join("FULL-1-d.partial") }
+            OpenImage { file: Arc::new(file), path: folder.join("FULL-1-d.partial") }
         };
         let held = make();
         rename(&folder, &held, "FULL-1-d").unwrap();
@@ -538,13 +538,13 @@ mod tests {
         assert_eq!(std::fs::read(d.path().join("victim")).unwrap(), b"v");
         let made = Some(held.id().unwrap());
         drop(make());
-        assert_eq!(Held::open(&folder, "FULL-1-d", made).unwrap_err().kind(), Kind::Unsound);
-        Held::open(&folder, "FULL-1-d", None).unwrap();
+        assert_eq!(OpenImage::open(&folder, "FULL-1-d", made).unwrap_err().kind(), Kind::Unsound);
+        OpenImage::open(&folder, "FULL-1-d", None).unwrap();
     }
 
     #[test]
     fn an_image_that_names_another_file_is_not_published() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         let shape = NewImage {
             size: 1 << 20,
             cluster_size: 65536,
@@ -555,7 +555,7 @@ mod tests {
         for (name, backing, wanted) in
             [("FULL-1-d", Some("other.qcow2"), Some("backing file")), ("FULL-2-d", None, None)]
         {
-            let held = create_image(&folder, name, &shape, Share::default()).unwrap();
+            let held = create_image(&folder, name, &shape, FileMode::default()).unwrap();
             let pointer = backing.map(|b| (OsStr::new(b), "qcow2"));
             crate::layer::qcow2::backing::set_backing(held.file(), held.path(), pointer).unwrap();
             let found =

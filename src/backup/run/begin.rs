@@ -7,8 +7,8 @@ use std::time::Instant;
 use serde_json::Value;
 
 use super::conclude::failure;
-use super::session::{Active, Run, State};
-use crate::backup::disks::{Answers, Seen, survey};
+use super::session::{Active, DiskState, Run};
+use crate::backup::disks::{Answers, Survey, survey};
 use crate::backup::fleece::nbdserver;
 use crate::backup::fleece::zeros::ChainData;
 use crate::backup::plan::folders;
@@ -31,7 +31,7 @@ use crate::text::path_text;
 pub(in crate::backup) fn look(
     options: &Options,
     client: &mut Client,
-) -> Result<(Seen, Arc<Value>)> {
+) -> Result<(Survey, Arc<Value>)> {
     let mut answers = Answers::ask(client)?;
     answers.ours = options.offline.is_some();
     if options.offline.is_some() && options.dry_run {
@@ -229,13 +229,13 @@ impl Run<'_> {
                 chain: None,
                 folder: None,
                 held: None,
-                early: None,
+                hasher: None,
                 progress: self.watch.disk(p.disk.label()),
                 shown: 0,
                 empty: 0,
                 began: Instant::now(),
                 plan: p.clone(),
-                state: State::Going,
+                state: DiskState::Going,
             })
             .collect())
     }

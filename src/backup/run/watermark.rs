@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::session::{Active, Run};
 use crate::backup::fleece::nbdserver;
-use crate::backup::fleece::nbdserver::Use;
+use crate::backup::fleece::nbdserver::ExportUse;
 use crate::backup::graph::bitmap;
 use crate::backup::names;
 use crate::backup::names::{Role, object, work_bitmap};
@@ -58,19 +58,19 @@ impl Run<'_> {
     /// Adds the new bitmap and its watermark, which takes the marks of the bitmap `from`, in one
     /// transaction.
     fn add_with_marks(&mut self, d: &mut Active, b: &BitmapInfo, from: &Value) -> Result<()> {
-        let floor = names::floor(&b.name);
+        let watermark = names::watermark(&b.name);
         self.client.execute(
             "transaction",
             json!({"actions": [
                 {"type": "block-dirty-bitmap-add", "data": bitmap::options(b)},
-                {"type": "block-dirty-bitmap-add", "data": {"node": b.node, "name": floor,
+                {"type": "block-dirty-bitmap-add", "data": {"node": b.node, "name": watermark,
                     "granularity": b.granularity, "persistent": b.persistent, "disabled": true}},
-                {"type": "block-dirty-bitmap-merge", "data": {"node": b.node, "target": floor,
+                {"type": "block-dirty-bitmap-merge", "data": {"node": b.node, "target": watermark,
                     "bitmaps": [from]}},
             ]}),
         )?;
         let has = |i: &mut Option<BitmapInfo>| {
-            i.iter_mut().filter(|i| i.name == b.name).for_each(|i| i.floor = true);
+            i.iter_mut().filter(|i| i.name == b.name).for_each(|i| i.watermark = true);
         };
         has(&mut d.plan.new_bitmap);
         has(&mut d.plan.diff_bitmap);
@@ -118,7 +118,7 @@ impl Run<'_> {
         let node = object(&self.run, Role::Snapshot, d.index);
         let (known, size) = (chain.tail(), d.plan.disk.size);
         self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))?;
-        server.with_export(&mut self.client, &export, &node, Use::Read, |n| {
+        server.with_export(&mut self.client, &export, &node, ExportUse::Read, |n| {
             nbdserver::check_size(n, size)?;
             differs(n, tail, known)
         })
@@ -162,7 +162,7 @@ impl Run<'_> {
             "granularity": granularity}),
         )?;
         let export = object(&self.run, Role::ScratchExport, d.index);
-        server.with_export(&mut self.client, &export, &scratch, Use::Write, |n| {
+        server.with_export(&mut self.client, &export, &scratch, ExportUse::Write, |n| {
             n.write_zeroes(ranges)
         })
     }

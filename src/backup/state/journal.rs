@@ -58,12 +58,12 @@ pub enum Record {
     /// The guardian of this run has thawed the guest.
     Thawed(String),
     /// An earlier run's disk could not be settled: its target is not there.
-    Left(Left),
+    DeferredDisk(DeferredDisk),
 }
 
 /// A disk of an earlier run whose target could not be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Left {
+pub struct DeferredDisk {
     /// What the run made.
     pub disk: DiskRecord,
     /// Whether its image was complete and closed.
@@ -126,7 +126,7 @@ impl Journal {
     pub fn begin(state: &Path, vm: &Address, first: &Record) -> Result<Self> {
         let left = pending(state, vm)?.map(|p| p.left).unwrap_or_default();
         let mut records = vec![first.clone()];
-        records.extend(left.into_iter().map(Record::Left));
+        records.extend(left.into_iter().map(Record::DeferredDisk));
         Self::replace(state, vm, &records)
     }
 
@@ -208,12 +208,12 @@ fn append(file: &mut File, record: &Record) -> std::io::Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn keep(state: &Path, vm: &Address, left: &[Left]) -> Result<()> {
+pub fn keep(state: &Path, vm: &Address, left: &[DeferredDisk]) -> Result<()> {
     if left.is_empty() {
         let there = state_folder_if_there(state)?;
         return there.map_or(Ok(()), |f| remove(&f, &file_name(vm)));
     }
-    let records: Vec<Record> = left.iter().cloned().map(Record::Left).collect();
+    let records: Vec<Record> = left.iter().cloned().map(Record::DeferredDisk).collect();
     Journal::replace(state, vm, &records).map(drop)
 }
 
@@ -264,7 +264,7 @@ pub struct Pending {
     /// We froze the guest.
     pub frozen: bool,
     /// Disks of runs before it.
-    pub left: Vec<Left>,
+    pub left: Vec<DeferredDisk>,
 }
 
 /// Reads what an earlier run left; `None` if it ended in order.
@@ -339,7 +339,7 @@ impl Pending {
             Record::Settled(i) => self.settled.push(i),
             Record::Continued(run) => self.stopped &= run != self.run,
             Record::Thawed(run) => self.frozen &= run != self.run,
-            Record::Left(left) => self.left.push(left),
+            Record::DeferredDisk(left) => self.left.push(left),
         }
     }
 }
@@ -395,7 +395,7 @@ mod tests {
             image_id: None,
             fleece_id: None,
         };
-        let left = vec![Left { disk, finished: true }];
+        let left = vec![DeferredDisk { disk, finished: true }];
         keep(d.path(), &vm, &left).unwrap();
         let begin = Record::Begin { run: "s".into(), target: "/t".into(), agent: None, qemu: None };
         let j = Journal::begin(d.path(), &vm, &begin).unwrap();

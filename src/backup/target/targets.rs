@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::proof::has_backups;
+use super::detect::has_backups;
 use super::target_id::{TargetId, stored_id};
 use crate::backup::state::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
@@ -32,7 +32,7 @@ const MOST_FOLDERS: usize = 256;
 pub(crate) type Folders = BTreeMap<String, String>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Known {
+struct KnownTarget {
     path: String,
     id: String,
     /// By the disk's file.
@@ -40,7 +40,7 @@ struct Known {
     folders: Folders,
 }
 
-impl Known {
+impl KnownTarget {
     fn is(&self, path: &str, id: &str) -> bool {
         self.path == path && self.id == id
     }
@@ -51,9 +51,9 @@ impl Known {
 pub(crate) struct Targets {
     state: PathBuf,
     name: String,
-    known: Vec<Known>,
+    known: Vec<KnownTarget>,
     /// What other VMs know, and this one by other sockets: a path that is gone is so for all.
-    others: Vec<Known>,
+    others: Vec<KnownTarget>,
 }
 
 impl Targets {
@@ -168,7 +168,7 @@ impl Targets {
             known.folders.extend(folders);
             return self.write();
         }
-        self.known.push(Known { path, id, folders });
+        self.known.push(KnownTarget { path, id, folders });
         let too_many = self.known.len().saturating_sub(MOST);
         self.known.drain(..too_many);
         self.write()
@@ -198,7 +198,7 @@ fn lists(folder: &Folder) -> Result<Vec<OsString>> {
     Ok(entries.map(|e| e.name).filter(|n| is_list(n)).collect())
 }
 
-fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<Known>> {
+fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<KnownTarget>> {
     let path = folder.join(name);
     let failed = |e| Error::io(e, "cannot read the list of a VM's targets").at_path(&path);
     let Some(bytes) = folder.read_if_there(name, LARGEST).map_err(failed)? else {
@@ -216,7 +216,7 @@ fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<Known>> {
 
 /// Whether what is at `target` can be what was there: it has an id, or, where only copies were made,
 /// anything.
-fn is_there(target: &Path, known: &Known) -> Result<bool> {
+fn is_there(target: &Path, known: &KnownTarget) -> Result<bool> {
     if stored_id(target)?.is_some() {
         return Ok(true);
     }
@@ -443,7 +443,8 @@ mod tests {
     fn the_oldest_go() {
         let d = tempfile::tempdir().unwrap();
         let mut targets = Targets::read(d.path(), &vm(), &[]).unwrap();
-        let known = |n: usize| Known { path: format!("/t{n}"), id: "i".into(), folders: none() };
+        let known =
+            |n: usize| KnownTarget { path: format!("/t{n}"), id: "i".into(), folders: none() };
         targets.known = (0..MOST).map(known).collect();
         std::fs::write(d.path().join("uuid"), "01234567").unwrap();
         targets.remember(d.path(), none()).unwrap();

@@ -22,7 +22,7 @@ use crate::manifest::ImageFormat;
 
 /// A user's word on what files are about which nothing else decides.
 #[derive(Debug, Clone)]
-pub struct Told {
+pub struct FormatOverride {
     /// How they are to be read.
     pub format: ImageFormat,
     /// Which files are meant, as a scan gives their paths. Of others nothing is said.
@@ -133,21 +133,21 @@ const UNPACK: &str = "unpack or convert it to raw or qcow2";
 
 /// Decides about all files of a walked directory. `told` is what a user says of those about which
 /// nothing else decides.
-pub(in crate::chain) fn decide(tree: &mut Tree, told: Option<&Told>) {
+pub(in crate::chain) fn decide(tree: &mut Tree, told: Option<&FormatOverride>) {
     let mut proved = Vec::new();
     for file in 0..tree.files.len() {
         if by_manifest_or_name(&mut tree.files[file]) {
             proved.push(file);
         }
     }
-    by_what_lies_above(tree, proved);
+    by_overlays(tree, proved);
     if let Some(told) = told {
         let is_told = |f: &FileEntry| is_undecided(f) && told.files.contains(&f.path);
         let open: Vec<FileId> =
             (0..tree.files.len()).filter(|f| is_told(&tree.files[*f])).collect();
-        let by_word = |f: &FileId| by_word(&mut tree.files[*f], told.format);
-        let decided = open.into_iter().filter(by_word).collect();
-        by_what_lies_above(tree, decided);
+        let by_override = |f: &FileId| by_override(&mut tree.files[*f], told.format);
+        let decided = open.into_iter().filter(by_override).collect();
+        by_overlays(tree, decided);
     }
     tree.files.iter_mut().filter(|f| is_undecided(f)).for_each(by_content);
 }
@@ -175,9 +175,9 @@ fn is_undecided(entry: &FileEntry) -> bool {
 }
 
 /// Takes the word of images that are proved to be qcow2 for what they lie on, from one to the next.
-fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
+fn by_overlays(tree: &mut Tree, mut proved: Vec<FileId>) {
     while let Some(above) = proved.pop() {
-        let Some((below, format)) = word_on_what_is_below(tree, above) else { continue };
+        let Some((below, format)) = stated_parent_format(tree, above) else { continue };
         let entry = &mut tree.files[below];
         match (&entry.decision.reading, format) {
             // Whoever was proved before has been asked, or will be: two may lie on each other.
@@ -203,7 +203,7 @@ fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
 }
 
 /// The file below, if its format is an open question, and the format that `above` gives it.
-fn word_on_what_is_below(tree: &Tree, above: FileId) -> Option<(FileId, ImageFormat)> {
+fn stated_parent_format(tree: &Tree, above: FileId) -> Option<(FileId, ImageFormat)> {
     let entry = &tree.files[above];
     let format = match entry.backing_format()?.as_str() {
         "raw" => ImageFormat::Raw,
@@ -225,7 +225,7 @@ fn word_on_what_is_below(tree: &Tree, above: FileId) -> Option<(FileId, ImageFor
 }
 
 /// Takes the user's word; whether it is proved to be qcow2 now.
-fn by_word(entry: &mut FileEntry, format: ImageFormat) -> bool {
+fn by_override(entry: &mut FileEntry, format: ImageFormat) -> bool {
     match format {
         ImageFormat::Raw => entry.decision.reading = Reading::Raw,
         ImageFormat::Qcow2 => entry.decision.proved = entry.probed.magic,

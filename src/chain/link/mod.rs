@@ -6,11 +6,11 @@
 //! manifests say; where it contradicts them the point is incomplete. Modification times are never
 //! looked at: copying changes them.
 
-pub(crate) mod doubt;
-pub(crate) mod fates;
+pub(crate) mod dependencies;
 pub(crate) mod follow;
 pub(crate) mod format;
 pub(crate) mod group;
+pub(crate) mod open_formats;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -18,14 +18,14 @@ use std::path::Path;
 
 use super::walk::pointer;
 use super::walk::pointer::normalise;
-use super::walk::tree::Lost;
+use super::walk::tree::LostImage;
 use crate::error::{Error, Finding, Kind};
 use crate::layout::Level;
 use crate::manifest::{Brief, Contents};
 use crate::text::path_text;
 
 /// One file of a disk.
-pub(super) struct Member<'a> {
+pub(super) struct ChainFile<'a> {
     /// Its path.
     pub path: &'a Path,
     /// Other names that stand for it in its folder (`FULL-<disk>` links).
@@ -48,7 +48,7 @@ pub(super) struct Member<'a> {
 
 /// What a file lies on.
 #[derive(Debug)]
-pub(super) enum Lies {
+pub(super) enum Parent {
     /// It is a root: nothing of this disk is below it.
     Root,
     /// On this other member.
@@ -57,7 +57,7 @@ pub(super) enum Lies {
     Unknown(Error),
 }
 
-impl Member<'_> {
+impl ChainFile<'_> {
     fn name(&self) -> &OsStr {
         self.path.file_name().unwrap_or_default()
     }
@@ -78,19 +78,19 @@ impl Member<'_> {
 
 /// Says of each member what it lies on, and what is odd about it. `lost` are backups of this disk
 /// that are known to have been there.
-pub(super) fn link(members: &[Member], lost: &[Lost]) -> (Vec<Lies>, Vec<Finding>) {
+pub(super) fn link(members: &[ChainFile], lost: &[LostImage]) -> (Vec<Parent>, Vec<Finding>) {
     let linker = Linker::new(members, lost);
     let mut findings = Vec::new();
-    let lies = (0..members.len()).map(|i| linker.link_one(i, &mut findings)).collect();
-    (lies, findings)
+    let parents = (0..members.len()).map(|i| linker.link_one(i, &mut findings)).collect();
+    (parents, findings)
 }
 
 struct Linker<'a> {
-    members: &'a [Member<'a>],
+    members: &'a [ChainFile<'a>],
     /// FULLs and INCs that are gone, by time.
-    lost_bases: Vec<&'a Lost>,
+    missing_bases: Vec<&'a LostImage>,
     /// FULLs that are gone, by time.
-    lost_fulls: Vec<&'a Lost>,
+    missing_fulls: Vec<&'a LostImage>,
     by_name: HashMap<&'a OsStr, usize>,
     /// FULLs and INCs with a time, by time.
     bases: Vec<(i64, usize)>,
@@ -101,7 +101,7 @@ struct Linker<'a> {
 }
 
 impl<'a> Linker<'a> {
-    fn new(members: &'a [Member<'a>], lost: &'a [Lost]) -> Self {
+    fn new(members: &'a [ChainFile<'a>], lost: &'a [LostImage]) -> Self {
         let stamped = |wanted: fn(Level) -> bool| {
             let mut list: Vec<_> = (members.iter().enumerate())
                 .filter(|(_, m)| wanted(m.level))
@@ -115,11 +115,11 @@ impl<'a> Linker<'a> {
             list.sort_by_key(|l| l.stamp);
             list
         };
-        let timeless = |(_, m): &(usize, &Member)| m.level == Level::Full && m.stamp.is_none();
+        let timeless = |(_, m): &(usize, &ChainFile)| m.level == Level::Full && m.stamp.is_none();
         Linker {
             members,
-            lost_bases: gone(|l| matches!(l, Level::Full | Level::Inc)),
-            lost_fulls: gone(|l| l == Level::Full),
+            missing_bases: gone(|l| matches!(l, Level::Full | Level::Inc)),
+            missing_fulls: gone(|l| l == Level::Full),
             by_name: names(members),
             bases: stamped(|l| matches!(l, Level::Full | Level::Inc)),
             fulls: stamped(|l| l == Level::Full),
@@ -127,16 +127,16 @@ impl<'a> Linker<'a> {
         }
     }
 
-    fn link_one(&self, me: usize, findings: &mut Vec<Finding>) -> Lies {
+    fn link_one(&self, me: usize, findings: &mut Vec<Finding>) -> Parent {
         let m = &self.members[me];
         if !matches!(m.level, Level::Inc | Level::Diff) {
-            return Lies::Root;
+            return Parent::Root;
         }
         if m.raw {
             return raw_increment(m);
         }
         let below = self.below(me).and_then(|b| self.confirm(me, b, findings).map(|()| b));
-        below.map_or_else(|e| Lies::Unknown(e.at_path(m.path)), Lies::On)
+        below.map_or_else(|e| Parent::Unknown(e.at_path(m.path)), Parent::On)
     }
 
     fn below(&self, me: usize) -> Result<usize, Error> {
@@ -161,7 +161,7 @@ impl<'a> Linker<'a> {
             let what = format!("which file it lies on cannot be known: {}", finding.message);
             return Err(Error::new(finding.kind, what).remedy(UNREADABLE));
         }
-        let lost = if m.level == Level::Diff { &self.lost_fulls } else { &self.lost_bases };
+        let lost = if m.level == Level::Diff { &self.missing_fulls } else { &self.missing_bases };
         let upto = lost.partition_point(|l| Some(l.stamp) <= m.stamp);
         if let Some(last) = lost[..upto].last().filter(|l| b.stamp <= Some(l.stamp)) {
             return Err(missing(&last.name));
@@ -172,7 +172,7 @@ impl<'a> Linker<'a> {
         }
     }
 
-    fn by_manifest(&self, m: &Member, parent: &OsStr) -> Result<usize, Error> {
+    fn by_manifest(&self, m: &ChainFile, parent: &OsStr) -> Result<usize, Error> {
         let Some(found) = self.by_name.get(parent) else { return Err(missing(parent)) };
         if self.members[*found].may_carry(m.level) {
             return Ok(*found);
@@ -201,7 +201,7 @@ impl<'a> Linker<'a> {
     }
 
     /// `before` are the candidates of the last second before, `ties` those of the very same second.
-    fn choose(&self, m: &Member, before: &[usize], ties: &[usize]) -> Result<usize, Error> {
+    fn choose(&self, m: &ChainFile, before: &[usize], ties: &[usize]) -> Result<usize, Error> {
         let mixed = !self.timeless.is_empty() && !self.fulls.is_empty();
         let candidates: Vec<usize> = match (before, mixed) {
             ([], _) => [&self.timeless, ties].concat(),
@@ -212,12 +212,17 @@ impl<'a> Linker<'a> {
             [] => Err(no_full()),
             // A tie alone is never enough: this one may come before the other.
             [one] if ties.is_empty() => Ok(one),
-            _ => self.settle(m, &candidates, ties),
+            _ => self.conclude(m, &candidates, ties),
         }
     }
 
     /// Decides between candidates by the image's own pointer, or by what links them to each other.
-    fn settle(&self, m: &Member, candidates: &[usize], ties: &[usize]) -> Result<usize, Error> {
+    fn conclude(
+        &self,
+        m: &ChainFile,
+        candidates: &[usize],
+        ties: &[usize],
+    ) -> Result<usize, Error> {
         if let Some(Ok((_, base))) = m.backing.map(pointer::split) {
             let named: Vec<_> =
                 candidates.iter().filter(|i| self.members[**i].is_called(&base)).collect();
@@ -276,7 +281,7 @@ impl<'a> Linker<'a> {
     }
 }
 
-fn names<'a>(members: &'a [Member<'a>]) -> HashMap<&'a OsStr, usize> {
+fn names<'a>(members: &'a [ChainFile<'a>]) -> HashMap<&'a OsStr, usize> {
     let mut names = HashMap::new();
     for (i, m) in members.iter().enumerate() {
         for alias in m.aliases {
@@ -289,9 +294,9 @@ fn names<'a>(members: &'a [Member<'a>]) -> HashMap<&'a OsStr, usize> {
     names
 }
 
-fn raw_increment(m: &Member) -> Lies {
+fn raw_increment(m: &ChainFile) -> Parent {
     let what = match m.manifest.map(|m| m.content) {
-        Some(Contents::Full) => return Lies::Root,
+        Some(Contents::Full) => return Parent::Root,
         Some(Contents::DirtyOnly) => {
             "a raw file that holds changed ranges only: which ones, it cannot say"
         }
@@ -299,7 +304,7 @@ fn raw_increment(m: &Member) -> Lies {
             "an increment in a raw file: whether it holds all or only what changed cannot be known"
         }
     };
-    Lies::Unknown(
+    Parent::Unknown(
         Error::new(Kind::Unsupported, what)
             .at_path(m.path)
             .remedy("the FULL before it is good; back the disk up as qcow2"),
@@ -324,7 +329,7 @@ fn missing(name: &OsStr) -> Error {
         .remedy(format!("restore {name} from another copy of the backup"))
 }
 
-fn contradiction(pointer: &str, name: &OsStr, base: &Member, exists: bool) -> Error {
+fn contradiction(pointer: &str, name: &OsStr, base: &ChainFile, exists: bool) -> Error {
     if !exists {
         return missing(name);
     }

@@ -6,9 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::inside;
+use super::foreign_content;
 use super::probed::{Content, Probed};
-use super::side::Side;
+use super::side_folder::SideFolder;
 use super::tree::{FileEntry, FileId};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::Handle;
@@ -26,12 +26,12 @@ type ManifestResult = std::result::Result<Option<Arc<Brief>>, Finding>;
 #[derive(Debug, Default)]
 pub struct ProbeCache {
     /// By path, as a string of bytes: that is cheaper to hash than its components.
-    files: HashMap<OsString, Known>,
+    files: HashMap<OsString, CachedProbe>,
     manifests: HashMap<OsString, (Identity, ManifestResult)>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct CachedProbe {
     probed: Arc<Probed>,
     /// What it lay on. Where only names say so, the loss of that file must not make it lie on the one
     /// before.
@@ -64,7 +64,7 @@ impl ProbeCache {
             Some(known) => known.probed.clone(),
             None => Arc::new(look(path, handle, now, look_inside)),
         };
-        let known = Known { probed: probed.clone(), base: None };
+        let known = CachedProbe { probed: probed.clone(), base: None };
         self.files.insert(path.as_os_str().to_os_string(), known);
         probed
     }
@@ -73,10 +73,10 @@ impl ProbeCache {
     pub(in crate::chain) fn manifest(
         &mut self,
         path: &Path,
-        side: &Side,
+        side: &SideFolder,
         previous: Option<&Self>,
     ) -> ManifestResult {
-        if matches!(side, Side::None) {
+        if matches!(side, SideFolder::None) {
             return Ok(None);
         }
         let image = path.file_name().unwrap_or_default();
@@ -140,7 +140,7 @@ fn look(path: &Path, handle: &Handle, identity: Identity, look_inside: bool) -> 
 
 fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Result<Content> {
     let name = file.path().file_name().unwrap_or_default();
-    if let Some(what) = inside::layout(name) {
+    if let Some(what) = foreign_content::layout(name) {
         return Ok(Content::Foreign(what));
     }
     file.open_through(handle)?;

@@ -56,12 +56,12 @@ pub(in crate::chain) struct Folder {
     /// Its links, by name.
     pub links: Vec<Link>,
     /// Images that have a manifest and are gone.
-    pub lost: Vec<Lost>,
+    pub lost: Vec<LostImage>,
 }
 
 /// An image that was here once: only its manifest is left.
 #[derive(Debug, Clone)]
-pub(in crate::chain) struct Lost {
+pub(in crate::chain) struct LostImage {
     /// Its file name.
     pub name: OsString,
     /// The level in its name.

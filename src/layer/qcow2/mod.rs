@@ -19,7 +19,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Format, ImageInfo, Kinds, KnownTables, Layer, LayerMap, Part};
+use super::{Format, ImageInfo, Kinds, KnownTables, Layer, LayerMap, LayerPart};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::ExtentList;
 use crate::storage::ReadAt;
@@ -98,7 +98,7 @@ impl Qcow2Layer {
     pub fn open(
         image: Arc<dyn ReadAt>,
         data: Option<Arc<dyn ReadAt>>,
-        part: &Part,
+        part: &LayerPart,
     ) -> Result<Self> {
         let header = Header::read(&*image)?;
         if header.has_data_file() && data.is_none() {
@@ -106,9 +106,9 @@ impl Qcow2Layer {
                 .at_path(image.name()));
         }
         let (l1, size) = match part {
-            Part::Whole => (header.l1, header.size),
-            Part::Snapshot(index) => find_snapshot(&*image, &header, *index)?,
-            Part::Device(_) => {
+            LayerPart::Whole => (header.l1, header.size),
+            LayerPart::Snapshot(index) => find_snapshot(&*image, &header, *index)?,
+            LayerPart::Device(_) => {
                 return Err(Error::new(Kind::NotFound, "a qcow2 image has no devices")
                     .at_path(image.name()));
             }
@@ -262,7 +262,7 @@ mod tests {
     /// The reads that it takes to walk over all of the disk.
     fn reads(entries: u64, full: bool, step: impl Fn(&Qcow2Layer, u64) -> u64) -> u64 {
         let storage = image(entries, full);
-        let layer = Qcow2Layer::open(storage.clone(), None, &Part::Whole).unwrap();
+        let layer = Qcow2Layer::open(storage.clone(), None, &LayerPart::Whole).unwrap();
         let before = storage.1.load(Ordering::Relaxed);
         let mut at = 0;
         while at < layer.size() {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::images::Images;
-use super::planned::Moved;
+use super::planned::RenamedImage;
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
 use crate::manifest::{Manifest, vm_name, vm_uuid};
@@ -64,7 +64,11 @@ pub(crate) fn check_device(from: &Images<'_>, to: &Images<'_>, force: bool) -> R
 
 /// One disk has one history: no chain of the new name has a time between those of the old name's
 /// points, and the newest of all is the new name's.
-pub(crate) fn check_times(from: &Images<'_>, to: &Images<'_>, points: &[Moved]) -> Result<()> {
+pub(crate) fn check_times(
+    from: &Images<'_>,
+    to: &Images<'_>,
+    points: &[RenamedImage],
+) -> Result<()> {
     let times = || points.iter().map(|p| p.time);
     let (Some(first), Some(last)) = (times().min(), times().max()) else { return Ok(()) };
     let mut chains: BTreeMap<&str, (i64, i64)> = BTreeMap::new();

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::execute::execute;
 use super::plan::plan;
-use super::planned::{Joining, is_joined};
+use super::planned::{JoinPlan, is_joined};
 use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk};
 use crate::error::{Error, Kind, Result};
@@ -108,7 +108,7 @@ fn go_on(
             return Err(catalog.no_disk(&old));
         }
         check_old_gone(&catalog.root, to, linking)?;
-        let done = Joining::done(&catalog.root, &old, to)?;
+        let done = JoinPlan::done(&catalog.root, &old, to)?;
         return execute(&done, catalog, progress).map(|()| done.left);
     };
     // The owner of one folder has no say about another's.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use super::found::{Collected, REMEDY, Used};
+use super::findings::{ClusterUse, FindingList, REMEDY};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::qcow2::header::Header;
 use crate::storage::ReadAt;
@@ -14,10 +14,10 @@ use crate::storage::ReadAt;
 pub(super) fn check(
     image: &dyn ReadAt,
     header: &Header,
-    used: &Used,
+    used: &ClusterUse,
     blocks: &[u64],
 ) -> Vec<Finding> {
-    let mut check = Check { image, header, used, out: Collected::default() };
+    let mut check = Check { image, header, used, out: FindingList::default() };
     let clusters = image.len().div_ceil(header.cluster_size());
     let per_block = (header.cluster_size() * 8) >> header.refcount_order;
     let mut buf = vec![0; header.cluster_size() as usize];
@@ -40,8 +40,8 @@ pub(super) fn check(
 struct Check<'a> {
     image: &'a dyn ReadAt,
     header: &'a Header,
-    used: &'a Used,
-    out: Collected,
+    used: &'a ClusterUse,
+    out: FindingList,
 }
 
 impl Check<'_> {

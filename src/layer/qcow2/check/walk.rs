@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::clusters::ClusterSet;
-use super::found::{Collected, REMEDY, Used};
+use super::findings::{ClusterUse, FindingList, REMEDY};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::header::{Header, TableRef};
 use crate::storage::ReadAt;
@@ -31,7 +31,7 @@ pub(super) struct Walker<'a> {
     pub(super) h: &'a Header,
     /// Length of the external data file, if there is one.
     data_len: Option<u64>,
-    pub(super) used: Used,
+    pub(super) used: ClusterUse,
     /// Data and L2 clusters that the L1 table at hand refers to.
     seen: ClusterSet,
     /// The refcount blocks' offsets, in table order.
@@ -44,7 +44,7 @@ pub(super) struct Walker<'a> {
     pub(super) most: u64,
     /// The first thing that may claim clusters and was not looked into.
     pub(super) left_out: Option<Error>,
-    pub(super) out: Collected,
+    pub(super) out: FindingList,
 }
 
 /// One standard cluster's entry.
@@ -61,7 +61,7 @@ impl<'a> Walker<'a> {
             image,
             h,
             data_len,
-            used: Used::default(),
+            used: ClusterUse::default(),
             seen: ClusterSet::default(),
             blocks: Vec::new(),
             blocks_readable: true,
@@ -69,7 +69,7 @@ impl<'a> Walker<'a> {
             twice: ClusterSet::default(),
             most: u64::MAX,
             left_out: None,
-            out: Collected::default(),
+            out: FindingList::default(),
         }
     }
 
