@@ -20,9 +20,9 @@ fn promised() -> BTreeSet<String> {
 
 /// The source of a module of the tests.
 fn test_module(name: &str) -> PathBuf {
-    let places = ["tests/it", "tests/slow"].map(|d| root(d).join(name).with_extension("rs"));
-    let [one, other] = places;
-    if one.exists() { one } else { other }
+    let places = ["tests/it", "tests/slow", "tests"];
+    let mut places = places.into_iter().map(|d| root(d).join(name).with_extension("rs"));
+    places.find(|p| p.exists()).unwrap_or_else(|| panic!("no tests called {name}"))
 }
 
 /// The names of the test functions in a file.

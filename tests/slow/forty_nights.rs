@@ -272,7 +272,7 @@ fn one_night(s: &mut Setup, n: i64, what: Night) -> (Option<i32>, String) {
     }
     let mut command = caller.command("auto");
     if what == Night::Killed {
-        command.env("FLEECEFS_CRASH_AT", "90");
+        command.env("FLEECEFS_CRASH_AT", "answer blockdev-backup");
     }
     let out = s.at_night(n, &mut command);
     if out.status.success() {

@@ -40,6 +40,36 @@ pub fn signal(pid: i32, signal: i32) {
     assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
 }
 
+/// A process that is stopped, until this is dropped.
+pub struct Stopped(i32);
+
+impl Stopped {
+    /// Stops it. The kernel tells one of its threads, which tells the others when it gets to run: meanwhile they
+    /// go on, on a busy machine for long enough to answer somebody. So this waits until none is left that does.
+    pub fn new(pid: i32) -> Self {
+        signal(pid, libc::SIGSTOP);
+        let stopped = Stopped(pid);
+        eventually("all threads are stopped", || {
+            let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+            tasks.flatten().all(|t| state(&t.path()).is_none_or(|s| s == 'T'))
+        });
+        stopped
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // SAFETY: no pointers; the process was started by this test.
+        unsafe { libc::kill(self.0, libc::SIGCONT) };
+    }
+}
+
+/// The state letter of a process or thread, by its folder in `/proc`; none if it is no more.
+pub fn state(proc: &Path) -> Option<char> {
+    let stat = std::fs::read_to_string(proc.join("stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
 /// Whether the process has ended, even if nobody has asked for its exit code yet.
 pub fn is_gone(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
