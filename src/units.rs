@@ -71,7 +71,7 @@ pub fn iso_time(time: i64) -> String {
 pub fn parse_when(text: &str) -> Result<i64, String> {
     let text = text.trim();
     if let Some(seconds) = text.strip_prefix('@') {
-        return seconds.parse().map_err(|_| format!("'{text}' is no number of seconds"));
+        return seconds.parse().map_err(|_| format!("'{text}' is not a number of seconds"));
     }
     if let Ok(age) = parse_duration(text) {
         let now = jiff::Timestamp::now().as_second();
@@ -83,7 +83,7 @@ pub fn parse_when(text: &str) -> Result<i64, String> {
     let utc =
         text.parse::<jiff::civil::DateTime>().and_then(|d| d.to_zoned(jiff::tz::TimeZone::UTC));
     utc.map(|z| z.timestamp().as_second()).map_err(|_| {
-        format!("'{text}' is no time; use 2026-11-22, 2026-11-22T04:00, 7d or @seconds")
+        format!("'{text}' is not a time; use 2026-11-22, 2026-11-22T04:00, 7d or @SECONDS")
     })
 }
 

@@ -309,7 +309,7 @@ impl World {
             let said = String::from_utf8_lossy(&out.stderr);
             println!("    {}", said.trim_end());
             // The one thing here that a verb may refuse.
-            assert!(said.contains("lies on an image that would be altered"), "{args:?}: {said}");
+            assert!(said.contains("depends on an image that would be changed"), "{args:?}: {said}");
         }
         out
     }

@@ -317,7 +317,7 @@ fn expected(s: &Scene, n: i64, what: Night, exit: Option<i32>, text: &str) {
     let (code, words): (Option<i32>, &[&str]) = match what {
         Night::Plain | Night::Resized => (Some(0), &[]),
         Night::Unmounted => (Some(3), &["is gone", "mounted", "--init"]),
-        Night::Full => (Some(7), &["0 b are free", "no new point"]),
+        Night::Full => (Some(7), &["0 b are free", "failed"]),
         Night::HungAgent => (Some(0), &["warning: not frozen", "does not answer"]),
         Night::NoAgent => (Some(0), &["warning: not frozen", "none.sock"]),
         Night::Off => (Some(3), &["qmp.sock", "is qemu running"]),

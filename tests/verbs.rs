@@ -135,7 +135,7 @@ fn states_keep_their_times_after_a_commit_and_a_snapshot_rebase() {
     ok(&["snapshot-rebase", s(&chain.dir)]);
     // A commit that is done already, perhaps by whoever came after a crash.
     let again = ok(&["commit", s(&chain.dir), "--until", name(&chain.files[3])]);
-    assert!(String::from_utf8_lossy(&again.stdout).contains("holds that state already"));
+    assert!(String::from_utf8_lossy(&again.stdout).contains("already has that state"));
     let mut points = listed_times(&chain.dir);
     points.sort_by_key(|p| p.1);
     let times: Vec<i64> = points.iter().map(|p| p.1).collect();

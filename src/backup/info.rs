@@ -139,7 +139,7 @@ fn how(d: &SeenDisk) -> String {
         Insertion::Reopen { .. } => "filter put in by blockdev-reopen",
     };
     if let Some(who) = &d.busy {
-        return format!("not now: {who}");
+        return format!("currently not possible: {who}");
     }
     if let Some(rule) = d.by_rule {
         return format!("{rule}: only if --include names it");
@@ -148,10 +148,10 @@ fn how(d: &SeenDisk) -> String {
         return "encrypted: only with --allow-plaintext".to_string();
     }
     let incremental = match (d.pflash, d.persistent) {
-        _ if d.throwaway => "an overlay that goes with QEMU (snapshot=on): incremental until then",
-        (true, _) => "firmware flash: a FULL each time",
-        (_, true) => "incremental, also after a restart of QEMU",
-        (_, false) => "incremental while QEMU lives, a FULL after each restart",
+        _ if d.throwaway => "temporary overlay (snapshot=on): incremental while QEMU runs",
+        (true, _) => "firmware flash: always FULL",
+        (_, true) => "incremental, also after QEMU restarts",
+        (_, false) => "incremental while QEMU runs, FULL after each restart",
     };
     format!("{incremental}; {way}")
 }

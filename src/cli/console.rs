@@ -79,17 +79,17 @@ impl Console {
 
     fn show(&self, priority: libc::c_int, kind: &str, line: &str) {
         let hidden = if kind == "warning" { say::is_silent() } else { say::is_quiet() };
+        let marked = if kind == "warning" { format!("warning: {line}") } else { line.to_string() };
         match (self.style, &self.bars) {
             (style, _) if style != Style::Json && hidden => {}
-            (Style::Json, _) => {
-                print_event(&json!({"event": kind, "text": line}));
-            }
+            // What it is, the event says.
+            (Style::Json, _) => print_event(&json!({"event": kind, "text": line})),
             (_, Some(b)) => {
-                let _ = b.println(visible(line));
+                let _ = b.println(visible(&marked));
             }
-            _ => output::tell(&format!("{}\n", visible(line))),
+            _ => output::tell(&format!("{}\n", visible(&marked))),
         }
-        self.record(priority, line);
+        self.record(priority, &marked);
     }
 
     fn record(&self, priority: libc::c_int, line: &str) {
@@ -135,7 +135,7 @@ impl Watch for Console {
         let mut first = self.first_warning.lock().unwrap_or_else(|e| e.into_inner());
         first.get_or_insert_with(|| line.to_string());
         drop(first);
-        self.show(libc::LOG_WARNING, "warning", &format!("warning: {line}"));
+        self.show(libc::LOG_WARNING, "warning", line);
     }
 }
 

@@ -18,13 +18,13 @@ use crate::units::human_bytes;
 
 /// Merge the oldest points of a chain into one new FULL
 ///
-/// The FULL and all points up to the one given become one FULL with that point's time in its name;
-/// later points, and the bitmap in the guest, go on from it. The points before are gone then. Where
-/// the file system can, the new image shares its data with the old ones while both are there. It is
-/// read back and compared with the point before anything is deleted.
+/// The FULL and all points up to --until become one FULL with that point's time in its name; the points
+/// before it are deleted. Later points, and the bitmap in QEMU, continue from it. On XFS and btrfs data is
+/// cloned instead of copied. The new image is read back and compared with the point before anything is
+/// deleted.
 ///
-/// Whatever breaks it off leaves the old or the new chain whole; the next run finishes it or takes
-/// it back.
+/// If it is interrupted, either the old or the new chain is complete; the next command that writes there
+/// finishes it or removes what it left.
 #[derive(Debug, Args)]
 pub(super) struct ConsolidateArgs {
     /// The backup directory
@@ -34,10 +34,10 @@ pub(super) struct ConsolidateArgs {
     /// The last point to merge: its file name, or 'latest'
     #[arg(long, value_name = "POINT")]
     until: String,
-    /// Check only the structure of the new image, and do not read it back
+    /// Check only the structure of the new image; do not read it back
     #[arg(long)]
     no_compare: bool,
-    /// Do not compare the files that are merged with the hashes in their manifests first
+    /// Do not compare the merged files with the hashes in their manifests first
     #[arg(long)]
     skip_check: bool,
     #[command(flatten)]
@@ -46,7 +46,7 @@ pub(super) struct ConsolidateArgs {
     work: WorkArgs,
 }
 
-const DONE: &str = "this point is a FULL already\n";
+const DONE: &str = "this point is already a FULL\n";
 
 /// Runs `fleecefs consolidate`.
 ///

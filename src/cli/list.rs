@@ -19,22 +19,22 @@ use crate::units::{human_bytes, iso_time, parse_when};
 
 /// Show the disks, chains and points of a backup directory
 ///
-/// Each row is a point: one state of one disk that can be mounted or restored. Points that cannot
-/// be served are listed too, with the reason; findings follow the table.
+/// Each row is a point: one state of one disk that can be mounted or restored. Points that are not
+/// available are listed too, with the reason; findings follow.
 ///
-/// CONSISTENCY is how much the guest knew of the backup: 'paused' (it stood still for all of it),
-/// 'file-system' (its file systems were frozen), 'crash' (as after a power cut), or 'unknown' (no
-/// manifest says).
+/// SIZE is the disk's size, OWN what the point's file takes. STATE is 'ok' if nothing is known to be wrong:
+/// only headers are read, use 'fleecefs verify' to check the data.
 ///
-/// Only headers are looked at: 'header ok' means that nothing speaks against the point, not that
-/// its data was read. Use 'fleecefs verify' for that.
+/// CONSISTENCY is how the guest was prepared: 'paused' (stopped for the whole backup), 'file-system' (its
+/// file systems were frozen), 'crash' (like after a power cut), 'offline' (the VM was shut off), or 'unknown'
+/// (there is no manifest).
 ///
 /// With --runs each row is a backup run: the time to give to 'restore --run', its disks, and those
-/// that the run should have had and has not. All times are in UTC.
+/// that are missing. All times are in UTC.
 ///
 /// The exit code is 0 if the directory could be read, whatever was found in it; with --strict it is
-/// 12 if there is no backup, if a point cannot be served, if the newest backup of a disk is gone, or if
-/// something is not looked at: a folder that cannot be read, a link that leads out of the directory.
+/// 12 if there is no backup, if a point is not available, if the newest backup of a disk is missing, or if
+/// something was skipped: a folder that cannot be read, a link that leads out of the directory.
 #[derive(Debug, Args)]
 pub(super) struct ListArgs {
     /// The backup directory
@@ -42,27 +42,26 @@ pub(super) struct ListArgs {
     /// Only this disk, by its path in the table or the last part of that
     #[arg(long, value_name = "DISK")]
     disk: Option<String>,
-    /// Only points since then: 2026-11-22, 2026-11-22T04:00, 7d, or @SECONDS. Times are UTC, as they are
-    /// shown; +01:00 behind one says otherwise
+    /// Only points since then: 2026-11-22, 2026-11-22T04:00 (UTC, or with +01:00), 7d, or @SECONDS
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
     /// Only points up to then
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     until: Option<i64>,
-    /// Show backup runs instead, the newest first: all points that were made together
+    /// Show backup runs (all points that were made together), the newest first
     #[arg(long)]
     runs: bool,
-    /// Print everything as JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Fail (exit code 12) if a point cannot be served, if a disk's newest backup is gone, if there is no
-    /// backup, or if something is not looked at
+    /// Exit with code 12 if a point is not available, if a disk's newest backup is missing, if there is no
+    /// backup, or if something was skipped
     #[arg(long)]
     strict: bool,
 }
 
 /// What health says of a point of which only the headers were read.
-const HEADER_OK: &str = "header ok, data not checked";
+const HEADER_OK: &str = "ok (not verified)";
 
 /// Runs `fleecefs list`.
 ///
@@ -81,18 +80,18 @@ pub(super) fn run(args: ListArgs) -> Result<()> {
     })?;
     let lost = points(&catalog).filter(|(_, p)| !p.is_served()).count();
     if args.strict && lost > 0 {
-        let what = format!("{lost} of {} points cannot be served", points(&catalog).count());
+        let what = format!("{lost} of {} points are not available", points(&catalog).count());
         return Err(Error::new(Kind::Incomplete, what).at_path(&catalog.root));
     }
     if args.strict && catalog.disks.is_empty() {
-        let what = "there is no backup in this directory";
+        let what = "no backup in this directory";
         return Err(Error::new(Kind::Incomplete, what)
             .at_path(&catalog.root)
             .remedy("is its file system mounted?"));
     }
     match catalog.disks.iter().find_map(Disk::newest_lost) {
         Some(file) if args.strict => {
-            Err(Error::new(Kind::Incomplete, "the newest backup is gone").at_path(file))
+            Err(Error::new(Kind::Incomplete, "the newest backup is missing").at_path(file))
         }
         _ if args.strict => check_omissions(&catalog),
         _ => Ok(()),
@@ -109,7 +108,7 @@ fn check_omissions(catalog: &Catalog) -> Result<()> {
     let Some(first) = catalog.findings.iter().find(is_one) else { return Ok(()) };
     let more = catalog.findings.iter().filter(is_one).count().saturating_sub(1);
     let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
-    let what = format!("not everything was looked at: {}{more}", first.message);
+    let what = format!("not everything could be read: {}{more}", first.message);
     Err(Error::new(Kind::Incomplete, what).at_path(&first.path))
 }
 

@@ -118,7 +118,7 @@ fn table(runs: &[RunRow]) -> String {
         let failed: Vec<String> = r.failed.iter().map(path_text).collect();
         let health = match (r.served, failed.as_slice()) {
             (false, _) => "unavailable: see 'list'".into(),
-            (true, []) => "header ok, data not checked".into(),
+            (true, []) => "ok (not verified)".into(),
             (true, names) => format!("partial: without {}", names.join(", ")),
         };
         [

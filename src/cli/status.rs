@@ -61,14 +61,14 @@ impl RunArgs {
             let what = "no backup --offline to this backup directory is running";
             return Error::new(Kind::NotFound, what)
                 .at_path(target)
-                .remedy("if one was given another --state-dir, give the same here");
+                .remedy("if that backup used another --state-dir, give the same here");
         }
         let e = Error::new(Kind::NotFound, "no backup of this VM is running");
         match vm {
-            Address::Unix(p) if !is_there(vm) => e
-                .at_path(p)
-                .remedy("there is no such socket: name the one that the backup was given"),
-            _ => e.remedy("if one was given another --qmp or --state-dir, give the same here"),
+            Address::Unix(p) if !is_there(vm) => {
+                e.at_path(p).remedy("no such socket: give the same --qmp as for the backup")
+            }
+            _ => e.remedy("if that backup used another --qmp or --state-dir, give the same here"),
         }
     }
 }
@@ -138,9 +138,9 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
 
 fn due(left: &Unfinished, args: &StatusArgs) -> String {
     let mut text = match left.run.as_str() {
-        "" => "a backup that did not end in order has left unfinished images".to_string(),
+        "" => "an interrupted backup has left unfinished images".to_string(),
         run => format!(
-            "no backup is running; run {} to {} did not end in order",
+            "no backup is running; backup {} to {} was interrupted",
             path_text(&run),
             path_text(&left.target)
         ),
@@ -152,7 +152,7 @@ fn due(left: &Unfinished, args: &StatusArgs) -> String {
     let owner = if args.state.is_owners() { "--as-owner " } else { "" };
     let state = args.state.given().map(|d| format!(" --state-dir {}", path_text(d)));
     text += &format!(
-        ": 'fleecefs {owner}recover {of}{}' finishes what it left (the next backup does so, too)\n",
+        ": 'fleecefs {owner}recover {of}{}' or the next backup cleans up\n",
         state.unwrap_or_default()
     );
     text

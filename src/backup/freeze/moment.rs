@@ -16,6 +16,7 @@ use crate::failpoint::step;
 use crate::manifest::{Achieved, Consistency, OFFLINE};
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
+use crate::units::counted;
 
 /// A filter to insert.
 #[derive(Debug, Clone)]
@@ -99,7 +100,7 @@ pub(crate) fn take(scene: &mut Scene<'_>, inserts: &[Insert], running: bool) -> 
         withdraw(scene, guardian.as_mut(), Record::Continue, Word::Continue)?;
     }
     judge(scene, running, whole, &mut consistency);
-    log::debug!("the moment took {:?}", began.elapsed());
+    log::debug!("freeze point: {:?}", began.elapsed());
     let held = match guardian {
         Some(guardian) if whole => Some(Held { guardian, agent }),
         Some(guardian) => {
@@ -154,7 +155,10 @@ fn stop_guest(scene: &mut Scene<'_>, mut guardian: Option<&mut Guardian>) -> Res
         return Ok(true);
     }
     withdraw(scene, guardian, Record::Continue, Word::Continue)?;
-    scene.watch.warn("the guest was paused by somebody else just before the moment: it stays so");
+    scene.watch.warn(
+        "the guest was paused by somebody else just before the freeze point: it \
+                      stays paused",
+    );
     Ok(false)
 }
 
@@ -365,9 +369,7 @@ fn freeze_guest(
         Ok((false, all, a)) => (all, a),
         Ok((true, ..)) => {
             consistency.reason =
-                "the file systems were frozen already, by somebody else, and were \
-                                  left so"
-                    .into();
+                "the file systems were already frozen by somebody else, and stay frozen".into();
             scene.watch.warn(&consistency.reason);
             return Ok(None);
         }
@@ -389,7 +391,7 @@ fn freeze_guest(
             step("frozen");
             consistency.frozen = listed;
             consistency.achieved = Achieved::FileSystem;
-            scene.watch.say(&format!("froze {n} file systems"));
+            scene.watch.say(&format!("froze {}", counted(n, "file system")));
         }
         Err(e) => {
             consistency.reason = format!("freezing failed: {}", e.report());
@@ -426,14 +428,14 @@ fn thaw_guest(
             if n == 0 && consistency.achieved == Achieved::FileSystem {
                 consistency.achieved = Achieved::Crash;
                 consistency.reason =
-                    "the guest had thawed by itself before the moment was over".into();
+                    "the guest thawed by itself before the freeze point was complete".into();
                 scene.watch.warn(&consistency.reason);
             }
             withdraw(scene, guardian, Record::Thaw, Word::Thaw)?;
             Ok(true)
         }
         Err(e) => {
-            scene.watch.warn(&format!("thawing failed: {}; the guardian tries on", e.report()));
+            scene.watch.warn(&format!("thawing failed: {}; the watchdog keeps trying", e.report()));
             Ok(false)
         }
     }
@@ -449,13 +451,13 @@ fn judge(scene: &Scene<'_>, running: bool, whole: bool, c: &mut Consistency) {
         return;
     }
     if !c.one_moment {
-        c.reason = "one moment per disk".into();
+        c.reason = "one freeze point per disk".into();
     }
     if c.achieved == Achieved::Crash && c.reason.is_empty() {
         c.reason = if scene.client.has_guest() {
             "the guest's file systems were not frozen (--quiesce)".into()
         } else {
-            "qemu-storage-daemon knows nothing of a guest".into()
+            "qemu-storage-daemon has no guest".into()
         };
     }
 }
