@@ -142,6 +142,21 @@ pub struct Error {
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
+/// An error as JSON has it.
+#[derive(Debug, serde::Serialize)]
+pub struct ErrorObject<'a> {
+    kind: Kind,
+    exit_code: u8,
+    /// What failed and why, without the file.
+    message: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<&'a str>,
+}
+
 impl Error {
     /// A new error. `message` says what was tried and what was found, without file and offset.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
@@ -243,6 +258,25 @@ impl Error {
     /// What the user can do.
     pub fn remedy_text(&self) -> Option<&str> {
         self.remedy.as_deref()
+    }
+
+    /// The error as an object for JSON.
+    pub fn object(&self) -> ErrorObject<'_> {
+        let mut message = visible(&self.message);
+        let mut cause: Option<&(dyn StdError + 'static)> = self.source();
+        while let Some(c) = cause {
+            message.push_str(": ");
+            message.push_str(&visible(&c.to_string()));
+            cause = c.source();
+        }
+        ErrorObject {
+            kind: self.kind,
+            exit_code: self.kind.exit_code(),
+            message,
+            path: self.path.as_deref().map(|p| crate::text::to_text(p.as_os_str())),
+            offset: self.offset,
+            remedy: self.remedy.as_deref(),
+        }
     }
 
     /// The whole story on one line: message, causes, remedy.

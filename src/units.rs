@@ -66,6 +66,14 @@ pub fn iso_time(time: i64) -> String {
     jiff::Timestamp::from_second(time).map_or_else(|_| format!("@{time}"), |t| t.to_string())
 }
 
+/// Serializes a time as [`iso_time`] shows it.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn as_time<S: serde::Serializer>(time: &i64, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&iso_time(*time))
+}
+
 /// Parses a point in time: an age ([`parse_duration`]), `@` and seconds since the epoch, a date, or
 /// a date and time, in UTC unless it says otherwise: what is shown is UTC. Returns seconds since the epoch.
 pub fn parse_when(text: &str) -> Result<i64, String> {

@@ -187,8 +187,11 @@ impl World {
             for p in disk["points"].as_array().unwrap() {
                 let text = |v: &Value| v.as_str().unwrap().to_string();
                 assert!(p["served"].as_bool().unwrap(), "{p}");
-                let state = (text(&disk["path"]), p["time"].as_i64().unwrap());
-                all.push(Listed { state, name: text(&p["name"]), level: text(&p["level"]) });
+                let state = (
+                    text(&disk["disk"]),
+                    fleecefs::units::parse_when(p["time"].as_str().unwrap()).unwrap(),
+                );
+                all.push(Listed { state, name: text(&p["point"]), level: text(&p["level"]) });
             }
         }
         all

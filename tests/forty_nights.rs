@@ -349,11 +349,11 @@ fn in_the_end(s: &Scene) {
     for (d, name) in DISKS.iter().enumerate() {
         let disks = list["disks"].as_array().unwrap();
         let points = disks.iter().map(|l| l["points"].as_array().unwrap());
-        let of = |p: &&serde_json::Value| p["name"].as_str().unwrap().ends_with(name);
+        let of = |p: &&serde_json::Value| p["point"].as_str().unwrap().ends_with(name);
         let points: Vec<_> = points.flatten().filter(of).collect();
         assert_eq!(points.len(), s.points(d).len(), "{name}: all are listed: {list}");
         for p in points {
-            let image = s.caller.target.join(name).join(p["name"].as_str().unwrap());
+            let image = s.caller.target.join(name).join(p["point"].as_str().unwrap());
             let held = s.held[&(d, time_of(&image))];
             let bytes = restored(s, name, &image);
             assert_eq!(blake3::hash(&bytes), held, "{}", image.display());

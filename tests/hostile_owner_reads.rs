@@ -123,7 +123,7 @@ fn look_on(b: &Backups, case: &str) {
     let out = fleecefs(&["list", "--json", root]);
     let json: serde_json::Value = serde_json::from_slice(&out.stdout).expect(case);
     let disks = json["disks"].as_array().expect(case);
-    let sdb = disks.iter().find(|d| d["path"] == "sdb").expect(case);
+    let sdb = disks.iter().find(|d| d["disk"] == "sdb").expect(case);
     assert_eq!(sdb["points"].as_array().expect(case).len(), 2, "{case}");
     let out = fleecefs(&["map", root, "sdb/latest"]);
     assert!(out.status.success(), "{case}: {}", text(&out));

@@ -166,7 +166,7 @@ fn others_see_finished_points_alone() {
         let list: Value = serde_json::from_str(&list).unwrap();
         let disks = list["disks"].as_array().unwrap().clone();
         let names = |d: &Value| d["points"].as_array().unwrap().len();
-        disks.iter().map(|d| (d["path"].to_string(), names(d))).collect::<Vec<_>>()
+        disks.iter().map(|d| (d["disk"].to_string(), names(d))).collect::<Vec<_>>()
     };
     let fleeces = || {
         let all = images_below(&caller.target);

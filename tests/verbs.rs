@@ -118,8 +118,12 @@ fn listed_times(dir: &Path) -> Vec<(String, i64)> {
     let listed: serde_json::Value =
         serde_json::from_slice(&ok(&["list", "--json", s(dir)]).stdout).unwrap();
     let points = listed["disks"][0]["points"].as_array().unwrap();
-    let time =
-        |p: &serde_json::Value| (p["name"].as_str().unwrap().into(), p["time"].as_i64().unwrap());
+    let time = |p: &serde_json::Value| {
+        (
+            p["point"].as_str().unwrap().into(),
+            fleecefs::units::parse_when(p["time"].as_str().unwrap()).unwrap(),
+        )
+    };
     points.iter().map(time).collect()
 }
 

@@ -22,6 +22,7 @@ pub(crate) struct DiskInfo {
     /// The guest device.
     pub qdev: String,
     /// Its file.
+    #[serde(rename = "disk_file")]
     pub file: String,
     /// Its format.
     pub format: String,
@@ -43,6 +44,7 @@ pub(crate) struct BitmapLine {
     /// What the disk of that node is called in the guest, or its file; empty if that is not known.
     pub disk: String,
     /// Its name.
+    #[serde(rename = "bitmap")]
     pub name: String,
     /// Whose it is: the target's id for ours.
     pub owner: String,

@@ -4,6 +4,9 @@ use std::path::Path;
 
 use clap::{ArgAction, Parser, Subcommand};
 
+/// The version and the commit that it was built from, where that is known (`build.rs`).
+const VERSION: &str = env!("FLEECEFS_VERSION");
+
 /// The heading of what every command has.
 const GLOBAL: &str = "Global options";
 
@@ -40,7 +43,7 @@ Exit codes:
 
 /// Back up QEMU guests, and mount the backups: every point of every disk is a plain, read-only raw image
 #[derive(Debug, Parser)]
-#[command(name = "fleecefs", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "fleecefs", version = VERSION, propagate_version = true, max_term_width = 100)]
 #[command(disable_help_flag = true, disable_version_flag = true)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Cli {
@@ -88,6 +91,7 @@ pub(super) enum Command {
     Guardian(super::recover::GuardianArgs),
     Mount(super::mount::args::MountArgs),
     Umount(super::umount::UmountArgs),
+    #[command(alias = "snapshots")]
     List(super::list::ListArgs),
     Show(super::show::ShowArgs),
     Map(super::map::MapArgs),
@@ -95,13 +99,28 @@ pub(super) enum Command {
     Merge(super::verbs::MergeArgs),
     Rebase(super::verbs::RebaseArgs),
     Commit(super::verbs::CommitArgs),
+    #[command(alias = "snapshotrebase")]
     SnapshotRebase(super::verbs::SnapshotRebaseArgs),
+    #[command(alias = "check")]
     Verify(super::verify::VerifyArgs),
     Prune(super::prune::PruneArgs),
     Consolidate(super::consolidate::ConsolidateArgs),
     LinkDisk(super::link_disk::LinkDiskArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
+}
+
+/// How a command prints JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Json {
+    /// Not at all.
+    No,
+    /// One document.
+    Document,
+    /// An object per line.
+    Objects,
+    /// An event per line.
+    Events,
 }
 
 impl Command {
@@ -114,6 +133,30 @@ impl Command {
             Command::Cancel(a) => Some(a.state()),
             _ => None,
         }
+    }
+
+    /// Whether it prints JSON, and in which way.
+    pub(super) fn json(&self) -> Json {
+        let (asked, kind) = match self {
+            Command::Backup(a) => (a.json(), Json::Events),
+            Command::Recover(a) => (a.json(), Json::Events),
+            Command::Restore(a) => (a.json(), Json::Objects),
+            Command::Info(a) => (a.json(), Json::Document),
+            Command::List(a) => (a.json, Json::Document),
+            Command::Show(a) => (a.json, Json::Document),
+            Command::Verify(a) => (a.json, Json::Document),
+            Command::Prune(a) => (a.json, Json::Document),
+            Command::Consolidate(a) => (a.print.json, Json::Document),
+            Command::LinkDisk(a) => (a.json, Json::Document),
+            // An array, which may be broken off.
+            Command::Map(_) => (false, Json::No),
+            Command::Cleanup(_) | Command::Cancel(_) | Command::Guardian(_) => (false, Json::No),
+            Command::Mount(_) | Command::Umount(_) => (false, Json::No),
+            Command::Merge(_) | Command::Rebase(_) => (false, Json::No),
+            Command::Commit(_) | Command::SnapshotRebase(_) => (false, Json::No),
+            Command::Completions(_) | Command::Man(_) => (false, Json::No),
+        };
+        if asked { kind } else { Json::No }
     }
 
     /// The backup directory that it names, if that decides whose work it is.
@@ -205,6 +248,14 @@ mod tests {
             let args = ["fleecefs"].into_iter().chain(line.split(' '));
             assert!(Cli::try_parse_from(args).is_ok(), "{line}");
         }
+    }
+
+    #[test]
+    fn the_version_names_the_commit_it_was_built_from() {
+        let (number, commit) = VERSION.split_once(' ').unwrap_or((VERSION, "(0000000)"));
+        assert_eq!(number, env!("CARGO_PKG_VERSION"));
+        let commit = commit.strip_prefix('(').and_then(|c| c.strip_suffix(')')).unwrap();
+        assert!(commit.len() >= 7 && commit.bytes().all(|b| b.is_ascii_hexdigit()), "{VERSION}");
     }
 
     #[test]

@@ -26,8 +26,8 @@ use crate::folder::Share;
 use crate::output;
 use crate::privileges::users;
 use crate::qmp::Address;
-use crate::text::path_text;
-use crate::units::{human_bytes, parse_bytes, parse_duration};
+use crate::text::{path_text, to_text};
+use crate::units::{human_bytes, iso_time, parse_bytes, parse_duration};
 
 /// Back up the disks of a running guest
 ///
@@ -308,7 +308,19 @@ enum LevelArg {
     Auto,
 }
 
+impl ShowArgs {
+    /// Whether events are printed as JSON.
+    pub(super) fn json(&self) -> bool {
+        self.progress == Style::Json
+    }
+}
+
 impl BackupArgs {
+    /// Whether events are printed as JSON.
+    pub(super) fn json(&self) -> bool {
+        self.show.json()
+    }
+
     /// The backup directory.
     pub(super) fn target(&self) -> &Path {
         &self.target
@@ -425,6 +437,9 @@ pub(super) fn run(args: &BackupArgs) -> Result<()> {
     };
     console.finish();
     let report = result.inspect_err(|e| console.log_error(e))?;
+    if !options.dry_run {
+        console.event(&result_event(&report));
+    }
     if options.dry_run {
         print_plan(&report, args.show.progress == Style::Json)?;
         return report.forecast(options.strict);
@@ -434,6 +449,25 @@ pub(super) fn run(args: &BackupArgs) -> Result<()> {
     let told = args.show.progress != Style::Json && !say::is_silent();
     let verdict = report.verdict(options.strict, options.moment.quiesce, told);
     verdict.and_then(|()| no_warning(&options, &console)).inspect_err(|e| console.log_error(e))
+}
+
+/// What came of it, as an event.
+fn result_event(report: &Report) -> serde_json::Value {
+    let (mut points, mut failed) = (Vec::new(), Vec::new());
+    for d in &report.disks {
+        match &d.result {
+            Ok(m) => points.push(json!({
+                "disk": d.disk, "level": names::level_word(d.level).to_ascii_lowercase(),
+                "point": to_text(d.path.file_name().unwrap_or_default()),
+                "file": to_text(d.path.as_os_str()), "run": m.run, "time": iso_time(m.time),
+                "copied": m.bytes_copied, "duration_ms": m.duration_ms})),
+            Err(e) => failed.push(json!({"disk": d.disk, "error": e.object()})),
+        }
+    }
+    let refused = report.plan.refused.iter();
+    failed.extend(refused.map(|(d, e)| json!({"disk": d, "error": e.object()})));
+    json!({"event": "result", "format_version": output::JSON_VERSION, "points": points,
+        "failed": failed, "skipped": report.plan.skipped})
 }
 
 /// With `--strict` a warning is an error, since nobody may read it.
@@ -468,7 +502,7 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     if as_json {
         let all = json!({"disks": disks, "skipped": report.plan.skipped, "unknown": report.plan.unknown,
             "refused": refused.iter().map(|(d, e)| json!({"disk": d, "reason": e})).collect::<Vec<_>>()});
-        return output::print(&output::json_pretty(&all)?);
+        return output::print(&output::json_document(&all)?);
     }
     let mut text = String::new();
     for d in &disks {

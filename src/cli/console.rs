@@ -67,6 +67,13 @@ impl Console {
         }
     }
 
+    /// Tells what does not change while it runs, and what came of it, where events are printed.
+    pub(super) fn event(&self, event: &serde_json::Value) {
+        if self.style == Style::Json {
+            print_event(event);
+        }
+    }
+
     /// An error that ends the program; the caller prints it.
     pub(super) fn log_error(&self, e: &Error) {
         self.record(libc::LOG_ERR, &e.report());

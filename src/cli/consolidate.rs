@@ -3,17 +3,19 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::json;
 
 use super::bar::Bar;
 use super::paths::catalog;
 use super::say;
-use super::shared::DryRunArgs;
+use super::shared::{DryRunArgs, JsonArgs};
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::error::Result;
 use crate::output;
+use crate::restore::Summary;
 use crate::rewrite::consolidate::{Consolidation, How, consolidate, plan};
-use crate::text::path_text;
+use crate::text::{path_text, to_text};
 use crate::units::human_bytes;
 
 /// Merge the oldest points of a chain into one new FULL
@@ -43,6 +45,8 @@ pub(super) struct ConsolidateArgs {
     #[command(flatten)]
     only: DryRunArgs,
     #[command(flatten)]
+    pub print: JsonArgs,
+    #[command(flatten)]
     work: WorkArgs,
 }
 
@@ -57,14 +61,36 @@ pub(super) fn run(args: ConsolidateArgs) -> Result<()> {
     if args.only.dry_run {
         let catalog = catalog(&args.dir)?;
         let plan = plan(&catalog, catalog.disk(&args.disk)?, &args.until)?;
+        if args.print.json {
+            return as_json(&args.disk, plan.as_ref(), None);
+        }
         let text = plan.as_ref().map_or(DONE.to_string(), text);
         return output::print(&(text + say::UNCHANGED));
     }
     let how = How { check: !args.skip_check, compare: !args.no_compare };
-    one(&args.dir, &args.disk, &args.until, how, false, &args.work)
+    let quiet = args.print.json || say::is_quiet();
+    let done = one(&args.dir, &args.disk, &args.until, how, quiet, &args.work)?;
+    if !args.print.json {
+        return Ok(());
+    }
+    let (plan, result) = done.unzip();
+    as_json(&args.disk, plan.as_ref(), result.as_ref())
 }
 
-/// Consolidates one chain; `quiet` prints nothing.
+/// Prints what is to be done and what was; without a plan there was nothing to do.
+fn as_json(disk: &Path, plan: Option<&Consolidation>, done: Option<&Summary>) -> Result<()> {
+    let value = json!({
+        "disk": to_text(disk.as_os_str()),
+        "file": plan.map(|p| &p.image),
+        "removes": plan.map(|p| p.remove.as_slice()).unwrap_or_default(),
+        "relinks": plan.map(|p| p.children.as_slice()).unwrap_or_default(),
+        "way": done.map(|s| s.way()),
+        "result": done,
+    });
+    output::print(&output::json_document(&value)?)
+}
+
+/// Consolidates one chain, and gives what was planned and done, if anything; `quiet` prints nothing.
 ///
 /// # Errors
 /// See [`run`].
@@ -75,11 +101,11 @@ pub(super) fn one(
     how: How,
     quiet: bool,
     work: &WorkArgs,
-) -> Result<()> {
+) -> Result<Option<(Consolidation, Summary)>> {
     let say = |text: &str| if quiet { Ok(()) } else { output::print(text) };
     let (catalog, _locks) = locked(dir)?;
     let disk = catalog.disk(disk)?;
-    let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE) };
+    let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE).map(|()| None) };
     say(&text(&plan))?;
     let (bar, cancel) = (Bar::default(), cancel_flag()?);
     let done = consolidate(disk, &plan, how, &work.work(&cancel, &bar))?;
@@ -89,7 +115,8 @@ pub(super) fn one(
         done.way(),
         human_bytes(done.copied),
         human_bytes(done.cloned),
-    ))
+    ))?;
+    Ok(Some((plan, done)))
 }
 
 fn text(plan: &Consolidation) -> String {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use serde_json::json;
 
 use super::shared::{JsonArgs, QmpArgs};
 use super::state::{StateArgs, of_owners};
@@ -104,6 +105,14 @@ impl InfoArgs {
         if let What::Status(a) = &self.what { a.target() } else { None }
     }
 
+    /// Whether it prints JSON.
+    pub(super) fn json(&self) -> bool {
+        match &self.what {
+            What::Blockdev(c) | What::Bitmaps(c) | What::Jobs(c) => c.print.json,
+            What::Status(a) => a.json(),
+        }
+    }
+
     /// Where the state is that `info status` shows.
     pub(super) fn state(&mut self) -> Option<&mut StateArgs> {
         if let What::Status(a) = &mut self.what { Some(a.state()) } else { None }
@@ -148,7 +157,7 @@ fn is_running(common: &Common, vm: &Address) -> bool {
 fn blockdev(common: &Common) -> Result<String> {
     let list = info::disks(&mut connect(common)?)?;
     if common.print.json {
-        return output::json_pretty(&list);
+        return output::json_document(&json!({"disks": list}));
     }
     let mut text = String::new();
     for d in &list {
@@ -188,7 +197,7 @@ fn lines(all: impl Iterator<Item = String>) -> String {
 fn bitmaps(common: &Common) -> Result<String> {
     let list = info::bitmaps(&mut connect(common)?)?;
     if common.print.json {
-        return output::json_pretty(&list);
+        return output::json_document(&json!({"bitmaps": list}));
     }
     let text = lines(list.iter().map(|b| format!("{}: {}", place(b), bitmap_line(b))));
     Ok(or_none(text, "dirty bitmaps"))
@@ -207,7 +216,7 @@ fn place(b: &BitmapLine) -> String {
 fn jobs(common: &Common) -> Result<String> {
     let list = info::jobs(&mut connect(common)?)?;
     if common.print.json {
-        return output::json_pretty(&list);
+        return output::json_document(&json!({"jobs": list}));
     }
     let line = |j: &crate::qmp::types::Job| {
         let done = human_bytes(j.current_progress);

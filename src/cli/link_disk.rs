@@ -47,7 +47,7 @@ pub(super) struct LinkDiskArgs {
     only: DryRunArgs,
     /// Print JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// Runs `fleecefs link-disk`.
@@ -92,7 +92,7 @@ fn plan(catalog: &Catalog, args: &LinkDiskArgs) -> Result<Joining> {
 
 fn show(plan: &Joining, args: &LinkDiskArgs) -> Result<()> {
     if args.json {
-        return output::print(&output::json_pretty(plan)?);
+        return output::print(&output::json_document(plan)?);
     }
     let mut out = String::new();
     for p in &plan.points {

@@ -65,7 +65,7 @@ pub(super) struct PruneArgs {
     force: bool,
     /// Print the plan as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     #[command(flatten)]
     work: super::work::WorkArgs,
 }
@@ -156,7 +156,7 @@ fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
 }
 
 fn show(plan: &Plan, as_json: bool, dry_run: bool) -> Result<()> {
-    output::print(&if as_json { output::json_pretty(plan)? } else { text(plan, dry_run) })
+    output::print(&if as_json { output::json_document(plan)? } else { text(plan, dry_run) })
 }
 
 /// Why nothing of some disks may be deleted, each reason once.

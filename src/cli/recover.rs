@@ -66,6 +66,11 @@ pub(super) struct CancelArgs {
 pub(super) struct GuardianArgs {}
 
 impl RecoverArgs {
+    /// Whether events are printed as JSON.
+    pub(super) fn json(&self) -> bool {
+        self.show.json()
+    }
+
     /// The backup directory, if it is named.
     pub(super) fn target(&self) -> Option<&Path> {
         self.of.target()

@@ -1,6 +1,7 @@
 //! `fleecefs restore`: a point, or all disks of a run, as files, on a device, or to a pipe.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::io::IsTerminal;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,13 @@ pub(super) struct RestoreArgs {
     how: How,
     #[command(flatten)]
     work: WorkArgs,
+}
+
+impl RestoreArgs {
+    /// Whether errors are told as JSON too: not where the disk itself goes to standard output.
+    pub(super) fn json(&self) -> bool {
+        self.how.json && self.target.as_deref() != Some(Path::new("-"))
+    }
 }
 
 impl FileFormat {
@@ -446,14 +454,22 @@ fn kind_name(target: &Target) -> &'static str {
     }
 }
 
+/// Disk, point and target as JSON has them.
+fn names(point: &Path, target: &Target) -> (String, String, Option<String>) {
+    let text = |p: Option<&OsStr>| to_text(p.unwrap_or_default());
+    let disk = text(point.parent().map(Path::as_os_str));
+    (disk, text(point.file_name()), target.path().map(|p| to_text(p.as_os_str())))
+}
+
 fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<String> {
     if how.json {
+        let (disk, point, path) = names(name, target);
         let value = json!({
-            "point": to_text(name.as_os_str()), "target": target.path().map(|p| to_text(p.as_os_str())), "kind": kind_name(target), "size": plan.size,
-            "depth": plan.depth, "totals": plan.totals, "chunks": plan.chunks,
+            "disk": disk, "point": point, "target": path, "format": kind_name(target),
+            "size": plan.size, "depth": plan.depth, "totals": plan.totals, "chunks": plan.chunks,
             "findings": plan.findings,
         });
-        return output::json_line(&value);
+        return output::json_object(&value);
     }
     let t = &plan.totals;
     let mut text = format!(
@@ -476,11 +492,12 @@ fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<Str
 
 fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> Result<String> {
     if how.json {
+        let (disk, point, path) = names(name, target);
         let value = json!({
-            "point": to_text(name.as_os_str()), "target": target.path().map(|p| to_text(p.as_os_str())), "kind": kind_name(target), "way": s.way(),
-            "result": s,
+            "disk": disk, "point": point, "target": path, "format": kind_name(target),
+            "way": s.way(), "result": s,
         });
-        return output::json_line(&value);
+        return output::json_object(&value);
     }
     let seconds = s.duration_ms as f64 / 1000.0;
     let verified = if s.verified { ", read back and found equal" } else { "" };

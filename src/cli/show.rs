@@ -35,7 +35,7 @@ pub(super) struct ShowArgs {
     config: Option<String>,
     /// Print JSON, with the VM's whole configuration as QEMU reported it
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// The largest file that `backup --config` keeps, in bytes.
@@ -58,7 +58,7 @@ pub(super) fn run(args: ShowArgs) -> Result<()> {
         return print_config(dir, manifest.as_ref(), name);
     }
     output::print(&match args.json {
-        true => output::json_pretty(&as_json(disk, point, manifest.as_ref()))?,
+        true => output::json_document(&as_json(disk, point, manifest.as_ref()))?,
         false => text(disk, point, manifest.as_ref()),
     })
 }
@@ -97,10 +97,9 @@ fn as_json(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> Value {
     json!({
         "disk": to_text(disk.path.as_os_str()),
         "point": p.name,
-        "source": to_text(p.source.as_os_str()),
+        "file": to_text(p.source.as_os_str()),
         "level": p.level,
-        "time": p.time,
-        "time_utc": iso_time(p.time),
+        "time": iso_time(p.time),
         "size": p.size,
         "own_bytes": p.own_bytes,
         "depth": disk.stack(point).len(),

@@ -58,7 +58,7 @@ pub(super) struct VerifyArgs {
     jobs: usize,
     /// Print JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// Runs `fleecefs verify`.
@@ -87,7 +87,7 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
         catalog = catalog_told(&args.dir, options.told.clone())?;
     }
     let report = verify(&catalog, &options, &Bar::default())?;
-    output::print(&if args.json { output::json_pretty(&report)? } else { text(&report) })?;
+    output::print(&if args.json { output::json_document(&report)? } else { text(&report) })?;
     match report.outcome {
         Outcome::Sound => Ok(()),
         Outcome::Unsound => {

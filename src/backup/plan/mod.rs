@@ -209,10 +209,13 @@ pub(crate) struct Printed {
     /// The disk.
     pub disk: String,
     /// Its file.
+    #[serde(rename = "disk_file")]
     pub file: String,
     /// The level.
+    #[serde(serialize_with = "crate::text::as_lower")]
     pub level: String,
     /// Where the image would be.
+    #[serde(rename = "file")]
     pub image: PathBuf,
     /// The point it would lie on.
     pub parent: Option<String>,
