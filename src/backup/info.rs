@@ -22,6 +22,7 @@ pub(crate) struct DiskInfo {
     /// The guest device.
     pub qdev: String,
     /// Its file.
+    #[serde(rename = "disk_file")]
     pub file: String,
     /// Its format.
     pub format: String,
@@ -43,6 +44,7 @@ pub(crate) struct BitmapLine {
     /// What the disk of that node is called in the guest, or its file; empty if that is not known.
     pub disk: String,
     /// Its name.
+    #[serde(rename = "bitmap")]
     pub name: String,
     /// Whose it is: the target's id for ours.
     pub owner: String,
@@ -139,7 +141,7 @@ fn how(d: &GuestDisk) -> String {
         Insertion::Reopen { .. } => "filter put in by blockdev-reopen",
     };
     if let Some(who) = &d.busy {
-        return format!("not now: {who}");
+        return format!("currently not possible: {who}");
     }
     if let Some(rule) = d.by_rule {
         return format!("{rule}: only if --include names it");
@@ -148,10 +150,10 @@ fn how(d: &GuestDisk) -> String {
         return "encrypted: only with --allow-plaintext".to_string();
     }
     let incremental = match (d.pflash, d.persistent) {
-        _ if d.throwaway => "an overlay that goes with QEMU (snapshot=on): incremental until then",
-        (true, _) => "firmware flash: a FULL each time",
-        (_, true) => "incremental, also after a restart of QEMU",
-        (_, false) => "incremental while QEMU lives, a FULL after each restart",
+        _ if d.throwaway => "temporary overlay (snapshot=on): incremental while QEMU runs",
+        (true, _) => "firmware flash: always FULL",
+        (_, true) => "incremental, also after QEMU restarts",
+        (_, false) => "incremental while QEMU runs, FULL after each restart",
     };
     format!("{incremental}; {way}")
 }

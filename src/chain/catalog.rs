@@ -31,7 +31,7 @@ pub struct Disk {
 
 /// The finding of [`Disk::newest_lost`].
 pub(crate) const NEWEST_LOST: &str =
-    "the newest backup of its disk is gone: its manifest is there, the image is not";
+    "the newest backup of its disk is missing: there is a manifest and no image";
 
 impl Disk {
     /// All layers of a point, bottom first.

@@ -205,7 +205,7 @@ impl Walk<'_> {
     /// Something in the place of a backup that is none.
     fn no_backup(&mut self, name: &OsStr, what: &str, folder: &Folder) {
         if let Name::Backup { stamp: Some(_), .. } = name::parse(name) {
-            let what = format!("{what} in the place of a backup");
+            let what = format!("{what} where a backup should be");
             let path = folder.path.join(name);
             self.tree.findings.push(Finding::warning(Kind::Unsupported, path, what));
         }
@@ -241,7 +241,7 @@ impl Walk<'_> {
         };
         // Exchanged since then: the next scan, which the change leads to, tells what for.
         if !handle.metadata().is_file() {
-            return self.no_backup(name, "what was exchanged for something else", folder);
+            return self.no_backup(name, "something that was replaced while it was read", folder);
         }
         let parsed = name::parse(name);
         let wanted = parsed != Name::Ignored;

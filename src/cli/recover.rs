@@ -21,15 +21,15 @@ use crate::text::path_text;
 use crate::units::counted;
 use crate::{folder, output};
 
-/// Finish what a killed backup left in QEMU, in the guest and on disk
+/// Clean up after a killed backup: in QEMU, in the guest and on disk
 ///
-/// The next backup does this by itself; this is for doing it now.
+/// The next backup does this by itself; this does it now.
 #[derive(Debug, Args)]
 pub(super) struct RecoverArgs {
     #[command(flatten)]
     of: RunArgs,
 
-    /// The guest agent's socket, if it is another than the killed backup was given
+    /// The guest agent's socket, if it has changed since the killed backup
     #[arg(long, value_name = "SOCKET")]
     agent: Option<String>,
 
@@ -37,7 +37,7 @@ pub(super) struct RecoverArgs {
     #[arg(long)]
     foreign: bool,
 
-    /// Give up what cannot be done: unfinished images in targets that cannot be reached, and
+    /// Give up what cannot be done: removing unfinished images in targets that cannot be reached, and
     /// thawing a guest whose agent does not answer
     #[arg(long)]
     forget: bool,
@@ -49,9 +49,9 @@ pub(super) struct RecoverArgs {
     show: ShowArgs,
 }
 
-/// End a running backup
+/// Stop a running backup
 ///
-/// The disks that are not finished keep their last point; nothing is lost.
+/// Disks that are not finished get no new point; nothing is lost.
 #[derive(Debug, Args)]
 pub(super) struct CancelArgs {
     #[command(flatten)]
@@ -66,6 +66,11 @@ pub(super) struct CancelArgs {
 pub(super) struct GuardianArgs {}
 
 impl RecoverArgs {
+    /// Whether events are printed as JSON.
+    pub(super) fn json(&self) -> bool {
+        self.show.json()
+    }
+
     /// The backup directory, if it is named.
     pub(super) fn target(&self) -> Option<&Path> {
         self.of.target()
@@ -105,10 +110,7 @@ pub(super) fn run(args: RecoverArgs) -> Result<()> {
     let off = match args.of.is_offline() {
         true => Vec::new(),
         false => offline::journals(&state, &vm).unwrap_or_else(|e| {
-            log::warn!(
-                "backups of the VM's disks while it was off are not looked at: {}",
-                e.report()
-            );
+            log::warn!("backups of the shut-off VM are not checked: {}", e.report());
             Vec::new()
         }),
     };
@@ -193,7 +195,7 @@ pub(super) fn cancel(args: CancelArgs) -> Result<()> {
     let vm = args.of.vm(&state)?;
     match control::ask(&state, &vm, "cancel")? {
         Some(s) => {
-            output::print(&format!("backup {} (process {}) is ending\n", path_text(&s.run), s.pid))
+            output::print(&format!("stopping backup {} (process {})\n", path_text(&s.run), s.pid))
         }
         None => Err(args.of.not_running(&vm)),
     }

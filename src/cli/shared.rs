@@ -53,7 +53,7 @@ pub(super) struct JsonArgs {
 /// Whether it is done at all.
 #[derive(Debug, Args)]
 pub(super) struct DryRunArgs {
-    /// Print what would be done and stop
+    /// Show what would be done, and change nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
 }

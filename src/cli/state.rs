@@ -15,8 +15,8 @@ use crate::privileges::Owner;
 /// Where locks and journals are.
 #[derive(Debug, Args)]
 pub(super) struct StateArgs {
-    /// Where journals and locks are [default: /var/lib/fleecefs, or the user's state folder]
-    #[arg(long, value_name = "DIR", env = "FLEECEFS_STATE_DIR")]
+    /// Folder for journals and locks [default: /var/lib/fleecefs, or the user's state folder]
+    #[arg(long, value_name = "FOLDER", env = "FLEECEFS_STATE_DIR")]
     state_dir: Option<PathBuf>,
 
     /// See [`Self::give_to`].

@@ -20,7 +20,7 @@ pub(super) fn disk_name(text: &str) -> Result<(String, String), String> {
 /// `10` points, or `7d`.
 pub(super) fn every(text: &str) -> Result<FullEvery, String> {
     if let Ok(n) = text.parse::<u64>() {
-        return if n > 0 { Ok(FullEvery::Points(n)) } else { Err("0 points make no chain".into()) };
+        return if n > 0 { Ok(FullEvery::Points(n)) } else { Err("must be at least 1".into()) };
     }
     let unit = match text.chars().last() {
         Some('s') => 1,
@@ -43,7 +43,10 @@ pub(super) fn mode(text: &str) -> Result<u32, String> {
     match mode {
         m if m & 0o002 != 0 => Err(format!("'{text}' lets everybody write to the backups")),
         m if m & !0o664 != 0 => Err(format!("'{text}' has bits other than r and w")),
-        m if m & 0o600 != 0o600 => Err(format!("'{text}' leaves out the owner, who writes them")),
+        m if m & 0o600 != 0o600 => Err(format!(
+            "'{text}' has no r and w for the owner, who writes \
+                                                them"
+        )),
         m => Ok(m),
     }
 }

@@ -12,6 +12,19 @@ pub(super) fn set_quiet(times: u8) {
     QUIET.store(times, Ordering::Relaxed);
 }
 
+/// How often `-v` was given.
+static VERBOSE: AtomicU8 = AtomicU8::new(0);
+
+/// Remembers how often `-v` was given.
+pub(super) fn set_verbose(times: u8) {
+    VERBOSE.store(times, Ordering::Relaxed);
+}
+
+/// Whether the user wants to see more (`-v`).
+pub(super) fn is_verbose() -> bool {
+    VERBOSE.load(Ordering::Relaxed) > 0
+}
+
 /// Whether the user wants to see warnings and errors only (`-q`).
 pub(super) fn is_quiet() -> bool {
     QUIET.load(Ordering::Relaxed) > 0

@@ -93,7 +93,7 @@ impl Folder {
                     return Err(Errno::EXIST.into());
                 }
                 log::debug!(
-                    "{}: this file system cannot rename without replacing: checked, then renamed",
+                    "{}: this file system has no RENAME_NOREPLACE: checked, then renamed",
                     crate::text::path_text(&to.join(new))
                 );
                 self.rename(from, to, new)

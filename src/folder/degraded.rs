@@ -32,19 +32,19 @@ impl MissingFeature {
     fn note_missing(self) -> &'static str {
         match self {
             MissingFeature::FolderSync => {
-                "this file system does not sync folders: after a power cut the newest files may have \
-                 lost their names (the next backup takes a FULL where a point is gone)"
+                "this file system cannot sync folders: after a power cut the newest files may be \
+                 missing (the next backup then takes a FULL)"
             }
             MissingFeature::Locks => {
                 "this file system has no locks: make sure that only one fleecefs writes here"
             }
             MissingFeature::Times => {
-                "this file system lets nobody set a file's times: qmprestore, which goes by them, may \
-                 take these images in a wrong order (fleecefs does not)"
+                "this file system cannot set file times: qmprestore, which sorts by them, may use \
+                 a wrong order (fleecefs does not)"
             }
             MissingFeature::Links => {
-                "this file system has no symbolic links: those that qmpbackup keeps beside images are \
-                 left out (nothing of fleecefs needs them)"
+                "this file system has no symbolic links: qmpbackup's links beside images are \
+                 skipped (fleecefs does not need them)"
             }
         }
     }

@@ -93,7 +93,7 @@ impl Lock {
                 return Ok(Some(Lock { file }));
             }
         }
-        Err(refused("the lock file is exchanged again and again"))
+        Err(refused("the lock file is replaced again and again"))
     }
 
     /// The open lock file.

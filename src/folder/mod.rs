@@ -112,7 +112,7 @@ impl Folder {
     pub fn of(path: &Path) -> io::Result<(Self, OsString)> {
         let path = std::path::absolute(path)?;
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"));
         };
         Ok((Folder::open(parent)?, name.to_os_string()))
     }

@@ -127,7 +127,7 @@ impl PathWalk {
         let own = rustix::process::geteuid().as_raw();
         if owner != 0 && owner != own && look(&end)?.uid() != owner {
             return Err(refused(
-                "a symbolic link of another user leads to what does not belong to him",
+                "a symbolic link of another user leads to something that user does not own",
             ));
         }
         Ok(end)

@@ -72,7 +72,7 @@ impl Temp {
                 return Ok(Temp { folder, file, name: Some(name) });
             }
         }
-        Err(super::refused("the temporary file is exchanged again and again"))
+        Err(super::refused("the temporary file is replaced again and again"))
     }
 
     /// Its random name, if it has one.

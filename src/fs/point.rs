@@ -37,7 +37,7 @@ impl PointFile {
     ) -> Result<Self> {
         let p = &catalog.disks[disk].points[point];
         if p.parent.is_some() && below.is_none() {
-            let text = "the point that it lies on is not served";
+            let text = "its parent point is not available";
             return Err(Error::new(Kind::Incomplete, text).at_path(&p.source));
         }
         let seed = below.map_or(blake3::hash(b"fleecefs layers"), |b| b.digest);

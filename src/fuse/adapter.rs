@@ -88,7 +88,10 @@ fn file_attr(a: &Attr) -> FileAttr {
 fn guard(fs: &FileSystem, what: &str, operation: impl FnOnce(&FileSystem)) {
     fs.touch();
     if catch_unwind(AssertUnwindSafe(|| operation(fs))).is_err() {
-        log::error!("a {what} request panicked; it was answered with an input/output error");
+        log::error!(
+            "internal error in a {what} request; it was answered with an input/output \
+                     error"
+        );
     }
 }
 

@@ -208,7 +208,7 @@ impl LayerMerge {
             extents.push(piece.len, piece.content);
         }
         extents.check(&self.range).map_err(|what| {
-            let text = format!("the folded map is inconsistent: {what}");
+            let text = format!("the merged map is inconsistent: {what}");
             Error::new(Kind::Corrupt, text)
         })?;
         Ok(MergedMap { extents, findings: self.findings })

@@ -53,11 +53,11 @@ pub(crate) fn read_flatten(side: &Folder) -> Result<Option<Vec<String>>> {
     let path = || side.join(FLATTEN);
     let text = side
         .read_if_there(FLATTEN, MAX_JOURNAL)
-        .map_err(|e| Error::io(e, "cannot read the journal of a fold").at_path(path()))?;
+        .map_err(|e| Error::io(e, "cannot read the journal of a commit").at_path(path()))?;
     let Some(text) = text else { return Ok(None) };
     check_count(&text, &path())?;
     let fold: Fold = serde_json::from_slice(&text).map_err(|e| {
-        Error::new(Kind::Corrupt, "the journal of a fold is damaged")
+        Error::new(Kind::Corrupt, "the journal of a commit is damaged")
             .with_source(e)
             .at_path(path())
             .remedy("verify the disk, then remove the journal")

@@ -178,7 +178,7 @@ fn plain_name_if_any<'a, D: serde::Deserializer<'a>>(
 pub const RECORDED: &str = "recorded afterwards";
 
 /// The reason in the manifest of a VM that was shut off.
-pub const OFFLINE: &str = "the VM was shut off: as it left its disks";
+pub const OFFLINE: &str = "the VM was shut off";
 
 /// What a manifest knows to have been achieved.
 fn achieved<'a, D: serde::Deserializer<'a>>(

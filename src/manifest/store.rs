@@ -52,7 +52,7 @@ fn check_image(named: &str, image: &OsStr, path: &Path) -> Result<()> {
     if OsStr::new(named) == image {
         return Ok(());
     }
-    let what = format!("the manifest is of another image, {named:?}");
+    let what = format!("the manifest belongs to another image, {named:?}");
     Err(Error::new(Kind::Corrupt, what).at_path(path).remedy(REMEDY))
 }
 
@@ -78,7 +78,7 @@ pub(crate) fn parse_as<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T
     // The version first: what a later version changed must not read as damage.
     let Version { format_version } = serde_json::from_slice(bytes).map_err(corrupt)?;
     if format_version != FORMAT_VERSION {
-        let what = format!("manifest of version {format_version}, this program knows 1");
+        let what = format!("manifest has version {format_version}; this program reads version 1");
         return Err(Error::new(Kind::Unsupported, what).remedy("use a newer version of fleecefs"));
     }
     check_seal(bytes)?;
@@ -183,7 +183,7 @@ pub fn write_in(dir: &Folder, manifest: &Manifest) -> Result<()> {
     let text = serde_json::to_vec_pretty(manifest)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {
-        log::warn!("{}: the guest's configuration is too large and left out", path_text(&path));
+        log::warn!("{}: the guest's configuration is too large and skipped", path_text(&path));
         return write_in(dir, &Manifest { vm: std::sync::Arc::default(), ..manifest.clone() });
     }
     let side = dir.make_folder(FOLDER).map_err(|e| {

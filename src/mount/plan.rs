@@ -148,15 +148,12 @@ fn take_over(mount: &Mount) -> Result<()> {
     }
     let path = path_text(&mount.path);
     mount.end(true).map_err(|e| {
-        let text = format!("a dead mount of {} is in the way: {}", mount.source, e.report());
+        let text = format!("a dead mount of {} is there: {}", mount.source, e.report());
         Error::new(Kind::Busy, text)
             .at_path(&mount.path)
             .remedy(format!("'fleecefs umount --lazy {path}' as its owner or root first"))
     })?;
-    log::warn!(
-        "{path}: took the place of a dead mount of {}, whose process was killed",
-        mount.source
-    );
+    log::warn!("{path}: replaced a dead mount of {}, whose process was killed", mount.source);
     Ok(())
 }
 
@@ -168,7 +165,7 @@ fn mounted_already(mount: &Mount) -> Error {
 
 fn directory(path: &Path, what: &str) -> Result<PathBuf> {
     user_paths::existing_folder(path, what).map_err(|e| match e.os_code() {
-        Some(libc::ENOTCONN) => e.remedy("a dead mount is in the way; unmount it first"),
+        Some(libc::ENOTCONN) => e.remedy("a dead mount is there; unmount it first"),
         _ => e,
     })
 }

@@ -45,10 +45,10 @@ impl Owner {
     pub(crate) fn of(path: &Path) -> Result<Option<Self>> {
         let real = user_paths::backups(path)?;
         let meta = folder::look(&real)
-            .map_err(|e| Error::io(e, "cannot look at the backup directory").at_path(path))?;
+            .map_err(|e| Error::io(e, "cannot read the backup directory").at_path(path))?;
         let caller = rustix::process::geteuid().as_raw();
         if meta.uid() == 0 && caller == 0 {
-            log::warn!("--as-owner changes nothing: the backup directory belongs to root");
+            log::warn!("--as-owner has no effect: the backup directory belongs to root");
         }
         if meta.uid() == 0 || meta.uid() == caller {
             return Ok(None);
@@ -106,7 +106,7 @@ impl Owner {
         // A way back would be a grave error of the kernel's or of ours.
         // SAFETY: no pointers.
         if unsafe { libc::setresuid(0, 0, 0) } == 0 {
-            return Err(io::Error::other("the user could be changed back"));
+            return Err(io::Error::other("the user change could be undone"));
         }
         harden()
     }

@@ -62,7 +62,8 @@ fn held(
             Some(why) => drop(reasons.insert(path, why)),
             None => match &catalog.disks[d].points[i] {
                 Point { name, unavailable: Some(finding), .. } => {
-                    let why = format!("the newest point, {name}, is lost: {}", finding.message);
+                    let why =
+                        format!("the newest point, {name}, is not available: {}", finding.message);
                     reasons.insert(path, why);
                 }
                 _ => unknown.push((*path, (d, i))),
@@ -90,14 +91,14 @@ fn lost_or_unfinished<'a>(
     for disk in disks {
         if let Some(image) = lost.newer(disk, newest) {
             return Some(format!(
-                "the newest point, {image}, is lost: its manifest is there, the image is not"
+                "the newest point, {image}, is missing: there is a manifest and no image"
             ));
         }
         for path in disk.findings.iter().map(|f| &f.path) {
             let name = path.file_name().unwrap_or_default();
             let Some((_, stamp, _)) = parse_partial(name) else { continue };
             if folder::exists(path) && stamp.is_none_or(|t| t > newest) {
-                return Some(format!("the newest backup, {}, did not finish", path_text(name)));
+                return Some(format!("the newest backup, {}, was interrupted", path_text(name)));
             }
         }
     }

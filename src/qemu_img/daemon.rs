@@ -177,9 +177,7 @@ impl Daemon {
         let system = Rights::system(&program);
         let limited = runs_with(&program, &system);
         if !limited {
-            log::info!(
-                "{NAME} does not run where it may read little: it may read what its user may"
-            );
+            log::info!("{NAME} runs without confinement: it may read all that its user may");
         }
         let places: Vec<AllowedPath> = rights.places().chain(system.places()).collect();
         let (parent, keep) = (std::process::id(), [lock.as_raw_fd()]);
@@ -203,7 +201,7 @@ impl Daemon {
                 ));
             }
             if Instant::now() >= deadline {
-                return Err(Error::new(Kind::Timeout, format!("{NAME} does not come up")));
+                return Err(Error::new(Kind::Timeout, format!("{NAME} does not start")));
             }
             std::thread::sleep(LOOK);
         }
@@ -226,7 +224,7 @@ impl Daemon {
             Some(status) if status.success() => {
                 Err(Error::new(Kind::Peer, format!("{NAME}: {said}")))
             }
-            _ => Err(Error::new(Kind::Peer, format!("{NAME} did not end in order: {said}"))),
+            _ => Err(Error::new(Kind::Peer, format!("{NAME} did not exit cleanly: {said}"))),
         }
     }
 

@@ -64,7 +64,7 @@ pub(super) fn note_leftover(temp: &Temp, work: &Work) {
 }
 
 fn check_length(file: &File, size: u64, path: &Path) -> Result<()> {
-    let len = file.metadata().map_err(|e| target_error(e, "cannot look at the file", path))?.len();
+    let len = file.metadata().map_err(|e| target_error(e, "cannot check the file", path))?.len();
     if len == size {
         return Ok(());
     }

@@ -274,7 +274,7 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let without = disks_without(&all, &found);
     for disk in catalog.disks.iter().filter(|d| without.contains(&d.path)) {
         if let Some(image) = lost(disk, &meant.ids) {
-            let what = "its manifest says that it belongs to the run, and it is gone";
+            let what = "its manifest says that it belongs to the run, but the image is missing";
             return Err(Error::new(Kind::Incomplete, what)
                 .at_path(image)
                 .remedy("restore the other disks one by one, or this file from another copy"));

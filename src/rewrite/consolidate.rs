@@ -72,7 +72,7 @@ pub(crate) fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option
     // Not the latest that can be served: to merge up to another than was meant cannot be undone.
     let newest = || disk.points.iter().rposition(|p| p.level != Level::Snapshot);
     if let (true, Some(lost)) = (until == "latest", disk.newest_lost()) {
-        return Err(Error::new(Kind::Incomplete, "the newest backup is gone")
+        return Err(Error::new(Kind::Incomplete, "the newest backup is missing")
             .at_path(lost)
             .remedy("name the last point to merge"));
     }
@@ -131,7 +131,7 @@ pub(crate) fn plan_at(
 ) -> Result<Consolidation> {
     let p = &disk.points[point];
     if let Some(f) = &p.unavailable {
-        let what = format!("point {} cannot be served: {}", path_text(&p.name), f.message);
+        let what = format!("point {} is not available: {}", path_text(&p.name), f.message);
         return Err(Error::new(f.kind, what).at_path(&f.path));
     }
     check_point(disk, point)?;
@@ -143,7 +143,7 @@ pub(crate) fn plan_at(
     };
     if folder::exists(&dir.join(&image)) {
         return Err(
-            Error::new(Kind::Exists, "there is such a FULL already").at_path(dir.join(image))
+            Error::new(Kind::Exists, "there is already such a FULL").at_path(dir.join(image))
         );
     }
     let (remove, children) = neighbours(disk, point, index.chain(disk, point), gone)?;
@@ -167,7 +167,7 @@ fn own_name(path: &Path) -> Result<String> {
 fn check_point(disk: &Disk, point: usize) -> Result<()> {
     let p = &disk.points[point];
     if p.level == Level::Full {
-        return Err(usage("this point is a FULL already: there is nothing to merge"));
+        return Err(usage("this point is already a FULL: nothing to merge"));
     }
     if p.level != Level::Inc {
         return Err(usage("a chain can be consolidated up to an INC only"));
@@ -214,7 +214,7 @@ fn neighbours(
         } else if line.contains(&i) || p.time <= until.time {
             remove.push(name);
         } else {
-            let what = format!("{} is of another branch of the chain", p.name);
+            let what = format!("{} is on another branch of the chain", p.name);
             return Err(Error::new(Kind::Unsupported, what).at_path(&p.source));
         }
     }
@@ -275,7 +275,7 @@ pub(crate) fn consolidate(
     let summary = build(disk, plan.point, &temp, how.compare, work)?;
     let manifest = describe(disk, plan, &dir, &temp, work)?;
     like_the_point(disk, plan.point, &dir, &temp)?;
-    let failed = |e| Error::io(e, "cannot look at it").at_path(temp.path());
+    let failed = |e| Error::io(e, "cannot check it").at_path(temp.path());
     let made = FileId::of(&temp.file().metadata().map_err(failed)?);
     known.insert(plan.image.clone(), made);
     let temporary = format!("{TEMPORARY}{}", plan.image);
@@ -324,10 +324,10 @@ fn check_sources(disk: &Disk, point: usize, work: &Work) -> Result<()> {
         let known = rewrite::files::manifest_of(path)?.and_then(|m| m.blake3);
         let Some(wanted) = known else { continue };
         if hash(&SourceFile::look(path)?, work)? != wanted {
-            let what = "its bytes are not those of its manifest's hash";
+            let what = "its content does not match the hash in its manifest";
             return Err(Error::new(Kind::Unsound, what).at_path(path).remedy(
                 "restore this file from another copy, or begin a new chain with a FULL; \
-                 consolidate --skip-check merges it all the same",
+                 consolidate --skip-check merges it anyway",
             ));
         }
     }
@@ -337,7 +337,7 @@ fn check_sources(disk: &Disk, point: usize, work: &Work) -> Result<()> {
 /// Temporary files that no journal speaks of. The lock is held, so nobody writes them.
 fn remove_leftovers(side: &Folder) -> Result<()> {
     let entries = side.entries().map_err(|e| {
-        Error::io(e, "cannot look for what an earlier run left").at_path(side.path())
+        Error::io(e, "cannot check for leftovers of an earlier command").at_path(side.path())
     })?;
     for entry in entries.iter().filter(|e| e.kind != EntryKind::Folder) {
         let ours = entry.name.to_str().is_some_and(|n| {
@@ -413,7 +413,7 @@ fn describe(
     let found = verify::check_structure(&file, None);
     let wrong = found.findings.iter().chain(&found.refcounts);
     if let Some(f) = wrong.into_iter().next() {
-        let what = format!("the new image is not as it should be: {}", f.message);
+        let what = format!("the new image is wrong: {}", f.message);
         return Err(Error::new(Kind::Corrupt, what).at_path(path));
     }
     let hash = hash(&file, work)?;

@@ -59,10 +59,10 @@ impl FlattenPlan {
         let children = children(line)?;
         let interim = interim_path(&full, increments.last());
         if !increments.is_empty() && folder::exists(&interim) {
-            let what = "the name that the new FULL needs for a while is taken";
+            let what = "the temporary name of the new FULL is in use";
             return Err(Error::new(Kind::Exists, what)
                 .at_path(interim)
-                .remedy("use 'fleecefs merge' or 'restore', which alter nothing"));
+                .remedy("use 'fleecefs merge' or 'restore', which do not change the backup"));
         }
         let snapshots =
             if with_snapshots { snapshots::names(&full, &increments)? } else { Vec::new() };
@@ -211,7 +211,7 @@ fn children(line: &ChainSection) -> Result<Vec<PathBuf>> {
             continue;
         }
         if parent != line.last() {
-            let text = format!("{} lies on an image that would be altered", p.name);
+            let text = format!("{} depends on an image that would be changed", p.name);
             return Err(Error::new(Kind::Usage, text)
                 .at_path(&p.source)
                 .remedy("restore it first and remove it, or use 'fleecefs consolidate'"));

@@ -51,7 +51,7 @@ impl RebasePlan {
         }
         let link = folder_of(&full.path).join(files::LINK);
         if folder::look(&link).is_ok_and(|m| !m.is_symlink()) {
-            return Err(Error::new(Kind::Exists, "is in the way: it is no link").at_path(&link));
+            return Err(Error::new(Kind::Exists, "exists and is not a link").at_path(&link));
         }
         Ok(RebasePlan { members, link, absolute })
     }
@@ -111,7 +111,7 @@ pub(crate) fn only_qcow2(m: &Member) -> Result<()> {
     }
     Err(Error::new(Kind::Unsupported, "a raw image has no backing file")
         .at_path(&m.path)
-        .remedy("use 'fleecefs restore' or 'fleecefs merge', which alter nothing"))
+        .remedy("use 'fleecefs restore' or 'fleecefs merge', which do not change the backup"))
 }
 
 /// Fails unless both are in one folder.

@@ -102,7 +102,7 @@ impl FolderRemoval {
         if self.known.contains_key(&name) {
             return Ok(());
         }
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(path);
         let now = Identity::of(&folder.look(&name).map_err(failed)?);
         if let Some(file) = seen(disk, i, path) {
             let was = file.identity();
@@ -131,7 +131,7 @@ impl FolderRemoval {
 
 fn folder_id(folder: &Folder) -> Result<FileId> {
     let meta = folder.metadata();
-    let meta = meta.map_err(|e| Error::io(e, "cannot look at it").at_path(folder.path()))?;
+    let meta = meta.map_err(|e| Error::io(e, "cannot check it").at_path(folder.path()))?;
     Ok(FileId::of(&meta))
 }
 
@@ -285,14 +285,14 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     rewrite::recover(dir, work)?;
     let Some(removal) = removal::read_in(dir)? else { return Ok(()) };
     let path = path_text(dir.path());
-    work.progress.note(&format!("finishing what an earlier run began in {path}"));
+    work.progress.note(&format!("{path}: finishing an interrupted command"));
     let known = KnownFiles::new();
     let Some(publish) = &removal.publish else {
         let linking = linking::read_in(dir)?;
         if linking.is_some_and(|l| !have_new_names(dir, &removal.remove, &l)) {
             // Nothing goes that is not under its new name: somebody has removed that.
             log::warn!(
-                "{path}: a link-disk was broken off, and the new names of its points are gone"
+                "{path}: a link-disk was interrupted, and the new names of its points are missing"
             );
             return removal::clear_in(dir);
         }
@@ -399,7 +399,7 @@ fn publish_new(dir: &Folder, publish: &Publish, known: &KnownFiles) -> Result<()
     if recorded.is_some_and(|m| fits(&m, dir, name).is_ok_and(|f| f)) {
         return Ok(());
     }
-    let what = "a consolidation was broken off, and this is not the FULL that it made";
+    let what = "a consolidate was interrupted, and this is not the FULL that it made";
     Err(Error::new(Kind::Corrupt, what)
         .at_path(path)
         .remedy("verify the disk, and remove .fleecefs/removal.journal if this file is to stay"))

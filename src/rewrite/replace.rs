@@ -101,7 +101,7 @@ impl ReplacePlan {
         let Some(bad) = all.find(|n| !name::is_image(n.as_os_str())) else { return Ok(()) };
         let bad = name::to_text(bad.as_os_str());
         let what = format!(
-            "the journal of a fold names {bad:?}, which is not an image that fleecefs made here"
+            "the journal of a commit names {bad:?}, which is not an image that fleecefs made here"
         );
         Err(Error::new(Kind::Corrupt, what).at_path(path).remedy(REMEDY))
     }
@@ -160,7 +160,7 @@ impl ReplacePlan {
             let parent = parent.or(pointer);
             let Some(parent) = parent.filter(|p| self.going(p) || linked) else { continue };
             if self.goes(&parent) && parent != last.as_os_str() {
-                let text = format!("it lies on {}, which is being folded", path_text(&parent));
+                let text = format!("it depends on {}, which is being merged", path_text(&parent));
                 return Err(Error::new(Kind::Incomplete, text)
                     .at_path(dir.join(&image))
                     .remedy("restore it to a file of its own, and remove it"));
@@ -227,7 +227,7 @@ fn new_manifest(
     made: &Temp,
     work: &Work,
 ) -> Result<Manifest> {
-    let failed = |e| target_error(e, "cannot look at it", made.path());
+    let failed = |e| target_error(e, "cannot check it", made.path());
     let meta = made.file().metadata().map_err(failed)?;
     let had_hash = old.map_or(last.blake3.is_some(), |o| o.blake3.is_some());
     let state_of = match plan.increments.last() {
@@ -263,7 +263,7 @@ pub(super) fn switch(mut plan: ReplacePlan, dir: &Folder, new: Temp, work: &Work
     copy_attributes(&plan, dir, &new)?;
     write_journal(&plan, dir)?;
     let made = new.file().metadata();
-    let made = FileId::of(&made.map_err(|e| target_error(e, "cannot look at it", new.path()))?);
+    let made = FileId::of(&made.map_err(|e| target_error(e, "cannot check it", new.path()))?);
     if !plan.increments.is_empty() {
         plan.known.insert(plan.interim.clone(), made);
         // A journal without the interim file is dropped by `recover`.
@@ -324,7 +324,7 @@ fn is_same_file(dir: &Folder, a: &PlainName, b: &PlainName) -> bool {
 fn copy_attributes(plan: &ReplacePlan, dir: &Folder, temp: &Temp) -> Result<()> {
     let last = plan.increments.last().unwrap_or(&plan.full);
     let look = |name: &PlainName| {
-        dir.look(name).map_err(|e| target_error(e, "cannot look at the file", &dir.join(name)))
+        dir.look(name).map_err(|e| target_error(e, "cannot check the file", &dir.join(name)))
     };
     let parts: Result<Vec<_>> = plan.increments.iter().chain([&plan.full]).map(look).collect();
     if let Err(e) = give_common(temp.file(), &parts?) {
@@ -428,13 +428,13 @@ fn finish_or_drop(plan: ReplacePlan, dir: &Folder, work: &Work) -> Result<()> {
     let (full, interim) = (&plan.full, &plan.interim);
     let folded = !plan.increments.is_empty();
     if folded && dir.has(interim) && !plan.is_new(dir, interim) {
-        let what = "a fold was broken off, and this is not the FULL that it made";
+        let what = "a commit was interrupted, and this is not the FULL that it made";
         return Err(Error::new(Kind::Corrupt, what)
             .at_path(dir.join(interim))
             .remedy("verify the disk, and remove .fleecefs/fold.json if this file is to stay"));
     }
     if folded && dir.has(interim) || plan.is_new(dir, full) {
-        log::warn!("{}: finishing what a killed run had begun", path_text(dir.path()));
+        log::warn!("{}: finishing an interrupted commit", path_text(dir.path()));
         return finish(plan, dir, work);
     }
     // It ended before anything was changed but, where the FULL alone is concerned, its manifest.

@@ -40,7 +40,7 @@ impl ChainSection<'_> {
                 let text = format!("{} keeps its data in another file", p.name);
                 return Err(Error::new(Kind::Unsupported, text)
                     .at_path(&p.source)
-                    .remedy("use 'fleecefs restore', which alters nothing"));
+                    .remedy("use 'fleecefs restore', which does not change the backup"));
             }
             let (path, format) = (layer.file.path().to_path_buf(), layer.format);
             let identity = layer.file.identity();
@@ -72,7 +72,7 @@ pub fn select<'a>(
     let disk = match disks.as_slice() {
         [one] => *one,
         [] => {
-            let text = format!("no image in {} fits", path_text(&catalog.root));
+            let text = format!("no image in {} matches", path_text(&catalog.root));
             return Err(Error::new(Kind::NotFound, text));
         }
         many => {
@@ -115,9 +115,9 @@ fn contains(path: &Path, filter: &OsStr) -> bool {
 fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
     let Some(until) = until else {
         if let Some(lost) = disk.newest_lost() {
-            return Err(Error::new(Kind::Incomplete, "the newest backup is gone")
+            return Err(Error::new(Kind::Incomplete, "the newest backup is missing")
                 .at_path(lost)
-                .remedy("--until names the last image to take in"));
+                .remedy("--until names the last image to merge"));
         }
         // The newest, even if it cannot be served: to leave it out silently would be wrong.
         let newest = disk.points.iter().rposition(|p| p.level != Level::Snapshot);
@@ -169,7 +169,7 @@ impl<'a> Users<'a> {
         match users.into_iter().find(|p| !goes.contains(p.source.as_path())) {
             None => Ok(()),
             Some(p) => {
-                let text = format!("{} needs a file that would go", p.name);
+                let text = format!("{} needs a file that would be deleted", p.name);
                 Err(Error::new(Kind::Usage, text)
                     .at_path(&p.source)
                     .remedy("restore it to a file of its own first, and remove it"))

@@ -46,7 +46,7 @@ impl SourceFile {
     pub fn look(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let meta = folder::look(&path)
-            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+            .map_err(|e| Error::io(e, "cannot check the file").at_path(&path))?;
         if !meta.is_file() {
             let what = match meta.is_symlink() {
                 true => "a symbolic link; links are not followed here",
@@ -74,7 +74,7 @@ impl SourceFile {
     /// `Unsupported` for anything but a plain file, or what the operating system said.
     pub fn of_open(file: File, path: PathBuf) -> Result<Self> {
         let meta =
-            file.metadata().map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+            file.metadata().map_err(|e| Error::io(e, "cannot check the file").at_path(&path))?;
         if !meta.is_file() {
             return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(&path));
         }
@@ -207,7 +207,7 @@ impl SourceFile {
 
     fn open(&self) -> Result<Arc<Opened>> {
         let file = self.try_to_open(|| folder::open_file(&self.path))?;
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(&self.path);
         // Before it is compared: what is written from now on is told.
         self.watch(&file);
         let again = || Identity::of_open(&file).map(Some);
@@ -231,7 +231,7 @@ impl SourceFile {
 
     /// Whether the file that has the name now is the one that was read.
     fn check_name(&self) -> Result<()> {
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(&self.path);
         let now = Identity::of(&folder::look(&self.path).map_err(failed)?);
         match self.is_same(&now, || self.look_again()).map_err(failed)? {
             true => Ok(()),
@@ -305,7 +305,7 @@ impl ReadAt for SourceFile {
         let Some(file) = open.as_ref() else {
             return if self.was_open.load(Ordering::Acquire) { self.check_name() } else { Ok(()) };
         };
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(&self.path);
         self.watch(file);
         let again = || Identity::of_open(file).map(Some);
         let now = Identity::of_open(file).map_err(failed)?;

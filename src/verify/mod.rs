@@ -202,7 +202,7 @@ fn choose<'a>(
         }
     }
     if !may_be_none && all.is_empty() {
-        return Err(Error::new(Kind::NotFound, "there is no backup point to verify")
+        return Err(Error::new(Kind::NotFound, "no backup point to verify")
             .at_path(&catalog.root)
             .remedy("'fleecefs list DIR' shows what there is"));
     }
@@ -369,7 +369,7 @@ fn compare(report: &FileReport, known: Option<&str>, findings: &mut Vec<Finding>
     };
     let differs = !same && report.hash.is_some() && known.is_some();
     if differs {
-        let what = "the file is not what was written: its BLAKE3 differs from its manifest's";
+        let what = "the file is damaged: its BLAKE3 differs from its manifest's";
         let error = Error::new(Kind::Changed, what).at_path(&report.path).remedy(structure::REMEDY);
         findings.push(Finding::from_error(&error, &report.path));
     }
@@ -385,7 +385,7 @@ impl PointVerdict {
     /// Whether the reason is a finding where the other only lacks proof.
     fn is_worse_than(&self, other: &PointVerdict) -> bool {
         let error = |v: &PointVerdict| v.findings.iter().any(|f| f.severity == Severity::Error);
-        let inherited = self.reason.as_deref().is_some_and(|r| r.starts_with("it lies on "));
+        let inherited = self.reason.as_deref().is_some_and(|r| r.starts_with("it depends on "));
         self.outcome == other.outcome && (error(self) || inherited) && !error(other)
     }
 }
@@ -395,9 +395,9 @@ fn join(own: PointVerdict, below: Option<&PointVerdict>, below_name: Option<&str
         (Some(b), Some(name)) if b.outcome > own.outcome || b.is_worse_than(&own) => {
             // Name the file that is the cause, not each one between.
             let reason = match b.reason.as_deref() {
-                Some(r) if r.starts_with("it lies on ") => r.to_string(),
-                Some(r) => format!("it lies on {}: {r}", path_text(name)),
-                None => format!("it lies on {}", path_text(name)),
+                Some(r) if r.starts_with("it depends on ") => r.to_string(),
+                Some(r) => format!("it depends on {}: {r}", path_text(name)),
+                None => format!("it depends on {}", path_text(name)),
             };
             PointVerdict { outcome: b.outcome, reason: Some(reason), findings: own.findings }
         }

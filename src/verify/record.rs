@@ -32,7 +32,7 @@ impl Recorder {
     pub(super) fn begin(root: &Path, told: Option<&FormatOverride>) -> Result<Self> {
         let locks = Locks::take(root)?;
         if let Some(dir) = unfinished::folders(root).first() {
-            let what = "another run altered this folder meanwhile, and was broken off";
+            let what = "another command changed this folder meanwhile, and was interrupted";
             return Err(Error::new(Kind::Busy, what).at_path(dir).remedy("verify again"));
         }
         let told = told.map(|t| t.files.clone()).unwrap_or_default();
@@ -84,7 +84,7 @@ impl Recorder {
             let Some(mut m) = m.filter(|_| is_as_it_was(disk, i, records)) else { continue };
             if !manifest::has_room(OsStr::new(&m.image)) {
                 let path = path_text(&p.source);
-                log::warn!("{path}: its name is too long for a manifest: it stays unproven");
+                log::warn!("{path}: its name is too long for a manifest: not recorded");
                 continue;
             }
             m.blake3 = Some(hash);

@@ -31,6 +31,7 @@ pub struct PointReport {
     /// Its kind of backup.
     pub level: Level,
     /// Seconds since the epoch.
+    #[serde(serialize_with = "crate::units::as_time")]
     pub time: i64,
     /// How it stands, with all that it lies on.
     pub outcome: Outcome,

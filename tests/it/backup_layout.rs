@@ -199,7 +199,7 @@ fn a_running_job_of_qmpbackup_refuses_the_vm() {
     qmp.execute("blockdev-backup", job);
     // Not on that disk, but in the same QEMU.
     let (exit, said) = code(&caller.with(&["--include", "a"]), "full");
-    assert!(exit == Some(6) && said.contains("qmpbackup is at work"), "{said}");
+    assert!(exit == Some(6) && said.contains("qmpbackup is running"), "{said}");
     qmp.execute("job-cancel", json!({"id": id}));
     let wait = caller.with(&["--include", "a", "--wait", "1m"]);
     assert_eq!(code(&wait, "full").0, Some(0));

@@ -108,7 +108,7 @@ fn a_description_without_a_format_means_the_bytes_of_the_file() {
     b.image("over.qcow2", Some(r#"json:{"driver":"file","filename":"disk.raw"}"#));
     let shown = b.shown();
     assert!(shown.contains(&"over.qcow2: disk.raw < over.qcow2".to_string()), "{shown:?}");
-    assert!(b.why("top.qcow2").message.contains("not of format raw"));
+    assert!(b.why("top.qcow2").message.contains("does not have format raw"));
 }
 
 #[test]

@@ -167,7 +167,7 @@ fn signals_and_cancel() {
     };
     let status = ask(&["info", "status"]);
     assert!(status.contains("copying") && status.contains("INC"), "{status}");
-    assert!(ask(&["cancel"]).contains("is ending"));
+    assert!(ask(&["cancel"]).contains("stopping backup"));
     let mut child = held.child;
     assert_eq!(child.wait().unwrap().code(), Some(130));
     clean("cancel", &d);
@@ -416,7 +416,7 @@ fn the_nbd_server_is_somebody_elses() {
     let foreseen = caller.with(&["-n", "--nbd", known[1].as_str()]).run("inc").stdout;
     assert!(String::from_utf8_lossy(&foreseen).contains("INC -> "));
     let said = caller.must("auto");
-    assert!(said.contains("a FULL, since QEMU's NBD server"), "{said}");
+    assert!(said.contains("taking a FULL: QEMU's NBD server"), "{said}");
     caller.more = known;
     good("NBD server named with --nbd", &d, &caller, &[("a.img", "INC")]);
 }

@@ -68,15 +68,15 @@ fn listed(target: &Path) -> BTreeSet<Line> {
     let mut all = BTreeSet::new();
     for disk in found["disks"].as_array().unwrap() {
         for p in disk["points"].as_array().unwrap() {
-            let source = PathBuf::from(p["source"].as_str().unwrap());
+            let source = PathBuf::from(p["file"].as_str().unwrap());
             let folder = source.parent().unwrap().strip_prefix(target).unwrap();
             let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
             let text = |v: &Value| v.as_str().unwrap_or("-").to_string();
             all.insert([
                 folder.display().to_string(),
-                text(&p["name"]),
+                text(&p["point"]),
                 text(&p["level"]),
-                p["time"].to_string(),
+                fleecefs::units::parse_when(p["time"].as_str().unwrap()).unwrap().to_string(),
                 text(&p["parent"]),
                 "ok".to_string(),
             ]);

@@ -257,7 +257,7 @@ fn an_increment_says_how_its_full_is_read() {
             }
             None => {
                 let why = above.unavailable.as_ref().unwrap();
-                assert!(why.message.contains("not of format raw"), "{why}");
+                assert!(why.message.contains("does not have format raw"), "{why}");
             }
         }
     }

@@ -132,7 +132,7 @@ fn names_that_are_not_utf8_are_in_the_status() {
     for disk in disks {
         for point in disk["chains"].as_array().unwrap().iter().flat_map(|c| c["points"].as_array())
         {
-            sources.extend(point.iter().map(|p| p["source"].as_str().unwrap().to_string()));
+            sources.extend(point.iter().map(|p| p["file"].as_str().unwrap().to_string()));
         }
     }
     assert!(sources.contains("d/FULL-1-d\\xff") && sources.contains("d/FULL-2-e"), "{sources:?}");

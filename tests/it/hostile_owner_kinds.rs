@@ -242,7 +242,7 @@ fn a_folder_for_manifests_from_elsewhere_is_refused_before_anything_goes() {
             let args: Vec<&str> = args.iter().map(String::as_str).collect();
             let out = fleecefs(&args);
             assert_eq!(out.status.code(), Some(11), "{args:?}: {}", stderr(&out));
-            assert!(stderr(&out).contains("mounted from elsewhere"), "{}", stderr(&out));
+            assert!(stderr(&out).contains("is another mount"), "{}", stderr(&out));
             assert!(setup.contents() == before, "{args:?}");
         }
         assert!(!at.join("removal.journal").exists() && !at.join("fold.json").exists());

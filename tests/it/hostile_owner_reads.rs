@@ -121,7 +121,7 @@ fn look_on(b: &Backups, case: &str) {
     let out = fleecefs(&["list", "--json", root]);
     let json: serde_json::Value = serde_json::from_slice(&out.stdout).expect(case);
     let disks = json["disks"].as_array().expect(case);
-    let sdb = disks.iter().find(|d| d["path"] == "sdb").expect(case);
+    let sdb = disks.iter().find(|d| d["disk"] == "sdb").expect(case);
     assert_eq!(sdb["points"].as_array().expect(case).len(), 2, "{case}");
     let out = fleecefs(&["map", root, "sdb/latest"]);
     assert!(out.status.success(), "{case}: {}", text(&out));
@@ -203,7 +203,9 @@ fn a_backup_among_the_manifests_is_told_of() {
     for name in ["FULL-1-d.json", "FULL-1-d.partial", "FULL-1-d.partial.fleece"] {
         b.image(&format!(".fleecefs/{name}"), None);
     }
-    assert!(!b.findings().iter().any(|f| f.message.contains("where none is looked for")));
+    assert!(
+        !b.findings().iter().any(|f| f.message.contains("in the folder for manifests: ignored"))
+    );
 }
 
 #[test]

@@ -161,6 +161,22 @@ fn tables_have_what_is_printed() {
     let keep = ["prune", "-n", "--json", target, "--keep-last", "1", "--keep-daily", "1"];
     let seen = check("prune", &keep);
     assert!(seen.contains("disks[].points[].keep[].needed-by"), "{seen:?}");
+    // An error is an object too, alone or after what was printed.
+    let missing = ["restore", "--json", target, "a.img/FULL-1-a.img", "/nowhere/x"];
+    for args in [&["list", "--json", "/nowhere"][..], &["show", "--json", target, "x"], &missing] {
+        let seen = check("Error", args);
+        assert!(seen.contains("error.kind"), "{args:?}: {seen:?}");
+    }
+    let newest = |c: &Caller| {
+        let name = images(&c.target.join("a.img")).last().unwrap().file_name().unwrap().to_owned();
+        name.into_string().unwrap()
+    };
+    let until = ["consolidate", "--json", target, "a.img", "--until"];
+    let upto = newest(&caller);
+    check("consolidate", &[&until[..], &[&upto, "-n"]].concat());
+    let status =
+        check("info status", &["info", "status", "--json", "--qmp", &qmp, "--state-dir", state]);
+    assert!(status.contains("state"), "{status:?}");
     for what in ["blockdev", "bitmaps"] {
         let heading = format!("info {what}");
         let seen = check(&heading, &["info", what, "--json", "--qmp", &qmp, "--state-dir", state]);
@@ -177,8 +193,17 @@ fn tables_have_what_is_printed() {
     };
     for (heading, more) in [("backup --dry-run", ["-n"].as_slice()), ("backup", &[])] {
         let args = backup(more);
-        check(heading, &args.iter().map(String::as_str).collect::<Vec<_>>());
+        let seen = check(heading, &args.iter().map(String::as_str).collect::<Vec<_>>());
+        let result = ["points[].run", "format_version"];
+        assert!(heading != "backup" || result.iter().all(|k| seen.contains(*k)), "{seen:?}");
     }
+    // What fails: the disk, and the run.
+    let mut args = backup(&["--include", "nothing"]);
+    args[2] = "inc".into();
+    let all = printed(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let last = all.last().unwrap();
+    assert!(last["event"] == "error" && last["error"]["exit_code"].is_number(), "{all:?}");
+    paper.check("Error", last);
     let mount = Mount::new(&caller.target);
     let status = std::fs::read(mount.path().join(".fleecefs/status.json")).unwrap();
     let seen = paper.check("status.json", &serde_json::from_slice(&status).unwrap());

@@ -136,7 +136,7 @@ fn killed_at_any_step_no_point_is_lost() {
             let said = String::from_utf8_lossy(&out.stdout);
             assert_eq!(out.status.code(), Some(0), "{what}: {said}");
             assert!(
-                said.contains("'fleecefs link-disk' as it was called") || crashes >= 18,
+                said.contains("the same 'fleecefs link-disk'") || crashes >= 18,
                 "{what}: {said}"
             );
             // Whatever writes next finishes it, and so does the same command.
@@ -187,7 +187,7 @@ fn broken_off_and_worked_on_in_one_folder_alone_or_in_one_above() {
         {
             let out = fleecefs(args);
             let said = String::from_utf8_lossy(&out.stderr);
-            assert!(said.contains("call 'fleecefs link-disk' again"), "{args:?}: {said}");
+            assert!(said.contains("run the same 'fleecefs link-disk'"), "{args:?}: {said}");
             assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
         }
     }
@@ -419,7 +419,7 @@ fn what_is_not_one_disks_history_is_refused() {
     }
     let r = Renamed::folders();
     let swapped = Renamed { old: "new", new: "old", ..Renamed::folders() };
-    refused(&swapped, &[], 2, "the other way round");
+    refused(&swapped, &[], 2, "swap the two names");
     refused(&Renamed { old: "new", ..Renamed::folders() }, &[], 2, "the same disk");
     refused(&Renamed { old: "none", ..Renamed::folders() }, &[], 3, "no disk 'none'");
     refused(&Renamed { new: "none", ..Renamed::folders() }, &[], 3, "no disk 'none'");

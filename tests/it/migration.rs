@@ -171,7 +171,7 @@ fn a_guest_that_has_not_arrived_is_not_touched() {
     // Nobody may write to its disks yet.
     let mut m = Machine::launch(&["-incoming", "defer"]);
     let (code, said) = code(&m.caller());
-    assert!(code == Some(6) && said.contains("waits for a migration to arrive"), "{said}");
+    assert!(code == Some(6) && said.contains("waits for an incoming migration"), "{said}");
     let out = m.caller().recovery(&[]).output().unwrap();
     assert_eq!(out.status.code(), Some(6), "{}", String::from_utf8_lossy(&out.stderr));
     nothing_of_ours(&mut m);

@@ -289,7 +289,7 @@ fn a_user_who_may_not_mount_is_told_what_to_do() {
     "#;
     for (mode, more, at, wanted) in [
         ("600", "", "own", "(mode 0600 of user 0: Permission denied"),
-        ("666", "", "roots", "at a folder of his own"),
+        ("666", "", "roots", "on folders they own"),
         ("666", "--no-new-privs", "own", "no_new_privs"),
     ] {
         let mut user = Command::new("unshare");

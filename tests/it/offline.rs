@@ -512,7 +512,7 @@ fn a_run_is_shown_ended_and_recovered_by_its_target() {
         assert!(Instant::now() < end, "its status does not come");
     }
     refused(&offline(&caller, "inc", &[s(&file)], &[]), 6, "info status --target DIR shows it");
-    assert!(says(&caller, &["cancel", target[0], target[1]]).contains("is ending"));
+    assert!(says(&caller, &["cancel", target[0], target[1]]).contains("stopping backup"));
     assert!(!child.wait().unwrap().success());
     assert_eq!(partials(&caller.target), 0);
 

@@ -328,7 +328,7 @@ fn what_concerns_one_disk_holds_all_of_its_vm() {
     // A backup that did not finish.
     let partial = dir.join("INC-1800000000-sda.qcow2.partial");
     std::fs::write(&partial, b"half").unwrap();
-    held("did not finish");
+    held("was interrupted");
     std::fs::remove_file(&partial).unwrap();
     succeed(&["prune", "--keep-last", "1"], root);
     assert_eq!((count(&dir), count(&second)), (3, 3));

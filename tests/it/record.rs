@@ -112,7 +112,7 @@ fn points_that_may_lack_something_are_told_and_not_recorded() {
     let (code, report) = verify(dir.path(), &["--create"]);
     // The increment is not even served.
     assert_eq!(code, UNSOUND, "{report:#}");
-    assert!(says(&report, &inc, "written after"), "{report:#}");
+    assert!(says(&report, &inc, "is newer than it"), "{report:#}");
     assert_eq!((recorded(&full), recorded(&inc)), (true, false));
 }
 

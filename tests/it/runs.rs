@@ -50,7 +50,7 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     m.write(0, 0, 1 << 20);
     caller.must("inc");
 
-    let runs = json(&["list", "--runs", target]);
+    let runs = json(&["list", "--runs", target])["runs"].take();
     let levels = |run: &Value| -> Vec<String> {
         let points = run["points"].as_array().unwrap().iter();
         points
@@ -64,8 +64,8 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     assert!(text.contains("a.qcow2 INC, o.qcow2 INC"), "{text}");
 
     // By all its names, the same.
-    let (id, time) = (runs[1]["id"].as_str().unwrap(), runs[1]["time"].to_string());
-    let utc = runs[1]["time_utc"].as_str().unwrap();
+    let (id, time) = (runs[1]["run"].as_str().unwrap(), seconds(&runs[1]["time"]).to_string());
+    let utc = runs[1]["time"].as_str().unwrap();
     for (n, name) in [id, &time, utc].into_iter().enumerate() {
         let to = m.text(&format!("first{n}"));
         must(&["restore", target, "--run", name, "--to", &to]);
@@ -74,7 +74,7 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
             assert_eq!(first_difference(&got, want), None, "{name}: {disk}");
         }
     }
-    let day = runs[0]["time_utc"].as_str().unwrap()[..10].to_string();
+    let day = runs[0]["time"].as_str().unwrap()[..10].to_string();
     for name in ["latest", &day] {
         let to = m.text(&format!("latest-{name}"));
         must(&["restore", target, "--run", name, "--to", &to]);
@@ -94,7 +94,12 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     let (exit, said) = fleecefs(&["show", target, "a.qcow2/latest", "--config", "other"]);
     assert!(exit == Some(3) && said.contains("vm.xml"), "{said}");
     let point = json(&["show", target, "a.qcow2/latest"]);
-    assert_eq!((&point["depth"], &point["manifest"]["run"]), (&2.into(), &runs[0]["id"]));
+    assert_eq!((&point["depth"], &point["manifest"]["run"]), (&2.into(), &runs[0]["run"]));
+}
+
+/// A time of JSON in seconds since 1970.
+fn seconds(time: &Value) -> i64 {
+    fleecefs::units::parse_when(time.as_str().unwrap()).unwrap()
 }
 
 /// Of two runs in a second the one that was made later is the newest, whatever its id.
@@ -122,11 +127,11 @@ fn runs_of_one_second_are_ordered_and_told_apart() {
         m.vm = serde_json::json!({"query-name": {"name": "vm"}}).into();
         manifest::write(&folder, &m).unwrap();
     }
-    let runs = json(&["list", "--runs", root]);
+    let runs = json(&["list", "--runs", root])["runs"].take();
     let ids: Vec<&str> =
-        runs.as_array().unwrap().iter().map(|r| r["id"].as_str().unwrap()).collect();
+        runs.as_array().unwrap().iter().map(|r| r["run"].as_str().unwrap()).collect();
     assert_eq!(ids, ["eeeeeeeeeeee", "000000000000", "ffffffffffff"], "{runs:#}");
-    assert_eq!(runs[0]["time"], time + 1);
+    assert_eq!(seconds(&runs[0]["time"]), time + 1);
     // A time that fits several names them.
     for name in
         [time.to_string(), "2023-11-14T22:13:20Z".into(), "2023-11-14T23:13:20+01:00".into()]
@@ -168,7 +173,7 @@ fn a_list_is_of_what_was_asked_for() {
         let all = json(&[&["list", root], more].concat());
         let disks = all["disks"].as_array().unwrap().iter();
         let points = disks.flat_map(|d| d["points"].as_array().unwrap());
-        points.map(|p| p["name"].as_str().unwrap().to_string()).collect()
+        points.map(|p| p["point"].as_str().unwrap().to_string()).collect()
     };
     assert_eq!(points(&[]).len(), 3);
     assert_eq!(points(&["--disk", "sda"]).len(), 2);
@@ -179,6 +184,6 @@ fn a_list_is_of_what_was_asked_for() {
     assert_eq!(points(&["--until", "2023-11-14T22:13:20Z"]).len(), 2);
     assert_eq!(fleecefs(&["list", root, "--disk", "sdc"]).0, Some(3));
     // Without manifests time says what belongs together, guest by guest.
-    let runs = json(&["list", "--runs", root]);
+    let runs = json(&["list", "--runs", root])["runs"].take();
     assert_eq!(runs.as_array().unwrap().len(), 3, "{runs}");
 }

@@ -252,7 +252,7 @@ fn of_a_marked_image_all_that_claims_clusters_is_looked_into() {
             assert!(said.contains(what) && said.contains("sda.qcow2"), "{said}");
         }
     };
-    let unknown = "it cannot be known which clusters are claimed twice";
+    let unknown = "clusters in use twice cannot be found";
     refused(&|m| m.set(48, 1 << 40), unknown);
     // The snapshot table, the snapshot's L1 table, and an L2 table that is not where it could be.
     refused(&|m| m.set(64, 1 << 40), unknown);

@@ -90,7 +90,7 @@ fn a_dead_mount_is_recognised_and_the_next_takes_its_place() {
     let out = fleecefs(&[&"umount", &at]);
     let told = stderr(&out);
     assert_eq!(out.status.code(), Some(6), "{told}");
-    assert!(told.contains("its server is gone"), "{told}");
+    assert!(told.contains("its server has ended"), "{told}");
     assert!(told.contains(&format!("process {}", std::process::id())), "{told}");
     // Also while somebody has a file of the dead one open.
     let out = fleecefs(&[&"mount", &dir.path(), &at]);

@@ -100,7 +100,7 @@ fn the_guest_is_helped_first_and_a_target_that_hangs_is_left_for_later() {
     let recover = ["recover", "--qmp", s(&caller.qmp)];
     refused(&ends(&caller, &recover), 3, "the guest was still stopped: it runs again");
     assert_eq!(ask("query-status")["status"], "running");
-    refused(&ends(&caller, &recover), 3, "left for later: ");
+    refused(&ends(&caller, &recover), 3, "postponed: ");
     refused(&ends(&caller, &recover), 3, "its file system does not answer within 2 s");
     for words in [&["recover"][..], &["info", "status"], &["cancel"]] {
         let words = [words, &["--target", s(&caller.target)]].concat();

@@ -115,8 +115,12 @@ fn listed_times(dir: &Path) -> Vec<(String, i64)> {
     let listed: serde_json::Value =
         serde_json::from_slice(&ok(&["list", "--json", s(dir)]).stdout).unwrap();
     let points = listed["disks"][0]["points"].as_array().unwrap();
-    let time =
-        |p: &serde_json::Value| (p["name"].as_str().unwrap().into(), p["time"].as_i64().unwrap());
+    let time = |p: &serde_json::Value| {
+        (
+            p["point"].as_str().unwrap().into(),
+            fleecefs::units::parse_when(p["time"].as_str().unwrap()).unwrap(),
+        )
+    };
     points.iter().map(time).collect()
 }
 
@@ -132,7 +136,7 @@ fn states_keep_their_times_after_a_commit_and_a_snapshot_rebase() {
     ok(&["snapshot-rebase", s(&chain.dir)]);
     // A commit that is done already, perhaps by whoever came after a crash.
     let again = ok(&["commit", s(&chain.dir), "--until", name(&chain.files[3])]);
-    assert!(String::from_utf8_lossy(&again.stdout).contains("holds that state already"));
+    assert!(String::from_utf8_lossy(&again.stdout).contains("already has that state"));
     let mut points = listed_times(&chain.dir);
     points.sort_by_key(|p| p.1);
     let times: Vec<i64> = points.iter().map(|p| p.1).collect();

@@ -183,8 +183,11 @@ impl Setup {
             for p in disk["points"].as_array().unwrap() {
                 let text = |v: &Value| v.as_str().unwrap().to_string();
                 assert!(p["served"].as_bool().unwrap(), "{p}");
-                let state = (text(&disk["path"]), p["time"].as_i64().unwrap());
-                all.push(Listed { state, name: text(&p["name"]), level: text(&p["level"]) });
+                let state = (
+                    text(&disk["disk"]),
+                    fleecefs::units::parse_when(p["time"].as_str().unwrap()).unwrap(),
+                );
+                all.push(Listed { state, name: text(&p["point"]), level: text(&p["level"]) });
             }
         }
         all
@@ -305,7 +308,7 @@ impl Setup {
             let said = String::from_utf8_lossy(&out.stderr);
             println!("    {}", said.trim_end());
             // The one thing here that a verb may refuse.
-            assert!(said.contains("lies on an image that would be altered"), "{args:?}: {said}");
+            assert!(said.contains("depends on an image that would be changed"), "{args:?}: {said}");
         }
         out
     }

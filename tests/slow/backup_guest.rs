@@ -179,7 +179,7 @@ fn freezing_what_does_not_freeze() {
     // Frozen by somebody else: reported, left so.
     guest.agent("guest-fsfreeze-freeze");
     let said = caller.with(&["--agent", guest.agent_socket().to_str().unwrap()]).must("inc");
-    assert!(said.contains("frozen already"), "{said}");
+    assert!(said.contains("already frozen"), "{said}");
     assert_eq!(guest.agent("guest-fsfreeze-status"), "frozen");
     guest.agent("guest-fsfreeze-thaw");
     assert_eq!(status(&guest), "running");
@@ -291,7 +291,7 @@ fn a_guest_paused_and_frozen_for_the_whole_backup() {
     // What the guardian has undone is not undone again: this pause is its owner's.
     guest.qmp().execute("stop", serde_json::json!({}));
     let said = Caller { more: vec!["--include".into(), "a".into()], ..caller.clone() }.must("auto");
-    assert!(!said.contains("a FULL, since") && !said.contains("runs again"), "{said}");
+    assert!(!said.contains("taking a FULL:") && !said.contains("runs again"), "{said}");
     assert_eq!(status(&guest), "paused");
     guest.qmp().execute("cont", serde_json::json!({}));
     clean(&guest, dir.path());
@@ -352,7 +352,7 @@ fn the_guardian_frees_a_guest_whose_backup_hangs() {
             std::thread::sleep(std::time::Duration::from_millis(100));
         }
         let said = caller.must("auto");
-        assert!(!said.contains("a FULL, since"), "{step}: {said}");
+        assert!(!said.contains("taking a FULL:"), "{step}: {said}");
         clean(&guest, dir.path());
         println!("hung at {step}: freed by the guardian, then exit 0, INC");
     }
@@ -395,7 +395,7 @@ fn qemu_killed_and_booted_again() {
     guest.boot(&guest.path("root.qcow2"), &disks, &["churn /dev/disk/a 2"], &[]);
     guest.wait_ready();
     let (said, views) = caller.held("auto");
-    assert!(said.contains("a FULL, since"), "{said}");
+    assert!(said.contains("taking a FULL:"), "{said}");
     let mount = Mount::new(&caller.target);
     same(&mount, "a.img", &newest(&caller.target, "a.img"), &views[0].1);
     clean(&guest, dir.path());

@@ -345,7 +345,7 @@ fn a_job_that_begins_and_ends_between_two_looks_fails_all_disks() {
     let begun = DriveBackup.begin(&mut m).unwrap();
     begun.end(&mut m);
     let (code, said) = run.end();
-    assert!(code != Some(0) && said.contains("which disks it touched cannot be told"), "{said}");
+    assert!(code != Some(0) && said.contains("the disks it used are not known"), "{said}");
     assert!(points(&caller, "a.qcow2").is_empty() && points(&caller, "o.qcow2").is_empty());
     afterwards(m, &caller, None, name);
 }
@@ -394,7 +394,7 @@ fn a_bitmap_that_another_program_disables_makes_no_inc() {
         right(&caller, disks[1 - on.2], &[&frozen[1 - on.2]], &said);
         m.scribble();
         let said = caller.must("auto");
-        assert!(said.contains(": a FULL, since bitmap "), "{said}");
+        assert!(said.contains(": taking a FULL: bitmap "), "{said}");
         right(&caller, disks[on.2], &[&m.expect[on.2]], &said);
         afterwards(m, &caller, None, name);
     }

@@ -155,7 +155,7 @@ fn daemon_matrix(level: &str) {
         };
         let (said, after) = m.caller.held("auto");
         let adopted = m.learn(&views, &after);
-        let took = if said.contains("a FULL, since") { "FULL" } else { "INC" };
+        let took = if said.contains("taking a FULL:") { "FULL" } else { "INC" };
         assert!(took == "INC", "{step}: {said}");
         m.note(&step, "kill -9", &format!("{how} exit 0, {took}, {adopted} finished points kept"));
         m.check_clean(&mut d.qmp(), &[d.dir.path()], &step);
@@ -220,7 +220,7 @@ fn killed_at_every_step_of_the_recovery() {
             assert!(whole || out.status.code().is_none(), "{out:?}");
             scribble(&d, 2 * n + 1);
             let (said, after) = m.caller.held("auto");
-            assert!(!said.contains("a FULL, since"), "{step}, {n}: {said}");
+            assert!(!said.contains("taking a FULL:"), "{step}, {n}: {said}");
             let adopted = m.learn(&views, &after);
             m.note(
                 &format!("{step}, then recover's {n}"),
@@ -334,7 +334,7 @@ fn killed_at_every_step_with_a_real_guest() {
         let freed = guest_is_free(&guest, &step);
         let (said, after) = m.caller.held("auto");
         let adopted = m.learn(&views, &after);
-        assert!(!said.contains("a FULL, since"), "{step}: {said}");
+        assert!(!said.contains("taking a FULL:"), "{step}: {said}");
         m.note(
             &step,
             "kill -9",

@@ -309,7 +309,7 @@ fn expected(s: &Setup, n: i64, what: Night, exit: Option<i32>, text: &str) {
     let (code, words): (Option<i32>, &[&str]) = match what {
         Night::Plain | Night::Resized => (Some(0), &[]),
         Night::Unmounted => (Some(3), &["is gone", "mounted", "--init"]),
-        Night::Full => (Some(7), &["0 b are free", "no new point"]),
+        Night::Full => (Some(7), &["0 b are free", "failed"]),
         Night::HungAgent => (Some(0), &["warning: not frozen", "does not answer"]),
         Night::NoAgent => (Some(0), &["warning: not frozen", "none.sock"]),
         Night::Off => (Some(3), &["qmp.sock", "is qemu running"]),
@@ -341,11 +341,11 @@ fn in_the_end(s: &Setup) {
     for (d, name) in DISKS.iter().enumerate() {
         let disks = list["disks"].as_array().unwrap();
         let points = disks.iter().map(|l| l["points"].as_array().unwrap());
-        let of = |p: &&serde_json::Value| p["name"].as_str().unwrap().ends_with(name);
+        let of = |p: &&serde_json::Value| p["point"].as_str().unwrap().ends_with(name);
         let points: Vec<_> = points.flatten().filter(of).collect();
         assert_eq!(points.len(), s.points(d).len(), "{name}: all are listed: {list}");
         for p in points {
-            let image = s.caller.target.join(name).join(p["name"].as_str().unwrap());
+            let image = s.caller.target.join(name).join(p["point"].as_str().unwrap());
             let held = s.held[&(d, time_of(&image))];
             let bytes = restored(s, name, &image);
             assert_eq!(blake3::hash(&bytes), held, "{}", image.display());

@@ -111,7 +111,7 @@ fn a_disk_that_is_larger_than_a_file_can_be() {
     };
     let out = restore(&to);
     assert!(
-        out.status.code() == Some(1) && said(&out).contains("ends files before"),
+        out.status.code() == Some(1) && said(&out).contains("too large for this file system"),
         "{}",
         said(&out)
     );
@@ -152,7 +152,7 @@ fn others_see_finished_points_alone() {
         let list: Value = serde_json::from_str(&list).unwrap();
         let disks = list["disks"].as_array().unwrap().clone();
         let names = |d: &Value| d["points"].as_array().unwrap().len();
-        disks.iter().map(|d| (d["path"].to_string(), names(d))).collect::<Vec<_>>()
+        disks.iter().map(|d| (d["disk"].to_string(), names(d))).collect::<Vec<_>>()
     };
     let fleeces = || {
         let all = images_below(&caller.target);
@@ -433,7 +433,7 @@ fn a_throw_away_overlay_is_told_and_has_the_name_of_its_disk() {
                 assert_eq!(level(&caller, disk), want, "{snapshot}: {said}");
             }
             if snapshot == "on" && want == "FULL" {
-                assert!(said.contains("the disk begins anew at each start of QEMU"), "{said}");
+                assert!(said.contains("the disk is reset at each start of QEMU"), "{said}");
             }
             let folders = std::fs::read_dir(&caller.target).unwrap().flatten();
             assert_eq!(folders.filter(|e| e.path().is_dir()).count(), 3, "two and .fleecefs");
@@ -447,7 +447,7 @@ fn a_throw_away_overlay_is_told_and_has_the_name_of_its_disk() {
             .output()
             .unwrap();
         let info = String::from_utf8_lossy(&info.stdout).into_owned();
-        assert_eq!(info.contains("goes with QEMU (snapshot=on)"), snapshot == "on", "{info}");
+        assert_eq!(info.contains("temporary overlay (snapshot=on)"), snapshot == "on", "{info}");
         clean(&mut bare.qmp(), dir.path());
         let _ = bare.qmp().try_execute("quit", json!({}));
         bare.ended();
@@ -460,14 +460,8 @@ const LESSER: [(&str, Refusing); 7] = [
     ("sync folders", Refusing { folder_sync: Some(libc::EACCES), ..Refusing::NOTHING }),
     ("no locks", Refusing { calls: &[(libc::SYS_flock, libc::ENOLCK)], ..Refusing::NOTHING }),
     ("no locks", Refusing { calls: &[(libc::SYS_flock, libc::EOPNOTSUPP)], ..Refusing::NOTHING }),
-    (
-        "file's times",
-        Refusing { calls: &[(libc::SYS_utimensat, libc::EPERM)], ..Refusing::NOTHING },
-    ),
-    (
-        "file's times",
-        Refusing { calls: &[(libc::SYS_utimensat, libc::ENOSYS)], ..Refusing::NOTHING },
-    ),
+    ("file times", Refusing { calls: &[(libc::SYS_utimensat, libc::EPERM)], ..Refusing::NOTHING }),
+    ("file times", Refusing { calls: &[(libc::SYS_utimensat, libc::ENOSYS)], ..Refusing::NOTHING }),
     (
         "sync folders",
         Refusing {

@@ -72,7 +72,7 @@ pub fn survey(answers: &Answers) -> Survey {
     }
     paths::refuse_several(answers, &mut seen);
     if seen.count() == DISKS {
-        let reason = format!("more than {DISKS} disks: the others are not looked at");
+        let reason = format!("more than {DISKS} disks: the others are skipped");
         seen.blocked.push(Skipped { disk: "(others)".into(), reason });
     }
     seen
@@ -95,10 +95,10 @@ fn fits(mut d: GuestDisk, room: &mut usize) -> Result<GuestDisk, SkipReason> {
     if names.into_iter().chain(&d.path.nodes).any(|n| n.len() > LONGEST_NAME)
         || i.file.len() > LONGEST_FILE
     {
-        return Err(SkipReason::Blocked("QEMU gives it a name that is too long"));
+        return Err(SkipReason::Blocked("its name in QEMU is too long"));
     }
     if d.size >= TOO_LARGE {
-        return Err(SkipReason::Blocked("QEMU says that it is larger than any disk can be"));
+        return Err(SkipReason::Blocked("QEMU reports an impossibly large size"));
     }
     let bitmap = |b: &Bitmap| b.name.as_ref().map_or(0, String::len).saturating_add(100);
     let bitmaps = d.bitmaps.iter().map(bitmap).fold(0, usize::saturating_add);
@@ -189,8 +189,8 @@ fn from_export(answers: &Answers, top: &Node) -> Result<GuestDisk, SkipReason> {
     let child = answers.graph.child(&top.node_name, "file").and_then(|c| answers.node(c));
     let (true, Some(child)) = (top.drv == "raw", child) else {
         return Err(SkipReason::Blocked(
-            "exported without a raw node above it: nothing can be put in between \
-                    (export a node made by blockdev-add driver=raw file=DISK discard=unmap)",
+            "exported without a raw node above it: no filter can be inserted (export a node made \
+             by blockdev-add driver=raw file=DISK discard=unmap)",
         ));
     };
     if child.image.virtual_size != top.image.virtual_size {
@@ -224,14 +224,13 @@ fn in_use(answers: &Answers, path: &graph::Path) -> Result<Option<String>, SkipR
         if driver == "copy-before-write" {
             if names::parse_object(node).is_some() {
                 return Err(SkipReason::Blocked(
-                    "a backup by fleecefs runs, or was killed: then the next one tidies up \
-                     (fleecefs recover does it now)",
+                    "a backup by fleecefs is running, or was killed: the next backup cleans up, \
+                     or fleecefs recover now",
                 ));
             }
             return Ok(Some(
-                "another program's copy-before-write filter is above it: a backup by another \
-                 program runs or has died (fleecefs recover --foreign removes what qmpbackup \
-                 left)"
+                "another program's copy-before-write filter is above it: its backup is running or \
+                 was killed (fleecefs recover --foreign removes what qmpbackup left)"
                     .to_string(),
             ));
         }
@@ -243,8 +242,7 @@ fn in_use(answers: &Answers, path: &graph::Path) -> Result<Option<String>, SkipR
         }
         if graph::is_refused(driver) {
             return Err(SkipReason::Named(format!(
-                "{} above it is of driver {driver}: what a backup would read there is not what \
-                 the guest has",
+                "{} above it uses driver {driver}: a backup would not read what the guest has",
                 state.node(node)
             )));
         }

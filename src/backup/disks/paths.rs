@@ -45,9 +45,8 @@ pub(super) fn refuse_several(answers: &Answers, seen: &mut Survey) {
     }
 }
 
-const ONE_POINT: &str = "writes by one of them pass the filter in the other, so that it cannot be \
-                         frozen at one point; take all but one away for the time of the backup \
-                         (device_del), or back it up from inside the guest";
+const ONE_POINT: &str = "writes through one path bypass the filter in the other; remove all but \
+                         one for the backup (device_del), or back it up from inside the guest";
 
 /// A number for each disk: the same where they are one. What nobody writes to may be common.
 fn group(files: &NodeFiles<'_>, disks: &[GuestDisk]) -> Vec<usize> {
@@ -180,5 +179,5 @@ fn writer(answers: &Answers, p: &GraphNode, node: &str) -> String {
         ("block-backend", _) => format!("device {}", short(device_tail(&p.name))),
         _ => answers.state().node(&p.name),
     };
-    format!("{who} may write to node {}: that would pass the backup's filter by", short(node))
+    format!("{who} may write to node {}: such writes would bypass the backup's filter", short(node))
 }

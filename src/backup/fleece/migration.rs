@@ -95,15 +95,19 @@ pub(crate) fn has_left(client: &mut Client) -> Result<bool> {
 
 /// What to do with a QEMU that has something of ours in memory while another has the disks. (Ended in
 /// order it writes the tables of its qcow2 images: seen where they are shared and not locked.)
-pub(crate) const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: \
-                        what it has in memory of the disks must not be written any more";
+pub(crate) const KILL: &str = "when the guest runs elsewhere, end this QEMU with SIGKILL, not \
+                               with quit: it must not write its caches to the disks any more";
 
 /// The error where something of ours cannot be undone yet.
 pub(crate) fn leaving() -> Error {
-    Error::new(Kind::Busy, "the guest is being migrated: what is left in this QEMU stays for now")
-        .remedy(format!(
-            "where it stays here, run fleecefs recover when it runs again; else {KILL}"
-        ))
+    Error::new(
+        Kind::Busy,
+        "the guest is being migrated: nothing is cleaned up in this QEMU for \
+                            now",
+    )
+    .remedy(format!(
+        "if the migration fails, run fleecefs recover when the guest runs again; else {KILL}"
+    ))
 }
 
 /// Fails if the guest has not arrived yet: nothing may be written to its disks from here.
@@ -167,8 +171,8 @@ fn check_state(state: &str) -> Result<()> {
     match state {
         s if SAFE.contains(&s) => Ok(()),
         "inmigrate" => busy(
-            "this QEMU waits for a migration to arrive: the disks are still another QEMU's",
-            "back the guest up there, or here when it has arrived",
+            "this QEMU waits for an incoming migration: its disks are still in use by another QEMU",
+            "back up there, or here when the migration is complete",
         ),
         "postmigrate" => busy(
             "the guest has migrated to another QEMU, which has the disks now",
@@ -177,7 +181,7 @@ fn check_state(state: &str) -> Result<()> {
         "finish-migrate" | "colo" => migrates(state),
         other => busy(
             &format!(
-                "the guest is in the state {:?}, in which its disks may change hands",
+                "the guest is in state {:?}: another QEMU may take over its disks",
                 short(other)
             ),
             "back it up when it runs or is paused",
@@ -186,10 +190,9 @@ fn check_state(state: &str) -> Result<()> {
 }
 
 fn migrates(state: &str) -> Result<()> {
-    let what =
-        format!("the guest is being migrated ({}): no backup can run beside that", short(state));
+    let what = format!("the guest is being migrated ({}): no backup is possible", short(state));
     Err(Error::new(Kind::Busy, what)
-        .remedy("back it up when the migration has ended, where it runs then"))
+        .remedy("back up when the migration has ended, where the guest runs then"))
 }
 
 /// What `query-migrate` says.
@@ -314,7 +317,7 @@ fn set_events(client: &mut Client, on: bool) -> Result<bool> {
 /// Adds a node that keeps the guest from being migrated; why not, if none could be added.
 fn block(client: &mut Client, run: &str) -> Result<Option<String>> {
     if !client.takes_descriptors() {
-        return Ok(Some("it takes no file descriptors over this connection".into()));
+        return Ok(Some("it accepts no file descriptors on this connection".into()));
     }
     let node = object(run, Role::Blocker, 0);
     let mut why = None;

@@ -84,8 +84,8 @@ impl Fleece {
                 Err(e) => format!(": {e}"),
             };
             watch.say(&format!(
-                "{}: its fleece image goes to the target (--fleece-dir names another place), since \
-                 there can be no file without a name in {}{why}",
+                "{}: fleece image in the target (--fleece-dir names another folder): no unnamed \
+                 file possible in {}{why}",
                 plan.disk.label(),
                 path_text(&dir)
             ));
@@ -357,7 +357,7 @@ pub fn target_options(copy: &CopyOptions) -> Value {
 pub fn close_image(client: &mut Client, node: &str) -> Result<()> {
     let graph = graph::ask(client)?;
     let Some(file) = graph.child(node, "file") else {
-        return Err(Error::new(Kind::Peer, format!("QEMU does not say what is below {node}")));
+        return Err(Error::new(Kind::Peer, format!("QEMU does not report what is below {node}")));
     };
     let read_only = json!({"driver": "qcow2", "node-name": node, "file": file, "read-only": true,
         "discard": "unmap", "cache": {"no-flush": true}});

@@ -33,7 +33,7 @@ enum Holder<'a> {
 /// QEMU does not say.
 pub(crate) fn below(graph: &Graph, filter: &str) -> Result<String> {
     graph.child(filter, "file").map(str::to_string).ok_or_else(|| {
-        Error::new(Kind::Peer, format!("QEMU does not say what is below {filter}"))
+        Error::new(Kind::Peer, format!("QEMU does not report what is below {filter}"))
             .remedy("set the device's drive property back by hand (qom-set) and delete the filter")
     })
 }
@@ -53,7 +53,7 @@ pub(crate) fn free(
     let last = free_once(client, answers, filter, own, job)?;
     let Some(e) = last else { return Ok(()) };
     // Somebody may have come in between, such as a new overlay: it is seen now.
-    log::info!("{}: looking again", e.report());
+    log::info!("{}: checking again", e.report());
     let answers = Answers::ask(client)?;
     free_once(client, &answers, filter, own, job)?.map_or(Ok(()), Err)
 }
@@ -72,11 +72,8 @@ fn free_once(
     let holders: Vec<_> = parents.iter().map(|(p, role)| holder(answers, p, role, own)).collect();
     for h in &holders {
         if let Holder::Other(who) = h {
-            let what = format!(
-                "{} cannot be taken out yet: {}",
-                filter,
-                name_export(client, filter, who)?
-            );
+            let what =
+                format!("{} cannot be removed yet: {}", filter, name_export(client, filter, who)?);
             let remedy = "when that has ended, the next backup or fleecefs recover does it";
             return Ok(Some(Error::new(Kind::Busy, what).remedy(remedy)));
         }

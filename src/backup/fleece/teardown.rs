@@ -235,7 +235,7 @@ fn end_copying(
             refused => refused,
         };
         if let Err(r) = done {
-            log::warn!("{fleece} goes on taking what the guest overwrites: {}", short(&r.desc));
+            log::warn!("{fleece} still receives what the guest overwrites: {}", short(&r.desc));
             client.call("blockdev-del", json!({"node-name": dummy}))?.ok();
         }
     }

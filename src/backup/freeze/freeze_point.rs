@@ -18,6 +18,7 @@ use crate::failpoint::step;
 use crate::manifest::{Achieved, Consistency, OFFLINE};
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
+use crate::units::counted;
 
 /// A filter to insert.
 #[derive(Debug, Clone)]
@@ -106,7 +107,7 @@ pub(crate) fn take(
         withdraw(context, watchdog.as_mut(), Record::Continue, Message::Continue)?;
     }
     judge(context, running, whole, &mut consistency);
-    log::debug!("the moment took {:?}", began.elapsed());
+    log::debug!("freeze point: {:?}", began.elapsed());
     let held = match watchdog {
         Some(watchdog) if whole => Some(HeldGuest { watchdog, agent }),
         Some(watchdog) => {
@@ -164,7 +165,10 @@ fn stop_guest(
         return Ok(true);
     }
     withdraw(context, watchdog, Record::Continue, Message::Continue)?;
-    context.watch.warn("the guest was paused by somebody else just before the moment: it stays so");
+    context.watch.warn(
+        "the guest was paused by somebody else just before the freeze point: it \
+                      stays paused",
+    );
     Ok(false)
 }
 
@@ -375,9 +379,7 @@ fn freeze_guest(
         Ok((false, all, a)) => (all, a),
         Ok((true, ..)) => {
             consistency.reason =
-                "the file systems were frozen already, by somebody else, and were \
-                                  left so"
-                    .into();
+                "the file systems were already frozen by somebody else, and stay frozen".into();
             context.watch.warn(&consistency.reason);
             return Ok(None);
         }
@@ -399,7 +401,7 @@ fn freeze_guest(
             step("frozen");
             consistency.frozen = listed;
             consistency.achieved = Achieved::FileSystem;
-            context.watch.say(&format!("froze {n} file systems"));
+            context.watch.say(&format!("froze {}", counted(n, "file system")));
         }
         Err(e) => {
             consistency.reason = format!("freezing failed: {}", e.report());
@@ -436,14 +438,16 @@ fn thaw_guest(
             if n == 0 && consistency.achieved == Achieved::FileSystem {
                 consistency.achieved = Achieved::Crash;
                 consistency.reason =
-                    "the guest had thawed by itself before the moment was over".into();
+                    "the guest thawed by itself before the freeze point was complete".into();
                 context.watch.warn(&consistency.reason);
             }
             withdraw(context, watchdog, Record::Thaw, Message::Thaw)?;
             Ok(true)
         }
         Err(e) => {
-            context.watch.warn(&format!("thawing failed: {}; the guardian tries on", e.report()));
+            context
+                .watch
+                .warn(&format!("thawing failed: {}; the watchdog keeps trying", e.report()));
             Ok(false)
         }
     }
@@ -459,13 +463,13 @@ fn judge(context: &FreezeContext<'_>, running: bool, whole: bool, c: &mut Consis
         return;
     }
     if !c.one_moment {
-        c.reason = "one moment per disk".into();
+        c.reason = "one freeze point per disk".into();
     }
     if c.achieved == Achieved::Crash && c.reason.is_empty() {
         c.reason = if context.client.has_guest() {
             "the guest's file systems were not frozen (--quiesce)".into()
         } else {
-            "qemu-storage-daemon knows nothing of a guest".into()
+            "qemu-storage-daemon has no guest".into()
         };
     }
 }

@@ -89,7 +89,7 @@ impl Watchdog {
     /// # Errors
     /// It cannot be started: the guest must not be touched then.
     pub(crate) fn start(config: &WatchdogConfig) -> Result<Self> {
-        let failed = |e| Error::io(e, "cannot start the guardian process");
+        let failed = |e| Error::io(e, "cannot start the watchdog process");
         // This very program, also where an upgrade has replaced its file since it was started.
         let mut command = Command::new("/proc/self/exe");
         failpoint::keep_from(&mut command);
@@ -110,7 +110,7 @@ impl Watchdog {
             BufReader::new(out).read_line(&mut ready).map_err(failed)?;
         }
         if ready.trim() != "ready" {
-            return Err(Error::new(Kind::Io, "the guardian process did not start"));
+            return Err(Error::new(Kind::Io, "the watchdog process did not start"));
         }
         Ok(Watchdog { child, pipe })
     }
@@ -121,10 +121,10 @@ impl Watchdog {
     /// The guardian is gone: nothing may be done to the guest then.
     pub(crate) fn tell(&mut self, message: Message) -> Result<()> {
         let Some(p) = &mut self.pipe else {
-            return Err(Error::new(Kind::Io, "the guardian process was dismissed"));
+            return Err(Error::new(Kind::Io, "the watchdog process was told to end"));
         };
         writeln!(p, "{}", message.text())
-            .map_err(|e| Error::io(e, "the guardian process has ended"))
+            .map_err(|e| Error::io(e, "the watchdog process has ended"))
     }
 
     /// Leaves it to do what is still to be done, as if we had died.
@@ -214,7 +214,10 @@ pub(crate) fn serve() -> Result<()> {
         Verdict::Done => Ok(()),
         Verdict::ParentDied(guest) => release_guest(&config, guest),
         Verdict::Late(guest) => {
-            log::error!("the guest was held for {} ms: ending the backup", config.deadline_ms);
+            log::error!(
+                "the guest was stopped or frozen for {} ms: ending the backup",
+                config.deadline_ms
+            );
             kill_parent(&parent);
             release_guest(&config, guest)
         }
@@ -308,7 +311,7 @@ fn release_guest(config: &WatchdogConfig, guest: GuestState) -> Result<()> {
 /// The guest is helped whether or not that can be written down.
 fn note(config: &WatchdogConfig, record: Record) {
     if let Err(e) = journal::note(&config.journal, &config.run, &record) {
-        log::warn!("guardian: {}", e.report());
+        log::warn!("watchdog: {}", e.report());
     }
 }
 
@@ -344,7 +347,7 @@ fn retry(
             return Err(e);
         }
         tries = tries.saturating_add(1);
-        log::warn!("guardian: {}; trying again", e.report());
+        log::warn!("watchdog: {}; trying again", e.report());
         if tries == patience.loud {
             close_stderr();
         }
@@ -357,7 +360,7 @@ fn retry(
 }
 
 fn close_stderr() {
-    log::warn!("guardian: trying on in silence");
+    log::warn!("watchdog: still retrying; further errors are not shown");
     let null = crate::folder::system::device(std::path::Path::new("/dev/null"));
     let Ok(null) = null else { return };
     for fd in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
@@ -382,7 +385,7 @@ pub(crate) fn continue_guest(qmp: &Address) -> Result<()> {
 pub(crate) fn continue_if_paused(client: &mut Client) -> Result<bool> {
     let status = client.execute("query-status", json!({}))?;
     let Some(state) = status.get("status").and_then(Value::as_str) else {
-        return Err(Error::new(Kind::Peer, "QEMU does not say whether the guest runs"));
+        return Err(Error::new(Kind::Peer, "QEMU does not report whether the guest runs"));
     };
     let paused = state == "paused";
     if paused {

@@ -58,7 +58,7 @@ impl Expected<'_> {
         let fresh = |n: &&str| !self.path.unused.iter().any(|u| u == n);
         let top = self.path.nodes.first()?;
         let node = super::unused_above(state.graph, top).into_iter().find(fresh)?;
-        Some(format!("{} was put above {} meanwhile", state.node(node), self.label))
+        Some(format!("{} was inserted above {} during the backup", state.node(node), self.label))
     }
 
     /// Backups of other programs that copy before a write below our filter, by their own nodes:
@@ -103,12 +103,12 @@ impl Expected<'_> {
         }
         match passed.iter().find(|n| !nodes.contains(n)) {
             Some(other) => Some(self.between(state, other)),
-            None => Some(format!("the nodes below {} are no longer those of before", self.label)),
+            None => Some(format!("the nodes below {} have changed", self.label)),
         }
     }
 
     fn between(&self, state: GraphState<'_>, node: &str) -> String {
-        format!("{} stands between {} and its disk", state.node(node), self.label)
+        format!("{} is between {} and its disk", state.node(node), self.label)
     }
 
     /// Whether what the job reads is our filter's frozen view, and nothing else.
@@ -185,7 +185,7 @@ mod tests {
     fn before_and_after_the_filter_the_path_is_what_it_was() {
         let before = [("b:v0", "root", "t"), ("t", "file", "a")];
         assert_eq!(differs(&before, &[], Stage::Before), None);
-        assert!(differs(&before, &[], Stage::Plugged).unwrap().contains("node t stands between"));
+        assert!(differs(&before, &[], Stage::Plugged).unwrap().contains("node t is between"));
         let c = own(Role::Filter);
         let plugged = [("b:v0", "root", c.as_str()), (&c, "file", "t"), ("t", "file", "a")];
         assert_eq!(differs(&plugged, &[], Stage::Plugged), None);
@@ -201,7 +201,7 @@ mod tests {
         let disk = [("b:v0", "root", "t"), ("t", "file", "a")];
         let with = |node| [disk.as_slice(), &[(node, "file", "t")]].concat();
         let said = differs(&with("n"), &[], Stage::Before).unwrap();
-        assert_eq!(said, "node n was put above v0 meanwhile");
+        assert_eq!(said, "node n was inserted above v0 during the backup");
         // One that planning saw, and ours.
         assert_eq!(differs(&with("u"), &[], Stage::Before), None);
         let c = own(Role::Filter);
@@ -225,7 +225,7 @@ mod tests {
             ("j:move", "source", "t"),
         ];
         let said = differs(&edges, &jobs, Stage::Before).unwrap();
-        assert_eq!(said, "node #block1 of job move (mirror) stands between v0 and its disk");
+        assert_eq!(said, "node #block1 of job move (mirror) is between v0 and its disk");
         let aside = [("b:v0", "root", "t"), ("t", "file", "a"), ("j:move", "target", "a")];
         let said = differs(&aside, &jobs, Stage::Before).unwrap();
         assert_eq!(said, "job move (mirror) works on v0");
@@ -254,7 +254,7 @@ mod tests {
             ("j:other", "main node", "o"),
         ];
         let said = differs(&[ours.as_slice(), &above].concat(), &jobs, Stage::Copying).unwrap();
-        assert_eq!(said, "node o of job other (backup) stands between v0 and its disk");
+        assert_eq!(said, "node o of job other (backup) is between v0 and its disk");
         // The view was moved along.
         let moved = [
             (s, "file", "o"),

@@ -101,7 +101,10 @@ impl JobTrace {
         let harmless = self.ran && !self.in_graph;
         (!harmless).then(|| {
             let job = short(job);
-            format!("job {job} of another program has begun and ended: which disks it touched cannot be told")
+            format!(
+                "job {job} of another program has begun and ended: the disks it used are not \
+                     known"
+            )
         })
     }
 }

@@ -129,7 +129,7 @@ pub(crate) fn backup_offline(
     let ended = daemon.end();
     if let Err(e) = &ended {
         watch.warn(&format!(
-            "the images were not closed in order, so that the next backup may be a FULL: {}",
+            "the images were not closed cleanly, the next backup may be a FULL: {}",
             e.report()
         ));
     }
@@ -161,7 +161,7 @@ impl DaemonPaths<'_> {
         let mut rights = Rights::default();
         let failed = |path: &Path| {
             let path = path.to_path_buf();
-            move |e| Error::io(e, "cannot look at it").at_path(path)
+            move |e| Error::io(e, "cannot check it").at_path(path)
         };
         rights.own(self.own).map_err(failed(self.own))?;
         // QEMU tries there which kind of locks the system has.

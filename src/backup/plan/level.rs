@@ -77,9 +77,8 @@ fn no_bitmap(options: &Options, disk: &GuestDisk) -> Option<String> {
         "qcow2" => "a qcow2 image of version 2",
         _ => "a raw image",
     };
-    no_bitmap.then(|| {
-        format!("{what} keeps no bitmap while its VM is off, so that nothing says what has changed")
-    })
+    no_bitmap
+        .then(|| format!("{what} keeps no bitmap while its VM is off: what changed is not known"))
 }
 
 fn is_due(every: FullEvery, base: &[Manifest], now: i64) -> bool {
@@ -192,10 +191,13 @@ fn usable_base(
         let lost = history.lost_after(point).filter(|_| !diff && disk.bitmap(&info.name).is_none());
         match lost {
             Some(lost) => {
-                format!("{lost} is gone (its manifest is there): the bitmap went on from it; {why}")
+                format!(
+                    "{lost} is missing (it has a manifest): the bitmap records since then; \
+                         {why}"
+                )
             }
             None if disk.throwaway => {
-                format!("with snapshot=on the disk begins anew at each start of QEMU: {why}")
+                format!("with snapshot=on the disk is reset at each start of QEMU: {why}")
             }
             None => why,
         }
@@ -219,7 +221,7 @@ fn check_same_disk(point: &Manifest, disk: &GuestDisk) -> Result<(), String> {
     }
     let mark = point.bitmap.as_ref().and_then(|b| watermark::of(b, disk));
     if disk.size != point.virtual_size && !disk.regrows_zeros && mark.is_none() {
-        return Err("the disk grew, and what it held while it was resized is not known".into());
+        return Err("the disk grew, and its content during the resize is not known".into());
     }
     Ok(())
 }

@@ -55,7 +55,7 @@ pub(crate) fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     separate_images(&mut plan.disks);
     if plan.disks.is_empty() && plan.refused.is_empty() {
         return Err(Error::new(Kind::NotFound, "there is no disk to back up")
-            .remedy("fleecefs info blockdev says why each is left out"));
+            .remedy("fleecefs info blockdev shows why each is skipped"));
     }
     Ok(plan)
 }
@@ -140,7 +140,7 @@ fn choose(options: &Options, seen: &Survey, plan: &mut Plan) -> Vec<GuestDisk> {
         } else if d.encrypted && !options.allow_plaintext {
             let e =
                 Error::new(Kind::Encrypted, "the disk is encrypted and the backup would not be")
-                    .remedy("--allow-plaintext writes it in plain text, --exclude leaves it out");
+                    .remedy("--allow-plaintext writes it in plain text, --exclude skips it");
             plan.refused.push((d.label().into(), e));
         } else {
             wanted.push(d.clone());
@@ -175,7 +175,7 @@ fn plan_disk(
         disk,
     };
     if history.tail.is_empty() {
-        return Err(Error::new(Kind::Usage, "this disk has no name for its images")
+        return Err(Error::new(Kind::Usage, "no name for this disk's images")
             .remedy("give it one with --name DISK=NAME"));
     }
     level::choose(options, inputs, history, &mut plan)?;
@@ -209,10 +209,13 @@ pub(crate) struct Printed {
     /// The disk.
     pub disk: String,
     /// Its file.
+    #[serde(rename = "disk_file")]
     pub file: String,
     /// The level.
+    #[serde(serialize_with = "crate::text::as_lower")]
     pub level: String,
     /// Where the image would be.
+    #[serde(rename = "file")]
     pub image: PathBuf,
     /// The point it would lie on.
     pub parent: Option<String>,

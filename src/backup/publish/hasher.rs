@@ -131,7 +131,10 @@ impl AheadHasher {
         });
         known.or_else(|e| {
             stop()?;
-            log::info!("what was hashed ahead is not used: {}", e.at_path(&self.path).report());
+            log::info!(
+                "hashes computed during the copy are not used: {}",
+                e.at_path(&self.path).report()
+            );
             Ok(KnownSubtrees::default())
         })
     }

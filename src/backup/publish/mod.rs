@@ -168,7 +168,7 @@ impl OpenImage {
     /// What the operating system said.
     pub(crate) fn id(&self) -> Result<FileId> {
         let meta = self.file.metadata();
-        Ok(FileId::of(&meta.map_err(|e| self.failed(e, "cannot look at the image"))?))
+        Ok(FileId::of(&meta.map_err(|e| self.failed(e, "cannot check the image"))?))
     }
 
     /// Its name at the beginning, for messages, and for a QEMU that takes no descriptors.
@@ -212,7 +212,7 @@ impl OpenImage {
         match folder.is_same(name, &self.file) {
             Ok(true) => Ok(()),
             Ok(false) => Err(taken(&path)),
-            Err(e) => Err(Error::io(e, "cannot look at the image").at_path(&path)),
+            Err(e) => Err(Error::io(e, "cannot check the image").at_path(&path)),
         }
     }
 
@@ -229,7 +229,7 @@ impl OpenImage {
 }
 
 fn taken(path: &Path) -> Error {
-    Error::new(Kind::Unsound, "somebody has put another file in the place of the image")
+    Error::new(Kind::Unsound, "the image was replaced by another file")
         .at_path(path)
         .remedy("find out who writes to the backup directory")
 }
@@ -350,7 +350,7 @@ fn jobs() -> usize {
 fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
     let longest = size.saturating_mul(2).saturating_add(MAX_TABLES);
     let len =
-        file.metadata().map_err(|e| Error::io(e, "cannot look at the image").at_path(path))?.len();
+        file.metadata().map_err(|e| Error::io(e, "cannot check the image").at_path(path))?.len();
     if len > longest {
         let what = format!("the image has {len} bytes, far more than a disk of {size} can take");
         return Err(Error::new(Kind::Unsound, what).at_path(path));
@@ -380,19 +380,22 @@ fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
 /// taken for the disk's.
 fn alone(info: &ImageInfo, path: &Path) -> Result<()> {
     let what = match info {
-        _ if info.format != Format::Qcow2 => "the image is not qcow2 any more",
-        _ if info.backing_file.is_some() => "the image names a backing file, as none of ours does",
-        _ if info.data_file.is_some() => "the image names a data file, as none of ours does",
+        _ if info.format != Format::Qcow2 => "the image is no longer qcow2",
+        _ if info.backing_file.is_some() => {
+            "the image names a backing file, which fleecefs never \
+                                             sets"
+        }
+        _ if info.data_file.is_some() => "the image names a data file, which fleecefs never sets",
         _ => return Ok(()),
     };
     let error = Error::new(Kind::Unsound, what).at_path(path).at_offset(0);
-    Err(error.remedy("find out what this QEMU is: it wrote the image's header"))
+    Err(error.remedy("check this QEMU: it wrote the image's header"))
 }
 
 /// Our own check of all tables and refcounts, where there is no qemu-img.
 fn check_alone(path: &Path, file: &File, why: Error) -> Result<()> {
     static WARNED: Once = Once::new();
-    WARNED.call_once(|| log::warn!("images are checked by fleecefs alone: {}", why.report()));
+    WARNED.call_once(|| log::warn!("images are not checked with qemu-img: {}", why.report()));
     let found = structure::check(&OpenFile::new(file, path)?, None);
     let all = found.findings.iter().chain(&found.refcounts);
     match all.into_iter().find(|f| f.severity == Severity::Error) {
@@ -453,7 +456,7 @@ pub(crate) fn link_plain(folder: &Folder, image: &str, level: Level) -> Result<(
         .map_err(|e| {
             Error::io(e, "cannot make the link beside the image").at_path(folder.join(&link))
         })
-        .map_err(|e| e.remedy("the point is good without it; --no-symlink leaves it out"))
+        .map_err(|e| e.remedy("the point is complete without it; --no-symlink makes no link"))
 }
 
 #[cfg(test)]

@@ -47,7 +47,7 @@ impl Report {
             };
         };
         let kind = if good > 0 { Kind::Partial } else { first.kind() };
-        let text = format!("{bad} of {} disks would have no new point", bad.saturating_add(good));
+        let text = format!("backup of {bad} of {} disks would fail", bad.saturating_add(good));
         Err(Error::new(kind, text))
     }
 
@@ -72,14 +72,16 @@ impl Report {
         if let Some((disk, e)) = bad.first() {
             let kind = if good > 0 { Kind::Partial } else { e.kind() };
             let all = bad.len().saturating_add(good);
-            let text = format!("{} of {all} disks have no new point", bad.len());
-            return Err(match told {
-                true => {
-                    let names: Vec<&str> = bad.iter().map(|(d, _)| *d).collect();
-                    Error::new(kind, format!("{text}: {}", names.join(", ")))
-                }
-                false => Error::new(kind, format!("{text}; {disk}: {}", e.report())),
-            });
+            let names: Vec<&str> = bad.iter().map(|(d, _)| *d).collect();
+            let some =
+                if good > 0 { format!(" ({good} of {all} succeeded)") } else { String::new() };
+            let text = format!("backup of {} failed{some}", names.join(", "));
+            let why = match (told, bad.len()) {
+                (true, _) => String::new(),
+                (false, 1) => format!(": {}", e.report()),
+                (false, _) => format!("; {disk}: {}", e.report()),
+            };
+            return Err(Error::new(kind, text + &why));
         }
         match self.first_skipped() {
             Some(s) if strict => {
@@ -87,7 +89,10 @@ impl Report {
             }
             None if strict && quiesce && self.consistency.achieved == Achieved::Crash => {
                 let text = format!("crash-consistent only: {}", self.consistency.reason);
-                Err(Error::new(Kind::Skipped, text).remedy("the points are there and restorable"))
+                Err(Error::new(Kind::Skipped, text).remedy(
+                    "the points were made and can be \
+                                                            restored",
+                ))
             }
             _ => Ok(()),
         }

@@ -119,13 +119,14 @@ pub fn recover(
         client.check_interrupt()?;
         // It may have come by another of QEMU's sockets.
         let _mark = Lock::run(place.state, run)?;
-        watch.say(&format!("an earlier run ({run}) did not end in order: undoing it"));
+        watch.say(&format!("cleaning up after an interrupted backup ({run})"));
         let pending = match journal.run == *run {
             true => journal.clone(),
             false => {
                 // What QEMU says about files is not believed.
                 watch.say(
-                    "its journal is not here: the next backup to the same target sees to its files",
+                    "its journal is not here: the next backup to the same target cleans up its \
+                     files",
                 );
                 Pending { run: run.clone(), ..Default::default() }
             }
@@ -169,13 +170,13 @@ pub fn check_gone(pending: &Pending, vm: &Address, why: Error) -> Result<()> {
     let (what, remedy) = match &pending.qemu {
         Some(process) if peer::runs_on(process, ENDING) => {
             let pid = peer::pid(process).unwrap_or_default();
-            let what = format!("nobody answers at {vm}, but QEMU (process {pid}) still runs");
-            let remedy = "let that socket lead to a QMP monitor of this QEMU again and run fleecefs \
-                          recover; or see to the guest by hand and run it with --forget";
+            let what = format!("no answer at {vm}, but QEMU (process {pid}) still runs");
+            let remedy = "make that socket a QMP monitor of this QEMU again and run fleecefs \
+                          recover; or resume the guest by hand and run it with --forget";
             (what, remedy)
         }
         None if pending.stopped || pending.frozen => {
-            let what = format!("nobody answers at {vm}, and it cannot be told whether QEMU runs");
+            let what = format!("no answer at {vm}, and it is not known whether QEMU runs");
             let remedy =
                 "run fleecefs recover when QEMU answers there; if it has ended, with --forget";
             (what, remedy)
@@ -207,7 +208,7 @@ pub fn recover_offline(
         Err(e) if place.cause == RecoverCause::Forget => watch.warn(&e.to_string()),
         other => {
             other?;
-            watch.say("QEMU is gone: only files are left to settle");
+            watch.say("QEMU has ended: only files are left to clean up");
         }
     }
     let mut left = Vec::new();
@@ -350,7 +351,7 @@ fn conclude(
         drop_traces(client, d)?;
         return Ok(true);
     }
-    watch.warn(&format!("{}: left for later: {}", path_text(&name), e.report()));
+    watch.warn(&format!("{}: postponed: {}", path_text(&name), e.report()));
     Ok(false)
 }
 
@@ -393,8 +394,8 @@ fn release_guest(
         }
         Err(e) => {
             let what = "the guest may still be frozen: its agent did not thaw it";
-            let remedy = "see to the guest and its agent, then run fleecefs recover: with --agent \
-                          if its socket is another now, with --forget if nothing will answer";
+            let remedy = "check the guest and its agent, then run fleecefs recover: with --agent \
+                          if its socket has changed, with --forget to give up";
             return Err(Error::new(e.kind(), what).with_source(e).remedy(remedy));
         }
     }
@@ -498,7 +499,7 @@ pub fn conclude_image(
         // What could not be looked at now may be complete all the same.
         Err(e) if is_no_verdict(e.kind()) => Err(e),
         Err(e) => {
-            watch.warn(&format!("{} is no good: {}", path_text(&image), e.report()));
+            watch.warn(&format!("{} is invalid: {}", path_text(&image), e.report()));
             publish::discard(folder, image)?;
             Ok(ImageOutcome::Removed)
         }
@@ -580,7 +581,7 @@ pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
                 // Of one disk, and perhaps of a newer version: it must not stop the others.
                 watch.warn(&format!(
-                    "{} cannot be settled and stays: {}",
+                    "{} cannot be cleaned up and stays: {}",
                     path_text(&image),
                     e.report()
                 ));
@@ -589,7 +590,7 @@ pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
             Err(e) => return Err(e),
         };
         let done = if outcome == ImageOutcome::Published { "published" } else { "removed" };
-        watch.say(&format!("{}: an unfinished image, {done}", path_text(&folder.join(image))));
+        watch.say(&format!("{}: unfinished image: {done}", path_text(&folder.join(image))));
     }
     Ok(())
 }

@@ -143,23 +143,23 @@ impl Run<'_> {
         }
         for path in folders::unfinished(plan.disks.iter().map(|d| d.dir.as_path())) {
             self.watch.warn(&format!(
-                "{}: a backup of another program that did not finish, or is still running: nothing \
-                 is built on it; remove it if nobody writes to it",
+                "{}: an unfinished backup of another program, or one still running: ignored; \
+                 remove it if nobody writes to it",
                 path_text(&path)
             ));
         }
         for d in &plan.disks {
             if d.disk.throwaway {
                 self.watch.warn(&format!(
-                    "{}: QEMU was started with snapshot=on: what the guest writes is in a temporary \
-                     overlay of {} and gone when QEMU ends; the point has the disk as the guest sees it",
+                    "{}: QEMU runs with snapshot=on: guest writes are in a temporary overlay of \
+                     {} and lost when QEMU ends; the point has the disk as the guest sees it",
                     d.disk.label(),
                     path_text(&d.disk.identity.file)
                 ));
             }
             if let Some(before) = &d.moved_from {
                 let text = format!(
-                    "{}: its file was {} and is {} now; its points go on in {}",
+                    "{}: its file was {} and is {} now; its points stay in {}",
                     d.disk.label(),
                     path_text(before),
                     path_text(&d.disk.identity.file),
@@ -173,17 +173,14 @@ impl Run<'_> {
             }
             let word = names::level_word(d.level);
             match &d.demoted {
-                Some(why) if why == crate::backup::target::history::FIRST => {
-                    self.watch.say(&format!(
-                        "{}: first backup of this disk to this target, taking a FULL",
-                        d.disk.label()
-                    ))
-                }
+                Some(why) if why == crate::backup::target::history::FIRST => self.watch.say(
+                    &format!("{}: first backup to this target, taking a FULL", d.disk.label()),
+                ),
                 // As the user wants it.
                 Some(why) if why == crate::backup::plan::level::DUE => {
-                    self.watch.say(&format!("{}: a FULL, since {why}", d.disk.label()));
+                    self.watch.say(&format!("{}: taking a FULL: {why}", d.disk.label()));
                 }
-                Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
+                Some(why) => self.watch.warn(&format!("{}: taking a FULL: {why}", d.disk.label())),
                 None => self.watch.say(&format!(
                     "{}: {word} -> {}",
                     path_text(&d.disk.label()),

@@ -72,7 +72,7 @@ impl Run<'_> {
         let Some(file) = view.changed(&d.plan.disk.backing) else { return Ok(()) };
         Err(Error::new(
             Kind::Changed,
-            "the backing file was written to, or exchanged, while the disk was backed up",
+            "the backing file was written to or replaced during the backup",
         )
         .at_path(&file.file)
         .remedy("do not write to a backing file while a VM uses it; then take a FULL"))
@@ -207,7 +207,7 @@ impl Run<'_> {
         if let Some(grown) = d.plan.grown() {
             if d.plan.disk.identity.format != "qcow2" {
                 self.watch.say(&format!(
-                    "{}: has grown by {} since the last point: that is copied whole",
+                    "{}: has grown by {} since the last point: all of that is copied",
                     d.plan.disk.label(),
                     human_bytes(grown.end - grown.start)
                 ));
@@ -226,8 +226,8 @@ impl Run<'_> {
         // (A file's end is cut in the middle of a block, which stays data.)
         if d.plan.disk.identity.format != "qcow2" {
             self.watch.say(&format!(
-                "{}: its storage may not tell all that became zero, nor the point whether it was smaller: \
-                 if it was shrunk and grown again since {}, take a FULL",
+                "{}: its storage may not report all zeros: if the disk was shrunk and grown again \
+                 since {}, take a FULL",
                 d.plan.disk.label(),
                 d.plan.parent().map_or("the last point", |m| &m.image)
             ));
@@ -246,7 +246,7 @@ impl Run<'_> {
     /// What the frozen view has as zeros and the chain as something else.
     fn lost_zeros(&mut self, d: &Active, view: &str, work: &str) -> Result<Vec<Range<u64>>> {
         let (Some(server), Some(chain)) = (&self.server, &d.chain) else {
-            return Err(Error::new(Kind::Peer, "there is no NBD server to ask for zeros"));
+            return Err(Error::new(Kind::Peer, "no NBD server to read zeros from"));
         };
         let export = object(&self.run, Role::ViewExport, d.index);
         let node = object(&self.run, Role::Snapshot, d.index);
@@ -428,7 +428,7 @@ impl Run<'_> {
 }
 
 fn no_fleece() -> Error {
-    Error::new(Kind::Io, "there is no place for the fleece image")
+    Error::new(Kind::Io, "there is no folder for the fleece image")
 }
 
 /// A job's error in our words.
@@ -446,7 +446,7 @@ pub(crate) fn job_error(text: &str) -> Error {
             "the frozen view was lost: the fleece image could not take a \
             write of the guest in time",
         )
-        .remedy("look at the space, the speed and the largest file of --fleece-dir");
+        .remedy("check free space, speed and file size limit of --fleece-dir");
     }
     Error::new(Kind::Peer, format!("the backup job failed: {}", short(text)))
 }

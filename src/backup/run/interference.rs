@@ -122,8 +122,10 @@ impl Run<'_> {
             let wanted = d.plan.disk.size;
             if let Some(other) = now.into_iter().find(|s| *s != Some(&wanted)) {
                 let other = other.map_or_else(|| "gone".into(), |s| human_bytes(*s));
-                let what =
-                    format!("it was resized meanwhile: from {} to {other}", human_bytes(wanted));
+                let what = format!(
+                    "it was resized during the backup: from {} to {other}",
+                    human_bytes(wanted)
+                );
                 self.fail(d, Error::new(Kind::Busy, what).remedy("back up again"))?;
             }
         }

@@ -45,8 +45,7 @@ impl Run<'_> {
                 return Err(e);
             }
             drop_scratch(&mut self.client, &scratch)?;
-            let what =
-                "its size cannot be watched: the next INC has to look through all of the disk";
+            let what = "its size cannot be watched: the next INC has to read the whole disk";
             self.watch.warn(&format!("{}: {what}: {}", d.plan.disk.label(), e.report()));
             return bitmap::add(&mut self.client, &b);
         }
@@ -91,7 +90,7 @@ impl Run<'_> {
             let len = human_bytes(range.end - range.start);
             let marked = self.mark(d, &[range])?;
             self.watch.warn(&format!(
-                "{label}: was shrunk and grown again since {parent}: its last {len} are copied whole, \
+                "{label}: was shrunk and grown again since {parent}: its last {len} are copied, \
                  {marked} bytes of them without a dirty bit"
             ));
             return Ok(());
@@ -112,7 +111,7 @@ impl Run<'_> {
     fn tail_differs(&mut self, d: &Active) -> Result<bool> {
         let (Some(server), Some(chain), Some(tail)) = (&self.server, &d.chain, d.plan.tail())
         else {
-            return Err(Error::new(Kind::Peer, "there is no NBD server to read the disk's end by"));
+            return Err(Error::new(Kind::Peer, "no NBD server to read the disk's end from"));
         };
         let export = object(&self.run, Role::ViewExport, d.index);
         let node = object(&self.run, Role::Snapshot, d.index);
@@ -146,7 +145,7 @@ impl Run<'_> {
     /// A scratch node (see `zeros`) of the disk's size whose bitmap has `ranges`.
     fn scratch(&mut self, d: &Active, granularity: u64, ranges: &[Range<u64>]) -> Result<()> {
         let Some(server) = &self.server else {
-            return Err(Error::new(Kind::Peer, "there is no NBD server to mark ranges by"));
+            return Err(Error::new(Kind::Peer, "no NBD server to mark ranges with"));
         };
         let scratch = object(&self.run, Role::Scratch, d.index);
         let node = json!({"driver": "null-co", "node-name": scratch,

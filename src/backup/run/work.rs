@@ -66,7 +66,7 @@ impl Run<'_> {
             && let Err(e) = self.release(g)
         {
             // What is said below undoes this as well, or fails with it.
-            self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
+            self.watch.warn(&format!("cannot resume or thaw the guest: {}", e.report()));
         }
         if let Some(g) = self.migration.take().filter(|_| !self.client.timed_out()) {
             g.end(&mut self.client);
@@ -152,7 +152,7 @@ impl Run<'_> {
         self.check_space(disks)?;
         self.each(disks, Self::prepare)?;
         self.watch_graph(disks)?;
-        self.phase("taking the moment");
+        self.phase("freezing");
         self.freeze(disks)?;
         self.check_migration()?;
         self.check_graph(disks, Stage::Plugged)?;
@@ -221,7 +221,10 @@ impl Run<'_> {
         let Some(m) = manifest::read(&d.plan.dir, OsStr::new(&d.plan.image))? else {
             return Ok(());
         };
-        self.watch.say(&format!("{}: the image was complete: it is a point", d.plan.disk.label()));
+        self.watch.say(&format!(
+            "{}: the image was complete and is kept as a point",
+            d.plan.disk.label()
+        ));
         self.disk_status(d.index, |s| s.state = "done".into());
         d.state = DiskState::Done(Box::new(m));
         Ok(())
@@ -314,7 +317,7 @@ impl Run<'_> {
                 let id = object(&self.run, Role::Job, d.index);
                 let ended = match jobs.iter().find(|j| j.id == id) {
                     Some(j) => self.follow(d, j),
-                    None => Some(Err(Error::new(Kind::Peer, "the backup job has vanished"))),
+                    None => Some(Err(Error::new(Kind::Peer, "the backup job is gone"))),
                 };
                 let Some(ended) = ended else { continue };
                 if let Err(e) = ended.and_then(|job| self.detach(d, &job)) {
@@ -326,7 +329,7 @@ impl Run<'_> {
                 && let Err(e) = self.release(g)
             {
                 // `--pause`, and nothing reads the guest's disks any more. `finish` tries again.
-                self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
+                self.watch.warn(&format!("cannot resume or thaw the guest: {}", e.report()));
             }
             for d in disks.iter_mut().filter(|d| d.synced()) {
                 if let Err(e) = self.close(d) {

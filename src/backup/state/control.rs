@@ -155,7 +155,7 @@ pub(crate) fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Statu
         return Err(e.at_path(wire.peer()));
     };
     serde_json::from_value(answer).map(Some).map_err(|e| {
-        Error::new(Kind::Corrupt, "the running backup answers nonsense").with_source(e)
+        Error::new(Kind::Corrupt, "invalid reply from the running backup").with_source(e)
     })
 }
 

@@ -298,7 +298,7 @@ fn read_in(folder: &Folder, name: &OsStr) -> Result<Option<Pending>> {
     if ![0, rustix::process::geteuid().as_raw()].contains(&meta.uid()) {
         return Err(Error::new(Kind::Permission, "the journal belongs to another user")
             .at_path(&path)
-            .remedy("see what it says and remove it"));
+            .remedy("check its content and remove it"));
     }
     let bytes = folder.read_if_there(name, LARGEST).map_err(failed)?;
     bytes.map(|b| parse(&b).map_err(|e| e.at_path(&path))).transpose()
@@ -313,8 +313,8 @@ fn parse(bytes: &[u8]) -> Result<Pending> {
     let mut disks = p.disks.iter().chain(p.left.iter().map(|l| &l.disk));
     match disks.all(DiskRecord::is_sound) {
         true => Ok(p),
-        false => Err(Error::new(Kind::Corrupt, "the journal names what no run makes")
-            .remedy("see what it says and remove it")),
+        false => Err(Error::new(Kind::Corrupt, "the journal names something that no backup makes")
+            .remedy("check its content and remove it")),
     }
 }
 

@@ -70,7 +70,7 @@ pub(crate) struct Lock {
 /// What is said of a lock that is held: who has it, and what the user can do.
 type Taken = (&'static str, &'static str);
 const BY_VM: Taken = ("a backup or recovery of this VM is running", BY_QMP);
-const BY_SOCKET: Taken = ("a backup of this VM is running by another of its QMP sockets", BY_QMP);
+const BY_SOCKET: Taken = ("a backup of this VM is running through another QMP socket", BY_QMP);
 const BY_QMP: &str = "fleecefs info status shows it, fleecefs cancel ends it";
 const BY_TARGET: Taken = (
     "a backup of a shut-off VM to this backup directory is running",
@@ -207,8 +207,12 @@ pub(crate) fn default_state_dir() -> Result<PathBuf> {
     let base = std::env::var_os("XDG_STATE_HOME").and_then(absolute);
     let home = || Some(std::env::var_os("HOME").and_then(absolute)?.join(".local/state"));
     let base = base.or_else(home).ok_or_else(|| {
-        Error::new(Kind::Usage, "neither XDG_STATE_HOME nor HOME says where state is kept")
-            .remedy(NAME_ONE)
+        Error::new(
+            Kind::Usage,
+            "neither XDG_STATE_HOME nor HOME is set, so the state folder is \
+                                 not known",
+        )
+        .remedy(NAME_ONE)
     })?;
     Ok(base.join("fleecefs"))
 }

@@ -68,12 +68,12 @@ fn kept(target: &Path) -> Result<Option<StoredFileMode>> {
     };
     let own = |uid: u32| [0, rustix::process::geteuid().as_raw()].contains(&uid);
     if !meta.is_file() || !own(meta.uid()) || !side.metadata().is_ok_and(|m| own(m.uid())) {
-        log::warn!("{}: belongs to another user and is not heeded", path_text(&path));
+        log::warn!("{}: belongs to another user: ignored", path_text(&path));
         return Ok(None);
     }
     let bytes = side.read_small(NAME, LARGEST).map_err(failed)?;
     serde_json::from_slice(&bytes).map(Some).map_err(|e| {
-        Error::new(Kind::Corrupt, "not what --mode and --group were")
+        Error::new(Kind::Corrupt, "not a valid record of --mode and --group")
             .with_source(e)
             .at_path(&path)
             .remedy("remove it, and give --mode and --group again")

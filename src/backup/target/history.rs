@@ -35,7 +35,7 @@ impl Entry {
     fn committed(&self) -> Result<&Manifest, String> {
         match (&self.manifest, &self.broken) {
             (Some(m), _) => Ok(m),
-            (None, Some(why)) => Err(format!("the manifest of {} is no good: {why}", self.name)),
+            (None, Some(why)) => Err(format!("the manifest of {} is invalid: {why}", self.name)),
             (None, None) => Err(format!("{} was not made by fleecefs (no manifest)", self.name)),
         }
     }
@@ -230,7 +230,7 @@ impl History {
         let mut chain = vec![at];
         while let Some(parent) = &at.parent {
             let Some(below) = self.entries.iter().find(|e| e.name == *parent) else {
-                return Err(format!("{parent}, on which {} lies, is gone", at.image));
+                return Err(format!("{parent}, the parent of {}, is missing", at.image));
             };
             let m = below.committed()?;
             chain.push(m);

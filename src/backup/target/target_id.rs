@@ -137,7 +137,7 @@ fn digits(text: &str, path: &Path) -> Result<String> {
         let what = "the id of this backup directory is empty";
         return Err(Error::new(Kind::Corrupt, what)
             .at_path(path)
-            .remedy("put the id back, or remove the file: then a FULL begins a new chain"));
+            .remedy("restore the id, or remove the file: then a FULL begins a new chain"));
     }
     let first = text.get(..8).filter(|_| is_uuid(text)).map(str::to_ascii_lowercase);
     let hashed = || blake3::hash(text.as_bytes()).to_hex().chars().take(8).collect();

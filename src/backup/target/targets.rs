@@ -98,12 +98,12 @@ impl Targets {
                 let what = match known.id.as_str() {
                     "" => "the backup directory that was here is gone: it is empty".to_string(),
                     id => format!(
-                        "the backup directory that was here is gone: there is no file 'uuid' with its id \
-                         {id}"
+                        "the backup directory that was here is gone: there is no file 'uuid' with \
+                         its id {id}"
                     ),
                 };
                 Err(Error::new(Kind::NotFound, what).at_path(target).remedy(
-                    "is its file system mounted? To begin a new backup directory here, give --init",
+                    "is its file system mounted? To begin a new backup directory here: --init",
                 ))
             }
             // Where only copies were made, nothing else says that it is one.
@@ -209,7 +209,7 @@ fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<KnownTarget>> {
             .with_source(e)
             .at_path(&path)
             .remedy(
-                "remove it: it is made anew, but a target that is not mounted goes unnoticed once",
+                "remove it: it is made again, but once a target that is not mounted is not noticed",
             )
     })
 }
@@ -256,12 +256,12 @@ fn check_contents(target: &Path) -> Result<()> {
         n => format!(" and {} more", n.saturating_sub(1)),
     };
     let what = format!(
-        "this folder was no backup directory until now, and has other files: {}{more}",
+        "this folder is not a backup directory yet, and has other files: {}{more}",
         path_text(first)
     );
-    Err(Error::new(Kind::Exists, what).at_path(target).remedy(
-        "name another one, or an empty folder. To begin a backup directory here, give --init",
-    ))
+    Err(Error::new(Kind::Exists, what)
+        .at_path(target)
+        .remedy("name another or an empty folder. To begin a backup directory here: --init"))
 }
 
 /// A new backup directory is made, but not what it is to be in: that would rather be a file system
@@ -273,7 +273,7 @@ fn check_parent(target: &Path) -> Result<()> {
     }
     Err(Error::new(Kind::NotFound, "the folder for the backup directory does not exist")
         .at_path(parent)
-        .remedy("make it first, if it is neither mistyped nor a file system that is not mounted"))
+        .remedy("check the path and that its file system is mounted; else make it first"))
 }
 
 #[cfg(test)]
@@ -436,7 +436,7 @@ mod tests {
         begin();
         put("README.txt");
         let said = Targets::read(&state, &vm(), &[]).unwrap().check(&target).unwrap_err().report();
-        assert!(said.contains("README.txt") && said.contains("give --init"), "{said}");
+        assert!(said.contains("README.txt") && said.contains("--init"), "{said}");
     }
 
     #[test]

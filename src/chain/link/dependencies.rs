@@ -21,6 +21,7 @@ use crate::layout::name::Name;
 use crate::manifest::ImageFormat;
 use crate::storage::SourceFile;
 use crate::text::path_text;
+use crate::units::counted;
 
 /// Why a file cannot be used.
 #[derive(Debug, Clone)]
@@ -144,7 +145,7 @@ impl<'a> Dependencies<'a> {
                 None
             }
             Ok(Backing::File(f)) if self.blocked[f].is_none() && on_path.contains(&f) => {
-                let what = "the backing chain forms a loop";
+                let what = "backing chain forms a loop";
                 let error = Error::new(Kind::Corrupt, what).at_path(&self.tree.files[file].path);
                 Some(own(Finding::from_error(&error, &self.tree.root)))
             }
@@ -223,12 +224,16 @@ impl<'a> Dependencies<'a> {
             return Ok(());
         }
         let name = path_text(base_name(below));
-        let what = format!("its backing file {name} is not of format {format}, as it says");
+        let what = format!(
+            "its backing file {name} does not have format {format}, as its header \
+                            says"
+        );
         // Nothing but its own bytes says how the file below is read: this one may be right.
         let remedy = match below.is_unproved() {
             true => DECIDE,
             false => {
-                "correct the format that it gives, with 'qemu-img rebase -u -F FORMAT -b FILE' on a copy"
+                "correct the format in its header with 'qemu-img rebase -u -F FORMAT -b FILE' on \
+                 a copy"
             }
         };
         Err(Error::new(Kind::Corrupt, what).at_path(&entry.path).remedy(remedy))
@@ -249,9 +254,10 @@ impl<'a> Dependencies<'a> {
             }
             _ => {
                 let what = format!("its data file {name:?} is not in the backup directory");
-                Err(Error::new(Kind::Incomplete, what)
-                    .at_path(&entry.path)
-                    .remedy("put it beside the image; a name inside an image is followed inside the backup directory only"))
+                Err(Error::new(Kind::Incomplete, what).at_path(&entry.path).remedy(
+                    "put it beside the image; files named in an image are only used \
+                             inside the backup directory",
+                ))
             }
         }
     }
@@ -303,9 +309,9 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
     if let Name::Backup { level, .. } = entry.name
         && level != manifest.level
     {
-        let what = "its name and its manifest disagree on its level";
+        let what = "its name and its manifest have different levels";
         let error = Error::new(Kind::Corrupt, what).at_path(&entry.path);
-        return Some(error.remedy("give the file back the name it was written with"));
+        return Some(error.remedy("rename the file to the name it was written with"));
     }
     let format = match entry.format() {
         Format::Qcow2 => ImageFormat::Qcow2,
@@ -313,8 +319,8 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
     };
     if format != manifest.format {
         let what = match manifest.format {
-            ImageFormat::Qcow2 => "it is qcow2 by its manifest, but does not begin with its magic",
-            ImageFormat::Raw => "it begins like a qcow2 image, but is a raw one by its manifest",
+            ImageFormat::Qcow2 => "its manifest says qcow2, but it has no qcow2 header",
+            ImageFormat::Raw => "its manifest says raw, but it has a qcow2 header",
         };
         return fail(Kind::Corrupt, what.into());
     }
@@ -355,8 +361,8 @@ fn newest_lost(tree: &Tree, group: &Group) -> Option<Finding> {
 
 /// The finding of [`Disk::newest_lost`].
 pub(in crate::chain) fn lost_finding(image: &Path) -> Finding {
-    let remedy = "restore it from another copy; or remove its manifest, if it is not to be there \
-                  (qmprestore's commit leaves such)";
+    let remedy = "restore it from another copy; or remove its manifest, if the image was removed \
+                  on purpose (qmprestore's commit does that)";
     let finding = Finding::warning(Kind::Incomplete, image, NEWEST_LOST);
     Finding { remedy: Some(remedy.into()), ..finding }
 }
@@ -370,9 +376,8 @@ fn by_names_alone(tree: &Tree, members: &[ChainFile], parents: &[Parent]) -> Opt
         .collect();
     let folder = unsure.first()?.path.parent().unwrap_or(&tree.root);
     let what = format!(
-        "ordered only by the times in their names: {} increment(s); should one be missing between \
-         them, nothing would show it",
-        unsure.len()
+        "{} ordered only by the times in their names: a missing one would not be noticed",
+        counted(unsure.len() as u64, "increment")
     );
     let finding = Finding::warning(Kind::Incomplete, folder, what);
     Some(Finding { severity: Severity::Note, ..finding })
@@ -393,12 +398,12 @@ fn overwritten(tree: &Tree, group: &Group, parents: &[Parent]) -> Vec<(usize, Er
         }
         let full = path_text(base_name(entry));
         let what = format!(
-            "{full} was written after it, by the times of the files: if that is a later full backup \
-             in the place of the first, this increment does not belong to it"
+            "{full} is newer than it, by their modification times: if that is a later full backup \
+             that replaced the first, this increment does not belong to it"
         );
         let remedy = format!(
-            "if only the times are wrong, as after a copy that did not keep them, give {full} an \
-             older one with 'touch -d'"
+            "if only the times are wrong, as after a copy without them, set an older one on \
+             {full} with 'touch -d'"
         );
         found.push((i, Error::new(Kind::Changed, what).remedy(remedy)));
     }
@@ -418,7 +423,7 @@ pub(in crate::chain) fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
     // Of a file that cannot be read the size is not known.
     let resized = size != manifest.virtual_size && entry.info().is_some();
     (grown || resized).then(|| {
-        let what = "changed since it was published: it may hold a later state than its name says";
+        let what = "changed after the backup: it may have a later state than its name says";
         Finding::warning(Kind::Changed, &entry.path, what)
     })
 }
@@ -426,7 +431,7 @@ pub(in crate::chain) fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
 /// A note that a file is of a later state than its name says.
 pub(in crate::chain) fn folded_state(entry: &FileEntry) -> Option<Finding> {
     let state_of = entry.manifest.as_ref()?.state_of.as_ref()?;
-    let what = format!("holds the state of {state_of}, which a commit folded into it");
+    let what = format!("has the state of {state_of}, which a commit merged into it");
     let finding = Finding::warning(Kind::Changed, &entry.path, what);
     Some(Finding { severity: Severity::Note, ..finding })
 }

@@ -30,8 +30,9 @@ pub struct FormatOverride {
 }
 
 /// What makes somebody decide.
-pub(in crate::chain) const DECIDE: &str = "'fleecefs verify --create --format raw DIR --point POINT' if it is \
-                                 the guest's bytes one to one, '--format qcow2' if it is a qcow2 image";
+pub(in crate::chain) const DECIDE: &str = "'fleecefs verify --create --format raw DIR --point \
+                                           POINT' if it is a raw disk, '--format qcow2' if it is \
+                                           a qcow2 image";
 
 impl FileEntry {
     /// What the header says, if the file is read as an image that has one.
@@ -84,14 +85,14 @@ impl FileEntry {
     /// `Unsupported`.
     pub(crate) fn check_followed(&self, to: &FileEntry) -> Result<(), Error> {
         if !self.decision.proved {
-            let what = "it names another file, and nothing but its own bytes says that it is a \
-                        qcow2 image: a guest can write such bytes to a raw disk";
+            let what = "it names another file, and only its content says qcow2: a guest can write \
+                        a qcow2 header to a raw disk";
             return Err(Error::new(Kind::Unsupported, what).at_path(&self.path).remedy(DECIDE));
         }
         if self.probed.owner != to.probed.owner {
             let what = "it names a file that belongs to somebody else";
             return Err(Error::new(Kind::Unsupported, what).at_path(&self.path).remedy(
-                "give both files to one owner, or flatten the image with 'qemu-img convert'",
+                "make both files belong to one owner, or flatten the image with 'qemu-img convert'",
             ));
         }
         Ok(())
@@ -191,8 +192,7 @@ fn by_overlays(tree: &mut Tree, mut proved: Vec<FileId>) {
                 entry.decision.reading = Reading::Raw;
             }
             (Reading::Content, ImageFormat::Raw) | (Reading::Raw, ImageFormat::Qcow2) => {
-                let what =
-                    "the images that have it as backing file disagree whether it is raw or qcow2";
+                let what = "images that have it as backing file name different formats for it";
                 let error = Error::new(Kind::Corrupt, what).at_path(&entry.path).remedy(DECIDE);
                 let finding = Finding::from_error(&error, &entry.path);
                 entry.decision.reading = Reading::Undecided(finding);
@@ -242,8 +242,8 @@ fn by_content(entry: &mut FileEntry) {
     };
     // To read such an image takes a walk over all of its tables.
     if matches!(&entry.probed.content, Content::Image(info) if info.marked_corrupt) {
-        let what = "QEMU marked it as corrupt, and nothing but its own bytes says that it is a \
-                    qcow2 image: a guest can write such bytes to a raw disk";
+        let what = "QEMU marked it as corrupt, and only its content says qcow2: a guest can write \
+                    a qcow2 header to a raw disk";
         entry.decision.reading = refuse(Kind::Unsupported, what.into());
         return;
     }
@@ -252,28 +252,28 @@ fn by_content(entry: &mut FileEntry) {
     }
     let reading = match &entry.probed.content {
         _ if entry.manifest_problem.is_some() => {
-            let what = "whether it is a raw image, only its manifest can say, and cannot be read";
+            let what = "its manifest cannot be read, and only that says whether it is raw";
             refuse(Kind::Corrupt, what.into())
         }
         Content::Image(info) if info.backing_file.is_none() && info.data_file.is_none() => {
-            let what = "its name says raw, its content is a qcow2 image and is read as one: if a \
-                        guest wrote it to a raw disk, its bytes are meant";
+            let what = "its name says raw, its content is qcow2: read as qcow2; if this is a raw \
+                        disk whose guest wrote a qcow2 header, it is not right";
             let finding = Finding::warning(Kind::Unsupported, &entry.path, what);
             entry.decision.note = Some(Finding { remedy: Some(DECIDE.into()), ..finding });
             return;
         }
         Content::Image(_) => {
-            let what = "its name says raw, its content is a qcow2 image that needs another file: a \
-                        guest can write such bytes to a raw disk";
+            let what = "its name says raw, its content is qcow2 and needs another file: a guest \
+                        can write a qcow2 header to a raw disk";
             refuse(Kind::Unsupported, what.into())
         }
         Content::Bad(finding) => refuse(
             finding.kind,
-            format!("its name says raw, but it begins as no raw disk does: {}", finding.message),
+            format!("its name says raw, but its content does not: {}", finding.message),
         ),
         Content::Foreign(what) => refuse(
             Kind::Unsupported,
-            format!("its name says raw, but it begins as no raw disk does: {what}"),
+            format!("its name says raw, but its content does not: {what}"),
         ),
         Content::Plain => return,
     };

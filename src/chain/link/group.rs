@@ -224,7 +224,7 @@ impl Grouper<'_> {
                 }
                 (None, Some(_)) => {}
                 (None, None) => {
-                    let what = "a link that leads to no file inside the backup directory";
+                    let what = "a link that does not lead to a file inside the backup directory";
                     let error = Error::new(Kind::Incomplete, what)
                         .at_path(self.folder.path.join(&link.name))
                         .remedy(format!("put {} beside it", path_text(&link.disk)));
@@ -239,7 +239,7 @@ impl Grouper<'_> {
     fn unfinished(&mut self, file: FileId) {
         let path = &self.entry(file).path;
         let Some((level, stamp, disk)) = parse_partial(base_name(self.entry(file))) else { return };
-        let what = "a backup that did not finish, or is still running: no point";
+        let what = "unfinished backup (interrupted or still running): not a point";
         let mut finding = Finding::warning(Kind::Incomplete, path, what);
         let members = self.disks.entry(disk).or_default();
         let last = *members.last_unrecorded.get_or_insert_with(|| {
@@ -249,8 +249,7 @@ impl Grouper<'_> {
         });
         if level == Level::Inc && last > stamp {
             finding.message =
-                "a backup that did not finish: if qmpbackup made it, increments after it may lack \
-                 what it was to copy"
+                "unfinished backup: if qmpbackup made it, increments after it may lack its changes"
                     .into();
         } else {
             finding.severity = Severity::Note;

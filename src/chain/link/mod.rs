@@ -158,7 +158,7 @@ impl<'a> Linker<'a> {
             return Ok(base);
         }
         if let Some(finding) = m.unreadable {
-            let what = format!("which file it lies on cannot be known: {}", finding.message);
+            let what = format!("its parent image is not known: {}", finding.message);
             return Err(Error::new(finding.kind, what).remedy(UNREADABLE));
         }
         let lost = if m.level == Level::Diff { &self.missing_fulls } else { &self.missing_bases };
@@ -177,15 +177,16 @@ impl<'a> Linker<'a> {
         if self.members[*found].may_carry(m.level) {
             return Ok(*found);
         }
-        let what = format!("its manifest says that it lies on {parent:?}, which is no base for it");
+        let what = format!("its manifest names {parent:?} as parent, which cannot be its parent");
         Err(Error::new(Kind::Corrupt, what))
     }
 
     fn by_time(&self, me: usize) -> Result<usize, Error> {
         let m = &self.members[me];
         let Some(stamp) = m.stamp else {
-            return Err(incomplete("there is no time in its name and no manifest that orders it")
-                .remedy("restore its manifest from .fleecefs/"));
+            let what = "its name has no time, and it has no manifest: its place in the chain is \
+                        not known";
+            return Err(incomplete(what).remedy("restore its manifest from .fleecefs/"));
         };
         let bases = if m.level == Level::Diff { &self.fulls } else { &self.bases };
         let start = bases.partition_point(|(t, _)| *t < stamp);
@@ -209,11 +210,27 @@ impl<'a> Linker<'a> {
             (_, true) => [before, ties, &self.timeless].concat(),
         };
         match candidates[..] {
-            [] => Err(no_full()),
+            [] => Err(self.no_full(m)),
             // A tie alone is never enough: this one may come before the other.
             [one] if ties.is_empty() => Ok(one),
             _ => self.conclude(m, &candidates, ties),
         }
+    }
+
+    /// Why nothing comes before `m`: its FULL is not there, or the file that its pointer names is, and is
+    /// a later one by its name.
+    fn no_full(&self, m: &ChainFile) -> Error {
+        let named = m.backing.and_then(|p| pointer::split(p).ok()).map(|(_, name)| name);
+        let Some(base) = named.and_then(|name| self.by_name.get(name.as_os_str()).copied()) else {
+            return incomplete("its chain has no FULL")
+                .remedy("restore the FULL of this chain from another copy of the backup");
+        };
+        let base = &self.members[base];
+        let why =
+            if base.stamp >= m.stamp { "is not older by its name" } else { "is no parent for it" };
+        incomplete(format!("its backing file {} {why}", path_text(base.name()))).remedy(
+            "rename both files to the names they were written with, or restore their manifests",
+        )
     }
 
     /// Decides between candidates by the image's own pointer, or by what links them to each other.
@@ -254,8 +271,8 @@ impl<'a> Linker<'a> {
     fn tie(&self, candidates: &[usize]) -> Error {
         let names: Vec<_> = candidates.iter().map(|i| path_text(self.members[*i].name())).collect();
         let what = format!(
-            "it cannot be known which file it lies on ({}): times in names do not order them, and \
-             no manifest does",
+            "its parent image is not known ({}): neither the times in the names nor a manifest \
+             order them",
             names.join(", ")
         );
         incomplete(what).remedy("restore the manifests of these files from .fleecefs/")
@@ -272,7 +289,7 @@ impl<'a> Linker<'a> {
         let own = m.path.parent().unwrap_or(Path::new(""));
         if normalise(own, &folder).as_deref() != Some(own) {
             let what = format!(
-                "its backing pointer {pointer:?} leads to another folder; {} beside it is used",
+                "its backing file name {pointer:?} leads to another folder; {} beside it is used",
                 path_text(base.name())
             );
             out.push(Finding::warning(Kind::Incomplete, m.path, what));
@@ -298,34 +315,29 @@ fn raw_increment(m: &ChainFile) -> Parent {
     let what = match m.manifest.map(|m| m.content) {
         Some(Contents::Full) => return Parent::Root,
         Some(Contents::DirtyOnly) => {
-            "a raw file that holds changed ranges only: which ones, it cannot say"
+            "a raw increment has only changed ranges and does not record which"
         }
         None => {
-            "an increment in a raw file: whether it holds all or only what changed cannot be known"
+            "a raw increment: whether it has the whole disk or only changed ranges is not known"
         }
     };
     Parent::Unknown(
         Error::new(Kind::Unsupported, what)
             .at_path(m.path)
-            .remedy("the FULL before it is good; back the disk up as qcow2"),
+            .remedy("use the FULL before it; back the disk up as qcow2"),
     )
 }
 
-const UNREADABLE: &str = "make its manifest readable or restore it from .fleecefs/ of another copy; \
-                          remove it if it is beyond repair and the names are right";
+const UNREADABLE: &str = "make its manifest readable, or restore it from .fleecefs/ of another \
+                          copy; else remove it if the names are right";
 
 fn incomplete(what: impl Into<String>) -> Error {
     Error::new(Kind::Incomplete, what)
 }
 
-fn no_full() -> Error {
-    incomplete("there is no FULL backup that it lies on")
-        .remedy("restore the FULL of this chain from another copy of the backup")
-}
-
 fn missing(name: &OsStr) -> Error {
     let name = path_text(name);
-    incomplete(format!("it lies on {name}, which is missing"))
+    incomplete(format!("parent image {name} is missing"))
         .remedy(format!("restore {name} from another copy of the backup"))
 }
 
@@ -334,7 +346,7 @@ fn contradiction(pointer: &str, name: &OsStr, base: &ChainFile, exists: bool) ->
         return missing(name);
     }
     let base = path_text(base.name());
-    incomplete(format!("its backing pointer says {pointer:?}, but the backup before it is {base}"))
+    incomplete(format!("its backing file name is {pointer:?}, but its parent is {base}"))
         .remedy(format!("if {base} is right: qemu-img rebase -u -b {base} on a copy"))
 }
 

@@ -59,8 +59,8 @@ fn is_qcow2_disk(tree: &Tree, group: &Group, known: &mut HashMap<FileId, bool>) 
 }
 
 fn unnamed_image(entry: &FileEntry) -> Finding {
-    let what = "nothing but its content says that it is a qcow2 image, and it is read as one: if a \
-                guest wrote it to a raw disk, its bytes are meant";
+    let what = "read as qcow2 by its content alone: if this is a raw disk whose guest wrote a \
+                qcow2 header, it is not right";
     let finding = Finding::warning(Kind::Unsupported, &entry.path, what);
     Finding { remedy: Some(DECIDE.into()), ..finding }
 }
@@ -87,13 +87,11 @@ pub(in crate::chain) fn not_raw_after_all(
             return None;
         }
         if entry.manifest_problem.is_some() {
-            return Some(
-                "whether it is a raw image, only its manifest can say, and cannot be read",
-            );
+            return Some("its manifest cannot be read, and only that says whether it is raw");
         }
         (others_are_qcow2 || config_says_qcow2(tree, entry, &mut configs)).then_some(
-            "it does not begin with qcow2's magic bytes, but other backups of this disk do, or \
-             the disk did when it was backed up",
+            "it has no qcow2 header, but other backups of this disk have, or the disk had when it \
+             was backed up",
         )
     };
     let error = |what| Error::new(Kind::Corrupt, what).at_offset(0).remedy(RESTORE);
@@ -111,8 +109,8 @@ pub(in crate::chain) fn qcow2_on_raw(
     parents: &[Parent],
 ) -> Vec<(usize, Error)> {
     let entry = |i: usize| &tree.files[group.members[i].file];
-    let what = "its name and the backup below say raw, its content is a qcow2 image: a guest can \
-                write such bytes to a raw disk";
+    let what = "its name and its parent say raw, its content is qcow2: a guest can write a qcow2 \
+                header to a raw disk";
     let suspicious = |(i, parents): (usize, &Parent)| match parents {
         Parent::On(below) if entry(i).decision.note.is_some() && entry(*below).is_raw() => Some(i),
         _ => None,

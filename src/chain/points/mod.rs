@@ -272,7 +272,7 @@ fn reason(blocked: &Blocked, name: &str) -> Finding {
         severity: Severity::Error,
         kind: Kind::Incomplete,
         message: format!(
-            "{} needs {file}, which cannot be used: {}",
+            "{} needs {file}, which is not usable: {}",
             path_text(name),
             cause.message
         ),

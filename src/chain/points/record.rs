@@ -80,8 +80,7 @@ pub fn check_formats(disk: &Disk, of: usize) -> Result<()> {
     let chain = &disk.points[of].chain;
     let open = |p: &&Point| p.chain == *chain && p.format_is_open;
     let Some(p) = disk.points.iter().find(open) else { return Ok(()) };
-    let what = "nothing but its own bytes says that it is a qcow2 image: if a guest wrote them to \
-                a raw disk, they are meant as they are";
+    let what = "only its content says qcow2: a guest can write a qcow2 header to a raw disk";
     Err(Error::new(Kind::Unsupported, what).at_path(&p.source).remedy(DECIDE))
 }
 

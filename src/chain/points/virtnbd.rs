@@ -103,7 +103,7 @@ impl StreamFile<'_> {
         let Some(meta) = self.meta() else { return Ok(()) };
         let wrong = |what: String| {
             let error = Error::new(Kind::Corrupt, what).at_path(&self.entry.path);
-            Err(error.remedy("give the file back the name it was written with"))
+            Err(error.remedy("rename the file to the name it was written with"))
         };
         if meta.disk != self.name.disk {
             return wrong(format!("the stream is of disk {}", meta.disk));
@@ -173,8 +173,9 @@ fn meta_of<'a>(
     let was_stream = !described.is_empty() || beside.iter().any(|(_, n)| *n == sum);
     let may_be_raw = name.level == Level::Copy && !was_stream;
     if !may_be_raw || len == 0 || !len.is_multiple_of(512) {
-        let error = Error::new(Kind::Corrupt, "this is neither a stream nor a whole raw disk")
-            .remedy("restore this file from another copy of the backup");
+        let error =
+            Error::new(Kind::Corrupt, "neither a virtnbdbackup stream nor a whole raw disk")
+                .remedy("restore this file from another copy of the backup");
         return Err(Finding::from_error(&error, &entry.path));
     }
     Ok(None)
@@ -227,7 +228,7 @@ fn conclude(
         Some(cause) => Err(Finding {
             kind: Kind::Incomplete,
             message: format!(
-                "{} needs {}, which cannot be used: {}",
+                "{} needs {}, which is not usable: {}",
                 point.name, below.name, cause.message
             ),
             ..cause.clone()

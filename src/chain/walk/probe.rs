@@ -151,10 +151,8 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
     }
     let what = match name::promise(name) {
         _ if file.is_empty() => Some("the file is empty"),
-        Promise::Qcow2 => Some("the file is named qcow2 but does not begin with its magic bytes"),
-        _ if layer::is_damaged_qcow2(&storage)? => Some(
-            "the file does not begin with qcow2's magic bytes, but what follows is a qcow2 header",
-        ),
+        Promise::Qcow2 => Some("the file is named qcow2 but has no qcow2 header"),
+        _ if layer::is_damaged_qcow2(&storage)? => Some("the file's qcow2 magic bytes are damaged"),
         _ => None,
     };
     if let Some(what) = what {

@@ -48,7 +48,7 @@ impl SideFolder {
         };
         let path = folder.join(manifest::FOLDER);
         if matches!(entry.kind, EntryKind::File | EntryKind::Other) {
-            let what = "it is not a folder, so that no manifests can be kept here";
+            let what = "it is not a folder, so no manifests can be stored here";
             findings.push(Finding::warning(Kind::Unsupported, path, what));
             return SideFolder::None;
         }
@@ -88,7 +88,7 @@ impl SideFolder {
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => {
                 let path = side.join(file);
-                let error = Error::io(e, "cannot look for the manifest").at_path(&path);
+                let error = Error::io(e, "cannot find the manifest").at_path(&path);
                 Err(Finding::from_error(&error, &path))
             }
         }
@@ -103,7 +103,11 @@ impl SideFolder {
         let SideFolder::Open(side) = self else { return None };
         let mut entries = Vec::new();
         if let Err(e) = side.list(&mut entries) {
-            let error = Error::io(e, "cannot list the manifests; a gap may go unnoticed");
+            let error = Error::io(
+                e,
+                "cannot list the manifests; a missing image may not be \
+                                      noticed",
+            );
             found.push(Finding::from_error(&error, side.path()));
         }
         entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
@@ -145,7 +149,7 @@ impl Contents<'_> {
             e.kind == EntryKind::File && !known && backup()
         };
         let image = self.entries.iter().find(is_image)?;
-        let what = "a backup in the folder for manifests, where none is looked for: it is no point";
+        let what = "a backup in the folder for manifests: ignored";
         let path = self.dir.join(manifest::FOLDER).join(&image.name);
         let finding = Finding::warning(Kind::Unsupported, path, what);
         let remedy = "move it to a folder with another name";

@@ -113,8 +113,7 @@ impl Tree {
         if normalise(folder, text).is_some_and(|path| inside(&path)) {
             return None;
         }
-        let what = "a symbolic link that leads out of the backup directory: links are not followed, \
-                    and what is behind it is not shown";
+        let what = "a symbolic link that leads out of the backup directory: skipped";
         let finding = Finding::warning(Kind::Unsupported, folder.join(name), what);
         let remedy = "mount the folder there ('mount --bind'), move it here, or name it instead of \
                       this directory";

@@ -187,7 +187,7 @@ impl Walk<'_> {
                 self.note_gap(at, self.meta.virtual_size);
                 return Ok(false);
             }
-            _ => return Err(corrupt(at, "a frame is not what it can be here")),
+            _ => return Err(corrupt(at, "an unexpected frame")),
         }
         Ok(true)
     }

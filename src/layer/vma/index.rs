@@ -172,7 +172,10 @@ impl Index {
             check_slot(device, slot, at)?;
             used[d] += 1;
             if used[d] > device.clusters() {
-                return Err(corrupt(at, format!("a cluster of {} is there twice", device.name)));
+                return Err(corrupt(
+                    at,
+                    format!("a cluster of {} is in the archive twice", device.name),
+                ));
             }
             if stored > 0 && data + u64::from(stored) * BLOCK > end {
                 continue;
@@ -252,7 +255,7 @@ fn check_slot(device: &Device, slot: Slot, at: u64) -> Result<()> {
     let blocks = u64::from(u16::BITS - slot.mask().leading_zeros());
     let last = start + blocks.saturating_sub(1) * BLOCK;
     if start >= device.size || last >= device.size {
-        let what = format!("cluster {} lies past the end of {}", slot.cluster(), device.name);
+        let what = format!("cluster {} is past the end of {}", slot.cluster(), device.name);
         return Err(corrupt(at, what));
     }
     Ok(())
@@ -274,7 +277,10 @@ fn check_unique(device: &Device, runs: &mut [Run]) -> Result<bool> {
     for run in &*runs {
         let cluster = u64::from(run.cluster);
         if cluster < next {
-            return Err(corrupt(0, format!("cluster {cluster} of {} is there twice", device.name)));
+            return Err(corrupt(
+                0,
+                format!("cluster {cluster} of {} is in the archive twice", device.name),
+            ));
         }
         if cluster > next && device.is_state() {
             return Err(cut(0, format!("cluster {next} of {} is missing", device.name)));

@@ -151,13 +151,12 @@ fn cannot_link(e: std::io::Error, path: &Path) -> Error {
     let none = [Errno::PERM, Errno::OPNOTSUPP, Errno::NOSYS].map(|e| e.raw_os_error());
     let apart = e.raw_os_error() == Some(Errno::XDEV.raw_os_error());
     if e.raw_os_error().is_some_and(|n| none.contains(&n)) {
-        let what = "this file system gives a file no second name (hard link), by which points are moved \
-                    without a moment in which they are nowhere";
+        let what = "this file system has no hard links, which are needed to rename points safely";
         return Error::new(Kind::Unsupported, what).with_source(e).at_path(path).remedy(
             "copy the backup directory to a file system that has them (ext4, XFS, btrfs, NFS)",
         );
     }
-    let error = Error::io(e, "cannot give the image a second name").at_path(path);
+    let error = Error::io(e, "cannot make a hard link to the image").at_path(path);
     match apart {
         true => error.remedy("both folders have to be on one file system"),
         false => error,

@@ -61,7 +61,7 @@ impl<'a> Images<'a> {
     pub(crate) fn moved(&self, p: &Point, to: &Images<'_>) -> Result<RenamedImage> {
         let name = p.source.file_name().unwrap_or_default();
         let from = name.to_str().map(str::to_string).unwrap_or_default();
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(&p.source);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(&p.source);
         let id = FileId::of(&self.folder.look(name).map_err(failed)?);
         // One that cannot be served comes along as it is.
         if file_of(p).is_some_and(|seen| seen != id) {

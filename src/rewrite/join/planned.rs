@@ -51,6 +51,7 @@ pub(crate) struct RenamedImage {
     /// The name that it gets.
     pub to: String,
     /// The time of its point, in seconds since the epoch.
+    #[serde(serialize_with = "crate::units::as_time")]
     pub time: i64,
     /// The file; `None` if only the manifest is left.
     #[serde(skip)]

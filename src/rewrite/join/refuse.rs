@@ -30,7 +30,7 @@ pub(crate) fn check_vm(from: &Images<'_>, to: &Images<'_>) -> Result<()> {
         path_text(&to.disk.path),
         who(&b)
     );
-    Err(Error::new(Kind::Usage, what).remedy("--other-vm joins them all the same"))
+    Err(Error::new(Kind::Usage, what).remedy("--other-vm joins them anyway"))
 }
 
 /// Two disks that a run had both of are two, and so, unless the user knows better, are those of
@@ -50,7 +50,7 @@ pub(crate) fn check_device(from: &Images<'_>, to: &Images<'_>, force: bool) -> R
     let (Some(last), Some(next), false) = (from.manifests().next(), own.last(), force) else {
         return Ok(());
     };
-    let remedy = "--force joins them all the same";
+    let remedy = "--force joins them anyway";
     if last.virtual_size != next.virtual_size {
         let [a, b] = [last.virtual_size, next.virtual_size].map(crate::units::human_bytes);
         return Err(differ(&format!("have different sizes ({a}, {b})")).remedy(remedy));
@@ -92,7 +92,7 @@ pub(crate) fn check_times(
     }
     if chains.values().all(|(_, b)| *b < first) {
         let what = format!("the newest point is one of '{old}': that is the disk's new name");
-        return Err(Error::new(Kind::Usage, what).remedy("give both names the other way round"));
+        return Err(Error::new(Kind::Usage, what).remedy("swap the two names"));
     }
     Ok(())
 }

@@ -78,7 +78,7 @@ fn tell_and_go_on(
 ) {
     if aloud {
         let path = path_text(dir.path());
-        log::warn!("{path}: going on with a link-disk that was broken off");
+        log::warn!("{path}: finishing an interrupted link-disk");
     }
     match go_on(catalog, dir, linking, progress) {
         Ok(left) => left
@@ -86,7 +86,7 @@ fn tell_and_go_on(
             .filter(|_| aloud)
             .for_each(|path| log::warn!("{}: not a plain file: not joined", path_text(path))),
         Err(e) if aloud => log::warn!(
-            "{}: a link-disk was broken off here and cannot be finished: {} ({})",
+            "{}: a link-disk was interrupted here and cannot be finished: {} ({})",
             path_text(&linking::journal_path(dir.path())),
             e.report(),
             linking::REMEDY
@@ -132,7 +132,7 @@ fn pair<'a>(catalog: &'a Catalog, dir: &Folder, linking: &Linking) -> Result<(Pa
     let names = disks.chain(own).map(|path| PathBuf::from(to_text(path.as_os_str())));
     let mut pairs = names.flat_map(|name| linking.pairs(&name));
     pairs.find_map(|(old, new)| Some((old, named(catalog, &new)?))).ok_or_else(|| {
-        let what = format!("no disk '{}' from here downward", path_text(&linking.new));
+        let what = format!("no disk '{}' in or below this folder", path_text(&linking.new));
         Error::new(Kind::NotFound, what)
     })
 }
