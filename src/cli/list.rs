@@ -90,7 +90,7 @@ pub(super) fn run(args: ListArgs) -> Result<()> {
             .at_path(&catalog.root)
             .remedy("is its file system mounted?"));
     }
-    match catalog.disks.iter().find_map(Disk::newest_lost) {
+    match catalog.disks.iter().find_map(Disk::newest_missing) {
         Some(file) if args.strict => {
             Err(Error::new(Kind::Incomplete, "the newest backup is gone").at_path(file))
         }

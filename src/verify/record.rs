@@ -40,7 +40,7 @@ impl Recorder {
     }
 
     /// Writes manifests for those points of `disk` that have none, and adds the hash to manifests
-    /// without. Points that are unsound are left out, those that lie on a point without a sound
+    /// without. Points that are unsound are left out, those that depend on a point without a sound
     /// record (what they are depends on it), and those whose file or manifest has changed since it
     /// was looked at. Returns the points that got one.
     ///

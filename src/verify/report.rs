@@ -32,7 +32,7 @@ pub struct PointReport {
     pub level: Level,
     /// Seconds since the epoch.
     pub time: i64,
-    /// How it stands, with all that it lies on.
+    /// How it stands, with all that it depends on.
     pub outcome: Outcome,
     /// Why it is not sound, in a few words.
     #[serde(skip_serializing_if = "Option::is_none")]
