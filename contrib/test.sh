@@ -38,7 +38,7 @@ FAST=(
     backup_disk
     backup_layout
     backup_qemu::qcow2_with_64k_clusters
-    watermark::the_watermark_lies_beside_each_bitmap_and_survives_a_restart
+    watermark::each_bitmap_has_a_watermark_that_survives_a_restart
     beside::a_job_on_one_disk_leaves_the_other_its_point
     migration::qemu_refuses_a_migration_while_a_backup_runs
     offline::the_chain_goes_on_while_the_vm_is_off_and_when_it_runs_again

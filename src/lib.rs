@@ -17,7 +17,7 @@
 //! - [`manifest`]: one per image, the commit of a point; [`journal`]: what is written down before a backup is
 //!   changed, so that whoever comes after a crash can finish it
 //! - [`chain`]: backup directory to disks, chains and points
-//! - [`image`]: layers folded into cached windows, and reads through them
+//! - [`image`]: layers merged into cached windows, and reads through them
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
 //! - [`job`]: what long work needs: workers, a way to stop, progress, a rate limit

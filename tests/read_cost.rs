@@ -50,7 +50,7 @@ static ALLOCATOR: Counting = Counting;
 const PART: usize = 64 << 10;
 const PARTS: usize = 32;
 
-/// Streams of a FULL, which has every second part, and of nine that lie on it, of one part each.
+/// Streams of a FULL, which has every second part, and of nine that depend on it, of one part each.
 fn chain(dir: &Path) {
     std::fs::create_dir(dir.join("vm")).unwrap();
     for number in 0..10 {
@@ -120,7 +120,7 @@ fn a_read_is_one_call_and_allocates_nothing_and_stays_with_its_thread() {
     let handle = newest(&fs);
     let readers = Readers::new(4, Arc::default());
     let here = Arc::new(AtomicUsize::new(0));
-    // The first read opens the streams and folds the window, the next gets the buffer.
+    // The first read opens the streams and merges the window, the next gets the buffer.
     assert_eq!(fs.read(handle, 0, &mut [0; 4096]), Ok(4096));
     read_all(&fs, &readers, handle, &here);
     here.store(0, Ordering::Relaxed);

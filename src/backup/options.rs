@@ -30,7 +30,7 @@ pub struct Options {
     pub exclude: Vec<String>,
     /// Names and folders.
     pub layout: Layout,
-    /// How the frozen moment is taken.
+    /// How the guest is frozen and stopped.
     pub freeze_point: FreezeOptions,
     /// How bytes are copied.
     pub copy: CopyOptions,
@@ -97,7 +97,7 @@ pub struct Layout {
     pub no_symlink: bool,
 }
 
-/// How the frozen moment is taken.
+/// How the guest is frozen and stopped for the freeze point.
 #[derive(Debug, Clone)]
 pub struct FreezeOptions {
     /// Whether the guest is stopped.
@@ -115,9 +115,9 @@ pub struct FreezeOptions {
 /// Whether and how long the guest is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopMode {
-    /// For the frozen moment: tens of milliseconds.
+    /// For the freeze point only: some tens of milliseconds.
     FreezePoint,
-    /// Not at all: one moment per disk.
+    /// Not at all: each disk has a freeze point of its own.
     Never,
     /// For the whole backup.
     WholeBackup,

@@ -91,7 +91,7 @@ pub(super) fn run(args: ListArgs) -> Result<()> {
             .at_path(&catalog.root)
             .remedy("is its file system mounted?"));
     }
-    match catalog.disks.iter().find_map(Disk::newest_lost) {
+    match catalog.disks.iter().find_map(Disk::newest_missing) {
         Some(file) if args.strict => {
             Err(Error::new(Kind::Incomplete, "the newest backup is missing").at_path(file))
         }

@@ -1,5 +1,5 @@
 //! Hooks for tests: a run can be counted step by step, killed or stopped at a step, held, and made to take
-//! the ways that only few meet.
+//! paths that few runs take.
 //!
 //! They are in the program only with the cargo feature `failpoint`, which tests have (by way of the package's
 //! dev-dependency on itself) and users' builds have not; there, nothing is left of them (`off`). With it (`on`)

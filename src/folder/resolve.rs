@@ -21,7 +21,7 @@ const LINKS: usize = 40;
 /// # Errors
 /// What the operating system said; a refusal where a link of somebody else's leads to what isn't his.
 pub fn resolve(path: &Path) -> io::Result<PathBuf> {
-    let real = resolve_any(path)?;
+    let real = resolve_path(path)?;
     look(&real)?;
     Ok(real)
 }
@@ -30,21 +30,21 @@ pub fn resolve(path: &Path) -> io::Result<PathBuf> {
 ///
 /// # Errors
 /// As [`resolve`].
-pub fn resolve_any(path: &Path) -> io::Result<PathBuf> {
+pub fn resolve_path(path: &Path) -> io::Result<PathBuf> {
     let path = std::path::absolute(path)?;
     PathWalk::default().follow(PathBuf::from("/"), &path)
 }
 
 /// What decides where a path leads.
 pub struct ResolvedPath {
-    /// Where it leads, as [`resolve_any`] says.
+    /// Where it leads, as [`resolve_path`] says.
     pub real: io::Result<PathBuf>,
     /// Each name that was looked up for that, in its folder, which has no link on its path. The last one
     /// is missing if the path leads nowhere.
     pub names: Vec<(PathBuf, OsString)>,
 }
 
-/// Resolves `path` as [`resolve_any`] does and says what that depends on.
+/// Resolves `path` as [`resolve_path`] does and says what that depends on.
 pub fn way(path: &Path) -> ResolvedPath {
     let mut walk = PathWalk::default();
     let real = std::path::absolute(path).and_then(|p| walk.follow(PathBuf::from("/"), &p));

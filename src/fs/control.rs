@@ -147,7 +147,7 @@ fn scanned(built: SystemTime) -> String {
     time_text(i64::try_from(since.as_secs()).unwrap_or(0))
 }
 
-/// What belongs to no disk, and what reading turned up. Points that lie on each other find the
+/// What belongs to no disk, and what reading turned up. Points that depend on each other find the
 /// same; it is told once.
 fn all_findings(tree: &Tree, served: &Served) -> Vec<Finding> {
     let mut all: Vec<Finding> = tree.catalog.findings.clone();

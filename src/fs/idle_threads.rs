@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     /// Whether a thread rests, one of so many free ones: only then it looks again who is free.
-    fn rests(rest: &IdleThreads, free: usize) -> bool {
+    fn is_idle(rest: &IdleThreads, free: usize) -> bool {
         let looks = AtomicU32::new(0);
         rest.if_not_needed(|| {
             looks.fetch_add(1, Ordering::SeqCst);
@@ -101,23 +101,23 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_rests_only_after_many_requests_that_did_not_need_it() {
+    fn a_thread_idles_only_after_many_requests_that_did_not_need_it() {
         let rest = IdleThreads::default();
-        assert!((0..IN_A_ROW).all(|_| !rests(&rest, ENOUGH)));
-        assert!((0..IN_A_ROW).all(|_| !rests(&rest, ENOUGH - 1)));
+        assert!((0..IN_A_ROW).all(|_| !is_idle(&rest, ENOUGH)));
+        assert!((0..IN_A_ROW).all(|_| !is_idle(&rest, ENOUGH - 1)));
         // What was too few once has to be enough for as long again.
-        assert!((0..IN_A_ROW).all(|_| !rests(&rest, ENOUGH)));
+        assert!((0..IN_A_ROW).all(|_| !is_idle(&rest, ENOUGH)));
         let begin = Instant::now();
-        assert!(rests(&rest, ENOUGH));
+        assert!(is_idle(&rest, ENOUGH));
         assert!(begin.elapsed() >= LONGEST);
         assert_eq!((rest.resting(), *rest.told()), (0, 0));
     }
 
     #[test]
-    fn whoever_takes_the_last_free_thread_ends_a_rest() {
+    fn taking_the_last_free_thread_wakes_an_idle_one() {
         let rest = IdleThreads::default();
         std::thread::scope(|s| {
-            let idle = s.spawn(|| (0..1000).for_each(|_| while !rests(&rest, ENOUGH) {}));
+            let idle = s.spawn(|| (0..1000).for_each(|_| while !is_idle(&rest, ENOUGH) {}));
             while !idle.is_finished() {
                 rest.end_one();
             }
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_rests_who_was_the_last_free_one() {
+    fn the_last_free_thread_does_not_idle() {
         let rest = IdleThreads::default();
         rest.in_a_row.store(IN_A_ROW, Ordering::SeqCst);
         let begun = AtomicU32::new(0);

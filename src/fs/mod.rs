@@ -1,4 +1,4 @@
-//! The file system behind the mount point, without a word about FUSE.
+//! The file system behind the mount point, without FUSE itself.
 //!
 //! State:
 //! - the current [`Tree`], swapped as a whole by [`FileSystem::install`];
@@ -8,7 +8,7 @@
 //!
 //! A read goes from its handle to the image: it takes no lock, allocates nothing here and never
 //! looks at the tree. So a refresh cannot disturb it, and its file stays the generation that was
-//! opened. `known` is locked for a moment by lookups and forgets, and by nobody for longer.
+//! opened. `known` is locked briefly by lookups and forgets, and by nobody for longer.
 
 pub mod attr;
 pub mod buffer;
@@ -209,7 +209,7 @@ impl FileSystem {
     }
 
     /// Finds `name` in the folder `parent`; the kernel holds the result until [`Self::forget`]. `.` is
-    /// `parent` itself, which need not be a folder, and `..` what it lies in: so a number that the
+    /// `parent` itself, which need not be a folder, and `..` what it is in: so a number that the
     /// kernel has forgotten and somebody else, an NFS client, has not, is found again.
     ///
     /// # Errors

@@ -13,12 +13,12 @@ pub struct PointFile {
     pub image: Arc<Image>,
     /// Bytes that the layers' files take on disk: the estimate of allocated bytes.
     pub estimate: u64,
-    /// The image of the point that this one lies on.
+    /// The image of the point that this one depends on.
     below: Option<Arc<Image>>,
     catalog: Arc<Catalog>,
     disk: usize,
     point: usize,
-    /// Identity of all layers, folded from the bottom up.
+    /// Identity of all layers, merged from the bottom up.
     pub digest: blake3::Hash,
 }
 
@@ -27,7 +27,7 @@ impl PointFile {
     /// the very same; otherwise it is set up anew.
     ///
     /// # Errors
-    /// `Incomplete` if the point lies on another and `below` is missing; as [`Image::new`].
+    /// `Incomplete` if the point depends on another and `below` is missing; as [`Image::new`].
     pub fn new(
         catalog: &Arc<Catalog>,
         (disk, point): (usize, usize),

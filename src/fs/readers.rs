@@ -10,7 +10,7 @@
 //! five threads one reader gets a fifth less than with two. So threads that are not needed rest
 //! (`IdleThreads`) until all others read.
 //!
-//! State: how many threads read; the read that was left; how many of those to come go to the lane at
+//! State: how many threads read; the read that was left; how many of those to come go to the slow-path pool at
 //! once, since the last ones had to; which threads rest.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -36,7 +36,7 @@ pub struct Readers {
     is_left: AtomicBool,
     /// How often in a row nobody was done in time.
     slow: AtomicU32,
-    /// How many reads go to the lane at once.
+    /// How many reads go to the slow-path pool at once.
     skip: AtomicU32,
     slow_pool: Arc<SlowPool>,
     rest: IdleThreads,
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn while_all_others_read_nobody_rests() {
+    fn while_all_others_read_no_thread_idles() {
         let readers = readers(4);
         let (release, released) = channel::<()>();
         let (tell, told) = channel();

@@ -110,7 +110,7 @@ impl RootWatch {
         }
     }
 
-    /// Number, device and place of each mount that lies on the way to the directory or below it.
+    /// Number, device and place of each mount that is on the way to the directory or below it.
     fn mounts_now(&self) -> HashSet<String> {
         let text = system::text(Path::new(MOUNTS)).unwrap_or_default();
         let real = escaped(&self.real);

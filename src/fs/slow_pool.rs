@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// What a thread of the lane does. It must not panic.
+/// A job for a thread of the pool. It must not panic.
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
 /// More than this wait their turn; each may unpack an archive of its own.

@@ -302,7 +302,7 @@ mod tests {
             LayerSpec { file, format: Format::Raw, part: LayerPart::Whole, data_file: None }
         }
 
-        /// A disk at `path` whose points (name, time) lie on each other.
+        /// A disk at `path` whose points (name, time) depend on each other.
         fn disk(&mut self, path: &str, points: &[(&str, i64)]) -> Disk {
             let mut disk = Disk { path: path.into(), points: Vec::new(), findings: Vec::new() };
             for (i, (name, time)) in points.iter().enumerate() {
@@ -401,7 +401,7 @@ mod tests {
                 dir.write(name, b"x");
             }
         }
-        // The root of the backup directory is a disk; others lie in folders named like its files.
+        // The root of the backup directory is a disk; others are in folders named like its files.
         let root = dir.disk("", &[("FULL-1-a", 1), ("latest", 2)]);
         dir.write("sub/x", b"x");
         let mut inner = dir.disk("sub", &[("x", 1)]);

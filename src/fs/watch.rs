@@ -104,7 +104,7 @@ pub struct Watch {
 
 impl Watch {
     /// Sets the watches below `root`, which is what the user calls it and may be a link, but not in the
-    /// folder `skip` (the mount point, should it lie there). With `interval`, or on a network file system, the directory is also looked at in
+    /// folder `skip` (the mount point, if it is inside). With `interval`, or on a network file system, the directory is also looked at in
     /// regular intervals.
     pub fn new(root: &Path, skip: &Path, interval: Option<Duration>) -> Self {
         let remote = || open(root).is_ok_and(|f| is_remote(&f));

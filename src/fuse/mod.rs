@@ -1,4 +1,4 @@
-//! FUSE: the only room that names `fuser`.
+//! FUSE: the only module that names `fuser`.
 //!
 //! `adapter` has a small method per operation, which calls [`FileSystem`] and replies; this file
 //! mounts, waits for the end, and tells the kernel what to forget ([`Notify`]). It does so from a

@@ -1,8 +1,8 @@
-//! Folding: the layers of a point over one guest range become one list of extents.
+//! Merging: the layers of a point over one guest range become one list of extents.
 //!
-//! The fold goes from the top down and stops as soon as the range is covered. What no layer has
+//! The merge goes from the top down and stops as soon as the range is covered. What no layer has
 //! reads as zero; so does what lies beyond the end of a layer that is asked, whatever is below
-//! that one. Layers count from the bottom, so a list folded for a parent point is valid as it
+//! that one. Layers count from the bottom, so a list merged for a parent point is valid as it
 //! stands inside its children: a cached one ends the walk.
 
 use std::ops::Range;
@@ -11,7 +11,7 @@ use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::{Content, Extent, ExtentList};
 use crate::layer::{Layer, MAX_EXTENTS, Mapping};
 
-/// Where the bytes of a folded extent come from. `layer` counts from the bottom of the point.
+/// Where the bytes of a merged extent come from. `layer` counts from the bottom of the point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// No layer has anything here, or the range lies beyond the end of a layer that was asked: zeros.
@@ -98,9 +98,9 @@ impl Content for Source {
 /// An extent of a point.
 pub type MergedExtent = Extent<Source>;
 
-/// What a fold yields.
+/// What a merge yields.
 pub struct MergedMap {
-    /// Covers exactly the range that was folded.
+    /// Covers exactly the range that was merged.
     pub extents: ExtentList<Source>,
     /// Why ranges are bad.
     pub findings: Vec<Finding>,
@@ -114,7 +114,7 @@ pub struct KnownParent<'a> {
     pub extents: &'a [MergedExtent],
 }
 
-/// One fold in progress.
+/// One merge in progress.
 pub struct LayerMerge {
     pieces: Vec<MergedExtent>,
     /// What is not covered yet, ascending.
@@ -126,11 +126,11 @@ pub struct LayerMerge {
     overflown: bool,
 }
 
-/// Pieces of one fold, covered or not: 20 MiB of them.
+/// Pieces of one merge, covered or not: 20 MiB of them.
 const MAX_PIECES: usize = 2 * MAX_EXTENTS;
 
 impl LayerMerge {
-    /// Begins the fold of `range`.
+    /// Begins the merge of `range`.
     pub fn new(range: Range<u64>) -> Self {
         LayerMerge {
             pieces: Vec::new(),
@@ -187,7 +187,7 @@ impl LayerMerge {
         }
     }
 
-    /// Ends the fold: what is left is in no layer.
+    /// Ends the merge: what is left is in no layer.
     ///
     /// # Errors
     /// `Corrupt` if the range is in more pieces than a sound image can have, or if a layer broke its
@@ -320,7 +320,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn folding_agrees_with_asking_block_by_block(
+        fn merging_agrees_with_asking_block_by_block(
             layers in prop::collection::vec(prop::collection::vec(0u8..4, 1..40), 1..7),
             from in 0u64..40 * 512, len in 1u64..40 * 512, cut in 0usize..7,
         ) {

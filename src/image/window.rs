@@ -1,4 +1,4 @@
-//! [`Window`]: the folded extents of one stretch of a point, and how a read finds its first one.
+//! [`Window`]: the merged extents of one stretch of a point, and how a read finds its first one.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::map::MergedExtent;
 use crate::extent::{self, Extent};
 
-/// The folded extents of one window.
+/// The merged extents of one window.
 ///
 /// A read of 4 KiB begins with a search among up to a thousand extents and more. A binary search
 /// jumps through all of their memory, which is rarely in the processor's cache; so the window is

@@ -5,7 +5,7 @@
 //! - [`linking`]: a `link-disk` at work
 //! - [`unfinished`]: which of them are in a folder
 //!
-//! Here is what all of them have in common, and what other files ask of the one of a fold.
+//! Here is what all of them have in common, and what other files ask of the journal of a `commit`.
 
 pub(crate) mod linking;
 pub mod removal;
@@ -16,7 +16,7 @@ use std::path::Path;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 
-/// The journal of a fold, in the folder for manifests.
+/// The journal of a `commit` or `snapshot-rebase`, in the folder for manifests.
 pub const FLATTEN: &str = "fold.json";
 
 /// A journal names some images, and has a manifest or two: 100,000 names of 255 bytes.
@@ -38,12 +38,12 @@ pub fn check_count(journal: &[u8], path: &Path) -> Result<()> {
         .remedy("verify the disk, then remove the journal"))
 }
 
-/// The images beside `side` that a fold is about to remove.
+/// The images beside `side` that a `commit` or `snapshot-rebase` is about to remove.
 pub(crate) fn removed_by_flatten(side: &Folder) -> Vec<String> {
     read_flatten(side).ok().flatten().unwrap_or_default()
 }
 
-/// The images that the journal of a fold in `side` removes; `None` if there is no journal.
+/// The images that the journal of a `commit` in `side` removes; `None` if there is no journal.
 pub(crate) fn read_flatten(side: &Folder) -> Result<Option<Vec<String>>> {
     #[derive(serde::Deserialize)]
     struct Fold {

@@ -130,7 +130,7 @@ impl Refresh {
 
     fn scan(&self) -> Result<(Catalog, ProbeCache)> {
         // A link may lead into the mount by now.
-        if let Ok(real) = folder::resolve_any(&self.root) {
+        if let Ok(real) = folder::resolve_path(&self.root) {
             check_apart(&real, &self.mountpoint)?;
         }
         scan::scan(&self.root, &self.options, Some(&self.probes))

@@ -2,7 +2,7 @@
 //!
 //! Threads: those of [`crate::fuse`] that serve requests; `watch`, which looks at the backup
 //! directory again, swaps the tree and tells the kernel; `control`, which unmounts on a signal or
-//! when idle, or has `keeper` do it; and the first, which waits for the end.
+//! when idle, or has `supervisor` do it; and the first, which waits for the end.
 
 use std::fs::File;
 

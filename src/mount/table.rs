@@ -173,7 +173,7 @@ pub(super) fn at(path: &Path) -> Result<Option<Mount>> {
     {
         return Ok(Some(mount));
     }
-    folder::resolve_any(path).ok().map_or(Ok(None), |real| find(&real))
+    folder::resolve_path(path).ok().map_or(Ok(None), |real| find(&real))
 }
 
 /// Unmounts what is at `path`: directly, or with fusermount where the kernel wants root. There may be

@@ -174,11 +174,11 @@ fn is_foreign(point: &Point) -> bool {
     point.layers.iter().any(|l| !matches!(l.format, Format::Qcow2 | Format::Raw))
 }
 
-/// When the points were taken; none is older than the one it lies on, whatever clocks said.
+/// When the points were taken; none is older than the one it depends on, whatever clocks said.
 fn times(disk: &Disk) -> Vec<i64> {
     let mut times: Vec<i64> = Vec::with_capacity(disk.points.len());
     for p in &disk.points {
-        // What a point lies on comes before it.
+        // What a point depends on comes before it.
         let below = p.parent.and_then(|j| times.get(j)).copied();
         times.push(below.map_or(p.time, |t| t.max(p.time)));
     }
@@ -211,7 +211,7 @@ fn of_disk(disk: &Disk) -> DiskItems {
     DiskItems { disk: disk.path.clone(), timeline, items, held: None }
 }
 
-/// What points that cannot be served lie on by their manifests, or, where such an image is missing,
+/// What points that cannot be served depend on by their manifests, or, where such an image is missing,
 /// by the manifest that is left of it.
 struct RecordedParents<'a> {
     disk: &'a Disk,

@@ -1,6 +1,6 @@
 //! Retention: which points stay. (What takes the others away is in [`crate::rewrite`].)
 //!
-//! [`plan`] decides, purely, with `reason` and, for chains to be merged, `shorten`; `items` turns a catalog into
+//! [`plan`] decides, purely, with `reason` and, for chains to be merged, `merge`; `items` turns a catalog into
 //! its input.
 
 pub(crate) mod items;

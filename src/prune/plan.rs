@@ -220,8 +220,8 @@ fn by_file(disk: &DiskItems) -> HashMap<&PathBuf, Vec<usize>> {
     files
 }
 
-/// Of a point that lies on something missing, every base in its folder that is older: what is
-/// missing may lie on it. Of several such points the oldest is named, not each.
+/// Of a point that depends on something missing, every base in its folder that is older: what is
+/// missing may depend on it. Of several such points the oldest is named, not each.
 fn perhaps_needed(disks: &[DiskItems], kept: &mut Kept) {
     for (d, disk) in disks.iter().enumerate() {
         let mut unknown: HashMap<Option<&Path>, Vec<(i64, usize)>> = HashMap::new();
@@ -244,7 +244,7 @@ fn perhaps_needed(disks: &[DiskItems], kept: &mut Kept) {
     }
 }
 
-/// Everything that something kept lies on.
+/// Everything that something kept depends on.
 fn needed(disks: &[DiskItems], kept: &mut Kept) {
     for (d, disk) in disks.iter().enumerate() {
         let files = by_file(disk);

@@ -25,7 +25,7 @@ pub enum Reason {
     SameRun,
     /// This point needs it.
     NeededBy(String),
-    /// This point lies on something that is missing, and that may lie on it.
+    /// This point depends on something that is missing, and that may depend on it.
     MayBeNeededBy(String),
     /// It becomes part of this point, which becomes a FULL (`--consolidate`).
     MergedInto(String),
@@ -38,7 +38,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Whether the point is wanted for itself, and not only because another lies on it.
+    /// Whether the point is wanted for itself, and not only because another depends on it.
     pub fn is_own(&self) -> bool {
         use Reason::{MayBeNeededBy, MergedInto, NeededBy};
         !matches!(self, NeededBy(_) | MayBeNeededBy(_) | MergedInto(_))

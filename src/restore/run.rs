@@ -255,7 +255,7 @@ fn check_one(name: &str, ids: &BTreeSet<&str>) -> Result<()> {
 /// date or time, or the beginning of one, as `list` shows them.
 ///
 /// A time means all points that have exactly this time (that in their file names, or after a commit
-/// that of the last image folded in), and, where these have manifests, all others of the same run
+/// that of the last image merged in), and, where these have manifests, all others of the same run
 /// id. (qmpbackup gives all disks of a run one time.)
 ///
 /// # Errors

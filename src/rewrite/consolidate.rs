@@ -7,7 +7,7 @@
 //! A mount that is open keeps the old files, which are unlinked and never modified.
 //!
 //! While both chains are there, two files have one time in their names, and only manifests tell
-//! what lies on which. So the point and all that come after it get manifests first, if they have
+//! what depends on which. So the point and all that come after it get manifests first, if they have
 //! none. Backing pointers in later images go before the new FULL gets its name, and come back to it
 //! when the old files are gone.
 
@@ -33,7 +33,7 @@ use crate::storage::{ReadAt, SourceFile};
 use crate::text::{path_text, shown_as};
 use crate::{folder, manifest, restore, rewrite, verify};
 
-/// Memory for folded windows.
+/// Memory for merged windows.
 const CACHE_BYTES: u64 = 256 << 20;
 
 /// What is going to happen.
@@ -50,7 +50,7 @@ pub(crate) struct Consolidation {
     pub image: String,
     /// What it replaces, in the order in which it goes.
     pub remove: Vec<String>,
-    /// What lies on it from then on.
+    /// What depends on it from then on.
     pub children: Vec<String>,
 }
 
@@ -71,7 +71,7 @@ pub(crate) fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option
     let until = if is_exact { until } else { until.strip_suffix(".raw").unwrap_or(until) };
     // Not the latest that can be served: to merge up to another than was meant cannot be undone.
     let newest = || disk.points.iter().rposition(|p| p.level != Level::Snapshot);
-    if let (true, Some(lost)) = (until == "latest", disk.newest_lost()) {
+    if let (true, Some(lost)) = (until == "latest", disk.newest_missing()) {
         return Err(Error::new(Kind::Incomplete, "the newest backup is missing")
             .at_path(lost)
             .remedy("name the last point to merge"));
@@ -181,7 +181,7 @@ fn check_point(disk: &Disk, point: usize) -> Result<()> {
 }
 
 /// All of the chain that is older than the point, with the point's own file, newest first; and
-/// what lies on the new FULL: whatever lay on one of these. `chain` has the chain's points.
+/// what depends on the new FULL: whatever depended on one of these. `chain` has the chain's points.
 fn neighbours(
     disk: &Disk,
     point: usize,
@@ -222,7 +222,7 @@ fn neighbours(
     Ok((remove, children))
 }
 
-/// Those of the chain's points that lie on the point, directly or not.
+/// Those of the chain's points that depend on the point, directly or not.
 fn above(disk: &Disk, point: usize, chain: &[usize]) -> HashSet<usize> {
     let mut above = HashSet::new();
     // A parent comes before its children.
@@ -234,7 +234,7 @@ fn above(disk: &Disk, point: usize, chain: &[usize]) -> HashSet<usize> {
     above
 }
 
-/// The point and all that it lies on.
+/// The point and all that it depends on.
 fn line(disk: &Disk, point: usize) -> BTreeSet<usize> {
     std::iter::once(point).chain(line_of_parents(disk, point)).collect()
 }

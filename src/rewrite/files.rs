@@ -408,7 +408,7 @@ fn check_may_be_qcow2(dir: &Folder, image: &OsStr) -> Result<()> {
         .remedy("if it is an image: 'fleecefs verify --create --format qcow2 DIR --point POINT'"))
 }
 
-/// What an image lies on by its own words: its manifest's parent, and the file name in its
+/// What an image depends on by its own words: its manifest's parent, and the file name in its
 /// backing pointer. What is damaged says nothing.
 pub(crate) fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<OsString>) {
     let known = manifest::read_in(dir, image).ok().flatten();

@@ -3,7 +3,7 @@
 //!
 //! The new FULL is built beside the old chain, in `.fleecefs/`, out of copies (clones, where the
 //! file system can) that QEMU itself commits. That needs as much space as the FULL and the largest
-//! increment take, less where the copies are clones. When it is checked and on disk, `switch` puts
+//! increment take, less where the copies are clones. When it is checked and on disk, `replace` puts
 //! it into the old one's place; see there for what a crash leaves.
 
 use std::ffi::OsStr;
@@ -28,11 +28,11 @@ use crate::restore::{Plan, Temp, check_removable, readback};
 use crate::text::path_text;
 use crate::{chain, folder, qemu_img};
 
-/// Memory for folded windows while the result is compared.
+/// Memory for merged windows while the result is compared.
 const CACHE_BYTES: u64 = 128 << 20;
 
 impl FlattenPlan {
-    /// Plans to fold a line into its FULL.
+    /// Plans to merge the points of a chain section into its FULL.
     ///
     /// # Errors
     /// `Unsupported` if images are not of a kind that QEMU can commit, `Usage` if other points
@@ -124,7 +124,7 @@ impl FlattenPlan {
             self.compare(line, &temp, work)?;
         }
         if !self.increments.is_empty() {
-            // While both chains are there names do not tell which image lies on which.
+            // While both chains are there names do not tell which image depends on which.
             chain::record_from(line.disk, line.points[0])?;
         }
         unchanged()?;
@@ -201,7 +201,7 @@ fn compare_one(
     readback::image(&Reader::new(&point, false), &plan, &result, new.path(), work)
 }
 
-/// The images that lie on the line's last one. Others must not lie on the line: what they are made
+/// The images that depend on the line's last one. Others must not depend on the line: what they are made
 /// of would go, or change.
 fn children(line: &ChainSection) -> Result<Vec<PathBuf>> {
     let mut children = Vec::new();

@@ -7,7 +7,7 @@ use crate::folder::Folder;
 use crate::manifest;
 use crate::restore::options::target_error;
 
-/// The folder for what lies beside the images in `dir`; made if it is not there.
+/// The folder for what is beside the images in `dir`; made if it is not there.
 ///
 /// # Errors
 /// What the operating system said; `Unsupported` if it is mounted from elsewhere: what is made there

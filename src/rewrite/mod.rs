@@ -2,10 +2,10 @@
 //!
 //! - [`remove`]: takes points away, for `prune`; `config`: the copies of configuration files that go with them
 //! - [`consolidate`]: the oldest part of a chain becomes one new FULL
-//! - [`fold`]: qmprestore's `commit` and `snapshot-rebase`; [`rebase`]: its `rebase`; `switch` puts a new FULL
+//! - [`flatten`]: qmprestore's `commit` and `snapshot-rebase`; [`rebase`]: its `rebase`; `replace` puts a new FULL
 //!   into the place of a chain's beginning
 //! - [`join`]: `link-disk`: the points of a renamed disk go to its new name
-//! - `line`, `member`: which files are meant; `files`, `folders`: steps on one file or folder
+//! - `section`, `member`: which files are meant; `files`, `folders`: steps on one file or folder
 //!
 //! Crash safety: no step ever takes away bytes that a point which is to stay still needs. What is
 //! rewritten is made under another name and renamed; a header that is changed in place is saved

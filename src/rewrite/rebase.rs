@@ -91,7 +91,7 @@ impl RebasePlan {
         files::set_link(&dir, OsStr::new(files::LINK), last.name())
     }
 
-    /// How an image calls the one that it lies on.
+    /// How an image calls the one that it depends on.
     fn pointer(&self, base: &Path) -> Result<OsString> {
         if !self.absolute {
             return Ok(files::pointer_to(base));

@@ -211,7 +211,7 @@ pub(crate) fn remove_all(
     files::lead_links(dir, &gone, new.map(OsStr::new))
 }
 
-/// What an image that does not go lies on. The plan saw to it that there is none; but between a
+/// What an image that does not go depends on. The plan saw to it that there is none; but between a
 /// run that was broken off and the one that finishes it, a backup may have been made.
 fn still_needed(dir: &Folder, remove: &[String]) -> Result<BTreeSet<String>> {
     let mut lies_on: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -313,7 +313,7 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
 ///
 /// 1. Children that have a backing pointer to what goes lose it, which is noted in the journal:
 ///    their manifests say the same.
-/// 2. The image gets its name. Old and new chain are both there, children lie on the old one.
+/// 2. The image gets its name. Old and new chain are both there, children depend on the old one.
 /// 3. Its manifest is written.
 /// 4. The children's manifests name it as their parent.
 /// 5. The old images go, newest first.
@@ -348,7 +348,7 @@ pub(crate) fn replace(
     config::sweep(dir)
 }
 
-/// What stays and lies on what goes, also what a backup has added since an earlier run was broken
+/// What stays and depends on what goes, also what a backup has added since an earlier run was broken
 /// off; and whether a backing pointer says so.
 fn children(dir: &Folder, removal: &Removal, new: &str) -> Result<Vec<(String, bool)>> {
     let mut found = Vec::new();

@@ -4,14 +4,14 @@
 //! folder next can finish it. All images have manifests by then, so that no state in between
 //! depends on the order of names. The steps, each on disk before the next:
 //!
-//! 1. The new FULL gets its interim name, a FULL of the last folded point's time. Now that state
-//!    is there twice, and whatever lies on the last increment may as well lie on the new FULL.
-//! 2. What lies on it loses its backing pointer, and names the new FULL in its manifest.
+//! 1. The new FULL gets its interim name, a FULL of the last merged point's time. Now that state
+//!    is there twice, and whatever depends on the last increment may as well depend on the new FULL.
+//! 2. What depends on it loses its backing pointer, and names the new FULL in its manifest.
 //! 3. The increments go, the newest first: what is left of the old chain is whole at any time.
 //! 4. The old FULL's manifest goes, and the new FULL gets its name as well (a second link).
-//! 5. What lies on it names it by that name, and gets its pointer back; the interim name goes.
+//! 5. What depends on it names it by that name, and gets its pointer back; the interim name goes.
 //!
-//! A crash leaves every point that is to stay, and no point that is wrong. What lies on the
+//! A crash leaves every point that is to stay, and no point that is wrong. What depends on the
 //! increments is looked up anew each time: a backup may have been added since.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -114,7 +114,7 @@ impl ReplacePlan {
         }
     }
 
-    /// Removes an image, if it is still the one that was folded.
+    /// Removes an image, if it is still the one that was merged.
     fn remove(&self, dir: &Folder, image: &PlainName) -> Result<()> {
         if dir.has(image) {
             self.check_same(dir, image)?;
@@ -142,10 +142,10 @@ impl ReplacePlan {
         manifest::write_in(dir, &Manifest { image, ..m.clone() })
     }
 
-    /// What is not part of this and lies on what goes, by its manifest or its backing pointer.
+    /// What is not part of this and depends on what goes, by its manifest or its backing pointer.
     ///
     /// # Errors
-    /// `Incomplete` if something lies on what cannot be kept for it.
+    /// `Incomplete` if something depends on what cannot be kept for it.
     fn children(&self, dir: &Folder) -> Result<Vec<PlainName>> {
         let last = self.increments.last().unwrap_or(&self.full);
         let mut children = Vec::new();
@@ -159,7 +159,7 @@ impl ReplacePlan {
                 pointer.as_deref().is_some_and(|p| self.going(p)) || self.linked.contains(&own);
             let parent = parent.or(pointer);
             let Some(parent) = parent.filter(|p| self.going(p) || linked) else { continue };
-            if self.goes(&parent) && parent != last.as_os_str() {
+            if self.is_removed(&parent) && parent != last.as_os_str() {
                 let text = format!("it depends on {}, which is being merged", path_text(&parent));
                 return Err(Error::new(Kind::Incomplete, text)
                     .at_path(dir.join(&image))
@@ -170,12 +170,12 @@ impl ReplacePlan {
         Ok(children)
     }
 
-    fn goes(&self, image: &OsStr) -> bool {
+    fn is_removed(&self, image: &OsStr) -> bool {
         self.increments.iter().any(|i| i.as_os_str() == image)
     }
 
     fn going(&self, image: &OsStr) -> bool {
-        self.goes(image) || image == self.interim.as_os_str()
+        self.is_removed(image) || image == self.interim.as_os_str()
     }
 
     /// Notes which of `children` have a pointer to what goes; whether that is news.
@@ -190,7 +190,7 @@ impl ReplacePlan {
         self.linked.len() > known
     }
 
-    /// Lets everything that lies on it name `base` in its manifest. A backing pointer would say
+    /// Lets everything that depends on it name `base` in its manifest. A backing pointer would say
     /// something else in between, so it goes first, and comes back if this is the end.
     fn adopt(&self, dir: &Folder, base: &PlainName, is_end: bool, work: &Work) -> Result<()> {
         let parent = name::to_text(base.as_os_str());
@@ -217,7 +217,7 @@ fn is_as_recorded(dir: &Folder, image: &PlainName, m: &Manifest) -> bool {
         && (m.fingerprint.is_none() || fingerprint_of(&file).ok() == m.fingerprint)
 }
 
-/// As the last point's, but a FULL; with a hash if the FULL had one. If something lies on it, its
+/// As the last point's, but a FULL; with a hash if the FULL had one. If something depends on it, its
 /// own bitmap is gone, and what a DIFF goes by is what has recorded since the old FULL: that holds
 /// more than is needed.
 fn new_manifest(

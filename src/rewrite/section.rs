@@ -114,7 +114,7 @@ fn contains(path: &Path, filter: &OsStr) -> bool {
 
 fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
     let Some(until) = until else {
-        if let Some(lost) = disk.newest_lost() {
+        if let Some(lost) = disk.newest_missing() {
             return Err(Error::new(Kind::Incomplete, "the newest backup is missing")
                 .at_path(lost)
                 .remedy("--until names the last image to merge"));
@@ -159,7 +159,7 @@ impl<'a> Users<'a> {
     }
 
     /// Fails if a point that is to stay reads one of the files that go or change, though it is of
-    /// another disk, or of this one without lying on it by the chain's rules.
+    /// another disk, or of this one without depending on it by the chain's rules.
     ///
     /// # Errors
     /// `Usage` that names the point.

@@ -54,9 +54,9 @@ pub(super) struct Records {
     pub list: Vec<Record>,
     /// Chains of which a point has a manifest, readable or not.
     chains: HashSet<String>,
-    /// For each point, the lowest of those that it lies on.
+    /// For each point, the lowest of those that it depends on.
     roots: Vec<Option<usize>>,
-    /// For each point, the lowest of those that it lies on that names the same bitmap.
+    /// For each point, the lowest of those that it depends on that names the same bitmap.
     same_bitmap: Vec<Option<usize>>,
 }
 
@@ -75,7 +75,7 @@ impl Records {
     }
 }
 
-/// The lowest of what each point lies on, if it lies on any; a parent comes before its children.
+/// The lowest of what each point depends on, if it depends on any; a parent comes before its children.
 fn roots(parents: &[Option<usize>]) -> Vec<Option<usize>> {
     let mut roots: Vec<Option<usize>> = Vec::with_capacity(parents.len());
     for parent in parents {
@@ -85,7 +85,7 @@ fn roots(parents: &[Option<usize>]) -> Vec<Option<usize>> {
     roots
 }
 
-/// The lowest of what each point lies on that has the same name. One walk over the tree of points:
+/// The lowest of what each point depends on that has the same name. One walk over the tree of points:
 /// looking down from each would take the square of a chain's length.
 fn lowest_alike(parents: &[Option<usize>], names: &[Option<String>]) -> Vec<Option<usize>> {
     let mut children = vec![Vec::new(); parents.len()];

@@ -40,9 +40,9 @@ pub use structure::{Structure, check as check_structure};
 pub struct Options {
     /// Structure and chain only; no data is read.
     pub quick: bool,
-    /// Only this point and what it lies on: a path into the catalog.
+    /// Only this point and what it depends on: a path into the catalog.
     pub point: Option<PathBuf>,
-    /// Only points taken at or after this time. Of what they lie on, structure and chain are
+    /// Only points taken at or after this time. Of what they depend on, structure and chain are
     /// looked at, data is not.
     pub since: Option<i64>,
     /// Threads; 0 for as many as there are processors.
@@ -81,7 +81,7 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     Ok(report)
 }
 
-/// The files of the points that `options` names, without those that they lie on.
+/// The files of the points that `options` names, without those that they depend on.
 ///
 /// # Errors
 /// `NotFound` if there is no such point.
@@ -93,7 +93,7 @@ pub fn asked(catalog: &Catalog, options: &Options) -> Result<HashSet<PathBuf>> {
     Ok(chosen.iter().flat_map(sources).collect())
 }
 
-/// How a point stands with all that it lies on.
+/// How a point stands with all that it depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PointOutcome {
     /// As of a report about that point alone.
@@ -165,7 +165,7 @@ struct Selection<'a> {
     disk: &'a Disk,
     /// Those that are reported.
     wanted: HashSet<usize>,
-    /// Those and all that they lie on, ascending.
+    /// Those and all that they depend on, ascending.
     needed: BTreeSet<usize>,
     /// Whether one point is asked for, so that what the disk's other files say is left out.
     single: bool,
@@ -242,7 +242,7 @@ fn wants_hash(point: &Point, create: bool) -> bool {
         && crate::folder::look(&point.source).is_ok_and(|meta| meta.len() == m.file_size)
 }
 
-/// What is known about a point with all that it lies on.
+/// What is known about a point with all that it depends on.
 #[derive(Clone)]
 struct PointVerdict {
     outcome: Outcome,
@@ -270,7 +270,8 @@ impl PointChecker<'_> {
         // A parent comes before its children.
         for &i in &chosen.needed {
             let below = disk.points[i].parent.and_then(|p| Some((p, verdicts[p].as_ref()?)));
-            let mut own = own_verdict(disk, i, &records, self.options, self.files, below.is_some());
+            let mut own =
+                point_verdict(disk, i, &records, self.options, self.files, below.is_some());
             if let Some(why) = suspects.get(&i).filter(|_| own.outcome == Outcome::Unproven) {
                 own.reason = Some(why.clone());
             }
@@ -309,7 +310,7 @@ impl PointChecker<'_> {
     }
 }
 
-fn own_verdict(
+fn point_verdict(
     disk: &Disk,
     i: usize,
     records: &Records,
@@ -327,7 +328,7 @@ fn own_verdict(
         let compared = compare(report, known, &mut findings);
         proved &= compared || report.hash.is_none() && options_skip_data(options, p.time);
     }
-    // A point that cannot be served because of what it lies on has its parent's verdict.
+    // A point that cannot be served because of what it depends on has its parent's verdict.
     if let Some(f) = &p.unavailable
         && !(has_parent && f.path != p.source)
     {

@@ -65,7 +65,7 @@ fn busy(path: &Path) -> Finding {
     Finding { severity: Severity::Warning, ..Finding::from_error(&error, path) }
 }
 
-/// Files of points that are not what they were, or lie on such.
+/// Files of points that are not what they were, or depend on such.
 fn changed_files(disk: &Disk, after: Option<&Disk>) -> Vec<PathBuf> {
     let points = after.map_or(&[][..], |d| &d.points);
     let index: HashMap<&str, usize> =

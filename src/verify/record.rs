@@ -40,9 +40,10 @@ impl Recorder {
     }
 
     /// Writes manifests for those points of `disk` that have none, adds the hash to manifests
-    /// without, and the checksum to those that somebody wrote or changed by hand. Points that are unsound are left out, those that lie on a point without a sound
-    /// record (what they are depends on it), and those whose file or manifest has changed since it
-    /// was looked at. Returns the points that are proved by that.
+    /// without, and the checksum to those that somebody wrote or changed by hand. Skips points that
+    /// are unsound, those that depend on a point without a sound record (what they are depends on
+    /// it), and those whose file or manifest has changed since it was looked at. Returns the points
+    /// that are proved by that.
     ///
     /// # Errors
     /// A manifest cannot be written.

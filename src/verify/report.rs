@@ -33,7 +33,7 @@ pub struct PointReport {
     /// Seconds since the epoch.
     #[serde(serialize_with = "crate::units::as_time")]
     pub time: i64,
-    /// How it stands, with all that it lies on.
+    /// How it stands, with all that it depends on.
     pub outcome: Outcome,
     /// Why it is not sound, in a few words.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -12,8 +12,8 @@ use crate::layout::name::{Name, parse, parse_partial};
 use crate::verify::links::Records;
 
 /// Points that must not be recorded as they are, and why: increments after one that qmpbackup did
-/// not finish, and those of a FULL that seems to have been overwritten later. What lies on them
-/// shares their fate through them. A point with a manifest is none: whoever wrote it knew better.
+/// not finish, and those of a FULL that seems to have been overwritten later. What depends on them
+/// is as suspect through them. A point with a manifest is none: whoever wrote it knew better.
 pub(super) fn suspects(disk: &Disk, records: &Records) -> HashMap<usize, String> {
     let hints = Hints::of(disk);
     let mut found = HashMap::new();

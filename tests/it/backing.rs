@@ -1,4 +1,4 @@
-//! What lies below a disk's own image: its bitmaps do not record what is written there, so that an INC is taken
+//! What is below a disk's own image: its bitmaps do not record what is written there, so that an INC is taken
 //! only where that is known to be as it was.
 
 use std::path::{Path, PathBuf};
@@ -62,7 +62,7 @@ impl Thin {
     }
 
     /// A FULL and nights after it; `again` is the level when the VM was off meanwhile, and `change` writes to
-    /// what the disk lies on.
+    /// what the disk depends on.
     fn nights(mut self, again: &str, change: impl Fn(&Path)) {
         self.start();
         self.take("FULL");

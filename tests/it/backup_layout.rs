@@ -102,7 +102,7 @@ fn layouts_of_qmpbackup() {
     assert!(d.path("plain/a.img/FULL-a.img").is_symlink());
     let (exit, said) = code(&caller.with(&["--no-subdir"]), "auto");
     assert!(exit == Some(2) && said.contains("go on without --no-subdir"), "{said}");
-    // The first FULL is there: what follows has times in its names, and lies on it.
+    // The first FULL is there: what follows has times in its names, and depends on it.
     let plain = caller.with(&["--no-timestamp"]);
     for level in ["inc", "auto", "full", "inc"] {
         check(&plain, &d.path("plain/a.img"), level, "a", "a.img");

@@ -156,8 +156,8 @@ fn a_device_that_got_another_disk_before_the_filter_keeps_it() {
 }
 
 #[test]
-fn an_overlay_put_on_at_the_last_moment_costs_no_finished_point() {
-    let name = "an_overlay_put_on_at_the_last_moment_costs_no_finished_point";
+fn an_overlay_added_at_the_end_costs_no_finished_point() {
+    let name = "an_overlay_added_at_the_end_costs_no_finished_point";
     if !have(name, TOOLS) {
         return;
     }

@@ -1,4 +1,4 @@
-//! The promise: what a point lies on is found by names, pointers and manifests, and where these are
+//! The promise: what a point depends on is found by names, pointers and manifests, and where these are
 //! at odds, or a file is missing or damaged, nothing is served that is not certain.
 
 use std::path::Path;
@@ -276,7 +276,7 @@ fn the_manifest_of_a_lost_increment_marks_the_gap() {
     let expected = ["d: FULL-1-d", "e: FULL-1-e", "e: FULL-1-e < INC-3-e"];
     assert_eq!(b.shown(), expected);
     assert!(b.why("INC-3-d").message.contains("INC-2-d, which is missing"));
-    // What is on its way out is not missed; nor what the image itself does not lie on.
+    // What is on its way out is not missed; nor what the image itself does not depend on.
     b.file(".fleecefs/removal.journal", br#"{"remove": ["INC-2-d"]}"#);
     assert_eq!(b.shown().len(), 5);
     std::fs::remove_file(b.path(".fleecefs/removal.journal")).unwrap();
@@ -306,7 +306,7 @@ fn a_base_that_vanishes_under_an_open_mount_is_missed() {
     }
     std::fs::rename(b.path("away.partial"), b.path("d/INC-2-d")).unwrap();
     assert_eq!(served(&b).len(), 4);
-    // Rebased in place: the image itself says that it lies on the FULL now.
+    // Rebased in place: the image itself says that it depends on the FULL now.
     b.image("d/INC-3-d", Some("FULL-1-d"));
     std::fs::remove_file(b.path("d/INC-2-d")).unwrap();
     assert_eq!(served(&b), ["FULL-1-d", "INC-3-d", "INC-4-d"]);

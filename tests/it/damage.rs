@@ -145,8 +145,8 @@ fn end_of_data(path: &Path) -> u64 {
 }
 
 #[test]
-fn a_removed_inc_takes_along_what_lies_on_it() {
-    if !tools::have("a_removed_inc_takes_along_what_lies_on_it", &TOOLS) {
+fn a_removed_inc_makes_its_children_unavailable() {
+    if !tools::have("a_removed_inc_makes_its_children_unavailable", &TOOLS) {
         return;
     }
     let b = backups("", false);

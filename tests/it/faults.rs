@@ -1,5 +1,5 @@
 //! What goes wrong around a backup, and what the next `backup --level auto` makes of it: always
-//! exit 0, an INC or a FULL as the rules say, and bytes that are those of the frozen moment.
+//! exit 0, an INC or a FULL as the rules say, and bytes that are those of the freeze point.
 //!
 //! `cargo test --test it faults:: -- --nocapture` prints a line per fault and outcome.
 
@@ -208,7 +208,7 @@ fn grow_shrink_and_both() {
     assert!(!said.contains("without a dirty bit"), "{said}");
 }
 
-/// QEMU forgets the dirty bits of what it cuts off; what lay in the cluster of the new end is still
+/// QEMU forgets the dirty bits of what it cuts off; what was in the cluster of the new end is still
 /// there when the disk grows again.
 #[test]
 fn what_was_cut_off_inside_a_cluster_comes_back() {

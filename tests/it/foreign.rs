@@ -30,7 +30,7 @@ fn put(dir: &Path, name: &str, bytes: Vec<u8>) {
     std::fs::write(path, bytes).unwrap();
 }
 
-/// Three streams of a disk that grows; the last lies on the second, not on the newest file.
+/// Three streams of a disk that grows; the last depends on the second, not on the newest file.
 fn three_streams(dir: &Path) -> Vec<Vec<u8>> {
     let mut states = vec![vec![0u8; 300_000]];
     states[0][70_000..80_000].fill(1);
@@ -66,7 +66,7 @@ fn streams_are_read_as_a_chain_in_the_order_of_their_checkpoints() {
 }
 
 #[test]
-fn a_damaged_increment_spoils_what_lies_on_it_and_nothing_else() {
+fn a_damaged_increment_spoils_what_depends_on_it_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let states = three_streams(dir.path());
     let path = dir.path().join("vm/sda.inc.virtnbdbackup.1.data");

@@ -139,8 +139,8 @@ fn a_raw_name_with_a_whole_image_inside_is_read_with_a_finding() {
 
 /// Neither the name says what it is, nor anything beside it.
 #[test]
-fn a_name_without_a_word_with_a_whole_image_inside_is_read_with_a_finding() {
-    if !have("a_name_without_a_word_with_a_whole_image_inside_is_read_with_a_finding", &TOOLS) {
+fn a_name_without_a_level_with_a_whole_image_inside_is_read_with_a_finding() {
+    if !have("a_name_without_a_level_with_a_whole_image_inside_is_read_with_a_finding", &TOOLS) {
         return;
     }
     let name = "FULL-1700000000-vda";
@@ -182,8 +182,8 @@ fn recorded(dir: &Path, name: &str, level: fleecefs::layout::Level) {
 }
 
 #[test]
-fn images_that_lie_on_each_other_are_decided_about_and_end() {
-    if !have("images_that_lie_on_each_other_are_decided_about_and_end", &TOOLS) {
+fn images_that_depend_on_each_other_are_refused_and_reading_ends() {
+    if !have("images_that_depend_on_each_other_are_refused_and_reading_ends", &TOOLS) {
         return;
     }
     let b = Backups::new();
@@ -366,8 +366,8 @@ fn nothing_is_merged_whose_format_only_its_bytes_say() {
 }
 
 #[test]
-fn a_users_word_counts_for_what_was_asked_for_only() {
-    if !have("a_users_word_counts_for_what_was_asked_for_only", &TOOLS) {
+fn a_format_given_by_the_user_counts_for_what_was_asked_for_only() {
+    if !have("a_format_given_by_the_user_counts_for_what_was_asked_for_only", &TOOLS) {
         return;
     }
     let b = Backups::new();
@@ -381,7 +381,7 @@ fn a_users_word_counts_for_what_was_asked_for_only() {
     let told = Some(FormatOverride { format: ImageFormat::Qcow2, files });
     let options = ScanOptions { told, ..ScanOptions::default() };
     let (catalog, _) = scan(b.root(), &options, None).unwrap();
-    // What it lies on it says itself, once it is told what it is.
+    // What it depends on it says itself, once it is told what it is.
     assert_eq!(first_bytes(&catalog, &asked).unwrap()[0], 0x41);
     let files = [b.path("vm1/none.raw")].into();
     let told = Some(FormatOverride { format: ImageFormat::Qcow2, files });
@@ -403,8 +403,8 @@ fn a_users_word_counts_for_what_was_asked_for_only() {
 }
 
 #[test]
-fn backing_pointers_in_qemus_other_words_are_followed_as_plain_ones() {
-    if !have("backing_pointers_in_qemus_other_words_are_followed_as_plain_ones", &TOOLS) {
+fn backing_pointers_in_other_forms_are_followed_as_plain_ones() {
+    if !have("backing_pointers_in_other_forms_are_followed_as_plain_ones", &TOOLS) {
         return;
     }
     let b = Backups::new();
@@ -452,7 +452,7 @@ fn a_backup_shows_nothing_of_another_disk() {
             hostile(&b, &relative, backing, data);
             let catalog = b.scan();
             let got = first_bytes(&catalog, &b.path(&relative));
-            // An increment lies on its own FULL, wherever it was made.
+            // An increment depends on its own FULL, wherever it was made.
             let moved = name.starts_with("INC") && data.is_none();
             match moved {
                 true => assert_eq!(got.unwrap()[0], 0x41),

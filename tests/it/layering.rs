@@ -127,7 +127,7 @@ fn code() -> Vec<(PathBuf, String)> {
 
 #[test]
 fn text_reaches_the_terminal_in_one_way() {
-    // Apart from the images that `restore` writes, what a guardian tells the backup that started
+    // Apart from the images that `restore` writes, what a watchdog tells the backup that started
     // it, and the question whether there is a terminal.
     let others = ["output/mod.rs", "restore/mod.rs", "backup/freeze/watchdog.rs"].map(Path::new);
     let wrong = |code: &str| {
@@ -143,7 +143,7 @@ fn text_reaches_the_terminal_in_one_way() {
 
 #[test]
 fn json_for_people_and_paths_in_messages_are_made_visible() {
-    // Files of the backup's own, orders to a guardian, addresses.
+    // Files of the backup's own, orders to a watchdog, addresses.
     let data = [
         "text.rs",
         "journal/linking.rs",

@@ -140,7 +140,7 @@ fn a_backup_finishes_a_commit_that_was_killed() {
     });
     let path = folder.join(".fleecefs/fold.json");
     std::fs::write(&path, journal.to_string()).unwrap();
-    // The FULL holds now what the last INC did; the next backup lies on it.
+    // The FULL holds now what the last INC did; the next backup depends on it.
     life.points[0].1 = life.points[2].1.clone();
     let inc = life.backup("inc");
     assert!(!path.exists());

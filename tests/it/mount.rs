@@ -90,7 +90,7 @@ fn copies_stay_sparse() {
     let (dir, chain) = backups();
     let mount = Mount::new(dir.path());
     let shown = mount.point("sda", &chain.files[2]);
-    // Before anything was folded: an estimate, but one that makes tools look for holes.
+    // Before anything was merged: an estimate, but one that makes tools look for holes.
     let blocks = shown.metadata().unwrap().blocks() * 512;
     assert!(blocks > 0 && blocks < SIZE, "{blocks}");
     let out = tempfile::tempdir().unwrap();
@@ -99,7 +99,7 @@ fn copies_stay_sparse() {
     assert_eq!(first_difference(&read(&copy).unwrap(), &read(&shown).unwrap()), None);
     let data: u64 = data_runs(&File::open(&shown).unwrap()).iter().map(|(a, b)| b - a).sum();
     assert!(copy.metadata().unwrap().blocks() * 512 <= data + MIB);
-    // Now all is folded, and the number is the right one (attributes are trusted for a second).
+    // Now all is merged, and the number is the right one (attributes are trusted for a second).
     eventually("exact blocks", || shown.metadata().unwrap().blocks() * 512 == data);
     let tar = out.path().join("t.tar");
     let name = shown.file_name().unwrap().to_str().unwrap();

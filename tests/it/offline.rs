@@ -383,7 +383,7 @@ fn a_backing_file_that_was_changed_makes_a_full() {
     run("cp", &["-p", s(&base), s(&other)]);
     std::fs::rename(&other, &base).unwrap();
     take("FULL", "is not as it was at INC-");
-    // The disk lies on nothing any more.
+    // The disk depends on nothing any more.
     run("qemu-img", &["rebase", "-q", "-u", "-f", "qcow2", "-b", "", s(&thin)]);
     take("FULL", "has no longer the backing file that it had at FULL-");
     take("INC", "");

@@ -76,7 +76,7 @@ fn children_with_a_backing_pointer_are_never_a_mixture() {
     succeed(&["consolidate", "sda", "--until", &b.name(3)], b.dir.path());
     check_now(&mount, &b, b.dir.path(), 3..6);
     for (i, file) in files.iter().enumerate() {
-        // Only the header of the first child was rewritten, in place: what lies on it is of another
+        // Only the header of the first child was rewritten, in place: what depends on it is of another
         // generation. The rest was unlinked whole.
         let first_read = bytes(file);
         match first_read {

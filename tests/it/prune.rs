@@ -118,8 +118,8 @@ fn a_consolidated_chain_is_right_and_goes_on() {
 }
 
 #[test]
-fn a_diff_lies_on_the_new_full() {
-    if !tools::have("a_diff_lies_on_the_new_full", &TOOLS) {
+fn a_diff_depends_on_the_new_full() {
+    if !tools::have("a_diff_depends_on_the_new_full", &TOOLS) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -152,8 +152,8 @@ fn a_diff_lies_on_the_new_full() {
 }
 
 #[test]
-fn a_backup_made_before_recovery_keeps_what_it_lies_on() {
-    if !tools::have("a_backup_made_before_recovery_keeps_what_it_lies_on", &TOOLS) {
+fn a_backup_made_before_recovery_keeps_what_it_depends_on() {
+    if !tools::have("a_backup_made_before_recovery_keeps_what_it_depends_on", &TOOLS) {
         return;
     }
     let b = Backups::new(1, 4, "", false);

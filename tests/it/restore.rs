@@ -418,7 +418,7 @@ fn on_one_xfs_ranges_are_cloned() {
     std::fs::create_dir(&mount).unwrap();
     let _guard = Guard::mount("-o loop", &file, &mount);
     let backups = mount.join("b");
-    // Clusters below the file system's block size may lie at any place within a block.
+    // Clusters below the file system's block size may be at any place within a block.
     let kinds =
         [("p", "", 20 * MIB), ("q", "cluster_size=4k", 20 * MIB), ("r", "cluster_size=1k", MIB)];
     for (disk, options, least) in kinds {

@@ -87,7 +87,7 @@ fn the_guest_is_helped_first_and_a_target_that_hangs_is_left_for_later() {
     let caller = vm.caller.clone();
     caller.must("full");
     kill(caller.command("inc"), &caller.target);
-    // As if it had died in its moment, and its guardian too.
+    // As if it had died in its moment, and its watchdog too.
     let ask = |command: &str| Qmp::connect(&caller.qmp).execute(command, json!({}));
     ask("stop");
     let journals = std::fs::read_dir(&caller.state).unwrap().map(|e| e.unwrap().path());

@@ -267,7 +267,7 @@ fn what_is_unsound_or_needed_is_not_touched() {
         assert!(text.contains(name(&chain.files[1])), "{text}");
         assert_eq!(files(&chain.dir).len(), 4);
     }
-    // A DIFF lies on the FULL: to fold an INC into that would change the DIFF's state.
+    // A DIFF depends on the FULL: to merge an INC into that would change the DIFF's state.
     let diff = chain.dir.join("DIFF-1700004000-sda.qcow2");
     run("qemu-img", &["create", "-q", "-f", "qcow2", s(&diff), "8M"]);
     let out = fleecefs(&["commit", "--skip-check", s(&chain.dir)]);
@@ -303,7 +303,7 @@ fn what_would_harm_others_is_refused() {
     refused(&chain.dir, 4, base);
     assert_same("INC", &restored(&chain.dir, name(&linked)), &bytes[1]);
     std::fs::rename(&linked, &chain.files[1]).unwrap();
-    // An image of another kind that lies on the INC.
+    // An image of another kind that depends on the INC.
     let other = chain.dir.join("other.qcow2");
     let base = name(&chain.files[1]);
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, s(&other), "8M"]);

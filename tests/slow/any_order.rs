@@ -35,7 +35,7 @@ const KILLED: &str = "killed verb";
 const COULD_NOT_TELL: i32 = 19;
 /// `backup`: not all disks have a point.
 const PARTIAL: i32 = 16;
-/// `backup`: there is nothing that an INC could lie on.
+/// `backup`: there is nothing that an INC could depend on.
 const INCOMPLETE: i32 = 12;
 
 /// A state of a disk: its folder, and the time of its moment.

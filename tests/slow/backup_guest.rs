@@ -45,8 +45,8 @@ fn counter(bytes: &[u8]) -> u64 {
 }
 
 #[test]
-fn every_bus_under_load_at_one_moment() {
-    let name = "every_bus_under_load_at_one_moment";
+fn every_bus_under_load_at_one_time() {
+    let name = "every_bus_under_load_at_one_time";
     if !have(name, TOOLS) || !has_qemu(name) {
         return;
     }
@@ -278,7 +278,7 @@ fn a_guest_paused_and_frozen_for_the_whole_backup() {
     drop(mount);
     clean(&guest, dir.path());
 
-    // Killed while the guest is stopped and frozen: the guardian is still there.
+    // Killed while the guest is stopped and frozen: the watchdog is still there.
     let hold = tempfile::tempdir().unwrap();
     let mut child =
         caller.command("inc").env("FLEECEFS_HOLD", hold.path()).spawn().expect("fleecefs starts");
@@ -288,7 +288,7 @@ fn a_guest_paused_and_frozen_for_the_whole_backup() {
     child.wait().unwrap();
     wait_free(&guest, "killed under --pause --quiesce");
     wait_noted(&caller);
-    // What the guardian has undone is not undone again: this pause is its owner's.
+    // What the watchdog has undone is not undone again: this pause is its owner's.
     guest.qmp().execute("stop", serde_json::json!({}));
     let said = Caller { more: vec!["--include".into(), "a".into()], ..caller.clone() }.must("auto");
     assert!(!said.contains("taking a FULL:") && !said.contains("runs again"), "{said}");
@@ -308,7 +308,7 @@ fn a_guest_paused_and_frozen_for_the_whole_backup() {
     assert_eq!(leftovers(guest.path("").as_path()), Vec::<PathBuf>::new());
 }
 
-/// Waits until the guardian has written down that the guest is thawed: the last thing it does.
+/// Waits until the watchdog has written down that the guest is thawed: the last thing it does.
 fn wait_noted(caller: &Caller) {
     let noted = || {
         let text = journal(caller);
@@ -324,8 +324,8 @@ fn wait_noted(caller: &Caller) {
 }
 
 #[test]
-fn the_guardian_frees_a_guest_whose_backup_hangs() {
-    let name = "the_guardian_frees_a_guest_whose_backup_hangs";
+fn the_watchdog_releases_a_guest_whose_backup_hangs() {
+    let name = "the_watchdog_releases_a_guest_whose_backup_hangs";
     let dir = tempfile::tempdir().unwrap();
     let Some(guest) = small_guest(name, dir.path(), "churn /dev/disk/a 1", &[]) else { return };
     let agent = guest.agent_socket().display().to_string();
@@ -342,7 +342,7 @@ fn the_guardian_frees_a_guest_whose_backup_hangs() {
     for (step, frozen) in [("answer stop", true), ("frozen", true), ("send stop", true)] {
         let mut child =
             caller.command("inc").env("FLEECEFS_HANG_AT", step).spawn().expect("fleecefs starts");
-        // It stops itself; the guardian kills it at the limit.
+        // It stops itself; the watchdog kills it at the limit.
         let exit = child.wait().unwrap();
         assert!(!exit.success() && exit.code().is_none(), "{step}: {exit}");
         let mut waited = 0;

@@ -1,4 +1,4 @@
-//! `backup` against qemu-storage-daemon: what is in a point is what the disk was at its moment.
+//! `backup` against qemu-storage-daemon: what is in a point is what the disk was at its freeze point.
 
 use std::path::PathBuf;
 

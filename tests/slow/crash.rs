@@ -21,7 +21,7 @@ use serde_json::json;
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
 
-/// What is known of the points: their bytes' hash at the frozen moment.
+/// What is known of the points: their bytes' hash at the freeze point.
 struct Matrix {
     caller: Caller,
     disks: Vec<String>,
@@ -349,7 +349,7 @@ fn killed_at_every_step_with_a_real_guest() {
     m.check_points();
 }
 
-/// Waits until the guardian has let the guest go: it runs and is thawed.
+/// Waits until the watchdog has let the guest go: it runs and is thawed.
 fn guest_is_free(guest: &Guest, step: &str) -> Duration {
     let began = Instant::now();
     loop {

@@ -188,7 +188,7 @@ fn said(out: &Output) -> String {
 }
 
 /// What the rules keep of points with these times, worked out by the calendar alone; each with those
-/// that it lies on.
+/// that it depends on.
 fn kept(points: &[PathBuf]) -> BTreeSet<PathBuf> {
     let mut wanted = BTreeSet::new();
     // 5 January 2026 is a Monday, and 25 nights are left of that month after it.

@@ -21,7 +21,7 @@ fn image(dir: &Path, name: &str, format: &str, size: &str) -> PathBuf {
     path
 }
 
-/// A backup that is held at its moment, succeeds, equals the frozen views, and leaves nothing.
+/// A backup that is held at its freeze point, succeeds, equals the frozen views, and leaves nothing.
 fn good(guest: &Guest, caller: &Caller, wish: &str, expect: &[(&str, &str)]) -> String {
     let (said, views) = caller.held(wish);
     let mut disks: Vec<&str> = views.iter().map(|v| v.0.as_str()).collect();
@@ -174,8 +174,8 @@ fn unplug(qmp: &mut Qmp, name: &str) {
     while qmp.wait_event("DEVICE_DELETED")["data"]["device"] != name {}
 }
 
-/// A disk goes while the backup is held at its moment: the frozen view stays, and so does the point.
-fn unplug_during_backup(guest: &Guest, caller: &Caller, name: &str) {
+/// A disk goes while the backup is held at its freeze point: the frozen view stays, and so does the point.
+fn a_disk_removed_during_a_backup(guest: &Guest, caller: &Caller, name: &str) {
     guest.shell(&format!("writer fill /dev/disk/{name} 5 3145728 1048576"));
     let hold = tempfile::tempdir().unwrap();
     let mut child =
@@ -194,8 +194,8 @@ fn unplug_during_backup(guest: &Guest, caller: &Caller, name: &str) {
 }
 
 #[test]
-fn disks_plugged_and_unplugged() {
-    let name = "disks_plugged_and_unplugged";
+fn disks_attached_and_removed() {
+    let name = "disks_attached_and_removed";
     if !have(name, TOOLS) || !has_qemu(name) {
         return;
     }
@@ -219,7 +219,7 @@ fn disks_plugged_and_unplugged() {
         let said = good(&guest, &caller, "auto", &[("a.img", "INC"), ("new.img", level)]);
         assert_eq!(said.contains("new: first backup of this disk"), level == "FULL", "{said}");
         if during {
-            unplug_during_backup(&guest, &caller, name);
+            a_disk_removed_during_a_backup(&guest, &caller, name);
         } else {
             good(&guest, &caller, "inc", &[("a.img", "INC"), ("new.img", "INC")]);
             unplug(&mut guest.qmp(), name);
@@ -389,14 +389,14 @@ fn a_raw_disk_that_grows_while_qemu_lives() {
     // The part is copied once.
     assert!(!good("auto", "INC").contains("has grown"));
     grow(&d, "a", 4096 * KIB, 6144 * KIB, 0x66);
-    // A DIFF lies on the FULL, and has all that came since.
+    // A DIFF depends on the FULL, and has all that came since.
     assert!(good("diff", "DIFF").contains("has grown by 4.0 MiB"));
     assert!(good("inc", "INC").contains("has grown by 2.0 MiB"));
 }
 
 #[test]
-fn where_no_nbd_server_is_to_be_had_a_full_is_made_without_a_floor() {
-    let name = "where_no_nbd_server_is_to_be_had_a_full_is_made_without_a_floor";
+fn without_an_nbd_server_a_full_has_no_watermark() {
+    let name = "without_an_nbd_server_a_full_has_no_watermark";
     if !have(name, TOOLS) || !have(name, &["qemu-storage-daemon", "qemu-io"]) {
         return;
     }

@@ -155,7 +155,7 @@ impl Vm {
     fn settle(&mut self, case: &str) {
         self.stage.begin(None);
         let end = Instant::now() + Duration::from_secs(60);
-        // The guardian may be at it still.
+        // The watchdog may be at it still.
         while self.stage.frozen.load(Ordering::SeqCst) {
             assert!(Instant::now() < end, "{case}: the guest stays frozen");
             std::thread::sleep(Duration::from_millis(20));
@@ -238,7 +238,7 @@ fn prepare(vm: &mut Vm, words: &[&str]) {
         c.env("FLEECEFS_CRASH_AT", "answer blockdev-backup");
         let out = c.output().unwrap();
         assert_eq!(out.status.code(), None, "{}", String::from_utf8_lossy(&out.stderr));
-        // Its guardian thaws and continues.
+        // Its watchdog thaws and continues.
         let end = Instant::now() + Duration::from_secs(60);
         while vm.stage.frozen.load(Ordering::SeqCst) {
             assert!(Instant::now() < end, "the guest stays frozen");
@@ -302,8 +302,8 @@ fn places(vm: &mut Vm, words: &[&str]) -> Vec<Place> {
 }
 
 #[test]
-fn lies_at_each_answer_in_turn() {
-    let name = "lies_at_each_answer_in_turn";
+fn a_wrong_answer_to_each_question_in_turn() {
+    let name = "a_wrong_answer_to_each_question_in_turn";
     if !has_qemu(name) || !tools::have(name, &["qemu-img"]) {
         return;
     }

@@ -45,7 +45,7 @@ fn clean(qmp: &mut Qmp, dir: &Path) {
     assert_eq!(leftovers(dir), Vec::<PathBuf>::new());
 }
 
-/// Runs a backup that is held at its frozen moment for `meanwhile`; gives what it said.
+/// Runs a backup that is held at its freeze point for `meanwhile`; gives what it said.
 fn held(caller: &Caller, wish: &str, meanwhile: impl FnOnce()) -> String {
     let hold = tempfile::tempdir().unwrap();
     let err = hold.path().join("stderr");
@@ -480,8 +480,8 @@ const LESSER: [(&str, Refusing); 7] = [
 ];
 
 #[test]
-fn a_target_on_a_lesser_file_system_is_worked_on() {
-    let name = "a_target_on_a_lesser_file_system_is_worked_on";
+fn a_target_on_a_file_system_with_fewer_features_works() {
+    let name = "a_target_on_a_file_system_with_fewer_features_works";
     if !have(name, any_devices::TOOLS) {
         return;
     }

@@ -73,7 +73,7 @@ fn a_second_socket_does_not_let_a_second_run_in() {
     clean(&d);
 }
 
-/// A backup of a daemon, killed at its moment.
+/// A backup of a daemon, killed at its freeze point.
 fn killed(caller: &Caller) {
     let (code, said) = Held::start(caller, "auto").signalled(libc::SIGKILL);
     assert_eq!(code, None, "{said}");
@@ -302,7 +302,7 @@ fn a_guest_that_may_be_frozen_is_not_forgotten() {
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(!out.status.success() && said.contains("may still be frozen"), "{said}");
     assert!(pending().unwrap().frozen);
-    // The guardian has thawed it.
+    // The watchdog has thawed it.
     let note = Record::Thawed("0123456789ab".into());
     let path = journal::path(&caller.state, &Address::Unix(caller.qmp.clone()));
     journal::note(&path, "0123456789ab", &note).unwrap();
@@ -469,8 +469,8 @@ fn what_qemu_refuses_for_one_disk_does_not_keep_the_other() {
 }
 
 #[test]
-fn the_announcement_says_what_the_moment_achieved() {
-    if !have("the_announcement_says_what_the_moment_achieved", TOOLS) {
+fn the_announcement_says_what_the_freeze_point_achieved() {
+    if !have("the_announcement_says_what_the_freeze_point_achieved", TOOLS) {
         return;
     }
     let d = daemon();

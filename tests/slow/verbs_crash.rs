@@ -200,8 +200,8 @@ fn nothing_is_lost(folder: &Path, chain: &Chain, bytes: &[Vec<u8>], until: usize
 }
 
 #[test]
-fn a_kill_at_any_moment_loses_nothing() {
-    if !have("a_kill_at_any_moment_loses_nothing", &TOOLS) {
+fn a_kill_at_any_time_loses_nothing() {
+    if !have("a_kill_at_any_time_loses_nothing", &TOOLS) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -104,7 +104,7 @@ impl Setup {
         manifest_of(&newest(&self.caller.target, "a.img"))["bitmap"]["floor"] == json!(true)
     }
 
-    /// The name of the watermark that lies beside the newest point's bitmap.
+    /// The name of the watermark that is beside the newest point's bitmap.
     fn watermark(&self) -> String {
         let m = manifest_of(&newest(&self.caller.target, "a.img"));
         format!("{}-floor", m["bitmap"]["name"].as_str().unwrap())
@@ -167,9 +167,9 @@ fn live(d: &Daemon, sizes: &[u64]) {
 }
 
 #[test]
-fn the_watermark_lies_beside_each_bitmap_and_survives_a_restart() {
+fn each_bitmap_has_a_watermark_that_survives_a_restart() {
     let Some(mut s) =
-        Setup::new("the_watermark_lies_beside_each_bitmap_and_survives_a_restart", 16 * MIB, &[])
+        Setup::new("each_bitmap_has_a_watermark_that_survives_a_restart", 16 * MIB, &[])
     else {
         return;
     };

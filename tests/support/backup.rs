@@ -1,4 +1,4 @@
-//! Running the program's `backup` against QEMU, holding it at the frozen moment, and comparing
+//! Running the program's `backup` against QEMU, holding it at the freeze point, and comparing
 //! each point with what the frozen view was.
 
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// For a daemon; state and target lie in its folder.
+    /// For a daemon; state and target are in its folder.
     pub fn of(d: &Daemon) -> Self {
         Caller {
             qmp: d.path("qmp.sock"),
@@ -32,7 +32,7 @@ impl Caller {
         }
     }
 
-    /// For a guest; state, target and fleeces lie in its folder.
+    /// For a guest; state, target and fleeces are in its folder.
     pub fn guest(g: &guest::Guest) -> Self {
         Caller {
             qmp: g.qmp_socket(),
@@ -153,7 +153,7 @@ pub fn stopped(mut command: Command, step: &str, err: &Path) -> Child {
     child
 }
 
-/// Each disk's name and its bytes at the frozen moment.
+/// Each disk's name and its bytes at the freeze point.
 pub type Views = Vec<(String, Vec<u8>)>;
 
 fn wait(child: &mut Child) -> std::process::ExitStatus {
@@ -167,7 +167,7 @@ fn wait(child: &mut Child) -> std::process::ExitStatus {
     }
 }
 
-/// A backup that is held at its frozen moment.
+/// A backup that is held at its freeze point.
 pub struct Held {
     pub child: Child,
     hold: tempfile::TempDir,
@@ -312,7 +312,7 @@ pub fn ours_in_qemu(qmp: &mut guest::Qmp) -> Vec<String> {
     found
 }
 
-/// Named bitmaps in QEMU, but for those that lie beside the bitmap that they belong to.
+/// Named bitmaps in QEMU, but for those that are beside the bitmap that they belong to.
 pub fn bitmaps(qmp: &mut guest::Qmp) -> Vec<String> {
     let list = qmp.execute("query-named-block-nodes", serde_json::json!({}));
     let nodes = list.as_array().unwrap();

@@ -53,7 +53,7 @@ impl Disk {
     }
 }
 
-/// A running guest. Its sockets, logs and root disk lie in a directory of its own.
+/// A running guest. Its sockets, logs and root disk are in a directory of its own.
 pub struct Guest {
     /// Its QEMU is no child of the test.
     _stop: Guard,

@@ -1,4 +1,4 @@
-//! Folding layers that say anything about anything: the result covers the range exactly.
+//! Merging layers that say anything about anything: the result covers the range exactly.
 #![no_main]
 
 use std::ops::Range;

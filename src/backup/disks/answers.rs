@@ -122,7 +122,7 @@ impl Answers {
         self.types.get(qdev)
     }
 
-    /// Whether anything of the disk is encrypted: itself, its file, or what lies below it.
+    /// Whether anything of the disk is encrypted: itself, its file, or what is below it.
     pub fn is_encrypted(&self, disk: &Node) -> bool {
         has_luks(disk) || self.encrypted().contains(&disk.node_name)
     }

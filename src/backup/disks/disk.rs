@@ -40,7 +40,7 @@ pub struct GuestDisk {
     pub top: String,
     /// How to get in between.
     pub insertion: Insertion,
-    /// What lies between the guest and `node`.
+    /// What is between the guest and `node`.
     pub path: graph::Path,
     /// Who works on it, if somebody does: it has to wait.
     pub busy: Option<String>,
@@ -60,7 +60,7 @@ pub struct GuestDisk {
     /// and RBD images. A volume may have its old bytes there again, while QEMU has forgotten which
     /// of them had changed.
     pub regrows_zeros: bool,
-    /// Whether it lies on another image: what that has no data for is zeros which no frozen view of the
+    /// Whether it depends on another image: what that has no data for is zeros which no frozen view of the
     /// disk is known to report.
     pub has_backing: bool,
     /// What those images are, nearest first.

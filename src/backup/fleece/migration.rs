@@ -80,7 +80,7 @@ fn owner_in(state: &str, progress: &Progress) -> Owner {
         ("postmigrate", "failed" | "cancelled") => Owner::Leaving,
         ("postmigrate", _) => Owner::Left,
         ("finish-migrate" | "colo", _) => Owner::Leaving,
-        _ if progress.hands_over() => Owner::Leaving,
+        _ if progress.is_handover() => Owner::Leaving,
         _ => Owner::Here,
     }
 }
@@ -213,7 +213,7 @@ impl Progress {
     }
 
     /// Whether the disks may be the other side's already.
-    fn hands_over(&self) -> bool {
+    fn is_handover(&self) -> bool {
         let status = self.status.as_str();
         ["device", "pre-switchover", "colo"].contains(&status) || status.starts_with("postcopy")
     }
@@ -264,7 +264,7 @@ impl MigrationGuard {
         Ok(guard)
     }
 
-    /// Fails if a migration runs, or has run since [`Guard::begin`]; gives the guest's state.
+    /// Fails if a migration runs, or has run since [`MigrationGuard::begin`]; gives the guest's state.
     ///
     /// # Errors
     /// `Busy`; as [`Client::execute`].

@@ -50,16 +50,16 @@ pub(crate) fn free(
     own: &dyn Fn(&str) -> bool,
     job: &str,
 ) -> Result<()> {
-    let last = free_once(client, answers, filter, own, job)?;
+    let last = detach_once(client, answers, filter, own, job)?;
     let Some(e) = last else { return Ok(()) };
     // Somebody may have come in between, such as a new overlay: it is seen now.
     log::info!("{}: checking again", e.report());
     let answers = Answers::ask(client)?;
-    free_once(client, &answers, filter, own, job)?.map_or(Ok(()), Err)
+    detach_once(client, &answers, filter, own, job)?.map_or(Ok(()), Err)
 }
 
 /// As [`free`]; gives why it could not be freed.
-fn free_once(
+fn detach_once(
     client: &mut Client,
     answers: &Answers,
     filter: &str,

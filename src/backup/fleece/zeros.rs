@@ -17,7 +17,7 @@ use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::manifest::Manifest;
 use crate::storage::SourceFile;
 
-/// Bytes of folded windows that are kept while a chain is walked once.
+/// Bytes of merged windows that are kept while a chain is walked once.
 const CACHE_BYTES: u64 = 16 << 20;
 
 /// A chain opened for comparison with the frozen view.
@@ -71,7 +71,7 @@ impl ChainData {
     }
 
     /// Of the ranges that are zeros in the frozen view, those where the chain has something else. The
-    /// ranges come one after the other (by [`Lost::add`]), since they may be very many.
+    /// ranges come one after the other (by [`LostZeros::add`]), since they may be very many.
     ///
     /// # Errors
     /// Nobody has looked where the chain holds data.
@@ -83,7 +83,7 @@ impl ChainData {
 }
 
 /// How many lost ranges are kept apart: each is a write to a scratch node. Beyond that neighbours
-/// become one, and what lies between them is copied for nothing.
+/// become one, and what is between them is copied for nothing.
 const APART: usize = 1 << 20;
 
 /// Bytes of the chain that are read at once, and compared at once: no bit of a bitmap stands for less.
@@ -158,7 +158,7 @@ fn push(found: &mut Vec<Range<u64>>, r: Range<u64>) {
     }
 }
 
-/// What has to be copied for ranges that were lost: the cut may lie in the unit before each, whose end
+/// What has to be copied for ranges that were lost: the cut may be in the unit before each, whose end
 /// became zero too, as data.
 pub(crate) fn with_cuts(lost: Vec<Range<u64>>) -> Vec<Range<u64>> {
     lost.into_iter().map(|r| r.start.saturating_sub(1)..r.end).collect()

@@ -1,4 +1,4 @@
-//! The one frozen moment: freeze, stop, insert the filters, continue, thaw.
+//! The freeze point: freeze, stop, insert the filters, continue, thaw.
 
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,9 @@ use crate::units::counted;
 /// A filter to insert.
 #[derive(Debug, Clone)]
 pub(crate) struct FilterInsert {
-    /// Number of the disk.
+    /// Index of the disk.
     pub index: usize,
-    /// Where.
+    /// Where it is inserted.
     pub insertion: Insertion,
     /// The filter's node.
     pub filter: String,
@@ -43,7 +43,7 @@ impl FilterInsert {
     }
 }
 
-/// What came of it.
+/// What the freeze point achieved.
 #[derive(Debug)]
 pub(crate) struct FreezeResult {
     /// What was achieved.
@@ -62,7 +62,7 @@ pub(crate) struct HeldGuest {
     agent: Option<Agent>,
 }
 
-/// Everything the moment works with.
+/// What freezing works with.
 pub(crate) struct FreezeContext<'a> {
     /// QEMU.
     pub client: &'a mut Client,
@@ -76,10 +76,10 @@ pub(crate) struct FreezeContext<'a> {
     pub watch: &'a dyn Watch,
 }
 
-/// Takes the moment of a guest that runs, or does not.
+/// Makes the freeze point: freezes and stops the guest if it runs, inserts all filters, lets it go on.
 ///
 /// # Errors
-/// The guest could not be stopped or continued, or the guardian or journal could not be written.
+/// The guest could not be stopped or continued, or the watchdog or journal could not be written.
 /// A failed freeze is no error: the reason is in the consistency.
 pub(crate) fn take(
     context: &mut FreezeContext<'_>,
@@ -111,7 +111,7 @@ pub(crate) fn take(
     let held = match watchdog {
         Some(watchdog) if whole => Some(HeldGuest { watchdog, agent }),
         Some(watchdog) => {
-            let_go(context, watchdog, agent, &mut consistency)?;
+            release_guest(context, watchdog, agent, &mut consistency)?;
             None
         }
         None => None,
@@ -122,7 +122,7 @@ pub(crate) fn take(
 /// Ends `--pause`: the guest runs first, since a stopped one cannot thaw.
 ///
 /// # Errors
-/// QEMU refuses to continue; the guardian goes on trying then.
+/// QEMU refuses to continue; the watchdog goes on trying then.
 pub(crate) fn release(context: &mut FreezeContext<'_>, held: HeldGuest) -> Result<()> {
     let HeldGuest { mut watchdog, agent } = held;
     // Not one that has been migrated meanwhile.
@@ -130,11 +130,11 @@ pub(crate) fn release(context: &mut FreezeContext<'_>, held: HeldGuest) -> Resul
     withdraw(context, Some(&mut watchdog), Record::Continue, Message::Continue)?;
     // What was achieved is in the manifests already.
     let mut past = Consistency::default();
-    let_go(context, watchdog, agent, &mut past)
+    release_guest(context, watchdog, agent, &mut past)
 }
 
-/// Thaws what was frozen and dismisses the guardian, or leaves it to thaw.
-fn let_go(
+/// Thaws what was frozen and ends the watchdog, or leaves it to thaw.
+fn release_guest(
     context: &mut FreezeContext<'_>,
     mut watchdog: Watchdog,
     agent: Option<Agent>,
@@ -198,7 +198,7 @@ fn is_running(client: &mut Client) -> Result<bool> {
     Ok(status.get("status").and_then(Value::as_str) == Some("running"))
 }
 
-/// Before something is done to the guest, its undo is on disk and the guardian knows.
+/// Before something is done to the guest, its undo is on disk and the watchdog knows.
 fn announce(
     context: &mut FreezeContext<'_>,
     watchdog: Option<&mut Watchdog>,
@@ -209,7 +209,7 @@ fn announce(
     watchdog.map_or(Ok(()), |g| g.tell(message))
 }
 
-/// After it is undone, the guardian first: it must not act on what is over.
+/// After it is undone, the watchdog first: it must not act on what is over.
 fn withdraw(
     context: &mut FreezeContext<'_>,
     watchdog: Option<&mut Watchdog>,
@@ -227,7 +227,7 @@ fn insert_all(
     stopped: bool,
 ) -> Result<Vec<(usize, Error)>> {
     let mut failed = Vec::new();
-    let inserts = &still_right(client, inserts, &mut failed)?;
+    let inserts = &check_graph(client, inserts, &mut failed)?;
     let devices = inserts.iter().filter_map(|i| match &i.insertion {
         Insertion::Device(q) => Some((i, q)),
         Insertion::Reopen { .. } => None,
@@ -244,7 +244,7 @@ fn insert_all(
         consistency.one_moment = false;
     }
     if plugged > 0 {
-        note_passed(client, inserts, &mut failed)?;
+        note_bypassed(client, inserts, &mut failed)?;
     }
     reopen_all(client, inserts, consistency, &mut failed)?;
     // Of a disk that is being handed over QEMU would take possession again.
@@ -288,9 +288,9 @@ fn add_views(
     Ok(())
 }
 
-/// Notes the disks whose device was plugged past a node that another program put there at the same time:
+/// Notes the disks whose device was attached past a node that another program put there at the same time:
 /// that one's backup, if it is one, misses what is written from now on, and somebody has to know.
-fn note_passed(
+fn note_bypassed(
     client: &mut Client,
     inserts: &[FilterInsert],
     failed: &mut Vec<(usize, Error)>,
@@ -298,7 +298,7 @@ fn note_passed(
     let graph = graph::ask(client)?;
     let context = graph::GraphState { graph: &graph, jobs: &[] };
     for i in inserts.iter().filter(|i| matches!(i.insertion, Insertion::Device(_))) {
-        if let Some(what) = i.expected().passed(context) {
+        if let Some(what) = i.expected().bypassed(context) {
             let what = format!("{what}, and the device is no longer on it if it was");
             failed.push((i.index, graph::in_the_way(what)));
         }
@@ -307,8 +307,8 @@ fn note_passed(
 }
 
 /// Leaves those out round which the graph is no longer what planning saw: a device must not be
-/// plugged past what somebody has put there since.
-fn still_right(
+/// attached past what somebody has put there since.
+fn check_graph(
     client: &mut Client,
     inserts: &[FilterInsert],
     failed: &mut Vec<(usize, Error)>,
@@ -325,7 +325,7 @@ fn still_right(
     Ok(right)
 }
 
-/// All raw nodes in one command, which is one moment; if that fails, each for itself.
+/// All raw nodes in one command, so that they switch at one time; if that fails, each for itself.
 fn reopen_all(
     client: &mut Client,
     inserts: &[FilterInsert],
@@ -390,7 +390,7 @@ fn freeze_guest(
         }
     };
     announce(context, watchdog, Record::Freeze, Message::Freeze)?;
-    // Half of what the guardian allows: there must be time left to thaw.
+    // Half of what the watchdog allows: there must be time left to thaw.
     match agent.freeze(&mountpoints, context.options.freeze_point.deadline / 2) {
         Ok(0) => {
             step("frozen");
@@ -425,7 +425,7 @@ fn listed(agent: &mut Agent, wanted: &[String], wait: Duration) -> Result<Vec<St
     }
 }
 
-/// False if the agent did not thaw: the guardian has to go on trying.
+/// False if the agent did not thaw: the watchdog has to go on trying.
 fn thaw_guest(
     context: &mut FreezeContext<'_>,
     watchdog: Option<&mut Watchdog>,
@@ -458,7 +458,7 @@ fn judge(context: &FreezeContext<'_>, running: bool, whole: bool, c: &mut Consis
         c.achieved = Achieved::Paused;
     }
     if context.options.offline.is_some() {
-        // Nobody wrote, at whichever moment of each disk.
+        // Nobody wrote, whenever the filter of each disk was inserted.
         c.reason = OFFLINE.into();
         return;
     }

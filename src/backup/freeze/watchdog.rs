@@ -1,4 +1,4 @@
-//! The guardian: a child process that continues and thaws the guest if its parent cannot.
+//! The watchdog: a child process that continues and thaws the guest if its parent cannot.
 //!
 //! It is started before the guest is frozen or stopped, and knows from lines on its standard
 //! input what is done to the guest at any time. When the parent dies (end of file) it acts; when
@@ -28,7 +28,7 @@ use crate::qmp::agent::Agent;
 use crate::qmp::socket::Socket;
 use crate::qmp::{Address, Client};
 
-/// How it tries on.
+/// How often it tries again.
 #[derive(Debug, Clone, Copy)]
 struct RetryPolicy {
     /// The pause after the first try.
@@ -37,16 +37,19 @@ struct RetryPolicy {
     longest: Duration,
     /// After so many tries it lets go of its standard error, for whose end somebody may wait (ssh,
     /// cron).
-    loud: u32,
+    max_logged: u32,
 }
 
-const RETRY: RetryPolicy =
-    RetryPolicy { first: Duration::from_millis(200), longest: Duration::from_secs(5), loud: 15 };
+const RETRY: RetryPolicy = RetryPolicy {
+    first: Duration::from_millis(200),
+    longest: Duration::from_secs(5),
+    max_logged: 15,
+};
 
-/// How many bytes the parent says in all, at most: the orders and some words.
+/// The most bytes that the parent sends in all: the configuration and some messages.
 const MAX_INPUT: u64 = 1 << 20;
 
-/// What the guardian is told at the start.
+/// What the watchdog gets at its start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct WatchdogConfig {
     /// QEMU's QMP socket.
@@ -71,7 +74,7 @@ pub(crate) struct WatchdogConfig {
 
 impl WatchdogConfig {
     /// Whether the guest is held, and not meant to be.
-    fn counts(&self, guest: GuestState) -> bool {
+    fn counts_time(&self, guest: GuestState) -> bool {
         if self.whole { guest.frozen && !guest.stopped } else { guest.frozen || guest.stopped }
     }
 }
@@ -118,7 +121,7 @@ impl Watchdog {
     /// Says what is about to be done to the guest, or has been undone.
     ///
     /// # Errors
-    /// The guardian is gone: nothing may be done to the guest then.
+    /// The watchdog is gone: nothing may be done to the guest then.
     pub(crate) fn tell(&mut self, message: Message) -> Result<()> {
         let Some(p) = &mut self.pipe else {
             return Err(Error::new(Kind::Io, "the watchdog process was told to end"));
@@ -141,7 +144,7 @@ impl Watchdog {
     }
 }
 
-/// What the guardian is told.
+/// What the parent tells the watchdog.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Message {
     /// The guest will be frozen.
@@ -177,10 +180,10 @@ struct GuestState {
     stopped: bool,
 }
 
-/// The child's side: `fleecefs guardian`, never called by hand.
+/// The child process: `fleecefs guardian`, which users never call.
 ///
 /// # Errors
-/// The orders make no sense, or the guest could not be helped.
+/// The configuration is invalid, or the guest could not be continued and thawed.
 pub(crate) fn serve() -> Result<()> {
     // SAFETY: no preconditions; both only concern this process.
     unsafe {
@@ -250,7 +253,7 @@ fn watch(config: &WatchdogConfig, told: &Receiver<Message>) -> Verdict {
             Err(RecvTimeoutError::Timeout) if held.is_some() => return Verdict::Late(guest),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        held = match config.counts(guest) {
+        held = match config.counts_time(guest) {
             true => held.or(Some(Instant::now())),
             false => None,
         };
@@ -348,7 +351,7 @@ fn retry(
         }
         tries = tries.saturating_add(1);
         log::warn!("watchdog: {}; trying again", e.report());
-        if tries == patience.loud {
+        if tries == patience.max_logged {
             close_stderr();
         }
         std::thread::sleep(pause);
@@ -436,19 +439,19 @@ mod tests {
             (g(true, true), true, false),
             (g(false, true), true, false),
         ] {
-            assert_eq!(config(false).counts(guest), freeze_point, "{guest:?}");
-            assert_eq!(config(true).counts(guest), whole, "{guest:?}");
+            assert_eq!(config(false).counts_time(guest), freeze_point, "{guest:?}");
+            assert_eq!(config(true).counts_time(guest), whole, "{guest:?}");
         }
     }
 
     #[test]
-    fn it_tries_on_until_it_works_or_nobody_listens() {
+    fn it_retries_until_it_works_or_nobody_listens() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
         let peer = Address::Unix(path);
         let nothing =
-            RetryPolicy { first: Duration::ZERO, longest: Duration::ZERO, loud: u32::MAX };
+            RetryPolicy { first: Duration::ZERO, longest: Duration::ZERO, max_logged: u32::MAX };
         let tries = Cell::new(0usize);
         let act = |good_at: usize| {
             let tries = &tries;

@@ -44,8 +44,8 @@ impl Expected<'_> {
             _ => [filter.as_str()].into_iter().chain(below).collect(),
         };
         let beside = self.allowed(state, &filter);
-        let passed = if stage == Stage::Before { self.passed(state) } else { None };
-        passed
+        let bypassed = if stage == Stage::Before { self.bypassed(state) } else { None };
+        bypassed
             .or_else(|| self.path_differs(state, &nodes, &beside))
             .or_else(|| self.view_differs(state, stage))
             .or_else(|| self.job_works(state, &nodes, &beside))
@@ -54,7 +54,7 @@ impl Expected<'_> {
     /// A node that another program has put above the disk since planning and that nobody uses: it is about
     /// to put the guest's device there; or it has, between our last look at the device and our own putting
     /// it elsewhere, which QEMU offers no way to do in one.
-    pub(crate) fn passed(&self, state: GraphState<'_>) -> Option<String> {
+    pub(crate) fn bypassed(&self, state: GraphState<'_>) -> Option<String> {
         let fresh = |n: &&str| !self.path.unused.iter().any(|u| u == n);
         let top = self.path.nodes.first()?;
         let node = super::unused_above(state.graph, top).into_iter().find(fresh)?;
@@ -96,12 +96,12 @@ impl Expected<'_> {
             });
         }
         let chain = state.chain(top, self.path.disk());
-        let passed: Vec<&str> =
+        let bypassed: Vec<&str> =
             chain.into_iter().filter(|n| !beside.iter().any(|(_, node)| node == n)).collect();
-        if passed == nodes {
+        if bypassed == nodes {
             return None;
         }
-        match passed.iter().find(|n| !nodes.contains(n)) {
+        match bypassed.iter().find(|n| !nodes.contains(n)) {
             Some(other) => Some(self.between(state, other)),
             None => Some(format!("the nodes below {} have changed", self.label)),
         }

@@ -1,4 +1,4 @@
-//! [`Neighbours`]: the jobs of other programs, as they were last seen.
+//! [`ForeignJobs`]: the jobs of other programs, as they were last seen.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! What lies between a guest and its disk, and who else works there, read from QEMU's block graph:
+//! What is between a guest and its disk, and who else works there, read from QEMU's block graph:
 //! it shows what `query-block` hides. A path is a value: planning keeps it, and what is seen later is
 //! compared with it.
 

@@ -1,7 +1,7 @@
 //! How a shut-off VM's image is opened.
 //!
 //! Its header may have been written by a QEMU that a guest had taken over, or, where it is raw, by the guest
-//! itself. So the format is never taken from the content alone, and what lies below an image is what the
+//! itself. So the format is never taken from the content alone, and what is below an image is what the
 //! user names. The daemon opens all by name: no other user may be able to exchange what has the name.
 
 use std::os::unix::ffi::OsStrExt;
@@ -21,7 +21,7 @@ use crate::{folder, layer};
 /// More layers than anybody's disk has.
 const DEEPEST: usize = 200;
 
-/// An image and what lies below it.
+/// An image and what is below it.
 #[derive(Debug)]
 pub(super) struct Image {
     /// Its path without links.
@@ -132,7 +132,7 @@ impl Layer {
         node
     }
 
-    /// What its header names. A block device is not read here: with one, nothing may lie below.
+    /// What its header names. A block device is not read here: with one, nothing may be below.
     fn below(&self, allowed: &[PathBuf]) -> Result<Option<Layer>> {
         let unfit =
             |what: &str| Error::new(Kind::Unsupported, what.to_string()).at_path(&self.path);

@@ -5,8 +5,8 @@
 //! The daemon has its sockets in a folder of the state folder, one for each target. What a run that died
 //! left is undone by the next run to that target, online or not.
 //!
-//! `image` says how an image is opened: with every layer spelled out, as its header may have been
-//! written by a QEMU that a guest has taken over. `known` finds what the target knows of it.
+//! `image` says how an image is opened: with every layer given explicitly, since its header may have been
+//! written by a QEMU that a guest has taken over. `known_disks` finds what the target knows of it.
 
 mod image;
 

@@ -46,7 +46,7 @@ pub(crate) fn assign(
             let is = |h: &History| {
                 same_file(inputs, disk, h)
                     || carries_bitmap(inputs, disk, h)
-                    || (is_new || h.tail == own) && has_moved(inputs, disk, h, disks)
+                    || (is_new || h.tail == own) && is_renamed(inputs, disk, h, disks)
             };
             let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
             let (dir, seen) = others.swap_remove(at);
@@ -268,7 +268,7 @@ fn is_other_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
 
 /// The same device of the same VM has another file: the disk was restored to another place, or its
 /// loop device has another number. The old file must not be a disk of the VM still.
-fn has_moved(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History, disks: &[GuestDisk]) -> bool {
+fn is_renamed(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History, disks: &[GuestDisk]) -> bool {
     let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
     let qdev = &disk.identity.qdev;
     // QEMU makes up the others, by their place.

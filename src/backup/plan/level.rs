@@ -94,7 +94,7 @@ fn is_due(every: FullEvery, base: &[Manifest], now: i64) -> bool {
 /// A point to build on and what is below it, root first, and the bitmap that says what changed since.
 type Base = (Vec<Manifest>, BitmapInfo);
 
-/// Fails unless what the disk lies on is known to be what it was: no bitmap says so.
+/// Fails unless what the disk depends on is known to be what it was: no bitmap says so.
 fn check_backing(base: Base, disk: &GuestDisk) -> Result<Base, String> {
     let Some(point) = base.0.last() else { return Ok(base) };
     let (now, image) = (&disk.backing, &point.image);

@@ -182,7 +182,7 @@ fn plan_disk(
     level::choose_bitmaps(options, inputs, &mut plan);
     let word = names::level_word(plan.level);
     let plain = options.layout.no_timestamp && matches!(plan.level, Level::Full | Level::Copy);
-    // The next FULL has a time in its name: the first, and what lies on it, stays what it is.
+    // The next FULL has a time in its name: the first, and what depends on it, stays what it is.
     let taken = plain && folder::exists(&plan.dir.join(&history.tail));
     plan.image = match plain && !taken {
         true => history.tail.clone(),
@@ -217,7 +217,7 @@ pub(crate) struct Printed {
     /// Where the image would be.
     #[serde(rename = "file")]
     pub image: PathBuf,
-    /// The point it would lie on.
+    /// The point it would depend on.
     pub parent: Option<String>,
     /// Bytes to copy.
     pub estimate: u64,

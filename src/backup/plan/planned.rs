@@ -57,7 +57,7 @@ pub struct DiskPlan {
 }
 
 impl DiskPlan {
-    /// The point it lies on.
+    /// The point it depends on.
     pub fn parent(&self) -> Option<&Manifest> {
         match self.level {
             Level::Diff => self.base.first(),
@@ -65,9 +65,9 @@ impl DiskPlan {
         }
     }
 
-    /// Where the disk has grown since the point it lies on and what is there has to be read, though
+    /// Where the disk has grown since the point it depends on and what is there has to be read, though
     /// no bit is dirty for it: all of a raw disk, which gives what its storage has there. qcow2 gives
-    /// zeros, but in the cluster that the old end lay in: what was cut off there comes back.
+    /// zeros, but in the cluster that the old end was in: what was cut off there comes back.
     pub fn grown(&self) -> Option<Range<u64>> {
         let old = self.since.as_ref().and(self.parent())?.virtual_size;
         let end = match self.disk.identity.format.as_str() {

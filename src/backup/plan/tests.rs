@@ -188,7 +188,7 @@ fn auto(t: &Path, d: GuestDisk) -> DiskPlan {
 }
 
 #[test]
-fn an_inc_lies_on_the_tip_and_lets_go_of_the_tips_bitmap_only() {
+fn an_inc_depends_on_the_tip_and_removes_the_tips_bitmap_only() {
     let t = chain();
     let stray = names::bitmap(TARGET, FIRST, "0000000000aa", 0);
     let other = names::bitmap("ffffffff", FIRST, FIRST, 0);
@@ -233,7 +233,7 @@ fn what_a_raw_disk_has_grown_by_is_copied_whole() {
 }
 
 #[test]
-fn a_volume_gets_an_inc_of_what_its_floor_leaves_in_doubt() {
+fn a_volume_gets_an_inc_of_what_its_watermark_does_not_prove() {
     let t = chain();
     let tip = "000000000002";
     let mut m = manifest::read(&t.path().join("d"), "INC-2-d".as_ref()).unwrap().unwrap();
@@ -258,7 +258,7 @@ fn a_volume_gets_an_inc_of_what_its_floor_leaves_in_doubt() {
         (Level::Inc, Some(size - 65536..size), 65536)
     );
     assert!(d.wants_watermark() && !d.new_bitmap.as_ref().unwrap().watermark);
-    // The floor goes with the bitmap that it lies beside; the FULL's stays.
+    // The watermark goes with its bitmap; the FULL's stays.
     assert_eq!(d.obsolete, [bitmap(tip), names::watermark(&bitmap(tip))]);
     let d = auto(t.path(), volume(size, 3 * 65536));
     assert_eq!((d.unproved(), d.estimate()), (Some(2 * 65536..size), size - 2 * 65536));
@@ -328,7 +328,7 @@ fn what_a_watermark_proves_for_qcow2() {
 }
 
 #[test]
-fn a_diff_lies_on_the_full_and_changes_nothing() {
+fn a_diff_depends_on_the_full_and_changes_nothing() {
     let t = chain();
     let p = plan(t.path(), RequestedLevel::Diff, vec![disk("/vm/d", both())], 100).disks.remove(0);
     assert_eq!(p.parent().unwrap().image, "FULL-1-d");
@@ -552,7 +552,7 @@ fn a_cloned_vm_gets_a_chain_of_its_own() {
 }
 
 #[test]
-fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
+fn the_first_run_of_a_month_removes_last_months_bitmaps() {
     let t = tempfile::tempdir().unwrap();
     let (old, new) = (t.path().join("2026-11"), t.path().join("2026-12"));
     put(&old.join("d"), "FULL-1-d", Level::Full, None, FIRST);

@@ -2,7 +2,7 @@
 //!
 //! QEMU drops the dirty bits beyond the end of a disk that shrinks, and growing gives none back. What
 //! the regrown part holds is then not what the chain has, and no bit says so. So a second bitmap, the
-//! watermark, lies beside each recording one: disabled, so that no write of the guest reaches it, with
+//! watermark, is beside each recording one: disabled, so that no write of the guest reaches it, with
 //! dirty marks from the beginning to the end of the disk (a mark at each step, and one at the end).
 //! QEMU cuts it along with the recording one. Both are added in one transaction, and both are
 //! persistent or neither is: no change of size escapes it, be it live (`block_resize`) or by `qemu-img
@@ -88,7 +88,7 @@ fn below_last(size: u64, granularity: u64) -> u64 {
 
 /// From where on a disk that had `size` bytes may hold anything, if `count` dirty bytes are left of
 /// its marks; and whether it was smaller for certain. A cut inside the last bit's part leaves all
-/// marks: that part is always in doubt.
+/// marks: that part is never proved.
 pub(crate) fn unproved_from(size: u64, granularity: u64, count: u64) -> (u64, bool) {
     let left = count / granularity.max(1);
     if left > below_last(size, granularity) {
@@ -97,7 +97,7 @@ pub(crate) fn unproved_from(size: u64, granularity: u64, count: u64) -> (u64, bo
     (left.saturating_sub(1).saturating_mul(step(size, granularity)), true)
 }
 
-/// The watermark that a manifest says to lie beside its bitmap, if it is on the disk and proves
+/// The watermark that a manifest says to be beside its bitmap, if it is on the disk and proves
 /// anything.
 pub(crate) fn of<'a>(info: &BitmapInfo, disk: &'a GuestDisk) -> Option<&'a Bitmap> {
     let mark = disk.bitmap(&names::watermark(&info.name)).filter(|_| info.watermark)?;
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_cut_off_is_always_in_doubt() {
+    fn what_was_cut_off_is_never_proved() {
         const G: u64 = 4096;
         for size in [512, G, G + 512, 5 * G, 256 * G, 256 * G + 1, 257 * G, 1000 * G + 7, 70000 * G]
         {

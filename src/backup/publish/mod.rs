@@ -1,6 +1,6 @@
 //! Making a finished image a point: check, sync, rename, manifest. The manifest is the commit.
 //!
-//! Until then the image is called `.partial`, and its manifest-to-be lies beside the manifests as
+//! Until then the image is called `.partial`, and its manifest-to-be is beside the manifests as
 //! that of the `.partial`: whoever finds both after a crash can finish the work.
 //!
 //! The folder may be somebody else's, who can exchange any name in it at any time. So it is opened

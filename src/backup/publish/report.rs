@@ -14,7 +14,7 @@ pub(crate) struct Report {
     pub plan: Plan,
     /// What became of each disk.
     pub disks: Vec<DiskReport>,
-    /// What the moment achieved.
+    /// What the freeze point achieved.
     pub consistency: Consistency,
     /// What is still in QEMU, and why.
     pub undo: Option<Error>,

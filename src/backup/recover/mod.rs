@@ -5,7 +5,7 @@
 //! a run that fails while its process lives.
 //!
 //! A target that is not there (not mounted, an NFS server that is down) does not keep the VM from
-//! being backed up elsewhere: what lies in it stays in the journal until it is there again.
+//! being backed up elsewhere: what is in it stays in the journal until it is there again.
 
 pub(crate) mod wait;
 
@@ -64,7 +64,7 @@ pub struct RecoverContext<'a> {
 pub enum RecoverCause<'a> {
     /// The run ends itself, and holds its target's lock.
     OwnEnd,
-    /// A backup to this target is to begin: what lies there has to be settled first; what lies in
+    /// A backup to this target is to begin: what earlier runs left there has to be concluded first; what is in
     /// a target that is not there now is left for later.
     Backup(&'a Path),
     /// The user asked for it.
@@ -88,7 +88,7 @@ impl RecoverCause<'_> {
 /// What a recovery found.
 #[derive(Debug, Default)]
 pub struct Recovered {
-    /// How many runs were undone, and disks of runs before settled.
+    /// How many runs were undone, and disks of earlier runs concluded.
     pub done: usize,
     /// How many disks of theirs, or of runs before, are left for later.
     pub left: usize,
@@ -277,7 +277,7 @@ pub fn undo(
         }
     }
     let freed = release_guest(client, pending, place, watch);
-    // Open until all is settled: what could not be written to an image is forgotten with the last
+    // Open until all is concluded: what could not be written to an image is forgotten with the last
     // one that has it open.
     let open = |d: &DiskRecord| {
         let folder = real_folder(&d.dir).ok()??;

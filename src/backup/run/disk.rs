@@ -1,4 +1,4 @@
-//! The steps of one disk: prepare before the moment, view and job after it, completion.
+//! The steps of one disk: prepare before the freeze point, view and job after it, completion.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ impl Run<'_> {
         if self.blind { Role::HiddenStatus } else { Role::Snapshot }
     }
 
-    /// Files, nodes and the new bitmap: all before the moment.
+    /// Files, nodes and the new bitmap: all before the freeze point.
     pub(in crate::backup) fn prepare(&mut self, d: &mut Active) -> Result<()> {
         d.chain = self.chains.remove(&d.plan.dir.join(&d.plan.image));
         self.create_files(d)?;
@@ -53,7 +53,7 @@ impl Run<'_> {
     }
 
     /// What tells the next INC whether QEMU has had the disk open all the time, where nothing else tells that
-    /// what it lies on is as it was.
+    /// what it depends on is as it was.
     fn add_open_mark(&mut self, d: &Active) -> Result<()> {
         let Some(b) = d.plan.new_bitmap.as_ref().filter(|b| b.persistent) else { return Ok(()) };
         match d.plan.disk.backing.iter().all(BackingFile::is_known) {
@@ -62,7 +62,7 @@ impl Run<'_> {
         }
     }
 
-    /// Fails if what the disk lies on was written to since the run began: the frozen view reads it, and is no
+    /// Fails if what the disk depends on was written to since the run began: the frozen view reads it, and is no
     /// view of one time then.
     fn check_below(&self, d: &Active) -> Result<()> {
         if !d.plan.disk.backing.iter().any(BackingFile::is_known) {
@@ -154,7 +154,7 @@ impl Run<'_> {
     }
 
     /// Gives up the disk with the largest fleece where fleeces have eaten up the room that must
-    /// stay: the guest's own files may lie there, and a guest without room stops.
+    /// stay: the guest's own files may be there, and a guest without room stops.
     pub(in crate::backup) fn guard_fleeces(&mut self, disks: &mut [Active]) -> Result<()> {
         let short = |f: &&Fleece| match f.space() {
             Ok(space) => self.reserves.is_short(&space),
@@ -261,7 +261,7 @@ impl Run<'_> {
         if let Some(since) = &d.plan.since {
             // What was written between the first merge and the question is data in the fleece
             // (or, with QEMUs that mix up old and new, data of now): it may hide zeros of the
-            // moment, and is dirty by now.
+            // freeze point, and is dirty by now.
             self.client.execute(
                 "block-dirty-bitmap-merge",
                 json!({"node": view, "target": work,

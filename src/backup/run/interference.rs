@@ -32,7 +32,7 @@ impl Run<'_> {
         }
     }
 
-    /// Begins to listen, once our filters stand on what they will be plugged above: from then on
+    /// Begins to listen, once our filters are above the nodes whose parents they will get: from then on
     /// whatever another program puts there takes them along.
     pub(in crate::backup) fn watch_graph(&mut self, disks: &mut [Active]) -> Result<()> {
         self.client.listen_to_jobs(&format!("{PREFIX}{}-", self.run));

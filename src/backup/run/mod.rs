@@ -1,14 +1,14 @@
 //! A backup from connection to published points.
 //!
-//! The order is the one that held under continuous writes (every step's undo is named, and on
-//! disk, before the step):
+//! The order loses no write while the guest goes on writing (the undo of each step is on disk before the
+//! step):
 //!
-//! 1. the new bitmap is added beside the recording one; both record through the moment;
+//! 1. the new bitmap is added beside the recording one; both record through the freeze point;
 //! 2. fleece and filter nodes are added, which do nothing yet;
-//! 3. the moment: all filters are inserted at once;
+//! 3. the freeze point: all filters are inserted at once;
 //! 4. frozen views are added; a disabled bitmap on each view takes what the old bitmap has;
 //! 5. jobs copy what it names, out of the frozen view;
-//! 6. each finished image is closed, taken down, published; only then the old bitmap goes.
+//! 6. each finished image is closed, its nodes are removed, it is published; only then the old bitmap goes.
 //!
 //! Whatever fails before 6 removes the new bitmap, and the old one has recorded everything.
 
@@ -274,7 +274,7 @@ fn require_views(client: &mut Client) -> Result<()> {
 /// The lock that prune and the verbs take as well.
 fn target_lock(options: &Options, base: &Path) -> Result<Locks> {
     let locks = Locks::take(&options.target)?;
-    // What lies on files that are about to go, or to be replaced, must not get a child.
+    // What depends on files that are about to go, or to be replaced, must not get a child.
     unfinished::refuse(base)?;
     Ok(locks)
 }

@@ -1,5 +1,5 @@
 //! [`Run`]: a backup at work, and its disks ([`Active`]). What is done with them is in the files that
-//! have a part of it each: `begin`, `disk`, `barrier`, `beside`, `conclude`, `watermark`, `work`.
+//! have a part of it each: `begin`, `disk`, `barrier`, `interference`, `conclude`, `watermark`, `work`.
 
 use std::collections::HashMap;
 use std::path::PathBuf;

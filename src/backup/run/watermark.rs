@@ -44,14 +44,14 @@ impl Run<'_> {
             if e.kind() == Kind::Interrupted {
                 return Err(e);
             }
-            drop_scratch(&mut self.client, &scratch)?;
+            remove_scratch(&mut self.client, &scratch)?;
             let what = "its size cannot be watched: the next INC has to read the whole disk";
             self.watch.warn(&format!("{}: {what}: {}", d.plan.disk.label(), e.report()));
             return bitmap::add(&mut self.client, &b);
         }
         let from = json!({"node": scratch, "name": work_bitmap(&self.run)});
         self.add_with_marks(d, &b, &from)?;
-        drop_scratch(&mut self.client, &scratch)
+        remove_scratch(&mut self.client, &scratch)
     }
 
     /// Adds the new bitmap and its watermark, which takes the marks of the bitmap `from`, in one
@@ -79,7 +79,7 @@ impl Run<'_> {
     }
 
     /// Adds to what the job copies where the disk may differ from the point below without a dirty bit.
-    /// (The question comes after the frozen moment, and after the dirty bits were taken: what is cut
+    /// (The question comes after the freeze point, and after the dirty bits were taken: what is cut
     /// off later is copied for nothing, no more.)
     /// `now` are the bitmaps of the disk's node, as they are then.
     pub(in crate::backup) fn add_unmarked(&mut self, d: &Active, now: &[Bitmap]) -> Result<()> {
@@ -138,7 +138,7 @@ impl Run<'_> {
             json!({"node": view, "target": work,
             "bitmaps": [{"node": scratch, "name": work}]}),
         )?;
-        drop_scratch(&mut self.client, &scratch)?;
+        remove_scratch(&mut self.client, &scratch)?;
         Ok(bitmap::count(&mut self.client, &view, &work)?.saturating_sub(before))
     }
 
@@ -152,7 +152,7 @@ impl Run<'_> {
             "size": d.plan.disk.size, "read-zeroes": true});
         if self.client.call("blockdev-add", node.clone())?.is_err() {
             // One that could not be removed after its last use is still there.
-            drop_scratch(&mut self.client, &scratch)?;
+            remove_scratch(&mut self.client, &scratch)?;
             self.client.execute("blockdev-add", node)?;
         }
         self.client.execute(
@@ -168,7 +168,7 @@ impl Run<'_> {
 }
 
 /// Removes a scratch node. Where that cannot be done now, the end of the run does it.
-fn drop_scratch(client: &mut Client, node: &str) -> Result<()> {
+fn remove_scratch(client: &mut Client, node: &str) -> Result<()> {
     if let Err(r) = client.call("blockdev-del", json!({"node-name": node}))? {
         log::warn!("node {node} stays for now: {}", short(&r.desc));
     }

@@ -102,7 +102,7 @@ impl Run<'_> {
         let place =
             RecoverContext { state: state_dir, vm: qmp, cause: RecoverCause::OwnEnd, agent: None };
         match recover::undo(&mut self.client, &pending, place, self.watch) {
-            Err(e) if e.kind() == Kind::Peer && silent(qmp) => {
+            Err(e) if e.kind() == Kind::Peer && is_silent(qmp) => {
                 recover::check_gone(&pending, qmp, e)?;
                 recover::undo_offline(&pending, place, self.watch).map(drop)
             }
@@ -348,7 +348,7 @@ impl Run<'_> {
         }
     }
 
-    /// Fails if a migration runs, or has run since the beginning: before the moment, at each look, and
+    /// Fails if a migration runs, or has run since the beginning: before the freeze point, at each look, and
     /// once a job has ended. Gives the guest's state, if there is a guest.
     pub(in crate::backup) fn check_migration(&mut self) -> Result<Option<String>> {
         self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))
@@ -393,6 +393,6 @@ fn gone_error(e: &Error, client: &mut Client) -> bool {
 }
 
 /// Whether nobody answers there.
-fn silent(qmp: &crate::qmp::Address) -> bool {
+fn is_silent(qmp: &crate::qmp::Address) -> bool {
     matches!(Client::connect(qmp), Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound))
 }

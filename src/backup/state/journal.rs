@@ -1,6 +1,6 @@
 //! The journal of a run: what will have to be undone, written and synced before it is done.
 //!
-//! One file per VM in the state folder, a JSON record per line. The last line may be torn by a
+//! One file per VM in the state folder, a JSON record per line. The last line may be cut off by a
 //! power cut: it is ignored, since what it announced has not been done then. A run that ends in
 //! order removes its journal.
 
@@ -51,13 +51,13 @@ pub enum Record {
     Thaw,
     /// The image of this disk is complete and QEMU has closed it.
     Closed(usize),
-    /// It is a point now, or was given up.
+    /// It has become a point, or was given up.
     Settled(usize),
-    /// The guardian of this run has let the guest run again.
+    /// The watchdog of this run has let the guest run again.
     Continued(String),
-    /// The guardian of this run has thawed the guest.
+    /// The watchdog of this run has thawed the guest.
     Thawed(String),
-    /// An earlier run's disk could not be settled: its target is not there.
+    /// An earlier run's disk could not be concluded: its target is not there.
     DeferredDisk(DeferredDisk),
 }
 
@@ -191,7 +191,7 @@ pub fn path(state: &Path, vm: &Address) -> PathBuf {
     state.join(file_name(vm))
 }
 
-/// Whatever is written goes to the end: a guardian may have written there.
+/// Whatever is written goes to the end: a watchdog may have written there.
 fn appending(file: File) -> std::io::Result<File> {
     let flags = rustix::fs::fcntl_getfl(&file)?;
     rustix::fs::fcntl_setfl(&file, flags | OFlags::APPEND)?;
@@ -217,7 +217,7 @@ pub fn keep(state: &Path, vm: &Address, left: &[DeferredDisk]) -> Result<()> {
     Journal::replace(state, vm, &records).map(drop)
 }
 
-/// Adds a record to a journal if it is still that of `run`: for the guardian, whose parent is dead.
+/// Adds a record to a journal if it is still that of `run`: for the watchdog, whose parent is dead.
 ///
 /// # Errors
 /// What the operating system said.
@@ -367,7 +367,7 @@ mod tests {
         let p = pending(d.path(), &vm).unwrap().unwrap();
         assert!(!p.stopped && p.frozen && p.run == "r");
         assert_eq!(p.closed, [1]);
-        // The guardian's word counts behind a torn line, but only that of the run's own.
+        // A record of the watchdog counts after a line that was cut off, but only that of the run's own.
         let file = path(d.path(), &vm);
         note(&file, "other", &Record::Thawed("other".into())).unwrap();
         note(&file, "r", &Record::Thawed("other".into())).unwrap();

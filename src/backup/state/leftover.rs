@@ -1,7 +1,7 @@
 //! Fleece images that killed runs left, and which of them are removed: those that a journal or a note
 //! names, that look like ours in every way, and that are the file that was made.
 //!
-//! A fleece image has a name only where it must have one (see [`crate::backup::fleece`]). A note lies in the
+//! A fleece image has a name only where it must have one (see [`crate::backup::fleece`]). A note is in the
 //! backup directory, whose owner may write anything into it, and a journal of version 0.1.0 does not
 //! say which file was made: so a name is never enough.
 

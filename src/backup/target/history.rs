@@ -202,7 +202,7 @@ impl History {
         self.entries.iter().rev().filter_map(|e| e.manifest.as_ref()).find(says)
     }
 
-    /// The FULL that a new DIFF would lie on: the latest, there and unchanged. INCs between may be
+    /// The FULL that a new DIFF would depend on: the latest, there and unchanged. INCs between may be
     /// damaged or gone.
     ///
     /// # Errors
@@ -216,7 +216,7 @@ impl History {
         Ok(vec![full])
     }
 
-    /// The points that a new INC would lie on, root first; every file there and unchanged.
+    /// The points that a new INC would depend on, root first; every file there and unchanged.
     ///
     /// # Errors
     /// In words why there is none: the reason for a FULL.
@@ -324,9 +324,9 @@ mod tests {
     }
 
     #[test]
-    fn no_time_of_a_folded_state_is_given_again() {
+    fn no_time_of_a_merged_state_is_given_again() {
         let d = tempfile::tempdir().unwrap();
-        // By its own clock each of these is older than what was folded into it; in one of them the
+        // By its own clock each of these is older than what was merged into it; in one of them the
         // manifest says nothing that has a time.
         for (full, state_of, last) in [
             ("FULL-1-d", "INC-7-d", 7),
@@ -340,7 +340,7 @@ mod tests {
             assert_eq!(History::read(d.path(), None).unwrap().last_time(), last, "{full}");
             std::fs::remove_file(d.path().join(full)).unwrap();
         }
-        // Nor is a folded state older than the name.
+        // Nor is a merged state older than the name.
         put(d.path(), "FULL-5-d", Level::Full, None);
         let m = manifest::read(d.path(), "FULL-5-d".as_ref()).unwrap().unwrap();
         manifest::write(d.path(), &Manifest { state_of: Some("INC-0-x".into()), ..m }).unwrap();

@@ -1,4 +1,4 @@
-//! [`Dependencies`]: what each file lies on, and whether it can be served.
+//! [`Dependencies`]: what each file depends on, and whether it can be served.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -44,13 +44,13 @@ pub(in crate::chain) struct Dependencies<'a> {
     data_files: DataFiles,
     /// As what each file belongs to a disk.
     levels: Vec<Option<Level>>,
-    /// What each file lies on by the layout of its disk; `Root` for files of no disk.
+    /// What each file depends on by the layout of its disk; `Root` for files of no disk.
     parents: Vec<Option<Result<FileId, Finding>>>,
     below: Vec<Option<Backing>>,
     blocked: Vec<Option<Option<Blocked>>>,
 }
 
-/// What files lie on, by the path of the file below.
+/// What files depend on, by the path of the file below.
 pub(in crate::chain) type BackingPaths = Vec<(Arc<Probed>, PathBuf)>;
 
 impl<'a> Dependencies<'a> {
@@ -72,7 +72,7 @@ impl<'a> Dependencies<'a> {
         self.blocked[file].as_ref().and_then(Option::as_ref)
     }
 
-    /// The file that `file` lies on, where that is known.
+    /// The file that `file` depends on, where that is known.
     pub(crate) fn below(&self, file: FileId) -> Option<FileId> {
         match self.below[file] {
             Some(Backing::File(f)) => Some(f),
@@ -87,7 +87,7 @@ impl<'a> Dependencies<'a> {
         let (parents, warnings) = link(&members, &group.lost);
         group.findings.extend(warnings);
         group.findings.extend(by_names_alone(tree, &members, &parents));
-        group.findings.extend(newest_lost(tree, group));
+        group.findings.extend(newest_missing(tree, group));
         let mut suspects = not_raw_after_all(tree, group, &parents);
         suspects.extend(qcow2_on_raw(tree, group, &parents));
         for (belongs, parents) in group.members.iter().zip(&parents) {
@@ -105,7 +105,7 @@ impl<'a> Dependencies<'a> {
         }
     }
 
-    /// What each file lies on; of one whose base is gone, what it lay on.
+    /// What each file depends on; of one whose base is gone, what it depended on.
     pub(in crate::chain) fn bases(&self) -> BackingPaths {
         let base = |file: FileId| match &self.parents[file] {
             Some(Ok(below)) => Some(self.tree.files[*below].path.clone()),
@@ -344,7 +344,7 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
 
 /// Of the backups of which only manifests are left, the newest one, if nothing newer is there. (A COPY
 /// is nobody's base: it may be moved away.)
-fn newest_lost(tree: &Tree, group: &Group) -> Option<Finding> {
+fn newest_missing(tree: &Tree, group: &Group) -> Option<Finding> {
     let time = |b: &DiskMember| match tree.files[b.file].manifest.as_deref() {
         Some(m) => m.state_time(b.stamp.or(Some(m.time))),
         None => b.stamp,
@@ -359,7 +359,7 @@ fn newest_lost(tree: &Tree, group: &Group) -> Option<Finding> {
     Some(lost_finding(&folder.join(&lost.name)))
 }
 
-/// The finding of [`Disk::newest_lost`].
+/// The finding of [`Disk::newest_missing`].
 pub(in crate::chain) fn lost_finding(image: &Path) -> Finding {
     let remedy = "restore it from another copy; or remove its manifest, if the image was removed \
                   on purpose (qmprestore's commit does that)";

@@ -1,7 +1,7 @@
 //! Which other files an image may name: the header of a backup is written by a QEMU, and that is one
 //! guest's. What it names must not show another guest's bytes as its own.
 //!
-//! Only an image that is no backup may lie on images of other folders. A whole backup lies on nothing,
+//! Only an image that is no backup may depend on images of other folders. A whole backup depends on nothing,
 //! or on what is beside it and is no other disk's; its data file is beside it and nobody else's.
 
 use std::collections::HashSet;
@@ -34,7 +34,7 @@ fn is_backup(level: Level) -> bool {
 /// A file, and as what it belongs to a disk, if it does.
 pub(in crate::chain) type Seen<'a> = (&'a FileEntry, Option<Level>);
 
-/// Fails if `from`, which no other file of its disk is below, may not lie on `to`.
+/// Fails if `from`, which no other file of its disk is below, may not depend on `to`.
 ///
 /// # Errors
 /// `Unsupported`.

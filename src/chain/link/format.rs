@@ -113,12 +113,12 @@ impl FileEntry {
 
     /// Whether it begins like an image, and no manifest says what it is.
     fn is_open_question(&self) -> bool {
-        let looks = self.probed.magic || self.is_misshapen();
+        let looks = self.probed.magic || self.is_malformed();
         self.name != Name::Ignored && self.manifest.is_none() && looks
     }
 
     /// Whether its bytes are nothing that is read, though there is nothing wrong with reading them.
-    fn is_misshapen(&self) -> bool {
+    fn is_malformed(&self) -> bool {
         let len = self.probed.file.identity().size;
         match &self.probed.content {
             Content::Bad(f) => f.kind != Kind::Io && len > 0,
@@ -159,7 +159,7 @@ fn by_manifest_or_name(entry: &mut FileEntry) -> bool {
     entry.decision.proved = match entry.manifest.as_deref().map(|m| m.format) {
         Some(ImageFormat::Qcow2) => entry.probed.magic,
         Some(ImageFormat::Raw) => {
-            if entry.probed.magic || entry.is_misshapen() {
+            if entry.probed.magic || entry.is_malformed() {
                 entry.decision.reading = Reading::Raw;
             }
             false
@@ -175,13 +175,13 @@ fn is_undecided(entry: &FileEntry) -> bool {
     open && entry.is_open_question() && promise(name) != Promise::Qcow2
 }
 
-/// Takes the word of images that are proved to be qcow2 for what they lie on, from one to the next.
+/// Takes the word of images that are proved to be qcow2 for what they depend on, from one to the next.
 fn by_overlays(tree: &mut Tree, mut proved: Vec<FileId>) {
     while let Some(above) = proved.pop() {
         let Some((below, format)) = stated_parent_format(tree, above) else { continue };
         let entry = &mut tree.files[below];
         match (&entry.decision.reading, format) {
-            // Whoever was proved before has been asked, or will be: two may lie on each other.
+            // Whoever was proved before has been asked, or will be: two may depend on each other.
             (Reading::Content, ImageFormat::Qcow2)
                 if entry.probed.magic && !entry.decision.proved =>
             {
@@ -212,13 +212,13 @@ fn stated_parent_format(tree: &Tree, above: FileId) -> Option<(FileId, ImageForm
     };
     let path = pointer::parse(entry.info()?.backing_file.as_deref()?).ok()?.path;
     let folder = entry.path.parent()?;
-    // A chain that was moved names its old place: the file beside it is what it lies on.
+    // A chain that was moved names its old place: the file beside it is what it depends on.
     let beside = || tree.lookup(folder, path.file_name()?.as_ref());
     let is_backup = matches!(entry.name, Name::Backup { .. });
     let below = tree.lookup(folder, &path).or_else(|| is_backup.then(beside).flatten())?;
     let (file, name) = (&tree.files[below], tree.files[below].path.file_name()?);
     let open = file.is_open_question() && promise(name) != Promise::Qcow2;
-    // What may not lie on it has no say in it.
+    // What may not depend on it has no say in it.
     let may = follow::check_backing((entry, None), (file, None)).is_ok();
     let same_owner = file.probed.owner == entry.probed.owner;
     (below != above && open && may && same_owner).then_some((below, format))

@@ -160,7 +160,7 @@ impl Grouper<'_> {
         }
         let name = base_name(entry).to_os_string();
         // With both links a copy has overwritten the FULL: COPY- sorts first, and rightly no
-        // increment lies on it.
+        // increment depends on it.
         let linked = self.links.get(name.as_os_str()).map(|l| &self.folder.links[*l]);
         let has_increments = || {
             self.disks.get(&name).is_some_and(|m| {

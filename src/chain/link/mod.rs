@@ -1,4 +1,4 @@
-//! Which file of a disk lies on which. Pure: names, manifests and backing pointers come in as
+//! Which file of a disk depends on which. Pure: names, manifests and backing pointers come in as
 //! values, and an answer comes out for each file.
 //!
 //! The rules, in order of authority: a manifest's parent, the times in the names, and, where two
@@ -42,18 +42,18 @@ pub(super) struct ChainFile<'a> {
     pub manifest: Option<&'a Brief>,
     /// Why its manifest cannot be read.
     pub unreadable: Option<&'a Finding>,
-    /// What it lay on when it was last looked at, if that is gone.
+    /// What it depended on when it was last looked at, if that is gone.
     pub gone: Option<&'a Path>,
 }
 
-/// What a file lies on.
+/// What a file depends on.
 #[derive(Debug)]
 pub(super) enum Parent {
     /// It is a root: nothing of this disk is below it.
     Root,
     /// On this other member.
     On(usize),
-    /// That cannot be known, or what it lies on is not there.
+    /// That cannot be known, or what it depends on is not there.
     Unknown(Error),
 }
 
@@ -76,7 +76,7 @@ impl ChainFile<'_> {
     }
 }
 
-/// Says of each member what it lies on, and what is odd about it. `lost` are backups of this disk
+/// Says of each member what it depends on, and what is odd about it. `lost` are backups of this disk
 /// that are known to have been there.
 pub(super) fn link(members: &[ChainFile], lost: &[LostImage]) -> (Vec<Parent>, Vec<Finding>) {
     let linker = Linker::new(members, lost);

@@ -67,7 +67,7 @@ fn unnamed_image(entry: &FileEntry) -> Finding {
 
 /// Plain roots that are qcow2 files whose beginning is damaged, rather than raw: other backups of the
 /// disk are qcow2, or the disk itself was. (Backups of a raw disk are all raw.) A manifest that can
-/// be read settles it.
+/// be read decides it.
 pub(in crate::chain) fn not_raw_after_all(
     tree: &Tree,
     group: &Group,

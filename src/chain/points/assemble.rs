@@ -1,7 +1,7 @@
 //! From walked files to a catalog: links every disk's files, decides which points can be served,
 //! and lists the layers of those.
 //!
-//! A file's fate depends on the file below it, so fates are decided bottom up, without recursion:
+//! Whether a file can be used depends on the file below it, so files are decided on bottom up, without recursion:
 //! a chain may be thousands of files deep, and hostile ones may form a loop.
 
 use std::collections::HashSet;
@@ -17,7 +17,7 @@ use crate::chain::walk::tree::Tree;
 use crate::chain::{Catalog, Disk};
 use crate::error::{Finding, Severity};
 
-/// Makes the catalog of a walked directory; also what its files lie on.
+/// Makes the catalog of a walked directory; also what its files depend on.
 pub(in crate::chain) fn assemble(mut tree: Tree) -> (Catalog, BackingPaths) {
     let mut findings = std::mem::take(&mut tree.findings);
     let data_files = DataFiles::new(&tree);

@@ -32,7 +32,7 @@ const MAX_NAME: usize = 251;
 /// Characters of a snapshot's id that are shown; QEMU's are short numbers.
 const MAX_ID: usize = 40;
 
-/// The points of a disk, each after the one it lies on, and why those that cannot be served cannot.
+/// The points of a disk, each after the one it depends on, and why those that cannot be served cannot.
 pub(super) fn points(deps: &Dependencies, group: &Group) -> Vec<(Point, Option<Blocked>)> {
     let mut maker = PointBuilder {
         open: open_formats(deps.tree, group),
@@ -49,7 +49,7 @@ pub(super) fn points(deps: &Dependencies, group: &Group) -> Vec<(Point, Option<B
     maker.points
 }
 
-/// Indices of a group's members by time, but never one before the file it lies on.
+/// Indices of a group's members by time, but never one before the file it depends on.
 fn in_chain_order(deps: &Dependencies, group: &Group) -> Vec<usize> {
     let index: HashMap<FileId, usize> =
         group.members.iter().enumerate().map(|(i, b)| (b.file, i)).collect();
@@ -113,7 +113,7 @@ impl PointBuilder<'_> {
         let name = self.unique(to_text(base_name(entry)), "");
         let chain = match parent {
             Some(p) => self.points[p].0.chain.clone(),
-            // Whatever it lies on is not known.
+            // Whatever it depends on is not known.
             None if !is_root && blocked.is_some() => String::new(),
             None => name.clone(),
         };
@@ -151,7 +151,7 @@ impl PointBuilder<'_> {
         let Some(info) = self.deps.tree.files[belongs.file].info() else { return };
         let rebased = info.snapshots.iter().any(|s| s.name == FULL_SNAPSHOT);
         let rebased = rebased.then(|| self.latest_rebased(belongs)).flatten();
-        // The snapshot of the FULL's own state is of the time in its name, whatever was folded since.
+        // The snapshot of the FULL's own state is of the time in its name, whatever was merged since.
         let full_time = belongs.stamp.unwrap_or(active.time);
         for (index, snapshot) in (0..).zip(&info.snapshots) {
             let time = snapshot_time(snapshot, full_time);
@@ -171,7 +171,7 @@ impl PointBuilder<'_> {
     }
 
     /// The latest time that the active state of a rebased FULL can be of, by the names of its
-    /// snapshots: they are in local time, perhaps of another zone, and what lies on the FULL is newer.
+    /// snapshots: they are in local time, perhaps of another zone, and what depends on the FULL is newer.
     /// `None` if a manifest says the time.
     fn latest_rebased(&self, belongs: &DiskMember) -> Option<i64> {
         if self.deps.tree.files[belongs.file].manifest.is_some() {
@@ -213,7 +213,7 @@ impl PointBuilder<'_> {
         if let Some(time) = stamp(self.deps, belongs).or(entry.manifest.as_ref().map(|m| m.time)) {
             return time;
         }
-        // The file's time, unless what lies on it is older: copying changes file times.
+        // The file's time, unless what depends on it is older: copying changes file times.
         let first = self.group.members.iter().filter_map(|b| b.stamp).min();
         let before_first = first.map_or(i64::MAX, |t| t.saturating_sub(1));
         match belongs.level {

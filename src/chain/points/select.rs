@@ -134,7 +134,7 @@ impl Disk {
     }
 
     /// The file of its newest backup, if only the manifest of that is left.
-    pub fn newest_lost(&self) -> Option<&Path> {
+    pub fn newest_missing(&self) -> Option<&Path> {
         self.findings.iter().find(|f| f.message == NEWEST_LOST).map(|f| f.path.as_path())
     }
 
@@ -157,7 +157,7 @@ impl Disk {
                 path_text(&newer.name),
                 why.message
             );
-        } else if let (Some(false) | None, Some(lost)) = (by_name, self.newest_lost()) {
+        } else if let (Some(false) | None, Some(lost)) = (by_name, self.newest_missing()) {
             let (disk, name) = (path_text(&self.path), path_text(&self.points[point].name));
             log::warn!("{disk}: latest is {name}; {}: {NEWEST_LOST}", path_text(&lost));
         }

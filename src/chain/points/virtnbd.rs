@@ -29,8 +29,8 @@ pub(in crate::chain) struct FoundDisks {
     pub taken: Vec<FileId>,
 }
 
-/// What lies beside streams: unfinished ones, checksums, configurations, lists of checkpoints.
-fn is_beside(name: &str) -> bool {
+/// What is beside streams: unfinished ones, checksums, configurations, lists of checkpoints.
+fn is_companion(name: &str) -> bool {
     const ENDINGS: [&str; 5] =
         [".data.partial", ".data.chksum", ".qcow.json", ".cpt", ".cpt.partial"];
     let config = name.starts_with("vmconfig.") && name.ends_with(".xml");
@@ -141,7 +141,7 @@ pub(in crate::chain) fn find(
         let meta = meta_of(tree, entry, &name, beside);
         disks.entry(name.disk.clone()).or_default().push(StreamFile { entry, file, name, meta });
     }
-    found.taken.extend(beside.iter().filter(|(_, name)| is_beside(name)).map(|(file, _)| *file));
+    found.taken.extend(beside.iter().filter(|(_, name)| is_companion(name)).map(|(file, _)| *file));
     found.disks.extend(disks.into_iter().map(|(name, members)| make_disk(folder, &name, members)));
 }
 
@@ -210,7 +210,7 @@ fn make_disk(folder: &Path, name: &str, mut members: Vec<StreamFile>) -> Disk {
     disk
 }
 
-/// Links a point to the one it lies on, or says why it cannot be served.
+/// Links a point to the one it depends on, or says why it cannot be served.
 fn conclude(
     member: &StreamFile,
     makers: &BTreeMap<String, usize>,

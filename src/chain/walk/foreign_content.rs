@@ -38,7 +38,7 @@ pub(in crate::chain) fn layout(file: &OsStr) -> Option<&'static str> {
 ///
 /// # Errors
 /// The file is damaged or cannot be read.
-pub(in crate::chain) fn look_inside(file: &SourceFile) -> Result<ForeignContent> {
+pub(in crate::chain) fn read_content(file: &SourceFile) -> Result<ForeignContent> {
     let name = file.path().file_name().unwrap_or_default().to_string_lossy();
     if archive_stem(&name).is_some() {
         return vma::read_header(file).map(ForeignContent::Archive);

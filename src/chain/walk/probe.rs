@@ -33,7 +33,7 @@ pub struct ProbeCache {
 #[derive(Debug)]
 struct CachedProbe {
     probed: Arc<Probed>,
-    /// What it lay on. Where only names say so, the loss of that file must not make it lie on the one
+    /// What it depended on. Where only names say so, the loss of that file must not make it depend on the one
     /// before.
     base: Option<PathBuf>,
 }
@@ -49,20 +49,20 @@ impl ProbeCache {
         self.files.is_empty()
     }
 
-    /// The file at `path`, taken over from `previous` where it is unchanged. `look_inside` is false
+    /// The file at `path`, taken over from `previous` where it is unchanged. `read_content` is false
     /// for files that may only be used through another one.
     pub(in crate::chain) fn probe(
         &mut self,
         path: &Path,
         handle: &Handle,
-        look_inside: bool,
+        read_content: bool,
         previous: Option<&ProbeCache>,
     ) -> Arc<Probed> {
         let now = Identity::of(handle.metadata());
         let known = previous.and_then(|p| p.files.get(path.as_os_str()));
         let probed = match known.filter(|k| k.probed.still_holds(&now)) {
             Some(known) => known.probed.clone(),
-            None => Arc::new(look(path, handle, now, look_inside)),
+            None => Arc::new(look(path, handle, now, read_content)),
         };
         let known = CachedProbe { probed: probed.clone(), base: None };
         self.files.insert(path.as_os_str().to_os_string(), known);
@@ -96,7 +96,7 @@ impl ProbeCache {
         entry.1
     }
 
-    /// What those of `files` lay on that have not changed since.
+    /// What those of `files` depended on that have not changed since.
     pub(in crate::chain) fn bases_of(&self, files: &[FileEntry]) -> HashMap<FileId, PathBuf> {
         let base = |file: &FileEntry| {
             let known = self.files.get(file.path.as_os_str())?;
@@ -105,7 +105,7 @@ impl ProbeCache {
         files.iter().enumerate().filter_map(|(i, f)| Some((i, base(f)?))).collect()
     }
 
-    /// Remembers what files lie on.
+    /// Remembers what files depend on.
     pub(in crate::chain) fn remember_bases(&mut self, bases: Vec<(Arc<Probed>, PathBuf)>) {
         for (probed, base) in bases {
             if let Some(known) = self.files.get_mut(probed.file.path().as_os_str()) {
@@ -115,10 +115,10 @@ impl ProbeCache {
     }
 }
 
-fn look(path: &Path, handle: &Handle, identity: Identity, look_inside: bool) -> Probed {
+fn look(path: &Path, handle: &Handle, identity: Identity, read_content: bool) -> Probed {
     let mut file = SourceFile::with_identity(path.to_path_buf(), identity);
     let mut magic = false;
-    let content = if look_inside {
+    let content = if read_content {
         look_at_content(&file, handle, &mut magic)
             .unwrap_or_else(|e| Content::Bad(Finding::from_error(&e, path)))
     } else {

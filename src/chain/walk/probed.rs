@@ -46,7 +46,7 @@ impl Probed {
     pub(crate) fn inside(&self) -> Result<&ForeignContent, &Finding> {
         let look = || {
             let file = SourceFile::with_identity(self.file.path().into(), self.file.identity());
-            foreign_content::look_inside(&file).map_err(|e| Finding::from_error(&e, file.path()))
+            foreign_content::read_content(&file).map_err(|e| Finding::from_error(&e, file.path()))
         };
         self.inside.get_or_init(look).as_ref()
     }

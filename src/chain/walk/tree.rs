@@ -84,7 +84,7 @@ pub(in crate::chain) struct Tree {
     pub files: Vec<FileEntry>,
     /// By path, as a string of bytes: that is cheaper to hash than its components.
     pub by_path: HashMap<OsString, FileId>,
-    /// What files lay on at the last scan, if they have not changed since.
+    /// What files depended on at the last scan, if they have not changed since.
     pub former: HashMap<FileId, PathBuf>,
     /// What belongs to no disk.
     pub findings: Vec<Finding>,

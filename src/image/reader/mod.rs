@@ -3,7 +3,7 @@
 //! State: the layers, shared with the images of the points below and opened on first use; one
 //! atomic slot per window of guest offsets. A read loads its window's slot, walks the extents that
 //! it needs and preads each; it takes no lock and allocates nothing unless a unit has to be
-//! decompressed. A missing window is folded under a lock of its own (striped), starting from the
+//! decompressed. A missing window is merged under a lock of its own (striped), starting from the
 //! nearest parent point that still has the same window.
 //!
 //! Once one layer is seen to have changed, every further read fails: bytes of two generations are
@@ -31,11 +31,11 @@ use crate::error::{Error, Finding, Kind, Result};
 use crate::layer::LayerSpec;
 use crate::storage::{ReadAt, SourceFile};
 
-/// Guest bytes that are folded at once. 64 MiB of 64 KiB clusters are at most 1,024 extents.
+/// Guest bytes that are merged at once. 64 MiB of 64 KiB clusters are at most 1,024 extents.
 const WINDOW: u64 = 64 << 20;
 /// More windows than this are never made: a hostile image may claim exabytes.
 const MAX_WINDOWS: u64 = 1 << 20;
-/// Locks that keep two threads from folding the same window at the same time.
+/// Locks that keep two threads from merging the same window at the same time.
 const MERGE_LOCKS: usize = 16;
 /// Findings kept per image.
 const MAX_FINDINGS: usize = 256;
@@ -47,7 +47,7 @@ pub struct Image {
     window_size: u64,
     /// Number of layers, with those below.
     depth: usize,
-    /// The point this one lies on; its layers come below ours.
+    /// The point this one depends on; its layers come below ours.
     pub(super) below: Option<Arc<Image>>,
     /// The layers this point adds, bottom first.
     pub(super) own: Vec<Arc<LazyLayer>>,
@@ -186,7 +186,7 @@ impl Image {
         self.findings.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    /// Bytes that are not holes, or `None` as long as not every window has been folded once.
+    /// Bytes that are not holes, or `None` as long as not every window has been merged once.
     pub fn data_bytes(&self) -> Option<u64> {
         let mut total = 0;
         for index in 0..self.size.div_ceil(self.window_size) {
@@ -198,7 +198,7 @@ impl Image {
         Some(total)
     }
 
-    /// Fills `buf` with the bytes at `offset`, which must lie inside the disk.
+    /// Fills `buf` with the bytes at `offset`, which must be inside the disk.
     ///
     /// # Errors
     /// One bad byte fails the whole call, with the file and offset to blame; `Changed` if a layer
@@ -271,7 +271,7 @@ impl Image {
         }
     }
 
-    /// Calls `f` with window `index`, folded now if need be.
+    /// Calls `f` with window `index`, merged now if need be.
     fn with_window<T>(&self, index: u64, f: impl FnOnce(&Window) -> T) -> Result<T> {
         let group = self.group(index);
         let slot = &group.slots[index as usize % SlotGroup::LEN];

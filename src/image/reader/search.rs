@@ -9,16 +9,16 @@ use crate::error::Result;
 use crate::extent::Extent;
 use crate::image::{MergedExtent, Source};
 
-/// Windows that one search for data folds without finding any: 1 TiB of tables that say nothing,
+/// Windows that one search for data merges without finding any: 1 TiB of tables that say nothing,
 /// as preallocation makes them. Then it says "data", as it may where it does not know: an image
 /// can claim more such tables than anybody wants to wait for.
 const MAX_SEARCH: u32 = 1 << 14;
 /// The same for a search for a hole; then all the rest counts as data.
 const MAX_HOLE_SEARCH: u32 = 1 << 16;
-/// Windows that a search folds before it looks at whole tables: whoever copies a disk finds the next
+/// Windows that a search merges before it looks at whole tables: whoever copies a disk finds the next
 /// data or hole within these, and reads from them next.
 const NEAR: u32 = 16;
-/// Windows that a search folds which must be brief.
+/// Windows that a search merges which must be brief.
 const BRIEF: u32 = 2;
 
 impl Image {
@@ -194,7 +194,7 @@ impl Image {
     }
 
     /// Whether `at` and all that follows up to the offset given is a hole or data, if that can be told
-    /// without folding a window.
+    /// without merging a window.
     fn stretch(&self, ahead: Option<&mut Lookahead>, at: u64) -> Result<(Option<RangeKind>, u64)> {
         let quiet = self.quiet_until(at)?;
         if quiet > at {
@@ -214,10 +214,10 @@ enum SearchResult {
     GaveUp(u64),
 }
 
-/// How far a search goes, in windows that are folded.
+/// How far a search goes, in windows that are merged.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
-    /// So many are folded before whole tables are looked at.
+    /// So many are merged before whole tables are looked at.
     near: u32,
     /// So many in all.
     folds: u32,

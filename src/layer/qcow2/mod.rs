@@ -1,10 +1,10 @@
 //! qcow2 versions 2 and 3: what an image maps and the bytes it holds.
 //!
-//! Room by room: `header` (fixed fields, extensions, limits), `snapshot` (internal snapshots),
+//! Its modules: `header` (fixed fields, extensions, limits), `snapshot` (internal snapshots),
 //! `table` (L1/L2 entries to mappings), `compress` (one cluster's decompression), `check` (whether
 //! all parts of a file agree), `plain` (where its plain clusters are), `create` and `backing` (empty images, and the backing file's name). Of
 //! an image that is read nothing is kept in memory but its header: L1 and L2 entries are read when
-//! a window is folded.
+//! a window is merged.
 
 pub mod backing;
 pub(crate) mod check;
@@ -137,7 +137,7 @@ impl Qcow2Layer {
     }
 }
 
-/// Whether plain clusters are likely to lie in holes of the file, as in a preallocated image.
+/// Whether plain clusters are likely to be in holes of the file, as in a preallocated image.
 /// Asking the file system at every extent costs more than mapping it, so an image that is allocated
 /// nearly as far as it is long is not asked. (The bound is the one that QEMU draws, so that maps
 /// agree: a tenth of the clusters, and two at least.)

@@ -201,7 +201,7 @@ impl Tables<'_> {
         Ok(())
     }
 
-    /// Nothing may lie in the image's header or in the L1 table that leads to it. (Refcount tables
+    /// Nothing may be in the image's header or in the L1 table that leads to it. (Refcount tables
     /// are not looked at: reading does not depend on them, so their damage must not matter.)
     fn check_place(&self, host: u64, at: u64) -> Result<()> {
         let used = self.header.l1_entries_for(self.size) * 8;

@@ -1,8 +1,8 @@
 //! virtnbdbackup's streams: full, incremental, differential backups and copies of one disk.
 //!
-//! Room by room: `frame` (frame headers, metadata, the trailer with compressed sizes), `index` (one
+//! Its modules: `frame` (frame headers, metadata, the trailer with compressed sizes), `index` (one
 //! pass over the frames), `measure` (how long a compressed frame is), `lz4` (such frames, piece by
-//! piece). A full stream or a copy lies on nothing; in an incremental one, what is
+//! piece). A full stream or a copy depends on nothing; in an incremental one, what is
 //! not mentioned is looked for below. Compressed data is lz4 frames whose checksums are verified.
 
 mod frame;

@@ -3,7 +3,7 @@
 //! Extents follow each other without an index, so one pass over their headers (512 bytes for up to
 //! 3.7 MiB of data) finds them. What is kept is small: the place of each extent, and for each
 //! device runs of clusters that are neighbours in one extent, sorted. Masks are read again when a
-//! window is folded. Clusters that a running guest writes during the backup come out of order and
+//! window is merged. Clusters that a running guest writes during the backup come out of order and
 //! cost a run (12 bytes) each; the rest costs about 20 bytes per extent, 6 MB per TB.
 //!
 //! The pass is strict, as `vma extract` is: every cluster of every device occurs once, every header
@@ -291,7 +291,7 @@ fn check_unique(device: &Device, runs: &mut [Run]) -> Result<bool> {
     Ok(device.is_state() || complete && next >= device.clusters())
 }
 
-/// Appends the part of `run` that lies in `range`.
+/// Appends the part of `run` that is in `range`.
 fn push_run(map: &mut LayerMap, extent: &Extent, run: &Run, range: &Range<u64>) {
     let slots = usize::from(run.slot)..usize::from(run.slot) + usize::from(run.count);
     for (_, slot, data) in extent.used().filter(|(i, ..)| slots.contains(i)) {

@@ -136,9 +136,9 @@ fn a_failed_newest_point_holds_everything_unless_forced() {
 }
 
 #[test]
-fn what_a_broken_chain_may_lie_on_stays() {
+fn what_a_broken_chain_may_depend_on_stays() {
     let mut disk = year(true);
-    // December's chain has lost a point: nobody knows what the next one lies on.
+    // December's chain has lost a point: nobody knows what the next one depends on.
     let at = disk.items.iter().position(|i| i.name == "2023-12-03").unwrap();
     disk.items.remove(at);
     for (i, item) in disk.items.iter_mut().enumerate().skip(at) {
@@ -183,7 +183,7 @@ fn reasons_do_not_grow_with_the_square_of_the_points() {
             .collect();
         let rules = Rules { last: 1, ..Default::default() };
         let plan = plan(&[disk], &rules, &TimeZone::UTC, PlanOptions::default());
-        // The last is lost, and may lie on anything.
+        // The last is lost, and may depend on anything.
         assert!(plan.disks[0].points.iter().all(|p| !p.keep.is_empty()));
         plan.disks[0].points.iter().map(|p| p.keep.len()).sum::<usize>()
     };

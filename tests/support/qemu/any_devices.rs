@@ -15,7 +15,7 @@ use crate::support::guest::Qmp;
 /// What it needs.
 pub const TOOLS: &[&str] = &["qemu-system-x86_64", "qemu-img", "/dev/fuse"];
 
-/// The machine. Everything of it lies in a folder of its own.
+/// The machine. Everything of it is in a folder of its own.
 pub struct Bare {
     dir: PathBuf,
     child: Child,

@@ -245,7 +245,7 @@ impl Machine {
         drives.as_array().unwrap().iter().find(mine).map(|d| d["inserted"].clone())
     }
 
-    /// Ends QEMU in order and compares what it left with what the guest wrote. `v0` lies in `files[0]`
+    /// Ends QEMU in order and compares what it left with what the guest wrote. `v0` is in `files[0]`
     /// or where QEMU says.
     pub fn end(mut self, unplugged: Option<&str>) {
         let mut files = Vec::new();

@@ -245,7 +245,7 @@ fn a_search_gives_up_in_tables_that_say_nothing() {
 }
 
 #[test]
-fn a_far_search_folds_no_more_windows_over_a_larger_disk() {
+fn a_far_search_merges_no_more_windows_over_a_larger_disk() {
     use Cluster::{Below, Data, Zero};
     let dir = tempfile::tempdir().unwrap();
     let folds = |spans: usize, layers: &[Option<Cluster>], wanted| {

@@ -29,7 +29,7 @@ impl ClusterUse {
     }
 
     /// Of these, the ones whose refcount must be exactly 1 if there are no snapshots.
-    pub(super) fn word_once(&self, first: u64) -> u64 {
+    pub(super) fn exclusive_word(&self, first: u64) -> u64 {
         self.word(first) & !self.packed.word(first)
     }
 }

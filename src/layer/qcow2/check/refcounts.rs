@@ -62,7 +62,8 @@ impl Check<'_> {
             if used == 0 {
                 continue;
             }
-            let once = if self.header.nb_snapshots == 0 { self.used.word_once(first) } else { 0 };
+            let once =
+                if self.header.nb_snapshots == 0 { self.used.exclusive_word(first) } else { 0 };
             for bit in (0..64).filter(|b| used >> b & 1 != 0) {
                 let cluster = first + bit;
                 if cluster >= clusters.end {
