@@ -10,6 +10,7 @@
 //! - [`folder`]: the one way to reach files in folders that others may own; [`lock`] on top of it
 //! - [`privileges`]: users, and giving up root's rights
 //! - [`storage`], [`hash`]: positioned reads, a bounded number of open files, and the hash of a whole file
+//! - [`job`]: what long work needs: workers, a way to stop, progress, a rate limit
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
 //! - [`qemu_img`]: running qemu-img on images that nobody trusts
@@ -20,7 +21,6 @@
 //! - [`image`]: layers merged into cached windows, and reads through them
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
-//! - [`job`]: what long work needs: workers, a way to stop, progress, a rate limit
 //! - [`restore`], [`verify`], [`prune`]: reading points out, proving them, choosing which stay
 //! - [`rewrite`]: all that changes backups in place: delete, consolidate, commit, rebase, join
 //! - [`mount`]: the processes behind a mount, and unmounting

@@ -42,6 +42,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -175,6 +176,22 @@ impl Folder {
     /// What the operating system said, `NotFound` among it.
     pub fn look(&self, name: impl AsRef<OsStr>) -> io::Result<Metadata> {
         self.probe(name.as_ref())?.metadata()
+    }
+
+    /// When the plain file `name` was last written to; `None` if that is none.
+    ///
+    /// # Errors
+    /// What the operating system said, `NotFound` among it.
+    pub fn modified(&self, name: impl AsRef<OsStr>) -> io::Result<Option<SystemTime>> {
+        let name = plain(name.as_ref())?;
+        let meta = rustix::fs::statat(&self.fd, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
+        let since = |seconds: u64| Duration::new(seconds, meta.st_mtime_nsec as u32);
+        let time = match u64::try_from(meta.st_mtime) {
+            Ok(seconds) => SystemTime::UNIX_EPOCH.checked_add(since(seconds)),
+            Err(_) => Some(SystemTime::UNIX_EPOCH),
+        };
+        let is_file = rustix::fs::FileType::from_raw_mode(meta.st_mode).is_file();
+        Ok(time.filter(|_| is_file))
     }
 
     /// Whether `name` is there, as anything at all.
@@ -429,11 +446,12 @@ fn kind_of_file(meta: &Metadata) -> EntryKind {
 /// What the operating system said; a refusal if it is longer.
 pub fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
     let too_large = || refused("the file is larger than such a file can be");
-    if file.metadata()?.len() > max {
+    let len = file.metadata()?.len();
+    if len > max {
         return Err(too_large());
     }
-    // It may grow meanwhile.
-    let mut bytes = Vec::new();
+    // It may grow meanwhile. With room for the end to be seen, it is read by one call.
+    let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0).saturating_add(64));
     file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
     match bytes.len() as u64 > max {
         true => Err(too_large()),

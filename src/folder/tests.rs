@@ -191,6 +191,24 @@ fn removal_looks_at_what_it_removes() {
 }
 
 #[test]
+fn times_are_those_of_plain_files_and_of_nothing_else() {
+    let (dir, folder) = scene();
+    let file = File::create(dir.path().join("f")).unwrap();
+    let old = SystemTime::UNIX_EPOCH;
+    for time in [old, old + Duration::new(1_700_000_000, 5), SystemTime::now()] {
+        file.set_modified(time).unwrap();
+        assert_eq!(folder.modified("f").unwrap(), Some(time));
+    }
+    file.set_modified(old - Duration::from_secs(7)).unwrap();
+    assert_eq!(folder.modified("f").unwrap(), Some(old), "as if it were the first");
+    symlink("f", dir.path().join("to-f")).unwrap();
+    std::fs::create_dir(dir.path().join("sub")).unwrap();
+    assert_eq!((folder.modified("to-f").unwrap(), folder.modified("sub").unwrap()), (None, None));
+    assert_eq!(folder.modified("none").unwrap_err().kind(), io::ErrorKind::NotFound);
+    assert!(folder.modified("sub/f").is_err());
+}
+
+#[test]
 fn a_folder_that_was_exchanged_is_still_the_one_that_was_opened() {
     let (dir, folder) = test_folder();
     std::fs::create_dir(dir.path().join("disk")).unwrap();

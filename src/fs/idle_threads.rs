@@ -47,7 +47,11 @@ impl IdleThreads {
     /// neither rest nor are busy.
     pub(super) fn if_not_needed(&self, free: impl Fn() -> usize) {
         if free() < ENOUGH {
-            return self.in_a_row.store(0, Ordering::Relaxed);
+            // Reading first: the line stays shared between the threads' caches.
+            if self.in_a_row.load(Ordering::Relaxed) != 0 {
+                self.in_a_row.store(0, Ordering::Relaxed);
+            }
+            return;
         }
         if self.in_a_row.fetch_add(1, Ordering::Relaxed) < IN_A_ROW {
             return;

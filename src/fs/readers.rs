@@ -30,7 +30,7 @@ const MOST_SLOW: u32 = 5;
 /// How many serving threads may be reading from storage.
 pub struct Readers {
     most: usize,
-    reading: AtomicUsize,
+    reading: Apart<AtomicUsize>,
     left: Mutex<Option<Job>>,
     /// Whether there is something in `left`.
     is_left: AtomicBool,
@@ -41,6 +41,11 @@ pub struct Readers {
     slow_pool: Arc<SlowPool>,
     rest: IdleThreads,
 }
+
+/// In lines of the processors' caches that nothing else is in (they are fetched in pairs): all threads write
+/// to it at each read, and what they only look at beside it stays in each one's cache.
+#[repr(align(128))]
+struct Apart<T>(T);
 
 /// One thread's permission to read; given back when it is dropped.
 struct ReadPermit<'a>(&'a AtomicUsize);
@@ -56,7 +61,7 @@ impl Readers {
     pub fn new(most: usize, slow_pool: Arc<SlowPool>) -> Self {
         Readers {
             most,
-            reading: AtomicUsize::new(0),
+            reading: Apart(AtomicUsize::new(0)),
             left: Mutex::default(),
             is_left: AtomicBool::new(false),
             slow: AtomicU32::new(0),
@@ -88,15 +93,15 @@ impl Readers {
     /// How many threads neither read nor rest: they wait for a request, or look for a name, which never
     /// takes long.
     fn free(&self) -> usize {
-        let busy = self.reading.load(Ordering::SeqCst) + self.rest.resting();
+        let busy = self.reading.0.load(Ordering::SeqCst) + self.rest.resting();
         (self.most + 1).saturating_sub(busy)
     }
 
     /// A place, unless all are taken.
     fn place(&self) -> Option<ReadPermit<'_>> {
         let one_more = |n| (n < self.most).then_some(n + 1);
-        let taken = self.reading.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
-        taken.ok().map(|_| ReadPermit(&self.reading))
+        let taken = self.reading.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
+        taken.ok().map(|_| ReadPermit(&self.reading.0))
     }
 
     /// Does what was left meanwhile; whether there was something. Whoever leaves a job looks for a place
@@ -184,7 +189,7 @@ mod tests {
 
     /// Waits until as many threads read.
     fn wait_for(readers: &Readers, reading: usize) {
-        while readers.reading.load(Ordering::SeqCst) != reading {
+        while readers.reading.0.load(Ordering::SeqCst) != reading {
             std::thread::yield_now();
         }
     }
@@ -209,7 +214,7 @@ mod tests {
             release.send(()).unwrap();
             assert_eq!(told.recv().unwrap(), reader.join().unwrap());
         });
-        assert_eq!(readers.reading.load(Ordering::SeqCst), 0);
+        assert_eq!(readers.reading.0.load(Ordering::SeqCst), 0);
     }
 
     #[test]
@@ -300,6 +305,6 @@ mod tests {
             std::thread::yield_now();
         }
         assert!(most.load(Ordering::SeqCst) <= 4);
-        assert!(readers.take_left().is_none() && readers.reading.load(Ordering::SeqCst) == 0);
+        assert!(readers.take_left().is_none() && readers.reading.0.load(Ordering::SeqCst) == 0);
     }
 }

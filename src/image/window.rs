@@ -15,6 +15,8 @@ use crate::extent::{self, Extent};
 pub(super) struct Window {
     /// Ascending, contiguous, coalesced.
     extents: Box<[MergedExtent]>,
+    /// Where the first one begins. Asking that one would be one more look into their memory for each read.
+    start: u64,
     /// For each step, the first extent that ends after its first byte.
     first: Box<[u32]>,
     /// A step has 2 to the power of this many bytes.
@@ -42,7 +44,7 @@ impl Window {
             }
             first.push(u32::try_from(at).unwrap_or(u32::MAX));
         }
-        Window { extents, first: first.into(), shift, touched: AtomicBool::new(false) }
+        Window { extents, start, first: first.into(), shift, touched: AtomicBool::new(false) }
     }
 
     /// All extents.
@@ -52,8 +54,7 @@ impl Window {
 
     /// The extents that overlap `range`, which begins inside the window, clipped to it.
     pub(super) fn clipped(&self, range: Range<u64>) -> impl Iterator<Item = MergedExtent> + '_ {
-        let start = self.extents.first().map_or(0, |e| e.start);
-        let step = (range.start.saturating_sub(start) >> self.shift) as usize;
+        let step = (range.start.saturating_sub(self.start) >> self.shift) as usize;
         let from = self.first.get(step).map_or(self.extents.len(), |i| *i as usize);
         let to = self.first.get(step + 1).map_or(self.extents.len(), |i| *i as usize);
         let among = &self.extents[from..to.max(from)];

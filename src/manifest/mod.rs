@@ -17,10 +17,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use self::backing::{BackingFile, Compared};
-pub(crate) use self::store::read_brief;
 pub use self::store::{
     has_room, parse, read, read_in, read_sealed, remove, remove_in, write, write_in,
 };
+pub(crate) use self::store::{read_beside, read_brief};
 use crate::error::{Error, Result};
 use crate::folder;
 use crate::folder::PlainName;
@@ -367,11 +367,10 @@ pub fn fingerprint_of(file: &File) -> std::io::Result<String> {
     let len = file.metadata()?.len();
     let mut hash = blake3::Hasher::new();
     hash.update(&len.to_be_bytes());
+    let mut sample = vec![0; usize::try_from(SAMPLE.min(len)).unwrap_or(0)];
     for start in [0, len.saturating_sub(SAMPLE)] {
-        let n = usize::try_from(SAMPLE.min(len)).unwrap_or(0);
-        let mut buf = vec![0; n];
-        file.read_exact_at(&mut buf, start)?;
-        hash.update(&buf);
+        file.read_exact_at(&mut sample, start)?;
+        hash.update(&sample);
     }
     Ok(hash.finalize().to_hex().as_str().get(..32).unwrap_or_default().to_string())
 }
@@ -444,12 +443,28 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_fingerprint_is_over_the_length_and_both_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let sample = SAMPLE as usize;
+        for len in [0, 1, sample - 1, sample, sample + 7, 3 * sample] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+            std::fs::write(&path, &bytes).unwrap();
+            let n = len.min(sample);
+            let all = [&(len as u64).to_be_bytes(), &bytes[..n], &bytes[len - n..]].concat();
+            let hash = blake3::hash(&all).to_hex();
+            assert_eq!(fingerprint(&path).unwrap(), hash.as_str()[..32], "{len}");
+        }
+    }
+
+    #[test]
     fn what_is_written_is_read_and_nothing_is_left_over() {
         let dir = tempfile::tempdir().unwrap();
         let m = example("INC-2-sda", Level::Inc, Some("FULL-1-sda"));
         let path = write(dir.path(), &m).unwrap();
         assert_eq!(path, dir.path().join(".fleecefs/INC-2-sda.json"));
         write(dir.path(), &m).unwrap();
+        assert!(std::fs::read(&path).unwrap().starts_with(super::store::OURS));
         assert_eq!(read(dir.path(), OsStr::new("INC-2-sda")).unwrap(), Some(m));
         assert_eq!(std::fs::read_dir(dir.path().join(FOLDER)).unwrap().count(), 1);
         assert_eq!(read(dir.path(), OsStr::new("FULL-1-sda")).unwrap(), None);

@@ -76,7 +76,10 @@ pub(crate) fn parse_as<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T
         Error::new(Kind::Corrupt, "not a manifest").with_source(e).remedy(REMEDY)
     };
     // The version first: what a later version changed must not read as damage.
-    let Version { format_version } = serde_json::from_slice(bytes).map_err(corrupt)?;
+    let format_version = match bytes.starts_with(OURS) {
+        true => FORMAT_VERSION,
+        false => serde_json::from_slice::<Version>(bytes).map_err(corrupt)?.format_version,
+    };
     if format_version != FORMAT_VERSION {
         let what = format!("manifest has version {format_version}; this program reads version 1");
         return Err(Error::new(Kind::Unsupported, what).remedy("use a newer version of fleecefs"));
@@ -84,6 +87,9 @@ pub(crate) fn parse_as<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T
     check_seal(bytes)?;
     serde_json::from_slice(bytes).map_err(corrupt)
 }
+
+/// What all manifests of ours begin with: the version is known without going through the whole.
+pub(super) const OURS: &[u8] = b"{\n  \"format_version\": 1,\n";
 
 /// What stands before the manifest's checksum: BLAKE3, in hexadecimal, over the whole text with
 /// zeros in the checksum's place. It is the last field of the text and no part of [`Manifest`].
@@ -141,9 +147,24 @@ pub fn read_in(dir: &Folder, image: &OsStr) -> Result<Option<Manifest>> {
 }
 
 fn read_sealed_in(dir: &Folder, image: &OsStr) -> Result<Option<(Manifest, bool)>> {
-    let path = manifest_path(dir.path(), image);
-    let bytes = dir.folder(FOLDER).and_then(|side| side.read_small(file_name(image), MAX_BYTES));
-    let bytes = match bytes {
+    match dir.folder(FOLDER) {
+        Ok(side) => read_beside(&side, dir.path(), image),
+        Err(e) if is_absent(&e) => Ok(None),
+        Err(e) => Err(failed(e, &manifest_path(dir.path(), image))),
+    }
+}
+
+/// As [`read_sealed`], where the folder of manifests is held; `dir` is that of the images.
+///
+/// # Errors
+/// See [`read`].
+pub(crate) fn read_beside(
+    side: &Folder,
+    dir: &Path,
+    image: &OsStr,
+) -> Result<Option<(Manifest, bool)>> {
+    let path = manifest_path(dir, image);
+    let bytes = match side.read_small(file_name(image), MAX_BYTES) {
         Ok(bytes) => bytes,
         Err(e) if is_absent(&e) => return Ok(None),
         Err(e) => return Err(failed(e, &path)),

@@ -6,7 +6,7 @@
 //! kernel's word on writes, from when it is first read ([`super::writes`]); the slot of its descriptor;
 //! whether it was seen to have changed, which is never undone.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -20,7 +20,7 @@ use super::names::{Ask, Names};
 use super::writes::Writes;
 use super::{ReadAt, past_end};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Handle};
+use crate::folder::{self, Folder, Handle};
 
 /// A file that is opened when it is first read and that must then still be what it was when the
 /// backup directory was scanned.
@@ -47,14 +47,35 @@ impl SourceFile {
         let path = path.into();
         let meta = folder::look(&path)
             .map_err(|e| Error::io(e, "cannot check the file").at_path(&path))?;
-        if !meta.is_file() {
-            let what = match meta.is_symlink() {
-                true => "a symbolic link; links are not followed here",
-                false => "not a plain file",
-            };
-            return Err(Error::new(Kind::Unsupported, what).at_path(&path));
+        Self::of_looked(path, &meta)
+    }
+
+    /// As [`SourceFile::look`] at `name` in a folder that is held; and opens it.
+    ///
+    /// # Errors
+    /// As [`SourceFile::look`] and [`SourceFile::file`].
+    pub(crate) fn open_in(folder: &Folder, name: &str) -> Result<Self> {
+        let path = folder.join(name);
+        let handle = folder
+            .handle(name.as_ref())
+            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+        let file = Self::of_looked(path, handle.metadata())?;
+        let opened = file.open_through(&handle)?;
+        // Before bytes are read: what is written from now on is told.
+        file.watch(&opened);
+        file.was_open.store(true, Ordering::Release);
+        Ok(file)
+    }
+
+    fn of_looked(path: PathBuf, meta: &Metadata) -> Result<Self> {
+        if meta.is_file() {
+            return Ok(Self::with_identity(path, Identity::of(meta)));
         }
-        Ok(Self::with_identity(path, Identity::of(&meta)))
+        let what = match meta.is_symlink() {
+            true => "a symbolic link; links are not followed here",
+            false => "not a plain file",
+        };
+        Err(Error::new(Kind::Unsupported, what).at_path(&path))
     }
 
     /// A file whose identity a directory scan has read already.

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
+use crate::folder::Folder;
 use crate::image::{Cache, Image, Source};
 use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::manifest::Manifest;
@@ -43,15 +44,13 @@ impl ChainData {
         walk: bool,
     ) -> Result<Self> {
         let size = chain.last().map_or(0, |m| m.virtual_size);
-        let mut layers = Vec::new();
-        for m in chain {
-            layers.push(LayerSpec {
-                file: Arc::new(SourceFile::look(dir.join(&m.image))?),
-                format: Format::Qcow2,
-                part: LayerPart::Whole,
-                data_file: None,
-            });
-        }
+        let folder = Folder::open(dir)
+            .map_err(|e| Error::io(e, "cannot open the folder of the chain").at_path(dir))?;
+        let layer = |m: &Manifest| {
+            let file = Arc::new(SourceFile::open_in(&folder, &m.image)?);
+            Ok(LayerSpec { file, format: Format::Qcow2, part: LayerPart::Whole, data_file: None })
+        };
+        let layers = chain.iter().map(layer).collect::<Result<Vec<_>>>()?;
         let image = Image::new(size, &layers, None, &Cache::new(CACHE_BYTES))?;
         image.open_layers()?;
         let ranges = walk.then(|| data_ranges(&image).map_err(|e| e.at_path(dir))).transpose()?;

@@ -1,5 +1,6 @@
 //! What the target holds: which of its folders belongs to which disk.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::planned::{DiskPlan, Inputs, Plan};
@@ -27,8 +28,9 @@ pub(crate) fn assign(
 ) -> Result<Vec<(PathBuf, History)>> {
     disks.iter().try_for_each(|d| check_layout(options, inputs, d))?;
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
+    let mut seen = Seen::default();
     for rule in [chosen as Rule, same_file_and_device, same_file, same_disk, damaged] {
-        fill(options, inputs, disks, &mut list, (rule, false))?;
+        fill(options, inputs, disks, &mut list, (rule, false), &mut seen)?;
     }
     fill_known(options, inputs, disks, &mut list)?;
     if list.iter().any(Option::is_none) {
@@ -54,7 +56,7 @@ pub(crate) fn assign(
             *slot = is(&whole).then_some((dir, whole));
         }
     }
-    fill(options, inputs, disks, &mut list, (unclaimed, true))?;
+    fill(options, inputs, disks, &mut list, (unclaimed, true), &mut seen)?;
     check_names(disks, &list)?;
     let list = list
         .into_iter()
@@ -105,12 +107,13 @@ fn fill(
     disks: &[GuestDisk],
     list: &mut [Option<(PathBuf, History)>],
     rule: (Rule, bool),
+    seen: &mut Seen,
 ) -> Result<()> {
     for (i, disk) in disks.iter().enumerate() {
         if list.get(i).is_some_and(Option::is_some) {
             continue;
         }
-        let found = candidate(options, inputs, disk, list, rule)?;
+        let found = candidate(options, inputs, disk, list, rule, seen)?;
         if let Some(slot) = list.get_mut(i) {
             *slot = found;
         }
@@ -362,6 +365,7 @@ fn candidate(
     disk: &GuestDisk,
     taken: &[Option<(PathBuf, History)>],
     (rule, new): (Rule, bool),
+    seen: &mut Seen,
 ) -> Result<Option<(PathBuf, History)>> {
     // A new one is called by the layout; a chain goes on also where its FULL had another.
     let names = disk.folder_names(&options.layout);
@@ -391,14 +395,34 @@ fn candidate(
             Some(tails) if !tails.contains(&folder) => {
                 History { dir: dir.clone(), ..History::default() }
             }
-            _ => History::read(&dir, only)?,
+            _ => seen.take(&dir, only)?,
         };
         history.tail = folder;
         if rule(inputs, disk, &history) {
             return Ok(Some((dir, history)));
         }
+        seen.put_back(history, options.layout.no_subdir);
     }
     Ok(None)
+}
+
+/// What was read for one rule and was not what it looked for: the next ones need not read it again.
+#[derive(Default)]
+struct Seen(HashMap<(PathBuf, Option<String>), History>);
+
+impl Seen {
+    /// As [`History::read`].
+    fn take(&mut self, dir: &Path, only: Option<&str>) -> Result<History> {
+        match self.0.remove(&(dir.to_path_buf(), only.map(str::to_string))) {
+            Some(history) => Ok(history),
+            None => History::read(dir, only),
+        }
+    }
+
+    fn put_back(&mut self, history: History, flat: bool) {
+        let only = flat.then(|| history.tail.clone());
+        self.0.insert((history.dir.clone(), only), history);
+    }
 }
 
 fn image_tail(h: &History) -> Option<&str> {
@@ -425,4 +449,29 @@ pub(crate) fn needed(history: &History) -> Vec<&str> {
     let tip = tip.and_then(|e| e.manifest.as_ref());
     let bitmaps = tip.map(|m| [m.bitmap.as_ref(), m.diff_bitmap.as_ref()]);
     bitmaps.into_iter().flatten().flatten().map(|b| b.name.as_str()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_rule_has_read_the_next_does_not_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("FULL-1-d"), "x").unwrap();
+        std::fs::write(dir.path().join("FULL-2-e"), "x").unwrap();
+        for only in [None, Some("d")] {
+            let mut seen = Seen::default();
+            let mut first = seen.take(dir.path(), only).unwrap();
+            first.tail = "d".into();
+            let found = first.entries.len();
+            seen.put_back(first, only.is_some());
+            // A disk of another name has its own.
+            assert_eq!(seen.take(dir.path(), Some("e")).unwrap().entries.len(), 1);
+            std::fs::write(dir.path().join("INC-3-d"), "x").unwrap();
+            assert_eq!(seen.take(dir.path(), only).unwrap().entries.len(), found);
+            assert_eq!(seen.take(dir.path(), only).unwrap().entries.len(), found + 1);
+            std::fs::remove_file(dir.path().join("INC-3-d")).unwrap();
+        }
+    }
 }

@@ -410,8 +410,7 @@ fn set_time(held: &OpenImage, dir: &Folder, m: &Manifest) -> Result<()> {
     let own = partial_name(&m.image);
     let list = dir.entries().unwrap_or_default().into_iter();
     for e in list.filter(|e| e.kind == EntryKind::File && e.name != own.as_str()) {
-        let meta = dir.look(&e.name).ok().filter(|m| m.is_file());
-        if let Some(t) = meta.and_then(|m| m.modified().ok()) {
+        if let Ok(Some(t)) = dir.modified(&e.name) {
             time = time.max(t.checked_add(Duration::from_secs(1)).unwrap_or(t));
         }
     }

@@ -28,6 +28,7 @@ use super::lazy::LazyLayer;
 use super::map::{KnownParent, LayerMerge, MergedExtent};
 use super::window::Window;
 use crate::error::{Error, Finding, Kind, Result};
+use crate::job::each::each;
 use crate::layer::LayerSpec;
 use crate::storage::{ReadAt, SourceFile};
 
@@ -157,11 +158,12 @@ impl Image {
     /// # Errors
     /// A layer cannot be opened, or is bad there.
     pub fn open_layers(&self) -> Result<()> {
-        let open = |lazy: &Arc<LazyLayer>| {
+        let open = |lazy: &&Arc<LazyLayer>| {
             lazy.get()?.check_top()?;
             self.check_layer(lazy)
         };
-        self.stack().from(0).try_for_each(open)
+        let layers: Vec<_> = self.stack().from(0).collect();
+        each(&layers, open).into_iter().collect()
     }
 
     /// Whether reading in `range` has to wait until a layer is opened that takes long, such as an
