@@ -59,9 +59,8 @@ fn count(name: &str) {
     if let Some(path) = &hook.trace {
         trace(path, n, name);
     }
-    let is_here = |at: &Option<String>| {
-        at.as_deref().is_some_and(|at| at == name || at.parse() == Ok(n))
-    };
+    let is_here =
+        |at: &Option<String>| at.as_deref().is_some_and(|at| at == name || at.parse() == Ok(n));
     if is_here(&hook.crash_at) {
         send(Signal::KILL);
     }
