@@ -10,7 +10,7 @@
 #   --list      prints what is run how
 #   other       handed to cargo test
 #
-# Each module of tests/it and tests/slow (a file there) runs in a process of its own, as many side by side as there are
+# Each module of tests/it and tests/slow (a file there) runs in a process of its own, one more side by side than there are
 # processors (FLEECEFS_TEST_JOBS says another number). What a process said is printed when it has ended; a line
 # "TIMED module wall user sys" (seconds) follows it.
 set -euo pipefail
@@ -51,13 +51,13 @@ FAST=(
     link_disk::two_names_become_one_disk
 )
 # They take longest, and begin first, so that nothing long is left at the end.
-LONG=(crash release any_order backup_guest beside odd_disks backup_qemu fleecefs watermark guards hardware boot matrix)
+LONG=(crash_guest crash release any_order backup_guest beside odd_disks backup_qemu fleecefs watermark guards hardware boot matrix)
 # What they measure is wrong while others are at work.
 ALONE=(read_cost)
 # They sync all the time, and what they show is not about the file system (others ask for one on which changes
 # are seen, or which QEMU locks): their files lie in memory, where there
 # is enough of it. (The same tests with the old QEMU have theirs on disk.)
-MEMORY=(crash any_order backup_guest hardware backup_qemu early_hash between snapshot_load hostile_qemu
+MEMORY=(crash crash_guest any_order backup_guest hardware backup_qemu early_hash between snapshot_load hostile_qemu
     hostile_backup)
 # Once more with the oldest QEMU: it has its own ways of going wrong.
 OLD_QEMU=(backup_qemu beside between early_hash migration odd_disks several_paths snapshot_load watermark)
@@ -225,7 +225,8 @@ end_one() {
     running=("${left[@]}")
 }
 
-jobs=${FLEECEFS_TEST_JOBS:-$(nproc)}
+# One more than there are processors: many wait for a guest, for storage, for a timeout.
+jobs=${FLEECEFS_TEST_JOBS:-$(($(nproc) + 1))}
 # together KIND NAME
 together() {
     while [ ${#running[@]} -ge "$jobs" ]; do end_one; done

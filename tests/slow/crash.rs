@@ -8,97 +8,12 @@
 //! after the other, are one step: a kill at any of them leaves QEMU, guest and disk the same. With
 //! `FLEECEFS_STEPS_ALL=1` each is two, for the complete walk.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
-use crate::support::backup::{Caller, Views, bitmaps, images, leftovers, ours_in_qemu};
-use crate::support::guest::{Disk, Guest, Qmp, has_qemu};
-use crate::support::mount::Mount;
+use crate::support::backup::Caller;
+use crate::support::killed::Matrix;
 use crate::support::qemu::storage_daemon::Daemon;
 use crate::support::tools::{have, run};
-use serde_json::json;
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
-
-/// What is known of the points: their bytes' hash at the freeze point.
-struct Matrix {
-    caller: Caller,
-    disks: Vec<String>,
-    known: BTreeMap<PathBuf, [u8; 32]>,
-    table: Vec<String>,
-}
-
-impl Matrix {
-    fn new(caller: Caller, disks: &[&str]) -> Self {
-        let disks = disks.iter().map(|d| d.to_string()).collect();
-        Matrix { caller, disks, known: BTreeMap::new(), table: Vec::new() }
-    }
-
-    /// Learns which images are new, and what they must hold.
-    fn learn(&mut self, crashed: &Views, recovered: &Views) -> usize {
-        let mut adopted = 0;
-        for disk in &self.disks {
-            let all = images(&self.caller.target.join(disk));
-            let fresh: Vec<_> = all.into_iter().filter(|p| !self.known.contains_key(p)).collect();
-            let view = |v: &Views| v.iter().find(|(d, _)| d == disk).map(|(_, b)| b.clone());
-            let mut expected: Vec<Vec<u8>> = view(recovered).into_iter().collect();
-            if fresh.len() == 2 {
-                let bytes = view(crashed).expect("a point of a run that never had its moment");
-                expected.insert(0, bytes);
-                adopted += 1;
-            }
-            assert_eq!(fresh.len(), expected.len(), "{disk}: {fresh:?}");
-            for (image, bytes) in fresh.into_iter().zip(expected) {
-                self.known.insert(image, *blake3::hash(&bytes).as_bytes());
-            }
-        }
-        adopted
-    }
-
-    fn note(&mut self, step: &str, fault: &str, outcome: &str) {
-        let line = format!("{step:34} | {fault:8} | {outcome}");
-        println!("{line}");
-        self.table.push(line);
-    }
-
-    /// Reads every point through the mount.
-    fn check_points(&self) {
-        let mount = Mount::new(&self.caller.target);
-        for (image, hash) in &self.known {
-            let disk = image.parent().unwrap().file_name().unwrap().to_str().unwrap();
-            let got = std::fs::read(mount.point(disk, image)).unwrap();
-            assert_eq!(blake3::hash(&got).as_bytes(), hash, "{} is wrong", image.display());
-        }
-    }
-
-    /// Every so many steps: checks what is there, and goes on with a new chain alone. (What a run
-    /// looks at grows with what there is, and so would the time of the whole.)
-    fn renew(&mut self, n: usize) {
-        if !n.is_multiple_of(40) {
-            return;
-        }
-        self.check_points();
-        let (_, views) = self.caller.held("full");
-        self.learn(&Vec::new(), &views);
-        let mut prune = std::process::Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-        prune.args(["prune", "--quiet", "--keep-last", "1"]).arg(&self.caller.target);
-        let out = prune.output().unwrap();
-        assert!(out.status.success(), "prune: {}", String::from_utf8_lossy(&out.stderr));
-        self.known.retain(|image, _| image.exists());
-        assert_eq!(self.known.len(), self.disks.len(), "{:?}", self.known.keys());
-    }
-
-    fn check_clean(&self, qmp: &mut Qmp, folders: &[&Path], step: &str) {
-        assert_eq!(ours_in_qemu(qmp), Vec::<String>::new(), "{step}");
-        for f in folders {
-            assert_eq!(leftovers(f), Vec::<PathBuf>::new(), "{step}");
-        }
-        let maps = bitmaps(qmp);
-        let most = 2 * self.disks.len();
-        assert!(maps.len() <= most && maps.len() >= self.disks.len(), "{step}: {maps:?}");
-    }
-}
 
 fn small_daemon() -> Daemon {
     let dir = tempfile::tempdir().unwrap();
@@ -159,7 +74,7 @@ fn daemon_matrix(level: &str) {
         assert!(took == "INC", "{step}: {said}");
         m.note(&step, "kill -9", &format!("{how} exit 0, {took}, {adopted} finished points kept"));
         m.check_clean(&mut d.qmp(), &[d.dir.path()], &step);
-        m.renew(n);
+        m.renew();
     }
     m.check_points();
     assert!(m.table.len() > 80, "only {} steps", m.table.len());
@@ -186,12 +101,7 @@ fn step_number(m: &mut Matrix, d: &Daemon, name: &str) -> usize {
     scribble(d, 1);
     let out = m.caller.command("inc").env("FLEECEFS_STEPS", &trace).output().unwrap();
     assert!(out.status.success());
-    // Its points' bytes are not known: they are left out of the comparison.
-    for disk in m.disks.clone() {
-        for image in images(&m.caller.target.join(disk)) {
-            m.known.entry(image).or_insert([0; 32]);
-        }
-    }
+    m.ignore_new();
     let steps = std::fs::read_to_string(trace).unwrap();
     let line = steps.lines().rfind(|l| l.ends_with(name)).expect("there is such a step");
     line.split(' ').next().unwrap().parse().unwrap()
@@ -233,7 +143,6 @@ fn killed_at_every_step_of_the_recovery() {
             }
         }
     }
-    m.known.retain(|_, hash| *hash != [0; 32]);
     m.check_points();
 }
 
@@ -296,73 +205,4 @@ fn what_changes_something_has_a_step_before_it_and_one_after() {
     println!("all: {} steps, {} commands", steps.len(), sent.len());
     assert!(of("send ") > 2 * of("send blockdev"), "{steps:#?}");
     assert_eq!(of("send "), of("answer "), "{steps:#?}");
-}
-
-#[test]
-fn killed_at_every_step_with_a_real_guest() {
-    let name = "killed_at_every_step_with_a_real_guest";
-    if !have(name, &["qemu-img", "/dev/fuse"]) || !has_qemu(name) {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let disks: Vec<Disk> = [("a", "qcow2"), ("b", "raw")]
-        .into_iter()
-        .map(|(n, format)| {
-            let path = dir.path().join(format!("{n}.img"));
-            run("qemu-img", &["create", "-q", "-f", format, path.to_str().unwrap(), "8M"]);
-            Disk::new(n, path).format(format)
-        })
-        .collect();
-    let writers = ["churn /dev/disk/a 1", "churn /dev/disk/b 2"];
-    let guest = Guest::start(name, &disks, &writers).expect("QEMU is there");
-    let agent = guest.agent_socket().display().to_string();
-    let caller = Caller::guest(&guest).with(&[
-        "--include",
-        "a,b",
-        "--quiesce",
-        "--agent",
-        &agent,
-        "--hold-limit",
-        "20",
-    ]);
-    let mut m = Matrix::new(caller, &["a.img", "b.img"]);
-    let (said, views) = m.caller.held("full");
-    assert!(said.contains("froze"), "{said}");
-    m.learn(&Vec::new(), &views);
-    for n in 1.. {
-        let (Some(step), views) = m.caller.crash("auto", n) else { break };
-        let freed = guest_is_free(&guest, &step);
-        let (said, after) = m.caller.held("auto");
-        let adopted = m.learn(&views, &after);
-        assert!(!said.contains("taking a FULL:"), "{step}: {said}");
-        m.note(
-            &step,
-            "kill -9",
-            &format!(
-                "guest free after {} ms, then exit 0, INC, {adopted} finished points kept",
-                freed.as_millis()
-            ),
-        );
-        m.check_clean(&mut guest.qmp(), &[dir.path(), &guest.path("")], &step);
-        m.renew(n);
-    }
-    m.check_points();
-}
-
-/// Waits until the watchdog has let the guest go: it runs and is thawed.
-fn guest_is_free(guest: &Guest, step: &str) -> Duration {
-    let began = Instant::now();
-    loop {
-        let status = guest.qmp().execute("query-status", json!({}))["status"].clone();
-        if status == "running" {
-            break;
-        }
-        assert!(began.elapsed() < Duration::from_secs(20), "{step}: the guest is {status}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    while guest.agent("guest-fsfreeze-status") != "thawed" {
-        assert!(began.elapsed() < Duration::from_secs(20), "{step}: the guest is frozen");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    began.elapsed()
 }

@@ -10,6 +10,7 @@ mod backup_qemu;
 mod beside;
 mod boot;
 mod crash;
+mod crash_guest;
 mod forty_nights;
 mod guards;
 mod guest;

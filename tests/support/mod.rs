@@ -17,6 +17,8 @@ pub mod guard;
 pub mod guest;
 /// Disk images and chains of them made by qemu-img, and QEMU's own answer to what they hold.
 pub mod images;
+/// What has to hold after a killed backup and the next one.
+pub mod killed;
 /// A mount of backups.
 pub mod mount;
 /// A backup directory that somebody else owns.
