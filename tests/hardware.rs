@@ -222,7 +222,7 @@ fn disks_plugged_and_unplugged() {
     {
         plug(&guest, &new, name, device);
         let said = good(&guest, &caller, "auto", &[("a.img", "INC"), ("new.img", level)]);
-        assert_eq!(said.contains("new: first backup of this disk"), level == "FULL", "{said}");
+        assert_eq!(said.contains("new: first backup to this target"), level == "FULL", "{said}");
         if during {
             unplug_during_backup(&guest, &caller, name);
         } else {

@@ -200,7 +200,7 @@ fn a_group_folder_is_worked_in_and_warned_of() {
         mode(&scene.path(below), 0o2770);
     }
     let told = whole_life(&scene, 0, &[], &scene.text("home/b"), &scene.text("restored"));
-    assert!(told[0].contains("others may write there"), "{told:?}");
+    assert!(told[0].contains("users may write there"), "{told:?}");
 }
 
 #[test]
