@@ -68,8 +68,7 @@ pub(super) fn run(args: ConsolidateArgs) -> Result<()> {
         return output::print(&(text + verbosity::UNCHANGED));
     }
     let how = ConsolidateOptions { check: !args.skip_check, compare: !args.no_compare };
-    let quiet = args.print.json || verbosity::is_quiet();
-    let done = one(&args.dir, &args.disk, &args.until, how, quiet, &args.work)?;
+    let done = one(&args.dir, &args.disk, &args.until, how, args.print.json, &args.work)?;
     if !args.print.json {
         return Ok(());
     }

@@ -52,8 +52,11 @@ fn options_behind(args: Vec<OsString>) -> Vec<OsString> {
     let mut rest = args.iter().enumerate().skip(1);
     while let Some((at, arg)) = rest.next() {
         if COMMANDS.iter().any(|c| arg == c) {
-            let (before, after) = args.split_at(at + 1);
-            let stay = before.iter().take(1).chain(before.last()).cloned();
+            // What 'info' shows is a command of its own.
+            let is_word = |a: &OsString| !a.as_bytes().starts_with(b"-");
+            let two = arg == "info" && args.get(at + 1).is_some_and(is_word);
+            let (before, after) = args.split_at(at + 1 + usize::from(two));
+            let stay = args.iter().take(1).chain(before.iter().skip(at)).cloned();
             return stay.chain(moved).chain(after.iter().cloned()).collect();
         }
         let (name, has_value) = parted(arg);
@@ -130,7 +133,7 @@ mod tests {
             "fleecefs --socket /s --agent-socket=/a --debug backup -l full --target /t",
             "fleecefs backup --socket /s --agent-socket=/a -vv -l full --target /t",
         );
-        same("fleecefs --socket /s -v info blockdev", "fleecefs info --socket /s -v blockdev");
+        same("fleecefs --socket /s -v info blockdev", "fleecefs info blockdev --socket /s -v");
         for line in ["fleecefs -v backup --qmp q -l full -t t", "fleecefs list backup", "fleecefs"]
         {
             let told = translated(words(line));

@@ -192,7 +192,7 @@ fn removal_looks_at_what_it_removes() {
 
 #[test]
 fn times_are_those_of_plain_files_and_of_nothing_else() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     let file = File::create(dir.path().join("f")).unwrap();
     let old = SystemTime::UNIX_EPOCH;
     for time in [old, old + Duration::new(1_700_000_000, 5), SystemTime::now()] {

@@ -135,7 +135,7 @@ fn a_backup_directory_that_a_list_opens_to_others_is_warned_of() {
         set_list(&dir, &list).unwrap();
         let out = setup.run(0, &["verify", "--create", dir.to_str().unwrap()]);
         assert!(matches!(out.status.code(), Some(0 | 19)), "{name}: {}", stderr(&out));
-        let says = stderr(&out).contains("others may write there");
+        let says = stderr(&out).contains("users may write there");
         assert_eq!(says, warned, "{name}: {}", stderr(&out));
     }
 }

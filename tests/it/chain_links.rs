@@ -46,7 +46,7 @@ fn a_rebased_chain_may_have_moved_but_not_lost_a_file() {
     std::fs::remove_file(b.path("d/INC-2-d")).unwrap();
     assert_eq!(b.shown(), ["d: FULL-1-d"]);
     let why = b.why("INC-3-d");
-    assert!(why.message.contains("INC-2-d, which is missing"), "{why}");
+    assert!(why.message.contains("INC-2-d is missing"), "{why}");
 }
 
 #[test]
@@ -221,10 +221,10 @@ fn a_manifest_tells_of_a_missing_file_and_of_a_loop() {
     }
     b.image("e/COPY-1-e", None);
     assert_eq!(b.shown(), ["d: FULL-1-d", "d: FULL-1-d < INC-2-d", "e: COPY-1-e"]);
-    assert!(b.why("INC-4-d").message.contains("INC-3-d, which is missing"));
+    assert!(b.why("INC-4-d").message.contains("INC-3-d is missing"));
     assert!(b.why("INC-5-d").path.ends_with("INC-4-d"));
     assert!(b.why("INC-2-e").message.contains("loop"));
-    assert!(b.why("INC-4-e").message.contains("no base"));
+    assert!(b.why("INC-4-e").message.contains("cannot be its parent"));
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn the_manifest_of_a_lost_increment_marks_the_gap() {
     manifest(b.root(), "INC-2-d", Level::Inc, Some("FULL-1-d"), 0);
     let expected = ["d: FULL-1-d", "e: FULL-1-e", "e: FULL-1-e < INC-3-e"];
     assert_eq!(b.shown(), expected);
-    assert!(b.why("INC-3-d").message.contains("INC-2-d, which is missing"));
+    assert!(b.why("INC-3-d").message.contains("INC-2-d is missing"));
     // What is on its way out is not missed; nor what the image itself does not depend on.
     b.file(".fleecefs/removal.journal", br#"{"remove": ["INC-2-d"]}"#);
     assert_eq!(b.shown().len(), 5);

@@ -282,7 +282,7 @@ fn a_file_system_that_cannot_be_written_is_read() {
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let out = fleecefs(&args);
         assert_eq!(out.status.code(), Some(5), "{args:?}: {}", stderr(&out));
-        assert!(stderr(&out).contains("mount it for writing"), "{args:?}: {}", stderr(&out));
+        assert!(stderr(&out).contains("mount it read-write"), "{args:?}: {}", stderr(&out));
     }
 }
 
@@ -316,7 +316,7 @@ fn a_sticky_folder_is_worked_in_and_warned_of() {
     std::fs::write(&strange, "x").unwrap();
     chown(&strange, Some(OWNER), Some(OWNER)).unwrap();
     let out = must(&["rebase", &text(&setup.disk())]);
-    assert!(stderr(&out).contains("others may write there"), "{}", stderr(&out));
+    assert!(stderr(&out).contains("users may write there"), "{}", stderr(&out));
     setup.works();
     assert_eq!(std::fs::read(&strange).unwrap(), b"x");
     for entry in std::fs::read_dir(setup.disk()).unwrap() {

@@ -262,11 +262,7 @@ fn what_a_header_says_is_not_believed() {
     one_disk::image(&base);
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", s(&base), "-F", "qcow2", s(&thin)]);
     let truth = bytes(&thin, "qcow2");
-    refused(
-        &offline(&caller, "full", &[s(&thin)], &[]),
-        5,
-        "only its header names the backing file",
-    );
+    refused(&offline(&caller, "full", &[s(&thin)], &[]), 5, "is named only by the image's header");
     let lies = ["--backing-file", s(&base)];
     assert!(offline(&caller, "full", &[s(&thin)], &lies).status.success());
     let mount = Mount::new(&caller.target);
@@ -519,12 +515,15 @@ fn a_run_is_shown_ended_and_recovered_by_its_target() {
     let inc = || command(&caller, "inc", &[s(&file)], &[]);
     kill(inc(), &caller.target);
     let said = says(&caller, &status);
-    assert!(said.contains("did not end in order"), "{said}");
+    assert!(said.contains("was interrupted"), "{said}");
     let remedy = format!("'fleecefs recover --target {} --state-dir", s(&caller.target));
     assert!(said.contains(&remedy), "{said}");
     let json: Value =
         serde_json::from_str(&says(&caller, &[&status[..], &["--json"]].concat())).unwrap();
-    assert_eq!((&json["recover"], &json["target"]), (&true.into(), &s(&caller.target).into()));
+    assert_eq!(
+        (&json["state"], &json["target"]),
+        (&"interrupted".into(), &s(&caller.target).into())
+    );
     let said = says(&caller, &["recover", target[0], target[1]]);
     assert!(said.contains("was not complete: removed") && partials(&caller.target) == 0, "{said}");
     assert!(says(&caller, &["recover", target[0], target[1]]).contains("nothing to recover"));

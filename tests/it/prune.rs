@@ -320,10 +320,10 @@ fn what_concerns_one_disk_holds_all_of_its_vm() {
     let newest = dir.join(b.name(5));
     let good = std::fs::read(&newest).unwrap();
     std::fs::write(&newest, &good[..good.len() / 2]).unwrap();
-    held("is lost: it has");
+    held("is not available: it has");
     // Its manifest says that there was one.
     std::fs::remove_file(&newest).unwrap();
-    held("the image is not");
+    held("and no image");
     std::fs::write(&newest, &good).unwrap();
     // A backup that did not finish.
     let partial = dir.join("INC-1800000000-sda.qcow2.partial");

@@ -197,7 +197,7 @@ fn a_group_folder_is_worked_in_and_warned_of() {
         mode(&setup.path(below), 0o2770);
     }
     let told = whole_life(&setup, 0, &[], &setup.text("home/b"), &setup.text("restored"));
-    assert!(told[0].contains("others may write there"), "{told:?}");
+    assert!(told[0].contains("users may write there"), "{told:?}");
 }
 
 #[test]

@@ -146,7 +146,7 @@ fn a_run_as_owner_is_shown_and_recovered_as_owner() {
     kill(command(&caller, "inc", &[s(&file)], &as_owner), &caller.target);
     let said = says(&caller, &status);
     let remedy = format!("'fleecefs --as-owner recover --target {}", s(&caller.target));
-    assert!(said.contains("did not end in order") && said.contains(&remedy), "{said}");
+    assert!(said.contains("was interrupted") && said.contains(&remedy), "{said}");
     let said = says(&caller, &[&["recover"][..], &target].concat());
     assert!(said.contains("was not complete: removed"), "{said}");
     assert!(says(&caller, &status).contains("no backup --offline"));

@@ -95,7 +95,7 @@ fn commit_keeps_what_is_later_and_the_size() {
             ]
         );
         let listed = ok(&["list", s(&chain.dir)]);
-        let note = format!("holds the state of {}", name(&chain.files[2]));
+        let note = format!("has the state of {}", name(&chain.files[2]));
         assert!(String::from_utf8_lossy(&listed.stdout).contains(&note), "{listed:?}");
         ok(&["commit", s(&chain.dir)]);
         assert_eq!(files(&chain.dir), [full]);

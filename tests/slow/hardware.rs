@@ -217,7 +217,7 @@ fn disks_attached_and_removed() {
     {
         plug(&guest, &new, name, device);
         let said = good(&guest, &caller, "auto", &[("a.img", "INC"), ("new.img", level)]);
-        assert_eq!(said.contains("new: first backup of this disk"), level == "FULL", "{said}");
+        assert_eq!(said.contains("new: first backup to this target"), level == "FULL", "{said}");
         if during {
             a_disk_removed_during_a_backup(&guest, &caller, name);
         } else {

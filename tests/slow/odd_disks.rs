@@ -426,7 +426,7 @@ fn a_throw_away_overlay_is_told_and_has_the_name_of_its_disk() {
             bare.io(device, &format!("write -P {now} 0 64k"));
             let said = caller.must("auto");
             assert_eq!(
-                said.matches("snapshot=on: what").count(),
+                said.matches("snapshot=on: guest writes").count(),
                 if snapshot == "on" { 2 } else { 0 }
             );
             for disk in ["real.qcow2", "other.img"] {

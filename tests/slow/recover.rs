@@ -251,7 +251,7 @@ fn a_disk_that_failed_after_its_image_was_complete_is_told_as_a_point() {
     let out = refusing.run(&mut caller.command("inc"));
     let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
     assert!(said.contains("cannot sync the folder"), "it failed: {said}");
-    assert_eq!(said.matches("the image was complete: it is a point").count(), 1, "{said}");
+    assert_eq!(said.matches("the image was complete and is kept as a point").count(), 1, "{said}");
     assert_eq!(out.status.code(), Some(0), "{said}");
     for disk in ["a.img", "b.img"] {
         let image = backup::newest(&caller.target, disk);
