@@ -58,9 +58,9 @@ impl Report {
 
     /// The error to end with: that something could not be undone; `Partial` if some disks have a point
     /// and others not, the first error if none has. With `strict` `Skipped` if a disk was left out, or
-    /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `told` why a disk has none
+    /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `logged` why a disk has none
     /// when it failed, that is not said again.
-    pub(crate) fn verdict(&self, strict: bool, quiesce: bool, told: bool) -> Result<()> {
+    pub(crate) fn verdict(&self, strict: bool, quiesce: bool, logged: bool) -> Result<()> {
         if let Some(e) = &self.undo {
             return Err(Error::new(e.kind(), e.report()));
         }
@@ -73,7 +73,7 @@ impl Report {
             let kind = if good > 0 { Kind::Partial } else { e.kind() };
             let all = bad.len().saturating_add(good);
             let text = format!("{} of {all} disks have no new point", bad.len());
-            return Err(match told {
+            return Err(match logged {
                 true => {
                     let names: Vec<&str> = bad.iter().map(|(d, _)| *d).collect();
                     Error::new(kind, format!("{text}: {}", names.join(", ")))
@@ -116,12 +116,12 @@ mod tests {
         assert!(
             crash.verdict(false, true, true).is_ok() && crash.verdict(true, false, true).is_ok()
         );
-        let broken = |told| {
+        let broken = |logged| {
             let e = Error::new(Kind::Io, "it broke");
             let refused = vec![("vda".to_string(), e)];
             let plan = Plan { refused, ..report(Achieved::Crash).plan };
             Report { plan, ..report(Achieved::Crash) }
-                .verdict(false, false, told)
+                .verdict(false, false, logged)
                 .unwrap_err()
                 .report()
         };
