@@ -46,7 +46,7 @@ pub struct ScanOptions {
     /// it so.
     pub called: Option<PathBuf>,
     /// What the user says of images about which nothing else decides.
-    pub told: Option<FormatOverride>,
+    pub format_override: Option<FormatOverride>,
 }
 
 #[cfg(test)]
@@ -100,7 +100,7 @@ pub fn scan(
     tree.findings.extend(outside);
     tree.findings.append(&mut walk.unfinished);
     tree.resolve_links();
-    format::decide(&mut tree, options.told.as_ref());
+    format::decide(&mut tree, options.format_override.as_ref());
     if let Some(previous) = previous {
         tree.former = previous.bases_of(&tree.files);
     }

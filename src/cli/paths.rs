@@ -15,14 +15,17 @@ pub(super) fn catalog(path: &Path) -> Result<Catalog> {
     catalog_with_format(path, None)
 }
 
-/// As [`catalog`]; `told` is what the user says of files whose format nothing else decides.
+/// As [`catalog`]; `format_override` is what the user says of files whose format nothing else decides.
 ///
 /// # Errors
 /// As [`catalog`].
-pub(super) fn catalog_with_format(path: &Path, told: Option<FormatOverride>) -> Result<Catalog> {
+pub(super) fn catalog_with_format(
+    path: &Path,
+    format_override: Option<FormatOverride>,
+) -> Result<Catalog> {
     let real = backups(path)?;
     let called = Some(absolute(path)?);
-    let options = ScanOptions { called, told, ..ScanOptions::default() };
+    let options = ScanOptions { called, format_override, ..ScanOptions::default() };
     scan(&real, &options, None).map(|(catalog, _)| catalog)
 }
 

@@ -153,8 +153,8 @@ fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
         planned.map(drop).map_err(|e| e.report())
     };
     let merge: Option<&CanMerge> = args.consolidate.then_some(&can_merge as &CanMerge);
-    let manner = PlanOptions { force: args.force, merge };
-    Ok(plan(&items(catalog)?, rules, &jiff::tz::TimeZone::system(), manner))
+    let options = PlanOptions { force: args.force, merge };
+    Ok(plan(&items(catalog)?, rules, &jiff::tz::TimeZone::system(), options))
 }
 
 fn show(plan: &Plan, as_json: bool, dry_run: bool) -> Result<()> {

@@ -80,11 +80,12 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
         since: args.since,
         jobs: args.jobs,
         create: args.create,
-        told: None,
+        format_override: None,
     };
     if let Some(format) = format {
-        options.told = Some(FormatOverride { format, files: asked(&catalog, &options)? });
-        catalog = catalog_with_format(&args.dir, options.told.clone())?;
+        options.format_override =
+            Some(FormatOverride { format, files: asked(&catalog, &options)? });
+        catalog = catalog_with_format(&args.dir, options.format_override.clone())?;
     }
     let report = verify(&catalog, &options, &Bar::default())?;
     output::print(&if args.json { output::json_document(&report)? } else { text(&report) })?;

@@ -1,5 +1,5 @@
-//! What not every file system does (shares, FUSE, FAT), where it can be done without: what refuses it
-//! is told once in a process, with what is weaker then, and the work goes on.
+//! Operations that not every file system supports (network shares, FUSE, FAT) and that can be done without.
+//! The first refusal in a process is logged, with what is weaker without it, and the work goes on.
 
 use std::fs::{File, FileTimes};
 use std::io;

@@ -7,11 +7,11 @@
 //! storage is slow, and the read goes to a thread of the [`SlowPool`].
 //!
 //! The kernel gives each request to the thread that has waited longest, whose caches are cold by then: with
-//! five threads one reader gets a fifth less than with two. So threads that are not needed rest
+//! five threads one reader gets a fifth less than with two. So threads that are not needed go idle
 //! (`IdleThreads`) until all others read.
 //!
 //! State: how many threads read; the read that was left; how many of those to come go to the slow-path pool at
-//! once, since the last ones had to; which threads rest.
+//! once, since the last ones had to; which threads are idle.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,7 +39,7 @@ pub struct Readers {
     /// How many reads go to the slow-path pool at once.
     skip: AtomicU32,
     slow_pool: Arc<SlowPool>,
-    rest: IdleThreads,
+    idle: IdleThreads,
 }
 
 /// In lines of the processors' caches that nothing else is in (they are fetched in pairs): all threads write
@@ -67,7 +67,7 @@ impl Readers {
             slow: AtomicU32::new(0),
             skip: AtomicU32::new(0),
             slow_pool,
-            rest: IdleThreads::default(),
+            idle: IdleThreads::default(),
         }
     }
 
@@ -81,19 +81,19 @@ impl Readers {
             return self.leave(Box::new(move || job(&what)));
         };
         if self.free() == 0 {
-            self.rest.end_one();
+            self.idle.end_one();
         }
         job(what);
         drop(place);
         if !self.do_left() {
-            self.rest.if_not_needed(|| self.free());
+            self.idle.if_not_needed(|| self.free());
         }
     }
 
-    /// How many threads neither read nor rest: they wait for a request, or look for a name, which never
+    /// How many threads neither read nor are idle: they wait for a request, or look for a name, which never
     /// takes long.
     fn free(&self) -> usize {
-        let busy = self.reading.0.load(Ordering::SeqCst) + self.rest.resting();
+        let busy = self.reading.0.load(Ordering::SeqCst) + self.idle.idle();
         (self.most + 1).saturating_sub(busy)
     }
 
@@ -198,7 +198,7 @@ mod tests {
     fn what_is_left_is_done_by_the_thread_that_is_done_next() {
         let readers = readers(1);
         let (release, job) = held();
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         std::thread::scope(|s| {
             let reader = s.spawn(|| {
                 run(&readers, job);
@@ -207,12 +207,12 @@ mod tests {
             wait_for(&readers, 1);
             // As the thread that is left for names does it, which need not wait here.
             let put = readers.put_left(Box::new(move || {
-                tell.send(std::thread::current().id()).unwrap();
+                send.send(std::thread::current().id()).unwrap();
             }));
             assert!(put.is_ok());
             assert!(!readers.do_left(), "there is no place");
             release.send(()).unwrap();
-            assert_eq!(told.recv().unwrap(), reader.join().unwrap());
+            assert_eq!(receive.recv().unwrap(), reader.join().unwrap());
         });
         assert_eq!(readers.reading.0.load(Ordering::SeqCst), 0);
     }
@@ -221,17 +221,17 @@ mod tests {
     fn where_no_reader_gets_on_what_is_left_is_done_all_the_same() {
         let readers = readers(2);
         let (releases, jobs): (Vec<_>, Vec<_>) = (0..2).map(|_| held()).unzip();
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         std::thread::scope(|s| {
             for job in jobs {
                 s.spawn(|| run(&readers, job));
             }
             wait_for(&readers, 2);
             for i in 0..100 {
-                let tell = tell.clone();
-                run(&readers, move || tell.send(i).unwrap());
+                let send = send.clone();
+                run(&readers, move || send.send(i).unwrap());
             }
-            let mut done: Vec<i32> = (0..100).map(|_| told.recv().unwrap()).collect();
+            let mut done: Vec<i32> = (0..100).map(|_| receive.recv().unwrap()).collect();
             done.sort();
             assert!(done.into_iter().eq(0..100));
             drop(releases);
@@ -244,7 +244,7 @@ mod tests {
     fn while_all_others_read_no_thread_idles() {
         let readers = readers(4);
         let (release, released) = channel::<()>();
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         let stop = AtomicBool::new(false);
         std::thread::scope(|s| {
             s.spawn(|| {
@@ -252,24 +252,24 @@ mod tests {
                     run(&readers, || ());
                 }
             });
-            while readers.rest.resting() != 1 {
+            while readers.idle.idle() != 1 {
                 std::thread::yield_now();
             }
             // Of the other four, three get something to do that takes long.
             let released = Arc::new(Mutex::new(released));
             for _ in 0..3 {
-                let (tell, released) = (tell.clone(), released.clone());
+                let (send, released) = (send.clone(), released.clone());
                 let readers = &readers;
                 s.spawn(move || {
                     run(readers, move || {
-                        tell.send(()).unwrap();
+                        send.send(()).unwrap();
                         let _ = released.lock().unwrap().recv();
                     })
                 });
-                told.recv().unwrap();
+                receive.recv().unwrap();
             }
             run(&readers, || ());
-            assert_eq!(readers.rest.resting(), 0);
+            assert_eq!(readers.idle.idle(), 0);
             stop.store(true, Ordering::SeqCst);
             drop(release);
         });

@@ -93,33 +93,33 @@ mod tests {
     fn one_that_waits_keeps_nobody_else_waiting() {
         let slow_pool = Arc::new(SlowPool::default());
         let (release, released) = channel::<()>();
-        let (tell, told) = channel();
-        let first = tell.clone();
+        let (send, receive) = channel();
+        let first = send.clone();
         slow_pool.run(Box::new(move || {
             let _ = released.recv();
             let _ = first.send(0);
         }));
         // None of these could be done by the thread that waits.
         for i in 1..=3 {
-            let tell = tell.clone();
-            slow_pool.run(Box::new(move || tell.send(i).unwrap_or(())));
+            let send = send.clone();
+            slow_pool.run(Box::new(move || send.send(i).unwrap_or(())));
         }
-        let mut done: Vec<i32> = (0..3).map(|_| told.recv().unwrap()).collect();
+        let mut done: Vec<i32> = (0..3).map(|_| receive.recv().unwrap()).collect();
         done.sort();
         assert_eq!(done, [1, 2, 3]);
         release.send(()).unwrap();
-        assert_eq!(told.recv(), Ok(0));
+        assert_eq!(receive.recv(), Ok(0));
     }
 
     #[test]
     fn all_jobs_are_done_even_if_they_are_more_than_threads() {
         let slow_pool = Arc::new(SlowPool::default());
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         for i in 0..500 {
-            let tell = tell.clone();
-            slow_pool.run(Box::new(move || tell.send(i).unwrap_or(())));
+            let send = send.clone();
+            slow_pool.run(Box::new(move || send.send(i).unwrap_or(())));
         }
-        let mut done: Vec<i32> = (0..500).map(|_| told.recv().unwrap()).collect();
+        let mut done: Vec<i32> = (0..500).map(|_| receive.recv().unwrap()).collect();
         done.sort();
         assert!(done.into_iter().eq(0..500));
     }

@@ -54,13 +54,13 @@ impl Free {
         }
         state.asking = true;
         drop(state);
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         let (this, folder) = (self.clone(), folder.to_path_buf());
         slow_pool.run(Box::new(move || {
             this.ask(&folder);
-            let _ = tell.send(());
+            let _ = send.send(());
         }));
-        let _ = told.recv_timeout(PATIENCE);
+        let _ = receive.recv_timeout(PATIENCE);
         self.state().room
     }
 

@@ -429,14 +429,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let waker = std::sync::Arc::new(Waker::new().unwrap());
         let watch = Watch::new(dir.path(), Path::new("/none"), None);
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tell, receive) = std::sync::mpsc::channel();
         let root = dir.path().to_path_buf();
         std::thread::spawn(move || {
             watch.run(&waker, || {
                 let _ = tell.send(());
             })
         });
-        let wait = || told.recv_timeout(Duration::from_secs(20)).unwrap();
+        let wait = || receive.recv_timeout(Duration::from_secs(20)).unwrap();
         std::fs::create_dir(root.join("disk")).unwrap();
         wait();
         std::fs::write(root.join("disk/FULL-1-sda"), "x").unwrap();

@@ -167,7 +167,7 @@ impl Adapter {
 /// Asks the kernel for what a mount wants of it.
 pub fn negotiate(config: &mut KernelConfig) {
     // Each is a wish: an older kernel goes without.
-    for wish in [
+    for capability in [
         InitFlags::FUSE_ASYNC_DIO,
         InitFlags::FUSE_PARALLEL_DIROPS,
         InitFlags::FUSE_DO_READDIRPLUS,
@@ -176,7 +176,7 @@ pub fn negotiate(config: &mut KernelConfig) {
         // NFS servers ask for what the kernel has forgotten.
         InitFlags::FUSE_EXPORT_SUPPORT,
     ] {
-        let _ = config.add_capabilities(wish);
+        let _ = config.add_capabilities(capability);
     }
     let _ = config.set_max_write(MAX_REQUEST);
     if let Err(most) = config.set_max_readahead(4 * MAX_REQUEST) {

@@ -51,7 +51,7 @@ pub(crate) struct KnownSubtrees {
 }
 
 impl Default for KnownSubtrees {
-    /// Nothing.
+    /// No subtree is known.
     fn default() -> Self {
         KnownSubtrees { unit: BLOCK, values: Vec::new() }
     }

@@ -22,7 +22,7 @@ const WATCH_STACK: usize = 16 << 20;
 
 /// A file system that is ready to be mounted.
 pub(super) struct Prepared {
-    /// It.
+    /// The file system.
     pub fs: Arc<FileSystem>,
     watch: Watch,
     waker: Arc<Waker>,

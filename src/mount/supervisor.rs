@@ -2,7 +2,7 @@
 //!
 //! The serving process reads what others have written, so it gives up all of root's capabilities but
 //! that of reading (with `--as-owner` it becomes that user) before it looks at anything. It can
-//! neither mount nor unmount then. The process that forked it, the keeper, does these two things when
+//! neither mount nor unmount then. The process that forked it, the supervisor, does these two things when
 //! asked, and nothing else; it is the one that was started, so signals and systemd find it.
 //!
 //! They talk over a pair of sockets, a byte for a word: [`word`].

@@ -18,7 +18,7 @@ use crate::folder::{self, Folder};
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mount {
-    /// Where.
+    /// The mount point.
     pub path: PathBuf,
     /// Number of the mount.
     number: String,

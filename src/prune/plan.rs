@@ -38,7 +38,7 @@ impl Rules {
     }
 }
 
-/// Options of the plan beside the rules.
+/// Options of the plan, besides the rules.
 #[derive(Clone, Copy, Default)]
 pub struct PlanOptions<'a> {
     /// Delete also what would be held, and what cannot be restored.
@@ -52,7 +52,7 @@ pub struct PlanOptions<'a> {
 type Key = (usize, usize);
 type Kept = HashMap<Key, BTreeSet<Reason>>;
 
-/// Decides.
+/// Decides which points stay and which go.
 pub fn plan(disks: &[DiskItems], rules: &Rules, zone: &TimeZone, options: PlanOptions<'_>) -> Plan {
     let mut kept = Kept::new();
     let mut timelines: BTreeMap<&PathBuf, Vec<Key>> = BTreeMap::new();

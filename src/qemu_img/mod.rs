@@ -38,11 +38,11 @@ use run::{Job, Outcome, failure, program};
 /// What `qemu-img check` found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CheckResult {
-    /// Nothing.
+    /// No errors.
     Sound,
-    /// Clusters that are counted and that nobody uses; its own words.
+    /// Clusters that are counted and that nobody uses; qemu-img's message.
     Leaks(String),
-    /// Errors; its own words.
+    /// Errors; qemu-img's message.
     Damaged(String),
 }
 

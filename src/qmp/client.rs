@@ -39,10 +39,10 @@ const LONGEST_LIST: usize = 16_384;
 const JOB_EVENTS: usize = 1024;
 const LONGEST_JOB: usize = 256;
 
-/// What was heard of jobs of other programs.
+/// Events of jobs of other programs.
 #[derive(Debug, Default)]
 pub struct JobEvents {
-    /// In order.
+    /// The events, in the order in which they came.
     pub events: Vec<JobEvent>,
     /// More came than are kept.
     pub lost: bool,
@@ -107,7 +107,7 @@ pub struct Client {
     next_id: u64,
     /// An event has come since the last [`Client::pause`] that may end one.
     woken: bool,
-    /// The beginning of the names of our own jobs, and what was heard of all others.
+    /// The beginning of the names of our own jobs, and the events of all others.
     jobs: Option<(String, JobEvents)>,
     /// How many events of migrations came.
     migrations: u64,
@@ -120,7 +120,7 @@ pub struct Client {
     timed_out: bool,
 }
 
-/// A question that was sent.
+/// A command that was sent and whose answer was not read yet.
 #[derive(Debug)]
 #[must_use]
 pub struct PendingCommand<'a> {
@@ -278,7 +278,7 @@ impl Client {
     /// As [`Client::query`].
     pub fn poll<T: DeserializeOwned>(&mut self, command: &'static str) -> Result<T> {
         let asked = self.ask_again(command)?;
-        self.told(asked)
+        self.result(asked)
     }
 
     /// As [`Client::execute`], read into `T`.
@@ -290,7 +290,7 @@ impl Client {
         read(value, command)
     }
 
-    /// Sends a question whose answer is read later, by [`Client::told`]: what is to be known of one
+    /// Sends a question whose answer is read later, by [`Client::result`]: what is to be known of one
     /// time is asked for in one go. QEMU answers in order, and the answers have to be read in that
     /// order; one that is not read is passed over. For questions alone: what changes something is sent
     /// when the answer before has been seen.
@@ -342,7 +342,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::query`].
-    pub fn told<T: DeserializeOwned>(&mut self, asked: PendingCommand<'_>) -> Result<T> {
+    pub fn result<T: DeserializeOwned>(&mut self, asked: PendingCommand<'_>) -> Result<T> {
         let command = asked.command;
         read(self.answer(asked)??, command)
     }

@@ -83,7 +83,8 @@ struct RunPoint<'a> {
     guest: Guest,
 }
 
-/// While a link-disk is unfinished points have two names, and are one disk's all the same.
+/// Points that are there twice: while a link-disk is unfinished they have an old and a new name, and still
+/// belong to one disk.
 pub(crate) struct Duplicates {
     /// All points, by their disks' names and their times.
     all: HashSet<(String, i64)>,
@@ -142,7 +143,7 @@ fn members(catalog: &Catalog) -> Vec<RunPoint<'_>> {
     all.collect()
 }
 
-/// How the user names a run.
+/// The run that the user names.
 enum RunSelector<'a> {
     /// By its id, or by its time in seconds.
     Named(&'a str, Option<i64>),
@@ -170,7 +171,7 @@ impl<'a> RunSelector<'a> {
     }
 }
 
-/// Which points are meant.
+/// The points that a selector names.
 #[derive(Default)]
 struct SelectedPoints<'a> {
     /// Those of these runs.

@@ -50,7 +50,7 @@ pub struct Options {
     /// Write manifests, with hashes, for points that have none.
     pub create: bool,
     /// What the user says of files whose format nothing else decides; `catalog` was made with it.
-    pub told: Option<FormatOverride>,
+    pub format_override: Option<FormatOverride>,
 }
 
 /// Looks at the points of `catalog` that `options` names.
@@ -69,14 +69,19 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     let files = files::check_all(&targets(options, &chosen), options.threads(), progress)?;
     let mut report = Report::new(&catalog.root, options.quick);
     report.findings = catalog.findings.iter().cloned().chain(orphans).collect();
-    let mut look = PointChecker { options, files: &files, recorder: None, told: HashSet::new() };
+    let mut look =
+        PointChecker { options, files: &files, recorder: None, reported: HashSet::new() };
     if options.create && !options.quick {
-        look.recorder = recorder(&catalog.root, options.told.as_ref(), &mut report)?;
+        look.recorder = recorder(&catalog.root, options.format_override.as_ref(), &mut report)?;
     }
     for chosen in &chosen {
         look.disk_report(chosen, &mut report)?;
     }
-    self::recheck::settle(catalog, options.told.as_ref(), std::slice::from_mut(&mut report))?;
+    self::recheck::settle(
+        catalog,
+        options.format_override.as_ref(),
+        std::slice::from_mut(&mut report),
+    )?;
     report.outcome = worst(&report);
     Ok(report)
 }
@@ -116,8 +121,12 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<PointOu
     let files = files::check_all(&targets(&options, &chosen), options.threads(), &())?;
     let mut reports = Vec::with_capacity(points.len() + 1);
     for chosen in &chosen {
-        let mut look =
-            PointChecker { options: &options, files: &files, recorder: None, told: HashSet::new() };
+        let mut look = PointChecker {
+            options: &options,
+            files: &files,
+            recorder: None,
+            reported: HashSet::new(),
+        };
         let mut report = Report::new(&catalog.root, options.quick);
         look.disk_report(chosen, &mut report)?;
         reports.push(report);
@@ -137,10 +146,10 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<PointOu
 /// What writes manifests; `None`, with a finding, if somebody else is writing.
 fn recorder(
     root: &Path,
-    told: Option<&FormatOverride>,
+    format_override: Option<&FormatOverride>,
     report: &mut Report,
 ) -> Result<Option<Recorder>> {
-    match Recorder::begin(root, told) {
+    match Recorder::begin(root, format_override) {
         // What was found is worth telling all the same.
         Err(e) if e.kind() == Kind::Busy => {
             let found = Finding::from_error(&e, root);
@@ -257,7 +266,7 @@ struct PointChecker<'a> {
     /// What writes manifests, if that is wanted.
     recorder: Option<Recorder>,
     /// File and message of what was found in points so far.
-    told: HashSet<(PathBuf, String)>,
+    reported: HashSet<(PathBuf, String)>,
 }
 
 impl PointChecker<'_> {
@@ -289,7 +298,7 @@ impl PointChecker<'_> {
         for (i, verdict) in verdicts.into_iter().enumerate() {
             let Some(v) = verdict.filter(|_| chosen.wanted.contains(&i)) else { continue };
             let p = &disk.points[i];
-            self.told.extend(v.findings.iter().map(suspects::key));
+            self.reported.extend(v.findings.iter().map(suspects::key));
             out.points.push(PointReport {
                 disk: disk.path.clone(),
                 point: p.name.clone(),
@@ -305,7 +314,7 @@ impl PointChecker<'_> {
         let files = |i: &usize| disk.points[*i].source.as_path();
         let needed: HashSet<&Path> = chosen.needed.iter().map(files).collect();
         let only = chosen.single.then_some(&needed);
-        out.findings.extend(suspects::untold(disk, &self.told, only));
+        out.findings.extend(suspects::untold(disk, &self.reported, only));
         Ok(())
     }
 }

@@ -16,7 +16,7 @@ use crate::error::{Error, Finding, Kind, Result, Severity};
 /// The directory cannot be read any more.
 pub(super) fn settle(
     catalog: &Catalog,
-    told: Option<&FormatOverride>,
+    format_override: Option<&FormatOverride>,
     reports: &mut [Report],
 ) -> Result<()> {
     let bad = |r: &Report| {
@@ -25,7 +25,8 @@ pub(super) fn settle(
     if !reports.iter().any(bad) {
         return Ok(());
     }
-    let options = ScanOptions { told: told.cloned(), ..ScanOptions::default() };
+    let options =
+        ScanOptions { format_override: format_override.cloned(), ..ScanOptions::default() };
     let (now, _) = scan(&catalog.root, &options, None)?;
     let after: HashMap<&Path, &Disk> = now.disks.iter().map(|d| (d.path.as_path(), d)).collect();
     let mut changed: HashSet<PathBuf> = HashSet::new();

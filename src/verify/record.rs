@@ -20,7 +20,7 @@ use crate::text::path_text;
 /// Writes manifests; nobody else writes to the directory as long as it is there.
 pub(super) struct Recorder {
     /// The files of which the user said what format they have: that is to be kept of any image.
-    told: HashSet<PathBuf>,
+    with_format: HashSet<PathBuf>,
     _locks: Locks,
 }
 
@@ -29,14 +29,14 @@ impl Recorder {
     ///
     /// # Errors
     /// `Busy` if somebody else is writing to it.
-    pub(super) fn begin(root: &Path, told: Option<&FormatOverride>) -> Result<Self> {
+    pub(super) fn begin(root: &Path, format_override: Option<&FormatOverride>) -> Result<Self> {
         let locks = Locks::take(root)?;
         if let Some(dir) = unfinished::folders(root).first() {
             let what = "another command changed this folder meanwhile, and was interrupted";
             return Err(Error::new(Kind::Busy, what).at_path(dir).remedy("verify again"));
         }
-        let told = told.map(|t| t.files.clone()).unwrap_or_default();
-        Ok(Recorder { told, _locks: locks })
+        let with_format = format_override.map(|t| t.files.clone()).unwrap_or_default();
+        Ok(Recorder { with_format, _locks: locks })
     }
 
     /// Writes manifests for those points of `disk` that have none, adds the hash to manifests
@@ -77,7 +77,7 @@ impl Recorder {
                 }
                 Some(_) => None,
                 // One that cannot be read is a finding, and stays.
-                None if self.told.contains(&p.source) => describe_format(disk, i),
+                None if self.with_format.contains(&p.source) => describe_format(disk, i),
                 // From then on it would be followed wherever it leads, whatever is written to it.
                 None if p.format_is_open => None,
                 None => describe(disk, i),

@@ -84,15 +84,15 @@ pub(super) fn key(f: &Finding) -> (PathBuf, String) {
     (f.path.clone(), f.message.clone())
 }
 
-/// The disk's findings that were not `told` already. With `only`, those about these files.
+/// The disk's findings that were not `reported` already. With `only`, those about these files.
 pub(super) fn untold(
     disk: &Disk,
-    told: &HashSet<(PathBuf, String)>,
+    reported: &HashSet<(PathBuf, String)>,
     only: Option<&HashSet<&Path>>,
 ) -> Vec<Finding> {
     let mut own = HashSet::new();
     let wanted = |f: &&Finding| only.is_none_or(|files| files.contains(f.path.as_path()));
-    let new = |f: &&Finding| !told.contains(&key(f)) && own.insert(key(f));
+    let new = |f: &&Finding| !reported.contains(&key(f)) && own.insert(key(f));
     disk.findings.iter().filter(wanted).filter(new).cloned().collect()
 }
 

@@ -378,14 +378,14 @@ fn a_format_given_by_the_user_counts_for_what_was_asked_for_only() {
     let own = hostile(&b, "vm1/other.raw", Some("../vm2/secret.qcow2"), None);
     run("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", "other.raw", asked.to_str().unwrap()]);
     let files = [asked.clone()].into();
-    let told = Some(FormatOverride { format: ImageFormat::Qcow2, files });
-    let options = ScanOptions { told, ..ScanOptions::default() };
+    let format_override = Some(FormatOverride { format: ImageFormat::Qcow2, files });
+    let options = ScanOptions { format_override, ..ScanOptions::default() };
     let (catalog, _) = scan(b.root(), &options, None).unwrap();
     // What it depends on it says itself, once it is told what it is.
     assert_eq!(first_bytes(&catalog, &asked).unwrap()[0], 0x41);
     let files = [b.path("vm1/none.raw")].into();
-    let told = Some(FormatOverride { format: ImageFormat::Qcow2, files });
-    let options = ScanOptions { told, ..ScanOptions::default() };
+    let format_override = Some(FormatOverride { format: ImageFormat::Qcow2, files });
+    let options = ScanOptions { format_override, ..ScanOptions::default() };
     let (catalog, _) = scan(b.root(), &options, None).unwrap();
     assert!(first_bytes(&catalog, &asked).is_none());
     assert!(first_bytes(&catalog, &other).is_none_or(|got| got == own));

@@ -63,11 +63,11 @@ impl Answers {
         };
         let nodes = client.ask("query-named-block-nodes", json!({}))?;
         let jobs = client.ask("query-jobs", json!({}))?;
-        let drives: Vec<Drive> = client.told(drives)?;
+        let drives: Vec<Drive> = client.result(drives)?;
         // Read before the other large answer is in memory.
-        let graph = graph.map(|g| client.told(g)).transpose()?;
+        let graph = graph.map(|g| client.result(g)).transpose()?;
         let raw_nodes = client.answer(nodes)??;
-        let jobs = client.told(jobs)?;
+        let jobs = client.result(jobs)?;
         let graph = graph.map_or_else(|| graph::ask(client), Ok)?;
         let types = media::types(client, &drives)?;
         let exports = match graph.all("block-backend").any(|b| b.name.is_empty()) {

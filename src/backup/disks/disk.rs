@@ -145,16 +145,16 @@ pub fn base_name(file: &str) -> Option<String> {
     (!tail.is_empty() && tail != "." && tail != "..").then(|| tail.to_string())
 }
 
-/// Everything there is.
+/// All disks of the guest.
 #[derive(Debug, Clone, Default)]
 pub struct Survey {
     /// Disks that can be backed up.
     pub disks: Vec<GuestDisk>,
-    /// Those that are left out by rule: empty, read-only, removable.
+    /// Those that are skipped by rule: empty, read-only, removable.
     pub skipped: Vec<Skipped>,
     /// Those that should be backed up and cannot.
     pub blocked: Vec<Skipped>,
-    /// What else those are called that are left out or cannot be backed up: the other name, the disk.
+    /// Other names of the disks that are skipped or blocked: the other name, and the disk.
     pub aliases: Vec<(String, String)>,
 }
 

@@ -44,9 +44,9 @@ const TOO_LARGE: u64 = 1 << 62;
 
 /// Why a disk is not among those that can be backed up.
 enum SkipReason {
-    /// By rule.
+    /// It is skipped by rule.
     Skip(&'static str),
-    /// Something stands in the way.
+    /// Something keeps it from being backed up.
     Blocked(&'static str),
     /// The same, with a name in it.
     Named(String),

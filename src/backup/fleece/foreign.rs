@@ -99,7 +99,7 @@ fn remove_foreign_nodes(client: &mut Client, watch: &dyn Watch) -> Result<usize>
                     is_foreign(name)
                         || answers.node(name).is_some_and(|p| p.drv == "snapshot-access")
                 };
-                remove_filter::free(client, &answers, &n.node_name, &own, RELINK)?;
+                remove_filter::detach(client, &answers, &n.node_name, &own, RELINK)?;
             }
             let answer: std::result::Result<Value, _> =
                 client.call("blockdev-del", json!({"node-name": n.node_name}))?;

@@ -144,8 +144,8 @@ fn facts(client: &mut Client) -> Result<Option<(String, Progress)>> {
         true => Some(client.ask_again("query-migrate")?),
         false => None,
     };
-    let state = state_in(&client.told(status)?);
-    let progress = migrate.map(|m| client.told(m)).transpose()?;
+    let state = state_in(&client.result(status)?);
+    let progress = migrate.map(|m| client.result(m)).transpose()?;
     Ok(Some((state, Progress::of(&progress.unwrap_or_default()))))
 }
 
@@ -230,7 +230,7 @@ pub(crate) struct MigrationGuard {
     /// Events that had come by then.
     events: u64,
     /// We asked for events.
-    told: bool,
+    has_events: bool,
 }
 
 impl MigrationGuard {
@@ -247,7 +247,8 @@ impl MigrationGuard {
             }
             None => Progress::of(&Value::Null),
         };
-        let mut guard = MigrationGuard { before, events: client.migration_events(), told: false };
+        let mut guard =
+            MigrationGuard { before, events: client.migration_events(), has_events: false };
         if !client.has("migrate") {
             return Ok(guard);
         }
@@ -255,7 +256,7 @@ impl MigrationGuard {
         // One may have begun just before: then the node was refused, or came too late.
         guard.check(client)?;
         if let Some(why) = refused {
-            guard.told = ask_for_events(client)?;
+            guard.has_events = ask_for_events(client)?;
             watch.warn(&format!(
                 "QEMU cannot be kept from migrating the guest during the backup ({why}): a migration \
                  that begins makes the backup fail"
@@ -286,7 +287,7 @@ impl MigrationGuard {
 
     /// Makes QEMU as silent about migrations as it was before.
     pub(crate) fn end(self, client: &mut Client) {
-        if self.told
+        if self.has_events
             && let Err(e) = set_events(client, false)
         {
             log::info!("{}", e.report());

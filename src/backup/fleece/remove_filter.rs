@@ -1,6 +1,6 @@
-//! Taking a filter out from between a guest and its disk, without passing anybody else's node: what
-//! is directly above it gets what is directly below it. Where that is not possible it is said who
-//! stands there, and nothing is changed.
+//! Removing a filter from between a guest and its disk, without bypassing another program's node: what is
+//! directly above the filter gets what is directly below it. Where that is not possible, nothing is changed
+//! and the error names what is there.
 
 use std::time::{Duration, Instant};
 
@@ -15,15 +15,15 @@ use crate::qmp::budget::short;
 use crate::qmp::timeout::answer_timeout;
 use crate::qmp::types::{Export, Graph, GraphNode, Job};
 
-/// Who is directly above a filter.
+/// What is directly above a filter.
 enum Holder<'a> {
-    /// Somebody that the caller sees to.
+    /// A node or job of ours: the caller removes it.
     Own,
     /// A guest's device: its QOM path or id.
     Device(&'a str),
-    /// A COW layer that was put above the filter.
+    /// An overlay that was added above the filter.
     Overlay(&'a str),
-    /// Somebody else, in words.
+    /// Anything else, as messages name it.
     Other(String),
 }
 
@@ -38,12 +38,12 @@ pub(crate) fn below(graph: &Graph, filter: &str) -> Result<String> {
     })
 }
 
-/// Frees `filter` of all that is above it, but for what is `own`. Overlays are relinked by a job
+/// Detaches all that is above `filter` from it, except what is `own`. Overlays are relinked by a job
 /// named `job`.
 ///
 /// # Errors
 /// `Busy` if another program's node or export is above it; what QEMU says.
-pub(crate) fn free(
+pub(crate) fn detach(
     client: &mut Client,
     answers: &Answers,
     filter: &str,
@@ -58,7 +58,7 @@ pub(crate) fn free(
     detach_once(client, &answers, filter, own, job)?.map_or(Ok(()), Err)
 }
 
-/// As [`free`]; gives why it could not be freed.
+/// As [`detach`]; returns why it could not be detached.
 fn detach_once(
     client: &mut Client,
     answers: &Answers,

@@ -128,7 +128,7 @@ fn teardown_runs(client: &mut Client, scope: Scope<'_>) -> Result<Teardown> {
     let mut teardown = Teardown::default();
     let jobs = client.ask("query-jobs", json!({}))?;
     let exports = client.ask("query-block-exports", json!({}))?;
-    let (jobs, exports) = (client.told(jobs)?, client.told(exports)?);
+    let (jobs, exports) = (client.result(jobs)?, client.result(exports)?);
     let jobs = end_jobs(client, scope, jobs, &mut teardown)?;
     end_exports(client, scope, exports, &mut teardown)?;
     let answers = Answers::ask(client)?;
@@ -428,7 +428,7 @@ fn unplug(
             raw && !device || parse_object(name).is_some()
         };
         let job = object(scope.run, Role::Relink, index);
-        let freed = remove_filter::free(client, answers, &n.node_name, &own, &job);
+        let freed = remove_filter::detach(client, answers, &n.node_name, &own, &job);
         teardown.note(index, freed)?;
     }
     if !answers.nodes.iter().any(|n| filter(&n.node_name).is_some()) {

@@ -202,7 +202,7 @@ pub(crate) fn serve() -> Result<()> {
         Error::new(Kind::Usage, "this command is for fleecefs itself").with_source(e)
     })?;
     let parent = open_parent(&config)?;
-    let (tell, told) = channel();
+    let (tell, receive) = channel();
     std::thread::spawn(move || {
         for line in lines.lines().map_while(std::result::Result::ok) {
             let message = Message::ALL.into_iter().find(|w| w.text() == line);
@@ -213,7 +213,7 @@ pub(crate) fn serve() -> Result<()> {
     });
     let _ = writeln!(std::io::stdout(), "ready");
     let _ = std::io::stdout().flush();
-    match watch(&config, &told) {
+    match watch(&config, &receive) {
         Verdict::Done => Ok(()),
         Verdict::ParentDied(guest) => release_guest(&config, guest),
         Verdict::Late(guest) => {
@@ -233,7 +233,7 @@ enum Verdict {
     Late(GuestState),
 }
 
-fn watch(config: &WatchdogConfig, told: &Receiver<Message>) -> Verdict {
+fn watch(config: &WatchdogConfig, receive: &Receiver<Message>) -> Verdict {
     let mut guest = GuestState::default();
     // The clock runs while the guest is held against its will, and only then.
     let mut held: Option<Instant> = None;
@@ -243,7 +243,7 @@ fn watch(config: &WatchdogConfig, told: &Receiver<Message>) -> Verdict {
             Some(since) => limit.saturating_sub(since.elapsed()),
             None => Duration::from_secs(3600),
         };
-        match told.recv_timeout(wait) {
+        match receive.recv_timeout(wait) {
             Ok(Message::Freeze) => guest.frozen = true,
             Ok(Message::Thaw) => guest.frozen = false,
             Ok(Message::Stop) => guest.stopped = true,

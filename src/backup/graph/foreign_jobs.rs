@@ -10,7 +10,7 @@ use crate::qmp::types::{Graph, Job};
 /// How often graph and jobs are asked for until they tell of the same jobs.
 pub(in crate::backup) const LOOKS: u32 = 3;
 
-/// What is known of other programs' jobs.
+/// Jobs of other programs in the same QEMU.
 #[derive(Debug, Default)]
 pub(crate) struct ForeignJobs {
     /// Jobs that were looked at while they lived.
@@ -39,7 +39,7 @@ impl ForeignJobs {
         ))
     }
 
-    /// Whether something was heard that no look explains: a job that began and ended between two
+    /// Whether there was an event that no look explains: a job that began and ended between two
     /// of them. `now` are the jobs that have just been looked at, `graph` shows where they work.
     pub(in crate::backup) fn unexplained(
         &mut self,
@@ -87,7 +87,7 @@ impl ForeignJobs {
     }
 }
 
-/// What was heard of one job.
+/// The events of one job.
 #[derive(Debug, Default)]
 struct JobTrace {
     ran: bool,

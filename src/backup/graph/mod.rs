@@ -230,7 +230,7 @@ pub(crate) fn ask_with_jobs(client: &mut Client) -> Result<(Graph, Vec<Job>)> {
         return Ok((ask(client)?, client.poll("query-jobs")?));
     }
     let (graph, jobs) = (client.ask_again(GRAPH)?, client.ask_again("query-jobs")?);
-    Ok((client.told(graph)?, client.told(jobs)?))
+    Ok((client.result(graph)?, client.result(jobs)?))
 }
 
 /// A node of a QEMU that lists children.
@@ -253,8 +253,8 @@ struct NamedChild {
 /// what is inserted, or on the filter that a job hides above that; and a job of another program may
 /// work on all nodes. Without children the graph is empty, and no disk is taken.
 fn of_children(nodes: &[NodeChildren], drives: &[Drive], jobs: &[Job]) -> Result<Graph> {
-    let told = nodes.iter().any(|n| !n.children.is_empty());
-    let nodes = if told { nodes } else { &[] };
+    let has_children = nodes.iter().any(|n| !n.children.is_empty());
+    let nodes = if has_children { nodes } else { &[] };
     let ids: HashMap<&str, usize> =
         nodes.iter().enumerate().map(|(id, n)| (n.node_name.as_str(), id)).collect();
     let mut vertices = Vec::new();
@@ -271,7 +271,7 @@ fn of_children(nodes: &[NodeChildren], drives: &[Drive], jobs: &[Job]) -> Result
             }
         }
     }
-    for d in drives.iter().filter(|_| told) {
+    for d in drives.iter().filter(|_| has_children) {
         let Some(inserted) = &d.inserted else { continue };
         let mut top = inserted.node_name.as_str();
         for _ in 0..DEEPEST {

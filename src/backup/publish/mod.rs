@@ -237,7 +237,7 @@ fn taken(path: &Path) -> Error {
 /// How the BLAKE3 of an image comes about.
 #[derive(Debug)]
 pub(crate) enum Hashing {
-    /// Not at all.
+    /// It is not hashed.
     Left,
     /// Of the complete file.
     Whole,

@@ -58,9 +58,9 @@ impl Report {
 
     /// The error to end with: that something could not be undone; `Partial` if some disks have a point
     /// and others not, the first error if none has. With `strict` `Skipped` if a disk was left out, or
-    /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `told` why a disk has none
+    /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `logged` why a disk has none
     /// when it failed, that is not said again.
-    pub(crate) fn verdict(&self, strict: bool, quiesce: bool, told: bool) -> Result<()> {
+    pub(crate) fn verdict(&self, strict: bool, quiesce: bool, logged: bool) -> Result<()> {
         if let Some(e) = &self.undo {
             return Err(Error::new(e.kind(), e.report()));
         }
@@ -76,7 +76,7 @@ impl Report {
             let some =
                 if good > 0 { format!(" ({good} of {all} succeeded)") } else { String::new() };
             let text = format!("backup of {} failed{some}", names.join(", "));
-            let why = match (told, bad.len()) {
+            let why = match (logged, bad.len()) {
                 (true, _) => String::new(),
                 (false, 1) => format!(": {}", e.report()),
                 (false, _) => format!("; {disk}: {}", e.report()),
@@ -121,12 +121,12 @@ mod tests {
         assert!(
             crash.verdict(false, true, true).is_ok() && crash.verdict(true, false, true).is_ok()
         );
-        let broken = |told| {
+        let broken = |logged| {
             let e = Error::new(Kind::Io, "it broke");
             let refused = vec![("vda".to_string(), e)];
             let plan = Plan { refused, ..report(Achieved::Crash).plan };
             Report { plan, ..report(Achieved::Crash) }
-                .verdict(false, false, told)
+                .verdict(false, false, logged)
                 .unwrap_err()
                 .report()
         };

@@ -46,23 +46,23 @@ pub enum ImageOutcome {
     Removed,
 }
 
-/// Where a recovery works, and what it may do.
+/// What a recovery works on, and what it may do.
 #[derive(Debug, Clone, Copy)]
 pub struct RecoverContext<'a> {
     /// The state folder.
     pub state: &'a Path,
     /// The VM. Its lock is held.
     pub vm: &'a Address,
-    /// On whose behalf.
+    /// What the recovery is for.
     pub cause: RecoverCause<'a>,
     /// The guest agent to thaw with, if the user says that it is not the one in the journal.
     pub agent: Option<&'a Address>,
 }
 
-/// On whose behalf something is undone.
+/// What a recovery is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecoverCause<'a> {
-    /// The run ends itself, and holds its target's lock.
+    /// The end of the run itself, which holds the lock of its target.
     OwnEnd,
     /// A backup to this target is to begin: what earlier runs left there has to be concluded first; what is in
     /// a target that is not there now is left for later.

@@ -1,6 +1,6 @@
-//! Other programs at work in the same QEMU while a backup runs: at each look the graph round each
-//! disk has to be what planning saw and what we added, and what was heard of jobs has to be
-//! explained by it. What is not concerns a disk, or all where it cannot be told which.
+//! Other programs that work in the same QEMU while a backup runs. At each look the graph round each disk
+//! has to be what planning saw plus what we added, and each event of a job has to be explained by the jobs
+//! in it. Anything else fails the disk that it concerns, or all disks where that cannot be told.
 
 use std::collections::{HashMap, HashSet};
 
@@ -55,7 +55,7 @@ impl Run<'_> {
         self.judge(disks, stage, &graph, &jobs)
     }
 
-    /// By what a look has shown, and what was heard up to then.
+    /// Fails the disks whose graph differs, and, for job events that nothing explains, all.
     fn judge(
         &mut self,
         disks: &mut [Active],

@@ -90,7 +90,7 @@ pub(crate) struct Active {
 pub(crate) enum DiskState {
     /// Up to the end of its job.
     Going,
-    /// The guest is let go of; the image is being synced.
+    /// The filter is gone; the image is being synced.
     Syncing(Syncing),
     /// QEMU has closed the image.
     Closed,
@@ -106,7 +106,7 @@ pub(crate) struct Syncing {
 }
 
 impl Syncing {
-    /// Begins it.
+    /// Starts the sync in a thread.
     pub(in crate::backup) fn begin(sync: impl FnOnce() -> Result<()> + Send + 'static) -> Self {
         let (bell, over) = channel();
         let work = move || {
@@ -126,7 +126,7 @@ impl Syncing {
         self.over.try_recv() == Err(TryRecvError::Disconnected)
     }
 
-    /// What came of it.
+    /// The result of the sync, once it has ended.
     ///
     /// # Errors
     /// As the sync; `Io` if it has crashed.

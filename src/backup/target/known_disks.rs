@@ -24,7 +24,7 @@ pub struct KnownDisks {
     pub disks: Vec<KnownDisk>,
 }
 
-/// One of them.
+/// One disk of a shut-off VM.
 #[derive(Debug)]
 pub struct KnownDisk {
     /// Its image, without links.

@@ -38,7 +38,7 @@ enum Backing {
     File(FileId),
 }
 
-/// What has been decided about each file.
+/// What each file depends on and whether it can be used, as far as that is decided.
 pub(in crate::chain) struct Dependencies<'a> {
     pub tree: &'a Tree,
     data_files: DataFiles,

@@ -20,7 +20,7 @@ use crate::layer::{Format, ImageInfo};
 use crate::layout::name::{Name, Promise, promise};
 use crate::manifest::ImageFormat;
 
-/// A user's word on what files are about which nothing else decides.
+/// The format that the user gives for files about which nothing else decides.
 #[derive(Debug, Clone)]
 pub struct FormatOverride {
     /// How they are to be read.
@@ -29,7 +29,7 @@ pub struct FormatOverride {
     pub files: HashSet<PathBuf>,
 }
 
-/// What makes somebody decide.
+/// How a user decides it.
 pub(in crate::chain) const DECIDE: &str = "'fleecefs verify --create --format raw DIR --point \
                                            POINT' if it is a raw disk, '--format qcow2' if it is \
                                            a qcow2 image";
@@ -132,9 +132,9 @@ impl FileEntry {
 
 const UNPACK: &str = "unpack or convert it to raw or qcow2";
 
-/// Decides about all files of a walked directory. `told` is what a user says of those about which
+/// Decides about all files of a walked directory. `format_override` is what a user says of those about which
 /// nothing else decides.
-pub(in crate::chain) fn decide(tree: &mut Tree, told: Option<&FormatOverride>) {
+pub(in crate::chain) fn decide(tree: &mut Tree, format_override: Option<&FormatOverride>) {
     let mut proved = Vec::new();
     for file in 0..tree.files.len() {
         if by_manifest_or_name(&mut tree.files[file]) {
@@ -142,11 +142,11 @@ pub(in crate::chain) fn decide(tree: &mut Tree, told: Option<&FormatOverride>) {
         }
     }
     by_overlays(tree, proved);
-    if let Some(told) = told {
-        let is_told = |f: &FileEntry| is_undecided(f) && told.files.contains(&f.path);
+    if let Some(format_override) = format_override {
+        let is_told = |f: &FileEntry| is_undecided(f) && format_override.files.contains(&f.path);
         let open: Vec<FileId> =
             (0..tree.files.len()).filter(|f| is_told(&tree.files[*f])).collect();
-        let by_override = |f: &FileId| by_override(&mut tree.files[*f], told.format);
+        let by_override = |f: &FileId| by_override(&mut tree.files[*f], format_override.format);
         let decided = open.into_iter().filter(by_override).collect();
         by_overlays(tree, decided);
     }

@@ -34,7 +34,7 @@ pub(super) struct ChainFile<'a> {
     pub level: Level,
     /// Seconds since the epoch as its name has it.
     pub stamp: Option<i64>,
-    /// Whether it has no way to say "ask below".
+    /// Whether it is raw: it cannot leave a range to its parent.
     pub raw: bool,
     /// The name of its backing file as it stands in the image.
     pub backing: Option<&'a str>,
@@ -49,11 +49,11 @@ pub(super) struct ChainFile<'a> {
 /// What a file depends on.
 #[derive(Debug)]
 pub(super) enum Parent {
-    /// It is a root: nothing of this disk is below it.
+    /// None: it is a root.
     Root,
-    /// On this other member.
+    /// This other member.
     On(usize),
-    /// That cannot be known, or what it depends on is not there.
+    /// Unknown, or missing.
     Unknown(Error),
 }
 
@@ -76,7 +76,7 @@ impl ChainFile<'_> {
     }
 }
 
-/// Says of each member what it depends on, and what is odd about it. `lost` are backups of this disk
+/// Gives the parent of each member, and findings about it. `lost` are backups of this disk
 /// that are known to have been there.
 pub(super) fn link(members: &[ChainFile], lost: &[LostImage]) -> (Vec<Parent>, Vec<Finding>) {
     let linker = Linker::new(members, lost);

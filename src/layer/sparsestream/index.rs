@@ -31,16 +31,16 @@ pub(super) struct Piece {
     pub len: u64,
     /// Where it is in the file.
     pub host: u64,
-    /// How.
+    /// How it is stored.
     pub how: Encoding,
 }
 
 /// How a piece is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Encoding {
-    /// Not at all: it is zeros.
+    /// Not stored: it is zeros.
     Zero,
-    /// As it is.
+    /// As plain bytes.
     Plain,
     /// As one lz4 frame of so many bytes.
     Lz4(u32),
