@@ -20,6 +20,7 @@ cd "$(dirname "$0")/.."
 FAST=(
     fleecefs
     layering
+    packages
     semantics
     chain
     chain_links
