@@ -10,8 +10,8 @@
 #   --list      prints what is run how
 #   other       handed to cargo test
 #
-# Each module of tests/it and tests/slow (a file there) runs in a process of its own, one more side by side than there are
-# processors (FLEECEFS_TEST_JOBS says another number). What a process said is printed when it has ended; a line
+# Each module of tests/it and tests/slow (a file there) runs in a process of its own, one more side by side than there
+# are processors (FLEECEFS_TEST_JOBS says another number). What a process said is printed when it has ended; a line
 # "TIMED module wall user sys" (seconds) follows it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +20,7 @@ cd "$(dirname "$0")/.."
 FAST=(
     fleecefs
     layering
+    packages
     semantics
     chain
     chain_links
@@ -51,7 +52,8 @@ FAST=(
     link_disk::two_names_become_one_disk
 )
 # They take longest, and begin first, so that nothing long is left at the end.
-LONG=(crash_guest crash release any_order backup_guest beside odd_disks backup_qemu fleecefs watermark guards hardware boot matrix)
+LONG=(crash_guest crash release any_order backup_guest beside odd_disks backup_qemu fleecefs watermark
+    guards hardware boot matrix)
 # What they measure is wrong while others are at work.
 ALONE=(read_cost)
 # They sync all the time, and what they show is not about the file system (others ask for one on which changes
@@ -144,8 +146,8 @@ if [ "${room:-0}" -gt $((4 << 20)) ]; then
     chmod 711 "$memory"
 fi
 
-# Keeps "job executable" of each process that is to run: a module, or a binary that has no modules. What tests a module
-# has is in a file of its name.
+# Keeps "job executable" of each process that is to run: a module, or a binary that has no modules. What tests a
+# module has is in a file of its name.
 mkdir "$work/modules"
 while read -r name exe; do
     case $name in

@@ -287,6 +287,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::failpoint::properties(256))]
         #[test]
         fn different_names_are_shown_differently(a in names(), b in names()) {
             let shown = |bytes: &[u8]| path_text(OsStr::from_bytes(bytes));

@@ -33,3 +33,12 @@ pub(crate) use off::{
 pub(crate) use on::{
     answer_timeout, barrier, hides_status, hold, keep_from, step, step_of, walks_all,
 };
+
+/// How unit tests try properties: in so many cases, and first in those that have failed once, which are kept below
+/// `tests/`.
+#[cfg(test)]
+pub(crate) fn properties(cases: u32) -> proptest::test_runner::Config {
+    use proptest::test_runner::{Config, FileFailurePersistence};
+    let failed = FileFailurePersistence::SourceParallel("tests/proptest-regressions");
+    Config { cases, failure_persistence: Some(Box::new(failed)), ..Config::default() }
+}

@@ -1,11 +1,11 @@
 //! Locks on files: held by flock(2), so that a killed process leaves none.
 
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::{FileId, Folder, degraded, refused};
@@ -37,15 +37,19 @@ impl Locked {
     /// What the operating system said.
     pub fn of(file: &File) -> io::Result<Self> {
         loop {
-            return match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => Ok(Locked::Own),
-                Err(Errno::INTR) => continue,
+            let e = match file.try_lock() {
+                Ok(()) => return Ok(Locked::Own),
+                Err(TryLockError::WouldBlock) => return Ok(Locked::Other),
+                Err(TryLockError::Error(e)) => e,
+            };
+            return match Errno::from_io_error(&e) {
+                Some(Errno::INTR) => continue,
                 // On CIFS a lock that another host holds is ACCES.
-                Err(Errno::WOULDBLOCK | Errno::ACCESS) => Ok(Locked::Other),
-                Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                Some(Errno::ACCESS) => Ok(Locked::Other),
+                Some(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
                     Ok(Locked::Without)
                 }
-                Err(e) => Err(e.into()),
+                _ => Err(e),
             };
         }
     }

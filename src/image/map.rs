@@ -319,6 +319,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::failpoint::properties(256))]
         #[test]
         fn merging_agrees_with_asking_block_by_block(
             layers in prop::collection::vec(prop::collection::vec(0u8..4, 1..40), 1..7),

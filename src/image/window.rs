@@ -98,6 +98,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::failpoint::properties(256))]
         #[test]
         fn every_range_is_found_as_by_a_search_of_all(
             start in prop_oneof![Just(0), Just(64 << 20), Just(1u64 << 62)],

@@ -283,6 +283,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::failpoint::properties(256))]
         #[test]
         fn any_bytes_parse(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
             let name = OsStr::from_bytes(&bytes);

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::address::Address;
 use super::budget::{clip, short};
+use super::events::{JobEvents, ends_a_wait};
 use super::socket::in_use;
 use super::timeout::answer_timeout;
 use super::types::{Features, Version};
@@ -34,47 +35,6 @@ const LONGEST_REASON: usize = 8192;
 
 /// The longest list that is read: of jobs, exports, nodes. Beyond any machine that QEMU can emulate.
 const LONGEST_LIST: usize = 16_384;
-
-/// How many events of jobs are kept between two looks, and how long the name of a job may be.
-const JOB_EVENTS: usize = 1024;
-const LONGEST_JOB: usize = 256;
-
-/// Events of jobs of other programs.
-#[derive(Debug, Default)]
-pub struct JobEvents {
-    /// The events, in the order in which they came.
-    pub events: Vec<JobEvent>,
-    /// More came than are kept.
-    pub lost: bool,
-}
-
-/// One event.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct JobEvent {
-    /// The job.
-    pub job: String,
-    /// The state that it has come to; `None` for an event that only block jobs have.
-    pub status: Option<String>,
-}
-
-impl JobEvents {
-    fn note(&mut self, own: &str, event: &str, data: Option<&Value>) -> bool {
-        let text = |key: &str| data.and_then(|d| d.get(key)?.as_str());
-        let (job, status) = match event {
-            "JOB_STATUS_CHANGE" => (text("id"), text("status")),
-            e if e.starts_with("BLOCK_JOB_") => (text("device"), None),
-            _ => return false,
-        };
-        let Some(job) = job.filter(|j| !j.starts_with(own)) else { return false };
-        if self.events.len() >= JOB_EVENTS || job.len() > LONGEST_JOB {
-            self.lost = true;
-        } else {
-            let status = status.map(|s| clip(s, LONGEST_NAME));
-            self.events.push(JobEvent { job: job.to_string(), status });
-        }
-        status == Some("created")
-    }
-}
 
 /// QEMU's own words for why it did not do something.
 #[derive(Debug, Clone)]
@@ -107,7 +67,7 @@ pub struct Client {
     next_id: u64,
     /// An event has come since the last [`Client::pause`] that may end one.
     woken: bool,
-    /// The beginning of the names of our own jobs, and the events of all others.
+    /// The beginning of the names of our own jobs, and what was heard of all others.
     jobs: Option<(String, JobEvents)>,
     /// How many events of migrations came.
     migrations: u64,
@@ -120,7 +80,7 @@ pub struct Client {
     timed_out: bool,
 }
 
-/// A command that was sent and whose answer was not read yet.
+/// A question that was sent.
 #[derive(Debug)]
 #[must_use]
 pub struct PendingCommand<'a> {
@@ -250,11 +210,6 @@ impl Client {
     /// From now on waits end with `Interrupted` once the flag is set; `None` ends that.
     pub fn interrupt_by(&mut self, flag: Option<Arc<AtomicBool>>) {
         self.wire.stop_by(flag);
-    }
-
-    /// The time a command may take.
-    pub fn set_timeout(&mut self, timeout: Duration) {
-        self.timeout = timeout;
     }
 
     /// All that is asked from now on has to be answered within `time`, however many commands it is:
@@ -489,18 +444,6 @@ impl Client {
     }
 }
 
-/// Whether this event is news for who waits for a job or an export to end, or for a job to pause.
-fn ends_a_wait(event: &str, data: Option<&Value>) -> bool {
-    let status = data.and_then(|d| d.get("status")?.as_str());
-    match event {
-        "JOB_STATUS_CHANGE" => {
-            matches!(status, Some("concluded" | "null" | "aborting" | "paused"))
-        }
-        "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_ERROR" => true,
-        other => other == "BLOCK_EXPORT_DELETED",
-    }
-}
-
 /// Reads the greeting. What QEMU was still answering to a client that died may come before it.
 fn greeting(wire: &mut Wire, patience: Duration) -> Result<Version> {
     let deadline = Instant::now() + patience;
@@ -583,25 +526,5 @@ mod tests {
         assert_eq!(client.version().number, (10, 0, 2));
         drop(client);
         server.join().unwrap();
-    }
-
-    #[test]
-    fn of_other_jobs_a_bounded_list_is_kept() {
-        let mut heard = JobEvents::default();
-        let change = |id: &str, status: &str| json!({"id": id, "status": status});
-        assert!(heard.note("own-", "JOB_STATUS_CHANGE", Some(&change("x", "created"))));
-        assert!(!heard.note("own-", "JOB_STATUS_CHANGE", Some(&change("own-1", "created"))));
-        assert!(!heard.note("own-", "JOB_STATUS_CHANGE", Some(&change("x", "null"))));
-        heard.note("own-", "BLOCK_JOB_COMPLETED", Some(&json!({"device": "x"})));
-        heard.note("own-", "RESUME", None);
-        let kept: Vec<_> = heard.events.iter().map(|e| e.status.as_deref()).collect();
-        assert_eq!((kept, heard.lost), (vec![Some("created"), Some("null"), None], false));
-        heard.note("own-", "JOB_STATUS_CHANGE", Some(&change(&"x".repeat(257), "created")));
-        assert!(heard.lost && heard.events.len() == 3);
-        let mut heard = JobEvents::default();
-        for _ in 0..2000 {
-            heard.note("own-", "JOB_STATUS_CHANGE", Some(&change("x", "paused")));
-        }
-        assert!(heard.lost && heard.events.len() == JOB_EVENTS);
     }
 }

@@ -11,6 +11,7 @@ pub(crate) mod address;
 pub(crate) mod agent;
 pub mod budget;
 pub(crate) mod client;
+pub(crate) mod events;
 pub mod nbd;
 pub(crate) mod peer;
 pub(crate) mod socket;

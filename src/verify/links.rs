@@ -392,6 +392,7 @@ mod tests {
     }
 
     proptest::proptest! {
+        #![proptest_config(crate::failpoint::properties(256))]
         #[test]
         fn roots_and_repeated_bitmaps_are_found_as_by_looking_down_from_each(
             tree in proptest::collection::vec((0.0..1.2f64, 0u8..5), 0..40),

@@ -91,7 +91,20 @@ pub(super) fn outcome_of(finding: &Finding) -> Outcome {
         | Kind::Permission
         | Kind::Busy
         | Kind::Interrupted
-        | Kind::Timeout => Outcome::Unproven,
-        _ => Outcome::Unsound,
+        | Kind::Timeout
+        | Kind::Unproven => Outcome::Unproven,
+        Kind::Usage
+        | Kind::NotFound
+        | Kind::Exists
+        | Kind::NoSpace
+        | Kind::Io
+        | Kind::Corrupt
+        | Kind::Truncated
+        | Kind::Incomplete
+        | Kind::Changed
+        | Kind::Peer
+        | Kind::Partial
+        | Kind::Skipped
+        | Kind::Unsound => Outcome::Unsound,
     }
 }

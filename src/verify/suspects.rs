@@ -140,6 +140,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::failpoint::properties(256))]
         #[test]
         fn the_first_finding_that_concerns_a_point_says_why(
             stamps in prop::collection::vec((1u32..30, 0u8..2), 1..20),

@@ -39,6 +39,7 @@ mod mount_process;
 mod nfs;
 mod offline;
 mod open_mount;
+mod packages;
 mod papers;
 mod property;
 mod prune;

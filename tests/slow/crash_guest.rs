@@ -1,7 +1,7 @@
 //! The crash matrix with a guest: kill -9 while the guest's file systems are frozen and it is paused, then one
 //! `backup --level auto`.
 //!
-//! After it, as in `crash`: exit 0, all points right, nothing of ours left; and the guest was running and thawed before.
+//! After it, as in `crash`: exit 0, all points right, nothing of ours left. Before it the guest ran and was thawed.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::{BLOCK_JOBS, SNAPSHOT_LOAD};
 use crate::qmp::budget::short;
-use crate::qmp::client::JobEvents;
+use crate::qmp::events::JobEvents;
 use crate::qmp::types::{Graph, Job};
 
 /// How often graph and jobs are asked for until they tell of the same jobs.
@@ -112,7 +112,7 @@ impl JobTrace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qmp::client::JobEvent;
+    use crate::qmp::events::JobEvent;
     use serde_json::json;
 
     fn heard(list: &[(&str, &str)]) -> JobEvents {

@@ -148,46 +148,7 @@ impl Run<'_> {
                 path_text(&path)
             ));
         }
-        for d in &plan.disks {
-            if d.disk.throwaway {
-                self.watch.warn(&format!(
-                    "{}: QEMU runs with snapshot=on: guest writes are in a temporary overlay of \
-                     {} and lost when QEMU ends; the point has the disk as the guest sees it",
-                    d.disk.label(),
-                    path_text(&d.disk.identity.file)
-                ));
-            }
-            if let Some(before) = &d.moved_from {
-                let text = format!(
-                    "{}: its file was {} and is {} now; its points stay in {}",
-                    d.disk.label(),
-                    path_text(before),
-                    path_text(&d.disk.identity.file),
-                    path_text(&d.dir)
-                );
-                // Its bitmap came along, which proves that it is the same; else somebody should look.
-                match d.since {
-                    Some(_) => self.watch.say(&text),
-                    None => self.watch.warn(&text),
-                }
-            }
-            let word = names::level_word(d.level);
-            match &d.demoted {
-                Some(why) if why == crate::backup::target::history::FIRST => self.watch.say(
-                    &format!("{}: first backup to this target, taking a FULL", d.disk.label()),
-                ),
-                // As the user wants it.
-                Some(why) if why == crate::backup::plan::level::DUE => {
-                    self.watch.say(&format!("{}: taking a FULL: {why}", d.disk.label()));
-                }
-                Some(why) => self.watch.warn(&format!("{}: taking a FULL: {why}", d.disk.label())),
-                None => self.watch.say(&format!(
-                    "{}: {word} -> {}",
-                    path_text(&d.disk.label()),
-                    path_text(&d.image)
-                )),
-            }
-        }
+        plan.disks.iter().for_each(|d| self.announce_disk(d));
         let mut s = self.status.lock().unwrap_or_else(|e| e.into_inner());
         s.disks = plan
             .disks
@@ -200,6 +161,52 @@ impl Run<'_> {
                 ..Default::default()
             })
             .collect();
+    }
+
+    /// What there is to say of one disk before it is backed up.
+    fn announce_disk(&self, d: &DiskPlan) {
+        let label = d.disk.label();
+        if d.disk.throwaway {
+            self.watch.warn(&format!(
+                "{label}: QEMU runs with snapshot=on: guest writes are in a temporary overlay of {} \
+                 and lost when QEMU ends; the point has the disk as the guest sees it",
+                path_text(&d.disk.identity.file)
+            ));
+        }
+        if let Some(before) = &d.moved_from {
+            let text = format!(
+                "{label}: its file was {} and is {} now; its points stay in {}",
+                path_text(before),
+                path_text(&d.disk.identity.file),
+                path_text(&d.dir)
+            );
+            // Its bitmap came along, which proves that it is the same; else somebody should look.
+            match d.since {
+                Some(_) => self.watch.say(&text),
+                None => self.watch.warn(&text),
+            }
+        }
+        self.announce_level(d);
+    }
+
+    /// Its level, and why it is another than was asked for.
+    fn announce_level(&self, d: &DiskPlan) {
+        let label = d.disk.label();
+        match &d.demoted {
+            Some(why) if why == crate::backup::target::history::FIRST => {
+                self.watch.say(&format!("{label}: first backup to this target, taking a FULL"))
+            }
+            // As the user wants it.
+            Some(why) if why == crate::backup::plan::level::DUE => {
+                self.watch.say(&format!("{label}: taking a FULL: {why}"));
+            }
+            Some(why) => self.watch.warn(&format!("{label}: taking a FULL: {why}")),
+            None => {
+                let word = names::level_word(d.level);
+                let image = path_text(&d.image);
+                self.watch.say(&format!("{}: {word} -> {image}", path_text(&label)));
+            }
+        }
     }
 
     pub(in crate::backup) fn activate(&mut self, plan: &Plan) -> Result<Vec<Active>> {

@@ -241,6 +241,7 @@ fn forest() -> impl Strategy<Value = DiskItems> {
 }
 
 proptest! {
+    #![proptest_config(crate::failpoint::properties(256))]
     #[test]
     fn what_is_kept_is_restorable(
         mut disks in prop::collection::vec(forest(), 1..3),

@@ -196,7 +196,7 @@ fn open(dir: &Path, chain: &[Plan], window: u64) -> Arc<Image> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(crate::failpoint::properties(128))]
     #[test]
     fn data_and_holes_are_found_as_by_asking_cluster_by_cluster(
         chain in chain(),
