@@ -138,6 +138,8 @@ impl Command {
     /// Whether it prints JSON, and in which way.
     pub(super) fn json(&self) -> Json {
         let (asked, kind) = match self {
+            // A dry run prints a document, which says what is refused.
+            Command::Backup(a) if a.is_dry_run() => (a.json(), Json::Document),
             Command::Backup(a) => (a.json(), Json::Events),
             Command::Recover(a) => (a.json(), Json::Events),
             Command::Restore(a) => (a.json(), Json::Objects),

@@ -243,7 +243,7 @@ struct FreezeArgs {
     freeze: Vec<String>,
 
     /// Maximum time, in seconds, the guest may stay stopped or frozen (except with --pause); a watchdog
-    /// process resumes it then
+    /// process then ends the backup and lets the guest go on
     #[arg(long, value_name = "SECONDS", default_value_t = 30,
         value_parser = clap::value_parser!(u64).range(1..=LONGEST_WAIT))]
     hold_limit: u64,
@@ -319,6 +319,11 @@ impl BackupArgs {
     /// Whether events are printed as JSON.
     pub(super) fn json(&self) -> bool {
         self.show.json()
+    }
+
+    /// Whether only the plan is shown.
+    pub(super) fn is_dry_run(&self) -> bool {
+        self.dry_run
     }
 
     /// The backup directory.

@@ -11,7 +11,10 @@ const HINTS: &[(&str, &str)] = &[
         "'fleecefs list DIR' shows the points; their files are reached through 'fleecefs mount'",
     ),
     ("forget", "'fleecefs prune DIR --keep-daily N ...' deletes old points"),
-    ("init", "'fleecefs backup --init --target DIR' makes a backup directory"),
+    (
+        "init",
+        "no step of its own: 'fleecefs backup --qmp SOCKET --level auto --target DIR' makes the backup directory",
+    ),
     ("dump", "'fleecefs restore DIR POINT -' writes a point to standard output"),
     ("unlock", "locks end with their process; 'fleecefs recover' cleans up after a killed backup"),
 ];
@@ -43,7 +46,26 @@ pub(super) fn hint(args: &[OsString]) -> Option<String> {
 
 /// The same command line as this program has it.
 pub(super) fn translated(args: Vec<OsString>) -> Vec<OsString> {
-    options_behind(verbs(args))
+    options_behind(shown(verbs(args)))
+}
+
+/// Takes `info --show WORD` of qmpbackup for `info WORD`.
+fn shown(args: Vec<OsString>) -> Vec<OsString> {
+    let Some(info) = args.iter().position(|a| a == "info") else { return args };
+    let Some(at) = args.iter().position(|a| parted(a).0 == "--show").filter(|at| *at > info) else {
+        return args;
+    };
+    let mut out = args;
+    let word = match parted(&out[at]).1 {
+        true => OsString::from_vec(out.remove(at).as_bytes()[b"--show=".len()..].to_vec()),
+        false if at + 1 < out.len() => {
+            out.remove(at);
+            out.remove(at)
+        }
+        false => return out,
+    };
+    out.insert(info + 1, word);
+    out
 }
 
 /// Moves qmpbackup's options behind its command: `--socket S backup ...`.
@@ -134,6 +156,12 @@ mod tests {
             "fleecefs backup --socket /s --agent-socket=/a -vv -l full --target /t",
         );
         same("fleecefs --socket /s -v info blockdev", "fleecefs info blockdev --socket /s -v");
+        for shown in ["--show bitmaps", "--show=bitmaps"] {
+            same(
+                &format!("fleecefs --socket /s info {shown}"),
+                "fleecefs info bitmaps --socket /s",
+            );
+        }
         for line in ["fleecefs -v backup --qmp q -l full -t t", "fleecefs list backup", "fleecefs"]
         {
             let told = translated(words(line));

@@ -269,8 +269,8 @@ fn ways(there: &[String], gone: &[(String, String)]) -> String {
     if !gone.is_empty() {
         let ids: Vec<String> = gone.iter().map(|(_, id)| format!("--uuid {id}")).collect();
         ways.push(format!(
-            "mount or name it with --keep; if it is gone for good, 'fleecefs cleanup {}' removes \
-             its bitmaps",
+            "mount what is not mounted; name what was moved with --keep; 'fleecefs cleanup {}' \
+             removes the bitmaps of what is gone for good",
             ids.join("' and 'fleecefs cleanup ")
         ));
     }

@@ -82,7 +82,8 @@ pub(super) fn run(args: ListArgs) -> Result<()> {
     }
     let lost = points(&catalog).filter(|(_, p)| !p.is_served()).count();
     if args.strict && lost > 0 {
-        let what = format!("{lost} of {} points are not available", points(&catalog).count());
+        let all = counted(points(&catalog).count() as u64, "point");
+        let what = format!("not available: {lost} of {all}");
         return Err(Error::new(Kind::Incomplete, what).at_path(&catalog.root));
     }
     if args.strict && catalog.disks.is_empty() {

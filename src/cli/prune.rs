@@ -141,7 +141,8 @@ fn verdict(plan: &Plan) -> Result<()> {
         return Ok(());
     }
     let kind = if held < plan.disks.len() { Kind::Partial } else { Kind::Unproven };
-    let what = format!("nothing deleted of {held} of {} disks", plan.disks.len());
+    let all = counted(plan.disks.len() as u64, "disk");
+    let what = format!("no points deleted from {held} of {all}");
     Err(Error::new(kind, what).remedy("the reasons are above; override with --force"))
 }
 

@@ -32,7 +32,8 @@ use crate::{folder, output};
 /// name. What a killed restore left is removed by the next one into the same folder. Holes stay holes.
 ///
 /// If backup and target are on the same XFS or btrfs, ranges are cloned: this copies nothing and takes no
-/// space. The output tells which.
+/// space. The output tells whether data was cloned or
+/// copied.
 ///
 /// With --run, all disks of one run are restored into the folder --to, with the file names and formats
 /// that the VM had, as far as manifests tell. A run is named by 'latest', by its time as 'list --runs' shows

@@ -164,7 +164,7 @@ fn of_manifest(rows: &mut Rows, m: &Manifest, known: Option<Achieved>) {
     rows.row("consistency", Achieved::word(known));
     rows.row("because", &c.reason);
     if c.one_moment {
-        rows.row("moment", "one freeze point for all disks of the run");
+        rows.row("freeze point", "one for all disks of the run");
     }
     if c.stopped_ms > 0 {
         rows.row("guest stopped", format!("{} ms", c.stopped_ms));

@@ -42,8 +42,8 @@ pub(super) struct VerifyArgs {
     /// may be incomplete (such as after an interrupted backup) are skipped
     #[arg(long, conflicts_with = "quick")]
     create: bool,
-    /// With --create: the format of files whose name and content disagree (raw or qcow2) and that have no
-    /// manifest; it is recorded for all of them, or for that of --point
+    /// With --create: the format of files whose name and content disagree, or that have no such name and name another
+    /// file, and that have no manifest (raw or qcow2); it is recorded for all of them, or for that of --point
     #[arg(long, value_enum, requires = "create")]
     format: Option<FileFormat>,
     /// Number of threads [default: one per processor]

@@ -29,7 +29,7 @@ pub(super) enum MissingFeature {
 }
 
 impl MissingFeature {
-    fn note_missing(self) -> &'static str {
+    fn consequence(self) -> &'static str {
         match self {
             MissingFeature::FolderSync => {
                 "this file system cannot sync folders: after a power cut the newest files may be \
@@ -54,7 +54,7 @@ impl MissingFeature {
         static TOLD: [AtomicBool; 4] = [const { AtomicBool::new(false) }; 4];
         let first = TOLD.get(self as usize).is_some_and(|t| !t.swap(true, Ordering::Relaxed));
         if first {
-            log::warn!(target: STANDING, "{}: {}", path_text(path), self.note_missing());
+            log::warn!(target: STANDING, "{}: {}", path_text(path), self.consequence());
         } else {
             log::debug!("{}: {self:?} is refused", path_text(path));
         }

@@ -55,13 +55,13 @@ pub(super) fn run(plan: &Plan, ready: Ready) -> Result<u8> {
     let mountpoint = Folder::open(&plan.mountpoint).map_err(failed)?;
     let no_process = |e| Error::io(e, "cannot start the serving process");
     let (ours, theirs) = UnixStream::pair().map_err(no_process)?;
-    let keeper = rustix::process::getpid();
+    let supervisor = rustix::process::getpid();
     // SAFETY: there is one thread, so the child may do anything after the fork.
     match unsafe { libc::fork() } {
         -1 => Err(no_process(std::io::Error::last_os_error())),
         0 => {
             drop((ours, mountpoint));
-            let server = Server { plan, device: Some(device), link: theirs, keeper };
+            let server = Server { plan, device: Some(device), link: theirs, supervisor };
             std::process::exit(i32::from(server.run(ready)))
         }
         pid => {
@@ -290,7 +290,7 @@ struct Server<'a> {
     plan: &'a Plan,
     device: Option<File>,
     link: UnixStream,
-    keeper: Pid,
+    supervisor: Pid,
 }
 
 impl Server<'_> {
@@ -315,7 +315,7 @@ impl Server<'_> {
             None => privileges::keep_reading(),
         }?;
         // After the change, which would undo it.
-        let lives = privileges::end_with(self.keeper);
+        let lives = privileges::end_with(self.supervisor);
         if !lives.map_err(|e| Error::io(e, "cannot depend on the first process"))? {
             return Err(gone());
         }

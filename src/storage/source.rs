@@ -58,11 +58,16 @@ impl SourceFile {
         let path = folder.join(name);
         let handle = folder
             .handle(name.as_ref())
-            .map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+            .map_err(|e| Error::io(e, "cannot check the file").at_path(&path))?;
         let file = Self::of_looked(path, handle.metadata())?;
         let opened = file.open_through(&handle)?;
         // Before bytes are read: what is written from now on is told.
         file.watch(&opened);
+        let now = Identity::of_open(&opened)
+            .map_err(|e| Error::io(e, "cannot check the file").at_path(&file.path))?;
+        if now != file.identity {
+            file.has_changed()?;
+        }
         file.was_open.store(true, Ordering::Release);
         Ok(file)
     }

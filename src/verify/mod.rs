@@ -276,6 +276,8 @@ impl PointChecker<'_> {
         let records = Records::read(disk);
         let suspects = suspects::suspects(disk, &records);
         let mut verdicts: Vec<Option<PointVerdict>> = vec![None; disk.points.len()];
+        // Without what each depends on.
+        let mut alone = vec![Outcome::Unsound; disk.points.len()];
         // A parent comes before its children.
         for &i in &chosen.needed {
             let below = disk.points[i].parent.and_then(|p| Some((p, verdicts[p].as_ref()?)));
@@ -285,6 +287,7 @@ impl PointChecker<'_> {
                 own.reason = Some(why.clone());
             }
             let name = below.map(|(p, _)| disk.points[p].name.as_str());
+            alone[i] = own.outcome;
             verdicts[i] = Some(join(own, below.map(|b| b.1), name));
         }
         let outcome = |i: usize| match &verdicts[i] {
@@ -292,7 +295,7 @@ impl PointChecker<'_> {
             _ => Outcome::Unsound,
         };
         let recorded = match &self.recorder {
-            Some(recorder) => recorder.create(disk, &records, self.files, outcome)?,
+            Some(recorder) => recorder.create(disk, &records, self.files, outcome, |i| alone[i])?,
             None => HashSet::new(),
         };
         for (i, verdict) in verdicts.into_iter().enumerate() {

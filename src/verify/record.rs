@@ -43,7 +43,8 @@ impl Recorder {
     /// without, and the checksum to those that somebody wrote or changed by hand. Skips points that
     /// are unsound, those that depend on a point without a sound record (what they are depends on
     /// it), and those whose file or manifest has changed since it was looked at. Returns the points
-    /// that are proved by that.
+    /// that are proved by that. `outcome` is how each point stands, `alone` without what it depends
+    /// on.
     ///
     /// # Errors
     /// A manifest cannot be written.
@@ -53,6 +54,7 @@ impl Recorder {
         records: &Records,
         reports: &HashMap<PathBuf, FileReport>,
         outcome: impl Fn(usize) -> Outcome,
+        alone: impl Fn(usize) -> Outcome,
     ) -> Result<HashSet<usize>> {
         let mut written = HashSet::new();
         for (i, p) in disk.points.iter().enumerate() {
@@ -71,7 +73,7 @@ impl Recorder {
                     Some(m.clone())
                 }
                 // What it depends on has its record now, and its own was right before.
-                Some(m) if m.blake3.as_ref().is_some_and(|h| h.eq_ignore_ascii_case(&hash)) => {
+                Some(_) if alone(i) == Outcome::Sound => {
                     written.insert(i);
                     None
                 }

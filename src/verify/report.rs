@@ -75,7 +75,11 @@ impl Report {
 pub(super) fn worst(report: &Report) -> Outcome {
     let points = report.points.iter().map(|p| match p.outcome {
         // What `create` has just recorded is proved from now on.
-        Outcome::Unproven if p.recorded => Outcome::Sound,
+        Outcome::Unproven
+            if p.recorded && p.findings.iter().all(|f| f.severity != Severity::Error) =>
+        {
+            Outcome::Sound
+        }
         o => o,
     });
     let apart = report.findings.iter().filter(|f| f.severity == Severity::Error).map(outcome_of);

@@ -320,7 +320,7 @@ fn wait_noted(caller: &Caller) {
         }
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
-    panic!("the guardian wrote nothing down");
+    panic!("the watchdog wrote nothing down");
 }
 
 #[test]
@@ -354,7 +354,7 @@ fn the_watchdog_releases_a_guest_whose_backup_hangs() {
         let said = caller.must("auto");
         assert!(!said.contains("taking a FULL:"), "{step}: {said}");
         clean(&guest, dir.path());
-        println!("hung at {step}: freed by the guardian, then exit 0, INC");
+        println!("hung at {step}: freed by the watchdog, then exit 0, INC");
     }
 }
 

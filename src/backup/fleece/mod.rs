@@ -84,8 +84,8 @@ impl Fleece {
                 Err(e) => format!(": {e}"),
             };
             watch.say(&format!(
-                "{}: fleece image in the target (--fleece-dir names another folder): no unnamed \
-                 file possible in {}{why}",
+                "{}: the fleece image is in the target (name another folder with --fleece-dir): \
+                 {} allows no unnamed file{why}",
                 plan.disk.label(),
                 path_text(&dir)
             ));

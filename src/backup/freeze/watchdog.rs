@@ -194,10 +194,12 @@ pub(crate) fn serve() -> Result<()> {
     }
     // It may outlive its parent by hours, and must not keep a file system busy.
     let _ = std::env::set_current_dir("/");
-    // The parent says a dozen words; what is longer is not the parent.
+    // The parent sends about a dozen lines; longer input is not from it.
     let mut lines = BufReader::new(std::io::stdin().take(MAX_INPUT));
     let mut first = String::new();
-    lines.read_line(&mut first).map_err(|e| Error::io(e, "no orders"))?;
+    lines
+        .read_line(&mut first)
+        .map_err(|e| Error::io(e, "cannot read the watchdog's configuration"))?;
     let config: WatchdogConfig = serde_json::from_str(&first).map_err(|e| {
         Error::new(Kind::Usage, "this command is for fleecefs itself").with_source(e)
     })?;

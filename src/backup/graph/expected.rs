@@ -96,12 +96,12 @@ impl Expected<'_> {
             });
         }
         let chain = state.chain(top, self.path.disk());
-        let bypassed: Vec<&str> =
+        let on_path: Vec<&str> =
             chain.into_iter().filter(|n| !beside.iter().any(|(_, node)| node == n)).collect();
-        if bypassed == nodes {
+        if on_path == nodes {
             return None;
         }
-        match bypassed.iter().find(|n| !nodes.contains(n)) {
+        match on_path.iter().find(|n| !nodes.contains(n)) {
             Some(other) => Some(self.between(state, other)),
             None => Some(format!("the nodes below {} have changed", self.label)),
         }

@@ -97,7 +97,7 @@ fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &GuestDisk) -> Res
     let what = format!("{}: its chain is in {there}", disk.label());
     Err(Error::new(Kind::Usage, what)
         .at_path(inputs.base)
-        .remedy(format!("go on {word} --no-subdir, or name another target")))
+        .remedy(format!("continue the chain {word} --no-subdir, or name another target")))
 }
 
 /// Gives a folder to each disk that has none yet and for which `rule` finds one.

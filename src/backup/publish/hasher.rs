@@ -171,7 +171,11 @@ fn certain(image: &dyn ReadAt, unit: u64, units: &[Unit], stop: &Check) -> Resul
         (u64::from(count) == whole).then_some(u.value)
     });
     let known = KnownSubtrees::new(unit, values.collect());
-    log::info!("of {} units that were hashed ahead {} hold", units.len(), known.count());
+    log::info!(
+        "{} of {} hashes computed during the copy are still valid",
+        known.count(),
+        units.len()
+    );
     Ok(known)
 }
 

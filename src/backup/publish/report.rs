@@ -6,6 +6,7 @@ use crate::backup::plan::planned::{Plan, is_unwanted};
 use crate::error::{Error, Kind, Result};
 use crate::layout::Level;
 use crate::manifest::{Achieved, Consistency, Manifest, Skipped};
+use crate::units::counted;
 
 /// What came of a run.
 #[derive(Debug)]
@@ -47,7 +48,8 @@ impl Report {
             };
         };
         let kind = if good > 0 { Kind::Partial } else { first.kind() };
-        let text = format!("backup of {bad} of {} disks would fail", bad.saturating_add(good));
+        let all = counted(bad.saturating_add(good) as u64, "disk");
+        let text = format!("backup of {bad} of {all} would fail");
         Err(Error::new(kind, text))
     }
 

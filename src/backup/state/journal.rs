@@ -58,6 +58,7 @@ pub enum Record {
     /// The watchdog of this run has thawed the guest.
     Thawed(String),
     /// An earlier run's disk could not be concluded: its target is not there.
+    #[serde(rename = "left")]
     DeferredDisk(DeferredDisk),
 }
 
@@ -397,6 +398,8 @@ mod tests {
         };
         let left = vec![DeferredDisk { disk, finished: true }];
         keep(d.path(), &vm, &left).unwrap();
+        let text = std::fs::read_to_string(path(d.path(), &vm)).unwrap();
+        assert!(text.starts_with("{\"left\":{\"disk\":"), "{text}");
         let begin = Record::Begin { run: "s".into(), target: "/t".into(), agent: None, qemu: None };
         let j = Journal::begin(d.path(), &vm, &begin).unwrap();
         let p = pending(d.path(), &vm).unwrap().unwrap();

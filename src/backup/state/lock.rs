@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, Folder};
+use crate::qmp::socket::Socket;
 use crate::qmp::{Address, Client};
 
 /// What a user who has no state folder can do.
@@ -85,7 +86,7 @@ impl Lock {
     pub(crate) fn vm(state: &Path, address: &Address) -> Result<Self> {
         let folder = state_folder(state)?;
         let name = format!("{}.lock", vm_key(address));
-        let lock = take(&folder, &name, BY_VM)?;
+        let lock = take_again(&folder, &name, BY_VM)?;
         sweep(&folder);
         Ok(Lock { _lock: lock, passing: None })
     }
@@ -122,23 +123,15 @@ impl Lock {
     /// A lock whose file goes with it.
     fn take_passing(state: &Path, name: String) -> Result<Self> {
         let folder = state_folder(state)?;
-        let mut lock = take(&folder, &name, BY_SOCKET);
-        for _ in 0..TRIES {
-            if !lock.as_ref().is_err_and(|e| e.kind() == Kind::Busy) {
-                break;
-            }
-            // Whoever sweeps has it for a moment.
-            std::thread::sleep(AGAIN);
-            lock = take(&folder, &name, BY_SOCKET);
-        }
-        Ok(Lock { _lock: lock?, passing: Some((folder, name.into())) })
+        let lock = take_again(&folder, &name, BY_SOCKET)?;
+        Ok(Lock { _lock: lock, passing: Some((folder, name.into())) })
     }
 }
 
 /// What ends the name of a control socket; before it is that of the lock which is held while somebody listens.
 pub(crate) const SOCKET: &str = ".sock";
 
-/// How often a lock whose file goes with it is tried again, and after how long.
+/// How often a lock is tried again, and after how long.
 const TRIES: u32 = 3;
 const AGAIN: Duration = Duration::from_millis(30);
 
@@ -147,10 +140,11 @@ const AGAIN: Duration = Duration::from_millis(30);
 fn sweep(folder: &Folder) {
     for entry in folder.entries().unwrap_or_default() {
         let Some(name) = entry.name.to_str() else { continue };
-        // A run listens only while it has its VM's lock.
+        // A run listens only while it has its VM's lock. (Locks may do nothing here, so nobody may answer, too.)
         if let Some(vm) = name.strip_suffix(SOCKET)
             && is_vm_key(vm)
             && entry.kind == EntryKind::Other
+            && Socket::is_dead(&Address::Unix(folder.join(name)))
             && let Ok(Some(_lock)) = folder.lock(&format!("{vm}.lock"))
         {
             let _ = folder.remove_if_there(name);
@@ -165,6 +159,19 @@ fn sweep(folder: &Folder) {
             let _ = folder.remove_if_there(name);
         }
     }
+}
+
+/// As [`take`], more than once: whoever sweeps has it for a short time.
+fn take_again(folder: &Folder, name: &str, taken: Taken) -> Result<folder::Lock> {
+    let mut lock = take(folder, name, taken);
+    for _ in 0..TRIES {
+        if !lock.as_ref().is_err_and(|e| e.kind() == Kind::Busy) {
+            break;
+        }
+        std::thread::sleep(AGAIN);
+        lock = take(folder, name, taken);
+    }
+    lock
 }
 
 fn take(folder: &Folder, name: &str, (held, remedy): Taken) -> Result<folder::Lock> {

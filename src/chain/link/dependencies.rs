@@ -376,7 +376,7 @@ fn by_names_alone(tree: &Tree, members: &[ChainFile], parents: &[Parent]) -> Opt
         .collect();
     let folder = unsure.first()?.path.parent().unwrap_or(&tree.root);
     let what = format!(
-        "{} ordered only by the times in their names: a missing one would not be noticed",
+        "{} ordered only by time in the file name: a missing one would not be noticed",
         counted(unsure.len() as u64, "increment")
     );
     let finding = Finding::warning(Kind::Incomplete, folder, what);
