@@ -89,7 +89,7 @@ fn layouts_of_qmpbackup() {
     }
     // The option forgotten once ends no chain.
     let (exit, said) = code(&caller, "auto");
-    assert!(exit == Some(2) && said.contains("go on with --no-subdir"), "{said}");
+    assert!(exit == Some(2) && said.contains("continue the chain with --no-subdir"), "{said}");
     check(&flat, &d.path("flat"), "inc", "a", "a.img");
     caller.target = d.path("months");
     let month = jiff::Zoned::now().strftime("%Y-%m").to_string();
@@ -101,7 +101,7 @@ fn layouts_of_qmpbackup() {
     check(&caller.with(&["--no-timestamp"]), &d.path("plain/a.img"), "full", "a", "a.img");
     assert!(d.path("plain/a.img/FULL-a.img").is_symlink());
     let (exit, said) = code(&caller.with(&["--no-subdir"]), "auto");
-    assert!(exit == Some(2) && said.contains("go on without --no-subdir"), "{said}");
+    assert!(exit == Some(2) && said.contains("continue the chain without --no-subdir"), "{said}");
     // The first FULL is there: what follows has times in its names, and depends on it.
     let plain = caller.with(&["--no-timestamp"]);
     for level in ["inc", "auto", "full", "inc"] {
