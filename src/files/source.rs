@@ -98,7 +98,10 @@ impl Source {
         self.check(offset, buf.len() as u64)?;
         let (mut at, mut rest) = (self.start + offset, buf);
         while !rest.is_empty() {
-            let block = self.block(at / BLOCK)?;
+            // A block that is bad in part has something right in it, too.
+            let Ok(block) = self.block(at / BLOCK) else {
+                return read_exact(&*self.device, rest, at);
+            };
             let inside = (at % BLOCK) as usize;
             let n = rest.len().min(block.len().saturating_sub(inside));
             let (part, tail) = rest.split_at_mut(n);
