@@ -9,6 +9,8 @@
 //! - `probe`: what a range holds, by its content
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
+//! - `walk`: paths in a tree
+//! - [`copy`]: out of a tree, into a folder or an archive
 //!
 //! Nothing that is read here is to be believed: a guest wrote it. Each offset and length is checked against the
 //! source before it is used; nothing recurses by what the data says; each loop over data has a bound; each list
@@ -19,6 +21,7 @@
 mod blocks;
 mod btrfs;
 mod bytes;
+pub mod copy;
 mod crc;
 mod exfat;
 mod ext;
@@ -31,6 +34,7 @@ mod probe;
 mod source;
 mod tree;
 mod volumes;
+mod walk;
 mod xfs;
 
 pub use blocks::{Blocks, Holding};
@@ -44,3 +48,4 @@ pub use tree::{
     Xattr,
 };
 pub use volumes::{Volume, open_tree, volumes_of};
+pub use walk::{At, Visitor, resolve, walk};

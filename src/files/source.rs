@@ -61,6 +61,11 @@ impl Source {
         Source { label: self.label.clone(), ..Source::new(device, "", &self.blocks) }
     }
 
+    /// The same with another label.
+    pub(super) fn named(self, label: &str) -> Source {
+        Source { label: Arc::from(label), ..self }
+    }
+
     /// Its length in bytes.
     pub fn size(&self) -> u64 {
         self.len

@@ -26,6 +26,7 @@ mod handle;
 mod held;
 mod lesser;
 mod lock;
+mod made;
 mod name;
 pub(crate) mod named;
 mod once;
@@ -52,6 +53,7 @@ pub use handle::Handle;
 pub use held::reopen;
 pub use lesser::{STANDING, set_modified, set_times};
 pub use lock::{Lock, Locked, is_in_use, qemu_writes};
+pub use made::{Made, Moment, NewNode};
 pub use name::{PlainName, plain};
 pub use once::{
     entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
