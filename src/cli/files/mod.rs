@@ -33,12 +33,11 @@ Examples:
 pub(super) struct FilesArgs {
     /// What to do
     #[command(subcommand)]
-    pub what: What,
+    what: What,
 }
 
-/// What can be done with files.
 #[derive(Debug, Subcommand)]
-pub(super) enum What {
+enum What {
     Ls(ls::LsArgs),
     Cat(cat::CatArgs),
     Cp(cp::CpArgs),
