@@ -55,13 +55,6 @@ fn all_of_ext_is_copied_as_the_kernel_shows_it() {
         let Some(mounted) = image.try_mount("") else { continue };
         fill(&image.mnt());
         fill_unix(&image.mnt());
-        if kind.iter().any(|k| k.contains("ea_inode")) {
-            assert!(file_trees::set_xattr(
-                &image.mnt().join("dir/random"),
-                "user.large",
-                &[b'l'; 30_000]
-            ));
-        }
         drop(mounted);
         let mut points = Points::new();
         points.add(&image.path());
@@ -167,7 +160,7 @@ fn files_are_listed_found_and_read() {
     let has = |text: &str| assert!(long.lines().any(|l| l.contains(text)), "{text}: {long}");
     has("-rwsr-x--x   1   1000  70000      3000000");
     has("short -> hello");
-    has("8, 1");
+    has("  8, 1 ");
     has("n\\xff\\u{1}ame");
     let all: Vec<Value> = lines(&points.printed(&["ls", "-R", "--json"], "vda/latest", &[]));
     let hello = all.iter().find(|v| v["path"] == "dir/hello").unwrap();
@@ -191,6 +184,21 @@ fn files_are_listed_found_and_read() {
     assert!(stat["xattrs"].as_array().unwrap().iter().any(|x| x["name"] == "user.comment"));
 }
 
+/// Values that are in inodes of their own; few file systems could take a copy.
+fn large_attribute() {
+    let image = Image::new(16 << 20, KINDS[7]);
+    let Some(mounted) = image.try_mount("") else { return };
+    shell(&image.mnt(), "echo 1 > file");
+    assert!(file_trees::set_xattr(&image.mnt().join("file"), "user.large", &[b'l'; 30_000]));
+    drop(mounted);
+    let mut points = Points::new();
+    points.add(&image.path());
+    let stat = points.printed(&["stat", "--json"], "vda/latest/file", &[]);
+    large_attribute();
+    let stat: Value = serde_json::from_str(&stat).unwrap();
+    assert_eq!(stat["xattrs"][0]["value"], "l".repeat(30_000));
+}
+
 fn lines(text: &str) -> Vec<Value> {
     text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
 }
@@ -201,7 +209,8 @@ fn replayed(image: &Path) -> Listing {
     let (copy, mnt) = (dir.path().join("copy"), dir.path().join("mnt"));
     std::fs::create_dir(&mnt).unwrap();
     run("cp", &["--sparse=always", image.to_str().unwrap(), copy.to_str().unwrap()]);
-    let _mounted = mount(&copy, &mnt, "ro").expect("the kernel replays it");
+    // It writes what it replays.
+    let _mounted = mount(&copy, &mnt, "").expect("the kernel replays it");
     Listing::of(&mnt, &ALL)
 }
 
@@ -227,15 +236,15 @@ fn a_journal_that_was_not_worked_off_is_replayed() {
                 &image.mnt(),
                 &format!(
                     "mkdir d{round}; i=0; while [ $i -lt 120 ]; do mkdir d{round}/$i; echo $i > d{round}/$i/f; \
-                     i=$((i + 1)); done; sync -f .; rm -rf d{round}/1*; sync -f .; \
-                     head -c 900000 /dev/urandom > big{round}; ln -s big{round} d{round}/link; sync -f ."
+                     i=$((i + 1)); done; sync d{round}/1/f; rm -rf d{round}/1*; sync d{round}; \
+                     head -c 900000 /dev/urandom > big{round}; ln -s big{round} d{round}/link; sync big{round}"
                 ),
             );
         }
         // A block that looks like one of the journal's own is written to it in another form.
         let magic = [0xc0, 0x3b, 0x39, 0x98, 0, 0, 0, 1].repeat(512);
         std::fs::write(image.mnt().join("magic"), magic).unwrap();
-        shell(&image.mnt(), "echo last > last; sync -f .");
+        shell(&image.mnt(), "echo last > last; sync last magic");
         run("cp", &["--sparse=always", image.path().to_str().unwrap(), copy.to_str().unwrap()]);
         drop(mounted);
         let dump = run("dumpe2fs", &["-h", copy.to_str().unwrap()]);
@@ -404,7 +413,7 @@ fn wrong_checksums_cost_one_file() {
     if !ready("wrong_checksums_cost_one_file") {
         return;
     }
-    let image = Image::new(16 << 20, KINDS[3]);
+    let image = Image::new(16 << 20, &["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096"]);
     let mounted = image.mount("");
     shell(&image.mnt(), "mkdir good dir; echo 1 > good/file; echo 2 > bad; echo 3 > dir/zyxwvu");
     let inode = image.mnt().join("bad").metadata().unwrap().ino();
@@ -420,7 +429,8 @@ fn wrong_checksums_cost_one_file() {
     // Its owner; and a name in a folder.
     file.write_all_at(&[7], place + 2).unwrap();
     drop(file);
-    assert_eq!(patch(&image.path(), b"zyxwvu", b"zyxwvv"), 1);
+    // In the folder, and in the journal.
+    assert!(patch(&image.path(), b"zyxwvu", b"zyxwvv") >= 1);
     survive(&image, 16, &format!("the checksum of inode {inode} is wrong"));
     survive(&image, 16, "the checksum of a block of folder");
 }

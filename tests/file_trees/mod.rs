@@ -102,7 +102,7 @@ pub fn fill(mnt: &Path) {
         printf 'bytes' > "dir/$(printf 'n\377\001ame')"
         i=0; while [ $i -lt 1500 ]; do : > many/a-name-that-is-not-so-short-$i; i=$((i + 1)); done
         i=0; while [ $i -lt 1500 ]; do rm many/a-name-that-is-not-so-short-$i; i=$((i + 3)); done
-        chmod 4751 dir/random; chmod 1777 dir/sub; chmod 2755 dir/sub/deeper
+        chmod 1777 dir/sub; chmod 2755 dir/sub/deeper
         touch -d '2031-01-01 00:00:00.123456789Z' dir/hello
         touch -d '1969-12-31 23:00:00Z' dir/tiny
         "#,
@@ -117,7 +117,7 @@ pub fn fill_unix(mnt: &Path) {
         ln dir/hello dir/sub/hard; ln dir/hello many/hard
         ln -s hello dir/short; ln -s "$(printf %0200d 7)" dir/long; ln -s ../../../etc/passwd dir/out
         mkfifo dir/pipe; mknod dir/block b 8 1; mknod dir/char c 300 70000
-        chown 1000:70000 dir/random; chown 66000:100 dir/sub; chown -h 7:8 dir/short
+        chown 1000:70000 dir/random; chmod 4751 dir/random; chown 66000:100 dir/sub; chown -h 7:8 dir/short
         "#,
     );
     let long = vec![b'v'; 900];
