@@ -21,20 +21,23 @@ pub struct Volume {
     pub content: Content,
 }
 
-/// All volumes of a disk, with those that LVM makes of it together with `others` (disks of the same run), and what
-/// is wrong with what is missing.
+/// All volumes of a disk, with those that LVM makes of it together with `others` (disks of the same run, asked for
+/// only if they are needed), and what is wrong with what is missing.
 ///
 /// # Errors
 /// What reading a point says.
-pub fn volumes_of(disk: &Source, others: &[Source]) -> Result<(Vec<Volume>, Vec<Finding>)> {
+pub fn volumes_of(
+    disk: &Source,
+    others: impl FnOnce() -> Vec<Source>,
+) -> Result<(Vec<Volume>, Vec<Finding>)> {
     let (mut found, mut findings) = parts(disk)?;
     let is_pv = |v: &&Volume| v.content == Content::LvmPv;
     let mut physical: Vec<Source> = found.iter().filter(is_pv).map(|v| v.source.clone()).collect();
     if physical.is_empty() {
         return Ok((found, findings));
     }
-    for other in others {
-        let (volumes, _) = parts(other)?;
+    for other in others() {
+        let (volumes, _) = parts(&other)?;
         physical.extend(volumes.iter().filter(is_pv).map(|v| v.source.clone()));
     }
     let (logical, more) = lvm::volumes(&physical)?;

@@ -17,8 +17,9 @@ use crate::output;
 use crate::text::path_text;
 use crate::units::human_bytes;
 
-/// List a folder; without a path and with several partitions, the partitions and volumes
+/// List a folder, or the partitions and volumes of a point
 ///
+/// The latter where neither a partition nor a path is given and there are several.
 /// With --json there is one object a line.
 #[derive(Debug, Args)]
 pub(super) struct LsArgs {
@@ -43,7 +44,7 @@ const SORTED: usize = 100_000;
 /// As [`super::run`].
 pub(super) fn run(args: &LsArgs) -> Result<()> {
     let opened = args.from.open()?;
-    if opened.chosen.is_none() && opened.name().is_empty() {
+    if opened.is_whole_disk() {
         return volumes(args, &opened);
     }
     let tree = opened.tree()?;

@@ -46,6 +46,8 @@ pub(super) struct Opened {
     pub chosen: Option<usize>,
     /// The path in it, from the root.
     pub path: Vec<u8>,
+    /// Whether a partition was named.
+    has_part: bool,
     /// The cache for readers.
     pub blocks: Arc<Blocks>,
 }
@@ -66,12 +68,15 @@ impl From {
             Ok(Source::new(open_point(disk, point, &cache)?, &label, &blocks))
         };
         let own = source(named.disk, named.point)?;
-        let others = beside(&catalog, named.disk, named.point);
-        let others = others.into_iter().filter_map(|(d, p)| source(d, p).ok());
-        let (volumes, findings) = volumes_of(&own, &others.collect::<Vec<_>>())?;
+        let others = || {
+            let all = beside(&catalog, named.disk, named.point).into_iter();
+            all.filter_map(|(d, p)| source(d, p).ok()).collect()
+        };
+        let (volumes, findings) = volumes_of(&own, others)?;
         findings.iter().for_each(|f| log::warn!("{f}"));
         let chosen = choose(&volumes, named.part)?;
-        Ok(Opened { volumes, chosen, path: named.path.to_vec(), blocks })
+        let has_part = named.part.is_some();
+        Ok(Opened { volumes, chosen, path: named.path.to_vec(), has_part, blocks })
     }
 }
 
@@ -87,6 +92,12 @@ impl Opened {
         }
     }
 
+    /// Whether nothing but a point was named, which has several partitions or volumes.
+    pub(super) fn is_whole_disk(&self) -> bool {
+        let root = self.chosen.is_none() && self.name().is_empty();
+        root || (self.volumes.len() > 1 && self.path.is_empty() && !self.has_part)
+    }
+
     /// The last part of the path; empty for the root.
     pub(super) fn name(&self) -> &[u8] {
         let mut parts = self.path.rsplit(|b| *b == b'/');
@@ -94,16 +105,14 @@ impl Opened {
     }
 }
 
-/// Points of other disks that were made in the same run.
+/// Points of other disks that were made in the same run: at the same time, and nothing says that it was another.
 fn beside<'a>(catalog: &'a Catalog, disk: &Disk, point: usize) -> Vec<(&'a Disk, usize)> {
-    let run = |d: &Disk, p: usize| manifest_of(d, p).map(|m| m.run);
-    let (Some(wanted), time) = (run(disk, point), disk.points.get(point).map(|p| p.time)) else {
-        return Vec::new();
-    };
+    let run = |d: &Disk, p: usize| manifest_of(d, p).map(|m| m.run).filter(|id| !id.is_empty());
+    let (own, time) = (run(disk, point), disk.points.get(point).map(|p| p.time));
     let of_run = |d: &'a Disk| -> Option<(&'a Disk, usize)> {
-        let same = |i: &usize| d.points.get(*i).map(|p| p.time) == time || d.points.len() < 16;
-        let mut all = (0..d.points.len()).filter(same);
-        all.find(|i| run(d, *i).as_ref() == Some(&wanted)).map(|i| (d, i))
+        let found = d.points.iter().position(|p| Some(p.time) == time && p.is_served())?;
+        let theirs = run(d, found);
+        (own.is_none() || theirs.is_none() || own == theirs).then_some((d, found))
     };
     catalog.disks.iter().filter(|d| d.path != disk.path).filter_map(of_run).collect()
 }

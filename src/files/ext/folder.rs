@@ -161,7 +161,10 @@ impl Reading<'_, '_> {
             let len = length(bytes, at, self.volume.sup.block_size as usize);
             let name = self.name(bytes, at);
             // The last may reach over the checksum, which it did not know.
-            if len < HEAD + name.len() || len % 4 != 0 || name.len() < self.name_len(bytes, at) {
+            if len < HEAD + name.len()
+                || !len.is_multiple_of(4)
+                || name.len() < self.name_len(bytes, at)
+            {
                 let text = format!("folder {} has entries that cannot be", self.inode.number);
                 let error = self.volume.source.error(Kind::Corrupt, text, place + at as u64);
                 return self.skip(error);

@@ -152,7 +152,7 @@ fn segment(section: &Section, extent: u64, begin: u64) -> Result<Segment, String
         && start.checked_add(len).is_some_and(|end| end <= i64::MAX.cast_unsigned())
         && section.number("stripe_count") == Some(stripes.len() as u64)
         && !stripes.is_empty()
-        && (!several || (stripe_size > 0 && len % stripes.len() as u64 == 0));
+        && (!several || (stripe_size > 0 && len.is_multiple_of(stripes.len() as u64)));
     match fits {
         true => Ok(Segment { start, len, stripe_size, stripes }),
         false => Err(wrong.into()),
