@@ -1,7 +1,7 @@
 #!/bin/bash
 # Usage: contrib/test.sh [--fast | --list | ARGUMENTS OF CARGO TEST]
 # Installs what the tests need and is missing, then runs them. The last line is the sum over all
-# test binaries: "N passed, N failed" and, where there are any, ", N skipped". With CI set, a test whose tool is
+# tests: "N passed, N failed" and, where there are any, ", N skipped". With CI set, a test whose tool is
 # missing fails instead of skipping.
 #
 #   (nothing)   all tests; those of backups once more with the oldest QEMU that is to be had
@@ -10,12 +10,13 @@
 #   --list      prints what is run how
 #   other       handed to cargo test
 #
-# As many test binaries run side by side as there are processors (FLEECEFS_TEST_JOBS says another number). What a
-# binary said is printed when it has ended; a line "TIMED name wall user sys" (seconds) follows it.
+# Each module of tests/it and tests/slow (a file there) runs in a process of its own, one more side by side than there are
+# processors (FLEECEFS_TEST_JOBS says another number). What a process said is printed when it has ended; a line
+# "TIMED module wall user sys" (seconds) follows it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Of each promise the quickest, as "binary" or "binary test".
+# Of each promise the quickest: a module, a test of it, or a binary with its unit tests.
 FAST=(
     fleecefs
     layering
@@ -26,8 +27,8 @@ FAST=(
     formats
     generations
     salvage
-    "mount every_point_reads_as_qemu_merges_it"
-    "mount_process an_idle_mount_goes_away_and_a_busy_one_stays"
+    mount::every_point_reads_as_qemu_merges_it
+    mount_process::an_idle_mount_goes_away_and_a_busy_one_stays
     open_mount
     identity
     access_lists
@@ -36,27 +37,27 @@ FAST=(
     terminal
     backup_disk
     backup_layout
-    "backup_qemu qcow2_with_64k_clusters"
-    "watermark the_watermark_lies_beside_each_bitmap_and_survives_a_restart"
-    "beside a_job_on_one_disk_leaves_the_other_its_point"
-    "migration qemu_refuses_a_migration_while_a_backup_runs"
-    "offline the_chain_goes_on_while_the_vm_is_off_and_when_it_runs_again"
-    "crash what_changes_something_has_a_step_before_it_and_one_after"
-    "recover what_qemu_refuses_for_one_disk_does_not_keep_the_other"
-    "restore raw_files_streams_and_qcow2_files_equal_qemus_answer"
-    "verify every_damage_is_found"
-    "prune a_real_run_executes_the_plan_that_a_dry_run_prints"
-    "verbs commit_keeps_what_is_later_and_the_size"
-    "link_disk two_names_become_one_disk"
+    backup_qemu::qcow2_with_64k_clusters
+    watermark::each_bitmap_has_a_watermark_that_survives_a_restart
+    beside::a_job_on_one_disk_leaves_the_other_its_point
+    migration::qemu_refuses_a_migration_while_a_backup_runs
+    offline::the_chain_goes_on_while_the_vm_is_off_and_when_it_runs_again
+    crash::what_changes_something_has_a_step_before_it_and_one_after
+    recover::what_qemu_refuses_for_one_disk_does_not_keep_the_other
+    restore::raw_files_streams_and_qcow2_files_equal_qemus_answer
+    verify::every_damage_is_found
+    prune::a_real_run_executes_the_plan_that_a_dry_run_prints
+    verbs::commit_keeps_what_is_later_and_the_size
+    link_disk::two_names_become_one_disk
 )
 # They take longest, and begin first, so that nothing long is left at the end.
-LONG=(crash release any_order backup_guest beside odd_disks backup_qemu fleecefs watermark guards hardware boot matrix)
+LONG=(crash_guest crash release any_order backup_guest beside odd_disks backup_qemu fleecefs watermark guards hardware boot matrix)
 # What they measure is wrong while others are at work.
 ALONE=(read_cost)
 # They sync all the time, and what they show is not about the file system (others ask for one on which changes
 # are seen, or which QEMU locks): their files lie in memory, where there
 # is enough of it. (The same tests with the old QEMU have theirs on disk.)
-MEMORY=(crash any_order backup_guest hardware backup_qemu early_hash between snapshot_load hostile_qemu
+MEMORY=(crash crash_guest any_order backup_guest hardware backup_qemu early_hash between snapshot_load hostile_qemu
     hostile_backup)
 # Once more with the oldest QEMU: it has its own ways of going wrong.
 OLD_QEMU=(backup_qemu beside between early_hash migration odd_disks several_paths snapshot_load watermark)
@@ -128,7 +129,7 @@ if [ $# -gt 0 ] && [ "$1" != --fast ]; then
     exit
 fi
 
-# Builds all, and keeps "name executable" of each test binary. (The program itself has no tests.)
+# Builds all, and keeps "name executable" of each test binary.
 if ! cargo test --no-run --message-format=json-render-diagnostics </dev/null >"$work/built"; then
     sum 1
     exit
@@ -143,17 +144,50 @@ if [ "${room:-0}" -gt $((4 << 20)) ]; then
     chmod 711 "$memory"
 fi
 
-# binary NAME [FILTER]: runs a test binary as cargo would.
-binary() {
-    local name=$1 filter=${2-} one exe
+# Keeps "job executable" of each process that is to run: a module, or a binary that has no modules. What tests a module
+# has is in a file of its name.
+mkdir "$work/modules"
+while read -r name exe; do
+    case $name in
+        it | slow)
+            "$exe" --list --format terse | sed -n 's/: test$//p' >"$work/tests"
+            awk -v to="$work/modules/" -v exe="$exe" '{
+                module = $0
+                sub(/::.*/, "", module)
+                print > (to module)
+                if (!seen[module]++) print module, exe
+            }' "$work/tests"
+            ;;
+        *) printf '%s %s\n' "$name" "$exe" ;;
+    esac
+done <"$work/binaries" >"$work/jobs"
+
+# run NAME: runs a module, one of its tests (MODULE::TEST), or a binary, as cargo would.
+run() {
+    local job=${1%%::*} one exe tests=()
+    if [ "$job" != "$1" ]; then
+        tests=(--exact "$1")
+    elif [ -e "$work/modules/$job" ]; then
+        mapfile -t tests <"$work/modules/$job"
+        # By whole names: a filter by `mount::` is one by `open_mount::`, too.
+        tests=(--exact "${tests[@]}")
+    fi
     while read -r one exe; do
-        [ "$one" = "$name" ] || continue
+        [ "$one" = "$job" ] || continue
         # --show-output: a skipped test says so on its standard output, which is not shown otherwise.
-        CARGO_MANIFEST_DIR=$PWD "$exe" --show-output ${filter:+--exact "$filter"} || return
-    done <"$work/binaries"
+        CARGO_MANIFEST_DIR=$PWD "$exe" --show-output "${tests[@]}" || return
+    done <"$work/jobs"
 }
 
-# start KIND NAME [FILTER]: begins a binary beside what runs. KIND is new or old, for the QEMU.
+# is_known NAME: whether there is such a module, test or binary.
+is_known() {
+    case $1 in
+        *::*) grep -qxF -- "$1" "$work/modules/${1%%::*}" 2>/dev/null ;;
+        *) grep -q "^$1 " "$work/jobs" ;;
+    esac
+}
+
+# start KIND NAME: begins one beside what runs. KIND is new or old, for the QEMU.
 declare -A title
 start() {
     local kind=$1 name=$2 to=$work/$1-$2
@@ -168,7 +202,7 @@ start() {
         fi
         TIMEFORMAT="TIMED $name %R %U %S"
         [ "$kind" = new ] || TIMEFORMAT="TIMED $name-old-qemu %R %U %S"
-        time binary "${@:2}"
+        time run "$name"
     ) </dev/null >"$to" 2>&1 &
     set +m
     running+=($!)
@@ -191,8 +225,9 @@ end_one() {
     running=("${left[@]}")
 }
 
-jobs=${FLEECEFS_TEST_JOBS:-$(nproc)}
-# together KIND NAME [FILTER]
+# One more than there are processors: many wait for a guest, for storage, for a timeout.
+jobs=${FLEECEFS_TEST_JOBS:-$(($(nproc) + 1))}
+# together KIND NAME
 together() {
     while [ ${#running[@]} -ge "$jobs" ]; do end_one; done
     start "$@"
@@ -200,20 +235,17 @@ together() {
 
 end_all() { while [ ${#running[@]} -gt 0 ]; do end_one; done; }
 
+for name in "${FAST[@]}" "${LONG[@]}" "${ALONE[@]}" "${MEMORY[@]}" "${OLD_QEMU[@]}"; do
+    is_known "$name" || { printf 'test.sh names %s, which is not there\n' "$name" && bad=$((bad + 1)); }
+done
 if [ "${1-}" = --fast ]; then
-    for words in "${FAST[@]}"; do
-        read -r -a words <<<"$words"
-        is_in "${words[0]}" "${ALONE[@]}" || together new "${words[@]}"
-    done
+    for name in "${FAST[@]}"; do together new "$name"; done
     end_all
     sum "$bad"
     exit
 fi
 
-mapfile -t all < <(cut -d' ' -f1 "$work/binaries" | sort -u)
-for name in "${LONG[@]}" "${ALONE[@]}" "${MEMORY[@]}" "${OLD_QEMU[@]}"; do
-    is_in "$name" "${all[@]}" || { printf 'test.sh names %s, which is not there\n' "$name" && bad=$((bad + 1)); }
-done
+mapfile -t all < <(cut -d' ' -f1 "$work/jobs" | sort -u)
 code=0
 old_qemu=$(contrib/old-qemu.sh "${CARGO_TARGET_DIR:-target}/old-qemu") || code=$?
 # 4: there is nothing older.

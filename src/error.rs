@@ -3,6 +3,22 @@
 //! The kind decides the errno a FUSE caller sees and the exit code a shell sees; both come from
 //! one table, [`Kind::table`]. The context (file, offset, what was tried) is for the person who
 //! reads the message. `Display` never repeats the source: print the chain with [`Error::report`].
+//!
+//! # How messages are written
+//! These hold for errors, findings, warnings, notes, log lines and help:
+//!
+//! - In this order: what failed, on what, why, and what to do. `PATH: cannot open the image: Permission denied
+//!   (run it as root or with --as-owner)`. The path comes from [`Error::at_path`], the cause from
+//!   [`Error::with_source`], what to do from [`Error::remedy`]; the message itself has none of them twice.
+//! - Short sentences in the present tense, in lower case, without a full stop. No riddles: a reader who runs
+//!   QEMU for a living, and has never seen this program's code, knows what is meant.
+//! - The field's words: image, backing file, parent, chain, bitmap, job, node, export, freeze, point, run; a disk
+//!   is *skipped*, a command was *interrupted*, a point is *not available*, data is *damaged*, a file is *missing*.
+//! - What failed begins with "cannot" where something was tried, else with the thing: "parent image X is missing".
+//! - A remedy is an imperative, with the option or command to type: "name another folder with --fleece-dir".
+//! - "would" and "may" only where it is not known. What is expected is no warning: the first backup to a target
+//!   takes a FULL, and that is a note.
+//! - Names go through [`path_text`]; counts through [`crate::units::counted`], so that nothing reads "1 points".
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -18,7 +34,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// The command line or an option makes no sense.
+    /// The command line or an option is not valid.
     Usage,
     /// The named file, disk or point does not exist.
     NotFound,
@@ -126,6 +142,21 @@ pub struct Error {
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
+/// An error as JSON has it.
+#[derive(Debug, serde::Serialize)]
+pub struct ErrorObject<'a> {
+    kind: Kind,
+    exit_code: u8,
+    /// What failed and why, without the file.
+    message: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<&'a str>,
+}
+
 impl Error {
     /// A new error. `message` says what was tried and what was found, without file and offset.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
@@ -158,8 +189,8 @@ impl Error {
         };
         let remedy = match source.raw_os_error() {
             Some(libc::EFBIG) => Some(
-                "this file system ends files before that (ext4 at 16 TiB, FAT at 4 GiB; or ulimit -f \
-                 does): choose a folder on another one, such as XFS",
+                "too large for this file system (ext4: 16 TiB, FAT: 4 GiB) or ulimit -f: choose a \
+                 folder on another one, such as XFS",
             ),
             // An id-mapped mount on which the caller is nobody: see mount_setattr(2).
             Some(libc::EOVERFLOW) => Some(
@@ -227,6 +258,25 @@ impl Error {
     /// What the user can do.
     pub fn remedy_text(&self) -> Option<&str> {
         self.remedy.as_deref()
+    }
+
+    /// The error as an object for JSON.
+    pub fn object(&self) -> ErrorObject<'_> {
+        let mut message = visible(&self.message);
+        let mut cause: Option<&(dyn StdError + 'static)> = self.source();
+        while let Some(c) = cause {
+            message.push_str(": ");
+            message.push_str(&visible(&c.to_string()));
+            cause = c.source();
+        }
+        ErrorObject {
+            kind: self.kind,
+            exit_code: self.kind.exit_code(),
+            message,
+            path: self.path.as_deref().map(|p| crate::text::to_text(p.as_os_str())),
+            offset: self.offset,
+            remedy: self.remedy.as_deref(),
+        }
     }
 
     /// The whole story on one line: message, causes, remedy.

@@ -123,7 +123,15 @@ pub(crate) fn clipped_from<C: Content>(
     extents: &[Extent<C>],
     range: Range<u64>,
 ) -> impl Iterator<Item = Extent<C>> + '_ {
-    extents.iter().map_while(move |e| e.clip(&range))
+    // The one after the last is not looked at: a short read of a window needs one extent alone, and the
+    // next may be the first in a line of memory.
+    let end = range.end;
+    let mut done = false;
+    extents.iter().map_while(move |e| {
+        let clipped = if done { None } else { e.clip(&range) };
+        done |= e.end() >= end;
+        clipped
+    })
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! the making, restoring, checking and pruning of such backups.
 //!
 //! The modules. Each imports only from those above it, and neither files nor folders inside a module import
-//! each other in a circle (`tests/layering.rs` checks both):
+//! each other in a circle (`tests/it/layering.rs` checks both):
 //!
 //! - [`text`], [`error`], [`units`], [`progress`]: what everybody needs
 //! - [`failpoint`]: hooks for tests, in no program that users have
@@ -10,6 +10,7 @@
 //! - [`folder`]: the one way to reach files in folders that others may own; [`lock`] on top of it
 //! - [`privileges`]: users, and giving up root's rights
 //! - [`storage`], [`hash`]: positioned reads, a bounded number of open files, and the hash of a whole file
+//! - [`job`]: what long work needs: workers, a way to stop, progress, a rate limit
 //! - [`extent`]: the extent list and its invariant
 //! - [`layer`]: one file's own map and its bytes (qcow2, raw, VMA archives, virtnbdbackup streams)
 //! - [`qemu_img`]: running qemu-img on images that nobody trusts
@@ -17,11 +18,10 @@
 //! - [`manifest`]: one per image, the commit of a point; [`journal`]: what is written down before a backup is
 //!   changed, so that whoever comes after a crash can finish it
 //! - [`chain`]: backup directory to disks, chains and points
-//! - [`image`]: layers folded into cached windows, and reads through them
+//! - [`image`]: layers merged into cached windows, and reads through them
 //! - [`files`]: the files inside a point: partitions, volumes and file systems
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
-//! - [`job`]: what long work needs: workers, a way to stop, progress, a rate limit
 //! - [`restore`], [`verify`], [`prune`]: reading points out, proving them, choosing which stay
 //! - [`rewrite`]: all that changes backups in place: delete, consolidate, commit, rebase, join
 //! - [`mount`]: the processes behind a mount, and unmounting

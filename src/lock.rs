@@ -76,7 +76,7 @@ impl Held {
         }
         if let Entry::Vacant(place) = self.locks.entry(side.join(NAME)) {
             let lock = lock(side)?;
-            let failed = |e| Error::io(e, "cannot look at the lock").at_path(side.join(NAME));
+            let failed = |e| Error::io(e, "cannot check the lock").at_path(side.join(NAME));
             self.files.insert(FileId::of(&lock.file().metadata().map_err(failed)?));
             place.insert(lock);
         }
@@ -94,7 +94,7 @@ impl Held {
             let below = match dir.folder(&entry.name) {
                 Ok(below) => below,
                 Err(e) if is_out_of_files(&e) => {
-                    let what = "cannot look for other locks below it";
+                    let what = "cannot check for locks below it";
                     return Err(Error::io(e, what).at_path(dir.join(&entry.name)));
                 }
                 Err(_) => continue,
@@ -103,7 +103,7 @@ impl Held {
             match depth.checked_sub(1) {
                 Some(depth) => self.add_below(&below, depth)?,
                 None => log::warn!(
-                    "{}: too many folders in each other: locks below are not looked for",
+                    "{}: folders nested too deep: locks below are not checked",
                     path_text(below.path())
                 ),
             }
@@ -128,9 +128,13 @@ fn lock(side: &Folder) -> Result<Lock> {
     let path = side.join(NAME);
     match side.lock(NAME) {
         Ok(Some(lock)) => Ok(lock),
-        Ok(None) => Err(Error::new(Kind::Busy, "another run is writing to this backup directory")
-            .at_path(path)
-            .remedy("try again when it has ended")),
+        Ok(None) => Err(Error::new(
+            Kind::Busy,
+            "another command is writing to this backup \
+                                                directory",
+        )
+        .at_path(path)
+        .remedy("try again when it has ended")),
         Err(e) => Err(explain(Error::io(e, "cannot take the lock").at_path(path))),
     }
 }
@@ -139,8 +143,8 @@ fn lock(side: &Folder) -> Result<Lock> {
 fn explain(e: Error) -> Error {
     match e.kind() {
         Kind::Permission => e.remedy(
-            "whoever alters a backup directory has to write to it: run this as its owner (root may \
-             write nothing on NFS with root_squash), or mount it for writing",
+            "this needs write access: run it as the directory's owner (NFS with root_squash \
+             refuses root), or mount it read-write",
         ),
         Kind::Unsupported | Kind::NotFound => e.remedy("remove what has its name, and try again"),
         _ => e,

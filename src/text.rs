@@ -132,6 +132,14 @@ pub fn as_text<S: serde::Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Err
     to.serialize_str(&to_text(path.as_os_str()))
 }
 
+/// Serializes a word in lower case, as levels are in JSON.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn as_lower<S: serde::Serializer>(word: &str, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&word.to_ascii_lowercase())
+}
+
 /// Columns that a text takes on a terminal.
 pub fn columns(text: &str) -> usize {
     match is_plain(text.as_bytes()) {

@@ -66,12 +66,20 @@ pub fn iso_time(time: i64) -> String {
     jiff::Timestamp::from_second(time).map_or_else(|_| format!("@{time}"), |t| t.to_string())
 }
 
+/// Serializes a time as [`iso_time`] shows it.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn as_time<S: serde::Serializer>(time: &i64, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&iso_time(*time))
+}
+
 /// Parses a point in time: an age ([`parse_duration`]), `@` and seconds since the epoch, a date, or
 /// a date and time, in UTC unless it says otherwise: what is shown is UTC. Returns seconds since the epoch.
 pub fn parse_when(text: &str) -> Result<i64, String> {
     let text = text.trim();
     if let Some(seconds) = text.strip_prefix('@') {
-        return seconds.parse().map_err(|_| format!("'{text}' is no number of seconds"));
+        return seconds.parse().map_err(|_| format!("'{text}' is not a number of seconds"));
     }
     if let Ok(age) = parse_duration(text) {
         let now = jiff::Timestamp::now().as_second();
@@ -83,7 +91,7 @@ pub fn parse_when(text: &str) -> Result<i64, String> {
     let utc =
         text.parse::<jiff::civil::DateTime>().and_then(|d| d.to_zoned(jiff::tz::TimeZone::UTC));
     utc.map(|z| z.timestamp().as_second()).map_err(|_| {
-        format!("'{text}' is no time; use 2026-11-22, 2026-11-22T04:00, 7d or @seconds")
+        format!("'{text}' is not a time; use 2026-11-22, 2026-11-22T04:00, 7d or @SECONDS")
     })
 }
 

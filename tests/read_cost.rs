@@ -1,7 +1,9 @@
 //! The promise: a read costs what its bytes do. What is counted here does not depend on the machine: memory
-//! that is allocated, system calls that read, and threads.
+//! that is allocated, system calls that read, and threads. A program of its own, since the allocator that counts is one
+//! for all, and what is measured is wrong beside others.
 
-#[path = "common/foreign.rs"]
+#[path = "support/foreign.rs"]
+#[allow(dead_code)]
 mod foreign;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -17,7 +19,7 @@ use fleecefs::fs::buffer::Buffer;
 use fleecefs::fs::readers::Readers;
 use fleecefs::fs::tree::ROOT;
 use fleecefs::fs::watch::Waker;
-use fleecefs::fs::{FileSystem, Waits};
+use fleecefs::fs::{FileSystem, WaitsFor};
 use fleecefs::image::Cache;
 
 /// Counts what each thread allocates.
@@ -48,7 +50,7 @@ static ALLOCATOR: Counting = Counting;
 const PART: usize = 64 << 10;
 const PARTS: usize = 32;
 
-/// Streams of a FULL, which has every second part, and of nine that lie on it, of one part each.
+/// Streams of a FULL, which has every second part, and of nine that depend on it, of one part each.
 fn chain(dir: &Path) {
     std::fs::create_dir(dir.join("vm")).unwrap();
     for number in 0..10 {
@@ -94,7 +96,7 @@ fn read_calls() -> usize {
 fn read_all(fs: &Arc<FileSystem>, readers: &Readers, handle: u64, here: &Arc<AtomicUsize>) {
     let thread = std::thread::current().id();
     for offset in (0..PARTS * PART).step_by(4096) {
-        assert_eq!(fs.waits_for(handle, offset as u64, 4096), Waits::Storage);
+        assert_eq!(fs.waits_for(handle, offset as u64, 4096), WaitsFor::Storage);
         let here = here.clone();
         readers.run(fs, move |fs| {
             BUFFER.with_borrow_mut(|buffer| {
@@ -118,7 +120,7 @@ fn a_read_is_one_call_and_allocates_nothing_and_stays_with_its_thread() {
     let handle = newest(&fs);
     let readers = Readers::new(4, Arc::default());
     let here = Arc::new(AtomicUsize::new(0));
-    // The first read opens the streams and folds the window, the next gets the buffer.
+    // The first read opens the streams and merges the window, the next gets the buffer.
     assert_eq!(fs.read(handle, 0, &mut [0; 4096]), Ok(4096));
     read_all(&fs, &readers, handle, &here);
     here.store(0, Ordering::Relaxed);

@@ -205,7 +205,7 @@ guest() {
     start_guest -drive "file=$work/other.qcow2,format=qcow2,if=none,id=other,read-only=on" \
         -device virtio-blk-pci,drive=other
     guest_backup "auto after a restart with other node names" auto FULL
-    says "  it says why" "a FULL, since bitmap .* is not on the disk"
+    says "  it says why" "taking a FULL: bitmap .* is not on the disk"
     guest_backup "auto" auto INC
     "$root/contrib/guest/run.sh" stop "$work/guest"
 }

@@ -236,7 +236,7 @@ sequence() {
     write "write -P 12 4M 1M"
     fails "inc after a restart" inc "is not on the disk"
     good "auto after a restart" auto "FULL, equal"
-    says "  it says why" "a FULL, since bitmap .* is not on the disk"
+    says "  it says why" "taking a FULL: bitmap .* is not on the disk"
     write "write -P 13 5M 1M" "write -z 6M 1M"
     good "inc after the restart" auto "INC, equal"
     good "diff after the restart" diff "DIFF, equal"

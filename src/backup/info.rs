@@ -3,9 +3,9 @@
 use serde::Serialize;
 use serde_json::json;
 
-use super::disks::{Answers, Insertion, Seen, SeenDisk, base_name, device_tail, survey};
+use super::disks::{Answers, GuestDisk, Insertion, Survey, base_name, device_tail, survey};
 use super::graph::bitmap;
-use super::graph::bitmap::Found;
+use super::graph::bitmap::NodeBitmap;
 use super::names;
 use crate::backup::target::target_id::TargetId;
 use crate::error::Result;
@@ -22,6 +22,7 @@ pub(crate) struct DiskInfo {
     /// The guest device.
     pub qdev: String,
     /// Its file.
+    #[serde(rename = "disk_file")]
     pub file: String,
     /// Its format.
     pub format: String,
@@ -43,6 +44,7 @@ pub(crate) struct BitmapLine {
     /// What the disk of that node is called in the guest, or its file; empty if that is not known.
     pub disk: String,
     /// Its name.
+    #[serde(rename = "bitmap")]
     pub name: String,
     /// Whose it is: the target's id for ours.
     pub owner: String,
@@ -60,8 +62,8 @@ pub(crate) struct BitmapLine {
     pub busy: bool,
 }
 
-impl From<&Found> for BitmapLine {
-    fn from(f: &Found) -> Self {
+impl From<&NodeBitmap> for BitmapLine {
+    fn from(f: &NodeBitmap) -> Self {
         let name = f.bitmap.name.clone().unwrap_or_default();
         BitmapLine {
             node: f.node.clone(),
@@ -80,7 +82,7 @@ impl From<&Found> for BitmapLine {
 
 fn owner(name: &str) -> String {
     match names::parse_bitmap(name) {
-        Some(b) if names::is_floor(name) => {
+        Some(b) if names::is_watermark(name) => {
             format!("fleecefs target {}, to tell if the disk was smaller", b.target)
         }
         Some(b) if names::is_open(name) => {
@@ -100,7 +102,7 @@ fn owner(name: &str) -> String {
 /// # Errors
 /// As [`Client::execute`].
 pub(crate) fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
-    let Seen { disks, skipped, blocked, .. } = survey(&Answers::ask(client)?);
+    let Survey { disks, skipped, blocked, .. } = survey(&Answers::ask(client)?);
     let mut list: Vec<DiskInfo> = disks.iter().map(included).collect();
     list.extend(skipped.into_iter().chain(blocked).map(|s| DiskInfo {
         disk: s.disk,
@@ -116,10 +118,10 @@ pub(crate) fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
     Ok(list)
 }
 
-fn included(d: &SeenDisk) -> DiskInfo {
+fn included(d: &GuestDisk) -> DiskInfo {
     let named = d.bitmaps.iter().filter(|b| b.name.is_some());
-    let found = named.map(|b| Found { node: d.node.clone(), bitmap: b.clone() });
-    let line = |f: Found| BitmapLine { disk: spoken(d), ..BitmapLine::from(&f) };
+    let found = named.map(|b| NodeBitmap { node: d.node.clone(), bitmap: b.clone() });
+    let line = |f: NodeBitmap| BitmapLine { disk: spoken(d), ..BitmapLine::from(&f) };
     DiskInfo {
         disk: d.label().to_string(),
         node: d.node.clone(),
@@ -133,13 +135,13 @@ fn included(d: &SeenDisk) -> DiskInfo {
     }
 }
 
-fn how(d: &SeenDisk) -> String {
+fn how(d: &GuestDisk) -> String {
     let way = match &d.insertion {
         Insertion::Device(_) => "filter put in by qom-set",
         Insertion::Reopen { .. } => "filter put in by blockdev-reopen",
     };
     if let Some(who) = &d.busy {
-        return format!("not now: {who}");
+        return format!("currently not possible: {who}");
     }
     if let Some(rule) = d.by_rule {
         return format!("{rule}: only if --include names it");
@@ -148,10 +150,10 @@ fn how(d: &SeenDisk) -> String {
         return "encrypted: only with --allow-plaintext".to_string();
     }
     let incremental = match (d.pflash, d.persistent) {
-        _ if d.throwaway => "an overlay that goes with QEMU (snapshot=on): incremental until then",
-        (true, _) => "firmware flash: a FULL each time",
-        (_, true) => "incremental, also after a restart of QEMU",
-        (_, false) => "incremental while QEMU lives, a FULL after each restart",
+        _ if d.throwaway => "temporary overlay (snapshot=on): incremental while QEMU runs",
+        (true, _) => "firmware flash: always FULL",
+        (_, true) => "incremental, also after QEMU restarts",
+        (_, false) => "incremental while QEMU runs, FULL after each restart",
     };
     format!("{incremental}; {way}")
 }
@@ -162,7 +164,7 @@ fn how(d: &SeenDisk) -> String {
 /// As [`Client::execute`].
 pub(crate) fn bitmaps(client: &mut Client) -> Result<Vec<BitmapLine>> {
     let seen = survey(&Answers::ask(client)?);
-    let named = |f: &Found| {
+    let named = |f: &NodeBitmap| {
         let of = seen.disks.iter().find(|d| d.node == f.node);
         BitmapLine { disk: of.map(spoken).unwrap_or_default(), ..BitmapLine::from(f) }
     };
@@ -170,7 +172,7 @@ pub(crate) fn bitmaps(client: &mut Client) -> Result<Vec<BitmapLine>> {
 }
 
 /// What a user calls a disk: nobody knows node names that QEMU made up.
-fn spoken(d: &SeenDisk) -> String {
+fn spoken(d: &GuestDisk) -> String {
     let (device, tail) = (d.identity.device.as_str(), device_tail(&d.identity.qdev));
     let file = base_name(&d.identity.file).unwrap_or_default();
     [device, tail, &file].into_iter().find(|n| !n.is_empty()).unwrap_or_default().to_string()
@@ -186,7 +188,7 @@ pub(crate) fn jobs(client: &mut Client) -> Result<Vec<Job>> {
 
 /// Which bitmaps `cleanup` removes.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Choice {
+pub(crate) struct CleanupChoice {
     /// Those of this backup directory.
     pub of: Option<TargetId>,
     /// Its id as the user gave it: qmpbackup's names have all of it.
@@ -199,7 +201,7 @@ pub(crate) struct Choice {
     pub foreign: bool,
 }
 
-impl Choice {
+impl CleanupChoice {
     /// Whether this bitmap is chosen. Inconsistent ones of ours always are: they are good for
     /// nothing and take room in the image.
     pub(crate) fn takes(&self, b: &BitmapLine) -> bool {
@@ -228,16 +230,17 @@ mod tests {
             inconsistent,
             ..Default::default()
         };
-        BitmapLine::from(&Found { node: "n".into(), bitmap })
+        BitmapLine::from(&NodeBitmap { node: "n".into(), bitmap })
     }
 
     #[test]
     fn cleanup_takes_what_it_is_told_and_what_is_worthless() {
         let ours = names::bitmap("0a1b2c3d", "0123456789ab", "ba9876543210", 0);
-        let none = Choice::default();
+        let none = CleanupChoice::default();
         assert!(!none.takes(&line(&ours, false)) && none.takes(&line(&ours, true)));
         assert!(!none.takes(&line("qmpbackup-x", true)) && !none.takes(&line("theirs", true)));
-        let of = |u: &str| Choice { of: Some(TargetId::named(u).unwrap()), ..Default::default() };
+        let of =
+            |u: &str| CleanupChoice { of: Some(TargetId::named(u).unwrap()), ..Default::default() };
         for id in ["0a1b2c3d-1111-4111-8111-111111111111", "0a1b2c3d", "0A1B2C3D\n"] {
             assert!(of(id).takes(&line(&ours, false)), "{id}");
         }
@@ -247,14 +250,21 @@ mod tests {
         let words = TargetId::named("backup of the office").unwrap().id;
         let theirs = names::bitmap(&words, "0123456789ab", "ba9876543210", 0);
         assert!(of("backup of the office").takes(&line(&theirs, false)));
-        let keep =
-            Choice { keep: vec![TargetId::named("0a1b2c3d").unwrap()], ..Default::default() };
+        let keep = CleanupChoice {
+            keep: vec![TargetId::named("0a1b2c3d").unwrap()],
+            ..Default::default()
+        };
         assert!(!keep.takes(&line(&ours, false)) && keep.takes(&line(&theirs, false)));
-        assert!(keep.takes(&line(&names::floor(&theirs), false)) && !keep.takes(&line("x", false)));
-        let all = Choice { all: true, ..Default::default() };
+        assert!(
+            keep.takes(&line(&names::watermark(&theirs), false)) && !keep.takes(&line("x", false))
+        );
+        let all = CleanupChoice { all: true, ..Default::default() };
         assert!(all.takes(&line(&ours, false)) && !all.takes(&line("theirs", false)));
         let hold = names::object("0123456789ab", names::Role::Hold, 0);
         assert!(all.takes(&line(&hold, false)) && !none.takes(&line(&hold, false)));
-        assert!(Choice { foreign: true, ..Default::default() }.takes(&line("qmpbackup-x", false)));
+        assert!(
+            CleanupChoice { foreign: true, ..Default::default() }
+                .takes(&line("qmpbackup-x", false))
+        );
     }
 }

@@ -2,18 +2,18 @@
 //!
 //! A folder for each subject, in the order in which they build on each other:
 //!
-//! - `names`: of runs, nodes, jobs, bitmaps and images; `watch`: what a run tells; `options`: what it is told
+//! - `names`: of runs, nodes, jobs, bitmaps and images; `watch`: how a run reports; `options`: its options
 //! - `state`: what outlives a killed run: its journal, fleece images that are left; locks, the control socket
 //! - `target`: the backup directory: whose it is, what it holds for a disk, who shares it
 //! - `graph`: QEMU's block graph round a disk, and what it has to be; bitmaps
 //! - `disks`: which disks QEMU has, and which of them a backup takes
 //! - `plan`: what each disk gets, and why; what a size watermark proves. Pure
-//! - `fleece`: nodes, exports and filters: putting them into QEMU and taking them out again
-//! - `freeze`: the one frozen moment, and the process that ends it if this one dies
+//! - `fleece`: nodes, exports and filters: adding them to QEMU and removing them
+//! - `freeze`: the freeze point, and the process that ends it if this one dies
 //! - `publish`: a finished image becomes a point
 //! - `recover`: what a killed run left is undone
 //! - `run`: a run from its beginning to its end: `session` is what it has, `work` its phases, `disk` the steps
-//!   of one disk, `beside` looks what other programs do
+//!   of one disk, `interference` looks what other programs do in the same QEMU
 //! - `info`: what `info` and `cleanup` show; `offline`: all that on a daemon of ours, for VMs that are shut off
 //!
 //! Two rules carry everything: no bitmap is ever cleared, and every object we add to QEMU carries
@@ -37,7 +37,7 @@ pub(crate) mod target;
 mod watch;
 
 pub use options::{
-    Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish,
+    Compression, CopyOptions, FreezeOptions, FullEvery, Layout, Options, RequestedLevel, StopMode,
 };
 pub(crate) use watch::Stopping;
 pub(in crate::backup) use watch::now_exactly;

@@ -25,7 +25,7 @@ pub(crate) enum Role {
     /// The frozen view.
     Snapshot,
     /// A filter above the frozen view that hides its block status.
-    Blind,
+    HiddenStatus,
     /// A node above the filter that lets nobody resize the disk.
     Lock,
     /// The copy-before-write filter.
@@ -56,7 +56,7 @@ impl Role {
     fn letter(self) -> char {
         match self {
             Role::Snapshot => 's',
-            Role::Blind => 'b',
+            Role::HiddenStatus => 'b',
             Role::Lock => 'l',
             Role::Relink => 'r',
             Role::Filter => 'c',
@@ -74,7 +74,7 @@ impl Role {
 
     fn of(letter: char) -> Option<Role> {
         use Role::*;
-        let nodes = [Snapshot, Blind, Lock, Filter, Target, Fleece, Dummy, Scratch];
+        let nodes = [Snapshot, HiddenStatus, Lock, Filter, Target, Fleece, Dummy, Scratch];
         let others = [Blocker, Job, Relink, ViewExport, ScratchExport, Hold];
         nodes.into_iter().chain(others).find(|r| r.letter() == letter)
     }
@@ -107,13 +107,13 @@ pub(crate) fn bitmap(target: &str, chain: &str, run: &str, index: usize) -> Stri
 }
 
 /// The disabled bitmap beside a [`bitmap`] that says how small the disk has been since.
-pub(crate) fn floor(bitmap: &str) -> String {
-    format!("{bitmap}{FLOOR}")
+pub(crate) fn watermark(bitmap: &str) -> String {
+    format!("{bitmap}{WATERMARK}")
 }
 
-/// Whether a bitmap's name is that of a [`floor`].
-pub(crate) fn is_floor(name: &str) -> bool {
-    name.ends_with(FLOOR)
+/// Whether a bitmap's name is that of a [`watermark`].
+pub(crate) fn is_watermark(name: &str) -> bool {
+    name.ends_with(WATERMARK)
 }
 
 /// The bitmap beside a [`bitmap`] that is in no image, so that it is there as long as QEMU has the disk open.
@@ -127,15 +127,15 @@ pub(crate) fn is_open(name: &str) -> bool {
 }
 
 /// The name of a [`bitmap`], and of all that may be beside it.
-pub(crate) fn with_beside(bitmap: &str) -> [String; 3] {
-    [bitmap.to_string(), floor(bitmap), open(bitmap)]
+pub(crate) fn with_companions(bitmap: &str) -> [String; 3] {
+    [bitmap.to_string(), watermark(bitmap), open(bitmap)]
 }
 
 /// What the name of an [`open`] ends in.
 const OPEN: &str = "-open";
 
-/// What the name of a [`floor`] ends in.
-const FLOOR: &str = "-floor";
+/// What the name of a [`watermark`] ends in.
+const WATERMARK: &str = "-floor";
 
 /// A bitmap's name taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,9 +148,9 @@ pub(crate) struct BitmapName<'a> {
     pub run: &'a str,
 }
 
-/// Reads [`bitmap`], [`floor`] or [`open`] back; `None` for other programs' bitmaps.
+/// Reads [`bitmap`], [`watermark`] or [`open`] back; `None` for other programs' bitmaps.
 pub(crate) fn parse_bitmap(name: &str) -> Option<BitmapName<'_>> {
-    let beside = name.strip_suffix(FLOOR).or_else(|| name.strip_suffix(OPEN));
+    let beside = name.strip_suffix(WATERMARK).or_else(|| name.strip_suffix(OPEN));
     let name = beside.unwrap_or(name);
     let mut parts = name.strip_prefix(PREFIX)?.split('-');
     let (target, chain, run) = (parts.next()?, parts.next()?, parts.next()?);
@@ -228,7 +228,7 @@ pub(crate) fn folder(name: &str, plain: bool) -> String {
         return name.to_string();
     }
     let mut kept = String::new();
-    for c in name.chars().map(|c| if matches!(c, '/' | '.') || is_unseen(c) { '_' } else { c }) {
+    for c in name.chars().map(|c| if matches!(c, '/' | '.') || is_invisible(c) { '_' } else { c }) {
         if kept.len().saturating_add(c.len_utf8()) > KEPT {
             break;
         }
@@ -249,7 +249,7 @@ fn can_be_folder(name: &str, plain: bool) -> bool {
         || [".partial", ".config"].iter().any(|s| lower.ends_with(s));
     if PlainName::new(name).is_err()
         || name.len() > LONGEST_FOLDER
-        || name.chars().any(is_unseen)
+        || name.chars().any(is_invisible)
         || own
     {
         return false;
@@ -266,7 +266,7 @@ fn can_be_folder(name: &str, plain: bool) -> bool {
 }
 
 /// Characters that do not show, or that change the order of those that do.
-fn is_unseen(c: char) -> bool {
+fn is_invisible(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
             | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
@@ -317,8 +317,8 @@ mod tests {
         let name = bitmap("0a1b2c3d", "0123456789ab", "ba9876543210", 3);
         let parsed = parse_bitmap(&name).unwrap();
         assert_eq!((parsed.target, parsed.run), ("0a1b2c3d", "ba9876543210"));
-        assert_eq!(parse_bitmap(&floor(&name)), Some(parsed));
-        assert_eq!(parse_bitmap(&floor(&floor(&name))), None);
+        assert_eq!(parse_bitmap(&watermark(&name)), Some(parsed));
+        assert_eq!(parse_bitmap(&watermark(&watermark(&name))), None);
         assert_eq!(parse_bitmap(&open(&name)), Some(parsed));
         assert_eq!(parse_bitmap("qmpbackup-0a1b2c3d"), None);
         assert_eq!(parse_bitmap(&work_bitmap("0123456789ab")), None);

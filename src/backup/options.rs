@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::target::known;
+use super::target::known_disks;
 use crate::qmp::Address;
 
 /// What the user wants of a run.
@@ -23,15 +23,15 @@ pub struct Options {
     /// It may be a new one, although another was there before.
     pub init: bool,
     /// What kind of points to make.
-    pub level: LevelWish,
+    pub level: RequestedLevel,
     /// Only these disks (by node, device, qdev or file name); empty for all.
     pub include: Vec<String>,
     /// Not these disks.
     pub exclude: Vec<String>,
     /// Names and folders.
     pub layout: Layout,
-    /// How the frozen moment is taken.
-    pub moment: MomentOptions,
+    /// How the guest is frozen and stopped.
+    pub freeze_point: FreezeOptions,
     /// How bytes are copied.
     pub copy: CopyOptions,
     /// Do not keep the FULL's bitmap for DIFFs.
@@ -53,16 +53,16 @@ pub struct Options {
     /// Only say what would be done.
     pub dry_run: bool,
     /// Who besides the user may read what is made.
-    pub share: crate::folder::Share,
+    pub share: crate::folder::FileMode,
     /// An NBD server that QEMU runs already: only one is possible.
     pub nbd: Option<Address>,
     /// The VM is shut off, and QMP is that of a daemon of ours.
-    pub offline: Option<Arc<known::Known>>,
+    pub offline: Option<Arc<known_disks::KnownDisks>>,
 }
 
 /// Which level is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LevelWish {
+pub enum RequestedLevel {
     /// A new chain.
     Full,
     /// Since the last FULL or INC; an error where that is impossible.
@@ -72,12 +72,12 @@ pub enum LevelWish {
     /// A full copy beside the chains.
     Copy,
     /// INC where it is possible, FULL elsewhere, and FULL when due.
-    Auto(Option<Every>),
+    Auto(Option<FullEvery>),
 }
 
 /// When `auto` takes a new FULL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Every {
+pub enum FullEvery {
     /// When the chain has this many points.
     Points(u64),
     /// When the FULL is older than this.
@@ -97,11 +97,11 @@ pub struct Layout {
     pub no_symlink: bool,
 }
 
-/// How the frozen moment is taken.
+/// How the guest is frozen and stopped for the freeze point.
 #[derive(Debug, Clone)]
-pub struct MomentOptions {
+pub struct FreezeOptions {
     /// Whether the guest is stopped.
-    pub stop: StopWish,
+    pub stop: StopMode,
     /// Freeze the guest's file systems.
     pub quiesce: bool,
     /// Only these mount points.
@@ -114,13 +114,13 @@ pub struct MomentOptions {
 
 /// Whether and how long the guest is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StopWish {
-    /// For the frozen moment: tens of milliseconds.
-    Moment,
-    /// Not at all: one moment per disk.
+pub enum StopMode {
+    /// For the freeze point only: some tens of milliseconds.
+    FreezePoint,
+    /// Not at all: each disk has a freeze point of its own.
     Never,
     /// For the whole backup.
-    Whole,
+    WholeBackup,
 }
 
 /// How bytes are copied.

@@ -29,9 +29,9 @@ pub struct Disk {
     pub findings: Vec<Finding>,
 }
 
-/// The finding of [`Disk::newest_lost`].
+/// The finding of [`Disk::newest_missing`].
 pub(crate) const NEWEST_LOST: &str =
-    "the newest backup of its disk is gone: its manifest is there, the image is not";
+    "the newest backup of its disk is missing: there is a manifest and no image";
 
 impl Disk {
     /// All layers of a point, bottom first.
@@ -58,7 +58,7 @@ pub struct Point {
     pub level: Level,
     /// The name of the point at the root of its chain.
     pub chain: String,
-    /// The point it lies on, as an index into [`Disk::points`].
+    /// The point it depends on, as an index into [`Disk::points`].
     pub parent: Option<usize>,
     /// When it was taken, in seconds since the epoch.
     pub time: i64,

@@ -1,8 +1,8 @@
 //! From a backup directory to disks, chains and points.
 //!
-//! [`scan`] does it: `walk` reads the directory (`tree`), `.fleecefs/` beside the images (`side`) and what files
+//! [`scan`] does it: `walk` reads the directory (`tree`), `.fleecefs/` beside the images (`side_folder`) and what files
 //! hold (`probe`). `link` decides which files are of one disk (`group`), in which format each is read
-//! (`format`), which parent it has, and whether it can be served (`fates`). `points` makes the `catalog` of it.
+//! (`format`), which parent it has, and whether it can be served (`dependencies`). `points` makes the `catalog` of it.
 //! The result is a [`Catalog`]: a value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here
 //! writes.
 

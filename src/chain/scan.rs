@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use super::Catalog;
 use super::link::format;
 use super::points::assemble;
-use super::walk::side::Side;
+use super::walk::side_folder::SideFolder;
 use super::walk::tree::{Decision, FileEntry, Folder, Link, Tree};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::{Entry, EntryKind};
@@ -34,7 +34,7 @@ use crate::layout::name;
 use crate::layout::name::Name;
 use crate::{folder, manifest};
 
-pub use super::link::format::Told;
+pub use super::link::format::FormatOverride;
 pub use super::walk::probe::ProbeCache;
 
 /// How to scan.
@@ -46,7 +46,7 @@ pub struct ScanOptions {
     /// it so.
     pub called: Option<PathBuf>,
     /// What the user says of images about which nothing else decides.
-    pub told: Option<Told>,
+    pub format_override: Option<FormatOverride>,
 }
 
 #[cfg(test)]
@@ -100,7 +100,7 @@ pub fn scan(
     tree.findings.extend(outside);
     tree.findings.append(&mut walk.unfinished);
     tree.resolve_links();
-    format::decide(&mut tree, options.told.as_ref());
+    format::decide(&mut tree, options.format_override.as_ref());
     if let Some(previous) = previous {
         tree.former = previous.bases_of(&tree.files);
     }
@@ -163,7 +163,7 @@ impl Walk<'_> {
             self.unreadable(&folder.path, e);
         }
         entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        let side = Side::of(&open, &entries, &mut self.tree.findings);
+        let side = SideFolder::of(&open, &entries, &mut self.tree.findings);
         let mut folders = Vec::new();
         for entry in &entries {
             // Before anything is asked about it: a mount of ours there would take that for use.
@@ -187,7 +187,13 @@ impl Walk<'_> {
         folders
     }
 
-    fn entry(&mut self, entry: &Entry, open: &folder::Folder, side: &Side, folder: &mut Folder) {
+    fn entry(
+        &mut self,
+        entry: &Entry,
+        open: &folder::Folder,
+        side: &SideFolder,
+        folder: &mut Folder,
+    ) {
         match entry.kind {
             EntryKind::File => self.file(&entry.name, open, side, folder),
             EntryKind::Link => self.link(&entry.name, open, folder),
@@ -199,7 +205,7 @@ impl Walk<'_> {
     /// Something in the place of a backup that is none.
     fn no_backup(&mut self, name: &OsStr, what: &str, folder: &Folder) {
         if let Name::Backup { stamp: Some(_), .. } = name::parse(name) {
-            let what = format!("{what} in the place of a backup");
+            let what = format!("{what} where a backup should be");
             let path = folder.path.join(name);
             self.tree.findings.push(Finding::warning(Kind::Unsupported, path, what));
         }
@@ -219,7 +225,13 @@ impl Walk<'_> {
         folder.links.push(Link { name, level, disk, text, target: None });
     }
 
-    fn file(&mut self, name: &OsStr, open: &folder::Folder, side: &Side, folder: &mut Folder) {
+    fn file(
+        &mut self,
+        name: &OsStr,
+        open: &folder::Folder,
+        side: &SideFolder,
+        folder: &mut Folder,
+    ) {
         let path = folder.path.join(name);
         let handle = match open.handle(name) {
             Ok(handle) => handle,
@@ -229,7 +241,7 @@ impl Walk<'_> {
         };
         // Exchanged since then: the next scan, which the change leads to, tells what for.
         if !handle.metadata().is_file() {
-            return self.no_backup(name, "what was exchanged for something else", folder);
+            return self.no_backup(name, "something that was replaced while it was read", folder);
         }
         let parsed = name::parse(name);
         let wanted = parsed != Name::Ignored;

@@ -4,10 +4,16 @@ use std::path::Path;
 
 use clap::{ArgAction, Parser, Subcommand};
 
+/// The version and the commit that it was built from, where that is known (`build.rs`).
+const VERSION: &str = env!("FLEECEFS_VERSION");
+
+/// The heading of what every command has.
+const GLOBAL: &str = "Global options";
+
 /// The codes are those of [`crate::error::Kind::table`].
 const AFTER_HELP: &str = "\
 Examples:
-  fleecefs list /backups/vm1                        what is there, and can it be used
+  fleecefs list /backups/vm1                        what is there
   fleecefs mount /backups/vm1 /mnt/vm1              every point as a raw image
   fleecefs restore /backups/vm1 sda/latest vm1.qcow2
   fleecefs backup --qmp /run/vm1.sock --level auto --target /backups/vm1
@@ -16,48 +22,57 @@ Examples:
 Exit codes:
     0  all is well
     1  reading or writing failed
-    2  the command line makes no sense
+    2  invalid command line
     3  a file, disk or point does not exist
-    4  what should be made exists already
+    4  the target exists already
     5  not permitted
-    6  in use by somebody else: a lock, a socket, a mount
+    6  in use: a lock, a socket, a mount
     7  no space left
-   10  a backup is corrupt or cut
-   11  a backup is encrypted, or needs a feature that is not known; or a file is refused (a link, a
+   10  a backup is damaged or truncated
+   11  a backup is encrypted, or uses an unknown feature; or a file is refused (a link, a
       pipe, too large)
    12  a point needs something that is missing
    13  a file changed while it was being read
    14  QEMU or the guest agent answered with an error
    15  no answer in time
-   16  part of the work was done: some disks have a new point, others have not
+   16  partly done: some disks have a new point, others have not
    17  something was skipped, or there was a warning, and --strict was given
    18  a check found a backup unsound
    19  a check could not prove a backup sound
   130  ended by a signal or by 'cancel'";
 
-/// Mount a directory of QEMU backups: every point in time of every disk is a plain, read-only raw
-/// image.
+/// Back up QEMU guests, and mount the backups: every point of every disk is a plain, read-only raw image
 #[derive(Debug, Parser)]
-#[command(name = "fleecefs", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "fleecefs", version = VERSION, propagate_version = true, max_term_width = 100)]
+#[command(disable_help_flag = true, disable_version_flag = true)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Cli {
-    /// Say more: once for progress of the work, twice for details, three times for everything
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    /// Show more: -v for steps, -vv for details, -vvv for everything
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = GLOBAL)]
     pub verbose: u8,
 
-    /// Say less: once for errors and warnings (but for those about a set-up that stays as it is, such
-    /// as a folder of another user), twice for errors only
-    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "verbose")]
+    /// Show less: -q for warnings and errors only, -qq for errors only
+    ///
+    /// -q also hides warnings about a set-up that stays the same, such as a folder of another user.
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "verbose",
+        help_heading = GLOBAL)]
     pub quiet: u8,
 
     /// Drop root's rights and work as the user who owns the backup directory
     ///
-    /// For a backup directory of another user: nothing outside that user's reach is read or written.
-    /// Everything else that is named (restore target, QEMU's and the agent's socket) must be within
-    /// that user's reach, too. 'backup' keeps its state in a folder of that user's beside root's, such
-    /// as /var/lib/fleecefs.as-1000, where 'info status', 'recover' and 'cancel' with --target look. 'mount' mounts as root, and a process of that user serves it.
-    #[arg(long, global = true)]
+    /// Nothing is read or written that this user may not access: restore target, QEMU's and the agent's
+    /// socket must be accessible too. 'backup' keeps its state in a folder of that user beside root's,
+    /// such as /var/lib/fleecefs.as-1000. 'mount' mounts as root, and a process of that user serves it.
+    #[arg(long, global = true, help_heading = GLOBAL)]
     pub as_owner: bool,
+
+    /// Print help; -h is shorter
+    #[arg(short, long, global = true, action = ArgAction::Help, help_heading = GLOBAL)]
+    help: Option<bool>,
+
+    /// Print the version
+    #[arg(short = 'V', long, global = true, action = ArgAction::Version, help_heading = GLOBAL)]
+    version: Option<bool>,
 
     /// What to do
     #[command(subcommand)]
@@ -76,6 +91,7 @@ pub(super) enum Command {
     Guardian(super::recover::GuardianArgs),
     Mount(super::mount::args::MountArgs),
     Umount(super::umount::UmountArgs),
+    #[command(alias = "snapshots")]
     List(super::list::ListArgs),
     Show(super::show::ShowArgs),
     Map(super::map::MapArgs),
@@ -84,13 +100,28 @@ pub(super) enum Command {
     Merge(super::verbs::MergeArgs),
     Rebase(super::verbs::RebaseArgs),
     Commit(super::verbs::CommitArgs),
+    #[command(alias = "snapshotrebase")]
     SnapshotRebase(super::verbs::SnapshotRebaseArgs),
+    #[command(alias = "check")]
     Verify(super::verify::VerifyArgs),
     Prune(super::prune::PruneArgs),
     Consolidate(super::consolidate::ConsolidateArgs),
     LinkDisk(super::link_disk::LinkDiskArgs),
     Completions(super::docs::CompletionsArgs),
     Man(super::docs::ManArgs),
+}
+
+/// How a command prints JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Json {
+    /// Not at all.
+    No,
+    /// One document.
+    Document,
+    /// An object per line.
+    Objects,
+    /// An event per line.
+    Events,
 }
 
 impl Command {
@@ -103,6 +134,31 @@ impl Command {
             Command::Cancel(a) => Some(a.state()),
             _ => None,
         }
+    }
+
+    /// Whether it prints JSON, and in which way.
+    pub(super) fn json(&self) -> Json {
+        let (asked, kind) = match self {
+            Command::Backup(a) => (a.json(), Json::Events),
+            Command::Recover(a) => (a.json(), Json::Events),
+            Command::Restore(a) => (a.json(), Json::Objects),
+            Command::Files(a) => a.json(),
+            Command::Info(a) => (a.json(), Json::Document),
+            Command::List(a) => (a.json, Json::Document),
+            Command::Show(a) => (a.json, Json::Document),
+            Command::Verify(a) => (a.json, Json::Document),
+            Command::Prune(a) => (a.json, Json::Document),
+            Command::Consolidate(a) => (a.print.json, Json::Document),
+            Command::LinkDisk(a) => (a.json, Json::Document),
+            // An array, which may be broken off.
+            Command::Map(_) => (false, Json::No),
+            Command::Cleanup(_) | Command::Cancel(_) | Command::Guardian(_) => (false, Json::No),
+            Command::Mount(_) | Command::Umount(_) => (false, Json::No),
+            Command::Merge(_) | Command::Rebase(_) => (false, Json::No),
+            Command::Commit(_) | Command::SnapshotRebase(_) => (false, Json::No),
+            Command::Completions(_) | Command::Man(_) => (false, Json::No),
+        };
+        if asked { kind } else { Json::No }
     }
 
     /// The backup directory that it names, if that decides whose work it is.
@@ -147,5 +203,80 @@ mod tests {
         };
         let all: Vec<_> = cli.get_subcommands().filter_map(dry).collect();
         assert!(all.len() >= 9 && all.iter().all(|s| *s == Some('n')), "{all:?}");
+    }
+
+    /// All commands and theirs, as they are built for help.
+    fn commands() -> Vec<clap::Command> {
+        fn add(c: &clap::Command, all: &mut Vec<clap::Command>) {
+            all.push(c.clone());
+            c.get_subcommands().for_each(|s| add(s, all));
+        }
+        let (mut cli, mut all) = (Cli::command(), Vec::new());
+        cli.build();
+        add(&cli, &mut all);
+        all
+    }
+
+    /// What the commands say about the option `id`, each text once.
+    fn said(id: &str) -> std::collections::BTreeSet<String> {
+        let all = commands();
+        let args = all.iter().flat_map(|c| c.get_arguments().filter(|a| a.get_id() == id));
+        args.filter_map(|a| a.get_help().map(|h| h.to_string())).collect()
+    }
+
+    #[test]
+    fn one_thing_has_one_name_and_one_wording() {
+        assert_eq!(said("dry_run").len(), 1, "{:?}", said("dry_run"));
+        for c in commands().iter().filter(|c| !c.is_hide_set()) {
+            let mut shown = c.get_arguments().filter(|a| !a.is_hide_set());
+            let old = ["jobs", "speed-limit", "output"];
+            let is_old = |a: &clap::Arg| {
+                let visible = a.get_visible_aliases().unwrap_or_default();
+                a.get_long().into_iter().chain(visible).any(|l| old.contains(&l))
+            };
+            assert!(!shown.any(is_old), "{}", c.get_name());
+        }
+    }
+
+    #[test]
+    fn the_old_names_of_options_go_on_working() {
+        for line in [
+            "backup --qmp q --level full --target t --speed-limit 1M",
+            "restore d p t --speed-limit 1M --jobs 2",
+            "verify d --jobs 2",
+            "verify d -j 2",
+            "map d p --output json",
+            "prune d --keep-last 1 --jobs 2",
+        ] {
+            let args = ["fleecefs"].into_iter().chain(line.split(' '));
+            assert!(Cli::try_parse_from(args).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_version_names_the_commit_it_was_built_from() {
+        let (number, commit) = VERSION.split_once(' ').unwrap_or((VERSION, "(0000000)"));
+        assert_eq!(number, env!("CARGO_PKG_VERSION"));
+        let commit = commit.strip_prefix('(').and_then(|c| c.strip_suffix(')')).unwrap();
+        assert!(commit.len() >= 7 && commit.bytes().all(|b| b.is_ascii_hexdigit()), "{VERSION}");
+    }
+
+    #[test]
+    fn what_every_command_has_stands_apart_and_no_heading_leaks() {
+        for c in commands().iter().filter(|c| c.get_name() != "help") {
+            for a in c.get_arguments().filter(|a| a.is_global_set()) {
+                assert_eq!(a.get_help_heading(), Some(GLOBAL), "{} {}", c.get_name(), a.get_id());
+            }
+        }
+        let all = commands();
+        let backup = all.iter().find(|c| c.get_name() == "backup").unwrap();
+        let heading = |id: &str| {
+            backup.get_arguments().find(|a| a.get_id() == id).unwrap().get_help_heading()
+        };
+        for id in ["strict", "config", "nbd", "dry_run", "state_dir"] {
+            assert_eq!(heading(id), None, "{id}");
+        }
+        assert_eq!(heading("log_file"), Some("Progress and logging"));
+        assert_eq!(heading("speed_limit"), Some("Copying"));
     }
 }

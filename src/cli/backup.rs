@@ -12,46 +12,47 @@ use super::shared::{QmpArgs, qmp_unless};
 use super::state::StateArgs;
 use super::values::CompressArg;
 use super::work::undo_flag;
-use super::{paths, say, state, values};
+use super::{paths, state, values, verbosity};
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::{Printed, unknown_disk};
 use crate::backup::publish::report::Report;
 use crate::backup::run::backup;
 use crate::backup::{
-    Compression, CopyOptions, Every, Layout, LevelWish, MomentOptions, Options, StopWish, Watch,
-    names,
+    Compression, CopyOptions, FreezeOptions, FullEvery, Layout, Options, RequestedLevel, StopMode,
+    Watch, names,
 };
 use crate::error::{Error, Kind, Result};
-use crate::folder::Share;
+use crate::folder::FileMode;
 use crate::output;
 use crate::privileges::users;
 use crate::qmp::Address;
-use crate::text::path_text;
-use crate::units::{human_bytes, parse_bytes, parse_duration};
+use crate::text::{path_text, to_text};
+use crate::units::{human_bytes, iso_time, parse_bytes, parse_duration};
 
 /// Back up the disks of a running guest
 ///
-/// Copies what changed since the last point out of a frozen view, while the guest runs on. The
-/// frozen moment is one for all disks; the guest is stopped for it for some tens of milliseconds.
+/// Copies what changed since the last point from a frozen view of each disk, while the guest runs. All
+/// disks are frozen at the same time, for which the guest is stopped for some tens of milliseconds.
 #[derive(Debug, Args)]
 #[command(mut_args(qmp_unless("offline", "")))]
 pub(super) struct BackupArgs {
     #[command(flatten)]
     vm: QmpArgs,
 
-    /// Back up these images of a VM that is shut off: files, with 'raw:' or 'qcow2:' before them where
-    /// neither the target nor the name says what they are
+    /// Back up these images of a VM that is shut off; 'raw:FILE' or 'qcow2:FILE' if neither the target
+    /// nor the name tells the format
     ///
-    /// A qemu-storage-daemon is started for it. Disks are known by their files, so their chains go on:
-    /// the bitmaps in qcow2 images (version 3) say what has changed, and the VM's next backup goes on
-    /// from this one. A raw image has none: FULL. An image that is in use is refused; the VM cannot be
-    /// started while it is backed up.
+    /// A qemu-storage-daemon is started for it. Disks are identified by their files, and their chains
+    /// continue: bitmaps in qcow2 images (version 3) tell what has changed, and the VM's next backup
+    /// continues from this one. Raw images have no bitmaps and get a FULL. An image that is in use is
+    /// refused; the VM cannot be started during the backup.
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all =
         ["qmp", "agent", "nbd", "include", "exclude", "quiesce", "pause", "no_stop", "wait"])]
     offline: Vec<String>,
 
-    /// A backing file of one of --offline's images: its header alone is not believed, since a guest may have
-    /// written it (give it again for each)
+    /// A backing file of one of --offline's images; may be given more than once
+    ///
+    /// The image's header alone is not trusted, since a guest may have written it.
     #[arg(long, value_name = "FILE", requires = "offline")]
     backing_file: Vec<PathBuf>,
 
@@ -59,45 +60,43 @@ pub(super) struct BackupArgs {
     #[arg(long, value_name = "SOCKET", visible_alias = "agent-socket")]
     agent: Option<String>,
 
-    /// full: a new chain; inc: since the last FULL or INC; diff: since the FULL; copy: a full copy
-    /// beside the chains; auto: inc where that is possible, full elsewhere
+    /// full: a new chain; inc: changes since the last FULL or INC; diff: changes since the FULL; copy: a
+    /// full copy outside the chain; auto: inc if possible, else full
     #[arg(short, long, value_enum)]
     level: LevelArg,
 
-    /// With --level auto: a new FULL when the chain has N points, or when it is older than a
-    /// DURATION such as 12h, 7d or 4w
+    /// With --level auto: start a new chain when this one has N points, or is older than DURATION
+    /// (12h, 7d, 4w)
     #[arg(long, value_name = "N|DURATION", value_parser = values::every)]
-    full_every: Option<Every>,
+    full_every: Option<FullEvery>,
 
     /// The backup directory
     #[arg(short, long, value_name = "DIR")]
     target: PathBuf,
 
-    /// Permission bits of what is made, octal; folders get x where files have r. What is said of an
-    /// image later, and what is made of it, follows the image [default: as at the last backup to this
-    /// directory that was given it, else 0600]
+    /// Permission bits of new files, octal; folders get x where files have r [default: as in the last
+    /// backup with --mode to this directory, else 0600]
     #[arg(long, value_name = "MODE", value_parser = values::mode)]
     mode: Option<u32>,
 
-    /// Group of what is made, by name or number: those who pull the backups as another user [default: as
-    /// with --mode, else the user's own]
+    /// Group of new files, by name or number, such as that of a user who fetches the backups [default: as
+    /// with --mode, else your own]
     #[arg(long, value_name = "GROUP", value_parser = users::group, requires = "mode")]
     group: Option<u32>,
 
-    /// Begin a new backup directory where the one that this VM was backed up to is gone, or in a folder
-    /// that has other files, and make the folders above it
+    /// Start a new backup directory where this VM's old one is missing, or in a folder that has other files;
+    /// makes parent folders too
     ///
-    /// Bitmaps of the one that is gone go on recording in QEMU: 'fleecefs cleanup --uuid ID', with its id,
-    /// which 'fleecefs info bitmaps' shows, removes them.
+    /// Bitmaps of the old one keep recording in QEMU; 'fleecefs cleanup --uuid ID' removes them ('fleecefs
+    /// info bitmaps' shows the ID).
     #[arg(long)]
     init: bool,
 
-    /// Back up to a directory that has backups of another VM
+    /// Allow a directory that has backups of another VM
     #[arg(long)]
     shared: bool,
 
-    /// Call the folder of a disk NAME, whatever its file is called; where there is such a folder its
-    /// chain goes on
+    /// Use NAME for the folder of a disk instead of its file name; an existing folder's chain continues
     #[arg(long = "name", value_name = "DISK=NAME", value_parser = values::disk_name)]
     names: Vec<(String, String)>,
 
@@ -109,50 +108,41 @@ pub(super) struct BackupArgs {
     #[arg(short, long, value_name = "DISK", value_delimiter = ',')]
     exclude: Vec<String>,
 
-    /// Accepted for qmpbackup's sake: raw disks are always included
+    /// For qmpbackup users: raw disks are always included
     #[arg(long, hide = true)]
     include_raw: bool,
 
-    #[command(flatten)]
-    layout: LayoutArgs,
-
-    #[command(flatten)]
-    moment: MomentArgs,
-
-    #[command(flatten)]
-    copy: CopyArgs,
-
-    /// Do not keep the FULL's bitmap: no DIFF until the next FULL
+    /// Do not keep the FULL's bitmap (no DIFF until the next FULL)
     #[arg(long)]
     no_diff: bool,
 
-    /// Leave the BLAKE3 of the image out of its manifest
+    /// Do not store the image's BLAKE3 hash in its manifest
     #[arg(long)]
     no_hash: bool,
 
-    /// A disk that is skipped, a failed freeze and every other warning end with exit code 17; what is
-    /// there is backed up all the same
+    /// Exit with code 17 after any warning, such as a skipped disk or a failed freeze; the backup is made
+    /// anyway
     #[arg(long)]
     strict: bool,
 
-    /// Write an encrypted disk in plain text
+    /// Allow an encrypted disk to be backed up in plain text
     #[arg(long)]
     allow_plaintext: bool,
 
-    /// Keep this file with the backup; may be given more than once
+    /// Store this file with the backup, such as the VM's configuration; may be given more than once
     #[arg(long, value_name = "FILE")]
     config: Vec<PathBuf>,
 
-    /// An NBD server that QEMU runs already (path or tcp:HOST:PORT)
+    /// The NBD server that another program has started in QEMU: a path, or tcp:HOST:PORT
     #[arg(long, value_name = "SOCKET")]
     nbd: Option<String>,
 
-    /// Wait up to this long (30m, 2h) for what stands in the way to end: another program's job or
-    /// filter on a disk, such as a storage move, or a migration; else it is refused at once
+    /// Wait up to this long (30m, 2h) for a migration, or for another program's job or filter on a disk,
+    /// to end; without it the disk is refused at once
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     wait: Option<u64>,
 
-    /// Only say what would be done
+    /// Show what would be done, and change nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
 
@@ -163,14 +153,25 @@ pub(super) struct BackupArgs {
     #[arg(skip)]
     more_state: Vec<PathBuf>,
 
+    // Each has a heading, which holds for all that follows it.
+    #[command(flatten)]
+    layout: LayoutArgs,
+
+    #[command(flatten)]
+    freeze_point: FreezeArgs,
+
+    #[command(flatten)]
+    copy: CopyArgs,
+
     #[command(flatten)]
     show: ShowArgs,
 }
 
 /// How progress and messages are shown.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Progress and logging")]
 pub(super) struct ShowArgs {
-    /// How progress is shown: bars on a terminal, else lines; json: an object per line
+    /// How to show progress: bars on a terminal, else lines; json: one object per line
     #[arg(long, value_enum, default_value = "auto")]
     progress: Style,
 
@@ -178,11 +179,11 @@ pub(super) struct ShowArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     progress_interval: u64,
 
-    /// Append all messages to this file as well
+    /// Append all messages to this file too
     #[arg(long, value_name = "FILE", visible_alias = "logfile")]
     log_file: Option<PathBuf>,
 
-    /// Send all messages to syslog (on most systems: the journal) as well
+    /// Send all messages to syslog (on most systems: the journal) too
     #[arg(long)]
     syslog: bool,
 }
@@ -201,19 +202,19 @@ impl ShowArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Names and folders")]
 struct LayoutArgs {
-    /// A folder per month; each begins with a FULL
+    /// Use a folder per month, each starting with a FULL
     #[arg(long)]
     monthly: bool,
 
-    /// All disks in one folder
+    /// Put all disks into one folder
     #[arg(long)]
     no_subdir: bool,
 
-    /// FULL and COPY images carry the disk's name alone
+    /// Name FULL and COPY images after the disk, without time
     #[arg(long)]
     no_timestamp: bool,
 
-    /// No link beside an image without timestamp
+    /// Do not make a link beside an image without time
     #[arg(long, requires = "no_timestamp")]
     no_symlink: bool,
 }
@@ -223,9 +224,9 @@ struct LayoutArgs {
 const LONGEST_WAIT: u64 = 3600;
 
 #[derive(Debug, Args)]
-#[command(next_help_heading = "The frozen moment")]
-struct MomentArgs {
-    /// Do not stop the guest: each disk has a moment of its own
+#[command(next_help_heading = "Freezing")]
+struct FreezeArgs {
+    /// Do not stop the guest: each disk is frozen at its own time
     #[arg(long, conflicts_with = "pause")]
     no_stop: bool,
 
@@ -233,7 +234,7 @@ struct MomentArgs {
     #[arg(long)]
     pause: bool,
 
-    /// Freeze the guest's file systems by its agent
+    /// Freeze the guest's file systems through its agent
     #[arg(long, requires = "agent")]
     quiesce: bool,
 
@@ -241,13 +242,13 @@ struct MomentArgs {
     #[arg(long, value_name = "PATH", requires = "quiesce")]
     freeze: Vec<String>,
 
-    /// The longest time, in seconds, that the guest may be held against its will (so --pause does
-    /// not count); a child process ends it then
+    /// Maximum time, in seconds, the guest may stay stopped or frozen (except with --pause); a watchdog
+    /// process resumes it then
     #[arg(long, value_name = "SECONDS", default_value_t = 30,
         value_parser = clap::value_parser!(u64).range(1..=LONGEST_WAIT))]
     hold_limit: u64,
 
-    /// How long to wait for an answer of the agent, in seconds
+    /// How long to wait for the agent's answer, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10,
         value_parser = clap::value_parser!(u64).range(1..=LONGEST_WAIT))]
     agent_timeout: u64,
@@ -256,26 +257,27 @@ struct MomentArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Copying")]
 struct CopyArgs {
-    /// Where the temporary fleece images go [default: the folder of each disk's file, as an unnamed
-    /// file; where that is not possible, the target]
-    #[arg(long, value_name = "DIR")]
+    /// Folder for the temporary fleece images [default: the folder of each disk's file, as an unnamed
+    /// file; if not possible, the target]
+    #[arg(long, value_name = "FOLDER")]
     fleece_dir: Option<PathBuf>,
 
-    /// How many seconds a guest's write may wait for the fleece before the backup of that disk is
-    /// given up; a guest's own limit is usually 30
+    /// Seconds that a guest's write may wait for the fleece image before the backup of that disk is
+    /// cancelled (a guest's own limit is usually 30)
     #[arg(long, value_name = "SECONDS", default_value_t = 20,
         value_parser = clap::value_parser!(u32).range(1..=3600))]
     cbw_timeout: u32,
 
-    /// Bytes per second for each disk, such as 50M (QEMU counts holes, too)
-    #[arg(long, value_name = "RATE", default_value = "0", value_parser = parse_bytes)]
+    /// At most this many bytes per second for each disk (K, M, G); QEMU counts holes too; 0: no limit
+    #[arg(long = "rate-limit", alias = "speed-limit", value_name = "BYTES", default_value = "0",
+        value_parser = parse_bytes)]
     speed_limit: u64,
 
     /// Compress the images
     #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "zlib", require_equals = true)]
     compress: Option<CompressArg>,
 
-    /// Parallel requests per disk
+    /// Number of parallel requests per disk
     #[arg(long, value_name = "N")]
     workers: Option<u32>,
 
@@ -284,7 +286,7 @@ struct CopyArgs {
         value_parser = ["threads", "native", "io_uring"])]
     aio: Option<String>,
 
-    /// Write the images past the host's page cache
+    /// Write the images with O_DIRECT, bypassing the host's page cache
     #[arg(long, visible_alias = "blockdev-disable-cache")]
     direct: bool,
 
@@ -292,7 +294,7 @@ struct CopyArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     remove_delay: u64,
 
-    /// Begin even where space looks short
+    /// Start even if free space looks too small
     #[arg(long)]
     no_space_check: bool,
 }
@@ -306,7 +308,19 @@ enum LevelArg {
     Auto,
 }
 
+impl ShowArgs {
+    /// Whether events are printed as JSON.
+    pub(super) fn json(&self) -> bool {
+        self.progress == Style::Json
+    }
+}
+
 impl BackupArgs {
+    /// Whether events are printed as JSON.
+    pub(super) fn json(&self) -> bool {
+        self.show.json()
+    }
+
     /// The backup directory.
     pub(super) fn target(&self) -> &Path {
         &self.target
@@ -329,12 +343,12 @@ impl BackupArgs {
 
     fn options(&self) -> Result<Options> {
         let level = match (self.level, self.full_every) {
-            (LevelArg::Auto, every) => LevelWish::Auto(every),
-            (_, Some(_)) => return Err(say::usage("--full-every goes with --level auto")),
-            (LevelArg::Full, None) => LevelWish::Full,
-            (LevelArg::Inc, None) => LevelWish::Inc,
-            (LevelArg::Diff, None) => LevelWish::Diff,
-            (LevelArg::Copy, None) => LevelWish::Copy,
+            (LevelArg::Auto, every) => RequestedLevel::Auto(every),
+            (_, Some(_)) => return Err(verbosity::usage("--full-every goes with --level auto")),
+            (LevelArg::Full, None) => RequestedLevel::Full,
+            (LevelArg::Inc, None) => RequestedLevel::Inc,
+            (LevelArg::Diff, None) => RequestedLevel::Diff,
+            (LevelArg::Copy, None) => RequestedLevel::Copy,
         };
         let config = self.config.iter().map(|p| paths::resolved(p, "cannot keep this file"));
         let address = |t: &Option<String>| t.as_deref().map(Address::parse).transpose();
@@ -355,7 +369,7 @@ impl BackupArgs {
                 no_timestamp: self.layout.no_timestamp,
                 no_symlink: self.layout.no_symlink,
             },
-            moment: self.moment(),
+            freeze_point: self.freeze_point(),
             copy: self.copy()?,
             no_diff: self.no_diff,
             no_hash: self.no_hash,
@@ -368,17 +382,17 @@ impl BackupArgs {
             dry_run: self.dry_run,
             nbd: address(&self.nbd)?,
             offline: None,
-            share: Share { mode: self.mode, group: self.group },
+            share: FileMode { mode: self.mode, group: self.group },
         })
     }
 
-    fn moment(&self) -> MomentOptions {
-        let m = &self.moment;
-        MomentOptions {
+    fn freeze_point(&self) -> FreezeOptions {
+        let m = &self.freeze_point;
+        FreezeOptions {
             stop: match (m.no_stop, m.pause) {
-                (true, _) => StopWish::Never,
-                (_, true) => StopWish::Whole,
-                _ => StopWish::Moment,
+                (true, _) => StopMode::Never,
+                (_, true) => StopMode::WholeBackup,
+                _ => StopMode::FreezePoint,
             },
             quiesce: m.quiesce,
             mountpoints: m.freeze.clone(),
@@ -423,15 +437,37 @@ pub(super) fn run(args: &BackupArgs) -> Result<()> {
     };
     console.finish();
     let report = result.inspect_err(|e| console.log_error(e))?;
+    if !options.dry_run {
+        console.event(&result_event(&report));
+    }
     if options.dry_run {
         print_plan(&report, args.show.progress == Style::Json)?;
         return report.forecast(options.strict);
     }
     tell(&console, &report);
     // Events go elsewhere, and with -qq there are no warnings.
-    let told = args.show.progress != Style::Json && !say::is_silent();
-    let verdict = report.verdict(options.strict, options.moment.quiesce, told);
+    let told = args.show.progress != Style::Json && !verbosity::is_silent();
+    let verdict = report.verdict(options.strict, options.freeze_point.quiesce, told);
     verdict.and_then(|()| no_warning(&options, &console)).inspect_err(|e| console.log_error(e))
+}
+
+/// What came of it, as an event.
+fn result_event(report: &Report) -> serde_json::Value {
+    let (mut points, mut failed) = (Vec::new(), Vec::new());
+    for d in &report.disks {
+        match &d.result {
+            Ok(m) => points.push(json!({
+                "disk": d.disk, "level": names::level_word(d.level).to_ascii_lowercase(),
+                "point": to_text(d.path.file_name().unwrap_or_default()),
+                "file": to_text(d.path.as_os_str()), "run": m.run, "time": iso_time(m.time),
+                "copied": m.bytes_copied, "duration_ms": m.duration_ms})),
+            Err(e) => failed.push(json!({"disk": d.disk, "error": e.object()})),
+        }
+    }
+    let refused = report.plan.refused.iter();
+    failed.extend(refused.map(|(d, e)| json!({"disk": d, "error": e.object()})));
+    json!({"event": "result", "format_version": output::JSON_VERSION, "points": points,
+        "failed": failed, "skipped": report.plan.skipped})
 }
 
 /// With `--strict` a warning is an error, since nobody may read it.
@@ -439,7 +475,7 @@ fn no_warning(options: &Options, console: &Console) -> Result<()> {
     match console.first_warning() {
         Some(text) if options.strict => {
             Err(Error::new(Kind::Skipped, format!("there was a warning: {text}"))
-                .remedy("the points are there and restorable"))
+                .remedy("the points were made and can be restored"))
         }
         _ => Ok(()),
     }
@@ -466,7 +502,7 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     if as_json {
         let all = json!({"disks": disks, "skipped": report.plan.skipped, "unknown": report.plan.unknown,
             "refused": refused.iter().map(|(d, e)| json!({"disk": d, "reason": e})).collect::<Vec<_>>()});
-        return output::print(&output::json_pretty(&all)?);
+        return output::print(&output::json_document(&all)?);
     }
     let mut text = String::new();
     for d in &disks {
@@ -498,5 +534,5 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     for (d, e) in refused {
         output::push_line(&mut text, format!("{}: cannot be backed up: {e}", path_text(d)));
     }
-    output::print(&(text + say::UNCHANGED))
+    output::print(&(text + verbosity::UNCHANGED))
 }

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::say;
+use super::verbosity;
 use crate::backup::Watch;
 use crate::error::{Error, Result};
 use crate::output;
@@ -67,6 +67,13 @@ impl Console {
         }
     }
 
+    /// Tells what does not change while it runs, and what came of it, where events are printed.
+    pub(super) fn event(&self, event: &serde_json::Value) {
+        if self.style == Style::Json {
+            print_event(event);
+        }
+    }
+
     /// An error that ends the program; the caller prints it.
     pub(super) fn log_error(&self, e: &Error) {
         self.record(libc::LOG_ERR, &e.report());
@@ -78,18 +85,18 @@ impl Console {
     }
 
     fn show(&self, priority: libc::c_int, kind: &str, line: &str) {
-        let hidden = if kind == "warning" { say::is_silent() } else { say::is_quiet() };
+        let hidden = if kind == "warning" { verbosity::is_silent() } else { verbosity::is_quiet() };
+        let marked = if kind == "warning" { format!("warning: {line}") } else { line.to_string() };
         match (self.style, &self.bars) {
             (style, _) if style != Style::Json && hidden => {}
-            (Style::Json, _) => {
-                print_event(&json!({"event": kind, "text": line}));
-            }
+            // What it is, the event says.
+            (Style::Json, _) => print_event(&json!({"event": kind, "text": line})),
             (_, Some(b)) => {
-                let _ = b.println(visible(line));
+                let _ = b.println(visible(&marked));
             }
-            _ => output::tell(&format!("{}\n", visible(line))),
+            _ => output::tell(&format!("{}\n", visible(&marked))),
         }
-        self.record(priority, line);
+        self.record(priority, &marked);
     }
 
     fn record(&self, priority: libc::c_int, line: &str) {
@@ -135,7 +142,7 @@ impl Watch for Console {
         let mut first = self.first_warning.lock().unwrap_or_else(|e| e.into_inner());
         first.get_or_insert_with(|| line.to_string());
         drop(first);
-        self.show(libc::LOG_WARNING, "warning", &format!("warning: {line}"));
+        self.show(libc::LOG_WARNING, "warning", line);
     }
 }
 

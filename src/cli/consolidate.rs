@@ -3,28 +3,30 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::json;
 
 use super::bar::Bar;
 use super::paths::catalog;
-use super::say;
-use super::shared::DryRunArgs;
+use super::shared::{DryRunArgs, JsonArgs};
+use super::verbosity;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::error::Result;
 use crate::output;
-use crate::rewrite::consolidate::{Consolidation, How, consolidate, plan};
-use crate::text::path_text;
+use crate::restore::Summary;
+use crate::rewrite::consolidate::{ConsolidateOptions, Consolidation, consolidate, plan};
+use crate::text::{path_text, to_text};
 use crate::units::human_bytes;
 
 /// Merge the oldest points of a chain into one new FULL
 ///
-/// The FULL and all points up to the one given become one FULL with that point's time in its name;
-/// later points, and the bitmap in the guest, go on from it. The points before are gone then. Where
-/// the file system can, the new image shares its data with the old ones while both are there. It is
-/// read back and compared with the point before anything is deleted.
+/// The FULL and all points up to --until become one FULL with that point's time in its name; the points
+/// before it are deleted. Later points, and the bitmap in QEMU, continue from it. On XFS and btrfs data is
+/// cloned instead of copied. The new image is read back and compared with the point before anything is
+/// deleted.
 ///
-/// Whatever breaks it off leaves the old or the new chain whole; the next run finishes it or takes
-/// it back.
+/// If it is interrupted, either the old or the new chain is complete; the next command that writes there
+/// finishes it or removes what it left.
 #[derive(Debug, Args)]
 pub(super) struct ConsolidateArgs {
     /// The backup directory
@@ -34,19 +36,21 @@ pub(super) struct ConsolidateArgs {
     /// The last point to merge: its file name, or 'latest'
     #[arg(long, value_name = "POINT")]
     until: String,
-    /// Check only the structure of the new image, and do not read it back
+    /// Check only the structure of the new image; do not read it back
     #[arg(long)]
     no_compare: bool,
-    /// Do not compare the files that are merged with the hashes in their manifests first
+    /// Do not compare the merged files with the hashes in their manifests first
     #[arg(long)]
     skip_check: bool,
     #[command(flatten)]
     only: DryRunArgs,
     #[command(flatten)]
+    pub print: JsonArgs,
+    #[command(flatten)]
     work: WorkArgs,
 }
 
-const DONE: &str = "this point is a FULL already\n";
+const DONE: &str = "this point is already a FULL\n";
 
 /// Runs `fleecefs consolidate`.
 ///
@@ -57,14 +61,35 @@ pub(super) fn run(args: ConsolidateArgs) -> Result<()> {
     if args.only.dry_run {
         let catalog = catalog(&args.dir)?;
         let plan = plan(&catalog, catalog.disk(&args.disk)?, &args.until)?;
+        if args.print.json {
+            return as_json(&args.disk, plan.as_ref(), None);
+        }
         let text = plan.as_ref().map_or(DONE.to_string(), text);
-        return output::print(&(text + say::UNCHANGED));
+        return output::print(&(text + verbosity::UNCHANGED));
     }
-    let how = How { check: !args.skip_check, compare: !args.no_compare };
-    one(&args.dir, &args.disk, &args.until, how, false, &args.work)
+    let how = ConsolidateOptions { check: !args.skip_check, compare: !args.no_compare };
+    let done = one(&args.dir, &args.disk, &args.until, how, args.print.json, &args.work)?;
+    if !args.print.json {
+        return Ok(());
+    }
+    let (plan, result) = done.unzip();
+    as_json(&args.disk, plan.as_ref(), result.as_ref())
 }
 
-/// Consolidates one chain; `quiet` prints nothing.
+/// Prints what is to be done and what was; without a plan there was nothing to do.
+fn as_json(disk: &Path, plan: Option<&Consolidation>, done: Option<&Summary>) -> Result<()> {
+    let value = json!({
+        "disk": to_text(disk.as_os_str()),
+        "file": plan.map(|p| &p.image),
+        "removes": plan.map(|p| p.remove.as_slice()).unwrap_or_default(),
+        "relinks": plan.map(|p| p.children.as_slice()).unwrap_or_default(),
+        "way": done.map(|s| s.way()),
+        "result": done,
+    });
+    output::print(&output::json_document(&value)?)
+}
+
+/// Consolidates one chain, and gives what was planned and done, if anything; `quiet` prints nothing.
 ///
 /// # Errors
 /// See [`run`].
@@ -72,14 +97,14 @@ pub(super) fn one(
     dir: &Path,
     disk: &Path,
     until: &str,
-    how: How,
+    how: ConsolidateOptions,
     quiet: bool,
     work: &WorkArgs,
-) -> Result<()> {
+) -> Result<Option<(Consolidation, Summary)>> {
     let say = |text: &str| if quiet { Ok(()) } else { output::print(text) };
     let (catalog, _locks) = locked(dir)?;
     let disk = catalog.disk(disk)?;
-    let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE) };
+    let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE).map(|()| None) };
     say(&text(&plan))?;
     let (bar, cancel) = (Bar::default(), cancel_flag()?);
     let done = consolidate(disk, &plan, how, &work.work(&cancel, &bar))?;
@@ -89,7 +114,8 @@ pub(super) fn one(
         done.way(),
         human_bytes(done.copied),
         human_bytes(done.cloned),
-    ))
+    ))?;
+    Ok(Some((plan, done)))
 }
 
 fn text(plan: &Consolidation) -> String {

@@ -23,7 +23,8 @@ pub(super) struct CompletionsArgs {
 /// Write the man pages, one per subcommand, into a folder
 #[derive(Debug, Args)]
 pub(super) struct ManArgs {
-    /// The folder to write into; it must exist
+    /// An existing folder to write into
+    #[arg(value_name = "FOLDER")]
     dir: PathBuf,
 }
 
@@ -106,11 +107,11 @@ mod tests {
             text.split(".SH").next().unwrap().replace('\\', "")
         };
         let backup = page("fleecefs-backup.1");
-        for part in ["fBfleecefs backupfR", " [--qmp <SOCKET>] ", "[--speed-limit <RATE>]"] {
+        for part in ["fBfleecefs backupfR", " [--qmp <SOCKET>] ", "[--rate-limit <BYTES>]"] {
             assert!(backup.contains(part), "no {part} in {backup}");
         }
         assert!(page("fleecefs-merge.1").contains("[-n|--dry-run]"));
-        assert!(page("fleecefs-merge.1").contains("<DIR> <TARGET>"));
+        assert!(page("fleecefs-merge.1").contains("<FOLDER> <TARGET>"));
         assert!(page("fleecefs-info-status.1").contains("fleecefs info statusfR"));
         assert!(page("fleecefs.1").contains("<subcommand>"));
     }

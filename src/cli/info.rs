@@ -3,15 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use serde_json::json;
 
 use super::shared::{JsonArgs, QmpArgs};
 use super::state::{StateArgs, of_owners};
 use super::status::StatusArgs;
-use super::{paths, say, status};
+use super::{paths, status, verbosity};
 use crate::backup::fleece::migration;
 use crate::backup::graph::bitmap;
 use crate::backup::info;
-use crate::backup::info::{BitmapLine, Choice};
+use crate::backup::info::{BitmapLine, CleanupChoice};
 use crate::backup::state::control;
 use crate::backup::state::lock::Lock;
 use crate::backup::target::target_id::TargetId;
@@ -22,23 +23,23 @@ use crate::qmp::{Address, Client};
 use crate::text::path_text;
 use crate::units::human_bytes;
 
-/// Show what a backup would see, or how a running one is getting on
+/// Show disks, bitmaps and jobs of a running VM, or the state of its backup
 #[derive(Debug, Args)]
 pub(super) struct InfoArgs {
     /// What to show
     #[command(subcommand)]
-    what: What,
+    what: InfoCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
-    /// The disks: which would be backed up, how, and why the others would not
+enum InfoCommand {
+    /// Show the disks: which would be backed up and how, and why others would be skipped
     Blockdev(Common),
-    /// The dirty bitmaps, whose they are, and how much is dirty
+    /// Show the dirty bitmaps, whose they are, and how much is dirty
     Bitmaps(Common),
-    /// The jobs that run in QEMU
+    /// Show the jobs that run in QEMU
     Jobs(Common),
-    /// The running backup of this VM, if there is one, or what one that was killed has left to do
+    /// Show the running backup of this VM, or that a killed one has to be cleaned up
     Status(StatusArgs),
 }
 
@@ -56,41 +57,41 @@ struct Common {
 
 /// Remove dirty bitmaps that no chain needs any more
 ///
-/// Without --keep, --uuid or --all only those that are worthless: QEMU marks a bitmap as inconsistent when
-/// it did not end cleanly. A disk whose bitmap is removed gets a FULL next time.
+/// Without --keep, --uuid or --all only inconsistent bitmaps are removed: QEMU marks a bitmap so when it did
+/// not end cleanly. A disk whose bitmap is removed gets a FULL next time.
 ///
-/// After 'backup --init' began a new backup directory, the bitmaps of the one that is gone go on recording,
-/// which costs memory, and room in the image. 'cleanup --uuid ID', with the id of the one that is gone, removes
-/// them; 'info bitmaps' shows it. 'cleanup --keep DIR' removes those of all directories but DIR. It is refused
-/// if that takes bitmaps of another one that this machine remembers, whether it is mounted now or not.
+/// After 'backup --init' started a new backup directory, the bitmaps of the old one keep recording, which
+/// takes memory, and space in the image. 'cleanup --uuid ID' removes them; 'info bitmaps' shows the ID.
+/// 'cleanup --keep DIR' removes the bitmaps of all directories but DIR. It is refused if this would remove
+/// bitmaps of another directory that this machine remembers, mounted or not.
 #[derive(Debug, Args)]
 pub(super) struct CleanupArgs {
     #[command(flatten)]
     vm: QmpArgs,
 
-    /// All that fleecefs made, but for those of this backup directory; may be given more than once,
-    /// where the VM is backed up to several
+    /// Remove all bitmaps of fleecefs except those of this backup directory; may be given more than once
     #[arg(long, value_name = "DIR", conflicts_with_all = ["uuid", "all"])]
     keep: Vec<PathBuf>,
 
-    /// With --keep: also those of remembered backup directories that are not named; each gets a FULL next
+    /// With --keep: also remove those of remembered backup directories that are not named (their next backup
+    /// is a FULL)
     #[arg(long, requires = "keep")]
     all_targets: bool,
 
-    /// Those of the backup directory with this id: the contents of its file 'uuid', or the eight
-    /// digits that 'info bitmaps' shows as the target
+    /// Remove the bitmaps of the backup directory with this id: the content of its file 'uuid', or the eight
+    /// digits that 'info bitmaps' shows as target
     #[arg(long, value_name = "ID")]
     uuid: Option<String>,
 
-    /// All that fleecefs made, of every backup directory
+    /// Remove all bitmaps of fleecefs, of every backup directory
     #[arg(long, visible_alias = "remove-bitmap", conflicts_with = "uuid")]
     all: bool,
 
-    /// Also those that qmpbackup made
+    /// Also remove those of qmpbackup
     #[arg(long)]
     foreign: bool,
 
-    /// Only say what would be removed
+    /// Show what would be done, and change nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
 
@@ -101,12 +102,22 @@ pub(super) struct CleanupArgs {
 impl InfoArgs {
     /// The backup directory, if `info status` names it.
     pub(super) fn target(&self) -> Option<&Path> {
-        if let What::Status(a) = &self.what { a.target() } else { None }
+        if let InfoCommand::Status(a) = &self.what { a.target() } else { None }
+    }
+
+    /// Whether it prints JSON.
+    pub(super) fn json(&self) -> bool {
+        match &self.what {
+            InfoCommand::Blockdev(c) | InfoCommand::Bitmaps(c) | InfoCommand::Jobs(c) => {
+                c.print.json
+            }
+            InfoCommand::Status(a) => a.json(),
+        }
     }
 
     /// Where the state is that `info status` shows.
     pub(super) fn state(&mut self) -> Option<&mut StateArgs> {
-        if let What::Status(a) = &mut self.what { Some(a.state()) } else { None }
+        if let InfoCommand::Status(a) = &mut self.what { Some(a.state()) } else { None }
     }
 }
 
@@ -116,10 +127,10 @@ impl InfoArgs {
 /// QEMU cannot be reached.
 pub(super) fn run(args: InfoArgs) -> Result<()> {
     let (common, what): (&Common, fn(&Common) -> Result<String>) = match &args.what {
-        What::Blockdev(c) => (c, blockdev),
-        What::Bitmaps(c) => (c, bitmaps),
-        What::Jobs(c) => (c, jobs),
-        What::Status(args) => return status::run(args),
+        InfoCommand::Blockdev(c) => (c, blockdev),
+        InfoCommand::Bitmaps(c) => (c, bitmaps),
+        InfoCommand::Jobs(c) => (c, jobs),
+        InfoCommand::Status(args) => return status::run(args),
     };
     output::print(&what(common)?)
 }
@@ -133,7 +144,7 @@ fn connect(common: &Common) -> Result<Client> {
     let vm = common.vm.address()?;
     Client::connect(&vm).map_err(|e| match e.kind() {
         Kind::Busy if is_running(common, &vm) => {
-            Error::new(Kind::Busy, "a backup of this VM is running and holds the socket")
+            Error::new(Kind::Busy, "a backup of this VM is running and uses the socket")
                 .remedy("fleecefs info status shows it")
         }
         _ => e,
@@ -148,11 +159,11 @@ fn is_running(common: &Common, vm: &Address) -> bool {
 fn blockdev(common: &Common) -> Result<String> {
     let list = info::disks(&mut connect(common)?)?;
     if common.print.json {
-        return output::json_pretty(&list);
+        return output::json_document(&json!({"disks": list}));
     }
     let mut text = String::new();
     for d in &list {
-        let word = if d.included { "backed up" } else { "left out" };
+        let word = if d.included { "backed up" } else { "skipped" };
         output::push_line(&mut text, format!("{}: {word}: {}", path_text(&d.disk), d.how));
         if !d.file.is_empty() {
             let size = human_bytes(d.size);
@@ -188,7 +199,7 @@ fn lines(all: impl Iterator<Item = String>) -> String {
 fn bitmaps(common: &Common) -> Result<String> {
     let list = info::bitmaps(&mut connect(common)?)?;
     if common.print.json {
-        return output::json_pretty(&list);
+        return output::json_document(&json!({"bitmaps": list}));
     }
     let text = lines(list.iter().map(|b| format!("{}: {}", place(b), bitmap_line(b))));
     Ok(or_none(text, "dirty bitmaps"))
@@ -207,7 +218,7 @@ fn place(b: &BitmapLine) -> String {
 fn jobs(common: &Common) -> Result<String> {
     let list = info::jobs(&mut connect(common)?)?;
     if common.print.json {
-        return output::json_pretty(&list);
+        return output::json_document(&json!({"jobs": list}));
     }
     let line = |j: &crate::qmp::types::Job| {
         let done = human_bytes(j.current_progress);
@@ -242,7 +253,7 @@ fn check_targets(targets: &Targets, chosen: &[BitmapLine]) -> Result<()> {
     if there.is_empty() && gone.is_empty() {
         return Ok(());
     }
-    let absent = |(path, id): &(String, String)| format!("{path} (not there now, id {id})");
+    let absent = |(path, id): &(String, String)| format!("{path} (not mounted or moved, id {id})");
     let all: Vec<String> = there.iter().cloned().chain(gone.iter().map(absent)).collect();
     let what = format!("that takes bitmaps of other backup directories: {}", all.join(", "));
     Err(Error::new(Kind::Usage, what).remedy(ways(&there, &gone)))
@@ -258,12 +269,12 @@ fn ways(there: &[String], gone: &[(String, String)]) -> String {
     if !gone.is_empty() {
         let ids: Vec<String> = gone.iter().map(|(_, id)| format!("--uuid {id}")).collect();
         ways.push(format!(
-            "mount what is not mounted, and name what was moved, with --keep; of one that is gone for good \
-             'fleecefs cleanup {}' removes the bitmaps",
+            "mount or name it with --keep; if it is gone for good, 'fleecefs cleanup {}' removes \
+             its bitmaps",
             ids.join("' and 'fleecefs cleanup ")
         ));
     }
-    format!("{}; or --all-targets, which removes them all", ways.join("; "))
+    format!("{}; or remove all with --all-targets", ways.join("; "))
 }
 
 /// Runs `fleecefs cleanup`.
@@ -274,7 +285,7 @@ pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
     let vm = args.vm.address()?;
     let state = args.state.dir()?;
     let keep = args.keep.iter().map(|dir| TargetId::stored(&paths::backups(dir)?));
-    let choice = Choice {
+    let choice = CleanupChoice {
         of: args.uuid.as_deref().map(TargetId::named).transpose()?,
         uuid: args.uuid,
         keep: keep.collect::<Result<_>>()?,
@@ -308,7 +319,7 @@ pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
         };
     }
     if args.dry_run {
-        text += say::UNCHANGED;
+        text += verbosity::UNCHANGED;
     }
     output::print(&text)
 }

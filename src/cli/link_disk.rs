@@ -6,37 +6,36 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::paths::{backups, catalog};
-use super::say;
 use super::shared::DryRunArgs;
+use super::verbosity;
 use super::writing::finished_but_links;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
 use crate::output;
 use crate::rewrite::join;
-use crate::rewrite::join::Joining;
+use crate::rewrite::join::JoinPlan;
 use crate::text::path_text;
 use crate::units::counted;
 
 /// Join the points of a renamed disk with those under its new name
 ///
-/// A disk that got another name (its file was renamed, or it was restored elsewhere) begins a new folder,
-/// and its old points stay under the old name. This makes one disk of both: the old points get
-/// names like the new ones, with the times that they have, and 'list', 'mount', 'prune' and 'backup' see
-/// one history. The next INC goes on from the newest point. Nothing is copied. What has an image's name and
-/// is no plain file stays where it is, and is told (exit code 16).
+/// A disk that got another name (its file was renamed, or it was restored elsewhere) starts a new folder,
+/// and its old points stay under the old name. This makes one disk of both: the old points are renamed like
+/// the new ones and keep their times, and 'list', 'mount', 'prune' and 'backup' see one history. The next
+/// INC continues from the newest point. Nothing is copied. What has an image's name and is not a plain file
+/// is not moved, and reported (exit code 16).
 ///
-/// It is refused where both have points of the same time or of one run (they are two disks then), where
-/// size or device differ or the VM does (unless you say so), where the newest point is one of OLD, and
-/// for chains that 'rebase' has linked. A mount shows the points under their new names at once; whoever
-/// has one of the old ones open reads on. Broken off at any time, no point is lost, and the next
-/// command that writes there finishes it.
+/// It is refused if both have points of the same time or run (then they are two disks), if size, device
+/// (--force) or VM (--other-vm) differ, if the newest point is one of OLD, and for chains that 'rebase' has
+/// linked. A mount shows the points under their new names at once; open files can still be read. If it is
+/// interrupted, no point is lost, and the next command that writes there finishes it.
 #[derive(Debug, Args)]
 pub(super) struct LinkDiskArgs {
     /// The backup directory
     pub dir: PathBuf,
     /// The disk's old name, as 'fleecefs list' shows it
     old: PathBuf,
-    /// Its new name, under which it has been backed up already
+    /// Its new name, under which it has already been backed up
     new: PathBuf,
     /// Join them also if their points are of different VMs
     #[arg(long)]
@@ -46,9 +45,9 @@ pub(super) struct LinkDiskArgs {
     force: bool,
     #[command(flatten)]
     only: DryRunArgs,
-    /// Print what is done as JSON
+    /// Print JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// Runs `fleecefs link-disk`.
@@ -78,22 +77,22 @@ pub(super) fn run(args: LinkDiskArgs) -> Result<()> {
         counted(left as u64, "image"),
         path_text(&plan.old)
     );
-    Err(Error::new(Kind::Partial, what).remedy("see above; they are where they were"))
+    Err(Error::new(Kind::Partial, what).remedy("see above; they were not moved"))
 }
 
-fn plan(catalog: &Catalog, args: &LinkDiskArgs) -> Result<Joining> {
+fn plan(catalog: &Catalog, args: &LinkDiskArgs) -> Result<JoinPlan> {
     let new = catalog.disk(&args.new)?;
     match catalog.disk(&args.old) {
         Err(e) if e.kind() == Kind::NotFound && join::is_joined(&args.old, new) => {
-            Joining::done(&catalog.root, &args.old, new)
+            JoinPlan::done(&catalog.root, &args.old, new)
         }
         old => join::plan(old?, new, args.other_vm, args.force),
     }
 }
 
-fn show(plan: &Joining, args: &LinkDiskArgs) -> Result<()> {
+fn show(plan: &JoinPlan, args: &LinkDiskArgs) -> Result<()> {
     if args.json {
-        return output::print(&output::json_pretty(plan)?);
+        return output::print(&output::json_document(plan)?);
     }
     let mut out = String::new();
     for p in &plan.points {
@@ -105,11 +104,11 @@ fn show(plan: &Joining, args: &LinkDiskArgs) -> Result<()> {
     }
     let new = path_text(&plan.new);
     match plan.points.len() {
-        0 => output::push_line(&mut out, format!("the points are those of {new} already")),
+        0 => output::push_line(&mut out, format!("these are already points of {new}")),
         n => output::push_line(&mut out, format!("{} to {new}", counted(n as u64, "point"))),
     }
     if args.only.dry_run {
-        out += say::UNCHANGED;
+        out += verbosity::UNCHANGED;
     }
     output::print(&out)
 }

@@ -8,33 +8,35 @@ use serde::Serialize;
 
 use super::paths::catalog;
 use super::runs;
-use super::table::{level_name, write_rows};
+use super::table::{Row, Table, level_name};
+use super::verbosity;
 use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layout::Level;
 use crate::manifest::Achieved;
 use crate::output;
-use crate::text::{path_text, shown_as, to_text, visible};
-use crate::units::{human_bytes, iso_time, parse_when};
+use crate::output::{Line, Look};
+use crate::text::{path_text, shown_as, to_text};
+use crate::units::{as_time, counted, human_bytes, iso_time, parse_when};
 
 /// Show the disks, chains and points of a backup directory
 ///
-/// Each row is a point: one state of one disk that can be mounted or restored. Points that cannot
-/// be served are listed too, with the reason; findings follow the table.
+/// Each row is a point: one state of one disk that can be mounted or restored. Points that are not
+/// available are listed too, with the reason; findings follow.
 ///
-/// CONSISTENCY is how much the guest knew of the backup: 'paused' (it stood still for all of it),
-/// 'file-system' (its file systems were frozen), 'crash' (as after a power cut), or 'unknown' (no
-/// manifest says).
+/// SIZE is the disk's size, OWN what the point's file takes. STATE is 'ok' if nothing is known to be wrong:
+/// only headers are read, use 'fleecefs verify' to check the data.
 ///
-/// Only headers are looked at: 'header ok' means that nothing speaks against the point, not that
-/// its data was read. Use 'fleecefs verify' for that.
+/// CONSISTENCY is how the guest was prepared: 'paused' (stopped for the whole backup), 'file-system' (its
+/// file systems were frozen), 'crash' (like after a power cut), 'offline' (the VM was shut off), or 'unknown'
+/// (there is no manifest).
 ///
 /// With --runs each row is a backup run: the time to give to 'restore --run', its disks, and those
-/// that the run should have had and has not. All times are in UTC.
+/// that are missing. All times are in UTC.
 ///
 /// The exit code is 0 if the directory could be read, whatever was found in it; with --strict it is
-/// 12 if there is no backup, if a point cannot be served, if the newest backup of a disk is gone, or if
-/// something is not looked at: a folder that cannot be read, a link that leads out of the directory.
+/// 12 if there is no backup, if a point is not available, if the newest backup of a disk is missing, or if
+/// something was skipped: a folder that cannot be read, a link that leads out of the directory.
 #[derive(Debug, Args)]
 pub(super) struct ListArgs {
     /// The backup directory
@@ -42,27 +44,26 @@ pub(super) struct ListArgs {
     /// Only this disk, by its path in the table or the last part of that
     #[arg(long, value_name = "DISK")]
     disk: Option<String>,
-    /// Only points since then: 2026-11-22, 2026-11-22T04:00, 7d, or @SECONDS. Times are UTC, as they are
-    /// shown; +01:00 behind one says otherwise
+    /// Only points since then: 2026-11-22, 2026-11-22T04:00 (UTC, or with +01:00), 7d, or @SECONDS
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
     /// Only points up to then
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     until: Option<i64>,
-    /// Show backup runs instead, the newest first: all points that were made together
+    /// Show backup runs (all points that were made together), the newest first
     #[arg(long)]
     runs: bool,
-    /// Print everything as JSON
+    /// Print JSON
     #[arg(long)]
-    json: bool,
-    /// Fail (exit code 12) if a point cannot be served, if a disk's newest backup is gone, if there is no
-    /// backup, or if something is not looked at
+    pub json: bool,
+    /// Exit with code 12 if a point is not available, if a disk's newest backup is missing, if there is no
+    /// backup, or if something was skipped
     #[arg(long)]
     strict: bool,
 }
 
 /// What health says of a point of which only the headers were read.
-const HEADER_OK: &str = "header ok, data not checked";
+const HEADER_OK: &str = "ok (not verified)";
 
 /// Runs `fleecefs list`.
 ///
@@ -74,25 +75,25 @@ pub(super) fn run(args: ListArgs) -> Result<()> {
     if let Some(name) = args.disk.as_ref().filter(|_| shown.disks().next().is_none()) {
         return Err(catalog.no_disk(Path::new(name)));
     }
-    output::print(&match (args.runs, args.json) {
+    match (args.runs, args.json) {
         (true, _) => runs::show(&catalog, &shown.points().collect::<Vec<_>>(), args.json)?,
-        (false, true) => json(&shown)?,
-        (false, false) => table(&shown),
-    })?;
+        (false, true) => output::print(&json(&shown)?)?,
+        (false, false) => output::print_lines(&table(&shown, verbosity::is_verbose()))?,
+    }
     let lost = points(&catalog).filter(|(_, p)| !p.is_served()).count();
     if args.strict && lost > 0 {
-        let what = format!("{lost} of {} points cannot be served", points(&catalog).count());
+        let what = format!("{lost} of {} points are not available", points(&catalog).count());
         return Err(Error::new(Kind::Incomplete, what).at_path(&catalog.root));
     }
     if args.strict && catalog.disks.is_empty() {
-        let what = "there is no backup in this directory";
+        let what = "no backup in this directory";
         return Err(Error::new(Kind::Incomplete, what)
             .at_path(&catalog.root)
             .remedy("is its file system mounted?"));
     }
-    match catalog.disks.iter().find_map(Disk::newest_lost) {
+    match catalog.disks.iter().find_map(Disk::newest_missing) {
         Some(file) if args.strict => {
-            Err(Error::new(Kind::Incomplete, "the newest backup is gone").at_path(file))
+            Err(Error::new(Kind::Incomplete, "the newest backup is missing").at_path(file))
         }
         _ if args.strict => check_omissions(&catalog),
         _ => Ok(()),
@@ -109,7 +110,7 @@ fn check_omissions(catalog: &Catalog) -> Result<()> {
     let Some(first) = catalog.findings.iter().find(is_one) else { return Ok(()) };
     let more = catalog.findings.iter().filter(is_one).count().saturating_sub(1);
     let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
-    let what = format!("not everything was looked at: {}{more}", first.message);
+    let what = format!("not everything could be read: {}{more}", first.message);
     Err(Error::new(Kind::Incomplete, what).at_path(&first.path))
 }
 
@@ -157,56 +158,86 @@ fn health(point: &Point) -> String {
     format!("unavailable: needs {file}")
 }
 
-fn table(shown: &Shown<'_>) -> String {
+/// Titles of the columns; those of [`LESS`] are shown where there is room for them, or with `-v`.
+const TITLES: &[&str] = &["POINT", "TIME", "LEVEL", "SIZE", "OWN", "CONSISTENCY", "STATE"];
+
+/// What goes first: names begin with the level, and the size stands in the heading.
+const LESS: &[&str] = &["LEVEL", "SIZE", "CONSISTENCY", "OWN"];
+
+fn table(shown: &Shown<'_>, wide: bool) -> Vec<Line> {
     let catalog = shown.catalog;
-    let titles =
-        ["DISK", "CHAIN", "POINT", "TIME", "LEVEL", "SIZE", "OWN", "CONSISTENCY", "HEALTH"];
-    let mut rows = vec![titles.map(String::from)];
-    rows.extend(shown.points().map(|(disk, i)| {
-        let p = &disk.points[i];
-        let size = if p.size == 0 && !p.is_served() { "-".into() } else { human_bytes(p.size) };
-        [
-            path_text(&disk.path),
-            if p.chain.is_empty() { "-".into() } else { path_text(&p.chain) },
-            path_text(&p.name),
-            iso_time(p.time),
-            level_name(p.level).into(),
-            size,
-            human_bytes(p.own_bytes),
-            Achieved::word(p.consistency).into(),
-            visible(&health(p)),
-        ]
-    }));
-    let mut text = String::new();
-    if rows.len() == 1 {
-        let _ = writeln!(text, "no backups in {}", path_text(&catalog.root));
-    } else {
-        write_rows(&mut text, &rows, &[5, 6]);
+    let mut rows = Vec::new();
+    for disk in shown.disks().filter(|d| shown.of(d).next().is_some()) {
+        rows.push(Row::Heading(heading(shown, disk)));
+        for (_, p) in shown.of(disk) {
+            let look = if p.is_served() { Look::Plain } else { Look::Red };
+            rows.push(Row::Cells(cells(p, wide), look));
+            if !p.is_served() {
+                rows.push(Row::Below(health(p), look));
+            }
+        }
     }
-    write_findings(&mut text, catalog);
-    text
+    let mut lines = match rows.is_empty() {
+        true => vec![Line::new(Look::Plain, format!("no backups in {}", path_text(&catalog.root)))],
+        false => {
+            let right = &["SIZE", "OWN"];
+            Table { titles: TITLES, right, less: LESS, indent: 2, rows }.lines(wide)
+        }
+    };
+    if shown.points().any(|(d, i)| d.points[i].is_served()) {
+        let what = "ok: not verified, only headers were read ('fleecefs verify' checks the data)";
+        lines.push(Line::new(Look::Plain, what));
+    }
+    add_findings(&mut lines, catalog);
+    lines
 }
 
-fn write_findings(text: &mut String, catalog: &Catalog) {
+/// The disk, how large it is now, and how many points it has.
+fn heading(shown: &Shown<'_>, disk: &Disk) -> String {
+    let points = counted(shown.of(disk).count() as u64, "point");
+    let size = shown.of(disk).filter(|(_, p)| p.size > 0).last();
+    let size = size.map(|(_, p)| format!("{}, ", human_bytes(p.size))).unwrap_or_default();
+    format!("{}: {size}{points}", path_text(&disk.path))
+}
+
+fn cells(p: &Point, wide: bool) -> Vec<String> {
+    let size = if p.size == 0 && !p.is_served() { "-".into() } else { human_bytes(p.size) };
+    let state = match (p.is_served(), wide) {
+        (false, _) => "unavailable",
+        (true, true) => HEADER_OK,
+        (true, false) => "ok",
+    };
+    vec![
+        path_text(&p.name),
+        iso_time(p.time),
+        level_name(p.level).into(),
+        size,
+        human_bytes(p.own_bytes),
+        Achieved::word(p.consistency).into(),
+        state.into(),
+    ]
+}
+
+fn add_findings(lines: &mut Vec<Line>, catalog: &Catalog) {
     let findings = catalog.findings.iter().chain(catalog.disks.iter().flat_map(|d| &d.findings));
     for (i, finding) in findings.enumerate() {
         if i == 0 {
-            let _ = writeln!(text, "\nfindings:");
+            lines.extend([Line::new(Look::Plain, ""), Line::new(Look::Bold, "findings:")]);
         }
-        let word = match finding.severity {
-            Severity::Note => "note",
-            Severity::Warning => "warning",
-            Severity::Error => "error",
+        let (word, look) = match finding.severity {
+            Severity::Note => ("note", Look::Plain),
+            Severity::Warning => ("warning", Look::Yellow),
+            Severity::Error => ("error", Look::Red),
         };
         let mut line = path_text(relative(catalog, &finding.path));
         if let Some(offset) = finding.offset {
             let _ = write!(line, " at offset {offset:#x}");
         }
-        let _ = write!(line, ": {}", visible(&finding.message));
+        let _ = write!(line, ": {}", finding.message);
         if let Some(remedy) = &finding.remedy {
-            let _ = write!(line, " ({})", visible(remedy));
+            let _ = write!(line, " ({remedy})");
         }
-        output::push_line(text, format!("  {word}: {line}"));
+        lines.push(Line::new(look, format!("  {word}: {line}")));
     }
 }
 
@@ -224,21 +255,20 @@ struct CatalogJson<'a> {
 
 #[derive(Serialize)]
 struct DiskJson<'a> {
-    path: String,
+    disk: String,
     points: Vec<PointJson<'a>>,
     findings: &'a [Finding],
 }
 
 #[derive(Serialize)]
 struct PointJson<'a> {
-    name: &'a str,
-    source: String,
+    point: &'a str,
+    file: String,
     level: Level,
     chain: Option<&'a str>,
     parent: Option<&'a str>,
-    /// Seconds since the epoch.
+    #[serde(serialize_with = "as_time")]
     time: i64,
-    time_utc: String,
     size: u64,
     own_bytes: u64,
     /// `crash`, `file-system`, `paused`, `offline` or `unknown`.
@@ -258,24 +288,23 @@ fn json(shown: &Shown<'_>) -> Result<String> {
         disks: shown.disks().map(|d| disk_json(shown, d)).collect(),
         findings: &catalog.findings,
     };
-    output::json_pretty(&value)
+    output::json_document(&value)
 }
 
 fn disk_json<'a>(shown: &Shown<'a>, disk: &'a Disk) -> DiskJson<'a> {
     let name_of = |i: usize| disk.points.get(i).map(|p| p.name.as_str());
     DiskJson {
-        path: to_text(disk.path.as_os_str()),
+        disk: to_text(disk.path.as_os_str()),
         findings: &disk.findings,
         points: shown
             .of(disk)
             .map(|(_, p)| PointJson {
                 parent: p.parent.and_then(name_of),
-                name: &p.name,
-                source: to_text(p.source.as_os_str()),
+                point: &p.name,
+                file: to_text(p.source.as_os_str()),
                 level: p.level,
                 chain: (!p.chain.is_empty()).then_some(p.chain.as_str()),
                 time: p.time,
-                time_utc: iso_time(p.time),
                 size: p.size,
                 own_bytes: p.own_bytes,
                 consistency: Achieved::word(p.consistency),

@@ -8,35 +8,38 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::paths::catalog;
-use super::say;
+use super::verbosity;
 use crate::chain::POINT_HELP;
 use crate::error::Result;
 use crate::extent::Content;
-use crate::image::{Cache, FoldedExtent, Image, Source, open_point};
-use crate::output;
-use crate::text::{self, path_text, to_text};
+use crate::image::{Cache, Image, MergedExtent, Source, open_point};
+use crate::text::{path_text, to_text};
+use crate::{output, text};
 
-/// Show where the bytes of a point are: which file, which offset, and what is a hole
+/// Show where the data of a point is: file, offset, and holes
 ///
-/// The output follows 'qemu-img map'. In JSON, 'depth' counts layers from the newest (0), 'present'
-/// is false where no layer has anything, and 'error' is true where the bytes cannot be read.
+/// The output is like that of 'qemu-img map'. In JSON, 'depth' counts images from the newest (0), 'present'
+/// is false where no image has data, and 'error' is true where data cannot be read.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   fleecefs map /backups/vm1 sda/latest
-  fleecefs map /backups/vm1 INC-1706260646-sda.qcow2 --output=json --max-length=1G")]
+  fleecefs map /backups/vm1 INC-1706260646-sda.qcow2 --json --max-length=1G")]
 pub(super) struct MapArgs {
     /// The backup directory
     pub dir: PathBuf,
     #[arg(help = POINT_HELP)]
     point: PathBuf,
-    /// Print a table for people, or JSON for scripts
-    #[arg(long, value_enum, default_value = "human")]
-    output: Output,
-    /// First guest byte to show (K, M, G, T are understood)
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// As in 'qemu-img map'
+    #[arg(long, value_enum, hide = true, conflicts_with = "json")]
+    output: Option<Output>,
+    /// First guest byte to show (K, M, G, T)
     #[arg(long, value_parser = crate::units::parse_bytes, default_value = "0")]
     start_offset: u64,
-    /// How many guest bytes to show; the rest of the disk if left out
+    /// How many guest bytes to show [default: the rest of the disk]
     #[arg(long, value_parser = crate::units::parse_bytes)]
     max_length: Option<u64>,
 }
@@ -45,6 +48,12 @@ pub(super) struct MapArgs {
 enum Output {
     Human,
     Json,
+}
+
+impl MapArgs {
+    fn json(&self) -> bool {
+        self.json || self.output == Some(Output::Json)
+    }
 }
 
 /// One row of the JSON output.
@@ -79,7 +88,7 @@ pub(super) fn run(args: MapArgs) -> Result<()> {
     let start = args.start_offset;
     if start > image.size() {
         let what = format!("--start-offset is beyond the end of the disk, {} bytes", image.size());
-        return Err(say::usage(what));
+        return Err(verbosity::usage(what));
     }
     let end = args.max_length.map_or(image.size(), |n| start.saturating_add(n)).min(image.size());
     let mut unread = None;
@@ -107,13 +116,13 @@ struct Rows<'a, W> {
 impl<W: Write> Rows<'_, W> {
     /// The outer result is the image's, the inner one the output's.
     fn write(&mut self, range: Range<u64>) -> Result<std::io::Result<()>> {
-        let json = self.args.output == Output::Json;
+        let json = self.args.json();
         let mut done = match json {
             true => write!(self.out, "["),
             false => writeln!(self.out, "{}", line(["Offset", "Length", "Mapped to", "File"])),
         };
         // Extents are split at the borders of windows; only the last may go on.
-        let mut last: Option<FoldedExtent> = None;
+        let mut last: Option<MergedExtent> = None;
         self.image.for_each_extent(range, |e| {
             if done.is_err() {
                 return false;
@@ -136,9 +145,9 @@ impl<W: Write> Rows<'_, W> {
         Ok(done.and_then(|()| self.out.flush()))
     }
 
-    fn row(&mut self, e: &FoldedExtent) -> std::io::Result<()> {
+    fn row(&mut self, e: &MergedExtent) -> std::io::Result<()> {
         let row = row(self.image, self.depth, e);
-        if self.args.output == Output::Json {
+        if self.args.json() {
             let between = if std::mem::replace(&mut self.any, true) { ",\n" } else { "" };
             return write!(self.out, "{between}{}", text::json(&row)?);
         }
@@ -162,14 +171,14 @@ fn line([offset, length, place, file]: [&str; 4]) -> String {
 }
 
 /// The file that an extent is in.
-fn file<'a>(image: &'a Image, e: &FoldedExtent) -> Option<&'a Path> {
+fn file<'a>(image: &'a Image, e: &MergedExtent) -> Option<&'a Path> {
     e.content.layer().map(|l| match e.content {
         Source::Data { file, .. } => image.file_path(l, file),
         _ => image.layer_path(l),
     })
 }
 
-fn row(image: &Image, depth: usize, e: &FoldedExtent) -> Row {
+fn row(image: &Image, depth: usize, e: &MergedExtent) -> Row {
     let layer = e.content.layer();
     let offset = match e.content {
         Source::Data { host, .. } => Some(host),

@@ -8,6 +8,7 @@ mod console;
 mod consolidate;
 mod docs;
 mod files;
+mod habits;
 mod info;
 mod link_disk;
 mod list;
@@ -18,7 +19,6 @@ mod prune;
 mod recover;
 mod restore;
 mod runs;
-mod say;
 mod shared;
 mod show;
 mod state;
@@ -26,6 +26,7 @@ mod status;
 mod table;
 mod umount;
 mod values;
+mod verbosity;
 mod verbs;
 mod verify;
 mod work;
@@ -36,12 +37,13 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use serde_json::json;
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::output::logging;
 use crate::text::{is_hidden, path_text, visible};
 use crate::{folder, output, privileges};
-use args::{Cli, Command};
+use args::{Cli, Command, Json};
 use mount::helper::{self, Helper};
 
 /// Runs the program and says how it ended.
@@ -58,17 +60,37 @@ pub fn main() -> ExitCode {
     };
     init_logging(&cli);
     crate::mount::raise_file_limit();
+    let json = cli.command.json();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            print_error(&e, json);
             output::tell_error(&e);
             ExitCode::from(e.kind().exit_code())
         }
     }
 }
 
+/// An error for scripts. Where a document was printed already, it says what is wrong.
+fn print_error(e: &Error, json: Json) {
+    let line = match json {
+        Json::No => return,
+        Json::Document if output::has_written() => return,
+        Json::Document | Json::Objects => output::json_object(&json!({"error": e.object()})),
+        Json::Events => output::json_line(&json!({"event": "error",
+            "format_version": output::JSON_VERSION, "error": e.object()})),
+    };
+    // Standard error has it, too.
+    drop(line.and_then(|line| output::print(&line)));
+}
+
 /// The command line; where there is nothing to run, the exit code after what clap has to say.
 fn parse(args: Vec<OsString>) -> std::result::Result<Cli, ExitCode> {
+    if let Some(hint) = habits::hint(&args) {
+        output::tell(&format!("fleecefs: {hint}\n"));
+        return Err(ExitCode::from(Kind::Usage.exit_code()));
+    }
+    let args = habits::translated(args);
     Cli::try_parse_from(&args).map_err(|e| {
         // It quotes arguments as they are, and a shell may have found them in a folder: it is asked
         // once more, with arguments that can be shown.
@@ -122,7 +144,7 @@ fn run(mut cli: Cli) -> Result<()> {
 /// thread yet. `mount` needs root first, and does it by itself.
 fn become_owner(command: &mut Command) -> Result<()> {
     let Some(dir) = command.backups() else {
-        return Err(say::usage("--as-owner goes with commands that name a backup directory"));
+        return Err(verbosity::usage("--as-owner goes with commands that name a backup directory"));
     };
     if matches!(command, Command::Mount(_)) {
         return Ok(());
@@ -141,7 +163,8 @@ fn become_owner(command: &mut Command) -> Result<()> {
 }
 
 fn init_logging(cli: &Cli) {
-    say::set_quiet(cli.quiet);
+    verbosity::set_quiet(cli.quiet);
+    verbosity::set_verbose(cli.verbose);
     let level = match (cli.quiet, cli.verbose) {
         (2.., _) => "error",
         (1, _) | (_, 0) => "warn",

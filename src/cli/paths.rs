@@ -3,26 +3,29 @@
 use std::path::{Path, PathBuf};
 
 use crate::chain::Catalog;
-use crate::chain::scan::{ScanOptions, Told, scan};
+use crate::chain::scan::{FormatOverride, ScanOptions, scan};
 use crate::error::{Error, Result};
-pub(super) use crate::folder::named::{backups, existing_folder, log_file, resolved, to_make};
+pub(super) use crate::folder::user_paths::{backups, existing_folder, log_file, resolved, to_make};
 
 /// Reads the backup directory that the user calls `path`. (Images may name it the same way.)
 ///
 /// # Errors
 /// See [`backups`] and [`scan`].
 pub(super) fn catalog(path: &Path) -> Result<Catalog> {
-    catalog_told(path, None)
+    catalog_with_format(path, None)
 }
 
-/// As [`catalog`]; `told` is what the user says of files whose format nothing else decides.
+/// As [`catalog`]; `format_override` is what the user says of files whose format nothing else decides.
 ///
 /// # Errors
 /// As [`catalog`].
-pub(super) fn catalog_told(path: &Path, told: Option<Told>) -> Result<Catalog> {
+pub(super) fn catalog_with_format(
+    path: &Path,
+    format_override: Option<FormatOverride>,
+) -> Result<Catalog> {
     let real = backups(path)?;
     let called = Some(absolute(path)?);
-    let options = ScanOptions { called, told, ..ScanOptions::default() };
+    let options = ScanOptions { called, format_override, ..ScanOptions::default() };
     scan(&real, &options, None).map(|(catalog, _)| catalog)
 }
 

@@ -7,15 +7,15 @@ use clap::Args;
 
 use super::bar::Bar;
 use super::paths::{backups, catalog};
-use super::say;
+use super::verbosity;
 use super::writing::locked;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
-use crate::prune::plan::{DiskPlan, Manner, Plan, Rules, plan};
+use crate::prune::plan::{DiskPlan, Plan, PlanOptions, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, items};
 use crate::rewrite::consolidate;
-use crate::rewrite::consolidate::How;
+use crate::rewrite::consolidate::ConsolidateOptions;
 use crate::rewrite::remove::execute;
 use crate::text::path_text;
 use crate::units::{counted, human_bytes, parse_duration};
@@ -23,12 +23,14 @@ use crate::{folder, manifest, output};
 
 /// Delete old points by retention rules
 ///
-/// Each rule keeps, per disk, the newest point of each of the newest N days (weeks, ...; by this
-/// machine's clock, not UTC) that have one; a point is kept if any rule keeps it. What a kept point needs is kept too; so are the newest
-/// point, the last complete run, and the other disks' points of a run that is kept. Nothing at all
-/// is deleted of a disk whose newest point is lost, unsound (as 'verify --quick' sees it: by structure
-/// and manifests, not by reading all), or not verified (no manifest), unless forced: exit code 16 says
-/// that some disks kept for that what a rule gives up, 19 that all did.
+/// Each rule keeps, per disk, the newest point of each of the newest N days (weeks, ...) that have one.
+/// Days and weeks are those of this machine's time zone; times are shown in UTC. A point is kept if any
+/// rule keeps it. Also kept: what a kept point needs, the newest point, the last complete run, and the
+/// other disks' points of a run that is kept.
+///
+/// Nothing is deleted of a disk whose newest point is missing, damaged (by structure and manifests, as
+/// 'verify --quick' checks them), or not verified (no manifest), unless --force is given. The exit code is
+/// 16 if this kept points of some disks that no rule keeps, 19 if of all.
 #[derive(Debug, Args)]
 pub(super) struct PruneArgs {
     /// The backup directory
@@ -55,15 +57,15 @@ pub(super) struct PruneArgs {
     /// one new FULL
     #[arg(long)]
     consolidate: bool,
-    /// Print the plan and stop
+    /// Show what would be done, and change nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
-    /// Delete even if the newest point failed or is not verified, and what cannot be restored
+    /// Delete even if the newest point is damaged or not verified, and points that cannot be restored
     #[arg(long)]
     force: bool,
     /// Print the plan as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     #[command(flatten)]
     work: super::work::WorkArgs,
 }
@@ -82,8 +84,8 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
         within: args.keep_within,
     };
     if rules.is_empty() {
-        return Err(say::usage(
-            "no rule keeps anything; give at least one --keep-... of 1 or more",
+        return Err(verbosity::usage(
+            "no --keep-... rule was given; give at least one of 1 or more",
         ));
     }
     if args.dry_run {
@@ -96,19 +98,20 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
     check_not_empty(&args.dir)?;
     let (catalog, locks) = locked(&args.dir)?;
     let plan = make(&catalog, &rules, &args)?;
-    if args.json || !say::is_quiet() {
+    if args.json || !verbosity::is_quiet() {
         show(&plan, args.json, false)?;
     }
     // Whoever runs it by cron does not read the plan.
-    held(&plan).iter().for_each(|why| log::warn!("nothing is deleted, but with --force: {why}"));
+    held(&plan).iter().for_each(|why| log::warn!("nothing deleted: {why} (override with --force)"));
     execute(&catalog, &plan, &Bar::default())?;
     // Each consolidation takes them again.
     drop(locks);
     for disk in &plan.disks {
         for until in &disk.consolidate {
             // The JSON document is the whole of the output.
-            let how = How { check: true, compare: true };
-            super::consolidate::one(&args.dir, &disk.disk, until, how, args.json, &args.work)?;
+            let how = ConsolidateOptions { check: true, compare: true };
+            let quiet = args.json || verbosity::is_quiet();
+            super::consolidate::one(&args.dir, &disk.disk, until, how, quiet, &args.work)?;
         }
     }
     verdict(&plan)
@@ -122,7 +125,7 @@ fn check_not_empty(dir: &Path) -> Result<()> {
     if names.any(|n| n != "lost+found" && n != manifest::FOLDER) {
         return Ok(());
     }
-    Err(Error::new(Kind::NotFound, "there is no backup in this directory")
+    Err(Error::new(Kind::NotFound, "no backup in this directory")
         .at_path(&root)
         .remedy("is its file system mounted?"))
 }
@@ -138,8 +141,8 @@ fn verdict(plan: &Plan) -> Result<()> {
         return Ok(());
     }
     let kind = if held < plan.disks.len() { Kind::Partial } else { Kind::Unproven };
-    let what = format!("nothing was deleted of {held} of {} disks", plan.disks.len());
-    Err(Error::new(kind, what).remedy("see above why; --force overrides it"))
+    let what = format!("nothing deleted of {held} of {} disks", plan.disks.len());
+    Err(Error::new(kind, what).remedy("the reasons are above; override with --force"))
 }
 
 fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
@@ -150,12 +153,12 @@ fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
         planned.map(drop).map_err(|e| e.report())
     };
     let merge: Option<&CanMerge> = args.consolidate.then_some(&can_merge as &CanMerge);
-    let manner = Manner { force: args.force, merge };
-    Ok(plan(&items(catalog)?, rules, &jiff::tz::TimeZone::system(), manner))
+    let options = PlanOptions { force: args.force, merge };
+    Ok(plan(&items(catalog)?, rules, &jiff::tz::TimeZone::system(), options))
 }
 
 fn show(plan: &Plan, as_json: bool, dry_run: bool) -> Result<()> {
-    output::print(&if as_json { output::json_pretty(plan)? } else { text(plan, dry_run) })
+    output::print(&if as_json { output::json_document(plan)? } else { text(plan, dry_run) })
 }
 
 /// Why nothing of some disks may be deleted, each reason once.
@@ -180,7 +183,7 @@ fn text(plan: &Plan, dry_run: bool) -> String {
                 continue;
             }
             let word = |r: &Reason| match r {
-                Reason::Held(_) => "held".to_string(),
+                Reason::Held(_) => "nothing deleted (see below)".to_string(),
                 other => other.to_string(),
             };
             let reasons: Vec<String> = p.keep.iter().map(word).collect();
@@ -199,7 +202,7 @@ fn text(plan: &Plan, dry_run: bool) -> String {
         }
     }
     for why in held(plan) {
-        output::push_line(&mut out, format!("held: {why}"));
+        output::push_line(&mut out, format!("nothing deleted: {why} (override with --force)"));
     }
     let count = plan.deleted().count();
     output::push_line(
@@ -210,11 +213,11 @@ fn text(plan: &Plan, dry_run: bool) -> String {
     if merged > 0 {
         output::push_line(
             &mut out,
-            format!("{} to merge: gone then as well", counted(merged as u64, "point")),
+            format!("{} to merge and delete", counted(merged as u64, "point")),
         );
     }
     if dry_run {
-        out += say::UNCHANGED;
+        out += verbosity::UNCHANGED;
     }
     out
 }

@@ -1,4 +1,4 @@
-//! `fleecefs recover`, `cancel` and the hidden `guardian`.
+//! `fleecefs recover`, `cancel` and the hidden `watchdog`.
 
 use std::path::Path;
 
@@ -9,11 +9,11 @@ use super::console::Console;
 use super::state::StateArgs;
 use super::status::RunArgs;
 use crate::backup::fleece::foreign;
-use crate::backup::freeze::guardian;
-use crate::backup::recover::{Cause, Place, Recovered};
+use crate::backup::freeze::watchdog;
+use crate::backup::recover::{RecoverCause, RecoverContext, Recovered};
 use crate::backup::state::lock::Lock;
 use crate::backup::state::{control, journal};
-use crate::backup::target::reach;
+use crate::backup::target::reachable;
 use crate::backup::{Watch as _, offline, recover};
 use crate::error::{Error, Kind, Result};
 use crate::qmp::{Address, Client};
@@ -21,15 +21,15 @@ use crate::text::path_text;
 use crate::units::counted;
 use crate::{folder, output};
 
-/// Finish what a killed backup left in QEMU, in the guest and on disk
+/// Clean up after a killed backup: in QEMU, in the guest and on disk
 ///
-/// The next backup does this by itself; this is for doing it now.
+/// The next backup does this by itself; this does it now.
 #[derive(Debug, Args)]
 pub(super) struct RecoverArgs {
     #[command(flatten)]
     of: RunArgs,
 
-    /// The guest agent's socket, if it is another than the killed backup was given
+    /// The guest agent's socket, if it has changed since the killed backup
     #[arg(long, value_name = "SOCKET")]
     agent: Option<String>,
 
@@ -37,7 +37,7 @@ pub(super) struct RecoverArgs {
     #[arg(long)]
     foreign: bool,
 
-    /// Give up what cannot be done: unfinished images in targets that cannot be reached, and
+    /// Give up what cannot be done: removing unfinished images in targets that cannot be reached, and
     /// thawing a guest whose agent does not answer
     #[arg(long)]
     forget: bool,
@@ -49,9 +49,9 @@ pub(super) struct RecoverArgs {
     show: ShowArgs,
 }
 
-/// End a running backup
+/// Stop a running backup
 ///
-/// The disks that are not finished keep their last point; nothing is lost.
+/// Disks that are not finished get no new point; nothing is lost.
 #[derive(Debug, Args)]
 pub(super) struct CancelArgs {
     #[command(flatten)]
@@ -66,6 +66,11 @@ pub(super) struct CancelArgs {
 pub(super) struct GuardianArgs {}
 
 impl RecoverArgs {
+    /// Whether events are printed as JSON.
+    pub(super) fn json(&self) -> bool {
+        self.show.json()
+    }
+
     /// The backup directory, if it is named.
     pub(super) fn target(&self) -> Option<&Path> {
         self.of.target()
@@ -105,10 +110,7 @@ pub(super) fn run(args: RecoverArgs) -> Result<()> {
     let off = match args.of.is_offline() {
         true => Vec::new(),
         false => offline::journals(&state, &vm).unwrap_or_else(|e| {
-            log::warn!(
-                "backups of the VM's disks while it was off are not looked at: {}",
-                e.report()
-            );
+            log::warn!("backups of the shut-off VM are not checked: {}", e.report());
             Vec::new()
         }),
     };
@@ -144,7 +146,7 @@ fn one(args: &RecoverArgs, (state, vm): (&Path, &Address), console: &Console) ->
     let done = recovered(args, (state, vm), console);
     // Not before: the target may hang, and the guest may wait.
     if let Some(pending) = pending
-        && reach::answers(&pending.target)
+        && reachable::answers(&pending.target)
         && folder::is_folder(&pending.target)
     {
         super::writing::warn_of_others(&pending.target)?;
@@ -157,9 +159,9 @@ fn recovered(
     (state, vm): (&Path, &Address),
     console: &Console,
 ) -> Result<Recovered> {
-    let cause = if args.forget { Cause::Forget } else { Cause::Command };
+    let cause = if args.forget { RecoverCause::Forget } else { RecoverCause::Command };
     let agent = args.agent.as_deref().map(Address::parse).transpose()?;
-    let place = Place { state, vm, cause, agent: agent.as_ref() };
+    let place = RecoverContext { state, vm, cause, agent: agent.as_ref() };
     let mut client = match Client::connect(vm) {
         Err(e) if is_gone(&e) => return recover::recover_offline(place, console, e),
         other => other?,
@@ -193,7 +195,7 @@ pub(super) fn cancel(args: CancelArgs) -> Result<()> {
     let vm = args.of.vm(&state)?;
     match control::ask(&state, &vm, "cancel")? {
         Some(s) => {
-            output::print(&format!("backup {} (process {}) is ending\n", path_text(&s.run), s.pid))
+            output::print(&format!("stopping backup {} (process {})\n", path_text(&s.run), s.pid))
         }
         None => Err(args.of.not_running(&vm)),
     }
@@ -202,7 +204,7 @@ pub(super) fn cancel(args: CancelArgs) -> Result<()> {
 /// Runs `fleecefs guardian`.
 ///
 /// # Errors
-/// As [`guardian::serve`].
+/// As [`watchdog::serve`].
 pub(super) fn guard(_args: GuardianArgs) -> Result<()> {
-    guardian::serve()
+    watchdog::serve()
 }

@@ -1,6 +1,7 @@
 //! `fleecefs restore`: a point, or all disks of a run, as files, on a device, or to a pipe.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::io::IsTerminal;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use super::bar::Bar;
 use super::shared::ForceArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
-use super::{paths, say};
+use super::{paths, verbosity};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
@@ -27,39 +28,44 @@ use crate::{folder, output};
 
 /// Restore a point to a file, a block device or standard output
 ///
-/// The target is written without a name, or under a temporary one, and gets its own when it is complete
-/// and on disk; whatever goes wrong before, nothing is there under that name. What a killed run
-/// left is removed by the next restore into the same folder. Of two restores to one target at the
-/// same time the second to end fails, unless it has --force. Holes stay holes.
+/// The target gets its name when it is complete and on disk: a restore that fails leaves no file of that
+/// name. What a killed restore left is removed by the next one into the same folder. Holes stay holes.
 ///
-/// Where backup and target share an XFS or btrfs, ranges are cloned: nothing is copied, and no new
-/// space is taken. The output says which way it went.
+/// If backup and target are on the same XFS or btrfs, ranges are cloned: this copies nothing and takes no
+/// space. The output tells which.
 ///
 /// With --run, all disks of one run are restored into the folder --to, with the file names and formats
-/// that the VM had, as far as manifests tell. A run is 'latest', or named by its time as 'list' shows it, in
-/// UTC unless +01:00 or the like says otherwise (or the beginning of that, such as 2026-11-22: the newest run
-/// of this day), by its time in seconds (that in its file names; after a commit that of the last image taken
-/// in) or by its id in the manifests. A time that fits several runs of one VM is refused with their ids. Without manifests it is all points of exactly that time; with them, all points of
-/// the same id. Of several VMs in one directory 'latest' and dates take the newest run of each.
+/// that the VM had, as far as manifests tell. A run is named by 'latest', by its time as 'list --runs' shows
+/// it (UTC, or with +01:00), by the beginning of that time (2026-11-22: the newest run of the day), by the
+/// seconds in its file names, or by its id. A time that fits several runs of one VM is refused, and their
+/// ids are shown. Without manifests a run is all points of exactly that time. If a directory has several
+/// VMs, 'latest' and dates take the newest run of each.
 #[derive(Debug, Args)]
 pub(super) struct RestoreArgs {
     /// The backup directory
     pub dir: PathBuf,
     #[arg(help = POINT_HELP, required_unless_present = "run", conflicts_with = "run")]
     point: Option<PathBuf>,
-    /// A file to make, an existing block device, or '-' for standard output
+    /// A new file, an existing block device, or '-' for standard output
     #[arg(required_unless_present = "run", conflicts_with = "run")]
     target: Option<PathBuf>,
     /// Restore all disks of a run: latest, a date or time, its time in seconds, or its id
     #[arg(long, value_name = "RUN", requires = "to")]
     run: Option<String>,
-    /// The folder that the disks of a run are restored into
+    /// The folder to restore the disks of a run into
     #[arg(long, value_name = "FOLDER", requires = "run")]
     to: Option<PathBuf>,
     #[command(flatten)]
-    how: How,
+    how: OutputArgs,
     #[command(flatten)]
     work: WorkArgs,
+}
+
+impl RestoreArgs {
+    /// Whether errors are told as JSON too: not where the disk itself goes to standard output.
+    pub(super) fn json(&self) -> bool {
+        self.how.json && self.target.as_deref() != Some(Path::new("-"))
+    }
 }
 
 impl FileFormat {
@@ -73,7 +79,7 @@ impl FileFormat {
 
 /// Options that do not depend on what is restored.
 #[derive(Debug, Args)]
-struct How {
+struct OutputArgs {
     /// The format of the new file; by default qcow2 if its name ends so, else raw
     #[arg(long, value_enum)]
     format: Option<FileFormat>,
@@ -83,12 +89,12 @@ struct How {
     /// qcow2: compress the clusters
     #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, default_missing_value = "zlib")]
     compress: Option<CompressArg>,
-    /// qcow2: what to set aside for clusters that hold nothing
+    /// qcow2: what to preallocate for empty clusters
     #[arg(long, value_enum, default_value = "off")]
     preallocation: PreallocationArg,
     #[command(flatten)]
     over: ForceArgs,
-    /// Overwrite the block device
+    /// Confirm that the block device is overwritten
     #[arg(long)]
     yes: bool,
     /// Discard the whole device first
@@ -97,16 +103,16 @@ struct How {
     /// Read the result back from the disk and compare it
     #[arg(long)]
     verify: bool,
-    /// Where the backup cannot be read, leave zeros, say so and go on (exit code 16)
+    /// Write zeros where the backup cannot be read, report it, and continue (exit code 16)
     #[arg(long)]
     salvage: bool,
     /// Whether to clone ranges instead of copying them
     #[arg(long, value_enum, default_value = "auto", value_name = "WHEN")]
     reflink: ReflinkArg,
-    /// Show the plan and do nothing
+    /// Show what would be done, and change nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
-    /// Print the plan or the result as JSON
+    /// Print JSON: the plan, or one object per disk
     #[arg(long)]
     json: bool,
 }
@@ -192,7 +198,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
         return check_apart(&jobs).map(|()| jobs);
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
-        return Err(say::usage("name a point and a target, or a run and a folder"));
+        return Err(verbosity::usage("name POINT and TARGET, or --run and --to"));
     };
     let (disk, point) = catalog.find(point)?;
     Ok(vec![Job { disk, point, target: args.how.target(target)?, of_run: false }])
@@ -201,7 +207,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
 /// File and format of each of a run's points, below the folder that they are restored to: what the VM
 /// had, so that it finds its disks again. Where that is not known, or would be one name for two, the
 /// name of the disk's folder in the backup directory.
-fn names_in_run(how: &How, points: &[(&Disk, usize)]) -> Vec<(PathBuf, FileFormat)> {
+fn names_in_run(how: &OutputArgs, points: &[(&Disk, usize)]) -> Vec<(PathBuf, FileFormat)> {
     let named: Vec<_> = points.iter().map(|(disk, point)| original(how, disk, *point)).collect();
     let mut count: HashMap<&Path, usize> = HashMap::new();
     for (path, _) in named.iter().flatten() {
@@ -217,7 +223,7 @@ fn names_in_run(how: &How, points: &[(&Disk, usize)]) -> Vec<(PathBuf, FileForma
 }
 
 /// What the VM had, but for another format where the user wants one.
-fn original(how: &How, disk: &Disk, point: usize) -> Option<(PathBuf, FileFormat)> {
+fn original(how: &OutputArgs, disk: &Disk, point: usize) -> Option<(PathBuf, FileFormat)> {
     let was = run::original(disk, point)?;
     let had = if was.is_qcow2 { FileFormat::Qcow2 } else { FileFormat::Raw };
     let format = how.format.unwrap_or(had);
@@ -247,12 +253,12 @@ fn check_apart(jobs: &[Job]) -> Result<()> {
     Ok(())
 }
 
-impl How {
+impl OutputArgs {
     /// What the user means by a target; its path is resolved.
     fn target(&self, path: &Path) -> Result<Target> {
         if paths::is_stdout(path) {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(say::usage("a qcow2 file cannot be written to a pipe"));
+                return Err(verbosity::usage("a qcow2 file cannot be written to a pipe"));
             }
             return Ok(Target::Stdout);
         }
@@ -260,7 +266,7 @@ impl How {
         let is_device = folder::look(path).is_ok_and(|m| m.file_type().is_block_device());
         if is_device {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(say::usage("a block device gets the raw disk"));
+                return Err(verbosity::usage("a block device gets the raw disk"));
             }
             return Ok(Target::Device(path.to_path_buf()));
         }
@@ -278,7 +284,7 @@ impl How {
     fn file_of(&self, path: &Path, format: FileFormat) -> Result<Target> {
         match format {
             FileFormat::Raw if self.compress.is_some() => {
-                Err(say::usage("a raw file cannot be compressed; use --format qcow2"))
+                Err(verbosity::usage("a raw file cannot be compressed; use --format qcow2"))
             }
             FileFormat::Raw => Ok(Target::Raw(path.to_path_buf())),
             FileFormat::Qcow2 => Ok(Target::Qcow2(path.to_path_buf(), self.qcow2()?)),
@@ -287,7 +293,7 @@ impl How {
 
     fn qcow2(&self) -> Result<Qcow2Options> {
         let cluster_size = u32::try_from(self.cluster_size)
-            .map_err(|_| say::usage("the cluster size must be at most 2M"))?;
+            .map_err(|_| verbosity::usage("the cluster size must be at most 2M"))?;
         Ok(Qcow2Options {
             cluster_size,
             compression: match self.compress {
@@ -320,17 +326,17 @@ impl How {
 }
 
 /// What can be refused before anything is read.
-fn check_target(how: &How, catalog: &Catalog, job: &Job) -> Result<()> {
+fn check_target(how: &OutputArgs, catalog: &Catalog, job: &Job) -> Result<()> {
     match &job.target {
         Target::Stdout if std::io::stdout().is_terminal() => {
-            Err(say::usage("a disk is not written to a terminal; use a pipe"))
+            Err(verbosity::usage("will not write a disk image to a terminal; use a pipe"))
         }
         Target::Stdout if how.verify => {
-            Err(say::usage("what went into a pipe cannot be read back"))
+            Err(verbosity::usage("--verify cannot read back from a pipe"))
         }
         Target::Device(path) if !how.yes && !how.dry_run => {
-            let text = "everything on this device would be overwritten";
-            Err(Error::new(Kind::Usage, text).at_path(path).remedy("say --yes if that is meant"))
+            let text = "this would overwrite the whole device";
+            Err(Error::new(Kind::Usage, text).at_path(path).remedy("confirm with --yes"))
         }
         Target::Raw(path) | Target::Qcow2(path, _) => {
             if let Target::Qcow2(_, q) = &job.target {
@@ -351,7 +357,7 @@ pub(crate) fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
     let refuse = |text: &str| {
         Err(Error::new(Kind::Usage, text)
             .at_path(path)
-            .remedy("restore to another place: what lies in there counts as a backup"))
+            .remedy("restore to another folder: files in there are taken for backups"))
     };
     let id = |p: &Path| folder::look(p).ok().map(|m| FileId::of(&m));
     let specs = || catalog.disks.iter().flat_map(|d| &d.points);
@@ -369,7 +375,7 @@ pub(crate) fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
 }
 
 /// Plans and restores one point; the number of bytes that were given up.
-fn one(how: &How, job: &Job, work: &Work) -> Result<u64> {
+fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
     let name = job.disk.point_path(job.point);
     let image = open_point(job.disk, job.point, &Cache::new(CACHE_BYTES))?;
     let plan = Plan::new(&image, work)?;
@@ -426,12 +432,12 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
 /// Standard output, unless the disk itself goes there.
 fn say(target: &Target, text: String) -> Result<()> {
     if *target == Target::Stdout {
-        if !say::is_quiet() {
+        if !verbosity::is_quiet() {
             output::tell(&text);
         }
         return Ok(());
     }
-    if say::is_quiet() {
+    if verbosity::is_quiet() {
         return Ok(());
     }
     output::print(&text)
@@ -450,14 +456,22 @@ fn kind_name(target: &Target) -> &'static str {
     }
 }
 
-fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<String> {
+/// Disk, point and target as JSON has them.
+fn names(point: &Path, target: &Target) -> (String, String, Option<String>) {
+    let text = |p: Option<&OsStr>| to_text(p.unwrap_or_default());
+    let disk = text(point.parent().map(Path::as_os_str));
+    (disk, text(point.file_name()), target.path().map(|p| to_text(p.as_os_str())))
+}
+
+fn show_plan(how: &OutputArgs, name: &Path, target: &Target, plan: &Plan) -> Result<String> {
     if how.json {
+        let (disk, point, path) = names(name, target);
         let value = json!({
-            "point": to_text(name.as_os_str()), "target": target.path().map(|p| to_text(p.as_os_str())), "kind": kind_name(target), "size": plan.size,
-            "depth": plan.depth, "totals": plan.totals, "chunks": plan.chunks,
+            "disk": disk, "point": point, "target": path, "format": kind_name(target),
+            "size": plan.size, "depth": plan.depth, "totals": plan.totals, "chunks": plan.chunks,
             "findings": plan.findings,
         });
-        return output::json_line(&value);
+        return output::json_object(&value);
     }
     let t = &plan.totals;
     let mut text = format!(
@@ -475,16 +489,17 @@ fn show_plan(how: &How, name: &Path, target: &Target, plan: &Plan) -> Result<Str
         text.push_str(&format!("{} cannot be read\n", human_bytes(t.bad)));
     }
     plan.findings.iter().for_each(|f| text.push_str(&format!("{f}\n")));
-    Ok(text + say::UNCHANGED)
+    Ok(text + verbosity::UNCHANGED)
 }
 
-fn show_summary(how: &How, name: &Path, target: &Target, s: &Summary) -> Result<String> {
+fn show_summary(how: &OutputArgs, name: &Path, target: &Target, s: &Summary) -> Result<String> {
     if how.json {
+        let (disk, point, path) = names(name, target);
         let value = json!({
-            "point": to_text(name.as_os_str()), "target": target.path().map(|p| to_text(p.as_os_str())), "kind": kind_name(target), "way": s.way(),
-            "result": s,
+            "disk": disk, "point": point, "target": path, "format": kind_name(target),
+            "way": s.way(), "result": s,
         });
-        return output::json_line(&value);
+        return output::json_object(&value);
     }
     let seconds = s.duration_ms as f64 / 1000.0;
     let verified = if s.verified { ", read back and found equal" } else { "" };

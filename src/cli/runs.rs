@@ -3,16 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
+use serde_json::json;
 
-use super::table::{level_name, write_rows};
+use super::table::{Row, Table, level_name};
+use super::verbosity;
 use crate::chain::{Catalog, Disk};
 use crate::error::Result;
 use crate::layout::Level;
 use crate::manifest::Achieved;
 use crate::output;
-use crate::restore::run::{Doubles, Guest, When, manifest_of};
+use crate::output::{Line, Look};
+use crate::restore::run::{Duplicates, Guest, PointTime, manifest_of};
 use crate::text::{path_text, to_text};
-use crate::units::{human_bytes, iso_time};
+use crate::units::{as_time, human_bytes, iso_time};
 
 /// A run of one VM.
 #[derive(Debug, Serialize)]
@@ -20,12 +23,13 @@ struct RunRow {
     /// The VM's name, else its UUID, else the folder of its disks in the backup directory.
     vm: String,
     /// The run's id; points without a manifest have none, and belong together by their time.
+    #[serde(rename = "run")]
     id: Option<String>,
     /// What they are ordered by.
     #[serde(skip)]
-    when: When,
+    when: PointTime,
+    #[serde(serialize_with = "as_time")]
     time: i64,
-    time_utc: String,
     points: Vec<PointRow>,
     /// Disks that the run should have backed up and could not.
     failed: BTreeSet<String>,
@@ -44,23 +48,23 @@ struct PointRow {
     served: bool,
 }
 
-/// The runs of `points`, the newest first, as a table or as JSON.
+/// Prints the runs of `points`, the newest first, as a table or as JSON.
 ///
 /// # Errors
-/// The JSON cannot be written.
-pub(super) fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Result<String> {
+/// They cannot be written.
+pub(super) fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Result<()> {
     let runs = runs(catalog, points);
     if as_json {
-        return output::json_pretty(&runs);
+        return output::print(&output::json_document(&json!({"runs": runs}))?);
     }
     if runs.is_empty() {
-        return Ok(format!("no backups in {}\n", path_text(&catalog.root)));
+        return output::print(&format!("no backups in {}\n", path_text(&catalog.root)));
     }
-    Ok(table(&runs))
+    output::print_lines(&table(runs, verbosity::is_verbose()))
 }
 
 fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
-    let doubles = Doubles::of(catalog);
+    let doubles = Duplicates::of(catalog);
     let mut found: BTreeMap<(Guest, Option<String>, i64), RunRow> = BTreeMap::new();
     for (disk, i) in points.iter().filter(|(d, i)| d.points[*i].level != Level::Snapshot) {
         let p = &disk.points[*i];
@@ -70,7 +74,7 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
         }
         let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());
         let guest = Guest::of(disk, manifest.as_ref());
-        let when = When::of(p.time, manifest.as_ref());
+        let when = PointTime::of(p.time, manifest.as_ref());
         let vm = guest.name();
         let key = (guest, id.clone(), if id.is_some() { 0 } else { p.time });
         let run = found.entry(key).or_insert_with(|| RunRow {
@@ -78,7 +82,6 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
             id,
             when,
             time: p.time,
-            time_utc: String::new(),
             points: Vec::new(),
             failed: BTreeSet::new(),
             own_bytes: 0,
@@ -103,35 +106,44 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
     for run in &mut runs {
         // Where a disk had a point of this second already, its next one has the next.
         run.time = run.when.time;
-        run.time_utc = iso_time(run.time);
     }
     runs.sort_by(|a, b| b.when.cmp(&a.when).then_with(|| a.vm.cmp(&b.vm)));
     runs
 }
 
-fn table(runs: &[RunRow]) -> String {
-    let titles = ["RUN", "ID", "VM", "DISKS", "OWN", "CONSISTENCY", "HEALTH"];
-    let mut rows = vec![titles.map(String::from)];
-    rows.extend(runs.iter().map(|r| {
+/// Titles of the columns.
+const TITLES: &[&str] = &["TIME", "RUN", "VM", "DISKS", "OWN", "CONSISTENCY", "STATE"];
+
+fn table(runs: Vec<RunRow>, wide: bool) -> Vec<Line> {
+    let mut rows = Vec::new();
+    for r in runs {
         let disks = r.points.iter();
         let disks = disks.map(|p| format!("{} {}", path_text(&p.disk), level_name(p.level)));
         let failed: Vec<String> = r.failed.iter().map(path_text).collect();
-        let health = match (r.served, failed.as_slice()) {
-            (false, _) => "unavailable: see 'list'".into(),
-            (true, []) => "header ok, data not checked".into(),
-            (true, names) => format!("partial: without {}", names.join(", ")),
+        let (state, look, below) = match (r.served, failed.as_slice()) {
+            (false, _) => ("unavailable", Look::Red, Some("unavailable: see 'list'".to_string())),
+            (true, []) if wide => ("ok (not verified)", Look::Plain, None),
+            (true, []) => ("ok", Look::Plain, None),
+            (true, names) => {
+                let what = format!("partial: without {}", names.join(", "));
+                ("partial", Look::Yellow, Some(what))
+            }
         };
-        [
-            r.time_utc.clone(),
+        let disks = disks.collect::<Vec<_>>().join(", ");
+        let several = !wide && r.points.len() > 1;
+        let cells = vec![
+            iso_time(r.time),
             r.id.as_deref().map_or_else(|| "-".into(), path_text),
             if r.vm.is_empty() { "-".into() } else { path_text(&r.vm) },
-            disks.collect::<Vec<_>>().join(", "),
+            if several { format!("{} disks", r.points.len()) } else { disks.clone() },
             human_bytes(r.own_bytes),
             r.consistency.into(),
-            health,
-        ]
-    }));
-    let mut text = String::new();
-    write_rows(&mut text, &rows, &[4]);
-    text
+            state.into(),
+        ];
+        rows.push(Row::Cells(cells, look));
+        rows.extend(several.then_some(Row::Below(disks, Look::Plain)));
+        rows.extend(below.map(|text| Row::Below(text, look)));
+    }
+    let less = &["OWN", "CONSISTENCY", "VM"];
+    Table { titles: TITLES, right: &["OWN"], less, indent: 0, rows }.lines(wide)
 }

@@ -2,7 +2,7 @@
 
 use clap::{Arg, Args};
 
-use super::say;
+use super::verbosity;
 use crate::error::Result;
 use crate::qmp::Address;
 
@@ -28,7 +28,7 @@ impl QmpArgs {
     /// # Errors
     /// As [`Self::given`], and where nothing was said.
     pub(super) fn address(&self) -> Result<Address> {
-        self.given()?.ok_or_else(|| say::usage("--qmp is not given"))
+        self.given()?.ok_or_else(|| verbosity::usage("--qmp is not given"))
     }
 }
 
@@ -53,7 +53,7 @@ pub(super) struct JsonArgs {
 /// Whether it is done at all.
 #[derive(Debug, Args)]
 pub(super) struct DryRunArgs {
-    /// Print what would be done and stop
+    /// Show what would be done, and change nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
 }

@@ -17,8 +17,8 @@ use crate::{folder, manifest, output};
 
 /// Show all that is known about a point: what its manifest says, and which VM and disk it is of
 ///
-/// Times are in UTC. With --config a file that was kept with the backup is printed instead, by the
-/// name that 'show' gives: a libvirt XML, a start script.
+/// Times are in UTC. With --config a file that was stored with the backup is printed instead, by the
+/// name that 'show' gives, such as a libvirt XML or a start script.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -30,12 +30,12 @@ pub(super) struct ShowArgs {
     pub dir: PathBuf,
     #[arg(help = POINT_HELP)]
     point: PathBuf,
-    /// Print the kept file of this name
+    /// Print the stored file of this name
     #[arg(long, value_name = "NAME", conflicts_with = "json")]
     config: Option<String>,
     /// Print JSON, with the VM's whole configuration as QEMU reported it
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// The largest file that `backup --config` keeps, in bytes.
@@ -58,7 +58,7 @@ pub(super) fn run(args: ShowArgs) -> Result<()> {
         return print_config(dir, manifest.as_ref(), name);
     }
     output::print(&match args.json {
-        true => output::json_pretty(&as_json(disk, point, manifest.as_ref()))?,
+        true => output::json_document(&as_json(disk, point, manifest.as_ref()))?,
         false => text(disk, point, manifest.as_ref()),
     })
 }
@@ -69,8 +69,8 @@ fn print_config(dir: &Path, manifest: Option<&Manifest>, name: &str) -> Result<(
         let names: Vec<String> = files.iter().map(|c| path_text(&base_name(c))).collect();
         let what = format!("no file '{}' was kept with this point", path_text(name));
         let remedy = match names.is_empty() {
-            true => "none was: 'backup --config FILE' keeps one".into(),
-            false => format!("there are: {}", names.join(", ")),
+            true => "no file was kept: 'backup --config FILE' keeps one".into(),
+            false => format!("kept files: {}", names.join(", ")),
         };
         Error::new(Kind::NotFound, what).remedy(remedy)
     })?;
@@ -80,7 +80,7 @@ fn print_config(dir: &Path, manifest: Option<&Manifest>, name: &str) -> Result<(
     let stored = Path::new(&file.stored).file_name().unwrap_or_default();
     let bytes = PlainName::new(stored).and_then(|n| side.read_small(n, LARGEST)).map_err(failed)?;
     if blake3::hash(&bytes).to_hex().as_str() != file.blake3 {
-        let what = "the kept file is not what was kept: its BLAKE3 is another";
+        let what = "the kept file is damaged: its BLAKE3 differs";
         return Err(Error::new(Kind::Corrupt, what)
             .at_path(side.join(stored))
             .remedy("restore this file from another copy of the backup"));
@@ -97,10 +97,9 @@ fn as_json(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> Value {
     json!({
         "disk": to_text(disk.path.as_os_str()),
         "point": p.name,
-        "source": to_text(p.source.as_os_str()),
+        "file": to_text(p.source.as_os_str()),
         "level": p.level,
-        "time": p.time,
-        "time_utc": iso_time(p.time),
+        "time": iso_time(p.time),
         "size": p.size,
         "own_bytes": p.own_bytes,
         "depth": disk.stack(point).len(),
@@ -134,7 +133,7 @@ fn text(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> String {
     rows.row("takes", human_bytes(p.own_bytes));
     rows.row("parent", p.parent.map(|i| disk.points[i].name.as_str()).unwrap_or_default());
     rows.row("chain", &p.chain);
-    rows.row("state", p.unavailable.as_ref().map_or("header ok, data not checked", |f| &f.message));
+    rows.row("state", p.unavailable.as_ref().map_or("ok (not verified)", |f| &f.message));
     match manifest {
         Some(m) => of_manifest(&mut rows, m, p.consistency),
         None => {
@@ -165,7 +164,7 @@ fn of_manifest(rows: &mut Rows, m: &Manifest, known: Option<Achieved>) {
     rows.row("consistency", Achieved::word(known));
     rows.row("because", &c.reason);
     if c.one_moment {
-        rows.row("moment", "one for all disks of the run");
+        rows.row("moment", "one freeze point for all disks of the run");
     }
     if c.stopped_ms > 0 {
         rows.row("guest stopped", format!("{} ms", c.stopped_ms));

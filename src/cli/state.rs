@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{paths, say};
+use super::{paths, verbosity};
 use crate::backup::state::lock;
 use crate::error::{Error, Result};
 use crate::folder;
@@ -15,8 +15,8 @@ use crate::privileges::Owner;
 /// Where locks and journals are.
 #[derive(Debug, Args)]
 pub(super) struct StateArgs {
-    /// Where journals and locks are [default: /var/lib/fleecefs, or the user's state folder]
-    #[arg(long, value_name = "DIR", env = "FLEECEFS_STATE_DIR")]
+    /// Folder for journals and locks [default: /var/lib/fleecefs, or the user's state folder]
+    #[arg(long, value_name = "FOLDER", env = "FLEECEFS_STATE_DIR")]
     state_dir: Option<PathBuf>,
 
     /// See [`Self::give_to`].
@@ -34,7 +34,7 @@ impl StateArgs {
         let state = self.dir()?;
         let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
         let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
-            return Err(say::usage("the state folder needs a name"));
+            return Err(verbosity::usage("the state folder needs a name"));
         };
         let folder = folder::make_folders(above).map_err(failed)?;
         folder::check_private(above)?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::paths;
 use super::shared::{JsonArgs, QmpArgs, qmp_unless};
@@ -11,11 +12,11 @@ use super::state::StateArgs;
 use crate::backup::offline;
 use crate::backup::state::control::Status;
 use crate::backup::state::{control, journal};
-use crate::backup::target::reach;
+use crate::backup::target::reachable;
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Address;
-use crate::text::path_text;
-use crate::units::human_bytes;
+use crate::text::{path_text, to_text};
+use crate::units::{human_bytes, iso_time};
 use crate::{folder, output};
 
 /// Which VM's run, or which target's of a VM that is shut off.
@@ -38,7 +39,7 @@ impl RunArgs {
     pub(super) fn vm(&self, state: &Path) -> Result<Address> {
         match &self.target {
             Some(target) => {
-                reach::check_answers(target)?;
+                reachable::check_answers(target)?;
                 offline::address(state, &paths::to_make(target)?)
             }
             None => self.qemu.address(),
@@ -61,14 +62,14 @@ impl RunArgs {
             let what = "no backup --offline to this backup directory is running";
             return Error::new(Kind::NotFound, what)
                 .at_path(target)
-                .remedy("if one was given another --state-dir, give the same here");
+                .remedy("if that backup used another --state-dir, give the same here");
         }
         let e = Error::new(Kind::NotFound, "no backup of this VM is running");
         match vm {
-            Address::Unix(p) if !is_there(vm) => e
-                .at_path(p)
-                .remedy("there is no such socket: name the one that the backup was given"),
-            _ => e.remedy("if one was given another --qmp or --state-dir, give the same here"),
+            Address::Unix(p) if !is_there(vm) => {
+                e.at_path(p).remedy("no such socket: give the same --qmp as for the backup")
+            }
+            _ => e.remedy("if that backup used another --qmp or --state-dir, give the same here"),
         }
     }
 }
@@ -92,6 +93,11 @@ impl StatusArgs {
         self.of.target()
     }
 
+    /// Whether it prints JSON.
+    pub(super) fn json(&self) -> bool {
+        self.print.json
+    }
+
     /// Where the state is.
     pub(super) fn state(&mut self) -> &mut StateArgs {
         &mut self.state
@@ -101,8 +107,8 @@ impl StatusArgs {
 /// A run that did not end in order.
 #[derive(Debug, Serialize)]
 struct Unfinished {
-    /// What is to be done.
-    recover: bool,
+    /// That it has to be recovered.
+    state: &'static str,
     /// Its id; empty if only disks of runs before are left.
     run: String,
     /// Its backup directory.
@@ -117,12 +123,15 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
     if let Some(s) = control::ask(&state, &vm, "status")? {
-        return output::print(&if args.print.json { output::json_pretty(&s)? } else { text(&s) });
+        return output::print(&match args.print.json {
+            true => output::json_document(&running(&s))?,
+            false => text(&s),
+        });
     }
     if let Some(left) = journal::pending(&state, &vm)? {
-        let left = Unfinished { recover: true, run: left.run, target: left.target };
+        let left = Unfinished { state: "interrupted", run: left.run, target: left.target };
         return output::print(&match args.print.json {
-            true => output::json_pretty(&left)?,
+            true => output::json_document(&left)?,
             false => due(&left, args),
         });
     }
@@ -131,16 +140,27 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
         return Err(args.of.not_running(&vm));
     }
     match args.print.json {
-        true => output::print(&output::json_pretty(&None::<Status>)?),
+        true => output::print(&output::json_document(&json!({"state": "none"}))?),
         false => output::print(&format!("{}\n", args.of.not_running(&vm).report())),
     }
 }
 
+/// A running backup as JSON: levels and times are as everywhere.
+fn running(s: &Status) -> Value {
+    let disks = s.disks.iter().map(|d| {
+        json!({"disk": d.disk, "level": d.level.to_ascii_lowercase(), "state": d.state,
+            "copied": d.copied, "done": d.done, "total": d.total})
+    });
+    json!({"state": "running", "run": s.run, "pid": s.pid, "started": iso_time(s.started),
+        "target": to_text(s.target.as_os_str()), "phase": s.phase,
+        "disks": disks.collect::<Vec<_>>()})
+}
+
 fn due(left: &Unfinished, args: &StatusArgs) -> String {
     let mut text = match left.run.as_str() {
-        "" => "a backup that did not end in order has left unfinished images".to_string(),
+        "" => "an interrupted backup has left unfinished images".to_string(),
         run => format!(
-            "no backup is running; run {} to {} did not end in order",
+            "no backup is running; backup {} to {} was interrupted",
             path_text(&run),
             path_text(&left.target)
         ),
@@ -152,7 +172,7 @@ fn due(left: &Unfinished, args: &StatusArgs) -> String {
     let owner = if args.state.is_owners() { "--as-owner " } else { "" };
     let state = args.state.given().map(|d| format!(" --state-dir {}", path_text(d)));
     text += &format!(
-        ": 'fleecefs {owner}recover {of}{}' finishes what it left (the next backup does so, too)\n",
+        ": 'fleecefs {owner}recover {of}{}' or the next backup cleans up\n",
         state.unwrap_or_default()
     );
     text

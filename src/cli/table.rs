@@ -1,10 +1,14 @@
-//! Tables.
-
-use std::fmt::Write;
+//! Tables that fit a terminal of 80 columns.
 
 use crate::layout::Level;
-use crate::output;
+use crate::output::{Line, Look};
 use crate::text::columns;
+
+/// What a table may take without `-v`, which shows all columns.
+const WIDTH: usize = 80;
+
+/// Between two columns.
+const GAP: usize = 2;
 
 /// A level as tables show it.
 pub(super) fn level_name(level: Level) -> &'static str {
@@ -18,24 +22,123 @@ pub(super) fn level_name(level: Level) -> &'static str {
     }
 }
 
-/// A table with its titles in the first row; the columns `right` are numbers.
-pub(super) fn write_rows<const N: usize>(text: &mut String, rows: &[[String; N]], right: &[usize]) {
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(columns(cell));
+/// What a table is made of.
+pub(super) enum Row {
+    /// A line of its own, such as a disk's name above its points.
+    Heading(String),
+    /// Cells, and how they look.
+    Cells(Vec<String>, Look),
+    /// A line of its own below a row.
+    Below(String, Look),
+}
+
+/// A table: titles, the columns that are numbers, and what goes first where all do not fit.
+pub(super) struct Table {
+    pub titles: &'static [&'static str],
+    pub right: &'static [&'static str],
+    pub less: &'static [&'static str],
+    /// How far cells are from the edge, as below headings.
+    pub indent: usize,
+    pub rows: Vec<Row>,
+}
+
+impl Table {
+    /// Its lines. Without `wide`, columns of `less` are left away until it fits.
+    pub(super) fn lines(&self, wide: bool) -> Vec<Line> {
+        let widths = self.widths();
+        let mut shown: Vec<usize> = (0..self.titles.len()).collect();
+        let total = |shown: &[usize]| {
+            let cells = shown.iter().map(|i| widths[*i] + GAP).sum::<usize>();
+            (self.indent + cells).saturating_sub(GAP)
+        };
+        for title in self.less {
+            if wide || total(&shown) <= WIDTH {
+                break;
+            }
+            shown.retain(|i| self.titles[*i] != *title);
+        }
+        let titles: Vec<String> = self.titles.iter().map(|t| t.to_string()).collect();
+        let mut lines = vec![Line::new(Look::Bold, self.line(&titles, &shown, &widths))];
+        lines.extend(self.rows.iter().map(|row| match row {
+            Row::Heading(text) => Line::new(Look::Bold, text.clone()),
+            Row::Cells(cells, look) => Line::new(*look, self.line(cells, &shown, &widths)),
+            Row::Below(text, look) => {
+                Line::new(*look, format!("{:indent$}{text}", "", indent = self.indent + GAP))
+            }
+        }));
+        lines
+    }
+
+    fn widths(&self) -> Vec<usize> {
+        let mut widths: Vec<usize> = self.titles.iter().map(|t| t.len()).collect();
+        for row in &self.rows {
+            let Row::Cells(cells, _) = row else { continue };
+            for (width, cell) in widths.iter_mut().zip(cells) {
+                *width = (*width).max(columns(cell));
+            }
+        }
+        widths
+    }
+
+    fn line(&self, cells: &[String], shown: &[usize], widths: &[usize]) -> String {
+        let mut line = " ".repeat(self.indent);
+        for i in shown {
+            let Some(cell) = cells.get(*i) else { continue };
+            let gap = " ".repeat(widths[*i].saturating_sub(columns(cell)));
+            // Numbers to the right, everything else to the left.
+            let is_number = self.right.contains(&self.titles[*i]);
+            let (before, after) = if is_number { (gap.as_str(), "") } else { ("", gap.as_str()) };
+            line.extend([before, cell, after, "  "]);
+        }
+        line.truncate(line.trim_end().len());
+        line
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(name: &str) -> Table {
+        let cells = |name: &str, size: &str| {
+            Row::Cells([name, "text", size, "ok"].map(String::from).into(), Look::Plain)
+        };
+        Table {
+            titles: &["NAME", "MORE", "SIZE", "STATE"],
+            right: &["SIZE"],
+            less: &["MORE", "SIZE"],
+            indent: 2,
+            rows: vec![Row::Heading("sda".into()), cells(name, "1.0 GiB"), cells("a", "512 B")],
         }
     }
-    for row in rows {
-        let mut line = String::new();
-        for (i, (cell, width)) in row.iter().zip(widths).enumerate() {
-            // Numbers to the right, everything else to the left.
-            let gap = " ".repeat(width.saturating_sub(columns(cell)));
-            let _ = match i {
-                i if right.contains(&i) => write!(line, "{gap}{cell}  "),
-                _ => write!(line, "{cell}{gap}  "),
-            };
-        }
-        output::push_line(text, line.trim_end());
+
+    fn text(lines: &[Line]) -> Vec<&str> {
+        lines.iter().map(|l| l.text.as_str()).collect()
+    }
+
+    #[test]
+    fn sizes_stand_below_each_other_and_headings_at_the_edge() {
+        let lines = table("name").lines(false);
+        assert_eq!(
+            text(&lines),
+            [
+                "  NAME  MORE     SIZE  STATE",
+                "sda",
+                "  name  text  1.0 GiB  ok",
+                "  a     text    512 B  ok"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_goes_in_order_and_all_is_there_with_v() {
+        let long = "n".repeat(58);
+        let wide = |lines: &[Line]| text(lines).iter().map(|l| l.len()).max().unwrap();
+        let t = table(&long);
+        let lines = t.lines(false);
+        assert!(wide(&lines) <= WIDTH && !text(&lines)[0].contains("MORE"), "{:?}", text(&lines));
+        assert!(text(&lines)[0].contains("SIZE"));
+        let lines = t.lines(true);
+        assert!(wide(&lines) > WIDTH && text(&lines)[0].contains("MORE"));
     }
 }

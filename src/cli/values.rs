@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::backup::Every;
+use crate::backup::FullEvery;
 use crate::folder::PlainName;
 
 /// `DISK=NAME`.
@@ -18,9 +18,9 @@ pub(super) fn disk_name(text: &str) -> Result<(String, String), String> {
 }
 
 /// `10` points, or `7d`.
-pub(super) fn every(text: &str) -> Result<Every, String> {
+pub(super) fn every(text: &str) -> Result<FullEvery, String> {
     if let Ok(n) = text.parse::<u64>() {
-        return if n > 0 { Ok(Every::Points(n)) } else { Err("0 points make no chain".into()) };
+        return if n > 0 { Ok(FullEvery::Points(n)) } else { Err("must be at least 1".into()) };
     }
     let unit = match text.chars().last() {
         Some('s') => 1,
@@ -33,7 +33,7 @@ pub(super) fn every(text: &str) -> Result<Every, String> {
     let number = text.get(..text.len() - 1).and_then(|n| n.parse::<u64>().ok());
     let seconds = number.and_then(|n| n.checked_mul(unit)).filter(|s| *s > 0);
     seconds
-        .map(|s| Every::Age(Duration::from_secs(s)))
+        .map(|s| FullEvery::Age(Duration::from_secs(s)))
         .ok_or_else(|| format!("{text:?} is neither a number nor a duration like 7d"))
 }
 
@@ -43,7 +43,10 @@ pub(super) fn mode(text: &str) -> Result<u32, String> {
     match mode {
         m if m & 0o002 != 0 => Err(format!("'{text}' lets everybody write to the backups")),
         m if m & !0o664 != 0 => Err(format!("'{text}' has bits other than r and w")),
-        m if m & 0o600 != 0o600 => Err(format!("'{text}' leaves out the owner, who writes them")),
+        m if m & 0o600 != 0o600 => Err(format!(
+            "'{text}' has no r and w for the owner, who writes \
+                                                them"
+        )),
         m => Ok(m),
     }
 }
@@ -68,8 +71,8 @@ mod tests {
 
     #[test]
     fn when_a_full_is_due() {
-        assert_eq!(every("10"), Ok(Every::Points(10)));
-        assert_eq!(every("7d"), Ok(Every::Age(Duration::from_secs(604_800))));
+        assert_eq!(every("10"), Ok(FullEvery::Points(10)));
+        assert_eq!(every("7d"), Ok(FullEvery::Age(Duration::from_secs(604_800))));
         for bad in ["0", "", "d", "7y", "-1", "0h", "7\u{e9}", "99999999999999999999w"] {
             assert!(every(bad).is_err(), "{bad}");
         }

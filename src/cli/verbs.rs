@@ -12,7 +12,7 @@ use super::shared::ForceArgs;
 use super::values::FileFormat;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
-use super::{paths, say};
+use super::{paths, verbosity};
 use crate::chain::Catalog;
 use crate::error::{Kind, Result};
 use crate::image::{Cache, open_point};
@@ -20,7 +20,7 @@ use crate::layer::Format;
 use crate::lock::Locks;
 use crate::restore::{Options, Plan, Qcow2Options, Target};
 use crate::rewrite::rebase::RebasePlan;
-use crate::rewrite::{FoldPlan, Line, files};
+use crate::rewrite::{ChainSection, FlattenPlan, files};
 use crate::text::path_text;
 use crate::units::{counted, human_bytes};
 use crate::{output, rewrite};
@@ -28,18 +28,19 @@ use crate::{output, rewrite};
 /// Options that all verbs have.
 #[derive(Debug, Args)]
 pub(super) struct VerbArgs {
-    /// The folder that holds the images of a disk
+    /// The folder with the images of a disk
+    #[arg(value_name = "FOLDER")]
     dir: PathBuf,
-    /// The last image to take in, by its file name; the newest if left out
+    /// The last image to merge or link, by its file name [default: the newest]
     #[arg(long, value_name = "FILE")]
     until: Option<OsString>,
-    /// Only images whose names contain this: for folders that hold several disks
+    /// Only images whose names contain this, for folders with several disks
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     filter: OsString,
-    /// Show what would be done and do nothing
+    /// Show what would be done, and change nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
-    /// Do not check the images before they are altered, nor compare the result
+    /// Do not check the images before they are changed, nor compare the result
     #[arg(long)]
     skip_check: bool,
     #[command(flatten)]
@@ -48,14 +49,14 @@ pub(super) struct VerbArgs {
 
 /// Link the images of a chain by backing pointers, so that QEMU opens a point directly
 ///
-/// Alters the backup: the headers of the images change, and a link 'image' leads to the last one.
-/// The points stay what they are, and fleecefs and QEMU read them. The pointers are relative, so the
-/// folder may be moved; with --absolute it must stay where it is, and qmprestore's merge works on
-/// it (run it again after a commit or consolidate, which write relative ones). Its commit and
-/// snapshotrebase are made for images without pointers, and end with an error whatever rebased them.
+/// Changes the backup: the headers of the images change, and a link 'image' leads to the last one. The
+/// points stay the same for fleecefs, and QEMU can open them. The pointers are relative, so the folder can
+/// be moved; with --absolute it cannot, but qmprestore's merge works on it (run this again after a commit
+/// or consolidate, which write relative ones). qmprestore's commit and snapshotrebase need images without
+/// pointers, and fail after any rebase.
 ///
-/// A crash leaves some images linked and others not, which changes nothing for restoring. The
-/// header being changed is saved first and put back by whatever writes there next.
+/// If it is interrupted, some images are linked and others are not, which does not matter for restoring.
+/// Each header is saved before it is changed, and the next command that writes there restores it.
 #[derive(Debug, Args)]
 pub(super) struct RebaseArgs {
     #[command(flatten)]
@@ -65,30 +66,28 @@ pub(super) struct RebaseArgs {
     absolute: bool,
 }
 
-/// Fold increments into their FULL, up to the newest or to --until
+/// Merge increments into their FULL, up to the newest or to --until
 ///
-/// Alters the backup: the FULL then holds the state of the last image taken in, and the increments
-/// up to it are removed; those states are gone. Later increments go on from the FULL. As with
-/// qmprestore its name stays, with the time of its old state: 'list', by-time/ and --run go by the
-/// time of the new one, and 'list' says whose state it is. (To have it named by that, use
-/// 'consolidate'.)
+/// Changes the backup: the FULL then has the state of the last merged image; the increments up to it, and
+/// their states, are deleted. Later increments build on the FULL. As with qmprestore the FULL keeps its
+/// name, with the time of its old state; 'list', by-time/ and --run use the time of the new one. ('consolidate'
+/// renames it.)
 ///
-/// The new FULL is made beside the old one, compared, and put into its place, which takes as much
-/// space as the FULL and the largest increment (less where files are cloned: XFS, btrfs). A crash
-/// before that changes nothing; after it, every point that is to stay is there, and whatever writes
-/// there next (a backup, too) finishes the work. Points that lie on one of the increments keep it
-/// from starting.
+/// The new FULL is made beside the old one, compared, and then replaces it. This needs as much free space
+/// as the FULL and the largest increment (less on XFS and btrfs, where files are cloned). If it is
+/// interrupted, no point is lost that was to stay, and the next command that writes there (also a backup)
+/// finishes it. It is refused if other points depend on one of the increments.
 #[derive(Debug, Args)]
 pub(super) struct CommitArgs {
     #[command(flatten)]
     pub verb: VerbArgs,
 }
 
-/// Fold increments into their FULL and keep each state as an internal snapshot of it
+/// Merge increments into their FULL and keep each state as an internal snapshot
 ///
-/// As 'commit', but no state is lost: the FULL gets an internal snapshot for itself (FULL-BACKUP)
-/// and for each increment, named by its local time (a second one of that name gets a number). 'qemu-img
-/// snapshot -a' goes back to one.
+/// Like 'commit', but no state is lost: the FULL gets an internal snapshot of itself (FULL-BACKUP) and of
+/// each increment, named by its local time (and a number, if there are two). 'qemu-img snapshot -a' goes
+/// back to one.
 #[derive(Debug, Args)]
 pub(super) struct SnapshotRebaseArgs {
     #[command(flatten)]
@@ -97,14 +96,14 @@ pub(super) struct SnapshotRebaseArgs {
 
 /// Merge a chain into one new image file; the backup stays as it is
 ///
-/// The same as 'restore' of the newest point, or of --until, to a file in the FULL's format.
+/// Like 'restore' of the newest point, or of --until, to a file in the FULL's format.
 #[derive(Debug, Args)]
 pub(super) struct MergeArgs {
     #[command(flatten)]
     pub verb: VerbArgs,
-    /// The file to make
+    /// The new file
     target: PathBuf,
-    /// The format of the new file; the FULL's if left out
+    /// The format of the new file [default: that of the FULL]
     #[arg(long, value_enum)]
     format: Option<FileFormat>,
     #[command(flatten)]
@@ -129,7 +128,7 @@ impl VerbArgs {
         locked(&self.dir).map(|(catalog, locks)| (catalog, Some(locks)))
     }
 
-    fn line<'a>(&self, catalog: &'a Catalog) -> Result<Line<'a>> {
+    fn line<'a>(&self, catalog: &'a Catalog) -> Result<ChainSection<'a>> {
         rewrite::select(catalog, &self.filter, self.until.as_deref())
     }
 
@@ -139,10 +138,10 @@ impl VerbArgs {
         if self.dry_run {
             let mut text = String::new();
             steps.iter().for_each(|s| output::push_line(&mut text, s));
-            output::print(&(text + say::UNCHANGED))?;
+            output::print(&(text + verbosity::UNCHANGED))?;
             return Ok(false);
         }
-        log::warn!("{}: this alters the backup itself", path_text(&self.dir));
+        log::warn!("{}: this changes the backup itself", path_text(&self.dir));
         steps.iter().for_each(|s| log::info!("{s}"));
         Ok(true)
     }
@@ -167,7 +166,7 @@ pub(super) fn rebase(args: RebaseArgs) -> Result<()> {
 /// Runs `fleecefs commit`.
 ///
 /// # Errors
-/// See [`FoldPlan`].
+/// See [`FlattenPlan`].
 pub(super) fn commit(args: CommitArgs) -> Result<()> {
     fold(&args.verb, false)
 }
@@ -175,7 +174,7 @@ pub(super) fn commit(args: CommitArgs) -> Result<()> {
 /// Runs `fleecefs snapshot-rebase`.
 ///
 /// # Errors
-/// See [`FoldPlan`].
+/// See [`FlattenPlan`].
 pub(super) fn snapshot_rebase(args: SnapshotRebaseArgs) -> Result<()> {
     fold(&args.verb, true)
 }
@@ -188,13 +187,13 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
         Err(e) if e.kind() == Kind::NotFound => {
             let done = verb.until.as_ref().and_then(|u| rewrite::folded(&catalog, &verb.filter, u));
             let Some(full) = done else { return Err(e) };
-            return output::print(&format!("{} holds that state already\n", path_text(&full)));
+            return output::print(&format!("{} already has that state\n", path_text(&full)));
         }
         line => line?,
     };
-    let plan = FoldPlan::new(&catalog, &line, with_snapshots)?;
+    let plan = FlattenPlan::new(&catalog, &line, with_snapshots)?;
     if plan.increments.is_empty() && !with_snapshots {
-        return output::print("there is nothing to fold\n");
+        return output::print("nothing to merge\n");
     }
     if !verb.announce(&plan.lines())? {
         return Ok(());
@@ -202,7 +201,7 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     plan.execute(&line, verb.skip_check, &work)?;
     let count = plan.increments.len();
     let held = counted(count as u64, "increment");
-    output::print(&format!("{} holds {held}\n", path_text(&plan.full.path)))
+    output::print(&format!("{} has {held}\n", path_text(&plan.full.path)))
 }
 
 /// Runs `fleecefs merge`.
@@ -224,7 +223,7 @@ pub(super) fn merge(mut args: MergeArgs) -> Result<()> {
         let data = human_bytes(plan.totals.data);
         let (name, target) = (path_text(&name), path_text(&args.target));
         let what = format!("restore {name} to {target}: {data} of data\n{note}");
-        return output::print(&(what + say::UNCHANGED));
+        return output::print(&(what + verbosity::UNCHANGED));
     }
     if !args.verb.skip_check {
         // A point that is no chain of single files has nothing to check this way.
@@ -247,14 +246,14 @@ fn format_note(target: &Target) -> String {
     };
     match target.path().and_then(|p| p.extension()) {
         Some(e) if e == other => format!(
-            "note: the file is {format}, as the FULL is, whatever its name says; --format {other} \
-             makes the other\n"
+            "note: the file is {format}, like the FULL, although its name ends in .{other}; \
+             --format {other} makes {other}\n"
         ),
         _ => String::new(),
     }
 }
 
-fn merge_target(args: &MergeArgs, line: &Line) -> Result<Target> {
+fn merge_target(args: &MergeArgs, line: &ChainSection) -> Result<Target> {
     let full = line.disk.stack(line.points[0]);
     let raw = match args.format {
         Some(f) => f == FileFormat::Raw,

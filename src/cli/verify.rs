@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::bar::Bar;
-use super::paths::catalog_told;
+use super::paths::catalog_with_format;
 use super::values::FileFormat;
 use crate::chain::POINT_HELP;
-use crate::chain::scan::Told;
+use crate::chain::scan::FormatOverride;
 use crate::error::{Error, Kind, Result, Severity};
 use crate::manifest::ImageFormat;
 use crate::output;
@@ -18,41 +18,47 @@ use crate::verify::{Options, Outcome, PointReport, Report, asked, verify};
 
 /// Check whether backups are sound
 ///
-/// Looks at the structure of every file, at how the files of a chain fit together, at every
-/// compressed cluster, and compares each file with the hash in its manifest. Without a manifest
-/// with a hash, nobody can tell whether plain data is what was written: such points are "could not
-/// tell", unless something is found wrong. Nothing is repaired; each finding says what to do.
+/// Checks the structure of every file, how the files of a chain fit together, and every compressed
+/// cluster, and compares each file with the hash in its manifest. A point without a hash is "unproven"
+/// unless an error is found: damage of plain data would not be noticed. Nothing is repaired; each finding
+/// tells what to do.
 ///
-/// The exit code is 0 if all points are sound, 18 if one is unsound, 19 if none is unsound and of
-/// one it could not be told.
+/// The exit code is 0 if all points are sound, 18 if one is unsound, 19 if none is unsound and one is
+/// unproven.
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
     /// The backup directory
     pub dir: PathBuf,
-    /// Structure and chain only: reads no data, and says nothing about it
+    /// Check structure and chain only, not the data
     #[arg(long)]
     quick: bool,
     #[arg(long, help = POINT_HELP)]
     point: Option<PathBuf>,
-    /// Only points since then: a date, a time (UTC, as they are shown), or an age such as 7d, 12h, 3w. Of
-    /// what they lie on, structure and chain are checked
+    /// Only points since then: 2026-11-22, 2026-11-22T04:00 (UTC, or with +01:00), 7d, or @SECONDS; of their
+    /// parents, structure and chain are checked
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
-    /// Write manifests with hashes for points that have none, so that later changes are found.
-    /// Points that may lack something (after an unfinished backup, for one) are left out
+    /// Write manifests with hashes for points that have none, so that later changes are found; points that
+    /// may be incomplete (such as after an interrupted backup) are skipped
     #[arg(long, conflicts_with = "quick")]
     create: bool,
-    /// With --create: the format of files whose names say raw and whose contents say qcow2 (or which
-    /// have no such name, and name other files), and of which no manifest says what they are; each
-    /// of them, or that of --point, gets a manifest that says so from now on
+    /// With --create: the format of files whose name and content disagree (raw or qcow2) and that have no
+    /// manifest; it is recorded for all of them, or for that of --point
     #[arg(long, value_enum, requires = "create")]
     format: Option<FileFormat>,
-    /// Threads; as many as processors if left out
-    #[arg(short, long, default_value = "0", hide_default_value = true)]
+    /// Number of threads [default: one per processor]
+    #[arg(
+        long = "workers",
+        alias = "jobs",
+        short_alias = 'j',
+        value_name = "N",
+        default_value = "0",
+        hide_default_value = true
+    )]
     jobs: usize,
-    /// Print the whole report as JSON
+    /// Print JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// Runs `fleecefs verify`.
@@ -67,28 +73,29 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
         FileFormat::Raw => ImageFormat::Raw,
         FileFormat::Qcow2 => ImageFormat::Qcow2,
     });
-    let mut catalog = catalog_told(&args.dir, None)?;
+    let mut catalog = catalog_with_format(&args.dir, None)?;
     let mut options = Options {
         quick: args.quick,
         point: args.point,
         since: args.since,
         jobs: args.jobs,
         create: args.create,
-        told: None,
+        format_override: None,
     };
     if let Some(format) = format {
-        options.told = Some(Told { format, files: asked(&catalog, &options)? });
-        catalog = catalog_told(&args.dir, options.told.clone())?;
+        options.format_override =
+            Some(FormatOverride { format, files: asked(&catalog, &options)? });
+        catalog = catalog_with_format(&args.dir, options.format_override.clone())?;
     }
     let report = verify(&catalog, &options, &Bar::default())?;
-    output::print(&if args.json { output::json_pretty(&report)? } else { text(&report) })?;
+    output::print(&if args.json { output::json_document(&report)? } else { text(&report) })?;
     match report.outcome {
         Outcome::Sound => Ok(()),
         Outcome::Unsound => {
             Err(Error::new(Kind::Unsound, "the backup is unsound").at_path(&args.dir))
         }
         Outcome::Unproven => {
-            let what = "nothing is known to be wrong, but not everything could be proved";
+            let what = "no error found, but not everything can be verified";
             Err(Error::new(Kind::Unproven, what)
                 .at_path(&args.dir)
                 .remedy("'fleecefs verify --create' records hashes for points that have none"))
@@ -115,7 +122,7 @@ fn text(report: &Report) -> String {
     output::push_line(
         &mut out,
         format!(
-            "{} sound, {} unsound, {} could not tell{}",
+            "{} sound, {} unsound, {} unproven{}",
             count(Outcome::Sound),
             count(Outcome::Unsound),
             count(Outcome::Unproven),
@@ -124,8 +131,8 @@ fn text(report: &Report) -> String {
     );
     let recorded = report.points.iter().filter(|p| p.recorded).count();
     if recorded > 0 {
-        let written = counted(recorded as u64, "manifest");
-        output::push_line(&mut out, format!("{written} written: from now on changes are found"));
+        let points = counted(recorded as u64, "point");
+        output::push_line(&mut out, format!("{points} recorded: later changes will be found"));
     }
     out
 }
@@ -133,7 +140,7 @@ fn text(report: &Report) -> String {
 fn line(p: &PointReport) -> String {
     let word = match p.outcome {
         Outcome::Sound => "sound",
-        Outcome::Unproven => "could not tell",
+        Outcome::Unproven => "unproven",
         Outcome::Unsound => "UNSOUND",
     };
     let path = path_text(&p.disk.join(&p.point));

@@ -13,11 +13,11 @@ use crate::progress::Progress;
 /// Options of long work.
 #[derive(Debug, Args)]
 pub(super) struct WorkArgs {
-    /// Threads that read and write; by default as many as there are processors, at least 4, at most 8
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    /// Number of threads that read and write [default: one per processor, 4 to 8]
+    #[arg(long, alias = "jobs", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
-    /// At most this many bytes per second (K, M, G are understood); 0 means no limit
-    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = crate::units::parse_bytes)]
+    /// At most this many bytes per second (K, M, G); 0: no limit
+    #[arg(long, alias = "speed-limit", value_name = "BYTES", default_value = "0", value_parser = crate::units::parse_bytes)]
     pub rate_limit: u64,
 }
 

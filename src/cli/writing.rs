@@ -90,13 +90,13 @@ fn of_others(root: &Path, who: ForeignOwner) -> String {
     let path = path_text(root);
     match who {
         ForeignOwner::User(uid) => format!(
-            "{path}: belongs to {}, who can change or remove what is written there; work as that \
-             user with --as-owner, or make it your own (chown)",
+            "{path}: belongs to {}, who can change or remove backups there; use --as-owner, or \
+             chown it",
             privileges::name_of(uid)
         ),
         ForeignOwner::Others => format!(
-            "{path}: others may write there too, and change or remove what is written; if that is \
-             not meant: chmod go-w"
+            "{path}: other users may write there, and change or remove backups; if that is not \
+             intended: chmod go-w"
         ),
     }
 }

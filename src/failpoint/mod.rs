@@ -1,13 +1,13 @@
 //! Hooks for tests: a run can be counted step by step, killed or stopped at a step, held, and made to take
-//! the ways that only few meet.
+//! paths that few runs take.
 //!
 //! They are in the program only with the cargo feature `failpoint`, which tests have (by way of the package's
 //! dev-dependency on itself) and users' builds have not; there, nothing is left of them (`off`). With it (`on`)
 //! the environment says what to do:
 //!
-//! - `FLEECEFS_CRASH_AT=N`: SIGKILL when step N is reached. A step is a command about to be sent, its answer,
-//!   an awaited event, or a change on disk; commands that only ask, one after the other, are one step together.
-//!   The crash matrix (tests/crash.rs) walks through all of them
+//! - `FLEECEFS_CRASH_AT=N`: SIGKILL when step N is reached; with a name, at the first of that name. A step is a
+//!   command about to be sent, its answer, an awaited event, or a change on disk; commands that only ask, one
+//!   after the other, are one step together. The crash matrix (tests/slow/crash.rs) walks through all of them
 //! - `FLEECEFS_HANG_AT=NAME`: SIGSTOP at the steps of that name; with a number, at that step
 //! - `FLEECEFS_STEPS=FILE`: appends a line per step to that file
 //! - `FLEECEFS_STEPS_ALL=1`: each command is a step of its own, and so is each answer
@@ -27,7 +27,9 @@ mod on;
 
 #[cfg(not(feature = "failpoint"))]
 pub(crate) use off::{
-    answer_timeout, barrier, hold, is_blind, keep_from, step, step_of, walks_all,
+    answer_timeout, barrier, hides_status, hold, keep_from, step, step_of, walks_all,
 };
 #[cfg(feature = "failpoint")]
-pub(crate) use on::{answer_timeout, barrier, hold, is_blind, keep_from, step, step_of, walks_all};
+pub(crate) use on::{
+    answer_timeout, barrier, hides_status, hold, keep_from, step, step_of, walks_all,
+};

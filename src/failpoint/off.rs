@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-/// Nothing.
+/// Does nothing.
 #[inline(always)]
 pub(crate) fn step(_name: &str) {}
 
-/// Nothing.
+/// Does nothing.
 #[inline(always)]
 pub(crate) fn step_of(_what: &str, _command: &str) {}
 
@@ -16,7 +16,7 @@ pub(crate) fn step_of(_what: &str, _command: &str) {}
 #[inline(always)]
 pub(crate) fn keep_from(_command: &mut Command) {}
 
-/// As it is.
+/// Returns what it got.
 #[inline(always)]
 pub(crate) fn answer_timeout(usual: Duration) -> Duration {
     usual
@@ -36,7 +36,7 @@ pub(crate) fn walks_all() -> bool {
 
 /// Never.
 #[inline(always)]
-pub(crate) fn is_blind() -> bool {
+pub(crate) fn hides_status() -> bool {
     false
 }
 

@@ -21,7 +21,7 @@ const BLIND: &str = "FLEECEFS_BLIND";
 const BARRIER: &str = "FLEECEFS_BARRIER";
 
 struct Hook {
-    crash_at: Option<u64>,
+    crash_at: Option<String>,
     hang_at: Option<String>,
     trace: Option<OsString>,
     all: bool,
@@ -39,7 +39,7 @@ fn number(variable: &str) -> Option<u64> {
 
 fn hook() -> &'static Hook {
     HOOK.get_or_init(|| Hook {
-        crash_at: number(CRASH_AT),
+        crash_at: std::env::var(CRASH_AT).ok(),
         hang_at: std::env::var(HANG_AT).ok(),
         trace: std::env::var_os(STEPS),
         all: std::env::var_os(STEPS_ALL).is_some(),
@@ -59,10 +59,12 @@ fn count(name: &str) {
     if let Some(path) = &hook.trace {
         trace(path, n, name);
     }
-    if hook.crash_at == Some(n) {
+    let is_here =
+        |at: &Option<String>| at.as_deref().is_some_and(|at| at == name || at.parse() == Ok(n));
+    if is_here(&hook.crash_at) {
         send(Signal::KILL);
     }
-    if hook.hang_at.as_deref().is_some_and(|at| at == name || at == n.to_string()) {
+    if is_here(&hook.hang_at) {
         send(Signal::STOP);
     }
 }
@@ -127,7 +129,7 @@ pub(crate) fn walks_all() -> bool {
 }
 
 /// Whether frozen views count as those of a QEMU that needs care.
-pub(crate) fn is_blind() -> bool {
+pub(crate) fn hides_status() -> bool {
     std::env::var_os(BLIND).is_some()
 }
 

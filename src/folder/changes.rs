@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, RenameFlags};
 
-use super::{FileId, Folder, absent_is_none, lesser, plain, temp};
+use super::{FileId, Folder, absent_is_none, degraded, plain, temp};
 
 impl Folder {
     /// Makes a symbolic link with this text.
@@ -25,8 +25,8 @@ impl Folder {
     pub fn set_link(&self, text: &Path, name: impl AsRef<OsStr>) -> io::Result<()> {
         let interim = temp::random_name()?;
         match self.make_link(text, &interim) {
-            Err(e) if lesser::is_refusal(&e) => {
-                lesser::Lacking::Links.tell(&self.join(name));
+            Err(e) if degraded::is_refusal(&e) => {
+                degraded::MissingFeature::Links.tell(&self.join(name));
                 return Ok(());
             }
             made => made?,
@@ -93,7 +93,7 @@ impl Folder {
                     return Err(Errno::EXIST.into());
                 }
                 log::debug!(
-                    "{}: this file system cannot rename without replacing: checked, then renamed",
+                    "{}: this file system has no RENAME_NOREPLACE: checked, then renamed",
                     crate::text::path_text(&to.join(new))
                 );
                 self.rename(from, to, new)

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{FileId, Folder, lesser, refused};
+use super::{FileId, Folder, degraded, refused};
 
 /// How often somebody may take a lock file's name away while it is being locked.
 const TRIES: usize = 16;
@@ -85,7 +85,7 @@ impl Lock {
             match Locked::of(&file)? {
                 Locked::Other => return Ok(None),
                 Locked::Own => {}
-                Locked::Without => lesser::Lacking::Locks.tell(&folder.join(name)),
+                Locked::Without => degraded::MissingFeature::Locks.tell(&folder.join(name)),
             }
             // Its last holder may have removed it before it was locked here.
             let there = super::absent_is_none(folder.look(name))?;
@@ -93,7 +93,7 @@ impl Lock {
                 return Ok(Some(Lock { file }));
             }
         }
-        Err(refused("the lock file is exchanged again and again"))
+        Err(refused("the lock file is replaced again and again"))
     }
 
     /// The open lock file.

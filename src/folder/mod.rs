@@ -18,24 +18,24 @@
 
 #![allow(clippy::disallowed_methods)]
 
-mod asked;
 mod changes;
+mod degraded;
 mod file_id;
-mod fixed;
+mod file_mode;
 mod handle;
-mod held;
-mod lesser;
 mod lock;
 mod made;
 mod name;
-pub(crate) mod named;
-mod once;
+mod one_shot;
 mod open;
 mod owner;
 mod resolve;
-mod share;
+mod stat_timeout;
 pub(crate) mod system;
 mod temp;
+mod undeletable;
+mod unnamed;
+pub(crate) mod user_paths;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
@@ -43,27 +43,28 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Mode, OFlags};
 
-pub use asked::{ask, ask_within, is_on_fuse, mount_number, within};
-pub use file_id::FileId;
-pub use fixed::Fixed;
-pub use handle::Handle;
-pub use held::reopen;
-pub use lesser::{STANDING, set_modified, set_times};
-pub use lock::{Lock, Locked, is_in_use, qemu_writes};
-pub use made::{Made, Moment, NewNode};
-pub use name::{PlainName, plain};
-pub use once::{
+pub use self::file_mode::FileMode;
+pub use self::one_shot::{
     entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
     pin, read_small, remove_if_there, write_shared, write_whole,
 };
+pub use self::stat_timeout::{ask, ask_within, is_on_fuse, mount_number, within};
+pub use self::undeletable::Undeletable;
+pub use self::unnamed::reopen;
+pub use degraded::{STANDING, set_modified, set_times};
+pub use file_id::FileId;
+pub use handle::Handle;
+pub use lock::{Lock, Locked, is_in_use, qemu_writes};
+pub use made::{Made, Moment, NewNode};
+pub use name::{PlainName, plain};
 pub use open::Access;
 use open::refused;
 pub use owner::{ForeignOwner, check_private, check_unchangeable, foreign_owner};
-pub use resolve::{Way, resolve, resolve_place, resolve_target, resolve_to_make, way};
-pub use share::Share;
+pub use resolve::{ResolvedPath, resolve, resolve_path, resolve_target, resolve_to_make, way};
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
@@ -114,7 +115,7 @@ impl Folder {
     pub fn of(path: &Path) -> io::Result<(Self, OsString)> {
         let path = std::path::absolute(path)?;
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"));
         };
         Ok((Folder::open(parent)?, name.to_os_string()))
     }
@@ -177,6 +178,22 @@ impl Folder {
     /// What the operating system said, `NotFound` among it.
     pub fn look(&self, name: impl AsRef<OsStr>) -> io::Result<Metadata> {
         self.probe(name.as_ref())?.metadata()
+    }
+
+    /// When the plain file `name` was last written to; `None` if that is none.
+    ///
+    /// # Errors
+    /// What the operating system said, `NotFound` among it.
+    pub fn modified(&self, name: impl AsRef<OsStr>) -> io::Result<Option<SystemTime>> {
+        let name = plain(name.as_ref())?;
+        let meta = rustix::fs::statat(&self.fd, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
+        let since = |seconds: u64| Duration::new(seconds, meta.st_mtime_nsec as u32);
+        let time = match u64::try_from(meta.st_mtime) {
+            Ok(seconds) => SystemTime::UNIX_EPOCH.checked_add(since(seconds)),
+            Err(_) => Some(SystemTime::UNIX_EPOCH),
+        };
+        let is_file = rustix::fs::FileType::from_raw_mode(meta.st_mode).is_file();
+        Ok(time.filter(|_| is_file))
     }
 
     /// Whether `name` is there, as anything at all.
@@ -333,7 +350,7 @@ impl Folder {
     /// What the operating system said.
     pub fn sync(&self) -> io::Result<()> {
         let synced = self.reopen().and_then(|fd| Ok(rustix::fs::fsync(fd)?));
-        lesser::without(synced, lesser::Lacking::FolderSync, &self.path)
+        degraded::without(synced, degraded::MissingFeature::FolderSync, &self.path)
     }
 
     /// Space on its file system.
@@ -357,7 +374,7 @@ impl Folder {
     /// # Errors
     /// What the operating system said.
     pub fn write_whole(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> io::Result<()> {
-        self.write_shared(name, bytes, Share::default())
+        self.write_shared(name, bytes, FileMode::default())
     }
 
     /// A new file in this folder that has no name yet, or one that nobody can guess.
@@ -431,11 +448,12 @@ fn kind_of_file(meta: &Metadata) -> EntryKind {
 /// What the operating system said; a refusal if it is longer.
 pub fn read_bounded(file: File, max: u64) -> io::Result<Vec<u8>> {
     let too_large = || refused("the file is larger than such a file can be");
-    if file.metadata()?.len() > max {
+    let len = file.metadata()?.len();
+    if len > max {
         return Err(too_large());
     }
-    // It may grow meanwhile.
-    let mut bytes = Vec::new();
+    // It may grow meanwhile. With room for the end to be seen, it is read by one call.
+    let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0).saturating_add(64));
     file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
     match bytes.len() as u64 > max {
         true => Err(too_large()),

@@ -40,7 +40,7 @@ pub fn check_private(path: &Path) -> Result<()> {
 /// As [`check_private`].
 pub fn check_unchangeable(path: &Path, remedy: &str) -> Result<()> {
     for folder in path.ancestors() {
-        let failed = |e| Error::io(e, "cannot look at the folder").at_path(folder);
+        let failed = |e| Error::io(e, "cannot check the folder").at_path(folder);
         let held = Folder::open(folder).map_err(failed)?;
         let meta = held.metadata().map_err(failed)?;
         let sticky = folder != path && meta.mode() & STICKY != 0;

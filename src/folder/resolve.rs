@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
-use super::asked::remembered;
+use super::stat_timeout::remembered;
 use super::{absent_is_none, look, refused};
 
 /// How many links are followed: as many as Linux does.
@@ -21,7 +21,7 @@ const LINKS: usize = 40;
 /// # Errors
 /// What the operating system said; a refusal where a link of somebody else's leads to what isn't his.
 pub fn resolve(path: &Path) -> io::Result<PathBuf> {
-    let real = resolve_place(path)?;
+    let real = resolve_path(path)?;
     look(&real)?;
     Ok(real)
 }
@@ -30,25 +30,25 @@ pub fn resolve(path: &Path) -> io::Result<PathBuf> {
 ///
 /// # Errors
 /// As [`resolve`].
-pub fn resolve_place(path: &Path) -> io::Result<PathBuf> {
+pub fn resolve_path(path: &Path) -> io::Result<PathBuf> {
     let path = std::path::absolute(path)?;
-    Walk::default().follow(PathBuf::from("/"), &path)
+    PathWalk::default().follow(PathBuf::from("/"), &path)
 }
 
 /// What decides where a path leads.
-pub struct Way {
-    /// Where it leads, as [`resolve_place`] says.
+pub struct ResolvedPath {
+    /// Where it leads, as [`resolve_path`] says.
     pub real: io::Result<PathBuf>,
     /// Each name that was looked up for that, in its folder, which has no link on its path. The last one
     /// is missing if the path leads nowhere.
     pub names: Vec<(PathBuf, OsString)>,
 }
 
-/// Resolves `path` as [`resolve_place`] does and says what that depends on.
-pub fn way(path: &Path) -> Way {
-    let mut walk = Walk::default();
+/// Resolves `path` as [`resolve_path`] does and says what that depends on.
+pub fn way(path: &Path) -> ResolvedPath {
+    let mut walk = PathWalk::default();
     let real = std::path::absolute(path).and_then(|p| walk.follow(PathBuf::from("/"), &p));
-    Way { real, names: walk.names }
+    ResolvedPath { real, names: walk.names }
 }
 
 /// As [`resolve`], of something that need not exist yet: its folder has to.
@@ -86,13 +86,13 @@ pub fn resolve_to_make(path: &Path) -> io::Result<PathBuf> {
 
 /// A path that is being resolved.
 #[derive(Default)]
-struct Walk {
+struct PathWalk {
     /// How many links were followed.
     links: usize,
     names: Vec<(PathBuf, OsString)>,
 }
 
-impl Walk {
+impl PathWalk {
     /// Walks `path` from `base`, which has no links.
     fn follow(&mut self, base: PathBuf, path: &Path) -> io::Result<PathBuf> {
         let mut at = if path.is_absolute() { PathBuf::from("/") } else { base };
@@ -127,7 +127,7 @@ impl Walk {
         let own = rustix::process::geteuid().as_raw();
         if owner != 0 && owner != own && look(&end)?.uid() != owner {
             return Err(refused(
-                "a symbolic link of another user leads to what does not belong to him",
+                "a symbolic link of another user leads to something that user does not own",
             ));
         }
         Ok(end)

@@ -95,7 +95,7 @@ pub(crate) fn device(path: &Path) -> io::Result<File> {
     let is_device = file.metadata()?.file_type().is_char_device();
     match path.starts_with("/dev") && is_device {
         true => Ok(file),
-        false => Err(refused("this is no device")),
+        false => Err(refused("this is not a device")),
     }
 }
 

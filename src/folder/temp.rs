@@ -72,7 +72,7 @@ impl Temp {
                 return Ok(Temp { folder, file, name: Some(name) });
             }
         }
-        Err(super::refused("the temporary file is exchanged again and again"))
+        Err(super::refused("the temporary file is replaced again and again"))
     }
 
     /// Its random name, if it has one.
@@ -113,7 +113,7 @@ impl Temp {
         let name = plain(name.as_ref())?;
         self.file.sync_all()?;
         if self.name.is_none() && replace == Replace::Yes {
-            self.name_for_a_moment()?;
+            self.name_temporarily()?;
         }
         match (&self.name, replace) {
             (None, _) => link_unnamed(&self.file, to, name)?,
@@ -126,7 +126,7 @@ impl Temp {
 
     /// Gives an unnamed file a random name: only what has a name replaces another by renaming. Whoever
     /// sweeps just then sees by the lock that its maker lives.
-    pub(super) fn name_for_a_moment(&mut self) -> io::Result<()> {
+    pub(super) fn name_temporarily(&mut self) -> io::Result<()> {
         Locked::of(&self.file)?;
         let interim = random_name()?;
         link_unnamed(&self.file, &self.folder, &interim)?;

@@ -2,7 +2,7 @@ use super::*;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-fn scene() -> (tempfile::TempDir, Folder) {
+fn test_folder() -> (tempfile::TempDir, Folder) {
     let dir = tempfile::tempdir().unwrap();
     let folder = Folder::open(&dir.path().canonicalize().unwrap()).unwrap();
     (dir, folder)
@@ -21,7 +21,7 @@ fn fifo(path: &Path) {
 
 #[test]
 fn only_plain_names_are_names() {
-    let (_dir, folder) = scene();
+    let (_dir, folder) = test_folder();
     for bad in ["", ".", "..", "a/b", "/etc/passwd", "a\0b", &"x".repeat(256)] {
         assert!(PlainName::new(bad).is_err(), "{bad:?}");
         assert!(folder.create_new(bad).is_err(), "{bad:?}");
@@ -35,7 +35,7 @@ fn only_plain_names_are_names() {
 
 #[test]
 fn links_are_followed_nowhere() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     std::fs::create_dir(dir.path().join("real")).unwrap();
     std::fs::write(dir.path().join("real/file"), "x").unwrap();
     symlink("real", dir.path().join("link")).unwrap();
@@ -55,7 +55,7 @@ fn links_are_followed_nowhere() {
 
 #[test]
 fn the_walk_by_hand_refuses_links_too() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     std::fs::create_dir_all(dir.path().join("real/deep")).unwrap();
     symlink("real", dir.path().join("link")).unwrap();
     let walk = |p: &str| {
@@ -75,7 +75,7 @@ fn the_walk_by_hand_refuses_links_too() {
 
 #[test]
 fn pipes_and_long_files_neither_block_nor_fill_the_memory() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     fifo(&dir.path().join("pipe"));
     assert!(is_refused(folder.open_file("pipe").unwrap_err()));
     assert!(is_refused(folder.read_small("pipe", 10).unwrap_err()));
@@ -88,7 +88,7 @@ fn pipes_and_long_files_neither_block_nor_fill_the_memory() {
 
 #[test]
 fn what_has_two_names_is_not_changed_in_place() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     std::fs::write(dir.path().join("a"), "x").unwrap();
     drop(folder.open_with("a", Access::ReadWrite).unwrap());
     std::fs::hard_link(dir.path().join("a"), dir.path().join("b")).unwrap();
@@ -98,7 +98,7 @@ fn what_has_two_names_is_not_changed_in_place() {
 
 #[test]
 fn a_file_appears_whole_or_not_at_all() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     for named in [false, true] {
         let make = || match named {
             true => Temp::create_named(folder.try_clone().unwrap()).unwrap(),
@@ -124,7 +124,7 @@ fn a_file_appears_whole_or_not_at_all() {
 
 #[test]
 fn a_link_in_the_place_of_a_file_is_replaced_and_not_followed() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     std::fs::write(dir.path().join("victim"), "v").unwrap();
     symlink("victim", dir.path().join("name")).unwrap();
     folder.write_whole("name", b"new").unwrap();
@@ -134,7 +134,7 @@ fn a_link_in_the_place_of_a_file_is_replaced_and_not_followed() {
 
 #[test]
 fn only_what_a_killed_run_left_is_swept() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     let living = Temp::create_named(folder.try_clone().unwrap()).unwrap();
     std::fs::write(dir.path().join(format!("{TEMPORARY}dead")), "x").unwrap();
     std::fs::write(dir.path().join(".disk.fleecefs-partial"), "x").unwrap();
@@ -148,11 +148,11 @@ fn only_what_a_killed_run_left_is_swept() {
 /// Between the two steps in which an unnamed file takes the place of another.
 #[test]
 fn what_is_just_being_published_is_not_swept() {
-    let (_dir, folder) = scene();
+    let (_dir, folder) = test_folder();
     let mut temp = folder.temp().unwrap();
     temp.file().write_all(b"new").unwrap();
     if temp.name().is_none() {
-        temp.name_for_a_moment().unwrap();
+        temp.name_temporarily().unwrap();
     }
     let name = temp.name().unwrap().to_os_string();
     assert_eq!(sweep(&folder, &[]).unwrap(), 0);
@@ -164,7 +164,7 @@ fn what_is_just_being_published_is_not_swept() {
 
 #[test]
 fn renaming_replaces_nothing_and_finishes_what_was_half_done() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     std::fs::write(dir.path().join("a"), "a").unwrap();
     std::fs::write(dir.path().join("b"), "b").unwrap();
     let e = folder.rename_new("a", &folder, "b").unwrap_err();
@@ -180,7 +180,7 @@ fn renaming_replaces_nothing_and_finishes_what_was_half_done() {
 
 #[test]
 fn removal_looks_at_what_it_removes() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     std::fs::write(dir.path().join("a"), "a").unwrap();
     let id = FileId::of(&folder.look("a").unwrap());
     std::fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
@@ -191,8 +191,26 @@ fn removal_looks_at_what_it_removes() {
 }
 
 #[test]
+fn times_are_those_of_plain_files_and_of_nothing_else() {
+    let (dir, folder) = test_folder();
+    let file = File::create(dir.path().join("f")).unwrap();
+    let old = SystemTime::UNIX_EPOCH;
+    for time in [old, old + Duration::new(1_700_000_000, 5), SystemTime::now()] {
+        file.set_modified(time).unwrap();
+        assert_eq!(folder.modified("f").unwrap(), Some(time));
+    }
+    file.set_modified(old - Duration::from_secs(7)).unwrap();
+    assert_eq!(folder.modified("f").unwrap(), Some(old), "as if it were the first");
+    symlink("f", dir.path().join("to-f")).unwrap();
+    std::fs::create_dir(dir.path().join("sub")).unwrap();
+    assert_eq!((folder.modified("to-f").unwrap(), folder.modified("sub").unwrap()), (None, None));
+    assert_eq!(folder.modified("none").unwrap_err().kind(), io::ErrorKind::NotFound);
+    assert!(folder.modified("sub/f").is_err());
+}
+
+#[test]
 fn a_folder_that_was_exchanged_is_still_the_one_that_was_opened() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     std::fs::create_dir(dir.path().join("disk")).unwrap();
     std::fs::write(dir.path().join("disk/a"), "mine").unwrap();
     let disk = folder.folder("disk").unwrap();
@@ -204,7 +222,7 @@ fn a_folder_that_was_exchanged_is_still_the_one_that_was_opened() {
 
 #[test]
 fn links_on_the_command_line_are_followed_if_they_are_ours() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     std::fs::create_dir(dir.path().join("real")).unwrap();
     symlink("real", dir.path().join("link")).unwrap();
     symlink("link", dir.path().join("second")).unwrap();
@@ -223,7 +241,7 @@ fn a_link_of_another_user_leads_only_to_what_is_his() {
         println!("skipped: a_link_of_another_user_leads_only_to_what_is_his (needs root)");
         return;
     }
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     for (name, owner) in [("ours", 0), ("his", 65534)] {
         std::fs::create_dir(dir.path().join(name)).unwrap();
         std::os::unix::fs::chown(dir.path().join(name), Some(owner), None).unwrap();
@@ -247,7 +265,7 @@ fn a_link_of_another_user_leads_only_to_what_is_his() {
 
 #[test]
 fn missing_folders_are_made_private() {
-    let (_dir, folder) = scene();
+    let (_dir, folder) = test_folder();
     let made = make_folders(&folder.join("a/b/c")).unwrap();
     make_folders(&folder.join("a/b/c")).unwrap();
     assert_eq!(made.path(), folder.join("a/b/c"));
@@ -256,7 +274,7 @@ fn missing_folders_are_made_private() {
 
 #[test]
 fn a_lock_is_exclusive_and_goes_with_its_holder() {
-    let (_dir, folder) = scene();
+    let (_dir, folder) = test_folder();
     let held = folder.lock("lock").unwrap().unwrap();
     assert!(folder.lock("lock").unwrap().is_none());
     drop(held);
@@ -265,7 +283,7 @@ fn a_lock_is_exclusive_and_goes_with_its_holder() {
 
 #[test]
 fn a_file_without_a_name_is_opened_again_and_gets_none() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     let Some(file) = folder.create_unnamed().unwrap() else { return };
     file.set_len(4096).unwrap();
     let again = reopen(&file, Access::ReadWrite).unwrap();
@@ -279,7 +297,7 @@ fn a_file_without_a_name_is_opened_again_and_gets_none() {
 
 #[test]
 fn a_name_is_compared_with_a_held_file() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     let file = folder.create_new("a").unwrap();
     assert!(folder.is_same("a", &file).unwrap());
     std::fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
@@ -290,7 +308,7 @@ fn a_name_is_compared_with_a_held_file() {
 
 #[test]
 fn sockets_are_made_private() {
-    let (_dir, folder) = scene();
+    let (_dir, folder) = test_folder();
     let _listener = folder.listen("s").unwrap();
     assert_eq!(folder.look("s").unwrap().mode() & 0o777, 0o600);
     assert!(folder.listen("s").is_err());
@@ -298,7 +316,7 @@ fn sockets_are_made_private() {
 
 #[test]
 fn a_log_is_appended_to_and_nothing_else_is_written() {
-    let (dir, folder) = scene();
+    let (dir, folder) = test_folder();
     for _ in 0..2 {
         folder.append("log").unwrap().write_all(b"x").unwrap();
     }

@@ -71,7 +71,7 @@ pub fn attr(node: &Node, tree: &Tree, owner: Owner, status_size: impl FnOnce() -
     Attr { ino: node.ino, size, blocks, time, kind, perm, nlink, uid: owner.uid, gid: owner.gid }
 }
 
-/// Allocated blocks: exact once the whole disk was folded, before that what the files take. Tools
+/// Allocated blocks: exact once the whole disk was merged, before that what the files take. Tools
 /// look for holes only where this is less than the size, and skip files where it is 0: so never 0
 /// where there may be data, and below the size as long as there may be holes.
 fn blocks(file: &PointFile) -> u64 {

@@ -32,9 +32,10 @@ pub(crate) struct Running {
 /// The whole text. Paths that are not UTF-8 have `\xNN` in them, as in `list`.
 #[derive(Serialize)]
 struct Status<'a> {
+    format_version: u32,
     fleecefs: &'static str,
     pid: u32,
-    backups: String,
+    root: String,
     scanned: String,
     #[serde(flatten)]
     running: Running,
@@ -44,20 +45,20 @@ struct Status<'a> {
 
 #[derive(Serialize)]
 struct DiskStatus<'a> {
-    path: String,
+    disk: String,
     chains: Vec<ChainStatus<'a>>,
     findings: &'a [Finding],
 }
 
 #[derive(Serialize)]
 struct ChainStatus<'a> {
-    name: &'a str,
+    chain: &'a str,
     points: Vec<PointStatus<'a>>,
 }
 
 #[derive(Serialize)]
 struct PointStatus<'a> {
-    name: &'a str,
+    point: &'a str,
     level: Level,
     parent: Option<&'a str>,
     time: String,
@@ -65,9 +66,10 @@ struct PointStatus<'a> {
     own_bytes: u64,
     /// `crash`, `file-system`, `paused` or `unknown`.
     consistency: &'static str,
-    source: String,
+    /// Its image, below the backup directory.
+    file: String,
     /// Below the mount point; `null` if the point is not served.
-    file: Option<String>,
+    mounted: Option<String>,
     /// Why it is not served.
     #[serde(skip_serializing_if = "Option::is_none")]
     unavailable: Option<&'a Finding>,
@@ -85,9 +87,10 @@ pub(crate) fn render(tree: &Tree, running: Running) -> Vec<u8> {
     let root = &tree.catalog.root;
     let disks = tree.catalog.disks.iter().enumerate();
     let status = Status {
+        format_version: crate::output::JSON_VERSION,
         fleecefs: env!("CARGO_PKG_VERSION"),
         pid: std::process::id(),
-        backups: to_text(root.as_os_str()),
+        root: to_text(root.as_os_str()),
         scanned: scanned(tree.built),
         running,
         disks: disks.map(|(index, disk)| disk_status(index, disk, root, &served)).collect(),
@@ -111,29 +114,29 @@ fn disk_status<'a>(
     for (p, point) in disk.points.iter().enumerate() {
         let mut status = point_status(disk, point, root);
         if let Some((path, bad)) = served.get(&(index, p)) {
-            status.file = Some(to_text(path.as_os_str()));
+            status.mounted = Some(to_text(path.as_os_str()));
             status.bad_ranges = bad.len();
         }
         let chain = *chain_index.entry(&point.chain).or_insert_with(|| {
-            chains.push(ChainStatus { name: &point.chain, points: Vec::new() });
+            chains.push(ChainStatus { chain: &point.chain, points: Vec::new() });
             chains.len() - 1
         });
         chains[chain].points.push(status);
     }
-    DiskStatus { path: to_text(disk.path.as_os_str()), chains, findings: &disk.findings }
+    DiskStatus { disk: to_text(disk.path.as_os_str()), chains, findings: &disk.findings }
 }
 
 fn point_status<'a>(disk: &'a Disk, point: &'a Point, root: &Path) -> PointStatus<'a> {
     PointStatus {
-        name: &point.name,
+        point: &point.name,
         level: point.level,
         parent: point.parent.and_then(|p| disk.points.get(p)).map(|p| p.name.as_str()),
         time: time_text(point.time),
         size: point.size,
         own_bytes: point.own_bytes,
         consistency: Achieved::word(point.consistency),
-        source: to_text(point.source.strip_prefix(root).unwrap_or(&point.source).as_os_str()),
-        file: None,
+        file: to_text(point.source.strip_prefix(root).unwrap_or(&point.source).as_os_str()),
+        mounted: None,
         unavailable: point.unavailable.as_ref(),
         bad_ranges: 0,
     }
@@ -144,7 +147,7 @@ fn scanned(built: SystemTime) -> String {
     time_text(i64::try_from(since.as_secs()).unwrap_or(0))
 }
 
-/// What belongs to no disk, and what reading turned up. Points that lie on each other find the
+/// What belongs to no disk, and what reading turned up. Points that depend on each other find the
 /// same; it is told once.
 fn all_findings(tree: &Tree, served: &Served) -> Vec<Finding> {
     let mut all: Vec<Finding> = tree.catalog.findings.clone();

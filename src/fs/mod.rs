@@ -1,4 +1,4 @@
-//! The file system behind the mount point, without a word about FUSE.
+//! The file system behind the mount point, without FUSE itself.
 //!
 //! State:
 //! - the current [`Tree`], swapped as a whole by [`FileSystem::install`];
@@ -8,20 +8,20 @@
 //!
 //! A read goes from its handle to the image: it takes no lock, allocates nothing here and never
 //! looks at the tree. So a refresh cannot disturb it, and its file stays the generation that was
-//! opened. `known` is locked for a moment by lookups and forgets, and by nobody for longer.
+//! opened. `known` is locked briefly by lookups and forgets, and by nobody for longer.
 
 pub mod attr;
 pub mod buffer;
 pub(crate) mod control;
 pub(crate) mod handle;
-pub(crate) mod lane;
+mod idle_threads;
 pub(crate) mod names;
 mod node;
 mod number;
-mod place;
 pub(crate) mod point;
 pub mod readers;
-mod rest;
+mod root_watch;
+pub(crate) mod slow_pool;
 pub(crate) mod space;
 pub mod tree;
 pub mod watch;
@@ -36,13 +36,13 @@ use arc_swap::ArcSwap;
 
 use crate::chain::Catalog;
 use crate::error::{Error, Kind};
-use crate::image::{Cache, Held, Image, Wanted};
+use crate::image::{Cache, HeldPoint, Image, RangeKind};
 use attr::{Attr, Owner};
 use control::Running;
 use handle::Handles;
-use lane::Lane;
 use point::PointFile;
-use space::{Free, Room};
+use slow_pool::SlowPool;
+use space::{DiskSpace, Free};
 use tree::{Changes, EntryKind, Node, NodeKind, ROOT, Tree};
 use watch::{Mode, Waker};
 
@@ -55,20 +55,20 @@ pub struct Space {
     /// Bytes that the backups take on disk.
     pub used: u64,
     /// Bytes that are free there.
-    pub room: Room,
+    pub room: DiskSpace,
     /// Inodes.
     pub files: u64,
 }
 
 /// What an open file reads from.
 enum OpenFile {
-    Point(Arc<PointFile>, #[expect(dead_code, reason = "lives as long as it is open")] Held),
+    Point(Arc<PointFile>, #[expect(dead_code, reason = "lives as long as it is open")] HeldPoint),
     Status(Vec<u8>),
 }
 
 /// What a read has to wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Waits {
+pub enum WaitsFor {
     /// Nothing.
     No,
     /// Storage, which may not answer.
@@ -84,7 +84,7 @@ pub struct OpenDir {
 }
 
 /// An inode that the kernel holds.
-struct Known {
+struct KnownInode {
     lookups: u64,
     node: Arc<Node>,
 }
@@ -104,7 +104,7 @@ pub struct Listed {
 /// The file system.
 pub struct FileSystem {
     tree: ArcSwap<Tree>,
-    known: Mutex<HashMap<u64, Known>>,
+    known: Mutex<HashMap<u64, KnownInode>>,
     files: Handles<OpenFile>,
     dirs: Handles<OpenDir>,
     cache: Arc<Cache>,
@@ -163,7 +163,7 @@ impl FileSystem {
         self.tree.load_full()
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<u64, KnownInode>> {
         self.known.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -209,7 +209,7 @@ impl FileSystem {
     }
 
     /// Finds `name` in the folder `parent`; the kernel holds the result until [`Self::forget`]. `.` is
-    /// `parent` itself, which need not be a folder, and `..` what it lies in: so a number that the
+    /// `parent` itself, which need not be a folder, and `..` what it is in: so a number that the
     /// kernel has forgotten and somebody else, an NFS client, has not, is found again.
     ///
     /// # Errors
@@ -237,7 +237,7 @@ impl FileSystem {
     pub fn remember(&self, node: &Arc<Node>) {
         let mut known = self.known();
         let entry =
-            known.entry(node.ino).or_insert_with(|| Known { lookups: 0, node: node.clone() });
+            known.entry(node.ino).or_insert_with(|| KnownInode { lookups: 0, node: node.clone() });
         entry.lookups = entry.lookups.saturating_add(1);
         entry.node = node.clone();
     }
@@ -276,13 +276,13 @@ impl FileSystem {
     }
 
     /// What reading `len` bytes at `offset`, or as far as there are any, has to wait for.
-    pub fn waits_for(&self, handle: u64, offset: u64, len: u64) -> Waits {
+    pub fn waits_for(&self, handle: u64, offset: u64, len: u64) -> WaitsFor {
         let open = self.files.get(handle);
         let Some(OpenFile::Point(file, _)) = open.as_ref().and_then(|g| g.as_deref()) else {
-            return Waits::No;
+            return WaitsFor::No;
         };
         let end = offset.saturating_add(len).min(file.image.size());
-        if file.image.must_wait(offset..end) { Waits::Long } else { Waits::Storage }
+        if file.image.must_wait(offset..end) { WaitsFor::Long } else { WaitsFor::Storage }
     }
 
     /// Opens a file. The result is the handle, and whether the kernel may keep cached pages.
@@ -298,7 +298,7 @@ impl FileSystem {
         let (file, keep) = match &node.kind {
             NodeKind::File(file) => {
                 // Whoever has a point open keeps it, even if its files are removed before a read.
-                let held = Held::new(&file.image).map_err(|e| self.not_opened(file, &e))?;
+                let held = HeldPoint::new(&file.image).map_err(|e| self.not_opened(file, &e))?;
                 (OpenFile::Point(file.clone(), held), true)
             }
             NodeKind::Status => (OpenFile::Status(self.status_text()), false),
@@ -346,8 +346,8 @@ impl FileSystem {
     /// ENXIO past the end or where no data follows, EINVAL for another `whence`, EIO.
     pub fn seek(&self, handle: u64, offset: i64, whence: i32) -> Result<i64, Errno> {
         let far = |image: &Image, offset, wanted| match wanted {
-            Wanted::Data => Ok(image.seek_data(offset)?.unwrap_or(image.size())),
-            Wanted::Hole => image.seek_hole(offset),
+            RangeKind::Data => Ok(image.seek_data(offset)?.unwrap_or(image.size())),
+            RangeKind::Hole => image.seek_hole(offset),
         };
         self.seek_by(handle, offset, whence, |i, o, w| far(i, o, w).map(Some))?.ok_or(libc::EIO)
     }
@@ -366,7 +366,7 @@ impl FileSystem {
         handle: u64,
         offset: i64,
         whence: i32,
-        find: impl Fn(&Image, u64, Wanted) -> Result<Option<u64>, Error>,
+        find: impl Fn(&Image, u64, RangeKind) -> Result<Option<u64>, Error>,
     ) -> Result<Option<i64>, Errno> {
         let open = self.files.get(handle).ok_or(libc::EBADF)?;
         let open = open.as_deref().ok_or(libc::EBADF)?;
@@ -379,19 +379,19 @@ impl FileSystem {
             return Err(libc::ENXIO);
         }
         let wanted = match whence {
-            libc::SEEK_DATA => Wanted::Data,
-            libc::SEEK_HOLE => Wanted::Hole,
+            libc::SEEK_DATA => RangeKind::Data,
+            libc::SEEK_HOLE => RangeKind::Hole,
             _ => return Err(libc::EINVAL),
         };
         let found = match (open, wanted) {
             (OpenFile::Point(file, _), _) => {
                 find(&file.image, offset, wanted).map_err(|e| self.failed(file, &e))?
             }
-            (OpenFile::Status(_), Wanted::Data) => Some(offset),
-            (OpenFile::Status(_), Wanted::Hole) => Some(size),
+            (OpenFile::Status(_), RangeKind::Data) => Some(offset),
+            (OpenFile::Status(_), RangeKind::Hole) => Some(size),
         };
         match found {
-            Some(at) if at >= size && wanted == Wanted::Data => Err(libc::ENXIO),
+            Some(at) if at >= size && wanted == RangeKind::Data => Err(libc::ENXIO),
             Some(at) => i64::try_from(at).map(Some).map_err(|_| libc::EOVERFLOW),
             None => Ok(None),
         }
@@ -485,10 +485,10 @@ impl FileSystem {
         Ok(attr::xattr_names(&*self.node(ino)?))
     }
 
-    /// Figures for `statfs`; the backups' file system is asked by a thread of `lane`.
-    pub fn space(&self, lane: &Arc<Lane>) -> Space {
+    /// Figures for `statfs`; the backups' file system is asked by a thread of `slow_pool`.
+    pub fn space(&self, slow_pool: &Arc<SlowPool>) -> Space {
         let tree = self.tree.load();
-        let room = self.free.room(&tree.catalog.root, lane);
+        let room = self.free.room(&tree.catalog.root, slow_pool);
         Space { used: tree.own_bytes, room, files: tree.len() as u64 }
     }
 

@@ -13,7 +13,7 @@ pub const ROOT: u64 = 1;
 pub struct Node {
     /// Its number.
     pub ino: u64,
-    /// The folder it lies in; the root is its own.
+    /// The folder it is in; the root is its own.
     pub parent: u64,
     /// Modification time in seconds since the epoch.
     pub time: i64,

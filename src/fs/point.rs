@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image};
-use crate::layer::{LayerSpec, Part};
+use crate::layer::{LayerPart, LayerSpec};
 
 /// A served point: its image and where the catalog describes it.
 pub struct PointFile {
@@ -13,12 +13,12 @@ pub struct PointFile {
     pub image: Arc<Image>,
     /// Bytes that the layers' files take on disk: the estimate of allocated bytes.
     pub estimate: u64,
-    /// The image of the point that this one lies on.
+    /// The image of the point that this one depends on.
     below: Option<Arc<Image>>,
     catalog: Arc<Catalog>,
     disk: usize,
     point: usize,
-    /// Identity of all layers, folded from the bottom up.
+    /// Identity of all layers, merged from the bottom up.
     pub digest: blake3::Hash,
 }
 
@@ -27,7 +27,7 @@ impl PointFile {
     /// the very same; otherwise it is set up anew.
     ///
     /// # Errors
-    /// `Incomplete` if the point lies on another and `below` is missing; as [`Image::new`].
+    /// `Incomplete` if the point depends on another and `below` is missing; as [`Image::new`].
     pub fn new(
         catalog: &Arc<Catalog>,
         (disk, point): (usize, usize),
@@ -37,7 +37,7 @@ impl PointFile {
     ) -> Result<Self> {
         let p = &catalog.disks[disk].points[point];
         if p.parent.is_some() && below.is_none() {
-            let text = "the point that it lies on is not served";
+            let text = "its parent point is not available";
             return Err(Error::new(Kind::Incomplete, text).at_path(&p.source));
         }
         let seed = below.map_or(blake3::hash(b"fleecefs layers"), |b| b.digest);
@@ -108,7 +108,7 @@ fn layer_digest(below: blake3::Hash, layer: &LayerSpec) -> blake3::Hash {
         hash.update(&id.size.to_le_bytes());
         hash.update(&id.mtime.to_le_bytes());
     }
-    if let Part::Snapshot(index) = &layer.part {
+    if let LayerPart::Snapshot(index) = &layer.part {
         hash.update(&index.to_le_bytes());
     }
     hash.finalize()

@@ -4,21 +4,21 @@
 //! attributes, which need no storage. The kernel gives it reads as well. Passing a read to a thread
 //! that has to be woken takes longer than most reads do: so it leaves the read to the first of the
 //! others that is done, and asks the kernel for nothing meanwhile. If none is done after `PATIENCE`,
-//! storage is slow, and the read goes to a thread of the [`Lane`].
+//! storage is slow, and the read goes to a thread of the [`SlowPool`].
 //!
 //! The kernel gives each request to the thread that has waited longest, whose caches are cold by then: with
-//! five threads one reader gets a fifth less than with two. So threads that are not needed rest
-//! (`Rest`) until all others read.
+//! five threads one reader gets a fifth less than with two. So threads that are not needed go idle
+//! (`IdleThreads`) until all others read.
 //!
-//! State: how many threads read; the read that was left; how many of those to come go to the lane at
-//! once, since the last ones had to; which threads rest.
+//! State: how many threads read; the read that was left; how many of those to come go to the slow-path pool at
+//! once, since the last ones had to; which threads are idle.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::lane::{Job, Lane};
-use super::rest::Rest;
+use super::idle_threads::IdleThreads;
+use super::slow_pool::{Job, SlowPool};
 
 /// How long names may have to wait when storage stops answering: longer than a read takes, also from a disk
 /// that turns or on a busy machine, and not noticed by anybody.
@@ -30,39 +30,44 @@ const MOST_SLOW: u32 = 5;
 /// How many serving threads may be reading from storage.
 pub struct Readers {
     most: usize,
-    reading: AtomicUsize,
+    reading: Apart<AtomicUsize>,
     left: Mutex<Option<Job>>,
     /// Whether there is something in `left`.
     is_left: AtomicBool,
     /// How often in a row nobody was done in time.
     slow: AtomicU32,
-    /// How many reads go to the lane at once.
+    /// How many reads go to the slow-path pool at once.
     skip: AtomicU32,
-    lane: Arc<Lane>,
-    rest: Rest,
+    slow_pool: Arc<SlowPool>,
+    idle: IdleThreads,
 }
 
-/// One thread's permission to read; given back when it is dropped.
-struct Place<'a>(&'a AtomicUsize);
+/// In lines of the processors' caches that nothing else is in (they are fetched in pairs): all threads write
+/// to it at each read, and what they only look at beside it stays in each one's cache.
+#[repr(align(128))]
+struct Apart<T>(T);
 
-impl Drop for Place<'_> {
+/// One thread's permission to read; given back when it is dropped.
+struct ReadPermit<'a>(&'a AtomicUsize);
+
+impl Drop for ReadPermit<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 impl Readers {
-    /// So many at a time; what they cannot do is done by `lane`.
-    pub fn new(most: usize, lane: Arc<Lane>) -> Self {
+    /// So many at a time; what they cannot do is done by `slow_pool`.
+    pub fn new(most: usize, slow_pool: Arc<SlowPool>) -> Self {
         Readers {
             most,
-            reading: AtomicUsize::new(0),
+            reading: Apart(AtomicUsize::new(0)),
             left: Mutex::default(),
             is_left: AtomicBool::new(false),
             slow: AtomicU32::new(0),
             skip: AtomicU32::new(0),
-            lane,
-            rest: Rest::default(),
+            slow_pool,
+            idle: IdleThreads::default(),
         }
     }
 
@@ -76,27 +81,27 @@ impl Readers {
             return self.leave(Box::new(move || job(&what)));
         };
         if self.free() == 0 {
-            self.rest.end_one();
+            self.idle.end_one();
         }
         job(what);
         drop(place);
         if !self.do_left() {
-            self.rest.if_not_needed(|| self.free());
+            self.idle.if_not_needed(|| self.free());
         }
     }
 
-    /// How many threads neither read nor rest: they wait for a request, or look for a name, which never
+    /// How many threads neither read nor are idle: they wait for a request, or look for a name, which never
     /// takes long.
     fn free(&self) -> usize {
-        let busy = self.reading.load(Ordering::SeqCst) + self.rest.resting();
+        let busy = self.reading.0.load(Ordering::SeqCst) + self.idle.idle();
         (self.most + 1).saturating_sub(busy)
     }
 
     /// A place, unless all are taken.
-    fn place(&self) -> Option<Place<'_>> {
+    fn place(&self) -> Option<ReadPermit<'_>> {
         let one_more = |n| (n < self.most).then_some(n + 1);
-        let taken = self.reading.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
-        taken.ok().map(|_| Place(&self.reading))
+        let taken = self.reading.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
+        taken.ok().map(|_| ReadPermit(&self.reading.0))
     }
 
     /// Does what was left meanwhile; whether there was something. Whoever leaves a job looks for a place
@@ -115,10 +120,10 @@ impl Readers {
 
     fn leave(&self, job: Job) {
         if self.take_skip() {
-            return self.lane.run(job);
+            return self.slow_pool.run(job);
         }
         if let Err(job) = self.put_left(job) {
-            return self.lane.run(job);
+            return self.slow_pool.run(job);
         }
         if self.do_left() {
             return;
@@ -130,7 +135,7 @@ impl Readers {
                 let slow = self.slow.load(Ordering::Relaxed);
                 self.skip.store((1 << slow) - 1, Ordering::Relaxed);
                 self.slow.store((slow + 1).min(MOST_SLOW), Ordering::Relaxed);
-                self.lane.run(job);
+                self.slow_pool.run(job);
             }
             None => self.slow.store(0, Ordering::Relaxed),
         }
@@ -184,7 +189,7 @@ mod tests {
 
     /// Waits until as many threads read.
     fn wait_for(readers: &Readers, reading: usize) {
-        while readers.reading.load(Ordering::SeqCst) != reading {
+        while readers.reading.0.load(Ordering::SeqCst) != reading {
             std::thread::yield_now();
         }
     }
@@ -193,7 +198,7 @@ mod tests {
     fn what_is_left_is_done_by_the_thread_that_is_done_next() {
         let readers = readers(1);
         let (release, job) = held();
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         std::thread::scope(|s| {
             let reader = s.spawn(|| {
                 run(&readers, job);
@@ -202,31 +207,31 @@ mod tests {
             wait_for(&readers, 1);
             // As the thread that is left for names does it, which need not wait here.
             let put = readers.put_left(Box::new(move || {
-                tell.send(std::thread::current().id()).unwrap();
+                send.send(std::thread::current().id()).unwrap();
             }));
             assert!(put.is_ok());
             assert!(!readers.do_left(), "there is no place");
             release.send(()).unwrap();
-            assert_eq!(told.recv().unwrap(), reader.join().unwrap());
+            assert_eq!(receive.recv().unwrap(), reader.join().unwrap());
         });
-        assert_eq!(readers.reading.load(Ordering::SeqCst), 0);
+        assert_eq!(readers.reading.0.load(Ordering::SeqCst), 0);
     }
 
     #[test]
     fn where_no_reader_gets_on_what_is_left_is_done_all_the_same() {
         let readers = readers(2);
         let (releases, jobs): (Vec<_>, Vec<_>) = (0..2).map(|_| held()).unzip();
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         std::thread::scope(|s| {
             for job in jobs {
                 s.spawn(|| run(&readers, job));
             }
             wait_for(&readers, 2);
             for i in 0..100 {
-                let tell = tell.clone();
-                run(&readers, move || tell.send(i).unwrap());
+                let send = send.clone();
+                run(&readers, move || send.send(i).unwrap());
             }
-            let mut done: Vec<i32> = (0..100).map(|_| told.recv().unwrap()).collect();
+            let mut done: Vec<i32> = (0..100).map(|_| receive.recv().unwrap()).collect();
             done.sort();
             assert!(done.into_iter().eq(0..100));
             drop(releases);
@@ -236,10 +241,10 @@ mod tests {
     }
 
     #[test]
-    fn while_all_others_read_nobody_rests() {
+    fn while_all_others_read_no_thread_idles() {
         let readers = readers(4);
         let (release, released) = channel::<()>();
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         let stop = AtomicBool::new(false);
         std::thread::scope(|s| {
             s.spawn(|| {
@@ -247,24 +252,24 @@ mod tests {
                     run(&readers, || ());
                 }
             });
-            while readers.rest.resting() != 1 {
+            while readers.idle.idle() != 1 {
                 std::thread::yield_now();
             }
             // Of the other four, three get something to do that takes long.
             let released = Arc::new(Mutex::new(released));
             for _ in 0..3 {
-                let (tell, released) = (tell.clone(), released.clone());
+                let (send, released) = (send.clone(), released.clone());
                 let readers = &readers;
                 s.spawn(move || {
                     run(readers, move || {
-                        tell.send(()).unwrap();
+                        send.send(()).unwrap();
                         let _ = released.lock().unwrap().recv();
                     })
                 });
-                told.recv().unwrap();
+                receive.recv().unwrap();
             }
             run(&readers, || ());
-            assert_eq!(readers.rest.resting(), 0);
+            assert_eq!(readers.idle.idle(), 0);
             stop.store(true, Ordering::SeqCst);
             drop(release);
         });
@@ -281,7 +286,7 @@ mod tests {
                         let counts = counts.clone();
                         run(&readers, move || {
                             let [now, most, done] = &*counts;
-                            if std::thread::current().name() != Some(Lane::THREAD) {
+                            if std::thread::current().name() != Some(SlowPool::THREAD) {
                                 most.fetch_max(
                                     now.fetch_add(1, Ordering::SeqCst) + 1,
                                     Ordering::SeqCst,
@@ -300,6 +305,6 @@ mod tests {
             std::thread::yield_now();
         }
         assert!(most.load(Ordering::SeqCst) <= 4);
-        assert!(readers.take_left().is_none() && readers.reading.load(Ordering::SeqCst) == 0);
+        assert!(readers.take_left().is_none() && readers.reading.0.load(Ordering::SeqCst) == 0);
     }
 }

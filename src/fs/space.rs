@@ -9,12 +9,12 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::lane::Lane;
+use super::slow_pool::SlowPool;
 use crate::folder::Folder;
 
 /// Bytes that nobody uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Room {
+pub struct DiskSpace {
     /// All of them.
     pub free: u64,
     /// Those that users other than root may take.
@@ -34,7 +34,7 @@ pub(crate) struct Free {
 
 #[derive(Debug, Default)]
 struct State {
-    room: Room,
+    room: DiskSpace,
     seen: Option<Instant>,
     /// Whether somebody is asking.
     asking: bool,
@@ -45,8 +45,8 @@ impl Free {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Free space on the file system of `folder`; asked by a thread of `lane`.
-    pub(crate) fn room(self: &Arc<Self>, folder: &Path, lane: &Arc<Lane>) -> Room {
+    /// Free space on the file system of `folder`; asked by a thread of `slow_pool`.
+    pub(crate) fn room(self: &Arc<Self>, folder: &Path, slow_pool: &Arc<SlowPool>) -> DiskSpace {
         let mut state = self.state();
         let fresh = state.seen.is_some_and(|at| at.elapsed() < FRESH);
         if fresh || state.asking {
@@ -54,13 +54,13 @@ impl Free {
         }
         state.asking = true;
         drop(state);
-        let (tell, told) = channel();
+        let (send, receive) = channel();
         let (this, folder) = (self.clone(), folder.to_path_buf());
-        lane.run(Box::new(move || {
+        slow_pool.run(Box::new(move || {
             this.ask(&folder);
-            let _ = tell.send(());
+            let _ = send.send(());
         }));
-        let _ = told.recv_timeout(PATIENCE);
+        let _ = receive.recv_timeout(PATIENCE);
         self.state().room
     }
 
@@ -72,7 +72,7 @@ impl Free {
         state.seen = Some(Instant::now());
         if let Ok(s) = found {
             let bytes = |blocks: u64| blocks.saturating_mul(s.f_frsize);
-            state.room = Room { free: bytes(s.f_bfree), available: bytes(s.f_bavail) };
+            state.room = DiskSpace { free: bytes(s.f_bfree), available: bytes(s.f_bavail) };
         }
     }
 }
@@ -84,18 +84,18 @@ mod tests {
     #[test]
     fn a_folder_that_is_gone_leaves_what_was_seen() {
         let dir = tempfile::tempdir().unwrap();
-        let (free, lane) = (Arc::new(Free::default()), Arc::new(Lane::default()));
+        let (free, slow_pool) = (Arc::new(Free::default()), Arc::new(SlowPool::default()));
         free.ask(dir.path());
         let room = free.state().room;
         assert!(room.free >= room.available && room.free > 0);
         free.ask(&dir.path().join("gone"));
-        assert_eq!(free.room(dir.path(), &lane), room);
+        assert_eq!(free.room(dir.path(), &slow_pool), room);
     }
 
     #[test]
     fn storage_that_does_not_answer_keeps_nobody_waiting() {
-        let (free, lane) = (Arc::new(Free::default()), Arc::new(Lane::default()));
+        let (free, slow_pool) = (Arc::new(Free::default()), Arc::new(SlowPool::default()));
         free.state().asking = true;
-        assert_eq!(free.room(Path::new("/"), &lane), Room::default());
+        assert_eq!(free.room(Path::new("/"), &slow_pool), DiskSpace::default());
     }
 }

@@ -269,19 +269,19 @@ impl<'a> Files<'a> {
 mod tests {
     use super::*;
     use crate::error::Kind;
-    use crate::layer::{Format, Part};
+    use crate::layer::{Format, LayerPart};
     use crate::layout::Level;
     use crate::storage::SourceFile;
 
     /// A backup directory of real (raw) files, so that identities are real, too.
-    struct World {
+    struct TestTree {
         dir: tempfile::TempDir,
         files: HashMap<PathBuf, Arc<SourceFile>>,
     }
 
-    impl World {
+    impl TestTree {
         fn new() -> Self {
-            World { dir: tempfile::tempdir().unwrap(), files: HashMap::new() }
+            TestTree { dir: tempfile::tempdir().unwrap(), files: HashMap::new() }
         }
 
         fn write(&self, name: &str, bytes: &[u8]) {
@@ -299,10 +299,10 @@ mod tests {
                 None => Arc::new(now),
             };
             self.files.insert(path, file.clone());
-            LayerSpec { file, format: Format::Raw, part: Part::Whole, data_file: None }
+            LayerSpec { file, format: Format::Raw, part: LayerPart::Whole, data_file: None }
         }
 
-        /// A disk at `path` whose points (name, time) lie on each other.
+        /// A disk at `path` whose points (name, time) depend on each other.
         fn disk(&mut self, path: &str, points: &[(&str, i64)]) -> Disk {
             let mut disk = Disk { path: path.into(), points: Vec::new(), findings: Vec::new() };
             for (i, (name, time)) in points.iter().enumerate() {
@@ -368,13 +368,13 @@ mod tests {
 
     #[test]
     fn a_disk_has_its_points_and_links_to_them() {
-        let mut world = World::new();
+        let mut dir = TestTree::new();
         for name in ["FULL-1-a", "INC-2-a", "INC-3-a"] {
-            world.write(&format!("vm/a/{name}"), b"x");
+            dir.write(&format!("vm/a/{name}"), b"x");
         }
         let t = 1_706_260_646;
-        let disk = world.disk("vm/a", &[("FULL-1-a", t - 7), ("INC-2-a", t), ("INC-3-a", t)]);
-        let tree = build(world.catalog(vec![disk]), None);
+        let disk = dir.disk("vm/a", &[("FULL-1-a", t - 7), ("INC-2-a", t), ("INC-3-a", t)]);
+        let tree = build(dir.catalog(vec![disk]), None);
         let want = [
             "/",
             "/.fleecefs/",
@@ -395,20 +395,20 @@ mod tests {
 
     #[test]
     fn clashing_names_never_hide_a_point() {
-        let mut world = World::new();
+        let mut dir = TestTree::new();
         for name in ["FULL-1-a", "latest", "FULL-1-a.raw/x", "by-time/y", "latest.raw/z"] {
             if !name.starts_with("FULL-1-a.raw") {
-                world.write(name, b"x");
+                dir.write(name, b"x");
             }
         }
-        // The root of the backup directory is a disk; others lie in folders named like its files.
-        let root = world.disk("", &[("FULL-1-a", 1), ("latest", 2)]);
-        world.write("sub/x", b"x");
-        let mut inner = world.disk("sub", &[("x", 1)]);
+        // The root of the backup directory is a disk; others are in folders named like its files.
+        let root = dir.disk("", &[("FULL-1-a", 1), ("latest", 2)]);
+        dir.write("sub/x", b"x");
+        let mut inner = dir.disk("sub", &[("x", 1)]);
         inner.path = "FULL-1-a.raw".into();
-        let by_time = world.disk("by-time", &[("y", 3)]);
-        let latest = world.disk("latest.raw", &[("z", 4)]);
-        let tree = build(world.catalog(vec![root, inner, by_time, latest]), None);
+        let by_time = dir.disk("by-time", &[("y", 3)]);
+        let latest = dir.disk("latest.raw", &[("z", 4)]);
+        let tree = build(dir.catalog(vec![root, inner, by_time, latest]), None);
         let names = listing(&tree);
         for want in [
             "/FULL-1-a-2.raw",
@@ -425,15 +425,15 @@ mod tests {
 
     #[test]
     fn a_refresh_keeps_images_and_inodes_of_what_is_unchanged() {
-        let mut world = World::new();
-        world.write("a/FULL-1-a", b"x");
-        world.write("b/FULL-1-b", b"x");
-        let disks = vec![world.disk("a", &[("FULL-1-a", 1)]), world.disk("b", &[("FULL-1-b", 1)])];
-        let first = build(world.catalog(disks), None);
-        world.write("a/INC-2-a", b"y");
+        let mut dir = TestTree::new();
+        dir.write("a/FULL-1-a", b"x");
+        dir.write("b/FULL-1-b", b"x");
+        let disks = vec![dir.disk("a", &[("FULL-1-a", 1)]), dir.disk("b", &[("FULL-1-b", 1)])];
+        let first = build(dir.catalog(disks), None);
+        dir.write("a/INC-2-a", b"y");
         let points = [("FULL-1-a", 1), ("INC-2-a", 2)];
-        let disk = world.disk("a", &points);
-        let second = build(world.catalog(vec![disk]), Some(&first));
+        let disk = dir.disk("a", &points);
+        let second = build(dir.catalog(vec![disk]), Some(&first));
         let full = "a/FULL-1-a.raw";
         assert_eq!(ino_of(&first, full), ino_of(&second, full));
         let changes = first.replaced_by(&second);
@@ -451,15 +451,15 @@ mod tests {
 
     #[test]
     fn a_changed_layer_makes_new_inodes_above_it_and_ends_the_old_images() {
-        let mut world = World::new();
+        let mut dir = TestTree::new();
         let points = [("FULL-1-a", 1), ("INC-2-a", 2)];
-        world.write("a/FULL-1-a", b"x");
-        world.write("a/INC-2-a", b"x");
-        let disk = world.disk("a", &points);
-        let first = build(world.catalog(vec![disk]), None);
-        world.write("a/INC-2-a", b"changed");
-        let disk = world.disk("a", &points);
-        let second = build(world.catalog(vec![disk]), Some(&first));
+        dir.write("a/FULL-1-a", b"x");
+        dir.write("a/INC-2-a", b"x");
+        let disk = dir.disk("a", &points);
+        let first = build(dir.catalog(vec![disk]), None);
+        dir.write("a/INC-2-a", b"changed");
+        let disk = dir.disk("a", &points);
+        let second = build(dir.catalog(vec![disk]), Some(&first));
         let changes = first.replaced_by(&second);
         let (full, inc) = ("a/FULL-1-a.raw", "a/INC-2-a.raw");
         assert_eq!(ino_of(&first, full), ino_of(&second, full));
@@ -472,8 +472,8 @@ mod tests {
         assert_eq!(read(&first, inc), Err(Kind::Changed));
         assert_eq!(read(&second, inc), Ok(()));
         // After a remount the numbers are the same as in the refreshed tree.
-        let disk = world.disk("a", &points);
-        let again = build(world.catalog(vec![disk]), None);
+        let disk = dir.disk("a", &points);
+        let again = build(dir.catalog(vec![disk]), None);
         assert_eq!(ino_of(&again, inc), ino_of(&second, inc));
     }
 }

@@ -1,7 +1,7 @@
 //! Noticing that the backup directory changed: inotify, and polling where that is not enough.
 //!
 //! One thread waits for several things at once: events of any folder below the backup directory, another
-//! folder in its place (`Place`: the backup disk is mounted late), the end of the polling interval,
+//! folder in its place (`RootWatch`: the backup disk is mounted late), the end of the polling interval,
 //! and [`Waker::wake`]. What exactly happened does not matter: after
 //! a short quiet time everything is looked at again, which is cheap because unchanged files are
 //! not opened. Watches are set anew *before* that look whenever folders came or went, so nothing
@@ -20,8 +20,9 @@ use std::time::{Duration, Instant};
 
 use inotify::{EventMask, Inotify, WatchMask};
 
-use super::place::Place;
-use crate::folder::{self, EntryKind, Folder};
+use super::root_watch::RootWatch;
+use crate::folder;
+use crate::folder::{EntryKind, Folder};
 use crate::text::path_text;
 
 /// Events that follow each other more closely than this are taken together.
@@ -97,19 +98,19 @@ pub struct Watch {
     interval: Option<Duration>,
     /// `None` while watches cannot be set; it is tried again with each look.
     inotify: Option<Inotify>,
-    place: Place,
+    place: RootWatch,
     mode: Arc<Mode>,
 }
 
 impl Watch {
     /// Sets the watches below `root`, which is what the user calls it and may be a link, but not in the
-    /// folder `skip` (the mount point, should it lie there). With `interval`, or on a network file system, the directory is also looked at in
+    /// folder `skip` (the mount point, if it is inside). With `interval`, or on a network file system, the directory is also looked at in
     /// regular intervals.
     pub fn new(root: &Path, skip: &Path, interval: Option<Duration>) -> Self {
         let remote = || open(root).is_ok_and(|f| is_remote(&f));
         let interval = interval.or_else(|| remote().then_some(NETWORK_INTERVAL));
         let (root, skip) = (root.to_path_buf(), skip.to_path_buf());
-        let place = Place::new(&root);
+        let place = RootWatch::new(&root);
         let mut watch = Watch { root, skip, interval, inotify: None, place, mode: Arc::default() };
         watch.renew(true);
         watch
@@ -188,7 +189,7 @@ impl Watch {
                     events |= seen.relevant;
                     folders |= seen.folders;
                 }
-                Ready::Place { mounts } => {
+                Ready::RootWatch { mounts } => {
                     let changed = match mounts {
                         true => self.place.mounts_changed(),
                         false => self.place.folder_changed(),
@@ -231,8 +232,8 @@ impl Watch {
                 Ready::Woken
             }
             // To have been told is enough: it is ready for the next change then.
-            [_, true, ..] => Ready::Place { mounts: true },
-            [_, _, true, _] => Ready::Place { mounts: false },
+            [_, true, ..] => Ready::RootWatch { mounts: true },
+            [_, _, true, _] => Ready::RootWatch { mounts: false },
             _ => Ready::Events,
         }
     }
@@ -256,7 +257,7 @@ enum Ready {
     Woken,
     Events,
     /// Of the list of mounts, or of the folders above.
-    Place {
+    RootWatch {
         mounts: bool,
     },
 }
@@ -428,14 +429,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let waker = std::sync::Arc::new(Waker::new().unwrap());
         let watch = Watch::new(dir.path(), Path::new("/none"), None);
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tell, receive) = std::sync::mpsc::channel();
         let root = dir.path().to_path_buf();
         std::thread::spawn(move || {
             watch.run(&waker, || {
                 let _ = tell.send(());
             })
         });
-        let wait = || told.recv_timeout(Duration::from_secs(20)).unwrap();
+        let wait = || receive.recv_timeout(Duration::from_secs(20)).unwrap();
         std::fs::create_dir(root.join("disk")).unwrap();
         wait();
         std::fs::write(root.join("disk/FULL-1-sda"), "x").unwrap();

@@ -3,7 +3,7 @@
 //! A panic inside one request becomes EIO for that request (fuser answers for a reply that is
 //! dropped) and a line in the log; the mount goes on. What may take long, reading from an archive
 //! that has to be unpacked first or searching far for data or a hole, is done by threads of its own
-//! ([`Lane`]): those that serve requests never wait for it. Other reads are done where they arrive, which
+//! ([`SlowPool`]): those that serve requests never wait for it. Other reads are done where they arrive, which
 //! is the fastest, but by all threads but one: storage may not answer, and names and attributes need
 //! none ([`Readers`]).
 
@@ -24,10 +24,10 @@ use fuser::{
 };
 
 use crate::fs::attr::Attr;
-use crate::fs::lane::Lane;
 use crate::fs::readers::Readers;
+use crate::fs::slow_pool::SlowPool;
 use crate::fs::tree::{EntryKind, Node};
-use crate::fs::{self, FileSystem, Listed, Waits};
+use crate::fs::{self, FileSystem, Listed, WaitsFor};
 
 /// How long the kernel may trust a name or attributes. A refresh tells it what changed, so this
 /// only bounds what a reply that crossed a refresh can do.
@@ -42,7 +42,7 @@ const BLOCK: u32 = 4096;
 /// The file system as fuser sees it.
 pub(super) struct Adapter {
     fs: Arc<FileSystem>,
-    lane: Arc<Lane>,
+    slow_pool: Arc<SlowPool>,
     readers: Readers,
 }
 
@@ -88,7 +88,10 @@ fn file_attr(a: &Attr) -> FileAttr {
 fn guard(fs: &FileSystem, what: &str, operation: impl FnOnce(&FileSystem)) {
     fs.touch();
     if catch_unwind(AssertUnwindSafe(|| operation(fs))).is_err() {
-        log::error!("a {what} request panicked; it was answered with an input/output error");
+        log::error!(
+            "internal error in a {what} request; it was answered with an input/output \
+                     error"
+        );
     }
 }
 
@@ -118,14 +121,14 @@ fn seek(fs: &FileSystem, (handle, offset, whence): Start, reply: ReplyLseek) {
 }
 
 /// The same where the answer is near; by another thread over a disk of millions of tables.
-fn seek_near(fs: &Arc<FileSystem>, lane: &Arc<Lane>, from: Start, reply: ReplyLseek) {
+fn seek_near(fs: &Arc<FileSystem>, slow_pool: &Arc<SlowPool>, from: Start, reply: ReplyLseek) {
     let (handle, offset, whence) = from;
     guard(fs, "lseek", |near| match near.seek_near(handle, offset, whence) {
         Ok(Some(at)) => reply.offset(at),
         Err(e) => reply.error(errno(e)),
         Ok(None) => {
             let fs = fs.clone();
-            lane.run(Box::new(move || guard(&fs, "lseek", |fs| seek(fs, from, reply))));
+            slow_pool.run(Box::new(move || guard(&fs, "lseek", |fs| seek(fs, from, reply))));
         }
     });
 }
@@ -133,8 +136,8 @@ fn seek_near(fs: &Arc<FileSystem>, lane: &Arc<Lane>, from: Start, reply: ReplyLs
 impl Adapter {
     /// Serves `fs`; so many threads may read at a time.
     pub(super) fn new(fs: Arc<FileSystem>, readers: usize) -> Self {
-        let lane = Arc::<Lane>::default();
-        Adapter { fs, lane: lane.clone(), readers: Readers::new(readers, lane) }
+        let slow_pool = Arc::<SlowPool>::default();
+        Adapter { fs, slow_pool: slow_pool.clone(), readers: Readers::new(readers, slow_pool) }
     }
 
     fn guard(&self, what: &str, operation: impl FnOnce(&FileSystem)) {
@@ -153,7 +156,7 @@ impl Adapter {
     /// The same by a thread that may be kept waiting.
     fn guard_slow(&self, what: &'static str, operation: impl FnOnce(&FileSystem) + Send + 'static) {
         let fs = self.fs.clone();
-        self.lane.run(Box::new(move || guard(&fs, what, operation)));
+        self.slow_pool.run(Box::new(move || guard(&fs, what, operation)));
     }
 
     fn node_attr(&self, node: &Node) -> FileAttr {
@@ -164,7 +167,7 @@ impl Adapter {
 /// Asks the kernel for what a mount wants of it.
 pub fn negotiate(config: &mut KernelConfig) {
     // Each is a wish: an older kernel goes without.
-    for wish in [
+    for capability in [
         InitFlags::FUSE_ASYNC_DIO,
         InitFlags::FUSE_PARALLEL_DIROPS,
         InitFlags::FUSE_DO_READDIRPLUS,
@@ -173,7 +176,7 @@ pub fn negotiate(config: &mut KernelConfig) {
         // NFS servers ask for what the kernel has forgotten.
         InitFlags::FUSE_EXPORT_SUPPORT,
     ] {
-        let _ = config.add_capabilities(wish);
+        let _ = config.add_capabilities(capability);
     }
     let _ = config.set_max_write(MAX_REQUEST);
     if let Err(most) = config.set_max_readahead(4 * MAX_REQUEST) {
@@ -254,9 +257,9 @@ impl Filesystem for Adapter {
     ) {
         let read = move |fs: &FileSystem| read(fs, fh.0, offset, size, reply);
         match self.fs.waits_for(fh.0, offset, u64::from(size)) {
-            Waits::No => self.guard("read", read),
-            Waits::Storage => self.guard_storage("read", read),
-            Waits::Long => self.guard_slow("read", read),
+            WaitsFor::No => self.guard("read", read),
+            WaitsFor::Storage => self.guard_storage("read", read),
+            WaitsFor::Long => self.guard_slow("read", read),
         }
     }
 
@@ -271,11 +274,11 @@ impl Filesystem for Adapter {
     ) {
         let from = (fh.0, offset, whence);
         match self.fs.waits_for(fh.0, u64::try_from(offset).unwrap_or(0), u64::MAX) {
-            Waits::No => self.guard("lseek", |fs| seek(fs, from, reply)),
-            Waits::Long => self.guard_slow("lseek", move |fs| seek(fs, from, reply)),
-            Waits::Storage => {
-                let lane = self.lane.clone();
-                self.readers.run(&self.fs, move |fs| seek_near(fs, &lane, from, reply));
+            WaitsFor::No => self.guard("lseek", |fs| seek(fs, from, reply)),
+            WaitsFor::Long => self.guard_slow("lseek", move |fs| seek(fs, from, reply)),
+            WaitsFor::Storage => {
+                let slow_pool = self.slow_pool.clone();
+                self.readers.run(&self.fs, move |fs| seek_near(fs, &slow_pool, from, reply));
             }
         }
     }
@@ -403,7 +406,7 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        let space = self.fs.space(&self.lane);
+        let space = self.fs.space(&self.slow_pool);
         let blocks = |bytes: u64| bytes / u64::from(BLOCK);
         let (used, free) = (space.used.div_ceil(u64::from(BLOCK)), blocks(space.room.free));
         let all = used.saturating_add(free);

@@ -1,4 +1,4 @@
-//! FUSE: the only room that names `fuser`.
+//! FUSE: the only module that names `fuser`.
 //!
 //! `adapter` has a small method per operation, which calls [`FileSystem`] and replies; this file
 //! mounts, waits for the end, and tells the kernel what to forget ([`Notify`]). It does so from a
@@ -184,17 +184,17 @@ fn mount_error(e: io::Error, mountpoint: &Path) -> Error {
     match code {
         Some(libc::EACCES | libc::EPERM) => error.remedy(device_remedy()),
         Some(libc::ENOENT) if has_device => {
-            error.remedy("users need fusermount3 (package fuse3), or mount as root")
+            error.remedy("install fusermount3 (package fuse3), or mount as root")
         }
         Some(libc::ENOENT | libc::ENODEV) => {
             error.remedy("is the fuse module loaded, and is there a /dev/fuse?")
         }
         None if text.contains("no write access") || text.contains("not owned by user") => {
-            error.remedy("a user mounts at a folder of his own; root mounts anywhere")
+            error.remedy("users can only mount on folders they own; or mount as root")
         }
         None if text.contains("Operation not permitted") => error.remedy(
-            "fusermount3 has not got root's rights: is it setuid root (ls -l, package fuse3), and may \
-             this process gain rights (no_new_privs of a unit or container)? Or mount as root",
+            "fusermount3 has no root rights: is it setuid root (ls -l, package fuse3), and does \
+             no_new_privs of a unit or container prevent it? Or mount as root",
         ),
         _ => error,
     }
@@ -230,7 +230,11 @@ impl Mounted {
         let guard: JoinHandle<io::Result<()>> = self.session.guard;
         match guard.join() {
             Ok(ended) => ended.map_err(|e| Error::io(e, "serving the mount failed")),
-            Err(_) => Err(Error::new(Kind::Io, "a thread that served the mount panicked")),
+            Err(_) => Err(Error::new(
+                Kind::Io,
+                "internal error: a thread that served the mount \
+                                                panicked",
+            )),
         }
     }
 }

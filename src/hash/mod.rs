@@ -8,9 +8,9 @@
 //! Holes are not read; their zeros are hashed all the same. (There is no shortcut: BLAKE3 hashes the
 //! place of each KiB along with it, so that subtrees of zeros differ from each other.)
 //!
-//! Subtrees of a file that still grows can be hashed ahead, see [`ahead`].
+//! Subtrees of a file that still grows can be hashed ahead, see [`subtrees`].
 
-pub(crate) mod ahead;
+pub(crate) mod subtrees;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,10 +18,10 @@ use std::sync::{Mutex, OnceLock};
 
 use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
 
+use self::subtrees::{KnownSubtrees, PIECE};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};
-use ahead::{Known, PIECE};
 /// Subtrees whose values are kept at a time: a power of two.
 const GROUP: u64 = 1024;
 /// What a hole reads as.
@@ -37,7 +37,7 @@ pub(crate) fn whole_with(
     progress: &dyn Progress,
     check: &Check,
 ) -> Result<String> {
-    let hash = hash_with(file, &Known::default(), jobs, progress, check)?;
+    let hash = hash_with(file, &KnownSubtrees::default(), jobs, progress, check)?;
     file.check_unchanged()?;
     Ok(hash.to_hex().to_string())
 }
@@ -48,7 +48,7 @@ pub(crate) fn whole_with(
 /// As [`whole_with()`].
 pub(crate) fn rest_with(
     file: &SourceFile,
-    known: &Known,
+    known: &KnownSubtrees,
     jobs: usize,
     check: &Check,
 ) -> Result<String> {
@@ -70,12 +70,12 @@ pub(crate) fn hash(
     jobs: usize,
     progress: &dyn Progress,
 ) -> Result<blake3::Hash> {
-    hash_with(storage, &Known::default(), jobs, progress, &|| Ok(()))
+    hash_with(storage, &KnownSubtrees::default(), jobs, progress, &|| Ok(()))
 }
 
 fn hash_with(
     storage: &dyn ReadAt,
-    known: &Known,
+    known: &KnownSubtrees,
     jobs: usize,
     progress: &dyn Progress,
     check: &Check,
@@ -296,7 +296,7 @@ pub(crate) fn in_parallel<S>(
 mod tests {
     use std::path::Path;
 
-    use super::ahead::BLOCK;
+    use super::subtrees::BLOCK;
     use super::*;
     use crate::error::Kind;
     use crate::storage::{FaultyStorage, MemStorage};
@@ -429,7 +429,7 @@ mod tests {
             0..3 => Ok(()),
             _ => Err(Error::new(Kind::Interrupted, "stopped")),
         };
-        let e = hash_with(&storage, &Known::default(), 1, &(), &check).unwrap_err();
+        let e = hash_with(&storage, &KnownSubtrees::default(), 1, &(), &check).unwrap_err();
         assert_eq!((e.kind(), asked.into_inner()), (Kind::Interrupted, 4));
     }
 

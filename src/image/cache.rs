@@ -1,4 +1,4 @@
-//! One bounded cache for folded windows and decompressed units.
+//! One bounded cache for merged windows and decompressed units.
 //!
 //! Windows are read without a lock: each image keeps them in atomically swapped slots, and a read
 //! only sets the window's `touched` flag. This cache decides what stays: a least-recently-used
@@ -140,7 +140,7 @@ pub struct CacheFigures {
     pub entries: u64,
     /// How many were dropped to stay below the bound.
     pub evictions: u64,
-    /// How many windows were folded.
+    /// How many windows were merged.
     pub folds: u64,
     /// How many units were decompressed.
     pub decompressions: u64,
@@ -216,7 +216,7 @@ impl Cache {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Puts a freshly folded window into its slot and into the list.
+    /// Puts a freshly merged window into its slot and into the list.
     pub(super) fn insert_window(
         &self,
         image: u64,

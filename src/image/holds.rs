@@ -1,4 +1,4 @@
-//! [`Holds`]: what holds files open in a mount, and what lets go of them a little later. See `hold`.
+//! [`Holds`]: what holds files open in a mount, and what lets go of them a little later. See `held_point`.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -103,11 +103,11 @@ impl LazyLayer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::Part;
+    use crate::layer::LayerPart;
 
     fn lazy(path: &std::path::Path, format: Format) -> LazyLayer {
         let file = Arc::new(SourceFile::look(path).unwrap());
-        LazyLayer::new(1, LayerSpec { file, format, part: Part::Device(1), data_file: None })
+        LazyLayer::new(1, LayerSpec { file, format, part: LayerPart::Device(1), data_file: None })
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! Folding: the layers of a point over one guest range become one list of extents.
+//! Merging: the layers of a point over one guest range become one list of extents.
 //!
-//! The fold goes from the top down and stops as soon as the range is covered. What no layer has
+//! The merge goes from the top down and stops as soon as the range is covered. What no layer has
 //! reads as zero; so does what lies beyond the end of a layer that is asked, whatever is below
-//! that one. Layers count from the bottom, so a list folded for a parent point is valid as it
+//! that one. Layers count from the bottom, so a list merged for a parent point is valid as it
 //! stands inside its children: a cached one ends the walk.
 
 use std::ops::Range;
@@ -11,7 +11,7 @@ use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::{Content, Extent, ExtentList};
 use crate::layer::{Layer, MAX_EXTENTS, Mapping};
 
-/// Where the bytes of a folded extent come from. `layer` counts from the bottom of the point.
+/// Where the bytes of a merged extent come from. `layer` counts from the bottom of the point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// No layer has anything here, or the range lies beyond the end of a layer that was asked: zeros.
@@ -96,27 +96,27 @@ impl Content for Source {
 }
 
 /// An extent of a point.
-pub type FoldedExtent = Extent<Source>;
+pub type MergedExtent = Extent<Source>;
 
-/// What a fold yields.
-pub struct Folded {
-    /// Covers exactly the range that was folded.
+/// What a merge yields.
+pub struct MergedMap {
+    /// Covers exactly the range that was merged.
     pub extents: ExtentList<Source>,
     /// Why ranges are bad.
     pub findings: Vec<Finding>,
 }
 
 /// What is below a certain layer, known already: a parent point's cached window.
-pub struct Known<'a> {
+pub struct KnownParent<'a> {
     /// Size in bytes of the parent's virtual disk.
     pub size: u64,
     /// The parent's extents; they cover the range up to `size`.
-    pub extents: &'a [FoldedExtent],
+    pub extents: &'a [MergedExtent],
 }
 
-/// One fold in progress.
-pub struct Fold {
-    pieces: Vec<FoldedExtent>,
+/// One merge in progress.
+pub struct LayerMerge {
+    pieces: Vec<MergedExtent>,
     /// What is not covered yet, ascending.
     pending: Vec<Range<u64>>,
     next: Vec<Range<u64>>,
@@ -126,13 +126,13 @@ pub struct Fold {
     overflown: bool,
 }
 
-/// Pieces of one fold, covered or not: 20 MiB of them.
+/// Pieces of one merge, covered or not: 20 MiB of them.
 const MAX_PIECES: usize = 2 * MAX_EXTENTS;
 
-impl Fold {
-    /// Begins the fold of `range`.
+impl LayerMerge {
+    /// Begins the merge of `range`.
     pub fn new(range: Range<u64>) -> Self {
-        Fold {
+        LayerMerge {
             pieces: Vec::new(),
             pending: if range.is_empty() { Vec::new() } else { vec![range.clone()] },
             next: Vec::new(),
@@ -179,7 +179,7 @@ impl Fold {
     }
 
     /// Ends the walk with what is known of all layers below.
-    pub fn add_known(&mut self, known: &Known) {
+    pub fn add_known(&mut self, known: &KnownParent) {
         for range in std::mem::take(&mut self.pending) {
             let inside = range.start.min(known.size)..range.end.min(known.size);
             self.pieces.extend(crate::extent::clipped(known.extents, inside));
@@ -187,12 +187,12 @@ impl Fold {
         }
     }
 
-    /// Ends the fold: what is left is in no layer.
+    /// Ends the merge: what is left is in no layer.
     ///
     /// # Errors
     /// `Corrupt` if the range is in more pieces than a sound image can have, or if a layer broke its
     /// promise of covering it.
-    pub fn finish(mut self) -> Result<Folded> {
+    pub fn finish(mut self) -> Result<MergedMap> {
         if self.overflown {
             return Err(Error::new(Kind::Corrupt, "too many pieces for a disk of this size"));
         }
@@ -208,10 +208,10 @@ impl Fold {
             extents.push(piece.len, piece.content);
         }
         extents.check(&self.range).map_err(|what| {
-            let text = format!("the folded map is inconsistent: {what}");
+            let text = format!("the merged map is inconsistent: {what}");
             Error::new(Kind::Corrupt, text)
         })?;
-        Ok(Folded { extents, findings: self.findings })
+        Ok(MergedMap { extents, findings: self.findings })
     }
 
     /// Takes over what a layer says about the pending ranges; both are ascending. Says whether
@@ -320,7 +320,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn folding_agrees_with_asking_block_by_block(
+        fn merging_agrees_with_asking_block_by_block(
             layers in prop::collection::vec(prop::collection::vec(0u8..4, 1..40), 1..7),
             from in 0u64..40 * 512, len in 1u64..40 * 512, cut in 0usize..7,
         ) {
@@ -328,7 +328,7 @@ mod tests {
             let size = layers.last().unwrap().size();
             let range = from.min(size)..(from + len).min(size);
             let fold = |upto: usize, range: Range<u64>| {
-                let mut f = Fold::new(range);
+                let mut f = LayerMerge::new(range);
                 for (i, l) in layers[..upto].iter().enumerate().rev() {
                     f.add_layer(i as u16, l);
                 }
@@ -344,11 +344,11 @@ mod tests {
             if cut > 0 {
                 let lower = layers[cut - 1].size();
                 let known = fold(cut, range.start.min(lower)..range.end.min(lower));
-                let mut f = Fold::new(range.clone());
+                let mut f = LayerMerge::new(range.clone());
                 for (i, l) in layers.iter().enumerate().skip(cut).rev() {
                     f.add_layer(i as u16, l);
                 }
-                f.add_known(&Known { size: lower, extents: known.as_slice() });
+                f.add_known(&KnownParent { size: lower, extents: known.as_slice() });
                 prop_assert_eq!(f.finish().unwrap().extents, folded);
             }
         }

@@ -1,12 +1,12 @@
-//! A point's image: layers folded into extents, cached in windows, read by position.
+//! A point's image: layers merged into extents, cached in windows, read by position.
 //!
-//! `map` folds the layers over one window of guest offsets, `cache` bounds what is kept, `reader`
+//! `map` merges the layers over one window of guest offsets, `cache` bounds what is kept, `reader`
 //! is [`Image`]: windows in lock-free slots, reads, and the search for data and holes; `window` is one
-//! stretch of a point, as `map` folded it; `lazy` opens layers when they are needed; `hold` keeps the
+//! stretch of a point, as `map` merged it; `lazy` opens layers when they are needed; `held_point` keeps the
 //! files of open points open, and `holds` knows which those are.
 
 mod cache;
-mod hold;
+mod held_point;
 mod holds;
 mod lazy;
 mod map;
@@ -14,9 +14,9 @@ mod points;
 mod reader;
 mod window;
 
+pub use self::held_point::HeldPoint;
 pub use cache::{Cache, CacheFigures};
-pub use hold::Held;
 pub use holds::Holds;
-pub use map::{Fold, Folded, FoldedExtent, Known, Source};
+pub use map::{KnownParent, LayerMerge, MergedExtent, MergedMap, Source};
 pub use points::{open_point, open_point_sharing};
-pub use reader::{Image, Wanted};
+pub use reader::{Image, RangeKind};

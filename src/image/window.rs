@@ -1,12 +1,12 @@
-//! [`Window`]: the folded extents of one stretch of a point, and how a read finds its first one.
+//! [`Window`]: the merged extents of one stretch of a point, and how a read finds its first one.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::map::FoldedExtent;
+use super::map::MergedExtent;
 use crate::extent::{self, Extent};
 
-/// The folded extents of one window.
+/// The merged extents of one window.
 ///
 /// A read of 4 KiB begins with a search among up to a thousand extents and more. A binary search
 /// jumps through all of their memory, which is rarely in the processor's cache; so the window is
@@ -14,7 +14,9 @@ use crate::extent::{self, Extent};
 #[derive(Debug)]
 pub(super) struct Window {
     /// Ascending, contiguous, coalesced.
-    extents: Box<[FoldedExtent]>,
+    extents: Box<[MergedExtent]>,
+    /// Where the first one begins. Asking that one would be one more look into their memory for each read.
+    start: u64,
     /// For each step, the first extent that ends after its first byte.
     first: Box<[u32]>,
     /// A step has 2 to the power of this many bytes.
@@ -27,7 +29,7 @@ const MAX_STEPS: u64 = 1 << 16;
 
 impl Window {
     /// A window that nobody has read yet.
-    pub(super) fn new(extents: Box<[FoldedExtent]>) -> Self {
+    pub(super) fn new(extents: Box<[MergedExtent]>) -> Self {
         let (start, end) = match &*extents {
             [] => (0, 0),
             [first, ..] => (first.start, extents.last().map_or(0, Extent::end)),
@@ -42,18 +44,17 @@ impl Window {
             }
             first.push(u32::try_from(at).unwrap_or(u32::MAX));
         }
-        Window { extents, first: first.into(), shift, touched: AtomicBool::new(false) }
+        Window { extents, start, first: first.into(), shift, touched: AtomicBool::new(false) }
     }
 
     /// All extents.
-    pub(super) fn extents(&self) -> &[FoldedExtent] {
+    pub(super) fn extents(&self) -> &[MergedExtent] {
         &self.extents
     }
 
     /// The extents that overlap `range`, which begins inside the window, clipped to it.
-    pub(super) fn clipped(&self, range: Range<u64>) -> impl Iterator<Item = FoldedExtent> + '_ {
-        let start = self.extents.first().map_or(0, |e| e.start);
-        let step = (range.start.saturating_sub(start) >> self.shift) as usize;
+    pub(super) fn clipped(&self, range: Range<u64>) -> impl Iterator<Item = MergedExtent> + '_ {
+        let step = (range.start.saturating_sub(self.start) >> self.shift) as usize;
         let from = self.first.get(step).map_or(self.extents.len(), |i| *i as usize);
         let to = self.first.get(step + 1).map_or(self.extents.len(), |i| *i as usize);
         let among = &self.extents[from..to.max(from)];

@@ -37,8 +37,8 @@ pub(crate) struct Linking {
 
 /// What to do about one that cannot be finished. No command with the names that the journal says: its
 /// owner may write there what he likes.
-pub(crate) const REMEDY: &str = "call 'fleecefs link-disk' again as it was called, or remove the journal: points \
-                          may be there twice then, none is lost";
+pub(crate) const REMEDY: &str = "run the same 'fleecefs link-disk' again, or remove the journal: \
+                                 points may then be listed twice, none is lost";
 
 /// Bytes of a disk's name in a journal.
 const MAX_NAME: usize = 4096;
@@ -141,7 +141,7 @@ pub(crate) fn read_side(side: &Folder) -> Result<Option<Linking>> {
     let damaged = || {
         Error::new(Kind::Corrupt, "the journal of a link-disk is damaged")
             .at_path(path())
-            .remedy("remove the journal, and call 'fleecefs link-disk' again as it was called")
+            .remedy("remove the journal, and run the same 'fleecefs link-disk' again")
     };
     if !fits(&bytes) {
         return Err(damaged());
@@ -193,7 +193,7 @@ pub(crate) fn refuse(dir: &Path) -> Result<()> {
     };
     match read_in(&folder)? {
         None => Ok(()),
-        Some(_) => Err(Error::new(Kind::Incomplete, "a link-disk was broken off here")
+        Some(_) => Err(Error::new(Kind::Incomplete, "a link-disk was interrupted here")
             .at_path(journal_path(dir))
             .remedy(REMEDY)),
     }

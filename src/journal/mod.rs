@@ -5,7 +5,7 @@
 //! - [`linking`]: a `link-disk` at work
 //! - [`unfinished`]: which of them are in a folder
 //!
-//! Here is what all of them have in common, and what other files ask of the one of a fold.
+//! Here is what all of them have in common, and what other files ask of the journal of a `commit`.
 
 pub(crate) mod linking;
 pub mod removal;
@@ -16,8 +16,8 @@ use std::path::Path;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 
-/// The journal of a fold, in the folder for manifests.
-pub const FOLD: &str = "fold.json";
+/// The journal of a `commit` or `snapshot-rebase`, in the folder for manifests.
+pub const FLATTEN: &str = "fold.json";
 
 /// A journal names some images, and has a manifest or two: 100,000 names of 255 bytes.
 pub const MAX_JOURNAL: u64 = 32 << 20;
@@ -38,26 +38,26 @@ pub fn check_count(journal: &[u8], path: &Path) -> Result<()> {
         .remedy("verify the disk, then remove the journal"))
 }
 
-/// The images beside `side` that a fold is about to remove.
-pub(crate) fn leaving_by_fold(side: &Folder) -> Vec<String> {
-    read_fold(side).ok().flatten().unwrap_or_default()
+/// The images beside `side` that a `commit` or `snapshot-rebase` is about to remove.
+pub(crate) fn removed_by_flatten(side: &Folder) -> Vec<String> {
+    read_flatten(side).ok().flatten().unwrap_or_default()
 }
 
-/// The images that the journal of a fold in `side` removes; `None` if there is no journal.
-pub(crate) fn read_fold(side: &Folder) -> Result<Option<Vec<String>>> {
+/// The images that the journal of a `commit` in `side` removes; `None` if there is no journal.
+pub(crate) fn read_flatten(side: &Folder) -> Result<Option<Vec<String>>> {
     #[derive(serde::Deserialize)]
     struct Fold {
         interim: PlainName,
         increments: Vec<PlainName>,
     }
-    let path = || side.join(FOLD);
+    let path = || side.join(FLATTEN);
     let text = side
-        .read_if_there(FOLD, MAX_JOURNAL)
-        .map_err(|e| Error::io(e, "cannot read the journal of a fold").at_path(path()))?;
+        .read_if_there(FLATTEN, MAX_JOURNAL)
+        .map_err(|e| Error::io(e, "cannot read the journal of a commit").at_path(path()))?;
     let Some(text) = text else { return Ok(None) };
     check_count(&text, &path())?;
     let fold: Fold = serde_json::from_slice(&text).map_err(|e| {
-        Error::new(Kind::Corrupt, "the journal of a fold is damaged")
+        Error::new(Kind::Corrupt, "the journal of a commit is damaged")
             .with_source(e)
             .at_path(path())
             .remedy("verify the disk, then remove the journal")

@@ -105,7 +105,7 @@ pub fn pending(dir: &Path) -> Vec<String> {
 /// says that there is one.
 pub(crate) fn pending_in(side: &Folder) -> Vec<String> {
     let mut leaving = read_side(side).ok().flatten().map(|r| r.remove).unwrap_or_default();
-    leaving.extend(journal::leaving_by_fold(side));
+    leaving.extend(journal::removed_by_flatten(side));
     leaving.extend(linking::arriving(side));
     leaving
 }

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::linking::Linking;
-use super::{FOLD, linking, read_fold, removal};
+use super::{FLATTEN, linking, read_flatten, removal};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::{Entry, EntryKind, Folder};
 use crate::manifest::FOLDER;
@@ -21,7 +21,7 @@ const REMEDY: &str = "'fleecefs verify --create DIR', or the next command that w
                       finishes it";
 
 fn is_journal(name: &OsStr) -> bool {
-    let whole = [FOLD, removal::NAME, linking::NAME];
+    let whole = [FLATTEN, removal::NAME, linking::NAME];
     name.as_bytes().ends_with(HEADER_SUFFIX.as_bytes()) || whole.iter().any(|n| name == *n)
 }
 
@@ -68,11 +68,11 @@ fn finding(side: &Folder, journal: &Entry) -> Finding {
             }
             Err(e) => Some(e),
         },
-        EntryKind::File if journal.name == FOLD => read_fold(side).err(),
+        EntryKind::File if journal.name == FLATTEN => read_flatten(side).err(),
         EntryKind::File if journal.name == removal::NAME => removal::read_side(side).err(),
         EntryKind::File => None,
         _ => {
-            let what = "it has the name of a journal, and is not a plain file";
+            let what = "it has the name of a journal, but is not a plain file";
             Some(Error::new(Kind::Unsupported, what).at_path(&path).remedy("remove it"))
         }
     };
@@ -82,21 +82,21 @@ fn finding(side: &Folder, journal: &Entry) -> Finding {
     if let Some(linking) = linked {
         return unfinished_link(path, &linking);
     }
-    let what = "a run that alters this folder is at work, or was broken off: until it is finished, \
-                points may be missing or there twice";
+    let what = "a command that changes this folder is running or was interrupted: until it is \
+                finished, points may be missing or listed twice";
     let finding = Finding::warning(Kind::Incomplete, path, what);
     Finding { remedy: Some(REMEDY.into()), ..finding }
 }
 
 fn unfinished_link(journal: PathBuf, linking: &Linking) -> Finding {
     let what = format!(
-        "link-disk is at work here, or was broken off: until it is finished, points of '{}' are there \
-         twice, as those of '{}' too",
+        "link-disk is running here or was interrupted: until it is finished, points of '{}' are \
+         also listed as points of '{}'",
         path_text(&linking.old),
         path_text(&linking.new)
     );
     let remedy =
-        "'fleecefs link-disk' as it was called, or the next command that writes there, finishes it";
+        "the same 'fleecefs link-disk', or the next command that writes there, finishes it";
     Finding { remedy: Some(remedy.into()), ..Finding::warning(Kind::Incomplete, journal, what) }
 }
 
@@ -106,6 +106,6 @@ fn unfinished_link(journal: PathBuf, linking: &Linking) -> Finding {
 /// `Incomplete`.
 pub(crate) fn refuse(root: &Path) -> Result<()> {
     let Some(dir) = folders(root).into_iter().next() else { return Ok(()) };
-    let what = "a run that altered this folder was broken off";
+    let what = "a command that changed this folder was interrupted";
     Err(Error::new(Kind::Incomplete, what).at_path(dir).remedy(REMEDY))
 }

@@ -18,7 +18,7 @@ pub mod vma;
 use std::sync::Arc;
 
 pub use map::{Kinds, KnownTables, LayerMap, MAX_EXTENTS, Mapping};
-pub use spec::{Format, ImageInfo, LayerSpec, Part, SnapshotInfo};
+pub use spec::{Format, ImageInfo, LayerPart, LayerSpec, SnapshotInfo};
 pub use traits::{Layer, PIECE, Piece, Unit};
 
 use crate::error::{Error, Kind, Result};
@@ -64,7 +64,7 @@ pub fn open(spec: &LayerSpec) -> Result<Arc<dyn Layer>> {
         Format::Raw => Ok(Arc::new(raw::RawLayer::new(storage))),
         Format::SparseStream => Ok(Arc::new(sparsestream::StreamLayer::open(storage)?)),
         Format::Vma => match spec.part {
-            Part::Device(id) => Ok(Arc::new(vma::open(&spec.file, id)?)),
+            LayerPart::Device(id) => Ok(Arc::new(vma::open(&spec.file, id)?)),
             _ => Err(Error::new(Kind::Usage, "an archive is read device by device")
                 .at_path(spec.file.path())),
         },

@@ -114,7 +114,7 @@ impl Layer for RawLayer {
 }
 
 /// Appends `len` bytes at `host` of file number `file`: data where the file system has data, zero
-/// where it has a hole. The bytes must lie inside the file.
+/// where it has a hole. The bytes must be inside the file.
 ///
 /// # Errors
 /// The file system would not tell; what was appended so far stays.

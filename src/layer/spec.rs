@@ -13,7 +13,7 @@ pub enum Format {
     Qcow2,
     /// The guest's bytes, one to one.
     Raw,
-    /// A Proxmox archive, compressed or not; its disks are [`Part::Device`]s.
+    /// A Proxmox archive, compressed or not; its disks are [`LayerPart::Device`]s.
     Vma,
     /// virtnbdbackup's stream of data and zero ranges.
     SparseStream,
@@ -62,7 +62,7 @@ pub struct SnapshotInfo {
 
 /// Which part of a file is a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
-pub enum Part {
+pub enum LayerPart {
     /// All of it (of a qcow2: the active state).
     #[default]
     Whole,
@@ -80,7 +80,7 @@ pub struct LayerSpec {
     /// Its format, as [`super::probe`] found it.
     pub format: Format,
     /// Which part of it.
-    pub part: Part,
+    pub part: LayerPart,
     /// The external data file, resolved inside the backup directory by the caller.
     pub data_file: Option<Arc<SourceFile>>,
 }

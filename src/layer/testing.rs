@@ -3,7 +3,7 @@
 use super::{Layer, Mapping};
 use crate::error::Result;
 
-/// A layer's bytes by its own map, folded onto `below`; every invariant of a map is checked.
+/// A layer's bytes by its own map, merged onto `below`; every invariant of a map is checked.
 ///
 /// # Errors
 /// The first bad range or failed read.

@@ -46,7 +46,7 @@ pub enum Promise {
     Raw,
     /// Something that is no disk image that we read.
     Foreign,
-    /// Nothing.
+    /// No format.
     Nothing,
 }
 

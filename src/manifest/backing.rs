@@ -1,4 +1,4 @@
-//! What a disk lies on, as manifests record it.
+//! What a disk depends on, as manifests record it.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,6 +1,6 @@
 //! Manifests: `.fleecefs/<image file name>.json` beside the images, one per published image.
 //!
-//! A manifest is what file names cannot say: which file a point lies on, which bitmap records
+//! A manifest is what file names cannot say: which file a point depends on, which bitmap records
 //! since then, what the guest's disk was. For `backup` it is the commit: an image without one is
 //! checked before it is used. Reading tolerates unknown fields; an unknown format version is an
 //! error, which a scan turns into a finding.
@@ -17,10 +17,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use self::backing::{BackingFile, Compared};
-pub(crate) use self::store::read_brief;
 pub use self::store::{
     has_room, parse, read, read_in, read_sealed, remove, remove_in, write, write_in,
 };
+pub(crate) use self::store::{read_beside, read_brief};
 use crate::error::{Error, Result};
 use crate::folder;
 use crate::folder::PlainName;
@@ -61,15 +61,15 @@ pub struct Manifest {
     pub linked_from: Option<String>,
     /// What kind of backup it is.
     pub level: Level,
-    /// When the frozen moment was, in seconds since the epoch.
+    /// When the freeze point was, in seconds since the epoch.
     pub time: i64,
     /// What comes after the full second, in nanoseconds; 0 if nobody recorded it.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub time_nanos: u32,
-    /// File name of the image that it lies on, in the same folder; `None` for a root.
+    /// File name of the image that it depends on, in the same folder; `None` for a root.
     #[serde(default, deserialize_with = "plain_name_if_any")]
     pub parent: Option<String>,
-    /// After a `commit`: file name of the last image that was folded into this one, whose state it
+    /// After a `commit`: file name of the last image that was merged into this one, whose state it
     /// is now. Its own name still has the old time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state_of: Option<String>,
@@ -90,7 +90,7 @@ pub struct Manifest {
     /// Bytes copied out of the frozen view, as they are in the image (after compression).
     #[serde(default)]
     pub bytes_copied: u64,
-    /// How consistent the frozen moment is.
+    /// How consistent the freeze point is.
     #[serde(default = "Consistency::unknown")]
     pub consistency: Consistency,
     /// QEMU's version, as it reports it.
@@ -178,7 +178,7 @@ fn plain_name_if_any<'a, D: serde::Deserializer<'a>>(
 pub const RECORDED: &str = "recorded afterwards";
 
 /// The reason in the manifest of a VM that was shut off.
-pub const OFFLINE: &str = "the VM was shut off: as it left its disks";
+pub const OFFLINE: &str = "the VM was shut off";
 
 /// What a manifest knows to have been achieved.
 fn achieved<'a, D: serde::Deserializer<'a>>(
@@ -221,7 +221,7 @@ pub enum ImageFormat {
     Raw,
 }
 
-/// How much of the disk an image holds. It settles what a raw INC means, which its bytes cannot.
+/// How much of the disk an image holds. It decides what a raw INC means, which its bytes cannot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Contents {
@@ -244,13 +244,13 @@ pub struct BitmapInfo {
     /// Whether it survives a restart of QEMU.
     #[serde(default)]
     pub persistent: bool,
-    /// Whether a size watermark lies beside it: a second bitmap, of this name and `-floor`, that says
+    /// Whether a size watermark is beside it: a second bitmap, of this name and `-floor`, that says
     /// how small the disk has been since.
-    #[serde(default)]
-    pub floor: bool,
+    #[serde(default, rename = "floor")]
+    pub watermark: bool,
 }
 
-/// What state of the guest the frozen moment is.
+/// What state of the guest the freeze point is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Consistency {
@@ -258,7 +258,7 @@ pub struct Consistency {
     pub achieved: Achieved,
     /// Why not more, in words; empty if there is no more.
     pub reason: String,
-    /// Whether all disks of the run share one frozen moment.
+    /// Whether all disks of the run share one freeze point.
     pub one_moment: bool,
     /// How long the guest was stopped for it, in milliseconds.
     pub stopped_ms: u64,
@@ -267,7 +267,7 @@ pub struct Consistency {
 }
 
 impl Consistency {
-    /// Of a point whose moment nobody recorded.
+    /// Of a point whose consistency nobody recorded.
     pub fn unknown() -> Self {
         Consistency { reason: RECORDED.into(), ..Consistency::default() }
     }
@@ -325,21 +325,21 @@ pub struct Skipped {
 }
 
 impl Manifest {
-    /// The time of the state that it holds: that in its name, `named`, or of what a commit folded in.
+    /// The time of the state that it holds: that in its name, `named`, or of what a commit merged in.
     pub fn state_time(&self, named: Option<i64>) -> Option<i64> {
         state_time(self.state_of.as_deref(), self.time, named)
     }
 }
 
 impl Brief {
-    /// The time of the state that it holds: that in its name, `named`, or of what a commit folded in.
+    /// The time of the state that it holds: that in its name, `named`, or of what a commit merged in.
     pub fn state_time(&self, named: Option<i64>) -> Option<i64> {
         state_time(self.state_of.as_deref(), self.time, named)
     }
 }
 
 /// The time of the state that an image holds: that in its name, `named`; after a commit that in the
-/// name of the image folded last, or else `recorded`, its manifest's. A state that was folded in is
+/// name of the image merged last, or else `recorded`, its manifest's. A state that was merged in is
 /// never older than the name.
 fn state_time(state_of: Option<&str>, recorded: i64, named: Option<i64>) -> Option<i64> {
     let Some(state_of) = state_of else { return named };
@@ -367,11 +367,10 @@ pub fn fingerprint_of(file: &File) -> std::io::Result<String> {
     let len = file.metadata()?.len();
     let mut hash = blake3::Hasher::new();
     hash.update(&len.to_be_bytes());
+    let mut sample = vec![0; usize::try_from(SAMPLE.min(len)).unwrap_or(0)];
     for start in [0, len.saturating_sub(SAMPLE)] {
-        let n = usize::try_from(SAMPLE.min(len)).unwrap_or(0);
-        let mut buf = vec![0; n];
-        file.read_exact_at(&mut buf, start)?;
-        hash.update(&buf);
+        file.read_exact_at(&mut sample, start)?;
+        hash.update(&sample);
     }
     Ok(hash.finalize().to_hex().as_str().get(..32).unwrap_or_default().to_string())
 }
@@ -444,12 +443,28 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_fingerprint_is_over_the_length_and_both_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let sample = SAMPLE as usize;
+        for len in [0, 1, sample - 1, sample, sample + 7, 3 * sample] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+            std::fs::write(&path, &bytes).unwrap();
+            let n = len.min(sample);
+            let all = [&(len as u64).to_be_bytes(), &bytes[..n], &bytes[len - n..]].concat();
+            let hash = blake3::hash(&all).to_hex();
+            assert_eq!(fingerprint(&path).unwrap(), hash.as_str()[..32], "{len}");
+        }
+    }
+
+    #[test]
     fn what_is_written_is_read_and_nothing_is_left_over() {
         let dir = tempfile::tempdir().unwrap();
         let m = example("INC-2-sda", Level::Inc, Some("FULL-1-sda"));
         let path = write(dir.path(), &m).unwrap();
         assert_eq!(path, dir.path().join(".fleecefs/INC-2-sda.json"));
         write(dir.path(), &m).unwrap();
+        assert!(std::fs::read(&path).unwrap().starts_with(super::store::OURS));
         assert_eq!(read(dir.path(), OsStr::new("INC-2-sda")).unwrap(), Some(m));
         assert_eq!(std::fs::read_dir(dir.path().join(FOLDER)).unwrap().count(), 1);
         assert_eq!(read(dir.path(), OsStr::new("FULL-1-sda")).unwrap(), None);

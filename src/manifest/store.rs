@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, file_name, manifest_path};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Folder, Handle, Share, plain};
+use crate::folder::{FileMode, Folder, Handle, plain};
 use crate::text::path_text;
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
@@ -52,7 +52,7 @@ fn check_image(named: &str, image: &OsStr, path: &Path) -> Result<()> {
     if OsStr::new(named) == image {
         return Ok(());
     }
-    let what = format!("the manifest is of another image, {named:?}");
+    let what = format!("the manifest belongs to another image, {named:?}");
     Err(Error::new(Kind::Corrupt, what).at_path(path).remedy(REMEDY))
 }
 
@@ -76,14 +76,20 @@ pub(crate) fn parse_as<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T
         Error::new(Kind::Corrupt, "not a manifest").with_source(e).remedy(REMEDY)
     };
     // The version first: what a later version changed must not read as damage.
-    let Version { format_version } = serde_json::from_slice(bytes).map_err(corrupt)?;
+    let format_version = match bytes.starts_with(OURS) {
+        true => FORMAT_VERSION,
+        false => serde_json::from_slice::<Version>(bytes).map_err(corrupt)?.format_version,
+    };
     if format_version != FORMAT_VERSION {
-        let what = format!("manifest of version {format_version}, this program knows 1");
+        let what = format!("manifest has version {format_version}; this program reads version 1");
         return Err(Error::new(Kind::Unsupported, what).remedy("use a newer version of fleecefs"));
     }
     check_seal(bytes)?;
     serde_json::from_slice(bytes).map_err(corrupt)
 }
+
+/// What all manifests of ours begin with: the version is known without going through the whole.
+pub(super) const OURS: &[u8] = b"{\n  \"format_version\": 1,\n";
 
 /// What stands before the manifest's checksum: BLAKE3, in hexadecimal, over the whole text with
 /// zeros in the checksum's place. It is the last field of the text and no part of [`Manifest`].
@@ -141,9 +147,24 @@ pub fn read_in(dir: &Folder, image: &OsStr) -> Result<Option<Manifest>> {
 }
 
 fn read_sealed_in(dir: &Folder, image: &OsStr) -> Result<Option<(Manifest, bool)>> {
-    let path = manifest_path(dir.path(), image);
-    let bytes = dir.folder(FOLDER).and_then(|side| side.read_small(file_name(image), MAX_BYTES));
-    let bytes = match bytes {
+    match dir.folder(FOLDER) {
+        Ok(side) => read_beside(&side, dir.path(), image),
+        Err(e) if is_absent(&e) => Ok(None),
+        Err(e) => Err(failed(e, &manifest_path(dir.path(), image))),
+    }
+}
+
+/// As [`read_sealed`], where the folder of manifests is held; `dir` is that of the images.
+///
+/// # Errors
+/// See [`read`].
+pub(crate) fn read_beside(
+    side: &Folder,
+    dir: &Path,
+    image: &OsStr,
+) -> Result<Option<(Manifest, bool)>> {
+    let path = manifest_path(dir, image);
+    let bytes = match side.read_small(file_name(image), MAX_BYTES) {
         Ok(bytes) => bytes,
         Err(e) if is_absent(&e) => return Ok(None),
         Err(e) => return Err(failed(e, &path)),
@@ -183,16 +204,16 @@ pub fn write_in(dir: &Folder, manifest: &Manifest) -> Result<()> {
     let text = serde_json::to_vec_pretty(manifest)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {
-        log::warn!("{}: the guest's configuration is too large and left out", path_text(&path));
+        log::warn!("{}: the guest's configuration is too large and skipped", path_text(&path));
         return write_in(dir, &Manifest { vm: std::sync::Arc::default(), ..manifest.clone() });
     }
     let side = dir.make_folder(FOLDER).map_err(|e| {
         Error::io(e, "cannot make the folder for manifests").at_path(dir.join(FOLDER))
     })?;
     // It is for those who may read its image; a group that cannot be given is no reason against it.
-    let share = dir.look(image).map(|m| Share::like(&m)).unwrap_or_default();
+    let share = dir.look(image).map(|m| FileMode::like(&m)).unwrap_or_default();
     let shared = share.give_folder(&side).is_ok();
-    let share = if shared { share } else { Share::default() };
+    let share = if shared { share } else { FileMode::default() };
     let (name, text) = (file_name(image), seal(text));
     let written = match side.write_shared(&name, &text, share) {
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {

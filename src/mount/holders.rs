@@ -24,8 +24,8 @@ pub(super) fn busy(mount: &Mount) -> Error {
     let at = path_text(&mount.path);
     let what = match is_dead(mount) {
         true => format!(
-            "its server is gone, so nothing can be read any more, but this dead mount of {} is \
-             still held",
+            "its server has ended, so nothing can be read, but this dead mount of {} is still in \
+             use",
             mount.source
         ),
         false => "still in use".into(),
@@ -38,7 +38,7 @@ pub(super) fn busy(mount: &Mount) -> Error {
     };
     let steps: Vec<&str> = all.iter().take(MOST).filter_map(|h| h.release.as_deref()).collect();
     let remedy = match steps.as_slice() {
-        [] => format!("end what holds it, or detach it: 'fleecefs umount --lazy {at}'"),
+        [] => format!("end what uses it, or detach it: 'fleecefs umount --lazy {at}'"),
         steps => format!(
             "unmount what is mounted from it, '{}', then 'fleecefs umount {at}'; or detach it now \
              with --lazy",

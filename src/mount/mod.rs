@@ -5,22 +5,22 @@
 //! after the mount has answered a first request.
 //!
 //! - `plan`: what is checked and decided before
-//! - `serve`: the life of a mount; `alone` in a user's one process, `keeper` in root's two
+//! - `serve`: the life of a mount; `user_mount` in a user's one process, `supervisor` in root's two
 //! - `daemon`: going into the background; `process`: signals, threads and limits of the one that serves
 //! - `prepared`: the directory as it was read, and looking at it again; `mounted`: what the kernel has
 //! - `table`: what is mounted where; `holders`: who holds a mount; `umount`
 
-mod alone;
 mod daemon;
 mod holders;
-mod keeper;
 mod mounted;
 mod plan;
 mod prepared;
 mod process;
 mod serve;
+mod supervisor;
 mod table;
 mod umount;
+mod user_mount;
 
 pub(crate) use plan::{Options, Plan};
 pub(crate) use process::raise_file_limit;

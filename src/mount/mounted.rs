@@ -14,7 +14,7 @@ use crate::text::path_text;
 const READ_AHEAD_KB: u32 = 4096;
 
 /// Said by whichever process has mounted.
-pub(super) fn say_mounted(plan: &Plan) {
+pub(super) fn print_mounted(plan: &Plan) {
     log::info!("{} is mounted at {}", path_text(&plan.backups), path_text(&plan.mountpoint));
 }
 
@@ -37,7 +37,7 @@ pub(super) fn answers(mountpoint: &Path) -> Result<(Mount, Option<UnixListener>)
     folder::look(mountpoint)
         .map_err(|e| Error::io(e, "the mount does not answer").at_path(mountpoint))?;
     let Some(mount) = table::find(mountpoint)? else {
-        return Err(Error::new(Kind::Io, "the mount is gone again").at_path(mountpoint));
+        return Err(Error::new(Kind::Io, "the mount has ended").at_path(mountpoint));
     };
     let setting = format!("/sys/class/bdi/{}/read_ahead_kb", mount.dev);
     if let Err(e) = folder::system::set(Path::new(&setting), &READ_AHEAD_KB.to_string()) {

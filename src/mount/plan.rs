@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::table::{self, Mount};
+use super::table;
+use super::table::Mount;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, named};
+use crate::folder::user_paths;
 use crate::fs::attr;
-use crate::fuse::{self, Access};
-use crate::privileges::{self, Owner};
+use crate::fuse::Access;
+use crate::privileges::Owner;
 use crate::text::path_text;
+use crate::{folder, fuse, privileges};
 
 /// Dead mounts on top of each other that are taken away.
 const MOST_DEAD: usize = 16;
@@ -146,15 +148,12 @@ fn take_over(mount: &Mount) -> Result<()> {
     }
     let path = path_text(&mount.path);
     mount.end(true).map_err(|e| {
-        let text = format!("a dead mount of {} is in the way: {}", mount.source, e.report());
+        let text = format!("a dead mount of {} is there: {}", mount.source, e.report());
         Error::new(Kind::Busy, text)
             .at_path(&mount.path)
             .remedy(format!("'fleecefs umount --lazy {path}' as its owner or root first"))
     })?;
-    log::warn!(
-        "{path}: took the place of a dead mount of {}, whose process was killed",
-        mount.source
-    );
+    log::warn!("{path}: replaced a dead mount of {}, whose process was killed", mount.source);
     Ok(())
 }
 
@@ -165,8 +164,8 @@ fn mounted_already(mount: &Mount) -> Error {
 }
 
 fn directory(path: &Path, what: &str) -> Result<PathBuf> {
-    named::existing_folder(path, what).map_err(|e| match e.os_code() {
-        Some(libc::ENOTCONN) => e.remedy("a dead mount is in the way; unmount it first"),
+    user_paths::existing_folder(path, what).map_err(|e| match e.os_code() {
+        Some(libc::ENOTCONN) => e.remedy("a dead mount is there; unmount it first"),
         _ => e,
     })
 }

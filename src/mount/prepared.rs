@@ -22,7 +22,7 @@ const WATCH_STACK: usize = 16 << 20;
 
 /// A file system that is ready to be mounted.
 pub(super) struct Prepared {
-    /// It.
+    /// The file system.
     pub fs: Arc<FileSystem>,
     watch: Watch,
     waker: Arc<Waker>,
@@ -48,7 +48,7 @@ impl Prepared {
         let options = ScanOptions { skip, called, ..ScanOptions::default() };
         let (catalog, probes) = scan::scan(&root, &options, None)?;
         if !catalog.disks.iter().flat_map(|d| &d.points).any(|p| p.is_served()) {
-            log::warn!("{}: no point can be served", path_text(&plan.backups));
+            log::warn!("{}: no point is available", path_text(&plan.backups));
         }
         // Each thread has the device open.
         files::set_limit(plan.threads as u64 + 1);
@@ -99,7 +99,10 @@ impl Refresh {
         watch.run(waker, || {
             let look = std::panic::AssertUnwindSafe(|| self.look());
             if std::panic::catch_unwind(look).is_err() {
-                log::error!("looking at the backup directory again panicked; nothing was changed");
+                log::error!(
+                    "internal error while reading the backup directory again; nothing was \
+                             changed"
+                );
             }
         });
     }
@@ -127,7 +130,7 @@ impl Refresh {
 
     fn scan(&self) -> Result<(Catalog, ProbeCache)> {
         // A link may lead into the mount by now.
-        if let Ok(real) = folder::resolve_place(&self.root) {
+        if let Ok(real) = folder::resolve_path(&self.root) {
             check_apart(&real, &self.mountpoint)?;
         }
         scan::scan(&self.root, &self.options, Some(&self.probes))
@@ -140,9 +143,9 @@ fn check_file_limit(catalog: &Catalog) {
     let (longest, count) = longest_chain(catalog);
     if count > most {
         log::warn!(
-            "{}: a chain of {count} files, and only {most} can be held open: all points can be read, \
-             but not after one of their files is removed while they are open; raise the hard limit \
-             (ulimit -Hn, LimitNOFILE=) or consolidate the chain",
+            "{}: chain of {count} files, only {most} can be kept open: open points cannot be read \
+             after one of their files is removed; raise the hard limit (ulimit -Hn, LimitNOFILE=) \
+             or consolidate the chain",
             path_text(&longest)
         );
     }

@@ -2,16 +2,17 @@
 //!
 //! Threads: those of [`crate::fuse`] that serve requests; `watch`, which looks at the backup
 //! directory again, swaps the tree and tells the kernel; `control`, which unmounts on a signal or
-//! when idle, or has `keeper` do it; and the first, which waits for the end.
+//! when idle, or has `supervisor` do it; and the first, which waits for the end.
 
 use std::fs::File;
 
-use super::daemon::{self, Ready};
+use super::daemon::Ready;
 use super::plan::Plan;
 use super::process::{give_memory_back, log_panics, raise_file_limit};
-use super::{alone, keeper};
+use super::{daemon, supervisor, user_mount};
 use crate::error::Result;
-use crate::output::logging::{self, Sink};
+use crate::output::logging;
+use crate::output::logging::Sink;
 use crate::privileges;
 
 /// Mounts and serves: in the foreground until it is unmounted, else by a process in the background, once
@@ -43,7 +44,7 @@ fn serve(plan: &Plan, ready: Ready) -> Result<u8> {
     give_memory_back();
     log_panics();
     match privileges::is_root() {
-        true => keeper::run(plan, ready),
-        false => alone::run(plan, ready).map(|()| 0),
+        true => supervisor::run(plan, ready),
+        false => user_mount::run(plan, ready).map(|()| 0),
     }
 }

@@ -18,7 +18,7 @@ use crate::folder::{self, Folder};
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mount {
-    /// Where.
+    /// The mount point.
     pub path: PathBuf,
     /// Number of the mount.
     number: String,
@@ -173,7 +173,7 @@ pub(super) fn at(path: &Path) -> Result<Option<Mount>> {
     {
         return Ok(Some(mount));
     }
-    folder::resolve_place(path).ok().map_or(Ok(None), |real| find(&real))
+    folder::resolve_path(path).ok().map_or(Ok(None), |real| find(&real))
 }
 
 /// Unmounts what is at `path`: directly, or with fusermount where the kernel wants root. There may be

@@ -4,12 +4,79 @@
 
 pub(crate) mod logging;
 
-use std::io::{Stdout, Write};
+use std::io::{IsTerminal, Stdout, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::text::{self, visible, visible_lines};
+
+/// Whether anything was written to standard output.
+static WRITTEN: AtomicBool = AtomicBool::new(false);
+
+/// The version of the JSON that is printed: `contrib/doc/json.md`.
+pub(crate) const JSON_VERSION: u32 = 1;
+
+/// How a line looks on a terminal that has colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// As it is.
+    Plain,
+    /// A heading.
+    Bold,
+    /// Something is wrong.
+    Red,
+    /// Something is odd.
+    Yellow,
+}
+
+/// A line and how it looks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Line {
+    pub look: Look,
+    pub text: String,
+}
+
+impl Line {
+    /// One line; a line break inside becomes visible.
+    pub(crate) fn new(look: Look, text: impl std::fmt::Display) -> Self {
+        Line { look, text: visible(&text.to_string()) }
+    }
+}
+
+/// Writes lines to standard output, in colours on a terminal unless NO_COLOR is set.
+///
+/// # Errors
+/// As [`print`].
+pub(crate) fn print_lines(lines: &[Line]) -> Result<()> {
+    let is_set = |name| std::env::var_os(name).is_some_and(|v| !v.is_empty());
+    let is_dumb = std::env::var_os("TERM").is_some_and(|t| t == "dumb");
+    let colours = std::io::stdout().is_terminal() && !is_set("NO_COLOR") && !is_dumb;
+    print_as_is(coloured(lines, colours).as_bytes())
+}
+
+fn coloured(lines: &[Line], colours: bool) -> String {
+    let mut text = String::new();
+    for line in lines {
+        let code = match line.look {
+            Look::Bold => "1",
+            Look::Red => "31",
+            Look::Yellow => "33",
+            Look::Plain => "",
+        };
+        match colours && !code.is_empty() {
+            true => text.push_str(&format!("\x1b[{code}m{}\x1b[0m\n", line.text)),
+            false => text.push_str(&format!("{}\n", line.text)),
+        }
+    }
+    text
+}
+
+/// Whether anything was written to standard output until now.
+pub(crate) fn has_written() -> bool {
+    WRITTEN.load(Ordering::Relaxed)
+}
 
 /// Writes lines of text to standard output. A reader that went away (`| head`) is not an error.
 ///
@@ -32,6 +99,7 @@ pub(crate) fn print_as_is(bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// As [`print`].
 pub(crate) fn written(write: impl FnOnce(&mut Stdout) -> std::io::Result<()>) -> Result<()> {
+    WRITTEN.store(true, Ordering::Relaxed);
     let mut out = std::io::stdout();
     match write(&mut out).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -55,22 +123,57 @@ pub(crate) fn tell_error(error: &Error) {
     tell(&format!("fleecefs: {}\n", error.report()));
 }
 
-/// A value as JSON that can be printed, over several lines; ended by a line break.
+/// An object, and the version of its form before all else.
+#[derive(Serialize)]
+struct Versioned<'a, T: Serialize + ?Sized> {
+    format_version: u32,
+    #[serde(flatten)]
+    value: &'a T,
+}
+
+/// An object as a JSON document that can be printed, over several lines; ended by a line break.
 ///
 /// # Errors
 /// `Io` if it has no form in JSON.
-pub(crate) fn json_pretty<T: Serialize + ?Sized>(value: &T) -> Result<String> {
-    text::json_pretty(value).map(|t| t + "\n").map_err(failed)
+pub(crate) fn json_document<T: Serialize + ?Sized>(value: &T) -> Result<String> {
+    let value = Versioned { format_version: JSON_VERSION, value };
+    text::json_pretty(&value).map(|t| t + "\n").map_err(failed)
+}
+
+/// Like [`json_document`] on one line, for commands that print an object per disk.
+///
+/// # Errors
+/// As [`json_document`].
+pub(crate) fn json_object<T: Serialize + ?Sized>(value: &T) -> Result<String> {
+    json_line(&Versioned { format_version: JSON_VERSION, value })
 }
 
 /// A value as JSON on one line, with its line break.
 ///
 /// # Errors
-/// As [`json_pretty`].
+/// As [`json_document`].
 pub(crate) fn json_line<T: Serialize + ?Sized>(value: &T) -> Result<String> {
     text::json(value).map(|t| t + "\n").map_err(failed)
 }
 
 fn failed(e: serde_json::Error) -> Error {
     Error::new(Kind::Io, "cannot write JSON").with_source(e)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_are_codes_around_lines_and_never_in_them() {
+        let lines = [Line::new(Look::Red, "a\x1b[0mb"), Line::new(Look::Plain, "c")];
+        assert_eq!(coloured(&lines, false), "a\\u{1b}[0mb\nc\n");
+        assert_eq!(coloured(&lines, true), "\x1b[31ma\\u{1b}[0mb\x1b[0m\nc\n");
+    }
+
+    #[test]
+    fn a_document_begins_with_its_version() {
+        let text = json_object(&serde_json::json!({"a": 1})).unwrap();
+        assert_eq!(text, "{\"format_version\":1,\"a\":1}\n");
+    }
 }

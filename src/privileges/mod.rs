@@ -13,7 +13,8 @@ use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, named};
+use crate::folder;
+use crate::folder::user_paths;
 use crate::text::visible;
 
 /// The group that owns nothing, for an owner who has none but root's.
@@ -42,12 +43,12 @@ impl Owner {
     /// # Errors
     /// The folder cannot be looked at; `Permission` if the caller may not become somebody else.
     pub(crate) fn of(path: &Path) -> Result<Option<Self>> {
-        let real = named::backups(path)?;
+        let real = user_paths::backups(path)?;
         let meta = folder::look(&real)
-            .map_err(|e| Error::io(e, "cannot look at the backup directory").at_path(path))?;
+            .map_err(|e| Error::io(e, "cannot read the backup directory").at_path(path))?;
         let caller = rustix::process::geteuid().as_raw();
         if meta.uid() == 0 && caller == 0 {
-            log::warn!("--as-owner changes nothing: the backup directory belongs to root");
+            log::warn!("--as-owner has no effect: the backup directory belongs to root");
         }
         if meta.uid() == 0 || meta.uid() == caller {
             return Ok(None);
@@ -105,7 +106,7 @@ impl Owner {
         // A way back would be a grave error of the kernel's or of ours.
         // SAFETY: no pointers.
         if unsafe { libc::setresuid(0, 0, 0) } == 0 {
-            return Err(io::Error::other("the user could be changed back"));
+            return Err(io::Error::other("the user change could be undone"));
         }
         harden()
     }

@@ -31,7 +31,7 @@ fn id(text: &str, what: &str, find: impl FnOnce(&CString) -> Option<u32>) -> Res
     }
     let name = CString::new(text).ok();
     name.and_then(|n| find(&n))
-        .ok_or_else(|| format!("'{text}' is no number, and no {what}'s name"))
+        .ok_or_else(|| format!("'{text}' is neither a number nor the name of a {what}"))
 }
 
 /// A user's name; `None` if the system knows no such user.

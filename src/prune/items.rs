@@ -13,7 +13,7 @@ use crate::layer::Format;
 use crate::layout::name::{Name, parse_partial};
 use crate::layout::{Level, name};
 use crate::text::path_text;
-use crate::verify::{Outcome, Standing, quick};
+use crate::verify::{Outcome, PointOutcome, quick};
 use crate::{folder, manifest};
 
 /// The points of all disks; of each the newest is verified quickly, for nothing of a VM may go as
@@ -62,7 +62,8 @@ fn held(
             Some(why) => drop(reasons.insert(path, why)),
             None => match &catalog.disks[d].points[i] {
                 Point { name, unavailable: Some(finding), .. } => {
-                    let why = format!("the newest point, {name}, is lost: {}", finding.message);
+                    let why =
+                        format!("the newest point, {name}, is not available: {}", finding.message);
                     reasons.insert(path, why);
                 }
                 _ => unknown.push((*path, (d, i))),
@@ -90,14 +91,14 @@ fn lost_or_unfinished<'a>(
     for disk in disks {
         if let Some(image) = lost.newer(disk, newest) {
             return Some(format!(
-                "the newest point, {image}, is lost: its manifest is there, the image is not"
+                "the newest point, {image}, is missing: there is a manifest and no image"
             ));
         }
         for path in disk.findings.iter().map(|f| &f.path) {
             let name = path.file_name().unwrap_or_default();
             let Some((_, stamp, _)) = parse_partial(name) else { continue };
             if folder::exists(path) && stamp.is_none_or(|t| t > newest) {
-                return Some(format!("the newest backup, {}, did not finish", path_text(name)));
+                return Some(format!("the newest backup, {}, was interrupted", path_text(name)));
             }
         }
     }
@@ -173,11 +174,11 @@ fn is_foreign(point: &Point) -> bool {
     point.layers.iter().any(|l| !matches!(l.format, Format::Qcow2 | Format::Raw))
 }
 
-/// When the points were taken; none is older than the one it lies on, whatever clocks said.
+/// When the points were taken; none is older than the one it depends on, whatever clocks said.
 fn times(disk: &Disk) -> Vec<i64> {
     let mut times: Vec<i64> = Vec::with_capacity(disk.points.len());
     for p in &disk.points {
-        // What a point lies on comes before it.
+        // What a point depends on comes before it.
         let below = p.parent.and_then(|j| times.get(j)).copied();
         times.push(below.map_or(p.time, |t| t.max(p.time)));
     }
@@ -210,7 +211,7 @@ fn of_disk(disk: &Disk) -> DiskItems {
     DiskItems { disk: disk.path.clone(), timeline, items, held: None }
 }
 
-/// What points that cannot be served lie on by their manifests, or, where such an image is missing,
+/// What points that cannot be served depend on by their manifests, or, where such an image is missing,
 /// by the manifest that is left of it.
 struct RecordedParents<'a> {
     disk: &'a Disk,
@@ -279,7 +280,7 @@ fn timeline(disk: &Path) -> PathBuf {
 }
 
 /// Why nothing older than the newest point, which can be served, may be deleted.
-fn unproven(newest: &Point, standing: Standing) -> Option<String> {
+fn unproven(newest: &Point, standing: PointOutcome) -> Option<String> {
     let word = match standing.outcome {
         Outcome::Sound => return None,
         Outcome::Unsound => "unsound",

@@ -9,8 +9,8 @@ use jiff::tz::TimeZone;
 
 pub use super::planned::{DiskItems, DiskPlan, Item, Plan, PointPlan, Unmerged};
 
+use super::merge::{CanMerge, shortened};
 use super::reason::Reason;
-use super::shorten::{CanMerge, shortened};
 use crate::layout::Level;
 
 /// What is kept, as restic and borg have it: of each of the newest N days (weeks, ...) that have a
@@ -38,9 +38,9 @@ impl Rules {
     }
 }
 
-/// Options of the plan beside the rules.
+/// Options of the plan, besides the rules.
 #[derive(Clone, Copy, Default)]
-pub struct Manner<'a> {
+pub struct PlanOptions<'a> {
     /// Delete also what would be held, and what cannot be restored.
     pub force: bool,
     /// Shorten chains whose oldest points are kept only because newer ones need them, where this
@@ -52,8 +52,8 @@ pub struct Manner<'a> {
 type Key = (usize, usize);
 type Kept = HashMap<Key, BTreeSet<Reason>>;
 
-/// Decides.
-pub fn plan(disks: &[DiskItems], rules: &Rules, zone: &TimeZone, manner: Manner<'_>) -> Plan {
+/// Decides which points stay and which go.
+pub fn plan(disks: &[DiskItems], rules: &Rules, zone: &TimeZone, options: PlanOptions<'_>) -> Plan {
     let mut kept = Kept::new();
     let mut timelines: BTreeMap<&PathBuf, Vec<Key>> = BTreeMap::new();
     for (d, disk) in disks.iter().enumerate() {
@@ -69,11 +69,11 @@ pub fn plan(disks: &[DiskItems], rules: &Rules, zone: &TimeZone, manner: Manner<
     }
     complete_runs(disks, &mut kept);
     same_runs(disks, &mut kept);
-    set_apart(disks, manner.force, &mut kept);
+    set_apart(disks, options.force, &mut kept);
     inside(disks, &mut kept);
     perhaps_needed(disks, &mut kept);
     needed(disks, &mut kept);
-    let plans = disks.iter().enumerate().map(|(d, disk)| disk_plan(d, disk, &mut kept, manner));
+    let plans = disks.iter().enumerate().map(|(d, disk)| disk_plan(d, disk, &mut kept, options));
     Plan { disks: plans.collect() }
 }
 
@@ -220,8 +220,8 @@ fn by_file(disk: &DiskItems) -> HashMap<&PathBuf, Vec<usize>> {
     files
 }
 
-/// Of a point that lies on something missing, every base in its folder that is older: what is
-/// missing may lie on it. Of several such points the oldest is named, not each.
+/// Of a point that depends on something missing, every base in its folder that is older: what is
+/// missing may depend on it. Of several such points the oldest is named, not each.
 fn perhaps_needed(disks: &[DiskItems], kept: &mut Kept) {
     for (d, disk) in disks.iter().enumerate() {
         let mut unknown: HashMap<Option<&Path>, Vec<(i64, usize)>> = HashMap::new();
@@ -244,7 +244,7 @@ fn perhaps_needed(disks: &[DiskItems], kept: &mut Kept) {
     }
 }
 
-/// Everything that something kept lies on.
+/// Everything that something kept depends on.
 fn needed(disks: &[DiskItems], kept: &mut Kept) {
     for (d, disk) in disks.iter().enumerate() {
         let files = by_file(disk);
@@ -267,14 +267,14 @@ fn needed(disks: &[DiskItems], kept: &mut Kept) {
     }
 }
 
-fn disk_plan(d: usize, disk: &DiskItems, kept: &mut Kept, manner: Manner<'_>) -> DiskPlan {
+fn disk_plan(d: usize, disk: &DiskItems, kept: &mut Kept, options: PlanOptions<'_>) -> DiskPlan {
     let point = |(i, item): (usize, &Item)| PointPlan {
         point: item.name.clone(),
         keep: kept.remove(&(d, i)).unwrap_or_default().into_iter().collect(),
         bytes: item.bytes,
     };
     let mut points: Vec<PointPlan> = disk.items.iter().enumerate().map(point).collect();
-    let (consolidate, not_consolidated) = match manner.merge {
+    let (consolidate, not_consolidated) = match options.merge {
         Some(can) => shortened(disk, &mut points, |i, gone| can(d, i, gone)),
         None => Default::default(),
     };

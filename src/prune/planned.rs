@@ -16,9 +16,9 @@ pub struct Item {
     pub level: Level,
     /// Whether it can be restored.
     pub served: bool,
-    /// The point it lies on, as an index into [`DiskItems::items`]; always a smaller one.
+    /// The point it depends on, as an index into [`DiskItems::items`]; always a smaller one.
     pub parent: Option<usize>,
-    /// Whether it lies on something of which nobody knows what it is, because a file is missing.
+    /// Whether it depends on something of which nobody knows what it is, because a file is missing.
     pub lies_on_unknown: bool,
     /// The run that made it: the same for all disks.
     pub run: String,

@@ -25,7 +25,7 @@ pub enum Reason {
     SameRun,
     /// This point needs it.
     NeededBy(String),
-    /// This point lies on something that is missing, and that may lie on it.
+    /// This point depends on something that is missing, and that may depend on it.
     MayBeNeededBy(String),
     /// It becomes part of this point, which becomes a FULL (`--consolidate`).
     MergedInto(String),
@@ -38,7 +38,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Whether the point is wanted for itself, and not only because another lies on it.
+    /// Whether the point is wanted for itself, and not only because another depends on it.
     pub fn is_own(&self) -> bool {
         use Reason::{MayBeNeededBy, MergedInto, NeededBy};
         !matches!(self, NeededBy(_) | MayBeNeededBy(_) | MergedInto(_))
@@ -59,12 +59,15 @@ impl std::fmt::Display for Reason {
             Reason::SameRun => f.write_str("another disk of this run is kept"),
             Reason::NeededBy(p) => write!(f, "needed by {}", path_text(p)),
             Reason::MayBeNeededBy(p) => {
-                write!(f, "{} may need it, once what is missing is back", path_text(p))
+                write!(f, "{} may need it when the missing image is back", path_text(p))
             }
             Reason::MergedInto(p) => write!(f, "merged into {}", path_text(p)),
             Reason::NotABackup => f.write_str("not a backup"),
-            Reason::CannotBeServed => f.write_str("cannot be restored; see 'list', or --force"),
-            Reason::Held(why) => write!(f, "nothing is deleted: {why}"),
+            Reason::CannotBeServed => f.write_str(
+                "cannot be restored (see 'list'; override with \
+                                                   --force)",
+            ),
+            Reason::Held(why) => write!(f, "nothing deleted: {why}"),
         }
     }
 }

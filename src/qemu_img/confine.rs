@@ -55,7 +55,7 @@ pub(super) fn enter(keep: &[i32], limits: Limits, parent: u32) -> io::Result<()>
 
 /// A place that a daemon may change: a handle of it, and how.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct AllowedPath {
     /// Its descriptor (`O_PATH`).
     pub fd: i32,
     /// Rights of Landlock.
@@ -79,7 +79,7 @@ pub(super) const KEEP: u64 = WRITE | 1 << 5 | 1 << 8 | 1 << 9;
 /// # Errors
 /// As [`enter`].
 pub(super) fn enter_daemon(
-    (places, read_limited): (&[Place], bool),
+    (places, read_limited): (&[AllowedPath], bool),
     keep: &[i32],
     parent: u32,
 ) -> io::Result<()> {
@@ -221,7 +221,7 @@ const ASK_VERSION: libc::c_long = 1;
 
 /// `struct landlock_path_beneath_attr`.
 #[repr(C, packed)]
-struct Beneath {
+struct PathRule {
     rights: u64,
     fd: i32,
 }
@@ -230,7 +230,7 @@ const PATH_BENEATH: libc::c_long = 1;
 
 /// What the ruleset handles is forbidden, but in `places`. Where there is no Landlock, what else is
 /// taken away must do.
-fn restrict(places: &[Place], read_limited: bool) {
+fn restrict(places: &[AllowedPath], read_limited: bool) {
     // SAFETY: the kernel reads `set` as far as `len`, which its version knows.
     unsafe {
         let null = std::ptr::null::<Ruleset>();
@@ -254,7 +254,7 @@ fn restrict(places: &[Place], read_limited: bool) {
         let fd = libc::syscall(libc::SYS_landlock_create_ruleset, &raw const set, len, 0);
         if fd >= 0 {
             for place in places {
-                let rule = Beneath { rights: place.rights & set.files, fd: place.fd };
+                let rule = PathRule { rights: place.rights & set.files, fd: place.fd };
                 let at = &raw const rule;
                 libc::syscall(libc::SYS_landlock_add_rule, fd, PATH_BENEATH, at, 0);
             }

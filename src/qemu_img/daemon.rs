@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::confine::{KEEP, LIST, Place, READ, WRITE, enter_daemon};
+use super::confine::{AllowedPath, KEEP, LIST, READ, WRITE, enter_daemon};
 use super::program;
 use super::run::{said, shown};
 use crate::error::{Error, Kind, Result};
@@ -105,8 +105,8 @@ impl Rights {
         Rights { places: pinned.collect() }
     }
 
-    fn places(&self) -> impl Iterator<Item = Place> {
-        self.places.iter().map(|(f, rights)| Place { fd: f.as_raw_fd(), rights: *rights })
+    fn places(&self) -> impl Iterator<Item = AllowedPath> {
+        self.places.iter().map(|(f, rights)| AllowedPath { fd: f.as_raw_fd(), rights: *rights })
     }
 
     /// It may write to files that are in the folder `path`.
@@ -133,7 +133,7 @@ fn runs_with(program: &Path, system: &Rights) -> bool {
     let mut command = Command::new(program);
     command.arg("--version").env_clear().env("LC_ALL", "C").current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let (places, parent): (Vec<Place>, _) = (system.places().collect(), std::process::id());
+    let (places, parent): (Vec<AllowedPath>, _) = (system.places().collect(), std::process::id());
     // SAFETY: as in `Daemon::start`.
     unsafe { command.pre_exec(move || enter_daemon((&places, true), &[], parent)) };
     let Ok(mut child) = command.spawn() else { return false };
@@ -177,11 +177,9 @@ impl Daemon {
         let system = Rights::system(&program);
         let limited = runs_with(&program, &system);
         if !limited {
-            log::info!(
-                "{NAME} does not run where it may read little: it may read what its user may"
-            );
+            log::info!("{NAME} runs without confinement: it may read all that its user may");
         }
-        let places: Vec<Place> = rights.places().chain(system.places()).collect();
+        let places: Vec<AllowedPath> = rights.places().chain(system.places()).collect();
         let (parent, keep) = (std::process::id(), [lock.as_raw_fd()]);
         // SAFETY: `confine::enter_daemon` makes plain system calls only, as must be between fork and exec.
         unsafe { command.pre_exec(move || enter_daemon((&places, limited), &keep, parent)) };
@@ -203,7 +201,7 @@ impl Daemon {
                 ));
             }
             if Instant::now() >= deadline {
-                return Err(Error::new(Kind::Timeout, format!("{NAME} does not come up")));
+                return Err(Error::new(Kind::Timeout, format!("{NAME} does not start")));
             }
             std::thread::sleep(LOOK);
         }
@@ -226,7 +224,7 @@ impl Daemon {
             Some(status) if status.success() => {
                 Err(Error::new(Kind::Peer, format!("{NAME}: {said}")))
             }
-            _ => Err(Error::new(Kind::Peer, format!("{NAME} did not end in order: {said}"))),
+            _ => Err(Error::new(Kind::Peer, format!("{NAME} did not exit cleanly: {said}"))),
         }
     }
 

@@ -37,12 +37,12 @@ use run::{Job, Outcome, failure, program};
 
 /// What `qemu-img check` found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
-    /// Nothing.
+pub enum CheckResult {
+    /// No errors.
     Sound,
-    /// Clusters that are counted and that nobody uses; its own words.
+    /// Clusters that are counted and that nobody uses; qemu-img's message.
     Leaks(String),
-    /// Errors; its own words.
+    /// Errors; qemu-img's message.
     Damaged(String),
 }
 
@@ -67,7 +67,7 @@ const MAX_CPU: u64 = 6 * 3600;
 /// `NotFound` if qemu-img is not installed; `Corrupt`, `Truncated`, `Encrypted` or `Unsupported` if
 /// the header is not one that it may be given; `Peer` if it could not check, or took too much time or
 /// memory; `Interrupted`, `Busy`.
-pub fn check(file: &File, about: &Path, stop: Stop) -> Result<Verdict> {
+pub fn check(file: &File, about: &Path, stop: Stop) -> Result<CheckResult> {
     let image = OpenFile::with_start(file, about, MAX_CLUSTER)?;
     let header = own_data(&image, about)?;
     let graph = |fd: i32| qcow2(fd, None);
@@ -81,9 +81,9 @@ pub fn check(file: &File, about: &Path, stop: Stop) -> Result<Verdict> {
     let Outcome { code, said } =
         job.run(|fds| vec!["check".into(), "-q".into(), named(&graph(fds[0]))], stop)?;
     match code {
-        0 => Ok(Verdict::Sound),
-        2 => Ok(Verdict::Damaged(said)),
-        3 => Ok(Verdict::Leaks(said)),
+        0 => Ok(CheckResult::Sound),
+        2 => Ok(CheckResult::Damaged(said)),
+        3 => Ok(CheckResult::Leaks(said)),
         _ => Err(failure("check", about, &said)),
     }
 }

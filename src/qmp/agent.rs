@@ -136,7 +136,7 @@ impl Agent {
         let left = |d: Instant| d.saturating_duration_since(Instant::now());
         let thawed = self.execute("guest-fsfreeze-thaw", json!({}), left(deadline))?;
         if self.is_frozen(left(deadline).max(Duration::from_secs(1)))? {
-            return Err(Error::new(Kind::Peer, "the guest is frozen still, after a thaw"));
+            return Err(Error::new(Kind::Peer, "the guest is still frozen after a thaw"));
         }
         Ok(thawed.as_u64().unwrap_or(0))
     }
@@ -161,7 +161,7 @@ impl Agent {
 fn silent(peer: &str) -> Error {
     Error::new(Kind::Timeout, "the guest agent does not answer")
         .at_path(peer)
-        .remedy("is qemu-guest-agent running in the guest, and nobody else on its socket?")
+        .remedy("is qemu-guest-agent running in the guest, and no other program on its socket?")
 }
 
 fn strange(command: &str) -> Error {

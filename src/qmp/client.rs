@@ -39,10 +39,10 @@ const LONGEST_LIST: usize = 16_384;
 const JOB_EVENTS: usize = 1024;
 const LONGEST_JOB: usize = 256;
 
-/// What was heard of jobs of other programs.
+/// Events of jobs of other programs.
 #[derive(Debug, Default)]
 pub struct JobEvents {
-    /// In order.
+    /// The events, in the order in which they came.
     pub events: Vec<JobEvent>,
     /// More came than are kept.
     pub lost: bool,
@@ -107,7 +107,7 @@ pub struct Client {
     next_id: u64,
     /// An event has come since the last [`Client::pause`] that may end one.
     woken: bool,
-    /// The beginning of the names of our own jobs, and what was heard of all others.
+    /// The beginning of the names of our own jobs, and the events of all others.
     jobs: Option<(String, JobEvents)>,
     /// How many events of migrations came.
     migrations: u64,
@@ -120,10 +120,10 @@ pub struct Client {
     timed_out: bool,
 }
 
-/// A question that was sent.
+/// A command that was sent and whose answer was not read yet.
 #[derive(Debug)]
 #[must_use]
-pub struct Asked<'a> {
+pub struct PendingCommand<'a> {
     command: &'a str,
     id: u64,
     /// It is a step, see `failpoint`.
@@ -278,7 +278,7 @@ impl Client {
     /// As [`Client::query`].
     pub fn poll<T: DeserializeOwned>(&mut self, command: &'static str) -> Result<T> {
         let asked = self.ask_again(command)?;
-        self.told(asked)
+        self.result(asked)
     }
 
     /// As [`Client::execute`], read into `T`.
@@ -290,14 +290,18 @@ impl Client {
         read(value, command)
     }
 
-    /// Sends a question whose answer is read later, by [`Client::told`]: what is to be known of one
+    /// Sends a question whose answer is read later, by [`Client::result`]: what is to be known of one
     /// time is asked for in one go. QEMU answers in order, and the answers have to be read in that
     /// order; one that is not read is passed over. For questions alone: what changes something is sent
     /// when the answer before has been seen.
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn ask(&mut self, command: &'static str, arguments: Value) -> Result<Asked<'static>> {
+    pub fn ask(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<PendingCommand<'static>> {
         let deadline = self.deadline();
         self.send(command, arguments, None, true, deadline)
     }
@@ -306,7 +310,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn ask_again(&mut self, command: &'static str) -> Result<Asked<'static>> {
+    pub fn ask_again(&mut self, command: &'static str) -> Result<PendingCommand<'static>> {
         let deadline = self.deadline();
         self.send(command, json!({}), None, false, deadline)
     }
@@ -315,14 +319,18 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn answer(&mut self, asked: Asked<'_>) -> Result<Result<Value, Refusal>> {
+    pub fn answer(&mut self, asked: PendingCommand<'_>) -> Result<Result<Value, Refusal>> {
         // Each has the time for an answer, and may bring what one answer may.
         let deadline = self.deadline();
         self.wire.rest();
         self.answer_by(asked, deadline)
     }
 
-    fn answer_by(&mut self, asked: Asked<'_>, deadline: Instant) -> Result<Result<Value, Refusal>> {
+    fn answer_by(
+        &mut self,
+        asked: PendingCommand<'_>,
+        deadline: Instant,
+    ) -> Result<Result<Value, Refusal>> {
         let answer = self.next_answer(asked.command, asked.id, deadline)?;
         if asked.counted {
             step_of("answer", asked.command);
@@ -334,7 +342,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::query`].
-    pub fn told<T: DeserializeOwned>(&mut self, asked: Asked<'_>) -> Result<T> {
+    pub fn result<T: DeserializeOwned>(&mut self, asked: PendingCommand<'_>) -> Result<T> {
         let command = asked.command;
         read(self.answer(asked)??, command)
     }
@@ -369,7 +377,7 @@ impl Client {
         pass: Option<BorrowedFd<'_>>,
         counted: bool,
         deadline: Instant,
-    ) -> Result<Asked<'a>> {
+    ) -> Result<PendingCommand<'a>> {
         self.next_id = self.next_id.wrapping_add(1);
         let id = self.next_id;
         let mut request = json!({"execute": command, "id": id});
@@ -384,7 +392,7 @@ impl Client {
         let sent = self.wire.send(line.as_bytes(), pass, deadline);
         self.timed_out |= sent.as_ref().is_err_and(|e| e.kind() == Kind::Timeout);
         sent?;
-        Ok(Asked { command, id, counted })
+        Ok(PendingCommand { command, id, counted })
     }
 
     fn next_answer(

@@ -515,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn lies_of_a_server_end_in_errors() {
+    fn wrong_replies_of_a_server_end_in_errors() {
         let kind = |r: Result<(u64, Vec<Range<u64>>)>| r.unwrap_err().kind();
         // No extents, or empty ones.
         assert_eq!(kind(against(|s| status(s, 1 << 20, &[], None), LONG)), Kind::Peer);

@@ -93,7 +93,7 @@ impl Socket {
         let mut pass = pass.map(|f| f.as_raw_fd());
         while !rest.is_empty() {
             if !self.ready(libc::POLLOUT, deadline)? {
-                return Err(self.timeout("it does not read what it is sent"));
+                return Err(self.timeout("it does not read its requests"));
             }
             match send_some(self.fd.as_raw_fd(), rest, pass) {
                 Ok(n) => {
@@ -343,7 +343,7 @@ fn connect_error(e: io::Error, path: &Path) -> Error {
         return in_use(path);
     }
     if refused {
-        return Error::new(Kind::Peer, "nobody listens on the socket: is QEMU running?")
+        return Error::new(Kind::Peer, "nothing listens on the socket: is QEMU running?")
             .at_path(path);
     }
     Error::io(e, "cannot connect").at_path(path)
@@ -351,9 +351,17 @@ fn connect_error(e: io::Error, path: &Path) -> Error {
 
 /// The error for a socket that another client holds.
 pub(crate) fn in_use(path: &Path) -> Error {
-    Error::new(Kind::Busy, "the socket accepts the connection but nobody answers: another program holds it")
-        .at_path(path)
-        .remedy("a QMP socket serves one client; give QEMU a second one: -qmp unix:/run/vm-backup.sock,server=on,wait=off (libvirt: a <qemu:commandline> with the same argument)")
+    Error::new(
+        Kind::Busy,
+        "the socket accepts the connection but does not answer: another \
+                            program uses it",
+    )
+    .at_path(path)
+    .remedy(
+        "a QMP socket serves one client; add a second one to QEMU: -qmp \
+                 unix:/run/vm-backup.sock,server=on,wait=off (libvirt: a <qemu:commandline> with \
+                 the same argument)",
+    )
 }
 
 #[cfg(test)]

@@ -208,7 +208,7 @@ impl FdSet {
     }
 }
 
-/// One of them.
+/// One descriptor of such a set.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct PassedFd {

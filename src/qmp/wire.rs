@@ -167,7 +167,7 @@ impl Wire {
             return Err(self.too_much(&format!("a line of over {} bytes", self.limits.line)));
         }
         if self.received > self.limits.flood {
-            return Err(self.too_much("it sends without end what nobody asked for"));
+            return Err(self.too_much("it sends endless unsolicited messages"));
         }
         let mut chunk = [0u8; CHUNK];
         let Some(n) = self.socket.read(&mut chunk, deadline)? else { return Ok(false) };

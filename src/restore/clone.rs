@@ -120,7 +120,7 @@ impl Cloner {
         }
         // One file that cannot (EINVAL on a swap file, say) must not end it for all others.
         if self.state.load(Ordering::Relaxed) == UNKNOWN {
-            log::debug!("cloning is off: {e}");
+            log::debug!("copying instead of cloning: {e}");
             self.state.store(OFF, Ordering::Relaxed);
         }
         Ok(false)

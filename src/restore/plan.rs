@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::ExtentList;
-use crate::image::{FoldedExtent, Image, Source};
+use crate::image::{Image, MergedExtent, Source};
 use crate::job::{Work, pool};
 
 /// Bytes of the disk that one job deals with; the same as a window of the image.
@@ -51,7 +51,7 @@ pub(crate) struct Totals {
 }
 
 impl Totals {
-    fn count(&mut self, e: &FoldedExtent) {
+    fn count(&mut self, e: &MergedExtent) {
         self.extents += 1;
         match e.content {
             Source::Unallocated | Source::Zero { .. } => self.holes += e.len,

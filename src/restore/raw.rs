@@ -12,7 +12,7 @@ use super::plan::{Chunk, Plan, extents};
 use super::source::Reader;
 use super::{Options, Reflink, Summary, Temp, readback, target_error};
 use crate::error::{Error, Kind, Result};
-use crate::image::{FoldedExtent, Source};
+use crate::image::{MergedExtent, Source};
 use crate::job::{Work, pool};
 use crate::storage::ReadAt;
 use crate::text::path_text;
@@ -64,7 +64,7 @@ pub(super) fn note_leftover(temp: &Temp, work: &Work) {
 }
 
 fn check_length(file: &File, size: u64, path: &Path) -> Result<()> {
-    let len = file.metadata().map_err(|e| target_error(e, "cannot look at the file", path))?.len();
+    let len = file.metadata().map_err(|e| target_error(e, "cannot check the file", path))?.len();
     if len == size {
         return Ok(());
     }
@@ -200,7 +200,7 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    fn hole(&self, e: &FoldedExtent) -> Result<()> {
+    fn hole(&self, e: &MergedExtent) -> Result<()> {
         let Holes::ToZero { device, discard } = self.holes else { return Ok(()) };
         let mut at = e.start;
         while at < e.end() {

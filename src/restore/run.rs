@@ -59,39 +59,40 @@ impl Guest {
 /// When a point was made, as far as is known. Where several are made in a second, names have the next ones,
 /// and manifests say more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct When {
+pub(crate) struct PointTime {
     /// The time that is shown.
     pub time: i64,
     /// What the manifest says, in seconds and nanoseconds.
     made: (i64, u32),
 }
 
-impl When {
+impl PointTime {
     /// Of a point and its manifest.
     pub(crate) fn of(time: i64, manifest: Option<&Manifest>) -> Self {
-        When { time, made: manifest.map_or((time, 0), |m| (m.time, m.time_nanos)) }
+        PointTime { time, made: manifest.map_or((time, 0), |m| (m.time, m.time_nanos)) }
     }
 }
 
 /// A point of some run.
-struct Member<'a> {
+struct RunPoint<'a> {
     disk: &'a Disk,
     point: usize,
     time: i64,
-    when: When,
+    when: PointTime,
     id: Option<String>,
     guest: Guest,
 }
 
-/// While a link-disk is unfinished points have two names, and are one disk's all the same.
-pub(crate) struct Doubles {
+/// Points that are there twice: while a link-disk is unfinished they have an old and a new name, and still
+/// belong to one disk.
+pub(crate) struct Duplicates {
     /// All points, by their disks' names and their times.
     all: HashSet<(String, i64)>,
     /// The old names of the disks that a journal speaks of, by their new ones, as both are called here.
     old: HashMap<PathBuf, String>,
 }
 
-impl Doubles {
+impl Duplicates {
     /// Those of a backup directory.
     pub(crate) fn of(catalog: &Catalog) -> Self {
         let of_disk = |d: &Disk| {
@@ -99,7 +100,7 @@ impl Doubles {
             d.points.iter().map(move |p| (name.clone(), p.time)).collect::<Vec<_>>()
         };
         let old = |d: &Disk| Some((d.path.clone(), old_name(d)?));
-        Doubles {
+        Duplicates {
             all: catalog.disks.iter().flat_map(of_disk).collect(),
             old: catalog.disks.iter().filter_map(old).collect(),
         }
@@ -123,34 +124,34 @@ fn old_name(disk: &Disk) -> Option<String> {
     pairs.find(|(_, new)| new == Path::new(&name)).map(|(old, _)| to_text(old.as_os_str()))
 }
 
-fn members(catalog: &Catalog) -> Vec<Member<'_>> {
+fn members(catalog: &Catalog) -> Vec<RunPoint<'_>> {
     let points = catalog.disks.iter().flat_map(|d| (0..d.points.len()).map(move |i| (d, i)));
     let points = points.filter(|(d, i)| d.points[*i].level != Level::Snapshot);
     let known = points.map(|(disk, point)| (disk, point, manifest_of(disk, point)));
-    let doubles = Doubles::of(catalog);
+    let duplicates = Duplicates::of(catalog);
     let known = known.filter(|(disk, point, manifest)| {
-        !doubles.has(disk, disk.points[*point].time, manifest.as_ref())
+        !duplicates.has(disk, disk.points[*point].time, manifest.as_ref())
     });
-    let all = known.map(|(disk, point, manifest)| Member {
+    let all = known.map(|(disk, point, manifest)| RunPoint {
         disk,
         point,
         time: disk.points[point].time,
-        when: When::of(disk.points[point].time, manifest.as_ref()),
+        when: PointTime::of(disk.points[point].time, manifest.as_ref()),
         guest: Guest::of(disk, manifest.as_ref()),
         id: manifest.map(|m| m.run).filter(|id| !id.is_empty()),
     });
     all.collect()
 }
 
-/// How the user names a run.
-enum Wish<'a> {
+/// The run that the user names.
+enum RunSelector<'a> {
     /// By its id, or by its time in seconds.
     Named(&'a str, Option<i64>),
     /// The newest run of each VM of which the time as `list` shows it begins so.
     Newest(String),
 }
 
-impl<'a> Wish<'a> {
+impl<'a> RunSelector<'a> {
     /// `latest`; a date, or a date and time, as `list` shows them or the beginning of that: the newest
     /// run of this day or minute; else an exact time, or an id.
     fn of(name: &'a str) -> Self {
@@ -161,34 +162,34 @@ impl<'a> Wish<'a> {
         let is_exact =
             shown.parse::<jiff::Timestamp>().is_ok() || shown.len() == "2026-11-22T04:00:00".len();
         match name.strip_prefix('@') {
-            Some(seconds) => Wish::Named(name, seconds.parse().ok()),
-            None if name == "latest" => Wish::Newest(String::new()),
-            None if is_date && is_exact => Wish::Named(name, parse_when(&shown).ok()),
-            None if is_date => Wish::Newest(shown),
-            None => Wish::Named(name, name.parse().ok()),
+            Some(seconds) => RunSelector::Named(name, seconds.parse().ok()),
+            None if name == "latest" => RunSelector::Newest(String::new()),
+            None if is_date && is_exact => RunSelector::Named(name, parse_when(&shown).ok()),
+            None if is_date => RunSelector::Newest(shown),
+            None => RunSelector::Named(name, name.parse().ok()),
         }
     }
 }
 
-/// Which points are meant.
+/// The points that a selector names.
 #[derive(Default)]
-struct Meant<'a> {
+struct SelectedPoints<'a> {
     /// Those of these runs.
     ids: BTreeSet<&'a str>,
     /// And those that are of no run, by VM or of all, and time.
     times: BTreeSet<(Option<&'a Guest>, i64)>,
 }
 
-impl<'a> Meant<'a> {
-    fn by(all: &'a [Member<'_>], wish: &Wish<'_>) -> Result<Self> {
-        match wish {
-            Wish::Named(name, at) => Self::named(all, name, *at),
-            Wish::Newest(begin) => Self::newest(all, begin),
+impl<'a> SelectedPoints<'a> {
+    fn by(all: &'a [RunPoint<'_>], selector: &RunSelector<'_>) -> Result<Self> {
+        match selector {
+            RunSelector::Named(name, at) => Self::named(all, name, *at),
+            RunSelector::Newest(begin) => Self::newest(all, begin),
         }
     }
 
-    fn named(all: &'a [Member<'_>], name: &str, at: Option<i64>) -> Result<Self> {
-        let mut meant = Meant::default();
+    fn named(all: &'a [RunPoint<'_>], name: &str, at: Option<i64>) -> Result<Self> {
+        let mut meant = SelectedPoints::default();
         if all.iter().any(|m| m.id.as_deref() == Some(name)) {
             meant.ids =
                 all.iter().filter_map(|m| m.id.as_deref()).filter(|id| *id == name).collect();
@@ -206,15 +207,15 @@ impl<'a> Meant<'a> {
         Ok(meant)
     }
 
-    fn newest(all: &'a [Member<'_>], begin: &str) -> Result<Self> {
+    fn newest(all: &'a [RunPoint<'_>], begin: &str) -> Result<Self> {
         // A run's time is that of its newest point.
-        let mut runs: BTreeMap<(&Guest, Option<&str>, i64), When> = BTreeMap::new();
+        let mut runs: BTreeMap<(&Guest, Option<&str>, i64), PointTime> = BTreeMap::new();
         for m in all.iter().filter(|m| iso_time(m.time).starts_with(begin)) {
             let id = m.id.as_deref();
             let when = runs.entry((&m.guest, id, id.map_or(m.time, |_| 0))).or_insert(m.when);
             *when = m.when.max(*when);
         }
-        let mut newest: BTreeMap<&Guest, (When, BTreeSet<&str>)> = BTreeMap::new();
+        let mut newest: BTreeMap<&Guest, (PointTime, BTreeSet<&str>)> = BTreeMap::new();
         for ((guest, id, _), when) in runs {
             let (known, ids) = newest.entry(guest).or_insert((when, BTreeSet::new()));
             if when > *known {
@@ -224,7 +225,7 @@ impl<'a> Meant<'a> {
                 ids.extend(id);
             }
         }
-        let mut meant = Meant::default();
+        let mut meant = SelectedPoints::default();
         for (guest, (when, ids)) in newest {
             check_one(if begin.is_empty() { "latest" } else { begin }, &ids)?;
             meant.times.insert((Some(guest), when.time));
@@ -233,7 +234,7 @@ impl<'a> Meant<'a> {
         Ok(meant)
     }
 
-    fn has(&self, m: &Member<'_>) -> bool {
+    fn has(&self, m: &RunPoint<'_>) -> bool {
         match &m.id {
             Some(id) => self.ids.contains(id.as_str()),
             None => [None, Some(&m.guest)].into_iter().any(|g| self.times.contains(&(g, m.time))),
@@ -255,15 +256,15 @@ fn check_one(name: &str, ids: &BTreeSet<&str>) -> Result<()> {
 /// date or time, or the beginning of one, as `list` shows them.
 ///
 /// A time means all points that have exactly this time (that in their file names, or after a commit
-/// that of the last image folded in), and, where these have manifests, all others of the same run
+/// that of the last image merged in), and, where these have manifests, all others of the same run
 /// id. (qmpbackup gives all disks of a run one time.)
 ///
 /// # Errors
 /// `NotFound` if there is none; `Usage` if a time fits several runs of one VM.
 pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let all = members(catalog);
-    let meant = Meant::by(&all, &Wish::of(name))?;
-    let found: Vec<&Member<'_>> = all.iter().filter(|m| meant.has(m)).collect();
+    let meant = SelectedPoints::by(&all, &RunSelector::of(name))?;
+    let found: Vec<&RunPoint<'_>> = all.iter().filter(|m| meant.has(m)).collect();
     let points: Vec<(&Disk, usize)> = found.iter().map(|m| (m.disk, m.point)).collect();
     if points.is_empty() {
         let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
@@ -274,7 +275,7 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let without = disks_without(&all, &found);
     for disk in catalog.disks.iter().filter(|d| without.contains(&d.path)) {
         if let Some(image) = lost(disk, &meant.ids) {
-            let what = "its manifest says that it belongs to the run, and it is gone";
+            let what = "its manifest says that it belongs to the run, but the image is missing";
             return Err(Error::new(Kind::Incomplete, what)
                 .at_path(image)
                 .remedy("restore the other disks one by one, or this file from another copy"));
@@ -313,7 +314,7 @@ pub(crate) fn manifest_of(disk: &Disk, point: usize) -> Option<Manifest> {
 
 /// What the guest's disk was when a point was made, as its manifest tells.
 #[derive(Debug)]
-pub(crate) struct Original {
+pub(crate) struct OriginalDisk {
     /// The name of its file, without folders.
     pub name: PlainName,
     /// Whether it was a qcow2 image.
@@ -322,20 +323,20 @@ pub(crate) struct Original {
 
 /// The disk that `point` is a state of, as the VM's configuration names it; `None` if no manifest
 /// says.
-pub(crate) fn original(disk: &Disk, point: usize) -> Option<Original> {
+pub(crate) fn original(disk: &Disk, point: usize) -> Option<OriginalDisk> {
     let identity = manifest_of(disk, point)?.disk;
     let name = PlainName::new(Path::new(&identity.file).file_name()?).ok()?;
     // A device's name says nothing of a file, nor does one of another protocol (rbd:POOL/IMAGE).
     let is_device = identity.file.starts_with("/dev/") && !identity.file.starts_with("/dev/shm/");
     let has_protocol = !identity.file.starts_with('/') && identity.file.contains(':');
     let is_file = !is_device && !has_protocol;
-    is_file.then(|| Original { name, is_qcow2: identity.format == "qcow2" })
+    is_file.then(|| OriginalDisk { name, is_qcow2: identity.format == "qcow2" })
 }
 
 /// Disks of the same VMs, by their newest points, that have none among `found`.
-fn disks_without(all: &[Member<'_>], found: &[&Member<'_>]) -> Vec<PathBuf> {
+fn disks_without(all: &[RunPoint<'_>], found: &[&RunPoint<'_>]) -> Vec<PathBuf> {
     let guests: BTreeSet<&Guest> = found.iter().map(|m| &m.guest).collect();
-    let mut newest: BTreeMap<&Path, &Member<'_>> = BTreeMap::new();
+    let mut newest: BTreeMap<&Path, &RunPoint<'_>> = BTreeMap::new();
     for m in all {
         let known = newest.entry(&m.disk.path).or_insert(m);
         if m.time >= known.time {

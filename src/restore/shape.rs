@@ -6,7 +6,7 @@ use crate::error::{Error, Kind, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Compression {
-    /// Not at all.
+    /// No compression.
     #[default]
     None,
     /// Deflate; every QEMU reads it.
@@ -19,7 +19,7 @@ pub(crate) enum Compression {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Preallocation {
-    /// Nothing.
+    /// Nothing is set aside.
     #[default]
     Off,
     /// A place in the file, which stays sparse.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Kind, Result};
-use crate::image::{FoldedExtent, Image};
+use crate::image::{Image, MergedExtent};
 
 /// The smallest range that salvaging gives up as a whole.
 const SALVAGE_UNIT: usize = 4096;
@@ -52,7 +52,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Whether a range that the tables already show as bad is given up; it is listed then.
-    pub(crate) fn gives_up(&self, e: &FoldedExtent) -> bool {
+    pub(crate) fn gives_up(&self, e: &MergedExtent) -> bool {
         if self.salvage {
             let finding = self.image.findings().into_iter().next();
             let text = finding.map_or("cannot be read".to_string(), |f| f.to_string());

@@ -32,32 +32,32 @@ pub(super) fn to_writer(
     let stop = AtomicBool::new(false);
     work.progress.begin("restore", plan.size);
     std::thread::scope(|scope| {
-        let mut lanes: Vec<Receiver<Piece>> = Vec::new();
-        for lane in 0..workers {
+        let mut queues: Vec<Receiver<Piece>> = Vec::new();
+        for number in 0..workers {
             let (send, receive) = sync_channel(AHEAD);
             let stop = &stop;
-            scope.spawn(move || read_lane(reader, plan.size, lane, workers, &send, stop));
-            lanes.push(receive);
+            scope.spawn(move || read_pieces(reader, plan.size, number, workers, &send, stop));
+            queues.push(receive);
         }
-        let done = write_all(&lanes, pieces, out, work);
-        // Workers that wait for room in their lane see that nobody listens any more.
+        let done = write_all(&queues, pieces, out, work);
+        // Workers that wait for room in their queue see that nobody listens any more.
         stop.store(true, Ordering::Relaxed);
-        drop(lanes);
+        drop(queues);
         done
     })?;
     Ok(Summary { copied: plan.size, ..Summary::default() })
 }
 
-/// Worker `lane` of `lanes` reads every `lanes`th piece.
-fn read_lane(
+/// Worker `number` of `workers` reads every `workers`th piece.
+fn read_pieces(
     reader: &Reader,
     size: u64,
-    lane: usize,
-    lanes: usize,
+    number: usize,
+    workers: usize,
     send: &SyncSender<Piece>,
     stop: &AtomicBool,
 ) {
-    let mut start = lane as u64 * PIECE;
+    let mut start = number as u64 * PIECE;
     while start < size && !stop.load(Ordering::Relaxed) {
         let mut buf = vec![0; PIECE.min(size - start) as usize];
         let piece = reader.read(&mut buf, start).map(|()| buf);
@@ -65,12 +65,12 @@ fn read_lane(
         if send.send(piece).is_err() || failed {
             return;
         }
-        start += PIECE * lanes as u64;
+        start += PIECE * workers as u64;
     }
 }
 
 fn write_all(
-    lanes: &[Receiver<Piece>],
+    queues: &[Receiver<Piece>],
     pieces: usize,
     out: &mut dyn Write,
     work: &Work,
@@ -78,7 +78,7 @@ fn write_all(
     let failed = |e| Error::io(e, "cannot write to standard output");
     for i in 0..pieces {
         work.check()?;
-        let piece = lanes[i % lanes.len()].recv();
+        let piece = queues[i % queues.len()].recv();
         let bytes =
             piece.map_err(|_| Error::io(std::io::Error::other("worker"), "ended early"))??;
         out.write_all(&bytes).map_err(failed)?;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::target_error;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Fixed, Folder, Replace, Swept, sweep_counted};
+use crate::folder::{self, Folder, Replace, Swept, Undeletable, sweep_counted};
 use crate::storage::SourceFile;
 use crate::text::path_text;
 
@@ -196,20 +196,20 @@ pub(crate) fn give_common(file: &File, parts: &[Metadata]) -> std::io::Result<()
 /// `Permission`, or `Busy` if something is mounted there; what the operating system said.
 pub(crate) fn check_removable(folder: &Folder, name: &std::ffi::OsStr) -> Result<()> {
     let path = folder.join(name);
-    let fixed = folder.fixed(name).map_err(|e| target_error(e, "cannot look at it", &path))?;
+    let fixed = folder.fixed(name).map_err(|e| target_error(e, "cannot check it", &path))?;
     let (kind, what, remedy) = match fixed {
         None => return Ok(()),
-        Some(Fixed::File) => (
+        Some(Undeletable::File) => (
             Kind::Permission,
             "it is immutable or append-only, and cannot be removed or replaced",
-            "chattr -i -a, if that is to happen",
+            "chattr -i -a if that is intended",
         ),
-        Some(Fixed::Folder) => (
+        Some(Undeletable::Folder) => (
             Kind::Permission,
             "its folder is immutable or append-only: nothing in it can be removed or replaced",
-            "chattr -i -a on the folder, if that is to happen",
+            "chattr -i -a on the folder if that is intended",
         ),
-        Some(Fixed::Mount) => (
+        Some(Undeletable::Mount) => (
             Kind::Busy,
             "something is mounted there: it cannot be removed or replaced",
             "unmount it first",
@@ -226,14 +226,14 @@ fn failed_to_make(e: std::io::Error, folder: &Folder) -> Error {
 fn check_new(folder: &Folder, name: &std::ffi::OsStr, force: bool) -> Result<()> {
     let path = folder.join(name);
     let meta = folder::absent_is_none(folder.look(name))
-        .map_err(|e| target_error(e, "cannot look at the target", &path))?;
+        .map_err(|e| target_error(e, "cannot check the target", &path))?;
     let Some(meta) = meta else { return Ok(()) };
     if !meta.is_file() {
         let remedy = match meta.is_dir() {
             true => "this is a folder: name a file in it",
             false => "name a new file",
         };
-        return Err(Error::new(Kind::Exists, "the target exists and is no plain file")
+        return Err(Error::new(Kind::Exists, "the target exists and is not a plain file")
             .at_path(path)
             .remedy(remedy));
     }

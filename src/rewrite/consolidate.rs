@@ -7,7 +7,7 @@
 //! A mount that is open keeps the old files, which are unlinked and never modified.
 //!
 //! While both chains are there, two files have one time in their names, and only manifests tell
-//! what lies on which. So the point and all that come after it get manifests first, if they have
+//! what depends on which. So the point and all that come after it get manifests first, if they have
 //! none. Backing pointers in later images go before the new FULL gets its name, and come back to it
 //! when the old files are gone.
 
@@ -16,7 +16,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::Users;
-use super::remove::{Known, replace};
+use super::remove::{KnownFiles, replace};
 use crate::chain::points::nearest::nearest;
 use crate::chain::{Catalog, Disk, check_formats, describe as describe_point, record_from};
 use crate::error::{Error, Kind, Result};
@@ -33,7 +33,7 @@ use crate::storage::{ReadAt, SourceFile};
 use crate::text::{path_text, shown_as};
 use crate::{folder, manifest, restore, rewrite, verify};
 
-/// Memory for folded windows.
+/// Memory for merged windows.
 const CACHE_BYTES: u64 = 256 << 20;
 
 /// What is going to happen.
@@ -50,7 +50,7 @@ pub(crate) struct Consolidation {
     pub image: String,
     /// What it replaces, in the order in which it goes.
     pub remove: Vec<String>,
-    /// What lies on it from then on.
+    /// What depends on it from then on.
     pub children: Vec<String>,
 }
 
@@ -71,8 +71,8 @@ pub(crate) fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option
     let until = if is_exact { until } else { until.strip_suffix(".raw").unwrap_or(until) };
     // Not the latest that can be served: to merge up to another than was meant cannot be undone.
     let newest = || disk.points.iter().rposition(|p| p.level != Level::Snapshot);
-    if let (true, Some(lost)) = (until == "latest", disk.newest_lost()) {
-        return Err(Error::new(Kind::Incomplete, "the newest backup is gone")
+    if let (true, Some(lost)) = (until == "latest", disk.newest_missing()) {
+        return Err(Error::new(Kind::Incomplete, "the newest backup is missing")
             .at_path(lost)
             .remedy("name the last point to merge"));
     }
@@ -131,7 +131,7 @@ pub(crate) fn plan_at(
 ) -> Result<Consolidation> {
     let p = &disk.points[point];
     if let Some(f) = &p.unavailable {
-        let what = format!("point {} cannot be served: {}", path_text(&p.name), f.message);
+        let what = format!("point {} is not available: {}", path_text(&p.name), f.message);
         return Err(Error::new(f.kind, what).at_path(&f.path));
     }
     check_point(disk, point)?;
@@ -143,7 +143,7 @@ pub(crate) fn plan_at(
     };
     if folder::exists(&dir.join(&image)) {
         return Err(
-            Error::new(Kind::Exists, "there is such a FULL already").at_path(dir.join(image))
+            Error::new(Kind::Exists, "there is already such a FULL").at_path(dir.join(image))
         );
     }
     let (remove, children) = neighbours(disk, point, index.chain(disk, point), gone)?;
@@ -167,7 +167,7 @@ fn own_name(path: &Path) -> Result<String> {
 fn check_point(disk: &Disk, point: usize) -> Result<()> {
     let p = &disk.points[point];
     if p.level == Level::Full {
-        return Err(usage("this point is a FULL already: there is nothing to merge"));
+        return Err(usage("this point is already a FULL: nothing to merge"));
     }
     if p.level != Level::Inc {
         return Err(usage("a chain can be consolidated up to an INC only"));
@@ -181,7 +181,7 @@ fn check_point(disk: &Disk, point: usize) -> Result<()> {
 }
 
 /// All of the chain that is older than the point, with the point's own file, newest first; and
-/// what lies on the new FULL: whatever lay on one of these. `chain` has the chain's points.
+/// what depends on the new FULL: whatever depended on one of these. `chain` has the chain's points.
 fn neighbours(
     disk: &Disk,
     point: usize,
@@ -214,7 +214,7 @@ fn neighbours(
         } else if line.contains(&i) || p.time <= until.time {
             remove.push(name);
         } else {
-            let what = format!("{} is of another branch of the chain", p.name);
+            let what = format!("{} is on another branch of the chain", p.name);
             return Err(Error::new(Kind::Unsupported, what).at_path(&p.source));
         }
     }
@@ -222,7 +222,7 @@ fn neighbours(
     Ok((remove, children))
 }
 
-/// Those of the chain's points that lie on the point, directly or not.
+/// Those of the chain's points that depend on the point, directly or not.
 fn above(disk: &Disk, point: usize, chain: &[usize]) -> HashSet<usize> {
     let mut above = HashSet::new();
     // A parent comes before its children.
@@ -234,7 +234,7 @@ fn above(disk: &Disk, point: usize, chain: &[usize]) -> HashSet<usize> {
     above
 }
 
-/// The point and all that it lies on.
+/// The point and all that it depends on.
 fn line(disk: &Disk, point: usize) -> BTreeSet<usize> {
     std::iter::once(point).chain(line_of_parents(disk, point)).collect()
 }
@@ -245,7 +245,7 @@ fn line_of_parents(disk: &Disk, point: usize) -> impl Iterator<Item = usize> + '
 
 /// How a chain is consolidated.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct How {
+pub(crate) struct ConsolidateOptions {
     /// Compare each file that is merged with its manifest's hash first.
     pub check: bool,
     /// Read the new image back and compare it with the point.
@@ -260,7 +260,7 @@ pub(crate) struct How {
 pub(crate) fn consolidate(
     disk: &Disk,
     plan: &Consolidation,
-    how: How,
+    how: ConsolidateOptions,
     work: &Work,
 ) -> Result<Summary> {
     if how.check {
@@ -275,7 +275,7 @@ pub(crate) fn consolidate(
     let summary = build(disk, plan.point, &temp, how.compare, work)?;
     let manifest = describe(disk, plan, &dir, &temp, work)?;
     like_the_point(disk, plan.point, &dir, &temp)?;
-    let failed = |e| Error::io(e, "cannot look at it").at_path(temp.path());
+    let failed = |e| Error::io(e, "cannot check it").at_path(temp.path());
     let made = FileId::of(&temp.file().metadata().map_err(failed)?);
     known.insert(plan.image.clone(), made);
     let temporary = format!("{TEMPORARY}{}", plan.image);
@@ -291,8 +291,8 @@ pub(crate) fn consolidate(
 
 /// Which files go, as the folder was read; fails if one of those that stay, and get another backing
 /// pointer, cannot be altered.
-fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<Known> {
-    let mut known = Known::new();
+fn known(disk: &Disk, plan: &Consolidation, dir: &Folder) -> Result<KnownFiles> {
+    let mut known = KnownFiles::new();
     for p in &disk.points {
         let (Ok(name), Some(layer)) = (own_name(&p.source), p.layers.first()) else { continue };
         let identity = layer.file.identity();
@@ -324,10 +324,10 @@ fn check_sources(disk: &Disk, point: usize, work: &Work) -> Result<()> {
         let known = rewrite::files::manifest_of(path)?.and_then(|m| m.blake3);
         let Some(wanted) = known else { continue };
         if hash(&SourceFile::look(path)?, work)? != wanted {
-            let what = "its bytes are not those of its manifest's hash";
+            let what = "its content does not match the hash in its manifest";
             return Err(Error::new(Kind::Unsound, what).at_path(path).remedy(
                 "restore this file from another copy, or begin a new chain with a FULL; \
-                 consolidate --skip-check merges it all the same",
+                 consolidate --skip-check merges it anyway",
             ));
         }
     }
@@ -337,7 +337,7 @@ fn check_sources(disk: &Disk, point: usize, work: &Work) -> Result<()> {
 /// Temporary files that no journal speaks of. The lock is held, so nobody writes them.
 fn remove_leftovers(side: &Folder) -> Result<()> {
     let entries = side.entries().map_err(|e| {
-        Error::io(e, "cannot look for what an earlier run left").at_path(side.path())
+        Error::io(e, "cannot check for leftovers of an earlier command").at_path(side.path())
     })?;
     for entry in entries.iter().filter(|e| e.kind != EntryKind::Folder) {
         let ours = entry.name.to_str().is_some_and(|n| {
@@ -413,7 +413,7 @@ fn describe(
     let found = verify::check_structure(&file, None);
     let wrong = found.findings.iter().chain(&found.refcounts);
     if let Some(f) = wrong.into_iter().next() {
-        let what = format!("the new image is not as it should be: {}", f.message);
+        let what = format!("the new image is wrong: {}", f.message);
         return Err(Error::new(Kind::Corrupt, what).at_path(path));
     }
     let hash = hash(&file, work)?;

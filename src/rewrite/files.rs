@@ -14,7 +14,7 @@ use crate::job::Work;
 use crate::journal::unfinished::HEADER_SUFFIX;
 use crate::layer::{Format, ImageInfo};
 use crate::layout::name;
-use crate::qemu_img::Verdict;
+use crate::qemu_img::CheckResult;
 use crate::restore::clone::Cloner;
 use crate::restore::options::target_error;
 use crate::restore::temp::folder_of;
@@ -36,14 +36,16 @@ pub(crate) fn check(m: &Member, work: &Work) -> Result<()> {
     let unsound = |text: String| {
         Err(Error::new(Kind::Unsound, text)
             .at_path(&m.path)
-            .remedy("restore this file from another copy; --skip-check alters it all the same"))
+            .remedy("restore this file from another copy; --skip-check changes it anyway"))
     };
     if m.format == Format::Qcow2 {
         let source = SourceFile::look(&m.path)?;
         match qemu_img::check(&*source.file()?, &m.path, &|| work.check()) {
-            Ok(Verdict::Sound) => {}
-            Ok(Verdict::Leaks(_)) => log::warn!("{}: has leaked clusters", path_text(&m.path)),
-            Ok(Verdict::Damaged(said)) => return unsound(format!("qemu-img check says: {said}")),
+            Ok(CheckResult::Sound) => {}
+            Ok(CheckResult::Leaks(_)) => log::warn!("{}: has leaked clusters", path_text(&m.path)),
+            Ok(CheckResult::Damaged(said)) => {
+                return unsound(format!("qemu-img check says: {said}"));
+            }
             // Too damaged even to be looked at.
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Truncated | Kind::Peer) => {
                 return unsound(e.report());
@@ -54,7 +56,7 @@ pub(crate) fn check(m: &Member, work: &Work) -> Result<()> {
     let Some(manifest) = manifest_of(&m.path)? else { return Ok(()) };
     let Some(wanted) = manifest.blake3 else { return Ok(()) };
     if hash(&m.path, work)? != wanted {
-        return unsound("its bytes are not those of its manifest's hash".into());
+        return unsound("its content does not match the hash in its manifest".into());
     }
     Ok(())
 }
@@ -132,7 +134,7 @@ pub(crate) fn copy_from(source: &SourceFile, to: &File, path: &Path, work: &Work
 /// `Changed`; what the operating system said.
 pub(crate) fn check_same(dir: &Folder, name: &OsStr, id: FileId) -> Result<()> {
     let path = dir.join(name);
-    let meta = dir.look(name).map_err(|e| target_error(e, "cannot look at the file", &path))?;
+    let meta = dir.look(name).map_err(|e| target_error(e, "cannot check the file", &path))?;
     if FileId::of(&meta) == id {
         return Ok(());
     }
@@ -143,7 +145,7 @@ pub(crate) fn check_same(dir: &Folder, name: &OsStr, id: FileId) -> Result<()> {
 pub(crate) fn exchanged(path: &Path) -> Error {
     Error::new(Kind::Changed, "another file has taken its name since the folder was read")
         .at_path(path)
-        .remedy("find out who alters this folder, and try again")
+        .remedy("find out what changes this folder, and try again")
 }
 
 /// Fails if an image cannot be changed in place: another name of it may be anywhere, in a copy of the
@@ -262,7 +264,7 @@ pub(crate) fn set_pointer(
     let times = file
         .metadata()
         .and_then(|m| Ok((m.accessed()?, m.modified()?)))
-        .map_err(|e| target_error(e, "cannot look at the file", image))?;
+        .map_err(|e| target_error(e, "cannot check the file", image))?;
     let hash_before = manifest.as_ref().and_then(|m| m.blake3.clone());
     let side = side_folder(&dir)?;
     let cluster = u64::from(info.cluster_size);
@@ -286,7 +288,7 @@ pub(crate) fn set_pointer(
         if m.blake3.is_some() {
             m.blake3 = Some(hash_of(&file, image, work)?);
         }
-        let failed = |e| target_error(e, "cannot look at it", image);
+        let failed = |e| target_error(e, "cannot check it", image);
         m.file_size = file.metadata().map_err(failed)?.len();
         m.fingerprint = Some(manifest::fingerprint_of(&file).map_err(failed)?);
         manifest::write_in(&dir, &m)?;
@@ -400,13 +402,13 @@ fn check_may_be_qcow2(dir: &Folder, image: &OsStr) -> Result<()> {
     if !is_raw {
         return Ok(());
     }
-    let what = "this may be a raw disk, whose guest can have written a qcow2 header to it";
-    Err(Error::new(Kind::Unsupported, what).at_path(dir.join(image)).remedy(
-        "'fleecefs verify --create --format qcow2 DIR --point POINT' says that it is an image",
-    ))
+    let what = "this may be a raw disk whose guest wrote a qcow2 header";
+    Err(Error::new(Kind::Unsupported, what)
+        .at_path(dir.join(image))
+        .remedy("if it is an image: 'fleecefs verify --create --format qcow2 DIR --point POINT'"))
 }
 
-/// What an image lies on by its own words: its manifest's parent, and the file name in its
+/// What an image depends on by its own words: its manifest's parent, and the file name in its
 /// backing pointer. What is damaged says nothing.
 pub(crate) fn stated_parent(dir: &Folder, image: &OsStr) -> (Option<OsString>, Option<OsString>) {
     let known = manifest::read_in(dir, image).ok().flatten();

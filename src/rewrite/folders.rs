@@ -7,7 +7,7 @@ use crate::folder::Folder;
 use crate::manifest;
 use crate::restore::options::target_error;
 
-/// The folder for what lies beside the images in `dir`; made if it is not there.
+/// The folder for what is beside the images in `dir`; made if it is not there.
 ///
 /// # Errors
 /// What the operating system said; `Unsupported` if it is mounted from elsewhere: what is made there
@@ -19,8 +19,8 @@ pub fn side_folder(dir: &Folder) -> Result<Folder> {
     match side.can_rename_to(dir).map_err(failed)? {
         true => Ok(side),
         false => {
-            let what = "this folder is mounted from elsewhere: images that are made in it cannot be \
-                        moved to the others";
+            let what = "this folder is another mount: images made in it cannot be moved to the \
+                        others";
             Err(Error::new(Kind::Unsupported, what)
                 .at_path(&path)
                 .remedy("unmount it, and copy what was in it to the folder below"))

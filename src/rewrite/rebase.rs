@@ -13,7 +13,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use super::{Line, Member, files, open_folder};
+use super::{ChainSection, Member, files, open_folder};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::job::Work;
@@ -39,7 +39,7 @@ impl RebasePlan {
     /// # Errors
     /// `Unsupported` if an image is raw, or the images are not in one folder; `Exists` if there is
     /// something called `image` that is no link.
-    pub(crate) fn new(line: &Line, absolute: bool) -> Result<Self> {
+    pub(crate) fn new(line: &ChainSection, absolute: bool) -> Result<Self> {
         let members = line.members()?;
         let Some(full) = members.first() else {
             return Err(Error::new(Kind::NotFound, "there is no image"));
@@ -51,7 +51,7 @@ impl RebasePlan {
         }
         let link = folder_of(&full.path).join(files::LINK);
         if folder::look(&link).is_ok_and(|m| !m.is_symlink()) {
-            return Err(Error::new(Kind::Exists, "is in the way: it is no link").at_path(&link));
+            return Err(Error::new(Kind::Exists, "exists and is not a link").at_path(&link));
         }
         Ok(RebasePlan { members, link, absolute })
     }
@@ -91,7 +91,7 @@ impl RebasePlan {
         files::set_link(&dir, OsStr::new(files::LINK), last.name())
     }
 
-    /// How an image calls the one that it lies on.
+    /// How an image calls the one that it depends on.
     fn pointer(&self, base: &Path) -> Result<OsString> {
         if !self.absolute {
             return Ok(files::pointer_to(base));
@@ -111,7 +111,7 @@ pub(crate) fn only_qcow2(m: &Member) -> Result<()> {
     }
     Err(Error::new(Kind::Unsupported, "a raw image has no backing file")
         .at_path(&m.path)
-        .remedy("use 'fleecefs restore' or 'fleecefs merge', which alter nothing"))
+        .remedy("use 'fleecefs restore' or 'fleecefs merge', which do not change the backup"))
 }
 
 /// Fails unless both are in one folder.

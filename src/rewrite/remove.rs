@@ -30,15 +30,15 @@ use crate::{manifest, rewrite};
 
 /// Which files names stood for when the folder was read; empty for whoever finishes the work of
 /// another.
-pub(crate) type Known = BTreeMap<String, FileId>;
+pub(crate) type KnownFiles = BTreeMap<String, FileId>;
 
 /// What goes from one folder.
-struct Going {
+struct FolderRemoval {
     /// The folder itself.
     id: FileId,
     /// In this order.
     names: Vec<String>,
-    known: Known,
+    known: KnownFiles,
 }
 
 /// Deletes what `plan`, made from `catalog`, says. The caller holds the lock.
@@ -47,7 +47,7 @@ struct Going {
 /// A file cannot be removed, or is not what it was when the plan was made. What went before stays
 /// gone, in an order that leaves every chain whole.
 pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Result<()> {
-    let mut folders: BTreeMap<PathBuf, Going> = BTreeMap::new();
+    let mut folders: BTreeMap<PathBuf, FolderRemoval> = BTreeMap::new();
     let kept = kept_files(catalog, plan);
     for (disk, plan) in catalog.disks.iter().zip(&plan.disks) {
         let goes = |i: usize| plan.points.get(i).is_some_and(|p| p.keep.is_empty());
@@ -58,7 +58,7 @@ pub fn execute(catalog: &Catalog, plan: &Plan, progress: &dyn Progress) -> Resul
                 let folder = open_once(&mut held, dir)?;
                 let going = match folders.entry(dir.to_path_buf()) {
                     Entry::Occupied(e) => e.into_mut(),
-                    Entry::Vacant(e) => e.insert(Going::new(folder)?),
+                    Entry::Vacant(e) => e.insert(FolderRemoval::new(folder)?),
                 };
                 going.add(folder, disk, i, &path, text(&path, name)?)?;
             }
@@ -85,9 +85,9 @@ fn open_once<'a>(held: &'a mut Option<Folder>, dir: &Path) -> Result<&'a Folder>
     Ok(held.insert(folder))
 }
 
-impl Going {
+impl FolderRemoval {
     fn new(folder: &Folder) -> Result<Self> {
-        Ok(Going { id: folder_id(folder)?, names: Vec::new(), known: Known::new() })
+        Ok(FolderRemoval { id: folder_id(folder)?, names: Vec::new(), known: KnownFiles::new() })
     }
 
     /// Adds a file of point `i`, if it is what it was when the folder was read.
@@ -102,7 +102,7 @@ impl Going {
         if self.known.contains_key(&name) {
             return Ok(());
         }
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(path);
         let now = Identity::of(&folder.look(&name).map_err(failed)?);
         if let Some(file) = seen(disk, i, path) {
             let was = file.identity();
@@ -131,7 +131,7 @@ impl Going {
 
 fn folder_id(folder: &Folder) -> Result<FileId> {
     let meta = folder.metadata();
-    let meta = meta.map_err(|e| Error::io(e, "cannot look at it").at_path(folder.path()))?;
+    let meta = meta.map_err(|e| Error::io(e, "cannot check it").at_path(folder.path()))?;
     Ok(FileId::of(&meta))
 }
 
@@ -199,7 +199,7 @@ pub(crate) fn remove_all(
     dir: &Folder,
     remove: &[String],
     new: Option<&str>,
-    known: &Known,
+    known: &KnownFiles,
     progress: &dyn Progress,
 ) -> Result<()> {
     let needed = still_needed(dir, remove)?;
@@ -211,7 +211,7 @@ pub(crate) fn remove_all(
     files::lead_links(dir, &gone, new.map(OsStr::new))
 }
 
-/// What an image that does not go lies on. The plan saw to it that there is none; but between a
+/// What an image that does not go depends on. The plan saw to it that there is none; but between a
 /// run that was broken off and the one that finishes it, a backup may have been made.
 fn still_needed(dir: &Folder, remove: &[String]) -> Result<BTreeSet<String>> {
     let mut lies_on: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -285,14 +285,14 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     rewrite::recover(dir, work)?;
     let Some(removal) = removal::read_in(dir)? else { return Ok(()) };
     let path = path_text(dir.path());
-    work.progress.note(&format!("finishing what an earlier run began in {path}"));
-    let known = Known::new();
+    work.progress.note(&format!("{path}: finishing an interrupted command"));
+    let known = KnownFiles::new();
     let Some(publish) = &removal.publish else {
         let linking = linking::read_in(dir)?;
         if linking.is_some_and(|l| !have_new_names(dir, &removal.remove, &l)) {
             // Nothing goes that is not under its new name: somebody has removed that.
             log::warn!(
-                "{path}: a link-disk was broken off, and the new names of its points are gone"
+                "{path}: a link-disk was interrupted, and the new names of its points are missing"
             );
             return removal::clear_in(dir);
         }
@@ -313,7 +313,7 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
 ///
 /// 1. Children that have a backing pointer to what goes lose it, which is noted in the journal:
 ///    their manifests say the same.
-/// 2. The image gets its name. Old and new chain are both there, children lie on the old one.
+/// 2. The image gets its name. Old and new chain are both there, children depend on the old one.
 /// 3. Its manifest is written.
 /// 4. The children's manifests name it as their parent.
 /// 5. The old images go, newest first.
@@ -321,7 +321,7 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
 pub(crate) fn replace(
     dir: &Folder,
     mut removal: Removal,
-    known: &Known,
+    known: &KnownFiles,
     work: &Work,
 ) -> Result<()> {
     let Some(publish) = removal.publish.clone() else { return Ok(()) };
@@ -348,7 +348,7 @@ pub(crate) fn replace(
     config::sweep(dir)
 }
 
-/// What stays and lies on what goes, also what a backup has added since an earlier run was broken
+/// What stays and depends on what goes, also what a backup has added since an earlier run was broken
 /// off; and whether a backing pointer says so.
 fn children(dir: &Folder, removal: &Removal, new: &str) -> Result<Vec<(String, bool)>> {
     let mut found = Vec::new();
@@ -376,7 +376,7 @@ fn without_pointer(dir: &Folder, name: &str, new: &str, work: &Work) -> Result<(
 }
 
 /// Steps 2 and 3.
-fn publish_new(dir: &Folder, publish: &Publish, known: &Known) -> Result<()> {
+fn publish_new(dir: &Folder, publish: &Publish, known: &KnownFiles) -> Result<()> {
     let name = OsStr::new(&publish.manifest.image);
     let path = dir.join(name);
     match rewrite::side_folder(dir)?.rename_new(&publish.temporary, dir, name) {
@@ -399,7 +399,7 @@ fn publish_new(dir: &Folder, publish: &Publish, known: &Known) -> Result<()> {
     if recorded.is_some_and(|m| fits(&m, dir, name).is_ok_and(|f| f)) {
         return Ok(());
     }
-    let what = "a consolidation was broken off, and this is not the FULL that it made";
+    let what = "a consolidate was interrupted, and this is not the FULL that it made";
     Err(Error::new(Kind::Corrupt, what)
         .at_path(path)
         .remedy("verify the disk, and remove .fleecefs/removal.journal if this file is to stay"))

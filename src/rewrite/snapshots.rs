@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Member, files};
 use crate::error::Result;
-use crate::layer::{self, Format, LayerSpec, Part};
+use crate::layer::{self, Format, LayerPart, LayerSpec};
 use crate::storage::SourceFile;
 
 /// The snapshot of the FULL itself, as qmprestore calls it.
@@ -58,7 +58,7 @@ fn is_state_of(full: &Member, place: u32) -> Result<bool> {
         let file = Arc::new(SourceFile::look(&full.path)?);
         layer::open(&LayerSpec { file, format: Format::Qcow2, part, data_file: None })
     };
-    let (active, snapshot) = (open(Part::Whole)?, open(Part::Snapshot(place))?);
+    let (active, snapshot) = (open(LayerPart::Whole)?, open(LayerPart::Snapshot(place))?);
     if active.size() != snapshot.size() {
         return Ok(false);
     }

@@ -37,7 +37,8 @@ impl Identity {
     }
 
     /// Asks for it after each read, and so by `fstat`: the standard library's `statx` takes three times as
-    /// long.
+    /// long. Nothing else tells in time: a write moves the times before its first byte can be read, but is told
+    /// (inotify, see [`super::writes`]) after its last.
     pub(super) fn of_open(file: &File) -> io::Result<Self> {
         let m = rustix::fs::fstat(file)?;
         let nanos = |s: i64, n: u64| i128::from(s) * 1_000_000_000 + i128::from(n);

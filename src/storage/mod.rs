@@ -113,7 +113,7 @@ impl<'a> OpenFile<'a> {
     /// # Errors
     /// What the operating system said.
     pub fn with_start(file: &'a File, path: &'a Path, fixed: usize) -> Result<Self> {
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(path);
         let len = file.metadata().map_err(failed)?.len();
         let mut open = OpenFile { file, path, len, start: Vec::new() };
         let mut start = vec![0; fixed.min(usize::try_from(len).unwrap_or(usize::MAX))];

@@ -6,7 +6,7 @@
 //! kernel's word on writes, from when it is first read ([`super::writes`]); the slot of its descriptor;
 //! whether it was seen to have changed, which is never undone.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -20,7 +20,7 @@ use super::names::{Ask, Names};
 use super::writes::Writes;
 use super::{ReadAt, past_end};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{self, Handle};
+use crate::folder::{self, Folder, Handle};
 
 /// A file that is opened when it is first read and that must then still be what it was when the
 /// backup directory was scanned.
@@ -46,15 +46,36 @@ impl SourceFile {
     pub fn look(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let meta = folder::look(&path)
+            .map_err(|e| Error::io(e, "cannot check the file").at_path(&path))?;
+        Self::of_looked(path, &meta)
+    }
+
+    /// As [`SourceFile::look`] at `name` in a folder that is held; and opens it.
+    ///
+    /// # Errors
+    /// As [`SourceFile::look`] and [`SourceFile::file`].
+    pub(crate) fn open_in(folder: &Folder, name: &str) -> Result<Self> {
+        let path = folder.join(name);
+        let handle = folder
+            .handle(name.as_ref())
             .map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
-        if !meta.is_file() {
-            let what = match meta.is_symlink() {
-                true => "a symbolic link; links are not followed here",
-                false => "not a plain file",
-            };
-            return Err(Error::new(Kind::Unsupported, what).at_path(&path));
+        let file = Self::of_looked(path, handle.metadata())?;
+        let opened = file.open_through(&handle)?;
+        // Before bytes are read: what is written from now on is told.
+        file.watch(&opened);
+        file.was_open.store(true, Ordering::Release);
+        Ok(file)
+    }
+
+    fn of_looked(path: PathBuf, meta: &Metadata) -> Result<Self> {
+        if meta.is_file() {
+            return Ok(Self::with_identity(path, Identity::of(meta)));
         }
-        Ok(Self::with_identity(path, Identity::of(&meta)))
+        let what = match meta.is_symlink() {
+            true => "a symbolic link; links are not followed here",
+            false => "not a plain file",
+        };
+        Err(Error::new(Kind::Unsupported, what).at_path(&path))
     }
 
     /// A file whose identity a directory scan has read already.
@@ -74,7 +95,7 @@ impl SourceFile {
     /// `Unsupported` for anything but a plain file, or what the operating system said.
     pub fn of_open(file: File, path: PathBuf) -> Result<Self> {
         let meta =
-            file.metadata().map_err(|e| Error::io(e, "cannot look at the file").at_path(&path))?;
+            file.metadata().map_err(|e| Error::io(e, "cannot check the file").at_path(&path))?;
         if !meta.is_file() {
             return Err(Error::new(Kind::Unsupported, "not a plain file").at_path(&path));
         }
@@ -207,7 +228,7 @@ impl SourceFile {
 
     fn open(&self) -> Result<Arc<Opened>> {
         let file = self.try_to_open(|| folder::open_file(&self.path))?;
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(&self.path);
         // Before it is compared: what is written from now on is told.
         self.watch(&file);
         let again = || Identity::of_open(&file).map(Some);
@@ -231,7 +252,7 @@ impl SourceFile {
 
     /// Whether the file that has the name now is the one that was read.
     fn check_name(&self) -> Result<()> {
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(&self.path);
         let now = Identity::of(&folder::look(&self.path).map_err(failed)?);
         match self.is_same(&now, || self.look_again()).map_err(failed)? {
             true => Ok(()),
@@ -305,7 +326,7 @@ impl ReadAt for SourceFile {
         let Some(file) = open.as_ref() else {
             return if self.was_open.load(Ordering::Acquire) { self.check_name() } else { Ok(()) };
         };
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(&self.path);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(&self.path);
         self.watch(file);
         let again = || Identity::of_open(file).map(Some);
         let now = Identity::of_open(file).map_err(failed)?;

@@ -97,15 +97,24 @@ impl Drop for Writes {
     fn drop(&mut self) {
         let mut queue = queue();
         let Some(queue) = queue.as_mut() else { return };
-        if let Some(watched) = queue.files.get_mut(&self.file) {
-            watched.users = watched.users.saturating_sub(1);
-            queue.spare |= watched.users == 0;
+        let Some(watched) = queue.files.get_mut(&self.file) else { return };
+        watched.users = watched.users.saturating_sub(1);
+        match watched.users == 0 && queue.adding == 0 {
+            true => queue.remove(&self.file),
+            // Another may be added to it just now: it goes with the next one.
+            false => queue.spare |= watched.users == 0,
         }
         queue.sweep();
     }
 }
 
 impl Queue {
+    /// One is gone by itself with a file that nobody has any more.
+    fn remove(&mut self, file: &WatchDescriptor) {
+        self.files.remove(file);
+        let _ = self.inotify.watches().remove(file.clone());
+    }
+
     /// Removes those that nobody uses any more.
     fn sweep(&mut self) {
         if !self.spare || self.adding > 0 {

@@ -10,8 +10,8 @@ use crate::chain::Point;
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer;
 use crate::layer::qcow2::check as structure;
-use crate::layer::qcow2::check::Collected;
-use crate::layer::{Format, LayerSpec, Part};
+use crate::layer::qcow2::check::FindingList;
+use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::layout::name::{Promise, promise};
 use crate::progress::Progress;
 use crate::storage::{ReadAt, SourceFile};
@@ -25,11 +25,11 @@ const LARGE: u64 = 32 << 20;
 const MANY_ZEROS: u64 = 64 << 30;
 
 /// One file, and what is wanted of it.
-pub(super) struct Target {
+pub(super) struct FileTarget {
     pub path: PathBuf,
     spec: Option<LayerSpec>,
     /// The active state and internal snapshots that are points.
-    parts: Vec<Part>,
+    parts: Vec<LayerPart>,
     deep: bool,
     /// Whether its hash is wanted, too.
     hash: bool,
@@ -54,14 +54,20 @@ pub(super) fn paths(point: &Point) -> Vec<PathBuf> {
     }
 }
 
-impl Target {
+impl FileTarget {
     /// The files of a point; with `hash`, the point's own file is hashed.
-    pub(super) fn of_point(point: &Point, deep: bool, hash: bool) -> Vec<Target> {
+    pub(super) fn of_point(point: &Point, deep: bool, hash: bool) -> Vec<FileTarget> {
         if point.layers.is_empty() {
             let path = point.source.clone();
-            return vec![Target { path, spec: None, parts: vec![Part::Whole], deep, hash }];
+            return vec![FileTarget {
+                path,
+                spec: None,
+                parts: vec![LayerPart::Whole],
+                deep,
+                hash,
+            }];
         }
-        let target = |spec: &LayerSpec| Target {
+        let target = |spec: &LayerSpec| FileTarget {
             path: spec.file.path().to_path_buf(),
             spec: Some(spec.clone()),
             parts: vec![spec.part.clone()],
@@ -72,7 +78,7 @@ impl Target {
     }
 
     /// The same file as another point needs it.
-    pub(super) fn join(&mut self, other: Target) {
+    pub(super) fn join(&mut self, other: FileTarget) {
         self.deep |= other.deep;
         self.hash |= other.hash;
         self.spec = self.spec.take().or(other.spec);
@@ -96,14 +102,14 @@ impl Target {
 /// # Errors
 /// None of its own: what is wrong is in the reports.
 pub(super) fn check_all(
-    targets: &[Target],
+    targets: &[FileTarget],
     jobs: usize,
     progress: &dyn Progress,
 ) -> Result<HashMap<PathBuf, FileReport>> {
     let started = std::time::Instant::now();
-    let total = targets.iter().filter(|t| t.deep).map(Target::len).sum();
+    let total = targets.iter().filter(|t| t.deep).map(FileTarget::len).sum();
     progress.begin("verify", total);
-    let (large, small): (Vec<&Target>, Vec<&Target>) =
+    let (large, small): (Vec<&FileTarget>, Vec<&FileTarget>) =
         targets.iter().partition(|t| t.deep && t.len() >= LARGE);
     let done = Mutex::new(HashMap::with_capacity(targets.len()));
     let keep = |report: FileReport| {
@@ -125,7 +131,7 @@ pub(super) fn check_all(
     Ok(done.into_inner().unwrap_or_else(|e| e.into_inner()))
 }
 
-fn check_file(target: &Target, jobs: usize, progress: &dyn Progress) -> FileReport {
+fn check_file(target: &FileTarget, jobs: usize, progress: &dyn Progress) -> FileReport {
     let path = target.path.clone();
     let mut report = FileReport { path, findings: Vec::new(), refcounts: Vec::new(), hash: None };
     if let Err(e) = check_opened(target, jobs, progress, &mut report) {
@@ -135,7 +141,7 @@ fn check_file(target: &Target, jobs: usize, progress: &dyn Progress) -> FileRepo
 }
 
 fn check_opened(
-    target: &Target,
+    target: &FileTarget,
     jobs: usize,
     progress: &dyn Progress,
     report: &mut FileReport,
@@ -203,8 +209,8 @@ fn still_the_same(file: &SourceFile) -> Result<()> {
     })
 }
 
-fn decompress(spec: &LayerSpec, parts: &[Part], jobs: usize, report: &mut FileReport) {
-    let found = Mutex::new(Collected::default());
+fn decompress(spec: &LayerSpec, parts: &[LayerPart], jobs: usize, report: &mut FileReport) {
+    let found = Mutex::new(FindingList::default());
     let keep = |e: &Error| {
         let finding = Finding::from_error(e, &report.path);
         found.lock().unwrap_or_else(|p| p.into_inner()).push(finding);

@@ -54,9 +54,9 @@ pub(super) struct Records {
     pub list: Vec<Record>,
     /// Chains of which a point has a manifest, readable or not.
     chains: HashSet<String>,
-    /// For each point, the lowest of those that it lies on.
+    /// For each point, the lowest of those that it depends on.
     roots: Vec<Option<usize>>,
-    /// For each point, the lowest of those that it lies on that names the same bitmap.
+    /// For each point, the lowest of those that it depends on that names the same bitmap.
     same_bitmap: Vec<Option<usize>>,
 }
 
@@ -75,7 +75,7 @@ impl Records {
     }
 }
 
-/// The lowest of what each point lies on, if it lies on any; a parent comes before its children.
+/// The lowest of what each point depends on, if it depends on any; a parent comes before its children.
 fn roots(parents: &[Option<usize>]) -> Vec<Option<usize>> {
     let mut roots: Vec<Option<usize>> = Vec::with_capacity(parents.len());
     for parent in parents {
@@ -85,7 +85,7 @@ fn roots(parents: &[Option<usize>]) -> Vec<Option<usize>> {
     roots
 }
 
-/// The lowest of what each point lies on that has the same name. One walk over the tree of points:
+/// The lowest of what each point depends on that has the same name. One walk over the tree of points:
 /// looking down from each would take the square of a chain's length.
 fn lowest_alike(parents: &[Option<usize>], names: &[Option<String>]) -> Vec<Option<usize>> {
     let mut children = vec![Vec::new(); parents.len()];
@@ -168,7 +168,7 @@ impl Check<'_> {
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
         if p.level != Level::Image && p.level != m.level {
-            let what = "its name and its manifest disagree on its level".to_string();
+            let what = "its name and its manifest have different levels".to_string();
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
     }
@@ -178,8 +178,7 @@ impl Check<'_> {
         let Some(known) = &self.m.fingerprint else { return };
         match fingerprint(&self.point.source) {
             Ok(found) if found != *known => {
-                let what = "the file is not what was written: its ends differ from what its \
-                            manifest says";
+                let what = "the file is damaged: its first or last bytes differ from its manifest";
                 self.error(Kind::Changed, what.to_string(), REMEDY);
             }
             Ok(_) => {}
@@ -194,7 +193,7 @@ impl Check<'_> {
             let dir = p.source.parent().unwrap_or(Path::new(""));
             if !folder::exists(&dir.join(name)) {
                 let name = path_text(name);
-                let what = format!("it lies on {name}, which is missing");
+                let what = format!("parent image {name} is missing");
                 let remedy = format!("restore {name} from another copy of the backup");
                 return self.error(Kind::Incomplete, what, &remedy);
             }
@@ -203,7 +202,7 @@ impl Check<'_> {
                 && !same(b)
             {
                 let what = format!(
-                    "it lies on {} by its manifest, not on {}",
+                    "its manifest names {} as parent, not {}",
                     path_text(name),
                     path_text(&b.name)
                 );
@@ -214,7 +213,7 @@ impl Check<'_> {
         self.order(b, bm);
         let moved = m.moved_from.as_ref() == Some(&bm.disk.file);
         if !moved && is_other_disk(&m.disk, &bm.disk) {
-            let what = format!("it is of another disk than {}, on which it lies", b.name);
+            let what = format!("it is of another disk than its parent {}", b.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
         }
     }
@@ -227,11 +226,11 @@ impl Check<'_> {
             _ => false,
         };
         if earlier {
-            let what = format!("it is older than {}, on which it lies", below.name);
+            let what = format!("it is older than its parent {}", below.name);
             self.error(Kind::Corrupt, what, MIXED_UP);
         } else if bm.time > self.m.time {
             let what = format!(
-                "its manifest's time is before that of {}, on which it lies: the clock was set back \
+                "its manifest's time is before that of its parent {}: the clock was set back \
                  between them, if both are of one disk",
                 below.name
             );
@@ -292,8 +291,8 @@ fn unrecorded(disk: &Disk, i: usize, records: &Records) -> Option<Finding> {
         return None;
     }
     if records.chains.contains(&p.chain) && records.list[i].problem.is_none() {
-        let what = "it has no manifest, though others of its chain have: it may be foreign, or a \
-                    backup that was broken off";
+        let what = "it has no manifest, but others of its chain have: it may be foreign, or from \
+                    an interrupted backup";
         let mut found = Finding::warning(Kind::Incomplete, &p.source, what);
         found.remedy = Some(
             "the next backup of this disk adopts or removes it; if it is one of the chain, 'fleecefs \
@@ -316,7 +315,7 @@ fn cluster_size(point: &Point) -> Option<u32> {
     crate::layer::probe(&*spec.file).ok().map(|i| i.cluster_size)
 }
 
-const ORPHAN: &str = "its manifest is there, the image is not";
+const ORPHAN: &str = "there is a manifest and no image";
 
 /// Whether a finding is one of [`missing_images`].
 pub(super) fn is_orphan(f: &Finding) -> bool {

@@ -12,26 +12,26 @@
 mod content;
 mod files;
 mod links;
+mod recheck;
 mod record;
 mod report;
-mod settle;
 mod suspects;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use crate::chain::scan::Told;
-use crate::chain::{Catalog, Disk, Point};
-use crate::error::{Error, Finding, Kind, Result, Severity};
-use crate::progress::Progress;
-use crate::text::path_text;
-use files::{FileReport, Target};
+use files::{FileReport, FileTarget};
 use links::{Record, Records};
 use record::Recorder;
 pub use report::{Outcome, PointReport, Report};
 use report::{outcome_of, worst};
 
+use crate::chain::scan::FormatOverride;
+use crate::chain::{Catalog, Disk, Point};
+use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::check as structure;
+use crate::progress::Progress;
+use crate::text::path_text;
 
 pub use structure::{Structure, check as check_structure};
 
@@ -40,9 +40,9 @@ pub use structure::{Structure, check as check_structure};
 pub struct Options {
     /// Structure and chain only; no data is read.
     pub quick: bool,
-    /// Only this point and what it lies on: a path into the catalog.
+    /// Only this point and what it depends on: a path into the catalog.
     pub point: Option<PathBuf>,
-    /// Only points taken at or after this time. Of what they lie on, structure and chain are
+    /// Only points taken at or after this time. Of what they depend on, structure and chain are
     /// looked at, data is not.
     pub since: Option<i64>,
     /// Threads; 0 for as many as there are processors.
@@ -50,7 +50,7 @@ pub struct Options {
     /// Write manifests, with hashes, for points that have none.
     pub create: bool,
     /// What the user says of files whose format nothing else decides; `catalog` was made with it.
-    pub told: Option<Told>,
+    pub format_override: Option<FormatOverride>,
 }
 
 /// Looks at the points of `catalog` that `options` names.
@@ -69,32 +69,38 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     let files = files::check_all(&targets(options, &chosen), options.threads(), progress)?;
     let mut report = Report::new(&catalog.root, options.quick);
     report.findings = catalog.findings.iter().cloned().chain(orphans).collect();
-    let mut look = Look { options, files: &files, recorder: None, told: HashSet::new() };
+    let mut look =
+        PointChecker { options, files: &files, recorder: None, reported: HashSet::new() };
     if options.create && !options.quick {
-        look.recorder = recorder(&catalog.root, options.told.as_ref(), &mut report)?;
+        look.recorder = recorder(&catalog.root, options.format_override.as_ref(), &mut report)?;
     }
     for chosen in &chosen {
         look.disk_report(chosen, &mut report)?;
     }
-    settle::settle(catalog, options.told.as_ref(), std::slice::from_mut(&mut report))?;
+    self::recheck::settle(
+        catalog,
+        options.format_override.as_ref(),
+        std::slice::from_mut(&mut report),
+    )?;
     report.outcome = worst(&report);
     Ok(report)
 }
 
-/// The files of the points that `options` names, without those that they lie on.
+/// The files of the points that `options` names, without those that they depend on.
 ///
 /// # Errors
 /// `NotFound` if there is no such point.
 pub fn asked(catalog: &Catalog, options: &Options) -> Result<HashSet<PathBuf>> {
     let chosen = choose(catalog, options, true)?;
-    let sources =
-        |c: &Chosen| c.wanted.iter().map(|i| c.disk.points[*i].source.clone()).collect::<Vec<_>>();
+    let sources = |c: &Selection| {
+        c.wanted.iter().map(|i| c.disk.points[*i].source.clone()).collect::<Vec<_>>()
+    };
     Ok(chosen.iter().flat_map(sources).collect())
 }
 
-/// How a point stands with all that it lies on.
+/// How a point stands with all that it depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Standing {
+pub struct PointOutcome {
     /// As of a report about that point alone.
     pub outcome: Outcome,
     /// Why the point is not sound, in a few words.
@@ -107,16 +113,20 @@ pub struct Standing {
 ///
 /// # Errors
 /// The directory cannot be read any more.
-pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<Standing>> {
+pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<PointOutcome>> {
     let options = Options { quick: true, ..Options::default() };
-    let chosen: Vec<Chosen> = (points.iter())
-        .map(|(d, i)| Chosen::new(&catalog.disks[*d], HashSet::from([*i]), true))
+    let chosen: Vec<Selection> = (points.iter())
+        .map(|(d, i)| Selection::new(&catalog.disks[*d], HashSet::from([*i]), true))
         .collect();
     let files = files::check_all(&targets(&options, &chosen), options.threads(), &())?;
     let mut reports = Vec::with_capacity(points.len() + 1);
     for chosen in &chosen {
-        let mut look =
-            Look { options: &options, files: &files, recorder: None, told: HashSet::new() };
+        let mut look = PointChecker {
+            options: &options,
+            files: &files,
+            recorder: None,
+            reported: HashSet::new(),
+        };
         let mut report = Report::new(&catalog.root, options.quick);
         look.disk_report(chosen, &mut report)?;
         reports.push(report);
@@ -124,9 +134,9 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<Standin
     // What belongs to no disk counts for each.
     let findings = catalog.findings.clone();
     reports.push(Report { findings, ..Report::new(&catalog.root, options.quick) });
-    settle::settle(catalog, None, &mut reports)?;
+    self::recheck::settle(catalog, None, &mut reports)?;
     let common = reports.pop().map_or(Outcome::Sound, |r| worst(&r));
-    let standing = |r: Report| Standing {
+    let standing = |r: Report| PointOutcome {
         outcome: worst(&r).max(common),
         reason: r.points.into_iter().next().and_then(|p| p.reason),
     };
@@ -134,8 +144,12 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<Standin
 }
 
 /// What writes manifests; `None`, with a finding, if somebody else is writing.
-fn recorder(root: &Path, told: Option<&Told>, report: &mut Report) -> Result<Option<Recorder>> {
-    match Recorder::begin(root, told) {
+fn recorder(
+    root: &Path,
+    format_override: Option<&FormatOverride>,
+    report: &mut Report,
+) -> Result<Option<Recorder>> {
+    match Recorder::begin(root, format_override) {
         // What was found is worth telling all the same.
         Err(e) if e.kind() == Kind::Busy => {
             let found = Finding::from_error(&e, root);
@@ -156,17 +170,17 @@ impl Options {
 }
 
 /// Which points of a disk are looked at.
-struct Chosen<'a> {
+struct Selection<'a> {
     disk: &'a Disk,
     /// Those that are reported.
     wanted: HashSet<usize>,
-    /// Those and all that they lie on, ascending.
+    /// Those and all that they depend on, ascending.
     needed: BTreeSet<usize>,
     /// Whether one point is asked for, so that what the disk's other files say is left out.
     single: bool,
 }
 
-impl<'a> Chosen<'a> {
+impl<'a> Selection<'a> {
     fn new(disk: &'a Disk, wanted: HashSet<usize>, single: bool) -> Self {
         let mut needed = BTreeSet::new();
         for &i in &wanted {
@@ -175,7 +189,7 @@ impl<'a> Chosen<'a> {
                 at = disk.points[j].parent;
             }
         }
-        Chosen { disk, wanted, needed, single }
+        Selection { disk, wanted, needed, single }
     }
 }
 
@@ -184,7 +198,7 @@ fn choose<'a>(
     catalog: &'a Catalog,
     options: &Options,
     may_be_none: bool,
-) -> Result<Vec<Chosen<'a>>> {
+) -> Result<Vec<Selection<'a>>> {
     let only = options.point.as_deref().map(|p| catalog.find(p)).transpose()?;
     let mut all = Vec::new();
     for disk in &catalog.disks {
@@ -193,11 +207,11 @@ fn choose<'a>(
             .filter(|i| options.since.is_none_or(|t| disk.points[*i].time >= t))
             .collect();
         if !wanted.is_empty() {
-            all.push(Chosen::new(disk, wanted, only.is_some()));
+            all.push(Selection::new(disk, wanted, only.is_some()));
         }
     }
     if !may_be_none && all.is_empty() {
-        return Err(Error::new(Kind::NotFound, "there is no backup point to verify")
+        return Err(Error::new(Kind::NotFound, "no backup point to verify")
             .at_path(&catalog.root)
             .remedy("'fleecefs list DIR' shows what there is"));
     }
@@ -205,15 +219,15 @@ fn choose<'a>(
 }
 
 /// Each file once, with all that is wanted of it.
-fn targets(options: &Options, chosen: &[Chosen]) -> Vec<Target> {
-    let mut targets: Vec<Target> = Vec::new();
+fn targets(options: &Options, chosen: &[Selection]) -> Vec<FileTarget> {
+    let mut targets: Vec<FileTarget> = Vec::new();
     let mut index: HashMap<PathBuf, usize> = HashMap::new();
     for chosen in chosen {
         for &i in &chosen.needed {
             let deep = !options.quick && (options.since.is_none() || chosen.wanted.contains(&i));
             let point = &chosen.disk.points[i];
             let hash = deep && wants_hash(point, options.create);
-            for target in Target::of_point(point, deep, hash) {
+            for target in FileTarget::of_point(point, deep, hash) {
                 match index.get(&target.path) {
                     Some(known) => targets[*known].join(target),
                     None => {
@@ -237,35 +251,36 @@ fn wants_hash(point: &Point, create: bool) -> bool {
         && crate::folder::look(&point.source).is_ok_and(|meta| meta.len() == m.file_size)
 }
 
-/// What is known about a point with all that it lies on.
+/// What is known about a point with all that it depends on.
 #[derive(Clone)]
-struct Verdict {
+struct PointVerdict {
     outcome: Outcome,
     reason: Option<String>,
     findings: Vec<Finding>,
 }
 
 /// One look at the points of several disks.
-struct Look<'a> {
+struct PointChecker<'a> {
     options: &'a Options,
     files: &'a HashMap<PathBuf, FileReport>,
     /// What writes manifests, if that is wanted.
     recorder: Option<Recorder>,
     /// File and message of what was found in points so far.
-    told: HashSet<(PathBuf, String)>,
+    reported: HashSet<(PathBuf, String)>,
 }
 
-impl Look<'_> {
+impl PointChecker<'_> {
     /// Adds the points of one disk to the report.
-    fn disk_report(&mut self, chosen: &Chosen, out: &mut Report) -> Result<()> {
+    fn disk_report(&mut self, chosen: &Selection, out: &mut Report) -> Result<()> {
         let disk = chosen.disk;
         let records = Records::read(disk);
         let suspects = suspects::suspects(disk, &records);
-        let mut verdicts: Vec<Option<Verdict>> = vec![None; disk.points.len()];
+        let mut verdicts: Vec<Option<PointVerdict>> = vec![None; disk.points.len()];
         // A parent comes before its children.
         for &i in &chosen.needed {
             let below = disk.points[i].parent.and_then(|p| Some((p, verdicts[p].as_ref()?)));
-            let mut own = own_verdict(disk, i, &records, self.options, self.files, below.is_some());
+            let mut own =
+                point_verdict(disk, i, &records, self.options, self.files, below.is_some());
             if let Some(why) = suspects.get(&i).filter(|_| own.outcome == Outcome::Unproven) {
                 own.reason = Some(why.clone());
             }
@@ -283,7 +298,7 @@ impl Look<'_> {
         for (i, verdict) in verdicts.into_iter().enumerate() {
             let Some(v) = verdict.filter(|_| chosen.wanted.contains(&i)) else { continue };
             let p = &disk.points[i];
-            self.told.extend(v.findings.iter().map(suspects::key));
+            self.reported.extend(v.findings.iter().map(suspects::key));
             out.points.push(PointReport {
                 disk: disk.path.clone(),
                 point: p.name.clone(),
@@ -299,19 +314,19 @@ impl Look<'_> {
         let files = |i: &usize| disk.points[*i].source.as_path();
         let needed: HashSet<&Path> = chosen.needed.iter().map(files).collect();
         let only = chosen.single.then_some(&needed);
-        out.findings.extend(suspects::untold(disk, &self.told, only));
+        out.findings.extend(suspects::untold(disk, &self.reported, only));
         Ok(())
     }
 }
 
-fn own_verdict(
+fn point_verdict(
     disk: &Disk,
     i: usize,
     records: &Records,
     options: &Options,
     reports: &HashMap<PathBuf, FileReport>,
     has_parent: bool,
-) -> Verdict {
+) -> PointVerdict {
     let p = &disk.points[i];
     let record = &records.list[i];
     let mut findings = links::check(disk, i, records);
@@ -322,7 +337,7 @@ fn own_verdict(
         let compared = compare(report, known, &mut findings);
         proved &= compared || report.hash.is_none() && options_skip_data(options, p.time);
     }
-    // A point that cannot be served because of what it lies on has its parent's verdict.
+    // A point that cannot be served because of what it depends on has its parent's verdict.
     if let Some(f) = &p.unavailable
         && !(has_parent && f.path != p.source)
     {
@@ -340,12 +355,12 @@ fn own_verdict(
     match worst.max_by_key(|f| outcome_of(f)) {
         Some(f) => {
             let (outcome, reason) = (outcome_of(f), Some(f.message.clone()));
-            Verdict { outcome, reason, findings }
+            PointVerdict { outcome, reason, findings }
         }
         None => {
             let outcome =
                 if reason_unproven.is_some() { Outcome::Unproven } else { Outcome::Sound };
-            Verdict { outcome, reason: reason_unproven.map(str::to_string), findings }
+            PointVerdict { outcome, reason: reason_unproven.map(str::to_string), findings }
         }
     }
 }
@@ -364,7 +379,7 @@ fn compare(report: &FileReport, known: Option<&str>, findings: &mut Vec<Finding>
     };
     let differs = !same && report.hash.is_some() && known.is_some();
     if differs {
-        let what = "the file is not what was written: its BLAKE3 differs from its manifest's";
+        let what = "the file is damaged: its BLAKE3 differs from its manifest's";
         let error = Error::new(Kind::Changed, what).at_path(&report.path).remedy(structure::REMEDY);
         findings.push(Finding::from_error(&error, &report.path));
     }
@@ -376,25 +391,25 @@ fn compare(report: &FileReport, known: Option<&str>, findings: &mut Vec<Finding>
     same
 }
 
-impl Verdict {
+impl PointVerdict {
     /// Whether the reason is a finding where the other only lacks proof.
-    fn says_more_than(&self, other: &Verdict) -> bool {
-        let error = |v: &Verdict| v.findings.iter().any(|f| f.severity == Severity::Error);
-        let inherited = self.reason.as_deref().is_some_and(|r| r.starts_with("it lies on "));
+    fn is_worse_than(&self, other: &PointVerdict) -> bool {
+        let error = |v: &PointVerdict| v.findings.iter().any(|f| f.severity == Severity::Error);
+        let inherited = self.reason.as_deref().is_some_and(|r| r.starts_with("it depends on "));
         self.outcome == other.outcome && (error(self) || inherited) && !error(other)
     }
 }
 
-fn join(own: Verdict, below: Option<&Verdict>, below_name: Option<&str>) -> Verdict {
+fn join(own: PointVerdict, below: Option<&PointVerdict>, below_name: Option<&str>) -> PointVerdict {
     match (below, below_name) {
-        (Some(b), Some(name)) if b.outcome > own.outcome || b.says_more_than(&own) => {
+        (Some(b), Some(name)) if b.outcome > own.outcome || b.is_worse_than(&own) => {
             // Name the file that is the cause, not each one between.
             let reason = match b.reason.as_deref() {
-                Some(r) if r.starts_with("it lies on ") => r.to_string(),
-                Some(r) => format!("it lies on {}: {r}", path_text(name)),
-                None => format!("it lies on {}", path_text(name)),
+                Some(r) if r.starts_with("it depends on ") => r.to_string(),
+                Some(r) => format!("it depends on {}: {r}", path_text(name)),
+                None => format!("it depends on {}", path_text(name)),
             };
-            Verdict { outcome: b.outcome, reason: Some(reason), findings: own.findings }
+            PointVerdict { outcome: b.outcome, reason: Some(reason), findings: own.findings }
         }
         _ => own,
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::Outcome;
 use super::files::FileReport;
 use super::links::{Record, Records};
-use crate::chain::scan::Told;
+use crate::chain::scan::FormatOverride;
 use crate::chain::{Disk, describe, describe_format};
 use crate::error::{Error, Kind, Result};
 use crate::journal::unfinished;
@@ -20,7 +20,7 @@ use crate::text::path_text;
 /// Writes manifests; nobody else writes to the directory as long as it is there.
 pub(super) struct Recorder {
     /// The files of which the user said what format they have: that is to be kept of any image.
-    told: HashSet<PathBuf>,
+    with_format: HashSet<PathBuf>,
     _locks: Locks,
 }
 
@@ -29,20 +29,21 @@ impl Recorder {
     ///
     /// # Errors
     /// `Busy` if somebody else is writing to it.
-    pub(super) fn begin(root: &Path, told: Option<&Told>) -> Result<Self> {
+    pub(super) fn begin(root: &Path, format_override: Option<&FormatOverride>) -> Result<Self> {
         let locks = Locks::take(root)?;
         if let Some(dir) = unfinished::folders(root).first() {
-            let what = "another run altered this folder meanwhile, and was broken off";
+            let what = "another command changed this folder meanwhile, and was interrupted";
             return Err(Error::new(Kind::Busy, what).at_path(dir).remedy("verify again"));
         }
-        let told = told.map(|t| t.files.clone()).unwrap_or_default();
-        Ok(Recorder { told, _locks: locks })
+        let with_format = format_override.map(|t| t.files.clone()).unwrap_or_default();
+        Ok(Recorder { with_format, _locks: locks })
     }
 
-    /// Writes manifests for those points of `disk` that have none, and adds the hash to manifests
-    /// without. Points that are unsound are left out, those that lie on a point without a sound
-    /// record (what they are depends on it), and those whose file or manifest has changed since it
-    /// was looked at. Returns the points that got one.
+    /// Writes manifests for those points of `disk` that have none, adds the hash to manifests
+    /// without, and the checksum to those that somebody wrote or changed by hand. Skips points that
+    /// are unsound, those that depend on a point without a sound record (what they are depends on
+    /// it), and those whose file or manifest has changed since it was looked at. Returns the points
+    /// that are proved by that.
     ///
     /// # Errors
     /// A manifest cannot be written.
@@ -62,13 +63,21 @@ impl Recorder {
                 continue;
             }
             let Some(hash) = reports.get(&p.source).and_then(|r| r.hash.clone()) else { continue };
-            let known = records.list[i].manifest.as_ref();
-            let m = match known {
-                // Made without a hash: it gets one now.
-                Some(m) if m.blake3.is_none() && p.level != Level::Snapshot => Some(m.clone()),
+            let record = &records.list[i];
+            let m = match record.manifest.as_ref() {
+                // Without a hash or a checksum of its own: it gets them now. (Its hash, if any, is right: the
+                // point would be unsound.)
+                Some(m) if (m.blake3.is_none() || !record.sealed) && p.level != Level::Snapshot => {
+                    Some(m.clone())
+                }
+                // What it depends on has its record now, and its own was right before.
+                Some(m) if m.blake3.as_ref().is_some_and(|h| h.eq_ignore_ascii_case(&hash)) => {
+                    written.insert(i);
+                    None
+                }
                 Some(_) => None,
                 // One that cannot be read is a finding, and stays.
-                None if self.told.contains(&p.source) => describe_format(disk, i),
+                None if self.with_format.contains(&p.source) => describe_format(disk, i),
                 // From then on it would be followed wherever it leads, whatever is written to it.
                 None if p.format_is_open => None,
                 None => describe(disk, i),
@@ -76,7 +85,7 @@ impl Recorder {
             let Some(mut m) = m.filter(|_| is_as_it_was(disk, i, records)) else { continue };
             if !manifest::has_room(OsStr::new(&m.image)) {
                 let path = path_text(&p.source);
-                log::warn!("{path}: its name is too long for a manifest: it stays unproven");
+                log::warn!("{path}: its name is too long for a manifest: not recorded");
                 continue;
             }
             m.blake3 = Some(hash);

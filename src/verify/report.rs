@@ -31,13 +31,14 @@ pub struct PointReport {
     /// Its kind of backup.
     pub level: Level,
     /// Seconds since the epoch.
+    #[serde(serialize_with = "crate::units::as_time")]
     pub time: i64,
-    /// How it stands, with all that it lies on.
+    /// How it stands, with all that it depends on.
     pub outcome: Outcome,
     /// Why it is not sound, in a few words.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Whether `create` wrote a manifest for it in this run.
+    /// Whether it is proved from now on, by what `create` wrote for it, or for what it depends on, in this run.
     pub recorded: bool,
     /// What was found in its own files.
     pub findings: Vec<Finding>,

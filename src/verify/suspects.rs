@@ -12,8 +12,8 @@ use crate::layout::name::{Name, parse, parse_partial};
 use crate::verify::links::Records;
 
 /// Points that must not be recorded as they are, and why: increments after one that qmpbackup did
-/// not finish, and those of a FULL that seems to have been overwritten later. What lies on them
-/// shares their fate through them. A point with a manifest is none: whoever wrote it knew better.
+/// not finish, and those of a FULL that seems to have been overwritten later. What depends on them
+/// is as suspect through them. A point with a manifest is none: whoever wrote it knew better.
 pub(super) fn suspects(disk: &Disk, records: &Records) -> HashMap<usize, String> {
     let hints = Hints::of(disk);
     let mut found = HashMap::new();
@@ -84,15 +84,15 @@ pub(super) fn key(f: &Finding) -> (PathBuf, String) {
     (f.path.clone(), f.message.clone())
 }
 
-/// The disk's findings that were not `told` already. With `only`, those about these files.
+/// The disk's findings that were not `reported` already. With `only`, those about these files.
 pub(super) fn untold(
     disk: &Disk,
-    told: &HashSet<(PathBuf, String)>,
+    reported: &HashSet<(PathBuf, String)>,
     only: Option<&HashSet<&Path>>,
 ) -> Vec<Finding> {
     let mut own = HashSet::new();
     let wanted = |f: &&Finding| only.is_none_or(|files| files.contains(f.path.as_path()));
-    let new = |f: &&Finding| !told.contains(&key(f)) && own.insert(key(f));
+    let new = |f: &&Finding| !reported.contains(&key(f)) && own.insert(key(f));
     disk.findings.iter().filter(wanted).filter(new).cloned().collect()
 }
 

@@ -1,10 +1,10 @@
-//! Folding layers that say anything about anything: the result covers the range exactly.
+//! Merging layers that say anything about anything: the result covers the range exactly.
 #![no_main]
 
 use std::ops::Range;
 
 use fleecefs::error::{Error, Kind, Result};
-use fleecefs::image::Fold;
+use fleecefs::image::LayerMerge;
 use fleecefs::layer::{Layer, LayerMap, Mapping};
 use fleecefs::storage::{MemStorage, ReadAt};
 
@@ -52,7 +52,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let Some(top) = layers.last() else { return };
     let start = (u64::from(*from) * 100).min(top.size());
     let range = start..top.size().min(start + u64::from(*len) * 1000);
-    let mut fold = Fold::new(range.clone());
+    let mut fold = LayerMerge::new(range.clone());
     for (i, layer) in layers.iter().enumerate().rev() {
         if fold.is_covered() {
             break;

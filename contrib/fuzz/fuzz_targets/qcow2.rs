@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use fleecefs::layer::qcow2::Qcow2Layer;
-use fleecefs::layer::{Layer, Mapping, Part, probe};
+use fleecefs::layer::{Layer, Mapping, LayerPart, probe};
 use fleecefs::storage::MemStorage;
 
 /// Guest bytes looked at: enough for several L2 tables of small clusters.
@@ -14,8 +14,8 @@ const SPAN: u64 = 1 << 20;
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let storage = Arc::new(MemStorage::new("image", bytes.to_vec()));
     let Ok(info) = probe(&*storage) else { return };
-    let parts = (0..info.snapshots.len().min(2) as u32).map(Part::Snapshot);
-    for part in std::iter::once(Part::Whole).chain(parts) {
+    let parts = (0..info.snapshots.len().min(2) as u32).map(LayerPart::Snapshot);
+    for part in std::iter::once(LayerPart::Whole).chain(parts) {
         let data = info.data_file.is_some().then(|| storage.clone() as _);
         let Ok(layer) = Qcow2Layer::open(storage.clone(), data, &part) else { continue };
         look(&layer, 0);

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::media;
-use super::open_files::View;
+use super::open_files::HostView;
 use crate::backup::graph;
 use crate::error::{Error, Kind, Result};
 use crate::manifest::BackingFile;
@@ -33,7 +33,7 @@ pub struct Answers {
     /// See [`Answers::encrypted`].
     encrypted: OnceLock<HashSet<String>>,
     /// See [`Answers::record`].
-    view: OnceLock<Option<View>>,
+    view: OnceLock<Option<HostView>>,
     /// `x-debug-query-block-graph`.
     pub graph: Graph,
     /// `query-jobs`.
@@ -63,11 +63,11 @@ impl Answers {
         };
         let nodes = client.ask("query-named-block-nodes", json!({}))?;
         let jobs = client.ask("query-jobs", json!({}))?;
-        let drives: Vec<Drive> = client.told(drives)?;
+        let drives: Vec<Drive> = client.result(drives)?;
         // Read before the other large answer is in memory.
-        let graph = graph.map(|g| client.told(g)).transpose()?;
+        let graph = graph.map(|g| client.result(g)).transpose()?;
         let raw_nodes = client.answer(nodes)??;
-        let jobs = client.told(jobs)?;
+        let jobs = client.result(jobs)?;
         let graph = graph.map_or_else(|| graph::ask(client), Ok)?;
         let types = media::types(client, &drives)?;
         let exports = match graph.all("block-backend").any(|b| b.name.is_empty()) {
@@ -90,8 +90,8 @@ impl Answers {
     }
 
     /// The graph, with the jobs that work in it.
-    pub fn scene(&self) -> graph::Scene<'_> {
-        graph::Scene { graph: &self.graph, jobs: &self.jobs }
+    pub fn state(&self) -> graph::GraphState<'_> {
+        graph::GraphState { graph: &self.graph, jobs: &self.jobs }
     }
 
     /// From the answers themselves.
@@ -122,7 +122,7 @@ impl Answers {
         self.types.get(qdev)
     }
 
-    /// Whether anything of the disk is encrypted: itself, its file, or what lies below it.
+    /// Whether anything of the disk is encrypted: itself, its file, or what is below it.
     pub fn is_encrypted(&self, disk: &Node) -> bool {
         has_luks(disk) || self.encrypted().contains(&disk.node_name)
     }
@@ -168,7 +168,7 @@ impl Answers {
     pub fn record(&self, name: &str) -> Option<BackingFile> {
         let view = self.view.get_or_init(|| {
             let process = Some(self.process.clone()).filter(|p| !p.is_empty());
-            let view = View::of(process, self.ours);
+            let view = HostView::of(process, self.ours);
             let files = self.nodes.iter().filter(|n| n.drv == "file" || n.drv == "host_device");
             let names: Vec<String> = files.map(|n| self.file_of(n)).collect();
             let names = names.iter().map(String::as_str).collect();

@@ -1,4 +1,4 @@
-//! What lies below a disk's own file. Its bitmaps do not record what is written there: that nothing was is
+//! What is below a disk's own file. Its bitmaps do not record what is written there: that nothing was is
 //! told by the files themselves, where they are files.
 //!
 //! QEMU names them, and may lie. They are looked at and never opened.
@@ -19,7 +19,7 @@ const LONGEST_NAME: usize = 1024;
 /// The longest name of a format.
 const LONGEST_FORMAT: usize = 64;
 
-/// What a disk lies on: its backing file, what that lies on, and the files in which these keep their data;
+/// What a disk depends on: its backing file, what that depends on, and the files in which these keep their data;
 /// nearest first.
 pub(super) fn below(answers: &Answers, disk: &Node) -> Vec<BackingFile> {
     let begins = backing_links(answers, disk);

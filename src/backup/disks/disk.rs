@@ -29,7 +29,7 @@ pub enum Insertion {
 
 /// One disk that can be backed up.
 #[derive(Debug, Clone)]
-pub struct SeenDisk {
+pub struct GuestDisk {
     /// Who it is.
     pub identity: DiskIdentity,
     /// What the user calls it (`--name`): the name of its folder then.
@@ -40,7 +40,7 @@ pub struct SeenDisk {
     pub top: String,
     /// How to get in between.
     pub insertion: Insertion,
-    /// What lies between the guest and `node`.
+    /// What is between the guest and `node`.
     pub path: graph::Path,
     /// Who works on it, if somebody does: it has to wait.
     pub busy: Option<String>,
@@ -60,7 +60,7 @@ pub struct SeenDisk {
     /// and RBD images. A volume may have its old bytes there again, while QEMU has forgotten which
     /// of them had changed.
     pub regrows_zeros: bool,
-    /// Whether it lies on another image: what that has no data for is zeros which no frozen view of the
+    /// Whether it depends on another image: what that has no data for is zeros which no frozen view of the
     /// disk is known to report.
     pub has_backing: bool,
     /// What those images are, nearest first.
@@ -82,7 +82,7 @@ pub struct SeenDisk {
     pub info: Value,
 }
 
-impl SeenDisk {
+impl GuestDisk {
     /// The name of its file, or what QEMU calls it where it has none.
     pub fn base_name(&self) -> String {
         let named = self.named.clone().or_else(|| base_name(&self.identity.file));
@@ -145,20 +145,20 @@ pub fn base_name(file: &str) -> Option<String> {
     (!tail.is_empty() && tail != "." && tail != "..").then(|| tail.to_string())
 }
 
-/// Everything there is.
+/// All disks of the guest.
 #[derive(Debug, Clone, Default)]
-pub struct Seen {
+pub struct Survey {
     /// Disks that can be backed up.
-    pub disks: Vec<SeenDisk>,
-    /// Those that are left out by rule: empty, read-only, removable.
+    pub disks: Vec<GuestDisk>,
+    /// Those that are skipped by rule: empty, read-only, removable.
     pub skipped: Vec<Skipped>,
     /// Those that should be backed up and cannot.
     pub blocked: Vec<Skipped>,
-    /// What else those are called that are left out or cannot be backed up: the other name, the disk.
+    /// Other names of the disks that are skipped or blocked: the other name, and the disk.
     pub aliases: Vec<(String, String)>,
 }
 
-impl Seen {
+impl Survey {
     /// How many there are, the others among them.
     pub fn count(&self) -> usize {
         [self.disks.len(), self.skipped.len(), self.blocked.len()].into_iter().sum()

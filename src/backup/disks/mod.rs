@@ -6,18 +6,18 @@ mod disk;
 mod media;
 mod open_files;
 mod paths;
+mod snapshot_mode;
 mod storage;
-mod throwaway;
 
 use serde_json::Value;
 
 pub use self::answers::Answers;
-pub(crate) use self::open_files::{View, is_as_recorded};
+pub(crate) use self::open_files::{HostView, is_as_recorded};
 
 /// Why an empty drive is skipped.
 pub const NO_MEDIUM: &str = "no medium is inserted";
 
-pub use self::disk::{Insertion, Seen, SeenDisk, base_name, device_tail};
+pub use self::disk::{GuestDisk, Insertion, Survey, base_name, device_tail};
 pub use self::media::qom_path;
 
 use self::disk::LONGEST_NAME;
@@ -43,18 +43,18 @@ const BITMAPS: usize = 4096;
 const TOO_LARGE: u64 = 1 << 62;
 
 /// Why a disk is not among those that can be backed up.
-enum Unfit {
-    /// By rule.
+enum SkipReason {
+    /// It is skipped by rule.
     Skip(&'static str),
-    /// Something stands in the way.
+    /// Something keeps it from being backed up.
     Blocked(&'static str),
     /// The same, with a name in it.
     Named(String),
 }
 
 /// Looks at all disks.
-pub fn survey(answers: &Answers) -> Seen {
-    let mut seen = Seen::default();
+pub fn survey(answers: &Answers) -> Survey {
+    let mut seen = Survey::default();
     let mut room = DESCRIPTIONS;
     if answers.guest {
         for d in answers.drives.iter().take(DISKS) {
@@ -72,33 +72,33 @@ pub fn survey(answers: &Answers) -> Seen {
     }
     paths::refuse_several(answers, &mut seen);
     if seen.count() == DISKS {
-        let reason = format!("more than {DISKS} disks: the others are not looked at");
+        let reason = format!("more than {DISKS} disks: the others are skipped");
         seen.blocked.push(Skipped { disk: "(others)".into(), reason });
     }
     seen
 }
 
-fn note(seen: &mut Seen, room: &mut usize, disk: String, found: Result<SeenDisk, Unfit>) {
+fn note(seen: &mut Survey, room: &mut usize, disk: String, found: Result<GuestDisk, SkipReason>) {
     let disk = budget::clip(&disk, 64);
     match found.and_then(|d| fits(d, room)) {
         Ok(d) => seen.disks.push(d),
-        Err(Unfit::Skip(r)) => seen.skipped.push(Skipped { disk, reason: r.into() }),
-        Err(Unfit::Blocked(r)) => seen.blocked.push(Skipped { disk, reason: r.into() }),
-        Err(Unfit::Named(reason)) => seen.blocked.push(Skipped { disk, reason }),
+        Err(SkipReason::Skip(r)) => seen.skipped.push(Skipped { disk, reason: r.into() }),
+        Err(SkipReason::Blocked(r)) => seen.blocked.push(Skipped { disk, reason: r.into() }),
+        Err(SkipReason::Named(reason)) => seen.blocked.push(Skipped { disk, reason }),
     }
 }
 
 /// Whether what QEMU says of a disk is of a size that can be.
-fn fits(mut d: SeenDisk, room: &mut usize) -> Result<SeenDisk, Unfit> {
+fn fits(mut d: GuestDisk, room: &mut usize) -> Result<GuestDisk, SkipReason> {
     let i = &d.identity;
     let names = [&i.qdev, &i.node, &i.device, &i.format, &d.node, &d.top];
     if names.into_iter().chain(&d.path.nodes).any(|n| n.len() > LONGEST_NAME)
         || i.file.len() > LONGEST_FILE
     {
-        return Err(Unfit::Blocked("QEMU gives it a name that is too long"));
+        return Err(SkipReason::Blocked("its name in QEMU is too long"));
     }
     if d.size >= TOO_LARGE {
-        return Err(Unfit::Blocked("QEMU says that it is larger than any disk can be"));
+        return Err(SkipReason::Blocked("QEMU reports an impossibly large size"));
     }
     let bitmap = |b: &Bitmap| b.name.as_ref().map_or(0, String::len).saturating_add(100);
     let bitmaps = d.bitmaps.iter().map(bitmap).fold(0, usize::saturating_add);
@@ -107,7 +107,7 @@ fn fits(mut d: SeenDisk, room: &mut usize) -> Result<SeenDisk, Unfit> {
         all = all.saturating_add(budget::size(cache)).saturating_add(detect_zeroes.len());
     }
     let Some(left) = room.checked_sub(all).filter(|_| d.bitmaps.len() <= BITMAPS) else {
-        return Err(Unfit::Blocked("QEMU's description of it is too long"));
+        return Err(SkipReason::Blocked("QEMU's description of it is too long"));
     };
     *room = left;
     let below = |b: &BackingFile| {
@@ -145,17 +145,17 @@ fn drive_names(d: &Drive) -> impl Iterator<Item = &str> {
     [d.device.as_str(), qdev, device_tail(qdev), node, file].into_iter()
 }
 
-fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, Unfit> {
-    let Some(top) = &d.inserted else { return Err(Unfit::Skip(NO_MEDIUM)) };
+fn from_drive(answers: &Answers, d: &Drive) -> Result<GuestDisk, SkipReason> {
+    let Some(top) = &d.inserted else { return Err(SkipReason::Skip(NO_MEDIUM)) };
     let kind = d.qdev.as_ref().and_then(|q| answers.device_type(q));
     let media = d.removable && media::is_media_drive(kind);
     match (top.ro, media) {
-        (true, true) => return Err(Unfit::Skip("a CD or floppy that is read-only")),
-        (true, false) => return Err(Unfit::Skip("read-only")),
+        (true, true) => return Err(SkipReason::Skip("a CD or floppy that is read-only")),
+        (true, false) => return Err(SkipReason::Skip("read-only")),
         (false, _) => {}
     }
     let Some(qdev) = d.qdev.clone().filter(|q| !q.is_empty()) else {
-        return Err(Unfit::Skip("no guest device is attached"));
+        return Err(SkipReason::Skip("no guest device is attached"));
     };
     let insertion = Insertion::Device(qdev.clone());
     let pflash = qdev.contains("system.flash") || d.device.starts_with("pflash");
@@ -164,7 +164,7 @@ fn from_drive(answers: &Answers, d: &Drive) -> Result<SeenDisk, Unfit> {
     let mut roots = names.map(graph::Root::Device);
     let at = |root| Some((answers.top_of(&root, &top.node_name)?, root));
     let Some((name, root)) = roots.find_map(at) else {
-        return Err(Unfit::Blocked("QEMU's block graph does not show what it is attached to"));
+        return Err(SkipReason::Blocked("QEMU's block graph does not show what it is attached to"));
     };
     let top = answers.node(name).unwrap_or(top);
     let mut disk = build(answers, (root, top), insertion, qdev, d.device.clone(), pflash)?;
@@ -182,19 +182,21 @@ fn exported(answers: &Answers) -> Vec<&Node> {
     answers.nodes.iter().filter(is_root).collect()
 }
 
-fn from_export(answers: &Answers, top: &Node) -> Result<SeenDisk, Unfit> {
+fn from_export(answers: &Answers, top: &Node) -> Result<GuestDisk, SkipReason> {
     if top.ro {
-        return Err(Unfit::Skip("read-only"));
+        return Err(SkipReason::Skip("read-only"));
     }
     let child = answers.graph.child(&top.node_name, "file").and_then(|c| answers.node(c));
     let (true, Some(child)) = (top.drv == "raw", child) else {
-        return Err(Unfit::Blocked(
-            "exported without a raw node above it: nothing can be put in between \
-                    (export a node made by blockdev-add driver=raw file=DISK discard=unmap)",
+        return Err(SkipReason::Blocked(
+            "exported without a raw node above it: no filter can be inserted (export a node made \
+             by blockdev-add driver=raw file=DISK discard=unmap)",
         ));
     };
     if child.image.virtual_size != top.image.virtual_size {
-        return Err(Unfit::Blocked("the raw node above it has an offset or a size of its own"));
+        return Err(SkipReason::Blocked(
+            "the raw node above it has an offset or a size of its own",
+        ));
     }
     let insertion = Insertion::Reopen {
         node: top.node_name.clone(),
@@ -207,43 +209,41 @@ fn from_export(answers: &Answers, top: &Node) -> Result<SeenDisk, Unfit> {
 
 /// What stands between the guest and its disk and goes away by itself: jobs, and filters of other
 /// programs' backups.
-fn in_use(answers: &Answers, path: &graph::Path) -> Result<Option<String>, Unfit> {
-    let scene = answers.scene();
+fn in_use(answers: &Answers, path: &graph::Path) -> Result<Option<String>, SkipReason> {
+    let state = answers.state();
     let loads = |j: &&Job| j.kind == graph::SNAPSHOT_LOAD && !j.concluded();
     if let Some(j) = answers.jobs.iter().find(loads) {
-        return Ok(Some(format!("{} of another program loads a snapshot", scene.job(&j.id))));
+        return Ok(Some(format!("{} of another program loads a snapshot", state.job(&j.id))));
     }
     let nodes: Vec<&str> = path.nodes.iter().map(String::as_str).collect();
-    if let Some(job) = scene.working_on(&nodes).first() {
-        return Ok(Some(format!("{} of another program works on it", scene.job(job))));
+    if let Some(job) = state.working_on(&nodes).first() {
+        return Ok(Some(format!("{} of another program works on it", state.job(job))));
     }
     for node in nodes {
         let driver = answers.node(node).map_or("", |n| n.drv.as_str());
         if driver == "copy-before-write" {
             if names::parse_object(node).is_some() {
-                return Err(Unfit::Blocked(
-                    "a backup by fleecefs runs, or was killed: then the next one tidies up \
-                     (fleecefs recover does it now)",
+                return Err(SkipReason::Blocked(
+                    "a backup by fleecefs is running, or was killed: the next backup cleans up, \
+                     or fleecefs recover now",
                 ));
             }
             return Ok(Some(
-                "another program's copy-before-write filter is above it: a backup by another \
-                 program runs or has died (fleecefs recover --foreign removes what qmpbackup \
-                 left)"
+                "another program's copy-before-write filter is above it: its backup is running or \
+                 was killed (fleecefs recover --foreign removes what qmpbackup left)"
                     .to_string(),
             ));
         }
         if graph::is_of_job(driver) {
             return Ok(Some(format!(
                 "{} ({driver}) of another program is above it",
-                scene.node(node)
+                state.node(node)
             )));
         }
         if graph::is_refused(driver) {
-            return Err(Unfit::Named(format!(
-                "{} above it is of driver {driver}: what a backup would read there is not what \
-                 the guest has",
-                scene.node(node)
+            return Err(SkipReason::Named(format!(
+                "{} above it uses driver {driver}: a backup would not read what the guest has",
+                state.node(node)
             )));
         }
     }
@@ -257,7 +257,7 @@ fn build(
     qdev: String,
     device: String,
     pflash: bool,
-) -> Result<SeenDisk, Unfit> {
+) -> Result<GuestDisk, SkipReason> {
     let top_name = top.node_name.clone();
     let top = answers.node(&top_name).unwrap_or(top);
     let path = answers.path_down(root, &top_name);
@@ -266,8 +266,8 @@ fn build(
     let format = disk.image.format_specific.get("data").cloned().unwrap_or_default();
     let flag = |k: &str| format.get(k).and_then(Value::as_bool).unwrap_or(false);
     let version3 = format.get("compat").and_then(Value::as_str) == Some("1.1");
-    let real = throwaway::below_snapshot(answers, disk);
-    Ok(SeenDisk {
+    let real = self::snapshot_mode::below_snapshot(answers, disk);
+    Ok(GuestDisk {
         named: None,
         identity: DiskIdentity {
             qdev,

@@ -46,7 +46,7 @@ struct OpenFile {
 
 /// How this host sees what QEMU reads.
 #[derive(Debug)]
-pub(crate) struct View {
+pub(crate) struct HostView {
     /// The files that QEMU has open; `None` if this user may not see them.
     open: Option<Vec<OpenFile>>,
     /// QEMU's working directory.
@@ -57,7 +57,7 @@ pub(crate) struct View {
     ours: bool,
 }
 
-impl View {
+impl HostView {
     /// Of QEMU's process (see [`peer::process`]), if it is one of this host; `ours` says that we started it,
     /// over files that nobody else can exchange.
     pub(crate) fn of(process: Option<String>, ours: bool) -> Self {
@@ -65,7 +65,7 @@ impl View {
         let dir = pid.map(|pid| PathBuf::from(format!("/proc/{pid}")));
         let link = |name: &str| system::link(&dir.as_ref()?.join(name)).ok();
         let own = system::link(Path::new("/proc/self/ns/mnt")).ok();
-        View {
+        HostView {
             open: dir.as_ref().and_then(|d| open_files(d)),
             // One that was daemonized has left the folder in which it opened its files.
             cwd: link("cwd").filter(|c| c.parent().is_some()),

@@ -4,8 +4,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::answers::Answers;
-use super::disk::{Seen, SeenDisk, device_tail};
-use super::storage::{Files, Part};
+use super::disk::{GuestDisk, Survey, device_tail};
+use super::storage::{FilePart, NodeFiles};
 use crate::backup::{graph, names};
 use crate::manifest::Skipped;
 use crate::qmp::budget;
@@ -16,12 +16,12 @@ use crate::qmp::types::GraphNode;
 const NAMED: usize = 4;
 
 /// Refuses disks with several paths, and notes who else writes to one.
-pub(super) fn refuse_several(answers: &Answers, seen: &mut Seen) {
-    let files = Files::of(answers);
+pub(super) fn refuse_several(answers: &Answers, seen: &mut Survey) {
+    let files = NodeFiles::of(answers);
     let written = files.written_parts();
     let disks = std::mem::take(&mut seen.disks);
     let groups = group(&files, &disks);
-    let mut same: HashMap<usize, Vec<SeenDisk>> = HashMap::new();
+    let mut same: HashMap<usize, Vec<GuestDisk>> = HashMap::new();
     for (d, g) in disks.into_iter().zip(&groups) {
         same.entry(*g).or_default().push(d);
     }
@@ -45,16 +45,15 @@ pub(super) fn refuse_several(answers: &Answers, seen: &mut Seen) {
     }
 }
 
-const ONE_POINT: &str = "writes by one of them pass the filter in the other, so that it cannot be \
-                         frozen at one point; take all but one away for the time of the backup \
-                         (device_del), or back it up from inside the guest";
+const ONE_POINT: &str = "writes through one path bypass the filter in the other; remove all but \
+                         one for the backup (device_del), or back it up from inside the guest";
 
 /// A number for each disk: the same where they are one. What nobody writes to may be common.
-fn group(files: &Files<'_>, disks: &[SeenDisk]) -> Vec<usize> {
+fn group(files: &NodeFiles<'_>, disks: &[GuestDisk]) -> Vec<usize> {
     let mut groups: Vec<usize> = (0..disks.len()).collect();
     let mut nodes: HashMap<&str, usize> = HashMap::new();
     // By the file's number, and whether it is written to.
-    let mut known: HashMap<(usize, bool), Vec<(Part<'_>, usize)>> = HashMap::new();
+    let mut known: HashMap<(usize, bool), Vec<(FilePart<'_>, usize)>> = HashMap::new();
     for (at, d) in disks.iter().enumerate() {
         if let Some(first) = nodes.get(d.node.as_str()) {
             join(&mut groups, at, *first);
@@ -84,8 +83,8 @@ fn join(groups: &mut [usize], a: usize, b: usize) {
 }
 
 /// One disk that the guest has at several devices, by one node or by several.
-fn refuse(seen: &mut Seen, same: &[SeenDisk]) {
-    let tail = |d: &SeenDisk| match d.identity.qdev.as_str() {
+fn refuse(seen: &mut Survey, same: &[GuestDisk]) {
+    let tail = |d: &GuestDisk| match d.identity.qdev.as_str() {
         "" => d.top.clone(),
         qdev => device_tail(qdev).to_string(),
     };
@@ -95,7 +94,7 @@ fn refuse(seen: &mut Seen, same: &[SeenDisk]) {
         Some(d) => format!(" to {}", short(&d.identity.file)),
         None => String::new(),
     };
-    let disk = budget::clip(same.first().map_or("", SeenDisk::label), 64);
+    let disk = budget::clip(same.first().map_or("", GuestDisk::label), 64);
     let reason = format!("it has {} paths{to} ({}): {ONE_POINT}", same.len(), devices.join(", "));
     for d in same {
         note_names(seen, disk.clone(), d);
@@ -103,7 +102,7 @@ fn refuse(seen: &mut Seen, same: &[SeenDisk]) {
     seen.blocked.push(Skipped { disk, reason });
 }
 
-fn note_names(seen: &mut Seen, disk: String, d: &SeenDisk) {
+fn note_names(seen: &mut Survey, disk: String, d: &GuestDisk) {
     let i = &d.identity;
     let base = d.base_name();
     let names = [&i.device, &i.node, &i.qdev, &i.file, &base].map(String::as_str);
@@ -113,20 +112,20 @@ fn note_names(seen: &mut Seen, disk: String, d: &SeenDisk) {
 /// A part that is written by a node which is not below this disk.
 fn elsewhere<'a>(
     answers: &Answers,
-    files: &Files<'a>,
-    written: &HashMap<usize, Vec<Part<'a>>>,
-    d: &SeenDisk,
-) -> Option<Part<'a>> {
+    files: &NodeFiles<'a>,
+    written: &HashMap<usize, Vec<FilePart<'a>>>,
+    d: &GuestDisk,
+) -> Option<FilePart<'a>> {
     let graph = &answers.graph;
     let inside = graph.below(graph.id(&d.node).into_iter());
-    let foreign = |p: &Part<'_>| graph.id(p.leaf).is_none_or(|id| !inside.contains(&id));
+    let foreign = |p: &FilePart<'_>| graph.id(p.leaf).is_none_or(|id| !inside.contains(&id));
     files.parts(&d.node).iter().find_map(|own| {
         let mut others = written.get(&own.file)?.iter();
         others.find(|p| foreign(p) && files.meet(own, p)).cloned()
     })
 }
 
-fn same_file(answers: &Answers, other: &Part<'_>, d: &SeenDisk) -> String {
+fn same_file(answers: &Answers, other: &FilePart<'_>, d: &GuestDisk) -> String {
     let above = answers.graph.above([other.leaf].into_iter());
     let devices = answers.drives.iter().filter_map(|d| d.qdev.as_deref().map(|q| (d, q)));
     let devices = devices.filter(|(d, q)| {
@@ -140,7 +139,7 @@ fn same_file(answers: &Answers, other: &Part<'_>, d: &SeenDisk) -> String {
 
 /// Who writes to the nodes of a disk and not by way of its device: an export, or a node beside ours.
 /// QEMU refuses our filter then.
-fn past(answers: &Answers, files: &Files<'_>, d: &SeenDisk) -> Option<String> {
+fn past(answers: &Answers, files: &NodeFiles<'_>, d: &GuestDisk) -> Option<String> {
     let graph = &answers.graph;
     let ids: HashSet<u64> = d.path.nodes.iter().filter_map(|n| graph.id(n)).collect();
     let inside = graph.below(ids.iter().copied());
@@ -159,7 +158,7 @@ fn past(answers: &Answers, files: &Files<'_>, d: &SeenDisk) -> Option<String> {
             }
             let range = files.range(p.id);
             let part = own.iter().find(|o| o.leaf == name);
-            let apart = |o: &Part<'_>| !files.meet(o, &Part { range, ..o.clone() });
+            let apart = |o: &FilePart<'_>| !files.meet(o, &FilePart { range, ..o.clone() });
             if !part.is_some_and(apart) {
                 found.push(writer(answers, p, name));
             }
@@ -178,7 +177,7 @@ fn writer(answers: &Answers, p: &GraphNode, node: &str) -> String {
         ("block-backend", false) if p.name.is_empty() => exports.join(" or "),
         ("block-backend", _) if p.name.is_empty() => "another program".to_string(),
         ("block-backend", _) => format!("device {}", short(device_tail(&p.name))),
-        _ => answers.scene().node(&p.name),
+        _ => answers.state().node(&p.name),
     };
-    format!("{who} may write to node {}: that would pass the backup's filter by", short(node))
+    format!("{who} may write to node {}: such writes would bypass the backup's filter", short(node))
 }

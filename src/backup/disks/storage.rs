@@ -35,7 +35,7 @@ enum Identity {
 
 /// A part of a file that a disk has.
 #[derive(Debug, Clone)]
-pub(super) struct Part<'a> {
+pub(super) struct FilePart<'a> {
     /// The node that reads and writes it.
     pub leaf: &'a str,
     /// The number of the file; the same for each of its names.
@@ -45,14 +45,14 @@ pub(super) struct Part<'a> {
 }
 
 /// The files of all nodes.
-pub(super) struct Files<'a> {
+pub(super) struct NodeFiles<'a> {
     answers: &'a Answers,
     numbers: HashMap<&'a str, usize>,
     written: HashSet<u64>,
     room: Cell<u64>,
 }
 
-impl<'a> Files<'a> {
+impl<'a> NodeFiles<'a> {
     /// Looks at all of them.
     pub(super) fn of(answers: &'a Answers) -> Self {
         let mut numbers = HashMap::new();
@@ -73,7 +73,7 @@ impl<'a> Files<'a> {
             }
             numbers.insert(n.node_name.as_str(), number);
         }
-        Files { answers, numbers, written: written(answers), room: Cell::new(ROOM) }
+        NodeFiles { answers, numbers, written: written(answers), room: Cell::new(ROOM) }
     }
 
     /// Whether there was more to compare than any machine has: then no two parts are apart.
@@ -86,33 +86,33 @@ impl<'a> Files<'a> {
     }
 
     /// Whether two parts have bytes in common.
-    pub(super) fn meet(&self, a: &Part<'_>, b: &Part<'_>) -> bool {
+    pub(super) fn meet(&self, a: &FilePart<'_>, b: &FilePart<'_>) -> bool {
         self.take(1);
         let common = a.range.start < b.range.end && b.range.start < a.range.end;
         self.is_full() || (a.file == b.file && common)
     }
 
     /// All that the disk of `node` is read from, backing files too.
-    pub(super) fn parts(&self, node: &str) -> Vec<Part<'a>> {
+    pub(super) fn parts(&self, node: &str) -> Vec<FilePart<'a>> {
         let graph = &self.answers.graph;
         let Some(id) = graph.id(node) else { return Vec::new() };
         let mut parts = Vec::new();
         if let Some((leaf, file)) = self.number(id) {
-            parts.push(Part { leaf, file, range: 0..u64::MAX });
+            parts.push(FilePart { leaf, file, range: 0..u64::MAX });
         }
         for parent in graph.below([id].into_iter()) {
             let range = self.range(parent);
             let leaves = graph.links(parent).iter().filter_map(|l| self.number(l.child));
-            parts.extend(leaves.map(|(leaf, file)| Part { leaf, file, range: range.clone() }));
+            parts.extend(leaves.map(|(leaf, file)| FilePart { leaf, file, range: range.clone() }));
         }
         self.take(parts.len() as u64);
         parts
     }
 
     /// What somebody writes to, job or guest or export, by the number of the file.
-    pub(super) fn written_parts(&self) -> HashMap<usize, Vec<Part<'a>>> {
+    pub(super) fn written_parts(&self) -> HashMap<usize, Vec<FilePart<'a>>> {
         let graph = &self.answers.graph;
-        let mut parts: HashMap<usize, Vec<Part<'_>>> = HashMap::new();
+        let mut parts: HashMap<usize, Vec<FilePart<'_>>> = HashMap::new();
         for id in &self.written {
             let Some((leaf, file)) = self.number(*id) else { continue };
             let parents = graph.parents(leaf).into_iter();
@@ -121,14 +121,14 @@ impl<'a> Files<'a> {
             if ranges.is_empty() {
                 ranges.push(0..u64::MAX);
             }
-            let own = ranges.into_iter().map(|range| Part { leaf, file, range });
+            let own = ranges.into_iter().map(|range| FilePart { leaf, file, range });
             parts.entry(file).or_default().extend(own);
         }
         parts
     }
 
     /// Whether somebody writes to a part by its own node.
-    pub(super) fn is_written(&self, part: &Part<'_>) -> bool {
+    pub(super) fn is_written(&self, part: &FilePart<'_>) -> bool {
         self.answers.graph.id(part.leaf).is_some_and(|id| self.written.contains(&id))
     }
 

@@ -215,7 +215,7 @@ fn an_rbd_disk_is_known_by_its_image() {
         let seen = survey(&answers(drives, nodes));
         assert_eq!(seen.disks[0].identity.file, "rbd:disks/vm-1");
         assert_eq!(seen.disks[0].base_name(), "vm-1");
-        // No folder of the host: its fleece lies beside the backup.
+        // No folder of the host: its fleece is beside the backup.
         assert_eq!(seen.disks[0].folder(), None);
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::unplug;
+use super::remove_filter;
 use crate::backup::disks::Answers;
 use crate::backup::{Watch, names};
 use crate::error::{Error, Kind, Result};
@@ -52,9 +52,9 @@ pub(crate) fn refuse_at_work(client: &mut Client) -> Result<()> {
     let Some(job) = jobs.iter().find(|j| is_foreign(&j.id) && !j.concluded()) else {
         return Ok(());
     };
-    let what = format!("qmpbackup is at work in this QEMU (job {})", short(&job.id));
+    let what = format!("qmpbackup is running in this QEMU (job {})", short(&job.id));
     Err(Error::new(Kind::Busy, what).remedy(
-        "let it end, or wait for it with --wait; it takes our jobs for its own. If it was killed: \
+        "wait until it ends (--wait); it mistakes our jobs for its own. If it was killed: \
          'fleecefs recover --foreign'",
     ))
 }
@@ -71,13 +71,12 @@ pub(crate) fn refuse_stop(client: &mut Client) -> Result<()> {
     let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
     let Some(job) = jobs.iter().find(|j| j.kind == "stream") else { return Ok(()) };
     let what = format!(
-        "job {} (stream) of another program is at work: QEMU {} may crash when the guest is paused \
-         meanwhile",
+        "job {} (stream) of another program is running: QEMU {} may crash when the guest is paused",
         short(&job.id),
         client.version()
     );
-    let remedy = "back up when it is gone (one that has ended may want a job-dismiss); --wait DURATION \
-                  waits for it, --no-stop does not pause the guest";
+    let remedy = "back up when it has ended (it may need a job-dismiss); --wait DURATION waits \
+                  for it, --no-stop does not pause the guest";
     Err(Error::new(Kind::Busy, what).remedy(remedy))
 }
 
@@ -100,7 +99,7 @@ fn remove_foreign_nodes(client: &mut Client, watch: &dyn Watch) -> Result<usize>
                     is_foreign(name)
                         || answers.node(name).is_some_and(|p| p.drv == "snapshot-access")
                 };
-                unplug::free(client, &answers, &n.node_name, &own, RELINK)?;
+                remove_filter::detach(client, &answers, &n.node_name, &own, RELINK)?;
             }
             let answer: std::result::Result<Value, _> =
                 client.call("blockdev-del", json!({"node-name": n.node_name}))?;

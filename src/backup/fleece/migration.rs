@@ -16,7 +16,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use serde_json::{Value, json};
 
-use super::{Handed, pass_file};
+use super::{TargetFile, pass_file};
 use crate::backup::Watch;
 use crate::backup::names::{Role, object};
 use crate::error::{Error, Kind, Result};
@@ -80,7 +80,7 @@ fn owner_in(state: &str, progress: &Progress) -> Owner {
         ("postmigrate", "failed" | "cancelled") => Owner::Leaving,
         ("postmigrate", _) => Owner::Left,
         ("finish-migrate" | "colo", _) => Owner::Leaving,
-        _ if progress.hands_over() => Owner::Leaving,
+        _ if progress.is_handover() => Owner::Leaving,
         _ => Owner::Here,
     }
 }
@@ -95,15 +95,19 @@ pub(crate) fn has_left(client: &mut Client) -> Result<bool> {
 
 /// What to do with a QEMU that has something of ours in memory while another has the disks. (Ended in
 /// order it writes the tables of its qcow2 images: seen where they are shared and not locked.)
-pub(crate) const KILL: &str = "end this QEMU with SIGKILL and not with quit when the guest runs elsewhere: \
-                        what it has in memory of the disks must not be written any more";
+pub(crate) const KILL: &str = "when the guest runs elsewhere, end this QEMU with SIGKILL, not \
+                               with quit: it must not write its caches to the disks any more";
 
 /// The error where something of ours cannot be undone yet.
 pub(crate) fn leaving() -> Error {
-    Error::new(Kind::Busy, "the guest is being migrated: what is left in this QEMU stays for now")
-        .remedy(format!(
-            "where it stays here, run fleecefs recover when it runs again; else {KILL}"
-        ))
+    Error::new(
+        Kind::Busy,
+        "the guest is being migrated: nothing is cleaned up in this QEMU for \
+                            now",
+    )
+    .remedy(format!(
+        "if the migration fails, run fleecefs recover when the guest runs again; else {KILL}"
+    ))
 }
 
 /// Fails if the guest has not arrived yet: nothing may be written to its disks from here.
@@ -140,8 +144,8 @@ fn facts(client: &mut Client) -> Result<Option<(String, Progress)>> {
         true => Some(client.ask_again("query-migrate")?),
         false => None,
     };
-    let state = state_in(&client.told(status)?);
-    let progress = migrate.map(|m| client.told(m)).transpose()?;
+    let state = state_in(&client.result(status)?);
+    let progress = migrate.map(|m| client.result(m)).transpose()?;
     Ok(Some((state, Progress::of(&progress.unwrap_or_default()))))
 }
 
@@ -167,8 +171,8 @@ fn check_state(state: &str) -> Result<()> {
     match state {
         s if SAFE.contains(&s) => Ok(()),
         "inmigrate" => busy(
-            "this QEMU waits for a migration to arrive: the disks are still another QEMU's",
-            "back the guest up there, or here when it has arrived",
+            "this QEMU waits for an incoming migration: its disks are still in use by another QEMU",
+            "back up there, or here when the migration is complete",
         ),
         "postmigrate" => busy(
             "the guest has migrated to another QEMU, which has the disks now",
@@ -177,7 +181,7 @@ fn check_state(state: &str) -> Result<()> {
         "finish-migrate" | "colo" => migrates(state),
         other => busy(
             &format!(
-                "the guest is in the state {:?}, in which its disks may change hands",
+                "the guest is in state {:?}: another QEMU may take over its disks",
                 short(other)
             ),
             "back it up when it runs or is paused",
@@ -186,10 +190,9 @@ fn check_state(state: &str) -> Result<()> {
 }
 
 fn migrates(state: &str) -> Result<()> {
-    let what =
-        format!("the guest is being migrated ({}): no backup can run beside that", short(state));
+    let what = format!("the guest is being migrated ({}): no backup is possible", short(state));
     Err(Error::new(Kind::Busy, what)
-        .remedy("back it up when the migration has ended, where it runs then"))
+        .remedy("back up when the migration has ended, where the guest runs then"))
 }
 
 /// What `query-migrate` says.
@@ -210,7 +213,7 @@ impl Progress {
     }
 
     /// Whether the disks may be the other side's already.
-    fn hands_over(&self) -> bool {
+    fn is_handover(&self) -> bool {
         let status = self.status.as_str();
         ["device", "pre-switchover", "colo"].contains(&status) || status.starts_with("postcopy")
     }
@@ -222,15 +225,15 @@ impl Progress {
 
 /// Watches that no migration begins while a run is on.
 #[derive(Debug)]
-pub(crate) struct Guard {
+pub(crate) struct MigrationGuard {
     before: Progress,
     /// Events that had come by then.
     events: u64,
     /// We asked for events.
-    told: bool,
+    has_events: bool,
 }
 
-impl Guard {
+impl MigrationGuard {
     /// Makes QEMU refuse migrations from now on, as far as it can be made to. The node is removed with
     /// the last of the run's objects, see [`super::teardown`].
     ///
@@ -244,7 +247,8 @@ impl Guard {
             }
             None => Progress::of(&Value::Null),
         };
-        let mut guard = Guard { before, events: client.migration_events(), told: false };
+        let mut guard =
+            MigrationGuard { before, events: client.migration_events(), has_events: false };
         if !client.has("migrate") {
             return Ok(guard);
         }
@@ -252,7 +256,7 @@ impl Guard {
         // One may have begun just before: then the node was refused, or came too late.
         guard.check(client)?;
         if let Some(why) = refused {
-            guard.told = ask_for_events(client)?;
+            guard.has_events = ask_for_events(client)?;
             watch.warn(&format!(
                 "QEMU cannot be kept from migrating the guest during the backup ({why}): a migration \
                  that begins makes the backup fail"
@@ -261,7 +265,7 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Fails if a migration runs, or has run since [`Guard::begin`]; gives the guest's state.
+    /// Fails if a migration runs, or has run since [`MigrationGuard::begin`]; gives the guest's state.
     ///
     /// # Errors
     /// `Busy`; as [`Client::execute`].
@@ -283,7 +287,7 @@ impl Guard {
 
     /// Makes QEMU as silent about migrations as it was before.
     pub(crate) fn end(self, client: &mut Client) {
-        if self.told
+        if self.has_events
             && let Err(e) = set_events(client, false)
         {
             log::info!("{}", e.report());
@@ -314,7 +318,7 @@ fn set_events(client: &mut Client, on: bool) -> Result<bool> {
 /// Adds a node that keeps the guest from being migrated; why not, if none could be added.
 fn block(client: &mut Client, run: &str) -> Result<Option<String>> {
     if !client.takes_descriptors() {
-        return Ok(Some("it takes no file descriptors over this connection".into()));
+        return Ok(Some("it accepts no file descriptors on this connection".into()));
     }
     let node = object(run, Role::Blocker, 0);
     let mut why = None;
@@ -348,7 +352,7 @@ fn block(client: &mut Client, run: &str) -> Result<Option<String>> {
 /// Gives QEMU the image as a set of descriptors.
 fn hand_over(client: &mut Client, node: &str, image: &[u8]) -> Result<u64> {
     let file = in_memory(image)?;
-    let handed = Handed { file: &file, name: Path::new("(memory)"), by_name: false };
+    let handed = TargetFile { file: &file, name: Path::new("(memory)"), by_name: false };
     pass_file(client, handed, node, false)
 }
 

@@ -3,9 +3,9 @@
 pub(crate) mod foreign;
 pub(crate) mod migration;
 pub(crate) mod nbdserver;
+pub(crate) mod remove_filter;
 pub(crate) mod space;
 pub(crate) mod teardown;
-pub(crate) mod unplug;
 pub(crate) mod zeros;
 
 use std::fs::File;
@@ -20,7 +20,7 @@ use self::space::Space;
 use super::disks::{Insertion, qom_path};
 use super::names::{Role, object};
 use super::plan::planned::DiskPlan;
-use super::state::leftover::{Made, fleece_path};
+use super::state::leftover::{CreatedFile, fleece_path};
 use super::{Compression, CopyOptions, Watch, graph};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
@@ -84,8 +84,8 @@ impl Fleece {
                 Err(e) => format!(": {e}"),
             };
             watch.say(&format!(
-                "{}: its fleece image goes to the target (--fleece-dir names another place), since \
-                 there can be no file without a name in {}{why}",
+                "{}: fleece image in the target (--fleece-dir names another folder): no unnamed \
+                 file possible in {}{why}",
                 plan.disk.label(),
                 path_text(&dir)
             ));
@@ -102,9 +102,9 @@ impl Fleece {
     }
 
     /// What a journal or a note says of it, if it has a name.
-    pub fn made(&self) -> Option<Made> {
+    pub fn made(&self) -> Option<CreatedFile> {
         let id = self.file.as_ref().and_then(|f| f.metadata().ok()).map(|m| FileId::of(&m));
-        Some(Made { path: self.path.clone()?, id })
+        Some(CreatedFile { path: self.path.clone()?, id })
     }
 
     /// Makes it, or gives the file that is there its size.
@@ -156,12 +156,12 @@ impl Fleece {
     ///
     /// # Errors
     /// It was not made.
-    pub fn handed<'a>(&'a self, client: &Client) -> Result<Handed<'a>> {
+    pub fn handed<'a>(&'a self, client: &Client) -> Result<TargetFile<'a>> {
         let Some(file) = &self.file else {
             return Err(Error::new(Kind::Io, "the fleece image is not open").at_path(&self.dir));
         };
         let name = self.path.as_deref().unwrap_or(&self.dir);
-        Ok(Handed { file, name, by_name: !client.takes_descriptors() })
+        Ok(TargetFile { file, name, by_name: !client.takes_descriptors() })
     }
 
     /// The folder that it is in, for messages.
@@ -218,7 +218,7 @@ fn open_resolved(dir: &Path) -> std::io::Result<Folder> {
 
 /// A file that we made and hold, on its way to QEMU.
 #[derive(Debug, Clone, Copy)]
-pub struct Handed<'a> {
+pub struct TargetFile<'a> {
     /// The file.
     pub file: &'a File,
     /// Its name.
@@ -260,7 +260,7 @@ pub fn least_chunk(plan: &DiskPlan) -> u64 {
 ///
 /// QEMU never syncs it: it would do so in its main loop, and the guest would stand still as long as
 /// a slow disk takes. A fleece needs no sync; a target is synced by us, see
-/// [`super::publish::Held`].
+/// [`super::publish::OpenImage`].
 ///
 /// # Errors
 /// QEMU refuses.
@@ -268,7 +268,7 @@ pub fn add_image(
     client: &mut Client,
     node: &str,
     driver: &str,
-    image: Handed<'_>,
+    image: TargetFile<'_>,
     file_options: Value,
     find_zeros: bool,
 ) -> Result<()> {
@@ -307,7 +307,7 @@ fn merge(into: &mut Value, more: &Value) {
 /// page cache, which QEMU since 9.1 wants to see in a descriptor before it takes it.
 pub(super) fn pass_file(
     client: &mut Client,
-    image: Handed<'_>,
+    image: TargetFile<'_>,
     node: &str,
     direct: bool,
 ) -> Result<u64> {
@@ -357,7 +357,7 @@ pub fn target_options(copy: &CopyOptions) -> Value {
 pub fn close_image(client: &mut Client, node: &str) -> Result<()> {
     let graph = graph::ask(client)?;
     let Some(file) = graph.child(node, "file") else {
-        return Err(Error::new(Kind::Peer, format!("QEMU does not say what is below {node}")));
+        return Err(Error::new(Kind::Peer, format!("QEMU does not report what is below {node}")));
     };
     let read_only = json!({"driver": "qcow2", "node-name": node, "file": file, "read-only": true,
         "discard": "unmap", "cache": {"no-flush": true}});
@@ -423,10 +423,10 @@ pub fn add_view(client: &mut Client, run: &str, index: usize) -> Result<()> {
 ///
 /// # Errors
 /// QEMU refuses.
-pub fn add_blind(client: &mut Client, run: &str, index: usize) -> Result<()> {
+pub fn add_hidden_status(client: &mut Client, run: &str, index: usize) -> Result<()> {
     let arguments = json!({
         "driver": "blkdebug",
-        "node-name": object(run, Role::Blind, index),
+        "node-name": object(run, Role::HiddenStatus, index),
         "image": object(run, Role::Snapshot, index),
         "max-transfer": FLEECE_CLUSTER,
         "inject-error": [{"event": "none", "iotype": "block-status", "errno": libc::EIO}],
@@ -459,7 +459,7 @@ fn attached(client: &mut Client, qdev: &str, expected: &str) -> Result<Option<St
 /// # Errors
 /// `Busy` if it is on another node or gone; QEMU refuses: "Permission conflict" if a frozen view still
 /// hangs on the filter.
-pub fn plug(client: &mut Client, qdev: &str, from: &str, to: &str) -> Result<()> {
+pub fn set_device_node(client: &mut Client, qdev: &str, from: &str, to: &str) -> Result<()> {
     match attached(client, qdev, from)? {
         Some(now) if now == to => Ok(()),
         Some(now) if now == from => {

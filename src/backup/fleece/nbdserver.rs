@@ -75,7 +75,7 @@ fn taken() -> Error {
 
 /// What a node is exported for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Use {
+pub(crate) enum ExportUse {
     /// Its bytes.
     Read,
     /// Its block status.
@@ -151,12 +151,12 @@ impl Server {
         client: &mut Client,
         id: &str,
         node: &str,
-        what_for: Use,
+        what_for: ExportUse,
         work: impl FnOnce(&mut Nbd) -> Result<T>,
     ) -> Result<T> {
-        export(client, id, node, what_for == Use::Write)?;
+        export(client, id, node, what_for == ExportUse::Write)?;
         // Block status of 1 GiB reads metadata only.
-        let status = what_for == Use::Status;
+        let status = what_for == ExportUse::Status;
         let result = Nbd::connect(&self.address, node, status, answer_timeout())
             .and_then(|mut n| work(&mut n));
         unexport(client, id)?;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::unplug::below;
-use super::{close_image, reopen, reopen_options, unplug};
+use super::remove_filter::below;
+use super::{close_image, remove_filter, reopen, reopen_options};
 use crate::backup::disks::{Answers, Insertion};
 use crate::backup::graph;
 use crate::backup::graph::bitmap;
@@ -49,7 +49,7 @@ impl Scope<'_> {
 
 /// What was found while taking it down.
 #[derive(Debug, Default)]
-pub(crate) struct Torn {
+pub(crate) struct Teardown {
     /// Disks whose job had finished without error, and whose image QEMU has now closed.
     pub finished: Vec<usize>,
     /// Disks of which something is still there.
@@ -60,7 +60,7 @@ pub(crate) struct Torn {
     pub blocked: bool,
 }
 
-impl Torn {
+impl Teardown {
     /// Keeps a refusal that concerns one disk.
     ///
     /// # Errors
@@ -70,11 +70,11 @@ impl Torn {
         if e.kind() == Kind::Timeout {
             return Err(e);
         }
-        self.stick(index, e);
+        self.mark_stuck(index, e);
         Ok(())
     }
 
-    fn stick(&mut self, index: usize, e: Error) {
+    fn mark_stuck(&mut self, index: usize, e: Error) {
         self.stuck.insert(index);
         match self.refused {
             // One error is returned: the others are told here.
@@ -108,55 +108,55 @@ pub(crate) fn runs_in_qemu(client: &mut Client) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// QEMU refuses or is gone; what could be removed is removed.
-pub(crate) fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
-    let mut torn = teardown_all(client, scope)?;
-    torn.refused.take().map_or(Ok(torn), Err)
+pub(crate) fn teardown(client: &mut Client, scope: Scope<'_>) -> Result<Teardown> {
+    let mut teardown = teardown_all(client, scope)?;
+    teardown.refused.take().map_or(Ok(teardown), Err)
 }
 
 /// Takes down what can be: a refusal is in the answer.
 ///
 /// # Errors
 /// QEMU is gone, or does not answer.
-pub(crate) fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
+pub(crate) fn teardown_all(client: &mut Client, scope: Scope<'_>) -> Result<Teardown> {
     client.limit_total(Some(answer_timeout().saturating_mul(TIMES)));
-    let torn = take_all_down(client, scope);
+    let teardown = teardown_runs(client, scope);
     client.limit_total(None);
-    torn
+    teardown
 }
 
-fn take_all_down(client: &mut Client, scope: Scope<'_>) -> Result<Torn> {
-    let mut torn = Torn::default();
+fn teardown_runs(client: &mut Client, scope: Scope<'_>) -> Result<Teardown> {
+    let mut teardown = Teardown::default();
     let jobs = client.ask("query-jobs", json!({}))?;
     let exports = client.ask("query-block-exports", json!({}))?;
-    let (jobs, exports) = (client.told(jobs)?, client.told(exports)?);
-    let jobs = end_jobs(client, scope, jobs, &mut torn)?;
-    end_exports(client, scope, exports, &mut torn)?;
+    let (jobs, exports) = (client.result(jobs)?, client.result(exports)?);
+    let jobs = end_jobs(client, scope, jobs, &mut teardown)?;
+    end_exports(client, scope, exports, &mut teardown)?;
     let answers = Answers::ask(client)?;
-    torn.blocked = answers.node(&object(scope.run, Role::Blocker, 0)).is_some();
-    let jobs = forget_unseen(client, &answers, scope, jobs, &mut torn)?;
-    take_off(client, &answers, scope, &mut torn)?;
+    teardown.blocked = answers.node(&object(scope.run, Role::Blocker, 0)).is_some();
+    let jobs = forget_unseen(client, &answers, scope, jobs, &mut teardown)?;
+    detach_filter(client, &answers, scope, &mut teardown)?;
     // The target first, then its job: a job that is still listed says that its image may not be
     // closed yet, one that is gone has left a closed image.
-    let good = close_targets(client, &answers, scope, &jobs, &mut torn)?;
+    let good = close_targets(client, &answers, scope, &jobs, &mut teardown)?;
     for j in &jobs {
         let Some((_, index)) = scope.role(&j.id) else { continue };
-        if torn.stuck.contains(&index) {
+        if teardown.stuck.contains(&index) {
             continue;
         }
         let dismissed = client.execute("job-dismiss", json!({"id": j.id}));
         if dismissed.is_ok() && good.contains(&index) {
-            torn.finished.push(index);
+            teardown.finished.push(index);
         }
-        torn.note(index, dismissed)?;
+        teardown.note(index, dismissed)?;
     }
-    delete(client, &answers, scope, Role::Scratch, &mut torn)?;
-    drop_descriptors(client, scope, &mut torn)?;
-    end_copying(client, &answers, scope, &torn)?;
-    if torn.refused.is_some() {
+    delete(client, &answers, scope, Role::Scratch, &mut teardown)?;
+    drop_descriptors(client, scope, &mut teardown)?;
+    end_copying(client, &answers, scope, &teardown)?;
+    if teardown.refused.is_some() {
         // Refused by QEMU, or is it gone?
         client.execute("query-version", json!({}))?;
     }
-    Ok(torn)
+    Ok(teardown)
 }
 
 /// Dismisses jobs whose frozen view is still there: whoever ran them did not see them end, and
@@ -166,7 +166,7 @@ fn forget_unseen(
     answers: &Answers,
     scope: Scope<'_>,
     jobs: Vec<Job>,
-    torn: &mut Torn,
+    teardown: &mut Teardown,
 ) -> Result<Vec<Job>> {
     let mut seen = Vec::new();
     for j in jobs {
@@ -177,7 +177,7 @@ fn forget_unseen(
             continue;
         }
         let dismissed = client.execute("job-dismiss", json!({"id": j.id}));
-        torn.note(index, dismissed)?;
+        teardown.note(index, dismissed)?;
     }
     Ok(seen)
 }
@@ -187,26 +187,26 @@ fn forget_unseen(
 /// # Errors
 /// As [`teardown`].
 pub(crate) fn detach(client: &mut Client, scope: Scope<'_>) -> Result<()> {
-    let mut torn = Torn::default();
+    let mut teardown = Teardown::default();
     let answers = Answers::ask(client)?;
-    take_off(client, &answers, scope, &mut torn)?;
-    torn.refused.map_or(Ok(()), Err)
+    detach_filter(client, &answers, scope, &mut teardown)?;
+    teardown.refused.map_or(Ok(()), Err)
 }
 
-fn take_off(
+fn detach_filter(
     client: &mut Client,
     answers: &Answers,
     scope: Scope<'_>,
-    torn: &mut Torn,
+    teardown: &mut Teardown,
 ) -> Result<()> {
-    delete(client, answers, scope, Role::Blind, torn)?;
-    delete(client, answers, scope, Role::Snapshot, torn)?;
-    delete(client, answers, scope, Role::Lock, torn)?;
-    unplug(client, answers, scope, torn)?;
-    delete(client, answers, scope, Role::Filter, torn)?;
-    delete(client, answers, scope, Role::Fleece, torn)?;
-    drop_holds(client, answers, scope, torn)?;
-    delete(client, answers, scope, Role::Dummy, torn)
+    delete(client, answers, scope, Role::HiddenStatus, teardown)?;
+    delete(client, answers, scope, Role::Snapshot, teardown)?;
+    delete(client, answers, scope, Role::Lock, teardown)?;
+    unplug(client, answers, scope, teardown)?;
+    delete(client, answers, scope, Role::Filter, teardown)?;
+    delete(client, answers, scope, Role::Fleece, teardown)?;
+    drop_holds(client, answers, scope, teardown)?;
+    delete(client, answers, scope, Role::Dummy, teardown)
 }
 
 /// Ends the copying of filters that cannot be taken out yet: else each would go on copying what the
@@ -217,9 +217,9 @@ fn end_copying(
     client: &mut Client,
     answers: &Answers,
     scope: Scope<'_>,
-    torn: &Torn,
+    teardown: &Teardown,
 ) -> Result<()> {
-    for index in &torn.stuck {
+    for index in &teardown.stuck {
         let name = |role| object(scope.run, role, *index);
         let (fleece, dummy) = (name(Role::Fleece), name(Role::Dummy));
         // (A qcow2 image would want to write its tables.)
@@ -235,7 +235,7 @@ fn end_copying(
             refused => refused,
         };
         if let Err(r) = done {
-            log::warn!("{fleece} goes on taking what the guest overwrites: {}", short(&r.desc));
+            log::warn!("{fleece} still receives what the guest overwrites: {}", short(&r.desc));
             client.call("blockdev-del", json!({"node-name": dummy}))?.ok();
         }
     }
@@ -247,15 +247,15 @@ fn drop_holds(
     client: &mut Client,
     answers: &Answers,
     scope: Scope<'_>,
-    torn: &mut Torn,
+    teardown: &mut Teardown,
 ) -> Result<()> {
     // A filter of ours may report the disk's.
     for n in answers.nodes.iter().filter(|n| parse_object(&n.node_name).is_none()) {
         for name in n.dirty_bitmaps.iter().filter_map(|b| b.name.as_deref()) {
             let Some((Role::Hold, index)) = scope.role(name) else { continue };
-            if !torn.stuck.contains(&index) {
+            if !teardown.stuck.contains(&index) {
                 let gone = bitmap::remove(client, &n.node_name, name);
-                torn.note(index, gone)?;
+                teardown.note(index, gone)?;
             }
         }
     }
@@ -269,13 +269,13 @@ fn close_targets(
     answers: &Answers,
     scope: Scope<'_>,
     jobs: &[Job],
-    torn: &mut Torn,
+    teardown: &mut Teardown,
 ) -> Result<Vec<usize>> {
     let ended = jobs.iter().filter(|j| j.error.is_none());
     let mut good: Vec<usize> = ended.filter_map(|j| Some(scope.role(&j.id)?.1)).collect();
     for n in &answers.nodes {
         let Some((Role::Target, index)) = scope.role(&n.node_name) else { continue };
-        if torn.stuck.contains(&index) {
+        if teardown.stuck.contains(&index) {
             continue;
         }
         if good.contains(&index) {
@@ -285,13 +285,13 @@ fn close_targets(
                     good.retain(|i| *i != index);
                 }
                 other => {
-                    torn.note(index, other)?;
+                    teardown.note(index, other)?;
                     continue;
                 }
             }
         }
         let gone = client.execute("blockdev-del", json!({"node-name": n.node_name}));
-        torn.note(index, gone)?;
+        teardown.note(index, gone)?;
     }
     Ok(good)
 }
@@ -324,18 +324,18 @@ fn descriptors(client: &mut Client) -> Result<Vec<FdSet>> {
 /// # Errors
 /// QEMU refuses or is gone.
 pub(crate) fn take_back(client: &mut Client, scope: Scope<'_>) -> Result<()> {
-    let mut torn = Torn::default();
-    drop_descriptors(client, scope, &mut torn)?;
-    torn.refused.map_or(Ok(()), Err)
+    let mut teardown = Teardown::default();
+    drop_descriptors(client, scope, &mut teardown)?;
+    teardown.refused.map_or(Ok(()), Err)
 }
 
 /// Takes back the descriptors that were handed over for these nodes.
-fn drop_descriptors(client: &mut Client, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
+fn drop_descriptors(client: &mut Client, scope: Scope<'_>, teardown: &mut Teardown) -> Result<()> {
     for s in descriptors(client)? {
         let Some((_, index)) = s.names().filter_map(|n| scope.role(n)).next() else { continue };
-        if !torn.stuck.contains(&index) {
+        if !teardown.stuck.contains(&index) {
             let removed = client.execute("remove-fd", json!({"fdset-id": s.fdset_id}));
-            torn.note(index, removed)?;
+            teardown.note(index, removed)?;
         }
     }
     Ok(())
@@ -346,7 +346,7 @@ fn end_jobs(
     client: &mut Client,
     scope: Scope<'_>,
     jobs: Vec<Job>,
-    torn: &mut Torn,
+    teardown: &mut Teardown,
 ) -> Result<Vec<Job>> {
     let mine = |jobs: Vec<Job>| -> Vec<Job> {
         jobs.into_iter().filter(|j| scope.role(&j.id).is_some()).collect()
@@ -368,7 +368,7 @@ fn end_jobs(
         if Instant::now() > deadline {
             let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(Job::concluded);
             for (_, index) in open.iter().filter_map(|j| scope.role(&j.id)) {
-                torn.stick(index, late("a cancelled backup job does not end"));
+                teardown.mark_stuck(index, late("a cancelled backup job does not end"));
             }
             return Ok(done);
         }
@@ -384,7 +384,7 @@ fn end_exports(
     client: &mut Client,
     scope: Scope<'_>,
     exports: Vec<Export>,
-    torn: &mut Torn,
+    teardown: &mut Teardown,
 ) -> Result<()> {
     let mine: Vec<_> = exports.into_iter().filter(|e| scope.role(&e.id).is_some()).collect();
     for e in &mine {
@@ -399,7 +399,7 @@ fn end_exports(
             break;
         }
         if Instant::now() > deadline {
-            left.iter().for_each(|i| torn.stick(*i, late("an NBD export does not end")));
+            left.iter().for_each(|i| teardown.mark_stuck(*i, late("an NBD export does not end")));
             break;
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -408,10 +408,15 @@ fn end_exports(
 }
 
 /// Puts guests, overlays and exports back onto what is below our filters.
-fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut Torn) -> Result<()> {
+fn unplug(
+    client: &mut Client,
+    answers: &Answers,
+    scope: Scope<'_>,
+    teardown: &mut Teardown,
+) -> Result<()> {
     let filter = |n: &str| scope.role(n).filter(|(r, _)| *r == Role::Filter).map(|(_, i)| i);
     for n in &answers.nodes {
-        let Some(index) = filter(&n.node_name).filter(|i| !torn.stuck.contains(i)) else {
+        let Some(index) = filter(&n.node_name).filter(|i| !teardown.stuck.contains(i)) else {
             continue;
         };
         // Raw nodes of exports are reopened below, all at once. Above a filter below a guest's device
@@ -423,8 +428,8 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
             raw && !device || parse_object(name).is_some()
         };
         let job = object(scope.run, Role::Relink, index);
-        let freed = unplug::free(client, answers, &n.node_name, &own, &job);
-        torn.note(index, freed)?;
+        let freed = remove_filter::detach(client, answers, &n.node_name, &own, &job);
+        teardown.note(index, freed)?;
     }
     if !answers.nodes.iter().any(|n| filter(&n.node_name).is_some()) {
         return Ok(());
@@ -432,7 +437,7 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
     let mut options = Vec::new();
     let graph = graph::ask(client)?;
     for n in &answers.nodes {
-        let Some(index) = filter(&n.node_name).filter(|i| !torn.stuck.contains(i)) else {
+        let Some(index) = filter(&n.node_name).filter(|i| !teardown.stuck.contains(i)) else {
             continue;
         };
         for (parent, role) in graph.parents(&n.node_name) {
@@ -445,7 +450,7 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
                 };
                 match below(&graph, &n.node_name) {
                     Ok(b) => options.extend(reopen_options(&i, &b).map(|o| (index, o))),
-                    Err(e) => torn.stick(index, e),
+                    Err(e) => teardown.mark_stuck(index, e),
                 }
             }
         }
@@ -454,7 +459,7 @@ fn unplug(client: &mut Client, answers: &Answers, scope: Scope<'_>, torn: &mut T
     if reopen(client, options.iter().map(|(_, o)| o.clone()).collect()).is_err() {
         for (index, o) in options {
             let back = reopen(client, vec![o]);
-            torn.note(index, back)?;
+            teardown.note(index, back)?;
         }
     }
     Ok(())
@@ -465,15 +470,15 @@ fn delete(
     answers: &Answers,
     scope: Scope<'_>,
     role: Role,
-    torn: &mut Torn,
+    teardown: &mut Teardown,
 ) -> Result<()> {
     for n in &answers.nodes {
         let Some((_, index)) = scope.role(&n.node_name).filter(|(r, _)| *r == role) else {
             continue;
         };
-        if !torn.stuck.contains(&index) {
+        if !teardown.stuck.contains(&index) {
             let gone = client.execute("blockdev-del", json!({"node-name": n.node_name}));
-            torn.note(index, gone)?;
+            teardown.note(index, gone)?;
         }
     }
     Ok(())

@@ -12,12 +12,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
+use crate::folder::Folder;
 use crate::image::{Cache, Image, Source};
-use crate::layer::{Format, LayerSpec, Part};
+use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::manifest::Manifest;
 use crate::storage::SourceFile;
 
-/// Bytes of folded windows that are kept while a chain is walked once.
+/// Bytes of merged windows that are kept while a chain is walked once.
 const CACHE_BYTES: u64 = 16 << 20;
 
 /// A chain opened for comparison with the frozen view.
@@ -43,15 +44,13 @@ impl ChainData {
         walk: bool,
     ) -> Result<Self> {
         let size = chain.last().map_or(0, |m| m.virtual_size);
-        let mut layers = Vec::new();
-        for m in chain {
-            layers.push(LayerSpec {
-                file: Arc::new(SourceFile::look(dir.join(&m.image))?),
-                format: Format::Qcow2,
-                part: Part::Whole,
-                data_file: None,
-            });
-        }
+        let folder = Folder::open(dir)
+            .map_err(|e| Error::io(e, "cannot open the folder of the chain").at_path(dir))?;
+        let layer = |m: &Manifest| {
+            let file = Arc::new(SourceFile::open_in(&folder, &m.image)?);
+            Ok(LayerSpec { file, format: Format::Qcow2, part: LayerPart::Whole, data_file: None })
+        };
+        let layers = chain.iter().map(layer).collect::<Result<Vec<_>>>()?;
         let image = Image::new(size, &layers, None, &Cache::new(CACHE_BYTES))?;
         image.open_layers()?;
         let ranges = walk.then(|| data_ranges(&image).map_err(|e| e.at_path(dir))).transpose()?;
@@ -71,19 +70,19 @@ impl ChainData {
     }
 
     /// Of the ranges that are zeros in the frozen view, those where the chain has something else. The
-    /// ranges come one after the other (by [`Lost::add`]), since they may be very many.
+    /// ranges come one after the other (by [`LostZeros::add`]), since they may be very many.
     ///
     /// # Errors
     /// Nobody has looked where the chain holds data.
-    pub(crate) fn lost(&self) -> Result<Lost<'_>> {
+    pub(crate) fn lost(&self) -> Result<LostZeros<'_>> {
         let unknown = || Error::new(Kind::Io, "the chain was not walked");
         let ranges = self.ranges.as_deref().ok_or_else(unknown)?;
-        Ok(Lost { chain: self, ranges, next: 0, found: Vec::new() })
+        Ok(LostZeros { chain: self, ranges, next: 0, found: Vec::new() })
     }
 }
 
 /// How many lost ranges are kept apart: each is a write to a scratch node. Beyond that neighbours
-/// become one, and what lies between them is copied for nothing.
+/// become one, and what is between them is copied for nothing.
 const APART: usize = 1 << 20;
 
 /// Bytes of the chain that are read at once, and compared at once: no bit of a bitmap stands for less.
@@ -91,7 +90,7 @@ const PIECE: u64 = 64 << 10;
 const SECTOR: u64 = 512;
 
 /// Looks for what was lost, in ascending order.
-pub(crate) struct Lost<'a> {
+pub(crate) struct LostZeros<'a> {
     chain: &'a ChainData,
     ranges: &'a [Range<u64>],
     /// The first of the chain's ranges that does not end before what comes.
@@ -99,7 +98,7 @@ pub(crate) struct Lost<'a> {
     found: Vec<Range<u64>>,
 }
 
-impl Lost<'_> {
+impl LostZeros<'_> {
     /// Takes the next range of zeros.
     ///
     /// # Errors
@@ -158,7 +157,7 @@ fn push(found: &mut Vec<Range<u64>>, r: Range<u64>) {
     }
 }
 
-/// What has to be copied for ranges that were lost: the cut may lie in the unit before each, whose end
+/// What has to be copied for ranges that were lost: the cut may be in the unit before each, whose end
 /// became zero too, as data.
 pub(crate) fn with_cuts(lost: Vec<Range<u64>>) -> Vec<Range<u64>> {
     lost.into_iter().map(|r| r.start.saturating_sub(1)..r.end).collect()
@@ -206,7 +205,7 @@ mod tests {
             && run("qemu-io", &["-c", "write -P 1 0 1M", "-c", "write -P 2 2M 1M", name]);
         let file = Arc::new(SourceFile::look(path).ok()?);
         let layers =
-            [LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None }];
+            [LayerSpec { file, format: Format::Qcow2, part: LayerPart::Whole, data_file: None }];
         let image = Image::new(4 << 20, &layers, None, &Cache::new(CACHE_BYTES)).ok()?;
         let ranges = Some(data_ranges(&image).ok()?);
         made.then_some(ChainData { image, ranges, tail: Vec::new() })
@@ -250,7 +249,7 @@ mod tests {
         );
         let file = Arc::new(SourceFile::look(path).unwrap());
         let layers =
-            [LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None }];
+            [LayerSpec { file, format: Format::Qcow2, part: LayerPart::Whole, data_file: None }];
         let image = Image::new(4 * M, &layers, None, &Cache::new(CACHE_BYTES)).unwrap();
         let ranges = Some(data_ranges(&image).unwrap());
         let chain = ChainData { image, ranges, tail: Vec::new() };

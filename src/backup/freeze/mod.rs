@@ -1,4 +1,4 @@
-//! The one frozen moment of a run, and the process that ends it if the run can't.
+//! The freeze point of a run, and the process that ends it if the run can't.
 
-pub(crate) mod guardian;
-pub(crate) mod moment;
+pub(crate) mod freeze_point;
+pub(crate) mod watchdog;

@@ -116,7 +116,7 @@ pub(crate) fn count(client: &mut Client, node: &str, name: &str) -> Result<u64> 
 
 /// A bitmap and where it is.
 #[derive(Debug, Clone)]
-pub(crate) struct Found {
+pub(crate) struct NodeBitmap {
     /// The node.
     pub node: String,
     /// The bitmap.
@@ -127,7 +127,7 @@ pub(crate) struct Found {
 ///
 /// # Errors
 /// As [`Client::execute`].
-pub(crate) fn list(client: &mut Client) -> Result<Vec<Found>> {
+pub(crate) fn list(client: &mut Client) -> Result<Vec<NodeBitmap>> {
     let nodes: Vec<Node> = client.query("query-named-block-nodes", json!({"flat": true}))?;
     let mut found = Vec::new();
     for n in nodes.into_iter().filter(|n| shows_own(n) && n.node_name.len() <= LONGEST_NAME) {
@@ -136,7 +136,7 @@ pub(crate) fn list(client: &mut Client) -> Result<Vec<Found>> {
                 log::warn!("there are more than {MOST_BITMAPS} bitmaps");
                 return Ok(found);
             }
-            found.push(Found { node: n.node_name.clone(), bitmap });
+            found.push(NodeBitmap { node: n.node_name.clone(), bitmap });
         }
     }
     Ok(found)

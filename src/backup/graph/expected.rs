@@ -1,6 +1,6 @@
 //! What the block graph round a disk has to be while we work on it, and how it differs.
 
-use super::{Path, Scene};
+use super::{GraphState, Path};
 use crate::backup::names::{Role, object, parse_object};
 use crate::qmp::types::GraphNode;
 
@@ -36,83 +36,83 @@ impl Expected<'_> {
     }
 
     /// The first thing that is not as it has to be.
-    pub(crate) fn difference(&self, scene: Scene<'_>, stage: Stage) -> Option<String> {
+    pub(crate) fn difference(&self, state: GraphState<'_>, stage: Stage) -> Option<String> {
         let filter = self.own(Role::Filter);
         let below = self.path.nodes.iter().map(String::as_str);
         let nodes: Vec<&str> = match stage {
             Stage::Before => below.collect(),
             _ => [filter.as_str()].into_iter().chain(below).collect(),
         };
-        let beside = self.allowed(scene, &filter);
-        let passed = if stage == Stage::Before { self.passed(scene) } else { None };
-        passed
-            .or_else(|| self.path_differs(scene, &nodes, &beside))
-            .or_else(|| self.view_differs(scene, stage))
-            .or_else(|| self.job_works(scene, &nodes, &beside))
+        let beside = self.allowed(state, &filter);
+        let bypassed = if stage == Stage::Before { self.bypassed(state) } else { None };
+        bypassed
+            .or_else(|| self.path_differs(state, &nodes, &beside))
+            .or_else(|| self.view_differs(state, stage))
+            .or_else(|| self.job_works(state, &nodes, &beside))
     }
 
     /// A node that another program has put above the disk since planning and that nobody uses: it is about
     /// to put the guest's device there; or it has, between our last look at the device and our own putting
     /// it elsewhere, which QEMU offers no way to do in one.
-    pub(crate) fn passed(&self, scene: Scene<'_>) -> Option<String> {
+    pub(crate) fn bypassed(&self, state: GraphState<'_>) -> Option<String> {
         let fresh = |n: &&str| !self.path.unused.iter().any(|u| u == n);
         let top = self.path.nodes.first()?;
-        let node = super::unused_above(scene.graph, top).into_iter().find(fresh)?;
-        Some(format!("{} was put above {} meanwhile", scene.node(node), self.label))
+        let node = super::unused_above(state.graph, top).into_iter().find(fresh)?;
+        Some(format!("{} was inserted above {} during the backup", state.node(node), self.label))
     }
 
     /// Backups of other programs that copy before a write below our filter, by their own nodes:
     /// both views stay what they are. (Ours gets a write first and reads what was there through the
     /// other's filter, which passes reads through.)
-    fn allowed<'s>(&self, scene: Scene<'s>, filter: &str) -> Vec<(&'s str, &'s str)> {
-        let jobs = scene.graph.all("block-job").filter(|j| parse_object(&j.name).is_none());
+    fn allowed<'s>(&self, state: GraphState<'s>, filter: &str) -> Vec<(&'s str, &'s str)> {
+        let jobs = state.graph.all("block-job").filter(|j| parse_object(&j.name).is_none());
         let backups =
-            jobs.filter(|j| scene.jobs.iter().any(|o| o.id == j.name && o.kind == "backup"));
+            jobs.filter(|j| state.jobs.iter().any(|o| o.id == j.name && o.kind == "backup"));
         let own = |j: &'s GraphNode| {
-            let main = scene.graph.links(j.id).iter().find(|l| l.role == "main node")?;
-            Some((j.name.as_str(), scene.graph.name(main.child)?))
+            let main = state.graph.links(j.id).iter().find(|l| l.role == "main node")?;
+            Some((j.name.as_str(), state.graph.name(main.child)?))
         };
-        let chain = scene.chain(filter, self.path.disk());
+        let chain = state.chain(filter, self.path.disk());
         let below: Vec<&str> = chain.into_iter().skip(1).collect();
         backups.filter_map(own).filter(|(_, node)| below.contains(node)).collect()
     }
 
     fn path_differs(
         &self,
-        scene: Scene<'_>,
+        state: GraphState<'_>,
         nodes: &[&str],
         beside: &[(&str, &str)],
     ) -> Option<String> {
         let top = nodes.first()?;
         // A device that is gone writes no more: what its filter holds stays as it is.
-        let tops = self.path.root.tops(scene.graph);
+        let tops = self.path.root.tops(state.graph);
         let attached = tops.iter().find(|t| *t != top).filter(|_| !tops.contains(top));
         if let Some(other) = attached {
-            let above = scene.chain(other, self.path.disk());
+            let above = state.chain(other, self.path.disk());
             return Some(match above.contains(top) {
-                true => self.between(scene, other),
-                false if above.contains(&self.path.disk()) => self.between(scene, other),
-                false => format!("{} is attached to {} now", self.label, scene.node(other)),
+                true => self.between(state, other),
+                false if above.contains(&self.path.disk()) => self.between(state, other),
+                false => format!("{} is attached to {} now", self.label, state.node(other)),
             });
         }
-        let chain = scene.chain(top, self.path.disk());
-        let passed: Vec<&str> =
+        let chain = state.chain(top, self.path.disk());
+        let bypassed: Vec<&str> =
             chain.into_iter().filter(|n| !beside.iter().any(|(_, node)| node == n)).collect();
-        if passed == nodes {
+        if bypassed == nodes {
             return None;
         }
-        match passed.iter().find(|n| !nodes.contains(n)) {
-            Some(other) => Some(self.between(scene, other)),
-            None => Some(format!("the nodes below {} are no longer those of before", self.label)),
+        match bypassed.iter().find(|n| !nodes.contains(n)) {
+            Some(other) => Some(self.between(state, other)),
+            None => Some(format!("the nodes below {} have changed", self.label)),
         }
     }
 
-    fn between(&self, scene: Scene<'_>, node: &str) -> String {
-        format!("{} stands between {} and its disk", scene.node(node), self.label)
+    fn between(&self, state: GraphState<'_>, node: &str) -> String {
+        format!("{} is between {} and its disk", state.node(node), self.label)
     }
 
     /// Whether what the job reads is our filter's frozen view, and nothing else.
-    fn view_differs(&self, scene: Scene<'_>, stage: Stage) -> Option<String> {
+    fn view_differs(&self, state: GraphState<'_>, stage: Stage) -> Option<String> {
         if stage < Stage::Copying {
             return None;
         }
@@ -121,42 +121,42 @@ impl Expected<'_> {
             (view.clone(), "file", filter.clone()),
             (filter.clone(), "target", self.own(Role::Fleece)),
         ];
-        if self.source == Role::Blind {
-            wanted.push((self.own(Role::Blind), "image", view));
+        if self.source == Role::HiddenStatus {
+            wanted.push((self.own(Role::HiddenStatus), "image", view));
         }
         // A job that has ended holds nothing.
-        if let Some(copier) = self.copier(scene) {
+        if let Some(copier) = self.copier(state) {
             wanted.push((copier.to_string(), "file", self.own(self.source)));
         }
         let wrong = |(parent, role, child): &(String, &str, String)| {
-            let now = scene.graph.child(parent, role);
+            let now = state.graph.child(parent, role);
             let right = now == Some(child.as_str());
-            let now = now.map_or_else(|| "nothing".into(), |n| scene.node(n));
+            let now = now.map_or_else(|| "nothing".into(), |n| state.node(n));
             (!right).then(|| format!("{parent} reads {now} instead of {child}"))
         };
         wanted.iter().find_map(wrong)
     }
 
     /// The node that QEMU put above the frozen view for our job.
-    fn copier<'s>(&self, scene: Scene<'s>) -> Option<&'s str> {
+    fn copier<'s>(&self, state: GraphState<'s>) -> Option<&'s str> {
         let job = self.own(Role::Job);
-        let job = scene.graph.all("block-job").find(|j| j.name == job)?;
-        let main = scene.graph.links(job.id).iter().find(|l| l.role == "main node")?;
-        scene.graph.name(main.child)
+        let job = state.graph.all("block-job").find(|j| j.name == job)?;
+        let main = state.graph.links(job.id).iter().find(|l| l.role == "main node")?;
+        state.graph.name(main.child)
     }
 
     fn job_works(
         &self,
-        scene: Scene<'_>,
+        state: GraphState<'_>,
         nodes: &[&str],
         beside: &[(&str, &str)],
     ) -> Option<String> {
-        let roles = [Role::Snapshot, Role::Blind, Role::Fleece, Role::Target, Role::Lock];
+        let roles = [Role::Snapshot, Role::HiddenStatus, Role::Fleece, Role::Target, Role::Lock];
         let own: Vec<String> = roles.into_iter().map(|r| self.own(r)).collect();
         let all: Vec<&str> = nodes.iter().copied().chain(own.iter().map(String::as_str)).collect();
-        let jobs = scene.working_on(&all);
+        let jobs = state.working_on(&all);
         let job = jobs.iter().find(|j| !beside.iter().any(|(id, _)| id == *j))?;
-        Some(format!("{} works on {}", scene.job(job), self.label))
+        Some(format!("{} works on {}", state.job(job), self.label))
     }
 }
 
@@ -178,14 +178,14 @@ mod tests {
     fn differs(edges: &[(&str, &str, &str)], jobs: &[Job], stage: Stage) -> Option<String> {
         let (graph, path) = (graph(edges), path());
         let e = Expected { run: RUN, index: 0, label: "v0", path: &path, source: Role::Snapshot };
-        e.difference(Scene { graph: &graph, jobs }, stage)
+        e.difference(GraphState { graph: &graph, jobs }, stage)
     }
 
     #[test]
     fn before_and_after_the_filter_the_path_is_what_it_was() {
         let before = [("b:v0", "root", "t"), ("t", "file", "a")];
         assert_eq!(differs(&before, &[], Stage::Before), None);
-        assert!(differs(&before, &[], Stage::Plugged).unwrap().contains("node t stands between"));
+        assert!(differs(&before, &[], Stage::Plugged).unwrap().contains("node t is between"));
         let c = own(Role::Filter);
         let plugged = [("b:v0", "root", c.as_str()), (&c, "file", "t"), ("t", "file", "a")];
         assert_eq!(differs(&plugged, &[], Stage::Plugged), None);
@@ -201,7 +201,7 @@ mod tests {
         let disk = [("b:v0", "root", "t"), ("t", "file", "a")];
         let with = |node| [disk.as_slice(), &[(node, "file", "t")]].concat();
         let said = differs(&with("n"), &[], Stage::Before).unwrap();
-        assert_eq!(said, "node n was put above v0 meanwhile");
+        assert_eq!(said, "node n was inserted above v0 during the backup");
         // One that planning saw, and ours.
         assert_eq!(differs(&with("u"), &[], Stage::Before), None);
         let c = own(Role::Filter);
@@ -225,7 +225,7 @@ mod tests {
             ("j:move", "source", "t"),
         ];
         let said = differs(&edges, &jobs, Stage::Before).unwrap();
-        assert_eq!(said, "node #block1 of job move (mirror) stands between v0 and its disk");
+        assert_eq!(said, "node #block1 of job move (mirror) is between v0 and its disk");
         let aside = [("b:v0", "root", "t"), ("t", "file", "a"), ("j:move", "target", "a")];
         let said = differs(&aside, &jobs, Stage::Before).unwrap();
         assert_eq!(said, "job move (mirror) works on v0");
@@ -254,7 +254,7 @@ mod tests {
             ("j:other", "main node", "o"),
         ];
         let said = differs(&[ours.as_slice(), &above].concat(), &jobs, Stage::Copying).unwrap();
-        assert_eq!(said, "node o of job other (backup) stands between v0 and its disk");
+        assert_eq!(said, "node o of job other (backup) is between v0 and its disk");
         // The view was moved along.
         let moved = [
             (s, "file", "o"),

@@ -1,10 +1,10 @@
-//! What lies between a guest and its disk, and who else works there, read from QEMU's block graph:
+//! What is between a guest and its disk, and who else works there, read from QEMU's block graph:
 //! it shows what `query-block` hides. A path is a value: planning keeps it, and what is seen later is
 //! compared with it.
 
 pub(crate) mod bitmap;
 pub(crate) mod expected;
-pub(crate) mod neighbours;
+pub(crate) mod foreign_jobs;
 
 use std::collections::{HashMap, HashSet};
 
@@ -129,14 +129,14 @@ pub(crate) fn is_of_job(driver: &str) -> bool {
 
 /// The graph and the jobs at one time.
 #[derive(Debug, Clone, Copy)]
-pub struct Scene<'a> {
+pub struct GraphState<'a> {
     /// Who holds whom.
     pub graph: &'a Graph,
     /// `query-jobs`.
     pub jobs: &'a [Job],
 }
 
-impl Scene<'_> {
+impl GraphState<'_> {
     fn kind(&self, job: &str) -> &str {
         self.jobs.iter().find(|j| j.id == job).map_or("", |j| j.kind.as_str())
     }
@@ -216,7 +216,8 @@ pub(crate) fn ask(client: &mut Client) -> Result<Graph> {
     }
     let drives: Vec<Drive> = client.query("query-block", json!({}))?;
     let jobs: Vec<Job> = client.query("query-jobs", json!({}))?;
-    let nodes: Vec<Named> = client.query("query-named-block-nodes", json!({"flat": true}))?;
+    let nodes: Vec<NodeChildren> =
+        client.query("query-named-block-nodes", json!({"flat": true}))?;
     of_children(&nodes, &drives, &jobs)
 }
 
@@ -229,13 +230,13 @@ pub(crate) fn ask_with_jobs(client: &mut Client) -> Result<(Graph, Vec<Job>)> {
         return Ok((ask(client)?, client.poll("query-jobs")?));
     }
     let (graph, jobs) = (client.ask_again(GRAPH)?, client.ask_again("query-jobs")?);
-    Ok((client.told(graph)?, client.told(jobs)?))
+    Ok((client.result(graph)?, client.result(jobs)?))
 }
 
 /// A node of a QEMU that lists children.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
-struct Named {
+struct NodeChildren {
     node_name: String,
     drv: String,
     children: Vec<NamedChild>,
@@ -251,9 +252,9 @@ struct NamedChild {
 /// The graph where each node tells of its children. Devices and jobs are not in it: a device is on
 /// what is inserted, or on the filter that a job hides above that; and a job of another program may
 /// work on all nodes. Without children the graph is empty, and no disk is taken.
-fn of_children(nodes: &[Named], drives: &[Drive], jobs: &[Job]) -> Result<Graph> {
-    let told = nodes.iter().any(|n| !n.children.is_empty());
-    let nodes = if told { nodes } else { &[] };
+fn of_children(nodes: &[NodeChildren], drives: &[Drive], jobs: &[Job]) -> Result<Graph> {
+    let has_children = nodes.iter().any(|n| !n.children.is_empty());
+    let nodes = if has_children { nodes } else { &[] };
     let ids: HashMap<&str, usize> =
         nodes.iter().enumerate().map(|(id, n)| (n.node_name.as_str(), id)).collect();
     let mut vertices = Vec::new();
@@ -270,7 +271,7 @@ fn of_children(nodes: &[Named], drives: &[Drive], jobs: &[Job]) -> Result<Graph>
             }
         }
     }
-    for d in drives.iter().filter(|_| told) {
+    for d in drives.iter().filter(|_| has_children) {
         let Some(inserted) = &d.inserted else { continue };
         let mut top = inserted.node_name.as_str();
         for _ in 0..DEEPEST {
@@ -367,14 +368,14 @@ pub(in crate::backup) mod tests {
         let node = |name: &str, drv: &str, child: &str, below: &str| json!({"node-name": name, "drv": drv, "children": [{"child": child, "node-name": below}]});
         let nodes = json!([node("m", "mirror_top", "backing", "a"), node("a", "qcow2", "file", "f"),
             {"node-name": "f", "drv": "file"}]);
-        let nodes: Vec<Named> = serde_json::from_value(nodes).unwrap();
+        let nodes: Vec<NodeChildren> = serde_json::from_value(nodes).unwrap();
         let drives = json!([{"device": "", "qdev": "v0", "inserted": {"node-name": "a"}}]);
         let drives: Vec<Drive> = serde_json::from_value(drives).unwrap();
         let g = of_children(&nodes, &drives, &[job("move", "mirror")]).unwrap();
         assert_eq!(Root::Device("v0".into()).tops(&g), ["m"]);
         let jobs = [job("move", "mirror")];
-        let scene = Scene { graph: &g, jobs: &jobs };
-        assert_eq!(scene.working_on(&["a"]), ["move"]);
+        let state = GraphState { graph: &g, jobs: &jobs };
+        assert_eq!(state.working_on(&["a"]), ["move"]);
         let two = [("move", "mirror"), ("more", "stream"), ("make", "create")];
         let mut two: Vec<Job> = two.into_iter().map(|(id, kind)| job(id, kind)).collect();
         two.insert(0, job(&own(Role::Job), "backup"));
@@ -382,7 +383,7 @@ pub(in crate::backup) mod tests {
         let mut drawn: Vec<&str> = g.all("block-job").map(|j| j.name.as_str()).collect();
         drawn.sort_unstable();
         assert_eq!(drawn, [own(Role::Job).as_str(), "more", "move"]);
-        assert_eq!(Scene { graph: &g, jobs: &two }.working_on(&["a"]), ["move"]);
+        assert_eq!(GraphState { graph: &g, jobs: &two }.working_on(&["a"]), ["move"]);
         let g = of_children(&nodes[1..], &drives, &[job("make", "create")]).unwrap();
         assert_eq!(Root::Device("v0".into()).tops(&g), ["a"]);
         assert_eq!((g.child("a", "file"), g.all("block-job").count()), (Some("f"), 0));

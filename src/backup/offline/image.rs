@@ -1,7 +1,7 @@
 //! How a shut-off VM's image is opened.
 //!
 //! Its header may have been written by a QEMU that a guest had taken over, or, where it is raw, by the guest
-//! itself. So the format is never taken from the content alone, and what lies below an image is what the
+//! itself. So the format is never taken from the content alone, and what is below an image is what the
 //! user names. The daemon opens all by name: no other user may be able to exchange what has the name.
 
 use std::os::unix::ffi::OsStrExt;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::backup::target::known::KnownDisk;
+use crate::backup::target::known_disks::KnownDisk;
 use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
 use crate::layout::name::{Promise, promise};
@@ -21,7 +21,7 @@ use crate::{folder, layer};
 /// More layers than anybody's disk has.
 const DEEPEST: usize = 200;
 
-/// An image and what lies below it.
+/// An image and what is below it.
 #[derive(Debug)]
 pub(super) struct Image {
     /// Its path without links.
@@ -51,17 +51,15 @@ impl Image {
     /// a pointer to what is not allowed, and where somebody else could exchange it.
     pub(super) fn of(disk: &KnownDisk, allowed: &[PathBuf]) -> Result<Self> {
         let (real, mut layers) = (disk.real.clone(), Vec::new());
-        let failed = |e| Error::io(e, "cannot look at the image").at_path(&real);
+        let failed = |e| Error::io(e, "cannot check the image").at_path(&real);
         let meta = folder::look(&real).map_err(failed)?;
         let device = meta.file_type().is_block_device();
         if !device && !meta.is_file() {
-            return Err(
-                Error::new(Kind::Unsupported, "neither a file nor a block device").at_path(real)
-            );
+            return Err(Error::new(Kind::Unsupported, "not a file or block device").at_path(real));
         }
         let driver = match disk.format.as_deref() {
             Some(format) => known_driver(format, &real)?,
-            None if device => return Err(ask(&real, "nothing says what a block device holds")),
+            None if device => return Err(ask(&real, "the format of a block device is not known")),
             None => by_name(&real)?,
         };
         let mut at = Layer { path: real.clone(), driver, device };
@@ -134,7 +132,7 @@ impl Layer {
         node
     }
 
-    /// What its header names. A block device is not read here: with one, nothing may lie below.
+    /// What its header names. A block device is not read here: with one, nothing may be below.
     fn below(&self, allowed: &[PathBuf]) -> Result<Option<Layer>> {
         let unfit =
             |what: &str| Error::new(Kind::Unsupported, what.to_string()).at_path(&self.path);
@@ -157,7 +155,8 @@ impl Layer {
         let Some(pointer) = info.backing_file else { return Ok(None) };
         if pointer.contains(':') {
             return Err(unfit(
-                "the name of its backing file is no plain file name: back it up while its VM runs",
+                "the name of its backing file is not a plain file name: back it up while its VM \
+                 runs",
             ));
         }
         let path = self.path.parent().unwrap_or(Path::new("/")).join(pointer);
@@ -168,9 +167,10 @@ impl Layer {
             return Err(unfit("its backing file is not a regular file"));
         }
         if !allowed.contains(&path) {
-            let what = format!("only its header names the backing file {}", path_text(&path));
+            let what =
+                format!("backing file {} is named only by the image's header", path_text(&path));
             return Err(Error::new(Kind::Permission, what).at_path(&self.path).remedy(format!(
-                "a guest may have written that; if it is right: --backing-file {}",
+                "a guest may have written it; if it is right: --backing-file {}",
                 path_text(&path)
             )));
         }
@@ -206,7 +206,7 @@ fn known_driver(format: &str, path: &Path) -> Result<&'static str> {
         "qcow2" => Ok("qcow2"),
         "raw" => Ok("raw"),
         _ => {
-            let what = format!("an image of format {format}: only qcow2 and raw are backed up so");
+            let what = format!("format {format}: --offline takes only qcow2 and raw");
             Err(Error::new(Kind::Unsupported, what)
                 .at_path(path)
                 .remedy("back it up while its VM runs"))
@@ -225,9 +225,9 @@ fn by_name(path: &Path) -> Result<&'static str> {
         (Promise::Qcow2, true) => Ok("qcow2"),
         (Promise::Raw | Promise::Nothing, false) => Ok("raw"),
         (_, true) => {
-            Err(ask(path, "it looks like qcow2, which the guest of a raw disk can do as well"))
+            Err(ask(path, "it has a qcow2 header, which the guest of a raw disk can write"))
         }
-        (Promise::Foreign, false) => Err(ask(path, "its name says neither qcow2 nor raw")),
+        (Promise::Foreign, false) => Err(ask(path, "its name does not end in .qcow2 or .raw")),
         (Promise::Qcow2, false) => {
             Err(Error::new(Kind::Corrupt, "not a qcow2 image, as its name says").at_path(path))
         }
@@ -237,5 +237,5 @@ fn by_name(path: &Path) -> Result<&'static str> {
 fn ask(path: &Path, why: &str) -> Error {
     Error::new(Kind::Usage, format!("its format is not certain: {why}"))
         .at_path(path)
-        .remedy("say it: --offline raw:FILE or --offline qcow2:FILE")
+        .remedy("name the format: --offline raw:FILE or --offline qcow2:FILE")
 }

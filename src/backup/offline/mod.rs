@@ -5,8 +5,8 @@
 //! The daemon has its sockets in a folder of the state folder, one for each target. What a run that died
 //! left is undone by the next run to that target, online or not.
 //!
-//! `image` says how an image is opened: with every layer spelled out, as its header may have been
-//! written by a QEMU that a guest has taken over. `known` finds what the target knows of it.
+//! `image` says how an image is opened: with every layer given explicitly, since its header may have been
+//! written by a QEMU that a guest has taken over. `known_disks` finds what the target knows of it.
 
 mod image;
 
@@ -18,13 +18,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::disks::Seen;
+use super::disks::Survey;
 use super::publish::report::Report;
 use super::run::backup;
 use super::state::journal;
 use super::state::lock::{Lock, real_path, state_folder};
-pub(crate) use super::target::known::Known;
-use super::target::reach;
+pub(crate) use super::target::known_disks::KnownDisks;
+use super::target::reachable;
 use super::target::targets::Targets;
 use super::{Options, Watch};
 use crate::error::{Error, Kind, Result};
@@ -70,7 +70,7 @@ pub(crate) fn journals(state: &Path, vm: &Address) -> Result<Vec<Address>> {
     let mut found = Vec::new();
     for target in Targets::read(state, vm, &[])?.paths() {
         // One that cannot be followed is not there. One that does not answer was followed before.
-        let address = match reach::answers(&target) {
+        let address = match reachable::answers(&target) {
             true => address(state, &target),
             false => of_real(state, &target),
         };
@@ -100,7 +100,7 @@ pub(crate) fn backup_offline(
     let _lock = Lock::offline(state.path(), &name)?;
     let failed = |e| Error::io(e, "cannot make a folder for sockets").at_path(state.join(&name));
     let own = state.make_folder(&name).map_err(failed)?;
-    let known = Known::find(&options.names, options.shared, &target, disks)?;
+    let known = KnownDisks::find(&options.names, options.shared, &target, disks)?;
     for dir in std::iter::once(&target).chain(&options.copy.fleece_dir) {
         image::check_place(dir.ancestors().find(|a| folder::exists(a)).unwrap_or(dir))?;
     }
@@ -109,8 +109,11 @@ pub(crate) fn backup_offline(
     let images: Vec<Image> =
         known.disks.iter().map(|d| Image::of(d, &backing)).collect::<Result<_>>()?;
     let (qmp, nbd) = (own.join(QMP), own.join(NBD));
-    let places =
-        Places { own: own.path(), target: &target, fleece: options.copy.fleece_dir.as_deref() };
+    let places = DaemonPaths {
+        own: own.path(),
+        target: &target,
+        fleece: options.copy.fleece_dir.as_deref(),
+    };
     let args = arguments(&images, options.dry_run)?;
     let lock = daemon_lock(&own)?;
     images.iter().try_for_each(Image::check_free)?;
@@ -123,28 +126,42 @@ pub(crate) fn backup_offline(
         ..options.clone()
     };
     let report = backup(&options, watch, interrupt);
-    if let Err(e) = daemon.end() {
+    let ended = daemon.end();
+    if let Err(e) = &ended {
         watch.warn(&format!(
-            "the images were not closed in order, so that the next backup may be a FULL: {}",
+            "the images were not closed cleanly, the next backup may be a FULL: {}",
             e.report()
         ));
     }
-    remove_sockets(own.path()).and(report)
+    let mut removed = remove_sockets(own.path());
+    if ended.is_ok() {
+        removed = removed.and_then(|()| remove_folder(&state, &own, &name));
+    }
+    if let Err(e) = removed {
+        watch.warn(&e.report());
+    }
+    report
+}
+
+/// Removes the folder of a daemon that has ended; the target's lock is still held, so nobody waits for its own.
+fn remove_folder(state: &Folder, own: &Folder, name: &str) -> Result<()> {
+    let removed = own.remove_if_there(LOCK).and_then(|_| state.remove_folder(name));
+    removed.map_err(|e| Error::io(e, "cannot remove the folder for sockets").at_path(own.path()))
 }
 
 /// What the daemon may change, beside the images.
-struct Places<'a> {
+struct DaemonPaths<'a> {
     own: &'a Path,
     target: &'a Path,
     fleece: Option<&'a Path>,
 }
 
-impl Places<'_> {
+impl DaemonPaths<'_> {
     fn rights(&self, images: &[Image], dry_run: bool) -> Result<Rights> {
         let mut rights = Rights::default();
         let failed = |path: &Path| {
             let path = path.to_path_buf();
-            move |e| Error::io(e, "cannot look at it").at_path(path)
+            move |e| Error::io(e, "cannot check it").at_path(path)
         };
         rights.own(self.own).map_err(failed(self.own))?;
         // QEMU tries there which kind of locks the system has.
@@ -173,7 +190,7 @@ impl Places<'_> {
 /// Starts it.
 fn start(
     args: &[OsString],
-    places: &Places<'_>,
+    places: &DaemonPaths<'_>,
     images: &[Image],
     (lock, dry_run): (&folder::Lock, bool),
 ) -> Result<Daemon> {
@@ -269,9 +286,9 @@ fn text(value: &Value) -> Result<String> {
     crate::text::json(value).map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))
 }
 
-impl Known {
+impl KnownDisks {
     /// Gives the disks the names that they have when their VM runs.
-    pub fn name(&self, seen: &mut Seen) {
+    pub fn name(&self, seen: &mut Survey) {
         for d in &mut seen.disks {
             let known = self.disks.iter().find(|k| k.real.to_str() == Some(&*d.identity.file));
             let Some(known) = known else { continue };

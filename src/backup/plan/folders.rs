@@ -1,13 +1,14 @@
 //! What the target holds: which of its folders belongs to which disk.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::planned::{DiskPlan, Inputs, Plan};
-use crate::backup::disks::SeenDisk;
+use crate::backup::disks::GuestDisk;
 use crate::backup::target::history::History;
 use crate::backup::target::target_id::months_of;
 use crate::backup::target::targets::Folders;
-use crate::backup::{LevelWish, Options, names};
+use crate::backup::{Options, RequestedLevel, names};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::folder::EntryKind;
@@ -23,12 +24,13 @@ use crate::manifest::{vm_name, vm_uuid};
 pub(crate) fn assign(
     options: &Options,
     inputs: &Inputs<'_>,
-    disks: &[SeenDisk],
+    disks: &[GuestDisk],
 ) -> Result<Vec<(PathBuf, History)>> {
     disks.iter().try_for_each(|d| check_layout(options, inputs, d))?;
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
+    let mut seen = Seen::default();
     for rule in [chosen as Rule, same_file_and_device, same_file, same_disk, damaged] {
-        fill(options, inputs, disks, &mut list, (rule, false))?;
+        fill(options, inputs, disks, &mut list, (rule, false), &mut seen)?;
     }
     fill_known(options, inputs, disks, &mut list)?;
     if list.iter().any(Option::is_none) {
@@ -46,7 +48,7 @@ pub(crate) fn assign(
             let is = |h: &History| {
                 same_file(inputs, disk, h)
                     || carries_bitmap(inputs, disk, h)
-                    || (is_new || h.tail == own) && has_moved(inputs, disk, h, disks)
+                    || (is_new || h.tail == own) && is_renamed(inputs, disk, h, disks)
             };
             let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
             let (dir, seen) = others.swap_remove(at);
@@ -54,7 +56,7 @@ pub(crate) fn assign(
             *slot = is(&whole).then_some((dir, whole));
         }
     }
-    fill(options, inputs, disks, &mut list, (unclaimed, true))?;
+    fill(options, inputs, disks, &mut list, (unclaimed, true), &mut seen)?;
     check_names(disks, &list)?;
     let list = list
         .into_iter()
@@ -64,8 +66,8 @@ pub(crate) fn assign(
 
 /// `--no-subdir` forgotten once, or given once, must not end a chain: a FULL in the other layout would
 /// take over the disk's bitmaps, and its name. Where there are chains in both, either goes.
-fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Result<()> {
-    if options.level == LevelWish::Copy {
+fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &GuestDisk) -> Result<()> {
+    if options.level == RequestedLevel::Copy {
         return Ok(());
     }
     let (names, flat) = (disk.folder_names(&options.layout), options.layout.no_subdir);
@@ -102,15 +104,16 @@ fn check_layout(options: &Options, inputs: &Inputs<'_>, disk: &SeenDisk) -> Resu
 fn fill(
     options: &Options,
     inputs: &Inputs<'_>,
-    disks: &[SeenDisk],
+    disks: &[GuestDisk],
     list: &mut [Option<(PathBuf, History)>],
     rule: (Rule, bool),
+    seen: &mut Seen,
 ) -> Result<()> {
     for (i, disk) in disks.iter().enumerate() {
         if list.get(i).is_some_and(Option::is_some) {
             continue;
         }
-        let found = candidate(options, inputs, disk, list, rule)?;
+        let found = candidate(options, inputs, disk, list, rule, seen)?;
         if let Some(slot) = list.get_mut(i) {
             *slot = found;
         }
@@ -123,7 +126,7 @@ fn fill(
 fn fill_known(
     options: &Options,
     inputs: &Inputs<'_>,
-    disks: &[SeenDisk],
+    disks: &[GuestDisk],
     list: &mut [Option<(PathBuf, History)>],
 ) -> Result<()> {
     let flat = options.layout.no_subdir;
@@ -268,7 +271,7 @@ fn is_other_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
 
 /// The same device of the same VM has another file: the disk was restored to another place, or its
 /// loop device has another number. The old file must not be a disk of the VM still.
-fn has_moved(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History, disks: &[SeenDisk]) -> bool {
+fn is_renamed(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History, disks: &[GuestDisk]) -> bool {
     let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
     let qdev = &disk.identity.qdev;
     // QEMU makes up the others, by their place.
@@ -279,7 +282,7 @@ fn has_moved(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History, disks: &[SeenDis
 }
 
 /// Who was given a name by the user has that, and not one with a number.
-fn check_names(disks: &[SeenDisk], list: &[Option<(PathBuf, History)>]) -> Result<()> {
+fn check_names(disks: &[GuestDisk], list: &[Option<(PathBuf, History)>]) -> Result<()> {
     for (disk, found) in disks.iter().zip(list) {
         let (Some(name), Some((dir, h))) = (&disk.named, found) else { continue };
         if !has_tail(h, name) {
@@ -296,15 +299,15 @@ fn has_tail(h: &History, name: &str) -> bool {
 }
 
 /// The user says which disk's points these are.
-fn chosen(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn chosen(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     let is_free = h.last_manifest().is_some_and(|m| !is_other_vm(inputs, m));
     disk.named.as_ref().is_some_and(|name| is_free && has_tail(h, name))
 }
 
-type Rule = fn(&Inputs<'_>, &SeenDisk, &History) -> bool;
+type Rule = fn(&Inputs<'_>, &GuestDisk, &History) -> bool;
 
 /// Before the others: images of two clusters may have one name, `rbd:POOL/IMAGE`.
-fn same_file_and_device(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn same_file_and_device(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     same_file(inputs, disk, h)
         && h.last_manifest().is_some_and(|m| device(&m.disk) == device(&disk.identity))
 }
@@ -313,20 +316,20 @@ fn device(d: &DiskIdentity) -> (&str, &str) {
     (&d.qdev, &d.device)
 }
 
-fn same_file(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn same_file(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     h.last_manifest().is_some_and(|m| !other_vm(inputs, m) && m.disk.file == disk.identity.file)
 }
 
 /// The disk's file was moved: its bitmap came along, or it is at the same device of the same VM.
 /// A bitmap alone proves nothing: a copy of the disk, of a cloned VM, carries it too.
-fn same_disk(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn same_disk(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
     let same_vm = inputs.vm.is_some() && vm_uuid(&m.vm) == inputs.vm;
     carries_bitmap(inputs, disk, h) || same_vm && device(&m.disk) == device(&disk.identity)
 }
 
 /// The chain's bitmap is on the disk, and nothing says that the disk is a copy of another VM's.
-fn carries_bitmap(inputs: &Inputs<'_>, disk: &SeenDisk, h: &History) -> bool {
+fn carries_bitmap(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
     let carries = needed(h).iter().any(|b| disk.bitmap(b).is_some());
     carries && (is_same_vm(inputs, m) || agree(&m.disk, &disk.identity))
@@ -345,11 +348,11 @@ fn agree(a: &DiskIdentity, b: &DiskIdentity) -> bool {
 }
 
 /// Nothing is known of its points but that there are some: a FULL can begin beside them.
-fn damaged(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
+fn damaged(_: &Inputs<'_>, _: &GuestDisk, h: &History) -> bool {
     h.last_manifest().is_none() && h.entries.iter().any(|e| e.broken.is_some())
 }
 
-fn unclaimed(_: &Inputs<'_>, _: &SeenDisk, h: &History) -> bool {
+fn unclaimed(_: &Inputs<'_>, _: &GuestDisk, h: &History) -> bool {
     h.last_manifest().is_none()
 }
 
@@ -359,9 +362,10 @@ const MAX_SAME_NAME: usize = 100;
 fn candidate(
     options: &Options,
     inputs: &Inputs<'_>,
-    disk: &SeenDisk,
+    disk: &GuestDisk,
     taken: &[Option<(PathBuf, History)>],
     (rule, new): (Rule, bool),
+    seen: &mut Seen,
 ) -> Result<Option<(PathBuf, History)>> {
     // A new one is called by the layout; a chain goes on also where its FULL had another.
     let names = disk.folder_names(&options.layout);
@@ -391,14 +395,34 @@ fn candidate(
             Some(tails) if !tails.contains(&folder) => {
                 History { dir: dir.clone(), ..History::default() }
             }
-            _ => History::read(&dir, only)?,
+            _ => seen.take(&dir, only)?,
         };
         history.tail = folder;
         if rule(inputs, disk, &history) {
             return Ok(Some((dir, history)));
         }
+        seen.put_back(history, options.layout.no_subdir);
     }
     Ok(None)
+}
+
+/// What was read for one rule and was not what it looked for: the next ones need not read it again.
+#[derive(Default)]
+struct Seen(HashMap<(PathBuf, Option<String>), History>);
+
+impl Seen {
+    /// As [`History::read`].
+    fn take(&mut self, dir: &Path, only: Option<&str>) -> Result<History> {
+        match self.0.remove(&(dir.to_path_buf(), only.map(str::to_string))) {
+            Some(history) => Ok(history),
+            None => History::read(dir, only),
+        }
+    }
+
+    fn put_back(&mut self, history: History, flat: bool) {
+        let only = flat.then(|| history.tail.clone());
+        self.0.insert((history.dir.clone(), only), history);
+    }
 }
 
 fn image_tail(h: &History) -> Option<&str> {
@@ -425,4 +449,29 @@ pub(crate) fn needed(history: &History) -> Vec<&str> {
     let tip = tip.and_then(|e| e.manifest.as_ref());
     let bitmaps = tip.map(|m| [m.bitmap.as_ref(), m.diff_bitmap.as_ref()]);
     bitmaps.into_iter().flatten().flatten().map(|b| b.name.as_str()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_rule_has_read_the_next_does_not_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("FULL-1-d"), "x").unwrap();
+        std::fs::write(dir.path().join("FULL-2-e"), "x").unwrap();
+        for only in [None, Some("d")] {
+            let mut seen = Seen::default();
+            let mut first = seen.take(dir.path(), only).unwrap();
+            first.tail = "d".into();
+            let found = first.entries.len();
+            seen.put_back(first, only.is_some());
+            // A disk of another name has its own.
+            assert_eq!(seen.take(dir.path(), Some("e")).unwrap().entries.len(), 1);
+            std::fs::write(dir.path().join("INC-3-d"), "x").unwrap();
+            assert_eq!(seen.take(dir.path(), only).unwrap().entries.len(), found);
+            assert_eq!(seen.take(dir.path(), only).unwrap().entries.len(), found + 1);
+            std::fs::remove_file(dir.path().join("INC-3-d")).unwrap();
+        }
+    }
 }

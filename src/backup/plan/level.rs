@@ -11,9 +11,9 @@ use serde_json::Value;
 use super::folders::other_vm;
 use super::planned::{DiskPlan, Inputs};
 use super::watermark;
-use crate::backup::disks::{SeenDisk, is_as_recorded};
+use crate::backup::disks::{GuestDisk, is_as_recorded};
 use crate::backup::target::history::{History, no_base};
-use crate::backup::{Every, LevelWish, Options, names};
+use crate::backup::{FullEvery, Options, RequestedLevel, names};
 use crate::error::Result;
 use crate::layout::Level;
 use crate::manifest::{BackingFile, BitmapInfo, Compared, Manifest, OFFLINE};
@@ -32,25 +32,25 @@ pub(crate) fn choose(
     history: &History,
     plan: &mut DiskPlan,
 ) -> Result<()> {
-    let wish = options.level;
-    match wish {
-        LevelWish::Full => return Ok(()),
-        LevelWish::Copy => {
+    let level = options.level;
+    match level {
+        RequestedLevel::Full => return Ok(()),
+        RequestedLevel::Copy => {
             plan.level = Level::Copy;
             return Ok(());
         }
         _ if plan.disk.pflash => return Ok(()),
-        LevelWish::Inc | LevelWish::Diff | LevelWish::Auto(_) => {}
+        RequestedLevel::Inc | RequestedLevel::Diff | RequestedLevel::Auto(_) => {}
     }
-    let diff = wish == LevelWish::Diff;
-    let base = match keeps_none(options, &plan.disk).filter(|_| !history.entries.is_empty()) {
+    let diff = level == RequestedLevel::Diff;
+    let base = match no_bitmap(options, &plan.disk).filter(|_| !history.entries.is_empty()) {
         Some(why) => Err(why),
         None => usable_base(inputs, history, &plan.disk, diff)
             .and_then(|base| check_backing(base, &plan.disk)),
     };
     match base {
         Ok((base, since)) => {
-            if let LevelWish::Auto(Some(every)) = wish
+            if let RequestedLevel::Auto(Some(every)) = level
                 && is_due(every, &base, inputs.now)
             {
                 plan.demoted = Some(DUE.into());
@@ -62,7 +62,7 @@ pub(crate) fn choose(
             plan.since = Some(since);
             Ok(())
         }
-        Err(reason) if matches!(wish, LevelWish::Auto(_)) => {
+        Err(reason) if matches!(level, RequestedLevel::Auto(_)) => {
             plan.demoted = Some(reason);
             Ok(())
         }
@@ -71,21 +71,20 @@ pub(crate) fn choose(
 }
 
 /// Why there is nothing to go by for a disk of a VM that does not run.
-fn keeps_none(options: &Options, disk: &SeenDisk) -> Option<String> {
-    let keeps_none = options.offline.is_some() && !disk.persistent;
+fn no_bitmap(options: &Options, disk: &GuestDisk) -> Option<String> {
+    let no_bitmap = options.offline.is_some() && !disk.persistent;
     let what = match disk.identity.format.as_str() {
         "qcow2" => "a qcow2 image of version 2",
         _ => "a raw image",
     };
-    keeps_none.then(|| {
-        format!("{what} keeps no bitmap while its VM is off, so that nothing says what has changed")
-    })
+    no_bitmap
+        .then(|| format!("{what} keeps no bitmap while its VM is off: what changed is not known"))
 }
 
-fn is_due(every: Every, base: &[Manifest], now: i64) -> bool {
+fn is_due(every: FullEvery, base: &[Manifest], now: i64) -> bool {
     match every {
-        Every::Points(n) => base.len() as u64 >= n,
-        Every::Age(age) => {
+        FullEvery::Points(n) => base.len() as u64 >= n,
+        FullEvery::Age(age) => {
             let full = base.first().map_or(0, |m| m.time);
             now.saturating_sub(full) >= i64::try_from(age.as_secs()).unwrap_or(i64::MAX)
         }
@@ -95,8 +94,8 @@ fn is_due(every: Every, base: &[Manifest], now: i64) -> bool {
 /// A point to build on and what is below it, root first, and the bitmap that says what changed since.
 type Base = (Vec<Manifest>, BitmapInfo);
 
-/// Fails unless what the disk lies on is known to be what it was: no bitmap says so.
-fn check_backing(base: Base, disk: &SeenDisk) -> Result<Base, String> {
+/// Fails unless what the disk depends on is known to be what it was: no bitmap says so.
+fn check_backing(base: Base, disk: &GuestDisk) -> Result<Base, String> {
     let Some(point) = base.0.last() else { return Ok(base) };
     let (now, image) = (&disk.backing, &point.image);
     let Some(then) = &point.backing else {
@@ -142,7 +141,7 @@ fn check_backing(base: Base, disk: &SeenDisk) -> Result<Base, String> {
 
 /// Those of a disk's backing files that it still has. The others were copied into it by the same process
 /// (block-stream), which changes nothing that the guest sees, if they are as they were then.
-fn kept<'a>(then: &'a [BackingFile], disk: &SeenDisk) -> Vec<&'a BackingFile> {
+fn kept<'a>(then: &'a [BackingFile], disk: &GuestDisk) -> Vec<&'a BackingFile> {
     let is_there = |b: &BackingFile| disk.backing.iter().any(|now| now.file == b.file);
     let is_copied = |b: &BackingFile| {
         !is_there(b) && !b.process.is_empty() && b.process == disk.process && is_as_recorded(b)
@@ -169,7 +168,7 @@ fn had_none(point: &Manifest) -> bool {
 fn usable_base(
     inputs: &Inputs<'_>,
     history: &History,
-    disk: &SeenDisk,
+    disk: &GuestDisk,
     diff: bool,
 ) -> Result<Base, String> {
     let chain = if diff { history.full()? } else { history.chain()? };
@@ -192,10 +191,13 @@ fn usable_base(
         let lost = history.lost_after(point).filter(|_| !diff && disk.bitmap(&info.name).is_none());
         match lost {
             Some(lost) => {
-                format!("{lost} is gone (its manifest is there): the bitmap went on from it; {why}")
+                format!(
+                    "{lost} is missing (it has a manifest): the bitmap records since then; \
+                         {why}"
+                )
             }
             None if disk.throwaway => {
-                format!("with snapshot=on the disk begins anew at each start of QEMU: {why}")
+                format!("with snapshot=on the disk is reset at each start of QEMU: {why}")
             }
             None => why,
         }
@@ -204,7 +206,7 @@ fn usable_base(
     Ok((chain.into_iter().cloned().collect(), info))
 }
 
-fn check_same_disk(point: &Manifest, disk: &SeenDisk) -> Result<(), String> {
+fn check_same_disk(point: &Manifest, disk: &GuestDisk) -> Result<(), String> {
     if disk.size < point.virtual_size {
         return Err(format!(
             "the disk was {} bytes at {} and has {} now",
@@ -219,12 +221,12 @@ fn check_same_disk(point: &Manifest, disk: &SeenDisk) -> Result<(), String> {
     }
     let mark = point.bitmap.as_ref().and_then(|b| watermark::of(b, disk));
     if disk.size != point.virtual_size && !disk.regrows_zeros && mark.is_none() {
-        return Err("the disk grew, and what it held while it was resized is not known".into());
+        return Err("the disk grew, and its content during the resize is not known".into());
     }
     Ok(())
 }
 
-fn check_bitmap(info: &BitmapInfo, disk: &SeenDisk) -> Result<(), String> {
+fn check_bitmap(info: &BitmapInfo, disk: &GuestDisk) -> Result<(), String> {
     let Some(b) = disk.bitmap(&info.name) else {
         return Err(format!("bitmap {} is not on the disk", info.name));
     };
@@ -261,7 +263,7 @@ pub(crate) fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, plan: &mut 
                 .map_or_else(|| granularity(&plan.disk), |b| b.granularity),
             persistent: plan.disk.persistent,
             // Until it is there.
-            floor: false,
+            watermark: false,
         });
     }
     let full =
@@ -278,7 +280,7 @@ pub(crate) fn choose_bitmaps(options: &Options, inputs: &Inputs<'_>, plan: &mut 
 /// The cluster size: less is copied at no time. (More than QEMU's default, which ends at 64 KiB: of a
 /// disk that shrinks QEMU forgets which parts beyond the new end were dirty, and in the cluster of
 /// that end they come back when it grows. The bit of that cluster stays.)
-fn granularity(disk: &SeenDisk) -> u64 {
+fn granularity(disk: &GuestDisk) -> u64 {
     disk.cluster_size.clamp(4096, 2 << 20)
 }
 
@@ -289,7 +291,7 @@ fn obsolete(inputs: &Inputs<'_>, plan: &DiskPlan) -> Vec<String> {
         return Vec::new();
     }
     let kept = plan.new_bitmap.iter().chain(&plan.diff_bitmap);
-    let keep: Vec<String> = kept.flat_map(|b| names::with_beside(&b.name)).collect();
+    let keep: Vec<String> = kept.flat_map(|b| names::with_companions(&b.name)).collect();
     let named = plan.disk.bitmaps.iter().filter_map(|b| b.name.clone());
     named.filter(|n| inputs.target.owns(n) && !keep.contains(n)).collect()
 }

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 pub(crate) use self::planned::{DiskPlan, Inputs, Plan, unknown_disk};
 use self::planned::{EXCLUDED, NOT_INCLUDED};
-use super::disks::{Seen, SeenDisk};
+use super::disks::{GuestDisk, Survey};
 use super::target::history::History;
 use super::{Options, graph, names};
 use crate::error::{Error, Kind, Result};
@@ -55,13 +55,13 @@ pub(crate) fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     separate_images(&mut plan.disks);
     if plan.disks.is_empty() && plan.refused.is_empty() {
         return Err(Error::new(Kind::NotFound, "there is no disk to back up")
-            .remedy("fleecefs info blockdev says why each is left out"));
+            .remedy("fleecefs info blockdev shows why each is skipped"));
     }
     Ok(plan)
 }
 
 /// `--include` names what is left out because it cannot be backed up.
-fn refuse_included(options: &Options, seen: &Seen, plan: &mut Plan) {
+fn refuse_included(options: &Options, seen: &Survey, plan: &mut Plan) {
     let named = |s: &Skipped| options.include.iter().any(|n| seen.is_called(&s.disk, n));
     let all = std::mem::take(&mut plan.skipped).into_iter();
     let (refused, skipped): (Vec<_>, Vec<_>) = all.partition(named);
@@ -73,18 +73,18 @@ fn refuse_included(options: &Options, seen: &Seen, plan: &mut Plan) {
 }
 
 /// Whether a disk that is known by its name alone is asked for.
-fn is_wanted(options: &Options, seen: &Seen, disk: &str) -> bool {
+fn is_wanted(options: &Options, seen: &Survey, disk: &str) -> bool {
     let listed = |list: &[String]| list.iter().any(|n| seen.is_called(disk, n));
     !listed(&options.exclude) && (options.include.is_empty() || listed(&options.include))
 }
 
 /// Whether the VM has a disk of that name, to be backed up or not.
-fn is_known(seen: &Seen, name: &str) -> bool {
+fn is_known(seen: &Survey, name: &str) -> bool {
     let mut others = seen.skipped.iter().chain(&seen.blocked);
     seen.disks.iter().any(|d| d.is_called(name)) || others.any(|s| seen.is_called(&s.disk, name))
 }
 
-fn check_names(options: &Options, seen: &Seen) -> Result<()> {
+fn check_names(options: &Options, seen: &Survey) -> Result<()> {
     for name in &options.include {
         if !is_known(seen, name) {
             return Err(Error::new(Kind::NotFound, format!("there is no disk {name:?}"))
@@ -95,7 +95,7 @@ fn check_names(options: &Options, seen: &Seen) -> Result<()> {
 }
 
 /// `--name`.
-fn give_names(options: &Options, disks: &mut [SeenDisk]) -> Result<()> {
+fn give_names(options: &Options, disks: &mut [GuestDisk]) -> Result<()> {
     for (disk, name) in &options.names {
         let missing = || {
             let what = format!("--name: there is no disk {disk:?} to back up");
@@ -113,13 +113,13 @@ fn give_names(options: &Options, disks: &mut [SeenDisk]) -> Result<()> {
 }
 
 /// The file that the disk had before, if it has another one now.
-fn moved_from(disk: &SeenDisk, history: &History) -> Option<String> {
+fn moved_from(disk: &GuestDisk, history: &History) -> Option<String> {
     let before = &history.last_manifest()?.disk.file;
     (!before.is_empty() && *before != disk.identity.file).then(|| before.clone())
 }
 
 /// Why the user does not want a disk.
-pub(crate) fn left_out(options: &Options, d: &SeenDisk) -> Option<&'static str> {
+pub(crate) fn left_out(options: &Options, d: &GuestDisk) -> Option<&'static str> {
     let named = |list: &[String]| list.iter().any(|n| d.is_called(n));
     if !options.include.is_empty() && !named(&options.include) {
         return Some(NOT_INCLUDED);
@@ -130,7 +130,7 @@ pub(crate) fn left_out(options: &Options, d: &SeenDisk) -> Option<&'static str> 
     d.by_rule.filter(|_| options.include.is_empty())
 }
 
-fn choose(options: &Options, seen: &Seen, plan: &mut Plan) -> Vec<SeenDisk> {
+fn choose(options: &Options, seen: &Survey, plan: &mut Plan) -> Vec<GuestDisk> {
     let mut wanted = Vec::new();
     for d in &seen.disks {
         if let Some(reason) = left_out(options, d) {
@@ -140,7 +140,7 @@ fn choose(options: &Options, seen: &Seen, plan: &mut Plan) -> Vec<SeenDisk> {
         } else if d.encrypted && !options.allow_plaintext {
             let e =
                 Error::new(Kind::Encrypted, "the disk is encrypted and the backup would not be")
-                    .remedy("--allow-plaintext writes it in plain text, --exclude leaves it out");
+                    .remedy("--allow-plaintext writes it in plain text, --exclude skips it");
             plan.refused.push((d.label().into(), e));
         } else {
             wanted.push(d.clone());
@@ -152,7 +152,7 @@ fn choose(options: &Options, seen: &Seen, plan: &mut Plan) -> Vec<SeenDisk> {
 fn plan_disk(
     options: &Options,
     inputs: &Inputs<'_>,
-    (index, disk): (usize, SeenDisk),
+    (index, disk): (usize, GuestDisk),
     dir: PathBuf,
     history: &History,
 ) -> Result<DiskPlan> {
@@ -175,14 +175,14 @@ fn plan_disk(
         disk,
     };
     if history.tail.is_empty() {
-        return Err(Error::new(Kind::Usage, "this disk has no name for its images")
+        return Err(Error::new(Kind::Usage, "no name for this disk's images")
             .remedy("give it one with --name DISK=NAME"));
     }
     level::choose(options, inputs, history, &mut plan)?;
     level::choose_bitmaps(options, inputs, &mut plan);
     let word = names::level_word(plan.level);
     let plain = options.layout.no_timestamp && matches!(plan.level, Level::Full | Level::Copy);
-    // The next FULL has a time in its name: the first, and what lies on it, stays what it is.
+    // The next FULL has a time in its name: the first, and what depends on it, stays what it is.
     let taken = plain && folder::exists(&plan.dir.join(&history.tail));
     plan.image = match plain && !taken {
         true => history.tail.clone(),
@@ -209,12 +209,15 @@ pub(crate) struct Printed {
     /// The disk.
     pub disk: String,
     /// Its file.
+    #[serde(rename = "disk_file")]
     pub file: String,
     /// The level.
+    #[serde(serialize_with = "crate::text::as_lower")]
     pub level: String,
     /// Where the image would be.
+    #[serde(rename = "file")]
     pub image: PathBuf,
-    /// The point it would lie on.
+    /// The point it would depend on.
     pub parent: Option<String>,
     /// Bytes to copy.
     pub estimate: u64,

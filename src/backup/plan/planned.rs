@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::backup::disks::{NO_MEDIUM, Seen, SeenDisk};
+use crate::backup::disks::{GuestDisk, NO_MEDIUM, Survey};
 use crate::backup::target::target_id::TargetId;
 use crate::backup::target::targets::Folders;
 use crate::error::Error;
@@ -29,7 +29,7 @@ pub struct DiskPlan {
     /// Its number in the run.
     pub index: usize,
     /// The disk.
-    pub disk: SeenDisk,
+    pub disk: GuestDisk,
     /// Its folder in the target.
     pub dir: PathBuf,
     /// The level it gets.
@@ -57,7 +57,7 @@ pub struct DiskPlan {
 }
 
 impl DiskPlan {
-    /// The point it lies on.
+    /// The point it depends on.
     pub fn parent(&self) -> Option<&Manifest> {
         match self.level {
             Level::Diff => self.base.first(),
@@ -65,9 +65,9 @@ impl DiskPlan {
         }
     }
 
-    /// Where the disk has grown since the point it lies on and what is there has to be read, though
+    /// Where the disk has grown since the point it depends on and what is there has to be read, though
     /// no bit is dirty for it: all of a raw disk, which gives what its storage has there. qcow2 gives
-    /// zeros, but in the cluster that the old end lay in: what was cut off there comes back.
+    /// zeros, but in the cluster that the old end was in: what was cut off there comes back.
     pub fn grown(&self) -> Option<Range<u64>> {
         let old = self.since.as_ref().and(self.parent())?.virtual_size;
         let end = match self.disk.identity.format.as_str() {
@@ -83,7 +83,7 @@ impl DiskPlan {
         match &self.since {
             Some(b) => {
                 let dirty = self.disk.bitmap(&b.name).map_or(0, |b| b.count);
-                let cut = self.doubtful().map_or(0, |r| r.end - r.start);
+                let cut = self.unproved().map_or(0, |r| r.end - r.start);
                 dirty.saturating_add(grown).saturating_add(cut).min(self.disk.size)
             }
             None => self.disk.allocated,
@@ -97,7 +97,7 @@ pub(crate) type Unsound = (PathBuf, String, String);
 /// What planning needs to know beside the options.
 pub(crate) struct Inputs<'a> {
     /// The disks.
-    pub seen: Seen,
+    pub seen: Survey,
     /// The run's id.
     pub run: &'a str,
     /// Whose bitmaps are this target's.

@@ -3,7 +3,7 @@ use crate::backup::disks::Insertion;
 use crate::backup::graph::{Path as NodePath, Root};
 use crate::backup::target::target_id::TargetId;
 use crate::backup::target::targets::Folders;
-use crate::backup::{CopyOptions, Every, Layout, LevelWish, MomentOptions, StopWish};
+use crate::backup::{CopyOptions, FreezeOptions, FullEvery, Layout, RequestedLevel, StopMode};
 use crate::manifest;
 use crate::manifest::tests::example;
 use crate::manifest::{BitmapInfo, Consistency, DiskIdentity, Manifest, fingerprint};
@@ -19,10 +19,10 @@ static NONE: Folders = Folders::new();
 const TARGET: &str = "0a1b2c3d";
 const FIRST: &str = "000000000001";
 
-fn options(target: &Path, level: LevelWish) -> Options {
+fn options(target: &Path, level: RequestedLevel) -> Options {
     Options {
         init: false,
-        share: crate::folder::Share::default(),
+        share: crate::folder::FileMode::default(),
         more_state: Vec::new(),
         names: Vec::new(),
         shared: false,
@@ -33,8 +33,8 @@ fn options(target: &Path, level: LevelWish) -> Options {
         include: Vec::new(),
         exclude: Vec::new(),
         layout: Layout::default(),
-        moment: MomentOptions {
-            stop: StopWish::Moment,
+        freeze_point: FreezeOptions {
+            stop: StopMode::FreezePoint,
             quiesce: false,
             mountpoints: Vec::new(),
             deadline: Duration::from_secs(1),
@@ -78,8 +78,8 @@ fn recording(name: String) -> Bitmap {
     }
 }
 
-fn disk(file: &str, bitmaps: Vec<Bitmap>) -> SeenDisk {
-    SeenDisk {
+fn disk(file: &str, bitmaps: Vec<Bitmap>) -> GuestDisk {
+    GuestDisk {
         named: None,
         identity: DiskIdentity {
             qdev: "/m/v0".into(),
@@ -129,7 +129,7 @@ fn put(dir: &Path, image: &str, level: Level, parent: Option<&str>, run: &str) {
         node: "n".into(),
         granularity: 65536,
         persistent: true,
-        floor: false,
+        watermark: false,
     };
     m.bitmap = Some(info(run));
     m.diff_bitmap = Some(info(FIRST));
@@ -155,19 +155,19 @@ fn both() -> Vec<Bitmap> {
     vec![recording(bitmap(FIRST)), recording(bitmap("000000000002"))]
 }
 
-fn plan(t: &Path, level: LevelWish, disks: Vec<SeenDisk>, now: i64) -> Plan {
+fn plan(t: &Path, level: RequestedLevel, disks: Vec<GuestDisk>, now: i64) -> Plan {
     plan_with(t, level, disks, |i| i.now = now)
 }
 
 fn plan_with(
     t: &Path,
-    level: LevelWish,
-    disks: Vec<SeenDisk>,
+    level: RequestedLevel,
+    disks: Vec<GuestDisk>,
     change: impl FnOnce(&mut Inputs<'_>),
 ) -> Plan {
     let target = TargetId::new(TARGET);
     let mut inputs = Inputs {
-        seen: Seen { disks, ..Default::default() },
+        seen: Survey { disks, ..Default::default() },
         run: "00000000000f",
         target: &target,
         base: t,
@@ -183,12 +183,12 @@ fn plan_with(
     make(&options(t, level), inputs).unwrap()
 }
 
-fn auto(t: &Path, d: SeenDisk) -> DiskPlan {
-    plan(t, LevelWish::Auto(None), vec![d], 100).disks.remove(0)
+fn auto(t: &Path, d: GuestDisk) -> DiskPlan {
+    plan(t, RequestedLevel::Auto(None), vec![d], 100).disks.remove(0)
 }
 
 #[test]
-fn an_inc_lies_on_the_tip_and_lets_go_of_the_tips_bitmap_only() {
+fn an_inc_depends_on_the_tip_and_removes_the_tips_bitmap_only() {
     let t = chain();
     let stray = names::bitmap(TARGET, FIRST, "0000000000aa", 0);
     let other = names::bitmap("ffffffff", FIRST, FIRST, 0);
@@ -207,12 +207,12 @@ fn an_inc_lies_on_the_tip_and_lets_go_of_the_tips_bitmap_only() {
 fn what_a_raw_disk_has_grown_by_is_copied_whole() {
     let t = chain();
     let size = 1 << 20;
-    let grown = || SeenDisk { size: 3 * size, ..disk("/vm/d", both()) };
+    let grown = || GuestDisk { size: 3 * size, ..disk("/vm/d", both()) };
     let d = auto(t.path(), grown());
     // qcow2 gives zeros there,
     assert!(d.level == Level::Inc && d.grown().is_none() && d.estimate() == 0);
     // but in the cluster of the old end.
-    let large = SeenDisk { cluster_size: 2 * size, ..grown() };
+    let large = GuestDisk { cluster_size: 2 * size, ..grown() };
     assert_eq!(auto(t.path(), large).grown(), Some(size..2 * size));
     for m in ["FULL-1-d", "INC-2-d"] {
         let mut m = manifest::read(&t.path().join("d"), m.as_ref()).unwrap().unwrap();
@@ -225,46 +225,46 @@ fn what_a_raw_disk_has_grown_by_is_copied_whole() {
     assert_eq!(d.demoted, None);
     assert_eq!((d.grown(), d.estimate()), (Some(size..3 * size), 2 * size));
     // A volume may have been smaller in between.
-    let volume = SeenDisk { regrows_zeros: false, ..raw.clone() };
+    let volume = GuestDisk { regrows_zeros: false, ..raw.clone() };
     assert!(auto(t.path(), volume).demoted.unwrap().contains("grew"));
-    assert_eq!(auto(t.path(), raw.clone()).doubtful(), None);
+    assert_eq!(auto(t.path(), raw.clone()).unproved(), None);
     raw.size = size;
     assert_eq!(auto(t.path(), raw).grown(), None);
 }
 
 #[test]
-fn a_volume_gets_an_inc_of_what_its_floor_leaves_in_doubt() {
+fn a_volume_gets_an_inc_of_what_its_watermark_does_not_prove() {
     let t = chain();
     let tip = "000000000002";
     let mut m = manifest::read(&t.path().join("d"), "INC-2-d".as_ref()).unwrap().unwrap();
     m.disk.format = "raw".into();
-    m.bitmap.as_mut().unwrap().floor = true;
+    m.bitmap.as_mut().unwrap().watermark = true;
     manifest::write(&t.path().join("d"), &m).unwrap();
     let size = 1 << 20;
     let volume = |size: u64, left: u64| {
-        let floor = |run: &str| Bitmap {
+        let watermark = |run: &str| Bitmap {
             recording: false,
             count: left,
-            ..recording(names::floor(&bitmap(run)))
+            ..recording(names::watermark(&bitmap(run)))
         };
-        let bitmaps = both().into_iter().chain([floor(tip), floor(FIRST)]).collect();
-        let mut d = SeenDisk { regrows_zeros: false, size, ..disk("/vm/d", bitmaps) };
+        let bitmaps = both().into_iter().chain([watermark(tip), watermark(FIRST)]).collect();
+        let mut d = GuestDisk { regrows_zeros: false, size, ..disk("/vm/d", bitmaps) };
         d.identity.format = "raw".into();
         d
     };
     let d = auto(t.path(), volume(size, size));
     assert_eq!(
-        (d.level, d.doubtful(), d.estimate()),
+        (d.level, d.unproved(), d.estimate()),
         (Level::Inc, Some(size - 65536..size), 65536)
     );
-    assert!(d.wants_watermark() && !d.new_bitmap.as_ref().unwrap().floor);
-    // The floor goes with the bitmap that it lies beside; the FULL's stays.
-    assert_eq!(d.obsolete, [bitmap(tip), names::floor(&bitmap(tip))]);
+    assert!(d.wants_watermark() && !d.new_bitmap.as_ref().unwrap().watermark);
+    // The watermark goes with its bitmap; the FULL's stays.
+    assert_eq!(d.obsolete, [bitmap(tip), names::watermark(&bitmap(tip))]);
     let d = auto(t.path(), volume(size, 3 * 65536));
-    assert_eq!((d.doubtful(), d.estimate()), (Some(2 * 65536..size), size - 2 * 65536));
+    assert_eq!((d.unproved(), d.estimate()), (Some(2 * 65536..size), size - 2 * 65536));
     let d = auto(t.path(), volume(2 * size, 0));
     assert_eq!(
-        (d.level, d.grown(), d.doubtful()),
+        (d.level, d.grown(), d.unproved()),
         (Level::Inc, Some(size..2 * size), Some(0..size))
     );
     assert_eq!(d.estimate(), 2 * size);
@@ -274,7 +274,7 @@ fn a_volume_gets_an_inc_of_what_its_floor_leaves_in_doubt() {
         change(&mut d.bitmaps[2]);
         assert!(auto(t.path(), d.clone()).demoted.unwrap().contains("grew"));
         d.size = size;
-        assert_eq!(auto(t.path(), d).doubtful(), None);
+        assert_eq!(auto(t.path(), d).unproved(), None);
     }
 }
 
@@ -285,17 +285,17 @@ fn what_a_watermark_proves_for_qcow2() {
     let mut m = manifest::read(&t.path().join("d"), "INC-2-d".as_ref()).unwrap().unwrap();
     let size = m.virtual_size;
     let given = |change: &dyn Fn(&mut Bitmap), size: u64, cluster: u64| {
-        let name = names::floor(&bitmap(tip));
+        let name = names::watermark(&bitmap(tip));
         let mut mark = Bitmap { recording: false, count: size, ..recording(name) };
         change(&mut mark);
         let bitmaps = both().into_iter().chain([mark]).collect();
-        auto(t.path(), SeenDisk { size, cluster_size: cluster, ..disk("/vm/d", bitmaps) })
+        auto(t.path(), GuestDisk { size, cluster_size: cluster, ..disk("/vm/d", bitmaps) })
     };
     let all = |b: &mut Bitmap| b.count = size;
     // The manifest knows of none.
     let d = given(&all, size, 65536);
-    assert!(d.needs_walk() && d.tail().is_none() && d.doubtful().is_none());
-    m.bitmap.as_mut().unwrap().floor = true;
+    assert!(d.needs_walk() && d.tail().is_none() && d.unproved().is_none());
+    m.bitmap.as_mut().unwrap().watermark = true;
     manifest::write(&t.path().join("d"), &m).unwrap();
     let d = given(&all, size, 65536);
     assert!(!d.needs_walk() && d.tail() == Some(size - 65536..size));
@@ -303,9 +303,9 @@ fn what_a_watermark_proves_for_qcow2() {
     let d = given(&all, size + 512, 65536);
     assert!(!d.needs_walk() && d.tail() == Some(size - 65536..size));
     let d = given(&|b| b.count = 3 * 65536, size, 65536);
-    assert_eq!((d.needs_walk(), d.doubtful()), (false, Some(2 * 65536..size)));
+    assert_eq!((d.needs_walk(), d.unproved()), (false, Some(2 * 65536..size)));
     let d = given(&|b| b.count = 0, size, 65536);
-    assert_eq!((d.needs_walk(), d.doubtful()), (false, Some(0..size)));
+    assert_eq!((d.needs_walk(), d.unproved()), (false, Some(0..size)));
     let nothing: [&dyn Fn(&mut Bitmap); 6] = [
         &|b| b.name = None,
         &|b| b.recording = true,
@@ -322,14 +322,15 @@ fn what_a_watermark_proves_for_qcow2() {
     assert!(given(&all, size, 131072).needs_walk());
     // A FULL builds on nothing.
     assert!(
-        !plan(t.path(), LevelWish::Full, vec![disk("/vm/d", both())], 100).disks[0].needs_walk()
+        !plan(t.path(), RequestedLevel::Full, vec![disk("/vm/d", both())], 100).disks[0]
+            .needs_walk()
     );
 }
 
 #[test]
-fn a_diff_lies_on_the_full_and_changes_nothing() {
+fn a_diff_depends_on_the_full_and_changes_nothing() {
     let t = chain();
-    let p = plan(t.path(), LevelWish::Diff, vec![disk("/vm/d", both())], 100).disks.remove(0);
+    let p = plan(t.path(), RequestedLevel::Diff, vec![disk("/vm/d", both())], 100).disks.remove(0);
     assert_eq!(p.parent().unwrap().image, "FULL-1-d");
     assert_eq!(p.since.unwrap().name, bitmap(FIRST));
     assert!(p.new_bitmap.is_none() && p.obsolete.is_empty());
@@ -338,14 +339,14 @@ fn a_diff_lies_on_the_full_and_changes_nothing() {
 #[test]
 fn names_are_later_than_all_that_is_there() {
     let t = chain();
-    let p = plan(t.path(), LevelWish::Full, vec![disk("/vm/d", both())], 1).disks.remove(0);
+    let p = plan(t.path(), RequestedLevel::Full, vec![disk("/vm/d", both())], 1).disks.remove(0);
     assert_eq!(p.image, "FULL-3-d");
     assert_eq!(p.obsolete.len(), 2);
 }
 
 #[test]
 fn whatever_cannot_be_proved_is_a_full() {
-    type Change = fn(&mut SeenDisk);
+    type Change = fn(&mut GuestDisk);
     let cases: [(&str, Change); 8] = [
         ("is not on the disk", |d| drop(d.bitmaps.pop())),
         ("inconsistent", |d| d.bitmaps[1].inconsistent = true),
@@ -363,7 +364,7 @@ fn whatever_cannot_be_proved_is_a_full() {
         let p = auto(t.path(), d.clone());
         assert_eq!(p.level, Level::Full, "{why}");
         assert!(p.demoted.unwrap().contains(why), "{why}");
-        let mut p = plan(t.path(), LevelWish::Inc, vec![d], 100);
+        let mut p = plan(t.path(), RequestedLevel::Inc, vec![d], 100);
         assert_eq!(p.refused.remove(0).1.kind(), Kind::Incomplete, "{why}");
     }
 }
@@ -373,7 +374,7 @@ fn disks_of_one_name_keep_their_folders() {
     let t = chain();
     // The stranger comes first and must not take the folder.
     let list = vec![disk("/other/d", Vec::new()), disk("/vm/d", both())];
-    let p = plan(t.path(), LevelWish::Auto(None), list, 100);
+    let p = plan(t.path(), RequestedLevel::Auto(None), list, 100);
     assert_eq!(p.disks[0].dir, t.path().join("d-2"));
     assert_eq!((p.disks[1].dir.clone(), p.disks[1].level), (t.path().join("d"), Level::Inc));
     // Moved elsewhere, its bitmap proves that it is the same disk.
@@ -415,8 +416,12 @@ fn disks_of_one_file_name_are_told_apart_by_their_devices() {
         d
     };
     // Whatever their order.
-    let p =
-        plan(t.path(), LevelWish::Auto(None), vec![at("vdb", Vec::new()), at("vda", both())], 9);
+    let p = plan(
+        t.path(),
+        RequestedLevel::Auto(None),
+        vec![at("vdb", Vec::new()), at("vda", both())],
+        9,
+    );
     let dirs: Vec<_> = p.disks.iter().map(|d| d.dir.file_name().unwrap().to_owned()).collect();
     assert_eq!(dirs, ["d-2", "d"]);
 }
@@ -426,12 +431,12 @@ fn encrypted_disks_are_refused_and_unknown_names_are_errors() {
     let t = chain();
     let mut d = disk("/vm/d", both());
     d.encrypted = true;
-    let p = plan(t.path(), LevelWish::Full, vec![d], 100);
+    let p = plan(t.path(), RequestedLevel::Full, vec![d], 100);
     assert_eq!(p.refused[0].1.kind(), Kind::Encrypted);
-    let mut o = options(t.path(), LevelWish::Full);
+    let mut o = options(t.path(), RequestedLevel::Full);
     o.include = vec!["nobody".into()];
     let inputs = Inputs {
-        seen: Seen::default(),
+        seen: Survey::default(),
         run: "r",
         target: &TargetId::new(TARGET),
         base: t.path(),
@@ -451,13 +456,13 @@ fn a_full_is_due_by_number_or_by_age() {
     let t = chain();
     let due = |e, now| {
         let list = vec![disk("/vm/d", both())];
-        plan(t.path(), LevelWish::Auto(Some(e)), list, now).disks[0].level
+        plan(t.path(), RequestedLevel::Auto(Some(e)), list, now).disks[0].level
     };
     let time = example("x", Level::Full, None).time;
-    assert_eq!(due(Every::Points(2), 100), Level::Full);
-    assert_eq!(due(Every::Points(3), 100), Level::Inc);
-    assert_eq!(due(Every::Age(Duration::from_secs(60)), time + 60), Level::Full);
-    assert_eq!(due(Every::Age(Duration::from_secs(60)), time + 59), Level::Inc);
+    assert_eq!(due(FullEvery::Points(2), 100), Level::Full);
+    assert_eq!(due(FullEvery::Points(3), 100), Level::Inc);
+    assert_eq!(due(FullEvery::Age(Duration::from_secs(60)), time + 60), Level::Full);
+    assert_eq!(due(FullEvery::Age(Duration::from_secs(60)), time + 59), Level::Inc);
 }
 
 #[test]
@@ -469,15 +474,15 @@ fn a_damaged_manifest_costs_its_own_disk_a_full_and_no_other_anything() {
     m.disk.file = "/vm/e".into();
     manifest::write(&t.path().join("e"), &m).unwrap();
     let list = || vec![disk("/vm/d", both()), disk("/vm/e", both())];
-    let p = plan(t.path(), LevelWish::Auto(None), list(), 100);
+    let p = plan(t.path(), RequestedLevel::Auto(None), list(), 100);
     assert_eq!((p.disks[0].level, p.disks[1].level), (Level::Full, Level::Inc));
     assert!(p.disks[0].demoted.as_ref().unwrap().contains("manifest of INC-2-d"));
     assert_eq!(p.disks[0].dir, t.path().join("d"));
-    let p = plan(t.path(), LevelWish::Inc, list(), 100);
+    let p = plan(t.path(), RequestedLevel::Inc, list(), 100);
     assert_eq!((p.refused.len(), p.disks.len()), (1, 1));
     // Not even the FULL says anything any more: the folder stays the disk's.
     std::fs::write(t.path().join("d/.fleecefs/FULL-1-d.json"), "{").unwrap();
-    let p = plan(t.path(), LevelWish::Auto(None), list(), 100);
+    let p = plan(t.path(), RequestedLevel::Auto(None), list(), 100);
     assert_eq!((p.disks[0].level, &p.disks[0].dir), (Level::Full, &t.path().join("d")));
 }
 
@@ -486,7 +491,7 @@ fn a_diff_needs_no_inc() {
     let t = chain();
     std::fs::remove_file(t.path().join("d/INC-2-d")).unwrap();
     put(&t.path().join("d"), "INC-3-d", Level::Inc, Some("INC-2-d"), "000000000003");
-    let p = plan(t.path(), LevelWish::Diff, vec![disk("/vm/d", both())], 100).disks.remove(0);
+    let p = plan(t.path(), RequestedLevel::Diff, vec![disk("/vm/d", both())], 100).disks.remove(0);
     assert_eq!((p.level, p.parent().unwrap().image.as_str()), (Level::Diff, "FULL-1-d"));
     assert_eq!(auto(t.path(), disk("/vm/d", both())).level, Level::Full);
 }
@@ -503,11 +508,11 @@ fn an_unsound_chain_demotes_no_other_disk_of_its_folder() {
         manifest::write(t.path(), &m).unwrap();
         list.push(disk(&format!("/vm/{name}"), both()));
     }
-    let mut o = options(t.path(), LevelWish::Auto(None));
+    let mut o = options(t.path(), RequestedLevel::Auto(None));
     o.layout.no_subdir = true;
     let unsound = [(t.path().to_path_buf(), "FULL-1-d".to_string(), "bad".to_string())];
     let inputs = Inputs {
-        seen: Seen { disks: list, ..Default::default() },
+        seen: Survey { disks: list, ..Default::default() },
         run: "00000000000f",
         target: &TargetId::new(TARGET),
         base: t.path(),
@@ -527,9 +532,9 @@ fn an_unsound_chain_demotes_no_other_disk_of_its_folder() {
 #[test]
 fn a_cloned_vm_gets_a_chain_of_its_own() {
     let t = chain();
-    let as_vm = |digit: &'static str, d: SeenDisk| {
+    let as_vm = |digit: &'static str, d: GuestDisk| {
         let uuid: &'static str = if digit == "1" { "11111111" } else { "22222222" };
-        let level = LevelWish::Auto(None);
+        let level = RequestedLevel::Auto(None);
         let p = plan_with(t.path(), level, vec![d], |i| i.vm = Some(uuid));
         (p.disks[0].level, p.disks[0].dir.clone())
     };
@@ -547,7 +552,7 @@ fn a_cloned_vm_gets_a_chain_of_its_own() {
 }
 
 #[test]
-fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
+fn the_first_run_of_a_month_removes_last_months_bitmaps() {
     let t = tempfile::tempdir().unwrap();
     let (old, new) = (t.path().join("2026-11"), t.path().join("2026-12"));
     put(&old.join("d"), "FULL-1-d", Level::Full, None, FIRST);
@@ -561,9 +566,9 @@ fn the_first_run_of_a_month_lets_go_of_last_months_bitmaps() {
     let list = vec![bitmap(FIRST), earlier.clone(), foreign].into_iter().map(recording);
     let d = disk("/vm/d", list.collect());
     let p = make(
-        &options(t.path(), LevelWish::Auto(None)),
+        &options(t.path(), RequestedLevel::Auto(None)),
         Inputs {
-            seen: Seen { disks: vec![d], ..Default::default() },
+            seen: Survey { disks: vec![d], ..Default::default() },
             run: "00000000000f",
             target: &target,
             base: &new,

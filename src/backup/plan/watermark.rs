@@ -2,7 +2,7 @@
 //!
 //! QEMU drops the dirty bits beyond the end of a disk that shrinks, and growing gives none back. What
 //! the regrown part holds is then not what the chain has, and no bit says so. So a second bitmap, the
-//! watermark, lies beside each recording one: disabled, so that no write of the guest reaches it, with
+//! watermark, is beside each recording one: disabled, so that no write of the guest reaches it, with
 //! dirty marks from the beginning to the end of the disk (a mark at each step, and one at the end).
 //! QEMU cuts it along with the recording one. Both are added in one transaction, and both are
 //! persistent or neither is: no change of size escapes it, be it live (`block_resize`) or by `qemu-img
@@ -41,7 +41,7 @@
 use std::ops::Range;
 
 use super::planned::DiskPlan;
-use crate::backup::disks::SeenDisk;
+use crate::backup::disks::GuestDisk;
 use crate::backup::names;
 use crate::manifest::BitmapInfo;
 use crate::qmp::types::Bitmap;
@@ -88,8 +88,8 @@ fn below_last(size: u64, granularity: u64) -> u64 {
 
 /// From where on a disk that had `size` bytes may hold anything, if `count` dirty bytes are left of
 /// its marks; and whether it was smaller for certain. A cut inside the last bit's part leaves all
-/// marks: that part is always in doubt.
-pub(crate) fn in_doubt(size: u64, granularity: u64, count: u64) -> (u64, bool) {
+/// marks: that part is never proved.
+pub(crate) fn unproved_from(size: u64, granularity: u64, count: u64) -> (u64, bool) {
     let left = count / granularity.max(1);
     if left > below_last(size, granularity) {
         return (last(size, granularity), false);
@@ -97,14 +97,14 @@ pub(crate) fn in_doubt(size: u64, granularity: u64, count: u64) -> (u64, bool) {
     (left.saturating_sub(1).saturating_mul(step(size, granularity)), true)
 }
 
-/// The watermark that a manifest says to lie beside its bitmap, if it is on the disk and proves
+/// The watermark that a manifest says to be beside its bitmap, if it is on the disk and proves
 /// anything.
-pub(crate) fn of<'a>(info: &BitmapInfo, disk: &'a SeenDisk) -> Option<&'a Bitmap> {
-    let mark = disk.bitmap(&names::floor(&info.name)).filter(|_| info.floor)?;
+pub(crate) fn of<'a>(info: &BitmapInfo, disk: &'a GuestDisk) -> Option<&'a Bitmap> {
+    let mark = disk.bitmap(&names::watermark(&info.name)).filter(|_| info.watermark)?;
     proves(mark, info, disk).then_some(mark)
 }
 
-fn proves(mark: &Bitmap, info: &BitmapInfo, disk: &SeenDisk) -> bool {
+fn proves(mark: &Bitmap, info: &BitmapInfo, disk: &GuestDisk) -> bool {
     let cluster = if disk.identity.format == "qcow2" { disk.cluster_size } else { 0 };
     !mark.recording
         && !mark.inconsistent
@@ -132,13 +132,13 @@ impl DiskPlan {
     /// watermark, and whether the disk was smaller for certain.
     pub(in crate::backup) fn cut(&self, count: u64) -> Option<(Range<u64>, bool)> {
         let (since, point) = (self.since.as_ref()?, self.parent()?);
-        let (from, smaller) = in_doubt(point.virtual_size, since.granularity, count);
+        let (from, smaller) = unproved_from(point.virtual_size, since.granularity, count);
         (from < point.virtual_size).then_some((from..point.virtual_size, smaller))
     }
 
     /// What may have to be copied since the disk may have been smaller, as far as can be known before;
     /// `None` without a watermark.
-    pub fn doubtful(&self) -> Option<Range<u64>> {
+    pub fn unproved(&self) -> Option<Range<u64>> {
         Some(self.cut(self.watermark()?.count)?.0)
     }
 
@@ -175,7 +175,7 @@ impl DiskPlan {
         let (since, point, new) = (self.since.as_ref()?, self.parent()?, self.new_bitmap.as_ref()?);
         let mark = self.watermark()?;
         let same = point.virtual_size == self.disk.size && since.granularity == new.granularity;
-        let all = !in_doubt(self.disk.size, since.granularity, mark.count).1;
+        let all = !unproved_from(self.disk.size, since.granularity, mark.count).1;
         mark.name.as_deref().filter(|_| same && all)
     }
 }
@@ -194,25 +194,25 @@ mod tests {
     }
 
     #[test]
-    fn what_was_cut_off_is_always_in_doubt() {
+    fn what_was_cut_off_is_never_proved() {
         const G: u64 = 4096;
         for size in [512, G, G + 512, 5 * G, 256 * G, 256 * G + 1, 257 * G, 1000 * G + 7, 70000 * G]
         {
             let all = marks(size, G);
             assert!(all.len() as u64 <= MARKS + 1, "{size}: {}", all.len());
             assert_eq!(
-                in_doubt(size, G, left(&all, G, size)),
+                unproved_from(size, G, left(&all, G, size)),
                 ((size - 1) / G * G, false),
                 "{size}"
             );
             for cut in (0..size).step_by((size as usize / 999).max(1)) {
-                let (from, smaller) = in_doubt(size, G, left(&all, G, cut));
+                let (from, smaller) = unproved_from(size, G, left(&all, G, cut));
                 assert!(from <= cut / G * G, "{size} cut to {cut}: {from}");
                 assert!(cut - from <= 2 * step(size, G), "{size} cut to {cut}: {from}");
                 assert_eq!(smaller, cut <= (size - 1) / G * G, "{size} cut to {cut}");
             }
         }
-        assert_eq!(in_doubt(0, G, 0), (0, true));
-        assert_eq!(in_doubt(G, 0, 0), (0, true));
+        assert_eq!(unproved_from(0, G, 0), (0, true));
+        assert_eq!(unproved_from(G, 0, 0), (0, true));
     }
 }

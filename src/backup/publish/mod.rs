@@ -1,13 +1,13 @@
 //! Making a finished image a point: check, sync, rename, manifest. The manifest is the commit.
 //!
-//! Until then the image is called `.partial`, and its manifest-to-be lies beside the manifests as
+//! Until then the image is called `.partial`, and its manifest-to-be is beside the manifests as
 //! that of the `.partial`: whoever finds both after a crash can finish the work.
 //!
 //! The folder may be somebody else's, who can exchange any name in it at any time. So it is opened
 //! once, and the image is looked at, checked, hashed and synced by the descriptor that it was made
 //! with; its name is compared with that before it is renamed and after.
 
-pub(crate) mod early;
+pub(crate) mod hasher;
 pub(crate) mod report;
 pub(crate) mod vm;
 
@@ -17,20 +17,20 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 use std::time::{Duration, SystemTime};
 
-use self::early::Early;
+use self::hasher::AheadHasher;
 use super::state::leftover;
-use super::state::leftover::Made;
+use super::state::leftover::CreatedFile;
 use crate::error::{Error, Kind, Result, Severity};
 use crate::failpoint::step;
-use crate::folder::{Access, EntryKind, FileId, Folder, Share};
+use crate::folder::{Access, EntryKind, FileId, FileMode, Folder};
 use crate::hash::Check;
-use crate::hash::ahead::Known;
+use crate::hash::subtrees::KnownSubtrees;
 use crate::layer::qcow2::check as structure;
 use crate::layer::qcow2::create::NewImage;
 use crate::layer::{Format, ImageInfo};
 use crate::layout::Level;
 use crate::manifest::{Manifest, fingerprint_of};
-use crate::qemu_img::Verdict;
+use crate::qemu_img::CheckResult;
 use crate::storage::{OpenFile, SourceFile};
 use crate::{folder, manifest, qemu_img};
 
@@ -65,7 +65,7 @@ pub(crate) fn side_folder(folder: &Folder) -> Result<Folder> {
 ///
 /// # Errors
 /// What the operating system said.
-pub(crate) fn note_fleece(folder: &Folder, image: &str, fleece: &Made) -> Result<()> {
+pub(crate) fn note_fleece(folder: &Folder, image: &str, fleece: &CreatedFile) -> Result<()> {
     let name = fleece_note(image);
     let side = side_folder(folder)?;
     let failed = |e| Error::io(e, "cannot write the file").at_path(side.join(&name));
@@ -111,8 +111,8 @@ pub(crate) fn create_image(
     folder: &Folder,
     name: &str,
     image: &NewImage,
-    share: Share,
-) -> Result<Held> {
+    share: FileMode,
+) -> Result<OpenImage> {
     let name = partial_name(name);
     let path = folder.join(&name);
     let file = folder
@@ -124,7 +124,7 @@ pub(crate) fn create_image(
             .at_path(&path)
             .remedy("only a member of a group, or root, gives files to it")
     })?;
-    let held = Held { file: Arc::new(file), path };
+    let held = OpenImage { file: Arc::new(file), path };
     image.write(&held.file, &held.path)?;
     Ok(held)
 }
@@ -133,12 +133,12 @@ pub(crate) fn create_image(
 /// write is told once, to those who had the file open then: whoever opens it later is told that
 /// all is well, and reads the lost bytes out of the page cache.
 #[derive(Debug, Clone)]
-pub(crate) struct Held {
+pub(crate) struct OpenImage {
     file: Arc<File>,
     path: PathBuf,
 }
 
-impl Held {
+impl OpenImage {
     /// Opens the unfinished image that a killed run left; with `made` it must be that very file.
     /// Errors that nobody was told of yet are told here, as long as QEMU has it open without
     /// syncing it.
@@ -154,7 +154,7 @@ impl Held {
         if made.is_some_and(|m| !leftover::agree(m, id)) {
             return Err(taken(&path));
         }
-        Ok(Held { file: Arc::new(file), path })
+        Ok(OpenImage { file: Arc::new(file), path })
     }
 
     /// The open file.
@@ -168,7 +168,7 @@ impl Held {
     /// What the operating system said.
     pub(crate) fn id(&self) -> Result<FileId> {
         let meta = self.file.metadata();
-        Ok(FileId::of(&meta.map_err(|e| self.failed(e, "cannot look at the image"))?))
+        Ok(FileId::of(&meta.map_err(|e| self.failed(e, "cannot check the image"))?))
     }
 
     /// Its name at the beginning, for messages, and for a QEMU that takes no descriptors.
@@ -177,8 +177,8 @@ impl Held {
     }
 
     /// What hashes it while it grows; its disk has `size` bytes.
-    pub(crate) fn early(&self, size: u64) -> Early {
-        Early::new(self.file.clone(), self.path.clone(), size)
+    pub(crate) fn hasher(&self, size: u64) -> AheadHasher {
+        AheadHasher::new(self.file.clone(), self.path.clone(), size)
     }
 
     /// Its length now, which grows with what is copied; `None` if it cannot be told.
@@ -212,7 +212,7 @@ impl Held {
         match folder.is_same(name, &self.file) {
             Ok(true) => Ok(()),
             Ok(false) => Err(taken(&path)),
-            Err(e) => Err(Error::io(e, "cannot look at the image").at_path(&path)),
+            Err(e) => Err(Error::io(e, "cannot check the image").at_path(&path)),
         }
     }
 
@@ -229,7 +229,7 @@ impl Held {
 }
 
 fn taken(path: &Path) -> Error {
-    Error::new(Kind::Unsound, "somebody has put another file in the place of the image")
+    Error::new(Kind::Unsound, "the image was replaced by another file")
         .at_path(path)
         .remedy("find out who writes to the backup directory")
 }
@@ -237,12 +237,12 @@ fn taken(path: &Path) -> Error {
 /// How the BLAKE3 of an image comes about.
 #[derive(Debug)]
 pub(crate) enum Hashing {
-    /// Not at all.
+    /// It is not hashed.
     Left,
     /// Of the complete file.
     Whole,
     /// It was begun while the file was written.
-    Begun(Early),
+    Begun(AheadHasher),
 }
 
 /// Publishes a complete image that QEMU has closed. `manifest` is completed with what only the
@@ -255,7 +255,7 @@ pub(crate) fn publish(
     folder: &Folder,
     mut manifest: Manifest,
     hashing: Hashing,
-    held: &Held,
+    held: &OpenImage,
     stop: &Check,
 ) -> Result<Manifest> {
     let partial = partial_name(&manifest.image);
@@ -279,7 +279,7 @@ pub(crate) fn publish(
 }
 
 /// Gives the image its final name, and makes sure that it was the image that got it.
-fn rename(folder: &Folder, held: &Held, image: &str) -> Result<()> {
+fn rename(folder: &Folder, held: &OpenImage, image: &str) -> Result<()> {
     let partial = partial_name(image);
     held.require_name(folder, &partial)?;
     let failed = |e| Error::io(e, "cannot rename the image").at_path(folder.join(image));
@@ -321,14 +321,14 @@ pub(crate) fn discard_image(folder: &Folder, image: &str) -> Result<()> {
     gone.map_err(|e| Error::io(e, "cannot remove the image").at_path(folder.join(&name)))
 }
 
-fn complete(m: &mut Manifest, held: &Held, hashing: Hashing, stop: &Check) -> Result<()> {
+fn complete(m: &mut Manifest, held: &OpenImage, hashing: Hashing, stop: &Check) -> Result<()> {
     let source = held.source()?;
     m.file_size = source.identity().size;
     m.fingerprint = Some(held.fingerprint()?);
     let known = match hashing {
         Hashing::Left => None,
-        Hashing::Whole => Some(Known::default()),
-        Hashing::Begun(early) => Some(early.end(stop)?),
+        Hashing::Whole => Some(KnownSubtrees::default()),
+        Hashing::Begun(hasher) => Some(hasher.end(stop)?),
     };
     let hash = |known| crate::hash::rest_with(&source, &known, jobs(), stop);
     m.blake3 = known.map(hash).transpose()?;
@@ -350,7 +350,7 @@ fn jobs() -> usize {
 fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
     let longest = size.saturating_mul(2).saturating_add(MAX_TABLES);
     let len =
-        file.metadata().map_err(|e| Error::io(e, "cannot look at the image").at_path(path))?.len();
+        file.metadata().map_err(|e| Error::io(e, "cannot check the image").at_path(path))?.len();
     if len > longest {
         let what = format!("the image has {len} bytes, far more than a disk of {size} can take");
         return Err(Error::new(Kind::Unsound, what).at_path(path));
@@ -358,8 +358,8 @@ fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
     let info = crate::layer::probe(&OpenFile::new(file, path)?)?;
     alone(&info, path)?;
     match qemu_img::check(file, path, &|| stop()) {
-        Ok(Verdict::Sound) => {}
-        Ok(Verdict::Leaks(said) | Verdict::Damaged(said)) => {
+        Ok(CheckResult::Sound) => {}
+        Ok(CheckResult::Leaks(said) | CheckResult::Damaged(said)) => {
             return Err(Error::new(Kind::Unsound, format!("qemu-img check: {said}")).at_path(path));
         }
         Err(e) if e.kind() == Kind::NotFound => check_alone(path, file, e)?,
@@ -380,19 +380,22 @@ fn check(path: &Path, file: &File, size: u64, stop: &Check) -> Result<()> {
 /// taken for the disk's.
 fn alone(info: &ImageInfo, path: &Path) -> Result<()> {
     let what = match info {
-        _ if info.format != Format::Qcow2 => "the image is not qcow2 any more",
-        _ if info.backing_file.is_some() => "the image names a backing file, as none of ours does",
-        _ if info.data_file.is_some() => "the image names a data file, as none of ours does",
+        _ if info.format != Format::Qcow2 => "the image is no longer qcow2",
+        _ if info.backing_file.is_some() => {
+            "the image names a backing file, which fleecefs never \
+                                             sets"
+        }
+        _ if info.data_file.is_some() => "the image names a data file, which fleecefs never sets",
         _ => return Ok(()),
     };
     let error = Error::new(Kind::Unsound, what).at_path(path).at_offset(0);
-    Err(error.remedy("find out what this QEMU is: it wrote the image's header"))
+    Err(error.remedy("check this QEMU: it wrote the image's header"))
 }
 
 /// Our own check of all tables and refcounts, where there is no qemu-img.
 fn check_alone(path: &Path, file: &File, why: Error) -> Result<()> {
     static WARNED: Once = Once::new();
-    WARNED.call_once(|| log::warn!("images are checked by fleecefs alone: {}", why.report()));
+    WARNED.call_once(|| log::warn!("images are not checked with qemu-img: {}", why.report()));
     let found = structure::check(&OpenFile::new(file, path)?, None);
     let all = found.findings.iter().chain(&found.refcounts);
     match all.into_iter().find(|f| f.severity == Severity::Error) {
@@ -402,13 +405,12 @@ fn check_alone(path: &Path, file: &File, why: Error) -> Result<()> {
 }
 
 /// Gives the file an mtime after its predecessors': qmprestore sorts by it.
-fn set_time(held: &Held, dir: &Folder, m: &Manifest) -> Result<()> {
+fn set_time(held: &OpenImage, dir: &Folder, m: &Manifest) -> Result<()> {
     let mut time = SystemTime::now();
     let own = partial_name(&m.image);
     let list = dir.entries().unwrap_or_default().into_iter();
     for e in list.filter(|e| e.kind == EntryKind::File && e.name != own.as_str()) {
-        let meta = dir.look(&e.name).ok().filter(|m| m.is_file());
-        if let Some(t) = meta.and_then(|m| m.modified().ok()) {
+        if let Ok(Some(t)) = dir.modified(&e.name) {
             time = time.max(t.checked_add(Duration::from_secs(1)).unwrap_or(t));
         }
     }
@@ -453,7 +455,7 @@ pub(crate) fn link_plain(folder: &Folder, image: &str, level: Level) -> Result<(
         .map_err(|e| {
             Error::io(e, "cannot make the link beside the image").at_path(folder.join(&link))
         })
-        .map_err(|e| e.remedy("the point is good without it; --no-symlink leaves it out"))
+        .map_err(|e| e.remedy("the point is complete without it; --no-symlink makes no link"))
 }
 
 #[cfg(test)]
@@ -463,7 +465,7 @@ mod tests {
     use crate::backup::recover::sweep;
     use crate::manifest::tests::example;
 
-    fn scene() -> (tempfile::TempDir, Folder) {
+    fn test_folder() -> (tempfile::TempDir, Folder) {
         let d = tempfile::tempdir().unwrap();
         let folder = Folder::open(&d.path().canonicalize().unwrap()).unwrap();
         (d, folder)
@@ -471,7 +473,7 @@ mod tests {
 
     #[test]
     fn a_damaged_announcement_stops_no_other() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         for image in ["FULL-1-d", "FULL-2-d"] {
             announce(&folder, &example(image, Level::Full, None)).unwrap();
             std::fs::write(d.path().join(partial_name(image)), "x").unwrap();
@@ -484,7 +486,7 @@ mod tests {
 
     #[test]
     fn an_image_with_both_names_is_complete() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         std::fs::write(d.path().join("FULL-1-d"), "x".repeat(70000)).unwrap();
         std::fs::hard_link(d.path().join("FULL-1-d"), d.path().join("FULL-1-d.partial")).unwrap();
         let mut m = example("FULL-1-d", Level::Full, None);
@@ -497,7 +499,7 @@ mod tests {
 
     #[test]
     fn a_file_in_the_place_of_the_folder_is_said_to_be_one() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         std::fs::write(d.path().join("T"), "").unwrap();
         let e = make_folders(&folder.join("T")).unwrap_err();
         assert!(e.kind() == Kind::Exists && e.report().contains("name a folder"), "{e}");
@@ -506,10 +508,10 @@ mod tests {
     /// Only the file that was made gets the final name, whatever has the name of it now.
     #[test]
     fn an_exchanged_image_is_not_published() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         let make = || {
             let file = folder.create_new("FULL-1-d.partial").unwrap();
-            Held { file: Arc::new(file), path: folder.join("FULL-1-d.partial") }
+            OpenImage { file: Arc::new(file), path: folder.join("FULL-1-d.partial") }
         };
         let held = make();
         rename(&folder, &held, "FULL-1-d").unwrap();
@@ -538,13 +540,13 @@ mod tests {
         assert_eq!(std::fs::read(d.path().join("victim")).unwrap(), b"v");
         let made = Some(held.id().unwrap());
         drop(make());
-        assert_eq!(Held::open(&folder, "FULL-1-d", made).unwrap_err().kind(), Kind::Unsound);
-        Held::open(&folder, "FULL-1-d", None).unwrap();
+        assert_eq!(OpenImage::open(&folder, "FULL-1-d", made).unwrap_err().kind(), Kind::Unsound);
+        OpenImage::open(&folder, "FULL-1-d", None).unwrap();
     }
 
     #[test]
     fn an_image_that_names_another_file_is_not_published() {
-        let (d, folder) = scene();
+        let (d, folder) = test_folder();
         let shape = NewImage {
             size: 1 << 20,
             cluster_size: 65536,
@@ -555,7 +557,7 @@ mod tests {
         for (name, backing, wanted) in
             [("FULL-1-d", Some("other.qcow2"), Some("backing file")), ("FULL-2-d", None, None)]
         {
-            let held = create_image(&folder, name, &shape, Share::default()).unwrap();
+            let held = create_image(&folder, name, &shape, FileMode::default()).unwrap();
             let pointer = backing.map(|b| (OsStr::new(b), "qcow2"));
             crate::layer::qcow2::backing::set_backing(held.file(), held.path(), pointer).unwrap();
             let found =

@@ -14,7 +14,7 @@ pub(crate) struct Report {
     pub plan: Plan,
     /// What became of each disk.
     pub disks: Vec<DiskReport>,
-    /// What the moment achieved.
+    /// What the freeze point achieved.
     pub consistency: Consistency,
     /// What is still in QEMU, and why.
     pub undo: Option<Error>,
@@ -47,7 +47,7 @@ impl Report {
             };
         };
         let kind = if good > 0 { Kind::Partial } else { first.kind() };
-        let text = format!("{bad} of {} disks would have no new point", bad.saturating_add(good));
+        let text = format!("backup of {bad} of {} disks would fail", bad.saturating_add(good));
         Err(Error::new(kind, text))
     }
 
@@ -58,9 +58,9 @@ impl Report {
 
     /// The error to end with: that something could not be undone; `Partial` if some disks have a point
     /// and others not, the first error if none has. With `strict` `Skipped` if a disk was left out, or
-    /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `told` why a disk has none
+    /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `logged` why a disk has none
     /// when it failed, that is not said again.
-    pub(crate) fn verdict(&self, strict: bool, quiesce: bool, told: bool) -> Result<()> {
+    pub(crate) fn verdict(&self, strict: bool, quiesce: bool, logged: bool) -> Result<()> {
         if let Some(e) = &self.undo {
             return Err(Error::new(e.kind(), e.report()));
         }
@@ -72,14 +72,16 @@ impl Report {
         if let Some((disk, e)) = bad.first() {
             let kind = if good > 0 { Kind::Partial } else { e.kind() };
             let all = bad.len().saturating_add(good);
-            let text = format!("{} of {all} disks have no new point", bad.len());
-            return Err(match told {
-                true => {
-                    let names: Vec<&str> = bad.iter().map(|(d, _)| *d).collect();
-                    Error::new(kind, format!("{text}: {}", names.join(", ")))
-                }
-                false => Error::new(kind, format!("{text}; {disk}: {}", e.report())),
-            });
+            let names: Vec<&str> = bad.iter().map(|(d, _)| *d).collect();
+            let some =
+                if good > 0 { format!(" ({good} of {all} succeeded)") } else { String::new() };
+            let text = format!("backup of {} failed{some}", names.join(", "));
+            let why = match (logged, bad.len()) {
+                (true, _) => String::new(),
+                (false, 1) => format!(": {}", e.report()),
+                (false, _) => format!("; {disk}: {}", e.report()),
+            };
+            return Err(Error::new(kind, text + &why));
         }
         match self.first_skipped() {
             Some(s) if strict => {
@@ -87,7 +89,10 @@ impl Report {
             }
             None if strict && quiesce && self.consistency.achieved == Achieved::Crash => {
                 let text = format!("crash-consistent only: {}", self.consistency.reason);
-                Err(Error::new(Kind::Skipped, text).remedy("the points are there and restorable"))
+                Err(Error::new(Kind::Skipped, text).remedy(
+                    "the points were made and can be \
+                                                            restored",
+                ))
             }
             _ => Ok(()),
         }
@@ -116,12 +121,12 @@ mod tests {
         assert!(
             crash.verdict(false, true, true).is_ok() && crash.verdict(true, false, true).is_ok()
         );
-        let broken = |told| {
+        let broken = |logged| {
             let e = Error::new(Kind::Io, "it broke");
             let refused = vec![("vda".to_string(), e)];
             let plan = Plan { refused, ..report(Achieved::Crash).plan };
             Report { plan, ..report(Achieved::Crash) }
-                .verdict(false, false, told)
+                .verdict(false, false, logged)
                 .unwrap_err()
                 .report()
         };

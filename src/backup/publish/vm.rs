@@ -8,7 +8,7 @@ use super::side_folder;
 use crate::backup::names;
 use crate::error::{Error, Result};
 use crate::folder;
-use crate::folder::{Folder, Share};
+use crate::folder::{FileMode, Folder};
 use crate::manifest::{ConfigFile, FOLDER};
 use crate::qmp::{Client, budget};
 
@@ -44,7 +44,7 @@ pub(crate) fn describe(client: &mut Client) -> Result<Value> {
             asked.push((q, client.ask(q, arguments)?));
         }
     }
-    let mut all = Described { value: json!({}), room: ANSWERS };
+    let mut all = BoundedAnswers { value: json!({}), room: ANSWERS };
     for (q, a) in asked {
         if let Ok(answer) = client.answer(a)? {
             all.keep(if q == "qom-get" { "machine" } else { q }, answer);
@@ -53,12 +53,12 @@ pub(crate) fn describe(client: &mut Client) -> Result<Value> {
     Ok(all.value)
 }
 
-struct Described {
+struct BoundedAnswers {
     value: Value,
     room: usize,
 }
 
-impl Described {
+impl BoundedAnswers {
     fn keep(&mut self, question: &str, answer: Value) {
         let size = budget::size(&answer);
         match self.room.checked_sub(size).filter(|_| size <= ANSWER) {
@@ -100,7 +100,7 @@ pub(crate) fn keep_config(
     files: &[(PathBuf, Vec<u8>)],
     folder: &Folder,
     run: &str,
-    share: Share,
+    share: FileMode,
 ) -> Result<Vec<ConfigFile>> {
     let mut kept = Vec::new();
     for (n, (path, bytes)) in files.iter().enumerate() {

@@ -5,7 +5,7 @@
 //! a run that fails while its process lives.
 //!
 //! A target that is not there (not mounted, an NFS server that is down) does not keep the VM from
-//! being backed up elsewhere: what lies in it stays in the journal until it is there again.
+//! being backed up elsewhere: what is in it stays in the journal until it is there again.
 
 pub(crate) mod wait;
 
@@ -15,14 +15,14 @@ use std::time::Duration;
 use super::fleece::migration::Owner;
 use super::fleece::teardown::{Scope, runs_in_qemu, teardown_all, unblock};
 use super::fleece::{migration, nbdserver};
-use super::freeze::guardian::continue_if_paused;
+use super::freeze::watchdog::continue_if_paused;
 use super::graph::bitmap;
 use super::publish::Hashing;
-use super::state::journal::{DiskRecord, Left, Pending};
-use super::state::leftover::Made;
+use super::state::journal::{DeferredDisk, DiskRecord, Pending};
+use super::state::leftover::CreatedFile;
 use super::state::lock::Lock;
 use super::state::{journal, leftover};
-use super::target::reach::{answers, check_answers, real_folder};
+use super::target::reachable::{answers, check_answers, real_folder};
 use super::{Watch, names, publish};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{EntryKind, FileId, Folder};
@@ -39,32 +39,32 @@ const MOST_LATE: u32 = 3;
 
 /// What became of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fate {
+pub enum ImageOutcome {
     /// It is a point.
     Published,
     /// It was removed, or there was none.
     Removed,
 }
 
-/// Where a recovery works, and what it may do.
+/// What a recovery works on, and what it may do.
 #[derive(Debug, Clone, Copy)]
-pub struct Place<'a> {
+pub struct RecoverContext<'a> {
     /// The state folder.
     pub state: &'a Path,
     /// The VM. Its lock is held.
     pub vm: &'a Address,
-    /// On whose behalf.
-    pub cause: Cause<'a>,
+    /// What the recovery is for.
+    pub cause: RecoverCause<'a>,
     /// The guest agent to thaw with, if the user says that it is not the one in the journal.
     pub agent: Option<&'a Address>,
 }
 
-/// On whose behalf something is undone.
+/// What a recovery is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause<'a> {
-    /// The run ends itself, and holds its target's lock.
+pub enum RecoverCause<'a> {
+    /// The end of the run itself, which holds the lock of its target.
     OwnEnd,
-    /// A backup to this target is to begin: what lies there has to be settled first; what lies in
+    /// A backup to this target is to begin: what earlier runs left there has to be concluded first; what is in
     /// a target that is not there now is left for later.
     Backup(&'a Path),
     /// The user asked for it.
@@ -73,14 +73,14 @@ pub enum Cause<'a> {
     Forget,
 }
 
-impl Cause<'_> {
+impl RecoverCause<'_> {
     /// Whether a folder that is not there can wait: its file system may not be mounted.
     fn may_wait(&self, dir: &Path) -> bool {
         let real = |p: &Path| folder::resolve(p).unwrap_or_else(|_| p.to_path_buf());
         match self {
-            Cause::OwnEnd => false,
-            Cause::Backup(t) => !dir.starts_with(t) && !real(dir).starts_with(real(t)),
-            Cause::Command | Cause::Forget => true,
+            RecoverCause::OwnEnd => false,
+            RecoverCause::Backup(t) => !dir.starts_with(t) && !real(dir).starts_with(real(t)),
+            RecoverCause::Command | RecoverCause::Forget => true,
         }
     }
 }
@@ -88,7 +88,7 @@ impl Cause<'_> {
 /// What a recovery found.
 #[derive(Debug, Default)]
 pub struct Recovered {
-    /// How many runs were undone, and disks of runs before settled.
+    /// How many runs were undone, and disks of earlier runs concluded.
     pub done: usize,
     /// How many disks of theirs, or of runs before, are left for later.
     pub left: usize,
@@ -99,7 +99,11 @@ pub struct Recovered {
 /// # Errors
 /// QEMU refuses, the guest may still be frozen, or something cannot be removed; what is left is
 /// still in the journal. `Busy` if one of the runs lives.
-pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Result<Recovered> {
+pub fn recover(
+    client: &mut Client,
+    place: RecoverContext<'_>,
+    watch: &dyn Watch,
+) -> Result<Recovered> {
     migration::check_arrived(client)?;
     let mut journal = journal::pending(place.state, place.vm)?.unwrap_or_default();
     forget_other_process(client, &mut journal, place, watch)?;
@@ -115,13 +119,14 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
         client.check_interrupt()?;
         // It may have come by another of QEMU's sockets.
         let _mark = Lock::run(place.state, run)?;
-        watch.say(&format!("an earlier run ({run}) did not end in order: undoing it"));
+        watch.say(&format!("cleaning up after an interrupted backup ({run})"));
         let pending = match journal.run == *run {
             true => journal.clone(),
             false => {
                 // What QEMU says about files is not believed.
                 watch.say(
-                    "its journal is not here: the next backup to the same target sees to its files",
+                    "its journal is not here: the next backup to the same target cleans up its \
+                     files",
                 );
                 Pending { run: run.clone(), ..Default::default() }
             }
@@ -144,7 +149,7 @@ pub fn recover(client: &mut Client, place: Place<'_>, watch: &dyn Watch) -> Resu
     let mut settled = 0usize;
     for l in &journal.left {
         client.check_interrupt()?;
-        match settle(here.then_some(&mut *client), l, place, watch)? {
+        match conclude(here.then_some(&mut *client), l, place, watch)? {
             true => settled = settled.saturating_add(1),
             false => left.push(l.clone()),
         }
@@ -165,13 +170,13 @@ pub fn check_gone(pending: &Pending, vm: &Address, why: Error) -> Result<()> {
     let (what, remedy) = match &pending.qemu {
         Some(process) if peer::runs_on(process, ENDING) => {
             let pid = peer::pid(process).unwrap_or_default();
-            let what = format!("nobody answers at {vm}, but QEMU (process {pid}) still runs");
-            let remedy = "let that socket lead to a QMP monitor of this QEMU again and run fleecefs \
-                          recover; or see to the guest by hand and run it with --forget";
+            let what = format!("no answer at {vm}, but QEMU (process {pid}) still runs");
+            let remedy = "make that socket a QMP monitor of this QEMU again and run fleecefs \
+                          recover; or resume the guest by hand and run it with --forget";
             (what, remedy)
         }
         None if pending.stopped || pending.frozen => {
-            let what = format!("nobody answers at {vm}, and it cannot be told whether QEMU runs");
+            let what = format!("no answer at {vm}, and it is not known whether QEMU runs");
             let remedy =
                 "run fleecefs recover when QEMU answers there; if it has ended, with --forget";
             (what, remedy)
@@ -191,20 +196,24 @@ pub fn check_gone(pending: &Pending, vm: &Address, why: Error) -> Result<()> {
 ///
 /// # Errors
 /// As [`recover`] and [`check_gone`].
-pub fn recover_offline(place: Place<'_>, watch: &dyn Watch, why: Error) -> Result<Recovered> {
+pub fn recover_offline(
+    place: RecoverContext<'_>,
+    watch: &dyn Watch,
+    why: Error,
+) -> Result<Recovered> {
     let Some(journal) = journal::pending(place.state, place.vm)? else {
         return Err(why);
     };
     match check_gone(&journal, place.vm, why) {
-        Err(e) if place.cause == Cause::Forget => watch.warn(&e.to_string()),
+        Err(e) if place.cause == RecoverCause::Forget => watch.warn(&e.to_string()),
         other => {
             other?;
-            watch.say("QEMU is gone: only files are left to settle");
+            watch.say("QEMU has ended: only files are left to clean up");
         }
     }
     let mut left = Vec::new();
     for l in &journal.left {
-        if !settle(None, l, place, watch)? {
+        if !conclude(None, l, place, watch)? {
             left.push(l.clone());
         }
     }
@@ -223,7 +232,7 @@ pub fn recover_offline(place: Place<'_>, watch: &dyn Watch, why: Error) -> Resul
 fn forget_other_process(
     client: &Client,
     pending: &mut Pending,
-    place: Place<'_>,
+    place: RecoverContext<'_>,
     watch: &dyn Watch,
 ) -> Result<()> {
     let (Some(then), Some(now)) = (&pending.qemu, client.process()) else { return Ok(()) };
@@ -231,7 +240,7 @@ fn forget_other_process(
         return Ok(());
     }
     let held = pending.stopped || pending.frozen;
-    if held && place.cause != Cause::Forget && peer::runs_on(then, ENDING) {
+    if held && place.cause != RecoverCause::Forget && peer::runs_on(then, ENDING) {
         let another = Error::new(Kind::Busy, "another QEMU answers there");
         return check_gone(pending, place.vm, another);
     }
@@ -250,9 +259,9 @@ fn forget_other_process(
 pub fn undo(
     client: &mut Client,
     pending: &Pending,
-    place: Place<'_>,
+    place: RecoverContext<'_>,
     watch: &dyn Watch,
-) -> Result<Vec<Left>> {
+) -> Result<Vec<DeferredDisk>> {
     match migration::owner(client)? {
         Owner::Here => {}
         Owner::Left => {
@@ -268,34 +277,34 @@ pub fn undo(
         }
     }
     let freed = release_guest(client, pending, place, watch);
-    // Open until all is settled: what could not be written to an image is forgotten with the last
+    // Open until all is concluded: what could not be written to an image is forgotten with the last
     // one that has it open.
     let open = |d: &DiskRecord| {
         let folder = real_folder(&d.dir).ok()??;
-        publish::Held::open(&folder, &d.image, d.image_id).ok()
+        publish::OpenImage::open(&folder, &d.image, d.image_id).ok()
     };
     let _images: Vec<_> = pending.disks.iter().filter_map(open).collect();
     let fleeces = pending.disks.iter().map(|d| &d.fleece);
     let fleeces = fleeces.filter(|f| f.parent().is_some_and(answers));
     let _fleeces: Vec<_> = fleeces.filter_map(|f| leftover::hold(f)).collect();
     let scope = Scope { run: &pending.run, index: None };
-    let torn = teardown_all(client, scope)?;
-    let blocked = torn.blocked;
+    let teardown = teardown_all(client, scope)?;
+    let blocked = teardown.blocked;
     if pending.nbd {
         nbdserver::stop_left(client, place.state, place.vm)?;
     }
     let mut left = Vec::new();
     let disks = pending.disks.iter().filter(|d| !pending.settled.contains(&d.index));
-    for d in disks.filter(|d| !torn.stuck.contains(&d.index)) {
+    for d in disks.filter(|d| !teardown.stuck.contains(&d.index)) {
         client.check_interrupt()?;
-        let finished = pending.closed.contains(&d.index) || torn.finished.contains(&d.index);
-        let l = Left { disk: d.clone(), finished };
-        if !settle(Some(client), &l, place, watch)? {
+        let finished = pending.closed.contains(&d.index) || teardown.finished.contains(&d.index);
+        let l = DeferredDisk { disk: d.clone(), finished };
+        if !conclude(Some(client), &l, place, watch)? {
             left.push(l);
         }
     }
     freed?;
-    torn.refused.map_or(Ok(()), Err)?;
+    teardown.refused.map_or(Ok(()), Err)?;
     // Last: until here what is on the disks is not what another QEMU should get.
     unblock(client, &pending.run, blocked)?;
     Ok(left)
@@ -305,11 +314,15 @@ pub fn undo(
 ///
 /// # Errors
 /// As [`recover`].
-pub fn undo_offline(pending: &Pending, place: Place<'_>, watch: &dyn Watch) -> Result<Vec<Left>> {
+pub fn undo_offline(
+    pending: &Pending,
+    place: RecoverContext<'_>,
+    watch: &dyn Watch,
+) -> Result<Vec<DeferredDisk>> {
     let mut left = Vec::new();
     for d in pending.disks.iter().filter(|d| !pending.settled.contains(&d.index)) {
-        let l = Left { disk: d.clone(), finished: pending.closed.contains(&d.index) };
-        if !settle(None, &l, place, watch)? {
+        let l = DeferredDisk { disk: d.clone(), finished: pending.closed.contains(&d.index) };
+        if !conclude(None, &l, place, watch)? {
             left.push(l);
         }
     }
@@ -317,35 +330,35 @@ pub fn undo_offline(pending: &Pending, place: Place<'_>, watch: &dyn Watch) -> R
 }
 
 /// Settles one disk under its target's lock. False: its target cannot be reached now.
-fn settle(
+fn conclude(
     mut client: Option<&mut Client>,
-    l: &Left,
-    place: Place<'_>,
+    l: &DeferredDisk,
+    place: RecoverContext<'_>,
     watch: &dyn Watch,
 ) -> Result<bool> {
     let d = &l.disk;
     let may_wait = place.cause.may_wait(&d.dir);
     let done = reach(&d.dir, place.cause, may_wait)
-        .and_then(|_lock| settle_disk(client.as_deref_mut(), d, l.finished, watch));
+        .and_then(|_lock| conclude_disk(client.as_deref_mut(), d, l.finished, watch));
     let Err(e) = done else { return Ok(true) };
     let of_qemu = matches!(e.kind(), Kind::Peer | Kind::Timeout | Kind::Interrupted);
     if of_qemu || !may_wait {
         return Err(e);
     }
     let name = d.dir.join(&d.image);
-    if place.cause == Cause::Forget {
+    if place.cause == RecoverCause::Forget {
         watch.warn(&format!("{}: given up: {}", path_text(&name), e.report()));
         drop_traces(client, d)?;
         return Ok(true);
     }
-    watch.warn(&format!("{}: left for later: {}", path_text(&name), e.report()));
+    watch.warn(&format!("{}: postponed: {}", path_text(&name), e.report()));
     Ok(false)
 }
 
 /// The lock of the target that a disk's folder is in; who ends his own run has it.
-fn reach(dir: &Path, cause: Cause<'_>, may_wait: bool) -> Result<Option<Locks>> {
+fn reach(dir: &Path, cause: RecoverCause<'_>, may_wait: bool) -> Result<Option<Locks>> {
     check_answers(dir)?;
-    if cause == Cause::OwnEnd {
+    if cause == RecoverCause::OwnEnd {
         return Ok(None);
     }
     let real = match folder::resolve(dir) {
@@ -359,7 +372,7 @@ fn reach(dir: &Path, cause: Cause<'_>, may_wait: bool) -> Result<Option<Locks>> 
 fn release_guest(
     client: &mut Client,
     pending: &Pending,
-    place: Place<'_>,
+    place: RecoverContext<'_>,
     watch: &dyn Watch,
 ) -> Result<()> {
     if pending.stopped && client.has_guest() && continue_if_paused(client)? {
@@ -376,13 +389,13 @@ fn release_guest(
     match thawed {
         Ok(true) => watch.say("the guest was still frozen: thawed"),
         Ok(false) => {}
-        Err(e) if place.cause == Cause::Forget => {
+        Err(e) if place.cause == RecoverCause::Forget => {
             watch.warn(&format!("the guest may still be frozen: {}", e.report()));
         }
         Err(e) => {
             let what = "the guest may still be frozen: its agent did not thaw it";
-            let remedy = "see to the guest and its agent, then run fleecefs recover: with --agent \
-                          if its socket is another now, with --forget if nothing will answer";
+            let remedy = "check the guest and its agent, then run fleecefs recover: with --agent \
+                          if its socket has changed, with --forget to give up";
             return Err(Error::new(e.kind(), what).with_source(e).remedy(remedy));
         }
     }
@@ -405,44 +418,48 @@ fn thaw(agent: &Address) -> Result<bool> {
 ///
 /// # Errors
 /// As [`recover`].
-pub fn settle_disk(
+pub fn conclude_disk(
     client: Option<&mut Client>,
     d: &DiskRecord,
     finished: bool,
     watch: &dyn Watch,
-) -> Result<Fate> {
-    let fate = match real_folder(&d.dir)? {
-        Some(folder) => settle_image(&folder, &d.image, (finished, d.image_id), watch)?,
-        None => Fate::Removed,
+) -> Result<ImageOutcome> {
+    let outcome = match real_folder(&d.dir)? {
+        Some(folder) => conclude_image(&folder, &d.image, (finished, d.image_id), watch)?,
+        None => ImageOutcome::Removed,
     };
-    match fate {
-        Fate::Removed => drop_traces(client, d)?,
-        Fate::Published => remove_fleece(d)?,
+    match outcome {
+        ImageOutcome::Removed => drop_traces(client, d)?,
+        ImageOutcome::Published => remove_fleece(d)?,
     }
-    say(watch, d, fate.clone());
-    Ok(fate)
+    say(watch, d, outcome.clone());
+    Ok(outcome)
 }
 
 /// What a disk has outside its target: its new bitmap and its fleece image.
 fn drop_traces(client: Option<&mut Client>, d: &DiskRecord) -> Result<()> {
     if let (Some(client), Some(name)) = (client, &d.bitmap) {
-        for name in names::with_beside(name) {
+        for name in names::with_companions(name) {
             bitmap::remove_everywhere(client, &name)?;
         }
     }
     remove_fleece(d)
 }
 
-fn say(watch: &dyn Watch, d: &DiskRecord, fate: Fate) {
+fn say(watch: &dyn Watch, d: &DiskRecord, outcome: ImageOutcome) {
     let name = d.dir.join(&d.image);
-    match fate {
-        Fate::Published => watch.say(&format!("{} was complete: published", path_text(&name))),
-        Fate::Removed => watch.say(&format!("{} was not complete: removed", path_text(&name))),
+    match outcome {
+        ImageOutcome::Published => {
+            watch.say(&format!("{} was complete: published", path_text(&name)))
+        }
+        ImageOutcome::Removed => {
+            watch.say(&format!("{} was not complete: removed", path_text(&name)))
+        }
     }
 }
 
 fn remove_fleece(d: &DiskRecord) -> Result<()> {
-    leftover::remove_recorded(&Made { path: d.fleece.clone(), id: d.fleece_id })
+    leftover::remove_recorded(&CreatedFile { path: d.fleece.clone(), id: d.fleece_id })
 }
 
 /// Decides by what is on disk, and by whether the job is known to have `finished`. `made` is which
@@ -450,41 +467,41 @@ fn remove_fleece(d: &DiskRecord) -> Result<()> {
 ///
 /// # Errors
 /// The folder cannot be read or written.
-pub fn settle_image(
+pub fn conclude_image(
     folder: &Folder,
     image: &str,
     (finished, made): (bool, Option<FileId>),
     watch: &dyn Watch,
-) -> Result<Fate> {
+) -> Result<ImageOutcome> {
     finish_rename(folder, image)?;
     if manifest::read_in(folder, image.as_ref())?.is_some() && folder.has(image) {
         publish::discard(folder, image)?;
-        return Ok(Fate::Published);
+        return Ok(ImageOutcome::Published);
     }
     let Some(m) = publish::announced(folder, image)? else {
         publish::discard(folder, image)?;
-        return Ok(Fate::Removed);
+        return Ok(ImageOutcome::Removed);
     };
     // The announcement is completed after the image was closed, checked and synced.
     let checked = m.fingerprint.is_some();
     let done = if folder.has(publish::partial_name(image)) && (finished || checked) {
-        publish::Held::open(folder, image, made).and_then(|held| {
+        publish::OpenImage::open(folder, image, made).and_then(|held| {
             publish::publish(folder, m, Hashing::Whole, &held, &|| watch.check_stop()).map(drop)
         })
     } else if folder.has(image) && checked {
         adopt(folder, m)
     } else {
         publish::discard(folder, image)?;
-        return Ok(Fate::Removed);
+        return Ok(ImageOutcome::Removed);
     };
     match done {
-        Ok(()) => Ok(Fate::Published),
+        Ok(()) => Ok(ImageOutcome::Published),
         // What could not be looked at now may be complete all the same.
         Err(e) if is_no_verdict(e.kind()) => Err(e),
         Err(e) => {
-            watch.warn(&format!("{} is no good: {}", path_text(&image), e.report()));
+            watch.warn(&format!("{} is invalid: {}", path_text(&image), e.report()));
             publish::discard(folder, image)?;
-            Ok(Fate::Removed)
+            Ok(ImageOutcome::Removed)
         }
     }
 }
@@ -526,7 +543,7 @@ fn adopt(folder: &Folder, m: Manifest) -> Result<()> {
 /// [`sweep`] of a target, or its folder of the month, and of each disk's folder in it.
 ///
 /// # Errors
-/// As [`settle_image`].
+/// As [`conclude_image`].
 pub fn sweep_all(base: &Path, watch: &dyn Watch) -> Result<()> {
     let failed = |e| Error::io(e, "cannot read the target").at_path(base);
     let base = Folder::open(base).map_err(failed)?;
@@ -546,7 +563,7 @@ pub fn sweep_all(base: &Path, watch: &dyn Watch) -> Result<()> {
 /// is held, so nobody is at work there.
 ///
 /// # Errors
-/// As [`settle_image`].
+/// As [`conclude_image`].
 pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
     let failed = |e| Error::io(e, "cannot read the folder").at_path(folder.path());
     let side = folder::absent_is_none(folder.folder(manifest::FOLDER)).map_err(failed)?;
@@ -559,12 +576,12 @@ pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
             side.remove_if_there(&name).map_err(failed)?;
         }
         let Some(image) = name.strip_suffix(".partial.json") else { continue };
-        let fate = match settle_image(folder, image, (false, None), watch) {
+        let outcome = match conclude_image(folder, image, (false, None), watch) {
             Ok(f) => f,
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
                 // Of one disk, and perhaps of a newer version: it must not stop the others.
                 watch.warn(&format!(
-                    "{} cannot be settled and stays: {}",
+                    "{} cannot be cleaned up and stays: {}",
                     path_text(&image),
                     e.report()
                 ));
@@ -572,8 +589,8 @@ pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
             }
             Err(e) => return Err(e),
         };
-        let done = if fate == Fate::Published { "published" } else { "removed" };
-        watch.say(&format!("{}: an unfinished image, {done}", path_text(&folder.join(image))));
+        let done = if outcome == ImageOutcome::Published { "published" } else { "removed" };
+        watch.say(&format!("{}: unfinished image: {done}", path_text(&folder.join(image))));
     }
     Ok(())
 }

@@ -3,10 +3,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::Place;
+use super::RecoverContext;
 use crate::backup::disks::{Answers, survey};
 use crate::backup::fleece::{foreign, migration};
-use crate::backup::{Options, Quiet, StopWish, Watch, plan, recover};
+use crate::backup::{Options, Quiet, StopMode, Watch, plan, recover};
 use crate::error::{Kind, Result};
 use crate::qmp::Client;
 
@@ -20,13 +20,13 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// As [`migration::check`] and [`recover::recover`]; `Interrupted`.
 pub(crate) fn until_free(
     client: &mut Client,
-    place: Place<'_>,
+    place: RecoverContext<'_>,
     options: &Options,
     watch: &dyn Watch,
 ) -> Result<()> {
     let end = Instant::now().checked_add(options.wait);
     let over = || end.is_some_and(|e| Instant::now() >= e);
-    let stops = options.moment.stop != StopWish::Never && client.has_guest();
+    let stops = options.freeze_point.stop != StopMode::Never && client.has_guest();
     let mut said: Option<String> = None;
     loop {
         let tell: &dyn Watch = if said.is_some() { &Quiet } else { watch };

@@ -1,5 +1,5 @@
 //! Following a disk's job, and its barriers: points at which it is certain what of the guest is in
-//! the image, so that it can be hashed while the job goes on (see `early`).
+//! the image, so that it can be hashed while the job goes on (see `hasher`).
 //!
 //! For a barrier the job is paused, which makes QEMU wait for its writes under way, and resumed as
 //! soon as it was looked at. Nothing is believed of the pause itself. A job that copies all of a disk
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::disk::job_error;
 use super::session::{Active, Run};
 use crate::backup::names::{Role, object};
-use crate::backup::publish::early::{Barriers, Mark};
+use crate::backup::publish::hasher::{Barriers, CopyMark};
 use crate::error::Result;
 use crate::failpoint;
 use crate::failpoint::step;
@@ -50,8 +50,8 @@ impl Run<'_> {
         if !apt || !knows || self.client.is_remote() || d.plan.since.is_some() {
             return None;
         }
-        let early = d.held.as_ref()?.early(d.plan.disk.size);
-        Some(Barriers { early, every: interval()?, last: d.empty, paused: None })
+        let hasher = d.held.as_ref()?.hasher(d.plan.disk.size);
+        Some(Barriers { hasher, every: interval()?, last: d.empty, paused: None })
     }
 
     /// Shows progress; gives the job once it has ended.
@@ -67,7 +67,7 @@ impl Run<'_> {
             s.total = job.total_progress;
         });
         if !job.concluded() {
-            return self.hash_beside(d, job).err().map(Err);
+            return self.hash_ahead(d, job).err().map(Err);
         }
         step("job concluded");
         d.progress.end(d.began.elapsed());
@@ -76,16 +76,16 @@ impl Run<'_> {
         }
         // Without an error all is copied: the rest is hashed while it is synced.
         let length = d.held.as_ref().and_then(|h| h.length());
-        if let (Some(b), Some(length)) = (&mut d.early, length) {
-            b.early.go_on(Mark { guest: u64::MAX, length });
+        if let (Some(b), Some(length)) = (&mut d.hasher, length) {
+            b.hasher.go_on(CopyMark { guest: u64::MAX, length });
         }
         Some(Ok(job.clone()))
     }
 
     /// Begins a barrier when it is due, and ends one that was begun.
-    fn hash_beside(&mut self, d: &mut Active, job: &Job) -> Result<()> {
+    fn hash_ahead(&mut self, d: &mut Active, job: &Job) -> Result<()> {
         let Some(length) = d.held.as_ref().and_then(|h| h.length()) else { return Ok(()) };
-        let Some(b) = &mut d.early else { return Ok(()) };
+        let Some(b) = &mut d.hasher else { return Ok(()) };
         // Its end is a barrier too.
         let left = job.total_progress.saturating_sub(job.current_progress);
         let due = length.saturating_sub(b.last) >= b.every && left >= b.every;
@@ -99,10 +99,10 @@ impl Run<'_> {
             Some(until) if job.status == "paused" || Instant::now() > until => {
                 b.paused = None;
                 if let Some(guest) = self.end_barrier(d.index, job)?
-                    && let Some(b) = &mut d.early
+                    && let Some(b) = &mut d.hasher
                 {
                     b.last = length;
-                    b.early.go_on(Mark { guest, length });
+                    b.hasher.go_on(CopyMark { guest, length });
                 }
             }
             _ => {}

@@ -7,8 +7,8 @@ use std::time::Instant;
 use serde_json::Value;
 
 use super::conclude::failure;
-use super::session::{Active, Run, State};
-use crate::backup::disks::{Answers, Seen, survey};
+use super::session::{Active, DiskState, Run};
+use crate::backup::disks::{Answers, Survey, survey};
 use crate::backup::fleece::nbdserver;
 use crate::backup::fleece::zeros::ChainData;
 use crate::backup::plan::folders;
@@ -31,7 +31,7 @@ use crate::text::path_text;
 pub(in crate::backup) fn look(
     options: &Options,
     client: &mut Client,
-) -> Result<(Seen, Arc<Value>)> {
+) -> Result<(Survey, Arc<Value>)> {
     let mut answers = Answers::ask(client)?;
     answers.ours = options.offline.is_some();
     if options.offline.is_some() && options.dry_run {
@@ -143,23 +143,23 @@ impl Run<'_> {
         }
         for path in folders::unfinished(plan.disks.iter().map(|d| d.dir.as_path())) {
             self.watch.warn(&format!(
-                "{}: a backup of another program that did not finish, or is still running: nothing \
-                 is built on it; remove it if nobody writes to it",
+                "{}: an unfinished backup of another program, or one still running: ignored; \
+                 remove it if nobody writes to it",
                 path_text(&path)
             ));
         }
         for d in &plan.disks {
             if d.disk.throwaway {
                 self.watch.warn(&format!(
-                    "{}: QEMU was started with snapshot=on: what the guest writes is in a temporary \
-                     overlay of {} and gone when QEMU ends; the point has the disk as the guest sees it",
+                    "{}: QEMU runs with snapshot=on: guest writes are in a temporary overlay of \
+                     {} and lost when QEMU ends; the point has the disk as the guest sees it",
                     d.disk.label(),
                     path_text(&d.disk.identity.file)
                 ));
             }
             if let Some(before) = &d.moved_from {
                 let text = format!(
-                    "{}: its file was {} and is {} now; its points go on in {}",
+                    "{}: its file was {} and is {} now; its points stay in {}",
                     d.disk.label(),
                     path_text(before),
                     path_text(&d.disk.identity.file),
@@ -173,17 +173,14 @@ impl Run<'_> {
             }
             let word = names::level_word(d.level);
             match &d.demoted {
-                Some(why) if why == crate::backup::target::history::FIRST => {
-                    self.watch.say(&format!(
-                        "{}: first backup of this disk to this target, taking a FULL",
-                        d.disk.label()
-                    ))
-                }
+                Some(why) if why == crate::backup::target::history::FIRST => self.watch.say(
+                    &format!("{}: first backup to this target, taking a FULL", d.disk.label()),
+                ),
                 // As the user wants it.
                 Some(why) if why == crate::backup::plan::level::DUE => {
-                    self.watch.say(&format!("{}: a FULL, since {why}", d.disk.label()));
+                    self.watch.say(&format!("{}: taking a FULL: {why}", d.disk.label()));
                 }
-                Some(why) => self.watch.warn(&format!("{}: a FULL, since {why}", d.disk.label())),
+                Some(why) => self.watch.warn(&format!("{}: taking a FULL: {why}", d.disk.label())),
                 None => self.watch.say(&format!(
                     "{}: {word} -> {}",
                     path_text(&d.disk.label()),
@@ -229,13 +226,13 @@ impl Run<'_> {
                 chain: None,
                 folder: None,
                 held: None,
-                early: None,
+                hasher: None,
                 progress: self.watch.disk(p.disk.label()),
                 shown: 0,
                 empty: 0,
                 began: Instant::now(),
                 plan: p.clone(),
-                state: State::Going,
+                state: DiskState::Going,
             })
             .collect())
     }

@@ -1,7 +1,7 @@
 //! The end of a run, once QEMU has closed the images: they become points one by one, and each
 //! point says which disks of its run have none.
 
-use super::session::{Active, Run, State};
+use super::session::{Active, DiskState, Run};
 use crate::backup::publish;
 use crate::error::{Error, Kind, Result};
 use crate::manifest;
@@ -26,13 +26,13 @@ impl Run<'_> {
         if error.kind() == Kind::Interrupted {
             return Err(again());
         }
-        for d in disks.iter_mut().filter(|d| !d.settled()) {
-            let closed = matches!(d.state, State::Closed);
+        for d in disks.iter_mut().filter(|d| !d.is_concluded()) {
+            let closed = matches!(d.state, DiskState::Closed);
             if !closed || self.publish(d, refused).is_err() {
-                d.state = State::Failed(again());
+                d.state = DiskState::Failed(again());
             }
         }
-        match disks.iter().any(|d| matches!(d.state, State::Done(_))) {
+        match disks.iter().any(|d| matches!(d.state, DiskState::Done(_))) {
             true => {
                 self.watch.warn(&error.report());
                 Ok(())
@@ -50,7 +50,7 @@ impl Run<'_> {
         self.phase("publishing");
         for at in 0..disks.len() {
             let failed = failures(disks, refused);
-            let Some(d) = disks.get_mut(at).filter(|d| !d.settled()) else { continue };
+            let Some(d) = disks.get_mut(at).filter(|d| !d.is_concluded()) else { continue };
             self.client.check_interrupt()?;
             if let Err(e) = self.publish(d, &failed) {
                 self.fail(d, e)?;
@@ -63,7 +63,7 @@ impl Run<'_> {
     pub(in crate::backup) fn note_failures(&mut self, disks: &mut [Active], refused: &[Skipped]) {
         let failed = failures(disks, refused);
         for d in disks {
-            let State::Done(m) = &mut d.state else { continue };
+            let DiskState::Done(m) = &mut d.state else { continue };
             if m.failed == failed {
                 continue;
             }
@@ -82,7 +82,7 @@ pub(in crate::backup) fn failure(disk: &str, e: &Error) -> Skipped {
 
 fn failures(disks: &[Active], refused: &[Skipped]) -> Vec<Skipped> {
     let failed = disks.iter().filter_map(|d| match &d.state {
-        State::Failed(e) => Some(failure(d.plan.disk.label(), e)),
+        DiskState::Failed(e) => Some(failure(d.plan.disk.label(), e)),
         _ => None,
     });
     refused.iter().cloned().chain(failed).collect()

@@ -1,4 +1,4 @@
-//! The steps of one disk: prepare before the moment, view and job after it, completion.
+//! The steps of one disk: prepare before the freeze point, view and job after it, completion.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::session::{Active, Run, State, Syncing};
-use crate::backup::disks::View;
-use crate::backup::fleece::nbdserver::Use;
+use super::session::{Active, DiskState, Run, Syncing};
+use crate::backup::disks::HostView;
+use crate::backup::fleece::nbdserver::ExportUse;
 use crate::backup::fleece::space::Space;
 use crate::backup::fleece::teardown::{Scope, detach, take_back};
-use crate::backup::fleece::{Fleece, Handed, nbdserver, space, zeros};
+use crate::backup::fleece::{Fleece, TargetFile, nbdserver, space, zeros};
 use crate::backup::graph::bitmap;
 use crate::backup::names::{Role, object, work_bitmap};
 use crate::backup::publish::{Hashing, vm};
@@ -29,10 +29,10 @@ use crate::{failpoint, folder};
 impl Run<'_> {
     /// The node that the job reads, and that carries the bitmap it copies by.
     pub(in crate::backup) fn source(&self) -> Role {
-        if self.blind { Role::Blind } else { Role::Snapshot }
+        if self.blind { Role::HiddenStatus } else { Role::Snapshot }
     }
 
-    /// Files, nodes and the new bitmap: all before the moment.
+    /// Files, nodes and the new bitmap: all before the freeze point.
     pub(in crate::backup) fn prepare(&mut self, d: &mut Active) -> Result<()> {
         d.chain = self.chains.remove(&d.plan.dir.join(&d.plan.image));
         self.create_files(d)?;
@@ -53,7 +53,7 @@ impl Run<'_> {
     }
 
     /// What tells the next INC whether QEMU has had the disk open all the time, where nothing else tells that
-    /// what it lies on is as it was.
+    /// what it depends on is as it was.
     fn add_open_mark(&mut self, d: &Active) -> Result<()> {
         let Some(b) = d.plan.new_bitmap.as_ref().filter(|b| b.persistent) else { return Ok(()) };
         match d.plan.disk.backing.iter().all(BackingFile::is_known) {
@@ -62,17 +62,17 @@ impl Run<'_> {
         }
     }
 
-    /// Fails if what the disk lies on was written to since the run began: the frozen view reads it, and is no
+    /// Fails if what the disk depends on was written to since the run began: the frozen view reads it, and is no
     /// view of one time then.
     fn check_below(&self, d: &Active) -> Result<()> {
         if !d.plan.disk.backing.iter().any(BackingFile::is_known) {
             return Ok(());
         }
-        let view = View::of(self.client.process(), self.options.offline.is_some());
+        let view = HostView::of(self.client.process(), self.options.offline.is_some());
         let Some(file) = view.changed(&d.plan.disk.backing) else { return Ok(()) };
         Err(Error::new(
             Kind::Changed,
-            "the backing file was written to, or exchanged, while the disk was backed up",
+            "the backing file was written to or replaced during the backup",
         )
         .at_path(&file.file)
         .remedy("do not write to a backing file while a VM uses it; then take a FULL"))
@@ -117,10 +117,10 @@ impl Run<'_> {
         let Some(place) = self.fleeces.get(&d.index) else { return Err(no_fleece()) };
         let held = d.held()?;
         let by_name = !self.client.takes_descriptors();
-        let image = Handed { file: held.file(), name: held.path(), by_name };
+        let image = TargetFile { file: held.file(), name: held.path(), by_name };
         let target = object(&self.run, Role::Target, d.index);
         let more = fleece::target_options(&self.options.copy);
-        // (For the second see `SeenDisk::has_backing`.)
+        // (For the second see `GuestDisk::has_backing`.)
         let find_zeros = self.blind || d.plan.disk.has_backing;
         fleece::add_image(&mut self.client, &target, "qcow2", image, more, find_zeros)?;
         let handed = place.handed(&self.client)?;
@@ -136,7 +136,7 @@ impl Run<'_> {
             return Ok(());
         }
         let mut budget = space::Budget::default();
-        for d in disks.iter_mut().filter(|d| d.going()) {
+        for d in disks.iter_mut().filter(|d| d.is_active()) {
             let need = d.plan.estimate();
             let image = if copy.compress.is_some() { space::compressed(need) } else { need };
             let claims = || -> Result<_> {
@@ -154,7 +154,7 @@ impl Run<'_> {
     }
 
     /// Gives up the disk with the largest fleece where fleeces have eaten up the room that must
-    /// stay: the guest's own files may lie there, and a guest without room stops.
+    /// stay: the guest's own files may be there, and a guest without room stops.
     pub(in crate::backup) fn guard_fleeces(&mut self, disks: &mut [Active]) -> Result<()> {
         let short = |f: &&Fleece| match f.space() {
             Ok(space) => self.reserves.is_short(&space),
@@ -163,7 +163,7 @@ impl Run<'_> {
                 false
             }
         };
-        let open = disks.iter_mut().filter(|d| d.going());
+        let open = disks.iter_mut().filter(|d| d.is_active());
         let open = open.filter_map(|d| Some((self.fleeces.get(&d.index).filter(short)?, d)));
         let Some((fleece, d)) = open.max_by_key(|(f, _)| f.blocks()) else { return Ok(()) };
         // The image first: what is copied from now on is wrong, and must not become a point
@@ -184,7 +184,7 @@ impl Run<'_> {
     /// The bitmap of what to copy out of the frozen view.
     pub(in crate::backup) fn view(&mut self, d: &mut Active) -> Result<()> {
         if self.blind {
-            fleece::add_blind(&mut self.client, &self.run, d.index)?;
+            fleece::add_hidden_status(&mut self.client, &self.run, d.index)?;
         }
         let Some(since) = &d.plan.since else { return Ok(()) };
         let view = object(&self.run, self.source(), d.index);
@@ -207,7 +207,7 @@ impl Run<'_> {
         if let Some(grown) = d.plan.grown() {
             if d.plan.disk.identity.format != "qcow2" {
                 self.watch.say(&format!(
-                    "{}: has grown by {} since the last point: that is copied whole",
+                    "{}: has grown by {} since the last point: all of that is copied",
                     d.plan.disk.label(),
                     human_bytes(grown.end - grown.start)
                 ));
@@ -226,8 +226,8 @@ impl Run<'_> {
         // (A file's end is cut in the middle of a block, which stays data.)
         if d.plan.disk.identity.format != "qcow2" {
             self.watch.say(&format!(
-                "{}: its storage may not tell all that became zero, nor the point whether it was smaller: \
-                 if it was shrunk and grown again since {}, take a FULL",
+                "{}: its storage may not report all zeros: if the disk was shrunk and grown again \
+                 since {}, take a FULL",
                 d.plan.disk.label(),
                 d.plan.parent().map_or("the last point", |m| &m.image)
             ));
@@ -246,7 +246,7 @@ impl Run<'_> {
     /// What the frozen view has as zeros and the chain as something else.
     fn lost_zeros(&mut self, d: &Active, view: &str, work: &str) -> Result<Vec<Range<u64>>> {
         let (Some(server), Some(chain)) = (&self.server, &d.chain) else {
-            return Err(Error::new(Kind::Peer, "there is no NBD server to ask for zeros"));
+            return Err(Error::new(Kind::Peer, "no NBD server to read zeros from"));
         };
         let export = object(&self.run, Role::ViewExport, d.index);
         let node = object(&self.run, Role::Snapshot, d.index);
@@ -254,14 +254,14 @@ impl Run<'_> {
         let size = d.plan.disk.size;
         // An export takes possession of a disk that is being handed over.
         self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))?;
-        server.with_export(&mut self.client, &export, &node, Use::Status, |n| {
+        server.with_export(&mut self.client, &export, &node, ExportUse::Status, |n| {
             nbdserver::check_size(n, size)?;
             n.zero_ranges(|zeros| lost.add(zeros))
         })?;
         if let Some(since) = &d.plan.since {
             // What was written between the first merge and the question is data in the fleece
             // (or, with QEMUs that mix up old and new, data of now): it may hide zeros of the
-            // moment, and is dirty by now.
+            // freeze point, and is dirty by now.
             self.client.execute(
                 "block-dirty-bitmap-merge",
                 json!({"node": view, "target": work,
@@ -311,10 +311,10 @@ impl Run<'_> {
         }
         // No `discard-source`: where another program's backup is put above our filter, our view
         // becomes one of theirs, and what is discarded there goes from their copy.
-        d.empty = d.held.as_ref().and_then(publish::Held::length).unwrap_or(0);
+        d.empty = d.held.as_ref().and_then(publish::OpenImage::length).unwrap_or(0);
         d.began = Instant::now();
         self.client.execute("blockdev-backup", a)?;
-        d.early = self.barriers(d);
+        d.hasher = self.barriers(d);
         d.progress.begin(d.plan.disk.label(), d.plan.estimate());
         self.disk_status(d.index, |s| s.state = "copying".into());
         Ok(())
@@ -340,13 +340,13 @@ impl Run<'_> {
             // Nobody is told of such an error twice: what a recovery might find must be gone.
             held.sync().inspect_err(|_| drop(publish::discard_image(&folder, &image)))
         };
-        d.state = State::Syncing(Syncing::begin(sync));
+        d.state = DiskState::Syncing(Syncing::begin(sync));
         Ok(())
     }
 
     /// QEMU closes the image. There is little left to write: its tables.
     pub(in crate::backup) fn close(&mut self, d: &mut Active) -> Result<()> {
-        if let State::Syncing(s) = std::mem::replace(&mut d.state, State::Going) {
+        if let DiskState::Syncing(s) = std::mem::replace(&mut d.state, DiskState::Going) {
             s.end()?;
         }
         let target = object(&self.run, Role::Target, d.index);
@@ -358,7 +358,7 @@ impl Run<'_> {
         let job = object(&self.run, Role::Job, d.index);
         self.client.execute("job-dismiss", json!({"id": job}))?;
         take_back(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
-        d.state = State::Closed;
+        d.state = DiskState::Closed;
         self.disk_status(d.index, |s| s.state = "copied".into());
         Ok(())
     }
@@ -375,15 +375,15 @@ impl Run<'_> {
             // The disk is worth more.
             Err(e) => self.watch.warn(&e.report()),
         }
-        let hashing = match (self.options.no_hash, d.early.take()) {
+        let hashing = match (self.options.no_hash, d.hasher.take()) {
             (true, _) => Hashing::Left,
             (_, None) => Hashing::Whole,
-            (_, Some(b)) => Hashing::Begun(b.early()),
+            (_, Some(b)) => Hashing::Begun(b.hasher()),
         };
         let m = publish::publish(d.folder()?, m, hashing, d.held()?, &|| Ok(()))?;
         d.held = None;
         self.beside(d);
-        d.state = State::Done(Box::new(m));
+        d.state = DiskState::Done(Box::new(m));
         self.journal.write(&Record::Settled(d.index))?;
         // The disk may be another QEMU's by now.
         let here = self.check_migration().is_ok();
@@ -428,7 +428,7 @@ impl Run<'_> {
 }
 
 fn no_fleece() -> Error {
-    Error::new(Kind::Io, "there is no place for the fleece image")
+    Error::new(Kind::Io, "there is no folder for the fleece image")
 }
 
 /// A job's error in our words.
@@ -446,7 +446,7 @@ pub(crate) fn job_error(text: &str) -> Error {
             "the frozen view was lost: the fleece image could not take a \
             write of the guest in time",
         )
-        .remedy("look at the space, the speed and the largest file of --fleece-dir");
+        .remedy("check free space, speed and file size limit of --fleece-dir");
     }
     Error::new(Kind::Peer, format!("the backup job failed: {}", short(text)))
 }

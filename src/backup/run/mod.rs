@@ -1,22 +1,22 @@
 //! A backup from connection to published points.
 //!
-//! The order is the one that held under continuous writes (every step's undo is named, and on
-//! disk, before the step):
+//! The order loses no write while the guest goes on writing (the undo of each step is on disk before the
+//! step):
 //!
-//! 1. the new bitmap is added beside the recording one; both record through the moment;
+//! 1. the new bitmap is added beside the recording one; both record through the freeze point;
 //! 2. fleece and filter nodes are added, which do nothing yet;
-//! 3. the moment: all filters are inserted at once;
+//! 3. the freeze point: all filters are inserted at once;
 //! 4. frozen views are added; a disabled bitmap on each view takes what the old bitmap has;
 //! 5. jobs copy what it names, out of the frozen view;
-//! 6. each finished image is closed, taken down, published; only then the old bitmap goes.
+//! 6. each finished image is closed, its nodes are removed, it is published; only then the old bitmap goes.
 //!
 //! Whatever fails before 6 removes the new bitmap, and the old one has recorded everything.
 
 pub(crate) mod barrier;
 pub(crate) mod begin;
-pub(crate) mod beside;
 pub(crate) mod conclude;
 pub(crate) mod disk;
+pub(crate) mod interference;
 pub(crate) mod session;
 pub(crate) mod watermark;
 pub(crate) mod work;
@@ -30,21 +30,21 @@ use self::begin::look;
 use self::session::Run;
 use super::fleece::space::Reserves;
 use super::fleece::{migration, nbdserver};
-use super::graph::neighbours::Neighbours;
+use super::graph::foreign_jobs::ForeignJobs;
 use super::plan::folders;
 use super::plan::planned::Inputs;
 use super::publish::report::Report;
 use super::publish::vm;
-use super::recover::{Cause, Place, wait};
+use super::recover::{RecoverCause, RecoverContext, wait};
 use super::state::control::{Control, Shared, Status};
 use super::state::journal::{Journal, Record};
 use super::state::lock::{Lock, real_path, state_folder};
-use super::target::shared;
+use super::target::file_mode;
 use super::target::targets::Targets;
-use super::{LevelWish, Options, Stopping, Watch, names, now, plan, publish};
+use super::{Options, RequestedLevel, Stopping, Watch, names, now, plan, publish};
 use crate::backup::target::target_id::TargetId;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Folder, Share};
+use crate::folder::{FileMode, Folder};
 use crate::journal::unfinished;
 use crate::lock::Locks;
 use crate::manifest::Consistency;
@@ -80,10 +80,10 @@ pub(crate) fn backup(
     let status = first_status(options, &run);
     let _control =
         Control::open(&options.state_dir, &options.qmp, status.clone(), interrupt.clone())?;
-    let place = Place {
+    let place = RecoverContext {
         state: &options.state_dir,
         vm: &options.qmp,
-        cause: Cause::Backup(&options.target),
+        cause: RecoverCause::Backup(&options.target),
         agent: None,
     };
     wait::until_free(&mut client, place, options, watch)?;
@@ -98,7 +98,7 @@ pub(crate) fn backup(
     make_base(options, &base)?;
     let _target_lock = target_lock(options, &base)?;
     share_side(options)?;
-    let make = options.level != LevelWish::Copy;
+    let make = options.level != RequestedLevel::Copy;
     let target = TargetId::shared(&options.target, &base, make, options.share)?;
     let first = Record::Begin {
         run: run.clone(),
@@ -107,7 +107,7 @@ pub(crate) fn backup(
         qemu: client.process(),
     };
     let journal = Journal::begin(&options.state_dir, &options.qmp, &first)?;
-    let blind = is_blind(&client);
+    let blind = hides_status(&client);
     let mut r = Run {
         options,
         watch,
@@ -119,7 +119,7 @@ pub(crate) fn backup(
         status,
         server: None,
         migration: None,
-        guardian: None,
+        watchdog: None,
         consistency: Consistency::default(),
         blind,
         vm: Arc::default(),
@@ -127,7 +127,7 @@ pub(crate) fn backup(
         config,
         reserves: Reserves::default(),
         fleeces: HashMap::new(),
-        neighbours: Neighbours::default(),
+        foreign_jobs: ForeignJobs::default(),
         newcomer: !options.shared && !targets.knows(&options.target),
         renamed: targets.folders(&options.target),
     };
@@ -147,7 +147,7 @@ fn resolved(options: &Options) -> Result<Options> {
     Ok(Options {
         qmp: options.qmp.resolved(),
         state_dir: state_folder(&options.state_dir)?.path().to_path_buf(),
-        share: shared::with_kept(&target, options.share)?,
+        share: file_mode::with_kept(&target, options.share)?,
         target,
         ..options.clone()
     })
@@ -171,7 +171,7 @@ fn connect(options: &Options, interrupt: &Arc<AtomicBool>) -> Result<Client> {
 /// Keeps what the next run to this target needs to know. The points are there: where that fails it is a
 /// warning.
 fn remember(options: &Options, report: &Report, targets: &mut Targets, watch: &dyn Watch) {
-    if let Err(e) = shared::keep(&options.target, options.share) {
+    if let Err(e) = file_mode::keep(&options.target, options.share) {
         watch.warn(&e.report());
     }
     let renamed = folders::renamed(options, &report.plan);
@@ -186,7 +186,7 @@ fn make_base(options: &Options, base: &Path) -> Result<()> {
     for folder in [options.target.as_path(), base] {
         let is_new = !folder::exists(folder);
         let made = publish::make_folders(folder)?;
-        let share = if is_new { options.share } else { Share::default() };
+        let share = if is_new { options.share } else { FileMode::default() };
         share
             .give_folder(&made)
             .map_err(|e| Error::io(e, "cannot give it the --group and --mode").at_path(folder))?;
@@ -255,8 +255,8 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
 /// Whether the frozen view shows the disk of now where one request covers clusters that the fleece
 /// has and clusters that it has not. Seen with 7.2 (reads and block status), not with 10.0; nobody
 /// looked at those between. A hook lets tests take this way with any QEMU.
-fn is_blind(client: &Client) -> bool {
-    client.version().number < (10, 0, 0) || failpoint::is_blind()
+fn hides_status(client: &Client) -> bool {
+    client.version().number < (10, 0, 0) || failpoint::hides_status()
 }
 
 /// Fails unless QEMU has the driver of frozen views, as each since 7.2 has. What an older one has is in
@@ -274,7 +274,7 @@ fn require_views(client: &mut Client) -> Result<()> {
 /// The lock that prune and the verbs take as well.
 fn target_lock(options: &Options, base: &Path) -> Result<Locks> {
     let locks = Locks::take(&options.target)?;
-    // What lies on files that are about to go, or to be replaced, must not get a child.
+    // What depends on files that are about to go, or to be replaced, must not get a child.
     unfinished::refuse(base)?;
     Ok(locks)
 }

@@ -1,5 +1,5 @@
 //! [`Run`]: a backup at work, and its disks ([`Active`]). What is done with them is in the files that
-//! have a part of it each: `begin`, `disk`, `barrier`, `beside`, `conclude`, `watermark`, `work`.
+//! have a part of it each: `begin`, `disk`, `barrier`, `interference`, `conclude`, `watermark`, `work`.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -13,11 +13,11 @@ use serde_json::Value;
 use crate::backup::fleece::space::Reserves;
 use crate::backup::fleece::zeros::ChainData;
 use crate::backup::fleece::{Fleece, migration, nbdserver};
-use crate::backup::freeze::moment;
-use crate::backup::graph::neighbours::Neighbours;
+use crate::backup::freeze::freeze_point;
+use crate::backup::graph::foreign_jobs::ForeignJobs;
 use crate::backup::plan::planned::DiskPlan;
-use crate::backup::publish::Held;
-use crate::backup::publish::early::Barriers;
+use crate::backup::publish::OpenImage;
+use crate::backup::publish::hasher::Barriers;
 use crate::backup::state::control::Shared;
 use crate::backup::state::journal::{DiskRecord, Journal};
 use crate::backup::target::target_id::TargetId;
@@ -42,10 +42,10 @@ pub(crate) struct Run<'a> {
     pub(in crate::backup) status: Shared,
     pub(in crate::backup) server: Option<nbdserver::Server>,
     /// From the beginning on.
-    pub(in crate::backup) migration: Option<migration::Guard>,
-    pub(in crate::backup) guardian: Option<moment::Held>,
+    pub(in crate::backup) migration: Option<migration::MigrationGuard>,
+    pub(in crate::backup) watchdog: Option<freeze_point::HeldGuest>,
     pub(in crate::backup) consistency: Consistency,
-    /// The frozen view needs care, see `run::is_blind`.
+    /// The frozen view needs care, see `run::hides_status`.
     pub(in crate::backup) blind: bool,
     /// What QEMU says about the VM.
     pub(in crate::backup) vm: Arc<Value>,
@@ -58,7 +58,7 @@ pub(crate) struct Run<'a> {
     /// The fleece images by the disk's number, held open until QEMU has closed them.
     pub(in crate::backup) fleeces: HashMap<usize, Fleece>,
     /// What other programs do.
-    pub(in crate::backup) neighbours: Neighbours,
+    pub(in crate::backup) foreign_jobs: ForeignJobs,
     /// See [`crate::backup::plan::planned::Inputs::newcomer`].
     pub(in crate::backup) newcomer: bool,
     /// See [`crate::backup::plan::planned::Inputs::renamed`].
@@ -75,22 +75,22 @@ pub(crate) struct Active {
     /// Its folder in the target, open from then on.
     pub(in crate::backup) folder: Option<Arc<Folder>>,
     /// The image, open from its beginning to its end.
-    pub(in crate::backup) held: Option<Held>,
+    pub(in crate::backup) held: Option<OpenImage>,
     /// Hashes it while it is written.
-    pub(in crate::backup) early: Option<Barriers>,
+    pub(in crate::backup) hasher: Option<Barriers>,
     pub(in crate::backup) progress: Arc<dyn Progress>,
     pub(in crate::backup) shown: u64,
     /// Length of the image before anything was copied.
     pub(in crate::backup) empty: u64,
     pub(in crate::backup) began: Instant,
-    pub(in crate::backup) state: State,
+    pub(in crate::backup) state: DiskState,
 }
 
 /// How a disk is getting on.
-pub(crate) enum State {
+pub(crate) enum DiskState {
     /// Up to the end of its job.
     Going,
-    /// The guest is let go of; the image is being synced.
+    /// The filter is gone; the image is being synced.
     Syncing(Syncing),
     /// QEMU has closed the image.
     Closed,
@@ -106,7 +106,7 @@ pub(crate) struct Syncing {
 }
 
 impl Syncing {
-    /// Begins it.
+    /// Starts the sync in a thread.
     pub(in crate::backup) fn begin(sync: impl FnOnce() -> Result<()> + Send + 'static) -> Self {
         let (bell, over) = channel();
         let work = move || {
@@ -126,7 +126,7 @@ impl Syncing {
         self.over.try_recv() == Err(TryRecvError::Disconnected)
     }
 
-    /// What came of it.
+    /// The result of the sync, once it has ended.
     ///
     /// # Errors
     /// As the sync; `Io` if it has crashed.
@@ -137,8 +137,8 @@ impl Syncing {
 }
 
 impl Active {
-    pub(in crate::backup) fn going(&self) -> bool {
-        matches!(self.state, State::Going)
+    pub(in crate::backup) fn is_active(&self) -> bool {
+        matches!(self.state, DiskState::Going)
     }
 
     /// Its folder.
@@ -148,7 +148,7 @@ impl Active {
     }
 
     /// Its image.
-    pub(in crate::backup) fn held(&self) -> Result<&Held> {
+    pub(in crate::backup) fn held(&self) -> Result<&OpenImage> {
         self.held.as_ref().ok_or_else(|| Error::new(Kind::Io, "the image is not open"))
     }
 
@@ -157,7 +157,7 @@ impl Active {
     }
 
     pub(in crate::backup) fn sync(&self) -> Option<&Syncing> {
-        if let State::Syncing(s) = &self.state { Some(s) } else { None }
+        if let DiskState::Syncing(s) = &self.state { Some(s) } else { None }
     }
 
     pub(in crate::backup) fn synced(&self) -> bool {
@@ -170,7 +170,7 @@ impl Active {
         len.map_or(job.current_progress, |l| l.saturating_sub(self.empty).min(job.current_progress))
     }
 
-    pub(in crate::backup) fn settled(&self) -> bool {
-        matches!(self.state, State::Done(_) | State::Failed(_))
+    pub(in crate::backup) fn is_concluded(&self) -> bool {
+        matches!(self.state, DiskState::Done(_) | DiskState::Failed(_))
     }
 }

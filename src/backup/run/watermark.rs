@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::session::{Active, Run};
 use crate::backup::fleece::nbdserver;
-use crate::backup::fleece::nbdserver::Use;
+use crate::backup::fleece::nbdserver::ExportUse;
 use crate::backup::graph::bitmap;
 use crate::backup::names;
 use crate::backup::names::{Role, object, work_bitmap};
@@ -44,33 +44,32 @@ impl Run<'_> {
             if e.kind() == Kind::Interrupted {
                 return Err(e);
             }
-            drop_scratch(&mut self.client, &scratch)?;
-            let what =
-                "its size cannot be watched: the next INC has to look through all of the disk";
+            remove_scratch(&mut self.client, &scratch)?;
+            let what = "its size cannot be watched: the next INC has to read the whole disk";
             self.watch.warn(&format!("{}: {what}: {}", d.plan.disk.label(), e.report()));
             return bitmap::add(&mut self.client, &b);
         }
         let from = json!({"node": scratch, "name": work_bitmap(&self.run)});
         self.add_with_marks(d, &b, &from)?;
-        drop_scratch(&mut self.client, &scratch)
+        remove_scratch(&mut self.client, &scratch)
     }
 
     /// Adds the new bitmap and its watermark, which takes the marks of the bitmap `from`, in one
     /// transaction.
     fn add_with_marks(&mut self, d: &mut Active, b: &BitmapInfo, from: &Value) -> Result<()> {
-        let floor = names::floor(&b.name);
+        let watermark = names::watermark(&b.name);
         self.client.execute(
             "transaction",
             json!({"actions": [
                 {"type": "block-dirty-bitmap-add", "data": bitmap::options(b)},
-                {"type": "block-dirty-bitmap-add", "data": {"node": b.node, "name": floor,
+                {"type": "block-dirty-bitmap-add", "data": {"node": b.node, "name": watermark,
                     "granularity": b.granularity, "persistent": b.persistent, "disabled": true}},
-                {"type": "block-dirty-bitmap-merge", "data": {"node": b.node, "target": floor,
+                {"type": "block-dirty-bitmap-merge", "data": {"node": b.node, "target": watermark,
                     "bitmaps": [from]}},
             ]}),
         )?;
         let has = |i: &mut Option<BitmapInfo>| {
-            i.iter_mut().filter(|i| i.name == b.name).for_each(|i| i.floor = true);
+            i.iter_mut().filter(|i| i.name == b.name).for_each(|i| i.watermark = true);
         };
         has(&mut d.plan.new_bitmap);
         has(&mut d.plan.diff_bitmap);
@@ -80,7 +79,7 @@ impl Run<'_> {
     }
 
     /// Adds to what the job copies where the disk may differ from the point below without a dirty bit.
-    /// (The question comes after the frozen moment, and after the dirty bits were taken: what is cut
+    /// (The question comes after the freeze point, and after the dirty bits were taken: what is cut
     /// off later is copied for nothing, no more.)
     /// `now` are the bitmaps of the disk's node, as they are then.
     pub(in crate::backup) fn add_unmarked(&mut self, d: &Active, now: &[Bitmap]) -> Result<()> {
@@ -91,7 +90,7 @@ impl Run<'_> {
             let len = human_bytes(range.end - range.start);
             let marked = self.mark(d, &[range])?;
             self.watch.warn(&format!(
-                "{label}: was shrunk and grown again since {parent}: its last {len} are copied whole, \
+                "{label}: was shrunk and grown again since {parent}: its last {len} are copied, \
                  {marked} bytes of them without a dirty bit"
             ));
             return Ok(());
@@ -112,13 +111,13 @@ impl Run<'_> {
     fn tail_differs(&mut self, d: &Active) -> Result<bool> {
         let (Some(server), Some(chain), Some(tail)) = (&self.server, &d.chain, d.plan.tail())
         else {
-            return Err(Error::new(Kind::Peer, "there is no NBD server to read the disk's end by"));
+            return Err(Error::new(Kind::Peer, "no NBD server to read the disk's end from"));
         };
         let export = object(&self.run, Role::ViewExport, d.index);
         let node = object(&self.run, Role::Snapshot, d.index);
         let (known, size) = (chain.tail(), d.plan.disk.size);
         self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))?;
-        server.with_export(&mut self.client, &export, &node, Use::Read, |n| {
+        server.with_export(&mut self.client, &export, &node, ExportUse::Read, |n| {
             nbdserver::check_size(n, size)?;
             differs(n, tail, known)
         })
@@ -139,21 +138,21 @@ impl Run<'_> {
             json!({"node": view, "target": work,
             "bitmaps": [{"node": scratch, "name": work}]}),
         )?;
-        drop_scratch(&mut self.client, &scratch)?;
+        remove_scratch(&mut self.client, &scratch)?;
         Ok(bitmap::count(&mut self.client, &view, &work)?.saturating_sub(before))
     }
 
     /// A scratch node (see `zeros`) of the disk's size whose bitmap has `ranges`.
     fn scratch(&mut self, d: &Active, granularity: u64, ranges: &[Range<u64>]) -> Result<()> {
         let Some(server) = &self.server else {
-            return Err(Error::new(Kind::Peer, "there is no NBD server to mark ranges by"));
+            return Err(Error::new(Kind::Peer, "no NBD server to mark ranges with"));
         };
         let scratch = object(&self.run, Role::Scratch, d.index);
         let node = json!({"driver": "null-co", "node-name": scratch,
             "size": d.plan.disk.size, "read-zeroes": true});
         if self.client.call("blockdev-add", node.clone())?.is_err() {
             // One that could not be removed after its last use is still there.
-            drop_scratch(&mut self.client, &scratch)?;
+            remove_scratch(&mut self.client, &scratch)?;
             self.client.execute("blockdev-add", node)?;
         }
         self.client.execute(
@@ -162,14 +161,14 @@ impl Run<'_> {
             "granularity": granularity}),
         )?;
         let export = object(&self.run, Role::ScratchExport, d.index);
-        server.with_export(&mut self.client, &export, &scratch, Use::Write, |n| {
+        server.with_export(&mut self.client, &export, &scratch, ExportUse::Write, |n| {
             n.write_zeroes(ranges)
         })
     }
 }
 
 /// Removes a scratch node. Where that cannot be done now, the end of the run does it.
-fn drop_scratch(client: &mut Client, node: &str) -> Result<()> {
+fn remove_scratch(client: &mut Client, node: &str) -> Result<()> {
     if let Err(r) = client.call("blockdev-del", json!({"node-name": node}))? {
         log::warn!("node {node} stays for now: {}", short(&r.desc));
     }

@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::conclude::failure;
-use super::session::{Active, Run, State};
-use crate::backup::fleece::migration::Guard;
+use super::session::{Active, DiskState, Run};
+use crate::backup::fleece::migration::MigrationGuard;
 use crate::backup::fleece::teardown::{Scope, teardown};
 use crate::backup::fleece::{migration, nbdserver};
-use crate::backup::freeze::moment;
-use crate::backup::freeze::moment::{Insert, Scene};
+use crate::backup::freeze::freeze_point;
+use crate::backup::freeze::freeze_point::{FilterInsert, FreezeContext};
 use crate::backup::graph::expected::Stage;
 use crate::backup::names::{Role, object};
 use crate::backup::plan::planned::Plan;
 use crate::backup::publish::report::{DiskReport, Report};
-use crate::backup::recover::{Cause, Fate, Place};
+use crate::backup::recover::{ImageOutcome, RecoverCause, RecoverContext};
 use crate::backup::state::control::DiskStatus;
 use crate::backup::state::journal::{Pending, Record};
-use crate::backup::{Options, StopWish, now, publish, recover};
+use crate::backup::{Options, StopMode, now, publish, recover};
 use crate::error::{Error, Kind, Result};
 use crate::manifest::Skipped;
 use crate::qmp::Client;
@@ -29,7 +29,7 @@ use crate::{failpoint, manifest};
 impl Run<'_> {
     pub(in crate::backup) fn execute(&mut self) -> Result<Report> {
         self.phase("planning");
-        self.migration = Some(Guard::begin(&mut self.client, &self.run, self.watch)?);
+        self.migration = Some(MigrationGuard::begin(&mut self.client, &self.run, self.watch)?);
         let plan = self.plan()?;
         self.announce_plan(&plan);
         let mut disks = self.activate(&plan)?;
@@ -50,8 +50,8 @@ impl Run<'_> {
             level: d.plan.level,
             path: d.plan.dir.join(&d.plan.image),
             result: match d.state {
-                State::Done(m) => Ok(*m),
-                State::Failed(e) => Err(e),
+                DiskState::Done(m) => Ok(*m),
+                DiskState::Failed(e) => Err(e),
                 _ => Err(Error::new(Kind::Interrupted, "it was not finished")),
             },
         });
@@ -62,11 +62,11 @@ impl Run<'_> {
     pub(in crate::backup) fn finish(mut self, result: Result<Report>) -> Result<Report> {
         self.client.interrupt_by(None);
         self.phase("cleaning up");
-        if let Some(g) = self.guardian.take()
+        if let Some(g) = self.watchdog.take()
             && let Err(e) = self.release(g)
         {
             // What is said below undoes this as well, or fails with it.
-            self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
+            self.watch.warn(&format!("cannot resume or thaw the guest: {}", e.report()));
         }
         if let Some(g) = self.migration.take().filter(|_| !self.client.timed_out()) {
             g.end(&mut self.client);
@@ -99,9 +99,10 @@ impl Run<'_> {
         let own = || Pending { run: self.run.clone(), ..Default::default() };
         let pending = pending.filter(|p| p.run == self.run).unwrap_or_else(own);
         let Options { state_dir, qmp, .. } = self.options;
-        let place = Place { state: state_dir, vm: qmp, cause: Cause::OwnEnd, agent: None };
+        let place =
+            RecoverContext { state: state_dir, vm: qmp, cause: RecoverCause::OwnEnd, agent: None };
         match recover::undo(&mut self.client, &pending, place, self.watch) {
-            Err(e) if e.kind() == Kind::Peer && silent(qmp) => {
+            Err(e) if e.kind() == Kind::Peer && is_silent(qmp) => {
                 recover::check_gone(&pending, qmp, e)?;
                 recover::undo_offline(&pending, place, self.watch).map(drop)
             }
@@ -109,12 +110,12 @@ impl Run<'_> {
         }
     }
 
-    fn release(&mut self, held: moment::Held) -> Result<()> {
-        moment::release(&mut self.scene(), held)
+    fn release(&mut self, held: freeze_point::HeldGuest) -> Result<()> {
+        freeze_point::release(&mut self.freeze_context(), held)
     }
 
-    fn scene(&mut self) -> Scene<'_> {
-        Scene {
+    fn freeze_context(&mut self) -> FreezeContext<'_> {
+        FreezeContext {
             client: &mut self.client,
             options: self.options,
             journal: &mut self.journal,
@@ -150,23 +151,23 @@ impl Run<'_> {
         self.place_fleeces(disks)?;
         self.check_space(disks)?;
         self.each(disks, Self::prepare)?;
-        self.begin_beside(disks)?;
-        self.phase("taking the moment");
-        self.take_moment(disks)?;
+        self.watch_graph(disks)?;
+        self.phase("freezing");
+        self.freeze(disks)?;
         self.check_migration()?;
-        self.look_beside(disks, Stage::Plugged)?;
+        self.check_graph(disks, Stage::Plugged)?;
         self.keep_sizes(disks)?;
         self.phase("copying");
         self.each(disks, Self::view)?;
         self.stop_after_views(disks)?;
         self.guard_fleeces(disks)?;
-        self.look_beside(disks, Stage::Copying)?;
+        self.check_graph(disks, Stage::Copying)?;
         self.each(disks, Self::start_job)?;
         self.wait(disks)
     }
 
     fn place_fleeces(&mut self, disks: &mut [Active]) -> Result<()> {
-        for d in disks.iter_mut().filter(|d| d.going()) {
+        for d in disks.iter_mut().filter(|d| d.is_active()) {
             self.client.check_interrupt()?;
             if let Err(e) = self.place_fleece(d) {
                 self.fail(d, e)?;
@@ -182,7 +183,7 @@ impl Run<'_> {
         disks: &mut [Active],
         step: fn(&mut Self, &mut Active) -> Result<()>,
     ) -> Result<()> {
-        for d in disks.iter_mut().filter(|d| d.going()) {
+        for d in disks.iter_mut().filter(|d| d.is_active()) {
             self.client.check_interrupt()?;
             self.check_migration()?;
             if let Err(e) = step(self, d) {
@@ -201,11 +202,11 @@ impl Run<'_> {
         }
         self.watch.warn(&format!("{}: {}", d.plan.disk.label(), error.report()));
         self.disk_status(d.index, |s| s.state = "failed".into());
-        d.state = State::Failed(error);
+        d.state = DiskState::Failed(error);
         match self.give_up(d) {
             // What failed was a last step: the image was complete, and is told as what it is.
-            Ok(Fate::Published) => self.told_after_all(d),
-            Ok(Fate::Removed) => Ok(()),
+            Ok(ImageOutcome::Published) => self.published_after_failure(d),
+            Ok(ImageOutcome::Removed) => Ok(()),
             // The other disks go on; `finish` tries again, and tells.
             Err(e) if !self.client.timed_out() && !gone_error(&e, &mut self.client) => {
                 self.watch.warn(&format!("{}: {}", d.plan.disk.label(), e.report()));
@@ -216,36 +217,43 @@ impl Run<'_> {
     }
 
     /// A disk that had failed has its point.
-    fn told_after_all(&mut self, d: &mut Active) -> Result<()> {
+    fn published_after_failure(&mut self, d: &mut Active) -> Result<()> {
         let Some(m) = manifest::read(&d.plan.dir, OsStr::new(&d.plan.image))? else {
             return Ok(());
         };
-        self.watch.say(&format!("{}: the image was complete: it is a point", d.plan.disk.label()));
+        self.watch.say(&format!(
+            "{}: the image was complete and is kept as a point",
+            d.plan.disk.label()
+        ));
         self.disk_status(d.index, |s| s.state = "done".into());
-        d.state = State::Done(Box::new(m));
+        d.state = DiskState::Done(Box::new(m));
         Ok(())
     }
 
-    fn give_up(&mut self, d: &Active) -> Result<Fate> {
+    fn give_up(&mut self, d: &Active) -> Result<ImageOutcome> {
         if migration::has_left(&mut self.client)? {
             // `finish` sees to the rest.
-            return recover::settle_disk(None, &d.record, false, &crate::backup::Quiet);
+            return recover::conclude_disk(None, &d.record, false, &crate::backup::Quiet);
         }
         teardown(&mut self.client, Scope { run: &self.run, index: Some(d.index) })?;
         // Not before: QEMU's closing of a large file takes time if nobody else has it open.
         self.fleeces.remove(&d.index);
-        let fate =
-            recover::settle_disk(Some(&mut self.client), &d.record, false, &crate::backup::Quiet)?;
+        let outcome = recover::conclude_disk(
+            Some(&mut self.client),
+            &d.record,
+            false,
+            &crate::backup::Quiet,
+        )?;
         self.journal.write(&Record::Settled(d.index))?;
-        Ok(fate)
+        Ok(outcome)
     }
 
-    fn take_moment(&mut self, disks: &mut [Active]) -> Result<()> {
+    fn freeze(&mut self, disks: &mut [Active]) -> Result<()> {
         let running = self.check_migration()?.as_deref() == Some("running");
-        let inserts: Vec<Insert> = disks
+        let inserts: Vec<FilterInsert> = disks
             .iter()
-            .filter(|d| d.going())
-            .map(|d| Insert {
+            .filter(|d| d.is_active())
+            .map(|d| FilterInsert {
                 index: d.index,
                 insertion: d.plan.disk.insertion.clone(),
                 filter: object(&self.run, Role::Filter, d.index),
@@ -256,12 +264,12 @@ impl Run<'_> {
         if inserts.is_empty() {
             return Ok(());
         }
-        let taken = moment::take(&mut self.scene(), &inserts, running)?;
-        self.guardian = taken.held;
+        let taken = freeze_point::take(&mut self.freeze_context(), &inserts, running)?;
+        self.watchdog = taken.held;
         self.consistency = taken.consistency;
         let time = now();
         let mut unwritten = Vec::new();
-        for d in disks.iter_mut().filter(|d| d.going()) {
+        for d in disks.iter_mut().filter(|d| d.is_active()) {
             d.manifest.time = time;
             d.manifest.consistency = self.consistency.clone();
             // Who finishes this point after a crash knows no more than what is announced.
@@ -271,7 +279,7 @@ impl Run<'_> {
         }
         let c = &self.consistency;
         if c.stopped_ms > 0
-            || self.client.has_guest() && self.options.moment.stop == StopWish::Moment
+            || self.client.has_guest() && self.options.freeze_point.stop == StopMode::FreezePoint
         {
             self.watch.say(&format!("the guest was stopped for {} ms", c.stopped_ms));
         }
@@ -285,9 +293,10 @@ impl Run<'_> {
 
     fn stop_after_views(&mut self, disks: &[Active]) -> Result<()> {
         if let (Some(dir), Some(server)) = (failpoint::hold(), &self.server) {
-            let going = disks.iter().filter(|d| d.going());
+            let is_active = disks.iter().filter(|d| d.is_active());
             let layout = &self.options.layout;
-            let views: Vec<_> = going.map(|d| (d.index, d.plan.disk.folder_name(layout))).collect();
+            let views: Vec<_> =
+                is_active.map(|d| (d.index, d.plan.disk.folder_name(layout))).collect();
             nbdserver::hold(&mut self.client, server, &self.run, &views, &dir)?;
         }
         self.stop_server()
@@ -296,50 +305,50 @@ impl Run<'_> {
     /// Until all jobs have ended and QEMU has closed all images. No disk waits for another: each is
     /// let go of when its own job ends.
     fn wait(&mut self, disks: &mut [Active]) -> Result<()> {
-        let mut haste = Haste(AT_ONCE);
+        let mut limiter = PollLimiter(AT_ONCE);
         loop {
             self.check_migration()?;
-            let jobs: Vec<Job> = match disks.iter().any(Active::going) {
+            let jobs: Vec<Job> = match disks.iter().any(Active::is_active) {
                 true => self.client.poll("query-jobs")?,
                 false => Vec::new(),
             };
-            self.look_beside(disks, Stage::Copying)?;
-            for d in disks.iter_mut().filter(|d| d.going()) {
+            self.check_graph(disks, Stage::Copying)?;
+            for d in disks.iter_mut().filter(|d| d.is_active()) {
                 let id = object(&self.run, Role::Job, d.index);
                 let ended = match jobs.iter().find(|j| j.id == id) {
                     Some(j) => self.follow(d, j),
-                    None => Some(Err(Error::new(Kind::Peer, "the backup job has vanished"))),
+                    None => Some(Err(Error::new(Kind::Peer, "the backup job is gone"))),
                 };
                 let Some(ended) = ended else { continue };
                 if let Err(e) = ended.and_then(|job| self.detach(d, &job)) {
                     self.fail(d, e)?;
                 }
             }
-            let going = disks.iter().any(Active::going);
-            if let Some(g) = self.guardian.take_if(|_| !going)
+            let is_active = disks.iter().any(Active::is_active);
+            if let Some(g) = self.watchdog.take_if(|_| !is_active)
                 && let Err(e) = self.release(g)
             {
                 // `--pause`, and nothing reads the guest's disks any more. `finish` tries again.
-                self.watch.warn(&format!("letting the guest go failed: {}", e.report()));
+                self.watch.warn(&format!("cannot resume or thaw the guest: {}", e.report()));
             }
             for d in disks.iter_mut().filter(|d| d.synced()) {
                 if let Err(e) = self.close(d) {
                     self.fail(d, e)?;
                 }
             }
-            if !disks.iter().any(|d| d.going() || d.syncing()) {
+            if !disks.iter().any(|d| d.is_active() || d.syncing()) {
                 return Ok(());
             }
             self.client.check_interrupt()?;
             self.guard_fleeces(disks)?;
-            match disks.iter().find_map(Active::sync).filter(|_| !going) {
+            match disks.iter().find_map(Active::sync).filter(|_| !is_active) {
                 Some(sync) => sync.rest(SYNC_POLL),
-                None => haste.pause(&mut self.client)?,
+                None => limiter.pause(&mut self.client)?,
             }
         }
     }
 
-    /// Fails if a migration runs, or has run since the beginning: before the moment, at each look, and
+    /// Fails if a migration runs, or has run since the beginning: before the freeze point, at each look, and
     /// once a job has ended. Gives the guest's state, if there is a guest.
     pub(in crate::backup) fn check_migration(&mut self) -> Result<Option<String>> {
         self.migration.as_ref().map_or(Ok(None), |g| g.check(&mut self.client))
@@ -358,9 +367,9 @@ const SHORTEST: Duration = Duration::from_millis(10);
 const AT_ONCE: u32 = 16;
 
 /// How many pauses may still be shorter than [`SHORTEST`].
-struct Haste(u32);
+struct PollLimiter(u32);
 
-impl Haste {
+impl PollLimiter {
     /// Waits for the time of the next look, or until something may have ended.
     fn pause(&mut self, client: &mut Client) -> Result<()> {
         let began = Instant::now();
@@ -384,6 +393,6 @@ fn gone_error(e: &Error, client: &mut Client) -> bool {
 }
 
 /// Whether nobody answers there.
-fn silent(qmp: &crate::qmp::Address) -> bool {
+fn is_silent(qmp: &crate::qmp::Address) -> bool {
     matches!(Client::connect(qmp), Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound))
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::lock::{state_folder, state_folder_if_there, vm_key};
+use super::lock::{SOCKET, state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::qmp::Address;
@@ -100,7 +100,7 @@ impl Drop for Control {
 }
 
 fn file_name(vm: &Address) -> String {
-    format!("{}.sock", vm_key(vm))
+    format!("{}{SOCKET}", vm_key(vm))
 }
 
 fn socket_path(state: &Path, vm: &Address) -> PathBuf {
@@ -155,7 +155,7 @@ pub(crate) fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Statu
         return Err(e.at_path(wire.peer()));
     };
     serde_json::from_value(answer).map(Some).map_err(|e| {
-        Error::new(Kind::Corrupt, "the running backup answers nonsense").with_source(e)
+        Error::new(Kind::Corrupt, "invalid reply from the running backup").with_source(e)
     })
 }
 

@@ -1,6 +1,6 @@
 //! The journal of a run: what will have to be undone, written and synced before it is done.
 //!
-//! One file per VM in the state folder, a JSON record per line. The last line may be torn by a
+//! One file per VM in the state folder, a JSON record per line. The last line may be cut off by a
 //! power cut: it is ignored, since what it announced has not been done then. A run that ends in
 //! order removes its journal.
 
@@ -51,19 +51,19 @@ pub enum Record {
     Thaw,
     /// The image of this disk is complete and QEMU has closed it.
     Closed(usize),
-    /// It is a point now, or was given up.
+    /// It has become a point, or was given up.
     Settled(usize),
-    /// The guardian of this run has let the guest run again.
+    /// The watchdog of this run has let the guest run again.
     Continued(String),
-    /// The guardian of this run has thawed the guest.
+    /// The watchdog of this run has thawed the guest.
     Thawed(String),
-    /// An earlier run's disk could not be settled: its target is not there.
-    Left(Left),
+    /// An earlier run's disk could not be concluded: its target is not there.
+    DeferredDisk(DeferredDisk),
 }
 
 /// A disk of an earlier run whose target could not be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Left {
+pub struct DeferredDisk {
     /// What the run made.
     pub disk: DiskRecord,
     /// Whether its image was complete and closed.
@@ -126,7 +126,7 @@ impl Journal {
     pub fn begin(state: &Path, vm: &Address, first: &Record) -> Result<Self> {
         let left = pending(state, vm)?.map(|p| p.left).unwrap_or_default();
         let mut records = vec![first.clone()];
-        records.extend(left.into_iter().map(Record::Left));
+        records.extend(left.into_iter().map(Record::DeferredDisk));
         Self::replace(state, vm, &records)
     }
 
@@ -191,7 +191,7 @@ pub fn path(state: &Path, vm: &Address) -> PathBuf {
     state.join(file_name(vm))
 }
 
-/// Whatever is written goes to the end: a guardian may have written there.
+/// Whatever is written goes to the end: a watchdog may have written there.
 fn appending(file: File) -> std::io::Result<File> {
     let flags = rustix::fs::fcntl_getfl(&file)?;
     rustix::fs::fcntl_setfl(&file, flags | OFlags::APPEND)?;
@@ -208,16 +208,16 @@ fn append(file: &mut File, record: &Record) -> std::io::Result<()> {
 ///
 /// # Errors
 /// What the operating system said.
-pub fn keep(state: &Path, vm: &Address, left: &[Left]) -> Result<()> {
+pub fn keep(state: &Path, vm: &Address, left: &[DeferredDisk]) -> Result<()> {
     if left.is_empty() {
         let there = state_folder_if_there(state)?;
         return there.map_or(Ok(()), |f| remove(&f, &file_name(vm)));
     }
-    let records: Vec<Record> = left.iter().cloned().map(Record::Left).collect();
+    let records: Vec<Record> = left.iter().cloned().map(Record::DeferredDisk).collect();
     Journal::replace(state, vm, &records).map(drop)
 }
 
-/// Adds a record to a journal if it is still that of `run`: for the guardian, whose parent is dead.
+/// Adds a record to a journal if it is still that of `run`: for the watchdog, whose parent is dead.
 ///
 /// # Errors
 /// What the operating system said.
@@ -264,7 +264,7 @@ pub struct Pending {
     /// We froze the guest.
     pub frozen: bool,
     /// Disks of runs before it.
-    pub left: Vec<Left>,
+    pub left: Vec<DeferredDisk>,
 }
 
 /// Reads what an earlier run left; `None` if it ended in order.
@@ -298,7 +298,7 @@ fn read_in(folder: &Folder, name: &OsStr) -> Result<Option<Pending>> {
     if ![0, rustix::process::geteuid().as_raw()].contains(&meta.uid()) {
         return Err(Error::new(Kind::Permission, "the journal belongs to another user")
             .at_path(&path)
-            .remedy("see what it says and remove it"));
+            .remedy("check its content and remove it"));
     }
     let bytes = folder.read_if_there(name, LARGEST).map_err(failed)?;
     bytes.map(|b| parse(&b).map_err(|e| e.at_path(&path))).transpose()
@@ -313,8 +313,8 @@ fn parse(bytes: &[u8]) -> Result<Pending> {
     let mut disks = p.disks.iter().chain(p.left.iter().map(|l| &l.disk));
     match disks.all(DiskRecord::is_sound) {
         true => Ok(p),
-        false => Err(Error::new(Kind::Corrupt, "the journal names what no run makes")
-            .remedy("see what it says and remove it")),
+        false => Err(Error::new(Kind::Corrupt, "the journal names something that no backup makes")
+            .remedy("check its content and remove it")),
     }
 }
 
@@ -339,7 +339,7 @@ impl Pending {
             Record::Settled(i) => self.settled.push(i),
             Record::Continued(run) => self.stopped &= run != self.run,
             Record::Thawed(run) => self.frozen &= run != self.run,
-            Record::Left(left) => self.left.push(left),
+            Record::DeferredDisk(left) => self.left.push(left),
         }
     }
 }
@@ -367,7 +367,7 @@ mod tests {
         let p = pending(d.path(), &vm).unwrap().unwrap();
         assert!(!p.stopped && p.frozen && p.run == "r");
         assert_eq!(p.closed, [1]);
-        // The guardian's word counts behind a torn line, but only that of the run's own.
+        // A record of the watchdog counts after a line that was cut off, but only that of the run's own.
         let file = path(d.path(), &vm);
         note(&file, "other", &Record::Thawed("other".into())).unwrap();
         note(&file, "r", &Record::Thawed("other".into())).unwrap();
@@ -395,7 +395,7 @@ mod tests {
             image_id: None,
             fleece_id: None,
         };
-        let left = vec![Left { disk, finished: true }];
+        let left = vec![DeferredDisk { disk, finished: true }];
         keep(d.path(), &vm, &left).unwrap();
         let begin = Record::Begin { run: "s".into(), target: "/t".into(), agent: None, qemu: None };
         let j = Journal::begin(d.path(), &vm, &begin).unwrap();

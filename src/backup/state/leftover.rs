@@ -1,7 +1,7 @@
 //! Fleece images that killed runs left, and which of them are removed: those that a journal or a note
 //! names, that look like ours in every way, and that are the file that was made.
 //!
-//! A fleece image has a name only where it must have one (see [`crate::backup::fleece`]). A note lies in the
+//! A fleece image has a name only where it must have one (see [`crate::backup::fleece`]). A note is in the
 //! backup directory, whose owner may write anything into it, and a journal of version 0.1.0 does not
 //! say which file was made: so a name is never enough.
 
@@ -24,7 +24,7 @@ pub(crate) const LONGEST_NOTE: u64 = 64 << 10;
 
 /// A file that a run made.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Made {
+pub struct CreatedFile {
     /// Its name.
     pub path: PathBuf,
     /// Which file it is, once it is there.
@@ -46,7 +46,7 @@ enum NotedPath {
 }
 
 /// What is noted about a fleece image.
-pub(crate) fn note(fleece: &Made) -> Vec<u8> {
+pub(crate) fn note(fleece: &CreatedFile) -> Vec<u8> {
     let path = match fleece.path.to_str() {
         Some(text) => NotedPath::Text(text.to_string()),
         None => NotedPath::Bytes(fleece.path.as_os_str().as_bytes().to_vec()),
@@ -55,13 +55,13 @@ pub(crate) fn note(fleece: &Made) -> Vec<u8> {
 }
 
 /// Version 0.1.0 noted the path alone.
-fn parse(note: &[u8]) -> Made {
+fn parse(note: &[u8]) -> CreatedFile {
     match serde_json::from_slice::<Note>(note) {
-        Ok(Note { path: NotedPath::Text(text), id }) => Made { path: text.into(), id },
+        Ok(Note { path: NotedPath::Text(text), id }) => CreatedFile { path: text.into(), id },
         Ok(Note { path: NotedPath::Bytes(bytes), id }) => {
-            Made { path: OsString::from_vec(bytes).into(), id }
+            CreatedFile { path: OsString::from_vec(bytes).into(), id }
         }
-        Err(_) => Made { path: OsStr::from_bytes(note).into(), id: None },
+        Err(_) => CreatedFile { path: OsStr::from_bytes(note).into(), id: None },
     }
 }
 
@@ -95,17 +95,17 @@ pub(crate) fn hold(path: &Path) -> Option<File> {
 ///
 /// # Errors
 /// What the operating system said.
-pub(crate) fn remove_recorded(made: &Made) -> Result<()> {
+pub(crate) fn remove_recorded(made: &CreatedFile) -> Result<()> {
     let (Some(parent), Some(name)) = (made.path.parent(), made.path.file_name()) else {
         return Ok(());
     };
     let real = folder::absent_is_none(folder::resolve(parent));
     let real = real.map_err(|e| Error::io(e, "cannot find the folder").at_path(parent))?;
     let Some(real) = real else { return Ok(()) };
-    remove(&Made { path: real.join(name), id: made.id })
+    remove(&CreatedFile { path: real.join(name), id: made.id })
 }
 
-fn remove(made: &Made) -> Result<()> {
+fn remove(made: &CreatedFile) -> Result<()> {
     let path = &made.path;
     // None, or a descriptor set's name.
     if !path.is_absolute() || path.starts_with("/dev/fdset") {
@@ -150,12 +150,12 @@ mod tests {
     fn notes_come_back_and_so_do_those_of_old() {
         let id = Some(FileId { dev: 1, ino: 2 });
         for made in [
-            Made { path: "/a/b".into(), id },
-            Made { path: OsStr::from_bytes(b"/a/\xff\n").into(), id: None },
+            CreatedFile { path: "/a/b".into(), id },
+            CreatedFile { path: OsStr::from_bytes(b"/a/\xff\n").into(), id: None },
         ] {
             assert_eq!(parse(&note(&made)), made);
         }
-        assert_eq!(parse(b"/fast/x.raw"), Made { path: "/fast/x.raw".into(), id: None });
+        assert_eq!(parse(b"/fast/x.raw"), CreatedFile { path: "/fast/x.raw".into(), id: None });
     }
 
     #[test]
@@ -164,7 +164,7 @@ mod tests {
         let dir = d.path().canonicalize().unwrap();
         let path = dir.join(NAME);
         let removed = |path: &Path, id: Option<FileId>| {
-            remove_noted(&note(&Made { path: path.into(), id }), &dir);
+            remove_noted(&note(&CreatedFile { path: path.into(), id }), &dir);
             !folder::exists(path)
         };
         let make = || {
@@ -193,11 +193,11 @@ mod tests {
         std::fs::create_dir(dir.join("other")).unwrap();
         std::os::unix::fs::symlink(&dir, dir.join("other/link")).unwrap();
         let linked = dir.join("other/link").join(NAME);
-        remove_noted(&note(&Made { path: linked.clone(), id: None }), &dir);
+        remove_noted(&note(&CreatedFile { path: linked.clone(), id: None }), &dir);
         // Nor does a note reach out of its folder.
-        remove_noted(&note(&Made { path: path.clone(), id: None }), &dir.join("other"));
+        remove_noted(&note(&CreatedFile { path: path.clone(), id: None }), &dir.join("other"));
         assert!(path.exists());
-        remove_recorded(&Made { path: linked, id: None }).unwrap();
+        remove_recorded(&CreatedFile { path: linked, id: None }).unwrap();
         assert!(!path.exists());
     }
 
@@ -210,9 +210,9 @@ mod tests {
         };
         let path = d.path().join(NAME);
         std::fs::write(&path, "x").unwrap();
-        remove_recorded(&Made { path: path.clone(), id: None }).unwrap();
+        remove_recorded(&CreatedFile { path: path.clone(), id: None }).unwrap();
         assert!(!path.exists());
-        remove_recorded(&Made { path: "/dev/fdset/1".into(), id: None }).unwrap();
+        remove_recorded(&CreatedFile { path: "/dev/fdset/1".into(), id: None }).unwrap();
     }
 
     #[test]
@@ -225,11 +225,11 @@ mod tests {
         let path = d.path().canonicalize().unwrap().join(NAME);
         std::fs::write(&path, "x").unwrap();
         std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
-        remove_noted(&note(&Made { path: path.clone(), id: None }), path.parent().unwrap());
+        remove_noted(&note(&CreatedFile { path: path.clone(), id: None }), path.parent().unwrap());
         assert!(path.exists());
         // What root makes on a share may belong to another user at once.
         let id = Some(FileId::of(&folder::look(&path).unwrap()));
-        remove_recorded(&Made { path: path.clone(), id }).unwrap();
+        remove_recorded(&CreatedFile { path: path.clone(), id }).unwrap();
         assert!(!path.exists());
     }
 }

@@ -70,7 +70,7 @@ pub(crate) struct Lock {
 /// What is said of a lock that is held: who has it, and what the user can do.
 type Taken = (&'static str, &'static str);
 const BY_VM: Taken = ("a backup or recovery of this VM is running", BY_QMP);
-const BY_SOCKET: Taken = ("a backup of this VM is running by another of its QMP sockets", BY_QMP);
+const BY_SOCKET: Taken = ("a backup of this VM is running through another QMP socket", BY_QMP);
 const BY_QMP: &str = "fleecefs info status shows it, fleecefs cancel ends it";
 const BY_TARGET: Taken = (
     "a backup of a shut-off VM to this backup directory is running",
@@ -135,15 +135,27 @@ impl Lock {
     }
 }
 
+/// What ends the name of a control socket; before it is that of the lock which is held while somebody listens.
+pub(crate) const SOCKET: &str = ".sock";
+
 /// How often a lock whose file goes with it is tried again, and after how long.
 const TRIES: u32 = 3;
 const AGAIN: Duration = Duration::from_millis(30);
 
-/// Removes the files of such locks that runs left which were killed. What cannot be removed is tried again
-/// the next time.
+/// Removes the files of such locks, and the control sockets, that runs left which were killed. What cannot be
+/// removed is tried again the next time.
 fn sweep(folder: &Folder) {
     for entry in folder.entries().unwrap_or_default() {
         let Some(name) = entry.name.to_str() else { continue };
+        // A run listens only while it has its VM's lock.
+        if let Some(vm) = name.strip_suffix(SOCKET)
+            && is_vm_key(vm)
+            && entry.kind == EntryKind::Other
+            && let Ok(Some(_lock)) = folder.lock(&format!("{vm}.lock"))
+        {
+            let _ = folder.remove_if_there(name);
+            continue;
+        }
         let passing = ["run-", "qemu-"].iter().any(|p| name.starts_with(p));
         if !passing || !name.ends_with(".lock") || entry.kind != EntryKind::File {
             continue;
@@ -176,6 +188,12 @@ pub(crate) fn vm_key(address: &Address) -> String {
     format!("vm-{}", hash.as_str().get(..16).unwrap_or_default())
 }
 
+/// Whether this is a [`vm_key`]: other sockets (that of QEMU's NBD server) live as long as QEMU.
+fn is_vm_key(name: &str) -> bool {
+    let hash = name.strip_prefix("vm-");
+    hash.is_some_and(|h| h.len() == 16 && h.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
 /// Where state is kept unless `--state-dir` says otherwise: /var/lib/fleecefs, for others than
 /// root their own state folder.
 ///
@@ -189,8 +207,12 @@ pub(crate) fn default_state_dir() -> Result<PathBuf> {
     let base = std::env::var_os("XDG_STATE_HOME").and_then(absolute);
     let home = || Some(std::env::var_os("HOME").and_then(absolute)?.join(".local/state"));
     let base = base.or_else(home).ok_or_else(|| {
-        Error::new(Kind::Usage, "neither XDG_STATE_HOME nor HOME says where state is kept")
-            .remedy(NAME_ONE)
+        Error::new(
+            Kind::Usage,
+            "neither XDG_STATE_HOME nor HOME is set, so the state folder is \
+                                 not known",
+        )
+        .remedy(NAME_ONE)
     })?;
     Ok(base.join("fleecefs"))
 }
@@ -227,7 +249,16 @@ mod tests {
         for dead in ["run-ffffffffffff.lock", "qemu-0123456789abcdef.lock", "run-x.other"] {
             std::fs::write(d.path().join(dead), "").unwrap();
         }
+        let b = Address::Unix("/run/b".into());
+        let _b = Lock::vm(d.path(), &b).unwrap();
+        let listens = d.path().join(format!("{}.sock", vm_key(&b)));
+        let dead = d.path().join("vm-0123456789abcdef.sock");
+        let qemus = d.path().join("vm-0123456789abcdef-nbd.sock");
+        for socket in [&listens, &dead, &qemus] {
+            std::os::unix::net::UnixListener::bind(socket).unwrap();
+        }
         let _vm = Lock::vm(d.path(), &Address::Unix("/run/a".into())).unwrap();
+        assert!(listens.exists() && qemus.exists() && !dead.exists());
         let left = std::fs::read_dir(d.path()).unwrap().map(|e| e.unwrap().file_name());
         let mut left: Vec<_> = left.filter(|n| !n.to_str().unwrap().starts_with("vm-")).collect();
         left.sort();

@@ -1,7 +1,7 @@
 //! What a target's folder holds for one disk: committed points, images without a manifest, the
 //! tip that an INC would build on.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use crate::backup::names;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
+use crate::job::each::each;
 use crate::layout::Level;
 use crate::manifest::{DiskIdentity, Manifest, fingerprint_of};
+use crate::text::path_text;
 use crate::{folder, manifest};
 
 /// Why there is no INC where nothing was backed up yet.
@@ -35,7 +37,7 @@ impl Entry {
     fn committed(&self) -> Result<&Manifest, String> {
         match (&self.manifest, &self.broken) {
             (Some(m), _) => Ok(m),
-            (None, Some(why)) => Err(format!("the manifest of {} is no good: {why}", self.name)),
+            (None, Some(why)) => Err(format!("the manifest of {} is invalid: {why}", self.name)),
             (None, None) => Err(format!("{} was not made by fleecefs (no manifest)", self.name)),
         }
     }
@@ -64,14 +66,17 @@ impl History {
     /// The folder cannot be read.
     pub(crate) fn read(dir: &Path, disk: Option<&str>) -> Result<Self> {
         let mut history = History { dir: dir.to_path_buf(), ..Default::default() };
-        let list = match folder::absent_is_none(folder::entries(dir)) {
+        let list = Folder::open(dir).and_then(|f| Ok((f.entries()?, f)));
+        let list = match folder::absent_is_none(list) {
             // The image of a disk without a folder and a time has the name that a folder would have.
             Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => None,
             read => read.map_err(|e| Error::io(e, "cannot read the folder").at_path(dir))?,
         };
-        for item in list.unwrap_or_default() {
+        let Some((list, folder)) = list else { return Ok(history) };
+        let side = folder.folder(manifest::FOLDER).ok();
+        for item in list {
             let Ok(name) = item.name.into_string() else { continue };
-            history.add(name, disk);
+            history.add(side.as_ref(), name, disk);
         }
         history.entries.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
         Ok(history)
@@ -98,7 +103,7 @@ impl History {
             let new = || History { dir: dir.to_path_buf(), tail: tail.clone(), ..Self::default() };
             let history = found.entry(tail.clone()).or_insert_with(new);
             match parsed {
-                None => history.add_plain(name, None),
+                None => history.add_plain(None, name, None),
                 Some(_) if whole.len() != name.len() => history.partials.push(name),
                 Some((level, time, _)) => {
                     history.entries.push(Entry { name, level, time, manifest: None, broken: None });
@@ -146,11 +151,12 @@ impl History {
         }
     }
 
-    fn add(&mut self, name: String, disk: Option<&str>) {
+    /// `side` is the folder of manifests, held while many are read.
+    fn add(&mut self, side: Option<&Folder>, name: String, disk: Option<&str>) {
         let whole = name.strip_suffix(".partial").unwrap_or(&name);
         let parsed = names::parse_image(whole).map(|(l, t, d)| (l, t, d.to_string()));
         let partial = whole.len() != name.len();
-        let Some((level, time, of)) = parsed else { return self.add_plain(name, disk) };
+        let Some((level, time, of)) = parsed else { return self.add_plain(side, name, disk) };
         if disk.is_some_and(|d| d != of) {
             return;
         }
@@ -158,7 +164,7 @@ impl History {
             self.partials.push(name);
             return;
         }
-        let (manifest, broken) = match manifest::read(&self.dir, OsStr::new(&name)) {
+        let (manifest, broken) = match self.manifest(side, &name) {
             Ok(m) => (m, None),
             Err(e) => (None, Some(e.report())),
         };
@@ -169,11 +175,11 @@ impl History {
 
     /// Images without a timestamp (`--no-timestamp`) count if a manifest says what they are. One
     /// whose manifest is damaged is taken for a FULL of the time of its file.
-    fn add_plain(&mut self, name: String, disk: Option<&str>) {
+    fn add_plain(&mut self, side: Option<&Folder>, name: String, disk: Option<&str>) {
         if disk.is_some_and(|d| d != name) {
             return;
         }
-        let entry = match manifest::read(&self.dir, OsStr::new(&name)) {
+        let entry = match self.manifest(side, &name) {
             Ok(None) => return,
             Ok(Some(m)) => {
                 let (level, time) = (m.level, m.state_time(Some(m.time)).unwrap_or(m.time));
@@ -189,6 +195,16 @@ impl History {
         self.entries.push(entry);
     }
 
+    /// The manifest of an image. Where nobody holds the folder of manifests, it is opened: that may fail,
+    /// and then says why.
+    fn manifest(&self, side: Option<&Folder>, image: &str) -> Result<Option<Manifest>> {
+        let image = OsStr::new(image);
+        match side {
+            Some(side) => Ok(manifest::read_beside(side, &self.dir, image)?.map(|(m, _)| m)),
+            None => manifest::read(&self.dir, image),
+        }
+    }
+
     /// The latest time in any name, so that the next one can be later.
     pub(crate) fn last_time(&self) -> i64 {
         let partials = self.partials.iter().filter_map(|p| names::parse_image(p)).map(|p| p.1);
@@ -202,7 +218,7 @@ impl History {
         self.entries.iter().rev().filter_map(|e| e.manifest.as_ref()).find(says)
     }
 
-    /// The FULL that a new DIFF would lie on: the latest, there and unchanged. INCs between may be
+    /// The FULL that a new DIFF would depend on: the latest, there and unchanged. INCs between may be
     /// damaged or gone.
     ///
     /// # Errors
@@ -212,11 +228,11 @@ impl History {
             return Err(FIRST.into());
         };
         let full = last.committed()?;
-        self.check_file(full)?;
+        self.check_files(&[full])?;
         Ok(vec![full])
     }
 
-    /// The points that a new INC would lie on, root first; every file there and unchanged.
+    /// The points that a new INC would depend on, root first; every file there and unchanged.
     ///
     /// # Errors
     /// In words why there is none: the reason for a FULL.
@@ -228,9 +244,11 @@ impl History {
         };
         let mut at = last.committed()?;
         let mut chain = vec![at];
+        let entries: HashMap<&str, &Entry> =
+            self.entries.iter().map(|e| (e.name.as_str(), e)).collect();
         while let Some(parent) = &at.parent {
-            let Some(below) = self.entries.iter().find(|e| e.name == *parent) else {
-                return Err(format!("{parent}, on which {} lies, is gone", at.image));
+            let Some(below) = entries.get(parent.as_str()) else {
+                return Err(format!("{parent}, the parent of {}, is missing", at.image));
             };
             let m = below.committed()?;
             chain.push(m);
@@ -243,9 +261,7 @@ impl History {
             return Err(format!("the chain does not begin with a FULL but with {}", at.image));
         }
         chain.reverse();
-        for m in &chain {
-            self.check_file(m)?;
-        }
+        self.check_files(&chain)?;
         Ok(chain)
     }
 
@@ -264,21 +280,28 @@ impl History {
         later.filter(|(_, n)| !folder.has(n)).max().map(|(_, n)| n)
     }
 
-    fn check_file(&self, m: &Manifest) -> Result<(), String> {
-        let said = |e: std::io::Error| format!("{}: {e}", m.image);
-        let file = folder::open_file(&self.dir.join(&m.image)).map_err(said)?;
-        let len = file.metadata().map_err(said)?.len();
-        if len != m.file_size {
-            return Err(format!(
-                "{} has {len} bytes, its manifest says {}: it was replaced",
-                m.image, m.file_size
-            ));
-        }
-        match (&m.fingerprint, fingerprint_of(&file)) {
-            (Some(a), Ok(b)) if *a != b => Err(format!("{} was replaced or changed", m.image)),
-            (_, Err(e)) => Err(said(e)),
-            _ => Ok(()),
-        }
+    /// Whether all these are there as they were, by length and fingerprint. The first that is not is told.
+    fn check_files(&self, points: &[&Manifest]) -> Result<(), String> {
+        let folder =
+            Folder::open(&self.dir).map_err(|e| format!("{}: {e}", path_text(&self.dir)))?;
+        each(points, |m| check_file(&folder, m)).into_iter().collect()
+    }
+}
+
+fn check_file(folder: &Folder, m: &Manifest) -> Result<(), String> {
+    let said = |e: std::io::Error| format!("{}: {e}", m.image);
+    let file = folder.open_file(&m.image).map_err(said)?;
+    let len = file.metadata().map_err(said)?.len();
+    if len != m.file_size {
+        return Err(format!(
+            "{} has {len} bytes, its manifest says {}: it was replaced",
+            m.image, m.file_size
+        ));
+    }
+    match (&m.fingerprint, fingerprint_of(&file)) {
+        (Some(a), Ok(b)) if *a != b => Err(format!("{} was replaced or changed", m.image)),
+        (_, Err(e)) => Err(said(e)),
+        _ => Ok(()),
     }
 }
 
@@ -324,9 +347,9 @@ mod tests {
     }
 
     #[test]
-    fn no_time_of_a_folded_state_is_given_again() {
+    fn no_time_of_a_merged_state_is_given_again() {
         let d = tempfile::tempdir().unwrap();
-        // By its own clock each of these is older than what was folded into it; in one of them the
+        // By its own clock each of these is older than what was merged into it; in one of them the
         // manifest says nothing that has a time.
         for (full, state_of, last) in [
             ("FULL-1-d", "INC-7-d", 7),
@@ -340,7 +363,7 @@ mod tests {
             assert_eq!(History::read(d.path(), None).unwrap().last_time(), last, "{full}");
             std::fs::remove_file(d.path().join(full)).unwrap();
         }
-        // Nor is a folded state older than the name.
+        // Nor is a merged state older than the name.
         put(d.path(), "FULL-5-d", Level::Full, None);
         let m = manifest::read(d.path(), "FULL-5-d".as_ref()).unwrap().unwrap();
         manifest::write(d.path(), &Manifest { state_of: Some("INC-0-x".into()), ..m }).unwrap();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::backup::names;
 use crate::error::{Error, Kind, Result};
 use crate::folder;
-use crate::folder::{EntryKind, Share};
+use crate::folder::{EntryKind, FileMode};
 
 /// Whose bitmaps are a target's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,14 +32,14 @@ impl TargetId {
     /// # Errors
     /// `Corrupt` if it is no id, or what the operating system said.
     pub(crate) fn of(target: &Path, base: &Path, make: bool) -> Result<Self> {
-        Self::shared(target, base, make, Share::default())
+        Self::shared(target, base, make, FileMode::default())
     }
 
     /// As [`TargetId::of`]; an id that is written is shared.
     ///
     /// # Errors
     /// As [`TargetId::of`].
-    pub(crate) fn shared(target: &Path, base: &Path, make: bool, share: Share) -> Result<Self> {
+    pub(crate) fn shared(target: &Path, base: &Path, make: bool, share: FileMode) -> Result<Self> {
         let (own, month) = (target.join("uuid"), base.join("uuid"));
         let (of_target, of_month) = (read_id(&own)?, read_id(&month)?);
         let text = match of_target.as_ref().or(of_month.as_ref()) {
@@ -125,7 +125,7 @@ pub(crate) fn stored_id(target: &Path) -> Result<Option<String>> {
     Ok(read_id(&target.join("uuid"))?.map(|text| text.trim_end().to_string()))
 }
 
-fn write_id(path: &Path, text: &str, share: Share) -> Result<()> {
+fn write_id(path: &Path, text: &str, share: FileMode) -> Result<()> {
     let failed = |e| Error::io(e, "cannot write the target's id").at_path(path);
     folder::write_shared(path, text.as_bytes(), share).map_err(failed)
 }
@@ -137,7 +137,7 @@ fn digits(text: &str, path: &Path) -> Result<String> {
         let what = "the id of this backup directory is empty";
         return Err(Error::new(Kind::Corrupt, what)
             .at_path(path)
-            .remedy("put the id back, or remove the file: then a FULL begins a new chain"));
+            .remedy("restore the id, or remove the file: then a FULL begins a new chain"));
     }
     let first = text.get(..8).filter(|_| is_uuid(text)).map(str::to_ascii_lowercase);
     let hashed = || blake3::hash(text.as_bytes()).to_hex().chars().take(8).collect();

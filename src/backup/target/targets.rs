@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::proof::has_backups;
+use super::detect::has_backups;
 use super::target_id::{TargetId, stored_id};
 use crate::backup::state::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
@@ -32,7 +32,7 @@ const MOST_FOLDERS: usize = 256;
 pub(crate) type Folders = BTreeMap<String, String>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Known {
+struct KnownTarget {
     path: String,
     id: String,
     /// By the disk's file.
@@ -40,7 +40,7 @@ struct Known {
     folders: Folders,
 }
 
-impl Known {
+impl KnownTarget {
     fn is(&self, path: &str, id: &str) -> bool {
         self.path == path && self.id == id
     }
@@ -51,9 +51,9 @@ impl Known {
 pub(crate) struct Targets {
     state: PathBuf,
     name: String,
-    known: Vec<Known>,
+    known: Vec<KnownTarget>,
     /// What other VMs know, and this one by other sockets: a path that is gone is so for all.
-    others: Vec<Known>,
+    others: Vec<KnownTarget>,
 }
 
 impl Targets {
@@ -98,12 +98,12 @@ impl Targets {
                 let what = match known.id.as_str() {
                     "" => "the backup directory that was here is gone: it is empty".to_string(),
                     id => format!(
-                        "the backup directory that was here is gone: there is no file 'uuid' with its id \
-                         {id}"
+                        "the backup directory that was here is gone: there is no file 'uuid' with \
+                         its id {id}"
                     ),
                 };
                 Err(Error::new(Kind::NotFound, what).at_path(target).remedy(
-                    "is its file system mounted? To begin a new backup directory here, give --init",
+                    "is its file system mounted? To begin a new backup directory here: --init",
                 ))
             }
             // Where only copies were made, nothing else says that it is one.
@@ -168,7 +168,7 @@ impl Targets {
             known.folders.extend(folders);
             return self.write();
         }
-        self.known.push(Known { path, id, folders });
+        self.known.push(KnownTarget { path, id, folders });
         let too_many = self.known.len().saturating_sub(MOST);
         self.known.drain(..too_many);
         self.write()
@@ -198,7 +198,7 @@ fn lists(folder: &Folder) -> Result<Vec<OsString>> {
     Ok(entries.map(|e| e.name).filter(|n| is_list(n)).collect())
 }
 
-fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<Known>> {
+fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<KnownTarget>> {
     let path = folder.join(name);
     let failed = |e| Error::io(e, "cannot read the list of a VM's targets").at_path(&path);
     let Some(bytes) = folder.read_if_there(name, LARGEST).map_err(failed)? else {
@@ -209,14 +209,14 @@ fn read_list(folder: &Folder, name: &OsStr) -> Result<Vec<Known>> {
             .with_source(e)
             .at_path(&path)
             .remedy(
-                "remove it: it is made anew, but a target that is not mounted goes unnoticed once",
+                "remove it: it is made again, but once a target that is not mounted is not noticed",
             )
     })
 }
 
 /// Whether what is at `target` can be what was there: it has an id, or, where only copies were made,
 /// anything.
-fn is_there(target: &Path, known: &Known) -> Result<bool> {
+fn is_there(target: &Path, known: &KnownTarget) -> Result<bool> {
     if stored_id(target)?.is_some() {
         return Ok(true);
     }
@@ -256,12 +256,12 @@ fn check_contents(target: &Path) -> Result<()> {
         n => format!(" and {} more", n.saturating_sub(1)),
     };
     let what = format!(
-        "this folder was no backup directory until now, and has other files: {}{more}",
+        "this folder is not a backup directory yet, and has other files: {}{more}",
         path_text(first)
     );
-    Err(Error::new(Kind::Exists, what).at_path(target).remedy(
-        "name another one, or an empty folder. To begin a backup directory here, give --init",
-    ))
+    Err(Error::new(Kind::Exists, what)
+        .at_path(target)
+        .remedy("name another or an empty folder. To begin a backup directory here: --init"))
 }
 
 /// A new backup directory is made, but not what it is to be in: that would rather be a file system
@@ -273,7 +273,7 @@ fn check_parent(target: &Path) -> Result<()> {
     }
     Err(Error::new(Kind::NotFound, "the folder for the backup directory does not exist")
         .at_path(parent)
-        .remedy("make it first, if it is neither mistyped nor a file system that is not mounted"))
+        .remedy("check the path and that its file system is mounted; else make it first"))
 }
 
 #[cfg(test)]
@@ -436,14 +436,15 @@ mod tests {
         begin();
         put("README.txt");
         let said = Targets::read(&state, &vm(), &[]).unwrap().check(&target).unwrap_err().report();
-        assert!(said.contains("README.txt") && said.contains("give --init"), "{said}");
+        assert!(said.contains("README.txt") && said.contains("--init"), "{said}");
     }
 
     #[test]
     fn the_oldest_go() {
         let d = tempfile::tempdir().unwrap();
         let mut targets = Targets::read(d.path(), &vm(), &[]).unwrap();
-        let known = |n: usize| Known { path: format!("/t{n}"), id: "i".into(), folders: none() };
+        let known =
+            |n: usize| KnownTarget { path: format!("/t{n}"), id: "i".into(), folders: none() };
         targets.known = (0..MOST).map(known).collect();
         std::fs::write(d.path().join("uuid"), "01234567").unwrap();
         targets.remember(d.path(), none()).unwrap();

@@ -1,7 +1,7 @@
 //! Which other files an image may name: the header of a backup is written by a QEMU, and that is one
 //! guest's. What it names must not show another guest's bytes as its own.
 //!
-//! Only an image that is no backup may lie on images of other folders. A whole backup lies on nothing,
+//! Only an image that is no backup may depend on images of other folders. A whole backup depends on nothing,
 //! or on what is beside it and is no other disk's; its data file is beside it and nobody else's.
 
 use std::collections::HashSet;
@@ -34,7 +34,7 @@ fn is_backup(level: Level) -> bool {
 /// A file, and as what it belongs to a disk, if it does.
 pub(in crate::chain) type Seen<'a> = (&'a FileEntry, Option<Level>);
 
-/// Fails if `from`, which no other file of its disk is below, may not lie on `to`.
+/// Fails if `from`, which no other file of its disk is below, may not depend on `to`.
 ///
 /// # Errors
 /// `Unsupported`.
@@ -46,13 +46,12 @@ pub(in crate::chain) fn check_backing(from: Seen, to: Seen) -> Result<(), Error>
         return Ok(());
     }
     let what = format!(
-        "a whole backup lies on nothing, but it names {} as its backing file: another disk's bytes \
-         would be shown as its own",
+        "a FULL has no backing file, but this one names {}: another disk's data would be shown",
         path_text(&to.0.path)
     );
     Err(Error::new(Kind::Unsupported, what).at_path(&from.0.path).remedy(
-        "restore this file from another copy of the backup; if it is meant so, flatten it with \
-         'qemu-img convert'",
+        "restore this file from another copy of the backup; if it is meant to be like this, \
+         flatten it with 'qemu-img convert'",
     ))
 }
 
@@ -115,8 +114,8 @@ impl DataFiles {
             return Ok(());
         }
         let what = format!(
-            "it names {} as its data file, which may be another disk: that of a backup is beside it \
-             and is called after it",
+            "it names {} as its data file, which may be another disk: a backup's data file is \
+             beside it and has its name",
             path_text(&to.path)
         );
         Err(Error::new(Kind::Unsupported, what)

@@ -20,18 +20,19 @@ use crate::layer::{Format, ImageInfo};
 use crate::layout::name::{Name, Promise, promise};
 use crate::manifest::ImageFormat;
 
-/// A user's word on what files are about which nothing else decides.
+/// The format that the user gives for files about which nothing else decides.
 #[derive(Debug, Clone)]
-pub struct Told {
+pub struct FormatOverride {
     /// How they are to be read.
     pub format: ImageFormat,
     /// Which files are meant, as a scan gives their paths. Of others nothing is said.
     pub files: HashSet<PathBuf>,
 }
 
-/// What makes somebody decide.
-pub(in crate::chain) const DECIDE: &str = "'fleecefs verify --create --format raw DIR --point POINT' if it is \
-                                 the guest's bytes one to one, '--format qcow2' if it is a qcow2 image";
+/// How a user decides it.
+pub(in crate::chain) const DECIDE: &str = "'fleecefs verify --create --format raw DIR --point \
+                                           POINT' if it is a raw disk, '--format qcow2' if it is \
+                                           a qcow2 image";
 
 impl FileEntry {
     /// What the header says, if the file is read as an image that has one.
@@ -84,14 +85,14 @@ impl FileEntry {
     /// `Unsupported`.
     pub(crate) fn check_followed(&self, to: &FileEntry) -> Result<(), Error> {
         if !self.decision.proved {
-            let what = "it names another file, and nothing but its own bytes says that it is a \
-                        qcow2 image: a guest can write such bytes to a raw disk";
+            let what = "it names another file, and only its content says qcow2: a guest can write \
+                        a qcow2 header to a raw disk";
             return Err(Error::new(Kind::Unsupported, what).at_path(&self.path).remedy(DECIDE));
         }
         if self.probed.owner != to.probed.owner {
             let what = "it names a file that belongs to somebody else";
             return Err(Error::new(Kind::Unsupported, what).at_path(&self.path).remedy(
-                "give both files to one owner, or flatten the image with 'qemu-img convert'",
+                "make both files belong to one owner, or flatten the image with 'qemu-img convert'",
             ));
         }
         Ok(())
@@ -112,12 +113,12 @@ impl FileEntry {
 
     /// Whether it begins like an image, and no manifest says what it is.
     fn is_open_question(&self) -> bool {
-        let looks = self.probed.magic || self.is_misshapen();
+        let looks = self.probed.magic || self.is_malformed();
         self.name != Name::Ignored && self.manifest.is_none() && looks
     }
 
     /// Whether its bytes are nothing that is read, though there is nothing wrong with reading them.
-    fn is_misshapen(&self) -> bool {
+    fn is_malformed(&self) -> bool {
         let len = self.probed.file.identity().size;
         match &self.probed.content {
             Content::Bad(f) => f.kind != Kind::Io && len > 0,
@@ -131,23 +132,23 @@ impl FileEntry {
 
 const UNPACK: &str = "unpack or convert it to raw or qcow2";
 
-/// Decides about all files of a walked directory. `told` is what a user says of those about which
+/// Decides about all files of a walked directory. `format_override` is what a user says of those about which
 /// nothing else decides.
-pub(in crate::chain) fn decide(tree: &mut Tree, told: Option<&Told>) {
+pub(in crate::chain) fn decide(tree: &mut Tree, format_override: Option<&FormatOverride>) {
     let mut proved = Vec::new();
     for file in 0..tree.files.len() {
         if by_manifest_or_name(&mut tree.files[file]) {
             proved.push(file);
         }
     }
-    by_what_lies_above(tree, proved);
-    if let Some(told) = told {
-        let is_told = |f: &FileEntry| is_undecided(f) && told.files.contains(&f.path);
+    by_overlays(tree, proved);
+    if let Some(format_override) = format_override {
+        let is_told = |f: &FileEntry| is_undecided(f) && format_override.files.contains(&f.path);
         let open: Vec<FileId> =
             (0..tree.files.len()).filter(|f| is_told(&tree.files[*f])).collect();
-        let by_word = |f: &FileId| by_word(&mut tree.files[*f], told.format);
-        let decided = open.into_iter().filter(by_word).collect();
-        by_what_lies_above(tree, decided);
+        let by_override = |f: &FileId| by_override(&mut tree.files[*f], format_override.format);
+        let decided = open.into_iter().filter(by_override).collect();
+        by_overlays(tree, decided);
     }
     tree.files.iter_mut().filter(|f| is_undecided(f)).for_each(by_content);
 }
@@ -158,7 +159,7 @@ fn by_manifest_or_name(entry: &mut FileEntry) -> bool {
     entry.decision.proved = match entry.manifest.as_deref().map(|m| m.format) {
         Some(ImageFormat::Qcow2) => entry.probed.magic,
         Some(ImageFormat::Raw) => {
-            if entry.probed.magic || entry.is_misshapen() {
+            if entry.probed.magic || entry.is_malformed() {
                 entry.decision.reading = Reading::Raw;
             }
             false
@@ -174,13 +175,13 @@ fn is_undecided(entry: &FileEntry) -> bool {
     open && entry.is_open_question() && promise(name) != Promise::Qcow2
 }
 
-/// Takes the word of images that are proved to be qcow2 for what they lie on, from one to the next.
-fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
+/// Takes the word of images that are proved to be qcow2 for what they depend on, from one to the next.
+fn by_overlays(tree: &mut Tree, mut proved: Vec<FileId>) {
     while let Some(above) = proved.pop() {
-        let Some((below, format)) = word_on_what_is_below(tree, above) else { continue };
+        let Some((below, format)) = stated_parent_format(tree, above) else { continue };
         let entry = &mut tree.files[below];
         match (&entry.decision.reading, format) {
-            // Whoever was proved before has been asked, or will be: two may lie on each other.
+            // Whoever was proved before has been asked, or will be: two may depend on each other.
             (Reading::Content, ImageFormat::Qcow2)
                 if entry.probed.magic && !entry.decision.proved =>
             {
@@ -191,8 +192,7 @@ fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
                 entry.decision.reading = Reading::Raw;
             }
             (Reading::Content, ImageFormat::Raw) | (Reading::Raw, ImageFormat::Qcow2) => {
-                let what =
-                    "the images that have it as backing file disagree whether it is raw or qcow2";
+                let what = "images that have it as backing file name different formats for it";
                 let error = Error::new(Kind::Corrupt, what).at_path(&entry.path).remedy(DECIDE);
                 let finding = Finding::from_error(&error, &entry.path);
                 entry.decision.reading = Reading::Undecided(finding);
@@ -203,7 +203,7 @@ fn by_what_lies_above(tree: &mut Tree, mut proved: Vec<FileId>) {
 }
 
 /// The file below, if its format is an open question, and the format that `above` gives it.
-fn word_on_what_is_below(tree: &Tree, above: FileId) -> Option<(FileId, ImageFormat)> {
+fn stated_parent_format(tree: &Tree, above: FileId) -> Option<(FileId, ImageFormat)> {
     let entry = &tree.files[above];
     let format = match entry.backing_format()?.as_str() {
         "raw" => ImageFormat::Raw,
@@ -212,20 +212,20 @@ fn word_on_what_is_below(tree: &Tree, above: FileId) -> Option<(FileId, ImageFor
     };
     let path = pointer::parse(entry.info()?.backing_file.as_deref()?).ok()?.path;
     let folder = entry.path.parent()?;
-    // A chain that was moved names its old place: the file beside it is what it lies on.
+    // A chain that was moved names its old place: the file beside it is what it depends on.
     let beside = || tree.lookup(folder, path.file_name()?.as_ref());
     let is_backup = matches!(entry.name, Name::Backup { .. });
     let below = tree.lookup(folder, &path).or_else(|| is_backup.then(beside).flatten())?;
     let (file, name) = (&tree.files[below], tree.files[below].path.file_name()?);
     let open = file.is_open_question() && promise(name) != Promise::Qcow2;
-    // What may not lie on it has no say in it.
+    // What may not depend on it has no say in it.
     let may = follow::check_backing((entry, None), (file, None)).is_ok();
     let same_owner = file.probed.owner == entry.probed.owner;
     (below != above && open && may && same_owner).then_some((below, format))
 }
 
 /// Takes the user's word; whether it is proved to be qcow2 now.
-fn by_word(entry: &mut FileEntry, format: ImageFormat) -> bool {
+fn by_override(entry: &mut FileEntry, format: ImageFormat) -> bool {
     match format {
         ImageFormat::Raw => entry.decision.reading = Reading::Raw,
         ImageFormat::Qcow2 => entry.decision.proved = entry.probed.magic,
@@ -242,8 +242,8 @@ fn by_content(entry: &mut FileEntry) {
     };
     // To read such an image takes a walk over all of its tables.
     if matches!(&entry.probed.content, Content::Image(info) if info.marked_corrupt) {
-        let what = "QEMU marked it as corrupt, and nothing but its own bytes says that it is a \
-                    qcow2 image: a guest can write such bytes to a raw disk";
+        let what = "QEMU marked it as corrupt, and only its content says qcow2: a guest can write \
+                    a qcow2 header to a raw disk";
         entry.decision.reading = refuse(Kind::Unsupported, what.into());
         return;
     }
@@ -252,28 +252,28 @@ fn by_content(entry: &mut FileEntry) {
     }
     let reading = match &entry.probed.content {
         _ if entry.manifest_problem.is_some() => {
-            let what = "whether it is a raw image, only its manifest can say, and cannot be read";
+            let what = "its manifest cannot be read, and only that says whether it is raw";
             refuse(Kind::Corrupt, what.into())
         }
         Content::Image(info) if info.backing_file.is_none() && info.data_file.is_none() => {
-            let what = "its name says raw, its content is a qcow2 image and is read as one: if a \
-                        guest wrote it to a raw disk, its bytes are meant";
+            let what = "its name says raw, its content is qcow2: read as qcow2; if this is a raw \
+                        disk whose guest wrote a qcow2 header, it is not right";
             let finding = Finding::warning(Kind::Unsupported, &entry.path, what);
             entry.decision.note = Some(Finding { remedy: Some(DECIDE.into()), ..finding });
             return;
         }
         Content::Image(_) => {
-            let what = "its name says raw, its content is a qcow2 image that needs another file: a \
-                        guest can write such bytes to a raw disk";
+            let what = "its name says raw, its content is qcow2 and needs another file: a guest \
+                        can write a qcow2 header to a raw disk";
             refuse(Kind::Unsupported, what.into())
         }
         Content::Bad(finding) => refuse(
             finding.kind,
-            format!("its name says raw, but it begins as no raw disk does: {}", finding.message),
+            format!("its name says raw, but its content does not: {}", finding.message),
         ),
         Content::Foreign(what) => refuse(
             Kind::Unsupported,
-            format!("its name says raw, but it begins as no raw disk does: {what}"),
+            format!("its name says raw, but its content does not: {what}"),
         ),
         Content::Plain => return,
     };

@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::chain::walk::tree::{FileEntry, FileId, Folder, Lost, Tree};
+use crate::chain::walk::tree::{FileEntry, FileId, Folder, LostImage, Tree};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layout::Level;
 use crate::layout::name::{Name, Promise, parse_partial, promise};
@@ -50,7 +50,7 @@ const SIDECARS: [&str; 34] = [
 ];
 
 /// A file as a member of a disk.
-pub(in crate::chain) struct Belongs {
+pub(in crate::chain) struct DiskMember {
     /// The file.
     pub file: FileId,
     /// Its kind of backup.
@@ -66,9 +66,9 @@ pub(in crate::chain) struct Group {
     /// Where it appears, relative to the backup directory.
     pub path: PathBuf,
     /// Its files, by name.
-    pub members: Vec<Belongs>,
+    pub members: Vec<DiskMember>,
     /// Backups of it that are gone, while their manifests are there.
-    pub lost: Vec<Lost>,
+    pub lost: Vec<LostImage>,
     /// What is odd about it.
     pub findings: Vec<Finding>,
 }
@@ -84,7 +84,7 @@ pub(in crate::chain) fn group(
     for (i, link) in folder.links.iter().enumerate() {
         links.entry(link.disk.as_os_str()).or_insert(i);
     }
-    let mut sorter = Sorter { tree, folder, links, disks: BTreeMap::new(), images: Vec::new() };
+    let mut sorter = Grouper { tree, folder, links, disks: BTreeMap::new(), images: Vec::new() };
     let files: Vec<FileId> =
         folder.files.iter().copied().filter(|f| !claimed.contains(f)).collect();
     for file in &files {
@@ -101,23 +101,23 @@ pub(in crate::chain) fn group(
 }
 
 #[derive(Default)]
-struct Members {
-    list: Vec<Belongs>,
+struct MemberList {
+    list: Vec<DiskMember>,
     findings: Vec<Finding>,
     /// The time of the last increment without a manifest, once it has been looked for.
     last_unrecorded: Option<Option<i64>>,
 }
 
-struct Sorter<'a> {
+struct Grouper<'a> {
     tree: &'a Tree,
     folder: &'a Folder,
     /// The first of the folder's links for each disk.
     links: HashMap<&'a OsStr, usize>,
-    disks: BTreeMap<OsString, Members>,
+    disks: BTreeMap<OsString, MemberList>,
     images: Vec<FileId>,
 }
 
-impl Sorter<'_> {
+impl Grouper<'_> {
     fn entry(&self, file: FileId) -> &FileEntry {
         &self.tree.files[file]
     }
@@ -128,7 +128,7 @@ impl Sorter<'_> {
         if (stamp.is_none() && !self.looks_like_image(file)) || self.is_sidecar(file) {
             return;
         }
-        let belongs = Belongs { file, level, stamp, aliases: Vec::new() };
+        let belongs = DiskMember { file, level, stamp, aliases: Vec::new() };
         self.disks.entry(disk).or_default().list.push(belongs);
     }
 
@@ -160,7 +160,7 @@ impl Sorter<'_> {
         }
         let name = base_name(entry).to_os_string();
         // With both links a copy has overwritten the FULL: COPY- sorts first, and rightly no
-        // increment lies on it.
+        // increment depends on it.
         let linked = self.links.get(name.as_os_str()).map(|l| &self.folder.links[*l]);
         let has_increments = || {
             self.disks.get(&name).is_some_and(|m| {
@@ -179,7 +179,7 @@ impl Sorter<'_> {
             || has_increments() && self.is_backup_folder(file, &name);
         if linked.is_some() || is_full {
             let level = recorded.or(linked.map(|l| l.level)).unwrap_or(Level::Full);
-            let belongs = Belongs { file, level, stamp: None, aliases: Vec::new() };
+            let belongs = DiskMember { file, level, stamp: None, aliases: Vec::new() };
             self.disks.entry(name).or_default().list.push(belongs);
         } else if self.looks_like_image(file) {
             self.images.push(file);
@@ -220,11 +220,11 @@ impl Sorter<'_> {
                 (Some(i), _) => members.list[i].aliases.push(link.name.clone()),
                 (None, Some(file)) if !members.list.iter().any(|b| b.file == file) => {
                     let aliases = vec![link.name.clone()];
-                    members.list.push(Belongs { file, level: link.level, stamp: None, aliases });
+                    members.list.push(DiskMember { file, level: link.level, stamp: None, aliases });
                 }
                 (None, Some(_)) => {}
                 (None, None) => {
-                    let what = "a link that leads to no file inside the backup directory";
+                    let what = "a link that does not lead to a file inside the backup directory";
                     let error = Error::new(Kind::Incomplete, what)
                         .at_path(self.folder.path.join(&link.name))
                         .remedy(format!("put {} beside it", path_text(&link.disk)));
@@ -239,18 +239,17 @@ impl Sorter<'_> {
     fn unfinished(&mut self, file: FileId) {
         let path = &self.entry(file).path;
         let Some((level, stamp, disk)) = parse_partial(base_name(self.entry(file))) else { return };
-        let what = "a backup that did not finish, or is still running: no point";
+        let what = "unfinished backup (interrupted or still running): not a point";
         let mut finding = Finding::warning(Kind::Incomplete, path, what);
         let members = self.disks.entry(disk).or_default();
         let last = *members.last_unrecorded.get_or_insert_with(|| {
-            let unrecorded = |b: &&Belongs| self.tree.files[b.file].manifest.is_none();
+            let unrecorded = |b: &&DiskMember| self.tree.files[b.file].manifest.is_none();
             let incs = members.list.iter().filter(|b| b.level == Level::Inc).filter(unrecorded);
             incs.filter_map(|b| b.stamp).max()
         });
         if level == Level::Inc && last > stamp {
             finding.message =
-                "a backup that did not finish: if qmpbackup made it, increments after it may lack \
-                 what it was to copy"
+                "unfinished backup: if qmpbackup made it, increments after it may lack its changes"
                     .into();
         } else {
             finding.severity = Severity::Note;
@@ -269,7 +268,7 @@ impl Sorter<'_> {
             !m.list.is_empty()
         });
         let alone = self.disks.len() == 1;
-        let mut lost: HashMap<&OsStr, Vec<Lost>> = HashMap::new();
+        let mut lost: HashMap<&OsStr, Vec<LostImage>> = HashMap::new();
         for l in &self.folder.lost {
             lost.entry(&l.disk).or_default().push(l.clone());
         }
@@ -283,7 +282,7 @@ impl Sorter<'_> {
         }
         for file in self.images {
             let path = folder.join(base_name(&self.tree.files[file]));
-            let member = Belongs { file, level: Level::Image, stamp: None, aliases: Vec::new() };
+            let member = DiskMember { file, level: Level::Image, stamp: None, aliases: Vec::new() };
             let (members, lost) = (vec![member], Vec::new());
             groups.push(Group { path, members, lost, findings: Vec::new() });
         }

@@ -1,4 +1,4 @@
-//! Which file of a disk lies on which. Pure: names, manifests and backing pointers come in as
+//! Which file of a disk depends on which. Pure: names, manifests and backing pointers come in as
 //! values, and an answer comes out for each file.
 //!
 //! The rules, in order of authority: a manifest's parent, the times in the names, and, where two
@@ -6,11 +6,11 @@
 //! manifests say; where it contradicts them the point is incomplete. Modification times are never
 //! looked at: copying changes them.
 
-pub(crate) mod doubt;
-pub(crate) mod fates;
+pub(crate) mod dependencies;
 pub(crate) mod follow;
 pub(crate) mod format;
 pub(crate) mod group;
+pub(crate) mod open_formats;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -18,14 +18,14 @@ use std::path::Path;
 
 use super::walk::pointer;
 use super::walk::pointer::normalise;
-use super::walk::tree::Lost;
+use super::walk::tree::LostImage;
 use crate::error::{Error, Finding, Kind};
 use crate::layout::Level;
 use crate::manifest::{Brief, Contents};
 use crate::text::path_text;
 
 /// One file of a disk.
-pub(super) struct Member<'a> {
+pub(super) struct ChainFile<'a> {
     /// Its path.
     pub path: &'a Path,
     /// Other names that stand for it in its folder (`FULL-<disk>` links).
@@ -34,7 +34,7 @@ pub(super) struct Member<'a> {
     pub level: Level,
     /// Seconds since the epoch as its name has it.
     pub stamp: Option<i64>,
-    /// Whether it has no way to say "ask below".
+    /// Whether it is raw: it cannot leave a range to its parent.
     pub raw: bool,
     /// The name of its backing file as it stands in the image.
     pub backing: Option<&'a str>,
@@ -42,22 +42,22 @@ pub(super) struct Member<'a> {
     pub manifest: Option<&'a Brief>,
     /// Why its manifest cannot be read.
     pub unreadable: Option<&'a Finding>,
-    /// What it lay on when it was last looked at, if that is gone.
+    /// What it depended on when it was last looked at, if that is gone.
     pub gone: Option<&'a Path>,
 }
 
-/// What a file lies on.
+/// What a file depends on.
 #[derive(Debug)]
-pub(super) enum Lies {
-    /// It is a root: nothing of this disk is below it.
+pub(super) enum Parent {
+    /// None: it is a root.
     Root,
-    /// On this other member.
+    /// This other member.
     On(usize),
-    /// That cannot be known, or what it lies on is not there.
+    /// Unknown, or missing.
     Unknown(Error),
 }
 
-impl Member<'_> {
+impl ChainFile<'_> {
     fn name(&self) -> &OsStr {
         self.path.file_name().unwrap_or_default()
     }
@@ -76,21 +76,21 @@ impl Member<'_> {
     }
 }
 
-/// Says of each member what it lies on, and what is odd about it. `lost` are backups of this disk
+/// Gives the parent of each member, and findings about it. `lost` are backups of this disk
 /// that are known to have been there.
-pub(super) fn link(members: &[Member], lost: &[Lost]) -> (Vec<Lies>, Vec<Finding>) {
+pub(super) fn link(members: &[ChainFile], lost: &[LostImage]) -> (Vec<Parent>, Vec<Finding>) {
     let linker = Linker::new(members, lost);
     let mut findings = Vec::new();
-    let lies = (0..members.len()).map(|i| linker.link_one(i, &mut findings)).collect();
-    (lies, findings)
+    let parents = (0..members.len()).map(|i| linker.link_one(i, &mut findings)).collect();
+    (parents, findings)
 }
 
 struct Linker<'a> {
-    members: &'a [Member<'a>],
+    members: &'a [ChainFile<'a>],
     /// FULLs and INCs that are gone, by time.
-    lost_bases: Vec<&'a Lost>,
+    missing_bases: Vec<&'a LostImage>,
     /// FULLs that are gone, by time.
-    lost_fulls: Vec<&'a Lost>,
+    missing_fulls: Vec<&'a LostImage>,
     by_name: HashMap<&'a OsStr, usize>,
     /// FULLs and INCs with a time, by time.
     bases: Vec<(i64, usize)>,
@@ -101,7 +101,7 @@ struct Linker<'a> {
 }
 
 impl<'a> Linker<'a> {
-    fn new(members: &'a [Member<'a>], lost: &'a [Lost]) -> Self {
+    fn new(members: &'a [ChainFile<'a>], lost: &'a [LostImage]) -> Self {
         let stamped = |wanted: fn(Level) -> bool| {
             let mut list: Vec<_> = (members.iter().enumerate())
                 .filter(|(_, m)| wanted(m.level))
@@ -115,11 +115,11 @@ impl<'a> Linker<'a> {
             list.sort_by_key(|l| l.stamp);
             list
         };
-        let timeless = |(_, m): &(usize, &Member)| m.level == Level::Full && m.stamp.is_none();
+        let timeless = |(_, m): &(usize, &ChainFile)| m.level == Level::Full && m.stamp.is_none();
         Linker {
             members,
-            lost_bases: gone(|l| matches!(l, Level::Full | Level::Inc)),
-            lost_fulls: gone(|l| l == Level::Full),
+            missing_bases: gone(|l| matches!(l, Level::Full | Level::Inc)),
+            missing_fulls: gone(|l| l == Level::Full),
             by_name: names(members),
             bases: stamped(|l| matches!(l, Level::Full | Level::Inc)),
             fulls: stamped(|l| l == Level::Full),
@@ -127,16 +127,16 @@ impl<'a> Linker<'a> {
         }
     }
 
-    fn link_one(&self, me: usize, findings: &mut Vec<Finding>) -> Lies {
+    fn link_one(&self, me: usize, findings: &mut Vec<Finding>) -> Parent {
         let m = &self.members[me];
         if !matches!(m.level, Level::Inc | Level::Diff) {
-            return Lies::Root;
+            return Parent::Root;
         }
         if m.raw {
             return raw_increment(m);
         }
         let below = self.below(me).and_then(|b| self.confirm(me, b, findings).map(|()| b));
-        below.map_or_else(|e| Lies::Unknown(e.at_path(m.path)), Lies::On)
+        below.map_or_else(|e| Parent::Unknown(e.at_path(m.path)), Parent::On)
     }
 
     fn below(&self, me: usize) -> Result<usize, Error> {
@@ -158,10 +158,10 @@ impl<'a> Linker<'a> {
             return Ok(base);
         }
         if let Some(finding) = m.unreadable {
-            let what = format!("which file it lies on cannot be known: {}", finding.message);
+            let what = format!("its parent image is not known: {}", finding.message);
             return Err(Error::new(finding.kind, what).remedy(UNREADABLE));
         }
-        let lost = if m.level == Level::Diff { &self.lost_fulls } else { &self.lost_bases };
+        let lost = if m.level == Level::Diff { &self.missing_fulls } else { &self.missing_bases };
         let upto = lost.partition_point(|l| Some(l.stamp) <= m.stamp);
         if let Some(last) = lost[..upto].last().filter(|l| b.stamp <= Some(l.stamp)) {
             return Err(missing(&last.name));
@@ -172,20 +172,21 @@ impl<'a> Linker<'a> {
         }
     }
 
-    fn by_manifest(&self, m: &Member, parent: &OsStr) -> Result<usize, Error> {
+    fn by_manifest(&self, m: &ChainFile, parent: &OsStr) -> Result<usize, Error> {
         let Some(found) = self.by_name.get(parent) else { return Err(missing(parent)) };
         if self.members[*found].may_carry(m.level) {
             return Ok(*found);
         }
-        let what = format!("its manifest says that it lies on {parent:?}, which is no base for it");
+        let what = format!("its manifest names {parent:?} as parent, which cannot be its parent");
         Err(Error::new(Kind::Corrupt, what))
     }
 
     fn by_time(&self, me: usize) -> Result<usize, Error> {
         let m = &self.members[me];
         let Some(stamp) = m.stamp else {
-            return Err(incomplete("there is no time in its name and no manifest that orders it")
-                .remedy("restore its manifest from .fleecefs/"));
+            let what = "its name has no time, and it has no manifest: its place in the chain is \
+                        not known";
+            return Err(incomplete(what).remedy("restore its manifest from .fleecefs/"));
         };
         let bases = if m.level == Level::Diff { &self.fulls } else { &self.bases };
         let start = bases.partition_point(|(t, _)| *t < stamp);
@@ -201,7 +202,7 @@ impl<'a> Linker<'a> {
     }
 
     /// `before` are the candidates of the last second before, `ties` those of the very same second.
-    fn choose(&self, m: &Member, before: &[usize], ties: &[usize]) -> Result<usize, Error> {
+    fn choose(&self, m: &ChainFile, before: &[usize], ties: &[usize]) -> Result<usize, Error> {
         let mixed = !self.timeless.is_empty() && !self.fulls.is_empty();
         let candidates: Vec<usize> = match (before, mixed) {
             ([], _) => [&self.timeless, ties].concat(),
@@ -209,15 +210,36 @@ impl<'a> Linker<'a> {
             (_, true) => [before, ties, &self.timeless].concat(),
         };
         match candidates[..] {
-            [] => Err(no_full()),
+            [] => Err(self.no_full(m)),
             // A tie alone is never enough: this one may come before the other.
             [one] if ties.is_empty() => Ok(one),
-            _ => self.settle(m, &candidates, ties),
+            _ => self.conclude(m, &candidates, ties),
         }
     }
 
+    /// Why nothing comes before `m`: its FULL is not there, or the file that its pointer names is, and is
+    /// a later one by its name.
+    fn no_full(&self, m: &ChainFile) -> Error {
+        let named = m.backing.and_then(|p| pointer::split(p).ok()).map(|(_, name)| name);
+        let Some(base) = named.and_then(|name| self.by_name.get(name.as_os_str()).copied()) else {
+            return incomplete("its chain has no FULL")
+                .remedy("restore the FULL of this chain from another copy of the backup");
+        };
+        let base = &self.members[base];
+        let why =
+            if base.stamp >= m.stamp { "is not older by its name" } else { "is no parent for it" };
+        incomplete(format!("its backing file {} {why}", path_text(base.name()))).remedy(
+            "rename both files to the names they were written with, or restore their manifests",
+        )
+    }
+
     /// Decides between candidates by the image's own pointer, or by what links them to each other.
-    fn settle(&self, m: &Member, candidates: &[usize], ties: &[usize]) -> Result<usize, Error> {
+    fn conclude(
+        &self,
+        m: &ChainFile,
+        candidates: &[usize],
+        ties: &[usize],
+    ) -> Result<usize, Error> {
         if let Some(Ok((_, base))) = m.backing.map(pointer::split) {
             let named: Vec<_> =
                 candidates.iter().filter(|i| self.members[**i].is_called(&base)).collect();
@@ -249,8 +271,8 @@ impl<'a> Linker<'a> {
     fn tie(&self, candidates: &[usize]) -> Error {
         let names: Vec<_> = candidates.iter().map(|i| path_text(self.members[*i].name())).collect();
         let what = format!(
-            "it cannot be known which file it lies on ({}): times in names do not order them, and \
-             no manifest does",
+            "its parent image is not known ({}): neither the times in the names nor a manifest \
+             order them",
             names.join(", ")
         );
         incomplete(what).remedy("restore the manifests of these files from .fleecefs/")
@@ -267,7 +289,7 @@ impl<'a> Linker<'a> {
         let own = m.path.parent().unwrap_or(Path::new(""));
         if normalise(own, &folder).as_deref() != Some(own) {
             let what = format!(
-                "its backing pointer {pointer:?} leads to another folder; {} beside it is used",
+                "its backing file name {pointer:?} leads to another folder; {} beside it is used",
                 path_text(base.name())
             );
             out.push(Finding::warning(Kind::Incomplete, m.path, what));
@@ -276,7 +298,7 @@ impl<'a> Linker<'a> {
     }
 }
 
-fn names<'a>(members: &'a [Member<'a>]) -> HashMap<&'a OsStr, usize> {
+fn names<'a>(members: &'a [ChainFile<'a>]) -> HashMap<&'a OsStr, usize> {
     let mut names = HashMap::new();
     for (i, m) in members.iter().enumerate() {
         for alias in m.aliases {
@@ -289,47 +311,42 @@ fn names<'a>(members: &'a [Member<'a>]) -> HashMap<&'a OsStr, usize> {
     names
 }
 
-fn raw_increment(m: &Member) -> Lies {
+fn raw_increment(m: &ChainFile) -> Parent {
     let what = match m.manifest.map(|m| m.content) {
-        Some(Contents::Full) => return Lies::Root,
+        Some(Contents::Full) => return Parent::Root,
         Some(Contents::DirtyOnly) => {
-            "a raw file that holds changed ranges only: which ones, it cannot say"
+            "a raw increment has only changed ranges and does not record which"
         }
         None => {
-            "an increment in a raw file: whether it holds all or only what changed cannot be known"
+            "a raw increment: whether it has the whole disk or only changed ranges is not known"
         }
     };
-    Lies::Unknown(
+    Parent::Unknown(
         Error::new(Kind::Unsupported, what)
             .at_path(m.path)
-            .remedy("the FULL before it is good; back the disk up as qcow2"),
+            .remedy("use the FULL before it; back the disk up as qcow2"),
     )
 }
 
-const UNREADABLE: &str = "make its manifest readable or restore it from .fleecefs/ of another copy; \
-                          remove it if it is beyond repair and the names are right";
+const UNREADABLE: &str = "make its manifest readable, or restore it from .fleecefs/ of another \
+                          copy; else remove it if the names are right";
 
 fn incomplete(what: impl Into<String>) -> Error {
     Error::new(Kind::Incomplete, what)
 }
 
-fn no_full() -> Error {
-    incomplete("there is no FULL backup that it lies on")
-        .remedy("restore the FULL of this chain from another copy of the backup")
-}
-
 fn missing(name: &OsStr) -> Error {
     let name = path_text(name);
-    incomplete(format!("it lies on {name}, which is missing"))
+    incomplete(format!("parent image {name} is missing"))
         .remedy(format!("restore {name} from another copy of the backup"))
 }
 
-fn contradiction(pointer: &str, name: &OsStr, base: &Member, exists: bool) -> Error {
+fn contradiction(pointer: &str, name: &OsStr, base: &ChainFile, exists: bool) -> Error {
     if !exists {
         return missing(name);
     }
     let base = path_text(base.name());
-    incomplete(format!("its backing pointer says {pointer:?}, but the backup before it is {base}"))
+    incomplete(format!("its backing file name is {pointer:?}, but its parent is {base}"))
         .remedy(format!("if {base} is right: qemu-img rebase -u -b {base} on a copy"))
 }
 

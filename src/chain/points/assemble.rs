@@ -1,7 +1,7 @@
 //! From walked files to a catalog: links every disk's files, decides which points can be served,
 //! and lists the layers of those.
 //!
-//! A file's fate depends on the file below it, so fates are decided bottom up, without recursion:
+//! Whether a file can be used depends on the file below it, so files are decided on bottom up, without recursion:
 //! a chain may be thousands of files deep, and hostile ones may form a loop.
 
 use std::collections::HashSet;
@@ -9,16 +9,16 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::{foreign, points};
-use crate::chain::link::doubt::note;
-use crate::chain::link::fates::{Bases, Fates, folded_state, manifest_oddity};
+use crate::chain::link::dependencies::{BackingPaths, Dependencies, folded_state, manifest_oddity};
 use crate::chain::link::follow::DataFiles;
 use crate::chain::link::group::{Group, group};
+use crate::chain::link::open_formats::note;
 use crate::chain::walk::tree::Tree;
 use crate::chain::{Catalog, Disk};
 use crate::error::{Finding, Severity};
 
-/// Makes the catalog of a walked directory; also what its files lie on.
-pub(in crate::chain) fn assemble(mut tree: Tree) -> (Catalog, Bases) {
+/// Makes the catalog of a walked directory; also what its files depend on.
+pub(in crate::chain) fn assemble(mut tree: Tree) -> (Catalog, BackingPaths) {
     let mut findings = std::mem::take(&mut tree.findings);
     let data_files = DataFiles::new(&tree);
     let mut claimed = data_files.claimed(&tree);
@@ -33,30 +33,30 @@ pub(in crate::chain) fn assemble(mut tree: Tree) -> (Catalog, Bases) {
         findings.extend(homeless);
     }
     groups.sort_by(|a, b| a.path.cmp(&b.path));
-    let mut fates = Fates::new(&tree, data_files);
+    let mut deps = Dependencies::new(&tree, data_files);
     for group in &mut groups {
-        fates.link(group);
+        deps.link(group);
     }
     for file in 0..tree.files.len() {
-        fates.decide(file);
+        deps.decide(file);
     }
     let mut taken = HashSet::new();
-    let mut disks: Vec<Disk> = groups.into_iter().map(|g| disk(&fates, g, &mut taken)).collect();
+    let mut disks: Vec<Disk> = groups.into_iter().map(|g| disk(&deps, g, &mut taken)).collect();
     for disk in foreign {
         let path = unique(&disk.path, &mut taken);
         disks.push(Disk { path, ..disk });
     }
     disks.sort_by(|a, b| a.path.cmp(&b.path));
-    let bases = fates.bases();
+    let bases = deps.bases();
     (Catalog { root: tree.root.clone(), disks, findings }, bases)
 }
 
-fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
+fn disk(deps: &Dependencies, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
     let path = unique(&group.path, taken);
     let mut findings = std::mem::take(&mut group.findings);
-    let points = points(fates, &group);
+    let points = points(deps, &group);
     for member in &group.members {
-        let entry = &fates.tree.files[member.file];
+        let entry = &deps.tree.files[member.file];
         // Where it matters, the point itself says so.
         let warning = |f| Finding { severity: Severity::Warning, ..f };
         findings.extend(entry.manifest_problem.clone().map(warning));
@@ -64,7 +64,7 @@ fn disk(fates: &Fates, mut group: Group, taken: &mut HashSet<PathBuf>) -> Disk {
         findings.extend(folded_state(entry));
         findings.extend(entry.info().into_iter().flat_map(|i| i.findings.clone()));
     }
-    findings.extend(note(fates.tree, &group));
+    findings.extend(note(deps.tree, &group));
     // The causes once each, not once per point above them.
     let causes = points.iter().filter_map(|(_, b)| b.as_ref().map(|b| (*b.cause).clone()));
     let mut seen = HashSet::new();

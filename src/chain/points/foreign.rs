@@ -9,12 +9,12 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::virtnbd;
-use super::virtnbd::Found;
+use super::virtnbd::FoundDisks;
 use crate::chain::link::group::base_name;
-use crate::chain::walk::inside::{Inside, archive_stem, layout};
+use crate::chain::walk::foreign_content::{ForeignContent, archive_stem, layout};
 use crate::chain::walk::tree::{FileEntry, FileId, Folder, Tree};
 use crate::chain::{Disk, Point};
-use crate::layer::{Format, LayerSpec, Part, vma};
+use crate::layer::{Format, LayerPart, LayerSpec, vma};
 use crate::layout::Level;
 
 /// Whether a file with this name is taken for one of these layouts.
@@ -23,8 +23,12 @@ pub fn is_foreign_name(file: &OsStr) -> bool {
 }
 
 /// Finds disks of these layouts in `folder`. `claimed` files are parts of other images.
-pub(in crate::chain) fn find(tree: &Tree, folder: &Folder, claimed: &HashSet<FileId>) -> Found {
-    let mut found = Found::default();
+pub(in crate::chain) fn find(
+    tree: &Tree,
+    folder: &Folder,
+    claimed: &HashSet<FileId>,
+) -> FoundDisks {
+    let mut found = FoundDisks::default();
     let is_free = |f: &&FileId| !claimed.contains(*f);
     let free: Vec<FileId> = folder.files.iter().filter(is_free).copied().collect();
     let of_layout = |f: &&FileId| layout(base_name(&tree.files[**f])).is_some();
@@ -38,7 +42,7 @@ pub(in crate::chain) fn find(tree: &Tree, folder: &Folder, claimed: &HashSet<Fil
             continue;
         };
         match entry.probed.inside() {
-            Ok(Inside::Archive(header)) => {
+            Ok(ForeignContent::Archive(header)) => {
                 add_archive(&folder.relative.join(stem), &name, entry, header, &mut archives);
             }
             Ok(_) => {}
@@ -89,7 +93,7 @@ fn add_archive(
             layers: vec![LayerSpec {
                 file: entry.probed.file.clone(),
                 format: Format::Vma,
-                part: Part::Device(device.id),
+                part: LayerPart::Device(device.id),
                 data_file: None,
             }],
             format_is_open: false,

@@ -11,12 +11,12 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::Point;
-use super::link::doubt::open_formats;
-use super::link::fates::{Blocked, Fates, carries_snapshots};
-use super::link::group::{Belongs, Group, base_name};
+use super::link::dependencies::{Blocked, Dependencies, carries_snapshots};
+use super::link::group::{DiskMember, Group, base_name};
+use super::link::open_formats::open_formats;
 use super::walk::tree::FileId;
 use crate::error::{Finding, Kind, Severity};
-use crate::layer::{LayerSpec, Part, SnapshotInfo};
+use crate::layer::{LayerPart, LayerSpec, SnapshotInfo};
 use crate::layout::Level;
 use crate::layout::name::to_text;
 use crate::text::path_text;
@@ -32,31 +32,31 @@ const MAX_NAME: usize = 251;
 /// Characters of a snapshot's id that are shown; QEMU's are short numbers.
 const MAX_ID: usize = 40;
 
-/// The points of a disk, each after the one it lies on, and why those that cannot be served cannot.
-pub(super) fn points(fates: &Fates, group: &Group) -> Vec<(Point, Option<Blocked>)> {
-    let mut maker = Maker {
-        open: open_formats(fates.tree, group),
-        fates,
+/// The points of a disk, each after the one it depends on, and why those that cannot be served cannot.
+pub(super) fn points(deps: &Dependencies, group: &Group) -> Vec<(Point, Option<Blocked>)> {
+    let mut maker = PointBuilder {
+        open: open_formats(deps.tree, group),
+        deps,
         group,
         made: HashMap::new(),
         names: HashSet::new(),
         numbers: HashMap::new(),
         points: Vec::new(),
     };
-    for member in in_chain_order(fates, group) {
+    for member in in_chain_order(deps, group) {
         maker.file(&group.members[member]);
     }
     maker.points
 }
 
-/// Indices of a group's members by time, but never one before the file it lies on.
-fn in_chain_order(fates: &Fates, group: &Group) -> Vec<usize> {
+/// Indices of a group's members by time, but never one before the file it depends on.
+fn in_chain_order(deps: &Dependencies, group: &Group) -> Vec<usize> {
     let index: HashMap<FileId, usize> =
         group.members.iter().enumerate().map(|(i, b)| (b.file, i)).collect();
     let mut by_time: Vec<usize> = (0..group.members.len()).collect();
     by_time.sort_by_key(|i| {
         let b = &group.members[*i];
-        (stamp(fates, b), rank(b.level), base_name(&fates.tree.files[b.file]))
+        (stamp(deps, b), rank(b.level), base_name(&deps.tree.files[b.file]))
     });
     let mut done = vec![false; group.members.len()];
     let mut order = Vec::with_capacity(done.len());
@@ -67,7 +67,7 @@ fn in_chain_order(fates: &Fates, group: &Group) -> Vec<usize> {
         while let Some(j) = at.filter(|j| !done[*j]) {
             done[j] = true;
             path.push(j);
-            at = fates.below(group.members[j].file).and_then(|f| index.get(&f).copied());
+            at = deps.below(group.members[j].file).and_then(|f| index.get(&f).copied());
         }
         order.extend(path.into_iter().rev());
     }
@@ -75,8 +75,8 @@ fn in_chain_order(fates: &Fates, group: &Group) -> Vec<usize> {
 }
 
 /// The time in a file's name; after a commit that of the image whose state the file has taken over.
-fn stamp(fates: &Fates, belongs: &Belongs) -> Option<i64> {
-    let manifest = fates.tree.files[belongs.file].manifest.as_ref();
+fn stamp(deps: &Dependencies, belongs: &DiskMember) -> Option<i64> {
+    let manifest = deps.tree.files[belongs.file].manifest.as_ref();
     manifest.map_or(belongs.stamp, |m| m.state_time(belongs.stamp))
 }
 
@@ -90,8 +90,8 @@ fn rank(level: Level) -> u8 {
     }
 }
 
-struct Maker<'a> {
-    fates: &'a Fates<'a>,
+struct PointBuilder<'a> {
+    deps: &'a Dependencies<'a>,
     group: &'a Group,
     /// Files of which only their content says that they are images.
     open: HashSet<FileId>,
@@ -103,26 +103,26 @@ struct Maker<'a> {
     points: Vec<(Point, Option<Blocked>)>,
 }
 
-impl Maker<'_> {
-    fn file(&mut self, belongs: &Belongs) {
-        let entry = &self.fates.tree.files[belongs.file];
-        let blocked = self.fates.blocked(belongs.file).cloned();
+impl PointBuilder<'_> {
+    fn file(&mut self, belongs: &DiskMember) {
+        let entry = &self.deps.tree.files[belongs.file];
+        let blocked = self.deps.blocked(belongs.file).cloned();
         let is_root = !matches!(belongs.level, Level::Inc | Level::Diff);
-        let below = self.fates.below(belongs.file).filter(|_| !is_root);
+        let below = self.deps.below(belongs.file).filter(|_| !is_root);
         let parent = below.and_then(|f| self.made.get(&f).copied());
         let name = self.unique(to_text(base_name(entry)), "");
         let chain = match parent {
             Some(p) => self.points[p].0.chain.clone(),
-            // Whatever it lies on is not known.
+            // Whatever it depends on is not known.
             None if !is_root && blocked.is_some() => String::new(),
             None => name.clone(),
         };
         let mut layers = Vec::new();
         if blocked.is_none() {
             if parent.is_none() {
-                layers = self.fates.layers_below(belongs.file);
+                layers = self.deps.layers_below(belongs.file);
             }
-            layers.push(self.fates.layer(belongs.file, Part::Whole));
+            layers.push(self.deps.layer(belongs.file, LayerPart::Whole));
         }
         let unavailable = blocked.as_ref().map(|b| reason(b, &name));
         let mut point = Point {
@@ -147,11 +147,11 @@ impl Maker<'_> {
     }
 
     /// The internal snapshots of an image are points too, older than its active state.
-    fn snapshots(&mut self, belongs: &Belongs, active: &mut Point, blocked: Option<&Blocked>) {
-        let Some(info) = self.fates.tree.files[belongs.file].info() else { return };
+    fn snapshots(&mut self, belongs: &DiskMember, active: &mut Point, blocked: Option<&Blocked>) {
+        let Some(info) = self.deps.tree.files[belongs.file].info() else { return };
         let rebased = info.snapshots.iter().any(|s| s.name == FULL_SNAPSHOT);
         let rebased = rebased.then(|| self.latest_rebased(belongs)).flatten();
-        // The snapshot of the FULL's own state is of the time in its name, whatever was folded since.
+        // The snapshot of the FULL's own state is of the time in its name, whatever was merged since.
         let full_time = belongs.stamp.unwrap_or(active.time);
         for (index, snapshot) in (0..).zip(&info.snapshots) {
             let time = snapshot_time(snapshot, full_time);
@@ -162,8 +162,8 @@ impl Maker<'_> {
             let blocked = blocked.cloned().or_else(|| unusable(snapshot));
             let mut layers = Vec::new();
             if blocked.is_none() {
-                layers = self.fates.layers_below(belongs.file);
-                layers.push(self.fates.layer(belongs.file, Part::Snapshot(index)));
+                layers = self.deps.layers_below(belongs.file);
+                layers.push(self.deps.layer(belongs.file, LayerPart::Snapshot(index)));
             }
             let point = self.snapshot(active, snapshot, time, layers, blocked.as_ref());
             self.points.push((point, blocked));
@@ -171,10 +171,10 @@ impl Maker<'_> {
     }
 
     /// The latest time that the active state of a rebased FULL can be of, by the names of its
-    /// snapshots: they are in local time, perhaps of another zone, and what lies on the FULL is newer.
+    /// snapshots: they are in local time, perhaps of another zone, and what depends on the FULL is newer.
     /// `None` if a manifest says the time.
-    fn latest_rebased(&self, belongs: &Belongs) -> Option<i64> {
-        if self.fates.tree.files[belongs.file].manifest.is_some() {
+    fn latest_rebased(&self, belongs: &DiskMember) -> Option<i64> {
+        if self.deps.tree.files[belongs.file].manifest.is_some() {
             return None;
         }
         let later =
@@ -208,12 +208,12 @@ impl Maker<'_> {
         }
     }
 
-    fn time(&self, belongs: &Belongs) -> i64 {
-        let entry = &self.fates.tree.files[belongs.file];
-        if let Some(time) = stamp(self.fates, belongs).or(entry.manifest.as_ref().map(|m| m.time)) {
+    fn time(&self, belongs: &DiskMember) -> i64 {
+        let entry = &self.deps.tree.files[belongs.file];
+        if let Some(time) = stamp(self.deps, belongs).or(entry.manifest.as_ref().map(|m| m.time)) {
             return time;
         }
-        // The file's time, unless what lies on it is older: copying changes file times.
+        // The file's time, unless what depends on it is older: copying changes file times.
         let first = self.group.members.iter().filter_map(|b| b.stamp).min();
         let before_first = first.map_or(i64::MAX, |t| t.saturating_sub(1));
         match belongs.level {
@@ -272,7 +272,7 @@ fn reason(blocked: &Blocked, name: &str) -> Finding {
         severity: Severity::Error,
         kind: Kind::Incomplete,
         message: format!(
-            "{} needs {file}, which cannot be used: {}",
+            "{} needs {file}, which is not usable: {}",
             path_text(name),
             cause.message
         ),

@@ -9,7 +9,7 @@ use crate::manifest;
 use crate::manifest::{Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest};
 
 /// What the catalog knows about a point as a manifest; `None` if a manifest cannot say it (an
-/// internal snapshot, a plain image, a point that lies on a file in another folder).
+/// internal snapshot, a plain image, a point that depends on a file in another folder).
 pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
     let p = &disk.points[i];
     let is_backup = matches!(p.level, Level::Full | Level::Inc | Level::Diff | Level::Copy);
@@ -19,7 +19,7 @@ pub fn describe(disk: &Disk, i: usize) -> Option<Manifest> {
     describe_format(disk, i)
 }
 
-/// As [`describe`], also of a plain image, and of one that lies on a file in another folder: then the
+/// As [`describe`], also of a plain image, and of one that depends on a file in another folder: then the
 /// manifest says no more of it than its format and size, and its own pointer what is below.
 pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
     let p = &disk.points[i];
@@ -80,13 +80,12 @@ pub fn check_formats(disk: &Disk, of: usize) -> Result<()> {
     let chain = &disk.points[of].chain;
     let open = |p: &&Point| p.chain == *chain && p.format_is_open;
     let Some(p) = disk.points.iter().find(open) else { return Ok(()) };
-    let what = "nothing but its own bytes says that it is a qcow2 image: if a guest wrote them to \
-                a raw disk, they are meant as they are";
+    let what = "only its content says qcow2: a guest can write a qcow2 header to a raw disk";
     Err(Error::new(Kind::Unsupported, what).at_path(&p.source).remedy(DECIDE))
 }
 
 /// Writes manifests, without hashes, for point `from` and all after it in its chain that have
-/// none: from then on they say what lies on what, whatever names say.
+/// none: from then on they say what depends on what, whatever names say.
 ///
 /// # Errors
 /// As [`check_formats`]; `Unsupported` if a manifest cannot say it, or writing failed.

@@ -119,7 +119,7 @@ impl Catalog {
 fn several(selector: &Path, paths: impl Iterator<Item = PathBuf>) -> Error {
     let names: Vec<String> = paths.map(|p| path_text(&p)).collect();
     let text = format!("'{}' names several points", path_text(&selector));
-    Error::new(Kind::Usage, text).remedy(format!("say which: {}", names.join(", ")))
+    Error::new(Kind::Usage, text).remedy(format!("name one: {}", names.join(", ")))
 }
 
 impl Disk {
@@ -134,7 +134,7 @@ impl Disk {
     }
 
     /// The file of its newest backup, if only the manifest of that is left.
-    pub fn newest_lost(&self) -> Option<&Path> {
+    pub fn newest_missing(&self) -> Option<&Path> {
         self.findings.iter().find(|f| f.message == NEWEST_LOST).map(|f| f.path.as_path())
     }
 
@@ -153,16 +153,13 @@ impl Disk {
         if let (Some(false) | None, Some((newer, why))) = (by_name, lost) {
             let (disk, name) = (path_text(&self.path), path_text(&self.points[point].name));
             log::warn!(
-                "{disk}: the latest that can be read is {name}; {} is newer and cannot be: {}",
+                "{disk}: latest is {name}; the newer {} is not available: {}",
                 path_text(&newer.name),
                 why.message
             );
-        } else if let (Some(false) | None, Some(lost)) = (by_name, self.newest_lost()) {
+        } else if let (Some(false) | None, Some(lost)) = (by_name, self.newest_missing()) {
             let (disk, name) = (path_text(&self.path), path_text(&self.points[point].name));
-            log::warn!(
-                "{disk}: the latest that is there is {name}; {}: {NEWEST_LOST}",
-                path_text(&lost)
-            );
+            log::warn!("{disk}: latest is {name}; {}: {NEWEST_LOST}", path_text(&lost));
         }
     }
 

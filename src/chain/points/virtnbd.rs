@@ -7,20 +7,20 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::chain::walk::foreign_content::ForeignContent;
 use crate::chain::walk::info;
 use crate::chain::walk::info::DiskInfo;
-use crate::chain::walk::inside::Inside;
 use crate::chain::walk::tree::{FileEntry, FileId, Tree};
 use crate::chain::{Disk, Point};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::layer::sparsestream::Meta;
-use crate::layer::{Format, LayerSpec, Part};
+use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::layout::Level;
 use crate::layout::stream_name::StreamName;
 
 /// What was found in one folder.
 #[derive(Default)]
-pub(in crate::chain) struct Found {
+pub(in crate::chain) struct FoundDisks {
     /// Disks; their paths are not yet unique.
     pub disks: Vec<Disk>,
     /// What belongs to no disk.
@@ -29,8 +29,8 @@ pub(in crate::chain) struct Found {
     pub taken: Vec<FileId>,
 }
 
-/// What lies beside streams: unfinished ones, checksums, configurations, lists of checkpoints.
-fn is_beside(name: &str) -> bool {
+/// What is beside streams: unfinished ones, checksums, configurations, lists of checkpoints.
+fn is_companion(name: &str) -> bool {
     const ENDINGS: [&str; 5] =
         [".data.partial", ".data.chksum", ".qcow.json", ".cpt", ".cpt.partial"];
     let config = name.starts_with("vmconfig.") && name.ends_with(".xml");
@@ -38,7 +38,7 @@ fn is_beside(name: &str) -> bool {
 }
 
 /// A file of a disk.
-struct Member<'a> {
+struct StreamFile<'a> {
     entry: &'a FileEntry,
     /// The file's name, and what it says.
     file: String,
@@ -47,7 +47,7 @@ struct Member<'a> {
     meta: Result<Option<&'a Meta>, Finding>,
 }
 
-impl Member<'_> {
+impl StreamFile<'_> {
     fn meta(&self) -> Option<&Meta> {
         self.meta.as_ref().ok().copied().flatten()
     }
@@ -103,7 +103,7 @@ impl Member<'_> {
         let Some(meta) = self.meta() else { return Ok(()) };
         let wrong = |what: String| {
             let error = Error::new(Kind::Corrupt, what).at_path(&self.entry.path);
-            Err(error.remedy("give the file back the name it was written with"))
+            Err(error.remedy("rename the file to the name it was written with"))
         };
         if meta.disk != self.name.disk {
             return wrong(format!("the stream is of disk {}", meta.disk));
@@ -132,16 +132,16 @@ pub(in crate::chain) fn find(
     folder: &Path,
     streams: &[&FileEntry],
     beside: &[(FileId, String)],
-    found: &mut Found,
+    found: &mut FoundDisks,
 ) {
-    let mut disks: BTreeMap<String, Vec<Member>> = BTreeMap::new();
+    let mut disks: BTreeMap<String, Vec<StreamFile>> = BTreeMap::new();
     for entry in streams {
         let file = entry.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let Some(name) = StreamName::parse(&file) else { continue };
         let meta = meta_of(tree, entry, &name, beside);
-        disks.entry(name.disk.clone()).or_default().push(Member { entry, file, name, meta });
+        disks.entry(name.disk.clone()).or_default().push(StreamFile { entry, file, name, meta });
     }
-    found.taken.extend(beside.iter().filter(|(_, name)| is_beside(name)).map(|(file, _)| *file));
+    found.taken.extend(beside.iter().filter(|(_, name)| is_companion(name)).map(|(file, _)| *file));
     found.disks.extend(disks.into_iter().map(|(name, members)| make_disk(folder, &name, members)));
 }
 
@@ -165,35 +165,36 @@ fn meta_of<'a>(
         return Ok(None);
     }
     match entry.probed.inside() {
-        Ok(Inside::Stream(meta, _)) => return Ok(Some(meta)),
-        Ok(Inside::NoStream | Inside::Archive(_)) => {}
+        Ok(ForeignContent::Stream(meta, _)) => return Ok(Some(meta)),
+        Ok(ForeignContent::NoStream | ForeignContent::Archive(_)) => {}
         Err(finding) => return Err(finding.clone()),
     }
     let sum = format!("{}.copy.data.chksum", name.disk);
     let was_stream = !described.is_empty() || beside.iter().any(|(_, n)| *n == sum);
     let may_be_raw = name.level == Level::Copy && !was_stream;
     if !may_be_raw || len == 0 || !len.is_multiple_of(512) {
-        let error = Error::new(Kind::Corrupt, "this is neither a stream nor a whole raw disk")
-            .remedy("restore this file from another copy of the backup");
+        let error =
+            Error::new(Kind::Corrupt, "neither a virtnbdbackup stream nor a whole raw disk")
+                .remedy("restore this file from another copy of the backup");
         return Err(Finding::from_error(&error, &entry.path));
     }
     Ok(None)
 }
 
-fn make_disk(folder: &Path, name: &str, mut members: Vec<Member>) -> Disk {
-    members.sort_by_cached_key(Member::order);
+fn make_disk(folder: &Path, name: &str, mut members: Vec<StreamFile>) -> Disk {
+    members.sort_by_cached_key(StreamFile::order);
     let (points, findings) = (Vec::with_capacity(members.len()), Vec::new());
     let mut disk = Disk { path: folder.join(name), points, findings };
     // The point that made each checkpoint. Those it builds on come before it.
     let mut makers: BTreeMap<String, usize> = BTreeMap::new();
     for (i, member) in members.iter().enumerate() {
         let mut point = new_point(member);
-        if let (Ok(Inside::Stream(_, Some(cut))), Ok(Some(_))) =
+        if let (Ok(ForeignContent::Stream(_, Some(cut))), Ok(Some(_))) =
             (member.entry.probed.inside(), &member.meta)
         {
             disk.findings.push(cut.clone());
         }
-        if let Err(finding) = settle(member, &makers, &disk.points, &mut point) {
+        if let Err(finding) = conclude(member, &makers, &disk.points, &mut point) {
             // A cause is told once, not once per point above it.
             if finding.path == point.source {
                 disk.findings.push(finding.clone());
@@ -209,9 +210,9 @@ fn make_disk(folder: &Path, name: &str, mut members: Vec<Member>) -> Disk {
     disk
 }
 
-/// Links a point to the one it lies on, or says why it cannot be served.
-fn settle(
-    member: &Member,
+/// Links a point to the one it depends on, or says why it cannot be served.
+fn conclude(
+    member: &StreamFile,
     makers: &BTreeMap<String, usize>,
     points: &[Point],
     point: &mut Point,
@@ -227,7 +228,7 @@ fn settle(
         Some(cause) => Err(Finding {
             kind: Kind::Incomplete,
             message: format!(
-                "{} needs {}, which cannot be used: {}",
+                "{} needs {}, which is not usable: {}",
                 point.name, below.name, cause.message
             ),
             ..cause.clone()
@@ -235,7 +236,7 @@ fn settle(
     }
 }
 
-fn new_point(member: &Member) -> Point {
+fn new_point(member: &StreamFile) -> Point {
     let probed = &member.entry.probed;
     let (format, size) = match &member.meta {
         Ok(None) => (Format::Raw, probed.file.identity().size),
@@ -254,7 +255,7 @@ fn new_point(member: &Member) -> Point {
         layers: vec![LayerSpec {
             file: probed.file.clone(),
             format,
-            part: Part::Whole,
+            part: LayerPart::Whole,
             data_file: None,
         }],
         format_is_open: false,
@@ -271,7 +272,7 @@ fn local_time(date: &str) -> Option<i64> {
 
 /// Links an incremental backup to the one it builds on.
 fn link(
-    member: &Member,
+    member: &StreamFile,
     makers: &BTreeMap<String, usize>,
     points: &[Point],
     point: &mut Point,

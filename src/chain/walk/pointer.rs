@@ -50,8 +50,14 @@ pub(in crate::chain) fn parse(pointer: &str) -> Result<Pointer, Error> {
         }
     };
     found.filter(|p| is_file_name(&p.path)).ok_or_else(|| {
-        Error::new(Kind::Incomplete, format!("its backing pointer {pointer:?} is no plain file"))
-            .remedy("a name inside an image is followed inside the backup directory only")
+        Error::new(
+            Kind::Incomplete,
+            format!(
+                "its backing file name {pointer:?} is not a plain \
+                                              file name"
+            ),
+        )
+        .remedy("files named in an image are only used inside the backup directory")
     })
 }
 

@@ -6,9 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::inside;
+use super::foreign_content;
 use super::probed::{Content, Probed};
-use super::side::Side;
+use super::side_folder::SideFolder;
 use super::tree::{FileEntry, FileId};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::Handle;
@@ -26,14 +26,14 @@ type ManifestResult = std::result::Result<Option<Arc<Brief>>, Finding>;
 #[derive(Debug, Default)]
 pub struct ProbeCache {
     /// By path, as a string of bytes: that is cheaper to hash than its components.
-    files: HashMap<OsString, Known>,
+    files: HashMap<OsString, CachedProbe>,
     manifests: HashMap<OsString, (Identity, ManifestResult)>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct CachedProbe {
     probed: Arc<Probed>,
-    /// What it lay on. Where only names say so, the loss of that file must not make it lie on the one
+    /// What it depended on. Where only names say so, the loss of that file must not make it depend on the one
     /// before.
     base: Option<PathBuf>,
 }
@@ -49,22 +49,22 @@ impl ProbeCache {
         self.files.is_empty()
     }
 
-    /// The file at `path`, taken over from `previous` where it is unchanged. `look_inside` is false
+    /// The file at `path`, taken over from `previous` where it is unchanged. `read_content` is false
     /// for files that may only be used through another one.
     pub(in crate::chain) fn probe(
         &mut self,
         path: &Path,
         handle: &Handle,
-        look_inside: bool,
+        read_content: bool,
         previous: Option<&ProbeCache>,
     ) -> Arc<Probed> {
         let now = Identity::of(handle.metadata());
         let known = previous.and_then(|p| p.files.get(path.as_os_str()));
         let probed = match known.filter(|k| k.probed.still_holds(&now)) {
             Some(known) => known.probed.clone(),
-            None => Arc::new(look(path, handle, now, look_inside)),
+            None => Arc::new(look(path, handle, now, read_content)),
         };
-        let known = Known { probed: probed.clone(), base: None };
+        let known = CachedProbe { probed: probed.clone(), base: None };
         self.files.insert(path.as_os_str().to_os_string(), known);
         probed
     }
@@ -73,10 +73,10 @@ impl ProbeCache {
     pub(in crate::chain) fn manifest(
         &mut self,
         path: &Path,
-        side: &Side,
+        side: &SideFolder,
         previous: Option<&Self>,
     ) -> ManifestResult {
-        if matches!(side, Side::None) {
+        if matches!(side, SideFolder::None) {
             return Ok(None);
         }
         let image = path.file_name().unwrap_or_default();
@@ -96,7 +96,7 @@ impl ProbeCache {
         entry.1
     }
 
-    /// What those of `files` lay on that have not changed since.
+    /// What those of `files` depended on that have not changed since.
     pub(in crate::chain) fn bases_of(&self, files: &[FileEntry]) -> HashMap<FileId, PathBuf> {
         let base = |file: &FileEntry| {
             let known = self.files.get(file.path.as_os_str())?;
@@ -105,7 +105,7 @@ impl ProbeCache {
         files.iter().enumerate().filter_map(|(i, f)| Some((i, base(f)?))).collect()
     }
 
-    /// Remembers what files lie on.
+    /// Remembers what files depend on.
     pub(in crate::chain) fn remember_bases(&mut self, bases: Vec<(Arc<Probed>, PathBuf)>) {
         for (probed, base) in bases {
             if let Some(known) = self.files.get_mut(probed.file.path().as_os_str()) {
@@ -115,10 +115,10 @@ impl ProbeCache {
     }
 }
 
-fn look(path: &Path, handle: &Handle, identity: Identity, look_inside: bool) -> Probed {
+fn look(path: &Path, handle: &Handle, identity: Identity, read_content: bool) -> Probed {
     let mut file = SourceFile::with_identity(path.to_path_buf(), identity);
     let mut magic = false;
-    let content = if look_inside {
+    let content = if read_content {
         look_at_content(&file, handle, &mut magic)
             .unwrap_or_else(|e| Content::Bad(Finding::from_error(&e, path)))
     } else {
@@ -140,7 +140,7 @@ fn look(path: &Path, handle: &Handle, identity: Identity, look_inside: bool) -> 
 
 fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Result<Content> {
     let name = file.path().file_name().unwrap_or_default();
-    if let Some(what) = inside::layout(name) {
+    if let Some(what) = foreign_content::layout(name) {
         return Ok(Content::Foreign(what));
     }
     file.open_through(handle)?;
@@ -151,10 +151,8 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
     }
     let what = match name::promise(name) {
         _ if file.is_empty() => Some("the file is empty"),
-        Promise::Qcow2 => Some("the file is named qcow2 but does not begin with its magic bytes"),
-        _ if layer::is_damaged_qcow2(&storage)? => Some(
-            "the file does not begin with qcow2's magic bytes, but what follows is a qcow2 header",
-        ),
+        Promise::Qcow2 => Some("the file is named qcow2 but has no qcow2 header"),
+        _ if layer::is_damaged_qcow2(&storage)? => Some("the file's qcow2 magic bytes are damaged"),
         _ => None,
     };
     if let Some(what) = what {

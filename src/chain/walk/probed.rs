@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use super::inside;
-use super::inside::Inside;
+use super::foreign_content;
+use super::foreign_content::ForeignContent;
 use crate::error::{Finding, Result};
 use crate::layer::ImageInfo;
 use crate::storage::{Identity, ReadAt, SourceFile};
@@ -37,16 +37,16 @@ pub(in crate::chain) struct Probed {
     /// What is in it.
     pub content: Content,
     /// What is in it as a file of another program's layout; looked for when asked.
-    pub inside: OnceLock<Result<Inside, Finding>>,
+    pub inside: OnceLock<Result<ForeignContent, Finding>>,
 }
 
 impl Probed {
     /// What the file holds as one of another program's layout; looked at once, by a descriptor that
     /// is not kept.
-    pub(crate) fn inside(&self) -> Result<&Inside, &Finding> {
+    pub(crate) fn inside(&self) -> Result<&ForeignContent, &Finding> {
         let look = || {
             let file = SourceFile::with_identity(self.file.path().into(), self.file.identity());
-            inside::look_inside(&file).map_err(|e| Finding::from_error(&e, file.path()))
+            foreign_content::read_content(&file).map_err(|e| Finding::from_error(&e, file.path()))
         };
         self.inside.get_or_init(look).as_ref()
     }

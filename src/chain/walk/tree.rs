@@ -56,12 +56,12 @@ pub(in crate::chain) struct Folder {
     /// Its links, by name.
     pub links: Vec<Link>,
     /// Images that have a manifest and are gone.
-    pub lost: Vec<Lost>,
+    pub lost: Vec<LostImage>,
 }
 
 /// An image that was here once: only its manifest is left.
 #[derive(Debug, Clone)]
-pub(in crate::chain) struct Lost {
+pub(in crate::chain) struct LostImage {
     /// Its file name.
     pub name: OsString,
     /// The level in its name.
@@ -84,7 +84,7 @@ pub(in crate::chain) struct Tree {
     pub files: Vec<FileEntry>,
     /// By path, as a string of bytes: that is cheaper to hash than its components.
     pub by_path: HashMap<OsString, FileId>,
-    /// What files lay on at the last scan, if they have not changed since.
+    /// What files depended on at the last scan, if they have not changed since.
     pub former: HashMap<FileId, PathBuf>,
     /// What belongs to no disk.
     pub findings: Vec<Finding>,
@@ -113,8 +113,7 @@ impl Tree {
         if normalise(folder, text).is_some_and(|path| inside(&path)) {
             return None;
         }
-        let what = "a symbolic link that leads out of the backup directory: links are not followed, \
-                    and what is behind it is not shown";
+        let what = "a symbolic link that leads out of the backup directory: skipped";
         let finding = Finding::warning(Kind::Unsupported, folder.join(name), what);
         let remedy = "mount the folder there ('mount --bind'), move it here, or name it instead of \
                       this directory";

@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use super::super::bar::Bar;
 use super::super::shared::JsonArgs;
 use super::super::work::cancel_flag;
-use super::super::{paths, say};
+use super::super::{paths, verbosity};
 use super::place::{From, Opened, node};
 use crate::error::{Error, Kind, Result};
 use crate::files::copy::{Options, Report, Target, archive, copy};
@@ -49,7 +49,7 @@ pub(super) struct CpArgs {
     #[arg(short, long, hide = true)]
     recursive: bool,
     #[command(flatten)]
-    print: JsonArgs,
+    pub print: JsonArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -125,7 +125,7 @@ fn to_stdout(
     options: &Options<'_>,
 ) -> Result<Report> {
     if std::io::stdout().is_terminal() {
-        return Err(say::usage("an archive is not written to a terminal; use a pipe"));
+        return Err(verbosity::usage("an archive is not written to a terminal; use a pipe"));
     }
     let mut result = Ok(Report::default());
     output::written(|out| {
@@ -146,8 +146,8 @@ fn tell(args: &CpArgs, report: &Report) -> Result<()> {
     }
     match (args.tar, args.print.json) {
         (true, _) => {}
-        (false, true) => output::print(&output::json_pretty(report)?)?,
-        (false, false) if !say::is_quiet() => output::print(&format!(
+        (false, true) => output::print(&output::json_document(report)?)?,
+        (false, false) if !verbosity::is_quiet() => output::print(&format!(
             "{}, {}, {} of other kinds; {} written\n",
             counted(report.files, "file"),
             counted(report.folders, "folder"),

@@ -35,7 +35,7 @@ pub(super) struct FindArgs {
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
     #[command(flatten)]
-    print: JsonArgs,
+    pub print: JsonArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -105,7 +105,7 @@ impl Finding<'_, '_> {
         let mut line = String::new();
         match self.args.print.json {
             true => {
-                line = output::json_line(&Row::new(self.tree, at.path, at.node, at.attributes))?
+                line = output::json_object(&Row::new(self.tree, at.path, at.node, at.attributes))?
             }
             false => output::push_line(&mut line, path_text(OsStr::from_bytes(at.path))),
         }

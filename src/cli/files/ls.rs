@@ -8,12 +8,13 @@ use clap::Args;
 use serde_json::json;
 
 use super::super::shared::JsonArgs;
-use super::super::table::write_rows;
+use super::super::table::{Row as TableRow, Table};
+use super::super::verbosity;
 use super::place::{From, Opened, node};
 use super::row::{Row, long};
 use crate::error::{Error, Kind, Result};
 use crate::files::{At, NodeId, NodeKind, Tree, Visitor, open_tree, walk};
-use crate::output;
+use crate::output::{self, Look};
 use crate::text::path_text;
 use crate::units::human_bytes;
 
@@ -32,7 +33,7 @@ pub(super) struct LsArgs {
     #[arg(short = 'R', long)]
     recursive: bool,
     #[command(flatten)]
-    print: JsonArgs,
+    pub print: JsonArgs,
 }
 
 /// Names that are sorted; a folder of more is listed as it is.
@@ -129,7 +130,7 @@ impl Listing<'_, '_> {
         let text = match (self.args.print.json, self.args.long) {
             (true, _) => {
                 let row = Row::new(self.tree, at.path, at.node, at.attributes);
-                output::json_line(&row)?.trim_end().to_string()
+                output::json_object(&row)?.trim_end().to_string()
             }
             (false, true) => long(self.tree, at.path, at.node, at.attributes)?,
             (false, false) => path_text(OsStr::from_bytes(at.path)),
@@ -181,24 +182,25 @@ impl Visitor for Listing<'_, '_> {
 
 /// Lists the partitions and volumes.
 fn volumes(args: &LsArgs, opened: &Opened) -> Result<()> {
-    let mut rows = vec![["NAME", "SIZE", "CONTENT", "LABEL"].map(String::from)];
-    let mut lines = String::new();
+    let (mut rows, mut lines) = (Vec::new(), String::new());
     for volume in &opened.volumes {
         let tree = if volume.content.has_files() { open_tree(volume).ok() } else { None };
         let known = tree.map(|t| t.statistics());
         let kind = known.as_ref().map_or(volume.content.name(), |s| &s.kind).to_string();
         let label = known.as_ref().map(|s| s.label.clone()).unwrap_or_default();
+        let (name, size) = (&volume.name, volume.source.size());
         if args.print.json {
-            let (name, size) = (&volume.name, volume.source.size());
             let line = json!({ "name": name, "size": size, "content": kind, "file_system": known });
-            lines.push_str(&output::json_line(&line)?);
+            lines.push_str(&output::json_object(&line)?);
             continue;
         }
-        let size = human_bytes(volume.source.size());
-        rows.push([path_text(&volume.name), size, kind, path_text(&label)]);
+        let cells = [path_text(name), human_bytes(size), kind, path_text(&label)];
+        rows.push(TableRow::Cells(cells.into(), Look::Plain));
     }
-    if !args.print.json {
-        write_rows(&mut lines, &rows, &[1]);
+    if args.print.json {
+        return output::print(&lines);
     }
-    output::print(&lines)
+    let titles = &["NAME", "SIZE", "CONTENT", "LABEL"];
+    let table = Table { titles, right: &["SIZE"], less: &[], indent: 0, rows };
+    output::print_lines(&table.lines(verbosity::is_verbose()))
 }

@@ -10,6 +10,7 @@ mod stat;
 
 use clap::{Args, Subcommand};
 
+use super::args::Json;
 use crate::error::Result;
 
 /// Show and copy single files out of a point: no root, no loop device, no VM
@@ -54,6 +55,19 @@ impl FilesArgs {
             What::Cp(a) => &a.from.dir,
             What::Find(a) => &a.from.dir,
             What::Stat(a) => &a.from.dir,
+        }
+    }
+}
+
+impl FilesArgs {
+    /// Whether it prints JSON, and in which way.
+    pub(super) fn json(&self) -> (bool, Json) {
+        match &self.what {
+            What::Ls(a) => (a.print.json, Json::Objects),
+            What::Find(a) => (a.print.json, Json::Objects),
+            What::Cp(a) => (a.print.json, Json::Document),
+            What::Stat(a) => (a.print.json, Json::Document),
+            What::Cat(_) => (false, Json::No),
         }
     }
 }

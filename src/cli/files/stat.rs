@@ -20,7 +20,7 @@ pub(super) struct StatArgs {
     #[command(flatten)]
     pub from: From,
     #[command(flatten)]
-    print: JsonArgs,
+    pub print: JsonArgs,
 }
 
 /// Runs it.
@@ -43,7 +43,7 @@ pub(super) fn run(args: &StatArgs) -> Result<()> {
         let all = json!({
             "file": row, "xattrs": xattrs, "file_system": system, "findings": findings,
         });
-        return output::print(&output::json_pretty(&all)?);
+        return output::print(&output::json_document(&all)?);
     }
     let mut shown = String::new();
     let mut line = |name: &str, value: String| {
@@ -58,10 +58,10 @@ pub(super) fn run(args: &StatArgs) -> Result<()> {
     line("links", row.links.to_string());
     line("inode", row.inode.to_string());
     let times = [
-        ("read", Some(row.atime)),
-        ("changed", Some(row.mtime)),
-        ("attributes", Some(row.ctime)),
-        ("made", row.crtime),
+        ("read", Some(row.atime_utc)),
+        ("changed", Some(row.mtime_utc)),
+        ("attributes", Some(row.ctime_utc)),
+        ("made", row.crtime_utc),
     ];
     times.into_iter().for_each(|(name, time)| time.into_iter().for_each(|t| line(name, t)));
     let more = [("leads to", row.target), ("device", row.device)];

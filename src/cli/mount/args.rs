@@ -11,9 +11,9 @@ use crate::units::parse_bytes;
 
 /// Mount a backup directory: every point of every disk becomes a raw image
 ///
-/// Below MOUNTPOINT there is a folder per disk, and in it a file per point in time, named after the
-/// backup file with .raw appended; latest.raw leads to the newest, by-time/ to each by its date.
-/// .fleecefs/status.json tells what was found. Everything is read-only. New backups appear
+/// MOUNTPOINT has a folder per disk, and in it a file per point, named after the backup file with .raw
+/// appended. latest.raw is a link to the newest, by-time/ has a link per point by its time (UTC), in
+/// order. .fleecefs/status.json tells what was found. Everything is read-only. New backups appear
 /// without remounting.
 #[derive(Debug, Clone, Default, Args)]
 #[command(after_help = "\
@@ -27,6 +27,7 @@ In /etc/fstab:
   /backups/vm1  /mnt/vm1  fuse.fleecefs  noauto,x-systemd.requires-mounts-for=/backups/vm1,allow_other,mode=0440,gid=backup  0 0")]
 pub(crate) struct MountArgs {
     /// The backup directory
+    #[arg(value_name = "DIR")]
     pub backups: PathBuf,
 
     /// An existing directory to mount at
@@ -36,11 +37,11 @@ pub(crate) struct MountArgs {
     #[arg(short, long)]
     pub foreground: bool,
 
-    /// Let other users in, as far as owner, group and mode of the files allow (see --mode)
+    /// Let other users in, as owner, group and mode of the files allow (see --mode)
     #[arg(long, conflicts_with = "allow_root")]
     pub allow_other: bool,
 
-    /// Let root in, too
+    /// Let root in too
     #[arg(long)]
     pub allow_root: bool,
 
@@ -56,12 +57,12 @@ pub(crate) struct MountArgs {
     #[arg(long, value_name = "MODE", value_parser = parse_mode)]
     pub mode: Option<u16>,
 
-    /// Memory for folded maps and decompressed clusters [default: 64M]
+    /// Memory for extent maps and decompressed clusters [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub cache_size: Option<u64>,
 
-    /// Threads that serve requests [default: one per processor, 4 to 8]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
+    /// Number of threads that serve requests [default: one per processor, 4 to 8]
+    #[arg(long, alias = "workers", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
     pub threads: Option<u16>,
 
     /// Unmount after this time without use (90, 90s, 15m, 2h) [default: never]
@@ -73,11 +74,11 @@ pub(crate) struct MountArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub poll_interval: Option<Duration>,
 
-    /// Where to log [default: the system log, in the foreground standard error]
+    /// Log to this file [default: the system log; with --foreground standard error]
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 
-    /// The same options as mount(8) and /etc/fstab write them: allow_other,uid=1000,cache_size=1G
+    /// The same options in the form of mount(8) and /etc/fstab: allow_other,uid=1000,cache_size=1G
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub options: Vec<String>,
 }

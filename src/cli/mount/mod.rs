@@ -6,10 +6,11 @@ mod options;
 
 use args::MountArgs;
 
-use super::{paths, say};
+use super::{paths, verbosity};
 use crate::error::Result;
 use crate::fuse::Access;
-use crate::mount::{self, Options, Plan};
+use crate::mount;
+use crate::mount::{Options, Plan};
 
 /// Runs `fleecefs mount`; with `as_owner`, the directory's owner serves it.
 ///
@@ -39,7 +40,7 @@ pub(super) fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
 
 fn access(args: &MountArgs) -> Result<Access> {
     match (args.allow_other, args.allow_root) {
-        (true, true) => Err(say::usage("allow_other and allow_root exclude each other")),
+        (true, true) => Err(verbosity::usage("allow_other and allow_root exclude each other")),
         (true, false) => Ok(Access::Everybody),
         (false, true) => Ok(Access::Root),
         (false, false) => Ok(Access::Owner),

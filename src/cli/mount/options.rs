@@ -1,7 +1,7 @@
 //! Options as mount(8) and fstab write them.
 
-use super::super::say;
 use super::args::{MountArgs, parse_duration, parse_mode};
+use crate::cli::verbosity;
 use crate::error::Result;
 use crate::privileges::users;
 use crate::units::parse_bytes;
@@ -62,7 +62,7 @@ pub(super) fn apply(args: &mut MountArgs, list: &str) -> Result<()> {
         };
         let key = key.replace('-', "_");
         if !set(args, &key, value)? && !is_ignored(&key) && !sloppy {
-            return Err(say::usage(format!("unknown mount option '{option}'"))
+            return Err(verbosity::usage(format!("unknown mount option '{option}'"))
                 .remedy("'fleecefs mount --help' lists them all"));
         }
     }
@@ -79,11 +79,14 @@ fn is_ignored(key: &str) -> bool {
 
 /// Sets one option; false if there is none of that name.
 fn set(args: &mut MountArgs, key: &str, value: Option<&str>) -> Result<bool> {
-    let need =
-        || value.ok_or_else(|| say::usage(format!("mount option '{key}' needs a value: {key}=…")));
-    let number =
-        |text: &str| text.parse().map_err(|_| say::usage(format!("{key}={text}: not a number")));
-    let wrong = |e: String| say::usage(format!("mount option '{key}': {e}"));
+    let need = || {
+        value
+            .ok_or_else(|| verbosity::usage(format!("mount option '{key}' needs a value: {key}=…")))
+    };
+    let number = |text: &str| {
+        text.parse().map_err(|_| verbosity::usage(format!("{key}={text}: not a number")))
+    };
+    let wrong = |e: String| verbosity::usage(format!("mount option '{key}': {e}"));
     match key {
         "allow_other" => args.allow_other = true,
         "allow_root" => args.allow_root = true,
@@ -104,7 +107,7 @@ fn set(args: &mut MountArgs, key: &str, value: Option<&str>) -> Result<bool> {
 fn threads(n: u32) -> Result<u16> {
     match u16::try_from(n) {
         Ok(n @ 1..=128) => Ok(n),
-        _ => Err(say::usage("threads must be from 1 to 128")),
+        _ => Err(verbosity::usage("threads must be from 1 to 128")),
     }
 }
 

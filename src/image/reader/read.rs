@@ -10,7 +10,7 @@ use crate::image::window::Window;
 use crate::layer::{Layer, Piece, Unit};
 
 /// The layers that a read has taken bytes from, each once. Reads go back and forth between a FULL
-/// and what lies on it; looking at a file after each piece would cost a tenth of the time.
+/// and what depends on it; looking at a file after each piece would cost a tenth of the time.
 #[derive(Default)]
 pub(super) struct LayersRead {
     layers: [u16; LayersRead::MOST],
@@ -128,7 +128,7 @@ impl Image {
     }
 
     fn bad_range(&self, layer: u16, at: u64) -> Error {
-        // The finding, logged when the window was folded, has file, offset and reason.
+        // The finding, logged when the window was merged, has file, offset and reason.
         Error::new(Kind::Corrupt, format!("guest offset {at:#x} cannot be read; see the findings"))
             .at_path(self.layer_path(layer))
     }

@@ -3,22 +3,22 @@
 use std::ops::Range;
 
 use super::Image;
-use super::ahead::Ahead;
-use super::wanted::Wanted;
+use super::lookahead::Lookahead;
+use super::range_kind::RangeKind;
 use crate::error::Result;
 use crate::extent::Extent;
-use crate::image::{FoldedExtent, Source};
+use crate::image::{MergedExtent, Source};
 
-/// Windows that one search for data folds without finding any: 1 TiB of tables that say nothing,
+/// Windows that one search for data merges without finding any: 1 TiB of tables that say nothing,
 /// as preallocation makes them. Then it says "data", as it may where it does not know: an image
 /// can claim more such tables than anybody wants to wait for.
 const MAX_SEARCH: u32 = 1 << 14;
 /// The same for a search for a hole; then all the rest counts as data.
 const MAX_HOLE_SEARCH: u32 = 1 << 16;
-/// Windows that a search folds before it looks at whole tables: whoever copies a disk finds the next
+/// Windows that a search merges before it looks at whole tables: whoever copies a disk finds the next
 /// data or hole within these, and reads from them next.
 const NEAR: u32 = 16;
-/// Windows that a search folds which must be brief.
+/// Windows that a search merges which must be brief.
 const BRIEF: u32 = 2;
 
 impl Image {
@@ -75,7 +75,7 @@ impl Image {
     pub fn for_each_extent(
         &self,
         range: Range<u64>,
-        mut f: impl FnMut(FoldedExtent) -> bool,
+        mut f: impl FnMut(MergedExtent) -> bool,
     ) -> Result<()> {
         self.check_inside(range.start, range.end.saturating_sub(range.start))?;
         let mut at = range.start;
@@ -110,9 +110,9 @@ impl Image {
     /// See [`Image::for_each_extent`].
     pub fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
         let limits = Limits { near: NEAR, folds: MAX_SEARCH };
-        match self.search(offset, Wanted::Data, limits)? {
-            Sought::At(at) | Sought::GaveUp(at) => Ok(Some(at)),
-            Sought::Nothing => Ok(None),
+        match self.search(offset, RangeKind::Data, limits)? {
+            SearchResult::At(at) | SearchResult::GaveUp(at) => Ok(Some(at)),
+            SearchResult::Nothing => Ok(None),
         }
     }
 
@@ -123,9 +123,9 @@ impl Image {
     /// See [`Image::for_each_extent`].
     pub fn seek_hole(&self, offset: u64) -> Result<u64> {
         let limits = Limits { near: NEAR, folds: MAX_HOLE_SEARCH };
-        match self.search(offset, Wanted::Hole, limits)? {
-            Sought::At(at) => Ok(at),
-            Sought::GaveUp(_) | Sought::Nothing => Ok(self.size),
+        match self.search(offset, RangeKind::Hole, limits)? {
+            SearchResult::At(at) => Ok(at),
+            SearchResult::GaveUp(_) | SearchResult::Nothing => Ok(self.size),
         }
     }
 
@@ -134,18 +134,18 @@ impl Image {
     ///
     /// # Errors
     /// See [`Image::for_each_extent`].
-    pub fn seek_near(&self, offset: u64, wanted: Wanted) -> Result<Option<u64>> {
+    pub fn seek_near(&self, offset: u64, wanted: RangeKind) -> Result<Option<u64>> {
         let limits = Limits { near: BRIEF, folds: BRIEF };
         match self.search(offset, wanted, limits)? {
-            Sought::At(at) => Ok(Some(at)),
-            Sought::Nothing => Ok(Some(self.size)),
-            Sought::GaveUp(_) => Ok(None),
+            SearchResult::At(at) => Ok(Some(at)),
+            SearchResult::Nothing => Ok(Some(self.size)),
+            SearchResult::GaveUp(_) => Ok(None),
         }
     }
 
-    fn search(&self, from: u64, wanted: Wanted, limits: Limits) -> Result<Sought> {
+    fn search(&self, from: u64, wanted: RangeKind, limits: Limits) -> Result<SearchResult> {
         self.check_inside(from.min(self.size), 0)?;
-        let mut ahead = Ahead::new(self);
+        let mut ahead = Lookahead::new(self);
         let found = self.search_with(&mut ahead, from, wanted, limits)?;
         // Tables that were read while a file was being rewritten say nothing.
         ahead.check_unchanged()?;
@@ -154,11 +154,11 @@ impl Image {
 
     fn search_with(
         &self,
-        ahead: &mut Ahead,
+        ahead: &mut Lookahead,
         from: u64,
-        wanted: Wanted,
+        wanted: RangeKind,
         limits: Limits,
-    ) -> Result<Sought> {
+    ) -> Result<SearchResult> {
         let mut folds = 0;
         let mut at = from;
         while at < self.size {
@@ -169,7 +169,7 @@ impl Image {
                     let far = (folds >= limits.near).then_some(&mut *ahead);
                     let stretch = self.stretch(far, at).inspect_err(|e| self.note_error(e));
                     match stretch? {
-                        (Some(found), _) if found == wanted => return Ok(Sought::At(at)),
+                        (Some(found), _) if found == wanted => return Ok(SearchResult::At(at)),
                         (Some(_), end) => {
                             at = end;
                             continue;
@@ -178,27 +178,27 @@ impl Image {
                     }
                 }
                 if folds >= limits.folds {
-                    return Ok(Sought::GaveUp(at));
+                    return Ok(SearchResult::GaveUp(at));
                 }
                 folds += 1;
             }
             let stop = self.size.min((index + 1).saturating_mul(self.window_size));
-            let is_wanted = |e: &FoldedExtent| e.content.is_hole() == (wanted == Wanted::Hole);
+            let is_wanted = |e: &MergedExtent| e.content.is_hole() == (wanted == RangeKind::Hole);
             let found = self.with_window(index, |w| w.clipped(at..stop).find(is_wanted))?;
             if let Some(e) = found {
-                return Ok(Sought::At(e.start));
+                return Ok(SearchResult::At(e.start));
             }
             at = stop;
         }
-        Ok(Sought::Nothing)
+        Ok(SearchResult::Nothing)
     }
 
     /// Whether `at` and all that follows up to the offset given is a hole or data, if that can be told
-    /// without folding a window.
-    fn stretch(&self, ahead: Option<&mut Ahead>, at: u64) -> Result<(Option<Wanted>, u64)> {
+    /// without merging a window.
+    fn stretch(&self, ahead: Option<&mut Lookahead>, at: u64) -> Result<(Option<RangeKind>, u64)> {
         let quiet = self.quiet_until(at)?;
         if quiet > at {
-            return Ok((Some(Wanted::Hole), quiet));
+            return Ok((Some(RangeKind::Hole), quiet));
         }
         ahead.map_or(Ok((None, at)), |ahead| ahead.look(at))
     }
@@ -206,7 +206,7 @@ impl Image {
 
 /// How a search ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sought {
+enum SearchResult {
     At(u64),
     /// There is no such byte.
     Nothing,
@@ -214,10 +214,10 @@ enum Sought {
     GaveUp(u64),
 }
 
-/// How far a search goes, in windows that are folded.
+/// How far a search goes, in windows that are merged.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
-    /// So many are folded before whole tables are looked at.
+    /// So many are merged before whole tables are looked at.
     near: u32,
     /// So many in all.
     folds: u32,

@@ -74,14 +74,14 @@ impl Index<usize> for Stack {
 mod tests {
     use super::*;
     use crate::image::{Cache, Image};
-    use crate::layer::{Format, LayerSpec, Part};
+    use crate::layer::{Format, LayerPart, LayerSpec};
     use crate::storage::SourceFile;
 
     /// A chain of images with so many layers each.
     fn chain(own: &[usize]) -> Vec<Arc<Image>> {
         let f = tempfile::NamedTempFile::new().unwrap();
         let file = Arc::new(SourceFile::look(f.path()).unwrap());
-        let spec = LayerSpec { file, format: Format::Raw, part: Part::Whole, data_file: None };
+        let spec = LayerSpec { file, format: Format::Raw, part: LayerPart::Whole, data_file: None };
         let (cache, mut all) = (Cache::new(1 << 20), Vec::<Arc<Image>>::new());
         for layers in own {
             let specs = vec![spec.clone(); *layers];

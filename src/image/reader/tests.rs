@@ -1,11 +1,11 @@
 use super::read::LayersRead;
 use super::*;
-use crate::layer::{Format, Part};
+use crate::layer::{Format, LayerPart};
 use std::os::unix::fs::FileExt;
 
 fn spec(path: &Path, format: Format) -> LayerSpec {
     let file = Arc::new(SourceFile::look(path).unwrap());
-    LayerSpec { file, format, part: Part::Whole, data_file: None }
+    LayerSpec { file, format, part: LayerPart::Whole, data_file: None }
 }
 
 pub(crate) fn image(

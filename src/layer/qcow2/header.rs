@@ -143,7 +143,7 @@ impl Header {
     pub fn corrupt_mark(&self, path: &Path) -> Error {
         Error::new(
             Kind::Corrupt,
-            "QEMU marked the image as corrupt: clusters that two claim are not read",
+            "QEMU marked the image as corrupt: clusters in use twice are not read",
         )
         .at_path(path)
         .at_offset(72)
@@ -278,7 +278,7 @@ impl Fields<'_> {
         let unknown = h.incompatible & !INCOMPAT_KNOWN;
         if unknown != 0 {
             let what = format!("unknown incompatible feature bits {unknown:#x}");
-            let remedy = "the image was made by a newer QEMU; use a newer version of this program";
+            let remedy = "the image was made by a newer QEMU; use a newer fleecefs";
             return Err(self.error(Kind::Unsupported, 72, what).remedy(remedy));
         }
         let bit = h.incompatible & INCOMPAT_COMPRESSION != 0;
@@ -319,13 +319,13 @@ fn check_version(f: &Fields) -> Result<()> {
     let (what, remedy) = match f.u32(4)? {
         2 | 3 => return Ok(()),
         1 => (
-            "a qcow image of version 1, which is not read".to_string(),
+            "a qcow image of version 1: not supported".to_string(),
             "convert it with 'qemu-img convert -O qcow2'",
         ),
         other => (
             format!("qcow2 version {other} is not known"),
-            "the image was made by a newer QEMU; use a newer version of this program, or restore it \
-             from another copy if it is damaged",
+            "the image was made by a newer QEMU; use a newer fleecefs, or restore it from another \
+             copy if it is damaged",
         ),
     };
     Err(f.error(Kind::Unsupported, 4, what).remedy(remedy))
@@ -341,7 +341,7 @@ fn parse_fixed(f: &Fields, cluster_bits: u32) -> Result<Header> {
     let v3 = version == 3;
     let header_length = if v3 { f.u32(100)? } else { V2_HEADER_LEN };
     if v3 && !(V3_HEADER_LEN..=1 << cluster_bits).contains(&header_length) {
-        return Err(f.corrupt(100, format!("header length {header_length} is impossible")));
+        return Err(f.corrupt(100, format!("header length {header_length} is invalid")));
     }
     let compression = if v3 && header_length > V3_HEADER_LEN { f.bytes(104, 1)?[0] } else { 0 };
     let compression = match compression {
@@ -431,7 +431,7 @@ fn parse_extension(f: &Fields, h: &mut Header, kind: u32, data: u64, len: u64) -
 fn check_tables(f: &Fields, h: &Header, file_len: u64) -> Result<()> {
     let mask = h.cluster_size() - 1;
     if h.refcount_order > 6 {
-        return Err(f.corrupt(96, format!("refcount order {} is impossible", h.refcount_order)));
+        return Err(f.corrupt(96, format!("refcount order {} is invalid", h.refcount_order)));
     }
     let reftable_bytes = u64::from(h.reftable_clusters) << h.cluster_bits;
     if reftable_bytes > MAX_REFTABLE_BYTES || h.reftable_offset & mask != 0 {

@@ -1,10 +1,10 @@
 //! qcow2 versions 2 and 3: what an image maps and the bytes it holds.
 //!
-//! Room by room: `header` (fixed fields, extensions, limits), `snapshot` (internal snapshots),
+//! Its modules: `header` (fixed fields, extensions, limits), `snapshot` (internal snapshots),
 //! `table` (L1/L2 entries to mappings), `compress` (one cluster's decompression), `check` (whether
 //! all parts of a file agree), `plain` (where its plain clusters are), `create` and `backing` (empty images, and the backing file's name). Of
 //! an image that is read nothing is kept in memory but its header: L1 and L2 entries are read when
-//! a window is folded.
+//! a window is merged.
 
 pub mod backing;
 pub(crate) mod check;
@@ -19,7 +19,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Format, ImageInfo, Kinds, KnownTables, Layer, LayerMap, Part};
+use super::{Format, ImageInfo, Kinds, KnownTables, Layer, LayerMap, LayerPart};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::extent::ExtentList;
 use crate::storage::ReadAt;
@@ -98,7 +98,7 @@ impl Qcow2Layer {
     pub fn open(
         image: Arc<dyn ReadAt>,
         data: Option<Arc<dyn ReadAt>>,
-        part: &Part,
+        part: &LayerPart,
     ) -> Result<Self> {
         let header = Header::read(&*image)?;
         if header.has_data_file() && data.is_none() {
@@ -106,9 +106,9 @@ impl Qcow2Layer {
                 .at_path(image.name()));
         }
         let (l1, size) = match part {
-            Part::Whole => (header.l1, header.size),
-            Part::Snapshot(index) => find_snapshot(&*image, &header, *index)?,
-            Part::Device(_) => {
+            LayerPart::Whole => (header.l1, header.size),
+            LayerPart::Snapshot(index) => find_snapshot(&*image, &header, *index)?,
+            LayerPart::Device(_) => {
                 return Err(Error::new(Kind::NotFound, "a qcow2 image has no devices")
                     .at_path(image.name()));
             }
@@ -137,7 +137,7 @@ impl Qcow2Layer {
     }
 }
 
-/// Whether plain clusters are likely to lie in holes of the file, as in a preallocated image.
+/// Whether plain clusters are likely to be in holes of the file, as in a preallocated image.
 /// Asking the file system at every extent costs more than mapping it, so an image that is allocated
 /// nearly as far as it is long is not asked. (The bound is the one that QEMU draws, so that maps
 /// agree: a tenth of the clusters, and two at least.)
@@ -262,7 +262,7 @@ mod tests {
     /// The reads that it takes to walk over all of the disk.
     fn reads(entries: u64, full: bool, step: impl Fn(&Qcow2Layer, u64) -> u64) -> u64 {
         let storage = image(entries, full);
-        let layer = Qcow2Layer::open(storage.clone(), None, &Part::Whole).unwrap();
+        let layer = Qcow2Layer::open(storage.clone(), None, &LayerPart::Whole).unwrap();
         let before = storage.1.load(Ordering::Relaxed);
         let mut at = 0;
         while at < layer.size() {

@@ -183,7 +183,7 @@ impl Tables<'_> {
         }
         self.check_place(entry.l2_offset(), at)?;
         if entry.l2_offset() >= self.image.len() {
-            return Err(self.cut(at, "an L2 table lies past the end of the file"));
+            return Err(self.cut(at, "an L2 table is past the end of the file"));
         }
         Ok(Some(entry.l2_offset()))
     }
@@ -201,7 +201,7 @@ impl Tables<'_> {
         Ok(())
     }
 
-    /// Nothing may lie in the image's header or in the L1 table that leads to it. (Refcount tables
+    /// Nothing may be in the image's header or in the L1 table that leads to it. (Refcount tables
     /// are not looked at: reading does not depend on them, so their damage must not matter.)
     fn check_place(&self, host: u64, at: u64) -> Result<()> {
         let used = self.header.l1_entries_for(self.size) * 8;
@@ -323,11 +323,17 @@ impl Tables<'_> {
             let allocated = bitmap >> i & 1 != 0;
             let zero = bitmap >> (i + 32) & 1 != 0;
             match (allocated, zero) {
-                (true, true) => return Err(self.corrupt(at, "a subcluster is data and zero")),
+                (true, true) => {
+                    return Err(self.corrupt(
+                        at,
+                        "a subcluster is marked as data and \
+                                                             as zero",
+                    ));
+                }
                 (false, true) => map.extents.push(stop - start, Mapping::Zero),
                 (false, false) => map.extents.push(stop - start, Mapping::Below),
                 (true, false) if self.is_unallocated(entry) => {
-                    return Err(self.corrupt(at, "an allocated subcluster without a place"));
+                    return Err(self.corrupt(at, "an allocated subcluster without a host offset"));
                 }
                 (true, false) => {
                     self.check_data_place(entry.cluster_offset(), at)?;
@@ -348,7 +354,11 @@ impl Tables<'_> {
         part: Range<u64>,
     ) -> Result<()> {
         if self.header.has_data_file() {
-            return Err(self.corrupt(at, "a compressed cluster beside an external data file"));
+            return Err(self.corrupt(
+                at,
+                "a compressed cluster in an image with an external data \
+                                         file",
+            ));
         }
         let bits = self.header.cluster_bits;
         let (host, len) = entry
@@ -358,7 +368,7 @@ impl Tables<'_> {
         // The length counts whole sectors, the last of which the file need not have in full.
         let len = (len as u64).min(self.image.len().saturating_sub(host));
         if len == 0 {
-            return Err(self.cut(at, "a compressed cluster lies past the end of the file"));
+            return Err(self.cut(at, "a compressed cluster is past the end of the file"));
         }
         let skip = (part.start & ((1 << bits) - 1)) as u32;
         self.check_claim((host + len - 1) >> bits, at)?;
@@ -376,7 +386,7 @@ impl Tables<'_> {
             map.extents.push(there, Mapping::Data { file: self.data_ix, host });
         }
         if there < len {
-            return Err(self.cut(at, "a data cluster lies past the end of the file"));
+            return Err(self.cut(at, "a data cluster is past the end of the file"));
         }
         Ok(())
     }

@@ -150,7 +150,7 @@ pub(super) fn read_meta(storage: &dyn ReadAt) -> Result<(Meta, u64)> {
     }
     let compressed = raw.compressed.is_some_and(|c| c != serde_json::Value::Bool(false));
     if compressed && raw.compression_method.as_deref().is_some_and(|m| m != "lz4") {
-        let what = "the stream is compressed with something else than lz4";
+        let what = "the stream is not compressed with lz4";
         return Err(Error::new(Kind::Unsupported, what).at_offset(HEADER));
     }
     let meta = Meta {

@@ -31,16 +31,16 @@ pub(super) struct Piece {
     pub len: u64,
     /// Where it is in the file.
     pub host: u64,
-    /// How.
-    pub how: How,
+    /// How it is stored.
+    pub how: Encoding,
 }
 
 /// How a piece is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum How {
-    /// Not at all: it is zeros.
+pub(super) enum Encoding {
+    /// Not stored: it is zeros.
     Zero,
-    /// As it is.
+    /// As plain bytes.
     Plain,
     /// As one lz4 frame of so many bytes.
     Lz4(u32),
@@ -54,23 +54,23 @@ impl Piece {
 }
 
 /// What a stream mentions.
-pub(super) struct Found {
+pub(super) struct StreamIndex {
     /// Ascending, without overlap.
     pub pieces: Vec<Piece>,
     /// Where the stream ends too early: from this guest offset on nothing is known.
-    pub cut: Option<Cut>,
+    pub cut: Option<Truncation>,
 }
 
 /// A stream that ends too early.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Cut {
+pub(super) struct Truncation {
     /// The first guest byte that it would still have mentioned.
     pub from: u64,
     /// Where in the file something is missing.
     at: u64,
 }
 
-impl Cut {
+impl Truncation {
     /// The reason, without the file's name.
     pub(super) fn error(&self) -> Error {
         cut(self.at, "the stream ends too early: what it had from here on is lost")
@@ -81,7 +81,7 @@ impl Cut {
 ///
 /// # Errors
 /// The stream breaks a rule, or cannot be read; without the file's name.
-pub(super) fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<Found> {
+pub(super) fn read(storage: &dyn ReadAt, meta: &Meta, at: u64) -> Result<StreamIndex> {
     read_at_most(storage, meta, at, MAX_PIECES)
 }
 
@@ -91,7 +91,7 @@ pub(super) fn read_at_most(
     meta: &Meta,
     at: u64,
     most: usize,
-) -> Result<Found> {
+) -> Result<StreamIndex> {
     let mut walk = Walk {
         storage,
         meta,
@@ -145,7 +145,7 @@ const UNIT: u64 = 4096;
 
 impl Walk<'_> {
     /// Takes the frames that are there of a stream that ends too early.
-    fn until_cut(mut self) -> Result<Found> {
+    fn until_cut(mut self) -> Result<StreamIndex> {
         let mut known = self.after;
         let at = loop {
             match self.step() {
@@ -165,7 +165,7 @@ impl Walk<'_> {
         // A plain data frame is there as far as it goes; of lz4 frames those that are whole.
         let last = self.pieces.last().filter(|p| p.end() > known);
         known = last.map_or(known, Piece::end);
-        Ok(Found { pieces: self.pieces, cut: Some(Cut { from: known, at }) })
+        Ok(StreamIndex { pieces: self.pieces, cut: Some(Truncation { from: known, at }) })
     }
 
     /// Takes one frame; `false` at the last.
@@ -180,19 +180,19 @@ impl Walk<'_> {
                 self.zeros = true;
                 // What a full backup does not keep a piece for reads as zeros anyhow.
                 if self.meta.incremental {
-                    self.push(frame.start, frame.len, 0, How::Zero)?;
+                    self.push(frame.start, frame.len, 0, Encoding::Zero)?;
                 }
             }
             Kinds::Stop if frame.start == 0 && frame.len == 0 => {
                 self.note_gap(at, self.meta.virtual_size);
                 return Ok(false);
             }
-            _ => return Err(corrupt(at, "a frame is not what it can be here")),
+            _ => return Err(corrupt(at, "an unexpected frame")),
         }
         Ok(true)
     }
 
-    fn push(&mut self, start: u64, len: u64, host: u64, how: How) -> Result<()> {
+    fn push(&mut self, start: u64, len: u64, host: u64, how: Encoding) -> Result<()> {
         if self.pieces.len() >= self.most {
             return Err(cut(self.at, "the stream ends too early and has too many pieces"));
         }
@@ -224,7 +224,7 @@ impl Walk<'_> {
                 let there = self.end.saturating_sub(self.at).min(frame.len);
                 let there = if there < frame.len { there - there % UNIT } else { there };
                 if there > 0 {
-                    self.push(frame.start, there, self.at, How::Plain)?;
+                    self.push(frame.start, there, self.at, Encoding::Plain)?;
                 }
                 frame.len
             }
@@ -256,7 +256,7 @@ impl Walk<'_> {
                 let error = Error::new(Kind::Unsupported, what).at_offset(host);
                 return Err(error.remedy("restore the disk with virtnbdrestore"));
             }
-            self.push(start, len, host, How::Lz4(size))?;
+            self.push(start, len, host, Encoding::Lz4(size))?;
             start += len;
             host += u64::from(size);
         }
@@ -276,7 +276,7 @@ impl Walk<'_> {
             let len = len.filter(|n| *n <= end - start).ok_or_else(|| mismatch(host))?;
             let size = u32::try_from(found.len).ok().filter(|_| len <= MAX_UNIT);
             let size = size.ok_or_else(|| corrupt(host, "an lz4 frame is too large"))?;
-            self.push(start, len, host, How::Lz4(size))?;
+            self.push(start, len, host, Encoding::Lz4(size))?;
             start += len;
             host += found.len;
         }
@@ -289,7 +289,7 @@ impl Walk<'_> {
         Some(corrupt(at, "a full stream leaves out a range before this frame"))
     }
 
-    fn finish(mut self) -> Result<Found> {
+    fn finish(mut self) -> Result<StreamIndex> {
         if self.at != self.end {
             return Err(corrupt(self.at, "bytes follow the end of the stream"));
         }
@@ -299,7 +299,7 @@ impl Walk<'_> {
         if let Some(lost) = self.lost_frame() {
             return Err(lost);
         }
-        let data = self.pieces.iter().filter(|p| p.how != How::Zero);
+        let data = self.pieces.iter().filter(|p| p.how != Encoding::Zero);
         // Pieces do not overlap and lie inside the disk, so the sum cannot overflow.
         let sum: u64 = data.map(|p| p.len).sum();
         if sum != self.meta.data_size {
@@ -307,7 +307,7 @@ impl Walk<'_> {
             return Err(corrupt(HEADER, what));
         }
         self.pieces.shrink_to_fit();
-        Ok(Found { pieces: self.pieces, cut: None })
+        Ok(StreamIndex { pieces: self.pieces, cut: None })
     }
 }
 

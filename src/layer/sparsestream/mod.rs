@@ -1,8 +1,8 @@
 //! virtnbdbackup's streams: full, incremental, differential backups and copies of one disk.
 //!
-//! Room by room: `frame` (frame headers, metadata, the trailer with compressed sizes), `index` (one
+//! Its modules: `frame` (frame headers, metadata, the trailer with compressed sizes), `index` (one
 //! pass over the frames), `measure` (how long a compressed frame is), `lz4` (such frames, piece by
-//! piece). A full stream or a copy lies on nothing; in an incremental one, what is
+//! piece). A full stream or a copy depends on nothing; in an incremental one, what is
 //! not mentioned is looked for below. Compressed data is lz4 frames whose checksums are verified.
 
 mod frame;
@@ -20,7 +20,7 @@ use crate::error::{Error, Kind, Result};
 use crate::layer::{PIECE, Piece as LayerPiece};
 use crate::storage::{ReadAt, Section};
 pub use frame::Meta;
-use index::{Cut, Found, How, Piece};
+use index::{Encoding, Piece, StreamIndex, Truncation};
 
 /// Reads the metadata of a stream, and looks whether its last frame is there: if not, the error says
 /// so, and what is before the cut can be read all the same.
@@ -59,7 +59,7 @@ pub struct StreamLayer {
     /// Compressed frames whose content was compared with its checksum, by place.
     verified: Mutex<HashSet<u64>>,
     /// Where it ends too early.
-    cut: Option<Cut>,
+    cut: Option<Truncation>,
 }
 
 impl StreamLayer {
@@ -71,7 +71,7 @@ impl StreamLayer {
     pub fn open(storage: Arc<dyn ReadAt>) -> Result<Self> {
         let named = |e: Error| e.at_path(storage.name());
         let (meta, at) = frame::read_meta(&*storage).map_err(named)?;
-        let Found { pieces, cut } = index::read(&*storage, &meta, at).map_err(named)?;
+        let StreamIndex { pieces, cut } = index::read(&*storage, &meta, at).map_err(named)?;
         Ok(StreamLayer { storage, meta, pieces, cut, verified: Mutex::default() })
     }
 
@@ -113,10 +113,10 @@ impl StreamLayer {
 
 fn mapping(piece: &Piece, skip: u64) -> Mapping {
     match piece.how {
-        How::Zero => Mapping::Zero,
-        How::Plain => Mapping::Data { file: 0, host: piece.host + skip },
+        Encoding::Zero => Mapping::Zero,
+        Encoding::Plain => Mapping::Data { file: 0, host: piece.host + skip },
         // The length is at most `index::MAX_UNIT`.
-        How::Lz4(len) => {
+        Encoding::Lz4(len) => {
             Mapping::Compressed { host: piece.host, len, unit: piece.len as u32, skip: skip as u32 }
         }
     }

@@ -125,7 +125,7 @@ impl<'a> Blobs<'a> {
             .checked_add(size)
             .filter(|_| offset >= FIXED)
             .and_then(|end| header.get(offset..end))
-            .ok_or_else(|| corrupt(48, format!("no room for {size} bytes of names at {offset}")))?;
+            .ok_or_else(|| corrupt(48, format!("{size} bytes of names at {offset} do not fit")))?;
         Ok(Blobs { header, buffer })
     }
 

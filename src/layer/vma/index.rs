@@ -3,7 +3,7 @@
 //! Extents follow each other without an index, so one pass over their headers (512 bytes for up to
 //! 3.7 MiB of data) finds them. What is kept is small: the place of each extent, and for each
 //! device runs of clusters that are neighbours in one extent, sorted. Masks are read again when a
-//! window is folded. Clusters that a running guest writes during the backup come out of order and
+//! window is merged. Clusters that a running guest writes during the backup come out of order and
 //! cost a run (12 bytes) each; the rest costs about 20 bytes per extent, 6 MB per TB.
 //!
 //! The pass is strict, as `vma extract` is: every cluster of every device occurs once, every header
@@ -172,7 +172,10 @@ impl Index {
             check_slot(device, slot, at)?;
             used[d] += 1;
             if used[d] > device.clusters() {
-                return Err(corrupt(at, format!("a cluster of {} is there twice", device.name)));
+                return Err(corrupt(
+                    at,
+                    format!("a cluster of {} is in the archive twice", device.name),
+                ));
             }
             if stored > 0 && data + u64::from(stored) * BLOCK > end {
                 continue;
@@ -252,7 +255,7 @@ fn check_slot(device: &Device, slot: Slot, at: u64) -> Result<()> {
     let blocks = u64::from(u16::BITS - slot.mask().leading_zeros());
     let last = start + blocks.saturating_sub(1) * BLOCK;
     if start >= device.size || last >= device.size {
-        let what = format!("cluster {} lies past the end of {}", slot.cluster(), device.name);
+        let what = format!("cluster {} is past the end of {}", slot.cluster(), device.name);
         return Err(corrupt(at, what));
     }
     Ok(())
@@ -274,7 +277,10 @@ fn check_unique(device: &Device, runs: &mut [Run]) -> Result<bool> {
     for run in &*runs {
         let cluster = u64::from(run.cluster);
         if cluster < next {
-            return Err(corrupt(0, format!("cluster {cluster} of {} is there twice", device.name)));
+            return Err(corrupt(
+                0,
+                format!("cluster {cluster} of {} is in the archive twice", device.name),
+            ));
         }
         if cluster > next && device.is_state() {
             return Err(cut(0, format!("cluster {next} of {} is missing", device.name)));
@@ -285,7 +291,7 @@ fn check_unique(device: &Device, runs: &mut [Run]) -> Result<bool> {
     Ok(device.is_state() || complete && next >= device.clusters())
 }
 
-/// Appends the part of `run` that lies in `range`.
+/// Appends the part of `run` that is in `range`.
 fn push_run(map: &mut LayerMap, extent: &Extent, run: &Run, range: &Range<u64>) {
     let slots = usize::from(run.slot)..usize::from(run.slot) + usize::from(run.count);
     for (_, slot, data) in extent.used().filter(|(i, ..)| slots.contains(i)) {

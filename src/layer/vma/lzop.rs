@@ -62,7 +62,7 @@ impl<R: Read> LzopReader<R> {
         }
         let packed = be32(&mut self.from)? as usize;
         if plain > MAX_BLOCK || packed > plain || packed == 0 {
-            return Err(bad("an lzop block has an impossible size"));
+            return Err(bad("an lzop block has an invalid size"));
         }
         let plain_sums = [self.sum_if(ADLER32_PLAIN)?, self.sum_if(CRC32_PLAIN)?];
         let mut packed_sums = [None, None];

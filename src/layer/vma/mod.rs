@@ -1,6 +1,6 @@
-//! Proxmox VMA archives: each disk of a virtual machine as a layer that lies on nothing.
+//! Proxmox VMA archives: each disk of a virtual machine as a layer that depends on nothing.
 //!
-//! Room by room: `header` (devices, names, sums), `index` (one pass over the extents), `unpack`
+//! Its modules: `header` (devices, names, sums), `index` (one pass over the extents), `unpack`
 //! (archives compressed by vzdump: zstd, gzip, lzop) with `lzop` and `lzo1x`. An archive's files are
 //! recognised by name, not by contents: a guest decides what a raw image begins with.
 

@@ -103,7 +103,7 @@ pub(super) fn plain(storage: Arc<dyn ReadAt>) -> Result<Arc<dyn ReadAt>> {
 fn unpack(storage: &dyn ReadAt, packing: Packing, folder: &Path) -> Result<(File, u64)> {
     let no_room = |e: Error| {
         let by_hand = format!("unpack the archive with '{}'", packing.command());
-        e.remedy(format!("{by_hand}, or set TMPDIR to a folder with room"))
+        e.remedy(format!("{by_hand}, or set TMPDIR to a folder with enough space"))
     };
     let file = scratch(folder)
         .map_err(|e| no_room(Error::io(e, "cannot make a scratch file").at_path(folder)))?;
@@ -152,7 +152,7 @@ fn check_room(file: &File) -> Result<()> {
     if free > keep.saturating_add(ROOM_EVERY) {
         return Ok(());
     }
-    let what = format!("no room for a scratch file: {} left", human_bytes(free));
+    let what = format!("not enough space for a scratch file: {} left", human_bytes(free));
     Err(Error::new(Kind::NoSpace, what))
 }
 

@@ -31,7 +31,7 @@ fn year(incremental: bool) -> DiskItems {
 }
 
 fn kept(disks: &[DiskItems], rules: Rules) -> Vec<String> {
-    let plan = plan(disks, &rules, &TimeZone::UTC, Manner::default());
+    let plan = plan(disks, &rules, &TimeZone::UTC, PlanOptions::default());
     let kept = plan.disks[0].points.iter().filter(|p| !p.keep.is_empty());
     kept.map(|p| p.point.clone()).collect()
 }
@@ -80,7 +80,7 @@ fn days_are_local() {
     // 22:00 UTC is the next day in Tokyo: the 31st is alone in 2024.
     let tokyo = TimeZone::fixed(jiff::tz::offset(9));
     let rules = Rules { yearly: 2, ..Default::default() };
-    let plan = plan(&[year(false)], &rules, &tokyo, Manner::default());
+    let plan = plan(&[year(false)], &rules, &tokyo, PlanOptions::default());
     let kept: Vec<_> = plan.disks[0].points.iter().filter(|p| !p.keep.is_empty()).collect();
     assert_eq!(kept[0].keep, [Reason::Yearly("2023".into())]);
     assert_eq!(kept[1].keep[0], Reason::Yearly("2024".into()));
@@ -96,7 +96,7 @@ fn a_year_of_chains_keeps_what_is_needed() {
         &[year(true)],
         &Rules { last: 5, ..Default::default() },
         &TimeZone::UTC,
-        Manner { merge: Some(&|_, _, _| Ok(())), ..Default::default() },
+        PlanOptions { merge: Some(&|_, _, _| Ok(())), ..Default::default() },
     );
     assert_eq!(plan.disks[0].consolidate, ["2023-12-27"]);
     let merged: Vec<_> = (plan.disks[0].points.iter())
@@ -115,8 +115,8 @@ fn a_chain_that_cannot_be_merged_stays_and_is_told_of() {
         assert_eq!((disk, point, gone.len()), (0, 360, 334));
         Err("it is in use".to_string())
     };
-    let manner = Manner { merge: Some(&refuses), ..Default::default() };
-    let plan = plan(&[year(true)], &rules, &TimeZone::UTC, manner);
+    let options = PlanOptions { merge: Some(&refuses), ..Default::default() };
+    let plan = plan(&[year(true)], &rules, &TimeZone::UTC, options);
     let disk = &plan.disks[0];
     assert!(disk.consolidate.is_empty() && plan.deleted().count() == 334);
     let told: Vec<_> = disk.not_consolidated.iter().map(|u| (&*u.until, &*u.why)).collect();
@@ -130,15 +130,15 @@ fn a_failed_newest_point_holds_everything_unless_forced() {
     disk.held = Some("the newest is unsound".into());
     let rules = Rules { last: 1, ..Default::default() };
     assert_eq!(kept(&[disk.clone()], rules).len(), 365);
-    let forced = Manner { force: true, ..Default::default() };
+    let forced = PlanOptions { force: true, ..Default::default() };
     let plan = plan(&[disk], &rules, &TimeZone::UTC, forced);
     assert_eq!(plan.deleted().count(), 364);
 }
 
 #[test]
-fn what_a_broken_chain_may_lie_on_stays() {
+fn what_a_broken_chain_may_depend_on_stays() {
     let mut disk = year(true);
-    // December's chain has lost a point: nobody knows what the next one lies on.
+    // December's chain has lost a point: nobody knows what the next one depends on.
     let at = disk.items.iter().position(|i| i.name == "2023-12-03").unwrap();
     disk.items.remove(at);
     for (i, item) in disk.items.iter_mut().enumerate().skip(at) {
@@ -153,7 +153,7 @@ fn what_a_broken_chain_may_lie_on_stays() {
     (full.file, full.chain, full.run) = ("new".into(), "new".into(), "new".into());
     disk.items.push(full);
     let rules = Rules { last: 1, ..Default::default() };
-    let plan = plan(&[disk], &rules, &TimeZone::UTC, Manner::default());
+    let plan = plan(&[disk], &rules, &TimeZone::UTC, PlanOptions::default());
     let keep = |name: &str| {
         let mut points = plan.disks[0].points.iter();
         points.find(|p| p.point == name).unwrap().keep.clone()
@@ -182,8 +182,8 @@ fn reasons_do_not_grow_with_the_square_of_the_points() {
             })
             .collect();
         let rules = Rules { last: 1, ..Default::default() };
-        let plan = plan(&[disk], &rules, &TimeZone::UTC, Manner::default());
-        // The last is lost, and may lie on anything.
+        let plan = plan(&[disk], &rules, &TimeZone::UTC, PlanOptions::default());
+        // The last is lost, and may depend on anything.
         assert!(plan.disks[0].points.iter().all(|p| !p.keep.is_empty()));
         plan.disks[0].points.iter().map(|p| p.keep.len()).sum::<usize>()
     };
@@ -200,7 +200,7 @@ fn the_last_complete_run_and_whole_runs_stay() {
     b.items.truncate(355);
     a.items.remove(100);
     let rules = Rules { last: 1, ..Default::default() };
-    let plan = plan(&[a, b], &rules, &TimeZone::UTC, Manner::default());
+    let plan = plan(&[a, b], &rules, &TimeZone::UTC, PlanOptions::default());
     let kept = |d: usize| -> Vec<&str> {
         let points = plan.disks[d].points.iter().filter(|p| !p.keep.is_empty());
         points.map(|p| p.point.as_str()).collect()
@@ -254,8 +254,8 @@ proptest! {
             0 => Ok(()),
             _ => Err("odd".to_string()),
         };
-        let manner = Manner { force, merge: Some(&can_merge) };
-        let plan = plan(&disks, &rules, &TimeZone::UTC, manner);
+        let options = PlanOptions { force, merge: Some(&can_merge) };
+        let plan = plan(&disks, &rules, &TimeZone::UTC, options);
         for (disk, plan) in disks.iter().zip(&plan.disks) {
             for (i, item) in disk.items.iter().enumerate() {
                 let parent = item.parent.filter(|_| !plan.points[i].keep.is_empty());

@@ -22,7 +22,7 @@ use super::{Options, Summary, Temp, raw, readback};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image};
 use crate::job::Work;
-use crate::layer::{Format, LayerSpec, Part};
+use crate::layer::{Format, LayerPart, LayerSpec};
 
 /// Restores to a new qcow2 file.
 ///
@@ -83,7 +83,7 @@ fn check_size(temp: &Temp, size: u64) -> Result<()> {
 fn open(temp: &Temp) -> Result<Arc<Image>> {
     let file = Arc::new(temp.source()?);
     let size = crate::layer::probe(&*file)?.virtual_size;
-    let spec = LayerSpec { file, format: Format::Qcow2, part: Part::Whole, data_file: None };
+    let spec = LayerSpec { file, format: Format::Qcow2, part: LayerPart::Whole, data_file: None };
     /// Memory for the tables of one pass over the file.
     const CACHE_BYTES: u64 = 64 << 20;
     Image::new(size, &[spec], None, &Cache::new(CACHE_BYTES))

@@ -48,7 +48,7 @@ pub(super) fn write(
         copied: AtomicU64::new(0),
         cloned: AtomicU64::new(0),
     };
-    let lane = || Lane::new(qcow2);
+    let lane = || WorkerState::new(qcow2);
     pool::run(chunks.len(), work, lane, |lane, i| writer.chunk(&chunks[i], lane))?;
     writer.tables.finish()?;
     if qcow2.preallocation == Preallocation::Falloc {
@@ -75,7 +75,7 @@ fn reserve(out: &File, path: &Path) -> Result<()> {
 }
 
 /// What one worker keeps.
-struct Lane {
+struct WorkerState {
     buf: Vec<u8>,
     compressor: Result<Compressor, String>,
     /// One compressed cluster.
@@ -86,10 +86,10 @@ struct Lane {
     entries: Vec<Entry>,
 }
 
-impl Lane {
+impl WorkerState {
     fn new(q: &Qcow2Options) -> Self {
         let cluster = q.cluster_size as usize;
-        Lane {
+        WorkerState {
             buf: vec![0; cluster.max(BUFFER as usize)],
             compressor: Compressor::new(q.compression),
             // One byte less than a cluster, or compressing it would be of no use.
@@ -115,7 +115,7 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn chunk(&self, chunk: &Chunk, lane: &mut Lane) -> Result<()> {
+    fn chunk(&self, chunk: &Chunk, lane: &mut WorkerState) -> Result<()> {
         lane.entries.clear();
         // Guest clusters from `run.start` to `run.end` hold something and are not placed yet.
         let mut run = chunk.start / self.cluster..chunk.start / self.cluster;
@@ -153,7 +153,7 @@ impl Writer<'_> {
         &self,
         run: std::ops::Range<u64>,
         more: std::ops::Range<u64>,
-        lane: &mut Lane,
+        lane: &mut WorkerState,
     ) -> Result<std::ops::Range<u64>> {
         if more.start <= run.end {
             return Ok(run.start..run.end.max(more.end));
@@ -170,7 +170,7 @@ impl Writer<'_> {
         file: u8,
         from: u64,
         clusters: &std::ops::Range<u64>,
-        lane: &mut Lane,
+        lane: &mut WorkerState,
     ) -> Result<bool> {
         if clusters.is_empty() || !self.cloner.is_on() {
             return Ok(false);
@@ -201,7 +201,7 @@ impl Writer<'_> {
     }
 
     /// Reads and places guest clusters.
-    fn copy(&self, clusters: std::ops::Range<u64>, lane: &mut Lane) -> Result<()> {
+    fn copy(&self, clusters: std::ops::Range<u64>, lane: &mut WorkerState) -> Result<()> {
         let at_once = (lane.buf.len() as u64 / self.cluster).max(1);
         let mut buf = std::mem::take(&mut lane.buf);
         let mut at = clusters.start;
@@ -215,7 +215,13 @@ impl Writer<'_> {
         result
     }
 
-    fn copy_part(&self, first: u64, count: u64, buf: &mut [u8], lane: &mut Lane) -> Result<()> {
+    fn copy_part(
+        &self,
+        first: u64,
+        count: u64,
+        buf: &mut [u8],
+        lane: &mut WorkerState,
+    ) -> Result<()> {
         let start = first * self.cluster;
         let len = (count * self.cluster).min(self.reader.image.size() - start) as usize;
         let whole = (count * self.cluster) as usize;
@@ -237,7 +243,7 @@ impl Writer<'_> {
     }
 
     /// Compresses a cluster and puts it into the slab; `false` if it is not to be compressed.
-    fn pack(&self, index: u64, bytes: &[u8], lane: &mut Lane) -> Result<bool> {
+    fn pack(&self, index: u64, bytes: &[u8], lane: &mut WorkerState) -> Result<bool> {
         let compressor = lane.compressor.as_mut().map_err(|e| {
             Error::new(Kind::Io, format!("cannot set up compression: {e}")).at_path(self.path)
         })?;
@@ -251,7 +257,7 @@ impl Writer<'_> {
     }
 
     /// Writes the compressed clusters that wait, tightly packed.
-    fn flush(&self, lane: &mut Lane) -> Result<()> {
+    fn flush(&self, lane: &mut WorkerState) -> Result<()> {
         if lane.slab.is_empty() {
             return Ok(());
         }
@@ -277,7 +283,7 @@ impl Writer<'_> {
     }
 
     /// Writes plain clusters to host clusters in a row, neighbours in one call.
-    fn write_plain(&self, plain: &[(u64, &[u8])], lane: &mut Lane) -> Result<()> {
+    fn write_plain(&self, plain: &[(u64, &[u8])], lane: &mut WorkerState) -> Result<()> {
         if plain.is_empty() {
             return Ok(());
         }
@@ -294,7 +300,7 @@ impl Writer<'_> {
     }
 
     /// Gives every cluster of the chunk that has no place yet one that reads as zeros.
-    fn fill_up(&self, chunk: &Chunk, lane: &mut Lane) -> Result<()> {
+    fn fill_up(&self, chunk: &Chunk, lane: &mut WorkerState) -> Result<()> {
         let all = chunk.start / self.cluster..(chunk.start + chunk.len).div_ceil(self.cluster);
         let placed: std::collections::HashSet<u64> = lane.entries.iter().map(|e| e.0).collect();
         let missing: Vec<u64> = all.filter(|i| !placed.contains(i)).collect();

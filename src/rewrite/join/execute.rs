@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
-use super::planned::{Joining, Moved, is_same_end};
+use super::planned::{JoinPlan, RenamedImage, is_same_end};
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
@@ -16,7 +16,7 @@ use crate::journal::removal::Removal;
 use crate::journal::{linking, removal};
 use crate::manifest::{FOLDER, Manifest};
 use crate::progress::Progress;
-use crate::rewrite::remove::{Known, remove_all};
+use crate::rewrite::remove::{KnownFiles, remove_all};
 use crate::rewrite::{config, files};
 use crate::text::path_text;
 use crate::{manifest, rewrite};
@@ -26,7 +26,11 @@ use crate::{manifest, rewrite};
 /// # Errors
 /// What the operating system said; `Changed` if a file is not what it was when the plan was made.
 /// What was done stays, and the next run goes on from there.
-pub(crate) fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progress) -> Result<()> {
+pub(crate) fn execute(
+    joining: &JoinPlan,
+    catalog: &Catalog,
+    progress: &dyn Progress,
+) -> Result<()> {
     if joining.points.is_empty() {
         return clear_left(joining, catalog);
     }
@@ -49,7 +53,7 @@ pub(crate) fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progr
     removal::write_in(&from, &removal)?;
     step("journal of what goes");
     let ids = joining.points.iter().filter_map(|p| Some((p.from.clone(), p.id?)));
-    let known: Known = ids.collect();
+    let known: KnownFiles = ids.collect();
     remove_all(&from, &removal.remove, None, &known, &Steps)?;
     removal::clear_in(&from)?;
     step("journal gone");
@@ -65,7 +69,7 @@ pub(crate) fn execute(joining: &Joining, catalog: &Catalog, progress: &dyn Progr
 }
 
 /// Gives all points their new names, in addition to the old ones.
-fn bring(joining: &Joining, from: &Folder, to: &Folder, progress: &dyn Progress) -> Result<()> {
+fn bring(joining: &JoinPlan, from: &Folder, to: &Folder, progress: &dyn Progress) -> Result<()> {
     step("journals of the link");
     for p in &joining.points {
         p.copy_config(from, to)?;
@@ -83,7 +87,7 @@ fn bring(joining: &Joining, from: &Folder, to: &Folder, progress: &dyn Progress)
 }
 
 /// Clears up after a run whose points are all there.
-fn clear_left(joining: &Joining, catalog: &Catalog) -> Result<()> {
+fn clear_left(joining: &JoinPlan, catalog: &Catalog) -> Result<()> {
     let clear = |folder: &Folder| match linking::read_in(folder)? {
         // It may be another disk's.
         Some(l) if is_same_end(Path::new(&l.old), &joining.old) => linking::clear_in(folder),
@@ -109,7 +113,7 @@ fn is_written(to: &Folder, m: &Manifest) -> bool {
     manifest::read_in(to, OsStr::new(&m.image)).is_ok_and(|there| there.as_ref() == Some(m))
 }
 
-impl Moved {
+impl RenamedImage {
     /// Gives the image its second name.
     fn link(&self, id: FileId, from: &Folder, to: &Folder) -> Result<()> {
         match from.link(&self.from, to, &self.to) {
@@ -147,13 +151,12 @@ fn cannot_link(e: std::io::Error, path: &Path) -> Error {
     let none = [Errno::PERM, Errno::OPNOTSUPP, Errno::NOSYS].map(|e| e.raw_os_error());
     let apart = e.raw_os_error() == Some(Errno::XDEV.raw_os_error());
     if e.raw_os_error().is_some_and(|n| none.contains(&n)) {
-        let what = "this file system gives a file no second name (hard link), by which points are moved \
-                    without a moment in which they are nowhere";
+        let what = "this file system has no hard links, which are needed to rename points safely";
         return Error::new(Kind::Unsupported, what).with_source(e).at_path(path).remedy(
             "copy the backup directory to a file system that has them (ext4, XFS, btrfs, NFS)",
         );
     }
-    let error = Error::io(e, "cannot give the image a second name").at_path(path);
+    let error = Error::io(e, "cannot make a hard link to the image").at_path(path);
     match apart {
         true => error.remedy("both folders have to be on one file system"),
         false => error,

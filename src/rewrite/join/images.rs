@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-use super::planned::Moved;
+use super::planned::RenamedImage;
 use crate::chain::{Disk, Point, is_foreign_name};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{FileId, Folder};
@@ -58,10 +58,10 @@ impl<'a> Images<'a> {
     }
 
     /// The point under the name that it gets among those of `to`.
-    pub(crate) fn moved(&self, p: &Point, to: &Images<'_>) -> Result<Moved> {
+    pub(crate) fn moved(&self, p: &Point, to: &Images<'_>) -> Result<RenamedImage> {
         let name = p.source.file_name().unwrap_or_default();
         let from = name.to_str().map(str::to_string).unwrap_or_default();
-        let failed = |e| Error::io(e, "cannot look at the file").at_path(&p.source);
+        let failed = |e| Error::io(e, "cannot check the file").at_path(&p.source);
         let id = FileId::of(&self.folder.look(name).map_err(failed)?);
         // One that cannot be served comes along as it is.
         if file_of(p).is_some_and(|seen| seen != id) {
@@ -76,7 +76,7 @@ impl<'a> Images<'a> {
                 .remedy("'fleecefs verify --create DIR' makes one"));
         }
         let manifest = known.map(|m| self.manifest(m, &renamed, to));
-        Ok(Moved { from, to: renamed, time: p.time, id: Some(id), manifest })
+        Ok(RenamedImage { from, to: renamed, time: p.time, id: Some(id), manifest })
     }
 
     /// The new name of an image, and whether the old one has a time.
@@ -100,7 +100,7 @@ impl<'a> Images<'a> {
     }
 
     /// Manifests whose images are gone: the gap must stay known.
-    pub(crate) fn lost(&self, to: &Images<'_>) -> Result<Vec<Moved>> {
+    pub(crate) fn lost(&self, to: &Images<'_>) -> Result<Vec<RenamedImage>> {
         let side = match self.folder.folder(FOLDER) {
             Ok(side) => side,
             Err(_) => return Ok(Vec::new()),
@@ -120,7 +120,7 @@ impl<'a> Images<'a> {
             };
             let renamed = self.renamed(from, level, time, to).0;
             let manifest = Some(self.manifest(m, &renamed, to));
-            lost.push(Moved { from: from.into(), to: renamed, time, id: None, manifest });
+            lost.push(RenamedImage { from: from.into(), to: renamed, time, id: None, manifest });
         }
         Ok(lost)
     }

@@ -27,5 +27,5 @@ mod unfinished;
 
 pub(crate) use self::execute::execute;
 pub(crate) use self::plan::plan;
-pub(crate) use self::planned::{Joining, is_joined};
+pub(crate) use self::planned::{JoinPlan, is_joined};
 pub(crate) use self::unfinished::finish;

@@ -1,7 +1,7 @@
 //! Planning it.
 
 use super::images::Images;
-use super::planned::{Joining, no_files};
+use super::planned::{JoinPlan, no_files};
 use super::refuse::{check_device, check_times, check_vm};
 use crate::chain::Disk;
 use crate::error::{Error, Kind, Result};
@@ -15,7 +15,7 @@ use std::ffi::OsStr;
 /// # Errors
 /// `Usage` if they are not for certain one disk's, or nobody could tell afterwards; `Exists` if a name
 /// is taken; `Unsupported` for what another program keeps there.
-pub(crate) fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<Joining> {
+pub(crate) fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Result<JoinPlan> {
     let (from, to) = (Images::of(old)?, Images::of(new)?);
     if old.path == new.path {
         return Err(Error::new(Kind::Usage, "both names are the same disk's"));
@@ -40,7 +40,7 @@ pub(crate) fn plan(old: &Disk, new: &Disk, other_vm: bool, force: bool) -> Resul
     }
     let arriving = points.iter().filter(|p| p.id.is_some()).map(|p| p.to.clone()).collect();
     let [o, n] = [old, new].map(|d| to_text(d.path.as_os_str()));
-    Ok(Joining {
+    Ok(JoinPlan {
         old: old.path.clone(),
         new: new.path.clone(),
         points,

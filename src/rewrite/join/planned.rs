@@ -16,7 +16,7 @@ use crate::text::to_text;
 
 /// What will be done.
 #[derive(Debug, Serialize)]
-pub(crate) struct Joining {
+pub(crate) struct JoinPlan {
     /// The disk's old name, as `list` shows it.
     #[serde(serialize_with = "crate::text::as_text")]
     pub old: PathBuf,
@@ -24,7 +24,7 @@ pub(crate) struct Joining {
     #[serde(serialize_with = "crate::text::as_text")]
     pub new: PathBuf,
     /// The old name's points, parents first.
-    pub points: Vec<Moved>,
+    pub points: Vec<RenamedImage>,
     /// What has the name of an image of `old`, and is no file: it stays where it is.
     #[serde(serialize_with = "texts")]
     pub left: Vec<PathBuf>,
@@ -45,12 +45,13 @@ fn texts<S: serde::Serializer>(paths: &[PathBuf], to: S) -> Result<S::Ok, S::Err
 
 /// One image that gets another name.
 #[derive(Debug, Serialize)]
-pub(crate) struct Moved {
+pub(crate) struct RenamedImage {
     /// Its name.
     pub from: String,
     /// The name that it gets.
     pub to: String,
     /// The time of its point, in seconds since the epoch.
+    #[serde(serialize_with = "crate::units::as_time")]
     pub time: i64,
     /// The file; `None` if only the manifest is left.
     #[serde(skip)]
@@ -60,14 +61,14 @@ pub(crate) struct Moved {
     pub(crate) manifest: Option<Manifest>,
 }
 
-impl Joining {
+impl JoinPlan {
     /// Nothing to do: the points of `old` are among those of `new`. What could not come along is told again.
     ///
     /// # Errors
     /// The folder of `old` cannot be read.
     pub(crate) fn done(root: &Path, old: &Path, new: &Disk) -> Result<Self> {
         let to = new.points.first().and_then(|p| p.source.parent()).unwrap_or(Path::new(""));
-        Ok(Joining {
+        Ok(JoinPlan {
             old: old.to_path_buf(),
             new: new.path.clone(),
             points: Vec::new(),
@@ -81,7 +82,7 @@ impl Joining {
     /// Goes on with what this journal says: both keep its words, from wherever they are seen.
     pub(crate) fn going_on(self, journal: &Linking) -> Self {
         let Linking { old, new, .. } = journal.clone();
-        Joining { linking: Linking { old, new, ..self.linking }, ..self }
+        JoinPlan { linking: Linking { old, new, ..self.linking }, ..self }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::images::Images;
-use super::planned::Moved;
+use super::planned::RenamedImage;
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
 use crate::manifest::{Manifest, vm_name, vm_uuid};
@@ -30,7 +30,7 @@ pub(crate) fn check_vm(from: &Images<'_>, to: &Images<'_>) -> Result<()> {
         path_text(&to.disk.path),
         who(&b)
     );
-    Err(Error::new(Kind::Usage, what).remedy("--other-vm joins them all the same"))
+    Err(Error::new(Kind::Usage, what).remedy("--other-vm joins them anyway"))
 }
 
 /// Two disks that a run had both of are two, and so, unless the user knows better, are those of
@@ -50,7 +50,7 @@ pub(crate) fn check_device(from: &Images<'_>, to: &Images<'_>, force: bool) -> R
     let (Some(last), Some(next), false) = (from.manifests().next(), own.last(), force) else {
         return Ok(());
     };
-    let remedy = "--force joins them all the same";
+    let remedy = "--force joins them anyway";
     if last.virtual_size != next.virtual_size {
         let [a, b] = [last.virtual_size, next.virtual_size].map(crate::units::human_bytes);
         return Err(differ(&format!("have different sizes ({a}, {b})")).remedy(remedy));
@@ -64,7 +64,11 @@ pub(crate) fn check_device(from: &Images<'_>, to: &Images<'_>, force: bool) -> R
 
 /// One disk has one history: no chain of the new name has a time between those of the old name's
 /// points, and the newest of all is the new name's.
-pub(crate) fn check_times(from: &Images<'_>, to: &Images<'_>, points: &[Moved]) -> Result<()> {
+pub(crate) fn check_times(
+    from: &Images<'_>,
+    to: &Images<'_>,
+    points: &[RenamedImage],
+) -> Result<()> {
     let times = || points.iter().map(|p| p.time);
     let (Some(first), Some(last)) = (times().min(), times().max()) else { return Ok(()) };
     let mut chains: BTreeMap<&str, (i64, i64)> = BTreeMap::new();
@@ -88,7 +92,7 @@ pub(crate) fn check_times(from: &Images<'_>, to: &Images<'_>, points: &[Moved]) 
     }
     if chains.values().all(|(_, b)| *b < first) {
         let what = format!("the newest point is one of '{old}': that is the disk's new name");
-        return Err(Error::new(Kind::Usage, what).remedy("give both names the other way round"));
+        return Err(Error::new(Kind::Usage, what).remedy("swap the two names"));
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::execute::execute;
 use super::plan::plan;
-use super::planned::{Joining, is_joined};
+use super::planned::{JoinPlan, is_joined};
 use crate::chain::scan::{ScanOptions, scan};
 use crate::chain::{Catalog, Disk};
 use crate::error::{Error, Kind, Result};
@@ -78,7 +78,7 @@ fn tell_and_go_on(
 ) {
     if aloud {
         let path = path_text(dir.path());
-        log::warn!("{path}: going on with a link-disk that was broken off");
+        log::warn!("{path}: finishing an interrupted link-disk");
     }
     match go_on(catalog, dir, linking, progress) {
         Ok(left) => left
@@ -86,7 +86,7 @@ fn tell_and_go_on(
             .filter(|_| aloud)
             .for_each(|path| log::warn!("{}: not a plain file: not joined", path_text(path))),
         Err(e) if aloud => log::warn!(
-            "{}: a link-disk was broken off here and cannot be finished: {} ({})",
+            "{}: a link-disk was interrupted here and cannot be finished: {} ({})",
             path_text(&linking::journal_path(dir.path())),
             e.report(),
             linking::REMEDY
@@ -108,7 +108,7 @@ fn go_on(
             return Err(catalog.no_disk(&old));
         }
         check_old_gone(&catalog.root, to, linking)?;
-        let done = Joining::done(&catalog.root, &old, to)?;
+        let done = JoinPlan::done(&catalog.root, &old, to)?;
         return execute(&done, catalog, progress).map(|()| done.left);
     };
     // The owner of one folder has no say about another's.
@@ -132,7 +132,7 @@ fn pair<'a>(catalog: &'a Catalog, dir: &Folder, linking: &Linking) -> Result<(Pa
     let names = disks.chain(own).map(|path| PathBuf::from(to_text(path.as_os_str())));
     let mut pairs = names.flat_map(|name| linking.pairs(&name));
     pairs.find_map(|(old, new)| Some((old, named(catalog, &new)?))).ok_or_else(|| {
-        let what = format!("no disk '{}' from here downward", path_text(&linking.new));
+        let what = format!("no disk '{}' in or below this folder", path_text(&linking.new));
         Error::new(Kind::NotFound, what)
     })
 }

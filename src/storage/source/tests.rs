@@ -158,11 +158,14 @@ fn a_hidden_write_together_with_a_new_name_is_noticed() {
         std::fs::remove_file(from).unwrap();
     };
     for give in [&rename as &dyn Fn(&Path, &Path), &link, &moved] {
-        for closed in [false, true] {
+        for (closed, held) in [(false, false), (true, false), (false, true), (true, true)] {
             let dir = tempfile::tempdir().unwrap();
             let (old, new) = (dir.path().join("old"), dir.path().join("new"));
             std::fs::write(&old, b"hello").unwrap();
-            let s = SourceFile::look(&old).unwrap();
+            let s = match held {
+                true => SourceFile::open_in(&Folder::open(dir.path()).unwrap(), "old").unwrap(),
+                false => SourceFile::look(&old).unwrap(),
+            };
             s.read_exact_at(&mut [0; 5], 0).unwrap();
             // Its descriptor may be somebody else's meanwhile.
             if closed && old.exists() {
@@ -195,6 +198,27 @@ fn where_nobody_tells_of_writes_a_rename_may_be_one() {
         std::fs::rename(&names[0], &names[1]).unwrap();
     }
     assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
+}
+
+#[test]
+fn in_a_held_folder_plain_files_are_opened_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Folder::open(dir.path()).unwrap();
+    std::fs::write(dir.path().join("a"), b"hello").unwrap();
+    std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
+    std::fs::create_dir(dir.path().join("folder")).unwrap();
+    let s = SourceFile::open_in(&folder, "a").unwrap();
+    assert_eq!((s.path(), s.len()), (&*dir.path().join("a"), 5));
+    let kind = |name| SourceFile::open_in(&folder, name).unwrap_err().kind();
+    assert_eq!(
+        [kind("link"), kind("folder"), kind("none")],
+        [Kind::Unsupported, Kind::Unsupported, Kind::NotFound]
+    );
+    // Held already, whatever becomes of the name; and checked, as what was read is.
+    std::fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
+    s.read_exact_at(&mut [0; 5], 0).unwrap();
+    s.slot.close();
+    assert!(s.check_unchanged().is_err());
 }
 
 /// Two readers look at the file; the one that looked first compares last.

@@ -17,12 +17,12 @@ fn device() -> BackingFile {
     BackingFile { inode: BackingFile::UNKNOWN, node: "#block7".into(), ..known(0) }
 }
 
-fn on(backing: &[BackingFile], mut bitmaps: Vec<Bitmap>, open: bool) -> SeenDisk {
+fn on(backing: &[BackingFile], mut bitmaps: Vec<Bitmap>, open: bool) -> GuestDisk {
     if open {
         let name = names::open(&bitmap("000000000002"));
         bitmaps.push(Bitmap { persistent: false, ..recording(name) });
     }
-    SeenDisk { has_backing: true, backing: backing.to_vec(), ..disk("/vm/d", bitmaps) }
+    GuestDisk { has_backing: true, backing: backing.to_vec(), ..disk("/vm/d", bitmaps) }
 }
 
 /// The chain, whose newest point has this record.
@@ -39,7 +39,7 @@ fn tip(t: &tempfile::TempDir) -> (PathBuf, Manifest) {
     (d, m)
 }
 
-fn refused(t: &tempfile::TempDir, disk: SeenDisk, words: &str) {
+fn refused(t: &tempfile::TempDir, disk: GuestDisk, words: &str) {
     let p = auto(t.path(), disk);
     let why = p.demoted.unwrap_or_default();
     assert!(p.level == Level::Full && why.contains(words), "{words}: {:?}: {why}", p.level);

@@ -8,7 +8,7 @@ use super::super::WINDOW;
 use super::super::tests::{image, qcow2};
 use super::*;
 use crate::image::Cache;
-use crate::layer::{Format, LayerSpec, Part};
+use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::storage::SourceFile;
 
 /// Clusters of 512 bytes, so an L2 table of one cluster maps 64 of them.
@@ -172,10 +172,10 @@ fn holes(chain: &[Plan]) -> Vec<bool> {
     (0..size / CLUSTER).map(|i| is_hole(i * CLUSTER)).collect()
 }
 
-fn expected(holes: &[bool], from: u64, wanted: Wanted) -> Sought {
-    let is_wanted = |i: &u64| holes[*i as usize] == (wanted == Wanted::Hole);
+fn expected(holes: &[bool], from: u64, wanted: RangeKind) -> SearchResult {
+    let is_wanted = |i: &u64| holes[*i as usize] == (wanted == RangeKind::Hole);
     let found = (from / CLUSTER..holes.len() as u64).find(is_wanted);
-    found.map_or(Sought::Nothing, |i| Sought::At(from.max(i * CLUSTER)))
+    found.map_or(SearchResult::Nothing, |i| SearchResult::At(from.max(i * CLUSTER)))
 }
 
 /// The chain's newest point, with windows of `window` bytes.
@@ -187,7 +187,7 @@ fn open(dir: &Path, chain: &[Plan], window: u64) -> Arc<Image> {
         plan.write(&path);
         let file = Arc::new(SourceFile::look(&path).unwrap());
         let format = plan.format();
-        let spec = LayerSpec { file, format, part: Part::Whole, data_file: None };
+        let spec = LayerSpec { file, format, part: LayerPart::Whole, data_file: None };
         let mut image = Image::new(plan.size(), &[spec], below, &cache).unwrap();
         Arc::get_mut(&mut image).unwrap().window_size = window;
         below = Some(image);
@@ -212,14 +212,14 @@ proptest! {
             let mut image = open(dir.path(), &chain, window);
             for place in places.iter().copied().chain([0.0]) {
                 let from = (place * size as f64) as u64;
-                for wanted in [Wanted::Data, Wanted::Hole] {
+                for wanted in [RangeKind::Data, RangeKind::Hole] {
                     let limits = Limits { near, folds: u32::MAX };
                     let found = image.search(from, wanted, limits).unwrap();
                     prop_assert_eq!(found, expected(&holes, from, wanted));
-                    let far = Sought::At(image.size());
-                    let near = image.seek_near(from, wanted).unwrap().map(Sought::At);
+                    let far = SearchResult::At(image.size());
+                    let near = image.seek_near(from, wanted).unwrap().map(SearchResult::At);
                     let right = match expected(&holes, from, wanted) {
-                        Sought::Nothing => far,
+                        SearchResult::Nothing => far,
                         other => other,
                     };
                     prop_assert!(near.is_none_or(|n| n == right));
@@ -237,15 +237,15 @@ fn a_search_gives_up_in_tables_that_say_nothing() {
     let f = qcow2(16, 1 << 30, &[0x20000, 0x20000], &[]);
     let image = image(f.path(), Format::Qcow2, 1 << 30, None);
     let limits = Limits { near: 2, folds: 2 };
-    let found = image.search(0, Wanted::Data, limits).unwrap();
-    assert_eq!(found, Sought::GaveUp(2 * WINDOW));
-    assert_eq!(image.seek_near(0, Wanted::Data).unwrap(), None);
-    assert_eq!(image.seek_near(0, Wanted::Hole).unwrap(), Some(0));
+    let found = image.search(0, RangeKind::Data, limits).unwrap();
+    assert_eq!(found, SearchResult::GaveUp(2 * WINDOW));
+    assert_eq!(image.seek_near(0, RangeKind::Data).unwrap(), None);
+    assert_eq!(image.seek_near(0, RangeKind::Hole).unwrap(), Some(0));
     assert_eq!(image.seek_data(0).unwrap(), None);
 }
 
 #[test]
-fn a_far_search_folds_no_more_windows_over_a_larger_disk() {
+fn a_far_search_merges_no_more_windows_over_a_larger_disk() {
     use Cluster::{Below, Data, Zero};
     let dir = tempfile::tempdir().unwrap();
     let folds = |spans: usize, layers: &[Option<Cluster>], wanted| {
@@ -257,17 +257,17 @@ fn a_far_search_folds_no_more_windows_over_a_larger_disk() {
         let chain: Vec<Plan> = layers.iter().map(plan).collect();
         let image = open(dir.path(), &chain, SPAN);
         let limits = Limits { near: NEAR, folds: u32::MAX };
-        assert_eq!(image.search(0, wanted, limits).unwrap(), Sought::Nothing);
+        assert_eq!(image.search(0, wanted, limits).unwrap(), SearchResult::Nothing);
         image.cache.figures().folds
     };
     for (layers, wanted) in [
-        (&[Some(Data)][..], Wanted::Hole),
-        (&[Some(Zero)], Wanted::Data),
-        (&[Some(Below)], Wanted::Data),
-        (&[Some(Data), None], Wanted::Hole),
-        (&[Some(Zero), None], Wanted::Data),
-        (&[Some(Data), Some(Zero)], Wanted::Data),
-        (&[Some(Data), Some(Below), None, Some(Below)], Wanted::Hole),
+        (&[Some(Data)][..], RangeKind::Hole),
+        (&[Some(Zero)], RangeKind::Data),
+        (&[Some(Below)], RangeKind::Data),
+        (&[Some(Data), None], RangeKind::Hole),
+        (&[Some(Zero), None], RangeKind::Data),
+        (&[Some(Data), Some(Zero)], RangeKind::Data),
+        (&[Some(Data), Some(Below), None, Some(Below)], RangeKind::Hole),
     ] {
         for spans in [700, 7000] {
             assert_eq!(folds(spans, layers, wanted), u64::from(NEAR), "{layers:?} {spans}");

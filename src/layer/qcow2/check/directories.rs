@@ -37,14 +37,14 @@ impl Walker<'_> {
             let fits = l1.offset.checked_add(len).is_some_and(|e| e <= self.image.len());
             if !(aligned && fits && len <= MAX_L1_BYTES) {
                 let name = &s.info.name;
-                let text = format!("the L1 table of snapshot '{name}' is not where it could be");
+                let text = format!("the L1 table of snapshot '{name}' has an invalid offset");
                 self.error(Kind::Corrupt, l1.offset, text);
                 self.leave_out(l1.offset);
                 continue;
             }
             total += len;
             if total > MAX_TABLES {
-                let what = "more L1 tables of snapshots than are looked at";
+                let what = "too many L1 tables of snapshots: the others are not checked";
                 self.error(Kind::Unsupported, l1.offset, what);
                 self.leave_out(l1.offset);
                 break;
@@ -72,10 +72,10 @@ impl Walker<'_> {
     fn bitmap_directory(&mut self, offset: u64, size: u64, count: u32) -> Result<()> {
         let there = offset.checked_add(size).is_some_and(|end| end <= self.image.len());
         if size > MAX_DIRECTORY_BYTES || !there || offset & (self.h.cluster_size() - 1) != 0 {
-            return Err(self.bad_bitmap(offset, "the bitmap directory is not where it could be"));
+            return Err(self.bad_bitmap(offset, "the bitmap directory has an invalid offset"));
         }
         if count > MAX_BITMAPS {
-            return Err(self.bad_bitmap(offset, "there are more bitmaps than there may be"));
+            return Err(self.bad_bitmap(offset, "more bitmaps than qcow2 allows"));
         }
         self.metadata(offset, size, "the bitmap directory");
         let mut directory = vec![0; size as usize];
@@ -91,7 +91,7 @@ impl Walker<'_> {
             total += u64::from(entries) * 8;
             if total > MAX_TABLES {
                 return Err(
-                    self.bad_bitmap(table, "there are more bitmap tables than are looked at")
+                    self.bad_bitmap(table, "too many bitmap tables: the others are not checked")
                 );
             }
             self.bitmap_table(table, entries)?;
@@ -104,10 +104,10 @@ impl Walker<'_> {
         let len = u64::from(entries) * 8;
         let there = table.checked_add(len).is_some_and(|end| end <= self.image.len());
         if !there || len > MAX_L1_BYTES || table & (self.h.cluster_size() - 1) != 0 {
-            return Err(self.bad_bitmap(table, "a bitmap's table is not where it could be"));
+            return Err(self.bad_bitmap(table, "a bitmap's table has an invalid offset"));
         }
         if !self.metadata(table, len, "a bitmap's table") {
-            return Err(self.bad_bitmap(table, "a bitmap's table lies over something else"));
+            return Err(self.bad_bitmap(table, "a bitmap's table overlaps something else"));
         }
         if self.is_hole(table, len) {
             return Ok(());
@@ -115,14 +115,18 @@ impl Walker<'_> {
         for (i, entry) in (0..).zip(read_words(self.image, table, u64::from(entries))?) {
             let offset = entry & OFFSET;
             if entry & !(OFFSET | 1) != 0 || offset & (self.h.cluster_size() - 1) != 0 {
-                return Err(self.bad_bitmap(table + i * 8, "a bitmap's table entry is impossible"));
+                return Err(self.bad_bitmap(table + i * 8, "a bitmap's table entry is invalid"));
             }
             if offset != 0 {
                 if offset >= self.image.len() {
-                    return Err(self.bad_bitmap(table + i * 8, "a bitmap lies past the end"));
+                    return Err(self.bad_bitmap(
+                        table + i * 8,
+                        "a bitmap is past the end of the \
+                                                               file",
+                    ));
                 }
                 if !self.metadata(offset, self.h.cluster_size(), "a bitmap") {
-                    let what = "a bitmap lies over something else";
+                    let what = "a bitmap overlaps something else";
                     return Err(self.bad_bitmap(table + i * 8, what));
                 }
             }

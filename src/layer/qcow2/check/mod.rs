@@ -7,14 +7,14 @@
 
 mod clusters;
 mod directories;
-mod found;
+mod findings;
 mod refcounts;
 mod walk;
 
 use std::sync::Arc;
 
+pub(crate) use self::findings::{FindingList, REMEDY};
 pub(super) use clusters::ClusterSet;
-pub(crate) use found::{Collected, REMEDY};
 pub(super) use walk::DATA_FILE;
 use walk::{MAX_CLAIMS, Walker};
 

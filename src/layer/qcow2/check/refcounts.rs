@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use super::found::{Collected, REMEDY, Used};
+use super::findings::{ClusterUse, FindingList, REMEDY};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layer::qcow2::header::Header;
 use crate::storage::ReadAt;
@@ -14,10 +14,10 @@ use crate::storage::ReadAt;
 pub(super) fn check(
     image: &dyn ReadAt,
     header: &Header,
-    used: &Used,
+    used: &ClusterUse,
     blocks: &[u64],
 ) -> Vec<Finding> {
-    let mut check = Check { image, header, used, out: Collected::default() };
+    let mut check = Check { image, header, used, out: FindingList::default() };
     let clusters = image.len().div_ceil(header.cluster_size());
     let per_block = (header.cluster_size() * 8) >> header.refcount_order;
     let mut buf = vec![0; header.cluster_size() as usize];
@@ -40,8 +40,8 @@ pub(super) fn check(
 struct Check<'a> {
     image: &'a dyn ReadAt,
     header: &'a Header,
-    used: &'a Used,
-    out: Collected,
+    used: &'a ClusterUse,
+    out: FindingList,
 }
 
 impl Check<'_> {
@@ -62,7 +62,8 @@ impl Check<'_> {
             if used == 0 {
                 continue;
             }
-            let once = if self.header.nb_snapshots == 0 { self.used.word_once(first) } else { 0 };
+            let once =
+                if self.header.nb_snapshots == 0 { self.used.exclusive_word(first) } else { 0 };
             for bit in (0..64).filter(|b| used >> b & 1 != 0) {
                 let cluster = first + bit;
                 if cluster >= clusters.end {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::clusters::ClusterSet;
-use super::found::{Collected, REMEDY, Used};
+use super::findings::{ClusterUse, FindingList, REMEDY};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::header::{Header, TableRef};
 use crate::storage::ReadAt;
@@ -31,7 +31,7 @@ pub(super) struct Walker<'a> {
     pub(super) h: &'a Header,
     /// Length of the external data file, if there is one.
     data_len: Option<u64>,
-    pub(super) used: Used,
+    pub(super) used: ClusterUse,
     /// Data and L2 clusters that the L1 table at hand refers to.
     seen: ClusterSet,
     /// The refcount blocks' offsets, in table order.
@@ -44,7 +44,7 @@ pub(super) struct Walker<'a> {
     pub(super) most: u64,
     /// The first thing that may claim clusters and was not looked into.
     pub(super) left_out: Option<Error>,
-    pub(super) out: Collected,
+    pub(super) out: FindingList,
 }
 
 /// One standard cluster's entry.
@@ -61,7 +61,7 @@ impl<'a> Walker<'a> {
             image,
             h,
             data_len,
-            used: Used::default(),
+            used: ClusterUse::default(),
             seen: ClusterSet::default(),
             blocks: Vec::new(),
             blocks_readable: true,
@@ -69,7 +69,7 @@ impl<'a> Walker<'a> {
             twice: ClusterSet::default(),
             most: u64::MAX,
             left_out: None,
-            out: Collected::default(),
+            out: FindingList::default(),
         }
     }
 
@@ -110,8 +110,8 @@ impl<'a> Walker<'a> {
     /// Remembers that something was not looked into which may claim clusters.
     pub(super) fn leave_out(&mut self, at: u64) {
         let error = || {
-            let what = "QEMU marked the image as corrupt, and it cannot be known which clusters are \
-                        claimed twice: a table cannot be followed";
+            let what = "QEMU marked the image as corrupt, and a table is damaged: clusters in use \
+                        twice cannot be found";
             Error::new(Kind::Corrupt, what).at_path(self.image.name()).at_offset(at).remedy(REMEDY)
         };
         if self.left_out.is_none() {
@@ -131,8 +131,8 @@ impl<'a> Walker<'a> {
         if sets.iter().map(|s| s.bytes()).sum::<u64>() <= self.most {
             return Ok(());
         }
-        let what = "QEMU marked the image as corrupt, and its clusters lie too far apart to find \
-                    those that are claimed twice";
+        let what = "QEMU marked the image as corrupt, and its clusters are too far apart to find \
+                    those in use twice";
         Err(Error::new(Kind::Unsupported, what).at_path(self.image.name()).remedy(REMEDY))
     }
 
@@ -177,7 +177,11 @@ impl<'a> Walker<'a> {
         let len = u64::from(self.h.reftable_clusters) << bits;
         if offset.checked_add(len).is_none_or(|end| end > self.image.len()) {
             self.leave_out(offset);
-            return self.refcounts_unreadable(offset, "the refcount table lies past the end");
+            return self.refcounts_unreadable(
+                offset,
+                "the refcount table is past the end of the \
+                                                      file",
+            );
         }
         self.metadata(offset, len, "the refcount table");
         let entries = match read_words(self.image, offset, len / 8) {
@@ -208,7 +212,7 @@ impl<'a> Walker<'a> {
     /// Reading does not need the refcounts: worth a warning.
     fn refcounts_unreadable(&mut self, at: u64, what: &str) {
         self.blocks_readable = false;
-        let text = format!("{what}; the data can be read, but nothing may write to this image");
+        let text = format!("{what}; the data can be read, but do not write to this image");
         self.note(Severity::Warning, Kind::Corrupt, at, text);
     }
 
@@ -261,7 +265,7 @@ impl<'a> Walker<'a> {
         let cluster = table >> self.h.cluster_bits;
         if table >= self.image.len() {
             self.leave_out(at);
-            self.error(Kind::Truncated, at, "an L2 table lies past the end of the file");
+            self.error(Kind::Truncated, at, "an L2 table is past the end of the file");
             return false;
         }
         let used = &self.used;
@@ -344,16 +348,16 @@ impl<'a> Walker<'a> {
             return Some("reserved bit 0 of an extended L2 entry is set");
         }
         if map as u32 & (map >> 32) as u32 != 0 {
-            return Some("a subcluster is data and zero");
+            return Some("a subcluster is marked as data and as zero");
         }
         let nowhere = offset == 0 && !(self.data_len.is_some() && entry & COPIED != 0);
-        (nowhere && map as u32 != 0).then_some("an allocated subcluster without a place")
+        (nowhere && map as u32 != 0).then_some("an allocated subcluster without a host offset")
     }
 
     fn data_cluster(&mut self, p: &Plain) {
         let len = self.data_len.unwrap_or(self.image.len());
         if p.needed > 0 && p.offset.checked_add(p.needed).is_none_or(|end| end > len) {
-            self.error(Kind::Truncated, p.at, "a data cluster lies past the end of the file");
+            self.error(Kind::Truncated, p.at, "a data cluster is past the end of the file");
             // What is there of it is claimed.
             if p.offset >= len {
                 return;
@@ -364,33 +368,33 @@ impl<'a> Walker<'a> {
             // The other file's clusters, apart from this one's L2 tables.
             if !self.seen.insert(cluster | DATA_FILE) {
                 self.twice.insert(cluster | DATA_FILE);
-                self.error(Kind::Corrupt, p.at, "two guest clusters have the same place");
+                self.error(Kind::Corrupt, p.at, "two guest clusters use the same host cluster");
             }
             return;
         }
         if self.used.meta.contains(cluster) || self.used.l2.contains(cluster) {
             self.twice.insert(cluster);
-            return self.error(Kind::Corrupt, p.at, "a data cluster lies over metadata");
+            return self.error(Kind::Corrupt, p.at, "a data cluster overlaps metadata");
         }
         if self.used.packed.contains(cluster) || !self.seen.insert(cluster) {
             self.twice.insert(cluster);
-            return self.error(Kind::Corrupt, p.at, "two guest clusters have the same place");
+            return self.error(Kind::Corrupt, p.at, "two guest clusters use the same host cluster");
         }
         self.used.data.insert(cluster);
     }
 
     fn packed_cluster(&mut self, entry: u64, subclusters: Option<u64>, at: u64) {
         if self.data_len.is_some() {
-            let what = "a compressed cluster beside an external data file";
+            let what = "a compressed cluster in an image with an external data file";
             return self.error(Kind::Corrupt, at, what);
         }
         if entry & COPIED != 0 || subclusters.is_some_and(|m| m != 0) {
-            let what = "a compressed cluster has a flag that it cannot have";
+            let what = "a compressed cluster has an invalid flag";
             self.note(Severity::Warning, Kind::Corrupt, at, what);
         }
         let range = packed_range(entry, self.h.cluster_bits);
         if range.start >= self.image.len() {
-            let what = "a compressed cluster lies past the end of the file";
+            let what = "a compressed cluster is past the end of the file";
             return self.error(Kind::Truncated, at, what);
         }
         self.compressed = true;

@@ -1,0 +1,67 @@
+//! Files that are held open: made without a name, opened once more, compared with a name.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixListener;
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::open::refused;
+use super::{Access, FileId, Folder, absent_is_none, open, plain};
+
+impl Folder {
+    /// A new empty file, mode 0600, that has no name and can never get one: it is gone with its last
+    /// descriptor. `None` where the file system has no such files.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn create_unnamed(&self) -> io::Result<Option<File>> {
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::EXCL | OFlags::CLOEXEC;
+        match rustix::fs::openat(self.as_fd(), ".", flags, Mode::RUSR | Mode::WUSR) {
+            Ok(fd) => Ok(Some(File::from(fd))),
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT | Errno::NOSYS) => {
+                Ok(None)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Whether `name` stands for this very file.
+    ///
+    /// # Errors
+    /// What the operating system said; that there is no such name is no error.
+    pub fn is_same(&self, name: impl AsRef<OsStr>, file: &File) -> io::Result<bool> {
+        let there = absent_is_none(self.look(name))?;
+        Ok(there.map(|m| FileId::of(&m)) == Some(FileId::of(&file.metadata()?)))
+    }
+
+    /// Listens on a new socket `name`, mode 0600.
+    ///
+    /// # Errors
+    /// What the operating system said, `AddrInUse` if the name is there.
+    pub fn listen(&self, name: impl AsRef<OsStr>) -> io::Result<UnixListener> {
+        let name = plain(name.as_ref())?;
+        // By the folder's descriptor: a socket's address has 108 bytes.
+        let listener = UnixListener::bind(self.proc_path().join(name))?;
+        rustix::fs::chmodat(self.as_fd(), name, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
+        Ok(listener)
+    }
+}
+
+/// Opens a file that is open already once more, whatever has become of its name: a description of
+/// its own, with a position and flags of its own.
+///
+/// # Errors
+/// What the operating system said (`NotFound` without /proc).
+pub fn reopen(file: &File, access: Access) -> io::Result<File> {
+    let again = open::through_proc(file, access)?;
+    if FileId::of(&again.metadata()?) != FileId::of(&file.metadata()?) {
+        return Err(refused("another file has taken its place"));
+    }
+    // Whoever gets it need not know how it was opened; io_uring would fail instead of waiting.
+    let flags = rustix::fs::fcntl_getfl(&again)?;
+    rustix::fs::fcntl_setfl(&again, flags - OFlags::NONBLOCK)?;
+    Ok(again)
+}

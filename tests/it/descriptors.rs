@@ -1,0 +1,163 @@
+//! The promise: however many points there are and however deep, reading them takes a bounded number
+//! of descriptors, and none is kept once nothing is open.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::mount::Mount;
+use crate::support::process::{eventually, server_pid, stderr};
+use crate::support::tools::have;
+
+const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
+const CLUSTER: usize = 512;
+const CLUSTERS: usize = 64;
+
+/// A qcow2 of version 2 with clusters of 512 bytes, whose cluster `at` is full of `byte`.
+fn layer(at: usize, byte: u8) -> Vec<u8> {
+    let mut image = vec![0; 5 * CLUSTER];
+    image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x02");
+    image[23] = 9;
+    image[24..32].copy_from_slice(&((CLUSTERS * CLUSTER) as u64).to_be_bytes());
+    image[39] = 1;
+    image[40..48].copy_from_slice(&(CLUSTER as u64).to_be_bytes());
+    let copied = 1u64 << 63;
+    let word = |offset: usize| (copied | offset as u64).to_be_bytes();
+    image[CLUSTER..CLUSTER + 8].copy_from_slice(&word(2 * CLUSTER));
+    let entry = 2 * CLUSTER + 8 * at;
+    image[entry..entry + 8].copy_from_slice(&word(4 * CLUSTER));
+    image[4 * CLUSTER..].fill(byte);
+    image
+}
+
+fn byte(i: usize) -> u8 {
+    (i % 250 + 1) as u8
+}
+
+/// A chain of `count` points in which each writes one cluster; the bytes of each point.
+fn chain(disk: &Path, count: usize) -> Vec<Vec<u8>> {
+    std::fs::create_dir(disk).unwrap();
+    let mut now = vec![0; CLUSTERS * CLUSTER];
+    let mut all = Vec::new();
+    for i in 0..count {
+        let at = i % CLUSTERS;
+        std::fs::write(disk.join(file(i)), layer(at, byte(i))).unwrap();
+        now[at * CLUSTER..(at + 1) * CLUSTER].fill(byte(i));
+        all.push(now.clone());
+    }
+    all
+}
+
+fn file(i: usize) -> String {
+    format!("{}-{}-a", if i == 0 { "FULL" } else { "INC" }, 1000 + i)
+}
+
+/// A mount with so few descriptors, and what mounting said.
+fn limited(backups: &Path, limit: u32) -> (Mount, String) {
+    let mut said = String::new();
+    let mount = Mount::by(|at| {
+        let script = format!("ulimit -n {limit}; exec \"$0\" mount \"$1\" \"$2\"");
+        let mut command = Command::new("sh");
+        let out = command.args(["-c", &script, FLEECEFS]).arg(backups).arg(at).output()?;
+        said = stderr(&out);
+        Ok(out)
+    });
+    (mount, said)
+}
+
+fn read(path: &Path) -> Vec<u8> {
+    std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Descriptors of the serving process on files of backups.
+fn open_files(mount: &Mount, backups: &Path) -> usize {
+    let folder = format!("/proc/{}/fd", server_pid(mount.path()));
+    let names = std::fs::read_dir(folder).unwrap().flatten();
+    let leads = names.filter_map(|n| std::fs::read_link(n.path()).ok());
+    leads.filter(|to| to.starts_with(backups)).count()
+}
+
+#[test]
+fn all_points_of_deep_chains_read_in_any_order_and_leave_nothing_open() {
+    let test = "all_points_of_deep_chains_read_in_any_order_and_leave_nothing_open";
+    if !have(test, &["/dev/fuse"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (deep, short) = (200, 300);
+    let points = chain(&dir.path().join("deep"), deep);
+    for i in 0..short {
+        let disk = dir.path().join(format!("vm{i}"));
+        std::fs::create_dir(&disk).unwrap();
+        std::fs::write(disk.join(file(0)), layer(0, byte(i))).unwrap();
+    }
+    let (mount, said) = limited(dir.path(), 80);
+    assert_eq!(said.matches("a chain of 200 files").count(), 1, "{said}");
+    let point = |i: usize| mount.path().join(format!("deep/{}.raw", file(i)));
+    // A step that has no common factor with the count visits each once.
+    for step in [1, 77, deep - 1] {
+        for i in (0..deep).map(|n| (n + 1) * step % deep) {
+            assert!(read(&point(i)) == points[i], "point {i}, step {step}");
+        }
+    }
+    for i in 0..short {
+        let bytes = read(&mount.path().join(format!("vm{i}/{}.raw", file(0))));
+        assert!(bytes[..CLUSTER].iter().all(|b| *b == byte(i)), "vm{i}");
+    }
+    // Many open at once, from top to bottom.
+    let open: Vec<File> = (0..deep).rev().map(|i| File::open(point(i)).unwrap()).collect();
+    for (file, want) in open.iter().zip(points.iter().rev()) {
+        let mut bytes = vec![0; CLUSTERS * CLUSTER];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == *want);
+    }
+    assert!(open_files(&mount, dir.path()) < 80);
+    drop(open);
+    eventually("that nothing is held", || open_files(&mount, dir.path()) == 0);
+    // New points are still found.
+    std::fs::write(dir.path().join("deep").join(file(deep)), layer(0, 7)).unwrap();
+    eventually("the new point", || point(deep).exists());
+    assert_eq!(read(&point(deep))[0], 7);
+}
+
+#[test]
+fn what_is_held_survives_its_files_and_what_is_not_is_never_another_file() {
+    let test = "what_is_held_survives_its_files_and_what_is_not_is_never_another_file";
+    if !have(test, &["/dev/fuse"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (held, deep) = (20, 100);
+    let points = chain(&dir.path().join("held"), held);
+    chain(&dir.path().join("deep"), deep);
+    let (mount, _) = limited(dir.path(), 80);
+    let open = |disk: &str, i| File::open(mount.path().join(format!("{disk}/{}.raw", file(i))));
+    let (top, middle, far) = (
+        open("held", held - 1).unwrap(),
+        open("held", 7).unwrap(),
+        open("deep", deep - 1).unwrap(),
+    );
+    // Reading so many others closes what is not held.
+    for i in 0..deep {
+        open("deep", i).unwrap().read_exact_at(&mut [0; CLUSTER], 0).unwrap();
+    }
+    std::fs::remove_dir_all(dir.path().join("held")).unwrap();
+    for i in 0..deep {
+        let path = dir.path().join("deep").join(file(i));
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, layer(i % CLUSTERS, 0xee)).unwrap();
+    }
+    let mut bytes = vec![0; CLUSTERS * CLUSTER];
+    for (file, i) in [(&top, held - 1), (&middle, 7)] {
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == points[i], "point {i}");
+    }
+    for at in (0..CLUSTERS * CLUSTER).step_by(CLUSTER) {
+        // Old bytes or an error.
+        let mut one = [0; CLUSTER];
+        if far.read_exact_at(&mut one, at as u64).is_ok() {
+            assert_ne!(one[0], 0xee, "the new file's bytes at {at}");
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! `contrib/doc/json.md` is what is printed: each key of real output is in its tables, with its type, and each key
+//! there that is not optional is printed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::backup::{Caller, images};
+use crate::support::mount::Mount;
+use crate::support::qemu::storage_daemon::Daemon;
+use crate::support::tools::{have, run};
+use serde_json::Value;
+
+const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
+
+/// The tables: for each heading the keys and their types.
+struct Paper(BTreeMap<String, BTreeMap<String, String>>);
+
+impl Paper {
+    fn read() -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/doc/json.md");
+        let (mut tables, mut at) = (BTreeMap::new(), String::new());
+        for line in std::fs::read_to_string(path).unwrap().lines() {
+            if let Some(heading) = line.strip_prefix("## ") {
+                at = heading.to_string();
+            } else if let Some(row) = line.strip_prefix("| `") {
+                let (key, rest) = row.split_once("` | ").unwrap();
+                let kind = rest.split_once(" | ").unwrap().0.to_string();
+                let table: &mut BTreeMap<_, _> = tables.entry(at.clone()).or_default();
+                assert!(table.insert(key.to_string(), kind).is_none(), "{at}: {key} twice");
+            }
+        }
+        Paper(tables)
+    }
+
+    /// Checks a value against the table of `heading`; gives what was seen of it.
+    fn check(&self, heading: &str, value: &Value) -> BTreeSet<String> {
+        let mut seen = BTreeSet::new();
+        self.walk(heading, "", value, &mut seen);
+        seen
+    }
+
+    fn walk(&self, heading: &str, at: &str, value: &Value, seen: &mut BTreeSet<String>) {
+        let table = &self.0[heading];
+        match value {
+            Value::Array(items) => {
+                items.iter().for_each(|v| self.walk(heading, &format!("{at}[]"), v, seen));
+            }
+            Value::Object(fields) => {
+                let inside =
+                    |key: &str| if at.is_empty() { key.into() } else { format!("{at}.{key}") };
+                for (key, value) in fields {
+                    let path = inside(key);
+                    let kind = table.get(&path).unwrap_or_else(|| panic!("{heading}: no {path}"));
+                    seen.insert(path.clone());
+                    self.field(heading, &path, kind, value, seen);
+                }
+                let own = |k: &&String| {
+                    let rest = k.strip_prefix(at).map(|r| r.trim_start_matches('.'));
+                    k.as_str() != at
+                        && rest.is_some_and(|r| !r.is_empty() && !r.contains(['.', '[']))
+                };
+                for key in table.keys().filter(own).filter(|k| !table[*k].contains("optional")) {
+                    let name = key.rsplit('.').next().unwrap();
+                    assert!(fields.contains_key(name), "{heading}: {key} is not printed: {value}");
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn field(
+        &self,
+        heading: &str,
+        path: &str,
+        kind: &str,
+        value: &Value,
+        seen: &mut BTreeSet<String>,
+    ) {
+        let first = kind.split([' ', ',']).next().unwrap();
+        let fits = match first {
+            "any" => return,
+            "text" => value.is_string(),
+            "number" => value.is_number(),
+            "boolean" => value.is_boolean(),
+            "object" | "finding" => value.is_object(),
+            "list" | "findings" => value.is_array(),
+            _ => panic!("{heading}: {path}: what is {kind:?}?"),
+        };
+        assert!(fits || value.is_null() && kind.contains("or null"), "{heading}: {path}: {value}");
+        match (first, value) {
+            ("finding", Value::Object(_)) => drop(self.check("Finding", value)),
+            ("findings", Value::Array(all)) => {
+                all.iter().for_each(|f| drop(self.check("Finding", f)))
+            }
+            // Lists of small objects that the text tells.
+            _ if kind == "list" && !self.has_inside(heading, path) => {}
+            _ => self.walk(heading, path, value, seen),
+        }
+    }
+
+    fn has_inside(&self, heading: &str, path: &str) -> bool {
+        self.0[heading].keys().any(|k| k.starts_with(&format!("{path}[]")))
+    }
+}
+
+/// What a command prints: a document, or one per line.
+fn printed(args: &[&str]) -> Vec<Value> {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    let out = c.args(args).env_remove("FLEECEFS_STATE_DIR").output().unwrap();
+    let found: Vec<Value> = serde_json::Deserializer::from_slice(&out.stdout)
+        .into_iter()
+        .map(|v| v.unwrap_or_else(|e| panic!("{args:?}: {e}")))
+        .collect();
+    assert!(!found.is_empty(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    found
+}
+
+/// Two disks with a FULL and two INCs each, and a point whose parent is gone.
+fn daemon() -> (Daemon, Caller) {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        let path = dir.path().join(format!("{name}.img"));
+        run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "4M"]);
+    }
+    let d = Daemon::start(dir, &[("a", "driver=qcow2"), ("b", "driver=qcow2")]);
+    let caller = Caller::of(&d);
+    for level in ["full", "inc", "inc"] {
+        d.io("a", &["write -P 7 1M 64k"]);
+        caller.must(level);
+    }
+    std::fs::remove_file(&images(&caller.target.join("b.img"))[1]).unwrap();
+    (d, caller)
+}
+
+#[test]
+fn tables_have_what_is_printed() {
+    if !have("tables_have_what_is_printed", TOOLS) {
+        return;
+    }
+    let paper = Paper::read();
+    let (d, caller) = daemon();
+    let target = caller.target.to_str().unwrap();
+    let qmp = caller.qmp.to_str().unwrap().to_string();
+    let state = caller.state.to_str().unwrap();
+    let check = |heading: &str, args: &[&str]| {
+        let mut seen = BTreeSet::new();
+        printed(args).iter().for_each(|v| seen.extend(paper.check(heading, v)));
+        seen
+    };
+    let seen = check("list", &["list", "--json", target]);
+    assert!(seen.contains("disks[].points[].unavailable"), "{seen:?}");
+    check("list --runs", &["list", "--runs", "--json", target]);
+    check("show", &["show", "--json", target, "a.img/latest"]);
+    let seen = check("verify", &["verify", "--json", target]);
+    assert!(seen.contains("points[].reason"), "{seen:?}");
+    let out = d.path("out.raw");
+    let out = out.to_str().unwrap();
+    check("restore --dry-run", &["restore", "-n", "--json", target, "a.img/latest", out]);
+    check("restore", &["restore", "--json", target, "a.img/latest", out]);
+    let keep = ["prune", "-n", "--json", target, "--keep-last", "1", "--keep-daily", "1"];
+    let seen = check("prune", &keep);
+    assert!(seen.contains("disks[].points[].keep[].needed-by"), "{seen:?}");
+    // An error is an object too, alone or after what was printed.
+    let missing = ["restore", "--json", target, "a.img/FULL-1-a.img", "/nowhere/x"];
+    for args in [&["list", "--json", "/nowhere"][..], &["show", "--json", target, "x"], &missing] {
+        let seen = check("Error", args);
+        assert!(seen.contains("error.kind"), "{args:?}: {seen:?}");
+    }
+    let newest = |c: &Caller| {
+        let name = images(&c.target.join("a.img")).last().unwrap().file_name().unwrap().to_owned();
+        name.into_string().unwrap()
+    };
+    let until = ["consolidate", "--json", target, "a.img", "--until"];
+    let upto = newest(&caller);
+    check("consolidate", &[&until[..], &[&upto, "-n"]].concat());
+    let status =
+        check("info status", &["info", "status", "--json", "--qmp", &qmp, "--state-dir", state]);
+    assert!(status.contains("state"), "{status:?}");
+    for what in ["blockdev", "bitmaps"] {
+        let heading = format!("info {what}");
+        let seen = check(&heading, &["info", what, "--json", "--qmp", &qmp, "--state-dir", state]);
+        assert!(seen.iter().any(|k| k.ends_with(".owner")), "{seen:?}");
+    }
+    let nbd = d.path("nbd.sock");
+    let common = ["--qmp", &qmp, "--state-dir", state, "--target", target, "--nbd"];
+    let backup = |more: &[&str]| {
+        let mut all = vec!["backup", "--level", "auto", "--progress", "json"];
+        all.extend(common);
+        all.push(nbd.to_str().unwrap());
+        all.extend(more);
+        all.iter().map(|a| a.to_string()).collect::<Vec<_>>()
+    };
+    for (heading, more) in [("backup --dry-run", ["-n"].as_slice()), ("backup", &[])] {
+        let args = backup(more);
+        let seen = check(heading, &args.iter().map(String::as_str).collect::<Vec<_>>());
+        let result = ["points[].run", "format_version"];
+        assert!(heading != "backup" || result.iter().all(|k| seen.contains(*k)), "{seen:?}");
+    }
+    // What fails: the disk, and the run.
+    let mut args = backup(&["--include", "nothing"]);
+    args[2] = "inc".into();
+    let all = printed(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let last = all.last().unwrap();
+    assert!(last["event"] == "error" && last["error"]["exit_code"].is_number(), "{all:?}");
+    paper.check("Error", last);
+    let mount = Mount::new(&caller.target);
+    let status = std::fs::read(mount.path().join(".fleecefs/status.json")).unwrap();
+    let seen = paper.check("status.json", &serde_json::from_slice(&status).unwrap());
+    assert!(seen.contains("disks[].chains[].points[].unavailable"), "{seen:?}");
+}
+
+#[test]
+fn link_disk_prints_what_its_table_has() {
+    if !have("link_disk_prints_what_its_table_has", TOOLS) {
+        return;
+    }
+    let (d, caller) = daemon();
+    let target = caller.target.to_str().unwrap();
+    let old = caller.target.join("old");
+    std::fs::create_dir(&old).unwrap();
+    let path = old.join("FULL-1700000000-old.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "4M"]);
+    let args = ["link-disk", "-n", "--json", target, "old", "a.img"];
+    let seen = Paper::read().check("link-disk", &printed(&args)[0]);
+    assert!(seen.contains("points[].from"), "{seen:?}");
+    drop(d);
+}

@@ -1,0 +1,189 @@
+//! What belongs together: the runs of a backup directory as they are listed, shown and restored.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::images::{self, first_difference};
+use crate::support::qemu::two_disks::Machine;
+use crate::support::tools::{have, run};
+use fleecefs::manifest;
+use serde_json::Value;
+
+const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
+
+fn fleecefs(args: &[&str]) -> (Option<i32>, String) {
+    let out = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(args).output().unwrap();
+    let text = [out.stdout, out.stderr].concat();
+    (out.status.code(), String::from_utf8_lossy(&text).into_owned())
+}
+
+fn must(args: &[&str]) -> String {
+    let (exit, said) = fleecefs(args);
+    assert_eq!(exit, Some(0), "{args:?}: {said}");
+    said
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&must(&[args, &["--json"]].concat())).unwrap()
+}
+
+/// The bytes of a qcow2 image, by QEMU.
+fn bytes(image: &Path) -> Vec<u8> {
+    let raw = image.with_extension("bytes");
+    let (from, to) = (image.to_str().unwrap(), raw.to_str().unwrap());
+    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", from, to]);
+    std::fs::read(raw).unwrap()
+}
+
+#[test]
+fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
+    if !have("a_run_is_listed_shown_and_restored_as_the_vm_knows_it", QEMU) {
+        return;
+    }
+    let mut m = Machine::begin();
+    let config = m.text("vm.xml");
+    std::fs::write(&config, "<domain/>\n").unwrap();
+    let caller = m.caller().with(&["--config", &config, "--exclude", "b"]);
+    let target = caller.target.to_str().unwrap();
+    caller.must("full");
+    let first = m.expect.clone();
+    m.write(0, 0, 1 << 20);
+    caller.must("inc");
+
+    let runs = json(&["list", "--runs", target])["runs"].take();
+    let levels = |run: &Value| -> Vec<String> {
+        let points = run["points"].as_array().unwrap().iter();
+        points
+            .map(|p| format!("{} {}", p["disk"].as_str().unwrap(), p["level"].as_str().unwrap()))
+            .collect()
+    };
+    assert_eq!(runs.as_array().unwrap().len(), 2, "{runs}");
+    assert_eq!(levels(&runs[0]), ["a.qcow2 inc", "o.qcow2 inc"], "the newest first");
+    assert_eq!(levels(&runs[1]), ["a.qcow2 full", "o.qcow2 full"]);
+    let text = must(&["list", "--runs", target]);
+    assert!(text.contains("a.qcow2 INC, o.qcow2 INC"), "{text}");
+
+    // By all its names, the same.
+    let (id, time) = (runs[1]["run"].as_str().unwrap(), seconds(&runs[1]["time"]).to_string());
+    let utc = runs[1]["time"].as_str().unwrap();
+    for (n, name) in [id, &time, utc].into_iter().enumerate() {
+        let to = m.text(&format!("first{n}"));
+        must(&["restore", target, "--run", name, "--to", &to]);
+        for (disk, want) in [("a.qcow2", &first[0]), ("o.qcow2", &first[1])] {
+            let got = bytes(&Path::new(&to).join(disk));
+            assert_eq!(first_difference(&got, want), None, "{name}: {disk}");
+        }
+    }
+    let day = runs[0]["time"].as_str().unwrap()[..10].to_string();
+    for name in ["latest", &day] {
+        let to = m.text(&format!("latest-{name}"));
+        must(&["restore", target, "--run", name, "--to", &to]);
+        assert_eq!(first_difference(&bytes(&Path::new(&to).join("a.qcow2")), &m.expect[0]), None);
+    }
+    assert_eq!(fleecefs(&["restore", target, "--run", "1999-01-01", "--to", "/x"]).0, Some(3));
+    // In another format under another name.
+    let to = m.text("raw");
+    must(&["restore", target, "--run", "latest", "--to", &to, "--format", "raw"]);
+    assert!(std::fs::read(Path::new(&to).join("a.qcow2.raw")).unwrap() == m.expect[0]);
+
+    let text = must(&["show", target, "a.qcow2/latest"]);
+    for part in ["disk file", "a.qcow2", "vm.xml", "parent", "FULL-", "blake3"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_eq!(must(&["show", target, "a.qcow2/latest", "--config", "vm.xml"]), "<domain/>\n");
+    let (exit, said) = fleecefs(&["show", target, "a.qcow2/latest", "--config", "other"]);
+    assert!(exit == Some(3) && said.contains("vm.xml"), "{said}");
+    let point = json(&["show", target, "a.qcow2/latest"]);
+    assert_eq!((&point["depth"], &point["manifest"]["run"]), (&2.into(), &runs[0]["run"]));
+}
+
+/// A time of JSON in seconds since 1970.
+fn seconds(time: &Value) -> i64 {
+    fleecefs::units::parse_when(time.as_str().unwrap()).unwrap()
+}
+
+/// Of two runs in a second the one that was made later is the newest, whatever its id.
+#[test]
+fn runs_of_one_second_are_ordered_and_told_apart() {
+    let dir = images::tempdir();
+    let root = dir.path().to_str().unwrap();
+    let time = 1_700_000_000;
+    // The first has a disk and the second another one; then both in one second, so that the name of one
+    // has the next.
+    let points = [
+        ("a", time, "ffffffffffff", 1),
+        ("b", time, "000000000000", 2),
+        ("a", time + 1, "eeeeeeeeeeee", 3),
+        ("c", time, "eeeeeeeeeeee", 3),
+    ];
+    for (disk, stamp, id, nanos) in points {
+        let folder = dir.path().join(disk);
+        std::fs::create_dir_all(&folder).unwrap();
+        let image = format!("FULL-{stamp}-{disk}.raw");
+        std::fs::write(folder.join(&image), vec![1; 4096]).unwrap();
+        must(&["verify", "--create", "--point", &format!("{disk}/{image}"), root]);
+        let mut m = manifest::read(&folder, image.as_ref()).unwrap().unwrap();
+        (m.run, m.time, m.time_nanos) = (id.into(), time, nanos);
+        m.vm = serde_json::json!({"query-name": {"name": "vm"}}).into();
+        manifest::write(&folder, &m).unwrap();
+    }
+    let runs = json(&["list", "--runs", root])["runs"].take();
+    let ids: Vec<&str> =
+        runs.as_array().unwrap().iter().map(|r| r["run"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["eeeeeeeeeeee", "000000000000", "ffffffffffff"], "{runs:#}");
+    assert_eq!(seconds(&runs[0]["time"]), time + 1);
+    // A time that fits several names them.
+    for name in
+        [time.to_string(), "2023-11-14T22:13:20Z".into(), "2023-11-14T23:13:20+01:00".into()]
+    {
+        let (exit, said) = fleecefs(&["restore", root, "--run", &name, "--to", "/x", "-n"]);
+        assert_eq!(exit, Some(2), "{said}");
+        assert!(ids.iter().all(|id| said.contains(id)), "{said}");
+    }
+    let to = images::tempdir();
+    let restored = |name: &str| {
+        let to = to.path().join(name);
+        must(&["restore", root, "--run", name, "--to", to.to_str().unwrap()]);
+        let mut names: Vec<_> =
+            std::fs::read_dir(&to).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    for newest in ["latest", "2023-11-14", "2023-11-14 22:13", "@1700000001", "eeeeeeeeeeee"] {
+        assert_eq!(restored(newest), ["a.raw", "c.raw"], "{newest}");
+    }
+    assert_eq!(restored("ffffffffffff"), ["a.raw"]);
+}
+
+#[test]
+fn a_list_is_of_what_was_asked_for() {
+    let dir = images::tempdir();
+    let root = dir.path().to_str().unwrap();
+    for (disk, times) in
+        [("vm/sda", &[1_700_000_000, 1_700_000_100][..]), ("sdb", &[1_700_000_000])]
+    {
+        let folder = dir.path().join(disk);
+        std::fs::create_dir_all(&folder).unwrap();
+        let name = disk.rsplit('/').next().unwrap();
+        for time in times {
+            std::fs::write(folder.join(format!("FULL-{time}-{name}.raw")), vec![1; 4096]).unwrap();
+        }
+    }
+    let points = |more: &[&str]| -> Vec<String> {
+        let all = json(&[&["list", root], more].concat());
+        let disks = all["disks"].as_array().unwrap().iter();
+        let points = disks.flat_map(|d| d["points"].as_array().unwrap());
+        points.map(|p| p["point"].as_str().unwrap().to_string()).collect()
+    };
+    assert_eq!(points(&[]).len(), 3);
+    assert_eq!(points(&["--disk", "sda"]).len(), 2);
+    assert_eq!(
+        points(&["--disk", "vm/sda", "--since", "@1700000001"]),
+        ["FULL-1700000100-sda.raw"]
+    );
+    assert_eq!(points(&["--until", "2023-11-14T22:13:20Z"]).len(), 2);
+    assert_eq!(fleecefs(&["list", root, "--disk", "sdc"]).0, Some(3));
+    // Without manifests time says what belongs together, guest by guest.
+    let runs = json(&["list", "--runs", root])["runs"].take();
+    assert_eq!(runs.as_array().unwrap().len(), 3, "{runs}");
+}

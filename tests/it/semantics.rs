@@ -1,0 +1,66 @@
+//! What contrib/SEMANTICS.md and the documents in contrib/doc promise has a test, and what the tests of mounts test is
+//! promised.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The tests that the documents name, as `file::name`.
+fn promised() -> BTreeSet<String> {
+    let read = |path: String| std::fs::read_to_string(root(&path)).unwrap();
+    let documents = ["SEMANTICS.md", "doc/security.md", "doc/beside.md", "doc/from-qmpbackup.md"];
+    let documents = documents.map(|d| format!("contrib/{d}"));
+    let text: String = documents.into_iter().map(read).collect();
+    let named = text.split('`').skip(1).step_by(2).filter(|word| word.contains("::"));
+    named.map(str::to_string).collect()
+}
+
+/// The source of a module of the tests.
+fn test_module(name: &str) -> PathBuf {
+    let places = ["tests/it", "tests/slow", "tests"];
+    let mut places = places.into_iter().map(|d| root(d).join(name).with_extension("rs"));
+    places.find(|p| p.exists()).unwrap_or_else(|| panic!("no tests called {name}"))
+}
+
+/// The names of the test functions in a file.
+fn tests_in(path: &Path) -> BTreeSet<String> {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let after = text.split("#[test]").skip(1);
+    let name = |rest: &str| Some(rest.split_once("fn ")?.1.split_once('(')?.0.to_string());
+    after.filter_map(name).collect()
+}
+
+#[test]
+fn every_promise_names_a_test_that_exists() {
+    let promised = promised();
+    assert!(promised.len() > 15, "{promised:?}");
+    for promise in &promised {
+        let (file, test) = promise.rsplit_once("::").unwrap();
+        let path = match file.strip_suffix("::tests") {
+            Some(module) => {
+                let path = root("src").join(module.replace("::", "/"));
+                let places =
+                    [path.join("tests.rs"), path.join("mod.rs"), path.with_extension("rs")];
+                places.into_iter().find(|p| p.exists()).unwrap_or(path)
+            }
+            None => test_module(file),
+        };
+        assert!(tests_in(&path).contains(test), "no test {promise}");
+    }
+}
+
+#[test]
+fn every_mount_test_is_promised() {
+    let promised = promised();
+    // How it runs, not what it promises to whoever reads a point.
+    let inside = ["the_foreground_process_is_the_mount"];
+    for file in ["mount", "mount_process", "loop_device"] {
+        for test in tests_in(&test_module(file)) {
+            let known = promised.contains(&format!("{file}::{test}"));
+            assert!(known || inside.contains(&test.as_str()), "{test} is not in the document");
+        }
+    }
+}
