@@ -151,7 +151,7 @@ fn sweep(folder: &Folder) {
         if let Some(vm) = name.strip_suffix(SOCKET)
             && is_vm_key(vm)
             && entry.kind == EntryKind::Other
-            && let Ok(Some(_lock)) = folder.lock(&format!("{vm}.lock"))
+            && let Ok(Some(_lock)) = folder.lock(format!("{vm}.lock"))
         {
             let _ = folder.remove_if_there(name);
             continue;
