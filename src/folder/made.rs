@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
@@ -48,9 +49,7 @@ impl Folder {
         let name = plain(name.as_ref())?;
         rustix::fs::mkdirat(self.as_fd(), name, Mode::RWXU)?;
         let made = self.folder(name)?;
-        let uid = std::os::unix::fs::MetadataExt::uid(&made.metadata()?);
-        // In a folder that others may write, it may be another one by now.
-        match uid == rustix::process::geteuid().as_raw() {
+        match self.gives_to(made.metadata()?.uid())? {
             true => Ok(made),
             false => Err(refused("another folder has taken its name")),
         }
@@ -89,11 +88,18 @@ impl Folder {
     fn made(&self, name: &OsStr, kind: FileType) -> io::Result<Made> {
         let handle = self.probe(name)?;
         let stat = rustix::fs::fstat(&handle)?;
-        let own = stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_nlink == 1;
+        let own = stat.st_nlink <= 1 && self.gives_to(stat.st_uid)?;
         match own && FileType::from_raw_mode(stat.st_mode) == kind {
             true => Ok(Made { handle }),
             false => Err(refused("something else has taken its name")),
         }
+    }
+
+    /// Whether what we have just made here may be this user's: where others can exchange it, it must be ours, or
+    /// the folder's owner's, to whom some file systems give everything.
+    fn gives_to(&self, uid: u32) -> io::Result<bool> {
+        let own = [rustix::process::geteuid().as_raw(), self.metadata()?.uid()].contains(&uid);
+        Ok(own || super::foreign_owner(self)?.is_none())
     }
 
     /// Gives the file `id`, which `from` has under the name `name`, the further name `new` in this folder.
@@ -193,8 +199,6 @@ impl Made {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[test]

@@ -133,7 +133,11 @@ fn to_stdout(
         result = archive(tree, start, opened.name(), &mut out, &opened.blocks, options);
         Ok(())
     })?;
-    result
+    match result {
+        // Whoever reads it has had enough.
+        Err(e) if e.os_code() == Some(libc::EPIPE) => Ok(Report::default()),
+        other => other,
+    }
 }
 
 fn tell(args: &CpArgs, report: &Report) -> Result<()> {

@@ -10,7 +10,6 @@ mod stat;
 
 use clap::{Args, Subcommand};
 
-use super::args::Json;
 use crate::error::Result;
 
 /// Show and copy single files out of a point: no root, no loop device, no VM
@@ -60,15 +59,20 @@ impl FilesArgs {
 }
 
 impl FilesArgs {
-    /// Whether it prints JSON, and in which way.
-    pub(super) fn json(&self) -> (bool, Json) {
+    /// Whether it prints JSON.
+    pub(super) fn json(&self) -> bool {
         match &self.what {
-            What::Ls(a) => (a.print.json, Json::Objects),
-            What::Find(a) => (a.print.json, Json::Objects),
-            What::Cp(a) => (a.print.json, Json::Document),
-            What::Stat(a) => (a.print.json, Json::Document),
-            What::Cat(_) => (false, Json::No),
+            What::Ls(a) => a.print.json,
+            What::Find(a) => a.print.json,
+            What::Cp(a) => a.print.json,
+            What::Stat(a) => a.print.json,
+            What::Cat(_) => false,
         }
+    }
+
+    /// Whether that is an object per line.
+    pub(super) fn prints_objects(&self) -> bool {
+        matches!(self.what, What::Ls(_) | What::Find(_))
     }
 }
 

@@ -41,7 +41,7 @@ pub(super) fn run(args: &StatArgs) -> Result<()> {
             .map(|x| json!({ "name": text(&x.name), "value": text(&x.value) }))
             .collect();
         let all = json!({
-            "file": row, "xattrs": xattrs, "file_system": system, "findings": findings,
+            "entry": row, "xattrs": xattrs, "file_system": system, "findings": findings,
         });
         return output::print(&output::json_document(&all)?);
     }

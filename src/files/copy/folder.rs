@@ -6,7 +6,7 @@
 //!   when it is full.
 //! - Files get what belongs to them by their descriptors. A further name of a file is made only of that very file.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -56,6 +56,7 @@ pub fn copy(
         first: HashMap::new(),
         blocks,
         held: Vec::new(),
+        lacking: BTreeSet::new(),
     };
     walk(tree, start, &mut copying)?;
     Ok(copying.report)
@@ -79,6 +80,8 @@ struct Copying<'a> {
     first: HashMap<NodeId, First>,
     blocks: &'a std::sync::Arc<Blocks>,
     held: Vec<Holding>,
+    /// What the target does not have.
+    lacking: BTreeSet<&'static str>,
 }
 
 /// A failure that ends the whole copy: what comes next would fail as well.
@@ -215,11 +218,12 @@ impl Copying<'_> {
             other => other.map_err(failed("cannot set its owner"))?,
         }
         if a.kind != NodeKind::Link {
-            made.set_mode(mode).map_err(failed("cannot set its permissions"))?;
+            let set = self.without("permissions", made.set_mode(mode));
+            set.map_err(failed("cannot set its permissions"))?;
         }
         for xattr in self.tree.xattrs(at.node)?.iter().filter(|x| self.options.wants(x)) {
             let name = OsStr::from_bytes(&xattr.name);
-            let set = made.set_attribute(name, &xattr.value);
+            let set = self.without("extended attributes", made.set_attribute(name, &xattr.value));
             let lacking = |e: io::Error| {
                 Error::io(e, format!("cannot set its attribute {}", path_text(name)))
             };
@@ -228,8 +232,26 @@ impl Copying<'_> {
             }
         }
         let moment = |t: super::super::tree::Time| Moment { seconds: t.seconds, nanos: t.nanos };
-        let set = made.set_moments(moment(a.atime), moment(a.mtime));
+        let set = self.without("times", made.set_moments(moment(a.atime), moment(a.mtime)));
         set.map_err(failed("cannot set its times"))
+    }
+}
+
+impl Copying<'_> {
+    /// `Ok` where the target's file system does not have such a thing at all, which is told once.
+    fn without(&mut self, what: &'static str, done: io::Result<()>) -> io::Result<()> {
+        /// FAT answers so.
+        const REFUSALS: [io::ErrorKind; 2] =
+            [io::ErrorKind::PermissionDenied, io::ErrorKind::Unsupported];
+        match done {
+            Err(e) if REFUSALS.contains(&e.kind()) => {
+                if self.lacking.insert(what) {
+                    log::warn!("copies lack {what}: the target does not take all of them: {e}");
+                }
+                Ok(())
+            }
+            other => other,
+        }
     }
 }
 

@@ -26,6 +26,8 @@ mod incompat {
 
 /// Runs of blocks that a journal's file may have: a kernel makes one or a few.
 const MAX_RUNS: usize = 1 << 16;
+/// The most blocks that mke2fs gives a journal.
+const MAX_BLOCKS: u32 = 10_240_000;
 /// Blocks of fast commits, where the superblock does not say.
 const FAST_BLOCKS: u32 = 256;
 /// The first tag of fast commits: length, features, and the transaction that they follow.
@@ -89,7 +91,10 @@ impl<'a> Log<'a> {
             self.parse_features(raw)?;
         }
         let inside = |n: u32| (self.first..self.end).contains(&n);
-        let sane = self.first > 0 && self.first < self.end && u64::from(self.len) <= self.blocks();
+        let sane = self.first > 0
+            && self.first < self.end
+            && u64::from(self.len) <= self.blocks()
+            && self.len <= MAX_BLOCKS;
         if !sane || (self.start != 0 && !inside(self.start)) {
             return Err(self.bad("the journal's superblock contradicts itself", 0));
         }
@@ -210,5 +215,26 @@ fn runs(volume: &Volume, inode: &Inode) -> Result<Vec<(u64, u64)>> {
         block = block.saturating_add(found.count).min(end);
     }
     runs.push((block, 0));
+    check_apart(volume, inode, &runs)?;
     Ok(runs)
+}
+
+/// Fails if a block is in the journal twice: one that revokes nothing would be read millions of times.
+fn check_apart(volume: &Volume, inode: &Inode, runs: &[(u64, u64)]) -> Result<()> {
+    let ends = runs.iter().skip(1).map(|(begin, _)| *begin);
+    let mut places: Vec<(u64, u64)> = runs
+        .iter()
+        .zip(ends)
+        .filter(|((_, at), _)| *at > 0)
+        .map(|((begin, at), end)| (*at, at + (end - begin)))
+        .collect();
+    places.sort_unstable();
+    let twice = places.windows(2).any(|pair| match pair {
+        [(_, end), (next, _)] => end > next,
+        _ => false,
+    });
+    match twice {
+        true => Err(volume.bad(inode, "is a journal that has the same blocks twice")),
+        false => Ok(()),
+    }
 }
