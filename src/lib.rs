@@ -19,6 +19,7 @@
 //!   changed, so that whoever comes after a crash can finish it
 //! - [`chain`]: backup directory to disks, chains and points
 //! - [`image`]: layers merged into cached windows, and reads through them
+//! - [`files`]: the files inside a point: partitions, volumes and file systems
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
 //! - [`restore`], [`verify`], [`prune`]: reading points out, proving them, choosing which stay
@@ -37,6 +38,7 @@ pub mod cli;
 pub mod error;
 pub(crate) mod extent;
 pub(crate) mod failpoint;
+pub mod files;
 pub mod folder;
 pub mod fs;
 pub mod fuse;

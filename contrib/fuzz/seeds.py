@@ -26,6 +26,30 @@ def image(path, options):
                     "-c", "write -c -P 7 64k 16k", path], check=True, stdout=subprocess.DEVNULL)
 
 
+# Without checksums, so that what is changed is read.
+EXT = [["-t", "ext2"], ["-t", "ext4", "-O", "^metadata_csum,^has_journal"], ["-t", "ext2", "-O", "^dir_index", "-I", "128"],
+       ["-t", "ext4", "-O", "^metadata_csum,^has_journal,inline_data,^64bit", "-I", "256"]]
+
+
+def file_systems(tmp):
+    tree = tmp / "tree"
+    (tree / "dir" / "sub").mkdir(parents=True)
+    (tree / "etc").mkdir()
+    (tree / "etc" / "fstab").write_text("# nothing\n")
+    (tree / "dir" / "file").write_bytes(b"x" * 9000)
+    with open(tree / "dir" / "sparse", "wb") as f:
+        f.seek(90000)
+        f.write(b"y")
+    (tree / "dir" / "short").symlink_to("file")
+    (tree / "dir" / "long").symlink_to("a" * 100)
+    os.link(tree / "dir" / "file", tree / "dir" / "sub" / "hard")
+    for i, options in enumerate(EXT):
+        path = tmp / f"ext{i}"
+        subprocess.run(["mke2fs", "-q", "-F", "-b", "1024", "-N", "32", "-m", "0", *options, "-d", tree, path, "96"],
+                       check=True)
+        put("files", f"ext{i}", path.read_bytes())
+
+
 def pieces(files):
     out = b""
     for name, data in files:
@@ -45,6 +69,7 @@ def main():
         for i, options in enumerate(OPTIONS):
             image(tmp / "image", options)
             put("qcow2", f"image{i}", (tmp / "image").read_bytes())
+        file_systems(tmp)
         disk = tmp / "d"
         disk.mkdir()
         for name in ("FULL-1-d", "INC-2-d"):

@@ -7,6 +7,7 @@ mod bar;
 mod console;
 mod consolidate;
 mod docs;
+mod files;
 mod habits;
 mod info;
 mod link_disk;
@@ -124,6 +125,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::List(a) => list::run(a),
         Command::Show(a) => show::run(a),
         Command::Map(a) => map::run(a),
+        Command::Files(a) => files::run(&a),
         Command::Restore(a) => restore::run(a),
         Command::Merge(a) => verbs::merge(a),
         Command::Rebase(a) => verbs::rebase(a),

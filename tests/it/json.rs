@@ -226,3 +226,31 @@ fn link_disk_prints_what_its_table_has() {
     assert!(seen.contains("points[].from"), "{seen:?}");
     drop(d);
 }
+
+#[test]
+fn files_print_what_their_tables_have() {
+    if !have("files_print_what_their_tables_have", &[TOOLS, &["mke2fs"]].concat()) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    std::fs::create_dir_all(at("files/etc")).unwrap();
+    std::fs::write(at("files/etc/fstab"), "none\n").unwrap();
+    std::os::unix::fs::symlink("fstab", at("files/etc/link")).unwrap();
+    std::fs::create_dir(at("backups")).unwrap();
+    let image = at("backups/vda.img");
+    run("mke2fs", &["-q", "-F", "-t", "ext4", "-d", &at("files"), &image, "8M"]);
+    let paper = Paper::read();
+    let backups = at("backups");
+    let check = |heading: &str, args: &[&str]| {
+        let mut seen = BTreeSet::new();
+        let all = [&["files"], &args[..1], &["--json", &backups], &args[1..]].concat();
+        printed(&all).iter().for_each(|v| seen.extend(paper.check(heading, v)));
+        seen
+    };
+    let seen = check("files ls", &["ls", "vda.img/latest/etc"]);
+    assert!(seen.contains("target"), "{seen:?}");
+    check("files ls", &["find", "vda.img/latest"]);
+    check("files stat", &["stat", "vda.img/latest/etc/fstab"]);
+    check("files cp", &["cp", "vda.img/latest/etc", &at("copy")]);
+}

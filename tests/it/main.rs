@@ -15,6 +15,8 @@ mod damage;
 mod descriptors;
 mod early_hash;
 mod faults;
+mod files;
+mod files_volumes;
 mod foreign;
 mod format;
 mod formats;

@@ -9,6 +9,8 @@ pub mod backup;
 pub mod chains;
 /// A storage daemon that is backed up, and what holds after each backup.
 pub mod checked;
+/// File systems, filled and compared, and points of them.
+pub mod file_systems;
 /// Files of other backup programs.
 pub mod foreign;
 /// What is undone when the test is over or killed: mounts, loop devices, processes.

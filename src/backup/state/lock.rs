@@ -145,7 +145,7 @@ fn sweep(folder: &Folder) {
             && is_vm_key(vm)
             && entry.kind == EntryKind::Other
             && Socket::is_dead(&Address::Unix(folder.join(name)))
-            && let Ok(Some(_lock)) = folder.lock(&format!("{vm}.lock"))
+            && let Ok(Some(_lock)) = folder.lock(format!("{vm}.lock"))
         {
             let _ = folder.remove_if_there(name);
             continue;

@@ -1,0 +1,46 @@
+//! `fleecefs files cat`.
+
+use std::io::Write;
+
+use clap::Args;
+
+use super::place::{From, node};
+use crate::error::{Error, Kind, Result};
+use crate::output;
+
+/// Write a file to standard output; a symbolic link is followed inside its file system
+#[derive(Debug, Args)]
+pub(super) struct CatArgs {
+    #[command(flatten)]
+    pub from: From,
+}
+
+/// Bytes that are read at once.
+const CHUNK: usize = 1 << 20;
+
+/// Runs it.
+///
+/// # Errors
+/// As [`super::run`].
+pub(super) fn run(args: &CatArgs) -> Result<()> {
+    let opened = args.from.open()?;
+    let tree = opened.tree()?;
+    let file = tree.open(node(&opened, &*tree, true)?)?;
+    let (mut at, mut buf, mut failed) = (0, vec![0; CHUNK], None);
+    output::written(|out| {
+        while at < file.size() {
+            match file.read_at(&mut buf, at) {
+                Ok(0) => failed = Some(Error::new(Kind::Truncated, "the file ends too early")),
+                Ok(n) => {
+                    out.write_all(buf.get(..n).unwrap_or_default())?;
+                    at += n as u64;
+                    continue;
+                }
+                Err(e) => failed = Some(e),
+            }
+            break;
+        }
+        Ok(())
+    })?;
+    failed.map_or(Ok(()), Err)
+}

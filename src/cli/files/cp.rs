@@ -1,0 +1,169 @@
+//! `fleecefs files cp`.
+
+use std::ffi::OsStr;
+use std::io::{BufWriter, IsTerminal};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+
+use super::super::bar::Bar;
+use super::super::shared::JsonArgs;
+use super::super::work::cancel_flag;
+use super::super::{paths, verbosity};
+use super::place::{From, Opened, node};
+use crate::error::{Error, Kind, Result};
+use crate::files::copy::{Options, Report, Target, archive, copy};
+use crate::files::{NodeId, NodeKind, Tree};
+use crate::folder::{self, Folder, PlainName};
+use crate::output;
+use crate::progress::Progress;
+use crate::units::{counted, human_bytes};
+
+/// Copy a file, or a folder with all that is in it, out of a point
+///
+/// Into TARGET if that is a folder, else as TARGET, which must not be there: nothing is ever replaced. The root of a
+/// file system goes into the folder TARGET itself. Copies have the times, permissions, holes, hard links, access
+/// lists and attributes (user.*) of what is copied, and its owner and group by their numbers where the caller may
+/// set them. Left out, unless --preserve=all says otherwise: setuid and setgid, device nodes, and attributes that mean something to
+/// a kernel (security.*, trusted.*). Symbolic links are copied as they are and never followed.
+///
+/// With --tar the archive goes to standard output.
+///
+/// What cannot be read is told and left out, and the rest is copied; the exit code is 16 then.
+#[derive(Debug, Args)]
+pub(super) struct CpArgs {
+    #[command(flatten)]
+    pub from: From,
+    /// Where to
+    #[arg(required_unless_present = "tar", conflicts_with = "tar")]
+    target: Option<PathBuf>,
+    /// Write a tar archive to standard output
+    #[arg(long)]
+    tar: bool,
+    /// What copies keep of what is copied
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "usual")]
+    preserve: Preserve,
+    /// Folders are always copied with all that is in them; for those who are used to it
+    #[arg(short, long, hide = true)]
+    recursive: bool,
+    #[command(flatten)]
+    pub print: JsonArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Preserve {
+    /// Times, permissions, owners, links, holes, attributes of users
+    Usual,
+    /// With setuid, setgid, devices and all attributes
+    All,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// As [`super::run`]; the target is there, or cannot be made; `Partial` if something is missing.
+pub(super) fn run(args: &CpArgs) -> Result<()> {
+    let opened = args.from.open()?;
+    let tree = opened.tree()?;
+    let start = node(&opened, &*tree, false)?;
+    let (cancel, bar) = (cancel_flag()?, Bar::default());
+    let all = args.preserve == Preserve::All;
+    let options = Options { all, cancel: &cancel, progress: &bar };
+    let begun = Instant::now();
+    bar.begin("copying", total(&*tree, start)?);
+    let report = match &args.target {
+        Some(target) => {
+            let target = target_of(&opened, &*tree, start, target)?;
+            copy(&*tree, start, target, &opened.blocks, &options)
+        }
+        None => to_stdout(&opened, &*tree, start, &options),
+    };
+    bar.end(begun.elapsed());
+    tell(args, &report?)
+}
+
+/// Bytes that there are to copy, at most.
+fn total(tree: &dyn Tree, start: NodeId) -> Result<u64> {
+    let attributes = tree.attributes(start)?;
+    let system = tree.statistics();
+    Ok(match attributes.kind {
+        NodeKind::File => attributes.size.min(attributes.allocated.max(1)),
+        _ => system.total.saturating_sub(system.free),
+    })
+}
+
+fn target_of(opened: &Opened, tree: &dyn Tree, start: NodeId, target: &Path) -> Result<Target> {
+    let real = paths::to_make(target)?;
+    let failed = |e| Error::io(e, "cannot use the target").at_path(target);
+    let is_folder = tree.attributes(start)?.kind == NodeKind::Folder;
+    if folder::is_folder(&real) {
+        let folder = Folder::open(&real).map_err(failed)?;
+        let name = OsStr::from_bytes(opened.name());
+        if name.is_empty() || name == ".." {
+            return Ok(Target { folder, name: None });
+        }
+        let name = PlainName::new(name).map_err(failed)?.as_os_str().to_os_string();
+        return Ok(Target { folder, name: Some(name) });
+    }
+    if folder::exists(&real) {
+        let error = Error::new(Kind::Exists, "the target is there already").at_path(target);
+        return Err(error.remedy("nothing is ever replaced: name another, or a folder"));
+    }
+    if !is_folder && target.as_os_str().as_bytes().ends_with(b"/") {
+        return Err(Error::new(Kind::NotFound, "there is no such folder").at_path(target));
+    }
+    let (folder, name) = Folder::of(&real).map_err(failed)?;
+    Ok(Target { folder, name: Some(name) })
+}
+
+fn to_stdout(
+    opened: &Opened,
+    tree: &dyn Tree,
+    start: NodeId,
+    options: &Options<'_>,
+) -> Result<Report> {
+    if std::io::stdout().is_terminal() {
+        return Err(verbosity::usage("an archive is not written to a terminal; use a pipe"));
+    }
+    let mut result = Ok(Report::default());
+    output::written(|out| {
+        let mut out = BufWriter::with_capacity(1 << 20, out);
+        result = archive(tree, start, opened.name(), &mut out, &opened.blocks, options);
+        Ok(())
+    })?;
+    match result {
+        // Whoever reads it has had enough.
+        Err(e) if e.os_code() == Some(libc::EPIPE) => Ok(Report::default()),
+        other => other,
+    }
+}
+
+fn tell(args: &CpArgs, report: &Report) -> Result<()> {
+    let left_out = [
+        (report.devices_left_out, "device node"),
+        (report.setuid_left_out, "setuid or setgid bit"),
+    ];
+    for (count, what) in left_out.into_iter().filter(|(count, _)| *count > 0) {
+        log::warn!("left out: {} (--preserve=all takes them)", counted(count, what));
+    }
+    match (args.tar, args.print.json) {
+        (true, _) => {}
+        (false, true) => output::print(&output::json_document(report)?)?,
+        (false, false) if !verbosity::is_quiet() => output::print(&format!(
+            "{}, {}, {} of other kinds; {} written\n",
+            counted(report.files, "file"),
+            counted(report.folders, "folder"),
+            report.others,
+            human_bytes(report.bytes)
+        ))?,
+        (false, false) => {}
+    }
+    match report.failed {
+        0 => Ok(()),
+        n => {
+            Err(Error::new(Kind::Partial, format!("{} missing or not whole", counted(n, "thing"))))
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! `fleecefs files`: the files inside a point.
+
+mod cat;
+mod cp;
+mod find;
+mod ls;
+mod place;
+mod row;
+mod stat;
+
+use clap::{Args, Subcommand};
+
+use crate::error::Result;
+
+/// Show and copy single files out of a point: no root, no loop device, no VM
+///
+/// A file is named by its point, the partition, and its path there: POINT:PARTITION/PATH, such as
+/// sda/latest:p1/etc/fstab. 'p1' is the first partition; a logical volume has the name that it has in /dev/mapper
+/// (vg-root), its other disks are found by the backup run. Where a point has one file system only, the partition can be left out:
+/// sda/latest/etc/fstab. 'files ls DIR POINT' shows what there is.
+///
+/// Read are ext2, ext3 and ext4. A journal that the guest had not worked off is replayed in memory, as the guest's
+/// kernel would do it; nothing is written. What is found odd is told, and does not hide the rest.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fleecefs files ls /backups/vm1 sda/latest                      its partitions and volumes
+  fleecefs files ls -l /backups/vm1 sda/latest:p1/etc
+  fleecefs files cat /backups/vm1 sda/latest:p1/etc/fstab
+  fleecefs files cp /backups/vm1 sda/latest:p2/home/alice restored/
+  fleecefs files cp --tar /backups/vm1 sda/latest:vg-root/var | tar -tv
+  fleecefs files find /backups/vm1 INC-1706260646-sda.qcow2:p2/home --name '*.odt'")]
+pub(super) struct FilesArgs {
+    /// What to do
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    Ls(ls::LsArgs),
+    Cat(cat::CatArgs),
+    Cp(cp::CpArgs),
+    Find(find::FindArgs),
+    Stat(stat::StatArgs),
+}
+
+impl FilesArgs {
+    /// The backup directory.
+    pub(super) fn dir(&self) -> &std::path::Path {
+        match &self.what {
+            What::Ls(a) => &a.from.dir,
+            What::Cat(a) => &a.from.dir,
+            What::Cp(a) => &a.from.dir,
+            What::Find(a) => &a.from.dir,
+            What::Stat(a) => &a.from.dir,
+        }
+    }
+}
+
+impl FilesArgs {
+    /// Whether it prints JSON.
+    pub(super) fn json(&self) -> bool {
+        match &self.what {
+            What::Ls(a) => a.print.json,
+            What::Find(a) => a.print.json,
+            What::Cp(a) => a.print.json,
+            What::Stat(a) => a.print.json,
+            What::Cat(_) => false,
+        }
+    }
+
+    /// Whether that is an object per line.
+    pub(super) fn prints_objects(&self) -> bool {
+        matches!(self.what, What::Ls(_) | What::Find(_))
+    }
+}
+
+/// Runs `fleecefs files`.
+///
+/// # Errors
+/// The directory, the point, its file system or the file cannot be read; output failed.
+pub(super) fn run(args: &FilesArgs) -> Result<()> {
+    match &args.what {
+        What::Ls(a) => ls::run(a),
+        What::Cat(a) => cat::run(a),
+        What::Cp(a) => cp::run(a),
+        What::Find(a) => find::run(a),
+        What::Stat(a) => stat::run(a),
+    }
+}

@@ -1,0 +1,190 @@
+//! How a user names a file in a point, and its file system opened.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::super::paths::catalog;
+use crate::chain::{Catalog, Disk};
+use crate::error::{Error, Kind, Result};
+use crate::files::{self, Blocks, Source, Tree, Volume, open_tree, volumes_of};
+use crate::image::{Cache, open_point};
+use crate::restore::run::manifest_of;
+use crate::text::path_text;
+use crate::units::parse_bytes;
+
+/// Where to read.
+#[derive(Debug, Args)]
+pub(super) struct From {
+    /// The backup directory
+    pub dir: PathBuf,
+    /// A point, as 'map' and 'restore' take it, and a path in it: POINT[:PARTITION][/PATH], such as
+    /// sda/latest:p1/etc/fstab
+    #[arg(value_name = "POINT[:PARTITION][/PATH]")]
+    pub what: PathBuf,
+    /// Memory for maps, decompressed clusters and blocks of file systems
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "64M")]
+    pub cache_size: u64,
+}
+
+/// Point, partition and path of what a user named.
+struct Named<'a> {
+    disk: &'a Disk,
+    point: usize,
+    part: Option<&'a [u8]>,
+    path: &'a [u8],
+}
+
+/// The point of a name, opened.
+pub(super) struct Opened {
+    /// All partitions and volumes of the point.
+    pub volumes: Vec<Volume>,
+    /// The one that was named, or the only one that has files.
+    pub chosen: Option<usize>,
+    /// The path in it, from the root.
+    pub path: Vec<u8>,
+    /// Whether a partition was named.
+    has_part: bool,
+    /// The cache for readers.
+    pub blocks: Arc<Blocks>,
+}
+
+impl From {
+    /// Opens what the user named.
+    ///
+    /// # Errors
+    /// Nothing has that name; the point cannot be read.
+    pub(super) fn open(&self) -> Result<Opened> {
+        let catalog = catalog(&self.dir)?;
+        let named = named(&catalog, &self.what)?;
+        // Windows of the point, and blocks of its file systems.
+        let cache = Cache::new(self.cache_size / 2);
+        let blocks = Blocks::new(self.cache_size / 2);
+        let source = |disk: &Disk, point: usize| -> Result<Source> {
+            let label = path_text(&disk.path);
+            Ok(Source::new(open_point(disk, point, &cache)?, &label, &blocks))
+        };
+        let own = source(named.disk, named.point)?;
+        let others = || {
+            let all = beside(&catalog, named.disk, named.point).into_iter();
+            all.filter_map(|(d, p)| source(d, p).ok()).collect()
+        };
+        let (volumes, findings) = volumes_of(&own, others)?;
+        findings.iter().for_each(|f| log::warn!("{f}"));
+        let chosen = choose(&volumes, named.part)?;
+        let has_part = named.part.is_some();
+        Ok(Opened { volumes, chosen, path: named.path.to_vec(), has_part, blocks })
+    }
+}
+
+impl Opened {
+    /// The file system that was named.
+    ///
+    /// # Errors
+    /// `Usage` if none was named and there are several; what opening it says.
+    pub(super) fn tree(&self) -> Result<Arc<dyn Tree>> {
+        match self.chosen.and_then(|i| self.volumes.get(i)) {
+            Some(volume) => open_tree(volume),
+            None => Err(several(&self.volumes)),
+        }
+    }
+
+    /// Whether nothing but a point was named, which has several partitions or volumes.
+    pub(super) fn is_whole_disk(&self) -> bool {
+        let root = self.chosen.is_none() && self.name().is_empty();
+        root || (self.volumes.len() > 1 && self.path.is_empty() && !self.has_part)
+    }
+
+    /// The last part of the path; empty for the root.
+    pub(super) fn name(&self) -> &[u8] {
+        let mut parts = self.path.rsplit(|b| *b == b'/');
+        parts.find(|p| !p.is_empty() && *p != b".").unwrap_or_default()
+    }
+}
+
+/// Points of other disks that were made in the same run: at the same time, and nothing says that it was another.
+fn beside<'a>(catalog: &'a Catalog, disk: &Disk, point: usize) -> Vec<(&'a Disk, usize)> {
+    let run = |d: &Disk, p: usize| manifest_of(d, p).map(|m| m.run).filter(|id| !id.is_empty());
+    let (own, time) = (run(disk, point), disk.points.get(point).map(|p| p.time));
+    let of_run = |d: &'a Disk| -> Option<(&'a Disk, usize)> {
+        let found = d.points.iter().position(|p| Some(p.time) == time && p.is_served())?;
+        let theirs = run(d, found);
+        (own.is_none() || theirs.is_none() || own == theirs).then_some((d, found))
+    };
+    catalog.disks.iter().filter(|d| d.path != disk.path).filter_map(of_run).collect()
+}
+
+/// Takes a name apart. A colon or a slash may be in the names of disks, too: the longest name of a point counts.
+fn named<'a>(catalog: &'a Catalog, what: &'a Path) -> Result<Named<'a>> {
+    let bytes = what.as_os_str().as_bytes();
+    let at = |mark: u8| bytes.iter().enumerate().filter(move |(_, b)| **b == mark).map(|(i, _)| i);
+    let point = |end: usize| catalog.find(Path::new(OsStr::from_bytes(bytes.get(..end)?))).ok();
+    for colon in at(b':') {
+        if let Some((disk, point)) = point(colon) {
+            let rest = bytes.get(colon + 1..).unwrap_or_default();
+            let end = rest.iter().position(|b| *b == b'/').unwrap_or(rest.len());
+            let (part, path) = rest.split_at(end);
+            return Ok(Named { disk, point, part: Some(part), path });
+        }
+    }
+    let mut ends: Vec<usize> = at(b'/').collect();
+    ends.push(bytes.len());
+    for end in ends.iter().rev() {
+        if let Some((disk, point)) = point(*end) {
+            let path = bytes.get(*end..).unwrap_or_default();
+            return Ok(Named { disk, point, part: None, path });
+        }
+    }
+    // Says what is there.
+    let name = bytes.split(|b| *b == b':').next().unwrap_or_default();
+    match catalog.find(Path::new(OsStr::from_bytes(name))) {
+        Ok((disk, point)) => Ok(Named { disk, point, part: None, path: &[] }),
+        Err(e) => Err(e),
+    }
+}
+
+fn choose(volumes: &[Volume], part: Option<&[u8]>) -> Result<Option<usize>> {
+    let Some(part) = part.filter(|p| !p.is_empty()) else {
+        let mut with_files =
+            volumes.iter().enumerate().filter(|(_, v)| v.content.has_files()).map(|(i, _)| i);
+        let first = with_files.next();
+        // One that has none says why.
+        return Ok(match (first, with_files.next(), volumes.len()) {
+            (Some(one), None, _) => Some(one),
+            (None, _, 1) => Some(0),
+            _ => None,
+        });
+    };
+    let is = |v: &Volume| {
+        v.name.as_bytes() == part || v.name.strip_prefix('p').map(str::as_bytes) == Some(part)
+    };
+    match volumes.iter().position(is) {
+        Some(found) => Ok(Some(found)),
+        None => {
+            let what = format!("no partition or volume '{}'", path_text(OsStr::from_bytes(part)));
+            Err(Error::new(Kind::NotFound, what).remedy(format!("there are: {}", list(volumes))))
+        }
+    }
+}
+
+fn several(volumes: &[Volume]) -> Error {
+    let what = "the point has several partitions";
+    Error::new(Kind::Usage, what)
+        .remedy(format!("say which, as in sda/latest:p1/etc: there are {}", list(volumes)))
+}
+
+fn list(volumes: &[Volume]) -> String {
+    let one = |v: &Volume| format!("{} ({})", v.name, v.content.name());
+    volumes.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// The node that a path leads to.
+///
+/// # Errors
+/// As [`files::resolve`].
+pub(super) fn node(opened: &Opened, tree: &dyn Tree, follow: bool) -> Result<files::NodeId> {
+    files::resolve(tree, &opened.path, follow)
+}

@@ -1,0 +1,242 @@
+//! Folders: lists of entries, block after block. An index (htree) is made of blocks that look empty, so that all
+//! are read one after the other.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use super::super::bytes::{byte, le16, le32, part};
+use super::super::crc::crc32c;
+use super::super::tree::{Entry, NodeId, NodeKind, is_name};
+use super::inode::{BLOCK_LEN, Inode, flags};
+use super::map::run;
+use super::superblock::{incompat, wrong};
+use super::volume::Volume;
+use super::xattr;
+use crate::error::{Error, Kind, Result};
+use crate::text::path_text;
+
+/// Number, length, length of the name, kind.
+const HEAD: usize = 8;
+/// An entry with the checksum of its block.
+const TAIL: usize = 12;
+const TAIL_KIND: u8 = 0xde;
+/// Runs of blocks that are compared with each other: a folder of gigabytes may have more.
+const MAX_RUNS: usize = 1 << 16;
+
+type Each<'a> = dyn FnMut(Entry) -> bool + 'a;
+
+/// Gives the entries of a folder from `from` on: see [`super::super::Tree::read_folder`]. A block that is wrong
+/// does not hide those behind it: it is told at the end.
+///
+/// # Errors
+/// `Encrypted`, `Corrupt`, or what reading the point says.
+pub(super) fn read(volume: &Volume, inode: &Inode, from: u64, each: &mut Each<'_>) -> Result<()> {
+    if inode.has(flags::ENCRYPT) {
+        return Err(volume.encrypted(inode));
+    }
+    let mut reading = Reading { volume, inode, from, each, error: None };
+    match inode.has(flags::INLINE_DATA) {
+        true => reading.inside()?,
+        false => reading.blocks()?,
+    }
+    reading.error.map_or(Ok(()), Err)
+}
+
+struct Reading<'a, 'b> {
+    volume: &'a Volume,
+    inode: &'a Inode,
+    from: u64,
+    each: &'a mut Each<'b>,
+    /// The first error of a block.
+    error: Option<Error>,
+}
+
+impl Reading<'_, '_> {
+    /// A small folder that is in the inode: behind the number of its parent in `i_block`, and in an attribute.
+    fn inside(&mut self) -> Result<()> {
+        let first = part(self.inode.block_bytes(), 4, BLOCK_LEN).to_vec();
+        let more = xattr::inline_data(self.volume, self.inode)?;
+        let size = self.inode.size(&self.volume.sup);
+        if size != (BLOCK_LEN + more.len()) as u64 && size != BLOCK_LEN as u64 {
+            return Err(self.volume.bad(self.inode, "has another length than what is in it"));
+        }
+        // The second part is not there if the first is all.
+        if self.list(&first, 4, self.inode.at)? && size > BLOCK_LEN as u64 {
+            self.list(&more, BLOCK_LEN as u64, self.inode.at)?;
+        }
+        Ok(())
+    }
+
+    fn blocks(&mut self) -> Result<()> {
+        let block_size = self.volume.sup.block_size;
+        let end = self.inode.size(&self.volume.sup).div_ceil(block_size);
+        let mut block = self.from / block_size;
+        if block == 0 {
+            self.check_runs(end)?;
+        }
+        while block < end {
+            let found = run(self.volume, self.inode, block)?;
+            let count = found.count.min(end - block);
+            if let Some(at) = found.at {
+                for i in 0..count {
+                    if !self.block(at + i, (block + i) * block_size)? {
+                        return Ok(());
+                    }
+                }
+            }
+            block = block.saturating_add(count);
+        }
+        Ok(())
+    }
+
+    /// Fails if a folder has the same blocks twice, or more than there are: its list would have no end in sight.
+    fn check_runs(&self, end: u64) -> Result<()> {
+        let (mut runs, mut block, mut all) = (BTreeMap::new(), 0, 0u64);
+        while block < end && runs.len() < MAX_RUNS {
+            let found = run(self.volume, self.inode, block)?;
+            let count = found.count.min(end - block);
+            block = block.saturating_add(count);
+            let Some(at) = found.at else { continue };
+            let before = runs.range(..at + count).next_back();
+            if before.is_some_and(|(_, other)| *other > at) {
+                return Err(self
+                    .volume
+                    .bad(self.inode, "is a folder that has the same blocks twice"));
+            }
+            runs.insert(at, at + count);
+            all += count;
+        }
+        match all > self.volume.sup.blocks {
+            true => Err(self.volume.bad(self.inode, "is a folder larger than its file system")),
+            false => Ok(()),
+        }
+    }
+
+    /// The entries of the block at `at`, which is `offset` bytes inside the folder.
+    fn block(&mut self, at: u64, offset: u64) -> Result<bool> {
+        let place = at * self.volume.sup.block_size;
+        let bytes = match self.volume.block(at) {
+            Ok(bytes) => bytes,
+            Err(e) => return self.skip(e),
+        };
+        if self.is_index(&bytes) {
+            return Ok(true);
+        }
+        let root = offset == 0 && self.inode.has(flags::INDEX);
+        let mut list = bytes.as_slice();
+        if self.volume.sup.has_checksums() && !root {
+            let tail = bytes.len() - TAIL;
+            let is_tail = byte(&bytes, tail + 7) == TAIL_KIND && le32(&bytes, tail) == 0;
+            let right = crc32c(self.inode.seed, part(&bytes, 0, tail));
+            if !is_tail || le32(&bytes, tail + 8) != right {
+                let what = format!("a block of folder {}", self.inode.number);
+                return self.skip(wrong(&self.volume.source, &what, place));
+            }
+            list = part(&bytes, 0, tail);
+        }
+        self.list(list, offset, place)
+    }
+
+    /// A node of an index has one entry without a file that is as long as the block.
+    fn is_index(&self, bytes: &[u8]) -> bool {
+        self.inode.has(flags::INDEX)
+            && le32(bytes, 0) == 0
+            && length(bytes, 0, bytes.len()) == bytes.len()
+    }
+
+    fn skip(&mut self, error: Error) -> Result<bool> {
+        if !error.kind().is_lasting() {
+            return Err(error);
+        }
+        self.error.get_or_insert(error);
+        Ok(true)
+    }
+
+    /// Gives what is in a list of entries, which is `offset` bytes inside the folder and `place` bytes inside the
+    /// file system. Whether more is wanted.
+    fn list(&mut self, bytes: &[u8], offset: u64, place: u64) -> Result<bool> {
+        let mut at = 0;
+        while at + HEAD <= bytes.len() {
+            let len = length(bytes, at, self.volume.sup.block_size as usize);
+            let name = self.name(bytes, at);
+            // The last may reach over the checksum, which it did not know.
+            if len < HEAD + name.len()
+                || !len.is_multiple_of(4)
+                || name.len() < self.name_len(bytes, at)
+            {
+                let text = format!("folder {} has entries that cannot be", self.inode.number);
+                let error = self.volume.source.error(Kind::Corrupt, text, place + at as u64);
+                return self.skip(error);
+            }
+            let next = offset + (at + len) as u64;
+            if next > self.from && le32(bytes, at) != 0 && !self.entry(bytes, at, name, next) {
+                return Ok(false);
+            }
+            at += len;
+        }
+        Ok(true)
+    }
+
+    fn name_len(&self, bytes: &[u8], at: usize) -> usize {
+        match self.volume.sup.incompat & incompat::FILETYPE {
+            0 => usize::from(le16(bytes, at + 6)),
+            _ => usize::from(byte(bytes, at + 6)),
+        }
+    }
+
+    fn name<'c>(&self, bytes: &'c [u8], at: usize) -> &'c [u8] {
+        part(bytes, at + HEAD, self.name_len(bytes, at))
+    }
+
+    /// Gives one entry, if it is one. Whether more is wanted.
+    fn entry(&mut self, bytes: &[u8], at: usize, name: &[u8], next: u64) -> bool {
+        let number = le32(bytes, at);
+        if name == b"." || name == b".." && next <= 2 * self.volume.sup.block_size {
+            return true;
+        }
+        let sup = &self.volume.sup;
+        let own = number < sup.first_inode && number != super::volume::ROOT;
+        if !is_name(name) || own || number > sup.inodes {
+            self.odd(name, number);
+            return true;
+        }
+        let kind = match sup.incompat & incompat::FILETYPE {
+            0 => None,
+            _ => kind_of(byte(bytes, at + 7)),
+        };
+        let node = NodeId { tree: 0, number: u64::from(number) };
+        (self.each)(Entry { name: name.to_vec(), node, kind, next })
+    }
+
+    fn odd(&self, name: &[u8], number: u32) {
+        let shown = path_text(OsStr::from_bytes(name));
+        let what = format!(
+            "folder {} has an entry that cannot be, and is left out: '{shown}', inode {number}",
+            self.inode.number
+        );
+        self.volume.findings.warn(&self.volume.source, Kind::Corrupt, &what, None);
+    }
+}
+
+/// The length of an entry. In blocks of 64 KiB one that fills its block has no room for its own length.
+fn length(bytes: &[u8], at: usize, block_size: usize) -> usize {
+    match (usize::from(le16(bytes, at + 4)), block_size >= 65536) {
+        (0 | 65535, true) => block_size,
+        (len, true) => (len & 65532) | ((len & 3) << 16),
+        (len, false) => len,
+    }
+}
+
+fn kind_of(byte: u8) -> Option<NodeKind> {
+    Some(match byte & 0xf {
+        1 => NodeKind::File,
+        2 => NodeKind::Folder,
+        3 => NodeKind::CharDevice,
+        4 => NodeKind::BlockDevice,
+        5 => NodeKind::Pipe,
+        6 => NodeKind::Socket,
+        7 => NodeKind::Link,
+        _ => return None,
+    })
+}

@@ -1,0 +1,51 @@
+//! What readers find odd: each once, and not without end.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::source::Source;
+use crate::error::{Error, Finding, Kind, Severity};
+
+/// Findings that are kept.
+const MAX: usize = 256;
+
+/// A bounded list of findings that many threads add to.
+#[derive(Debug, Default)]
+pub struct Findings(Mutex<Vec<Finding>>);
+
+impl Findings {
+    /// Adds one, unless it is there.
+    pub fn note(&self, finding: Finding) {
+        let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if list.len() < MAX && !list.contains(&finding) {
+            log::warn!("{finding}");
+            list.push(finding);
+        }
+    }
+
+    /// That the bytes are right, but somebody should know: a journal that was not replayed.
+    pub fn warn(&self, source: &Source, kind: Kind, message: &str, remedy: Option<&str>) {
+        let text = format!("{}: {message}", source.label());
+        let finding = Finding::warning(kind, source.path(), text);
+        self.note(Finding { remedy: remedy.map(str::to_string), ..finding });
+    }
+
+    /// That something cannot be served; hands the error on, for `map_err`.
+    pub fn failed(&self, source: &Source, error: Error) -> Error {
+        if error.kind().is_lasting() {
+            self.note(Finding::from_error(&error, source.path()));
+        }
+        error
+    }
+
+    /// What was found so far, the worst first.
+    pub fn list(&self) -> Vec<Finding> {
+        let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        list.sort_by_key(|f| std::cmp::Reverse(f.severity));
+        list
+    }
+
+    /// Whether something cannot be served.
+    pub fn has_errors(&self) -> bool {
+        self.list().iter().any(|f| f.severity == Severity::Error)
+    }
+}

@@ -1,0 +1,51 @@
+//! The files inside a point: partitions, volumes, and file systems, read without root, mount or VM.
+//!
+//! - `bytes`, `crc`: numbers and checksums as they are on disk
+//! - `blocks`: one bounded cache of blocks for all that is read here
+//! - `source`: what a reader reads from: a range of a point, with that cache
+//! - `findings`: what readers find odd, each once
+//! - `tree`: [`Tree`], what every reader of a file system implements
+//! - `ext`, `xfs`, `btrfs`, `ntfs`, `fat`, `exfat`: the readers
+//! - `probe`: what a range holds, by its content
+//! - `partition`, `lvm`: where the file systems of a disk are
+//! - `volumes`: all of them together: from images of disks to named [`Volume`]s
+//! - `walk`: paths in a tree
+//! - [`copy`]: out of a tree, into a folder or an archive
+//!
+//! Nothing that is read here is to be believed: a guest wrote it. Each offset and length is checked against the
+//! source before it is used; nothing recurses by what the data says; each loop over data has a bound; each list
+//! that data can make long is bounded by the cache's size ([`Blocks::hold`]) or is read on in steps.
+
+#![allow(dead_code)] // Until all readers are there.
+
+mod blocks;
+mod btrfs;
+mod bytes;
+pub mod copy;
+mod crc;
+mod exfat;
+mod ext;
+mod fat;
+mod findings;
+mod lvm;
+mod ntfs;
+mod partition;
+mod probe;
+mod source;
+mod tree;
+mod volumes;
+mod walk;
+mod xfs;
+
+pub use blocks::{Blocks, Holding};
+pub use findings::Findings;
+pub use lvm::volumes as lvm_volumes;
+pub use partition::{Partition, Table, TableKind, partitions};
+pub use probe::{Content, probe};
+pub use source::Source;
+pub use tree::{
+    Attributes, Device, Entry, Flags, NodeId, NodeKind, OpenFile, Statistics, Stretch, Time, Tree,
+    Xattr,
+};
+pub use volumes::{Volume, open_tree, volumes_of};
+pub use walk::{At, Visitor, resolve, walk};
