@@ -5,7 +5,7 @@
 //! - `source`: what a reader reads from: a range of a point, with that cache
 //! - `findings`: what readers find odd, each once
 //! - `tree`: [`Tree`], what every reader of a file system implements
-//! - `ext`, `xfs`, `btrfs`, `ntfs`, `fat`, `exfat`: the readers
+//! - `ext`: the reader of ext2, ext3 and ext4
 //! - `probe`: what a range holds, by its content
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
@@ -16,26 +16,19 @@
 //! source before it is used; nothing recurses by what the data says; each loop over data has a bound; each list
 //! that data can make long is bounded by the cache's size ([`Blocks::hold`]) or is read on in steps.
 
-#![allow(dead_code)] // Until all readers are there.
-
 mod blocks;
-mod btrfs;
 mod bytes;
 pub mod copy;
 mod crc;
-mod exfat;
 mod ext;
-mod fat;
 mod findings;
 mod lvm;
-mod ntfs;
 mod partition;
 mod probe;
 mod source;
 mod tree;
 mod volumes;
 mod walk;
-mod xfs;
 
 pub use blocks::{Blocks, Holding};
 pub use findings::Findings;

@@ -9,16 +9,6 @@ use crate::error::Result;
 pub enum Content {
     /// ext2, ext3 or ext4.
     Ext,
-    /// XFS.
-    Xfs,
-    /// btrfs.
-    Btrfs,
-    /// NTFS.
-    Ntfs,
-    /// FAT12, FAT16 or FAT32.
-    Fat,
-    /// exFAT.
-    ExFat,
     /// A physical volume of LVM2.
     LvmPv,
     /// Something with a name that has no files to read, or is not read, and what to do about it.
@@ -39,11 +29,6 @@ impl Content {
     pub fn name(&self) -> &'static str {
         match self {
             Content::Ext => "ext4",
-            Content::Xfs => "xfs",
-            Content::Btrfs => "btrfs",
-            Content::Ntfs => "ntfs",
-            Content::Fat => "fat",
-            Content::ExFat => "exfat",
             Content::LvmPv => "LVM",
             Content::Other { name, .. } => name,
             Content::Unknown => "unknown",
@@ -53,8 +38,7 @@ impl Content {
     /// Whether a reader is there for it.
     pub fn has_files(&self) -> bool {
         match self {
-            Content::Ext | Content::Xfs | Content::Btrfs => true,
-            Content::Ntfs | Content::Fat | Content::ExFat => true,
+            Content::Ext => true,
             Content::LvmPv | Content::Other { .. } | Content::Unknown => false,
         }
     }
@@ -69,8 +53,8 @@ const BITLOCKER: &str = "mount the backups; 'losetup -r -P -f --show POINT.raw' 
     then 'cryptsetup open --type bitlk --readonly /dev/loopNpM NAME', and mount /dev/mapper/NAME";
 const RAID: &str = "mount the backups; make devices of the points of all its disks with losetup; then \
     'mdadm --assemble --readonly'";
-const LOOP: &str = "mount it by way of a loop device: 'losetup -r -P -f --show POINT.raw' makes one of a \
-    point in a mount";
+const LOOP: &str = "mount the backups; 'losetup -r -P -f --show POINT.raw' makes a device of the point; then \
+    mount /dev/loopNpM read-only";
 
 /// Says what `source` holds.
 ///
@@ -93,9 +77,6 @@ fn by_start(start: &[u8]) -> Option<Content> {
         () if is(3, b"-FVE-FS-") => {
             Content::Other { name: "BitLocker", remedy: Some(BITLOCKER), encrypted: true }
         }
-        () if is(0, b"XFSB") => Content::Xfs,
-        () if is(3, b"NTFS    ") => Content::Ntfs,
-        () if is(3, b"EXFAT   ") => Content::ExFat,
         () if (0..4).any(|s| is(s * 512, b"LABELONE") && is(s * 512 + 24, b"LVM2 001")) => {
             Content::LvmPv
         }
@@ -115,10 +96,18 @@ fn is_swap(start: &[u8]) -> bool {
     pages.iter().any(|page| names.contains(&part(start, page - 10, 10)))
 }
 
+/// A file system that has no reader here.
+fn unread(name: &'static str) -> Content {
+    Content::Other { name, remedy: Some(LOOP), encrypted: false }
+}
+
 /// File systems that have no reader, and FAT, which has no magic number.
 fn other(start: &[u8]) -> Option<Content> {
     let is = |at: usize, magic: &[u8]| part(start, at, magic.len()) == magic;
-    let known: [(usize, &[u8], &'static str); 8] = [
+    let known: [(usize, &[u8], &'static str); 11] = [
+        (0, b"XFSB", "xfs"),
+        (3, b"NTFS    ", "ntfs"),
+        (3, b"EXFAT   ", "exfat"),
         (1024, b"\x10\x20\xf5\xf2", "F2FS"),
         (1024, b"\xe2\xe1\xf5\xe0", "EROFS"),
         (0, b"hsqs", "squashfs"),
@@ -130,9 +119,9 @@ fn other(start: &[u8]) -> Option<Content> {
     ];
     let named = known.iter().find(|(at, magic, _)| is(*at, magic)).map(|(_, _, name)| *name);
     if let Some(name) = named {
-        return Some(Content::Other { name, remedy: Some(LOOP), encrypted: false });
+        return Some(unread(name));
     }
-    is_fat(start).then_some(Content::Fat)
+    is_fat(start).then(|| unread("fat"))
 }
 
 /// Whether this is a boot sector of FAT: each of its numbers is one that can be.
@@ -154,7 +143,7 @@ fn further(source: &Source) -> Result<Option<Content>> {
     /// btrfs's superblock, and its magic number in it.
     const BTRFS: (u64, &[u8]) = (0x1_0040, b"_BHRfS_M");
     if source.check(BTRFS.0, 8).is_ok() && source.meta(BTRFS.0, 8)? == BTRFS.1 {
-        return Ok(Some(Content::Btrfs));
+        return Ok(Some(unread("btrfs")));
     }
     Ok(None)
 }

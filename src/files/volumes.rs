@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use super::ext;
 use super::lvm;
 use super::partition::partitions;
 use super::probe::{Content, probe};
 use super::source::Source;
 use super::tree::Tree;
-use super::{btrfs, exfat, ext, fat, ntfs, xfs};
 use crate::error::{Error, Finding, Kind, Result};
 
 /// Something that may hold a file system: a partition, a logical volume, or a whole disk.
@@ -74,11 +74,6 @@ pub fn open_tree(volume: &Volume) -> Result<Arc<dyn Tree>> {
     let source = volume.source.clone();
     match &volume.content {
         Content::Ext => ext::open(source),
-        Content::Xfs => xfs::open(source),
-        Content::Btrfs => btrfs::open(source),
-        Content::Ntfs => ntfs::open(source),
-        Content::Fat => fat::open(source),
-        Content::ExFat => exfat::open(source),
         other => Err(refusal(&source, other)),
     }
 }
@@ -90,16 +85,17 @@ fn refusal(source: &Source, content: &Content) -> Error {
     match content {
         Content::Other { name, remedy, encrypted } => {
             let kind = if *encrypted { Kind::Encrypted } else { Kind::Unsupported };
-            let error = refuse(kind, format!("there are no files to read in {name}"));
             match remedy {
-                Some(remedy) => error.remedy(*remedy),
-                None => error,
+                Some(remedy) => {
+                    refuse(kind, format!("'files' does not read {name}")).remedy(*remedy)
+                }
+                None => refuse(kind, format!("there are no files in {name}")),
             }
         }
         Content::LvmPv => refuse(
             Kind::Unsupported,
-            "it is a physical volume of LVM: its files are in the logical volumes".into(),
+            "this is a physical volume of LVM: the files are in its logical volumes".into(),
         ),
-        _ => refuse(Kind::Unsupported, "no file system that is known".into()),
+        _ => refuse(Kind::Unsupported, "no known file system".into()),
     }
 }

@@ -12,9 +12,9 @@ use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, Uid, X
 
 use super::{FileId, Folder, open, plain, refused};
 
-/// A moment, in seconds and nanoseconds since the epoch.
+/// A time of a file, in seconds and nanoseconds since the epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Moment {
+pub struct FileTime {
     /// Seconds.
     pub seconds: i64,
     /// Nanoseconds.
@@ -190,8 +190,8 @@ impl Made {
     ///
     /// # Errors
     /// What the operating system said.
-    pub fn set_moments(&self, read: Moment, changed: Moment) -> io::Result<()> {
-        let spec = |m: Moment| Timespec { tv_sec: m.seconds, tv_nsec: i64::from(m.nanos) };
+    pub fn set_times(&self, read: FileTime, changed: FileTime) -> io::Result<()> {
+        let spec = |m: FileTime| Timespec { tv_sec: m.seconds, tv_nsec: i64::from(m.nanos) };
         let times = Timestamps { last_access: spec(read), last_modification: spec(changed) };
         Ok(rustix::fs::utimensat(CWD, self.path(), &times, AtFlags::empty())?)
     }
@@ -213,9 +213,9 @@ mod tests {
             assert!(folder.new_node(name, NewNode::Pipe).is_err());
             assert!(folder.new_link(name, Path::new("x")).is_err());
         }
-        let times = (Moment { seconds: 5, nanos: 7 }, Moment { seconds: -3, nanos: 9 });
+        let times = (FileTime { seconds: 5, nanos: 7 }, FileTime { seconds: -3, nanos: 9 });
         let link = folder.new_link("l", Path::new("/etc/passwd")).unwrap();
-        link.set_moments(times.0, times.1).unwrap();
+        link.set_times(times.0, times.1).unwrap();
         let seen = std::fs::symlink_metadata(dir.path().join("l")).unwrap();
         assert_eq!((seen.atime(), seen.atime_nsec()), (5, 7));
         assert_eq!((seen.mtime(), seen.mtime_nsec()), (-3, 9));

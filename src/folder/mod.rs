@@ -59,7 +59,7 @@ pub use degraded::{STANDING, set_modified, set_times};
 pub use file_id::FileId;
 pub use handle::Handle;
 pub use lock::{Lock, Locked, is_in_use, qemu_writes};
-pub use made::{Made, Moment, NewNode};
+pub use made::{FileTime, Made, NewNode};
 pub use name::{PlainName, plain};
 pub use open::Access;
 use open::refused;

@@ -20,7 +20,7 @@ use super::super::walk::{At, Visitor, walk};
 use super::report::{Options, Report};
 use super::sparse::each_data;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{FileId, Folder, Made, Moment, NewNode};
+use crate::folder::{FileId, FileTime, Folder, Made, NewNode};
 use crate::text::path_text;
 
 /// First copies that are counted against the cache at once, and what one takes, roughly.
@@ -231,8 +231,8 @@ impl Copying<'_> {
                 self.report.fail(&path_text(OsStr::from_bytes(at.path)), &e);
             }
         }
-        let moment = |t: super::super::tree::Time| Moment { seconds: t.seconds, nanos: t.nanos };
-        let set = self.without("times", made.set_moments(moment(a.atime), moment(a.mtime)));
+        let time = |t: super::super::tree::Time| FileTime { seconds: t.seconds, nanos: t.nanos };
+        let set = self.without("times", made.set_times(time(a.atime), time(a.mtime)));
         set.map_err(failed("cannot set its times"))
     }
 }
