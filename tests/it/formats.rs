@@ -133,7 +133,7 @@ fn a_raw_name_with_a_whole_image_inside_is_read_with_a_finding() {
     // Two that disagree decide nothing.
     overlay("qcow2", "other.qcow2");
     assert!(first_bytes(&b.scan(), &b.path("cloud.img")).is_none());
-    assert!(b.why("cloud.img").message.contains("disagree"));
+    assert!(b.why("cloud.img").message.contains("name different formats for it"));
     assert!(first_bytes(&b.scan(), &above).is_none());
 }
 

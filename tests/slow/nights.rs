@@ -36,7 +36,7 @@ fn a_backup_disk_that_is_not_mounted_gets_no_backup() {
     caller.target = place.join("T");
     let (exit, said) = code(&caller, "full");
     assert_eq!((exit, d.path("disks").exists()), (Some(3), false), "{said}");
-    assert!(said.contains("not mounted"), "{said}");
+    assert!(said.contains("that its file system is mounted"), "{said}");
 
     std::fs::create_dir_all(&place).unwrap();
     caller.must("full");
