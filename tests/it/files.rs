@@ -270,12 +270,12 @@ fn dirty(image: &Image) -> std::path::PathBuf {
             ),
         );
     }
-    // All blocks that the folders had are used by a file.
+    // All blocks that folders had are used by a file a moment later.
     shell(
         &image.mnt(),
-        "mkdir last-folders; i=0; while [ $i -lt 150 ]; do mkdir last-folders/$i; i=$((i + 1)); done; sync last-folders; \
-         rm -rf last-folders d5 d6 d7/1*; sync .; head -c 20M /dev/urandom > filled 2>/dev/null || true; \
-         sync filled; rm -rf d1; sync .",
+        "head -c 20M /dev/urandom > most 2>/dev/null || true; truncate -s -200K most; sync most; mkdir gone; \
+         i=0; while [ $i -lt 100 ]; do mkdir gone/$i; i=$((i + 1)); done; sync gone; rm -rf gone; sync .; \
+         head -c 20M /dev/urandom > all 2>/dev/null || true; sync all; rm -rf d1; sync .",
     );
     // A block that looks like one of the journal's own is in it in another form.
     let magic = [0xc0, 0x3b, 0x39, 0x98, 0, 0, 0, 1].repeat(512);
