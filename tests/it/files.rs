@@ -219,67 +219,92 @@ fn a_journal_that_was_not_worked_off_is_replayed() {
     if !ready("a_journal_that_was_not_worked_off_is_replayed") {
         return;
     }
-    let journals: [&[&str]; 4] = [
-        &["mke2fs", "-q", "-F", "-t", "ext4", "-J", "size=4"],
-        &["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^metadata_csum,^64bit", "-J", "size=4"],
-        &["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^metadata_csum,64bit", "-J", "size=4"],
-        &["mke2fs", "-q", "-F", "-t", "ext3", "-b", "1024", "-J", "size=1"],
+    let journals: [(&str, &str, &str); 4] = [
+        ("ext4", "metadata_csum", ""),
+        ("ext4", "^metadata_csum,^64bit", ""),
+        ("ext4", "metadata_csum,64bit", "data=journal"),
+        ("ext3", "^metadata_csum", "data=journal"),
     ];
-    for (kind, options) in journals.into_iter().zip(["", "", "data=journal", "data=journal"]) {
-        let image = Image::new(64 << 20, kind);
+    for (kind, features, options) in journals {
+        let what = format!("{kind} {features} {options}");
+        let mkfs = ["mke2fs", "-q", "-F", "-t", kind, "-O", features, "-b", "1024", "-J", "size=1"];
+        let image = Image::new(16 << 20, &mkfs);
         let mounted = image.mount(options);
-        let copy = image.dir.path().join("dirty");
-        // Blocks of folders become blocks of files: what is in the journal of the folders is revoked. Several
-        // rounds, so that the journal has gone around.
-        for round in 0..6 {
-            shell(
-                &image.mnt(),
-                &format!(
-                    "mkdir d{round}; i=0; while [ $i -lt 120 ]; do mkdir d{round}/$i; echo $i > d{round}/$i/f; \
-                     i=$((i + 1)); done; sync d{round}/1/f; rm -rf d{round}/1*; sync d{round}; \
-                     head -c 900000 /dev/urandom > big{round}; ln -s big{round} d{round}/link; sync big{round}"
-                ),
-            );
-        }
-        // A block that looks like one of the journal's own is written to it in another form.
-        let magic = [0xc0, 0x3b, 0x39, 0x98, 0, 0, 0, 1].repeat(512);
-        std::fs::write(image.mnt().join("magic"), magic).unwrap();
-        shell(&image.mnt(), "echo last > last; sync last magic");
-        run("cp", &["--sparse=always", image.path().to_str().unwrap(), copy.to_str().unwrap()]);
+        let copy = dirty(&image);
         drop(mounted);
         let dump = run("dumpe2fs", &["-h", copy.to_str().unwrap()]);
-        assert!(String::from_utf8_lossy(&dump.stdout).contains("needs_recovery"), "{kind:?}");
+        assert!(String::from_utf8_lossy(&dump.stdout).contains("needs_recovery"), "{what}");
         let stat =
             Command::new("debugfs").args(["-c", "-R", "stat /last"]).arg(&copy).output().unwrap();
-        assert!(
-            said(&stat).contains("not found"),
-            "{kind:?}: not only in the journal: {}",
-            said(&stat)
-        );
-        compare(&copy, &format!("{kind:?}"));
+        assert!(said(&stat).contains("not found"), "{what}: not only in the journal");
+        compare(&copy, &what);
+        // A transaction with a wrong checksum was not written as it should be. (Linux refuses to mount that.)
+        let wrong = image.dir.path().join("wrong");
+        run("cp", &[copy.to_str().unwrap(), wrong.to_str().unwrap()]);
+        break_last_commit(&wrong, 56);
         // The last transaction without its end: it never was.
-        break_last_commit(&copy);
-        compare(&copy, &format!("{kind:?}, cut"));
+        break_last_commit(&copy, 0);
+        let kernel = compare(&copy, &format!("{what}, cut"));
+        if !features.starts_with('^') {
+            let mut points = Points::new();
+            points.add(&wrong);
+            kernel.assert_same(&Listing::of(points.copied("vda/latest").path(), &ALL), &what);
+            let told = said(&points.files(&["stat"], "vda/latest/", &[]));
+            assert!(
+                told.contains("the checksum of a transaction in the journal is wrong"),
+                "{told}"
+            );
+        }
     }
 }
 
+/// Works on a mounted file system until its journal has gone around, and folders have become files: then what the
+/// journal has of the folders is revoked. Gives a copy of the image as it is then.
+fn dirty(image: &Image) -> std::path::PathBuf {
+    for round in 0..8 {
+        shell(
+            &image.mnt(),
+            &format!(
+                "mkdir d{round}; i=0; while [ $i -lt 150 ]; do mkdir d{round}/$i; echo $i > d{round}/$i/f; \
+                 i=$((i + 1)); done; sync d{round}/1/f; ln -s big{round} d{round}/link; sync d{round}"
+            ),
+        );
+    }
+    // All blocks that folders had are used by a file a moment later.
+    shell(
+        &image.mnt(),
+        "head -c 20M /dev/urandom > most 2>/dev/null || true; truncate -s -200K most; sync most; mkdir gone; \
+         i=0; while [ $i -lt 100 ]; do mkdir gone/$i; i=$((i + 1)); done; sync gone; rm -rf gone; sync .; \
+         head -c 20M /dev/urandom > all 2>/dev/null || true; sync all; rm -rf d1; sync .",
+    );
+    // A block that looks like one of the journal's own is in it in another form.
+    let magic = [0xc0, 0x3b, 0x39, 0x98, 0, 0, 0, 1].repeat(512);
+    std::fs::write(image.mnt().join("magic"), magic).unwrap();
+    shell(&image.mnt(), "sync magic; echo last > last; sync last");
+    let copy = image.dir.path().join("dirty");
+    run("cp", &["--sparse=always", image.path().to_str().unwrap(), copy.to_str().unwrap()]);
+    copy
+}
+
 /// Compares what `files` and the kernel make of an image whose journal has to be replayed.
-fn compare(image: &Path, what: &str) {
+fn compare(image: &Path, what: &str) -> Listing {
     let mut points = Points::new();
     points.add(image);
     let ours = Listing::of(points.copied("vda/latest").path(), &ALL);
-    replayed(image).assert_same(&ours, what);
+    let kernel = replayed(image);
+    kernel.assert_same(&ours, what);
+    kernel
 }
 
-/// Damages the commit block with the highest number.
-fn break_last_commit(image: &Path) {
+/// Damages the commit block with the highest number, from byte `from` on.
+fn break_last_commit(image: &Path, from: u64) {
     let file = std::fs::File::options().read(true).write(true).open(image).unwrap();
     let bytes = std::fs::read(image).unwrap();
     let commit = [0xc0, 0x3b, 0x39, 0x98, 0, 0, 0, 2];
     let blocks = bytes.chunks(1024).enumerate().filter(|(_, b)| b.starts_with(&commit));
     let last = blocks.max_by_key(|(_, b)| u32::from_be_bytes(b[8..12].try_into().unwrap()));
     let (number, _) = last.expect("there is a commit block");
-    file.write_all_at(&[0; 12], number as u64 * 1024).unwrap();
+    file.write_all_at(&[0; 4], number as u64 * 1024 + from).unwrap();
 }
 
 /// An image without checksums, so that it can be patched, with the files `abcde` in it.

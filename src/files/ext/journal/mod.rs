@@ -25,6 +25,11 @@ pub(super) fn replayed(base: &Volume) -> Result<(Source, Findings)> {
     let log = Log::open(base)?;
     let findings = Findings::default();
     let scanned = scan::scan(&log, base)?;
+    if scanned.is_broken {
+        let what = "the checksum of a transaction in the journal is wrong: it and those after it are left out";
+        let remedy = "an older point may have a journal that is whole";
+        findings.warn(&base.source, Kind::Corrupt, what, Some(remedy));
+    }
     if log.has_fast_commits(scanned.next)? {
         let what = "the last changes before this point are in fast commits, which are not replayed: \
             what the guest synced in its last seconds may be missing or old";

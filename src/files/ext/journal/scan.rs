@@ -49,6 +49,8 @@ pub(super) struct Scanned {
     pub versions: BTreeMap<u64, Version>,
     /// The number that the transaction after the last would have.
     pub next: u32,
+    /// Whether a transaction, which should come next, has a wrong checksum.
+    pub is_broken: bool,
     /// The memory of the map.
     pub held: Vec<Holding>,
 }
@@ -60,7 +62,7 @@ pub(super) struct Scanned {
 /// the point says.
 pub(super) fn scan(log: &Log<'_>, volume: &Volume) -> Result<Scanned> {
     let versions = BTreeMap::new();
-    let mut scanned = Scanned { versions, next: log.sequence, held: Vec::new() };
+    let mut scanned = Scanned { versions, next: log.sequence, is_broken: false, held: Vec::new() };
     if log.start == 0 {
         return Ok(scanned);
     }
@@ -71,15 +73,24 @@ pub(super) fn scan(log: &Log<'_>, volume: &Volume) -> Result<Scanned> {
         if be32(&block, 0) != MAGIC || be32(&block, 8) != scanned.next {
             break;
         }
-        let used = match be32(&block, 4) {
-            DESCRIPTOR if is_right(log, &block) => open.tags(log, &block, at, scanned.next),
-            REVOKE if is_right(log, &block) => open.revokes(log, &block),
-            COMMIT if is_commit(log, &block) => {
+        let kind = be32(&block, 4);
+        let right = match kind {
+            DESCRIPTOR | REVOKE => is_right(log, &block),
+            COMMIT => is_commit(log, &block),
+            _ => break,
+        };
+        if !right {
+            scanned.is_broken = true;
+            break;
+        }
+        let used = match kind {
+            DESCRIPTOR => open.tags(log, &block, at, scanned.next),
+            REVOKE => open.revokes(log, &block),
+            _ => {
                 std::mem::take(&mut open).commit(&mut scanned.versions);
                 scanned.next = scanned.next.wrapping_add(1);
                 0
             }
-            _ => break,
         };
         let memory = (scanned.held.len() + 1) * STEP;
         if scanned.versions.len() + open.writes.len() + open.revoked.len() > memory {
