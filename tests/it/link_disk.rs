@@ -325,7 +325,8 @@ fn broken_off_and_the_new_names_removed_the_old_ones_stay() {
 fn points_of_runs(dir: &Path) -> Vec<String> {
     let out = ok(&["list", "--runs", "--json", s(dir)]);
     let runs: Value = serde_json::from_slice(&out.stdout).unwrap();
-    let points = runs["runs"].as_array().unwrap().iter().flat_map(|r| r["points"].as_array().unwrap());
+    let points =
+        runs["runs"].as_array().unwrap().iter().flat_map(|r| r["points"].as_array().unwrap());
     points.map(|p| p["point"].as_str().unwrap().to_string()).collect()
 }
 
