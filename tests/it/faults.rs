@@ -38,7 +38,10 @@ fn qemu_killed_or_restarted() {
     assert_eq!(list.len(), 2, "the inconsistent ones are gone: {list:?}");
 
     let held = Held::start(&caller, "inc");
+    // Whatever it does next, another QEMU listens there already.
+    held.signal(libc::SIGSTOP);
     d.restart_after_kill();
+    held.signal(libc::SIGCONT);
     let (exit, said) = held.end();
     assert!(exit.is_some_and(|c| c != 0), "{said}");
     assert_eq!(leftovers(d.dir.path()), Vec::<PathBuf>::new(), "{said}");

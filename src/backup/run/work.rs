@@ -102,7 +102,7 @@ impl Run<'_> {
         let place =
             RecoverContext { state: state_dir, vm: qmp, cause: RecoverCause::OwnEnd, agent: None };
         match recover::undo(&mut self.client, &pending, place, self.watch) {
-            Err(e) if e.kind() == Kind::Peer && is_silent(qmp) => {
+            Err(e) if e.kind() == Kind::Peer && is_gone(&pending, qmp) => {
                 recover::check_gone(&pending, qmp, e)?;
                 recover::undo_offline(&pending, place, self.watch).map(drop)
             }
@@ -392,7 +392,13 @@ fn gone_error(e: &Error, client: &mut Client) -> bool {
     e.kind() == Kind::Peer && client.execute("query-version", json!({})).is_err()
 }
 
-/// Whether nobody answers there.
-fn is_silent(qmp: &crate::qmp::Address) -> bool {
-    matches!(Client::connect(qmp), Err(e) if matches!(e.kind(), Kind::Peer | Kind::NotFound))
+/// Whether nobody answers there any more, or another QEMU: one that was restarted may listen at once.
+fn is_gone(pending: &Pending, qmp: &crate::qmp::Address) -> bool {
+    match Client::connect(qmp) {
+        Err(e) => matches!(e.kind(), Kind::Peer | Kind::NotFound),
+        Ok(now) => match (&pending.qemu, now.process()) {
+            (Some(then), Some(now)) => *then != now,
+            _ => false,
+        },
+    }
 }
