@@ -158,10 +158,16 @@ pub(super) fn run(args: RestoreArgs) -> Result<()> {
     }
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.work.work(&cancel, &bar);
-    let mut given_up = 0;
-    for (i, job) in jobs.iter().enumerate() {
-        given_up += one(&args.how, job, &work).map_err(|e| partial(e, i, &jobs))?;
+    let (mut given_up, mut failed) = (0, Vec::new());
+    for job in &jobs {
+        match one(&args.how, job, &work) {
+            Ok(bytes) => given_up += bytes,
+            // What one disk of a run lacks is no reason to leave the others.
+            Err(e) if job.of_run && !ends_all(&e) => failed.push((job, e)),
+            Err(e) => return Err(e),
+        }
     }
+    check_failed(failed, jobs.len())?;
     if given_up > 0 {
         let text = format!("{given_up} bytes could not be read and are zeros in the result");
         return Err(Error::new(Kind::Partial, text));
@@ -169,18 +175,23 @@ pub(super) fn run(args: RestoreArgs) -> Result<()> {
     Ok(())
 }
 
-/// An error after some disks of a run were restored says so.
-fn partial(e: Error, done: usize, jobs: &[Job]) -> Error {
-    if done == 0 || e.kind() == Kind::Interrupted {
-        return e;
+/// Whether the next disk would fail as well.
+fn ends_all(e: &Error) -> bool {
+    matches!(e.kind(), Kind::Interrupted | Kind::NoSpace)
+}
+
+/// Fails if disks of a run were not restored; `Partial` if others were.
+fn check_failed(mut failed: Vec<(&Job, Error)>, all: usize) -> Result<()> {
+    if failed.len() <= 1 && all == 1 {
+        return failed.pop().map_or(Ok(()), |(_, e)| Err(e));
     }
-    let text = format!(
-        "{done} of {} disks were restored, then {}: {}",
-        jobs.len(),
-        path_text(&jobs[done].disk.path),
-        e.report()
-    );
-    Error::new(Kind::Partial, text)
+    let Some(kind) = failed.first().map(|(_, e)| e.kind()) else { return Ok(()) };
+    for (job, e) in &failed {
+        log::error!("{}: not restored: {}", path_text(&job.disk.path), e.report());
+    }
+    let kind = if failed.len() < all { Kind::Partial } else { kind };
+    let text = format!("{} of {} not restored", failed.len(), counted(all as u64, "disk"));
+    Err(Error::new(kind, text).remedy("the reasons are above"))
 }
 
 fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {

@@ -226,6 +226,13 @@ fn all_disks_of_a_run_are_restored_together() {
     let out = restore(&time(&a.files[2]), &to.path().join("two"));
     assert!(String::from_utf8_lossy(&out.stderr).contains("sdb has no point"));
     assert!(to.path().join("two/vm/sda.raw").exists());
+    // The first of them cannot be restored: the other is, and it is said.
+    std::fs::remove_file(&a.files[0]).unwrap();
+    let three = to.path().join("three");
+    let run = ["restore", s(dir.path()), "--run", &time(&b.files[1]), "--to", s(&three)];
+    let text = fails(&run, 16);
+    assert!(text.contains("sda: not restored") && text.contains("1 of 2 disks"), "{text}");
+    assert!(three.join("vm/sdb.raw").exists() && !three.join("vm/sda.raw").exists());
     fails(&["restore", s(dir.path()), "--run", "12345", "--to", s(to.path())], 3);
 }
 
