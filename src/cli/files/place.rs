@@ -21,7 +21,7 @@ use crate::units::parse_bytes;
 pub(super) struct From {
     /// The backup directory
     pub dir: PathBuf,
-    /// A point, as 'map' and 'restore' take it, and a path in it: POINT[:PARTITION][/PATH], such as
+    /// A point, as 'map' and 'restore' take it, with a partition and a path in it, such as
     /// sda/latest:p1/etc/fstab
     #[arg(value_name = "POINT[:PARTITION][/PATH]")]
     pub what: PathBuf,
