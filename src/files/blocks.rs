@@ -51,7 +51,7 @@ impl Blocks {
         let holding = Holding { blocks: self.clone(), bytes };
         let before = self.held.fetch_add(bytes, Ordering::Relaxed);
         if before.saturating_add(bytes) > self.limit - self.limit / 4 {
-            let what = "this file system's tables need more memory than there is for them";
+            let what = "this file system's tables need more memory than --cache-size allows";
             return Err(Error::new(Kind::Unsupported, what).remedy("give a larger --cache-size"));
         }
         self.evict(&mut self.lock());

@@ -126,7 +126,7 @@ impl Source {
     pub fn meta(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
         self.check(offset, len as u64)?;
         if len > MAX_META {
-            return Err(self.error(Kind::Corrupt, "a length that cannot be", offset));
+            return Err(self.error(Kind::Corrupt, "invalid length", offset));
         }
         let mut bytes = vec![0; len];
         self.read_meta(&mut bytes, offset)?;
@@ -171,7 +171,7 @@ impl Source {
     }
 
     fn outside(&self, offset: u64) -> Error {
-        self.error(Kind::Corrupt, "something is said to be beyond its end", offset)
+        self.error(Kind::Corrupt, "offset beyond the end of the volume", offset)
     }
 
     fn block(&self, number: u64) -> Result<Arc<[u8]>> {

@@ -205,8 +205,8 @@ impl Walk<'_> {
             return visitor.node(&at);
         }
         let refused = match () {
-            () if !self.seen.insert(node) => "this folder was there before, under another name",
-            () if self.frames.len() >= MAX_DEPTH => "too many folders inside each other",
+            () if !self.seen.insert(node) => "directory loop: already visited under another name",
+            () if self.frames.len() >= MAX_DEPTH => "directories nested too deep",
             () => {
                 if visitor.enter(&at)? {
                     let path_len = self.path.len();

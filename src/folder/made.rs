@@ -51,7 +51,7 @@ impl Folder {
         let made = self.folder(name)?;
         match self.gives_to(made.metadata()?.uid())? {
             true => Ok(made),
-            false => Err(refused("another folder has taken its name")),
+            false => Err(refused("another directory has taken its name")),
         }
     }
 

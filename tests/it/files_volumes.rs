@@ -63,7 +63,7 @@ fn backup_table(disk: &Path) {
     points.add(disk);
     let out = points.files(&["cat"], "vda/latest:2/number", &[]);
     assert_eq!(String::from_utf8_lossy(&out.stdout), "2\n", "{}", said(&out));
-    assert!(said(&out).contains("its backup at the end of the disk is used"), "{}", said(&out));
+    assert!(said(&out).contains("using the backup GPT"), "{}", said(&out));
 }
 
 /// Where the stripes of a stretch are: which disk, which extent, and how many.
@@ -192,7 +192,7 @@ fn volumes_of_lvm_are_put_together_from_the_disks_of_a_run() {
     let listed = points.files(&["ls"], "vda/latest", &[]);
     let text = String::from_utf8_lossy(&listed.stdout).into_owned();
     assert!(text.contains("vg--x-linear") && !text.contains("vg--x-both"), "{text}");
-    assert!(said(&listed).contains("its physical volume pv1 is not there"), "{}", said(&listed));
+    assert!(said(&listed).contains("physical volume pv1 is missing"), "{}", said(&listed));
     // The other disk's point of the same time.
     let mut other = Chain::new(points.dir.path(), "vdb");
     let path = other.next_path();

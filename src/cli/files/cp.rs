@@ -31,7 +31,7 @@ use crate::units::{counted, human_bytes};
 ///
 /// With --tar the archive goes to standard output.
 ///
-/// What cannot be read is told and left out, and the rest is copied; the exit code is 16 then.
+/// What cannot be read is reported and skipped, and the rest is copied; the exit code is 16 then.
 #[derive(Debug, Args)]
 pub(super) struct CpArgs {
     #[command(flatten)]
@@ -108,11 +108,11 @@ fn target_of(opened: &Opened, tree: &dyn Tree, start: NodeId, target: &Path) -> 
         return Ok(Target { folder, name: Some(name) });
     }
     if folder::exists(&real) {
-        let error = Error::new(Kind::Exists, "the target is there already").at_path(target);
+        let error = Error::new(Kind::Exists, "the target exists already").at_path(target);
         return Err(error.remedy("nothing is ever replaced: name another, or a folder"));
     }
     if !is_folder && target.as_os_str().as_bytes().ends_with(b"/") {
-        return Err(Error::new(Kind::NotFound, "there is no such folder").at_path(target));
+        return Err(Error::new(Kind::NotFound, "no such directory").at_path(target));
     }
     let (folder, name) = Folder::of(&real).map_err(failed)?;
     Ok(Target { folder, name: Some(name) })
@@ -146,7 +146,7 @@ fn tell(args: &CpArgs, report: &Report) -> Result<()> {
         (report.setuid_left_out, "setuid or setgid bit"),
     ];
     for (count, what) in left_out.into_iter().filter(|(count, _)| *count > 0) {
-        log::warn!("left out: {} (--preserve=all takes them)", counted(count, what));
+        log::warn!("skipped: {} (--preserve=all copies them)", counted(count, what));
     }
     match (args.tar, args.print.json) {
         (true, _) => {}
@@ -163,7 +163,7 @@ fn tell(args: &CpArgs, report: &Report) -> Result<()> {
     match report.failed {
         0 => Ok(()),
         n => {
-            Err(Error::new(Kind::Partial, format!("{} missing or not whole", counted(n, "thing"))))
+            Err(Error::new(Kind::Partial, format!("{} not copied completely", counted(n, "file"))))
         }
     }
 }

@@ -113,7 +113,7 @@ impl Finding<'_, '_> {
             Ok(()) => Ok(()),
             Err(e) => {
                 self.error = Some(e);
-                Err(Error::new(Kind::Interrupted, "nobody reads what is found"))
+                Err(Error::new(Kind::Interrupted, "the output was closed"))
             }
         }
     }

@@ -150,7 +150,7 @@ impl Listing<'_, '_> {
     /// Nobody reads any more: not an error, but an end.
     fn go_on(&self) -> Result<()> {
         match self.error {
-            Some(_) => Err(Error::new(Kind::Interrupted, "nobody reads the list")),
+            Some(_) => Err(Error::new(Kind::Interrupted, "the output was closed")),
             None => Ok(()),
         }
     }

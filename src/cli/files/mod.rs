@@ -16,11 +16,11 @@ use crate::error::Result;
 ///
 /// A file is named by its point, the partition, and its path there: POINT:PARTITION/PATH, such as
 /// sda/latest:p1/etc/fstab. 'p1' is the first partition; a logical volume has the name that it has in /dev/mapper
-/// (vg-root), its other disks are found by the backup run. Where a point has one file system only, the partition can be left out:
+/// (vg-root), its other disks are found by the backup run. Where a point has one file system only, the partition may be omitted:
 /// sda/latest/etc/fstab. 'files ls DIR POINT' shows what there is.
 ///
-/// Read are ext2, ext3 and ext4. A journal that the guest had not worked off is replayed in memory, as the guest's
-/// kernel would do it; nothing is written. What is found odd is told, and does not hide the rest.
+/// Read are ext2, ext3 and ext4. A journal that is not empty is replayed in memory, as the guest's
+/// kernel would do it; nothing is written. Damage is reported, and the rest is read all the same.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

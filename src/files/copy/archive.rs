@@ -64,7 +64,7 @@ fn map(file: &dyn OpenFile) -> Result<Option<Vec<(u64, u64)>>> {
     let (mut at, mut found, mut holes) = (0, Vec::<(u64, u64)>::new(), false);
     while let Some(stretch) = file.stretch(at)? {
         if stretch.end <= at {
-            return Err(Error::new(Kind::Corrupt, "the file's map does not go on"));
+            return Err(Error::new(Kind::Corrupt, "the file's extents do not advance"));
         }
         let full = found.len() >= MAX_STRETCHES;
         match found.last_mut() {

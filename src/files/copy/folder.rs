@@ -114,7 +114,7 @@ impl Copying<'_> {
 
     fn make_folder(&mut self, at: &At<'_>) -> Result<Folder> {
         let Some((folder, name)) = self.place(at) else {
-            return self.top.folder.try_clone().map_err(|e| Error::io(e, "cannot hold the target"));
+            return self.top.folder.try_clone().map_err(|e| Error::io(e, "cannot open the target"));
         };
         let made = folder.new_folder(name);
         made.map_err(|e| Error::io(e, "cannot make the folder").at_path(folder.join(name)))
@@ -132,7 +132,7 @@ impl Copying<'_> {
         let Some((folder, name)) = self.place(at) else {
             return Err(Error::new(
                 Kind::Usage,
-                "only a folder can go into a folder without a name",
+                "only a directory can be copied without a target name",
             ));
         };
         let failed = |e| Error::io(e, "cannot make it").at_path(folder.join(name));
@@ -184,7 +184,7 @@ impl Copying<'_> {
             .beneath(&first.folder)
             .and_then(|from| folder.further_name(name, &from, &first.name, first.id));
         linked
-            .map_err(|e| Error::io(e, "cannot make a further name").at_path(folder.join(name)))?;
+            .map_err(|e| Error::io(e, "cannot create the hard link").at_path(folder.join(name)))?;
         self.report.others += 1;
         Ok(true)
     }
@@ -246,7 +246,7 @@ impl Copying<'_> {
         match done {
             Err(e) if REFUSALS.contains(&e.kind()) => {
                 if self.lacking.insert(what) {
-                    log::warn!("copies lack {what}: the target does not take all of them: {e}");
+                    log::warn!("the target does not support all {what}: copied without: {e}");
                 }
                 Ok(())
             }
@@ -274,7 +274,7 @@ impl Visitor for Copying<'_> {
         if at.path.is_empty() && self.top.name.is_none() {
             return Ok(());
         }
-        let made = folder.as_made().map_err(|e| Error::io(e, "cannot hold the folder"));
+        let made = folder.as_made().map_err(|e| Error::io(e, "cannot open the directory"));
         let finished = made.and_then(|made| self.finish(at, &made));
         match finished {
             Err(e) if !is_final(&e) => {

@@ -79,7 +79,7 @@ impl Report {
         self.failed += 1;
         match self.failed as usize {
             n if n <= MAX_TOLD => log::warn!("{path}: {}", error.report()),
-            n if n == MAX_TOLD + 1 => log::warn!("there are more; they are counted only"),
+            n if n == MAX_TOLD + 1 => log::warn!("further failures are counted, not shown"),
             _ => {}
         }
     }

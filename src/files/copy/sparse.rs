@@ -21,7 +21,7 @@ pub(super) fn each_data(
     let (mut at, mut buf, mut passed) = (0, Vec::new(), 0u32);
     while let Some(stretch) = file.stretch(at)? {
         if stretch.end <= at {
-            return Err(Error::new(Kind::Corrupt, "the file's map does not go on"));
+            return Err(Error::new(Kind::Corrupt, "the file's extents do not advance"));
         }
         passed = passed.wrapping_add(1);
         if passed.is_multiple_of(LOOK) {

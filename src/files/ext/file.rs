@@ -87,7 +87,7 @@ pub(super) fn link(volume: &Volume, inode: &Inode) -> Result<Vec<u8>> {
     }
     let size = inode.size(&volume.sup);
     if size > MAX_LINK {
-        return Err(volume.bad(inode, "is a symbolic link with a text that is too long"));
+        return Err(volume.bad(inode, "is a symbolic link with a target that is too long"));
     }
     let own = if inode.attribute_block() > 0 { volume.sup.block_size } else { 0 };
     let is_short = size < BLOCK_LEN as u64 && !inode.has(flags::EXTENTS);

@@ -59,7 +59,7 @@ impl Reading<'_, '_> {
         let more = xattr::inline_data(self.volume, self.inode)?;
         let size = self.inode.size(&self.volume.sup);
         if size != (BLOCK_LEN + more.len()) as u64 && size != BLOCK_LEN as u64 {
-            return Err(self.volume.bad(self.inode, "has another length than what is in it"));
+            return Err(self.volume.bad(self.inode, "has a wrong size for its contents"));
         }
         // The second part is not there if the first is all.
         if self.list(&first, 4, self.inode.at)? && size > BLOCK_LEN as u64 {
@@ -102,13 +102,13 @@ impl Reading<'_, '_> {
             if before.is_some_and(|(_, other)| *other > at) {
                 return Err(self
                     .volume
-                    .bad(self.inode, "is a folder that has the same blocks twice"));
+                    .bad(self.inode, "is a directory that uses the same blocks twice"));
             }
             runs.insert(at, at + count);
             all += count;
         }
         match all > self.volume.sup.blocks {
-            true => Err(self.volume.bad(self.inode, "is a folder larger than its file system")),
+            true => Err(self.volume.bad(self.inode, "is a directory larger than its file system")),
             false => Ok(()),
         }
     }
@@ -130,7 +130,7 @@ impl Reading<'_, '_> {
             let is_tail = byte(&bytes, tail + 7) == TAIL_KIND && le32(&bytes, tail) == 0;
             let right = crc32c(self.inode.seed, part(&bytes, 0, tail));
             if !is_tail || le32(&bytes, tail + 8) != right {
-                let what = format!("a block of folder {}", self.inode.number);
+                let what = format!("a block of directory inode {}", self.inode.number);
                 return self.skip(wrong(&self.volume.source, &what, place));
             }
             list = part(&bytes, 0, tail);
@@ -165,7 +165,7 @@ impl Reading<'_, '_> {
                 || !len.is_multiple_of(4)
                 || name.len() < self.name_len(bytes, at)
             {
-                let text = format!("folder {} has entries that cannot be", self.inode.number);
+                let text = format!("directory inode {} has invalid entries", self.inode.number);
                 let error = self.volume.source.error(Kind::Corrupt, text, place + at as u64);
                 return self.skip(error);
             }
@@ -212,7 +212,7 @@ impl Reading<'_, '_> {
     fn odd(&self, name: &[u8], number: u32) {
         let shown = path_text(OsStr::from_bytes(name));
         let what = format!(
-            "folder {} has an entry that cannot be, and is left out: '{shown}', inode {number}",
+            "directory inode {}: invalid entry skipped: '{shown}', inode {number}",
             self.inode.number
         );
         self.volume.findings.warn(&self.volume.source, Kind::Corrupt, &what, None);

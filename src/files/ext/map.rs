@@ -61,7 +61,7 @@ impl Node {
         let (count, max) = (usize::from(le16(&bytes, 2)), usize::from(le16(&bytes, 4)));
         let room = bytes.len() / ENTRY;
         if le16(&bytes, 0) != EXTENT_MAGIC || count > max || max >= room.max(1) {
-            return Err(volume.bad(inode, "has a map that is no map"));
+            return Err(volume.bad(inode, "has an invalid extent tree"));
         }
         Ok(Node { depth: le16(&bytes, 6), count, bytes, from, to })
     }
@@ -93,10 +93,10 @@ impl Node {
 }
 
 fn extent(volume: &Volume, inode: &Inode, block: u64) -> Result<Run> {
-    let bad = || volume.bad(inode, "has a map whose parts contradict each other");
+    let bad = || volume.bad(inode, "has an inconsistent extent tree");
     let mut node = Node::new(volume, inode, inode.block_bytes().to_vec(), (0, END))?;
     if node.depth > MAX_DEPTH {
-        return Err(volume.bad(inode, "has a map that is too deep"));
+        return Err(volume.bad(inode, "has an extent tree that is too deep"));
     }
     loop {
         let found = node.find(block);
@@ -147,7 +147,7 @@ fn child(volume: &Volume, inode: &Inode, entry: &[u8]) -> Result<Vec<u8>> {
     if volume.sup.has_checksums() {
         let tail = ENTRY * (1 + usize::from(le16(&bytes, 4)));
         if le32(&bytes, tail) != crc32c(inode.seed, part(&bytes, 0, tail)) {
-            let what = format!("the map of inode {}", inode.number);
+            let what = format!("the extent tree of inode {}", inode.number);
             return Err(wrong(&volume.source, &what, at * volume.sup.block_size));
         }
     }

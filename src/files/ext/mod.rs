@@ -120,7 +120,7 @@ impl Tree for Ext {
     fn attributes(&self, node: NodeId) -> Result<Attributes> {
         let inode = self.inode(node)?;
         let found = inode.attributes(&self.volume.sup);
-        self.noted(found.ok_or_else(|| self.volume.bad(&inode, "is of no kind")))
+        self.noted(found.ok_or_else(|| self.volume.bad(&inode, "has an invalid file type")))
     }
 
     fn read_folder(

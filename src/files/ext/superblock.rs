@@ -122,10 +122,10 @@ impl Super {
         }
         let found = Super::parse(&raw);
         if found.has_checksums() && le32(&raw, 0x3fc) != crc32c(!0, part(&raw, 0, 0x3fc)) {
-            return Err(bad("the superblock's checksum is wrong"));
+            return Err(bad("bad checksum of the superblock"));
         }
         if le32(&raw, 0x18) > MAX_LOG_BLOCK {
-            return Err(bad("the superblock has a block size that cannot be"));
+            return Err(bad("invalid block size in the superblock"));
         }
         found.check_features(source)?;
         found.check_sizes().map_err(bad)?;
@@ -178,9 +178,9 @@ impl Super {
         }
         let name = INCOMPAT.iter().find(|f| f.0 & unknown != 0);
         let name = name.map_or_else(|| format!("{unknown:#x}"), |f| f.1.to_string());
-        let what = format!("the file system has the feature {name}, which is not known here");
+        let what = format!("unsupported file system feature {name}");
         let error = source.error(Kind::Unsupported, what, AT + 0x60);
-        Err(error.remedy("mount it by way of a loop device with a kernel that knows it"))
+        Err(error.remedy("mount it through a loop device with a kernel that supports it"))
     }
 
     fn check_sizes(&self) -> Result<(), &'static str> {
@@ -192,21 +192,21 @@ impl Super {
             () if !(128..=self.block_size as usize).contains(&inode)
                 || !inode.is_power_of_two() =>
             {
-                Err("the superblock has a size of inodes that cannot be")
+                Err("invalid inode size in the superblock")
             }
             () if in_group == 0 || in_group > bits => {
-                Err("the superblock has a number of inodes in a group that cannot be")
+                Err("invalid number of inodes per group in the superblock")
             }
             () if self.blocks_per_group == 0 || self.blocks <= self.first_block => {
-                Err("the superblock has a number of blocks that cannot be")
+                Err("invalid number of blocks in the superblock")
             }
             () if !(32..=1024).contains(&self.descriptor_size)
                 || !self.descriptor_size.is_power_of_two() =>
             {
-                Err("the superblock has a size of group descriptors that cannot be")
+                Err("invalid group descriptor size in the superblock")
             }
             () if u64::from(self.inodes) > self.groups().saturating_mul(in_group) => {
-                Err("the superblock has more inodes than there are groups for")
+                Err("the superblock has more inodes than its groups hold")
             }
             () => Ok(()),
         }
@@ -302,7 +302,7 @@ pub(super) struct Group {
 impl Group {
     /// Reads and checks the descriptor of `group`.
     pub(super) fn read(source: &Source, sup: &Super, group: u64) -> Result<Group> {
-        let beyond = || source.error(Kind::Corrupt, "a group that cannot be", AT);
+        let beyond = || source.error(Kind::Corrupt, "invalid block group", AT);
         let at = sup.descriptor_at(group).ok_or_else(beyond)?;
         let raw = source.meta(at, sup.descriptor_size)?;
         if sup.has_checksums() && le16(&raw, 0x1e) != Self::checksum(sup, group, &raw) {
@@ -325,5 +325,5 @@ impl Group {
 
 /// That a checksum does not fit.
 pub(super) fn wrong(source: &Source, what: &str, at: u64) -> Error {
-    source.error(Kind::Corrupt, format!("the checksum of {what} is wrong"), at)
+    source.error(Kind::Corrupt, format!("bad checksum of {what}"), at)
 }

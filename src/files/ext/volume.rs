@@ -29,7 +29,7 @@ impl Volume {
         let inside = block.checked_add(count).is_some_and(|end| end <= self.sup.blocks);
         let at = block.checked_mul(self.sup.block_size).filter(|_| inside && block > 0);
         at.ok_or_else(|| {
-            let what = format!("block {block} is named, which the file system does not have");
+            let what = format!("block {block} is beyond the end of the file system");
             self.source.error(Kind::Corrupt, what, 0)
         })
     }
@@ -50,7 +50,7 @@ impl Volume {
             return Err(self.no_inode(number));
         }
         if inode.kind().is_none() {
-            return Err(self.bad(&inode, "is neither file nor folder nor anything else"));
+            return Err(self.bad(&inode, "has an invalid file type"));
         }
         Ok(inode)
     }
@@ -84,8 +84,8 @@ impl Volume {
             false => {
                 let what = match kind {
                     NodeKind::Folder => "no folder",
-                    NodeKind::Link => "no symbolic link",
-                    _ => "no plain file",
+                    NodeKind::Link => "not a symbolic link",
+                    _ => "not a regular file",
                 };
                 Err(Error::new(Kind::Usage, format!("inode {number} is {what}")))
             }

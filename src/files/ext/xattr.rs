@@ -108,14 +108,14 @@ pub(super) fn all(volume: &Volume, inode: &Inode) -> Result<Vec<Xattr>> {
 fn block(volume: &Volume, inode: &Inode, at: u64) -> Result<Vec<u8>> {
     let bytes = volume.block(at)?;
     if le32(&bytes, 0) != MAGIC {
-        return Err(volume.bad(inode, "has a block of attributes that is none"));
+        return Err(volume.bad(inode, "has an invalid xattr block"));
     }
     if volume.sup.has_checksums() {
         let mut crc = crc32c(volume.sup.seed, &at.to_le_bytes());
         crc = crc32c(crc, part(&bytes, 0, 0x10));
         crc = crc32c(crc, &[0; 4]);
         if le32(&bytes, 0x10) != crc32c(crc, part(&bytes, 0x14, bytes.len())) {
-            let what = format!("the attributes of inode {}", inode.number);
+            let what = format!("the xattrs of inode {}", inode.number);
             return Err(wrong(&volume.source, &what, at * volume.sup.block_size));
         }
     }
@@ -130,9 +130,7 @@ fn add(volume: &Volume, inode: &Inode, list: &List<'_>, found: &mut Vec<Xattr>) 
         }
         let value = value(volume, inode, list, &stored)?;
         let value = match stored.index {
-            2 | 3 => {
-                acl(&value).ok_or_else(|| volume.bad(inode, "has an access list that is none"))?
-            }
+            2 | 3 => acl(&value).ok_or_else(|| volume.bad(inode, "has an invalid ACL"))?,
             _ => value,
         };
         found.push(Xattr { name: [prefix.as_bytes(), stored.name].concat(), value });
@@ -141,7 +139,7 @@ fn add(volume: &Volume, inode: &Inode, list: &List<'_>, found: &mut Vec<Xattr>) 
 }
 
 fn value(volume: &Volume, inode: &Inode, list: &List<'_>, stored: &Stored<'_>) -> Result<Vec<u8>> {
-    let bad = || volume.bad(inode, "has attributes that are not there");
+    let bad = || volume.bad(inode, "has xattrs outside of their block");
     if stored.size > MAX_VALUE {
         return Err(bad());
     }
@@ -162,7 +160,7 @@ fn value(volume: &Volume, inode: &Inode, list: &List<'_>, stored: &Stored<'_>) -
 /// # Errors
 /// `Corrupt` if it is not there.
 pub(super) fn inline_data(volume: &Volume, inode: &Inode) -> Result<Vec<u8>> {
-    let bad = || volume.bad(inode, "has no data in itself, although it says so");
+    let bad = || volume.bad(inode, "has no inline data, though its flag says so");
     let list = in_inode(inode).ok_or_else(bad)?;
     let mut entries = list.entries();
     let stored = entries.find(|e| e.index == SYSTEM && e.name == DATA).ok_or_else(bad)?;
@@ -183,7 +181,7 @@ pub(super) fn inline_file(volume: &Volume, inode: &Inode) -> Result<Vec<u8>> {
     let size = inode.size(&volume.sup);
     match usize::try_from(size).ok().filter(|s| *s <= data.len()) {
         Some(size) => data.truncate(size),
-        None => return Err(volume.bad(inode, "is longer than what is in it")),
+        None => return Err(volume.bad(inode, "is longer than its inline data")),
     }
     Ok(data)
 }

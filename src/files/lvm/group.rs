@@ -57,12 +57,13 @@ impl Group {
     /// What is wrong with it.
     pub(super) fn new(text: &Section) -> Result<Group, String> {
         let is_group = |(_, s): &(&str, &Section)| s.section("physical_volumes").is_some();
-        let (name, section) = text.sections().find(is_group).ok_or("there is no group in it")?;
+        let (name, section) =
+            text.sections().find(is_group).ok_or("no volume group in the metadata")?;
         let extent = section.number("extent_size").and_then(|n| n.checked_mul(SECTOR));
-        let extent = extent.filter(|n| *n > 0).ok_or("the group has no size of extents")?;
-        let id = section.text("id").ok_or("the group has no id")?;
+        let extent = extent.filter(|n| *n > 0).ok_or("the volume group has no extent size")?;
+        let id = section.text("id").ok_or("the volume group has no id")?;
         if !is_name(name) {
-            return Err("the group has a name that cannot be".into());
+            return Err("the volume group has an invalid name".into());
         }
         let empty = Section::default();
         let logical = section.section("logical_volumes").unwrap_or(&empty);
@@ -79,7 +80,7 @@ impl Group {
                 .map(|(name, s)| Volume {
                     name: name.to_string(),
                     segments: match snapshots.contains(name) {
-                        true => Err("it is a snapshot, which is not read".into()),
+                        true => Err("snapshots are not supported".into()),
                         false => segments(s, extent),
                     },
                 })
@@ -116,7 +117,7 @@ fn snapshots(logical: &Section) -> BTreeSet<&str> {
 fn segments(volume: &Section, extent: u64) -> Result<Vec<Segment>, String> {
     let count = volume.number("segment_count").unwrap_or(0) as usize;
     if count == 0 || count > MAX_PIECES {
-        return Err("it has no segments".into());
+        return Err("no segments".into());
     }
     let (mut all, mut end) = (Vec::new(), 0);
     for i in 1..=count {
@@ -132,11 +133,13 @@ fn segment(section: &Section, extent: u64, begin: u64) -> Result<Segment, String
     match section.text("type") {
         Some("striped" | "linear") => {}
         other => {
-            let kind = other.unwrap_or("of no kind");
-            return Err(format!("it is {kind}, which is not read (only linear and striped are)"));
+            let kind = other.unwrap_or("without a type");
+            return Err(format!(
+                "segment type {kind} is not supported (only linear and striped are)"
+            ));
         }
     }
-    let wrong = "a segment contradicts itself";
+    let wrong = "inconsistent segment";
     let bytes = |n: Option<u64>| n.and_then(|n| n.checked_mul(extent)).ok_or(wrong);
     let (start, len) =
         (bytes(section.number("start_extent"))?, bytes(section.number("extent_count"))?);

@@ -37,9 +37,9 @@ impl Physical {
         let bad = |what: &str| source.error(Kind::Corrupt, what, 0);
         let mut sectors = start.chunks_exact(SECTOR);
         let label = sectors.find(|s| part(s, 0, 8) == b"LABELONE" && part(s, 24, 8) == b"LVM2 001");
-        let label = label.ok_or_else(|| bad("it has no label of LVM"))?;
+        let label = label.ok_or_else(|| bad("no LVM label"))?;
         if le32(label, 16) != crc32(CRC, part(label, 20, SECTOR)) {
-            return Err(bad("the checksum of LVM's label is wrong"));
+            return Err(bad("bad checksum of the LVM label"));
         }
         let head = part(label, le32(label, 20) as usize, SECTOR);
         let id = String::from_utf8_lossy(part(head, 0, 32)).into_owned();
@@ -79,20 +79,20 @@ fn area(source: &Source, offset: u64, size: u64) -> Result<Vec<u8>> {
     let right = part(&head, 4, 16) == b" LVM2 x[5A%r0N*>"
         && le32(&head, 0) == crc32(CRC, part(&head, 4, HEAD as usize));
     if !right {
-        return Err(bad("the head of LVM's metadata is wrong"));
+        return Err(bad("invalid LVM metadata header"));
     }
     let (at, len, sum) = (le64(&head, 40), le64(&head, 48), le32(&head, 56));
     if at == 0 || len == 0 {
         return Ok(Vec::new());
     }
     if len > MAX_TEXT || at < HEAD || at >= size || len > size - HEAD {
-        return Err(bad("LVM's metadata is said to be where it cannot be"));
+        return Err(bad("the LVM metadata has an invalid offset"));
     }
     let first = len.min(size - at);
     let mut text = source.meta(offset + at, first as usize)?;
     text.extend(source.meta(offset + HEAD, (len - first) as usize)?);
     match crc32(CRC, &text) == sum {
         true => Ok(text),
-        false => Err(bad("the checksum of LVM's metadata is wrong")),
+        false => Err(bad("bad checksum of the LVM metadata")),
     }
 }

@@ -46,7 +46,7 @@ impl Mapped {
                 let place = group.places.get(name);
                 let index = place.and_then(|p| known.iter().position(|k| k.id == p.id));
                 let (Some(place), Some(index)) = (place, index) else {
-                    let why = format!("its physical volume {name} is not there");
+                    let why = format!("physical volume {name} is missing");
                     let finding = refuse(Kind::Incomplete, why);
                     let remedy = "it may be on a disk that was not backed up in the same run";
                     return Err(Finding { remedy: Some(remedy.into()), ..finding });
@@ -54,7 +54,7 @@ impl Mapped {
                 let at = place.start.saturating_add(*offset);
                 let inside = known.get(index).is_some_and(|k| k.source.check(at, each).is_ok());
                 if !inside {
-                    let why = format!("it is said to be beyond the end of {name}");
+                    let why = format!("it extends beyond the end of {name}");
                     return Err(refuse(Kind::Corrupt, why));
                 }
                 stripes.push((index, at));

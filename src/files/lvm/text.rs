@@ -80,7 +80,7 @@ pub(super) fn parse(text: &[u8]) -> Result<Section, String> {
             None | Some(Token::Mark(0)) => break,
             Some(Token::Mark(b'}')) => {
                 let (Some((name, done)), Some((_, around))) = (open.pop(), open.last_mut()) else {
-                    return Err("a brace too many".into());
+                    return Err("unexpected closing brace".into());
                 };
                 around.0.insert(name, Value::Section(done));
             }
@@ -96,12 +96,12 @@ pub(super) fn parse(text: &[u8]) -> Result<Section, String> {
                 }
                 _ => return Err(format!("'{name}' has no value")),
             },
-            Some(other) => return Err(format!("{other:?} where a name should be")),
+            Some(other) => return Err(format!("expected a name, found {other:?}")),
         }
     }
     match (open.pop(), open.is_empty()) {
         (Some((_, section)), true) => Ok(section),
-        _ => Err("a brace is missing".into()),
+        _ => Err("missing closing brace".into()),
     }
 }
 
@@ -117,7 +117,7 @@ impl Tokens<'_> {
                 Ok(number) => Value::Number(number),
                 Err(_) => Value::Text(word),
             }),
-            _ => Err("a value is missing".to_string()),
+            _ => Err("missing value".to_string()),
         };
         match self.next() {
             Some(Token::Mark(b'[')) => {

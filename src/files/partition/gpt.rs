@@ -33,11 +33,7 @@ pub(super) fn read(
     for sector in SECTORS {
         let last = (disk.size() / sector).saturating_sub(1) * sector;
         if let Some(entries) = at(disk, last, sector)? {
-            found.warn(
-                disk,
-                Kind::Corrupt,
-                "the GPT is bad: its backup at the end of the disk is used",
-            );
+            found.warn(disk, Kind::Corrupt, "the primary GPT is damaged: using the backup GPT");
             return Ok(Some((sector, entries)));
         }
     }

@@ -87,11 +87,7 @@ fn chain(
     let (mut all, mut at, mut seen) = (Vec::new(), base, BTreeSet::new());
     loop {
         if !seen.insert(at) {
-            found.warn(
-                disk,
-                Kind::Corrupt,
-                "the chain of logical partitions goes round in a circle",
-            );
+            found.warn(disk, Kind::Corrupt, "the logical partitions form a loop");
             break;
         }
         let place = at.saturating_mul(size);

@@ -31,13 +31,13 @@ pub fn partitions(disk: &Source) -> Result<Table> {
         let mut found = Found::default();
         if let Some((sector, entries)) = gpt::read(disk, protective, &mut found)? {
             if !signed {
-                let what = "the first sector, which should protect the GPT, is gone";
+                let what = "the protective MBR is missing";
                 found.warn(disk, Kind::Corrupt, what);
             }
             return Ok(found.finish(disk, TableKind::Gpt, sector, entries));
         }
         if protective {
-            found.warn(disk, Kind::Corrupt, "both copies of the GPT are bad");
+            found.warn(disk, Kind::Corrupt, "both copies of the GPT are damaged");
             return Ok(Table { findings: found.findings, ..none });
         }
     }

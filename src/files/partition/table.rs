@@ -94,7 +94,7 @@ impl Found {
         let RawEntry { number, first, count, kind, name } = entry;
         let start = first.checked_mul(sector).filter(|s| *s > 0 && *s < disk.size());
         let Some(start) = start.filter(|_| count > 0) else {
-            let what = format!("partition {number} is not on the disk: it is left out");
+            let what = format!("partition {number} starts beyond the end of the disk: skipped");
             self.warn(disk, Kind::Corrupt, &what);
             return None;
         };

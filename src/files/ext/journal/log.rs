@@ -82,7 +82,7 @@ impl<'a> Log<'a> {
             return Err(self.bad("the journal has no superblock", 0));
         }
         if u64::from(be32(raw, 0xc)) != self.volume.sup.block_size {
-            return Err(self.bad("the journal's blocks have another size", 0));
+            return Err(self.bad("the journal has a wrong block size", 0));
         }
         (self.len, self.first) = (be32(raw, 0x10), be32(raw, 0x14));
         (self.sequence, self.start) = (be32(raw, 0x18), be32(raw, 0x1c));
@@ -96,7 +96,7 @@ impl<'a> Log<'a> {
             && u64::from(self.len) <= self.blocks()
             && self.len <= MAX_BLOCKS;
         if !sane || (self.start != 0 && !inside(self.start)) {
-            return Err(self.bad("the journal's superblock contradicts itself", 0));
+            return Err(self.bad("inconsistent journal superblock", 0));
         }
         Ok(())
     }
@@ -105,7 +105,7 @@ impl<'a> Log<'a> {
         self.incompat = be32(raw, 0x28);
         let unknown = self.incompat & !incompat::KNOWN;
         if unknown != 0 {
-            let what = format!("the journal has the feature {unknown:#x}, which is not known here");
+            let what = format!("unknown journal feature {unknown:#x}");
             return Err(self.volume.source.error(Kind::Unsupported, what, 0));
         }
         self.seed = crc32c(!0, part(raw, 0x30, 16));
@@ -113,7 +113,7 @@ impl<'a> Log<'a> {
             let crc = crc32c(!0, part(raw, 0, 0xfc));
             let crc = crc32c(crc32c(crc, &[0; 4]), part(raw, 0x100, 0x300));
             if be32(raw, 0xfc) != crc {
-                return Err(self.bad("the checksum of the journal's superblock is wrong", 0));
+                return Err(self.bad("bad checksum of the journal superblock", 0));
             }
         }
         if self.incompat & incompat::FAST_COMMIT != 0 {
@@ -234,7 +234,7 @@ fn check_apart(volume: &Volume, inode: &Inode, runs: &[(u64, u64)]) -> Result<()
         _ => false,
     });
     match twice {
-        true => Err(volume.bad(inode, "is a journal that has the same blocks twice")),
+        true => Err(volume.bad(inode, "is a journal that uses the same blocks twice")),
         false => Ok(()),
     }
 }

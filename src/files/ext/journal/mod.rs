@@ -26,8 +26,8 @@ pub(super) fn replayed(base: &Volume) -> Result<(Source, Findings)> {
     let findings = Findings::default();
     let scanned = scan::scan(&log, base)?;
     if scanned.is_broken {
-        let what = "the checksum of a transaction in the journal is wrong: it and those after it are left out";
-        let remedy = "an older point may have a journal that is whole";
+        let what = "bad checksum of a journal transaction: it and all later ones are not replayed";
+        let remedy = "try an older point";
         findings.warn(&base.source, Kind::Corrupt, what, Some(remedy));
     }
     if log.has_fast_commits(scanned.next)? {

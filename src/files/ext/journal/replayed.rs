@@ -39,7 +39,9 @@ impl Replayed {
         let mut newer = BTreeMap::new();
         for (block, version) in scanned.versions {
             if block >= base.sup.blocks {
-                return Err(log.bad("the journal has a block that the file system has not", 0));
+                return Err(
+                    log.bad("the journal names a block beyond the end of the file system", 0)
+                );
             }
             let at = log.place(version.number)? * block_size;
             newer.insert(block, Newer { at, version });
@@ -56,7 +58,7 @@ impl Replayed {
             let crc = crc32c(self.seed, &newer.version.sequence.to_be_bytes());
             let crc = crc32c(crc, &bytes);
             if stored != if self.long { crc } else { crc & 0xffff } {
-                let what = "the checksum of a block in the journal is wrong";
+                let what = "bad checksum of a journal block";
                 return Err(self.base.error(Kind::Corrupt, what, newer.at));
             }
         }
