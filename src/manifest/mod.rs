@@ -7,6 +7,7 @@
 
 mod backing;
 mod store;
+mod vm;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -21,6 +22,7 @@ pub use self::store::{
     has_room, parse, read, read_in, read_sealed, remove, remove_in, write, write_in,
 };
 pub(crate) use self::store::{read_beside, read_brief};
+pub use self::vm::VmConfig;
 use crate::error::{Error, Result};
 use crate::folder;
 use crate::folder::PlainName;
@@ -107,7 +109,7 @@ pub struct Manifest {
     pub fingerprint: Option<String>,
     /// The guest's configuration as QEMU reports it.
     #[serde(default)]
-    pub vm: std::sync::Arc<serde_json::Value>,
+    pub vm: VmConfig,
     /// What is below the disk's own file, nearest first; `None` where nobody looked: 0.1.0 did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<Vec<BackingFile>>,
@@ -434,7 +436,7 @@ pub(crate) mod tests {
             duration_ms: 5,
             blake3: None,
             fingerprint: None,
-            vm: std::sync::Arc::default(),
+            vm: VmConfig::default(),
             backing: Some(Vec::new()),
             config_files: Vec::new(),
             skipped: Vec::new(),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, file_name, manifest_path};
+use super::{Brief, FOLDER, FORMAT_VERSION, Manifest, VmConfig, file_name, manifest_path};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{FileMode, Folder, Handle, plain};
 use crate::text::path_text;
@@ -205,7 +205,7 @@ pub fn write_in(dir: &Folder, manifest: &Manifest) -> Result<()> {
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {
         log::warn!("{}: the guest's configuration is too large and skipped", path_text(&path));
-        return write_in(dir, &Manifest { vm: std::sync::Arc::default(), ..manifest.clone() });
+        return write_in(dir, &Manifest { vm: VmConfig::default(), ..manifest.clone() });
     }
     let side = dir.make_folder(FOLDER).map_err(|e| {
         Error::io(e, "cannot make the folder for manifests").at_path(dir.join(FOLDER))

@@ -131,7 +131,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         duration_ms: 0,
         blake3: None,
         fingerprint: None,
-        vm: std::sync::Arc::default(),
+        vm: Default::default(),
         backing: None,
         config_files: Vec::new(),
         skipped: Vec::new(),

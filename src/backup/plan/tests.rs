@@ -12,7 +12,6 @@ use crate::qmp::types::Bitmap;
 use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 static NONE: Folders = Folders::new();
@@ -390,7 +389,7 @@ fn a_folder_whose_manifests_were_made_afterwards_goes_on() {
         let level = if parent.is_none() { Level::Full } else { Level::Inc };
         let m = Manifest {
             disk: DiskIdentity::default(),
-            vm: Arc::default(),
+            vm: Default::default(),
             consistency: Consistency::unknown(),
             bitmap: None,
             ..example(image, level, parent)

@@ -1,10 +1,7 @@
 //! The beginning of a run: what is to be done, and what it needs of QEMU beside the disks.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
-
-use serde_json::Value;
 
 use super::conclude::failure;
 use super::session::{Active, DiskState, Run};
@@ -20,7 +17,7 @@ use crate::backup::{Options, names, now, now_exactly, plan, recover};
 use crate::error::{Kind, Result};
 use crate::failpoint;
 use crate::layout::Level;
-use crate::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest};
+use crate::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, VmConfig};
 use crate::qmp::Client;
 use crate::text::path_text;
 
@@ -31,14 +28,14 @@ use crate::text::path_text;
 pub(in crate::backup) fn look(
     options: &Options,
     client: &mut Client,
-) -> Result<(Survey, Arc<Value>)> {
+) -> Result<(Survey, VmConfig)> {
     let mut answers = Answers::ask(client)?;
     answers.ours = options.offline.is_some();
     if options.offline.is_some() && options.dry_run {
         // We opened them so, lest anything is changed.
         answers.nodes.iter_mut().for_each(|n| n.ro = false);
     }
-    let (mut seen, mut vm) = (survey(&answers), Arc::new(vm::describe(client)?));
+    let (mut seen, mut vm) = (survey(&answers), VmConfig::from(vm::describe(client)?));
     if let Some(known) = &options.offline {
         known.name(&mut seen);
         vm = known.vm.clone().unwrap_or(vm);
@@ -244,7 +241,7 @@ impl Run<'_> {
             .collect())
     }
 
-    fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &Arc<Value>, version: &str) -> Manifest {
+    fn manifest(&self, p: &DiskPlan, plan: &Plan, vm: &VmConfig, version: &str) -> Manifest {
         let (time, time_nanos) = now_exactly();
         let dirty = matches!(p.level, Level::Inc | Level::Diff);
         Manifest {

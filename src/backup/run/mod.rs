@@ -47,7 +47,7 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{FileMode, Folder};
 use crate::journal::unfinished;
 use crate::lock::Locks;
-use crate::manifest::Consistency;
+use crate::manifest::{Consistency, VmConfig};
 use crate::qmp::Client;
 use crate::text::path_text;
 use crate::{failpoint, folder, manifest};
@@ -122,7 +122,7 @@ pub(crate) fn backup(
         watchdog: None,
         consistency: Consistency::default(),
         blind,
-        vm: Arc::default(),
+        vm: VmConfig::default(),
         chains: HashMap::new(),
         config,
         reserves: Reserves::default(),

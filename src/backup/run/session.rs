@@ -8,8 +8,6 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-
 use crate::backup::fleece::space::Reserves;
 use crate::backup::fleece::zeros::ChainData;
 use crate::backup::fleece::{Fleece, migration, nbdserver};
@@ -25,7 +23,7 @@ use crate::backup::target::targets::Folders;
 use crate::backup::{Options, Watch};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
-use crate::manifest::{Consistency, Manifest};
+use crate::manifest::{Consistency, Manifest, VmConfig};
 use crate::progress::Progress;
 use crate::qmp::Client;
 use crate::qmp::types::Job;
@@ -48,7 +46,7 @@ pub(crate) struct Run<'a> {
     /// The frozen view needs care, see `run::hides_status`.
     pub(in crate::backup) blind: bool,
     /// What QEMU says about the VM.
-    pub(in crate::backup) vm: Arc<Value>,
+    pub(in crate::backup) vm: VmConfig,
     /// Chains that INCs build on, by the new image's path.
     pub(in crate::backup) chains: HashMap<PathBuf, ChainData>,
     /// What is given with `--config`: paths and bytes.

@@ -43,6 +43,13 @@ impl Entry {
     }
 }
 
+/// What a name in a folder is.
+enum Found {
+    Entry(Box<Entry>),
+    /// Ends in `.partial`.
+    Partial(String),
+}
+
 /// A folder as far as one disk is concerned.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct History {
@@ -74,9 +81,14 @@ impl History {
         };
         let Some((list, folder)) = list else { return Ok(history) };
         let side = folder.folder(manifest::FOLDER).ok();
-        for item in list {
-            let Ok(name) = item.name.into_string() else { continue };
-            history.add(side.as_ref(), name, disk);
+        let names: Vec<String> =
+            list.into_iter().filter_map(|item| item.name.into_string().ok()).collect();
+        for found in each(&names, |name| history.look(side.as_ref(), name, disk)) {
+            match found {
+                Some(Found::Entry(entry)) => history.entries.push(*entry),
+                Some(Found::Partial(name)) => history.partials.push(name),
+                None => {}
+            }
         }
         history.entries.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
         Ok(history)
@@ -103,7 +115,7 @@ impl History {
             let new = || History { dir: dir.to_path_buf(), tail: tail.clone(), ..Self::default() };
             let history = found.entry(tail.clone()).or_insert_with(new);
             match parsed {
-                None => history.add_plain(None, name, None),
+                None => history.entries.extend(history.look_plain(None, &name, None)),
                 Some(_) if whole.len() != name.len() => history.partials.push(name),
                 Some((level, time, _)) => {
                     history.entries.push(Entry { name, level, time, manifest: None, broken: None });
@@ -151,18 +163,18 @@ impl History {
         }
     }
 
-    /// `side` is the folder of manifests, held while many are read.
-    fn add(&mut self, side: Option<&Folder>, name: String, disk: Option<&str>) {
-        let whole = name.strip_suffix(".partial").unwrap_or(&name);
-        let parsed = names::parse_image(whole).map(|(l, t, d)| (l, t, d.to_string()));
-        let partial = whole.len() != name.len();
-        let Some((level, time, of)) = parsed else { return self.add_plain(side, name, disk) };
+    /// What a name in the folder is. `side` is the folder of manifests, held while many are read.
+    fn look(&self, side: Option<&Folder>, name: &str, disk: Option<&str>) -> Option<Found> {
+        let whole = name.strip_suffix(".partial").unwrap_or(name);
+        let Some((level, time, of)) = names::parse_image(whole) else {
+            return self.look_plain(side, name, disk).map(|e| Found::Entry(Box::new(e)));
+        };
         if disk.is_some_and(|d| d != of) {
-            return;
+            return None;
         }
-        if partial {
-            self.partials.push(name);
-            return;
+        let name = name.to_string();
+        if whole.len() != name.len() {
+            return Some(Found::Partial(name));
         }
         let (manifest, broken) = match self.manifest(side, &name) {
             Ok(m) => (m, None),
@@ -170,29 +182,29 @@ impl History {
         };
         let state_time = manifest.as_ref().and_then(|m| m.state_time(Some(time)));
         let time = state_time.unwrap_or(time);
-        self.entries.push(Entry { name, level, time, manifest, broken });
+        Some(Found::Entry(Box::new(Entry { name, level, time, manifest, broken })))
     }
 
     /// Images without a timestamp (`--no-timestamp`) count if a manifest says what they are. One
     /// whose manifest is damaged is taken for a FULL of the time of its file.
-    fn add_plain(&mut self, side: Option<&Folder>, name: String, disk: Option<&str>) {
+    fn look_plain(&self, side: Option<&Folder>, name: &str, disk: Option<&str>) -> Option<Entry> {
         if disk.is_some_and(|d| d != name) {
-            return;
+            return None;
         }
-        let entry = match self.manifest(side, &name) {
-            Ok(None) => return,
+        let (manifest, name) = (self.manifest(side, name), name.to_string());
+        match manifest {
+            Ok(None) => None,
             Ok(Some(m)) => {
                 let (level, time) = (m.level, m.state_time(Some(m.time)).unwrap_or(m.time));
-                Entry { name, level, time, manifest: Some(m), broken: None }
+                Some(Entry { name, level, time, manifest: Some(m), broken: None })
             }
             Err(e) => {
                 let meta = folder::look(&self.dir.join(&name));
                 let time = meta.map_or(0, |m| m.mtime());
                 let broken = Some(e.report());
-                Entry { name, level: Level::Full, time, manifest: None, broken }
+                Some(Entry { name, level: Level::Full, time, manifest: None, broken })
             }
-        };
-        self.entries.push(entry);
+        }
     }
 
     /// The manifest of an image. Where nobody holds the folder of manifests, it is opened: that may fail,

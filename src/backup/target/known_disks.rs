@@ -2,9 +2,6 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-use serde_json::Value;
 
 use super::history::History;
 use super::target_id;
@@ -12,14 +9,14 @@ use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::folder::EntryKind;
 use crate::layout::name::{Promise, promise};
-use crate::manifest::{DiskIdentity, Manifest, vm_name, vm_uuid};
+use crate::manifest::{DiskIdentity, Manifest, VmConfig, vm_name, vm_uuid};
 use crate::text::{path_text, to_text};
 
 /// The disks of a shut-off VM, as the VM's own QEMU names them where the target knows that.
 #[derive(Debug)]
 pub struct KnownDisks {
     /// What the VM's QEMU said of it at the last point.
-    pub vm: Option<Arc<Value>>,
+    pub vm: Option<VmConfig>,
     /// In the order in which they were given.
     pub disks: Vec<KnownDisk>,
 }
@@ -149,7 +146,7 @@ fn vm_id(m: &Manifest) -> Option<&str> {
     vm_uuid(&m.vm).or(vm_name(&m.vm))
 }
 
-fn one_vm(points: &[&Manifest]) -> Result<Option<Arc<Value>>> {
+fn one_vm(points: &[&Manifest]) -> Result<Option<VmConfig>> {
     let mut vms = points.iter().filter(|m| vm_id(m).is_some());
     let Some(first) = vms.next() else { return Ok(None) };
     match vms.find(|m| vm_id(m) != vm_id(first)) {

@@ -6,7 +6,9 @@ use crate::error::{Error, Kind, Result};
 use crate::layer::Format;
 use crate::layout::Level;
 use crate::manifest;
-use crate::manifest::{Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest};
+use crate::manifest::{
+    Consistency, Contents, DiskIdentity, FORMAT_VERSION, ImageFormat, Manifest, VmConfig,
+};
 
 /// What the catalog knows about a point as a manifest; `None` if a manifest cannot say it (an
 /// internal snapshot, a plain image, a point that depends on a file in another folder).
@@ -63,7 +65,7 @@ pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
         duration_ms: 0,
         blake3: None,
         fingerprint: None,
-        vm: std::sync::Arc::default(),
+        vm: VmConfig::default(),
         backing: None,
         config_files: Vec::new(),
         skipped: Vec::new(),

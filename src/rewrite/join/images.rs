@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{FileId, Folder};
 use crate::layout::Level;
 use crate::layout::name::{Name, parse};
-use crate::manifest::{FOLDER, Manifest};
+use crate::manifest::{FOLDER, Manifest, VmConfig};
 use crate::restore::check_removable;
 use crate::rewrite::files;
 use crate::text::{path_text, to_text};
@@ -153,7 +153,7 @@ impl<'a> Images<'a> {
     }
 
     /// What the newest manifest says of the VM.
-    pub(crate) fn vm(&self) -> Option<std::sync::Arc<serde_json::Value>> {
+    pub(crate) fn vm(&self) -> Option<VmConfig> {
         self.manifests().find(|m| !m.vm.is_null()).map(|m| m.vm)
     }
 }
