@@ -3,12 +3,14 @@
 //! [`scan`] does it: `walk` reads the directory (`tree`), `.fleecefs/` beside the images (`side_folder`) and what files
 //! hold (`probe`). `link` decides which files are of one disk (`group`), in which format each is read
 //! (`format`), which parent it has, and whether it can be served (`dependencies`). `points` makes the `catalog` of it.
+//! `run_gaps` finds what is missing of the newest runs.
 //! The result is a [`Catalog`]: a value that `list`, `mount`, `restore`, `verify` and `prune` share. Nothing here
 //! writes.
 
 mod catalog;
 pub(crate) mod link;
 pub(crate) mod points;
+mod run_gaps;
 pub mod scan;
 pub(crate) mod walk;
 
@@ -19,3 +21,4 @@ pub use self::points::select::{POINT_HELP, time_name};
 pub use self::walk::pointer::backing_name;
 pub(crate) use catalog::NEWEST_LOST;
 pub use catalog::{Catalog, Disk, Point};
+pub(crate) use run_gaps::{missing_of_run, run_gaps};

@@ -10,7 +10,7 @@ use super::paths::catalog;
 use super::runs;
 use super::table::{Row, Table, level_name};
 use super::verbosity;
-use crate::chain::{Catalog, Disk, Point};
+use crate::chain::{Catalog, Disk, Point, run_gaps};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layout::Level;
 use crate::manifest::Achieved;
@@ -70,13 +70,18 @@ const HEADER_OK: &str = "ok (not verified)";
 /// # Errors
 /// The directory cannot be read; with `--strict` also `Incomplete`.
 pub(super) fn run(args: ListArgs) -> Result<()> {
-    let catalog = catalog(&args.dir)?;
+    let mut catalog = catalog(&args.dir)?;
+    let gaps = run_gaps(&catalog);
+    catalog.findings.extend(gaps);
     let shown = Shown { catalog: &catalog, args: &args };
     if let Some(name) = args.disk.as_ref().filter(|_| shown.disks().next().is_none()) {
         return Err(catalog.no_disk(Path::new(name)));
     }
     match (args.runs, args.json) {
-        (true, _) => runs::show(&catalog, &shown.points().collect::<Vec<_>>(), args.json)?,
+        (true, _) => {
+            let points: Vec<_> = shown.points().collect();
+            runs::show(&catalog, &points, args.disk.is_none(), args.json)?;
+        }
         (false, true) => output::print(&json(&shown)?)?,
         (false, false) => output::print_lines(&table(&shown, verbosity::is_verbose()))?,
     }

@@ -152,7 +152,7 @@ struct Job<'a> {
 /// ranges were given up.
 pub(super) fn run(args: RestoreArgs) -> Result<()> {
     let catalog = paths::catalog(&args.dir)?;
-    let jobs = jobs(&args, &catalog)?;
+    let (jobs, missing) = jobs(&args, &catalog)?;
     for job in &jobs {
         check_target(&args.how, &catalog, job)?;
     }
@@ -168,6 +168,7 @@ pub(super) fn run(args: RestoreArgs) -> Result<()> {
         }
     }
     check_failed(failed, jobs.len())?;
+    check_missing(missing, jobs.len())?;
     if given_up > 0 {
         let text = format!("{given_up} bytes could not be read and are zeros in the result");
         return Err(Error::new(Kind::Partial, text));
@@ -194,11 +195,26 @@ fn check_failed(mut failed: Vec<(&Job, Error)>, all: usize) -> Result<()> {
     Err(Error::new(kind, text).remedy("the reasons are above"))
 }
 
-fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
+/// Fails if the run made images that are gone.
+fn check_missing(missing: usize, restored: usize) -> Result<()> {
+    if missing == 0 {
+        return Ok(());
+    }
+    let all = counted((restored + missing) as u64, "disk");
+    let text = format!("{missing} of {all} not restored: images of this run are missing");
+    Err(Error::new(Kind::Partial, text).remedy("their names are above"))
+}
+
+/// What is to be restored, and how many images of a run are missing.
+fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, usize)> {
     if let (Some(name), Some(to)) = (&args.run, &args.to) {
         let run = run::find(catalog, name)?;
         for path in &run.without {
             log::warn!("disk {} has no point of this run", path_text(&path));
+        }
+        for i in &run.missing {
+            let (disk, image) = (path_text(&i.disk), path_text(&i.image));
+            log::error!("disk {disk}: not restored: image {image} of this run is missing");
         }
         let to = paths::to_make(to)?;
         let names = names_in_run(&args.how, &run.points);
@@ -207,13 +223,13 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<Vec<Job<'a>>> {
             Ok(Job { disk, point: *point, target, of_run: true })
         };
         let jobs = run.points.iter().zip(names).map(job).collect::<Result<Vec<_>>>()?;
-        return check_apart(&jobs).map(|()| jobs);
+        return check_apart(&jobs).map(|()| (jobs, run.missing.len()));
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
         return Err(verbosity::usage("name POINT and TARGET, or --run and --to"));
     };
     let (disk, point) = catalog.find(point)?;
-    Ok(vec![Job { disk, point, target: args.how.target(target)?, of_run: false }])
+    Ok((vec![Job { disk, point, target: args.how.target(target)?, of_run: false }], 0))
 }
 
 /// File and format of each of a run's points, below the folder that they are restored to: what the VM

@@ -7,10 +7,10 @@ use serde_json::json;
 
 use super::table::{Row, Table, level_name};
 use super::verbosity;
-use crate::chain::{Catalog, Disk};
+use crate::chain::{Catalog, Disk, missing_of_run};
 use crate::error::Result;
 use crate::layout::Level;
-use crate::manifest::Achieved;
+use crate::manifest::{Achieved, Manifest};
 use crate::output;
 use crate::output::{Line, Look};
 use crate::restore::run::{Duplicates, Guest, PointTime, manifest_of};
@@ -31,8 +31,11 @@ struct RunRow {
     #[serde(serialize_with = "as_time")]
     time: i64,
     points: Vec<PointRow>,
-    /// Disks that the run should have backed up and could not.
+    /// Disks that the run should have backed up and could not, or whose images of it are gone.
     failed: BTreeSet<String>,
+    /// Of its points.
+    #[serde(skip)]
+    manifests: Vec<Manifest>,
     /// Bytes that its files take.
     own_bytes: u64,
     /// The least that is known of any of its points.
@@ -48,12 +51,22 @@ struct PointRow {
     served: bool,
 }
 
-/// Prints the runs of `points`, the newest first, as a table or as JSON.
+/// Prints the runs of `points`, which may be those of `all_disks`, the newest first, as a table or as JSON.
 ///
 /// # Errors
 /// They cannot be written.
-pub(super) fn show(catalog: &Catalog, points: &[(&Disk, usize)], as_json: bool) -> Result<()> {
-    let runs = runs(catalog, points);
+pub(super) fn show(
+    catalog: &Catalog,
+    points: &[(&Disk, usize)],
+    all_disks: bool,
+    as_json: bool,
+) -> Result<()> {
+    let mut runs = runs(catalog, points);
+    // Of one disk's points nothing can be told about the others.
+    for run in runs.iter_mut().filter(|_| all_disks) {
+        let missing = missing_of_run(&run.manifests);
+        run.failed.extend(missing.into_iter().map(|i| i.disk));
+    }
     if as_json {
         return output::print(&output::json_document(&json!({"runs": runs}))?);
     }
@@ -84,6 +97,7 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
             time: p.time,
             points: Vec::new(),
             failed: BTreeSet::new(),
+            manifests: Vec::new(),
             own_bytes: 0,
             consistency: Achieved::word(p.consistency),
             served: true,
@@ -95,7 +109,10 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
             level: p.level,
             served: p.is_served(),
         });
-        run.failed.extend(manifest.into_iter().flat_map(|m| m.failed).map(|f| f.disk));
+        if let Some(m) = manifest {
+            run.failed.extend(m.failed.iter().map(|f| f.disk.clone()));
+            run.manifests.push(m);
+        }
         run.own_bytes = run.own_bytes.saturating_add(p.own_bytes);
         run.served &= p.is_served();
         if run.consistency != Achieved::word(p.consistency) {

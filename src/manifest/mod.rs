@@ -123,6 +123,10 @@ pub struct Manifest {
     /// partial.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<Skipped>,
+    /// The images of all disks of the run, this one among them: what tells that one is gone. Empty where nobody
+    /// said: 0.1.0 did not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub run_images: Vec<RunImage>,
 }
 
 /// The part of a [`Manifest`] that orders and describes points: a mount keeps it for each image, and
@@ -317,7 +321,17 @@ pub struct ConfigFile {
     pub blake3: String,
 }
 
-/// A disk that was left out.
+/// An image of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunImage {
+    /// Node, device or qdev name of its disk.
+    pub disk: String,
+    /// File name of the image, without folders.
+    #[serde(deserialize_with = "plain_name")]
+    pub image: String,
+}
+
+/// A disk that was skipped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
     /// Node, device or qdev name.
@@ -441,6 +455,7 @@ pub(crate) mod tests {
             config_files: Vec::new(),
             skipped: Vec::new(),
             failed: Vec::new(),
+            run_images: Vec::new(),
         }
     }
 

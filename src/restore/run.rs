@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk};
+use crate::chain::{Catalog, Disk, missing_of_run};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::journal::linking;
 use crate::layout::Level;
 use crate::manifest;
-use crate::manifest::{Manifest, vm_name, vm_uuid};
+use crate::manifest::{Manifest, RunImage, vm_name, vm_uuid};
 use crate::text::{path_text, to_text};
 use crate::units::{iso_time, parse_when};
 
@@ -21,6 +21,8 @@ pub(crate) struct Run<'a> {
     pub points: Vec<(&'a Disk, usize)>,
     /// Disks beside those that have no point of this run.
     pub without: Vec<PathBuf>,
+    /// Images that the run made and that are gone, as the manifests of the others say.
+    pub missing: Vec<RunImage>,
 }
 
 /// A VM as far as manifests tell: its UUID, its name, or, where there are none, the folder of its disks.
@@ -281,7 +283,13 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
                 .remedy("restore the other disks one by one, or this file from another copy"));
         }
     }
-    Ok(Run { points, without })
+    // Of several VMs there are several runs of one time.
+    let mut runs: BTreeMap<String, Vec<Manifest>> = BTreeMap::new();
+    for m in points.iter().filter_map(|(disk, point)| manifest_of(disk, *point)) {
+        runs.entry(m.run.clone()).or_default().push(m);
+    }
+    let missing = runs.values().flat_map(|run| missing_of_run(run)).collect();
+    Ok(Run { points, without, missing })
 }
 
 /// An image of one of these runs of which only the manifest is left.

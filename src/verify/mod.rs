@@ -27,7 +27,7 @@ pub use report::{Outcome, PointReport, Report};
 use report::{outcome_of, worst};
 
 use crate::chain::scan::FormatOverride;
-use crate::chain::{Catalog, Disk, Point};
+use crate::chain::{Catalog, Disk, Point, run_gaps};
 use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::layer::qcow2::check as structure;
 use crate::progress::Progress;
@@ -63,12 +63,13 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
         None => links::missing_images(catalog),
         Some(_) => Vec::new(),
     };
+    let gaps = if options.point.is_none() { run_gaps(catalog) } else { Vec::new() };
     // With all images gone there is no point left to look at, and much to tell.
     let all_gone = !orphans.is_empty() && options.since.is_none();
     let chosen = choose(catalog, options, all_gone)?;
     let files = files::check_all(&targets(options, &chosen), options.threads(), progress)?;
     let mut report = Report::new(&catalog.root, options.quick);
-    report.findings = catalog.findings.iter().cloned().chain(orphans).collect();
+    report.findings = catalog.findings.iter().cloned().chain(orphans).chain(gaps).collect();
     let mut look =
         PointChecker { options, files: &files, recorder: None, reported: HashSet::new() };
     if options.create && !options.quick {

@@ -95,6 +95,28 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     assert!(exit == Some(3) && said.contains("vm.xml"), "{said}");
     let point = json(&["show", target, "a.qcow2/latest"]);
     assert_eq!((&point["depth"], &point["manifest"]["run"]), (&2.into(), &runs[0]["run"]));
+
+    // An image that is gone with its manifest is told by the run's other disks.
+    must(&["list", target, "--strict"]);
+    must(&["verify", target]);
+    let image = runs[0]["points"][1]["point"].as_str().unwrap();
+    let folder = caller.target.join("o.qcow2");
+    std::fs::remove_file(folder.join(image)).unwrap();
+    manifest::remove(&folder, image.as_ref()).unwrap();
+    for command in [&["list", target, "--strict"][..], &["verify", target]] {
+        let (exit, said) = fleecefs(command);
+        assert!(exit.is_some_and(|e| e != 0) && said.contains(image), "{command:?}: {said}");
+    }
+    assert!(must(&["list", target]).contains(&format!("missing {image} of disk o")));
+    let text = must(&["list", "--runs", target]);
+    assert!(text.contains("partial: without o"), "{text}");
+    // The run before has all that it made; of one disk's points nothing is told about the other.
+    assert_eq!(text.matches("partial: without").count(), 1, "{text}");
+    assert!(!must(&["list", "--runs", target, "--disk", "a.qcow2"]).contains("partial"));
+    let to = m.text("incomplete");
+    let (exit, said) = fleecefs(&["restore", target, "--run", "latest", "--to", &to]);
+    assert!(exit == Some(16) && said.contains(&format!("image {image} of this run")), "{said}");
+    assert_eq!(first_difference(&bytes(&Path::new(&to).join("a.qcow2")), &m.expect[0]), None);
 }
 
 /// A time of JSON in seconds since 1970.

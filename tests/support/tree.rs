@@ -136,6 +136,7 @@ fn example(image: &str, level: Level, parent: Option<&str>) -> Manifest {
         config_files: Vec::new(),
         skipped: Vec::new(),
         failed: Vec::new(),
+        run_images: Vec::new(),
     }
 }
 

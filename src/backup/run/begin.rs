@@ -17,7 +17,9 @@ use crate::backup::{Options, names, now, now_exactly, plan, recover};
 use crate::error::{Kind, Result};
 use crate::failpoint;
 use crate::layout::Level;
-use crate::manifest::{Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, VmConfig};
+use crate::manifest::{
+    Consistency, Contents, FORMAT_VERSION, ImageFormat, Manifest, RunImage, VmConfig,
+};
 use crate::qmp::Client;
 use crate::text::path_text;
 
@@ -273,6 +275,11 @@ impl Run<'_> {
             config_files: Vec::new(),
             skipped: plan.skipped.clone(),
             failed: plan.refused.iter().map(|(d, e)| failure(d, e)).collect(),
+            run_images: plan.disks.iter().map(run_image).collect(),
         }
     }
+}
+
+fn run_image(p: &DiskPlan) -> RunImage {
+    RunImage { disk: p.disk.label().to_string(), image: p.image.clone() }
 }

@@ -70,6 +70,7 @@ pub fn describe_format(disk: &Disk, i: usize) -> Option<Manifest> {
         config_files: Vec::new(),
         skipped: Vec::new(),
         failed: Vec::new(),
+        run_images: Vec::new(),
     })
 }
 

@@ -1,0 +1,112 @@
+//! Images that a backup run made and that are gone, manifest and all: the manifests of the run's other disks
+//! name them.
+
+use std::borrow::Borrow;
+use std::collections::{BTreeMap, HashSet};
+use std::ffi::OsStr;
+
+use super::{Catalog, Disk};
+use crate::error::{Error, Finding, Kind};
+use crate::manifest::{self, Manifest, RunImage};
+use crate::text::path_text;
+
+/// Of all manifests of one run: the images that it made, under the names that its disks had, and of which none is
+/// among these manifests. (A disk may have another name by now: as many images as go by a name that the run did
+/// not give are taken for those that are missing.)
+pub(crate) fn missing_of_run<M: Borrow<Manifest>>(run: &[M]) -> Vec<RunImage> {
+    let run = || run.iter().map(Borrow::borrow);
+    let here: HashSet<&str> = run().flat_map(names_of).collect();
+    let failed: HashSet<&str> = run().flat_map(|m| &m.failed).map(|f| f.disk.as_str()).collect();
+    let made: BTreeMap<&str, &RunImage> = run()
+        .flat_map(|m| &m.run_images)
+        .filter(|i| !failed.contains(i.disk.as_str()))
+        .map(|i| (i.image.as_str(), i))
+        .collect();
+    let renamed = run().filter(|m| !names_of(m).any(|n| made.contains_key(n))).count();
+    let missing: Vec<RunImage> = made
+        .iter()
+        .filter(|(image, _)| !here.contains(**image))
+        .map(|(_, i)| (*i).clone())
+        .collect();
+    if missing.len() > renamed { missing } else { Vec::new() }
+}
+
+/// The image's own name, and that of the image whose state was merged into it.
+fn names_of(m: &Manifest) -> impl Iterator<Item = &str> {
+    [Some(m.image.as_str()), m.state_of.as_deref()].into_iter().flatten()
+}
+
+/// What is missing of the newest runs: of those of which each image that is there is the newest of its disk. (Of
+/// older runs it may have been pruned.)
+pub(crate) fn run_gaps(catalog: &Catalog) -> Vec<Finding> {
+    let mut runs: BTreeMap<String, Vec<(&Disk, Manifest)>> = BTreeMap::new();
+    for disk in &catalog.disks {
+        let Some(m) = newest_manifest(disk).filter(|m| !m.run.is_empty()) else { continue };
+        runs.entry(m.run.clone()).or_default().push((disk, m));
+    }
+    // What has a manifest left is a finding of its disk's.
+    let told: HashSet<&OsStr> =
+        catalog.disks.iter().filter_map(|d| d.newest_missing()?.file_name()).collect();
+    runs.into_values().filter_map(|run| gap(&run, &told)).collect()
+}
+
+fn gap(run: &[(&Disk, Manifest)], told: &HashSet<&OsStr>) -> Option<Finding> {
+    let manifests: Vec<&Manifest> = run.iter().map(|(_, m)| m).collect();
+    let mut missing = missing_of_run(&manifests);
+    missing.retain(|i| !told.contains(OsStr::new(&i.image)));
+    let (disk, m) = run.first().filter(|_| !missing.is_empty())?;
+    let name = |i: &RunImage| format!("{} of disk {}", path_text(&i.image), path_text(&i.disk));
+    let names: Vec<String> = missing.iter().map(name).collect();
+    let what =
+        format!("the newest backup (run {}) is incomplete: missing {}", m.run, names.join(", "));
+    let e = Error::new(Kind::Incomplete, what)
+        .remedy("restore the missing image and its manifest from another copy, or back up again");
+    Some(Finding::from_error(&e, &disk.points.last()?.source))
+}
+
+fn newest_manifest(disk: &Disk) -> Option<Manifest> {
+    let source = &disk.points.last()?.source;
+    let name: &OsStr = source.file_name()?;
+    manifest::read(source.parent()?, name).ok()?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Level;
+    use crate::manifest::Skipped;
+    use crate::manifest::tests::example;
+
+    fn run(images: &[&str]) -> Vec<Manifest> {
+        let of = |image: &&str| {
+            let mut m = example(image, Level::Full, None);
+            m.run_images = ["a", "b", "c"]
+                .map(|d| RunImage { disk: d.into(), image: format!("FULL-1-{d}") })
+                .to_vec();
+            m
+        };
+        images.iter().map(of).collect()
+    }
+
+    #[test]
+    fn what_a_run_made_is_here_or_missing() {
+        assert!(missing_of_run(&run(&["FULL-1-a", "FULL-1-b", "FULL-1-c"])).is_empty());
+        let missing = missing_of_run(&run(&["FULL-1-a", "FULL-1-c"]));
+        assert_eq!(missing, [RunImage { disk: "b".into(), image: "FULL-1-b".into() }]);
+        assert_eq!(missing_of_run(&run(&["FULL-1-a"])).len(), 2);
+        // A manifest of before that tells nothing.
+        assert!(missing_of_run(&[example("FULL-1-a", Level::Full, None)]).is_empty());
+        assert!(missing_of_run::<Manifest>(&[]).is_empty());
+    }
+
+    #[test]
+    fn what_has_another_name_or_was_merged_or_failed_is_not_missing() {
+        assert!(missing_of_run(&run(&["FULL-1-a", "FULL-1-new", "FULL-1-c"])).is_empty());
+        let mut merged = run(&["FULL-1-a", "FULL-0-b", "FULL-1-c"]);
+        merged[1].state_of = Some("FULL-1-b".into());
+        assert!(missing_of_run(&merged).is_empty());
+        let mut failed = run(&["FULL-1-a", "FULL-1-c"]);
+        failed[0].failed.push(Skipped { disk: "b".into(), reason: "I/O error".into() });
+        assert!(missing_of_run(&failed).is_empty());
+    }
+}
