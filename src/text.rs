@@ -140,6 +140,36 @@ pub fn as_lower<S: serde::Serializer>(word: &str, to: S) -> Result<S::Ok, S::Err
     to.serialize_str(&word.to_ascii_lowercase())
 }
 
+/// As people count: `disk2` is before `disk10`. What is alike but for leading zeros is ordered by its bytes.
+pub fn natural_order(a: &OsStr, b: &OsStr) -> std::cmp::Ordering {
+    let (mut x, mut y) = (a.as_bytes(), b.as_bytes());
+    loop {
+        let (digits_x, rest_x) = digits(x);
+        let (digits_y, rest_y) = digits(y);
+        let (value_x, value_y) = (without_zeros(digits_x), without_zeros(digits_y));
+        let order = match (digits_x, digits_y) {
+            ([], _) | (_, []) => x.first().cmp(&y.first()),
+            _ => value_x.len().cmp(&value_y.len()).then_with(|| value_x.cmp(value_y)),
+        };
+        if order.is_ne() || x.is_empty() {
+            return order.then_with(|| a.cmp(b));
+        }
+        // Equal so far: the number, or one byte.
+        (x, y) = match (digits_x, digits_y) {
+            ([], _) | (_, []) => (&x[1..], &y[1..]),
+            _ => (rest_x, rest_y),
+        };
+    }
+}
+
+fn digits(text: &[u8]) -> (&[u8], &[u8]) {
+    text.split_at(text.iter().take_while(|b| b.is_ascii_digit()).count())
+}
+
+fn without_zeros(digits: &[u8]) -> &[u8] {
+    &digits[digits.iter().take_while(|b| **b == b'0').count()..]
+}
+
 /// Columns that a text takes on a terminal.
 pub fn columns(text: &str) -> usize {
     match is_plain(text.as_bytes()) {
@@ -270,6 +300,16 @@ mod tests {
         for text in [line, pretty] {
             assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
         }
+    }
+
+    #[test]
+    fn numbers_in_names_are_ordered_as_numbers() {
+        let mut names =
+            ["d10", "d2", "d", "d02", "e1", "d2a", "D3", "d99999999999999999999999", "10", "9"];
+        names.sort_by(|a, b| natural_order(a.as_ref(), b.as_ref()));
+        let want =
+            ["9", "10", "D3", "d", "d02", "d2", "d2a", "d10", "d99999999999999999999999", "e1"];
+        assert_eq!(names, want);
     }
 
     #[test]

@@ -186,8 +186,10 @@ fn bitmap_line(b: &BitmapLine) -> String {
         (b.inconsistent, "INCONSISTENT"),
         (b.busy, "busy"),
     ];
-    let flags: Vec<&str> = flags.iter().filter(|f| f.0).map(|f| f.1).collect();
-    format!("bitmap {}: {} dirty, {} ({})", b.name, human_bytes(b.dirty), flags.join(", "), b.owner)
+    let flags = flags.iter().filter(|f| f.0).map(|f| f.1);
+    let dirty = format!("{} dirty", human_bytes(b.dirty));
+    let facts: Vec<&str> = std::iter::once(dirty.as_str()).chain(flags).collect();
+    format!("bitmap {}: {} ({})", b.name, facts.join(", "), b.owner)
 }
 
 fn lines(all: impl Iterator<Item = String>) -> String {

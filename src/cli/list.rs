@@ -29,7 +29,7 @@ use crate::units::{as_time, counted, human_bytes, iso_time, parse_when};
 ///
 /// CONSISTENCY is how the guest was prepared: 'paused' (stopped for the whole backup), 'file-system' (its
 /// file systems were frozen), 'crash' (like after a power cut), 'offline' (the VM was shut off), or 'unknown'
-/// (there is no manifest).
+/// (there is no manifest). Columns for which 80 characters are too few are omitted; -v shows all.
 ///
 /// With --runs each row is a backup run: the time to give to 'restore --run', its disks, and those
 /// that are missing. All times are in UTC.

@@ -102,7 +102,9 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
         show(&plan, args.json, false)?;
     }
     // Whoever runs it by cron does not read the plan.
-    held(&plan).iter().for_each(|why| log::warn!("nothing deleted: {why} (override with --force)"));
+    for why in held(&plan).iter().filter(|_| !verbosity::is_silent()) {
+        output::tell(&format!("warning: nothing deleted: {why} (override with --force)\n"));
+    }
     execute(&catalog, &plan, &Bar::default())?;
     // Each consolidation takes them again.
     drop(locks);

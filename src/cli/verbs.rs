@@ -160,7 +160,7 @@ pub(super) fn rebase(args: RebaseArgs) -> Result<()> {
         return Ok(());
     }
     plan.execute(args.verb.skip_check, &work)?;
-    output::print(&format!("{} leads to the point\n", path_text(&plan.link)))
+    output::print(&format!("{} now links to the image of this point\n", path_text(&plan.link)))
 }
 
 /// Runs `fleecefs commit`.
@@ -200,8 +200,10 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     }
     plan.execute(&line, verb.skip_check, &work)?;
     let count = plan.increments.len();
-    let held = counted(count as u64, "increment");
-    output::print(&format!("{} has {held}\n", path_text(&plan.full.path)))
+    let merged = counted(count as u64, "increment");
+    let full = path_text(&plan.full.path);
+    let as_what = if with_snapshots { " as snapshots" } else { "" };
+    output::print(&format!("merged {merged} into {full}{as_what}\n"))
 }
 
 /// Runs `fleecefs merge`.

@@ -16,6 +16,7 @@ use crate::chain::link::open_formats::note;
 use crate::chain::walk::tree::Tree;
 use crate::chain::{Catalog, Disk};
 use crate::error::{Finding, Severity};
+use crate::text::natural_order;
 
 /// Makes the catalog of a walked directory; also what its files depend on.
 pub(in crate::chain) fn assemble(mut tree: Tree) -> (Catalog, BackingPaths) {
@@ -46,7 +47,7 @@ pub(in crate::chain) fn assemble(mut tree: Tree) -> (Catalog, BackingPaths) {
         let path = unique(&disk.path, &mut taken);
         disks.push(Disk { path, ..disk });
     }
-    disks.sort_by(|a, b| a.path.cmp(&b.path));
+    disks.sort_by(|a, b| natural_order(a.path.as_os_str(), b.path.as_os_str()));
     let bases = deps.bases();
     (Catalog { root: tree.root.clone(), disks, findings }, bases)
 }

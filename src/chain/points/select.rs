@@ -77,11 +77,29 @@ impl Catalog {
         if found.is_empty() {
             found = self.shown(selector);
         }
+        if found.is_empty() {
+            found = self.without_extension(selector);
+        }
         match found.as_slice() {
             [one] => Ok(*one),
             [] => Err(self.not_found(selector)),
             many => Err(several(selector, many.iter().map(|(d, i)| d.point_path(*i)))),
         }
+    }
+
+    /// `sda/latest` for the one disk that is called `sda.qcow2` or the like.
+    fn without_extension(&self, selector: &Path) -> Vec<(&Disk, usize)> {
+        let (Some(parent), Some(point)) = (selector.parent(), selector.file_name()) else {
+            return Vec::new();
+        };
+        let is_image = |d: &&Disk| {
+            let extension = d.path.extension().and_then(|e| e.to_str());
+            extension.is_some_and(|e| ["qcow2", "raw", "img"].contains(&e))
+        };
+        let disks = self.disks.iter().filter(is_image);
+        let disks = disks.filter(|d| d.path.with_extension("") == parent);
+        let points = |d: &Disk| -> Vec<usize> { d.matching(&d.path.join(point)).collect() };
+        disks.flat_map(|d| points(d).into_iter().map(move |i| (d, i))).collect()
     }
 
     /// By the text that `list` shows for names which a terminal cannot show as they are.
