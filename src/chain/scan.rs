@@ -47,6 +47,9 @@ pub struct ScanOptions {
     pub called: Option<PathBuf>,
     /// What the user says of images about which nothing else decides.
     pub format_override: Option<FormatOverride>,
+    /// Qcow2 images that are shorter than their manifests say are served as far as they go: for who wants what is
+    /// left.
+    pub salvage: bool,
 }
 
 #[cfg(test)]
@@ -86,6 +89,7 @@ pub fn scan(
             called,
             folders: Vec::new(),
             files: Vec::new(),
+            salvage: options.salvage,
             by_path: HashMap::new(),
             former: HashMap::new(),
             findings: Vec::new(),

@@ -12,7 +12,15 @@ pub(super) use crate::folder::user_paths::{backups, existing_folder, log_file, r
 /// # Errors
 /// See [`backups`] and [`scan`].
 pub(super) fn catalog(path: &Path) -> Result<Catalog> {
-    catalog_with_format(path, None)
+    catalog_with(path, ScanOptions::default())
+}
+
+/// As [`catalog`], with images that were cut short served as far as they go if `salvage`.
+///
+/// # Errors
+/// As [`catalog`].
+pub(super) fn catalog_to_salvage(path: &Path, salvage: bool) -> Result<Catalog> {
+    catalog_with(path, ScanOptions { salvage, ..ScanOptions::default() })
 }
 
 /// As [`catalog`]; `format_override` is what the user says of files whose format nothing else decides.
@@ -23,9 +31,12 @@ pub(super) fn catalog_with_format(
     path: &Path,
     format_override: Option<FormatOverride>,
 ) -> Result<Catalog> {
+    catalog_with(path, ScanOptions { format_override, ..ScanOptions::default() })
+}
+
+fn catalog_with(path: &Path, options: ScanOptions) -> Result<Catalog> {
     let real = backups(path)?;
-    let called = Some(absolute(path)?);
-    let options = ScanOptions { called, format_override, ..ScanOptions::default() };
+    let options = ScanOptions { called: Some(absolute(path)?), ..options };
     scan(&real, &options, None).map(|(catalog, _)| catalog)
 }
 

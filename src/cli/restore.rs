@@ -151,7 +151,7 @@ struct Job<'a> {
 /// The directory, run or point cannot be read; see [`crate::restore::restore`]. `Partial` if
 /// ranges were given up.
 pub(super) fn run(args: RestoreArgs) -> Result<()> {
-    let catalog = paths::catalog(&args.dir)?;
+    let catalog = paths::catalog_to_salvage(&args.dir, args.how.salvage)?;
     let (jobs, missing) = jobs(&args, &catalog)?;
     for job in &jobs {
         check_target(&args.how, &catalog, job)?;

@@ -115,10 +115,12 @@ fn text(report: &Report) -> String {
         };
         output::push_line(&mut out, format!("{word}: {f}"));
     }
-    for p in report.points.iter().filter(|p| p.outcome != Outcome::Sound) {
+    // What has just been recorded is proved from now on.
+    let is_new = |p: &&PointReport| p.recorded && p.outcome == Outcome::Unproven;
+    for p in report.points.iter().filter(|p| p.outcome != Outcome::Sound && !is_new(p)) {
         output::push_line(&mut out, line(p));
     }
-    let count = |o| report.points.iter().filter(|p| p.outcome == o).count();
+    let count = |o| report.points.iter().filter(|p| p.outcome == o && !is_new(p)).count();
     output::push_line(
         &mut out,
         format!(

@@ -59,7 +59,7 @@ impl std::fmt::Display for Reason {
             Reason::SameRun => f.write_str("another disk of this run is kept"),
             Reason::NeededBy(p) => write!(f, "needed by {}", path_text(p)),
             Reason::MayBeNeededBy(p) => {
-                write!(f, "{} may need it when the missing image is back", path_text(p))
+                write!(f, "{} may depend on it", path_text(p))
             }
             Reason::MergedInto(p) => write!(f, "merged into {}", path_text(p)),
             Reason::NotABackup => f.write_str("not a backup"),

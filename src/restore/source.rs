@@ -88,12 +88,50 @@ impl<'a> Reader<'a> {
     /// What was given up, ascending.
     pub(crate) fn into_bad(self) -> Vec<BadRange> {
         let mut bad = self.bad.into_inner().unwrap_or_else(|e| e.into_inner());
-        bad.sort_unstable_by_key(|b| b.start);
-        bad
+        bad.sort_by_key(|b| b.start);
+        // In a full list the last one stands for bytes elsewhere, too.
+        if bad.len() < MAX_LISTED { merged(bad) } else { bad }
     }
+}
+
+/// The same without a byte that is in it twice: what the tables show as bad may have been read, too.
+fn merged(sorted: Vec<BadRange>) -> Vec<BadRange> {
+    let mut out: Vec<BadRange> = Vec::with_capacity(sorted.len());
+    for b in sorted {
+        let end = b.start.saturating_add(b.len);
+        let known = out.last().map_or(0, |l| l.start.saturating_add(l.len));
+        match out.last_mut() {
+            Some(last) if b.start == known && b.reason == last.reason => last.len += b.len,
+            _ if end <= known => {}
+            _ => {
+                let start = b.start.max(known);
+                out.push(BadRange { start, len: end - start, ..b });
+            }
+        }
+    }
+    out
 }
 
 /// Whether only the range that was read is affected.
 fn is_local(e: &Error) -> bool {
     matches!(e.kind(), Kind::Corrupt | Kind::Truncated | Kind::Io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_byte_is_listed_twice() {
+        let range = |start, len, reason: &str| BadRange { start, len, reason: reason.into() };
+        let listed = vec![
+            range(0, 10, "a"),
+            range(4, 6, "b"),
+            range(10, 5, "a"),
+            range(12, 8, "b"),
+            range(30, 5, "b"),
+        ];
+        let want = [range(0, 15, "a"), range(15, 5, "b"), range(30, 5, "b")];
+        assert_eq!(merged(listed), want);
+    }
 }

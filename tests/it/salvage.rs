@@ -265,3 +265,32 @@ fn of_a_marked_image_all_that_claims_clusters_is_looked_into() {
     };
     refused(&wide, "too far apart");
 }
+
+/// What a manifest says of the length is no reason against what is left.
+#[test]
+fn a_cut_image_with_a_manifest_is_salvaged_up_to_the_cut() {
+    if !have("a_cut_image_with_a_manifest_is_salvaged_up_to_the_cut", &["qemu-img", "qemu-io"]) {
+        return;
+    }
+    let b = Backups::new();
+    let path = b.root().join("FULL-1-sda.qcow2");
+    let image = path.to_str().unwrap();
+    run("qemu-img", &["create", "-q", "-f", "qcow2", image, "4M"]);
+    run("qemu-io", &["-c", "write -P 0x41 0 4M", image]);
+    assert_eq!(
+        fleecefs(&["verify", "--create", b.root().to_str().unwrap()]).status.code(),
+        Some(0)
+    );
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let len = file.metadata().unwrap().len();
+    // The upper 1 MiB of guest data and what may follow.
+    file.set_len(len - (1 << 20)).unwrap();
+    assert_eq!(plain(&b, "FULL-1-sda.qcow2").1, None);
+    let (code, said, out) = salvage(&b, "FULL-1-sda.qcow2");
+    assert_eq!(code, 16, "{said}");
+    let out = out.unwrap();
+    let lost = out.chunks(CLUSTER).filter(|c| c.iter().all(|b| *b == 0)).count();
+    assert!((1..=16).contains(&lost), "{lost} clusters of zeros: {said}");
+    let whole = out.chunks(CLUSTER).filter(|c| c.iter().all(|b| *b == 0x41)).count();
+    assert_eq!(lost + whole, 64, "{said}");
+}

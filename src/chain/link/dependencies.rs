@@ -169,7 +169,8 @@ impl<'a> Dependencies<'a> {
         if entry.name == Name::Ignored {
             return fail(Error::new(Kind::Incomplete, "an unfinished or auxiliary file"));
         }
-        manifest_problem(entry).or_else(|| self.data_file(file).err()).and_then(fail)
+        let salvage = self.tree.salvage;
+        manifest_problem(entry, salvage).or_else(|| self.data_file(file).err()).and_then(fail)
     }
 
     fn find_below(&self, file: FileId) -> Result<Backing, Finding> {
@@ -302,8 +303,8 @@ fn member<'a>(tree: &'a Tree, belongs: &'a DiskMember) -> ChainFile<'a> {
     }
 }
 
-/// What a manifest says that its file contradicts.
-fn manifest_problem(entry: &FileEntry) -> Option<Error> {
+/// What a manifest says that its file contradicts; with `salvage` not that the file was cut short.
+fn manifest_problem(entry: &FileEntry, salvage: bool) -> Option<Error> {
     let manifest = entry.manifest.as_deref()?;
     let fail = |kind, what| Some(Error::new(kind, what).at_path(&entry.path).remedy(RESTORE));
     if let Name::Backup { level, .. } = entry.name
@@ -325,6 +326,9 @@ fn manifest_problem(entry: &FileEntry) -> Option<Error> {
         return fail(Kind::Corrupt, what.into());
     }
     let len = entry.probed.file.identity().size;
+    if len < manifest.file_size && salvage && format == ImageFormat::Qcow2 {
+        return None;
+    }
     if len < manifest.file_size {
         let what = format!("it has {len} bytes, its manifest says {}", manifest.file_size);
         return fail(Kind::Truncated, what);

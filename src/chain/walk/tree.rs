@@ -82,6 +82,8 @@ pub(in crate::chain) struct Tree {
     pub folders: Vec<Folder>,
     /// All files.
     pub files: Vec<FileEntry>,
+    /// See [`crate::chain::scan::ScanOptions::salvage`].
+    pub salvage: bool,
     /// By path, as a string of bytes: that is cheaper to hash than its components.
     pub by_path: HashMap<OsString, FileId>,
     /// What files depended on at the last scan, if they have not changed since.
