@@ -68,7 +68,7 @@ pub enum Kind {
     Interrupted,
     /// Part of the work succeeded: some disks have a new point and others have not.
     Partial,
-    /// Something was left out, and `--strict` makes that an error.
+    /// Something was omitted, and `--strict` makes that an error.
     Skipped,
     /// A check found the backup unsound.
     Unsound,

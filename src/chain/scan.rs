@@ -40,7 +40,7 @@ pub use super::walk::probe::ProbeCache;
 /// How to scan.
 #[derive(Debug, Clone, Default)]
 pub struct ScanOptions {
-    /// Folders that are left out, as absolute paths: a mount point inside the backup directory.
+    /// Folders that are omitted, as absolute paths: a mount point inside the backup directory.
     pub skip: Vec<PathBuf>,
     /// The directory as the user calls it, absolute, where that is by way of a link: images may name
     /// it so.

@@ -83,7 +83,7 @@ fn with_synopsis(mut cmd: Command, above: &str) -> Command {
     cmd.override_usage(usage.trim_end().to_string())
 }
 
-/// `--target <DIR>`, or `[-n|--dry-run]` where it can be left out.
+/// `--target <DIR>`, or `[-n|--dry-run]` where it can be omitted.
 fn synopsis(option: &Arg) -> String {
     let long = option.to_string();
     let text = option.get_short().map_or(long.clone(), |s| format!("-{s}|{long}"));

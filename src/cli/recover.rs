@@ -131,7 +131,9 @@ pub(super) fn run(args: RecoverArgs) -> Result<()> {
         done.left = done.left.saturating_add(more.left);
     }
     if done.done == 0 && done.left == 0 {
-        console.say("nothing to recover");
+        let state = path_text(&state);
+        console
+            .say(&format!("nothing to recover (state folder {state}; --state-dir names another)"));
     }
     verdict(&done)
 }

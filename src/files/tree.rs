@@ -6,7 +6,7 @@
 //!   known of them): each call checks it anew. What is no node is `NotFound`.
 //! - Names are bytes, as they are on disk (UTF-16 becomes UTF-8; half surrogates the three bytes that UTF-8 would
 //!   give them). A reader gives no name that is empty, `.`, `..`, or has `/` or NUL: such an entry is a finding
-//!   and left out. ([`is_name`]). Names that are there twice are both given; [`Tree::lookup`] finds the first.
+//!   and omitted. ([`is_name`]). Names that are there twice are both given; [`Tree::lookup`] finds the first.
 //! - A wrong checksum, a pointer that leads outside or round in a circle is a finding and an error of kind
 //!   `Corrupt` for that file or folder; all others go on. What is encrypted is `Encrypted`; an unknown
 //!   incompatible feature refuses the whole file system, by name, with `Unsupported`.

@@ -1,6 +1,6 @@
 //! Names below the mount point: which are possible, and who gives way when two clash.
 //!
-//! Folders stand; points get `-2`; `latest.raw` is left out; links in `by-time` get `-2`.
+//! Folders stand; points get `-2`; `latest.raw` is omitted; links in `by-time` get `-2`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};

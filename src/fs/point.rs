@@ -98,7 +98,7 @@ fn same_image(a: Option<&Arc<Image>>, b: Option<&Arc<Image>>) -> bool {
     }
 }
 
-/// Adds a layer's identity. The device number is left out: it may differ after a reboot.
+/// Adds a layer's identity. The device number is omitted: it may differ after a reboot.
 fn layer_digest(below: blake3::Hash, layer: &LayerSpec) -> blake3::Hash {
     let mut hash = blake3::Hasher::new();
     hash.update(below.as_bytes());

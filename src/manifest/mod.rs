@@ -116,7 +116,7 @@ pub struct Manifest {
     /// Files that were given with `--config`.
     #[serde(default)]
     pub config_files: Vec<ConfigFile>,
-    /// Disks that this run left out, and why.
+    /// Disks that this run omitted, and why.
     #[serde(default)]
     pub skipped: Vec<Skipped>,
     /// Disks that this run should have backed up and could not, and why: with any, the run was

@@ -30,9 +30,9 @@ pub(crate) struct Options {
     pub mountpoint: PathBuf,
     /// Who may use it.
     pub access: Access,
-    /// Owner of all files; the user who mounts if left out.
+    /// Owner of all files; the user who mounts if omitted.
     pub uid: Option<u32>,
-    /// Group of all files; that of the user who mounts if left out.
+    /// Group of all files; that of the user who mounts if omitted.
     pub gid: Option<u32>,
     /// Permission bits of the files.
     pub mode: Option<u16>,
@@ -170,7 +170,7 @@ fn directory(path: &Path, what: &str) -> Result<PathBuf> {
     })
 }
 
-/// The mount must not cover what it reads. Inside the backup directory it may lie; it is left out.
+/// The mount must not cover what it reads. Inside the backup directory it may lie; it is omitted.
 pub(super) fn check_apart(backups: &Path, mountpoint: &Path) -> Result<()> {
     if backups.starts_with(mountpoint) {
         let text = "mounting here would cover the backup directory";

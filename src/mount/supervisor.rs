@@ -155,7 +155,7 @@ impl MountSupervisor<'_> {
     /// Until there is something to read, or to try again.
     fn wait(&mut self) {
         let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        // A negative descriptor is left out.
+        // A negative descriptor is omitted.
         let signals = self.signals.as_ref().map_or(-1, |s| s.as_raw_fd());
         let mut fds = [entry(self.link.as_raw_fd()), entry(signals)];
         let again = self.own.max(self.told) > 0 && !self.gone;

@@ -265,7 +265,7 @@ fn start_writeback(file: &File, range: std::ops::Range<u64>) {
 }
 
 /// The runs of `bytes` (which belong at offset `at`) that are not blocks of zeros. Blocks are
-/// aligned in the target, so that what is left out is a hole there.
+/// aligned in the target, so that what is omitted is a hole there.
 fn data_runs(bytes: &[u8], at: u64) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
     let block_end = move |from: usize| {
         let into = ((at + from as u64) % ZERO_BLOCK as u64) as usize;

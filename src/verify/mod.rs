@@ -177,7 +177,7 @@ struct Selection<'a> {
     wanted: HashSet<usize>,
     /// Those and all that they depend on, ascending.
     needed: BTreeSet<usize>,
-    /// Whether one point is asked for, so that what the disk's other files say is left out.
+    /// Whether one point is asked for, so that what the disk's other files say is omitted.
     single: bool,
 }
 
@@ -369,7 +369,7 @@ fn point_verdict(
     }
 }
 
-/// Whether the data of a point taken at `time` is left out on purpose.
+/// Whether the data of a point taken at `time` is omitted on purpose.
 fn options_skip_data(options: &Options, time: i64) -> bool {
     options.quick || options.since.is_some_and(|t| time < t)
 }

@@ -50,7 +50,7 @@ pub struct Report {
     /// The backup directory.
     #[serde(serialize_with = "crate::text::as_text")]
     pub root: PathBuf,
-    /// Whether data was left out.
+    /// Whether data was omitted.
     pub quick: bool,
     /// The worst outcome.
     pub outcome: Outcome,

@@ -72,7 +72,7 @@ pub struct GuestDisk {
     /// QEMU's overlay of a disk with `snapshot=on`: it goes when QEMU ends, and the identity's file is
     /// that of the disk below it.
     pub throwaway: bool,
-    /// Why it is left out where `--include` does not name it.
+    /// Why it is omitted where `--include` does not name it.
     pub by_rule: Option<&'static str>,
     /// All bitmaps on `node`.
     pub bitmaps: Vec<Bitmap>,

@@ -367,7 +367,7 @@ fn images() -> [(&'static str, Vec<u8>); 3] {
     [("vdi", vdi()), ("vpc", vpc()), ("qcow", qcow())]
 }
 
-/// Writes `bytes` at `at`; what does not fit is left out.
+/// Writes `bytes` at `at`; what does not fit is omitted.
 fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
     if let Some(to) = image.get_mut(at..at.saturating_add(bytes.len())) {
         to.copy_from_slice(bytes);

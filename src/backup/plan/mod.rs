@@ -60,7 +60,7 @@ pub(crate) fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     Ok(plan)
 }
 
-/// `--include` names what is left out because it cannot be backed up.
+/// `--include` names what is omitted because it cannot be backed up.
 fn refuse_included(options: &Options, seen: &Survey, plan: &mut Plan) {
     let named = |s: &Skipped| options.include.iter().any(|n| seen.is_called(&s.disk, n));
     let all = std::mem::take(&mut plan.skipped).into_iter();

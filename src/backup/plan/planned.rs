@@ -15,7 +15,7 @@ use crate::manifest::{BitmapInfo, Manifest, Skipped};
 pub(crate) struct Plan {
     /// The disks, in the order QEMU lists them.
     pub disks: Vec<DiskPlan>,
-    /// Disks left out.
+    /// Disks omitted.
     pub skipped: Vec<Skipped>,
     /// Disks that should be backed up and cannot.
     pub refused: Vec<(String, Error)>,

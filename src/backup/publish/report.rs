@@ -59,7 +59,7 @@ impl Report {
     }
 
     /// The error to end with: that something could not be undone; `Partial` if some disks have a point
-    /// and others not, the first error if none has. With `strict` `Skipped` if a disk was left out, or
+    /// and others not, the first error if none has. With `strict` `Skipped` if a disk was omitted, or
     /// if the guest was to be frozen (`quiesce`) and was not. Where the user was `logged` why a disk has none
     /// when it failed, that is not said again.
     pub(crate) fn verdict(&self, strict: bool, quiesce: bool, logged: bool) -> Result<()> {

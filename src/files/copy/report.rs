@@ -67,9 +67,9 @@ pub struct Report {
     pub bytes: u64,
     /// How many are missing, or lack something of theirs.
     pub failed: u64,
-    /// Device nodes that were left out, as is usual.
+    /// Device nodes that were omitted, as is usual.
     pub devices_left_out: u64,
-    /// Files whose setuid or setgid bit was left out, as is usual.
+    /// Files whose setuid or setgid bit was omitted, as is usual.
     pub setuid_left_out: u64,
 }
 
@@ -84,7 +84,7 @@ impl Report {
         }
     }
 
-    /// Counts what is left out of a node's permissions.
+    /// Counts what is omitted of a node's permissions.
     pub(super) fn count_mode(&mut self, options: &Options<'_>, attributes: &Attributes) {
         let drops = attributes.kind == NodeKind::File && attributes.mode & SETUID != 0;
         self.setuid_left_out += u64::from(drops && !options.all);

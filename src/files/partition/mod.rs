@@ -1,6 +1,6 @@
 //! Partition tables: GPT (with its backup), MBR with logical partitions, or none.
 //!
-//! What a table says that cannot be is a finding: partitions that begin outside of the disk are left out, those
+//! What a table says that cannot be is a finding: partitions that begin outside of the disk are omitted, those
 //! that end outside are cut there, as Linux does; those that overlap are served, each for itself.
 
 mod gpt;

@@ -137,7 +137,7 @@ impl<'a> Walker<'a> {
     }
 
     /// Marks clusters that must be used for nothing else; false if one is used already. The rest is
-    /// left out then: a hostile file may name one large table a million times.
+    /// omitted then: a hostile file may name one large table a million times.
     pub(super) fn metadata(&mut self, offset: u64, len: u64, what: &str) -> bool {
         let range = clusters(offset..offset.saturating_add(len), self.h.cluster_bits);
         for cluster in range.clone() {
