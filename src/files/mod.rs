@@ -5,7 +5,8 @@
 //! - `source`: what a reader reads from: a range of a point, with that cache
 //! - `findings`: what readers find odd, each once
 //! - `tree`: [`Tree`], what every reader of a file system implements
-//! - `ext`: the reader of ext2, ext3 and ext4
+//! - `runs`: reading by the map of a file
+//! - `ext`, `xfs`: the readers of ext2, ext3 and ext4, and of XFS
 //! - `probe`: what a range holds, by its content
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
@@ -25,10 +26,12 @@ mod findings;
 mod lvm;
 mod partition;
 mod probe;
+mod runs;
 mod source;
 mod tree;
 mod volumes;
 mod walk;
+mod xfs;
 
 pub use blocks::{Blocks, Holding};
 pub use findings::Findings;

@@ -15,7 +15,7 @@
 //!   without blocks ends at once.
 
 use super::findings::Findings;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 
 /// A file or folder: the number that the file system has for it. Two names of one file (hard links) have the
 /// same.
@@ -73,6 +73,31 @@ impl NodeKind {
             NodeKind::Pipe => 0o010_000,
             NodeKind::Socket => 0o140_000,
         }
+    }
+
+    /// From what an entry of a folder has for it on Unix (`d_type`, as ext4, XFS and btrfs store it); `None` if it
+    /// says nothing.
+    pub(super) fn of_entry(byte: u8) -> Option<NodeKind> {
+        Some(match byte {
+            1 => NodeKind::File,
+            2 => NodeKind::Folder,
+            3 => NodeKind::CharDevice,
+            4 => NodeKind::BlockDevice,
+            5 => NodeKind::Pipe,
+            6 => NodeKind::Socket,
+            7 => NodeKind::Link,
+            _ => return None,
+        })
+    }
+
+    /// The error for an inode that is not of this kind, where only this kind will do.
+    pub(super) fn refusal(self, number: u64) -> Error {
+        let what = match self {
+            NodeKind::Folder => "no folder",
+            NodeKind::Link => "not a symbolic link",
+            _ => "not a regular file",
+        };
+        Error::new(Kind::Usage, format!("inode {number} is {what}"))
     }
 
     /// As `ls -l` begins a line.

@@ -8,6 +8,7 @@ use super::partition::partitions;
 use super::probe::{Content, probe};
 use super::source::Source;
 use super::tree::Tree;
+use super::xfs;
 use crate::error::{Error, Finding, Kind, Result};
 
 /// Something that may hold a file system: a partition, a logical volume, or a whole disk.
@@ -74,6 +75,7 @@ pub fn open_tree(volume: &Volume) -> Result<Arc<dyn Tree>> {
     let source = volume.source.clone();
     match &volume.content {
         Content::Ext => ext::open(source),
+        Content::Xfs => xfs::open(source),
         other => Err(refusal(&source, other)),
     }
 }

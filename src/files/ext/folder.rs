@@ -1,12 +1,12 @@
 //! Folders: lists of entries, block after block. An index (htree) is made of blocks that look empty, so that all
 //! are read one after the other.
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use super::super::bytes::{byte, le16, le32, part};
 use super::super::crc::crc32c;
+use super::super::runs::wrong_folder;
 use super::super::tree::{Entry, NodeId, NodeKind, is_name};
 use super::inode::{BLOCK_LEN, Inode, flags};
 use super::map::run;
@@ -21,8 +21,6 @@ const HEAD: usize = 8;
 /// An entry with the checksum of its block.
 const TAIL: usize = 12;
 const TAIL_KIND: u8 = 0xde;
-/// Runs of blocks that are compared with each other: a folder of gigabytes may have more.
-const MAX_RUNS: usize = 1 << 16;
 
 type Each<'a> = dyn FnMut(Entry) -> bool + 'a;
 
@@ -73,7 +71,11 @@ impl Reading<'_, '_> {
         let end = self.inode.size(&self.volume.sup).div_ceil(block_size);
         let mut block = self.from / block_size;
         if block == 0 {
-            self.check_runs(end)?;
+            let all = self.volume.sup.blocks;
+            let wrong = wrong_folder(end, all, |block| run(self.volume, self.inode, block))?;
+            if let Some(what) = wrong {
+                return Err(self.volume.bad(self.inode, what));
+            }
         }
         while block < end {
             let found = run(self.volume, self.inode, block)?;
@@ -88,29 +90,6 @@ impl Reading<'_, '_> {
             block = block.saturating_add(count);
         }
         Ok(())
-    }
-
-    /// Fails if a folder has the same blocks twice, or more than there are: its list would have no end in sight.
-    fn check_runs(&self, end: u64) -> Result<()> {
-        let (mut runs, mut block, mut all) = (BTreeMap::new(), 0, 0u64);
-        while block < end && runs.len() < MAX_RUNS {
-            let found = run(self.volume, self.inode, block)?;
-            let count = found.count.min(end - block);
-            block = block.saturating_add(count);
-            let Some(at) = found.at else { continue };
-            let before = runs.range(..at + count).next_back();
-            if before.is_some_and(|(_, other)| *other > at) {
-                return Err(self
-                    .volume
-                    .bad(self.inode, "is a directory that uses the same blocks twice"));
-            }
-            runs.insert(at, at + count);
-            all += count;
-        }
-        match all > self.volume.sup.blocks {
-            true => Err(self.volume.bad(self.inode, "is a directory larger than its file system")),
-            false => Ok(()),
-        }
     }
 
     /// The entries of the block at `at`, which is `offset` bytes inside the folder.
@@ -203,7 +182,7 @@ impl Reading<'_, '_> {
         }
         let kind = match sup.incompat & incompat::FILETYPE {
             0 => None,
-            _ => kind_of(byte(bytes, at + 7)),
+            _ => NodeKind::of_entry(byte(bytes, at + 7) & 0xf),
         };
         let node = NodeId { tree: 0, number: u64::from(number) };
         (self.each)(Entry { name: name.to_vec(), node, kind, next })
@@ -226,17 +205,4 @@ fn length(bytes: &[u8], at: usize, block_size: usize) -> usize {
         (len, true) => (len & 65532) | ((len & 3) << 16),
         (len, false) => len,
     }
-}
-
-fn kind_of(byte: u8) -> Option<NodeKind> {
-    Some(match byte & 0xf {
-        1 => NodeKind::File,
-        2 => NodeKind::Folder,
-        3 => NodeKind::CharDevice,
-        4 => NodeKind::BlockDevice,
-        5 => NodeKind::Pipe,
-        6 => NodeKind::Socket,
-        7 => NodeKind::Link,
-        _ => return None,
-    })
 }

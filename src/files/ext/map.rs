@@ -5,6 +5,7 @@
 
 use super::super::bytes::{le16, le32, part};
 use super::super::crc::crc32c;
+use super::super::runs::Run;
 use super::inode::{Inode, flags};
 use super::superblock::wrong;
 use super::volume::Volume;
@@ -19,15 +20,6 @@ const EXTENT_MAGIC: u16 = 0xf30a;
 const MAX_WRITTEN: u16 = 32768;
 /// Header, and each entry.
 const ENTRY: usize = 12;
-
-/// Blocks of a file that are all holes, or all together on disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Run {
-    /// How many, at least 1.
-    pub count: u64,
-    /// Where the first is; `None` if they read as zeros.
-    pub at: Option<u64>,
-}
 
 /// What is at block `block` of a file, and the blocks after it.
 ///
@@ -103,7 +95,7 @@ fn extent(volume: &Volume, inode: &Inode, block: u64) -> Result<Run> {
         let next = node.begin(found.map_or(0, |i| i + 1)).min(node.to);
         let Some(index) = found else {
             // Before the first: a hole.
-            return if next > block { Ok(hole(block, next)) } else { Err(bad()) };
+            return if next > block { Ok(Run::hole(block, next)) } else { Err(bad()) };
         };
         let begin = node.begin(index);
         if begin < node.from || next <= block {
@@ -121,10 +113,6 @@ fn extent(volume: &Volume, inode: &Inode, block: u64) -> Result<Run> {
     }
 }
 
-fn hole(block: u64, next: u64) -> Run {
-    Run { count: next - block, at: None }
-}
-
 /// What an extent that begins at `begin` has at `block`; the next one begins at `next`.
 fn leaf(entry: &[u8], block: u64, begin: u64, next: u64) -> Run {
     let len = le16(entry, 4);
@@ -134,7 +122,7 @@ fn leaf(entry: &[u8], block: u64, begin: u64, next: u64) -> Run {
     };
     let end = (begin + u64::from(len)).min(next);
     if block >= end {
-        return hole(block, next);
+        return Run::hole(block, next);
     }
     let start = u64::from(le32(entry, 8)) | u64::from(le16(entry, 6)) << 32;
     Run { count: end - block, at: written.then(|| start + (block - begin)) }
@@ -173,7 +161,7 @@ fn indirect(volume: &Volume, inode: &Inode, block: u64) -> Result<Run> {
         index -= reach;
         reach = reach.saturating_mul(per);
     }
-    Ok(hole(block, END))
+    Ok(Run::hole(block, END))
 }
 
 /// What is at `index` of the `reach` blocks below the pointer `at`.

@@ -81,14 +81,7 @@ impl Volume {
         let inode = self.inode(number)?;
         match inode.kind() == Some(kind) {
             true => Ok(inode),
-            false => {
-                let what = match kind {
-                    NodeKind::Folder => "no folder",
-                    NodeKind::Link => "not a symbolic link",
-                    _ => "not a regular file",
-                };
-                Err(Error::new(Kind::Usage, format!("inode {number} is {what}")))
-            }
+            false => Err(kind.refusal(u64::from(number))),
         }
     }
 

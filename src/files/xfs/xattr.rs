@@ -1,0 +1,201 @@
+//! Extended attributes: in the inode, or in leaves of a hash tree, with large values in blocks of their own.
+
+use std::collections::HashSet;
+
+use super::super::blocks::Holding;
+use super::super::bytes::{be16, be32, byte, part};
+use super::super::tree::Xattr;
+use super::acl;
+use super::blocks::{invalid, logical};
+use super::hashed::{Block, Leaf, leaf_of};
+use super::header::OUTSIDE;
+use super::inode::{Fork, Form, Inode};
+use super::volume::Volume;
+use crate::error::Result;
+
+/// Flags of an attribute.
+mod flags {
+    /// Its value is beside its name.
+    pub(super) const LOCAL: u8 = 0x1;
+    pub(super) const TRUSTED: u8 = 0x2;
+    pub(super) const SECURE: u8 = 0x4;
+    /// A pointer to a parent: the file system's own.
+    pub(super) const PARENT: u8 = 0x8;
+    /// It was being written when the guest stopped: it is not there yet, or not any more.
+    pub(super) const INCOMPLETE: u8 = 0x80;
+}
+
+/// The largest value.
+const MAX_VALUE: usize = 65536;
+/// In an inode: length and count before the first, lengths and flags before each name.
+const SHORT_HEAD: usize = 4;
+const SHORT_ENTRY: usize = 3;
+/// Hash, place and flags of an attribute in a leaf.
+const LEAF_ENTRY: usize = 8;
+/// What is before a name there: of a value that is beside it, and of one that is in blocks.
+const LOCAL_HEAD: usize = 3;
+const REMOTE_HEAD: usize = 9;
+/// What a block of a value begins with in version 5.
+const VALUE_HEAD: usize = 56;
+
+/// All attributes of an inode but those that the file system keeps for itself.
+///
+/// # Errors
+/// `Unsupported` if they take more memory than there is; `Corrupt`, or what reading the point says.
+pub(super) fn all(volume: &Volume, inode: &Inode) -> Result<Vec<Xattr>> {
+    let Some(fork) = inode.attributes_fork() else { return Ok(Vec::new()) };
+    let mut reading = Reading { volume, inode, fork, found: Vec::new(), held: Vec::new() };
+    match fork.form {
+        Form::Local => reading.short()?,
+        // One that lost its last attribute.
+        Form::Extents if fork.extents == 0 => {}
+        Form::Extents | Form::Tree => reading.leaves()?,
+        Form::Device => return Err(volume.bad(inode, "has attributes in an invalid form")),
+    }
+    Ok(reading.found)
+}
+
+struct Reading<'a> {
+    volume: &'a Volume,
+    inode: &'a Inode,
+    fork: Fork<'a>,
+    found: Vec<Xattr>,
+    /// What `found` takes.
+    held: Vec<Holding>,
+}
+
+impl Reading<'_> {
+    fn hold(&mut self, bytes: usize) -> Result<()> {
+        self.held.push(self.volume.source.blocks().hold(bytes as u64)?);
+        Ok(())
+    }
+
+    fn short(&mut self) -> Result<()> {
+        let bytes = part(self.fork.bytes, 0, usize::from(be16(self.fork.bytes, 0)));
+        let mut at = SHORT_HEAD;
+        for _ in 0..byte(bytes, 2) {
+            let (name_len, value_len) = (byte(bytes, at), byte(bytes, at + 1));
+            let name_at = at + SHORT_ENTRY;
+            let value_at = name_at + usize::from(name_len);
+            let end = value_at + usize::from(value_len);
+            if end > bytes.len() {
+                return Err(self.volume.bad(self.inode, "has attributes that do not fit into it"));
+            }
+            let name = part(bytes, name_at, usize::from(name_len));
+            let value = part(bytes, value_at, usize::from(value_len));
+            self.add(byte(bytes, at + 2), name, || Ok(value.to_vec()))?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// All leaves, one after the other: each says which is next.
+    fn leaves(&mut self) -> Result<()> {
+        let (volume, inode, fork) = (self.volume, self.inode, self.fork);
+        let mut leaf = leaf_of(volume, inode, &fork, (0, 1), 0, Leaf::Attributes)?;
+        let mut seen = HashSet::from([leaf.at]);
+        loop {
+            self.hold(leaf.bytes.len())?;
+            self.leaf(&leaf)?;
+            if leaf.next == 0 {
+                return Ok(());
+            }
+            let next = u64::from(leaf.next);
+            leaf = Block::read(volume, inode, &fork, next, 1, Leaf::Attributes)?;
+            if !leaf.is_leaf || !seen.insert(leaf.at) {
+                return Err(invalid(volume, inode, "inconsistent list of attributes", leaf.at));
+            }
+        }
+    }
+
+    fn leaf(&mut self, leaf: &Block) -> Result<()> {
+        let (volume, inode, fork) = (self.volume, self.inode, self.fork);
+        let bytes = leaf.bytes.as_slice();
+        let bad = || invalid(volume, inode, "invalid attribute", leaf.at);
+        // A leaf of version 5 has more before its entries than a node has.
+        let first = if volume.sup.v5 { 80 } else { 32 };
+        for i in 0..leaf.count {
+            let entry = part(bytes, first + i * LEAF_ENTRY, LEAF_ENTRY);
+            let (at, flags) = (usize::from(be16(entry, 4)), byte(entry, 6));
+            let is_local = flags & flags::LOCAL != 0;
+            let (head, name_len) = match is_local {
+                true => (LOCAL_HEAD, byte(bytes, at + 2)),
+                false => (REMOTE_HEAD, byte(bytes, at + 8)),
+            };
+            let name = part(bytes, at + head, usize::from(name_len));
+            if entry.len() < LEAF_ENTRY || name.is_empty() || name.len() < usize::from(name_len) {
+                return Err(bad());
+            }
+            let behind = at + head + name.len();
+            self.add(flags, name, || match is_local {
+                true => {
+                    let len = usize::from(be16(bytes, at));
+                    let value = part(bytes, behind, len);
+                    if value.len() == len { Ok(value.to_vec()) } else { Err(bad()) }
+                }
+                false => {
+                    let (block, len) = (be32(bytes, at), be32(bytes, at + 4) as usize);
+                    if len > MAX_VALUE {
+                        Err(bad())
+                    } else {
+                        value(volume, inode, &fork, block, len)
+                    }
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Adds an attribute, unless it is one that nobody should see.
+    fn add(
+        &mut self,
+        flags: u8,
+        name: &[u8],
+        value: impl FnOnce() -> Result<Vec<u8>>,
+    ) -> Result<()> {
+        if flags & (flags::PARENT | flags::INCOMPLETE) != 0 {
+            return Ok(());
+        }
+        let trusted = flags & flags::TRUSTED != 0;
+        if let Some(shown) = acl::name(name).filter(|_| trusted) {
+            let stored = value()?;
+            let value = acl::shown(&stored);
+            let value = value.ok_or_else(|| self.volume.bad(self.inode, "has an invalid ACL"))?;
+            self.hold(value.len())?;
+            self.found.push(Xattr { name: shown.to_vec(), value });
+            return Ok(());
+        }
+        let prefix = match () {
+            () if trusted => "trusted.",
+            () if flags & flags::SECURE != 0 => "security.",
+            () => "user.",
+        };
+        let value = value()?;
+        self.hold(prefix.len() + name.len() + value.len())?;
+        self.found.push(Xattr { name: [prefix.as_bytes(), name].concat(), value });
+        Ok(())
+    }
+}
+
+/// A value that is in blocks of its own, from block `block` of the fork on: in version 5 each has a header.
+fn value(
+    volume: &Volume,
+    inode: &Inode,
+    fork: &Fork<'_>,
+    block: u32,
+    len: usize,
+) -> Result<Vec<u8>> {
+    let (mut value, mut block) = (Vec::new(), u64::from(block));
+    let head = if volume.sup.v5 { VALUE_HEAD } else { 0 };
+    while value.len() < len {
+        let (bytes, at) = logical(volume, inode, fork, block, 1, OUTSIDE)?;
+        let n = (len - value.len()).min(bytes.len() - head);
+        let is_its = be32(&bytes, 4) as usize == value.len() && be32(&bytes, 8) as usize == n;
+        if head > 0 && (part(&bytes, 0, 4) != b"XARM" || !is_its) {
+            return Err(invalid(volume, inode, "invalid block of an attribute", at));
+        }
+        value.extend_from_slice(part(&bytes, head, n));
+        block += 1;
+    }
+    Ok(value)
+}
