@@ -8,22 +8,27 @@ use super::super::tree::{NodeKind, OpenFile, Stretch};
 use super::names::{on_disk, to_bytes};
 use super::node::Node;
 use super::record::kind;
-use super::special::{Special, unsupported};
+use super::special::Special;
 use super::stream::Stream;
+use super::system::{self, System};
 use super::volume::Volume;
 use crate::error::{Error, Kind, Result};
 use crate::text::path_text;
 
-/// The stream in which Windows keeps what it has compressed of its own files.
-pub(super) const WOF_STREAM: &str = "WofCompressedData";
 /// Bytes of a bitmap that are counted at once.
 const COUNTED: usize = 1 << 20;
 
 /// A plain file, or a stream of one.
 pub(super) struct File {
     volume: Arc<Volume>,
-    /// `None` for a file that has no contents at all.
-    stream: Option<Stream>,
+    contents: Contents,
+}
+
+enum Contents {
+    /// It has none at all.
+    None,
+    Stream(Stream),
+    System(System),
 }
 
 impl File {
@@ -37,30 +42,43 @@ impl File {
         special: &Special,
         name: &[u8],
     ) -> Result<File> {
-        if let Special::System(_) = special {
-            let what = "is compressed by Windows for its own files (compact /exe)";
-            return Err(unsupported(volume, node, what));
-        }
-        let stream = Stream::open(&volume.table, node, kind::DATA, name)?;
-        Ok(File { volume: volume.clone(), stream })
-    }
-
-    fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        self.volume.noted(result)
+        let contents = match special {
+            Special::System(method) => Contents::System(System::open(volume, node, *method)?),
+            _ => match Stream::open(&volume.table, node, kind::DATA, name)? {
+                Some(stream) => Contents::Stream(stream),
+                None => Contents::None,
+            },
+        };
+        Ok(File { volume: volume.clone(), contents })
     }
 }
 
 impl OpenFile for File {
     fn size(&self) -> u64 {
-        self.stream.as_ref().map_or(0, |s| s.size)
+        match &self.contents {
+            Contents::None => 0,
+            Contents::Stream(stream) => stream.size,
+            Contents::System(system) => system.size,
+        }
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        self.noted(self.stream.as_ref().map_or(Ok(0), |s| s.read_at(buf, offset)))
+        self.volume.noted(match &self.contents {
+            Contents::None => Ok(0),
+            Contents::Stream(stream) => stream.read_at(buf, offset),
+            Contents::System(system) => system.read_at(buf, offset),
+        })
     }
 
     fn stretch(&self, offset: u64) -> Result<Option<Stretch>> {
-        self.noted(self.stream.as_ref().map_or(Ok(None), |s| s.stretch(offset)))
+        self.volume.noted(match &self.contents {
+            Contents::None => Ok(None),
+            Contents::Stream(stream) => stream.stretch(offset),
+            Contents::System(system) => {
+                let rest = Stretch { end: system.size, hole: false };
+                Ok((offset < system.size).then_some(rest))
+            }
+        })
     }
 }
 
@@ -88,7 +106,7 @@ pub(super) fn sizes(
         },
         (NodeKind::File, Special::System(_)) => {
             let (size, own) = of(kind::DATA, &[])?.unwrap_or_default();
-            let (_, packed) = of(kind::DATA, &on_disk(WOF_STREAM))?.unwrap_or_default();
+            let (_, packed) = of(kind::DATA, &on_disk(system::STREAM))?.unwrap_or_default();
             (size, own.saturating_add(packed))
         }
         (NodeKind::File, _) => of(kind::DATA, stream)?.unwrap_or_default(),

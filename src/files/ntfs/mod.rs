@@ -11,12 +11,14 @@
 //! - `volume`: what all parts share
 //! - `info`, `special`: times, flags, links, devices
 //! - `index`: folders
+//! - `system`: files that Windows has compressed for itself, by `xpress` and `lzx`, which share `bits`
 //! - `file`: contents
 //!
 //! The log is not replayed: its records have no published format. Where it is not empty, that is a finding. Alternate
 //! data streams are extended attributes, `user.NAME`, and files with the name `FILE:NAME` for whoever asks for
 //! that. Windows' access lists and other extended attributes are not given, but for those of WSL.
 
+mod bits;
 mod boot;
 mod file;
 mod fixup;
@@ -24,14 +26,17 @@ mod index;
 mod info;
 mod logfile;
 mod lznt1;
+mod lzx;
 mod names;
 mod node;
 mod record;
 mod runs;
 mod special;
 mod stream;
+mod system;
 mod table;
 mod volume;
+mod xpress;
 
 use std::sync::{Arc, OnceLock};
 
@@ -201,7 +206,7 @@ impl Ntfs {
         let is_system = matches!(self.special(&found)?, Special::System(_));
         let mut all = Vec::new();
         for name in streams {
-            if is_system && name == names::on_disk(file::WOF_STREAM) {
+            if is_system && name == names::on_disk(system::STREAM) {
                 continue;
             }
             let shown = names::to_bytes(&name);

@@ -117,6 +117,11 @@ impl Stream {
         })
     }
 
+    /// Where the record of its file is, for messages.
+    pub(super) fn place(&self) -> u64 {
+        self.place
+    }
+
     fn bad(&self, what: &str) -> Error {
         self.source.error(Kind::Corrupt, format!("MFT record {} {what}", self.number), self.place)
     }
