@@ -6,7 +6,7 @@
 //! - `findings`: what readers find odd, each once
 //! - `tree`: [`Tree`], what every reader of a file system implements
 //! - `runs`: reading by the map of a file
-//! - `ext`, `xfs`: the readers of ext2, ext3 and ext4, and of XFS
+//! - `ext`, `xfs`, `ntfs`: the readers of ext2, ext3 and ext4, of XFS, and of NTFS
 //! - `probe`: what a range holds, by its content
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
@@ -24,6 +24,7 @@ mod crc;
 mod ext;
 mod findings;
 mod lvm;
+mod ntfs;
 mod partition;
 mod probe;
 mod runs;
