@@ -9,6 +9,10 @@ use crate::error::Result;
 pub enum Content {
     /// ext2, ext3 or ext4.
     Ext,
+    /// FAT12, FAT16 or FAT32.
+    Fat,
+    /// exFAT.
+    Exfat,
     /// A physical volume of LVM2.
     LvmPv,
     /// Something with a name that has no files to read, or is not read, and what to do about it.
@@ -29,6 +33,8 @@ impl Content {
     pub fn name(&self) -> &'static str {
         match self {
             Content::Ext => "ext4",
+            Content::Fat => "fat",
+            Content::Exfat => "exfat",
             Content::LvmPv => "LVM",
             Content::Other { name, .. } => name,
             Content::Unknown => "unknown",
@@ -38,7 +44,7 @@ impl Content {
     /// Whether a reader is there for it.
     pub fn has_files(&self) -> bool {
         match self {
-            Content::Ext => true,
+            Content::Ext | Content::Fat | Content::Exfat => true,
             Content::LvmPv | Content::Other { .. } | Content::Unknown => false,
         }
     }
@@ -85,6 +91,7 @@ fn by_start(start: &[u8]) -> Option<Content> {
             Content::Other { name: "Linux RAID", remedy: Some(RAID), encrypted: false }
         }
         () if le16(start, 0x438) == 0xef53 && le32(start, 0x418) <= 6 => Content::Ext,
+        () if is(3, b"EXFAT   ") => Content::Exfat,
         () => return other(start),
     })
 }
@@ -104,10 +111,9 @@ fn unread(name: &'static str) -> Content {
 /// File systems that have no reader, and FAT, which has no magic number.
 fn other(start: &[u8]) -> Option<Content> {
     let is = |at: usize, magic: &[u8]| part(start, at, magic.len()) == magic;
-    let known: [(usize, &[u8], &'static str); 11] = [
+    let known: [(usize, &[u8], &'static str); 10] = [
         (0, b"XFSB", "xfs"),
         (3, b"NTFS    ", "ntfs"),
-        (3, b"EXFAT   ", "exfat"),
         (1024, b"\x10\x20\xf5\xf2", "F2FS"),
         (1024, b"\xe2\xe1\xf5\xe0", "EROFS"),
         (0, b"hsqs", "squashfs"),
@@ -121,7 +127,7 @@ fn other(start: &[u8]) -> Option<Content> {
     if let Some(name) = named {
         return Some(unread(name));
     }
-    is_fat(start).then(|| unread("fat"))
+    is_fat(start).then_some(Content::Fat)
 }
 
 /// Whether this is a boot sector of FAT: each of its numbers is one that can be.

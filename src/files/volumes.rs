@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use super::exfat;
 use super::ext;
+use super::fat;
 use super::lvm;
 use super::partition::partitions;
 use super::probe::{Content, probe};
@@ -74,6 +76,8 @@ pub fn open_tree(volume: &Volume) -> Result<Arc<dyn Tree>> {
     let source = volume.source.clone();
     match &volume.content {
         Content::Ext => ext::open(source),
+        Content::Fat => fat::open(source),
+        Content::Exfat => exfat::open(source),
         other => Err(refusal(&source, other)),
     }
 }

@@ -42,7 +42,7 @@ pub fn partitions(disk: &Source) -> Result<Table> {
         }
     }
     // A file system that begins with a boot sector has such a signature, too.
-    let whole = matches!(probe(disk)?, Content::Other { name: "fat" | "exfat" | "ntfs", .. });
+    let whole = matches!(probe(disk)?.name(), "fat" | "exfat" | "ntfs");
     if !signed || whole || !mbr::is_table(&first) {
         return Ok(none);
     }
