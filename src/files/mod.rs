@@ -1,12 +1,13 @@
 //! The files inside a point: partitions, volumes, and file systems, read without root, mount or VM.
 //!
-//! - `bytes`, `crc`: numbers and checksums as they are on disk
+//! - `bytes`, `utf16`, `crc`: numbers, names and checksums as they are on disk
 //! - `blocks`: one bounded cache of blocks for all that is read here
 //! - `source`: what a reader reads from: a range of a point, with that cache
 //! - `findings`: what readers find odd, each once
 //! - `tree`: [`Tree`], what every reader of a file system implements
 //! - `runs`: reading by the map of a file
 //! - `ext`, `xfs`, `ntfs`: the readers of ext2, ext3 and ext4, of XFS, and of NTFS
+//! - `fat`, `exfat`: the readers of FAT12, FAT16, FAT32 and of exFAT; `clusters`: what they have in common
 //! - `probe`: what a range holds, by its content
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
@@ -19,9 +20,12 @@
 
 mod blocks;
 mod bytes;
+mod clusters;
 pub mod copy;
 mod crc;
+mod exfat;
 mod ext;
+mod fat;
 mod findings;
 mod lvm;
 mod ntfs;
@@ -30,6 +34,7 @@ mod probe;
 mod runs;
 mod source;
 mod tree;
+mod utf16;
 mod volumes;
 mod walk;
 mod xfs;

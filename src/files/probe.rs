@@ -13,6 +13,10 @@ pub enum Content {
     Xfs,
     /// NTFS.
     Ntfs,
+    /// FAT12, FAT16 or FAT32.
+    Fat,
+    /// exFAT.
+    Exfat,
     /// A physical volume of LVM2.
     LvmPv,
     /// Something with a name that has no files to read, or is not read, and what to do about it.
@@ -35,6 +39,8 @@ impl Content {
             Content::Ext => "ext4",
             Content::Xfs => "xfs",
             Content::Ntfs => "ntfs",
+            Content::Fat => "fat",
+            Content::Exfat => "exfat",
             Content::LvmPv => "LVM",
             Content::Other { name, .. } => name,
             Content::Unknown => "unknown",
@@ -44,7 +50,7 @@ impl Content {
     /// Whether a reader is there for it.
     pub fn has_files(&self) -> bool {
         match self {
-            Content::Ext | Content::Xfs | Content::Ntfs => true,
+            Content::Ext | Content::Xfs | Content::Ntfs | Content::Fat | Content::Exfat => true,
             Content::LvmPv | Content::Other { .. } | Content::Unknown => false,
         }
     }
@@ -93,6 +99,7 @@ fn by_start(start: &[u8]) -> Option<Content> {
         () if le16(start, 0x438) == 0xef53 && le32(start, 0x418) <= 6 => Content::Ext,
         () if is(0, b"XFSB") => Content::Xfs,
         () if is(3, b"NTFS    ") => Content::Ntfs,
+        () if is(3, b"EXFAT   ") => Content::Exfat,
         () => return other(start),
     })
 }
@@ -112,8 +119,7 @@ fn unread(name: &'static str) -> Content {
 /// File systems that have no reader, and FAT, which has no magic number.
 fn other(start: &[u8]) -> Option<Content> {
     let is = |at: usize, magic: &[u8]| part(start, at, magic.len()) == magic;
-    let known: [(usize, &[u8], &'static str); 9] = [
-        (3, b"EXFAT   ", "exfat"),
+    let known: [(usize, &[u8], &'static str); 8] = [
         (1024, b"\x10\x20\xf5\xf2", "F2FS"),
         (1024, b"\xe2\xe1\xf5\xe0", "EROFS"),
         (0, b"hsqs", "squashfs"),
@@ -127,7 +133,7 @@ fn other(start: &[u8]) -> Option<Content> {
     if let Some(name) = named {
         return Some(unread(name));
     }
-    is_fat(start).then(|| unread("fat"))
+    is_fat(start).then_some(Content::Fat)
 }
 
 /// Whether this is a boot sector of FAT: each of its numbers is one that can be.

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use super::exfat;
 use super::ext;
+use super::fat;
 use super::lvm;
 use super::ntfs;
 use super::partition::partitions;
@@ -78,6 +80,8 @@ pub fn open_tree(volume: &Volume) -> Result<Arc<dyn Tree>> {
         Content::Ext => ext::open(source),
         Content::Xfs => xfs::open(source),
         Content::Ntfs => ntfs::open(source),
+        Content::Fat => fat::open(source),
+        Content::Exfat => exfat::open(source),
         other => Err(refusal(&source, other)),
     }
 }

@@ -17,6 +17,7 @@ mod early_hash;
 mod faults;
 mod files;
 mod files_ntfs;
+mod files_fat;
 mod files_volumes;
 mod foreign;
 mod format;

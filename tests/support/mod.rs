@@ -23,6 +23,8 @@ pub mod images;
 pub mod killed;
 /// A mount of backups.
 pub mod mount;
+/// Images of file systems with bytes changed at random.
+pub mod mutants;
 /// A backup directory that somebody else owns.
 pub mod owner;
 /// The points of a backup: which there are, what they hold.

@@ -42,8 +42,7 @@ pub fn partitions(disk: &Source) -> Result<Table> {
         }
     }
     // A file system that begins with a boot sector has such a signature, too.
-    let whole =
-        matches!(probe(disk)?, Content::Ntfs | Content::Other { name: "fat" | "exfat", .. });
+    let whole = matches!(probe(disk)?, Content::Ntfs | Content::Fat | Content::Exfat);
     if !signed || whole || !mbr::is_table(&first) {
         return Ok(none);
     }

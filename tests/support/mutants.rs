@@ -1,0 +1,115 @@
+//! Images of file systems with bytes changed at random: all of each is read, and that comes to an end.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fleecefs::error::{Error, Result};
+use fleecefs::files::{At, Blocks, Source, Visitor, open_tree, volumes_of, walk};
+use fleecefs::storage::MemStorage;
+
+/// Bytes of one file that are read at most: sizes may be anything.
+const MAX_READ: u64 = 32 << 20;
+/// What one mutant may take.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A generator of numbers that are the same for the same seed (xorshift).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+}
+
+/// Reads all of `count` mutants of an image. Each has some bytes changed in the stretches of metadata that `places`
+/// names; `mend` may put checksums right again. Gives how many could be opened.
+pub fn survive(
+    image: &[u8],
+    places: &[(u64, u64)],
+    count: u64,
+    mend: impl Fn(&mut [u8], u64),
+) -> usize {
+    let mut opened = 0;
+    for seed in 1..=count {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut bytes = image.to_vec();
+        for _ in 0..=random.below(12) {
+            let (from, len) = places[random.below(places.len() as u64) as usize];
+            let at = from + random.below(len);
+            let value = match random.below(4) {
+                0 => 0xff,
+                1 => 0,
+                2 => bytes[at as usize] ^ (1 << random.below(8)),
+                _ => random.next() as u8,
+            };
+            bytes[at as usize] = value;
+            mend(&mut bytes, at);
+        }
+        let begun = Instant::now();
+        opened += usize::from(read_all(bytes));
+        assert!(begun.elapsed() < LIMIT, "seed {seed} took {:?}", begun.elapsed());
+    }
+    opened
+}
+
+/// Reads all that is in an image; whether it could be opened.
+fn read_all(bytes: Vec<u8>) -> bool {
+    let blocks = Blocks::new(16 << 20);
+    let disk = Source::new(Arc::new(MemStorage::new("disk", bytes)), "disk", &blocks);
+    let Ok((volumes, _)) = volumes_of(&disk, Vec::new) else { return false };
+    let mut opened = false;
+    for volume in volumes {
+        let Ok(tree) = open_tree(&volume) else { continue };
+        opened = true;
+        tree.statistics();
+        let _ = walk(&*tree, tree.root(), &mut Reader { tree: &*tree });
+        assert!(blocks.used() <= 16 << 20);
+    }
+    opened
+}
+
+struct Reader<'a> {
+    tree: &'a dyn fleecefs::files::Tree,
+}
+
+impl Visitor for Reader<'_> {
+    fn enter(&mut self, at: &At<'_>) -> Result<bool> {
+        let _ = self.tree.lookup(at.node, b"hello");
+        let _ = self.tree.xattrs(at.node);
+        Ok(true)
+    }
+
+    fn leave(&mut self, _: &At<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn node(&mut self, at: &At<'_>) -> Result<()> {
+        let _ = self.tree.xattrs(at.node);
+        let _ = self.tree.read_link(at.node);
+        let Ok(file) = self.tree.open(at.node) else { return Ok(()) };
+        let (mut offset, mut buf, mut read) = (0, vec![0; 1 << 16], 0);
+        while let Ok(Some(stretch)) = file.stretch(offset) {
+            assert!(stretch.end > offset && stretch.end <= file.size());
+            while !stretch.hole && offset < stretch.end && read < MAX_READ {
+                match file.read_at(&mut buf, offset) {
+                    Ok(n) if n > 0 => offset += n as u64,
+                    _ => return Ok(()),
+                }
+                read += buf.len() as u64;
+            }
+            offset = offset.max(stretch.end);
+        }
+        Ok(())
+    }
+
+    fn failed(&mut self, _: &[u8], _: Error) -> Result<()> {
+        Ok(())
+    }
+}
