@@ -31,7 +31,7 @@ mod volumes;
 mod walk;
 
 pub use blocks::{Blocks, Holding};
-pub use findings::Findings;
+pub use findings::{Findings, log_once};
 pub use lvm::volumes as lvm_volumes;
 pub use partition::{Partition, Table, TableKind, partitions};
 pub use probe::{Content, probe};
