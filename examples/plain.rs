@@ -75,7 +75,7 @@ impl Plain {
 
 impl Filesystem for Plain {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        fuse::negotiate(config);
+        fuse::negotiate(config, false);
         Ok(())
     }
 

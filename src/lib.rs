@@ -20,6 +20,7 @@
 //! - [`chain`]: backup directory to disks, chains and points
 //! - [`image`]: layers merged into cached windows, and reads through them
 //! - [`files`]: the files inside a point: partitions, volumes and file systems
+//! - [`view`]: the same for a mount: points opened when somebody looks into them, and a bounded number at a time
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
 //! - [`restore`], [`verify`], [`prune`]: reading points out, proving them, choosing which stay
@@ -63,3 +64,4 @@ pub mod storage;
 pub mod text;
 pub mod units;
 pub mod verify;
+pub mod view;

@@ -73,7 +73,7 @@ fn file_system(dir: &Path) -> FileSystem {
     let (catalog, _) = scan(dir, &ScanOptions::default(), None).unwrap();
     let owner = Owner { uid: 0, gid: 0, mode: 0o400 };
     let waker = Arc::new(Waker::new().unwrap());
-    FileSystem::new(catalog, Cache::new(1 << 20), owner, Arc::default(), waker)
+    FileSystem::new(catalog, Cache::new(1 << 20), owner, Arc::default(), waker, None)
 }
 
 /// A handle of the newest point.

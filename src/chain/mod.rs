@@ -14,6 +14,7 @@ mod run_gaps;
 pub mod scan;
 pub(crate) mod walk;
 
+pub(crate) use self::points::beside::{beside, manifest_of};
 pub use self::points::foreign::is_foreign_name;
 pub use self::points::nearest::nearest;
 pub use self::points::record::{check_formats, describe, describe_format, record_from};

@@ -7,13 +7,13 @@ use serde_json::json;
 
 use super::table::{Row, Table, level_name};
 use super::verbosity;
-use crate::chain::{Catalog, Disk, missing_of_run};
+use crate::chain::{Catalog, Disk, manifest_of, missing_of_run};
 use crate::error::Result;
 use crate::layout::Level;
 use crate::manifest::{Achieved, Manifest};
 use crate::output;
 use crate::output::{Line, Look};
-use crate::restore::run::{Duplicates, Guest, PointTime, manifest_of};
+use crate::restore::run::{Duplicates, Guest, PointTime};
 use crate::text::{path_text, to_text};
 use crate::units::{as_time, human_bytes, iso_time};
 

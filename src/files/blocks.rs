@@ -63,6 +63,12 @@ impl Blocks {
         self.lock().used + self.held.load(Ordering::Relaxed)
     }
 
+    /// Whether readers hold so much that another may find too little: whoever keeps file systems open should close
+    /// some.
+    pub fn is_tight(&self) -> bool {
+        self.held.load(Ordering::Relaxed) > self.limit / 4
+    }
+
     /// A number that tells one source from all others.
     pub(super) fn new_id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)

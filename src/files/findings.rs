@@ -1,12 +1,32 @@
 //! What readers find odd: each once, and not without end.
 
-use std::sync::{Mutex, PoisonError};
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use super::source::Source;
 use crate::error::{Error, Finding, Kind, Severity};
 
 /// Findings that are kept.
 const MAX: usize = 256;
+
+/// Findings that are logged by one process; more are not worth a log's space.
+const MOST_LOGGED: usize = 4096;
+
+/// What was logged, by hash.
+static LOGGED: LazyLock<Mutex<HashSet<u64>>> = LazyLock::new(Mutex::default);
+
+/// Logs a finding, unless that was done before: a mount opens the same file system again and again.
+pub fn log_once(finding: &Finding) {
+    let mut hasher = DefaultHasher::new();
+    finding.hash(&mut hasher);
+    let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_new = logged.len() < MOST_LOGGED && logged.insert(hasher.finish());
+    drop(logged);
+    if is_new {
+        log::warn!("{finding}");
+    }
+}
 
 /// A bounded list of findings that many threads add to.
 #[derive(Debug, Default)]
@@ -17,7 +37,7 @@ impl Findings {
     pub fn note(&self, finding: Finding) {
         let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if list.len() < MAX && !list.contains(&finding) {
-            log::warn!("{finding}");
+            log_once(&finding);
             list.push(finding);
         }
     }

@@ -40,7 +40,7 @@ mod walk;
 mod xfs;
 
 pub use blocks::{Blocks, Holding};
-pub use findings::Findings;
+pub use findings::{Findings, log_once};
 pub use lvm::volumes as lvm_volumes;
 pub use partition::{Partition, Table, TableKind, partitions};
 pub use probe::{Content, probe};

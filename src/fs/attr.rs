@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::point::PointFile;
 use super::tree::{EntryKind, Node, NodeKind, Tree};
+use crate::files;
 use crate::layout::Level;
 use crate::manifest::Achieved;
 
@@ -35,8 +36,8 @@ pub struct Attr {
     pub size: u64,
     /// Allocated 512-byte blocks.
     pub blocks: u64,
-    /// Modification, change and access time.
-    pub time: SystemTime,
+    /// Its times.
+    pub times: Times,
     /// File type.
     pub kind: EntryKind,
     /// Permission bits.
@@ -47,9 +48,29 @@ pub struct Attr {
     pub uid: u32,
     /// Group id.
     pub gid: u32,
+    /// The numbers of a device of a guest's, as the kernel wants them.
+    pub rdev: u32,
 }
 
-/// The attributes of `node`. `status_size` says how long `status.json` is.
+/// When something happened to a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Times {
+    /// When it was last read.
+    pub access: SystemTime,
+    /// When its contents were last changed.
+    pub modification: SystemTime,
+    /// When anything about it was last changed.
+    pub change: SystemTime,
+}
+
+impl Times {
+    /// All the same.
+    pub fn all(time: SystemTime) -> Self {
+        Times { access: time, modification: time, change: time }
+    }
+}
+
+/// The attributes of `node`, of which those inside points have others: see [`inside`]. `status_size` says how long `status.json` is.
 pub fn attr(node: &Node, tree: &Tree, owner: Owner, status_size: impl FnOnce() -> u64) -> Attr {
     let (kind, perm, nlink, size, blocks) = match &node.kind {
         NodeKind::Dir(entries) => {
@@ -58,6 +79,7 @@ pub fn attr(node: &Node, tree: &Tree, owner: Owner, status_size: impl FnOnce() -
             (EntryKind::Dir, owner.dir_mode(), nlink, 0, 0)
         }
         NodeKind::File(file) => (EntryKind::File, owner.mode, 1, file.image.size(), blocks(file)),
+        NodeKind::Files(..) | NodeKind::Inside(_) => (EntryKind::Dir, owner.dir_mode(), 2, 0, 0),
         NodeKind::Link(target) => (EntryKind::Link, 0o777, 1, target.as_os_str().len() as u64, 0),
         NodeKind::Status => {
             let size = status_size();
@@ -68,7 +90,61 @@ pub fn attr(node: &Node, tree: &Tree, owner: Owner, status_size: impl FnOnce() -
         NodeKind::Status => tree.built,
         _ => time(node.time),
     };
-    Attr { ino: node.ino, size, blocks, time, kind, perm, nlink, uid: owner.uid, gid: owner.gid }
+    let (uid, gid) = (owner.uid, owner.gid);
+    Attr {
+        ino: node.ino,
+        size,
+        blocks,
+        times: Times::all(time),
+        kind,
+        perm,
+        nlink,
+        uid,
+        gid,
+        rdev: 0,
+    }
+}
+
+/// The attributes of a node inside a point: as in the guest; with `squash` the mount's owner's, who may read
+/// everything then.
+pub(super) fn inside(ino: u64, a: &files::Attributes, owner: Owner, squash: bool) -> Attr {
+    const READ: u32 = 0o400;
+    const SEARCH: u32 = 0o100;
+    let kind = EntryKind::of(a.kind);
+    let (mut mode, mut uid, mut gid) = (a.mode & 0o7777, a.uid, a.gid);
+    if squash {
+        let search = kind == EntryKind::Dir || mode & 0o111 != 0;
+        // Those of setuid and setgid programs meant other owners.
+        mode = mode & 0o777 | READ | if search { SEARCH } else { 0 };
+        (uid, gid) = (owner.uid, owner.gid);
+    }
+    Attr {
+        ino,
+        size: a.size,
+        blocks: a.allocated.div_ceil(512),
+        times: Times {
+            access: precise(a.atime),
+            modification: precise(a.mtime),
+            change: precise(a.ctime),
+        },
+        kind,
+        perm: u16::try_from(mode).unwrap_or(0),
+        nlink: u32::try_from(a.links).unwrap_or(u32::MAX),
+        uid,
+        gid,
+        rdev: a.device.map_or(0, rdev),
+    }
+}
+
+/// As the kernel packs them: twelve bits of the one number, twenty of the other.
+fn rdev(device: files::Device) -> u32 {
+    let (major, minor) = (device.major & 0xfff, device.minor & 0xf_ffff);
+    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+}
+
+fn precise(at: files::Time) -> SystemTime {
+    let whole = time(at.seconds);
+    whole.checked_add(Duration::from_nanos(u64::from(at.nanos))).unwrap_or(whole)
 }
 
 /// Allocated blocks: exact once the whole disk was merged, before that what the files take. Tools

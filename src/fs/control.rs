@@ -78,7 +78,7 @@ struct PointStatus<'a> {
 }
 
 /// The file's text: JSON, ended by a newline.
-pub(crate) fn render(tree: &Tree, running: Running) -> Vec<u8> {
+pub(crate) fn render(tree: &Tree, running: Running, inside: Vec<Finding>) -> Vec<u8> {
     let paths = tree.paths();
     let served: Served = paths
         .iter()
@@ -94,7 +94,7 @@ pub(crate) fn render(tree: &Tree, running: Running) -> Vec<u8> {
         scanned: scanned(tree.built),
         running,
         disks: disks.map(|(index, disk)| disk_status(index, disk, root, &served)).collect(),
-        findings: all_findings(tree, &served),
+        findings: all_findings(tree, &served, inside),
     };
     let text = text::json_pretty(&status).unwrap_or_else(|e| format!("{{\"error\": \"{e}\"}}"));
     (text + "\n").into_bytes()
@@ -149,11 +149,12 @@ fn scanned(built: SystemTime) -> String {
 
 /// What belongs to no disk, and what reading turned up. Points that depend on each other find the
 /// same; it is told once.
-fn all_findings(tree: &Tree, served: &Served) -> Vec<Finding> {
+fn all_findings(tree: &Tree, served: &Served, inside: Vec<Finding>) -> Vec<Finding> {
     let mut all: Vec<Finding> = tree.catalog.findings.clone();
     all.extend(tree.findings.iter().cloned());
     let mut seen: HashSet<Finding> = all.iter().cloned().collect();
-    for finding in served.values().flat_map(|(_, bad)| bad) {
+    let inside = inside.iter();
+    for finding in served.values().flat_map(|(_, bad)| bad).chain(inside) {
         if seen.insert(finding.clone()) {
             all.push(finding.clone());
         }

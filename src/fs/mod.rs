@@ -13,14 +13,17 @@
 pub mod attr;
 pub mod buffer;
 pub(crate) mod control;
+mod guest_files;
 pub(crate) mod handle;
 mod idle_threads;
+mod inside;
 pub(crate) mod names;
 mod node;
 mod number;
 pub(crate) mod point;
 pub mod readers;
 mod root_watch;
+mod seek;
 pub(crate) mod slow_pool;
 pub(crate) mod space;
 pub mod tree;
@@ -36,10 +39,12 @@ use arc_swap::ArcSwap;
 
 use crate::chain::Catalog;
 use crate::error::{Error, Kind};
-use crate::image::{Cache, HeldPoint, Image, RangeKind};
+use crate::image::{Cache, HeldPoint, Image};
+use crate::view;
 use attr::{Attr, Owner};
 use control::Running;
 use handle::Handles;
+pub use inside::Inside;
 use point::PointFile;
 use slow_pool::SlowPool;
 use space::{DiskSpace, Free};
@@ -64,6 +69,7 @@ pub struct Space {
 enum OpenFile {
     Point(Arc<PointFile>, #[expect(dead_code, reason = "lives as long as it is open")] HeldPoint),
     Status(Vec<u8>),
+    Inside(view::File),
 }
 
 /// What a read has to wait for.
@@ -78,9 +84,9 @@ pub enum WaitsFor {
 }
 
 /// An open folder: its entries as they were when it was opened.
-pub struct OpenDir {
-    tree: Arc<Tree>,
-    node: Arc<Node>,
+enum OpenDir {
+    Listed { tree: Arc<Tree>, node: Arc<Node> },
+    Inside(inside::OpenFolder),
 }
 
 /// An inode that the kernel holds.
@@ -114,19 +120,21 @@ pub struct FileSystem {
     last_use: AtomicU64,
     waker: Arc<Waker>,
     free: Arc<Free>,
+    inside: Option<Inside>,
 }
 
 impl FileSystem {
-    /// A file system that shows `catalog`. `watch` says in `status.json` how changes are noticed;
-    /// `waker` is told when a read runs into a changed file.
+    /// A file system that shows `catalog`, and with `inside` the files of its points. `watch` says in
+    /// `status.json` how changes are noticed; `waker` is told when a read runs into a changed file.
     pub fn new(
         catalog: Catalog,
         cache: Arc<Cache>,
         owner: Owner,
         watch: Arc<Mode>,
         waker: Arc<Waker>,
+        inside: Option<Inside>,
     ) -> Self {
-        let tree = Tree::build(catalog, None, &cache, |_| false);
+        let tree = Tree::build(catalog, None, &cache, inside.is_some(), |_| false);
         let free = Arc::new(Free::default());
         free.ask(&tree.catalog.root);
         FileSystem {
@@ -141,6 +149,7 @@ impl FileSystem {
             last_use: AtomicU64::new(now()),
             waker,
             free,
+            inside,
         }
     }
 
@@ -149,11 +158,13 @@ impl FileSystem {
     pub fn install(&self, catalog: Catalog) -> Changes {
         let old = self.tree.load_full();
         let in_use = |ino| self.known().contains_key(&ino);
-        let new = Arc::new(Tree::build(catalog, Some(&old), &self.cache, in_use));
+        let with_files = self.inside.is_some();
+        let new = Arc::new(Tree::build(catalog, Some(&old), &self.cache, with_files, in_use));
         // Old images are marked before anybody can see the new ones.
-        let changes = old.replaced_by(&new);
+        let mut changes = old.replaced_by(&new);
         self.tree.store(new.clone());
         self.renew_known(&new);
+        self.forget_inside(&new, &mut changes);
         self.generation.fetch_add(1, Ordering::Relaxed);
         changes
     }
@@ -188,8 +199,15 @@ impl FileSystem {
     }
 
     /// Attributes of a node.
-    pub fn attr(&self, node: &Node) -> Attr {
-        attr::attr(node, &self.tree.load(), self.owner, || self.status_text().len() as u64)
+    ///
+    /// # Errors
+    /// EIO and its like for a node inside a point that cannot be read.
+    pub fn attr(&self, node: &Node) -> Result<Attr, Errno> {
+        if let NodeKind::Inside(inside) = &node.kind {
+            return self.inside_attr(node.ino, inside);
+        }
+        let size = || self.status_text().len() as u64;
+        Ok(attr::attr(node, &self.tree.load(), self.owner, size))
     }
 
     /// Attributes by inode number, or of an open file.
@@ -205,7 +223,7 @@ impl FileSystem {
             let size = text.len() as u64;
             return Ok(attr::attr(&node, &self.tree.load(), self.owner, || size));
         }
-        Ok(self.attr(&node))
+        self.attr(&node)
     }
 
     /// Finds `name` in the folder `parent`; the kernel holds the result until [`Self::forget`]. `.` is
@@ -226,20 +244,27 @@ impl FileSystem {
             Some(node) => node.clone(),
             None => self.node(parent)?,
         };
-        let NodeKind::Dir(entries) = &folder.kind else { return Err(libc::ENOTDIR) };
+        let NodeKind::Dir(entries) = &folder.kind else { return self.lookup_inside(&folder, name) };
         let entry = tree::find(entries, name).ok_or(libc::ENOENT)?;
         let node = tree.node(entry.ino).ok_or(libc::ENOENT)?.clone();
         self.remember(&node);
         Ok(node)
     }
 
-    /// Counts one more reference of the kernel's to `node`.
-    pub fn remember(&self, node: &Arc<Node>) {
+    /// Counts one more reference of the kernel's to `node`; false if its number is another's by now, which can only be
+    /// inside points.
+    pub fn remember(&self, node: &Arc<Node>) -> bool {
         let mut known = self.known();
         let entry =
             known.entry(node.ino).or_insert_with(|| KnownInode { lookups: 0, node: node.clone() });
+        if let (NodeKind::Inside(old), NodeKind::Inside(new)) = (&entry.node.kind, &node.kind)
+            && !old.is_same(new)
+        {
+            return false;
+        }
         entry.lookups = entry.lookups.saturating_add(1);
         entry.node = node.clone();
+        true
     }
 
     /// The kernel gives back `count` references.
@@ -260,6 +285,7 @@ impl FileSystem {
     pub fn readlink(&self, ino: u64) -> Result<PathBuf, Errno> {
         match &self.node(ino)?.kind {
             NodeKind::Link(target) => Ok(target.clone()),
+            NodeKind::Inside(node) => self.inside_link(node),
             _ => Err(libc::EINVAL),
         }
     }
@@ -272,14 +298,17 @@ impl FileSystem {
     /// Whether reading from this handle does.
     pub fn reads_storage(&self, handle: u64) -> bool {
         let open = self.files.get(handle);
-        matches!(open.as_ref().and_then(|g| g.as_deref()), Some(OpenFile::Point(..)))
+        let open = open.as_ref().and_then(|g| g.as_deref());
+        matches!(open, Some(OpenFile::Point(..) | OpenFile::Inside(_)))
     }
 
     /// What reading `len` bytes at `offset`, or as far as there are any, has to wait for.
     pub fn waits_for(&self, handle: u64, offset: u64, len: u64) -> WaitsFor {
         let open = self.files.get(handle);
-        let Some(OpenFile::Point(file, _)) = open.as_ref().and_then(|g| g.as_deref()) else {
-            return WaitsFor::No;
+        let file = match open.as_ref().and_then(|g| g.as_deref()) {
+            Some(OpenFile::Point(file, _)) => file,
+            Some(OpenFile::Inside(file)) => return WaitsFor::of(file.point()),
+            _ => return WaitsFor::No,
         };
         let end = offset.saturating_add(len).min(file.image.size());
         if file.image.must_wait(offset..end) { WaitsFor::Long } else { WaitsFor::Storage }
@@ -298,11 +327,13 @@ impl FileSystem {
         let (file, keep) = match &node.kind {
             NodeKind::File(file) => {
                 // Whoever has a point open keeps it, even if its files are removed before a read.
-                let held = HeldPoint::new(&file.image).map_err(|e| self.not_opened(file, &e))?;
+                let held =
+                    HeldPoint::new(&file.image).map_err(|e| self.not_opened(&file.image, &e))?;
                 (OpenFile::Point(file.clone(), held), true)
             }
             NodeKind::Status => (OpenFile::Status(self.status_text()), false),
-            NodeKind::Dir(_) => return Err(libc::EISDIR),
+            NodeKind::Inside(node) => (OpenFile::Inside(self.open_inside(node)?), true),
+            NodeKind::Dir(_) | NodeKind::Files(..) => return Err(libc::EISDIR),
             NodeKind::Link(_) => return Err(libc::ELOOP),
         };
         Ok((self.files.insert(Arc::new(file)), keep))
@@ -328,8 +359,13 @@ impl FileSystem {
             OpenFile::Point(file, _) => {
                 let rest = file.image.size().saturating_sub(offset);
                 let n = usize::try_from(rest).unwrap_or(usize::MAX).min(buf.len());
-                file.image.read_at(&mut buf[..n], offset).map_err(|e| self.failed(file, &e))?;
+                file.image
+                    .read_at(&mut buf[..n], offset)
+                    .map_err(|e| self.failed(&file.image, &e))?;
                 Ok(n)
+            }
+            OpenFile::Inside(file) => {
+                file.read_at(buf, offset).map_err(|e| self.inside_failed(file.point(), &e))
             }
             OpenFile::Status(text) => {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
@@ -340,87 +376,30 @@ impl FileSystem {
         }
     }
 
-    /// `lseek` for `SEEK_DATA` and `SEEK_HOLE`.
-    ///
-    /// # Errors
-    /// ENXIO past the end or where no data follows, EINVAL for another `whence`, EIO.
-    pub fn seek(&self, handle: u64, offset: i64, whence: i32) -> Result<i64, Errno> {
-        let far = |image: &Image, offset, wanted| match wanted {
-            RangeKind::Data => Ok(image.seek_data(offset)?.unwrap_or(image.size())),
-            RangeKind::Hole => image.seek_hole(offset),
-        };
-        self.seek_by(handle, offset, whence, |i, o, w| far(i, o, w).map(Some))?.ok_or(libc::EIO)
-    }
-
-    /// The same where the answer is near; `None` if finding it may take seconds.
-    ///
-    /// # Errors
-    /// See [`Self::seek`].
-    pub fn seek_near(&self, handle: u64, offset: i64, whence: i32) -> Result<Option<i64>, Errno> {
-        self.seek_by(handle, offset, whence, Image::seek_near)
-    }
-
-    /// `find` gives the size where there is no such byte.
-    fn seek_by(
-        &self,
-        handle: u64,
-        offset: i64,
-        whence: i32,
-        find: impl Fn(&Image, u64, RangeKind) -> Result<Option<u64>, Error>,
-    ) -> Result<Option<i64>, Errno> {
-        let open = self.files.get(handle).ok_or(libc::EBADF)?;
-        let open = open.as_deref().ok_or(libc::EBADF)?;
-        let offset = u64::try_from(offset).map_err(|_| libc::ENXIO)?;
-        let size = match open {
-            OpenFile::Point(file, _) => file.image.size(),
-            OpenFile::Status(text) => text.len() as u64,
-        };
-        if offset >= size {
-            return Err(libc::ENXIO);
-        }
-        let wanted = match whence {
-            libc::SEEK_DATA => RangeKind::Data,
-            libc::SEEK_HOLE => RangeKind::Hole,
-            _ => return Err(libc::EINVAL),
-        };
-        let found = match (open, wanted) {
-            (OpenFile::Point(file, _), _) => {
-                find(&file.image, offset, wanted).map_err(|e| self.failed(file, &e))?
-            }
-            (OpenFile::Status(_), RangeKind::Data) => Some(offset),
-            (OpenFile::Status(_), RangeKind::Hole) => Some(size),
-        };
-        match found {
-            Some(at) if at >= size && wanted == RangeKind::Data => Err(libc::ENXIO),
-            Some(at) => i64::try_from(at).map(Some).map_err(|_| libc::EOVERFLOW),
-            None => Ok(None),
-        }
-    }
-
     /// The errno of a failed read or seek: EIO whatever the kind, since those calls know no other
     /// that says "this cannot be read" and nothing else. The image has logged the reason, once.
-    fn failed(&self, file: &PointFile, error: &Error) -> Errno {
+    fn failed(&self, image: &Arc<Image>, error: &Error) -> Errno {
         log::debug!("{}", error.report());
         if error.kind() == Kind::Changed {
-            self.look_again(file);
+            self.look_again(image);
         }
         libc::EIO
     }
 
     /// The errno of a failed open.
-    fn not_opened(&self, file: &PointFile, error: &Error) -> Errno {
+    fn not_opened(&self, image: &Arc<Image>, error: &Error) -> Errno {
         log::debug!("{}", error.report());
         if matches!(error.os_code(), Some(libc::EMFILE | libc::ENFILE)) {
             return libc::ENFILE;
         }
         // Something is gone or another, and the next look will say what.
-        self.look_again(file);
+        self.look_again(image);
         if error.kind() == Kind::NotFound { libc::ENOENT } else { libc::EIO }
     }
 
-    /// Has the backup directory looked at. Once `file` is replaced in the tree, there is nothing new.
-    fn look_again(&self, file: &PointFile) {
-        if self.tree.load().files().any(|f| Arc::ptr_eq(&f.image, &file.image)) {
+    /// Has the backup directory looked at. Once `image` is replaced in the tree, there is nothing new.
+    fn look_again(&self, image: &Arc<Image>) {
+        if self.tree.load().files().any(|f| Arc::ptr_eq(&f.image, image)) {
             self.waker.wake();
         }
     }
@@ -428,24 +407,28 @@ impl FileSystem {
     /// Opens a folder.
     ///
     /// # Errors
-    /// ENOTDIR, ESTALE.
+    /// ENOTDIR, ESTALE; EIO and its like inside a point.
     pub fn opendir(&self, ino: u64) -> Result<u64, Errno> {
         let tree = self.tree.load_full();
         let node = match tree.node(ino) {
             Some(node) => node.clone(),
             None => self.node(ino)?,
         };
-        match node.kind {
-            NodeKind::Dir(_) => Ok(self.dirs.insert(Arc::new(OpenDir { tree, node }))),
-            _ => Err(libc::ENOTDIR),
-        }
+        let open = match &node.kind {
+            NodeKind::Dir(_) => OpenDir::Listed { tree, node },
+            NodeKind::Files(..) | NodeKind::Inside(_) => {
+                OpenDir::Inside(self.open_inside_folder(&node)?)
+            }
+            _ => return Err(libc::ENOTDIR),
+        };
+        Ok(self.dirs.insert(Arc::new(open)))
     }
 
     /// Calls `f` with the entries of an open folder from `offset` on, together with the offset of
     /// the next one, until it returns false.
     ///
     /// # Errors
-    /// EBADF.
+    /// EBADF; EIO and its like inside a point.
     pub fn readdir(
         &self,
         handle: u64,
@@ -453,9 +436,12 @@ impl FileSystem {
         mut f: impl FnMut(Listed, u64) -> bool,
     ) -> Result<(), Errno> {
         let open = self.dirs.get(handle).ok_or(libc::EBADF)?;
-        let dir = open.as_deref().ok_or(libc::EBADF)?;
+        let (tree, node) = match open.as_deref().ok_or(libc::EBADF)? {
+            OpenDir::Listed { tree, node } => (tree, node),
+            OpenDir::Inside(folder) => return self.read_inside(folder, offset, &mut f),
+        };
         let mut at = offset;
-        while let Some(listed) = dir.entry(at) {
+        while let Some(listed) = entry(tree, node, at) {
             at += 1;
             if !f(listed, at) {
                 break;
@@ -474,7 +460,11 @@ impl FileSystem {
     /// # Errors
     /// ENODATA if there is none of that name, ESTALE.
     pub fn getxattr(&self, ino: u64, name: &OsStr) -> Result<Vec<u8>, Errno> {
-        attr::xattr(&*self.node(ino)?, name).ok_or(libc::ENODATA)
+        let node = self.node(ino)?;
+        match &node.kind {
+            NodeKind::Inside(inside) => self.inside_xattr(inside, name),
+            _ => attr::xattr(&node, name).ok_or(libc::ENODATA),
+        }
     }
 
     /// The names of all extended attributes, each ended by a zero byte.
@@ -482,7 +472,11 @@ impl FileSystem {
     /// # Errors
     /// ESTALE.
     pub fn listxattr(&self, ino: u64) -> Result<Vec<u8>, Errno> {
-        Ok(attr::xattr_names(&*self.node(ino)?))
+        let node = self.node(ino)?;
+        match &node.kind {
+            NodeKind::Inside(inside) => self.inside_xattr_names(inside),
+            _ => Ok(attr::xattr_names(&node)),
+        }
     }
 
     /// Figures for `statfs`; the backups' file system is asked by a thread of `slow_pool`.
@@ -499,7 +493,7 @@ impl FileSystem {
             watch: self.watch.word(),
             cache: self.cache.figures(),
         };
-        control::render(&self.tree.load(), running)
+        control::render(&self.tree.load(), running, self.inside_findings())
     }
 
     /// Notes that somebody uses the file system.
@@ -520,24 +514,27 @@ impl FileSystem {
     }
 }
 
-impl OpenDir {
-    fn entry(&self, index: u64) -> Option<Listed> {
-        let dots = |name: &str, ino| {
-            Some(Listed { name: name.into(), ino, kind: EntryKind::Dir, node: None })
-        };
-        match index {
-            0 => return dots(".", self.node.ino),
-            1 => return dots("..", if self.node.ino == ROOT { ROOT } else { self.node.parent }),
-            _ => {}
-        }
-        let NodeKind::Dir(entries) = &self.node.kind else { return None };
-        let entry = entries.get(usize::try_from(index - 2).ok()?)?;
-        Some(Listed {
-            name: entry.name.clone(),
-            ino: entry.ino,
-            kind: entry.kind,
-            node: self.tree.node(entry.ino).cloned(),
-        })
+/// Entry number `index` of a folder of the tree.
+fn entry(tree: &Tree, node: &Node, index: u64) -> Option<Listed> {
+    match index {
+        0 => return Some(Listed::dots(".", node.ino)),
+        1 => return Some(Listed::dots("..", if node.ino == ROOT { ROOT } else { node.parent })),
+        _ => {}
+    }
+    let NodeKind::Dir(entries) = &node.kind else { return None };
+    let entry = entries.get(usize::try_from(index - 2).ok()?)?;
+    Some(Listed {
+        name: entry.name.clone(),
+        ino: entry.ino,
+        kind: entry.kind,
+        node: tree.node(entry.ino).cloned(),
+    })
+}
+
+impl Listed {
+    /// `.` or `..`.
+    fn dots(name: &str, ino: u64) -> Self {
+        Listed { name: name.into(), ino, kind: EntryKind::Dir, node: None }
     }
 }
 

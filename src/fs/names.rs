@@ -1,6 +1,7 @@
 //! Names below the mount point: which are possible, and who gives way when two clash.
 //!
-//! Folders stand; points get `-2`; `latest.raw` is omitted; links in `by-time` get `-2`.
+//! Folders stand; points and the folders of their files get `-2`; `latest.raw` is omitted; links in `by-time` get
+//! `-2`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
@@ -36,6 +37,8 @@ pub(crate) enum Child {
         /// The time of the point behind it.
         time: i64,
     },
+    /// The folder of a point's files.
+    Files(Arc<PointFile>),
     /// `status.json`.
     Status,
 }
@@ -59,15 +62,15 @@ impl Folder {
     }
 
     /// A name that is still free: `stem.raw`, else `stem-2.raw` and so on.
-    pub(crate) fn free_name(&mut self, stem: &OsStr) -> OsString {
-        let name = raw_name(stem, 1);
+    pub(crate) fn free_name(&mut self, stem: &OsStr, ending: &str) -> OsString {
+        let name = with_ending(stem, 1, ending);
         if !self.children.contains_key(&name) {
             return name;
         }
         // Thousands of points may have the same time: do not count from 2 for each.
-        let next = self.numbers.entry(stem.to_os_string()).or_insert(2);
+        let next = self.numbers.entry(name).or_insert(2);
         loop {
-            let name = raw_name(stem, *next);
+            let name = with_ending(stem, *next, ending);
             *next += 1;
             if !self.children.contains_key(&name) {
                 return name;
@@ -76,9 +79,19 @@ impl Folder {
     }
 }
 
+/// How the names of points end, and those of the folders of their files.
+pub(crate) const RAW: &str = ".raw";
+pub(crate) const FILES: &str = ".files";
+
+/// A point's name in the mount without its ending.
+fn without_raw(name: &OsStr) -> &OsStr {
+    let bytes = name.as_bytes();
+    OsStr::from_bytes(bytes.strip_suffix(RAW.as_bytes()).unwrap_or(bytes))
+}
+
 /// `stem.raw` (or `stem-n.raw`), without bytes that cannot be in a name and not too long.
-fn raw_name(stem: &OsStr, n: usize) -> OsString {
-    let tail = if n == 1 { ".raw".to_string() } else { format!("-{n}.raw") };
+fn with_ending(stem: &OsStr, n: usize, ending: &str) -> OsString {
+    let tail = if n == 1 { ending.to_string() } else { format!("-{n}{ending}") };
     let mut bytes: Vec<u8> =
         stem.as_bytes().iter().map(|&b| if b == b'/' || b == 0 { b'_' } else { b }).collect();
     if bytes.len() + tail.len() > NAME_MAX {
@@ -91,18 +104,31 @@ fn raw_name(stem: &OsStr, n: usize) -> OsString {
     OsString::from_vec(bytes)
 }
 
-/// `latest.raw` and `by-time/`.
-pub(crate) fn add_links(folder: &mut Folder, points: &[(OsString, i64)]) {
+/// A folder for the files of each point, called like the point itself; says which name each got.
+pub(crate) fn add_files(folder: &mut Folder, points: &[(OsString, i64)]) -> Vec<(OsString, i64)> {
+    let mut named = Vec::with_capacity(points.len());
+    for (raw, time) in points {
+        let Some(Child::File(file)) = folder.children.get(raw) else { continue };
+        let file = file.clone();
+        let name = folder.free_name(without_raw(raw), FILES);
+        folder.children.insert(name.clone(), Child::Files(file));
+        named.push((name, *time));
+    }
+    named
+}
+
+/// `latest.raw` and `by-time/`, or the same for the folders of files.
+pub(crate) fn add_links(folder: &mut Folder, points: &[(OsString, i64)], ending: &str) {
     if let Some((name, time)) = points.last() {
         let link = Child::Link { target: name.into(), time: *time };
-        folder.children.entry("latest.raw".into()).or_insert(link);
+        folder.children.entry(format!("latest{ending}").into()).or_insert(link);
     }
     if matches!(folder.children.get(OsStr::new("by-time")), Some(Child::Dir(_)) | None) {
         let by_time = folder.at(Path::new("by-time"));
         for (name, time) in points {
             let Some(stem) = time_name(*time) else { continue };
             let target = Path::new("..").join(name);
-            let link = by_time.free_name(OsStr::new(&stem));
+            let link = by_time.free_name(OsStr::new(&stem), ending);
             by_time.children.insert(link, Child::Link { target, time: *time });
         }
     }
@@ -119,7 +145,7 @@ mod tests {
         let mut names = Vec::new();
         // Counting from 1 each time would take 2,000,000,000 steps.
         for _ in 0..65_536 {
-            let name = folder.free_name(OsStr::new("a"));
+            let name = folder.free_name(OsStr::new("a"), RAW);
             assert!(folder.children.insert(name.clone(), Child::Status).is_none());
             names.push(name);
         }
@@ -129,11 +155,11 @@ mod tests {
 
     #[test]
     fn hostile_names_become_possible_ones() {
-        assert_eq!(raw_name(OsStr::new("a@b/../c"), 1), "a@b_.._c.raw");
-        let long = raw_name(OsStr::new(&"x".repeat(300)), 12);
+        assert_eq!(with_ending(OsStr::new("a@b/../c"), 1, RAW), "a@b_.._c.raw");
+        let long = with_ending(OsStr::new(&"x".repeat(300)), 12, RAW);
         assert_eq!(long.len(), NAME_MAX);
         assert!(long.to_str().unwrap().ends_with("-12.raw"));
-        let other = raw_name(OsStr::new(&format!("{}y", "x".repeat(299))), 12);
+        let other = with_ending(OsStr::new(&format!("{}y", "x".repeat(299))), 12, RAW);
         assert_ne!(long, other);
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::point::PointFile;
+use crate::{files, view};
 
 /// The root's inode number, fixed by the FUSE protocol.
 pub const ROOT: u64 = 1;
@@ -31,6 +32,10 @@ pub enum NodeKind {
     Link(PathBuf),
     /// `status.json`, whose text is made when it is looked at.
     Status,
+    /// The folder of a point's files, which are found when somebody looks.
+    Files(Arc<view::Point>, Arc<PointFile>),
+    /// A file or folder inside a point.
+    Inside(view::Node),
 }
 
 /// A name in a folder.
@@ -53,6 +58,29 @@ pub enum EntryKind {
     File,
     /// A symbolic link.
     Link,
+    /// A character device of a guest's.
+    CharDevice,
+    /// A block device of a guest's.
+    BlockDevice,
+    /// A named pipe of a guest's.
+    Pipe,
+    /// A socket of a guest's.
+    Socket,
+}
+
+impl EntryKind {
+    /// What a node inside a point is.
+    pub(super) fn of(kind: files::NodeKind) -> Self {
+        match kind {
+            files::NodeKind::File => EntryKind::File,
+            files::NodeKind::Folder => EntryKind::Dir,
+            files::NodeKind::Link => EntryKind::Link,
+            files::NodeKind::CharDevice => EntryKind::CharDevice,
+            files::NodeKind::BlockDevice => EntryKind::BlockDevice,
+            files::NodeKind::Pipe => EntryKind::Pipe,
+            files::NodeKind::Socket => EntryKind::Socket,
+        }
+    }
 }
 
 /// The entry with this name in a sorted list.

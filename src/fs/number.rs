@@ -1,7 +1,8 @@
 //! Inode numbers: names become nodes.
 //!
 //! A number is a hash of the path and of what is there, so it is the same after a remount, and that
-//! of another generation of a point is another. See [`super::tree`].
+//! of another generation of a point is another. See [`super::tree`]. The highest bit is set in the numbers of
+//! what is inside points, and of the folders that lead there: so one look tells what may have to wait for storage.
 
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
@@ -12,6 +13,8 @@ use super::names::{Child, Folder};
 use super::node::{Entry, EntryKind, Node, NodeKind, ROOT};
 use super::point::PointFile;
 use crate::image::Image;
+use crate::text::path_text;
+use crate::view;
 
 /// Gives out inode numbers.
 pub(super) struct Numbering<'a> {
@@ -19,6 +22,8 @@ pub(super) struct Numbering<'a> {
     pub nodes: HashMap<u64, Arc<Node>>,
     /// Images of the tree before, by address, and their numbers.
     pub old: HashMap<*const Image, u64>,
+    /// The same of the points whose files are shown.
+    pub old_files: HashMap<*const Image, Arc<view::Point>>,
     /// Numbers that the kernel knows already.
     pub taken: &'a dyn Fn(u64) -> bool,
 }
@@ -56,6 +61,12 @@ impl Numbering<'_> {
                 self.insert(ino, parent, time, NodeKind::Link(target));
                 (ino, EntryKind::Link, time)
             }
+            Child::Files(file) => {
+                let (point, time) = (self.files_point(path, &file), file.point().time);
+                let ino = point.number();
+                self.insert(ino, parent, time, NodeKind::Files(point, file));
+                (ino, EntryKind::Dir, time)
+            }
             Child::Status => {
                 let ino = self.number(path, b"status");
                 self.insert(ino, parent, 0, NodeKind::Status);
@@ -71,7 +82,7 @@ impl Numbering<'_> {
     fn number(&self, path: &Path, identity: &[u8]) -> u64 {
         let mut ino = inode_hash(path, identity);
         while ino <= ROOT || self.nodes.contains_key(&ino) {
-            ino = ino.wrapping_add(1);
+            ino = next(ino);
         }
         ino
     }
@@ -85,10 +96,29 @@ impl Numbering<'_> {
         }
         let mut ino = self.number(path, file.digest.as_bytes());
         while ino <= ROOT || self.nodes.contains_key(&ino) || (self.taken)(ino) {
-            ino = ino.wrapping_add(1);
+            ino = next(ino);
         }
         ino
     }
+
+    /// The same for the folder of a point's files, whose numbers follow from this one.
+    fn files_point(&self, path: &Path, file: &PointFile) -> Arc<view::Point> {
+        let kept = self.old_files.get(&Arc::as_ptr(&file.image));
+        if let Some(point) = kept.filter(|p| !self.nodes.contains_key(&p.number())) {
+            return point.clone();
+        }
+        let mut ino = inode_hash(path, file.digest.as_bytes()) | view::INSIDE;
+        while self.nodes.contains_key(&ino) || (self.taken)(ino) {
+            ino = next(ino) | view::INSIDE;
+        }
+        let name = path_text(&file.disk().path);
+        Arc::new(view::Point::new(ino, name, file.image.clone()))
+    }
+}
+
+/// The number after this one; never one of what is inside points.
+fn next(ino: u64) -> u64 {
+    ino.wrapping_add(1) & !view::INSIDE
 }
 
 fn inode_hash(path: &Path, identity: &[u8]) -> u64 {
@@ -98,5 +128,5 @@ fn inode_hash(path: &Path, identity: &[u8]) -> u64 {
     hash.update(identity);
     let mut eight = [0; 8];
     eight.copy_from_slice(&hash.finalize().as_bytes()[..8]);
-    u64::from_le_bytes(eight)
+    u64::from_le_bytes(eight) & !view::INSIDE
 }

@@ -7,6 +7,9 @@
 //! .fleecefs/status.json                         what was found
 //! ```
 //!
+//! Where files are shown, each point and link has a folder beside it, `.files` instead of `.raw`. What is in there
+//! is not in the tree: see [`crate::view`].
+//!
 //! A refresh builds a new tree and never touches the old one. Names can clash (a disk's folder may
 //! lie inside another's, a point may be called `latest`): see [`super::names`].
 //!
@@ -30,6 +33,7 @@ use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Finding, Result};
 use crate::image::{Cache, Image};
 use crate::layer::LayerSpec;
+use crate::view;
 
 /// Everything below the mount point at one moment.
 pub struct Tree {
@@ -56,22 +60,25 @@ pub struct Changes {
 impl Tree {
     /// Builds the tree. Images of points whose layers are the very same as in `previous` are
     /// taken over; the others are set up anew. A point that cannot be set up becomes a finding.
-    /// New points get no number for which `in_use` is true: the kernel knows it as something else.
+    /// New points get no number for which `in_use` is true: the kernel knows it as something else. With
+    /// `with_files` their files are shown, too.
     pub fn build(
         catalog: Catalog,
         previous: Option<&Tree>,
         cache: &Arc<Cache>,
+        with_files: bool,
         in_use: impl Fn(u64) -> bool,
     ) -> Tree {
         let catalog = Arc::new(catalog);
-        let mut files = Files::new(catalog.clone(), previous, cache);
+        let mut files = Files::new(catalog.clone(), previous, cache, with_files);
         let folder = files.arrange();
         let Files { findings, .. } = files;
         let own_bytes = catalog.disks.iter().flat_map(|d| &d.points).map(|p| p.own_bytes);
         let own_bytes = own_bytes.fold(0, u64::saturating_add);
         let old = previous.into_iter().flat_map(Tree::images).collect();
         let taken = |ino| in_use(ino) || previous.is_some_and(|t| t.nodes.contains_key(&ino));
-        let mut nodes = Numbering { nodes: HashMap::new(), old, taken: &taken };
+        let old_files = previous.into_iter().flat_map(Tree::shown).collect();
+        let mut nodes = Numbering { nodes: HashMap::new(), old, old_files, taken: &taken };
         nodes.folder(ROOT, ROOT, Path::new(""), folder);
         Tree { nodes: nodes.nodes, catalog, findings, own_bytes, built: SystemTime::now() }
     }
@@ -119,6 +126,14 @@ impl Tree {
     fn images(&self) -> impl Iterator<Item = (*const Image, u64)> {
         self.nodes.values().filter_map(|n| match &n.kind {
             NodeKind::File(f) => Some((Arc::as_ptr(&f.image), n.ino)),
+            _ => None,
+        })
+    }
+
+    /// The points whose files are shown, by the addresses of their images.
+    fn shown(&self) -> impl Iterator<Item = (*const Image, Arc<view::Point>)> {
+        self.nodes.values().filter_map(|n| match &n.kind {
+            NodeKind::Files(point, _) => Some((Arc::as_ptr(point.image()), point.clone())),
             _ => None,
         })
     }
@@ -205,13 +220,19 @@ struct Files<'a> {
     old: HashMap<(&'a Path, &'a str), &'a Arc<PointFile>>,
     cache: &'a Arc<Cache>,
     findings: Vec<Finding>,
+    with_files: bool,
 }
 
 impl<'a> Files<'a> {
-    fn new(catalog: Arc<Catalog>, previous: Option<&'a Tree>, cache: &'a Arc<Cache>) -> Self {
+    fn new(
+        catalog: Arc<Catalog>,
+        previous: Option<&'a Tree>,
+        cache: &'a Arc<Cache>,
+        with_files: bool,
+    ) -> Self {
         let key = |f: &'a Arc<PointFile>| ((f.disk().path.as_path(), f.point().name.as_str()), f);
         let old = previous.into_iter().flat_map(Tree::files).map(key).collect();
-        Files { catalog, old, cache, findings: Vec::new() }
+        Files { catalog, old, cache, findings: Vec::new(), with_files }
     }
 
     fn arrange(&mut self) -> Folder {
@@ -226,8 +247,14 @@ impl<'a> Files<'a> {
             named.push(self.add_points(i, disk, &mut root));
         }
         for (disk, points) in catalog.disks.iter().zip(named) {
-            if !points.is_empty() {
-                names::add_links(root.at(&disk.path), &points);
+            if points.is_empty() {
+                continue;
+            }
+            let folder = root.at(&disk.path);
+            names::add_links(folder, &points, names::RAW);
+            if self.with_files {
+                let files = names::add_files(folder, &points);
+                names::add_links(folder, &files, names::FILES);
             }
         }
         root
@@ -243,7 +270,7 @@ impl<'a> Files<'a> {
                 Ok(file) => {
                     let file = Arc::new(file);
                     let folder = root.at(&disk.path);
-                    let name = folder.free_name(OsStr::new(&point.name));
+                    let name = folder.free_name(OsStr::new(&point.name), names::RAW);
                     folder.children.insert(name.clone(), Child::File(file.clone()));
                     named.push((name, point.time));
                     done[i] = Some(file);
@@ -333,7 +360,7 @@ mod tests {
     }
 
     fn build(catalog: Catalog, previous: Option<&Tree>) -> Tree {
-        Tree::build(catalog, previous, &Cache::new(1 << 20), |_| false)
+        Tree::build(catalog, previous, &Cache::new(1 << 20), false, |_| false)
     }
 
     /// Everything in the tree as sorted lines: `path`, `path/` or `path -> target`.
@@ -353,6 +380,8 @@ mod tests {
                 }
                 NodeKind::Link(to) => lines.push(format!("{path} -> {}", to.display())),
                 NodeKind::File(_) | NodeKind::Status => lines.push(path),
+                NodeKind::Files(..) => lines.push(format!("{path}/?")),
+                NodeKind::Inside(_) => panic!("{path} is in the tree"),
             }
         }
         lines.sort();

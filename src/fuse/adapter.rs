@@ -17,27 +17,25 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation,
+    INodeNo, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::fs::attr::Attr;
+use super::negotiate::{MAX_REQUEST, negotiate};
+use super::reply::{BLOCK, dot_attr, errno, file_attr, file_type, reply_xattr};
 use crate::fs::readers::Readers;
 use crate::fs::slow_pool::SlowPool;
-use crate::fs::tree::{EntryKind, Node};
+use crate::fs::tree::{Node, NodeKind};
 use crate::fs::{self, FileSystem, Listed, WaitsFor};
 
 /// How long the kernel may trust a name or attributes. A refresh tells it what changed, so this
 /// only bounds what a reply that crossed a refresh can do.
 const TTL: Duration = Duration::from_secs(1);
-/// The largest request; also the most that current kernels send at once.
-const MAX_REQUEST: u32 = 1 << 20;
-/// Read-ahead and other background requests in flight.
-const MAX_BACKGROUND: u16 = 64;
-/// The block size in `statfs`.
-const BLOCK: u32 = 4096;
+
+/// The same for what is inside a point, which never changes: another generation has other numbers.
+const TTL_INSIDE: Duration = Duration::from_secs(3600);
 
 /// The file system as fuser sees it.
 pub(super) struct Adapter {
@@ -49,38 +47,6 @@ pub(super) struct Adapter {
 thread_local! {
     /// Each serving thread's buffer; grows to the largest request and stays.
     static BUFFER: RefCell<fs::buffer::Buffer> = const { RefCell::new(fs::buffer::Buffer::new()) };
-}
-
-fn errno(e: fs::Errno) -> Errno {
-    Errno::from_i32(e)
-}
-
-fn file_type(kind: EntryKind) -> FileType {
-    match kind {
-        EntryKind::Dir => FileType::Directory,
-        EntryKind::File => FileType::RegularFile,
-        EntryKind::Link => FileType::Symlink,
-    }
-}
-
-fn file_attr(a: &Attr) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(a.ino),
-        size: a.size,
-        blocks: a.blocks,
-        atime: a.time,
-        mtime: a.time,
-        ctime: a.time,
-        crtime: a.time,
-        kind: file_type(a.kind),
-        perm: a.perm,
-        nlink: a.nlink,
-        uid: a.uid,
-        gid: a.gid,
-        rdev: 0,
-        blksize: BLOCK,
-        flags: 0,
-    }
 }
 
 /// Runs one operation; a panic ends that operation only. The reply it took along is dropped on the
@@ -159,53 +125,75 @@ impl Adapter {
         self.slow_pool.run(Box::new(move || guard(&fs, what, operation)));
     }
 
-    fn node_attr(&self, node: &Node) -> FileAttr {
-        file_attr(&self.fs.attr(node))
+    /// By whichever of the three fits what it waits for.
+    fn guard_waiting(
+        &self,
+        waits: WaitsFor,
+        what: &'static str,
+        operation: impl FnOnce(&FileSystem) + Send + 'static,
+    ) {
+        match waits {
+            WaitsFor::No => self.guard(what, operation),
+            WaitsFor::Storage => self.guard_storage(what, operation),
+            WaitsFor::Long => self.guard_slow(what, operation),
+        }
     }
 }
 
-/// Asks the kernel for what a mount wants of it.
-pub fn negotiate(config: &mut KernelConfig) {
-    // Each is a wish: an older kernel goes without.
-    for capability in [
-        InitFlags::FUSE_ASYNC_DIO,
-        InitFlags::FUSE_PARALLEL_DIROPS,
-        InitFlags::FUSE_DO_READDIRPLUS,
-        InitFlags::FUSE_READDIRPLUS_AUTO,
-        InitFlags::FUSE_CACHE_SYMLINKS,
-        // NFS servers ask for what the kernel has forgotten.
-        InitFlags::FUSE_EXPORT_SUPPORT,
-    ] {
-        let _ = config.add_capabilities(capability);
+fn ttl(node: &Node) -> &'static Duration {
+    match node.kind {
+        NodeKind::Inside(_) => &TTL_INSIDE,
+        _ => &TTL,
     }
-    let _ = config.set_max_write(MAX_REQUEST);
-    if let Err(most) = config.set_max_readahead(4 * MAX_REQUEST) {
-        let _ = config.set_max_readahead(most);
-    }
-    let _ = config.set_max_background(MAX_BACKGROUND);
 }
 
-/// Answers with the value, its length, or ERANGE, as `getxattr` and `listxattr` want it.
-fn reply_xattr(value: Result<Vec<u8>, fs::Errno>, size: u32, reply: ReplyXattr) {
-    match value {
-        Err(e) => reply.error(errno(e)),
-        Ok(v) if size == 0 => reply.size(u32::try_from(v.len()).unwrap_or(u32::MAX)),
-        Ok(v) if v.len() > size as usize => reply.error(Errno::ERANGE),
-        Ok(v) => reply.data(&v),
+fn lookup(fs: &FileSystem, parent: u64, name: &OsStr, reply: ReplyEntry) {
+    let node = match fs.lookup(parent, name) {
+        Ok(node) => node,
+        Err(e) => return reply.error(errno(e)),
+    };
+    match fs.attr(&node) {
+        Ok(attr) => reply.entry(ttl(&node), &file_attr(&attr), Generation(0)),
+        Err(e) => {
+            fs.forget(node.ino, 1);
+            reply.error(errno(e));
+        }
     }
+}
+
+/// Adds an entry with its attributes; false if there is no space for it.
+fn add_plus(fs: &FileSystem, reply: &mut ReplyDirectoryPlus, e: &Listed, next: u64) -> bool {
+    // The kernel counts each name that it gets as a lookup, but `.` and `..`.
+    let node = e.node.as_ref();
+    let known = node.and_then(|n| fs.attr(n).ok().filter(|_| fs.remember(n)).map(|a| (n, a)));
+    let attr = match (&known, node) {
+        (Some((_, attr)), _) => file_attr(attr),
+        (None, None) => dot_attr(e.ino),
+        (None, Some(_)) => FileAttr { kind: file_type(e.kind), ..dot_attr(0) },
+    };
+    let ttl = node.map_or(&TTL, |n| ttl(n));
+    let full = reply.add(INodeNo(e.ino), next, &e.name, ttl, &attr, Generation(0));
+    if let Some((node, _)) = known.filter(|_| full) {
+        fs.forget(node.ino, 1);
+    }
+    !full
 }
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        negotiate(config);
+        negotiate(config, self.fs.obeys_access_lists());
         Ok(())
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.guard("lookup", |fs| match fs.lookup(parent.0, name) {
-            Ok(node) => reply.entry(&TTL, &self.node_attr(&node), Generation(0)),
-            Err(e) => reply.error(errno(e)),
-        });
+        match self.fs.waits_below(parent.0) {
+            WaitsFor::No => self.guard("lookup", |fs| lookup(fs, parent.0, name, reply)),
+            waits => {
+                let name = name.to_os_string();
+                let lookup = move |fs: &FileSystem| lookup(fs, parent.0, &name, reply);
+                self.guard_waiting(waits, "lookup", lookup);
+            }
+        }
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
@@ -216,14 +204,17 @@ impl Filesystem for Adapter {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.guard("getattr", |fs| match fs.getattr(ino.0, fh.map(|h| h.0)) {
-            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+        let waits = self.fs.waits_inside(ino.0);
+        let ttl = if waits == WaitsFor::No { &TTL } else { &TTL_INSIDE };
+        self.guard_waiting(waits, "getattr", move |fs| match fs.getattr(ino.0, fh.map(|h| h.0)) {
+            Ok(attr) => reply.attr(ttl, &file_attr(&attr)),
             Err(e) => reply.error(errno(e)),
         });
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        self.guard("readlink", |fs| match fs.readlink(ino.0) {
+        let waits = self.fs.waits_inside(ino.0);
+        self.guard_waiting(waits, "readlink", move |fs| match fs.readlink(ino.0) {
             Ok(target) => reply.data(target.as_os_str().as_bytes()),
             Err(e) => reply.error(errno(e)),
         });
@@ -240,7 +231,7 @@ impl Filesystem for Adapter {
         };
         match self.fs.opens_storage(ino.0) {
             true => self.guard_storage("open", open),
-            false => self.guard("open", open),
+            false => self.guard_waiting(self.fs.waits_inside(ino.0), "open", open),
         }
     }
 
@@ -338,7 +329,8 @@ impl Filesystem for Adapter {
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.guard("opendir", |fs| match fs.opendir(ino.0) {
+        let waits = self.fs.waits_below(ino.0);
+        self.guard_waiting(waits, "opendir", move |fs| match fs.opendir(ino.0) {
             Ok(fh) => reply.opened(FileHandle(fh), FopenFlags::empty()),
             Err(e) => reply.error(errno(e)),
         });
@@ -352,7 +344,7 @@ impl Filesystem for Adapter {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        self.guard("readdir", |fs| {
+        self.guard_waiting(self.fs.waits_for_names(fh.0), "readdir", move |fs| {
             let add =
                 |e: Listed, next| !reply.add(INodeNo(e.ino), next, file_type(e.kind), &e.name);
             match fs.readdir(fh.0, offset, add) {
@@ -370,21 +362,8 @@ impl Filesystem for Adapter {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        self.guard("readdirplus", |fs| {
-            let add = |e: Listed, next| {
-                let attr = match &e.node {
-                    Some(node) => self.node_attr(node),
-                    None => dot_attr(e.ino),
-                };
-                let ino = INodeNo(e.ino);
-                let full = reply.add(ino, next, &e.name, &TTL, &attr, Generation(0));
-                // The kernel counts each name that it gets as a lookup, but `.` and `..`.
-                if let Some(node) = e.node.as_ref().filter(|_| !full) {
-                    fs.remember(node);
-                }
-                !full
-            };
-            match fs.readdir(fh.0, offset, add) {
+        self.guard_waiting(self.fs.waits_for_names(fh.0), "readdirplus", move |fs| {
+            match fs.readdir(fh.0, offset, |e, next| add_plus(fs, &mut reply, &e, next)) {
                 Ok(()) => reply.ok(),
                 Err(e) => reply.error(errno(e)),
             }
@@ -399,7 +378,7 @@ impl Filesystem for Adapter {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.guard("releasedir", |fs| {
+        self.guard_waiting(self.fs.waits_for_names(fh.0), "releasedir", move |fs| {
             fs.releasedir(fh.0);
             reply.ok();
         });
@@ -414,11 +393,23 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.guard("getxattr", |fs| reply_xattr(fs.getxattr(ino.0, name), size, reply));
+        match self.fs.waits_inside(ino.0) {
+            WaitsFor::No => {
+                self.guard("getxattr", |fs| reply_xattr(fs.getxattr(ino.0, name), size, reply));
+            }
+            waits => {
+                let name = name.to_os_string();
+                let get = move |fs: &FileSystem| {
+                    reply_xattr(fs.getxattr(ino.0, &name), size, reply);
+                };
+                self.guard_waiting(waits, "getxattr", get);
+            }
+        }
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        self.guard("listxattr", |fs| reply_xattr(fs.listxattr(ino.0), size, reply));
+        let list = move |fs: &FileSystem| reply_xattr(fs.listxattr(ino.0), size, reply);
+        self.guard_waiting(self.fs.waits_inside(ino.0), "listxattr", list);
     }
 
     fn access(&self, _req: &Request, _ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
@@ -576,19 +567,4 @@ impl Filesystem for Adapter {
     fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
         reply.error(Errno::EROFS);
     }
-}
-
-/// `.` and `..` in a listing: the kernel looks at number and type alone.
-fn dot_attr(ino: u64) -> FileAttr {
-    file_attr(&Attr {
-        ino,
-        size: 0,
-        blocks: 0,
-        time: SystemTime::UNIX_EPOCH,
-        kind: EntryKind::Dir,
-        perm: 0o500,
-        nlink: 2,
-        uid: 0,
-        gid: 0,
-    })
 }

@@ -1,10 +1,13 @@
 //! FUSE: the only module that names `fuser`.
 //!
-//! `adapter` has a small method per operation, which calls [`FileSystem`] and replies; this file
+//! `adapter` has a small method per operation, which calls [`FileSystem`] and replies (`reply`), `negotiate` what
+//! is asked of the kernel; this file
 //! mounts, waits for the end, and tells the kernel what to forget ([`Notify`]). It does so from a
 //! thread that serves no requests, because the kernel may wait for a request while it handles that.
 
 mod adapter;
+mod negotiate;
+mod reply;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -21,7 +24,7 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::FileSystem;
 use crate::fs::tree::Changes;
 use adapter::Adapter;
-pub use adapter::negotiate;
+pub use negotiate::negotiate;
 
 /// Who may use the mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 //!
 //! State, under one lock that is never held while a file is opened or closed:
 //! - each image counts its holders: open handles, and images above it that are held;
-//! - `resting`: points of long chains that were closed a moment ago. A thread of its own lets go of them
+//! - `resting`: points that were closed a moment ago, of long chains or whose files are walked through. A thread of its own lets go of them
 //!   a little later ([`Holds::run`]): whoever goes through many points opens one after the other, and
 //!   all of a chain share the files below; so a step costs one file.
 
@@ -19,7 +19,7 @@ use super::holds::Pinned;
 use crate::error::Result;
 use crate::storage::files::{self, Closed};
 
-/// How long the files of a closed point stay open, if they are more than [`MANY`].
+/// How long the files of a closed point stay open, if they are more than [`MANY`] or [`HeldPoint::lingering`].
 const REST: Duration = Duration::from_millis(200);
 /// Opening as many takes a millisecond or two, which is not worth keeping anything open for.
 const MANY: usize = 256;
@@ -29,6 +29,8 @@ pub struct HeldPoint {
     image: Arc<Image>,
     /// Whether the files are held.
     pinned: bool,
+    /// Whether they are held a moment longer.
+    lingers: bool,
 }
 
 impl HeldPoint {
@@ -39,8 +41,22 @@ impl HeldPoint {
     /// # Errors
     /// A file is gone, may not be opened, or has changed.
     pub fn new(image: &Arc<Image>) -> Result<Self> {
+        Self::open(image, false)
+    }
+
+    /// The same for somebody who comes back soon, as whoever walks through the files of a point does: the files
+    /// stay open a moment longer, unless others need the descriptors.
+    ///
+    /// # Errors
+    /// As [`HeldPoint::new`].
+    pub fn lingering(image: &Arc<Image>) -> Result<Self> {
+        Self::open(image, true)
+    }
+
+    fn open(image: &Arc<Image>, lingers: bool) -> Result<Self> {
         let pinned = image.pin();
-        let held = HeldPoint { image: image.clone(), pinned };
+        let lingers = lingers || image.files > MANY;
+        let held = HeldPoint { image: image.clone(), pinned, lingers };
         let opened = match pinned {
             true => image.open_held(),
             false => image.own.iter().try_for_each(|l| l.open_files()),
@@ -55,10 +71,14 @@ impl Drop for HeldPoint {
         let holds = self.image.cache.holds();
         let mut state = holds.state();
         state.handles -= 1;
-        if self.pinned && self.image.files > MANY {
+        if self.pinned && self.lingers {
+            // Whoever lets go of them waits for the first of them.
+            let is_first = state.resting.is_empty();
             state.resting.push_back((Instant::now() + REST, self.image.clone()));
             drop(state);
-            holds.changed.notify_one();
+            if is_first {
+                holds.changed.notify_one();
+            }
             return;
         }
         let closed = if self.pinned { self.image.release() } else { Closed::new() };

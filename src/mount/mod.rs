@@ -22,7 +22,7 @@ mod table;
 mod umount;
 mod user_mount;
 
-pub(crate) use plan::{Options, Plan};
+pub(crate) use plan::{Files, Options, Plan};
 pub(crate) use process::raise_file_limit;
 pub(crate) use serve::run;
 pub(crate) use umount::umount;

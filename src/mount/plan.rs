@@ -22,6 +22,13 @@ const FUSE_CONF_MAX: u64 = 1 << 20;
 /// Bytes of cache where the user does not say.
 const CACHE_SIZE: u64 = 64 << 20;
 
+/// How the files of points are shown.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Files {
+    /// Whether all of them belong to the owner of the mount.
+    pub squash: bool,
+}
+
 /// What the user wants.
 pub(crate) struct Options {
     /// The backup directory.
@@ -38,6 +45,8 @@ pub(crate) struct Options {
     pub mode: Option<u16>,
     /// Bytes of cache.
     pub cache_size: Option<u64>,
+    /// Whether the files of points are shown.
+    pub files: Option<Files>,
     /// Serving threads.
     pub threads: Option<usize>,
     /// Unmount after so long without use.
@@ -62,6 +71,8 @@ pub(crate) struct Plan {
     pub(super) owner: attr::Owner,
     /// Bytes of cache.
     pub(super) cache_size: u64,
+    /// Whether the files of points are shown.
+    pub(super) files: Option<Files>,
     /// Serving threads.
     pub(super) threads: usize,
     /// Unmount after so long without use.
@@ -95,6 +106,7 @@ impl Plan {
             access: wanted.access,
             owner: owner(wanted),
             cache_size: wanted.cache_size.unwrap_or(CACHE_SIZE),
+            files: wanted.files,
             threads: wanted.threads.unwrap_or_else(fuse::default_threads),
             idle_timeout: wanted.idle_timeout,
             poll_interval: wanted.poll_interval,

@@ -4,18 +4,19 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::plan::{Plan, check_apart};
+use super::plan::{Files, Plan, check_apart};
 use super::process::start;
 use crate::chain::Catalog;
 use crate::chain::scan::{self, ProbeCache, ScanOptions};
 use crate::error::{Error, Result};
 use crate::folder;
-use crate::fs::FileSystem;
 use crate::fs::watch::{Waker, Watch};
+use crate::fs::{FileSystem, Inside};
 use crate::fuse::{Mounted, Notify};
 use crate::image::Cache;
 use crate::storage::files;
 use crate::text::path_text;
+use crate::view::View;
 
 /// Dropping a catalog of long chains must not run out of stack.
 const WATCH_STACK: usize = 16 << 20;
@@ -53,8 +54,8 @@ impl Prepared {
         // Each thread has the device open.
         files::set_limit(plan.threads as u64 + 1);
         check_file_limit(&catalog);
-        let cache = Cache::new(plan.cache_size);
-        let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone());
+        let (cache, inside) = caches(plan);
+        let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone(), inside);
         let (fs, mountpoint) = (Arc::new(fs), plan.mountpoint.clone());
         Ok(Prepared { fs, watch, waker, root, mountpoint, options, probes })
     }
@@ -71,6 +72,13 @@ impl Prepared {
         let refresh = Refresh { fs, notify, root, mountpoint, options, probes, failing: false };
         start("watch", WATCH_STACK, move || refresh.run(watch, &waker))
     }
+}
+
+/// The cache of points, and what shows their files, if that is wanted: half of the memory is that's.
+fn caches(plan: &Plan) -> (Arc<Cache>, Option<Inside>) {
+    let Some(Files { squash }) = plan.files else { return (Cache::new(plan.cache_size), None) };
+    let half = plan.cache_size / 2;
+    (Cache::new(half), Some(Inside { view: View::new(half), squash }))
 }
 
 /// The directory as the user called it, so that links are looked at again each time; without them where

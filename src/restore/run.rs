@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, missing_of_run};
+use crate::chain::{Catalog, Disk, manifest_of, missing_of_run};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::journal::linking;
@@ -311,13 +311,6 @@ fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<PathBuf> {
         }
     }
     None
-}
-
-/// The manifest of a point. One that cannot be read is a finding of the scan's; here it is as if it were
-/// not there.
-pub(crate) fn manifest_of(disk: &Disk, point: usize) -> Option<Manifest> {
-    let source = &disk.points[point].source;
-    manifest::read(source.parent()?, source.file_name()?).ok()?
 }
 
 /// What the guest's disk was when a point was made, as its manifest tells.

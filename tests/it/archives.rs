@@ -126,7 +126,7 @@ fn only_what_has_to_be_unpacked_waits() {
     let (catalog, _) = scan(dir.path(), &ScanOptions::default(), None).unwrap();
     let owner = Owner { uid: 0, gid: 0, mode: 0o400 };
     let waker = Arc::new(Waker::new().unwrap());
-    let fs = FileSystem::new(catalog, Cache::new(1 << 20), owner, Arc::default(), waker);
+    let fs = FileSystem::new(catalog, Cache::new(1 << 20), owner, Arc::default(), waker, None);
     let handle = |path: &Path| {
         let ino = path.iter().fold(ROOT, |ino, name| fs.lookup(ino, name).unwrap().ino);
         fs.open(ino, libc::O_RDONLY).unwrap().0

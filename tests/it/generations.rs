@@ -34,7 +34,7 @@ impl Setup {
         let owner = Owner { uid: 0, gid: 0, mode: 0o400 };
         let waker = Arc::new(Waker::new().unwrap());
         let cache = Cache::new(1 << 20);
-        let fs = FileSystem::new(catalog, cache, owner, Arc::default(), waker);
+        let fs = FileSystem::new(catalog, cache, owner, Arc::default(), waker, None);
         Setup { dir, fs, probes }
     }
 

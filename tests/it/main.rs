@@ -18,6 +18,7 @@ mod faults;
 mod files;
 mod files_ntfs;
 mod files_fat;
+mod files_mount;
 mod files_volumes;
 mod foreign;
 mod format;

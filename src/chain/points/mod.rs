@@ -1,6 +1,7 @@
 //! The points of one disk, in chain order.
 
 pub(crate) mod assemble;
+pub(crate) mod beside;
 pub(crate) mod foreign;
 pub(crate) mod nearest;
 pub(crate) mod record;

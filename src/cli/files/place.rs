@@ -8,11 +8,10 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::super::paths::catalog;
-use crate::chain::{Catalog, Disk};
+use crate::chain::{Catalog, Disk, beside};
 use crate::error::{Error, Kind, Result};
 use crate::files::{self, Blocks, Source, Tree, Volume, open_tree, volumes_of};
 use crate::image::{Cache, open_point};
-use crate::restore::run::manifest_of;
 use crate::text::path_text;
 use crate::units::parse_bytes;
 
@@ -103,18 +102,6 @@ impl Opened {
         let mut parts = self.path.rsplit(|b| *b == b'/');
         parts.find(|p| !p.is_empty() && *p != b".").unwrap_or_default()
     }
-}
-
-/// Points of other disks that were made in the same run: at the same time, and nothing says that it was another.
-fn beside<'a>(catalog: &'a Catalog, disk: &Disk, point: usize) -> Vec<(&'a Disk, usize)> {
-    let run = |d: &Disk, p: usize| manifest_of(d, p).map(|m| m.run).filter(|id| !id.is_empty());
-    let (own, time) = (run(disk, point), disk.points.get(point).map(|p| p.time));
-    let of_run = |d: &'a Disk| -> Option<(&'a Disk, usize)> {
-        let found = d.points.iter().position(|p| Some(p.time) == time && p.is_served())?;
-        let theirs = run(d, found);
-        (own.is_none() || theirs.is_none() || own == theirs).then_some((d, found))
-    };
-    catalog.disks.iter().filter(|d| d.path != disk.path).filter_map(of_run).collect()
 }
 
 /// Takes a name apart. A colon or a slash may be in the names of disks, too: the longest name of a point counts.

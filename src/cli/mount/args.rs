@@ -13,7 +13,8 @@ use crate::units::parse_bytes;
 ///
 /// MOUNTPOINT has a folder per disk, and in it a file per point, named after the backup file with .raw
 /// appended. latest.raw is a link to the newest, by-time/ has a link per point by its time (UTC), in
-/// order. .fleecefs/status.json tells what was found. Everything is read-only. New backups appear
+/// order. With --files, the folder .files beside each .raw has the files of that point.
+/// .fleecefs/status.json tells what was found. Everything is read-only. New backups appear
 /// without remounting.
 #[derive(Debug, Clone, Default, Args)]
 #[command(after_help = "\
@@ -32,6 +33,16 @@ pub(crate) struct MountArgs {
 
     /// An existing directory to mount at
     pub mountpoint: PathBuf,
+
+    /// Show the files of each point, too: POINT.files has a folder per partition or volume, as 'files ls' names
+    /// them ('disk' where there is no partition table)
+    #[arg(long)]
+    pub files: bool,
+
+    /// With --files: all files inside points belong to the owner of the mount, who may read them all [default:
+    /// owners, permissions and access lists as in the guest]
+    #[arg(long)]
+    pub squash: bool,
 
     /// Stay in the foreground and log to standard error, or to --log-file
     #[arg(short, long)]

@@ -10,7 +10,7 @@ use super::{paths, verbosity};
 use crate::error::Result;
 use crate::fuse::Access;
 use crate::mount;
-use crate::mount::{Options, Plan};
+use crate::mount::{Files, Options, Plan};
 
 /// Runs `fleecefs mount`; with `as_owner`, the directory's owner serves it.
 ///
@@ -20,7 +20,7 @@ pub(super) fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
     for list in std::mem::take(&mut args.options) {
         options::apply(&mut args, &list)?;
     }
-    let access = access(&args)?;
+    let (access, files) = (access(&args)?, files(&args)?);
     let plan = Plan::new(&Options {
         backups: args.backups,
         mountpoint: args.mountpoint,
@@ -29,6 +29,7 @@ pub(super) fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
         gid: args.gid,
         mode: args.mode,
         cache_size: args.cache_size,
+        files,
         threads: args.threads.map(usize::from),
         idle_timeout: args.idle_timeout,
         poll_interval: args.poll_interval,
@@ -36,6 +37,14 @@ pub(super) fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
     })?;
     let log = args.log_file.as_deref().map(paths::log_file).transpose()?;
     mount::run(&plan, args.foreground, log)
+}
+
+fn files(args: &MountArgs) -> Result<Option<Files>> {
+    match (args.files, args.squash) {
+        (false, true) => Err(verbosity::usage("squash needs files")),
+        (true, squash) => Ok(Some(Files { squash })),
+        (false, false) => Ok(None),
+    }
 }
 
 fn access(args: &MountArgs) -> Result<Access> {

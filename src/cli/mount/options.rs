@@ -90,6 +90,8 @@ fn set(args: &mut MountArgs, key: &str, value: Option<&str>) -> Result<bool> {
     match key {
         "allow_other" => args.allow_other = true,
         "allow_root" => args.allow_root = true,
+        "files" => args.files = true,
+        "squash" => args.squash = true,
         "foreground" => args.foreground = true,
         "uid" => args.uid = Some(users::user(need()?).map_err(wrong)?),
         "gid" => args.gid = Some(users::group(need()?).map_err(wrong)?),
