@@ -5,9 +5,9 @@ use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsStr;
 
-use super::{Catalog, Disk};
+use super::{Catalog, Disk, manifest_of};
 use crate::error::{Error, Finding, Kind};
-use crate::manifest::{self, Manifest, RunImage};
+use crate::manifest::{Manifest, RunImage};
 use crate::text::path_text;
 
 /// Of all manifests of one run: the images that it made, under the names that its disks had, and of which none is
@@ -41,7 +41,8 @@ fn names_of(m: &Manifest) -> impl Iterator<Item = &str> {
 pub(crate) fn run_gaps(catalog: &Catalog) -> Vec<Finding> {
     let mut runs: BTreeMap<String, Vec<(&Disk, Manifest)>> = BTreeMap::new();
     for disk in &catalog.disks {
-        let Some(m) = newest_manifest(disk).filter(|m| !m.run.is_empty()) else { continue };
+        let newest = disk.points.len().checked_sub(1).and_then(|at| manifest_of(disk, at));
+        let Some(m) = newest.filter(|m| !m.run.is_empty()) else { continue };
         runs.entry(m.run.clone()).or_default().push((disk, m));
     }
     // What has a manifest left is a finding of its disk's.
@@ -62,12 +63,6 @@ fn gap(run: &[(&Disk, Manifest)], told: &HashSet<&OsStr>) -> Option<Finding> {
     let e = Error::new(Kind::Incomplete, what)
         .remedy("restore the missing image and its manifest from another copy, or back up again");
     Some(Finding::from_error(&e, &disk.points.last()?.source))
-}
-
-fn newest_manifest(disk: &Disk) -> Option<Manifest> {
-    let source = &disk.points.last()?.source;
-    let name: &OsStr = source.file_name()?;
-    manifest::read(source.parent()?, name).ok()?
 }
 
 #[cfg(test)]
