@@ -19,6 +19,17 @@ use serde_json::json;
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
 
+/// Two disks that have a FULL; `None` if something that the test needs is missing.
+fn after_a_full(test: &str) -> Option<(Daemon, Caller)> {
+    if !have(test, TOOLS) {
+        return None;
+    }
+    let d = daemon(&[]);
+    let caller = Caller::of(&d);
+    caller.must("full");
+    Some((d, caller))
+}
+
 #[test]
 fn qemu_killed_or_restarted() {
     if !have("qemu_killed_or_restarted", TOOLS) {
@@ -50,12 +61,9 @@ fn qemu_killed_or_restarted() {
 
 #[test]
 fn last_point_deleted_replaced_or_elsewhere() {
-    if !have("last_point_deleted_replaced_or_elsewhere", TOOLS) {
+    let Some((d, caller)) = after_a_full("last_point_deleted_replaced_or_elsewhere") else {
         return;
-    }
-    let d = daemon(&[]);
-    let caller = Caller::of(&d);
-    caller.must("full");
+    };
     d.io("a", &["write -P 9 3M 1M"]);
     caller.must("inc");
     std::fs::remove_file(newest(&caller.target, "a.img")).unwrap();
@@ -92,12 +100,7 @@ fn last_point_deleted_replaced_or_elsewhere() {
 
 #[test]
 fn a_corrupt_chain_is_not_built_on() {
-    if !have("a_corrupt_chain_is_not_built_on", TOOLS) {
-        return;
-    }
-    let d = daemon(&[]);
-    let caller = Caller::of(&d);
-    caller.must("full");
+    let Some((d, caller)) = after_a_full("a_corrupt_chain_is_not_built_on") else { return };
     d.io("a", &["write -P 9 3M 1M"]);
     caller.must("inc");
     // The FULL's L2 table, in the middle of the file, is beyond what the fingerprint covers.
@@ -315,12 +318,7 @@ fn no_space_for_the_fleece() {
 
 #[test]
 fn target_removed_during_the_copy() {
-    if !have("target_removed_during_the_copy", TOOLS) {
-        return;
-    }
-    let d = daemon(&[]);
-    let caller = Caller::of(&d);
-    caller.must("full");
+    let Some((d, caller)) = after_a_full("target_removed_during_the_copy") else { return };
     let held = Held::start(&caller, "inc");
     std::fs::remove_dir_all(&caller.target).unwrap();
     let (exit, said) = held.end();
@@ -357,12 +355,7 @@ fn one_disk_fails_and_the_other_has_its_point() {
 
 #[test]
 fn disks_come_and_go() {
-    if !have("disks_come_and_go", TOOLS) {
-        return;
-    }
-    let d = daemon(&[]);
-    let caller = Caller::of(&d);
-    caller.must("full");
+    let Some((d, caller)) = after_a_full("disks_come_and_go") else { return };
     let path = d.path("sub/a.img");
     std::fs::create_dir(d.path("sub")).unwrap();
     run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "16M"]);

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::support::file_systems::{
     self, Image, Listing, Points, TOOLS, fill, fill_unix, mount, patch, said, shell,
 };
+use crate::support::guard::Guard;
 use crate::support::tools::{have, is_root, run};
 use serde_json::Value;
 
@@ -85,6 +86,15 @@ fn all_of_ext_is_copied_as_the_kernel_shows_it() {
     assert!(seen >= 6, "{seen} kinds could be mounted");
 }
 
+/// An ext4 with files of all kinds, mounted.
+fn filled() -> (Image, Guard) {
+    let image = Image::new(64 << 20, KINDS[3]);
+    let mounted = image.mount("");
+    fill(&image.mnt());
+    fill_unix(&image.mnt());
+    (image, mounted)
+}
+
 /// The file name of a point.
 fn name_of(points: &Points, level: &str) -> String {
     let names = std::fs::read_dir(points.dir.path().join("vda")).unwrap();
@@ -97,10 +107,7 @@ fn usually_nothing_is_copied_that_a_kernel_obeys() {
     if !ready("usually_nothing_is_copied_that_a_kernel_obeys") {
         return;
     }
-    let image = Image::new(64 << 20, KINDS[3]);
-    let mounted = image.mount("");
-    fill(&image.mnt());
-    fill_unix(&image.mnt());
+    let (image, mounted) = filled();
     drop(mounted);
     let mut points = Points::new();
     points.add(&image.path());
@@ -146,10 +153,7 @@ fn files_are_listed_found_and_read() {
     if !ready("files_are_listed_found_and_read") {
         return;
     }
-    let image = Image::new(64 << 20, KINDS[3]);
-    let mounted = image.mount("");
-    fill(&image.mnt());
-    fill_unix(&image.mnt());
+    let (image, mounted) = filled();
     shell(&image.mnt(), "ln -s /dir dir/sub/absolute; ln -s loop-a loop-b; ln -s loop-b loop-a");
     drop(mounted);
     let mut points = Points::new();

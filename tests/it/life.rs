@@ -65,6 +65,14 @@ impl Life {
     }
 }
 
+/// An empty disk.
+fn daemon() -> Daemon {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(format!("{DISK}.img"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "16M"]);
+    Daemon::start(dir, &[(DISK, "driver=qcow2")])
+}
+
 fn name(image: &Path) -> &str {
     image.file_name().unwrap().to_str().unwrap()
 }
@@ -74,10 +82,7 @@ fn backups_go_on_after_consolidate_and_prune() {
     if !have("backups_go_on_after_consolidate_and_prune", TOOLS) {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(format!("{DISK}.img"));
-    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "16M"]);
-    let d = Daemon::start(dir, &[(DISK, "driver=qcow2")]);
+    let d = daemon();
     let churn = d.churn(DISK, SIZE, 1);
     let mut life = Life { caller: Caller::of(&d), points: Vec::new(), folder: String::new() };
     life.backup("full");
@@ -117,10 +122,7 @@ fn a_backup_finishes_a_commit_that_was_killed() {
     if !have("a_backup_finishes_a_commit_that_was_killed", TOOLS) {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(format!("{DISK}.img"));
-    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "16M"]);
-    let d = Daemon::start(dir, &[(DISK, "driver=qcow2")]);
+    let d = daemon();
     let churn = d.churn(DISK, SIZE, 1);
     let mut life = Life { caller: Caller::of(&d), points: Vec::new(), folder: String::new() };
     let chain = [life.backup("full"), life.backup("inc"), life.backup("inc")];

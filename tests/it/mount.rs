@@ -230,6 +230,15 @@ fn others_get_in_only_when_they_are_let() {
     assert!(try_read(&Mount::with(dir.path(), &["-o", "rw,noauto,allow_other,uid=65534"])));
 }
 
+/// A folder of a user without rights with the program in it; that user may read `backups`.
+fn for_nobody(backups: &Path) -> tempfile::TempDir {
+    std::fs::set_permissions(backups, PermissionsExt::from_mode(0o755)).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(home.path(), Some(65534), Some(65534)).unwrap();
+    std::fs::copy(FLEECEFS, home.path().join("fleecefs")).unwrap();
+    home
+}
+
 #[test]
 fn a_user_mounts_without_root() {
     let tools = [TOOLS.as_slice(), &["setpriv", "fusermount3", "unshare"]].concat();
@@ -238,11 +247,7 @@ fn a_user_mounts_without_root() {
         return;
     }
     let (dir, chain) = backups();
-    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
-    let home = tempfile::tempdir().unwrap();
-    std::os::unix::fs::chown(home.path(), Some(65534), Some(65534)).unwrap();
-    let program = home.path().join("fleecefs");
-    std::fs::copy(FLEECEFS, &program).unwrap();
+    let home = for_nobody(dir.path());
     // A /dev/fuse that users may open, as distributions have it, in a name space of its own, with
     // which the mount goes away whatever happens.
     let script = r#"
@@ -277,11 +282,7 @@ fn a_user_who_may_not_mount_is_told_what_to_do() {
         return;
     }
     let (dir, _) = backups();
-    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
-    let home = tempfile::tempdir().unwrap();
-    std::os::unix::fs::chown(home.path(), Some(65534), Some(65534)).unwrap();
-    let program = home.path().join("fleecefs");
-    std::fs::copy(FLEECEFS, &program).unwrap();
+    let home = for_nobody(dir.path());
     let script = r#"
         cd "$HOME_DIR" && mkdir -p own && chown 65534:65534 own && mkdir -p roots || exit 99
         mknod fuse c 10 229; chmod "$MODE" fuse && mount --bind fuse /dev/fuse || exit 99
