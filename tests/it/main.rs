@@ -17,6 +17,8 @@ mod early_hash;
 mod faults;
 mod files;
 mod files_volumes;
+mod files_xfs;
+mod files_xfs_hostile;
 mod foreign;
 mod format;
 mod formats;

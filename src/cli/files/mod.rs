@@ -19,8 +19,9 @@ use crate::error::Result;
 /// (vg-root), its other disks are found by the backup run. Where a point has one file system only, the partition may be omitted:
 /// sda/latest/etc/fstab. 'files ls DIR POINT' shows what there is.
 ///
-/// Read are ext2, ext3 and ext4. A journal that is not empty is replayed in memory, as the guest's
-/// kernel would do it; nothing is written. Damage is reported, and the rest is read all the same.
+/// Read are ext2, ext3, ext4 and XFS. A journal of ext that is not empty is replayed in memory, as the guest's
+/// kernel would do it; nothing is written. The log of XFS is not replayed: a warning says if it has changes
+/// that are nowhere else. Damage is reported, and the rest is read all the same.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
