@@ -48,6 +48,28 @@ def file_systems(tmp):
         subprocess.run(["mke2fs", "-q", "-F", "-b", "1024", "-N", "32", "-m", "0", *options, "-d", tree, path, "96"],
                        check=True)
         put("files", f"ext{i}", path.read_bytes())
+    xfs(tmp, tree)
+
+
+# Version 4: without checksums. The log is on another device, so that all of the rest is at the begin.
+XFS = [["-n", "ftype=0"], ["-n", "ftype=1"]]
+
+
+def xfs(tmp, tree):
+    lines = ["/nothing", "1 1", "d--755 0 0"]
+    lines += [f"file ---644 0 0 {tree}/dir/file", "short l--777 0 0 file", "long l--777 0 0 " + "a" * 500]
+    for folder, count in [("etc", 1), ("some", 20)]:
+        lines += [f"{folder} d--755 0 0", *(f"name-{i} ---644 0 0 {tree}/etc/fstab" for i in range(count)), "$"]
+    (tmp / "prototype").write_text("\n".join(lines + ["$", ""]))
+    for i, options in enumerate(XFS):
+        path, log = tmp / f"xfs{i}", tmp / f"xfs{i}.log"
+        for file in path, log:
+            with open(file, "wb") as f:
+                f.truncate(16 << 20)
+        subprocess.run(["mkfs.xfs", "-q", "-f", "--unsupported", "-m", "crc=0", "-b", "size=512", "-i", "size=256",
+                        "-d", "agcount=1", "-l", f"logdev={log},size=4m", *options, "-p", tmp / "prototype", path],
+                       check=True, stderr=subprocess.DEVNULL)
+        put("files", f"xfs{i}", path.read_bytes()[:64 << 10])
 
 
 def pieces(files):

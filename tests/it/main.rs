@@ -20,6 +20,8 @@ mod files_fat;
 mod files_mount;
 mod files_ntfs;
 mod files_volumes;
+mod files_xfs;
+mod files_xfs_hostile;
 mod foreign;
 mod format;
 mod formats;

@@ -121,3 +121,69 @@ fn outside(volume: &Volume, inode: &Inode, fork: &Fork<'_>, size: usize) -> Resu
     }
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::made::{FILE, Made, Parts, extent, inode};
+    use super::*;
+
+    const LINK: Parts<'static> = Parts { mode: 0o120_777, ..FILE };
+
+    #[test]
+    fn contents_have_holes_and_an_end() {
+        let mut made = Made::new(true);
+        made.put(50 << 10, &[7; 2048]);
+        let volume = Arc::new(made.volume());
+        let list = [extent(1, 50, 2, true), extent(3, 60, 2, false)].concat();
+        let parts = Parts { data: &list, extents: [2, 0], size: 3000, ..FILE };
+        let file = File::new(&volume, inode(true, parts)).unwrap();
+        let mut buf = [9; 5000];
+        assert_eq!(file.read_at(&mut buf, 1000).unwrap(), 2000);
+        assert!(buf[..24] == [0; 24] && buf[24..2000] == [7; 1976] && buf[2000] == 9);
+        assert_eq!(file.stretch(0).unwrap(), Some(Stretch { end: 1024, hole: true }));
+        assert_eq!(file.stretch(1030).unwrap(), Some(Stretch { end: 3000, hole: false }));
+        assert_eq!((file.stretch(3000).unwrap(), file.read_at(&mut buf, 3000).unwrap()), (None, 0));
+        // Exabytes of nothing, and what is preallocated.
+        let huge = Parts { size: i64::MAX as u64, ..parts };
+        let file = File::new(&volume, inode(true, huge)).unwrap();
+        assert!(file.stretch(4000).unwrap().unwrap().hole);
+        assert_eq!(file.stretch(1 << 20).unwrap().unwrap().end, i64::MAX as u64);
+        assert_eq!(file.read_at(&mut buf, (1 << 62) + 5).unwrap(), 5000);
+        assert!(buf.iter().all(|b| *b == 0));
+        assert!(File::new(&volume, inode(true, Parts { forms: [1, 2], ..FILE })).is_err());
+    }
+
+    #[test]
+    fn links_are_in_the_inode_or_in_blocks_with_headers() {
+        for v5 in [true, false] {
+            let mut made = Made::new(v5);
+            let text: Vec<u8> = (0..1000).map(|i| b'a' + (i % 26) as u8).collect();
+            let head = if v5 { LINK_HEAD } else { 0 };
+            let part = |offset: usize, text: &[u8]| {
+                let mut bytes = vec![0; 1024];
+                if v5 {
+                    bytes[..4].copy_from_slice(b"XSLM");
+                    bytes[4..8].copy_from_slice(&(offset as u32).to_be_bytes());
+                }
+                bytes[head..head + text.len()].copy_from_slice(text);
+                bytes
+            };
+            let first = (1024 - head).min(text.len());
+            made.block(50, OUTSIDE, part(0, &text[..first]));
+            made.block(52, OUTSIDE, part(first, &text[first..]));
+            let volume = made.volume();
+            let list = [extent(0, 50, 1, true), extent(1, 52, 1, true)].concat();
+            let whole = Parts { data: &list, extents: [2, 0], size: 1000, ..LINK };
+            assert_eq!(link(&volume, &inode(v5, whole)).unwrap(), text);
+            let bad = |parts| link(&volume, &inode(v5, parts)).is_err();
+            assert!(bad(Parts { size: 0, ..whole }) && bad(Parts { size: 1025, ..whole }));
+            assert!(bad(Parts { extents: [0, 0], ..whole }));
+            assert!(!v5 || bad(Parts { extents: [1, 0], ..whole }));
+            let long = extent(0, 50, 9, true);
+            assert!(bad(Parts { data: &long, extents: [1, 0], ..whole }));
+            let short = Parts { forms: [1, 2], data: b"there", size: 5, ..LINK };
+            assert_eq!(link(&volume, &inode(v5, short)).unwrap(), b"there");
+            assert!(bad(Parts { size: 500, ..short }));
+        }
+    }
+}

@@ -127,3 +127,70 @@ pub(super) fn leaf_of(
     }
     Ok(block)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::made::{FILE, Made, Parts, extent, inode};
+    use super::*;
+
+    #[test]
+    fn names_have_the_hash_of_the_book() {
+        // As `xfs_db -c "hash NAME"` prints it.
+        assert_eq!(name_hash(b"."), 0x2e);
+        assert_eq!(name_hash(b".."), 0x172e);
+        assert_eq!(name_hash(b"name"), 0x0dd8_76e5);
+        assert_eq!(name_hash(b"a-name-that-is-not-so-short-77"), 0x83e9_ee89);
+    }
+
+    /// A node of this level with hashes and blocks.
+    fn node(v5: bool, level: u16, entries: &[(u32, u32)]) -> Vec<u8> {
+        let mut bytes = vec![0; 1024];
+        let (count, mut at) = if v5 { (56, 64) } else { (12, 16) };
+        bytes[8..10].copy_from_slice(&NODE[usize::from(v5)].to_be_bytes());
+        bytes[count..count + 2].copy_from_slice(&(entries.len() as u16).to_be_bytes());
+        bytes[count + 2..count + 4].copy_from_slice(&level.to_be_bytes());
+        for (hash, block) in entries {
+            bytes[at..at + 4].copy_from_slice(&hash.to_be_bytes());
+            bytes[at + 4..at + 8].copy_from_slice(&block.to_be_bytes());
+            at += 8;
+        }
+        bytes
+    }
+
+    fn leaf(v5: bool) -> Vec<u8> {
+        let mut bytes = node(v5, 0, &[]);
+        bytes[8..10].copy_from_slice(&Leaf::Attributes.magics(v5)[0].to_be_bytes());
+        bytes
+    }
+
+    #[test]
+    fn levels_fall_and_hashes_lead() {
+        for v5 in [true, false] {
+            let mut made = Made::new(v5);
+            made.block(50, INDEX, node(v5, 2, &[(10, 1), (99, 2)]));
+            made.block(51, INDEX, node(v5, 1, &[(10, 3)]));
+            made.block(52, INDEX, node(v5, 1, &[(50, 4), (99, 5)]));
+            [53, 54, 55].iter().for_each(|b| made.block(*b, INDEX, leaf(v5)));
+            // Itself, too deep, nothing, and a leaf where a node should be.
+            made.block(60, INDEX, node(v5, 1, &[(9, 10)]));
+            made.block(61, INDEX, node(v5, 9, &[(9, 10)]));
+            made.block(62, INDEX, node(v5, 1, &[]));
+            made.block(63, INDEX, node(v5, 3, &[(9, 3)]));
+            made.block(64, INDEX, node(v5, 0, &[(9, 3)]));
+            let volume = made.volume();
+            let map = extent(0, 50, 20, true);
+            let file = inode(v5, Parts { data: &map, extents: [1, 0], ..FILE });
+            let fork = file.data().unwrap();
+            let find =
+                |root, hash| leaf_of(&volume, &file, &fork, (root, 1), hash, Leaf::Attributes);
+            for (hash, block) in [(0, 53), (10, 53), (11, 54), (50, 54), (51, 55), (100, 55)] {
+                assert_eq!(find(0, hash).unwrap().at, block * 1024, "{hash}");
+            }
+            for root in 10..=14 {
+                assert!(find(root, 1).is_err(), "{root}");
+            }
+            let folder = Leaf::Folder;
+            assert!(Block::read(&volume, &file, &fork, 3, 1, folder).is_err(), "another's leaf");
+        }
+    }
+}

@@ -200,3 +200,91 @@ fn form(number: u8) -> Option<Form> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::header::le_checksum;
+    use super::super::made::{FILE, Made, OWNER, Parts, inode, raw_inode};
+    use super::*;
+
+    /// An inode of version 3 with some of its bytes changed.
+    fn changed(parts: Parts<'_>, changes: &[(usize, &[u8])]) -> Inode {
+        let mut raw = raw_inode(true, OWNER, parts);
+        for (at, bytes) in changes {
+            raw[*at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        let crc = le_checksum(&raw, 100);
+        raw[100..104].copy_from_slice(&crc.to_le_bytes());
+        Inode::new(OWNER, 0, raw)
+    }
+
+    #[test]
+    fn times_are_before_and_after_what_32_bits_have() {
+        let sup = Made::new(true).volume().sup;
+        let time = |parts: &[(usize, &[u8])]| changed(FILE, parts).attributes(&sup).unwrap().mtime;
+        assert_eq!(time(&[(40, &[0xff; 4]), (44, &[0, 0, 0, 7])]), Time { seconds: -1, nanos: 7 });
+        let big: (usize, &[u8]) = (127, &[0x8]);
+        let at = |seconds: i64, nanos: u64| {
+            let all = (seconds + (1 << 31)) as u64 * 1_000_000_000 + nanos;
+            time(&[big, (40, &all.to_be_bytes())])
+        };
+        assert_eq!(at(-(1 << 31), 1), Time { seconds: -(1 << 31), nanos: 1 });
+        assert_eq!(
+            at(9_000_000_000, 999_999_999),
+            Time { seconds: 9_000_000_000, nanos: 999_999_999 }
+        );
+        let last = time(&[big, (40, &[0xff; 8])]);
+        assert!(last.seconds > 9_000_000_000 && last.nanos < 1_000_000_000);
+    }
+
+    #[test]
+    fn counts_are_where_the_inode_says() {
+        let parts = Parts { extents: [3, 4], attributes: &[1; 16], ..FILE };
+        let counts = |i: &Inode| (i.data().unwrap().extents, i.attributes_fork().unwrap().extents);
+        assert_eq!(counts(&changed(parts, &[])), (3, 4));
+        let wide: [(usize, &[u8]); 3] =
+            [(127, &[0x10]), (24, &[0, 1, 0, 0, 0, 0, 0, 0]), (76, &[0, 2, 0, 0])];
+        assert_eq!(counts(&changed(parts, &wide)), (1 << 48, 1 << 17));
+        assert_eq!(changed(FILE, &[]).attributes_fork().map(|f| f.extents), None);
+        // A fork that would begin behind the end is empty.
+        assert!(changed(parts, &[(82, &[0xff])]).attributes_fork().is_none());
+        assert!(changed(parts, &[(5, &[4])]).data().is_none());
+    }
+
+    #[test]
+    fn what_an_inode_is_follows_from_its_fields() {
+        let sup = Made::new(true).volume().sup;
+        let node =
+            Parts { mode: 0o020_600, forms: [0, 2], data: &[0, 0x4b, 1, 0x11], size: 0, ..FILE };
+        let device = inode(true, node).attributes(&sup).unwrap();
+        assert_eq!(device.device, Some(Device { major: 18, minor: 0x3_0111 }));
+        let file =
+            changed(FILE, &[(91, &[0x18]), (64, &[0, 0, 0, 0, 0, 0, 0, 9]), (8, &[0, 1, 0, 0])]);
+        let file = file.attributes(&sup).unwrap();
+        assert!(file.flags.immutable && file.flags.append_only && file.crtime.is_some());
+        assert_eq!((file.allocated, file.uid, file.links, file.device), (9216, 65536, 1, None));
+        assert!(changed(FILE, &[(91, &[1])]).is_realtime());
+        // Version 1 has its links elsewhere, and no times of birth.
+        let mut raw = raw_inode(false, OWNER, FILE);
+        raw[4] = 1;
+        raw[6..8].copy_from_slice(&[1, 2]);
+        let old = Inode::new(OWNER, 0, raw).attributes(&Made::new(false).volume().sup).unwrap();
+        assert_eq!((old.links, old.crtime), (258, None));
+    }
+
+    #[test]
+    fn what_is_wrong_is_told() {
+        let (new, old) = (Made::new(true).volume().sup, Made::new(false).volume().sup);
+        let wrong = |changes: &[(usize, &[u8])]| changed(FILE, changes).wrong(&new);
+        assert_eq!(wrong(&[]), None);
+        assert_eq!(wrong(&[(0, b"XX")]), Some("is no inode"));
+        assert_eq!(wrong(&[(4, &[2])]), Some("has an invalid version"));
+        assert_eq!(wrong(&[(160, &[1])]), Some("has another file system's UUID"));
+        assert_eq!(wrong(&[(152, &[1])]), Some("has another inode's number"));
+        let mut raw = raw_inode(true, OWNER, FILE);
+        raw[300] ^= 1;
+        assert_eq!(Inode::new(OWNER, 0, raw).wrong(&new), Some("has a bad checksum"));
+        assert_eq!(inode(false, FILE).wrong(&old), None);
+        assert_eq!(changed(FILE, &[]).wrong(&old), Some("has an invalid version"));
+    }
+}

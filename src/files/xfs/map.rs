@@ -65,11 +65,8 @@ impl Extents<'_> {
     }
 
     fn find(&self, volume: &Volume, inode: &Inode, block: u64) -> Result<Run> {
-        let found = last_not_after(self.len(), block, |i| self.begin(i));
-        let next = self.begin(found.map_or(0, |i| i + 1));
-        if next <= block || next > self.range.1 {
-            return Err(inconsistent(volume, inode));
-        }
+        let found = entry_for(self.len(), block, |i| self.begin(i));
+        let (found, next) = found.map_err(|()| inconsistent(volume, inode))?;
         let Some(index) = found else { return Ok(Run::hole(block, next)) };
         let (high, low) =
             (be64(self.bytes, index * ENTRY), be64(self.bytes, index * ENTRY + ENTRY / 2));
@@ -89,8 +86,16 @@ impl Extents<'_> {
     }
 }
 
-/// The last of `count` entries that begins at or before `block`.
-fn last_not_after(count: usize, block: u64, begin: impl Fn(usize) -> u64) -> Option<usize> {
+/// The entry of `count` that is for `block`: the last that does not begin after it, `None` if all do; and where the
+/// next one begins. Fails unless they are in order, for then the answer would depend on the way of searching.
+fn entry_for(
+    count: usize,
+    block: u64,
+    begin: impl Fn(usize) -> u64,
+) -> std::result::Result<(Option<usize>, u64), ()> {
+    if !(0..count).all(|i| begin(i) < begin(i + 1)) {
+        return Err(());
+    }
     let (mut low, mut high) = (0, count);
     while low < high {
         let middle = low + (high - low) / 2;
@@ -99,7 +104,7 @@ fn last_not_after(count: usize, block: u64, begin: impl Fn(usize) -> u64) -> Opt
             false => high = middle,
         }
     }
-    low.checked_sub(1)
+    Ok((low.checked_sub(1), begin(low)))
 }
 
 fn inconsistent(volume: &Volume, inode: &Inode) -> Error {
@@ -124,11 +129,8 @@ impl Node<'_> {
 
     /// What is below the entry for `block`: its range and its place; or the hole before the first.
     fn below(&self, volume: &Volume, inode: &Inode, block: u64) -> Result<Below> {
-        let found = last_not_after(self.count, block, |i| self.begin(i));
-        let next = self.begin(found.map_or(0, |i| i + 1));
-        if next <= block || next > self.range.1 {
-            return Err(inconsistent(volume, inode));
-        }
+        let found = entry_for(self.count, block, |i| self.begin(i));
+        let (found, next) = found.map_err(|()| inconsistent(volume, inode))?;
         let Some(index) = found else { return Ok(Below::Hole(Run::hole(block, next))) };
         let begin = self.begin(index);
         if begin < self.range.0 {
@@ -192,4 +194,173 @@ fn child(volume: &Volume, inode: &Inode, place: u64, level: u16) -> Result<(Arc<
         return Err(volume.source.error(crate::error::Kind::Corrupt, what, at));
     }
     Ok((bytes, head))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::made::{FILE, Made, Parts, extent, inode};
+    use super::*;
+
+    fn look(volume: &Volume, inode: &Inode, block: u64) -> Result<Run> {
+        run(volume, inode, &inode.data().unwrap(), block)
+    }
+
+    fn with(v5: bool, list: &[[u8; 16]], count: u16) -> Inode {
+        inode(v5, Parts { data: &list.concat(), extents: [count, 0], ..FILE })
+    }
+
+    #[test]
+    fn lists_have_data_holes_and_what_is_preallocated() {
+        for v5 in [false, true] {
+            let volume = Made::new(v5).volume();
+            // The second group begins at block 128 of all, and at fsblock 1 << 7.
+            let list = [extent(2, 20, 3, true), extent(5, 30, 4, false), extent(20, 129, 70, true)];
+            let file = with(v5, &list, 3);
+            let at = |block| look(&volume, &file, block).unwrap();
+            assert_eq!(at(0), Run { count: 2, at: None });
+            assert_eq!(at(2), Run { count: 3, at: Some(20) });
+            assert_eq!(at(4), Run { count: 1, at: Some(22) });
+            assert_eq!(at(6), Run { count: 3, at: None });
+            assert_eq!(at(9), Run { count: 11, at: None });
+            assert_eq!(at(25), Run { count: 65, at: Some(134) });
+            assert_eq!(at(90), Run { count: END - 90, at: None });
+            assert!(at(END).at.is_none() && at(u64::MAX).count >= 1);
+        }
+    }
+
+    #[test]
+    fn lists_that_lie_are_errors() {
+        let volume = Made::new(true).volume();
+        let bad = |list: &[[u8; 16]], count, block| {
+            look(&volume, &with(true, list, count), block).unwrap_err().message().to_string()
+        };
+        // More than fit, none where one is said to be, over each other, not in order.
+        assert!(bad(&[], 40, 0).contains("more extents than fit"));
+        assert!(bad(&[], 1, 0).contains("inconsistent"));
+        assert!(
+            bad(&[extent(2, 20, 3, true), extent(4, 30, 1, true)], 2, 2).contains("inconsistent")
+        );
+        assert!(
+            bad(&[extent(9, 20, 1, true), extent(4, 30, 1, true)], 2, 9).contains("inconsistent")
+        );
+        // Outside of their group: at its begin, over its end, in none; also if they were not written.
+        for place in [0, 128, 127, 199, 200, 128 + 71, 2 << 7, (1 << 52) - 1] {
+            for written in [true, false] {
+                assert!(
+                    bad(&[extent(0, place, 2, written)], 1, 0).contains("beyond the end"),
+                    "{place}"
+                );
+            }
+        }
+    }
+
+    /// A root of this level with keys and places.
+    fn root(level: u16, entries: &[(u64, u64)]) -> Vec<u8> {
+        let mut bytes = vec![0; 336];
+        bytes[..2].copy_from_slice(&level.to_be_bytes());
+        bytes[2..4].copy_from_slice(&(entries.len() as u16).to_be_bytes());
+        fill(&mut bytes, 4, entries);
+        bytes
+    }
+
+    fn fill(bytes: &mut [u8], head: usize, entries: &[(u64, u64)]) {
+        let all = (bytes.len() - head) / 16;
+        for (i, (key, place)) in entries.iter().enumerate() {
+            bytes[head + 8 * i..][..8].copy_from_slice(&key.to_be_bytes());
+            bytes[head + 8 * (all + i)..][..8].copy_from_slice(&place.to_be_bytes());
+        }
+    }
+
+    fn block(v5: bool, level: u16, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; 1024];
+        bytes[..4].copy_from_slice(if v5 { b"BMA3" } else { b"BMAP" });
+        bytes[4..6].copy_from_slice(&level.to_be_bytes());
+        bytes[6..8].copy_from_slice(&(count as u16).to_be_bytes());
+        bytes
+    }
+
+    fn leaf(v5: bool, list: &[[u8; 16]]) -> Vec<u8> {
+        let mut bytes = block(v5, 0, list.len());
+        let head = if v5 { WIDE_HEAD } else { HEAD };
+        bytes[head..head + 16 * list.len()].copy_from_slice(&list.concat());
+        bytes
+    }
+
+    fn node(v5: bool, level: u16, entries: &[(u64, u64)]) -> Vec<u8> {
+        let mut bytes = block(v5, level, entries.len());
+        fill(&mut bytes, if v5 { WIDE_HEAD } else { HEAD }, entries);
+        bytes
+    }
+
+    fn tree_of(v5: bool, root: &[u8]) -> Inode {
+        // As many bytes as the fork of this version has.
+        inode(v5, Parts { forms: [3, 2], data: root, ..FILE })
+    }
+
+    /// A root as long as the fork is.
+    fn root_of(v5: bool, level: u16, entries: &[(u64, u64)]) -> Vec<u8> {
+        let len = if v5 { 336 } else { 412 };
+        let mut bytes = root(level, &[]);
+        bytes.resize(len, 0);
+        bytes[2..4].copy_from_slice(&(entries.len() as u16).to_be_bytes());
+        fill(&mut bytes, 4, entries);
+        bytes
+    }
+
+    #[test]
+    fn trees_lead_to_leaves() {
+        for v5 in [false, true] {
+            let mut made = Made::new(v5);
+            made.block(40, MAP, node(v5, 1, &[(0, 41), (10, 42)]));
+            made.block(41, MAP, leaf(v5, &[extent(0, 50, 2, true), extent(4, 60, 2, true)]));
+            made.block(42, MAP, leaf(v5, &[extent(10, 70, 5, true)]));
+            made.block(43, MAP, leaf(v5, &[extent(100, 80, 1, true)]));
+            made.block(44, MAP, node(v5, 1, &[(100, 43)]));
+            let volume = made.volume();
+            let file = tree_of(v5, &root_of(v5, 2, &[(0, 40), (100, 44)]));
+            let at = |block| look(&volume, &file, block).unwrap();
+            for _ in 0..2 {
+                assert_eq!(at(1), Run { count: 1, at: Some(51) });
+                assert_eq!(at(2), Run { count: 2, at: None });
+                assert_eq!(at(6), Run { count: 4, at: None });
+                assert_eq!(at(14), Run { count: 1, at: Some(74) });
+                assert_eq!(at(15), Run { count: 85, at: None });
+                assert_eq!(at(100), Run { count: 1, at: Some(80) });
+            }
+        }
+    }
+
+    #[test]
+    fn trees_that_lie_are_errors() {
+        let mut made = Made::new(true);
+        made.block(40, MAP, node(true, 1, &[(0, 40)]));
+        made.block(41, MAP, leaf(true, &[extent(3, 50, 9, true)]));
+        made.block(42, MAP, leaf(true, &[]));
+        made.block(43, MAP, block(true, 0, 61));
+        let mut other = leaf(true, &[extent(0, 50, 1, true)]);
+        MAP.seal(&mut other, &super::super::made::UUID, 44 << 10, 7);
+        made.put(44 << 10, &other);
+        let volume = made.volume();
+        let bad = |level, entries: &[(u64, u64)], block| {
+            let file = tree_of(true, &root_of(true, level, entries));
+            look(&volume, &file, block).unwrap_err().message().to_string()
+        };
+        // Round in a circle, levels that do not fall, none and too many entries, another file's.
+        assert!(bad(2, &[(0, 40)], 0).contains("invalid block in its extent tree"));
+        assert!(bad(3, &[(0, 40)], 0).contains("invalid block in its extent tree"));
+        assert!(bad(1, &[(0, 42)], 0).contains("invalid block in its extent tree"));
+        assert!(bad(1, &[(0, 43)], 0).contains("invalid block in its extent tree"));
+        assert!(bad(1, &[(0, 44)], 0).contains("wrong owner"));
+        // A leaf that has what is another's, before and behind.
+        assert!(bad(1, &[(5, 41)], 6).contains("inconsistent"));
+        assert!(bad(1, &[(0, 41), (8, 41)], 4).contains("inconsistent"));
+        assert!(bad(1, &[(0, 1 << 40)], 0).contains("beyond the end"));
+        // Roots that cannot be.
+        assert!(bad(0, &[(0, 41)], 0).contains("invalid extent tree"));
+        assert!(bad(17, &[(0, 41)], 0).contains("invalid extent tree"));
+        assert!(bad(1, &[], 0).contains("invalid extent tree"));
+        let mut many = root_of(true, 1, &[(0, 41)]);
+        many[2..4].fill(0xff);
+        assert!(look(&volume, &tree_of(true, &many), 0).is_err());
+    }
 }

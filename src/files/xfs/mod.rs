@@ -19,6 +19,8 @@ mod hashed;
 mod header;
 mod inode;
 mod log;
+#[cfg(test)]
+mod made;
 mod map;
 mod superblock;
 mod volume;

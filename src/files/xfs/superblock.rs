@@ -305,3 +305,86 @@ pub(super) fn seal(sector: &mut [u8]) {
     let crc = super::header::le_checksum(sector, CRC_AT);
     sector[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::made::Made;
+    use super::*;
+
+    #[test]
+    fn places_are_inside_their_group() {
+        let sup = Made::new(true).volume().sup;
+        assert_eq!((sup.place(1, 127), sup.place(1, 128)), (Some(1), None));
+        assert_eq!((sup.place(129, 71), sup.place(129, 72)), (Some(129), None));
+        assert_eq!((sup.place(0, 1), sup.place(128, 1), sup.place(256, 1)), (None, None, None));
+        assert_eq!(sup.place(u64::MAX, 1).or(sup.place(1, u64::MAX)), None);
+        // Two inodes in a block.
+        assert_eq!(
+            (sup.inode_place(9), sup.inode_place(259)),
+            (Some(4608), Some(129 * 1024 + 512))
+        );
+        assert_eq!((sup.inode_place(1), sup.inode_place(u64::MAX)), (None, None));
+        assert!(sup.is_own(20) && !sup.is_own(8));
+        assert_eq!((sup.label.as_str(), sup.inodes, sup.free_inodes), ("label", 64, 60));
+        assert_eq!(
+            sup.features(),
+            ["crc", "ftype", "lazy-count", "attr2", "projid32bit", "log-v2"]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let said = |v5: bool, at: usize, bytes: &[u8]| {
+            let mut made = Made::new(v5);
+            made.put(at, bytes);
+            let error = made.open().err().unwrap_or_else(|| panic!("{at} {bytes:?} is taken"));
+            (error.kind(), error.message().to_string())
+        };
+        let bad: [(usize, &[u8]); 18] = [
+            (0, b"XFSC"),
+            (4, &[0, 0, 2, 0]),
+            (8, &[0, 0, 0, 0, 0, 0, 1, 1]),
+            (8, &[0, 0, 0, 0, 0, 0, 0, 128]),
+            (8, &[0xff; 8]),
+            (84, &[0, 0, 0, 0]),
+            (84, &[0xff; 4]),
+            (88, &[0, 0, 0, 0]),
+            (88, &[0xff; 4]),
+            (102, &[0, 0]),
+            (104, &[1, 0]),
+            (120, &[17]),
+            (121, &[200]),
+            (122, &[12]),
+            (123, &[2]),
+            (124, &[8]),
+            (126, &[1]),
+            (192, &[7]),
+        ];
+        for (at, bytes) in bad {
+            assert_eq!(said(true, at, bytes).0, Kind::Corrupt, "{at}");
+            assert_eq!(said(false, at, bytes).0, Kind::Corrupt, "{at}");
+        }
+        let unsupported = |v5, at, bytes: &[u8], what: &str| {
+            let (kind, text) = said(v5, at, bytes);
+            assert!(kind == Kind::Unsupported && text.contains(what), "{what}: {text}");
+        };
+        unsupported(true, 100, &[0xb4, 0xa6], "version 6");
+        unsupported(false, 100, &[0x94, 0x84], "version 0x9484");
+        unsupported(false, 200, &[0, 0, 4, 0], "0x400 (features2)");
+        unsupported(false, 204, &[0, 0, 4, 0], "0x400 (features2)");
+        unsupported(true, 216, &[0, 0, 0, 0x11], "needsrepair");
+        unsupported(true, 216, &[0, 0, 2, 1], "zoned");
+        unsupported(true, 216, &[0x40, 0, 0, 1], "0x40000000");
+    }
+
+    #[test]
+    fn a_wrong_checksum_is_told_and_version_4_has_none() {
+        let made = Made::new(true);
+        // It was not sealed.
+        let disk = std::sync::Arc::new(crate::storage::MemStorage::new("d", made.bytes));
+        let blocks = super::super::super::blocks::Blocks::new(1 << 20);
+        let error = Super::read(&Source::new(disk, "d", &blocks)).unwrap_err();
+        assert!(error.message().contains("bad checksum"));
+        assert!(!Made::new(false).volume().sup.v5);
+    }
+}

@@ -100,3 +100,33 @@ impl Volume {
             .at_path(self.source.path())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::made::{FILE, Made, OWNER, Parts, raw_inode};
+    use super::*;
+
+    #[test]
+    fn only_inodes_in_use_are_there() {
+        let mut made = Made::new(true);
+        made.put(4608, &raw_inode(true, OWNER, FILE));
+        made.put(5120, &raw_inode(true, 10, Parts { mode: 0, ..FILE }));
+        made.put(5632, &raw_inode(true, 12, FILE));
+        made.put(6144, &raw_inode(true, 12, Parts { size: u64::MAX, ..FILE }));
+        made.put(6656, &raw_inode(true, 13, Parts { mode: 0o170_644, ..FILE }));
+        made.put(10240, &raw_inode(true, 20, FILE));
+        let volume = made.volume();
+        let kind = |number| volume.inode(number).map(|i| i.number).map_err(|e| e.kind());
+        assert_eq!(kind(OWNER), Ok(OWNER));
+        // Free; the file system's own; outside, in a gap between groups.
+        for number in [10, 20, 0, 1, 1 << 9, 400, u64::MAX] {
+            assert_eq!(kind(number), Err(Kind::NotFound), "{number}");
+        }
+        // Another's number, a size and a type that cannot be, and none.
+        for number in [11, 12, 13, 14] {
+            assert_eq!(kind(number), Err(Kind::Corrupt), "{number}");
+        }
+        let folder = volume.inode_of(OWNER, NodeKind::Folder).map(drop);
+        assert_eq!(folder.unwrap_err().kind(), Kind::Usage);
+    }
+}

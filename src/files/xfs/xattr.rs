@@ -199,3 +199,134 @@ fn value(
     }
     Ok(value)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::header::INDEX;
+    use super::super::made::{FILE, Made, Parts, extent, inode};
+    use super::*;
+
+    fn shown(volume: &Volume, inode: &Inode) -> Result<Vec<(String, Vec<u8>)>> {
+        let text = |x: Xattr| (String::from_utf8_lossy(&x.name).into_owned(), x.value);
+        Ok(all(volume, inode)?.into_iter().map(text).collect())
+    }
+
+    #[test]
+    fn those_in_the_inode_have_prefixes_by_their_flags() {
+        let mut list = vec![0, 0, 6, 0];
+        for (name, flags) in [("u", 0), ("t", 2), ("s", 4), ("p", 8), ("i", 0x80), ("last", 0)] {
+            list.extend([name.len() as u8, 2, flags]);
+            list.extend(name.bytes());
+            list.extend([flags, 7]);
+        }
+        list[1] = list.len() as u8;
+        for v5 in [true, false] {
+            let volume = Made::new(v5).volume();
+            let with = |list: &[u8]| {
+                let parts = Parts { forms: [2, 1], attributes: list, ..FILE };
+                shown(&volume, &inode(v5, parts))
+            };
+            let names: Vec<_> = with(&list).unwrap().into_iter().map(|(name, _)| name).collect();
+            assert_eq!(names, ["user.u", "trusted.t", "security.s", "user.last"]);
+            assert_eq!(with(&list).unwrap()[1].1, [2, 7]);
+            // Longer than it says, and more than there are.
+            let mut short = list.clone();
+            short[1] -= 1;
+            assert!(with(&short).is_err());
+            let mut many = list.clone();
+            many[2] = 7;
+            assert!(with(&many).is_err());
+            assert_eq!(shown(&volume, &inode(v5, FILE)).unwrap(), []);
+        }
+    }
+
+    /// A leaf with entries: flags, and what is at the place of each; the next leaf.
+    fn leaf(v5: bool, next: u32, entries: &[(u8, &[u8])]) -> Vec<u8> {
+        let mut bytes = vec![0; 1024];
+        let (magic, count, mut at) = if v5 { (0x3beeu16, 56, 80) } else { (0xfbee, 12, 32) };
+        bytes[..4].copy_from_slice(&next.to_be_bytes());
+        bytes[8..10].copy_from_slice(&magic.to_be_bytes());
+        bytes[count..count + 2].copy_from_slice(&(entries.len() as u16).to_be_bytes());
+        let mut end = 1024;
+        for (flags, stored) in entries {
+            end -= stored.len().next_multiple_of(4);
+            bytes[end..end + stored.len()].copy_from_slice(stored);
+            bytes[at + 4..at + 6].copy_from_slice(&(end as u16).to_be_bytes());
+            bytes[at + 6] = *flags;
+            at += 8;
+        }
+        bytes
+    }
+
+    fn outside(v5: bool, offset: u32, value: &[u8]) -> Vec<u8> {
+        let head = if v5 { VALUE_HEAD } else { 0 };
+        let mut bytes = vec![0; 1024];
+        if v5 {
+            bytes[..4].copy_from_slice(b"XARM");
+            bytes[4..8].copy_from_slice(&offset.to_be_bytes());
+            bytes[8..12].copy_from_slice(&(value.len() as u32).to_be_bytes());
+        }
+        bytes[head..head + value.len()].copy_from_slice(value);
+        bytes
+    }
+
+    #[test]
+    fn leaves_follow_each_other_and_values_may_be_outside() {
+        for v5 in [true, false] {
+            let mut made = Made::new(v5);
+            let per = if v5 { 968 } else { 1024 };
+            let long: Vec<u8> = (0..per + 30).map(|i| i as u8).collect();
+            let remote =
+                [&[0, 0, 0, 5][..], &(long.len() as u32).to_be_bytes(), &[4], b"long"].concat();
+            let empty: &[u8] = &[0, 0, 1, b'e'];
+            made.block(
+                50,
+                INDEX,
+                leaf(
+                    v5,
+                    1,
+                    &[
+                        (1, &[0, 2, 1, b'n', 8, 9]),
+                        (0x82, &[0, 0, 0, 9, 0, 0, 0, 1, 1, b'i']),
+                        (1, empty),
+                    ],
+                ),
+            );
+            made.block(51, INDEX, leaf(v5, 0, &[(2, &remote)]));
+            made.block(55, OUTSIDE, outside(v5, 0, &long[..per]));
+            made.block(56, OUTSIDE, outside(v5, per as u32, &long[per..]));
+            // Round in a circle; a value that has no end; one that is not there; a name behind the end.
+            made.block(60, INDEX, leaf(v5, 10, &[]));
+            made.block(61, INDEX, leaf(v5, 0, &[(0, &[0, 0, 0, 5, 0, 1, 0, 1, 1, b'x'])]));
+            made.block(62, INDEX, leaf(v5, 0, &[(0, &[0, 0, 0, 90, 0, 0, 0, 1, 1, b'x'])]));
+            made.block(63, INDEX, leaf(v5, 0, &[(1, &[0, 0, 9, b'x'])]));
+            made.block(64, INDEX, leaf(v5, 0, &[(1, &[9, 0, 1, b'x'])]));
+            let volume = made.volume();
+            let with = |place| {
+                let map = extent(0, place, 20, true);
+                let parts = Parts { extents: [0, 1], attributes: &map, ..FILE };
+                shown(&volume, &inode(v5, parts))
+            };
+            let found = with(50).unwrap();
+            assert_eq!(found[0], ("user.n".into(), vec![8, 9]));
+            assert_eq!(found[1], ("user.e".into(), vec![]));
+            assert!(found.len() == 3 && found[2] == ("trusted.long".into(), long));
+            for place in 60..=64 {
+                assert!(with(place).is_err(), "{place}");
+            }
+        }
+    }
+
+    #[test]
+    fn more_than_the_memory_is_refused() {
+        let mut made = Made::new(false);
+        let remote = [&[0, 0, 0, 5, 0, 1, 0, 0, 1][..], b"x"].concat();
+        made.block(50, INDEX, leaf(false, 0, &vec![(0, &remote[..]); 40]));
+        let volume = made.volume();
+        let map = extent(0, 50, 77, true);
+        let parts = Parts { extents: [0, 1], attributes: &map, ..FILE };
+        let error = shown(&volume, &inode(false, parts)).unwrap_err();
+        assert!(error.kind() == crate::error::Kind::Unsupported, "{error}");
+        assert!(volume.source.blocks().used() <= 1 << 20);
+    }
+}

@@ -151,3 +151,106 @@ impl<'a> Log<'a> {
         Ok(all)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::made::{Made, UUID};
+    use super::super::{State, state};
+    use super::*;
+
+    /// Where the log of [`Made`] begins, and its units.
+    const START: usize = 100 << 10;
+    const UNITS: usize = 32;
+
+    /// A record at a unit: its cycle, its tail, its operations.
+    fn record(made: &mut Made, unit: usize, cycle: u32, tail: usize, count: u32, data: &[u8]) {
+        let at = START + unit * 512;
+        made.number(at, 4, u64::from(MAGIC));
+        made.number(at + 4, 4, u64::from(cycle));
+        made.number(at + 8, 4, 2);
+        made.number(at + 12, 4, 512);
+        made.number(at + 16, 8, u64::from(cycle) << 32 | unit as u64);
+        made.number(at + 24, 8, u64::from(cycle) << 32 | tail as u64);
+        made.number(at + 40, 4, u64::from(count));
+        made.put(at + 44, &data[..4]);
+        made.number(at + 300, 4, 1);
+        made.put(at + 304, &UUID);
+        made.number(at + 320, 4, 32768);
+        let next = START + (unit + 1) % UNITS * 512;
+        made.put(next, data);
+        made.number(next, 4, u64::from(cycle));
+    }
+
+    const UNMOUNT: [u8; 12] = [0, 0, 0, 1, 0, 0, 0, 0, 0xaa, 0x20, 0, 0];
+    /// A mark of a transaction's begin, and nothing else.
+    const START_ONLY: [u8; 12] = [0, 0, 0, 1, 0, 0, 0, 0, 0x69, 0x1, 0, 0];
+    /// An operation of something else.
+    const CHANGE: [u8; 16] = [0, 0, 0, 1, 0, 0, 0, 4, 0x69, 0, 0, 0, 0x3b, 0x12, 2, 0];
+
+    /// All units have a cycle: those before `head` this one, the others the one before.
+    fn cycles(made: &mut Made, cycle: u64, head: usize) {
+        for unit in 0..UNITS {
+            made.number(START + unit * 512, 4, if unit < head { cycle } else { cycle - 1 });
+        }
+    }
+
+    fn of(fill: impl FnOnce(&mut Made)) -> State {
+        let mut made = Made::new(true);
+        fill(&mut made);
+        state(&made.volume()).unwrap()
+    }
+
+    #[test]
+    fn the_last_record_says_whether_all_is_written() {
+        assert_eq!(of(|_| {}), State::Clean);
+        assert_eq!(of(|m| m.number(48, 8, 0)), State::Elsewhere);
+        for (cycle, at) in [(1, 0), (1, 10), (7, 10), (7, 29), (7, 30)] {
+            let with = |data: &[u8], count| {
+                of(|m| {
+                    cycles(m, cycle, at + 2);
+                    record(m, at, cycle as u32, at, count, data);
+                })
+            };
+            assert_eq!(with(&UNMOUNT, 1), State::Clean, "{cycle} {at}");
+            assert_eq!(with(&UNMOUNT, 2), State::Dirty, "{cycle} {at}");
+            assert_eq!(with(&CHANGE, 1), State::Dirty, "{cycle} {at}");
+            assert_eq!(with(&START_ONLY, 1), State::Clean, "nothing but a mark");
+        }
+    }
+
+    #[test]
+    fn all_records_from_the_tail_on_count() {
+        let with = |first: &[u8], tail| {
+            of(|m| {
+                cycles(m, 3, 12);
+                record(m, 8, 3, 8, 1, first);
+                record(m, 10, 3, tail, 1, &START_ONLY);
+            })
+        };
+        assert_eq!(with(&START_ONLY, 8), State::Clean);
+        assert_eq!(with(&CHANGE, 8), State::Dirty);
+        assert_eq!(with(&CHANGE, 10), State::Clean);
+        // A tail where no record is.
+        assert_eq!(with(&START_ONLY, 9), State::Dirty);
+    }
+
+    #[test]
+    fn what_is_no_record_is_none() {
+        let changed = |at: usize, value: u8| {
+            of(|m| {
+                cycles(m, 3, 12);
+                record(m, 10, 3, 10, 1, &UNMOUNT);
+                let at = START + 10 * 512 + at;
+                m.bytes[at] = value;
+            })
+        };
+        assert_eq!(changed(330, 1), State::Clean);
+        // Its version, its place, its file system, its length.
+        for (at, value) in [(11, 9), (23, 11), (304, 1), (13, 0xff), (14, 9)] {
+            assert_eq!(changed(at, value), State::Dirty, "{at}");
+        }
+        let mut made = Made::new(true);
+        made.number(96, 4, 100);
+        assert!(state(&made.volume()).is_err(), "over the end of its group");
+    }
+}
