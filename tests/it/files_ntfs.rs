@@ -52,7 +52,7 @@ fn fill(mnt: &Path) {
         ln dir/hello dir/sub/hard; ln dir/hello many/hard
         ln -s hello dir/short; ln -s "$(printf %0200d 7)" dir/long; ln -s ../../../etc/passwd dir/out
         touch -d '2031-01-01 00:00:00.123456789Z' dir/hello
-        touch -d '1969-12-31 23:00:00Z' dir/tiny; touch -d '1902-01-02 03:04:05.6Z' dir/inline
+        touch -d '1969-12-31 23:00:00Z' dir/tiny; touch -d '1902-01-02 03:04:05Z' dir/inline
         "#,
     );
     let at = |name: &str| mnt.join("dir").join(name);
@@ -84,7 +84,7 @@ const KINDS: [(u64, &[&str], bool); 6] = [
     (96 << 20, &["-C", "-c", "512"], true),
     (96 << 20, &["-C", "-c", "1024"], true),
     (96 << 20, &["-c", "65536"], false),
-    (400 << 20, &["-c", "2097152"], false),
+    (600 << 20, &["-c", "2097152"], false),
     (96 << 20, &["-s", "4096"], false),
 ];
 
@@ -136,17 +136,17 @@ fn what_is_in_many_fragments_is_read_right() {
     if !ready("what_is_in_many_fragments_is_read_right") {
         return;
     }
-    let image = image(24 << 20, &["-C"]);
+    let image = image(24 << 20, &[]);
     let mounted = image.mount(OPTIONS);
     shell(
         &image.mnt(),
         r#"
-        mkdir dir; truncate -s 1M dir/sparse; head -c 4096000 /dev/urandom > block
-        i=0; while [ $i -lt 1000 ]; do
-            k=$((i * 389 % 1000)); i=$((i + 1))
-            dd if=block of=fragmented bs=4096 count=1 skip=$k seek=$((k + k / 10)) conv=notrunc status=none
-            echo $i > "another-name-$i"
-        done
+        mkdir dir; truncate -s 1M dir/sparse; head -c 4096 /dev/urandom > block
+        i=0; while [ $i -lt 1400 ]; do cp block fill-$i; i=$((i + 1)); done
+        head -c 30M /dev/urandom > rest 2>/dev/null || true
+        j=0; while [ $j -lt $i ]; do rm fill-$j fill-$((j + 1)); j=$((j + 4)); done
+        head -c 2800000 /dev/urandom > fragmented; rm rest
+        i=0; while [ $i -lt 900 ]; do echo $i > "another-name-$i"; i=$((i + 1)); done
         setfattr -n user.comment -v 'with an attribute list' fragmented
         "#,
     );
@@ -214,6 +214,7 @@ fn what_only_windows_has_is_shown_or_named() {
         mkdir Folder junction linked; echo text > "Folder/A Long Name.txt"; echo other > "Folder/a.TXT"
         setfattr -n system.ntfs_dos_name -v ALONGN~1.TXT "Folder/A Long Name.txt"
         for f in symlink unknown dedup system; do echo $f > $f; done
+        mknod block b 8 1; mknod char c 300 70000
         setfattr -h -n system.ntfs_attrib_be -v 0x00000007 Folder/a.TXT
         echo stream > Folder/a.TXT:Zone.Identifier; head -c 100000 /dev/zero > Folder/a.TXT:large
         "#,
@@ -228,9 +229,15 @@ fn what_only_windows_has_is_shown_or_named() {
     let mut points = Points::new();
     points.add(&image.path());
     let root = points.printed(&["ls"], "vda/latest:disk", &[]);
-    assert_eq!(root, "Folder\ndedup\njunction\nlinked\nsymlink\nsystem\nunknown\n");
+    assert_eq!(root, "Folder\nblock\nchar\ndedup\njunction\nlinked\nsymlink\nsystem\nunknown\n");
     let long = points.printed(&["ls", "-l"], "vda/latest:disk", &[]);
-    for text in ["junction -> D:/data", "symlink -> Folder/a.TXT", "linked -> C:/Users"] {
+    for text in [
+        "junction -> D:/data",
+        "symlink -> Folder/a.TXT",
+        "linked -> C:/Users",
+        "8, 1 ",
+        "300, 70000 ",
+    ] {
         assert!(long.contains(text), "{text}: {long}");
     }
     assert_eq!(points.printed(&["cat"], "vda/latest:disk/symlink", &[]), "other\n");
@@ -240,9 +247,9 @@ fn what_only_windows_has_is_shown_or_named() {
     let stat = |what: &str| -> Value {
         serde_json::from_str(&points.printed(&["stat", "--json"], what, &[])).unwrap()
     };
-    assert_eq!(stat("vda/latest:disk/Folder/A Long Name.txt")["links"], 1);
-    let flags = &stat("vda/latest:disk/Folder/a.TXT")["flags"];
-    assert!(flags["hidden"] == true && flags["system"] == true && flags["read_only"] == true);
+    assert_eq!(stat("vda/latest:disk/Folder/A Long Name.txt")["entry"]["links"], 1);
+    let flags = &stat("vda/latest:disk/Folder/a.TXT")["entry"]["flags"];
+    assert_eq!(*flags, serde_json::json!(["read-only", "hidden", "system"]));
     // Its own files are not listed, but there.
     assert!(points.printed(&["cat"], "vda/latest:disk/$UpCase", &[]).len() > 65536);
     let stream = points.printed(&["cat"], "vda/latest:disk/Folder/a.TXT:zone.identifier", &[]);
@@ -263,6 +270,66 @@ fn what_only_windows_has_is_shown_or_named() {
     assert!(!out.path().join("dedup").exists() && !out.path().join("system").exists());
     assert_eq!(std::fs::read(out.path().join("unknown")).unwrap(), b"unknown\n");
     assert_eq!(std::fs::read_link(out.path().join("linked")).unwrap(), Path::new("C:/Users"));
+}
+
+/// What wimlib makes of a file, compressed by this method in chunks of this size: it is what Windows has in the
+/// stream of a file that it has compressed for itself.
+fn wim_resource(dir: &Path, method: &str, chunk: u32) -> Vec<u8> {
+    let wim = dir.join(format!("{method}-{chunk}.wim"));
+    let (compress, chunk) = (format!("--compress={method}"), format!("--chunk-size={chunk}"));
+    let (from, to) = (dir.join("tree"), wim.to_str().unwrap());
+    run("wimlib-imagex", &["capture", from.to_str().unwrap(), to, &compress, &chunk, "--quiet"]);
+    let bytes = std::fs::read(&wim).unwrap();
+    let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    let place = |at: usize| (number(at + 8) as usize, (number(at) & ((1 << 56) - 1)) as usize);
+    // The table of resources, 50 bytes each: length and flags, offset, length before compression.
+    let (table, len) = place(0x30);
+    let size = from.join("file").metadata().unwrap().len();
+    let entry = (table..table + len).step_by(50).find(|at| number(at + 16) == size);
+    let (at, len) = place(entry.expect("the file is in the image"));
+    assert!((len as u64) < size, "it is compressed");
+    bytes[at..at + len].to_vec()
+}
+
+#[test]
+fn what_windows_compresses_for_itself_is_read_right() {
+    let test = "what_windows_compresses_for_itself_is_read_right";
+    if !ready(test) || !have(test, &["wimlib-imagex"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("tree")).unwrap();
+    // A program has calls, for which LZX has a filter; and some that cannot be compressed.
+    let program = std::fs::read("/proc/self/exe").unwrap();
+    let mut rng = Rng(7);
+    let noise: Vec<u8> = (0..100_000).map(|_| rng.next() as u8).collect();
+    let zeros = vec![0; 70_000];
+    let plain = [&program[..3_000_000], &noise, &zeros, b"the end"].concat();
+    std::fs::write(dir.path().join("tree/file"), &plain).unwrap();
+    let image = image(32 << 20, &[]);
+    let mounted = image.mount("streams_interface=windows");
+    let methods = [("XPRESS", 4096), ("LZX", 32768), ("XPRESS", 8192), ("XPRESS", 16384)];
+    for (number, (method, chunk)) in methods.iter().enumerate() {
+        let at = |name: &str| image.mnt().join(format!("file-{number}{name}"));
+        let packed = wim_resource(dir.path(), method, *chunk);
+        std::fs::File::create(at("")).unwrap().set_len(plain.len() as u64).unwrap();
+        std::fs::write(at(":WofCompressedData"), packed).unwrap();
+        let data = [1, 2, 1, number as u32].map(u32::to_le_bytes).concat();
+        reparse(&at(""), 0x8000_0017, &data);
+    }
+    drop(mounted);
+    let mut points = Points::new();
+    points.add(&image.path());
+    let copied = points.copied("vda/latest");
+    for number in 0..methods.len() {
+        let found = std::fs::read(copied.path().join(format!("file-{number}"))).unwrap();
+        let differs = plain.iter().zip(&found).position(|(a, b)| a != b);
+        assert!(found.len() == plain.len() && differs.is_none(), "{number}: {differs:?}");
+    }
+    let stat = points.printed(&["stat", "--json"], "vda/latest:disk/file-1", &[]);
+    let stat: Value = serde_json::from_str(&stat).unwrap();
+    assert_eq!(stat["entry"]["size"].as_u64(), Some(plain.len() as u64));
+    assert_eq!(stat["xattrs"].as_array().map_or(0, Vec::len), 0, "{stat}");
 }
 
 /// What `stat` says of a point of an image, and whether a file in it is right.
@@ -343,6 +410,40 @@ fn a_damaged_table_is_read_by_its_copy_and_torn_records_cost_one_file() {
     assert_eq!(copy.status.code(), Some(16), "{}", said(&copy));
     assert!(said(&copy).contains("MFT record 65 is torn"), "{}", said(&copy));
     assert_eq!(std::fs::read(out.path().join("file")).unwrap(), b"1\n");
+}
+
+/// Marks the contents of a file as encrypted.
+fn encrypt(image: &Image, name: &str) {
+    let bytes = std::fs::read(image.path()).unwrap();
+    let name: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let is_record = |at: &usize| {
+        bytes[*at..].starts_with(b"FILE") && bytes[*at..*at + 1024].windows(12).any(|w| w == name)
+    };
+    let record = (0..bytes.len()).step_by(1024).find(is_record).expect("there is such a file");
+    let mut at = record + (number(record + 0x14) & 0xffff);
+    while number(at) != 0x80 {
+        at += number(at + 4);
+    }
+    write(image, &[0x40], at as u64 + 0xd);
+}
+
+#[test]
+fn encrypted_files_are_named_as_such() {
+    if !ready("encrypted_files_are_named_as_such") {
+        return;
+    }
+    let image = small();
+    let mounted = image.mount(OPTIONS);
+    shell(&image.mnt(), "head -c 9000 /dev/urandom > secret");
+    drop(mounted);
+    encrypt(&image, "secret");
+    let mut points = Points::new();
+    points.add(&image.path());
+    let cat = points.files(&["cat"], "vda/latest:disk/secret", &[]);
+    assert!(cat.stdout.is_empty() && cat.status.code() == Some(11), "{}", said(&cat));
+    assert!(said(&cat).contains("is encrypted (EFS)"), "{}", said(&cat));
+    assert_eq!(points.printed(&["cat"], "vda/latest:disk/file", &[]), "1\n");
 }
 
 /// Reads all that it comes by.

@@ -94,11 +94,11 @@ pub(super) fn is_block(bytes: u64) -> bool {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
 
     /// A boot sector of 512-byte sectors, `per` of them to a cluster.
-    pub(in super::super) fn sector(per: u8, record: u8) -> Vec<u8> {
+    fn sector(per: u8, record: u8) -> Vec<u8> {
         let mut raw = vec![0; 512];
         raw[3..11].copy_from_slice(b"NTFS    ");
         raw[0x0b..0x0d].copy_from_slice(&512u16.to_le_bytes());

@@ -32,24 +32,25 @@ pub(super) fn apply(bytes: &mut [u8], magic: &[u8; 4]) -> Result<(), &'static st
     Ok(())
 }
 
+/// Protects a record whose array is at `at`.
 #[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-
-    /// Protects a record whose array is at `at`.
-    pub(in super::super) fn protect(bytes: &mut [u8], magic: &[u8; 4], at: usize) {
-        let strides = bytes.len() / STRIDE;
-        bytes[..4].copy_from_slice(magic);
-        bytes[4..6].copy_from_slice(&(at as u16).to_le_bytes());
-        bytes[6..8].copy_from_slice(&(strides as u16 + 1).to_le_bytes());
-        bytes[at..at + 2].copy_from_slice(&[7, 0]);
-        for i in 0..strides {
-            let end = (i + 1) * STRIDE - 2;
-            let kept = [bytes[end], bytes[end + 1]];
-            bytes[at + 2 + 2 * i..at + 4 + 2 * i].copy_from_slice(&kept);
-            bytes[end..end + 2].copy_from_slice(&[7, 0]);
-        }
+pub(super) fn protect(bytes: &mut [u8], magic: &[u8; 4], at: usize) {
+    let strides = bytes.len() / STRIDE;
+    bytes[..4].copy_from_slice(magic);
+    bytes[4..6].copy_from_slice(&(at as u16).to_le_bytes());
+    bytes[6..8].copy_from_slice(&(strides as u16 + 1).to_le_bytes());
+    bytes[at..at + 2].copy_from_slice(&[7, 0]);
+    for i in 0..strides {
+        let end = (i + 1) * STRIDE - 2;
+        let kept = [bytes[end], bytes[end + 1]];
+        bytes[at + 2 + 2 * i..at + 4 + 2 * i].copy_from_slice(&kept);
+        bytes[end..end + 2].copy_from_slice(&[7, 0]);
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
 
     #[test]
     fn kept_bytes_come_back_and_torn_records_are_told() {

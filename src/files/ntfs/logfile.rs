@@ -49,7 +49,7 @@ fn page(bytes: &[u8]) -> Option<(u64, State)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fixup::tests::protect;
+    use super::super::fixup::protect;
     use super::*;
 
     fn page(lsn: u8, users: u16, flags: u16) -> Vec<u8> {

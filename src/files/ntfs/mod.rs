@@ -112,9 +112,9 @@ impl Ntfs {
     fn found_of(&self, id: NodeId, wanted: NodeKind) -> Result<(Found, Special)> {
         let found = self.found(id)?;
         let special = self.special(&found)?;
-        if special.kind(&found.node) == wanted
-            || !found.stream.is_empty() && wanted == NodeKind::File
-        {
+        let is_stream = !found.stream.is_empty();
+        let kind = if is_stream { NodeKind::File } else { special.kind(&found.node) };
+        if kind == wanted {
             return Ok((found, special));
         }
         let what = match wanted {
@@ -153,6 +153,7 @@ impl Ntfs {
         };
         let mut flags = info.flags();
         flags.encrypted &= kind != NodeKind::Folder;
+        flags.compressed |= matches!(special, Special::System(_));
         Ok(Attributes {
             kind,
             size,

@@ -174,7 +174,7 @@ fn list(table: &Table, number: u64, stored: &Attribute<'_>) -> Result<Vec<Listed
                 table.boot.clusters,
                 table.source.blocks(),
             )?;
-            added.map_err(|what| bad(what))?;
+            added.map_err(bad)?;
             let mut bytes = vec![0; size as usize];
             runs.read(&table.source, table.boot.cluster, &mut bytes, 0)?;
             bytes

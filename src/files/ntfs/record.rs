@@ -210,11 +210,11 @@ impl<'a> Attribute<'a> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
 
     /// A record in use with these attributes.
-    pub(in super::super) fn record(number: u32, attributes: &[Vec<u8>]) -> Vec<u8> {
+    fn record(number: u32, attributes: &[Vec<u8>]) -> Vec<u8> {
         let mut bytes = vec![0; 1024];
         bytes[4..6].copy_from_slice(&0x30u16.to_le_bytes());
         bytes[0x10] = 1;
@@ -232,7 +232,7 @@ pub(super) mod tests {
     }
 
     /// A resident attribute.
-    pub(in super::super) fn resident(kind: u32, name: &str, value: &[u8]) -> Vec<u8> {
+    fn resident(kind: u32, name: &str, value: &[u8]) -> Vec<u8> {
         let name: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
         let value_at = (RESIDENT + name.len()).next_multiple_of(8);
         let mut raw = vec![0; (value_at + value.len()).next_multiple_of(8)];

@@ -18,8 +18,8 @@ pub(super) struct Run {
     pub lcn: Option<u64>,
 }
 
-/// Runs that are counted against the cache at once.
-const STEP: usize = 4096;
+/// Runs that are counted against the cache at once: most files have fewer.
+const STEP: usize = 256;
 
 /// All runs of an attribute, without gaps, from its first cluster on.
 #[derive(Default)]
@@ -68,11 +68,7 @@ impl Runs {
         Ok(Ok(()))
     }
 
-    fn push(
-        &mut self,
-        (count, lcn): (u64, Option<u64>),
-        clusters: u64,
-    ) -> Result<(), &'static str> {
+    fn push(&mut self, (count, lcn): Pair, clusters: u64) -> Result<(), &'static str> {
         let beyond = "has clusters beyond the end of the volume";
         let vcn = self.end;
         self.end = vcn.checked_add(count).filter(|e| *e < 1 << 55).ok_or("is too long")?;
@@ -144,8 +140,11 @@ fn follows(last: &Run, lcn: Option<u64>) -> bool {
     }
 }
 
+/// How many clusters, and with which of the volume's they begin.
+type Pair = (u64, Option<u64>);
+
 /// One pair: how many clusters, and where; and what is behind it.
-fn decode(head: u8, bytes: &[u8], before: u64) -> Option<((u64, Option<u64>), &[u8])> {
+fn decode(head: u8, bytes: &[u8], before: u64) -> Option<(Pair, &[u8])> {
     let (count_len, lcn_len) = (usize::from(head & 15), usize::from(head >> 4));
     if !(1..=8).contains(&count_len) || lcn_len > 8 {
         return None;

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::super::blocks::Holding;
 use super::super::bytes::{byte, le16};
 use super::super::findings::Findings;
 use super::super::source::Source;
@@ -43,6 +44,8 @@ pub(super) struct Volume {
     pub findings: Findings,
     pub label: String,
     pub version: (u8, u8),
+    /// For the letters.
+    _held: Holding,
 }
 
 impl Volume {
@@ -58,19 +61,19 @@ impl Volume {
             findings.warn(&source, Kind::Truncated, what, None);
         }
         let table = table(source, boot, &findings)?;
+        let held = table.source.blocks().hold(UPCASE_BYTES)?;
         let mut volume = Volume {
             table,
-            upcase: Upcase::usual(),
+            upcase: Upcase::new(&[]),
             findings,
             label: String::new(),
             version: (0, 0),
+            _held: held,
         };
         let upcase =
             volume.stream(number::UPCASE, kind::DATA).and_then(|s| s.read_all(UPCASE_BYTES));
-        match volume.or_told(upcase, "its table of upper case letters is damaged")? {
-            Some(table) => volume.upcase = Upcase::new(&table),
-            None => {}
-        }
+        let upcase = volume.or_told(upcase, "its table of upper case letters is damaged")?;
+        volume.upcase = upcase.map_or_else(Upcase::usual, |table| Upcase::new(&table));
         volume.read_info()?;
         volume.check_log()?;
         Ok(volume)
@@ -178,12 +181,7 @@ fn table(source: Source, boot: Boot, findings: &Findings) -> Result<Table> {
         Ok(mirror)
     })?;
     let mut table = Table { source, boot, first, runs: Runs::default(), initialized: 0 };
-    let node = Node::of(&table, table.first.clone());
-    // A list of attributes that is bad leaves the first part.
-    let node = node.or_else(|e| match e.kind().is_lasting() {
-        true => Err(findings.failed(&table.source, e)),
-        false => Err(e),
-    })?;
+    let node = Node::of(&table, table.first.clone())?;
     let written = node.first(&table, kind::DATA, &[], |a| a.initialized().min(a.size()))?;
     table.initialized = written.ok_or_else(|| node.bad(&table, "has no data: there is no MFT"))?;
     for part in parts(&node) {
