@@ -113,6 +113,7 @@ fn a_mount_without_options_shows_the_default_subvolume() {
     let all: Vec<&str> = all.lines().collect();
     assert_eq!(all, ["file", "in", "in/file", "snapshot", "snapshot/file", "snapshot/in"]);
     assert_eq!(points.printed(&["cat"], "vda/latest/in/file", &[]), "3\n");
+    assert_eq!(mutants::folders_go_on(&image.path()), 6);
     let _mounted = image.mount("ro");
     assert!(image.mnt().join("snapshot/in").read_dir().unwrap().next().is_none());
 }
@@ -265,6 +266,7 @@ fn mutants_of_btrfs_come_to_an_end() {
         .map(|(i, _)| (i as u64 * NODE as u64, NODE as u64))
         .collect();
     assert!(nodes.len() > 10);
+    assert!(mutants::folders_go_on(&image.path()) > 200);
     let places: Vec<(u64, u64)> = nodes.into_iter().collect();
     let mend = |bytes: &mut [u8], at: u64| {
         let node = &mut bytes[at as usize / NODE * NODE..][..NODE];
