@@ -8,6 +8,7 @@
 //! - `runs`: reading by the map of a file
 //! - `ext`, `xfs`, `ntfs`: the readers of ext2, ext3 and ext4, of XFS, and of NTFS
 //! - `fat`, `exfat`: the readers of FAT12, FAT16, FAT32 and of exFAT; `clusters`: what they have in common
+//! - `btrfs`: the reader of btrfs
 //! - `probe`: what a range holds, by its content
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
@@ -19,6 +20,7 @@
 //! that data can make long is bounded by the cache's size ([`Blocks::hold`]) or is read on in steps.
 
 mod blocks;
+mod btrfs;
 mod bytes;
 mod clusters;
 pub mod copy;

@@ -17,6 +17,8 @@ pub enum Content {
     Fat,
     /// exFAT.
     Exfat,
+    /// btrfs.
+    Btrfs,
     /// A physical volume of LVM2.
     LvmPv,
     /// Something with a name that has no files to read, or is not read, and what to do about it.
@@ -41,6 +43,7 @@ impl Content {
             Content::Ntfs => "ntfs",
             Content::Fat => "fat",
             Content::Exfat => "exfat",
+            Content::Btrfs => "btrfs",
             Content::LvmPv => "LVM",
             Content::Other { name, .. } => name,
             Content::Unknown => "unknown",
@@ -50,7 +53,12 @@ impl Content {
     /// Whether a reader is there for it.
     pub fn has_files(&self) -> bool {
         match self {
-            Content::Ext | Content::Xfs | Content::Ntfs | Content::Fat | Content::Exfat => true,
+            Content::Ext
+            | Content::Xfs
+            | Content::Ntfs
+            | Content::Fat
+            | Content::Exfat
+            | Content::Btrfs => true,
             Content::LvmPv | Content::Other { .. } | Content::Unknown => false,
         }
     }
@@ -155,7 +163,7 @@ fn further(source: &Source) -> Result<Option<Content>> {
     /// btrfs's superblock, and its magic number in it.
     const BTRFS: (u64, &[u8]) = (0x1_0040, b"_BHRfS_M");
     if source.check(BTRFS.0, 8).is_ok() && source.meta(BTRFS.0, 8)? == BTRFS.1 {
-        return Ok(Some(unread("btrfs")));
+        return Ok(Some(Content::Btrfs));
     }
     Ok(None)
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::btrfs;
 use super::exfat;
 use super::ext;
 use super::fat;
@@ -82,6 +83,7 @@ pub fn open_tree(volume: &Volume) -> Result<Arc<dyn Tree>> {
         Content::Ntfs => ntfs::open(source),
         Content::Fat => fat::open(source),
         Content::Exfat => exfat::open(source),
+        Content::Btrfs => btrfs::open(source),
         other => Err(refusal(&source, other)),
     }
 }

@@ -138,6 +138,7 @@ fn all_of_fat_is_copied_as_mtools_read_it() {
         let copied = points.copied("vda/latest");
         assert_same(&got(&image), &plain(copied.path()), &format!("{mkfs:?}, INC"));
         facts(&points, kind, mkfs.contains(&"TWELVE"));
+        assert!(mutants::folders_go_on(&image.path()) > 100);
     }
 }
 
@@ -309,6 +310,7 @@ fn all_of_exfat_is_copied_as_exfat_fuse_reads_it() {
         drop(mounted);
         points.add(&image.path());
         let copied = points.copied("vda/latest");
+        assert!(mutants::folders_go_on(&image.path()) > 150);
         let _mounted = exfat(&image, "-o ro");
         let now = plain(&image.mnt());
         assert_same(&now, &plain(copied.path()), &format!("{mkfs:?}, INC"));

@@ -16,6 +16,7 @@ mod descriptors;
 mod early_hash;
 mod faults;
 mod files;
+mod files_btrfs;
 mod files_fat;
 mod files_mount;
 mod files_ntfs;

@@ -153,7 +153,7 @@ impl Listing {
                     todo.push(path.clone());
                 }
                 // The first of several names, in an order that all listings have.
-                let one = first.entry(meta.ino()).or_insert_with(|| path.clone());
+                let one = first.entry((meta.dev(), meta.ino())).or_insert_with(|| path.clone());
                 let line = line(&dir.join(&path), &meta, xattrs);
                 let same = if one == &path { String::new() } else { format!(" = {one:?}") };
                 all.insert(path, line + &same);

@@ -1,4 +1,5 @@
-//! Images of file systems with bytes changed at random: all of each is read, and that comes to an end.
+//! Images of file systems read in the process of the test: with bytes changed at random, all of each, which comes to
+//! an end; and folders in single steps.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -57,6 +58,44 @@ pub fn survive(
         assert!(begun.elapsed() < LIMIT, "seed {seed} took {:?}", begun.elapsed());
     }
     opened
+}
+
+/// Asserts that each folder of an image gives the same entries when reading goes on after each single one, and that
+/// each is found by its name. How many entries there are.
+pub fn folders_go_on(image: &std::path::Path) -> usize {
+    let disk = Arc::new(MemStorage::new("disk", std::fs::read(image).unwrap()));
+    let disk = Source::new(disk, "disk", &Blocks::new(64 << 20));
+    let (volumes, _) = volumes_of(&disk, Vec::new).unwrap();
+    let tree = open_tree(&volumes[0]).unwrap();
+    let (mut todo, mut seen) = (vec![tree.root()], 0);
+    while let Some(folder) = todo.pop() {
+        let mut all = Vec::new();
+        let mut whole = |entry| {
+            all.push(entry);
+            true
+        };
+        tree.read_folder(folder, 0, &mut whole).unwrap();
+        let (mut from, mut single) = (0, Vec::new());
+        loop {
+            let mut next = None;
+            let mut first = |entry: fleecefs::files::Entry| {
+                next = Some(entry);
+                false
+            };
+            tree.read_folder(folder, from, &mut first).unwrap();
+            let Some(entry) = next else { break };
+            assert!(entry.next > from);
+            assert_eq!(tree.lookup(folder, &entry.name).unwrap(), Some(entry.node));
+            assert_eq!(tree.attributes(entry.node).unwrap().kind, entry.kind.unwrap());
+            from = entry.next;
+            single.push(entry);
+        }
+        assert_eq!(all, single);
+        seen += all.len();
+        let folders = all.iter().filter(|e| e.kind == Some(fleecefs::files::NodeKind::Folder));
+        todo.extend(folders.map(|e| e.node));
+    }
+    seen
 }
 
 /// Reads all that is in an image; whether it could be opened.

@@ -173,3 +173,96 @@ impl Links<'_> {
         Ok(super::bytes::part(&self.window, (at - self.window_at) as usize, len))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::blocks::Blocks;
+    use super::super::tree::{OpenFile, Stretch};
+    use super::*;
+    use crate::storage::MemStorage;
+
+    /// 60 clusters of 512 bytes, each full of its number, with a table of this width.
+    fn made(width: Width, links: &[(u32, u32)]) -> Arc<Clusters> {
+        let mut bytes = vec![0; 1024];
+        for (from, to) in links {
+            match width {
+                Width::Fat12 => {
+                    let at = *from as usize * 3 / 2;
+                    let shift = if from % 2 == 1 { 4 } else { 0 };
+                    let both = le16(&bytes, at) | (*to as u16) << shift;
+                    bytes[at..at + 2].copy_from_slice(&both.to_le_bytes());
+                }
+                Width::Fat16 => {
+                    bytes[2 * *from as usize..][..2].copy_from_slice(&(*to as u16).to_le_bytes());
+                }
+                _ => bytes[4 * *from as usize..][..4].copy_from_slice(&to.to_le_bytes()),
+            }
+        }
+        (0..60).for_each(|i| bytes.extend([i + 2; 512]));
+        let disk = Arc::new(MemStorage::new("disk", bytes));
+        Arc::new(Clusters {
+            source: Source::new(disk, "disk", &Blocks::new(1 << 20)),
+            findings: Findings::default(),
+            table_at: 0,
+            width,
+            size: 512,
+            heap_at: 1024,
+            count: 60,
+        })
+    }
+
+    fn opened(clusters: &Arc<Clusters>, chain: Chain, size: u64, valid: u64) -> File {
+        File { clusters: clusters.clone(), chain, size, valid }
+    }
+
+    #[test]
+    fn chains_are_followed_in_tables_of_all_widths() {
+        for (width, end) in [
+            (Width::Fat12, 0xfff),
+            (Width::Fat16, 0xfff8),
+            (Width::Fat32, 0xffff_ffff),
+            (Width::Exfat, 0xffff_ffff),
+        ] {
+            let clusters = made(width, &[(5, 6), (6, 9), (9, 8), (8, end)]);
+            let chain = Chain::of_file(&clusters, 5, 1800).unwrap();
+            let file = opened(&clusters, chain, 1800, 1800);
+            let mut buf = [0; 4000];
+            assert_eq!(file.read_at(&mut buf, 0).unwrap(), 1800);
+            assert_eq!([0, 511, 512, 1024, 1536, 1799].map(|i| buf[i]), [5, 5, 6, 9, 8, 8]);
+            assert_eq!(file.read_at(&mut buf, 1799).unwrap(), 1);
+            // Longer than its chain: what is there is read, then it fails.
+            let file = opened(&clusters, Chain::of_file(&clusters, 5, 3000).unwrap(), 3000, 3000);
+            assert_eq!(file.read_at(&mut buf, 0).unwrap(), 2048);
+            assert_eq!(file.read_at(&mut buf, 2048).unwrap_err().kind(), Kind::Corrupt);
+            assert!(
+                Chain::of_folder(&clusters, 5, 4)
+                    .unwrap()
+                    .place(&clusters, 2048)
+                    .unwrap()
+                    .is_none()
+            );
+            assert!(Chain::of_folder(&clusters, 5, 3).unwrap().place(&clusters, 2048).is_err());
+            let circle = made(width, &[(5, 6), (6, 9), (9, 6)]);
+            assert_eq!(Chain::of_file(&circle, 5, 9000).err().unwrap().kind(), Kind::Corrupt);
+            assert!(Chain::of_folder(&circle, 5, 100).is_err());
+        }
+    }
+
+    #[test]
+    fn what_was_not_written_reads_as_zeros() {
+        let clusters = made(Width::Exfat, &[]);
+        let chain = Chain::contiguous(&clusters, 7, 2000).unwrap();
+        let file = opened(&clusters, chain, 2000, 600);
+        let mut buf = [9; 2000];
+        assert_eq!(file.read_at(&mut buf, 0).unwrap(), 2000);
+        assert_eq!([511, 512, 599, 600, 1999].map(|i| buf[i]), [7, 8, 8, 0, 0]);
+        assert_eq!(file.stretch(5).unwrap(), Some(Stretch { end: 600, hole: false }));
+        assert_eq!(file.stretch(600).unwrap(), Some(Stretch { end: 2000, hole: true }));
+        assert_eq!(file.stretch(2000).unwrap(), None);
+        assert!(Chain::contiguous(&clusters, 61, 513).is_err());
+        assert!(Chain::contiguous(&clusters, 0, 1).is_err());
+        assert!(Chain::contiguous(&clusters, 2, u64::MAX).is_err());
+    }
+}

@@ -14,6 +14,8 @@ use crate::error::{Kind, Result};
 pub(super) const MAX_FOLDER: u64 = 256 << 20;
 /// The bit of a node's number that says that its folder has no chain.
 pub(super) const NO_CHAIN: u64 = 1;
+/// Bytes of the root folder in which its own entries are looked for.
+const MAX_LOOKED: u64 = 2 << 20;
 /// In use.
 const USED: u8 = 0x80;
 /// An entry that belongs to one before it.
@@ -53,7 +55,8 @@ pub(super) fn root(clusters: &Clusters, first: u32) -> Result<Root> {
             _ => {}
         }
         offset += SLOT;
-        if upper.is_some() && bitmap.is_some() && byte(slot, 0) == kind::FILE {
+        // They are among the first entries as a rule; a label that was given later may be behind files.
+        if offset > MAX_LOOKED {
             break;
         }
     }

@@ -18,6 +18,17 @@ struct Block<'a> {
 /// # Errors
 /// A text that says why the block is not what it should be.
 pub(super) fn decompress(input: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
+    match decompress_some(input, out)? == out.len() {
+        true => Ok(()),
+        false => Err("a block is shorter than announced"),
+    }
+}
+
+/// Decompresses `input` into the beginning of `out`; how many bytes that makes.
+///
+/// # Errors
+/// A text that says why the block is not what it should be.
+pub(crate) fn decompress_some(input: &[u8], out: &mut [u8]) -> Result<usize, &'static str> {
     let mut block = Block { input, at: 0, out, done: 0 };
     let mut state = 0;
     // The first byte may be a run of literals in a shorter form.
@@ -32,10 +43,7 @@ pub(super) fn decompress(input: &[u8], out: &mut [u8]) -> Result<(), &'static st
     if block.at != block.input.len() {
         return Err("bytes follow the end of a block");
     }
-    if block.done != block.out.len() {
-        return Err("a block is shorter than announced");
-    }
-    Ok(())
+    Ok(block.done)
 }
 
 impl Block<'_> {

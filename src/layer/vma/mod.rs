@@ -6,7 +6,7 @@
 
 mod header;
 mod index;
-mod lzo1x;
+pub(crate) mod lzo1x;
 mod lzop;
 mod unpack;
 

@@ -1,0 +1,279 @@
+//! Files out of btrfs: what `files` copies is what the kernel shows, with subvolumes, snapshots and compression; what
+//! is damaged is read from its other copy, or costs the file that it is in.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::file_systems::{
+    Image, Listing, Points, TOOLS, fill, fill_unix, mount, said, shell,
+};
+use crate::support::guard::Guard;
+use crate::support::mutants;
+use crate::support::tools::{have, is_root, run};
+
+/// All attributes: copied with `--preserve=all`.
+const ALL: [&str; 4] = ["user.", "security.", "trusted.", "system."];
+
+fn ready(test: &str) -> bool {
+    let more = ["mkfs.btrfs", "btrfs", "chattr", "grep"];
+    have(test, &[TOOLS.as_slice(), &more].concat()) && is_root(test)
+}
+
+/// What mkfs is asked for, and how it is mounted.
+const KINDS: [(&[&str], &str); 6] = [
+    (&["mkfs.btrfs", "-q"], ""),
+    (&["mkfs.btrfs", "-q", "-m", "single", "-n", "4096"], "compress-force=zlib"),
+    (&["mkfs.btrfs", "-q", "--csum", "xxhash"], "compress-force=zstd"),
+    (&["mkfs.btrfs", "-q", "--csum", "sha256", "-d", "dup"], "compress-force=lzo"),
+    (
+        &["mkfs.btrfs", "-q", "--csum", "blake2", "-n", "65536", "-O", "^no-holes"],
+        "compress=zstd:1",
+    ),
+    (&["mkfs.btrfs", "-q", "-M", "-m", "single", "-d", "single"], "max_inline=0"),
+];
+
+/// What only btrfs has.
+fn fill_btrfs(mnt: &Path) {
+    shell(
+        mnt,
+        r#"
+        seq 400000 > dir/text; seq 3000 > dir/short-text; printf %3000s x > dir/packed-inside
+        btrfs -q subvolume create sub; cp -a dir/hello dir/text sub/; mkdir sub/below; echo 1 > sub/below/file
+        btrfs -q subvolume snapshot -r sub snapshot; echo 2 > sub/below/file; rm sub/text
+        btrfs -q subvolume create dir/inner; echo inner > dir/inner/file
+        cp --reflink=always dir/text dir/same; printf changed | dd of=dir/same bs=1 seek=300000 conv=notrunc status=none
+        mkdir cow; chattr +C cow; seq 50000 > cow/plain
+        fallocate -p -o 65536 -l 65536 dir/random
+        "#,
+    );
+}
+
+#[test]
+fn all_of_btrfs_is_copied_as_the_kernel_shows_it() {
+    if !ready("all_of_btrfs_is_copied_as_the_kernel_shows_it") {
+        return;
+    }
+    for (mkfs, options) in KINDS {
+        let what = format!("{mkfs:?} {options}");
+        let image = Image::new(300 << 20, mkfs);
+        let mounted = image.mount(options);
+        fill(&image.mnt());
+        fill_unix(&image.mnt());
+        fill_btrfs(&image.mnt());
+        drop(mounted);
+        let mut points = Points::new();
+        points.add(&image.path());
+        let copied = points.copied("vda/latest");
+        let mounted = image.mount("ro");
+        let kernel = Listing::of(&image.mnt(), &ALL);
+        kernel.assert_same(&Listing::of(copied.path(), &ALL), &format!("{what}, FULL"));
+        assert!(kernel.0.contains_key(Path::new("snapshot/text")), "{what}");
+        drop(mounted);
+        let mounted = image.mount(options);
+        shell(
+            &image.mnt(),
+            "rm -r many; mv dir/hello dir/sub/renamed; seq 70000 >> dir/tiny; truncate -s 1000 dir/random; \
+             btrfs -q subvolume delete snapshot; btrfs -q subvolume snapshot sub again; \
+             mkdir new; i=0; while [ $i -lt 300 ]; do echo $i > new/$i; i=$((i + 1)); done",
+        );
+        drop(mounted);
+        points.add(&image.path());
+        let copied = points.copied("vda/latest");
+        let _mounted = image.mount("ro");
+        let kernel = Listing::of(&image.mnt(), &ALL);
+        kernel.assert_same(&Listing::of(copied.path(), &ALL), &format!("{what}, INC"));
+        let stat = points.printed(&["stat", "--json"], "vda/latest/dir/text", &[]);
+        let stat: Value = serde_json::from_str(&stat).unwrap();
+        assert_eq!(stat["file_system"]["kind"], "btrfs");
+        assert_eq!(stat["findings"].to_string(), "[]");
+        assert!(stat["entry"]["crtime_utc"].as_str().unwrap().starts_with("20"));
+    }
+}
+
+#[test]
+fn a_mount_without_options_shows_the_default_subvolume() {
+    if !ready("a_mount_without_options_shows_the_default_subvolume") {
+        return;
+    }
+    let image = Image::new(150 << 20, KINDS[0].0);
+    let mounted = image.mount("");
+    shell(
+        &image.mnt(),
+        "btrfs -q subvolume create root; echo 1 > root/file; echo 2 > beside; btrfs -q subvolume create root/in; \
+         echo 3 > root/in/file; btrfs -q subvolume snapshot root root/snapshot; btrfs subvolume set-default root",
+    );
+    drop(mounted);
+    let mut points = Points::new();
+    points.add(&image.path());
+    let all = points.printed(&["ls", "-R"], "vda/latest/", &[]);
+    // In the snapshot the subvolume below is an empty folder, as the kernel shows it.
+    let all: Vec<&str> = all.lines().collect();
+    assert_eq!(all, ["file", "in", "in/file", "snapshot", "snapshot/file", "snapshot/in"]);
+    assert_eq!(points.printed(&["cat"], "vda/latest/in/file", &[]), "3\n");
+    assert_eq!(mutants::folders_go_on(&image.path()), 6);
+    let _mounted = image.mount("ro");
+    assert!(image.mnt().join("snapshot/in").read_dir().unwrap().next().is_none());
+}
+
+#[test]
+fn what_is_in_the_log_tree_only_is_told() {
+    if !ready("what_is_in_the_log_tree_only_is_told") {
+        return;
+    }
+    let image = Image::new(200 << 20, KINDS[0].0);
+    let mounted = image.mount("commit=300");
+    fill(&image.mnt());
+    shell(&image.mnt(), "sync -f .");
+    shell(
+        &image.mnt(),
+        "echo new > last; sync last; echo more >> dir/hello; sync dir/hello; seq 90000 > unsynced",
+    );
+    let copy = image.dir.path().join("dirty");
+    run("cp", &["--sparse=always", image.path().to_str().unwrap(), copy.to_str().unwrap()]);
+    drop(mounted);
+    let mut points = Points::new();
+    points.add(&copy);
+    let told = points.files(&["cat"], "vda/latest/dir/hello", &[]);
+    assert_eq!(String::from_utf8_lossy(&told.stdout), "hello\n", "{}", said(&told));
+    assert!(said(&told).contains("log tree is not replayed"), "{}", said(&told));
+    let copied = points.copied("vda/latest");
+    let _mounted = mount(&copy, &image.mnt(), "ro,rescue=nologreplay").unwrap();
+    Listing::of(&image.mnt(), &ALL)
+        .assert_same(&Listing::of(copied.path(), &ALL), "without the log");
+}
+
+/// Changes a byte of each place that has these bytes in the first of two copies, or in the only one; how often.
+/// (Older versions of a node are there as well; the second copies are all behind the first ones.)
+fn break_first_copy(path: &Path, of: &str, copies: usize) -> usize {
+    let out = run("grep", &["-obUaF", of, path.to_str().unwrap()]);
+    let out = String::from_utf8_lossy(&out.stdout).into_owned();
+    let found: Vec<u64> =
+        out.lines().map(|l| l.split(':').next().unwrap().parse().unwrap()).collect();
+    assert_eq!(found.len() % copies, 0, "{found:?}");
+    let broken = found.len() / copies;
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    found.iter().take(broken).for_each(|at| file.write_all_at(b"#", *at).unwrap());
+    broken
+}
+
+/// Copies all: exit code, and what was said.
+fn copied(image: &Path, code: i32) -> String {
+    let mut points = Points::new();
+    points.add(image);
+    let out = tempfile::tempdir().unwrap();
+    let copy = points.files(&["cp"], "vda/latest", &[out.path().join("t").to_str().unwrap()]);
+    assert_eq!(copy.status.code(), Some(code), "{}", said(&copy));
+    assert_eq!(std::fs::read_to_string(out.path().join("t/good/file")).unwrap(), "1\n");
+    said(&copy)
+}
+
+#[test]
+fn damage_is_read_from_the_other_copy_or_costs_a_file() {
+    if !ready("damage_is_read_from_the_other_copy_or_costs_a_file") {
+        return;
+    }
+    for (data, copies, code) in [("single", 1, 16), ("dup", 2, 0)] {
+        let image = Image::new(300 << 20, &["mkfs.btrfs", "-q", "-d", data, "-m", "dup"]);
+        let mounted = image.mount("max_inline=0");
+        shell(
+            &image.mnt(),
+            "mkdir good; echo 1 > good/file; (echo 'unlikely text'; seq 9000) > bad; echo 3 > zyxwvutsrq",
+        );
+        drop(mounted);
+        assert_eq!(copied(&image.path(), 0), "");
+        // A name.
+        assert!(break_first_copy(&image.path(), "zyxwvutsrq", 2) >= 1);
+        let told = copied(&image.path(), 0);
+        assert!(told.contains("another copy is right, and was used"), "{told}");
+        assert_eq!(break_first_copy(&image.path(), "unlikely text", copies), 1);
+        let told = copied(&image.path(), code);
+        assert!(told.contains("bad checksum"), "{told}");
+        let file = std::fs::File::options().write(true).open(image.path()).unwrap();
+        file.write_all_at(b"x", (64 << 10) + 0x12b).unwrap();
+        let told = copied(&image.path(), code);
+        assert!(told.contains("superblock is damaged: using its newest copy"), "{told}");
+    }
+}
+
+#[test]
+fn one_disk_of_several_is_read_as_far_as_it_goes() {
+    if !ready("one_disk_of_several_is_read_as_far_as_it_goes") {
+        return;
+    }
+    for (profile, reads) in [("raid1", true), ("raid0", false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["a", "b"] {
+            std::fs::File::create(path(name)).unwrap().set_len(150 << 20).unwrap();
+        }
+        std::fs::create_dir(path("mnt")).unwrap();
+        let [a, b] = ["a", "b"].map(|n| Guard::attach("", &path(n)));
+        let devices = [a.made().to_str().unwrap(), b.made().to_str().unwrap()];
+        run("mkfs.btrfs", &[&["-q", "-d", profile, "-m", profile][..], &devices].concat());
+        let options = format!("-o device={},device={}", devices[0], devices[1]);
+        let mounted = Guard::mount(&options, a.made(), &path("mnt"));
+        shell(&path("mnt"), "mkdir good; echo 1 > good/file; seq 100000 > numbers");
+        drop(mounted);
+        drop((a, b));
+        for name in ["a", "b"] {
+            let mut points = Points::new();
+            points.add(&path(name));
+            let out = points.files(&["cat"], "vda/latest/numbers", &[]);
+            if reads {
+                let right: String = (1..=100_000).map(|i| format!("{i}\n")).collect();
+                assert!(out.stdout == right.as_bytes(), "{}", said(&out));
+                assert_eq!(said(&out), "");
+            } else {
+                assert_eq!(out.status.code(), Some(11));
+                assert!(said(&out).contains("profile RAID0"), "{}", said(&out));
+            }
+        }
+    }
+}
+
+/// CRC-32C as btrfs has it, bit by bit.
+fn crc32c(bytes: &[u8]) -> u32 {
+    let step = |crc: u32| (crc >> 1) ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 };
+    !bytes.iter().fold(!0, |crc, b| (0..8).fold(crc ^ u32::from(*b), |crc, _| step(crc)))
+}
+
+#[test]
+fn mutants_of_btrfs_come_to_an_end() {
+    const NODE: usize = 4096;
+    if !ready("mutants_of_btrfs_come_to_an_end") {
+        return;
+    }
+    let mkfs = ["mkfs.btrfs", "-q", "-M", "-m", "single", "-d", "single", "-n", "4096"];
+    let image = Image::new(32 << 20, &mkfs);
+    let mounted = image.mount("compress-force=zstd");
+    shell(
+        &image.mnt(),
+        "mkdir -p a/b/c; seq 50000 > a/b/file; echo hello > hello; ln -s hello link; truncate -s 1M sparse; \
+         btrfs -q subvolume create sub; echo 1 > sub/file; btrfs -q subvolume snapshot sub a/snapshot; \
+         i=0; while [ $i -lt 200 ]; do echo $i > a/b/c/file-$i; i=$((i + 1)); done; seq 9 > x; chattr +m x",
+    );
+    drop(mounted);
+    let bytes = std::fs::read(image.path()).unwrap();
+    let id = bytes[(64 << 10) + 0x20..][..16].to_vec();
+    let is_node = |b: &[u8]| b[0x20..0x30] == id;
+    let nodes: BTreeMap<u64, u64> = bytes
+        .chunks(NODE)
+        .enumerate()
+        .filter(|(_, b)| is_node(b))
+        .map(|(i, _)| (i as u64 * NODE as u64, NODE as u64))
+        .collect();
+    assert!(nodes.len() > 10);
+    assert!(mutants::folders_go_on(&image.path()) > 200);
+    let places: Vec<(u64, u64)> = nodes.into_iter().collect();
+    let mend = |bytes: &mut [u8], at: u64| {
+        let node = &mut bytes[at as usize / NODE * NODE..][..NODE];
+        let sum = crc32c(&node[32..]);
+        node[..4].copy_from_slice(&sum.to_le_bytes());
+    };
+    let opened = mutants::survive(&bytes, &places, 200, mend);
+    assert!(opened > 100, "{opened}");
+    mutants::survive(&bytes, &[(64 << 10, 0x400)], 40, mend);
+}
