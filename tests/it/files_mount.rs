@@ -470,7 +470,8 @@ fn what_cannot_be_read_says_why() {
     let secret = sh("ls \"$1/p1/secret\"", &[&at]);
     assert!(said(&secret).contains("Required key not available"), "{}", said(&secret));
     let findings = status(mount.path())["findings"].to_string();
-    for told in ["is an encrypted folder", "unknown", "LUKS2", "cryptsetup"] {
+    for told in ["is an encrypted folder", "unsupported file system feature", "LUKS2", "cryptsetup"]
+    {
         assert!(findings.contains(told), "{told}: {findings}");
     }
 }
