@@ -4,7 +4,7 @@ mod cat;
 mod cp;
 mod find;
 mod ls;
-mod place;
+pub(super) mod place;
 mod row;
 mod stat;
 
