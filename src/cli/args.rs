@@ -108,6 +108,8 @@ pub(super) enum Command {
     Consolidate(super::consolidate::ConsolidateArgs),
     LinkDisk(super::link_disk::LinkDiskArgs),
     Completions(super::docs::CompletionsArgs),
+    #[command(hide = true)]
+    Complete(super::complete::CompleteArgs),
     Man(super::docs::ManArgs),
 }
 
@@ -159,7 +161,7 @@ impl Command {
             Command::Mount(_) | Command::Umount(_) => (false, Json::No),
             Command::Merge(_) | Command::Rebase(_) => (false, Json::No),
             Command::Commit(_) | Command::SnapshotRebase(_) => (false, Json::No),
-            Command::Completions(_) | Command::Man(_) => (false, Json::No),
+            Command::Completions(_) | Command::Man(_) | Command::Complete(_) => (false, Json::No),
         };
         if asked { kind } else { Json::No }
     }
@@ -187,7 +189,7 @@ impl Command {
             Command::Cancel(a) => a.target(),
             Command::Cleanup(_) => None,
             Command::Guardian(_) | Command::Umount(_) => None,
-            Command::Completions(_) | Command::Man(_) => None,
+            Command::Completions(_) | Command::Man(_) | Command::Complete(_) => None,
         }
     }
 }

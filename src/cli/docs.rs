@@ -35,7 +35,28 @@ pub(super) struct ManArgs {
 pub(super) fn completions(args: CompletionsArgs, program: &mut Command) -> Result<()> {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, program, "fleecefs", &mut text);
+    let text = match args.shell {
+        Shell::Bash => [text.as_slice(), include_bytes!("complete.bash")].concat(),
+        Shell::Fish => [text.as_slice(), include_bytes!("complete.fish")].concat(),
+        Shell::Zsh => zsh(&String::from_utf8_lossy(&text)).into_bytes(),
+        _ => text,
+    };
     output::print_as_is(&text)
+}
+
+/// The script for zsh, with points asked of the program wherever it would offer files for them.
+fn zsh(script: &str) -> String {
+    const FILES: &str = ":_files' \\";
+    let (head, body) = script.split_once('\n').unwrap_or((script, ""));
+    let is_point = |line: &str| {
+        ["':point ", "'::point ", "':what ", "'--point="].iter().any(|a| line.starts_with(a))
+    };
+    let line = |line: &str| match line.strip_suffix(FILES).filter(|_| is_point(line)) {
+        Some(begun) => format!("{begun}:_fleecefs_points' \\\n"),
+        None => format!("{line}\n"),
+    };
+    let body: String = body.lines().map(line).collect();
+    format!("{head}\n{}{body}", include_str!("complete.zsh"))
 }
 
 /// Runs `fleecefs man` for the whole program's command line.

@@ -4,6 +4,7 @@
 mod args;
 mod backup;
 mod bar;
+mod complete;
 mod console;
 mod consolidate;
 mod docs;
@@ -136,6 +137,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Consolidate(a) => consolidate::run(a),
         Command::LinkDisk(a) => link_disk::run(a),
         Command::Completions(a) => docs::completions(a, &mut Cli::command()),
+        Command::Complete(a) => complete::run(&a, Cli::command()),
         Command::Man(a) => docs::man(a, Cli::command()),
     }
 }

@@ -3,6 +3,7 @@
 //! - `point`: [`Point`], whose files these are, and what is open of it
 //! - `node`: [`Node`], a file or folder inside a point, and its inode number
 //! - `file`: [`File`] and [`Folder`], opened
+//! - `index`: where names are in large folders
 //! - `found`: what was found odd, for as long as the point is there
 //!
 //! Rules:
@@ -17,6 +18,7 @@
 
 mod file;
 mod found;
+mod index;
 mod node;
 mod point;
 
@@ -29,6 +31,7 @@ use crate::error::{Error, Finding, Kind, Result};
 use crate::files::{Attributes, Blocks, Flags, NodeKind, Time, Tree, Xattr};
 pub use file::{File, Folder};
 use found::Found;
+use index::Indexes;
 pub(crate) use node::INSIDE;
 pub use node::{Named, Node};
 use point::Opened;
@@ -41,6 +44,7 @@ const MOST_OPEN: NonZeroUsize = NonZeroUsize::new(32).unwrap();
 pub struct View {
     blocks: Arc<Blocks>,
     opened: Mutex<LruCache<u64, Arc<Opened>>>,
+    indexes: Indexes,
     found: Found,
 }
 
@@ -48,7 +52,8 @@ impl View {
     /// Nothing open yet; blocks and tables will take at most `cache_size` bytes.
     pub fn new(cache_size: u64) -> Self {
         let opened = Mutex::new(LruCache::new(MOST_OPEN));
-        View { blocks: Blocks::new(cache_size), opened, found: Found::default() }
+        let (indexes, found) = (Indexes::default(), Found::default());
+        View { blocks: Blocks::new(cache_size), opened, indexes, found }
     }
 
     /// The volumes of a point that have files, by their names in `fleecefs files ls`. `beside` gives the other
@@ -87,7 +92,7 @@ impl View {
     pub fn lookup(&self, folder: &Node, name: &[u8]) -> Result<Option<Node>> {
         let _held = folder.point().hold()?;
         let tree = self.tree(folder)?;
-        let found = tree.lookup(folder.id(&*tree), name)?;
+        let found = self.indexes.lookup(&*tree, folder, name, &self.blocks)?;
         Ok(found.map(|id| folder.other(&*tree, id)))
     }
 
@@ -144,6 +149,7 @@ impl View {
         let gone: Vec<u64> = list.iter().map(|(n, _)| *n).filter(|n| !keep(*n)).collect();
         let gone: Vec<_> = gone.iter().map(|n| list.pop(n)).collect();
         drop(list);
+        self.indexes.clear();
         self.found.retain(keep);
         drop(gone);
     }
@@ -174,6 +180,7 @@ impl View {
         }
         kept.into_iter().for_each(|k| drop(list.put(number, k)));
         drop(list);
+        self.indexes.clear();
         gone.iter().for_each(|(n, o)| self.found.add(*n, o.findings()));
     }
 

@@ -4,13 +4,11 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
 
 use crate::support::mount::Mount;
-use crate::support::process::{eventually, server_pid, stderr};
+use crate::support::process::eventually;
 use crate::support::tools::have;
 
-const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
 const CLUSTER: usize = 512;
 const CLUSTERS: usize = 64;
 
@@ -53,29 +51,8 @@ fn file(i: usize) -> String {
     format!("{}-{}-a", if i == 0 { "FULL" } else { "INC" }, 1000 + i)
 }
 
-/// A mount with so few descriptors, and what mounting said.
-fn limited(backups: &Path, limit: u32) -> (Mount, String) {
-    let mut said = String::new();
-    let mount = Mount::by(|at| {
-        let script = format!("ulimit -n {limit}; exec \"$0\" mount \"$1\" \"$2\"");
-        let mut command = Command::new("sh");
-        let out = command.args(["-c", &script, FLEECEFS]).arg(backups).arg(at).output()?;
-        said = stderr(&out);
-        Ok(out)
-    });
-    (mount, said)
-}
-
 fn read(path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-}
-
-/// Descriptors of the serving process on files of backups.
-fn open_files(mount: &Mount, backups: &Path) -> usize {
-    let folder = format!("/proc/{}/fd", server_pid(mount.path()));
-    let names = std::fs::read_dir(folder).unwrap().flatten();
-    let leads = names.filter_map(|n| std::fs::read_link(n.path()).ok());
-    leads.filter(|to| to.starts_with(backups)).count()
 }
 
 #[test]
@@ -92,7 +69,7 @@ fn all_points_of_deep_chains_read_in_any_order_and_leave_nothing_open() {
         std::fs::create_dir(&disk).unwrap();
         std::fs::write(disk.join(file(0)), layer(0, byte(i))).unwrap();
     }
-    let (mount, said) = limited(dir.path(), 80);
+    let (mount, said) = Mount::limited(dir.path(), 80, "");
     assert_eq!(said.matches(": chain of 200 files").count(), 1, "{said}");
     let point = |i: usize| mount.path().join(format!("deep/{}.raw", file(i)));
     // A step that has no common factor with the count visits each once.
@@ -112,9 +89,9 @@ fn all_points_of_deep_chains_read_in_any_order_and_leave_nothing_open() {
         file.read_exact_at(&mut bytes, 0).unwrap();
         assert!(bytes == *want);
     }
-    assert!(open_files(&mount, dir.path()) < 80);
+    assert!(mount.open_files(dir.path()) < 80);
     drop(open);
-    eventually("that nothing is held", || open_files(&mount, dir.path()) == 0);
+    eventually("that nothing is held", || mount.open_files(dir.path()) == 0);
     // New points are still found.
     std::fs::write(dir.path().join("deep").join(file(deep)), layer(0, 7)).unwrap();
     eventually("the new point", || point(deep).exists());
@@ -131,7 +108,7 @@ fn what_is_held_survives_its_files_and_what_is_not_is_never_another_file() {
     let (held, deep) = (20, 100);
     let points = chain(&dir.path().join("held"), held);
     chain(&dir.path().join("deep"), deep);
-    let (mount, _) = limited(dir.path(), 80);
+    let (mount, _) = Mount::limited(dir.path(), 80, "");
     let open = |disk: &str, i| File::open(mount.path().join(format!("{disk}/{}.raw", file(i))));
     let (top, middle, far) = (
         open("held", held - 1).unwrap(),

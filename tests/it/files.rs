@@ -352,6 +352,7 @@ fn survive(image: &Image, code: i32, finding: &str) {
         std::fs::read_dir(out.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     inside.sort();
     assert_eq!(inside, ["t"], "nothing is written beside the target");
+    crate::files_mount::survives(points.dir.path());
     assert!(begun.elapsed() < Duration::from_secs(60));
 }
 

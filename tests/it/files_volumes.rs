@@ -8,6 +8,7 @@ use std::process::Command;
 use crate::support::file_systems::{Points, TOOLS, said};
 use crate::support::guard::Guard;
 use crate::support::images::Chain;
+use crate::support::mount::Mount;
 use crate::support::tools::{have, is_root, run};
 
 #[test]
@@ -213,6 +214,16 @@ fn volumes_of_lvm_are_put_together_from_the_disks_of_a_run() {
             let at = |file: &str| format!("{disk}/latest:vg--x-{name}/{file}");
             assert_eq!(points.printed(&["cat"], &at("name"), &[]), format!("{name}\n"));
             assert_eq!(points.printed(&["cat"], &at("large"), &[]), name.repeat(2_000_000));
+        }
+    }
+    // A mount finds the other disk, too.
+    let mount = Mount::with(points.dir.path(), &["--files"]);
+    for disk in ["vda", "vdb"] {
+        for name in ["linear", "striped", "both"] {
+            let at = mount.path().join(format!("{disk}/latest.files/vg--x-{name}"));
+            let read = |file: &str| std::fs::read_to_string(at.join(file)).unwrap();
+            assert_eq!(read("name"), format!("{name}\n"));
+            assert!(read("large") == name.repeat(2_000_000));
         }
     }
 }

@@ -11,6 +11,7 @@ mod backup_layout;
 mod between;
 mod chain;
 mod chain_links;
+mod completion;
 mod damage;
 mod descriptors;
 mod early_hash;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use crate::support::guard::Guard;
+use crate::support::process::{server_pid, stderr};
 
 /// A mounted backup directory.
 pub struct Mount {
@@ -43,6 +44,28 @@ impl Mount {
         let out = mount(guarded.path()).unwrap();
         assert!(out.status.success(), "mount: {}", String::from_utf8_lossy(&out.stderr));
         guarded
+    }
+
+    /// A mount with so few descriptors and these options, and what mounting said.
+    pub fn limited(backups: &Path, limit: u32, options: &str) -> (Self, String) {
+        let mut said = String::new();
+        let mount = Self::by(|at| {
+            let script = format!("ulimit -n {limit}; exec \"$0\" mount {options} \"$1\" \"$2\"");
+            let program = env!("CARGO_BIN_EXE_fleecefs");
+            let mut command = Command::new("sh");
+            let out = command.args(["-c", &script, program]).arg(backups).arg(at).output()?;
+            said = stderr(&out);
+            Ok(out)
+        });
+        (mount, said)
+    }
+
+    /// Descriptors of the serving process on files of backups.
+    pub fn open_files(&self, backups: &Path) -> usize {
+        let folder = format!("/proc/{}/fd", server_pid(self.path()));
+        let names = std::fs::read_dir(folder).unwrap().flatten();
+        let leads = names.filter_map(|n| std::fs::read_link(n.path()).ok());
+        leads.filter(|to| to.starts_with(backups)).count()
     }
 
     /// The mount point.

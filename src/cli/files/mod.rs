@@ -4,7 +4,7 @@ mod cat;
 mod cp;
 mod find;
 mod ls;
-mod place;
+pub(super) mod place;
 mod row;
 mod stat;
 
@@ -19,11 +19,12 @@ use crate::error::Result;
 /// (vg-root), its other disks are found by the backup run. Where a point has one file system only, the partition may be omitted:
 /// sda/latest/etc/fstab. 'files ls DIR POINT' shows what there is.
 ///
-/// Read are ext2, ext3 and ext4, btrfs, FAT and exFAT. A journal that is not empty is replayed in memory, as the
-/// guest's kernel would do it; nothing is written. Damage is reported, and the rest is read all the same. Of btrfs the
-/// subvolume is shown that a mount without options shows, those below as folders; its log tree is not replayed, which
-/// is reported. FAT and exFAT have no owners: files get 0644, or 0444 if they are read-only; times without a zone are
-/// taken as UTC.
+/// Read are ext2, ext3 and ext4, XFS, btrfs, NTFS, FAT and exFAT; nothing is written. The journal of ext is replayed
+/// in memory, as the guest's kernel would do it. The logs of XFS, btrfs and NTFS are not: a warning says if they have
+/// changes that are nowhere else. Damage is reported, and the rest is read all the same.
+///
+/// Of btrfs the subvolume is shown that a mount without options shows, those below as folders. NTFS, FAT and exFAT
+/// have no Unix owners: files get 0644, or 0444 if they are read-only; times without a zone are taken as UTC.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -17,7 +17,7 @@ use crate::units::parse_bytes;
 
 /// Where to read.
 #[derive(Debug, Args)]
-pub(super) struct From {
+pub(in crate::cli) struct From {
     /// The backup directory
     pub dir: PathBuf,
     /// A point, as 'map' and 'restore' take it, with a partition and a path in it, such as
@@ -38,7 +38,7 @@ struct Named<'a> {
 }
 
 /// The point of a name, opened.
-pub(super) struct Opened {
+pub(in crate::cli) struct Opened {
     /// All partitions and volumes of the point.
     pub volumes: Vec<Volume>,
     /// The one that was named, or the only one that has files.
@@ -56,7 +56,7 @@ impl From {
     ///
     /// # Errors
     /// Nothing has that name; the point cannot be read.
-    pub(super) fn open(&self) -> Result<Opened> {
+    pub(in crate::cli) fn open(&self) -> Result<Opened> {
         let catalog = catalog(&self.dir)?;
         let named = named(&catalog, &self.what)?;
         // Windows of the point, and blocks of its file systems.
@@ -84,7 +84,7 @@ impl Opened {
     ///
     /// # Errors
     /// `Usage` if none was named and there are several; what opening it says.
-    pub(super) fn tree(&self) -> Result<Arc<dyn Tree>> {
+    pub(in crate::cli) fn tree(&self) -> Result<Arc<dyn Tree>> {
         match self.chosen.and_then(|i| self.volumes.get(i)) {
             Some(volume) => open_tree(volume),
             None => Err(several(&self.volumes)),
@@ -92,13 +92,13 @@ impl Opened {
     }
 
     /// Whether nothing but a point was named, which has several partitions or volumes.
-    pub(super) fn is_whole_disk(&self) -> bool {
+    pub(in crate::cli) fn is_whole_disk(&self) -> bool {
         let root = self.chosen.is_none() && self.name().is_empty();
         root || (self.volumes.len() > 1 && self.path.is_empty() && !self.has_part)
     }
 
     /// The last part of the path; empty for the root.
-    pub(super) fn name(&self) -> &[u8] {
+    pub(in crate::cli) fn name(&self) -> &[u8] {
         let mut parts = self.path.rsplit(|b| *b == b'/');
         parts.find(|p| !p.is_empty() && *p != b".").unwrap_or_default()
     }
@@ -172,6 +172,10 @@ fn list(volumes: &[Volume]) -> String {
 ///
 /// # Errors
 /// As [`files::resolve`].
-pub(super) fn node(opened: &Opened, tree: &dyn Tree, follow: bool) -> Result<files::NodeId> {
+pub(in crate::cli) fn node(
+    opened: &Opened,
+    tree: &dyn Tree,
+    follow: bool,
+) -> Result<files::NodeId> {
     files::resolve(tree, &opened.path, follow)
 }
