@@ -145,6 +145,47 @@ fn what_is_in_the_log_tree_only_is_told() {
         .assert_same(&Listing::of(copied.path(), &ALL), "without the log");
 }
 
+#[test]
+fn a_disk_that_is_being_written_is_read_as_after_a_power_cut() {
+    if !ready("a_disk_that_is_being_written_is_read_as_after_a_power_cut") {
+        return;
+    }
+    // The disk is a file on btrfs, too: so that it can be copied at one moment.
+    let outer = Image::new(2 << 30, KINDS[0].0);
+    let _outer = outer.mount("");
+    let at = |name: &str| outer.mnt().join(name);
+    std::fs::File::create(at("disk")).unwrap().set_len(300 << 20).unwrap();
+    std::fs::create_dir(at("mnt")).unwrap();
+    run("mkfs.btrfs", &["-q", at("disk").to_str().unwrap()]);
+    let mounted = mount(&at("disk"), &at("mnt"), "commit=1,compress=zstd").unwrap();
+    shell(
+        &at("mnt"),
+        r#"
+        : > ../go; trap 'rm -f ../go' EXIT
+        (i=0; while [ -e ../go ] && [ $i -lt 20000 ]; do
+            seq $i 3000 > f$((i % 60)); i=$((i + 1)); [ $((i % 9)) != 0 ] || sync f$((i % 9))
+        done) & writer=$!
+        for n in 1 2 3 4; do
+            mkdir d$n; i=0; while [ $i -lt 150 ]; do echo $i > d$n/$i; i=$((i + 1)); done
+            [ $n = 4 ] || sync -f .; rm -r d$n/1*; head -c 3000000 /dev/urandom > r$n; sync r$n
+            cp --reflink=always ../disk ../copy$n
+        done
+        rm ../go; wait $writer
+        "#,
+    );
+    drop(mounted);
+    let mut points = Points::new();
+    for n in 1..=4 {
+        let copy = at(&format!("copy{n}"));
+        points.add(&copy);
+        let copied = points.copied("vda/latest");
+        let _mounted = mount(&copy, &at("mnt"), "ro,rescue=nologreplay").unwrap();
+        let kernel = Listing::of(&at("mnt"), &ALL);
+        assert!(kernel.0.len() > 30, "{}", kernel.0.len());
+        kernel.assert_same(&Listing::of(copied.path(), &ALL), &format!("copy {n}"));
+    }
+}
+
 /// Changes a byte of each place that has these bytes in the first of two copies, or in the only one; how often.
 /// (Older versions of a node are there as well; the second copies are all behind the first ones.)
 fn break_first_copy(path: &Path, of: &str, copies: usize) -> usize {
