@@ -8,6 +8,7 @@
 #   deps_qemu          qemu-system-x86_64, qemu-img, qemu-io, qemu-storage-daemon of one version
 #   deps_filesystems   what makes and checks file systems and partitions
 #   deps_clock         faketime, with which tests let nights pass
+#   deps_shells        zsh and fish, whose completions are tested
 #   deps_nfs           an NFS server and a client, neither of which is the kernel's
 #   deps_bench         fio, jq, python3
 #   deps_b3sum         b3sum, by way of cargo
@@ -191,6 +192,8 @@ deps_filesystems() {
 
 deps_clock() { deps_packages faketime; }
 
+deps_shells() { deps_packages zsh fish; }
+
 deps_nfs() { deps_packages nfs-ganesha nfs-ganesha-vfs libnfs-utils; }
 
 deps_bench() { deps_packages fio jq python3; }
@@ -213,6 +216,7 @@ deps_all() {
     deps_fuse
     deps_filesystems
     deps_clock
+    deps_shells
     deps_nfs
     deps_bench
     deps_guest
