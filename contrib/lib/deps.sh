@@ -185,7 +185,7 @@ deps_fuse() {
 }
 
 deps_filesystems() {
-    deps_packages e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools gdisk fdisk lvm2 attr util-linux mount rsync
+    deps_packages e2fsprogs xfsprogs btrfs-progs ntfs-3g wimtools dosfstools gdisk fdisk lvm2 attr util-linux mount rsync
 }
 
 deps_clock() { deps_packages faketime; }

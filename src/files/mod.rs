@@ -5,7 +5,7 @@
 //! - `source`: what a reader reads from: a range of a point, with that cache
 //! - `findings`: what readers find odd, each once
 //! - `tree`: [`Tree`], what every reader of a file system implements
-//! - `ext`: the reader of ext2, ext3 and ext4
+//! - `ext`: the reader of ext2, ext3 and ext4; `ntfs`: the reader of NTFS
 //! - `probe`: what a range holds, by its content
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
@@ -23,6 +23,7 @@ mod crc;
 mod ext;
 mod findings;
 mod lvm;
+mod ntfs;
 mod partition;
 mod probe;
 mod source;

@@ -9,6 +9,8 @@ use crate::error::Result;
 pub enum Content {
     /// ext2, ext3 or ext4.
     Ext,
+    /// NTFS.
+    Ntfs,
     /// A physical volume of LVM2.
     LvmPv,
     /// Something with a name that has no files to read, or is not read, and what to do about it.
@@ -29,6 +31,7 @@ impl Content {
     pub fn name(&self) -> &'static str {
         match self {
             Content::Ext => "ext4",
+            Content::Ntfs => "ntfs",
             Content::LvmPv => "LVM",
             Content::Other { name, .. } => name,
             Content::Unknown => "unknown",
@@ -38,7 +41,7 @@ impl Content {
     /// Whether a reader is there for it.
     pub fn has_files(&self) -> bool {
         match self {
-            Content::Ext => true,
+            Content::Ext | Content::Ntfs => true,
             Content::LvmPv | Content::Other { .. } | Content::Unknown => false,
         }
     }
@@ -85,6 +88,7 @@ fn by_start(start: &[u8]) -> Option<Content> {
             Content::Other { name: "Linux RAID", remedy: Some(RAID), encrypted: false }
         }
         () if le16(start, 0x438) == 0xef53 && le32(start, 0x418) <= 6 => Content::Ext,
+        () if is(3, b"NTFS    ") => Content::Ntfs,
         () => return other(start),
     })
 }
@@ -104,9 +108,8 @@ fn unread(name: &'static str) -> Content {
 /// File systems that have no reader, and FAT, which has no magic number.
 fn other(start: &[u8]) -> Option<Content> {
     let is = |at: usize, magic: &[u8]| part(start, at, magic.len()) == magic;
-    let known: [(usize, &[u8], &'static str); 11] = [
+    let known: [(usize, &[u8], &'static str); 10] = [
         (0, b"XFSB", "xfs"),
-        (3, b"NTFS    ", "ntfs"),
         (3, b"EXFAT   ", "exfat"),
         (1024, b"\x10\x20\xf5\xf2", "F2FS"),
         (1024, b"\xe2\xe1\xf5\xe0", "EROFS"),
@@ -170,6 +173,7 @@ mod tests {
         assert_eq!(probed(&[]), "unknown");
         assert_eq!(probed(&[(0x438, b"\x53\xef")]), "ext4");
         assert_eq!(probed(&[(0, b"XFSB")]), "xfs");
+        assert_eq!(probed(&[(3, b"NTFS    ")]), "ntfs");
         assert_eq!(probed(&[(0x10040, b"_BHRfS_M")]), "btrfs");
         assert_eq!(probed(&[(0, b"LUKS\xba\xbe\0\x02")]), "LUKS2");
         assert_eq!(probed(&[(3, b"-FVE-FS-")]), "BitLocker");

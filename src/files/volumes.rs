@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::ext;
 use super::lvm;
+use super::ntfs;
 use super::partition::partitions;
 use super::probe::{Content, probe};
 use super::source::Source;
@@ -74,6 +75,7 @@ pub fn open_tree(volume: &Volume) -> Result<Arc<dyn Tree>> {
     let source = volume.source.clone();
     match &volume.content {
         Content::Ext => ext::open(source),
+        Content::Ntfs => ntfs::open(source),
         other => Err(refusal(&source, other)),
     }
 }

@@ -16,6 +16,7 @@ mod descriptors;
 mod early_hash;
 mod faults;
 mod files;
+mod files_ntfs;
 mod files_volumes;
 mod foreign;
 mod format;

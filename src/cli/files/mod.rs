@@ -19,8 +19,11 @@ use crate::error::Result;
 /// (vg-root), its other disks are found by the backup run. Where a point has one file system only, the partition may be omitted:
 /// sda/latest/etc/fstab. 'files ls DIR POINT' shows what there is.
 ///
-/// Read are ext2, ext3 and ext4. A journal that is not empty is replayed in memory, as the guest's
-/// kernel would do it; nothing is written. Damage is reported, and the rest is read all the same.
+/// Read are ext2, ext3, ext4 and NTFS. A journal of ext that is not empty is replayed in memory, as the guest's
+/// kernel would do it; that of NTFS is not, and a warning says so. Nothing is written. Damage is reported, and the
+/// rest is read all the same.
+///
+/// Alternate data streams of NTFS are extended attributes (user.NAME), and are read as files by FILE:NAME.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

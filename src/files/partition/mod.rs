@@ -42,7 +42,8 @@ pub fn partitions(disk: &Source) -> Result<Table> {
         }
     }
     // A file system that begins with a boot sector has such a signature, too.
-    let whole = matches!(probe(disk)?, Content::Other { name: "fat" | "exfat" | "ntfs", .. });
+    let whole =
+        matches!(probe(disk)?, Content::Ntfs | Content::Other { name: "fat" | "exfat", .. });
     if !signed || whole || !mbr::is_table(&first) {
         return Ok(none);
     }
