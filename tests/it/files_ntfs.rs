@@ -123,7 +123,11 @@ fn all_of_ntfs_is_copied_as_ntfs_3g_shows_it() {
 /// Compares a copy of the last point with what ntfs-3g shows; gives that.
 fn same(image: &Image, points: &Points, what: &str) -> Listing {
     let copied = points.copied("vda/latest");
+    let stat = points.printed(&["stat", "--json"], "vda/latest:disk/", &[]);
+    let stat: Value = serde_json::from_str(&stat).unwrap();
     let _mounted = image.mount(&format!("ro,{OPTIONS}"));
+    let free = rustix::fs::statvfs(image.mnt()).unwrap();
+    assert_eq!(stat["file_system"]["free"], free.f_bfree * free.f_frsize, "{what}");
     let oracle = Listing::of(&image.mnt(), &XATTRS);
     oracle.assert_same(&Listing::of(copied.path(), &XATTRS), what);
     let sparse = copied.path().join("dir/sparse").metadata().unwrap();

@@ -163,10 +163,12 @@ pub(super) fn count(volume: &Volume, number: u64, kind: u32, bits: u64) -> Optio
         let n = (stretch.end.min(end) - at).min(COUNTED as u64) as usize;
         let part = buf.get_mut(..n)?;
         stream.fill(part, at).ok()?;
-        // Behind the last one they are set.
-        let left = bits - at * 8;
-        set += part.iter().map(|b| u64::from(b.count_ones())).sum::<u64>().min(left);
         at += n as u64;
+        // Those behind the last one are set, and stand for nothing.
+        if let (Some(over), Some(last)) = ((at * 8).checked_sub(bits), part.last_mut()) {
+            *last &= 0xff >> over.min(7);
+        }
+        set += part.iter().map(|b| u64::from(b.count_ones())).sum::<u64>();
     }
     Some(set)
 }
