@@ -13,6 +13,8 @@ mod chain;
 mod chain_links;
 mod damage;
 mod descriptors;
+mod diff;
+mod diff_files;
 mod early_hash;
 mod faults;
 mod files;

@@ -4,9 +4,10 @@ mod cat;
 mod cp;
 mod find;
 mod ls;
-mod place;
-mod row;
+pub(super) mod place;
+pub(super) mod row;
 mod stat;
+mod versions;
 
 use clap::{Args, Subcommand};
 
@@ -29,7 +30,8 @@ Examples:
   fleecefs files cat /backups/vm1 sda/latest:p1/etc/fstab
   fleecefs files cp /backups/vm1 sda/latest:p2/home/alice restored/
   fleecefs files cp --tar /backups/vm1 sda/latest:vg-root/var | tar -tv
-  fleecefs files find /backups/vm1 INC-1706260646-sda.qcow2:p2/home --name '*.odt'")]
+  fleecefs files find /backups/vm1 INC-1706260646-sda.qcow2:p2/home --name '*.odt'
+  fleecefs files versions /backups/vm1 sda:p1/etc/fstab          when it appeared, changed, vanished")]
 pub(super) struct FilesArgs {
     /// What to do
     #[command(subcommand)]
@@ -43,6 +45,7 @@ enum What {
     Cp(cp::CpArgs),
     Find(find::FindArgs),
     Stat(stat::StatArgs),
+    Versions(versions::VersionsArgs),
 }
 
 impl FilesArgs {
@@ -54,6 +57,7 @@ impl FilesArgs {
             What::Cp(a) => &a.from.dir,
             What::Find(a) => &a.from.dir,
             What::Stat(a) => &a.from.dir,
+            What::Versions(a) => &a.dir,
         }
     }
 }
@@ -66,13 +70,14 @@ impl FilesArgs {
             What::Find(a) => a.print.json,
             What::Cp(a) => a.print.json,
             What::Stat(a) => a.print.json,
+            What::Versions(a) => a.print.json,
             What::Cat(_) => false,
         }
     }
 
     /// Whether that is an object per line.
     pub(super) fn prints_objects(&self) -> bool {
-        matches!(self.what, What::Ls(_) | What::Find(_))
+        matches!(self.what, What::Ls(_) | What::Find(_) | What::Versions(_))
     }
 }
 
@@ -87,5 +92,6 @@ pub(super) fn run(args: &FilesArgs) -> Result<()> {
         What::Cp(a) => cp::run(a),
         What::Find(a) => find::run(a),
         What::Stat(a) => stat::run(a),
+        What::Versions(a) => versions::run(a),
     }
 }

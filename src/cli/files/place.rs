@@ -13,6 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::files::{self, Blocks, Source, Tree, Volume, open_tree, volumes_of};
 use crate::image::{Cache, open_point};
 use crate::restore::run::manifest_of;
+use crate::storage::ReadAt;
 use crate::text::path_text;
 use crate::units::parse_bytes;
 
@@ -31,15 +32,16 @@ pub(super) struct From {
 }
 
 /// Point, partition and path of what a user named.
-struct Named<'a> {
-    disk: &'a Disk,
-    point: usize,
-    part: Option<&'a [u8]>,
-    path: &'a [u8],
+#[derive(Clone, Copy)]
+pub(in crate::cli) struct Named<'a> {
+    pub disk: &'a Disk,
+    pub point: usize,
+    pub part: Option<&'a [u8]>,
+    pub path: &'a [u8],
 }
 
 /// The point of a name, opened.
-pub(super) struct Opened {
+pub(in crate::cli) struct Opened {
     /// All partitions and volumes of the point.
     pub volumes: Vec<Volume>,
     /// The one that was named, or the only one that has files.
@@ -50,6 +52,8 @@ pub(super) struct Opened {
     has_part: bool,
     /// The cache for readers.
     pub blocks: Arc<Blocks>,
+    /// Whether no other disk was asked for a part of it.
+    pub alone: bool,
 }
 
 impl From {
@@ -63,21 +67,36 @@ impl From {
         // Windows of the point, and blocks of its file systems.
         let cache = Cache::new(self.cache_size / 2);
         let blocks = Blocks::new(self.cache_size / 2);
-        let source = |disk: &Disk, point: usize| -> Result<Source> {
-            let label = path_text(&disk.path);
-            Ok(Source::new(open_point(disk, point, &cache)?, &label, &blocks))
-        };
-        let own = source(named.disk, named.point)?;
-        let others = || {
-            let all = beside(&catalog, named.disk, named.point).into_iter();
-            all.filter_map(|(d, p)| source(d, p).ok()).collect()
-        };
-        let (volumes, findings) = volumes_of(&own, others)?;
-        findings.iter().for_each(|f| log::warn!("{f}"));
-        let chosen = choose(&volumes, named.part)?;
-        let has_part = named.part.is_some();
-        Ok(Opened { volumes, chosen, path: named.path.to_vec(), has_part, blocks })
+        let device = open_point(named.disk, named.point, &cache)?;
+        opened(&catalog, &named, device, &cache, &blocks)
     }
+}
+
+/// The partitions and volumes of a point that is read by way of `device`.
+///
+/// # Errors
+/// It cannot be read; it has no such partition.
+pub(in crate::cli) fn opened(
+    catalog: &Catalog,
+    named: &Named<'_>,
+    device: Arc<dyn ReadAt>,
+    cache: &Arc<Cache>,
+    blocks: &Arc<Blocks>,
+) -> Result<Opened> {
+    let source = |disk: &Disk, device| Source::new(device, &path_text(&disk.path), blocks);
+    let own = source(named.disk, device);
+    let mut alone = true;
+    let others = || {
+        let all = beside(catalog, named.disk, named.point);
+        alone = all.is_empty() && catalog.disks.len() == 1;
+        let open = |(d, p): (&Disk, usize)| Some(source(d, open_point(d, p, cache).ok()?));
+        all.into_iter().filter_map(open).collect()
+    };
+    let (volumes, findings) = volumes_of(&own, others)?;
+    findings.iter().for_each(|f| log::warn!("{f}"));
+    let chosen = choose(&volumes, named.part)?;
+    let (path, has_part) = (named.path.to_vec(), named.part.is_some());
+    Ok(Opened { volumes, chosen, path, has_part, blocks: blocks.clone(), alone })
 }
 
 impl Opened {
@@ -85,7 +104,7 @@ impl Opened {
     ///
     /// # Errors
     /// `Usage` if none was named and there are several; what opening it says.
-    pub(super) fn tree(&self) -> Result<Arc<dyn Tree>> {
+    pub(in crate::cli) fn tree(&self) -> Result<Arc<dyn Tree>> {
         match self.chosen.and_then(|i| self.volumes.get(i)) {
             Some(volume) => open_tree(volume),
             None => Err(several(&self.volumes)),
@@ -99,7 +118,7 @@ impl Opened {
     }
 
     /// The last part of the path; empty for the root.
-    pub(super) fn name(&self) -> &[u8] {
+    pub(in crate::cli) fn name(&self) -> &[u8] {
         let mut parts = self.path.rsplit(|b| *b == b'/');
         parts.find(|p| !p.is_empty() && *p != b".").unwrap_or_default()
     }
@@ -118,7 +137,10 @@ fn beside<'a>(catalog: &'a Catalog, disk: &Disk, point: usize) -> Vec<(&'a Disk,
 }
 
 /// Takes a name apart. A colon or a slash may be in the names of disks, too: the longest name of a point counts.
-fn named<'a>(catalog: &'a Catalog, what: &'a Path) -> Result<Named<'a>> {
+///
+/// # Errors
+/// Nothing has that name.
+pub(in crate::cli) fn named<'a>(catalog: &'a Catalog, what: &'a Path) -> Result<Named<'a>> {
     let bytes = what.as_os_str().as_bytes();
     let at = |mark: u8| bytes.iter().enumerate().filter(move |(_, b)| **b == mark).map(|(i, _)| i);
     let point = |end: usize| catalog.find(Path::new(OsStr::from_bytes(bytes.get(..end)?))).ok();
@@ -185,6 +207,10 @@ fn list(volumes: &[Volume]) -> String {
 ///
 /// # Errors
 /// As [`files::resolve`].
-pub(super) fn node(opened: &Opened, tree: &dyn Tree, follow: bool) -> Result<files::NodeId> {
+pub(in crate::cli) fn node(
+    opened: &Opened,
+    tree: &dyn Tree,
+    follow: bool,
+) -> Result<files::NodeId> {
     files::resolve(tree, &opened.path, follow)
 }
