@@ -242,6 +242,31 @@ fn a_file_has_its_versions_over_a_hundred_points() {
             assert_eq!(v["blake3"].as_str(), hashes.get(&i).map(String::as_str), "{i}: {v}");
         }
     }
+    let every = objects(&points.printed(
+        &["find", "--all-points", "--json"],
+        "vda",
+        &["--type", "file", "--name", "file"],
+    ));
+    let every: BTreeSet<_> = every
+        .iter()
+        .map(|v| {
+            (
+                v["path"].as_str().unwrap(),
+                at(v, "point"),
+                at(v, "until_point"),
+                v["points"].as_u64().unwrap(),
+            )
+        })
+        .collect();
+    let want_all = [
+        ("away/file", 80, 89, 10),
+        ("dir/file", 5, 19, 15),
+        ("dir/file", 20, 20, 1),
+        ("dir/file", 21, 49, 29),
+        ("dir/file", 50, 59, 10),
+        ("dir/file", 70, 99, 20),
+    ];
+    assert_eq!(every, want_all.into());
     // Without hashes a new mtime is a new content.
     let plain = objects(&points.printed(&["versions", "--json"], "vda/dir/file", &[]));
     assert_eq!(plain.len(), want.len());

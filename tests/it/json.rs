@@ -256,6 +256,7 @@ fn files_print_what_their_tables_have() {
     assert!(seen.contains("target"), "{seen:?}");
     check("files ls", &["find", "vda.img/latest"]);
     check("files stat", &["stat", "vda.img/latest/etc/fstab"]);
+    check("files find --all-points", &["find", "vda.img", "--all-points"]);
     let seen = check("files versions", &["versions", "--hash", "vda.img/etc/fstab"]);
     assert!(seen.contains("blake3"), "{seen:?}");
     let other = at("backups/vdb.img");

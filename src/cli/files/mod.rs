@@ -1,7 +1,9 @@
 //! `fleecefs files`: the files inside a point.
 
+mod all_points;
 mod cat;
 mod cp;
+mod filter;
 mod find;
 mod ls;
 pub(super) mod place;

@@ -203,7 +203,7 @@ impl Search<'_> {
         let disk = self.named.disk;
         let mut images = vec![None; disk.points.len()];
         let (mut versions, mut seen): (Vec<Version>, Option<Seen>) = (Vec::new(), None);
-        for point in by_time(disk) {
+        for point in disk.served_by_time() {
             let image = open_point_sharing(disk, point, &self.cache, &mut images)?;
             if let (Some(before), Some(version)) = (&mut seen, versions.last_mut())
                 && before.is_same(&image)
@@ -301,21 +301,6 @@ impl Search<'_> {
 
 fn version(point: usize, change: &'static str, state: State) -> Version {
     Version { first: point, last: point, points: 1, change, state }
-}
-
-/// The points that can be served, the oldest first.
-fn by_time(disk: &Disk) -> Vec<usize> {
-    let mut all = Vec::new();
-    for (i, point) in disk.points.iter().enumerate() {
-        match &point.unavailable {
-            None => all.push(i),
-            Some(why) => {
-                log::warn!("skipped: {} is not available: {}", path_text(&point.name), why.message);
-            }
-        }
-    }
-    all.sort_by_key(|i| (disk.points.get(*i).map(|p| p.time), *i));
-    all
 }
 
 fn hash(tree: &dyn Tree, file: NodeId) -> Result<blake3::Hash> {
