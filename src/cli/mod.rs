@@ -7,10 +7,12 @@ mod bar;
 mod complete;
 mod console;
 mod consolidate;
+mod diff;
 mod docs;
 mod files;
 mod habits;
 mod info;
+mod keep;
 mod link_disk;
 mod list;
 mod map;
@@ -23,6 +25,7 @@ mod runs;
 mod shared;
 mod show;
 mod state;
+mod stats;
 mod status;
 mod table;
 mod umount;
@@ -126,6 +129,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::List(a) => list::run(a),
         Command::Show(a) => show::run(a),
         Command::Map(a) => map::run(a),
+        Command::Diff(a) => diff::run(&a),
         Command::Files(a) => files::run(&a),
         Command::Restore(a) => restore::run(a),
         Command::Merge(a) => verbs::merge(a),
@@ -134,6 +138,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::SnapshotRebase(a) => verbs::snapshot_rebase(a),
         Command::Verify(a) => verify::run(a),
         Command::Prune(a) => prune::run(a),
+        Command::Stats(a) => stats::run(&a),
         Command::Consolidate(a) => consolidate::run(a),
         Command::LinkDisk(a) => link_disk::run(a),
         Command::Completions(a) => docs::completions(a, &mut Cli::command()),

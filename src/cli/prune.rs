@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::bar::Bar;
+use super::keep::KeepArgs;
 use super::paths::{backups, catalog};
 use super::verbosity;
 use super::writing::locked;
@@ -18,7 +19,7 @@ use crate::rewrite::consolidate;
 use crate::rewrite::consolidate::ConsolidateOptions;
 use crate::rewrite::remove::execute;
 use crate::text::path_text;
-use crate::units::{counted, human_bytes, parse_duration};
+use crate::units::{counted, human_bytes};
 use crate::{folder, manifest, output};
 
 /// Delete old points by retention rules
@@ -35,24 +36,8 @@ use crate::{folder, manifest, output};
 pub(super) struct PruneArgs {
     /// The backup directory
     pub dir: PathBuf,
-    /// Keep the newest N points
-    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
-    keep_last: usize,
-    /// Keep one point of each of the newest N days
-    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
-    keep_daily: usize,
-    /// Keep one point of each of the newest N weeks
-    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
-    keep_weekly: usize,
-    /// Keep one point of each of the newest N months
-    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
-    keep_monthly: usize,
-    /// Keep one point of each of the newest N years
-    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
-    keep_yearly: usize,
-    /// Keep all points that are at most so much older than the newest (12h, 7d, 2w, 6M, 1y)
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    keep_within: Option<u64>,
+    #[command(flatten)]
+    keep: KeepArgs,
     /// Shorten chains whose oldest points are kept only because newer ones need them: they become
     /// one new FULL
     #[arg(long)]
@@ -75,14 +60,7 @@ pub(super) struct PruneArgs {
 /// # Errors
 /// `Usage` without a rule, `Busy` if a backup is running, or what deleting says.
 pub(super) fn run(args: PruneArgs) -> Result<()> {
-    let rules = Rules {
-        last: args.keep_last,
-        daily: args.keep_daily,
-        weekly: args.keep_weekly,
-        monthly: args.keep_monthly,
-        yearly: args.keep_yearly,
-        within: args.keep_within,
-    };
+    let rules = args.keep.rules();
     if rules.is_empty() {
         return Err(verbosity::usage(
             "no --keep-... rule was given; give at least one of 1 or more",

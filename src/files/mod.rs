@@ -13,16 +13,19 @@
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
 //! - `walk`: paths in a tree
+//! - `beside`: two points, of which what is the same is read once; [`compare`]: what is different in two trees
 //! - [`copy`]: out of a tree, into a folder or an archive
 //!
 //! Nothing that is read here is to be believed: a guest wrote it. Each offset and length is checked against the
 //! source before it is used; nothing recurses by what the data says; each loop over data has a bound; each list
 //! that data can make long is bounded by the cache's size ([`Blocks::hold`]) or is read on in steps.
 
+mod beside;
 mod blocks;
 mod btrfs;
 mod bytes;
 mod clusters;
+pub mod compare;
 pub mod copy;
 mod crc;
 mod exfat;
@@ -41,6 +44,7 @@ mod volumes;
 mod walk;
 mod xfs;
 
+pub use beside::{Beside, Cached, IsSame};
 pub use blocks::{Blocks, Holding};
 pub use findings::{Findings, log_once};
 pub use lvm::volumes as lvm_volumes;

@@ -147,6 +147,11 @@ impl LayerMerge {
         self.pending.is_empty()
     }
 
+    /// What no layer that was asked says anything about, ascending.
+    pub fn pending(&self) -> &[Range<u64>] {
+        &self.pending
+    }
+
     /// Asks one more layer, number `index` from the bottom.
     pub fn add_layer(&mut self, index: u16, layer: &dyn Layer) {
         let size = layer.size();

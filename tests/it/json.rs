@@ -152,6 +152,10 @@ fn tables_have_what_is_printed() {
     assert!(seen.contains("disks[].points[].unavailable"), "{seen:?}");
     check("list --runs", &["list", "--runs", "--json", target]);
     check("show", &["show", "--json", target, "a.img/latest"]);
+    let seen = check("stats", &["stats", "--json", target, "--keep-last", "1"]);
+    assert!(seen.contains("disks[].changed.percent"), "{seen:?}");
+    let seen = check("diff", &["diff", "--json", target, "b.img/latest", "a.img/latest"]);
+    assert!(seen.contains("ranges[].to"), "{seen:?}");
     let seen = check("verify", &["verify", "--json", target]);
     assert!(seen.contains("points[].reason"), "{seen:?}");
     let out = d.path("out.raw");
@@ -252,5 +256,16 @@ fn files_print_what_their_tables_have() {
     assert!(seen.contains("target"), "{seen:?}");
     check("files ls", &["find", "vda.img/latest"]);
     check("files stat", &["stat", "vda.img/latest/etc/fstab"]);
+    check("files find --all-points", &["find", "vda.img", "--all-points"]);
+    let seen = check("files versions", &["versions", "--hash", "vda.img/etc/fstab"]);
+    assert!(seen.contains("blake3"), "{seen:?}");
+    let other = at("backups/vdb.img");
+    std::fs::write(at("files/etc/fstab"), "other\n").unwrap();
+    std::fs::rename(at("files/etc/link"), at("files/etc/new")).unwrap();
+    run("mke2fs", &["-q", "-F", "-t", "ext4", "-d", &at("files"), &other, "8M"]);
+    let points = ["vda.img/latest", "vdb.img/latest"];
+    let all = printed(&[&["diff", "--files", "--json", &backups], &points[..]].concat());
+    let seen: BTreeSet<String> = all.iter().flat_map(|v| paper.check("diff --files", v)).collect();
+    assert!(["what", "from_size"].iter().all(|k| seen.contains(*k)), "{seen:?}");
     check("files cp", &["cp", "vda.img/latest/etc", &at("copy")]);
 }

@@ -14,6 +14,8 @@ mod chain_links;
 mod completion;
 mod damage;
 mod descriptors;
+mod diff;
+mod diff_files;
 mod early_hash;
 mod faults;
 mod files;

@@ -151,6 +151,22 @@ impl Disk {
         self.points.iter().rposition(Point::is_served)
     }
 
+    /// The points that can be served, the oldest first. Of each other one a warning says why.
+    pub fn served_by_time(&self) -> Vec<usize> {
+        let mut all = Vec::new();
+        for (i, point) in self.points.iter().enumerate() {
+            match &point.unavailable {
+                None => all.push((point.time, i)),
+                Some(why) => {
+                    let name = path_text(&point.name);
+                    log::warn!("skipped: {name} is not available: {}", why.message);
+                }
+            }
+        }
+        all.sort_unstable();
+        all.into_iter().map(|(_, i)| i).collect()
+    }
+
     /// The file of its newest backup, if only the manifest of that is left.
     pub fn newest_missing(&self) -> Option<&Path> {
         self.findings.iter().find(|f| f.message == NEWEST_LOST).map(|f| f.path.as_path())

@@ -1,12 +1,15 @@
 //! `fleecefs files`: the files inside a point.
 
+mod all_points;
 mod cat;
 mod cp;
+mod filter;
 mod find;
 mod ls;
 pub(super) mod place;
-mod row;
+pub(super) mod row;
 mod stat;
+mod versions;
 
 use clap::{Args, Subcommand};
 
@@ -33,7 +36,8 @@ Examples:
   fleecefs files cat /backups/vm1 sda/latest:p1/etc/fstab
   fleecefs files cp /backups/vm1 sda/latest:p2/home/alice restored/
   fleecefs files cp --tar /backups/vm1 sda/latest:vg-root/var | tar -tv
-  fleecefs files find /backups/vm1 INC-1706260646-sda.qcow2:p2/home --name '*.odt'")]
+  fleecefs files find /backups/vm1 INC-1706260646-sda.qcow2:p2/home --name '*.odt'
+  fleecefs files versions /backups/vm1 sda:p1/etc/fstab          when it appeared, changed, vanished")]
 pub(super) struct FilesArgs {
     /// What to do
     #[command(subcommand)]
@@ -47,6 +51,7 @@ enum What {
     Cp(cp::CpArgs),
     Find(find::FindArgs),
     Stat(stat::StatArgs),
+    Versions(versions::VersionsArgs),
 }
 
 impl FilesArgs {
@@ -58,6 +63,7 @@ impl FilesArgs {
             What::Cp(a) => &a.from.dir,
             What::Find(a) => &a.from.dir,
             What::Stat(a) => &a.from.dir,
+            What::Versions(a) => &a.dir,
         }
     }
 }
@@ -70,13 +76,14 @@ impl FilesArgs {
             What::Find(a) => a.print.json,
             What::Cp(a) => a.print.json,
             What::Stat(a) => a.print.json,
+            What::Versions(a) => a.print.json,
             What::Cat(_) => false,
         }
     }
 
     /// Whether that is an object per line.
     pub(super) fn prints_objects(&self) -> bool {
-        matches!(self.what, What::Ls(_) | What::Find(_))
+        matches!(self.what, What::Ls(_) | What::Find(_) | What::Versions(_))
     }
 }
 
@@ -91,5 +98,6 @@ pub(super) fn run(args: &FilesArgs) -> Result<()> {
         What::Cp(a) => cp::run(a),
         What::Find(a) => find::run(a),
         What::Stat(a) => stat::run(a),
+        What::Versions(a) => versions::run(a),
     }
 }

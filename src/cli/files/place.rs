@@ -12,6 +12,7 @@ use crate::chain::{Catalog, Disk, beside};
 use crate::error::{Error, Kind, Result};
 use crate::files::{self, Blocks, Source, Tree, Volume, open_tree, volumes_of};
 use crate::image::{Cache, open_point};
+use crate::storage::ReadAt;
 use crate::text::path_text;
 use crate::units::parse_bytes;
 
@@ -30,11 +31,12 @@ pub(in crate::cli) struct From {
 }
 
 /// Point, partition and path of what a user named.
-struct Named<'a> {
-    disk: &'a Disk,
-    point: usize,
-    part: Option<&'a [u8]>,
-    path: &'a [u8],
+#[derive(Clone, Copy)]
+pub(in crate::cli) struct Named<'a> {
+    pub disk: &'a Disk,
+    pub point: usize,
+    pub part: Option<&'a [u8]>,
+    pub path: &'a [u8],
 }
 
 /// The point of a name, opened.
@@ -49,6 +51,8 @@ pub(in crate::cli) struct Opened {
     has_part: bool,
     /// The cache for readers.
     pub blocks: Arc<Blocks>,
+    /// Whether no other disk was asked for a part of it.
+    pub alone: bool,
 }
 
 impl From {
@@ -62,21 +66,36 @@ impl From {
         // Windows of the point, and blocks of its file systems.
         let cache = Cache::new(self.cache_size / 2);
         let blocks = Blocks::new(self.cache_size / 2);
-        let source = |disk: &Disk, point: usize| -> Result<Source> {
-            let label = path_text(&disk.path);
-            Ok(Source::new(open_point(disk, point, &cache)?, &label, &blocks))
-        };
-        let own = source(named.disk, named.point)?;
-        let others = || {
-            let all = beside(&catalog, named.disk, named.point).into_iter();
-            all.filter_map(|(d, p)| source(d, p).ok()).collect()
-        };
-        let (volumes, findings) = volumes_of(&own, others)?;
-        findings.iter().for_each(|f| log::warn!("{f}"));
-        let chosen = choose(&volumes, named.part)?;
-        let has_part = named.part.is_some();
-        Ok(Opened { volumes, chosen, path: named.path.to_vec(), has_part, blocks })
+        let device = open_point(named.disk, named.point, &cache)?;
+        opened(&catalog, &named, device, &cache, &blocks)
     }
+}
+
+/// The partitions and volumes of a point that is read by way of `device`.
+///
+/// # Errors
+/// It cannot be read; it has no such partition.
+pub(in crate::cli) fn opened(
+    catalog: &Catalog,
+    named: &Named<'_>,
+    device: Arc<dyn ReadAt>,
+    cache: &Arc<Cache>,
+    blocks: &Arc<Blocks>,
+) -> Result<Opened> {
+    let source = |disk: &Disk, device| Source::new(device, &path_text(&disk.path), blocks);
+    let own = source(named.disk, device);
+    let mut alone = true;
+    let others = || {
+        let all = beside(catalog, named.disk, named.point);
+        alone = all.is_empty() && catalog.disks.len() == 1;
+        let open = |(d, p): (&Disk, usize)| Some(source(d, open_point(d, p, cache).ok()?));
+        all.into_iter().filter_map(open).collect()
+    };
+    let (volumes, findings) = volumes_of(&own, others)?;
+    findings.iter().for_each(|f| log::warn!("{f}"));
+    let chosen = choose(&volumes, named.part)?;
+    let (path, has_part) = (named.path.to_vec(), named.part.is_some());
+    Ok(Opened { volumes, chosen, path, has_part, blocks: blocks.clone(), alone })
 }
 
 impl Opened {
@@ -105,7 +124,10 @@ impl Opened {
 }
 
 /// Takes a name apart. A colon or a slash may be in the names of disks, too: the longest name of a point counts.
-fn named<'a>(catalog: &'a Catalog, what: &'a Path) -> Result<Named<'a>> {
+///
+/// # Errors
+/// Nothing has that name.
+pub(in crate::cli) fn named<'a>(catalog: &'a Catalog, what: &'a Path) -> Result<Named<'a>> {
     let bytes = what.as_os_str().as_bytes();
     let at = |mark: u8| bytes.iter().enumerate().filter(move |(_, b)| **b == mark).map(|(i, _)| i);
     let point = |end: usize| catalog.find(Path::new(OsStr::from_bytes(bytes.get(..end)?))).ok();

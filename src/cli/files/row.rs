@@ -63,7 +63,7 @@ impl Row {
 }
 
 /// With nanoseconds, where there are some.
-pub(super) fn time(time: Time) -> String {
+pub(in crate::cli) fn time(time: Time) -> String {
     let text = iso_time(time.seconds);
     match (time.nanos, text.strip_suffix('Z')) {
         (0, _) | (_, None) => text,

@@ -9,12 +9,15 @@
 //! Once one layer is seen to have changed, every further read fails: bytes of two generations are
 //! never mixed.
 
+mod changes;
+mod differences;
 mod lookahead;
 mod range_kind;
 mod read;
 mod search;
 mod stack;
 
+pub use self::changes::{Change, Held};
 pub use self::range_kind::RangeKind;
 use stack::{Chunk, Stack};
 
