@@ -7,8 +7,8 @@ use std::ffi::OsStr;
 
 use super::{Catalog, Disk, manifest_of};
 use crate::error::{Error, Finding, Kind};
-use crate::manifest::{Manifest, RunImage};
-use crate::text::path_text;
+use crate::manifest::{Manifest, RunImage, vm_name, vm_uuid};
+use crate::text::{path_text, to_text};
 
 /// Of all manifests of one run: the images that it made, under the names that its disks had, and of which none is
 /// among these manifests. (A disk may have another name by now: as many images as go by a name that the run did
@@ -36,19 +36,33 @@ fn names_of(m: &Manifest) -> impl Iterator<Item = &str> {
     [Some(m.image.as_str()), m.state_of.as_deref()].into_iter().flatten()
 }
 
-/// What is missing of the newest runs: of those of which each image that is there is the newest of its disk. (Of
-/// older runs it may have been pruned.)
+/// What is missing of each VM's newest run. (Of older runs it may have been pruned, or merged into something.)
 pub(crate) fn run_gaps(catalog: &Catalog) -> Vec<Finding> {
-    let mut runs: BTreeMap<String, Vec<(&Disk, Manifest)>> = BTreeMap::new();
+    let mut vms: BTreeMap<String, Vec<(&Disk, Manifest)>> = BTreeMap::new();
     for disk in &catalog.disks {
         let newest = disk.points.len().checked_sub(1).and_then(|at| manifest_of(disk, at));
         let Some(m) = newest.filter(|m| !m.run.is_empty()) else { continue };
-        runs.entry(m.run.clone()).or_default().push((disk, m));
+        vms.entry(vm_of(disk, &m)).or_default().push((disk, m));
     }
     // What has a manifest left is a finding of its disk's.
     let told: HashSet<&OsStr> =
         catalog.disks.iter().filter_map(|d| d.newest_missing()?.file_name()).collect();
-    runs.into_values().filter_map(|run| gap(&run, &told)).collect()
+    let newest_run = |mut all: Vec<(&Disk, Manifest)>| {
+        // The time in a name is later than that of each name before, whatever the clock did.
+        let time = |(disk, m): &(&Disk, Manifest)| {
+            (disk.points.last().map(|p| p.time), m.time, m.time_nanos)
+        };
+        let run = all.iter().max_by_key(|one| time(one))?.1.run.clone();
+        all.retain(|(_, m)| m.run == run);
+        gap(&all, &told)
+    };
+    vms.into_values().filter_map(newest_run).collect()
+}
+
+/// What tells one VM from another: its UUID, its name, or the folder of its disks.
+fn vm_of(disk: &Disk, m: &Manifest) -> String {
+    let said = vm_uuid(&m.vm).or(vm_name(&m.vm)).map(str::to_string);
+    said.unwrap_or_else(|| disk.path.parent().map(|p| to_text(p.as_os_str())).unwrap_or_default())
 }
 
 fn gap(run: &[(&Disk, Manifest)], told: &HashSet<&OsStr>) -> Option<Finding> {

@@ -31,9 +31,16 @@ _fleecefs_points() {
     prefix=${prefix//\\/}
     for i in "${!COMPREPLY[@]}"; do
         word=${COMPREPLY[i]#"$prefix"}
-        [[ $raw == [\"\']* ]] || { printf -v quoted %q "$word" && word=$quoted; }
+        if [[ $raw != [\"\']* ]]; then
+            printf -v quoted %q "$word" && word=$quoted
+        elif [[ $word == *[\\\"\'\`\$\!]* ]]; then
+            # Inside quotes a name of a guest's must not end them, or be a command.
+            unset "COMPREPLY[i]"
+            continue
+        fi
         COMPREPLY[i]=$word
     done
+    COMPREPLY=("${COMPREPLY[@]}")
 }
 
 complete -F _fleecefs_points -o bashdefault -o default fleecefs

@@ -80,9 +80,12 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
         show(&plan, args.json, false)?;
     }
     // Whoever runs it by cron does not read the plan.
+    let mut text = String::new();
     for why in held(&plan).iter().filter(|_| !verbosity::is_silent()) {
-        output::tell(&format!("warning: nothing deleted: {why} (override with --force)\n"));
+        let line = format!("warning: nothing deleted: {why} (override with --force)");
+        output::push_line(&mut text, line);
     }
+    output::tell(&text);
     execute(&catalog, &plan, &Bar::default())?;
     // Each consolidation takes them again.
     drop(locks);

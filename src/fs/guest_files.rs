@@ -22,9 +22,11 @@ use crate::view::{self, Beside, INSIDE, Named, View};
 /// Offsets in a folder before those of its file system: of `.` and `..`.
 const DOTS: u64 = 2;
 
-/// The beginnings of the names of extended attributes that are shown: those that nobody obeys, and access lists, which the
-/// kernel obeys as the guest's does. Capabilities and labels mean something to this machine that they should not.
-const SHOWN: [&[u8]; 2] = [b"user.", b"system.posix_acl_"];
+/// How the names of extended attributes begin that nobody obeys. Capabilities and labels mean something to this machine
+/// that they should not, and are not shown.
+const SHOWN: &[u8] = b"user.";
+/// Access lists, which the kernel obeys as the guest's does.
+const ACCESS_LISTS: &[u8] = b"system.posix_acl_";
 
 impl WaitsFor {
     /// What reading from a point waits for.
@@ -61,6 +63,10 @@ impl FileSystem {
         match open.as_ref().and_then(|g| g.as_deref()) {
             Some(super::OpenDir::Inside(OpenFolder { names: Names::Folder(folder), .. })) => {
                 WaitsFor::of(folder.point())
+            }
+            // With their attributes: those of the roots of file systems.
+            Some(super::OpenDir::Inside(OpenFolder { names: Names::Volumes(volumes), .. })) => {
+                volumes.first().map_or(WaitsFor::No, |v| WaitsFor::of(v.node.point()))
             }
             _ => WaitsFor::No,
         }
@@ -236,7 +242,7 @@ impl FileSystem {
     /// One extended attribute.
     pub(super) fn inside_xattr(&self, node: &view::Node, name: &OsStr) -> Result<Vec<u8>, Errno> {
         // Asked for security.* at every turn.
-        if !is_shown(name.as_bytes()) {
+        if !self.is_shown(name.as_bytes()) {
             return Err(libc::ENODATA);
         }
         let all = self.view()?.xattrs(node);
@@ -250,11 +256,16 @@ impl FileSystem {
         let all = self.view()?.xattrs(node);
         let all = all.map_err(|e| self.inside_failed(node.point(), &e))?;
         let mut names = Vec::new();
-        for x in all.iter().filter(|x| is_shown(&x.name) && !x.name.contains(&0)) {
+        for x in all.iter().filter(|x| self.is_shown(&x.name) && !x.name.contains(&0)) {
             names.extend_from_slice(&x.name);
             names.push(0);
         }
         Ok(names)
+    }
+
+    /// Access lists where they are obeyed only: with another owner they would let others in wherever they are copied.
+    fn is_shown(&self, name: &[u8]) -> bool {
+        name.starts_with(SHOWN) || name.starts_with(ACCESS_LISTS) && self.obeys_access_lists()
     }
 
     /// What was found odd inside points.
@@ -297,8 +308,4 @@ fn list_volumes(volumes: &[Named], from: u64, each: &mut dyn FnMut(Named) -> boo
             return;
         }
     }
-}
-
-fn is_shown(name: &[u8]) -> bool {
-    SHOWN.iter().any(|prefix| name.starts_with(prefix))
 }

@@ -165,15 +165,18 @@ fn lookup(fs: &FileSystem, parent: u64, name: &OsStr, reply: ReplyEntry) {
 fn add_plus(fs: &FileSystem, reply: &mut ReplyDirectoryPlus, e: &Listed, next: u64) -> bool {
     // The kernel counts each name that it gets as a lookup, but `.` and `..`.
     let node = e.node.as_ref();
-    let known = node.and_then(|n| fs.attr(n).ok().filter(|_| fs.remember(n)).map(|a| (n, a)));
-    let attr = match (&known, node) {
-        (Some((_, attr)), _) => file_attr(attr),
-        (None, None) => dot_attr(e.ino),
-        (None, Some(_)) => FileAttr { kind: file_type(e.kind), ..dot_attr(0) },
+    let known = node.filter(|n| fs.remember(n));
+    // What cannot be read is listed all the same: whoever looks at it asks again, and is told why.
+    let (attr, ttl) = match (known.map(|n| (n, fs.attr(n))), node) {
+        (Some((n, Ok(attr))), _) => (file_attr(&attr), ttl(n)),
+        (Some((n, Err(_))), _) => {
+            (FileAttr { kind: file_type(e.kind), ..dot_attr(n.ino) }, &Duration::ZERO)
+        }
+        (None, None) => (dot_attr(e.ino), &TTL),
+        (None, Some(_)) => (FileAttr { kind: file_type(e.kind), ..dot_attr(0) }, &Duration::ZERO),
     };
-    let ttl = node.map_or(&TTL, |n| ttl(n));
     let full = reply.add(INodeNo(e.ino), next, &e.name, ttl, &attr, Generation(0));
-    if let Some((node, _)) = known.filter(|_| full) {
+    if let Some(node) = known.filter(|_| full) {
         fs.forget(node.ino, 1);
     }
     !full

@@ -19,6 +19,11 @@ const MAX_RANGES: usize = 1 << 14;
 pub struct Trace(BTreeMap<u64, u64>);
 
 impl Trace {
+    /// Whether nothing was read.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     fn add(&mut self, range: Range<u64>) {
         let (mut start, mut end) = (range.start, range.end);
         while let Some((at, to)) = self.0.range(..=end).next_back().map(|(a, b)| (*a, *b))

@@ -52,12 +52,15 @@ impl Point {
         std::iter::once(&self.image).chain(beside.iter().map(|(_, image)| image))
     }
 
-    /// Holds its files open.
+    /// Holds its files open, and those of the other disks of its run as far as they are there: what is read of these
+    /// alone fails.
     ///
     /// # Errors
     /// A file is gone, may not be opened, or has changed.
     pub(super) fn hold(&self) -> Result<Vec<HeldPoint>> {
-        self.images().map(HeldPoint::lingering).collect()
+        let own = HeldPoint::lingering(&self.image)?;
+        let beside = self.images().skip(1).filter_map(|i| HeldPoint::lingering(i).ok());
+        Ok(std::iter::once(own).chain(beside).collect())
     }
 }
 

@@ -96,6 +96,15 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     let point = json(&["show", target, "a.qcow2/latest"]);
     assert_eq!((&point["depth"], &point["manifest"]["run"]), (&2.into(), &runs[0]["run"]));
 
+    // A later run of one disk takes nothing from the run before it.
+    m.caller().with(&["--exclude", "b", "--include", "a"]).must("inc");
+    must(&["list", target, "--strict"]);
+    must(&["verify", target]);
+    let newest = std::fs::read_dir(caller.target.join("a.qcow2")).unwrap();
+    let newest = newest.map(|e| e.unwrap().file_name().into_string().unwrap());
+    let newest = newest.filter(|n| n.starts_with("INC-")).max().unwrap();
+    std::fs::remove_file(caller.target.join("a.qcow2").join(&newest)).unwrap();
+    manifest::remove(&caller.target.join("a.qcow2"), newest.as_ref()).unwrap();
     // An image that is gone with its manifest is told by the run's other disks.
     must(&["list", target, "--strict"]);
     must(&["verify", target]);

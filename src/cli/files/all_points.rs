@@ -126,6 +126,8 @@ impl Search<'_> {
             });
         let (alone, tree, start) = match found {
             Ok(found) => found,
+            // A partition that was not there yet.
+            Err(e) if e.kind() == Kind::NotFound && e.path().is_none() => return Ok(None),
             Err(e) => return self.unread(e).map(|()| None),
         };
         let before = self.failed.is_some();

@@ -79,7 +79,11 @@ impl<F: FnMut(Change) -> bool> Joined<F> {
                 return true;
             }
         }
-        self.last.replace(change).is_none_or(&mut self.each)
+        let more = self.last.replace(change).is_none_or(&mut self.each);
+        if !more {
+            self.last = None;
+        }
+        more
     }
 
     /// Hands on the last one.
@@ -102,11 +106,23 @@ impl Image {
         range: Range<u64>,
         f: impl FnMut(Change) -> bool,
     ) -> Result<()> {
+        let mut joined = Joined::new(f);
+        let result = self.changes(to, range, &mut joined);
+        // What was found before an error counts.
+        joined.end();
+        result
+    }
+
+    fn changes<F: FnMut(Change) -> bool>(
+        &self,
+        to: &Image,
+        range: Range<u64>,
+        joined: &mut Joined<F>,
+    ) -> Result<()> {
         let pair = Pair { from: self, to, shared: self.shared_depth(to) };
         let end = range.end.min(self.size.max(to.size));
         let both = self.size.min(to.size);
         let step = self.window_size.max(to.window_size);
-        let mut joined = Joined::new(f);
         let mut at = range.start;
         while at < end {
             if at < both {
@@ -118,13 +134,12 @@ impl Image {
             }
             let stop = end.min((at / step + 1).saturating_mul(step));
             for part in pair.touched(at..stop)? {
-                if !pair.compare(part, &mut joined)? {
+                if !pair.compare(part, joined)? {
                     return Ok(());
                 }
             }
             at = stop;
         }
-        joined.end();
         Ok(())
     }
 
