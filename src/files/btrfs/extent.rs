@@ -99,7 +99,8 @@ fn parse(volume: &Volume, begin: u64, item: &[u8]) -> Result<Extent, &'static st
         (1 | 2, _, _) if !aligned => return Err("has an extent that is not aligned"),
         (1, 0, _) | (2, _, _) => Data::Hole,
         (1, _, None) if used <= len => {
-            Data::Plain(at.checked_add(from).ok_or("has an invalid extent")?)
+            at.checked_add(used).ok_or("has an invalid extent")?;
+            Data::Plain(at + from)
         }
         (1, _, Some(packing)) if len <= MAX && unpacked <= MAX && used <= unpacked => {
             Data::Packed(Packed { at, len, unpacked, from, packing })

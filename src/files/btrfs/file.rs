@@ -112,6 +112,9 @@ pub(super) fn link(volume: &Volume, inode: &Inode) -> Result<Vec<u8>> {
     }
     let mut text = vec![0; inode.size() as usize];
     let n = read(volume, inode, &mut text, 0)?;
-    text.truncate(n);
+    if n < text.len() {
+        let what = "is a symbolic link whose target cannot be read";
+        return Err(volume.bad_inode(inode.root.id, inode.number, what));
+    }
     Ok(text)
 }

@@ -166,16 +166,21 @@ impl Tree for Exfat {
 
     fn lookup(&self, folder: NodeId, name: &[u8]) -> Result<Option<NodeId>> {
         let Some(wanted) = utf16::from_bytes(name) else { return Ok(None) };
-        let (upper, mut found) = (&self.root.upper, None);
+        let (upper, mut exact, mut found) = (&self.root.upper, None, None);
         let wanted = upper.of(&wanted);
         let result = self.each(folder, 0, &mut |entry, set| {
-            if set.name.len() == wanted.len() && upper.of(&set.name) == wanted {
+            if entry.name == name {
+                exact = Some(entry.node);
+            } else if found.is_none()
+                && (set.name.len() == wanted.len() && upper.of(&set.name) == wanted)
+            {
                 found = Some(entry.node);
             }
-            found.is_none()
+            exact.is_none()
         });
         self.clusters.noted(result)?;
-        Ok(found)
+        // A name as it is listed is that one, whatever others are alike.
+        Ok(exact.or(found))
     }
 
     fn read_folder(

@@ -192,15 +192,18 @@ impl Tree for Fat {
 
     fn lookup(&self, folder: NodeId, name: &[u8]) -> Result<Option<NodeId>> {
         let Some(wanted) = name::folded(name) else { return Ok(None) };
-        let mut found = None;
+        let (mut exact, mut found) = (None, None);
         let result = self.each(folder, 0, &mut |entry, long, short| {
-            if long == wanted || short == wanted {
+            if entry.name == name {
+                exact = Some(entry.node);
+            } else if found.is_none() && (long == wanted || short == wanted) {
                 found = Some(entry.node);
             }
-            found.is_none()
+            exact.is_none()
         });
         self.clusters.noted(result)?;
-        Ok(found)
+        // A name as it is listed is that one, whatever others are alike.
+        Ok(exact.or(found))
     }
 
     fn read_folder(

@@ -153,6 +153,8 @@ pub(super) fn count(volume: &Volume, number: u64, kind: u32, bits: u64) -> Optio
     let stream = volume.noted(volume.stream(number, kind)).ok()?;
     let end = bits.div_ceil(8).min(stream.size);
     let (mut at, mut set, mut buf) = (0u64, 0u64, vec![0; COUNTED]);
+    // More than there is would be the same bytes again.
+    let mut left = volume.source().size();
     while at < end {
         // A hole of any length has none.
         let stretch = stream.stretch(at).ok()??;
@@ -161,6 +163,7 @@ pub(super) fn count(volume: &Volume, number: u64, kind: u32, bits: u64) -> Optio
             continue;
         }
         let n = (stretch.end.min(end) - at).min(COUNTED as u64) as usize;
+        left = left.checked_sub(n as u64)?;
         let part = buf.get_mut(..n)?;
         stream.fill(part, at).ok()?;
         at += n as u64;

@@ -22,6 +22,8 @@ use crate::text::path_text;
 
 /// Bits of a cursor for the place inside the root or a block: one more than 64 KiB have.
 const INSIDE: u32 = 17;
+/// Blocks beyond these have no cursor.
+const MOST_BLOCKS: u64 = 1 << 45;
 /// Bytes of an entry before its key, and of a key before its name.
 const ENTRY: usize = 0x10;
 const KEY: usize = 0x42;
@@ -178,6 +180,8 @@ impl Reading<'_, '_> {
         let (Some(blocks), Some(bitmap)) = (&index.blocks, &index.bitmap) else { return Ok(()) };
         let size = index.block as u64;
         let (mut number, mut bits) = (begin.saturating_sub(1), Vec::new());
+        // More blocks than there is space for are the same ones again.
+        let mut left = index.volume.source().size() / size + 1;
         while let Some(end) = number.checked_add(1).and_then(|n| n.checked_mul(size)) {
             // What the bitmap does not reach is not in use.
             if end > blocks.size || number / 8 >= bitmap.size {
@@ -189,6 +193,12 @@ impl Reading<'_, '_> {
                 _ => (number + 1, false),
             };
             if !is_hole && self.is_used(bitmap, number, &mut bits)? {
+                left = left.saturating_sub(1);
+                if left == 0 || number >= MOST_BLOCKS {
+                    return Err(index
+                        .volume
+                        .bad(index.node, "is a directory with too many index blocks"));
+                }
                 match index.block(blocks, at) {
                     Ok(bytes) if !self.list(&bytes, BLOCK_LIST, number + 1) => return Ok(()),
                     Ok(_) => {}

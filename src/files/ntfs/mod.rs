@@ -52,6 +52,8 @@ use volume::{Volume, number};
 
 /// Values of extended attributes, as [`Tree::xattrs`] bounds them.
 const MAX_XATTR: u64 = 64 << 10;
+/// What one takes in memory beside its name and value.
+const XATTR_BYTES: usize = 128;
 /// Names have at most 255 units.
 const MAX_NAME: usize = 255;
 /// Bits of [`NodeId::tree`] for the sequence number; above them is which stream of the file it is.
@@ -205,7 +207,7 @@ impl Ntfs {
             return Ok(Vec::new());
         }
         let is_system = matches!(self.special(&found)?, Special::System(_));
-        let mut all = Vec::new();
+        let (mut all, mut held) = (Vec::new(), Vec::new());
         for name in streams {
             if is_system && name == names::on_disk(system::STREAM) {
                 continue;
@@ -214,6 +216,8 @@ impl Ntfs {
             if let Some(value) = file::value(volume, &found.node, &name, MAX_XATTR)?
                 && !shown.contains(&0)
             {
+                let bytes = (shown.len() + value.len() + XATTR_BYTES) as u64;
+                held.push(volume.source().blocks().hold(bytes)?);
                 all.push(Xattr { name: [b"user.", shown.as_slice()].concat(), value });
             }
         }

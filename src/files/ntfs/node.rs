@@ -1,5 +1,7 @@
 //! [`Node`]: a file or folder: its record, and those that its attribute list names.
 
+use std::collections::HashSet;
+
 use super::super::bytes::{byte, le16, le32, le64, part};
 use super::record::{Attribute, NUMBER, Record, kind};
 use super::runs::Runs;
@@ -134,7 +136,9 @@ impl Node {
                 all.map(|a| a.name().to_vec()).collect()
             }
         };
-        found.retain(|name| !name.is_empty());
+        // One that is listed twice is one.
+        let mut seen = HashSet::new();
+        found.retain(|name| !name.is_empty() && seen.insert(name.clone()));
         found
     }
 

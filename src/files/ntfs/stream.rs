@@ -239,7 +239,9 @@ impl Stream {
         match (full, hole) {
             (0, true) => Ok(Unit::Hole),
             (0, false) => Err(self.bad(SHORT)),
+            // Also where the runs end early: only a whole unit is plain.
             (_, true) => Ok(Unit::Packed(full)),
+            (_, false) if full < unit => Ok(Unit::Packed(full)),
             (_, false) => Ok(Unit::Plain),
         }
     }

@@ -27,6 +27,8 @@ mod flags {
 
 /// The largest value.
 const MAX_VALUE: usize = 65536;
+/// What one takes in memory beside its name and value.
+const ENTRY_BYTES: usize = 128;
 /// In an inode: length and count before the first, lengths and flags before each name.
 const SHORT_HEAD: usize = 4;
 const SHORT_ENTRY: usize = 3;
@@ -161,7 +163,7 @@ impl Reading<'_> {
             let stored = value()?;
             let value = acl::shown(&stored);
             let value = value.ok_or_else(|| self.volume.bad(self.inode, "has an invalid ACL"))?;
-            self.hold(value.len())?;
+            self.hold(value.len() + ENTRY_BYTES)?;
             self.found.push(Xattr { name: shown.to_vec(), value });
             return Ok(());
         }
@@ -171,7 +173,7 @@ impl Reading<'_> {
             () => "user.",
         };
         let value = value()?;
-        self.hold(prefix.len() + name.len() + value.len())?;
+        self.hold(prefix.len() + name.len() + value.len() + ENTRY_BYTES)?;
         self.found.push(Xattr { name: [prefix.as_bytes(), name].concat(), value });
         Ok(())
     }
