@@ -14,6 +14,7 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::image::{Cache, Image, Source};
+use crate::job::each::each;
 use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::manifest::Manifest;
 use crate::storage::SourceFile;
@@ -50,7 +51,7 @@ impl ChainData {
             let file = Arc::new(SourceFile::open_in(&folder, &m.image)?);
             Ok(LayerSpec { file, format: Format::Qcow2, part: LayerPart::Whole, data_file: None })
         };
-        let layers = chain.iter().map(layer).collect::<Result<Vec<_>>>()?;
+        let layers = each(chain, layer).into_iter().collect::<Result<Vec<_>>>()?;
         let image = Image::new(size, &layers, None, &Cache::new(CACHE_BYTES))?;
         image.open_layers()?;
         let ranges = walk.then(|| data_ranges(&image).map_err(|e| e.at_path(dir))).transpose()?;
