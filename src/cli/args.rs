@@ -4,6 +4,8 @@ use std::path::Path;
 
 use clap::{ArgAction, Parser, Subcommand};
 
+use crate::output::wrap::MAX_WIDTH;
+
 /// The version and the commit that it was built from, where that is known (`build.rs`).
 const VERSION: &str = env!("FLEECEFS_VERSION");
 
@@ -43,7 +45,7 @@ Exit codes:
 
 /// Back up QEMU guests, and mount the backups: every point of every disk is a plain, read-only raw image
 #[derive(Debug, Parser)]
-#[command(name = "fleecefs", version = VERSION, propagate_version = true, max_term_width = 100)]
+#[command(name = "fleecefs", version = VERSION, propagate_version = true, max_term_width = MAX_WIDTH)]
 #[command(disable_help_flag = true, disable_version_flag = true)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Cli {
@@ -136,6 +138,16 @@ impl Command {
             Command::Info(a) => a.state(),
             Command::Recover(a) => Some(a.state()),
             Command::Cancel(a) => Some(a.state()),
+            _ => None,
+        }
+    }
+
+    /// Where it keeps what was verified when, if it does; or only reads that.
+    pub(super) fn verified(&mut self) -> Option<(&mut super::state::StateArgs, bool)> {
+        match self {
+            Command::List(a) => Some((&mut a.state, true)),
+            Command::Show(a) => Some((&mut a.state, true)),
+            Command::Verify(a) => Some((&mut a.state, false)),
             _ => None,
         }
     }

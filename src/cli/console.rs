@@ -92,7 +92,7 @@ impl Console {
             // What it is, the event says.
             (Style::Json, _) => print_event(&json!({"event": kind, "text": line})),
             (_, Some(b)) => {
-                let _ = b.println(visible(&marked));
+                let _ = b.println(output::for_stderr(&visible(&marked)));
             }
             _ => output::tell(&format!("{}\n", visible(&marked))),
         }

@@ -132,7 +132,8 @@ pub(super) fn run(args: InfoArgs) -> Result<()> {
         InfoCommand::Jobs(c) => (c, jobs),
         InfoCommand::Status(args) => return status::run(args),
     };
-    output::print(&what(common)?)
+    let text = what(common)?;
+    if common.print.json { output::print(&text) } else { output::print_sentences(&text) }
 }
 
 /// The text, or that there is nothing to show.
@@ -323,5 +324,5 @@ pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
     if args.dry_run {
         text += verbosity::UNCHANGED;
     }
-    output::print(&text)
+    output::print_sentences(&text)
 }

@@ -39,6 +39,7 @@ mod hostile_owner_reads;
 mod hostile_owner_rights;
 mod identity;
 mod json;
+mod last_verified;
 mod lasting;
 mod layering;
 mod life;
