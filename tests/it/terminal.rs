@@ -264,7 +264,9 @@ fn findings_are_broken_at_the_width_of_a_terminal_and_nowhere_else() {
 #[test]
 fn documents_are_whole_on_a_terminal() {
     let all = with_long_findings();
-    for words in [&["list", "--json"][..], &["-qq", "verify", "--json"], &["list", "--json", "--runs"]] {
+    for words in
+        [&["list", "--json"][..], &["-qq", "verify", "--json"], &["list", "--json", "--runs"]]
+    {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
         let piped = command.args(words).arg(all.root()).output().unwrap();
         // What is wrong is on the same terminal, below.
