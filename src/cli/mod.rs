@@ -46,7 +46,7 @@ use clap::{CommandFactory, Parser};
 use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
-use crate::output::logging;
+use crate::output::logging::{self, Results};
 use crate::text::{is_hidden, path_text, visible};
 use crate::{folder, output, privileges};
 use args::{Cli, Command, Json};
@@ -199,5 +199,10 @@ fn init_logging(cli: &Cli) {
         let time = if timed { format!("{} ", out.timestamp_seconds()) } else { String::new() };
         writeln!(out, "{}", output::for_stderr(&format!("{time}{word}: {text}")))
     });
-    logging::start(builder.build());
+    let results = match (cli.quiet, cli.verbose) {
+        (1.., _) => Results::Nowhere,
+        (0, 0) => Results::InLogs,
+        (0, _) => Results::Everywhere,
+    };
+    logging::start(builder.build(), results);
 }
