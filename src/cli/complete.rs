@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use clap::{Arg, Args, Command};
 
-use super::files::place;
+use super::files::point_path;
 use super::paths::catalog;
 use super::runs;
 use crate::chain::{Catalog, Disk};
@@ -46,7 +46,7 @@ pub(super) struct CompleteArgs {
 /// Standard output cannot be written to.
 pub(super) fn run(args: &CompleteArgs, mut program: Command) -> Result<()> {
     if !args.look {
-        return output::print_as_is(&asked(&args.words).unwrap_or_default());
+        return output::print_as_is(&ask_process(&args.words).unwrap_or_default());
     }
     program.build();
     let found = candidates(&program, &args.words).unwrap_or_default();
@@ -62,7 +62,7 @@ pub(super) fn run(args: &CompleteArgs, mut program: Command) -> Result<()> {
 
 /// What a process that looks has found in time. One that does not end is left to itself: it may not even be possible to
 /// end it.
-fn asked(words: &[OsString]) -> Option<Vec<u8>> {
+fn ask_process(words: &[OsString]) -> Option<Vec<u8>> {
     let mut process = Process::new(std::env::current_exe().ok()?);
     process.args(["-qq", "complete", "--look", "--"]).args(words);
     process.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -119,7 +119,7 @@ pub(super) fn wanted(command: &Command, arg: &Arg) -> Option<Wanted> {
 }
 
 /// What is to be completed.
-struct Place<'a> {
+struct Completion<'a> {
     wanted: Wanted,
     /// The backup directory.
     dir: &'a OsStr,
@@ -134,7 +134,7 @@ struct Place<'a> {
 }
 
 fn candidates(program: &Command, words: &[OsString]) -> Result<Vec<OsString>> {
-    let Some(place) = place_of(program, words) else { return Ok(Vec::new()) };
+    let Some(place) = completion_of(program, words) else { return Ok(Vec::new()) };
     let (dir, begun) = (Path::new(place.dir), place.begun);
     let mut found = match (place.wanted, in_point(begun)) {
         (Wanted::InPoint | Wanted::InDisk, Some((point, inside))) if place.has_files => {
@@ -158,7 +158,7 @@ fn candidates(program: &Command, words: &[OsString]) -> Result<Vec<OsString>> {
 }
 
 /// Which argument the last word is, by the definition of the command line.
-fn place_of<'a>(program: &'a Command, words: &'a [OsString]) -> Option<Place<'a>> {
+fn completion_of<'a>(program: &'a Command, words: &'a [OsString]) -> Option<Completion<'a>> {
     let (last, before) = words.split_last()?;
     let (mut command, mut positionals) = (program, Vec::new());
     let mut target: Option<&OsStr> = None;
@@ -192,7 +192,14 @@ fn place_of<'a>(program: &'a Command, words: &'a [OsString]) -> Option<Place<'a>
     let dir = positionals.first().copied().or(target)?;
     let others = positionals.get(1..).unwrap_or_default().to_vec();
     let has_files = command.get_name() != "diff" || words.iter().any(|w| w == "--files");
-    Some(Place { wanted: wanted(command, arg)?, dir, others, begun, option: before, has_files })
+    Some(Completion {
+        wanted: wanted(command, arg)?,
+        dir,
+        others,
+        begun,
+        option: before,
+        has_files,
+    })
 }
 
 /// The option that a word is, if its value stands in the next one.
@@ -271,7 +278,7 @@ fn files(dir: &Path, point: &[u8], inside: &[u8]) -> Result<Vec<OsString>> {
     let above = [point, b":", folder].concat();
     let opened = from(dir, &above).open()?;
     let tree = opened.tree()?;
-    let folder = place::node(&opened, &*tree, true)?;
+    let folder = point_path::node(&opened, &*tree, true)?;
     let mut entries = Vec::new();
     tree.read_folder(folder, 0, &mut |entry| {
         if entry.name.starts_with(begun) {
@@ -291,9 +298,9 @@ fn files(dir: &Path, point: &[u8], inside: &[u8]) -> Result<Vec<OsString>> {
     entries.into_iter().map(shown).collect()
 }
 
-fn from(dir: &Path, what: &[u8]) -> place::From {
+fn from(dir: &Path, what: &[u8]) -> point_path::From {
     let what = OsStr::from_bytes(what).into();
-    place::From { dir: dir.into(), what, cache_size: CACHE_SIZE }
+    point_path::From { dir: dir.into(), what, cache_size: CACHE_SIZE }
 }
 
 fn joined(parts: &[&OsStr]) -> OsString {

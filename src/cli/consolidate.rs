@@ -83,7 +83,7 @@ fn as_json(disk: &Path, plan: Option<&Consolidation>, done: Option<&Summary>) ->
         "file": plan.map(|p| &p.image),
         "removes": plan.map(|p| p.remove.as_slice()).unwrap_or_default(),
         "relinks": plan.map(|p| p.children.as_slice()).unwrap_or_default(),
-        "way": done.map(|s| s.way()),
+        "way": done.map(|s| s.method()),
         "result": done,
     });
     output::print(&output::json_document(&value)?)
@@ -111,7 +111,7 @@ pub(super) fn one(
     say(&format!(
         "{}: {} ({} copied, {} cloned)\n",
         path_text(&plan.image),
-        done.way(),
+        done.method(),
         human_bytes(done.copied),
         human_bytes(done.cloned),
     ))?;

@@ -47,7 +47,7 @@ pub(super) fn completions(args: CompletionsArgs, program: &mut Command) -> Resul
 }
 
 /// The arguments that the program is asked for: names of positionals, and options with their dashes.
-fn asked(program: &Command) -> (BTreeSet<String>, BTreeSet<String>) {
+fn completed_args(program: &Command) -> (BTreeSet<String>, BTreeSet<String>) {
     fn add(command: &Command, found: &mut (BTreeSet<String>, BTreeSet<String>)) {
         for arg in command.get_arguments().filter(|a| wanted(command, a).is_some()) {
             if arg.is_positional() {
@@ -67,7 +67,7 @@ fn asked(program: &Command) -> (BTreeSet<String>, BTreeSet<String>) {
 /// What comes after the script for fish: it asks for values of options one by one.
 fn fish(program: &Command) -> String {
     let mut text = include_str!("complete.fish").to_string();
-    for option in asked(program).1 {
+    for option in completed_args(program).1 {
         let name = match option.strip_prefix("--") {
             Some(long) => format!("-l {long}"),
             None => option.replacen('-', "-s ", 1),
@@ -81,7 +81,7 @@ fn fish(program: &Command) -> String {
 fn zsh(script: &str, program: &Command) -> String {
     const OFFERS: [&str; 2] = [":_files' \\", ":_default' \\"];
     let (head, body) = script.split_once('\n').unwrap_or((script, ""));
-    let (positionals, options) = asked(program);
+    let (positionals, options) = completed_args(program);
     let is_asked = |line: &str| {
         let name = line.trim_start_matches(['\'', '*']);
         match name.strip_prefix(':') {

@@ -527,7 +527,7 @@ fn show_summary(how: &OutputArgs, name: &Path, target: &Target, s: &Summary) -> 
         let (disk, point, path) = names(name, target);
         let value = json!({
             "disk": disk, "point": point, "target": path, "format": kind_name(target),
-            "way": s.way(), "result": s,
+            "way": s.method(), "result": s,
         });
         return output::json_object(&value);
     }
@@ -537,7 +537,7 @@ fn show_summary(how: &OutputArgs, name: &Path, target: &Target, s: &Summary) -> 
         "{} -> {}: {}: {} copied, {} cloned, {} of {} are holes, {seconds:.1} s{verified}\n",
         path_text(&name),
         target_name(target),
-        s.way(),
+        s.method(),
         human_bytes(s.copied),
         human_bytes(s.cloned),
         human_bytes(s.holes),

@@ -132,7 +132,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
         let left = Unfinished { state: "interrupted", run: left.run, target: left.target };
         return match args.print.json {
             true => output::print(&output::json_document(&left)?),
-            false => output::print_sentences(&due(&left, args)),
+            false => output::print_sentences(&interrupted(&left, args)),
         };
     }
     // Whoever watches a socket that is not there has mistyped it, or the VM is off.
@@ -156,7 +156,7 @@ fn running(s: &Status) -> Value {
         "disks": disks.collect::<Vec<_>>()})
 }
 
-fn due(left: &Unfinished, args: &StatusArgs) -> String {
+fn interrupted(left: &Unfinished, args: &StatusArgs) -> String {
     let mut text = match left.run.as_str() {
         "" => "an interrupted backup has left unfinished images".to_string(),
         run => format!(

@@ -171,7 +171,7 @@ pub(super) fn rebase(args: RebaseArgs) -> Result<()> {
 /// # Errors
 /// See [`FlattenPlan`].
 pub(super) fn commit(args: CommitArgs) -> Result<()> {
-    fold(&args.verb, false)
+    merge_into_full(&args.verb, false)
 }
 
 /// Runs `fleecefs snapshot-rebase`.
@@ -179,10 +179,10 @@ pub(super) fn commit(args: CommitArgs) -> Result<()> {
 /// # Errors
 /// See [`FlattenPlan`].
 pub(super) fn snapshot_rebase(args: SnapshotRebaseArgs) -> Result<()> {
-    fold(&args.verb, true)
+    merge_into_full(&args.verb, true)
 }
 
-fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
+fn merge_into_full(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = verb.work.work(&cancel, &bar);
     let (catalog, _locks) = verb.catalog(true)?;
@@ -243,7 +243,7 @@ pub(super) fn merge(mut args: MergeArgs) -> Result<()> {
     let options = Options { force: args.over.force, ..Options::default() };
     let summary = crate::restore::restore(&image, &plan, &target, &options, &work)?;
     let (name, target) = (path_text(&name), path_text(&args.target));
-    output::print_sentences(&format!("{name} -> {target}: {}\n{note}", summary.way()))
+    output::print_sentences(&format!("{name} -> {target}: {}\n{note}", summary.method()))
 }
 
 /// What to say where the target's name promises another format than it gets.

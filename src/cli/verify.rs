@@ -18,7 +18,7 @@ use crate::output::{self, Line, Look};
 use crate::text::path_text;
 use crate::units::{counted, parse_when};
 use crate::verify::last_verified::{remember, wait_for_clock};
-use crate::verify::{Options, Outcome, PointReport, Report, asked, verify};
+use crate::verify::{Options, Outcome, PointReport, Report, requested, verify};
 
 /// Check whether backups are sound
 ///
@@ -91,7 +91,7 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
     };
     if let Some(format) = format {
         options.format_override =
-            Some(FormatOverride { format, files: asked(&catalog, &options)? });
+            Some(FormatOverride { format, files: requested(&catalog, &options)? });
         catalog = catalog_with_format(&args.dir, options.format_override.clone())?;
     }
     let since = if options.quick { SystemTime::now() } else { wait_for_clock(&catalog) };

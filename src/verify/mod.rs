@@ -79,7 +79,7 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     for chosen in &chosen {
         look.disk_report(chosen, &mut report)?;
     }
-    self::recheck::settle(
+    self::recheck::recheck(
         catalog,
         options.format_override.as_ref(),
         std::slice::from_mut(&mut report),
@@ -92,7 +92,7 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
 ///
 /// # Errors
 /// `NotFound` if there is no such point.
-pub fn asked(catalog: &Catalog, options: &Options) -> Result<HashSet<PathBuf>> {
+pub fn requested(catalog: &Catalog, options: &Options) -> Result<HashSet<PathBuf>> {
     let chosen = choose(catalog, options, true)?;
     let sources = |c: &Selection| {
         c.wanted.iter().map(|i| c.disk.points[*i].source.clone()).collect::<Vec<_>>()
@@ -136,7 +136,7 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<PointOu
     // What belongs to no disk counts for each.
     let findings = catalog.findings.clone();
     reports.push(Report { findings, ..Report::new(&catalog.root, options.quick) });
-    self::recheck::settle(catalog, None, &mut reports)?;
+    self::recheck::recheck(catalog, None, &mut reports)?;
     let common = reports.pop().map_or(Outcome::Sound, |r| worst(&r));
     let standing = |r: Report| PointOutcome {
         outcome: worst(&r).max(common),

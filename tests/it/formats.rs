@@ -398,7 +398,7 @@ fn a_format_given_by_the_user_counts_for_what_was_asked_for_only() {
     let catalog = c.scan();
     let point = Some(std::path::PathBuf::from("a.raw"));
     let options = fleecefs::verify::Options { point, ..Default::default() };
-    let asked = fleecefs::verify::asked(&catalog, &options).unwrap();
+    let asked = fleecefs::verify::requested(&catalog, &options).unwrap();
     assert_eq!(asked, [c.path("vm1/a.raw")].into());
 }
 

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use clap::Args;
 
-use super::place::{From, node};
+use super::point_path::{From, node};
 use crate::error::{Error, Kind, Result};
 use crate::output;
 

@@ -12,7 +12,7 @@ use super::super::bar::Bar;
 use super::super::shared::JsonArgs;
 use super::super::work::cancel_flag;
 use super::super::{paths, verbosity};
-use super::place::{From, Opened, node};
+use super::point_path::{From, Opened, node};
 use crate::error::{Error, Kind, Result};
 use crate::files::copy::{Options, Report, Target, archive, copy};
 use crate::files::{NodeId, NodeKind, Tree};

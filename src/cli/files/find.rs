@@ -9,7 +9,7 @@ use clap::Args;
 use super::super::shared::JsonArgs;
 use super::all_points;
 use super::filter::Filter;
-use super::place::{From, node};
+use super::point_path::{From, node};
 use super::row::Row;
 use crate::error::{Error, Kind, Result};
 use crate::files::{At, Tree, Visitor, walk};

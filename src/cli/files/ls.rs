@@ -10,7 +10,7 @@ use serde_json::json;
 use super::super::shared::JsonArgs;
 use super::super::table::{Row as TableRow, Table};
 use super::super::verbosity;
-use super::place::{From, Opened, node};
+use super::point_path::{From, Opened, node};
 use super::row::{Row, long};
 use crate::error::{Error, Kind, Result};
 use crate::files::{At, NodeId, NodeKind, Tree, Visitor, open_tree, walk};

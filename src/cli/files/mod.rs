@@ -6,7 +6,7 @@ mod cp;
 mod filter;
 mod find;
 mod ls;
-pub(super) mod place;
+pub(super) mod point_path;
 pub(super) mod row;
 mod stat;
 mod versions;

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::super::shared::JsonArgs;
-use super::place::{From, node};
+use super::point_path::{From, node};
 use super::row::Row;
 use crate::error::Result;
 use crate::output;
