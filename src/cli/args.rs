@@ -31,8 +31,8 @@ Exit codes:
     6  in use: a lock, a socket, a mount
     7  no space left
    10  a backup is damaged or truncated
-   11  a backup is encrypted, or uses an unknown feature; or a file is refused (a link, a
-      pipe, too large)
+   11  a backup is encrypted or uses an unknown feature; or a file is refused
+       (a link, a pipe, too large)
    12  a point needs something that is missing
    13  a file changed while it was being read
    14  QEMU or the guest agent answered with an error
@@ -62,8 +62,8 @@ pub(super) struct Cli {
 
     /// Drop root's rights and work as the user who owns the backup directory
     ///
-    /// Nothing is read or written that this user may not access: restore target, QEMU's and the agent's
-    /// socket must be accessible too. 'backup' keeps its state in a folder of that user beside root's,
+    /// Nothing is read or written that this user may not access. So the restore target and the sockets of QEMU and
+    /// the agent must be accessible to that user. 'backup' keeps its state in a folder of that user beside root's,
     /// such as /var/lib/fleecefs.as-1000. 'mount' mounts as root, and a process of that user serves it.
     #[arg(long, global = true, help_heading = GLOBAL)]
     pub as_owner: bool,
@@ -239,6 +239,20 @@ mod tests {
         cli.build();
         add(&cli, &mut all);
         all
+    }
+
+    /// Texts are broken at the terminal's width; examples and tables are typed, and looked at, line by line.
+    #[test]
+    fn examples_fit_eighty_columns() {
+        let mut seen = 0;
+        for c in commands() {
+            let text = c.get_after_help().map(|t| t.to_string()).unwrap_or_default();
+            for line in text.lines() {
+                assert!(crate::text::columns(line) <= 80, "{}: {line}", c.get_name());
+                seen += 1;
+            }
+        }
+        assert!(seen > 50, "{seen}");
     }
 
     /// What the commands say about the option `id`, each text once.

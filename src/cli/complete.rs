@@ -107,7 +107,7 @@ pub(super) fn wanted(command: &Command, arg: &Arg) -> Option<Wanted> {
     let value = arg.get_value_names()?.first()?.as_str();
     Some(match (command.get_name(), value) {
         ("consolidate", "POINT") => Wanted::OfDisk,
-        ("diff", "POINT") => Wanted::InPoint,
+        ("diff", "FROM" | "TO") => Wanted::InPoint,
         (_, "POINT") => Wanted::Point,
         (_, "POINT[:PARTITION][/PATH]") => Wanted::InPoint,
         (_, "DISK[:PARTITION]/PATH") => Wanted::InDisk,

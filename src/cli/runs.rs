@@ -14,7 +14,7 @@ use crate::layout::Level;
 use crate::manifest::{Achieved, Manifest};
 use crate::output;
 use crate::output::{Line, Look};
-use crate::restore::run::{Duplicates, Guest, PointTime};
+use crate::restore::run::{Duplicates, Guest, Guests, PointTime};
 use crate::text::{path_text, to_text};
 use crate::units::{as_time, human_bytes, iso_time};
 
@@ -93,15 +93,16 @@ pub(super) fn names(catalog: &Catalog) -> Vec<String> {
 fn runs(catalog: &Catalog, points: &[(&Disk, usize, Health)]) -> Vec<RunRow> {
     let doubles = Duplicates::of(catalog);
     let mut found: BTreeMap<(Guest, Option<String>, i64), RunRow> = BTreeMap::new();
-    for (disk, i, health) in points.iter().filter(|(d, i, _)| d.points[*i].level != Level::Snapshot)
-    {
+    let manifests: Vec<_> = points.iter().map(|(disk, i, _)| manifest_of(disk, *i)).collect();
+    let known = points.iter().zip(&manifests).map(|((disk, ..), m)| (*disk, m.as_ref()));
+    let guests = Guests::of(known);
+    for ((disk, i, health), manifest) in points.iter().zip(manifests) {
         let p = &disk.points[*i];
-        let manifest = manifest_of(disk, *i);
-        if doubles.has(disk, p.time, manifest.as_ref()) {
+        if p.level == Level::Snapshot || doubles.has(disk, p.time, manifest.as_ref()) {
             continue;
         }
         let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());
-        let guest = Guest::of(disk, manifest.as_ref());
+        let guest = guests.guest(disk, manifest.as_ref());
         let when = PointTime::of(p.time, manifest.as_ref());
         let vm = guest.name();
         let key = (guest, id.clone(), if id.is_some() { 0 } else { p.time });

@@ -25,8 +25,8 @@ use crate::verify::{Options, Outcome, PointReport, Report, requested, verify};
 /// Checks the structure of every file, how the files of a chain fit together, and every compressed
 /// cluster, and compares each file with the hash in its manifest. A point without a hash is "unproven"
 /// unless an error is found: damage of plain data would not be noticed. Nothing is repaired; each finding
-/// tells what to do. Nothing is written to the backup directory either, but with --create; what was found when is
-/// kept in the state folder, for 'list' and 'show'.
+/// tells what to do. Without --create nothing is written to the backup directory; 'list' and 'show' show the results,
+/// which are kept in the state folder.
 ///
 /// The exit code is 0 if all points are sound, 18 if one is unsound, 19 if none is unsound and one is
 /// unproven.
@@ -39,16 +39,16 @@ pub(super) struct VerifyArgs {
     quick: bool,
     #[arg(long, help = POINT_HELP)]
     point: Option<PathBuf>,
-    /// Only points since then: 2026-11-22, 2026-11-22T04:00 (UTC, or with +01:00), 7d, or @SECONDS; of their
-    /// parents, structure and chain are checked
+    /// Only points since then: 2026-11-22, 2026-11-22T04:00 (UTC, or with +01:00), 7d, or @SECONDS; for the points
+    /// that they depend on, only structure and chain are checked
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
     /// Write manifests with hashes for points that have none, so that later changes are found; points that
     /// may be incomplete (such as after an interrupted backup) are skipped
     #[arg(long, conflicts_with = "quick")]
     create: bool,
-    /// With --create: the format of files whose name and content disagree, or that have no such name and name another
-    /// file, and that have no manifest (raw or qcow2); it is recorded for all of them, or for that of --point
+    /// With --create: record this format for files without a manifest whose format is not certain: the name says raw
+    /// and the content looks like qcow2, or there is no extension and the header names another file
     #[arg(long, value_enum, requires = "create")]
     format: Option<FileFormat>,
     /// Number of threads [default: one per processor]
@@ -136,18 +136,19 @@ fn lines(report: &Report) -> Vec<Line> {
         out.push(line(p));
     }
     let count = |o| report.points.iter().filter(|p| p.outcome == o && !is_new(p)).count();
+    let recorded = report.points.iter().filter(|p| p.recorded).count();
     let sum = format!(
-        "{} sound, {} unsound, {} unproven{}",
+        "{} sound, {} unsound, {} unproven{}{}",
         count(Outcome::Sound),
         count(Outcome::Unsound),
         count(Outcome::Unproven),
+        if recorded > 0 { format!(", {recorded} recorded") } else { String::new() },
         if report.quick { " (structure and chain only)" } else { "" },
     );
     out.push(Line::sentence(Look::Plain, sum));
-    let recorded = report.points.iter().filter(|p| p.recorded).count();
     if recorded > 0 {
         let points = counted(recorded as u64, "point");
-        let what = format!("{points} recorded: later changes will be found");
+        let what = format!("the hashes of {points} were recorded: later changes will be found");
         out.push(Line::sentence(Look::Plain, what));
     }
     out

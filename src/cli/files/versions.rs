@@ -27,22 +27,20 @@ use crate::units::{human_bytes, iso_time, parse_bytes};
 
 /// Show the versions of a file: in which points it appears, changes and vanishes
 ///
-/// Goes through the points of a disk, the oldest first, and prints a line for each version with its first and last
-/// point, its size, and when it was modified. CHANGE says what is different from the version before: 'content'
-/// (size or mtime), 'attributes' (owner, permissions, ctime), 'replaced' (another file has the name), 'appears',
-/// 'vanishes'.
+/// Prints a line per version, the oldest first, with its first and last point, its size, and when it was modified.
+/// CHANGE says what differs from the version before: 'content' (size or mtime), 'attributes' (owner, permissions,
+/// ctime), 'replaced' (another file has the name now), 'appears' or 'vanishes'.
 ///
-/// With --hash contents are read and have a hash (BLAKE3): what has a new mtime and the same hash has changed
-/// in its attributes only. They are read again only where a block that they were read from may have changed, or
-/// size, mtime or ctime did.
+/// With --hash the contents of each version are read and hashed (BLAKE3); if only the mtime is new, this is an
+/// 'attributes' change then. Contents are not read again if neither their blocks nor size, mtime or ctime have changed.
 ///
 /// A symbolic link at the end of the path is not followed. Points that are not available are skipped.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   fleecefs files versions /backups/vm1 sda:p1/etc/fstab
-  fleecefs files versions --hash --json /backups/vm1 sda:vg-root/var/lib/app/data.db
-  fleecefs files cp /backups/vm1 INC-1706260646-sda.qcow2:p1/etc/fstab .      the one that is wanted")]
+  fleecefs files versions --hash --json /backups/vm1 sda:vg-root/srv/data.db
+  fleecefs files cp /backups/vm1 INC-1706260646-sda.qcow2:p1/etc/fstab .")]
 pub(super) struct VersionsArgs {
     /// The backup directory
     pub dir: PathBuf,
