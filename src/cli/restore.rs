@@ -532,14 +532,14 @@ fn show_summary(how: &OutputArgs, name: &Path, target: &Target, s: &Summary) -> 
         return output::json_object(&value);
     }
     let seconds = s.duration_ms as f64 / 1000.0;
-    let verified = if s.verified { ", read back and found equal" } else { "" };
+    let verified = if s.verified { ", read back and equal" } else { "" };
+    let bytes = |n: u64, what: &str| (n > 0).then(|| format!("{} {what}, ", human_bytes(n)));
     Ok(format!(
-        "{} -> {}: {}: {} copied, {} cloned, {} of {} are holes, {seconds:.1} s{verified}\n",
+        "{} -> {}: {}{}{} of {} are holes, {seconds:.1} s{verified}\n",
         path_text(&name),
         target_name(target),
-        s.method(),
-        human_bytes(s.copied),
-        human_bytes(s.cloned),
+        bytes(s.copied, "copied").unwrap_or_default(),
+        bytes(s.cloned, "cloned").unwrap_or_default(),
         human_bytes(s.holes),
         human_bytes(s.size),
     ))

@@ -267,7 +267,8 @@ fn show(stats: &Stats) -> Result<()> {
     let table =
         Table { titles, right: &["OWN", "DATA"], less: &["LEVEL", "TIME"], indent: 2, rows };
     let mut lines = table.lines(verbosity::is_verbose());
-    lines.push(output::Line::new(Look::Plain, format!("{} in all", human_bytes(stats.own_bytes))));
+    lines
+        .push(output::Line::new(Look::Plain, format!("{} in total", human_bytes(stats.own_bytes))));
     if let Some(p) = &stats.prune {
         let what = format!(
             "prune with these rules: {} to delete, {}",

@@ -281,7 +281,7 @@ fn verify_records_what_a_user_says() {
         };
         assert!(first_bytes(&b.scan(), &b.path("vm1/disk.raw")).is_none());
         let said = verify("disk.raw", format);
-        assert!(said.contains("1 point recorded"), "{said}");
+        assert!(said.contains("the hashes of 1 point were recorded"), "{said}");
         let got = first_bytes(&b.scan(), &b.path("vm1/disk.raw")).expect("it is decided");
         match format {
             "raw" => assert!(got == own),

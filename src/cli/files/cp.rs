@@ -108,7 +108,7 @@ fn target_of(opened: &Opened, tree: &dyn Tree, start: NodeId, target: &Path) -> 
     }
     if folder::exists(&real) {
         let error = Error::new(Kind::Exists, "the target exists already").at_path(target);
-        return Err(error.remedy("nothing is ever replaced: name another, or a folder"));
+        return Err(error.remedy("nothing is ever replaced: give another name, or a folder"));
     }
     if !is_folder && target.as_os_str().as_bytes().ends_with(b"/") {
         return Err(Error::new(Kind::NotFound, "no such directory").at_path(target));

@@ -74,7 +74,7 @@ pub(super) fn run(args: &VersionsArgs) -> Result<()> {
         let what = format!(
             "no point of {} has '{}'",
             path_text(&named.disk.path),
-            path_text(OsStr::from_bytes(named.path))
+            path_text(OsStr::from_bytes(&[named.part.unwrap_or_default(), named.path].concat()))
         );
         return Err(Error::new(Kind::NotFound, what)
             .remedy("'fleecefs files ls DIR DISK/latest' shows what there is"));
