@@ -38,28 +38,28 @@ impl Locks {
         let side = folder.make_folder(FOLDER).map_err(|e| {
             explain(Error::io(e, "cannot make the folder for the lock").at_path(root.join(FOLDER)))
         })?;
-        let mut held = Held::default();
-        held.add(&side)?;
+        let mut taken = TakenLocks::default();
+        taken.add(&side)?;
         // After the own one: of two first runs, one above the other, at least one sees the other's.
         for above in root.ancestors().skip(1) {
             // One that cannot be entered is nobody's who writes here.
             let Ok(above) = Folder::open(above) else { continue };
-            held.add_of(&above)?;
+            taken.add_of(&above)?;
         }
-        held.add_below(&folder, DEPTH)?;
-        Ok(Locks { _held: held.locks.into_values().collect() })
+        taken.add_below(&folder, DEPTH)?;
+        Ok(Locks { _held: taken.locks.into_values().collect() })
     }
 }
 
 /// Locks by the paths of their files.
 #[derive(Default)]
-struct Held {
+struct TakenLocks {
     locks: BTreeMap<PathBuf, Lock>,
     /// Which files they are: in a copy of hard links there are the same again, by other names.
     files: HashSet<FileId>,
 }
 
-impl Held {
+impl TakenLocks {
     /// Takes the lock of the folder `dir`, if that has a lock file.
     fn add_of(&mut self, dir: &Folder) -> Result<()> {
         let Ok(side) = dir.folder(FOLDER) else { return Ok(()) };
@@ -162,15 +162,15 @@ mod tests {
         let vm = root.join("vm");
         let disk = vm.join("sda");
         std::fs::create_dir_all(&disk).unwrap();
-        let held = Locks::take(&vm).unwrap();
+        let taken = Locks::take(&vm).unwrap();
         assert_eq!(Locks::take(&vm).unwrap_err().kind(), Kind::Busy);
         assert_eq!(Locks::take(&root).unwrap_err().kind(), Kind::Busy);
         assert_eq!(Locks::take(&disk).unwrap_err().kind(), Kind::Busy);
-        drop(held);
-        let held = Locks::take(&disk).unwrap();
+        drop(taken);
+        let taken = Locks::take(&disk).unwrap();
         assert_eq!(Locks::take(&root).unwrap_err().kind(), Kind::Busy);
         assert_eq!(Locks::take(&vm).unwrap_err().kind(), Kind::Busy);
-        drop(held);
+        drop(taken);
         Locks::take(&root).unwrap();
     }
 
@@ -184,11 +184,11 @@ mod tests {
         let file = |name: &str| root.join(name).join(FOLDER).join(NAME);
         std::fs::write(file("vm"), "").unwrap();
         std::fs::hard_link(file("vm"), file("copy")).unwrap();
-        let held = Locks::take(&root).unwrap();
+        let taken = Locks::take(&root).unwrap();
         for name in ["vm", "copy"] {
             assert_eq!(Locks::take(&root.join(name)).unwrap_err().kind(), Kind::Busy);
         }
-        drop(held);
+        drop(taken);
         let _held = Locks::take(&root.join("copy")).unwrap();
         assert_eq!(Locks::take(&root).unwrap_err().kind(), Kind::Busy);
     }

@@ -10,7 +10,7 @@ pub struct Position {
     /// Bytes that it has to pass in all.
     pub of: u64,
     /// Holes take as long as data (QEMU limits the speed of both), or what is copied cannot be
-    /// told beforehand: the time left follows from the place.
+    /// told beforehand: the time left follows from the position.
     pub paced: bool,
 }
 
@@ -25,8 +25,8 @@ pub trait Progress: Send + Sync {
         let _ = bytes;
     }
     /// Where the job is; only for those in which this differs from what is done.
-    fn place(&self, place: Position) {
-        let _ = place;
+    fn position(&self, position: Position) {
+        let _ = position;
     }
     /// A line worth showing beside the bar.
     fn note(&self, text: &str) {

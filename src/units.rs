@@ -66,6 +66,16 @@ pub fn iso_time(time: i64) -> String {
     jiff::Timestamp::from_second(time).map_or_else(|_| format!("@{time}"), |t| t.to_string())
 }
 
+/// How long ago something was, in the units of [`parse_duration`]: `5m ago`, `30h ago`, `2d ago`.
+pub fn age(seconds: i64) -> String {
+    match seconds {
+        i64::MIN..60 => "just now".into(),
+        60..3600 => format!("{}m ago", seconds / 60),
+        3600..172_800 => format!("{}h ago", seconds / 3600),
+        _ => format!("{}d ago", seconds / 86_400),
+    }
+}
+
 /// Serializes a time as [`iso_time`] shows it.
 ///
 /// # Errors
@@ -112,6 +122,17 @@ mod tests {
         assert_eq!(parse_when("1970-01-02T01:00"), Ok(90_000));
         assert_eq!(parse_when("1970-01-02T01:00+01:00"), Ok(86_400));
         assert!(parse_when("soon").is_err());
+    }
+
+    #[test]
+    fn ages_are_in_the_largest_unit_of_which_there_are_some() {
+        let hour = 3600;
+        for (seconds, text) in [(59, "just now"), (60, "1m ago"), (hour - 1, "59m ago")] {
+            assert_eq!(age(seconds), text);
+        }
+        assert_eq!((age(47 * hour), age(48 * hour)), ("47h ago".into(), "2d ago".into()));
+        // A clock that was set back.
+        assert_eq!(age(-5), "just now");
     }
 
     #[test]

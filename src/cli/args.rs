@@ -4,6 +4,8 @@ use std::path::Path;
 
 use clap::{ArgAction, Parser, Subcommand};
 
+use crate::output::wrap::MAX_WIDTH;
+
 /// The version and the commit that it was built from, where that is known (`build.rs`).
 const VERSION: &str = env!("FLEECEFS_VERSION");
 
@@ -29,8 +31,8 @@ Exit codes:
     6  in use: a lock, a socket, a mount
     7  no space left
    10  a backup is damaged or truncated
-   11  a backup is encrypted, or uses an unknown feature; or a file is refused (a link, a
-      pipe, too large)
+   11  a backup is encrypted or uses an unknown feature; or a file is refused
+       (a link, a pipe, too large)
    12  a point needs something that is missing
    13  a file changed while it was being read
    14  QEMU or the guest agent answered with an error
@@ -43,7 +45,7 @@ Exit codes:
 
 /// Back up QEMU guests, and mount the backups: every point of every disk is a plain, read-only raw image
 #[derive(Debug, Parser)]
-#[command(name = "fleecefs", version = VERSION, propagate_version = true, max_term_width = 100)]
+#[command(name = "fleecefs", version = VERSION, propagate_version = true, max_term_width = MAX_WIDTH)]
 #[command(disable_help_flag = true, disable_version_flag = true)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Cli {
@@ -60,8 +62,8 @@ pub(super) struct Cli {
 
     /// Drop root's rights and work as the user who owns the backup directory
     ///
-    /// Nothing is read or written that this user may not access: restore target, QEMU's and the agent's
-    /// socket must be accessible too. 'backup' keeps its state in a folder of that user beside root's,
+    /// Nothing is read or written that this user may not access. So the restore target and the sockets of QEMU and
+    /// the agent must be accessible to that user. 'backup' keeps its state in a folder of that user beside root's,
     /// such as /var/lib/fleecefs.as-1000. 'mount' mounts as root, and a process of that user serves it.
     #[arg(long, global = true, help_heading = GLOBAL)]
     pub as_owner: bool,
@@ -136,6 +138,16 @@ impl Command {
             Command::Info(a) => a.state(),
             Command::Recover(a) => Some(a.state()),
             Command::Cancel(a) => Some(a.state()),
+            _ => None,
+        }
+    }
+
+    /// Where it keeps what was verified when, if it does; or only reads that.
+    pub(super) fn verified(&mut self) -> Option<(&mut super::state::StateArgs, bool)> {
+        match self {
+            Command::List(a) => Some((&mut a.state, true)),
+            Command::Show(a) => Some((&mut a.state, true)),
+            Command::Verify(a) => Some((&mut a.state, false)),
             _ => None,
         }
     }
@@ -227,6 +239,20 @@ mod tests {
         cli.build();
         add(&cli, &mut all);
         all
+    }
+
+    /// Texts are broken at the terminal's width; examples and tables are typed, and looked at, line by line.
+    #[test]
+    fn examples_fit_eighty_columns() {
+        let mut seen = 0;
+        for c in commands() {
+            let text = c.get_after_help().map(|t| t.to_string()).unwrap_or_default();
+            for line in text.lines() {
+                assert!(crate::text::columns(line) <= 80, "{}: {line}", c.get_name());
+                seen += 1;
+            }
+        }
+        assert!(seen > 50, "{seen}");
     }
 
     /// What the commands say about the option `id`, each text once.

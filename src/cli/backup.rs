@@ -539,5 +539,5 @@ fn print_plan(report: &Report, as_json: bool) -> Result<()> {
     for (d, e) in refused {
         output::push_line(&mut text, format!("{}: cannot be backed up: {e}", path_text(d)));
     }
-    output::print(&(text + verbosity::UNCHANGED))
+    output::print_sentences(&(text + verbosity::UNCHANGED))
 }

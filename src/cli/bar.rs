@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::output;
 use crate::progress::Progress;
 use crate::text::visible;
 
@@ -35,7 +36,7 @@ impl Progress for Bar {
 
     fn note(&self, text: &str) {
         match &*self.bar.lock().unwrap_or_else(|e| e.into_inner()) {
-            Some(bar) => bar.println(visible(text)),
+            Some(bar) => bar.println(output::for_stderr(text)),
             None => log::warn!("{text}"),
         }
     }

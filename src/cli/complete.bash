@@ -1,11 +1,13 @@
 
-# Points, and files in them, are asked of the program; all else is in the function above.
+# Disks, points, runs, and files in points are asked of the program; all else is in the function above.
 _fleecefs_points() {
     local word quoted raw prefix i n words=()
-    # Readline takes words apart at colons.
+    # Readline takes words apart at colons, and options and their values at '='.
     for ((i = 1; i <= COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]} n=${#words[@]}
-        if ((n > 0)) && [[ $word == :* || ${words[n - 1]} == *: ]]; then
+        if [[ $word == = && ${COMP_WORDS[i - 1]} == --* ]]; then
+            ((i < COMP_CWORD)) || words+=("")
+        elif ((n > 0)) && [[ $word == :* || ${words[n - 1]} == *: ]]; then
             words[n - 1]+=$word
         else
             words+=("$word")

@@ -1,3 +1,6 @@
 
-# Points, and files in them, are asked of the program.
-complete -c fleecefs -a '(fleecefs complete -- (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)'
+# Disks, points, runs, and files in points are asked of the program.
+function __fleecefs_points
+    fleecefs complete -- (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null
+end
+complete -c fleecefs -a '(__fleecefs_points)'

@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use clap::{Arg, Args, Command};
 
-use super::files::place;
+use super::files::point_path;
 use super::paths::catalog;
+use super::runs;
 use crate::chain::{Catalog, Disk};
 use crate::error::{Error, Result};
 use crate::files::NodeKind;
@@ -45,7 +46,7 @@ pub(super) struct CompleteArgs {
 /// Standard output cannot be written to.
 pub(super) fn run(args: &CompleteArgs, mut program: Command) -> Result<()> {
     if !args.look {
-        return output::print_as_is(&asked(&args.words).unwrap_or_default());
+        return output::print_as_is(&ask_process(&args.words).unwrap_or_default());
     }
     program.build();
     let found = candidates(&program, &args.words).unwrap_or_default();
@@ -61,7 +62,7 @@ pub(super) fn run(args: &CompleteArgs, mut program: Command) -> Result<()> {
 
 /// What a process that looks has found in time. One that does not end is left to itself: it may not even be possible to
 /// end it.
-fn asked(words: &[OsString]) -> Option<Vec<u8>> {
+fn ask_process(words: &[OsString]) -> Option<Vec<u8>> {
     let mut process = Process::new(std::env::current_exe().ok()?);
     process.args(["-qq", "complete", "--look", "--"]).args(words);
     process.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -82,60 +83,149 @@ fn asked(words: &[OsString]) -> Option<Vec<u8>> {
     found
 }
 
+/// What may stand for an argument.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// A point.
+    Point,
+    /// A point, and where it may have some, a partition and a path in it.
+    InPoint,
+    /// The same of the newest point, which is named by its disk.
+    InDisk,
+    /// A disk.
+    Disk,
+    /// A point of the disk that was named.
+    OfDisk,
+    /// The file of a point, in the folder that was named.
+    File,
+    /// A backup run.
+    Run,
+}
+
+/// What stands for `arg` of `command`, if the backup directory tells it.
+pub(super) fn wanted(command: &Command, arg: &Arg) -> Option<Wanted> {
+    let value = arg.get_value_names()?.first()?.as_str();
+    Some(match (command.get_name(), value) {
+        ("consolidate", "POINT") => Wanted::OfDisk,
+        ("diff", "FROM" | "TO") => Wanted::InPoint,
+        (_, "POINT") => Wanted::Point,
+        (_, "POINT[:PARTITION][/PATH]") => Wanted::InPoint,
+        (_, "DISK[:PARTITION]/PATH") => Wanted::InDisk,
+        (_, "DISK" | "OLD" | "NEW") => Wanted::Disk,
+        (_, "RUN") => Wanted::Run,
+        (_, "FILE") if arg.get_id() == "until" => Wanted::File,
+        _ => return None,
+    })
+}
+
 /// What is to be completed.
-struct Place<'a> {
-    arg: &'a Arg,
+struct Completion<'a> {
+    wanted: Wanted,
     /// The backup directory.
     dir: &'a OsStr,
+    /// The arguments after that.
+    others: Vec<&'a OsStr>,
     /// What is there of it.
-    begun: &'a OsStr,
+    begun: &'a [u8],
+    /// What stands before that in the same word: `--disk=`.
+    option: &'a [u8],
+    /// Whether it is about files in points.
+    has_files: bool,
 }
 
 fn candidates(program: &Command, words: &[OsString]) -> Result<Vec<OsString>> {
-    let Some(place) = place_of(program, words) else { return Ok(Vec::new()) };
-    let dir = Path::new(place.dir);
-    let begun = place.begun.as_bytes();
-    let mut found = match place.arg.get_id().as_str() {
-        "point" => points(&catalog(dir)?, begun, ""),
-        "what" => match in_point(begun) {
-            Some((point, inside)) => files(dir, point, inside)?,
-            None => points(&catalog(dir)?, begun, ":"),
-        },
-        _ => Vec::new(),
+    let Some(place) = completion_of(program, words) else { return Ok(Vec::new()) };
+    let (dir, begun) = (Path::new(place.dir), place.begun);
+    let mut found = match (place.wanted, in_point(begun)) {
+        (Wanted::InPoint | Wanted::InDisk, Some((point, inside))) if place.has_files => {
+            files(dir, point, inside)?
+        }
+        (Wanted::InPoint, _) => {
+            points(&catalog(dir)?, begun, if place.has_files { ":" } else { "" })
+        }
+        (Wanted::Point, _) => points(&catalog(dir)?, begun, ""),
+        (Wanted::InDisk, _) => disks(&catalog(dir)?, ":"),
+        (Wanted::Disk, _) => disks(&catalog(dir)?, ""),
+        (Wanted::OfDisk, _) => points_of(&catalog(dir)?, place.others.first()),
+        (Wanted::File, _) => points_of(&catalog(dir)?, None),
+        (Wanted::Run, _) => runs::names(&catalog(dir)?).into_iter().map(OsString::from).collect(),
     };
     found.retain(|c| c.as_bytes().starts_with(begun));
     found.sort();
     found.dedup();
-    Ok(found)
+    let whole = |c: OsString| joined(&[OsStr::from_bytes(place.option), &c]);
+    Ok(found.into_iter().map(whole).collect())
 }
 
 /// Which argument the last word is, by the definition of the command line.
-fn place_of<'a>(program: &'a Command, words: &'a [OsString]) -> Option<Place<'a>> {
-    let (begun, before) = words.split_last()?;
+fn completion_of<'a>(program: &'a Command, words: &'a [OsString]) -> Option<Completion<'a>> {
+    let (last, before) = words.split_last()?;
     let (mut command, mut positionals) = (program, Vec::new());
+    let mut target: Option<&OsStr> = None;
     let mut option: Option<&Arg> = None;
     for word in before {
-        let text = word.to_string_lossy();
-        if option.take().is_some() {
+        if let Some(of) = option.take() {
+            target = target.or(Some(word.as_os_str()).filter(|_| of.get_id() == "target"));
             continue;
         }
-        match (text.strip_prefix("--"), text.strip_prefix('-')) {
-            (Some(long), _) => {
-                option = command.get_arguments().find(|a| a.get_long() == Some(long))
-            }
-            (None, Some(short)) if !short.is_empty() => {
-                let is = |a: &&Arg| a.get_short().is_some_and(|s| short == s.to_string());
-                option = command.get_arguments().find(is);
-            }
-            _ => match command.find_subcommand(word).filter(|_| positionals.is_empty()) {
-                Some(inner) => command = inner,
-                None => positionals.push(word),
-            },
+        option = option_of(command, word);
+        if word.as_bytes().starts_with(b"-") && word.len() > 1 {
+            continue;
         }
-        option = option.filter(|a| a.get_num_args().is_some_and(|n| n.min_values() > 0));
+        match command.find_subcommand(word).filter(|_| positionals.is_empty()) {
+            Some(inner) => command = inner,
+            None => positionals.push(word.as_os_str()),
+        }
+    }
+    // `--disk=sda` is one word.
+    let (before, begun) = match last.as_bytes().iter().position(|b| *b == b'=') {
+        Some(at) if option.is_none() && last.as_bytes().starts_with(b"--") => {
+            last.as_bytes().split_at(at + 1)
+        }
+        _ => (&[][..], last.as_bytes()),
+    };
+    if let Some((_, name)) = before.split_last() {
+        option = Some(option_of(command, OsStr::from_bytes(name))?);
     }
     let arg = option.or_else(|| command.get_positionals().nth(positionals.len()))?;
-    Some(Place { arg, dir: positionals.first()?, begun })
+    // A backup has no other way to say where.
+    let dir = positionals.first().copied().or(target)?;
+    let others = positionals.get(1..).unwrap_or_default().to_vec();
+    let has_files = command.get_name() != "diff" || words.iter().any(|w| w == "--files");
+    Some(Completion {
+        wanted: wanted(command, arg)?,
+        dir,
+        others,
+        begun,
+        option: before,
+        has_files,
+    })
+}
+
+/// The option that a word is, if its value stands in the next one.
+fn option_of<'a>(command: &'a Command, word: &OsStr) -> Option<&'a Arg> {
+    let text = word.to_str()?;
+    let is = |arg: &&Arg| match text.strip_prefix("--") {
+        Some(long) => arg.get_long_and_visible_aliases().is_some_and(|all| all.contains(&long)),
+        None => {
+            let short = text.strip_prefix('-').filter(|s| !s.is_empty());
+            short.is_some_and(|s| arg.get_short().is_some_and(|c| s == c.to_string()))
+        }
+    };
+    let takes_one = |arg: &&Arg| arg.get_num_args().is_some_and(|n| n.min_values() > 0);
+    command.get_arguments().find(is).filter(takes_one)
+}
+
+/// All disks.
+fn disks(catalog: &Catalog, ending: &str) -> Vec<OsString> {
+    catalog.disks.iter().map(|d| joined(&[d.path.as_os_str(), OsStr::new(ending)])).collect()
+}
+
+/// The points of one disk, or of all, by their names alone.
+fn points_of(catalog: &Catalog, disk: Option<&&OsStr>) -> Vec<OsString> {
+    let is = |d: &&Disk| disk.is_none_or(|name| d.path == Path::new(name));
+    let points = catalog.disks.iter().filter(is).flat_map(|d| &d.points);
+    points.filter(|p| p.is_served()).map(|p| OsString::from(&p.name)).collect()
 }
 
 /// Disks, as long as none is named, or the points of one.
@@ -188,7 +278,7 @@ fn files(dir: &Path, point: &[u8], inside: &[u8]) -> Result<Vec<OsString>> {
     let above = [point, b":", folder].concat();
     let opened = from(dir, &above).open()?;
     let tree = opened.tree()?;
-    let folder = place::node(&opened, &*tree, true)?;
+    let folder = point_path::node(&opened, &*tree, true)?;
     let mut entries = Vec::new();
     tree.read_folder(folder, 0, &mut |entry| {
         if entry.name.starts_with(begun) {
@@ -208,9 +298,9 @@ fn files(dir: &Path, point: &[u8], inside: &[u8]) -> Result<Vec<OsString>> {
     entries.into_iter().map(shown).collect()
 }
 
-fn from(dir: &Path, what: &[u8]) -> place::From {
+fn from(dir: &Path, what: &[u8]) -> point_path::From {
     let what = OsStr::from_bytes(what).into();
-    place::From { dir: dir.into(), what, cache_size: CACHE_SIZE }
+    point_path::From { dir: dir.into(), what, cache_size: CACHE_SIZE }
 }
 
 fn joined(parts: &[&OsStr]) -> OsString {

@@ -92,7 +92,7 @@ impl Console {
             // What it is, the event says.
             (Style::Json, _) => print_event(&json!({"event": kind, "text": line})),
             (_, Some(b)) => {
-                let _ = b.println(visible(&marked));
+                let _ = b.println(output::for_stderr(&visible(&marked)));
             }
             _ => output::tell(&format!("{}\n", visible(&marked))),
         }
@@ -158,13 +158,13 @@ struct Figures {
     done: u64,
     /// Bytes to copy, as was thought before.
     total: u64,
-    place: Option<Position>,
+    position: Option<Position>,
     began: Instant,
 }
 
 impl Figures {
     fn new(total: u64) -> Self {
-        Figures { done: 0, total, place: None, began: Instant::now() }
+        Figures { done: 0, total, position: None, began: Instant::now() }
     }
 
     /// Bytes per second so far.
@@ -174,7 +174,7 @@ impl Figures {
 
     /// Seconds left, if that can be told.
     fn left(&self, elapsed: Duration) -> Option<u64> {
-        let (done, total) = match self.place {
+        let (done, total) = match self.position {
             Some(p) if p.of > 0 && p.at >= p.of => return Some(0),
             Some(p) if p.paced => (p.at, p.of),
             // More was found to copy than was thought.
@@ -212,10 +212,10 @@ impl Progress for Bar {
         self.bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
         let _ = self.all.add(self.bar.clone());
     }
-    fn place(&self, place: Position) {
-        self.figures.lock().unwrap_or_else(|e| e.into_inner()).place = Some(place);
-        self.bar.set_length(place.of.max(1));
-        self.bar.set_position(place.at);
+    fn position(&self, position: Position) {
+        self.figures.lock().unwrap_or_else(|e| e.into_inner()).position = Some(position);
+        self.bar.set_length(position.of.max(1));
+        self.bar.set_position(position.at);
     }
     fn advance(&self, bytes: u64) {
         let mut f = self.figures.lock().unwrap_or_else(|e| e.into_inner());
@@ -242,16 +242,16 @@ struct LineState {
 impl Lines {
     fn print(&self, f: &Figures, event: &str) {
         let total = f.total.max(f.done);
-        let place = f.place;
+        let position = f.position;
         if self.json {
             let elapsed = f.began.elapsed();
             let line = json!({"event": event, "disk": self.name, "done": f.done, "total": total,
-                "position": place.map(|p| p.at), "positions": place.map(|p| p.of),
+                "position": position.map(|p| p.at), "positions": position.map(|p| p.of),
                 "bytes_per_second": f.rate(elapsed), "seconds_left": f.left(elapsed)});
             print_event(&line);
             return;
         }
-        let (at, of) = place.map_or((f.done, total), |p| (p.at, p.of));
+        let (at, of) = position.map_or((f.done, total), |p| (p.at, p.of));
         let (at, of) = (human_bytes(at), human_bytes(of));
         output::tell(&format!("{}: {}, at {at} of {of}\n", path_text(&self.name), f.text()));
     }
@@ -265,8 +265,8 @@ impl Progress for Lines {
             self.print(&s.figures, "begin");
         }
     }
-    fn place(&self, place: Position) {
-        self.state.lock().unwrap_or_else(|e| e.into_inner()).figures.place = Some(place);
+    fn position(&self, position: Position) {
+        self.state.lock().unwrap_or_else(|e| e.into_inner()).figures.position = Some(position);
     }
     fn advance(&self, bytes: u64) {
         let mut s = self.state.lock().unwrap_or_else(|e| e.into_inner());
@@ -304,19 +304,19 @@ mod tests {
     fn holes_are_no_copied_bytes_and_do_not_end_the_time_left() {
         let second = Duration::from_secs(1);
         let mut f = Figures { done: 100, ..Figures::new(400) };
-        f.place = Some(Position { at: 900, of: 1000, paced: false });
+        f.position = Some(Position { at: 900, of: 1000, paced: false });
         assert_eq!((f.rate(second), f.left(second)), (100, Some(3)));
         // All that was thought to be there is copied, and the job goes on.
         f.done = 400;
         assert_eq!(f.left(second), None);
         // QEMU's limit holds for holes as well.
-        f.place = Some(Position { at: 250, of: 1000, paced: true });
+        f.position = Some(Position { at: 250, of: 1000, paced: true });
         assert_eq!(f.left(second), Some(3));
-        f.place = Some(Position { at: 1000, of: 1000, paced: false });
+        f.position = Some(Position { at: 1000, of: 1000, paced: false });
         assert_eq!(f.left(second), Some(0));
         assert_eq!(Figures::new(400).left(second), None);
         // QEMU may say anything.
-        f.place = Some(Position { at: u64::MAX, of: 0, paced: true });
+        f.position = Some(Position { at: u64::MAX, of: 0, paced: true });
         assert_eq!(f.left(second), Some(0));
     }
 }

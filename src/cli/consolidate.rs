@@ -65,7 +65,7 @@ pub(super) fn run(args: ConsolidateArgs) -> Result<()> {
             return as_json(&args.disk, plan.as_ref(), None);
         }
         let text = plan.as_ref().map_or(DONE.to_string(), text);
-        return output::print(&(text + verbosity::UNCHANGED));
+        return output::print_sentences(&(text + verbosity::UNCHANGED));
     }
     let how = ConsolidateOptions { check: !args.skip_check, compare: !args.no_compare };
     let done = one(&args.dir, &args.disk, &args.until, how, args.print.json, &args.work)?;
@@ -83,7 +83,7 @@ fn as_json(disk: &Path, plan: Option<&Consolidation>, done: Option<&Summary>) ->
         "file": plan.map(|p| &p.image),
         "removes": plan.map(|p| p.remove.as_slice()).unwrap_or_default(),
         "relinks": plan.map(|p| p.children.as_slice()).unwrap_or_default(),
-        "way": done.map(|s| s.way()),
+        "way": done.map(|s| s.method()),
         "result": done,
     });
     output::print(&output::json_document(&value)?)
@@ -101,7 +101,7 @@ pub(super) fn one(
     quiet: bool,
     work: &WorkArgs,
 ) -> Result<Option<(Consolidation, Summary)>> {
-    let say = |text: &str| if quiet { Ok(()) } else { output::print(text) };
+    let say = |text: &str| if quiet { Ok(()) } else { output::print_sentences(text) };
     let (catalog, _locks) = locked(dir)?;
     let disk = catalog.disk(disk)?;
     let Some(plan) = plan(&catalog, disk, until)? else { return say(DONE).map(|()| None) };
@@ -111,7 +111,7 @@ pub(super) fn one(
     say(&format!(
         "{}: {} ({} copied, {} cloned)\n",
         path_text(&plan.image),
-        done.way(),
+        done.method(),
         human_bytes(done.copied),
         human_bytes(done.cloned),
     ))?;

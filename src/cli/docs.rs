@@ -1,5 +1,6 @@
 //! `fleecefs completions` and `fleecefs man`: made from the same definitions as `--help`.
 
+use std::collections::BTreeSet;
 use std::fs::Permissions;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 use clap::{Arg, Args, Command};
 use clap_complete::Shell;
 
+use super::complete::wanted;
 use super::paths;
 use crate::error::{Error, Result};
 use crate::folder::{Folder, Replace};
@@ -37,23 +39,62 @@ pub(super) fn completions(args: CompletionsArgs, program: &mut Command) -> Resul
     clap_complete::generate(args.shell, program, "fleecefs", &mut text);
     let text = match args.shell {
         Shell::Bash => [text.as_slice(), include_bytes!("complete.bash")].concat(),
-        Shell::Fish => [text.as_slice(), include_bytes!("complete.fish")].concat(),
-        Shell::Zsh => zsh(&String::from_utf8_lossy(&text)).into_bytes(),
+        Shell::Fish => [text, fish(program).into_bytes()].concat(),
+        Shell::Zsh => zsh(&String::from_utf8_lossy(&text), program).into_bytes(),
         _ => text,
     };
     output::print_as_is(&text)
 }
 
-/// The script for zsh, with points asked of the program wherever it would offer files for them.
-fn zsh(script: &str) -> String {
-    const FILES: &str = ":_files' \\";
+/// The arguments that the program is asked for: names of positionals, and options with their dashes.
+fn completed_args(program: &Command) -> (BTreeSet<String>, BTreeSet<String>) {
+    fn add(command: &Command, found: &mut (BTreeSet<String>, BTreeSet<String>)) {
+        for arg in command.get_arguments().filter(|a| wanted(command, a).is_some()) {
+            if arg.is_positional() {
+                found.0.insert(arg.get_id().to_string());
+            }
+            let short = arg.get_short().map(|s| format!("-{s}"));
+            let long = arg.get_long().map(|l| format!("--{l}"));
+            found.1.extend(short.into_iter().chain(long));
+        }
+        command.get_subcommands().for_each(|c| add(c, found));
+    }
+    let mut found = Default::default();
+    add(program, &mut found);
+    found
+}
+
+/// What comes after the script for fish: it asks for values of options one by one.
+fn fish(program: &Command) -> String {
+    let mut text = include_str!("complete.fish").to_string();
+    for option in completed_args(program).1 {
+        let name = match option.strip_prefix("--") {
+            Some(long) => format!("-l {long}"),
+            None => option.replacen('-', "-s ", 1),
+        };
+        text += &format!("complete -c fleecefs {name} -r -a '(__fleecefs_points)'\n");
+    }
+    text
+}
+
+/// The script for zsh, with what is in a backup directory asked of the program where it would offer files for that.
+fn zsh(script: &str, program: &Command) -> String {
+    const OFFERS: [&str; 2] = [":_files' \\", ":_default' \\"];
     let (head, body) = script.split_once('\n').unwrap_or((script, ""));
-    let is_point = |line: &str| {
-        ["':point ", "'::point ", "':what ", "'--point="].iter().any(|a| line.starts_with(a))
+    let (positionals, options) = completed_args(program);
+    let is_asked = |line: &str| {
+        let name = line.trim_start_matches(['\'', '*']);
+        match name.strip_prefix(':') {
+            Some(name) => {
+                let name = name.trim_start_matches(':').split(' ').next().unwrap_or_default();
+                positionals.contains(name)
+            }
+            None => options.contains(name.split(['=', '+', '[']).next().unwrap_or_default()),
+        }
     };
-    let line = |line: &str| match line.strip_suffix(FILES).filter(|_| is_point(line)) {
-        Some(begun) => format!("{begun}:_fleecefs_points' \\\n"),
-        None => format!("{line}\n"),
+    let line = |line: &str| match OFFERS.iter().find_map(|o| line.strip_suffix(o)) {
+        Some(begun) if is_asked(line) => format!("{begun}:_fleecefs_points' \\\n"),
+        _ => format!("{line}\n"),
     };
     let body: String = body.lines().map(line).collect();
     format!("{head}\n{}{body}", include_str!("complete.zsh"))

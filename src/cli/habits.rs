@@ -45,17 +45,18 @@ pub(super) fn hint(args: &[OsString]) -> Option<String> {
 
 /// The same command line as this program has it.
 pub(super) fn translated(args: Vec<OsString>) -> Vec<OsString> {
-    options_behind(shown(verbs(args)))
+    options_behind(show_as_words(verbs(args)))
 }
 
 /// Takes `info --show WORD` of qmpbackup for `info WORD`.
-fn shown(args: Vec<OsString>) -> Vec<OsString> {
+fn show_as_words(args: Vec<OsString>) -> Vec<OsString> {
     let Some(info) = args.iter().position(|a| a == "info") else { return args };
-    let Some(at) = args.iter().position(|a| parted(a).0 == "--show").filter(|at| *at > info) else {
+    let Some(at) = args.iter().position(|a| split_option(a).0 == "--show").filter(|at| *at > info)
+    else {
         return args;
     };
     let mut out = args;
-    let word = match parted(&out[at]).1 {
+    let word = match split_option(&out[at]).1 {
         true => OsString::from_vec(out.remove(at).as_bytes()[b"--show=".len()..].to_vec()),
         false if at + 1 < out.len() => {
             out.remove(at);
@@ -80,7 +81,7 @@ fn options_behind(args: Vec<OsString>) -> Vec<OsString> {
             let stay = args.iter().take(1).chain(before.iter().skip(at)).cloned();
             return stay.chain(moved).chain(after.iter().cloned()).collect();
         }
-        let (name, has_value) = parted(arg);
+        let (name, has_value) = split_option(arg);
         match BEFORE.iter().find(|(n, _)| name == *n) {
             Some(("--debug", _)) => moved.push("-vv".into()),
             Some((_, true)) if !has_value => {
@@ -104,7 +105,7 @@ fn verbs(args: Vec<OsString>) -> Vec<OsString> {
     let (mut out, mut dir, mut target) = (Vec::new(), None, None);
     let mut rest = args.into_iter();
     while let Some(arg) = rest.next() {
-        let (name, has_value) = parted(&arg);
+        let (name, has_value) = split_option(&arg);
         let place = match name.as_bytes() {
             b"--dir" => &mut dir,
             b"--targetfile" => &mut target,
@@ -122,7 +123,7 @@ fn verbs(args: Vec<OsString>) -> Vec<OsString> {
 }
 
 /// The name of an option, and whether its value stands in the same argument.
-fn parted(arg: &OsStr) -> (&OsStr, bool) {
+fn split_option(arg: &OsStr) -> (&OsStr, bool) {
     let bytes = arg.as_bytes();
     match bytes.iter().position(|b| *b == b'=') {
         Some(at) if bytes.starts_with(b"--") => (OsStr::from_bytes(&bytes[..at]), true),

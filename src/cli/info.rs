@@ -132,7 +132,8 @@ pub(super) fn run(args: InfoArgs) -> Result<()> {
         InfoCommand::Jobs(c) => (c, jobs),
         InfoCommand::Status(args) => return status::run(args),
     };
-    output::print(&what(common)?)
+    let text = what(common)?;
+    if common.print.json { output::print(&text) } else { output::print_sentences(&text) }
 }
 
 /// The text, or that there is nothing to show.
@@ -203,12 +204,12 @@ fn bitmaps(common: &Common) -> Result<String> {
     if common.print.json {
         return output::json_document(&json!({"bitmaps": list}));
     }
-    let text = lines(list.iter().map(|b| format!("{}: {}", place(b), bitmap_line(b))));
+    let text = lines(list.iter().map(|b| format!("{}: {}", node_and_disk(b), bitmap_line(b))));
     Ok(or_none(text, "dirty bitmaps"))
 }
 
 /// The node, and the disk beside it.
-fn place(b: &BitmapLine) -> String {
+fn node_and_disk(b: &BitmapLine) -> String {
     let node = path_text(&b.node);
     match b.disk.as_str() {
         "" => node,
@@ -258,25 +259,25 @@ fn check_targets(targets: &Targets, chosen: &[BitmapLine]) -> Result<()> {
     let absent = |(path, id): &(String, String)| format!("{path} (not mounted or moved, id {id})");
     let all: Vec<String> = there.iter().cloned().chain(gone.iter().map(absent)).collect();
     let what = format!("that takes bitmaps of other backup directories: {}", all.join(", "));
-    Err(Error::new(Kind::Usage, what).remedy(ways(&there, &gone)))
+    Err(Error::new(Kind::Usage, what).remedy(remedies(&there, &gone)))
 }
 
 /// What to do about bitmaps of the backup directories `there`, and of those that are `gone`, with their ids.
-fn ways(there: &[String], gone: &[(String, String)]) -> String {
-    let mut ways = Vec::new();
+fn remedies(there: &[String], gone: &[(String, String)]) -> String {
+    let mut remedies = Vec::new();
     if !there.is_empty() {
         let keep: Vec<String> = there.iter().map(|p| format!("--keep '{p}'")).collect();
-        ways.push(format!("add {} to keep theirs", keep.join(" ")));
+        remedies.push(format!("add {} to keep theirs", keep.join(" ")));
     }
     if !gone.is_empty() {
         let ids: Vec<String> = gone.iter().map(|(_, id)| format!("--uuid {id}")).collect();
-        ways.push(format!(
+        remedies.push(format!(
             "mount what is not mounted; name what was moved with --keep; 'fleecefs cleanup {}' \
              removes the bitmaps of what is gone for good",
             ids.join("' and 'fleecefs cleanup ")
         ));
     }
-    format!("{}; or remove all with --all-targets", ways.join("; "))
+    format!("{}; or remove all with --all-targets", remedies.join("; "))
 }
 
 /// Runs `fleecefs cleanup`.
@@ -309,7 +310,10 @@ pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
             bitmap::remove(&mut client, &b.node, &b.name)?;
         }
         let word = if args.dry_run { "would remove" } else { "removed" };
-        output::push_line(&mut text, format!("{word} {} from {}", path_text(&b.name), place(b)));
+        output::push_line(
+            &mut text,
+            format!("{word} {} from {}", path_text(&b.name), node_and_disk(b)),
+        );
     }
     if text.is_empty() {
         text = match &choice.uuid {
@@ -323,5 +327,5 @@ pub(super) fn cleanup(args: CleanupArgs) -> Result<()> {
     if args.dry_run {
         text += verbosity::UNCHANGED;
     }
-    output::print(&text)
+    output::print_sentences(&text)
 }

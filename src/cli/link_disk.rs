@@ -110,5 +110,5 @@ fn show(plan: &JoinPlan, args: &LinkDiskArgs) -> Result<()> {
     if args.only.dry_run {
         out += verbosity::UNCHANGED;
     }
-    output::print(&out)
+    output::print_sentences(&out)
 }

@@ -1,13 +1,16 @@
 //! `fleecefs list`: what is in a backup directory.
 
-use std::fmt::Write;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
 
+use super::findings;
+use super::health::{self, Health, VerifiedJson};
 use super::paths::catalog;
 use super::runs;
+use super::state::StateArgs;
 use super::table::{Row, Table, level_name};
 use super::verbosity;
 use crate::chain::{Catalog, Disk, Point, run_gaps};
@@ -18,14 +21,16 @@ use crate::output;
 use crate::output::{Line, Look};
 use crate::text::{path_text, shown_as, to_text};
 use crate::units::{as_time, counted, human_bytes, iso_time, parse_when};
+use crate::verify::last_verified::Memory;
 
 /// Show the disks, chains and points of a backup directory
 ///
 /// Each row is a point: one state of one disk that can be mounted or restored. Points that are not
 /// available are listed too, with the reason; findings follow.
 ///
-/// SIZE is the disk's size, OWN what the point's file takes. STATE is 'ok' if nothing is known to be wrong:
-/// only headers are read, use 'fleecefs verify' to check the data.
+/// SIZE is the disk's size, OWN what the point's file takes. STATE is what 'fleecefs verify' found when you last ran
+/// it: 'verified 2d ago', 'unproven', or 'UNSOUND'. It is 'changed' if the files were written to since, and 'ok' if
+/// the data was never verified: 'list' itself reads headers only.
 ///
 /// CONSISTENCY is how the guest was prepared: 'paused' (stopped for the whole backup), 'file-system' (its
 /// file systems were frozen), 'crash' (like after a power cut), 'offline' (the VM was shut off), or 'unknown'
@@ -60,10 +65,9 @@ pub(super) struct ListArgs {
     /// backup, or if something was skipped
     #[arg(long)]
     strict: bool,
+    #[command(flatten)]
+    pub state: StateArgs,
 }
-
-/// What health says of a point of which only the headers were read.
-const HEADER_OK: &str = "ok (not verified)";
 
 /// Runs `fleecefs list`.
 ///
@@ -73,13 +77,14 @@ pub(super) fn run(args: ListArgs) -> Result<()> {
     let mut catalog = catalog(&args.dir)?;
     let gaps = run_gaps(&catalog);
     catalog.findings.extend(gaps);
-    let shown = Shown { catalog: &catalog, args: &args };
+    let health = health_of(&catalog, &health::memory(&args.state, &catalog));
+    let shown = Shown { catalog: &catalog, args: &args, health };
     if let Some(name) = args.disk.as_ref().filter(|_| shown.disks().next().is_none()) {
         return Err(catalog.no_disk(Path::new(name)));
     }
     match (args.runs, args.json) {
         (true, _) => {
-            let points: Vec<_> = shown.points().collect();
+            let points: Vec<_> = shown.points().map(|(d, i)| (d, i, shown.health(d, i))).collect();
             runs::show(&catalog, &points, args.disk.is_none(), args.json)?;
         }
         (false, true) => output::print(&json(&shown)?)?,
@@ -124,9 +129,24 @@ fn check_omissions(catalog: &Catalog) -> Result<()> {
 struct Shown<'a> {
     catalog: &'a Catalog,
     args: &'a ListArgs,
+    health: HashMap<PathBuf, Vec<Health>>,
+}
+
+/// How each point of each disk stands.
+fn health_of(catalog: &Catalog, memory: &Memory) -> HashMap<PathBuf, Vec<Health>> {
+    let of = |d: &Disk| {
+        let all = d.points.iter().zip(memory.of(d));
+        (d.path.clone(), all.map(|(point, last)| Health::of(point, last)).collect())
+    };
+    catalog.disks.iter().map(of).collect()
 }
 
 impl<'a> Shown<'a> {
+    fn health(&self, disk: &Disk, point: usize) -> Health {
+        let known = self.health.get(&disk.path).and_then(|all| all.get(point));
+        known.copied().unwrap_or_else(|| Health::of(&disk.points[point], None))
+    }
+
     fn disks(&self) -> impl Iterator<Item = &'a Disk> {
         let wanted = self.args.disk.as_deref();
         let is = move |d: &&Disk| {
@@ -155,15 +175,6 @@ fn points(catalog: &Catalog) -> impl Iterator<Item = (&Disk, &Point)> {
     catalog.disks.iter().flat_map(|d| d.points.iter().map(move |p| (d, p)))
 }
 
-fn health(point: &Point) -> String {
-    let Some(finding) = &point.unavailable else { return HEADER_OK.into() };
-    if finding.path == point.source {
-        return format!("unavailable: {}", finding.message);
-    }
-    let file = finding.path.file_name().map(path_text).unwrap_or_default();
-    format!("unavailable: needs {file}")
-}
-
 /// Titles of the columns; those of [`LESS`] are shown where there is room for them, or with `-v`.
 const TITLES: &[&str] = &["POINT", "TIME", "LEVEL", "SIZE", "OWN", "CONSISTENCY", "STATE"];
 
@@ -172,14 +183,19 @@ const LESS: &[&str] = &["LEVEL", "SIZE", "CONSISTENCY", "OWN"];
 
 fn table(shown: &Shown<'_>, wide: bool) -> Vec<Line> {
     let catalog = shown.catalog;
+    let now = jiff::Timestamp::now().as_second();
     let mut rows = Vec::new();
     for disk in shown.disks().filter(|d| shown.of(d).next().is_some()) {
         rows.push(Row::Heading(heading(shown, disk)));
-        for (_, p) in shown.of(disk) {
-            let look = if p.is_served() { Look::Plain } else { Look::Red };
-            rows.push(Row::Cells(cells(p, wide), look));
+        for (i, p) in shown.of(disk) {
+            let health = shown.health(disk, i);
+            let state = match wide && p.is_served() {
+                true => health.text(p),
+                false => health.word(now),
+            };
+            rows.push(Row::Cells(cells(p, state), health.look()));
             if !p.is_served() {
-                rows.push(Row::Below(health(p), look));
+                rows.push(Row::Below(health.text(p), health.look()));
             }
         }
     }
@@ -190,10 +206,7 @@ fn table(shown: &Shown<'_>, wide: bool) -> Vec<Line> {
             Table { titles: TITLES, right, less: LESS, indent: 2, rows }.lines(wide)
         }
     };
-    if shown.points().any(|(d, i)| d.points[i].is_served()) {
-        let what = "ok: not verified, only headers were read ('fleecefs verify' checks the data)";
-        lines.push(Line::new(Look::Plain, what));
-    }
+    lines.extend(health::notes(shown.points().map(|(d, i)| shown.health(d, i))));
     add_findings(&mut lines, catalog);
     lines
 }
@@ -206,13 +219,8 @@ fn heading(shown: &Shown<'_>, disk: &Disk) -> String {
     format!("{}: {size}{points}", path_text(&disk.path))
 }
 
-fn cells(p: &Point, wide: bool) -> Vec<String> {
+fn cells(p: &Point, state: String) -> Vec<String> {
     let size = if p.size == 0 && !p.is_served() { "-".into() } else { human_bytes(p.size) };
-    let state = match (p.is_served(), wide) {
-        (false, _) => "unavailable",
-        (true, true) => HEADER_OK,
-        (true, false) => "ok",
-    };
     vec![
         path_text(&p.name),
         iso_time(p.time),
@@ -220,35 +228,18 @@ fn cells(p: &Point, wide: bool) -> Vec<String> {
         size,
         human_bytes(p.own_bytes),
         Achieved::word(p.consistency).into(),
-        state.into(),
+        state,
     ]
 }
 
 fn add_findings(lines: &mut Vec<Line>, catalog: &Catalog) {
-    let findings = catalog.findings.iter().chain(catalog.disks.iter().flat_map(|d| &d.findings));
-    for (i, finding) in findings.enumerate() {
+    let all = catalog.findings.iter().chain(catalog.disks.iter().flat_map(|d| &d.findings));
+    for (i, finding) in all.enumerate() {
         if i == 0 {
             lines.extend([Line::new(Look::Plain, ""), Line::new(Look::Bold, "findings:")]);
         }
-        let (word, look) = match finding.severity {
-            Severity::Note => ("note", Look::Plain),
-            Severity::Warning => ("warning", Look::Yellow),
-            Severity::Error => ("error", Look::Red),
-        };
-        let mut line = path_text(relative(catalog, &finding.path));
-        if let Some(offset) = finding.offset {
-            let _ = write!(line, " at offset {offset:#x}");
-        }
-        let _ = write!(line, ": {}", finding.message);
-        if let Some(remedy) = &finding.remedy {
-            let _ = write!(line, " ({remedy})");
-        }
-        lines.push(Line::new(look, format!("  {word}: {line}")));
+        lines.push(findings::line(finding, Some(&catalog.root), 2));
     }
-}
-
-fn relative<'a>(catalog: &Catalog, path: &'a Path) -> &'a Path {
-    path.strip_prefix(&catalog.root).ok().filter(|p| !p.as_os_str().is_empty()).unwrap_or(path)
 }
 
 /// The whole catalog for scripts. Paths that are not UTF-8 have `\xNN` in them.
@@ -281,8 +272,10 @@ struct PointJson<'a> {
     consistency: &'static str,
     served: bool,
     health: String,
-    /// Whether its data was read; `list` never does.
+    /// Whether `verify` has read its data as it is now.
     checked: bool,
+    /// What it found.
+    verified: Option<VerifiedJson>,
     #[serde(skip_serializing_if = "Option::is_none")]
     unavailable: Option<&'a Finding>,
 }
@@ -304,7 +297,7 @@ fn disk_json<'a>(shown: &Shown<'a>, disk: &'a Disk) -> DiskJson<'a> {
         findings: &disk.findings,
         points: shown
             .of(disk)
-            .map(|(_, p)| PointJson {
+            .map(|(i, p)| PointJson {
                 parent: p.parent.and_then(name_of),
                 point: &p.name,
                 file: to_text(p.source.as_os_str()),
@@ -315,8 +308,9 @@ fn disk_json<'a>(shown: &Shown<'a>, disk: &'a Disk) -> DiskJson<'a> {
                 own_bytes: p.own_bytes,
                 consistency: Achieved::word(p.consistency),
                 served: p.is_served(),
-                health: health(p),
-                checked: false,
+                health: shown.health(disk, i).text(p),
+                checked: shown.health(disk, i).is_checked(),
+                verified: shown.health(disk, i).verified(),
                 unavailable: p.unavailable.as_ref(),
             })
             .collect(),

@@ -37,10 +37,10 @@ pub(super) struct MapArgs {
     #[arg(long, value_enum, hide = true, conflicts_with = "json")]
     output: Option<Output>,
     /// First guest byte to show (K, M, G, T)
-    #[arg(long, value_parser = crate::units::parse_bytes, default_value = "0")]
+    #[arg(long, value_name = "BYTES", value_parser = crate::units::parse_bytes, default_value = "0")]
     start_offset: u64,
     /// How many guest bytes to show [default: the rest of the disk]
-    #[arg(long, value_parser = crate::units::parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = crate::units::parse_bytes)]
     max_length: Option<u64>,
 }
 

@@ -10,7 +10,9 @@ mod consolidate;
 mod diff;
 mod docs;
 mod files;
+mod findings;
 mod habits;
+mod health;
 mod info;
 mod keep;
 mod link_disk;
@@ -44,7 +46,7 @@ use clap::{CommandFactory, Parser};
 use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
-use crate::output::logging;
+use crate::output::logging::{self, Results};
 use crate::text::{is_hidden, path_text, visible};
 use crate::{folder, output, privileges};
 use args::{Cli, Command, Json};
@@ -166,6 +168,9 @@ fn become_owner(command: &mut Command) -> Result<()> {
     if let Some(state) = command.state() {
         state.give_to(&owner)?;
     }
+    if let Some((state, read)) = command.verified() {
+        state.give_if_possible(&owner, read);
+    }
     owner.become_it()
 }
 
@@ -191,10 +196,13 @@ fn init_logging(cli: &Cli) {
     let timed = cli.verbose >= 2;
     builder.format(move |out, r| {
         let (word, text) = (logging::word(r.level()), visible(&r.args().to_string()));
-        if timed {
-            write!(out, "{} ", out.timestamp_seconds())?;
-        }
-        writeln!(out, "{word}: {text}")
+        let time = if timed { format!("{} ", out.timestamp_seconds()) } else { String::new() };
+        writeln!(out, "{}", output::for_stderr(&format!("{time}{word}: {text}")))
     });
-    logging::start(builder.build());
+    let results = match (cli.quiet, cli.verbose) {
+        (1.., _) => Results::Nowhere,
+        (0, 0) => Results::InLogs,
+        (0, _) => Results::Everywhere,
+    };
+    logging::start(builder.build(), results);
 }

@@ -142,7 +142,10 @@ fn make(catalog: &Catalog, rules: &Rules, args: &PruneArgs) -> Result<Plan> {
 }
 
 fn show(plan: &Plan, as_json: bool, dry_run: bool) -> Result<()> {
-    output::print(&if as_json { output::json_document(plan)? } else { text(plan, dry_run) })
+    match as_json {
+        true => output::print(&output::json_document(plan)?),
+        false => output::print_sentences(&text(plan, dry_run)),
+    }
 }
 
 /// Why nothing of some disks may be deleted, each reason once.

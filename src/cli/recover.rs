@@ -196,9 +196,11 @@ pub(super) fn cancel(args: CancelArgs) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
     match control::ask(&state, &vm, "cancel")? {
-        Some(s) => {
-            output::print(&format!("stopping backup {} (process {})\n", path_text(&s.run), s.pid))
-        }
+        Some(s) => output::print_sentences(&format!(
+            "stopping backup {} (process {})\n",
+            path_text(&s.run),
+            s.pid
+        )),
         None => Err(args.of.not_running(&vm)),
     }
 }

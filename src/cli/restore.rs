@@ -408,7 +408,9 @@ fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
     let image = open_point(job.disk, job.point, &Cache::new(CACHE_BYTES))?;
     let plan = Plan::new(&image, work)?;
     if how.dry_run {
-        return output::print(&show_plan(how, &name, &job.target, &plan)?).map(|()| 0);
+        let text = show_plan(how, &name, &job.target, &plan)?;
+        return if how.json { output::print(&text) } else { output::print_sentences(&text) }
+            .map(|()| 0);
     }
     if let Target::Raw(path) | Target::Qcow2(path, _) = &job.target {
         if job.of_run { make_folder(path) } else { has_folder(path) }?;
@@ -418,7 +420,10 @@ fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
     for b in &summary.bad {
         log::error!("{} bytes at {:#x} are zeros in the result: {}", b.len, b.start, b.reason);
     }
-    say(&job.target, show_summary(how, &name, &job.target, &summary)?).map(|()| given_up)
+    if !verbosity::is_quiet() {
+        say(&job.target, show_summary(how, &name, &job.target, &summary)?, how.json)?;
+    }
+    Ok(given_up)
 }
 
 /// The target's folder has to be there: a mistyped one, or that of a file system that is not mounted,
@@ -457,18 +462,15 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
         })
 }
 
-/// Standard output, unless the disk itself goes there.
-fn say(target: &Target, text: String) -> Result<()> {
-    if *target == Target::Stdout {
-        if !verbosity::is_quiet() {
-            output::tell(&text);
-        }
-        return Ok(());
+/// Prints to standard output, unless the disk itself goes there.
+fn say(target: &Target, text: String, as_json: bool) -> Result<()> {
+    match (target, as_json) {
+        (Target::Stdout, true) => output::tell_as_is(&text),
+        (Target::Stdout, false) => output::tell(&text),
+        (_, true) => output::print(&text)?,
+        (_, false) => output::print_sentences(&text)?,
     }
-    if verbosity::is_quiet() {
-        return Ok(());
-    }
-    output::print(&text)
+    Ok(())
 }
 
 fn target_name(target: &Target) -> String {
@@ -525,19 +527,19 @@ fn show_summary(how: &OutputArgs, name: &Path, target: &Target, s: &Summary) -> 
         let (disk, point, path) = names(name, target);
         let value = json!({
             "disk": disk, "point": point, "target": path, "format": kind_name(target),
-            "way": s.way(), "result": s,
+            "way": s.method(), "result": s,
         });
         return output::json_object(&value);
     }
     let seconds = s.duration_ms as f64 / 1000.0;
-    let verified = if s.verified { ", read back and found equal" } else { "" };
+    let verified = if s.verified { ", read back and equal" } else { "" };
+    let bytes = |n: u64, what: &str| (n > 0).then(|| format!("{} {what}, ", human_bytes(n)));
     Ok(format!(
-        "{} -> {}: {}: {} copied, {} cloned, {} of {} are holes, {seconds:.1} s{verified}\n",
+        "{} -> {}: {}{}{} of {} are holes, {seconds:.1} s{verified}\n",
         path_text(&name),
         target_name(target),
-        s.way(),
-        human_bytes(s.copied),
-        human_bytes(s.cloned),
+        bytes(s.copied, "copied").unwrap_or_default(),
+        bytes(s.cloned, "cloned").unwrap_or_default(),
         human_bytes(s.holes),
         human_bytes(s.size),
     ))

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use serde_json::json;
 
+use super::health::{self, Health};
 use super::table::{Row, Table, level_name};
 use super::verbosity;
 use crate::chain::{Catalog, Disk, manifest_of, missing_of_run};
@@ -13,7 +14,7 @@ use crate::layout::Level;
 use crate::manifest::{Achieved, Manifest};
 use crate::output;
 use crate::output::{Line, Look};
-use crate::restore::run::{Duplicates, Guest, PointTime};
+use crate::restore::run::{Duplicates, Guest, Guests, PointTime};
 use crate::text::{path_text, to_text};
 use crate::units::{as_time, human_bytes, iso_time};
 
@@ -41,6 +42,9 @@ struct RunRow {
     /// The least that is known of any of its points.
     consistency: &'static str,
     served: bool,
+    /// The worst of its points.
+    #[serde(skip)]
+    health: Health,
 }
 
 #[derive(Debug, Serialize)]
@@ -57,7 +61,7 @@ struct PointRow {
 /// They cannot be written.
 pub(super) fn show(
     catalog: &Catalog,
-    points: &[(&Disk, usize)],
+    points: &[(&Disk, usize, Health)],
     all_disks: bool,
     as_json: bool,
 ) -> Result<()> {
@@ -76,17 +80,29 @@ pub(super) fn show(
     output::print_lines(&table(runs, verbosity::is_verbose()))
 }
 
-fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
+/// What 'restore --run' may be given: times and ids.
+pub(super) fn names(catalog: &Catalog) -> Vec<String> {
+    let disks = catalog.disks.iter();
+    let points = disks.flat_map(|d| (0..d.points.len()).map(move |i| (d, i, Health::NotVerified)));
+    let names = runs(catalog, &points.collect::<Vec<_>>())
+        .into_iter()
+        .flat_map(|r| [Some(iso_time(r.time)), r.id]);
+    names.flatten().chain(["latest".to_string()]).collect()
+}
+
+fn runs(catalog: &Catalog, points: &[(&Disk, usize, Health)]) -> Vec<RunRow> {
     let doubles = Duplicates::of(catalog);
     let mut found: BTreeMap<(Guest, Option<String>, i64), RunRow> = BTreeMap::new();
-    for (disk, i) in points.iter().filter(|(d, i)| d.points[*i].level != Level::Snapshot) {
+    let manifests: Vec<_> = points.iter().map(|(disk, i, _)| manifest_of(disk, *i)).collect();
+    let known = points.iter().zip(&manifests).map(|((disk, ..), m)| (*disk, m.as_ref()));
+    let guests = Guests::of(known);
+    for ((disk, i, health), manifest) in points.iter().zip(manifests) {
         let p = &disk.points[*i];
-        let manifest = manifest_of(disk, *i);
-        if doubles.has(disk, p.time, manifest.as_ref()) {
+        if p.level == Level::Snapshot || doubles.has(disk, p.time, manifest.as_ref()) {
             continue;
         }
         let id = manifest.as_ref().map(|m| m.run.clone()).filter(|id| !id.is_empty());
-        let guest = Guest::of(disk, manifest.as_ref());
+        let guest = guests.guest(disk, manifest.as_ref());
         let when = PointTime::of(p.time, manifest.as_ref());
         let vm = guest.name();
         let key = (guest, id.clone(), if id.is_some() { 0 } else { p.time });
@@ -101,6 +117,7 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
             own_bytes: 0,
             consistency: Achieved::word(p.consistency),
             served: true,
+            health: *health,
         });
         run.when = run.when.max(when);
         run.points.push(PointRow {
@@ -115,6 +132,7 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
         }
         run.own_bytes = run.own_bytes.saturating_add(p.own_bytes);
         run.served &= p.is_served();
+        run.health = Health::worst([run.health, *health].into_iter()).unwrap_or(*health);
         if run.consistency != Achieved::word(p.consistency) {
             run.consistency = "mixed";
         }
@@ -132,18 +150,21 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize)]) -> Vec<RunRow> {
 const TITLES: &[&str] = &["TIME", "RUN", "VM", "DISKS", "OWN", "CONSISTENCY", "STATE"];
 
 fn table(runs: Vec<RunRow>, wide: bool) -> Vec<Line> {
+    let now = jiff::Timestamp::now().as_second();
+    let notes = health::notes(runs.iter().map(|r| r.health));
     let mut rows = Vec::new();
     for r in runs {
         let disks = r.points.iter();
         let disks = disks.map(|p| format!("{} {}", path_text(&p.disk), level_name(p.level)));
         let failed: Vec<String> = r.failed.iter().map(path_text).collect();
         let (state, look, below) = match (r.served, failed.as_slice()) {
-            (false, _) => ("unavailable", Look::Red, Some("unavailable: see 'list'".to_string())),
-            (true, []) if wide => ("ok (not verified)", Look::Plain, None),
-            (true, []) => ("ok", Look::Plain, None),
+            (false, _) => {
+                ("unavailable".into(), Look::Red, Some("unavailable: see 'list'".to_string()))
+            }
+            (true, []) => (r.health.word(now), r.health.look(), None),
             (true, names) => {
                 let what = format!("partial: without {}", names.join(", "));
-                ("partial", Look::Yellow, Some(what))
+                ("partial".into(), Look::Yellow, Some(what))
             }
         };
         let disks = disks.collect::<Vec<_>>().join(", ");
@@ -155,12 +176,14 @@ fn table(runs: Vec<RunRow>, wide: bool) -> Vec<Line> {
             if several { format!("{} disks", r.points.len()) } else { disks.clone() },
             human_bytes(r.own_bytes),
             r.consistency.into(),
-            state.into(),
+            state,
         ];
         rows.push(Row::Cells(cells, look));
         rows.extend(several.then_some(Row::Below(disks, Look::Plain)));
         rows.extend(below.map(|text| Row::Below(text, look)));
     }
     let less = &["OWN", "CONSISTENCY", "VM"];
-    Table { titles: TITLES, right: &["OWN"], less, indent: 0, rows }.lines(wide)
+    let mut lines = Table { titles: TITLES, right: &["OWN"], less, indent: 0, rows }.lines(wide);
+    lines.extend(notes);
+    lines
 }

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::health::{self, Health};
 use super::paths::catalog;
+use super::state::StateArgs;
 use super::table::level_name;
 use crate::chain::{Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
@@ -36,6 +38,8 @@ pub(super) struct ShowArgs {
     /// Print JSON, with the VM's whole configuration as QEMU reported it
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub state: StateArgs,
 }
 
 /// The largest file that `backup --config` keeps, in bytes.
@@ -57,9 +61,11 @@ pub(super) fn run(args: ShowArgs) -> Result<()> {
     if let Some(name) = &args.config {
         return print_config(dir, manifest.as_ref(), name);
     }
+    let last = health::memory(&args.state, &catalog).of(disk).into_iter().nth(point).flatten();
+    let health = Health::of(&disk.points[point], last);
     output::print(&match args.json {
-        true => output::json_document(&as_json(disk, point, manifest.as_ref()))?,
-        false => text(disk, point, manifest.as_ref()),
+        true => output::json_document(&as_json(disk, point, health, manifest.as_ref()))?,
+        false => text(disk, point, health, manifest.as_ref()),
     })
 }
 
@@ -92,7 +98,7 @@ fn base_name(file: &ConfigFile) -> &str {
     file.path.rsplit('/').next().unwrap_or_default()
 }
 
-fn as_json(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> Value {
+fn as_json(disk: &Disk, point: usize, health: Health, manifest: Option<&Manifest>) -> Value {
     let p = &disk.points[point];
     json!({
         "disk": to_text(disk.path.as_os_str()),
@@ -105,6 +111,7 @@ fn as_json(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> Value {
         "depth": disk.stack(point).len(),
         "served": p.is_served(),
         "unavailable": p.unavailable,
+        "verified": health.verified(),
         "manifest": manifest,
     })
 }
@@ -120,7 +127,7 @@ impl Rows {
     }
 }
 
-fn text(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> String {
+fn text(disk: &Disk, point: usize, health: Health, manifest: Option<&Manifest>) -> String {
     let p = &disk.points[point];
     let mut rows = Rows(String::new());
     rows.row("point", to_text(disk.point_path(point).as_os_str()));
@@ -133,7 +140,7 @@ fn text(disk: &Disk, point: usize, manifest: Option<&Manifest>) -> String {
     rows.row("takes", human_bytes(p.own_bytes));
     rows.row("parent", p.parent.map(|i| disk.points[i].name.as_str()).unwrap_or_default());
     rows.row("chain", &p.chain);
-    rows.row("state", p.unavailable.as_ref().map_or("ok (not verified)", |f| &f.message));
+    rows.row("state", p.unavailable.as_ref().map_or(health.text(p), |f| f.message.clone()));
     match manifest {
         Some(m) => of_manifest(&mut rows, m, p.consistency),
         None => {

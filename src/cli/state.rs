@@ -1,6 +1,6 @@
 //! The folder for journals and locks: `--state-dir`.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -8,20 +8,24 @@ use clap::Args;
 
 use super::{paths, verbosity};
 use crate::backup::state::lock;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::privileges::Owner;
 
 /// Where locks and journals are.
 #[derive(Debug, Args)]
 pub(super) struct StateArgs {
-    /// Folder for journals and locks [default: /var/lib/fleecefs, or the user's state folder]
+    /// Folder for journals, locks and the results of 'verify' [default: /var/lib/fleecefs, or the user's state folder]
     #[arg(long, value_name = "FOLDER", env = "FLEECEFS_STATE_DIR")]
     state_dir: Option<PathBuf>,
 
     /// See [`Self::give_to`].
     #[arg(skip)]
     own: Option<PathBuf>,
+
+    /// Whether the owner has none.
+    #[arg(skip)]
+    is_without: bool,
 }
 
 impl StateArgs {
@@ -31,18 +35,37 @@ impl StateArgs {
     /// # Errors
     /// It cannot be made; `Permission` if others may write where it is to be.
     pub(super) fn give_to(&mut self, owner: &Owner) -> Result<()> {
-        let state = self.dir()?;
-        let failed = |e| Error::io(e, "cannot make the owner's state folder").at_path(&state);
-        let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
-            return Err(verbosity::usage("the state folder needs a name"));
-        };
-        let folder = folder::make_folders(above).map_err(failed)?;
-        folder::check_private(above)?;
-        let mut own = name.to_os_string();
-        own.push(format!(".as-{}", owner.uid));
+        let (above, own) = self.place_for(owner)?;
+        let failed =
+            |e| Error::io(e, "cannot make the owner's state folder").at_path(above.join(&own));
+        let folder = folder::make_folders(&above).map_err(failed)?;
+        folder::check_private(&above)?;
         folder.make_folder_of(&own, owner.uid).map_err(failed)?;
         self.own = Some(above.join(own));
         Ok(())
+    }
+
+    /// The folder above that of an owner, and its name.
+    fn place_for(&self, owner: &Owner) -> Result<(PathBuf, OsString)> {
+        let state = self.dir()?;
+        let (Some(above), Some(name)) = (state.parent(), state.file_name()) else {
+            return Err(verbosity::usage("the state folder needs a name"));
+        };
+        let mut own = name.to_os_string();
+        own.push(format!(".as-{}", owner.uid));
+        Ok((above.to_path_buf(), own))
+    }
+
+    /// As [`Self::give_to`], for commands that do without. Those that only `read` it make none.
+    pub(super) fn give_if_possible(&mut self, owner: &Owner, read: bool) {
+        let given = match read {
+            true => self.place_for(owner).map(|(above, own)| self.own = Some(above.join(own))),
+            false => self.give_to(owner),
+        };
+        if let Err(e) = given {
+            log::info!("no state is kept for the owner: {}", e.report());
+            self.is_without = true;
+        }
     }
 
     /// Whether it is that of an owner.
@@ -61,6 +84,9 @@ impl StateArgs {
     /// # Errors
     /// `Permission` if others may change it.
     pub(super) fn dir(&self) -> Result<PathBuf> {
+        if self.is_without {
+            return Err(Error::new(Kind::NotFound, "the owner has no state folder"));
+        }
         let given = self.own.as_ref().or(self.state_dir.as_ref()).cloned();
         let path = given.map_or_else(lock::default_state_dir, Ok)?;
         let path = paths::to_make(&path)?;

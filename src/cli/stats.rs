@@ -24,18 +24,18 @@ use crate::units::{as_time, counted, human_bytes, iso_time, parse_bytes};
 
 /// Show what each point takes and adds, and how much of a disk changes
 ///
-/// OWN is what the point's file takes on its file system, DATA how many bytes of guest data its image has:
-/// for an INC what was backed up of the changes since the point before. Below each disk: how much of it may differ
-/// between its first and its last point, as 'fleecefs diff' tells it. Only maps are read. DATA of archives
-/// (VMA, lz4 streams) is not told, since they would have to be unpacked.
+/// OWN is the space that the point's file takes, DATA the guest data in it: for an INC, what was written since the
+/// point before. Below each disk it says how much of the disk may differ between the first and the last point, as
+/// 'fleecefs diff' does. Only maps are read; archives (VMA, lz4 streams) have no DATA, since they would have to be
+/// unpacked.
 ///
-/// With --keep-... rules it also says what 'fleecefs prune' with these would free now; nothing is deleted.
+/// With --keep-... rules it also shows what 'fleecefs prune' would free with these rules; nothing is deleted.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   fleecefs stats /backups/vm1
   fleecefs stats /backups/vm1 --disk sda --json
-  fleecefs stats /backups/vm1 --keep-daily 7 --keep-weekly 4     what prune would free")]
+  fleecefs stats /backups/vm1 --keep-daily 7     what prune would free")]
 pub(super) struct StatsArgs {
     /// The backup directory
     pub dir: PathBuf,
@@ -267,7 +267,8 @@ fn show(stats: &Stats) -> Result<()> {
     let table =
         Table { titles, right: &["OWN", "DATA"], less: &["LEVEL", "TIME"], indent: 2, rows };
     let mut lines = table.lines(verbosity::is_verbose());
-    lines.push(output::Line::new(Look::Plain, format!("{} in all", human_bytes(stats.own_bytes))));
+    lines
+        .push(output::Line::new(Look::Plain, format!("{} in total", human_bytes(stats.own_bytes))));
     if let Some(p) = &stats.prune {
         let what = format!(
             "prune with these rules: {} to delete, {}",

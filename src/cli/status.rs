@@ -123,17 +123,17 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
     if let Some(s) = control::ask(&state, &vm, "status")? {
-        return output::print(&match args.print.json {
-            true => output::json_document(&running(&s))?,
-            false => text(&s),
-        });
+        return match args.print.json {
+            true => output::print(&output::json_document(&running(&s))?),
+            false => output::print_sentences(&text(&s)),
+        };
     }
     if let Some(left) = journal::pending(&state, &vm)? {
         let left = Unfinished { state: "interrupted", run: left.run, target: left.target };
-        return output::print(&match args.print.json {
-            true => output::json_document(&left)?,
-            false => due(&left, args),
-        });
+        return match args.print.json {
+            true => output::print(&output::json_document(&left)?),
+            false => output::print_sentences(&interrupted(&left, args)),
+        };
     }
     // Whoever watches a socket that is not there has mistyped it, or the VM is off.
     if !args.of.is_offline() && !is_there(&vm) {
@@ -141,7 +141,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
     }
     match args.print.json {
         true => output::print(&output::json_document(&json!({"state": "none"}))?),
-        false => output::print(&format!("{}\n", args.of.not_running(&vm).report())),
+        false => output::print_sentences(&format!("{}\n", args.of.not_running(&vm).report())),
     }
 }
 
@@ -156,7 +156,7 @@ fn running(s: &Status) -> Value {
         "disks": disks.collect::<Vec<_>>()})
 }
 
-fn due(left: &Unfinished, args: &StatusArgs) -> String {
+fn interrupted(left: &Unfinished, args: &StatusArgs) -> String {
     let mut text = match left.run.as_str() {
         "" => "an interrupted backup has left unfinished images".to_string(),
         run => format!(

@@ -28,7 +28,7 @@ pub(super) enum Row {
     Heading(String),
     /// Cells, and how they look.
     Cells(Vec<String>, Look),
-    /// A line of its own below a row.
+    /// A sentence of its own below a row.
     Below(String, Look),
 }
 
@@ -63,7 +63,7 @@ impl Table {
             Row::Heading(text) => Line::new(Look::Bold, text.clone()),
             Row::Cells(cells, look) => Line::new(*look, self.line(cells, &shown, &widths)),
             Row::Below(text, look) => {
-                Line::new(*look, format!("{:indent$}{text}", "", indent = self.indent + GAP))
+                Line::sentence(*look, format!("{:indent$}{text}", "", indent = self.indent + GAP))
             }
         }));
         lines

@@ -138,7 +138,7 @@ impl VerbArgs {
         if self.dry_run {
             let mut text = String::new();
             steps.iter().for_each(|s| output::push_line(&mut text, s));
-            output::print(&(text + verbosity::UNCHANGED))?;
+            output::print_sentences(&(text + verbosity::UNCHANGED))?;
             return Ok(false);
         }
         log::warn!("{}: this changes the backup itself", path_text(&self.dir));
@@ -160,7 +160,10 @@ pub(super) fn rebase(args: RebaseArgs) -> Result<()> {
         return Ok(());
     }
     plan.execute(args.verb.skip_check, &work)?;
-    output::print(&format!("{} now links to the image of this point\n", path_text(&plan.link)))
+    output::print_sentences(&format!(
+        "{} now links to the image of this point\n",
+        path_text(&plan.link)
+    ))
 }
 
 /// Runs `fleecefs commit`.
@@ -168,7 +171,7 @@ pub(super) fn rebase(args: RebaseArgs) -> Result<()> {
 /// # Errors
 /// See [`FlattenPlan`].
 pub(super) fn commit(args: CommitArgs) -> Result<()> {
-    fold(&args.verb, false)
+    merge_into_full(&args.verb, false)
 }
 
 /// Runs `fleecefs snapshot-rebase`.
@@ -176,10 +179,10 @@ pub(super) fn commit(args: CommitArgs) -> Result<()> {
 /// # Errors
 /// See [`FlattenPlan`].
 pub(super) fn snapshot_rebase(args: SnapshotRebaseArgs) -> Result<()> {
-    fold(&args.verb, true)
+    merge_into_full(&args.verb, true)
 }
 
-fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
+fn merge_into_full(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = verb.work.work(&cancel, &bar);
     let (catalog, _locks) = verb.catalog(true)?;
@@ -187,13 +190,16 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
         Err(e) if e.kind() == Kind::NotFound => {
             let done = verb.until.as_ref().and_then(|u| rewrite::folded(&catalog, &verb.filter, u));
             let Some(full) = done else { return Err(e) };
-            return output::print(&format!("{} already has that state\n", path_text(&full)));
+            return output::print_sentences(&format!(
+                "{} already has that state\n",
+                path_text(&full)
+            ));
         }
         line => line?,
     };
     let plan = FlattenPlan::new(&catalog, &line, with_snapshots)?;
     if plan.increments.is_empty() && !with_snapshots {
-        return output::print("nothing to merge\n");
+        return output::print_sentences("nothing to merge\n");
     }
     if !verb.announce(&plan.lines())? {
         return Ok(());
@@ -203,7 +209,7 @@ fn fold(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     let merged = counted(count as u64, "increment");
     let full = path_text(&plan.full.path);
     let as_what = if with_snapshots { " as snapshots" } else { "" };
-    output::print(&format!("merged {merged} into {full}{as_what}\n"))
+    output::print_sentences(&format!("merged {merged} into {full}{as_what}\n"))
 }
 
 /// Runs `fleecefs merge`.
@@ -225,7 +231,7 @@ pub(super) fn merge(mut args: MergeArgs) -> Result<()> {
         let data = human_bytes(plan.totals.data);
         let (name, target) = (path_text(&name), path_text(&args.target));
         let what = format!("restore {name} to {target}: {data} of data\n{note}");
-        return output::print(&(what + verbosity::UNCHANGED));
+        return output::print_sentences(&(what + verbosity::UNCHANGED));
     }
     if !args.verb.skip_check {
         // A point that is no chain of single files has nothing to check this way.
@@ -237,7 +243,7 @@ pub(super) fn merge(mut args: MergeArgs) -> Result<()> {
     let options = Options { force: args.over.force, ..Options::default() };
     let summary = crate::restore::restore(&image, &plan, &target, &options, &work)?;
     let (name, target) = (path_text(&name), path_text(&args.target));
-    output::print(&format!("{name} -> {target}: {}\n{note}", summary.way()))
+    output::print_sentences(&format!("{name} -> {target}: {}\n{note}", summary.method()))
 }
 
 /// What to say where the target's name promises another format than it gets.

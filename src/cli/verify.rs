@@ -1,27 +1,32 @@
 //! `fleecefs verify`: whether backups are sound, unsound, or nobody can tell.
 
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use clap::Args;
 
 use super::bar::Bar;
+use super::findings;
 use super::paths::catalog_with_format;
+use super::state::StateArgs;
 use super::values::FileFormat;
-use crate::chain::POINT_HELP;
 use crate::chain::scan::FormatOverride;
-use crate::error::{Error, Kind, Result, Severity};
+use crate::chain::{Catalog, POINT_HELP};
+use crate::error::{Error, Kind, Result};
 use crate::manifest::ImageFormat;
-use crate::output;
+use crate::output::{self, Line, Look};
 use crate::text::path_text;
 use crate::units::{counted, parse_when};
-use crate::verify::{Options, Outcome, PointReport, Report, asked, verify};
+use crate::verify::last_verified::{remember, wait_for_clock};
+use crate::verify::{Options, Outcome, PointReport, Report, requested, verify};
 
 /// Check whether backups are sound
 ///
 /// Checks the structure of every file, how the files of a chain fit together, and every compressed
 /// cluster, and compares each file with the hash in its manifest. A point without a hash is "unproven"
 /// unless an error is found: damage of plain data would not be noticed. Nothing is repaired; each finding
-/// tells what to do.
+/// tells what to do. Without --create nothing is written to the backup directory; 'list' and 'show' show the results,
+/// which are kept in the state folder.
 ///
 /// The exit code is 0 if all points are sound, 18 if one is unsound, 19 if none is unsound and one is
 /// unproven.
@@ -34,16 +39,16 @@ pub(super) struct VerifyArgs {
     quick: bool,
     #[arg(long, help = POINT_HELP)]
     point: Option<PathBuf>,
-    /// Only points since then: 2026-11-22, 2026-11-22T04:00 (UTC, or with +01:00), 7d, or @SECONDS; of their
-    /// parents, structure and chain are checked
+    /// Only points since then: 2026-11-22, 2026-11-22T04:00 (UTC, or with +01:00), 7d, or @SECONDS; for the points
+    /// that they depend on, only structure and chain are checked
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
     /// Write manifests with hashes for points that have none, so that later changes are found; points that
     /// may be incomplete (such as after an interrupted backup) are skipped
     #[arg(long, conflicts_with = "quick")]
     create: bool,
-    /// With --create: the format of files whose name and content disagree, or that have no such name and name another
-    /// file, and that have no manifest (raw or qcow2); it is recorded for all of them, or for that of --point
+    /// With --create: record this format for files without a manifest whose format is not certain: the name says raw
+    /// and the content looks like qcow2, or there is no extension and the header names another file
     #[arg(long, value_enum, requires = "create")]
     format: Option<FileFormat>,
     /// Number of threads [default: one per processor]
@@ -59,6 +64,8 @@ pub(super) struct VerifyArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub state: StateArgs,
 }
 
 /// Runs `fleecefs verify`.
@@ -84,11 +91,16 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
     };
     if let Some(format) = format {
         options.format_override =
-            Some(FormatOverride { format, files: asked(&catalog, &options)? });
+            Some(FormatOverride { format, files: requested(&catalog, &options)? });
         catalog = catalog_with_format(&args.dir, options.format_override.clone())?;
     }
+    let since = if options.quick { SystemTime::now() } else { wait_for_clock(&catalog) };
     let report = verify(&catalog, &options, &Bar::default())?;
-    output::print(&if args.json { output::json_document(&report)? } else { text(&report) })?;
+    remember_it(&args.state, &catalog, &report, since);
+    match args.json {
+        true => output::print(&output::json_document(&report)?)?,
+        false => output::print_lines(&lines(&report))?,
+    }
     match report.outcome {
         Outcome::Sound => Ok(()),
         Outcome::Unsound => {
@@ -103,51 +115,52 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
     }
 }
 
-fn text(report: &Report) -> String {
-    let mut out = String::new();
+/// Keeps how it stands for `list`. Where that is not possible the result is no worse.
+fn remember_it(state: &StateArgs, catalog: &Catalog, report: &Report, since: SystemTime) {
+    let kept = state.dir().and_then(|dir| remember(&dir, catalog, &report.checked, since));
+    if let Err(e) = kept {
+        log::info!("'list' will not show that this was verified: {}", e.report());
+    }
+}
+
+fn lines(report: &Report) -> Vec<Line> {
+    let mut out = Vec::new();
     let known = report.points.iter().flat_map(|p| p.findings.iter().map(move |f| (p, f)));
     let mut seen = std::collections::HashSet::new();
     for f in known.map(|(_, f)| f).chain(&report.findings).filter(|f| seen.insert(*f)) {
-        let word = match f.severity {
-            Severity::Error => "error",
-            Severity::Warning => "warning",
-            Severity::Note => "note",
-        };
-        output::push_line(&mut out, format!("{word}: {f}"));
+        out.push(findings::line(f, None, 0));
     }
     // What has just been recorded is proved from now on.
     let is_new = |p: &&PointReport| p.recorded && p.outcome == Outcome::Unproven;
     for p in report.points.iter().filter(|p| p.outcome != Outcome::Sound && !is_new(p)) {
-        output::push_line(&mut out, line(p));
+        out.push(line(p));
     }
     let count = |o| report.points.iter().filter(|p| p.outcome == o && !is_new(p)).count();
-    output::push_line(
-        &mut out,
-        format!(
-            "{} sound, {} unsound, {} unproven{}",
-            count(Outcome::Sound),
-            count(Outcome::Unsound),
-            count(Outcome::Unproven),
-            if report.quick { " (structure and chain only)" } else { "" },
-        ),
-    );
     let recorded = report.points.iter().filter(|p| p.recorded).count();
+    let sum = format!(
+        "{} sound, {} unsound, {} unproven{}{}",
+        count(Outcome::Sound),
+        count(Outcome::Unsound),
+        count(Outcome::Unproven),
+        if recorded > 0 { format!(", {recorded} recorded") } else { String::new() },
+        if report.quick { " (structure and chain only)" } else { "" },
+    );
+    out.push(Line::sentence(Look::Plain, sum));
     if recorded > 0 {
         let points = counted(recorded as u64, "point");
-        output::push_line(&mut out, format!("{points} recorded: later changes will be found"));
+        let what = format!("the hashes of {points} were recorded: later changes will be found");
+        out.push(Line::sentence(Look::Plain, what));
     }
     out
 }
 
-fn line(p: &PointReport) -> String {
-    let word = match p.outcome {
-        Outcome::Sound => "sound",
-        Outcome::Unproven => "unproven",
-        Outcome::Unsound => "UNSOUND",
+fn line(p: &PointReport) -> Line {
+    let (word, look) = match p.outcome {
+        Outcome::Sound => ("sound", Look::Plain),
+        Outcome::Unproven => ("unproven", Look::Yellow),
+        Outcome::Unsound => ("UNSOUND", Look::Red),
     };
     let path = path_text(&p.disk.join(&p.point));
-    match &p.reason {
-        Some(r) => format!("{word}: {path}: {r}"),
-        None => format!("{word}: {path}"),
-    }
+    let reason = p.reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();
+    Line::sentence(look, format!("{word}: {path}{reason}"))
 }

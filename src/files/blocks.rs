@@ -80,7 +80,7 @@ impl Blocks {
 
     pub(super) fn put(&self, key: Key, bytes: &Arc<[u8]>) {
         let size = bytes.len() as u64 + ENTRY_OVERHEAD;
-        if size > self.room() {
+        if size > self.free_bytes() {
             return;
         }
         let mut inner = self.lock();
@@ -91,12 +91,12 @@ impl Blocks {
         self.evict(&mut inner);
     }
 
-    fn room(&self) -> u64 {
+    fn free_bytes(&self) -> u64 {
         self.limit.saturating_sub(self.held.load(Ordering::Relaxed))
     }
 
     fn evict(&self, inner: &mut Inner) {
-        let room = self.room();
+        let room = self.free_bytes();
         while inner.used > room
             && let Some((_, old)) = inner.list.pop_lru()
         {

@@ -24,22 +24,22 @@ const NAMES: usize = 65_536;
 /// `NotFound`, naming the part that is not there; what reading says.
 pub fn resolve(tree: &dyn Tree, path: &[u8], follow: bool) -> Result<NodeId> {
     let mut todo: Vec<Vec<u8>> = parts(path).rev().map(<[u8]>::to_vec).collect();
-    let (mut way, mut links) = (vec![tree.root()], 0);
-    let here = |way: &[NodeId]| way.last().copied().unwrap_or(tree.root());
+    let (mut parents, mut links) = (vec![tree.root()], 0);
+    let here = |parents: &[NodeId]| parents.last().copied().unwrap_or(tree.root());
     while let Some(name) = todo.pop() {
         if name == b".." {
-            way.truncate(way.len().saturating_sub(1).max(1));
+            parents.truncate(parents.len().saturating_sub(1).max(1));
             continue;
         }
         let missing =
             || Error::new(Kind::NotFound, format!("no '{}' in this file system", shown(path)));
-        if !is_name(&name) || tree.attributes(here(&way))?.kind != NodeKind::Folder {
+        if !is_name(&name) || tree.attributes(here(&parents))?.kind != NodeKind::Folder {
             return Err(missing());
         }
-        let node = tree.lookup(here(&way), &name)?.ok_or_else(missing)?;
+        let node = tree.lookup(here(&parents), &name)?.ok_or_else(missing)?;
         let is_link = tree.attributes(node)?.kind == NodeKind::Link;
         if !is_link || (todo.is_empty() && !follow) {
-            way.push(node);
+            parents.push(node);
             continue;
         }
         links += 1;
@@ -49,11 +49,11 @@ pub fn resolve(tree: &dyn Tree, path: &[u8], follow: bool) -> Result<NodeId> {
         }
         let text = tree.read_link(node)?;
         if text.first() == Some(&b'/') {
-            way.truncate(1);
+            parents.truncate(1);
         }
         todo.extend(parts(&text).rev().map(<[u8]>::to_vec));
     }
-    Ok(here(&way))
+    Ok(here(&parents))
 }
 
 fn parts(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {

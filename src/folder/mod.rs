@@ -64,7 +64,9 @@ pub use name::{PlainName, plain};
 pub use open::Access;
 use open::refused;
 pub use owner::{ForeignOwner, check_private, check_unchangeable, foreign_owner};
-pub use resolve::{ResolvedPath, resolve, resolve_path, resolve_target, resolve_to_make, way};
+pub use resolve::{
+    ResolvedPath, follow_path, resolve, resolve_path, resolve_target, resolve_to_make,
+};
 pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to

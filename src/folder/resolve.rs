@@ -45,7 +45,7 @@ pub struct ResolvedPath {
 }
 
 /// Resolves `path` as [`resolve_path`] does and says what that depends on.
-pub fn way(path: &Path) -> ResolvedPath {
+pub fn follow_path(path: &Path) -> ResolvedPath {
     let mut walk = PathWalk::default();
     let real = std::path::absolute(path).and_then(|p| walk.follow(PathBuf::from("/"), &p));
     ResolvedPath { real, names: walk.names }

@@ -42,7 +42,7 @@ impl<T> Handles<T> {
             free.next - 1
         });
         drop(free);
-        let (chunk, slot) = place(handle);
+        let (chunk, slot) = chunk_and_slot(handle);
         let slots = self.chunks[chunk]
             .get_or_init(|| (0..FIRST << chunk).map(|_| ArcSwapOption::empty()).collect());
         slots[slot].store(Some(value));
@@ -74,13 +74,13 @@ impl<T> Handles<T> {
     }
 
     fn slot(&self, handle: u64) -> Option<&ArcSwapOption<T>> {
-        let (chunk, slot) = place(handle);
+        let (chunk, slot) = chunk_and_slot(handle);
         self.chunks.get(chunk)?.get()?.get(slot)
     }
 }
 
 /// Chunk and slot of a handle. With `FIRST` added the handle's top bit names the chunk.
-fn place(handle: u64) -> (usize, usize) {
+fn chunk_and_slot(handle: u64) -> (usize, usize) {
     let n = handle.saturating_add(FIRST as u64);
     let chunk = n.ilog2() - FIRST.ilog2();
     (chunk as usize, (n - ((FIRST as u64) << chunk)) as usize)
@@ -92,11 +92,11 @@ mod tests {
 
     #[test]
     fn places_are_dense_and_distinct() {
-        assert_eq!(place(0), (0, 0));
-        assert_eq!(place(63), (0, 63));
-        assert_eq!(place(64), (1, 0));
-        assert_eq!(place(191), (1, 127));
-        assert_eq!(place(192), (2, 0));
+        assert_eq!(chunk_and_slot(0), (0, 0));
+        assert_eq!(chunk_and_slot(63), (0, 63));
+        assert_eq!(chunk_and_slot(64), (1, 0));
+        assert_eq!(chunk_and_slot(191), (1, 127));
+        assert_eq!(chunk_and_slot(192), (2, 0));
     }
 
     #[test]

@@ -482,7 +482,7 @@ impl FileSystem {
     /// Figures for `statfs`; the backups' file system is asked by a thread of `slow_pool`.
     pub fn space(&self, slow_pool: &Arc<SlowPool>) -> Space {
         let tree = self.tree.load();
-        let room = self.free.room(&tree.catalog.root, slow_pool);
+        let room = self.free.free_space(&tree.catalog.root, slow_pool);
         Space { used: tree.own_bytes, room, files: tree.len() as u64 }
     }
 

@@ -76,7 +76,7 @@ impl Readers {
     where
         T: Send + Sync + 'static,
     {
-        let Some(place) = self.place() else {
+        let Some(place) = self.permit() else {
             let what = what.clone();
             return self.leave(Box::new(move || job(&what)));
         };
@@ -98,7 +98,7 @@ impl Readers {
     }
 
     /// A place, unless all are taken.
-    fn place(&self) -> Option<ReadPermit<'_>> {
+    fn permit(&self) -> Option<ReadPermit<'_>> {
         let one_more = |n| (n < self.most).then_some(n + 1);
         let taken = self.reading.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
         taken.ok().map(|_| ReadPermit(&self.reading.0))
@@ -109,7 +109,7 @@ impl Readers {
     fn do_left(&self) -> bool {
         let mut done = false;
         while self.is_left.load(Ordering::SeqCst)
-            && let Some(_place) = self.place()
+            && let Some(_place) = self.permit()
             && let Some(job) = self.take_left()
         {
             job();

@@ -98,13 +98,13 @@ impl RootWatch {
     /// makes another way.
     fn watch_way(&mut self) {
         for _ in 0..TRIES {
-            let way = folder::way(&self.called);
-            self.above = watch_folders(&way.names);
-            self.names = way.names;
-            if let Ok(real) = way.real {
+            let followed = folder::follow_path(&self.called);
+            self.above = watch_folders(&followed.names);
+            self.names = followed.names;
+            if let Ok(real) = followed.real {
                 self.real = real;
             }
-            if folder::way(&self.called).names == self.names {
+            if folder::follow_path(&self.called).names == self.names {
                 return;
             }
         }
@@ -114,11 +114,11 @@ impl RootWatch {
     fn mounts_now(&self) -> HashSet<String> {
         let text = system::text(Path::new(MOUNTS)).unwrap_or_default();
         let real = escaped(&self.real);
-        let mut way: HashSet<PathBuf> = self.names.iter().map(|(f, _)| escaped(f)).collect();
-        way.extend([escaped(&self.called), real.clone()]);
+        let mut watched: HashSet<PathBuf> = self.names.iter().map(|(f, _)| escaped(f)).collect();
+        watched.extend([escaped(&self.called), real.clone()]);
         let concerns = |at: &OsStr| {
             let at = Path::new(at);
-            at.starts_with(&real) || way.iter().any(|f| f.starts_with(at))
+            at.starts_with(&real) || watched.iter().any(|f| f.starts_with(at))
         };
         let line = |line: &str| {
             let fields: Vec<&str> = line.split(' ').take(5).collect();

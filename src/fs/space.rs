@@ -46,7 +46,11 @@ impl Free {
     }
 
     /// Free space on the file system of `folder`; asked by a thread of `slow_pool`.
-    pub(crate) fn room(self: &Arc<Self>, folder: &Path, slow_pool: &Arc<SlowPool>) -> DiskSpace {
+    pub(crate) fn free_space(
+        self: &Arc<Self>,
+        folder: &Path,
+        slow_pool: &Arc<SlowPool>,
+    ) -> DiskSpace {
         let mut state = self.state();
         let fresh = state.seen.is_some_and(|at| at.elapsed() < FRESH);
         if fresh || state.asking {
@@ -89,13 +93,13 @@ mod tests {
         let room = free.state().room;
         assert!(room.free >= room.available && room.free > 0);
         free.ask(&dir.path().join("gone"));
-        assert_eq!(free.room(dir.path(), &slow_pool), room);
+        assert_eq!(free.free_space(dir.path(), &slow_pool), room);
     }
 
     #[test]
     fn storage_that_does_not_answer_keeps_nobody_waiting() {
         let (free, slow_pool) = (Arc::new(Free::default()), Arc::new(SlowPool::default()));
         free.state().asking = true;
-        assert_eq!(free.room(Path::new("/"), &slow_pool), DiskSpace::default());
+        assert_eq!(free.free_space(Path::new("/"), &slow_pool), DiskSpace::default());
     }
 }

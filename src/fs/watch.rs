@@ -185,9 +185,9 @@ impl Watch {
                 Ready::Nothing => return None,
                 Ready::Woken => events = true,
                 Ready::Events => {
-                    let seen = self.read_events();
-                    events |= seen.relevant;
-                    folders |= seen.folders;
+                    let summary = self.read_events();
+                    events |= summary.relevant;
+                    folders |= summary.folders;
                 }
                 Ready::RootWatch { mounts } => {
                     let changed = match mounts {
@@ -238,17 +238,17 @@ impl Watch {
         }
     }
 
-    fn read_events(&mut self) -> Seen {
-        let mut seen = Seen::default();
-        let Some(inotify) = &mut self.inotify else { return seen };
+    fn read_events(&mut self) -> EventSummary {
+        let mut summary = EventSummary::default();
+        let Some(inotify) = &mut self.inotify else { return summary };
         let mut buffer = [0; 16384];
         match inotify.read_events(&mut buffer) {
-            Ok(events) => events.for_each(|e| seen.add(e.mask, e.name)),
+            Ok(events) => events.for_each(|e| summary.add(e.mask, e.name)),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             // Start afresh rather than miss something.
-            Err(_) => seen = Seen { relevant: true, folders: true },
+            Err(_) => summary = EventSummary { relevant: true, folders: true },
         }
-        seen
+        summary
     }
 }
 
@@ -264,12 +264,12 @@ enum Ready {
 
 /// What a batch of events means.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Seen {
+struct EventSummary {
     relevant: bool,
     folders: bool,
 }
 
-impl Seen {
+impl EventSummary {
     fn add(&mut self, mask: EventMask, name: Option<&OsStr>) {
         let folders = EventMask::ISDIR
             | EventMask::Q_OVERFLOW
@@ -364,22 +364,22 @@ mod tests {
 
     #[test]
     fn unfinished_backups_are_ignored_until_they_are_renamed() {
-        let mut seen = Seen::default();
+        let mut summary = EventSummary::default();
         let partial = Some(OsStr::new("INC-1-sda.partial"));
-        seen.add(EventMask::MODIFY, partial);
-        seen.add(EventMask::CREATE, partial);
-        assert_eq!(seen, Seen::default());
-        seen.add(EventMask::MOVED_FROM, partial);
-        assert_eq!(seen, Seen { relevant: true, folders: false });
-        seen.add(EventMask::CREATE | EventMask::ISDIR, Some(OsStr::new("sdb")));
-        assert!(seen.folders);
+        summary.add(EventMask::MODIFY, partial);
+        summary.add(EventMask::CREATE, partial);
+        assert_eq!(summary, EventSummary::default());
+        summary.add(EventMask::MOVED_FROM, partial);
+        assert_eq!(summary, EventSummary { relevant: true, folders: false });
+        summary.add(EventMask::CREATE | EventMask::ISDIR, Some(OsStr::new("sdb")));
+        assert!(summary.folders);
     }
 
     #[test]
     fn an_overflow_renews_all_watches() {
-        let mut seen = Seen::default();
-        seen.add(EventMask::Q_OVERFLOW, None);
-        assert_eq!(seen, Seen { relevant: true, folders: true });
+        let mut summary = EventSummary::default();
+        summary.add(EventMask::Q_OVERFLOW, None);
+        assert_eq!(summary, EventSummary { relevant: true, folders: true });
     }
 
     #[test]
@@ -409,7 +409,7 @@ mod tests {
         std::os::unix::fs::symlink(&other, root.join("link")).unwrap();
         let mut watch = Watch::new(&root, Path::new("/none"), None);
         std::fs::write(other.join("a"), "x").unwrap();
-        assert_eq!(watch.read_events(), Seen::default());
+        assert_eq!(watch.read_events(), EventSummary::default());
         std::fs::write(root.join("disk/below/a"), "x").unwrap();
         assert!(watch.read_events().relevant);
         // The top is what its path means now.

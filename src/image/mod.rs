@@ -23,5 +23,5 @@ pub use changed_map::ChangedMap;
 pub use holds::Holds;
 pub use map::{KnownParent, LayerMerge, MergedExtent, MergedMap, Source};
 pub use points::{open_point, open_point_sharing};
-pub use reader::{Change, Held, Image, RangeKind};
+pub use reader::{Change, Image, RangeContent, RangeKind};
 pub use traced::{Trace, Traced};

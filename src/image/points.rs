@@ -49,7 +49,7 @@ fn open_one(
 ) -> Result<Arc<Image>> {
     let p = &disk.points[point];
     if let Some(finding) = &p.unavailable {
-        let text = format!("point {} is not available: {}", p.name, finding.message);
+        let text = format!("this point is not available: {}", finding.message);
         let mut error = Error::new(finding.kind, text).at_path(&finding.path);
         if let Some(offset) = finding.offset {
             error = error.at_offset(offset);

@@ -99,7 +99,7 @@ pub trait Layer: Send + Sync {
     ///
     /// # Errors
     /// As [`decompress`](Self::decompress).
-    fn room(&self, unit: Unit) -> Result<u64> {
+    fn working_memory(&self, unit: Unit) -> Result<u64> {
         Ok(unit.size.into())
     }
 

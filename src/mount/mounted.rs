@@ -8,6 +8,7 @@ use super::table::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::fuse::Mounted;
+use crate::output::logging;
 use crate::text::path_text;
 
 /// How far the kernel reads ahead: several of its largest requests, so that all threads have work.
@@ -15,7 +16,8 @@ const READ_AHEAD_KB: u32 = 4096;
 
 /// Said by whichever process has mounted.
 pub(super) fn print_mounted(plan: &Plan) {
-    log::info!("{} is mounted at {}", path_text(&plan.backups), path_text(&plan.mountpoint));
+    let (what, at) = (path_text(&plan.backups), path_text(&plan.mountpoint));
+    logging::result(&format!("{what} is mounted at {at}"));
 }
 
 /// Waits for the end.
@@ -24,7 +26,7 @@ pub(super) fn print_mounted(plan: &Plan) {
 /// The connection to the kernel broke.
 pub(super) fn finish(mounted: Mounted, plan: &Plan) -> Result<()> {
     mounted.wait()?;
-    log::info!("{} is unmounted", path_text(&plan.mountpoint));
+    logging::result(&format!("{} is unmounted", path_text(&plan.mountpoint)));
     Ok(())
 }
 

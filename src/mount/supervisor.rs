@@ -30,7 +30,7 @@ use crate::fuse;
 use crate::{output, privileges};
 
 /// What the two processes say to each other.
-mod word {
+mod message {
     /// Server: mount it.
     pub(super) const MOUNT: u8 = b'm';
     /// Keeper: it is mounted.
@@ -166,16 +166,16 @@ impl MountSupervisor<'_> {
 
     fn hear(&mut self, word: u8) -> Result<()> {
         match word {
-            word::MOUNT => self.attach(),
-            word::SERVED => self.announce(),
-            word::IDLE => {
+            message::MOUNT => self.attach(),
+            message::SERVED => self.announce(),
+            message::IDLE => {
                 self.gone = self.unmount(false);
                 if !self.gone {
-                    self.say(word::BUSY);
+                    self.say(message::BUSY);
                 }
                 Ok(())
             }
-            word::SIGNAL => {
+            message::SIGNAL => {
                 self.told = self.told.saturating_add(1);
                 Ok(())
             }
@@ -197,7 +197,7 @@ impl MountSupervisor<'_> {
         self.signals = Some(told);
         fuse::attach(device, &mountpoint.proc_path(), &self.plan.mountpoint, &self.plan.fuse())?;
         self.mounted = true;
-        self.say(word::MOUNTED);
+        self.say(message::MOUNTED);
         Ok(())
     }
 
@@ -321,8 +321,8 @@ impl Server<'_> {
         }
         let prepared = Prepared::new(self.plan)?;
         let signals = process::signals()?;
-        self.say(word::MOUNT)?;
-        if self.hear()? != word::MOUNTED {
+        self.say(message::MOUNT)?;
+        if self.hear()? != message::MOUNTED {
             return Err(gone());
         }
         let Some(device) = self.device.take() else { return Err(gone()) };
@@ -330,7 +330,7 @@ impl Server<'_> {
         self.control(signals, prepared.fs.clone())?;
         prepared.watch(&mount)?;
         *detached = ready.detach()?;
-        self.say(word::SERVED)?;
+        self.say(message::SERVED)?;
         mounted::finish(mount, self.plan)
     }
 
@@ -350,7 +350,7 @@ impl Server<'_> {
         let mut tell = link()?;
         process::start("signals", 0, move || {
             for _ in signals.forever() {
-                if tell.write_all(&[word::SIGNAL]).is_err() {
+                if tell.write_all(&[message::SIGNAL]).is_err() {
                     return;
                 }
             }
@@ -364,7 +364,7 @@ impl Server<'_> {
                     continue;
                 }
                 let mut answer = [0];
-                let asked = ask.write_all(&[word::IDLE]);
+                let asked = ask.write_all(&[message::IDLE]);
                 if asked.and_then(|()| ask.read_exact(&mut answer)).is_err() {
                     return;
                 }

@@ -1,10 +1,12 @@
 //! Where log lines go: standard error, a file, or the system log once in the background. One message
-//! is one line: names in it come from outside and must not look like lines of their own.
+//! is one line: names in it come from outside and must not look like lines of their own. Results of commands that go on
+//! running, such as `mount`, go the same way, whatever level is logged: [`result`].
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Write;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use log::{Level, Log, Metadata, Record};
 
@@ -31,8 +33,24 @@ pub(crate) fn redirect(sink: Sink) {
     *SINK.lock().unwrap_or_else(|e| e.into_inner()) = sink;
 }
 
-/// Starts logging: all that `stderr` lets through, to wherever [`redirect`] says.
-pub(crate) fn start(stderr: env_logger::Logger) {
+/// Where the user wants to read that a command has done what it was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(crate) enum Results {
+    /// Nowhere (`-q`).
+    Nowhere,
+    /// In a log, which somebody reads later.
+    InLogs,
+    /// On standard error, too (`-v`).
+    Everywhere,
+}
+
+/// A [`Results`].
+static RESULTS: AtomicU8 = AtomicU8::new(Results::InLogs as u8);
+
+/// Starts logging: all that `stderr` lets through, to wherever [`redirect`] says; and `results`.
+pub(crate) fn start(stderr: env_logger::Logger, results: Results) {
+    RESULTS.store(results as u8, Ordering::Relaxed);
     log::set_max_level(stderr.filter());
     // Fails only if a logger is set already, as in a test; that one is as good.
     let _ = log::set_boxed_logger(Box::new(Switch { stderr }));
@@ -46,6 +64,22 @@ pub(crate) fn word(level: Level) -> &'static str {
         Level::Info => "info",
         Level::Debug => "debug",
         Level::Trace => "trace",
+    }
+}
+
+/// Tells what a command that goes on running has done: a result, which no level of the log hides.
+pub(crate) fn result(text: &str) {
+    let wanted = RESULTS.load(Ordering::Relaxed);
+    if wanted < Results::InLogs as u8 {
+        return;
+    }
+    match &mut *SINK.lock().unwrap_or_else(|e| e.into_inner()) {
+        Sink::Stderr if wanted > Results::InLogs as u8 || log::log_enabled!(Level::Info) => {
+            super::tell(&format!("{text}\n"));
+        }
+        Sink::Stderr => {}
+        Sink::File(file) => write_line(file, Level::Info, text),
+        Sink::System => write_to_system(Level::Info, text),
     }
 }
 
@@ -64,30 +98,30 @@ impl Log for Switch {
         }
         match &mut *SINK.lock().unwrap_or_else(|e| e.into_inner()) {
             Sink::Stderr => self.stderr.log(record),
-            Sink::File(file) => to_file(file, record),
-            Sink::System => to_system(record),
+            Sink::File(file) => write_line(file, record.level(), &record.args().to_string()),
+            Sink::System => write_to_system(record.level(), &record.args().to_string()),
         }
     }
 
     fn flush(&self) {}
 }
 
-fn to_file(file: &mut File, record: &Record) {
-    let word = word(record.level());
+fn write_line(file: &mut File, level: Level, text: &str) {
+    let word = word(level);
     let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
-    let text = visible(&record.args().to_string());
+    let text = visible(text);
     // There is nobody left to tell if this fails.
     let _ = file.write_all(format!("{now} {word}: {text}\n").as_bytes());
 }
 
-fn to_system(record: &Record) {
-    let priority = match record.level() {
+fn write_to_system(level: Level, text: &str) {
+    let priority = match level {
         Level::Error => libc::LOG_ERR,
         Level::Warn => libc::LOG_WARNING,
         Level::Info => libc::LOG_INFO,
         Level::Debug | Level::Trace => libc::LOG_DEBUG,
     };
-    if let Ok(text) = CString::new(visible(&record.args().to_string())) {
+    if let Ok(text) = CString::new(visible(text)) {
         // SAFETY: a constant format and a C string for its one argument.
         unsafe { libc::syslog(priority, c"%s".as_ptr(), text.as_ptr()) };
     }

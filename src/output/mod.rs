@@ -3,6 +3,7 @@
 //! logged goes through `logging`.
 
 pub(crate) mod logging;
+pub(crate) mod wrap;
 
 use std::io::{IsTerminal, Stdout, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,16 +37,23 @@ pub(crate) enum Look {
 pub(crate) struct Line {
     pub look: Look,
     pub text: String,
+    /// Whether it is a sentence, which a terminal that is too narrow gets in several lines: a row of a table is none.
+    is_sentence: bool,
 }
 
 impl Line {
     /// One line; a line break inside becomes visible.
     pub(crate) fn new(look: Look, text: impl std::fmt::Display) -> Self {
-        Line { look, text: visible(&text.to_string()) }
+        Line { look, text: visible(&text.to_string()), is_sentence: false }
+    }
+
+    /// A sentence, such as a finding.
+    pub(crate) fn sentence(look: Look, text: impl std::fmt::Display) -> Self {
+        Line { is_sentence: true, ..Line::new(look, text) }
     }
 }
 
-/// Writes lines to standard output, in colours on a terminal unless NO_COLOR is set.
+/// Writes lines to standard output; on a terminal in colours unless NO_COLOR is set, and sentences not wider than it.
 ///
 /// # Errors
 /// As [`print`].
@@ -53,10 +61,10 @@ pub(crate) fn print_lines(lines: &[Line]) -> Result<()> {
     let is_set = |name| std::env::var_os(name).is_some_and(|v| !v.is_empty());
     let is_dumb = std::env::var_os("TERM").is_some_and(|t| t == "dumb");
     let colours = std::io::stdout().is_terminal() && !is_set("NO_COLOR") && !is_dumb;
-    print_as_is(coloured(lines, colours).as_bytes())
+    print_as_is(laid_out(lines, colours, wrap::width_of(std::io::stdout())).as_bytes())
 }
 
-fn coloured(lines: &[Line], colours: bool) -> String {
+fn laid_out(lines: &[Line], colours: bool, width: Option<usize>) -> String {
     let mut text = String::new();
     for line in lines {
         let code = match line.look {
@@ -65,9 +73,15 @@ fn coloured(lines: &[Line], colours: bool) -> String {
             Look::Yellow => "33",
             Look::Plain => "",
         };
-        match colours && !code.is_empty() {
-            true => text.push_str(&format!("\x1b[{code}m{}\x1b[0m\n", line.text)),
-            false => text.push_str(&format!("{}\n", line.text)),
+        let parts = match width {
+            Some(width) if line.is_sentence => wrap::wrapped(&line.text, width),
+            _ => vec![line.text.clone()],
+        };
+        for part in parts {
+            match colours && !code.is_empty() {
+                true => text.push_str(&format!("\x1b[{code}m{part}\x1b[0m\n")),
+                false => text.push_str(&format!("{part}\n")),
+            }
         }
     }
     text
@@ -84,6 +98,15 @@ pub(crate) fn has_written() -> bool {
 /// `Io` or `NoSpace` if writing failed for any other reason.
 pub(crate) fn print(text: &str) -> Result<()> {
     print_as_is(visible_lines(text).as_bytes())
+}
+
+/// As [`print`], of sentences: none is wider than the terminal.
+///
+/// # Errors
+/// As [`print`].
+pub(crate) fn print_sentences(text: &str) -> Result<()> {
+    let width = wrap::width_of(std::io::stdout());
+    print_as_is(wrap::wrapped_lines(&visible_lines(text), width).as_bytes())
 }
 
 /// Like [`print`], for what the program made from its own words alone.
@@ -113,9 +136,19 @@ pub(crate) fn push_line(text: &mut String, line: impl std::fmt::Display) {
     text.push('\n');
 }
 
-/// Writes lines of text to standard error. If nobody reads it there is nobody to tell.
+/// Writes sentences to standard error, none wider than a terminal. If nobody reads it there is nobody to tell.
 pub(crate) fn tell(text: &str) {
+    let _ = std::io::stderr().lock().write_all(for_stderr(text).as_bytes());
+}
+
+/// As [`tell`], of JSON: no line of it is broken.
+pub(crate) fn tell_as_is(text: &str) {
     let _ = std::io::stderr().lock().write_all(visible_lines(text).as_bytes());
+}
+
+/// Sentences as [`tell`] writes them.
+pub(crate) fn for_stderr(text: &str) -> String {
+    wrap::wrapped_lines(&visible_lines(text), wrap::width_of(std::io::stderr()))
 }
 
 /// The last words of a program that failed.
@@ -167,8 +200,17 @@ mod tests {
     #[test]
     fn colours_are_codes_around_lines_and_never_in_them() {
         let lines = [Line::new(Look::Red, "a\x1b[0mb"), Line::new(Look::Plain, "c")];
-        assert_eq!(coloured(&lines, false), "a\\u{1b}[0mb\nc\n");
-        assert_eq!(coloured(&lines, true), "\x1b[31ma\\u{1b}[0mb\x1b[0m\nc\n");
+        assert_eq!(laid_out(&lines, false, None), "a\\u{1b}[0mb\nc\n");
+        assert_eq!(laid_out(&lines, true, None), "\x1b[31ma\\u{1b}[0mb\x1b[0m\nc\n");
+    }
+
+    #[test]
+    fn sentences_are_broken_for_a_terminal_and_rows_are_not() {
+        let lines = [Line::sentence(Look::Red, "a b c"), Line::new(Look::Plain, "d e f")];
+        assert_eq!(laid_out(&lines, false, None), "a b c\nd e f\n");
+        // Each line has its own colour: a pager shows them one by one.
+        let broken = "\x1b[31ma b\x1b[0m\n\x1b[31m  c\x1b[0m\nd e f\n";
+        assert_eq!(laid_out(&lines, true, Some(3)), broken);
     }
 
     #[test]

@@ -76,8 +76,8 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    /// Which way the bytes went, in one word.
-    pub(crate) fn way(&self) -> &'static str {
+    /// How the bytes got there, in a few words.
+    pub(crate) fn method(&self) -> &'static str {
         match (self.copied, self.cloned) {
             (0, 0) => "nothing to write",
             (_, 0) => "copied",

@@ -180,7 +180,7 @@ impl Plan {
             }
         }
         Err(error.remedy(
-            "restore an older point, or take what is readable with --salvage (the rest is zeros)",
+            "restore an older point, or use --salvage: it writes zeros where nothing can be read",
         ))
     }
 }

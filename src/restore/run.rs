@@ -58,6 +58,38 @@ impl Guest {
     }
 }
 
+/// The VMs of disks, by their paths, as far as the points of a disk name one and no other: so it is that of its points
+/// which name none, such as those of another program from before.
+pub(crate) struct Guests(HashMap<PathBuf, Option<Guest>>);
+
+impl Guests {
+    /// From all points and their manifests.
+    pub(crate) fn of<'a>(points: impl Iterator<Item = (&'a Disk, Option<&'a Manifest>)>) -> Self {
+        let mut guests: HashMap<PathBuf, Option<Guest>> = HashMap::new();
+        for (disk, manifest) in points {
+            let guest = Guest::of(disk, manifest);
+            if matches!(guest, Guest::Folder(_)) {
+                continue;
+            }
+            let known = guests.entry(disk.path.clone()).or_insert_with(|| Some(guest.clone()));
+            if known.as_ref() != Some(&guest) {
+                *known = None;
+            }
+        }
+        Guests(guests)
+    }
+
+    /// Whose point it is.
+    pub(crate) fn guest(&self, disk: &Disk, manifest: Option<&Manifest>) -> Guest {
+        match Guest::of(disk, manifest) {
+            folder @ Guest::Folder(_) => {
+                self.0.get(&disk.path).cloned().flatten().unwrap_or(folder)
+            }
+            named => named,
+        }
+    }
+}
+
 /// When a point was made, as far as is known. Where several are made in a second, names have the next ones,
 /// and manifests say more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -131,15 +163,17 @@ fn members(catalog: &Catalog) -> Vec<RunPoint<'_>> {
     let points = points.filter(|(d, i)| d.points[*i].level != Level::Snapshot);
     let known = points.map(|(disk, point)| (disk, point, manifest_of(disk, point)));
     let duplicates = Duplicates::of(catalog);
-    let known = known.filter(|(disk, point, manifest)| {
+    let is_one = |(disk, point, manifest): &(&Disk, usize, Option<Manifest>)| {
         !duplicates.has(disk, disk.points[*point].time, manifest.as_ref())
-    });
-    let all = known.map(|(disk, point, manifest)| RunPoint {
+    };
+    let known: Vec<_> = known.filter(is_one).collect();
+    let guests = Guests::of(known.iter().map(|(disk, _, manifest)| (*disk, manifest.as_ref())));
+    let all = known.into_iter().map(|(disk, point, manifest)| RunPoint {
         disk,
         point,
         time: disk.points[point].time,
         when: PointTime::of(disk.points[point].time, manifest.as_ref()),
-        guest: Guest::of(disk, manifest.as_ref()),
+        guest: guests.guest(disk, manifest.as_ref()),
         id: manifest.map(|m| m.run).filter(|id| !id.is_empty()),
     });
     all.collect()

@@ -4,13 +4,14 @@
 //! `refcounts`), `links` compares files, names and manifests of a chain with each other, `content`
 //! hashes whole files and decompresses every compressed cluster. `files` runs them in parallel,
 //! [`verify`] puts the results together into one outcome per point. `record` writes manifests for
-//! chains that have none. Nothing is repaired.
+//! chains that have none. `last_verified` keeps for `list` what was verified when. Nothing is repaired.
 //!
 //! Only a manifest with a hash proves what plain data is: without one the outcome is
 //! [`Outcome::Unproven`], however good the structure looks.
 
 mod content;
 mod files;
+pub(crate) mod last_verified;
 mod links;
 mod recheck;
 mod record;
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 use files::{FileReport, FileTarget};
 use links::{Record, Records};
 use record::Recorder;
-pub use report::{Outcome, PointReport, Report};
+pub use report::{CheckedPoint, Outcome, PointReport, Report};
 use report::{outcome_of, worst};
 
 use crate::chain::scan::FormatOverride;
@@ -78,7 +79,7 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
     for chosen in &chosen {
         look.disk_report(chosen, &mut report)?;
     }
-    self::recheck::settle(
+    self::recheck::recheck(
         catalog,
         options.format_override.as_ref(),
         std::slice::from_mut(&mut report),
@@ -91,7 +92,7 @@ pub fn verify(catalog: &Catalog, options: &Options, progress: &dyn Progress) -> 
 ///
 /// # Errors
 /// `NotFound` if there is no such point.
-pub fn asked(catalog: &Catalog, options: &Options) -> Result<HashSet<PathBuf>> {
+pub fn requested(catalog: &Catalog, options: &Options) -> Result<HashSet<PathBuf>> {
     let chosen = choose(catalog, options, true)?;
     let sources = |c: &Selection| {
         c.wanted.iter().map(|i| c.disk.points[*i].source.clone()).collect::<Vec<_>>()
@@ -135,7 +136,7 @@ pub fn quick(catalog: &Catalog, points: &[(usize, usize)]) -> Result<Vec<PointOu
     // What belongs to no disk counts for each.
     let findings = catalog.findings.clone();
     reports.push(Report { findings, ..Report::new(&catalog.root, options.quick) });
-    self::recheck::settle(catalog, None, &mut reports)?;
+    self::recheck::recheck(catalog, None, &mut reports)?;
     let common = reports.pop().map_or(Outcome::Sound, |r| worst(&r));
     let standing = |r: Report| PointOutcome {
         outcome: worst(&r).max(common),
@@ -162,6 +163,11 @@ fn recorder(
 }
 
 impl Options {
+    /// Whether the data of a point is read: of those that are asked for, and, but with `since`, of what they depend on.
+    fn reads_data(&self, is_wanted: bool) -> bool {
+        !self.quick && (self.since.is_none() || is_wanted)
+    }
+
     fn threads(&self) -> usize {
         match self.jobs {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -225,7 +231,7 @@ fn targets(options: &Options, chosen: &[Selection]) -> Vec<FileTarget> {
     let mut index: HashMap<PathBuf, usize> = HashMap::new();
     for chosen in chosen {
         for &i in &chosen.needed {
-            let deep = !options.quick && (options.since.is_none() || chosen.wanted.contains(&i));
+            let deep = options.reads_data(chosen.wanted.contains(&i));
             let point = &chosen.disk.points[i];
             let hash = deep && wants_hash(point, options.create);
             for target in FileTarget::of_point(point, deep, hash) {
@@ -299,6 +305,7 @@ impl PointChecker<'_> {
             Some(recorder) => recorder.create(disk, &records, self.files, outcome, |i| alone[i])?,
             None => HashSet::new(),
         };
+        out.checked.extend(checked(self.options, chosen, &verdicts, &recorded));
         for (i, verdict) in verdicts.into_iter().enumerate() {
             let Some(v) = verdict.filter(|_| chosen.wanted.contains(&i)) else { continue };
             let p = &disk.points[i];
@@ -321,6 +328,25 @@ impl PointChecker<'_> {
         out.findings.extend(suspects::untold(disk, &self.reported, only));
         Ok(())
     }
+}
+
+/// The points whose data was read, and how they stand.
+fn checked(
+    options: &Options,
+    chosen: &Selection,
+    verdicts: &[Option<PointVerdict>],
+    recorded: &HashSet<usize>,
+) -> Vec<CheckedPoint> {
+    let is_read = |i: &&usize| options.reads_data(chosen.wanted.contains(i));
+    let checked = chosen.needed.iter().filter(is_read).filter_map(|&point| {
+        let outcome = match verdicts[point].as_ref()?.outcome {
+            // What has just been recorded is proved from now on.
+            Outcome::Unproven if recorded.contains(&point) => Outcome::Sound,
+            outcome => outcome,
+        };
+        Some(CheckedPoint { disk: chosen.disk.path.clone(), point, outcome })
+    });
+    checked.collect()
 }
 
 fn point_verdict(

@@ -14,7 +14,7 @@ use crate::error::{Error, Finding, Kind, Result, Severity};
 ///
 /// # Errors
 /// The directory cannot be read any more.
-pub(super) fn settle(
+pub(super) fn recheck(
     catalog: &Catalog,
     format_override: Option<&FormatOverride>,
     reports: &mut [Report],

@@ -6,7 +6,9 @@ use crate::error::{Finding, Kind, Severity};
 use crate::layout::Level;
 
 /// How it stands. The order is from good to bad.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// Everything that was looked at is as it should be.
@@ -44,6 +46,17 @@ pub struct PointReport {
     pub findings: Vec<Finding>,
 }
 
+/// A point whose data was read.
+#[derive(Debug, Clone)]
+pub struct CheckedPoint {
+    /// The disk's path in the catalog.
+    pub disk: PathBuf,
+    /// Index in the disk's points.
+    pub point: usize,
+    /// How it stands, with all that it depends on.
+    pub outcome: Outcome,
+}
+
 /// The result for a backup directory.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Report {
@@ -58,6 +71,9 @@ pub struct Report {
     pub points: Vec<PointReport>,
     /// What belongs to no point.
     pub findings: Vec<Finding>,
+    /// The points whose data was read, those that others depend on among them.
+    #[serde(skip)]
+    pub checked: Vec<CheckedPoint>,
 }
 
 impl Report {
@@ -68,6 +84,7 @@ impl Report {
             outcome: Outcome::Sound,
             points: Vec::new(),
             findings: Vec::new(),
+            checked: Vec::new(),
         }
     }
 }

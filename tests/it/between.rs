@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::support::backup::{Caller, Held, images, leftovers, newest, ours_in_qemu, same};
+use crate::support::backup::{Caller, PausedBackup, images, leftovers, newest, ours_in_qemu, same};
 use crate::support::guest::Qmp;
 use crate::support::mount::Mount;
 use crate::support::qemu::proxy::{self, Lies, refusal};
@@ -257,7 +257,7 @@ fn a_filter_that_has_to_stay_copies_no_more() {
         return;
     }
     let mut m = Machine::begin();
-    let held = Held::start(&m.caller(), "full");
+    let held = PausedBackup::start(&m.caller(), "full");
     let nodes = |m: &mut Machine| {
         let list = m.do_it("query-named-block-nodes", json!({"flat": true}));
         list.as_array().unwrap().clone()

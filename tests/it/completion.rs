@@ -59,6 +59,36 @@ fn disks_points_and_paths_are_offered_where_they_belong() {
     assert_eq!(offered(&["files", "cat", dir, "vda/latest:disk/e"]), [etc]);
     let inside = [format!("{etc}a folder/"), format!("{etc}fstab")];
     assert_eq!(offered(&["files", "cp", dir, etc]), inside);
+    // Two points, with partitions and paths where files are compared.
+    assert_eq!(offered(&["diff", dir, "vda/latest", "vda/l"]), ["vda/latest"]);
+    assert_eq!(offered(&["diff", "--files", dir, "vda/l"]), ["vda/latest:"]);
+    let second = offered(&["diff", "--files", dir, "vda/latest:disk/", "vda/latest:disk/e"]);
+    assert_eq!(second, [etc]);
+    assert!(offered(&["diff", dir, "vda/latest", "vda/latest:"]).is_empty());
+    // A disk stands for its newest point.
+    assert_eq!(offered(&["files", "versions", dir, ""]), ["my disk:", "vda:"]);
+    assert_eq!(offered(&["files", "versions", dir, "vda:disk/e"]), ["vda:disk/etc/"]);
+    let find = ["files", "find", dir, "--all-points", "vda/latest:disk/e"];
+    assert_eq!(offered(&find), [etc]);
+    // Disks, by options too, in one word or two.
+    for words in [
+        &["list", dir, "--disk", ""][..],
+        &["consolidate", dir, ""],
+        &["link-disk", dir, "vda", ""],
+        &["backup", "--level", "inc", "--target", dir, "--exclude", ""],
+        &["backup", "-t", dir, "-i", ""],
+    ] {
+        assert_eq!(offered(words), ["my disk", "vda"], "{words:?}");
+    }
+    assert_eq!(offered(&["stats", dir, "--disk=v"]), ["--disk=vda"]);
+    assert_eq!(offered(&["consolidate", dir, "vda", "--until", ""]), [full.as_str()]);
+    let folder = format!("{dir}/vda");
+    assert_eq!(offered(&["merge", &folder, "--until", "F"]), [full.as_str()]);
+    // Runs by time and, where there are manifests, by id.
+    let runs = offered(&["restore", dir, "--run", ""]);
+    assert_eq!(runs.last().map(String::as_str), Some("latest"));
+    assert!(runs.len() == 2 && runs[0].ends_with('Z'), "{runs:?}");
+    assert_eq!(offered(&["restore", dir, "--run=la"]), ["--run=latest"]);
     // Nothing where there is nothing, or something is wrong.
     for words in [
         &["files", "ls", ""][..],
@@ -67,6 +97,9 @@ fn disks_points_and_paths_are_offered_where_they_belong() {
         &["files", "cat", dir, "vda/none:p1/"],
         &["files", "cat", dir, "vda/latest:p7/"],
         &["nothing", dir, ""],
+        &["list", dir, "--since", ""],
+        &["restore", dir, "--to", ""],
+        &["stats", dir, "--nothing=v"],
         &[],
     ] {
         assert!(offered(words).is_empty(), "{words:?}");
@@ -117,6 +150,17 @@ fn bash_gets_names_quoted_and_from_the_last_colon_on() {
     assert_eq!(asked(&["files", "ls", dir, "vda/latest", ":"]), "disk/|");
     let etc = ["files", "ls", dir, "vda/latest", ":", "disk/etc/"];
     assert_eq!(asked(&etc), r"disk/etc/a\ folder/|disk/etc/fstab|");
+    assert_eq!(asked(&["list", dir, "--disk", ""]), r"my\ disk|vda|");
+    assert_eq!(asked(&["list", dir, "--disk", "=", "v"]), "vda|");
+    assert_eq!(asked(&["list", dir, "--disk", "="]), r"my\ disk|vda|");
+    let time = offered(&["restore", dir, "--run", "2"]).remove(0);
+    let (hour, rest) = time.split_once(':').unwrap();
+    // Time is taken apart at its colons.
+    assert_eq!(asked(&["restore", dir, "--run", hour, ":"]), format!("{rest}|"));
+    assert_eq!(
+        asked(&["diff", "--files", dir, "vda/latest", ":", "disk/etc", "vda/l"]),
+        "vda/latest:|"
+    );
     // Nothing in a word is a command.
     let evil = points.dir.path().join("evil");
     asked(&["show", dir, &format!("$(touch {})", evil.display())]);
@@ -133,19 +177,42 @@ fn fish_and_zsh_ask_the_program_too() {
     let dir = points.dir.path().to_str().unwrap();
     let folder = Path::new(FLEECEFS).parent().unwrap().to_str().unwrap();
     let path = format!("{folder}:{}", std::env::var("PATH").unwrap());
-    let fish =
-        format!("fleecefs completions fish | source; complete -C 'fleecefs show {dir} vda/l'");
-    let out = Command::new("fish").args(["-N", "-c", &fish]).env("PATH", &path).output().unwrap();
-    assert!(String::from_utf8_lossy(&out.stdout).contains("vda/latest"), "{out:?}");
-    // A terminal of its own, in which keys are pressed.
-    let zsh = format!(
-        "zmodload zsh/zpty; zpty z zsh -f -i
-         zpty -w z 'PS1=; autoload -U compinit; compinit -u -D; source <(fleecefs completions zsh)'
-         zpty -w z \"compdef _fleecefs fleecefs; print rea''dy\"; zpty -r z x '*ready*'
-         zpty -n -w z $'fleecefs files ls {dir} vda/latest:disk/etc/fs\\t'
-         zpty -r z y '*fstab*' && print -r -- $y"
-    );
-    let mut command = Command::new("timeout");
-    let out = command.args(["60", "zsh", "-f", "-c", &zsh]).env("PATH", &path).output().unwrap();
-    assert!(String::from_utf8_lossy(&out.stdout).contains("etc/fstab"), "{out:?}");
+    for (line, offer) in [
+        ("show DIR vda/l", "vda/latest"),
+        ("diff DIR vda/latest vda/l", "vda/latest"),
+        ("files versions DIR vda:disk/etc/f", "vda:disk/etc/fstab"),
+        ("list DIR --disk v", "vda"),
+        ("list DIR --disk=v", "--disk=vda"),
+        ("restore DIR --run l", "latest"),
+    ] {
+        let line = line.replace("DIR", dir);
+        let fish = format!("fleecefs completions fish | source; complete -C 'fleecefs {line}'");
+        let mut command = Command::new("fish");
+        let out = command.args(["-N", "-c", &fish]).env("PATH", &path).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(text.lines().any(|l| l == offer), "{line}: {out:?}");
+    }
+    for (line, offer) in [
+        ("files ls DIR vda/latest:disk/etc/fs", "vda/latest:disk/etc/fstab"),
+        ("diff DIR vda/latest vda/lat", "vda/latest vda/latest"),
+        ("list DIR --disk v", "--disk vda"),
+        ("stats DIR --disk=v", "--disk=vda"),
+        ("restore DIR --run la", "--run latest"),
+        ("link-disk DIR vda my", "vda my\\ disk"),
+    ] {
+        // A terminal of its own, in which keys are pressed.
+        let zsh = format!(
+            "zmodload zsh/zpty; zpty z zsh -f -i
+             zpty -w z 'PS1=; autoload -U compinit; compinit -u -D; source <(fleecefs completions zsh)'
+             zpty -w z \"compdef _fleecefs fleecefs; print rea''dy\"; zpty -r z x '*ready*'
+             zpty -n -w z $'fleecefs {}\\t'
+             zpty -r z y {} && print -r -- $y",
+            line.replace("DIR", dir),
+            format_args!("'*{}*'", offer.replace('\\', "\\\\")),
+        );
+        let mut command = Command::new("timeout");
+        let args = ["60", "zsh", "-f", "-c", &zsh];
+        let out = command.args(args).env("PATH", &path).output().unwrap();
+        assert!(String::from_utf8_lossy(&out.stdout).contains(offer), "{line}: {out:?}");
+    }
 }

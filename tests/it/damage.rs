@@ -54,17 +54,17 @@ fn backups(options: &str, compressed: bool) -> Backups {
 
 /// What reading a point gave.
 #[derive(Debug, PartialEq)]
-enum Seen {
+enum ReadResult {
     Absent,
     /// The number of 64 KiB blocks that failed with EIO; all others were right.
     Errors(usize),
 }
 
-fn look(mount: &Mount, chain: &Chain, i: usize, truth: &[u8]) -> Seen {
+fn look(mount: &Mount, chain: &Chain, i: usize, truth: &[u8]) -> ReadResult {
     let path = mount.point(&chain.name, &chain.files[i]);
     let Ok(file) = File::open(&path) else {
         assert!(!path.exists(), "{} cannot be opened", path.display());
-        return Seen::Absent;
+        return ReadResult::Absent;
     };
     assert_eq!(file.metadata().unwrap().len(), truth.len() as u64);
     let mut errors = 0;
@@ -78,18 +78,22 @@ fn look(mount: &Mount, chain: &Chain, i: usize, truth: &[u8]) -> Seen {
             }
         }
     }
-    Seen::Errors(errors)
+    ReadResult::Errors(errors)
 }
 
 /// Mounts, checks that the points below the second INC and the other disk are right, and returns
 /// what became of the second and third INC, and the findings in status.json afterwards.
-fn examine(b: &Backups) -> (Seen, Seen, Vec<Value>) {
+fn examine(b: &Backups) -> (ReadResult, ReadResult, Vec<Value>) {
     let mount = Mount::new(b.dir.path());
     for i in 0..4 {
-        assert_eq!(look(&mount, &b.healthy, i, &b.truth[1][i]), Seen::Errors(0), "healthy {i}");
+        assert_eq!(
+            look(&mount, &b.healthy, i, &b.truth[1][i]),
+            ReadResult::Errors(0),
+            "healthy {i}"
+        );
     }
     for i in 0..2 {
-        assert_eq!(look(&mount, &b.victim, i, &b.truth[0][i]), Seen::Errors(0), "victim {i}");
+        assert_eq!(look(&mount, &b.victim, i, &b.truth[0][i]), ReadResult::Errors(0), "victim {i}");
     }
     let second = look(&mount, &b.victim, 2, &b.truth[0][2]);
     let third = look(&mount, &b.victim, 3, &b.truth[0][3]);
@@ -169,10 +173,10 @@ fn a_removed_inc_makes_its_children_unavailable() {
             ],
         );
     }
-    assert_eq!(examine(&b).0, Seen::Errors(0));
+    assert_eq!(examine(&b).0, ReadResult::Errors(0));
     std::fs::remove_file(&b.victim.files[2]).unwrap();
     let (second, third, findings) = examine(&b);
-    assert_eq!((second, third), (Seen::Absent, Seen::Absent));
+    assert_eq!((second, third), (ReadResult::Absent, ReadResult::Absent));
     assert!(names(&findings, &b.victim.files[3]), "{findings:#?}");
 }
 
@@ -190,7 +194,7 @@ fn a_cut_inc_errs_where_its_bytes_are_gone() {
         OpenOptions::new().write(true).open(victim).unwrap().set_len(keep).unwrap();
         // The third INC may have what the second has lost; wrong bytes are ruled out by examine().
         let (second, _, findings) = examine(&b);
-        assert_ne!(second, Seen::Errors(0), "cut to {keep}");
+        assert_ne!(second, ReadResult::Errors(0), "cut to {keep}");
         assert!(names(&findings, victim), "cut to {keep}: {findings:#?}");
     }
 }
@@ -207,14 +211,18 @@ fn a_flipped_header_bit_makes_the_point_absent() {
     let b = backups("", false);
     flip(&b.victim.files[2], 79, 1);
     let (second, third, findings) = examine(&b);
-    assert_eq!((second, third), (Seen::Errors(0), Seen::Errors(0)));
+    assert_eq!((second, third), (ReadResult::Errors(0), ReadResult::Errors(0)));
     let marked = |f: &&Value| f["message"].as_str().is_some_and(|m| m.contains("marked"));
     assert_eq!(findings.iter().filter(marked).count(), 1, "{findings:#?}");
     for (offset, bit) in fields {
         let b = backups("", false);
         flip(&b.victim.files[2], offset, bit);
         let (second, third, findings) = examine(&b);
-        assert_eq!((second, third), (Seen::Absent, Seen::Absent), "byte {offset} bit {bit}");
+        assert_eq!(
+            (second, third),
+            (ReadResult::Absent, ReadResult::Absent),
+            "byte {offset} bit {bit}"
+        );
         assert!(names(&findings, &b.victim.files[2]), "byte {offset} bit {bit}: {findings:#?}");
     }
 }
@@ -235,7 +243,7 @@ fn a_flipped_table_bit_errs_and_is_never_zeros() {
             flip(victim, at + 7 - u64::from(bit / 8), bit % 8);
             let (second, _, findings) = examine(&b);
             match second {
-                Seen::Errors(n) if n > 0 => {}
+                ReadResult::Errors(n) if n > 0 => {}
                 other => panic!("{table} bit {bit}: {other:?}"),
             }
             assert!(names(&findings, victim), "{table} bit {bit}: {findings:#?}");
@@ -260,7 +268,7 @@ fn a_flipped_bit_in_compressed_data_errs_for_its_cluster() {
         file.write_all_at(&[0xff; 4], host).unwrap();
         drop(file);
         let (second, _, findings) = examine(&b);
-        assert_eq!(second, Seen::Errors(1), "{options}");
+        assert_eq!(second, ReadResult::Errors(1), "{options}");
         assert!(names(&findings, victim), "{options}: {findings:#?}");
     }
 }
@@ -280,7 +288,7 @@ fn a_flipped_data_bit_is_passed_on_as_it_is() {
     let bytes = std::fs::read(mount.point("victim", victim)).unwrap();
     let different = bytes.iter().zip(&b.truth[0][2]).filter(|(x, y)| x != y).count();
     assert_eq!(different, 1);
-    assert_eq!(look(&mount, &b.victim, 1, &b.truth[0][1]), Seen::Errors(0));
+    assert_eq!(look(&mount, &b.victim, 1, &b.truth[0][1]), ReadResult::Errors(0));
 }
 
 #[test]
@@ -292,6 +300,6 @@ fn an_image_that_is_only_a_magic_number_disturbs_nobody() {
     let stray: PathBuf = b.dir.path().join("victim/INC-1700018001-victim.qcow2");
     File::create(&stray).unwrap().write_all(b"QFI\xfb").unwrap();
     let (second, third, findings) = examine(&b);
-    assert_eq!((second, third), (Seen::Errors(0), Seen::Errors(0)));
+    assert_eq!((second, third), (ReadResult::Errors(0), ReadResult::Errors(0)));
     assert!(names(&findings, &stray));
 }

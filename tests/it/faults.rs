@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::support::backup::{
-    Caller, Held, bitmaps, images, leftovers, level, manifest_of, newest, same,
+    Caller, PausedBackup, bitmaps, images, leftovers, level, manifest_of, newest, same,
 };
 use crate::support::checked::{clean, code, daemon, good, image_of};
 use crate::support::guard::Guard;
@@ -48,7 +48,7 @@ fn qemu_killed_or_restarted() {
     let list = bitmaps(&mut d.qmp());
     assert_eq!(list.len(), 2, "the inconsistent ones are gone: {list:?}");
 
-    let held = Held::start(&caller, "inc");
+    let held = PausedBackup::start(&caller, "inc");
     // Whatever it does next, another QEMU listens there already.
     held.signal(libc::SIGSTOP);
     d.restart_after_kill();
@@ -151,7 +151,7 @@ fn signals_and_cancel() {
     let caller = Caller::of(&d);
     caller.must("full");
     for (name, signal) in [("SIGTERM", libc::SIGTERM), ("SIGINT", libc::SIGINT)] {
-        let held = Held::start(&caller, "inc");
+        let held = PausedBackup::start(&caller, "inc");
         d.io("a", &["write -P 5 5M 1M"]);
         held.signal(signal);
         let mut child = held.child;
@@ -159,7 +159,7 @@ fn signals_and_cancel() {
         clean(name, &d);
         good(name, &d, &caller, &[("a.img", "INC"), ("b.img", "INC")]);
     }
-    let held = Held::start(&caller, "inc");
+    let held = PausedBackup::start(&caller, "inc");
     let ask = |words: &[&str]| {
         let out = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
             .args(words)
@@ -305,7 +305,7 @@ fn no_space_for_the_fleece() {
     d.io("a", &["write -P 5 0 1M"]);
     let dir = small.dir.path().to_str().unwrap();
     let tight = caller.with(&["--no-space-check", "--fleece-dir", dir]);
-    let held = Held::start(&tight, "inc");
+    let held = PausedBackup::start(&tight, "inc");
     // The guest's own writes must go on, whatever becomes of the fleece.
     d.io("a", &["write -P 6 0 6M", "write -P 6 12M 4M"]);
     let (exit, said) = held.end();
@@ -319,7 +319,7 @@ fn no_space_for_the_fleece() {
 #[test]
 fn target_removed_during_the_copy() {
     let Some((d, caller)) = after_a_full("target_removed_during_the_copy") else { return };
-    let held = Held::start(&caller, "inc");
+    let held = PausedBackup::start(&caller, "inc");
     std::fs::remove_dir_all(&caller.target).unwrap();
     let (exit, said) = held.end();
     assert!(exit.is_some_and(|c| c != 0), "{said}");

@@ -67,14 +67,14 @@ fn filled_old() -> Option<Vec<u8>> {
 
 /// What a reader makes of everything in an image.
 #[derive(Default)]
-struct Seen {
+struct Listing {
     files: BTreeMap<Vec<u8>, String>,
     errors: usize,
 }
 
 struct Look<'a> {
     tree: &'a dyn Tree,
-    seen: Seen,
+    seen: Listing,
     left: usize,
 }
 
@@ -147,13 +147,13 @@ impl Visitor for Look<'_> {
 }
 
 /// Everything in an image; `None` if it is refused.
-fn look(bytes: Vec<u8>) -> Option<Seen> {
+fn look(bytes: Vec<u8>) -> Option<Listing> {
     let blocks = Blocks::new(CACHE);
     let begun = Instant::now();
     let disk = Source::new(Arc::new(MemStorage::new("disk", bytes)), "disk", &blocks);
     let (volumes, _) = volumes_of(&disk, Vec::new).ok()?;
     let tree = open_tree(&volumes[0]).ok()?;
-    let mut look = Look { tree: &*tree, seen: Seen::default(), left: 5000 };
+    let mut look = Look { tree: &*tree, seen: Listing::default(), left: 5000 };
     let walked = walk(&*tree, tree.root(), &mut look);
     let _ = (tree.statistics(), tree.findings().list());
     assert!(blocks.used() <= CACHE && begun.elapsed() < LONGEST, "{:?}", begun.elapsed());

@@ -281,7 +281,7 @@ fn verify_records_what_a_user_says() {
         };
         assert!(first_bytes(&b.scan(), &b.path("vm1/disk.raw")).is_none());
         let said = verify("disk.raw", format);
-        assert!(said.contains("1 point recorded"), "{said}");
+        assert!(said.contains("the hashes of 1 point were recorded"), "{said}");
         let got = first_bytes(&b.scan(), &b.path("vm1/disk.raw")).expect("it is decided");
         match format {
             "raw" => assert!(got == own),
@@ -398,7 +398,7 @@ fn a_format_given_by_the_user_counts_for_what_was_asked_for_only() {
     let catalog = c.scan();
     let point = Some(std::path::PathBuf::from("a.raw"));
     let options = fleecefs::verify::Options { point, ..Default::default() };
-    let asked = fleecefs::verify::asked(&catalog, &options).unwrap();
+    let asked = fleecefs::verify::requested(&catalog, &options).unwrap();
     assert_eq!(asked, [c.path("vm1/a.raw")].into());
 }
 

@@ -107,7 +107,7 @@ impl Paper {
 /// What a command prints: a document, or one per line.
 fn printed(args: &[&str]) -> Vec<Value> {
     let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    let out = c.args(args).env_remove("FLEECEFS_STATE_DIR").output().unwrap();
+    let out = c.args(args).output().unwrap();
     let found: Vec<Value> = serde_json::Deserializer::from_slice(&out.stdout)
         .into_iter()
         .map(|v| v.unwrap_or_else(|e| panic!("{args:?}: {e}")))
@@ -158,6 +158,11 @@ fn tables_have_what_is_printed() {
     assert!(seen.contains("ranges[].to"), "{seen:?}");
     let seen = check("verify", &["verify", "--json", target]);
     assert!(seen.contains("points[].reason"), "{seen:?}");
+    // What it found is kept.
+    let seen = check("list", &["list", "--json", target]);
+    assert!(seen.contains("disks[].points[].verified.time"), "{seen:?}");
+    let seen = check("show", &["show", "--json", target, "a.img/latest"]);
+    assert!(seen.contains("verified.outcome"), "{seen:?}");
     let out = d.path("out.raw");
     let out = out.to_str().unwrap();
     check("restore --dry-run", &["restore", "-n", "--json", target, "a.img/latest", out]);

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::support::backup::{
-    Caller, Held, bitmaps, images, leftovers, newest, ours_in_qemu, same,
+    Caller, PausedBackup, bitmaps, images, leftovers, newest, ours_in_qemu, same,
 };
 use crate::support::guest::Qmp;
 use crate::support::mount::Mount;
@@ -81,7 +81,7 @@ fn qemu_refuses_a_migration_while_a_backup_runs() {
     let name = "qemu_refuses_a_migration_while_a_backup_runs";
     let Some(mut m) = machine(name, &[]) else { return };
     let frozen = m.expect.clone();
-    let held = Held::start(&m.caller(), "auto");
+    let held = PausedBackup::start(&m.caller(), "auto");
     m.scribble();
     let why = migrate(&mut m.qmp, false).unwrap_err();
     assert!(why.contains("does not support live migration"), "{why}");
@@ -99,7 +99,7 @@ fn qemu_refuses_a_migration_while_a_backup_runs() {
 fn without_what_refuses_it_a_migration_makes_the_backup_fail() {
     let name = "without_what_refuses_it_a_migration_makes_the_backup_fail";
     let Some(mut m) = machine(name, &["-only-migratable"]) else { return };
-    let held = Held::start(&m.caller(), "auto");
+    let held = PausedBackup::start(&m.caller(), "auto");
     m.scribble();
     migrate(&mut m.qmp, true).unwrap();
     wait_for(&mut m.qmp, "query-migrate", "active");
@@ -125,7 +125,7 @@ fn without_what_refuses_it_a_migration_makes_the_backup_fail() {
 fn a_migration_that_has_come_and_gone_is_noticed() {
     let name = "a_migration_that_has_come_and_gone_is_noticed";
     let Some(mut m) = machine(name, &["-only-migratable"]) else { return };
-    let held = Held::start(&m.caller(), "auto");
+    let held = PausedBackup::start(&m.caller(), "auto");
     migrate(&mut m.qmp, true).unwrap();
     wait_for(&mut m.qmp, "query-migrate", "active");
     m.qmp.execute("migrate_cancel", json!({}));
@@ -182,7 +182,7 @@ fn a_guest_that_has_not_arrived_is_not_touched() {
 fn while_something_of_ours_cannot_be_removed_no_migration_begins() {
     let name = "while_something_of_ours_cannot_be_removed_no_migration_begins";
     let Some(mut m) = machine(name, &[]) else { return };
-    let held = Held::start(&m.caller(), "auto");
+    let held = PausedBackup::start(&m.caller(), "auto");
     let filter = ours_in_qemu(&mut m.qmp).into_iter().find_map(|n| {
         let node = n.strip_prefix("query-named-block-nodes: ")?.to_string();
         node.rsplit_once('-')?.1.starts_with('t').then_some(node)
@@ -213,7 +213,7 @@ fn a_guest_saved_for_another_qemu_on_this_host_makes_the_backup_fail() {
     if m.qmp.try_execute("migrate-set-parameters", json!({"mode": "cpr-reboot"})).is_err() {
         return println!("skipped: {name}: this QEMU has no mode cpr-reboot");
     }
-    let held = Held::start(&m.caller(), "auto");
+    let held = PausedBackup::start(&m.caller(), "auto");
     let file = format!("file:{}", m.path("saved").display());
     m.qmp.execute("migrate", json!({"uri": file}));
     // Over, however: with our job in between QEMU 10 gives it up at its end.
@@ -350,7 +350,7 @@ fn two_failed_migrations_are_told_apart() {
     };
     fail(&mut m);
     m.caller().must("full");
-    let held = Held::start(&m.caller(), "auto");
+    let held = PausedBackup::start(&m.caller(), "auto");
     fail(&mut m);
     let (code, said) = held.end();
     assert!(code == Some(6) && said.contains("was migrated meanwhile"), "{said}");
@@ -366,7 +366,7 @@ fn two_failed_migrations_are_told_apart() {
 fn what_keeps_the_guest_here_goes_last() {
     let name = "what_keeps_the_guest_here_goes_last";
     let Some(mut m) = machine(name, &[]) else { return };
-    let (code, said) = Held::start(&m.caller(), "full").signalled(libc::SIGKILL);
+    let (code, said) = PausedBackup::start(&m.caller(), "full").signalled(libc::SIGKILL);
     assert_eq!(code, None, "{said}");
     let between = Between::default().listen(&m);
     m.caller().must_recover(&[]);

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::backup;
 use crate::support::images::{self, first_difference};
 use crate::support::qemu::two_disks::Machine;
 use crate::support::tools::{have, run};
@@ -33,6 +34,52 @@ fn bytes(image: &Path) -> Vec<u8> {
     let (from, to) = (image.to_str().unwrap(), raw.to_str().unwrap());
     run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", from, to]);
     std::fs::read(raw).unwrap()
+}
+
+#[test]
+fn points_of_another_program_are_of_the_vm_whose_disk_they_are_of() {
+    if !have("points_of_another_program_are_of_the_vm_whose_disk_they_are_of", QEMU) {
+        return;
+    }
+    let mut m = Machine::begin();
+    let caller = m.caller();
+    let target = caller.target.to_str().unwrap().to_string();
+    caller.must("full");
+    m.write(0, 0, 1 << 20);
+    caller.must("inc");
+    let all = || json(&["list", "--runs", &target])["runs"].as_array().unwrap().clone();
+    // The VM has a name, as most have.
+    for run in all() {
+        for p in run["points"].as_array().unwrap() {
+            let folder = caller.target.join(p["disk"].as_str().unwrap()).join(".fleecefs");
+            let path = folder.join(format!("{}.json", p["point"].as_str().unwrap()));
+            let mut m: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            m["vm"] = serde_json::json!({"query-name": {"name": "vm1"}});
+            m.as_object_mut().unwrap().remove("checksum");
+            std::fs::write(&path, m.to_string()).unwrap();
+        }
+    }
+    // As qmpbackup leaves it in the same folder, from before.
+    let disk = caller.target.join(all()[1]["points"][0]["disk"].as_str().unwrap());
+    let names = backup::images(&disk).into_iter();
+    let mut names = names.map(|p| p.file_name().unwrap().to_str().unwrap().to_string());
+    let full = names.find(|n| n.starts_with("FULL-")).unwrap();
+    let old = full.replacen(full.split('-').nth(1).unwrap(), "1700000000", 1);
+    std::fs::copy(disk.join(&full), disk.join(&old)).unwrap();
+    let runs = all();
+    assert_eq!(runs.len(), 3);
+    assert!(runs.iter().all(|r| r["vm"] == "vm1"), "{runs:?}");
+    // The newest run is one, and not one more of what was there before.
+    let to = m.text("restored");
+    let plans = must(&["restore", &target, "--run", "latest", "--to", &to, "-n", "--json"]);
+    let points: Vec<Value> =
+        plans.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["point"].take()).collect();
+    assert!(!points.contains(&old.clone().into()), "{points:?}");
+    assert_eq!(points.len(), runs[0]["points"].as_array().unwrap().len());
+    // It is found by its own time.
+    let plan = must(&["restore", &target, "--run", "1700000000", "--to", &to, "-n", "--json"]);
+    let plans: Vec<&str> = plan.lines().filter(|l| l.starts_with('{')).collect();
+    assert!(plans.len() == 1 && plans[0].contains(&old), "{plan}");
 }
 
 #[test]

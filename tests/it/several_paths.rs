@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::support::backup::{Caller, Held, images, leftovers, level, ours_in_qemu};
+use crate::support::backup::{Caller, PausedBackup, images, leftovers, level, ours_in_qemu};
 use crate::support::mount::Mount;
 use crate::support::qemu::any_devices::{self, Bare, node};
 use crate::support::storage::Loop;
@@ -95,7 +95,7 @@ fn a_disk_with_two_paths_is_refused_and_the_others_are_backed_up() {
     caller.must("auto");
     assert_eq!(level(&caller, "two.qcow2"), "FULL");
     // No second one comes while it is copied.
-    let held = Held::start(&caller, "auto");
+    let held = PausedBackup::start(&caller, "auto");
     let second =
         json!({"driver": "scsi-hd", "id": "p1", "bus": "s.0", "drive": "two", "share-rw": true});
     let added = bare.qmp().try_execute("device_add", second);

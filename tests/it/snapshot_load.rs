@@ -4,7 +4,7 @@
 
 use std::process::Child;
 
-use crate::support::backup::{Held, bitmaps, holds, leftovers, ours_in_qemu};
+use crate::support::backup::{PausedBackup, bitmaps, holds, leftovers, ours_in_qemu};
 use crate::support::points::{finish, points, recover, right};
 use crate::support::qemu::any_devices::Bare;
 use crate::support::qemu::two_disks::{self, Machine};
@@ -138,7 +138,7 @@ fn firmware_flash_has_one_too() {
     let vars = format!("format=qcow2,file={}", vars.display());
     let bare = Bare::start(dir.path(), &["-drive", &drive(0, &code), "-drive", &drive(1, &vars)]);
     let caller = bare.caller("T");
-    let held = Held::start(&caller, "auto");
+    let held = PausedBackup::start(&caller, "auto");
     assert_eq!(holds(&mut bare.qmp()).len(), 1, "{}", held.said());
     let (code, said) = held.end();
     assert_eq!(code, Some(0), "{said}");

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use crate::support::mount::Mount;
-use crate::support::tools::have;
+use crate::support::tools::{have, on_terminal};
 use crate::support::tree::{Backups, tiny};
 use fleecefs::text::{is_hidden, path_text};
 
@@ -217,6 +217,62 @@ fn columns_stand_below_each_other() {
     let at = |l: &str| l.find("2023-").map(|i| fleecefs::text::columns(&l[..i]));
     let places: Vec<usize> = table.lines().filter_map(at).collect();
     assert!(places.len() == 4 && places.iter().all(|p| *p == places[0]), "{table}");
+}
+
+/// A directory of which there is much to say.
+fn with_long_findings() -> Backups {
+    let all = Backups::new();
+    all.file("sda/FULL-1700000000-sda", &tiny(None));
+    all.file("sda/INC-1700000100-sda", &tiny(Some("an-image-that-nobody-has-seen")));
+    all.file("sdb/broken.qcow2", &[b"QFI\xfb".as_slice(), &[0xff; 200]].concat());
+    all.link("sdb/FULL-1700000000-sdb", Path::new("/nowhere/at/all"));
+    all
+}
+
+/// The words of a text, however it is broken.
+fn all_words(text: &str) -> Vec<&str> {
+    text.split_whitespace().collect()
+}
+
+#[test]
+fn findings_are_broken_at_the_width_of_a_terminal_and_nowhere_else() {
+    let all = with_long_findings();
+    let command = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        // As short as can be, so that the path of no file is too long for a line.
+        command.args(words).arg(".").current_dir(all.root()).env("NO_COLOR", "1");
+        command
+    };
+    for words in [&["list"][..], &["-qq", "verify"], &["prune", "--keep-last", "1", "--dry-run"]] {
+        let piped = command(words).output().unwrap();
+        let piped = String::from_utf8([piped.stdout, piped.stderr].concat()).unwrap();
+        assert!(piped.lines().any(|l| l.len() > 100), "{piped}");
+        for columns in [80, 120, 200] {
+            let (_, shown) = on_terminal(&mut command(words), columns);
+            let longest = shown.lines().map(fleecefs::text::columns).max().unwrap();
+            let paths = piped.split_whitespace().map(str::len).max().unwrap() + 4;
+            assert!(longest <= usize::from(columns).min(100).max(paths), "{shown}");
+            assert_eq!(all_words(&shown), all_words(&piped));
+            // What goes on is seen to go on.
+            let broken = shown.lines().count() - piped.lines().count();
+            let further = shown.lines().filter(|l| l.starts_with("  ")).count();
+            assert!(broken >= 2 && further >= broken, "{shown}");
+        }
+    }
+}
+
+#[test]
+fn documents_are_whole_on_a_terminal() {
+    let all = with_long_findings();
+    for words in
+        [&["list", "--json"][..], &["-qq", "verify", "--json"], &["list", "--json", "--runs"]]
+    {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        let piped = command.args(words).arg(all.root()).output().unwrap();
+        // What is wrong is on the same terminal, below.
+        let (_, shown) = on_terminal(&mut command, 40);
+        assert!(shown.starts_with(std::str::from_utf8(&piped.stdout).unwrap()), "{shown}");
+    }
 }
 
 #[test]

@@ -50,21 +50,21 @@ struct Listed {
 }
 
 /// What somebody who reads all the time has read: disk folder and hash of a whole file.
-type Seen = Arc<Mutex<BTreeSet<(String, [u8; 32])>>>;
+type ReadPoints = Arc<Mutex<BTreeSet<(String, [u8; 32])>>>;
 
 /// For how long a mount is read on after the last change: it learns of that a moment later.
 const READ_ON: Duration = Duration::from_millis(500);
 
 /// Reads every file of a mount, over and over while the backups change, until it is dropped.
 struct Reader {
-    seen: Seen,
+    seen: ReadPoints,
     end: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Reader {
     fn new(mount: &Path, backups: &Path) -> Self {
-        let (seen, end) = (Seen::default(), Arc::new(AtomicBool::new(false)));
+        let (seen, end) = (ReadPoints::default(), Arc::new(AtomicBool::new(false)));
         let (mount, backups) = (mount.to_path_buf(), backups.to_path_buf());
         let (to, until) = (seen.clone(), end.clone());
         let thread = std::thread::spawn(move || {
@@ -97,7 +97,7 @@ fn stamp(backups: &Path) -> BTreeSet<(PathBuf, u64, u64, i64, i64)> {
     files.filter_map(of).collect()
 }
 
-fn read_all(mount: &Path, disk: &str, to: &Seen) {
+fn read_all(mount: &Path, disk: &str, to: &ReadPoints) {
     let files = std::fs::read_dir(mount.join(disk)).into_iter().flatten().flatten();
     for file in files.filter(|f| f.file_type().is_ok_and(|t| t.is_file())) {
         std::thread::sleep(Duration::from_millis(5));

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use crate::support::backup::{self, Caller, Held, leftovers, ours_in_qemu};
+use crate::support::backup::{self, Caller, PausedBackup, leftovers, ours_in_qemu};
 use crate::support::qemu::storage_daemon::Daemon;
 use crate::support::qemu::two_disks::Machine;
 use crate::support::refusing;
@@ -60,7 +60,7 @@ fn a_second_socket_does_not_let_a_second_run_in() {
     let mut second = first.clone();
     second.qmp = d.path("qmp2.sock");
     first.must("full");
-    let held = Held::start(&first, "inc");
+    let held = PausedBackup::start(&first, "inc");
     let before = ours_in_qemu(&mut d.qmp());
     for out in [second.run("inc"), recover(&second, &[])] {
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -75,7 +75,7 @@ fn a_second_socket_does_not_let_a_second_run_in() {
 
 /// A backup of a daemon, killed at its freeze point.
 fn killed(caller: &Caller) {
-    let (code, said) = Held::start(caller, "auto").signalled(libc::SIGKILL);
+    let (code, said) = PausedBackup::start(caller, "auto").signalled(libc::SIGKILL);
     assert_eq!(code, None, "{said}");
 }
 
@@ -149,7 +149,7 @@ fn a_run_ends_in_order_when_qemu_took_its_linked_socket_away() {
     let mut caller = Caller::of(&d);
     caller.must("full");
     caller.qmp = link.join("qmp.sock");
-    let held = Held::start(&caller, "inc");
+    let held = PausedBackup::start(&caller, "inc");
     d.stop();
     let _ = std::fs::remove_file(d.path("qmp.sock"));
     let (code, said) = held.end();
@@ -446,7 +446,7 @@ fn what_qemu_refuses_for_one_disk_does_not_keep_the_other() {
     let d = daemon();
     let caller = Caller::of(&d);
     caller.must("full");
-    let held = Held::start(&caller, "inc");
+    let held = PausedBackup::start(&caller, "inc");
     let view = ours_in_qemu(&mut d.qmp())
         .iter()
         .find_map(|n| Some(n.split(": ").nth(1).filter(|n| n.ends_with("-s0"))?.to_string()))
@@ -475,7 +475,7 @@ fn the_announcement_says_what_the_freeze_point_achieved() {
     }
     let d = daemon();
     let caller = Caller::of(&d);
-    let held = Held::start(&caller, "full");
+    let held = PausedBackup::start(&caller, "full");
     let folder = caller.target.join("a.img/.fleecefs");
     let file = std::fs::read_dir(&folder)
         .unwrap()

@@ -168,12 +168,12 @@ fn wait(child: &mut Child) -> std::process::ExitStatus {
 }
 
 /// A backup that is held at its freeze point.
-pub struct Held {
+pub struct PausedBackup {
     pub child: Child,
     hold: tempfile::TempDir,
 }
 
-impl Held {
+impl PausedBackup {
     /// Starts one and waits until it is there.
     pub fn start(caller: &Caller, level: &str) -> Self {
         let hold = tempfile::tempdir().unwrap();
@@ -184,7 +184,7 @@ impl Held {
             .spawn()
             .unwrap();
         let views = read_views(&mut child, hold.path());
-        let held = Held { child, hold };
+        let held = PausedBackup { child, hold };
         assert!(!views.is_empty(), "{}", held.said());
         held
     }

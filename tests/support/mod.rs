@@ -39,6 +39,8 @@ pub mod refusing;
 pub mod renamed;
 /// Backups of shut-off VMs.
 pub mod shut_off;
+/// The state folder of tests that name none.
+pub mod state;
 /// Block devices and file systems.
 pub mod storage;
 /// A directory with one disk of three points.

@@ -1,7 +1,10 @@
 //! The tools that a test needs, and running them.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::FromRawFd;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// Whether the tools are there. In CI a missing one is a failure, elsewhere the test says that it
 /// was skipped.
@@ -30,6 +33,28 @@ pub fn is_root(test: &str) -> bool {
         println!("skipped: {test} needs root");
     }
     root
+}
+
+/// A command's exit code and what it writes, both streams together, to a terminal of so many columns.
+pub fn on_terminal(command: &mut Command, columns: u16) -> (Option<i32>, String) {
+    let size = libc::winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let (mut ours, mut its) = (-1, -1);
+    let none = std::ptr::null_mut();
+    // SAFETY: room for two descriptors; a size; nothing else is asked for.
+    let made = unsafe { libc::openpty(&mut ours, &mut its, none, std::ptr::null(), &size) };
+    assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: two fresh descriptors.
+    let (mut ours, its) = unsafe { (File::from_raw_fd(ours), File::from_raw_fd(its)) };
+    command.stdout(its.try_clone().unwrap()).stderr(its);
+    let mut child = command.spawn().unwrap();
+    // The command has the other ends of the terminal, too.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut text = Vec::new();
+    // A terminal whose last user has gone ends with EIO.
+    let end = ours.read_to_end(&mut text);
+    assert!(end.is_ok() || end.is_err_and(|e| e.raw_os_error() == Some(libc::EIO)));
+    let code = child.wait().unwrap().code();
+    (code, String::from_utf8(text).unwrap().replace("\r\n", "\n"))
 }
 
 /// Runs a command that has to succeed.

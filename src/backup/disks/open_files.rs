@@ -126,12 +126,12 @@ impl HostView {
             }
             None if self.ours => {
                 let real = folder::resolve(&self.named(name)?).ok()?;
-                return settled(|| folder::look(&real).ok(), name)
+                return of_stable(|| folder::look(&real).ok(), name)
                     .filter(|_| folder::is_on_fuse(&real).is_ok_and(|fuse| !fuse));
             }
             None => return None,
         };
-        settled(|| system::behind(&at).ok(), name)
+        of_stable(|| system::behind(&at).ok(), name)
     }
 
     /// The first of `then` that is not as it was, or not open any more. Those of which nothing is known are
@@ -172,7 +172,7 @@ pub(crate) fn is_as_recorded(then: &BackingFile) -> bool {
 }
 
 /// What tells whether a file is written to, once a later write is certain to show.
-fn settled(look: impl Fn() -> Option<Metadata>, name: &str) -> Option<BackingFile> {
+fn of_stable(look: impl Fn() -> Option<Metadata>, name: &str) -> Option<BackingFile> {
     let age = |m: &Metadata| {
         let written = Duration::new(m.mtime().try_into().ok()?, m.mtime_nsec().try_into().ok()?);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;

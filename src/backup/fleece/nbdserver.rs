@@ -59,12 +59,12 @@ pub(crate) fn check_free(client: &mut Client, path: &Path, node: &str) -> Result
     let name = "x".repeat(TOO_LONG);
     let export = json!({"type": "nbd", "id": "fleecefs-asks", "node-name": node, "name": name});
     match client.call("block-export-add", export)? {
-        Err(r) if r.desc.contains("too long") => Err(taken()),
+        Err(r) if r.desc.contains("too long") => Err(server_is_anothers()),
         _ => Ok(()),
     }
 }
 
-fn taken() -> Error {
+fn server_is_anothers() -> Error {
     Error::new(
         Kind::Busy,
         "QEMU's NBD server belongs to another program, so that a disk that was shrunk and grown \
@@ -123,7 +123,7 @@ impl Server {
         };
         match answer {
             Ok(_) => Ok(Server { address: Address::Unix(path.to_path_buf()), ours: true }),
-            Err(r) if r.desc.contains("already running") => Err(taken()),
+            Err(r) if r.desc.contains("already running") => Err(server_is_anothers()),
             Err(r) => Err(r.into()),
         }
     }

@@ -28,9 +28,9 @@ pub(crate) fn assign(
 ) -> Result<Vec<(PathBuf, History)>> {
     disks.iter().try_for_each(|d| check_layout(options, inputs, d))?;
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
-    let mut seen = Seen::default();
+    let mut histories = HistoryCache::default();
     for rule in [chosen as Rule, same_file_and_device, same_file, same_disk, damaged] {
-        fill(options, inputs, disks, &mut list, (rule, false), &mut seen)?;
+        fill(options, inputs, disks, &mut list, (rule, false), &mut histories)?;
     }
     fill_known(options, inputs, disks, &mut list)?;
     if list.iter().any(Option::is_none) {
@@ -51,12 +51,12 @@ pub(crate) fn assign(
                     || (is_new || h.tail == own) && is_renamed(inputs, disk, h, disks)
             };
             let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
-            let (dir, seen) = others.swap_remove(at);
-            let whole = read_whole(&dir, seen.tail, options.layout.no_subdir)?;
+            let (dir, history) = others.swap_remove(at);
+            let whole = read_whole(&dir, history.tail, options.layout.no_subdir)?;
             *slot = is(&whole).then_some((dir, whole));
         }
     }
-    fill(options, inputs, disks, &mut list, (unclaimed, true), &mut seen)?;
+    fill(options, inputs, disks, &mut list, (unclaimed, true), &mut histories)?;
     check_names(disks, &list)?;
     let list = list
         .into_iter()
@@ -107,13 +107,13 @@ fn fill(
     disks: &[GuestDisk],
     list: &mut [Option<(PathBuf, History)>],
     rule: (Rule, bool),
-    seen: &mut Seen,
+    histories: &mut HistoryCache,
 ) -> Result<()> {
     for (i, disk) in disks.iter().enumerate() {
         if list.get(i).is_some_and(Option::is_some) {
             continue;
         }
-        let found = candidate(options, inputs, disk, list, rule, seen)?;
+        let found = candidate(options, inputs, disk, list, rule, histories)?;
         if let Some(slot) = list.get_mut(i) {
             *slot = found;
         }
@@ -365,7 +365,7 @@ fn candidate(
     disk: &GuestDisk,
     taken: &[Option<(PathBuf, History)>],
     (rule, new): (Rule, bool),
-    seen: &mut Seen,
+    histories: &mut HistoryCache,
 ) -> Result<Option<(PathBuf, History)>> {
     // A new one is called by the layout; a chain goes on also where its FULL had another.
     let names = disk.folder_names(&options.layout);
@@ -395,22 +395,22 @@ fn candidate(
             Some(tails) if !tails.contains(&folder) => {
                 History { dir: dir.clone(), ..History::default() }
             }
-            _ => seen.take(&dir, only)?,
+            _ => histories.take(&dir, only)?,
         };
         history.tail = folder;
         if rule(inputs, disk, &history) {
             return Ok(Some((dir, history)));
         }
-        seen.put_back(history, options.layout.no_subdir);
+        histories.put_back(history, options.layout.no_subdir);
     }
     Ok(None)
 }
 
 /// What was read for one rule and was not what it looked for: the next ones need not read it again.
 #[derive(Default)]
-struct Seen(HashMap<(PathBuf, Option<String>), History>);
+struct HistoryCache(HashMap<(PathBuf, Option<String>), History>);
 
-impl Seen {
+impl HistoryCache {
     /// As [`History::read`].
     fn take(&mut self, dir: &Path, only: Option<&str>) -> Result<History> {
         match self.0.remove(&(dir.to_path_buf(), only.map(str::to_string))) {
@@ -461,16 +461,16 @@ mod tests {
         std::fs::write(dir.path().join("FULL-1-d"), "x").unwrap();
         std::fs::write(dir.path().join("FULL-2-e"), "x").unwrap();
         for only in [None, Some("d")] {
-            let mut seen = Seen::default();
-            let mut first = seen.take(dir.path(), only).unwrap();
+            let mut histories = HistoryCache::default();
+            let mut first = histories.take(dir.path(), only).unwrap();
             first.tail = "d".into();
             let found = first.entries.len();
-            seen.put_back(first, only.is_some());
+            histories.put_back(first, only.is_some());
             // A disk of another name has its own.
-            assert_eq!(seen.take(dir.path(), Some("e")).unwrap().entries.len(), 1);
+            assert_eq!(histories.take(dir.path(), Some("e")).unwrap().entries.len(), 1);
             std::fs::write(dir.path().join("INC-3-d"), "x").unwrap();
-            assert_eq!(seen.take(dir.path(), only).unwrap().entries.len(), found);
-            assert_eq!(seen.take(dir.path(), only).unwrap().entries.len(), found + 1);
+            assert_eq!(histories.take(dir.path(), only).unwrap().entries.len(), found);
+            assert_eq!(histories.take(dir.path(), only).unwrap().entries.len(), found + 1);
             std::fs::remove_file(dir.path().join("INC-3-d")).unwrap();
         }
     }

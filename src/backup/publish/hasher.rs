@@ -163,11 +163,11 @@ fn hash_units(image: &dyn ReadAt, unit: u64, control: &HasherControl) -> Result<
 
 /// Which of the first `units` of the finished image still have the value that they were given.
 fn certain(image: &dyn ReadAt, unit: u64, units: &[Unit], stop: &Check) -> Result<KnownSubtrees> {
-    let mut seen = Seen::default();
-    plain::clusters(image, stop, |c| seen.note(c, unit, units))?;
-    let whole = unit / seen.piece.max(1);
+    let mut counts = PieceCounts::default();
+    plain::clusters(image, stop, |c| counts.note(c, unit, units))?;
+    let whole = unit / counts.piece.max(1);
     let values = units.iter().enumerate().map(|(i, u)| {
-        let count = seen.counts.get(i).copied().unwrap_or(0);
+        let count = counts.counts.get(i).copied().unwrap_or(0);
         (u64::from(count) == whole).then_some(u.value)
     });
     let known = KnownSubtrees::new(unit, values.collect());
@@ -181,7 +181,7 @@ fn certain(image: &dyn ReadAt, unit: u64, units: &[Unit], stop: &Check) -> Resul
 
 /// What the tables have shown so far.
 #[derive(Default)]
-struct Seen {
+struct PieceCounts {
     /// Bytes of a piece: those of a cluster, or of a unit if that is smaller.
     piece: u64,
     /// A bit for each piece: one that two claim makes all uncertain.
@@ -190,7 +190,7 @@ struct Seen {
     counts: Vec<u32>,
 }
 
-impl Seen {
+impl PieceCounts {
     fn note(&mut self, cluster: Cluster, unit: u64, units: &[Unit]) -> Result<()> {
         self.piece = cluster.len.min(unit);
         let pieces = (units.len() as u64).saturating_mul(unit / self.piece);

@@ -152,7 +152,7 @@ impl OpenImage {
         let file = folder.open_with(&name, Access::ReadWrite).map_err(failed)?;
         let id = FileId::of(&file.metadata().map_err(failed)?);
         if made.is_some_and(|m| !leftover::agree(m, id)) {
-            return Err(taken(&path));
+            return Err(replaced(&path));
         }
         Ok(OpenImage { file: Arc::new(file), path })
     }
@@ -211,7 +211,7 @@ impl OpenImage {
         let path = folder.join(name);
         match folder.is_same(name, &self.file) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(taken(&path)),
+            Ok(false) => Err(replaced(&path)),
             Err(e) => Err(Error::io(e, "cannot check the image").at_path(&path)),
         }
     }
@@ -228,7 +228,7 @@ impl OpenImage {
     }
 }
 
-fn taken(path: &Path) -> Error {
+fn replaced(path: &Path) -> Error {
     Error::new(Kind::Unsound, "the image was replaced by another file")
         .at_path(path)
         .remedy("find out who writes to the backup directory")

@@ -58,7 +58,7 @@ impl Run<'_> {
     pub(in crate::backup) fn follow(&mut self, d: &mut Active, job: &Job) -> Option<Result<Job>> {
         let (at, of, copied) = (job.current_progress, job.total_progress, d.copied(job));
         let copy = &self.options.copy;
-        d.progress.place(Position { at, of, paced: copy.speed > 0 || copy.compress.is_some() });
+        d.progress.position(Position { at, of, paced: copy.speed > 0 || copy.compress.is_some() });
         d.progress.advance(copied.saturating_sub(d.shown));
         d.shown = d.shown.max(copied);
         self.disk_status(d.index, |s| {

@@ -366,7 +366,7 @@ fn newest_missing(tree: &Tree, group: &Group) -> Option<Finding> {
 /// The finding of [`Disk::newest_missing`].
 pub(in crate::chain) fn lost_finding(image: &Path) -> Finding {
     let remedy = "restore it from another copy; or remove its manifest, if the image was removed \
-                  on purpose (qmprestore's commit does that)";
+                  on purpose, as qmprestore's commit does";
     let finding = Finding::warning(Kind::Incomplete, image, NEWEST_LOST);
     Finding { remedy: Some(remedy.into()), ..finding }
 }

@@ -32,14 +32,15 @@ fn is_backup(level: Level) -> bool {
 }
 
 /// A file, and as what it belongs to a disk, if it does.
-pub(in crate::chain) type Seen<'a> = (&'a FileEntry, Option<Level>);
+pub(in crate::chain) type FileAndLevel<'a> = (&'a FileEntry, Option<Level>);
 
 /// Fails if `from`, which no other file of its disk is below, may not depend on `to`.
 ///
 /// # Errors
 /// `Unsupported`.
-pub(in crate::chain) fn check_backing(from: Seen, to: Seen) -> Result<(), Error> {
-    let level = |(entry, level): Seen| level.filter(|l| is_backup(*l)).or(stated_level(entry));
+pub(in crate::chain) fn check_backing(from: FileAndLevel, to: FileAndLevel) -> Result<(), Error> {
+    let level =
+        |(entry, level): FileAndLevel| level.filter(|l| is_backup(*l)).or(stated_level(entry));
     let beside = from.0.path.parent() == to.0.path.parent();
     let of_another = level(to).is_some() && disk(from.0) != disk(to.0);
     if level(from).is_none() || beside && !of_another {

@@ -227,7 +227,7 @@ impl Grouper<'_> {
                     let what = "a link that does not lead to a file inside the backup directory";
                     let error = Error::new(Kind::Incomplete, what)
                         .at_path(self.folder.path.join(&link.name))
-                        .remedy(format!("put {} beside it", path_text(&link.disk)));
+                        .remedy(format!("put the file {} into this folder", path_text(&link.disk)));
                     members.findings.push(Finding::from_error(&error, &self.folder.path));
                 }
             }

@@ -6,14 +6,14 @@ use std::os::unix::ffi::OsStrExt;
 
 use serde::Serialize;
 
-use super::super::files::place::{Named, named, node, opened};
+use super::super::files::point_path::{Named, named, node, opened};
 use super::super::files::row::time;
 use super::super::paths::catalog;
 use super::super::verbosity;
 use super::args::DiffArgs;
 use super::points::{open_both, point_text};
 use crate::error::{Error, Kind, Result};
-use crate::files::compare::{Different, Event, Side, Told, Trees, compare};
+use crate::files::compare::{Different, Event, Observer, Side, Trees, compare};
 use crate::files::{Beside, Blocks, Cached, NodeKind, Source};
 use crate::image::{Cache, ChangedMap};
 use crate::output;
@@ -49,14 +49,14 @@ pub(super) fn run(args: &DiffArgs) -> Result<()> {
         if !args.print.json && !verbosity::is_quiet() {
             writeln!(out, "{} -> {}", point_text(first_point), point_text(last_point))?;
         }
-        let mut telling = Telling { args, out, counts: [0; 4], error: None, failed: None };
-        let compared = compare(&trees, &mut telling);
-        telling.end(compared, &mut failed)
+        let mut reporter = Reporter { args, out, counts: [0; 4], error: None, failed: None };
+        let compared = compare(&trees, &mut reporter);
+        reporter.end(compared, &mut failed)
     })?;
     failed.map_or(Ok(()), Err)
 }
 
-struct Telling<'a, 'b> {
+struct Reporter<'a, 'b> {
     args: &'a DiffArgs,
     out: &'a mut BufWriter<&'b mut std::io::Stdout>,
     /// Added, removed, modified, renamed.
@@ -67,7 +67,7 @@ struct Telling<'a, 'b> {
     failed: Option<Error>,
 }
 
-impl Telling<'_, '_> {
+impl Reporter<'_, '_> {
     fn end(self, compared: Result<bool>, failed: &mut Option<Error>) -> std::io::Result<()> {
         if let Some(e) = self.error {
             return Err(e);
@@ -102,7 +102,7 @@ impl Telling<'_, '_> {
     }
 }
 
-impl Told for Telling<'_, '_> {
+impl Observer for Reporter<'_, '_> {
     fn event(&mut self, event: Event<'_>) -> Result<()> {
         let row = Row::new(&event);
         let counted = ["added", "removed", "modified", "renamed"].iter().zip(&mut self.counts);

@@ -31,7 +31,7 @@ pub(super) fn open_both(
     let b = open_point_sharing(to.0, to.1, cache, &mut images)?;
     if !of_one && a.size() != b.size() {
         let what = format!(
-            "{} has {} bytes and {} has {}: two disks are compared if they are of one size",
+            "{} has {} bytes and {} has {}: two disks can be compared only if they have the same size",
             path_text(&from.0.path),
             a.size(),
             path_text(&to.0.path),

@@ -89,7 +89,7 @@ impl<W: Write> Shown<'_, W> {
             return Ok(());
         }
         let (start, length) = (format!("{:#x}", change.start), format!("{:#x}", change.length));
-        let word = |held| format!("{held:?}").to_lowercase();
+        let word = |content| format!("{content:?}").to_lowercase();
         writeln!(self.out, "{}", line([&start, &length, &word(change.from), &word(change.to)]))
     }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::super::paths::catalog;
 use super::filter::Filter;
-use super::place::{From, Named, named, node, opened};
+use super::point_path::{From, Named, named, node, opened};
 use super::row::time;
 use crate::chain::{Catalog, Disk};
 use crate::error::{Error, Kind, Result};
@@ -22,14 +22,14 @@ use crate::output;
 use crate::text::{path_text, to_text};
 use crate::units::{counted, human_bytes, iso_time};
 
-/// Versions that are held: some 400 MiB with their paths.
+/// Versions that are kept: some 400 MiB with their paths.
 const MAX_VERSIONS: usize = 1 << 21;
 
 /// What makes a version: path, inode, size and mtime.
 type Version = (Vec<u8>, NodeId, u64, Time);
 
 /// The points that have it.
-struct Held {
+struct VersionSpan {
     kind: NodeKind,
     /// The first and the last, by their place in the order of time.
     first: usize,
@@ -59,8 +59,8 @@ pub(super) fn run(from: &From, filter: &Filter, json: bool) -> Result<()> {
     let (disk, failed) = (named.disk, search.failed.take());
     output::written(|out| {
         let mut out = BufWriter::new(out);
-        for (version, held) in &search.versions {
-            out.write_all(line(disk, &order, version, held, json)?.as_bytes())?;
+        for (version, span) in &search.versions {
+            out.write_all(line(disk, &order, version, span, json)?.as_bytes())?;
         }
         out.flush()
     })?;
@@ -73,7 +73,7 @@ struct Search<'a> {
     filter: &'a Filter,
     cache: Arc<Cache>,
     blocks: Arc<Blocks>,
-    versions: BTreeMap<Version, Held>,
+    versions: BTreeMap<Version, VersionSpan>,
     /// What could not be read first.
     failed: Option<Error>,
 }
@@ -101,8 +101,8 @@ impl Search<'_> {
 
     /// The point at this place has what the one before has.
     fn go_on(&mut self, at: usize) {
-        for held in self.versions.values_mut().filter(|h| h.last + 1 == at) {
-            (held.last, held.points) = (at, held.points + 1);
+        for span in self.versions.values_mut().filter(|h| h.last + 1 == at) {
+            (span.last, span.points) = (at, span.points + 1);
         }
     }
 
@@ -161,9 +161,9 @@ impl Noting<'_, '_> {
         let a = at.attributes;
         let version = (at.path.to_vec(), at.node, a.size, a.mtime);
         let here = self.at;
-        let new = || Held { kind: a.kind, first: here, last: here, points: 0 };
-        let held = self.search.versions.entry(version).or_insert_with(new);
-        (held.last, held.points) = (here, held.points + 1);
+        let new = || VersionSpan { kind: a.kind, first: here, last: here, points: 0 };
+        let span = self.search.versions.entry(version).or_insert_with(new);
+        (span.last, span.points) = (here, span.points + 1);
         if self.search.versions.len() > MAX_VERSIONS {
             let what = format!("more than {}", counted(MAX_VERSIONS as u64, "version"));
             let error = Error::new(Kind::Unsupported, what);
@@ -214,7 +214,7 @@ fn line(
     disk: &Disk,
     order: &[usize],
     (path, node, size, mtime): &Version,
-    held: &Held,
+    span: &VersionSpan,
     json: bool,
 ) -> std::io::Result<String> {
     let point = |at: usize| order.get(at).and_then(|i| disk.points.get(*i));
@@ -223,15 +223,15 @@ fn line(
     if json {
         let row = Row {
             path: to_text(OsStr::from_bytes(path)),
-            kind: held.kind,
+            kind: span.kind,
             inode: node.number,
             size: *size,
             mtime_utc: time(*mtime),
-            point: name(held.first),
-            time: when(held.first),
-            until_point: name(held.last),
-            until_time: when(held.last),
-            points: held.points,
+            point: name(span.first),
+            time: when(span.first),
+            until_point: name(span.last),
+            until_time: when(span.last),
+            points: span.points,
         };
         return output::json_object(&row).map_err(std::io::Error::other);
     }
@@ -243,9 +243,9 @@ fn line(
             path_text(OsStr::from_bytes(path)),
             human_bytes(*size),
             iso_time(mtime.seconds),
-            when(held.first),
-            when(held.last),
-            counted(held.points as u64, "point")
+            when(span.first),
+            when(span.last),
+            counted(span.points as u64, "point")
         ),
     );
     Ok(line)

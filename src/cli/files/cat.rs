@@ -1,12 +1,16 @@
 //! `fleecefs files cat`.
 
+use std::ffi::OsStr;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 
 use clap::Args;
 
-use super::place::{From, node};
+use super::point_path::{From, node};
 use crate::error::{Error, Kind, Result};
+use crate::files::NodeKind;
 use crate::output;
+use crate::text::path_text;
 
 /// Write a file to standard output; a symbolic link is followed inside its file system
 #[derive(Debug, Args)]
@@ -25,7 +29,12 @@ const CHUNK: usize = 1 << 20;
 pub(super) fn run(args: &CatArgs) -> Result<()> {
     let opened = args.from.open()?;
     let tree = opened.tree()?;
-    let file = tree.open(node(&opened, &*tree, true)?)?;
+    let node = node(&opened, &*tree, true)?;
+    if tree.attributes(node)?.kind == NodeKind::Folder {
+        let what = format!("'{}' is a folder", path_text(OsStr::from_bytes(&opened.path)));
+        return Err(Error::new(Kind::Usage, what).remedy("'fleecefs files ls' lists it"));
+    }
+    let file = tree.open(node)?;
     let (mut at, mut buf, mut failed) = (0, vec![0; CHUNK], None);
     output::written(|out| {
         while at < file.size() {

@@ -12,7 +12,7 @@ use super::super::bar::Bar;
 use super::super::shared::JsonArgs;
 use super::super::work::cancel_flag;
 use super::super::{paths, verbosity};
-use super::place::{From, Opened, node};
+use super::point_path::{From, Opened, node};
 use crate::error::{Error, Kind, Result};
 use crate::files::copy::{Options, Report, Target, archive, copy};
 use crate::files::{NodeId, NodeKind, Tree};
@@ -23,26 +23,25 @@ use crate::units::{counted, human_bytes};
 
 /// Copy a file, or a folder with all that is in it, out of a point
 ///
-/// Into TARGET if that is a folder, else as TARGET, which must not be there: nothing is ever replaced. The root of a
-/// file system goes into the folder TARGET itself. Copies have the times, permissions, holes, hard links, access
-/// lists and attributes (user.*) of what is copied, and its owner and group by their numbers where the caller may
-/// set them. Left out, unless --preserve=all says otherwise: setuid and setgid, device nodes, and attributes that mean something to
-/// a kernel (security.*, trusted.*). Symbolic links are copied as they are and never followed.
+/// If TARGET is a folder, the copy goes into it, else it becomes TARGET, which must not exist: nothing is ever
+/// replaced. Of the root of a file system, the contents go into the folder TARGET.
 ///
-/// With --tar the archive goes to standard output.
+/// Copies keep times, permissions, holes, hard links, access lists and user.* attributes, and, where you may set them,
+/// owner and group by number. Skipped unless --preserve=all is given: setuid and setgid bits, device nodes, and
+/// attributes that a kernel obeys (security.*, trusted.*). Symbolic links are copied as links and never followed.
 ///
-/// What cannot be read is reported and skipped, and the rest is copied; the exit code is 16 then.
+/// What cannot be read is reported and skipped, the rest is copied, and the exit code is 16.
 #[derive(Debug, Args)]
 pub(super) struct CpArgs {
     #[command(flatten)]
     pub from: From,
-    /// Where to
+    /// A folder to copy into, or the name of the copy
     #[arg(required_unless_present = "tar", conflicts_with = "tar")]
     target: Option<PathBuf>,
     /// Write a tar archive to standard output
     #[arg(long)]
     tar: bool,
-    /// What copies keep of what is copied
+    /// What copies keep
     #[arg(long, value_enum, value_name = "WHAT", default_value = "usual")]
     preserve: Preserve,
     /// Folders are always copied with all that is in them; for those who are used to it
@@ -54,9 +53,9 @@ pub(super) struct CpArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Preserve {
-    /// Times, permissions, owners, links, holes, attributes of users
+    /// Times, permissions, owners, links, holes and user.* attributes
     Usual,
-    /// With setuid, setgid, devices and all attributes
+    /// Also setuid, setgid, device nodes and all attributes
     All,
 }
 
@@ -109,7 +108,7 @@ fn target_of(opened: &Opened, tree: &dyn Tree, start: NodeId, target: &Path) -> 
     }
     if folder::exists(&real) {
         let error = Error::new(Kind::Exists, "the target exists already").at_path(target);
-        return Err(error.remedy("nothing is ever replaced: name another, or a folder"));
+        return Err(error.remedy("nothing is ever replaced: give another name, or a folder"));
     }
     if !is_folder && target.as_os_str().as_bytes().ends_with(b"/") {
         return Err(Error::new(Kind::NotFound, "no such directory").at_path(target));

@@ -8,16 +8,16 @@ use crate::units::{parse_bytes, parse_when};
 /// What files have to be like.
 #[derive(Debug, Args)]
 pub(super) struct Filter {
-    /// The last part of the path is this; '*' stands for anything, '?' for one byte
+    /// Only files of this name; '*' matches anything, '?' one byte
     #[arg(long, value_name = "PATTERN")]
     name: Option<String>,
-    /// Only these
+    /// Only files of this kind
     #[arg(long = "type", value_enum, value_name = "KIND")]
     kind: Option<KindArg>,
-    /// At least this large (K, M, G are understood)
+    /// Only files of at least this size (K, M, G)
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     larger: Option<u64>,
-    /// Changed since then: 2026-11-22, 7d, @SECONDS
+    /// Only files modified since then: 2026-11-22, 7d, @SECONDS
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
 }

@@ -9,26 +9,27 @@ use clap::Args;
 use super::super::shared::JsonArgs;
 use super::all_points;
 use super::filter::Filter;
-use super::place::{From, node};
+use super::point_path::{From, node};
 use super::row::Row;
 use crate::error::{Error, Kind, Result};
 use crate::files::{At, Tree, Visitor, walk};
 use crate::output;
 use crate::text::path_text;
 
-/// Find files below a folder: by name, kind, size and time; all of them without options
+/// Find files below a folder by name, kind, size and time; without options, all files
 ///
-/// Prints paths from that folder on; with --json one object a line.
+/// Prints paths relative to that folder; --json prints one object per line.
 ///
-/// With --all-points the disk alone may be named (sda:p1/etc), and whatever was in the folder at the time of any of
-/// its points is found, sorted by path. A point in which nothing of this changed is not read.
+/// With --all-points it finds whatever was in the folder in any point of the disk, sorted by path; the disk alone may
+/// be named then (sda:p1/etc). Points in which nothing of the folder has changed are not read, so this is quick.
 #[derive(Debug, Args)]
 pub(super) struct FindArgs {
     #[command(flatten)]
     pub from: From,
     #[command(flatten)]
     filter: Filter,
-    /// Look into all points of the disk: each version of a file (inode, size, mtime) once, with its first and last point
+    /// Search all points of the disk; each version of a file (inode, size, mtime) is shown once, with its first and
+    /// last point
     #[arg(long)]
     all_points: bool,
     #[command(flatten)]

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::super::shared::JsonArgs;
 use super::super::table::{Row as TableRow, Table};
 use super::super::verbosity;
-use super::place::{From, Opened, node};
+use super::point_path::{From, Opened, node};
 use super::row::{Row, long};
 use crate::error::{Error, Kind, Result};
 use crate::files::{At, NodeId, NodeKind, Tree, Visitor, open_tree, walk};
@@ -20,16 +20,15 @@ use crate::units::human_bytes;
 
 /// List a folder, or the partitions and volumes of a point
 ///
-/// The latter where neither a partition nor a path is given and there are several.
-/// With --json there is one object a line.
+/// Partitions and volumes are listed if POINT has several and names none of them. --json prints one object per line.
 #[derive(Debug, Args)]
 pub(super) struct LsArgs {
     #[command(flatten)]
     pub from: From,
-    /// Kind, permissions, number of names, owner, group, size, time (UTC)
+    /// Show kind, permissions, number of links, owner, group, size and time (UTC)
     #[arg(short, long)]
     long: bool,
-    /// All below, too, by their paths
+    /// Also list everything below, with paths
     #[arg(short = 'R', long)]
     recursive: bool,
     #[command(flatten)]

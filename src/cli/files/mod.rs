@@ -6,7 +6,7 @@ mod cp;
 mod filter;
 mod find;
 mod ls;
-pub(super) mod place;
+pub(super) mod point_path;
 pub(super) mod row;
 mod stat;
 mod versions;
@@ -18,26 +18,26 @@ use crate::error::Result;
 /// Show and copy single files out of a point: no root, no loop device, no VM
 ///
 /// A file is named by its point, the partition, and its path there: POINT:PARTITION/PATH, such as
-/// sda/latest:p1/etc/fstab. 'p1' is the first partition; a logical volume has the name that it has in /dev/mapper
-/// (vg-root), its other disks are found by the backup run. Where a point has one file system only, the partition may be omitted:
-/// sda/latest/etc/fstab. 'files ls DIR POINT' shows what there is.
+/// sda/latest:p1/etc/fstab. 'p1' is the first partition; a logical volume has its name in /dev/mapper (vg-root). If a
+/// volume group is on several disks, the others are taken from the same backup run. Where a point has only one file
+/// system, the partition may be omitted: sda/latest/etc/fstab. 'files ls DIR POINT' shows what there is.
 ///
-/// Read are ext2, ext3 and ext4, XFS, btrfs, NTFS, FAT and exFAT; nothing is written. The journal of ext is replayed
-/// in memory, as the guest's kernel would do it. The logs of XFS, btrfs and NTFS are not: a warning says if they have
-/// changes that are nowhere else. Damage is reported, and the rest is read all the same.
+/// These file systems can be read: ext2, ext3, ext4, XFS, btrfs, NTFS, FAT and exFAT. Nothing is written. The journal
+/// of ext3 and ext4 is replayed in memory, as the guest's kernel would do it. The logs of XFS, btrfs and NTFS are not
+/// replayed: a warning says if they have changes. Damage is reported, and the rest can still be read.
 ///
-/// Of btrfs the subvolume is shown that a mount without options shows, those below as folders. NTFS, FAT and exFAT
-/// have no Unix owners: files get 0644, or 0444 if they are read-only; times without a zone are taken as UTC.
+/// Of btrfs, the default subvolume is shown, with the subvolumes below it as folders. NTFS, FAT and exFAT have no Unix
+/// owners: files get mode 0644, or 0444 if they are read-only; times without a time zone are taken as UTC.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  fleecefs files ls /backups/vm1 sda/latest                      its partitions and volumes
+  fleecefs files ls /backups/vm1 sda/latest              partitions and volumes
   fleecefs files ls -l /backups/vm1 sda/latest:p1/etc
   fleecefs files cat /backups/vm1 sda/latest:p1/etc/fstab
   fleecefs files cp /backups/vm1 sda/latest:p2/home/alice restored/
   fleecefs files cp --tar /backups/vm1 sda/latest:vg-root/var | tar -tv
-  fleecefs files find /backups/vm1 INC-1706260646-sda.qcow2:p2/home --name '*.odt'
-  fleecefs files versions /backups/vm1 sda:p1/etc/fstab          when it appeared, changed, vanished")]
+  fleecefs files find /backups/vm1 sda/latest:p2/home --name '*.odt'
+  fleecefs files versions /backups/vm1 sda:p1/etc/fstab  when did it change")]
 pub(super) struct FilesArgs {
     /// What to do
     #[command(subcommand)]

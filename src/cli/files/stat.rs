@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::super::shared::JsonArgs;
-use super::place::{From, node};
+use super::point_path::{From, node};
 use super::row::Row;
 use crate::error::Result;
 use crate::output;
@@ -58,10 +58,10 @@ pub(super) fn run(args: &StatArgs) -> Result<()> {
     line("links", row.links.to_string());
     line("inode", row.inode.to_string());
     let times = [
-        ("read", Some(row.atime_utc)),
-        ("changed", Some(row.mtime_utc)),
-        ("attributes", Some(row.ctime_utc)),
-        ("made", row.crtime_utc),
+        ("accessed", Some(row.atime_utc)),
+        ("modified", Some(row.mtime_utc)),
+        ("changed", Some(row.ctime_utc)),
+        ("created", row.crtime_utc),
     ];
     times.into_iter().for_each(|(name, time)| time.into_iter().for_each(|t| line(name, t)));
     let more = [("leads to", row.target), ("device", row.device)];
@@ -70,7 +70,8 @@ pub(super) fn run(args: &StatArgs) -> Result<()> {
     for x in &xattrs {
         line("xattr", format!("{}={}", shown_bytes(&x.name), shown_bytes(&x.value)));
     }
-    line("in", format!("{} {} {}", system.kind, system.uuid, path_text(&system.label)));
+    let label = path_text(&system.label);
+    line("in", format!("{} {} {label}", system.kind, system.uuid).trim_end().to_string());
     output::print(&shown)
 }
 

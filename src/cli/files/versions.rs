@@ -15,7 +15,7 @@ use super::super::paths::catalog;
 use super::super::shared::JsonArgs;
 use super::super::table::{Row, Table};
 use super::super::verbosity;
-use super::place::{Named, Opened, named, node, opened};
+use super::point_path::{Named, Opened, named, node, opened};
 use super::row::time;
 use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Error, Kind, Result};
@@ -27,22 +27,20 @@ use crate::units::{human_bytes, iso_time, parse_bytes};
 
 /// Show the versions of a file: in which points it appears, changes and vanishes
 ///
-/// Goes through the points of a disk, the oldest first, and prints a line for each version with its first and last
-/// point, its size, and when it was modified. CHANGE says what is different from the version before: 'content'
-/// (size or mtime), 'attributes' (owner, permissions, ctime), 'replaced' (another file has the name), 'appears',
-/// 'vanishes'.
+/// Prints a line per version, the oldest first, with its first and last point, its size, and when it was modified.
+/// CHANGE says what differs from the version before: 'content' (size or mtime), 'attributes' (owner, permissions,
+/// ctime), 'replaced' (another file has the name now), 'appears' or 'vanishes'.
 ///
-/// With --hash contents are read and have a hash (BLAKE3): what has a new mtime and the same hash has changed
-/// in its attributes only. They are read again only where a block that they were read from may have changed, or
-/// size, mtime or ctime did.
+/// With --hash the contents of each version are read and hashed (BLAKE3); if only the mtime is new, this is an
+/// 'attributes' change then. Contents are not read again if neither their blocks nor size, mtime or ctime have changed.
 ///
 /// A symbolic link at the end of the path is not followed. Points that are not available are skipped.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   fleecefs files versions /backups/vm1 sda:p1/etc/fstab
-  fleecefs files versions --hash --json /backups/vm1 sda:vg-root/var/lib/app/data.db
-  fleecefs files cp /backups/vm1 INC-1706260646-sda.qcow2:p1/etc/fstab .      the one that is wanted")]
+  fleecefs files versions --hash --json /backups/vm1 sda:vg-root/srv/data.db
+  fleecefs files cp /backups/vm1 INC-1706260646-sda.qcow2:p1/etc/fstab .")]
 pub(super) struct VersionsArgs {
     /// The backup directory
     pub dir: PathBuf,
@@ -76,7 +74,7 @@ pub(super) fn run(args: &VersionsArgs) -> Result<()> {
         let what = format!(
             "no point of {} has '{}'",
             path_text(&named.disk.path),
-            path_text(OsStr::from_bytes(named.path))
+            path_text(OsStr::from_bytes(&[named.part.unwrap_or_default(), named.path].concat()))
         );
         return Err(Error::new(Kind::NotFound, what)
             .remedy("'fleecefs files ls DIR DISK/latest' shows what there is"));
@@ -174,19 +172,19 @@ impl Version {
 }
 
 /// What was read of a point to find the path.
-struct Seen {
+struct PointLook {
     image: Arc<Image>,
     /// `None` if other disks were read, too.
-    way: Option<Trace>,
-    content: Trace,
+    path_trace: Option<Trace>,
+    content_trace: Trace,
     found: Option<Found>,
 }
 
-impl Seen {
+impl PointLook {
     /// Whether looking into `image` would come to the same result.
     fn is_same(&self, image: &Image) -> bool {
         let same = |trace: &Trace| matches!(trace.may_differ(&self.image, image), Ok(false));
-        self.way.as_ref().is_some_and(same) && same(&self.content)
+        self.path_trace.as_ref().is_some_and(same) && same(&self.content_trace)
     }
 }
 
@@ -202,7 +200,7 @@ impl Search<'_> {
     fn versions(&self) -> Result<Vec<Version>> {
         let disk = self.named.disk;
         let mut images = vec![None; disk.points.len()];
-        let (mut versions, mut seen): (Vec<Version>, Option<Seen>) = (Vec::new(), None);
+        let (mut versions, mut seen): (Vec<Version>, Option<PointLook>) = (Vec::new(), None);
         for point in disk.served_by_time() {
             let image = open_point_sharing(disk, point, &self.cache, &mut images)?;
             if let (Some(before), Some(version)) = (&mut seen, versions.last_mut())
@@ -241,8 +239,8 @@ impl Search<'_> {
         &self,
         point: usize,
         image: Arc<Image>,
-        before: Option<&Seen>,
-    ) -> (State, Option<Seen>) {
+        before: Option<&PointLook>,
+    ) -> (State, Option<PointLook>) {
         let device = Traced::new(image.clone());
         let named = Named { point, ..self.named };
         let opened = opened(self.catalog, &named, device.clone(), &self.cache, &self.blocks);
@@ -251,14 +249,14 @@ impl Search<'_> {
             Ok((opened.alone, found))
         });
         match result {
-            Ok((alone, Some((found, way, content)))) => {
-                let (way, kept) = (alone.then_some(way), Some(found.clone()));
-                let seen = Seen { image, way, content, found: kept };
+            Ok((alone, Some((found, path_trace, content_trace)))) => {
+                let (path_trace, kept) = (alone.then_some(path_trace), Some(found.clone()));
+                let seen = PointLook { image, path_trace, content_trace, found: kept };
                 (State::Found(Box::new(found)), Some(seen))
             }
             Ok((alone, None)) => {
-                let (way, content) = (alone.then(|| device.take()), Trace::default());
-                (State::Missing, Some(Seen { image, way, content, found: None }))
+                let (path_trace, content_trace) = (alone.then(|| device.take()), Trace::default());
+                (State::Missing, Some(PointLook { image, path_trace, content_trace, found: None }))
             }
             // A partition that was not there yet.
             Err(e) if e.kind() == Kind::NotFound && e.path().is_none() => (State::Missing, None),
@@ -270,7 +268,7 @@ impl Search<'_> {
     fn find(
         &self,
         opened: &Opened,
-        before: Option<&Seen>,
+        before: Option<&PointLook>,
         device: &Traced,
         image: &Image,
     ) -> Result<Option<(Found, Trace, Trace)>> {
@@ -284,23 +282,23 @@ impl Search<'_> {
         let is_link = attributes.kind == NodeKind::Link;
         let target = if is_link { Some(tree.read_link(at)?) } else { None };
         let mut found = Found { node: at, attributes, target, hash: None };
-        let way = device.take();
+        let path_trace = device.take();
         if !self.hash || attributes.kind != NodeKind::File {
-            return Ok(Some((found, way, Trace::default())));
+            return Ok(Some((found, path_trace, Trace::default())));
         }
         // Where whoever writes a file can set all its times, or its contents are beside its times, it is read again.
         let has_ctime =
             ["ext", "xfs", "btrfs"].iter().any(|k| tree.statistics().kind.starts_with(k));
-        if let Some(seen) = before.filter(|s| has_ctime && !s.content.is_empty())
+        if let Some(seen) = before.filter(|s| has_ctime && !s.content_trace.is_empty())
             && let Some(old) = seen.found.as_ref().filter(|old| found.is_as_before(old))
             && old.hash.is_some()
-            && matches!(seen.content.may_differ(&seen.image, image), Ok(false))
+            && matches!(seen.content_trace.may_differ(&seen.image, image), Ok(false))
         {
             found.hash = old.hash;
-            return Ok(Some((found, way, seen.content.clone())));
+            return Ok(Some((found, path_trace, seen.content_trace.clone())));
         }
         found.hash = Some(hash(&*tree, at)?);
-        Ok(Some((found, way, device.take())))
+        Ok(Some((found, path_trace, device.take())))
     }
 }
 

@@ -25,7 +25,7 @@ Examples:
   fleecefs umount /mnt/vm1
 
 In /etc/fstab:
-  /backups/vm1  /mnt/vm1  fuse.fleecefs  noauto,x-systemd.requires-mounts-for=/backups/vm1,allow_other,mode=0440,gid=backup  0 0")]
+  /backups /mnt/points fuse.fleecefs nofail,allow_other,mode=0440,gid=backup 0 0")]
 pub(crate) struct MountArgs {
     /// The backup directory
     #[arg(value_name = "DIR")]
@@ -34,7 +34,7 @@ pub(crate) struct MountArgs {
     /// An existing directory to mount at
     pub mountpoint: PathBuf,
 
-    /// Show the files of each point, too: POINT.files has a folder per partition or volume, as 'files ls' names
+    /// Also show the files in each point: POINT.files has a folder per partition or volume, as 'files ls' names
     /// them ('disk' where there is no partition table)
     #[arg(long)]
     pub files: bool,

@@ -41,7 +41,9 @@ pub(super) fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
 
 fn files(args: &MountArgs) -> Result<Option<Files>> {
     match (args.files, args.squash) {
-        (false, true) => Err(verbosity::usage("squash needs files")),
+        (false, true) => {
+            Err(verbosity::usage("--squash needs --files (with -o: squash needs files)"))
+        }
         (true, squash) => Ok(Some(Files { squash })),
         (false, false) => Ok(None),
     }

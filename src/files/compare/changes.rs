@@ -2,30 +2,34 @@
 
 use super::content::same_content;
 use super::renames::Renames;
-use super::types::{Different, Event, Side, Told, Trees};
+use super::types::{Different, Event, Observer, Side, Trees};
 use super::walk::{Look, Met, is_folder, walk};
 use crate::error::{Error, Result};
 use crate::files::tree::NodeKind;
 
 /// Goes through both trees and tells what is different.
-pub(super) fn tell(trees: &Trees<'_>, renames: &Renames, told: &mut dyn Told) -> Result<()> {
-    walk(trees, &mut Telling { trees, renames, told })
+pub(super) fn tell(
+    trees: &Trees<'_>,
+    renames: &Renames,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    walk(trees, &mut ChangeReporter { trees, renames, observer })
 }
 
-struct Telling<'a> {
+struct ChangeReporter<'a> {
     trees: &'a Trees<'a>,
     renames: &'a Renames,
-    told: &'a mut dyn Told,
+    observer: &'a mut dyn Observer,
 }
 
-impl Telling<'_> {
+impl ChangeReporter<'_> {
     /// Something that only the first tree has at this path.
     fn removed(&mut self, path: Vec<u8>, side: Side) -> Result<Vec<Met>> {
         if self.renames.has_gone(&path, side.node) {
-            // It is told, and looked into, where it is now.
+            // It is reported, and looked into, where it is now.
             return Ok(Vec::new());
         }
-        self.told.event(Event::Removed(&path, side))?;
+        self.observer.event(Event::Removed(&path, side))?;
         let met = Met { from: Some((path, side)), to: None };
         Ok(if is_folder(&side) { vec![met] } else { Vec::new() })
     }
@@ -33,16 +37,16 @@ impl Telling<'_> {
     /// Something that only the second tree has at this path.
     fn added(&mut self, path: Vec<u8>, side: Side) -> Result<Vec<Met>> {
         let Some((before, old)) = self.renames.before(&path, side.node) else {
-            self.told.event(Event::Added(&path, side))?;
+            self.observer.event(Event::Added(&path, side))?;
             let met = Met { from: None, to: Some((path, side)) };
             return Ok(if is_folder(&side) { vec![met] } else { Vec::new() });
         };
         let different = match self.different(old, &side) {
             // Renaming changes the ctime.
             Ok(found) => found.filter(|d| *d == Different::Content || rights(old) != rights(&side)),
-            Err(e) => return self.told.failed(&path, e).map(|()| Vec::new()),
+            Err(e) => return self.observer.failed(&path, e).map(|()| Vec::new()),
         };
-        self.told.event(Event::Renamed(before, &path, *old, side, different))?;
+        self.observer.event(Event::Renamed(before, &path, *old, side, different))?;
         let met = Met { from: Some((before.clone(), *old)), to: Some((path, side)) };
         Ok(if is_folder(&side) { vec![met] } else { Vec::new() })
     }
@@ -60,9 +64,9 @@ impl Telling<'_> {
             return Ok(folders);
         }
         match self.different(&a, &b) {
-            Ok(Some(what)) => self.told.event(Event::Modified(&to.0, a, b, what))?,
+            Ok(Some(what)) => self.observer.event(Event::Modified(&to.0, a, b, what))?,
             Ok(None) => {}
-            Err(e) => self.told.failed(&to.0, e)?,
+            Err(e) => self.observer.failed(&to.0, e)?,
         }
         let both = Met { from: Some(from), to: Some(to) };
         Ok(match (is_folder(&a), is_folder(&b)) {
@@ -106,7 +110,7 @@ fn rights(side: &Side) -> (u32, u32, u32, crate::files::Flags) {
     (a.mode, a.uid, a.gid, a.flags)
 }
 
-impl Look for Telling<'_> {
+impl Look for ChangeReporter<'_> {
     fn met(&mut self, met: Met) -> Result<Vec<Met>> {
         match (met.from, met.to) {
             (Some(from), Some(to)) => self.both(from, to),
@@ -117,6 +121,6 @@ impl Look for Telling<'_> {
     }
 
     fn failed(&mut self, path: &[u8], error: Error) -> Result<()> {
-        self.told.failed(path, error)
+        self.observer.failed(path, error)
     }
 }

@@ -96,7 +96,7 @@ impl Look for Noting<'_> {
     }
 
     fn failed(&mut self, _: &[u8], _: Error) -> Result<()> {
-        // The second time it is told.
+        // The second time it is observer.
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! What is compared, and what is told of it.
+//! What is compared, and what is reported of it.
 
 use crate::error::{Error, Result};
 use crate::files::tree::{Attributes, NodeId, Tree};
@@ -43,8 +43,8 @@ pub enum Event<'a> {
     Renamed(&'a [u8], &'a [u8], Side, Side, Option<Different>),
 }
 
-/// Who is told. An error from here ends the comparison.
-pub trait Told {
+/// What hears of each difference. An error from here ends the comparison.
+pub trait Observer {
     /// Something is different.
     ///
     /// # Errors

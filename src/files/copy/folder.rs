@@ -99,7 +99,7 @@ impl Copying<'_> {
     }
 
     /// Counts what went wrong, unless that ends everything.
-    fn settled(&mut self, at: &At<'_>, result: Result<()>) -> Result<()> {
+    fn count_failure(&mut self, at: &At<'_>, result: Result<()>) -> Result<()> {
         match result {
             Err(e) if is_final(&e) => Err(e),
             // The whole copy is one thing that could not be made.
@@ -264,7 +264,7 @@ impl Visitor for Copying<'_> {
                 self.report.folders += 1;
                 Ok(true)
             }
-            Err(e) => self.settled(at, Err(e)).map(|()| false),
+            Err(e) => self.count_failure(at, Err(e)).map(|()| false),
         }
     }
 
@@ -287,7 +287,7 @@ impl Visitor for Copying<'_> {
 
     fn node(&mut self, at: &At<'_>) -> Result<()> {
         let made = self.make(at);
-        self.settled(at, made)
+        self.count_failure(at, made)
     }
 
     fn failed(&mut self, path: &[u8], error: Error) -> Result<()> {

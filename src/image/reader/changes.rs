@@ -17,7 +17,7 @@ use crate::layer::{Format, LayerSpec};
 /// What a point has in a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Held {
+pub enum RangeContent {
     /// Bytes of an image, whatever they are.
     Data,
     /// Zeros by its map; also what lies beyond the end of a smaller disk.
@@ -26,12 +26,12 @@ pub enum Held {
     Unreadable,
 }
 
-impl Held {
-    fn of(source: Source) -> Held {
+impl RangeContent {
+    fn of(source: Source) -> RangeContent {
         match source {
-            Source::Unallocated | Source::Zero { .. } => Held::Zero,
-            Source::Data { .. } | Source::Compressed { .. } => Held::Data,
-            Source::Bad { .. } => Held::Unreadable,
+            Source::Unallocated | Source::Zero { .. } => RangeContent::Zero,
+            Source::Data { .. } | Source::Compressed { .. } => RangeContent::Data,
+            Source::Bad { .. } => RangeContent::Unreadable,
         }
     }
 }
@@ -44,9 +44,9 @@ pub struct Change {
     /// Length in bytes, never 0.
     pub length: u64,
     /// What the first point has there.
-    pub from: Held,
+    pub from: RangeContent,
     /// What the second point has there.
-    pub to: Held,
+    pub to: RangeContent,
 }
 
 impl Change {
@@ -312,7 +312,7 @@ impl Pair<'_> {
             if let (Some(one), Some(other)) = (x.clip(&part), y.clip(&part))
                 && !self.is_same(one.content, other.content)
             {
-                let (from, to) = (Held::of(one.content), Held::of(other.content));
+                let (from, to) = (RangeContent::of(one.content), RangeContent::of(other.content));
                 if !joined.add(Change { start: at, length: end - at, from, to }) {
                     return Ok(false);
                 }

@@ -11,14 +11,14 @@ use crate::extent::{Extent, ExtentList};
 use crate::layer::{Kinds, KnownTables, Layer};
 
 /// What has been seen of one layer.
-struct Seen {
+struct LayerOutline {
     stretches: ExtentList<Kinds>,
     /// The stretch that was looked at last.
     current: usize,
     known: KnownTables,
 }
 
-impl Seen {
+impl LayerOutline {
     /// The stretch with `at`, which lies inside the layer.
     fn stretch(&mut self, layer: &dyn Layer, at: u64) -> Extent<Kinds> {
         let covers = |e: &Extent<Kinds>| e.start <= at && at < e.end();
@@ -38,7 +38,7 @@ impl Seen {
 pub(super) struct Lookahead<'a> {
     image: &'a Image,
     /// One for each layer, bottom first; made when it is first needed.
-    seen: Vec<Seen>,
+    outlines: Vec<LayerOutline>,
     /// The lowest layer that was asked.
     lowest: usize,
 }
@@ -46,7 +46,7 @@ pub(super) struct Lookahead<'a> {
 impl<'a> Lookahead<'a> {
     /// Nothing has been looked at yet.
     pub(super) fn new(image: &'a Image) -> Self {
-        Lookahead { image, seen: Vec::new(), lowest: usize::MAX }
+        Lookahead { image, outlines: Vec::new(), lowest: usize::MAX }
     }
 
     /// Whether `at` and all that follows up to the offset given is a hole or data, if that is known.
@@ -55,8 +55,12 @@ impl<'a> Lookahead<'a> {
     /// A layer cannot be opened.
     pub(super) fn look(&mut self, at: u64) -> Result<(Option<RangeKind>, u64)> {
         let stack = self.image.stack();
-        let new = || Seen { stretches: ExtentList::new(0), current: 0, known: KnownTables::new() };
-        self.seen.resize_with(stack.len(), new);
+        let new = || LayerOutline {
+            stretches: ExtentList::new(0),
+            current: 0,
+            known: KnownTables::new(),
+        };
+        self.outlines.resize_with(stack.len(), new);
         let mut kinds = Kinds::NONE;
         let mut end = self.image.size;
         let mut asked = stack.len();
@@ -69,7 +73,7 @@ impl<'a> Lookahead<'a> {
             }
             asked -= 1;
             self.lowest = self.lowest.min(asked);
-            let stretch = self.seen[asked].stretch(layer, at);
+            let stretch = self.outlines[asked].stretch(layer, at);
             end = end.min(stretch.end());
             for kind in [Kinds::ZERO, Kinds::DATA] {
                 if stretch.content.has(kind) {

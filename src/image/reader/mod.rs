@@ -17,7 +17,7 @@ mod read;
 mod search;
 mod stack;
 
-pub use self::changes::{Change, Held};
+pub use self::changes::{Change, RangeContent};
 pub use self::range_kind::RangeKind;
 use stack::{Chunk, Stack};
 
@@ -351,17 +351,17 @@ impl Image {
 
     /// All layers, from the nearest image below that knows its own.
     fn gather(&self) -> Stack {
-        let mut way = vec![self];
+        let mut ancestors = vec![self];
         let mut at = self.below.as_deref();
         let mut stack = loop {
             let Some(image) = at else { break Stack::default() };
             if let Some(known) = image.stack.get() {
                 break known.clone();
             }
-            way.push(image);
+            ancestors.push(image);
             at = image.below.as_deref();
         };
-        way.into_iter().rev().for_each(|image| stack.add(&image.own, &image.chunks));
+        ancestors.into_iter().rev().for_each(|image| stack.add(&image.own, &image.chunks));
         stack.shrink();
         stack
     }

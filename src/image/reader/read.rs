@@ -114,7 +114,7 @@ impl Image {
             id,
             unit.host,
             number,
-            || layer.room(unit),
+            || layer.working_memory(unit),
             |pieces, before| {
                 let before = before.as_ref().map(|(n, piece)| (*n, &**piece));
                 layer.decompress_pieces(unit, before, number, &mut |n, piece| {

@@ -190,7 +190,7 @@ impl<'a> Frame<'a> {
 
     /// Bytes that decompressing takes at a time, beside the pieces that are kept: a block as it is stored
     /// and as it was, one piece, and what blocks refer to.
-    pub(super) fn room(&self) -> u64 {
+    pub(super) fn working_memory(&self) -> u64 {
         2 * self.blocks.info.block_max as u64 + 2 * u64::from(PIECE)
     }
 
@@ -342,7 +342,7 @@ mod tests {
         for info in infos() {
             let (storage, unit) = packed(info);
             let mut frame = Frame::open(&storage, unit).unwrap();
-            let room = frame.room();
+            let room = frame.working_memory();
             let mut block = Vec::new();
             while frame.blocks.next(&mut block).unwrap() {
                 let taken = block.capacity() + frame.blocks.packed.capacity();

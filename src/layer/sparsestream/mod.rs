@@ -177,9 +177,9 @@ impl Layer for StreamLayer {
         unit.size.clamp(1, PIECE)
     }
 
-    fn room(&self, unit: Unit) -> Result<u64> {
+    fn working_memory(&self, unit: Unit) -> Result<u64> {
         let frame = lz4::Frame::open(&*self.storage, unit);
-        frame.map(|f| f.room()).map_err(|e| e.at_path(self.storage.name()))
+        frame.map(|f| f.working_memory()).map_err(|e| e.at_path(self.storage.name()))
     }
 
     fn decompress_pieces(

@@ -154,7 +154,7 @@ impl<'a> Log<'a> {
     }
 
     /// How many blocks it has for transactions.
-    pub(super) fn room(&self) -> u32 {
+    pub(super) fn block_count(&self) -> u32 {
         self.end - self.first
     }
 

@@ -67,7 +67,7 @@ pub(super) fn scan(log: &Log<'_>, volume: &Volume) -> Result<Scanned> {
         return Ok(scanned);
     }
     let mut open = Transaction::default();
-    let (mut at, mut left) = (log.start, log.room());
+    let (mut at, mut left) = (log.start, log.block_count());
     while left > 0 {
         let block = log.block(at)?;
         if be32(&block, 0) != MAGIC || be32(&block, 8) != scanned.next {

@@ -95,6 +95,6 @@ fn a_disk_that_grew_has_zeros_before_and_huge_ones_end_at_once() {
             true
         })
         .unwrap();
-    let (from, to) = (Held::Zero, Held::Data);
+    let (from, to) = (RangeContent::Zero, RangeContent::Data);
     assert_eq!(all, [Change { start: SIZE, length: CLUSTER, from, to }]);
 }

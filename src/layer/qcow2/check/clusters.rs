@@ -16,7 +16,7 @@ pub(crate) struct ClusterSet {
 impl ClusterSet {
     /// Adds a cluster; false if it was in already.
     pub(crate) fn insert(&mut self, cluster: u64) -> bool {
-        let (page, word, bit) = place(cluster);
+        let (page, word, bit) = page_word_bit(cluster);
         let page = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_WORDS as usize]));
         let new = page[word] & bit == 0;
         page[word] |= bit;
@@ -25,13 +25,13 @@ impl ClusterSet {
 
     /// Whether a cluster is in.
     pub(crate) fn contains(&self, cluster: u64) -> bool {
-        let (page, word, bit) = place(cluster);
+        let (page, word, bit) = page_word_bit(cluster);
         self.pages.get(&page).is_some_and(|p| p[word] & bit != 0)
     }
 
     /// The 64 clusters from `first`, a multiple of 64, as one word, lowest bit first.
     pub(crate) fn word(&self, first: u64) -> u64 {
-        let (page, word, _) = place(first);
+        let (page, word, _) = page_word_bit(first);
         self.pages.get(&page).map_or(0, |p| p[word])
     }
 
@@ -48,7 +48,7 @@ impl ClusterSet {
     }
 }
 
-fn place(cluster: u64) -> (u64, usize, u64) {
+fn page_word_bit(cluster: u64) -> (u64, usize, u64) {
     let word = cluster / 64;
     (word / PAGE_WORDS, (word % PAGE_WORDS) as usize, 1 << (cluster % 64))
 }

@@ -21,8 +21,7 @@ use crate::units::parse_bytes;
 pub(in crate::cli) struct From {
     /// The backup directory
     pub dir: PathBuf,
-    /// A point, as 'map' and 'restore' take it, with a partition and a path in it, such as
-    /// sda/latest:p1/etc/fstab
+    /// A point, named as for 'map' and 'restore', with partition and path, such as sda/latest:p1/etc/fstab
     #[arg(value_name = "POINT[:PARTITION][/PATH]")]
     pub what: PathBuf,
     /// Memory for maps, decompressed clusters and blocks of file systems

@@ -1,0 +1,207 @@
+//! How it stands with a point, for commands that do not read its data: whether it can be served, and what `verify`
+//! found the last time.
+
+use serde::Serialize;
+
+use super::state::StateArgs;
+use crate::chain::{Catalog, Point};
+use crate::output::{Line, Look};
+use crate::text::path_text;
+use crate::units::{age, as_time, iso_time};
+use crate::verify::Outcome;
+use crate::verify::last_verified::{LastVerified, Memory};
+
+/// How a point stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Health {
+    /// It cannot be served.
+    Unavailable,
+    /// Nothing is known to be wrong; its data was never verified.
+    NotVerified,
+    /// What `verify` found.
+    Verified(LastVerified),
+}
+
+/// What `verify` found the last time, as JSON has it.
+#[derive(Debug, Serialize)]
+pub(super) struct VerifiedJson {
+    #[serde(serialize_with = "as_time")]
+    time: i64,
+    outcome: Outcome,
+    changed: bool,
+}
+
+/// What was verified when, as far as it is known to this user.
+pub(super) fn memory(state: &StateArgs, catalog: &Catalog) -> Memory {
+    match state.dir() {
+        Ok(state) => Memory::read(&state, catalog),
+        Err(e) => {
+            log::debug!("when points were verified is not known: {}", e.report());
+            Memory::default()
+        }
+    }
+}
+
+impl Health {
+    /// How `point` stands, of which `verify` found `last`.
+    pub(super) fn of(point: &Point, last: Option<LastVerified>) -> Health {
+        match (point.is_served(), last) {
+            (false, _) => Health::Unavailable,
+            (true, None) => Health::NotVerified,
+            (true, Some(last)) => Health::Verified(last),
+        }
+    }
+
+    /// How several points stand together: as the worst of them.
+    pub(super) fn worst(all: impl Iterator<Item = Health>) -> Option<Health> {
+        all.reduce(|a, b| match (a, b) {
+            (Health::Verified(a), Health::Verified(b)) => Health::Verified(LastVerified {
+                time: a.time.min(b.time),
+                outcome: a.outcome.max(b.outcome),
+                changed: a.changed || b.changed,
+            }),
+            (Health::Unavailable, _) | (_, Health::Unavailable) => Health::Unavailable,
+            (bad, _) | (_, bad) if bad.is_unsound() => bad,
+            _ => Health::NotVerified,
+        })
+    }
+
+    fn is_unsound(self) -> bool {
+        matches!(self, Health::Verified(l) if l.outcome == Outcome::Unsound && !l.changed)
+    }
+
+    /// For a column of a table; `now` in seconds since the epoch.
+    pub(super) fn word(self, now: i64) -> String {
+        let Health::Verified(last) = self else {
+            return if self == Health::NotVerified { "ok" } else { "unavailable" }.into();
+        };
+        let word = match (last.changed, last.outcome) {
+            (true, _) => return "changed".into(),
+            (false, Outcome::Sound) => "verified",
+            (false, Outcome::Unproven) => "unproven",
+            (false, Outcome::Unsound) => "UNSOUND",
+        };
+        format!("{word} {}", age(now.saturating_sub(last.time)))
+    }
+
+    /// Where there is room for it; of a point that cannot be served, why.
+    pub(super) fn text(self, point: &Point) -> String {
+        match self {
+            Health::NotVerified => "ok (not verified)".into(),
+            Health::Verified(last) => {
+                let time = iso_time(last.time);
+                match (last.changed, last.outcome) {
+                    (true, _) => format!("changed since it was verified ({time})"),
+                    (false, Outcome::Sound) => format!("verified ({time})"),
+                    (false, Outcome::Unproven) => format!("unproven (verified {time})"),
+                    (false, Outcome::Unsound) => format!("UNSOUND (verified {time})"),
+                }
+            }
+            Health::Unavailable => unavailable(point),
+        }
+    }
+
+    /// How it looks.
+    pub(super) fn look(self) -> Look {
+        if self == Health::Unavailable || self.is_unsound() { Look::Red } else { Look::Plain }
+    }
+
+    /// Whether its data was read, and its files are what they were then.
+    pub(super) fn is_checked(self) -> bool {
+        matches!(self, Health::Verified(last) if !last.changed)
+    }
+
+    /// For scripts.
+    pub(super) fn verified(self) -> Option<VerifiedJson> {
+        let Health::Verified(LastVerified { time, outcome, changed }) = self else { return None };
+        Some(VerifiedJson { time, outcome, changed })
+    }
+
+    /// What below a table explains a word in it.
+    fn note(self) -> Option<&'static str> {
+        match self {
+            Health::Unavailable => None,
+            Health::NotVerified => {
+                Some("ok: not verified, only headers were read ('fleecefs verify' checks the data)")
+            }
+            Health::Verified(last) => match (last.changed, last.outcome) {
+                (true, _) => Some(
+                    "changed: since it was verified its image, or one that it depends on, was written to, or got \
+                     another owner, mode or link ('fleecefs verify' checks it again)",
+                ),
+                (false, Outcome::Sound) => None,
+                (false, Outcome::Unproven) => Some(
+                    "unproven: no error was found, but there is no hash to compare with ('fleecefs verify --create' \
+                     records one)",
+                ),
+                (false, Outcome::Unsound) => Some(
+                    "UNSOUND: 'fleecefs verify' found an error, and shows it when it is run again",
+                ),
+            },
+        }
+    }
+}
+
+/// What explains the words of [`Health::word`] in a table, each once.
+pub(super) fn notes(all: impl Iterator<Item = Health>) -> Vec<Line> {
+    let mut notes: Vec<&str> = Vec::new();
+    for note in all.filter_map(Health::note) {
+        if !notes.contains(&note) {
+            notes.push(note);
+        }
+    }
+    notes.into_iter().map(|note| Line::sentence(Look::Plain, note)).collect()
+}
+
+fn unavailable(point: &Point) -> String {
+    let Some(finding) = &point.unavailable else { return "unavailable".into() };
+    if finding.path == point.source {
+        return format!("unavailable: {}", finding.message);
+    }
+    let file = finding.path.file_name().map(path_text).unwrap_or_default();
+    format!("unavailable: needs {file}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verified(time: i64, outcome: Outcome, changed: bool) -> Health {
+        Health::Verified(LastVerified { time, outcome, changed })
+    }
+
+    #[test]
+    fn words_say_what_was_found_and_how_long_ago() {
+        let now = 10 * 86_400;
+        assert_eq!(Health::NotVerified.word(now), "ok");
+        assert_eq!(Health::Unavailable.word(now), "unavailable");
+        assert_eq!(verified(8 * 86_400, Outcome::Sound, false).word(now), "verified 2d ago");
+        assert_eq!(verified(now - 90, Outcome::Unproven, false).word(now), "unproven 1m ago");
+        assert_eq!(verified(now - 7200, Outcome::Unsound, false).word(now), "UNSOUND 2h ago");
+        // What was found then says nothing about another file.
+        for outcome in [Outcome::Sound, Outcome::Unsound] {
+            assert_eq!(verified(0, outcome, true).word(now), "changed");
+            assert_eq!(verified(0, outcome, true).look(), Look::Plain);
+        }
+    }
+
+    #[test]
+    fn a_run_is_verified_if_all_its_points_are() {
+        let worst = |all: &[Health]| Health::worst(all.iter().copied()).unwrap();
+        let (old, new) = (verified(1, Outcome::Sound, false), verified(5, Outcome::Sound, false));
+        let bad = verified(9, Outcome::Unsound, false);
+        assert_eq!(worst(&[new, old]), old);
+        assert_eq!(worst(&[old, Health::NotVerified, new]), Health::NotVerified);
+        assert_eq!(worst(&[Health::NotVerified, bad]), bad);
+        assert_eq!(worst(&[bad, Health::Unavailable]), Health::Unavailable);
+        assert_eq!(worst(&[old, bad]), verified(1, Outcome::Unsound, false));
+        assert!(Health::worst(std::iter::empty()).is_none());
+    }
+
+    #[test]
+    fn each_word_is_explained_once() {
+        let all = [Health::NotVerified, Health::NotVerified, verified(1, Outcome::Sound, false)];
+        assert_eq!(notes(all.into_iter()).len(), 1);
+        assert!(notes(all.into_iter()).iter().all(|l| l.text.starts_with("ok: ")));
+    }
+}
