@@ -7,7 +7,7 @@ use crate::support::chains::{Backups, succeed};
 use crate::support::qemu::one_disk::image;
 use crate::support::renamed::Renamed;
 use crate::support::shut_off::{self, caller, s, write};
-use crate::support::synced::{Act, acts, assert_in_order};
+use crate::support::synced::{Act, acts, assert_all_synced, assert_in_order};
 use crate::support::tools::have;
 use crate::support::verbs::{self, MIB};
 
@@ -115,11 +115,15 @@ fn what_a_commit_or_a_link_changes_is_journalled_on_disk() {
     verbs::add_manifests(&chain, &[8 * MIB]);
     done(&mut fleecefs(&["rebase", s(&chain.dir)]), &chain.dir);
     let until = verbs::name(&chain.files[2]);
-    let acts = done(&mut fleecefs(&["commit", s(&chain.dir), "--until", until]), &chain.dir);
-    assert!(named(&acts, "/fold.json") < gone(&acts), "{acts:#?}");
+    let commit = done(&mut fleecefs(&["commit", s(&chain.dir), "--until", until]), &chain.dir);
+    assert!(named(&commit, "/fold.json") < gone(&commit), "{commit:#?}");
     for r in [Renamed::folders(), Renamed::flat()] {
         let dir = r.dir.path();
-        let acts = done(&mut fleecefs(&["link-disk", s(dir), r.old, r.new]), dir);
+        let (out, acts) = acts(&mut fleecefs(&["link-disk", s(dir), r.old, r.new]), dir);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert_all_synced(&acts);
+        // Under their new names, before the old ones go.
+        assert_all_synced(&acts[..gone(&acts)]);
         assert!(named(&acts, "/link-disk.journal") < named(&acts, ".qcow2"), "{acts:#?}");
         assert!(named(&acts, "/removal.journal") < gone(&acts), "{acts:#?}");
     }
