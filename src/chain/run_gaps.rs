@@ -114,6 +114,10 @@ mod tests {
         let mut merged = run(&["FULL-1-a", "FULL-0-b", "FULL-1-c"]);
         merged[1].state_of = Some("FULL-1-b".into());
         assert!(missing_of_run(&merged).is_empty());
+        // Only what really is.
+        merged.pop();
+        let missing = missing_of_run(&merged);
+        assert_eq!(missing, [RunImage { disk: "c".into(), image: "FULL-1-c".into() }]);
         let mut failed = run(&["FULL-1-a", "FULL-1-c"]);
         failed[0].failed.push(Skipped { disk: "b".into(), reason: "I/O error".into() });
         assert!(missing_of_run(&failed).is_empty());

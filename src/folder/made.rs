@@ -236,4 +236,15 @@ mod tests {
         assert!(folder.further_name("c", &folder, "a", made.id().unwrap()).is_err());
         assert!(!folder.has("c"));
     }
+
+    #[test]
+    fn what_has_a_second_name_was_not_made_just_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open(&dir.path().canonicalize().unwrap()).unwrap();
+        folder.new_node("pipe", NewNode::Pipe).unwrap();
+        folder.made(OsStr::new("pipe"), FileType::Fifo).unwrap();
+        assert!(folder.made(OsStr::new("pipe"), FileType::Socket).is_err());
+        std::fs::hard_link(dir.path().join("pipe"), dir.path().join("second")).unwrap();
+        assert!(folder.made(OsStr::new("pipe"), FileType::Fifo).is_err());
+    }
 }

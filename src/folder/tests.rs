@@ -330,3 +330,196 @@ fn a_log_is_appended_to_and_nothing_else_is_written() {
     }
     Folder::open(Path::new("/dev")).unwrap().append("null").unwrap();
 }
+
+#[test]
+fn no_path_goes_up() {
+    let (dir, folder) = test_folder();
+    std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+    let up = Folder::open(&folder.join("a/..")).unwrap_err();
+    assert_eq!(up.kind(), io::ErrorKind::InvalidInput);
+    assert!(look(&folder.join("a/../a")).is_err());
+    assert!(folder.beneath(Path::new("a/../a")).is_err());
+}
+
+#[test]
+fn a_file_is_no_folder_on_a_path() {
+    let (dir, folder) = test_folder();
+    std::fs::write(dir.path().join("file"), "x").unwrap();
+    for path in ["file/x", "file/..", "file/../file"] {
+        let e = resolve(&folder.join(path)).unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::ENOTDIR), "{path}");
+    }
+}
+
+#[test]
+fn a_refusal_says_what_is_there() {
+    let (dir, folder) = test_folder();
+    symlink("nowhere", dir.path().join("link")).unwrap();
+    let e = folder.open_file("link").unwrap_err();
+    assert!(e.to_string().contains("symbolic link"), "{e}");
+    std::fs::write(dir.path().join("file"), "x").unwrap();
+    for path in [folder.join("file"), "/dev/null".into()] {
+        let e = open_device(&path).unwrap_err();
+        assert!(e.to_string().contains("not a block device"), "{path:?}: {e}");
+    }
+}
+
+/// Files of /proc have no length before they are read, as one that grows meanwhile.
+#[test]
+fn what_is_longer_than_its_length_said_is_refused() {
+    let status = || File::open("/proc/self/status").unwrap();
+    assert_eq!(status().metadata().unwrap().len(), 0);
+    assert!(is_refused(read_bounded(status(), 10).unwrap_err()));
+    assert!(read_bounded(status(), 1 << 20).unwrap().len() > 10);
+}
+
+#[test]
+fn a_log_is_no_pipe_that_somebody_reads() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let (dir, folder) = test_folder();
+    fifo(&dir.path().join("pipe"));
+    let mut reads = std::fs::OpenOptions::new();
+    let _reader =
+        reads.read(true).custom_flags(libc::O_NONBLOCK).open(dir.path().join("pipe")).unwrap();
+    assert!(is_refused(folder.append("pipe").unwrap_err()));
+}
+
+#[test]
+fn a_folder_for_a_user_is_taken_over_from_root_alone() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: a_folder_for_a_user_is_taken_over_from_root_alone (needs root)");
+        return;
+    }
+    let (dir, folder) = test_folder();
+    for (name, owner) in [("root", 0), ("own", 1000), ("other", 65534)] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+        std::os::unix::fs::chown(dir.path().join(name), Some(owner), None).unwrap();
+    }
+    for name in ["root", "own", "new"] {
+        let made = folder.make_folder_of(name, 1000).unwrap();
+        assert_eq!(made.metadata().unwrap().uid(), 1000, "{name}");
+    }
+    assert!(is_refused(folder.make_folder_of("other", 1000).unwrap_err()));
+    assert_eq!(folder.look("other").unwrap().uid(), 65534);
+}
+
+#[test]
+fn what_is_swept_is_the_users_own_and_has_one_name() {
+    let (dir, folder) = test_folder();
+    let name = |n: &str| dir.path().join(format!("{TEMPORARY}{n}"));
+    std::fs::write(name("two"), "x").unwrap();
+    std::fs::hard_link(name("two"), dir.path().join("second")).unwrap();
+    std::fs::write(name("other"), "x").unwrap();
+    let is_root = rustix::process::geteuid().is_root();
+    if is_root {
+        std::os::unix::fs::chown(name("other"), Some(65534), None).unwrap();
+    }
+    assert_eq!(sweep(&folder, &[]).unwrap(), usize::from(!is_root));
+    assert!(name("two").exists());
+    assert_eq!(name("other").exists(), is_root);
+}
+
+/// In a folder that is sticky itself everybody may make what we would look for.
+#[test]
+fn a_shared_folder_is_not_private_and_may_be_above_one() {
+    let (dir, folder) = test_folder();
+    std::fs::create_dir_all(dir.path().join("shared/own")).unwrap();
+    let shared = folder.join("shared");
+    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o1777)).unwrap();
+    assert!(check_private(&shared).is_err());
+    check_private(&shared.join("own")).unwrap();
+}
+
+/// Runs `act` where there is no /proc, as in some containers.
+fn without_proc(act: impl FnOnce() + Send) {
+    let mount = |source: &std::ffi::CStr, at: &std::ffi::CStr, flags| {
+        // SAFETY: strings that end in NUL; no file system here has data.
+        let done = unsafe {
+            libc::mount(source.as_ptr(), at.as_ptr(), c"tmpfs".as_ptr(), flags, std::ptr::null())
+        };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    };
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            // SAFETY: of this thread alone, which ends with it.
+            let apart = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+            assert_eq!(apart, 0, "{}", io::Error::last_os_error());
+            mount(c"none", c"/", libc::MS_REC | libc::MS_PRIVATE);
+            mount(c"none", c"/proc", 0);
+            act();
+        });
+    });
+}
+
+#[test]
+fn without_proc_a_file_is_opened_by_its_name_if_that_is_still_its() {
+    if !rustix::process::geteuid().is_root() {
+        println!(
+            "skipped: without_proc_a_file_is_opened_by_its_name_if_that_is_still_its (needs root)"
+        );
+        return;
+    }
+    let (dir, folder) = test_folder();
+    for name in ["a", "b"] {
+        std::fs::write(dir.path().join(name), name).unwrap();
+    }
+    without_proc(|| {
+        assert_eq!(folder.read_small("a", 9).unwrap(), b"a");
+        let probe = folder.probe(OsStr::new("a")).unwrap();
+        let meta = probe.metadata().unwrap();
+        let open = |name| {
+            open::plain_file(folder.as_fd(), OsStr::new(name), (&probe, &meta), Access::Read)
+        };
+        open("a").unwrap();
+        assert!(is_refused(open("b").unwrap_err()), "another file has its name by now");
+        folder.write_whole("new", b"new").unwrap();
+        assert_eq!(folder.read_small("new", 9).unwrap(), b"new");
+    });
+}
+
+/// Runs `act` where a system call gives this error, as on some file systems.
+fn refusing(call: i64, error: i32, act: impl FnOnce() + Send) {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+    let step = |code, k, jt, jf| libc::sock_filter { code: code as u16, jt, jf, k };
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut code = [
+                step(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
+                step(BPF_JMP | BPF_JEQ | BPF_K, call as u32, 0, 1),
+                step(BPF_RET | BPF_K, libc::SECCOMP_RET_ERRNO | error as u32, 0, 0),
+                step(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+            ];
+            let filter = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
+            // SAFETY: of this thread alone, which ends with it; the program lives through the call.
+            let set = unsafe {
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+                libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter)
+            };
+            assert_eq!(set, 0, "{}", io::Error::last_os_error());
+            act();
+        });
+    });
+}
+
+#[test]
+fn where_a_file_has_one_name_only_renaming_replaces_nothing_either() {
+    let (dir, folder) = test_folder();
+    std::fs::write(dir.path().join("a"), "a").unwrap();
+    std::fs::write(dir.path().join("b"), "b").unwrap();
+    refusing(libc::SYS_linkat, libc::EPERM, || {
+        let rename = |to: &str| folder.rename_new_by_link(OsStr::new("a"), &folder, OsStr::new(to));
+        assert_eq!(rename("b").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(folder.read_small("b", 9).unwrap(), b"b");
+        rename("c").unwrap();
+    });
+    assert!(!folder.has("a") && folder.has("c"));
+}
+
+/// flock(2) on shares: another host has the lock, or there are no locks.
+#[test]
+fn a_lock_that_another_host_has_is_held() {
+    let (_dir, folder) = test_folder();
+    refusing(libc::SYS_flock, libc::EACCES, || assert!(folder.lock("lock").unwrap().is_none()));
+    refusing(libc::SYS_flock, libc::ENOLCK, || assert!(folder.lock("lock").unwrap().is_some()));
+    refusing(libc::SYS_flock, libc::EIO, || assert!(folder.lock("lock").is_err()));
+}

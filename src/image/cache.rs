@@ -452,4 +452,59 @@ mod tests {
         assert_eq!(large, Ok(7));
         assert!(cache.figures().used <= 100_000);
     }
+
+    #[test]
+    fn what_is_used_is_what_is_there() {
+        let cache = Cache::new(1 << 20);
+        let group = Arc::new(SlotGroup::default());
+        for entries in [1, 1, 2] {
+            cache.insert_window(1, entries, &window(100), &group);
+            assert_eq!(cache.figures().entries, entries);
+        }
+        let both = cache.figures().used;
+        cache.insert_window(1, 2, &window(100), &group);
+        assert_eq!(cache.figures().used, both, "one took the place of another");
+        cache.remove_window(1, 1);
+        cache.remove_window(1, 2);
+        assert_eq!((cache.figures().used, cache.figures().entries), (0, 0));
+    }
+
+    #[test]
+    fn making_pieces_pushes_out_what_is_there_and_a_window_loses_its_slot() {
+        let cache = Cache::new(100_000);
+        let group = Arc::new(SlotGroup::default());
+        for i in 0..10 {
+            cache.insert_window(1, i, &window(100), &group);
+        }
+        let full = cache.figures();
+        let making = cache.piece(
+            1,
+            7,
+            0,
+            || Ok::<_, ()>(100_000),
+            |pieces, _| {
+                let now = cache.figures();
+                assert_eq!((now.used, now.entries, now.evictions), (100_000, 0, full.entries));
+                assert!(group.slots.iter().all(|s| s.load().is_none()));
+                pieces.keep(0, Piece { bytes: Box::from([3; 200_000]), next: None });
+                Ok(())
+            },
+        );
+        assert_eq!(making.unwrap().unwrap().bytes.len(), 200_000);
+        // It is larger than all there is room for.
+        assert_eq!((cache.figures().used, cache.figures().entries), (0, 0));
+    }
+
+    /// Exactly as much as is allowed is not too much.
+    #[test]
+    fn the_bound_itself_is_allowed() {
+        let group = Arc::new(SlotGroup::default());
+        let one = Cache::new(1 << 20);
+        one.insert_window(1, 0, &window(100), &group);
+        let cache = Cache::new(2 * one.figures().used);
+        for i in 0..2 {
+            cache.insert_window(1, i, &window(100), &group);
+        }
+        assert_eq!((cache.figures().entries, cache.figures().evictions), (2, 0));
+    }
 }

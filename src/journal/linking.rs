@@ -272,4 +272,24 @@ mod tests {
         assert!(paths(linking("old.raw", "new.raw"), "/b").contains(&"/b".into()));
         assert!(paths(linking("a/old", "b/new"), "/x/b/new").contains(&"/x/a/old".into()));
     }
+
+    #[test]
+    fn a_journal_is_of_one_link_and_of_names_that_can_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().canonicalize().unwrap();
+        for name in ["old", "new"] {
+            std::fs::create_dir(top.join(name)).unwrap();
+        }
+        let new = Folder::open(&top.join("new")).unwrap();
+        let ours = linking("old", "new");
+        assert!(ours.new_folder(&top.join("old")).is_none());
+        refuse(&top.join("new")).unwrap();
+        for (there, is_ours) in [(linking("other", "new"), false), (ours.clone(), true)] {
+            write_in(&new, &there).unwrap();
+            assert_eq!(ours.new_folder(&top.join("old")).is_some(), is_ours);
+            assert_eq!(refuse(&top.join("new")).unwrap_err().kind(), Kind::Incomplete);
+        }
+        write_in(&new, &linking(&"x".repeat(MAX_NAME + 1), "new")).unwrap();
+        assert_eq!(read_in(&new).unwrap_err().kind(), Kind::Corrupt);
+    }
 }

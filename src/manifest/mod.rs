@@ -491,6 +491,24 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_name_that_leaves_no_room_for_a_manifest_has_none() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), &example("FULL-1-sda", Level::Full, None)).unwrap();
+        assert_eq!(read(dir.path(), OsStr::new(&"x".repeat(252))).unwrap(), None);
+    }
+
+    /// What QEMU says about the guest may be as long as it likes.
+    #[test]
+    fn a_manifest_is_readable_however_much_there_is_to_say_of_the_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut m = example("FULL-1-sda", Level::Full, None);
+        m.vm = VmConfig::from(serde_json::json!({"query-name": {"name": "x".repeat(5 << 20)}}));
+        write(dir.path(), &m).unwrap();
+        let there = read(dir.path(), OsStr::new("FULL-1-sda")).unwrap().unwrap();
+        assert!(there.vm.is_null() && there.run == m.run);
+    }
+
+    #[test]
     fn what_nobody_recorded_is_unknown_and_not_a_crash() {
         let dir = tempfile::tempdir().unwrap();
         let brief = |m: &Manifest| {

@@ -215,4 +215,50 @@ mod tests {
         drop(agent);
         served.join().unwrap();
     }
+
+    /// An agent that answers commands by what `answer` makes of their names.
+    fn agent_of(answer: impl Fn(&str) -> Value + Send + 'static) -> (tempfile::TempDir, Agent) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent");
+        let listener = UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            let lines = BufReader::new(stream.try_clone().unwrap()).split(b'\n');
+            for line in lines.map_while(std::result::Result::ok) {
+                let start = line.iter().position(|b| *b == b'{').unwrap_or(0);
+                let request: Value = serde_json::from_slice(&line[start..]).unwrap();
+                let said = match request["execute"].as_str().unwrap() {
+                    "guest-sync-delimited" => request["arguments"]["id"].clone(),
+                    command => answer(command),
+                };
+                // Nobody may be there any more.
+                writeln!(stream, "{}", json!({"return": said})).unwrap_or_default();
+            }
+        });
+        let agent = Agent::connect(&Address::Unix(path), WAIT).unwrap();
+        (dir, agent)
+    }
+
+    #[test]
+    fn a_thaw_that_thawed_nothing_is_none() {
+        for state in ["frozen", "thawed", "melting"] {
+            let (_dir, mut agent) = agent_of(move |command| match command {
+                "guest-fsfreeze-thaw" => json!(2),
+                _ => json!(state),
+            });
+            assert_eq!(agent.thaw(WAIT).is_ok(), state == "thawed", "{state}");
+        }
+    }
+
+    /// The guest says what they are, and each point keeps them.
+    #[test]
+    fn mount_points_are_taken_if_they_are_few() {
+        for (count, taken) in [(0, 0), (100, 100), (1000, 0)] {
+            let (_dir, mut agent) = agent_of(move |_| {
+                let one = |i: usize| json!({"mountpoint": format!("/mnt/{i}")});
+                (0..count).map(one).collect()
+            });
+            assert_eq!(agent.mountpoints(WAIT).unwrap().len(), taken, "{count}");
+        }
+    }
 }

@@ -502,29 +502,4 @@ fn not_qmp(peer: &str) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The client before died while QEMU was at work for it.
-    #[test]
-    fn what_was_meant_for_another_client_may_come_before_the_greeting() {
-        use std::io::{BufRead, BufReader, Write};
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("qmp");
-        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let server = std::thread::spawn(move || {
-            let mut s = listener.accept().unwrap().0;
-            let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""});
-            let greeting = json!({"QMP": {"version": version, "capabilities": []}});
-            writeln!(s, "{}\n{greeting}", json!({"return": [], "id": 25})).unwrap();
-            for line in BufReader::new(s.try_clone().unwrap()).lines().map_while(|l| l.ok()) {
-                let request: Value = serde_json::from_str(&line).unwrap();
-                writeln!(s, "{}", json!({"return": [], "id": request["id"]})).unwrap();
-            }
-        });
-        let client = Client::connect(&Address::Unix(path)).unwrap();
-        assert_eq!(client.version().number, (10, 0, 2));
-        drop(client);
-        server.join().unwrap();
-    }
-}
+mod tests;

@@ -421,3 +421,56 @@ fn a_raw_full_beside_one_with_a_manifest_is_no_damaged_qcow2() {
         assert!(b.findings().is_empty(), "{:?}", b.findings());
     }
 }
+
+/// What has the time of a file that is gone, or that somebody names as its parent, is not certain.
+#[test]
+fn what_is_gone_at_the_same_time_is_missed() {
+    // The lost FULL may be what the INC of its time depends on.
+    let b = Backups::new();
+    b.image("d/FULL-1-d", None);
+    b.image("d/INC-5-d", None);
+    manifest(&b.path("d"), "FULL-5-d", Level::Full, None, 0);
+    assert_eq!(b.shown(), ["d: FULL-1-d"]);
+    assert!(b.why("INC-5-d").message.contains("FULL-5-d is missing"));
+    // Also where another image of that time is there, and known.
+    manifest(&b.path("d"), "INC-5-d", Level::Inc, Some("FULL-1-d"), 0);
+    b.image("d/INC-6-d", None);
+    assert_eq!(b.shown(), ["d: FULL-1-d", "d: FULL-1-d < INC-5-d"]);
+    assert!(b.why("INC-6-d").message.contains("FULL-5-d is missing"));
+}
+
+#[test]
+fn a_full_of_the_same_time_is_no_parent_whoever_its_own_is() {
+    let b = Backups::new();
+    for name in ["FULL-1", "INC-2", "FULL-3", "INC-3"] {
+        b.image(&format!("d/{name}-d"), None);
+    }
+    manifest(&b.path("d"), "FULL-3-d", Level::Full, Some("INC-2-d"), 0);
+    assert_eq!(b.shown(), ["d: FULL-1-d", "d: FULL-1-d < INC-2-d", "d: FULL-3-d"]);
+    assert!(b.why("INC-3-d").message.contains("its parent image is not known"));
+}
+
+#[test]
+fn a_diff_depends_on_a_full_only_and_a_manifest_on_no_other_level() {
+    let b = Backups::new();
+    for name in ["FULL-1", "INC-2", "DIFF-3", "COPY-4", "INC-5"] {
+        b.image(&format!("d/{name}-d"), None);
+    }
+    manifest(&b.path("d"), "DIFF-3-d", Level::Diff, Some("INC-2-d"), 0);
+    manifest(&b.path("d"), "INC-5-d", Level::Inc, Some("COPY-4-d"), 0);
+    for name in ["DIFF-3-d", "INC-5-d"] {
+        assert!(b.why(name).message.contains("which cannot be its parent"), "{name}");
+    }
+}
+
+/// After a consolidate the INC's manifest may stay a little longer than the INC.
+#[test]
+fn what_is_gone_at_the_time_of_the_newest_is_not_missed() {
+    let b = Backups::new();
+    b.image("d/FULL-5-d", None);
+    manifest(&b.path("d"), "INC-5-d", Level::Inc, Some("FULL-1-d"), 0);
+    let missed = |b: &Backups| b.findings().iter().any(|f| f.message.contains("newest"));
+    assert!(!missed(&b));
+    manifest(&b.path("d"), "INC-6-d", Level::Inc, Some("FULL-5-d"), 0);
+    assert!(missed(&b));
+}

@@ -68,6 +68,7 @@ mod setups;
 mod several_paths;
 mod shared_backups;
 mod snapshot_load;
+mod synced;
 mod terminal;
 mod unreachable;
 mod verbs;

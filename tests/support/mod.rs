@@ -33,7 +33,7 @@ pub mod points;
 pub mod process;
 /// QEMUs without an operating system, and what stands between them and the program.
 pub mod qemu;
-/// The program where the system refuses calls that not every file system has.
+/// The program where the system refuses calls that not every file system has, or asks a test about them.
 pub mod refusing;
 /// A disk that got another name.
 pub mod renamed;
@@ -43,6 +43,8 @@ pub mod shut_off;
 pub mod state;
 /// Block devices and file systems.
 pub mod storage;
+/// In which order the program syncs and names files.
+pub mod synced;
 /// A directory with one disk of three points.
 pub mod three_points;
 /// Whether the tools are there, and running them.

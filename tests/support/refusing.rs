@@ -1,9 +1,10 @@
-//! Running a program where the system refuses what not every file system does.
+//! Running a program whose system calls are refused, as by a lesser file system, or looked at before they are made.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -31,84 +32,128 @@ impl Refusing {
 
     /// Runs `command` to its end.
     pub fn run(self, command: &mut Command) -> Output {
-        // SAFETY: system calls, and memory that this process has alone after the fork.
-        unsafe { command.pre_exec(move || self.install()) };
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = child.spawn().expect("it starts");
-        if self.folder_sync.is_none() {
-            return child.wait_with_output().unwrap();
-        }
-        let listener = listener_of(&child);
-        let end = AtomicBool::new(false);
-        std::thread::scope(|s| {
-            s.spawn(|| self.answer(&listener, &end));
-            let out = child.wait_with_output().unwrap();
-            end.store(true, Ordering::SeqCst);
-            out
+        let mut is_done = false;
+        // Refuses the fsyncs of folders that are meant and lets all others be done.
+        let answer = |asked: &Asked| {
+            let path = asked.open_path(asked.args[0]);
+            let meant = !is_done && path.is_dir() && self.once.is_none_or(|meant| meant(&path));
+            is_done |= meant && self.once.is_some();
+            self.folder_sync.filter(|_| meant)
+        };
+        let ask: &[i64] = if self.folder_sync.is_some() { &[libc::SYS_fsync] } else { &[] };
+        run_asking(command, ask, self.calls, answer)
+    }
+}
+
+/// A system call that waits for an answer.
+pub struct Asked {
+    pub call: i64,
+    pub args: [u64; 6],
+    task: u32,
+}
+
+impl Asked {
+    /// What the task's descriptor leads to by its name.
+    pub fn open_path(&self, fd: u64) -> PathBuf {
+        std::fs::read_link(self.path_of(fd)).unwrap_or_default()
+    }
+
+    /// A path to the very file that the task has open.
+    pub fn path_of(&self, fd: u64) -> PathBuf {
+        PathBuf::from(match fd as i32 {
+            libc::AT_FDCWD => format!("/proc/{}/cwd", self.task),
+            fd => format!("/proc/{}/fd/{fd}", self.task),
         })
     }
 
-    fn install(self) -> io::Result<()> {
-        let step =
-            |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter { code: code as u16, jt, jf, k };
-        let mut code = vec![step(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0)];
-        let mut rule = |call: i64, action: u32| {
-            code.push(step(BPF_JMP | BPF_JEQ | BPF_K, call as u32, 0, 1));
-            code.push(step(BPF_RET | BPF_K, action, 0, 0));
-        };
-        self.calls.iter().for_each(|(c, e)| rule(*c, libc::SECCOMP_RET_ERRNO | *e as u32));
-        if self.folder_sync.is_some() {
-            rule(libc::SYS_fsync, libc::SECCOMP_RET_USER_NOTIF);
+    /// The text at an address of the task.
+    pub fn text(&self, address: u64) -> String {
+        let memory = std::fs::File::open(format!("/proc/{}/mem", self.task)).unwrap();
+        let mut bytes = vec![0; 4096];
+        // It may end where the next page is none.
+        let room = 4096 - (address % 4096) as usize;
+        let n = memory.read_at(&mut bytes[..room], address).unwrap();
+        if !bytes[..n].contains(&0) {
+            let _ = memory.read_at(&mut bytes[n..], address + n as u64);
         }
-        code.push(step(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0));
-        let filter = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
-        let listen = self.folder_sync.map_or(0, |_| libc::SECCOMP_FILTER_FLAG_NEW_LISTENER);
-        // SAFETY: the program lives through the call.
-        let fd = unsafe {
-            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-            libc::syscall(
-                libc::SYS_seccomp,
-                libc::SECCOMP_SET_MODE_FILTER,
-                listen,
-                &raw const filter,
-            )
-        };
-        // SAFETY: of numbers alone.
-        if fd < 0 || listen != 0 && unsafe { libc::dup2(fd as i32, LISTENER) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+        let end = bytes.iter().position(|b| *b == 0).unwrap();
+        String::from_utf8_lossy(&bytes[..end])
+            .replace("/proc/self/", &format!("/proc/{}/", self.task))
     }
+}
 
-    /// Refuses the fsyncs of folders that are meant and lets all others be done.
-    fn answer(self, listener: &OwnedFd, end: &AtomicBool) {
-        let mut is_done = false;
-        while !end.load(Ordering::SeqCst) {
-            let mut poll =
-                libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-            // SAFETY: one entry, which is ours.
-            if unsafe { libc::poll(&raw mut poll, 1, 20) } < 1 || poll.revents & libc::POLLIN == 0 {
-                if poll.revents & libc::POLLHUP != 0 {
-                    std::thread::sleep(std::time::Duration::from_millis(5));
-                }
-                continue;
+/// Runs `command` to its end; `answer` gives the error of each call of `ask`, or lets it be done.
+pub fn run_asking(
+    command: &mut Command,
+    ask: &'static [i64],
+    refuse: &'static [(i64, i32)],
+    answer: impl FnMut(&Asked) -> Option<i32> + Send,
+) -> Output {
+    // SAFETY: system calls, and memory that this process has alone after the fork.
+    unsafe { command.pre_exec(move || install(ask, refuse)) };
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = child.spawn().expect("it starts");
+    if ask.is_empty() {
+        return child.wait_with_output().unwrap();
+    }
+    let listener = listener_of(&child);
+    let end = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| serve(&listener, &end, answer));
+        let out = child.wait_with_output().unwrap();
+        end.store(true, Ordering::SeqCst);
+        out
+    })
+}
+
+fn install(ask: &[i64], refuse: &[(i64, i32)]) -> io::Result<()> {
+    let step =
+        |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut code = vec![step(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0)];
+    let mut rule = |call: i64, action: u32| {
+        code.push(step(BPF_JMP | BPF_JEQ | BPF_K, call as u32, 0, 1));
+        code.push(step(BPF_RET | BPF_K, action, 0, 0));
+    };
+    refuse.iter().for_each(|(c, e)| rule(*c, libc::SECCOMP_RET_ERRNO | *e as u32));
+    ask.iter().for_each(|c| rule(*c, libc::SECCOMP_RET_USER_NOTIF));
+    code.push(step(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0));
+    let filter = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
+    let listen = if ask.is_empty() { 0 } else { libc::SECCOMP_FILTER_FLAG_NEW_LISTENER };
+    // SAFETY: the program lives through the call.
+    let fd = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, listen, &raw const filter)
+    };
+    // SAFETY: of numbers alone.
+    if fd < 0 || listen != 0 && unsafe { libc::dup2(fd as i32, LISTENER) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn serve(listener: &OwnedFd, end: &AtomicBool, mut answer: impl FnMut(&Asked) -> Option<i32>) {
+    while !end.load(Ordering::SeqCst) {
+        let mut poll = libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one entry, which is ours.
+        if unsafe { libc::poll(&raw mut poll, 1, 20) } < 1 || poll.revents & libc::POLLIN == 0 {
+            if poll.revents & libc::POLLHUP != 0 {
+                std::thread::sleep(std::time::Duration::from_millis(5));
             }
-            // Its id, process and flags; the system call, its address and its six arguments.
-            let mut asked = [0u64; 10];
-            // SAFETY: the structure has 80 bytes.
-            if unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE as _, asked.as_mut_ptr()) } != 0 {
-                continue;
-            }
-            let (task, fd) = (asked[1] as u32, asked[4]);
-            let path = std::fs::read_link(format!("/proc/{task}/fd/{fd}")).unwrap_or_default();
-            let meant = !is_done && path.is_dir() && self.once.is_none_or(|meant| meant(&path));
-            is_done |= meant && self.once.is_some();
-            let errno = self.folder_sync.filter(|_| meant);
-            let (error, go_on) = errno.map_or((0, 1), |e| (-e, 0));
-            let reply = [asked[0], 0, u64::from(error as u32) | go_on << 32];
-            // SAFETY: the structure has 24 bytes.
-            unsafe { libc::ioctl(listener.as_raw_fd(), SEND as _, reply.as_ptr()) };
+            continue;
         }
+        // Its id, process and flags; the system call, its address and its six arguments.
+        let mut asked = [0u64; 10];
+        // SAFETY: the structure has 80 bytes.
+        if unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE as _, asked.as_mut_ptr()) } != 0 {
+            continue;
+        }
+        let call = i64::from(asked[2] as u32);
+        let [.., a, b, c, d, e, f] = asked;
+        let said = answer(&Asked { call, task: asked[1] as u32, args: [a, b, c, d, e, f] });
+        let (error, go_on) = said.map_or((0, 1), |e| (-e, 0));
+        let reply = [asked[0], 0, u64::from(error as u32) | go_on << 32];
+        // SAFETY: the structure has 24 bytes.
+        unsafe { libc::ioctl(listener.as_raw_fd(), SEND as _, reply.as_ptr()) };
     }
 }
 

@@ -265,4 +265,44 @@ mod tests {
         assert_eq!(join_pairs(&[0..1, 4..5, 6..7]), vec![0..5, 6..7]);
         assert!(join_pairs(&[]).is_empty());
     }
+
+    #[test]
+    fn the_list_of_what_is_lost_is_bounded() {
+        let mut found = Vec::new();
+        (0..APART as u64 + 2).for_each(|i| push(&mut found, 2 * i..2 * i + 1));
+        assert!(found.len() <= APART);
+        let whole = found.first().unwrap().start..found.last().unwrap().end;
+        assert_eq!(whole, 0..2 * (APART as u64 + 1) + 1);
+    }
+
+    #[test]
+    fn a_chain_that_cannot_be_read_proves_nothing() {
+        const M: u64 = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        if chain(dir.path()).is_none() {
+            assert!(std::env::var_os("CI").is_none(), "qemu-img is missing");
+            return println!("skipped: a_chain_that_cannot_be_read_proves_nothing: no qemu-img");
+        }
+        let full = crate::manifest::tests::example("FULL-1-d", crate::layout::Level::Full, None);
+        let full = [Manifest { virtual_size: 4 * M, ..full }];
+        let path = dir.path().canonicalize().unwrap();
+        // Up to the end of the disk at most.
+        let open = |walk| ChainData::open(&path, &full, Some(3 * M - 512..9 * M), walk);
+        let tail = open(false).unwrap().tail().to_vec();
+        assert_eq!((tail.len() as u64, tail[511], tail[512]), (M + 512, 2, 0));
+        // The first cluster is not where it should be: nothing that is asked for, but beside it.
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path.join("FULL-1-d"));
+        let file = file.unwrap();
+        let be64 = |at| {
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, at).unwrap();
+            u64::from_be_bytes(bytes)
+        };
+        let l2 = be64(be64(40)) & 0x00ff_ffff_ffff_fe00;
+        file.write_all_at(&((1u64 << 63) | 0x7fff_0000).to_be_bytes(), l2).unwrap();
+        for walk in [false, true] {
+            assert!(open(walk).is_err(), "{walk}");
+        }
+    }
 }

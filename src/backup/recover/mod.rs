@@ -594,3 +594,6 @@ pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

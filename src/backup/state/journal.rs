@@ -370,9 +370,13 @@ mod tests {
         assert_eq!(p.closed, [1]);
         // A record of the watchdog counts after a line that was cut off, but only that of the run's own.
         let file = path(d.path(), &vm);
+        let before = std::fs::read(&file).unwrap();
         note(&file, "other", &Record::Thawed("other".into())).unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), before, "it is another run's journal");
         note(&file, "r", &Record::Thawed("other".into())).unwrap();
         assert!(pending(d.path(), &vm).unwrap().unwrap().frozen);
+        // Each begins a line of its own, whatever the one before ended in.
+        std::fs::write(&file, &before).unwrap();
         note(&file, "r", &Record::Thawed("r".into())).unwrap();
         assert!(!pending(d.path(), &vm).unwrap().unwrap().frozen);
         j.end(d.path(), &vm).unwrap();
@@ -448,5 +452,32 @@ mod tests {
         std::fs::remove_file(path(d.path(), &vm)).unwrap();
         std::os::unix::fs::symlink("/dev/zero", path(d.path(), &vm)).unwrap();
         assert_eq!(pending(d.path(), &vm).unwrap_err().kind(), Kind::Unsupported);
+    }
+
+    #[test]
+    fn half_a_journal_of_a_killed_run_is_in_nobodys_way() {
+        let d = tempfile::tempdir().unwrap();
+        let vm = Address::Unix("/run/a".into());
+        let half = state_folder(d.path()).unwrap().join(format!("{}.new", file_name(&vm)));
+        std::fs::write(&half, "{\"begin").unwrap();
+        let begin = Record::Begin { run: "r".into(), target: "/t".into(), agent: None, qemu: None };
+        let j = Journal::begin(d.path(), &vm, &begin).unwrap();
+        assert_eq!(pending(d.path(), &vm).unwrap().unwrap().run, "r");
+        assert!(!half.exists());
+        j.end(d.path(), &vm).unwrap();
+    }
+
+    #[test]
+    fn a_journal_of_another_user_is_not_followed() {
+        let d = tempfile::tempdir().unwrap();
+        let vm = Address::Unix("/run/a".into());
+        let begin = Record::Begin { run: "r".into(), target: "/t".into(), agent: None, qemu: None };
+        Journal::begin(d.path(), &vm, &begin).unwrap();
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: a_journal_of_another_user_is_not_followed (needs root)");
+            return;
+        }
+        std::os::unix::fs::chown(path(d.path(), &vm), Some(65534), None).unwrap();
+        assert_eq!(pending(d.path(), &vm).unwrap_err().kind(), Kind::Permission);
     }
 }

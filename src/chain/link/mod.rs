@@ -251,9 +251,8 @@ impl<'a> Linker<'a> {
             candidates.iter().any(|above| self.stated_parent(*above).is_some_and(|p| p == i))
         };
         let ends: Vec<_> = candidates.iter().filter(|i| !is_below(**i)).collect();
-        let connected = candidates.iter().filter(|i| is_below(**i)).count() + 1 == candidates.len();
         match ends[..] {
-            [one] if ties.is_empty() && connected => Ok(*one),
+            [one] if ties.is_empty() => Ok(*one),
             _ => Err(self.tie(candidates)),
         }
     }
