@@ -54,7 +54,7 @@ pub mod lock;
 pub mod manifest;
 pub(crate) mod mount;
 pub(crate) mod output;
-pub(crate) mod overlay;
+pub mod overlay;
 pub(crate) mod privileges;
 pub mod progress;
 pub mod prune;

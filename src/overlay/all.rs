@@ -24,7 +24,7 @@ const MOST_FINDINGS: usize = 256;
 
 /// Where overlays go.
 #[derive(Debug)]
-pub(crate) struct Scratch {
+pub struct Scratch {
     /// The folder.
     pub folder: Folder,
     /// Whether they outlive the mount.
@@ -39,6 +39,18 @@ pub(crate) struct Slot {
     of: PointName,
     image: Weak<Image>,
     overlay: OnceLock<Arc<Overlay>>,
+}
+
+impl Scratch {
+    /// Another handle of the same.
+    ///
+    /// # Errors
+    /// No more descriptors.
+    pub fn try_clone(&self) -> Result<Self> {
+        let failed = |e| Error::io(e, "cannot use the scratch folder").at_path(self.folder.path());
+        let folder = self.folder.try_clone().map_err(failed)?;
+        Ok(Scratch { folder, keep: self.keep, limit: self.limit })
+    }
 }
 
 impl Slot {
@@ -70,7 +82,7 @@ struct KeptOverlay {
 }
 
 /// The overlays of a mount.
-pub(crate) struct Overlays {
+pub struct Overlays {
     folder: Folder,
     /// The backup directory and the mount point, for what is written down of an overlay.
     backups: PathBuf,
@@ -91,7 +103,7 @@ impl Overlays {
     /// # Errors
     /// `Busy` if another mount has the folder; `Exists` if it has overlays that are kept and `keep` is not wanted; one
     /// of them cannot be read.
-    pub(crate) fn new(scratch: Scratch, backups: &Path, mountpoint: &Path) -> Result<Self> {
+    pub fn new(scratch: Scratch, backups: &Path, mountpoint: &Path) -> Result<Self> {
         let Scratch { folder, keep, limit } = scratch;
         let failed = |e| Error::io(e, "cannot use the scratch folder").at_path(folder.path());
         folder::sweep(&folder, &[]).map_err(failed)?;
@@ -173,13 +185,18 @@ impl Overlays {
             None => "unmount it, which drops what was written",
         };
         let error = Error::new(Kind::Changed, text).at_path(self.folder.path()).remedy(remedy);
-        let finding = Finding::from_error(&error, self.folder.path());
+        self.note(&error);
+        error
+    }
+
+    /// Remembers what went wrong, and logs it once.
+    pub(crate) fn note(&self, error: &Error) {
+        let finding = Finding::from_error(error, self.folder.path());
         let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
         if findings.len() < MOST_FINDINGS && !findings.contains(&finding) {
             log::error!("{finding}");
             findings.push(finding);
         }
-        error
     }
 
     /// Has the slot's point an overlay, so that it can be written to. `shown` is where the mount shows it.

@@ -7,6 +7,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -144,32 +145,7 @@ impl KeptFolder {
     /// # Errors
     /// One of them cannot be read; `Unsupported` if another version wrote it.
     pub(crate) fn list(&self) -> Result<Vec<About>> {
-        let names = names(&self.folder, ABOUT)?;
-        if names.len() > MOST {
-            return Err(Error::new(Kind::Unsupported, "too many overlays").at_path(self.path()));
-        }
-        let mut all = names.iter().map(|n| self.about(n)).collect::<Result<Vec<_>>>()?;
-        all.sort_by(|a, b| (&a.of.disk, &a.of.point).cmp(&(&b.of.disk, &b.of.point)));
-        Ok(all)
-    }
-
-    fn about(&self, name: &str) -> Result<About> {
-        let file = format!("{name}{ABOUT}");
-        let path = self.folder.join(&file);
-        let bytes = self.folder.read_small(&file, MOST_ABOUT);
-        let bytes = bytes.map_err(|e| Error::io(e, "cannot read").at_path(&path))?;
-        let about: About = serde_json::from_slice(&bytes).map_err(|e| {
-            Error::new(Kind::Corrupt, "this says of no overlay what it is")
-                .with_source(e)
-                .at_path(&path)
-                .remedy("remove it; what else has its name goes with the next mount")
-        })?;
-        let fits = about.of.file() == name && i64::try_from(about.size).is_ok();
-        match about.format_version == FORMAT_VERSION && fits {
-            true => Ok(about),
-            false => Err(Error::new(Kind::Unsupported, "an overlay of another kind or version")
-                .at_path(&path)),
-        }
+        list(&self.folder)
     }
 
     /// Opens an overlay.
@@ -246,6 +222,59 @@ fn names(folder: &Folder, end: &str) -> Result<Vec<String>> {
         Some(name.strip_suffix(end).filter(|n| n.starts_with(BEGIN))?.to_string())
     };
     Ok(files.filter_map(|e| stem(&e.name)).collect())
+}
+
+fn list(folder: &Folder) -> Result<Vec<About>> {
+    let names = names(folder, ABOUT)?;
+    if names.len() > MOST {
+        return Err(Error::new(Kind::Unsupported, "too many overlays").at_path(folder.path()));
+    }
+    let mut all = names.iter().map(|n| about(folder, n)).collect::<Result<Vec<_>>>()?;
+    all.sort_by(|a, b| (&a.of.disk, &a.of.point).cmp(&(&b.of.disk, &b.of.point)));
+    Ok(all)
+}
+
+fn about(folder: &Folder, name: &str) -> Result<About> {
+    let file = format!("{name}{ABOUT}");
+    let path = folder.join(&file);
+    let bytes = folder.read_small(&file, MOST_ABOUT);
+    let bytes = bytes.map_err(|e| Error::io(e, "cannot read").at_path(&path))?;
+    let about: About = serde_json::from_slice(&bytes).map_err(|e| {
+        Error::new(Kind::Corrupt, "this says of no overlay what it is")
+            .with_source(e)
+            .at_path(&path)
+            .remedy("remove it; what else has its name goes with the next mount")
+    })?;
+    let fits = about.of.file() == name && i64::try_from(about.size).is_ok();
+    match about.format_version == FORMAT_VERSION && fits {
+        true => Ok(about),
+        false => Err(Error::new(Kind::Unsupported, "an overlay of another kind or version")
+            .at_path(&path)),
+    }
+}
+
+/// An overlay and what it takes on disk, in bytes.
+#[derive(Debug, Serialize)]
+pub(crate) struct Listed {
+    /// What it is.
+    #[serde(flatten)]
+    pub about: About,
+    /// Bytes.
+    pub takes: u64,
+}
+
+/// What is kept in a folder, also while a mount has it.
+///
+/// # Errors
+/// As [`KeptFolder::list`].
+pub(crate) fn listed(folder: &Folder) -> Result<Vec<Listed>> {
+    let takes = |about: &About| {
+        let name = about.of.file();
+        let files = [DATA, MAP].map(|end| folder.look(format!("{name}{end}")));
+        files.iter().flatten().map(|m| m.blocks().saturating_mul(512)).sum()
+    };
+    let all = list(folder)?.into_iter();
+    Ok(all.map(|about| Listed { takes: takes(&about), about }).collect())
 }
 
 /// Whether a folder has overlays that were kept.

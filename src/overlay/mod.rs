@@ -18,7 +18,8 @@ mod map_file;
 mod one;
 mod stripes;
 
-pub(crate) use all::{Overlays, Scratch, Slot, Told};
+pub use all::{Overlays, Scratch};
+pub(crate) use all::{Slot, Told};
 pub(crate) use budget::Budget;
 pub(crate) use map::{BLOCK, State};
 pub(crate) use one::Overlay;

@@ -46,6 +46,8 @@ pub(crate) struct Overlay {
     budget: Arc<Budget>,
     /// What it takes of the budget.
     taken: AtomicU64,
+    /// Blocks that have data.
+    data: AtomicU64,
     /// Where the map is kept, if it is.
     map_file: Option<MapFile>,
     syncing: Mutex<()>,
@@ -87,6 +89,7 @@ impl Overlay {
         let taken = data * BLOCK + weight;
         budget.take_anyway(taken);
         overlay.taken.store(taken, Ordering::SeqCst);
+        overlay.data.store(data, Ordering::SeqCst);
         let meta = overlay.file.metadata().map_err(|e| overlay.error(e, "cannot check"))?;
         let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
         overlay.touch_at(time.map_or(0, |t| t.as_secs()));
@@ -106,6 +109,7 @@ impl Overlay {
             stripes: Stripes::default(),
             budget: budget.clone(),
             taken: AtomicU64::new(0),
+            data: AtomicU64::new(0),
             map_file,
             syncing: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -115,7 +119,7 @@ impl Overlay {
 
     /// Bytes that were written and are held here; a multiple of the block's size.
     pub(crate) fn data_bytes(&self) -> u64 {
-        self.map.weigh().0 * BLOCK
+        self.data.load(Ordering::SeqCst) * BLOCK
     }
 
     /// Whether nothing was ever written.
@@ -201,6 +205,7 @@ impl Overlay {
         }
         failpoint::step("overlay data");
         let change = self.map.set_data(blocks);
+        self.data.fetch_add(change.added, Ordering::SeqCst);
         // Another writer may have made the same parts of the map.
         self.give(cost.saturating_sub(change.added * BLOCK + change.grown));
         self.touch();
@@ -278,6 +283,7 @@ impl Overlay {
         let cost = self.map.cost_of_zero(blocks.clone());
         self.take(cost)?;
         let change = self.map.set_zero(blocks.clone());
+        self.data.fetch_sub(change.removed, Ordering::SeqCst);
         self.give(cost.saturating_sub(change.grown));
         failpoint::step("overlay zero");
         self.touch();

@@ -65,11 +65,6 @@ impl DirtyMap {
         DirtyMap { blocks, root: Root::with_parts(parts), log: Log::new(logged) }
     }
 
-    /// Blocks of the disk.
-    pub(super) fn blocks(&self) -> u64 {
-        self.blocks
-    }
-
     /// The state of block `at`, which is before `end`, and before which block it is the same for certain.
     pub(crate) fn run(&self, at: u64, end: u64) -> (State, u64) {
         self.root.run(at, end)

@@ -92,11 +92,11 @@ fn a_huge_disk_costs_what_was_written() {
     let cost = map.weigh().1;
     assert!(cost < 100 << 10, "{cost}");
     // A whole disk as zeros: bits.
-    let (before, all) = (map.weigh().1, 0..map.blocks());
+    let (before, all) = (map.weigh().1, 0..map.blocks);
     assert_eq!(map.set_zero(all).removed, 1);
     assert!(map.weigh().1 - before < 100 << 10);
     assert_eq!(map.run(3 * TIB, 4 * TIB).0, State::Zero);
-    assert_eq!(map.run(5_000_000 * TIB + 7, map.blocks()).0, State::Zero);
+    assert_eq!(map.run(5_000_000 * TIB + 7, map.blocks).0, State::Zero);
     assert!(map.take_changed(usize::MAX).len() < 20);
 }
 
