@@ -105,13 +105,7 @@ impl FileSystem {
     /// # Errors
     /// EBADF if it is not open for writing; EFBIG past the end; ENOSPC where the scratch is full; EIO, whose reason
     /// is in the log and in the findings.
-    pub fn write(
-        &self,
-        handle: u64,
-        offset: u64,
-        data: &[u8],
-        sync: bool,
-    ) -> Result<usize, Errno> {
+    pub fn write(&self, handle: u64, offset: u64, data: &[u8], sync: bool) -> Result<usize, Errno> {
         self.opened(handle, |open| {
             let overlay = open.writes().ok_or(libc::EBADF)?;
             let rest = open.file.image.size().saturating_sub(offset);

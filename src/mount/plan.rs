@@ -118,9 +118,10 @@ impl Plan {
             Error::io(e, "cannot use the backup directory").at_path(&wanted.backups)
         })?;
         let as_owner = if wanted.as_owner { Owner::of(&backups)? } else { None };
-        let scratch = wanted.writable.as_ref().map(|w| {
-            scratch_place::find(w, (&backups, &mountpoint), as_owner.as_ref())
-        });
+        let scratch = wanted
+            .writable
+            .as_ref()
+            .map(|w| scratch_place::find(w, (&backups, &mountpoint), as_owner.as_ref()));
         Ok(Plan {
             scratch: scratch.transpose()?,
             called,

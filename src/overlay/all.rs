@@ -116,7 +116,8 @@ impl Overlays {
             }
             true => Some(KeptFolder::lock(folder.try_clone().map_err(failed)?)?),
         };
-        for about in kept_folder.iter().map(KeptFolder::list).collect::<Result<Vec<_>>>()?.concat() {
+        for about in kept_folder.iter().map(KeptFolder::list).collect::<Result<Vec<_>>>()?.concat()
+        {
             let Some(from) = &kept_folder else { break };
             let overlay = Arc::new(from.open(&about, &budget)?);
             kept.insert(about.of.clone(), KeptOverlay { about, overlay });

@@ -30,7 +30,8 @@ const ABOUT: &str = ".json";
 /// The lock of the mount, or of whoever works on the folder.
 const LOCK: &str = "overlays.lock";
 /// What can be done about an overlay that does not fit.
-pub(super) const DROP_IT: &str = "'fleecefs scratch list SCRATCH' shows it, 'fleecefs scratch drop' removes it";
+pub(super) const DROP_IT: &str =
+    "'fleecefs scratch list SCRATCH' shows it, 'fleecefs scratch drop' removes it";
 /// Two names and some numbers.
 const MOST_ABOUT: u64 = 64 << 10;
 /// More overlays than anybody keeps: each takes memory.
@@ -248,8 +249,10 @@ fn about(folder: &Folder, name: &str) -> Result<About> {
     let fits = about.of.file() == name && i64::try_from(about.size).is_ok();
     match about.format_version == FORMAT_VERSION && fits {
         true => Ok(about),
-        false => Err(Error::new(Kind::Unsupported, "an overlay of another kind or version")
-            .at_path(&path)),
+        false => {
+            Err(Error::new(Kind::Unsupported, "an overlay of another kind or version")
+                .at_path(&path))
+        }
     }
 }
 

@@ -222,10 +222,7 @@ impl Overlay {
         if !head && !tail {
             return self.put_all(data, at);
         }
-        let (from, to) = (
-            if head { whole.start } else { at },
-            if tail { whole.end } else { end },
-        );
+        let (from, to) = (if head { whole.start } else { at }, if tail { whole.end } else { end });
         let mut filled = vec![0; (to - from) as usize];
         if head {
             self.read_at(below, &mut filled[..(at - from) as usize], from)?;

@@ -71,3 +71,4 @@ mod told;
 mod unreachable;
 mod verbs;
 mod verify;
+mod writable;

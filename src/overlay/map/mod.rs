@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use leaf::Leaf;
 use node::Node;
-use part::{Log, Part, Place};
 pub(crate) use part::{Change, State};
+use part::{Log, Part, Place};
 
 /// Bytes of a block: what QEMU, file systems and page caches write at least, as a rule. What is shorter is filled up
 /// with what the point has.

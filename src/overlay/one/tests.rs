@@ -185,10 +185,7 @@ fn an_overlay_that_was_cut_is_an_error_and_never_zeros() {
     std::fs::OpenOptions::new().write(true).open(overlay.path()).unwrap().set_len(BLOCK).unwrap();
     let mut buf = vec![0; 2 * BLOCK as usize];
     overlay.read_at(below(&point), &mut buf[..BLOCK as usize], 0).unwrap();
-    assert_eq!(
-        overlay.read_at(below(&point), &mut buf, 0).unwrap_err().kind(),
-        Kind::Truncated
-    );
+    assert_eq!(overlay.read_at(below(&point), &mut buf, 0).unwrap_err().kind(), Kind::Truncated);
 }
 
 #[test]
