@@ -215,8 +215,8 @@ fn a_scratch_whose_file_system_is_full_is_enospc_too() {
     let (dir, chain) = backups();
     let small = tempfile::tempdir().unwrap();
     let _tmpfs = Guard::tmpfs("2m", small.path());
-    let mount =
-        Mount::with(dir.path(), &[&scratch_option(small.path()), "--keep", "--scratch-size=1G"]);
+    let option = scratch_option(&small.path().join("scratch"));
+    let mount = Mount::with(dir.path(), &[&option, "--keep", "--scratch-size=1G"]);
     let shown = mount.point("sda", &chain.files[0]);
     let (file, mut model) = (rw(&shown), std::fs::read(&shown).unwrap());
     let (mut at, data) = (0, vec![9; 64 << 10]);
@@ -353,7 +353,7 @@ impl Possible {
         for (i, byte) in data.iter().enumerate() {
             let place = at + i as u64;
             let versions = &mut self.blocks[(place / BLOCK) as usize];
-            if i == 0 || place % BLOCK == 0 {
+            if i == 0 || place.is_multiple_of(BLOCK) {
                 versions.push(versions.last().unwrap().clone());
             }
             versions.last_mut().unwrap()[(place % BLOCK) as usize] = *byte;
@@ -474,7 +474,9 @@ fn a_scratch_is_outside_the_backups_and_nobody_elses() {
     let aside = tempfile::tempdir().unwrap();
     let before = hashes(dir.path());
     let path = |name: &str| aside.path().join(name);
-    ["bound", "mnt", "theirs", "open", "busy"].map(|n| std::fs::create_dir(path(n)).unwrap());
+    for name in ["bound", "mnt", "theirs", "open", "busy"] {
+        std::fs::create_dir(path(name)).unwrap();
+    }
     std::os::unix::fs::symlink(dir.path().join("sda"), path("link")).unwrap();
     let _bound = Guard::mount("--bind", &dir.path().join("sda"), &path("bound"));
     std::os::unix::fs::chown(path("theirs"), Some(4711), None).unwrap();
@@ -542,7 +544,8 @@ fn what_is_kept_is_listed_exported_dropped_and_never_shown_over_other_contents()
     assert_eq!(refused.status.code(), Some(4), "{}", stderr(&refused));
     let image = out.path().join("changes.qcow2");
     let export = ["scratch", "export", scratch.path().to_str().unwrap()];
-    let export = [&export[..], &[&format!("sda/{}", name(2)), image.to_str().unwrap()]].concat();
+    let which = format!("sda/{}", name(2));
+    let export = [&export[..], &[&which, image.to_str().unwrap()]].concat();
     let done = fleecefs(&export);
     assert!(done.status.success(), "{}", stderr(&done));
     assert_eq!(fleecefs(&export).status.code(), Some(4), "it is there");
