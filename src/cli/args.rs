@@ -93,6 +93,7 @@ pub(super) enum Command {
     Guardian(super::recover::GuardianArgs),
     Mount(super::mount::args::MountArgs),
     Umount(super::umount::UmountArgs),
+    Scratch(super::scratch::ScratchArgs),
     #[command(alias = "snapshots")]
     List(super::list::ListArgs),
     Show(super::show::ShowArgs),
@@ -172,6 +173,7 @@ impl Command {
             Command::Prune(a) => (a.json, Json::Document),
             Command::Consolidate(a) => (a.print.json, Json::Document),
             Command::LinkDisk(a) => (a.json, Json::Document),
+            Command::Scratch(a) => (a.json(), Json::Document),
             // An array, which may be broken off.
             Command::Map(_) => (false, Json::No),
             Command::Cleanup(_) | Command::Cancel(_) | Command::Guardian(_) => (false, Json::No),
@@ -188,6 +190,7 @@ impl Command {
         match self {
             Command::Backup(a) => Some(a.target()),
             Command::Mount(a) => Some(&a.backups),
+            Command::Scratch(a) => Some(a.dir()),
             Command::List(a) => Some(&a.dir),
             Command::Show(a) => Some(&a.dir),
             Command::Map(a) => Some(&a.dir),

@@ -24,6 +24,7 @@ mod prune;
 mod recover;
 mod restore;
 mod runs;
+mod scratch;
 mod shared;
 mod show;
 mod state;
@@ -128,6 +129,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Guardian(a) => recover::guard(a),
         Command::Mount(a) => mount::run(a, cli.as_owner),
         Command::Umount(a) => umount::umount(a),
+        Command::Scratch(a) => scratch::run(&a),
         Command::List(a) => list::run(a),
         Command::Show(a) => show::run(a),
         Command::Map(a) => map::run(a),

@@ -73,3 +73,4 @@ mod terminal;
 mod unreachable;
 mod verbs;
 mod verify;
+mod writable;
