@@ -18,7 +18,7 @@ mod prepared;
 mod process;
 mod serve;
 mod supervisor;
-mod table;
+pub(crate) mod table;
 mod umount;
 mod user_mount;
 
