@@ -128,7 +128,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("the file is empty".into());
     }
     let threads = fuse::default_threads();
-    let options = Options { access: Access::Owner, threads, source: "plain".into() };
+    let source = "plain".into();
+    let options = Options { access: Access::Owner, threads, source, writable: false };
     let session = Session::new(plain, Path::new(mountpoint), &fuse::config(&options))?;
     Ok(session.spawn()?.guard.join().map_err(|_| "a serving thread panicked")??)
 }

@@ -19,6 +19,7 @@
 //!   changed, so that whoever comes after a crash can finish it
 //! - [`chain`]: backup directory to disks, chains and points
 //! - [`image`]: layers merged into cached windows, and reads through them
+//! - [`overlay`]: what is written over points, which stay as they are
 //! - [`files`]: the files inside a point: partitions, volumes and file systems
 //! - [`view`]: the same for a mount: points opened when somebody looks into them, and a bounded number at a time
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
@@ -55,6 +56,7 @@ pub mod lock;
 pub mod manifest;
 pub(crate) mod mount;
 pub(crate) mod output;
+pub mod overlay;
 pub(crate) mod privileges;
 pub mod progress;
 pub mod prune;

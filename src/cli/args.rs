@@ -93,6 +93,7 @@ pub(super) enum Command {
     Umount(super::umount::UmountArgs),
     Attach(super::attach::AttachArgs),
     Detach(super::attach::DetachArgs),
+    Scratch(super::scratch::ScratchArgs),
     #[command(alias = "snapshots")]
     List(super::list::ListArgs),
     Show(super::show::ShowArgs),
@@ -163,6 +164,7 @@ impl Command {
             Command::Prune(a) => (a.json, Json::Document),
             Command::Consolidate(a) => (a.print.json, Json::Document),
             Command::LinkDisk(a) => (a.json, Json::Document),
+            Command::Scratch(a) => (a.json(), Json::Document),
             // An array, which may be broken off.
             Command::Map(_) => (false, Json::No),
             Command::Cleanup(_) | Command::Cancel(_) | Command::Guardian(_) => (false, Json::No),
@@ -180,6 +182,7 @@ impl Command {
         match self {
             Command::Backup(a) => Some(a.target()),
             Command::Mount(a) => Some(&a.backups),
+            Command::Scratch(a) => Some(a.dir()),
             Command::List(a) => Some(&a.dir),
             Command::Show(a) => Some(&a.dir),
             Command::Map(a) => Some(&a.dir),

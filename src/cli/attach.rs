@@ -289,7 +289,7 @@ fn heading(one: &Listed) -> String {
                 "{} of {}, {devices}by {} since {}",
                 begin.points.join(", "),
                 path_text(&begin.backups),
-                privileges::name_of(begin.uid),
+                user(begin.uid),
                 iso_time(begin.started)
             );
         }
@@ -302,6 +302,12 @@ fn heading(one: &Listed) -> String {
     }
 }
 
+/// A user's name, or number.
+fn user(uid: u32) -> String {
+    let name = privileges::users::name(uid);
+    name.map_or_else(|| uid.to_string(), |n| n.to_string_lossy().into_owned())
+}
+
 fn listed_json(one: &Listed) -> Value {
     let begin = one.begin.as_ref();
     json!({
@@ -309,7 +315,7 @@ fn listed_json(one: &Listed) -> Value {
         "state": one.state,
         "backups": begin.map(|b| to_text(b.backups.as_os_str())),
         "points": begin.map(|b| b.points.clone()).unwrap_or_default(),
-        "user": begin.map(|b| privileges::name_of(b.uid)),
+        "user": begin.map(|b| user(b.uid)),
         "pid": begin.map(|b| b.pid),
         "since": begin.map(|b| iso_time(b.started)),
         "mount": begin.and_then(|b| b.mount.as_ref()).map(|m| to_text(m.as_os_str())),

@@ -23,6 +23,7 @@ mod prune;
 mod recover;
 mod restore;
 mod runs;
+mod scratch;
 mod shared;
 mod show;
 mod state;
@@ -129,6 +130,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Umount(a) => umount::umount(a),
         Command::Attach(a) => attach::attach(&a),
         Command::Detach(a) => attach::detach(&a),
+        Command::Scratch(a) => scratch::run(&a),
         Command::List(a) => list::run(a),
         Command::Show(a) => show::run(a),
         Command::Map(a) => map::run(a),

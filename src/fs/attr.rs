@@ -17,13 +17,17 @@ pub struct Owner {
     pub uid: u32,
     /// Group id of everything.
     pub gid: u32,
-    /// Permission bits of files; folders get an `x` wherever this has an `r`.
+    /// Permission bits of points; folders get an `x` wherever this has an `r`. What is no point has no `w`.
     pub mode: u16,
 }
 
 impl Owner {
     fn dir_mode(self) -> u16 {
-        self.mode | ((self.mode & 0o444) >> 2)
+        self.read_mode() | ((self.mode & 0o444) >> 2)
+    }
+
+    fn read_mode(self) -> u16 {
+        self.mode & 0o444
     }
 }
 
@@ -50,6 +54,19 @@ pub struct Attr {
     pub gid: u32,
     /// The numbers of a device of a guest's, as the kernel wants them.
     pub rdev: u32,
+}
+
+impl Attr {
+    /// The same for a point that was written to: `bytes` of data at most beside the point's, and when.
+    pub(super) fn written(mut self, bytes: u64, modified: Option<i64>) -> Self {
+        // As for any point: never 0 where there may be data, less than the size where there may be holes.
+        let most = (self.size.saturating_sub(1) / 512).max(1);
+        self.blocks = self.blocks.saturating_add(bytes.div_ceil(512)).clamp(1, most);
+        if let Some(at) = modified {
+            (self.times.modification, self.times.change) = (time(at), time(at));
+        }
+        self
+    }
 }
 
 /// When something happened to a node.
@@ -83,7 +100,7 @@ pub fn attr(node: &Node, tree: &Tree, owner: Owner, status_size: impl FnOnce() -
         NodeKind::Link(target) => (EntryKind::Link, 0o777, 1, target.as_os_str().len() as u64, 0),
         NodeKind::Status => {
             let size = status_size();
-            (EntryKind::File, owner.mode, 1, size, size.div_ceil(512))
+            (EntryKind::File, owner.read_mode(), 1, size, size.div_ceil(512))
         }
     };
     let time = match node.kind {

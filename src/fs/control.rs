@@ -13,11 +13,12 @@ use crate::error::Finding;
 use crate::image::CacheFigures;
 use crate::layout::Level;
 use crate::manifest::Achieved;
+use crate::overlay::{Overlays, Told};
 use crate::text;
 use crate::text::to_text;
 
 /// What the tree does not know about the mount.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Running {
     /// How many times the tree was replaced since mounting.
     pub generation: u64,
@@ -27,6 +28,33 @@ pub(crate) struct Running {
     pub watch: &'static str,
     /// The cache's figures.
     pub cache: CacheFigures,
+    /// What was written; absent unless points can be written to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub writable: Option<Writable>,
+}
+
+/// The overlays of a mount.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Writable {
+    /// The folder that they are in.
+    scratch: String,
+    /// Bytes that they take, as they are counted against the limit.
+    used: u64,
+    /// Bytes that they may take.
+    limit: u64,
+    overlays: Vec<Told>,
+}
+
+impl Writable {
+    /// As they are now.
+    pub(crate) fn of(overlays: &Overlays) -> Self {
+        Writable {
+            scratch: to_text(overlays.folder().path().as_os_str()),
+            used: overlays.budget().used(),
+            limit: overlays.budget().limit(),
+            overlays: overlays.told(),
+        }
+    }
 }
 
 /// The whole text. Paths that are not UTF-8 have `\xNN` in them, as in `list`.

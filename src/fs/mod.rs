@@ -20,6 +20,7 @@ mod inside;
 pub(crate) mod names;
 mod node;
 mod number;
+mod open_point;
 pub(crate) mod point;
 pub mod readers;
 mod root_watch;
@@ -28,6 +29,7 @@ pub(crate) mod slow_pool;
 pub(crate) mod space;
 pub mod tree;
 pub mod watch;
+mod writing;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -39,13 +41,14 @@ use arc_swap::ArcSwap;
 
 use crate::chain::Catalog;
 use crate::error::{Error, Kind};
-use crate::image::{Cache, HeldPoint, Image};
+use crate::image::{Cache, Image};
+use crate::overlay::Overlays;
 use crate::view;
 use attr::{Attr, Owner};
-use control::Running;
+use control::{Running, Writable};
 use handle::Handles;
 pub use inside::Inside;
-use point::PointFile;
+use open_point::OpenPoint;
 use slow_pool::SlowPool;
 use space::{DiskSpace, Free};
 use tree::{Changes, EntryKind, Node, NodeKind, ROOT, Tree};
@@ -67,7 +70,7 @@ pub struct Space {
 
 /// What an open file reads from.
 enum OpenFile {
-    Point(Arc<PointFile>, #[expect(dead_code, reason = "lives as long as it is open")] HeldPoint),
+    Point(OpenPoint),
     Status(Vec<u8>),
     Inside(view::File),
 }
@@ -121,6 +124,7 @@ pub struct FileSystem {
     waker: Arc<Waker>,
     free: Arc<Free>,
     inside: Option<Inside>,
+    overlays: Option<Arc<Overlays>>,
 }
 
 impl FileSystem {
@@ -136,7 +140,7 @@ impl FileSystem {
     ) -> Self {
         let tree = Tree::build(catalog, None, &cache, inside.is_some(), |_| false);
         let free = Arc::new(Free::default());
-        free.ask(&tree.catalog.root);
+        free.ask(|| space::of_folder(&tree.catalog.root));
         FileSystem {
             tree: ArcSwap::from_pointee(tree),
             known: Mutex::default(),
@@ -150,6 +154,7 @@ impl FileSystem {
             waker,
             free,
             inside,
+            overlays: None,
         }
     }
 
@@ -165,6 +170,7 @@ impl FileSystem {
         self.tree.store(new.clone());
         self.renew_known(&new);
         self.forget_inside(&new, &mut changes);
+        self.forget_overlays(&new);
         self.generation.fetch_add(1, Ordering::Relaxed);
         changes
     }
@@ -207,7 +213,8 @@ impl FileSystem {
             return self.inside_attr(node.ino, inside);
         }
         let size = || self.status_text().len() as u64;
-        Ok(attr::attr(node, &self.tree.load(), self.owner, size))
+        let attr = attr::attr(node, &self.tree.load(), self.owner, size);
+        Ok(self.written_attr(node, attr))
     }
 
     /// Attributes by inode number, or of an open file.
@@ -299,14 +306,14 @@ impl FileSystem {
     pub fn reads_storage(&self, handle: u64) -> bool {
         let open = self.files.get(handle);
         let open = open.as_ref().and_then(|g| g.as_deref());
-        matches!(open, Some(OpenFile::Point(..) | OpenFile::Inside(_)))
+        matches!(open, Some(OpenFile::Point(_) | OpenFile::Inside(_)))
     }
 
     /// What reading `len` bytes at `offset`, or as far as there are any, has to wait for.
     pub fn waits_for(&self, handle: u64, offset: u64, len: u64) -> WaitsFor {
         let open = self.files.get(handle);
         let file = match open.as_ref().and_then(|g| g.as_deref()) {
-            Some(OpenFile::Point(file, _)) => file,
+            Some(OpenFile::Point(open)) => &open.file,
             Some(OpenFile::Inside(file)) => return WaitsFor::of(file.point()),
             _ => return WaitsFor::No,
         };
@@ -317,20 +324,14 @@ impl FileSystem {
     /// Opens a file. The result is the handle, and whether the kernel may keep cached pages.
     ///
     /// # Errors
-    /// EROFS for anything but reading, EISDIR, ESTALE; ENOENT if a file that the point is made of is
-    /// gone, EIO if it cannot be opened, ENFILE if there are too many.
+    /// EROFS for anything but reading, unless it is a point of a writable file system; EISDIR, ESTALE; ENOENT if a file
+    /// that the point is made of is gone, EIO if it cannot be opened, ENFILE if there are too many; EPERM where it is to
+    /// be truncated.
     pub fn open(&self, ino: u64, flags: i32) -> Result<(u64, bool), Errno> {
-        if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
-            return Err(libc::EROFS);
-        }
         let node = self.node(ino)?;
+        let writes = self.check_flags(&node, flags)?;
         let (file, keep) = match &node.kind {
-            NodeKind::File(file) => {
-                // Whoever has a point open keeps it, even if its files are removed before a read.
-                let held =
-                    HeldPoint::new(&file.image).map_err(|e| self.not_opened(&file.image, &e))?;
-                (OpenFile::Point(file.clone(), held), true)
-            }
+            NodeKind::File(file) => (OpenFile::Point(self.open_point(&node, file, writes)?), true),
             NodeKind::Status => (OpenFile::Status(self.status_text()), false),
             NodeKind::Inside(node) => (OpenFile::Inside(self.open_inside(node)?), true),
             NodeKind::Dir(_) | NodeKind::Files(..) => return Err(libc::EISDIR),
@@ -356,12 +357,10 @@ impl FileSystem {
     pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
         let open = self.files.get(handle).ok_or(libc::EBADF)?;
         match open.as_deref().ok_or(libc::EBADF)? {
-            OpenFile::Point(file, _) => {
-                let rest = file.image.size().saturating_sub(offset);
+            OpenFile::Point(open) => {
+                let rest = open.file.image.size().saturating_sub(offset);
                 let n = usize::try_from(rest).unwrap_or(usize::MAX).min(buf.len());
-                file.image
-                    .read_at(&mut buf[..n], offset)
-                    .map_err(|e| self.failed(&file.image, &e))?;
+                open.read(&mut buf[..n], offset).map_err(|e| self.failed_point(open, &e))?;
                 Ok(n)
             }
             OpenFile::Inside(file) => {
@@ -481,8 +480,12 @@ impl FileSystem {
 
     /// Figures for `statfs`; the backups' file system is asked by a thread of `slow_pool`.
     pub fn space(&self, slow_pool: &Arc<SlowPool>) -> Space {
+        if let Some(overlays) = &self.overlays {
+            return self.scratch_space(overlays, slow_pool);
+        }
         let tree = self.tree.load();
-        let room = self.free.room(&tree.catalog.root, slow_pool);
+        let root = tree.catalog.root.clone();
+        let room = self.free.room(move || space::of_folder(&root), slow_pool);
         Space { used: tree.own_bytes, room, files: tree.len() as u64 }
     }
 
@@ -492,8 +495,11 @@ impl FileSystem {
             open_files: self.files.len(),
             watch: self.watch.word(),
             cache: self.cache.figures(),
+            writable: self.overlays.as_deref().map(Writable::of),
         };
-        control::render(&self.tree.load(), running, self.inside_findings())
+        let mut found = self.inside_findings();
+        found.extend(self.overlays.iter().flat_map(|o| o.findings()));
+        control::render(&self.tree.load(), running, found)
     }
 
     /// Notes that somebody uses the file system.

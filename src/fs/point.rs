@@ -6,6 +6,9 @@ use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Cache, Image};
 use crate::layer::{LayerPart, LayerSpec};
+use crate::manifest::fingerprint_of;
+use crate::overlay::kept::PointName;
+use crate::storage::ReadAt;
 
 /// A served point: its image and where the catalog describes it.
 pub struct PointFile {
@@ -69,6 +72,36 @@ impl PointFile {
     /// Index of the disk in the catalog and of the point in the disk.
     pub fn index(&self) -> (usize, usize) {
         (self.disk, self.point)
+    }
+
+    /// What the overlays of a mount call it.
+    pub(super) fn name(&self) -> PointName {
+        PointName::new(&self.disk().path, &self.point().name)
+    }
+
+    /// What tells the contents of this point from others: of each file, from the bottom up, format, length, time, and
+    /// the bytes of both ends. A copy that keeps the times has the same.
+    ///
+    /// # Errors
+    /// A file cannot be read, or has changed.
+    pub(super) fn identity(&self) -> Result<String> {
+        let points = &self.disk().points;
+        let chain = std::iter::successors(Some(self.point()), |p| points.get(p.parent?));
+        let mut layers: Vec<&LayerSpec> = chain.flat_map(|p| p.layers.iter().rev()).collect();
+        layers.reverse();
+        let mut hash = blake3::Hasher::new();
+        hash.update(&self.image.size().to_le_bytes());
+        for layer in layers {
+            hash.update(format!("{:?} {:?}", layer.format, layer.part).as_bytes());
+            for file in [Some(&layer.file), layer.data_file.as_ref()].into_iter().flatten() {
+                let print = fingerprint_of(&*file.file()?);
+                let failed = |e| Error::io(e, "cannot read the image").at_path(file.path());
+                hash.update(print.map_err(failed)?.as_bytes());
+                hash.update(&file.identity().mtime.to_le_bytes());
+                file.check_unchanged()?;
+            }
+        }
+        Ok(hash.finalize().to_hex().to_string())
     }
 
     /// The catalog it comes from.

@@ -4,7 +4,7 @@ use super::{Errno, FileSystem, OpenFile};
 use crate::error::Error;
 use crate::image::{Image, RangeKind};
 
-/// Stretches of a file inside a point that are looked at by a thread that serves requests.
+/// Stretches of a file inside a point, or of an overlay, that are looked at by a thread that serves requests.
 const NEAR: usize = 256;
 
 impl FileSystem {
@@ -30,7 +30,8 @@ impl FileSystem {
         self.seek_by(handle, offset, whence, NEAR, Image::seek_near)
     }
 
-    /// `find` gives the size where there is no such byte. Of a file inside a point `most` stretches are looked at.
+    /// `find` gives the size where there is no such byte. Of a file inside a point, and of
+    /// an overlay, `most` stretches are looked at.
     fn seek_by(
         &self,
         handle: u64,
@@ -43,7 +44,7 @@ impl FileSystem {
         let open = open.as_deref().ok_or(libc::EBADF)?;
         let offset = u64::try_from(offset).map_err(|_| libc::ENXIO)?;
         let size = match open {
-            OpenFile::Point(file, _) => file.image.size(),
+            OpenFile::Point(open) => open.file.image.size(),
             OpenFile::Status(text) => text.len() as u64,
             OpenFile::Inside(file) => file.size(),
         };
@@ -56,8 +57,10 @@ impl FileSystem {
             _ => return Err(libc::EINVAL),
         };
         let found = match (open, wanted) {
-            (OpenFile::Point(file, _), _) => {
-                find(&file.image, offset, wanted).map_err(|e| self.failed(&file.image, &e))?
+            (OpenFile::Point(open), _) => {
+                let below = |at| find(&open.file.image, at, wanted);
+                open.seek((offset, size), wanted, most, below)
+                    .map_err(|e| self.failed_point(open, &e))?
             }
             (OpenFile::Inside(file), _) => {
                 file.seek(offset, wanted, most).map_err(|e| self.inside_failed(file.point(), &e))?

@@ -4,10 +4,13 @@
 //! and its storage may not answer: so it is asked by a thread that may be kept waiting, and for a
 //! moment only is its answer waited for.
 
+use std::io;
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use rustix::fs::StatVfs;
 
 use super::slow_pool::SlowPool;
 use crate::folder::Folder;
@@ -45,8 +48,12 @@ impl Free {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Free space on the file system of `folder`; asked by a thread of `slow_pool`.
-    pub(crate) fn room(self: &Arc<Self>, folder: &Path, slow_pool: &Arc<SlowPool>) -> DiskSpace {
+    /// Free space on the file system that `look` looks at, by a thread of `slow_pool`.
+    pub(crate) fn room(
+        self: &Arc<Self>,
+        look: impl FnOnce() -> io::Result<StatVfs> + Send + 'static,
+        slow_pool: &Arc<SlowPool>,
+    ) -> DiskSpace {
         let mut state = self.state();
         let fresh = state.seen.is_some_and(|at| at.elapsed() < FRESH);
         if fresh || state.asking {
@@ -55,9 +62,9 @@ impl Free {
         state.asking = true;
         drop(state);
         let (send, receive) = channel();
-        let (this, folder) = (self.clone(), folder.to_path_buf());
+        let this = self.clone();
         slow_pool.run(Box::new(move || {
-            this.ask(&folder);
+            this.ask(look);
             let _ = send.send(());
         }));
         let _ = receive.recv_timeout(PATIENCE);
@@ -65,8 +72,8 @@ impl Free {
     }
 
     /// Asks now, for as long as it takes.
-    pub(crate) fn ask(&self, folder: &Path) {
-        let found = Folder::open(folder).and_then(|f| f.space());
+    pub(crate) fn ask(&self, look: impl FnOnce() -> io::Result<StatVfs>) {
+        let found = look();
         let mut state = self.state();
         state.asking = false;
         state.seen = Some(Instant::now());
@@ -77,6 +84,14 @@ impl Free {
     }
 }
 
+/// Looks at the file system of the folder at `path`.
+///
+/// # Errors
+/// What the operating system said.
+pub(crate) fn of_folder(path: &Path) -> io::Result<StatVfs> {
+    Folder::open(path)?.space()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,17 +100,17 @@ mod tests {
     fn a_folder_that_is_gone_leaves_what_was_seen() {
         let dir = tempfile::tempdir().unwrap();
         let (free, slow_pool) = (Arc::new(Free::default()), Arc::new(SlowPool::default()));
-        free.ask(dir.path());
+        free.ask(|| of_folder(dir.path()));
         let room = free.state().room;
         assert!(room.free >= room.available && room.free > 0);
-        free.ask(&dir.path().join("gone"));
-        assert_eq!(free.room(dir.path(), &slow_pool), room);
+        free.ask(|| of_folder(&dir.path().join("gone")));
+        assert_eq!(free.room(|| Err(io::ErrorKind::NotFound.into()), &slow_pool), room);
     }
 
     #[test]
     fn storage_that_does_not_answer_keeps_nobody_waiting() {
         let (free, slow_pool) = (Arc::new(Free::default()), Arc::new(SlowPool::default()));
         free.state().asking = true;
-        assert_eq!(free.room(Path::new("/"), &slow_pool), DiskSpace::default());
+        assert_eq!(free.room(|| of_folder(Path::new("/")), &slow_pool), DiskSpace::default());
     }
 }

@@ -24,7 +24,7 @@ use fuser::{
 };
 
 use super::negotiate::{MAX_REQUEST, negotiate};
-use super::reply::{BLOCK, dot_attr, errno, file_attr, file_type, reply_xattr};
+use super::reply::{BLOCK, dot_attr, errno, file_attr, file_type, reply_empty, reply_xattr};
 use crate::fs::readers::Readers;
 use crate::fs::slow_pool::SlowPool;
 use crate::fs::tree::{Node, NodeKind};
@@ -224,11 +224,15 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        // What was written by way of a map is told to us, and its errors to whoever closes it.
+        let reads = flags.0 & libc::O_ACCMODE == libc::O_RDONLY;
+        let flush = if reads { FopenFlags::FOPEN_NOFLUSH } else { FopenFlags::empty() };
         let open = move |fs: &FileSystem| match fs.open(ino.0, flags.0) {
             // Another generation is another inode, so cached pages are right for as long as
             // the kernel has them.
-            Ok((fh, true)) => reply
-                .opened(FileHandle(fh), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+            Ok((fh, true)) => {
+                reply.opened(FileHandle(fh), FopenFlags::FOPEN_KEEP_CACHE | flush);
+            }
             Ok((fh, false)) => reply.opened(FileHandle(fh), FopenFlags::FOPEN_DIRECT_IO),
             Err(e) => reply.error(errno(e)),
         };
@@ -313,11 +317,12 @@ impl Filesystem for Adapter {
         &self,
         _req: &Request,
         _ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        reply.ok();
+        // A disk takes its time.
+        self.guard_slow("fsync", move |fs| reply_empty(fs.sync(fh.0), reply));
     }
 
     fn fsyncdir(
@@ -418,7 +423,7 @@ impl Filesystem for Adapter {
     fn access(&self, _req: &Request, _ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
         // The kernel checks permissions itself (default_permissions); this is for safety.
         if mask.contains(AccessFlags::W_OK) {
-            reply.error(Errno::EROFS);
+            reply.error(errno(self.fs.unchangeable()));
         } else {
             reply.ok();
         }
@@ -427,13 +432,13 @@ impl Filesystem for Adapter {
     fn setattr(
         &self,
         _req: &Request,
-        _ino: INodeNo,
-        _mode: Option<u32>,
-        _uid: Option<u32>,
-        _gid: Option<u32>,
-        _size: Option<u64>,
-        _atime: Option<TimeOrNow>,
-        _mtime: Option<TimeOrNow>,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
         _fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
@@ -442,7 +447,15 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        reply.error(Errno::EROFS);
+        let others = mode.or(uid).or(gid).is_some();
+        let times = [atime, mtime].iter().flatten().any(|t| !matches!(t, TimeOrNow::Now));
+        match size.filter(|_| !others && !times) {
+            Some(size) => self.guard("setattr", |fs| match fs.resize(ino.0, size) {
+                Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+                Err(e) => reply.error(errno(e)),
+            }),
+            None => reply.error(errno(self.fs.unchangeable())),
+        }
     }
 
     fn mknod(
@@ -530,28 +543,39 @@ impl Filesystem for Adapter {
         &self,
         _req: &Request,
         _ino: INodeNo,
-        _fh: FileHandle,
-        _offset: u64,
-        _data: &[u8],
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
         _write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        reply.error(Errno::EROFS);
+        let sync = flags.0 & libc::O_DSYNC != 0;
+        // Another thread may have to do it, and this one's buffer is the next request's then.
+        let data = data.to_vec();
+        self.guard_storage("write", move |fs| match fs.write(fh.0, offset, &data, sync) {
+            // A request has at most some megabytes.
+            Ok(n) => reply.written(u32::try_from(n).unwrap_or(u32::MAX)),
+            Err(e) => reply.error(errno(e)),
+        });
     }
 
     fn fallocate(
         &self,
         _req: &Request,
         _ino: INodeNo,
-        _fh: FileHandle,
-        _offset: u64,
-        _length: u64,
-        _mode: i32,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
         reply: ReplyEmpty,
     ) {
-        reply.error(Errno::EROFS);
+        let allocate = move |fs: &FileSystem| {
+            reply_empty(fs.allocate(fh.0, offset, length, mode), reply);
+        };
+        // A whole disk may be discarded at once.
+        self.guard_slow("fallocate", allocate);
     }
 
     fn setxattr(

@@ -46,6 +46,8 @@ pub struct Options {
     pub threads: usize,
     /// What `mount` shows as the source.
     pub source: String,
+    /// Whether something can be written to.
+    pub writable: bool,
 }
 
 /// A mounted file system. It ends when it is unmounted.
@@ -104,7 +106,8 @@ pub fn attach(device: &File, mountpoint: &Path, shown: &Path, options: &Options)
     )?;
     let (source, target) =
         (text(options.source.as_bytes())?, text(mountpoint.as_os_str().as_bytes())?);
-    let flags = libc::MS_RDONLY | libc::MS_NODEV | libc::MS_NOSUID | libc::MS_NOATIME;
+    let read_only = if options.writable { 0 } else { libc::MS_RDONLY };
+    let flags = read_only | libc::MS_NODEV | libc::MS_NOSUID | libc::MS_NOATIME;
     // SAFETY: C strings that live through the call.
     let done = unsafe {
         let kind = c"fuse.fleecefs".as_ptr();
@@ -154,7 +157,7 @@ pub fn config(options: &Options) -> Config {
         // Not `Subtype`, which the direct way of mounting drops.
         MountOption::CUSTOM("subtype=fleecefs".into()),
         MountOption::DefaultPermissions,
-        MountOption::RO,
+        if options.writable { MountOption::RW } else { MountOption::RO },
         MountOption::NoDev,
         MountOption::NoSuid,
         MountOption::NoAtime,

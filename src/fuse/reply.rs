@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyXattr};
+use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyEmpty, ReplyXattr};
 
 use crate::fs;
 use crate::fs::attr::{Attr, Times};
@@ -44,6 +44,14 @@ pub(super) fn file_attr(a: &Attr) -> FileAttr {
         rdev: a.rdev,
         blksize: BLOCK,
         flags: 0,
+    }
+}
+
+/// Answers that it was done, or why not.
+pub(super) fn reply_empty(done: Result<(), fs::Errno>, reply: ReplyEmpty) {
+    match done {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(e)),
     }
 }
 

@@ -7,6 +7,7 @@ use super::plan::Plan;
 use super::table::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
+use crate::fs::FileSystem;
 use crate::fuse::Mounted;
 use crate::text::path_text;
 
@@ -18,12 +19,15 @@ pub(super) fn print_mounted(plan: &Plan) {
     log::info!("{} is mounted at {}", path_text(&plan.backups), path_text(&plan.mountpoint));
 }
 
-/// Waits for the end.
+/// Waits for the end, and writes down what is to be kept of what was written to points.
 ///
 /// # Errors
 /// The connection to the kernel broke.
-pub(super) fn finish(mounted: Mounted, plan: &Plan) -> Result<()> {
-    mounted.wait()?;
+pub(super) fn finish(mounted: Mounted, fs: &FileSystem, plan: &Plan) -> Result<()> {
+    let ended = mounted.wait();
+    // However it ended.
+    fs.finish();
+    ended?;
     log::info!("{} is unmounted", path_text(&plan.mountpoint));
     Ok(())
 }

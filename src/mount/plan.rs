@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::scratch_place;
 use super::table;
 use super::table::Mount;
 use crate::error::{Error, Kind, Result};
 use crate::folder::user_paths;
 use crate::fs::attr;
 use crate::fuse::Access;
+use crate::overlay::Scratch;
 use crate::privileges::Owner;
 use crate::text::path_text;
 use crate::{folder, fuse, privileges};
@@ -29,6 +31,17 @@ pub(crate) struct Files {
     pub squash: bool,
 }
 
+/// That points can be written to, and where that goes.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Writable {
+    /// The scratch folder; `TMPDIR` or `/var/tmp` if omitted.
+    pub scratch: Option<PathBuf>,
+    /// Bytes that all of it may take; what is free there, but for a reserve, if omitted.
+    pub limit: Option<u64>,
+    /// Whether it outlives the mount.
+    pub keep: bool,
+}
+
 /// What the user wants.
 pub(crate) struct Options {
     /// The backup directory.
@@ -47,6 +60,8 @@ pub(crate) struct Options {
     pub cache_size: Option<u64>,
     /// Whether the files of points are shown.
     pub files: Option<Files>,
+    /// Whether points can be written to.
+    pub writable: Option<Writable>,
     /// Serving threads.
     pub threads: Option<usize>,
     /// Unmount after so long without use.
@@ -73,6 +88,8 @@ pub(crate) struct Plan {
     pub(super) cache_size: u64,
     /// Whether the files of points are shown.
     pub(super) files: Option<Files>,
+    /// Where that goes which is written, if points can be written to.
+    pub(super) scratch: Option<Scratch>,
     /// Serving threads.
     pub(super) threads: usize,
     /// Unmount after so long without use.
@@ -100,7 +117,13 @@ impl Plan {
         let called = std::path::absolute(&wanted.backups).map_err(|e| {
             Error::io(e, "cannot use the backup directory").at_path(&wanted.backups)
         })?;
+        let as_owner = if wanted.as_owner { Owner::of(&backups)? } else { None };
+        let scratch = wanted
+            .writable
+            .as_ref()
+            .map(|w| scratch_place::find(w, (&backups, &mountpoint), as_owner.as_ref()));
         Ok(Plan {
+            scratch: scratch.transpose()?,
             called,
             mountpoint,
             access: wanted.access,
@@ -110,7 +133,7 @@ impl Plan {
             threads: wanted.threads.unwrap_or_else(fuse::default_threads),
             idle_timeout: wanted.idle_timeout,
             poll_interval: wanted.poll_interval,
-            as_owner: if wanted.as_owner { Owner::of(&backups)? } else { None },
+            as_owner,
             backups,
         })
     }
@@ -121,6 +144,7 @@ impl Plan {
             access: self.access,
             threads: self.threads,
             source: self.backups.to_string_lossy().into_owned(),
+            writable: self.scratch.is_some(),
         }
     }
 
@@ -149,8 +173,15 @@ fn owner(wanted: &Options) -> attr::Owner {
     attr::Owner {
         uid: wanted.uid.unwrap_or_else(|| rustix::process::geteuid().as_raw()),
         gid: wanted.gid.unwrap_or_else(|| rustix::process::getegid().as_raw()),
-        mode: wanted.mode.unwrap_or(0o400),
+        mode: mode(wanted),
     }
+}
+
+/// Where points can be written to, by their owner at least.
+fn mode(wanted: &Options) -> u16 {
+    let mode = wanted.mode.unwrap_or(0o400);
+    let writes = wanted.writable.is_some() && mode & 0o222 == 0;
+    if writes { mode | 0o200 } else { mode }
 }
 
 /// Takes away a mount whose server was killed. Whoever still has a file of it open keeps that, dead.

@@ -14,6 +14,7 @@ use crate::fs::watch::{Waker, Watch};
 use crate::fs::{FileSystem, Inside};
 use crate::fuse::{Mounted, Notify};
 use crate::image::Cache;
+use crate::overlay::Overlays;
 use crate::storage::files;
 use crate::text::path_text;
 use crate::view::View;
@@ -56,6 +57,13 @@ impl Prepared {
         check_file_limit(&catalog);
         let (cache, inside) = caches(plan);
         let fs = FileSystem::new(catalog, cache, plan.owner, watch.mode(), waker.clone(), inside);
+        let fs = match &plan.scratch {
+            None => fs,
+            Some(s) => {
+                let overlays = Overlays::new(s.try_clone()?, &plan.backups, &plan.mountpoint)?;
+                fs.writable(overlays)
+            }
+        };
         let (fs, mountpoint) = (Arc::new(fs), plan.mountpoint.clone());
         Ok(Prepared { fs, watch, waker, root, mountpoint, options, probes })
     }

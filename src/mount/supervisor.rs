@@ -328,10 +328,11 @@ impl Server<'_> {
         let Some(device) = self.device.take() else { return Err(gone()) };
         let mount = fuse::serve(prepared.fs.clone(), device, &self.plan.fuse())?;
         self.control(signals, prepared.fs.clone())?;
+        let fs = prepared.fs.clone();
         prepared.watch(&mount)?;
         *detached = ready.detach()?;
         self.say(word::SERVED)?;
-        mounted::finish(mount, self.plan)
+        mounted::finish(mount, &fs, self.plan)
     }
 
     fn say(&mut self, word: u8) -> Result<()> {

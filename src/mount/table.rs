@@ -20,8 +20,10 @@ use crate::folder::{self, Folder};
 pub(crate) struct Mount {
     /// The mount point.
     pub path: PathBuf,
+    /// What of its file system is seen there.
+    pub root: PathBuf,
     /// Number of the mount.
-    number: String,
+    pub number: String,
     /// Device number, `major:minor`.
     pub dev: String,
     /// File system type.
@@ -36,13 +38,14 @@ impl Mount {
         self.fstype == "fuse.fleecefs"
     }
 
-    fn parse(line: &str) -> Option<Mount> {
+    pub(super) fn parse(line: &str) -> Option<Mount> {
         let (front, back) = line.split_once(" - ")?;
         let front: Vec<&str> = front.split(' ').collect();
         let mut back = back.split(' ');
         Some(Mount {
             number: (*front.first()?).to_string(),
             dev: (*front.get(2)?).to_string(),
+            root: PathBuf::from(unescape(front.get(3)?)),
             path: PathBuf::from(unescape(front.get(4)?)),
             fstype: back.next()?.to_string(),
             source: unescape(back.next()?).to_string_lossy().into_owned(),
@@ -130,7 +133,11 @@ fn unescape(text: &str) -> OsString {
     OsString::from_vec(out)
 }
 
-fn listed() -> Result<Vec<Mount>> {
+/// All mounts that this process sees.
+///
+/// # Errors
+/// The list cannot be read.
+pub(super) fn listed() -> Result<Vec<Mount>> {
     let list = "/proc/self/mountinfo";
     let text = folder::system::text(Path::new(list))
         .map_err(|e| Error::io(e, "cannot read the list of mounts").at_path(list))?;

@@ -30,11 +30,12 @@ pub(super) fn run(plan: &Plan, ready: Ready) -> Result<()> {
     prepared.watch(&mounted)?;
     let (tell, told) = channel();
     start("signals", 0, move || forward(signals, &tell))?;
+    let served = fs.clone();
     let control = Control { mount, idle_timeout: plan.idle_seconds(), fs, told };
     start("control", 0, move || control.run())?;
     ready.tell()?;
     print_mounted(plan);
-    finish(mounted, plan)
+    finish(mounted, &served, plan)
 }
 
 fn forward(mut signals: Signals, tell: &Sender<i32>) {

@@ -8,6 +8,7 @@
 pub(crate) mod clone;
 mod device;
 pub(crate) mod options;
+pub(crate) mod overlay;
 pub(crate) mod plan;
 pub(crate) mod qcow2;
 mod raw;

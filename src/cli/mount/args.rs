@@ -14,8 +14,8 @@ use crate::units::parse_bytes;
 /// MOUNTPOINT has a folder per disk, and in it a file per point, named after the backup file with .raw
 /// appended. latest.raw is a link to the newest, by-time/ has a link per point by its time (UTC), in
 /// order. With --files, the folder .files beside each .raw has the files of that point.
-/// .fleecefs/status.json tells what was found. Everything is read-only. New backups appear
-/// without remounting.
+/// .fleecefs/status.json tells what was found. New backups appear without remounting. Everything is
+/// read-only, but for points with --writable; the backup itself is never written to.
 #[derive(Debug, Clone, Default, Args)]
 #[command(after_help = "\
 Examples:
@@ -23,6 +23,13 @@ Examples:
   qemu-img convert /mnt/vm1/sda/latest.raw restored.qcow2
   losetup -r -P --show -f /mnt/vm1/sda/latest.raw
   fleecefs umount /mnt/vm1
+
+Boot a test VM from a point, or repair a file system in it; all changes are gone with the mount:
+  fleecefs mount --writable /backups/vm1 /mnt/vm1
+  qemu-system-x86_64 ... -drive file=/mnt/vm1/sda/latest.raw,format=raw,cache=none
+Keep them, and go on another day:
+  fleecefs mount --writable=/var/tmp/vm1-scratch --keep /backups/vm1 /mnt/vm1
+  fleecefs scratch list /var/tmp/vm1-scratch
 
 In /etc/fstab:
   /backups/vm1  /mnt/vm1  fuse.fleecefs  noauto,x-systemd.requires-mounts-for=/backups/vm1,allow_other,mode=0440,gid=backup  0 0")]
@@ -44,6 +51,25 @@ pub(crate) struct MountArgs {
     #[arg(long)]
     pub squash: bool,
 
+    /// Let points be written to. What is written goes to files in SCRATCH_DIR [default: unnamed files in TMPDIR or
+    /// /var/tmp] and is gone when it is unmounted; the backup stays as it is
+    ///
+    /// A point has one size: it cannot be truncated or extended. Discards (punched holes) give their space back. fsync
+    /// writes to disk. The folder must be yours or root's, and outside the backup directory. With --as-owner it is
+    /// SCRATCH_DIR.as-UID. The folders of --files show the points as they were backed up.
+    #[arg(long, value_name = "SCRATCH_DIR", num_args = 0..=1, require_equals = true)]
+    pub writable: Option<Option<PathBuf>>,
+
+    /// With --writable: all that is written may take so much, then there is no space left [default: what is free in
+    /// the scratch folder, less a twentieth or 1 GiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub scratch_size: Option<u64>,
+
+    /// With --writable=SCRATCH_DIR: keep what was written when it is unmounted; the next mount with this folder and
+    /// --keep goes on with it ('fleecefs scratch' lists, exports and drops it)
+    #[arg(long)]
+    pub keep: bool,
+
     /// Stay in the foreground and log to standard error, or to --log-file
     #[arg(short, long)]
     pub foreground: bool,
@@ -64,7 +90,8 @@ pub(crate) struct MountArgs {
     #[arg(long, value_name = "GID", value_parser = users::group)]
     pub gid: Option<u32>,
 
-    /// Permission bits of the files, octal; folders get x where files have r [default: 0400]
+    /// Permission bits of the files, octal; folders get x where files have r [default: 0400; with --writable 0600].
+    /// With --writable, w is for points, and without any w their owner may write
     #[arg(long, value_name = "MODE", value_parser = parse_mode)]
     pub mode: Option<u16>,
 
@@ -94,11 +121,11 @@ pub(crate) struct MountArgs {
     pub options: Vec<String>,
 }
 
-/// `0440`, `440`: permission bits. What could not be done on a read-only mount is refused.
+/// `0440`, `440`: permission bits. What can never be done in a mount is refused.
 pub(super) fn parse_mode(text: &str) -> std::result::Result<u16, String> {
     let mode = u16::from_str_radix(text, 8).map_err(|_| format!("'{text}' is not octal"))?;
-    if mode & !0o444 != 0 {
-        return Err(format!("'{text}' has bits other than r; the mount is read-only"));
+    if mode & !0o666 != 0 {
+        return Err(format!("'{text}' has bits other than r and w"));
     }
     Ok(mode)
 }
@@ -123,7 +150,8 @@ mod tests {
     #[test]
     fn modes_and_times_read_as_written() {
         assert_eq!(parse_mode("0440"), Ok(0o440));
-        assert!(parse_mode("0640").is_err() && parse_mode("rw").is_err());
+        assert_eq!(parse_mode("0660"), Ok(0o660));
+        assert!(parse_mode("0750").is_err() && parse_mode("rw").is_err());
         assert_eq!(parse_duration("15m"), Ok(Duration::from_secs(900)));
         assert_eq!(parse_duration("1d"), Ok(Duration::from_secs(86_400)));
         assert_eq!(parse_duration("90"), Ok(Duration::from_secs(90)));

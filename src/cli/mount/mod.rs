@@ -10,7 +10,7 @@ use super::{paths, verbosity};
 use crate::error::Result;
 use crate::fuse::Access;
 use crate::mount;
-use crate::mount::{Files, Options, Plan};
+use crate::mount::{Files, Options, Plan, Writable};
 
 /// Runs `fleecefs mount`; with `as_owner`, the directory's owner serves it.
 ///
@@ -20,7 +20,7 @@ pub(super) fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
     for list in std::mem::take(&mut args.options) {
         options::apply(&mut args, &list)?;
     }
-    let (access, files) = (access(&args)?, files(&args)?);
+    let (access, files, writable) = (access(&args)?, files(&args)?, writable(&args)?);
     let plan = Plan::new(&Options {
         backups: args.backups,
         mountpoint: args.mountpoint,
@@ -30,6 +30,7 @@ pub(super) fn run(mut args: MountArgs, as_owner: bool) -> Result<()> {
         mode: args.mode,
         cache_size: args.cache_size,
         files,
+        writable,
         threads: args.threads.map(usize::from),
         idle_timeout: args.idle_timeout,
         poll_interval: args.poll_interval,
@@ -45,6 +46,18 @@ fn files(args: &MountArgs) -> Result<Option<Files>> {
         (true, squash) => Ok(Some(Files { squash })),
         (false, false) => Ok(None),
     }
+}
+
+fn writable(args: &MountArgs) -> Result<Option<Writable>> {
+    let Some(scratch) = args.writable.clone() else {
+        return match (args.keep, args.scratch_size, args.mode.unwrap_or(0) & 0o222) {
+            (false, None, 0) => Ok(None),
+            (true, ..) => Err(verbosity::usage("keep needs writable=SCRATCH_DIR")),
+            (_, Some(_), _) => Err(verbosity::usage("scratch-size needs writable")),
+            _ => Err(verbosity::usage("a mode with w needs writable")),
+        };
+    };
+    Ok(Some(Writable { scratch, limit: args.scratch_size, keep: args.keep }))
 }
 
 fn access(args: &MountArgs) -> Result<Access> {

@@ -109,6 +109,32 @@ impl NewImage {
         }
     }
 
+    /// As [`NewImage::header`], with the raw image `backing` as backing file.
+    ///
+    /// # Errors
+    /// `Usage` if the name is longer than the format takes.
+    pub fn header_over(&self, tables: &Tables, backing: &str) -> Result<Vec<u8>> {
+        /// The longest name of a backing file.
+        const MAX_NAME: usize = 1023;
+        /// The extension that has the format of the backing file.
+        const FORMAT: u32 = 0xe279_2aca;
+        if backing.is_empty() || backing.len() > MAX_NAME {
+            return Err(Error::new(Kind::Usage, "a backing file's name has 1 to 1023 bytes"));
+        }
+        let mut h = self.header(tables);
+        // Before the end of the extensions.
+        h.truncate(h.len() - 8);
+        h.extend(FORMAT.to_be_bytes());
+        h.extend(3_u32.to_be_bytes());
+        h.extend(b"raw\0\0\0\0\0");
+        h.extend([0; 8]);
+        let at = h.len() as u64;
+        h.extend(backing.as_bytes());
+        h[8..16].copy_from_slice(&at.to_be_bytes());
+        h[16..20].copy_from_slice(&(backing.len() as u32).to_be_bytes());
+        Ok(h)
+    }
+
     /// The header of an image of this shape whose tables are where `tables` says: no backing file, no
     /// snapshots, no extensions.
     pub fn header(&self, tables: &Tables) -> Vec<u8> {

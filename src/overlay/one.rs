@@ -1,0 +1,402 @@
+//! [`Overlay`]: what was written over one point.
+//!
+//! State: a sparse file that has each block at its own offset, the map of which blocks those are, and the locks of
+//! writers. A reader takes no lock and allocates nothing: it asks the map, and reads each stretch from the file or from
+//! the point. A block's bytes are in the file before the map says so, and a block that was only partly written is filled
+//! up from the point first: so a reader sees each block before or after a write.
+//!
+//! [`Overlay::sync`] writes the file to disk and then, of a kept overlay, those records of the map that were taken
+//! before. After a failure there it is never said again that anything is on disk: the kernel forgets what it could
+//! not write.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::budget::Budget;
+use super::holes;
+use super::map::{BLOCK, DirtyMap, State};
+use super::map_file::MapFile;
+use super::stripes::Stripes;
+use crate::error::{Error, Kind, Result};
+use crate::failpoint;
+use crate::folder::Temp;
+
+/// Records of a map that are held in memory while the data before them is written to disk: 4 MiB at most.
+const BATCH: usize = 4096;
+
+/// What reads the point below: fills a buffer from an offset.
+pub(crate) trait Below: Fn(&mut [u8], u64) -> Result<()> {}
+impl<F: Fn(&mut [u8], u64) -> Result<()>> Below for F {}
+
+/// The writes over one point.
+#[derive(Debug)]
+pub(crate) struct Overlay {
+    size: u64,
+    map: DirtyMap,
+    file: File,
+    /// What to call it in messages.
+    path: PathBuf,
+    _temp: Option<Temp>,
+    stripes: Stripes,
+    budget: Arc<Budget>,
+    /// What it takes of the budget.
+    taken: AtomicU64,
+    /// Blocks that have data.
+    data: AtomicU64,
+    /// Where the map is kept, if it is.
+    map_file: Option<MapFile>,
+    syncing: Mutex<()>,
+    failed: AtomicBool,
+    /// When it was last written to, in seconds since the epoch.
+    modified: AtomicI64,
+}
+
+/// Where an overlay is: its file, and that of its map if it is kept, each with what to call it.
+pub(super) struct Files {
+    pub data: (File, PathBuf),
+    pub map: Option<(File, PathBuf)>,
+    /// What removes the name of one that is not kept, if it has one.
+    pub temp: Option<Temp>,
+}
+
+impl Overlay {
+    /// An empty one, over a point of `size` bytes.
+    ///
+    /// # Errors
+    /// `NoSpace` if there is no room for it.
+    pub(super) fn new(size: u64, files: Files, budget: &Arc<Budget>) -> Result<Self> {
+        let overlay = Self::over(size, files, budget);
+        overlay.take(DirtyMap::WEIGHT)?;
+        Ok(overlay)
+    }
+
+    /// One that was kept: reads its map.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub(super) fn resumed(size: u64, files: Files, budget: &Arc<Budget>) -> Result<Self> {
+        let overlay = Self::over(size, files, budget);
+        if let Some(map_file) = &overlay.map_file {
+            map_file.load(&overlay.map)?;
+        }
+        overlay.drop_unmapped()?;
+        let (data, weight) = overlay.map.weigh();
+        let taken = data * BLOCK + weight;
+        budget.take_anyway(taken);
+        overlay.taken.store(taken, Ordering::SeqCst);
+        overlay.data.store(data, Ordering::SeqCst);
+        let meta = overlay.file.metadata().map_err(|e| overlay.error(e, "cannot check"))?;
+        let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+        overlay.touch_at(time.map_or(0, |t| t.as_secs()));
+        Ok(overlay)
+    }
+
+    fn over(size: u64, files: Files, budget: &Arc<Budget>) -> Self {
+        let map = DirtyMap::new(size.div_ceil(BLOCK), files.map.is_some());
+        let map_file = files.map.map(|(file, path)| MapFile::new(file, path, &map));
+        let (file, path) = files.data;
+        Overlay {
+            size,
+            map,
+            file,
+            path,
+            _temp: files.temp,
+            stripes: Stripes::default(),
+            budget: budget.clone(),
+            taken: AtomicU64::new(0),
+            data: AtomicU64::new(0),
+            map_file,
+            syncing: Mutex::default(),
+            failed: AtomicBool::new(false),
+            modified: AtomicI64::new(0),
+        }
+    }
+
+    /// Bytes that were written and are held here; a multiple of the block's size.
+    pub(crate) fn data_bytes(&self) -> u64 {
+        self.data.load(Ordering::SeqCst) * BLOCK
+    }
+
+    /// Whether nothing was ever written.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
+    /// When it was last written to, in seconds since the epoch; `None` if it never was.
+    pub(crate) fn modified(&self) -> Option<i64> {
+        Some(self.modified.load(Ordering::Relaxed)).filter(|t| *t > 0)
+    }
+
+    /// Where its data is, for messages.
+    pub(crate) fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+
+    /// The state of the byte at `at`, which is before `end`, and before which offset it is the same for certain.
+    pub(crate) fn run(&self, at: u64, end: u64) -> (State, u64) {
+        let (state, stop) = self.map.run(at / BLOCK, end.div_ceil(BLOCK));
+        (state, stop.saturating_mul(BLOCK).min(end))
+    }
+
+    /// Fills `buf` with the bytes at `offset`, which are inside the disk; where nothing was written, by `below`.
+    ///
+    /// # Errors
+    /// Those of `below`; the overlay cannot be read.
+    pub(crate) fn read_at(&self, below: impl Below, buf: &mut [u8], offset: u64) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        let (mut rest, mut at) = (buf, offset);
+        while at < end {
+            let (state, mut stop) = self.run(at, end);
+            // Stretches are also cut where parts of the map meet.
+            while stop < end
+                && let (next, further) = self.run(stop, end)
+                && next == state
+            {
+                stop = further;
+            }
+            let (part, tail) = rest.split_at_mut((stop - at) as usize);
+            match state {
+                State::Untouched => below(part, at)?,
+                State::Zero => part.fill(0),
+                State::Data => self.read_own(part, at)?,
+            }
+            (rest, at) = (tail, stop);
+        }
+        Ok(())
+    }
+
+    fn read_own(&self, part: &mut [u8], at: u64) -> Result<()> {
+        // What is data was written: a file that ends before it was cut, which is an error.
+        self.file.read_exact_at(part, at).map_err(|e| self.error(e, "cannot read").at_offset(at))
+    }
+
+    /// Writes `data` at `offset`, inside the disk. Blocks that are written in part and are not here yet are
+    /// filled up by `below`.
+    ///
+    /// # Errors
+    /// `NoSpace` where the limit is reached, or the file system is full; those of `below`. Each block is as before
+    /// then, or as it was to be.
+    pub(crate) fn write(&self, below: impl Below, data: &[u8], offset: u64) -> Result<()> {
+        let blocks = self.blocks(offset, data.len() as u64)?;
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let _held = self.stripes.lock(&blocks);
+        self.write_held(&below, data, offset, blocks)
+    }
+
+    fn write_held(
+        &self,
+        below: &impl Below,
+        data: &[u8],
+        offset: u64,
+        blocks: Range<u64>,
+    ) -> Result<()> {
+        let cost = self.map.cost_of_data(blocks.clone());
+        self.take(cost)?;
+        if let Err(e) = self.put(below, data, offset, &blocks) {
+            self.give(cost);
+            return Err(e);
+        }
+        failpoint::step("overlay data");
+        let change = self.map.set_data(blocks);
+        self.data.fetch_add(change.added, Ordering::SeqCst);
+        // Another writer may have made the same parts of the map.
+        self.give(cost.saturating_sub(change.added * BLOCK + change.grown));
+        self.touch();
+        Ok(())
+    }
+
+    /// Writes to the file: whole blocks, or parts of blocks that it has.
+    fn put(&self, below: &impl Below, data: &[u8], at: u64, blocks: &Range<u64>) -> Result<()> {
+        let whole = blocks.start * BLOCK..(blocks.end * BLOCK).min(self.size);
+        let end = at + data.len() as u64;
+        let lacks = |block: u64| self.map.run(block, block + 1).0 != State::Data;
+        let head = at > whole.start && lacks(blocks.start);
+        let tail = end < whole.end && lacks(blocks.end - 1);
+        if !head && !tail {
+            return self.put_all(data, at);
+        }
+        let (from, to) = (if head { whole.start } else { at }, if tail { whole.end } else { end });
+        let mut filled = vec![0; (to - from) as usize];
+        if head {
+            self.read_at(below, &mut filled[..(at - from) as usize], from)?;
+        }
+        if tail {
+            self.read_at(below, &mut filled[(end - from) as usize..], end)?;
+        }
+        filled[(at - from) as usize..(end - from) as usize].copy_from_slice(data);
+        self.put_all(&filled, from)
+    }
+
+    fn put_all(&self, data: &[u8], at: u64) -> Result<()> {
+        failpoint::step("overlay write");
+        self.file.write_all_at(data, at).map_err(|e| self.error(e, "cannot write").at_offset(at))
+    }
+
+    /// Makes `len` bytes at `offset`, inside the disk, zeros, and gives their space back.
+    ///
+    /// # Errors
+    /// As [`Overlay::write`].
+    pub(crate) fn zero(&self, below: impl Below, offset: u64, len: u64) -> Result<()> {
+        let touched = self.blocks(offset, len)?;
+        if touched.is_empty() {
+            return Ok(());
+        }
+        let _held = self.stripes.lock(&touched);
+        let end = offset + len;
+        let first = offset.div_ceil(BLOCK);
+        let last = if end == self.size { touched.end } else { end / BLOCK };
+        if first >= last {
+            // Within one block, or over the border of two.
+            return self.zero_part(&below, offset..end);
+        }
+        self.zero_part(&below, offset..first * BLOCK)?;
+        self.zero_part(&below, (last * BLOCK).min(end)..end)?;
+        self.zero_blocks(first..last)
+    }
+
+    /// Less than two blocks.
+    fn zero_part(&self, below: &impl Below, mut part: Range<u64>) -> Result<()> {
+        while !part.is_empty() {
+            let block = part.start / BLOCK;
+            let end = part.end.min((block + 1) * BLOCK);
+            if self.map.run(block, block + 1).0 != State::Zero {
+                let zeros = [0; BLOCK as usize];
+                let zeros = &zeros[..(end - part.start) as usize];
+                self.write_held(below, zeros, part.start, block..block + 1)?;
+            }
+            part.start = end;
+        }
+        Ok(())
+    }
+
+    fn zero_blocks(&self, blocks: Range<u64>) -> Result<()> {
+        let cost = self.map.cost_of_zero(blocks.clone());
+        self.take(cost)?;
+        let change = self.map.set_zero(blocks.clone());
+        self.data.fetch_sub(change.removed, Ordering::SeqCst);
+        self.give(cost.saturating_sub(change.grown));
+        failpoint::step("overlay zero");
+        self.touch();
+        if change.removed == 0 {
+            return Ok(());
+        }
+        let bytes = blocks.start * BLOCK..(blocks.end * BLOCK).min(self.size);
+        match holes::punch(&self.file, bytes) {
+            Ok(true) => self.give(change.removed * BLOCK),
+            // They read as zeros all the same; their space is not had back.
+            Ok(false) => {}
+            Err(e) => log::debug!("{}", self.error(e, "cannot give space back").report()),
+        }
+        Ok(())
+    }
+
+    /// Has all that was written before survive a power cut, as far as the overlay itself does.
+    ///
+    /// # Errors
+    /// Writing failed, now or at an earlier time: what is on disk is not known since.
+    pub(crate) fn sync(&self) -> Result<()> {
+        let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.failed.load(Ordering::SeqCst) {
+            return Err(Error::new(Kind::Io, "an earlier write to disk failed").at_path(&self.path));
+        }
+        while self.sync_batch()? == BATCH {}
+        Ok(())
+    }
+
+    /// Writes the data to disk, and then some of the map; how many records.
+    fn sync_batch(&self) -> Result<usize> {
+        // As they are now: what is written to the file from here on may not be on disk when these are.
+        let records = self.map.take_changed(BATCH);
+        failpoint::step("overlay sync");
+        let synced = self.file.sync_data().map_err(|e| self.error(e, "cannot write to disk"));
+        synced.inspect_err(|_| self.failed.store(true, Ordering::SeqCst))?;
+        failpoint::step("overlay synced");
+        let Some(map_file) = self.map_file.as_ref().filter(|_| !records.is_empty()) else {
+            return Ok(0);
+        };
+        for (i, record) in records.iter().enumerate() {
+            if let Err(e) = map_file.write(record) {
+                // No space, say: the next attempt may have more luck.
+                records[i..].iter().for_each(|r| self.map.put_back(r));
+                return Err(e);
+            }
+            failpoint::step("overlay map");
+        }
+        map_file.sync().inspect_err(|_| self.failed.store(true, Ordering::SeqCst))?;
+        failpoint::step("overlay map synced");
+        Ok(records.len())
+    }
+
+    /// Gives back the space of what was written and, when the server ended, not in the map on disk yet.
+    fn drop_unmapped(&self) -> Result<()> {
+        let failed = |e| self.error(e, "cannot look for leftovers");
+        let mut at = 0;
+        while let Some(data) = holes::next_data(&self.file, at..self.size).map_err(failed)? {
+            at = data.start;
+            while at < data.end {
+                let (state, end) = self.run(at, data.end);
+                let whole = at.next_multiple_of(BLOCK)..end;
+                if state != State::Data && !whole.is_empty() {
+                    holes::punch(&self.file, whole).map_err(failed)?;
+                }
+                at = end;
+            }
+        }
+        Ok(())
+    }
+
+    /// The blocks that a stretch touches.
+    fn blocks(&self, offset: u64, len: u64) -> Result<Range<u64>> {
+        match offset.checked_add(len).filter(|end| *end <= self.size) {
+            Some(end) if len > 0 => Ok(offset / BLOCK..end.div_ceil(BLOCK)),
+            Some(_) => Ok(0..0),
+            None => Err(Error::new(Kind::Usage, "writing past the end of the disk")),
+        }
+    }
+
+    fn take(&self, bytes: u64) -> Result<()> {
+        if self.budget.take(bytes) {
+            self.taken.fetch_add(bytes, Ordering::SeqCst);
+            return Ok(());
+        }
+        let text = format!(
+            "no space left: all overlays together may take {}",
+            crate::units::human_bytes(self.budget.limit())
+        );
+        Err(Error::new(Kind::NoSpace, text).at_path(&self.path).remedy("raise --scratch-size"))
+    }
+
+    fn give(&self, bytes: u64) {
+        self.taken.fetch_sub(bytes, Ordering::SeqCst);
+        self.budget.give(bytes);
+    }
+
+    fn touch(&self) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        self.touch_at(now.map_or(0, |t| t.as_secs()));
+    }
+
+    fn touch_at(&self, seconds: u64) {
+        self.modified.store(i64::try_from(seconds).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    fn error(&self, e: std::io::Error, what: &str) -> Error {
+        Error::io(e, format!("{what} the overlay")).at_path(&self.path)
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        self.budget.give(self.taken.load(Ordering::SeqCst));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,206 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::failpoint::properties;
+
+const SIZE: u64 = 40 * BLOCK + 1000;
+
+/// A disk of bytes that tell their place.
+fn point() -> Vec<u8> {
+    (0..SIZE).map(|i| (i / 7 + i) as u8 | 1).collect()
+}
+
+fn below(point: &[u8]) -> impl Below {
+    move |buf: &mut [u8], at: u64| {
+        buf.copy_from_slice(&point[at as usize..at as usize + buf.len()]);
+        Ok(())
+    }
+}
+
+fn file(dir: &std::path::Path, name: &str) -> (File, PathBuf) {
+    let path = dir.join(name);
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).open(&path);
+    (file.unwrap(), path)
+}
+
+fn kept(dir: &std::path::Path) -> Files {
+    Files { data: file(dir, "data"), map: Some(file(dir, "map")), temp: None }
+}
+
+fn all(overlay: &Overlay, point: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0xee; SIZE as usize];
+    overlay.read_at(below(point), &mut bytes, 0).unwrap();
+    bytes
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write(u64, u64, u8),
+    Zero(u64, u64),
+    Read(u64, u64),
+    Sync,
+    Reopen,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let range = || {
+        // Short ones, long ones, and whole blocks.
+        let any = (0..SIZE, 1..9000_u64);
+        let whole = (0..40_u64, 1..20_u64).prop_map(|(at, len)| (at * BLOCK, len * BLOCK));
+        prop_oneof![any, whole].prop_map(|(at, len)| (at, len.min(SIZE - at)))
+    };
+    let step = prop_oneof![
+        4 => (range(), any::<u8>()).prop_map(|((at, len), byte)| Step::Write(at, len, byte)),
+        2 => range().prop_map(|(at, len)| Step::Zero(at, len)),
+        2 => range().prop_map(|(at, len)| Step::Read(at, len)),
+        1 => Just(Step::Sync),
+        1 => Just(Step::Reopen),
+    ];
+    proptest::collection::vec(step, 1..40)
+}
+
+proptest! {
+    #![proptest_config(properties(256))]
+
+    #[test]
+    fn writes_discards_and_reads_are_as_on_a_disk_also_when_it_is_kept(steps in steps()) {
+        let dir = tempfile::tempdir().unwrap();
+        let (point, mut model) = (point(), point());
+        let budget = Arc::new(Budget::new(u64::MAX));
+        let mut overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
+        for step in steps {
+            match step {
+                Step::Write(at, len, byte) => {
+                    let data = vec![byte; len as usize];
+                    overlay.write(below(&point), &data, at).unwrap();
+                    model[at as usize..(at + len) as usize].fill(byte);
+                }
+                Step::Zero(at, len) => {
+                    overlay.zero(below(&point), at, len).unwrap();
+                    model[at as usize..(at + len) as usize].fill(0);
+                }
+                Step::Read(at, len) => {
+                    let mut buf = vec![0xee; len as usize];
+                    overlay.read_at(below(&point), &mut buf, at).unwrap();
+                    prop_assert_eq!(&buf[..], &model[at as usize..(at + len) as usize]);
+                }
+                Step::Sync => overlay.sync().unwrap(),
+                Step::Reopen => {
+                    overlay.sync().unwrap();
+                    let used = budget.used();
+                    drop(overlay);
+                    prop_assert_eq!(budget.used(), 0);
+                    overlay = Overlay::resumed(SIZE, kept(dir.path()), &budget).unwrap();
+                    prop_assert_eq!(budget.used(), used);
+                }
+            }
+            prop_assert!(budget.used() >= overlay.data_bytes());
+        }
+        prop_assert!(all(&overlay, &point) == model);
+    }
+}
+
+#[test]
+fn what_was_not_synced_is_as_before_and_its_space_is_had_back() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let (point, budget) = (point(), Arc::new(Budget::new(u64::MAX)));
+    let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
+    overlay.write(below(&point), &[1; 100], 50).unwrap();
+    overlay.sync().unwrap();
+    let mut want = all(&overlay, &point);
+    overlay.write(below(&point), &[2; 30 * BLOCK as usize], 4 * BLOCK).unwrap();
+    // In place: the newer bytes are there, synced or not.
+    overlay.write(below(&point), &[3; 10], 60).unwrap();
+    want[60..70].fill(3);
+    drop(overlay);
+    let overlay = Overlay::resumed(SIZE, kept(dir.path()), &budget).unwrap();
+    assert!(all(&overlay, &point) == want);
+    let blocks = dir.path().join("data").metadata().unwrap().blocks() * 512;
+    assert!(blocks <= 4 * BLOCK, "{blocks}");
+}
+
+#[test]
+fn the_limit_is_never_passed_and_what_is_there_stays_readable() {
+    let dir = tempfile::tempdir().unwrap();
+    let (point, budget) = (point(), Arc::new(Budget::new(64 << 10)));
+    let weigh = |o: &Overlay| o.map.weigh().1;
+    let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
+    let e = overlay.write(below(&point), &[1; 20 * BLOCK as usize], 0).unwrap_err();
+    assert_eq!(e.kind(), Kind::NoSpace);
+    assert!(all(&overlay, &point) == point && budget.used() == weigh(&overlay));
+    // The map takes four nodes and a leaf.
+    let budget = Arc::new(Budget::new(DirtyMap::WEIGHT * 4 + 5 * BLOCK));
+    let dir = tempfile::tempdir().unwrap();
+    let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
+    let mut want = point.clone();
+    for block in 0..4 {
+        overlay.write(below(&point), &[7; BLOCK as usize], block * BLOCK).unwrap();
+        want[(block * BLOCK) as usize..][..BLOCK as usize].fill(7);
+    }
+    assert_eq!(budget.used(), budget.limit());
+    let full = overlay.write(below(&point), &[9; 1], 5 * BLOCK).unwrap_err();
+    assert_eq!(full.kind(), Kind::NoSpace);
+    // What has a place can be written again, and what is given back can be used.
+    overlay.write(below(&point), &[8; 10], 10).unwrap();
+    want[10..20].fill(8);
+    overlay.zero(below(&point), 2 * BLOCK, BLOCK).unwrap();
+    want[2 * BLOCK as usize..3 * BLOCK as usize].fill(0);
+    overlay.write(below(&point), &[9; 1], 5 * BLOCK).unwrap();
+    want[5 * BLOCK as usize] = 9;
+    assert!(all(&overlay, &point) == want);
+    assert_eq!(budget.used(), weigh(&overlay) + 4 * BLOCK);
+}
+
+#[test]
+fn writers_of_parts_of_one_block_lose_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (point, budget) = (point(), Arc::new(Budget::new(u64::MAX)));
+    let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
+    std::thread::scope(|s| {
+        for thread in 0..8_u64 {
+            let (overlay, point) = (&overlay, &point);
+            s.spawn(move || {
+                for block in 0..40 {
+                    let at = block * BLOCK + thread * 512;
+                    overlay.write(below(point), &[thread as u8; 512], at).unwrap();
+                }
+            });
+        }
+    });
+    let mut want = point.clone();
+    for (i, sector) in want[..40 * BLOCK as usize].chunks_mut(512).enumerate() {
+        sector.fill((i % 8) as u8);
+    }
+    assert!(all(&overlay, &point) == want);
+}
+
+#[test]
+fn an_overlay_that_was_cut_is_an_error_and_never_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let (point, budget) = (point(), Arc::new(Budget::new(u64::MAX)));
+    let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
+    overlay.write(below(&point), &[1; 3 * BLOCK as usize], 0).unwrap();
+    std::fs::OpenOptions::new().write(true).open(overlay.path()).unwrap().set_len(BLOCK).unwrap();
+    let mut buf = vec![0; 2 * BLOCK as usize];
+    overlay.read_at(below(&point), &mut buf[..BLOCK as usize], 0).unwrap();
+    assert_eq!(overlay.read_at(below(&point), &mut buf, 0).unwrap_err().kind(), Kind::Truncated);
+}
+
+#[test]
+fn a_point_that_cannot_be_read_fails_what_needs_it_and_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let budget = Arc::new(Budget::new(u64::MAX));
+    let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
+    let bad = |_: &mut [u8], _: u64| Err(Error::new(Kind::Corrupt, "bad"));
+    let used = budget.used();
+    assert_eq!(overlay.write(bad, &[1; 10], 5).unwrap_err().kind(), Kind::Corrupt);
+    assert!(overlay.is_empty() && budget.used() == used);
+    overlay.write(bad, &[1; BLOCK as usize], BLOCK).unwrap();
+    overlay.write(bad, &[2; 10], BLOCK + 5).unwrap();
+    let mut buf = [0; 20];
+    overlay.read_at(bad, &mut buf, BLOCK).unwrap();
+    assert_eq!(buf, [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1]);
+    assert!(overlay.read_at(bad, &mut buf, 0).is_err());
+}
