@@ -194,9 +194,9 @@ fn a_table_is_attached_with_sectors_of_its_own_and_a_run_with_all_its_disks() {
         let all = value["volumes"].as_array().unwrap().iter();
         all.map(|v| v["name"].as_str().unwrap().to_string()).collect()
     };
-    let wanted = ["vda-p1", "vda-p2", "v_d_nb-p1", "v_d_nb-p2"];
+    let wanted = ["vda-p1", "vda-p2", "v_d_b-p1", "v_d_b-p2"];
     assert_eq!(names(&told), wanted);
-    for (disk, prefix, at) in [("vda", "vda", 0), ("v d\nb", "v_d_nb", 1)] {
+    for (disk, prefix, at) in [("vda", "vda", 0), ("v d\nb", "v_d_b", 1)] {
         for number in [1, 2] {
             let file = attach.at(&format!("{prefix}-p{number}/file"));
             assert_eq!(std::fs::read_to_string(file).unwrap(), format!("{disk} {number}\n"));
