@@ -232,7 +232,7 @@ mod tests {
         for other in ["attach-0.journal", "attach-0123456G.journal", "attach-01234567.lock"] {
             std::fs::write(state.join(other), "").unwrap();
         }
-        assert_eq!(Place::all(&state).unwrap(), [place.clone()]);
+        assert_eq!(Place::all(&state).unwrap(), std::slice::from_ref(&place));
         drop(lock);
         assert!(!place.is_locked());
         place.remove().unwrap();

@@ -100,7 +100,7 @@ pub(crate) fn attach(o: &Options<'_>) -> Result<Attached> {
     let mut setup = Setup { place: &place, journal, o, found: Vec::new(), taken: BTreeSet::new() };
     let done = setup.all();
     drop(setup);
-    done.map_err(|e| {
+    done.inspect_err(|_| {
         let undone = Attachment::read(&place).and_then(|a| a.map_or(Ok(()), |a| undo::undo(&a)));
         if let Err(left) = undone {
             let id = &place.id;
@@ -109,7 +109,6 @@ pub(crate) fn attach(o: &Options<'_>) -> Result<Attached> {
                 left.report()
             ));
         }
-        e
     })
 }
 
