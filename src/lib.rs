@@ -27,6 +27,7 @@
 //! - [`restore`], [`verify`], [`prune`]: reading points out, proving them, choosing which stay
 //! - [`rewrite`]: all that changes backups in place: delete, consolidate, commit, rebase, join
 //! - [`mount`]: the processes behind a mount, and unmounting
+//! - [`attach`]: points as block devices of the kernel, their file systems mounted by it
 //! - [`cli`]: arguments, output, exit codes
 
 // The list above names all of them, for whoever reads the source.
@@ -34,6 +35,7 @@
 #![warn(unreachable_pub)]
 #![cfg_attr(not(test), deny(clippy::disallowed_macros, clippy::disallowed_methods))]
 
+pub(crate) mod attach;
 pub mod backup;
 pub mod chain;
 pub mod cli;

@@ -93,6 +93,8 @@ pub(super) enum Command {
     Guardian(super::recover::GuardianArgs),
     Mount(super::mount::args::MountArgs),
     Umount(super::umount::UmountArgs),
+    Attach(super::attach::AttachArgs),
+    Detach(super::attach::DetachArgs),
     Scratch(super::scratch::ScratchArgs),
     #[command(alias = "snapshots")]
     List(super::list::ListArgs),
@@ -168,6 +170,7 @@ impl Command {
             Command::Info(a) => (a.json(), Json::Document),
             Command::List(a) => (a.json, Json::Document),
             Command::Show(a) => (a.json, Json::Document),
+            Command::Attach(a) => (a.print.json, Json::Document),
             Command::Verify(a) => (a.json, Json::Document),
             Command::Stats(a) => (a.print.json, Json::Document),
             Command::Prune(a) => (a.json, Json::Document),
@@ -178,6 +181,7 @@ impl Command {
             Command::Map(_) => (false, Json::No),
             Command::Cleanup(_) | Command::Cancel(_) | Command::Guardian(_) => (false, Json::No),
             Command::Mount(_) | Command::Umount(_) => (false, Json::No),
+            Command::Detach(_) => (false, Json::No),
             Command::Merge(_) | Command::Rebase(_) => (false, Json::No),
             Command::Commit(_) | Command::SnapshotRebase(_) => (false, Json::No),
             Command::Completions(_) | Command::Man(_) | Command::Complete(_) => (false, Json::No),
@@ -211,6 +215,8 @@ impl Command {
             Command::Cancel(a) => a.target(),
             Command::Cleanup(_) => None,
             Command::Guardian(_) | Command::Umount(_) => None,
+            // Devices and mounts are root's work.
+            Command::Attach(_) | Command::Detach(_) => None,
             Command::Completions(_) | Command::Man(_) | Command::Complete(_) => None,
         }
     }

@@ -2,6 +2,7 @@
 //! [`crate::error::Kind::table`].
 
 mod args;
+mod attach;
 mod backup;
 mod bar;
 mod complete;
@@ -129,6 +130,8 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Guardian(a) => recover::guard(a),
         Command::Mount(a) => mount::run(a, cli.as_owner),
         Command::Umount(a) => umount::umount(a),
+        Command::Attach(a) => attach::attach(&a),
+        Command::Detach(a) => attach::detach(&a),
         Command::Scratch(a) => scratch::run(&a),
         Command::List(a) => list::run(a),
         Command::Show(a) => show::run(a),
@@ -154,6 +157,11 @@ fn run(mut cli: Cli) -> Result<()> {
 /// For `--as-owner`: from here on this process is the owner of the backup directory. There is one
 /// thread yet. `mount` needs root first, and does it by itself.
 fn become_owner(command: &mut Command) -> Result<()> {
+    if matches!(command, Command::Attach(_) | Command::Detach(_)) {
+        return Err(verbosity::usage(
+            "attach and detach work as root: devices and mounts are root's",
+        ));
+    }
     let Some(dir) = command.backups() else {
         return Err(verbosity::usage("--as-owner goes with commands that name a backup directory"));
     };

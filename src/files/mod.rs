@@ -10,6 +10,7 @@
 //! - `fat`, `exfat`: the readers of FAT12, FAT16, FAT32 and of exFAT; `clusters`: what they have in common
 //! - `btrfs`: the reader of btrfs
 //! - `probe`: what a range holds, by its content
+//! - `hazard`: what a file system says that reaches beyond it, where a kernel mounts it
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
 //! - `walk`: paths in a tree
@@ -32,6 +33,7 @@ mod exfat;
 mod ext;
 mod fat;
 mod findings;
+mod hazard;
 mod lvm;
 mod ntfs;
 mod partition;
@@ -46,7 +48,9 @@ mod xfs;
 
 pub use beside::{Beside, Cached, IsSame};
 pub use blocks::{Blocks, Holding};
+pub use btrfs::with_id as btrfs_with_id;
 pub use findings::{Findings, log_once};
+pub use hazard::kernel_hazard;
 pub use lvm::volumes as lvm_volumes;
 pub use partition::{Partition, Table, TableKind, partitions};
 pub use probe::{Content, probe};

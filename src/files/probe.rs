@@ -67,14 +67,15 @@ impl Content {
 /// What all but btrfs and swap on large pages is told by.
 const START: usize = 64 << 10;
 
-const LUKS: &str = "mount the backups; 'losetup -r -P -f --show POINT.raw' makes a device of the point; then \
-    'cryptsetup open --readonly /dev/loopNpM NAME', and mount /dev/mapper/NAME";
-const BITLOCKER: &str = "mount the backups; 'losetup -r -P -f --show POINT.raw' makes a device of the point; \
-    then 'cryptsetup open --type bitlk --readonly /dev/loopNpM NAME', and mount /dev/mapper/NAME";
-const RAID: &str = "mount the backups; make devices of the points of all its disks with losetup; then \
-    'mdadm --assemble --readonly'";
-const LOOP: &str = "mount the backups; 'losetup -r -P -f --show POINT.raw' makes a device of the point; then \
-    mount /dev/loopNpM read-only";
+const LUKS: &str = "'fleecefs attach --key-file' opens it; by hand: mount the backups; \
+    'losetup -r -P -f --show POINT.raw' makes a device of the point; then 'cryptsetup open --readonly /dev/loopNpM \
+    NAME', and mount /dev/mapper/NAME";
+const BITLOCKER: &str = "'fleecefs attach --key-file' opens it; by hand: mount the backups; \
+    'losetup -r -P -f --show POINT.raw' makes a device of the point; then 'cryptsetup open --type bitlk --readonly \
+    /dev/loopNpM NAME', and mount /dev/mapper/NAME";
+const RAID: &str = "'fleecefs attach --run --no-replay' makes devices of all its disks; then 'mdadm --assemble \
+    --readonly'";
+const LOOP: &str = "'fleecefs attach --no-replay' makes a device of it; then mount that read-only";
 
 /// Says what `source` holds.
 ///

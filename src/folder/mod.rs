@@ -49,8 +49,8 @@ use rustix::fs::{Mode, OFlags};
 
 pub use self::file_mode::FileMode;
 pub use self::one_shot::{
-    entries, exists, is_file, is_folder, look, make_folders, open_device, open_file, open_with,
-    pin, read_small, remove_if_there, write_shared, write_whole,
+    entries, exists, is_file, is_folder, look, make_folders, open_device, open_device_with,
+    open_file, open_with, pin, read_small, remove_if_there, write_shared, write_whole,
 };
 pub use self::stat_timeout::{ask, ask_within, is_on_fuse, mount_number, within};
 pub use self::undeletable::Undeletable;
@@ -61,13 +61,13 @@ pub use handle::Handle;
 pub use lock::{Lock, Locked, is_in_use, qemu_writes};
 pub use made::{FileTime, Made, NewNode};
 pub use name::{PlainName, plain};
-pub use open::Access;
 use open::refused;
+pub use open::{Access, DeviceAccess};
 pub use owner::{ForeignOwner, check_private, check_unchangeable, foreign_owner};
 pub use resolve::{
     ResolvedPath, follow_path, resolve, resolve_path, resolve_target, resolve_to_make,
 };
-pub use temp::{Replace, Swept, TEMPORARY, Temp, sweep, sweep_counted};
+pub use temp::{Replace, Swept, TEMPORARY, Temp, random, sweep, sweep_counted};
 
 /// A folder, held by its descriptor. Its contents are named relative to that, whatever happens to
 /// the path in the meantime.

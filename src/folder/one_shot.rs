@@ -5,7 +5,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::path::Path;
 
-use super::{Access, Entry, FileMode, Folder, absent_is_none, open, read_bounded};
+use super::{Access, DeviceAccess, Entry, FileMode, Folder, absent_is_none, open, read_bounded};
 
 /// Opens the plain file at `path` for reading: [`Folder::open_file`] for a single act.
 ///
@@ -29,9 +29,17 @@ pub fn open_with(path: &Path, access: Access) -> io::Result<File> {
 /// RAID, LVM or swap.
 ///
 /// # Errors
-/// As [`Folder::of`]; a refusal for anything else than a block device; `ResourceBusy`.
+/// As [`open_device_with`].
 pub fn open_device(path: &Path) -> io::Result<File> {
-    open::device(&open::handle(&std::path::absolute(path)?)?, path)
+    open_device_with(path, DeviceAccess::WriteAlone)
+}
+
+/// Opens a block device.
+///
+/// # Errors
+/// As [`Folder::of`]; a refusal for anything else than a block device; `ResourceBusy`.
+pub fn open_device_with(path: &Path, access: DeviceAccess) -> io::Result<File> {
+    open::device(&open::handle(&std::path::absolute(path)?)?, path, access)
 }
 
 /// Metadata of `path`, of the link itself if it is one; no link on the way to it is followed.

@@ -157,9 +157,29 @@ pub(super) fn append(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<File> {
     Ok(file)
 }
 
+/// How a block device is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceAccess {
+    /// For reading, beside others.
+    Read,
+    /// For asking and commanding it, for us alone: it must not be mounted, or held by RAID, LVM or swap.
+    Alone,
+    /// As [`DeviceAccess::Alone`], for reading and writing.
+    WriteAlone,
+}
+
+impl DeviceAccess {
+    fn flags(self) -> i32 {
+        match self {
+            DeviceAccess::Read => 0,
+            DeviceAccess::Alone | DeviceAccess::WriteAlone => libc::O_EXCL,
+        }
+    }
+}
+
 /// Opens the block device for good that `probe` is a handle of. `path` is its name, for systems
 /// without /proc.
-pub(super) fn device(probe: &File, path: &Path) -> io::Result<File> {
+pub(super) fn device(probe: &File, path: &Path, access: DeviceAccess) -> io::Result<File> {
     let meta = probe.metadata()?;
     if meta.is_symlink() {
         return Err(refused("it is a symbolic link; links are not followed here"));
@@ -168,8 +188,9 @@ pub(super) fn device(probe: &File, path: &Path) -> io::Result<File> {
         return Err(refused("it is not a block device"));
     }
     let open = |path: &Path, more: i32| {
-        let flags = libc::O_EXCL | libc::O_CLOEXEC | libc::O_NOCTTY | more;
-        OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
+        let flags = access.flags() | libc::O_CLOEXEC | libc::O_NOCTTY | more;
+        let write = access == DeviceAccess::WriteAlone;
+        OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
     };
     let file = match open(&proc_path(probe.as_raw_fd()), 0) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => open(path, libc::O_NOFOLLOW),

@@ -163,8 +163,11 @@ fn can_be_linked(fd: RawFd) -> bool {
     proc || rustix::process::geteuid().is_root()
 }
 
-pub(super) fn random_name() -> io::Result<OsString> {
-    let mut bytes = [0u8; 12];
+/// Fills `bytes` with what nobody can guess.
+///
+/// # Errors
+/// What the operating system said.
+pub fn random(bytes: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {
         match rustix::rand::getrandom(&mut bytes[done..], rustix::rand::GetRandomFlags::empty()) {
@@ -173,6 +176,12 @@ pub(super) fn random_name() -> io::Result<OsString> {
             Err(e) => return Err(e.into()),
         }
     }
+    Ok(())
+}
+
+pub(super) fn random_name() -> io::Result<OsString> {
+    let mut bytes = [0u8; 12];
+    random(&mut bytes)?;
     let mut name = String::from(TEMPORARY);
     bytes.iter().for_each(|b| name.push_str(&format!("{b:02x}")));
     Ok(name.into())

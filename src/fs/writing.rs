@@ -223,7 +223,7 @@ impl FileSystem {
         slow_pool: &Arc<SlowPool>,
     ) -> Space {
         let asked = overlays.clone();
-        let room = self.free.room(move || asked.folder().space(), slow_pool);
+        let room = self.free.free_space(move || asked.folder().space(), slow_pool);
         let (used, limit) = (overlays.budget().used(), overlays.budget().limit());
         let left = limit.saturating_sub(used);
         let room = DiskSpace { free: room.free.min(left), available: room.available.min(left) };

@@ -24,7 +24,7 @@ mod process;
 mod scratch_place;
 mod serve;
 mod supervisor;
-mod table;
+pub(crate) mod table;
 mod umount;
 mod user_mount;
 

@@ -17,7 +17,7 @@ use crate::folder::{self, Folder};
 
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Mount {
+pub(crate) struct Mount {
     /// The mount point.
     pub path: PathBuf,
     /// What of its file system is seen there.
@@ -34,7 +34,7 @@ pub(super) struct Mount {
 
 impl Mount {
     /// Whether it is one of ours.
-    pub(super) fn is_fleecefs(&self) -> bool {
+    pub(crate) fn is_fleecefs(&self) -> bool {
         self.fstype == "fuse.fleecefs"
     }
 
@@ -77,7 +77,7 @@ impl Mount {
     }
 
     /// The process that serves this mount, if it can be told.
-    pub(super) fn server(&self) -> Option<Server> {
+    pub(crate) fn server(&self) -> Option<Server> {
         let address = SocketAddr::from_abstract_name(self.socket_name()).ok()?;
         let stream = UnixStream::connect_addr(&address).ok()?;
         let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
@@ -99,7 +99,7 @@ impl Mount {
 }
 
 /// A process that serves a mount.
-pub(super) struct Server(OwnedFd);
+pub(crate) struct Server(OwnedFd);
 
 impl Server {
     /// Waits until it has ended; false if it has not after `patience`.
@@ -149,7 +149,7 @@ pub(super) fn listed() -> Result<Vec<Mount>> {
 ///
 /// # Errors
 /// The list cannot be read.
-pub(super) fn find(path: &Path) -> Result<Option<Mount>> {
+pub(crate) fn find(path: &Path) -> Result<Option<Mount>> {
     let mut here = listed()?;
     here.retain(|m| m.path == path);
     if here.is_empty() {
@@ -189,7 +189,7 @@ pub(super) fn at(path: &Path) -> Result<Option<Mount>> {
 ///
 /// # Errors
 /// `Busy` if it is in use, `NotFound` if nothing is mounted there, `Permission`.
-pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
+pub(crate) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let (folder, name) =
         Folder::of(path).map_err(|e| Error::io(e, "cannot unmount").at_path(path))?;
     let name = CString::new(folder.proc_path().join(name).as_os_str().as_bytes())

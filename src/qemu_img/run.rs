@@ -148,7 +148,7 @@ impl Job<'_> {
 }
 
 /// What it says, as far as it is kept.
-pub(super) fn said(mut stderr: impl Read) -> String {
+pub(crate) fn said(mut stderr: impl Read) -> String {
     let mut text = Vec::new();
     let _ = stderr.by_ref().take(MAX_SAID).read_to_end(&mut text);
     // A full pipe would block it for ever.
@@ -190,7 +190,7 @@ fn rest(handle: Option<&OwnedFd>) {
 }
 
 /// Arguments as a shell would take them.
-pub(super) fn shown(args: &[OsString]) -> String {
+pub(crate) fn shown(args: &[OsString]) -> String {
     let quote = |a: &OsString| {
         let text = a.to_string_lossy();
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
@@ -214,15 +214,23 @@ pub(super) fn failure(verb: &str, about: &Path, said: &str) -> Error {
 /// Where one of QEMU's tools is.
 ///
 /// # Errors
+/// As [`installed`].
+pub(super) fn program(name: &str) -> Result<std::path::PathBuf> {
+    installed(name, "qemu-utils")
+}
+
+/// Where a program is, which Debian has in `package`.
+///
+/// # Errors
 /// `NotFound` if it is not installed.
 // A program is found as a shell finds it, links and all: PATH is the caller's.
 #[allow(clippy::disallowed_methods)]
-pub(super) fn program(name: &str) -> Result<std::path::PathBuf> {
+pub(crate) fn installed(name: &str, package: &str) -> Result<std::path::PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|dir| dir.join(OsStr::new(name)));
     let mut found = found.filter(|p| p.is_absolute() && p.is_file());
     found.next().ok_or_else(|| {
         Error::new(Kind::NotFound, format!("cannot run {name}: it is not installed"))
-            .remedy("install it (Debian: qemu-utils)")
+            .remedy(format!("install it (Debian: {package})"))
     })
 }

@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::attached::{self, Attach, succeeded};
 use crate::support::backup::{Caller, images};
 use crate::support::mount::Mount;
 use crate::support::qemu::storage_daemon::Daemon;
-use crate::support::tools::{have, run};
+use crate::support::tools::{have, is_root, run};
 use serde_json::Value;
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
@@ -299,4 +300,24 @@ fn files_print_what_their_tables_have() {
     let seen: BTreeSet<String> = all.iter().flat_map(|v| paper.check("diff --files", v)).collect();
     assert!(["what", "from_size"].iter().all(|k| seen.contains(*k)), "{seen:?}");
     check("files cp", &["cp", "vda.img/latest/etc", &at("copy")]);
+}
+
+#[test]
+fn attach_prints_what_its_tables_have() {
+    let test = "attach_prints_what_its_tables_have";
+    if !have(test, &[TOOLS, &attached::TOOLS, &["mke2fs"]].concat()) || !is_root(test) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("vda.img");
+    run("mke2fs", &["-q", "-F", "-t", "ext4", image.to_str().unwrap(), "8M"]);
+    let (paper, attach) = (Paper::read(), Attach::new());
+    let told = attach.attach(dir.path(), "vda.img/latest", &["--json"]);
+    let seen = paper.check("attach", &serde_json::from_str(&told).unwrap());
+    assert!(seen.contains("volumes[].mounted"), "{seen:?}");
+    let listed = attach.command(&["attach", "--list", "--json"]).output().unwrap();
+    let listed = serde_json::from_str(&succeeded(&listed)).unwrap();
+    let seen = paper.check("attach --list", &listed);
+    assert!(seen.contains("attached[].volumes[].content"), "{seen:?}");
+    attach.detach("--all");
 }

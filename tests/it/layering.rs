@@ -146,6 +146,7 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
     // Files of the backup's own, orders to a watchdog, addresses.
     let data = [
         "text.rs",
+        "journal/lines.rs",
         "journal/linking.rs",
         "journal/removal.rs",
         "manifest/mod.rs",
@@ -159,7 +160,6 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
             "backup/target/targets.rs",
             "backup/target/file_mode.rs",
             "backup/run/disk.rs",
-            "backup/state/journal.rs",
             "backup/state/leftover.rs",
             "backup/freeze/watchdog.rs",
         ],

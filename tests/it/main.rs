@@ -5,6 +5,8 @@ mod support;
 
 mod access_lists;
 mod archives;
+mod attach;
+mod attach_killed;
 mod backing;
 mod backup_disk;
 mod backup_layout;

@@ -3,6 +3,8 @@
 // Each of the two uses its own part.
 #![allow(dead_code)]
 
+/// `fleecefs attach` and `detach`, undone with the test.
+pub mod attached;
 /// Running `fleecefs backup`: held at its frozen view, killed at a step; what it has left.
 pub mod backup;
 /// Directories of real chains, and the right bytes of each point.

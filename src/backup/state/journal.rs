@@ -1,22 +1,17 @@
 //! The journal of a run: what will have to be undone, written and synced before it is done.
 //!
-//! One file per VM in the state folder, a JSON record per line. The last line may be cut off by a
-//! power cut: it is ignored, since what it announced has not been done then. A run that ends in
-//! order removes its journal.
+//! One file per VM in the state folder, see [`crate::journal::lines`]. A run that ends in order removes its journal.
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
-use crate::failpoint::step;
-use crate::folder::{self, Access, FileId, Folder, PlainName};
+use crate::folder::{self, FileId, Folder, PlainName};
+use crate::journal::lines::{self, Lines};
 use crate::qmp::Address;
 
 /// One record.
@@ -107,16 +102,9 @@ impl DiskRecord {
     }
 }
 
-/// The largest journal: a run has some records of some hundred bytes for each disk.
-const LARGEST: u64 = 16 << 20;
-
 /// An open journal.
 #[derive(Debug)]
-pub struct Journal {
-    folder: Folder,
-    name: String,
-    file: File,
-}
+pub struct Journal(Lines);
 
 impl Journal {
     /// Starts the journal of a run. An older one must have been dealt with; what it says of disks
@@ -133,20 +121,7 @@ impl Journal {
 
     /// A journal of these records in the place of the one that is there; never half of it.
     fn replace(state: &Path, vm: &Address, records: &[Record]) -> Result<Self> {
-        let folder = state_folder(state)?;
-        let name = file_name(vm);
-        let new = format!("{name}.new");
-        let path = folder.join(&name);
-        let failed = |e| Error::io(e, "cannot write the journal").at_path(&path);
-        folder.remove_if_there(&new).map_err(failed)?;
-        let file = folder.create_new(&new).and_then(appending).map_err(failed)?;
-        let mut journal = Journal { folder, name, file };
-        for r in records {
-            journal.write(r)?;
-        }
-        let Journal { folder, name, .. } = &journal;
-        folder.rename(&new, folder, name).and_then(|()| folder.sync()).map_err(failed)?;
-        Ok(journal)
+        Lines::replace(state_folder(state)?, &file_name(vm), records).map(Journal)
     }
 
     /// Appends a record; it is on disk when this returns.
@@ -154,15 +129,12 @@ impl Journal {
     /// # Errors
     /// `NoSpace`, `Io`: what it announces must not be done then.
     pub fn write(&mut self, record: &Record) -> Result<()> {
-        append(&mut self.file, record)
-            .map_err(|e| Error::io(e, "cannot write the journal").at_path(self.path()))?;
-        step("journal");
-        Ok(())
+        self.0.write(record)
     }
 
     /// Where it is.
     pub fn path(&self) -> PathBuf {
-        self.folder.join(&self.name)
+        self.0.path()
     }
 
     /// What it says is left to do; `None` if somebody removed it.
@@ -170,7 +142,7 @@ impl Journal {
     /// # Errors
     /// It cannot be read.
     pub fn pending(&self) -> Result<Option<Pending>> {
-        read_in(&self.folder, self.name.as_ref())
+        self.0.read()?.map(|records| parse(records).map_err(|e| e.at_path(self.path()))).transpose()
     }
 
     /// The run is over: removes the journal, but for the disks that are left over.
@@ -179,7 +151,7 @@ impl Journal {
     /// What the operating system said.
     pub fn end(self, state: &Path, vm: &Address) -> Result<()> {
         let left = self.pending()?.map(|p| p.left).unwrap_or_default();
-        if left.is_empty() { remove(&self.folder, &self.name) } else { keep(state, vm, &left) }
+        if left.is_empty() { self.0.remove() } else { keep(state, vm, &left) }
     }
 }
 
@@ -192,19 +164,6 @@ pub fn path(state: &Path, vm: &Address) -> PathBuf {
     state.join(file_name(vm))
 }
 
-/// Whatever is written goes to the end: a watchdog may have written there.
-fn appending(file: File) -> std::io::Result<File> {
-    let flags = rustix::fs::fcntl_getfl(&file)?;
-    rustix::fs::fcntl_setfl(&file, flags | OFlags::APPEND)?;
-    Ok(file)
-}
-
-fn append(file: &mut File, record: &Record) -> std::io::Result<()> {
-    let mut line = serde_json::to_vec(record)?;
-    line.push(b'\n');
-    file.write_all(&line).and_then(|()| file.sync_data())
-}
-
 /// All is recovered but what is `left`: removes the journal, or keeps that alone in it.
 ///
 /// # Errors
@@ -212,7 +171,7 @@ fn append(file: &mut File, record: &Record) -> std::io::Result<()> {
 pub fn keep(state: &Path, vm: &Address, left: &[DeferredDisk]) -> Result<()> {
     if left.is_empty() {
         let there = state_folder_if_there(state)?;
-        return there.map_or(Ok(()), |f| remove(&f, &file_name(vm)));
+        return there.map_or(Ok(()), |f| lines::remove(&f, &file_name(vm)));
     }
     let records: Vec<Record> = left.iter().cloned().map(Record::DeferredDisk).collect();
     Journal::replace(state, vm, &records).map(drop)
@@ -230,15 +189,7 @@ pub fn note(path: &Path, run: &str, record: &Record) -> Result<()> {
     if read_in(&folder, &name)?.is_none_or(|p| p.run != run) {
         return Ok(());
     }
-    let file = folder.open_with(&name, Access::Write).and_then(appending);
-    let mut file = file.map_err(failed)?;
-    // The parent may have died in the middle of a line.
-    file.write_all(b"\n").and_then(|()| append(&mut file, record)).map_err(failed)
-}
-
-fn remove(folder: &Folder, name: &str) -> Result<()> {
-    let gone = folder.remove_if_there(name).map(drop);
-    gone.map_err(|e| Error::io(e, "cannot remove the journal").at_path(folder.join(name)))
+    lines::add(&folder, &name, record)
 }
 
 /// What a journal says is left to do.
@@ -292,25 +243,13 @@ pub fn read(path: &Path) -> Result<Option<Pending>> {
 }
 
 fn read_in(folder: &Folder, name: &OsStr) -> Result<Option<Pending>> {
-    let path = folder.join(name);
-    let failed = |e| Error::io(e, "cannot read the journal").at_path(&path);
-    let look = folder::absent_is_none(folder.look(name)).map_err(failed)?;
-    let Some(meta) = look else { return Ok(None) };
-    if ![0, rustix::process::geteuid().as_raw()].contains(&meta.uid()) {
-        return Err(Error::new(Kind::Permission, "the journal belongs to another user")
-            .at_path(&path)
-            .remedy("check its content and remove it"));
-    }
-    let bytes = folder.read_if_there(name, LARGEST).map_err(failed)?;
-    bytes.map(|b| parse(&b).map_err(|e| e.at_path(&path))).transpose()
+    let records = lines::read(folder, name)?;
+    records.map(|r| parse(r).map_err(|e| e.at_path(folder.join(name)))).transpose()
 }
 
-fn parse(bytes: &[u8]) -> Result<Pending> {
+fn parse(records: Vec<Record>) -> Result<Pending> {
     let mut p = Pending::default();
-    let lines = bytes.split(|b| *b == b'\n');
-    for record in lines.filter_map(|l| serde_json::from_slice::<Record>(l).ok()) {
-        p.apply(record);
-    }
+    records.into_iter().for_each(|r| p.apply(r));
     let mut disks = p.disks.iter().chain(p.left.iter().map(|l| &l.disk));
     match disks.all(DiskRecord::is_sound) {
         true => Ok(p),
@@ -347,6 +286,8 @@ impl Pending {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]

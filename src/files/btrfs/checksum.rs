@@ -52,14 +52,16 @@ impl Checksum {
 
     /// Whether `sum` begins with the checksum of `bytes`.
     pub(super) fn is_right(self, bytes: &[u8], sum: &[u8]) -> bool {
-        let sum = sum.get(..self.len());
+        sum.get(..self.len()) == Some(&self.sum(bytes))
+    }
+
+    /// The checksum of `bytes`.
+    pub(super) fn sum(self, bytes: &[u8]) -> Vec<u8> {
         match self {
-            Checksum::Crc32c => sum == Some(&(!crc32c(!0, bytes)).to_le_bytes()),
-            Checksum::Xxhash64 => {
-                sum == Some(&twox_hash::XxHash64::oneshot(0, bytes).to_le_bytes())
-            }
-            Checksum::Sha256 => sum == Some(Sha256::digest(bytes).as_slice()),
-            Checksum::Blake2b => sum == Some(Blake2b::<U32>::digest(bytes).as_slice()),
+            Checksum::Crc32c => (!crc32c(!0, bytes)).to_le_bytes().into(),
+            Checksum::Xxhash64 => twox_hash::XxHash64::oneshot(0, bytes).to_le_bytes().into(),
+            Checksum::Sha256 => Sha256::digest(bytes).to_vec(),
+            Checksum::Blake2b => Blake2b::<U32>::digest(bytes).to_vec(),
         }
     }
 }

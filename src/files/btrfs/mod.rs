@@ -13,6 +13,7 @@
 
 mod checksum;
 mod chunk;
+mod copied;
 mod extent;
 mod file;
 mod folder;
@@ -30,6 +31,8 @@ use super::source::Source;
 use super::tree::{Attributes, Entry, NodeId, NodeKind, OpenFile, Statistics, Tree, Xattr};
 use crate::error::{Error, Kind, Result};
 use chunk::Chunks;
+pub(super) use copied::check_alone;
+pub use copied::with_id;
 use inode::{EMPTY, Inode};
 use node::{FS_TREE, Key};
 use superblock::{MOUNT_ALL, Super};

@@ -7,8 +7,8 @@ use super::checksum::Checksum;
 use crate::error::{Error, Kind, Result};
 
 /// Where it is, and its copies, as far as the device goes.
-const PLACES: [u64; 3] = [64 << 10, 64 << 20, 256 << 30];
-const LEN: usize = 4096;
+pub(super) const PLACES: [u64; 3] = [64 << 10, 64 << 20, 256 << 30];
+pub(super) const LEN: usize = 4096;
 const MAGIC: &[u8] = b"_BHRfS_M";
 /// The chunks that are needed to read the tree of chunks.
 const SYSTEM_CHUNKS: (usize, usize) = (0x32b, 2048);
@@ -17,7 +17,7 @@ pub(super) const SUM_FIELD: usize = 32;
 /// Trees are at most that high.
 pub(super) const MAX_LEVEL: u8 = 8;
 
-const METADATA_UUID: u64 = 0x400;
+pub(super) const METADATA_UUID: u64 = 0x400;
 
 /// Incompatible features by bit, as the kernel calls them, and whether they can be read.
 const INCOMPAT: [(u64, &str, bool); 16] = [
@@ -100,7 +100,7 @@ impl Super {
         Ok(copy)
     }
 
-    fn at(source: &Source, at: u64) -> Result<Super> {
+    pub(super) fn at(source: &Source, at: u64) -> Result<Super> {
         let raw = source.meta(at, LEN)?;
         let bad =
             |what: &str| source.error(Kind::Corrupt, format!("invalid superblock: {what}"), at);

@@ -1,0 +1,118 @@
+//! Undoing what was attached, newest first. Each step looks at what is there, so that it can be repeated after a crash
+//! of its own, and touches nothing that is not ours.
+
+use std::path::{Path, PathBuf};
+
+use super::ioctl;
+use super::loops;
+use super::lvm;
+use super::mapper;
+use super::mounts;
+use super::place::Place;
+use super::record::{Attachment, Step};
+use super::udev;
+use crate::error::{Error, Kind, Result};
+use crate::failpoint::step;
+use crate::text::path_text;
+
+/// What is to be detached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum What {
+    /// All that is attached.
+    All,
+    /// What has this id, is mounted at (or below) this folder, or has this device.
+    Named(String),
+}
+
+/// Detaches `what`; gives the ids.
+///
+/// # Errors
+/// `NotFound` if there is no such thing, `Busy` if it is in use: what is detached by then stays so.
+pub(crate) fn detach(state: &Path, what: &What) -> Result<Vec<String>> {
+    Place::sweep(state)?;
+    let places = Place::all(state)?;
+    let chosen = match what {
+        What::All => places,
+        What::Named(name) => vec![named(places, name)?],
+    };
+    let (mut done, mut failed) = (Vec::new(), None);
+    for place in chosen {
+        let lock = place.lock()?;
+        match Attachment::read(&place).and_then(|found| found.map_or(Ok(()), |f| undo(&f))) {
+            Ok(()) => done.push(place.id.clone()),
+            // The others may be free.
+            Err(e) if failed.is_none() => failed = Some(e),
+            Err(e) => log::error!("{}", e.report()),
+        }
+        drop(lock);
+    }
+    failed.map_or(Ok(done), Err)
+}
+
+fn named(places: Vec<Place>, name: &str) -> Result<Place> {
+    let is = |place: &Place| {
+        place.id == name || Attachment::read(place).is_ok_and(|a| a.is_some_and(|a| a.has(name)))
+    };
+    let mut found = places.into_iter().filter(is);
+    match (found.next(), found.next()) {
+        (Some(one), None) => Ok(one),
+        (Some(_), Some(_)) => {
+            let what = format!("'{}' names several attachments", path_text(name));
+            Err(Error::new(Kind::Usage, what)
+                .remedy("name one by its id: 'fleecefs attach --list'"))
+        }
+        (None, _) => {
+            let what = format!("nothing is attached as '{}'", path_text(name));
+            Err(Error::new(Kind::NotFound, what).remedy("'fleecefs attach --list' shows what is"))
+        }
+    }
+}
+
+impl Attachment {
+    /// Whether it is what the user calls `name`: a folder or a device.
+    fn has(&self, name: &str) -> bool {
+        let path = std::path::absolute(name).unwrap_or_else(|_| PathBuf::from(name));
+        let mount = self.begin.as_ref().and_then(|b| b.mount.as_deref());
+        let step = |s: &Step| match s {
+            Step::Mount { at, device } => *at == path || *device == path,
+            Step::Loop { number, .. } => path == Path::new(&format!("/dev/loop{number}")),
+            _ => false,
+        };
+        mount == Some(&path) || self.steps.iter().any(step)
+    }
+}
+
+/// Undoes all of it. Its lock is held.
+///
+/// # Errors
+/// The first step that cannot be undone, with what was made before it: the journal stays.
+pub(super) fn undo(attachment: &Attachment) -> Result<()> {
+    let place = &attachment.place;
+    for done in attachment.steps.iter().rev() {
+        undo_step(place, done)?;
+        step("undo");
+    }
+    // Broken off before the mount was written down, or while it was.
+    mounts::undo(&place.mount(), None)?;
+    place.remove()?;
+    step("undo");
+    Ok(())
+}
+
+fn undo_step(place: &Place, done: &Step) -> Result<()> {
+    match done {
+        Step::UdevRule => udev::undo(place),
+        Step::Serve => mounts::undo(&place.mount(), None),
+        Step::Loop { number, file } => loops::undo(place, *number, *file),
+        Step::Crypt { name } => mapper::remove(name),
+        Step::Group { name } => lvm::undo(place, name),
+        Step::Btrfs { device } => {
+            // It may never have heard of it.
+            if let Err(e) = ioctl::forget_btrfs(device) {
+                log::debug!("{}: btrfs does not forget it: {e}", path_text(device));
+            }
+            Ok(())
+        }
+        Step::Mount { at, device } => mounts::undo(at, Some(device)),
+    }
+}
