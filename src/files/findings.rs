@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use super::source::Source;
-use crate::error::{Error, Finding, Kind, Severity};
+use crate::error::{Error, Finding, Kind, Result, Severity};
 
 /// Findings that are kept.
 const MAX: usize = 256;
@@ -55,6 +55,11 @@ impl Findings {
             self.note(Finding::from_error(&error, source.path()));
         }
         error
+    }
+
+    /// As [`Findings::failed`], of what reading gave.
+    pub(super) fn noted<T>(&self, source: &Source, result: Result<T>) -> Result<T> {
+        result.map_err(|e| self.failed(source, e))
     }
 
     /// What was found so far, the worst first.

@@ -5,7 +5,7 @@
 //! - `source`: what a reader reads from: a range of a point, with that cache
 //! - `findings`: what readers find odd, each once
 //! - `tree`: [`Tree`], what every reader of a file system implements
-//! - `runs`: reading by the map of a file
+//! - `runs`: reading by the map of a file; `xattrs`: extended attributes while they are collected
 //! - `ext`, `xfs`, `ntfs`: the readers of ext2, ext3 and ext4, of XFS, and of NTFS
 //! - `fat`, `exfat`: the readers of FAT12, FAT16, FAT32 and of exFAT; `clusters`: what they have in common
 //! - `btrfs`: the reader of btrfs
@@ -42,6 +42,7 @@ mod tree;
 mod utf16;
 mod volumes;
 mod walk;
+mod xattrs;
 mod xfs;
 
 pub use beside::{Beside, Cached, IsSame};

@@ -78,17 +78,23 @@ pub struct At<'a> {
 
 /// Who is told what a walk comes by. An error from here ends the walk.
 pub trait Visitor {
-    /// A folder, before what is in it; whether to go in.
+    /// A folder, before what is in it; whether to go in. Unless it says otherwise, a folder is one more node, and
+    /// all of it is visited.
     ///
     /// # Errors
     /// Whatever should end the walk.
-    fn enter(&mut self, at: &At<'_>) -> Result<bool>;
+    fn enter(&mut self, at: &At<'_>) -> Result<bool> {
+        self.node(at).map(|()| true)
+    }
 
     /// A folder that was entered, after what is in it.
     ///
     /// # Errors
     /// Whatever should end the walk.
-    fn leave(&mut self, at: &At<'_>) -> Result<()>;
+    fn leave(&mut self, at: &At<'_>) -> Result<()> {
+        let _ = at;
+        Ok(())
+    }
 
     /// Anything else.
     ///

@@ -125,10 +125,6 @@ impl Visitor for Reader<'_> {
         Ok(true)
     }
 
-    fn leave(&mut self, _: &At<'_>) -> Result<()> {
-        Ok(())
-    }
-
     fn node(&mut self, at: &At<'_>) -> Result<()> {
         let _ = self.tree.xattrs(at.node);
         let _ = self.tree.read_link(at.node);

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::super::bytes::{byte, le16, le64, part};
 use super::super::crc::crc32c;
 use super::super::tree::{Entry, NodeId, NodeKind, Xattr, is_name};
+use super::super::xattrs::Xattrs;
 use super::inode::{EMPTY, Inode, kind, root};
 use super::node::{Key, is_files};
 use super::volume::Volume;
@@ -153,24 +154,20 @@ fn kind_of(kind: u8) -> Option<NodeKind> {
 /// The extended attributes of an inode.
 ///
 /// # Errors
-/// `Corrupt`, or what reading the point says.
+/// `Unsupported` if they take more memory than there is; `Corrupt`, or what reading the point says.
 pub(super) fn xattrs(volume: &Volume, inode: &Inode) -> Result<Vec<Xattr>> {
-    /// A file has no more than this in all: more would be no list for getxattr(2) either.
-    const MAX: usize = 4 << 20;
     let key = Key { object: inode.number, kind: kind::XATTR, offset: 0 };
-    let (mut walk, mut found, mut bytes) = (Walk::from(volume, inode.root, key)?, Vec::new(), 0);
-    let bad = |what| volume.bad_inode(inode.root.id, inode.number, what);
+    let whose = format!("inode {} of subvolume {}", inode.number, inode.root.id);
+    let mut found = Xattrs::new(&volume.source, &volume.findings, whose);
+    let mut walk = Walk::from(volume, inode.root, key)?;
+    let bad = || volume.bad_inode(inode.root.id, inode.number, "has an invalid extended attribute");
     while let Some(item) = walk.next_of(inode.number, kind::XATTR)? {
         for entry in entries(item.data()) {
-            let entry = entry.ok_or_else(|| bad("has an invalid extended attribute"))?;
-            bytes += entry.name.len() + entry.data.len();
-            if bytes > MAX || entry.name.is_empty() || entry.name.contains(&0) {
-                return Err(bad("has invalid extended attributes"));
-            }
-            found.push(Xattr { name: entry.name.to_vec(), value: entry.data.to_vec() });
+            let entry = entry.ok_or_else(bad)?;
+            found.add("", entry.name, entry.data.to_vec())?;
         }
     }
-    Ok(found)
+    Ok(found.into_list())
 }
 
 /// The number of the subvolume that a mount without options shows, if one was chosen.

@@ -106,7 +106,7 @@ struct Btrfs {
 
 impl Btrfs {
     fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.volume.findings.failed(&self.volume.source, e))
+        self.volume.noted(result)
     }
 
     fn inode(&self, node: NodeId) -> Result<Inode> {

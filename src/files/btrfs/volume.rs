@@ -140,6 +140,11 @@ impl Volume {
         Ok(())
     }
 
+    /// Makes a lasting error a finding, and hands it on.
+    pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
+        self.findings.noted(&self.source, result)
+    }
+
     /// An error about data.
     pub(super) fn bad_data(&self, logical: u64, why: &str) -> Error {
         let place = self.chunks.places(&self.source, logical).ok();

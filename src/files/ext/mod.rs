@@ -76,7 +76,7 @@ struct Ext {
 
 impl Ext {
     fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.volume.findings.failed(&self.volume.source, e))
+        self.volume.noted(result)
     }
 
     fn number(node: NodeId) -> Result<u32> {

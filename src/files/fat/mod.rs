@@ -95,7 +95,6 @@ impl Fat {
 
     /// The entry of a node that is not the root.
     fn item(&self, node: NodeId) -> Result<Item> {
-        let missing = || Error::new(Kind::NotFound, "no such directory entry");
         let place = node.number;
         let in_root = match self.boot.root {
             Root::Fixed { at, len } => place.checked_sub(at).is_some_and(|i| i < len),
@@ -111,17 +110,9 @@ impl Fat {
 
     fn item_of(&self, node: NodeId, kind: NodeKind) -> Result<Item> {
         let item = if node == self.root() { None } else { Some(self.item(node)?) };
-        match item {
-            Some(item) if item.kind() == kind => Ok(item),
-            _ => {
-                let what =
-                    if kind == NodeKind::Folder { "no folder" } else { "not a regular file" };
-                Err(Error::new(
-                    Kind::Usage,
-                    format!("the directory entry at {:#x} is {what}", node.number),
-                ))
-            }
-        }
+        let named = format_args!("the directory entry at {:#x}", node.number);
+        kind.only(item.as_ref().map(Item::kind), named)?;
+        item.ok_or_else(missing)
     }
 
     fn each(&self, folder: NodeId, from: u64, each: &mut Each<'_>) -> Result<()> {
@@ -154,6 +145,10 @@ impl Fat {
         };
         plain(NodeKind::Folder, size, size)
     }
+}
+
+fn missing() -> Error {
+    Error::new(Kind::NotFound, "no such directory entry")
 }
 
 impl Tree for Fat {

@@ -10,9 +10,10 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::super::bytes::{byte, le16, le32, le64, part};
 use super::super::tree::{Entry, NodeId, is_name};
+use super::super::utf16;
 use super::boot::is_block;
 use super::fixup;
-use super::names::{on_disk, to_bytes, units};
+use super::names::{on_disk, to_bytes};
 use super::node::Node;
 use super::record::{NUMBER, kind};
 use super::stream::Stream;
@@ -334,7 +335,7 @@ impl Search<'_> {
                 self.todo.extend(item.child());
             }
             if order == Ordering::Equal && !is_dos(&item) {
-                if units(key).eq(self.name.iter().copied()) {
+                if utf16::units(key).eq(self.name.iter().copied()) {
                     return Some(item.node());
                 }
                 self.similar.get_or_insert(item.node());

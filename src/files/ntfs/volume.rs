@@ -102,7 +102,7 @@ impl Volume {
 
     /// Makes a lasting error a finding, and hands it on.
     pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.findings.failed(self.source(), e))
+        self.findings.noted(self.source(), result)
     }
 
     /// Something odd about a file or folder that is served all the same.

@@ -58,7 +58,7 @@ struct Xfs {
 
 impl Xfs {
     fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.volume.findings.failed(&self.volume.source, e))
+        self.volume.noted(result)
     }
 
     fn number(node: NodeId) -> Result<u64> {

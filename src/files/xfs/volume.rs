@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::super::findings::Findings;
 use super::super::source::Source;
-use super::super::tree::NodeKind;
+use super::super::tree::{MAX_SIZE, NodeKind};
 use super::header::Header;
 use super::inode::Inode;
 use super::superblock::Super;
@@ -42,7 +42,7 @@ impl Volume {
         match () {
             () if !inode.is_used() => Err(self.no_inode(number)),
             () if inode.kind().is_none() => Err(self.bad(&inode, "has an invalid file type")),
-            () if inode.size() > i64::MAX as u64 => Err(self.bad(&inode, "has an invalid size")),
+            () if inode.size() > MAX_SIZE => Err(self.bad(&inode, "has an invalid size")),
             () => Ok(inode),
         }
     }
@@ -50,10 +50,8 @@ impl Volume {
     /// An inode of this kind.
     pub(super) fn inode_of(&self, number: u64, kind: NodeKind) -> Result<Inode> {
         let inode = self.inode(number)?;
-        match inode.kind() == Some(kind) {
-            true => Ok(inode),
-            false => Err(kind.refusal(number)),
-        }
+        kind.only(inode.kind(), format_args!("inode {number}"))?;
+        Ok(inode)
     }
 
     /// Fails unless a block of metadata of version 5, at byte `at`, has the checksum and belongs to the inode.
@@ -87,6 +85,11 @@ impl Volume {
             self.check(header, &bytes, at, inode, "the extent tree")?;
             Ok(bytes)
         })
+    }
+
+    /// Makes a lasting error a finding, and hands it on.
+    pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
+        self.findings.noted(&self.source, result)
     }
 
     /// Something wrong with an inode.
