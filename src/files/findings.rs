@@ -23,8 +23,10 @@ pub fn log_once(finding: &Finding) {
     let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
     let is_new = logged.len() < MOST_LOGGED && logged.insert(hasher.finish());
     drop(logged);
-    if is_new {
-        log::warn!("{finding}");
+    match finding.severity {
+        _ if !is_new => {}
+        Severity::Note => log::info!("{finding}"),
+        Severity::Warning | Severity::Error => log::warn!("{finding}"),
     }
 }
 
@@ -47,6 +49,13 @@ impl Findings {
         let text = format!("{}: {message}", source.label());
         let finding = Finding::warning(kind, source.path(), text);
         self.note(Finding { remedy: remedy.map(str::to_string), ..finding });
+    }
+
+    /// That all is served, and that something about it is worth knowing.
+    pub(super) fn tell(&self, source: &Source, kind: Kind, message: &str) {
+        let text = format!("{}: {message}", source.label());
+        let finding = Finding::warning(kind, source.path(), text);
+        self.note(Finding { severity: Severity::Note, ..finding });
     }
 
     /// That something cannot be served; hands the error on, for `map_err`.

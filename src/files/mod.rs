@@ -12,7 +12,7 @@
 //! - `probe`: what a range holds, by its content
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
-//! - `walk`: paths in a tree
+//! - `walk`: paths in a tree; `once`: each folder of it once
 //! - `beside`: two points, of which what is the same is read once; [`compare`]: what is different in two trees
 //! - [`copy`]: out of a tree, into a folder or an archive
 //!
@@ -34,6 +34,7 @@ mod fat;
 mod findings;
 mod lvm;
 mod ntfs;
+mod once;
 mod partition;
 mod probe;
 mod runs;

@@ -320,6 +320,16 @@ pub trait Tree: Send + Sync {
         each: &mut dyn FnMut(Entry) -> bool,
     ) -> Result<()>;
 
+    /// Where a folder has its entries, in bytes of the file system: two folders that share some are not two. Nothing
+    /// where that cannot be, as each block is checked to be its folder's.
+    ///
+    /// # Errors
+    /// As [`Tree::read_folder`].
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        let _ = folder;
+        Ok(Vec::new())
+    }
+
     /// Opens a plain file.
     ///
     /// # Errors

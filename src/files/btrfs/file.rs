@@ -65,7 +65,7 @@ fn step(volume: &Volume, inode: &Inode, buf: &mut [u8], at: u64) -> Result<usize
         Data::Inside(bytes) => copy(bytes, inside, to),
         Data::Packed(packed) => {
             let bytes = unpacked(volume, packed, inode.has_sums())?;
-            copy(&bytes, packed.from + inside, to);
+            copy(bytes.bytes(), packed.from + inside, to);
         }
         Data::Plain(logical) => return plain(volume, inode, logical + inside, to),
     }

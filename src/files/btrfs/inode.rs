@@ -11,6 +11,7 @@ use crate::error::{Error, Kind, Result};
 /// Kinds of items.
 pub(super) mod kind {
     pub(in super::super) const INODE: u8 = 1;
+    pub(in super::super) const INODE_REF: u8 = 12;
     pub(in super::super) const XATTR: u8 = 24;
     pub(in super::super) const DIR_ITEM: u8 = 84;
     pub(in super::super) const DIR_INDEX: u8 = 96;

@@ -14,6 +14,7 @@ mod folder;
 mod set;
 mod upcase;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::clusters::{Chain, Clusters, File, Link, SLOT, Slots, Width, plain};
@@ -190,6 +191,10 @@ impl Tree for Exfat {
         each: &mut dyn FnMut(Entry) -> bool,
     ) -> Result<()> {
         self.clusters.noted(self.each(folder, from, &mut |entry, _| each(entry)))
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        self.clusters.noted(self.slots(folder).map(|(slots, _)| slots.places()))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {

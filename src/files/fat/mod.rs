@@ -14,8 +14,10 @@ mod cp437;
 mod folder;
 mod name;
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+use super::bytes::le64;
 use super::clusters::{Chain, Clusters, FIRST, File, Link, SLOT, Slots, Width, plain};
 use super::findings::Findings;
 use super::source::Source;
@@ -24,6 +26,8 @@ use crate::error::{Error, Kind, Result};
 use boot::{Boot, Root};
 use folder::{Each, Item, Reading};
 
+/// Sizes of folders in the cache.
+const SIZES: u8 = 1;
 /// A directory has at most 65,536 entries.
 const MAX_FOLDER: u64 = 65_536 * SLOT;
 
@@ -120,10 +124,15 @@ impl Fat {
         Reading { clusters: &self.clusters, slots, each }.read(from)
     }
 
-    /// Bytes that a folder takes.
+    /// Bytes that a folder takes: its chain has to be followed for that, once for all its names.
     fn folder_size(&self, first: u32) -> u64 {
-        let most = u32::try_from(self.clusters.needed(MAX_FOLDER)).unwrap_or(u32::MAX);
-        Chain::of_folder(&self.clusters, first, most).map_or(0, |c| c.bytes(&self.clusters))
+        let clusters = &*self.clusters;
+        let most = u32::try_from(clusters.needed(MAX_FOLDER)).unwrap_or(u32::MAX);
+        let size = clusters.source.unit(SIZES, u64::from(first), || {
+            let bytes = Chain::of_folder(clusters, first, most)?.bytes(clusters);
+            Ok(bytes.to_le_bytes().to_vec())
+        });
+        size.map_or(0, |bytes| le64(&bytes, 0))
     }
 
     fn free_clusters(&self) -> u64 {
@@ -208,6 +217,10 @@ impl Tree for Fat {
         each: &mut dyn FnMut(Entry) -> bool,
     ) -> Result<()> {
         self.clusters.noted(self.each(folder, from, &mut |entry, _, _| each(entry)))
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        self.clusters.noted(self.slots(folder).map(|slots| slots.places()))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {

@@ -38,6 +38,7 @@ mod table;
 mod volume;
 mod xpress;
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use super::findings::Findings;
@@ -294,6 +295,11 @@ impl Tree for Ntfs {
             index::read(&self.volume, &found.node, from, each)
         });
         self.volume.noted(read)
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        let found = self.found_of(folder, NodeKind::Folder);
+        self.volume.noted(found.and_then(|(found, _)| index::places(&self.volume, &found.node)))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {

@@ -1,5 +1,7 @@
 //! [`Stream`]: the bytes of an attribute: in its record, in runs, sparse, or compressed.
 
+use std::ops::Range;
+
 use super::super::source::Source;
 use super::super::tree::{MAX_SIZE, Stretch};
 use super::lznt1;
@@ -266,6 +268,14 @@ impl Stream {
             let made = lznt1::decompress(&packed, bytes as usize);
             made.ok_or_else(|| self.bad("has compressed data that is damaged"))
         })
+    }
+
+    /// Where it is in the volume, in bytes.
+    pub(super) fn places(&self) -> Vec<Range<u64>> {
+        match &self.body {
+            Body::Inside(_) => Vec::new(),
+            Body::Runs(mapped) => mapped.runs.places(self.cluster).collect(),
+        }
     }
 
     /// What is at `offset`, and how far it goes; `None` at the end.

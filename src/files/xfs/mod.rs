@@ -26,6 +26,7 @@ mod superblock;
 mod volume;
 mod xattr;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::findings::Findings;
@@ -121,6 +122,11 @@ impl Tree for Xfs {
     ) -> Result<()> {
         let inode = self.inode_of(folder, NodeKind::Folder)?;
         self.noted(folder::read(&self.volume, &inode, from, each))
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        let inode = self.inode_of(folder, NodeKind::Folder)?;
+        self.noted(folder::places(&self.volume, &inode))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {
