@@ -51,6 +51,12 @@ impl Findings {
         self.note(Finding { remedy: remedy.map(str::to_string), ..finding });
     }
 
+    /// That something the file system keeps twice is damaged, and its copy at byte `at` is used instead.
+    pub(super) fn copy_used(&self, source: &Source, why: &str, at: u64, remedy: &str) {
+        let what = format!("{why}: its copy at {at:#x} is used");
+        self.warn(source, Kind::Corrupt, &what, Some(remedy));
+    }
+
     /// That all is served, and that something about it is worth knowing.
     pub(super) fn tell(&self, source: &Source, kind: Kind, message: &str) {
         let text = format!("{}: {message}", source.label());

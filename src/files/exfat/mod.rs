@@ -52,6 +52,11 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
     Ok(Arc::new(Exfat { clusters: Arc::new(clusters), boot, root }))
 }
 
+/// Whether there is a file system whose boot region is gone, and its backup is right.
+pub(super) fn has_copy(source: &Source) -> bool {
+    boot::copy(source).is_some()
+}
+
 /// An open file system.
 struct Exfat {
     clusters: Arc<Clusters>,

@@ -1,6 +1,6 @@
 //! ext2, ext3 and ext4, with their journal replayed in memory.
 //!
-//! - `superblock`: sizes and features, groups
+//! - `superblock`: sizes and features, groups; `copies`: its copies
 //! - `inode`: fields and checksums of inodes
 //! - `volume`: blocks and inodes
 //! - `map`: where the blocks of a file are; `read`: what is in them
@@ -9,6 +9,7 @@
 //!
 //! All that has a checksum (`metadata_csum`) is read only if that is right.
 
+mod copies;
 mod file;
 mod folder;
 mod inode;
@@ -50,6 +51,12 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
         volume.findings.warn(&volume.source, Kind::Corrupt, what, Some(remedy));
     }
     Ok(Arc::new(Ext { volume: Arc::new(volume) }))
+}
+
+/// Whether there is a file system whose superblock is gone, and a copy of it leads to a root folder.
+pub(super) fn has_copy(source: &Source) -> bool {
+    let volume = copies::copy(source).and_then(|_| Volume::new(source.clone()).ok());
+    volume.is_some_and(|v| v.inode_of(ROOT, NodeKind::Folder).is_ok())
 }
 
 /// The same as it is after its journal was replayed; as it is, with a finding, where that cannot be.

@@ -3,6 +3,7 @@
 use super::super::findings::Findings;
 use super::super::source::Source;
 use super::super::tree::{MAX_SIZE, NodeKind};
+use super::copies::superblock;
 use super::inode::Inode;
 use super::superblock::{Group, Super, wrong};
 use crate::error::{Error, Kind, Result};
@@ -19,9 +20,13 @@ pub(super) struct Volume {
 
 impl Volume {
     /// Reads the superblock.
+    ///
+    /// # Errors
+    /// As [`superblock`].
     pub(super) fn new(source: Source) -> Result<Volume> {
-        let sup = Super::read(&source)?;
-        Ok(Volume { source, sup, findings: Findings::default() })
+        let findings = Findings::default();
+        let sup = superblock(&source, &findings)?;
+        Ok(Volume { source, sup, findings })
     }
 
     /// Where a block is, in bytes, if `count` blocks from there are inside the file system.

@@ -23,7 +23,7 @@ use super::findings::Findings;
 use super::source::Source;
 use super::tree::{Attributes, Entry, NodeId, NodeKind, OpenFile, Statistics, Tree};
 use crate::error::{Error, Kind, Result};
-use boot::{Boot, Root};
+use boot::{Boot, FSCK, Root};
 use folder::{Each, Item, Reading};
 
 /// Sizes of folders in the cache.
@@ -36,9 +36,10 @@ const MAX_FOLDER: u64 = 65_536 * SLOT;
 /// # Errors
 /// `Corrupt` if the boot sector contradicts itself, or what reading the point says.
 pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
-    let boot = Boot::read(&source)?;
+    let findings = Findings::default();
+    let boot = Boot::read(&source, &findings)?;
     let clusters = Clusters {
-        findings: Findings::default(),
+        findings,
         table_at: boot.table_at,
         width: boot.width,
         size: boot.cluster_size,
@@ -49,6 +50,11 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
     let fat = Fat { clusters: Arc::new(clusters), boot, free: OnceLock::new() };
     fat.look()?;
     Ok(Arc::new(fat))
+}
+
+/// Whether there is a file system whose boot sector is gone, and which has a backup of it.
+pub(super) fn has_copy(source: &Source) -> bool {
+    Boot::copy(source).is_some()
 }
 
 /// An open file system.
@@ -69,17 +75,16 @@ impl Fat {
             let what = "the file system is larger than the disk or partition that it is in";
             warn(Kind::Truncated, what, None);
         }
-        let fsck = Some("run fsck.fat (in Windows: chkdsk) in the guest, or on a restored copy");
         let [dirty, errors] = boot.marks(source)?;
         if dirty {
             let what = "the file system was in use and not unmounted: what the guest wrote last may be missing";
-            warn(Kind::Corrupt, what, fsck);
+            warn(Kind::Corrupt, what, Some(FSCK));
         }
         if errors {
-            warn(Kind::Corrupt, "the guest noted disk errors in this file system", fsck);
+            warn(Kind::Corrupt, "the guest noted disk errors in this file system", Some(FSCK));
         }
         if boot.copies_differ(source)? {
-            warn(Kind::Corrupt, "the two copies of the file allocation table differ", fsck);
+            warn(Kind::Corrupt, "the two copies of the file allocation table differ", Some(FSCK));
         }
         Ok(())
     }

@@ -51,6 +51,7 @@ use info::{Info, Wsl, attribute};
 use node::Node;
 use record::kind;
 use special::Special;
+pub(super) use volume::has_copy;
 use volume::{Volume, number};
 
 /// Values of extended attributes, as [`Tree::xattrs`] bounds them.

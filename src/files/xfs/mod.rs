@@ -2,7 +2,7 @@
 //!
 //! The format is that of "XFS Algorithms & Data Structures" (the XFS developers' book), as `xfs_db` shows it.
 //!
-//! - `superblock`: sizes and features, allocation groups; `header`: the checksum and owner of metadata
+//! - `superblock`: sizes and features, allocation groups; `copies`: its copies; `header`: the checksum and owner of metadata
 //! - `inode`: fields and forks of inodes
 //! - `volume`: blocks and inodes
 //! - `map`: where the blocks of a fork are; `blocks`, `hashed`: metadata in them
@@ -13,6 +13,7 @@
 
 mod acl;
 mod blocks;
+mod copies;
 mod file;
 mod folder;
 mod hashed;
@@ -50,6 +51,12 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
     }
     log::tell(&volume);
     Ok(Arc::new(Xfs { volume: Arc::new(volume) }))
+}
+
+/// Whether there is a file system whose superblock is gone, and a copy of it leads to a root folder.
+pub(super) fn has_copy(source: &Source) -> bool {
+    let volume = copies::copy(source).and_then(|_| Volume::new(source.clone()).ok());
+    volume.is_some_and(|v| v.inode_of(v.sup.root, NodeKind::Folder).is_ok())
 }
 
 /// An open file system.

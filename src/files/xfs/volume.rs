@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::super::findings::Findings;
 use super::super::source::Source;
 use super::super::tree::{MAX_SIZE, NodeKind};
+use super::copies::superblock;
 use super::header::Header;
 use super::inode::Inode;
 use super::superblock::Super;
@@ -22,9 +23,13 @@ pub(super) struct Volume {
 
 impl Volume {
     /// Reads the superblock.
+    ///
+    /// # Errors
+    /// As [`superblock`].
     pub(super) fn new(source: Source) -> Result<Volume> {
-        let sup = Super::read(&source)?;
-        Ok(Volume { source, sup, findings: Findings::default() })
+        let findings = Findings::default();
+        let sup = superblock(&source, &findings)?;
+        Ok(Volume { source, sup, findings })
     }
 
     /// An inode that is in use.
