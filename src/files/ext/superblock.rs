@@ -218,9 +218,10 @@ impl Super {
 
     /// Whether all that never changes, and by which everything is found, is the same in another.
     pub(super) fn is_like(&self, other: &Super) -> bool {
+        const FIXED: u32 = incompat::FILETYPE | incompat::BIT64 | incompat::META_BG;
         let key = |s: &Super| {
             let groups = (s.first_block, s.blocks_per_group, s.inodes_per_group);
-            (s.block_size, groups, s.inode_size, s.descriptor_size)
+            (s.block_size, groups, s.inode_size, s.descriptor_size, s.incompat & FIXED)
         };
         key(self) == key(other)
     }
