@@ -147,7 +147,7 @@ mod tests {
     fn folders_have_each_block_once() {
         assert_eq!(wrong_folder(6, 3, map).unwrap(), None);
         assert_eq!(places(6, 16, map).unwrap(), [32..64, 16..32]);
-        assert_eq!(places(1, 16, map).unwrap(), [32..48]);
+        assert!(places(1, 16, map).unwrap() == vec![Range { start: 32, end: 48 }]);
         assert!(wrong_folder(6, 2, map).unwrap().unwrap().contains("larger"));
         let twice = |block| Ok(Run { count: 1, at: Some(7 + block % 3) });
         assert!(wrong_folder(6, 100, twice).unwrap().unwrap().contains("twice"));
