@@ -12,7 +12,7 @@ for target in ${TARGETS:-manifest qmp folder qcow2 fold vma stream name files}; 
     mkdir -p "corpus/$target"
     log=$(mktemp)
     cargo fuzz run --fuzz-dir . -s address "$target" -- \
-        -max_total_time="${SECONDS_EACH:-240}" -rss_limit_mb=2048 -max_len=131072 -timeout=30 \
+        -max_total_time="${SECONDS_EACH:-240}" -rss_limit_mb=2048 -max_len=262144 -timeout=30 \
         -print_final_stats=1 >"$log" 2>&1 || { tail -40 "$log"; echo "$target: see $log"; exit 1; }
     grep -E "^stat::(number|peak)" "$log"
     rm "$log"

@@ -9,6 +9,8 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
+# As in run.sh.
+MAX_LEN = 262144
 # As in fuzz_targets/folder.rs.
 NAMES = [
     ".fleecefs/removal.journal", ".fleecefs/fold.json", ".fleecefs/FULL-1-d.header",
@@ -47,8 +49,12 @@ def file_systems(tmp):
         path = tmp / f"ext{i}"
         subprocess.run(["mke2fs", "-q", "-F", "-b", "1024", "-N", "32", "-m", "0", *options, "-d", tree, path, "96"],
                        check=True)
-        put("files", f"ext{i}", path.read_bytes())
+        put_disk(f"ext{i}", path.read_bytes())
     xfs(tmp, tree)
+    btrfs(tmp, tree)
+    ntfs(tmp, tree)
+    fat(tmp, tree)
+    exfat(tmp)
 
 
 # Version 4: without checksums. The log is on another device, so that all of the rest is at the begin.
@@ -69,7 +75,92 @@ def xfs(tmp, tree):
         subprocess.run(["mkfs.xfs", "-q", "-f", "--unsupported", "-m", "crc=0", "-b", "size=512", "-i", "size=256",
                         "-d", "agcount=1", "-l", f"logdev={log},size=4m", *options, "-p", tmp / "prototype", path],
                        check=True, stderr=subprocess.DEVNULL)
-        put("files", f"xfs{i}", path.read_bytes()[:64 << 10])
+        put_disk(f"xfs{i}", path.read_bytes())
+
+
+def btrfs(tmp, tree):
+    for i, options in enumerate([[], ["--csum", "crc32c", "-O", "^no-holes"]]):
+        path = blank(tmp / f"btrfs{i}", 16 << 20)
+        subprocess.run(["mkfs.btrfs", "-q", "-M", "-m", "single", "-d", "single", "-n", "4096", *options,
+                        "--rootdir", tree, path], check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
+        put_disk(f"btrfs{i}", path.read_bytes())
+
+
+def ntfs(tmp, tree):
+    path = blank(tmp / "ntfs", 2 << 20)
+    subprocess.run(["mkntfs", "-q", "-Q", "-F", path], check=True, stderr=subprocess.DEVNULL)
+    for name in ("dir/file", "dir/sparse", "etc/fstab"):
+        subprocess.run(["ntfscp", "-q", path, tree / name, name.split("/")[1]], check=True)
+    data = bytearray(path.read_bytes())
+    # The table of upper case is large, and there is another one if it is damaged; the log is empty.
+    upper = data.find(b"".join(i.to_bytes(2, "little") for i in range(64)))
+    data[upper:upper + (128 << 10)] = bytes(128 << 10)
+    for at in range(0, len(data), 512):
+        if data[at:at + 512] == b"\xff" * 512:
+            data[at:at + 512] = bytes(512)
+    put_disk("ntfs", bytes(data))
+
+
+def fat(tmp, tree):
+    for width, size in [("12", 1 << 20), ("16", 3 << 20), ("32", 34 << 20)]:
+        path = blank(tmp / f"fat{width}", size)
+        subprocess.run(["mkfs.fat", "-F", width, "-s", "1", path], check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
+        subprocess.run(["mcopy", "-s", "-Q", "-i", path, tree / "dir" / "file", tree / "etc", "::/"], check=True)
+        put_disk(f"fat{width}", path.read_bytes())
+    # In a partition.
+    entry = bytes([0, 0, 0, 0, 1, 0, 0, 0]) + (8).to_bytes(4, "little") + (2048).to_bytes(4, "little")
+    table = bytes(446) + entry + bytes(48) + b"\x55\xaa"
+    put_disk("mbr", table + bytes(7 * 512) + (tmp / "fat12").read_bytes())
+
+
+def exfat(tmp):
+    """Files and folders are put into the root by hand: no tool does that without a mount."""
+    path = blank(tmp / "exfat", 4 << 20)
+    subprocess.run(["mkfs.exfat", "-c", "512", path], check=True, stdout=subprocess.DEVNULL)
+    data = bytearray(path.read_bytes())
+    number = lambda at: int.from_bytes(data[at:at + 4], "little")
+    table, heap, root = number(80) * 512, number(88) * 512, number(96)
+    place = lambda cluster: heap + (cluster - 2) * 512
+    free = root + 16
+
+    def entry(name, folder, first, size):
+        units = name.encode("utf-16-le")
+        parts = [units[i:i + 30].ljust(30, b"\0") for i in range(0, len(units), 30)]
+        out = bytes([0x85, 1 + len(parts), 0, 0, 0x10 if folder else 0x20]) + bytes(27)
+        out += bytes([0xc0, 3, 0, len(name)]) + bytes(4) + size.to_bytes(8, "little") + bytes(4)
+        out += first.to_bytes(4, "little") + size.to_bytes(8, "little")
+        return out + b"".join(b"\xc1\0" + p for p in parts)
+
+    sets = entry("folder", True, free, 512) + entry("a name that is longer", False, free + 1, 900)
+    at = place(root) + 3 * 32
+    data[at:at + len(sets)] = sets
+    inside = entry("inside", False, free + 3, 100)
+    data[place(free):place(free) + len(inside)] = inside
+    data[table + 4 * root:table + 4 * root + 4] = b"\xff" * 4
+    put_disk("exfat", bytes(data))
+
+
+def blank(path, size):
+    with open(path, "wb") as f:
+        f.truncate(size)
+    return path
+
+
+def put_disk(name, image):
+    """A disk as fuzz_targets/files.rs reads it: its sectors that are not zeros, as pieces."""
+    sectors = [image[i:i + 512].ljust(512, b"\0") for i in range(0, len(image), 512)]
+    out, at = len(sectors).to_bytes(4, "little"), 0
+    while at < len(sectors):
+        end = at
+        while end < len(sectors) and end - at < 65535 and any(sectors[end]):
+            end += 1
+        if end > at:
+            out += at.to_bytes(4, "little") + (end - at).to_bytes(2, "little") + b"".join(sectors[at:end])
+        at = max(end, at + 1)
+    assert len(out) <= MAX_LEN, f"{name}: {len(out)}"
+    put("files", name, out)
 
 
 def pieces(files):

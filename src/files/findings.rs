@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use super::source::Source;
-use crate::error::{Error, Finding, Kind, Severity};
+use crate::error::{Error, Finding, Kind, Result, Severity};
 
 /// Findings that are kept.
 const MAX: usize = 256;
@@ -23,8 +23,10 @@ pub fn log_once(finding: &Finding) {
     let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
     let is_new = logged.len() < MOST_LOGGED && logged.insert(hasher.finish());
     drop(logged);
-    if is_new {
-        log::warn!("{finding}");
+    match finding.severity {
+        _ if !is_new => {}
+        Severity::Note => log::info!("{finding}"),
+        Severity::Warning | Severity::Error => log::warn!("{finding}"),
     }
 }
 
@@ -49,12 +51,30 @@ impl Findings {
         self.note(Finding { remedy: remedy.map(str::to_string), ..finding });
     }
 
+    /// That something the file system keeps twice is damaged, and its copy at byte `at` is used instead.
+    pub(super) fn copy_used(&self, source: &Source, why: &str, at: u64, remedy: &str) {
+        let what = format!("{why}: its copy at {at:#x} is used");
+        self.warn(source, Kind::Corrupt, &what, Some(remedy));
+    }
+
+    /// That all is served, and that something about it is worth knowing.
+    pub(super) fn tell(&self, source: &Source, kind: Kind, message: &str) {
+        let text = format!("{}: {message}", source.label());
+        let finding = Finding::warning(kind, source.path(), text);
+        self.note(Finding { severity: Severity::Note, ..finding });
+    }
+
     /// That something cannot be served; hands the error on, for `map_err`.
     pub fn failed(&self, source: &Source, error: Error) -> Error {
         if error.kind().is_lasting() {
             self.note(Finding::from_error(&error, source.path()));
         }
         error
+    }
+
+    /// As [`Findings::failed`], of what reading gave.
+    pub(super) fn noted<T>(&self, source: &Source, result: Result<T>) -> Result<T> {
+        result.map_err(|e| self.failed(source, e))
     }
 
     /// What was found so far, the worst first.

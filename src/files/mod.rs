@@ -5,7 +5,7 @@
 //! - `source`: what a reader reads from: a range of a point, with that cache
 //! - `findings`: what readers find odd, each once
 //! - `tree`: [`Tree`], what every reader of a file system implements
-//! - `runs`: reading by the map of a file
+//! - `runs`: reading by the map of a file; `xattrs`: extended attributes while they are collected
 //! - `ext`, `xfs`, `ntfs`: the readers of ext2, ext3 and ext4, of XFS, and of NTFS
 //! - `fat`, `exfat`: the readers of FAT12, FAT16, FAT32 and of exFAT; `clusters`: what they have in common
 //! - `btrfs`: the reader of btrfs
@@ -13,7 +13,7 @@
 //! - `hazard`: what a file system says that reaches beyond it, where a kernel mounts it
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
-//! - `walk`: paths in a tree
+//! - `walk`: paths in a tree; `once`: each folder of it once
 //! - `beside`: two points, of which what is the same is read once; [`compare`]: what is different in two trees
 //! - [`copy`]: out of a tree, into a folder or an archive
 //!
@@ -36,6 +36,7 @@ mod findings;
 mod hazard;
 mod lvm;
 mod ntfs;
+mod once;
 mod partition;
 mod probe;
 mod runs;
@@ -44,6 +45,7 @@ mod tree;
 mod utf16;
 mod volumes;
 mod walk;
+mod xattrs;
 mod xfs;
 
 pub use beside::{Beside, Cached, IsSame};

@@ -146,7 +146,7 @@ fn other(start: &[u8]) -> Option<Content> {
 }
 
 /// Whether this is a boot sector of FAT: each of its numbers is one that can be.
-fn is_fat(start: &[u8]) -> bool {
+pub(super) fn is_fat(start: &[u8]) -> bool {
     let (sector, cluster) = (le16(start, 11), byte(start, 13));
     le16(start, 510) == 0xaa55
         && [0xeb, 0xe9].contains(&byte(start, 0))

@@ -1,6 +1,7 @@
 //! Runs of blocks: what the map of a file says, whatever its form, and reading by it.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::source::Source;
 use crate::error::Result;
@@ -57,6 +58,28 @@ pub(super) fn read(
         }
     }
     Ok(done)
+}
+
+/// Where the `end` blocks of a folder are, in bytes, as far as that is a list to hold.
+///
+/// # Errors
+/// What `find` says.
+pub(super) fn places(
+    end: u64,
+    block_size: u64,
+    find: impl Fn(u64) -> Result<Run>,
+) -> Result<Vec<Range<u64>>> {
+    let (mut places, mut block) = (Vec::new(), 0);
+    while block < end && places.len() < MAX_RUNS {
+        let found = find(block)?;
+        let count = found.count.min(end - block);
+        block = block.saturating_add(count);
+        places.extend(found.at.map(|at| {
+            let begin = at.saturating_mul(block_size);
+            begin..begin.saturating_add(count.saturating_mul(block_size))
+        }));
+    }
+    Ok(places)
 }
 
 /// What is wrong with a folder of `end` blocks that has the same ones twice, or more than the `all` that there are:
@@ -123,6 +146,8 @@ mod tests {
     #[test]
     fn folders_have_each_block_once() {
         assert_eq!(wrong_folder(6, 3, map).unwrap(), None);
+        assert_eq!(places(6, 16, map).unwrap(), [32..64, 16..32]);
+        assert!(places(1, 16, map).unwrap() == vec![Range { start: 32, end: 48 }]);
         assert!(wrong_folder(6, 2, map).unwrap().unwrap().contains("larger"));
         let twice = |block| Ok(Run { count: 1, at: Some(7 + block % 3) });
         assert!(wrong_folder(6, 100, twice).unwrap().unwrap().contains("twice"));

@@ -14,6 +14,9 @@
 //! - Each call is bounded in time and memory by what the source has, not by what it says: a folder of 2^60 bytes
 //!   without blocks ends at once.
 
+use std::fmt;
+use std::ops::Range;
+
 use super::findings::Findings;
 use crate::error::{Error, Kind, Result};
 
@@ -90,14 +93,21 @@ impl NodeKind {
         })
     }
 
-    /// The error for an inode that is not of this kind, where only this kind will do.
-    pub(super) fn refusal(self, number: u64) -> Error {
+    /// Fails unless something is of this kind, where only this kind will do. `found` is what it is, `named` how
+    /// its file system calls it: `inode 12`.
+    ///
+    /// # Errors
+    /// `Usage`.
+    pub(super) fn only(self, found: Option<NodeKind>, named: fmt::Arguments<'_>) -> Result<()> {
+        if found == Some(self) {
+            return Ok(());
+        }
         let what = match self {
             NodeKind::Folder => "no folder",
             NodeKind::Link => "not a symbolic link",
             _ => "not a regular file",
         };
-        Error::new(Kind::Usage, format!("inode {number} is {what}"))
+        Err(Error::new(Kind::Usage, format!("{named} is {what}")))
     }
 
     /// As `ls -l` begins a line.
@@ -113,6 +123,9 @@ impl NodeKind {
         }
     }
 }
+
+/// The longest that a file can be: beyond that no program has an offset.
+pub(super) const MAX_SIZE: u64 = i64::MAX as u64;
 
 /// A time, before or after 1970.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -306,6 +319,16 @@ pub trait Tree: Send + Sync {
         from: u64,
         each: &mut dyn FnMut(Entry) -> bool,
     ) -> Result<()>;
+
+    /// Where a folder has its entries, in bytes of the file system: two folders that share some are not two. Nothing
+    /// where that cannot be, as each block is checked to be its folder's.
+    ///
+    /// # Errors
+    /// As [`Tree::read_folder`].
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        let _ = folder;
+        Ok(Vec::new())
+    }
 
     /// Opens a plain file.
     ///

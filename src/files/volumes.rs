@@ -48,7 +48,7 @@ pub fn volumes_of(
     let (logical, more) = lvm::volumes(&physical)?;
     findings.extend(more);
     for (name, source) in logical {
-        let content = probe(&source)?;
+        let content = content(&source)?;
         found.push(Volume { name, source, content });
     }
     Ok((found, findings))
@@ -60,14 +60,31 @@ fn parts(disk: &Source) -> Result<(Vec<Volume>, Vec<Finding>)> {
     let mut found = Vec::new();
     for p in &table.partitions {
         let source = disk.part(p.start, p.len, &format!("partition {}", p.number))?;
-        let content = probe(&source)?;
+        let content = content(&source)?;
         found.push(Volume { name: format!("p{}", p.number), source, content });
     }
     if found.is_empty() {
-        let content = probe(disk)?;
+        let content = content(disk)?;
         found.push(Volume { name: "disk".into(), source: disk.clone(), content });
     }
     Ok((found, table.findings))
+}
+
+/// What a volume holds: by its beginning, or where that is gone by what file systems keep of it elsewhere.
+fn content(source: &Source) -> Result<Content> {
+    let found = probe(source)?;
+    if found != Content::Unknown {
+        return Ok(found);
+    }
+    Ok(match source {
+        s if btrfs::has_copy(s) => Content::Btrfs,
+        s if xfs::has_copy(s) => Content::Xfs,
+        s if ext::has_copy(s) => Content::Ext,
+        s if ntfs::has_copy(s) => Content::Ntfs,
+        s if exfat::has_copy(s) => Content::Exfat,
+        s if fat::has_copy(s) => Content::Fat,
+        _ => Content::Unknown,
+    })
 }
 
 /// Opens the file system of a volume.

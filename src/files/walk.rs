@@ -1,10 +1,9 @@
 //! Paths in a tree: from a path to its node, and through all that is below one.
 //!
 //! Nothing recurses: a walk holds one frame per folder that it is in, and of each a bounded number of names. A
-//! folder that comes up twice (a loop, or a second name for it) is entered once.
+//! folder that comes up twice (a loop, a second name for it, or one with the same contents) is entered once.
 
-use std::collections::HashSet;
-
+use super::once::Once;
 use super::tree::{Attributes, Entry, NodeId, NodeKind, Tree, is_name};
 use crate::error::{Error, Kind, Result};
 use crate::text::path_text;
@@ -78,17 +77,23 @@ pub struct At<'a> {
 
 /// Who is told what a walk comes by. An error from here ends the walk.
 pub trait Visitor {
-    /// A folder, before what is in it; whether to go in.
+    /// A folder, before what is in it; whether to go in. Unless it says otherwise, a folder is one more node, and
+    /// all of it is visited.
     ///
     /// # Errors
     /// Whatever should end the walk.
-    fn enter(&mut self, at: &At<'_>) -> Result<bool>;
+    fn enter(&mut self, at: &At<'_>) -> Result<bool> {
+        self.node(at).map(|()| true)
+    }
 
     /// A folder that was entered, after what is in it.
     ///
     /// # Errors
     /// Whatever should end the walk.
-    fn leave(&mut self, at: &At<'_>) -> Result<()>;
+    fn leave(&mut self, at: &At<'_>) -> Result<()> {
+        let _ = at;
+        Ok(())
+    }
 
     /// Anything else.
     ///
@@ -123,7 +128,7 @@ struct Frame {
 /// What the visitor says; what reading `start` itself says.
 pub fn walk(tree: &dyn Tree, start: NodeId, visitor: &mut dyn Visitor) -> Result<()> {
     let attributes = tree.attributes(start)?;
-    let mut walk = Walk { tree, path: Vec::new(), frames: Vec::new(), seen: HashSet::new() };
+    let mut walk = Walk { tree, path: Vec::new(), frames: Vec::new(), once: Once::default() };
     walk.visit(start, attributes, 0, visitor)?;
     while let Some(step) = walk.step() {
         match step {
@@ -150,7 +155,7 @@ struct Walk<'a> {
     tree: &'a dyn Tree,
     path: Vec<u8>,
     frames: Vec<Frame>,
-    seen: HashSet<NodeId>,
+    once: Once,
 }
 
 impl Walk<'_> {
@@ -204,18 +209,18 @@ impl Walk<'_> {
         if attributes.kind != NodeKind::Folder {
             return visitor.node(&at);
         }
-        let refused = match () {
-            () if !self.seen.insert(node) => "directory loop: already visited under another name",
-            () if self.frames.len() >= MAX_DEPTH => "directories nested too deep",
-            () => {
-                if visitor.enter(&at)? {
-                    let path_len = self.path.len();
-                    let (names, next) = (Vec::new(), Some(0));
-                    self.frames.push(Frame { node, attributes, name_at, path_len, names, next });
-                }
-                return Ok(());
-            }
+        let entered = match self.frames.len() >= MAX_DEPTH {
+            true => Err(Error::new(Kind::Corrupt, "directories nested too deep")),
+            false => self.once.enter(self.tree, node),
         };
-        visitor.failed(&self.path, Error::new(Kind::Corrupt, refused))
+        if let Err(error) = entered {
+            return visitor.failed(&self.path, error);
+        }
+        if visitor.enter(&at)? {
+            let path_len = self.path.len();
+            let (names, next) = (Vec::new(), Some(0));
+            self.frames.push(Frame { node, attributes, name_at, path_len, names, next });
+        }
+        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //! is damaged is read from its other copy, or costs the file that it is in.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use serde_json::Value;
@@ -11,7 +11,7 @@ use crate::support::file_systems::{
     Image, Listing, Points, TOOLS, fill, fill_unix, mount, said, shell,
 };
 use crate::support::guard::Guard;
-use crate::support::mutants;
+use crate::support::mutants::{self, Contents};
 use crate::support::tools::{have, is_root, run};
 
 /// All attributes: copied with `--preserve=all`.
@@ -235,7 +235,11 @@ fn damage_is_read_from_the_other_copy_or_costs_a_file() {
         let file = std::fs::File::options().write(true).open(image.path()).unwrap();
         file.write_all_at(b"x", (64 << 10) + 0x12b).unwrap();
         let told = copied(&image.path(), code);
-        assert!(told.contains("superblock is damaged: using its newest copy"), "{told}");
+        assert!(
+            told.contains("superblock is damaged")
+                && told.contains("its copy at 0x4000000 is used"),
+            "{told}"
+        );
     }
 }
 
@@ -279,6 +283,125 @@ fn one_disk_of_several_is_read_as_far_as_it_goes() {
 fn crc32c(bytes: &[u8]) -> u32 {
     let step = |crc: u32| (crc >> 1) ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 };
     !bytes.iter().fold(!0, |crc, b| (0..8).fold(crc ^ u32::from(*b), |crc, _| step(crc)))
+}
+
+/// An item in a leaf: the place of its key, and of its data.
+type Found = (usize, std::ops::Range<usize>);
+
+/// Changes all items of a kind (of one object, if that is not 0) in all leaves of an image with nodes of 4 KiB, and
+/// mends their checksums; how many there were.
+fn change(
+    bytes: &mut [u8],
+    (object, kind): (u64, u8),
+    with: impl Fn(&mut [u8], Found) -> bool,
+) -> usize {
+    const HEAD: usize = 101;
+    let number =
+        |b: &[u8], at: usize| u32::from_le_bytes(b[at..at + 4].try_into().unwrap()) as usize;
+    let id = bytes[(64 << 10) + 0x20..][..16].to_vec();
+    let mut changed = 0;
+    for node in bytes.chunks_mut(4096) {
+        let is_leaf = node[0x20..0x30] == id && node[0x64] == 0 && &node[0x40..0x48] != b"_BHRfS_M";
+        let count = if is_leaf { number(node, 0x60).min(150) } else { 0 };
+        let before = changed;
+        for at in (0..count).map(|i| HEAD + 25 * i) {
+            let begin = HEAD + number(node, at + 17);
+            let data = begin..begin + number(node, at + 21);
+            let is_object = object == 0 || node[at..at + 8] == object.to_le_bytes();
+            if node[at + 8] == kind && is_object && data.end <= node.len() {
+                changed += usize::from(with(node, (at, data)));
+            }
+        }
+        if changed > before {
+            let sum = crc32c(&node[32..]);
+            node[..4].copy_from_slice(&sum.to_le_bytes());
+        }
+    }
+    changed
+}
+
+/// A small file system with nodes of 4 KiB, and the numbers of some of its inodes.
+fn odd(names: &[&str]) -> (Image, Vec<u64>) {
+    let mkfs = ["mkfs.btrfs", "-q", "-M", "-m", "single", "-d", "single", "-n", "4096"];
+    let image = Image::new(64 << 20, &mkfs);
+    let mounted = image.mount("compress=zstd");
+    shell(
+        &image.mnt(),
+        "mkdir good; echo 1 > good/file; btrfs -q subvolume create sub; echo 2 > sub/inside; echo 3 > one; \
+         echo 4 > two; seq 20000 > packed; cp --reflink=always packed same; : > plain; chattr +C plain; \
+         seq 90000 > plain; head -c 90000 /dev/urandom > random",
+    );
+    let numbers = names.iter().map(|n| std::fs::metadata(image.mnt().join(n)).unwrap().ino());
+    let numbers = numbers.collect();
+    drop(mounted);
+    (image, numbers)
+}
+
+#[test]
+fn what_is_odd_in_btrfs_costs_what_it_is_in() {
+    if !ready("what_is_odd_in_btrfs_costs_what_it_is_in") {
+        return;
+    }
+    const KINDS: [u8; 4] = [1, 84, 108, 128];
+    let [inode, by_hash, extent, sums] = KINDS;
+    let (image, numbers) = odd(&["one", "two", "same", "random"]);
+    let whole = std::fs::read(image.path()).unwrap();
+    let right = Contents::of(whole.clone()).unwrap();
+    assert!(right.failed.is_empty() && right.files.len() == 11, "{:?}", right.failed);
+    // Data without checksums is read, and that is told.
+    assert!(right.has_told("data without checksums"), "{:?}", right.told);
+    // What is said of a change: all but the files named is there and right.
+    let costs = |change: &dyn Fn(&mut [u8]) -> usize, lost: &[&str], why: &str| {
+        let mut bytes = whole.clone();
+        assert!(change(&mut bytes) > 0, "{why}");
+        let found = Contents::of(bytes).unwrap();
+        let gone: Vec<_> = right.files.keys().filter(|p| !found.files.contains_key(*p)).collect();
+        let gone: Vec<_> = gone.iter().map(|p| String::from_utf8_lossy(p)).collect();
+        assert_eq!(gone, lost, "{why}: {:?}", found.failed);
+        assert!(found.files.iter().all(|(p, line)| right.files.get(p) == Some(line)), "{why}");
+        assert!(found.failed.len() == 1 && found.failed[0].contains(why), "{:?}", found.failed);
+    };
+    let set = |at: usize, value: u8| {
+        move |node: &mut [u8], (_, data): Found| {
+            node[data.start + at] = value;
+            true
+        }
+    };
+    // The root of a subvolume: the level of its tree.
+    let root = |b: &mut [u8]| change(b, (256, 132), set(238, 99));
+    costs(&root, &["sub", "sub/inside"], "root item of tree 256 is invalid");
+    let size = |b: &mut [u8]| change(b, (numbers[0], inode), set(23, 0x80));
+    costs(&size, &["one"], "has an invalid size");
+    // Two files have the same extent, and one says that it is compressed in another way.
+    let packing = |b: &mut [u8]| change(b, (numbers[2], extent), set(16, 1));
+    costs(&packing, &["same"], "cannot be decompressed");
+    // All checksums are those of other places.
+    let moved = |b: &mut [u8]| {
+        change(b, (0, sums), |node, (key, _)| {
+            node[key + 16] = 1;
+            true
+        })
+    };
+    let mut bytes = whole.clone();
+    assert!(moved(&mut bytes) > 0);
+    let found = Contents::of(bytes).unwrap();
+    assert!(found.failed.iter().all(|f| f.contains("should have a checksum, and has none")));
+    assert!(found.failed.len() == 3 && found.files.contains_key(b"plain".as_slice()));
+    // What is found by hash: something else, and nothing.
+    for (object, name) in [(numbers[1], "one"), (numbers[0], "onx")] {
+        let mut bytes = whole.clone();
+        let names = change(&mut bytes, (0, by_hash), |node, (_, data)| {
+            let is_it = &node[data.start + 30..data.end] == b"one";
+            if is_it {
+                node[data.start..data.start + 8].copy_from_slice(&object.to_le_bytes());
+                node[data.start + 30..data.end].copy_from_slice(name.as_bytes());
+            }
+            is_it
+        });
+        assert!(names > 0);
+        std::fs::write(image.path(), bytes).unwrap();
+        assert_eq!(mutants::folders_go_on(&image.path()), 10);
+    }
 }
 
 #[test]

@@ -287,6 +287,11 @@ fn all_of_exfat_is_copied_as_exfat_fuse_reads_it() {
         let mounted = exfat(&image, "");
         sources(&image.mnt());
         shell(&image.mnt(), "printf 😀 > dir/ä😀.txt");
+        // Names that take more than a cluster of 512 bytes, wherever they begin in one.
+        shell(
+            &image.mnt(),
+            "mkdir longest; i=0; while [ $i -lt 40 ]; do printf $i > longest/$(printf %0255d $i); i=$((i + 1)); done",
+        );
         // In pieces, and longer than what was written.
         shell(
             &image.mnt(),
@@ -352,9 +357,15 @@ fn damage_of_exfat_is_told_and_costs_what_it_is_in() {
     change(106, 0);
     // The first copy of the boot region, then both.
     change(200, 1);
-    assert!(copied(&image, 0).contains("using its backup"));
+    assert!(copied(&image, 0).contains("its copy at 0x1800 is used"));
     change(12 * 512 + 200, 1);
     assert!(copied(&image, 0).contains("and of its backup"));
+    // They do not agree about what is needed.
+    change(109, 1);
+    let mut points = Points::new();
+    points.add(&image.path());
+    let refused = points.files(&["ls"], "vda/latest", &[]);
+    assert!(said(&refused).contains("and its backup are damaged"), "{}", said(&refused));
     std::fs::write(image.path(), &whole).unwrap();
     let name: Vec<u8> = "zyxwvu".encode_utf16().flat_map(u16::to_le_bytes).collect();
     let other: Vec<u8> = "zyxwvv".encode_utf16().flat_map(u16::to_le_bytes).collect();

@@ -486,14 +486,6 @@ impl Look<'_> {
 }
 
 impl Visitor for Look<'_> {
-    fn enter(&mut self, at: &At<'_>) -> Result<bool> {
-        self.look(at).map(|()| true)
-    }
-
-    fn leave(&mut self, _: &At<'_>) -> Result<()> {
-        Ok(())
-    }
-
     fn node(&mut self, at: &At<'_>) -> Result<()> {
         self.look(at)
     }

@@ -3,7 +3,7 @@
 //! 4, which kernels no longer mount, is what mkfs.xfs and xfs_db put into it.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -11,6 +11,7 @@ use crate::support::file_systems::{
     Image, Listing, Points, TOOLS, fill, fill_unix, mount, said, set_xattr, shell,
 };
 use crate::support::guard::Guard;
+use crate::support::mutants::Contents;
 use crate::support::tools::{have, is_root, run};
 use serde_json::Value;
 
@@ -215,6 +216,39 @@ fn names_are_found_in_large_folders_and_clean_points_have_no_findings() {
     assert_eq!(system["nodes"].as_u64(), Some(number("icount") - number("ifree")));
     assert_eq!(system["free"].as_u64(), Some(number("fdblocks") * 1024));
     assert_eq!(stat["findings"].as_array().unwrap().len(), 0, "{}", stat["findings"]);
+}
+
+#[test]
+fn directories_lose_blocks_only_where_the_guest_gave_them_back() {
+    if !ready("directories_lose_blocks_only_where_the_guest_gave_them_back") {
+        return;
+    }
+    // With one leaf of an index, and with a tree of them.
+    for (names, options) in [(220, &[][..]), (4000, &[]), (4000, &["-n", "size=8192"])] {
+        let kind: Vec<&str> = [&["-b", "size=1024"][..], options].concat();
+        let image = Image::new(64 << 20, &[&MKFS[..], &kind].concat());
+        let mounted = image.mount("");
+        let (from, to) = (names / 4, names * 3 / 4);
+        shell(
+            &image.mnt(),
+            &format!(
+                "mkdir d; cd d; i=0; while [ $i -lt {names} ]; do : > $(printf %0100d $i); i=$((i + 1)); done; sync -f .; \
+                 i={from}; while [ $i -lt {to} ]; do rm $(printf %0100d $i); i=$((i + 1)); done"
+            ),
+        );
+        let folder = std::fs::metadata(image.mnt().join("d")).unwrap();
+        assert!(folder.blocks() * 512 < folder.size(), "there are holes: {folder:?}");
+        drop(mounted);
+        let bytes = std::fs::read(image.path()).unwrap();
+        let found = Contents::of(bytes).unwrap();
+        assert!(
+            found.failed.is_empty() && found.told.is_empty(),
+            "{:?} {:?}",
+            found.failed,
+            found.told
+        );
+        assert_eq!(found.files.len(), names - (to - from) + 2);
+    }
 }
 
 fn fill_unix_parents(mnt: &Path) {

@@ -126,10 +126,6 @@ impl Visitor for Look<'_> {
         self.node(at).map(|()| true)
     }
 
-    fn leave(&mut self, _: &At<'_>) -> Result<()> {
-        Ok(())
-    }
-
     fn node(&mut self, at: &At<'_>) -> Result<()> {
         self.count()?;
         assert!(!at.name.contains(&b'/') && !at.name.contains(&0) && at.name != b"..");

@@ -1,11 +1,12 @@
 //! Images of file systems read in the process of the test: with bytes changed at random, all of each, which comes to
-//! an end; and folders in single steps.
+//! an end; folders in single steps; and all of it by path.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fleecefs::error::{Error, Result};
-use fleecefs::files::{At, Blocks, Source, Visitor, open_tree, volumes_of, walk};
+use fleecefs::files::{At, Blocks, NodeKind, Source, Visitor, open_tree, volumes_of, walk};
 use fleecefs::storage::MemStorage;
 
 /// Bytes of one file that are read at most: sizes may be anything.
@@ -92,10 +93,85 @@ pub fn folders_go_on(image: &std::path::Path) -> usize {
         }
         assert_eq!(all, single);
         seen += all.len();
-        let folders = all.iter().filter(|e| e.kind == Some(fleecefs::files::NodeKind::Folder));
+        let folders = all.iter().filter(|e| e.kind == Some(NodeKind::Folder));
         todo.extend(folders.map(|e| e.node));
     }
     seen
+}
+
+/// What is in an image.
+#[derive(Debug, Default)]
+pub struct Contents {
+    /// Kind, size and hash of all that can be read, by path; the text of links.
+    pub files: BTreeMap<Vec<u8>, String>,
+    /// What could not be read, and why.
+    pub failed: Vec<String>,
+    /// Findings of its file systems.
+    pub told: Vec<String>,
+}
+
+impl Contents {
+    /// Everything in an image; `None` if it is refused.
+    pub fn of(bytes: Vec<u8>) -> Option<Contents> {
+        let blocks = Blocks::new(16 << 20);
+        let disk = Source::new(Arc::new(MemStorage::new("disk", bytes)), "disk", &blocks);
+        let (volumes, _) = volumes_of(&disk, Vec::new).ok()?;
+        let tree = open_tree(volumes.first()?).ok()?;
+        let mut all = Gathering { tree: &*tree, found: Contents::default() };
+        walk(&*tree, tree.root(), &mut all).ok()?;
+        let told = tree.findings().list().into_iter().map(|f| f.to_string()).collect();
+        Some(Contents { told, ..all.found })
+    }
+
+    /// Whether something that was told has these words.
+    pub fn has_told(&self, words: &str) -> bool {
+        self.told.iter().any(|t| t.contains(words))
+    }
+}
+
+struct Gathering<'a> {
+    tree: &'a dyn fleecefs::files::Tree,
+    found: Contents,
+}
+
+impl Gathering<'_> {
+    fn line(&self, at: &At<'_>) -> Result<String> {
+        let attributes = at.attributes;
+        let contents = match attributes.kind {
+            NodeKind::File => {
+                let file = self.tree.open(at.node)?;
+                let mut bytes = vec![0; file.size().min(MAX_READ) as usize];
+                let mut done = 0;
+                while done < bytes.len() {
+                    match file.read_at(&mut bytes[done..], done as u64)? {
+                        0 => break,
+                        n => done += n,
+                    }
+                }
+                blake3::hash(&bytes[..done]).to_string()
+            }
+            NodeKind::Link => format!("{:?}", self.tree.read_link(at.node)?),
+            _ => String::new(),
+        };
+        let size = if attributes.kind == NodeKind::File { attributes.size } else { 0 };
+        Ok(format!("{:?} {size} {contents}", attributes.kind))
+    }
+}
+
+impl Visitor for Gathering<'_> {
+    fn node(&mut self, at: &At<'_>) -> Result<()> {
+        match self.line(at) {
+            Ok(line) => drop(self.found.files.insert(at.path.to_vec(), line)),
+            Err(e) => self.failed(at.path, e)?,
+        }
+        Ok(())
+    }
+
+    fn failed(&mut self, path: &[u8], error: Error) -> Result<()> {
+        let path = path.escape_ascii();
+        self.found.failed.push(format!("{path}: {}", error.message()));
+        Ok(())
+    }
 }
 
 /// Reads all that is in an image; whether it could be opened.
@@ -123,10 +199,6 @@ impl Visitor for Reader<'_> {
         let _ = self.tree.lookup(at.node, b"hello");
         let _ = self.tree.xattrs(at.node);
         Ok(true)
-    }
-
-    fn leave(&mut self, _: &At<'_>) -> Result<()> {
-        Ok(())
     }
 
     fn node(&mut self, at: &At<'_>) -> Result<()> {

@@ -174,15 +174,7 @@ impl Noting<'_, '_> {
 }
 
 impl Visitor for Noting<'_, '_> {
-    fn enter(&mut self, at: &At<'_>) -> Result<bool> {
-        // Folders change with what is in them.
-        self.look(at).map(|()| true)
-    }
-
-    fn leave(&mut self, _: &At<'_>) -> Result<()> {
-        Ok(())
-    }
-
+    // Folders, too: they change with what is in them.
     fn node(&mut self, at: &At<'_>) -> Result<()> {
         self.look(at)
     }

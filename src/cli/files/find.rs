@@ -89,14 +89,6 @@ impl Finding<'_, '_> {
 }
 
 impl Visitor for Finding<'_, '_> {
-    fn enter(&mut self, at: &At<'_>) -> Result<bool> {
-        self.look(at).map(|()| true)
-    }
-
-    fn leave(&mut self, _: &At<'_>) -> Result<()> {
-        Ok(())
-    }
-
     fn node(&mut self, at: &At<'_>) -> Result<()> {
         self.look(at)
     }

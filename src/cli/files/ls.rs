@@ -163,10 +163,6 @@ impl Visitor for Listing<'_, '_> {
         self.go_on().map(|()| true)
     }
 
-    fn leave(&mut self, _: &At<'_>) -> Result<()> {
-        Ok(())
-    }
-
     fn node(&mut self, at: &At<'_>) -> Result<()> {
         self.line(at)?;
         self.go_on()

@@ -1,5 +1,7 @@
 //! Extents: what is at an offset of a file.
 
+use std::sync::Arc;
+
 use super::super::bytes::{byte, le64};
 use super::inode::{Inode, kind};
 use super::node::Key;
@@ -133,15 +135,16 @@ fn inside(
     Ok(Data::Inside(data))
 }
 
-/// Checksums of `count` sectors from a logical address on, where there are some.
+/// Checksums of `count` sectors from a logical address on.
 ///
 /// # Errors
-/// `Corrupt`, or what reading the point says.
-pub(super) fn sums(volume: &Volume, logical: u64, count: usize) -> Result<Vec<Option<Vec<u8>>>> {
+/// `Corrupt`, also if one is missing; or what reading the point says.
+pub(super) fn sums(volume: &Volume, logical: u64, count: usize) -> Result<Vec<Vec<u8>>> {
     /// The object that all checksums of data belong to.
     const OBJECT: u64 = u64::MAX - 9;
+    let missing = |at| volume.bad_data(at, "it should have a checksum, and has none");
     let mut sums = vec![None; count];
-    let Some(root) = volume.sums else { return Ok(sums) };
+    let root = volume.sums.ok_or_else(|| missing(logical))?;
     let (sector, len) = (volume.sup.sector, volume.sup.checksum.len());
     let key = Key { object: OBJECT, kind: kind::SUMS, offset: logical };
     let end = logical.saturating_add(count as u64 * sector);
@@ -169,29 +172,54 @@ pub(super) fn sums(volume: &Volume, logical: u64, count: usize) -> Result<Vec<Op
             }
         }
     }
-    Ok(sums)
+    let places = (0..).map(|i| logical.saturating_add(i * sector));
+    sums.into_iter().zip(places).map(|(sum, at)| sum.ok_or_else(|| missing(at))).collect()
+}
+
+/// What is in a compressed extent, as it was unpacked, behind what it was unpacked by.
+pub(super) struct Unpacked(Arc<[u8]>);
+
+impl Unpacked {
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.0.get(HEAD..).unwrap_or_default()
+    }
+}
+
+/// Bytes of what [`Packed::head`] gives.
+const HEAD: usize = 18;
+
+impl Packed {
+    /// All by which the extent is unpacked, beside its place.
+    fn head(&self, checked: bool) -> [u8; HEAD] {
+        let mut head = [0; HEAD];
+        let numbers = [self.len.to_le_bytes(), self.unpacked.to_le_bytes()];
+        let all = numbers.into_iter().flatten().chain([self.packing as u8, u8::from(checked)]);
+        head.iter_mut().zip(all).for_each(|(to, from)| *to = from);
+        head
+    }
 }
 
 /// What is in a compressed extent.
 ///
 /// # Errors
 /// `Corrupt` if its checksum is wrong or it cannot be decompressed; what reading the point says.
-pub(super) fn unpacked(
-    volume: &Volume,
-    packed: &Packed,
-    checked: bool,
-) -> Result<std::sync::Arc<[u8]>> {
-    let made = volume.source.unit(EXTENTS, packed.at, || {
+pub(super) fn unpacked(volume: &Volume, packed: &Packed, checked: bool) -> Result<Unpacked> {
+    let head = packed.head(checked);
+    let make = || {
         let mut bytes = vec![0; packed.len as usize];
         let count = (packed.len / volume.sup.sector) as usize;
         let sums = if checked { sums(volume, packed.at, count)? } else { Vec::new() };
         volume.data(&mut bytes, packed.at, &sums)?;
         let found = packed.packing.unpack(&bytes, packed.unpacked, volume.sup.sector);
-        found
-            .map_err(|why| volume.bad_data(packed.at, &format!("it cannot be decompressed: {why}")))
-    })?;
-    match made.len() as u64 == packed.unpacked {
-        true => Ok(made),
-        false => Err(volume.bad_data(packed.at, "two files give it different lengths")),
+        let found = found.map_err(|why| {
+            volume.bad_data(packed.at, &format!("it cannot be decompressed: {why}"))
+        })?;
+        Ok([head.as_slice(), &found].concat())
+    };
+    let made = volume.source.unit(EXTENTS, packed.at, make)?;
+    // Files may contradict each other about the same place: then what is kept there is the other's.
+    match made.starts_with(&head) {
+        true => Ok(Unpacked(made)),
+        false => Ok(Unpacked(Arc::from(make()?))),
     }
 }

@@ -25,8 +25,7 @@ impl OpenFile for File {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        let read = read(&self.volume, &self.inode, buf, offset);
-        read.map_err(|e| self.volume.findings.failed(&self.volume.source, e))
+        self.volume.noted(read(&self.volume, &self.inode, buf, offset))
     }
 
     fn stretch(&self, offset: u64) -> Result<Option<Stretch>> {
@@ -34,8 +33,7 @@ impl OpenFile for File {
         if offset >= size {
             return Ok(None);
         }
-        let found = extent(&self.volume, &self.inode, offset);
-        let found = found.map_err(|e| self.volume.findings.failed(&self.volume.source, e))?;
+        let found = self.volume.noted(extent(&self.volume, &self.inode, offset))?;
         let hole = matches!(found.data, Data::Hole);
         Ok(Some(Stretch { end: found.end.min(size), hole }))
     }
@@ -67,7 +65,7 @@ fn step(volume: &Volume, inode: &Inode, buf: &mut [u8], at: u64) -> Result<usize
         Data::Inside(bytes) => copy(bytes, inside, to),
         Data::Packed(packed) => {
             let bytes = unpacked(volume, packed, inode.has_sums())?;
-            copy(&bytes, packed.from + inside, to);
+            copy(bytes.bytes(), packed.from + inside, to);
         }
         Data::Plain(logical) => return plain(volume, inode, logical + inside, to),
     }

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::super::bytes::{byte, le16, le64, part};
 use super::super::crc::crc32c;
 use super::super::tree::{Entry, NodeId, NodeKind, Xattr, is_name};
+use super::super::xattrs::Xattrs;
 use super::inode::{EMPTY, Inode, kind, root};
 use super::node::{Key, is_files};
 use super::volume::Volume;
@@ -59,22 +60,33 @@ fn hash(name: &[u8]) -> u64 {
     u64::from(crc32c(HASH_SEED, name))
 }
 
-/// What an entry of a folder leads to; `None` if that cannot be.
+/// What an entry of a folder leads to; `None`, and a finding, if that cannot be.
 fn target(volume: &Volume, folder: &Inode, entry: &Named<'_>) -> Result<Option<NodeId>> {
     let (tree, number) = (folder.root.id, entry.location.object);
-    if entry.location.kind == kind::INODE && (FIRST_INODE..EMPTY).contains(&number) {
-        return Ok(Some(NodeId { tree, number }));
+    let is_inode = entry.location.kind == kind::INODE && (FIRST_INODE..EMPTY).contains(&number);
+    let is_tree = entry.location.kind == kind::ROOT && is_files(number) && number < EMPTY;
+    let node = match is_name(entry.name) {
+        true if is_inode => Some(NodeId { tree, number }),
+        true if is_tree => match subvolume(volume, folder, entry) {
+            // One that cannot be read keeps its name; the others are not to suffer for it.
+            Err(e) if e.kind().is_lasting() => {
+                volume.findings.failed(&volume.source, e);
+                Some(NodeId { tree: number, number: FIRST_INODE })
+            }
+            other => other?,
+        },
+        _ => None,
+    };
+    if node.is_none() {
+        odd(volume, folder, entry.name);
     }
-    if entry.location.kind != kind::ROOT || !is_files(number) || number >= EMPTY {
-        return Ok(None);
-    }
-    // In a snapshot the entries of subvolumes lead nowhere.
-    let key = Key { object: tree, kind: kind::ROOT_REF, offset: number };
-    let here = find(volume, volume.sup.root, key)?.is_some_and(|item| {
-        let name = part(item.data(), 18, usize::from(le16(item.data(), 16)));
-        le64(item.data(), 0) == folder.number && name == entry.name
-    });
-    if !here {
+    Ok(node)
+}
+
+/// The root folder of a subvolume; `None` if it is gone. In a snapshot the entries of subvolumes lead nowhere.
+fn subvolume(volume: &Volume, folder: &Inode, entry: &Named<'_>) -> Result<Option<NodeId>> {
+    let (tree, number) = (folder.root.id, entry.location.object);
+    if index_of(volume, folder, entry)?.is_none() {
         return Ok(Some(NodeId { tree, number: EMPTY | number }));
     }
     match root(volume, number) {
@@ -82,6 +94,36 @@ fn target(volume: &Volume, folder: &Inode, entry: &Named<'_>) -> Result<Option<N
         Err(e) if e.kind() == Kind::NotFound => Ok(None),
         Err(e) => Err(e),
     }
+}
+
+/// Which entry of its folder has this name, by what an inode or subvolume has noted of its names.
+fn index_of(volume: &Volume, folder: &Inode, entry: &Named<'_>) -> Result<Option<u64>> {
+    let number = entry.location.object;
+    if entry.location.kind == kind::INODE {
+        let key = Key { object: number, kind: kind::INODE_REF, offset: folder.number };
+        let found = find(volume, folder.root, key)?;
+        return Ok(found.and_then(|item| noted_index(item.data(), entry.name)));
+    }
+    let key = Key { object: folder.root.id, kind: kind::ROOT_REF, offset: number };
+    Ok(find(volume, volume.sup.root, key)?.and_then(|item| {
+        let data = item.data();
+        let name = part(data, 18, usize::from(le16(data, 16)));
+        (le64(data, 0) == folder.number && name == entry.name).then(|| le64(data, 8))
+    }))
+}
+
+/// The index of a name in a list of those that an inode has in one folder.
+fn noted_index(mut rest: &[u8], name: &[u8]) -> Option<u64> {
+    /// Index, and length of the name.
+    const HEAD: usize = 10;
+    while rest.len() >= HEAD {
+        let len = usize::from(le16(rest, 8));
+        if part(rest, HEAD, len) == name {
+            return Some(le64(rest, 0));
+        }
+        rest = rest.get(HEAD + len..).unwrap_or_default();
+    }
+    None
 }
 
 /// Gives the entries of a folder behind index `from`.
@@ -102,11 +144,7 @@ pub(super) fn read(
             odd(volume, folder, &[]);
             continue;
         };
-        let node = target(volume, folder, &entry)?.filter(|_| is_name(entry.name));
-        let Some(node) = node else {
-            odd(volume, folder, entry.name);
-            continue;
-        };
+        let Some(node) = target(volume, folder, &entry)? else { continue };
         let (name, next) = (entry.name.to_vec(), item.key.offset);
         if !each(Entry { name, node, kind: kind_of(entry.kind), next }) {
             break;
@@ -115,14 +153,41 @@ pub(super) fn read(
     Ok(())
 }
 
-/// The node that a folder has under this name.
+/// The node that a folder has under this name: what the list of its entries says, which is where a listing comes from.
 ///
 /// # Errors
 /// As [`read`].
 pub(super) fn lookup(volume: &Volume, folder: &Inode, name: &[u8]) -> Result<Option<NodeId>> {
+    match hashed(volume, folder, name) {
+        Ok(Some(found)) => return Ok(Some(found)),
+        Err(e) if !e.kind().is_lasting() => return Err(e),
+        // What is wrong with the names by hash, or not in them, is no reason not to look.
+        Ok(None) | Err(_) => {}
+    }
+    let mut found = None;
+    let listed = read(volume, folder, 0, &mut |entry| {
+        if entry.name == name {
+            found = Some(entry.node);
+        }
+        found.is_none()
+    });
+    match found {
+        Some(node) => Ok(Some(node)),
+        None => listed.map(|()| None),
+    }
+}
+
+/// The node of a name by its hash, if the list of entries says the same.
+fn hashed(volume: &Volume, folder: &Inode, name: &[u8]) -> Result<Option<NodeId>> {
     let key = Key { object: folder.number, kind: kind::DIR_ITEM, offset: hash(name) };
     let Some(item) = find(volume, folder.root, key)? else { return Ok(None) };
-    match entries(item.data()).flatten().find(|e| e.name == name) {
+    let mut same = entries(item.data()).flatten().filter(|e| e.name == name);
+    let (Some(entry), None) = (same.next(), same.next()) else { return Ok(None) };
+    let Some(offset) = index_of(volume, folder, &entry)? else { return Ok(None) };
+    let key = Key { object: folder.number, kind: kind::DIR_INDEX, offset };
+    let Some(item) = find(volume, folder.root, key)? else { return Ok(None) };
+    let listed = entries(item.data()).next().flatten();
+    match listed.filter(|e| e.name == name && e.location == entry.location) {
         Some(entry) => target(volume, folder, &entry),
         None => Ok(None),
     }
@@ -153,24 +218,20 @@ fn kind_of(kind: u8) -> Option<NodeKind> {
 /// The extended attributes of an inode.
 ///
 /// # Errors
-/// `Corrupt`, or what reading the point says.
+/// `Unsupported` if they take more memory than there is; `Corrupt`, or what reading the point says.
 pub(super) fn xattrs(volume: &Volume, inode: &Inode) -> Result<Vec<Xattr>> {
-    /// A file has no more than this in all: more would be no list for getxattr(2) either.
-    const MAX: usize = 4 << 20;
     let key = Key { object: inode.number, kind: kind::XATTR, offset: 0 };
-    let (mut walk, mut found, mut bytes) = (Walk::from(volume, inode.root, key)?, Vec::new(), 0);
-    let bad = |what| volume.bad_inode(inode.root.id, inode.number, what);
+    let whose = format!("inode {} of subvolume {}", inode.number, inode.root.id);
+    let mut found = Xattrs::new(&volume.source, &volume.findings, whose);
+    let mut walk = Walk::from(volume, inode.root, key)?;
+    let bad = || volume.bad_inode(inode.root.id, inode.number, "has an invalid extended attribute");
     while let Some(item) = walk.next_of(inode.number, kind::XATTR)? {
         for entry in entries(item.data()) {
-            let entry = entry.ok_or_else(|| bad("has an invalid extended attribute"))?;
-            bytes += entry.name.len() + entry.data.len();
-            if bytes > MAX || entry.name.is_empty() || entry.name.contains(&0) {
-                return Err(bad("has invalid extended attributes"));
-            }
-            found.push(Xattr { name: entry.name.to_vec(), value: entry.data.to_vec() });
+            let entry = entry.ok_or_else(bad)?;
+            found.add("", entry.name, entry.data.to_vec())?;
         }
     }
-    Ok(found)
+    Ok(found.into_list())
 }
 
 /// The number of the subvolume that a mount without options shows, if one was chosen.

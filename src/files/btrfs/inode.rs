@@ -1,7 +1,7 @@
 //! Inodes, and the trees of files that they are in.
 
 use super::super::bytes::{byte, le32, le64};
-use super::super::tree::{Attributes, Device, Flags, NodeId, NodeKind, Time};
+use super::super::tree::{Attributes, Device, Flags, MAX_SIZE, NodeId, NodeKind, Time};
 use super::node::{Key, is_files};
 use super::superblock::{MAX_LEVEL, Root};
 use super::volume::Volume;
@@ -11,6 +11,7 @@ use crate::error::{Error, Kind, Result};
 /// Kinds of items.
 pub(super) mod kind {
     pub(in super::super) const INODE: u8 = 1;
+    pub(in super::super) const INODE_REF: u8 = 12;
     pub(in super::super) const XATTR: u8 = 24;
     pub(in super::super) const DIR_ITEM: u8 = 84;
     pub(in super::super) const DIR_INDEX: u8 = 96;
@@ -92,6 +93,9 @@ impl Inode {
         if inode.kind().is_none() {
             return Err(volume.bad_inode(node.tree, node.number, "has an invalid file type"));
         }
+        if inode.size() > MAX_SIZE {
+            return Err(volume.bad_inode(node.tree, node.number, "has an invalid size"));
+        }
         Ok(inode)
     }
 
@@ -101,17 +105,8 @@ impl Inode {
     /// `Usage` if it is not; as [`Inode::read`].
     pub(super) fn of_kind(volume: &Volume, node: NodeId, kind: NodeKind) -> Result<Inode> {
         let inode = Inode::read(volume, node)?;
-        match inode.kind() == Some(kind) {
-            true => Ok(inode),
-            false => {
-                let what = match kind {
-                    NodeKind::Folder => "no folder",
-                    NodeKind::Link => "not a symbolic link",
-                    _ => "not a regular file",
-                };
-                Err(Error::new(Kind::Usage, format!("inode {} is {what}", node.number)))
-            }
-        }
+        kind.only(inode.kind(), format_args!("inode {}", node.number))?;
+        Ok(inode)
     }
 
     fn mode(&self) -> u32 {

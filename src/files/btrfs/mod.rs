@@ -62,6 +62,11 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
     Ok(Arc::new(Btrfs { volume: Arc::new(volume), root: NodeId { tree: id, number } }))
 }
 
+/// Whether there is a file system whose superblock is gone, and a copy of it is right.
+pub(super) fn has_copy(source: &Source) -> bool {
+    Super::copy(source).is_some()
+}
+
 /// All chunks: those of the superblock, which lead to the tree that has all.
 fn all_chunks(volume: &Volume) -> Result<Chunks> {
     /// The object that all chunks belong to.
@@ -109,7 +114,7 @@ struct Btrfs {
 
 impl Btrfs {
     fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.volume.findings.failed(&self.volume.source, e))
+        self.volume.noted(result)
     }
 
     fn inode(&self, node: NodeId) -> Result<Inode> {

@@ -87,17 +87,26 @@ impl Super {
     /// # Errors
     /// `Unsupported` for an unknown incompatible feature; `Corrupt`, or what reading the point says.
     pub(super) fn read(source: &Source, findings: &Findings) -> Result<Super> {
-        let first = match Super::at(source, PLACES[0]) {
-            Err(e) if e.kind() == Kind::Corrupt => e,
-            other => return other,
+        let sup = match Super::at(source, PLACES[0]) {
+            Ok(sup) => sup,
+            Err(e) if !e.kind().is_lasting() => return Err(e),
+            Err(e) => {
+                let Some((at, copy)) = Super::copy(source) else { return Err(e) };
+                let why = format!("the superblock is damaged ({})", e.message());
+                let remedy = "run 'btrfs rescue super-recover' in the guest, or on a restored copy";
+                findings.copy_used(source, &why, at, remedy);
+                copy
+            }
         };
+        sup.check_features(source)?;
+        Ok(sup)
+    }
+
+    /// The newest copy that is right, and where it is.
+    pub(super) fn copy(source: &Source) -> Option<(u64, Super)> {
         let copies = PLACES.iter().skip(1).filter(|at| source.check(**at, LEN as u64).is_ok());
-        let copies = copies.filter_map(|at| Super::at(source, *at).ok());
-        let Some(copy) = copies.max_by_key(|s| s.root.generation) else { return Err(first) };
-        let what = "the superblock is damaged: using its newest copy";
-        let remedy = "run 'btrfs rescue super-recover' in the guest, or on a restored copy";
-        findings.warn(source, Kind::Corrupt, what, Some(remedy));
-        Ok(copy)
+        let copies = copies.filter_map(|at| Some((*at, Super::at(source, *at).ok()?)));
+        copies.max_by_key(|(_, s)| s.root.generation)
     }
 
     pub(super) fn at(source: &Source, at: u64) -> Result<Super> {
@@ -113,7 +122,6 @@ impl Super {
             return Err(bad("bad checksum"));
         }
         let sup = Super::parse(&raw, checksum);
-        sup.check_features(source)?;
         let is_size = |size: u64| size.is_power_of_two() && (4096..=65536).contains(&size);
         if !is_size(sup.sector) || !is_size(sup.node) || sup.node < sup.sector {
             return Err(bad("invalid sector size or node size"));

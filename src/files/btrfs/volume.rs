@@ -78,16 +78,17 @@ impl Volume {
         self.findings.warn(&self.source, Kind::Corrupt, &what, Some(remedy));
     }
 
-    /// Fills `buf`, which is whole sectors, with data. `sums` has the checksum of each sector, where there is one.
+    /// Fills `buf`, which is whole sectors, with data. `sums` has the checksum of each sector; without any, nothing
+    /// tells whether the data is right, and that is told.
     ///
     /// # Errors
     /// `Corrupt` if all copies of a sector are wrong; what reading the point says.
-    pub(super) fn data(
-        &self,
-        buf: &mut [u8],
-        logical: u64,
-        sums: &[Option<Vec<u8>>],
-    ) -> Result<()> {
+    pub(super) fn data(&self, buf: &mut [u8], logical: u64, sums: &[Vec<u8>]) -> Result<()> {
+        if sums.is_empty() {
+            let what = "some of its files have data without checksums (nodatasum, nodatacow): if that is damaged, \
+                nothing tells";
+            self.findings.tell(&self.source, Kind::Unproven, what);
+        }
         let (mut at, mut rest, mut sums) = (logical, buf, sums);
         let sector = self.sup.sector as usize;
         while !rest.is_empty() {
@@ -105,16 +106,9 @@ impl Volume {
     }
 
     /// Data that is together in one chunk.
-    fn piece(
-        &self,
-        buf: &mut [u8],
-        at: u64,
-        places: &[u64],
-        sums: &[Option<Vec<u8>>],
-    ) -> Result<()> {
+    fn piece(&self, buf: &mut [u8], at: u64, places: &[u64], sums: &[Vec<u8>]) -> Result<()> {
         let sector = self.sup.sector as usize;
-        let is_right = |bytes: &[u8], sum: Option<&Option<Vec<u8>>>| {
-            let sum = sum.and_then(Option::as_ref);
+        let is_right = |bytes: &[u8], sum: Option<&Vec<u8>>| {
             sum.is_none_or(|sum| self.sup.checksum.is_right(bytes, sum))
         };
         let (first, others) =
@@ -138,6 +132,11 @@ impl Volume {
             self.other_copy(&error);
         }
         Ok(())
+    }
+
+    /// Makes a lasting error a finding, and hands it on.
+    pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
+        self.findings.noted(&self.source, result)
     }
 
     /// An error about data.

@@ -1,5 +1,7 @@
 //! [`Chain`]: the clusters of one file or folder, in runs of neighbours.
 
+use std::ops::Range;
+
 use super::super::blocks::Holding;
 use super::{Clusters, Link};
 use crate::error::{Error, Result};
@@ -142,6 +144,17 @@ impl Chain {
         let inside = offset - u64::from(run.index) * clusters.size;
         let len = u64::from(end - run.index) * clusters.size;
         Ok(Some((clusters.place(run.first) + inside, len - inside)))
+    }
+
+    /// Where all of it is in the volume, in bytes.
+    pub(in super::super) fn places(&self, clusters: &Clusters) -> Vec<Range<u64>> {
+        let ends = self.runs.iter().skip(1).map(|r| r.index).chain([self.len]);
+        let runs = self.runs.iter().zip(ends);
+        let place = |(run, end): (&Run, u32)| {
+            let begin = clusters.place(run.first);
+            begin..begin + u64::from(end - run.index) * clusters.size
+        };
+        runs.map(place).collect()
     }
 
     fn push(&mut self, cluster: u32, clusters: &Clusters) -> Result<()> {

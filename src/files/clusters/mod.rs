@@ -119,7 +119,7 @@ impl Clusters {
 
     /// Makes a finding of an error.
     pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.findings.failed(&self.source, e))
+        self.findings.noted(&self.source, result)
     }
 
     /// A reader of the table.

@@ -1,5 +1,7 @@
 //! [`Slots`]: a folder as a list of entries of 32 bytes.
 
+use std::ops::Range;
+
 use super::super::bytes::part;
 use super::{Chain, Clusters};
 use crate::error::Result;
@@ -39,6 +41,14 @@ impl<'a> Slots<'a> {
     /// A folder in clusters, that is at most `len` bytes long.
     pub(in super::super) fn chain(clusters: &'a Clusters, chain: Chain, len: u64) -> Self {
         Slots { clusters, place: Where::Chain(chain), len, window: Vec::new(), from: 0, at: 0 }
+    }
+
+    /// Where the folder is in the volume, in bytes.
+    pub(in super::super) fn places(&self) -> Vec<Range<u64>> {
+        match &self.place {
+            Where::Fixed { at, len } => std::iter::once(*at..at + len).collect(),
+            Where::Chain(chain) => chain.places(self.clusters),
+        }
     }
 
     /// The entry that begins at `offset` of the folder, and where that is in the volume; `None` behind the last one.

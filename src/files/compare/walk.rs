@@ -1,9 +1,8 @@
 //! Both trees at once: folders are read whole, and their names sorted and joined. Nothing recurses.
 
-use std::collections::HashSet;
-
 use super::types::{Side, Trees};
 use crate::error::{Error, Kind, Result};
+use crate::files::once::Once;
 use crate::files::tree::{NodeId, NodeKind, Tree};
 
 /// Folders inside each other.
@@ -55,8 +54,7 @@ pub(super) fn walk(trees: &Trees<'_>, look: &mut dyn Look) -> Result<()> {
         Ok((Vec::new(), Side { node, attributes: tree.attributes(node)? }))
     };
     let start = Met { from: Some(side(trees.from)?), to: Some(side(trees.to)?) };
-    let mut walk =
-        Walk { trees, look, frames: Vec::new(), held: 0, seen: [HashSet::new(), HashSet::new()] };
+    let mut walk = Walk { trees, look, frames: Vec::new(), held: 0, once: Default::default() };
     walk.visit(start)?;
     while let Some(frame) = walk.frames.last_mut() {
         match frame.names.pop() {
@@ -79,7 +77,7 @@ struct Walk<'a> {
     frames: Vec<Frame>,
     held: usize,
     /// Folders of each tree that it was in.
-    seen: [HashSet<NodeId>; 2],
+    once: [Once; 2],
 }
 
 impl Walk<'_> {
@@ -108,19 +106,19 @@ impl Walk<'_> {
 
     fn enter(&mut self, met: Met) -> Result<()> {
         let path = met.path().to_vec();
-        let refuse = |what| Error::new(Kind::Corrupt, what);
         if self.frames.len() >= MAX_DEPTH {
-            return self.look.failed(&path, refuse("directories nested too deep"));
+            let error = Error::new(Kind::Corrupt, "directories nested too deep");
+            return self.look.failed(&path, error);
         }
         let (mut names, mut failed) = (Vec::new(), false);
         let trees = [self.trees.from.0, self.trees.to.0];
         for (i, side) in [&met.from, &met.to].into_iter().enumerate() {
             let Some((path, side)) = side.as_ref() else { continue };
-            let is_new = self.seen.get_mut(i).is_some_and(|seen| seen.insert(side.node));
-            let listed = match is_new {
-                true => self.list(trees.get(i).copied(), side.node, i == 0, &mut names),
-                false => Err(refuse("directory loop: already visited under another name")),
+            let (Some(tree), Some(once)) = (trees.get(i).copied(), self.once.get_mut(i)) else {
+                continue;
             };
+            let entered = once.enter(tree, side.node);
+            let listed = entered.and_then(|()| self.list(tree, side.node, i == 0, &mut names));
             if let Err(e) = listed {
                 if e.kind() == Kind::Unsupported && names.len() + self.held > MAX_NAMES {
                     return Err(e);
@@ -143,12 +141,11 @@ impl Walk<'_> {
 
     fn list(
         &self,
-        tree: Option<&dyn Tree>,
+        tree: &dyn Tree,
         folder: NodeId,
         is_first: bool,
         names: &mut Vec<Name>,
     ) -> Result<()> {
-        let Some(tree) = tree else { return Ok(()) };
         let mut is_full = false;
         tree.read_folder(folder, 0, &mut |entry| {
             let (from, to) = match is_first {

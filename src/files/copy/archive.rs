@@ -243,10 +243,6 @@ impl Visitor for Writing<'_> {
         self.counted(at.path, begun).map(|()| true)
     }
 
-    fn leave(&mut self, _: &At<'_>) -> Result<()> {
-        Ok(())
-    }
-
     fn node(&mut self, at: &At<'_>) -> Result<()> {
         let added = self.add(at);
         self.counted(at.path, added)

@@ -18,6 +18,8 @@ const MAX_CLUSTER_SHIFT: u8 = 25;
 /// The most clusters that there can be.
 const MAX_CLUSTERS: u32 = 0xffff_fff5;
 
+const FSCK: &str = "run fsck.exfat in the guest, or on a restored copy";
+
 const SECOND_TABLE: u16 = 1;
 const DIRTY: u16 = 2;
 const MEDIA_FAILURE: u16 = 4;
@@ -46,26 +48,18 @@ impl Boot {
         if is_right(source, &first, 0)? {
             return Boot::new(source, &first);
         }
-        let warn = |what| {
-            findings.warn(
-                source,
-                Kind::Corrupt,
-                what,
-                Some("run fsck.exfat in the guest, or on a restored copy"),
-            )
-        };
-        for shift in SECTOR_SHIFTS {
-            let at = REGION << shift;
-            if source.check(at, LEN as u64).is_err() {
-                break;
-            }
-            let second = source.meta(at, LEN)?;
-            if byte(&second, 108) == shift && is_right(source, &second, at)? {
-                warn("bad checksum of the boot region: using its backup");
-                return Boot::new(source, &second);
-            }
+        if let Some((at, second)) = copy(source) {
+            findings.copy_used(source, "the boot region is damaged (bad checksum)", at, FSCK);
+            return Boot::new(source, &second);
         }
-        warn("bad checksum of the boot region, and of its backup");
+        let mut others = copies(source);
+        if !others.any(|(_, other)| sizes(&other) == sizes(&first)) {
+            let what = "the boot region and its backup are damaged (bad checksums)";
+            return Err(source.error(Kind::Corrupt, what, 0).remedy(FSCK));
+        }
+        let what =
+            "bad checksum of the boot region, and of its backup: they agree on all that is needed";
+        findings.warn(source, Kind::Corrupt, what, Some(FSCK));
         Boot::new(source, &first)
     }
 
@@ -122,6 +116,26 @@ impl Boot {
             warn(Kind::Corrupt, "the guest noted disk errors in this file system", fsck);
         }
     }
+}
+
+/// What is said of sizes and places, which both copies have alike.
+fn sizes(raw: &[u8]) -> [&[u8]; 3] {
+    [part(raw, 64, 40), part(raw, 108, 3), part(raw, 3, NAME.len())]
+}
+
+/// What may be the backup of the boot region, by each sector size that there can be, and where.
+fn copies(source: &Source) -> impl Iterator<Item = (u64, Vec<u8>)> {
+    SECTOR_SHIFTS.filter_map(|shift| {
+        let at = REGION << shift;
+        source.check(at, LEN as u64).ok()?;
+        let raw = source.meta(at, LEN).ok()?;
+        (byte(&raw, 108) == shift).then_some((at, raw))
+    })
+}
+
+/// The backup of the boot region, if it is right.
+pub(super) fn copy(source: &Source) -> Option<(u64, Vec<u8>)> {
+    copies(source).find(|(at, raw)| is_right(source, raw, *at).unwrap_or(false))
 }
 
 /// Whether a boot region that begins at `at` with these bytes has the checksum that it says.

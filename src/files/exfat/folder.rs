@@ -47,7 +47,8 @@ pub(super) fn root(clusters: &Clusters, first: u32) -> Result<Root> {
             0 => break,
             kind::LABEL => {
                 let len = usize::from(byte(slot, 1)).min(11);
-                found.label = String::from_utf16_lossy(&utf16::units(part(slot, 2, 2 * len)));
+                let units: Vec<u16> = utf16::units(part(slot, 2, 2 * len)).collect();
+                found.label = String::from_utf16_lossy(&units);
             }
             kind::UPCASE => upper = Some(slot.to_vec()),
             // The second bitmap belongs to the second table.
@@ -162,7 +163,7 @@ impl Reading<'_, '_> {
                 return Ok(Some(offset + SLOT));
             }
         };
-        let name = utf16::to_bytes(&set.name);
+        let name = utf16::to_bytes(set.name.iter().copied());
         if !is_name(&name) {
             self.odd("an entry set with an invalid name", at);
             return Ok(Some(next));

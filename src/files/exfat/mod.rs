@@ -14,6 +14,7 @@ mod folder;
 mod set;
 mod upcase;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::clusters::{Chain, Clusters, File, Link, SLOT, Slots, Width, plain};
@@ -51,6 +52,11 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
     Ok(Arc::new(Exfat { clusters: Arc::new(clusters), boot, root }))
 }
 
+/// Whether there is a file system whose boot region is gone, and its backup is right.
+pub(super) fn has_copy(source: &Source) -> bool {
+    boot::copy(source).is_some()
+}
+
 /// An open file system.
 struct Exfat {
     clusters: Arc<Clusters>,
@@ -86,7 +92,6 @@ impl Exfat {
     /// The entry set of a node that is not the root.
     fn set(&self, node: NodeId) -> Result<Set> {
         let clusters = &*self.clusters;
-        let missing = || Error::new(Kind::NotFound, "no such directory entry");
         let (place, no_chain) = (node.number & !NO_CHAIN, node.number & NO_CHAIN > 0);
         let cluster = clusters.cluster_at(place).ok_or_else(missing)?;
         if node.tree != 0 || !place.is_multiple_of(SLOT) {
@@ -95,18 +100,21 @@ impl Exfat {
         let end = clusters.place(cluster) + clusters.size;
         let mut bytes = clusters.source.meta(place, (end - place).min(MAX_SET) as usize)?;
         let len = Set::len(&bytes).ok_or_else(missing)?;
-        if len > bytes.len() {
-            let next = match no_chain {
-                true => Link::Next(cluster.saturating_add(1)),
-                false => clusters.links().get(cluster)?,
+        let (mut cluster, mut links) = (cluster, clusters.links());
+        // A long name takes more than one cluster of 512 bytes.
+        while bytes.len() < len {
+            cluster = match no_chain {
+                true => cluster.saturating_add(1),
+                false => match links.get(cluster)? {
+                    Link::Next(next) => next,
+                    _ => return Err(missing()),
+                },
             };
-            match next {
-                Link::Next(next) if clusters.has(next) => {
-                    let more = len - bytes.len();
-                    bytes.extend(clusters.source.meta(clusters.place(next), more)?);
-                }
-                _ => return Err(missing()),
+            if !clusters.has(cluster) {
+                return Err(missing());
             }
+            let more = (len - bytes.len()).min(clusters.size as usize);
+            bytes.extend(clusters.source.meta(clusters.place(cluster), more)?);
         }
         bytes.truncate(len);
         Set::new(&bytes).map_err(|_| missing())
@@ -114,21 +122,19 @@ impl Exfat {
 
     fn set_of(&self, node: NodeId, kind: NodeKind) -> Result<Set> {
         let set = if node == self.root() { None } else { Some(self.set(node)?) };
-        match set {
-            Some(set) if set.kind() == kind => Ok(set),
-            _ => {
-                let what =
-                    if kind == NodeKind::Folder { "no folder" } else { "not a regular file" };
-                let what = format!("the directory entry at {:#x} is {what}", node.number);
-                Err(Error::new(Kind::Usage, what))
-            }
-        }
+        let named = format_args!("the directory entry at {:#x}", node.number);
+        kind.only(set.as_ref().map(Set::kind), named)?;
+        set.ok_or_else(missing)
     }
 
     fn each(&self, folder: NodeId, from: u64, each: &mut Each<'_>) -> Result<()> {
         let (slots, no_chain) = self.slots(folder)?;
         Reading { clusters: &self.clusters, slots, no_chain, each }.read(from)
     }
+}
+
+fn missing() -> Error {
+    Error::new(Kind::NotFound, "no such directory entry")
 }
 
 impl Tree for Exfat {
@@ -190,6 +196,10 @@ impl Tree for Exfat {
         each: &mut dyn FnMut(Entry) -> bool,
     ) -> Result<()> {
         self.clusters.noted(self.each(folder, from, &mut |entry, _| each(entry)))
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        self.clusters.noted(self.slots(folder).map(|(slots, _)| slots.places()))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {

@@ -2,7 +2,7 @@
 
 use super::super::bytes::{byte, le16, le32, le64, part};
 use super::super::clusters::{SLOT, Stamp, plain, time};
-use super::super::tree::{Attributes, Flags, NodeKind, Time};
+use super::super::tree::{Attributes, Flags, MAX_SIZE, NodeKind, Time};
 use super::super::utf16;
 
 /// Types of entries, with the bit that says that they are in use.
@@ -74,6 +74,9 @@ impl Set {
             names.iter().take(parts).flat_map(|n| utf16::units(part(n, 2, 2 * UNITS))).collect();
         name.truncate(len);
         let (size, valid) = (le64(stream, 24), le64(stream, 8));
+        if size > MAX_SIZE {
+            return Err("an entry set with an invalid length");
+        }
         if valid > size {
             return Err("an entry set with more written bytes than its length");
         }

@@ -54,9 +54,8 @@ impl OpenFile for File {
         }
         let left = self.size.saturating_sub(offset);
         let n = (buf.len() as u64).min(left) as usize;
-        let read =
-            read_blocks(&self.volume, &self.inode, buf.get_mut(..n).unwrap_or_default(), offset);
-        read.map_err(|e| self.volume.findings.failed(&self.volume.source, e))
+        let part = buf.get_mut(..n).unwrap_or_default();
+        self.volume.noted(read_blocks(&self.volume, &self.inode, part, offset))
     }
 
     fn stretch(&self, offset: u64) -> Result<Option<Stretch>> {
@@ -67,8 +66,7 @@ impl OpenFile for File {
             return Ok(Some(Stretch { end: self.size, hole: false }));
         }
         let block_size = self.volume.sup.block_size;
-        let found = run(&self.volume, &self.inode, offset / block_size)
-            .map_err(|e| self.volume.findings.failed(&self.volume.source, e))?;
+        let found = self.volume.noted(run(&self.volume, &self.inode, offset / block_size))?;
         let end = (offset / block_size).saturating_add(found.count).saturating_mul(block_size);
         Ok(Some(Stretch { end: end.min(self.size), hole: found.at.is_none() }))
     }

@@ -2,11 +2,12 @@
 //! are read one after the other.
 
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 
 use super::super::bytes::{byte, le16, le32, part};
 use super::super::crc::crc32c;
-use super::super::runs::wrong_folder;
+use super::super::runs::{self, wrong_folder};
 use super::super::tree::{Entry, NodeId, NodeKind, is_name};
 use super::inode::{BLOCK_LEN, Inode, flags};
 use super::map::run;
@@ -39,6 +40,20 @@ pub(super) fn read(volume: &Volume, inode: &Inode, from: u64, each: &mut Each<'_
         false => reading.blocks()?,
     }
     reading.error.map_or(Ok(()), Err)
+}
+
+/// Where the entries of a folder are: see [`super::super::Tree::folder_places`].
+///
+/// # Errors
+/// `Corrupt`, or what reading the point says.
+pub(super) fn places(volume: &Volume, inode: &Inode) -> Result<Vec<Range<u64>>> {
+    // A checksum is of a block and of whose it is.
+    if volume.sup.has_checksums() || inode.has(flags::INLINE_DATA) {
+        return Ok(Vec::new());
+    }
+    let block_size = volume.sup.block_size;
+    let end = inode.size(&volume.sup).div_ceil(block_size);
+    runs::places(end, block_size, |block| run(volume, inode, block))
 }
 
 struct Reading<'a, 'b> {
@@ -80,11 +95,16 @@ impl Reading<'_, '_> {
         while block < end {
             let found = run(self.volume, self.inode, block)?;
             let count = found.count.min(end - block);
-            if let Some(at) = found.at {
-                for i in 0..count {
-                    if !self.block(at + i, (block + i) * block_size)? {
-                        return Ok(());
+            match found.at {
+                Some(at) => {
+                    for i in 0..count {
+                        if !self.block(at + i, (block + i) * block_size)? {
+                            return Ok(());
+                        }
                     }
+                }
+                None => {
+                    self.skip(self.volume.bad(self.inode, "is a directory with a hole in it"))?;
                 }
             }
             block = block.saturating_add(count);

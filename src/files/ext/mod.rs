@@ -1,6 +1,6 @@
 //! ext2, ext3 and ext4, with their journal replayed in memory.
 //!
-//! - `superblock`: sizes and features, groups
+//! - `superblock`: sizes and features, groups; `copies`: its copies
 //! - `inode`: fields and checksums of inodes
 //! - `volume`: blocks and inodes
 //! - `map`: where the blocks of a file are; `read`: what is in them
@@ -9,6 +9,7 @@
 //!
 //! All that has a checksum (`metadata_csum`) is read only if that is right.
 
+mod copies;
 mod file;
 mod folder;
 mod inode;
@@ -19,6 +20,7 @@ mod superblock;
 mod volume;
 mod xattr;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::findings::Findings;
@@ -51,6 +53,12 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
     Ok(Arc::new(Ext { volume: Arc::new(volume) }))
 }
 
+/// Whether there is a file system whose superblock is gone, and a copy of it leads to a root folder.
+pub(super) fn has_copy(source: &Source) -> bool {
+    let volume = copies::copy(source).and_then(|_| Volume::new(source.clone()).ok());
+    volume.is_some_and(|v| v.inode_of(ROOT, NodeKind::Folder).is_ok())
+}
+
 /// The same as it is after its journal was replayed; as it is, with a finding, where that cannot be.
 fn replayed(base: Volume) -> Volume {
     let opened = journal::replayed(&base).and_then(|(source, findings)| {
@@ -76,7 +84,7 @@ struct Ext {
 
 impl Ext {
     fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.volume.findings.failed(&self.volume.source, e))
+        self.volume.noted(result)
     }
 
     fn number(node: NodeId) -> Result<u32> {
@@ -131,6 +139,11 @@ impl Tree for Ext {
     ) -> Result<()> {
         let inode = self.inode_of(folder, NodeKind::Folder)?;
         self.noted(folder::read(&self.volume, &inode, from, each))
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        let inode = self.inode_of(folder, NodeKind::Folder)?;
+        self.noted(folder::places(&self.volume, &inode))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {

@@ -6,10 +6,11 @@ use super::super::source::Source;
 use crate::error::{Error, Kind, Result};
 
 /// Where it is, whatever the block size.
-const AT: u64 = 1024;
-const LEN: usize = 1024;
+pub(super) const AT: u64 = 1024;
+pub(super) const LEN: usize = 1024;
+pub(super) const MAGIC: u16 = 0xef53;
 /// Blocks are from 1 KiB to 64 KiB.
-const MAX_LOG_BLOCK: u32 = 6;
+pub(super) const MAX_LOG_BLOCK: u32 = 6;
 
 /// Incompatible features.
 pub(super) mod incompat {
@@ -113,11 +114,14 @@ pub(super) struct Super {
 }
 
 impl Super {
-    /// Reads and checks it.
-    pub(super) fn read(source: &Source) -> Result<Super> {
-        let raw = source.meta(AT, LEN)?;
-        let bad = |what: &str| source.error(Kind::Corrupt, what, AT);
-        if le16(&raw, 0x38) != 0xef53 {
+    /// Reads and checks the one at byte `at`.
+    ///
+    /// # Errors
+    /// `Unsupported` for an unknown incompatible feature; `Corrupt`, or what reading the point says.
+    pub(super) fn at(source: &Source, at: u64) -> Result<Super> {
+        let raw = source.meta(at, LEN)?;
+        let bad = |what: &str| source.error(Kind::Corrupt, what, at);
+        if le16(&raw, 0x38) != MAGIC {
             return Err(bad("no ext superblock"));
         }
         let found = Super::parse(&raw);
@@ -210,6 +214,16 @@ impl Super {
             }
             () => Ok(()),
         }
+    }
+
+    /// Whether all that never changes, and by which everything is found, is the same in another.
+    pub(super) fn is_like(&self, other: &Super) -> bool {
+        const FIXED: u32 = incompat::FILETYPE | incompat::BIT64 | incompat::META_BG;
+        let key = |s: &Super| {
+            let groups = (s.first_block, s.blocks_per_group, s.inodes_per_group);
+            (s.block_size, groups, s.inode_size, s.descriptor_size, s.incompat & FIXED)
+        };
+        key(self) == key(other)
     }
 
     /// Number of groups.

@@ -2,7 +2,8 @@
 
 use super::super::findings::Findings;
 use super::super::source::Source;
-use super::super::tree::NodeKind;
+use super::super::tree::{MAX_SIZE, NodeKind};
+use super::copies::superblock;
 use super::inode::Inode;
 use super::superblock::{Group, Super, wrong};
 use crate::error::{Error, Kind, Result};
@@ -19,9 +20,13 @@ pub(super) struct Volume {
 
 impl Volume {
     /// Reads the superblock.
+    ///
+    /// # Errors
+    /// As [`superblock`].
     pub(super) fn new(source: Source) -> Result<Volume> {
-        let sup = Super::read(&source)?;
-        Ok(Volume { source, sup, findings: Findings::default() })
+        let findings = Findings::default();
+        let sup = superblock(&source, &findings)?;
+        Ok(Volume { source, sup, findings })
     }
 
     /// Where a block is, in bytes, if `count` blocks from there are inside the file system.
@@ -52,6 +57,9 @@ impl Volume {
         if inode.kind().is_none() {
             return Err(self.bad(&inode, "has an invalid file type"));
         }
+        if inode.size(&self.sup) > MAX_SIZE {
+            return Err(self.bad(&inode, "has an invalid size"));
+        }
         Ok(inode)
     }
 
@@ -79,10 +87,13 @@ impl Volume {
     /// An inode of this kind.
     pub(super) fn inode_of(&self, number: u32, kind: NodeKind) -> Result<Inode> {
         let inode = self.inode(number)?;
-        match inode.kind() == Some(kind) {
-            true => Ok(inode),
-            false => Err(kind.refusal(u64::from(number))),
-        }
+        kind.only(inode.kind(), format_args!("inode {number}"))?;
+        Ok(inode)
+    }
+
+    /// Makes a lasting error a finding, and hands it on.
+    pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
+        self.findings.noted(&self.source, result)
     }
 
     /// Something wrong with an inode.

@@ -4,6 +4,7 @@
 use super::super::bytes::{byte, le16, le32, part};
 use super::super::crc::crc32c;
 use super::super::tree::Xattr;
+use super::super::xattrs::Xattrs;
 use super::inode::{BLOCK_LEN, Inode, flags};
 use super::read::read_blocks;
 use super::superblock::wrong;
@@ -91,9 +92,10 @@ fn in_inode(inode: &Inode) -> Option<List<'_>> {
 /// All attributes of an inode but those that the file system keeps for itself.
 ///
 /// # Errors
-/// `Corrupt`, or what reading the point says.
+/// `Unsupported` if they take more memory than there is; `Corrupt`, or what reading the point says.
 pub(super) fn all(volume: &Volume, inode: &Inode) -> Result<Vec<Xattr>> {
-    let mut found = Vec::new();
+    let whose = format!("inode {}", inode.number);
+    let mut found = Xattrs::new(&volume.source, &volume.findings, whose);
     if let Some(list) = in_inode(inode) {
         add(volume, inode, &list, &mut found)?;
     }
@@ -102,7 +104,7 @@ pub(super) fn all(volume: &Volume, inode: &Inode) -> Result<Vec<Xattr>> {
         let bytes = block(volume, inode, at)?;
         add(volume, inode, &List { bytes: &bytes, first: BLOCK_HEAD, base: 0 }, &mut found)?;
     }
-    Ok(found)
+    Ok(found.into_list())
 }
 
 fn block(volume: &Volume, inode: &Inode, at: u64) -> Result<Vec<u8>> {
@@ -122,7 +124,7 @@ fn block(volume: &Volume, inode: &Inode, at: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn add(volume: &Volume, inode: &Inode, list: &List<'_>, found: &mut Vec<Xattr>) -> Result<()> {
+fn add(volume: &Volume, inode: &Inode, list: &List<'_>, found: &mut Xattrs<'_>) -> Result<()> {
     for stored in list.entries() {
         let Some(prefix) = prefix(stored.index) else { continue };
         if stored.index == SYSTEM && stored.name == DATA {
@@ -133,7 +135,7 @@ fn add(volume: &Volume, inode: &Inode, list: &List<'_>, found: &mut Vec<Xattr>) 
             2 | 3 => acl(&value).ok_or_else(|| volume.bad(inode, "has an invalid ACL"))?,
             _ => value,
         };
-        found.push(Xattr { name: [prefix.as_bytes(), stored.name].concat(), value });
+        found.add(prefix, stored.name, value)?;
     }
     Ok(())
 }

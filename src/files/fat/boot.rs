@@ -2,6 +2,8 @@
 
 use super::super::bytes::{byte, le16, le32, part};
 use super::super::clusters::{SLOT, Slots, Width};
+use super::super::findings::Findings;
+use super::super::probe::is_fat;
 use super::super::source::Source;
 use super::folder::{LABEL, is_long};
 use super::name;
@@ -16,6 +18,13 @@ const MAX_FAT16: u64 = 65_525;
 const MAX_FAT32: u64 = 0x0fff_fff5;
 /// Bytes of the tables that are compared with each other: one block of the cache.
 const COMPARED: u64 = 16 << 10;
+
+/// The sector of the backup, as a rule, and the last that is looked at.
+const BACKUP: u64 = 6;
+const MAX_BACKUP: u64 = 64;
+/// What helps where something is damaged.
+pub(super) const FSCK: &str =
+    "run fsck.fat (in Windows: chkdsk) in the guest, or on a restored copy";
 
 /// Where the root folder is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,14 +57,61 @@ pub(super) struct Boot {
 }
 
 impl Boot {
-    /// Reads and checks it.
+    /// Reads and checks it; its backup, which only FAT32 has, where it is damaged.
     ///
     /// # Errors
-    /// `Corrupt` if a number is none that can be; what reading the point says.
-    pub(super) fn read(source: &Source) -> Result<Boot> {
-        let raw = source.meta(0, LEN)?;
-        let bad =
-            |what: &str| source.error(Kind::Corrupt, format!("invalid FAT boot sector: {what}"), 0);
+    /// `Corrupt` if a number is none that can be, or the backup has others; what reading the point says.
+    pub(super) fn read(source: &Source, findings: &Findings) -> Result<Boot> {
+        let first = match Boot::at(source, 0) {
+            Err(e) if !e.kind().is_lasting() => return Err(e),
+            other => other,
+        };
+        match (first, Boot::copy(source)) {
+            // Nothing tells which is right.
+            (Ok(first), Some((at, copy))) if !first.is_like(&copy) => {
+                let what =
+                    format!("the boot sector and its backup at {at:#x} contradict each other");
+                Err(source.error(Kind::Corrupt, what, 0).remedy(FSCK))
+            }
+            (Err(e), Some((at, copy))) => {
+                let why = format!("the boot sector is damaged ({})", e.message());
+                findings.copy_used(source, &why, at, FSCK);
+                Ok(copy)
+            }
+            (first, _) => first,
+        }
+    }
+
+    /// The backup of the boot sector of FAT32, if there is one that can be, and where it is.
+    pub(super) fn copy(source: &Source) -> Option<(u64, Boot)> {
+        let first = source.meta(0, LEN).ok()?;
+        // Where mkfs and Windows put it, unless the first one says something else.
+        let noted = Some(u64::from(le16(&first, 50))).filter(|n| (1..=MAX_BACKUP).contains(n));
+        let numbers = [noted, Some(BACKUP)].into_iter().flatten();
+        let places =
+            numbers.flat_map(|n| [512, 1024, 2048, 4096].map(|sector| (sector, n * sector)));
+        places.into_iter().find_map(|(sector, at)| {
+            source.check(at, LEN as u64).ok()?;
+            let raw = source.meta(at, LEN).ok()?;
+            let reserved = u64::from(le16(&raw, 14)) * sector;
+            let is_one = is_fat(&raw) && u64::from(le16(&raw, 11)) == sector && reserved > at;
+            let copy = Boot::at(source, at).ok().filter(|c| is_one && c.width == Width::Fat32)?;
+            Some((at, copy))
+        })
+    }
+
+    /// Whether all by which files are found is the same in another.
+    fn is_like(&self, other: &Boot) -> bool {
+        let key = |b: &Boot| (b.width, b.cluster_size, b.heap_at, b.root);
+        key(self) == key(other)
+    }
+
+    /// Reads and checks the one at byte `place`.
+    fn at(source: &Source, place: u64) -> Result<Boot> {
+        let raw = source.meta(place, LEN)?;
+        let bad = |what: &str| {
+            source.error(Kind::Corrupt, format!("invalid FAT boot sector: {what}"), place)
+        };
         let (sector, per) = (u64::from(le16(&raw, 11)), u64::from(byte(&raw, 13)));
         if !sector.is_power_of_two() || !(512..=4096).contains(&sector) {
             return Err(bad("invalid sector size"));

@@ -128,7 +128,7 @@ impl Reading<'_, '_> {
         }
         let short: Vec<u16> = name::short(slot).encode_utf16().collect();
         let units = long.as_deref().unwrap_or(&short);
-        let bytes = utf16::to_bytes(units);
+        let bytes = utf16::to_bytes(units.iter().copied());
         let item = Item::new(slot, self.clusters.width);
         let Some(item) = item.filter(|_| is_name(&bytes)) else {
             self.odd(&bytes, at);

@@ -14,16 +14,20 @@ mod cp437;
 mod folder;
 mod name;
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+use super::bytes::le64;
 use super::clusters::{Chain, Clusters, FIRST, File, Link, SLOT, Slots, Width, plain};
 use super::findings::Findings;
 use super::source::Source;
 use super::tree::{Attributes, Entry, NodeId, NodeKind, OpenFile, Statistics, Tree};
 use crate::error::{Error, Kind, Result};
-use boot::{Boot, Root};
+use boot::{Boot, FSCK, Root};
 use folder::{Each, Item, Reading};
 
+/// Sizes of folders in the cache.
+const SIZES: u8 = 1;
 /// A directory has at most 65,536 entries.
 const MAX_FOLDER: u64 = 65_536 * SLOT;
 
@@ -32,9 +36,10 @@ const MAX_FOLDER: u64 = 65_536 * SLOT;
 /// # Errors
 /// `Corrupt` if the boot sector contradicts itself, or what reading the point says.
 pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
-    let boot = Boot::read(&source)?;
+    let findings = Findings::default();
+    let boot = Boot::read(&source, &findings)?;
     let clusters = Clusters {
-        findings: Findings::default(),
+        findings,
         table_at: boot.table_at,
         width: boot.width,
         size: boot.cluster_size,
@@ -45,6 +50,11 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
     let fat = Fat { clusters: Arc::new(clusters), boot, free: OnceLock::new() };
     fat.look()?;
     Ok(Arc::new(fat))
+}
+
+/// Whether there is a file system whose boot sector is gone, and which has a backup of it.
+pub(super) fn has_copy(source: &Source) -> bool {
+    Boot::copy(source).is_some()
 }
 
 /// An open file system.
@@ -65,17 +75,16 @@ impl Fat {
             let what = "the file system is larger than the disk or partition that it is in";
             warn(Kind::Truncated, what, None);
         }
-        let fsck = Some("run fsck.fat (in Windows: chkdsk) in the guest, or on a restored copy");
         let [dirty, errors] = boot.marks(source)?;
         if dirty {
             let what = "the file system was in use and not unmounted: what the guest wrote last may be missing";
-            warn(Kind::Corrupt, what, fsck);
+            warn(Kind::Corrupt, what, Some(FSCK));
         }
         if errors {
-            warn(Kind::Corrupt, "the guest noted disk errors in this file system", fsck);
+            warn(Kind::Corrupt, "the guest noted disk errors in this file system", Some(FSCK));
         }
         if boot.copies_differ(source)? {
-            warn(Kind::Corrupt, "the two copies of the file allocation table differ", fsck);
+            warn(Kind::Corrupt, "the two copies of the file allocation table differ", Some(FSCK));
         }
         Ok(())
     }
@@ -95,7 +104,6 @@ impl Fat {
 
     /// The entry of a node that is not the root.
     fn item(&self, node: NodeId) -> Result<Item> {
-        let missing = || Error::new(Kind::NotFound, "no such directory entry");
         let place = node.number;
         let in_root = match self.boot.root {
             Root::Fixed { at, len } => place.checked_sub(at).is_some_and(|i| i < len),
@@ -111,17 +119,9 @@ impl Fat {
 
     fn item_of(&self, node: NodeId, kind: NodeKind) -> Result<Item> {
         let item = if node == self.root() { None } else { Some(self.item(node)?) };
-        match item {
-            Some(item) if item.kind() == kind => Ok(item),
-            _ => {
-                let what =
-                    if kind == NodeKind::Folder { "no folder" } else { "not a regular file" };
-                Err(Error::new(
-                    Kind::Usage,
-                    format!("the directory entry at {:#x} is {what}", node.number),
-                ))
-            }
-        }
+        let named = format_args!("the directory entry at {:#x}", node.number);
+        kind.only(item.as_ref().map(Item::kind), named)?;
+        item.ok_or_else(missing)
     }
 
     fn each(&self, folder: NodeId, from: u64, each: &mut Each<'_>) -> Result<()> {
@@ -129,10 +129,15 @@ impl Fat {
         Reading { clusters: &self.clusters, slots, each }.read(from)
     }
 
-    /// Bytes that a folder takes.
+    /// Bytes that a folder takes: its chain has to be followed for that, once for all its names.
     fn folder_size(&self, first: u32) -> u64 {
-        let most = u32::try_from(self.clusters.needed(MAX_FOLDER)).unwrap_or(u32::MAX);
-        Chain::of_folder(&self.clusters, first, most).map_or(0, |c| c.bytes(&self.clusters))
+        let clusters = &*self.clusters;
+        let most = u32::try_from(clusters.needed(MAX_FOLDER)).unwrap_or(u32::MAX);
+        let size = clusters.source.unit(SIZES, u64::from(first), || {
+            let bytes = Chain::of_folder(clusters, first, most)?.bytes(clusters);
+            Ok(bytes.to_le_bytes().to_vec())
+        });
+        size.map_or(0, |bytes| le64(&bytes, 0))
     }
 
     fn free_clusters(&self) -> u64 {
@@ -154,6 +159,10 @@ impl Fat {
         };
         plain(NodeKind::Folder, size, size)
     }
+}
+
+fn missing() -> Error {
+    Error::new(Kind::NotFound, "no such directory entry")
 }
 
 impl Tree for Fat {
@@ -213,6 +222,10 @@ impl Tree for Fat {
         each: &mut dyn FnMut(Entry) -> bool,
     ) -> Result<()> {
         self.clusters.noted(self.each(folder, from, &mut |entry, _, _| each(entry)))
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        self.clusters.noted(self.slots(folder).map(|slots| slots.places()))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {

@@ -4,6 +4,8 @@ use super::super::bytes::{byte, le16, le64, part};
 use super::super::source::Source;
 use crate::error::{Kind, Result};
 
+/// Bytes that are looked at.
+const LEN: usize = 512;
 /// Clusters are at most 2 MiB: Windows formats no larger ones.
 const MAX_CLUSTER: u64 = 2 << 20;
 /// Records and index blocks: 1 and 4 KiB as Windows makes them.
@@ -38,8 +40,24 @@ impl Boot {
     /// # Errors
     /// `Corrupt`, or what reading the point says.
     pub(super) fn read(source: &Source) -> Result<Boot> {
-        let raw = source.meta(0, 512)?;
+        let raw = source.meta(0, LEN)?;
         Boot::parse(&raw).map_err(|what| source.error(Kind::Corrupt, what, 0))
+    }
+
+    /// The copy in the sector behind the volume, which is the last of its partition, and where it is.
+    pub(super) fn copy(source: &Source) -> Option<(u64, Boot)> {
+        let size = source.size();
+        let first = source.meta(0, LEN).ok()?;
+        let noted = le64(&first, 0x28).checked_mul(u64::from(le16(&first, 0x0b)));
+        let last = [512, 1024, 2048, 4096]
+            .map(|sector| (size / sector).checked_sub(1).map(|n| n * sector));
+        noted.into_iter().chain(last.into_iter().flatten()).find_map(|at| {
+            source.check(at, LEN as u64).ok().filter(|()| at > 0)?;
+            let raw = source.meta(at, LEN).ok()?;
+            let boot = Boot::parse(&raw).ok()?;
+            // It is there where the volume ends.
+            (le64(&raw, 0x28).checked_mul(boot.sector) == Some(at)).then_some((at, boot))
+        })
     }
 
     fn parse(raw: &[u8]) -> Result<Boot, &'static str> {

@@ -4,12 +4,12 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
-use super::super::tree::{NodeKind, OpenFile, Stretch};
+use super::super::tree::{MAX_SIZE, NodeKind, OpenFile, Stretch};
 use super::names::{on_disk, to_bytes};
 use super::node::Node;
 use super::record::kind;
 use super::special::Special;
-use super::stream::Stream;
+use super::stream::{Stream, TOO_LARGE};
 use super::system::{self, System};
 use super::volume::Volume;
 use crate::error::{Error, Kind, Result};
@@ -98,7 +98,7 @@ pub(super) fn sizes(
         Ok::<_, Error>(found)
     };
     let index = on_disk("$I30");
-    Ok(match (kind, special) {
+    let sizes = match (kind, special) {
         (_, Special::Link(text)) => (text.len() as u64, 0),
         (NodeKind::Folder, _) => match of(kind::INDEX_ALLOCATION, &index)? {
             Some(sizes) => sizes,
@@ -111,7 +111,11 @@ pub(super) fn sizes(
         }
         (NodeKind::File, _) => of(kind::DATA, stream)?.unwrap_or_default(),
         _ => (0, 0),
-    })
+    };
+    match sizes.0 > MAX_SIZE {
+        true => Err(volume.bad(node, TOO_LARGE)),
+        false => Ok(sizes),
+    }
 }
 
 /// All of a stream, for an extended attribute; `None`, and a finding that names it, if it is longer than `max` or

@@ -6,13 +6,15 @@
 use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 
 use super::super::bytes::{byte, le16, le32, le64, part};
 use super::super::tree::{Entry, NodeId, is_name};
+use super::super::utf16;
 use super::boot::is_block;
 use super::fixup;
-use super::names::{on_disk, to_bytes, units};
+use super::names::{on_disk, to_bytes};
 use super::node::Node;
 use super::record::{NUMBER, kind};
 use super::stream::Stream;
@@ -162,6 +164,15 @@ pub(super) fn read(volume: &Volume, node: &Node, from: u64, each: &mut Each<'_>)
     reading.error.map_or(Ok(()), Err)
 }
 
+/// Where the blocks of a folder's index are: see [`super::super::Tree::folder_places`].
+///
+/// # Errors
+/// `Corrupt`, or what reading the point says.
+pub(super) fn places(volume: &Volume, node: &Node) -> Result<Vec<Range<u64>>> {
+    let blocks = Index::open(volume, node)?.blocks;
+    Ok(blocks.map(|stream| stream.places()).unwrap_or_default())
+}
+
 struct Reading<'a, 'b> {
     index: &'a Index<'a>,
     from: u64,
@@ -192,7 +203,10 @@ impl Reading<'_, '_> {
                 Some(s) if s.hole && s.end >= end => (s.end / size, true),
                 _ => (number + 1, false),
             };
-            if !is_hole && self.is_used(bitmap, number, &mut bits)? {
+            if is_hole {
+                let what = "is a directory whose index lacks some of its blocks";
+                self.skip(index.volume.bad(index.node, what))?;
+            } else if self.is_used(bitmap, number, &mut bits)? {
                 left = left.saturating_sub(1);
                 if left == 0 || number >= MOST_BLOCKS {
                     return Err(index
@@ -334,7 +348,7 @@ impl Search<'_> {
                 self.todo.extend(item.child());
             }
             if order == Ordering::Equal && !is_dos(&item) {
-                if units(key).eq(self.name.iter().copied()) {
+                if utf16::units(key).eq(self.name.iter().copied()) {
                     return Some(item.node());
                 }
                 self.similar.get_or_insert(item.node());

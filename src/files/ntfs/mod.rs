@@ -38,22 +38,24 @@ mod table;
 mod volume;
 mod xpress;
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use super::findings::Findings;
 use super::source::Source;
 use super::tree::{Attributes, Entry, NodeId, NodeKind, OpenFile, Statistics, Tree, Xattr};
+use super::utf16;
+use super::xattrs::Xattrs;
 use crate::error::{Error, Kind, Result};
 use info::{Info, Wsl, attribute};
 use node::Node;
 use record::kind;
 use special::Special;
+pub(super) use volume::has_copy;
 use volume::{Volume, number};
 
 /// Values of extended attributes, as [`Tree::xattrs`] bounds them.
 const MAX_XATTR: u64 = 64 << 10;
-/// What one takes in memory beside its name and value.
-const XATTR_BYTES: usize = 128;
 /// Names have at most 255 units.
 const MAX_NAME: usize = 255;
 /// Bits of [`NodeId::tree`] for the sequence number; above them is which stream of the file it is.
@@ -116,15 +118,8 @@ impl Ntfs {
         let special = self.special(&found)?;
         let is_stream = !found.stream.is_empty();
         let kind = if is_stream { NodeKind::File } else { special.kind(&found.node) };
-        if kind == wanted {
-            return Ok((found, special));
-        }
-        let what = match wanted {
-            NodeKind::Folder => "no folder",
-            NodeKind::Link => "not a symbolic link",
-            _ => "not a regular file",
-        };
-        Err(Error::new(Kind::Usage, format!("MFT record {} is {what}", id.number)))
+        wanted.only(Some(kind), format_args!("MFT record {}", id.number))?;
+        Ok((found, special))
     }
 
     fn special(&self, found: &Found) -> Result<Special> {
@@ -175,7 +170,7 @@ impl Ntfs {
 
     fn lookup_in(&self, folder: NodeId, name: &[u8]) -> Result<Option<NodeId>> {
         let (found, _) = self.found_of(folder, NodeKind::Folder)?;
-        let look = |name: &[u8]| match names::from_bytes(name) {
+        let look = |name: &[u8]| match utf16::from_bytes(name) {
             Some(units) if (1..=MAX_NAME).contains(&units.len()) => {
                 index::lookup(&self.volume, &found.node, &units)
             }
@@ -186,7 +181,7 @@ impl Ntfs {
         }
         let Some(colon) = name.iter().position(|b| *b == b':') else { return Ok(None) };
         let (file, stream) = (name.get(..colon), name.get(colon + 1..));
-        let (Some(file), Some(stream)) = (file, stream.and_then(names::from_bytes)) else {
+        let (Some(file), Some(stream)) = (file, stream.and_then(utf16::from_bytes)) else {
             return Ok(None);
         };
         let Some(node) = look(file)? else { return Ok(None) };
@@ -207,21 +202,18 @@ impl Ntfs {
             return Ok(Vec::new());
         }
         let is_system = matches!(self.special(&found)?, Special::System(_));
-        let (mut all, mut held) = (Vec::new(), Vec::new());
+        let whose = format!("MFT record {}", id.number);
+        let mut all = Xattrs::new(volume.source(), &volume.findings, whose);
         for name in streams {
             if is_system && name == names::on_disk(system::STREAM) {
                 continue;
             }
             let shown = names::to_bytes(&name);
-            if let Some(value) = file::value(volume, &found.node, &name, MAX_XATTR)?
-                && !shown.contains(&0)
-            {
-                let bytes = (shown.len() + value.len() + XATTR_BYTES) as u64;
-                held.push(volume.source().blocks().hold(bytes)?);
-                all.push(Xattr { name: [b"user.", shown.as_slice()].concat(), value });
+            if let Some(value) = file::value(volume, &found.node, &name, MAX_XATTR)? {
+                all.add("user.", &shown, value)?;
             }
         }
-        Ok(all)
+        Ok(all.into_list())
     }
 
     /// Windows that is hibernated, or was shut down with "fast startup", has the newest of its files in memory.
@@ -304,6 +296,11 @@ impl Tree for Ntfs {
             index::read(&self.volume, &found.node, from, each)
         });
         self.volume.noted(read)
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        let found = self.found_of(folder, NodeKind::Folder);
+        self.volume.noted(found.and_then(|(found, _)| index::places(&self.volume, &found.node)))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {

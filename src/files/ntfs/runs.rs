@@ -1,6 +1,7 @@
 //! Where the clusters of an attribute are ("mapping pairs"): lengths, and each start as the difference to the one
 //! before; no start is a hole.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::super::blocks::{Blocks, Holding};
@@ -91,6 +92,13 @@ impl Runs {
     /// Clusters in all.
     pub(super) fn end(&self) -> u64 {
         self.end
+    }
+
+    /// Where all of them are, in bytes of the volume.
+    pub(super) fn places(&self, cluster: u64) -> impl Iterator<Item = Range<u64>> {
+        let real = self.list.iter().filter_map(|r| Some((r.lcn?, r.count)));
+        // They end inside the volume.
+        real.map(move |(lcn, count)| lcn * cluster..(lcn + count) * cluster)
     }
 
     /// What is at cluster `vcn` of the attribute, and how far that goes; `None` behind the end.

@@ -1,7 +1,9 @@
 //! [`Stream`]: the bytes of an attribute: in its record, in runs, sparse, or compressed.
 
+use std::ops::Range;
+
 use super::super::source::Source;
-use super::super::tree::Stretch;
+use super::super::tree::{MAX_SIZE, Stretch};
 use super::lznt1;
 use super::node::Node;
 use super::record::{Attribute, COMPRESSED, ENCRYPTED, kind};
@@ -17,6 +19,9 @@ const LZNT1: u16 = 1;
 const SPACE: u8 = 2;
 /// Units that are looked at for one stretch.
 const LOOK: u64 = 1024;
+
+/// What is wrong with a length that no file can have.
+pub(super) const TOO_LARGE: &str = "has a size that is too large";
 
 /// The bytes of an attribute.
 pub(super) struct Stream {
@@ -96,8 +101,8 @@ impl Stream {
                 ..Mapped::default()
             }),
         };
-        if a.size() > i64::MAX as u64 {
-            return Err(node.bad(table, "has a size that is too large"));
+        if a.size() > MAX_SIZE {
+            return Err(node.bad(table, TOO_LARGE));
         }
         let all = &table.source;
         let packs = matches!(&body, Body::Runs(m) if m.unit.is_some());
@@ -263,6 +268,14 @@ impl Stream {
             let made = lznt1::decompress(&packed, bytes as usize);
             made.ok_or_else(|| self.bad("has compressed data that is damaged"))
         })
+    }
+
+    /// Where it is in the volume, in bytes.
+    pub(super) fn places(&self) -> Vec<Range<u64>> {
+        match &self.body {
+            Body::Inside(_) => Vec::new(),
+            Body::Runs(mapped) => mapped.runs.places(self.cluster).collect(),
+        }
     }
 
     /// What is at `offset`, and how far it goes; `None` at the end.

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use super::super::bytes::{le32, le64};
 use super::super::source::Source;
+use super::super::tree::MAX_SIZE;
 use super::lzx;
 use super::names::on_disk;
 use super::node::Node;
 use super::record::kind;
 use super::special::unsupported;
-use super::stream::Stream;
+use super::stream::{Stream, TOO_LARGE};
 use super::volume::Volume;
 use super::xpress;
 use crate::error::{Error, Kind, Result};
@@ -53,6 +54,9 @@ impl System {
             volume.bad(node, "is compressed by Windows, but has no compressed data")
         })?;
         let size = node.first(&volume.table, kind::DATA, &[], |a| a.size())?.unwrap_or(0);
+        if size > MAX_SIZE {
+            return Err(volume.bad(node, TOO_LARGE));
+        }
         let all = volume.source();
         let source = all.part(0, all.size(), all.label())?;
         let system = System { source, number: node.record.number, packed, size, chunk, is_lzx };

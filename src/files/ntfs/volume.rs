@@ -54,13 +54,12 @@ impl Volume {
     /// # Errors
     /// `Corrupt` if there is no master file table, or what reading the point says.
     pub(super) fn open(source: Source) -> Result<Volume> {
-        let boot = Boot::read(&source)?;
         let findings = Findings::default();
-        if boot.total() > source.size() {
+        let table = opened(&source, &findings)?;
+        if table.boot.total() > source.size() {
             let what = "the file system is larger than the disk or partition that it is in";
             findings.warn(&source, Kind::Truncated, what, None);
         }
-        let table = table(source, boot, &findings)?;
         let held = table.source.blocks().hold(UPCASE_BYTES)?;
         let mut volume = Volume {
             table,
@@ -102,7 +101,7 @@ impl Volume {
 
     /// Makes a lasting error a finding, and hands it on.
     pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.findings.failed(self.source(), e))
+        self.findings.noted(self.source(), result)
     }
 
     /// Something odd about a file or folder that is served all the same.
@@ -167,6 +166,27 @@ impl Volume {
         self.findings.warn(self.source(), Kind::Unproven, what, Some(REPLAY));
         Ok(())
     }
+}
+
+/// The master file table that the boot sector leads to; or its copy, if it leads to none.
+fn opened(source: &Source, findings: &Findings) -> Result<Table> {
+    let first = Boot::read(source);
+    let error = match first.and_then(|boot| table(source.clone(), boot, findings)) {
+        Err(e) if e.kind().is_lasting() => e,
+        other => return other,
+    };
+    let copy = Boot::copy(source)
+        .and_then(|(at, boot)| Some((at, table(source.clone(), boot, findings).ok()?)));
+    let Some((at, table)) = copy else { return Err(error) };
+    let why = format!("the boot sector is damaged ({})", error.message());
+    findings.copy_used(source, &why, at, "run chkdsk on a restored copy");
+    Ok(table)
+}
+
+/// Whether there is a volume whose boot sector is gone, and whose copy of it leads to a master file table.
+pub(in super::super) fn has_copy(source: &Source) -> bool {
+    let copy = Boot::copy(source);
+    copy.is_some_and(|(_, boot)| table(source.clone(), boot, &Findings::default()).is_ok())
 }
 
 /// The master file table, from its own first record.

@@ -9,7 +9,7 @@ use super::header::OUTSIDE;
 use super::inode::{Fork, Form, Inode};
 use super::map::run;
 use super::volume::Volume;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Kind, Result};
 
 /// The longest text of a link.
 const MAX_LINK: u64 = 1024;
@@ -42,10 +42,6 @@ impl File {
     fn fork(&self) -> Result<Fork<'_>> {
         self.inode.data().ok_or_else(|| self.volume.bad(&self.inode, "has an invalid form"))
     }
-
-    fn noted(&self, error: Error) -> Error {
-        self.volume.findings.failed(&self.volume.source, error)
-    }
 }
 
 impl OpenFile for File {
@@ -59,8 +55,7 @@ impl OpenFile for File {
         let (volume, part) = (&self.volume, buf.get_mut(..n).unwrap_or_default());
         let fork = self.fork()?;
         let find = |block| run(volume, &self.inode, &fork, block);
-        let done = read(&volume.source, volume.sup.block_size(), part, offset, find);
-        done.map_err(|e| self.noted(e))
+        volume.noted(read(&volume.source, volume.sup.block_size(), part, offset, find))
     }
 
     fn stretch(&self, offset: u64) -> Result<Option<Stretch>> {
@@ -69,8 +64,7 @@ impl OpenFile for File {
         }
         let log = self.volume.sup.block_log;
         let block = offset >> log;
-        let found = run(&self.volume, &self.inode, &self.fork()?, block);
-        let found = found.map_err(|e| self.noted(e))?;
+        let found = self.volume.noted(run(&self.volume, &self.inode, &self.fork()?, block))?;
         let end = block.saturating_add(found.count).saturating_mul(1 << log);
         Ok(Some(Stretch { end: end.min(self.size()), hole: found.at.is_none() }))
     }

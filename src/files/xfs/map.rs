@@ -29,8 +29,33 @@ const ROOT_HEAD: usize = 4;
 /// # Errors
 /// `Corrupt`, or what reading the point says.
 pub(super) fn run(volume: &Volume, inode: &Inode, fork: &Fork<'_>, block: u64) -> Result<Run> {
+    Ok(mapped(volume, inode, fork, block)?.run)
+}
+
+/// A run, and whether it reads as zeros because it was only preallocated.
+pub(super) struct Mapped {
+    pub run: Run,
+    pub preallocated: bool,
+}
+
+impl Mapped {
+    fn hole(block: u64, next: u64) -> Mapped {
+        Mapped { run: Run::hole(block, next), preallocated: false }
+    }
+}
+
+/// As [`run`], with more about what reads as zeros.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn mapped(
+    volume: &Volume,
+    inode: &Inode,
+    fork: &Fork<'_>,
+    block: u64,
+) -> Result<Mapped> {
     if block >= END {
-        return Ok(Run::hole(block, u64::MAX));
+        return Ok(Mapped::hole(block, u64::MAX));
     }
     match fork.form {
         Form::Extents => {
@@ -64,10 +89,10 @@ impl Extents<'_> {
         }
     }
 
-    fn find(&self, volume: &Volume, inode: &Inode, block: u64) -> Result<Run> {
+    fn find(&self, volume: &Volume, inode: &Inode, block: u64) -> Result<Mapped> {
         let found = entry_for(self.len(), block, |i| self.begin(i));
         let (found, next) = found.map_err(|()| inconsistent(volume, inode))?;
-        let Some(index) = found else { return Ok(Run::hole(block, next)) };
+        let Some(index) = found else { return Ok(Mapped::hole(block, next)) };
         let (high, low) =
             (be64(self.bytes, index * ENTRY), be64(self.bytes, index * ENTRY + ENTRY / 2));
         // 21 bits of length, 52 of place, 54 of begin, and one for what is preallocated.
@@ -77,12 +102,13 @@ impl Extents<'_> {
             return Err(inconsistent(volume, inode));
         }
         if block >= end {
-            return Ok(Run::hole(block, next));
+            return Ok(Mapped::hole(block, next));
         }
         let place = volume.sup.place((high & 0x1ff) << 43 | low >> 21, count);
         let place = place.ok_or_else(|| volume.bad(inode, "has blocks beyond the end"))?;
         let written = high >> 63 == 0;
-        Ok(Run { count: end - block, at: written.then(|| place + (block - begin)) })
+        let run = Run { count: end - block, at: written.then(|| place + (block - begin)) };
+        Ok(Mapped { run, preallocated: !written })
     }
 }
 
@@ -149,7 +175,7 @@ enum Below {
     Block(u64, (u64, u64)),
 }
 
-fn tree(volume: &Volume, inode: &Inode, fork: &Fork<'_>, block: u64) -> Result<Run> {
+fn tree(volume: &Volume, inode: &Inode, fork: &Fork<'_>, block: u64) -> Result<Mapped> {
     let (mut level, count) = (be16(fork.bytes, 0), usize::from(be16(fork.bytes, 2)));
     if level == 0 || level > MAX_LEVEL || count == 0 || !fits(fork.bytes, ROOT_HEAD, count) {
         return Err(volume.bad(inode, "has an invalid extent tree"));
@@ -158,7 +184,7 @@ fn tree(volume: &Volume, inode: &Inode, fork: &Fork<'_>, block: u64) -> Result<R
     let mut below = root.below(volume, inode, block)?;
     loop {
         let (place, range) = match below {
-            Below::Hole(run) => return Ok(run),
+            Below::Hole(run) => return Ok(Mapped { run, preallocated: false }),
             Below::Block(place, range) => (place, range),
         };
         let (bytes, head) = child(volume, inode, place, level - 1)?;

@@ -2,7 +2,7 @@
 //!
 //! The format is that of "XFS Algorithms & Data Structures" (the XFS developers' book), as `xfs_db` shows it.
 //!
-//! - `superblock`: sizes and features, allocation groups; `header`: the checksum and owner of metadata
+//! - `superblock`: sizes and features, allocation groups; `copies`: its copies; `header`: the checksum and owner of metadata
 //! - `inode`: fields and forks of inodes
 //! - `volume`: blocks and inodes
 //! - `map`: where the blocks of a fork are; `blocks`, `hashed`: metadata in them
@@ -13,6 +13,7 @@
 
 mod acl;
 mod blocks;
+mod copies;
 mod file;
 mod folder;
 mod hashed;
@@ -26,6 +27,7 @@ mod superblock;
 mod volume;
 mod xattr;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::findings::Findings;
@@ -51,6 +53,12 @@ pub(super) fn open(source: Source) -> Result<Arc<dyn Tree>> {
     Ok(Arc::new(Xfs { volume: Arc::new(volume) }))
 }
 
+/// Whether there is a file system whose superblock is gone, and a copy of it leads to a root folder.
+pub(super) fn has_copy(source: &Source) -> bool {
+    let volume = copies::copy(source).and_then(|_| Volume::new(source.clone()).ok());
+    volume.is_some_and(|v| v.inode_of(v.sup.root, NodeKind::Folder).is_ok())
+}
+
 /// An open file system.
 struct Xfs {
     volume: Arc<Volume>,
@@ -58,7 +66,7 @@ struct Xfs {
 
 impl Xfs {
     fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| self.volume.findings.failed(&self.volume.source, e))
+        self.volume.noted(result)
     }
 
     fn number(node: NodeId) -> Result<u64> {
@@ -121,6 +129,11 @@ impl Tree for Xfs {
     ) -> Result<()> {
         let inode = self.inode_of(folder, NodeKind::Folder)?;
         self.noted(folder::read(&self.volume, &inode, from, each))
+    }
+
+    fn folder_places(&self, folder: NodeId) -> Result<Vec<Range<u64>>> {
+        let inode = self.inode_of(folder, NodeKind::Folder)?;
+        self.noted(folder::places(&self.volume, &inode))
     }
 
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {

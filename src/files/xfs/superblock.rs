@@ -6,9 +6,11 @@ use super::header::checksum_is_right;
 use crate::error::{Kind, Result};
 
 /// Bytes that are read first: all its fields are in them, whatever the sector's size.
-const LEN: usize = 512;
+pub(super) const LEN: usize = 512;
 /// Where its checksum is.
 const CRC_AT: usize = 224;
+/// Set while it is being made.
+const IN_PROGRESS: usize = 126;
 /// Sectors are from 512 bytes to 32 KiB; blocks and those of folders up to 64 KiB; inodes from 256 bytes to 2 KiB.
 const SECTOR_LOG: std::ops::RangeInclusive<u8> = 9..=15;
 const BLOCK_LOG: std::ops::RangeInclusive<u8> = 9..=16;
@@ -100,10 +102,32 @@ pub(super) struct Super {
 }
 
 impl Super {
-    /// Reads and checks it.
+    /// Reads and checks the first one.
+    ///
+    /// # Errors
+    /// `Unsupported` for an unknown incompatible feature; `Corrupt`, or what reading the point says.
     pub(super) fn read(source: &Source) -> Result<Super> {
-        let raw = source.meta(0, LEN)?;
-        let bad = |what: &str| source.error(Kind::Corrupt, what, 0);
+        let (found, raw) = Super::at(source, 0)?;
+        match byte(&raw, IN_PROGRESS) {
+            0 => Ok(found),
+            _ => {
+                let what = "mkfs.xfs or xfs_copy was interrupted: there is no whole file system";
+                Err(source.error(Kind::Corrupt, what, 0))
+            }
+        }
+    }
+
+    /// Reads and checks the copy at byte `at`. None is marked as whole: only the first is written last.
+    ///
+    /// # Errors
+    /// As [`Super::read`].
+    pub(super) fn copy(source: &Source, at: u64) -> Result<Super> {
+        Ok(Super::at(source, at)?.0)
+    }
+
+    fn at(source: &Source, at: u64) -> Result<(Super, Vec<u8>)> {
+        let raw = source.meta(at, LEN)?;
+        let bad = |what: &str| source.error(Kind::Corrupt, what, at);
         if part(&raw, 0, 4) != b"XFSB" {
             return Err(bad("no XFS superblock"));
         }
@@ -112,19 +136,33 @@ impl Super {
         if !SECTOR_LOG.contains(&found.sector_log) || be16(&raw, 102) != 1 << found.sector_log {
             return Err(bad("invalid sector size in the superblock"));
         }
-        if found.v5 {
-            let sector = source.meta(0, 1 << found.sector_log)?;
-            if !checksum_is_right(&sector, CRC_AT) {
-                return Err(bad("bad checksum of the superblock").remedy(REPAIR));
-            }
+        if found.v5 && !Super::is_right(source, at)? {
+            return Err(bad("bad checksum of the superblock").remedy(REPAIR));
         }
         found.check_features(source)?;
-        if byte(&raw, 126) != 0 {
-            let what = "mkfs.xfs or xfs_copy was interrupted: there is no whole file system";
-            return Err(bad(what));
-        }
         found.check_sizes(&raw).map_err(bad)?;
-        Ok(found)
+        Ok((found, raw))
+    }
+
+    /// Whether the one at byte `at` has the checksum that it says.
+    ///
+    /// # Errors
+    /// What reading the point says.
+    pub(super) fn is_right(source: &Source, at: u64) -> Result<bool> {
+        let sector = byte(&source.meta(at, LEN)?, 121);
+        if !SECTOR_LOG.contains(&sector) {
+            return Ok(false);
+        }
+        Ok(checksum_is_right(&source.meta(at, 1 << sector)?, CRC_AT))
+    }
+
+    /// Whether all that never changes, and by which everything is found, is the same in another.
+    pub(super) fn is_like(&self, other: &Super) -> bool {
+        let key = |s: &Super| {
+            let logs = (s.block_log, s.inode_log, s.ag_log, s.dir_log);
+            (s.v5, s.ag_blocks, logs, s.root, s.has_ftype)
+        };
+        key(self) == key(other)
     }
 
     fn parse(raw: &[u8]) -> Super {

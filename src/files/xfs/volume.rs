@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::super::findings::Findings;
 use super::super::source::Source;
-use super::super::tree::NodeKind;
+use super::super::tree::{MAX_SIZE, NodeKind};
+use super::copies::superblock;
 use super::header::Header;
 use super::inode::Inode;
 use super::superblock::Super;
@@ -22,9 +23,13 @@ pub(super) struct Volume {
 
 impl Volume {
     /// Reads the superblock.
+    ///
+    /// # Errors
+    /// As [`superblock`].
     pub(super) fn new(source: Source) -> Result<Volume> {
-        let sup = Super::read(&source)?;
-        Ok(Volume { source, sup, findings: Findings::default() })
+        let findings = Findings::default();
+        let sup = superblock(&source, &findings)?;
+        Ok(Volume { source, sup, findings })
     }
 
     /// An inode that is in use.
@@ -42,7 +47,7 @@ impl Volume {
         match () {
             () if !inode.is_used() => Err(self.no_inode(number)),
             () if inode.kind().is_none() => Err(self.bad(&inode, "has an invalid file type")),
-            () if inode.size() > i64::MAX as u64 => Err(self.bad(&inode, "has an invalid size")),
+            () if inode.size() > MAX_SIZE => Err(self.bad(&inode, "has an invalid size")),
             () => Ok(inode),
         }
     }
@@ -50,10 +55,8 @@ impl Volume {
     /// An inode of this kind.
     pub(super) fn inode_of(&self, number: u64, kind: NodeKind) -> Result<Inode> {
         let inode = self.inode(number)?;
-        match inode.kind() == Some(kind) {
-            true => Ok(inode),
-            false => Err(kind.refusal(number)),
-        }
+        kind.only(inode.kind(), format_args!("inode {number}"))?;
+        Ok(inode)
     }
 
     /// Fails unless a block of metadata of version 5, at byte `at`, has the checksum and belongs to the inode.
@@ -87,6 +90,11 @@ impl Volume {
             self.check(header, &bytes, at, inode, "the extent tree")?;
             Ok(bytes)
         })
+    }
+
+    /// Makes a lasting error a finding, and hands it on.
+    pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
+        self.findings.noted(&self.source, result)
     }
 
     /// Something wrong with an inode.

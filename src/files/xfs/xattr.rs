@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
-use super::super::blocks::Holding;
 use super::super::bytes::{be16, be32, byte, part};
 use super::super::tree::Xattr;
+use super::super::xattrs::Xattrs;
 use super::acl;
 use super::blocks::{invalid, logical};
 use super::hashed::{Block, Leaf, leaf_of};
@@ -27,8 +27,6 @@ mod flags {
 
 /// The largest value.
 const MAX_VALUE: usize = 65536;
-/// What one takes in memory beside its name and value.
-const ENTRY_BYTES: usize = 128;
 /// In an inode: length and count before the first, lengths and flags before each name.
 const SHORT_HEAD: usize = 4;
 const SHORT_ENTRY: usize = 3;
@@ -46,7 +44,9 @@ const VALUE_HEAD: usize = 56;
 /// `Unsupported` if they take more memory than there is; `Corrupt`, or what reading the point says.
 pub(super) fn all(volume: &Volume, inode: &Inode) -> Result<Vec<Xattr>> {
     let Some(fork) = inode.attributes_fork() else { return Ok(Vec::new()) };
-    let mut reading = Reading { volume, inode, fork, found: Vec::new(), held: Vec::new() };
+    let whose = format!("inode {}", inode.number);
+    let found = Xattrs::new(&volume.source, &volume.findings, whose);
+    let mut reading = Reading { volume, inode, fork, found };
     match fork.form {
         Form::Local => reading.short()?,
         // One that lost its last attribute.
@@ -54,24 +54,17 @@ pub(super) fn all(volume: &Volume, inode: &Inode) -> Result<Vec<Xattr>> {
         Form::Extents | Form::Tree => reading.leaves()?,
         Form::Device => return Err(volume.bad(inode, "has attributes in an invalid form")),
     }
-    Ok(reading.found)
+    Ok(reading.found.into_list())
 }
 
 struct Reading<'a> {
     volume: &'a Volume,
     inode: &'a Inode,
     fork: Fork<'a>,
-    found: Vec<Xattr>,
-    /// What `found` takes.
-    held: Vec<Holding>,
+    found: Xattrs<'a>,
 }
 
 impl Reading<'_> {
-    fn hold(&mut self, bytes: usize) -> Result<()> {
-        self.held.push(self.volume.source.blocks().hold(bytes as u64)?);
-        Ok(())
-    }
-
     fn short(&mut self) -> Result<()> {
         let bytes = part(self.fork.bytes, 0, usize::from(be16(self.fork.bytes, 0)));
         let mut at = SHORT_HEAD;
@@ -97,7 +90,7 @@ impl Reading<'_> {
         let mut leaf = leaf_of(volume, inode, &fork, (0, 1), 0, Leaf::Attributes)?;
         let mut seen = HashSet::from([leaf.at]);
         loop {
-            self.hold(leaf.bytes.len())?;
+            self.found.hold(leaf.bytes.len())?;
             self.leaf(&leaf)?;
             if leaf.next == 0 {
                 return Ok(());
@@ -163,19 +156,14 @@ impl Reading<'_> {
             let stored = value()?;
             let value = acl::shown(&stored);
             let value = value.ok_or_else(|| self.volume.bad(self.inode, "has an invalid ACL"))?;
-            self.hold(value.len() + ENTRY_BYTES)?;
-            self.found.push(Xattr { name: shown.to_vec(), value });
-            return Ok(());
+            return self.found.add("", shown, value);
         }
         let prefix = match () {
             () if trusted => "trusted.",
             () if flags & flags::SECURE != 0 => "security.",
             () => "user.",
         };
-        let value = value()?;
-        self.hold(prefix.len() + name.len() + value.len() + ENTRY_BYTES)?;
-        self.found.push(Xattr { name: [prefix.as_bytes(), name].concat(), value });
-        Ok(())
+        self.found.add(prefix, name, value()?)
     }
 }
 

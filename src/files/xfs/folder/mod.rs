@@ -1,15 +1,18 @@
 //! Folders: in the inode (`short`), or in blocks of entries (`entries`), with a hash index behind them (`index`)
-//! where they are more than one.
+//! and a list of their free space (`space`) where they are more than one.
 
 mod entries;
 mod index;
 mod short;
+mod space;
 
-use super::super::runs::wrong_folder;
+use std::ops::Range;
+
+use super::super::runs::{self, wrong_folder};
 use super::super::tree::NodeId;
 use super::blocks::logical;
 use super::inode::{Fork, Form, Inode};
-use super::map::run;
+use super::map::{mapped, run};
 use super::volume::Volume;
 use crate::error::{Error, Result};
 use entries::{Each, HEADER, Listed, list};
@@ -31,6 +34,20 @@ pub(super) fn read(volume: &Volume, inode: &Inode, from: u64, each: &mut Each<'_
     let mut reading = Reading { volume, inode, fork, from, each, error: None, bad: 0 };
     reading.blocks()?;
     reading.error.map_or(Ok(()), Err)
+}
+
+/// Where the entries of a folder are: see [`super::super::Tree::folder_places`].
+///
+/// # Errors
+/// `Corrupt`, or what reading the point says.
+pub(super) fn places(volume: &Volume, inode: &Inode) -> Result<Vec<Range<u64>>> {
+    let fork = fork(volume, inode)?;
+    // Blocks of version 5 say whose they are.
+    if volume.sup.v5 || fork.form == Form::Local {
+        return Ok(Vec::new());
+    }
+    let end = INDEX_AT >> volume.sup.block_log;
+    runs::places(end, volume.sup.block_size(), |block| run(volume, inode, &fork, block))
 }
 
 fn fork<'a>(volume: &Volume, inode: &'a Inode) -> Result<Fork<'a>> {
@@ -92,10 +109,12 @@ impl Reading<'_, '_> {
             return Err(volume.bad(inode, what));
         }
         while block < end && self.bad < MAX_BAD {
-            let found = find(block)?;
-            if found.at.is_none() {
+            let found = mapped(volume, inode, &fork, block)?;
+            if found.run.at.is_none() {
                 // A block that begins with a hole ends with one.
-                block = block.saturating_add(found.count).saturating_add(step - 1) / step * step;
+                let next = block.saturating_add(found.run.count).saturating_add(step - 1) / step;
+                self.hole(block / step..next, found.preallocated)?;
+                block = next * step;
                 continue;
             }
             if !self.block(block)? {
@@ -116,13 +135,37 @@ impl Reading<'_, '_> {
         });
         match listed {
             Ok(more) => Ok(more),
-            Err(e) if e.kind().is_lasting() => {
-                self.bad += 1;
-                self.error.get_or_insert(e);
-                Ok(true)
-            }
-            Err(e) => Err(e),
+            Err(e) => self.skip(e).map(|()| true),
         }
+    }
+
+    /// Looks whether these blocks of the folder may be a hole: those before its end have to be given back.
+    fn hole(&mut self, blocks: Range<u64>, preallocated: bool) -> Result<()> {
+        let (volume, inode) = (self.volume, self.inode);
+        let log = volume.sup.block_log + volume.sup.dir_log;
+        let end = inode.size().div_ceil(1 << log).min(blocks.end);
+        let right = match () {
+            () if preallocated => Ok(false),
+            () if blocks.start >= end => Ok(true),
+            () => space::are_given_back(volume, inode, &self.fork, blocks.start..end),
+        };
+        match right {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                self.skip(volume.bad(inode, "is a directory that lacks some of its blocks"))
+            }
+            Err(e) => self.skip(e),
+        }
+    }
+
+    /// Goes on after something that is wrong for good.
+    fn skip(&mut self, error: Error) -> Result<()> {
+        if !error.kind().is_lasting() {
+            return Err(error);
+        }
+        self.bad += 1;
+        self.error.get_or_insert(error);
+        Ok(())
     }
 }
 
@@ -302,13 +345,76 @@ mod tests {
             let volume = made.volume();
             let at = INDEX_AT >> 10;
             let map = [extent(0, 50, 2, true), extent(at, 60, 2, true)].concat();
-            let folder = inode(v5, Parts { data: &map, extents: [2, 0], ..FOLDER });
+            let folder = inode(v5, Parts { data: &map, extents: [2, 0], size: 2048, ..FOLDER });
             let fork = folder.data().unwrap();
             let indexed = index::find(&volume, &folder, &fork, b"one").unwrap().unwrap();
             assert_eq!(indexed.number, 10, "the first of them");
             assert!(!matches!(index::find(&volume, &folder, &fork, b"two"), Ok(Some(_))));
             assert_eq!(lookup(&volume, &folder, b"two").unwrap().unwrap().number, 11);
             assert_eq!(lookup(&volume, &folder, b"three").unwrap(), None);
+        }
+    }
+
+    /// Notes of free space: at the end of the only leaf of an index, or in a block of their own.
+    fn noted(v5: bool, in_leaf: bool, notes: &[u16]) -> Vec<u8> {
+        let mut bytes = vec![0; 2048];
+        let mut at = if v5 { 64 } else { 16 };
+        if in_leaf {
+            bytes = leaf(v5, &[]);
+            bytes[2044..].copy_from_slice(&(notes.len() as u32).to_be_bytes());
+            at = 2044 - 2 * notes.len();
+        }
+        for note in notes {
+            bytes[at..at + 2].copy_from_slice(&note.to_be_bytes());
+            at += 2;
+        }
+        bytes
+    }
+
+    #[test]
+    fn only_blocks_that_were_given_back_may_be_missing() {
+        for v5 in [true, false] {
+            let magic = if v5 { b"XDD3" } else { b"XD2D" };
+            let mut made = Made::new(v5);
+            made.block(50, ENTRIES, entries(v5, magic, &[(b"first", 10)], 2048));
+            made.block(52, ENTRIES, entries(v5, magic, &[(b"third", 10)], 2048));
+            for (i, notes) in [&[8, 0xffff, 8][..], &[8, 8, 8], &[8]].into_iter().enumerate() {
+                made.block(60 + 2 * i, INDEX, noted(v5, true, notes));
+                made.block(70 + 2 * i, ENTRIES, noted(v5, false, notes));
+            }
+            let mut node = leaf(v5, &[]);
+            node[8..10].copy_from_slice(if v5 { &[0x3e, 0xbe] } else { &[0xfe, 0xbe] });
+            made.block(66, INDEX, node);
+            let volume = made.volume();
+            let with = |index: u64, free: u64, first: bool, size: u64| {
+                let at = INDEX_AT >> 10;
+                let list = [
+                    extent(0, 50, 2, first),
+                    extent(4, 52, 2, true),
+                    extent(at, index, 2, true),
+                    extent(2 * at, free, 2, true),
+                ];
+                let parts = Parts { data: &list.concat(), extents: [4, 0], size, ..FOLDER };
+                let (all, _, error) = names(&volume, &inode(v5, parts), 0);
+                (all, error.map(|e| e.message().to_string()))
+            };
+            let told = |found: (Vec<String>, Option<String>)| {
+                found.1.is_some_and(|why| why.contains("lacks some of its blocks"))
+            };
+            for (index, free) in [(60, 70), (66, 70)] {
+                assert_eq!(
+                    with(index, free, true, 6144),
+                    (vec!["first".into(), "third".into()], None)
+                );
+                // One that was not written, and one behind the last.
+                let found = with(index, free, false, 6144);
+                assert!(found.0 == ["third"] && told(found));
+                assert!(told(with(index, free, true, 8192)));
+            }
+            for (index, free) in [(62, 70), (64, 70), (66, 72), (66, 74)] {
+                let found = with(index, free, true, 6144);
+                assert!(found.0 == ["first", "third"] && told(found), "{index} {free}");
+            }
         }
     }
 }
