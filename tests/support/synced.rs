@@ -71,7 +71,7 @@ fn act(asked: &Asked, root: &Path) -> Option<Act> {
     let link = asked.call == libc::SYS_linkat;
     let follow = link && e as i32 & (libc::AT_SYMLINK_FOLLOW | libc::AT_EMPTY_PATH) != 0;
     let (file, names) = id(&from, follow)?;
-    Some(Act::Named { file, folder, path, new: link && names == 0 || !link })
+    Some(Act::Named { file, folder, path, new: !link || names == 0 })
 }
 
 /// Whether it does no harm if the name is there or not after a power cut: the guest's fleece image, and the second name
