@@ -387,10 +387,12 @@ fn what_is_odd_in_btrfs_costs_what_it_is_in() {
     let found = Contents::of(bytes).unwrap();
     assert!(found.failed.iter().all(|f| f.contains("should have a checksum, and has none")));
     assert!(found.failed.len() == 3 && found.files.contains_key(b"plain".as_slice()));
-    // What is found by hash: something else, and nothing.
-    for (object, name) in [(numbers[1], "one"), (numbers[0], "onx")] {
+    // What is found by hash: something else, and nothing; and what is listed is something else.
+    let cases =
+        [(by_hash, numbers[1], "one"), (by_hash, numbers[0], "onx"), (96, numbers[1], "one")];
+    for (kind, object, name) in cases {
         let mut bytes = whole.clone();
-        let names = change(&mut bytes, (0, by_hash), |node, (_, data)| {
+        let names = change(&mut bytes, (0, kind), |node, (_, data)| {
             let is_it = &node[data.start + 30..data.end] == b"one";
             if is_it {
                 node[data.start..data.start + 8].copy_from_slice(&object.to_le_bytes());
@@ -400,7 +402,7 @@ fn what_is_odd_in_btrfs_costs_what_it_is_in() {
         });
         assert!(names > 0);
         std::fs::write(image.path(), bytes).unwrap();
-        assert_eq!(mutants::folders_go_on(&image.path()), 10);
+        assert_eq!(mutants::folders_go_on(&image.path()), 10, "{kind} {name}");
     }
 }
 
