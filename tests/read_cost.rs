@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fleecefs::chain::scan::{ScanOptions, scan};
+use fleecefs::folder::Folder;
 use fleecefs::fs::attr::Owner;
 use fleecefs::fs::buffer::Buffer;
 use fleecefs::fs::readers::Readers;
@@ -21,6 +22,7 @@ use fleecefs::fs::tree::ROOT;
 use fleecefs::fs::watch::Waker;
 use fleecefs::fs::{FileSystem, WaitsFor};
 use fleecefs::image::Cache;
+use fleecefs::overlay::{Overlays, Scratch};
 
 /// Counts what each thread allocates.
 struct Counting;
@@ -69,20 +71,24 @@ fn byte(part: usize) -> usize {
     (1..10).find(|n| 3 * n == part).map_or(1 - part % 2, |n| n + 1)
 }
 
-fn file_system(dir: &Path) -> FileSystem {
+fn file_system(dir: &Path, scratch: Option<&Path>) -> FileSystem {
     let (catalog, _) = scan(dir, &ScanOptions::default(), None).unwrap();
     let owner = Owner { uid: 0, gid: 0, mode: 0o400 };
     let waker = Arc::new(Waker::new().unwrap());
-    FileSystem::new(catalog, Cache::new(1 << 20), owner, Arc::default(), waker, None)
+    let fs = FileSystem::new(catalog, Cache::new(1 << 20), owner, Arc::default(), waker, None);
+    let Some(scratch) = scratch else { return fs };
+    let folder = Folder::open(&scratch.canonicalize().unwrap()).unwrap();
+    let scratch = Scratch { folder, keep: false, limit: 1 << 30 };
+    fs.writable(Overlays::new(scratch, dir, Path::new("/mnt")).unwrap())
 }
 
 /// A handle of the newest point.
-fn newest(fs: &FileSystem) -> u64 {
+fn newest(fs: &FileSystem, flags: i32) -> u64 {
     let tree = fs.tree();
     let points = tree.paths().into_iter().map(|(path, _)| path);
     let newest = points.filter(|p| p.to_string_lossy().contains("virtnbdbackup.9")).min().unwrap();
     let ino = newest.iter().fold(ROOT, |ino, name: &OsStr| fs.lookup(ino, name).unwrap().ino);
-    fs.open(ino, libc::O_RDONLY).unwrap().0
+    fs.open(ino, flags).unwrap().0
 }
 
 /// Calls of this thread that read, so far.
@@ -116,17 +122,33 @@ fn read_all(fs: &Arc<FileSystem>, readers: &Readers, handle: u64, here: &Arc<Ato
 fn a_read_is_one_call_and_allocates_nothing_and_stays_with_its_thread() {
     let dir = tempfile::tempdir().unwrap();
     chain(dir.path());
-    let fs = Arc::new(file_system(dir.path()));
-    let handle = newest(&fs);
+    costs_its_bytes(&Arc::new(file_system(dir.path(), None)), libc::O_RDONLY, |_, _| ());
+    // Of what was not written to, on a file system that can be written to, also where something else was.
+    let scratch = tempfile::tempdir().unwrap();
+    let writable = || Arc::new(file_system(dir.path(), Some(scratch.path())));
+    costs_its_bytes(&writable(), libc::O_RDONLY, |_, _| ());
+    costs_its_bytes(&writable(), libc::O_RDWR, |fs, handle| {
+        // A hole becomes data, and data a hole: as many calls as before.
+        fs.write(handle, PART as u64, &[0; PART], false).unwrap();
+        fs.allocate(handle, 0, PART as u64, libc::FALLOC_FL_ZERO_RANGE).unwrap();
+        fs.write(handle, 0, &[1; PART], false).unwrap();
+        fs.allocate(handle, PART as u64, PART as u64, libc::FALLOC_FL_ZERO_RANGE).unwrap();
+    });
+}
+
+/// Checks reads through a handle that was opened with `flags`, after `first`.
+fn costs_its_bytes(fs: &Arc<FileSystem>, flags: i32, first: impl Fn(&FileSystem, u64)) {
+    let handle = newest(fs, flags);
+    first(fs, handle);
     let readers = Readers::new(4, Arc::default());
     let here = Arc::new(AtomicUsize::new(0));
     // The first read opens the streams and merges the window, the next gets the buffer.
     assert_eq!(fs.read(handle, 0, &mut [0; 4096]), Ok(4096));
-    read_all(&fs, &readers, handle, &here);
+    read_all(fs, &readers, handle, &here);
     here.store(0, Ordering::Relaxed);
     let asking = read_calls().abs_diff(read_calls());
     let (calls, allocated) = (read_calls(), ALLOCATED.get());
-    read_all(&fs, &readers, handle, &here);
+    read_all(fs, &readers, handle, &here);
     let allocated = ALLOCATED.get() - allocated;
     let calls = read_calls() - calls - asking;
     assert_eq!(allocated, 0);

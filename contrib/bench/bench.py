@@ -39,6 +39,7 @@ METRICS = [
 # Eight readers on the newest eight points of one chain, of which theirs serves one.
 EIGHT = ["seq 1M direct, 8 points", "rand 4k direct, 8 points"]
 FUSE_SHARE = 0.9  # of what FUSE allows, of each direct read
+WRITABLE_SHARE = 0.95  # of a plain mount, where nothing was written
 DEPTH_RATIO = 0.8  # ours, deepest chain over a single file
 SECOND_READ_RATIO = 0.9  # over a raw file in the page cache
 PEAK_MIB = 100
@@ -80,18 +81,28 @@ def peak_kib(pid):
 
 
 @contextlib.contextmanager
-def ours(args, files, work):
+def ours(args, files, work, name="mnt", options=()):
     """The chain's newest point through `fleecefs mount`: yields its path and the process."""
-    mount_point = os.path.join(work, "mnt")
+    mount_point = os.path.join(work, name)
     os.makedirs(mount_point, exist_ok=True)
     backups = os.path.dirname(os.path.dirname(files[0]))
-    process = subprocess.Popen([args.fleecefs, "mount", "--foreground", backups, mount_point])
+    process = subprocess.Popen([args.fleecefs, "mount", "--foreground", *options, backups, mount_point])
     point = os.path.join(mount_point, "vda.qcow2", os.path.basename(files[-1]) + ".raw")
     try:
         wait_until(lambda: os.path.exists(point), "fleecefs mount", process)
         yield point, process
     finally:
         end(process)
+
+
+@contextlib.contextmanager
+def writable(args, files, work):
+    """The same through `fleecefs mount --writable`, after the last 4 KiB were written to."""
+    with ours(args, files, work, "mnt-writable", ["--writable"]) as (point, process):
+        with open(point, "r+b") as file:
+            file.seek(-4096, os.SEEK_END)
+            file.write(bytes(4096))
+        yield point, process
 
 
 @contextlib.contextmanager
@@ -253,27 +264,35 @@ def measure_depth(args, servers, files, work):
     return figures
 
 
-def depth_ratios(args, files_by_depth, work):
-    """Ours, the deepest chain over the shallowest: {metric: ratio}. Measured turn about as well."""
-    ends = {depth: files_by_depth[depth] for depth in (max(files_by_depth), min(files_by_depth))}
-    folders = {depth: os.path.join(work, f"depth{depth}") for depth in ends}
+def pair_ratios(args, pair, work):
+    """The first over the second of two mounts, {name: (server, files)}: {metric: ratio}. Measured turn about."""
+    folders = {name: os.path.join(work, f"pair-{name}") for name in pair}
     for folder in folders.values():
         os.makedirs(folder, exist_ok=True)
-    figures = {depth: {metric: [] for metric in METRICS} for depth in ends}
+    figures = {name: {metric: [] for metric in METRICS} for name in pair}
     for number in range(args.rounds):
-        for depth, files in turn_about(ends, number):
-            figure = first_read(ours, args, files, folders[depth])
-            figures[depth]["buffered, first read"].append(figure)
+        for name, (server, files) in turn_about(pair, number):
+            figure = first_read(server, args, files, folders[name])
+            figures[name]["buffered, first read"].append(figure)
     with contextlib.ExitStack() as stack:
-        mounts = {d: stack.enter_context(ours(args, f, folders[d]))[0] for d, f in ends.items()}
+        mounts = {n: stack.enter_context(s(args, f, folders[n]))[0] for n, (s, f) in pair.items()}
         for path in mounts.values():
             buffered(path, min(args.size_mib, args.buffered_mib) * MIB)
         for metric in METRICS[1:]:
             for number in range(args.rounds):
-                for depth, path in turn_about(mounts, number):
-                    figures[depth][metric].append(warm_figure(metric, path, args))
-    deep, shallow = figures.values()
-    return {metric: ratio(deep[metric], shallow[metric]) for metric in METRICS}
+                for name, path in turn_about(mounts, number):
+                    figures[name][metric].append(warm_figure(metric, path, args))
+    first, second = figures.values()
+    return {metric: ratio(first[metric], second[metric]) for metric in METRICS}
+
+
+def writable_ratios(args, files_by_depth, work, out):
+    """What nobody has written to, read through a mount with --writable and through one without."""
+    for depth, files in files_by_depth.items():
+        pair = {"writable": (writable, files), "plain": (ours, files)}
+        for metric, value in pair_ratios(args, pair, work).items():
+            name = f"writable / plain mount, depth {depth}: {metric}"
+            promise(out, name, value, WRITABLE_SHARE, True)
 
 
 def measure(args, files_by_depth, work):
@@ -374,7 +393,8 @@ def other_promises(args, results, files, work, out):
             promise(out, name, row["of fuse"], FUSE_SHARE, True)
     shallow, deep = min(results), max(results)
     if deep != shallow:
-        for metric, value in depth_ratios(args, files, work).items():
+        pair = {depth: (ours, files[depth]) for depth in (deep, shallow)}
+        for metric, value in pair_ratios(args, pair, work).items():
             promise(out, f"ours, depth {deep}/{shallow}: {metric}", value, DEPTH_RATIO, True)
     with raw_files(args, work) as raw:
         second = [second_read(args, files[deep], work, raw) for _ in range(args.rounds)]
@@ -404,6 +424,8 @@ def arguments():
     parser.add_argument("--buffered-mib", type=int, default=1024, help="length of dd (%(default)s)")
     parser.add_argument("--raw-dir", default="/var/tmp", help="where the raw file goes (%(default)s)")
     parser.add_argument("--only", choices=["ours", "theirs"], help="measure one server")
+    parser.add_argument("--writable", action="store_true",
+                        help="compare a mount with --writable with one without, and nothing else")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small disk, one round, one second")
     args = parser.parse_args()
     if args.quick:
@@ -431,12 +453,20 @@ def main():
         begin = time.monotonic()
         files = make_chains(args, work)
         print(f"bench: chains made in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+        if args.writable:
+            out |= {"ratios": [], "others": []}
+            writable_ratios(args, files, work, out)
+            return finish(args, out)
         if not args.only and not all(same_bytes(args, f, work) for f in files.values()):
             raise SystemExit("bench: ours and theirs serve different bytes")
         results = measure(args, files, work)
         print("MB/s (seq, buffered), reads/s (rand), MiB (peak)")
         table(results, out)
         other_promises(args, results, files, work, out)
+    return finish(args, out)
+
+
+def finish(args, out):
     chains.write_json(args, out)
     rows = out["ratios"] + out["others"]
     print(f"{sum(r.get('kept', False) for r in rows)} promises kept, "

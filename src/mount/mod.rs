@@ -28,7 +28,8 @@ pub(crate) mod table;
 mod umount;
 mod user_mount;
 
-pub(crate) use plan::{Files, Options, Plan, Writable};
+pub(crate) use plan::{Files, Options, Plan};
 pub(crate) use process::raise_file_limit;
+pub(crate) use scratch_place::Writable;
 pub(crate) use serve::run;
 pub(crate) use umount::umount;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::scratch_place;
+use super::scratch_place::{self, Writable};
 use super::table;
 use super::table::Mount;
 use crate::error::{Error, Kind, Result};
@@ -29,17 +29,6 @@ const CACHE_SIZE: u64 = 64 << 20;
 pub(crate) struct Files {
     /// Whether all of them belong to the owner of the mount.
     pub squash: bool,
-}
-
-/// That points can be written to, and where that goes.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Writable {
-    /// The scratch folder; `TMPDIR` or `/var/tmp` if omitted.
-    pub scratch: Option<PathBuf>,
-    /// Bytes that all of it may take; what is free there, but for a reserve, if omitted.
-    pub limit: Option<u64>,
-    /// Whether it outlives the mount.
-    pub keep: bool,
 }
 
 /// What the user wants.

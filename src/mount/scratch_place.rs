@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use super::plan::Writable;
 use super::table::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, FileId, Folder, user_paths};
@@ -12,6 +11,17 @@ use crate::privileges::Owner;
 /// Left free on the scratch's file system, where the user names no limit: a twentieth, but no more than this. As the
 /// fleece images of a backup do.
 const KEEP_FREE: u64 = 1 << 30;
+
+/// That points can be written to, and where that goes.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Writable {
+    /// The scratch folder; `TMPDIR` or `/var/tmp` if omitted.
+    pub scratch: Option<PathBuf>,
+    /// Bytes that all of it may take; what is free there, but for a reserve, if omitted.
+    pub limit: Option<u64>,
+    /// Whether it outlives the mount.
+    pub keep: bool,
+}
 
 /// The folder that is wanted, made if it is not there, and the limit. With `owner` it is one of his beside that, where
 /// root's is not his to enter.

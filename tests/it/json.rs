@@ -216,6 +216,33 @@ fn tables_have_what_is_printed() {
 }
 
 #[test]
+fn a_writable_mount_prints_what_its_tables_have() {
+    if !have("a_writable_mount_prints_what_its_tables_have", TOOLS) {
+        return;
+    }
+    let (dir, scratch) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = dir.path().join("sda/FULL-1700000000-sda.qcow2");
+    std::fs::create_dir(dir.path().join("sda")).unwrap();
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "4M"]);
+    let option = format!("--writable={}", scratch.path().display());
+    let mount = Mount::with(dir.path(), &[&option, "--keep"]);
+    let point = mount.point("sda", &path);
+    std::os::unix::fs::FileExt::write_all_at(
+        &std::fs::OpenOptions::new().write(true).open(point).unwrap(),
+        b"written",
+        0,
+    )
+    .unwrap();
+    let paper = Paper::read();
+    let status = std::fs::read(mount.path().join(".fleecefs/status.json")).unwrap();
+    let seen = paper.check("status.json", &serde_json::from_slice(&status).unwrap());
+    assert!(seen.contains("writable.overlays[].kept"), "{seen:?}");
+    let list = ["scratch", "list", "--json", scratch.path().to_str().unwrap()];
+    let seen = paper.check("scratch list", &printed(&list)[0]);
+    assert!(seen.contains("overlays[].shown"), "{seen:?}");
+}
+
+#[test]
 fn link_disk_prints_what_its_table_has() {
     if !have("link_disk_prints_what_its_table_has", TOOLS) {
         return;

@@ -151,6 +151,7 @@ fn json_for_people_and_paths_in_messages_are_made_visible() {
         "journal/removal.rs",
         "manifest/mod.rs",
         "manifest/store.rs",
+        "overlay/kept.rs",
         "rewrite/replace.rs",
     ];
     let data = [

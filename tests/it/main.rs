@@ -73,3 +73,4 @@ mod told;
 mod unreachable;
 mod verbs;
 mod verify;
+mod writable;
