@@ -69,7 +69,9 @@ killed() {
 }
 
 host() {
-    modprobe -d "$modules" -a dm_mod dm_crypt fuse loop ext4 vfat exfat nls_utf8 nls_cp437 nls_iso8859_1 ntfs3 xfs btrfs 2>/dev/null || true
+    # What it says about loop devices without holes.
+    echo 1 >/proc/sys/kernel/printk
+    modprobe -d "$modules" -a dm_mod dm_crypt xts aes_generic sha256_generic algif_skcipher fuse loop ext4 vfat exfat nls_ascii nls_utf8 nls_cp437 nls_iso8859_1 ntfs3 xfs btrfs 2>/dev/null || true
     /lib/systemd/systemd-udevd --daemon 2>/dev/null && udevadm trigger && udevadm settle
     lvm vgcreate -q -q vg /dev/vda
     lvm lvcreate -q -q -y -n root -L 64m vg

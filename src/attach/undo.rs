@@ -13,6 +13,7 @@ use super::record::{Attachment, Step};
 use super::udev;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
+use crate::folder;
 use crate::text::path_text;
 
 /// What is to be detached.
@@ -69,16 +70,18 @@ fn named(places: Vec<Place>, name: &str) -> Result<Place> {
 }
 
 impl Attachment {
-    /// Whether it is what the user calls `name`: a folder or a device.
+    /// Whether it is what the user calls `name`: a folder or a device, also by way of links.
     fn has(&self, name: &str) -> bool {
-        let path = std::path::absolute(name).unwrap_or_else(|_| PathBuf::from(name));
+        let named = std::path::absolute(name).unwrap_or_else(|_| PathBuf::from(name));
+        let paths = [folder::resolve(&named).unwrap_or_default(), named];
+        let is = |path: &Path| paths.iter().any(|p| p == path);
         let mount = self.begin.as_ref().and_then(|b| b.mount.as_deref());
         let step = |s: &Step| match s {
-            Step::Mount { at, device } => *at == path || *device == path,
-            Step::Loop { number, .. } => path == Path::new(&format!("/dev/loop{number}")),
+            Step::Mount { at, device } => is(at) || is(device),
+            Step::Loop { number, .. } => is(Path::new(&format!("/dev/loop{number}"))),
             _ => false,
         };
-        mount == Some(&path) || self.steps.iter().any(step)
+        mount.is_some_and(is) || self.steps.iter().any(step)
     }
 }
 

@@ -96,11 +96,17 @@ fn what_was_cut_off_under_a_writer_is_what_the_kernel_makes_of_it() {
         let before = hashes(points.dir.path());
         let attach = Attach::new();
         // Beside the original, which is mounted.
-        attach.attach(points.dir.path(), "vda/latest", &[]);
+        let told = attach.attach(points.dir.path(), "vda/latest", &["--json"]);
+        if what == "mkfs.btrfs" {
+            has_its_own_id(&told, &copy);
+        }
         let ours = Listing::of(&attach.at("disk"), &XATTRS);
         assert!(ours.0.len() > 150, "{what}: {}", ours.0.len());
         std::fs::write(attach.at("disk").join("new"), "").unwrap_err();
-        attach.detach(attach.view.path().to_str().unwrap());
+        let link = points.dir.path().with_extension("link");
+        std::os::unix::fs::symlink(attach.view.path(), &link).unwrap();
+        attach.detach(link.to_str().unwrap());
+        std::fs::remove_file(&link).unwrap();
         assert_eq!(hashes(points.dir.path()), before, "{what}");
         drop(original);
         let at = outer.at("mnt");
@@ -108,6 +114,25 @@ fn what_was_cut_off_under_a_writer_is_what_the_kernel_makes_of_it() {
         Listing::of(&at, &XATTRS).assert_same(&ours, what);
         drop(replayed);
     }
+}
+
+/// What is attached has another id than the disk, whose nodes it keeps.
+fn has_its_own_id(told: &str, disk: &Path) {
+    let told: Value = serde_json::from_str(told).unwrap();
+    let device = told["points"][0]["device"].as_str().unwrap();
+    let ids = |path: &str| {
+        let out = run("btrfs", &["inspect-internal", "dump-super", "-a", path]);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(!text.contains("DON'T MATCH"), "{text}");
+        let of = |key: &str| -> Vec<String> {
+            let lines = text.lines().filter(|l| l.starts_with(key));
+            lines.map(|l| l.split_whitespace().nth(1).unwrap().to_string()).collect()
+        };
+        (of("fsid"), of("metadata_uuid"))
+    };
+    let (own, copied) = (ids(device), ids(disk.to_str().unwrap()));
+    assert!(own.0.len() >= 2 && own.0.iter().all(|id| *id != copied.0[0]), "{own:?} {copied:?}");
+    assert!(own.1.iter().all(|id| *id == copied.0[0]), "{own:?} {copied:?}");
 }
 
 /// All files of a backup directory.

@@ -226,7 +226,8 @@ fn a_writable_mount_prints_what_its_tables_have() {
         return;
     }
     let (dir, scratch) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let path = dir.path().join("FULL-1700000000-sda.qcow2");
+    let path = dir.path().join("sda/FULL-1700000000-sda.qcow2");
+    std::fs::create_dir(dir.path().join("sda")).unwrap();
     run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "4M"]);
     let option = format!("--writable={}", scratch.path().display());
     let mount = Mount::with(dir.path(), &[&option, "--keep"]);
