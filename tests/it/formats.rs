@@ -290,7 +290,7 @@ fn verify_records_what_a_user_says() {
         // Only what was asked for, and only what a format can be given to.
         assert!(first_bytes(&b.scan(), &b.path("vm1/gz.raw")).is_none());
         let said = verify("gz.raw", format);
-        assert_eq!(said.contains("1 point recorded"), format == "raw", "{said}");
+        assert_eq!(said.contains("1 point were recorded"), format == "raw", "{said}");
         assert_eq!(first_bytes(&b.scan(), &b.path("vm1/gz.raw")).is_some(), format == "raw");
     }
     // Without a user's word nothing is recorded of a plain image.
