@@ -7,8 +7,9 @@ fleecefs=$1 modules=$2 work=/run/proof bad=0
 
 row() {
     local verdict=ok
-    [ "$2" = "$3" ] || { verdict="DIFFERS: $3" && bad=1; }
+    [ "$2" = "$3" ] || { verdict=DIFFERS && bad=1; }
     printf '%-70s %s\n' "$1" "$verdict"
+    [ "$verdict" = ok ] || diff <(echo "$2") <(echo "$3") | sed 's/^/    /'
 }
 
 # What the host has: volumes and their tables, loop devices, mounts, links by UUID.

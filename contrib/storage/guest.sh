@@ -56,7 +56,7 @@ $bb cat >/newroot/tmp/first <<'FIRST'
 echo "fleece: exit $?"
 sync
 echo o >/proc/sysrq-trigger
-while :; do sleep 60; done
+while :; do /bin/sleep 60; done
 FIRST
 cd /newroot
 # Its root is a root, and no chroot: udevadm does nothing in one.
