@@ -9,11 +9,11 @@ use super::point::PointFile;
 use super::slow_pool::SlowPool;
 use super::space::DiskSpace;
 use super::tree::{Node, NodeKind, ROOT, Tree};
-use super::{Errno, FileSystem, OpenFile, Space};
+use super::{Errno, FileSystem, OpenFile, Space, WaitsFor};
 use crate::error::{Error, Kind};
 use crate::image::HeldPoint;
-use crate::overlay::Overlays;
 use crate::overlay::kept::PointName;
+use crate::overlay::{BLOCK, Overlays};
 
 impl FileSystem {
     /// The same with points that can be written to; what is written goes to `overlays`.
@@ -98,6 +98,13 @@ impl FileSystem {
             Some(OpenFile::Point(open)) => act(open),
             _ => Err(libc::EBADF),
         }
+    }
+
+    /// What writing `len` bytes at `offset` has to wait for: blocks may have to be filled up from the point.
+    pub fn write_waits_for(&self, handle: u64, offset: u64, len: u64) -> WaitsFor {
+        let start = offset / BLOCK * BLOCK;
+        let end = offset.saturating_add(len).checked_next_multiple_of(BLOCK).unwrap_or(u64::MAX);
+        self.waits_for(handle, start, end - start)
     }
 
     /// Writes what is inside the disk of `data` at `offset`; with `sync`, as [`FileSystem::sync`] does. How much.

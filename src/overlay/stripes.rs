@@ -29,4 +29,10 @@ impl Stripes {
         let locks = self.0.iter().zip(wanted).filter(|(_, wanted)| *wanted);
         locks.map(|(lock, _)| lock.lock().unwrap_or_else(PoisonError::into_inner)).collect()
     }
+
+    /// Whether somebody has the lock of this block.
+    #[cfg(test)]
+    pub(super) fn is_locked(&self, block: u64) -> bool {
+        self.0[(block / BLOCKS % LOCKS as u64) as usize].try_lock().is_err()
+    }
 }

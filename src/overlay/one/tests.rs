@@ -154,26 +154,37 @@ fn the_limit_is_never_passed_and_what_is_there_stays_readable() {
 }
 
 #[test]
-fn writers_of_parts_of_one_block_lose_nothing() {
+fn while_a_block_is_filled_up_nobody_else_writes_there() {
     let dir = tempfile::tempdir().unwrap();
     let (point, budget) = (point(), Arc::new(Budget::new(u64::MAX)));
     let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
-    std::thread::scope(|s| {
-        for thread in 0..8_u64 {
-            let (overlay, point) = (&overlay, &point);
-            s.spawn(move || {
-                for block in 0..40 {
-                    let at = block * BLOCK + thread * 512;
-                    overlay.write(below(point), &[thread as u8; 512], at).unwrap();
-                }
-            });
-        }
-    });
-    let mut want = point.clone();
-    for (i, sector) in want[..40 * BLOCK as usize].chunks_mut(512).enumerate() {
-        sector.fill((i % 8) as u8);
+    let asked = AtomicU64::new(0);
+    let watched = |buf: &mut [u8], at: u64| {
+        assert!(overlay.stripes.is_locked(at / BLOCK));
+        asked.fetch_add(1, Ordering::SeqCst);
+        below(&point)(buf, at)
+    };
+    overlay.write(watched, &[1; 10], 5).unwrap();
+    overlay.write(watched, &[1; 3 * BLOCK as usize], BLOCK + 5).unwrap();
+    overlay.zero(watched, 20 * BLOCK + 5, BLOCK).unwrap();
+    assert!(asked.into_inner() >= 5);
+    assert!((0..40).all(|block| !overlay.stripes.is_locked(block)));
+}
+
+#[test]
+fn the_map_on_disk_never_names_data_that_is_not_and_a_failure_lasts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (point, budget) = (point(), Arc::new(Budget::new(u64::MAX)));
+    // It takes all writes and fails each fdatasync, as a disk may.
+    let null = PathBuf::from("/dev/null");
+    let data = std::fs::OpenOptions::new().read(true).write(true).open(&null).unwrap();
+    let files = Files { data: (data, null), ..kept(dir.path()) };
+    let overlay = Overlay::new(SIZE, files, &budget).unwrap();
+    for _ in 0..2 {
+        overlay.write(below(&point), &[1; BLOCK as usize], 0).unwrap();
+        overlay.sync().unwrap_err();
+        assert_eq!(dir.path().join("map").metadata().unwrap().len(), 0);
     }
-    assert!(all(&overlay, &point) == want);
 }
 
 #[test]
