@@ -9,7 +9,7 @@ row() {
     local verdict=ok
     [ "$2" = "$3" ] || { verdict=DIFFERS && bad=1; }
     printf '%-70s %s\n' "$1" "$verdict"
-    [ "$verdict" = ok ] || diff <(echo "$2") <(echo "$3") | sed 's/^/    /'
+    [ "$verdict" = ok ] || diff <(echo "$2") <(echo "$3") | sed 's/^/    /' || true
 }
 
 # What the host has: volumes and their tables, loop devices, mounts, links by UUID.
@@ -98,6 +98,8 @@ same_name() {
     fresh
     point vda "$work/disk"
     attach vda/latest --no-replay && row "without replay a group is not activated" failed attached
+    [ -z "$(left)" ] || cat "$work/said"
+    row "without replay: nothing is left" "" "$(left)"
     row "without replay it is said" 1 "$(grep -c 'not activated' "$work/said")"
 }
 

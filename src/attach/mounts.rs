@@ -5,6 +5,7 @@ use std::ffi::{CString, OsString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::device;
 use super::tools::{EXFAT_FUSE, NTFS_3G, Tool};
@@ -14,6 +15,10 @@ use crate::folder::{self, Folder};
 use crate::mount::table;
 use crate::text::path_text;
 
+/// How long the kernel may hold a file of the private mount.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_millis(20);
 /// How often something may be mounted between a look and the removal of the folder.
 const TRIES: usize = 16;
 /// With temporary ids btrfs mounts a copy beside its running original.
@@ -154,7 +159,7 @@ pub(super) fn undo(at: &Path, device: Option<&Path>) -> Result<()> {
             }
             match device {
                 Some(_) => table::unmount(at, false)?,
-                None => crate::mount::umount(at, false)?,
+                None => end_private(at)?,
             }
         }
         let gone = Folder::of(at).and_then(|(above, name)| above.remove_folder(name));
@@ -172,6 +177,20 @@ pub(super) fn undo(at: &Path, device: Option<&Path>) -> Result<()> {
         }
     }
     Err(Error::new(Kind::Busy, "it is mounted again and again").at_path(at))
+}
+
+/// Unmounts the private mount. Nobody but the kernel is at work in there: where udev was the last to close a loop
+/// device, its file may be closed a little later than the device says so.
+fn end_private(at: &Path) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match crate::mount::umount(at, false) {
+            Err(e) if e.kind() == Kind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(LOOK);
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Whether the file system that is mounted at `at` is from `device`.

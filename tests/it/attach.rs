@@ -290,8 +290,17 @@ fn what_is_in_use_stays_and_what_lost_its_server_is_stale_and_goes() {
     drop(held);
     let wrong = attach.command(&["detach", "/nothing"]).output().unwrap();
     assert_eq!(wrong.status.code(), Some(3), "{}", said(&wrong));
-    let private = std::fs::read_dir(attach.state.path()).unwrap().map(|e| e.unwrap().path());
-    let private = private.into_iter().find(|p| p.is_dir()).unwrap();
+    let private = attach.private();
+    // A file of the private mount that is closed later than its device, as udev may have it.
+    let late = std::fs::File::open(private.join("mnt/vda/latest.raw")).unwrap();
+    let mut detaching = attach.command(&["detach", "--all"]).spawn().unwrap();
+    eventually("the device is gone", || !attach.left().iter().any(|l| l.starts_with("/dev/loop")));
+    drop(late);
+    assert!(detaching.wait().unwrap().success());
+    assert_eq!(attach.left(), Vec::<String>::new());
+    // Served by nobody any more.
+    attach.attach(points.dir.path(), "vda/latest", &[]);
+    let private = attach.private();
     let server = server_pid(&private.join("mnt"));
     signal(server, libc::SIGKILL);
     eventually("the server is gone", || is_gone(server));

@@ -59,6 +59,12 @@ impl Attach {
         assert_eq!(self.left(), Vec::<String>::new());
     }
 
+    /// The private folder of the one attachment.
+    pub fn private(&self) -> PathBuf {
+        let names = std::fs::read_dir(self.state.path()).unwrap();
+        names.map(|e| e.unwrap().path()).find(|p| p.is_dir()).unwrap()
+    }
+
     /// Where `name` is mounted.
     pub fn at(&self, name: &str) -> PathBuf {
         self.view.path().join(name)
