@@ -351,6 +351,8 @@ fn take_place(plan: &ReplacePlan, dir: &Folder, work: &Work) -> Result<()> {
         // Where there are no links (FAT, some shares) a copy does it, at the price of the space.
         return replace_by_copy(plan, dir, &side, work);
     }
+    // As late as can be: somebody may have put another file there.
+    plan.check_same(dir, full)?;
     side.rename(&second, dir, full).map_err(failed)?;
     // A link to the same file is not moved by rename: POSIX says it stays.
     side.remove_if_there(&second).map_err(failed)?;
@@ -368,6 +370,7 @@ fn replace_by_copy(plan: &ReplacePlan, dir: &Folder, side: &Folder, work: &Work)
         log::warn!("{}: cannot keep mode and owner: {e}", path_text(&dir.join(&plan.full)));
     }
     meta.modified().and_then(|t| folder::set_modified(temp.file(), t, &path)).map_err(failed)?;
+    plan.check_same(dir, &plan.full)?;
     temp.publish_in(dir, plan.full.as_os_str(), Replace::Yes)
 }
 

@@ -11,6 +11,7 @@ mod beside;
 mod boot;
 mod crash;
 mod crash_guest;
+mod exchanged;
 mod forty_nights;
 mod guards;
 mod guest;

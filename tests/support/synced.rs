@@ -22,6 +22,13 @@ pub enum Act {
 
 /// What `command` does below `root`.
 pub fn acts(command: &mut Command, root: &Path) -> (Output, Vec<Act>) {
+    let mut acts = Vec::new();
+    let out = before_each(command, root, |act| acts.push(act));
+    (out, acts)
+}
+
+/// Runs `command`; `see` gets what it is about to do below `root`, which waits for it.
+pub fn before_each(command: &mut Command, root: &Path, mut see: impl FnMut(Act) + Send) -> Output {
     const CALLS: &[i64] = &[
         libc::SYS_fsync,
         libc::SYS_fdatasync,
@@ -31,12 +38,10 @@ pub fn acts(command: &mut Command, root: &Path) -> (Output, Vec<Act>) {
         libc::SYS_unlinkat,
     ];
     let root = root.canonicalize().unwrap();
-    let mut acts = Vec::new();
-    let out = run_asking(command, CALLS, &[], |asked| {
-        acts.extend(act(asked, &root));
+    run_asking(command, CALLS, &[], |asked| {
+        act(asked, &root).into_iter().for_each(&mut see);
         None
-    });
-    (out, acts)
+    })
 }
 
 /// A device and inode, and how many names it has.
@@ -112,6 +117,14 @@ pub fn assert_all_synced(acts: &[Act]) {
 }
 
 impl Act {
+    /// The name that comes or goes.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Act::Synced(_) => None,
+            Act::Named { path, .. } | Act::Gone { path, .. } => Some(path),
+        }
+    }
+
     /// The folder and the name that has come or gone; none if that is no matter.
     fn change(&self) -> Option<(Id, &Path)> {
         match self {
