@@ -176,4 +176,25 @@ mod tests {
         assert_eq!(part[1], Extent { start: 10, len: 2, content: C::Zero });
         assert_eq!(clipped(l.as_slice(), 20..30).count(), 0);
     }
+
+    #[test]
+    fn a_list_with_a_gap_or_a_seam_is_noticed() {
+        let e = |start, len, content| Extent { start, len, content };
+        let list = |start, extents: &[Extent<C>]| ExtentList { start, extents: extents.to_vec() };
+        let (a, b) = (e(0, 10, C::At(0)), e(10, 10, C::Zero));
+        assert_eq!(list(0, &[a, b]).check(&(0..20)), Ok(()));
+        assert_eq!(list(7, &[]).check(&(7..7)), Ok(()));
+        let bad = [
+            (list(5, &[]), 0..5),
+            (list(0, &[a, b]), 0..30),
+            (list(1, &[a, b]), 0..20),
+            (list(0, &[a, e(12, 8, C::Zero)]), 0..20),
+            (list(0, &[a, e(5, 15, C::Zero)]), 0..20),
+            (list(0, &[a, e(10, 0, C::Zero), b]), 0..20),
+            (list(0, &[a, e(10, 10, C::At(10))]), 0..20),
+        ];
+        for (list, range) in bad {
+            assert!(list.check(&range).is_err(), "{list:?}");
+        }
+    }
 }

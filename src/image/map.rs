@@ -359,4 +359,33 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn more_pieces_than_a_map_may_have_are_refused() {
+        let most = layer((0..MAX_PIECES).map(|i| 1 + (i % 2) as u8).collect());
+        let more = layer((0..MAX_PIECES + 1).map(|i| 1 + (i % 2) as u8).collect());
+        for (layer, fits) in [(most, true), (more, false)] {
+            let mut merge = LayerMerge::new(0..layer.size());
+            merge.add_layer(0, &layer);
+            assert!(merge.is_covered());
+            assert_eq!(merge.finish().is_ok(), fits);
+        }
+    }
+
+    /// Whatever a layer says, no byte of another place is shown.
+    #[test]
+    fn pieces_that_overlap_or_leave_gaps_make_no_map() {
+        let merged = |pieces: &[Range<u64>]| {
+            let mut merge = LayerMerge::new(0..20);
+            merge.pending.clear();
+            for p in pieces {
+                merge.push(p.clone(), Source::Data { layer: 0, file: 0, host: p.start * 100 });
+            }
+            merge.finish().is_ok()
+        };
+        assert!(merged(&[10..20, 0..10]));
+        for bad in [&[0..10, 5..15][..], &[0..10, 12..22], &[0..10], &[0..10, 0..10], &[5..20]] {
+            assert!(!merged(bad), "{bad:?}");
+        }
+    }
 }

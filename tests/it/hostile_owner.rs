@@ -277,7 +277,7 @@ fn what_was_exchanged_between_plan_and_deed_is_not_deleted() {
         return;
     }
     type Exchange<'a> = &'a dyn Fn(&Setup);
-    let exchange: [(&str, Exchange); 4] = [
+    let exchange: [(&str, Exchange); 5] = [
         ("the folder for a link", &|setup| {
             std::fs::rename(&setup.disk, setup.root.join("moved")).unwrap();
             symlink(&setup.outside, &setup.disk).unwrap();
@@ -294,6 +294,10 @@ fn what_was_exchanged_between_plan_and_deed_is_not_deleted() {
         ("an image for a link", &|setup| {
             std::fs::rename(&setup.images[1], setup.disk.join("aside")).unwrap();
             symlink(&setup.victim, &setup.images[1]).unwrap();
+        }),
+        ("an image for more of it", &|setup| {
+            let mut file = std::fs::OpenOptions::new().append(true).open(&setup.images[1]).unwrap();
+            std::io::Write::write_all(&mut file, b"more").unwrap();
         }),
     ];
     for (what, exchange) in exchange {

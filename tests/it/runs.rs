@@ -7,8 +7,9 @@ use crate::support::backup;
 use crate::support::images::{self, first_difference};
 use crate::support::qemu::two_disks::Machine;
 use crate::support::tools::{have, run};
+use crate::support::tree;
 use fleecefs::manifest;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
 
@@ -24,7 +25,7 @@ fn must(args: &[&str]) -> String {
     said
 }
 
-fn json(args: &[&str]) -> Value {
+fn parsed(args: &[&str]) -> Value {
     serde_json::from_str(&must(&[args, &["--json"]].concat())).unwrap()
 }
 
@@ -97,7 +98,7 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     m.write(0, 0, 1 << 20);
     caller.must("inc");
 
-    let runs = json(&["list", "--runs", target])["runs"].take();
+    let runs = parsed(&["list", "--runs", target])["runs"].take();
     let levels = |run: &Value| -> Vec<String> {
         let points = run["points"].as_array().unwrap().iter();
         points
@@ -140,7 +141,7 @@ fn a_run_is_listed_shown_and_restored_as_the_vm_knows_it() {
     assert_eq!(must(&["show", target, "a.qcow2/latest", "--config", "vm.xml"]), "<domain/>\n");
     let (exit, said) = fleecefs(&["show", target, "a.qcow2/latest", "--config", "other"]);
     assert!(exit == Some(3) && said.contains("vm.xml"), "{said}");
-    let point = json(&["show", target, "a.qcow2/latest"]);
+    let point = parsed(&["show", target, "a.qcow2/latest"]);
     assert_eq!((&point["depth"], &point["manifest"]["run"]), (&2.into(), &runs[0]["run"]));
 
     // A later run of one disk takes nothing from the run before it.
@@ -205,7 +206,7 @@ fn runs_of_one_second_are_ordered_and_told_apart() {
         m.vm = serde_json::json!({"query-name": {"name": "vm"}}).into();
         manifest::write(&folder, &m).unwrap();
     }
-    let runs = json(&["list", "--runs", root])["runs"].take();
+    let runs = parsed(&["list", "--runs", root])["runs"].take();
     let ids: Vec<&str> =
         runs.as_array().unwrap().iter().map(|r| r["run"].as_str().unwrap()).collect();
     assert_eq!(ids, ["eeeeeeeeeeee", "000000000000", "ffffffffffff"], "{runs:#}");
@@ -248,7 +249,7 @@ fn a_list_is_of_what_was_asked_for() {
         }
     }
     let points = |more: &[&str]| -> Vec<String> {
-        let all = json(&[&["list", root], more].concat());
+        let all = parsed(&[&["list", root], more].concat());
         let disks = all["disks"].as_array().unwrap().iter();
         let points = disks.flat_map(|d| d["points"].as_array().unwrap());
         points.map(|p| p["point"].as_str().unwrap().to_string()).collect()
@@ -262,6 +263,59 @@ fn a_list_is_of_what_was_asked_for() {
     assert_eq!(points(&["--until", "2023-11-14T22:13:20Z"]).len(), 2);
     assert_eq!(fleecefs(&["list", root, "--disk", "sdc"]).0, Some(3));
     // Without manifests time says what belongs together, guest by guest.
-    let runs = json(&["list", "--runs", root])["runs"].take();
+    let runs = parsed(&["list", "--runs", root])["runs"].take();
     assert_eq!(runs.as_array().unwrap().len(), 3, "{runs}");
+}
+
+/// Writes a disk's FULL or INC of a run that made these images, with its manifest.
+fn point_of(b: &tree::Backups, image: &str, (run, time): (&str, i64), vm: &Value, made: &[&str]) {
+    let disk = image.rsplit('-').next().unwrap();
+    if !image.starts_with("lost/") {
+        b.image(&format!("{disk}/{image}"), None);
+    }
+    let image = image.trim_start_matches("lost/");
+    let made = made.iter().map(|i| json!({"disk": i.rsplit('-').next(), "image": i}));
+    let level = if image.starts_with("FULL") { "full" } else { "inc" };
+    let m = json!({
+        "format_version": manifest::FORMAT_VERSION, "run": run, "image": image, "level": level, "time": time,
+        "format": "qcow2", "content": if level == "full" { "full" } else { "dirty-only" },
+        "virtual_size": 0, "file_size": 0, "vm": vm, "run_images": made.collect::<Vec<_>>(),
+        "parent": (level == "inc").then(|| format!("FULL-100-{disk}")),
+    });
+    let m = manifest::parse(m.to_string().as_bytes()).unwrap();
+    manifest::write(&b.path(disk), &m).unwrap();
+}
+
+/// What `list` says about the newest runs.
+fn gaps(b: &tree::Backups) -> Vec<String> {
+    let (_, said) = fleecefs(&["list", b.root().to_str().unwrap()]);
+    said.lines().filter(|l| l.contains("is incomplete: missing")).map(str::to_string).collect()
+}
+
+/// The time in a name is later than that of each before, whatever the clock did.
+#[test]
+fn the_newest_run_is_the_one_with_the_latest_names() {
+    let b = tree::Backups::new();
+    let vm = json!({"query-name": {"name": "web"}});
+    point_of(&b, "FULL-100-a", ("r1", 1000), &vm, &[]);
+    point_of(&b, "FULL-100-b", ("r1", 1000), &vm, &[]);
+    point_of(&b, "INC-200-a", ("r2", 500), &vm, &["INC-200-a", "INC-200-b"]);
+    let told = gaps(&b);
+    assert!(told.len() == 1 && told[0].contains("missing INC-200-b of disk b"), "{told:?}");
+    // What has a manifest left is told as a finding of its disk, and once.
+    point_of(&b, "lost/INC-200-b", ("r2", 500), &vm, &[]);
+    assert!(gaps(&b).is_empty());
+    assert!(b.findings().iter().any(|f| f.path.ends_with("INC-200-b")));
+}
+
+#[test]
+fn vms_of_one_name_have_runs_of_their_own_and_what_was_recorded_later_is_of_none() {
+    let b = tree::Backups::new();
+    let vm = |n: u32| json!({"query-name": {"name": "web"}, "query-uuid": {"UUID": format!("{n:08}-0000")}});
+    point_of(&b, "FULL-100-a", ("r1", 100), &vm(1), &["FULL-100-a", "FULL-100-b"]);
+    point_of(&b, "FULL-200-c", ("r2", 200), &vm(2), &["FULL-200-c"]);
+    assert_eq!(gaps(&b).len(), 1);
+    let b = tree::Backups::new();
+    point_of(&b, "FULL-100-a", ("", 100), &vm(1), &["FULL-100-a", "FULL-100-b"]);
+    assert!(gaps(&b).is_empty());
 }
