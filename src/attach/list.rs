@@ -52,7 +52,7 @@ pub(crate) fn list(state: &Path) -> Result<Vec<Listed>> {
             () => State::Stale,
         };
         let device = |step: &Step| match step {
-            Step::Loop { number, .. } if is_attached(&place, *number) => {
+            Step::Loop { number, .. } if loops::is_attached(&place, *number) => {
                 Some(format!("/dev/loop{number}"))
             }
             _ => None,
@@ -69,16 +69,11 @@ pub(crate) fn list(state: &Path) -> Result<Vec<Listed>> {
     Ok(all)
 }
 
-fn is_attached(place: &Place, number: u32) -> bool {
-    loops::backing(number).is_some_and(|file| file.starts_with(place.mount()))
-}
-
 /// Whether what it serves, its devices and its mounts are all there.
 fn is_whole(found: &Attachment) -> bool {
     let served = table::find(&found.place.mount()).ok().flatten();
     let served = served.is_some_and(|m| m.is_fleecefs() && m.server().is_some());
-    let is_loop =
-        |s: &&Step| matches!(s, Step::Loop { number, .. } if is_attached(&found.place, *number));
+    let is_loop = |s: &&Step| matches!(s, Step::Loop { number, .. } if loops::is_attached(&found.place, *number));
     let loops = found.steps.iter().filter(is_loop).count();
     let is_there = |v: &Volume| match (&v.mounted, &v.device) {
         (Some(at), Some(device)) => mounts::is_mounted(at, device),

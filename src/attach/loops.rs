@@ -155,8 +155,10 @@ fn busy(path: &Path) -> Error {
 /// Whether the device is attached to our file, by us.
 fn is_ours(place: &Place, path: &Path, number: u32, file: FileId) -> Result<bool> {
     // Without a question to who serves the file: he may be dead, or hang.
-    let Some(backing) = backing(number) else { return Ok(false) };
-    if backing.starts_with(place.mount()) {
+    if backing(number).is_none() {
+        return Ok(false);
+    }
+    if is_attached(place, number) {
         return Ok(true);
     }
     // Where the mount was detached lazily its files have no whole path any more.
@@ -164,6 +166,23 @@ fn is_ours(place: &Place, path: &Path, number: u32, file: FileId) -> Result<bool
     let status = ioctl::loop_status(&opened)
         .map_err(|e| Error::io(e, "cannot check the loop device").at_path(path))?;
     Ok(status.is_some_and(|s| s.file == file && s.name == ioctl::loop_name(&place.name())))
+}
+
+/// Whether loop device `number` is attached to a file that `place` serves.
+pub(super) fn is_attached(place: &Place, number: u32) -> bool {
+    backing(number).is_some_and(|file| file.starts_with(place.mount()))
+}
+
+/// Whether loop device `number` is still attached to `file` by us.
+///
+/// # Errors
+/// It cannot be looked at.
+pub(super) fn is_still_ours(place: &Place, number: u32, file: FileId) -> Result<bool> {
+    let name = format!("loop{number}");
+    if device::setting(&name, "dev").is_none() {
+        return Ok(false);
+    }
+    is_ours(place, &device::node(place, &name)?, number, file)
 }
 
 /// The file that loop device `number` is attached to, as the kernel calls it; `None` if it is not attached.

@@ -54,14 +54,14 @@ fn how(content: &Content, mode: Mode) -> Option<How> {
         Content::Ext => kernel("ext4", unless("errors=remount-ro", "noload")),
         Content::Xfs => kernel("xfs", unless("nouuid", "norecovery")),
         Content::Btrfs => kernel("btrfs", unless("", "rescue=nologreplay")),
-        Content::Fat => kernel("vfat", "utf8,umask=0022".into()),
+        Content::Fat => kernel("vfat", "utf8,umask=0077".into()),
         Content::Exfat => Some(How {
             program: Some((EXFAT_FUSE, false)),
-            ..kernel("exfat", "umask=0022".into())?
+            ..kernel("exfat", "umask=0077".into())?
         }),
         // A program has no rights in the kernel that a disk could take over.
         Content::Ntfs => {
-            Some(How { program: Some((NTFS_3G, true)), ..kernel("ntfs3", String::new())? })
+            Some(How { program: Some((NTFS_3G, true)), ..kernel("ntfs3", "umask=0077".into())? })
         }
         Content::LvmPv | Content::Other { .. } | Content::Unknown => None,
     }
@@ -136,30 +136,42 @@ fn by_kernel(how: &How, device: &Path, at: &Path, mode: Mode) -> io::Result<()> 
 fn by_program(tool: Tool, device: &Path, at: &Path, mode: Mode) -> Result<()> {
     let mut args: Vec<OsString> = vec!["-o".into()];
     let access = if mode.write { "rw" } else { "ro" };
-    args.push(format!("{access},nosuid,nodev,noexec,noatime").into());
+    args.push(format!("{access},nosuid,nodev,noexec,noatime,umask=0077").into());
     args.extend([device.into(), at.into()]);
     tool.run(&args).map(drop).map_err(|e| e.at_path(device))
 }
 
-/// Takes away what is mounted from `device` (or, without one, by fleecefs) at the folder `at`, and the folder.
+/// Where a mount of ours is from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum From<'a> {
+    /// A device of ours.
+    Device(&'a Path),
+    /// A mount of backups.
+    Fleecefs,
+    /// Its device is somebody else's by now: whatever is mounted there is not ours.
+    Nobody,
+}
+
+/// Takes away what is mounted by us at the folder `at`, and the folder.
 /// Whoever was at work when the attachment was broken off may mount it now; then it is taken away again.
 ///
 /// # Errors
 /// `Busy` if it is in use, or something else is mounted there.
-pub(super) fn undo(at: &Path, device: Option<&Path>) -> Result<()> {
+pub(super) fn undo(at: &Path, from: From<'_>) -> Result<()> {
     for _ in 0..TRIES {
         while let Some(mount) = table::find(at)? {
-            let ours = match device {
-                Some(device) => Path::new(&mount.source) == device,
-                None => mount.is_fleecefs(),
+            let ours = match from {
+                From::Device(device) => Path::new(&mount.source) == device,
+                From::Fleecefs => mount.is_fleecefs(),
+                From::Nobody => false,
             };
             if !ours {
                 let what = format!("{} is mounted over it", mount.source);
                 return Err(Error::new(Kind::Busy, what).at_path(at).remedy("unmount that first"));
             }
-            match device {
-                Some(_) => table::unmount(at, false)?,
-                None => end_private(at)?,
+            match from {
+                From::Fleecefs => end_private(at)?,
+                _ => table::unmount(at, false)?,
             }
         }
         let gone = Folder::of(at).and_then(|(above, name)| above.remove_folder(name));
@@ -226,7 +238,7 @@ mod tests {
         std::fs::create_dir(&stays).unwrap();
         std::fs::write(stays.join("file"), "").unwrap();
         for at in [&gone, &stays, &gone] {
-            undo(at, Some(Path::new("/dev/loop0"))).unwrap();
+            undo(at, From::Device(Path::new("/dev/loop0"))).unwrap();
         }
         assert!(!gone.exists() && stays.exists());
     }

@@ -358,7 +358,7 @@ impl Setup<'_> {
         made.map_err(|e| Error::io(e, "cannot make a folder to mount at").at_path(&at))?;
         step("mount folder");
         if let Err(e) = mounts::mount(content, device, &at, mode) {
-            mounts::undo(&at, Some(device))?;
+            mounts::undo(&at, mounts::From::Device(device))?;
             return Err(e);
         }
         step("mount");

@@ -2,13 +2,13 @@
 
 use std::ffi::OsString;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
-use crate::qemu_img::{installed, said, shown};
+use crate::qemu_img::{installed_in, said, shown};
 
 /// No such program takes long; LUKS keys are derived within seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -42,7 +42,12 @@ pub(super) const UDEVADM: Tool = Tool { name: "udevadm", package: "udev" };
 impl Tool {
     /// Whether it is there.
     pub(super) fn is_installed(self) -> bool {
-        installed(self.name, self.package).is_ok()
+        self.find().is_ok()
+    }
+
+    /// Where it is. Cron and su leave the folders of administrators' programs out of PATH: it is not asked.
+    fn find(self) -> Result<PathBuf> {
+        installed_in(PATH.as_ref(), self.name, self.package)
     }
 
     /// Runs it and gives what it wrote to standard output; it has to succeed.
@@ -58,7 +63,7 @@ impl Tool {
     /// # Errors
     /// As [`Tool::run`].
     pub(super) fn run_with(self, args: &[OsString], variables: &[(&str, &Path)]) -> Result<String> {
-        let program = installed(self.name, self.package)?;
+        let program = self.find()?;
         let mut command = Command::new(program);
         command.args(args).env_clear().env("LC_ALL", "C").env("PATH", PATH).current_dir("/");
         command.envs(variables.iter().copied());

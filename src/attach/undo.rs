@@ -7,7 +7,7 @@ use super::ioctl;
 use super::loops;
 use super::lvm;
 use super::mapper;
-use super::mounts;
+use super::mounts::{self, From};
 use super::place::Place;
 use super::record::{Attachment, Step};
 use super::udev;
@@ -38,14 +38,16 @@ pub(crate) fn detach(state: &Path, what: &What) -> Result<Vec<String>> {
     };
     let (mut done, mut failed) = (Vec::new(), None);
     for place in chosen {
-        let lock = place.lock()?;
-        match Attachment::read(&place).and_then(|found| found.map_or(Ok(()), |f| undo(&f))) {
+        let one = || {
+            let _lock = place.lock()?;
+            Attachment::read(&place)?.map_or(Ok(()), |found| undo(&found))
+        };
+        match one() {
             Ok(()) => done.push(place.id.clone()),
             // The others may be free.
             Err(e) if failed.is_none() => failed = Some(e),
             Err(e) => log::error!("{}", e.report()),
         }
-        drop(lock);
     }
     failed.map_or(Ok(done), Err)
 }
@@ -78,7 +80,10 @@ impl Attachment {
         let mount = self.begin.as_ref().and_then(|b| b.mount.as_deref());
         let step = |s: &Step| match s {
             Step::Mount { at, device } => is(at) || is(device),
-            Step::Loop { number, .. } => is(Path::new(&format!("/dev/loop{number}"))),
+            Step::Loop { number, .. } => {
+                is(Path::new(&format!("/dev/loop{number}")))
+                    && loops::is_attached(&self.place, *number)
+            }
             _ => false,
         };
         mount.is_some_and(is) || self.steps.iter().any(step)
@@ -92,30 +97,54 @@ impl Attachment {
 pub(super) fn undo(attachment: &Attachment) -> Result<()> {
     let place = &attachment.place;
     for done in attachment.steps.iter().rev() {
-        undo_step(place, done)?;
+        undo_step(attachment, done)?;
         step("undo");
     }
     // Broken off before the mount was written down, or while it was.
-    mounts::undo(&place.mount(), None)?;
+    mounts::undo(&place.mount(), From::Fleecefs)?;
     place.remove()?;
     step("undo");
     Ok(())
 }
 
-fn undo_step(place: &Place, done: &Step) -> Result<()> {
+fn undo_step(attachment: &Attachment, done: &Step) -> Result<()> {
+    let place = &attachment.place;
     match done {
         Step::UdevRule => udev::undo(place),
-        Step::Serve => mounts::undo(&place.mount(), None),
+        Step::Serve => mounts::undo(&place.mount(), From::Fleecefs),
         Step::Loop { number, file } => loops::undo(place, *number, *file),
         Step::Crypt { name } => mapper::remove(name),
         Step::Group { name } => lvm::undo(place, name),
         Step::Btrfs { device } => {
             // It may never have heard of it.
-            if let Err(e) = ioctl::forget_btrfs(device) {
+            if is_ours(attachment, device)?
+                && let Err(e) = ioctl::forget_btrfs(device)
+            {
                 log::debug!("{}: btrfs does not forget it: {e}", path_text(device));
             }
             Ok(())
         }
-        Step::Mount { at, device } => mounts::undo(at, Some(device)),
+        Step::Mount { at, device } => match is_ours(attachment, device)? {
+            true => mounts::undo(at, From::Device(device)),
+            false => mounts::undo(at, From::Nobody),
+        },
     }
+}
+
+/// Whether a device is still ours: a loop device may have been given to somebody else since, by a reboot or by hand.
+/// Volumes, and nodes that we made, have names that nobody else's have.
+fn is_ours(attachment: &Attachment, device: &Path) -> Result<bool> {
+    let name = device.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let is_in_dev = device.parent() == Some(Path::new("/dev"));
+    let Some(rest) = name.strip_prefix("loop").filter(|_| is_in_dev) else { return Ok(true) };
+    let number = rest.split('p').next().and_then(|n| n.parse::<u32>().ok());
+    for done in &attachment.steps {
+        if let Step::Loop { number: own, file } = done
+            && Some(*own) == number
+            && loops::is_still_ours(&attachment.place, *own, *file)?
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

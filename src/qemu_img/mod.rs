@@ -34,7 +34,7 @@ use confine::Limits;
 use export::Export;
 pub use run::Stop;
 use run::{Job, Outcome, failure, program};
-pub(crate) use run::{installed, said, shown};
+pub(crate) use run::{installed_in, said, shown};
 
 /// What `qemu-img check` found.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -223,11 +223,18 @@ pub(super) fn program(name: &str) -> Result<std::path::PathBuf> {
 ///
 /// # Errors
 /// `NotFound` if it is not installed.
-// A program is found as a shell finds it, links and all: PATH is the caller's.
+pub(super) fn installed(name: &str, package: &str) -> Result<std::path::PathBuf> {
+    installed_in(&std::env::var_os("PATH").unwrap_or_default(), name, package)
+}
+
+/// As [`installed`], in the folders of `path` instead of the caller's.
+///
+/// # Errors
+/// As [`installed`].
+// A program is found as a shell finds it, links and all.
 #[allow(clippy::disallowed_methods)]
-pub(crate) fn installed(name: &str, package: &str) -> Result<std::path::PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|dir| dir.join(OsStr::new(name)));
+pub(crate) fn installed_in(path: &OsStr, name: &str, package: &str) -> Result<std::path::PathBuf> {
+    let found = std::env::split_paths(path).map(|dir| dir.join(OsStr::new(name)));
     let mut found = found.filter(|p| p.is_absolute() && p.is_file());
     found.next().ok_or_else(|| {
         Error::new(Kind::NotFound, format!("cannot run {name}: it is not installed"))

@@ -9,7 +9,7 @@ use crate::support::qemu::two_disks::Machine;
 use crate::support::tools::{have, run};
 use crate::support::tree;
 use fleecefs::manifest;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
 
@@ -48,7 +48,7 @@ fn points_of_another_program_are_of_the_vm_whose_disk_they_are_of() {
     caller.must("full");
     m.write(0, 0, 1 << 20);
     caller.must("inc");
-    let all = || json(&["list", "--runs", &target])["runs"].as_array().unwrap().clone();
+    let all = || parsed(&["list", "--runs", &target])["runs"].as_array().unwrap().clone();
     // The VM has a name, as most have.
     for run in all() {
         for p in run["points"].as_array().unwrap() {
@@ -274,9 +274,9 @@ fn point_of(b: &tree::Backups, image: &str, (run, time): (&str, i64), vm: &Value
         b.image(&format!("{disk}/{image}"), None);
     }
     let image = image.trim_start_matches("lost/");
-    let made = made.iter().map(|i| json!({"disk": i.rsplit('-').next(), "image": i}));
+    let made = made.iter().map(|i| serde_json::json!({"disk": i.rsplit('-').next(), "image": i}));
     let level = if image.starts_with("FULL") { "full" } else { "inc" };
-    let m = json!({
+    let m = serde_json::json!({
         "format_version": manifest::FORMAT_VERSION, "run": run, "image": image, "level": level, "time": time,
         "format": "qcow2", "content": if level == "full" { "full" } else { "dirty-only" },
         "virtual_size": 0, "file_size": 0, "vm": vm, "run_images": made.collect::<Vec<_>>(),
@@ -296,7 +296,7 @@ fn gaps(b: &tree::Backups) -> Vec<String> {
 #[test]
 fn the_newest_run_is_the_one_with_the_latest_names() {
     let b = tree::Backups::new();
-    let vm = json!({"query-name": {"name": "web"}});
+    let vm = serde_json::json!({"query-name": {"name": "web"}});
     point_of(&b, "FULL-100-a", ("r1", 1000), &vm, &[]);
     point_of(&b, "FULL-100-b", ("r1", 1000), &vm, &[]);
     point_of(&b, "INC-200-a", ("r2", 500), &vm, &["INC-200-a", "INC-200-b"]);
@@ -311,7 +311,7 @@ fn the_newest_run_is_the_one_with_the_latest_names() {
 #[test]
 fn vms_of_one_name_have_runs_of_their_own_and_what_was_recorded_later_is_of_none() {
     let b = tree::Backups::new();
-    let vm = |n: u32| json!({"query-name": {"name": "web"}, "query-uuid": {"UUID": format!("{n:08}-0000")}});
+    let vm = |n: u32| serde_json::json!({"query-name": {"name": "web"}, "query-uuid": {"UUID": format!("{n:08}-0000")}});
     point_of(&b, "FULL-100-a", ("r1", 100), &vm(1), &["FULL-100-a", "FULL-100-b"]);
     point_of(&b, "FULL-200-c", ("r2", 200), &vm(2), &["FULL-200-c"]);
     assert_eq!(gaps(&b).len(), 1);

@@ -121,7 +121,9 @@ fn no_test_mounts_or_attaches_by_itself() {
                 ["run(", "Command::new("].iter().any(|f| line.contains(&format!("{f}\"{call}\"")))
             };
             let changes = begins("mount") && !line.contains("remount");
-            if begins("losetup") || changes {
+            // A list of what there is changes nothing.
+            let attaches = begins("losetup") && !line.contains("\"-O\"");
+            if attaches || changes {
                 found.push(format!("{}:{}: {line}", path.display(), n + 1));
             }
         }

@@ -24,7 +24,7 @@ Examples:
   losetup -r -P --show -f /mnt/vm1/sda/latest.raw
   fleecefs umount /mnt/vm1
 
-Boot a test VM from a point, or repair a file system in it; all changes are gone with the mount:
+Boot a test VM from a point, or repair its file system; changes go with the mount:
   fleecefs mount --writable /backups/vm1 /mnt/vm1
   qemu-system-x86_64 ... -drive file=/mnt/vm1/sda/latest.raw,format=raw,cache=none
 Keep them, and go on another day:
