@@ -78,7 +78,7 @@ fn file_system(dir: &Path, scratch: Option<&Path>) -> FileSystem {
     let fs = FileSystem::new(catalog, Cache::new(1 << 20), owner, Arc::default(), waker, None);
     let Some(scratch) = scratch else { return fs };
     let folder = Folder::open(&scratch.canonicalize().unwrap()).unwrap();
-    let scratch = Scratch { folder, keep: false, limit: 1 << 30 };
+    let scratch = Scratch { folder, keep: false, limit: 1 << 30, named: true };
     fs.writable(Overlays::new(scratch, dir, Path::new("/mnt")).unwrap())
 }
 

@@ -45,7 +45,7 @@ pub(super) fn find(
         Some(limit) => limit,
         None => free(&folder)?,
     };
-    Ok(Scratch { folder, keep: wanted.keep, limit })
+    Ok(Scratch { folder, keep: wanted.keep, limit, named: wanted.scratch.is_some() })
 }
 
 fn named(

@@ -31,6 +31,8 @@ pub struct Scratch {
     pub keep: bool,
     /// Bytes that all of them may take.
     pub limit: u64,
+    /// Whether the user has named the folder: then it may have overlays that were kept.
+    pub named: bool,
 }
 
 /// A point that is open, and its overlay once there is one.
@@ -49,7 +51,7 @@ impl Scratch {
     pub fn try_clone(&self) -> Result<Self> {
         let failed = |e| Error::io(e, "cannot use the scratch folder").at_path(self.folder.path());
         let folder = self.folder.try_clone().map_err(failed)?;
-        Ok(Scratch { folder, keep: self.keep, limit: self.limit })
+        Ok(Scratch { folder, keep: self.keep, limit: self.limit, named: self.named })
     }
 }
 
@@ -62,6 +64,13 @@ impl Slot {
     fn is_of(&self, image: &Arc<Image>) -> bool {
         Weak::as_ptr(&self.image) == Arc::as_ptr(image)
     }
+}
+
+/// A point, and the address of its image, which is no other's while the slot is there.
+type SlotKey = (PointName, usize);
+
+fn key(of: &PointName, image: &Arc<Image>) -> SlotKey {
+    (of.clone(), Arc::as_ptr(image) as usize)
 }
 
 /// An overlay as `status.json` has it.
@@ -90,7 +99,8 @@ pub struct Overlays {
     budget: Arc<Budget>,
     kept_folder: Option<KeptFolder>,
     kept: Mutex<HashMap<PointName, KeptOverlay>>,
-    slots: Mutex<HashMap<PointName, Arc<Slot>>>,
+    /// By point, and by the image of its generation: each has one as long as anybody has it open.
+    slots: Mutex<HashMap<SlotKey, Arc<Slot>>>,
     /// Held while an overlay is made.
     making: Mutex<()>,
     findings: Mutex<Vec<Finding>>,
@@ -104,14 +114,17 @@ impl Overlays {
     /// `Busy` if another mount has the folder; `Exists` if it has overlays that are kept and `keep` is not wanted; one
     /// of them cannot be read.
     pub fn new(scratch: Scratch, backups: &Path, mountpoint: &Path) -> Result<Self> {
-        let Scratch { folder, keep, limit } = scratch;
+        let Scratch { folder, keep, limit, named } = scratch;
         let failed = |e| Error::io(e, "cannot use the scratch folder").at_path(folder.path());
         folder::sweep(&folder, &[]).map_err(failed)?;
         let budget = Arc::new(Budget::new(limit));
         let mut kept = HashMap::new();
         let kept_folder = match keep {
             false => {
-                check_nothing_kept(&folder)?;
+                // A folder for temporary files is everybody's: what is in there is no matter of ours.
+                if named {
+                    check_nothing_kept(&folder)?;
+                }
                 None
             }
             true => Some(KeptFolder::lock(folder.try_clone().map_err(failed)?)?),
@@ -149,30 +162,28 @@ impl Overlays {
         if let Some(slot) = self.known(&of, image)? {
             return Ok(slot);
         }
-        let kept = self.kept().get(&of).map(|k| (k.about.identity.clone(), k.overlay.clone()));
+        let kept = self.kept().get(&of).map(|k| (k.about.clone(), k.overlay.clone()));
         let overlay = match kept {
-            Some((wanted, _)) if identity()? != wanted => return Err(self.refused(&of)),
+            Some((about, _)) if about.size != image.size() || identity()? != about.identity => {
+                return Err(self.refused(&of));
+            }
             kept => kept.map_or_else(OnceLock::new, |(_, overlay)| OnceLock::from(overlay)),
         };
         let fresh = Arc::new(Slot { of: of.clone(), image: Arc::downgrade(image), overlay });
-        let mut slots = self.slots();
         // Somebody else may have been faster.
-        if let Some(slot) = slots.get(&of).filter(|s| s.is_of(image)) {
-            return Ok(slot.clone());
-        }
-        slots.insert(of, fresh.clone());
-        Ok(fresh)
+        Ok(self.slots().entry(key(&of, image)).or_insert(fresh).clone())
     }
 
     /// The slot that there is.
     fn known(&self, of: &PointName, image: &Arc<Image>) -> Result<Option<Arc<Slot>>> {
-        let slot = self.slots().get(of).cloned();
-        match slot {
-            Some(slot) if slot.is_of(image) => Ok(Some(slot)),
-            Some(slot) if slot.overlay.get().is_some() => Err(self.refused(of)),
-            // Nothing was written over the generation before.
-            _ => Ok(None),
-        }
+        let (own, written) = {
+            let slots = self.slots();
+            let written = |s: &Arc<Slot>| s.overlay().is_some_and(|o| !o.is_empty());
+            let mut others = slots.values().filter(|s| s.of == *of && !s.is_of(image));
+            (slots.get(&key(of, image)).cloned(), others.any(written))
+        };
+        // What was written over one generation is never mixed with another.
+        if own.is_none() && written { Err(self.refused(of)) } else { Ok(own) }
     }
 
     fn refused(&self, of: &PointName) -> Error {
@@ -250,15 +261,17 @@ impl Overlays {
 
     /// The overlay over a point, if there is one, for what is told of the point.
     pub(crate) fn find(&self, of: &PointName, image: &Arc<Image>) -> Option<Arc<Overlay>> {
-        let slot = self.slots().get(of).filter(|s| s.is_of(image)).cloned()?;
+        let slot = self.slots().get(&key(of, image)).cloned()?;
         slot.overlay.get().cloned()
     }
 
     /// Lets go of what was written over points that are gone and that nobody has open. What is kept stays.
     pub(crate) fn forget(&self, is_there: impl Fn(&PointName) -> bool) {
         let mut gone = Vec::new();
-        let stays = |of: &PointName, slot: &mut Arc<Slot>| {
-            let stays = is_there(of) || Arc::strong_count(slot) > 1;
+        let stays = |(of, _): &SlotKey, slot: &mut Arc<Slot>| {
+            // Of a generation that is gone nothing needs to be known if nothing was written.
+            let known = slot.overlay.get().is_some() || slot.image.strong_count() > 0;
+            let stays = is_there(of) && known || Arc::strong_count(slot) > 1;
             if !stays {
                 gone.push(slot.clone());
             }
@@ -316,7 +329,7 @@ impl Overlays {
         all
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<PointName, Arc<Slot>>> {
+    fn slots(&self) -> MutexGuard<'_, HashMap<SlotKey, Arc<Slot>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -30,6 +30,21 @@ pub(super) fn next_data(file: &File, range: Range<u64>) -> io::Result<Option<Ran
     Ok((!found.is_empty()).then_some(found))
 }
 
+/// Has room for a stretch of `file`, which reads as before; where the file system cannot reserve any, nothing is done.
+///
+/// # Errors
+/// What the operating system said: there is no room, say.
+pub(super) fn reserve(file: &File, range: Range<u64>) -> io::Result<()> {
+    loop {
+        let len = range.end - range.start;
+        return match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, range.start, len) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            Err(Errno::INTR) => continue,
+            Err(e) => Err(e.into()),
+        };
+    }
+}
+
 /// Gives the space of a stretch of `file` back; false where the file system cannot.
 ///
 /// # Errors

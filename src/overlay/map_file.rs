@@ -4,14 +4,16 @@
 //! written is a hole. Each block's bits stand for themselves, and are written after the block's data is on disk: so
 //! it does not matter where writing them was broken off.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use super::holes;
-use super::map::{DirtyMap, LEVELS, Record};
+use super::map::{DirtyMap, LEVELS, Record, span};
 use crate::error::{Error, Result};
 
 /// Each level begins at a multiple of this.
@@ -26,6 +28,8 @@ pub(super) struct MapFile {
     path: PathBuf,
     /// By level: where its records are, and the bytes of each.
     levels: Vec<(Range<u64>, u64)>,
+    /// Pages that are sure to have room.
+    reserved: Mutex<HashSet<u64>>,
 }
 
 impl MapFile {
@@ -42,7 +46,34 @@ impl MapFile {
             })
             .collect();
         levels.reverse();
-        MapFile { file, path, levels }
+        MapFile { file, path, levels, reserved: Mutex::default() }
+    }
+
+    /// Has room on disk for the records of `blocks`, whatever others write there later. With `ends_only` of the
+    /// lowest level only those of the first and the last block.
+    ///
+    /// # Errors
+    /// There is no room. (Where the file system cannot reserve any, nothing is said.)
+    pub(super) fn reserve(&self, blocks: Range<u64>, ends_only: bool) -> Result<()> {
+        let Some(last) = blocks.end.checked_sub(1) else { return Ok(()) };
+        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        for (level, (records, len)) in (0..).zip(&self.levels) {
+            let page = |block: u64| (records.start + block / span(level) * len) / PAGE;
+            let end = |block: u64| (records.start + (block / span(level) + 1) * len - 1) / PAGE;
+            let stretches = match level == 0 && ends_only {
+                true => [page(blocks.start)..end(blocks.start) + 1, page(last)..end(last) + 1],
+                false => [page(blocks.start)..end(last) + 1, 0..0],
+            };
+            for page in stretches.into_iter().flatten() {
+                if reserved.contains(&page) {
+                    continue;
+                }
+                holes::reserve(&self.file, page * PAGE..(page + 1) * PAGE)
+                    .map_err(|e| self.failed(e, "no room for the map of an overlay"))?;
+                reserved.insert(page);
+            }
+        }
+        Ok(())
     }
 
     /// Writes a record.

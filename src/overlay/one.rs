@@ -199,7 +199,8 @@ impl Overlay {
     ) -> Result<()> {
         let cost = self.map.cost_of_data(blocks.clone());
         self.take(cost)?;
-        if let Err(e) = self.put(below, data, offset, &blocks) {
+        let room = self.map_file.as_ref().map_or(Ok(()), |m| m.reserve(blocks.clone(), false));
+        if let Err(e) = room.and_then(|()| self.put(below, data, offset, &blocks)) {
             self.give(cost);
             return Err(e);
         }
@@ -279,6 +280,8 @@ impl Overlay {
     fn zero_blocks(&self, blocks: Range<u64>) -> Result<()> {
         let cost = self.map.cost_of_zero(blocks.clone());
         self.take(cost)?;
+        let room = self.map_file.as_ref().map_or(Ok(()), |m| m.reserve(blocks.clone(), true));
+        room.inspect_err(|_| self.give(cost))?;
         let change = self.map.set_zero(blocks.clone());
         self.data.fetch_sub(change.removed, Ordering::SeqCst);
         self.give(cost.saturating_sub(change.grown));

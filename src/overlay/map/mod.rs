@@ -50,7 +50,7 @@ pub(super) struct Record {
 }
 
 /// Blocks of a part of this level.
-fn span(level: u32) -> u64 {
+pub(super) fn span(level: u32) -> u64 {
     const FAN: u32 = (<Node<Leaf> as Part>::SPAN / Leaf::SPAN).ilog2();
     Leaf::SPAN << (FAN * level)
 }
