@@ -39,20 +39,22 @@ const CACHE_SIZE: u64 = 1 << 20;
 /// trusted, 'files' and 'mount --files' read them without the kernel, and a VM (-snapshot) with another one.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-File systems, and what each is mounted with (the options of --no-replay in brackets):
-  ext2, ext3, ext4   ext4   errors=remount-ro [noload]; none with its journal on another device
+File systems, and how each is mounted (in brackets: with --no-replay):
+  ext2, ext3, ext4   ext4   errors=remount-ro [noload]; not if its journal is
+                            on another device
   XFS                xfs    nouuid [norecovery]: also beside its original
-  btrfs              btrfs  an id of its own: also beside its original [rescue=nologreplay]; on one device only
-  NTFS               ntfs-3g, else the kernel's ntfs3
-  FAT                vfat   utf8,umask=0022
-  exFAT              exfat  umask=0022, else mount.exfat-fuse
+  btrfs              btrfs  [rescue=nologreplay]; an id of its own: also beside
+                            its original; on one device only
+  NTFS               ntfs-3g, else the kernel's ntfs3; umask=0077
+  FAT                vfat   utf8,umask=0077
+  exFAT              exfat  umask=0077, else mount.exfat-fuse
   LVM                lvm2, as volume group fleecefs_ID_gN; not with --no-replay
   LUKS, BitLocker    cryptsetup, with --key-file
 
 Examples:
   fleecefs attach /backups/vm1 sda/latest                      the devices
   fleecefs attach /backups/vm1 sda/latest --mount /view        ls /view/p1
-  fleecefs attach /backups/vm1 sda/latest --mount /view --run  all disks of its run: a volume group on two of them
+  fleecefs attach /backups/vm1 sda/latest --run                all disks of its run
   fleecefs attach --list
   fleecefs detach /view
 

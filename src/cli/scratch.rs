@@ -28,7 +28,7 @@ use crate::units::{counted, human_bytes, iso_time};
 Examples:
   fleecefs mount --writable=/var/tmp/vm1-scratch --keep /backups/vm1 /mnt/vm1
   fleecefs scratch list /var/tmp/vm1-scratch
-  fleecefs scratch export /var/tmp/vm1-scratch sda/INC-1706260646-sda.qcow2 changes.qcow2
+  fleecefs scratch export /var/tmp/vm1-scratch sda/INC-1706260646-sda new.qcow2
   fleecefs scratch drop /var/tmp/vm1-scratch --all")]
 pub(super) struct ScratchArgs {
     #[command(subcommand)]

@@ -81,7 +81,7 @@ fn what_was_cut_off_under_a_writer_is_what_the_kernel_makes_of_it() {
     const LOOP: &str = r#"mount -o loop "$1" "$2""#;
     const XFS: &str = r#"mount -o loop,nouuid "$1" "$2""#;
     const NTFS: &str = r#"ntfs-3g "$1" "$2" >/dev/null 2>&1"#;
-    const NTFS_READ: &str = r#"ntfs-3g -o ro "$1" "$2" >/dev/null 2>&1"#;
+    const NTFS_READ: &str = r#"ntfs-3g -o ro,umask=0077 "$1" "$2" >/dev/null 2>&1"#;
     let outer = Outer::new();
     for (mkfs, writing, reading) in [
         (&["mkfs.ext4", "-q", "-F"][..], LOOP, LOOP),

@@ -24,9 +24,9 @@ Examples:
   losetup -r -P --show -f /mnt/vm1/sda/latest.raw
   fleecefs umount /mnt/vm1
 
-Boot a test VM from a point, or repair its file system; changes go with the mount:
+Boot a test VM from a point, or repair a file system; changes are thrown away:
   fleecefs mount --writable /backups/vm1 /mnt/vm1
-  qemu-system-x86_64 ... -drive file=/mnt/vm1/sda/latest.raw,format=raw,cache=none
+  qemu-system-x86_64 ... -drive file=/mnt/vm1/sda/latest.raw,format=raw
 Keep them, and go on another day:
   fleecefs mount --writable=/var/tmp/vm1-scratch --keep /backups/vm1 /mnt/vm1
   fleecefs scratch list /var/tmp/vm1-scratch
