@@ -52,9 +52,9 @@ File systems, and how each is mounted (in brackets: with --no-replay):
   LUKS, BitLocker    cryptsetup, with --key-file
 
 Examples:
-  fleecefs attach /backups/vm1 sda/latest                      the devices
-  fleecefs attach /backups/vm1 sda/latest --mount /view        ls /view/p1
-  fleecefs attach /backups/vm1 sda/latest --run                all disks of its run
+  fleecefs attach /backups/vm1 sda/latest                  the devices
+  fleecefs attach /backups/vm1 sda/latest --mount /view    ls /view/p1
+  fleecefs attach /backups/vm1 sda/latest --run            all disks of its run
   fleecefs attach --list
   fleecefs detach /view
 
