@@ -224,7 +224,7 @@ mod tests {
             let manifest = example(image, Level::Full, None);
             serde_json::json!({"remove": [], "publish": {"temporary": temporary, "manifest": manifest}})
         };
-        for bad in ["", "..", "../a", "a/b", "/etc/passwd", "a\0b"] {
+        for bad in ["", "..", "../a", "a/b", "/etc/passwd", "a\0b", ".bashrc"] {
             let journals = [
                 serde_json::json!({"remove": ["FULL-1-d", bad]}),
                 serde_json::json!({"remove": [], "relink": [bad]}),
@@ -242,5 +242,37 @@ mod tests {
                 assert!(pending(&path).is_empty(), "{journal}");
             }
         }
+    }
+
+    /// Whoever lists meanwhile takes a manifest without its image for no lost point.
+    #[test]
+    fn what_any_journal_says_comes_or_goes_is_pending() {
+        let (_dir, path) = dir();
+        let folder = Folder::open(&path).unwrap();
+        let side = folder.make_folder(FOLDER).unwrap();
+        let fold = serde_json::json!({"interim": "FULL-2-d", "increments": ["INC-1-d", "INC-2-d"]});
+        side.write_whole(journal::FLATTEN, fold.to_string().as_bytes()).unwrap();
+        assert_eq!(pending(&path), ["INC-1-d", "INC-2-d", "FULL-2-d"]);
+        side.remove(journal::FLATTEN).unwrap();
+        for arrived in [false, true] {
+            let link = linking::Linking {
+                old: "old".into(),
+                new: "new".into(),
+                arriving: vec!["FULL-1-new".into()],
+                arrived,
+                ..linking::Linking::default()
+            };
+            linking::write_in(&folder, &link).unwrap();
+            assert_eq!(pending(&path).is_empty(), arrived);
+        }
+    }
+
+    #[test]
+    fn a_journal_of_too_many_values_is_refused_before_it_is_read() {
+        let (_dir, path) = dir();
+        let list = |n: usize| format!("{{\"remove\":[{}\"FULL-1-d\"]}}", "\"FULL-1-d\",".repeat(n));
+        journal::check_count(list(100).as_bytes(), &path).unwrap();
+        let e = journal::check_count(list(1_000_001).as_bytes(), &path).unwrap_err();
+        assert_eq!(e.kind(), Kind::Corrupt);
     }
 }

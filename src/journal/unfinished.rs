@@ -109,3 +109,26 @@ pub(crate) fn refuse(root: &Path) -> Result<()> {
     let what = "a command that changed this folder was interrupted";
     Err(Error::new(Kind::Incomplete, what).at_path(dir).remedy(REMEDY))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_journal_is_found_and_told() {
+        for name in [FLATTEN, removal::NAME, linking::NAME, "INC-1-d.header"] {
+            let dir = tempfile::tempdir().unwrap();
+            let top = dir.path().canonicalize().unwrap();
+            let folder = Folder::open(&top).unwrap().make_folder("d").unwrap();
+            let side = folder.make_folder(FOLDER).unwrap();
+            side.write_whole("INC-1-d.json", b"{}").unwrap();
+            refuse(&top).unwrap();
+            assert!(findings(&side, &side.entries().unwrap()).is_empty());
+            side.write_whole(name, b"").unwrap();
+            assert_eq!(folders(&top), [top.join("d")], "{name}");
+            assert_eq!(refuse(&top).unwrap_err().kind(), Kind::Incomplete, "{name}");
+            let found = findings(&side, &side.entries().unwrap());
+            assert!(found.len() == 1 && found[0].path == side.join(name), "{name}: {found:?}");
+        }
+    }
+}

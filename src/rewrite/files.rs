@@ -477,3 +477,17 @@ pub(crate) fn set_link(dir: &Folder, link: &OsStr, target: &OsStr) -> Result<()>
     dir.set_link(Path::new(target), link)
         .map_err(|e| target_error(e, "cannot set the link", &dir.join(link)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// QEMU takes what is before a colon for a protocol.
+    #[test]
+    fn a_pointer_is_a_name_that_qemu_takes_for_one() {
+        for (image, pointer) in [("/b/FULL-1-sda", "FULL-1-sda"), ("/b/FULL-1-a:b", "./FULL-1-a:b")]
+        {
+            assert_eq!(pointer_to(Path::new(image)), pointer);
+        }
+    }
+}

@@ -7,9 +7,10 @@ use crate::support::chains::{Backups, succeed};
 use crate::support::qemu::one_disk::image;
 use crate::support::renamed::Renamed;
 use crate::support::shut_off::{self, caller, s, write};
-use crate::support::synced::{Act, acts, assert_all_synced, assert_in_order};
+use crate::support::synced::{Act, Then, acts, assert_all_synced, assert_in_order, before_each};
 use crate::support::tools::have;
 use crate::support::verbs::{self, MIB};
+use fleecefs::manifest;
 
 fn fleecefs(args: &[&str]) -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
@@ -126,5 +127,34 @@ fn what_a_commit_or_a_link_changes_is_journalled_on_disk() {
         assert_all_synced(&acts[..gone(&acts)]);
         assert!(named(&acts, "/link-disk.journal") < named(&acts, ".qcow2"), "{acts:#?}");
         assert!(named(&acts, "/removal.journal") < gone(&acts), "{acts:#?}");
+    }
+}
+
+/// Whoever looks at any time, or after a power cut, finds a hash that is right, or none.
+#[test]
+fn no_manifest_has_a_wrong_hash_at_any_time() {
+    if !have("no_manifest_has_a_wrong_hash_at_any_time", &verbs::TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, _) = verbs::chain(dir.path(), "sda", &[4 * MIB]);
+    verbs::add_manifests(&chain, &[4 * MIB]);
+    let until = verbs::name(&chain.files[2]);
+    for words in [&["rebase"][..], &["commit", "--until", until]] {
+        let mut command = fleecefs(words);
+        let mut wrong = Vec::new();
+        let out = before_each(command.arg(&chain.dir), &chain.dir, |act| {
+            for name in verbs::files(&chain.dir) {
+                let known = manifest::read(&chain.dir, name.as_ref()).ok().flatten();
+                let Some(hash) = known.and_then(|m| m.blake3) else { continue };
+                let bytes = std::fs::read(chain.dir.join(&name)).unwrap();
+                if blake3::hash(&bytes).to_hex().as_str() != hash {
+                    wrong.push(format!("{name} before {act:?}"));
+                }
+            }
+            Then::GoOn
+        });
+        assert!(out.status.success() && wrong.is_empty(), "{words:?}: {wrong:#?}");
+        verbs::manifests_fit(&chain.dir);
     }
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use crate::support::guard::Guard;
 use crate::support::images::{self, Chain, Rng, first_difference};
+use crate::support::synced::{Then, before_each};
 use crate::support::tools::{have, run};
 use crate::support::verbs::{
     MIB, TOOLS, add_manifests, assert_same, chain, files, fleecefs, manifests_fit, name, ok,
@@ -306,4 +307,66 @@ fn a_full_disk_loses_nothing() {
     }
     println!("{failed} of {rounds} runs met a full disk");
     assert!(failed > 0, "the disk was never full");
+}
+
+/// Runs `words` on a fresh copy of a chain, killed before its change of a name number `at`. None if there are fewer.
+fn killed_before(words: &[&str], chain: &Chain, to: &Path, at: usize) -> Option<PathBuf> {
+    let folder = copy_of(&chain.dir, to);
+    let words = words.iter().map(|w| if *w == "DIR" { s(&folder) } else { w });
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    let mut left = at;
+    let out = before_each(command.args(words), &folder, |act| {
+        left = left.wrapping_sub(usize::from(act.path().is_some()));
+        if left == usize::MAX { Then::Kill } else { Then::GoOn }
+    });
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.code().is_none_or(|c| c == 0), "{at}: {said}");
+    out.status.code().is_none().then_some(folder)
+}
+
+/// A child that has a backing pointer has one in the end, to what has taken the place of its parent.
+#[test]
+fn killed_before_each_change_points_and_pointers_are_right() {
+    if !have("killed_before_each_change_points_and_pointers_are_right", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, bytes) = chain(dir.path(), "sda", &[4 * MIB]);
+    add_manifests(&chain, &[4 * MIB]);
+    ok(&["rebase", s(&chain.dir)]);
+    std::fs::remove_file(chain.dir.join("image")).unwrap();
+    let (full, until, last) = (name(&chain.files[0]), name(&chain.files[2]), name(&chain.files[3]));
+    let merged = until.replacen("INC", "FULL", 1);
+    for (words, new) in [
+        (&["commit", "DIR", "--until", until][..], full),
+        (&["consolidate", "DIR", "sda.qcow2", "--until", until], &*merged),
+    ] {
+        let work = tempfile::tempdir().unwrap();
+        let mut at = 0;
+        while let Some(folder) = killed_before(words, &chain, work.path(), at) {
+            let what = format!("{words:?} before change {at}");
+            ok(&["verify", "--create", s(&folder)]);
+            ok(&["verify", s(&folder)]);
+            let parent = match folder.join(until).exists() {
+                true => until,
+                false => new,
+            };
+            assert_same(&what, &restored(&folder, last), &bytes[3]);
+            assert_same(&what, &restored(&folder, parent), &bytes[2]);
+            let info = run("qemu-img", &["info", "--output=json", s(&folder.join(last))]);
+            let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+            assert_eq!(info["backing-filename"], parent, "{what}");
+            manifests_fit(&folder);
+            let kept = std::fs::read_dir(folder.join(".fleecefs")).unwrap();
+            let kept = kept.map(|e| e.unwrap().file_name().into_string().unwrap());
+            // A new image before its journal may stay until somebody merges there again.
+            let odd = kept.filter(|n| {
+                let new = n.starts_with(".fleecefs-tmp-") || n.starts_with("consolidate-");
+                n == "fold.json" || !new && !n.ends_with(".json") && n != "lock"
+            });
+            assert_eq!(odd.collect::<Vec<_>>(), [""; 0], "{what}");
+            at += 1;
+        }
+        assert!(at > 10, "{words:?}: there are {at} changes");
+    }
 }

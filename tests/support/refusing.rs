@@ -53,6 +53,11 @@ pub struct Asked {
 }
 
 impl Asked {
+    /// Kills the process that asks.
+    pub fn kill(&self) {
+        drop(Waits(self.task));
+    }
+
     /// What the task's descriptor leads to by its name.
     pub fn open_path(&self, fd: u64) -> PathBuf {
         std::fs::read_link(self.path_of(fd)).unwrap_or_default()

@@ -23,12 +23,27 @@ pub enum Act {
 /// What `command` does below `root`.
 pub fn acts(command: &mut Command, root: &Path) -> (Output, Vec<Act>) {
     let mut acts = Vec::new();
-    let out = before_each(command, root, |act| acts.push(act));
+    let out = before_each(command, root, |act| {
+        acts.push(act);
+        Then::GoOn
+    });
     (out, acts)
 }
 
+/// What comes after a look at what is about to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    GoOn,
+    /// It is killed, and does not do it.
+    Kill,
+}
+
 /// Runs `command`; `see` gets what it is about to do below `root`, which waits for it.
-pub fn before_each(command: &mut Command, root: &Path, mut see: impl FnMut(Act) + Send) -> Output {
+pub fn before_each(
+    command: &mut Command,
+    root: &Path,
+    mut see: impl FnMut(Act) -> Then + Send,
+) -> Output {
     const CALLS: &[i64] = &[
         libc::SYS_fsync,
         libc::SYS_fdatasync,
@@ -39,7 +54,9 @@ pub fn before_each(command: &mut Command, root: &Path, mut see: impl FnMut(Act) 
     ];
     let root = root.canonicalize().unwrap();
     run_asking(command, CALLS, &[], |asked| {
-        act(asked, &root).into_iter().for_each(&mut see);
+        if act(asked, &root).map(&mut see) == Some(Then::Kill) {
+            asked.kill();
+        }
         None
     })
 }
