@@ -52,7 +52,7 @@ FAST=(
     link_disk::two_names_become_one_disk
 )
 # They take longest, and begin first, so that nothing long is left at the end.
-LONG=(crash_guest crash release any_order backup_guest beside odd_disks backup_qemu fleecefs watermark
+LONG=(crash_guest crash release exchanged any_order backup_guest beside odd_disks backup_qemu fleecefs watermark
     guards hardware boot matrix)
 # What they measure is wrong while others are at work.
 ALONE=(read_cost)

@@ -190,7 +190,7 @@ mod tests {
             (list(1, &[a, b]), 0..20),
             (list(0, &[a, e(12, 8, C::Zero)]), 0..20),
             (list(0, &[a, e(5, 15, C::Zero)]), 0..20),
-            (list(0, &[a, e(10, 0, C::Zero), b]), 0..20),
+            (list(0, &[a, e(10, 0, C::At(99)), b]), 0..20),
             (list(0, &[a, e(10, 10, C::At(10))]), 0..20),
         ];
         for (list, range) in bad {

@@ -448,3 +448,68 @@ fn damage_is_not_merged_into_a_full_with_a_good_hash() {
     succeed(&["consolidate", "sda", "--until", "latest", "--skip-check"], root);
     assert_eq!(names(root).len(), 1);
 }
+
+/// One disk of four points with manifests, which `change` alters.
+fn recorded(change: impl Fn(usize, &mut manifest::Manifest)) -> Backups {
+    let b = Backups::new(1, 3, "", false);
+    succeed(&["verify", "--create"], b.dir.path());
+    for (i, file) in b.files.iter().enumerate() {
+        let folder = file.parent().unwrap();
+        let mut m = manifest::read(folder, file.file_name().unwrap()).unwrap().unwrap();
+        change(i, &mut m);
+        manifest::write(folder, &m).unwrap();
+    }
+    b
+}
+
+#[test]
+fn what_is_on_another_branch_or_has_the_name_keeps_a_chain_as_it_is() {
+    let test = "what_is_on_another_branch_or_has_the_name_keeps_a_chain_as_it_is";
+    if !tools::have(test, &TOOLS) {
+        return;
+    }
+    // The last depends on the second, not on the third.
+    let b = recorded(|i, m| {
+        if i == 3 {
+            m.parent = Some(m.image.replace("INC-1700010800", "INC-1700003600"));
+        }
+    });
+    let before = names(b.dir.path());
+    let out = fleecefs(&["consolidate", "sda", "--until", &b.name(2)], b.dir.path());
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(code(&out) == 11 && said.contains("another branch"), "{said}");
+    assert_eq!(names(b.dir.path()), before);
+    // Without it there is no harm, but there is another image with the new name.
+    std::fs::remove_file(&b.files[3]).unwrap();
+    manifest::remove(b.files[3].parent().unwrap(), b.files[3].file_name().unwrap()).unwrap();
+    let taken = b.files[2].with_file_name(b.name(2).replace("INC-", "FULL-"));
+    std::fs::copy(&b.files[0], &taken).unwrap();
+    let before = names(b.dir.path());
+    let out = fleecefs(&["consolidate", "sda", "--until", &b.name(2)], b.dir.path());
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(code(&out) == 4 && said.contains("already such a FULL"), "{said}");
+    assert_eq!(names(b.dir.path()), before);
+}
+
+/// What changed since the old FULL is more than since the point: the next DIFF is as right.
+#[test]
+fn what_a_diff_goes_by_after_a_consolidate() {
+    if !tools::have("what_a_diff_goes_by_after_a_consolidate", &TOOLS) {
+        return;
+    }
+    for (until, bitmap) in [(2, "of-0"), (3, "of-3")] {
+        let b = recorded(|i, m| {
+            m.bitmap = Some(manifest::BitmapInfo {
+                name: format!("of-{i}"),
+                node: "n".into(),
+                granularity: 65536,
+                persistent: true,
+                watermark: false,
+            });
+        });
+        succeed(&["consolidate", "sda", "--until", &b.name(until)], b.dir.path());
+        let full = b.name(until).replace("INC-", "FULL-");
+        let m = manifest::read(b.files[0].parent().unwrap(), full.as_ref()).unwrap().unwrap();
+        assert_eq!(m.bitmap.unwrap().name, bitmap);
+    }
+}
