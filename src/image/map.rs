@@ -391,4 +391,19 @@ mod tests {
             assert!(!merged(std::slice::from_ref(&bad)), "{bad:?}");
         }
     }
+
+    /// A disk that was shrunk and grown: behind the end of the smaller layer there are zeros, also where that layer
+    /// has nothing of its own, and not what was there before.
+    #[test]
+    fn behind_the_end_of_an_empty_layer_nothing_shows_through() {
+        let layers = [layer(vec![2; 4]), layer(vec![0]), layer(vec![0; 4])];
+        let mut merge = LayerMerge::new(0..4 * BLOCK);
+        for (i, l) in layers.iter().enumerate().rev() {
+            merge.add_layer(i as u16, l);
+        }
+        let map = merge.finish().unwrap().extents;
+        let seen: Vec<_> = map.as_slice().iter().map(|e| (e.start, e.len, e.content)).collect();
+        let data = Source::Data { layer: 0, file: 0, host: 0 };
+        assert_eq!(seen, [(0, BLOCK, data), (BLOCK, 3 * BLOCK, Source::Unallocated)]);
+    }
 }
