@@ -21,12 +21,19 @@ pub(super) fn print_mounted(plan: &Plan) {
     logging::result(&format!("{what} is mounted at {at}"));
 }
 
-/// Waits for the end, and writes down what is to be kept of what was written to points.
+/// Waits for the end, and writes down what is to be kept of what was written to points; `unmounted` is called before
+/// that, which may take long.
 ///
 /// # Errors
 /// The connection to the kernel broke.
-pub(super) fn finish(mounted: Mounted, fs: &FileSystem, plan: &Plan) -> Result<()> {
+pub(super) fn finish(
+    mounted: Mounted,
+    fs: &FileSystem,
+    plan: &Plan,
+    unmounted: impl FnOnce(),
+) -> Result<()> {
     let ended = mounted.wait();
+    unmounted();
     // However it ended.
     fs.finish();
     ended?;

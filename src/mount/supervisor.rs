@@ -41,6 +41,8 @@ mod message {
     pub(super) const IDLE: u8 = b'i';
     /// Keeper: it was not idle after all.
     pub(super) const BUSY: u8 = b'b';
+    /// Server: it is unmounted; what was written is still written down.
+    pub(super) const UNMOUNTED: u8 = b'u';
     /// Server: a signal came.
     pub(super) const SIGNAL: u8 = b'g';
 }
@@ -168,6 +170,11 @@ impl MountSupervisor<'_> {
         match word {
             message::MOUNT => self.attach(),
             message::SERVED => self.announce(),
+            // The next mount may get its device number, and be announced by that.
+            message::UNMOUNTED => {
+                self.announced = None;
+                Ok(())
+            }
             message::IDLE => {
                 self.gone = self.unmount(false);
                 if !self.gone {
@@ -332,7 +339,11 @@ impl Server<'_> {
         prepared.watch(&mount)?;
         *detached = ready.detach()?;
         self.say(message::SERVED)?;
-        mounted::finish(mount, &fs, self.plan)
+        let plan = self.plan;
+        mounted::finish(mount, &fs, plan, || {
+            // Whoever has ended has no socket any more.
+            let _ = self.say(message::UNMOUNTED);
+        })
     }
 
     fn say(&mut self, word: u8) -> Result<()> {

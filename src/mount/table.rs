@@ -4,16 +4,22 @@
 //! stop it from being unmounted.
 
 use std::ffi::{CString, OsString};
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
+
+/// How long a mount that has ended may have its socket.
+const ENDING: Duration = Duration::from_secs(1);
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,9 +77,19 @@ impl Mount {
         format!("fleecefs-mount-{}", self.dev)
     }
 
-    /// A socket that tells `umount` which process serves this mount; nobody ever answers it.
+    /// A socket that tells `umount` which process serves this mount; nobody ever answers it. The mount that had this
+    /// device number before may be ending: its socket goes in a moment.
     pub(super) fn announce(&self) -> std::io::Result<UnixListener> {
-        UnixListener::bind_addr(&SocketAddr::from_abstract_name(self.socket_name())?)
+        let address = SocketAddr::from_abstract_name(self.socket_name())?;
+        let deadline = Instant::now() + ENDING;
+        loop {
+            match UnixListener::bind_addr(&address) {
+                Err(e) if e.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                    std::thread::sleep(LOOK);
+                }
+                bound => return bound,
+            }
+        }
     }
 
     /// The process that serves this mount, if it can be told.

@@ -25,7 +25,7 @@ pub(super) fn run(plan: &Plan, ready: Ready) -> Result<()> {
     // Until now a signal simply ended the process, however long the scan took.
     let signals = signals()?;
     let mounted = fuse::mount(prepared.fs.clone(), &plan.mountpoint, &plan.fuse())?;
-    let (mount, _announced) = answers(&plan.mountpoint)?;
+    let (mount, announced) = answers(&plan.mountpoint)?;
     let fs = prepared.fs.clone();
     prepared.watch(&mounted)?;
     let (tell, told) = channel();
@@ -35,7 +35,7 @@ pub(super) fn run(plan: &Plan, ready: Ready) -> Result<()> {
     start("control", 0, move || control.run())?;
     ready.tell()?;
     print_mounted(plan);
-    finish(mounted, &served, plan)
+    finish(mounted, &served, plan, || drop(announced))
 }
 
 fn forward(mut signals: Signals, tell: &Sender<i32>) {

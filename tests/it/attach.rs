@@ -13,6 +13,7 @@ use crate::support::guard::Guard;
 use crate::support::images::Chain;
 use crate::support::process::{eventually, is_gone, server_pid, signal};
 use crate::support::tools::{have, is_root, run};
+use crate::support::writable::hashes;
 
 const XATTRS: [&str; 2] = ["user.", "trusted."];
 
@@ -107,7 +108,7 @@ fn what_was_cut_off_under_a_writer_is_what_the_kernel_makes_of_it() {
         std::os::unix::fs::symlink(attach.view.path(), &link).unwrap();
         attach.detach(link.to_str().unwrap());
         std::fs::remove_file(&link).unwrap();
-        assert_eq!(hashes(points.dir.path()), before, "{what}");
+        assert!(hashes(points.dir.path()) == before, "{what}");
         drop(original);
         let at = outer.at("mnt");
         let replayed = Guard::new(reading, r#"umount "$2" || umount -l "$2""#, &[&copy, &at]);
@@ -133,16 +134,6 @@ fn has_its_own_id(told: &str, disk: &Path) {
     let (own, copied) = (ids(device), ids(disk.to_str().unwrap()));
     assert!(own.0.len() >= 2 && own.0.iter().all(|id| *id != copied.0[0]), "{own:?} {copied:?}");
     assert!(own.1.iter().all(|id| *id == copied.0[0]), "{own:?} {copied:?}");
-}
-
-/// All files of a backup directory.
-fn hashes(dir: &Path) -> Vec<String> {
-    let out = Command::new("sh")
-        .args(["-c", "find . -type f | sort | xargs -d '\\n' sha256sum"])
-        .current_dir(dir)
-        .output()
-        .unwrap();
-    succeeded(&out).lines().map(str::to_string).collect()
 }
 
 /// A disk with an ext4 that was cut off with a dirty journal.
@@ -308,6 +299,51 @@ fn what_is_in_use_stays_and_what_lost_its_server_is_stale_and_goes() {
         let listed = attach.command(&["attach", "--list"]).output().unwrap();
         succeeded(&listed).contains("(stale")
     });
+    attach.detach("--all");
+}
+
+/// `$1` is a loop device, `$2` a disk of somebody else, `$3` where the device is mounted.
+const TAKEN: &str = r#"umount "$3" && losetup -d "$1" && losetup "$1" "$2" && mount "$1" "$3""#;
+
+#[test]
+fn a_device_that_is_somebody_elses_by_now_stays_as_it_is() {
+    let test = "a_device_that_is_somebody_elses_by_now_stays_as_it_is";
+    if !ready(test, &["mke2fs"]) {
+        return;
+    }
+    let (image, copy) = dirty_ext4();
+    let mut points = Points::new();
+    points.add(&copy);
+    let attach = Attach::new();
+    let other = image.path().with_extension("other");
+    std::fs::copy(&copy, &other).unwrap();
+    let at = attach.at("disk");
+    let source = || {
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let ours = mounts.lines().find(|l| l.contains(at.to_str().unwrap()));
+        ours.and_then(|l| l.split(' ').next()).map(PathBuf::from)
+    };
+    // Another test may be faster in taking the number.
+    let taken = (0..20).find_map(|_| {
+        attach.attach(points.dir.path(), "vda/latest", &[]);
+        let device = source().unwrap();
+        let undo = r#"umount "$3"; losetup -d "$1""#;
+        let taken = Guard::try_new(TAKEN, undo, &[&device, &other, &at]);
+        if taken.is_err() {
+            attach.detach("--all");
+        }
+        taken.ok()
+    });
+    let taken = taken.unwrap();
+    let device = source().unwrap();
+    let told = attach.command(&["detach", "--all"]).output().unwrap();
+    assert_eq!(told.status.code(), Some(6), "{}", said(&told));
+    assert!(said(&told).contains("is mounted over it"), "{}", said(&told));
+    assert_eq!(source(), Some(device.clone()));
+    // Nor is it what the user calls by the name of that device.
+    let named = attach.command(&["detach", device.to_str().unwrap()]).output().unwrap();
+    assert_eq!(named.status.code(), Some(6), "{}", said(&named));
+    drop(taken);
     attach.detach("--all");
 }
 

@@ -66,6 +66,7 @@ mod record;
 mod restore;
 mod runs;
 mod salvage;
+mod scratch;
 mod semantics;
 mod service;
 mod setups;

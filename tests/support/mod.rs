@@ -55,3 +55,4 @@ pub mod tools;
 pub mod tree;
 /// Chains with manifests, for what rewrites them (commit, rebase, link-disk...).
 pub mod verbs;
+pub mod writable;
