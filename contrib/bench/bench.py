@@ -40,6 +40,7 @@ METRICS = [
 EIGHT = ["seq 1M direct, 8 points", "rand 4k direct, 8 points"]
 FUSE_SHARE = 0.9  # of what FUSE allows, of each direct read
 WRITABLE_SHARE = 0.95  # of a plain mount, where nothing was written
+BEFORE_SHARE = 0.97  # of another build, where nothing is to become slower
 DEPTH_RATIO = 0.8  # ours, deepest chain over a single file
 SECOND_READ_RATIO = 0.9  # over a raw file in the page cache
 PEAK_MIB = 100
@@ -81,12 +82,14 @@ def peak_kib(pid):
 
 
 @contextlib.contextmanager
-def ours(args, files, work, name="mnt", options=()):
+def ours(args, files, work, name="mnt", options=(), program=None):
     """The chain's newest point through `fleecefs mount`: yields its path and the process."""
     mount_point = os.path.join(work, name)
     os.makedirs(mount_point, exist_ok=True)
     backups = os.path.dirname(os.path.dirname(files[0]))
-    process = subprocess.Popen([args.fleecefs, "mount", "--foreground", *options, backups, mount_point])
+    process = subprocess.Popen(
+        [program or args.fleecefs, "mount", "--foreground", *options, backups, mount_point]
+    )
     point = os.path.join(mount_point, "vda.qcow2", os.path.basename(files[-1]) + ".raw")
     try:
         wait_until(lambda: os.path.exists(point), "fleecefs mount", process)
@@ -103,6 +106,11 @@ def writable(args, files, work):
             file.seek(-4096, os.SEEK_END)
             file.write(bytes(4096))
         yield point, process
+
+
+def before(args, files, work):
+    """The same through another build of the program (--before)."""
+    return ours(args, files, work, name="mnt-before", program=args.before)
 
 
 @contextlib.contextmanager
@@ -286,13 +294,17 @@ def pair_ratios(args, pair, work):
     return {metric: ratio(first[metric], second[metric]) for metric in METRICS}
 
 
-def writable_ratios(args, files_by_depth, work, out):
-    """What nobody has written to, read through a mount with --writable and through one without."""
+def compared(args, files_by_depth, work, out):
+    """Two of our mounts turn about: with --writable (and nothing written) and without; or this program and
+    another build of it."""
+    if args.writable:
+        pair, what, least = {"writable": writable, "plain": ours}, "writable / plain mount", WRITABLE_SHARE
+    else:
+        pair, what, least = {"now": ours, "before": before}, "now / before", BEFORE_SHARE
     for depth, files in files_by_depth.items():
-        pair = {"writable": (writable, files), "plain": (ours, files)}
-        for metric, value in pair_ratios(args, pair, work).items():
-            name = f"writable / plain mount, depth {depth}: {metric}"
-            promise(out, name, value, WRITABLE_SHARE, True)
+        servers = {name: (server, files) for name, server in pair.items()}
+        for metric, value in pair_ratios(args, servers, work).items():
+            promise(out, f"{what}, depth {depth}: {metric}", value, least, True)
 
 
 def measure(args, files_by_depth, work):
@@ -426,6 +438,8 @@ def arguments():
     parser.add_argument("--only", choices=["ours", "theirs"], help="measure one server")
     parser.add_argument("--writable", action="store_true",
                         help="compare a mount with --writable with one without, and nothing else")  # fmt: skip
+    parser.add_argument("--before", metavar="PROGRAM", type=os.path.abspath,
+                        help="compare with another build of fleecefs, and nothing else")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small disk, one round, one second")
     args = parser.parse_args()
     if args.quick:
@@ -453,9 +467,9 @@ def main():
         begin = time.monotonic()
         files = make_chains(args, work)
         print(f"bench: chains made in {time.monotonic() - begin:.0f} s", file=sys.stderr)
-        if args.writable:
+        if args.writable or args.before:
             out |= {"ratios": [], "others": []}
-            writable_ratios(args, files, work, out)
+            compared(args, files, work, out)
             return finish(args, out)
         if not args.only and not all(same_bytes(args, f, work) for f in files.values()):
             raise SystemExit("bench: ours and theirs serve different bytes")

@@ -11,6 +11,8 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=../lib/deps.sh
 . "$here/../lib/deps.sh"
+# shellcheck source=../lib/initrd.sh
+. "$here/../lib/initrd.sh"
 
 packages=(busybox-static qemu-guest-agent)
 # Buses a test may ask for, the agent's port, and the two file systems.
@@ -21,7 +23,7 @@ say() { printf 'guest: %s\n' "$*" >&2; }
 # A new builder or another Debian release makes another guest, beside the old one.
 cache_dir() {
     local base=${FLEECEFS_GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fleecefs/guest} key
-    key=$(cat "$here"/build.sh "$here"/writer.rs "$here"/initramfs-init "$here"/rootfs/* /etc/os-release |
+    key=$(cat "$here"/build.sh "$here"/../lib/initrd.sh "$here"/writer.rs "$here"/initramfs-init "$here"/rootfs/* /etc/os-release |
         sha256sum | cut -c 1-16)
     printf '%s/%s' "$base" "$key"
 }
@@ -71,24 +73,14 @@ unpack() {
 busybox_of() { find "$work/files" -path '*/bin/busybox' -type f | head -n 1; }
 
 build_initramfs() {
-    local tree=$work/initramfs version file name
+    local tree=$work/initramfs version
     version=$(basename "$work"/kernel/lib/modules/*)
     mkdir -p "$tree"/{bin,dev,proc,sys,newroot,modules}
     cp "$(busybox_of)" "$tree/bin/busybox"
     install -m 755 "$here/initramfs-init" "$tree/init"
     depmod -b "$work/kernel" "$version" 2>/dev/null
-    modprobe -d "$work/kernel" -S "$version" --all --show-depends "${modules[@]}" |
-        sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' >"$work/modules.list"
-    while read -r file; do
-        name=$(basename "$file")
-        case $name in
-            *.xz) xz -dc "$file" >"$tree/modules/${name%.xz}" ;;
-            *.gz) gzip -dc "$file" >"$tree/modules/${name%.gz}" ;;
-            *) cp "$file" "$tree/modules/$name" ;;
-        esac
-        printf '%s\n' "${name%.[xg]z}" >>"$tree/modules.order"
-    done <"$work/modules.list"
-    (cd "$tree" && find . -print0 | cpio --null --quiet -o -H newc -R 0:0) >"$work/out/initrd"
+    initrd_modules "$work/kernel" "$version" "$tree" "${modules[@]}"
+    initrd_pack "$tree" >"$work/out/initrd"
     decompress "$work"/kernel/boot/vmlinuz-"$version" >"$work/out/vmlinuz"
 }
 

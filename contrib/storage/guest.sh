@@ -5,6 +5,9 @@
 # `SCRIPT FLEECEFS MODULES`, $guest_disk the size of the disk that it has.
 # shellcheck disable=SC2154
 
+# shellcheck source=../lib/initrd.sh
+. "$root/contrib/lib/initrd.sh"
+
 # What the guest needs before it sees this machine's root; the rest it loads from there.
 modules=(virtio_pci virtio_blk 9pnet_virtio 9p overlay)
 
@@ -66,23 +69,14 @@ INIT
 }
 
 build_initramfs() {
-    local tree=$work/initramfs file name
+    local tree=$work/initramfs
     mkdir -p "$tree"/{bin,dev,proc,modules,lower,up,newroot}
     cp "$(find "$folder/kernel" -path '*/bin/busybox' -type f | head -n 1)" "$tree/bin/busybox"
     write_init >"$tree/init"
     chmod 755 "$tree/init"
     printf 'script=%q\nprogram=%q\nmodules=%q\n' "$root/contrib/storage/$inside" "$fleecefs" "$folder/kernel" >"$tree/job"
-    modprobe -d "$folder/kernel" -S "$(version)" --all --show-depends "${modules[@]}" |
-        sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' >"$work/modules.list"
-    while read -r file; do
-        name=$(basename "$file")
-        case $name in
-            *.xz) xz -dc "$file" >"$tree/modules/${name%.xz}" ;;
-            *) cp "$file" "$tree/modules/$name" ;;
-        esac
-        printf '%s\n' "${name%.xz}" >>"$tree/modules.order"
-    done <"$work/modules.list"
-    (cd "$tree" && find . -print0 | cpio --null --quiet -o -H newc -R 0:0) | gzip -1 >"$work/initrd"
+    initrd_modules "$folder/kernel" "$(version)" "$tree" "${modules[@]}"
+    initrd_pack "$tree" | gzip -1 >"$work/initrd"
 }
 
 boot() {

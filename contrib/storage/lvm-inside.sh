@@ -52,7 +52,8 @@ restored() {
 partitions() {
     local loop got='' point image=$work/parts.raw
     printf '%s\n' "--- a volume with partitions"
-    rm -rf "${work:?}/backups"
+    # The state folder knows the target that was here.
+    rm -rf "${work:?}/backups" "$work/state"
     mkdir -p "$work/backups" "$work/files" "$work/fs"
     seq 100000 >"$work/files/numbers"
     truncate -s "${size}M" "$image"

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::plan::{Files, Plan, check_apart};
-use super::process::start;
+use super::process::{make_descriptor_table, start};
 use crate::chain::Catalog;
 use crate::chain::scan::{self, ProbeCache, ScanOptions};
 use crate::error::{Error, Result};
@@ -36,11 +36,12 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Reads the backup directory.
+    /// Reads the backup directory. Until then the process has one thread.
     ///
     /// # Errors
     /// It cannot be read.
     pub(super) fn new(plan: &Plan) -> Result<Self> {
+        make_descriptor_table();
         let waker = Waker::new().map_err(|e| Error::io(e, "cannot make an eventfd"))?;
         let waker = Arc::new(waker);
         let root = followed(plan);

@@ -1,7 +1,10 @@
 //! What a serving process sets up for itself: signals, threads, limits.
 
+use std::os::fd::RawFd;
 use std::time::Duration;
 
+use rustix::io::fcntl_dupfd_cloexec;
+use rustix::process::{Resource, getrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -45,6 +48,23 @@ pub(crate) fn raise_file_limit() {
             limit.rlim_cur = limit.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
         }
+    }
+    make_descriptor_table();
+}
+
+/// Lets the kernel make its table of descriptors as large as it will be for long chains. To be called
+/// while there is one thread, and again after a fork, which gives the child a small one.
+///
+/// The table begins with 64 entries and doubles when it is full. With several threads the kernel then
+/// waits until no processor can be using the old one, which takes as long as reading some hundred layers.
+pub(super) fn make_descriptor_table() {
+    /// 64 KiB of the kernel's memory.
+    const ENTRIES: u64 = 8192;
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(ENTRIES).clamp(1, ENTRIES);
+    let Ok(last) = RawFd::try_from(most - 1) else { return };
+    // Any descriptor will do. Without one, all works, only not as fast.
+    if let Ok((any, _)) = std::io::pipe() {
+        drop(fcntl_dupfd_cloexec(&any, last));
     }
 }
 

@@ -4,7 +4,6 @@ use std::os::unix::net::UnixStream;
 
 use super::*;
 use crate::layer::qcow2::create::NewImage;
-use crate::layer::qcow2::header::Compression;
 
 /// In CI a missing qemu-img is a failure; elsewhere the test says that it was skipped.
 fn have(test: &str) -> bool {
@@ -18,13 +17,7 @@ fn have(test: &str) -> bool {
 
 fn new_image(cluster_size: u64, size: u64) -> File {
     let file = tempfile::tempfile().unwrap();
-    let shape = NewImage {
-        size,
-        cluster_size,
-        extended_l2: false,
-        lazy_refcounts: false,
-        compression: Compression::Zlib,
-    };
+    let shape = NewImage::plain(size, cluster_size);
     shape.write(&file, Path::new("image")).unwrap();
     file
 }

@@ -3,13 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::support::backup::{Caller, images};
 use crate::support::qemu::storage_daemon::Daemon;
-use crate::support::tools::{have, run};
+use crate::support::tools::{self, have, run};
 use serde_json::Value;
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "python3"];
@@ -34,12 +33,11 @@ fn stand_in(dir: &Path) -> PathBuf {
     let bin = dir.join("bin");
     std::fs::create_dir(&bin).unwrap();
     let script = format!(
-        "#!/bin/sh\nset -e\ncat >\"$0.in.$$\"\nHASH_OF=\"$0.in.$$\" HASH_TO=\"$0.out.$$\" '{}' --exact \
-         format::b3sum_stand_in >&2\ncat \"$0.out.$$\"\nrm \"$0.in.$$\" \"$0.out.$$\"\n",
+        "set -e\ncat >\"$0.in.$$\"\nHASH_OF=\"$0.in.$$\" HASH_TO=\"$0.out.$$\" '{}' --exact \
+         format::b3sum_stand_in >&2\ncat \"$0.out.$$\"\nrm \"$0.in.$$\" \"$0.out.$$\"",
         std::env::current_exe().unwrap().display()
     );
-    std::fs::write(bin.join("b3sum"), script).unwrap();
-    std::fs::set_permissions(bin.join("b3sum"), PermissionsExt::from_mode(0o700)).unwrap();
+    tools::write_script(&bin.join("b3sum"), &script);
     bin
 }
 

@@ -520,7 +520,7 @@ fn a_user_without_rights_backs_up_what_he_may_not_read() {
     const USER: u32 = 65534;
     let m = Machine::start();
     let (program, home) = (m.path("fleecefs"), m.path("home"));
-    std::fs::copy(env!("CARGO_BIN_EXE_fleecefs"), &program).unwrap();
+    tools::copy_program(env!("CARGO_BIN_EXE_fleecefs"), &program);
     std::fs::create_dir(&home).unwrap();
     std::os::unix::fs::chown(&home, Some(USER), Some(USER)).unwrap();
     let open = |p: &Path, mode| {

@@ -10,7 +10,7 @@ use crate::support::images::{self, Chain, Oracle, first_difference};
 use crate::support::mount::Mount;
 use crate::support::process::{eventually, status, stderr};
 use crate::support::three_points::{MIB, SIZE, backups};
-use crate::support::tools::{have, is_root, run};
+use crate::support::tools::{self, have, is_root, run};
 
 const TOOLS: [&str; 3] = ["qemu-img", "qemu-io", "/dev/fuse"];
 const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
@@ -235,7 +235,7 @@ fn for_nobody(backups: &Path) -> tempfile::TempDir {
     std::fs::set_permissions(backups, PermissionsExt::from_mode(0o755)).unwrap();
     let home = tempfile::tempdir().unwrap();
     std::os::unix::fs::chown(home.path(), Some(65534), Some(65534)).unwrap();
-    std::fs::copy(FLEECEFS, home.path().join("fleecefs")).unwrap();
+    tools::copy_program(FLEECEFS, &home.path().join("fleecefs"));
     home
 }
 

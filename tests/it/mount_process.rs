@@ -46,6 +46,22 @@ fn sigterm_unmounts_and_a_second_one_detaches() {
     eventually("the end after the last file", || is_gone(pid));
 }
 
+/// It grows while several threads run only at the cost of the kernel's waiting for all processors.
+#[test]
+fn the_table_of_descriptors_is_large_before_the_first_read() {
+    if !have("the_table_of_descriptors_is_large_before_the_first_read", &TOOLS) {
+        return;
+    }
+    let (dir, _) = backups();
+    let mount = Mount::new(dir.path());
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server_pid(mount.path())));
+    let status = status.unwrap();
+    let size = status.lines().find_map(|l| l.strip_prefix("FDSize:")).unwrap();
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    let least = most.map_or(8192, |most| most.min(8192));
+    assert!(size.trim().parse::<u64>().unwrap() >= least, "{status}");
+}
+
 #[test]
 fn an_idle_mount_goes_away_and_a_busy_one_stays() {
     if !have("an_idle_mount_goes_away_and_a_busy_one_stays", &TOOLS) {

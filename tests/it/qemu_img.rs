@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::support::tools::{have, run};
+use crate::support::tools::{self, have, run};
 use crate::support::verbs::{MIB, TOOLS, chain, s};
 use fleecefs::layer::Format;
 use fleecefs::layer::qcow2::backing::set_backing;
@@ -223,8 +223,7 @@ fn false_qemu_img(script: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
     let path = dir.path().join("qemu-img");
-    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    std::fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+    tools::write_script(&path, script);
     dir
 }
 

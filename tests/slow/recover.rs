@@ -12,7 +12,7 @@ use crate::support::backup::{self, Caller, PausedBackup, leftovers, ours_in_qemu
 use crate::support::qemu::storage_daemon::Daemon;
 use crate::support::qemu::two_disks::Machine;
 use crate::support::refusing;
-use crate::support::tools::{have, run};
+use crate::support::tools::{self, have, run};
 use fleecefs::backup::state::journal;
 use fleecefs::backup::state::journal::{Journal, Record};
 use fleecefs::lock::Locks;
@@ -182,8 +182,7 @@ fn false_qemu_img(script: &str) -> tempfile::TempDir {
     // It runs as a user who owns nothing.
     std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let path = dir.path().join("qemu-img");
-    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+    tools::write_script(&path, script);
     dir
 }
 

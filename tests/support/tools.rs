@@ -1,7 +1,7 @@
 //! The tools that a test needs, and running them.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::FromRawFd;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -55,6 +55,22 @@ pub fn on_terminal(command: &mut Command, columns: u16) -> (Option<i32>, String)
     assert!(end.is_ok() || end.is_err_and(|e| e.raw_os_error() == Some(libc::EIO)));
     let code = child.wait().unwrap().code();
     (code, String::from_utf8(text).unwrap().replace("\r\n", "\n"))
+}
+
+/// Copies a program to where the test starts it.
+///
+/// Another process writes the file: were it this one, a command that another test starts meanwhile would
+/// have the file open for writing until it has become its program, and starting ours would fail
+/// with "text file busy".
+pub fn copy_program(from: &str, to: &Path) {
+    run("install", &["-m", "755", from, to.to_str().unwrap()]);
+}
+
+/// Makes a shell script that the test starts, as [`copy_program`] does.
+pub fn write_script(to: &Path, text: &str) {
+    let mut text_file = tempfile::NamedTempFile::new().unwrap();
+    text_file.write_all(format!("#!/bin/sh\n{text}\n").as_bytes()).unwrap();
+    copy_program(text_file.path().to_str().unwrap(), to);
 }
 
 /// Runs a command that has to succeed.

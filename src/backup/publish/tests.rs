@@ -11,13 +11,7 @@ fn test_folder() -> (tempfile::TempDir, Folder) {
 
 /// An unfinished image of 1 MiB without data, which is complete.
 fn made(folder: &Folder, name: &str) -> OpenImage {
-    let shape = NewImage {
-        size: 1 << 20,
-        cluster_size: 65536,
-        extended_l2: false,
-        lazy_refcounts: false,
-        compression: crate::layer::qcow2::header::Compression::Zlib,
-    };
+    let shape = NewImage::plain(1 << 20, 65536);
     create_image(folder, name, &shape, FileMode::default()).unwrap()
 }
 

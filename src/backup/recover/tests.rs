@@ -26,13 +26,7 @@ fn there(folder: &Folder) -> [bool; 4] {
 
 #[test]
 fn an_unfinished_image_is_no_point_though_it_is_sound() {
-    let shape = NewImage {
-        size: 1 << 20,
-        cluster_size: 65536,
-        extended_l2: false,
-        lazy_refcounts: false,
-        compression: crate::layer::qcow2::header::Compression::Zlib,
-    };
+    let shape = NewImage::plain(1 << 20, 65536);
     for finished in [false, true] {
         let (_d, folder) = test_folder();
         publish::announce(&folder, &example(IMAGE, Level::Full, None)).unwrap();

@@ -49,6 +49,18 @@ pub struct Tables {
 }
 
 impl NewImage {
+    /// A plain one, for tests.
+    #[cfg(test)]
+    pub(crate) fn plain(size: u64, cluster_size: u64) -> Self {
+        NewImage {
+            size,
+            cluster_size,
+            extended_l2: false,
+            lazy_refcounts: false,
+            compression: Compression::Zlib,
+        }
+    }
+
     /// The same with clusters that are large enough for a disk of its size, if there are such.
     pub fn fitting(mut self) -> Self {
         while self.cluster_size < MAX_CLUSTER && self.l1_entries().is_err() {
