@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use super::folders::{open_folder, side_folder};
 use super::member::Member;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Access, EntryKind, FileId, Folder, Replace};
+use crate::folder::{Access, EntryKind, FileId, Folder, Replace, absent_is_none};
 use crate::job::Work;
 use crate::journal::unfinished::HEADER_SUFFIX;
 use crate::layer::{Format, ImageInfo};
 use crate::layout::name;
+use crate::manifest::{Manifest, fingerprint_of};
 use crate::qemu_img::CheckResult;
 use crate::restore::clone::Cloner;
 use crate::restore::options::target_error;
@@ -139,6 +140,36 @@ pub(crate) fn check_same(dir: &Folder, name: &OsStr, id: FileId) -> Result<()> {
         return Ok(());
     }
     Err(exchanged(&path))
+}
+
+/// Whether an image is the one that a manifest speaks of, as far as its length and ends tell.
+///
+/// # Errors
+/// It cannot be read.
+pub(crate) fn is_as_recorded(dir: &Folder, image: &OsStr, m: &Manifest) -> std::io::Result<bool> {
+    let file = dir.open_file(image)?;
+    let same_length = file.metadata()?.len() == m.file_size;
+    Ok(same_length && (m.fingerprint.is_none() || Some(fingerprint_of(&file)?) == m.fingerprint))
+}
+
+/// As [`check_same`], for whoever finishes the work of another and does not know which file the name stood for:
+/// fails if an image is another than its manifest says. Without one nothing can be told.
+///
+/// # Errors
+/// `Changed`; what the operating system said.
+pub(crate) fn check_recorded(dir: &Folder, name: &OsStr, m: Option<&Manifest>) -> Result<()> {
+    let Some(m) = m else { return Ok(()) };
+    let path = dir.join(name);
+    match absent_is_none(is_as_recorded(dir, name, m)) {
+        Ok(None | Some(true)) => Ok(()),
+        Ok(Some(false)) => {
+            let what = "another file than its manifest records has this name since a command was interrupted";
+            Err(Error::new(Kind::Changed, what)
+                .at_path(path)
+                .remedy("if it is to stay, move it to another folder, and try again"))
+        }
+        Err(e) => Err(target_error(e, "cannot check the file", &path)),
+    }
 }
 
 /// Another file has the name of one that was to be altered or removed.
@@ -371,6 +402,12 @@ fn put_back(dir: &Folder, image: &OsStr, side: &Folder, saved: &OsStr) -> Result
     else {
         return Ok(());
     };
+    if !is_header_of(&file, cluster).map_err(|e| target_error(e, "cannot read the image", &path))? {
+        return Err(exchanged(&path).remedy(
+            "this is not the image whose header a killed run had saved: if it is to stay, remove the saved \
+             header in .fleecefs, else put the image back",
+        ));
+    }
     file.write_all_at(cluster, 0)
         .and_then(|()| folder::set_modified(&file, modified, &path))
         .and_then(|()| file.sync_all())
@@ -382,6 +419,17 @@ fn put_back(dir: &Folder, image: &OsStr, side: &Folder, saved: &OsStr) -> Result
     let fingerprint = manifest::fingerprint_of(&file);
     let fingerprint = fingerprint.map_err(|e| target_error(e, "cannot read the image", &path))?;
     manifest::write_in(dir, &manifest::Manifest { blake3, fingerprint: Some(fingerprint), ..m })
+}
+
+/// Whether a saved first cluster is this image's: all that a new backing pointer leaves as it is in a qcow2
+/// header is the same. (Half of the new one may have been written.)
+fn is_header_of(file: &File, cluster: &[u8]) -> std::io::Result<bool> {
+    let mut now = [0; 60];
+    let fixed = |bytes: &[u8]| Some((bytes.get(..8)?.to_vec(), bytes.get(20..60)?.to_vec()));
+    match file.read_exact_at(&mut now, 0) {
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
+        read => read.map(|()| fixed(&now) == fixed(cluster)),
+    }
 }
 
 /// The image is not one that a saved header can be put back into.

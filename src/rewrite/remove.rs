@@ -14,13 +14,13 @@ use std::path::{Path, PathBuf};
 use super::{config, files};
 use crate::chain::{Catalog, Disk};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{FileId, Folder};
+use crate::folder::{FileId, Folder, absent_is_none};
 use crate::job::Work;
 use crate::journal::linking::Linking;
 use crate::journal::removal::{Publish, Removal};
 use crate::journal::{linking, removal};
 use crate::layer::Format;
-use crate::manifest::{Manifest, fingerprint_of};
+use crate::manifest::Manifest;
 use crate::progress::Progress;
 use crate::prune::plan::Plan;
 use crate::restore::check_removable;
@@ -237,17 +237,30 @@ fn texts(names: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = Stri
     names.into_iter().filter_map(|n| n.into_string().ok())
 }
 
-/// Removes one image, if it is still the file `id`; makes that last, and removes its manifest.
+/// Which file is to go by this name: the one that is known, else the one that its manifest tells of.
+fn file_to_go(dir: &Folder, name: &OsStr, known: Option<&FileId>) -> Result<Option<FileId>> {
+    if known.is_some() {
+        return Ok(known.copied());
+    }
+    let failed = |e| Error::io(e, "cannot check the file").at_path(dir.join(name));
+    let found = absent_is_none(dir.look(name)).map_err(failed)?.map(|meta| FileId::of(&meta));
+    if found.is_some() {
+        files::check_recorded(dir, name, manifest::read_in(dir, name)?.as_ref())?;
+    }
+    Ok(found)
+}
+
+/// Removes one image, if it is still the file that it was; makes that last, and removes its manifest.
 fn remove_one(
     dir: &Folder,
     name: &str,
-    id: Option<&FileId>,
+    known: Option<&FileId>,
     progress: &dyn Progress,
 ) -> Result<()> {
     let path = dir.join(name);
-    let removed = match id {
-        Some(id) => dir.remove_if_same(name, *id),
-        None => dir.remove_if_there(name),
+    let removed = match file_to_go(dir, OsStr::new(name), known)? {
+        Some(id) => dir.remove_if_same(name, id),
+        None => Ok(false),
     };
     let removed = removed
         .and_then(|was| if was { dir.sync().map(|()| true) } else { Ok(false) })
@@ -286,27 +299,48 @@ pub fn recover(dir: &Path, work: &Work) -> Result<()> {
     let Some(removal) = removal::read_in(dir)? else { return Ok(()) };
     let path = path_text(dir.path());
     work.progress.note(&format!("{path}: finishing an interrupted command"));
-    let known = KnownFiles::new();
     let Some(publish) = &removal.publish else {
-        let linking = linking::read_in(dir)?;
-        if linking.is_some_and(|l| !have_new_names(dir, &removal.remove, &l)) {
-            // Nothing goes that is not under its new name: somebody has removed that.
-            log::warn!(
-                "{path}: a link-disk was interrupted, and the new names of its points are missing"
-            );
-            return removal::clear_in(dir);
-        }
-        remove_all(dir, &removal.remove, None, &known, work.progress)?;
-        removal::clear_in(dir)?;
-        return config::sweep(dir);
+        return match linking::read_in(dir)? {
+            Some(linking) => finish_link(dir, &removal, &linking, work),
+            None => finish_prune(dir, &removal, work),
+        };
     };
     let temporary = rewrite::side_folder(dir)?.has(&publish.temporary);
     // The temporary file was complete and synced before the journal was written.
     if temporary || dir.has(&publish.manifest.image) {
-        return replace(dir, removal, &known, work);
+        return replace(dir, removal, &KnownFiles::new(), work);
     }
     // Without it nothing went; a pointer that is gone already is no loss.
     removal::clear_in(dir)
+}
+
+fn finish_prune(dir: &Folder, removal: &Removal, work: &Work) -> Result<()> {
+    match remove_all(dir, &removal.remove, None, &KnownFiles::new(), work.progress) {
+        // What goes first depends on what goes later, so what is left is whole: whoever prunes next decides.
+        Err(e) if e.kind() == Kind::Changed => {
+            log::warn!("an interrupted prune is not finished, what is left stays: {}", e.report());
+        }
+        done => done?,
+    }
+    removal::clear_in(dir)?;
+    config::sweep(dir)
+}
+
+/// Removes the old names of what a link-disk gave new ones.
+fn finish_link(dir: &Folder, removal: &Removal, linking: &Linking, work: &Work) -> Result<()> {
+    if !have_new_names(dir, &removal.remove, linking) {
+        // Nothing goes that is not under its new name: somebody has removed that.
+        log::warn!(
+            "{}: a link-disk was interrupted, and the new names of its points are missing",
+            path_text(dir.path())
+        );
+        return removal::clear_in(dir);
+    }
+    let id = |name: &String| Some((name.clone(), FileId::of(&dir.look(name).ok()?)));
+    let known = removal.remove.iter().filter_map(id).collect();
+    remove_all(dir, &removal.remove, None, &known, work.progress)?;
+    removal::clear_in(dir)?;
+    config::sweep(dir)
 }
 
 /// Publishes a new image and removes what it replaces. Every step may be done already.
@@ -392,30 +426,18 @@ fn publish_new(dir: &Folder, publish: &Publish, known: &KnownFiles) -> Result<()
     if recorded.as_ref() == Some(&publish.manifest) {
         return Ok(());
     }
-    if fits(&publish.manifest, dir, name)? {
+    let fits = |m: &Manifest| files::is_as_recorded(dir, name, m);
+    if fits(&publish.manifest).map_err(|e| Error::io(e, "cannot read the image").at_path(&path))? {
         return manifest::write_in(dir, &publish.manifest);
     }
     // It may have been altered since, by somebody who said so.
-    if recorded.is_some_and(|m| fits(&m, dir, name).is_ok_and(|f| f)) {
+    if recorded.is_some_and(|m| fits(&m).is_ok_and(|f| f)) {
         return Ok(());
     }
     let what = "a consolidate was interrupted, and this is not the FULL that it made";
     Err(Error::new(Kind::Corrupt, what)
         .at_path(path)
         .remedy("verify the disk, and remove .fleecefs/removal.journal if this file is to stay"))
-}
-
-/// Whether an image is the one that a manifest speaks of, as far as its length and ends tell.
-fn fits(m: &Manifest, dir: &Folder, image: &OsStr) -> Result<bool> {
-    let same = || -> std::io::Result<bool> {
-        let file = dir.open_file(image)?;
-        let same_ends = match &m.fingerprint {
-            Some(known) => fingerprint_of(&file)? == *known,
-            None => true,
-        };
-        Ok(file.metadata()?.len() == m.file_size && same_ends)
-    };
-    same().map_err(|e| Error::io(e, "cannot read the image").at_path(dir.join(image)))
 }
 
 /// Gives those of `names` that are there a backing pointer to `new`.

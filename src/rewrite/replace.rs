@@ -106,12 +106,20 @@ impl ReplacePlan {
         Err(Error::new(Kind::Corrupt, what).at_path(path).remedy(REMEDY))
     }
 
-    /// Fails if `name` stands for another file than when the folder was read, as far as that is known.
+    /// Fails if `name` stands for another file than when the folder was read. Whoever finishes this for
+    /// another knows only what the manifests say.
     fn check_same(&self, dir: &Folder, name: &PlainName) -> Result<()> {
-        match self.known.get(name) {
-            Some(id) => files::check_same(dir, name.as_os_str(), *id),
-            None => Ok(()),
+        if let Some(id) = self.known.get(name) {
+            return files::check_same(dir, name.as_os_str(), *id);
         }
+        if self.is_new(dir, name) {
+            return Ok(());
+        }
+        let recorded = match name == &self.full {
+            true => self.old.clone(),
+            false => manifest::read_in(dir, name.as_os_str())?,
+        };
+        files::check_recorded(dir, name.as_os_str(), recorded.as_ref())
     }
 
     /// Removes an image, if it is still the one that was merged.
@@ -132,7 +140,7 @@ impl ReplacePlan {
             // Only its interim name is nobody else's.
             return *image == self.interim && dir.has(image);
         };
-        is_as_recorded(dir, image, known)
+        files::is_as_recorded(dir, image.as_os_str(), known).unwrap_or(false)
     }
 
     /// The manifest for the new FULL under the name `image`.
@@ -208,13 +216,6 @@ impl ReplacePlan {
         }
         Ok(())
     }
-}
-
-/// Whether a file has the length and the ends that a manifest tells.
-fn is_as_recorded(dir: &Folder, image: &PlainName, m: &Manifest) -> bool {
-    let Ok(file) = dir.open_file(image) else { return false };
-    file.metadata().is_ok_and(|now| now.len() == m.file_size)
-        && (m.fingerprint.is_none() || fingerprint_of(&file).ok() == m.fingerprint)
 }
 
 /// As the last point's, but a FULL; with a hash if the FULL had one. If something depends on it, its
@@ -442,7 +443,7 @@ fn finish_or_drop(plan: ReplacePlan, dir: &Folder, work: &Work) -> Result<()> {
     }
     // It ended before anything was changed but, where the FULL alone is concerned, its manifest.
     if let (false, Some(old)) = (folded, &plan.old) {
-        let unchanged = is_as_recorded(dir, full, old);
+        let unchanged = files::is_as_recorded(dir, full.as_os_str(), old).unwrap_or(false);
         if unchanged && manifest::read_in(dir, full.as_os_str())?.is_none() {
             let image = name::to_text(full.as_os_str());
             manifest::write_in(dir, &Manifest { image, ..old.clone() })?;

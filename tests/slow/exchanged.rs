@@ -1,6 +1,7 @@
 //! Whoever owns a backup directory may put another file in the place of an image at any time while it is rewritten: what
 //! he has put there is neither removed nor replaced, and the command does not say that all is well.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -9,6 +10,8 @@ use crate::support::renamed::Renamed;
 use crate::support::synced::{Then, before_each};
 use crate::support::tools::have;
 use crate::support::verbs::{self, MIB, s};
+use fleecefs::manifest;
+use fleecefs::manifest::Manifest;
 
 const THEIRS: &[u8] = b"somebody else's";
 
@@ -50,6 +53,72 @@ fn at_each_change(words: &[&str], from: &Path, victim: &str) {
         let there = std::fs::read(&file).unwrap_or_default();
         assert!(there == THEIRS, "{words:?}: {victim} exchanged before change {at}: {said}");
     }
+}
+
+/// A copy of `from` as the command leaves it that is killed before change number `at` of a name. None if there are fewer.
+fn killed(words: &[&str], from: &Path, dir: &Path, at: usize) -> Option<()> {
+    copy_to(from, dir);
+    let words = words.iter().map(|w| if *w == "DIR" { s(dir) } else { w });
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    let mut left = at;
+    let out = before_each(command.args(words), dir, |act| {
+        left = left.wrapping_sub(usize::from(act.path().is_some()));
+        if left == usize::MAX { Then::Kill } else { Then::GoOn }
+    });
+    out.status.code().is_none().then_some(())
+}
+
+/// Kills the command before each change in turn, and exchanges one image after the other: by a file of another length,
+/// and by one of the same. Whoever writes next leaves it where it is.
+fn after_each_kill(words: &[&str], from: &Path, folder: &str) {
+    let mut exchanged = 0;
+    for at in 0.. {
+        let aside = tempfile::tempdir().unwrap();
+        let dir = aside.path().canonicalize().unwrap().join("copy");
+        if killed(words, from, &dir, at).is_none() {
+            assert!(exchanged > 20, "{words:?}: {exchanged}");
+            return;
+        }
+        let names = std::fs::read_dir(dir.join(folder)).unwrap().map(|e| e.unwrap().file_name());
+        for name in names.filter(|n| n.as_encoded_bytes().ends_with(b".qcow2")) {
+            let length = dir.join(folder).join(&name).metadata().unwrap().len();
+            for theirs in [THEIRS.to_vec(), vec![0x5a; usize::try_from(length).unwrap()]] {
+                let other = aside.path().join("other");
+                copy_to(&dir, &other);
+                let victim = other.join(folder).join(&name);
+                std::fs::remove_file(&victim).unwrap();
+                std::fs::write(&victim, &theirs).unwrap();
+                let next = ["verify", "--create", s(&other)];
+                let out = Command::new(env!("CARGO_BIN_EXE_fleecefs")).args(next).output().unwrap();
+                let said = String::from_utf8_lossy(&out.stderr);
+                let there = std::fs::read(&victim).unwrap_or_default();
+                assert!(there == theirs, "{words:?}: killed before {at}, {name:?}: {said}");
+                std::fs::remove_dir_all(&other).unwrap();
+                exchanged += 1;
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_exchanged_after_a_kill_stays() {
+    if !have("what_is_exchanged_after_a_kill_stays", &verbs::TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, _) = verbs::chain(dir.path(), "sda", &[4 * MIB]);
+    verbs::add_manifests(&chain, &[4 * MIB]);
+    for file in &chain.files {
+        let m = manifest::read(&chain.dir, file.file_name().unwrap()).unwrap().unwrap();
+        let fingerprint = manifest::fingerprint_of(&File::open(file).unwrap()).ok();
+        manifest::write(&chain.dir, &Manifest { fingerprint, ..m }).unwrap();
+    }
+    let until = verbs::name(&chain.files[2]);
+    after_each_kill(&["commit", "DIR", "--until", until], dir.path(), "sda");
+    after_each_kill(&["consolidate", "DIR", "sda", "--until", until], dir.path(), "sda");
+    let b = Backups::new(2, 1, "", false);
+    succeed(&["verify", "--create"], b.dir.path());
+    after_each_kill(&["prune", "DIR", "--keep-last", "1"], b.dir.path(), "sda");
 }
 
 #[test]
