@@ -588,3 +588,4 @@ fn the_first_run_of_a_month_removes_last_months_bitmaps() {
 }
 
 mod backing;
+mod guards;
