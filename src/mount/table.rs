@@ -4,7 +4,7 @@
 //! stop it from being unmounted.
 
 use std::ffi::{CString, OsString};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -77,9 +77,9 @@ impl Mount {
         format!("fleecefs-mount-{}", self.dev)
     }
 
-    /// A socket that tells `umount` which process serves this mount; nobody ever answers it. The mount that had this
-    /// device number before may be ending: its socket goes in a moment.
-    pub(super) fn announce(&self) -> std::io::Result<UnixListener> {
+    /// A socket that tells `umount` which process serves this mount, and in the end how that went. The mount that had
+    /// this device number before may be ending: its socket goes in a moment.
+    pub(super) fn announce(&self) -> std::io::Result<Announced> {
         let address = SocketAddr::from_abstract_name(self.socket_name())?;
         let deadline = Instant::now() + ENDING;
         loop {
@@ -87,7 +87,7 @@ impl Mount {
                 Err(e) if e.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
                     std::thread::sleep(LOOK);
                 }
-                bound => return bound,
+                bound => return Ok(Announced(bound?)),
             }
         }
     }
@@ -110,17 +110,55 @@ impl Mount {
         };
         let pidfd = i32::try_from(pidfd).ok().filter(|fd| *fd >= 0)?;
         // SAFETY: a fresh descriptor, checked just above.
-        Some(Server(unsafe { OwnedFd::from_raw_fd(pidfd) }))
+        Some(Server { process: unsafe { OwnedFd::from_raw_fd(pidfd) }, stream })
+    }
+}
+
+/// Says that the process of a mount lives, as long as this does.
+#[derive(Debug)]
+pub(super) struct Announced(UnixListener);
+
+/// Those who wait for the end of a process.
+#[derive(Debug, Default)]
+pub(super) struct Waiting(Vec<UnixStream>);
+
+impl Announced {
+    /// Ends it: nobody new finds this process. Who has is told later.
+    pub(super) fn end(self) -> Waiting {
+        let mut waiting = Vec::new();
+        if self.0.set_nonblocking(true).is_ok() {
+            waiting.extend(self.0.incoming().map_while(Result::ok));
+        }
+        Waiting(waiting)
+    }
+}
+
+impl Waiting {
+    /// Tells them the exit code.
+    pub(super) fn tell(&mut self, code: u8) {
+        // A byte has room in a fresh socket; who is gone need not know.
+        self.0.iter_mut().for_each(|s| drop(s.write_all(&[code])));
     }
 }
 
 /// A process that serves a mount.
-pub(crate) struct Server(OwnedFd);
+pub(crate) struct Server {
+    process: OwnedFd,
+    stream: UnixStream,
+}
 
 impl Server {
+    /// The exit code that it has told, after it has ended; `None` if it told none.
+    pub(super) fn told(&mut self) -> Option<u8> {
+        let mut code = [0];
+        self.stream.set_nonblocking(true).ok()?;
+        self.stream.read_exact(&mut code).ok()?;
+        Some(code[0])
+    }
+
     /// Waits until it has ended; false if it has not after `patience`.
     pub(super) fn wait(&self, patience: Duration) -> bool {
-        let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut fd = libc::pollfd { fd: self.process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: one valid entry.
         unsafe { libc::poll(&mut fd, 1, ms) != 0 }

@@ -1,0 +1,97 @@
+//! Files for overlays that are not kept.
+//!
+//! Such a file has no name (or a random one, where the file system has no others), so nothing could open it again:
+//! it stays open. There is a bounded number of them. As long as that is not reached each overlay has one of its own;
+//! then overlays share them, each with a stretch that is as long as its disk: a sparse file costs what is in it.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::file::ScratchFile;
+use super::map::BLOCK;
+use crate::error::{Error, Result};
+use crate::folder::{Folder, Temp};
+use crate::storage::files;
+
+/// Files at most: more than writers that are at work at a time, who would wait for each other in one.
+const MOST: usize = 64;
+
+/// The files of a mount.
+#[derive(Debug)]
+pub(super) struct Unnamed {
+    /// How many there may be.
+    most: usize,
+    files: Mutex<Vec<Shared>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// The overlays have it.
+    file: Weak<ScratchFile>,
+    /// Where the next stretch begins.
+    end: u64,
+}
+
+impl Unnamed {
+    /// None yet; takes descriptors out of what the files of backups may have.
+    pub(super) fn new() -> Self {
+        Unnamed { most: files::set_aside(MOST), files: Mutex::default() }
+    }
+
+    /// A file in `folder`, and where in it is room for a disk of `size` bytes.
+    ///
+    /// # Errors
+    /// What the operating system said; `ENFILE` if no more files may be open, and none can be long enough.
+    pub(super) fn place(&self, folder: &Folder, size: u64) -> Result<(Arc<ScratchFile>, u64)> {
+        let failed = |e| Error::io(e, "cannot make an overlay").at_path(folder.path());
+        let mut all = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|shared| shared.file.strong_count() > 0);
+        if all.len() < self.most {
+            let file = Arc::new(make(folder).map_err(failed)?);
+            all.push(Shared { file: Arc::downgrade(&file), end: stretch(0, size) });
+            return Ok((file, 0));
+        }
+        // Those that the fewest have come first.
+        all.sort_by_key(|shared| shared.file.strong_count());
+        for shared in all.iter_mut() {
+            let Some(file) = shared.file.upgrade() else { continue };
+            let (base, end) = (shared.end, stretch(shared.end, size));
+            if is_long_enough(&file, end).map_err(failed)? {
+                shared.end = end;
+                return Ok((file, base));
+            }
+        }
+        Err(failed(io::Error::from_raw_os_error(libc::ENFILE)).remedy(
+            "raise the limit of open files (ulimit -n), or name a scratch folder on a file system with larger files, \
+             such as XFS",
+        ))
+    }
+}
+
+/// The end of a stretch.
+fn stretch(base: u64, size: u64) -> u64 {
+    base.saturating_add(size.next_multiple_of(BLOCK))
+}
+
+/// Makes a file reach as far as `end`; false where the file system has none so long.
+fn is_long_enough(file: &ScratchFile, end: u64) -> io::Result<bool> {
+    if i64::try_from(end).is_err() {
+        return Ok(false);
+    }
+    match file.change(|file| file.set_len(end)) {
+        Ok(()) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::EFBIG) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// A file that is gone with this process, or with the next mount.
+fn make(folder: &Folder) -> io::Result<ScratchFile> {
+    let path = folder.path().to_path_buf();
+    if let Some(file) = files::open_with_room(|| folder.create_unnamed())? {
+        return Ok(ScratchFile::held(file, path, None));
+    }
+    let temp = Temp::create_named(folder.try_clone()?)?;
+    let file = temp.file().try_clone()?;
+    Ok(ScratchFile::held(file, path, Some(temp)))
+}
