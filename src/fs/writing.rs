@@ -113,13 +113,7 @@ impl FileSystem {
     /// # Errors
     /// EBADF if it is not open for writing; EFBIG past the end; ENOSPC where the scratch is full; EIO, whose reason
     /// is in the log and in the findings.
-    pub fn write(
-        &self,
-        handle: u64,
-        offset: u64,
-        data: &[u8],
-        flags: i32,
-    ) -> Result<usize, Errno> {
+    pub fn write(&self, handle: u64, offset: u64, data: &[u8], flags: i32) -> Result<usize, Errno> {
         self.opened(handle, |open| {
             let overlay = open.writes().ok_or(libc::EBADF)?;
             let rest = open.file.image.size().saturating_sub(offset);
@@ -201,8 +195,7 @@ impl FileSystem {
 
     /// Lets go of what was written over a point that is gone, once nobody has it open any more.
     pub(super) fn let_go(&self, open: Option<Arc<OpenFile>>) {
-        let is_gone =
-            matches!(open.as_deref(), Some(OpenFile::Point(open)) if open.is_gone());
+        let is_gone = matches!(open.as_deref(), Some(OpenFile::Point(open)) if open.is_gone());
         drop(open);
         self.overlays.iter().filter(|_| is_gone).for_each(|o| o.forget_gone());
     }

@@ -158,7 +158,8 @@ impl Server {
 
     /// Waits until it has ended; false if it has not after `patience`.
     pub(super) fn wait(&self, patience: Duration) -> bool {
-        let mut fd = libc::pollfd { fd: self.process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut fd =
+            libc::pollfd { fd: self.process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: one valid entry.
         unsafe { libc::poll(&mut fd, 1, ms) != 0 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use serde::Serialize;
 
 use super::budget::Budget;
-use super::kept::{About, DROP_IT, KeptFolder, PointName};
+use super::kept::{About, KeptFolder, PointName};
 use super::one::{Files, Overlay};
 use super::unnamed::Unnamed;
 use crate::error::{Error, Finding, Kind, Result};
@@ -24,6 +24,11 @@ use crate::text::path_text;
 
 /// Findings that are told.
 const MOST_FINDINGS: usize = 256;
+
+/// What can be done where a point has other files than an overlay is of.
+const REWRITTEN: &str = "if nothing but 'consolidate' below it was the reason, its bytes are the same: unmount it, \
+                         and 'fleecefs scratch export' makes an image of what was written, over the point; \
+                         'fleecefs scratch drop' removes it";
 
 /// Where overlays go.
 #[derive(Debug)]
@@ -209,7 +214,7 @@ impl Overlays {
             path_text(&of.disk)
         );
         let remedy = match self.kept_folder {
-            Some(_) => DROP_IT,
+            Some(_) => REWRITTEN,
             None => "unmount it, which drops what was written",
         };
         let error = Error::new(Kind::Changed, text).at_path(self.folder.path()).remedy(remedy);

@@ -18,12 +18,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::folder::{Access, FileId, Folder, Temp};
 use crate::storage::files::{BeforeClose, Opened, Slot, open_with_room};
+use crate::text::path_text;
 
 /// A file that overlays are written to.
 #[derive(Debug)]
 pub(super) struct ScratchFile {
-    /// What to call it in messages.
-    path: PathBuf,
     /// What it is opened by again; `None` if it stays open.
     name: Option<Name>,
     slot: Arc<Slot>,
@@ -40,8 +39,10 @@ struct Name {
 }
 
 /// What is known of what was written.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct OnDisk {
+    /// What to call the file in messages.
+    path: PathBuf,
     /// Held while it is written to disk: whoever comes later sees if that failed.
     syncing: Mutex<()>,
     /// Whether something was written since.
@@ -53,6 +54,16 @@ struct OnDisk {
 }
 
 impl OnDisk {
+    fn new(path: PathBuf) -> Self {
+        OnDisk {
+            path,
+            syncing: Mutex::default(),
+            unsynced: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
+        }
+    }
+
     fn sync(&self, file: &File, all: bool) -> io::Result<()> {
         let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check()?;
@@ -74,7 +85,8 @@ impl BeforeClose for OnDisk {
     fn before_close(&self, file: &File) {
         let needed = !self.given_up.load(Ordering::SeqCst) && self.unsynced.load(Ordering::SeqCst);
         if needed && let Err(e) = self.sync(file, false) {
-            log::error!("cannot write an overlay to disk before it is closed: {e}");
+            let path = path_text(&self.path);
+            log::error!("{path}: cannot write the overlay to disk before it is closed: {e}");
         }
     }
 }
@@ -82,7 +94,8 @@ impl BeforeClose for OnDisk {
 impl ScratchFile {
     /// One that stays open, and goes with `temp`; `path` is what to call it.
     pub(super) fn held(file: File, path: PathBuf, temp: Option<Temp>) -> Self {
-        ScratchFile { path, name: None, slot: Slot::fixed(file), on_disk: Arc::default(), _temp: temp }
+        let on_disk = Arc::new(OnDisk::new(path));
+        ScratchFile { name: None, slot: Slot::fixed(file), on_disk, _temp: temp }
     }
 
     /// The file `name`, which is opened now, and again whenever it is needed.
@@ -105,17 +118,16 @@ impl ScratchFile {
 
     fn named(folder: &Arc<Folder>, name: &str, file: File) -> io::Result<Self> {
         let id = FileId::of(&file.metadata()?);
-        let on_disk = Arc::<OnDisk>::default();
+        let on_disk = Arc::new(OnDisk::new(folder.join(name)));
         let slot = Slot::with(Some(on_disk.clone()));
         drop(slot.put(file));
-        let path = folder.join(name);
         let name = Some(Name { folder: folder.clone(), name: OsStr::new(name).into(), id });
-        Ok(ScratchFile { path, name, slot, on_disk, _temp: None })
+        Ok(ScratchFile { name, slot, on_disk, _temp: None })
     }
 
     /// Where it is, for messages.
     pub(super) fn path(&self) -> &Path {
-        &self.path
+        &self.on_disk.path
     }
 
     /// Calls `act` with the open file, which it does not write to. Takes no lock and allocates nothing if it is open.
@@ -199,5 +211,48 @@ impl ScratchFile {
 impl Drop for ScratchFile {
     fn drop(&mut self) {
         self.slot.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::files::close_unpinned;
+
+    fn folder(dir: &tempfile::TempDir) -> Arc<Folder> {
+        Arc::new(Folder::open(&dir.path().canonicalize().unwrap()).unwrap())
+    }
+
+    #[test]
+    fn what_was_written_is_on_disk_before_it_is_closed_and_a_failure_there_lasts() {
+        // It takes all writes and fails each fdatasync, as a disk may.
+        let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+        let on_disk = Arc::new(OnDisk::new("null".into()));
+        // Nothing was written: nothing is to be done.
+        on_disk.before_close(&null);
+        on_disk.check().unwrap();
+        on_disk.unsynced.store(true, Ordering::SeqCst);
+        let slot = Slot::with(Some(on_disk.clone()));
+        drop(slot.put(null));
+        slot.close();
+        // Also where the next one would succeed.
+        on_disk.sync(&tempfile::tempfile().unwrap(), false).unwrap_err();
+        on_disk.check().unwrap_err();
+    }
+
+    #[test]
+    fn it_is_opened_again_and_another_file_is_never_taken_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = ScratchFile::create(&folder(&dir), "a").unwrap();
+        file.write_all_at(b"bytes", 7).unwrap();
+        close_unpinned();
+        let mut got = [0; 5];
+        file.read_exact_at(&mut got, 7).unwrap();
+        assert_eq!(&got, b"bytes");
+        close_unpinned();
+        std::fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
+        std::fs::copy(dir.path().join("b"), dir.path().join("a")).unwrap();
+        file.read_exact_at(&mut got, 7).unwrap_err();
+        file.write_all_at(b"other", 7).unwrap_err();
     }
 }

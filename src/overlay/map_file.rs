@@ -102,7 +102,9 @@ impl MapFile {
         self.file.read_exact_at(&mut head, 0).map_err(failed)?;
         match head == self.head() {
             true => Ok(()),
-            false => Err(damaged(Kind::Corrupt, "the map of an overlay is damaged, or of another disk")),
+            false => {
+                Err(damaged(Kind::Corrupt, "the map of an overlay is damaged, or of another disk"))
+            }
         }
     }
 

@@ -280,7 +280,12 @@ impl Overlay {
     }
 
     /// What has to be written to make the parts of blocks zeros that are in `range` and outside of the blocks `whole`.
-    fn edges(&self, below: &impl Below, range: Range<u64>, whole: &Range<u64>) -> Result<Vec<Edge>> {
+    fn edges(
+        &self,
+        below: &impl Below,
+        range: Range<u64>,
+        whole: &Range<u64>,
+    ) -> Result<Vec<Edge>> {
         let mut edges = Vec::new();
         let mut at = range.start;
         while at < range.end {

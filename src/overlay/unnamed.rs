@@ -95,3 +95,67 @@ fn make(folder: &Folder) -> io::Result<ScratchFile> {
     let file = temp.file().try_clone()?;
     Ok(ScratchFile::held(file, path, Some(temp)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::super::budget::Budget;
+    use super::super::one::{Files, Overlay};
+    use super::*;
+
+    const SIZE: u64 = 10 * BLOCK + 100;
+
+    #[test]
+    fn beyond_a_number_of_files_overlays_share_them_and_never_a_byte() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open(&dir.path().canonicalize().unwrap()).unwrap();
+        let (budget, unnamed) =
+            (Arc::new(Budget::new(u64::MAX)), Unnamed { most: 2, files: Mutex::default() });
+        let below = |buf: &mut [u8], _: u64| {
+            buf.fill(1);
+            Ok(())
+        };
+        let make = || {
+            let (data, base) = unnamed.place(&folder, SIZE).unwrap();
+            let file = data.clone();
+            let files = Files { data, base, map: None };
+            (Overlay::new(SIZE, files, &budget).unwrap(), file, base)
+        };
+        let mut all: Vec<_> = (0..7).map(|_| make()).collect();
+        for (i, (overlay, ..)) in all.iter().enumerate() {
+            // To the last byte, and zeros that are holes.
+            overlay.write(below, &[10 + i as u8; SIZE as usize - 50], 50).unwrap();
+            overlay.zero(below, (1 + i as u64) * BLOCK, BLOCK).unwrap();
+        }
+        let check = |all: &[(Overlay, Arc<ScratchFile>, u64)], first: usize| {
+            for (i, (overlay, ..)) in (first..).zip(all) {
+                let mut want = vec![10 + i as u8; SIZE as usize];
+                want[..50].fill(1);
+                want[(1 + i) * BLOCK as usize..][..BLOCK as usize].fill(0);
+                let mut got = vec![0; SIZE as usize];
+                overlay.read_at(below, &mut got, 0).unwrap();
+                assert!(got == want, "{i}");
+            }
+        };
+        check(&all, 0);
+        assert_eq!(unnamed.files.lock().unwrap().len(), 2);
+        // The space of one that goes is had back, and the others are as they were.
+        let (blocks, used) = (blocks_of(&all[0].1), budget.used());
+        let (gone, file, _) = all.remove(0);
+        drop(gone);
+        let left = blocks_of(&file);
+        assert!(left + 10 * BLOCK / 512 <= blocks, "{left} {blocks}");
+        assert!(budget.used() + 10 * BLOCK <= used);
+        drop(file);
+        check(&all, 1);
+        all.push(make());
+        check(&all[..6], 1);
+        drop(all);
+        assert_eq!(budget.used(), 0);
+    }
+
+    fn blocks_of(file: &ScratchFile) -> u64 {
+        file.with(|f| Ok(f.metadata()?.blocks())).unwrap()
+    }
+}
