@@ -18,6 +18,8 @@ use crate::folder::{self, Folder};
 
 /// How long a mount that has ended may have its socket.
 const ENDING: Duration = Duration::from_secs(1);
+/// More than these do not wait for the end of one mount.
+const MOST_WAITING: usize = 64;
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -127,7 +129,8 @@ impl Announced {
     pub(super) fn end(self) -> Waiting {
         let mut waiting = Vec::new();
         if self.0.set_nonblocking(true).is_ok() {
-            waiting.extend(self.0.incoming().map_while(Result::ok));
+            // Anybody may connect: not for ever.
+            waiting.extend(self.0.incoming().take(MOST_WAITING).map_while(Result::ok));
         }
         Waiting(waiting)
     }

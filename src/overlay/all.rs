@@ -150,18 +150,22 @@ impl Overlays {
             true => Some(KeptFolder::lock(folder.try_clone().map_err(failed)?)?),
         };
         let kept = kept_folder.as_ref().map_or(Ok(HashMap::new()), |f| resumed(f, &budget))?;
-        Ok(Overlays {
+        let overlays = Overlays {
             folder,
             backups: backups.to_path_buf(),
             mountpoint: mountpoint.to_path_buf(),
             budget,
             kept_folder,
             kept: Mutex::new(kept),
-            unnamed: Unnamed::new(),
+            unnamed: Unnamed::new(!keep),
             slots: Mutex::default(),
             making: Mutex::default(),
             findings: Mutex::default(),
-        })
+        };
+        overlays.kept().values().filter_map(|k| k.overlay.as_ref().err()).for_each(|e| {
+            overlays.note(e);
+        });
+        Ok(overlays)
     }
 
     /// The slot of a point for somebody who opens it. `identity` tells the point's contents from others, which is
@@ -388,7 +392,6 @@ impl Overlays {
 fn resumed(from: &KeptFolder, budget: &Arc<Budget>) -> Result<HashMap<PointName, KeptOverlay>> {
     let open = |about: About| {
         let overlay = from.open(&about, budget).map(Arc::new).map_err(|e| {
-            log::error!("{}", e.report());
             // It takes its room all the same.
             budget.take_anyway(from.takes(&about.of));
             Arc::new(e)

@@ -33,9 +33,10 @@ struct Shared {
 }
 
 impl Unnamed {
-    /// None yet; takes descriptors out of what the files of backups may have.
-    pub(super) fn new() -> Self {
-        Unnamed { most: files::set_aside(MOST), files: Mutex::default() }
+    /// None yet; where there will be `any`, descriptors are taken out of what the files of backups may have.
+    pub(super) fn new(any: bool) -> Self {
+        let most = if any { files::set_aside(MOST) } else { 0 };
+        Unnamed { most, files: Mutex::default() }
     }
 
     /// A file in `folder`, and where in it is room for a disk of `size` bytes.

@@ -73,9 +73,9 @@ fn an_overlay_whose_map_was_cut_is_refused_told_and_never_dropped() {
         std::fs::write(&map, &whole[..left]).unwrap();
         let mount = keeping(dir.path(), scratch.path());
         let shown = mount.point("sda", &chain.files[2]);
+        let findings = status(mount.path())["findings"].to_string();
         assert_eq!(errno(File::open(&shown)), Some(libc::EIO), "{left}");
         assert_eq!(errno(OpenOptions::new().write(true).open(&shown)), Some(libc::EIO), "{left}");
-        let findings = status(mount.path())["findings"].to_string();
         let name = map.file_name().unwrap().to_str().unwrap();
         assert!(findings.contains("cut short") && findings.contains(name), "{findings}");
         assert!(findings.contains("scratch drop"), "{findings}");
