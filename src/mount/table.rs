@@ -111,8 +111,14 @@ impl Mount {
             libc::syscall(libc::SYS_pidfd_open, (*peer).pid, 0)
         };
         let pidfd = i32::try_from(pidfd).ok().filter(|fd| *fd >= 0)?;
+        let is_trusted = [0, rustix::process::geteuid().as_raw()].contains(&peer.uid);
         // SAFETY: a fresh descriptor, checked just above.
-        Some(Server { process: unsafe { OwnedFd::from_raw_fd(pidfd) }, stream })
+        Some(Server {
+            process: unsafe { OwnedFd::from_raw_fd(pidfd) },
+            stream,
+            heard: None,
+            is_trusted,
+        })
     }
 }
 
@@ -124,15 +130,20 @@ pub(super) struct Announced(UnixListener);
 #[derive(Debug, Default)]
 pub(super) struct Waiting(Vec<UnixStream>);
 
+/// Said to those who wait, before what was written to points is written down. No exit code is that.
+const WRITES_DOWN: u8 = u8::MAX;
+
 impl Announced {
-    /// Ends it: nobody new finds this process. Who has is told later.
+    /// Ends it: nobody new finds this process. Who has is told that it goes on for a while, and later how it ended.
     pub(super) fn end(self) -> Waiting {
         let mut waiting = Vec::new();
         if self.0.set_nonblocking(true).is_ok() {
             // Anybody may connect: not for ever.
             waiting.extend(self.0.incoming().take(MOST_WAITING).map_while(Result::ok));
         }
-        Waiting(waiting)
+        let mut waiting = Waiting(waiting);
+        waiting.tell(WRITES_DOWN);
+        waiting
     }
 }
 
@@ -148,15 +159,30 @@ impl Waiting {
 pub(crate) struct Server {
     process: OwnedFd,
     stream: UnixStream,
+    heard: Option<u8>,
+    /// Whether it is root's or the caller's own: anybody may have taken the name of a socket.
+    is_trusted: bool,
 }
 
 impl Server {
-    /// The exit code that it has told, after it has ended; `None` if it told none.
-    pub(super) fn told(&mut self) -> Option<u8> {
-        let mut code = [0];
+    /// What it has said last, as far as that has come.
+    fn hear(&mut self) -> Option<u8> {
+        let mut words = [0; 16];
         self.stream.set_nonblocking(true).ok()?;
-        self.stream.read_exact(&mut code).ok()?;
-        Some(code[0])
+        while let Ok(n @ 1..) = self.stream.read(&mut words) {
+            self.heard = words[..n].last().copied();
+        }
+        self.heard
+    }
+
+    /// Whether it is unmounted and writes down what was written to points, which takes as long as it does.
+    pub(super) fn writes_down(&mut self) -> bool {
+        self.hear() == Some(WRITES_DOWN) && self.is_trusted
+    }
+
+    /// The exit code that it has told before it ended; `None` if it told none.
+    pub(super) fn told(&mut self) -> Option<u8> {
+        self.hear().filter(|word| *word != WRITES_DOWN)
     }
 
     /// Waits until it has ended; false if it has not after `patience`.
@@ -309,6 +335,26 @@ mod tests {
         assert_eq!((mount.dev.as_str(), mount.source.as_str()), ("0:51", "/b\\x"));
         assert!(mount.is_fleecefs());
         assert_eq!(Mount::parse("garbage"), None);
+    }
+
+    #[test]
+    fn who_waits_for_the_end_hears_that_it_takes_long_and_how_it_went() {
+        // The device number of no mount.
+        let line = format!("77 29 test-{} / /mnt ro - fuse.fleecefs x ro", std::process::id());
+        let mount = Mount::parse(&line).unwrap();
+        assert!(mount.server().is_none());
+        let announced = mount.announce().unwrap();
+        let mut servers = [mount.server().unwrap(), mount.server().unwrap()];
+        for server in &mut servers {
+            assert!(!server.wait(Duration::ZERO) && !server.writes_down());
+            assert_eq!(server.told(), None);
+        }
+        let mut waiting = announced.end();
+        assert!(mount.server().is_none());
+        assert!(servers[0].writes_down() && servers[0].told().is_none());
+        waiting.tell(7);
+        // Whoever has not asked in between, too.
+        assert!(servers.iter_mut().all(|s| !s.writes_down() && s.told() == Some(7)));
     }
 
     #[test]

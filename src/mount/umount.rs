@@ -32,7 +32,11 @@ pub(crate) fn umount(mountpoint: &Path, lazy: bool) -> Result<()> {
 
 /// Waits for the end of what served `path`, and says how that went.
 fn ended(mut server: Server, path: &Path) -> Result<()> {
-    if !server.wait(PATIENCE) {
+    // While it writes to disk it is waited for, however long that takes.
+    while !server.wait(PATIENCE) {
+        if server.writes_down() {
+            continue;
+        }
         let text = "unmounted, but the process that served it has not ended yet";
         return Err(Error::new(Kind::Timeout, text).at_path(path));
     }

@@ -333,9 +333,9 @@ impl Overlay {
         if had_data == 0 {
             return;
         }
-        let start = self.base + blocks.start * BLOCK;
-        let end = self.base + (blocks.end * BLOCK).min(self.size);
-        match self.file.change(|file| holes::punch(file, start..end)) {
+        // Of the last block all, though the disk may end in it: a file system gives back whole ones.
+        let bytes = self.base + blocks.start * BLOCK..self.base + blocks.end * BLOCK;
+        match self.file.change(|file| holes::punch(file, bytes)) {
             Ok(true) => self.give(had_data * BLOCK),
             // They read as zeros all the same; their space is not had back.
             Ok(false) => {}
@@ -439,7 +439,7 @@ impl Overlay {
     /// Whether the space that it takes is had back when it goes: that of a stretch of a file is only where the file
     /// system can.
     fn goes_by_itself(&self) -> bool {
-        let bytes = self.base..self.base + self.size;
+        let bytes = self.base..self.base + self.size.next_multiple_of(BLOCK);
         if self.map_file.is_some() || Arc::strong_count(&self.file) == 1 || bytes.is_empty() {
             return true;
         }
