@@ -113,12 +113,8 @@ impl Mount {
         let pidfd = i32::try_from(pidfd).ok().filter(|fd| *fd >= 0)?;
         let is_trusted = [0, rustix::process::geteuid().as_raw()].contains(&peer.uid);
         // SAFETY: a fresh descriptor, checked just above.
-        Some(Server {
-            process: unsafe { OwnedFd::from_raw_fd(pidfd) },
-            stream,
-            heard: None,
-            is_trusted,
-        })
+        let process = unsafe { OwnedFd::from_raw_fd(pidfd) };
+        Some(Server { process, stream, heard: None, is_trusted })
     }
 }
 
