@@ -134,8 +134,9 @@ fn what_was_written_over_a_chain_that_was_consolidated_is_exported() {
 
 /// A small ext4 on a loop device, whose folder `scratch` a mount may have.
 struct Small {
-    image: Image,
+    // Before the folder goes.
     mounted: Guard,
+    image: Image,
 }
 
 impl Small {
@@ -144,7 +145,7 @@ impl Small {
     fn new() -> Self {
         let image = Image::new(48 << 20, &["mke2fs", "-q", "-F", "-t", "ext4"]);
         let mounted = image.mount("");
-        Small { image, mounted }
+        Small { mounted, image }
     }
 
     fn scratch(&self) -> PathBuf {
