@@ -129,9 +129,9 @@ fn a_read_is_one_call_and_allocates_nothing_and_stays_with_its_thread() {
     costs_its_bytes(&writable(), libc::O_RDONLY, |_, _| ());
     costs_its_bytes(&writable(), libc::O_RDWR, |fs, handle| {
         // A hole becomes data, and data a hole: as many calls as before.
-        fs.write(handle, PART as u64, &[0; PART], false).unwrap();
+        fs.write(handle, PART as u64, &[0; PART], 0).unwrap();
         fs.allocate(handle, 0, PART as u64, libc::FALLOC_FL_ZERO_RANGE).unwrap();
-        fs.write(handle, 0, &[1; PART], false).unwrap();
+        fs.write(handle, 0, &[1; PART], 0).unwrap();
         fs.allocate(handle, PART as u64, PART as u64, libc::FALLOC_FL_ZERO_RANGE).unwrap();
     });
 }

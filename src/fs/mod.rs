@@ -347,7 +347,7 @@ impl FileSystem {
 
     /// Closes a file.
     pub fn release(&self, handle: u64) {
-        drop(self.files.remove(handle));
+        self.let_go(self.files.remove(handle));
     }
 
     /// Reads into `buf` what there is of it; 0 at the end.

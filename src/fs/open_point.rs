@@ -39,6 +39,11 @@ impl OpenPoint {
         self.overlay().filter(|_| self.writes)
     }
 
+    /// Whether the point is no longer in the backup directory.
+    pub(super) fn is_gone(&self) -> bool {
+        self.slot.as_ref().is_some_and(|s| s.is_gone())
+    }
+
     /// Fills `buf` with the bytes at `offset`, which are inside the disk.
     ///
     /// # Errors

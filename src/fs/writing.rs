@@ -107,19 +107,23 @@ impl FileSystem {
         self.waits_for(handle, start, end - start)
     }
 
-    /// Writes what is inside the disk of `data` at `offset`; with `sync`, as [`FileSystem::sync`] does. How much.
+    /// Writes what is inside the disk of `data` at `offset`, by a file that is open with `flags`: with O_DSYNC as
+    /// [`FileSystem::sync`] does, with O_DIRECT all or nothing. How much.
     ///
     /// # Errors
     /// EBADF if it is not open for writing; EFBIG past the end; ENOSPC where the scratch is full; EIO, whose reason
     /// is in the log and in the findings.
-    pub fn write(&self, handle: u64, offset: u64, data: &[u8], sync: bool) -> Result<usize, Errno> {
+    pub fn write(&self, handle: u64, offset: u64, data: &[u8], flags: i32) -> Result<usize, Errno> {
         self.opened(handle, |open| {
             let overlay = open.writes().ok_or(libc::EBADF)?;
             let rest = open.file.image.size().saturating_sub(offset);
             let n = usize::try_from(rest).unwrap_or(usize::MAX).min(data.len());
-            if n == 0 && !data.is_empty() {
+            // Of a direct write the kernel takes a part for a failure (EIO), whatever that part is.
+            let is_direct = flags & libc::O_DIRECT != 0;
+            if n < data.len() && (n == 0 || is_direct) {
                 return Err(libc::EFBIG);
             }
+            let sync = flags & libc::O_DSYNC != 0;
             let written = open.write(&data[..n], offset);
             let written = written.and_then(|()| if sync { overlay.sync() } else { Ok(()) });
             written.map_err(|e| self.not_written(open, &e)).map(|()| n)
@@ -182,8 +186,18 @@ impl FileSystem {
     }
 
     /// The end: what is to be kept is written down.
-    pub fn finish(&self) {
-        self.overlays.iter().for_each(|o| o.finish());
+    ///
+    /// # Errors
+    /// Something could not be written.
+    pub fn finish(&self) -> Result<(), Error> {
+        self.overlays.as_ref().map_or(Ok(()), |o| o.finish())
+    }
+
+    /// Lets go of what was written over a point that is gone, once nobody has it open any more.
+    pub(super) fn let_go(&self, open: Option<Arc<OpenFile>>) {
+        let is_gone = matches!(open.as_deref(), Some(OpenFile::Point(open)) if open.is_gone());
+        drop(open);
+        self.overlays.iter().filter(|_| is_gone).for_each(|o| o.forget_gone());
     }
 
     /// The errno of a failed read of a point, or of what was written over it.

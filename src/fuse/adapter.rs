@@ -551,14 +551,15 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let sync = flags.0 & libc::O_DSYNC != 0;
         // Another thread may have to do it, and this one's buffer is the next request's then.
         let data = data.to_vec();
         let waits = self.fs.write_waits_for(fh.0, offset, data.len() as u64);
-        self.guard_waiting(waits, "write", move |fs| match fs.write(fh.0, offset, &data, sync) {
-            // A request has at most some megabytes.
-            Ok(n) => reply.written(u32::try_from(n).unwrap_or(u32::MAX)),
-            Err(e) => reply.error(errno(e)),
+        self.guard_waiting(waits, "write", move |fs| {
+            match fs.write(fh.0, offset, &data, flags.0) {
+                // A request has at most some megabytes.
+                Ok(n) => reply.written(u32::try_from(n).unwrap_or(u32::MAX)),
+                Err(e) => reply.error(errno(e)),
+            }
         });
     }
 

@@ -1,10 +1,9 @@
 //! Once the kernel has the mount: its first answer, and its end.
 
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use super::plan::Plan;
-use super::table::{self, Mount};
+use super::table::{self, Announced, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::fs::FileSystem;
@@ -25,7 +24,7 @@ pub(super) fn print_mounted(plan: &Plan) {
 /// that, which may take long.
 ///
 /// # Errors
-/// The connection to the kernel broke.
+/// The connection to the kernel broke; what was written to points could not be written down.
 pub(super) fn finish(
     mounted: Mounted,
     fs: &FileSystem,
@@ -35,8 +34,8 @@ pub(super) fn finish(
     let ended = mounted.wait();
     unmounted();
     // However it ended.
-    fs.finish();
-    ended?;
+    let finished = fs.finish();
+    ended.and(finished)?;
     logging::result(&format!("{} is unmounted", path_text(&plan.mountpoint)));
     Ok(())
 }
@@ -46,7 +45,7 @@ pub(super) fn finish(
 ///
 /// # Errors
 /// The mount does not answer.
-pub(super) fn answers(mountpoint: &Path) -> Result<(Mount, Option<UnixListener>)> {
+pub(super) fn answers(mountpoint: &Path) -> Result<(Mount, Option<Announced>)> {
     folder::look(mountpoint)
         .map_err(|e| Error::io(e, "the mount does not answer").at_path(mountpoint))?;
     let Some(mount) = table::find(mountpoint)? else {

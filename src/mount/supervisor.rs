@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use super::mounted;
 use super::plan::Plan;
 use super::prepared::Prepared;
 use super::process::{self, SIGNALS, TICK};
-use super::table::{self, Mount};
+use super::table::{self, Announced, Mount, Waiting};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::fs::FileSystem;
@@ -80,6 +80,7 @@ pub(super) fn run(plan: &Plan, ready: Ready) -> Result<u8> {
                 mounted: false,
                 mount: None,
                 announced: None,
+                waiting: Waiting::default(),
                 gone: false,
             }
             .run()
@@ -105,7 +106,9 @@ struct MountSupervisor<'a> {
     mounted: bool,
     mount: Option<Mount>,
     /// Says to `umount` that this process lives.
-    announced: Option<UnixListener>,
+    announced: Option<Announced>,
+    /// Each `umount` that waits for the end.
+    waiting: Waiting,
     /// Whether it has been unmounted.
     gone: bool,
 }
@@ -172,7 +175,7 @@ impl MountSupervisor<'_> {
             message::SERVED => self.announce(),
             // The next mount may get its device number, and be announced by that.
             message::UNMOUNTED => {
-                self.announced = None;
+                self.waiting = self.announced.take().map(Announced::end).unwrap_or_default();
                 Ok(())
             }
             message::IDLE => {
@@ -242,11 +245,13 @@ impl MountSupervisor<'_> {
         let status = self.reap();
         if libc::WIFEXITED(status) {
             let code = u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(1);
+            self.waiting.tell(code);
             if code != 0 {
                 self.clean_up();
             }
             return Ok(code);
         }
+        self.waiting.tell(Kind::Io.exit_code());
         self.clean_up();
         let text =
             format!("the process that served it was ended by signal {}", libc::WTERMSIG(status));

@@ -4,7 +4,7 @@
 //! stop it from being unmounted.
 
 use std::ffi::{CString, OsString};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -18,6 +18,8 @@ use crate::folder::{self, Folder};
 
 /// How long a mount that has ended may have its socket.
 const ENDING: Duration = Duration::from_secs(1);
+/// More than these do not wait for the end of one mount.
+const MOST_WAITING: usize = 64;
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -77,9 +79,9 @@ impl Mount {
         format!("fleecefs-mount-{}", self.dev)
     }
 
-    /// A socket that tells `umount` which process serves this mount; nobody ever answers it. The mount that had this
-    /// device number before may be ending: its socket goes in a moment.
-    pub(super) fn announce(&self) -> std::io::Result<UnixListener> {
+    /// A socket that tells `umount` which process serves this mount, and in the end how that went. The mount that had
+    /// this device number before may be ending: its socket goes in a moment.
+    pub(super) fn announce(&self) -> std::io::Result<Announced> {
         let address = SocketAddr::from_abstract_name(self.socket_name())?;
         let deadline = Instant::now() + ENDING;
         loop {
@@ -87,7 +89,7 @@ impl Mount {
                 Err(e) if e.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
                     std::thread::sleep(LOOK);
                 }
-                bound => return bound,
+                bound => return Ok(Announced(bound?)),
             }
         }
     }
@@ -109,18 +111,80 @@ impl Mount {
             libc::syscall(libc::SYS_pidfd_open, (*peer).pid, 0)
         };
         let pidfd = i32::try_from(pidfd).ok().filter(|fd| *fd >= 0)?;
+        let is_trusted = [0, rustix::process::geteuid().as_raw()].contains(&peer.uid);
         // SAFETY: a fresh descriptor, checked just above.
-        Some(Server(unsafe { OwnedFd::from_raw_fd(pidfd) }))
+        let process = unsafe { OwnedFd::from_raw_fd(pidfd) };
+        Some(Server { process, stream, heard: None, is_trusted })
+    }
+}
+
+/// Says that the process of a mount lives, as long as this does.
+#[derive(Debug)]
+pub(super) struct Announced(UnixListener);
+
+/// Those who wait for the end of a process.
+#[derive(Debug, Default)]
+pub(super) struct Waiting(Vec<UnixStream>);
+
+/// Said to those who wait, before what was written to points is written down. No exit code is that.
+const WRITES_DOWN: u8 = u8::MAX;
+
+impl Announced {
+    /// Ends it: nobody new finds this process. Who has is told that it goes on for a while, and later how it ended.
+    pub(super) fn end(self) -> Waiting {
+        let mut waiting = Vec::new();
+        if self.0.set_nonblocking(true).is_ok() {
+            // Anybody may connect: not for ever.
+            waiting.extend(self.0.incoming().take(MOST_WAITING).map_while(Result::ok));
+        }
+        let mut waiting = Waiting(waiting);
+        waiting.tell(WRITES_DOWN);
+        waiting
+    }
+}
+
+impl Waiting {
+    /// Tells them the exit code.
+    pub(super) fn tell(&mut self, code: u8) {
+        // A byte has room in a fresh socket; who is gone need not know.
+        self.0.iter_mut().for_each(|s| drop(s.write_all(&[code])));
     }
 }
 
 /// A process that serves a mount.
-pub(crate) struct Server(OwnedFd);
+pub(crate) struct Server {
+    process: OwnedFd,
+    stream: UnixStream,
+    heard: Option<u8>,
+    /// Whether it is root's or the caller's own: anybody may have taken the name of a socket.
+    is_trusted: bool,
+}
 
 impl Server {
+    /// What it has said last, as far as that has come.
+    fn hear(&mut self) -> Option<u8> {
+        let mut words = [0; 16];
+        self.stream.set_nonblocking(true).ok()?;
+        while let Ok(n @ 1..) = self.stream.read(&mut words) {
+            self.heard = words[..n].last().copied();
+        }
+        self.heard
+    }
+
+    /// Whether it is unmounted and writes down what was written to points, which takes as long as it does.
+    pub(super) fn writes_down(&mut self) -> bool {
+        self.hear() == Some(WRITES_DOWN) && self.is_trusted
+    }
+
+    /// The exit code that it has told before it ended; `None` if it told none.
+    pub(super) fn told(&mut self) -> Option<u8> {
+        self.hear().filter(|word| *word != WRITES_DOWN)
+    }
+
     /// Waits until it has ended; false if it has not after `patience`.
     pub(super) fn wait(&self, patience: Duration) -> bool {
-        let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut fd =
+            libc::pollfd { fd: self.process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: one valid entry.
         unsafe { libc::poll(&mut fd, 1, ms) != 0 }
@@ -267,6 +331,26 @@ mod tests {
         assert_eq!((mount.dev.as_str(), mount.source.as_str()), ("0:51", "/b\\x"));
         assert!(mount.is_fleecefs());
         assert_eq!(Mount::parse("garbage"), None);
+    }
+
+    #[test]
+    fn who_waits_for_the_end_hears_that_it_takes_long_and_how_it_went() {
+        // The device number of no mount.
+        let line = format!("77 29 test-{} / /mnt ro - fuse.fleecefs x ro", std::process::id());
+        let mount = Mount::parse(&line).unwrap();
+        assert!(mount.server().is_none());
+        let announced = mount.announce().unwrap();
+        let mut servers = [mount.server().unwrap(), mount.server().unwrap()];
+        for server in &mut servers {
+            assert!(!server.wait(Duration::ZERO) && !server.writes_down());
+            assert_eq!(server.told(), None);
+        }
+        let mut waiting = announced.end();
+        assert!(mount.server().is_none());
+        assert!(servers[0].writes_down() && servers[0].told().is_none());
+        waiting.tell(7);
+        // Whoever has not asked in between, too.
+        assert!(servers.iter_mut().all(|s| !s.writes_down() && s.told() == Some(7)));
     }
 
     #[test]

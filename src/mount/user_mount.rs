@@ -11,7 +11,7 @@ use super::mounted::{answers, finish, print_mounted};
 use super::plan::Plan;
 use super::prepared::Prepared;
 use super::process::{TICK, signals, start};
-use super::table::Mount;
+use super::table::{Announced, Mount, Waiting};
 use crate::error::{Kind, Result};
 use crate::fs::FileSystem;
 use crate::fuse;
@@ -35,7 +35,12 @@ pub(super) fn run(plan: &Plan, ready: Ready) -> Result<()> {
     start("control", 0, move || control.run())?;
     ready.tell()?;
     print_mounted(plan);
-    finish(mounted, &served, plan, || drop(announced))
+    let mut waiting = Waiting::default();
+    let ended = finish(mounted, &served, plan, || {
+        waiting = announced.map(Announced::end).unwrap_or_default();
+    });
+    waiting.tell(ended.as_ref().map_or_else(|e| e.kind().exit_code(), |()| 0));
+    ended
 }
 
 fn forward(mut signals: Signals, tell: &Sender<i32>) {

@@ -3,24 +3,32 @@
 //! State: a [`Slot`] for each point that was opened, which all who have it open share; its overlay, once somebody
 //! wants to write; the overlays that were kept in the scratch folder, all of them from the beginning on, since they
 //! count against the limit. A slot is of one generation of its point: what was written over one is never shown over
-//! another. The locks here are for opening; reads and writes go to the slot that they were opened with.
+//! another. Once its point is gone from the backup directory a slot is its openers' alone, and goes with the last of
+//! them. The locks here are for opening; reads and writes go to the slot that they were opened with.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use serde::Serialize;
 
 use super::budget::Budget;
-use super::kept::{About, DROP_IT, KeptFolder, PointName};
+use super::kept::{About, KeptFolder, PointName};
 use super::one::{Files, Overlay};
+use super::unnamed::Unnamed;
 use crate::error::{Error, Finding, Kind, Result};
-use crate::folder::{self, Folder, Temp};
+use crate::folder::{self, Folder};
 use crate::image::Image;
 use crate::text::path_text;
 
 /// Findings that are told.
 const MOST_FINDINGS: usize = 256;
+
+/// What can be done where a point has other files than an overlay is of.
+const REWRITTEN: &str = "if nothing but 'consolidate' below it was the reason, its bytes are the same: unmount it, \
+                         and 'fleecefs scratch export' makes an image of what was written, over the point; \
+                         'fleecefs scratch drop' removes it";
 
 /// Where overlays go.
 #[derive(Debug)]
@@ -41,6 +49,8 @@ pub(crate) struct Slot {
     of: PointName,
     image: Weak<Image>,
     overlay: OnceLock<Arc<Overlay>>,
+    /// Whether its point is no longer in the backup directory.
+    gone: AtomicBool,
 }
 
 impl Scratch {
@@ -59,6 +69,12 @@ impl Slot {
     /// The overlay, if anything may have been written.
     pub(crate) fn overlay(&self) -> Option<&Overlay> {
         self.overlay.get().map(|o| &**o)
+    }
+
+    /// Whether its point is no longer in the backup directory: then whoever lets go of it calls
+    /// [`Overlays::forget_gone`].
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::SeqCst)
     }
 
     fn is_of(&self, image: &Arc<Image>) -> bool {
@@ -87,7 +103,10 @@ pub(crate) struct Told {
 
 struct KeptOverlay {
     about: About,
-    overlay: Arc<Overlay>,
+    /// Or why it cannot be gone on with.
+    overlay: std::result::Result<Arc<Overlay>, Arc<Error>>,
+    /// Whether an earlier mount made it.
+    resumed: bool,
 }
 
 /// The overlays of a mount.
@@ -99,6 +118,8 @@ pub struct Overlays {
     budget: Arc<Budget>,
     kept_folder: Option<KeptFolder>,
     kept: Mutex<HashMap<PointName, KeptOverlay>>,
+    /// Files for those that are not kept.
+    unnamed: Unnamed,
     /// By point, and by the image of its generation: each has one as long as anybody has it open.
     slots: Mutex<HashMap<SlotKey, Arc<Slot>>>,
     /// Held while an overlay is made.
@@ -111,14 +132,13 @@ impl Overlays {
     /// killed has left there, and was not to be kept.
     ///
     /// # Errors
-    /// `Busy` if another mount has the folder; `Exists` if it has overlays that are kept and `keep` is not wanted; one
-    /// of them cannot be read.
+    /// `Busy` if another mount has the folder; `Exists` if it has overlays that are kept and `keep` is not wanted; it
+    /// cannot be told which there are. (One that is damaged is told, and its point refused.)
     pub fn new(scratch: Scratch, backups: &Path, mountpoint: &Path) -> Result<Self> {
         let Scratch { folder, keep, limit, named } = scratch;
         let failed = |e| Error::io(e, "cannot use the scratch folder").at_path(folder.path());
         folder::sweep(&folder, &[]).map_err(failed)?;
         let budget = Arc::new(Budget::new(limit));
-        let mut kept = HashMap::new();
         let kept_folder = match keep {
             false => {
                 // A folder for temporary files is everybody's: what is in there is no matter of ours.
@@ -129,23 +149,23 @@ impl Overlays {
             }
             true => Some(KeptFolder::lock(folder.try_clone().map_err(failed)?)?),
         };
-        for about in kept_folder.iter().map(KeptFolder::list).collect::<Result<Vec<_>>>()?.concat()
-        {
-            let Some(from) = &kept_folder else { break };
-            let overlay = Arc::new(from.open(&about, &budget)?);
-            kept.insert(about.of.clone(), KeptOverlay { about, overlay });
-        }
-        Ok(Overlays {
+        let kept = kept_folder.as_ref().map_or(Ok(HashMap::new()), |f| resumed(f, &budget))?;
+        let overlays = Overlays {
             folder,
             backups: backups.to_path_buf(),
             mountpoint: mountpoint.to_path_buf(),
             budget,
             kept_folder,
             kept: Mutex::new(kept),
+            unnamed: Unnamed::new(!keep),
             slots: Mutex::default(),
             making: Mutex::default(),
             findings: Mutex::default(),
-        })
+        };
+        overlays.kept().values().filter_map(|k| k.overlay.as_ref().err()).for_each(|e| {
+            overlays.note(e);
+        });
+        Ok(overlays)
     }
 
     /// The slot of a point for somebody who opens it. `identity` tells the point's contents from others, which is
@@ -164,12 +184,15 @@ impl Overlays {
         }
         let kept = self.kept().get(&of).map(|k| (k.about.clone(), k.overlay.clone()));
         let overlay = match kept {
+            Some((_, Err(damaged))) => return Err(self.damaged(&damaged)),
             Some((about, _)) if about.size != image.size() || identity()? != about.identity => {
                 return Err(self.refused(&of));
             }
-            kept => kept.map_or_else(OnceLock::new, |(_, overlay)| OnceLock::from(overlay)),
+            Some((_, Ok(overlay))) => OnceLock::from(overlay),
+            None => OnceLock::new(),
         };
-        let fresh = Arc::new(Slot { of: of.clone(), image: Arc::downgrade(image), overlay });
+        let (image_of, gone) = (Arc::downgrade(image), AtomicBool::new(false));
+        let fresh = Arc::new(Slot { of: of.clone(), image: image_of, overlay, gone });
         // Somebody else may have been faster.
         Ok(self.slots().entry(key(&of, image)).or_insert(fresh).clone())
     }
@@ -179,7 +202,9 @@ impl Overlays {
         let (own, written) = {
             let slots = self.slots();
             let written = |s: &Arc<Slot>| s.overlay().is_some_and(|o| !o.is_empty());
-            let mut others = slots.values().filter(|s| s.of == *of && !s.is_of(image));
+            // A point that is gone is another than the one that has its name now.
+            let mut others =
+                slots.values().filter(|s| s.of == *of && !s.is_of(image) && !s.is_gone());
             (slots.get(&key(of, image)).cloned(), others.any(written))
         };
         // What was written over one generation is never mixed with another.
@@ -193,10 +218,20 @@ impl Overlays {
             path_text(&of.disk)
         );
         let remedy = match self.kept_folder {
-            Some(_) => DROP_IT,
+            Some(_) => REWRITTEN,
             None => "unmount it, which drops what was written",
         };
         let error = Error::new(Kind::Changed, text).at_path(self.folder.path()).remedy(remedy);
+        self.note(&error);
+        error
+    }
+
+    fn damaged(&self, why: &Error) -> Error {
+        let mut error = Error::new(why.kind(), why.message());
+        if let Some(path) = why.path() {
+            error = error.at_path(path);
+        }
+        let error = why.remedy_text().into_iter().fold(error, |e, remedy| e.remedy(remedy));
         self.note(&error);
         error
     }
@@ -230,13 +265,16 @@ impl Overlays {
             return Ok(());
         }
         let overlay = match &self.kept_folder {
-            None => Arc::new(Overlay::new(size, self.throw_away()?, &self.budget)?),
+            None => {
+                let (data, base) = self.unnamed.place(&self.folder, size)?;
+                Arc::new(Overlay::new(size, Files { data, base, map: None }, &self.budget)?)
+            }
             Some(folder) => {
                 let shown = self.mountpoint.join(shown);
                 let at = (self.backups.as_path(), shown.as_path());
                 let about = About::new(slot.of.clone(), size, identity()?, at);
                 let overlay = Arc::new(folder.create(&about, &self.budget)?);
-                let kept = KeptOverlay { about, overlay: overlay.clone() };
+                let kept = KeptOverlay { about, overlay: Ok(overlay.clone()), resumed: false };
                 self.kept().insert(slot.of.clone(), kept);
                 overlay
             }
@@ -245,55 +283,63 @@ impl Overlays {
         Ok(())
     }
 
-    /// A file that is gone with this process, or with the next mount.
-    fn throw_away(&self) -> Result<Files> {
-        let path = self.folder.path().to_path_buf();
-        let make = || -> std::io::Result<Files> {
-            if let Some(file) = self.folder.create_unnamed()? {
-                return Ok(Files { data: (file, path.clone()), map: None, temp: None });
-            }
-            let temp = Temp::create_named(self.folder.try_clone()?)?;
-            let file = temp.file().try_clone()?;
-            Ok(Files { data: (file, path.clone()), map: None, temp: Some(temp) })
-        };
-        make().map_err(|e| Error::io(e, "cannot make an overlay").at_path(&path))
-    }
-
     /// The overlay over a point, if there is one, for what is told of the point.
     pub(crate) fn find(&self, of: &PointName, image: &Arc<Image>) -> Option<Arc<Overlay>> {
         let slot = self.slots().get(&key(of, image)).cloned()?;
         slot.overlay.get().cloned()
     }
 
-    /// Lets go of what was written over points that are gone and that nobody has open. What is kept stays.
+    /// Lets go of what was written over points that are gone and that nobody has open; of what others have open once they
+    /// let go of it ([`Overlays::forget_gone`]). What is kept stays.
     pub(crate) fn forget(&self, is_there: impl Fn(&PointName) -> bool) {
+        for slot in self.slots().values().filter(|s| !is_there(&s.of)) {
+            slot.gone.store(true, Ordering::SeqCst);
+        }
+        // Of a generation that is gone nothing needs to be known if nothing was written.
+        self.forget_if(|slot| {
+            slot.is_gone() || slot.overlay.get().is_none() && slot.image.strong_count() == 0
+        });
+    }
+
+    /// Lets go of what was written over points that are gone and that nobody has open any more.
+    pub(crate) fn forget_gone(&self) {
+        self.forget_if(Slot::is_gone);
+    }
+
+    fn forget_if(&self, is_over: impl Fn(&Slot) -> bool) {
         let mut gone = Vec::new();
-        let stays = |(of, _): &SlotKey, slot: &mut Arc<Slot>| {
-            // Of a generation that is gone nothing needs to be known if nothing was written.
-            let known = slot.overlay.get().is_some() || slot.image.strong_count() > 0;
-            let stays = is_there(of) && known || Arc::strong_count(slot) > 1;
-            if !stays {
-                gone.push(slot.clone());
-            }
-            stays
-        };
-        self.slots().retain(stays);
+        self.slots().retain(|_, slot| {
+            let goes = is_over(slot) && Arc::strong_count(slot) == 1;
+            goes.then(|| gone.push(slot.clone()));
+            !goes
+        });
         // Their files are closed here, without the lock.
         drop(gone);
     }
 
-    /// Writes down what is to be kept; what nothing was written to is not. Errors are logged.
-    pub(crate) fn finish(&self) {
-        let Some(folder) = &self.kept_folder else { return };
+    /// Writes down what is to be kept; what was made by this mount and nothing was written to is not.
+    ///
+    /// # Errors
+    /// The first; the others are logged.
+    pub(crate) fn finish(&self) -> Result<()> {
+        let Some(folder) = &self.kept_folder else { return Ok(()) };
+        let mut result = Ok(());
         for (of, kept) in self.kept().drain() {
-            let done = match kept.overlay.is_empty() {
-                true => folder.drop(&of),
-                false => kept.overlay.sync(),
+            let Ok(overlay) = kept.overlay else { continue };
+            let done = match overlay.is_empty() && !kept.resumed {
+                true => {
+                    overlay.give_up();
+                    folder.drop(&of)
+                }
+                false => overlay.sync(),
             };
-            if let Err(e) = done {
-                log::error!("{}", e.report());
+            match (done, &result) {
+                (Err(e), Ok(())) => result = Err(e),
+                (Err(e), Err(_)) => log::error!("{}", e.report()),
+                (Ok(()), _) => {}
             }
         }
+        result
     }
 
     /// The folder that they are in.
@@ -319,7 +365,11 @@ impl Overlays {
             kept,
         };
         let mut all: Vec<Told> = match self.kept_folder {
-            Some(_) => self.kept().iter().map(|(of, k)| told(of, &k.overlay, true)).collect(),
+            Some(_) => {
+                let kept = self.kept();
+                let whole = kept.iter().filter_map(|(of, k)| Some((of, k.overlay.as_ref().ok()?)));
+                whole.map(|(of, overlay)| told(of, overlay, true)).collect()
+            }
             None => {
                 let slots: Vec<Arc<Slot>> = self.slots().values().cloned().collect();
                 slots.iter().filter_map(|s| Some(told(&s.of, s.overlay()?, false))).collect()
@@ -336,6 +386,19 @@ impl Overlays {
     fn kept(&self) -> MutexGuard<'_, HashMap<PointName, KeptOverlay>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What earlier mounts have kept.
+fn resumed(from: &KeptFolder, budget: &Arc<Budget>) -> Result<HashMap<PointName, KeptOverlay>> {
+    let open = |about: About| {
+        let overlay = from.open(&about, budget).map(Arc::new).map_err(|e| {
+            // It takes its room all the same.
+            budget.take_anyway(from.takes(&about.of));
+            Arc::new(e)
+        });
+        (about.of.clone(), KeptOverlay { about, overlay, resumed: true })
+    };
+    Ok(from.list()?.into_iter().map(open).collect())
 }
 
 /// Without `--keep` nothing that is kept is shown, or dropped.

@@ -5,23 +5,23 @@
 //! so that a point has one.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::budget::Budget;
+use super::file::ScratchFile;
 use super::one::{Files, Overlay};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
-use crate::folder::{Access, EntryKind, Folder, Lock};
+use crate::folder::{EntryKind, Folder, Lock};
 use crate::text::to_text;
 
 /// The version of the files that this program writes, and the only one that it reads.
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 /// Names begin with this; whatever else is in the folder is not touched.
 const BEGIN: &str = "overlay-";
 const DATA: &str = ".data";
@@ -100,7 +100,7 @@ impl About {
 /// A scratch folder that this process alone works on.
 #[derive(Debug)]
 pub(crate) struct KeptFolder {
-    folder: Folder,
+    folder: Arc<Folder>,
     _lock: Lock,
 }
 
@@ -116,7 +116,7 @@ impl KeptFolder {
                 .at_path(folder.path())
                 .remedy("unmount it first, or name another folder"));
         };
-        let kept = KeptFolder { folder, _lock: lock };
+        let kept = KeptFolder { folder: Arc::new(folder), _lock: lock };
         kept.sweep()?;
         Ok(kept)
     }
@@ -149,54 +149,64 @@ impl KeptFolder {
         list(&self.folder)
     }
 
+    /// Bytes that an overlay takes on disk.
+    pub(crate) fn takes(&self, of: &PointName) -> u64 {
+        takes(&self.folder, of)
+    }
+
     /// Opens an overlay.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// `Corrupt` or `Truncated` if it is damaged; what the operating system said.
     pub(crate) fn open(&self, about: &About, budget: &Arc<Budget>) -> Result<Overlay> {
-        let open = |end: &str| -> Result<(File, PathBuf)> {
+        let open = |end: &str| {
             let name = format!("{}{end}", about.of.file());
-            let path = self.folder.join(&name);
-            let file = self.folder.open_with(&name, Access::ReadWrite);
-            Ok((file.map_err(|e| Error::io(e, "cannot open").at_path(&path))?, path))
+            ScratchFile::open(&self.folder, &name)
+                .map_err(|e| Error::io(e, "cannot open").at_path(self.folder.join(&name)))
         };
-        let files = Files { data: open(DATA)?, map: Some(open(MAP)?), temp: None };
+        let files = Files { data: Arc::new(open(DATA)?), base: 0, map: Some(open(MAP)?) };
         Overlay::resumed(about.size, files, budget)
     }
 
-    /// Makes an empty one.
+    /// Makes an empty one; nothing of it is there if that fails.
     ///
     /// # Errors
     /// `Exists` if the point has one already; `NoSpace`; what the operating system said.
     pub(crate) fn create(&self, about: &About, budget: &Arc<Budget>) -> Result<Overlay> {
         let name = about.of.file();
         let json = format!("{name}{ABOUT}");
-        let path = self.folder.join(&json);
         if self.folder.has(&json) {
             let text = "there is an overlay already, of other contents of this point";
+            let path = self.folder.join(&json);
             return Err(Error::new(Kind::Exists, text).at_path(path).remedy(DROP_IT));
         }
         // What an attempt before this one has left.
-        for end in [DATA, MAP] {
-            self.remove(&format!("{name}{end}"))?;
-        }
-        let (data, map) = (self.make(&name, DATA)?, Some(self.make(&name, MAP)?));
+        self.remove_all(&name)?;
+        self.make_all(about, &name, budget).inspect_err(|_| {
+            // Not named by then, or of nothing: it goes now, or with the next mount.
+            if let Err(e) = self.remove_all(&name) {
+                log::warn!("{}", e.report());
+            }
+        })
+    }
+
+    fn make_all(&self, about: &About, name: &str, budget: &Arc<Budget>) -> Result<Overlay> {
+        let (data, map) = (Arc::new(self.make(name, DATA)?), Some(self.make(name, MAP)?));
         failpoint::step("overlay made");
-        let overlay = Overlay::new(about.size, Files { data, map, temp: None }, budget)?;
-        let failed = |e| Error::io(e, "cannot make an overlay").at_path(&path);
+        let overlay = Overlay::new(about.size, Files { data, base: 0, map }, budget)?;
+        let json = format!("{name}{ABOUT}");
+        let failed = |e| Error::io(e, "cannot make an overlay").at_path(self.folder.join(&json));
         let text = serde_json::to_vec_pretty(about).map_err(|e| failed(e.into()))?;
-        self.folder.write_whole(&json, &text).map_err(failed)?;
+        let written = self.folder.write_whole(&json, &text).map_err(failed);
+        written.inspect_err(|_| overlay.give_up())?;
         failpoint::step("overlay named");
         Ok(overlay)
     }
 
-    fn make(&self, name: &str, end: &str) -> Result<(File, PathBuf)> {
+    fn make(&self, name: &str, end: &str) -> Result<ScratchFile> {
         let name = format!("{name}{end}");
-        let path = self.folder.join(&name);
-        match self.folder.create_new(&name) {
-            Ok(file) => Ok((file, path)),
-            Err(e) => Err(Error::io(e, "cannot make an overlay").at_path(path)),
-        }
+        let failed = |e| Error::io(e, "cannot make an overlay").at_path(self.folder.join(&name));
+        ScratchFile::create(&self.folder, &name).map_err(failed)
     }
 
     /// Removes an overlay, for good.
@@ -204,7 +214,10 @@ impl KeptFolder {
     /// # Errors
     /// What the operating system said.
     pub(crate) fn drop(&self, of: &PointName) -> Result<()> {
-        let name = of.file();
+        self.remove_all(&of.file())
+    }
+
+    fn remove_all(&self, name: &str) -> Result<()> {
         // Without the first the others are leftovers.
         for end in [ABOUT, MAP, DATA] {
             self.remove(&format!("{name}{end}"))?;
@@ -251,7 +264,8 @@ fn about(folder: &Folder, name: &str) -> Result<About> {
         true => Ok(about),
         false => {
             Err(Error::new(Kind::Unsupported, "an overlay of another kind or version")
-                .at_path(&path))
+                .at_path(&path)
+                .remedy("use the version of fleecefs that made it, or remove this file: the overlay goes with it"))
         }
     }
 }
@@ -271,13 +285,15 @@ pub(crate) struct Listed {
 /// # Errors
 /// As [`KeptFolder::list`].
 pub(crate) fn listed(folder: &Folder) -> Result<Vec<Listed>> {
-    let takes = |about: &About| {
-        let name = about.of.file();
-        let files = [DATA, MAP].map(|end| folder.look(format!("{name}{end}")));
-        files.iter().flatten().map(|m| m.blocks().saturating_mul(512)).sum()
-    };
     let all = list(folder)?.into_iter();
-    Ok(all.map(|about| Listed { takes: takes(&about), about }).collect())
+    Ok(all.map(|about| Listed { takes: takes(folder, &about.of), about }).collect())
+}
+
+/// Bytes that the files of an overlay take on disk.
+fn takes(folder: &Folder, of: &PointName) -> u64 {
+    let name = of.file();
+    let files = [DATA, MAP].map(|end| folder.look(format!("{name}{end}")));
+    files.iter().flatten().map(|m| m.blocks().saturating_mul(512)).sum()
 }
 
 /// Whether a folder has overlays that were kept.

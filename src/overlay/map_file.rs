@@ -1,31 +1,43 @@
 //! The map of a kept overlay on disk.
 //!
-//! For each level, the root's first, one record after the other, each level from a page's beginning; what was never
-//! written is a hole. Each block's bits stand for themselves, and are written after the block's data is on disk: so
-//! it does not matter where writing them was broken off.
+//! A page that says what it is, and then for each level, the root's first, one record after the other, each level from
+//! a page's beginning; what was never written is a hole. Each block's bits stand for themselves, and are written after
+//! the block's data is on disk: so it does not matter where writing them was broken off. The file has its length from
+//! the beginning: one that was cut short is told from one to which little was written.
 
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use super::file::ScratchFile;
 use super::holes;
 use super::map::{DirtyMap, LEVELS, Record, span};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// Each level begins at a multiple of this.
 const PAGE: u64 = 4096;
+/// What the file begins with.
+const MAGIC: &[u8; 16] = b"fleecefs overlay";
+/// The version of the file.
+const VERSION: u32 = 2;
+/// Of the first page: magic, version (4 bytes), zeros (4), bytes of the disk (8), of this file (8), and BLAKE3 (32)
+/// over all that. Numbers are little-endian.
+const HEAD: usize = 72;
+/// The longest that the file is made: some file systems have none that are longer. It is that of a disk of 32 PiB.
+const MOST_LENGTH: u64 = 2 << 40;
 /// Bytes that are read at a time; a multiple of each record's.
 const STEP: u64 = 256 << 10;
 
 /// The file, and where each level begins.
 #[derive(Debug)]
 pub(super) struct MapFile {
-    file: File,
-    path: PathBuf,
+    file: ScratchFile,
+    /// Bytes of the disk, and of this file.
+    size: u64,
+    length: u64,
     /// By level: where its records are, and the bytes of each.
     levels: Vec<(Range<u64>, u64)>,
     /// Pages that are sure to have room.
@@ -33,9 +45,9 @@ pub(super) struct MapFile {
 }
 
 impl MapFile {
-    /// The file for a map of this shape.
-    pub(super) fn new(file: File, path: PathBuf, map: &DirtyMap) -> Self {
-        let mut at = 0_u64;
+    /// The file for a map of this shape, of a disk of `size` bytes.
+    pub(super) fn new(file: ScratchFile, size: u64, map: &DirtyMap) -> Self {
+        let mut at = PAGE;
         let mut levels: Vec<_> = (0..LEVELS)
             .rev()
             .map(|level| {
@@ -46,7 +58,54 @@ impl MapFile {
             })
             .collect();
         levels.reverse();
-        MapFile { file, path, levels, reserved: Mutex::default() }
+        MapFile { file, size, length: at.min(MOST_LENGTH), levels, reserved: Mutex::default() }
+    }
+
+    /// The beginning of a new file, which survives a power cut.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub(super) fn begin(&self) -> Result<()> {
+        let made = self.file.change(|file| {
+            file.set_len(self.length)?;
+            file.write_all_at(&self.head(), 0)
+        });
+        let made = made.and_then(|()| self.file.sync(true));
+        made.map_err(|e| self.failed(e, "cannot write the map of an overlay"))
+    }
+
+    fn head(&self) -> [u8; HEAD] {
+        let mut head = [0; HEAD];
+        head[..16].copy_from_slice(MAGIC);
+        head[16..20].copy_from_slice(&VERSION.to_le_bytes());
+        head[24..32].copy_from_slice(&self.size.to_le_bytes());
+        head[32..40].copy_from_slice(&self.length.to_le_bytes());
+        let sum = *blake3::hash(&head[..40]).as_bytes();
+        head[40..].copy_from_slice(&sum);
+        head
+    }
+
+    /// Whether this is the whole file of a map of this disk.
+    fn check_head(&self) -> Result<()> {
+        let failed = |e| self.failed(e, "cannot read the map of an overlay");
+        let length = self.file.with(|file| Ok(file.metadata()?.len())).map_err(failed)?;
+        let damaged = |kind, text| {
+            let text = format!("{text}: it is not known what was written to the point");
+            let remedy = "put both files of the overlay back from a copy of the scratch folder, or have the overlay \
+                          dropped: 'fleecefs scratch drop'";
+            Error::new(kind, text).at_path(self.file.path()).remedy(remedy)
+        };
+        if length < self.length {
+            return Err(damaged(Kind::Truncated, "the map of an overlay was cut short"));
+        }
+        let mut head = [0; HEAD];
+        self.file.read_exact_at(&mut head, 0).map_err(failed)?;
+        match head == self.head() {
+            true => Ok(()),
+            false => {
+                Err(damaged(Kind::Corrupt, "the map of an overlay is damaged, or of another disk"))
+            }
+        }
     }
 
     /// Has room on disk for the records of `blocks`, whatever others write there later. With `ends_only` of the
@@ -68,7 +127,9 @@ impl MapFile {
                 if reserved.contains(&page) {
                     continue;
                 }
-                holes::reserve(&self.file, page * PAGE..(page + 1) * PAGE)
+                let bytes = page * PAGE..(page + 1) * PAGE;
+                self.file
+                    .change(|file| holes::reserve(file, bytes))
                     .map_err(|e| self.failed(e, "no room for the map of an overlay"))?;
                 reserved.insert(page);
             }
@@ -93,63 +154,77 @@ impl MapFile {
     /// # Errors
     /// What the operating system said.
     pub(super) fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(|e| self.failed(e, "cannot write the map of an overlay"))
+        self.file.sync(false).map_err(|e| self.failed(e, "cannot write the map of an overlay"))
+    }
+
+    /// Whether all that was said to be on disk is.
+    ///
+    /// # Errors
+    /// An earlier write failed.
+    pub(super) fn check(&self) -> Result<()> {
+        self.file.check().map_err(|e| self.failed(e, "cannot write the map of an overlay"))
+    }
+
+    /// Says that nobody needs it any more.
+    pub(super) fn give_up(&self) {
+        self.file.give_up();
     }
 
     /// Reads all records into an empty map: those that are no holes.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// `Truncated` or `Corrupt` if it is not the whole map of this disk; what the operating system said.
     pub(super) fn load(&self, map: &DirtyMap) -> Result<()> {
-        let load = || -> io::Result<()> {
+        self.check_head()?;
+        let load = |file: &File| -> io::Result<()> {
             for (level, (records, len)) in (0..).zip(&self.levels) {
-                self.load_level(map, level, records.clone(), *len)?;
+                load_level(file, map, (level, *len), records.clone())?;
             }
             Ok(())
         };
-        load().map_err(|e| self.failed(e, "cannot read the map of an overlay"))
-    }
-
-    fn load_level(
-        &self,
-        map: &DirtyMap,
-        level: u32,
-        records: Range<u64>,
-        len: u64,
-    ) -> io::Result<()> {
-        let mut at = records.start;
-        while let Some(data) = holes::next_data(&self.file, at..records.end)? {
-            // Whole records: a file system's holes may begin anywhere.
-            let number = (data.start - records.start) / len;
-            let start = records.start + number * len;
-            let whole = (data.end - start).next_multiple_of(len);
-            let bytes = self.read(start, whole.min(STEP.next_multiple_of(len)))?;
-            for (i, record) in (number..).zip(bytes.chunks_exact(len as usize)) {
-                if record.iter().any(|b| *b != 0) {
-                    map.put((level, i), record);
-                }
-            }
-            at = start + bytes.len() as u64;
-        }
-        Ok(())
-    }
-
-    /// So many bytes; what is beyond the end is zeros.
-    fn read(&self, at: u64, len: u64) -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-        let mut done = 0;
-        while done < bytes.len() {
-            match self.file.read_at(&mut bytes[done..], at + done as u64) {
-                Ok(0) => break,
-                Ok(n) => done += n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(bytes)
+        self.file.with(load).map_err(|e| self.failed(e, "cannot read the map of an overlay"))
     }
 
     fn failed(&self, e: io::Error, what: &str) -> Error {
-        Error::io(e, what).at_path(&self.path)
+        Error::io(e, what).at_path(self.file.path())
     }
+}
+
+/// Reads the records of a level, which have `len` bytes each.
+fn load_level(
+    file: &File,
+    map: &DirtyMap,
+    (level, len): (u32, u64),
+    records: Range<u64>,
+) -> io::Result<()> {
+    let mut at = records.start;
+    while let Some(data) = holes::next_data(file, at..records.end)? {
+        // Whole records: a file system's holes may begin anywhere.
+        let number = (data.start - records.start) / len;
+        let start = records.start + number * len;
+        let whole = (data.end - start).next_multiple_of(len);
+        let bytes = read(file, start, whole.min(STEP.next_multiple_of(len)))?;
+        for (i, record) in (number..).zip(bytes.chunks_exact(len as usize)) {
+            if record.iter().any(|b| *b != 0) {
+                map.put((level, i), record);
+            }
+        }
+        at = start + bytes.len() as u64;
+    }
+    Ok(())
+}
+
+/// So many bytes; what is beyond the end is zeros.
+fn read(file: &File, at: u64, len: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(bytes)
 }

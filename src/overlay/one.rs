@@ -1,30 +1,28 @@
 //! [`Overlay`]: what was written over one point.
 //!
-//! State: a sparse file that has each block at its own offset, the map of which blocks those are, and the locks of
-//! writers. A reader takes no lock and allocates nothing: it asks the map, and reads each stretch from the file or from
+//! State: a sparse file, or a stretch of one, that has each block at its own offset, the map of which blocks those are,
+//! and the locks of writers. A reader takes no lock and allocates nothing: it asks the map, and reads each stretch from the file or from
 //! the point. A block's bytes are in the file before the map says so, and a block that was only partly written is filled
 //! up from the point first: so a reader sees each block before or after a write.
 //!
 //! [`Overlay::sync`] writes the file to disk and then, of a kept overlay, those records of the map that were taken
-//! before. After a failure there it is never said again that anything is on disk: the kernel forgets what it could
-//! not write.
+//! before. After a failure there it is never said again that anything is on disk ([`super::file`]).
 
-use std::fs::File;
+use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::budget::Budget;
+use super::file::ScratchFile;
 use super::holes;
-use super::map::{BLOCK, DirtyMap, State};
+use super::map::{BLOCK, Change, DirtyMap, State};
 use super::map_file::MapFile;
 use super::stripes::Stripes;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
-use crate::folder::Temp;
 
 /// Records of a map that are held in memory while the data before them is written to disk: 4 MiB at most.
 const BATCH: usize = 4096;
@@ -38,10 +36,9 @@ impl<F: Fn(&mut [u8], u64) -> Result<()>> Below for F {}
 pub(crate) struct Overlay {
     size: u64,
     map: DirtyMap,
-    file: File,
-    /// What to call it in messages.
-    path: PathBuf,
-    _temp: Option<Temp>,
+    file: Arc<ScratchFile>,
+    /// Where its own stretch of the file begins.
+    base: u64,
     stripes: Stripes,
     budget: Arc<Budget>,
     /// What it takes of the budget.
@@ -51,34 +48,33 @@ pub(crate) struct Overlay {
     /// Where the map is kept, if it is.
     map_file: Option<MapFile>,
     syncing: Mutex<()>,
-    failed: AtomicBool,
     /// When it was last written to, in seconds since the epoch.
     modified: AtomicI64,
 }
 
-/// Where an overlay is: its file, and that of its map if it is kept, each with what to call it.
+/// Where an overlay is: its file, from which offset on, and that of its map if it is kept.
 pub(super) struct Files {
-    pub data: (File, PathBuf),
-    pub map: Option<(File, PathBuf)>,
-    /// What removes the name of one that is not kept, if it has one.
-    pub temp: Option<Temp>,
+    pub data: Arc<ScratchFile>,
+    pub base: u64,
+    pub map: Option<ScratchFile>,
 }
 
 impl Overlay {
     /// An empty one, over a point of `size` bytes.
     ///
     /// # Errors
-    /// `NoSpace` if there is no room for it.
+    /// `NoSpace` if there is no room for it; what the operating system said.
     pub(super) fn new(size: u64, files: Files, budget: &Arc<Budget>) -> Result<Self> {
         let overlay = Self::over(size, files, budget);
         overlay.take(DirtyMap::WEIGHT)?;
+        overlay.map_file.as_ref().map_or(Ok(()), MapFile::begin)?;
         Ok(overlay)
     }
 
     /// One that was kept: reads its map.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// `Corrupt` or `Truncated` if that is not the whole map of this disk; what the operating system said.
     pub(super) fn resumed(size: u64, files: Files, budget: &Arc<Budget>) -> Result<Self> {
         let overlay = Self::over(size, files, budget);
         if let Some(map_file) = &overlay.map_file {
@@ -90,7 +86,8 @@ impl Overlay {
         budget.take_anyway(taken);
         overlay.taken.store(taken, Ordering::SeqCst);
         overlay.data.store(data, Ordering::SeqCst);
-        let meta = overlay.file.metadata().map_err(|e| overlay.error(e, "cannot check"))?;
+        let meta = overlay.file.with(|f| f.metadata());
+        let meta = meta.map_err(|e| overlay.error(e, "cannot check"))?;
         let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
         overlay.touch_at(time.map_or(0, |t| t.as_secs()));
         Ok(overlay)
@@ -98,21 +95,18 @@ impl Overlay {
 
     fn over(size: u64, files: Files, budget: &Arc<Budget>) -> Self {
         let map = DirtyMap::new(size.div_ceil(BLOCK), files.map.is_some());
-        let map_file = files.map.map(|(file, path)| MapFile::new(file, path, &map));
-        let (file, path) = files.data;
+        let map_file = files.map.map(|file| MapFile::new(file, size, &map));
         Overlay {
             size,
             map,
-            file,
-            path,
-            _temp: files.temp,
+            file: files.data,
+            base: files.base,
             stripes: Stripes::default(),
             budget: budget.clone(),
             taken: AtomicU64::new(0),
             data: AtomicU64::new(0),
             map_file,
             syncing: Mutex::default(),
-            failed: AtomicBool::new(false),
             modified: AtomicI64::new(0),
         }
     }
@@ -133,8 +127,14 @@ impl Overlay {
     }
 
     /// Where its data is, for messages.
-    pub(crate) fn path(&self) -> &std::path::Path {
-        &self.path
+    pub(crate) fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Says that nobody needs what was written any more.
+    pub(super) fn give_up(&self) {
+        self.file.give_up();
+        self.map_file.iter().for_each(MapFile::give_up);
     }
 
     /// The state of the byte at `at`, which is before `end`, and before which offset it is the same for certain.
@@ -172,7 +172,8 @@ impl Overlay {
 
     fn read_own(&self, part: &mut [u8], at: u64) -> Result<()> {
         // What is data was written: a file that ends before it was cut, which is an error.
-        self.file.read_exact_at(part, at).map_err(|e| self.error(e, "cannot read").at_offset(at))
+        let read = self.file.read_exact_at(part, self.base + at);
+        read.map_err(|e| self.error(e, "cannot read").at_offset(at))
     }
 
     /// Writes `data` at `offset`, inside the disk. Blocks that are written in part and are not here yet are
@@ -237,13 +238,15 @@ impl Overlay {
 
     fn put_all(&self, data: &[u8], at: u64) -> Result<()> {
         failpoint::step("overlay write");
-        self.file.write_all_at(data, at).map_err(|e| self.error(e, "cannot write").at_offset(at))
+        let written = self.file.write_all_at(data, self.base + at);
+        written.map_err(|e| self.error(e, "cannot write").at_offset(at))
     }
 
     /// Makes `len` bytes at `offset`, inside the disk, zeros, and gives their space back.
     ///
     /// # Errors
-    /// As [`Overlay::write`].
+    /// As [`Overlay::write`]; but then nothing has changed, unless the file system takes what it had room for and does
+    /// not write it.
     pub(crate) fn zero(&self, below: impl Below, offset: u64, len: u64) -> Result<()> {
         let touched = self.blocks(offset, len)?;
         if touched.is_empty() {
@@ -253,51 +256,91 @@ impl Overlay {
         let end = offset + len;
         let first = offset.div_ceil(BLOCK);
         let last = if end == self.size { touched.end } else { end / BLOCK };
-        if first >= last {
-            // Within one block, or over the border of two.
-            return self.zero_part(&below, offset..end);
-        }
-        self.zero_part(&below, offset..first * BLOCK)?;
-        self.zero_part(&below, (last * BLOCK).min(end)..end)?;
-        self.zero_blocks(first..last)
-    }
-
-    /// Less than two blocks.
-    fn zero_part(&self, below: &impl Below, mut part: Range<u64>) -> Result<()> {
-        while !part.is_empty() {
-            let block = part.start / BLOCK;
-            let end = part.end.min((block + 1) * BLOCK);
-            if self.map.run(block, block + 1).0 != State::Zero {
-                let zeros = [0; BLOCK as usize];
-                let zeros = &zeros[..(end - part.start) as usize];
-                self.write_held(below, zeros, part.start, block..block + 1)?;
-            }
-            part.start = end;
-        }
-        Ok(())
-    }
-
-    fn zero_blocks(&self, blocks: Range<u64>) -> Result<()> {
-        let cost = self.map.cost_of_zero(blocks.clone());
+        // Within one block, or over the border of two, there are no whole ones.
+        let whole = first..last.max(first);
+        let edges = self.edges(&below, offset..end, &whole)?;
+        // All that may fail for want of room comes before the first change.
+        let cost = self.map.cost_of_zero(whole.clone());
+        let cost = edges.iter().fold(cost, |cost, edge| cost + self.map.cost_of_data(edge.block()));
         self.take(cost)?;
-        let room = self.map_file.as_ref().map_or(Ok(()), |m| m.reserve(blocks.clone(), true));
-        room.inspect_err(|_| self.give(cost))?;
-        let change = self.map.set_zero(blocks.clone());
+        let done = self.room_for_zeros(&edges, &whole).and_then(|()| self.put_edges(&edges));
+        done.inspect_err(|_| self.give(cost))?;
+        failpoint::step("overlay edges");
+        let mut change = Change::default();
+        edges.iter().for_each(|edge| change.add(self.map.set_data(edge.block())));
+        change.add(self.map.set_zero(whole.clone()));
+        self.data.fetch_add(change.added, Ordering::SeqCst);
         self.data.fetch_sub(change.removed, Ordering::SeqCst);
-        self.give(cost.saturating_sub(change.grown));
+        // Another writer may have made the same parts of the map.
+        self.give(cost.saturating_sub(change.added * BLOCK + change.grown));
         failpoint::step("overlay zero");
         self.touch();
-        if change.removed == 0 {
-            return Ok(());
+        self.give_back(whole, change.removed);
+        Ok(())
+    }
+
+    /// What has to be written to make the parts of blocks zeros that are in `range` and outside of the blocks `whole`.
+    fn edges(
+        &self,
+        below: &impl Below,
+        range: Range<u64>,
+        whole: &Range<u64>,
+    ) -> Result<Vec<Edge>> {
+        let mut edges = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let block = at / BLOCK;
+            if whole.contains(&block) {
+                at = whole.end.saturating_mul(BLOCK).min(range.end);
+                continue;
+            }
+            let end = range.end.min((block + 1) * BLOCK);
+            match self.map.run(block, block + 1).0 {
+                State::Zero => {}
+                State::Data => edges.push(Edge { at, bytes: vec![0; (end - at) as usize] }),
+                State::Untouched => {
+                    let start = block * BLOCK;
+                    let full = (start + BLOCK).min(self.size) - start;
+                    let mut bytes = vec![0; full as usize];
+                    self.read_at(below, &mut bytes[..(at - start) as usize], start)?;
+                    self.read_at(below, &mut bytes[(end - start) as usize..], end)?;
+                    edges.push(Edge { at: start, bytes });
+                }
+            }
+            at = end;
         }
-        let bytes = blocks.start * BLOCK..(blocks.end * BLOCK).min(self.size);
-        match holes::punch(&self.file, bytes) {
-            Ok(true) => self.give(change.removed * BLOCK),
+        Ok(edges)
+    }
+
+    fn room_for_zeros(&self, edges: &[Edge], whole: &Range<u64>) -> Result<()> {
+        if let Some(map_file) = &self.map_file {
+            edges.iter().try_for_each(|edge| map_file.reserve(edge.block(), false))?;
+            map_file.reserve(whole.clone(), true)?;
+        }
+        edges.iter().try_for_each(|edge| {
+            let bytes = self.base + edge.at..self.base + edge.at + edge.bytes.len() as u64;
+            let room = self.file.change(|file| holes::reserve(file, bytes));
+            room.map_err(|e| self.error(e, "no room in").at_offset(edge.at))
+        })
+    }
+
+    fn put_edges(&self, edges: &[Edge]) -> Result<()> {
+        edges.iter().try_for_each(|edge| self.put_all(&edge.bytes, edge.at))
+    }
+
+    /// Gives the space of blocks that are zeros now back, of which so many had data.
+    fn give_back(&self, blocks: Range<u64>, had_data: u64) {
+        if had_data == 0 {
+            return;
+        }
+        // Of the last block all, though the disk may end in it: a file system gives back whole ones.
+        let bytes = self.base + blocks.start * BLOCK..self.base + blocks.end * BLOCK;
+        match self.file.change(|file| holes::punch(file, bytes)) {
+            Ok(true) => self.give(had_data * BLOCK),
             // They read as zeros all the same; their space is not had back.
             Ok(false) => {}
-            Err(e) => log::debug!("{}", self.error(e, "cannot give space back").report()),
+            Err(e) => log::debug!("{}", self.error(e, "cannot give space back to").report()),
         }
-        Ok(())
     }
 
     /// Has all that was written before survive a power cut, as far as the overlay itself does.
@@ -306,9 +349,8 @@ impl Overlay {
     /// Writing failed, now or at an earlier time: what is on disk is not known since.
     pub(crate) fn sync(&self) -> Result<()> {
         let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.failed.load(Ordering::SeqCst) {
-            return Err(Error::new(Kind::Io, "an earlier write to disk failed").at_path(&self.path));
-        }
+        let map = self.map_file.as_ref().map_or(Ok(()), MapFile::check);
+        self.file.check().map_err(|e| self.error(e, "cannot write to disk")).and(map)?;
         while self.sync_batch()? == BATCH {}
         Ok(())
     }
@@ -318,8 +360,7 @@ impl Overlay {
         // As they are now: what is written to the file from here on may not be on disk when these are.
         let records = self.map.take_changed(BATCH);
         failpoint::step("overlay sync");
-        let synced = self.file.sync_data().map_err(|e| self.error(e, "cannot write to disk"));
-        synced.inspect_err(|_| self.failed.store(true, Ordering::SeqCst))?;
+        self.file.sync(false).map_err(|e| self.error(e, "cannot write to disk"))?;
         failpoint::step("overlay synced");
         let Some(map_file) = self.map_file.as_ref().filter(|_| !records.is_empty()) else {
             return Ok(0);
@@ -332,7 +373,7 @@ impl Overlay {
             }
             failpoint::step("overlay map");
         }
-        map_file.sync().inspect_err(|_| self.failed.store(true, Ordering::SeqCst))?;
+        map_file.sync()?;
         failpoint::step("overlay map synced");
         Ok(records.len())
     }
@@ -341,13 +382,14 @@ impl Overlay {
     fn drop_unmapped(&self) -> Result<()> {
         let failed = |e| self.error(e, "cannot look for leftovers");
         let mut at = 0;
-        while let Some(data) = holes::next_data(&self.file, at..self.size).map_err(failed)? {
+        let next = |at| self.file.with(|file| holes::next_data(file, at..self.size));
+        while let Some(data) = next(at).map_err(failed)? {
             at = data.start;
             while at < data.end {
                 let (state, end) = self.run(at, data.end);
                 let whole = at.next_multiple_of(BLOCK)..end;
                 if state != State::Data && !whole.is_empty() {
-                    holes::punch(&self.file, whole).map_err(failed)?;
+                    self.file.change(|file| holes::punch(file, whole)).map_err(failed)?;
                 }
                 at = end;
             }
@@ -373,7 +415,7 @@ impl Overlay {
             "no space left: all overlays together may take {}",
             crate::units::human_bytes(self.budget.limit())
         );
-        Err(Error::new(Kind::NoSpace, text).at_path(&self.path).remedy("raise --scratch-size"))
+        Err(Error::new(Kind::NoSpace, text).at_path(self.path()).remedy("raise --scratch-size"))
     }
 
     fn give(&self, bytes: u64) {
@@ -390,14 +432,39 @@ impl Overlay {
         self.modified.store(i64::try_from(seconds).unwrap_or(0), Ordering::Relaxed);
     }
 
-    fn error(&self, e: std::io::Error, what: &str) -> Error {
-        Error::io(e, format!("{what} the overlay")).at_path(&self.path)
+    fn error(&self, e: io::Error, what: &str) -> Error {
+        Error::io(e, format!("{what} the overlay")).at_path(self.path())
+    }
+
+    /// Whether the space that it takes is had back when it goes: that of a stretch of a file is only where the file
+    /// system can.
+    fn goes_by_itself(&self) -> bool {
+        let bytes = self.base..self.base + self.size.next_multiple_of(BLOCK);
+        if self.map_file.is_some() || Arc::strong_count(&self.file) == 1 || bytes.is_empty() {
+            return true;
+        }
+        matches!(self.file.change(|file| holes::punch(file, bytes)), Ok(true))
     }
 }
 
 impl Drop for Overlay {
     fn drop(&mut self) {
-        self.budget.give(self.taken.load(Ordering::SeqCst));
+        if self.goes_by_itself() {
+            self.budget.give(self.taken.load(Ordering::SeqCst));
+        }
+    }
+}
+
+/// A part of a block that is written to make it zeros: with the rest of the block, if that is not here yet.
+struct Edge {
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Edge {
+    fn block(&self) -> Range<u64> {
+        let block = self.at / BLOCK;
+        block..block + 1
     }
 }
 

@@ -7,9 +7,11 @@
 //! Pinned files leave room for a working set, so that reading goes on whatever is pinned.
 //!
 //! Readers find an open file without a lock (`Slot::get`). The lock is never held while a file is
-//! opened or closed: the storage may not answer.
+//! opened or closed: the storage may not answer. What was written to a file, and may not be on disk, is
+//! seen to before it is closed ([`BeforeClose`]).
 
 use std::fs::File;
+use std::io;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -25,11 +27,26 @@ const MOST: u64 = 1 << 20;
 /// Of a limit this small everybody gets a half.
 const FEWEST: u64 = 8;
 
+/// What is to be done with a file before its descriptor goes.
+pub(crate) trait BeforeClose: std::fmt::Debug + Send + Sync {
+    /// Called without any lock of the list's, by whoever lets go of the file last.
+    fn before_close(&self, file: &File);
+}
+
 /// An open file.
 #[derive(Debug)]
 pub struct Opened {
     file: File,
     used: AtomicBool,
+    last: Option<Arc<dyn BeforeClose>>,
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if let Some(last) = &self.last {
+            last.before_close(&self.file);
+        }
+    }
 }
 
 impl Deref for Opened {
@@ -51,38 +68,44 @@ pub struct Slot {
     open: ArcSwapOption<Opened>,
     /// How often it is pinned; changed under the pool's lock only.
     pins: AtomicU64,
+    last: Option<Arc<dyn BeforeClose>>,
 }
 
 impl Slot {
     /// Of a file that is not open.
     pub(super) fn new() -> Arc<Self> {
+        Self::with(None)
+    }
+
+    /// Of a file that is not open, and with which `last` has something to do each time before it is closed.
+    pub(crate) fn with(last: Option<Arc<dyn BeforeClose>>) -> Arc<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Slot { id, open: ArcSwapOption::empty(), pins: AtomicU64::new(0) })
+        Arc::new(Slot { id, open: ArcSwapOption::empty(), pins: AtomicU64::new(0), last })
     }
 
     /// Of a file that is open and stays so: nothing says how to open it again.
-    pub(super) fn fixed(file: File) -> Arc<Self> {
+    pub(crate) fn fixed(file: File) -> Arc<Self> {
         let slot = Self::new();
-        slot.open.store(Some(Opened::new(file)));
+        slot.open.store(Some(slot.opened(file)));
         // Pinned by itself, so that nobody is the last.
         slot.pins.store(1, Ordering::Relaxed);
         slot
     }
 
     /// The file, if it is open.
-    pub(super) fn get(&self) -> Guard<Option<Arc<Opened>>> {
+    pub(crate) fn get(&self) -> Guard<Option<Arc<Opened>>> {
         self.open.load()
     }
 
     /// Takes in a file that was just opened. If another thread was faster, the result is its own.
-    pub(super) fn put(self: &Arc<Self>, file: File) -> Arc<Opened> {
+    pub(crate) fn put(self: &Arc<Self>, file: File) -> Arc<Opened> {
         let mut pool = pool();
         if let Some(other) = self.open.load_full() {
             drop(pool);
             return other;
         }
-        let opened = Opened::new(file);
+        let opened = self.opened(file);
         self.open.store(Some(opened.clone()));
         if self.pins.load(Ordering::Relaxed) == 0 {
             pool.list.put(self.id, self.clone());
@@ -94,18 +117,16 @@ impl Slot {
     }
 
     /// Closes it, whoever pins it.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut pool = pool();
         pool.list.pop(&self.id);
         let closed = self.open.swap(None);
         drop(pool);
         drop(closed);
     }
-}
 
-impl Opened {
-    fn new(file: File) -> Arc<Self> {
-        Arc::new(Opened { file, used: AtomicBool::new(false) })
+    fn opened(&self, file: File) -> Arc<Opened> {
+        Arc::new(Opened { file, used: AtomicBool::new(false), last: self.last.clone() })
     }
 }
 
@@ -175,6 +196,33 @@ pub(crate) fn set_limit(others: u64) {
     pool().limit = limit(others);
 }
 
+/// Takes descriptors out of what the files of backups may have, for files that stay open: an eighth, and no more than
+/// `most`, for as long as the limit is what it is. How many, at least 1.
+pub(crate) fn set_aside(most: usize) -> usize {
+    let mut pool = pool();
+    let part = (pool.limit / 8).clamp(1, most.max(1));
+    pool.limit -= part;
+    part
+}
+
+/// Opens a file. Where there are no descriptors left, some files that nobody pins are closed.
+///
+/// # Errors
+/// Those of `open`.
+pub(crate) fn open_with_room<T>(open: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match open() {
+            Err(e) if is_too_many(&e) && shed() => {}
+            result => return result,
+        }
+    }
+}
+
+/// Whether a file could not be opened because there are no descriptors left.
+pub(crate) fn is_too_many(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
 /// How many files can be pinned at a time.
 pub(crate) fn pin_limit() -> usize {
     pool().pin_limit()
@@ -223,7 +271,7 @@ pub(crate) fn close_unpinned() {
 }
 
 /// Closes some that nobody pins, because there are no descriptors left; whether there was one.
-pub(super) fn shed() -> bool {
+fn shed() -> bool {
     const SOME: usize = 8;
     !take_unpinned(SOME).is_empty()
 }

@@ -247,12 +247,7 @@ impl SourceFile {
 
     /// Where others have used up the descriptors, some files that nobody pins are closed.
     fn try_to_open(&self, open: impl Fn() -> io::Result<File>) -> Result<File> {
-        loop {
-            match open() {
-                Err(e) if is_too_many(&e) && files::shed() => {}
-                result => return result.map_err(|e| self.open_error(e)),
-            }
-        }
+        files::open_with_room(open).map_err(|e| self.open_error(e))
     }
 
     /// Whether the file that has the name now is the one that was read.
@@ -271,7 +266,7 @@ impl SourceFile {
     }
 
     fn open_error(&self, e: io::Error) -> Error {
-        let too_many = is_too_many(&e);
+        let too_many = files::is_too_many(&e);
         let error = Error::io(e, "cannot open the file").at_path(&self.path);
         if too_many { error.remedy("raise the limit of open files (ulimit -n)") } else { error }
     }
@@ -304,10 +299,6 @@ impl Drop for SourceFile {
 
 fn is_absent(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
-}
-
-fn is_too_many(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 impl ReadAt for SourceFile {

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use crate::support::mount::Mount;
 use crate::support::process::eventually;
-use crate::support::tools::have;
+use crate::support::tools::{have, run};
+use crate::support::writable::{rw, scratch_option};
 
 const CLUSTER: usize = 512;
 const CLUSTERS: usize = 64;
@@ -135,6 +136,60 @@ fn what_is_held_survives_its_files_and_what_is_not_is_never_another_file() {
         let mut one = [0; CLUSTER];
         if far.read_exact_at(&mut one, at as u64).is_ok() {
             assert_ne!(one[0], 0xee, "the new file's bytes at {at}");
+        }
+    }
+}
+
+/// Writes to each point a byte of its own, at a place of its own, and what there is in all of them then.
+fn write_all(mount: &Mount, points: &mut [Vec<u8>], shift: usize) -> Vec<File> {
+    let count = points.len();
+    let open: Vec<File> =
+        (0..count).map(|i| rw(&mount.path().join(format!("deep/{}.raw", file(i))))).collect();
+    // A step that has no common factor with the count visits each once.
+    for i in (0..count).map(|n| (n + 1) * 77 % count) {
+        let at = (i + shift) % CLUSTERS * CLUSTER + i % CLUSTER;
+        let data = [byte(i + shift); 700];
+        let len = data.len().min(CLUSTERS * CLUSTER - at);
+        open[i].write_all_at(&data[..len], at as u64).unwrap_or_else(|e| panic!("point {i}: {e}"));
+        points[i][at..at + len].copy_from_slice(&data[..len]);
+    }
+    open
+}
+
+#[test]
+fn all_points_are_written_to_with_a_bounded_number_of_descriptors() {
+    let test = "all_points_are_written_to_with_a_bounded_number_of_descriptors";
+    if !have(test, &["/dev/fuse"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let original = chain(&dir.path().join("deep"), 150);
+    let scratch = tempfile::tempdir().unwrap();
+    let kept = format!("{} --keep", scratch_option(scratch.path()));
+    for options in ["--writable", &kept] {
+        let mut points = original.clone();
+        let (mount, _) = Mount::limited(dir.path(), 100, options);
+        let check = |mount: &Mount, points: &[Vec<u8>], what: &str| {
+            for (i, want) in points.iter().enumerate().rev() {
+                let got = read(&mount.path().join(format!("deep/{}.raw", file(i))));
+                assert!(got == *want, "{options}, {what}: point {i}");
+            }
+        };
+        let open = write_all(&mount, &mut points, 0);
+        check(&mount, &points, "written");
+        open.iter().step_by(7).for_each(|f| f.sync_all().unwrap());
+        let again = write_all(&mount, &mut points, 31);
+        drop(open);
+        check(&mount, &points, "written again");
+        drop(again);
+        if options == kept {
+            let at = mount.path().to_path_buf();
+            run(env!("CARGO_BIN_EXE_fleecefs"), &["umount", at.to_str().unwrap()]);
+            drop(mount);
+            let (mount, _) = Mount::limited(dir.path(), 100, options);
+            check(&mount, &points, "gone on with");
+            drop(write_all(&mount, &mut points, 11));
+            check(&mount, &points, "and written to");
         }
     }
 }

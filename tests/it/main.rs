@@ -67,6 +67,7 @@ mod restore;
 mod runs;
 mod salvage;
 mod scratch;
+mod scratch_faults;
 mod semantics;
 mod service;
 mod setups;

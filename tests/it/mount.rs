@@ -273,6 +273,53 @@ fn a_user_mounts_without_root() {
     assert!(out.status.success(), "{:?}: {}", out.status.code(), stderr(&out));
 }
 
+#[test]
+fn a_user_writes_to_points_without_root() {
+    let test = "a_user_writes_to_points_without_root";
+    let tools = [TOOLS.as_slice(), &["setpriv", "fusermount3", "unshare"]].concat();
+    if !have(test, &tools) || !is_root(test) {
+        return;
+    }
+    let (dir, chain) = backups();
+    let home = for_nobody(dir.path());
+    let script = r#"
+        cd "$HOME_DIR" && mkdir mnt && mknod fuse c 10 229 && chmod 666 fuse
+        chown 65534:65534 mnt && mount --bind fuse /dev/fuse
+        user() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
+        write() { printf "$1" | user dd of="mnt/sda/$POINT" conv=notrunc,fsync status=none; }
+        shows() { [ "$(user head -c 3 "mnt/sda/$POINT" | tr '\0\1' '..')" = "$1" ]; }
+        user ./fleecefs mount --writable "$BACKUPS" mnt || exit 1
+        write new || exit 2
+        shows new || exit 3
+        user ./fleecefs umount mnt || exit 4
+        keep() { user ./fleecefs mount --writable=scratch --keep "$BACKUPS" mnt; }
+        keep || exit 5
+        shows new && exit 6
+        write old || exit 7
+        user ./fleecefs umount mnt || exit 8
+        user ./fleecefs scratch list scratch | grep -q "sda/${POINT%.raw}" || exit 9
+        keep || exit 10
+        shows old || exit 11
+        user ./fleecefs umount mnt || exit 12
+        user ./fleecefs scratch export scratch "sda/${POINT%.raw}" changes.qcow2 || exit 13
+        user ./fleecefs mount "$BACKUPS" mnt || exit 14
+        user qemu-img convert -O raw changes.qcow2 changes.raw || exit 14
+        [ "$(head -c 3 changes.raw)" = old ] && user ./fleecefs umount mnt || exit 14
+        user ./fleecefs scratch drop scratch --all || exit 15
+        user ./fleecefs scratch list scratch | grep -q sda && exit 16
+        keep || exit 17
+        shows old && exit 18
+        user ./fleecefs umount mnt || exit 19
+        exit 0
+    "#;
+    let mut point = chain.files[2].file_name().unwrap().to_os_string();
+    point.push(".raw");
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).env("HOME_DIR", home.path());
+    let out = command.env("BACKUPS", dir.path()).env("POINT", point).output().unwrap();
+    assert!(out.status.success(), "{:?}: {}", out.status.code(), stderr(&out));
+}
+
 /// What is missing is said: to a user all of it is "Permission denied".
 #[test]
 fn a_user_who_may_not_mount_is_told_what_to_do() {

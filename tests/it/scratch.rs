@@ -7,14 +7,14 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::support::guard::Guard;
-use crate::support::images::{Chain, Rng, first_difference};
+use crate::support::images::{Chain, first_difference};
 use crate::support::mount::Mount;
 use crate::support::owner::fleecefs;
 use crate::support::process::{eventually, is_gone, server_pid, signal, status, stderr};
 use crate::support::three_points::{MIB, SIZE, backups};
 use crate::support::tools::{have, is_root, run};
 use crate::support::writable::{
-    BLOCK, PUNCH, TOOLS, errno, fallocate, hashes, keeping, rw, scratch_option,
+    BLOCK, PUNCH, Possible, TOOLS, errno, fallocate, hashes, keeping, rw, scratch_option, work,
 };
 
 #[test]
@@ -90,62 +90,6 @@ fn a_scratch_whose_file_system_is_full_is_enospc_too() {
     assert!(got[torn.clone()].iter().zip(&model[torn.clone()]).all(|(g, m)| *g == 9 || g == m));
     got[torn.clone()].copy_from_slice(&model[torn]);
     assert_eq!(first_difference(&got, &model), None);
-}
-
-/// The bytes that a kill may leave: those that were last synced, or what was written over them since, block by block.
-struct Possible {
-    blocks: Vec<Vec<Vec<u8>>>,
-}
-
-impl Possible {
-    fn new(bytes: &[u8]) -> Self {
-        Possible { blocks: bytes.chunks(BLOCK as usize).map(|b| vec![b.to_vec()]).collect() }
-    }
-
-    fn write(&mut self, data: &[u8], at: u64) {
-        for (i, byte) in data.iter().enumerate() {
-            let place = at + i as u64;
-            let versions = &mut self.blocks[(place / BLOCK) as usize];
-            if i == 0 || place.is_multiple_of(BLOCK) {
-                versions.push(versions.last().unwrap().clone());
-            }
-            versions.last_mut().unwrap()[(place % BLOCK) as usize] = *byte;
-        }
-    }
-
-    fn synced(&mut self) {
-        self.blocks.iter_mut().for_each(|v| drop(v.drain(..v.len() - 1)));
-    }
-
-    fn check(&self, bytes: &[u8], what: &str) {
-        for (i, (got, any)) in bytes.chunks(BLOCK as usize).zip(&self.blocks).enumerate() {
-            assert!(any.iter().any(|b| b == got), "{what}: block {i} is neither old nor new");
-        }
-    }
-}
-
-/// Writes, discards and syncs until the server is gone; whether it came to the end.
-fn work(file: &File, possible: &mut Possible, seed: u64) -> bool {
-    let mut rng = Rng(seed);
-    for step in 0..14_u8 {
-        let (at, len) = rng.range(2 * MIB, if step % 2 == 0 { 512 } else { BLOCK });
-        let data = vec![if step % 5 == 4 { 0 } else { 100 + step }; len as usize];
-        possible.write(&data, at);
-        let done = match step % 5 {
-            4 => fallocate(file, PUNCH, at, len),
-            _ => file.write_all_at(&data, at),
-        };
-        if done.is_err() {
-            return false;
-        }
-        if step % 3 == 2 {
-            if file.sync_all().is_err() {
-                return false;
-            }
-            possible.synced();
-        }
-    }
-    true
 }
 
 #[test]

@@ -364,3 +364,101 @@ fn each_generation_of_a_point_has_writes_of_its_own() {
     rw(&shown).read_exact_at(&mut got, 0).unwrap();
     assert_eq!(got, [7; 4096]);
 }
+
+/// Memory as direct reads and writes need it.
+#[repr(align(4096))]
+struct Pages([u8; 8192]);
+
+#[test]
+fn a_disk_of_any_number_of_sectors_is_read_and_written_to_its_end_past_the_page_cache() {
+    let test = "a_disk_of_any_number_of_sectors_is_read_and_written_to_its_end_past_the_page_cache";
+    if !have(test, &TOOLS) {
+        return;
+    }
+    const ODD: u64 = MIB + 3 * 512;
+    let dir = tempfile::tempdir().unwrap();
+    let mut chain = Chain::new(dir.path(), "sda");
+    chain.point("", ODD, &["write -P 1 0 1M".to_string(), "write -P 2 1M 1536".to_string()]);
+    let mount = Mount::with(dir.path(), &["--writable"]);
+    let shown = mount.point("sda", &chain.files[0]);
+    let mut want = std::fs::read(&shown).unwrap();
+    let mut options = OpenOptions::new();
+    let direct = options.read(true).write(true).custom_flags(libc::O_DIRECT).open(&shown).unwrap();
+    let check = |want: &[u8]| {
+        let mut pages = Pages([0; 8192]);
+        for (at, len) in [(MIB - 4096, 8192), (MIB, 4096), (MIB, 8192), (MIB + 1024, 512)] {
+            let n = direct.read_at(&mut pages.0[..len], at).unwrap();
+            assert_eq!(n, len.min((ODD - at) as usize));
+            assert_eq!(first_difference(&pages.0[..n], &want[at as usize..][..n]), None, "{at}");
+        }
+        assert_eq!(direct.read_at(&mut pages.0, ODD.next_multiple_of(4096)).unwrap(), 0);
+        assert_eq!(first_difference(&std::fs::read(&shown).unwrap(), want), None);
+    };
+    check(&want);
+    direct.write_all_at(&Pages([3; 8192]).0[..512], MIB + 1024).unwrap();
+    want[MIB as usize + 1024..].fill(3);
+    check(&want);
+    direct.write_all_at(&Pages([4; 8192]).0[..1536], MIB).unwrap();
+    want[MIB as usize..].fill(4);
+    check(&want);
+    // Over the end nothing is written, and why is said.
+    for (at, len) in [(MIB, 4096), (MIB - 4096, 8192), (MIB + 4096, 512)] {
+        assert_eq!(errno(direct.write_at(&Pages([5; 8192]).0[..len], at)), Some(libc::EFBIG));
+    }
+    check(&want);
+    assert_eq!(shown.metadata().unwrap().len(), ODD);
+    assert_eq!(rw(&shown).write_at(&[6; 4096], MIB).unwrap(), 1536);
+    want[MIB as usize..].fill(6);
+    check(&want);
+}
+
+#[test]
+fn what_was_written_over_a_point_that_is_gone_goes_with_who_has_it_open_and_its_name_can_come_back()
+{
+    let test = "what_was_written_over_a_point_that_is_gone_goes_with_who_has_it_open_and_its_name_can_come_back";
+    if !have(test, &TOOLS) {
+        return;
+    }
+    let (dir, chain) = backups();
+    let aside = tempfile::tempdir().unwrap();
+    let kept = tempfile::tempdir().unwrap();
+    let (image, away) = (&chain.files[2], aside.path().join("away"));
+    let mount = Mount::with(dir.path(), &["--writable"]);
+    let shown = mount.point("sda", image);
+    let original = std::fs::read(&shown).unwrap();
+    let overlays = || status(mount.path())["writable"]["overlays"].as_array().unwrap().len();
+    let open = rw(&shown);
+    open.write_all_at(&[7; 10_000], 0).unwrap();
+    std::fs::rename(image, &away).unwrap();
+    eventually("it is gone", || !shown.exists());
+    assert_eq!(overlays(), 1, "somebody has it open");
+    // The backup directory does not change any more, so nothing but the closing of it can be the reason.
+    drop(open);
+    eventually("what was written is gone", || overlays() == 0);
+    std::fs::rename(&away, image).unwrap();
+    eventually("it is back", || shown.exists());
+    let open = rw(&shown);
+    open.write_all_at(&[8; 10_000], 0).unwrap();
+    std::fs::rename(image, &away).unwrap();
+    eventually("it is gone again", || !shown.exists());
+    std::fs::rename(&away, image).unwrap();
+    eventually("it is back again", || shown.exists());
+    // As it was backed up for who opens it now, and as it was written to for who has it open.
+    assert_eq!(first_difference(&std::fs::read(&shown).unwrap(), &original), None);
+    rw(&shown).write_all_at(&[9; 100], 0).unwrap();
+    let mut got = [0; 10_000];
+    open.read_exact_at(&mut got, 0).unwrap();
+    assert_eq!(got, [8; 10_000]);
+    drop((open, mount));
+    // What is kept is there again with the same point.
+    let mount = keeping(dir.path(), kept.path());
+    let shown = mount.point("sda", image);
+    rw(&shown).write_all_at(&[7; 10_000], 0).unwrap();
+    std::fs::rename(image, &away).unwrap();
+    eventually("it is gone", || !shown.exists());
+    std::fs::rename(&away, image).unwrap();
+    eventually("it is back", || shown.exists());
+    let mut want = original;
+    want[..10_000].fill(7);
+    assert_eq!(first_difference(&std::fs::read(&shown).unwrap(), &want), None);
+}

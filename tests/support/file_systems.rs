@@ -2,6 +2,7 @@
 //! it, so that two can be compared. They need root.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -60,6 +61,17 @@ pub fn mount(image: &Path, at: &Path, options: &str) -> Option<Guard> {
             None
         }
     }
+}
+
+/// Cuts a mounted ext4 or XFS off, as a power cut does: from now on nothing is written, not even its journal.
+pub fn cut_off(at: &Path) {
+    // See EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN: _IOR('X', 125, u32), and "without flushing the log".
+    const SHUTDOWN: libc::Ioctl = 0x8004_587d_u32 as libc::Ioctl;
+    static NO_LOG: u32 = 2;
+    let folder = std::fs::File::open(at).unwrap();
+    // SAFETY: an open descriptor and a number that lives through the call.
+    let done = unsafe { libc::ioctl(folder.as_raw_fd(), SHUTDOWN, &raw const NO_LOG) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Runs shell commands in a folder.

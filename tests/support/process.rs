@@ -21,7 +21,9 @@ pub fn stderr(out: &Output) -> String {
 }
 
 pub fn is_mounted(path: &Path) -> bool {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    // Others may mount something at the same time whose name is no text.
+    let bytes = std::fs::read("/proc/self/mountinfo").unwrap();
+    let text = String::from_utf8_lossy(&bytes);
     text.lines().any(|l| l.split(' ').nth(4) == path.to_str())
 }
 

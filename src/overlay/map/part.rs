@@ -27,7 +27,8 @@ pub(crate) struct Change {
 }
 
 impl Change {
-    pub(super) fn add(&mut self, other: Change) {
+    /// Adds what another step has changed.
+    pub(in crate::overlay) fn add(&mut self, other: Change) {
         self.added += other.added;
         self.removed += other.removed;
         self.grown += other.grown;

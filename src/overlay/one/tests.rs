@@ -2,6 +2,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::failpoint::properties;
+use crate::folder::Folder;
+use crate::storage::files::close_unpinned;
 
 const SIZE: u64 = 40 * BLOCK + 1000;
 
@@ -17,15 +19,17 @@ fn below(point: &[u8]) -> impl Below {
     }
 }
 
-fn file(dir: &std::path::Path, name: &str) -> (File, PathBuf) {
-    let path = dir.join(name);
-    let mut options = std::fs::OpenOptions::new();
-    let file = options.read(true).write(true).create(true).truncate(false).open(&path);
-    (file.unwrap(), path)
+/// A file of a folder, made if it is not there.
+fn file(dir: &Path, name: &str) -> ScratchFile {
+    let folder = Arc::new(Folder::open(&dir.canonicalize().unwrap()).unwrap());
+    match folder.has(name) {
+        true => ScratchFile::open(&folder, name).unwrap(),
+        false => ScratchFile::create(&folder, name).unwrap(),
+    }
 }
 
-fn kept(dir: &std::path::Path) -> Files {
-    Files { data: file(dir, "data"), map: Some(file(dir, "map")), temp: None }
+fn kept(dir: &Path) -> Files {
+    Files { data: Arc::new(file(dir, "data")), base: 0, map: Some(file(dir, "map")) }
 }
 
 fn all(overlay: &Overlay, point: &[u8]) -> Vec<u8> {
@@ -41,6 +45,8 @@ enum Step {
     Read(u64, u64),
     Sync,
     Reopen,
+    /// Others need the descriptors.
+    Close,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -56,6 +62,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => range().prop_map(|(at, len)| Step::Read(at, len)),
         1 => Just(Step::Sync),
         1 => Just(Step::Reopen),
+        1 => Just(Step::Close),
     ];
     proptest::collection::vec(step, 1..40)
 }
@@ -86,6 +93,7 @@ proptest! {
                     prop_assert_eq!(&buf[..], &model[at as usize..(at + len) as usize]);
                 }
                 Step::Sync => overlay.sync().unwrap(),
+                Step::Close => close_unpinned(),
                 Step::Reopen => {
                     overlay.sync().unwrap();
                     let used = budget.used();
@@ -176,14 +184,16 @@ fn the_map_on_disk_never_names_data_that_is_not_and_a_failure_lasts() {
     let dir = tempfile::tempdir().unwrap();
     let (point, budget) = (point(), Arc::new(Budget::new(u64::MAX)));
     // It takes all writes and fails each fdatasync, as a disk may.
-    let null = PathBuf::from("/dev/null");
-    let data = std::fs::OpenOptions::new().read(true).write(true).open(&null).unwrap();
-    let files = Files { data: (data, null), ..kept(dir.path()) };
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+    let data = Arc::new(ScratchFile::held(null, "/dev/null".into(), None));
+    let files = Files { data, ..kept(dir.path()) };
     let overlay = Overlay::new(SIZE, files, &budget).unwrap();
     for _ in 0..2 {
         overlay.write(below(&point), &[1; BLOCK as usize], 0).unwrap();
         overlay.sync().unwrap_err();
-        assert_eq!(dir.path().join("map").metadata().unwrap().len(), 0);
+        let bytes = std::fs::read(dir.path().join("map")).unwrap();
+        // Behind the page that says what it is.
+        assert!(bytes.len() > 4096 && bytes[4096..].iter().all(|b| *b == 0));
     }
 }
 
@@ -214,4 +224,72 @@ fn a_point_that_cannot_be_read_fails_what_needs_it_and_no_more() {
     overlay.read_at(bad, &mut buf, BLOCK).unwrap();
     assert_eq!(buf, [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1]);
     assert!(overlay.read_at(bad, &mut buf, 0).is_err());
+}
+
+#[test]
+fn what_cannot_be_made_zeros_as_a_whole_stays_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (point, unlimited) = (point(), Arc::new(Budget::new(u64::MAX)));
+    let setup = |name: &str, budget: &Arc<Budget>| {
+        let dir = dir.path().join(name);
+        std::fs::create_dir(&dir).unwrap();
+        let overlay = Overlay::new(SIZE, kept(&dir), budget).unwrap();
+        overlay.write(below(&point), &[7; 2 * BLOCK as usize], 9 * BLOCK).unwrap();
+        overlay
+    };
+    // Room for one of the two blocks that are filled up.
+    let probe = setup("probe", &unlimited);
+    let taken = unlimited.used();
+    drop(probe);
+    let budget = Arc::new(Budget::new(taken + BLOCK));
+    let overlay = setup("small", &budget);
+    let before = all(&overlay, &point);
+    let (at, len) = (4 * BLOCK + 10, 20 * BLOCK);
+    let full = overlay.zero(below(&point), at, len).unwrap_err();
+    assert_eq!(full.kind(), Kind::NoSpace);
+    assert!(all(&overlay, &point) == before && budget.used() == taken);
+    // A point whose last block cannot be read.
+    let bad = |buf: &mut [u8], from: u64| match from / BLOCK {
+        24 => Err(Error::new(Kind::Corrupt, "bad")),
+        _ => below(&point)(buf, from),
+    };
+    let overlay = setup("unread", &unlimited);
+    assert_eq!(overlay.zero(bad, at, len).unwrap_err().kind(), Kind::Corrupt);
+    assert!(all(&overlay, &point) == before && unlimited.used() == taken);
+    // And with all that is needed it is done.
+    overlay.zero(below(&point), at, len).unwrap();
+    let mut want = before;
+    want[at as usize..][..len as usize].fill(0);
+    assert!(all(&overlay, &point) == want);
+}
+
+#[test]
+fn a_map_that_was_cut_or_is_of_another_disk_is_refused() {
+    let (point, budget) = (point(), Arc::new(Budget::new(u64::MAX)));
+    let resumed = |size: u64, harm: &dyn Fn(&std::fs::File)| {
+        let dir = tempfile::tempdir().unwrap();
+        let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
+        overlay.write(below(&point), &[1; 100], 50).unwrap();
+        overlay.sync().unwrap();
+        drop(overlay);
+        let map = dir.path().join("map");
+        harm(&std::fs::OpenOptions::new().write(true).open(&map).unwrap());
+        let overlay = Overlay::resumed(size, kept(dir.path()), &budget);
+        overlay.map(|o| o.data_bytes()).map_err(|e| (e.kind(), e.path() == Some(&*map)))
+    };
+    assert_eq!(resumed(SIZE, &|_| ()), Ok(BLOCK));
+    let whole = |file: &std::fs::File| file.metadata().unwrap().len();
+    for cut in [1, 4000, 5000] {
+        let harm = |file: &std::fs::File| file.set_len(whole(file) - cut).unwrap();
+        assert_eq!(resumed(SIZE, &harm), Err((Kind::Truncated, true)), "{cut}");
+    }
+    assert_eq!(resumed(SIZE, &|f| f.set_len(0).unwrap()), Err((Kind::Truncated, true)));
+    // Cut, and made as long as it was: by a copy that was broken off, say.
+    let regrown = |file: &std::fs::File| {
+        let len = whole(file);
+        file.set_len(0).unwrap();
+        file.set_len(len).unwrap();
+    };
+    assert_eq!(resumed(SIZE, &regrown), Err((Kind::Corrupt, true)));
+    assert_eq!(resumed(SIZE - 4096, &|_| ()), Err((Kind::Corrupt, true)));
 }
