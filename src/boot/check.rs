@@ -144,7 +144,9 @@ fn wait(vm: &mut Running, criteria: &Criteria, deadline: Instant) -> Result<(), 
 fn missing(waiting: &Waiting, criteria: &Criteria) -> String {
     let mut all = Vec::new();
     all.extend(waiting.agent.then(|| "the guest agent does not answer".to_string()));
-    all.extend(waiting.serial.then(|| "nothing that was expected came over the serial port".into()));
+    all.extend(
+        waiting.serial.then(|| "nothing that was expected came over the serial port".into()),
+    );
     let port = criteria.tcp.filter(|_| waiting.tcp.is_some());
     all.extend(port.map(|port| format!("TCP port {port} does not answer")));
     format!("{} within {} s", all.join(", "), criteria.timeout.as_secs())
@@ -246,8 +248,13 @@ mod tests {
     #[test]
     fn base64_is_that_of_its_rfc() {
         let all = [
-            ("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYg==", "foob"),
-            ("Zm9vYmE=", "fooba"), ("Zm9vYmFy", "foobar"),
+            ("", ""),
+            ("Zg==", "f"),
+            ("Zm8=", "fo"),
+            ("Zm9v", "foo"),
+            ("Zm9vYg==", "foob"),
+            ("Zm9vYmE=", "fooba"),
+            ("Zm9vYmFy", "foobar"),
         ];
         for (text, bytes) in all {
             assert_eq!(decoded(text), bytes.as_bytes(), "{text}");

@@ -207,15 +207,15 @@ pub(crate) fn printed(vm: &Vm, graphs: &[Value]) -> Result<Vec<String>> {
     if let Some(uefi) = &vm.uefi {
         let code = uefi.files.code.to_string_lossy();
         let file = json!({"driver": "file", "filename": code});
-        let code =
-            json!({"driver": "raw", "node-name": "code", "read-only": true, "file": file});
+        let code = json!({"driver": "raw", "node-name": "code", "read-only": true, "file": file});
         let vars = match (uefi.vars, graphs.get(vm.disks.len())) {
             (Some((_, size)), Some(below)) => {
                 create("fleecefs-boot-vars.qcow2", size);
                 overlay("fleecefs-boot-vars.qcow2", "vars", below)
             }
             _ => {
-                let words = ["cp".into(), uefi.files.vars.clone().into(), "fleecefs-boot-vars.fd".into()];
+                let words =
+                    ["cp".into(), uefi.files.vars.clone().into(), "fleecefs-boot-vars.fd".into()];
                 lines.push(shown(&words));
                 let file = json!({"driver": "file", "filename": "fleecefs-boot-vars.fd"});
                 json!({"driver": "raw", "node-name": "vars", "file": file})
@@ -278,7 +278,12 @@ mod tests {
     #[test]
     fn each_bus_has_its_devices() {
         let buses = [
-            Bus::Virtio, Bus::Scsi(ScsiModel::Virtio), Bus::Scsi(ScsiModel::Virtio), Bus::Sata, Bus::Nvme, Bus::Usb,
+            Bus::Virtio,
+            Bus::Scsi(ScsiModel::Virtio),
+            Bus::Scsi(ScsiModel::Virtio),
+            Bus::Sata,
+            Bus::Nvme,
+            Bus::Usb,
         ];
         let mut vm = plain(buses.len());
         vm.disks.iter_mut().zip(buses).for_each(|(d, bus)| d.bus = bus);
@@ -286,7 +291,14 @@ mod tests {
         let all = devices(&vm);
         let drivers: Vec<&str> = all.iter().map(|d| d["driver"].as_str().unwrap()).collect();
         let wanted = [
-            "virtio-scsi-pci", "qemu-xhci", "virtio-blk-pci", "scsi-hd", "scsi-hd", "ide-hd", "nvme", "usb-storage",
+            "virtio-scsi-pci",
+            "qemu-xhci",
+            "virtio-blk-pci",
+            "scsi-hd",
+            "scsi-hd",
+            "ide-hd",
+            "nvme",
+            "usb-storage",
         ];
         assert_eq!(drivers, wanted);
         assert_eq!((&all[2]["serial"], &all[2]["bootindex"]), (&json!("root"), &json!(0)));
@@ -313,10 +325,10 @@ mod tests {
         let below = json!({"driver": "raw", "node-name": "disk0", "file": {"driver": "file", "filename": name}});
         let vm = plain(1);
         let lines = printed(&vm, &[below]).unwrap();
-        let script = lines.join("\n").replace("qemu-img create", "true").replace(
-            "qemu-system-x86_64 ",
-            "printf '%s\\0' ",
-        );
+        let script = lines
+            .join("\n")
+            .replace("qemu-img create", "true")
+            .replace("qemu-system-x86_64 ", "printf '%s\\0' ");
         let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
         let words = String::from_utf8(out.stdout).unwrap();
         let words: Vec<&str> = words.split('\0').collect();

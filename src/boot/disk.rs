@@ -38,7 +38,12 @@ impl Disks {
             let slot = overlays.slot(point.name, &point.image, none)?;
             overlays.prepare(&slot, point.image.size(), Path::new(""), none)?;
             let _held = HeldPoint::new(&point.image)?;
-            all.push(Arc::new(PointDevice { image: point.image, _held, slot, _of: overlays.clone() }));
+            all.push(Arc::new(PointDevice {
+                image: point.image,
+                _held,
+                slot,
+                _of: overlays.clone(),
+            }));
         }
         Ok(Disks { all })
     }
@@ -170,7 +175,8 @@ mod tests {
         let path = dir.path().canonicalize().unwrap().join("a.raw");
         std::fs::write(&path, [7; 10_000]).unwrap();
         let file = Arc::new(SourceFile::look(&path).unwrap());
-        let layer = LayerSpec { file, format: Format::Raw, part: LayerPart::Whole, data_file: None };
+        let layer =
+            LayerSpec { file, format: Format::Raw, part: LayerPart::Whole, data_file: None };
         let image = Image::new(10_000, &[layer], None, &Cache::new(1 << 20)).unwrap();
         let scratch = tempfile::tempdir().unwrap();
         let folder = Folder::open(&scratch.path().canonicalize().unwrap()).unwrap();
@@ -183,7 +189,9 @@ mod tests {
         disk.zero(0..4096).unwrap();
         let read = disk.read(0, 10_240).unwrap();
         assert!(read[..4096].iter().all(|b| *b == 0) && read[4096..9216].iter().all(|b| *b == 7));
-        assert!(read[9216..10_000].iter().all(|b| *b == 9) && read[10_000..].iter().all(|b| *b == 0));
+        assert!(
+            read[9216..10_000].iter().all(|b| *b == 9) && read[10_000..].iter().all(|b| *b == 0)
+        );
         assert!(std::fs::read(&path).unwrap() == [7; 10_000]);
     }
 

@@ -42,7 +42,11 @@ pub(crate) fn domain(vm: &Vm, stacks: &[Vec<LayerSpec>], folder: &str) -> Result
     nics(&mut xml, vm)?;
     line(&mut xml, 2, "<serial type='pty'/>");
     line(&mut xml, 2, "<graphics type='vnc' listen='127.0.0.1'/>");
-    line(&mut xml, 2, "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>");
+    line(
+        &mut xml,
+        2,
+        "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>",
+    );
     line(&mut xml, 1, "</devices>");
     line(&mut xml, 0, "</domain>");
     Ok(xml)
@@ -58,7 +62,8 @@ fn os(xml: &mut String, vm: &Vm) -> Result<()> {
     line(xml, 2, &format!("<type arch='x86_64' machine='{}'>hvm</type>", vm.chipset.name()));
     if let Some(uefi) = &vm.uefi {
         if uefi.vars.is_some() {
-            let what = "libvirt takes variables of UEFI as a file only, and they are in a backup here";
+            let what =
+                "libvirt takes variables of UEFI as a file only, and they are in a backup here";
             return Err(Error::new(Kind::Unsupported, what).remedy("restore them, or use --print"));
         }
         let path = |p: &std::path::Path| {
@@ -134,7 +139,9 @@ fn nics(xml: &mut String, vm: &Vm) -> Result<()> {
     }
     for nic in &vm.nics {
         let (mac, model) = (escaped(&nic.mac)?, nic.model.name().trim_end_matches("-net-pci"));
-        let text = format!("<interface type='user'><mac address='{mac}'/><model type='{model}'/></interface>");
+        let text = format!(
+            "<interface type='user'><mac address='{mac}'/><model type='{model}'/></interface>"
+        );
         line(xml, 2, &text);
     }
     Ok(())
@@ -197,7 +204,10 @@ mod tests {
         let name = format!("<source file='{dir}/INC&apos;2 &lt;&amp;&gt; &quot;x&quot;'/>");
         let (inc, full) = (xml.find(&name).unwrap(), xml.find("FULL-1-a").unwrap());
         assert!(inc < full && xml.find("<backingStore/>").unwrap() > full, "{xml}");
-        assert_eq!(xml.matches("<backingStore type").count(), xml.matches("</backingStore>").count());
+        assert_eq!(
+            xml.matches("<backingStore type").count(),
+            xml.matches("</backingStore>").count()
+        );
         assert!(xml.contains("<source file='/tmp/o/fleecefs-boot-0.qcow2'/>"), "{xml}");
     }
 

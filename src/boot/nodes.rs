@@ -18,7 +18,9 @@ const MOST: usize = 400;
 pub(crate) fn graph(stack: &[LayerSpec], name: &str) -> Result<Value> {
     if stack.len() > MOST {
         let what = format!("the point is made of {} layers: QEMU takes {MOST}", stack.len());
-        return Err(Error::new(Kind::Unsupported, what).remedy("consolidate the chain, or mount it"));
+        return Err(
+            Error::new(Kind::Unsupported, what).remedy("consolidate the chain, or mount it")
+        );
     }
     let mut below = Value::Null;
     for layer in stack {

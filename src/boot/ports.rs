@@ -74,9 +74,11 @@ mod tests {
 
     #[test]
     fn qemus_list_is_read() {
-        let head = "  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ";
+        let head =
+            "  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ";
         assert_eq!(line(head), None);
-        let text = "  TCP[HOST_FORWARD]  12       127.0.0.1 34567       10.0.2.15    22     0     0";
+        let text =
+            "  TCP[HOST_FORWARD]  12       127.0.0.1 34567       10.0.2.15    22     0     0";
         assert_eq!(line(text), Some(Line { state: "HOST_FORWARD", source: 34567, guest: 22 }));
         for odd in ["", "TCP[", "TCP[X] 1 2", "UDP[X] 1 127.0.0.1 5 10.0.2.15 22"] {
             assert_eq!(line(odd), None, "{odd}");

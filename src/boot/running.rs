@@ -109,7 +109,8 @@ impl Sockets {
 
     fn copy(&mut self, path: &Path) -> Result<OsString> {
         let failed = |e| Error::io(e, "cannot read the kernel").at_path(path);
-        let bytes = folder::resolve(path).and_then(|real| folder::read_small(&real, LARGEST_KERNEL));
+        let bytes =
+            folder::resolve(path).and_then(|real| folder::read_small(&real, LARGEST_KERNEL));
         let copy = memory_file(&bytes.map_err(failed)?).map_err(failed)?;
         let name = format!("/proc/self/fd/{}", copy.as_raw_fd());
         self.theirs.push(copy.into());

@@ -44,8 +44,7 @@ impl Serial {
     /// Reads `port` in a thread of its own, until QEMU ends.
     pub(super) fn read(port: UnixStream, outputs: SerialOutputs) -> Self {
         let serial = Serial::default();
-        let mut reader =
-            Reader { seen: serial.seen.clone(), outputs, line: Vec::new(), logged: 0 };
+        let mut reader = Reader { seen: serial.seen.clone(), outputs, line: Vec::new(), logged: 0 };
         std::thread::spawn(move || {
             let mut port = port;
             let mut buf = [0; 4096];

@@ -239,7 +239,8 @@ fn memory(machine: &Machine, wanted: &Wanted) -> u64 {
 /// Half of what this machine has: it has other work, too.
 fn half_of_memory() -> u64 {
     // SAFETY: plain numbers; -1 where it is not known.
-    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    let (pages, size) =
+        unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
     let number = |n: libc::c_long| u64::try_from(n).unwrap_or(0);
     match number(pages).saturating_mul(number(size)) / 2 {
         0 => MEMORY,
@@ -387,8 +388,7 @@ pub(super) mod tests {
     #[test]
     fn memory_and_processors_are_what_the_vm_had_within_limits() {
         let machine = Machine { memory: Some(64 << 30), cpus: Some(64), ..Machine::default() };
-        let wanted =
-            Wanted { memory: Some((1 << 30) + 77), cpus: Some(3), ..Wanted::default() };
+        let wanted = Wanted { memory: Some((1 << 30) + 77), cpus: Some(3), ..Wanted::default() };
         assert_eq!((memory(&machine, &wanted), cpus(&machine, &wanted)), (1 << 30, 3));
         assert!(memory(&machine, &Wanted::default()) <= half_of_memory());
         let small = Wanted { memory: Some(1), cpus: Some(0), ..Wanted::default() };

@@ -256,7 +256,8 @@ mod tests {
 
     #[test]
     fn a_run_was_booted_if_all_its_points_were() {
-        let (old, new, bad) = (Booted(Some((1, true))), Booted(Some((5, true))), Booted(Some((9, false))));
+        let (old, new, bad) =
+            (Booted(Some((1, true))), Booted(Some((5, true))), Booted(Some((9, false))));
         assert_eq!(Booted::all([new, old].into_iter()), old);
         assert_eq!(Booted::all([new, Booted(None)].into_iter()), Booted(None));
         assert_eq!(Booted::all([new, bad].into_iter()), Booted(Some((5, false))));

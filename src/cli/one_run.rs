@@ -74,7 +74,8 @@ pub(super) fn of_points<'a>(points: Vec<(&'a Disk, usize)>) -> Result<OneRun<'a>
         chosen.push(ChosenPoint { disk, point, manifest: manifest_of(disk, point) });
     }
     check_one_guest(&chosen)?;
-    let vm = chosen.iter().filter_map(|c| c.manifest.as_ref()).map(|m| &m.vm).find(|v| !v.is_null());
+    let vm =
+        chosen.iter().filter_map(|c| c.manifest.as_ref()).map(|m| &m.vm).find(|v| !v.is_null());
     let machine = vm.map(|vm| Machine::read(vm)).unwrap_or_default();
     Ok(OneRun { points: chosen, machine })
 }

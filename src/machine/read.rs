@@ -16,7 +16,14 @@ const OPTIONS: usize = 128;
 const LONGEST_TEXT: usize = 512;
 /// Types of devices that are disks.
 const DISKS: [&str; 9] = [
-    "scsi-hd", "scsi-disk", "scsi-block", "ide-hd", "ide-drive", "nvme", "nvme-ns", "usb-storage",
+    "scsi-hd",
+    "scsi-disk",
+    "scsi-block",
+    "ide-hd",
+    "ide-drive",
+    "nvme",
+    "nvme-ns",
+    "usb-storage",
     "floppy",
 ];
 
@@ -29,7 +36,8 @@ impl Machine {
         let options = options(hardware);
         let flash = |prop: &str| hardware["machine"][prop].as_str().is_some_and(|t| !t.is_empty());
         let drives = || list(&vm["query-block"]).take(DEVICES);
-        let has_flash = drives().any(|d| flash_unit(text(&d["qdev"]), text(&d["device"])).is_some());
+        let has_flash =
+            drives().any(|d| flash_unit(text(&d["qdev"]), text(&d["device"])).is_some());
         Machine {
             name: vm_name(vm).map(|n| clipped(n).to_string()),
             uuid: vm_uuid(vm).filter(|u| is_uuid(u)).map(str::to_lowercase),
@@ -125,12 +133,7 @@ fn net(device: &Value) -> Option<NetDevice> {
     if model.is_none() && mac.is_empty() {
         return None;
     }
-    Some(NetDevice {
-        model,
-        kind,
-        mac: is_mac(&mac).then_some(mac),
-        address: address(properties),
-    })
+    Some(NetDevice { model, kind, mac: is_mac(&mac).then_some(mac), address: address(properties) })
 }
 
 /// PCI's slot and function, which QEMU tells as one number, or the number on a bus.

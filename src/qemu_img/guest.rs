@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use super::confine::{GuestLimits, enter_guest};
 use super::run::{installed, said, shown};
 use crate::error::{Error, Kind, Result};
+use crate::text::path_text;
 
 /// What the program is called: guests of x86 alone.
 const NAMES: [&str; 2] = ["qemu-system-x86_64", "qemu-kvm"];
@@ -62,7 +63,7 @@ impl GuestProcess {
     /// `NotFound` if it is not installed, `Busy` if it could not be started.
     pub(crate) fn start(args: &[OsString], fds: &[OwnedFd], allowed: Allowed) -> Result<Self> {
         let program = program()?;
-        log::info!("{} {}", program.display(), shown(args));
+        log::info!("{} {}", path_text(&program), shown(args));
         let mut command = Command::new(&program);
         command.args(args).env_clear().env("LC_ALL", "C").env("PATH", "/usr/bin:/bin");
         command.current_dir("/");

@@ -128,7 +128,8 @@ impl Server<'_> {
             }
             // Which name it asks for is all the same: there is one export.
             io::copy(&mut Read::by_ref(socket).take(len.into()), &mut io::sink())?;
-            let about = [&self.device.size().to_be_bytes()[..], &self.flags().to_be_bytes()].concat();
+            let about =
+                [&self.device.size().to_be_bytes()[..], &self.flags().to_be_bytes()].concat();
             match option {
                 OPT_EXPORT_NAME => {
                     let padding = if flags & NO_ZEROES == 0 { &[0; 124][..] } else { &[] };

@@ -142,11 +142,7 @@ impl Client {
         Self::greeted(Wire::over(socket, Limits::QEMU), patience, flag)
     }
 
-    fn greeted(
-        mut wire: Wire,
-        patience: Duration,
-        flag: Option<Arc<AtomicBool>>,
-    ) -> Result<Self> {
+    fn greeted(mut wire: Wire, patience: Duration, flag: Option<Arc<AtomicBool>>) -> Result<Self> {
         wire.stop_by(flag);
         let version = greeting(&mut wire, patience)?;
         let mut client = Client {

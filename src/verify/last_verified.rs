@@ -251,8 +251,7 @@ fn remember_in(
         return Ok(());
     }
     let top = state_folder(state)?;
-    let failed =
-        |e| Error::io(e, "cannot keep when points were verified").at_path(top.join(name));
+    let failed = |e| Error::io(e, "cannot keep when points were verified").at_path(top.join(name));
     let folder = top.make_folder(name).map_err(failed)?;
     let _lock = lock(&folder)?;
     for (file, (path, points)) in new {

@@ -26,9 +26,8 @@ const OF_NET: [&str; 4] = ["mac", "bootindex", "addr", "parent_bus"];
 const OF_MACHINE: [&str; 4] = ["smp", "smm", "pflash0", "pflash1"];
 /// Options that say what the machine is, with one value each, and that have no secrets: kernel command lines, SMBIOS
 /// texts, `-fw_cfg`, `-object` and devices may have.
-const KEPT: [&str; 12] = [
-    "machine", "M", "cpu", "smp", "m", "boot", "rtc", "accel", "vga", "global", "name", "uuid",
-];
+const KEPT: [&str; 12] =
+    ["machine", "M", "cpu", "smp", "m", "boot", "rtc", "accel", "vga", "global", "name", "uuid"];
 
 /// A device that is asked about.
 struct Device {
@@ -184,7 +183,8 @@ mod tests {
     #[test]
     fn what_is_long_or_nested_is_not_kept() {
         assert!(is_short(&json!("x")) && is_short(&json!(7)) && is_short(&json!({"cpus": 4})));
-        for long in [json!("x".repeat(LONGEST + 1)), json!({"a": {"b": 1}}), json!([1]), json!("")] {
+        for long in [json!("x".repeat(LONGEST + 1)), json!({"a": {"b": 1}}), json!([1]), json!("")]
+        {
             assert!(!is_short(&long), "{long}");
         }
     }

@@ -10,8 +10,8 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 
 use super::args::BootArgs;
-use super::prepare::{prepared, scratch};
 use super::display;
+use super::prepare::{prepared, scratch};
 use crate::boot::{Checked, Criteria, Disks, Outputs, Running, check};
 use crate::chain::{Catalog, Disk, manifest_of};
 use crate::cli::one_run::{self, OneRun};
@@ -151,7 +151,8 @@ fn one(
     });
     if let Ok(checked) = &report.result {
         remember(args, catalog, run, (checked.passed, since));
-        report.picture = out.and_then(|folder| keep_picture(folder, &format!("{base}.png"), checked));
+        report.picture =
+            out.and_then(|folder| keep_picture(folder, &format!("{base}.png"), checked));
     }
     report
 }
@@ -166,7 +167,8 @@ fn started(
     let prepared = prepared(args, run)?;
     let check_args = &args.check;
     let criteria = Criteria {
-        agent: check_args.exec.is_some() || (check_args.expect.is_none() && check_args.tcp.is_none()),
+        agent: check_args.exec.is_some()
+            || (check_args.expect.is_none() && check_args.tcp.is_none()),
         serial: check_args.expect.is_some(),
         tcp: check_args.tcp,
         exec: check_args.exec.clone(),
@@ -252,7 +254,14 @@ fn text(report: &Report) -> String {
         }
         Ok(c) => {
             output::push_line(&mut text, format!("{head}: NOT UP: {}", path_text(&c.reason)));
-            for line in visible_lines(&c.serial.replace('\r', "")).lines().rev().take(5).collect::<Vec<_>>().iter().rev() {
+            for line in visible_lines(&c.serial.replace('\r', ""))
+                .lines()
+                .rev()
+                .take(5)
+                .collect::<Vec<_>>()
+                .iter()
+                .rev()
+            {
                 output::push_line(&mut text, format!("  serial: {line}"));
             }
         }

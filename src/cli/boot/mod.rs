@@ -37,7 +37,8 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
         return print(args, &prepared);
     }
     let cancel = work::undo_flag()?;
-    let outputs = Outputs { echo: true, display: display(how.display.as_deref())?, ..Outputs::default() };
+    let outputs =
+        Outputs { echo: true, display: display(how.display.as_deref())?, ..Outputs::default() };
     let disks = Disks::new(prepared.points, scratch(args, &catalog)?, &catalog.root)?;
     let vm = Running::start(&prepared.vm, disks, outputs, &cancel)?;
     if !verbosity::is_quiet() {
@@ -62,8 +63,8 @@ fn print(args: &BootArgs, prepared: &Prepared) -> Result<()> {
     let vm = &prepared.vm;
     let stacks: Vec<Vec<LayerSpec>> = prepared.stacks.clone();
     if args.how.libvirt {
-        let folder = std::env::current_dir()
-            .map_err(|e| Error::io(e, "cannot tell the current folder"))?;
+        let folder =
+            std::env::current_dir().map_err(|e| Error::io(e, "cannot tell the current folder"))?;
         let folder = folder.to_str().unwrap_or("/var/tmp").to_string();
         for (number, disk) in vm.disks.iter().enumerate() {
             let size = disk.size;

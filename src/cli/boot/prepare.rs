@@ -71,10 +71,7 @@ fn name_of(chosen: &ChosenPoint<'_>) -> PointName {
 /// # Errors
 /// As [`find_scratch`].
 pub(super) fn scratch(args: &BootArgs, catalog: &Catalog) -> Result<Scratch> {
-    let wanted = Writable {
-        scratch: args.how.scratch.clone(),
-        limit: args.how.scratch_size,
-        keep: false,
-    };
+    let wanted =
+        Writable { scratch: args.how.scratch.clone(), limit: args.how.scratch_size, keep: false };
     find_scratch(&wanted, (&catalog.root, None), None)
 }

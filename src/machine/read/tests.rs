@@ -83,7 +83,10 @@ fn a_pc_has_ide_where_q35_has_sata() {
 #[test]
 fn nothing_is_a_machine_of_which_nothing_is_known() {
     assert_eq!(Machine::read(&Value::Null), Machine::default());
-    assert_eq!(Machine::read(&json!({"hardware": [], "query-block": {"a": 1}})), Machine::default());
+    assert_eq!(
+        Machine::read(&json!({"hardware": [], "query-block": {"a": 1}})),
+        Machine::default()
+    );
 }
 
 /// JSON with anything in it.
