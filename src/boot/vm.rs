@@ -326,7 +326,7 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 
 /// Of version 4 (RFC 9562).
 fn new_uuid() -> Result<String> {
-    let [mut b @ ..] = random::<16>()?;
+    let mut b = random::<16>()?;
     b[6] = b[6] & 0x0f | 0x40;
     b[8] = b[8] & 0x3f | 0x80;
     let hex = |part: &[u8]| part.iter().map(|b| format!("{b:02x}")).collect::<String>();

@@ -10,8 +10,8 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 
 use super::args::BootArgs;
-use super::display;
 use super::prepare::{prepared, scratch};
+use super::with_display;
 use crate::boot::{Checked, Criteria, Disks, Outputs, Running, check};
 use crate::chain::{Catalog, Disk, manifest_of};
 use crate::cli::one_run::{self, OneRun};
@@ -28,6 +28,9 @@ use crate::verify::last_verified::{remember_boot, wait_for_clock};
 
 /// The longest part of a file's name that comes from a VM's.
 const LONGEST_NAME: usize = 64;
+
+/// The points of one VM; `None` for those that the user names.
+type Group<'a> = Option<Vec<(&'a Disk, usize)>>;
 
 /// A VM that was checked, or why it could not be.
 struct Report {
@@ -101,9 +104,16 @@ fn verdict(reports: Vec<Report>) -> Result<()> {
 }
 
 /// The points of the newest run of each VM.
-fn newest_of_each(catalog: &Catalog) -> Result<Vec<Option<Vec<(&Disk, usize)>>>> {
+///
+/// # Errors
+/// `NotFound` if there is none; `Incomplete` if an image of one is missing.
+fn newest_of_each(catalog: &Catalog) -> Result<Vec<Group<'_>>> {
     let mut guests: BTreeMap<Guest, Vec<(&Disk, usize)>> = BTreeMap::new();
     let latest = run::find(catalog, "latest")?;
+    if let Some(i) = latest.missing.first() {
+        let what = format!("image {} of a newest run is missing", path_text(&i.image));
+        return Err(Error::new(Kind::Incomplete, what).remedy("check the other VMs one by one"));
+    }
     for (disk, point) in latest.points {
         let guest = Guest::of(disk, manifest_of(disk, point).as_ref());
         guests.entry(guest).or_default().push((disk, point));
@@ -178,16 +188,15 @@ fn started(
         log,
         echo: false,
         expect: check_args.expect.clone(),
-        display: display(args.how.display.as_deref())?,
+        display: None,
         ports: check_args.tcp.into_iter().collect(),
     };
-    let disks = Disks::new(prepared.points, scratch(args, catalog)?, &catalog.root)?;
-    let vm = Running::start(&prepared.vm, disks, outputs, cancel)?;
-    let checked = check(vm, &criteria);
-    if let Some(socket) = &args.how.display {
-        super::remove_socket(socket);
-    }
-    checked
+    let scratch = scratch(args, catalog)?;
+    with_display(args.how.display.as_deref(), |listener| {
+        let outputs = Outputs { display: listener, ..outputs };
+        let disks = Disks::new(prepared.points, scratch, &catalog.root)?;
+        check(Running::start(&prepared.vm, disks, outputs, cancel)?, &criteria)
+    })
 }
 
 /// A name that can be a file's, of a VM's name and a run's time.

@@ -6,6 +6,7 @@ mod args;
 mod checks;
 mod prepare;
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use self::prepare::{Prepared, prepared, scratch};
@@ -37,25 +38,29 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
         return print(args, &prepared);
     }
     let cancel = work::undo_flag()?;
-    let outputs =
-        Outputs { echo: true, display: display(how.display.as_deref())?, ..Outputs::default() };
-    let disks = Disks::new(prepared.points, scratch(args, &catalog)?, &catalog.root)?;
-    let vm = Running::start(&prepared.vm, disks, outputs, &cancel)?;
-    if !verbosity::is_quiet() {
-        let hint = how.display.as_deref().map_or_else(
-            || "its serial port follows; --display shows the console".to_string(),
-            |socket| format!("connect a VNC viewer to {}", path_text(socket)),
-        );
-        output::tell(&format!("fleecefs: the VM runs, Ctrl-C ends it: {hint}\n"));
-    }
-    let said = vm.wait()?;
+    let scratch = scratch(args, &catalog)?;
+    let said = with_display(how.display.as_deref(), |display| {
+        let outputs = Outputs { echo: true, display, ..Outputs::default() };
+        let disks = Disks::new(prepared.points, scratch, &catalog.root)?;
+        let vm = Running::start(&prepared.vm, disks, outputs, &cancel)?;
+        tell_where(how.display.as_deref());
+        vm.wait()
+    })?;
     if !said.is_empty() {
         log::warn!("QEMU said: {said}");
     }
-    if let Some(socket) = &how.display {
-        remove_socket(socket);
-    }
     Ok(())
+}
+
+fn tell_where(display: Option<&Path>) {
+    if verbosity::is_quiet() {
+        return;
+    }
+    let hint = display.map_or_else(
+        || "its serial port follows; --display shows the console".to_string(),
+        |socket| format!("connect a VNC viewer to {}", path_text(socket)),
+    );
+    output::tell(&format!("fleecefs: the VM runs, Ctrl-C ends it: {hint}\n"));
 }
 
 /// Prints what is asked for instead of a start.
@@ -84,22 +89,22 @@ fn print(args: &BootArgs, prepared: &Prepared) -> Result<()> {
     output::print_as_is(format!("{}\n", lines.join("\n")).as_bytes())
 }
 
-/// Where viewers of the console connect.
-fn display(socket: Option<&Path>) -> Result<Option<std::os::unix::net::UnixListener>> {
-    let Some(socket) = socket else { return Ok(None) };
+/// Does `act` with a socket for viewers of the console, if there is to be one, and removes that.
+///
+/// # Errors
+/// The socket cannot be made; what `act` says.
+fn with_display<T>(
+    socket: Option<&Path>,
+    act: impl FnOnce(Option<UnixListener>) -> Result<T>,
+) -> Result<T> {
+    let Some(socket) = socket else { return act(None) };
     let failed = |e| Error::io(e, "cannot make the socket").at_path(socket);
     let (folder, name) = Folder::of(&to_make(socket)?).map_err(failed)?;
-    let listener = folder.listen(name).map_err(failed)?;
+    let listener = folder.listen(&name).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
-    Ok(Some(listener))
-}
-
-fn remove_socket(socket: &Path) {
-    let removed = to_make(socket)
-        .ok()
-        .and_then(|path| Folder::of(&path).ok())
-        .map(|(folder, name)| folder.remove_if_there(name));
-    if let Some(Err(e)) = removed {
+    let done = act(Some(listener));
+    if let Err(e) = folder.remove_if_there(&name) {
         log::debug!("cannot remove {}: {e}", path_text(socket));
     }
+    done
 }
