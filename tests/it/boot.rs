@@ -277,3 +277,25 @@ fn what_cannot_be_meant_is_refused() {
     }
     assert_eq!(b.command(&[]).output().unwrap().status.code(), Some(3));
 }
+
+/// Two VMs in one directory; the first does not come up.
+#[test]
+fn the_newest_run_of_each_vm_is_checked_also_where_one_is_not_up() {
+    if !have("the_newest_run_of_each_vm_is_checked_also_where_one_is_not_up", TOOLS) {
+        return;
+    }
+    let all = Backups { dir: tempfile::tempdir().unwrap() };
+    std::fs::create_dir(all.path("")).unwrap();
+    for (name, boots) in [("vm1", false), ("vm2", true)] {
+        let one = Backups::new(boots);
+        run("cp", &["-r", one.path("").to_str().unwrap(), all.path(name).to_str().unwrap()]);
+    }
+    let expect = format!("^{WORDS}$");
+    let (out, told) =
+        all.check(&["--all-latest", "--keep-going", "--expect", &expect, "--timeout", "20s"]);
+    assert_eq!(out.status.code(), Some(18), "{told}");
+    let checks = told["checks"].as_array().unwrap();
+    let seen: Vec<_> = checks.iter().map(|c| (c["vm"].as_str(), c["passed"].as_bool())).collect();
+    assert_eq!(seen, [(Some("vm1"), Some(false)), (Some("vm2"), Some(true))], "{told}");
+    assert!(checks[0]["picture"] != checks[1]["picture"] && checks[1]["picture"].is_string());
+}
