@@ -17,6 +17,7 @@
 //! - [`layout`]: how backup programs name their files: here begins what a new program's names need
 //! - [`manifest`]: one per image, the commit of a point; [`journal`]: what is written down before a backup is
 //!   changed, so that whoever comes after a crash can finish it
+//! - [`machine`]: what a guest's hardware was, as manifests tell
 //! - [`chain`]: backup directory to disks, chains and points
 //! - [`image`]: layers merged into cached windows, and reads through them
 //! - [`overlay`]: what is written over points, which stay as they are
@@ -28,6 +29,7 @@
 //! - [`rewrite`]: all that changes backups in place: delete, consolidate, commit, rebase, join
 //! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`attach`]: points as block devices of the kernel, their file systems mounted by it
+//! - [`boot`]: points as disks of a test VM, and whether it comes up
 //! - [`cli`]: arguments, output, exit codes
 
 // The list above names all of them, for whoever reads the source.
@@ -37,6 +39,7 @@
 
 pub(crate) mod attach;
 pub mod backup;
+pub(crate) mod boot;
 pub mod chain;
 pub mod cli;
 pub mod error;
@@ -53,6 +56,7 @@ pub mod journal;
 pub mod layer;
 pub mod layout;
 pub mod lock;
+pub mod machine;
 pub mod manifest;
 pub(crate) mod mount;
 pub(crate) mod output;

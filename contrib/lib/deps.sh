@@ -208,6 +208,8 @@ deps_b3sum() {
     cargo install --quiet --locked --root "$tools" b3sum || deps_die "cargo could not install b3sum"
 }
 
+deps_firmware() { deps_packages ovmf fdisk mtools; }
+
 deps_guest() { deps_packages e2fsprogs fdisk xfsprogs cpio gzip xz-utils zstd kmod dpkg jq; }
 
 deps_all() {
@@ -220,5 +222,6 @@ deps_all() {
     deps_nfs
     deps_bench
     deps_guest
+    deps_firmware
     deps_qemu
 }

@@ -99,6 +99,8 @@ pub(super) enum Command {
     #[command(alias = "snapshots")]
     List(super::list::ListArgs),
     Show(super::show::ShowArgs),
+    Config(super::config::ConfigArgs),
+    Boot(Box<super::boot::BootArgs>),
     Map(super::map::MapArgs),
     Diff(super::diff::DiffArgs),
     Files(super::files::FilesArgs),
@@ -151,6 +153,7 @@ impl Command {
             Command::List(a) => Some((&mut a.state, true)),
             Command::Show(a) => Some((&mut a.state, true)),
             Command::Verify(a) => Some((&mut a.state, false)),
+            Command::Boot(a) => Some((&mut a.state, false)),
             _ => None,
         }
     }
@@ -170,6 +173,8 @@ impl Command {
             Command::Info(a) => (a.json(), Json::Document),
             Command::List(a) => (a.json, Json::Document),
             Command::Show(a) => (a.json, Json::Document),
+            Command::Config(a) => (a.print.json, Json::Document),
+            Command::Boot(a) => (a.json(), Json::Document),
             Command::Attach(a) => (a.print.json, Json::Document),
             Command::Verify(a) => (a.json, Json::Document),
             Command::Stats(a) => (a.print.json, Json::Document),
@@ -197,6 +202,8 @@ impl Command {
             Command::Scratch(a) => Some(a.dir()),
             Command::List(a) => Some(&a.dir),
             Command::Show(a) => Some(&a.dir),
+            Command::Config(a) => Some(&a.dir),
+            Command::Boot(a) => Some(&a.dir),
             Command::Map(a) => Some(&a.dir),
             Command::Diff(a) => Some(&a.dir),
             Command::Files(a) => Some(a.dir()),

@@ -100,6 +100,8 @@ pub(super) enum Wanted {
     File,
     /// A backup run.
     Run,
+    /// A backup run, or a point.
+    RunOrPoint,
 }
 
 /// What stands for `arg` of `command`, if the backup directory tells it.
@@ -113,6 +115,7 @@ pub(super) fn wanted(command: &Command, arg: &Arg) -> Option<Wanted> {
         (_, "DISK[:PARTITION]/PATH") => Wanted::InDisk,
         (_, "DISK" | "OLD" | "NEW") => Wanted::Disk,
         (_, "RUN") => Wanted::Run,
+        (_, "RUN|POINT") => Wanted::RunOrPoint,
         (_, "FILE") if arg.get_id() == "until" => Wanted::File,
         _ => return None,
     })
@@ -148,13 +151,23 @@ fn candidates(program: &Command, words: &[OsString]) -> Result<Vec<OsString>> {
         (Wanted::Disk, _) => disks(&catalog(dir)?, ""),
         (Wanted::OfDisk, _) => points_of(&catalog(dir)?, place.others.first()),
         (Wanted::File, _) => points_of(&catalog(dir)?, None),
-        (Wanted::Run, _) => runs::names(&catalog(dir)?).into_iter().map(OsString::from).collect(),
+        (Wanted::Run, _) => run_names(&catalog(dir)?),
+        (Wanted::RunOrPoint, _) => {
+            let catalog = catalog(dir)?;
+            let mut all = run_names(&catalog);
+            all.extend(points(&catalog, begun, ""));
+            all
+        }
     };
     found.retain(|c| c.as_bytes().starts_with(begun));
     found.sort();
     found.dedup();
     let whole = |c: OsString| joined(&[OsStr::from_bytes(place.option), &c]);
     Ok(found.into_iter().map(whole).collect())
+}
+
+fn run_names(catalog: &Catalog) -> Vec<OsString> {
+    runs::names(catalog).into_iter().map(OsString::from).collect()
 }
 
 /// Which argument the last word is, by the definition of the command line.

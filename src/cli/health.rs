@@ -1,10 +1,13 @@
 //! How it stands with a point, for commands that do not read its data: whether it can be served, and what `verify`
 //! found the last time.
 
+use std::collections::HashMap;
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use super::state::StateArgs;
-use crate::chain::{Catalog, Point};
+use crate::chain::{Catalog, Disk, Point};
 use crate::output::{Line, Look};
 use crate::text::path_text;
 use crate::units::{age, as_time, iso_time};
@@ -39,6 +42,72 @@ pub(super) fn memory(state: &StateArgs, catalog: &Catalog) -> Memory {
             log::debug!("when points were verified is not known: {}", e.report());
             Memory::default()
         }
+    }
+}
+
+/// When a test VM was last booted from a point, and whether it came up. Nothing where the files have changed since.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Booted(Option<(i64, bool)>);
+
+/// The same as JSON has it.
+#[derive(Debug, Serialize)]
+pub(super) struct BootedJson {
+    #[serde(serialize_with = "as_time")]
+    time: i64,
+    passed: bool,
+}
+
+/// Of all points of a catalog, by disk, what `boot --check` found.
+pub(super) struct Boots(HashMap<PathBuf, Vec<Booted>>);
+
+impl Boots {
+    /// As far as it is known to this user.
+    pub(super) fn of(state: &StateArgs, catalog: &Catalog) -> Self {
+        let memory = state.dir().map(|state| Memory::booted(&state, catalog)).unwrap_or_default();
+        let one = |last: Option<LastVerified>| {
+            Booted(last.filter(|l| !l.changed).map(|l| (l.time, l.outcome == Outcome::Sound)))
+        };
+        let of = |d: &Disk| (d.path.clone(), memory.of(d).into_iter().map(one).collect());
+        Boots(catalog.disks.iter().map(of).collect())
+    }
+
+    /// Of one point.
+    pub(super) fn get(&self, disk: &Disk, point: usize) -> Booted {
+        self.0.get(&disk.path).and_then(|all| all.get(point)).copied().unwrap_or_default()
+    }
+}
+
+impl Booted {
+    /// That of several points together, if all were booted.
+    pub(super) fn all(all: impl Iterator<Item = Booted>) -> Booted {
+        let both = |a: Booted, b: Booted| match (a.0, b.0) {
+            (Some((a, up)), Some((b, also))) => Booted(Some((a.min(b), up && also))),
+            _ => Booted(None),
+        };
+        all.reduce(both).unwrap_or_default()
+    }
+
+    /// For a column of a table, behind what stands there; `now` in seconds since the epoch.
+    pub(super) fn behind(self, state: String, now: i64) -> String {
+        match self.0 {
+            None => state,
+            Some((time, true)) => format!("{state}, booted {}", age(now.saturating_sub(time))),
+            Some((time, false)) => format!("{state}, NOT BOOTED {}", age(now.saturating_sub(time))),
+        }
+    }
+
+    /// Where there is room for it; empty if it is not known.
+    pub(super) fn text(self) -> String {
+        match self.0 {
+            None => String::new(),
+            Some((time, true)) => format!("a test VM came up ({})", iso_time(time)),
+            Some((time, false)) => format!("a test VM did NOT come up ({})", iso_time(time)),
+        }
+    }
+
+    /// For scripts.
+    pub(super) fn json(self) -> Option<BootedJson> {
+        self.0.map(|(time, passed)| BootedJson { time, passed })
     }
 }
 
@@ -183,6 +252,18 @@ mod tests {
             assert_eq!(verified(0, outcome, true).word(now), "changed");
             assert_eq!(verified(0, outcome, true).look(), Look::Plain);
         }
+    }
+
+    #[test]
+    fn a_run_was_booted_if_all_its_points_were() {
+        let (old, new, bad) =
+            (Booted(Some((1, true))), Booted(Some((5, true))), Booted(Some((9, false))));
+        assert_eq!(Booted::all([new, old].into_iter()), old);
+        assert_eq!(Booted::all([new, Booted(None)].into_iter()), Booted(None));
+        assert_eq!(Booted::all([new, bad].into_iter()), Booted(Some((5, false))));
+        assert_eq!(old.behind("ok".into(), 1 + 2 * 86_400), "ok, booted 2d ago");
+        assert_eq!(bad.behind("ok".into(), 9 + 7200), "ok, NOT BOOTED 2h ago");
+        assert_eq!(Booted(None).behind("ok".into(), 0), "ok");
     }
 
     #[test]

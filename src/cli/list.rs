@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::findings;
-use super::health::{self, Health, VerifiedJson};
+use super::health::{self, BootedJson, Boots, Health, VerifiedJson};
 use super::paths::catalog;
 use super::runs;
 use super::state::StateArgs;
@@ -30,7 +30,8 @@ use crate::verify::last_verified::Memory;
 ///
 /// SIZE is the disk's size, OWN what the point's file takes. STATE is what 'fleecefs verify' found when you last ran
 /// it: 'verified 2d ago', 'unproven', or 'UNSOUND'. It is 'changed' if the files were written to since, and 'ok' if
-/// the data was never verified: 'list' itself reads headers only.
+/// the data was never verified: 'list' itself reads headers only. Behind it stands when 'fleecefs boot --check' last
+/// started a test VM from the point ('booted 2d ago', 'NOT BOOTED').
 ///
 /// CONSISTENCY is how the guest was prepared: 'paused' (stopped for the whole backup), 'file-system' (its
 /// file systems were frozen), 'crash' (like after a power cut), 'offline' (the VM was shut off), or 'unknown'
@@ -78,14 +79,16 @@ pub(super) fn run(args: ListArgs) -> Result<()> {
     let gaps = run_gaps(&catalog);
     catalog.findings.extend(gaps);
     let health = health_of(&catalog, &health::memory(&args.state, &catalog));
-    let shown = Shown { catalog: &catalog, args: &args, health };
+    let boots = Boots::of(&args.state, &catalog);
+    let shown = Shown { catalog: &catalog, args: &args, health, boots };
     if let Some(name) = args.disk.as_ref().filter(|_| shown.disks().next().is_none()) {
         return Err(catalog.no_disk(Path::new(name)));
     }
     match (args.runs, args.json) {
         (true, _) => {
             let points: Vec<_> = shown.points().map(|(d, i)| (d, i, shown.health(d, i))).collect();
-            runs::show(&catalog, &points, args.disk.is_none(), args.json)?;
+            let all = args.disk.is_none();
+            runs::show(&catalog, (&points, &shown.boots), all, args.json)?;
         }
         (false, true) => output::print(&json(&shown)?)?,
         (false, false) => output::print_lines(&table(&shown, verbosity::is_verbose()))?,
@@ -130,6 +133,7 @@ struct Shown<'a> {
     catalog: &'a Catalog,
     args: &'a ListArgs,
     health: HashMap<PathBuf, Vec<Health>>,
+    boots: Boots,
 }
 
 /// How each point of each disk stands.
@@ -193,6 +197,7 @@ fn table(shown: &Shown<'_>, wide: bool) -> Vec<Line> {
                 true => health.text(p),
                 false => health.word(now),
             };
+            let state = shown.boots.get(disk, i).behind(state, now);
             rows.push(Row::Cells(cells(p, state), health.look()));
             if !p.is_served() {
                 rows.push(Row::Below(health.text(p), health.look()));
@@ -276,6 +281,8 @@ struct PointJson<'a> {
     checked: bool,
     /// What it found.
     verified: Option<VerifiedJson>,
+    /// What `boot --check` found.
+    booted: Option<BootedJson>,
     #[serde(skip_serializing_if = "Option::is_none")]
     unavailable: Option<&'a Finding>,
 }
@@ -311,6 +318,7 @@ fn disk_json<'a>(shown: &Shown<'a>, disk: &'a Disk) -> DiskJson<'a> {
                 health: shown.health(disk, i).text(p),
                 checked: shown.health(disk, i).is_checked(),
                 verified: shown.health(disk, i).verified(),
+                booted: shown.boots.get(disk, i).json(),
                 unavailable: p.unavailable.as_ref(),
             })
             .collect(),

@@ -5,7 +5,9 @@ mod args;
 mod attach;
 mod backup;
 mod bar;
+mod boot;
 mod complete;
+mod config;
 mod console;
 mod consolidate;
 mod diff;
@@ -20,6 +22,7 @@ mod link_disk;
 mod list;
 mod map;
 mod mount;
+mod one_run;
 mod paths;
 mod prune;
 mod recover;
@@ -135,6 +138,8 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Scratch(a) => scratch::run(&a),
         Command::List(a) => list::run(a),
         Command::Show(a) => show::run(a),
+        Command::Config(a) => config::run(&a),
+        Command::Boot(a) => boot::run(&a),
         Command::Map(a) => map::run(a),
         Command::Diff(a) => diff::run(&a),
         Command::Files(a) => files::run(&a),

@@ -217,7 +217,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, u
             log::error!("disk {disk}: not restored: image {image} of this run is missing");
         }
         let to = paths::to_make(to)?;
-        let names = names_in_run(&args.how, &run.points);
+        let names = names_in_run(args.how.format, &run.points);
         let job = |((disk, point), (name, format)): (&(&'a Disk, usize), (PathBuf, FileFormat))| {
             let target = args.how.file_of(&to.join(name), format)?;
             Ok(Job { disk, point: *point, target, of_run: true })
@@ -235,15 +235,18 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, u
 /// File and format of each of a run's points, below the folder that they are restored to: what the VM
 /// had, so that it finds its disks again. Where that is not known, or would be one name for two, the
 /// name of the disk's folder in the backup directory.
-fn names_in_run(how: &OutputArgs, points: &[(&Disk, usize)]) -> Vec<(PathBuf, FileFormat)> {
-    let named: Vec<_> = points.iter().map(|(disk, point)| original(how, disk, *point)).collect();
+pub(super) fn names_in_run(
+    wanted: Option<FileFormat>,
+    points: &[(&Disk, usize)],
+) -> Vec<(PathBuf, FileFormat)> {
+    let named: Vec<_> = points.iter().map(|(disk, point)| original(wanted, disk, *point)).collect();
     let mut count: HashMap<&Path, usize> = HashMap::new();
     for (path, _) in named.iter().flatten() {
         *count.entry(path).or_default() += 1;
     }
     let is_one = |path: &Path| count.get(path) == Some(&1);
     let by_folder = |(disk, point): &(&Disk, usize)| {
-        let format = how.format.unwrap_or(FileFormat::Raw);
+        let format = wanted.unwrap_or(FileFormat::Raw);
         (run::file_name(disk, *point, format.extension()), format)
     };
     let known = |one: &Option<(PathBuf, FileFormat)>| one.clone().filter(|(path, _)| is_one(path));
@@ -251,10 +254,14 @@ fn names_in_run(how: &OutputArgs, points: &[(&Disk, usize)]) -> Vec<(PathBuf, Fi
 }
 
 /// What the VM had, but for another format where the user wants one.
-fn original(how: &OutputArgs, disk: &Disk, point: usize) -> Option<(PathBuf, FileFormat)> {
+fn original(
+    wanted: Option<FileFormat>,
+    disk: &Disk,
+    point: usize,
+) -> Option<(PathBuf, FileFormat)> {
     let was = run::original(disk, point)?;
     let had = if was.is_qcow2 { FileFormat::Qcow2 } else { FileFormat::Raw };
-    let format = how.format.unwrap_or(had);
+    let format = wanted.unwrap_or(had);
     let mut name = was.name.as_os_str().to_os_string();
     if format != had {
         name.push(".");

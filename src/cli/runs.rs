@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use serde_json::json;
 
-use super::health::{self, Health};
+use super::health::{self, Booted, Boots, Health};
 use super::table::{Row, Table, level_name};
 use super::verbosity;
 use crate::chain::{Catalog, Disk, manifest_of, missing_of_run};
@@ -45,6 +45,9 @@ struct RunRow {
     /// The worst of its points.
     #[serde(skip)]
     health: Health,
+    /// Of each of its points.
+    #[serde(skip)]
+    booted: Vec<Booted>,
 }
 
 #[derive(Debug, Serialize)]
@@ -61,11 +64,11 @@ struct PointRow {
 /// They cannot be written.
 pub(super) fn show(
     catalog: &Catalog,
-    points: &[(&Disk, usize, Health)],
+    (points, boots): (&[(&Disk, usize, Health)], &Boots),
     all_disks: bool,
     as_json: bool,
 ) -> Result<()> {
-    let mut runs = runs(catalog, points);
+    let mut runs = runs(catalog, points, Some(boots));
     // Of one disk's points nothing can be told about the others.
     for run in runs.iter_mut().filter(|_| all_disks) {
         let missing = missing_of_run(&run.manifests);
@@ -84,13 +87,17 @@ pub(super) fn show(
 pub(super) fn names(catalog: &Catalog) -> Vec<String> {
     let disks = catalog.disks.iter();
     let points = disks.flat_map(|d| (0..d.points.len()).map(move |i| (d, i, Health::NotVerified)));
-    let names = runs(catalog, &points.collect::<Vec<_>>())
+    let names = runs(catalog, &points.collect::<Vec<_>>(), None)
         .into_iter()
         .flat_map(|r| [Some(iso_time(r.time)), r.id]);
     names.flatten().chain(["latest".to_string()]).collect()
 }
 
-fn runs(catalog: &Catalog, points: &[(&Disk, usize, Health)]) -> Vec<RunRow> {
+fn runs(
+    catalog: &Catalog,
+    points: &[(&Disk, usize, Health)],
+    boots: Option<&Boots>,
+) -> Vec<RunRow> {
     let doubles = Duplicates::of(catalog);
     let mut found: BTreeMap<(Guest, Option<String>, i64), RunRow> = BTreeMap::new();
     let manifests: Vec<_> = points.iter().map(|(disk, i, _)| manifest_of(disk, *i)).collect();
@@ -118,7 +125,9 @@ fn runs(catalog: &Catalog, points: &[(&Disk, usize, Health)]) -> Vec<RunRow> {
             consistency: Achieved::word(p.consistency),
             served: true,
             health: *health,
+            booted: Vec::new(),
         });
+        run.booted.extend(boots.map(|b| b.get(disk, *i)));
         run.when = run.when.max(when);
         run.points.push(PointRow {
             disk: to_text(disk.path.file_name().unwrap_or_default()),
@@ -161,7 +170,11 @@ fn table(runs: Vec<RunRow>, wide: bool) -> Vec<Line> {
             (false, _) => {
                 ("unavailable".into(), Look::Red, Some("unavailable: see 'list'".to_string()))
             }
-            (true, []) => (r.health.word(now), r.health.look(), None),
+            (true, []) => {
+                let word = r.health.word(now);
+                let booted = Booted::all(r.booted.iter().copied());
+                (booted.behind(word, now), r.health.look(), None)
+            }
             (true, names) => {
                 let what = format!("partial: without {}", names.join(", "));
                 ("partial".into(), Look::Yellow, Some(what))

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::health::{self, Health};
+use super::health::{self, Booted, Boots, Health};
 use super::paths::catalog;
 use super::state::StateArgs;
 use super::table::level_name;
@@ -63,9 +63,10 @@ pub(super) fn run(args: ShowArgs) -> Result<()> {
     }
     let last = health::memory(&args.state, &catalog).of(disk).into_iter().nth(point).flatten();
     let health = Health::of(&disk.points[point], last);
+    let known = (health, Boots::of(&args.state, &catalog).get(disk, point));
     output::print(&match args.json {
-        true => output::json_document(&as_json(disk, point, health, manifest.as_ref()))?,
-        false => text(disk, point, health, manifest.as_ref()),
+        true => output::json_document(&as_json(disk, point, known, manifest.as_ref()))?,
+        false => text(disk, point, known, manifest.as_ref()),
     })
 }
 
@@ -98,7 +99,12 @@ fn base_name(file: &ConfigFile) -> &str {
     file.path.rsplit('/').next().unwrap_or_default()
 }
 
-fn as_json(disk: &Disk, point: usize, health: Health, manifest: Option<&Manifest>) -> Value {
+fn as_json(
+    disk: &Disk,
+    point: usize,
+    (health, booted): (Health, Booted),
+    manifest: Option<&Manifest>,
+) -> Value {
     let p = &disk.points[point];
     json!({
         "disk": to_text(disk.path.as_os_str()),
@@ -112,6 +118,7 @@ fn as_json(disk: &Disk, point: usize, health: Health, manifest: Option<&Manifest
         "served": p.is_served(),
         "unavailable": p.unavailable,
         "verified": health.verified(),
+        "booted": booted.json(),
         "manifest": manifest,
     })
 }
@@ -127,7 +134,12 @@ impl Rows {
     }
 }
 
-fn text(disk: &Disk, point: usize, health: Health, manifest: Option<&Manifest>) -> String {
+fn text(
+    disk: &Disk,
+    point: usize,
+    (health, booted): (Health, Booted),
+    manifest: Option<&Manifest>,
+) -> String {
     let p = &disk.points[point];
     let mut rows = Rows(String::new());
     rows.row("point", to_text(disk.point_path(point).as_os_str()));
@@ -141,6 +153,7 @@ fn text(disk: &Disk, point: usize, health: Health, manifest: Option<&Manifest>) 
     rows.row("parent", p.parent.map(|i| disk.points[i].name.as_str()).unwrap_or_default());
     rows.row("chain", &p.chain);
     rows.row("state", p.unavailable.as_ref().map_or(health.text(p), |f| f.message.clone()));
+    rows.row("booted", booted.text());
     match manifest {
         Some(m) => of_manifest(&mut rows, m, p.consistency),
         None => {

@@ -110,7 +110,7 @@ impl Plan {
         let scratch = wanted
             .writable
             .as_ref()
-            .map(|w| scratch_place::find(w, (&backups, &mountpoint), as_owner.as_ref()));
+            .map(|w| scratch_place::find(w, (&backups, Some(&mountpoint)), as_owner.as_ref()));
         Ok(Plan {
             scratch: scratch.transpose()?,
             called,

@@ -29,9 +29,9 @@ pub(crate) struct Writable {
 /// # Errors
 /// `Usage` if it is in the backup directory, however that is reached, or below the mount point, or if something is to
 /// be kept in no folder that has a name; `Permission` if others may change it; what the operating system said.
-pub(super) fn find(
+pub(crate) fn find(
     wanted: &Writable,
-    (backups, mountpoint): (&Path, &Path),
+    (backups, mountpoint): (&Path, Option<&Path>),
     owner: Option<&Owner>,
 ) -> Result<Scratch> {
     let folder = match &wanted.scratch {
@@ -50,7 +50,7 @@ pub(super) fn find(
 
 fn named(
     path: &Path,
-    (backups, mountpoint): (&Path, &Path),
+    (backups, mountpoint): (&Path, Option<&Path>),
     owner: Option<&Owner>,
 ) -> Result<Folder> {
     let failed = |e| Error::io(e, "cannot make the scratch folder").at_path(path);
@@ -61,7 +61,7 @@ fn named(
         real.set_file_name(own);
     }
     check_outside(&real, backups)?;
-    if real.starts_with(mountpoint) {
+    if mountpoint.is_some_and(|m| real.starts_with(m)) {
         let text = "the mount would cover its scratch folder";
         return Err(Error::new(Kind::Usage, text).at_path(path).remedy("name one elsewhere"));
     }

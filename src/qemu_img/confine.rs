@@ -39,6 +39,42 @@ const PROCESSES: u64 = 4096;
 /// Where `close_range` is missing, descriptors up to here are closed one by one.
 const MAX_FD: i32 = 65536;
 
+/// What a QEMU with a guest may use.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct GuestLimits {
+    /// Bytes of address space.
+    pub memory: u64,
+    /// Bytes of a file that it was handed, at most: it opens none by itself.
+    pub file: u64,
+    /// The group that may use /dev/kvm, if that is to be used.
+    pub kvm: Option<u32>,
+    /// Whether it stays in the caller's network: for user networking.
+    pub network: bool,
+}
+
+/// Descriptors of a QEMU with a guest: its own, and a socket for each disk.
+const GUEST_FILES: u64 = 1024;
+
+/// For a QEMU with a guest, in the order of [`enter`]: it opens no file but what every user may read, it writes to
+/// none but those that it was handed, and it dies with its parent. A terminal's signals are for the parent alone.
+///
+/// # Errors
+/// As [`enter`].
+pub(super) fn enter_guest(keep: &[i32], limits: GuestLimits, parent: u32) -> io::Result<()> {
+    close_others(keep)?;
+    cap(libc::RLIMIT_AS, limits.memory)?;
+    cap(libc::RLIMIT_CORE, 0)?;
+    cap(libc::RLIMIT_FSIZE, limits.file)?;
+    cap(libc::RLIMIT_NOFILE, GUEST_FILES)?;
+    // SAFETY: a plain system call.
+    unsafe { libc::setpgid(0, 0) };
+    drop_user(limits.network, limits.kvm)?;
+    // SAFETY: prctl with plain numbers.
+    done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    restrict(&[], false, limits.network);
+    die_with(parent, libc::SIGKILL)
+}
+
 /// Does it all. `keep` are the descriptors that stay open, `parent` the process to die with.
 ///
 /// # Errors
@@ -46,10 +82,10 @@ const MAX_FD: i32 = 65536;
 pub(super) fn enter(keep: &[i32], limits: Limits, parent: u32) -> io::Result<()> {
     close_others(keep)?;
     limit(limits)?;
-    drop_user()?;
+    drop_user(false, None)?;
     // SAFETY: prctl with plain numbers.
     done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
-    restrict(&[], false);
+    restrict(&[], false, false);
     die_with(parent, libc::SIGKILL)
 }
 
@@ -95,7 +131,7 @@ pub(super) fn enter_daemon(
     keep_capabilities(FILE_CAPABILITIES)?;
     // SAFETY: prctl with plain numbers.
     done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
-    restrict(places, read_limited);
+    restrict(places, read_limited, false);
     die_with(parent, libc::SIGTERM)
 }
 
@@ -147,13 +183,16 @@ fn cap(what: libc::__rlimit_resource_t, to: u64) -> io::Result<()> {
 }
 
 /// From root to nobody, and no capabilities. In a container that has no such user, or whose root
-/// may not become another, it stays that container's root without capabilities.
-fn drop_user() -> io::Result<()> {
-    // SAFETY: plain numbers, and a null pointer that zero groups allow.
+/// may not become another, it stays that container's root without capabilities. It leaves the network unless
+/// `network` is set, and belongs to `group` and to no other.
+fn drop_user(network: bool, group: Option<u32>) -> io::Result<()> {
+    let net = if network { 0 } else { libc::CLONE_NEWNET };
+    let groups = group.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: plain numbers, and a pointer to as many groups as are said, which is null for none.
     unsafe {
         if libc::geteuid() == 0 {
-            libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWIPC);
-            let _ = libc::setgroups(0, std::ptr::null());
+            libc::unshare(net | libc::CLONE_NEWIPC);
+            let _ = libc::setgroups(usize::from(group.is_some()), groups);
             let _ = libc::setresgid(NOBODY, NOBODY, NOBODY);
             if libc::setresuid(NOBODY, NOBODY, NOBODY) == 0 {
                 cap(libc::RLIMIT_NPROC, PROCESSES)?;
@@ -229,8 +268,8 @@ struct PathRule {
 const PATH_BENEATH: libc::c_long = 1;
 
 /// What the ruleset handles is forbidden, but in `places`. Where there is no Landlock, what else is
-/// taken away must do.
-fn restrict(places: &[AllowedPath], read_limited: bool) {
+/// taken away must do. With `network` it may use TCP.
+fn restrict(places: &[AllowedPath], read_limited: bool, network: bool) {
     // SAFETY: the kernel reads `set` as far as `len`, which its version knows.
     unsafe {
         let null = std::ptr::null::<Ruleset>();
@@ -243,7 +282,7 @@ fn restrict(places: &[AllowedPath], read_limited: bool) {
         }
         set.files |= if read_limited { READ | LIST } else { 0 };
         // Binding and connecting TCP; abstract sockets and signals.
-        set.net = if version >= 4 { 0b11 } else { 0 };
+        set.net = if version >= 4 && !network { 0b11 } else { 0 };
         set.scoped = if version >= 6 { 0b11 } else { 0 };
         let len: libc::size_t = match version {
             ..=0 => return,

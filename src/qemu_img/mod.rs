@@ -20,6 +20,8 @@
 mod confine;
 pub(crate) mod daemon;
 mod export;
+pub(crate) mod guest;
+pub(crate) mod nbd;
 mod run;
 
 use std::fs::File;

@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::confine::{self, Limits};
 use super::export::Export;
+use super::nbd;
 use crate::error::{Error, Kind, Result};
 
 /// How often a running qemu-img is looked at.
@@ -80,7 +81,7 @@ impl Job<'_> {
             for (export, socket) in self.exports.iter().zip(&ours) {
                 let failed = &failed;
                 scope.spawn(move || {
-                    if let Some(e) = export.serve(socket) {
+                    if let Some(e) = nbd::serve(export, socket) {
                         failed.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
                     }
                 });

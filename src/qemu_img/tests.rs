@@ -93,7 +93,7 @@ fn talk(contents: &[u8], size: Option<u64>, sent: &[u8]) -> (Vec<u8>, Vec<u8>) {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let mut got = Vec::new();
     std::thread::scope(|scope| {
-        scope.spawn(|| export.serve(&ours));
+        scope.spawn(|| nbd::serve(&export, &ours));
         // The server may hang up before it has read everything.
         let _ = theirs.write_all(sent);
         let _ = theirs.shutdown(std::net::Shutdown::Write);

@@ -3,12 +3,14 @@
 //! The agent's socket serves one client, and whatever an earlier client asked may still be in
 //! it: every session begins with `guest-sync-delimited`, whose answer is marked by a byte 0xff.
 
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::address::Address;
 use super::budget::{self, short};
+use super::socket::Socket;
 use super::wire::{Limits, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step_of;
@@ -45,6 +47,27 @@ impl Agent {
         let mut agent = Agent { wire, syncs: 0 };
         agent.sync(deadline)?;
         Ok(agent)
+    }
+
+    /// The agent of a guest that we have started ourselves, at the other end of `stream`. Whether it is up, tells
+    /// [`Agent::answers`].
+    ///
+    /// # Errors
+    /// The socket cannot be set up.
+    pub(crate) fn over(stream: UnixStream) -> Result<Self> {
+        let socket = Socket::accepted(stream, "the guest agent")?;
+        Ok(Agent { wire: Wire::over(socket, Limits::AGENT), syncs: 0 })
+    }
+
+    /// Whether it answers within `patience`.
+    ///
+    /// # Errors
+    /// QEMU is gone, or a signal ends it.
+    pub(crate) fn answers(&mut self, patience: Duration) -> Result<bool> {
+        match self.sync(Instant::now() + patience) {
+            Err(e) if e.kind() == Kind::Timeout => Ok(false),
+            other => other.map(|()| true),
+        }
     }
 
     /// Drops whatever is still to come of earlier commands: an answer that came too late must not

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 use super::address::Address;
 use super::budget::{clip, short};
 use super::events::{JobEvents, ends_a_wait};
-use super::socket::in_use;
+use super::socket::{Socket, in_use};
 use super::timeout::answer_timeout;
 use super::types::{Features, Version};
 use super::wire::{Limits, Wire};
@@ -119,12 +120,29 @@ impl Client {
         flag: Option<Arc<AtomicBool>>,
     ) -> Result<Self> {
         let connected = Wire::connect(address, patience, Limits::QEMU);
-        let mut wire = connected.map_err(|e| match e.kind() {
+        let wire = connected.map_err(|e| match e.kind() {
             Kind::NotFound => e.remedy(
                 "is QEMU running, and is this the path in its -qmp unix:PATH,server=on,wait=off?",
             ),
             _ => e,
         })?;
+        Self::greeted(wire, patience, flag)
+    }
+
+    /// The client of a QEMU that we have started ourselves, at the other end of `stream`.
+    ///
+    /// # Errors
+    /// As [`Client::connect_within`].
+    pub(crate) fn over(
+        stream: UnixStream,
+        patience: Duration,
+        flag: Option<Arc<AtomicBool>>,
+    ) -> Result<Self> {
+        let socket = Socket::accepted(stream, "QEMU")?;
+        Self::greeted(Wire::over(socket, Limits::QEMU), patience, flag)
+    }
+
+    fn greeted(mut wire: Wire, patience: Duration, flag: Option<Arc<AtomicBool>>) -> Result<Self> {
         wire.stop_by(flag);
         let version = greeting(&mut wire, patience)?;
         let mut client = Client {

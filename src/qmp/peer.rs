@@ -44,6 +44,18 @@ pub(crate) fn pid(process: &str) -> Option<u32> {
     process.rsplit('-').nth(1)?.parse().ok()
 }
 
+/// The words of the command line of the process that [`process`] told of, as far as they are text; `None` where they
+/// may not be read, or it has ended. They are what the process says of itself.
+pub(crate) fn command_line(process: &str) -> Option<Vec<String>> {
+    let bytes = system::read(&folder(pid(process)?).join("cmdline")).ok()?;
+    // Asked afterwards: then it is no other's.
+    if !runs(process) {
+        return None;
+    }
+    let words = bytes.split(|b| *b == 0).filter_map(|w| String::from_utf8(w.to_vec()).ok());
+    Some(words.collect())
+}
+
 /// Whether the process that [`process`] told of still runs.
 pub(crate) fn runs(process: &str) -> bool {
     let told = || {

@@ -1,4 +1,5 @@
 //! When points were last verified, and how they stood: what `list` and `show` say of points whose data they do not read.
+//! The same of test VMs that were booted from them (`boot --check`), in a folder of its own.
 //!
 //! It is kept in the state folder, since a plain `verify` writes nothing into a backup directory; so each user has
 //! what he verified himself. One file there is about one backup directory, which is known by its file `uuid` and when
@@ -23,8 +24,9 @@ use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::storage::{Identity, SourceFile};
 use crate::text::{json, to_text};
 
-/// The folder in the state folder.
+/// The folder in the state folder: of what was verified, and of what was booted.
 const FOLDER: &str = "verified";
+const BOOTED: &str = "booted";
 /// Its lock.
 const LOCK: &str = "lock";
 /// The version of the files in it; others are as if they were not there.
@@ -94,13 +96,24 @@ pub(crate) struct Memory {
     directories: HashMap<PathBuf, Directory>,
     /// By the file's name.
     points: HashMap<String, BTreeMap<String, Record>>,
+    /// Whether a record says all of its point by itself: a VM that is booted from a point says nothing of those below.
+    is_of_boots: bool,
 }
 
 impl Memory {
     /// Reads what the state folder `state` has about `catalog`. What cannot be read is as if it was never there.
     pub(crate) fn read(state: &Path, catalog: &Catalog) -> Memory {
-        let mut memory = Memory::default();
-        let folder = match folder_if_there(state) {
+        Self::read_from(state, FOLDER, catalog)
+    }
+
+    /// The same of test VMs: `Sound` where one came up.
+    pub(crate) fn booted(state: &Path, catalog: &Catalog) -> Memory {
+        Self::read_from(state, BOOTED, catalog)
+    }
+
+    fn read_from(state: &Path, name: &str, catalog: &Catalog) -> Memory {
+        let mut memory = Memory { is_of_boots: name == BOOTED, ..Memory::default() };
+        let folder = match folder_if_there(state, name) {
             Ok(Some(folder)) => folder,
             Ok(None) => return memory,
             Err(e) => {
@@ -132,7 +145,8 @@ impl Memory {
                 Some(LastVerified { time: record.verified, outcome: record.outcome, changed })
             });
             // A parent comes before its children.
-            let below = point.parent.map(|p| found.get(p).copied().flatten());
+            let parent = point.parent.filter(|_| !self.is_of_boots);
+            let below = parent.map(|p| found.get(p).copied().flatten());
             found.push(match (own, below) {
                 (own, None) => own,
                 (Some(own), Some(Some(below))) => Some(LastVerified {
@@ -180,6 +194,37 @@ pub(crate) fn remember(
     checked: &[CheckedPoint],
     since: SystemTime,
 ) -> Result<()> {
+    remember_in(state, FOLDER, catalog, checked, since)
+}
+
+/// The same of a test VM that was booted from points of `catalog`, each the disk's path and its place there.
+///
+/// # Errors
+/// As [`remember`].
+pub(crate) fn remember_boot(
+    state: &Path,
+    catalog: &Catalog,
+    points: &[(&Path, usize)],
+    passed: bool,
+    since: SystemTime,
+) -> Result<()> {
+    let outcome = if passed { Outcome::Sound } else { Outcome::Unsound };
+    let one = |(disk, point): &(&Path, usize)| CheckedPoint {
+        disk: disk.to_path_buf(),
+        point: *point,
+        outcome,
+    };
+    let checked: Vec<CheckedPoint> = points.iter().map(one).collect();
+    remember_in(state, BOOTED, catalog, &checked, since)
+}
+
+fn remember_in(
+    state: &Path,
+    name: &str,
+    catalog: &Catalog,
+    checked: &[CheckedPoint],
+    since: SystemTime,
+) -> Result<()> {
     let disks: HashMap<&Path, (&Disk, Vec<Option<String>>)> =
         catalog.disks.iter().map(|d| (d.path.as_path(), (d, states_of(d)))).collect();
     let mut memory = Memory::default();
@@ -206,9 +251,8 @@ pub(crate) fn remember(
         return Ok(());
     }
     let top = state_folder(state)?;
-    let failed =
-        |e| Error::io(e, "cannot keep when points were verified").at_path(top.join(FOLDER));
-    let folder = top.make_folder(FOLDER).map_err(failed)?;
+    let failed = |e| Error::io(e, "cannot keep when points were verified").at_path(top.join(name));
+    let folder = top.make_folder(name).map_err(failed)?;
     let _lock = lock(&folder)?;
     for (file, (path, points)) in new {
         write(&folder, &file, &path, points).map_err(failed)?;
@@ -312,10 +356,10 @@ fn hash(parts: &[&[u8]]) -> String {
     hasher.finalize().to_hex()[..32].to_string()
 }
 
-fn folder_if_there(state: &Path) -> Result<Option<Folder>> {
+fn folder_if_there(state: &Path, name: &str) -> Result<Option<Folder>> {
     let Some(top) = state_folder_if_there(state)? else { return Ok(None) };
-    let failed = |e| Error::io(e, "cannot open the folder").at_path(top.join(FOLDER));
-    folder::absent_is_none(top.folder(FOLDER)).map_err(failed)
+    let failed = |e| Error::io(e, "cannot open the folder").at_path(top.join(name));
+    folder::absent_is_none(top.folder(name)).map_err(failed)
 }
 
 fn read(folder: &Folder, file: &str) -> BTreeMap<String, Record> {
@@ -367,5 +411,5 @@ fn lock(folder: &Folder) -> Result<Lock> {
         }
         std::thread::sleep(AGAIN);
     }
-    Err(Error::new(Kind::Busy, "another 'verify' writes here").at_path(folder.join(LOCK)))
+    Err(Error::new(Kind::Busy, "another 'verify' or 'boot' writes here").at_path(folder.join(LOCK)))
 }

@@ -9,6 +9,7 @@ use crate::support::attached::{self, Attach, succeeded};
 use crate::support::backup::{Caller, images};
 use crate::support::mount::Mount;
 use crate::support::qemu::storage_daemon::Daemon;
+use crate::support::qemu::two_disks;
 use crate::support::tools::{have, is_root, run};
 use serde_json::Value;
 
@@ -218,6 +219,31 @@ fn tables_have_what_is_printed() {
     let status = std::fs::read(mount.path().join(".fleecefs/status.json")).unwrap();
     let seen = paper.check("status.json", &serde_json::from_slice(&status).unwrap());
     assert!(seen.contains("disks[].chains[].points[].unavailable"), "{seen:?}");
+}
+
+#[test]
+fn config_and_boot_print_what_their_tables_have() {
+    let test = "config_and_boot_print_what_their_tables_have";
+    if !have(test, two_disks::TOOLS) {
+        return;
+    }
+    let mut m = two_disks::Machine::launch(&["-device", "virtio-net-pci"]);
+    m.write(0, 0, 4096);
+    let caller = m.caller();
+    assert!(caller.run("full").status.success());
+    let (paper, target) = (Paper::read(), caller.target.to_str().unwrap());
+    let seen = paper.check("config", &printed(&["config", "--json", target])[0]);
+    let wanted = ["machine.disks[].address", "machine.nets[].mac", "drives[].restored_as"];
+    assert!(wanted.iter().all(|k| seen.contains(*k)), "{seen:?}");
+    let boot = ["boot", "--check", "--json", "--accel", "tcg", "--expect", "x", "--timeout", "1s"];
+    let fixed = ["--memory", "64M", target];
+    let told = printed(&[&boot[..], &fixed].concat());
+    let seen = paper.check("boot --check", &told[0]);
+    assert!(seen.contains("checks[].points[].disk"), "{seen:?}");
+    // What does not start says why.
+    let told = printed(&[&boot[..], &fixed, &["--kernel", "/dev/null"]].concat());
+    let seen = paper.check("boot --check", &told[0]);
+    assert!(seen.contains("checks[].error.kind"), "{seen:?}");
 }
 
 #[test]

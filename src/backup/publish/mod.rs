@@ -7,6 +7,7 @@
 //! once, and the image is looked at, checked, hashed and synced by the descriptor that it was made
 //! with; its name is compared with that before it is renamed and after.
 
+mod hardware;
 pub(crate) mod hasher;
 pub(crate) mod report;
 pub(crate) mod vm;

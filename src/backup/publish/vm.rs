@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::side_folder;
+use super::{hardware, side_folder};
 use crate::backup::names;
 use crate::error::{Error, Result};
 use crate::folder;
@@ -23,6 +23,7 @@ const QUESTIONS: &[&str] = &[
     "query-chardev",
     "query-pci",
     "query-iothreads",
+    "query-tpm",
 ];
 
 /// Memory that one answer may take, and all of them: they go into the manifest of each disk. In
@@ -50,7 +51,21 @@ pub(crate) fn describe(client: &mut Client) -> Result<Value> {
             all.keep(if q == "qom-get" { "machine" } else { q }, answer);
         }
     }
+    let hardware = hardware::describe(client, &all.value)?;
+    all.keep("hardware", hardware);
+    warn_of_tpm(&all.value);
     Ok(all.value)
+}
+
+/// What a TPM holds is swtpm's, or the machine's: a VM that has sealed keys in it asks for a recovery key elsewhere.
+fn warn_of_tpm(vm: &Value) {
+    if vm["query-tpm"].as_array().is_some_and(|all| !all.is_empty()) {
+        log::warn!(
+            target: folder::STANDING,
+            "the VM has a TPM, whose state is not backed up: keep the recovery keys of what is sealed with it \
+             (BitLocker, LUKS), or back up the folder of swtpm"
+        );
+    }
 }
 
 struct BoundedAnswers {

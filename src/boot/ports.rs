@@ -1,0 +1,87 @@
+//! Whether a TCP port of the guest answers, over QEMU's user networking.
+//!
+//! QEMU takes a connection to a port that it forwards before the guest has been asked. So what tells is QEMU's list of
+//! connections: there the guest has answered once the connection is established.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::error::Result;
+use crate::qmp::Client;
+
+/// How long one connection is given.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A port of the guest, and what is under way to it.
+#[derive(Debug)]
+pub(super) struct GuestPort {
+    port: u16,
+    trying: Option<(TcpStream, Instant)>,
+}
+
+/// A line of `info usernet`.
+#[derive(Debug, PartialEq, Eq)]
+struct Line<'a> {
+    state: &'a str,
+    source: u16,
+    guest: u16,
+}
+
+impl GuestPort {
+    /// The guest's port of this number.
+    pub(super) fn new(port: u16) -> Self {
+        GuestPort { port, trying: None }
+    }
+
+    /// Whether it has answered by now. Asked again and again.
+    ///
+    /// # Errors
+    /// QEMU is gone or does not answer.
+    pub(super) fn answers(&mut self, qmp: &mut Client) -> Result<bool> {
+        let told = qmp.execute("human-monitor-command", json!({"command-line": "info usernet"}))?;
+        let told = told.as_str().unwrap_or_default();
+        let lines: Vec<Line<'_>> = told.lines().filter_map(line).collect();
+        let ours = |l: &&Line<'_>| l.guest == self.port;
+        if self.trying.is_some() && lines.iter().filter(ours).any(|l| l.state == "ESTABLISHED") {
+            return Ok(true);
+        }
+        if self.trying.as_ref().is_some_and(|(_, since)| since.elapsed() < PATIENCE) {
+            return Ok(false);
+        }
+        let forward = lines.iter().filter(ours).find(|l| l.state == "HOST_FORWARD");
+        self.trying = forward.and_then(|l| {
+            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, l.source));
+            Some((TcpStream::connect_timeout(&address, PATIENCE).ok()?, Instant::now()))
+        });
+        Ok(false)
+    }
+}
+
+/// `TCP[ESTABLISHED]  12  127.0.0.1 34567  10.0.2.15  22  0  0`.
+fn line(text: &str) -> Option<Line<'_>> {
+    let (state, rest) = text.trim().strip_prefix("TCP[")?.split_once(']')?;
+    let mut words = rest.split_ascii_whitespace();
+    let source = words.nth(2)?.parse().ok()?;
+    let guest = words.nth(1)?.parse().ok()?;
+    Some(Line { state, source, guest })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qemus_list_is_read() {
+        let head =
+            "  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ";
+        assert_eq!(line(head), None);
+        let text =
+            "  TCP[HOST_FORWARD]  12       127.0.0.1 34567       10.0.2.15    22     0     0";
+        assert_eq!(line(text), Some(Line { state: "HOST_FORWARD", source: 34567, guest: 22 }));
+        for odd in ["", "TCP[", "TCP[X] 1 2", "UDP[X] 1 127.0.0.1 5 10.0.2.15 22"] {
+            assert_eq!(line(odd), None, "{odd}");
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! `fleecefs boot`: a run as a test VM.
+//!
+//! - `args`: the options; `prepare`: from a run to a VM and its disks; `checks`: `--check`
+
+mod args;
+mod checks;
+mod prepare;
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use self::prepare::{Prepared, prepared, scratch};
+use super::one_run;
+use super::paths::{catalog, to_make};
+use super::{verbosity, work};
+use crate::boot::{self, Disks, Outputs, Running};
+use crate::error::{Error, Result};
+use crate::folder::Folder;
+use crate::layer::LayerSpec;
+use crate::output;
+use crate::text::path_text;
+pub(super) use args::BootArgs;
+
+/// Runs `fleecefs boot`.
+///
+/// # Errors
+/// As the exit codes say; `Unsound` if a VM was to be checked and does not come up.
+pub(super) fn run(args: &BootArgs) -> Result<()> {
+    args.check()?;
+    let catalog = catalog(&args.dir)?;
+    if args.check.check {
+        return checks::run(args, &catalog);
+    }
+    let run = one_run::find(&catalog, &args.points)?;
+    let prepared = prepared(args, &run)?;
+    let how = &args.how;
+    if how.print || how.print_blockdev || how.libvirt {
+        return print(args, &prepared);
+    }
+    let cancel = work::undo_flag()?;
+    let scratch = scratch(args, &catalog)?;
+    let said = with_display(how.display.as_deref(), |display| {
+        let outputs = Outputs { echo: true, display, ..Outputs::default() };
+        let disks = Disks::new(prepared.points, scratch, &catalog.root)?;
+        let vm = Running::start(&prepared.vm, disks, outputs, &cancel)?;
+        tell_where(how.display.as_deref());
+        vm.wait()
+    })?;
+    if !said.is_empty() {
+        log::warn!("QEMU said: {said}");
+    }
+    Ok(())
+}
+
+fn tell_where(display: Option<&Path>) {
+    if verbosity::is_quiet() {
+        return;
+    }
+    let hint = display.map_or_else(
+        || "its serial port follows; --display shows the console".to_string(),
+        |socket| format!("connect a VNC viewer to {}", path_text(socket)),
+    );
+    output::tell(&format!("fleecefs: the VM runs, Ctrl-C ends it: {hint}\n"));
+}
+
+/// Prints what is asked for instead of a start.
+fn print(args: &BootArgs, prepared: &Prepared) -> Result<()> {
+    let vm = &prepared.vm;
+    let stacks: Vec<Vec<LayerSpec>> = prepared.stacks.clone();
+    if args.how.libvirt {
+        let folder =
+            std::env::current_dir().map_err(|e| Error::io(e, "cannot tell the current folder"))?;
+        let folder = folder.to_str().unwrap_or("/var/tmp").to_string();
+        for (number, disk) in vm.disks.iter().enumerate() {
+            let size = disk.size;
+            output::tell(&format!(
+                "before: qemu-img create -q -f qcow2 fleecefs-boot-{number}.qcow2 {size}\n"
+            ));
+        }
+        return output::print(&boot::domain(vm, &stacks, &folder)?);
+    }
+    let names = (0..vm.disks.len()).map(|n| format!("disk{n}")).chain(["vars".to_string()]);
+    let graphs = stacks.iter().zip(names).map(|(stack, name)| boot::graph(stack, &name));
+    let graphs = graphs.collect::<Result<Vec<_>>>()?;
+    let lines = match args.how.print {
+        true => boot::printed(vm, &graphs)?,
+        false => graphs.iter().map(ToString::to_string).collect(),
+    };
+    output::print_as_is(format!("{}\n", lines.join("\n")).as_bytes())
+}
+
+/// Does `act` with a socket for viewers of the console, if there is to be one, and removes that.
+///
+/// # Errors
+/// The socket cannot be made; what `act` says.
+fn with_display<T>(
+    socket: Option<&Path>,
+    act: impl FnOnce(Option<UnixListener>) -> Result<T>,
+) -> Result<T> {
+    let Some(socket) = socket else { return act(None) };
+    let failed = |e| Error::io(e, "cannot make the socket").at_path(socket);
+    let (folder, name) = Folder::of(&to_make(socket)?).map_err(failed)?;
+    let listener = folder.listen(&name).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    let done = act(Some(listener));
+    if let Err(e) = folder.remove_if_there(&name) {
+        log::debug!("cannot remove {}: {e}", path_text(socket));
+    }
+    done
+}

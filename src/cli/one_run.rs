@@ -1,0 +1,102 @@
+//! The points of one VM that a command is about: a run, or points by name.
+
+use std::path::PathBuf;
+
+use crate::chain::{Catalog, Disk, manifest_of};
+use crate::error::{Error, Kind, Result};
+use crate::machine::Machine;
+use crate::manifest::Manifest;
+use crate::restore::run;
+use crate::restore::run::Guest;
+use crate::text::path_text;
+
+/// A point of the chosen ones.
+pub(super) struct ChosenPoint<'a> {
+    /// Its disk.
+    pub disk: &'a Disk,
+    /// Its place among the disk's points.
+    pub point: usize,
+    /// What is known of it.
+    pub manifest: Option<Manifest>,
+}
+
+/// The points of one VM.
+pub(super) struct OneRun<'a> {
+    /// The disks, as the catalog orders them.
+    pub points: Vec<ChosenPoint<'a>>,
+    /// What the VM was.
+    pub machine: Machine,
+}
+
+/// The run, or the points, that `names` say: without any, the newest run.
+///
+/// # Errors
+/// `NotFound` if there is no such run or point, `Usage` if it is more than one VM's, or two points of one disk;
+/// `Incomplete` if an image of the run is missing.
+pub(super) fn find<'a>(catalog: &'a Catalog, names: &[PathBuf]) -> Result<OneRun<'a>> {
+    let points = match names {
+        [] => of_run(catalog, "latest")?,
+        [name] => match name.to_str().map(|n| of_run(catalog, n)) {
+            Some(Err(e)) if e.kind() == Kind::NotFound => vec![catalog.find(name)?],
+            Some(found) => found?,
+            None => vec![catalog.find(name)?],
+        },
+        several => several.iter().map(|p| catalog.find(p)).collect::<Result<_>>()?,
+    };
+    of_points(points)
+}
+
+fn of_run<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<(&'a Disk, usize)>> {
+    let run = run::find(catalog, name)?;
+    for path in &run.without {
+        log::warn!("disk {} has no point of this run", path_text(path));
+    }
+    match run.missing.first() {
+        None => Ok(run.points),
+        Some(i) => {
+            let what = format!("image {} of this run is missing", path_text(&i.image));
+            Err(Error::new(Kind::Incomplete, what).remedy("name the points of the other disks"))
+        }
+    }
+}
+
+/// The same of points that were found.
+///
+/// # Errors
+/// `Usage` if they are of more than one VM, or two of one disk.
+pub(super) fn of_points<'a>(points: Vec<(&'a Disk, usize)>) -> Result<OneRun<'a>> {
+    let mut chosen: Vec<ChosenPoint<'a>> = Vec::new();
+    for (disk, point) in points {
+        if chosen.iter().any(|c| c.disk.path == disk.path) {
+            let what = format!("two points of disk {}", path_text(&disk.path));
+            return Err(Error::new(Kind::Usage, what).remedy("name one point of each disk"));
+        }
+        chosen.push(ChosenPoint { disk, point, manifest: manifest_of(disk, point) });
+    }
+    check_one_guest(&chosen)?;
+    let vm =
+        chosen.iter().filter_map(|c| c.manifest.as_ref()).map(|m| &m.vm).find(|v| !v.is_null());
+    let machine = vm.map(|vm| Machine::read(vm)).unwrap_or_default();
+    Ok(OneRun { points: chosen, machine })
+}
+
+/// Points that were named one by one may be of disks of which nobody says whose they are.
+fn check_one_guest(chosen: &[ChosenPoint<'_>]) -> Result<()> {
+    let mut guests: Vec<Guest> =
+        chosen.iter().map(|c| Guest::of(c.disk, c.manifest.as_ref())).collect();
+    guests.sort();
+    guests.dedup();
+    // Of whom nobody says whose they are, they may be anybody's.
+    if guests.iter().any(|g| !matches!(g, Guest::Folder(_))) {
+        guests.retain(|g| !matches!(g, Guest::Folder(_)));
+    }
+    match guests.as_slice() {
+        [_, _, ..] => {
+            let names: Vec<String> = guests.iter().map(|g| path_text(&g.name())).collect();
+            let what = format!("disks of several VMs: {}", names.join(", "));
+            Err(Error::new(Kind::Usage, what)
+                .remedy("name a run by its id ('fleecefs list --runs'), or the points of one VM"))
+        }
+        _ => Ok(()),
+    }
+}
