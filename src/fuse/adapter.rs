@@ -27,7 +27,7 @@ use super::negotiate::{MAX_REQUEST, negotiate};
 use super::reply::{BLOCK, dot_attr, errno, file_attr, file_type, reply_empty, reply_xattr};
 use crate::fs::readers::Readers;
 use crate::fs::slow_pool::SlowPool;
-use crate::fs::tree::{Node, NodeKind};
+use crate::fs::tree::{Node, NodeKind, ROOT};
 use crate::fs::{self, FileSystem, Listed, WaitsFor};
 
 /// How long the kernel may trust a name or attributes. A refresh tells it what changed, so this
@@ -163,7 +163,8 @@ fn lookup(fs: &FileSystem, parent: u64, name: &OsStr, reply: ReplyEntry) {
 
 /// Adds an entry with its attributes; false if there is no space for it.
 fn add_plus(fs: &FileSystem, reply: &mut ReplyDirectoryPlus, e: &Listed, next: u64) -> bool {
-    // What cannot be read is listed all the same: whoever looks at it asks again, and is told why.
+    // What cannot be read is listed all the same: whoever looks at it asks again, and is told why. The kernel lists a name
+    // with the root's number, and takes it for nothing that it knows; one with 0 is not listed.
     let node = e.node.as_ref();
     let attr = node.and_then(|n| Some((n, fs.named_attr(n, &e.name).ok()?)));
     // The kernel counts each name that it gets with a number as a lookup, but `.` and `..`.
@@ -171,7 +172,7 @@ fn add_plus(fs: &FileSystem, reply: &mut ReplyDirectoryPlus, e: &Listed, next: u
     let (attr, ttl) = match (&known, node) {
         (Some((n, attr)), _) => (file_attr(attr), ttl(n)),
         (None, None) => (dot_attr(e.ino), &TTL),
-        (None, Some(_)) => (FileAttr { kind: file_type(e.kind), ..dot_attr(0) }, &Duration::ZERO),
+        (None, Some(_)) => (FileAttr { kind: file_type(e.kind), ..dot_attr(ROOT) }, &TTL),
     };
     let full = reply.add(INodeNo(e.ino), next, &e.name, ttl, &attr, Generation(0));
     if let Some((node, _)) = known.filter(|_| full) {

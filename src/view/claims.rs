@@ -6,9 +6,9 @@
 //! closed.
 //!
 //! State: for each point its folders by their numbers, hashed with a key that a guest cannot know, and where they have
-//! their entries. All of it counts as tables of file systems ([`Blocks::hold`]). Where that has no more space, points that
-//! were looked at longest ago are forgotten; then the file system itself has to say that a folder is where it was found
-//! ([`Tree::is_parent`]), and where it cannot, the folder is refused.
+//! their entries. All of it counts as tables of file systems ([`Blocks::hold`]). Where these take a quarter of the cache,
+//! points that were looked at longest ago are forgotten; then the file system itself has to say that a folder is where
+//! it was found ([`Tree::is_parent`]), and where it cannot, the folder is refused.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -23,7 +23,7 @@ use crate::files::{Blocks, Holding, Places, Tree, named_twice, shared_contents};
 /// Bytes that are counted for a folder, and for a stretch of a folder: what maps take for them when they grow.
 const EACH: u64 = 64;
 /// How many are counted at once.
-const STEP: u64 = 1024;
+const STEP: u64 = 64;
 
 /// What is known of a folder.
 #[derive(Debug, Clone, Copy, Default)]
@@ -94,7 +94,7 @@ impl Claims {
         }
         if is_new && !make_room(&mut points, number, 1, blocks) {
             drop(points);
-            return said_by(tree, parent, folder);
+            return said_by(tree, (parent, name), folder);
         }
         known.parent = parent_hash;
         known.name = known.name.max(listed);
@@ -126,10 +126,11 @@ impl Claims {
         let is_new = u64::from(!folders.known.contains_key(&key));
         let most = is_new + places.len() as u64;
         if !make_room(&mut points, number, most, blocks) {
-            return match places.is_empty() {
-                true => Ok(()),
-                false => Err(no_memory()),
-            };
+            drop(points);
+            // Where folders say what they are in, those in this one are in no other.
+            let id = folder.id(tree);
+            let said = places.is_empty() || tree.is_parent(id, id)?.is_some();
+            return if said { Ok(()) } else { Err(no_memory()) };
         }
         let Some(folders) = points.get_mut(&number) else { return Err(no_memory()) };
         // Another thread may have been here meanwhile.
@@ -176,24 +177,35 @@ fn make_room(
             return true;
         }
         let step = needed.next_multiple_of(STEP);
-        match blocks.hold(step * EACH) {
-            Ok(held) => {
+        // Those who open files and folders need some as well.
+        let held = if blocks.is_tight() { None } else { blocks.hold(step * EACH).ok() };
+        match held {
+            Some(held) => {
                 folders.held.push(held);
                 folders.room += step;
             }
-            Err(_) if points.len() > 1 => drop(points.pop_lru()),
-            Err(_) => return false,
+            None if points.len() > 1 => drop(points.pop_lru()),
+            None => return false,
         }
     }
 }
 
-/// Whether a folder is where it was found, by what its file system says.
-fn said_by(tree: &dyn Tree, parent: &Node, folder: &Node) -> Result<()> {
-    match tree.is_parent(folder.id(tree), parent.id(tree))? {
-        Some(true) => Ok(()),
-        Some(false) => Err(named_twice()),
-        None => Err(no_memory()),
+/// Whether a folder is where it was found, by what its file system says: in that folder alone, and by the first of the
+/// names that this has for it.
+fn said_by(tree: &dyn Tree, (parent, name): (&Node, &[u8]), folder: &Node) -> Result<()> {
+    let id = folder.id(tree);
+    match tree.is_parent(id, parent.id(tree))? {
+        Some(true) if folder.is_alias() => return Ok(()),
+        Some(true) => {}
+        Some(false) => return Err(named_twice()),
+        None => return Err(no_memory()),
     }
+    let mut first = None;
+    tree.read_folder(parent.id(tree), 0, &mut |entry| {
+        first = Some(entry).filter(|e| e.node == id).map(|e| e.name);
+        first.is_none()
+    })?;
+    if first.as_deref() == Some(name) { Ok(()) } else { Err(named_twice()) }
 }
 
 fn no_memory() -> Error {
