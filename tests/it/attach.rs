@@ -319,7 +319,8 @@ fn a_device_that_is_somebody_elses_by_now_stays_as_it_is() {
     std::fs::copy(&copy, &other).unwrap();
     let at = attach.at("disk");
     let source = || {
-        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let mounts = std::fs::read("/proc/mounts").unwrap();
+        let mounts = String::from_utf8_lossy(&mounts).into_owned();
         let ours = mounts.lines().find(|l| l.contains(at.to_str().unwrap()));
         ours.and_then(|l| l.split(' ').next()).map(PathBuf::from)
     };
