@@ -183,6 +183,94 @@ of_windows() {
     done
 }
 
+# A group that belongs to another machine, by its system id.
+other_machine() {
+    fresh
+    on_loops
+    lvm vgcreate -q -q foreign "${loops[0]}"
+    lvm lvcreate -q -q -y -n root -l 100%FREE foreign
+    mkfs.ext4 -q /dev/foreign/root
+    mount /dev/foreign/root "$work/view"
+    echo foreign >"$work/view/file"
+    umount "$work/view"
+    lvm vgchange -q -q -an foreign
+    lvm vgchange -q -q -y --systemid other.machine foreign
+    losetup -d "${loops[@]}"
+    point vda "$work/disk1"
+    udevadm settle
+    proof "a group of another machine (system id)" foreign-root foreign vda/latest
+}
+
+# harmless TITLE attach-options...: whatever comes of it, it ends, and the host is as before.
+harmless() {
+    local title=$1 before ended=0
+    shift
+    before=$(state)
+    timeout 100 "$fleecefs" attach --state-dir "$work/state" --mount "$work/view" "$work/backups" "$@" >"$work/said" 2>&1 || ended=$?
+    [ "$ended" != 124 ] || row "$title: attach ends" yes no
+    # Whoever lists a folder of it may be told of damage.
+    timeout 100 find "$work/view" >/dev/null 2>&1 || [ $? != 124 ] || row "$title: find ends" yes no
+    timeout 100 "$fleecefs" detach --state-dir "$work/state" --all >>"$work/said" 2>&1 || row "$title: detach" yes "$(cat "$work/said")"
+    [ -z "$(left)" ] || row "$title: nothing is left" "" "$(left)"
+    [ "$before" = "$(state)" ] || row "$title: the host is as before" "$before" "$(state)"
+}
+
+# A group whose other physical volume has the id of the host's.
+names_of_the_host() {
+    local id bad_before=$bad
+    fresh
+    on_loops
+    id=$(lvm pvs --noheadings -o pv_uuid /dev/vda | tr -d ' ')
+    mkdir -p "$work/lvm"
+    cat >"$work/lvm/lvm.conf" <<CONF
+devices { filter=["a|^${loops[0]}\$|","a|^${loops[1]}\$|","r|.*|"] use_devicesfile=0 obtain_device_list_from_udev=0 hints="none" }
+activation { udev_sync=0 udev_rules=0 }
+backup { backup=0 archive=0 }
+CONF
+    LVM_SYSTEM_DIR=$work/lvm lvm pvcreate -q -q -f --uuid "$id" --norestorefile "${loops[1]}"
+    LVM_SYSTEM_DIR=$work/lvm lvm vgcreate -q -q evil "${loops[@]}"
+    LVM_SYSTEM_DIR=$work/lvm lvm lvcreate -q -q -an -Zn -Wn -n root -i 2 -l 8 evil
+    losetup -d "${loops[@]}"
+    point vda "$work/disk1"
+    udevadm settle
+    harmless "a group that names the host's physical volume" vda/latest
+    row "a group that names the host's physical volume is refused" 1 "$(grep -c 'missing\|needs all disks' "$work/said")"
+    point vda "$work/disk2"
+    harmless "a copy of the id of the host's physical volume" vda/latest
+    [ "$bad" = "$bad_before" ] || return 0
+    row "whatever a group names, the host is as before" "" ""
+}
+
+# File systems with bytes changed at random (the same ones each time), as a fuzzer makes them.
+mutated() {
+    local kind seed i before=$bad RANDOM
+    for kind in ext4 xfs btrfs ntfs fat exfat; do
+        rm -f "$work/disk1"
+        truncate -s 320M "$work/disk1"
+        case $kind in
+            ext4) mkfs.ext4 -q "$work/disk1" ;;
+            xfs) mkfs.xfs -q "$work/disk1" ;;
+            btrfs) mkfs.btrfs -q "$work/disk1" ;;
+            ntfs) mkntfs -q -Q -F "$work/disk1" >/dev/null 2>&1 ;;
+            fat) mkfs.fat -F 32 "$work/disk1" >/dev/null ;;
+            exfat) mkfs.exfat "$work/disk1" >/dev/null 2>&1 ;;
+        esac
+        for seed in 1 2 3 4 5 6; do
+            fresh
+            RANDOM=$seed
+            cp --sparse=always "$work/disk1" "$work/disk2"
+            for i in $(seq $((seed * 8))); do
+                printf "\\x$(printf %02x $((RANDOM % 256)))" |
+                    dd of="$work/disk2" bs=1 seek=$((RANDOM * (seed % 3 * 60 + 1) + RANDOM % 4096)) conv=notrunc status=none
+            done
+            point vda "$work/disk2"
+            harmless "$kind, mutant $seed" vda/latest
+            harmless "$kind, mutant $seed, without replay" vda/latest --no-replay
+        done
+        row "$kind: mutants are attached or refused, and the host is as before" "$before" "$bad"
+    done
+}
+
 mkdir -p "$work"
 host
 echo "$(uname -sr), $(lvm version | sed -n 's/ *LVM version: *//p'), $(cryptsetup --version), udev $(udevadm --version)"
@@ -190,4 +278,7 @@ same_name
 two_disks
 encrypted
 of_windows
+other_machine
+names_of_the_host
+mutated
 [ "$bad" = 0 ]

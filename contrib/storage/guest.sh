@@ -83,7 +83,7 @@ boot() {
     truncate -s "$guest_disk" "$work/disk"
     : >"$work/serial.log"
     timeout 900 qemu-system-x86_64 -accel "${FLEECEFS_GUEST_ACCEL:-tcg}" -machine q35 -m 1536 -smp 2 \
-        -cpu max -nodefaults -no-user-config -display none -no-reboot \
+        -cpu max,arch-capabilities=off -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$folder/kernel/boot/vmlinuz-$(version)" -initrd "$work/initrd" \
         -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check" \
         -serial "file:$work/serial.log" \

@@ -82,9 +82,31 @@ pub(super) fn open(path: &Path, access: DeviceAccess) -> Result<File> {
 pub(super) fn node(place: &Place, name: &str) -> Result<PathBuf> {
     let numbers = numbers(name)
         .ok_or_else(|| Error::new(Kind::NotFound, format!("the kernel has no device {name}")))?;
-    let own = place.private().join("dev").join(name);
-    let found = [Path::new("/dev").join(name), own].into_iter().find(|p| is_node(p, numbers));
-    found.map_or_else(|| place.node(name, numbers), Ok)
+    existing(place, name, numbers).map_or_else(|| place.node(name, numbers), Ok)
+}
+
+fn existing(place: &Place, name: &str, numbers: (u32, u32)) -> Option<PathBuf> {
+    let all = [Path::new("/dev").join(name), place.nodes().join(name)];
+    all.into_iter().find(|p| is_node(p, numbers))
+}
+
+/// Where the node of a device is that there may be: the one in `/dev` if it has none.
+pub(super) fn path(place: &Place, name: &str) -> PathBuf {
+    let found = numbers(name).and_then(|numbers| existing(place, name, numbers));
+    found.unwrap_or_else(|| Path::new("/dev").join(name))
+}
+
+/// What the kernel calls the device whose node is at `path`, if that is where nodes are.
+pub(super) fn name_of<'a>(place: &Place, path: &'a Path) -> Option<&'a str> {
+    let above = path.parent()?;
+    let is_there = above == Path::new("/dev") || above == place.nodes();
+    path.file_name().and_then(|n| n.to_str()).filter(|_| is_there)
+}
+
+/// The numbers of the block device that `path` leads to, links followed.
+pub(super) fn at(path: &Path) -> Option<u64> {
+    let found = folder::look(&folder::resolve(path).ok()?).ok()?;
+    found.file_type().is_block_device().then(|| found.rdev())
 }
 
 /// Whether `path` is the node of the block device with these numbers.

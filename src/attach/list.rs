@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
+use super::device;
 use super::loops;
 use super::mounts;
 use super::place::Place;
 use super::record::{Attachment, Begin, Step, Volume};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mount::table;
+use crate::text::path_text;
 
 /// How an attachment is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -19,10 +21,12 @@ pub(crate) enum State {
     Changing,
     /// It was broken off, or something of it is gone: `detach` cleans up.
     Stale,
+    /// Its journal cannot be read.
+    Unreadable,
 }
 
 /// One attachment.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Listed {
     /// Its id.
     pub id: String,
@@ -34,39 +38,43 @@ pub(crate) struct Listed {
     pub devices: Vec<String>,
     /// Its volumes.
     pub volumes: Vec<Volume>,
+    /// Why its journal cannot be read.
+    pub error: Option<Error>,
 }
 
-/// All attachments of the state folder `state`, by id.
+/// All attachments of the state folder `state`, by id. One that cannot be read does not hide the others.
 ///
 /// # Errors
 /// The state folder cannot be read.
 pub(crate) fn list(state: &Path) -> Result<Vec<Listed>> {
-    let mut all = Vec::new();
-    for place in Place::all(state)? {
-        // Its lock first: what is read after it was free is whole, or was broken off.
-        let changing = place.is_locked();
-        let Some(found) = Attachment::read(&place)? else { continue };
-        let state = match () {
-            () if changing => State::Changing,
-            () if found.ready && is_whole(&found) => State::Attached,
-            () => State::Stale,
-        };
-        let device = |step: &Step| match step {
-            Step::Loop { number, .. } if loops::is_attached(&place, *number) => {
-                Some(format!("/dev/loop{number}"))
-            }
-            _ => None,
-        };
-        let devices = found.steps.iter().filter_map(device).collect();
-        all.push(Listed {
-            id: place.id.clone(),
-            state,
-            begin: found.begin,
-            devices,
-            volumes: found.volumes,
-        });
-    }
-    Ok(all)
+    Ok(Place::all(state)?.iter().filter_map(one).collect())
+}
+
+/// One of them; `None` if it is gone by now.
+fn one(place: &Place) -> Option<Listed> {
+    // Its lock first: what is read after it was free is whole, or was broken off.
+    let changing = place.is_locked();
+    let (id, devices, volumes) = (place.id.clone(), Vec::new(), Vec::new());
+    let found = match Attachment::read(place) {
+        Ok(found) => found?,
+        Err(e) => {
+            let (state, error) = (State::Unreadable, Some(e));
+            return Some(Listed { id, state, begin: None, devices, volumes, error });
+        }
+    };
+    let state = match () {
+        () if changing => State::Changing,
+        () if found.ready && is_whole(&found) => State::Attached,
+        () => State::Stale,
+    };
+    let device = |step: &Step| match step {
+        Step::Loop { number, .. } if loops::is_attached(place, *number) => {
+            Some(path_text(&device::path(place, &format!("loop{number}"))))
+        }
+        _ => None,
+    };
+    let devices = found.steps.iter().filter_map(device).collect();
+    Some(Listed { id, state, begin: found.begin, devices, volumes: found.volumes, error: None })
 }
 
 /// Whether what it serves, its devices and its mounts are all there.

@@ -12,7 +12,7 @@ use super::tools::{EXFAT_FUSE, NTFS_3G, Tool};
 use crate::error::{Error, Kind, Result};
 use crate::files::{Content, kernel_hazard};
 use crate::folder::{self, Folder};
-use crate::mount::table;
+use crate::mount::table::{self, Mount};
 use crate::text::path_text;
 
 /// How long the kernel may hold a file of the private mount.
@@ -21,8 +21,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(20);
 /// How often something may be mounted between a look and the removal of the folder.
 const TRIES: usize = 16;
-/// With temporary ids btrfs mounts a copy beside its running original.
-const TEMPORARY_IDS: &str = "/sys/fs/btrfs/features/temp_fsid";
 
 /// What may be done to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,17 +41,17 @@ struct How {
 }
 
 fn how(content: &Content, mode: Mode) -> Option<How> {
-    let unless = |options: &str, without: &str| match (mode.replay, options.is_empty()) {
-        (true, _) => options.to_string(),
-        (false, true) => without.to_string(),
-        (false, false) => format!("{options},{without}"),
+    let unless = |options: &str, without: &str| match mode.replay {
+        true => options.to_string(),
+        false => format!("{options},{without}"),
     };
     let kernel = |kind, options: String| Some(How { kind, options, program: None });
     match content {
         // What the superblock says about errors may be to halt the machine.
         Content::Ext => kernel("ext4", unless("errors=remount-ro", "noload")),
         Content::Xfs => kernel("xfs", unless("nouuid", "norecovery")),
-        Content::Btrfs => kernel("btrfs", unless("", "rescue=nologreplay")),
+        // Without replay it is not mounted: see `check`.
+        Content::Btrfs => kernel("btrfs", String::new()),
         Content::Fat => kernel("vfat", "utf8,umask=0077".into()),
         Content::Exfat => Some(How {
             program: Some((EXFAT_FUSE, false)),
@@ -75,11 +73,12 @@ pub(super) fn check(content: &Content, device: &Path, mode: Mode) -> Result<()> 
     if let Some(hazard) = kernel_hazard(content, &device::open_source(device)?)? {
         return Err(hazard);
     }
-    if *content == Content::Btrfs && !mode.replay && !folder::exists(Path::new(TEMPORARY_IDS)) {
-        let what = "this kernel takes a copy of a btrfs for its original";
+    if *content == Content::Btrfs && !mode.replay {
+        let what = "a btrfs gets an id of its own only where something may be written, and the kernel takes a copy with \
+                    the same id for its original, mounted or not";
         return Err(Error::new(Kind::Unsupported, what)
             .at_path(device)
-            .remedy("leave --no-replay away: then it gets an id of its own"));
+            .remedy("leave --no-replay away; 'fleecefs files' reads it without its log"));
     }
     Ok(())
 }
@@ -161,7 +160,7 @@ pub(super) fn undo(at: &Path, from: From<'_>) -> Result<()> {
     for _ in 0..TRIES {
         while let Some(mount) = table::find(at)? {
             let ours = match from {
-                From::Device(device) => Path::new(&mount.source) == device,
+                From::Device(device) => is_from(&mount, device),
                 From::Fleecefs => mount.is_fleecefs(),
                 From::Nobody => false,
             };
@@ -170,9 +169,10 @@ pub(super) fn undo(at: &Path, from: From<'_>) -> Result<()> {
                 return Err(Error::new(Kind::Busy, what).at_path(at).remedy("unmount that first"));
             }
             match from {
-                From::Fleecefs => end_private(at)?,
-                _ => table::unmount(at, false)?,
+                From::Fleecefs => end_private(at),
+                _ => table::unmount(at, false),
             }
+            .map_err(|e| in_use(at, e))?;
         }
         let gone = Folder::of(at).and_then(|(above, name)| above.remove_folder(name));
         match gone {
@@ -191,6 +191,16 @@ pub(super) fn undo(at: &Path, from: From<'_>) -> Result<()> {
     Err(Error::new(Kind::Busy, "it is mounted again and again").at_path(at))
 }
 
+/// What is in use is not detached: there is no way around ending its use.
+fn in_use(at: &Path, e: Error) -> Error {
+    match e.kind() {
+        Kind::Busy => Error::new(Kind::Busy, e.message())
+            .at_path(at)
+            .remedy("close what is open there ('fuser -vm' shows it), and detach again"),
+        _ => e,
+    }
+}
+
 /// Unmounts the private mount. Nobody but the kernel is at work in there: where udev was the last to close a loop
 /// device, its file may be closed a little later than the device says so.
 fn end_private(at: &Path) -> Result<()> {
@@ -205,9 +215,14 @@ fn end_private(at: &Path) -> Result<()> {
     }
 }
 
+/// Whether a mount is of `device`. (Its source is text: bytes that are no UTF-8 are in no names that we make.)
+fn is_from(mount: &Mount, device: &Path) -> bool {
+    mount.source == device.to_string_lossy()
+}
+
 /// Whether the file system that is mounted at `at` is from `device`.
 pub(super) fn is_mounted(at: &Path, device: &Path) -> bool {
-    table::find(at).ok().flatten().is_some_and(|m| Path::new(&m.source) == device)
+    table::find(at).ok().flatten().is_some_and(|m| is_from(&m, device))
 }
 
 #[cfg(test)]
@@ -222,7 +237,6 @@ mod tests {
         assert_eq!(options(&Content::Ext, true), "errors=remount-ro");
         assert_eq!(options(&Content::Ext, false), "errors=remount-ro,noload");
         assert_eq!(options(&Content::Xfs, false), "nouuid,norecovery");
-        assert_eq!(options(&Content::Btrfs, false), "rescue=nologreplay");
         assert_eq!(options(&Content::Btrfs, true), "");
         for none in [Content::LvmPv, Content::Unknown] {
             assert!(how(&none, Mode { replay: true, write: false }).is_none());

@@ -113,6 +113,11 @@ impl Place {
         format!("{PREFIX}{}", self.id)
     }
 
+    /// Where it has nodes of devices that `/dev` does not have.
+    pub(super) fn nodes(&self) -> PathBuf {
+        self.private().join("dev")
+    }
+
     /// Where its backups are mounted.
     pub(super) fn mount(&self) -> PathBuf {
         self.private().join("mnt")
@@ -154,6 +159,8 @@ impl Place {
     pub(super) fn node(&self, name: &str, (major, minor): (u32, u32)) -> Result<PathBuf> {
         let make = || {
             let dev = Folder::open(&self.private())?.make_folder("dev")?;
+            // One that is there has other numbers: of a partition that was made anew.
+            dev.remove_if_there(name)?;
             let node = dev.new_node(name, NewNode::BlockDevice(major, minor));
             node.map(|_| dev.join(name))
         };

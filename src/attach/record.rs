@@ -9,6 +9,7 @@ use super::place::Place;
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
 use crate::journal::lines::{self, Lines};
+use crate::journal::paths;
 
 /// One record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +29,7 @@ pub(super) enum Record {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Begin {
     /// The backup directory.
+    #[serde(with = "paths")]
     pub backups: PathBuf,
     /// The points, as `list` names them.
     pub points: Vec<String>,
@@ -38,6 +40,7 @@ pub(crate) struct Begin {
     /// When, in seconds since the epoch.
     pub started: i64,
     /// Where they are mounted.
+    #[serde(with = "paths::maybe")]
     pub mount: Option<PathBuf>,
 }
 
@@ -69,13 +72,16 @@ pub(super) enum Step {
     /// btrfs gets to know a device.
     Btrfs {
         /// The device.
+        #[serde(with = "paths")]
         device: PathBuf,
     },
     /// A folder is made, and a file system mounted there.
     Mount {
         /// The folder.
+        #[serde(with = "paths")]
         at: PathBuf,
         /// The device.
+        #[serde(with = "paths")]
         device: PathBuf,
     },
 }
@@ -86,13 +92,18 @@ pub(crate) struct Volume {
     /// As `files ls` calls it: `p1`, `vg-root`, `disk`; before it the disk's name where several are attached.
     pub name: String,
     /// Its device, if there is one.
+    #[serde(with = "paths::maybe")]
     pub device: Option<PathBuf>,
     /// What is in it.
     pub content: String,
     /// Where it is mounted.
+    #[serde(with = "paths::maybe")]
     pub mounted: Option<PathBuf>,
     /// What could not be done with it.
     pub note: Option<String>,
+    /// Whether that should have been done, and went wrong.
+    #[serde(default)]
+    pub failed: bool,
 }
 
 /// What a journal says.
@@ -192,6 +203,9 @@ pub(super) fn mapper_prefix(place: &Place) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
@@ -200,7 +214,7 @@ mod tests {
         let (place, _lock) = Place::new(&dir.path().canonicalize().unwrap()).unwrap();
         assert!(Attachment::read(&place).unwrap().is_none());
         let begin = Begin {
-            backups: "/b".into(),
+            backups: OsStr::from_bytes(b"/b\xff\n\\xff").into(),
             points: vec!["sda/x".into()],
             uid: 0,
             pid: 7,

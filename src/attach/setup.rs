@@ -17,6 +17,8 @@ use crate::text::path_text;
 
 /// Volumes in volumes: LVM in LUKS, or LUKS in LVM, and no deeper.
 const ROUNDS: usize = 3;
+/// Bytes of a sector that all disks have.
+const SECTOR: u32 = 512;
 /// The longest name of a disk in those of its volumes.
 const NAME_MAX: usize = 64;
 
@@ -73,6 +75,8 @@ struct Found {
     content: Content,
     mounted: Option<PathBuf>,
     note: Option<String>,
+    /// Whether that should have been done.
+    failed: bool,
     /// Whether what is inside has been looked for.
     opened: bool,
 }
@@ -168,8 +172,7 @@ impl Setup<'_> {
         let id = FileId::of(&file.metadata().map_err(failed)?);
         let table = partitions(&device::source(file.try_clone().map_err(failed)?, &disk.path)?)?;
         table.findings.iter().for_each(|f| log::warn!("{f}"));
-        let sector = u32::try_from(table.sector).unwrap_or(512);
-        let how = (self.o.sector.unwrap_or(sector), !self.o.replay);
+        let how = (self.sector(table.sector, disk)?, !self.o.replay);
         let place = self.place;
         let made = loops::attach(place, &file, how, |number| {
             self.announce(Step::Loop { number, file: id })
@@ -187,10 +190,27 @@ impl Setup<'_> {
                     let content = device::content(&node)?;
                     self.add(&name, Some(node), content);
                 }
-                Err(e) => self.add(&name, None, Content::Unknown).note = Some(e.report()),
+                Err(e) => self.add(&name, None, Content::Unknown).fail(e.report()),
             }
         }
         Ok(made.path)
+    }
+
+    /// Bytes of a sector: as they are wanted, or as the table has them if the disk has whole ones only. (Partitions are
+    /// made in any case; the kernel would take a disk with a part of a sector at its end for a smaller one.)
+    fn sector(&self, of_table: u64, disk: &Disk) -> Result<u32> {
+        let fits = |sector: &u32| disk.size.is_multiple_of(u64::from(*sector));
+        let Some(wanted) = self.o.sector else {
+            return Ok(u32::try_from(of_table).ok().filter(fits).unwrap_or(SECTOR));
+        };
+        if !fits(&wanted) && wanted > SECTOR {
+            let what = format!(
+                "{}/{} has no whole number of sectors of {wanted} bytes",
+                disk.name, disk.point
+            );
+            return Err(Error::new(Kind::Usage, what).remedy("attach it with --sector 512"));
+        }
+        Ok(wanted)
     }
 
     /// What the names of a disk's volumes begin with, where there are several disks. Whatever the disk is called, it
@@ -210,7 +230,15 @@ impl Setup<'_> {
         let mut names = std::iter::once(name.to_string()).chain(numbered);
         let name = names.find(|n| !self.taken.contains(n)).unwrap_or_default();
         self.taken.insert(name.clone());
-        let new = Found { name, device, content, mounted: None, note: None, opened: false };
+        let new = Found {
+            name,
+            device,
+            content,
+            mounted: None,
+            note: None,
+            failed: false,
+            opened: false,
+        };
         self.found.push(new);
         let last = self.found.len() - 1;
         &mut self.found[last]
@@ -240,7 +268,10 @@ impl Setup<'_> {
             };
             self.found[i].opened = true;
             let Some(key) = self.o.key else {
-                self.found[i].note = Some("encrypted: --key-file opens it".into());
+                self.found[i].note = Some(format!(
+                    "encrypted: --key-file opens it, or 'cryptsetup open --type {kind} {} NAME'",
+                    path_text(&device)
+                ));
                 continue;
             };
             let name = format!("{}c{i}", mapper_prefix(self.place));
@@ -251,7 +282,7 @@ impl Setup<'_> {
                     let name = format!("{}-open", self.found[i].name);
                     self.add(&name, Some(inner), content);
                 }
-                Err(e) => self.found[i].note = Some(e.report()),
+                Err(e) => self.found[i].fail(e.report()),
             }
         }
         Ok(())
@@ -269,20 +300,21 @@ impl Setup<'_> {
             return Ok(());
         }
         if !self.o.replay {
-            self.note_on(
-                &devices,
-                "not activated: a group gets a name of its own in the overlay only",
-            );
+            let note = "not activated: a group gets a name of its own in the overlay only";
+            self.on(&devices, |f| f.note = Some(note.into()));
             return Ok(());
         }
         let groups = match lvm::groups(self.place, &devices) {
             Ok(groups) => groups,
             Err(e) => {
-                self.note_on(&devices, &e.report());
+                self.on(&devices, |f| f.fail(e.report()));
                 return Ok(());
             }
         };
-        for group in groups {
+        for (device, why) in groups.left {
+            self.on(&[device], |f| f.fail(why.clone()));
+        }
+        for group in groups.found {
             let own = format!("{}g{}", mapper_prefix(self.place), self.found.len());
             self.announce(Step::Group { name: own.clone() })?;
             match lvm::activate(self.place, &group, &own) {
@@ -292,15 +324,16 @@ impl Setup<'_> {
                         self.add(&volume.name, Some(volume.device), content);
                     }
                 }
-                Err(e) => self.note_on(&group.devices, &e.report()),
+                Err(e) => self.on(&group.devices, |f| f.fail(e.report())),
             }
         }
         Ok(())
     }
 
-    fn note_on(&mut self, devices: &[PathBuf], note: &str) {
+    /// Does something with what has one of these devices.
+    fn on(&mut self, devices: &[PathBuf], change: impl Fn(&mut Found)) {
         let is = |f: &&mut Found| f.device.as_ref().is_some_and(|d| devices.contains(d));
-        self.found.iter_mut().filter(is).for_each(|f| f.note = Some(note.to_string()));
+        self.found.iter_mut().filter(is).for_each(change);
     }
 
     /// Mounts each file system in a folder of its name.
@@ -319,7 +352,7 @@ impl Setup<'_> {
                 Ok(at) => self.found[i].mounted = Some(at),
                 Err(e) if e.kind() == Kind::Interrupted => return Err(e),
                 Err(e) => {
-                    self.found[i].note = Some(e.report());
+                    self.found[i].fail(e.report());
                     failed.get_or_insert(e);
                 }
             }
@@ -367,6 +400,11 @@ impl Setup<'_> {
 }
 
 impl Found {
+    /// Notes what went wrong with it.
+    fn fail(&mut self, why: String) {
+        (self.note, self.failed) = (Some(why), true);
+    }
+
     fn volume(self) -> Volume {
         Volume {
             name: self.name,
@@ -374,6 +412,7 @@ impl Found {
             content: self.content.name().to_string(),
             mounted: self.mounted,
             note: self.note,
+            failed: self.failed,
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
-use crate::qemu_img::{installed_in, said, shown};
+use crate::qemu_img::{installed_in, said, shown, tie};
 
 /// No such program takes long; LUKS keys are derived within seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -72,7 +72,7 @@ impl Tool {
         match ended.status.success() {
             true => Ok(ended.out),
             false => {
-                let what = format!("{} failed: {}", self.name, ended.said);
+                let what = format!("{} failed: {}", self.name, one_line(&ended.said));
                 Err(Error::new(Kind::Peer, what))
             }
         }
@@ -89,12 +89,20 @@ pub(super) struct Ended {
     pub said: String,
 }
 
-/// Runs `command`, and keeps some of what it says.
+/// What a program said on several lines, for a message.
+fn one_line(said: &str) -> String {
+    let lines = said.lines().map(str::trim).filter(|l| !l.is_empty());
+    lines.collect::<Vec<_>>().join("; ")
+}
+
+/// Runs `command`, and keeps some of what it says. It ends with us: whoever cleans up after this process was killed must
+/// not be followed by what it had begun.
 ///
 /// # Errors
 /// It cannot be started; `Timeout`.
 pub(super) fn run(command: &mut Command, name: &str) -> Result<Ended> {
     failpoint::keep_from(command);
+    tie(command);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn();
     let mut child = child
@@ -143,7 +151,24 @@ mod tests {
         assert_eq!(tool("echo").run(&args(["a b", "$HOME;"])).unwrap(), "a b $HOME;");
         let e = tool("ls").run(&args(["/nowhere"])).unwrap_err();
         assert!(e.kind() == Kind::Peer && e.report().contains("/nowhere"), "{e}");
+        // (Of ls there are two lines, one for each.)
+        let e = tool("ls").run(&args(["/nowhere", "/no-where"])).unwrap_err();
+        let text = e.report();
+        assert!(text.contains("; ") && !text.contains('\n') && !text.contains("\\n"), "{text}");
         let e = tool("fleecefs-no-such-program").run(&[]).unwrap_err();
         assert!(e.kind() == Kind::NotFound && e.report().contains("some-package"), "{e}");
+    }
+    #[test]
+    fn a_program_ends_with_who_has_started_it() {
+        use std::os::unix::process::ExitStatusExt;
+        let started = std::thread::spawn(|| {
+            let mut command = Command::new("sleep");
+            command.arg("1000000");
+            tie(&mut command);
+            command.spawn().unwrap()
+        });
+        let mut child = started.join().unwrap();
+        let ended = child.wait().unwrap();
+        assert_eq!(ended.signal(), Some(libc::SIGKILL));
     }
 }

@@ -1,15 +1,17 @@
 //! Undoing what was attached, newest first. Each step looks at what is there, so that it can be repeated after a crash
 //! of its own, and touches nothing that is not ours.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use super::device;
 use super::ioctl;
 use super::loops;
 use super::lvm;
 use super::mapper;
 use super::mounts::{self, From};
 use super::place::Place;
-use super::record::{Attachment, Step};
+use super::record::{Attachment, Step, Volume, mapper_prefix};
 use super::udev;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
@@ -21,8 +23,8 @@ use crate::text::path_text;
 pub(crate) enum What {
     /// All that is attached.
     All,
-    /// What has this id, is mounted at (or below) this folder, or has this device.
-    Named(String),
+    /// What has this id, is mounted at (or below) this folder, or has this device, partition or volume.
+    Named(OsString),
 }
 
 /// Detaches `what`; gives the ids.
@@ -52,9 +54,10 @@ pub(crate) fn detach(state: &Path, what: &What) -> Result<Vec<String>> {
     failed.map_or(Ok(done), Err)
 }
 
-fn named(places: Vec<Place>, name: &str) -> Result<Place> {
+fn named(places: Vec<Place>, name: &OsStr) -> Result<Place> {
     let is = |place: &Place| {
-        place.id == name || Attachment::read(place).is_ok_and(|a| a.is_some_and(|a| a.has(name)))
+        place.id.as_str() == name
+            || Attachment::read(place).is_ok_and(|a| a.is_some_and(|a| a.has(name)))
     };
     let mut found = places.into_iter().filter(is);
     match (found.next(), found.next()) {
@@ -73,20 +76,25 @@ fn named(places: Vec<Place>, name: &str) -> Result<Place> {
 
 impl Attachment {
     /// Whether it is what the user calls `name`: a folder or a device, also by way of links.
-    fn has(&self, name: &str) -> bool {
+    fn has(&self, name: &OsStr) -> bool {
         let named = std::path::absolute(name).unwrap_or_else(|_| PathBuf::from(name));
         let paths = [folder::resolve(&named).unwrap_or_default(), named];
         let is = |path: &Path| paths.iter().any(|p| p == path);
+        let numbers = paths.iter().find_map(|p| device::at(p));
         let mount = self.begin.as_ref().and_then(|b| b.mount.as_deref());
         let step = |s: &Step| match s {
             Step::Mount { at, device } => is(at) || is(device),
             Step::Loop { number, .. } => {
-                is(Path::new(&format!("/dev/loop{number}")))
-                    && loops::is_attached(&self.place, *number)
+                let own = |p: &PathBuf| loop_number(&self.place, p) == Some(*number);
+                paths.iter().any(own) && loops::is_attached(&self.place, *number)
             }
             _ => false,
         };
-        mount.is_some_and(is) || self.steps.iter().any(step)
+        let volume = |v: &Volume| {
+            let same = |d: &&Path| is(d) || (numbers.is_some() && device::at(d) == numbers);
+            v.device.as_deref().filter(same).is_some_and(|d| is_ours(self, d).unwrap_or(false))
+        };
+        mount.is_some_and(is) || self.steps.iter().any(step) || self.volumes.iter().any(volume)
     }
 }
 
@@ -131,17 +139,26 @@ fn undo_step(attachment: &Attachment, done: &Step) -> Result<()> {
     }
 }
 
-/// Whether a device is still ours: a loop device may have been given to somebody else since, by a reboot or by hand.
-/// Volumes, and nodes that we made, have names that nobody else's have.
+/// The number of the loop device whose node, or that of a partition of it, is at `path`.
+fn loop_number(place: &Place, path: &Path) -> Option<u32> {
+    let rest = device::name_of(place, path)?.strip_prefix("loop")?;
+    rest.split('p').next().and_then(|n| n.parse().ok())
+}
+
+/// Whether a device is still ours: what has its number may have been given to somebody else since, by a reboot or by
+/// hand. Volumes by their names of the device mapper have names that nobody else's have.
 fn is_ours(attachment: &Attachment, device: &Path) -> Result<bool> {
-    let name = device.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    let is_in_dev = device.parent() == Some(Path::new("/dev"));
-    let Some(rest) = name.strip_prefix("loop").filter(|_| is_in_dev) else { return Ok(true) };
-    let number = rest.split('p').next().and_then(|n| n.parse::<u32>().ok());
+    let place = &attachment.place;
+    let Some(name) = device::name_of(place, device) else { return Ok(true) };
+    if name.starts_with("dm-") {
+        let volume = device::setting(name, "dm/name");
+        return Ok(volume.is_some_and(|v| v.starts_with(&mapper_prefix(place))));
+    }
+    let Some(number) = loop_number(place, device) else { return Ok(true) };
     for done in &attachment.steps {
         if let Step::Loop { number: own, file } = done
-            && Some(*own) == number
-            && loops::is_still_ours(&attachment.place, *own, *file)?
+            && *own == number
+            && loops::is_still_ours(place, *own, *file)?
         {
             return Ok(true);
         }

@@ -1,5 +1,6 @@
 //! `fleecefs attach` and `detach`.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -43,8 +44,8 @@ File systems, and how each is mounted (in brackets: with --no-replay):
   ext2, ext3, ext4   ext4   errors=remount-ro [noload]; not if its journal is
                             on another device
   XFS                xfs    nouuid [norecovery]: also beside its original
-  btrfs              btrfs  [rescue=nologreplay]; an id of its own: also beside
-                            its original; on one device only
+  btrfs              btrfs  with an id of its own: also beside its original;
+                            on one device only; not with --no-replay
   NTFS               ntfs-3g, else the kernel's ntfs3; umask=0077
   FAT                vfat   utf8,umask=0077
   exFAT              exfat  umask=0077, else mount.exfat-fuse
@@ -108,9 +109,9 @@ pub(super) struct AttachArgs {
 /// interrupted 'attach' or 'detach' has left is cleaned up.
 #[derive(Debug, Args)]
 pub(super) struct DetachArgs {
-    /// An id of 'attach --list', the folder of --mount or one in it, or a device
+    /// An id of 'attach --list', the folder of --mount or one in it, or a device, also of a partition or volume
     #[arg(required_unless_present = "all", conflicts_with = "all")]
-    what: Option<String>,
+    what: Option<OsString>,
 
     /// Detach all
     #[arg(long)]
@@ -131,7 +132,8 @@ fn sector(text: &str) -> std::result::Result<u32, String> {
 /// Runs `fleecefs attach`.
 ///
 /// # Errors
-/// As the exit codes say; `Partial` if a file system could not be mounted and others are.
+/// As the exit codes say; `Partial` if a partition or volume could not be made ready, or a file system not be mounted, and
+/// others are.
 pub(super) fn attach(args: &AttachArgs) -> Result<()> {
     let state = args.state.dir()?;
     if args.list {
@@ -159,20 +161,22 @@ pub(super) fn attach(args: &AttachArgs) -> Result<()> {
         cancel: &cancel,
     })?;
     show(&attached, &disks, args.print.json)?;
-    let left = attached.volumes.iter().filter(|v| mount.is_some() && is_left(v)).count();
+    let left = attached.volumes.iter().filter(|v| is_left(v, mount.is_some())).count();
+    let what = if mount.is_some() { "not mounted" } else { "not ready" };
     match left {
         0 => Ok(()),
         n => Err(Error::new(
             Kind::Partial,
-            format!("not mounted: {}", crate::units::counted(n as u64, "volume")),
+            format!("{what}: {}", crate::units::counted(n as u64, "volume")),
         )
         .remedy("the reasons are above")),
     }
 }
 
-/// Whether something went wrong with a volume. What holds no files is no failure.
-fn is_left(volume: &Volume) -> bool {
-    volume.mounted.is_none() && volume.note.is_some()
+/// Whether a volume is not as it was asked for. What holds no files is no failure; what is not opened since there is no
+/// key, or no overlay, is one only where it was to be mounted.
+fn is_left(volume: &Volume, mounting: bool) -> bool {
+    volume.failed || mounting && volume.mounted.is_none() && volume.note.is_some()
 }
 
 fn needs_root(what: &str) -> Result<()> {
@@ -265,19 +269,31 @@ fn volumes_json(volumes: &[Volume]) -> Vec<Value> {
 
 fn list(state: &Path, as_json: bool) -> Result<()> {
     let all = attach::list(state)?;
+    let unreadable = all.iter().filter(|one| one.error.is_some()).count();
     if as_json {
         let all: Vec<Value> = all.iter().map(listed_json).collect();
-        return output::print(&output::json_document(&json!({"attached": all}))?);
+        output::print(&output::json_document(&json!({"attached": all}))?)?;
+    } else if all.is_empty() {
+        output::print("nothing is attached\n")?;
+    } else {
+        output::print_lines(&lines(&all))?;
     }
-    if all.is_empty() {
-        return output::print("nothing is attached\n");
+    match unreadable {
+        0 => Ok(()),
+        n => {
+            let what = format!("not readable: {}", crate::units::counted(n as u64, "journal"));
+            Err(Error::new(Kind::Partial, what).remedy("the reasons are above"))
+        }
     }
+}
+
+fn lines(all: &[Listed]) -> Vec<Line> {
     let mut lines = Vec::new();
-    for one in &all {
+    for one in all {
         lines.push(Line::new(Look::Bold, heading(one)));
         lines.extend(volumes_table(&one.volumes).lines(verbosity::is_verbose()));
     }
-    output::print_lines(&lines)
+    lines
 }
 
 /// `1f3a9c2e: sda/FULL-1 of /backups, /dev/loop3, by root since 2024-01-26T09:17:26Z`.
@@ -295,12 +311,13 @@ fn heading(one: &Listed) -> String {
                 iso_time(begin.started)
             );
         }
-        None => text += "nothing is known of it",
+        None => text += &one.error.as_ref().map_or("nothing is known of it".into(), Error::report),
     }
     match one.state {
         State::Attached => text,
         State::Changing => text + " (being attached or detached)",
         State::Stale => text + " (stale: 'fleecefs detach' cleans up)",
+        State::Unreadable => text + " (unreadable)",
     }
 }
 
@@ -323,6 +340,7 @@ fn listed_json(one: &Listed) -> Value {
         "mount": begin.and_then(|b| b.mount.as_ref()).map(|m| to_text(m.as_os_str())),
         "devices": one.devices,
         "volumes": volumes_json(&one.volumes),
+        "error": one.error.as_ref().map(Error::report),
     })
 }
 

@@ -13,7 +13,7 @@
 //! - `hazard`: what a file system says that reaches beyond it, where a kernel mounts it
 //! - `partition`, `lvm`: where the file systems of a disk are
 //! - `volumes`: all of them together: from images of disks to named [`Volume`]s
-//! - `walk`: paths in a tree; `once`: each folder of it once
+//! - `walk`: paths in a tree; `once`: each folder of it once; `places`: where the entries of folders are
 //! - `beside`: two points, of which what is the same is read once; [`compare`]: what is different in two trees
 //! - [`copy`]: out of a tree, into a folder or an archive
 //!
@@ -38,6 +38,7 @@ mod lvm;
 mod ntfs;
 mod once;
 mod partition;
+mod places;
 mod probe;
 mod runs;
 mod source;
@@ -54,7 +55,9 @@ pub use btrfs::with_id as btrfs_with_id;
 pub use findings::{Findings, log_once};
 pub use hazard::kernel_hazard;
 pub use lvm::volumes as lvm_volumes;
+pub use once::{named_twice, shared_contents};
 pub use partition::{Partition, Table, TableKind, partitions};
+pub use places::Places;
 pub use probe::{Content, probe};
 pub use source::Source;
 pub use tree::{

@@ -330,6 +330,16 @@ pub trait Tree: Send + Sync {
         Ok(Vec::new())
     }
 
+    /// Whether a folder itself says that it is in `parent`, and in no other. `None` where the file system notes no such
+    /// thing: then only who goes through all of it can tell.
+    ///
+    /// # Errors
+    /// As [`Tree::read_folder`].
+    fn is_parent(&self, folder: NodeId, parent: NodeId) -> Result<Option<bool>> {
+        let _ = (folder, parent);
+        Ok(None)
+    }
+
     /// Opens a plain file.
     ///
     /// # Errors

@@ -150,6 +150,24 @@ impl FileSystem {
         Ok(attr::inside(ino, &found, self.owner, inside.squash))
     }
 
+    /// Attributes of what was found as `name`; a folder has to be in that one, and by that name, alone.
+    ///
+    /// # Errors
+    /// As [`FileSystem::attr`]; EIO for a folder that is somewhere else.
+    pub fn named_attr(&self, node: &Node, name: &OsStr) -> Result<Attr, Errno> {
+        let attr = self.attr(node)?;
+        if let NodeKind::Inside(inside) = &node.kind
+            && attr.kind == EntryKind::Dir
+            && name != "."
+            && name != ".."
+            && let NodeKind::Inside(parent) = &self.node(node.parent)?.kind
+        {
+            let entered = self.view()?.enter(parent, name.as_bytes(), inside);
+            entered.map_err(|e| self.inside_failed(inside.point(), &e))?;
+        }
+        Ok(attr)
+    }
+
     /// The text of a symbolic link.
     pub(super) fn inside_link(&self, node: &view::Node) -> Result<PathBuf, Errno> {
         let text = self.view()?.read_link(node).map_err(|e| match e.kind() {

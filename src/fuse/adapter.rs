@@ -27,7 +27,7 @@ use super::negotiate::{MAX_REQUEST, negotiate};
 use super::reply::{BLOCK, dot_attr, errno, file_attr, file_type, reply_empty, reply_xattr};
 use crate::fs::readers::Readers;
 use crate::fs::slow_pool::SlowPool;
-use crate::fs::tree::{Node, NodeKind};
+use crate::fs::tree::{Node, NodeKind, ROOT};
 use crate::fs::{self, FileSystem, Listed, WaitsFor};
 
 /// How long the kernel may trust a name or attributes. A refresh tells it what changed, so this
@@ -152,7 +152,7 @@ fn lookup(fs: &FileSystem, parent: u64, name: &OsStr, reply: ReplyEntry) {
         Ok(node) => node,
         Err(e) => return reply.error(errno(e)),
     };
-    match fs.attr(&node) {
+    match fs.named_attr(&node, name) {
         Ok(attr) => reply.entry(ttl(&node), &file_attr(&attr), Generation(0)),
         Err(e) => {
             fs.forget(node.ino, 1);
@@ -163,20 +163,19 @@ fn lookup(fs: &FileSystem, parent: u64, name: &OsStr, reply: ReplyEntry) {
 
 /// Adds an entry with its attributes; false if there is no space for it.
 fn add_plus(fs: &FileSystem, reply: &mut ReplyDirectoryPlus, e: &Listed, next: u64) -> bool {
-    // The kernel counts each name that it gets as a lookup, but `.` and `..`.
+    // What cannot be read is listed all the same: whoever looks at it asks again, and is told why. The kernel lists a name
+    // with the root's number, and takes it for nothing that it knows; one with 0 is not listed.
     let node = e.node.as_ref();
-    let known = node.filter(|n| fs.remember(n));
-    // What cannot be read is listed all the same: whoever looks at it asks again, and is told why.
-    let (attr, ttl) = match (known.map(|n| (n, fs.attr(n))), node) {
-        (Some((n, Ok(attr))), _) => (file_attr(&attr), ttl(n)),
-        (Some((n, Err(_))), _) => {
-            (FileAttr { kind: file_type(e.kind), ..dot_attr(n.ino) }, &Duration::ZERO)
-        }
+    let attr = node.and_then(|n| Some((n, fs.named_attr(n, &e.name).ok()?)));
+    // The kernel counts each name that it gets with a number as a lookup, but `.` and `..`.
+    let known = attr.filter(|(n, _)| fs.remember(n));
+    let (attr, ttl) = match (&known, node) {
+        (Some((n, attr)), _) => (file_attr(attr), ttl(n)),
         (None, None) => (dot_attr(e.ino), &TTL),
-        (None, Some(_)) => (FileAttr { kind: file_type(e.kind), ..dot_attr(0) }, &Duration::ZERO),
+        (None, Some(_)) => (FileAttr { kind: file_type(e.kind), ..dot_attr(ROOT) }, &TTL),
     };
     let full = reply.add(INodeNo(e.ino), next, &e.name, ttl, &attr, Generation(0));
-    if let Some(node) = known.filter(|_| full) {
+    if let Some((node, _)) = known.filter(|_| full) {
         fs.forget(node.ino, 1);
     }
     !full

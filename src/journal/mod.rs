@@ -4,12 +4,13 @@
 //! - [`removal`]: what prune and consolidate are about to remove
 //! - [`linking`]: a `link-disk` at work
 //! - [`unfinished`]: which of them are in a folder
-//! - [`lines`]: one that grows by records, in the state folder
+//! - [`lines`]: one that grows by records, in the state folder; [`paths`]: paths in it
 //!
 //! Here is what all of them have in common, and what other files ask of the journal of a `commit`.
 
 pub(crate) mod lines;
 pub(crate) mod linking;
+pub(crate) mod paths;
 pub mod removal;
 pub(crate) mod unfinished;
 

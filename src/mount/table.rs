@@ -219,9 +219,21 @@ fn unescape(text: &str) -> OsString {
 /// The list cannot be read.
 pub(super) fn listed() -> Result<Vec<Mount>> {
     let list = "/proc/self/mountinfo";
-    let text = folder::system::text(Path::new(list))
+    let bytes = folder::system::read(Path::new(list))
         .map_err(|e| Error::io(e, "cannot read the list of mounts").at_path(list))?;
-    Ok(text.lines().filter_map(Mount::parse).collect())
+    Ok(escaped(&bytes).lines().filter_map(Mount::parse).collect())
+}
+
+/// The list as text: the kernel escapes spaces and the like, and leaves bytes that may be no UTF-8 as they are.
+fn escaped(list: &[u8]) -> String {
+    let mut text = String::with_capacity(list.len());
+    for byte in list {
+        match byte.is_ascii() {
+            true => text.push(char::from(*byte)),
+            false => text.push_str(&format!("\\{byte:03o}")),
+        }
+    }
+    text
 }
 
 /// What is mounted at `path`, which must be absolute and without links; the topmost of several. One
@@ -331,6 +343,10 @@ mod tests {
         assert_eq!((mount.dev.as_str(), mount.source.as_str()), ("0:51", "/b\\x"));
         assert!(mount.is_fleecefs());
         assert_eq!(Mount::parse("garbage"), None);
+        let line = b"77 29 0:51 / /m\xffn\xc3\xbct\\040 ro shared:1 - ext4 /d\xff ro";
+        let mount = Mount::parse(&escaped(line)).unwrap();
+        assert_eq!(mount.path.as_os_str().as_bytes(), b"/m\xffn\xc3\xbct ");
+        assert_eq!(mount.source, "/d\u{fffd}");
     }
 
     #[test]

@@ -19,6 +19,8 @@
 //! Only plain system calls are made here; nothing is allocated.
 
 use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// What it may use.
 #[derive(Debug, Clone, Copy)]
@@ -301,6 +303,13 @@ fn restrict(places: &[AllowedPath], read_limited: bool, network: bool) {
             libc::close(fd as libc::c_int);
         }
     }
+}
+
+/// Has the process that `command` starts end with the thread that starts it.
+pub(crate) fn tie(command: &mut Command) {
+    let parent = std::process::id();
+    // SAFETY: `die_with` makes plain system calls only, as must be between fork and exec.
+    unsafe { command.pre_exec(move || die_with(parent, libc::SIGKILL)) };
 }
 
 /// Ties this new process to its parent: left behind by a killed run, QEMU would go on writing to an

@@ -41,7 +41,7 @@ impl Default for Indexes {
 }
 
 impl Indexes {
-    /// What a folder has under this name: as [`Tree::lookup`] says it.
+    /// What a folder has under this name, as [`Tree::lookup`] says it, and whether it lists that by this name.
     ///
     /// # Errors
     /// As [`Tree::lookup`].
@@ -51,7 +51,7 @@ impl Indexes {
         folder: &Node,
         name: &[u8],
         blocks: &Arc<Blocks>,
-    ) -> Result<Option<NodeId>> {
+    ) -> Result<Option<(NodeId, bool)>> {
         let (id, key) = (folder.id(tree), folder.number());
         let known = self.lock().get(&key).cloned();
         let found = match known {
@@ -59,9 +59,9 @@ impl Indexes {
             None => self.read(tree, (id, key), name, blocks)?,
         };
         match found {
-            Some(node) => Ok(Some(node)),
+            Some(node) => Ok(Some((node, true))),
             // Some file systems find a name in another case as well.
-            None => tree.lookup(id, name),
+            None => Ok(tree.lookup(id, name)?.map(|node| (node, false))),
         }
     }
 

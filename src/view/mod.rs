@@ -4,6 +4,7 @@
 //! - `node`: [`Node`], a file or folder inside a point, and its inode number
 //! - `file`: [`File`] and [`Folder`], opened
 //! - `index`: where names are in large folders
+//! - `claims`: which name a folder has, and which contents, where a disk says it has several
 //! - `found`: what was found odd, for as long as the point is there
 //!
 //! Rules:
@@ -16,19 +17,24 @@
 //!   file or folder holds them until it is closed.
 //! - No lock is held while something is read: two who open the same point both read, and one of them is kept.
 
+mod claims;
 mod file;
 mod found;
 mod index;
 mod node;
 mod point;
 
+use std::ffi::OsStr;
 use std::num::NonZeroUsize;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lru::LruCache;
 
 use crate::error::{Error, Finding, Kind, Result};
 use crate::files::{Attributes, Blocks, Flags, NodeKind, Time, Tree, Xattr};
+use crate::text::path_text;
+use claims::Claims;
 pub use file::{File, Folder};
 use found::Found;
 use index::Indexes;
@@ -45,6 +51,7 @@ pub struct View {
     blocks: Arc<Blocks>,
     opened: Mutex<LruCache<u64, Arc<Opened>>>,
     indexes: Indexes,
+    claims: Claims,
     found: Found,
 }
 
@@ -52,8 +59,9 @@ impl View {
     /// Nothing open yet; blocks and tables will take at most `cache_size` bytes.
     pub fn new(cache_size: u64) -> Self {
         let opened = Mutex::new(LruCache::new(MOST_OPEN));
-        let (indexes, found) = (Indexes::default(), Found::default());
-        View { blocks: Blocks::new(cache_size), opened, indexes, found }
+        let (indexes, claims) = (Indexes::default(), Claims::default());
+        let (blocks, found) = (Blocks::new(cache_size), Found::default());
+        View { blocks, opened, indexes, claims, found }
     }
 
     /// The volumes of a point that have files, by their names in `fleecefs files ls`. `beside` gives the other
@@ -85,15 +93,32 @@ impl View {
         }
     }
 
-    /// What a folder has under this name.
+    /// What a folder has under this name. If it is a folder, [`View::enter`] has to be asked as well.
     ///
     /// # Errors
-    /// As [`Tree::lookup`].
+    /// As [`Tree::lookup`]; `Corrupt` if the contents are those of another folder.
     pub fn lookup(&self, folder: &Node, name: &[u8]) -> Result<Option<Node>> {
         let _held = folder.point().hold()?;
         let tree = self.tree(folder)?;
+        self.own_contents(&*tree, folder)?;
         let found = self.indexes.lookup(&*tree, folder, name, &self.blocks)?;
-        Ok(found.map(|id| folder.other(&*tree, id)))
+        Ok(found.map(|(id, listed)| match folder.other(&*tree, id) {
+            node if listed => node,
+            node => node.by_alias(),
+        }))
+    }
+
+    /// Whether `folder`, which was found in `parent` as `name`, may be entered there: a folder has one name.
+    ///
+    /// # Errors
+    /// `Corrupt` if it has another one.
+    pub fn enter(&self, parent: &Node, name: &[u8], folder: &Node) -> Result<()> {
+        let _held = folder.point().hold()?;
+        let tree = self.tree(folder)?;
+        let named = self.claims.name(&*tree, (parent, name), folder, &self.blocks);
+        named.map_err(|e| {
+            noted(&*tree, folder, &format!("'{}'", path_text(OsStr::from_bytes(name))), e)
+        })
     }
 
     /// Opens a plain file; it is read also when its point is removed meanwhile.
@@ -113,7 +138,9 @@ impl View {
     /// As [`View::open`].
     pub fn open_folder(&self, node: &Node) -> Result<Folder> {
         let held = node.point().hold()?;
-        Ok(Folder::new(node, self.tree(node)?, held))
+        let tree = self.tree(node)?;
+        self.own_contents(&*tree, node)?;
+        Ok(Folder::new(node, tree, held))
     }
 
     /// The text of a symbolic link.
@@ -150,8 +177,15 @@ impl View {
         let gone: Vec<_> = gone.iter().map(|n| list.pop(n)).collect();
         drop(list);
         self.indexes.clear();
+        self.claims.retain(&keep);
         self.found.retain(keep);
         drop(gone);
+    }
+
+    /// Fails if what a folder has is another's.
+    fn own_contents(&self, tree: &dyn Tree, folder: &Node) -> Result<()> {
+        let own = self.claims.contents(tree, folder, &self.blocks);
+        own.map_err(|e| noted(tree, folder, &folder.id(tree).number.to_string(), e))
     }
 
     /// The file system that a node is in.
@@ -181,6 +215,7 @@ impl View {
         kept.into_iter().for_each(|k| drop(list.put(number, k)));
         drop(list);
         self.indexes.clear();
+        self.claims.retain(|n| n == number);
         gone.iter().for_each(|(n, o)| self.found.add(*n, o.findings()));
     }
 
@@ -216,6 +251,16 @@ impl View {
     fn lock(&self) -> MutexGuard<'_, LruCache<u64, Arc<Opened>>> {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Keeps what is wrong with one folder among what was found in its file system, whose findings are bounded.
+fn noted(tree: &dyn Tree, folder: &Node, which: &str, error: Error) -> Error {
+    if error.kind().is_lasting() {
+        let finding = Finding::from_error(&error, folder.point().path());
+        let message = format!("{}: directory {which}: {}", folder.volume_name(), finding.message);
+        tree.findings().note(Finding { message, ..finding });
+    }
+    error
 }
 
 /// What is told of the root of a file system that cannot be opened: a folder in which nothing is found.

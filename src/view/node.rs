@@ -15,6 +15,8 @@ pub struct Node {
     volume: Arc<str>,
     /// `None` for the root of the volume, whose number is known without opening it.
     id: Option<NodeId>,
+    /// It was found by a name that its folder does not list: in another case, or in the short form of DOS.
+    alias: bool,
 }
 
 /// A name in a folder inside a point.
@@ -32,13 +34,23 @@ pub struct Named {
 impl Node {
     /// The root of a volume.
     pub(super) fn volume(point: &Arc<Point>, name: &str) -> Node {
-        Node { point: point.clone(), volume: Arc::from(name), id: None }
+        Node { point: point.clone(), volume: Arc::from(name), id: None, alias: false }
     }
 
     /// Another node of the same file system.
     pub(super) fn other(&self, tree: &dyn Tree, id: NodeId) -> Node {
         let id = Some(id).filter(|id| *id != tree.root());
-        Node { point: self.point.clone(), volume: self.volume.clone(), id }
+        Node { point: self.point.clone(), volume: self.volume.clone(), id, alias: false }
+    }
+
+    /// The same, found by a name that its folder does not list.
+    pub(super) fn by_alias(self) -> Node {
+        Node { alias: true, ..self }
+    }
+
+    /// Whether it was found by a name that its folder does not list.
+    pub(super) fn is_alias(&self) -> bool {
+        self.alias
     }
 
     /// Whose file it is.
@@ -47,7 +59,7 @@ impl Node {
     }
 
     /// The name of its volume.
-    pub(super) fn volume_name(&self) -> &str {
+    pub(super) fn volume_name(&self) -> &Arc<str> {
         &self.volume
     }
 

@@ -7,6 +7,7 @@ mod access_lists;
 mod archives;
 mod attach;
 mod attach_killed;
+mod attach_odd;
 mod backing;
 mod backup_disk;
 mod backup_layout;

@@ -73,8 +73,9 @@ impl Attach {
     /// All that is left of ours: mounts, loop devices, files.
     pub fn left(&self) -> Vec<String> {
         let own = [self.state.path(), self.view.path()].map(|p| p.to_str().unwrap().to_string());
-        let mounts =
-            String::from_utf8_lossy(&std::fs::read("/proc/self/mountinfo").unwrap()).into_owned();
+        // Others may have mounts at paths that are no text.
+        let mounts = std::fs::read("/proc/self/mountinfo").unwrap();
+        let mounts = String::from_utf8_lossy(&mounts).into_owned();
         let loops = Command::new("losetup").args(["-n", "-O", "NAME,BACK-FILE"]).output().unwrap();
         let loops = String::from_utf8_lossy(&loops.stdout).into_owned();
         let is_own = |line: &&str| own.iter().any(|o| line.contains(o.as_str()));

@@ -5,7 +5,11 @@
 
 use super::super::source::Source;
 use super::checksum::Checksum;
+use super::chunk::Chunks;
+use super::node::Key;
 use super::superblock::{LEN, METADATA_UUID, PLACES, SUM_FIELD, Super};
+use super::volume::Volume;
+use super::walk::Walk;
 use crate::error::{Error, Kind, Result};
 use crate::files::bytes::{le16, le64, part};
 use crate::files::findings::Findings;
@@ -15,19 +19,57 @@ const ID: usize = 0x20;
 const NODE_ID: usize = 0x23b;
 const INCOMPAT: usize = 0xbc;
 
-/// Why the kernel must not be given this device, if it must not: the others of its file system are not known, and it
-/// would look for them among the host's.
+/// In the superblock's flags: others are based on this file system, and find it by its id.
+const FLAGS: usize = 0x38;
+const SEEDING: u64 = 1 << 32;
+
+/// Why the kernel must not be given this device, if it must not: its file system is on others as well, is based on one
+/// (a seed), or is the base of one; and the kernel would look for them among the host's.
 ///
 /// # Errors
 /// What reading the point says.
 pub(in super::super) fn check_alone(source: &Source) -> Result<Option<Error>> {
     let sup = Super::read(source, &Findings::default())?;
-    if sup.devices == 1 {
-        return Ok(None);
+    let refused = |what: String| {
+        let remedy = "give all of its disks to a VM ('-snapshot'), or restore them";
+        Ok(Some(source.error(Kind::Unsupported, what, PLACES[0]).remedy(remedy)))
+    };
+    if sup.devices != 1 {
+        return refused(format!("this btrfs has {} devices", sup.devices));
     }
-    let what = format!("this btrfs has {} devices", sup.devices);
-    let remedy = "give all of its disks to a VM ('-snapshot'), or restore them";
-    Ok(Some(source.error(Kind::Unsupported, what, PLACES[0]).remedy(remedy)))
+    let seeding = |at: u64| -> Result<bool> {
+        Ok(source.check(at, LEN as u64).is_ok()
+            && le64(&source.meta(at, LEN)?, FLAGS) & SEEDING > 0)
+    };
+    for at in PLACES {
+        if seeding(at)? {
+            return refused("this btrfs is the seed of others".into());
+        }
+    }
+    match other_device(source, sup)? {
+        true => refused("this btrfs is based on another device (a seed)".into()),
+        false => Ok(None),
+    }
+}
+
+/// Whether its list of devices has one that belongs to another file system.
+fn other_device(source: &Source, sup: Super) -> Result<bool> {
+    /// The object that all devices belong to, the kind of their items, and where these have the file system's id.
+    const OBJECT: u64 = 1;
+    const DEVICE: u8 = 216;
+    const OWNER: usize = 82;
+    // The list is in the tree of chunks, which is in the chunks that the superblock has.
+    let chunks = Chunks::system(source, &sup)?;
+    let (source, findings) = (source.clone(), Findings::default());
+    let volume = Volume { source, sup, chunks, findings, sums: None };
+    let key = Key { object: OBJECT, kind: DEVICE, offset: 0 };
+    let mut walk = Walk::from(&volume, volume.sup.chunk_root, key)?;
+    while let Some(item) = walk.next_of(OBJECT, DEVICE)? {
+        if part(item.data(), OWNER, 16) != volume.sup.node_id {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The superblocks of a file system with the id `id`, and where each is to be written: all copies that are sound.

@@ -112,6 +112,29 @@ fn index_of(volume: &Volume, folder: &Inode, entry: &Named<'_>) -> Result<Option
     }))
 }
 
+/// Whether a folder, or the subvolume whose root it is, has noted one place, which is in `parent`: see
+/// [`super::super::Tree::is_parent`].
+///
+/// # Errors
+/// `Corrupt`, or what reading the point says.
+pub(super) fn is_parent(volume: &Volume, folder: NodeId, parent: NodeId) -> Result<bool> {
+    if folder.number & EMPTY > 0 {
+        return Ok(folder.tree == parent.tree);
+    }
+    let one = |root, object: u64, kind: u8, parent: u64, of_parent: &dyn Fn(&[u8]) -> bool| {
+        let mut walk = Walk::from(volume, root, Key { object, kind, offset: 0 })?;
+        let Some(item) = walk.next_of(object, kind)? else { return Ok(false) };
+        let is_it = item.key.offset == parent && of_parent(item.data());
+        Ok(is_it && walk.next_of(object, kind)?.is_none())
+    };
+    if folder.tree != parent.tree {
+        let is_in = |data: &[u8]| le64(data, 0) == parent.number;
+        return one(volume.sup.root, folder.tree, kind::ROOT_BACKREF, parent.tree, &is_in);
+    }
+    let (root, _) = root(volume, folder.tree)?;
+    one(root, folder.number, kind::INODE_REF, parent.number, &|_| true)
+}
+
 /// The index of a name in a list of those that an inode has in one folder.
 fn noted_index(mut rest: &[u8], name: &[u8]) -> Option<u64> {
     /// Index, and length of the name.

@@ -18,6 +18,7 @@ pub(super) mod kind {
     pub(in super::super) const EXTENT: u8 = 108;
     pub(in super::super) const SUMS: u8 = 128;
     pub(in super::super) const ROOT: u8 = 132;
+    pub(in super::super) const ROOT_BACKREF: u8 = 144;
     pub(in super::super) const ROOT_REF: u8 = 156;
     pub(in super::super) const CHUNK: u8 = 228;
 }

@@ -185,6 +185,10 @@ impl Tree for Btrfs {
         self.noted(folder::read(&self.volume, &inode, from, each))
     }
 
+    fn is_parent(&self, folder: NodeId, parent: NodeId) -> Result<Option<bool>> {
+        self.noted(folder::is_parent(&self.volume, folder, parent)).map(Some)
+    }
+
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {
         let inode = self.inode_of(file, NodeKind::File)?;
         Ok(Box::new(file::File { volume: self.volume.clone(), inode }))

@@ -56,6 +56,25 @@ pub(super) fn places(volume: &Volume, inode: &Inode) -> Result<Vec<Range<u64>>> 
     runs::places(end, block_size, |block| run(volume, inode, block))
 }
 
+/// Whether a folder names itself as `.` and `parent` as `..`: see [`super::super::Tree::is_parent`].
+///
+/// # Errors
+/// `Corrupt`, or what reading the point says.
+pub(super) fn is_parent(volume: &Volume, inode: &Inode, parent: u64) -> Result<bool> {
+    if inode.has(flags::INLINE_DATA) {
+        return Ok(u64::from(le32(inode.block_bytes(), 0)) == parent);
+    }
+    let Some(at) = run(volume, inode, 0)?.at else { return Ok(false) };
+    let bytes = volume.block(at)?;
+    let is = |at: usize, name: &[u8], number: u64| {
+        usize::from(byte(&bytes, at + 6)) == name.len()
+            && part(&bytes, at + HEAD, name.len()) == name
+            && u64::from(le32(&bytes, at)) == number
+    };
+    let second = length(&bytes, 0, volume.sup.block_size as usize);
+    Ok(is(0, b".", u64::from(inode.number)) && is(second, b"..", parent))
+}
+
 struct Reading<'a, 'b> {
     volume: &'a Volume,
     inode: &'a Inode,

@@ -1,7 +1,7 @@
 //! What a record says of its file: times, flags, names, and WSL's owner and permissions.
 
 use super::super::bytes::{byte, le16, le32, le64, part};
-use super::super::tree::{Device, Flags, Time};
+use super::super::tree::{Device, Flags, NodeId, Time};
 use super::node::Node;
 use super::record::kind;
 use super::stream::Stream;
@@ -92,6 +92,22 @@ pub(super) fn links(volume: &Volume, node: &Node) -> Result<u64> {
         Ok(true)
     })?;
     Ok(count.max(1))
+}
+
+/// Whether all names of a folder are in `parent`: see [`super::super::Tree::is_parent`].
+///
+/// # Errors
+/// `Corrupt`, or what reading the point says.
+pub(super) fn is_parent(volume: &Volume, node: &Node, parent: NodeId) -> Result<bool> {
+    /// Bits of a reference that are the number of a record; above them is its sequence number.
+    const NUMBER_BITS: u32 = 48;
+    let wanted = parent.number | (parent.tree & 0xffff) << NUMBER_BITS;
+    let (mut any, mut all) = (false, true);
+    node.each_part(&volume.table, kind::FILE_NAME, &[], &mut |a| {
+        (any, all) = (true, a.resident().is_some_and(|value| le64(value, 0) == wanted));
+        Ok(all)
+    })?;
+    Ok(any && all)
 }
 
 /// What WSL has noted of a file.

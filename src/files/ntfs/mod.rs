@@ -303,6 +303,12 @@ impl Tree for Ntfs {
         self.volume.noted(found.and_then(|(found, _)| index::places(&self.volume, &found.node)))
     }
 
+    fn is_parent(&self, folder: NodeId, parent: NodeId) -> Result<Option<bool>> {
+        let found = self.found_of(folder, NodeKind::Folder);
+        let said = found.and_then(|(found, _)| info::is_parent(&self.volume, &found.node, parent));
+        self.volume.noted(said).map(Some)
+    }
+
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {
         let opened = self.found_of(file, NodeKind::File).and_then(|(found, special)| {
             special.check(&self.volume, &found.node)?;

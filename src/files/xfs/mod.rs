@@ -136,6 +136,11 @@ impl Tree for Xfs {
         self.noted(folder::places(&self.volume, &inode))
     }
 
+    fn is_parent(&self, folder: NodeId, parent: NodeId) -> Result<Option<bool>> {
+        let inode = self.inode_of(folder, NodeKind::Folder)?;
+        self.noted(folder::is_parent(&self.volume, &inode, parent.number)).map(Some)
+    }
+
     fn open(&self, file: NodeId) -> Result<Box<dyn OpenFile>> {
         let inode = self.inode_of(file, NodeKind::File)?;
         Ok(Box::new(self.noted(file::File::new(&self.volume, inode))?))

@@ -86,6 +86,16 @@ fn stored<'a>(
     Some((len, Some(Named { number: be64(bytes, at), name, kind })))
 }
 
+/// What the first block of a folder has as `.` and `..`.
+pub(super) fn dots(volume: &Volume, bytes: &[u8]) -> Option<(u64, u64)> {
+    let (at, end) = range(volume, bytes, true)?;
+    let (len, own) = stored(volume, bytes, at, end)?;
+    let (_, parent) = stored(volume, bytes, at + len, end)?;
+    let number =
+        |entry: Option<Named<'_>>, name: &[u8]| entry.filter(|e| e.name == name).map(|e| e.number);
+    number(own, b".").zip(number(parent, b".."))
+}
+
 /// Gives the entries of a block. Whether more is wanted.
 ///
 /// # Errors

@@ -15,7 +15,7 @@ use super::inode::{Fork, Form, Inode};
 use super::map::{mapped, run};
 use super::volume::Volume;
 use crate::error::{Error, Result};
-use entries::{Each, HEADER, Listed, list};
+use entries::{Each, HEADER, Listed, dots, list};
 use index::INDEX_AT;
 
 /// Damaged blocks of a folder that are passed over before the rest is given up.
@@ -48,6 +48,19 @@ pub(super) fn places(volume: &Volume, inode: &Inode) -> Result<Vec<Range<u64>>> 
     }
     let end = INDEX_AT >> volume.sup.block_log;
     runs::places(end, volume.sup.block_size(), |block| run(volume, inode, &fork, block))
+}
+
+/// Whether a folder names itself as `.` and `parent` as `..`: see [`super::super::Tree::is_parent`].
+///
+/// # Errors
+/// `Corrupt`, or what reading the point says.
+pub(super) fn is_parent(volume: &Volume, inode: &Inode, parent: u64) -> Result<bool> {
+    let fork = fork(volume, inode)?;
+    if fork.form == Form::Local {
+        return Ok(short::parent(&fork) == parent);
+    }
+    let (bytes, _) = logical(volume, inode, &fork, 0, 1 << volume.sup.dir_log, HEADER)?;
+    Ok(dots(volume, &bytes) == Some((inode.number, parent)))
 }
 
 fn fork<'a>(volume: &Volume, inode: &'a Inode) -> Result<Fork<'a>> {

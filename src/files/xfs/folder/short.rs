@@ -14,6 +14,14 @@ const ENTRY_HEAD: usize = 3;
 /// Of eight bytes the numbers take seven.
 const NUMBER: u64 = 0x00ff_ffff_ffff_ffff;
 
+/// The folder that it is in.
+pub(super) fn parent(fork: &Fork<'_>) -> u64 {
+    match byte(fork.bytes, 1) > 0 {
+        true => be64(fork.bytes, COUNTS) & NUMBER,
+        false => u64::from(be32(fork.bytes, COUNTS)),
+    }
+}
+
 /// Gives the entries from `from` on.
 ///
 /// # Errors
