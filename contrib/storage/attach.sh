@@ -5,7 +5,7 @@
 # harm: groups that name the host's volumes, file systems with bytes changed at random. They are attached in a guest:
 # Debian's kernel over this machine's root, which it sees read-only below a throw-away layer. The kernel is unpacked from
 # its package into FOLDER (that of lvm.sh if not given). Prints a table; exit code 1 if anything differs. It takes about
-# twenty minutes, since the guest is emulated; FLEECEFS_GUEST_ACCEL names another accelerator of QEMU (kvm: two minutes).
+# twenty minutes, since the guest is emulated; FLEECEFS_GUEST_ACCEL names another accelerator of QEMU.
 set -euo pipefail
 case ${1:-} in -*) sed -n '2,8s/^# //p' "$0" >&2 && exit 2 ;; esac
 root=$(cd "$(dirname "$0")/../.." && pwd)

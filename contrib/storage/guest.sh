@@ -82,7 +82,7 @@ build_initramfs() {
 boot() {
     truncate -s "$guest_disk" "$work/disk"
     : >"$work/serial.log"
-    timeout 900 qemu-system-x86_64 -accel "${FLEECEFS_GUEST_ACCEL:-tcg}" -machine q35 -m 1536 -smp 2 \
+    timeout 1800 qemu-system-x86_64 -accel "${FLEECEFS_GUEST_ACCEL:-tcg}" -machine q35 -m 1536 -smp 2 \
         -cpu max,arch-capabilities=off -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$folder/kernel/boot/vmlinuz-$(version)" -initrd "$work/initrd" \
         -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check" \
