@@ -72,7 +72,8 @@ struct Waiting {
 /// Waits until a VM is up, and looks at it.
 ///
 /// # Errors
-/// `Interrupted`. That it does not come up is no error.
+/// `Interrupted`; `NoSpace` if what the guest wrote had no room, which says nothing of the point. That it does not come
+/// up is no error.
 pub(crate) fn check(mut vm: Running, criteria: &Criteria) -> Result<Checked> {
     let begun = Instant::now();
     let deadline = begun + criteria.timeout;
@@ -83,6 +84,11 @@ pub(crate) fn check(mut vm: Running, criteria: &Criteria) -> Result<Checked> {
     }
     if vm.cancel.load(Ordering::SeqCst) {
         return Err(Error::new(Kind::Interrupted, "interrupted"));
+    }
+    if verdict.is_err() && vm.is_full() {
+        let what = "no room was left for what the guest writes";
+        let remedy = "give it more (--scratch-size), or another folder (--scratch)";
+        return Err(Error::new(Kind::NoSpace, what).remedy(remedy));
     }
     let took = begun.elapsed();
     let picture = match vm.has_ended() {

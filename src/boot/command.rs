@@ -16,6 +16,9 @@ use crate::qemu_img::shown;
 const OWN_SATA: usize = 6;
 const OWN_IDE: usize = 4;
 
+/// The longest serial number that can stand for a SCSI disk's id.
+const SHORT_SERIAL: usize = 20;
+
 /// The nodes behind a VM's disks.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Nodes {
@@ -100,8 +103,13 @@ impl Args {
     }
 
     fn json(&mut self, option: &str, value: &Value) {
-        self.two(option, &value.to_string());
+        self.two(option, &argument(value));
     }
+}
+
+/// JSON for QEMU, in which no character does anything to a terminal.
+pub(crate) fn argument(value: &Value) -> String {
+    crate::text::json(value).unwrap_or_default()
 }
 
 fn machine(vm: &Vm) -> String {
@@ -156,16 +164,33 @@ fn device(vm: &Vm, number: usize, disk: &VmDisk) -> Value {
         Bus::Usb => "usb-storage",
     }
     .into();
-    let of_bus = |wanted: Bus| vm.disks[..number].iter().filter(|d| d.bus == wanted).count();
+    let before = |bus: fn(&Bus) -> bool| vm.disks[..number].iter().filter(|d| bus(&d.bus)).count();
     match disk.bus {
+        Bus::Scsi(model) if disk.serial.as_ref().is_some_and(|s| s.len() > SHORT_SERIAL) => {
+            device["bus"] = format!("scsi-{}.0", model.name()).into();
+            // Without one QEMU makes it of the serial number, which is too long for that.
+            device["device_id"] = format!("drive{number}").into();
+        }
         Bus::Scsi(model) => device["bus"] = format!("scsi-{}.0", model.name()).into(),
         Bus::Sata if vm.chipset == Chipset::Pc => {
-            device["bus"] = format!("sata.{}", of_bus(Bus::Sata)).into();
+            device["bus"] = format!("sata.{}", before(|b| *b == Bus::Sata)).into();
+        }
+        // One a port, whatever they are called.
+        Bus::Sata | Bus::Ide if vm.chipset == Chipset::Q35 => {
+            let port = before(|b| matches!(b, Bus::Sata | Bus::Ide));
+            device["bus"] = format!("ide.{port}").into();
+        }
+        Bus::Ide => {
+            let place = before(|b| *b == Bus::Ide);
+            device["bus"] = format!("ide.{}", place / 2).into();
+            device["unit"] = (place % 2).into();
         }
         Bus::Usb => device["bus"] = "usb.0".into(),
         _ => {}
     }
     match &disk.serial {
+        // Where it would be the device's id, as here, QEMU takes no longer one.
+        Some(serial) if disk.bus == Bus::Usb && serial.len() > SHORT_SERIAL => {}
         Some(serial) => device["serial"] = serial.as_str().into(),
         // It must have one.
         None if disk.bus == Bus::Nvme => device["serial"] = format!("disk{number}").into(),
@@ -306,6 +331,49 @@ mod tests {
         assert!(all[6]["serial"].is_string(), "NVMe has to have one");
         vm.chipset = Chipset::Pc;
         assert!(devices(&vm).iter().any(|d| d["bus"] == "sata.0"));
+    }
+
+    /// QEMU itself takes what is made of them. (It makes the machine, and is told to end at once.)
+    #[test]
+    fn qemu_takes_all_buses() {
+        let Ok(program) = crate::qemu_img::guest::program() else { return };
+        let sata = [Bus::Sata, Bus::Sata, Bus::Ide];
+        let ide = [Bus::Ide, Bus::Ide, Bus::Ide];
+        let mixed = [Bus::Sata, Bus::Sata, Bus::Virtio];
+        let scsi = [Bus::Scsi(ScsiModel::Virtio), Bus::Nvme, Bus::Usb];
+        for (chipset, buses) in [
+            (Chipset::Q35, sata),
+            (Chipset::Q35, ide),
+            (Chipset::Q35, mixed),
+            (Chipset::Q35, scsi),
+            (Chipset::Pc, ide),
+            (Chipset::Pc, mixed),
+            (Chipset::Pc, scsi),
+        ] {
+            let mut vm = plain(buses.len());
+            (vm.chipset, vm.accel) = (chipset, Accel::Tcg);
+            for (disk, bus) in vm.disks.iter_mut().zip(buses) {
+                disk.bus = bus;
+                disk.serial =
+                    (bus != Bus::Nvme).then(|| "a-serial-of-36-letters-0123456789abcd".into());
+                let short = matches!(bus, Bus::Sata | Bus::Ide);
+                disk.serial =
+                    disk.serial.take().map(|s: String| s[..if short { 20 } else { 36 }].into());
+            }
+            let node = |n| json!({"driver": "null-co", "node-name": node_name(n), "size": 1 << 20});
+            let nodes = Nodes { disks: (0..buses.len()).map(node).collect(), ..Nodes::default() };
+            let mut command = std::process::Command::new(&program);
+            command
+                .args(arguments(&vm, &nodes).unwrap())
+                .args(["-display", "none", "-S", "-qmp", "stdio"]);
+            command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+            let mut child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+            let words = b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"quit\"}";
+            let _ = std::io::Write::write_all(&mut child.stdin.take().unwrap(), words);
+            let out = child.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(out.status.success(), "{chipset:?} {buses:?}: {said}");
+        }
     }
 
     #[test]

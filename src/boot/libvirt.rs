@@ -3,10 +3,10 @@
 use std::fmt::Write;
 
 use super::command::overlay_name;
-use super::vm::{Accel, Net, Vm};
+use super::vm::{Accel, Net, Vm, VmDisk};
 use crate::error::{Error, Kind, Result};
 use crate::layer::{Format, LayerPart, LayerSpec};
-use crate::machine::Bus;
+use crate::machine::{Bus, ScsiModel};
 
 /// Names of devices have one letter.
 const MOST: usize = 26;
@@ -28,7 +28,9 @@ pub(crate) fn domain(vm: &Vm, stacks: &[Vec<LayerSpec>], folder: &str) -> Result
     line(&mut xml, 1, &format!("<memory unit='MiB'>{}</memory>", vm.memory >> 20));
     line(&mut xml, 1, &format!("<vcpu>{}</vcpu>", vm.cpus));
     os(&mut xml, vm)?;
-    line(&mut xml, 1, "<features><acpi/><apic/></features>");
+    let smm = vm.uefi.as_ref().is_some_and(|u| u.smm);
+    let smm = if smm { "<smm state='on'/>" } else { "" };
+    line(&mut xml, 1, &format!("<features><acpi/><apic/>{smm}</features>"));
     let cpu = match vm.cpu.as_str() {
         "host" => "<cpu mode='host-passthrough'/>".to_string(),
         "max" => "<cpu mode='maximum'/>".into(),
@@ -39,6 +41,7 @@ pub(crate) fn domain(vm: &Vm, stacks: &[Vec<LayerSpec>], folder: &str) -> Result
     for (number, stack) in stacks.iter().take(vm.disks.len()).enumerate() {
         disk(&mut xml, vm, number, stack, folder)?;
     }
+    scsi(&mut xml, vm)?;
     nics(&mut xml, vm)?;
     line(&mut xml, 2, "<serial type='pty'/>");
     line(&mut xml, 2, "<graphics type='vnc' listen='127.0.0.1'/>");
@@ -74,6 +77,14 @@ fn os(xml: &mut String, vm: &Vm) -> Result<()> {
         let (code, vars) = (path(&uefi.files.code)?, path(&uefi.files.vars)?);
         line(xml, 2, &format!("<loader readonly='yes'{secure} type='pflash'>{code}</loader>"));
         line(xml, 2, &format!("<nvram template='{vars}'/>"));
+    }
+    if let Some(kernel) = &vm.kernel {
+        let text = |p: &std::path::Path| escaped(p.to_str().ok_or_else(|| not_text(p))?);
+        line(xml, 2, &format!("<kernel>{}</kernel>", text(&kernel.kernel)?));
+        if let Some(initrd) = &kernel.initrd {
+            line(xml, 2, &format!("<initrd>{}</initrd>", text(initrd)?));
+        }
+        line(xml, 2, &format!("<cmdline>{}</cmdline>", escaped(&kernel.append)?));
     }
     line(xml, 1, "</os>");
     Ok(())
@@ -128,7 +139,33 @@ fn backing(xml: &mut String, depth: usize, layer: &LayerSpec) -> Result<()> {
     let name = escaped(path.to_str().ok_or_else(|| not_text(path))?)?;
     line(xml, depth, "<backingStore type='file'>");
     line(xml, depth + 1, &format!("<format type='{format}'/>"));
-    line(xml, depth + 1, &format!("<source file='{name}'/>"));
+    // libvirt gives files of running VMs another owner and label: not those of a backup.
+    let stays =
+        ["dac", "selinux"].map(|m| format!("<seclabel model='{m}' relabel='no'/>")).concat();
+    line(xml, depth + 1, &format!("<source file='{name}'>{stays}</source>"));
+    Ok(())
+}
+
+/// The controller of SCSI disks: libvirt takes another model where none is said.
+fn scsi(xml: &mut String, vm: &Vm) -> Result<()> {
+    let model = |d: &VmDisk| match d.bus {
+        Bus::Scsi(model) => Some(model),
+        _ => None,
+    };
+    let mut models = vm.disks.iter().filter_map(model);
+    let Some(first) = models.next() else { return Ok(()) };
+    if models.any(|m| m != first) {
+        let what = "SCSI disks on controllers of several models";
+        return Err(Error::new(Kind::Unsupported, what).remedy("use another bus: --bus"));
+    }
+    let name = match first {
+        ScsiModel::Virtio => "virtio-scsi",
+        ScsiModel::Lsi => "lsilogic",
+        ScsiModel::Megasas => "lsisas1078",
+        ScsiModel::Mptsas => "lsisas1068",
+        ScsiModel::Pvscsi => "vmpvscsi",
+    };
+    line(xml, 2, &format!("<controller type='scsi' index='0' model='{name}'/>"));
     Ok(())
 }
 
@@ -201,7 +238,7 @@ mod tests {
         let (dir, stack) = layers(&["FULL-1-a", "INC'2 <&> \"x\""]);
         let xml = domain(&plain(1), &[stack], "/tmp/o").unwrap();
         let dir = dir.path().to_str().unwrap();
-        let name = format!("<source file='{dir}/INC&apos;2 &lt;&amp;&gt; &quot;x&quot;'/>");
+        let name = format!("<source file='{dir}/INC&apos;2 &lt;&amp;&gt; &quot;x&quot;'>");
         let (inc, full) = (xml.find(&name).unwrap(), xml.find("FULL-1-a").unwrap());
         assert!(inc < full && xml.find("<backingStore/>").unwrap() > full, "{xml}");
         assert_eq!(

@@ -23,7 +23,7 @@ use super::vm::{Accel, Kernel, Net, Vm};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::folder::Access;
-use crate::qemu_img::guest::{Allowed, GuestProcess, LARGEST_FILE};
+use crate::qemu_img::guest::{Allowed, GuestProcess, KVM, LARGEST_FILE};
 use crate::qemu_img::nbd::{self, Device};
 use crate::qmp::Client;
 use crate::qmp::agent::Agent;
@@ -62,6 +62,7 @@ pub(crate) struct Running {
     pub(super) serial: Serial,
     display: Option<UnixListener>,
     errors: Arc<Mutex<Vec<String>>>,
+    full: Arc<AtomicBool>,
     pub(super) cancel: Arc<AtomicBool>,
 }
 
@@ -154,11 +155,13 @@ impl Running {
         args.extend([shown, "none"].map(OsString::from));
         args.extend(["-sandbox", SANDBOX].map(OsString::from));
         let network = vm.net == Net::User || !outputs.ports.is_empty();
-        let allowed = Allowed { memory: vm.memory, kvm: kvm_group(vm.accel), network };
+        let accelerated = vm.accel == Accel::Kvm;
+        let kvm = accelerated.then(kvm_group).flatten();
+        let allowed = Allowed { memory: vm.memory, accelerated, kvm, network };
         let process = GuestProcess::start(&args, &sockets.theirs, allowed)?;
         // So that its end ends the connections.
         drop(sockets.theirs);
-        let errors = serve_all(sockets.served);
+        let (errors, full) = serve_all(sockets.served);
         let expect = outputs.expect;
         let serial =
             Serial::read(serial, SerialOutputs { log: outputs.log, echo: outputs.echo, expect });
@@ -170,15 +173,22 @@ impl Running {
         };
         let display = outputs.display;
         let cancel = cancel.clone();
-        Ok(Running { process: Some(process), qmp, agent, serial, display, errors, cancel })
+        Ok(Running { process: Some(process), qmp, agent, serial, display, errors, full, cancel })
     }
 
     /// Waits until the guest is shut off, or the user ends it. What QEMU said, if anything.
     ///
     /// # Errors
-    /// QEMU cannot be talked to.
+    /// `Peer` if QEMU cannot be talked to, or ended by itself otherwise than with the guest.
     pub(crate) fn wait(mut self) -> Result<String> {
-        while !self.has_ended() && !self.cancel.load(Ordering::SeqCst) {
+        while !self.cancel.load(Ordering::SeqCst) {
+            if let Some(status) = self.process.as_mut().and_then(GuestProcess::ended) {
+                let said = self.end();
+                return match status.success() {
+                    true => Ok(said),
+                    false => Err(Error::new(Kind::Peer, format!("QEMU failed ({status}): {said}"))),
+                };
+            }
             self.serve_display()?;
             std::thread::sleep(LOOK);
         }
@@ -193,6 +203,11 @@ impl Running {
     /// Ends QEMU; what it said.
     pub(super) fn end(&mut self) -> String {
         self.process.take().map(GuestProcess::end).unwrap_or_default()
+    }
+
+    /// Whether the scratch folder was full for some write.
+    pub(super) fn is_full(&self) -> bool {
+        self.full.load(Ordering::SeqCst)
     }
 
     /// What could not be read or written of the disks.
@@ -269,28 +284,35 @@ fn nodes(vm: &Vm, disks: Disks, sockets: &mut Sockets) -> Result<Nodes> {
     Ok(nodes)
 }
 
-/// Serves each device in a thread of its own, until QEMU ends. The list gets the first error of each.
-fn serve_all(all: Vec<(UnixStream, Arc<dyn Device + Send + Sync>)>) -> Arc<Mutex<Vec<String>>> {
-    let errors: Arc<Mutex<Vec<String>>> = Arc::default();
+/// Serves each device in a thread of its own, until QEMU ends. The list gets the errors, the flag whether one was that
+/// there is no space.
+fn serve_all(
+    all: Vec<(UnixStream, Arc<dyn Device + Send + Sync>)>,
+) -> (Arc<Mutex<Vec<String>>>, Arc<AtomicBool>) {
+    let (errors, full): (Arc<Mutex<Vec<String>>>, Arc<AtomicBool>) = Default::default();
     for (socket, device) in all {
-        let errors = errors.clone();
+        let (errors, full) = (errors.clone(), full.clone());
         std::thread::spawn(move || {
-            let watched = Watched { device, errors };
+            let watched = Watched { device, errors, full };
             nbd::serve(&watched, &socket);
         });
     }
-    errors
+    (errors, full)
 }
 
 /// A device whose errors are told as soon as they come.
 struct Watched {
     device: Arc<dyn Device + Send + Sync>,
     errors: Arc<Mutex<Vec<String>>>,
+    full: Arc<AtomicBool>,
 }
 
 impl Watched {
     fn noted<T>(&self, result: std::io::Result<T>) -> std::io::Result<T> {
         result.inspect_err(|e| {
+            if nbd::is_no_space(e) {
+                self.full.store(true, Ordering::SeqCst);
+            }
             let text = e.to_string();
             let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
             if errors.len() < MOST_ERRORS && !errors.contains(&text) {
@@ -327,10 +349,11 @@ impl Device for Watched {
     }
 }
 
-/// The group of /dev/kvm, where that may be used by its group alone.
-fn kvm_group(accel: Accel) -> Option<u32> {
-    let meta = folder::look(Path::new("/dev/kvm")).ok().filter(|_| accel == Accel::Kvm)?;
-    (meta.mode() & 0o006 != 0o006).then(|| meta.gid())
+/// The group of /dev/kvm, where that may be used by its group and not by all. Root's group is no group for that.
+fn kvm_group() -> Option<u32> {
+    let meta = folder::look(Path::new(KVM)).ok()?;
+    let by_group = meta.mode() & 0o066 == 0o060 && meta.gid() != 0;
+    by_group.then(|| meta.gid())
 }
 
 fn not_started(process: GuestProcess, error: Error, accel: Accel) -> Error {

@@ -102,14 +102,17 @@ impl Reader {
         seen.last.drain(..more);
     }
 
-    /// Whether a line that ends here, or the one that does not end yet (a prompt), is what is waited for.
+    /// Whether a line that ends here is what is waited for, or one that does not end yet (a prompt): that only if it
+    /// matches before its end, which may be anywhere so far.
     fn matches(&mut self, bytes: &[u8]) -> bool {
         let Some(expect) = &self.outputs.expect else { return false };
         let mut found = false;
         for piece in bytes.split_inclusive(|b| *b == b'\n') {
             self.line.extend(piece.iter().filter(|b| !b"\r\n".contains(b)));
-            found |= expect.is_match(&self.line);
-            if piece.ends_with(b"\n") || self.line.len() > LONGEST_LINE {
+            let is_whole = piece.ends_with(b"\n") || self.line.len() > LONGEST_LINE;
+            let matched = expect.find(&self.line);
+            found |= matched.is_some_and(|m| is_whole || m.end() < self.line.len());
+            if is_whole {
                 self.line.clear();
             }
         }
@@ -134,6 +137,9 @@ mod tests {
         assert!(seen("^guest: ready$", &["boot\r\nguest", ": re", "ady\r\n"]));
         assert!(seen("login:", &["host log", "in: "]));
         assert!(!seen("^ready", &["guest: ", "ready\n"]));
+        // It may go on.
+        assert!(!seen("errors: 0$", &["errors: 0", "5\n"]));
+        assert!(!seen("errors: 0", &["errors: 0"]) && seen("errors: 0$", &["errors: 0", "\r\n"]));
         // Two lines are never one.
         assert!(!seen("a.*b", &["a\n", "b\n"]));
     }

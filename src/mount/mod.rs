@@ -30,6 +30,6 @@ mod user_mount;
 
 pub(crate) use plan::{Files, Options, Plan};
 pub(crate) use process::raise_file_limit;
-pub(crate) use scratch_place::{Writable, find as find_scratch};
+pub(crate) use scratch_place::{Writable, check_outside, find as find_scratch};
 pub(crate) use serve::run;
 pub(crate) use umount::umount;

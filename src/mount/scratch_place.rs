@@ -107,9 +107,12 @@ fn free(folder: &Folder) -> Result<u64> {
 
 /// Fails if a folder, which need not be there yet, is in the backup directory: by its path, by a folder above it, or by
 /// what is mounted there (`mount --bind`).
-fn check_outside(scratch: &Path, backups: &Path) -> Result<()> {
+///
+/// # Errors
+/// `Usage` if it is; what the operating system said.
+pub(crate) fn check_outside(scratch: &Path, backups: &Path) -> Result<()> {
     let inside = || {
-        Error::new(Kind::Usage, "the scratch folder is inside the backup directory")
+        Error::new(Kind::Usage, "this folder is inside the backup directory")
             .at_path(scratch)
             .remedy("name a folder elsewhere: backups stay as they are")
     };

@@ -58,11 +58,16 @@ pub(super) struct GuestLimits {
 const GUEST_FILES: u64 = 1024;
 
 /// For a QEMU with a guest, in the order of [`enter`]: it opens no file but what every user may read, it writes to
-/// none but those that it was handed, and it dies with its parent. A terminal's signals are for the parent alone.
+/// none but those that it was handed and `places`, and it dies with its parent. A terminal's signals are for the parent alone.
 ///
 /// # Errors
 /// As [`enter`].
-pub(super) fn enter_guest(keep: &[i32], limits: GuestLimits, parent: u32) -> io::Result<()> {
+pub(super) fn enter_guest(
+    keep: &[i32],
+    limits: GuestLimits,
+    places: &[AllowedPath],
+    parent: u32,
+) -> io::Result<()> {
     close_others(keep)?;
     cap(libc::RLIMIT_AS, limits.memory)?;
     cap(libc::RLIMIT_CORE, 0)?;
@@ -73,7 +78,7 @@ pub(super) fn enter_guest(keep: &[i32], limits: GuestLimits, parent: u32) -> io:
     drop_user(limits.network, limits.kvm)?;
     // SAFETY: prctl with plain numbers.
     done(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
-    restrict(&[], false, limits.network);
+    restrict(places, false, limits.network);
     die_with(parent, libc::SIGKILL)
 }
 
@@ -102,6 +107,8 @@ pub(super) struct AllowedPath {
 
 /// Reading a file, where reading is limited.
 pub(super) const READ: u64 = 1 << 2;
+/// Using a device: reading it, writing to it, and asking it for more (ioctl).
+pub(super) const DEVICE: u64 = READ | 1 << 1 | 1 << 15;
 /// Listing a folder.
 pub(super) const LIST: u64 = 1 << 3;
 /// What a file that is written to needs: reading, writing, truncating, asking a device for its size.

@@ -4,13 +4,14 @@
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
-use super::confine::{GuestLimits, enter_guest};
+use super::confine::{AllowedPath, DEVICE, GuestLimits, enter_guest};
 use super::run::{installed, said, shown};
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::text::path_text;
 
 /// What the program is called: guests of x86 alone.
@@ -21,12 +22,17 @@ const BESIDE: u64 = 8 << 30;
 /// The largest file that it writes: a picture of its console, in bytes.
 pub(crate) const LARGEST_FILE: u64 = 64 << 20;
 
+/// What makes guests as fast as this machine.
+pub(crate) const KVM: &str = "/dev/kvm";
+
 /// What it may use.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Allowed {
     /// The guest's memory in bytes.
     pub memory: u64,
-    /// The group that may use /dev/kvm, where that is to be used and only a group may.
+    /// Whether it may use /dev/kvm.
+    pub accelerated: bool,
+    /// The group that may use it, where only a group may.
     pub kvm: Option<u32>,
     /// Whether it may use this machine's network.
     pub network: bool,
@@ -75,9 +81,12 @@ impl GuestProcess {
             kvm: allowed.kvm,
             network: allowed.network,
         };
+        // Where it is not to be used, or is not there, QEMU says so.
+        let kvm = allowed.accelerated.then(|| folder::pin(Path::new(KVM)).ok()).flatten();
+        let places = kvm.as_ref().map(|f| AllowedPath { fd: f.as_raw_fd(), rights: DEVICE });
         let parent = std::process::id();
         // SAFETY: `confine::enter_guest` makes plain system calls only, as must be between fork and exec.
-        unsafe { command.pre_exec(move || enter_guest(&keep, limits, parent)) };
+        unsafe { command.pre_exec(move || enter_guest(&keep, limits, places.as_slice(), parent)) };
         let mut child = command.spawn().map_err(|e| {
             Error::new(Kind::Busy, "cannot run QEMU now").with_source(e).at_path(&program)
         })?;

@@ -223,7 +223,8 @@ impl From<io::Error> for Refusal {
     }
 }
 
-fn is_no_space(e: &io::Error) -> bool {
+/// Whether there was no space for a write.
+pub(crate) fn is_no_space(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
 }
 

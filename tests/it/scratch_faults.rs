@@ -47,8 +47,7 @@ fn an_overlay_that_cannot_be_made_leaves_nothing() {
         let names = std::fs::read_dir(&scratch).unwrap().map(|e| e.unwrap().file_name());
         assert!(names.eq(["overlays.lock"]));
     }
-    let (at, more) = (small.path().to_str().unwrap(), "remount,nr_inodes=50");
-    run("mount", &["-o", more, at]);
+    run("mount", &["-o", "remount,nr_inodes=50", small.path().to_str().unwrap()]);
     rw(&shown).write_all_at(&[7; 100], 0).unwrap();
     assert_eq!(std::fs::read(&shown).unwrap()[..100], [7; 100]);
 }

@@ -5,6 +5,8 @@
 //! QEMU may say what it likes: the number of devices and the length of all that is kept are bounded, and whoever reads
 //! it ([`crate::machine`]) takes it for no more than a claim.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Map, Value, json};
 
 use crate::error::Result;
@@ -25,9 +27,43 @@ const OF_NET: [&str; 4] = ["mac", "bootindex", "addr", "parent_bus"];
 /// What is asked of the machine itself.
 const OF_MACHINE: [&str; 4] = ["smp", "smm", "pflash0", "pflash1"];
 /// Options that say what the machine is, with one value each, and that have no secrets: kernel command lines, SMBIOS
-/// texts, `-fw_cfg`, `-object` and devices may have.
-const KEPT: [&str; 12] =
-    ["machine", "M", "cpu", "smp", "m", "boot", "rtc", "accel", "vga", "global", "name", "uuid"];
+/// texts, `-fw_cfg`, `-object`, `-global` and devices may have.
+const KEPT: [&str; 11] =
+    ["machine", "M", "cpu", "smp", "m", "boot", "rtc", "accel", "vga", "name", "uuid"];
+/// Of `-global` what says that firmware is guarded by the chipset.
+const SECURE_FLASH: &str = "driver=cfi.pflash01,property=secure,value=on";
+/// What is kept of the values of options that could hold more than that: `-machine append=…` is a kernel's command line,
+/// and a picture for `-boot` is a file.
+const KEPT_KEYS: [(&[&str], &[&str]); 2] = [
+    (
+        &["machine", "M"],
+        &[
+            "type",
+            "accel",
+            "smm",
+            "usb",
+            "vmport",
+            "hpet",
+            "kernel-irqchip",
+            "graphics",
+            "i8042",
+            "sata",
+            "smbus",
+            "acpi",
+            "nvdimm",
+            "hmat",
+            "q35-pcihost",
+            "pcspk-audiodev",
+            "mem-merge",
+            "dump-guest-core",
+            "pit",
+            "pic",
+        ],
+    ),
+    (&["boot"], &["order", "once", "menu", "strict", "reboot-timeout"]),
+];
+/// How long QEMU is asked for all that: it is told beside a backup, and not worth waiting for.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A device that is asked about.
 struct Device {
@@ -41,6 +77,7 @@ struct Device {
 /// QEMU is gone or does not answer, or a signal ends it.
 pub(super) fn describe(client: &mut Client, told: &Value) -> Result<Value> {
     let mut hardware = json!({});
+    let end = Instant::now() + PATIENCE;
     if client.has_guest() && client.has("qom-list") && client.has("qom-get") {
         let drives = &told["query-block"];
         hardware["machine"] = asked(client, "/machine", &OF_MACHINE)?.into();
@@ -51,7 +88,11 @@ pub(super) fn describe(client: &mut Client, told: &Value) -> Result<Value> {
             hardware["cpu"] = kind;
         }
         let mut all = Vec::new();
-        for device in devices(client, drives)? {
+        for device in devices(client, drives, end)? {
+            if Instant::now() >= end {
+                log::warn!("QEMU takes long to describe its devices: the rest is not recorded");
+                break;
+            }
             all.push(described(client, &device)?);
         }
         hardware["devices"] = all.into();
@@ -63,7 +104,7 @@ pub(super) fn describe(client: &mut Client, told: &Value) -> Result<Value> {
 }
 
 /// The devices that were given, and those that drives are on: `-drive if=ide` makes one that is nowhere else.
-fn devices(client: &mut Client, drives: &Value) -> Result<Vec<Device>> {
+fn devices(client: &mut Client, drives: &Value, end: Instant) -> Result<Vec<Device>> {
     let mut found: Vec<Device> = Vec::new();
     for place in PLACES {
         let asked = client.ask("qom-list", json!({"path": place}))?;
@@ -80,7 +121,7 @@ fn devices(client: &mut Client, drives: &Value) -> Result<Vec<Device>> {
     for qdev in drives.filter_map(|d| d.get("qdev")?.as_str()) {
         let path = qdev.trim_end_matches("/virtio-backend");
         let is_new = !found.iter().any(|d| d.path == path || d.path.ends_with(&format!("/{path}")));
-        if !is_new || path.len() >= LONGEST || found.len() >= DEVICES {
+        if !is_new || path.len() >= LONGEST || found.len() >= DEVICES || Instant::now() >= end {
             continue;
         }
         let asked = client.ask("qom-get", json!({"path": path, "property": "type"}))?;
@@ -150,15 +191,39 @@ fn kept_options(words: &[String]) -> Vec<String> {
     let mut words = words.iter().peekable();
     while let Some(word) = words.next() {
         let name = word.strip_prefix("--").or_else(|| word.strip_prefix('-'));
-        let Some(name) = name.filter(|n| KEPT.contains(n)) else { continue };
+        let Some(name) = name.filter(|n| KEPT.contains(n) || *n == "global") else { continue };
         // What a monitor or a debugger is told may follow where nothing was given.
         if let Some(value) = words.next_if(|v| !v.starts_with('-') && v.len() <= LONGEST)
             && kept.len() < 2 * OPTIONS
         {
-            kept.extend([format!("-{name}"), value.clone()]);
+            let value = without_secrets(name, value);
+            if !value.is_empty() {
+                kept.extend([format!("-{name}"), value]);
+            }
         }
     }
     kept
+}
+
+/// The value of an option without what may be secret, or a file.
+fn without_secrets(name: &str, value: &str) -> String {
+    if name == "global" {
+        let normal = match value {
+            "cfi.pflash01.secure=on" => SECURE_FLASH,
+            other => other,
+        };
+        return if normal == SECURE_FLASH { SECURE_FLASH.into() } else { String::new() };
+    }
+    let Some((_, keys)) = KEPT_KEYS.iter().find(|(names, _)| names.contains(&name)) else {
+        return value.into();
+    };
+    // `,,` is a comma in a value: none that is kept has one.
+    let parts = value.split(',').enumerate();
+    let kept = parts.filter(|(i, part)| match part.split_once('=') {
+        Some((key, _)) => keys.contains(&key),
+        None => *i == 0 && !part.is_empty(),
+    });
+    kept.map(|(_, part)| part).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -174,7 +239,13 @@ mod tests {
         let line = "qemu -machine q35,smm=on --m 512 -object secret,id=s,data=hunter2 -smp 2 \
             -fw_cfg name=opt/x,string=hunter2 -smbios type=11,value=hunter2 -append hunter2 -cpu host \
             -chardev socket,path=/run/hunter2 -vnc :0,password=on -kernel /hunter2 -global a.b=c -m";
-        assert_eq!(kept(line), "-machine q35,smm=on -m 512 -smp 2 -cpu host -global a.b=c");
+        assert_eq!(kept(line), "-machine q35,smm=on -m 512 -smp 2 -cpu host");
+        let line = "qemu -M append=hunter2,type=q35,kernel=/h,initrd=/h,dtb=/h,firmware=/h,smm=on \
+            -boot order=c,splash=/root/hunter2.jpg,menu=on -boot splash=/h -machine pc,x=a,,smm=b \
+            -global driver=cfi.pflash01,property=secure,value=on -global x.password=hunter2";
+        let wanted = "-M type=q35,smm=on -boot order=c,menu=on -machine pc,smm=b \
+            -global driver=cfi.pflash01,property=secure,value=on";
+        assert_eq!(kept(line), wanted);
         assert_eq!(kept("qemu -m -smp 4"), "-smp 4");
         assert_eq!(kept(&format!("qemu -cpu {}", "x".repeat(LONGEST + 1))), "");
         assert_eq!(kept(&"-m 1 ".repeat(1000)).split(' ').count(), 2 * OPTIONS);

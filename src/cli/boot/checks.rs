@@ -19,6 +19,7 @@ use crate::cli::paths::to_make;
 use crate::cli::work;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
+use crate::mount::check_outside;
 use crate::output;
 use crate::restore::run;
 use crate::restore::run::Guest;
@@ -29,8 +30,13 @@ use crate::verify::last_verified::{remember_boot, wait_for_clock};
 /// The longest part of a file's name that comes from a VM's.
 const LONGEST_NAME: usize = 64;
 
-/// The points of one VM; `None` for those that the user names.
-type Group<'a> = Option<Vec<(&'a Disk, usize)>>;
+/// The newest points of a VM.
+#[derive(Default)]
+struct Newest<'a> {
+    points: Vec<(&'a Disk, usize)>,
+    /// An image of the same run that is missing.
+    missing: Option<String>,
+}
 
 /// A VM that was checked, or why it could not be.
 struct Report {
@@ -43,6 +49,27 @@ struct Report {
     log: Option<PathBuf>,
 }
 
+impl Report {
+    /// Of what was not checked yet.
+    fn of(run: &OneRun<'_>) -> Self {
+        let first = run.points.first();
+        let manifest = first.and_then(|c| c.manifest.as_ref());
+        Report {
+            name: first.map(|c| Guest::of(c.disk, manifest).name()).unwrap_or_default(),
+            run: manifest.map(|m| m.run.clone()).filter(|r| !r.is_empty()),
+            time: run.points.iter().map(|c| c.disk.points[c.point].time).max().unwrap_or(0),
+            points: run
+                .points
+                .iter()
+                .map(|c| (to_text(c.disk.path.as_os_str()), c.disk.points[c.point].name.clone()))
+                .collect(),
+            result: Err(Error::new(Kind::Interrupted, "not checked")),
+            picture: None,
+            log: None,
+        }
+    }
+}
+
 /// Checks what the user says.
 ///
 /// # Errors
@@ -50,18 +77,21 @@ struct Report {
 pub(super) fn run(args: &BootArgs, catalog: &Catalog) -> Result<()> {
     let cancel = work::undo_flag()?;
     let groups = match args.check.all_latest {
-        true => newest_of_each(catalog)?,
+        true => newest_of_each(catalog)?.into_iter().map(Some).collect(),
         false => vec![None],
     };
-    let out = args.check.out.as_deref().map(out_folder).transpose()?;
+    let out = args.check.out.as_deref().map(|path| out_folder(path, catalog)).transpose()?;
     let mut reports = Vec::new();
     for (number, group) in groups.into_iter().enumerate() {
-        let run = match group {
-            Some(points) => one_run::of_points(points)?,
-            None => one_run::find(catalog, &args.points)?,
+        let (run, missing) = match group {
+            Some(newest) => (one_run::of_points(newest.points)?, newest.missing),
+            None => (one_run::find(catalog, &args.points)?, None),
         };
         let number = args.check.all_latest.then_some(number + 1);
-        let report = one(args, catalog, &run, (out.as_ref(), number), &cancel);
+        let report = match missing {
+            None => one(args, catalog, &run, (out.as_ref(), number), &cancel),
+            Some(image) => incomplete(&run, &image),
+        };
         if let Err(e) = &report.result
             && e.kind() == Kind::Interrupted
         {
@@ -106,23 +136,31 @@ fn verdict(reports: Vec<Report>) -> Result<()> {
 /// The points of the newest run of each VM.
 ///
 /// # Errors
-/// `NotFound` if there is none; `Incomplete` if an image of one is missing.
-fn newest_of_each(catalog: &Catalog) -> Result<Vec<Group<'_>>> {
-    let mut guests: BTreeMap<Guest, Vec<(&Disk, usize)>> = BTreeMap::new();
+/// `NotFound` if there is none.
+fn newest_of_each(catalog: &Catalog) -> Result<Vec<Newest<'_>>> {
+    let mut guests: BTreeMap<Guest, Newest<'_>> = BTreeMap::new();
     let latest = run::find(catalog, "latest")?;
-    if let Some(i) = latest.missing.first() {
-        let what = format!("image {} of a newest run is missing", path_text(&i.image));
-        return Err(Error::new(Kind::Incomplete, what).remedy("check the other VMs one by one"));
-    }
     for (disk, point) in latest.points {
-        let guest = Guest::of(disk, manifest_of(disk, point).as_ref());
-        guests.entry(guest).or_default().push((disk, point));
+        let manifest = manifest_of(disk, point);
+        let newest = guests.entry(Guest::of(disk, manifest.as_ref())).or_default();
+        newest.points.push((disk, point));
+        let images = manifest.into_iter().flat_map(|m| m.run_images);
+        let missing = images.filter(|i| latest.missing.contains(i)).map(|i| i.image).next();
+        newest.missing = newest.missing.take().or(missing);
     }
-    Ok(guests.into_values().map(Some).collect())
+    Ok(guests.into_values().collect())
 }
 
-fn out_folder(path: &Path) -> Result<Folder> {
+/// What is said of a VM that cannot be started as it was.
+fn incomplete(run: &OneRun<'_>, image: &str) -> Report {
+    let what = format!("image {} of this run is missing", path_text(image));
+    let e = Error::new(Kind::Incomplete, what).remedy("name the points of the other disks");
+    Report { result: Err(e), ..Report::of(run) }
+}
+
+fn out_folder(path: &Path, catalog: &Catalog) -> Result<Folder> {
     let real = to_make(path)?;
+    check_outside(&real, &catalog.root)?;
     let failed = |e| Error::io(e, "cannot make the folder for the report").at_path(path);
     folder::make_folders(&real).map_err(failed)
 }
@@ -135,24 +173,8 @@ fn one(
     (out, number): (Option<&Folder>, Option<usize>),
     cancel: &Arc<AtomicBool>,
 ) -> Report {
-    let first = run.points.first();
-    let manifest = first.and_then(|c| c.manifest.as_ref());
-    let guest = first.map(|c| Guest::of(c.disk, manifest).name()).unwrap_or_default();
-    let time = run.points.iter().map(|c| c.disk.points[c.point].time).max().unwrap_or(0);
-    let base = file_name(&guest, time, number);
-    let mut report = Report {
-        name: guest,
-        run: manifest.map(|m| m.run.clone()).filter(|r| !r.is_empty()),
-        time,
-        points: run
-            .points
-            .iter()
-            .map(|c| (to_text(c.disk.path.as_os_str()), c.disk.points[c.point].name.clone()))
-            .collect(),
-        result: Err(Error::new(Kind::Interrupted, "not checked")),
-        picture: None,
-        log: None,
-    };
+    let mut report = Report::of(run);
+    let base = file_name(&report.name, report.time, number);
     let since = wait_for_clock(catalog);
     let log = out.map(|folder| new_file(folder, &format!("{base}.log"))).transpose();
     report.result = log.and_then(|log| {
@@ -192,7 +214,7 @@ fn started(
         ports: check_args.tcp.into_iter().collect(),
     };
     let scratch = scratch(args, catalog)?;
-    with_display(args.how.display.as_deref(), |listener| {
+    with_display((args.how.display.as_deref(), catalog), |listener| {
         let outputs = Outputs { display: listener, ..outputs };
         let disks = Disks::new(prepared.points, scratch, &catalog.root)?;
         check(Running::start(&prepared.vm, disks, outputs, cancel)?, &criteria)

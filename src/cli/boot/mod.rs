@@ -6,6 +6,7 @@ mod args;
 mod checks;
 mod prepare;
 
+use std::io::ErrorKind;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -14,9 +15,11 @@ use super::one_run;
 use super::paths::{catalog, to_make};
 use super::{verbosity, work};
 use crate::boot::{self, Disks, Outputs, Running};
+use crate::chain::Catalog;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::layer::LayerSpec;
+use crate::mount::check_outside;
 use crate::output;
 use crate::text::path_text;
 pub(super) use args::BootArgs;
@@ -39,7 +42,7 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
     }
     let cancel = work::undo_flag()?;
     let scratch = scratch(args, &catalog)?;
-    let said = with_display(how.display.as_deref(), |display| {
+    let said = with_display((how.display.as_deref(), &catalog), |display| {
         let outputs = Outputs { echo: true, display, ..Outputs::default() };
         let disks = Disks::new(prepared.points, scratch, &catalog.root)?;
         let vm = Running::start(&prepared.vm, disks, outputs, &cancel)?;
@@ -84,7 +87,7 @@ fn print(args: &BootArgs, prepared: &Prepared) -> Result<()> {
     let graphs = graphs.collect::<Result<Vec<_>>>()?;
     let lines = match args.how.print {
         true => boot::printed(vm, &graphs)?,
-        false => graphs.iter().map(ToString::to_string).collect(),
+        false => graphs.iter().map(boot::argument).collect(),
     };
     output::print_as_is(format!("{}\n", lines.join("\n")).as_bytes())
 }
@@ -92,15 +95,25 @@ fn print(args: &BootArgs, prepared: &Prepared) -> Result<()> {
 /// Does `act` with a socket for viewers of the console, if there is to be one, and removes that.
 ///
 /// # Errors
-/// The socket cannot be made; what `act` says.
+/// The socket cannot be made, or would be in the backup directory; what `act` says.
 fn with_display<T>(
-    socket: Option<&Path>,
+    (socket, catalog): (Option<&Path>, &Catalog),
     act: impl FnOnce(Option<UnixListener>) -> Result<T>,
 ) -> Result<T> {
     let Some(socket) = socket else { return act(None) };
     let failed = |e| Error::io(e, "cannot make the socket").at_path(socket);
-    let (folder, name) = Folder::of(&to_make(socket)?).map_err(failed)?;
-    let listener = folder.listen(&name).map_err(failed)?;
+    let real = to_make(socket)?;
+    check_outside(&real, &catalog.root)?;
+    let (folder, name) = Folder::of(&real).map_err(failed)?;
+    let listener = folder.listen(&name).map_err(|e| {
+        let in_use = e.kind() == ErrorKind::AddrInUse;
+        let e = failed(e);
+        if in_use {
+            e.remedy("remove it if nobody uses it (a boot that was killed leaves it)")
+        } else {
+            e
+        }
+    })?;
     listener.set_nonblocking(true).map_err(failed)?;
     let done = act(Some(listener));
     if let Err(e) = folder.remove_if_there(&name) {
