@@ -438,7 +438,7 @@ def arguments():
     parser.add_argument("--only", choices=["ours", "theirs"], help="measure one server")
     parser.add_argument("--writable", action="store_true",
                         help="compare a mount with --writable with one without, and nothing else")  # fmt: skip
-    parser.add_argument("--before", metavar="PROGRAM", type=os.path.abspath,
+    parser.add_argument("--before", metavar="PROGRAM", type=chains.program,
                         help="compare with another build of fleecefs, and nothing else")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small disk, one round, one second")
     args = parser.parse_args()

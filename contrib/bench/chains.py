@@ -18,10 +18,18 @@ FIRST_POINT = 1700000000
 FULL_WRITE = 64 * MIB
 
 
+def program(path):
+    """A program for an option; a bench that begins without one may wait for it for ever."""
+    path = os.path.abspath(path)
+    if not os.access(path, os.X_OK):
+        raise argparse.ArgumentTypeError(f"{path} is no program")
+    return path
+
+
 def parser(description, *, upstream=False):
     """Arguments that benchmarks share."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--fleecefs", default="target/release/fleecefs", type=os.path.abspath)
+    found.add_argument("--fleecefs", default="target/release/fleecefs", type=program)
     found.add_argument("--dir", default="/dev/shm", help="where all that is needed is put (%(default)s)")
     found.add_argument("--json", help="write the figures to this file")
     if upstream:
