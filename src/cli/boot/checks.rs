@@ -245,14 +245,14 @@ fn keep_picture(folder: &Folder, name: &str, checked: &Checked) -> Option<PathBu
     let bytes = match &checked.picture {
         Ok(bytes) => bytes,
         Err(why) => {
-            log::warn!("there is no picture of the console: {why}");
+            log::warn!("cannot take a screenshot of the console: {why}");
             return None;
         }
     };
     match folder.write_whole(name, bytes) {
         Ok(()) => Some(folder.join(name)),
         Err(e) => {
-            log::warn!("cannot keep the picture {}: {e}", path_text(name));
+            log::warn!("cannot save the screenshot {}: {e}", path_text(name));
             None
         }
     }
