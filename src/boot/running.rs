@@ -234,7 +234,7 @@ impl Running {
     /// # Errors
     /// QEMU takes none: it has ended, or was built without PNG.
     pub(super) fn picture(&mut self) -> Result<Vec<u8>> {
-        let failed = |e| Error::io(e, "cannot take a screenshot of the console");
+        let failed = |e| Error::io(e, "no file for the screenshot can be made or read");
         let file = memory_file(&[]).map_err(failed)?;
         // QEMU wants one that is open for writing alone.
         let theirs = folder::reopen(&file, Access::Write).map_err(failed)?;

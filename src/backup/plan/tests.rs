@@ -164,12 +164,16 @@ fn plan_with(
     disks: Vec<GuestDisk>,
     change: impl FnOnce(&mut Inputs<'_>),
 ) -> Plan {
+    plan_as(&options(t, level), disks, change)
+}
+
+fn plan_as(options: &Options, disks: Vec<GuestDisk>, change: impl FnOnce(&mut Inputs<'_>)) -> Plan {
     let target = TargetId::new(TARGET);
     let mut inputs = Inputs {
         seen: Survey { disks, ..Default::default() },
         run: "00000000000f",
         target: &target,
-        base: t,
+        base: &options.target,
         now: 100,
         vm: None,
         vm_name: None,
@@ -179,7 +183,7 @@ fn plan_with(
         unsound: &[],
     };
     change(&mut inputs);
-    make(&options(t, level), inputs).unwrap()
+    make(options, inputs).unwrap()
 }
 
 fn auto(t: &Path, d: GuestDisk) -> DiskPlan {

@@ -74,23 +74,9 @@ fn a_point_of_another_vm_is_nothing_to_build_on() {
 #[test]
 fn a_name_without_a_time_is_given_once() {
     let full = |t: &Path, disks: Vec<GuestDisk>| {
-        let target = TargetId::new(TARGET);
-        let inputs = Inputs {
-            seen: Survey { disks, ..Default::default() },
-            run: "00000000000f",
-            target: &target,
-            base: t,
-            now: 100,
-            vm: None,
-            vm_name: None,
-            newcomer: false,
-            renamed: &NONE,
-            no_inc: None,
-            unsound: &[],
-        };
         let layout = Layout { no_timestamp: true, ..Layout::default() };
         let options = Options { layout, ..options(t, RequestedLevel::Full) };
-        make(&options, inputs).unwrap().disks
+        plan_as(&options, disks, |_| ()).disks
     };
     let t = tempfile::tempdir().unwrap();
     let first = full(t.path(), vec![disk("/vm/d", Vec::new())]);
