@@ -20,7 +20,7 @@ use crate::layer::Format;
 use crate::lock::Locks;
 use crate::restore::{Options, Plan, Qcow2Options, Target};
 use crate::rewrite::rebase::RebasePlan;
-use crate::rewrite::{ChainSection, FlattenPlan, files};
+use crate::rewrite::{ChainSection, FlattenPlan, Newest, files};
 use crate::text::path_text;
 use crate::units::{counted, human_bytes};
 use crate::{output, rewrite};
@@ -128,8 +128,8 @@ impl VerbArgs {
         locked(&self.dir).map(|(catalog, locks)| (catalog, Some(locks)))
     }
 
-    fn line<'a>(&self, catalog: &'a Catalog) -> Result<ChainSection<'a>> {
-        rewrite::select(catalog, &self.filter, self.until.as_deref())
+    fn line<'a>(&self, catalog: &'a Catalog, newest: Newest) -> Result<ChainSection<'a>> {
+        rewrite::select(catalog, &self.filter, self.until.as_deref(), newest)
     }
 
     /// Tells that the backup is going to change, or, with --dry-run, prints the steps; whether to
@@ -155,7 +155,7 @@ pub(super) fn rebase(args: RebaseArgs) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);
     let (catalog, _locks) = args.verb.catalog(true)?;
-    let plan = RebasePlan::new(&args.verb.line(&catalog)?, args.absolute)?;
+    let plan = RebasePlan::new(&args.verb.line(&catalog, Newest::OfChain)?, args.absolute)?;
     if !args.verb.announce(&plan.lines())? {
         return Ok(());
     }
@@ -186,7 +186,7 @@ fn merge_into_full(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = verb.work.work(&cancel, &bar);
     let (catalog, _locks) = verb.catalog(true)?;
-    let line = match verb.line(&catalog) {
+    let line = match verb.line(&catalog, Newest::OfChain) {
         Err(e) if e.kind() == Kind::NotFound => {
             let done = verb.until.as_ref().and_then(|u| rewrite::folded(&catalog, &verb.filter, u));
             let Some(full) = done else { return Err(e) };
@@ -221,7 +221,7 @@ pub(super) fn merge(mut args: MergeArgs) -> Result<()> {
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.verb.work.work(&cancel, &bar);
     let (catalog, _) = args.verb.catalog(false)?;
-    let line = args.verb.line(&catalog)?;
+    let line = args.verb.line(&catalog, Newest::OfAll)?;
     check_outside(&catalog, &args.target)?;
     let image = open_point(line.disk, line.last(), &Cache::new(CACHE_BYTES))?;
     let plan = Plan::new(&image, &work)?;

@@ -56,8 +56,17 @@ impl ChainSection<'_> {
     }
 }
 
+/// Which point is meant where none is named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Newest {
+    /// The newest state of the disk, also if it is a COPY.
+    OfAll,
+    /// The end of the newest chain: a COPY, which stands beside the chains, only where there is nothing else.
+    OfChain,
+}
+
 /// Finds what a verb is about: the disk whose file names contain `filter`, and the points up to
-/// `until` (a file name) or to the newest one.
+/// `until` (a file name) or to the newest one that `newest` means.
 ///
 /// # Errors
 /// `Usage` if several disks fit, `NotFound` if none does or there is no such point, `Incomplete`
@@ -66,6 +75,7 @@ pub fn select<'a>(
     catalog: &'a Catalog,
     filter: &OsStr,
     until: Option<&OsStr>,
+    newest: Newest,
 ) -> Result<ChainSection<'a>> {
     let fits = |d: &&Disk| d.points.iter().any(|p| contains(&p.source, filter));
     let disks: Vec<&Disk> = catalog.disks.iter().filter(fits).collect();
@@ -82,7 +92,7 @@ pub fn select<'a>(
                 .remedy(format!("name the folder of one, or use --filter: {}", names.join(", "))));
         }
     };
-    let last = last_point(disk, until)?;
+    let last = last_point(disk, until, newest)?;
     if let Some(f) = disk.points[last].unavailable.as_ref() {
         let text = format!("{} cannot be used: {}", path_text(&disk.points[last].name), f.message);
         return Err(Error::new(f.kind, text).at_path(&f.path));
@@ -112,7 +122,7 @@ fn contains(path: &Path, filter: &OsStr) -> bool {
     filter.is_empty() || name.windows(filter.len()).any(|w| w == filter)
 }
 
-fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
+fn last_point(disk: &Disk, until: Option<&OsStr>, which: Newest) -> Result<usize> {
     let Some(until) = until else {
         if let Some(lost) = disk.newest_missing() {
             return Err(Error::new(Kind::Incomplete, "the newest backup is missing")
@@ -120,7 +130,12 @@ fn last_point(disk: &Disk, until: Option<&OsStr>) -> Result<usize> {
                 .remedy("--until names the last image to merge"));
         }
         // The newest, even if it cannot be served: to leave it out silently would be wrong.
-        let newest = disk.points.iter().rposition(|p| p.level != Level::Snapshot);
+        let newest = |fits: fn(Level) -> bool| disk.points.iter().rposition(|p| fits(p.level));
+        let chained = match which {
+            Newest::OfChain => newest(|level| !matches!(level, Level::Snapshot | Level::Copy)),
+            Newest::OfAll => None,
+        };
+        let newest = chained.or_else(|| newest(|level| level != Level::Snapshot));
         return newest.ok_or_else(|| Error::new(Kind::NotFound, "the disk has no points"));
     };
     // Also as a path, as qmprestore's users complete it.

@@ -1,10 +1,13 @@
 //! Whose points are whose: a disk stays itself when its file moves, and two VMs are not mixed.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::support::backup::{self, Caller};
+use crate::support::guest::Qmp;
 use crate::support::images;
 use crate::support::qemu::one_disk::{Vm, image};
 use crate::support::tools::{have, run};
@@ -354,4 +357,55 @@ fn another_vm_is_not_taken_in_unless_the_user_says_so() {
     let vm = Vm::start(d.path(), &image(&d.path().join("web2.qcow2")), &web);
     vm.caller.must("auto");
     drop(vm);
+}
+
+#[test]
+fn a_target_whose_path_is_no_text_is_worked_on_and_remembered() {
+    if !have("a_target_whose_path_is_no_text_is_worked_on_and_remembered", QEMU) {
+        return;
+    }
+    let d = images::tempdir();
+    let disk = image(&d.path().join("a/data.qcow2"));
+    let vm = Vm::start(d.path(), &disk, &[]);
+    let mut caller = vm.caller.clone();
+    caller.target = d.path().join(OsStr::from_bytes(b"T\xff"));
+    caller.state = d.path().join(OsStr::from_bytes(b"state\xfe"));
+    caller.must("full");
+    let write = |pattern: usize| {
+        let line = format!("qemu-io n \"write -P {} 2M 64k\"", pattern % 250 + 1);
+        let mut qmp = Qmp::connect(&caller.qmp);
+        qmp.execute("human-monitor-command", json!({"command-line": line}));
+    };
+    let mut killed = 0;
+    // Each step is in the matrix of kills; here it is what is written down that counts.
+    for step in (1..).step_by(5) {
+        write(step);
+        let out =
+            caller.command("inc").env("FLEECEFS_CRASH_AT", step.to_string()).output().unwrap();
+        if out.status.success() {
+            break;
+        }
+        assert_eq!(out.status.code(), None, "{out:?}");
+        killed += 1;
+        caller.must_recover(&[]);
+        caller.must("auto");
+    }
+    assert!(killed > 3, "{killed}");
+    vm.quit();
+    let raw = |name: &str| d.path().join(name);
+    let text = |path: &Path| path.to_str().unwrap().to_string();
+    run("qemu-img", &["convert", "-O", "raw", &text(&disk), &text(&raw("disk.raw"))]);
+    let out = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+        .arg("restore")
+        .arg(&caller.target)
+        .args(["data.qcow2/latest", &text(&raw("restored.raw"))])
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{out:?}");
+    assert!(std::fs::read(raw("disk.raw")).unwrap() == std::fs::read(raw("restored.raw")).unwrap());
+    // It is remembered by its very bytes: where it is gone, no new one is begun.
+    std::fs::remove_dir_all(&caller.target).unwrap();
+    let _vm = Vm::start(d.path(), &disk, &[]);
+    let out = caller.run("full");
+    assert_eq!(out.status.code(), Some(3), "{out:?}");
 }

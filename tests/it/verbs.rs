@@ -220,6 +220,33 @@ fn snapshot_rebase_keeps_every_state_inside() {
 }
 
 #[test]
+fn a_copy_that_is_newest_is_merged_but_no_chain_ends_with_it() {
+    if !have("a_copy_that_is_newest_is_merged_but_no_chain_ends_with_it", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, bytes) = chain(dir.path(), "sda", &[8 * MIB]);
+    let last = name(&chain.files[3]);
+    let copy = format!("COPY-{}-sda.qcow2", stamp(&chain.files[3]) + 100);
+    let copy = chain.dir.join(copy);
+    let raw = dir.path().join("raw");
+    let copied = vec![0xc0; bytes[3].len()];
+    std::fs::write(&raw, &copied).unwrap();
+    run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", s(&raw), s(&copy)]);
+    // The newest state of the disk is the COPY's.
+    let merged = dir.path().join("merged.raw");
+    ok(&["merge", "--format", "raw", s(&chain.dir), s(&merged)]);
+    assert_same("merged", &std::fs::read(&merged).unwrap(), &copied);
+    ok(&["rebase", s(&chain.dir)]);
+    assert_eq!(std::fs::read_link(chain.dir.join("image")).unwrap(), Path::new(last));
+    std::fs::remove_file(chain.dir.join("image")).unwrap();
+    ok(&["commit", s(&chain.dir)]);
+    assert_eq!(files(&chain.dir), [name(&copy), name(&chain.files[0])]);
+    assert_same("FULL", &restored(&chain.dir, name(&chain.files[0])), &bytes[3]);
+    assert_same("COPY", &restored(&chain.dir, name(&copy)), &copied);
+}
+
+#[test]
 fn merge_alters_nothing_and_picks_by_filter() {
     if !have("merge_alters_nothing_and_picks_by_filter", &TOOLS) {
         return;

@@ -280,7 +280,7 @@ pub fn add_image(
         true => match image.name.to_str() {
             Some(name) => name.to_string(),
             None => {
-                let what = "a file name that is not UTF-8";
+                let what = "QEMU opens this image by its name, which it has to be told in UTF-8";
                 return Err(Error::new(Kind::Usage, what).at_path(image.name));
             }
         },

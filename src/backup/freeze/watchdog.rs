@@ -24,6 +24,7 @@ use crate::backup::state::journal;
 use crate::backup::state::journal::Record;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
+use crate::journal::paths;
 use crate::qmp::agent::Agent;
 use crate::qmp::socket::Socket;
 use crate::qmp::{Address, Client};
@@ -67,6 +68,7 @@ pub(crate) struct WatchdogConfig {
     /// The run.
     pub run: String,
     /// Its journal.
+    #[serde(with = "paths")]
     pub journal: PathBuf,
     /// The parent.
     pub parent: u32,

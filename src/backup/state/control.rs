@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::lock::{SOCKET, state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
+use crate::journal::paths;
 use crate::qmp::Address;
 use crate::qmp::socket::Socket;
 use crate::qmp::wire::{Limits, Wire};
@@ -25,6 +26,7 @@ pub(crate) struct Status {
     /// When it began, in seconds since the epoch.
     pub started: i64,
     /// The backup directory.
+    #[serde(with = "paths")]
     pub target: PathBuf,
     /// What it is doing.
     pub phase: String,

@@ -12,6 +12,7 @@ use super::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, FileId, Folder, PlainName};
 use crate::journal::lines::{self, Lines};
+use crate::journal::paths;
 use crate::qmp::Address;
 
 /// One record.
@@ -23,6 +24,7 @@ pub enum Record {
         /// Its id.
         run: String,
         /// The backup directory.
+        #[serde(with = "paths")]
         target: PathBuf,
         /// The guest agent's socket, if one is used.
         agent: Option<String>,
@@ -72,10 +74,12 @@ pub struct DiskRecord {
     /// Its number in the run.
     pub index: usize,
     /// The folder in the target.
+    #[serde(with = "paths")]
     pub dir: PathBuf,
     /// File name of the image; with `.partial` until it is published.
     pub image: String,
     /// The fleece image; empty if it has no name.
+    #[serde(with = "paths")]
     pub fleece: PathBuf,
     /// The node that carries the bitmaps.
     pub node: String,

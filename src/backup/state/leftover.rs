@@ -5,9 +5,9 @@
 //! backup directory, whose owner may write anything into it, and a journal of version 0.1.0 does not
 //! say which file was made: so a name is never enough.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +17,7 @@ use crate::backup::names;
 use crate::error::{Error, Result};
 use crate::folder;
 use crate::folder::{FileId, Folder};
+use crate::journal::paths;
 use crate::text::path_text;
 
 /// The longest note, in bytes: a path and two numbers, in JSON.
@@ -31,36 +32,24 @@ pub struct CreatedFile {
     pub id: Option<FileId>,
 }
 
-/// A note as it is written. The path is a list of bytes where it is no text.
+/// A note as it is written.
 #[derive(Serialize, Deserialize)]
 struct Note {
-    path: NotedPath,
+    #[serde(with = "paths")]
+    path: PathBuf,
     id: Option<FileId>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(untagged)]
-enum NotedPath {
-    Text(String),
-    Bytes(Vec<u8>),
 }
 
 /// What is noted about a fleece image.
 pub(crate) fn note(fleece: &CreatedFile) -> Vec<u8> {
-    let path = match fleece.path.to_str() {
-        Some(text) => NotedPath::Text(text.to_string()),
-        None => NotedPath::Bytes(fleece.path.as_os_str().as_bytes().to_vec()),
-    };
-    serde_json::to_vec(&Note { path, id: fleece.id }).unwrap_or_default()
+    let note = Note { path: fleece.path.clone(), id: fleece.id };
+    serde_json::to_vec(&note).unwrap_or_default()
 }
 
 /// Version 0.1.0 noted the path alone.
 fn parse(note: &[u8]) -> CreatedFile {
     match serde_json::from_slice::<Note>(note) {
-        Ok(Note { path: NotedPath::Text(text), id }) => CreatedFile { path: text.into(), id },
-        Ok(Note { path: NotedPath::Bytes(bytes), id }) => {
-            CreatedFile { path: OsString::from_vec(bytes).into(), id }
-        }
+        Ok(Note { path, id }) => CreatedFile { path, id },
         Err(_) => CreatedFile { path: OsStr::from_bytes(note).into(), id: None },
     }
 }

@@ -17,6 +17,7 @@ use super::target_id::{TargetId, stored_id};
 use crate::backup::state::lock::{state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{EntryKind, Folder};
+use crate::journal::paths;
 use crate::qmp::Address;
 use crate::text::{path_text, to_text};
 use crate::{folder, manifest};
@@ -33,7 +34,8 @@ pub(crate) type Folders = BTreeMap<String, String>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct KnownTarget {
-    path: String,
+    #[serde(with = "paths")]
+    path: PathBuf,
     id: String,
     /// By the disk's file.
     #[serde(default, skip_serializing_if = "Folders::is_empty")]
@@ -41,7 +43,7 @@ struct KnownTarget {
 }
 
 impl KnownTarget {
-    fn is(&self, path: &str, id: &str) -> bool {
+    fn is(&self, path: &Path, id: &str) -> bool {
         self.path == path && self.id == id
     }
 }
@@ -85,8 +87,7 @@ impl Targets {
     /// # Errors
     /// `NotFound` if not.
     pub(crate) fn check(&self, target: &Path) -> Result<()> {
-        let path = to_text(target.as_os_str());
-        let known = self.known.iter().chain(&self.others).filter(|k| k.path == path);
+        let known = self.known.iter().chain(&self.others).filter(|k| k.path == target);
         let mut gone = None;
         for one in known {
             if !is_there(target, one)? {
@@ -107,20 +108,19 @@ impl Targets {
                 ))
             }
             // Where only copies were made, nothing else says that it is one.
-            None if self.is_remembered(&path) => Ok(()),
+            None if self.is_remembered(target) => Ok(()),
             None => check_contents(target).and_then(|()| check_parent(target)),
         }
     }
 
-    fn is_remembered(&self, path: &str) -> bool {
+    fn is_remembered(&self, path: &Path) -> bool {
         self.known.iter().chain(&self.others).any(|k| k.path == path)
     }
 
     /// Whether this very backup directory was used for this VM.
     pub(crate) fn knows(&self, target: &Path) -> bool {
-        let path = to_text(target.as_os_str());
         let id = stored_id(target).ok().flatten();
-        id.is_some_and(|id| self.known.iter().any(|k| k.is(&path, &id)))
+        id.is_some_and(|id| self.known.iter().any(|k| k.is(target, &id)))
     }
 
     /// All that are known to the state folder and have an id, and what they have by now: `None` where the id
@@ -128,25 +128,23 @@ impl Targets {
     pub(crate) fn with_ids(&self) -> Vec<(PathBuf, String, Option<TargetId>)> {
         let mut all = BTreeMap::new();
         for k in self.known.iter().chain(&self.others).filter(|k| !k.id.is_empty()) {
-            let path = PathBuf::from(&k.path);
             let is_it = |id: &String| *id == k.id;
-            let now = stored_id(&path).ok().flatten().filter(is_it);
-            let now = now.and_then(|_| TargetId::stored(&path).ok());
-            all.insert((path, k.id.clone()), now);
+            let now = stored_id(&k.path).ok().flatten().filter(is_it);
+            let now = now.and_then(|_| TargetId::stored(&k.path).ok());
+            all.insert((k.path.clone(), k.id.clone()), now);
         }
         all.into_iter().map(|((path, id), now)| (path, id, now)).collect()
     }
 
     /// The backup directories of this VM.
     pub(crate) fn paths(&self) -> BTreeSet<PathBuf> {
-        self.known.iter().map(|k| PathBuf::from(&k.path)).collect()
+        self.known.iter().map(|k| k.path.clone()).collect()
     }
 
     /// What the folders of renamed disks were called in it.
     pub(crate) fn folders(&self, target: &Path) -> Folders {
-        let path = to_text(target.as_os_str());
         let id = stored_id(target).ok().flatten().unwrap_or_default();
-        let known = self.known.iter().find(|k| k.is(&path, &id));
+        let known = self.known.iter().find(|k| k.is(target, &id));
         known.map(|k| k.folders.clone()).unwrap_or_default()
     }
 
@@ -155,10 +153,9 @@ impl Targets {
     /// # Errors
     /// What the operating system said.
     pub(crate) fn remember(&mut self, target: &Path, folders: Folders) -> Result<()> {
-        let path = to_text(target.as_os_str());
         // A mere copy leaves no id.
         let id = stored_id(target)?.unwrap_or_default();
-        if let Some(known) = self.known.iter_mut().find(|k| k.is(&path, &id)) {
+        if let Some(known) = self.known.iter_mut().find(|k| k.is(target, &id)) {
             if folders.iter().all(|(file, name)| known.folders.get(file) == Some(name)) {
                 return Ok(());
             }
@@ -168,7 +165,7 @@ impl Targets {
             known.folders.extend(folders);
             return self.write();
         }
-        self.known.push(KnownTarget { path, id, folders });
+        self.known.push(KnownTarget { path: target.to_path_buf(), id, folders });
         let too_many = self.known.len().saturating_sub(MOST);
         self.known.drain(..too_many);
         self.write()
@@ -443,8 +440,11 @@ mod tests {
     fn the_oldest_go() {
         let d = tempfile::tempdir().unwrap();
         let mut targets = Targets::read(d.path(), &vm(), &[]).unwrap();
-        let known =
-            |n: usize| KnownTarget { path: format!("/t{n}"), id: "i".into(), folders: none() };
+        let known = |n: usize| KnownTarget {
+            path: format!("/t{n}").into(),
+            id: "i".into(),
+            folders: none(),
+        };
         targets.known = (0..MOST).map(known).collect();
         std::fs::write(d.path().join("uuid"), "01234567").unwrap();
         targets.remember(d.path(), none()).unwrap();
