@@ -1,16 +1,19 @@
 //! `fleecefs health`: whether all is well with backup directories.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use serde::Serialize;
 
+use super::config_file::{ConfigFileArgs, Program};
 use super::paths;
 use super::state::StateArgs;
 use super::table::{Row, Table, level_name};
 use super::verbosity;
 use crate::backup::state::journal;
+use crate::backup::target::reachable;
+use crate::config::Vm;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, FileMode};
 use crate::health::{DirectoryHealth, DiskHealth, Known, Status, metrics, nagios, survey, worst};
@@ -35,13 +38,16 @@ use crate::verify::Outcome;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  fleecefs health                                      all configured VMs
   fleecefs health /backups/vm1 /backups/vm2 --max-age 26h
   fleecefs health /backups --max-age 26h --nagios      a check for Nagios, Icinga
   fleecefs health /backups --metrics /var/lib/node/fleecefs.prom")]
 pub(super) struct HealthArgs {
-    /// The backup directories
-    #[arg(value_name = "DIR", required = true)]
+    /// The backup directories [default: those of the configured VMs, with their 'max_age']
+    #[arg(value_name = "DIR")]
     pub dirs: Vec<PathBuf>,
+    #[command(flatten)]
+    file: ConfigFileArgs,
     /// How old the newest point of each disk may be (26h, 8d)
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     max_age: Option<u64>,
@@ -70,9 +76,9 @@ struct Printed<'a> {
 ///
 /// # Errors
 /// `Unsound` if there are errors, `Unproven` if there are warnings; the metrics cannot be written.
-pub(super) fn run(args: &HealthArgs) -> Result<ExitCode> {
+pub(super) fn run(args: &HealthArgs, program: Program) -> Result<ExitCode> {
     let now = jiff::Timestamp::now().as_second();
-    let all = look(args, now);
+    let all = look(args, &wanted(args, program)?, now);
     if let Some(file) = &args.metrics {
         write_metrics(file, &metrics::text(&all, now))?;
     }
@@ -94,8 +100,45 @@ pub(super) fn run(args: &HealthArgs) -> Result<ExitCode> {
     }
 }
 
+/// A backup directory, and how old its newest points may be, in seconds.
+type Wanted = (PathBuf, Option<u64>);
+
+/// The directories that are named, or those of the configured VMs.
+fn wanted(args: &HealthArgs, program: Program) -> Result<Vec<Wanted>> {
+    if !args.dirs.is_empty() {
+        return Ok(args.dirs.iter().map(|dir| (dir.clone(), args.max_age)).collect());
+    }
+    let config = args.file.load(program).map_err(without_any)?;
+    config.problems.iter().for_each(|p| log::warn!("{p}"));
+    let enabled = config.vms.iter().filter(|vm| vm.is_enabled());
+    let of = |vm: &Vm| Some((vm.target()?.to_path_buf(), args.max_age.or(vm.max_age())));
+    let mut found: Vec<Wanted> = enabled.filter_map(of).collect();
+    // Several VMs may share one: the shortest limit holds.
+    found.sort_by_key(|(dir, age)| (dir.clone(), age.unwrap_or(u64::MAX)));
+    found.dedup_by(|a, b| a.0 == b.0);
+    if found.is_empty() {
+        let what = "no VM with a target in the configuration";
+        return Err(Error::new(Kind::Usage, what).remedy("name backup directories"));
+    }
+    Ok(found)
+}
+
+/// What is said where there is neither a directory nor a configuration.
+fn without_any(e: Error) -> Error {
+    if e.kind() != Kind::NotFound {
+        return e;
+    }
+    let text = format!("{}, and no backup directory is named", e.message());
+    let said = Error::new(Kind::NotFound, text)
+        .remedy("name backup directories, or configure VMs: contrib/doc/nightly.md");
+    match e.path() {
+        Some(path) => said.at_path(path),
+        None => said,
+    }
+}
+
 /// Looks at all directories. One that cannot be read is trouble like any other.
-fn look(args: &HealthArgs, now: i64) -> Vec<DirectoryHealth> {
+fn look(args: &HealthArgs, wanted: &[Wanted], now: i64) -> Vec<DirectoryHealth> {
     let state = args.state.dir();
     if let Err(e) = &state {
         log::warn!("what runs did is not known: {}", e.report());
@@ -107,22 +150,29 @@ fn look(args: &HealthArgs, now: i64) -> Vec<DirectoryHealth> {
         Default::default()
     });
     let interrupted = state.as_deref().map_or_else(|| Ok(Vec::new()), journal::interrupted);
-    let known = Known {
-        state: state.as_deref(),
-        history: &history,
-        interrupted: &interrupted,
-        now,
-        max_age: args.max_age,
-    };
-    let one = |dir: &PathBuf| match paths::backups(dir) {
-        Ok(root) => survey(&root, &paths::catalog(dir), &known),
+    let (state, history, interrupted) = (state.as_deref(), &history, &interrupted);
+    let one = |(dir, max_age): &Wanted| match answering(dir) {
+        Ok(root) => {
+            let known = Known { state, history, interrupted, now, max_age: *max_age };
+            survey(&root, &paths::catalog(dir), &known)
+        }
         Err(e) => DirectoryHealth::unreadable(dir, &e),
     };
-    args.dirs.iter().map(one).collect()
+    wanted.iter().map(one).collect()
+}
+
+/// The directory without links. A server that hangs must not hold up whoever watches many.
+fn answering(dir: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.to_path_buf());
+    if !reachable::answers(&absolute) {
+        let what = "its file system does not answer";
+        return Err(Error::new(Kind::Timeout, what).at_path(dir));
+    }
+    paths::backups(dir)
 }
 
 /// Everybody may read it: node_exporter runs as a user of its own.
-fn write_metrics(file: &std::path::Path, text: &str) -> Result<()> {
+fn write_metrics(file: &Path, text: &str) -> Result<()> {
     let path = paths::to_make(file)?;
     let share = FileMode { mode: Some(0o644), group: None };
     let failed = |e| Error::io(e, "cannot write the metrics").at_path(&path);

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -152,6 +153,31 @@ fn a_directory_that_is_gone_or_empty_is_trouble_and_the_others_are_told() {
     assert!(text.starts_with("FLEECEFS UNKNOWN - /nowhere"), "{text}");
 }
 
+#[test]
+fn the_configured_vms_are_looked_at_with_their_limits() {
+    if !have("the_configured_vms_are_looked_at_with_their_limits", TOOLS) {
+        return;
+    }
+    let (_dir, backups, state) = chain();
+    let config = tempfile::NamedTempFile::new().unwrap();
+    let text = format!(
+        "[vms.one]\nqmp = \"/run/1.sock\"\ntarget = \"{}\"\nmax_age = \"26h\"\n\
+         [vms.off]\nqmp = \"/run/2.sock\"\ntarget = \"/nowhere\"\nenabled = false\n",
+        backups.display()
+    );
+    std::fs::write(config.path(), text).unwrap();
+    let file = ["--config-file", config.path().to_str().unwrap()];
+    let (code, all) = judged(&state, &file);
+    assert_eq!((code, trouble(&all)), (Some(18), vec!["old".to_string()]), "{all:#}");
+    assert_eq!(all["directories"].as_array().unwrap().len(), 1, "{all:#}");
+    // What is asked for holds for all.
+    assert_eq!(judged(&state, &[&file[..], &["--max-age", "90y"]].concat()).0, Some(0));
+    let mut nobody = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    let nobody = nobody.args(["health", "--config-file", "/nowhere/x"]).output().unwrap();
+    let said = String::from_utf8_lossy(&nobody.stderr).into_owned();
+    assert!(nobody.status.code() == Some(3) && said.contains("name backup directories"), "{said}");
+}
+
 /// A night on which the disk is full, and one on which the backup is killed.
 #[test]
 fn a_failed_night_and_a_killed_one_are_trouble_until_the_next_good_one() {
@@ -190,9 +216,9 @@ fn a_failed_night_and_a_killed_one_are_trouble_until_the_next_good_one() {
     run("mount", &["-o", "remount,size=64M", small.path().to_str().unwrap()]);
     caller.must("inc");
     assert_eq!(told(&[]).0, Some(0));
-    // Killed once it has begun.
-    let (step, _) = caller.crash("inc", 40);
-    assert!(step.is_some());
+    let mut command = caller.command("inc");
+    let dead = command.env("FLEECEFS_CRASH_AT", "job concluded").output().unwrap();
+    assert_eq!(dead.status.signal(), Some(libc::SIGKILL), "{dead:?}");
     let (killed, all) = told(&[]);
     assert_eq!((killed, trouble(&all)), (Some(18), vec!["interrupted".to_string()]), "{all:#}");
     caller.must_recover(&[]);
