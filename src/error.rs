@@ -85,7 +85,7 @@ impl Kind {
     /// The one table: errno for file system callers, exit code for shells.
     ///
     /// Exit code 1 is left to failures without a better word, 2 is what clap uses for usage.
-    pub fn table(self) -> (i32, u8) {
+    pub const fn table(self) -> (i32, u8) {
         match self {
             Kind::Usage => (libc::EINVAL, 2),
             Kind::NotFound => (libc::ENOENT, 3),

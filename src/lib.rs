@@ -25,7 +25,9 @@
 //! - [`view`]: the same for a mount: points opened when somebody looks into them, and a bounded number at a time
 //! - [`fs`], [`fuse`]: the file system behind the mount, and its adapter to the kernel
 //! - [`qmp`], [`backup`]: talking to QEMU, and making backups of running guests
+//! - [`history`]: what each run did
 //! - [`restore`], [`verify`], [`prune`]: reading points out, proving them, choosing which stay
+//! - [`health`]: whether all is well, for people, Nagios and Prometheus
 //! - [`rewrite`]: all that changes backups in place: delete, consolidate, commit, rebase, join
 //! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`attach`]: points as block devices of the kernel, their file systems mounted by it
@@ -52,6 +54,8 @@ pub mod folder;
 pub mod fs;
 pub mod fuse;
 pub(crate) mod hash;
+pub(crate) mod health;
+pub(crate) mod history;
 pub mod image;
 pub mod job;
 pub mod journal;

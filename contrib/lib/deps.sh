@@ -11,6 +11,7 @@
 #   deps_shells        zsh and fish, whose completions are tested
 #   deps_nfs           an NFS server and a client, neither of which is the kernel's
 #   deps_bench         fio, jq, python3
+#   deps_prometheus    promtool, which checks metrics and alert rules
 #   deps_b3sum         b3sum, by way of cargo
 #   deps_guest         what contrib/guest/build.sh uses
 #   deps_all           all of the above
@@ -198,6 +199,13 @@ deps_nfs() { deps_packages nfs-ganesha nfs-ganesha-vfs libnfs-utils; }
 
 deps_bench() { deps_packages fio jq python3; }
 
+# Of the package only promtool is used; its server is not to run here.
+deps_prometheus() {
+    command -v promtool >/dev/null && return 0
+    deps_packages prometheus
+    deps_as_root systemctl disable --now prometheus prometheus-node-exporter >/dev/null 2>&1 || true
+}
+
 # b3sum, which Debian 12 does not have: built by cargo, kept in the target folder.
 deps_b3sum() {
     local tools=${CARGO_TARGET_DIR:-$DEPS_ROOT/target}/tools
@@ -220,6 +228,7 @@ deps_all() {
     deps_clock
     deps_shells
     deps_nfs
+    deps_prometheus
     deps_bench
     deps_guest
     deps_firmware

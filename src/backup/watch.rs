@@ -14,6 +14,16 @@ pub trait Watch: Send + Sync {
     fn say(&self, line: &str);
     /// A line that the user must not miss.
     fn warn(&self, line: &str);
+    /// A line about one disk, by its name.
+    fn say_of(&self, _disk: &str, line: &str) {
+        self.say(line);
+    }
+    /// As [`Watch::say_of`], which the user must not miss.
+    fn warn_of(&self, _disk: &str, line: &str) {
+        self.warn(line);
+    }
+    /// Which run of which VM it is, as soon as that is known.
+    fn run_is(&self, _run: &str, _vm: &str) {}
     /// Fails if long work that can be done later is to be given up.
     ///
     /// # Errors
@@ -40,6 +50,15 @@ impl Watch for Stopping<'_> {
     }
     fn warn(&self, line: &str) {
         self.watch.warn(line);
+    }
+    fn say_of(&self, disk: &str, line: &str) {
+        self.watch.say_of(disk, line);
+    }
+    fn warn_of(&self, disk: &str, line: &str) {
+        self.watch.warn_of(disk, line);
+    }
+    fn run_is(&self, run: &str, vm: &str) {
+        self.watch.run_is(run, vm);
     }
     fn check_stop(&self) -> Result<()> {
         match self.flag.load(std::sync::atomic::Ordering::SeqCst) {

@@ -1,6 +1,6 @@
 //! The one definition of the command line: `--help`, completions and man pages come from it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Parser, Subcommand};
 
@@ -40,8 +40,8 @@ Exit codes:
    15  no answer in time
    16  partly done: some disks have a new point, others have not
    17  something was skipped, or there was a warning, and --strict was given
-   18  a check found a backup unsound
-   19  a check could not prove a backup sound
+   18  a check found a backup unsound; 'health' has errors
+   19  a check could not prove a backup sound; 'health' has warnings
   130  ended by a signal or by 'cancel'";
 
 /// Back up QEMU guests, and mount the backups: every point of every disk is a plain, read-only raw image
@@ -114,6 +114,8 @@ pub(super) enum Command {
     #[command(alias = "check")]
     Verify(super::verify::VerifyArgs),
     Stats(super::stats::StatsArgs),
+    History(super::history::HistoryArgs),
+    Health(super::survey::HealthArgs),
     Prune(super::prune::PruneArgs),
     Consolidate(super::consolidate::ConsolidateArgs),
     LinkDisk(super::link_disk::LinkDiskArgs),
@@ -148,15 +150,25 @@ impl Command {
         }
     }
 
-    /// Where it keeps what was verified when, if it does; or only reads that.
+    /// Where it keeps what was verified when, and what it did, if it does; or only reads that.
     pub(super) fn verified(&mut self) -> Option<(&mut super::state::StateArgs, bool)> {
         match self {
             Command::List(a) => Some((&mut a.state, true)),
             Command::Show(a) => Some((&mut a.state, true)),
             Command::Verify(a) => Some((&mut a.state, false)),
             Command::Boot(a) => Some((&mut a.state, false)),
+            Command::Prune(a) => Some((&mut a.state, false)),
+            Command::Consolidate(a) => Some((&mut a.state, false)),
+            Command::Restore(a) => Some((&mut a.state, false)),
+            Command::History(a) => Some((&mut a.state, true)),
+            Command::Health(a) => Some((&mut a.state, true)),
             _ => None,
         }
+    }
+
+    /// Whether it answers as a check of Nagios does, whatever happens.
+    pub(super) fn is_nagios(&self) -> bool {
+        matches!(self, Command::Health(a) if a.nagios)
     }
 
     /// Whether it prints JSON, and in which way.
@@ -180,6 +192,8 @@ impl Command {
             Command::Attach(a) => (a.print.json, Json::Document),
             Command::Verify(a) => (a.json, Json::Document),
             Command::Stats(a) => (a.print.json, Json::Document),
+            Command::History(a) => (a.print.json, Json::Document),
+            Command::Health(a) => (a.json, Json::Document),
             Command::Prune(a) => (a.json, Json::Document),
             Command::Consolidate(a) => (a.print.json, Json::Document),
             Command::LinkDisk(a) => (a.json, Json::Document),
@@ -216,6 +230,9 @@ impl Command {
             Command::SnapshotRebase(a) => Some(a.verb.dir()),
             Command::Verify(a) => Some(&a.dir),
             Command::Stats(a) => Some(&a.dir),
+            Command::History(a) => a.dir.as_deref(),
+            // That of all: whoever has several owners asks for each.
+            Command::Health(a) => a.dirs.first().map(PathBuf::as_path),
             Command::Prune(a) => Some(&a.dir),
             Command::Consolidate(a) => Some(&a.dir),
             Command::LinkDisk(a) => Some(&a.dir),

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::config_file::Program;
 use super::console::{Console, Style};
 use super::nightly::ConfiguredArgs;
+use super::recorded::Recorded;
 use super::shared::{QmpArgs, qmp_unless};
 use super::state::StateArgs;
 use super::values::CompressArg;
@@ -21,10 +22,11 @@ use crate::backup::publish::report::Report;
 use crate::backup::run::backup;
 use crate::backup::{
     Compression, CopyOptions, FreezeOptions, FullEvery, Layout, Options, RequestedLevel, StopMode,
-    Watch, names,
+    names,
 };
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileMode;
+use crate::history::Entry;
 use crate::output;
 use crate::privileges::users;
 use crate::qmp::Address;
@@ -452,6 +454,13 @@ pub(super) fn run(args: &BackupArgs, program: Program) -> Result<()> {
         let wanted = nightly::Wanted { dry_run: args.dry_run, strict: args.strict, state };
         return nightly::run(&args.configured, &wanted, program);
     }
+    let dir = args.target.as_deref();
+    let run = Recorded { command: "backup", dir, state: &args.state, dry_run: args.dry_run };
+    run.run(|entry| act(args, entry))
+}
+
+fn act(args: &BackupArgs, entry: &mut Entry) -> Result<()> {
+    entry.qmp = args.vm.given()?.map(|address| address.canonical());
     let options = args.options()?;
     let console = args.show.console()?;
     if !options.dry_run {
@@ -464,6 +473,7 @@ pub(super) fn run(args: &BackupArgs, program: Program) -> Result<()> {
     };
     console.finish();
     let report = result.inspect_err(|e| console.log_error(e))?;
+    entry.add_backup(&report);
     if !options.dry_run {
         console.event(&result_event(&report));
     }
@@ -519,7 +529,8 @@ fn tell(console: &Console, report: &Report) {
             human_bytes(m.bytes_copied),
             m.duration_ms as f64 / 1000.0
         );
-        console.say(&text);
+        let point = path_text(d.path.file_name().unwrap_or_default());
+        console.say_point(&d.disk, &point, &text);
     }
 }
 

@@ -1,6 +1,5 @@
 //! What a long command shows: bars on a terminal, lines or JSON elsewhere; log file and syslog.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -15,6 +14,7 @@ use super::verbosity;
 use crate::backup::Watch;
 use crate::error::{Error, Result};
 use crate::output;
+use crate::output::system_log::{self, About};
 use crate::progress::{Position, Progress};
 use crate::text::{path_text, visible};
 use crate::units::human_bytes;
@@ -40,6 +40,8 @@ pub(super) struct Console {
     file: Option<Mutex<File>>,
     syslog: bool,
     first_warning: Mutex<Option<String>>,
+    /// The run and its VM, once they are known.
+    run_and_vm: Mutex<(String, String)>,
 }
 
 impl Console {
@@ -56,7 +58,15 @@ impl Console {
         let file = log_file.map(super::paths::log_file).transpose()?.map(Mutex::new);
         let bars = style == Style::Auto && std::io::stderr().is_terminal();
         let bars = bars.then(MultiProgress::new);
-        Ok(Console { style, interval, bars, file, syslog, first_warning: Mutex::default() })
+        Ok(Console {
+            style,
+            interval,
+            bars,
+            file,
+            syslog,
+            first_warning: Mutex::default(),
+            run_and_vm: Mutex::default(),
+        })
     }
 
     /// Takes the bars away.
@@ -76,7 +86,12 @@ impl Console {
 
     /// An error that ends the program; the caller prints it.
     pub(super) fn log_error(&self, e: &Error) {
-        self.record(libc::LOG_ERR, &e.report());
+        self.record(libc::LOG_ERR, &e.report(), About::default());
+    }
+
+    /// A point that was made of a disk.
+    pub(super) fn say_point(&self, disk: &str, point: &str, line: &str) {
+        self.show(libc::LOG_INFO, "note", line, About { disk, point, ..About::default() });
     }
 
     /// The first warning that was shown.
@@ -84,7 +99,7 @@ impl Console {
         self.first_warning.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    fn show(&self, priority: libc::c_int, kind: &str, line: &str) {
+    fn show(&self, priority: libc::c_int, kind: &str, line: &str, about: About<'_>) {
         let hidden = if kind == "warning" { verbosity::is_silent() } else { verbosity::is_quiet() };
         let marked = if kind == "warning" { format!("warning: {line}") } else { line.to_string() };
         match (self.style, &self.bars) {
@@ -96,21 +111,20 @@ impl Console {
             }
             _ => output::tell(&format!("{}\n", visible(&marked))),
         }
-        self.record(priority, &marked);
+        self.record(priority, &marked, about);
     }
 
-    fn record(&self, priority: libc::c_int, line: &str) {
+    fn record(&self, priority: libc::c_int, line: &str, about: About<'_>) {
         let line = visible(line);
         if let Some(f) = &self.file {
             let mut f = f.lock().unwrap_or_else(|e| e.into_inner());
             // A full disk must not end the backup for its log's sake.
             let _ = writeln!(f, "{} {line}", jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ"));
         }
-        if self.syslog
-            && let Ok(text) = CString::new(format!("fleecefs: {line}"))
-        {
-            // SAFETY: a constant format with one matching C string.
-            unsafe { libc::syslog(priority | libc::LOG_DAEMON, c"%s".as_ptr(), text.as_ptr()) };
+        if self.syslog {
+            let known = self.run_and_vm.lock().unwrap_or_else(|e| e.into_inner());
+            let (run, vm) = (known.0.as_str(), known.1.as_str());
+            system_log::send(priority, &line, About { run, vm, ..about });
         }
     }
 }
@@ -135,14 +149,27 @@ impl Watch for Console {
     }
 
     fn say(&self, line: &str) {
-        self.show(libc::LOG_INFO, "note", line);
+        self.show(libc::LOG_INFO, "note", line, About::default());
     }
 
     fn warn(&self, line: &str) {
+        self.warn_of("", line);
+    }
+
+    fn say_of(&self, disk: &str, line: &str) {
+        self.show(libc::LOG_INFO, "note", line, About { disk, ..About::default() });
+    }
+
+    fn run_is(&self, run: &str, vm: &str) {
+        let mut known = self.run_and_vm.lock().unwrap_or_else(|e| e.into_inner());
+        *known = (run.to_string(), vm.to_string());
+    }
+
+    fn warn_of(&self, disk: &str, line: &str) {
         let mut first = self.first_warning.lock().unwrap_or_else(|e| e.into_inner());
         first.get_or_insert_with(|| line.to_string());
         drop(first);
-        self.show(libc::LOG_WARNING, "warning", line);
+        self.show(libc::LOG_WARNING, "warning", line, About { disk, ..About::default() });
     }
 }
 

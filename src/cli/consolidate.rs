@@ -7,11 +7,14 @@ use serde_json::json;
 
 use super::bar::Bar;
 use super::paths::catalog;
+use super::recorded::Recorded;
 use super::shared::{DryRunArgs, JsonArgs};
+use super::state::StateArgs;
 use super::verbosity;
 use super::work::{WorkArgs, cancel_flag};
 use super::writing::locked;
 use crate::error::Result;
+use crate::history::Entry;
 use crate::output;
 use crate::restore::Summary;
 use crate::rewrite::consolidate::{ConsolidateOptions, Consolidation, consolidate, plan};
@@ -47,6 +50,8 @@ pub(super) struct ConsolidateArgs {
     #[command(flatten)]
     pub print: JsonArgs,
     #[command(flatten)]
+    pub state: StateArgs,
+    #[command(flatten)]
     work: WorkArgs,
 }
 
@@ -58,6 +63,12 @@ const DONE: &str = "this point is already a FULL\n";
 /// `Usage` or `NotFound` for disk and point, `Busy` if a backup is running, or what reading and
 /// writing say.
 pub(super) fn run(args: ConsolidateArgs) -> Result<()> {
+    let (dir, dry_run) = (Some(args.dir.as_path()), args.only.dry_run);
+    let run = Recorded { command: "consolidate", dir, state: &args.state, dry_run };
+    run.run(|entry| act(&args, entry))
+}
+
+fn act(args: &ConsolidateArgs, entry: &mut Entry) -> Result<()> {
     if args.only.dry_run {
         let catalog = catalog(&args.dir)?;
         let plan = plan(&catalog, catalog.disk(&args.disk)?, &args.until)?;
@@ -69,6 +80,9 @@ pub(super) fn run(args: ConsolidateArgs) -> Result<()> {
     }
     let how = ConsolidateOptions { check: !args.skip_check, compare: !args.no_compare };
     let done = one(&args.dir, &args.disk, &args.until, how, args.print.json, &args.work)?;
+    if let Some((plan, _)) = &done {
+        entry.add_point(&args.disk, &plan.image, None);
+    }
     if !args.print.json {
         return Ok(());
     }

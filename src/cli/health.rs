@@ -4,15 +4,13 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use serde::Serialize;
-
 use super::state::StateArgs;
 use crate::chain::{Catalog, Disk, Point};
 use crate::output::{Line, Look};
 use crate::text::path_text;
-use crate::units::{age, as_time, iso_time};
+use crate::units::{age, iso_time};
 use crate::verify::Outcome;
-use crate::verify::last_verified::{LastVerified, Memory};
+use crate::verify::last_verified::{LastBoot, LastVerified, Memory};
 
 /// How a point stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,15 +21,6 @@ pub(super) enum Health {
     NotVerified,
     /// What `verify` found.
     Verified(LastVerified),
-}
-
-/// What `verify` found the last time, as JSON has it.
-#[derive(Debug, Serialize)]
-pub(super) struct VerifiedJson {
-    #[serde(serialize_with = "as_time")]
-    time: i64,
-    outcome: Outcome,
-    changed: bool,
 }
 
 /// What was verified when, as far as it is known to this user.
@@ -47,15 +36,7 @@ pub(super) fn memory(state: &StateArgs, catalog: &Catalog) -> Memory {
 
 /// When a test VM was last booted from a point, and whether it came up. Nothing where the files have changed since.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Booted(Option<(i64, bool)>);
-
-/// The same as JSON has it.
-#[derive(Debug, Serialize)]
-pub(super) struct BootedJson {
-    #[serde(serialize_with = "as_time")]
-    time: i64,
-    passed: bool,
-}
+pub(super) struct Booted(Option<LastBoot>);
 
 /// Of all points of a catalog, by disk, what `boot --check` found.
 pub(super) struct Boots(HashMap<PathBuf, Vec<Booted>>);
@@ -64,10 +45,7 @@ impl Boots {
     /// As far as it is known to this user.
     pub(super) fn of(state: &StateArgs, catalog: &Catalog) -> Self {
         let memory = state.dir().map(|state| Memory::booted(&state, catalog)).unwrap_or_default();
-        let one = |last: Option<LastVerified>| {
-            Booted(last.filter(|l| !l.changed).map(|l| (l.time, l.outcome == Outcome::Sound)))
-        };
-        let of = |d: &Disk| (d.path.clone(), memory.of(d).into_iter().map(one).collect());
+        let of = |d: &Disk| (d.path.clone(), memory.boots_of(d).into_iter().map(Booted).collect());
         Boots(catalog.disks.iter().map(of).collect())
     }
 
@@ -81,7 +59,10 @@ impl Booted {
     /// That of several points together, if all were booted.
     pub(super) fn all(all: impl Iterator<Item = Booted>) -> Booted {
         let both = |a: Booted, b: Booted| match (a.0, b.0) {
-            (Some((a, up)), Some((b, also))) => Booted(Some((a.min(b), up && also))),
+            (Some(a), Some(b)) => {
+                let (time, passed) = (a.time.min(b.time), a.passed && b.passed);
+                Booted(Some(LastBoot { time, passed }))
+            }
             _ => Booted(None),
         };
         all.reduce(both).unwrap_or_default()
@@ -91,8 +72,10 @@ impl Booted {
     pub(super) fn behind(self, state: String, now: i64) -> String {
         match self.0 {
             None => state,
-            Some((time, true)) => format!("{state}, booted {}", age(now.saturating_sub(time))),
-            Some((time, false)) => format!("{state}, NOT BOOTED {}", age(now.saturating_sub(time))),
+            Some(LastBoot { time, passed }) => {
+                let word = if passed { "booted" } else { "NOT BOOTED" };
+                format!("{state}, {word} {}", age(now.saturating_sub(time)))
+            }
         }
     }
 
@@ -100,14 +83,18 @@ impl Booted {
     pub(super) fn text(self) -> String {
         match self.0 {
             None => String::new(),
-            Some((time, true)) => format!("a test VM came up ({})", iso_time(time)),
-            Some((time, false)) => format!("a test VM did NOT come up ({})", iso_time(time)),
+            Some(LastBoot { time, passed: true }) => {
+                format!("a test VM came up ({})", iso_time(time))
+            }
+            Some(LastBoot { time, passed: false }) => {
+                format!("a test VM did NOT come up ({})", iso_time(time))
+            }
         }
     }
 
     /// For scripts.
-    pub(super) fn json(self) -> Option<BootedJson> {
-        self.0.map(|(time, passed)| BootedJson { time, passed })
+    pub(super) fn json(self) -> Option<LastBoot> {
+        self.0
     }
 }
 
@@ -181,9 +168,8 @@ impl Health {
     }
 
     /// For scripts.
-    pub(super) fn verified(self) -> Option<VerifiedJson> {
-        let Health::Verified(LastVerified { time, outcome, changed }) = self else { return None };
-        Some(VerifiedJson { time, outcome, changed })
+    pub(super) fn verified(self) -> Option<LastVerified> {
+        if let Health::Verified(last) = self { Some(last) } else { None }
     }
 
     /// What below a table explains a word in it.
@@ -256,11 +242,11 @@ mod tests {
 
     #[test]
     fn a_run_was_booted_if_all_its_points_were() {
-        let (old, new, bad) =
-            (Booted(Some((1, true))), Booted(Some((5, true))), Booted(Some((9, false))));
+        let booted = |time, passed| Booted(Some(LastBoot { time, passed }));
+        let (old, new, bad) = (booted(1, true), booted(5, true), booted(9, false));
         assert_eq!(Booted::all([new, old].into_iter()), old);
         assert_eq!(Booted::all([new, Booted(None)].into_iter()), Booted(None));
-        assert_eq!(Booted::all([new, bad].into_iter()), Booted(Some((5, false))));
+        assert_eq!(Booted::all([new, bad].into_iter()), booted(5, false));
         assert_eq!(old.behind("ok".into(), 1 + 2 * 86_400), "ok, booted 2d ago");
         assert_eq!(bad.behind("ok".into(), 9 + 7200), "ok, NOT BOOTED 2h ago");
         assert_eq!(Booted(None).behind("ok".into(), 0), "ok");

@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::findings;
-use super::health::{self, BootedJson, Boots, Health, VerifiedJson};
+use super::health::{self, Boots, Health};
 use super::paths::catalog;
 use super::runs;
 use super::state::StateArgs;
@@ -21,7 +21,7 @@ use crate::output;
 use crate::output::{Line, Look};
 use crate::text::{path_text, shown_as, to_text};
 use crate::units::{as_time, counted, human_bytes, iso_time, parse_when};
-use crate::verify::last_verified::Memory;
+use crate::verify::last_verified::{LastBoot, LastVerified, Memory};
 
 /// Show the disks, chains and points of a backup directory
 ///
@@ -280,9 +280,9 @@ struct PointJson<'a> {
     /// Whether `verify` has read its data as it is now.
     checked: bool,
     /// What it found.
-    verified: Option<VerifiedJson>,
+    verified: Option<LastVerified>,
     /// What `boot --check` found.
-    booted: Option<BootedJson>,
+    booted: Option<LastBoot>,
     #[serde(skip_serializing_if = "Option::is_none")]
     unavailable: Option<&'a Finding>,
 }

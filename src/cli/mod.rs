@@ -17,6 +17,7 @@ mod files;
 mod findings;
 mod habits;
 mod health;
+mod history;
 mod info;
 mod keep;
 mod link_disk;
@@ -27,6 +28,7 @@ mod nightly;
 mod one_run;
 mod paths;
 mod prune;
+mod recorded;
 mod recover;
 mod restore;
 mod runs;
@@ -36,12 +38,14 @@ mod show;
 mod state;
 mod stats;
 mod status;
+mod survey;
 mod table;
 mod umount;
 mod values;
 mod verbosity;
 mod verbs;
 mod verify;
+mod watch;
 mod work;
 mod writing;
 
@@ -53,6 +57,7 @@ use clap::{CommandFactory, Parser};
 use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
+use crate::health::nagios;
 use crate::output::logging::{self, Results};
 use crate::text::{is_hidden, path_text, visible};
 use crate::{folder, output, privileges};
@@ -74,8 +79,14 @@ pub fn main() -> ExitCode {
     init_logging(&cli);
     crate::mount::raise_file_limit();
     let json = cli.command.json();
+    let is_check = cli.command.is_nagios();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
+        Err(e) if is_check => {
+            // There is nobody else to tell.
+            drop(output::print(&nagios::unknown(&e.report())));
+            ExitCode::from(nagios::UNKNOWN)
+        }
         Err(e) => {
             print_error(&e, json);
             output::tell_error(&e);
@@ -122,11 +133,13 @@ fn is_plain(arg: &OsStr) -> bool {
     arg.to_str().is_some_and(|text| !text.chars().any(is_hidden))
 }
 
-fn run(mut cli: Cli) -> Result<()> {
+fn run(mut cli: Cli) -> Result<ExitCode> {
     if cli.as_owner {
         become_owner(&mut cli.command)?;
     }
-    match cli.command {
+    let done = match cli.command {
+        // It may have exit codes of its own.
+        Command::Health(a) => return survey::run(&a, Cli::command),
         Command::Backup(a) => backup::run(&a, Cli::command),
         Command::Info(a) => info::run(a),
         Command::Cleanup(a) => info::cleanup(a),
@@ -153,12 +166,14 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Verify(a) => verify::run(a),
         Command::Prune(a) => prune::run(a),
         Command::Stats(a) => stats::run(&a),
+        Command::History(a) => history::run(&a),
         Command::Consolidate(a) => consolidate::run(a),
         Command::LinkDisk(a) => link_disk::run(a),
         Command::Completions(a) => docs::completions(a, &mut Cli::command()),
         Command::Complete(a) => complete::run(&a, Cli::command()),
         Command::Man(a) => docs::man(a, Cli::command()),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// For `--as-owner`: from here on this process is the owner of the backup directory. There is one

@@ -8,10 +8,13 @@ use clap::Args;
 use super::bar::Bar;
 use super::keep::KeepArgs;
 use super::paths::{backups, catalog};
+use super::recorded::Recorded;
+use super::state::StateArgs;
 use super::verbosity;
 use super::writing::locked;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
+use crate::history::Entry;
 use crate::prune::plan::{DiskPlan, Plan, PlanOptions, Rules, plan};
 use crate::prune::reason::Reason;
 use crate::prune::{CanMerge, items};
@@ -52,6 +55,8 @@ pub(super) struct PruneArgs {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub state: StateArgs,
+    #[command(flatten)]
     work: super::work::WorkArgs,
 }
 
@@ -60,6 +65,12 @@ pub(super) struct PruneArgs {
 /// # Errors
 /// `Usage` without a rule, `Busy` if a backup is running, or what deleting says.
 pub(super) fn run(args: PruneArgs) -> Result<()> {
+    let dir = Some(args.dir.as_path());
+    let run = Recorded { command: "prune", dir, state: &args.state, dry_run: args.dry_run };
+    run.run(|entry| act(&args, entry))
+}
+
+fn act(args: &PruneArgs, entry: &mut Entry) -> Result<()> {
     let rules = args.keep.rules();
     if rules.is_empty() {
         return Err(verbosity::usage(
@@ -68,14 +79,14 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
     }
     if args.dry_run {
         let catalog = catalog(&args.dir)?;
-        let plan = make(&catalog, &rules, &args)?;
+        let plan = make(&catalog, &rules, args)?;
         show(&plan, args.json, true)?;
         return verdict(&plan);
     }
     // Nothing is made, not even a lock, where there is nothing: it may be a mount point.
     check_not_empty(&args.dir)?;
     let (catalog, locks) = locked(&args.dir)?;
-    let plan = make(&catalog, &rules, &args)?;
+    let plan = make(&catalog, &rules, args)?;
     if args.json || !verbosity::is_quiet() {
         show(&plan, args.json, false)?;
     }
@@ -87,6 +98,10 @@ pub(super) fn run(args: PruneArgs) -> Result<()> {
     }
     output::tell(&text);
     execute(&catalog, &plan, &Bar::default())?;
+    for disk in &plan.disks {
+        let gone = disk.points.iter().filter(|p| p.keep.is_empty());
+        gone.for_each(|p| entry.add_point(&disk.disk, &p.point, None));
+    }
     // Each consolidation takes them again.
     drop(locks);
     for disk in &plan.disks {

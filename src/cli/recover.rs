@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::backup::ShowArgs;
 use super::console::Console;
+use super::recorded::Recorded;
 use super::state::StateArgs;
 use super::status::RunArgs;
 use crate::backup::fleece::foreign;
@@ -16,6 +17,7 @@ use crate::backup::state::{control, journal};
 use crate::backup::target::reachable;
 use crate::backup::{Watch as _, offline, recover};
 use crate::error::{Error, Kind, Result};
+use crate::history::Entry;
 use crate::qmp::{Address, Client};
 use crate::text::path_text;
 use crate::units::counted;
@@ -99,12 +101,21 @@ impl CancelArgs {
 /// # Errors
 /// QEMU cannot be reached or refuses.
 pub(super) fn run(args: RecoverArgs) -> Result<()> {
+    let (dir, state) = (args.target(), &args.state);
+    let run = Recorded { command: "recover", dir, state, dry_run: false };
+    run.run(|entry| act(&args, entry))
+}
+
+fn act(args: &RecoverArgs, entry: &mut Entry) -> Result<()> {
     let state = args.state.dir()?;
     let vm = args.of.vm(&state)?;
+    entry.qmp = Some(vm.canonical()).filter(|_| !args.of.is_offline());
+    entry.run =
+        journal::pending(&state, &vm).ok().flatten().map(|p| p.run).filter(|r| !r.is_empty());
     let console = args.show.console()?;
     let lock = Lock::vm(&state, &vm)?;
     // Before all else, and whatever else cannot be read: the guest may be waiting.
-    let first = one(&args, (&state, &vm), &console);
+    let first = one(args, (&state, &vm), &console);
     drop(lock);
     // Backups of the VM's disks while it was off have journals of their own.
     let off = match args.of.is_offline() {
@@ -126,7 +137,7 @@ pub(super) fn run(args: RecoverArgs) -> Result<()> {
     };
     for vm in &off {
         let _lock = Lock::vm(&state, vm)?;
-        let more = one(&args, (&state, vm), &console)?;
+        let more = one(args, (&state, vm), &console)?;
         done.done = done.done.saturating_add(more.done);
         done.left = done.left.saturating_add(more.left);
     }

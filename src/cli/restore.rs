@@ -10,13 +10,16 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::bar::Bar;
+use super::recorded::Recorded;
 use super::shared::ForceArgs;
+use super::state::StateArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
 use super::{paths, verbosity};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
+use crate::history::Entry;
 use crate::image::{Cache, open_point};
 use crate::job::Work;
 use crate::restore::{
@@ -58,6 +61,8 @@ pub(super) struct RestoreArgs {
     to: Option<PathBuf>,
     #[command(flatten)]
     how: OutputArgs,
+    #[command(flatten)]
+    pub state: StateArgs,
     #[command(flatten)]
     work: WorkArgs,
 }
@@ -151,8 +156,14 @@ struct Job<'a> {
 /// The directory, run or point cannot be read; see [`crate::restore::restore`]. `Partial` if
 /// ranges were given up.
 pub(super) fn run(args: RestoreArgs) -> Result<()> {
+    let (dir, dry_run) = (Some(args.dir.as_path()), args.how.dry_run);
+    let run = Recorded { command: "restore", dir, state: &args.state, dry_run };
+    run.run(|entry| act(&args, entry))
+}
+
+fn act(args: &RestoreArgs, entry: &mut Entry) -> Result<()> {
     let catalog = paths::catalog_to_salvage(&args.dir, args.how.salvage)?;
-    let (jobs, missing) = jobs(&args, &catalog)?;
+    let (jobs, missing) = jobs(args, &catalog)?;
     for job in &jobs {
         check_target(&args.how, &catalog, job)?;
     }
@@ -160,7 +171,10 @@ pub(super) fn run(args: RestoreArgs) -> Result<()> {
     let work = args.work.work(&cancel, &bar);
     let (mut given_up, mut failed) = (0, Vec::new());
     for job in &jobs {
-        match one(&args.how, job, &work) {
+        let done = one(&args.how, job, &work);
+        let (disk, error) = (job.disk, done.as_ref().err().map(Error::report));
+        entry.add_point(&disk.path, &disk.points[job.point].name, error);
+        match done {
             Ok(bytes) => given_up += bytes,
             // What one disk of a run lacks is no reason to leave the others.
             Err(e) if job.of_run && !ends_all(&e) => failed.push((job, e)),

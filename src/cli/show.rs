@@ -189,6 +189,9 @@ fn of_manifest(rows: &mut Rows, m: &Manifest, known: Option<Achieved>) {
     if c.stopped_ms > 0 {
         rows.row("guest stopped", format!("{} ms", c.stopped_ms));
     }
+    if c.frozen_ms > 0 {
+        rows.row("guest frozen", format!("{} ms", c.frozen_ms));
+    }
     rows.row("frozen", c.frozen.join(", "));
     rows.row(
         "copied",

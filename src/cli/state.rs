@@ -15,7 +15,7 @@ use crate::privileges::Owner;
 /// Where locks and journals are.
 #[derive(Debug, Args)]
 pub(super) struct StateArgs {
-    /// Folder for journals, locks and the results of 'verify' [default: /var/lib/fleecefs, or the user's state folder]
+    /// Folder for journals, locks, the history and the results of 'verify' [default: /var/lib/fleecefs, or the user's state folder]
     #[arg(long, value_name = "FOLDER", env = "FLEECEFS_STATE_DIR")]
     state_dir: Option<PathBuf>,
 

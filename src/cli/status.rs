@@ -1,6 +1,7 @@
 //! `fleecefs info status`, and which run it, `recover` and `cancel` are about.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
@@ -9,6 +10,7 @@ use serde_json::{Value, json};
 use super::paths;
 use super::shared::{JsonArgs, QmpArgs, qmp_unless};
 use super::state::StateArgs;
+use super::watch;
 use crate::backup::offline;
 use crate::backup::state::control::Status;
 use crate::backup::state::{control, journal};
@@ -16,7 +18,7 @@ use crate::backup::target::reachable;
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Address;
 use crate::text::{path_text, to_text};
-use crate::units::{human_bytes, iso_time};
+use crate::units::iso_time;
 use crate::{folder, output};
 
 /// Which VM's run, or which target's of a VM that is shut off.
@@ -51,6 +53,11 @@ impl RunArgs {
         self.target.as_deref()
     }
 
+    /// Whether one is named.
+    fn is_given(&self) -> bool {
+        self.target.is_some() || self.qemu.qmp.is_some()
+    }
+
     /// Whether it is about a VM that is shut off.
     pub(super) fn is_offline(&self) -> bool {
         self.target.is_some()
@@ -76,9 +83,16 @@ impl RunArgs {
 
 /// What `info status` is about.
 #[derive(Debug, Args)]
+#[command(mut_args(qmp_unless("watch", "")))]
 pub(super) struct StatusArgs {
     #[command(flatten)]
     of: RunArgs,
+
+    /// Show all running backups of this user on this host (with --qmp or --target: that one) until Ctrl-C: bars on a
+    /// terminal, lines elsewhere; every so many seconds, without a number every second
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", require_equals = true,
+        conflicts_with = "json", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    watch: Option<u64>,
 
     #[command(flatten)]
     print: JsonArgs,
@@ -121,6 +135,10 @@ struct Unfinished {
 /// The run does not answer; `NotFound` if nobody can be there who runs.
 pub(super) fn run(args: &StatusArgs) -> Result<()> {
     let state = args.state.dir()?;
+    if let Some(seconds) = args.watch {
+        let one = args.of.is_given().then(|| args.of.vm(&state)).transpose()?;
+        return watch::run(&state, one.as_ref(), Duration::from_secs(seconds));
+    }
     let vm = args.of.vm(&state)?;
     if let Some(s) = control::ask(&state, &vm, "status")? {
         return match args.print.json {
@@ -182,13 +200,7 @@ fn text(s: &Status) -> String {
     let mut text = String::new();
     output::push_line(&mut text, format!("run {} (process {}): {}", s.run, s.pid, s.phase));
     for d in &s.disks {
-        let (done, total) = (human_bytes(d.done), human_bytes(d.total));
-        let copied = human_bytes(d.copied);
-        let (disk, level, state) = (&d.disk, &d.level, &d.state);
-        output::push_line(
-            &mut text,
-            format!("  {disk} {level} {state}: {copied} copied, at {done} of {total}"),
-        );
+        output::push_line(&mut text, format!("  {}", watch::line(d)));
     }
     text
 }

@@ -8,11 +8,13 @@ use clap::Args;
 use super::bar::Bar;
 use super::findings;
 use super::paths::catalog_with_format;
+use super::recorded::Recorded;
 use super::state::StateArgs;
 use super::values::FileFormat;
 use crate::chain::scan::FormatOverride;
 use crate::chain::{Catalog, POINT_HELP};
 use crate::error::{Error, Kind, Result};
+use crate::history::Entry;
 use crate::manifest::ImageFormat;
 use crate::output::{self, Line, Look};
 use crate::text::path_text;
@@ -73,6 +75,12 @@ pub(super) struct VerifyArgs {
 /// # Errors
 /// `Unsound` or `Unproven` as the report says; or the directory cannot be read.
 pub(super) fn run(args: VerifyArgs) -> Result<()> {
+    let dir = Some(args.dir.as_path());
+    let run = Recorded { command: "verify", dir, state: &args.state, dry_run: false };
+    run.run(|entry| act(&args, entry))
+}
+
+fn act(args: &VerifyArgs, entry: &mut Entry) -> Result<()> {
     if args.create {
         super::writing::finish_what_is_left(&args.dir)?;
     }
@@ -83,7 +91,7 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
     let mut catalog = catalog_with_format(&args.dir, None)?;
     let mut options = Options {
         quick: args.quick,
-        point: args.point,
+        point: args.point.clone(),
         since: args.since,
         jobs: args.jobs,
         create: args.create,
@@ -97,6 +105,10 @@ pub(super) fn run(args: VerifyArgs) -> Result<()> {
     let since = if options.quick { SystemTime::now() } else { wait_for_clock(&catalog) };
     let report = verify(&catalog, &options, &Bar::default())?;
     remember_it(&args.state, &catalog, &report, since);
+    for p in report.points.iter().filter(|p| p.outcome != Outcome::Sound && !p.recorded) {
+        let why = p.reason.clone().unwrap_or_else(|| "unproven".into());
+        entry.add_point(&p.disk, &p.point, Some(why));
+    }
     match args.json {
         true => output::print(&output::json_document(&report)?)?,
         false => output::print_lines(&lines(&report))?,

@@ -26,6 +26,7 @@ pub(super) const LEFT_OUT: &[(&str, &[&str], &str)] = &[
     ("boot", &["check", "all_latest", "keep_going"], "it is the new run that is checked"),
     ("boot", &["print", "print_blockdev", "libvirt", "display", "json"], "for people who look"),
     ("backup", &["state_dir"], "one for all: 'backup --all --state-dir' or FLEECEFS_STATE_DIR"),
+    ("prune", &["state_dir"], "as above"),
     ("verify", &["state_dir"], "as above"),
     ("boot", &["state_dir"], "as above"),
 ];

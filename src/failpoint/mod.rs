@@ -19,6 +19,7 @@
 //! - `FLEECEFS_BLIND=1`: every QEMU's frozen view counts as one that cannot be read across clusters
 //! - `FLEECEFS_BARRIER=BYTES`: how much an image grows from one barrier to the next; a single processor is
 //!   enough then
+//! - `FLEECEFS_JOURNAL=SOCKET`: messages for the system log go to that socket
 
 #[cfg(not(feature = "failpoint"))]
 mod off;
@@ -27,11 +28,13 @@ mod on;
 
 #[cfg(not(feature = "failpoint"))]
 pub(crate) use off::{
-    answer_timeout, barrier, hides_status, hold, keep_from, step, step_of, walks_all,
+    answer_timeout, barrier, hides_status, hold, journal_socket, keep_from, step, step_of,
+    walks_all,
 };
 #[cfg(feature = "failpoint")]
 pub(crate) use on::{
-    answer_timeout, barrier, hides_status, hold, keep_from, step, step_of, walks_all,
+    answer_timeout, barrier, hides_status, hold, journal_socket, keep_from, step, step_of,
+    walks_all,
 };
 
 /// How unit tests try properties: in so many cases, and first in those that have failed once, which are kept below

@@ -42,6 +42,12 @@ pub(crate) fn hides_status() -> bool {
 
 /// Never.
 #[inline(always)]
+pub(crate) fn journal_socket() -> Option<PathBuf> {
+    None
+}
+
+/// Never.
+#[inline(always)]
 pub(crate) fn barrier() -> Option<u64> {
     None
 }

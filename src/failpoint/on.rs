@@ -19,6 +19,7 @@ const HOLD: &str = "FLEECEFS_HOLD";
 const WALK: &str = "FLEECEFS_WALK";
 const BLIND: &str = "FLEECEFS_BLIND";
 const BARRIER: &str = "FLEECEFS_BARRIER";
+const JOURNAL: &str = "FLEECEFS_JOURNAL";
 
 struct Hook {
     crash_at: Option<String>,
@@ -131,6 +132,11 @@ pub(crate) fn walks_all() -> bool {
 /// Whether frozen views count as those of a QEMU that needs care.
 pub(crate) fn hides_status() -> bool {
     std::env::var_os(BLIND).is_some()
+}
+
+/// The socket that stands for the system's journal.
+pub(crate) fn journal_socket() -> Option<PathBuf> {
+    std::env::var_os(JOURNAL).map(PathBuf::from)
 }
 
 /// Bytes from one barrier to the next.

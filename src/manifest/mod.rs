@@ -268,6 +268,9 @@ pub struct Consistency {
     pub one_moment: bool,
     /// How long the guest was stopped for it, in milliseconds.
     pub stopped_ms: u64,
+    /// How long the guest's file systems were frozen for it, in milliseconds: from the order to freeze them to the
+    /// agent's word that they are thawed. With `--pause` they are thawed after the manifest is written: 0.
+    pub frozen_ms: u64,
     /// Mount points that were frozen.
     pub frozen: Vec<String>,
 }

@@ -2,7 +2,6 @@
 //! is one line: names in it come from outside and must not look like lines of their own. Results of commands that go on
 //! running, such as `mount`, go the same way, whatever level is logged: [`result`].
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io::Write;
 use std::sync::Mutex;
@@ -10,6 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use log::{Level, Log, Metadata, Record};
 
+use super::system_log::{self, About};
 use crate::text::visible;
 
 /// Where lines go from now on.
@@ -18,7 +18,7 @@ pub(crate) enum Sink {
     Stderr,
     /// A file, appended to.
     File(File),
-    /// syslog(3), which the journal reads, too.
+    /// The system log.
     System,
 }
 
@@ -26,10 +26,6 @@ static SINK: Mutex<Sink> = Mutex::new(Sink::Stderr);
 
 /// Sends further lines elsewhere.
 pub(crate) fn redirect(sink: Sink) {
-    if matches!(sink, Sink::System) {
-        // SAFETY: the name is a string constant, which syslog keeps.
-        unsafe { libc::openlog(c"fleecefs".as_ptr(), libc::LOG_PID, libc::LOG_DAEMON) };
-    }
     *SINK.lock().unwrap_or_else(|e| e.into_inner()) = sink;
 }
 
@@ -121,8 +117,5 @@ fn write_to_system(level: Level, text: &str) {
         Level::Info => libc::LOG_INFO,
         Level::Debug | Level::Trace => libc::LOG_DEBUG,
     };
-    if let Ok(text) = CString::new(visible(text)) {
-        // SAFETY: a constant format and a C string for its one argument.
-        unsafe { libc::syslog(priority, c"%s".as_ptr(), text.as_ptr()) };
-    }
+    system_log::send(priority, text, About::default());
 }

@@ -3,6 +3,7 @@
 //! logged goes through `logging`.
 
 pub(crate) mod logging;
+pub(crate) mod system_log;
 pub(crate) mod wrap;
 
 use std::io::{IsTerminal, Stdout, Write};

@@ -23,6 +23,7 @@ use crate::folder::{self, EntryKind, Folder, Lock};
 use crate::layer::{Format, LayerPart, LayerSpec};
 use crate::storage::{Identity, SourceFile};
 use crate::text::{json, to_text};
+use crate::units::as_time;
 
 /// The folder in the state folder: of what was verified, and of what was booted.
 const FOLDER: &str = "verified";
@@ -50,14 +51,25 @@ const TRIES: u32 = 20;
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// How a point stood when it was last verified, with all that it depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct LastVerified {
     /// When, in seconds since the epoch: the longest ago of the files that it is made of.
+    #[serde(serialize_with = "as_time")]
     pub time: i64,
     /// The worst of these.
     pub outcome: Outcome,
     /// Whether one of these files is another now.
     pub changed: bool,
+}
+
+/// When a test VM was last booted from a point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct LastBoot {
+    /// When, in seconds since the epoch.
+    #[serde(serialize_with = "as_time")]
+    pub time: i64,
+    /// Whether it came up.
+    pub passed: bool,
 }
 
 /// A file of the state folder.
@@ -158,6 +170,14 @@ impl Memory {
             });
         }
         found
+    }
+
+    /// Of records of test VMs: when one was last booted from each point of a disk; `None` where none was, or where the
+    /// files have changed since.
+    pub(crate) fn boots_of(&self, disk: &Disk) -> Vec<Option<LastBoot>> {
+        let boot = |l: LastVerified| LastBoot { time: l.time, passed: l.outcome == Outcome::Sound };
+        let known = self.of(disk).into_iter();
+        known.map(|last| last.filter(|l| !l.changed).map(boot)).collect()
     }
 
     fn directory(&mut self, source: &Path) -> &Directory {

@@ -208,6 +208,13 @@ fn tables_have_what_is_printed() {
         let result = ["points[].run", "format_version"];
         assert!(heading != "backup" || result.iter().all(|k| seen.contains(*k)), "{seen:?}");
     }
+    let seen = check("history", &["history", "--json", "--state-dir", state]);
+    assert!(seen.contains("runs[].disks[].copied"), "{seen:?}");
+    // The point that is gone is trouble.
+    let seen =
+        check("health", &["health", "--json", "--max-age", "1h", "--state-dir", state, target]);
+    let wanted = ["directories[].disks[].newest.time", "directories[].last_runs[].exit_code"];
+    assert!(wanted.iter().all(|k| seen.contains(*k)), "{seen:?}");
     // What fails: the disk, and the run.
     let mut args = backup(&["--include", "nothing"]);
     args[2] = "inc".into();

@@ -38,6 +38,8 @@ mod foreign;
 mod format;
 mod formats;
 mod generations;
+mod health;
+mod history;
 mod hostile;
 mod hostile_backup;
 mod hostile_owner;

@@ -92,6 +92,7 @@ pub(crate) fn take(
     let mut watchdog =
         if wanted || freeze { Some(Watchdog::start(&config(context))?) } else { None };
     let mut agent = None;
+    let froze_at = Instant::now();
     if freeze {
         agent = freeze_guest(context, watchdog.as_mut(), &mut consistency)?;
     }
@@ -111,7 +112,11 @@ pub(crate) fn take(
     let held = match watchdog {
         Some(watchdog) if whole => Some(HeldGuest { watchdog, agent }),
         Some(watchdog) => {
+            let was_frozen = consistency.achieved == Achieved::FileSystem;
             release_guest(context, watchdog, agent, &mut consistency)?;
+            if was_frozen {
+                consistency.frozen_ms = millis(froze_at.elapsed());
+            }
             None
         }
         None => None,

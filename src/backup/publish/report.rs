@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::backup::plan::planned::{Plan, is_unwanted};
 use crate::error::{Error, Kind, Result};
 use crate::layout::Level;
-use crate::manifest::{Achieved, Consistency, Manifest, Skipped};
+use crate::manifest::{Achieved, Consistency, Manifest, Skipped, VmConfig};
 use crate::units::counted;
 
 /// What came of a run.
@@ -19,6 +19,10 @@ pub(crate) struct Report {
     pub consistency: Consistency,
     /// What is still in QEMU, and why.
     pub undo: Option<Error>,
+    /// The run's id.
+    pub run: String,
+    /// What QEMU said about the VM.
+    pub vm: VmConfig,
 }
 
 /// What became of a disk.
@@ -30,6 +34,10 @@ pub(crate) struct DiskReport {
     pub level: Level,
     /// The image.
     pub path: PathBuf,
+    /// Bytes that were to be copied, as far as was known before.
+    pub dirty: u64,
+    /// Bytes of the frozen view that the job went through, holes among them.
+    pub read: u64,
     /// Its manifest, or why there is no point.
     pub result: Result<Manifest>,
 }
@@ -116,6 +124,8 @@ mod tests {
                 ..Consistency::default()
             },
             undo: None,
+            run: String::new(),
+            vm: VmConfig::default(),
         };
         let crash = report(Achieved::Crash);
         let error = crash.verdict(true, true, true).unwrap_err();

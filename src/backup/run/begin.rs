@@ -51,6 +51,8 @@ impl Run<'_> {
     pub(in crate::backup) fn plan(&mut self) -> Result<Plan> {
         let (seen, vm) = look(self.options, &mut self.client)?;
         self.vm = vm;
+        let name = crate::manifest::vm_name(&self.vm).or(crate::manifest::vm_uuid(&self.vm));
+        self.watch.run_is(&self.run, name.unwrap_or_default());
         recover::sweep_all(&self.base, self.watch)?;
         let mut unsound: Vec<Unsound> = Vec::new();
         // One time for all plans: it is in the images' names.
@@ -132,13 +134,13 @@ impl Run<'_> {
 
     pub(in crate::backup) fn announce_plan(&self, plan: &Plan) {
         for s in &plan.skipped {
-            self.watch.say(&format!("{}: skipped: {}", s.disk, s.reason));
+            self.watch.say_of(&s.disk, &format!("{}: skipped: {}", s.disk, s.reason));
         }
         for name in &plan.unknown {
             self.watch.warn(&unknown_disk(name));
         }
         for (disk, e) in &plan.refused {
-            self.watch.warn(&format!("{}: {}", path_text(&disk), e.report()));
+            self.watch.warn_of(disk, &format!("{}: {}", path_text(&disk), e.report()));
         }
         for path in folders::unfinished(plan.disks.iter().map(|d| d.dir.as_path())) {
             self.watch.warn(&format!(
@@ -166,7 +168,7 @@ impl Run<'_> {
     fn announce_disk(&self, d: &DiskPlan) {
         let label = d.disk.label();
         if d.disk.throwaway {
-            self.watch.warn(&format!(
+            self.watch.warn_of(label, &format!(
                 "{label}: QEMU runs with snapshot=on: guest writes are in a temporary overlay of {} \
                  and lost when QEMU ends; the point has the disk as the guest sees it",
                 path_text(&d.disk.identity.file)
@@ -181,8 +183,8 @@ impl Run<'_> {
             );
             // Its bitmap came along, which proves that it is the same; else somebody should look.
             match d.since {
-                Some(_) => self.watch.say(&text),
-                None => self.watch.warn(&text),
+                Some(_) => self.watch.say_of(label, &text),
+                None => self.watch.warn_of(label, &text),
             }
         }
         self.announce_level(d);
@@ -192,18 +194,18 @@ impl Run<'_> {
     fn announce_level(&self, d: &DiskPlan) {
         let label = d.disk.label();
         match &d.demoted {
-            Some(why) if why == crate::backup::target::history::FIRST => {
-                self.watch.say(&format!("{label}: first backup to this target, taking a FULL"))
-            }
+            Some(why) if why == crate::backup::target::history::FIRST => self
+                .watch
+                .say_of(label, &format!("{label}: first backup to this target, taking a FULL")),
             // As the user wants it.
             Some(why) if why == crate::backup::plan::level::DUE => {
-                self.watch.say(&format!("{label}: taking a FULL: {why}"));
+                self.watch.say_of(label, &format!("{label}: taking a FULL: {why}"));
             }
-            Some(why) => self.watch.warn(&format!("{label}: taking a FULL: {why}")),
+            Some(why) => self.watch.warn_of(label, &format!("{label}: taking a FULL: {why}")),
             None => {
                 let word = names::level_word(d.level);
                 let image = path_text(&d.image);
-                self.watch.say(&format!("{}: {word} -> {image}", path_text(&label)));
+                self.watch.say_of(label, &format!("{}: {word} -> {image}", path_text(&label)));
             }
         }
     }

@@ -206,11 +206,14 @@ impl Run<'_> {
         }
         if let Some(grown) = d.plan.grown() {
             if d.plan.disk.identity.format != "qcow2" {
-                self.watch.say(&format!(
-                    "{}: has grown by {} since the last point: all of that is copied",
+                self.watch.say_of(
                     d.plan.disk.label(),
-                    human_bytes(grown.end - grown.start)
-                ));
+                    &format!(
+                        "{}: has grown by {} since the last point: all of that is copied",
+                        d.plan.disk.label(),
+                        human_bytes(grown.end - grown.start)
+                    ),
+                );
             }
             self.mark(d, &[grown])?;
         }
@@ -225,7 +228,7 @@ impl Run<'_> {
         let lost = zeros::with_cuts(self.lost_zeros(d, view, work)?);
         // (A file's end is cut in the middle of a block, which stays data.)
         if d.plan.disk.identity.format != "qcow2" {
-            self.watch.say(&format!(
+            self.watch.say_of(d.plan.disk.label(), &format!(
                 "{}: its storage may not report all zeros: if the disk was shrunk and grown again \
                  since {}, take a FULL",
                 d.plan.disk.label(),

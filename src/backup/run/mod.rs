@@ -249,7 +249,7 @@ fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<
         }
     }
     let consistency = Consistency::default();
-    Ok(Report { plan, disks: Vec::new(), consistency, undo: None })
+    Ok(Report { plan, disks: Vec::new(), consistency, undo: None, run, vm })
 }
 
 /// Whether the frozen view shows the disk of now where one request covers clusters that the fleece

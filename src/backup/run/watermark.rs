@@ -46,7 +46,10 @@ impl Run<'_> {
             }
             remove_scratch(&mut self.client, &scratch)?;
             let what = "its size cannot be watched: the next INC has to read the whole disk";
-            self.watch.warn(&format!("{}: {what}: {}", d.plan.disk.label(), e.report()));
+            self.watch.warn_of(
+                d.plan.disk.label(),
+                &format!("{}: {what}: {}", d.plan.disk.label(), e.report()),
+            );
             return bitmap::add(&mut self.client, &b);
         }
         let from = json!({"node": scratch, "name": work_bitmap(&self.run)});
@@ -89,7 +92,7 @@ impl Run<'_> {
         if smaller {
             let len = human_bytes(range.end - range.start);
             let marked = self.mark(d, &[range])?;
-            self.watch.warn(&format!(
+            self.watch.warn_of(label, &format!(
                 "{label}: was shrunk and grown again since {parent}: its last {len} are copied, \
                  {marked} bytes of them without a dirty bit"
             ));
@@ -98,7 +101,7 @@ impl Run<'_> {
         if self.tail_differs(d)? {
             let marked = self.mark(d, Vec::from_iter(d.plan.tail()).as_slice())?;
             if marked > 0 {
-                self.watch.warn(&format!(
+                self.watch.warn_of(label, &format!(
                     "{label}: its last {marked} bytes differ from {parent} without a dirty bit: copied \
                      as well"
                 ));

@@ -45,17 +45,30 @@ impl Run<'_> {
     }
 
     fn report(&self, plan: Plan, disks: Vec<Active>) -> Report {
+        let passed: Vec<u64> = {
+            let status = self.status.lock().unwrap_or_else(|e| e.into_inner());
+            status.disks.iter().map(|d| d.done).collect()
+        };
         let disks = disks.into_iter().map(|d| DiskReport {
             disk: d.plan.disk.label().to_string(),
             level: d.plan.level,
             path: d.plan.dir.join(&d.plan.image),
+            dirty: d.plan.estimate(),
+            read: passed.get(d.index).copied().unwrap_or(0),
             result: match d.state {
                 DiskState::Done(m) => Ok(*m),
                 DiskState::Failed(e) => Err(e),
                 _ => Err(Error::new(Kind::Interrupted, "it was not finished")),
             },
         });
-        Report { disks: disks.collect(), plan, consistency: self.consistency.clone(), undo: None }
+        Report {
+            disks: disks.collect(),
+            plan,
+            consistency: self.consistency.clone(),
+            undo: None,
+            run: self.run.clone(),
+            vm: self.vm.clone(),
+        }
     }
 
     /// Whatever happened: nothing of ours stays in QEMU, and the journal ends.
@@ -200,7 +213,8 @@ impl Run<'_> {
         if over || gone_error(&error, &mut self.client) {
             return Err(error);
         }
-        self.watch.warn(&format!("{}: {}", d.plan.disk.label(), error.report()));
+        self.watch
+            .warn_of(d.plan.disk.label(), &format!("{}: {}", d.plan.disk.label(), error.report()));
         self.disk_status(d.index, |s| s.state = "failed".into());
         d.state = DiskState::Failed(error);
         match self.give_up(d) {
@@ -209,7 +223,10 @@ impl Run<'_> {
             Ok(ImageOutcome::Removed) => Ok(()),
             // The other disks go on; `finish` tries again, and tells.
             Err(e) if !self.client.timed_out() && !gone_error(&e, &mut self.client) => {
-                self.watch.warn(&format!("{}: {}", d.plan.disk.label(), e.report()));
+                self.watch.warn_of(
+                    d.plan.disk.label(),
+                    &format!("{}: {}", d.plan.disk.label(), e.report()),
+                );
                 Ok(())
             }
             Err(e) => Err(e),

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::lock::{SOCKET, state_folder, state_folder_if_there, vm_key};
+use super::lock::{SOCKET, is_vm_key, state_folder, state_folder_if_there, vm_key};
 use crate::error::{Error, Kind, Result};
-use crate::folder::Folder;
+use crate::folder::{EntryKind, Folder};
 use crate::journal::paths;
 use crate::qmp::Address;
 use crate::qmp::socket::Socket;
@@ -146,7 +146,12 @@ pub(crate) fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Statu
     if state_folder_if_there(state)?.is_none() {
         return Ok(None);
     }
-    let address = Address::Unix(socket_path(state, vm));
+    ask_at(socket_path(state, vm), word)
+}
+
+/// Asks whoever listens at `socket`; `None` if nobody does.
+fn ask_at(socket: PathBuf, word: &str) -> Result<Option<Status>> {
+    let address = Address::Unix(socket);
     let Ok(mut wire) = Wire::connect(&address, ANSWER, Limits::CONTROL) else { return Ok(None) };
     let deadline = Instant::now() + ANSWER;
     let silent =
@@ -159,6 +164,38 @@ pub(crate) fn ask(state: &Path, vm: &Address, word: &str) -> Result<Option<Statu
     serde_json::from_value(answer).map(Some).map_err(|e| {
         Error::new(Kind::Corrupt, "invalid reply from the running backup").with_source(e)
     })
+}
+
+/// How many are asked at a time.
+const AT_ONCE: usize = 32;
+
+/// All backups that run, by the sockets in the state folder; those that do not answer in time are left out.
+///
+/// # Errors
+/// The folder cannot be read; as [`state_folder`].
+pub(crate) fn running(state: &Path) -> Result<Vec<Status>> {
+    let Some(folder) = state_folder_if_there(state)? else { return Ok(Vec::new()) };
+    let failed = |e| Error::io(e, "cannot list the running backups").at_path(folder.path());
+    let is_one = |name: &str| name.strip_suffix(SOCKET).is_some_and(is_vm_key);
+    let entries = folder.entries().map_err(failed)?.into_iter();
+    let sockets: Vec<PathBuf> = entries
+        .filter(|e| e.kind == EntryKind::Other && e.name.to_str().is_some_and(is_one))
+        .map(|e| folder.join(e.name))
+        .collect();
+    let one = |path: &PathBuf| {
+        let asked = ask_at(path.clone(), "status").inspect_err(|e| log::info!("{}", e.report()));
+        asked.ok().flatten()
+    };
+    let mut found = Vec::new();
+    for some in sockets.chunks(AT_ONCE) {
+        std::thread::scope(|scope| {
+            let asked: Vec<_> = some.iter().map(|path| scope.spawn(move || one(path))).collect();
+            // One that panics has no answer.
+            found.extend(asked.into_iter().filter_map(|thread| thread.join().ok().flatten()));
+        });
+    }
+    found.sort_by(|a, b| (a.started, &a.run).cmp(&(b.started, &b.run)));
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -178,6 +215,16 @@ mod tests {
         assert!(!cancel.load(Ordering::SeqCst));
         ask(d.path(), &vm, "cancel").unwrap();
         assert!(cancel.load(Ordering::SeqCst));
+        // All that run; a dead socket and QEMU's own are none.
+        let other = Shared::default();
+        *other.lock().unwrap() = Status { run: "r0".into(), started: -1, ..Status::default() };
+        let _other = Control::open(d.path(), &Address::Unix("/run/b".into()), other, cancel);
+        for socket in ["vm-0123456789abcdef.sock", "vm-0123456789abcdef-nbd.sock"] {
+            std::os::unix::net::UnixListener::bind(d.path().join(socket)).unwrap();
+        }
+        let all: Vec<String> = running(d.path()).unwrap().into_iter().map(|s| s.run).collect();
+        assert_eq!(all, ["r0", "r1"]);
+        assert_eq!(running(&d.path().join("none")).unwrap(), []);
         drop(c);
         assert_eq!(ask(d.path(), &vm, "status").unwrap(), None);
     }

@@ -159,8 +159,11 @@ impl Journal {
     }
 }
 
+/// Ends the name of a journal; before it is the VM's key.
+const ENDING: &str = ".journal";
+
 fn file_name(vm: &Address) -> String {
-    format!("{}.journal", vm_key(vm))
+    format!("{}{ENDING}", vm_key(vm))
 }
 
 /// Where the journal of a VM is.
@@ -244,6 +247,30 @@ pub fn read(path: &Path) -> Result<Option<Pending>> {
         Some((folder, name)) => read_in(&folder, &name),
         None => Ok(None),
     }
+}
+
+/// What killed runs left, of all VMs. A run that is at work has left nothing.
+///
+/// # Errors
+/// The folder or a journal cannot be read.
+pub(crate) fn interrupted(state: &Path) -> Result<Vec<Pending>> {
+    let Some(folder) = state_folder_if_there(state)? else { return Ok(Vec::new()) };
+    let failed = |e| Error::io(e, "cannot list the journals").at_path(folder.path());
+    let mut found = Vec::new();
+    for entry in folder.entries().map_err(failed)? {
+        let vm = entry.name.to_str().and_then(|name| name.strip_suffix(ENDING));
+        if vm.is_none_or(|vm| is_at_work(&folder, vm)) {
+            continue;
+        }
+        found.extend(read_in(&folder, &entry.name)?);
+    }
+    Ok(found)
+}
+
+/// Whether a run of the VM holds its lock.
+fn is_at_work(folder: &Folder, vm: &str) -> bool {
+    let lock = format!("{vm}.lock");
+    folder.has(&lock) && matches!(folder.lock(&lock), Ok(None))
 }
 
 fn read_in(folder: &Folder, name: &OsStr) -> Result<Option<Pending>> {

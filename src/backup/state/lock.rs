@@ -196,7 +196,7 @@ pub(crate) fn vm_key(address: &Address) -> String {
 }
 
 /// Whether this is a [`vm_key`]: other sockets (that of QEMU's NBD server) live as long as QEMU.
-fn is_vm_key(name: &str) -> bool {
+pub(super) fn is_vm_key(name: &str) -> bool {
     let hash = name.strip_prefix("vm-");
     hash.is_some_and(|h| h.len() == 16 && h.bytes().all(|b| b.is_ascii_hexdigit()))
 }

@@ -19,6 +19,7 @@ use crate::cli::paths::to_make;
 use crate::cli::work;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
+use crate::history::Entry;
 use crate::mount::check_outside;
 use crate::output;
 use crate::restore::run;
@@ -70,11 +71,27 @@ impl Report {
     }
 }
 
+impl Report {
+    /// For the history.
+    fn tell(&self, entry: &mut Entry) {
+        let error = match &self.result {
+            Ok(c) if c.passed => None,
+            Ok(c) => Some(c.reason.clone()),
+            Err(e) => Some(e.report()),
+        };
+        for (disk, point) in &self.points {
+            entry.add_point(Path::new(disk), point, error.clone());
+        }
+        entry.vm = (!self.name.is_empty()).then(|| self.name.clone());
+        entry.run.clone_from(&self.run);
+    }
+}
+
 /// Checks what the user says.
 ///
 /// # Errors
 /// `Unsound` if a VM does not come up; why one could not be started.
-pub(super) fn run(args: &BootArgs, catalog: &Catalog) -> Result<()> {
+pub(super) fn run(args: &BootArgs, catalog: &Catalog, entry: &mut Entry) -> Result<()> {
     let cancel = work::undo_flag()?;
     let groups = match args.check.all_latest {
         true => newest_of_each(catalog)?.into_iter().map(Some).collect(),
@@ -98,6 +115,7 @@ pub(super) fn run(args: &BootArgs, catalog: &Catalog) -> Result<()> {
             return report.result.map(drop);
         }
         let passed = report.result.as_ref().is_ok_and(|c| c.passed);
+        report.tell(entry);
         if !args.json() {
             output::print(&text(&report))?;
         }

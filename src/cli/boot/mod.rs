@@ -13,6 +13,7 @@ use std::path::Path;
 use self::prepare::{Prepared, prepared, scratch};
 use super::one_run;
 use super::paths::{catalog, to_make};
+use super::recorded::Recorded;
 use super::{verbosity, work};
 use crate::boot::{self, Disks, Outputs, Running};
 use crate::chain::Catalog;
@@ -30,10 +31,12 @@ pub(super) use args::BootArgs;
 /// As the exit codes say; `Unsound` if a VM was to be checked and does not come up.
 pub(super) fn run(args: &BootArgs) -> Result<()> {
     args.check()?;
-    let catalog = catalog(&args.dir)?;
     if args.check.check {
-        return checks::run(args, &catalog);
+        let dir = Some(args.dir.as_path());
+        let run = Recorded { command: "boot --check", dir, state: &args.state, dry_run: false };
+        return run.run(|entry| checks::run(args, &catalog(&args.dir)?, entry));
     }
+    let catalog = catalog(&args.dir)?;
     let run = one_run::find(&catalog, &args.points)?;
     let prepared = prepared(args, &run)?;
     let how = &args.how;

@@ -137,9 +137,7 @@ impl Night<'_> {
         if ["prune", "verify", "boot"].contains(&command) {
             line.extend(vm.target().map(|t| t.as_os_str().to_os_string()));
         }
-        if command != "prune" {
-            line.extend(["--state-dir".into(), self.state.into()]);
-        }
+        line.extend(["--state-dir".into(), self.state.into()]);
         line
     }
 

@@ -1,0 +1,244 @@
+//! `fleecefs health`: whether all is well with backup directories.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::config_file::{ConfigFileArgs, Program};
+use super::paths;
+use super::state::StateArgs;
+use super::table::{Row, Table, level_name};
+use super::verbosity;
+use crate::backup::state::journal;
+use crate::backup::target::reachable;
+use crate::config::Vm;
+use crate::error::{Error, Kind, Result};
+use crate::folder::{self, FileMode};
+use crate::health::{DirectoryHealth, DiskHealth, Known, Status, metrics, nagios, survey, worst};
+use crate::history;
+use crate::output::{self, Line, Look};
+use crate::text::path_text;
+use crate::units::{age, human_bytes, parse_duration};
+use crate::verify::Outcome;
+
+/// Show whether all is well with backup directories: a line for each disk, and what is not well
+///
+/// AGE is how long ago the newest point was made that can be restored, CHAIN how many points it is made of, STORED what
+/// all points of the disk take; VERIFIED and BOOTED are when 'fleecefs verify' last read a point of the disk, and
+/// 'fleecefs boot --check' last started a test VM from one. Nothing of the points' data is read.
+///
+/// Not well are: a newest point that is missing, damaged or older than --max-age; what 'verify' or 'boot --check' found;
+/// a last backup that failed (see 'fleecefs history'); a backup that was killed and not yet cleaned up; findings as
+/// 'fleecefs list' has them. What runs did, and what was verified, is known of this user's own runs.
+///
+/// The exit code is 0 if all is well, 19 if there are warnings, 18 if there are errors; with --nagios it is 0, 1 or 2, and
+/// 3 if nothing can be told.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fleecefs health                                      all configured VMs
+  fleecefs health /backups/vm1 /backups/vm2 --max-age 26h
+  fleecefs health /backups --max-age 26h --nagios      a check for Nagios, Icinga
+  fleecefs health /backups --metrics /var/lib/node/fleecefs.prom")]
+pub(super) struct HealthArgs {
+    /// The backup directories [default: those of the configured VMs, with their 'max_age']
+    #[arg(value_name = "DIR")]
+    pub dirs: Vec<PathBuf>,
+    #[command(flatten)]
+    file: ConfigFileArgs,
+    /// How old the newest point of each disk may be (26h, 8d)
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    max_age: Option<u64>,
+    /// Answer as a check of Nagios, Icinga or Zabbix does, with its exit codes
+    #[arg(long, conflicts_with = "json")]
+    pub nagios: bool,
+    /// Also write metrics for Prometheus to this file, which its node_exporter reads: it is replaced as a whole, and
+    /// everybody may read it
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// What is printed with `--json`.
+#[derive(Serialize)]
+struct Printed<'a> {
+    status: Status,
+    directories: &'a [DirectoryHealth],
+}
+
+/// Runs `fleecefs health`, and gives the exit code of `--nagios`.
+///
+/// # Errors
+/// `Unsound` if there are errors, `Unproven` if there are warnings; the metrics cannot be written.
+pub(super) fn run(args: &HealthArgs, program: Program) -> Result<ExitCode> {
+    let now = jiff::Timestamp::now().as_second();
+    let all = look(args, &wanted(args, program)?, now);
+    if let Some(file) = &args.metrics {
+        write_metrics(file, &metrics::text(&all, now))?;
+    }
+    if args.nagios {
+        let (text, code) = nagios::answer(&all, args.max_age);
+        return output::print(&text).map(|()| ExitCode::from(code));
+    }
+    let status = worst(all.iter().map(|d| d.status));
+    match args.json {
+        true => {
+            output::print(&output::json_document(&Printed { status, directories: &all })?)?;
+        }
+        false => output::print_lines(&lines(&all, now, verbosity::is_verbose()))?,
+    }
+    match status {
+        Status::Ok => Ok(ExitCode::SUCCESS),
+        Status::Warning => Err(Error::new(Kind::Unproven, "not all is well: there are warnings")),
+        Status::Error => Err(Error::new(Kind::Unsound, "not all is well: there are errors")),
+    }
+}
+
+/// A backup directory, and how old its newest points may be, in seconds.
+type Wanted = (PathBuf, Option<u64>);
+
+/// The directories that are named, or those of the configured VMs.
+fn wanted(args: &HealthArgs, program: Program) -> Result<Vec<Wanted>> {
+    if !args.dirs.is_empty() {
+        return Ok(args.dirs.iter().map(|dir| (dir.clone(), args.max_age)).collect());
+    }
+    let config = args.file.load(program).map_err(without_any)?;
+    config.problems.iter().for_each(|p| log::warn!("{p}"));
+    let enabled = config.vms.iter().filter(|vm| vm.is_enabled());
+    let of = |vm: &Vm| Some((vm.target()?.to_path_buf(), args.max_age.or(vm.max_age())));
+    let mut found: Vec<Wanted> = enabled.filter_map(of).collect();
+    // Several VMs may share one: the shortest limit holds.
+    found.sort_by_key(|(dir, age)| (dir.clone(), age.unwrap_or(u64::MAX)));
+    found.dedup_by(|a, b| a.0 == b.0);
+    if found.is_empty() {
+        let what = "no VM with a target in the configuration";
+        return Err(Error::new(Kind::Usage, what).remedy("name backup directories"));
+    }
+    Ok(found)
+}
+
+/// What is said where there is neither a directory nor a configuration.
+fn without_any(e: Error) -> Error {
+    if e.kind() != Kind::NotFound {
+        return e;
+    }
+    let text = format!("{}, and no backup directory is named", e.message());
+    let said = Error::new(Kind::NotFound, text)
+        .remedy("name backup directories, or configure VMs: contrib/doc/nightly.md");
+    match e.path() {
+        Some(path) => said.at_path(path),
+        None => said,
+    }
+}
+
+/// Looks at all directories. One that cannot be read is trouble like any other.
+fn look(args: &HealthArgs, wanted: &[Wanted], now: i64) -> Vec<DirectoryHealth> {
+    let state = args.state.dir();
+    if let Err(e) = &state {
+        log::warn!("what runs did is not known: {}", e.report());
+    }
+    let state = state.ok();
+    let history = state.as_deref().map(history::read).unwrap_or_else(|| Ok(Default::default()));
+    let history = history.unwrap_or_else(|e| {
+        log::warn!("what runs did is not known: {}", e.report());
+        Default::default()
+    });
+    let interrupted = state.as_deref().map_or_else(|| Ok(Vec::new()), journal::interrupted);
+    let (state, history, interrupted) = (state.as_deref(), &history, &interrupted);
+    let one = |(dir, max_age): &Wanted| match answering(dir) {
+        Ok(root) => {
+            let known = Known { state, history, interrupted, now, max_age: *max_age };
+            survey(&root, &paths::catalog(dir), &known)
+        }
+        Err(e) => DirectoryHealth::unreadable(dir, &e),
+    };
+    wanted.iter().map(one).collect()
+}
+
+/// The directory without links. A server that hangs must not hold up whoever watches many.
+fn answering(dir: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.to_path_buf());
+    if !reachable::answers(&absolute) {
+        let what = "its file system does not answer";
+        return Err(Error::new(Kind::Timeout, what).at_path(dir));
+    }
+    paths::backups(dir)
+}
+
+/// Everybody may read it: node_exporter runs as a user of its own.
+fn write_metrics(file: &Path, text: &str) -> Result<()> {
+    let path = paths::to_make(file)?;
+    let share = FileMode { mode: Some(0o644), group: None };
+    let failed = |e| Error::io(e, "cannot write the metrics").at_path(&path);
+    folder::write_shared(&path, text.as_bytes(), share).map_err(failed)
+}
+
+/// Titles of the columns; those of [`LESS`] go first where there is no room.
+const TITLES: &[&str] =
+    &["DISK", "AGE", "LEVEL", "CONSISTENCY", "VERIFIED", "BOOTED", "CHAIN", "STORED", "STATE"];
+const LESS: &[&str] = &["LEVEL", "CONSISTENCY", "CHAIN"];
+
+fn lines(all: &[DirectoryHealth], now: i64, wide: bool) -> Vec<Line> {
+    let mut rows = Vec::new();
+    for dir in all {
+        rows.push(Row::Heading(heading(dir)));
+        for t in &dir.trouble {
+            rows.push(Row::Below(format!("{}: {}", t.status.word(), t.text), look_of(t.status)));
+        }
+        for disk in &dir.disks {
+            rows.push(Row::Cells(cells(disk, now), look_of(disk.status)));
+            let below = disk.trouble.iter();
+            rows.extend(below.map(|t| Row::Below(t.text.clone(), look_of(t.status))));
+        }
+    }
+    let right = &["CHAIN", "STORED"];
+    Table { titles: TITLES, right, less: LESS, indent: 2, rows }.lines(wide)
+}
+
+fn look_of(status: Status) -> Look {
+    match status {
+        Status::Ok => Look::Plain,
+        Status::Warning => Look::Yellow,
+        Status::Error => Look::Red,
+    }
+}
+
+fn heading(dir: &DirectoryHealth) -> String {
+    let path = path_text(&dir.directory);
+    match dir.free_bytes {
+        Some(free) => format!("{path}: {}, {} free", dir.status.word(), human_bytes(free)),
+        None => format!("{path}: {}", dir.status.word()),
+    }
+}
+
+fn cells(disk: &DiskHealth, now: i64) -> Vec<String> {
+    let none = || "-".to_string();
+    let newest = disk.newest.as_ref();
+    let ago = |time: i64| age(now.saturating_sub(time));
+    let verified = disk.verified.map(|v| match v.outcome {
+        Outcome::Sound => ago(v.time),
+        Outcome::Unproven => format!("unproven {}", ago(v.time)),
+        Outcome::Unsound => format!("UNSOUND {}", ago(v.time)),
+    });
+    let booted = disk.booted.map(|b| match b.passed {
+        true => ago(b.time),
+        false => format!("NOT {}", ago(b.time)),
+    });
+    vec![
+        path_text(&disk.disk),
+        newest.map_or_else(none, |n| age(n.age_seconds)),
+        newest.map_or_else(none, |n| level_name(n.level).into()),
+        newest.map_or_else(none, |n| n.consistency.into()),
+        verified.unwrap_or_else(none),
+        booted.unwrap_or_else(none),
+        disk.chain_points.to_string(),
+        human_bytes(disk.stored_bytes),
+        disk.status.word().into(),
+    ]
+}

@@ -1,0 +1,180 @@
+//! What is known of a backup directory and its disks.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::judge;
+use super::report::{DirectoryHealth, DiskHealth, FailedRuns, Newest, Status, Trouble, worst};
+use crate::backup::state::journal::Pending;
+use crate::chain::{Catalog, Disk, manifest_of, run_gaps};
+use crate::error::{Error, Result};
+use crate::folder::{self, Folder};
+use crate::history::{Entry, History};
+use crate::manifest::{Achieved, vm_name, vm_uuid};
+use crate::verify::last_verified::{LastBoot, LastVerified, Memory};
+
+/// What is known beside the directories.
+pub(crate) struct Known<'a> {
+    /// The state folder, if there is one.
+    pub state: Option<&'a Path>,
+    /// What runs did.
+    pub history: &'a History,
+    /// What killed runs left, or why that cannot be told.
+    pub interrupted: &'a Result<Vec<Pending>>,
+    /// Seconds since the epoch.
+    pub now: i64,
+    /// How old the newest point may be, in seconds.
+    pub max_age: Option<u64>,
+}
+
+/// How it stands with the directory at `root`, of which `catalog` is what is there, or why nothing can be read.
+pub(crate) fn survey(root: &Path, catalog: &Result<Catalog>, known: &Known<'_>) -> DirectoryHealth {
+    let (mut disks, mut trouble) = (Vec::new(), Vec::new());
+    match catalog {
+        Ok(catalog) => {
+            disks = of_disks(catalog, known);
+            of_catalog(catalog, &mut trouble);
+        }
+        Err(e) => trouble.push(judge::error("unreadable", e.report())),
+    }
+    match known.interrupted {
+        Ok(all) => trouble.extend(all.iter().filter_map(|p| judge::of_interrupted(p, root))),
+        Err(e) => trouble.push(judge::error("unreadable", e.report())),
+    }
+    let last_runs = last_runs(known.history, root);
+    trouble.extend(last_runs.iter().filter_map(|run| judge::of_run(run, root, known.now)));
+    let space = catalog.is_ok().then(|| Folder::open(root).and_then(|f| f.space()).ok()).flatten();
+    let bytes = |blocks: u64, size: u64| blocks.saturating_mul(size);
+    DirectoryHealth {
+        directory: root.to_path_buf(),
+        status: worst(disks.iter().map(|d| d.status).chain(trouble.iter().map(|t| t.status))),
+        free_bytes: space.as_ref().map(|s| bytes(s.f_bavail, s.f_frsize)),
+        size_bytes: space.as_ref().map(|s| bytes(s.f_blocks, s.f_frsize)),
+        disks,
+        trouble,
+        failed_runs: failed_runs(known.history, root),
+        last_runs,
+    }
+}
+
+/// What is not well with no one disk.
+fn of_catalog(catalog: &Catalog, trouble: &mut Vec<Trouble>) {
+    if catalog.disks.is_empty() {
+        let what = "no backup in this directory (is its file system mounted?)";
+        trouble.push(judge::error("empty", what));
+    }
+    let gaps = run_gaps(catalog);
+    let all: Vec<_> = catalog.findings.iter().chain(&gaps).collect();
+    judge::of_findings(&all, &catalog.root, trouble);
+}
+
+fn of_disks(catalog: &Catalog, known: &Known<'_>) -> Vec<DiskHealth> {
+    let (verified, booted) = match known.state {
+        Some(state) => (Memory::read(state, catalog), Memory::booted(state, catalog)),
+        None => Default::default(),
+    };
+    let one = |disk: &Disk| {
+        let checks = (verified.of(disk), last_boot(&booted.boots_of(disk)));
+        of_disk(disk, &catalog.root, checks, known)
+    };
+    catalog.disks.iter().map(one).collect()
+}
+
+fn last_boot(all: &[Option<LastBoot>]) -> Option<LastBoot> {
+    all.iter().flatten().max_by_key(|b| b.time).copied()
+}
+
+fn of_disk(
+    disk: &Disk,
+    root: &Path,
+    (verified, booted): (Vec<Option<LastVerified>>, Option<LastBoot>),
+    known: &Known<'_>,
+) -> DiskHealth {
+    let newest = disk.points.iter().rposition(|p| p.is_served());
+    let manifest = newest.and_then(|at| manifest_of(disk, at));
+    let vm = manifest.as_ref().and_then(|m| vm_name(&m.vm).or(vm_uuid(&m.vm)));
+    let described = newest.and_then(|at| disk.points.get(at)).map(|p| Newest {
+        point: p.name.clone(),
+        time: p.time,
+        age_seconds: known.now.saturating_sub(p.time),
+        level: p.level,
+        consistency: Achieved::word(p.consistency),
+    });
+    let mut trouble = Vec::new();
+    judge::of_newest(described.as_ref(), known.max_age, &mut trouble);
+    judge::of_points(disk, root, &mut trouble);
+    judge::of_checks(&verified, booted, known.now, &mut trouble);
+    let unchanged = verified.iter().flatten().filter(|l| !l.changed);
+    DiskHealth {
+        disk: disk.path.clone(),
+        vm: vm.map(str::to_string),
+        status: worst(trouble.iter().map(|t| t.status)),
+        newest: described,
+        points: disk.points.len(),
+        chain_points: newest.map_or(0, |at| chain_points(disk, at)),
+        stored_bytes: disk.points.iter().fold(0, |sum, p| sum.saturating_add(p.own_bytes)),
+        verified: unchanged.max_by_key(|l| l.time).copied(),
+        booted,
+        trouble,
+    }
+}
+
+/// Points that a point is made of, itself among them.
+fn chain_points(disk: &Disk, point: usize) -> usize {
+    let parent = |at: &usize| disk.points.get(*at).and_then(|p| p.parent);
+    std::iter::successors(Some(point), parent).take(disk.points.len()).count()
+}
+
+/// Runs on `root` or on directories below it.
+fn runs_below<'a>(history: &'a History, root: &'a Path) -> impl Iterator<Item = &'a Entry> {
+    let is_below = move |e: &&Entry| {
+        e.directory.as_deref().is_some_and(|dir| Path::new(dir).starts_with(root))
+    };
+    history.entries.iter().filter(is_below)
+}
+
+/// The last run of each command on each directory, of each VM where several share one.
+fn last_runs(history: &History, root: &Path) -> Vec<Entry> {
+    let mut last: BTreeMap<_, &Entry> = BTreeMap::new();
+    for run in runs_below(history, root) {
+        last.insert((&run.directory, &run.qmp, &run.command), run);
+    }
+    let is_real = |run: &&Entry| !run.has_failed() || is_known(history, run.directory.as_deref());
+    last.into_values().filter(is_real).cloned().collect()
+}
+
+/// Whether a directory is there, or was once: what failed with a mistyped one would be told for ever.
+fn is_known(history: &History, directory: Option<&str>) -> bool {
+    let worked = |e: &&Entry| !e.has_failed() && e.directory.as_deref() == directory;
+    directory.is_some_and(|dir| folder::exists(Path::new(dir)))
+        || history.entries.iter().any(|e| worked(&e))
+}
+
+fn failed_runs(history: &History, root: &Path) -> Vec<FailedRuns> {
+    let mut counts: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+    for run in runs_below(history, root).filter(|e| e.has_failed()) {
+        *counts.entry((run.command.as_str(), run.result.as_str())).or_default() += 1;
+    }
+    let one = |((command, result), count): ((&str, &str), u64)| FailedRuns {
+        command: command.to_string(),
+        result: result.to_string(),
+        count,
+    };
+    counts.into_iter().map(one).collect()
+}
+
+impl DirectoryHealth {
+    /// Of a directory that cannot even be named: a path that leads nowhere.
+    pub(crate) fn unreadable(path: &Path, e: &Error) -> Self {
+        DirectoryHealth {
+            directory: path.to_path_buf(),
+            status: Status::Error,
+            free_bytes: None,
+            size_bytes: None,
+            disks: Vec::new(),
+            trouble: vec![judge::error("unreadable", e.report())],
+            last_runs: Vec::new(),
+            failed_runs: Vec::new(),
+        }
+    }
+}
