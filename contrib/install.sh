@@ -36,7 +36,7 @@ note() { printf '%s %s\n' "$1" "$2" >>"$made/list"; }
 # folder PATH: makes a folder, and writes down which ones were not there.
 folder() {
     local at=$1 missing=()
-    while [ ! -d "$DESTDIR$at" ]; do
+    while [ "$at" != / ] && [ ! -d "$DESTDIR$at" ]; do
         missing+=("$at")
         at=$(dirname "$at")
     done

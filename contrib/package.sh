@@ -22,7 +22,7 @@ version=${DEB_VERSION:-$program-1}
 
 deps_rust
 deps_build
-deps_packages dpkg-dev binutils
+deps_packages dpkg-dev binutils xz-utils
 deps_cargo_deb
 
 # Cargo.toml names what is here, whatever CARGO_TARGET_DIR says.
