@@ -116,6 +116,34 @@ impl Kind {
     pub fn exit_code(self) -> u8 {
         self.table().1
     }
+
+    /// What a process that ended with this code says. Where several kinds have one, the most general of them.
+    pub fn of_exit_code(code: u8) -> Self {
+        use Kind::{
+            Busy, Changed, Corrupt, Exists, Incomplete, Interrupted, NoSpace, NotFound, Partial,
+        };
+        use Kind::{Peer, Permission, Skipped, Timeout, Unproven, Unsound, Unsupported, Usage};
+        let all = [
+            Usage,
+            NotFound,
+            Exists,
+            Permission,
+            Busy,
+            NoSpace,
+            Corrupt,
+            Unsupported,
+            Incomplete,
+            Changed,
+            Peer,
+            Timeout,
+            Interrupted,
+            Partial,
+            Skipped,
+            Unsound,
+            Unproven,
+        ];
+        all.into_iter().find(|k| k.exit_code() == code).unwrap_or(Kind::Io)
+    }
 }
 
 /// Why a file was not touched, although the operating system would have let us: it is a symbolic

@@ -30,6 +30,7 @@
 //! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`attach`]: points as block devices of the kernel, their file systems mounted by it
 //! - [`boot`]: points as disks of a test VM, and whether it comes up
+//! - [`config`]: the configuration file: which VMs are backed up, and how
 //! - [`cli`]: arguments, output, exit codes
 
 // The list above names all of them, for whoever reads the source.
@@ -42,6 +43,7 @@ pub mod backup;
 pub(crate) mod boot;
 pub mod chain;
 pub mod cli;
+pub(crate) mod config;
 pub mod error;
 pub(crate) mod extent;
 pub(crate) mod failpoint;

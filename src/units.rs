@@ -76,6 +76,13 @@ pub fn age(seconds: i64) -> String {
     }
 }
 
+/// A duration in the largest unit of [`parse_duration`] that it is whole numbers of: `36h`, `7d`.
+pub fn human_duration(seconds: u64) -> String {
+    let units = [(86_400, 'd'), (3600, 'h'), (60, 'm')];
+    let whole = units.into_iter().find(|(unit, _)| seconds > 0 && seconds % unit == 0);
+    whole.map_or_else(|| format!("{seconds}s"), |(unit, name)| format!("{}{name}", seconds / unit))
+}
+
 /// Serializes a time as [`iso_time`] shows it.
 ///
 /// # Errors
@@ -133,6 +140,13 @@ mod tests {
         assert_eq!((age(47 * hour), age(48 * hour)), ("47h ago".into(), "2d ago".into()));
         // A clock that was set back.
         assert_eq!(age(-5), "just now");
+    }
+
+    #[test]
+    fn durations_are_written_as_they_are_read() {
+        for text in ["36h", "7d", "90s", "5m", "0s"] {
+            assert_eq!(human_duration(parse_duration(text).unwrap()), text);
+        }
     }
 
     #[test]

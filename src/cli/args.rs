@@ -19,6 +19,7 @@ Examples:
   fleecefs mount /backups/vm1 /mnt/vm1              every point as a raw image
   fleecefs restore /backups/vm1 sda/latest vm1.qcow2
   fleecefs backup --qmp /run/vm1.sock --level auto --target /backups/vm1
+  fleecefs backup --all                             every VM of the configuration
   fleecefs verify /backups/vm1
 
 Exit codes:
@@ -162,6 +163,7 @@ impl Command {
     pub(super) fn json(&self) -> Json {
         let (asked, kind) = match self {
             // A dry run prints a document, which says what is refused.
+            Command::Backup(a) if a.is_configured() => (a.json(), Json::Document),
             Command::Backup(a) if a.is_dry_run() => (a.json(), Json::Document),
             Command::Backup(a) => (a.json(), Json::Events),
             Command::Recover(a) => (a.json(), Json::Events),
@@ -173,7 +175,7 @@ impl Command {
             Command::Info(a) => (a.json(), Json::Document),
             Command::List(a) => (a.json, Json::Document),
             Command::Show(a) => (a.json, Json::Document),
-            Command::Config(a) => (a.print.json, Json::Document),
+            Command::Config(a) => (a.json(), Json::Document),
             Command::Boot(a) => (a.json(), Json::Document),
             Command::Attach(a) => (a.print.json, Json::Document),
             Command::Verify(a) => (a.json, Json::Document),
@@ -197,12 +199,12 @@ impl Command {
     /// The backup directory that it names, if that decides whose work it is.
     pub(super) fn backups(&self) -> Option<&Path> {
         match self {
-            Command::Backup(a) => Some(a.target()),
+            Command::Backup(a) => a.target(),
             Command::Mount(a) => Some(&a.backups),
             Command::Scratch(a) => Some(a.dir()),
             Command::List(a) => Some(&a.dir),
             Command::Show(a) => Some(&a.dir),
-            Command::Config(a) => Some(&a.dir),
+            Command::Config(a) => a.dir.as_deref(),
             Command::Boot(a) => Some(&a.dir),
             Command::Map(a) => Some(&a.dir),
             Command::Diff(a) => Some(&a.dir),

@@ -7,12 +7,14 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::config_file::Program;
 use super::console::{Console, Style};
+use super::nightly::ConfiguredArgs;
 use super::shared::{QmpArgs, qmp_unless};
 use super::state::StateArgs;
 use super::values::CompressArg;
 use super::work::undo_flag;
-use super::{paths, state, values, verbosity};
+use super::{nightly, paths, state, values, verbosity};
 use crate::backup::offline::backup_offline;
 use crate::backup::plan::{Printed, unknown_disk};
 use crate::backup::publish::report::Report;
@@ -33,8 +35,12 @@ use crate::units::{human_bytes, iso_time, parse_bytes, parse_duration};
 ///
 /// Copies what changed since the last point from a frozen view of each disk, while the guest runs. All
 /// disks are frozen at the same time, for which the guest is stopped for some tens of milliseconds.
+///
+/// With --all, or --vm, the configuration says what is backed up and how: of each VM what a killed backup left is cleaned
+/// up, it is backed up, the new points are verified, booted if that is wanted, and old ones are deleted where there are
+/// rules. What fails for one VM stops no other.
 #[derive(Debug, Args)]
-#[command(mut_args(qmp_unless("offline", "")))]
+#[command(mut_args(nightly::apart(qmp_unless("offline", ""))))]
 pub(super) struct BackupArgs {
     #[command(flatten)]
     vm: QmpArgs,
@@ -62,8 +68,8 @@ pub(super) struct BackupArgs {
 
     /// full: a new chain; inc: changes since the last FULL or INC; diff: changes since the FULL; copy: a
     /// full copy outside the chain; auto: inc if possible, else full
-    #[arg(short, long, value_enum)]
-    level: LevelArg,
+    #[arg(short, long, value_enum, required = true)]
+    level: Option<LevelArg>,
 
     /// With --level auto: start a new chain when this one has N points, or is older than DURATION
     /// (12h, 7d, 4w)
@@ -71,8 +77,8 @@ pub(super) struct BackupArgs {
     full_every: Option<FullEvery>,
 
     /// The backup directory
-    #[arg(short, long, value_name = "DIR")]
-    target: PathBuf,
+    #[arg(short, long, value_name = "DIR", required = true)]
+    target: Option<PathBuf>,
 
     /// Permission bits of new files, octal; folders get x where files have r [default: as in the last
     /// backup with --mode to this directory, else 0600]
@@ -165,6 +171,9 @@ pub(super) struct BackupArgs {
 
     #[command(flatten)]
     show: ShowArgs,
+
+    #[command(flatten)]
+    configured: ConfiguredArgs,
 }
 
 /// How progress and messages are shown.
@@ -316,9 +325,14 @@ impl ShowArgs {
 }
 
 impl BackupArgs {
-    /// Whether events are printed as JSON.
+    /// Whether events are printed as JSON; for VMs of the configuration the summary.
     pub(super) fn json(&self) -> bool {
-        self.show.json()
+        if self.is_configured() { self.configured.json } else { self.show.json() }
+    }
+
+    /// Whether it is about VMs of the configuration.
+    pub(super) fn is_configured(&self) -> bool {
+        self.configured.is_given()
     }
 
     /// Whether only the plan is shown.
@@ -327,8 +341,8 @@ impl BackupArgs {
     }
 
     /// The backup directory.
-    pub(super) fn target(&self) -> &Path {
-        &self.target
+    pub(super) fn target(&self) -> Option<&Path> {
+        self.target.as_deref()
     }
 
     /// Where its state is.
@@ -347,7 +361,10 @@ impl BackupArgs {
     }
 
     fn options(&self) -> Result<Options> {
-        let level = match (self.level, self.full_every) {
+        let (Some(level), Some(target)) = (self.level, &self.target) else {
+            return Err(verbosity::usage("--level or --target is not given"));
+        };
+        let level = match (level, self.full_every) {
             (LevelArg::Auto, every) => RequestedLevel::Auto(every),
             (_, Some(_)) => return Err(verbosity::usage("--full-every goes with --level auto")),
             (LevelArg::Full, None) => RequestedLevel::Full,
@@ -361,7 +378,7 @@ impl BackupArgs {
             // With --offline: that of our own daemon, later.
             qmp: self.vm.given()?.unwrap_or_else(|| Address::Unix(PathBuf::new())),
             agent: address(&self.agent)?,
-            target: paths::to_make(&self.target)?,
+            target: paths::to_make(target)?,
             init: self.init,
             shared: self.shared,
             names: self.names.clone(),
@@ -429,7 +446,12 @@ impl BackupArgs {
 ///
 /// # Errors
 /// As the exit codes say: 16 if some disks have a point and others not, 17 with `--strict`.
-pub(super) fn run(args: &BackupArgs) -> Result<()> {
+pub(super) fn run(args: &BackupArgs, program: Program) -> Result<()> {
+    if args.is_configured() {
+        let state = args.state.dir()?;
+        let wanted = nightly::Wanted { dry_run: args.dry_run, strict: args.strict, state };
+        return nightly::run(&args.configured, &wanted, program);
+    }
     let options = args.options()?;
     let console = args.show.console()?;
     if !options.dry_run {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::config_file::{FileCommand, Program};
 use super::one_run::{self, ChosenPoint, OneRun};
 use super::paths::catalog;
 use super::restore::names_in_run;
@@ -31,23 +32,41 @@ use crate::units::{human_bytes, iso_time};
 Examples:
   fleecefs config /backups/vm1                     of the newest run
   fleecefs config /backups/vm1 2026-11-22          of the newest run of that day
-  fleecefs config /backups/vm1 --json | jq .machine.nets")]
+  fleecefs config /backups/vm1 --json | jq .machine.nets
+  fleecefs config check                            the configuration of 'backup --all'")]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(disable_help_subcommand = true)]
 pub(super) struct ConfigArgs {
-    /// The backup directory
-    pub dir: PathBuf,
+    #[command(subcommand)]
+    file: Option<FileCommand>,
+    /// The backup directory (./check for one of that name)
+    #[arg(required = true)]
+    pub dir: Option<PathBuf>,
     /// The run: latest, a date or time, its id; or a point [default: latest]
     #[arg(value_name = "RUN")]
     run: Option<PathBuf>,
     #[command(flatten)]
-    pub print: JsonArgs,
+    print: JsonArgs,
+}
+
+impl ConfigArgs {
+    /// Whether it prints JSON.
+    pub(super) fn json(&self) -> bool {
+        self.file.as_ref().map_or(self.print.json, FileCommand::json)
+    }
 }
 
 /// Runs `fleecefs config`.
 ///
 /// # Errors
 /// The directory cannot be read; as [`one_run::find`].
-pub(super) fn run(args: &ConfigArgs) -> Result<()> {
-    let catalog = catalog(&args.dir)?;
+pub(super) fn run(args: &ConfigArgs, program: Program) -> Result<()> {
+    let dir = match (&args.file, &args.dir) {
+        (Some(file), _) => return file.run(program),
+        (None, Some(dir)) => dir,
+        (None, None) => return Err(verbosity::usage("no backup directory is given")),
+    };
+    let catalog = catalog(dir)?;
     let run = one_run::find(&catalog, args.run.as_slice())?;
     let drives = drives(&run);
     if args.print.json {

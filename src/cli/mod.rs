@@ -8,6 +8,7 @@ mod bar;
 mod boot;
 mod complete;
 mod config;
+mod config_file;
 mod console;
 mod consolidate;
 mod diff;
@@ -22,6 +23,7 @@ mod link_disk;
 mod list;
 mod map;
 mod mount;
+mod nightly;
 mod one_run;
 mod paths;
 mod prune;
@@ -125,7 +127,7 @@ fn run(mut cli: Cli) -> Result<()> {
         become_owner(&mut cli.command)?;
     }
     match cli.command {
-        Command::Backup(a) => backup::run(&a),
+        Command::Backup(a) => backup::run(&a, Cli::command),
         Command::Info(a) => info::run(a),
         Command::Cleanup(a) => info::cleanup(a),
         Command::Recover(a) => recover::run(a),
@@ -138,7 +140,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Scratch(a) => scratch::run(&a),
         Command::List(a) => list::run(a),
         Command::Show(a) => show::run(a),
-        Command::Config(a) => config::run(&a),
+        Command::Config(a) => config::run(&a, Cli::command),
         Command::Boot(a) => boot::run(&a),
         Command::Map(a) => map::run(a),
         Command::Diff(a) => diff::run(&a),

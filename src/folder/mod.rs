@@ -63,7 +63,9 @@ pub use made::{FileTime, Made, NewNode};
 pub use name::{PlainName, plain};
 use open::refused;
 pub use open::{Access, DeviceAccess};
-pub use owner::{ForeignOwner, check_private, check_unchangeable, foreign_owner};
+pub use owner::{
+    ForeignOwner, check_private, check_unchangeable, check_unchangeable_file, foreign_owner, is_own,
+};
 pub use resolve::{
     ResolvedPath, follow_path, resolve, resolve_path, resolve_target, resolve_to_make,
 };

@@ -8,10 +8,12 @@
 
 use std::fs::Metadata;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::Folder;
+use super::open::proc_path;
 use crate::error::{Error, Kind, Result};
 use crate::text::path_text;
 
@@ -61,14 +63,43 @@ pub fn check_unchangeable(path: &Path, remedy: &str) -> Result<()> {
     Ok(())
 }
 
-fn is_own(meta: &Metadata) -> bool {
+/// Fails unless the plain file at `real`, which has no link on its path, is root's or the caller's own and nobody else may
+/// write to it or put another one in its place; `remedy` says what to do then.
+///
+/// # Errors
+/// `Permission`; a refusal for anything but a plain file; what the operating system said.
+pub fn check_unchangeable_file(real: &Path, remedy: &str) -> Result<Metadata> {
+    if let Some(folder) = real.parent() {
+        check_unchangeable(folder, remedy)?;
+    }
+    let failed = |e| Error::io(e, "cannot check the file").at_path(real);
+    let held = super::pin(real).map_err(failed)?;
+    let meta = held.metadata().map_err(failed)?;
+    if !meta.is_file() {
+        return Err(Error::new(Kind::Unsupported, "it is not a plain file").at_path(real));
+    }
+    let what = match is_own(&meta) {
+        true if !may_others_write(&meta, has_list_at(&proc_path(held.as_raw_fd()))) => {
+            return Ok(meta);
+        }
+        true => "this file is not safe here: other users may write to it".to_string(),
+        false => format!("this file is not safe here: it belongs to user {}", meta.uid()),
+    };
+    Err(Error::new(Kind::Permission, what).at_path(real).remedy(remedy))
+}
+
+/// Whether it belongs to root or the caller.
+pub fn is_own(meta: &Metadata) -> bool {
     meta.uid() == 0 || meta.uid() == rustix::process::geteuid().as_raw()
 }
 
 /// Whether the folder has an access control list.
 fn has_list(folder: &Folder) -> bool {
+    has_list_at(&folder.proc_path())
+}
+
+fn has_list_at(path: &Path) -> bool {
     let mut list = [0u8; 4096];
-    let path = folder.proc_path();
     match rustix::fs::getxattr(path, "system.posix_acl_access", &mut list[..]) {
         Ok(_) | Err(rustix::io::Errno::RANGE) => true,
         Err(_) => false,

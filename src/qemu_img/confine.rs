@@ -314,9 +314,14 @@ fn restrict(places: &[AllowedPath], read_limited: bool, network: bool) {
 
 /// Has the process that `command` starts end with the thread that starts it.
 pub(crate) fn tie(command: &mut Command) {
+    tie_by(command, libc::SIGKILL);
+}
+
+/// As [`tie`], by a signal that the process can act on.
+pub(crate) fn tie_by(command: &mut Command, signal: libc::c_int) {
     let parent = std::process::id();
     // SAFETY: `die_with` makes plain system calls only, as must be between fork and exec.
-    unsafe { command.pre_exec(move || die_with(parent, libc::SIGKILL)) };
+    unsafe { command.pre_exec(move || die_with(parent, signal)) };
 }
 
 /// Ties this new process to its parent: left behind by a killed run, QEMU would go on writing to an

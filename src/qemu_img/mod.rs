@@ -33,7 +33,7 @@ use crate::layer::qcow2::backing::set_backing;
 use crate::layer::qcow2::header::Header;
 use crate::storage::OpenFile;
 use confine::Limits;
-pub(crate) use confine::tie;
+pub(crate) use confine::{tie, tie_by};
 use export::Export;
 pub use run::Stop;
 use run::{Job, Outcome, failure, program};

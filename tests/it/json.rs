@@ -348,3 +348,34 @@ fn attach_prints_what_its_tables_have() {
     assert!(seen.contains("attached[].volumes[].content"), "{seen:?}");
     attach.detach("--all");
 }
+
+#[test]
+fn the_configuration_prints_what_its_tables_have() {
+    let test = "the_configuration_prints_what_its_tables_have";
+    if !have(test, two_disks::TOOLS) {
+        return;
+    }
+    let mut m = two_disks::Machine::launch(&[]);
+    m.write(0, 0, 4096);
+    let (paper, dir) = (Paper::read(), m.folder().to_str().unwrap().to_string());
+    let file = format!("{dir}/c.toml");
+    let text = format!(
+        "[defaults]\ntarget = \"{dir}/{{vm}}\"\n[vms.a]\nqmp = \"{dir}/qmp.sock\"\nkeep_last = 1\n\
+         [vms.b]\nqmp = \"{dir}/none.sock\"\n[vms.c]\nlevle = 1\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    let check = |heading: &str, args: &[&str]| {
+        let args = [args, &["--json", "--config-file", &file]].concat();
+        paper.check(heading, &printed(&args)[0])
+    };
+    let state = format!("--state-dir={dir}/state");
+    for more in [&["--dry-run"][..], &[]] {
+        let seen = check("backup --all", &[&["backup", "--all", &state], more].concat());
+        let wanted = ["vms[].points[].copied", "vms[].failures[].message"];
+        assert!(wanted.iter().all(|k| seen.contains(*k)), "{seen:?}");
+    }
+    let seen = check("config check", &["config", "check"]);
+    assert!(seen.contains("problems[].message"), "{seen:?}");
+    check("config list", &["config", "list"]);
+    check("config show", &["config", "show", "a"]);
+}

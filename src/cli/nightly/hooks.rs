@@ -1,0 +1,50 @@
+//! Commands of the configuration: before and after a VM's backup, and where something failed. No shell comes between,
+//! unless a command names one.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use super::child::{Prints, Runner};
+use super::row::VmRow;
+use crate::config::{Vm, check_program};
+use crate::error::{Error, Kind, Result};
+use crate::text;
+
+/// Runs the commands of a key, in their order, until one fails.
+///
+/// # Errors
+/// One cannot be started, or failed: with its exit code and its last words.
+pub(super) fn run(runner: Runner<'_>, vm: &Vm, key: &'static str, row: &VmRow) -> Result<()> {
+    for words in vm.commands(key) {
+        let Some((program, args)) = words.split_first() else { continue };
+        let mut command = Command::new(check_program(program)?);
+        command.arg0(program).args(args).envs(facts(key, row));
+        let input = text::json(&row.json()).map(String::into_bytes).unwrap_or_default();
+        let ended = runner.run(command, Prints::Text, Some(input))?;
+        if let Some(e) = ended.error() {
+            let said = ended.said.map(|s| format!(": {s}")).unwrap_or_default();
+            let kind = if e.kind == Kind::Timeout { Kind::Timeout } else { Kind::Io };
+            let what = format!("{program} ended with exit code {}{said}", ended.code);
+            return Err(Error::new(kind, what));
+        }
+    }
+    Ok(())
+}
+
+/// What a command may want to know. There are no secrets among it.
+fn facts(key: &str, row: &VmRow) -> Vec<(&'static str, OsString)> {
+    let failure = row.failures.first();
+    let error = failure.map(|f| f.error.message.clone()).unwrap_or_default();
+    let step = failure.map(|f| f.step).unwrap_or_default();
+    vec![
+        ("FLEECEFS_HOOK", key.into()),
+        ("FLEECEFS_VM", row.vm.clone().into()),
+        ("FLEECEFS_TARGET", row.target.clone().unwrap_or_default().into()),
+        ("FLEECEFS_RESULT", row.result().into()),
+        ("FLEECEFS_EXIT_CODE", row.exit_code().to_string().into()),
+        ("FLEECEFS_STEP", step.into()),
+        // An environment has no NUL.
+        ("FLEECEFS_ERROR", error.replace('\0', " ").into()),
+    ]
+}
