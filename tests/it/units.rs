@@ -89,6 +89,7 @@ fn the_services_are_hardened_as_far_as_it_holds() {
     for (unit, most) in [
         ("fleecefs-backup.service", 65),
         ("fleecefs-backup@.service", 65),
+        ("fleecefs-verify.service", 20),
         ("fleecefs-verify@.service", 20),
         ("fleecefs@.service", 57),
     ] {
@@ -140,15 +141,16 @@ fn ending_a_backup_leaves_its_watchdog() {
 }
 
 #[test]
-fn a_backup_of_one_vm_runs_as_one_of_all_does() {
-    let own = |l: &String| !["Description", "ExecStart"].iter().any(|o| l.starts_with(o));
-    let of = |unit: &str| settings(unit).into_iter().filter(own).collect::<Vec<_>>();
-    assert_eq!(of("fleecefs-backup.service"), of("fleecefs-backup@.service"));
-    assert_eq!(
-        of("fleecefs-backup.timer"),
-        of("fleecefs-backup@.timer"),
-        "the timers differ in more than what they are called"
-    );
+fn what_runs_for_one_vm_is_set_as_what_runs_for_all() {
+    let apart = ["Description", "ExecStart", "RequiresMountsFor", "After"];
+    let common = |l: &String| !apart.iter().any(|a| l.starts_with(a));
+    let of = |unit: &str| settings(unit).into_iter().filter(common).collect::<Vec<_>>();
+    for name in ["fleecefs-backup", "fleecefs-verify"] {
+        for kind in ["service", "timer"] {
+            let (all, one) = (format!("{name}.{kind}"), format!("{name}@.{kind}"));
+            assert_eq!(of(&all), of(&one), "{one}");
+        }
+    }
 }
 
 #[test]
