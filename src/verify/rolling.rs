@@ -2,8 +2,10 @@
 //!
 //! Points wait in a line, those first whose data was read the longest ago; of what was never verified it was read
 //! when it was written, so its own time counts. A run takes from the front a share of all bytes: as long as since the
-//! last run is of the period (a thirtieth, where it is 30 days and the last run was yesterday). Whatever would wait
-//! longer than the period is taken as well: the machine was off, or a share was a few bytes short.
+//! last run is of the period (a thirtieth, where it is 30 days and the last run was yesterday). What was verified less
+//! than half of the period ago is passed over: a FULL is larger than many shares, and it would be its turn again after
+//! a few nights. Whatever would wait longer than the period is taken as well: the machine was off, or all was verified
+//! at one time.
 //!
 //! What was changed since it was verified keeps its place: a chain that is consolidated each night would be read
 //! each night otherwise. What cannot be served is not read (nothing could be kept of it, and it would be first each
@@ -19,6 +21,9 @@ use crate::folder;
 
 /// How often a run is expected where nobody knows when the last one was, in seconds: once a day.
 const USUAL: i64 = 86_400;
+/// What a run makes up for at most, in seconds: a run in which it was nobody's turn leaves no trace, so that the one
+/// before may have been yesterday. Runs may be a week apart.
+const LONGEST: i64 = 7 * 86_400;
 
 /// A point that can be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,17 +82,20 @@ fn refuse_fuse(catalog: &Catalog) -> Result<()> {
 }
 
 fn chosen(mut waiting: Vec<Waiting>, now: i64, period: i64) -> HashSet<(usize, usize)> {
+    let period = period.max(1);
     // Times that are to come are another clock's.
     let last = waiting.iter().filter_map(|w| w.verified).filter(|t| *t <= now).max();
-    let passed = last.map_or(USUAL, |t| now.saturating_sub(t)).clamp(1, period.max(1));
+    let passed = last.map_or(USUAL, |t| now.saturating_sub(t)).clamp(1, period.min(LONGEST));
     let all: u128 = waiting.iter().map(|w| u128::from(w.size)).sum();
-    // Both are positive. Rounded up, and something even if all are empty.
-    let share = (all * passed.unsigned_abs() as u128).div_ceil(period.max(1).unsigned_abs() as u128);
+    // Both are positive. Where all files are empty their turn comes, too.
+    let share = all.saturating_mul(u128::from(passed.unsigned_abs()));
+    let share = share.div_ceil(u128::from(period.unsigned_abs())).max(1);
     waiting.sort_by_key(|w| (w.since().min(now), w.at));
-    let is_late = |w: &Waiting| w.verified.is_some_and(|t| now.saturating_sub(t) >= period);
     let (mut taken, mut bytes) = (HashSet::new(), 0u128);
     for w in waiting {
-        if taken.is_empty() || bytes < share || is_late(&w) {
+        let age = now.saturating_sub(w.since().min(now));
+        let is_turn = bytes < share && (w.verified.is_none() || age >= period / 2);
+        if is_turn || w.verified.is_some() && age >= period {
             bytes += u128::from(w.size);
             taken.insert(w.at);
         }
@@ -141,14 +149,29 @@ mod tests {
     }
 
     #[test]
+    fn what_was_verified_at_one_time_is_spread_before_it_is_late() {
+        let mut points = line(&[10; 90]);
+        points.iter_mut().for_each(|w| w.verified = Some(100 * DAY));
+        let nights: Vec<i64> = (101..161).map(|d| d * DAY).collect();
+        let (counts, _) = run(&mut points, 30 * DAY, &nights);
+        assert_eq!(counts[..14], [0; 14]);
+        // In the first round most of them; the rest is late in one night. From then on all.
+        assert_eq!((counts[14], &counts[15..29], counts[29]), (21, &[3; 14][..], 27));
+        assert_eq!(counts[30..44], [3; 14]);
+        assert!(points.iter().all(|w| w.verified >= Some(131 * DAY)), "{points:?}");
+    }
+
+    #[test]
     fn a_large_full_among_small_increments_is_read_by_itself() {
         let mut sizes = vec![1; 60];
         sizes[0] = 1000;
         let mut points = line(&sizes);
         let nights: Vec<i64> = (100..130).map(|d| d * DAY).collect();
         let (counts, most) = run(&mut points, 30 * DAY, &nights);
-        assert_eq!((counts[0], most), (1, 1000));
-        assert!(points.iter().all(|w| w.verified.is_some_and(|t| t < 130 * DAY)), "{points:?}");
+        assert_eq!((&counts[..3], most), (&[1, 36, 23][..], 1000));
+        // And not again before half of the time is over, though it is the first in the line.
+        assert_eq!((&counts[3..15], counts[15]), (&[0; 12][..], 1));
+        assert!(points.iter().all(|w| w.verified.is_some()), "{points:?}");
     }
 
     #[test]
@@ -158,9 +181,9 @@ mod tests {
         let (counts, _) = run(&mut points, 30 * DAY, &hours);
         // Nobody knows when the first one's predecessor was.
         assert_eq!((counts[0], &counts[1..]), (24, &[1; 23][..]));
-        // All that was read is late now, and so is a share of the rest: all of it.
+        // All that was read is late now, and of the rest there is a share of a week.
         let (counts, _) = run(&mut points, 30 * DAY, &[1040 * DAY]);
-        assert_eq!(counts, [720]);
+        assert_eq!(counts, [168 + 47]);
     }
 
     #[test]

@@ -332,13 +332,19 @@ fn rolling_reads_the_points_that_waited_the_longest_and_the_rest_on_later_nights
         s.age(DAY);
         let report: Value = serde_json::from_slice(&out.stdout).unwrap();
         let names = report["points"].as_array().unwrap().iter();
-        (out.status.code(), names.map(|p| p["file"].as_str().unwrap().into()).collect::<Vec<PathBuf>>())
+        (
+            out.status.code(),
+            names.map(|p| p["file"].as_str().unwrap().into()).collect::<Vec<PathBuf>>(),
+        )
     };
     for file in &s.files {
         assert_eq!(night(), (Some(19), vec![file.clone()]));
     }
     assert_eq!(s.found(), ["unproven"; 3]);
-    // And again from the first on; what was changed keeps its place.
+    // They have had their turn.
+    assert_eq!(night(), (Some(0), Vec::new()));
+    // And again from the first on, after half of the time; what was changed keeps its place.
+    s.age(11 * DAY);
     let newest = std::fs::File::options().append(true).open(&s.files[2]).unwrap();
     newest.set_len(newest.metadata().unwrap().len() + 512).unwrap();
     assert_eq!(s.found(), ["unproven", "unproven", "changed"]);

@@ -332,7 +332,9 @@ fn what_was_installed_is_removed_and_nothing_else() {
     let there = |path: &str| dest.path().join(path);
     let none = install(dest.path(), &["--uninstall"]);
     assert_eq!(none.status.code(), Some(3), "{}", stderr(&none));
-    for folder in ["usr/local/share/man/man1", "etc/systemd/system/timers.target.wants", "etc/fleecefs"] {
+    for folder in
+        ["usr/local/share/man/man1", "etc/systemd/system/timers.target.wants", "etc/fleecefs"]
+    {
         std::fs::create_dir_all(there(folder)).unwrap();
     }
     std::fs::write(there("usr/local/share/man/man1/fleecefsd.1"), "another program's").unwrap();
@@ -352,7 +354,8 @@ fn what_was_installed_is_removed_and_nothing_else() {
     std::os::unix::fs::symlink(unit, enabled).unwrap();
     // Lines that somebody has written into the list lead nowhere else.
     let list = there("usr/local/share/doc/fleecefs/installed");
-    let lines = "file /etc/fleecefs/fleecefs.toml\nfile /usr/local/../../etc/fleecefs/fleecefs.toml\n";
+    let lines =
+        "file /etc/fleecefs/fleecefs.toml\nfile /usr/local/../../etc/fleecefs/fleecefs.toml\n";
     std::fs::write(&list, std::fs::read_to_string(&list).unwrap() + lines).unwrap();
     let out = install(dest.path(), &["--uninstall"]);
     assert!(out.status.success(), "{}", stderr(&out));
