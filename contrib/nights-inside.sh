@@ -28,11 +28,11 @@ lines.readline()
 for command, arguments in (("qmp_capabilities", {}), (sys.argv[2], json.loads(sys.argv[3]))):
     lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
     lines.flush()
-    while True:
+    answer = {}
+    while "return" not in answer and "error" not in answer:
         answer = json.loads(lines.readline())
-        if "return" in answer or "error" in answer:
-            break
-sys.exit(0 if answer.get("return", "") in ({}, "") else str(answer))
+if "error" in answer or "rror" in str(answer["return"]):
+    sys.exit(str(answer))
 PYTHON
 }
 
@@ -45,13 +45,13 @@ guest() {
         -qmp "unix:/run/$1/backup.sock,server=on,wait=off" -qmp "unix:/run/$1/qmp.sock,server=on,wait=off" \
         -blockdev "driver=qcow2,node-name=disk,file.driver=file,file.filename=/srv/images/$1.qcow2" \
         -device virtio-blk-pci,drive=disk,id=sda
-    until [ -S "/run/$1/qmp.sock" ] && qmp "$1" qom-set '{"path": "/machine", "property": "dump-guest-core", "value": true}' 2>/dev/null; do
+    until [ -S "/run/$1/qmp.sock" ] && qmp "$1" query-status 2>/dev/null; do
         systemctl --quiet is-active "guest-$1" || return 1
         sleep 0.1
     done
 }
 
-# writes VM PATTERN: the guest writes 1 MiB of it in a place of its own, and the last 64 KiB are other ones each time.
+# writes VM PATTERN: the guest writes 1 MiB of it in a place of its own.
 writes() {
     local io="write -P $2 $(($2 * 2))M 1M"
     qmp "$1" human-monitor-command "{\"command-line\": \"qemu-io -d sda \\\"$io\\\"\"}"
@@ -60,13 +60,14 @@ writes() {
 # The night of that date: the timer's service, to which it is that date.
 night() {
     mkdir -p /run/systemd/system/fleecefs-{backup,verify}.service.d
-    printf '[Service]\nEnvironment=LD_PRELOAD=%s FAKETIME=%s\n' "$faketime" "'@$1 01:00:00'" |
+    printf '[Service]\nEnvironment=LD_PRELOAD=%s NO_FAKE_STAT=1 FAKETIME_DONT_FAKE_MONOTONIC=1 "FAKETIME=@%s"\n' \
+        "$faketime" "$1 01:00:00" |
         tee /run/systemd/system/fleecefs-backup.service.d/night.conf >/run/systemd/system/fleecefs-verify.service.d/night.conf
     systemctl daemon-reload
     say "the night of $1"
     code=0
     systemctl start fleecefs-backup || code=$(systemctl show --property=ExecMainStatus --value fleecefs-backup)
-    journalctl --quiet --output=cat --unit=fleecefs-backup --since=-10min --invocation=0 2>/dev/null | sed 's/^/  /' || true
+    journalctl --quiet --output=cat "_SYSTEMD_INVOCATION_ID=$(systemctl show --property=InvocationID --value fleecefs-backup)" | sed 's/^/  /'
 }
 
 points() { fleecefs list --json "/backups/$1" | jq '[.disks[].points[]] | length'; }
@@ -93,7 +94,7 @@ mount -t tmpfs -o size=96M,mode=755 backups /backups
 cat >/etc/fleecefs/fleecefs.toml <<'CONF'
 [defaults]
 target = "/backups/{vm}"
-init = true
+full_every = "90d"
 keep_daily = 2
 [vms.web]
 qmp = "/run/web/backup.sock"
@@ -144,11 +145,11 @@ systemctl start mnt-points.automount
 show ls /mnt/points
 show findmnt --noheadings --types fuse.fleecefs,fuse --output TARGET,SOURCE,FSTYPE
 for vm in web db; do row "the newest point of $vm and its disk" same "$(is_its_disk $vm)"; done
-show ls -lL /mnt/points/web/web
+show ls -lL /mnt/points/web/*/
 mkdir -p /mnt/web
 systemctl start fleecefs@web
 row "fleecefs@web mounts" active "$(systemctl is-active fleecefs@web)"
-row "and is the same" same "$(cmp -s /mnt/web/web/latest.raw /mnt/points/web/web/latest.raw && echo same || echo differs)"
+row "and is the same" same "$(cmp -s /mnt/web/*/latest.raw /mnt/points/web/*/latest.raw && echo same || echo differs)"
 systemctl stop fleecefs@web mnt-points.automount mnt-points.mount
 
 say "every night from now on"

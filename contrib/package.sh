@@ -40,7 +40,7 @@ name=${DEBFULLNAME:-$(git log -1 --format=%an 2>/dev/null || echo "The fleecefs 
 mail=${DEBEMAIL:-$(git log -1 --format=%ae 2>/dev/null || echo "root@$(hostname --fqdn)")}
 {
     printf 'fleecefs (%s) unstable; urgency=medium\n\n' "$version"
-    printf '  * Version %s: /usr/share/doc/fleecefs/CHANGELOG.md.gz says what is new.\n\n' "$program"
+    printf '  * Version %s: see changelog.gz beside this file.\n\n' "$program"
     printf ' -- %s <%s>  %s\n' "$name" "$mail" "$(date --utc --rfc-email --date="@$SOURCE_DATE_EPOCH")"
 } >"$made/changelog"
 
