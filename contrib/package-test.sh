@@ -78,7 +78,7 @@ step() {
 
 # All names of the system, but for logs, caches, and what dpkg keeps for itself.
 names() {
-    (cd "$root" && find . -xdev \( -path ./proc -o -path ./dev -o -path ./var/log -o -path ./var/cache -o -path ./var/lib/dpkg \
+    (cd "$root" && find . -xdev \( -path ./proc -o -path ./dev -o -path ./run -o -path ./var/log -o -path ./var/cache -o -path ./var/lib/dpkg \
         -o -path ./var/lib/apt -o -path ./tmp -o -path ./backups -o -path ./mnt \) -prune -o -print | LC_ALL=C sort)
 }
 
@@ -125,7 +125,11 @@ installs_0_1_0() {
     DESTDIR=$root BINARY=$root.program contrib/install.sh
     rm "$root/usr/local/share/doc/fleecefs"/{installed,fleecefs.toml} "$root"/usr/local/lib/systemd/system/fleecefs-*
 }
-is_warned_of_it() { installs "$1" 2>&1 | tee /dev/stderr | grep -q 'install.sh --uninstall'; }
+is_warned_of_it() {
+    installs "$1" 2>"$work/warned"
+    cat "$work/warned"
+    grep -q 'install.sh --uninstall' "$work/warned"
+}
 is_rid_of_it() {
     DESTDIR=$root contrib/install.sh --uninstall
     test -z "$(find "$root/usr/local" -name '*fleecefs*')"
