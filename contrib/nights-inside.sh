@@ -46,7 +46,7 @@ guest() {
         -blockdev "driver=qcow2,node-name=disk,file.driver=file,file.filename=/srv/images/$1.qcow2" \
         -device virtio-blk-pci,drive=disk,id=sda
     until [ -S "/run/$1/qmp.sock" ] && qmp "$1" query-status 2>/dev/null; do
-        systemctl --quiet is-active "guest-$1" || return 1
+        systemctl --quiet is-active "guest-$1" || { systemctl status --no-pager --full "guest-$1"; journalctl --sync; journalctl --no-pager -n 30; return 1; }
         sleep 0.1
     done
 }
@@ -84,7 +84,7 @@ say "the package is installed"
 dpkg --install fleecefs.deb >/dev/null
 show fleecefs --version
 row "nothing is enabled" 0 "$(find /etc/systemd/system -name '*fleecefs*' | wc -l)"
-row "no configuration: nothing to back up, and that is told" 3 "$(fleecefs backup --all >/dev/null 2>&1; echo $?)"
+row "no VM is configured, and that is told" 3 "$(fleecefs backup --all >/dev/null 2>&1; echo $?)"
 
 say "two guests, and eight lines"
 guest web
@@ -102,8 +102,8 @@ qmp = "/run/web/backup.sock"
 qmp = "/run/db/backup.sock"
 CONF
 sed 's/^/  /' /etc/fleecefs/fleecefs.toml
-row "fleecefs config check" 0 "$(fleecefs config check >said 2>&1; echo $?)"
-[ "$bad" = 0 ] || cat said
+show fleecefs config check
+row "fleecefs config check" 0 "$(fleecefs config check >/dev/null 2>&1; echo $?)"
 
 for vm in web db; do writes $vm 1; done
 night 2026-03-01

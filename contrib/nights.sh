@@ -54,12 +54,12 @@ ExecStart=/bin/bash /root/nights.sh
 ExecStopPost=/bin/sh -c 'systemctl exit "$EXIT_STATUS"'
 UNIT
 : >"$root/root/said"
-tail -n +1 -f "$root/root/said" &
-tail=$!
 code=0
 timeout 1200 systemd-nspawn --quiet --register=no --keep-unit --directory="$root" --private-network --bind=/dev/fuse \
-    --capability=all --boot --console=pipe -- systemd.unit=nights.service systemd.show_status=0 >"$work/log" 2>&1 </dev/null || code=$?
-kill "$tail"
+    --capability=all --boot --console=pipe -- systemd.unit=nights.service systemd.show_status=0 >"$work/log" 2>&1 </dev/null &
+container=$!
+tail -n +1 --pid="$container" -s 0.2 -f "$root/root/said"
+wait "$container" || code=$?
 grep -qx 'nights: all is as it should be' "$root/root/said" && exit
 tail -n 30 "$work/log" >&2
 printf 'nights.sh: failed (%s)\n' "$code" >&2
