@@ -9,12 +9,14 @@
 #   deps_filesystems   what makes and checks file systems and partitions
 #   deps_clock         faketime, with which tests let nights pass
 #   deps_shells        zsh and fish, whose completions are tested
+#   deps_systemd       systemd-analyze, which checks units
+#   deps_cargo_deb     cargo-deb, by way of cargo
 #   deps_nfs           an NFS server and a client, neither of which is the kernel's
 #   deps_bench         fio, jq, python3
 #   deps_prometheus    promtool, which checks metrics and alert rules
 #   deps_b3sum         b3sum, by way of cargo
 #   deps_guest         what contrib/guest/build.sh uses
-#   deps_all           all of the above
+#   deps_all           all of the above but what comes by way of cargo
 
 DEPS_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 DEPS_APT_UPDATED=
@@ -195,6 +197,9 @@ deps_clock() { deps_packages faketime; }
 
 deps_shells() { deps_packages zsh fish; }
 
+# (No service manager: the program alone. Its units run in the guests of contrib/nights.sh.)
+deps_systemd() { deps_packages systemd; }
+
 deps_nfs() { deps_packages nfs-ganesha nfs-ganesha-vfs libnfs-utils; }
 
 deps_bench() { deps_packages fio jq python3; }
@@ -216,6 +221,18 @@ deps_b3sum() {
     cargo install --quiet --locked --root "$tools" b3sum || deps_die "cargo could not install b3sum"
 }
 
+# cargo-deb, which Debian 12 does not have: built by cargo, kept in the target folder. It runs once: without
+# optimisation it is built in a third of the time.
+deps_cargo_deb() {
+    local tools=${CARGO_TARGET_DIR:-$DEPS_ROOT/target}/tools
+    export PATH="$PATH:$tools/bin"
+    command -v cargo-deb >/dev/null && return 0
+    deps_rust
+    deps_say "installing cargo-deb"
+    cargo install --quiet --locked --debug --root "$tools" --no-default-features cargo-deb ||
+        deps_die "cargo could not install cargo-deb"
+}
+
 deps_firmware() { deps_packages ovmf fdisk mtools; }
 
 deps_guest() { deps_packages e2fsprogs fdisk xfsprogs cpio gzip xz-utils zstd kmod dpkg jq; }
@@ -227,6 +244,7 @@ deps_all() {
     deps_filesystems
     deps_clock
     deps_shells
+    deps_systemd
     deps_nfs
     deps_prometheus
     deps_bench

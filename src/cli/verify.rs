@@ -16,10 +16,11 @@ use crate::chain::{Catalog, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::history::Entry;
 use crate::manifest::ImageFormat;
-use crate::output::{self, Line, Look};
+use crate::output::{self, Line, Look, systemd};
 use crate::text::path_text;
-use crate::units::{counted, parse_when};
-use crate::verify::last_verified::{remember, wait_for_clock};
+use crate::units::{counted, parse_duration, parse_when};
+use crate::verify::last_verified::{Memory, remember, wait_for_clock};
+use crate::verify::rolling::due;
 use crate::verify::{Options, Outcome, PointReport, Report, requested, verify};
 
 /// Check whether backups are sound
@@ -45,6 +46,11 @@ pub(super) struct VerifyArgs {
     /// that they depend on, only structure and chain are checked
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     since: Option<i64>,
+    /// Only so many points that all are read once in this time (30d), a run each night: those whose data was verified the
+    /// longest ago, or never; of the points that they depend on, only structure and chain are checked, and of all
+    /// others what the directory says
+    #[arg(long, value_name = "DURATION", value_parser = period, conflicts_with_all = ["quick", "point", "since"])]
+    rolling: Option<u64>,
     /// Write manifests with hashes for points that have none, so that later changes are found; points that
     /// may be incomplete (such as after an interrupted backup) are skipped
     #[arg(long, conflicts_with = "quick")]
@@ -84,6 +90,7 @@ fn act(args: &VerifyArgs, entry: &mut Entry) -> Result<()> {
     if args.create {
         super::writing::finish_what_is_left(&args.dir)?;
     }
+    systemd::status(&format!("verifying {}", path_text(&args.dir)));
     let format = args.format.map(|f| match f {
         FileFormat::Raw => ImageFormat::Raw,
         FileFormat::Qcow2 => ImageFormat::Qcow2,
@@ -93,6 +100,7 @@ fn act(args: &VerifyArgs, entry: &mut Entry) -> Result<()> {
         quick: args.quick,
         point: args.point.clone(),
         since: args.since,
+        only: None,
         jobs: args.jobs,
         create: args.create,
         format_override: None,
@@ -102,9 +110,14 @@ fn act(args: &VerifyArgs, entry: &mut Entry) -> Result<()> {
             Some(FormatOverride { format, files: requested(&catalog, &options)? });
         catalog = catalog_with_format(&args.dir, options.format_override.clone())?;
     }
+    if let Some(period) = args.rolling {
+        let memory = Memory::read(&args.state.dir()?, &catalog);
+        let now = jiff::Timestamp::now().as_second();
+        options.only = Some(due(&catalog, &memory, now, period)?);
+    }
     let since = if options.quick { SystemTime::now() } else { wait_for_clock(&catalog) };
     let report = verify(&catalog, &options, &Bar::default())?;
-    remember_it(&args.state, &catalog, &report, since);
+    let kept = remember_it(&args.state, &catalog, &report, since);
     for p in report.points.iter().filter(|p| p.outcome != Outcome::Sound && !p.recorded) {
         let why = p.reason.clone().unwrap_or_else(|| "unproven".into());
         entry.add_point(&p.disk, &p.point, Some(why));
@@ -114,6 +127,8 @@ fn act(args: &VerifyArgs, entry: &mut Entry) -> Result<()> {
         false => output::print_lines(&lines(&report))?,
     }
     match report.outcome {
+        // The next run would read the same points.
+        Outcome::Sound if args.rolling.is_some() => kept,
         Outcome::Sound => Ok(()),
         Outcome::Unsound => {
             Err(Error::new(Kind::Unsound, "the backup is unsound").at_path(&args.dir))
@@ -127,11 +142,25 @@ fn act(args: &VerifyArgs, entry: &mut Entry) -> Result<()> {
     }
 }
 
-/// Keeps how it stands for `list`. Where that is not possible the result is no worse.
-fn remember_it(state: &StateArgs, catalog: &Catalog, report: &Report, since: SystemTime) {
+/// Keeps how it stands for `list`, and for the next `--rolling`. Where that is not possible the result is no worse.
+fn remember_it(
+    state: &StateArgs,
+    catalog: &Catalog,
+    report: &Report,
+    since: SystemTime,
+) -> Result<()> {
     let kept = state.dir().and_then(|dir| remember(&dir, catalog, &report.checked, since));
-    if let Err(e) = kept {
+    if let Err(e) = &kept {
         log::info!("'list' will not show that this was verified: {}", e.report());
+    }
+    kept
+}
+
+/// A time in which everything is to be read.
+fn period(text: &str) -> std::result::Result<u64, String> {
+    match parse_duration(text)? {
+        0 => Err("in no time nothing can be read".into()),
+        seconds => Ok(seconds),
     }
 }
 

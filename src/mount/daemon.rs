@@ -6,20 +6,16 @@
 //! terminal, so that its errors are seen; then it releases it.
 
 use std::cell::Cell;
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::rc::Rc;
 
 use crate::error::{Error, Kind, Result};
 use crate::folder::system;
-use crate::output;
 use crate::output::logging::{self, Sink};
+use crate::output::{self, systemd};
 
 /// What is left to do when a mount answers. In two processes it is done in parts.
 pub(super) enum Ready {
@@ -60,7 +56,7 @@ impl Ready {
         self.detach()?;
         match self {
             Ready::Foreground => {
-                tell_systemd();
+                systemd::ready();
                 Ok(())
             }
             Ready::Background { mut parent, told, .. } => {
@@ -152,21 +148,4 @@ fn release(log: Option<File>) -> Result<()> {
     // Not to keep a file system busy; a root that cannot be entered does no harm.
     let _ = std::env::set_current_dir("/");
     Ok(())
-}
-
-/// Tells systemd that the service is ready, where it has asked to be told (`Type=notify`). A service
-/// manager that does not listen does no harm.
-fn tell_systemd() {
-    if let Some(name) = std::env::var_os("NOTIFY_SOCKET") {
-        let told = notify(&name, b"READY=1");
-        log::debug!("NOTIFY_SOCKET: {told:?}");
-    }
-}
-
-fn notify(name: &OsStr, message: &[u8]) -> std::io::Result<()> {
-    let address = match name.as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name)?,
-        None => SocketAddr::from_pathname(name)?,
-    };
-    UnixDatagram::unbound()?.send_to_addr(message, &address).map(drop)
 }

@@ -1,9 +1,10 @@
 //! The one way to the terminal: whatever the program prints as text goes through here, and is made
 //! visible once more, so that no name can be forgotten. `clippy.toml` forbids the macros elsewhere. What is
-//! logged goes through `logging`.
+//! logged goes through `logging`, what systemd is told through `systemd`.
 
 pub(crate) mod logging;
 pub(crate) mod system_log;
+pub(crate) mod systemd;
 pub(crate) mod wrap;
 
 use std::io::{IsTerminal, Stdout, Write};

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CheckedPoint, Outcome};
 use crate::backup::state::lock::{state_folder, state_folder_if_there};
-use crate::chain::{Catalog, Disk};
+use crate::chain::{Catalog, Disk, Point};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, EntryKind, Folder, Lock};
 use crate::layer::{Format, LayerPart, LayerSpec};
@@ -147,15 +147,7 @@ impl Memory {
     /// When each point of a disk was last verified; `None` where one of its files never was.
     pub(crate) fn of(&self, disk: &Disk) -> Vec<Option<LastVerified>> {
         let mut found: Vec<Option<LastVerified>> = Vec::with_capacity(disk.points.len());
-        for (i, state) in states_of(disk).into_iter().enumerate() {
-            let point = &disk.points[i];
-            let own = state.and_then(|state| {
-                let directory = self.directories.get(point.source.parent()?)?;
-                let name = name_of(directory, point.layers.last()?);
-                let record = self.points.get(&directory.file)?.get(&name)?;
-                let changed = record.state != state;
-                Some(LastVerified { time: record.verified, outcome: record.outcome, changed })
-            });
+        for (point, own) in disk.points.iter().zip(self.own_of(disk)) {
             // A parent comes before its children.
             let parent = point.parent.filter(|_| !self.is_of_boots);
             let below = parent.map(|p| found.get(p).copied().flatten());
@@ -178,6 +170,24 @@ impl Memory {
         let boot = |l: LastVerified| LastBoot { time: l.time, passed: l.outcome == Outcome::Sound };
         let known = self.of(disk).into_iter();
         known.map(|last| last.filter(|l| !l.changed).map(boot)).collect()
+    }
+
+    /// When the data of each point's own file was last read, in seconds since the epoch, whatever became of the file.
+    pub(super) fn own(&self, disk: &Disk) -> Vec<Option<i64>> {
+        self.own_of(disk).into_iter().map(|own| Some(own?.time)).collect()
+    }
+
+    /// What is kept of each point, without what it depends on.
+    fn own_of(&self, disk: &Disk) -> Vec<Option<LastVerified>> {
+        let own = |(point, state): (&Point, Option<String>)| {
+            let state = state?;
+            let directory = self.directories.get(point.source.parent()?)?;
+            let name = name_of(directory, point.layers.last()?);
+            let record = self.points.get(&directory.file)?.get(&name)?;
+            let changed = record.state != state;
+            Some(LastVerified { time: record.verified, outcome: record.outcome, changed })
+        };
+        disk.points.iter().zip(states_of(disk)).map(own).collect()
     }
 
     fn directory(&mut self, source: &Path) -> &Directory {

@@ -4,7 +4,8 @@
 //! `refcounts`), `links` compares files, names and manifests of a chain with each other, `content`
 //! hashes whole files and decompresses every compressed cluster. `files` runs them in parallel,
 //! [`verify`] puts the results together into one outcome per point. `record` writes manifests for
-//! chains that have none. `last_verified` keeps for `list` what was verified when. Nothing is repaired.
+//! chains that have none. `last_verified` keeps for `list` what was verified when; `rolling` chooses by that what is
+//! read next. Nothing is repaired.
 //!
 //! Only a manifest with a hash proves what plain data is: without one the outcome is
 //! [`Outcome::Unproven`], however good the structure looks.
@@ -16,6 +17,7 @@ mod links;
 mod recheck;
 mod record;
 mod report;
+pub(crate) mod rolling;
 mod suspects;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -46,6 +48,9 @@ pub struct Options {
     /// Only points taken at or after this time. Of what they depend on, structure and chain are
     /// looked at, data is not.
     pub since: Option<i64>,
+    /// Only these points, each as the disk's place in the catalog and its place there, and what the directory says
+    /// of all others without a look at them. Of what they depend on, structure and chain are looked at, data is not.
+    pub only: Option<HashSet<(usize, usize)>>,
     /// Threads; 0 for as many as there are processors.
     pub jobs: usize,
     /// Write manifests, with hashes, for points that have none.
@@ -163,9 +168,10 @@ fn recorder(
 }
 
 impl Options {
-    /// Whether the data of a point is read: of those that are asked for, and, but with `since`, of what they depend on.
+    /// Whether the data of a point is read: of those that are asked for, and, but with `since` and `only`, of what they
+    /// depend on.
     fn reads_data(&self, is_wanted: bool) -> bool {
-        !self.quick && (self.since.is_none() || is_wanted)
+        !self.quick && (self.since.is_none() && self.only.is_none() || is_wanted)
     }
 
     fn threads(&self) -> usize {
@@ -206,15 +212,17 @@ fn choose<'a>(
     options: &Options,
     may_be_none: bool,
 ) -> Result<Vec<Selection<'a>>> {
-    let only = options.point.as_deref().map(|p| catalog.find(p)).transpose()?;
+    let point = options.point.as_deref().map(|p| catalog.find(p)).transpose()?;
     let mut all = Vec::new();
-    for disk in &catalog.disks {
+    for (d, disk) in catalog.disks.iter().enumerate() {
         let wanted: HashSet<usize> = (0..disk.points.len())
-            .filter(|i| only.is_none_or(|(d, p)| std::ptr::eq(d, disk) && p == *i))
+            .filter(|i| point.is_none_or(|(d, p)| std::ptr::eq(d, disk) && p == *i))
             .filter(|i| options.since.is_none_or(|t| disk.points[*i].time >= t))
+            .filter(|i| options.only.as_ref().is_none_or(|only| only.contains(&(d, *i))))
             .collect();
-        if !wanted.is_empty() {
-            all.push(Selection::new(disk, wanted, only.is_some()));
+        // Of a disk none of whose points is due, there is what the directory says of it.
+        if !wanted.is_empty() || options.only.is_some() {
+            all.push(Selection::new(disk, wanted, point.is_some()));
         }
     }
     if !may_be_none && all.is_empty() {
@@ -288,8 +296,8 @@ impl PointChecker<'_> {
         // A parent comes before its children.
         for &i in &chosen.needed {
             let below = disk.points[i].parent.and_then(|p| Some((p, verdicts[p].as_ref()?)));
-            let mut own =
-                point_verdict(disk, i, &records, self.options, self.files, below.is_some());
+            let skips = !self.options.reads_data(chosen.wanted.contains(&i));
+            let mut own = point_verdict((disk, i), &records, skips, self.files, below.is_some());
             if let Some(why) = suspects.get(&i).filter(|_| own.outcome == Outcome::Unproven) {
                 own.reason = Some(why.clone());
             }
@@ -349,11 +357,11 @@ fn checked(
     checked.collect()
 }
 
+/// How a point stands by itself. `skips` says that its data was not read, on purpose.
 fn point_verdict(
-    disk: &Disk,
-    i: usize,
+    (disk, i): (&Disk, usize),
     records: &Records,
-    options: &Options,
+    skips: bool,
     reports: &HashMap<PathBuf, FileReport>,
     has_parent: bool,
 ) -> PointVerdict {
@@ -365,7 +373,7 @@ fn point_verdict(
         let Some(report) = reports.get(&path) else { continue };
         let known = if path == p.source { record.hash() } else { None };
         let compared = compare(report, known, &mut findings);
-        proved &= compared || report.hash.is_none() && options_skip_data(options, p.time);
+        proved &= compared || report.hash.is_none() && skips;
     }
     // A point that cannot be served because of what it depends on has its parent's verdict.
     if let Some(f) = &p.unavailable
@@ -393,11 +401,6 @@ fn point_verdict(
             PointVerdict { outcome, reason: reason_unproven.map(str::to_string), findings }
         }
     }
-}
-
-/// Whether the data of a point taken at `time` is omitted on purpose.
-fn options_skip_data(options: &Options, time: i64) -> bool {
-    options.quick || options.since.is_some_and(|t| time < t)
 }
 
 /// Takes in what was found in one file; true if its hash is the one that is `known`.

@@ -317,3 +317,84 @@ fn nothing_is_kept_of_what_a_fuse_server_says() {
     assert_eq!(s.verify(&[]).status.code(), Some(19));
     assert!(s.records().is_empty());
 }
+
+/// Each run reads the points whose turn it is, and what it kept tells the next.
+#[test]
+fn rolling_reads_the_points_that_waited_the_longest_and_the_rest_on_later_nights() {
+    let test = "rolling_reads_the_points_that_waited_the_longest_and_the_rest_on_later_nights";
+    if !have(test, &TOOLS) {
+        return;
+    }
+    let s = Setup::new();
+    // A share of a thirtieth is less than a point: one a night.
+    let night = || {
+        let out = s.verify(&["--rolling", "30d", "--json"]);
+        s.age(DAY);
+        let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+        let names = report["points"].as_array().unwrap().iter();
+        (
+            out.status.code(),
+            names.map(|p| p["file"].as_str().unwrap().into()).collect::<Vec<PathBuf>>(),
+        )
+    };
+    for file in &s.files {
+        assert_eq!(night(), (Some(19), vec![file.clone()]));
+    }
+    assert_eq!(s.found(), ["unproven"; 3]);
+    // They have had their turn.
+    assert_eq!(night(), (Some(0), Vec::new()));
+    // And again from the first on, after half of the time; what was changed keeps its place.
+    s.age(11 * DAY);
+    let newest = std::fs::File::options().append(true).open(&s.files[2]).unwrap();
+    newest.set_len(newest.metadata().unwrap().len() + 512).unwrap();
+    assert_eq!(s.found(), ["unproven", "unproven", "changed"]);
+    assert_eq!(night().1, [s.files[0].clone()]);
+    // After a pause all that is late.
+    s.age(40 * DAY);
+    assert_eq!(night().1, s.files);
+}
+
+/// Damage of what is not due is not looked for, what the directory says is told each night.
+#[test]
+fn rolling_tells_each_night_what_cannot_be_served() {
+    if !have("rolling_tells_each_night_what_cannot_be_served", &TOOLS) {
+        return;
+    }
+    let s = Setup::new();
+    assert_eq!(s.verify(&["--create"]).status.code(), Some(0));
+    s.age(DAY);
+    assert_eq!(s.verify(&["--rolling", "30d"]).status.code(), Some(0));
+    std::fs::remove_file(&s.files[1]).unwrap();
+    for _ in 0..2 {
+        let out = s.verify(&["--rolling", "30d"]);
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert_eq!(out.status.code(), Some(18), "{said}");
+        s.age(DAY);
+    }
+}
+
+#[test]
+fn rolling_needs_to_keep_what_was_read() {
+    if !have("rolling_needs_to_keep_what_was_read", &["qemu-img", "qemu-io", "/dev/fuse"]) {
+        return;
+    }
+    let s = Setup::new();
+    let mount = Mount::new(&s.backups);
+    let out = s.command(&["verify", "--rolling", "30d"]).arg(mount.path()).output().unwrap();
+    assert_eq!(out.status.code(), Some(11), "{out:?}");
+    assert!(String::from_utf8_lossy(&out.stderr).contains("on FUSE"), "{out:?}");
+    // No folder can be made in a file.
+    assert_eq!(s.verify(&["--create"]).status.code(), Some(0));
+    let file = s.state.parent().unwrap().join("file");
+    std::fs::write(&file, "").unwrap();
+    let out = s
+        .command(&["verify", "--rolling", "30d", "--state-dir"])
+        .arg(file.join("state"))
+        .arg(&s.backups)
+        .output()
+        .unwrap();
+    assert!(!out.status.success() && !out.stderr.is_empty(), "{out:?}");
+    for other in [&["--rolling", "0d"][..], &["--rolling", "1d", "--quick"], &["--rolling", "x"]] {
+        assert_eq!(s.verify(other).status.code(), Some(2), "{other:?}");
+    }
+}

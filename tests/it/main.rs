@@ -83,6 +83,7 @@ mod shared_backups;
 mod snapshot_load;
 mod synced;
 mod terminal;
+mod units;
 mod unreachable;
 mod verbs;
 mod verify;

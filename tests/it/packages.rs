@@ -85,3 +85,95 @@ fn packages_are_such_as_deny_toml_allows() {
         assert!(is_ours || source == registry, "{name}: {source}");
     }
 }
+
+/// What `Cargo.toml` says of the Debian package.
+fn deb() -> Value {
+    let out = Command::new("cargo")
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let metadata: Value = serde_json::from_slice(&out.stdout).unwrap();
+    metadata["packages"][0]["metadata"]["deb"].clone()
+}
+
+/// The source of an asset, and where it goes.
+fn asset(asset: &Value) -> (Option<String>, String) {
+    let text = |v: &Value| v.as_str().map(str::to_string);
+    match asset.as_array() {
+        Some(three) => (text(&three[0]), text(&three[1]).unwrap()),
+        None => (text(&asset["source"]), text(&asset["dest"]).unwrap()),
+    }
+}
+
+/// Whether a path is one that a pattern with at most one star names, which stands for no folder.
+fn is_named(path: &str, pattern: &str) -> bool {
+    match pattern.split_once('*') {
+        None => path == pattern,
+        Some((before, after)) => {
+            let rest = path.strip_prefix(before).and_then(|r| r.strip_suffix(after));
+            rest.is_some_and(|r| !r.contains('/'))
+        }
+    }
+}
+
+fn files_below(dir: &Path, found: &mut Vec<String>, top: &Path) {
+    for path in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
+        if path.is_dir() && !path.is_symlink() {
+            files_below(&path, found, top);
+        } else {
+            found.push(path.strip_prefix(top).unwrap().to_str().unwrap().to_string());
+        }
+    }
+}
+
+/// The Debian package is made of what install.sh installs and of files of the source: each is there, and nothing that
+/// is installed is missing.
+#[test]
+fn the_debian_package_has_all_that_is_installed() {
+    let dest = tempfile::tempdir().unwrap();
+    let out = Command::new(root().join("contrib/install.sh"))
+        .env("DESTDIR", dest.path())
+        .env("PREFIX", "/usr")
+        .env("BINARY", env!("CARGO_BIN_EXE_fleecefs"))
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let mut installed = Vec::new();
+    files_below(dest.path(), &mut installed, dest.path());
+    let deb = deb();
+    let assets: Vec<_> = deb["assets"].as_array().unwrap().iter().map(asset).collect();
+    let mut source = Vec::new();
+    for folder in ["contrib/systemd", "contrib/deb", "contrib/doc", "contrib"] {
+        for entry in std::fs::read_dir(root().join(folder)).unwrap().map(|e| e.unwrap()) {
+            source.push(format!("{folder}/{}", entry.file_name().into_string().unwrap()));
+        }
+    }
+    source.extend(["README.md".to_string(), "CHANGELOG.md".to_string()]);
+    for (from, to) in &assets {
+        let Some(from) = from else { continue };
+        let found = match from.strip_prefix("target/package/root/") {
+            Some(made) => installed.iter().any(|f| is_named(f, made)),
+            None => source.iter().any(|f| is_named(f, from)),
+        };
+        assert!(found, "there is no {from} for {to}");
+    }
+    let name = |path: &str| Path::new(path).file_name().unwrap().to_str().unwrap().to_string();
+    let folder = |path: &str| path[..path.len() - name(path).len()].to_string();
+    let has = |file: &String| {
+        assets.iter().any(|(from, to)| match from {
+            None => name(to) == name(file),
+            Some(from) => match from.strip_prefix("target/package/root/") {
+                Some(made) => is_named(file, made),
+                // A file of the source that goes to the same folder.
+                None => *to == folder(file) && is_named(&name(file), &name(from)),
+            },
+        })
+    };
+    // A package has its own list; its configuration is where it is read.
+    let apart = ["installed", "fleecefs.toml"].map(|n| format!("usr/share/doc/fleecefs/{n}"));
+    installed.retain(|f| !apart.contains(f));
+    assert!(installed.len() > 50, "{installed:?}");
+    let missing: Vec<_> = installed.iter().filter(|f| !has(f)).collect();
+    assert!(missing.is_empty(), "not in the package: {missing:?}");
+}

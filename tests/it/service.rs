@@ -270,15 +270,21 @@ fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-#[test]
-fn what_is_installed_is_complete_and_finds_the_program() {
-    let dest = tempfile::tempdir().unwrap();
-    let out = Command::new(root("contrib/install.sh"))
-        .env("DESTDIR", dest.path())
+/// Runs contrib/install.sh into a folder.
+fn install(dest: &Path, args: &[&str]) -> Output {
+    Command::new(root("contrib/install.sh"))
+        .args(args)
+        .env("DESTDIR", dest)
         .env("BINARY", FLEECEFS)
         .env_remove("PREFIX")
         .output()
-        .unwrap();
+        .unwrap()
+}
+
+#[test]
+fn what_is_installed_is_complete_and_finds_the_program() {
+    let dest = tempfile::tempdir().unwrap();
+    let out = install(dest.path(), &[]);
     assert!(out.status.success(), "{}", stderr(&out));
     let there = |path: &str| dest.path().join(path);
     assert_eq!(there("usr/local/bin/fleecefs").metadata().unwrap().mode() & 0o777, 0o755);
@@ -293,25 +299,94 @@ fn what_is_installed_is_complete_and_finds_the_program() {
         "share/zsh/site-functions/_fleecefs",
         "share/fish/vendor_completions.d/fleecefs.fish",
         "lib/systemd/system/fleecefs@.service",
+        "lib/systemd/system/fleecefs-backup.service",
+        "lib/systemd/system/fleecefs-backup.timer",
         "share/doc/fleecefs/systemd/mnt-backups.mount",
+        "share/doc/fleecefs/fleecefs.toml",
     ] {
         let path = there("usr/local").join(file);
         assert!(path.metadata().is_ok_and(|m| m.len() > 100), "{}", path.display());
     }
 }
 
-/// A unit with a mount namespace of its own would mount where nobody else sees it.
-#[test]
-fn the_unit_mounts_in_the_hosts_namespace() {
-    let unit = std::fs::read_to_string(root("contrib/systemd/fleecefs@.service")).unwrap();
-    let settings: Vec<_> = unit.lines().filter(|l| !l.starts_with(['#', '['])).collect();
-    for line in &settings {
-        let apart = ["Protect", "Private", "ReadOnly", "ReadWrite", "Inaccessible", "Bind", "Root"];
-        assert!(!apart.iter().any(|a| line.starts_with(a)), "{line}");
-        assert!(!line.starts_with("DynamicUser") && !line.starts_with("TemporaryFile"), "{line}");
+/// Everything below a folder, by name; with what links lead to.
+fn names(dir: &Path) -> Vec<String> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        all.push(match std::fs::read_link(&path) {
+            Ok(to) => format!("{} -> {}", path.display(), to.display()),
+            Err(_) => path.display().to_string(),
+        });
+        if path.symlink_metadata().unwrap().is_dir() {
+            all.extend(names(&path));
+        }
     }
-    // It comes back after it was killed.
-    let pre = settings.iter().position(|l| *l == "ExecStartPre=-fleecefs umount --lazy /mnt/%i");
-    let make = settings.iter().position(|l| *l == "ExecStartPre=mkdir -p /mnt/%i");
-    assert!(pre.is_some() && pre < make && settings.contains(&"Restart=on-failure"));
+    all.sort();
+    all
+}
+
+#[test]
+fn what_was_installed_is_removed_and_nothing_else() {
+    let dest = tempfile::tempdir().unwrap();
+    let there = |path: &str| dest.path().join(path);
+    let none = install(dest.path(), &["--uninstall"]);
+    assert_eq!(none.status.code(), Some(3), "{}", stderr(&none));
+    for folder in
+        ["usr/local/share/man/man1", "etc/systemd/system/timers.target.wants", "etc/fleecefs"]
+    {
+        std::fs::create_dir_all(there(folder)).unwrap();
+    }
+    std::fs::write(there("usr/local/share/man/man1/fleecefsd.1"), "another program's").unwrap();
+    std::fs::write(there("etc/fleecefs/fleecefs.toml"), "").unwrap();
+    let others = there("etc/systemd/system/timers.target.wants/other.timer");
+    std::os::unix::fs::symlink("/usr/local/lib/systemd/system/other.timer", others).unwrap();
+    let before = names(dest.path());
+    // Twice: the second finds folders that the first has made.
+    for _ in 0..2 {
+        let out = install(dest.path(), &[]);
+        assert!(out.status.success(), "{}", stderr(&out));
+    }
+    assert!(names(dest.path()).len() > before.len() + 40);
+    // As 'systemctl enable' does.
+    let enabled = there("etc/systemd/system/timers.target.wants/fleecefs-backup.timer");
+    let unit = "/usr/local/lib/systemd/system/fleecefs-backup.timer";
+    std::os::unix::fs::symlink(unit, enabled).unwrap();
+    // Lines that somebody has written into the list lead nowhere else.
+    let list = there("usr/local/share/doc/fleecefs/installed");
+    let lines =
+        "file /etc/fleecefs/fleecefs.toml\nfile /usr/local/../../etc/fleecefs/fleecefs.toml\n";
+    std::fs::write(&list, std::fs::read_to_string(&list).unwrap() + lines).unwrap();
+    let out = install(dest.path(), &["--uninstall"]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    assert_eq!(names(dest.path()), before);
+}
+
+#[test]
+fn what_version_0_1_0_has_installed_is_removed_and_links_of_a_package_stay() {
+    let dest = tempfile::tempdir().unwrap();
+    let there = |path: &str| dest.path().join(path);
+    std::fs::create_dir_all(there("usr/local/share/man/man1")).unwrap();
+    let out = install(dest.path(), &[]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    // It wrote no list, and had one unit.
+    std::fs::remove_file(there("usr/local/share/doc/fleecefs/installed")).unwrap();
+    std::fs::remove_file(there("usr/local/share/doc/fleecefs/fleecefs.toml")).unwrap();
+    let units = there("usr/local/lib/systemd/system");
+    for entry in std::fs::read_dir(&units).unwrap().map(|e| e.unwrap()) {
+        if entry.file_name() != "fleecefs@.service" {
+            std::fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    // A package was installed over it, which has its helper in the same place.
+    let helper = there("sbin/mount.fuse.fleecefs");
+    std::fs::remove_file(&helper).unwrap();
+    std::os::unix::fs::symlink("../bin/fleecefs", &helper).unwrap();
+    let out = install(dest.path(), &["--uninstall"]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    let left = names(dest.path());
+    let files: Vec<_> = left.iter().filter(|n| !Path::new(n).is_dir()).collect();
+    assert_eq!(files.len(), 1, "{left:?}");
+    assert!(files[0].ends_with("sbin/mount.fuse.fleecefs -> ../bin/fleecefs"), "{left:?}");
+    assert!(!there("usr/local/share/doc/fleecefs").exists());
 }

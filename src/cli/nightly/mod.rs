@@ -2,7 +2,7 @@
 //!
 //! Each VM's steps are processes of this program (`child`), so that one that hangs or dies ends no other. `one_vm` knows
 //! their order, `schedule` who runs beside whom, `hooks` the commands of the configuration; what came of a VM is a `row`,
-//! and `summary` prints all of them.
+//! and `summary` prints all of them. `standing` tells systemd how far it is.
 
 mod args;
 mod child;
@@ -10,6 +10,7 @@ mod hooks;
 mod one_vm;
 mod row;
 mod schedule;
+mod standing;
 mod summary;
 
 use std::path::{Path, PathBuf};
@@ -56,6 +57,7 @@ pub(super) fn run(args: &ConfiguredArgs, wanted: &Wanted, program: Program) -> R
     };
     let flag = undo_flag()?;
     let night = Night { state: &wanted.state, stop: &flag, dry_run: wanted.dry_run };
+    let standing = standing::Standing::new(vms.len());
     let asked = args.parallel.map(usize::from).or(config.parallel);
     let jobs = vms.into_iter().map(|vm| {
         // Who says how many knows the disks.
@@ -63,7 +65,12 @@ pub(super) fn run(args: &ConfiguredArgs, wanted: &Wanted, program: Program) -> R
         (key, vm)
     });
     let workers = asked.unwrap_or(schedule::USUAL);
-    let run = |vm: &Vm| night.back_up(vm, &config.problems_of(&vm.name));
+    let run = |vm: &Vm| {
+        standing.begins(&vm.name);
+        let row = night.back_up(vm, &config.problems_of(&vm.name));
+        standing.ends(&vm.name, !row.failures.is_empty());
+        row
+    };
     let rows = schedule::side_by_side(jobs.collect(), workers, run);
     summary::show(&rows, wanted.dry_run, args.json)?;
     summary::verdict(&rows, (wanted.strict, flag.load(Ordering::Relaxed)))

@@ -1,0 +1,199 @@
+//! A little each night: which points' data is read now, so that each is read once in a period.
+//!
+//! Points wait in a line, those first whose data was read the longest ago; of what was never verified it was read
+//! when it was written, so its own time counts. A run takes from the front a share of all bytes: as long as since the
+//! last run is of the period (a thirtieth, where it is 30 days and the last run was yesterday). What was verified less
+//! than half of the period ago is passed over: a FULL is larger than many shares, and it would be its turn again after
+//! a few nights. Whatever would wait longer than the period is taken as well: the machine was off, or all was verified
+//! at one time.
+//!
+//! What was changed since it was verified keeps its place: a chain that is consolidated each night would be read
+//! each night otherwise. What cannot be served is not read (nothing could be kept of it, and it would be first each
+//! night); that it cannot be is told by every run.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use super::last_verified::Memory;
+use crate::chain::Catalog;
+use crate::error::{Error, Kind, Result};
+use crate::folder;
+
+/// How often a run is expected where nobody knows when the last one was, in seconds: once a day.
+const USUAL: i64 = 86_400;
+/// What a run makes up for at most, in seconds: a run in which it was nobody's turn leaves no trace, so that the one
+/// before may have been yesterday. Runs may be a week apart.
+const LONGEST: i64 = 7 * 86_400;
+
+/// A point that can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Waiting {
+    /// Where it is: the disk's place in the catalog, and its place there.
+    at: (usize, usize),
+    /// When its data was verified, in seconds since the epoch.
+    verified: Option<i64>,
+    /// When it was made.
+    made: i64,
+    /// Bytes to read.
+    size: u64,
+}
+
+impl Waiting {
+    fn since(&self) -> i64 {
+        self.verified.unwrap_or(self.made)
+    }
+}
+
+/// The points to be read at `now` (seconds since the epoch) so that each is once in `period` (seconds), each as the
+/// disk's place in `catalog` and its place there.
+///
+/// # Errors
+/// `Unsupported` if points are on FUSE, of which nothing is kept: a run would not know what the one before has read.
+pub(crate) fn due(
+    catalog: &Catalog,
+    memory: &Memory,
+    now: i64,
+    period: u64,
+) -> Result<HashSet<(usize, usize)>> {
+    refuse_fuse(catalog)?;
+    let mut waiting = Vec::new();
+    for (d, disk) in catalog.disks.iter().enumerate() {
+        let points = disk.points.iter().zip(memory.own(disk)).enumerate();
+        waiting.extend(points.filter(|(_, (p, _))| p.is_served()).map(|(i, (p, verified))| {
+            Waiting { at: (d, i), verified, made: p.time, size: p.own_bytes }
+        }));
+    }
+    Ok(chosen(waiting, now, i64::try_from(period).unwrap_or(i64::MAX)))
+}
+
+fn refuse_fuse(catalog: &Catalog) -> Result<()> {
+    let points = catalog.disks.iter().flat_map(|d| &d.points);
+    let folders: HashSet<&Path> = points.filter_map(|p| p.source.parent()).collect();
+    match folders.into_iter().find(|f| folder::is_on_fuse(f).unwrap_or(false)) {
+        None => Ok(()),
+        Some(folder) => {
+            let what = "points on FUSE: nothing is kept of what is verified there, so that --rolling would read the \
+                        same ones each time";
+            Err(Error::new(Kind::Unsupported, what)
+                .at_path(folder)
+                .remedy("verify all of them, or name some by --since or --point"))
+        }
+    }
+}
+
+fn chosen(mut waiting: Vec<Waiting>, now: i64, period: i64) -> HashSet<(usize, usize)> {
+    let period = period.max(1);
+    // Times that are to come are another clock's.
+    let last = waiting.iter().filter_map(|w| w.verified).filter(|t| *t <= now).max();
+    let passed = last.map_or(USUAL, |t| now.saturating_sub(t)).clamp(1, period.min(LONGEST));
+    let all: u128 = waiting.iter().map(|w| u128::from(w.size)).sum();
+    // Both are positive. Where all files are empty their turn comes, too.
+    let share = all.saturating_mul(u128::from(passed.unsigned_abs()));
+    let share = share.div_ceil(u128::from(period.unsigned_abs())).max(1);
+    waiting.sort_by_key(|w| (w.since().min(now), w.at));
+    let (mut taken, mut bytes) = (HashSet::new(), 0u128);
+    for w in waiting {
+        let age = now.saturating_sub(w.since().min(now));
+        let is_turn = bytes < share && (w.verified.is_none() || age >= period / 2);
+        if is_turn || w.verified.is_some() && age >= period {
+            bytes += u128::from(w.size);
+            taken.insert(w.at);
+        }
+    }
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY: i64 = 86_400;
+
+    /// Points of one disk that are made a day apart from day 0 on, of these sizes.
+    fn line(sizes: &[u64]) -> Vec<Waiting> {
+        let one = |(i, size): (usize, &u64)| {
+            let made = i64::try_from(i).unwrap() * DAY;
+            Waiting { at: (0, i), verified: None, made, size: *size }
+        };
+        sizes.iter().enumerate().map(one).collect()
+    }
+
+    /// Runs as often as `nights` says, which ends each night at that time. Gives what was read in each, and the most
+    /// bytes of one.
+    fn run(line: &mut [Waiting], period: i64, nights: &[i64]) -> (Vec<usize>, u64) {
+        let (mut counts, mut most) = (Vec::new(), 0);
+        for now in nights {
+            let taken = chosen(line.to_vec(), *now, period);
+            let read = line.iter_mut().filter(|w| taken.contains(&w.at));
+            let mut bytes = 0;
+            read.for_each(|w| {
+                w.verified = Some(*now);
+                bytes += w.size;
+            });
+            counts.push(taken.len());
+            most = most.max(bytes);
+        }
+        (counts, most)
+    }
+
+    #[test]
+    fn each_point_is_read_once_in_the_period_and_each_night_has_its_share() {
+        let mut points = line(&[10; 90]);
+        let nights: Vec<i64> = (100..130).map(|d| d * DAY).collect();
+        let (counts, most) = run(&mut points, 30 * DAY, &nights);
+        assert_eq!(counts, [3; 30]);
+        assert_eq!(most, 30);
+        assert!(points.iter().all(|w| w.verified.is_some()));
+        // The next round begins with the first again.
+        assert_eq!(chosen(points, 130 * DAY, 30 * DAY), HashSet::from([(0, 0), (0, 1), (0, 2)]));
+    }
+
+    #[test]
+    fn what_was_verified_at_one_time_is_spread_before_it_is_late() {
+        let mut points = line(&[10; 90]);
+        points.iter_mut().for_each(|w| w.verified = Some(100 * DAY));
+        let nights: Vec<i64> = (101..161).map(|d| d * DAY).collect();
+        let (counts, _) = run(&mut points, 30 * DAY, &nights);
+        assert_eq!(counts[..14], [0; 14]);
+        // In the first round most of them; the rest is late in one night. From then on all.
+        assert_eq!((counts[14], &counts[15..29], counts[29]), (21, &[3; 14][..], 27));
+        assert_eq!(counts[30..44], [3; 14]);
+        assert!(points.iter().all(|w| w.verified >= Some(131 * DAY)), "{points:?}");
+    }
+
+    #[test]
+    fn a_large_full_among_small_increments_is_read_by_itself() {
+        let mut sizes = vec![1; 60];
+        sizes[0] = 1000;
+        let mut points = line(&sizes);
+        let nights: Vec<i64> = (100..130).map(|d| d * DAY).collect();
+        let (counts, most) = run(&mut points, 30 * DAY, &nights);
+        assert_eq!((&counts[..3], most), (&[1, 36, 23][..], 1000));
+        // And not again before half of the time is over, though it is the first in the line.
+        assert_eq!((&counts[3..15], counts[15]), (&[0; 12][..], 1));
+        assert!(points.iter().all(|w| w.verified.is_some()), "{points:?}");
+    }
+
+    #[test]
+    fn a_run_each_hour_takes_a_share_of_an_hour_and_one_after_a_pause_what_is_late() {
+        let mut points = line(&[10; 720]);
+        let hours: Vec<i64> = (1..25).map(|h| 1000 * DAY + h * 3600).collect();
+        let (counts, _) = run(&mut points, 30 * DAY, &hours);
+        // Nobody knows when the first one's predecessor was.
+        assert_eq!((counts[0], &counts[1..]), (24, &[1; 23][..]));
+        // All that was read is late now, and of the rest there is a share of a week.
+        let (counts, _) = run(&mut points, 30 * DAY, &[1040 * DAY]);
+        assert_eq!(counts, [168 + 47]);
+    }
+
+    #[test]
+    fn times_that_are_to_come_and_no_sizes_do_no_harm() {
+        assert!(chosen(Vec::new(), 0, 1).is_empty());
+        let far = Waiting { at: (0, 0), verified: Some(i64::MAX), made: i64::MIN, size: u64::MAX };
+        let none = Waiting { at: (0, 1), verified: None, made: i64::MIN, size: 0 };
+        assert_eq!(chosen(vec![far, none], DAY, 0), HashSet::from([(0, 0), (0, 1)]));
+        assert_eq!(chosen(vec![none], i64::MIN, i64::MAX), HashSet::from([(0, 1)]));
+        let both = chosen(vec![far, far, none], DAY, i64::MAX);
+        assert!(both.contains(&(0, 1)), "{both:?}");
+    }
+}
