@@ -20,6 +20,7 @@ mod info;
 mod keep;
 mod link_disk;
 mod list;
+mod live_restore;
 mod map;
 mod mount;
 mod one_run;
@@ -140,6 +141,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Show(a) => show::run(a),
         Command::Config(a) => config::run(&a),
         Command::Boot(a) => boot::run(&a),
+        Command::LiveRestore(a) => live_restore::run(&a),
         Command::Map(a) => map::run(a),
         Command::Diff(a) => diff::run(&a),
         Command::Files(a) => files::run(&a),
