@@ -15,7 +15,7 @@ use crate::failpoint::step;
 use crate::progress::Progress;
 use crate::qmp::Client;
 use crate::qmp::budget::short;
-use crate::qmp::types::{Graph, Job};
+use crate::qmp::types::{FdSet, Graph, Job};
 
 /// How often QEMU is asked; it tells by itself when a job comes to its end.
 const LOOK: Duration = Duration::from_millis(500);
@@ -117,15 +117,18 @@ impl<'a> Copying<'a> {
         m.progress.advance(job.current_progress.saturating_sub(m.seen));
         m.seen = m.seen.max(job.current_progress);
         match job.status.as_str() {
-            "pending" => {
-                self.flush(i, true)?;
-                self.client.execute("job-finalize", json!({"id": id})).map(drop)
-            }
+            "pending" => match self.flush(i, true)? {
+                true => self.client.execute("job-finalize", json!({"id": id})).map(drop),
+                false => Ok(()),
+            },
             "concluded" => {
                 let error = job.error.as_deref().map(short);
                 self.client.execute("job-dismiss", json!({"id": id}))?;
                 match error {
-                    Some(why) => self.tell(i, &why),
+                    Some(why) => {
+                        self.tell(i, &why);
+                        Ok(())
+                    }
                     None => self.without_job(i),
                 }
             }
@@ -144,21 +147,20 @@ impl<'a> Copying<'a> {
         }
         if graph.child(&disk.node, "backing").is_some() {
             let arguments = stream(disk, self.s.rate);
-            return match self.client.call("block-stream", arguments)? {
-                Ok(_) => Ok(()),
-                Err(refused) => self.tell(i, &Error::from(refused).report()),
-            };
+            if let Err(refused) = self.client.call("block-stream", arguments)? {
+                self.tell(i, &Error::from(refused).report());
+            }
+            return Ok(());
         }
         if self.s.storage.needs_backup(self.begun, disk)? {
             let what = "QEMU has forgotten the backup, and the image has not";
             return Err(Error::new(Kind::Peer, what).at_path(self.s.storage.image(disk)));
         }
         // So that a power cut finds it so, too.
-        self.flush(i, false)?;
-        let base = base_name(&disk.node);
-        if graph.id(&base).is_some() {
-            self.client.execute("blockdev-del", json!({"node-name": base}))?;
+        if !self.flush(i, false)? {
+            return Ok(());
         }
+        self.let_go(disk, graph.id(&base_name(&disk.node)).is_some())?;
         if let Some(m) = self.disks.get_mut(i) {
             m.home = true;
             m.progress.advance(m.disk.point.size.saturating_sub(m.seen));
@@ -168,11 +170,31 @@ impl<'a> Copying<'a> {
         Ok(())
     }
 
-    /// Has QEMU write out all that it has of a disk.
-    fn flush(&mut self, i: usize, needs_backup: bool) -> Result<()> {
-        let Some(m) = self.disks.get(i) else { return Ok(()) };
+    /// Has QEMU close the files of a disk's point.
+    fn let_go(&mut self, disk: &HomeDisk, is_open: bool) -> Result<()> {
+        if is_open {
+            let base = json!({"node-name": base_name(&disk.node)});
+            self.client.execute("blockdev-del", base)?;
+        }
+        let sets: Vec<FdSet> = self.client.query("query-fdsets", json!({}))?;
+        let own = job_name(&disk.node);
+        for set in sets.iter().filter(|s| s.names().any(|name| name == own)) {
+            self.client.execute("remove-fd", json!({"fdset-id": set.fdset_id}))?;
+        }
+        Ok(())
+    }
+
+    /// Has QEMU write out all that it has of a disk. Whether it could: else that is told, and tried again.
+    fn flush(&mut self, i: usize, needs_backup: bool) -> Result<bool> {
+        let Some(m) = self.disks.get(i) else { return Ok(false) };
         let options = json!({"options": [nodes::unchanged(m.disk, needs_backup)]});
-        self.client.execute("blockdev-reopen", options).map(drop)
+        match self.client.call("blockdev-reopen", options)? {
+            Ok(_) => Ok(true),
+            Err(refused) => {
+                self.tell(i, &Error::from(refused).report());
+                Ok(false)
+            }
+        }
     }
 
     /// Lets a job go on that an error has paused. (One that somebody else has paused stays so.)
@@ -185,21 +207,20 @@ impl<'a> Copying<'a> {
             "failed" => "copying waits: the backup cannot be read, or the disk cannot be written",
             _ => return Ok(()),
         };
-        self.tell(i, why)?;
+        self.tell(i, why);
         // It may have come to its end just now.
         let _ended = self.client.call("job-resume", json!({"id": id}))?;
         Ok(())
     }
 
     /// Tells once what is wrong.
-    fn tell(&mut self, i: usize, why: &str) -> Result<()> {
+    fn tell(&mut self, i: usize, why: &str) {
         if let Some(m) = self.disks.get_mut(i)
             && m.told.as_deref() != Some(why)
         {
             m.told = Some(why.to_string());
             self.s.watch.warn(&format!("{}: {why}", m.disk.point.disk));
         }
-        Ok(())
     }
 
     /// A guest that stopped because a disk failed goes on; if that still fails, it stops again.

@@ -142,7 +142,10 @@ pub(super) fn read(folder: &Folder) -> Result<Option<(Begun, Stage)>> {
 /// Only plain names reach the folder.
 fn check(begun: &Begun) -> Result<()> {
     if begun.format_version > VERSION {
-        return Err(Error::new(Kind::Unsupported, "a later version of fleecefs wrote this journal"));
+        return Err(Error::new(
+            Kind::Unsupported,
+            "a later version of fleecefs wrote this journal",
+        ));
     }
     for name in begun.files() {
         if PlainName::new(name).is_err() {

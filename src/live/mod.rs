@@ -4,7 +4,8 @@
 //!   QEMU copies the rest into it (`block-stream`) and then forgets the point. All that the guest ever writes goes to this
 //!   one file, so there is no other side that could be newer, and nothing that is flushed can be lost at any moment.
 //! - The point is the layer files themselves, each spelled out and read-only ([`crate::boot::graph`]): no mount or process
-//!   of ours is between QEMU and the backup, and none has to live on.
+//!   of ours is between QEMU and the backup, and none has to live on. They are opened here, by the folder gate, and handed
+//!   over as descriptors: whoever owns the backup cannot have QEMU open another file.
 //! - Before QEMU forgets the point, all that it has of the image is written out (`blockdev-reopen`, which tells errors).
 //! - While it is unfinished the image names a backing file of a kind that no QEMU knows ([`storage`]): whoever opens it by
 //!   itself is refused instead of reading zeros. QEMU takes the name away in the same step in which it forgets the point,
@@ -27,7 +28,7 @@ mod storage;
 mod surroundings;
 
 pub(crate) use journal::{Begun, CopiedVars, HomeDisk, LivePoint, Recording, Stage};
-pub(crate) use nodes::{base_name, shown};
-pub(crate) use run::{Live, finish, resume, start};
+pub(crate) use nodes::{Base, base_name, shown};
+pub(crate) use run::{Bases, Live, finish, resume, start};
 pub(crate) use storage::Storage;
 pub(crate) use surroundings::Surroundings;

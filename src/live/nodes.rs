@@ -1,7 +1,9 @@
 //! The disks as QEMU's nodes, and the same for copying.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -14,6 +16,59 @@ use crate::qemu_img;
 /// The name of the point's node below the node `node`.
 pub(crate) fn base_name(node: &str) -> String {
     format!("{node}-base")
+}
+
+/// A point as QEMU's nodes, and the files that these name.
+pub(crate) struct Base {
+    /// The nodes; the top one is called [`base_name`].
+    pub graph: Value,
+    /// Its files, open.
+    pub files: Vec<(PathBuf, File)>,
+}
+
+/// The first of our sets of descriptors: low ones are the user's.
+const FIRST_SET: u64 = 1000;
+
+/// Descriptors that QEMU gets with its arguments. Nobody can exchange a file on the way.
+#[derive(Default)]
+pub(super) struct Handed {
+    /// The arguments.
+    pub arguments: Vec<OsString>,
+    /// The descriptors, by their numbers.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Handed {
+    /// The nodes of a point, with descriptors in the place of names; QEMU calls them by the disk's `node`.
+    ///
+    /// # Errors
+    /// `Incomplete` if the nodes name another file.
+    pub(super) fn nodes(&mut self, base: Base, node: &str) -> Result<Value> {
+        let mut graph = base.graph;
+        let first = FIRST_SET + self.fds.len() as u64;
+        let mut names = Vec::new();
+        for (number, (path, file)) in (first..).zip(base.files) {
+            let set = format!("fd={},set={number},opaque={}", file.as_raw_fd(), job_name(node));
+            self.arguments.extend(["-add-fd".into(), set.into()]);
+            self.fds.push(file.into());
+            names.push((path, format!("/dev/fdset/{number}")));
+        }
+        let mut at = Some(&mut graph);
+        while let Some(layer) = at {
+            for child in ["file", "data-file"] {
+                let Some(file) = layer.get_mut(child) else { continue };
+                let path = file["filename"].as_str().map(Path::new);
+                let known = names.iter().find(|(name, _)| Some(name.as_path()) == path);
+                let Some((_, set)) = known else {
+                    let e = Error::new(Kind::Incomplete, "a file of the point is not open");
+                    return Err(e.at_path(path.unwrap_or(Path::new(""))));
+                };
+                file["filename"] = set.as_str().into();
+            }
+            at = layer.get_mut("backing").filter(|b| b.is_object());
+        }
+        Ok(graph)
+    }
 }
 
 /// The name of the job that brings a disk home.
@@ -107,7 +162,8 @@ pub(crate) fn shown(storage: &Path, begun: &Begun, bases: &[Value]) -> Result<Ve
         jobs.push(json!({"execute": "blockdev-reopen", "arguments": options}));
         jobs.push(json!({"execute": "job-finalize", "arguments": {"id": job_name(&disk.node)}}));
     }
-    lines.push("# then, over QMP; blockdev-reopen and job-finalize when the job is pending:".into());
+    lines
+        .push("# then, over QMP; blockdev-reopen and job-finalize when the job is pending:".into());
     lines.extend(jobs.iter().map(|job| format!("# {}", argument(job))));
     Ok(lines)
 }
@@ -124,4 +180,37 @@ pub(super) fn stream(disk: &HomeDisk, rate: u64) -> Value {
         "auto-finalize": false,
         "auto-dismiss": false,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(name: &str) -> Value {
+        json!({"driver": "file", "filename": name})
+    }
+
+    #[test]
+    fn descriptors_take_the_place_of_all_names() {
+        let base = |files: &[&str]| Base {
+            graph: json!({"driver": "qcow2", "file": file("/b/inc"), "data-file": file("/b/data"),
+                "backing": {"driver": "raw", "file": file("/b/full")}}),
+            files: files
+                .iter()
+                .map(|f| (PathBuf::from(f), tempfile::tempfile().unwrap()))
+                .collect(),
+        };
+        let mut handed = Handed::default();
+        for first in [1000, 1003] {
+            let graph = handed.nodes(base(&["/b/full", "/b/data", "/b/inc"]), "disk0").unwrap();
+            let set = |n: u64| Value::from(format!("/dev/fdset/{}", first + n));
+            assert_eq!(graph["file"]["filename"], set(2));
+            assert_eq!(graph["data-file"]["filename"], set(1));
+            assert_eq!(graph["backing"]["file"]["filename"], set(0));
+        }
+        assert_eq!((handed.fds.len(), handed.arguments.len()), (6, 12));
+        // A name that is left would be opened as it is.
+        let e = handed.nodes(base(&["/b/full", "/b/inc"]), "disk0").unwrap_err();
+        assert_eq!(e.kind(), Kind::Incomplete);
+    }
 }

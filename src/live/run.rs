@@ -3,14 +3,13 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::copy::Copying;
 use super::journal::{Begun, Journal, Stage};
-use super::nodes::{self, base_name};
+use super::nodes::{self, Base, Handed};
 use super::start::{self, AGENT_SOCKET, BACKUP_SOCKET, socket};
 use super::surroundings::{Status, Surroundings};
 use crate::boot::argument;
@@ -18,8 +17,11 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::Lock;
 use crate::qmp::Client;
 
-/// How long a QEMU whose guest never ran may take to end.
-const ENDING: Duration = Duration::from_secs(20);
+/// The points of disks, by the names of the disks' nodes.
+pub(crate) type Bases = HashMap<String, Base>;
+
+/// How long a QEMU may take to end.
+const ENDING: Duration = Duration::from_secs(10);
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// QEMU's word for a guest that has not run yet.
@@ -51,16 +53,12 @@ impl Live {
     }
 }
 
-/// Starts the VM of `begun`, whose points are the nodes `bases`, by the names of the disks' nodes.
+/// Starts the VM of `begun`, over the points `bases`.
 ///
 /// # Errors
 /// `Exists` if one of its files is there; `Busy`; what QEMU says; `Interrupted`. The guest has not run then, and the next
 /// call begins anew; but for errors of the very last step.
-pub(crate) fn start(
-    s: &Surroundings<'_>,
-    begun: Begun,
-    bases: &HashMap<String, Value>,
-) -> Result<Live> {
+pub(crate) fn start(s: &Surroundings<'_>, begun: Begun, bases: Bases) -> Result<Live> {
     let begin = Instant::now();
     if let Some((old, Stage::Prepared)) = s.storage.begun()? {
         discard(s, &old)?;
@@ -71,9 +69,14 @@ pub(crate) fn start(
         s.storage.make(&begun, disk)?;
     }
     s.storage.copy_vars(&begun)?;
-    let mut client = launch(s, &begun, bases, lock)?;
-    add_bitmaps(s, &mut client, &begun)?;
-    journal.started()?;
+    let launched = launch(s, &begun, bases, lock);
+    let mut client = launched.or_else(|e| s.storage.clear(&begun).and(Err(e)))?;
+    let ready = add_bitmaps(s, &mut client, &begun).and_then(|()| journal.started());
+    if let Err(e) = ready {
+        // Its guest has never run. One that does not hear is ended by the next call.
+        let _deaf = client.call("quit", json!({}));
+        return Err(e);
+    }
     client.execute("cont", json!({}))?;
     Ok(Live { client, journal, begun, started: Some(begin.elapsed()) })
 }
@@ -82,11 +85,7 @@ pub(crate) fn start(
 ///
 /// # Errors
 /// As [`start`]; `NotFound` if an image is gone. Nothing is lost then.
-pub(crate) fn resume(
-    s: &Surroundings<'_>,
-    begun: Begun,
-    bases: &HashMap<String, Value>,
-) -> Result<Live> {
+pub(crate) fn resume(s: &Surroundings<'_>, begun: Begun, bases: Bases) -> Result<Live> {
     let begin = Instant::now();
     let journal = s.storage.journal(&begun)?;
     let lock = s.storage.vm_lock()?;
@@ -112,7 +111,7 @@ pub(crate) fn finish(s: &Surroundings<'_>, live: Live) -> Result<()> {
     copied.map_err(|e| match e.kind() {
         Kind::Interrupted => Error::new(Kind::Interrupted, "interrupted: the VM runs on")
             .remedy("the same command goes on; until then the VM needs the backup"),
-        Kind::Peer if s.storage.vm_lock().is_ok_and(|l| l.is_some()) => {
+        Kind::Peer if has_ended(s) => {
             Error::new(Kind::Peer, "QEMU has ended: the guest was shut off, or it was killed")
                 .remedy("the same command starts the VM again, with all that its guest had flushed")
         }
@@ -131,22 +130,22 @@ fn discard(s: &Surroundings<'_>, old: &Begun) -> Result<()> {
             return Err(e.at_path(s.storage.path()).remedy("name another folder"));
         }
         client.execute("quit", json!({}))?;
-        let deadline = Instant::now() + ENDING;
-        while s.storage.vm_lock()?.is_none() {
-            check_time(s, deadline)?;
-            std::thread::sleep(LOOK);
+        if !has_ended(s) {
+            return Err(still_running());
         }
     }
     s.storage.clear(old)
 }
 
-fn check_time(s: &Surroundings<'_>, deadline: Instant) -> Result<()> {
-    if s.cancel.load(Ordering::SeqCst) {
-        return Err(Error::new(Kind::Interrupted, "interrupted"));
-    }
-    match Instant::now() < deadline {
-        true => Ok(()),
-        false => Err(still_running()),
+/// Waits for the end of a QEMU that has closed its socket, or is about to; whether it came.
+fn has_ended(s: &Surroundings<'_>) -> bool {
+    let deadline = Instant::now() + ENDING;
+    loop {
+        match s.storage.vm_lock() {
+            Ok(Some(_)) => return true,
+            Ok(None) if Instant::now() < deadline => std::thread::sleep(LOOK),
+            _ => return false,
+        }
     }
 }
 
@@ -155,28 +154,24 @@ fn still_running() -> Error {
 }
 
 /// Starts QEMU over the images, and over the points of those that need them.
-fn launch(
-    s: &Surroundings<'_>,
-    begun: &Begun,
-    bases: &HashMap<String, Value>,
-    lock: Lock,
-) -> Result<Client> {
+fn launch(s: &Surroundings<'_>, begun: &Begun, mut bases: Bases, lock: Lock) -> Result<Client> {
     let mut arguments: Vec<OsString> = begun.arguments.iter().map(OsString::from).collect();
+    let mut handed = Handed::default();
     let mut add = |node: &Value| arguments.extend(["-blockdev".into(), argument(node).into()]);
     for disk in &begun.disks {
         let needs = s.storage.needs_backup(begun, disk)?;
         if needs {
-            let base = bases.get(&base_name(&disk.node)).ok_or_else(|| {
+            let base = bases.remove(&disk.node).ok_or_else(|| {
                 Error::new(Kind::Incomplete, "the point of a disk is not known").at_path(&disk.file)
             })?;
-            add(base);
+            add(&handed.nodes(base, &disk.node)?);
         }
         add(&nodes::image(disk, &s.storage.image(disk), needs)?);
     }
     if let Some(path) = s.storage.vars(begun) {
         add(&nodes::vars(&path)?);
     }
-    start::start(&arguments, &begun.sockets, lock, s.cancel)
+    start::start(&arguments, handed, &begun.sockets, (lock, s.cancel))
 }
 
 /// So that all which the guest ever writes is recorded. Where QEMU refuses one the next backup is a FULL.

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use super::nodes::Handed;
 use super::storage::Storage;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
@@ -53,7 +54,7 @@ fn sockets(path: &Path) -> Result<Folder> {
 /// The arguments for the sockets that the machine has, whose listeners are handed over.
 struct Listeners {
     arguments: Vec<OsString>,
-    fds: Vec<std::os::fd::OwnedFd>,
+    fds: Vec<OwnedFd>,
 }
 
 impl Listeners {
@@ -91,15 +92,15 @@ impl Listeners {
     }
 }
 
-/// Starts it, with the guest stopped. `lock` goes with it.
+/// Starts it, with the guest stopped. `lock` goes with it, and what is handed over.
 ///
 /// # Errors
 /// `NotFound` if QEMU is not installed; `Peer` with its own words if it does not start.
 pub(super) fn start(
     machine: &[OsString],
+    handed: Handed,
     path: &Path,
-    lock: Lock,
-    cancel: &Arc<AtomicBool>,
+    (lock, cancel): (Lock, &Arc<AtomicBool>),
 ) -> Result<Client> {
     let program = guest::program()?;
     let folder = sockets(path)?;
@@ -111,26 +112,33 @@ pub(super) fn start(
     if !machine.iter().any(|word| word == "-sandbox") {
         args.extend(["-sandbox", SANDBOX].map(OsString::from));
     }
+    args.extend(handed.arguments);
     args.extend(machine.iter().cloned());
     args.extend(listeners.arguments);
     args.push("-S".into());
     log::info!("{} {}", path_text(&program), shown(&args));
-    let mut keep: Vec<RawFd> = listeners.fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let fds = listeners.fds.iter().chain(&handed.fds);
+    let mut keep: Vec<RawFd> = fds.map(AsRawFd::as_raw_fd).collect();
     keep.push(lock.file().as_raw_fd());
     let mut child = spawn(&program, &args, log, keep)?;
     failpoint::step("QEMU started");
     // Its own are left: a QEMU that ends gives up the lock, and refuses connections.
-    drop((listeners.fds, lock));
+    drop((listeners.fds, handed.fds, lock));
     let deadline = Instant::now() + STARTING;
-    connect(path, deadline, cancel, || match child.try_wait() {
+    let connected = connect(path, deadline, cancel, || match child.try_wait() {
         Ok(Some(status)) => Err(not_started(&folder, &status.to_string())),
         _ => Ok(()),
-    })
+    });
+    if connected.is_err() {
+        // Its guest has not run.
+        let _ended = child.kill();
+        let _ended = child.wait();
+    }
+    connected
 }
 
 fn spawn(program: &Path, args: &[OsString], log: File, keep: Vec<RawFd>) -> Result<Child> {
-    let failed =
-        |e| Error::new(Kind::Busy, "cannot run QEMU now").with_source(e).at_path(program);
+    let failed = |e| Error::new(Kind::Busy, "cannot run QEMU now").with_source(e).at_path(program);
     let mut command = Command::new(program);
     command.args(args).env_clear().env("LC_ALL", "C").env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
     command.current_dir("/").stdin(Stdio::null());
@@ -166,7 +174,7 @@ pub(super) fn attach(path: &Path, storage: &Storage, cancel: &Arc<AtomicBool>) -
         None => Ok(()),
     });
     connected.map_err(|e| match e.kind() {
-        Kind::Interrupted => e,
+        Kind::Interrupted | Kind::Peer => e,
         _ => e.remedy("the VM runs: end whatever else uses its first QMP socket, and try again"),
     })
 }

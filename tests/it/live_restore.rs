@@ -22,7 +22,7 @@ const UUID: &str = "9a8b0c00-1111-2222-3333-444455556666";
 const FILES: [&str; 2] = ["a.qcow2", "o.qcow2"];
 
 /// Ends the QEMUs that have the folder in their arguments.
-const END: &str = r#"for p in /proc/[0-9]*; do
+pub const END: &str = r#"for p in /proc/[0-9]*; do
     case $(cat "$p/comm" 2>/dev/null) in qemu*) ;; *) continue ;; esac
     tr '\0' '\n' < "$p/cmdline" 2>/dev/null | grep -qF "$1/" && kill -9 "${p#/proc/}"
 done"#;
@@ -35,10 +35,15 @@ struct Lost {
 
 impl Lost {
     fn new(test: &str) -> Option<Lost> {
+        Self::with(test, &[])
+    }
+
+    /// With more options for its QEMU.
+    fn with(test: &str, more: &[&str]) -> Option<Lost> {
         if !have(test, TOOLS) {
             return None;
         }
-        let mut m = Machine::launch(&["-uuid", UUID, "-name", "vm1"]);
+        let mut m = Machine::launch(&[&["-uuid", UUID, "-name", "vm1"], more].concat());
         m.fill();
         let caller = m.caller();
         caller.must("full");
@@ -320,6 +325,54 @@ fn sigterm_leaves_the_vm_running() {
     // The new limit is that of the jobs that are at work.
     assert!(home.run(&["--rate-limit", "0"]).status.success());
     home.check("after SIGTERM");
+}
+
+/// UEFI, with the variables that the VM had, and with empty ones.
+#[test]
+fn firmware_and_its_variables_come_home_too() {
+    const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+    const VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+    let test = "firmware_and_its_variables_come_home_too";
+    if !have(test, &[CODE, VARS]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vars = dir.path().join("vars.fd");
+    std::fs::copy(VARS, &vars).unwrap();
+    let flash = |unit: u32, more: &str, file: &Path| {
+        format!("if=pflash,unit={unit},format=raw{more},file={}", file.display())
+    };
+    let (code, own) = (flash(0, ",readonly=on", Path::new(CODE)), flash(1, "", &vars));
+    let more = ["-drive", code.as_str(), "-drive", own.as_str()];
+    let Some(lost) = Lost::with(test, &more) else { return };
+    for (name, more, file) in
+        [("own", &[][..], "vars.fd.qcow2"), ("bios", &["--bios"][..], ""), ("none", &[][..], "")]
+    {
+        let mut home = lost.home(name);
+        let points = FILES.map(|f| format!("{f}/latest"));
+        // Without its point nothing is known of the variables.
+        let named: Vec<&str> = match name {
+            "none" => points.iter().map(String::as_str).collect(),
+            _ => Vec::new(),
+        };
+        let child = home.command(&[more, named.as_slice()].concat()).spawn().unwrap();
+        write_while(&mut home, child, name);
+        let nodes = home.monitor().unwrap().execute("query-named-block-nodes", json!({}));
+        let vars = nodes.as_array().unwrap().iter().find(|n| n["node-name"] == "vars").cloned();
+        let wanted = match name {
+            "own" => Some(home.path.join(file)),
+            "none" => Some(home.path.join("efi-vars.fd")),
+            _ => None,
+        };
+        let found = vars.map(|v| PathBuf::from(v["file"].as_str().unwrap()));
+        assert_eq!(found, wanted, "{name}");
+        home.check(name);
+        if let Some(file) = wanted {
+            let format = if name == "own" { "qcow2" } else { "raw" };
+            // What begins a firmware volume.
+            assert_eq!(&bytes(&file, format)[40..44], b"_FVH", "{name}");
+        }
+    }
 }
 
 /// The first backup afterwards, with a walk over the whole disk that must find nothing more than the bitmap names.

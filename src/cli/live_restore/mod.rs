@@ -5,10 +5,9 @@
 mod args;
 mod plan;
 
-use std::collections::HashMap;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use self::plan::{Planned, bases_of, plan};
 use super::console::Console;
@@ -17,7 +16,7 @@ use super::{one_run, work};
 use crate::backup::Watch;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
-use crate::live::{self, Begun, HomeDisk, Live, Stage, Storage, Surroundings};
+use crate::live::{self, Bases, Begun, HomeDisk, Live, Stage, Storage, Surroundings};
 use crate::lock::Locks;
 use crate::mount::check_outside;
 use crate::output;
@@ -48,12 +47,8 @@ pub(super) fn run(args: &LiveRestoreArgs) -> Result<()> {
 fn watched(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<()> {
     let storage = Storage::open(to)?;
     let cancel = work::undo_flag()?;
-    let s = Surroundings {
-        storage: &storage,
-        watch: console,
-        cancel: &cancel,
-        rate: args.rate_limit,
-    };
+    let s =
+        Surroundings { storage: &storage, watch: console, cancel: &cancel, rate: args.rate_limit };
     let (live, _locks) = match storage.begun()? {
         Some((begun, Stage::Done)) => {
             console.say("the disks are at home in this folder already: nothing is to be done");
@@ -79,8 +74,8 @@ fn begin(
     let catalog = catalog(&args.dir)?;
     let planned = plan(args, &one_run::find(&catalog, &args.points)?, s.storage.path())?;
     planned.notes.iter().for_each(|note| console.say(note));
-    let bases = planned.by_name();
-    Ok((live::start(s, planned.begun, &bases)?, locks))
+    let bases = planned.bases()?;
+    Ok((live::start(s, planned.begun, bases)?, locks))
 }
 
 /// Goes on with what was begun.
@@ -96,8 +91,8 @@ fn go_on(
         }
     }
     // Without one that needs it the backup may be gone.
-    let (bases, locks): (HashMap<String, Value>, _) = match needing.is_empty() {
-        true => (HashMap::new(), None),
+    let (bases, locks) = match needing.is_empty() {
+        true => (Bases::new(), None),
         false => {
             let locks = keep(&backups(&args.dir)?, s.watch)?;
             let catalog = catalog(&args.dir)?;
@@ -105,7 +100,7 @@ fn go_on(
             (bases_of(&catalog, &needing)?, locks)
         }
     };
-    Ok((live::resume(s, begun, &bases)?, locks))
+    Ok((live::resume(s, begun, bases)?, locks))
 }
 
 /// A run that is named has to be the one that was begun; the newest may be another by now.
@@ -175,7 +170,7 @@ fn tell_result(console: &Console, storage: &Storage, begun: &Begun) -> Result<()
 /// Prints what does the same.
 fn print(args: &LiveRestoreArgs, to: &Path) -> Result<()> {
     let catalog = catalog(&args.dir)?;
-    let Planned { begun, bases, .. } = plan(args, &one_run::find(&catalog, &args.points)?, to)?;
-    let lines = live::shown(to, &begun, &bases)?;
+    let Planned { begun, graphs, .. } = plan(args, &one_run::find(&catalog, &args.points)?, to)?;
+    let lines = live::shown(to, &begun, &graphs)?;
     output::print_as_is(format!("{}\n", lines.join("\n")).as_bytes())
 }

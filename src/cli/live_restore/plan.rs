@@ -1,9 +1,11 @@
 //! From the points of a run to what is begun in the storage folder.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -16,9 +18,11 @@ use crate::cli::one_run::{self, ChosenPoint, OneRun};
 use crate::cli::restore::names_in_run;
 use crate::cli::values::FileFormat;
 use crate::error::{Error, Kind, Result};
-use crate::folder::PlainName;
+use crate::folder::{self, Access, PlainName};
 use crate::image::{Cache, open_point};
-use crate::live::{Begun, CopiedVars, HomeDisk, LivePoint, Recording, base_name};
+use crate::layer::LayerSpec;
+use crate::live::{Base, Bases, Begun, CopiedVars, HomeDisk, LivePoint, Recording, base_name};
+use crate::storage::SourceFile;
 use crate::text::{path_text, to_text};
 
 /// The node of the store of UEFI's variables.
@@ -32,22 +36,43 @@ const KEY_DIGITS: usize = 12;
 /// Memory for looking whether a point is available.
 const CACHE_SIZE: u64 = 16 << 20;
 
-/// What is begun, and the points as QEMU's nodes, by the names of those nodes.
+/// What is begun, and over which points.
 pub(super) struct Planned {
     /// What is begun.
     pub begun: Begun,
-    /// The points, in the order of its disks.
-    pub bases: Vec<Value>,
+    /// The points as QEMU's nodes, in the order of its disks.
+    pub graphs: Vec<Value>,
+    /// The layers of each.
+    stacks: Vec<Vec<LayerSpec>>,
     /// What the user should know.
     pub notes: Vec<String>,
 }
 
 impl Planned {
-    /// The points by the names of their nodes.
-    pub(super) fn by_name(&self) -> HashMap<String, Value> {
-        let names = self.begun.disks.iter().map(|d| base_name(&d.node));
-        names.zip(self.bases.iter().cloned()).collect()
+    /// The points, with their files open.
+    ///
+    /// # Errors
+    /// A file cannot be opened, or is another by now.
+    pub(super) fn bases(&self) -> Result<Bases> {
+        let points = self.begun.disks.iter().zip(&self.graphs).zip(&self.stacks);
+        let base = |((disk, graph), stack): ((&HomeDisk, &Value), &Vec<LayerSpec>)| {
+            Ok((disk.node.clone(), Base { graph: graph.clone(), files: files(stack)? }))
+        };
+        points.map(base).collect()
     }
+}
+
+/// The files of layers, open.
+fn files(stack: &[LayerSpec]) -> Result<Vec<(PathBuf, File)>> {
+    let all = stack.iter().flat_map(|layer| [Some(&layer.file), layer.data_file.as_ref()]);
+    let open = |source: &Arc<SourceFile>| {
+        let opened = source.file()?;
+        // A description of its own, which waits for what it reads.
+        let file = folder::reopen(&opened, Access::Read);
+        let failed = |e| Error::io(e, "cannot open the image").at_path(source.path());
+        Ok((source.path().to_path_buf(), file.map_err(failed)?))
+    };
+    all.flatten().map(open).collect()
 }
 
 /// Plans the start of a run's VM, with the disks in the folder `storage`.
@@ -58,21 +83,19 @@ pub(super) fn plan(args: &LiveRestoreArgs, run: &OneRun<'_>, storage: &Path) -> 
     let prepared = prepared(&args.wanted()?, run)?;
     let vm = &prepared.vm;
     let sources = vm.sources();
-    let chosen: Vec<&ChosenPoint<'_>> =
-        sources.iter().filter_map(|i| run.points.get(*i)).collect();
+    let chosen: Vec<&ChosenPoint<'_>> = sources.iter().filter_map(|i| run.points.get(*i)).collect();
     let nodes = (0..vm.disks.len()).map(boot::node_name).chain([VARS.to_string()]);
-    let (mut disks, mut bases, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut disks, mut graphs, mut notes) = (Vec::new(), Vec::new(), Vec::new());
     let files = file_names(&chosen);
-    for (((node, chosen), stack), file) in
-        nodes.zip(&chosen).zip(&prepared.stacks).zip(files)
-    {
-        bases.push(boot::graph(stack, &base_name(&node)).map_err(by_restore)?);
+    for (((node, chosen), stack), file) in nodes.zip(&chosen).zip(&prepared.stacks).zip(files) {
+        graphs.push(boot::graph(stack, &base_name(&node)).map_err(by_restore)?);
         let bitmap = match recording(chosen) {
             Ok(bitmap) => Some(bitmap),
             Err(why) => {
                 let disk = path_text(&chosen.disk.path);
                 notes.extend(
-                    (node != VARS).then(|| format!("{disk}: its first backup will be a FULL: {why}")),
+                    (node != VARS)
+                        .then(|| format!("{disk}: its first backup will be a FULL: {why}")),
                 );
                 None
             }
@@ -87,15 +110,15 @@ pub(super) fn plan(args: &LiveRestoreArgs, run: &OneRun<'_>, storage: &Path) -> 
         disks,
         vars: copied_vars(vm),
     };
-    Ok(Planned { begun, bases, notes })
+    Ok(Planned { begun, graphs, stacks: prepared.stacks, notes })
 }
 
-/// The points of what was begun, as QEMU's nodes, by the names of those nodes.
+/// The points of what was begun, with their files open.
 ///
 /// # Errors
 /// `NotFound` or `Incomplete` if a point is not there any more; `Changed` if it is another.
-pub(super) fn bases_of(catalog: &Catalog, disks: &[&HomeDisk]) -> Result<HashMap<String, Value>> {
-    let mut bases = HashMap::new();
+pub(super) fn bases_of(catalog: &Catalog, disks: &[&HomeDisk]) -> Result<Bases> {
+    let mut bases = Bases::new();
     for home in disks {
         let (disk, point) = catalog.find(&Path::new(&home.point.disk).join(&home.point.name))?;
         let run = one_run::of_points(vec![(disk, point)])?;
@@ -105,9 +128,9 @@ pub(super) fn bases_of(catalog: &Catalog, disks: &[&HomeDisk]) -> Result<HashMap
             return Err(e.at_path(&chosen.disk.points[point].source));
         }
         open_point(disk, point, &Cache::new(CACHE_SIZE))?;
-        let name = base_name(&home.node);
-        let base = boot::graph(&disk.stack(point), &name).map_err(by_restore)?;
-        bases.insert(name, base);
+        let stack = disk.stack(point);
+        let graph = boot::graph(&stack, &base_name(&home.node)).map_err(by_restore)?;
+        bases.insert(home.node.clone(), Base { graph, files: files(&stack)? });
     }
     Ok(bases)
 }
