@@ -1,7 +1,6 @@
 //! `fleecefs live-restore`: whoever is killed whenever, what the guest has flushed is there, the backup stays as it is, and
 //! at the end nothing refers to it. Without an operating system: the test writes as the guest's devices would.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -98,15 +97,26 @@ impl Home<'_> {
         self.command(more).output().unwrap()
     }
 
-    /// The socket of this name of the VM.
-    fn socket(&self, name: &str) -> Option<PathBuf> {
+    /// The socket for backups of the VM.
+    fn socket(&self) -> Option<PathBuf> {
         let own = std::fs::read_dir(self.state().join("live")).ok()?.next()?.unwrap().path();
-        Some(own.join(name)).filter(|s| UnixStream::connect(s).is_ok())
+        Some(own.join("backup.sock"))
     }
 
     /// A monitor of the test's own, if QEMU lives.
     fn monitor(&self) -> Option<Qmp> {
-        Some(Qmp::connect(&self.socket("backup.sock")?))
+        let mut qmp = None;
+        eventually("QEMU takes a connection", || {
+            qmp = self.socket().and_then(|s| Qmp::try_connect(&s));
+            qmp.is_some() || self.pids().is_empty()
+        });
+        qmp
+    }
+
+    /// Whether the QEMU that is there is one whose guest runs: one that never ran may be ended.
+    fn is_started(&self) -> bool {
+        let journal = std::fs::read_to_string(self.path.join(".fleecefs-live/journal"));
+        journal.is_ok_and(|j| j.contains("\"started\"") || j.contains("\"done\""))
     }
 
     /// The QEMUs.
@@ -179,7 +189,10 @@ impl Home<'_> {
             if let Some(d) = first_difference(&bytes(&image, "qcow2"), expect) {
                 panic!("{what}: {file}: {d}");
             }
-            run("qemu-img", &["check", "-q", "-f", "qcow2", image.to_str().unwrap()]);
+            // A QEMU that was killed may leave clusters that nobody uses, which does no harm.
+            let mut check = Command::new("qemu-img");
+            let check = check.args(["check", "-q", "-f", "qcow2"]).arg(&image).status().unwrap();
+            assert!([Some(0), Some(3)].contains(&check.code()), "{what}: {file}: {check}");
         }
         assert!(self.lost.files() == self.lost.before, "{what}: the backup was changed");
     }
@@ -187,13 +200,14 @@ impl Home<'_> {
 
 /// Writes a few times while the child works, and waits for its end.
 fn write_while(home: &mut Home<'_>, mut child: Child, what: &str) {
-    let mut wrote = 0;
+    let (mut wrote, mut monitor) = (0, None);
     loop {
         let ended = child.try_wait().unwrap();
+        monitor = monitor.or_else(|| home.is_started().then(|| home.monitor())?);
         if wrote < 5
-            && let Some(mut qmp) = home.monitor()
+            && let Some(qmp) = &mut monitor
         {
-            wrote += usize::from(home.write(&mut qmp));
+            wrote += usize::from(home.write(qmp));
         }
         if let Some(status) = ended {
             assert!(status.success(), "{what}: {status}");
@@ -261,7 +275,9 @@ fn qemu_may_be_killed_at_any_step() {
     for (number, step) in STEPS.into_iter().enumerate().skip(2) {
         let mut home = lost.home(&format!("home{number}"));
         let mut child = stopped(home.command(&[]), step, &lost.m.path("err"));
-        if let Some(mut qmp) = home.monitor() {
+        // A flush of the guest's would also write out what QEMU has to write out by itself before this step.
+        let quiet = step == "answer job-finalize";
+        if let Some(mut qmp) = home.monitor().filter(|_| !quiet) {
             home.write(&mut qmp);
         }
         home.kill_qemu();
@@ -297,8 +313,8 @@ fn a_qemu_that_ends_is_told_and_an_unfinished_image_is_opened_by_nobody() {
     assert!(stderr(&out).contains("the same command"), "{}", stderr(&out));
     for file in FILES {
         let image = home.path.join(file);
-        let read = Command::new("qemu-io").args(["-f", "qcow2", "-c", "read 0 512"]).arg(image);
-        let read = { read }.output().unwrap();
+        let mut read = Command::new("qemu-io");
+        let read = read.args(["-f", "qcow2", "-c", "read 0 512"]).arg(image).output().unwrap();
         assert!(!read.status.success() && stderr(&read).contains("fleecefs"), "{}", stderr(&read));
     }
     // Another run than the one that was begun is refused, the newest goes on.
@@ -383,7 +399,7 @@ fn the_first_backup_after_it_is_an_inc_where_that_is_right() {
     let mut home = lost.home("home");
     let child = home.command(&[]).spawn().unwrap();
     write_while(&mut home, child, "first");
-    let qmp = home.socket("backup.sock").unwrap();
+    let qmp = home.socket().unwrap();
     let more = vec!["--progress".into(), "none".into()];
     let caller = Caller { qmp, state: home.state(), target: lost.target(), more };
     let said = caller.must("auto");
@@ -416,7 +432,7 @@ fn after_a_crash_of_qemu_the_next_backup_is_a_full() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(home.run(&[]).status.success());
-    let qmp = home.socket("backup.sock").unwrap();
+    let qmp = home.socket().unwrap();
     let more = vec!["--progress".into(), "none".into()];
     let caller = Caller { qmp, state: home.state(), target: lost.target(), more };
     let said = caller.must("auto");
