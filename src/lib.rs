@@ -32,6 +32,7 @@
 //! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`attach`]: points as block devices of the kernel, their file systems mounted by it
 //! - [`boot`]: points as disks of a test VM, and whether it comes up
+//! - [`live`]: a VM that runs again at once from a point, while its disks are brought home
 //! - [`config`]: the configuration file: which VMs are backed up, and how
 //! - [`cli`]: arguments, output, exit codes
 
@@ -61,6 +62,7 @@ pub mod job;
 pub mod journal;
 pub mod layer;
 pub mod layout;
+pub(crate) mod live;
 pub mod lock;
 pub mod machine;
 pub mod manifest;

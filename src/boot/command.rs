@@ -7,6 +7,7 @@ use std::ffi::OsString;
 
 use serde_json::{Value, json};
 
+use super::firmware::FirmwareFiles;
 use super::vm::{Accel, Net, Nic, Vm, VmDisk};
 use crate::error::{Error, Kind, Result};
 use crate::machine::{Bus, Chipset};
@@ -31,7 +32,7 @@ pub(super) struct Nodes {
 }
 
 /// The name of a disk's node.
-pub(super) fn node_name(disk: usize) -> String {
+pub(crate) fn node_name(disk: usize) -> String {
     format!("disk{disk}")
 }
 
@@ -42,7 +43,7 @@ pub(super) fn node_name(disk: usize) -> String {
 pub(super) fn arguments(vm: &Vm, nodes: &Nodes) -> Result<Vec<OsString>> {
     let mut args = Args::default();
     args.add(&["-nodefaults", "-no-user-config"]);
-    args.two("-name", "guest=fleecefs-boot");
+    args.two("-name", &format!("guest={}", vm.name));
     args.two("-machine", &machine(vm));
     args.two("-accel", if vm.accel == Accel::Kvm { "kvm" } else { "tcg" });
     args.two("-cpu", &vm.cpu);
@@ -53,9 +54,9 @@ pub(super) fn arguments(vm: &Vm, nodes: &Nodes) -> Result<Vec<OsString>> {
     if let Some((code, vars)) = &nodes.flash {
         args.json("-blockdev", code);
         args.json("-blockdev", vars);
-        if vm.uefi.as_ref().is_some_and(|u| u.smm) {
-            args.two("-global", "driver=cfi.pflash01,property=secure,value=on");
-        }
+    }
+    if vm.uefi.as_ref().is_some_and(|u| u.smm) {
+        args.two("-global", "driver=cfi.pflash01,property=secure,value=on");
     }
     for node in &nodes.disks {
         args.json("-blockdev", node);
@@ -196,6 +197,11 @@ fn device(vm: &Vm, number: usize, disk: &VmDisk) -> Value {
         None if disk.bus == Bus::Nvme => device["serial"] = format!("disk{number}").into(),
         None => {}
     }
+    // NVMe has no such choice.
+    if vm.stop_on_errors && disk.bus != Bus::Nvme {
+        device["rerror"] = "stop".into();
+        device["werror"] = "stop".into();
+    }
     // QEMU gives a kernel the first place, whatever disks have.
     if vm.kernel.is_none() {
         device["bootindex"] = disk.boot_index.into();
@@ -230,9 +236,7 @@ pub(crate) fn printed(vm: &Vm, graphs: &[Value]) -> Result<Vec<String>> {
         nodes.disks.push(overlay(&name, &node_name(number), below));
     }
     if let Some(uefi) = &vm.uefi {
-        let code = uefi.files.code.to_string_lossy();
-        let file = json!({"driver": "file", "filename": code});
-        let code = json!({"driver": "raw", "node-name": "code", "read-only": true, "file": file});
+        let code = code_node(&uefi.files);
         let vars = match (uefi.vars, graphs.get(vm.disks.len())) {
             (Some((_, size)), Some(below)) => {
                 create("fleecefs-boot-vars.qcow2", size);
@@ -248,18 +252,47 @@ pub(crate) fn printed(vm: &Vm, graphs: &[Value]) -> Result<Vec<String>> {
         };
         nodes.flash = Some((code, vars));
     }
-    if let Some(kernel) = &vm.kernel {
-        nodes.kernel.extend(["-kernel".into(), kernel.kernel.clone().into()]);
-        if let Some(initrd) = &kernel.initrd {
-            nodes.kernel.extend(["-initrd".into(), initrd.clone().into()]);
-        }
-        nodes.kernel.extend(["-append".into(), OsString::from(&kernel.append)]);
-    }
+    nodes.kernel = kernel_words(vm);
     let mut words: Vec<OsString> = vec!["qemu-system-x86_64".into()];
     words.extend(arguments(vm, &nodes)?);
     words.extend(networks(vm, &[]));
     lines.push(shown(&words));
     Ok(lines)
+}
+
+/// The firmware itself, out of the file that is installed.
+fn code_node(files: &FirmwareFiles) -> Value {
+    let file = json!({"driver": "file", "filename": files.code.to_string_lossy()});
+    json!({"driver": "raw", "node-name": "code", "read-only": true, "file": file})
+}
+
+/// The words for a kernel that QEMU opens itself.
+fn kernel_words(vm: &Vm) -> Vec<OsString> {
+    let mut words = Vec::new();
+    if let Some(kernel) = &vm.kernel {
+        words.extend(["-kernel".into(), kernel.kernel.clone().into()]);
+        if let Some(initrd) = &kernel.initrd {
+            words.extend(["-initrd".into(), initrd.clone().into()]);
+        }
+        words.extend(["-append".into(), OsString::from(&kernel.append)]);
+    }
+    words
+}
+
+/// The arguments for a machine that opens its own files, but for the nodes `disk0` and so on, and `vars`, which are the
+/// caller's; with `networks`, those of QEMU's own.
+///
+/// # Errors
+/// As [`arguments`].
+pub(crate) fn machine_arguments(vm: &Vm, with_networks: bool) -> Result<Vec<OsString>> {
+    let mut words = arguments(vm, &Nodes { kernel: kernel_words(vm), ..Nodes::default() })?;
+    if let Some(uefi) = &vm.uefi {
+        words.extend(["-blockdev".into(), argument(&code_node(&uefi.files)).into()]);
+    }
+    if with_networks {
+        words.extend(networks(vm, &[]));
+    }
+    Ok(words)
 }
 
 /// The file of a disk's overlay.

@@ -26,7 +26,7 @@ mod serial;
 mod vm;
 
 pub(crate) use check::{Checked, Criteria, check};
-pub(crate) use command::{argument, printed};
+pub(crate) use command::{argument, machine_arguments, node_name, printed};
 pub(crate) use content::{Boots, look};
 pub(crate) use disk::{Disks, PointToBoot};
 pub(crate) use firmware::FirmwareFiles;

@@ -16,6 +16,8 @@ const CPUS: u32 = 2;
 /// Network devices that a VM gets at most.
 const MOST_NETS: usize = 8;
 const MIB: u64 = 1 << 20;
+/// What a VM is called that is another than the original.
+const NAME: &str = "fleecefs-boot";
 
 /// How the guest's processor is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -80,6 +82,8 @@ pub(crate) struct Wanted {
     pub firmware: Option<FirmwareFiles>,
     /// A kernel to start.
     pub kernel: Option<Kernel>,
+    /// Whether the guest stops where a disk cannot be read or written, instead of being told.
+    pub stop_on_errors: bool,
 }
 
 /// A disk that was found, to make a VM of.
@@ -133,6 +137,8 @@ pub(crate) struct Uefi {
 /// A VM that can be started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Vm {
+    /// What it is called.
+    pub name: String,
     /// What kind of PC it is.
     pub chipset: Chipset,
     /// How its processors are made.
@@ -155,6 +161,8 @@ pub(crate) struct Vm {
     pub net: Net,
     /// A kernel to start.
     pub kernel: Option<Kernel>,
+    /// Whether it stops where a disk cannot be read or written.
+    pub stop_on_errors: bool,
 }
 
 impl Vm {
@@ -172,6 +180,7 @@ impl Vm {
             return Err(Error::new(Kind::NotFound, "there is no disk to boot"));
         }
         Ok(Vm {
+            name: name(machine, wanted.same_identity),
             chipset,
             accel,
             cpu: cpu(machine, accel),
@@ -186,6 +195,7 @@ impl Vm {
             nics: nics(machine, net, wanted.same_identity)?,
             net,
             kernel: wanted.kernel.clone(),
+            stop_on_errors: wanted.stop_on_errors,
         })
     }
 
@@ -194,6 +204,13 @@ impl Vm {
         let vars = self.uefi.iter().filter_map(|u| u.vars).map(|(source, _)| source);
         self.disks.iter().map(|d| d.source).chain(vars).collect()
     }
+}
+
+/// As the original, where it is to be that again, and its name has no characters that mean something elsewhere.
+fn name(machine: &Machine, same: bool) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.+:".contains(c);
+    let known = machine.name.as_ref().filter(|n| same && !n.is_empty() && n.chars().all(plain));
+    known.cloned().unwrap_or_else(|| NAME.to_string())
 }
 
 fn chipset(machine: &Machine) -> Result<Chipset> {
@@ -405,12 +422,20 @@ pub(super) mod tests {
             address: None,
         };
         let machine = Machine { uuid: Some(uuid.into()), nets: vec![net], ..Machine::default() };
+        let mut machine = machine;
+        machine.name = Some("vm-1.example".into());
         let plan = |same_identity| {
             let wanted = Wanted { same_identity, net: Some(Net::Isolated), ..Wanted::default() };
             Vm::plan(&machine, &[disk(Boots::default())], &wanted).unwrap()
         };
         let (same, other, third) = (plan(true), plan(false), plan(false));
         assert_eq!((same.uuid.as_str(), same.nics[0].mac.as_str()), (uuid, "52:54:00:aa:bb:cc"));
+        assert_eq!((same.name.as_str(), other.name.as_str()), ("vm-1.example", NAME));
+        // What means something to QEMU gets nowhere.
+        for hostile in ["a,debug-threads=on", "a b", "", "\u{e9}"] {
+            let machine = Machine { name: Some(hostile.into()), ..Machine::default() };
+            assert_eq!(name(&machine, true), NAME, "{hostile}");
+        }
         assert!(other.uuid != uuid && other.uuid != third.uuid && other.uuid.len() == 36);
         assert_eq!(other.uuid.as_bytes()[14], b'4');
         assert!(other.nics[0].mac != third.nics[0].mac && other.nics[0].model == NetModel::E1000);

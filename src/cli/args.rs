@@ -102,6 +102,7 @@ pub(super) enum Command {
     Show(super::show::ShowArgs),
     Config(super::config::ConfigArgs),
     Boot(Box<super::boot::BootArgs>),
+    LiveRestore(Box<super::live_restore::LiveRestoreArgs>),
     Map(super::map::MapArgs),
     Diff(super::diff::DiffArgs),
     Files(super::files::FilesArgs),
@@ -189,6 +190,7 @@ impl Command {
             Command::Show(a) => (a.json, Json::Document),
             Command::Config(a) => (a.json(), Json::Document),
             Command::Boot(a) => (a.json(), Json::Document),
+            Command::LiveRestore(a) => (a.json(), Json::Events),
             Command::Attach(a) => (a.print.json, Json::Document),
             Command::Verify(a) => (a.json, Json::Document),
             Command::Stats(a) => (a.print.json, Json::Document),
@@ -241,8 +243,8 @@ impl Command {
             Command::Cancel(a) => a.target(),
             Command::Cleanup(_) => None,
             Command::Guardian(_) | Command::Umount(_) => None,
-            // Devices and mounts are root's work.
-            Command::Attach(_) | Command::Detach(_) => None,
+            // Devices and mounts are root's work, and a VM is of whoever starts it.
+            Command::Attach(_) | Command::Detach(_) | Command::LiveRestore(_) => None,
             Command::Completions(_) | Command::Man(_) | Command::Complete(_) => None,
         }
     }

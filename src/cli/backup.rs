@@ -200,6 +200,11 @@ pub(super) struct ShowArgs {
 }
 
 impl ShowArgs {
+    /// Whether it is told as events.
+    pub(super) fn is_json(&self) -> bool {
+        self.progress == Style::Json
+    }
+
     /// The console.
     ///
     /// # Errors

@@ -22,6 +22,7 @@ mod info;
 mod keep;
 mod link_disk;
 mod list;
+mod live_restore;
 mod map;
 mod mount;
 mod nightly;
@@ -155,6 +156,7 @@ fn run(mut cli: Cli) -> Result<ExitCode> {
         Command::Show(a) => show::run(a),
         Command::Config(a) => config::run(&a, Cli::command),
         Command::Boot(a) => boot::run(&a),
+        Command::LiveRestore(a) => live_restore::run(&a),
         Command::Map(a) => map::run(a),
         Command::Diff(a) => diff::run(&a),
         Command::Files(a) => files::run(&a),

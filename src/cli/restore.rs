@@ -249,7 +249,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, u
 /// File and format of each of a run's points, below the folder that they are restored to: what the VM
 /// had, so that it finds its disks again. Where that is not known, or would be one name for two, the
 /// name of the disk's folder in the backup directory.
-pub(super) fn names_in_run(
+pub(in crate::cli) fn names_in_run(
     wanted: Option<FileFormat>,
     points: &[(&Disk, usize)],
 ) -> Vec<(PathBuf, FileFormat)> {

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
+use crate::live_restore;
 use crate::support::attached::{self, Attach, succeeded};
 use crate::support::backup::{Caller, images};
+use crate::support::guard::Guard;
 use crate::support::mount::Mount;
 use crate::support::qemu::storage_daemon::Daemon;
 use crate::support::qemu::two_disks;
@@ -247,6 +249,15 @@ fn config_and_boot_print_what_their_tables_have() {
     let told = printed(&[&boot[..], &fixed].concat());
     let seen = paper.check("boot --check", &told[0]);
     assert!(seen.contains("checks[].points[].disk"), "{seen:?}");
+    m.off();
+    let home = m.text("home");
+    let end = Guard::of(live_restore::END, &[Path::new(&home)]);
+    let state = m.text("state");
+    let live = ["live-restore", target, "--to", &home, "--state-dir", &state, "--accel", "tcg"];
+    let told = printed(&[&live[..], &["--progress", "json"]].concat());
+    let seen: BTreeSet<String> = told.iter().flat_map(|v| paper.check("live-restore", v)).collect();
+    assert!(["seconds", "disks[].file", "text"].iter().all(|k| seen.contains(*k)), "{seen:?}");
+    drop(end);
     // What does not start says why.
     let told = printed(&[&boot[..], &fixed, &["--kernel", "/dev/null"]].concat());
     let seen = paper.check("boot --check", &told[0]);

@@ -54,6 +54,7 @@ mod lasting;
 mod layering;
 mod life;
 mod link_disk;
+mod live_restore;
 mod loop_device;
 mod messages;
 mod migration;

@@ -209,6 +209,21 @@ pub struct Qmp {
 }
 
 impl Qmp {
+    /// As [`Qmp::connect`], where nobody may listen, or QEMU may break the connection off: it does so with one that comes
+    /// while it still parts from the one before.
+    pub fn try_connect(socket: &Path) -> Option<Qmp> {
+        let stream = UnixStream::connect(socket).ok()?;
+        stream.set_read_timeout(Some(ANSWER)).expect("a time limit can be set");
+        let mut reader = BufReader::new(stream.try_clone().expect("a socket can be cloned"));
+        let greets = (0..8).any(|_| {
+            let mut line = String::new();
+            reader.read_line(&mut line).is_ok() && line.contains("\"QMP\"")
+        });
+        let mut qmp = Qmp { stream, reader, events: Vec::new() };
+        greets.then(|| qmp.execute("qmp_capabilities", json!({})))?;
+        Some(qmp)
+    }
+
     /// Connects and leaves the negotiation mode.
     pub fn connect(socket: &Path) -> Qmp {
         let stream = UnixStream::connect(socket).expect("QMP listens");

@@ -69,6 +69,28 @@ pub(in crate::cli) struct MachineArgs {
     /// Give the guest the UUID and the MACs of the original, which must not run in the same network
     #[arg(long)]
     same_identity: bool,
+    #[command(flatten)]
+    hardware: HardwareArgs,
+    /// The folder for what the guest writes [default: unnamed files in TMPDIR or /var/tmp]
+    #[arg(long, value_name = "FOLDER")]
+    pub scratch: Option<PathBuf>,
+    /// At most so much of it (M, G) [default: what is free there, less a twentieth]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub scratch_size: Option<u64>,
+    /// Print the commands that start the VM over the files of the backup, and do not start it
+    #[arg(long, conflicts_with_all = ["print_blockdev", "libvirt", "check", "json", "display"])]
+    pub print: bool,
+    /// Print each disk as JSON for QEMU's -blockdev, read-only, over the files of the backup
+    #[arg(long, conflicts_with_all = ["libvirt", "check", "json", "display"])]
+    pub print_blockdev: bool,
+    /// Print the VM as XML for libvirt ('virsh define')
+    #[arg(long, conflicts_with_all = ["check", "json", "display"])]
+    pub libvirt: bool,
+}
+
+/// What the machine is made of.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct HardwareArgs {
     /// Attach all disks to this bus [default: as the VM had them, else virtio]
     #[arg(long, value_enum)]
     bus: Option<WantedBus>,
@@ -96,21 +118,38 @@ pub(in crate::cli) struct MachineArgs {
     /// The command line of that kernel
     #[arg(long, value_name = "TEXT", requires = "kernel", allow_hyphen_values = true)]
     append: Option<String>,
-    /// The folder for what the guest writes [default: unnamed files in TMPDIR or /var/tmp]
-    #[arg(long, value_name = "FOLDER")]
-    pub scratch: Option<PathBuf>,
-    /// At most so much of it (M, G) [default: what is free there, less a twentieth]
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
-    pub scratch_size: Option<u64>,
-    /// Print the commands that start the VM over the files of the backup, and do not start it
-    #[arg(long, conflicts_with_all = ["print_blockdev", "libvirt", "check", "json", "display"])]
-    pub print: bool,
-    /// Print each disk as JSON for QEMU's -blockdev, read-only, over the files of the backup
-    #[arg(long, conflicts_with_all = ["libvirt", "check", "json", "display"])]
-    pub print_blockdev: bool,
-    /// Print the VM as XML for libvirt ('virsh define')
-    #[arg(long, conflicts_with_all = ["check", "json", "display"])]
-    pub libvirt: bool,
+}
+
+impl HardwareArgs {
+    /// What the user wants of it; nothing is said of memory, processors, network and identity.
+    ///
+    /// # Errors
+    /// A file is not there.
+    pub(in crate::cli) fn wanted(&self) -> Result<Wanted> {
+        let real = |path: &PathBuf| resolved(path, "cannot use this file");
+        let firmware = match (&self.firmware, &self.firmware_vars) {
+            (Some(code), Some(vars)) => {
+                Some(FirmwareFiles { code: real(code)?, vars: real(vars)? })
+            }
+            _ => None,
+        };
+        let kernel = match &self.kernel {
+            Some(kernel) => Some(Kernel {
+                kernel: real(kernel)?,
+                initrd: self.initrd.as_ref().map(real).transpose()?,
+                append: self.append.clone().unwrap_or_default(),
+            }),
+            None => None,
+        };
+        Ok(Wanted {
+            accel: self.accel,
+            bus: self.bus,
+            uefi: if self.bios { Some(false) } else { self.uefi.then_some(true) },
+            firmware,
+            kernel,
+            ..Wanted::default()
+        })
+    }
 }
 
 /// Whether it comes up.
@@ -176,31 +215,12 @@ impl BootArgs {
     /// A file is not there.
     pub(super) fn wanted(&self) -> Result<Wanted> {
         let how = &self.how;
-        let real = |path: &PathBuf| resolved(path, "cannot use this file");
-        let firmware = match (&how.firmware, &how.firmware_vars) {
-            (Some(code), Some(vars)) => {
-                Some(FirmwareFiles { code: real(code)?, vars: real(vars)? })
-            }
-            _ => None,
-        };
-        let kernel = match &how.kernel {
-            Some(kernel) => Some(Kernel {
-                kernel: real(kernel)?,
-                initrd: how.initrd.as_ref().map(real).transpose()?,
-                append: how.append.clone().unwrap_or_default(),
-            }),
-            None => None,
-        };
         Ok(Wanted {
             memory: how.memory,
             cpus: how.cpus,
-            accel: how.accel,
             net: how.net.or(self.check.tcp.map(|_| Net::Isolated)),
             same_identity: how.same_identity,
-            bus: how.bus,
-            uefi: if how.bios { Some(false) } else { how.uefi.then_some(true) },
-            firmware,
-            kernel,
+            ..how.hardware.wanted()?
         })
     }
 }

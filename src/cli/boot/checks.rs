@@ -214,7 +214,7 @@ fn started(
     log: Option<File>,
     cancel: &Arc<AtomicBool>,
 ) -> Result<Checked> {
-    let prepared = prepared(args, run)?;
+    let prepared = prepared(&args.wanted()?, run)?;
     let check_args = &args.check;
     let criteria = Criteria {
         agent: check_args.exec.is_some()

@@ -10,7 +10,7 @@ use std::io::ErrorKind;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use self::prepare::{Prepared, prepared, scratch};
+use self::prepare::{Prepared, scratch};
 use super::one_run;
 use super::paths::{catalog, to_make};
 use super::recorded::Recorded;
@@ -23,7 +23,8 @@ use crate::layer::LayerSpec;
 use crate::mount::check_outside;
 use crate::output;
 use crate::text::path_text;
-pub(super) use args::BootArgs;
+pub(super) use args::{BootArgs, HardwareArgs};
+pub(super) use prepare::prepared;
 
 /// Runs `fleecefs boot`.
 ///
@@ -38,7 +39,7 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
     }
     let catalog = catalog(&args.dir)?;
     let run = one_run::find(&catalog, &args.points)?;
-    let prepared = prepared(args, &run)?;
+    let prepared = prepared(&args.wanted()?, &run)?;
     let how = &args.how;
     if how.print || how.print_blockdev || how.libvirt {
         return print(args, &prepared);

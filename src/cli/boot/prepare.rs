@@ -1,7 +1,7 @@
 //! From the points of a run to a VM and its disks.
 
 use super::args::BootArgs;
-use crate::boot::{self, Boots, Disk, PointToBoot, Vm};
+use crate::boot::{self, Boots, Disk, PointToBoot, Vm, Wanted};
 use crate::chain::Catalog;
 use crate::cli::one_run::{ChosenPoint, OneRun};
 use crate::error::Result;
@@ -17,7 +17,7 @@ use crate::text::path_text;
 const CACHE_SIZE: u64 = 64 << 20;
 
 /// What is to be started.
-pub(super) struct Prepared {
+pub(in crate::cli) struct Prepared {
     /// The VM.
     pub vm: Vm,
     /// Its disks, in the order of [`Vm::sources`].
@@ -30,7 +30,7 @@ pub(super) struct Prepared {
 ///
 /// # Errors
 /// A point is not available; as [`Vm::plan`].
-pub(super) fn prepared(args: &BootArgs, run: &OneRun<'_>) -> Result<Prepared> {
+pub(in crate::cli) fn prepared(wanted: &Wanted, run: &OneRun<'_>) -> Result<Prepared> {
     let cache = Cache::new(CACHE_SIZE);
     let mut images = Vec::new();
     let mut disks = Vec::new();
@@ -49,7 +49,7 @@ pub(super) fn prepared(args: &BootArgs, run: &OneRun<'_>) -> Result<Prepared> {
         });
         images.push(image);
     }
-    let vm = Vm::plan(&run.machine, &disks, &args.wanted()?)?;
+    let vm = Vm::plan(&run.machine, &disks, wanted)?;
     let mut points = Vec::new();
     let mut stacks = Vec::new();
     for source in vm.sources() {

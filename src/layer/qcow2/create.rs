@@ -75,6 +75,23 @@ impl NewImage {
     /// # Errors
     /// `Usage` if QEMU would not take an image of this shape; writing failed.
     pub fn write(&self, to: &File, path: &Path) -> Result<()> {
+        self.write_with(to, path, |tables| Ok(self.header(tables)))
+    }
+
+    /// As [`NewImage::write`], with the raw image `backing` as backing file, which is not looked at.
+    ///
+    /// # Errors
+    /// As [`NewImage::write`] and [`NewImage::header_over`].
+    pub fn write_over(&self, to: &File, path: &Path, backing: &str) -> Result<()> {
+        self.write_with(to, path, |tables| self.header_over(tables, backing))
+    }
+
+    fn write_with(
+        &self,
+        to: &File,
+        path: &Path,
+        header: impl FnOnce(&Tables) -> Result<Vec<u8>>,
+    ) -> Result<()> {
         let l1_entries = self.l1_entries()?;
         let cluster = self.cluster_size;
         let l1_clusters = (l1_entries * 8).div_ceil(cluster);
@@ -100,7 +117,7 @@ impl NewImage {
             reftable_offset: cluster,
             reftable_clusters: table as u32,
         };
-        put(&self.header(&tables), 0)
+        put(&header(&tables)?, 0)
     }
 
     /// Fails for what the format does not have; one entry at least, so that the table has a place.

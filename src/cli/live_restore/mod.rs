@@ -1,0 +1,176 @@
+//! `fleecefs live-restore`: a VM runs again from its backup, and its disks are brought home.
+//!
+//! - `args`: the options; `plan`: from a run to what is begun
+
+mod args;
+mod plan;
+
+use std::path::Path;
+
+use serde_json::json;
+
+use self::plan::{Planned, bases_of, plan};
+use super::console::Console;
+use super::paths::{backups, catalog, to_make};
+use super::{one_run, work};
+use crate::backup::Watch;
+use crate::chain::Catalog;
+use crate::error::{Error, Kind, Result};
+use crate::live::{self, Bases, Begun, HomeDisk, Live, Stage, Storage, Surroundings};
+use crate::lock::Locks;
+use crate::mount::check_outside;
+use crate::output;
+use crate::text::{path_text, to_text};
+pub(super) use args::LiveRestoreArgs;
+
+/// What nobody but the user can do after a failure.
+const GOES_ON: &str = "these points are what this folder's VM was started from: name no run to go on, or another folder";
+
+/// Runs `fleecefs live-restore`.
+///
+/// # Errors
+/// As the exit codes say.
+pub(super) fn run(args: &LiveRestoreArgs) -> Result<()> {
+    let to = to_make(&args.to)?;
+    if let Ok(root) = backups(&args.dir) {
+        check_outside(&to, &root)?;
+    }
+    if args.print {
+        return print(args, &to);
+    }
+    let console = args.show.console()?;
+    let done = watched(args, &to, &console);
+    console.finish();
+    done.inspect_err(|e| console.log_error(e))
+}
+
+fn watched(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<()> {
+    let storage = Storage::open(to)?;
+    let cancel = work::undo_flag()?;
+    let s =
+        Surroundings { storage: &storage, watch: console, cancel: &cancel, rate: args.rate_limit };
+    let (live, _locks) = match storage.begun()? {
+        Some((begun, Stage::Done)) => {
+            console.say("the disks are at home in this folder already: nothing is to be done");
+            return tell_result(console, &storage, &begun);
+        }
+        Some((begun, Stage::Started)) => go_on(args, &s, begun)?,
+        Some((_, Stage::Prepared)) | None => begin(args, &s, console)?,
+    };
+    tell_start(console, &live);
+    let begun = live.begun().clone();
+    live::finish(&s, live)?;
+    console.say("all disks are at home: nothing refers to the backup any more");
+    tell_result(console, &storage, &begun)
+}
+
+/// Starts the VM of a run.
+fn begin(
+    args: &LiveRestoreArgs,
+    s: &Surroundings<'_>,
+    console: &Console,
+) -> Result<(Live, Option<Locks>)> {
+    let locks = keep(&backups(&args.dir)?, console)?;
+    let catalog = catalog(&args.dir)?;
+    let planned = plan(args, &one_run::find(&catalog, &args.points)?, s.storage.path())?;
+    planned.notes.iter().for_each(|note| console.say(note));
+    let bases = planned.bases()?;
+    Ok((live::start(s, planned.begun, bases)?, locks))
+}
+
+/// Goes on with what was begun.
+fn go_on(
+    args: &LiveRestoreArgs,
+    s: &Surroundings<'_>,
+    begun: Begun,
+) -> Result<(Live, Option<Locks>)> {
+    let mut needing: Vec<&HomeDisk> = Vec::new();
+    for disk in &begun.disks {
+        if s.storage.needs_backup(&begun, disk)? {
+            needing.push(disk);
+        }
+    }
+    // Without one that needs it the backup may be gone.
+    let (bases, locks) = match needing.is_empty() {
+        true => (Bases::new(), None),
+        false => {
+            let locks = keep(&backups(&args.dir)?, s.watch)?;
+            let catalog = catalog(&args.dir)?;
+            check_same(args, &catalog, &begun)?;
+            (bases_of(&catalog, &needing)?, locks)
+        }
+    };
+    Ok((live::resume(s, begun, bases)?, locks))
+}
+
+/// A run that is named has to be the one that was begun; the newest may be another by now.
+fn check_same(args: &LiveRestoreArgs, catalog: &Catalog, begun: &Begun) -> Result<()> {
+    let newest = args.points.is_empty() || args.points == [Path::new("latest")];
+    if newest {
+        return Ok(());
+    }
+    let run = one_run::find(catalog, &args.points)?;
+    let is_one = |disk: &Path, name: &str| {
+        let disk = to_text(disk.as_os_str());
+        begun.disks.iter().any(|d| d.point.disk == disk && d.point.name == name)
+    };
+    let mut other = run.points.iter().map(|c| (c.disk, &c.disk.points[c.point]));
+    match other.find(|(disk, point)| !is_one(&disk.path, &point.name)) {
+        None => Ok(()),
+        Some((disk, point)) => {
+            let what = "the VM of this folder was started from another point";
+            Err(Error::new(Kind::Usage, what).at_path(disk.path.join(&point.name)).remedy(GOES_ON))
+        }
+    }
+}
+
+/// Keeps away whoever changes backups in place. Where there can be no lock, that is told.
+fn keep(root: &Path, watch: &dyn Watch) -> Result<Option<Locks>> {
+    match Locks::take(root) {
+        Ok(locks) => Ok(Some(locks)),
+        Err(e) if e.kind() == Kind::Busy => Err(e),
+        Err(e) => {
+            let what = "nothing keeps 'prune' and others from changing the backup meanwhile";
+            watch.warn(&format!("{what}: {}", e.report()));
+            Ok(None)
+        }
+    }
+}
+
+fn tell_start(console: &Console, live: &Live) {
+    let (backup, agent) = (live.backup_socket(), live.agent_socket());
+    let seconds = live.started.map(|took| took.as_secs_f64());
+    let text = match seconds {
+        Some(seconds) => format!("the VM runs, after {seconds:.1} s"),
+        None => "the VM was running".into(),
+    };
+    console.say(&format!(
+        "{text}; its sockets: --qmp {} --agent {}",
+        path_text(&backup),
+        path_text(&agent)
+    ));
+    console.event(&json!({
+        "event": "running", "seconds": seconds,
+        "qmp": to_text(backup.as_os_str()), "agent": to_text(agent.as_os_str()),
+    }));
+}
+
+fn tell_result(console: &Console, storage: &Storage, begun: &Begun) -> Result<()> {
+    let disks = begun.disks.iter().map(|d| {
+        let file = to_text(storage.path().join(&d.file).as_os_str());
+        json!({"disk": d.point.disk, "point": d.point.name, "file": file})
+    });
+    console.event(&json!({
+        "event": "result", "format_version": output::JSON_VERSION,
+        "disks": disks.collect::<Vec<_>>(),
+    }));
+    Ok(())
+}
+
+/// Prints what does the same.
+fn print(args: &LiveRestoreArgs, to: &Path) -> Result<()> {
+    let catalog = catalog(&args.dir)?;
+    let Planned { begun, graphs, .. } = plan(args, &one_run::find(&catalog, &args.points)?, to)?;
+    let lines = live::shown(to, &begun, &graphs)?;
+    output::print_as_is(format!("{}\n", lines.join("\n")).as_bytes())
+}

@@ -1,0 +1,547 @@
+//! `fleecefs live-restore`: whoever is killed whenever, what the guest has flushed is there, the backup stays as it is, and
+//! at the end nothing refers to it. Without an operating system: the test writes as the guest's devices would.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::backup::{Caller, images, stopped};
+use crate::support::guard::{Guard, tied};
+use crate::support::guest::Qmp;
+use crate::support::images::first_difference;
+use crate::support::points::{point, points};
+use crate::support::process::{eventually, is_gone, signal, stderr};
+use crate::support::qemu::two_disks::{Machine, TOOLS, bytes};
+use crate::support::tools::{have, is_root, run};
+
+const MIB: usize = 1 << 20;
+const UUID: &str = "9a8b0c00-1111-2222-3333-444455556666";
+/// The disks' files, which have a FULL and an INC each.
+const FILES: [&str; 2] = ["a.qcow2", "o.qcow2"];
+
+/// Ends the QEMUs that have the folder in their arguments.
+pub const END: &str = r#"for p in /proc/[0-9]*; do
+    case $(cat "$p/comm" 2>/dev/null) in qemu*) ;; *) continue ;; esac
+    tr '\0' '\n' < "$p/cmdline" 2>/dev/null | grep -qF "$1/" && kill -9 "${p#/proc/}"
+done"#;
+
+/// A VM that is gone, and its backup.
+struct Lost {
+    m: Machine,
+    before: Vec<(PathBuf, Vec<u8>)>,
+}
+
+impl Lost {
+    fn new(test: &str) -> Option<Lost> {
+        Self::with(test, &[])
+    }
+
+    /// With more options for its QEMU.
+    fn with(test: &str, more: &[&str]) -> Option<Lost> {
+        if !have(test, TOOLS) {
+            return None;
+        }
+        let mut m = Machine::launch(&[&["-uuid", UUID, "-name", "vm1"], more].concat());
+        m.fill();
+        let caller = m.caller();
+        caller.must("full");
+        m.scribble();
+        caller.must("inc");
+        m.off();
+        let mut lost = Lost { m, before: Vec::new() };
+        lost.before = lost.files();
+        Some(lost)
+    }
+
+    fn target(&self) -> PathBuf {
+        self.m.path("T")
+    }
+
+    /// The images of the backup.
+    fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let all = FILES.iter().flat_map(|f| images(&self.target().join(f)));
+        all.map(|p| (p.clone(), std::fs::read(p).unwrap())).collect()
+    }
+
+    fn home(&self, name: &str) -> Home<'_> {
+        let path = self.m.path(name);
+        let end = Guard::of(END, &[&path]);
+        Home { lost: self, path, expect: self.m.expect.clone(), byte: 100, _end: end }
+    }
+}
+
+/// Where its disks go.
+struct Home<'a> {
+    lost: &'a Lost,
+    path: PathBuf,
+    expect: [Vec<u8>; 2],
+    byte: u8,
+    _end: Guard,
+}
+
+impl Home<'_> {
+    fn state(&self) -> PathBuf {
+        self.path.with_extension("state")
+    }
+
+    fn command(&self, more: &[&str]) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.arg("live-restore").arg(self.lost.target()).arg("--to").arg(&self.path);
+        c.arg("--state-dir").arg(self.state()).args(["--accel", "tcg", "--progress", "plain"]);
+        c.args(more).stdin(Stdio::null());
+        c
+    }
+
+    fn run(&self, more: &[&str]) -> Output {
+        self.command(more).output().unwrap()
+    }
+
+    /// The socket for backups of the VM.
+    fn socket(&self) -> Option<PathBuf> {
+        let own = std::fs::read_dir(self.state().join("live")).ok()?.next()?.unwrap().path();
+        Some(own.join("backup.sock"))
+    }
+
+    /// A monitor of the test's own, if QEMU lives.
+    fn monitor(&self) -> Option<Qmp> {
+        let mut qmp = None;
+        eventually("QEMU takes a connection", || {
+            qmp = self.socket().and_then(|s| Qmp::try_connect(&s));
+            qmp.is_some() || self.pids().is_empty()
+        });
+        qmp
+    }
+
+    /// Whether the QEMU that is there is one whose guest runs: one that never ran may be ended.
+    fn is_started(&self) -> bool {
+        let journal = std::fs::read_to_string(self.path.join(".fleecefs-live/journal"));
+        journal.is_ok_and(|j| j.contains("\"started\"") || j.contains("\"done\""))
+    }
+
+    /// The QEMUs.
+    fn pids(&self) -> Vec<i32> {
+        let is_one = |dir: &Path| {
+            let read = |name: &str| std::fs::read(dir.join(name)).unwrap_or_default();
+            let text = String::from_utf8_lossy(&read("cmdline")).into_owned();
+            read("comm").starts_with(b"qemu") && text.contains(&format!("{}/", self.path.display()))
+        };
+        let all = std::fs::read_dir("/proc").unwrap().flatten();
+        let pid = |dir: PathBuf| dir.file_name()?.to_str()?.parse::<i32>().ok();
+        let found = all.filter(|e| is_one(&e.path())).filter_map(|e| pid(e.path()));
+        found.filter(|p| !is_gone(*p)).collect()
+    }
+
+    /// The guest's next numbered write and its flush, over what the backup has and beside it. Whether it ran.
+    fn write(&mut self, qmp: &mut Qmp) -> bool {
+        if qmp.execute("query-status", json!({}))["status"] != "running" {
+            return false;
+        }
+        self.byte += 1;
+        let at = (usize::from(self.byte) * 7 * 65_536 + 512) % (7 * MIB);
+        for disk in [0, 1] {
+            let device = format!("/machine/peripheral/drive{disk}/virtio-backend");
+            for what in [format!("write -P {} {at} 70000", self.byte), "flush".into()] {
+                let line = json!({"command-line": format!("qemu-io -d {device} \"{what}\"")});
+                let said = qmp.execute("human-monitor-command", line);
+                let said = said.as_str().unwrap();
+                assert!(!said.contains("rror") && !said.contains("ailed"), "{said}");
+            }
+            self.expect[disk][at..at + 70_000].fill(self.byte);
+        }
+        true
+    }
+
+    /// Kills QEMU as a crash would.
+    fn kill_qemu(&self) {
+        let pids = self.pids();
+        assert!(pids.len() <= 1, "{pids:?}");
+        for pid in pids {
+            signal(pid, libc::SIGKILL);
+            eventually("QEMU is gone", || is_gone(pid));
+        }
+    }
+
+    /// All is at home, and as it has to be; ends QEMU.
+    fn check(&mut self, what: &str) {
+        let mut qmp = self.monitor().unwrap_or_else(|| panic!("{what}: no QEMU"));
+        assert!(self.write(&mut qmp), "{what}: the guest does not run");
+        let target = self.lost.target().display().to_string();
+        let nodes = qmp.execute("query-named-block-nodes", json!({})).to_string();
+        assert!(!nodes.contains(&target), "{what}: QEMU has the backup open: {nodes}");
+        for pid in self.pids() {
+            let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+            let open: Vec<_> = fds.filter_map(|f| std::fs::read_link(f.path()).ok()).collect();
+            assert!(!open.iter().any(|p| p.starts_with(&target)), "{what}: {open:?}");
+        }
+        qmp.execute("quit", json!({}));
+        eventually("QEMU ends", || self.pids().is_empty());
+        self.compare(what);
+    }
+
+    /// The images have what the guest wrote over what the point had, and refer to nothing.
+    fn compare(&self, what: &str) {
+        for (file, expect) in FILES.iter().zip(&self.expect) {
+            let image = self.path.join(file);
+            let info = run("qemu-img", &["info", "--output=json", image.to_str().unwrap()]);
+            let info: Value = serde_json::from_slice(&info.stdout).unwrap();
+            assert_eq!(info["backing-filename"], Value::Null, "{what}: {file}");
+            if let Some(d) = first_difference(&bytes(&image, "qcow2"), expect) {
+                panic!("{what}: {file}: {d}");
+            }
+            // A QEMU that was killed may leave clusters that nobody uses, which does no harm.
+            let mut check = Command::new("qemu-img");
+            let check = check.args(["check", "-q", "-f", "qcow2"]).arg(&image).status().unwrap();
+            assert!([Some(0), Some(3)].contains(&check.code()), "{what}: {file}: {check}");
+        }
+        assert!(self.lost.files() == self.lost.before, "{what}: the backup was changed");
+    }
+}
+
+/// Writes a few times while the child works, and waits for its end.
+fn write_while(home: &mut Home<'_>, mut child: Child, what: &str) {
+    let (mut wrote, mut monitor) = (0, None);
+    loop {
+        let ended = child.try_wait().unwrap();
+        monitor = monitor.or_else(|| home.is_started().then(|| home.monitor())?);
+        if wrote < 5
+            && let Some(qmp) = &mut monitor
+        {
+            wrote += usize::from(home.write(qmp));
+        }
+        if let Some(status) = ended {
+            assert!(status.success(), "{what}: {status}");
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_vm_runs_again_and_its_disks_come_home() {
+    let Some(lost) = Lost::new("a_vm_runs_again_and_its_disks_come_home") else { return };
+    let mut home = lost.home("home");
+    let child = tied(&mut home.command(&["--rate-limit", "4M"])).spawn().unwrap();
+    write_while(&mut home, child, "first");
+    // The same command again has nothing to do, whether the backup is there or not.
+    let again = home.run(&[]);
+    assert!(again.status.success() && stderr(&again).contains("already"), "{}", stderr(&again));
+    let mut qmp = home.monitor().unwrap();
+    let uuid = qmp.execute("query-uuid", json!({}));
+    let name = qmp.execute("query-name", json!({}));
+    assert_eq!((&uuid["UUID"], &name["name"]), (&UUID.into(), &"vm1".into()));
+    drop(qmp);
+    home.check("home");
+}
+
+/// What is killed at each of these steps leaves a state of its own.
+const STEPS: [&str; 11] = [
+    "journal",
+    "image made",
+    "QEMU started",
+    "answer block-dirty-bitmap-add",
+    "send cont",
+    "answer cont",
+    "answer block-stream",
+    "waiting",
+    "send blockdev-reopen",
+    "answer job-finalize",
+    "send blockdev-del",
+];
+
+#[test]
+fn the_command_may_be_killed_at_any_step() {
+    let Some(lost) = Lost::new("the_command_may_be_killed_at_any_step") else { return };
+    for (number, step) in STEPS.into_iter().enumerate() {
+        let mut home = lost.home(&format!("home{number}"));
+        let mut command = home.command(&[]);
+        let out = command.env("FLEECEFS_CRASH_AT", step).output().unwrap();
+        assert_eq!(out.status.code(), None, "{step}: {}", stderr(&out));
+        if let Some(mut qmp) = home.monitor() {
+            let wrote = home.write(&mut qmp);
+            // From this step on it runs.
+            let runs = STEPS.iter().position(|s| *s == "answer cont").unwrap() <= number;
+            assert_eq!(wrote, runs, "{step}");
+        }
+        let child = home.command(&[]).spawn().unwrap();
+        write_while(&mut home, child, step);
+        home.check(step);
+    }
+}
+
+#[test]
+fn qemu_may_be_killed_at_any_step() {
+    let Some(lost) = Lost::new("qemu_may_be_killed_at_any_step") else { return };
+    for (number, step) in STEPS.into_iter().enumerate().skip(2) {
+        let mut home = lost.home(&format!("home{number}"));
+        let mut child = stopped(home.command(&[]), step, &lost.m.path("err"));
+        // A flush of the guest's would also write out what QEMU has to write out by itself before this step.
+        let quiet = step == "answer job-finalize";
+        if let Some(mut qmp) = home.monitor().filter(|_| !quiet) {
+            home.write(&mut qmp);
+        }
+        home.kill_qemu();
+        // It finds out, and says what to do; the hook would stop it again at the next step of that name.
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let child = home.command(&[]).spawn().unwrap();
+        write_while(&mut home, child, step);
+        home.check(step);
+    }
+}
+
+#[test]
+fn a_qemu_that_ends_is_told_and_an_unfinished_image_is_opened_by_nobody() {
+    let test = "a_qemu_that_ends_is_told_and_an_unfinished_image_is_opened_by_nobody";
+    let Some(lost) = Lost::new(test) else { return };
+    let mut home = lost.home("home");
+    // So slow that it never comes to its end.
+    let mut slow = home.command(&["--rate-limit", "65536"]);
+    let child = slow.stderr(Stdio::piped()).spawn().unwrap();
+    eventually("the guest runs", || home.monitor().is_some_and(|mut q| home.write(&mut q)));
+    // Meanwhile nobody else changes the backup, or works in the folder.
+    let prune = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+        .args(["prune", "--keep-last", "1"])
+        .arg(lost.target())
+        .output()
+        .unwrap();
+    assert_eq!(prune.status.code(), Some(6), "{}", stderr(&prune));
+    assert_eq!(home.run(&[]).status.code(), Some(6));
+    home.kill_qemu();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(14), "{}", stderr(&out));
+    assert!(stderr(&out).contains("the same command"), "{}", stderr(&out));
+    for file in FILES {
+        let image = home.path.join(file);
+        let mut read = Command::new("qemu-io");
+        let read = read.args(["-f", "qcow2", "-c", "read 0 512"]).arg(image).output().unwrap();
+        assert!(!read.status.success() && stderr(&read).contains("fleecefs"), "{}", stderr(&read));
+    }
+    // Another run than the one that was begun is refused, the newest goes on.
+    let full = images(&lost.target().join(FILES[0]))[0].file_name().unwrap().to_owned();
+    let full = format!("{}/{}", FILES[0], full.to_str().unwrap());
+    let out = home.run(&[&full]);
+    assert_eq!(out.status.code(), Some(2), "{}", stderr(&out));
+    let child = home.command(&["latest"]).spawn().unwrap();
+    write_while(&mut home, child, "again");
+    home.check("again");
+}
+
+#[test]
+fn sigterm_leaves_the_vm_running() {
+    let Some(lost) = Lost::new("sigterm_leaves_the_vm_running") else { return };
+    let mut home = lost.home("home");
+    let mut slow = home.command(&["--rate-limit", "65536"]);
+    let child = slow.stderr(Stdio::piped()).spawn().unwrap();
+    eventually("the guest runs", || home.monitor().is_some_and(|mut q| home.write(&mut q)));
+    signal(child.id() as i32, libc::SIGTERM);
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(130), "{}", stderr(&out));
+    assert!(home.write(&mut home.monitor().unwrap()), "the guest does not run");
+    // The new limit is that of the jobs that are at work.
+    assert!(home.run(&["--rate-limit", "0"]).status.success());
+    home.check("after SIGTERM");
+}
+
+/// UEFI, with the variables that the VM had, and with empty ones.
+#[test]
+fn firmware_and_its_variables_come_home_too() {
+    const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+    const VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+    let test = "firmware_and_its_variables_come_home_too";
+    if !have(test, &[CODE, VARS]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vars = dir.path().join("vars.fd");
+    std::fs::copy(VARS, &vars).unwrap();
+    let flash = |unit: u32, more: &str, file: &Path| {
+        format!("if=pflash,unit={unit},format=raw{more},file={}", file.display())
+    };
+    let (code, own) = (flash(0, ",readonly=on", Path::new(CODE)), flash(1, "", &vars));
+    let more = ["-drive", code.as_str(), "-drive", own.as_str()];
+    let Some(lost) = Lost::with(test, &more) else { return };
+    for (name, more, file) in
+        [("own", &[][..], "vars.fd.qcow2"), ("bios", &["--bios"][..], ""), ("none", &[][..], "")]
+    {
+        let mut home = lost.home(name);
+        let points = FILES.map(|f| format!("{f}/latest"));
+        // Without its point nothing is known of the variables.
+        let named: Vec<&str> = match name {
+            "none" => points.iter().map(String::as_str).collect(),
+            _ => Vec::new(),
+        };
+        let child = home.command(&[more, named.as_slice()].concat()).spawn().unwrap();
+        write_while(&mut home, child, name);
+        let nodes = home.monitor().unwrap().execute("query-named-block-nodes", json!({}));
+        let vars = nodes.as_array().unwrap().iter().find(|n| n["node-name"] == "vars").cloned();
+        let wanted = match name {
+            "own" => Some(home.path.join(file)),
+            "none" => Some(home.path.join("efi-vars.fd")),
+            _ => None,
+        };
+        let found = vars.map(|v| PathBuf::from(v["file"].as_str().unwrap()));
+        assert_eq!(found, wanted, "{name}");
+        home.check(name);
+        if let Some(file) = wanted {
+            let format = if name == "own" { "qcow2" } else { "raw" };
+            // What begins a firmware volume.
+            assert_eq!(&bytes(&file, format)[40..44], b"_FVH", "{name}");
+        }
+    }
+}
+
+/// The first backup afterwards, with a walk over the whole disk that must find nothing more than the bitmap names.
+#[test]
+fn the_first_backup_after_it_is_an_inc_where_that_is_right() {
+    let test = "the_first_backup_after_it_is_an_inc_where_that_is_right";
+    let Some(lost) = Lost::new(test) else { return };
+    let mut home = lost.home("home");
+    let child = home.command(&[]).spawn().unwrap();
+    write_while(&mut home, child, "first");
+    let qmp = home.socket().unwrap();
+    let more = vec!["--progress".into(), "none".into()];
+    let caller = Caller { qmp, state: home.state(), target: lost.target(), more };
+    let said = caller.must("auto");
+    // One disk had a base image, which nothing tells of any more.
+    assert!(said.contains("backing file"), "{said}");
+    for (file, expect) in FILES.iter().zip(&home.expect) {
+        let newest = points(&caller, file).pop().unwrap();
+        let name = newest.file_name().unwrap().to_str().unwrap();
+        let level = if *file == FILES[0] { "FULL-" } else { "INC-" };
+        assert!(name.starts_with(level), "{file}: {name}: {said}");
+        assert_eq!(first_difference(&point(&caller, file, &newest), expect), None, "{file}");
+    }
+    // And the next one of both.
+    home.write(&mut home.monitor().unwrap());
+    caller.must("inc");
+    for (file, expect) in FILES.iter().zip(&home.expect) {
+        let newest = points(&caller, file).pop().unwrap();
+        assert_eq!(first_difference(&point(&caller, file, &newest), expect), None, "{file}");
+    }
+}
+
+/// A crash in between: what was written is not in any bitmap, and a FULL follows.
+#[test]
+fn after_a_crash_of_qemu_the_next_backup_is_a_full() {
+    let Some(lost) = Lost::new("after_a_crash_of_qemu_the_next_backup_is_a_full") else { return };
+    let mut home = lost.home("home");
+    let mut child = stopped(home.command(&[]), "waiting", &lost.m.path("err"));
+    assert!(home.write(&mut home.monitor().unwrap()));
+    home.kill_qemu();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(home.run(&[]).status.success());
+    let qmp = home.socket().unwrap();
+    let more = vec!["--progress".into(), "none".into()];
+    let caller = Caller { qmp, state: home.state(), target: lost.target(), more };
+    let said = caller.must("auto");
+    assert!(said.contains("bitmap"), "{said}");
+    for (file, expect) in FILES.iter().zip(&home.expect) {
+        let newest = points(&caller, file).pop().unwrap();
+        assert!(newest.file_name().unwrap().to_str().unwrap().starts_with("FULL-"), "{said}");
+        assert_eq!(first_difference(&point(&caller, file, &newest), expect), None, "{file}");
+    }
+}
+
+#[test]
+fn a_full_storage_stops_the_guest_and_it_goes_on_when_there_is_room() {
+    let test = "a_full_storage_stops_the_guest_and_it_goes_on_when_there_is_room";
+    if !is_root(test) {
+        return;
+    }
+    let Some(lost) = Lost::new(test) else { return };
+    let mut home = lost.home("home");
+    std::fs::create_dir(&home.path).unwrap();
+    let _tmpfs = Guard::tmpfs("6M", &home.path);
+    std::fs::set_permissions(&home.path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+        .unwrap();
+    let mut command = home.command(&[]);
+    let mut child = tied(command.stderr(Stdio::piped())).spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+    let waits = lines.by_ref().any(|l| l.unwrap().contains("no space is left"));
+    assert!(waits, "it does not say that it waits");
+    run("mount", &["-o", "remount,size=64M", home.path.to_str().unwrap()]);
+    let rest: Vec<String> = lines.map(|l| l.unwrap()).collect();
+    assert!(child.wait().unwrap().success(), "{rest:?}");
+    home.check("after there was room");
+}
+
+/// The printed commands, up to the end.
+#[test]
+fn the_printed_commands_do_the_same() {
+    let Some(lost) = Lost::new("the_printed_commands_do_the_same") else { return };
+    let mut home = lost.home("home");
+    let out = home.run(&["--print"]);
+    let text = String::from_utf8(out.stdout.clone()).unwrap();
+    assert!(out.status.success() && !home.path.exists(), "{}", stderr(&out));
+    std::fs::create_dir(&home.path).unwrap();
+    let (told, script): (Vec<&str>, Vec<&str>) = text.lines().partition(|l| l.starts_with('#'));
+    let script = format!("set -e\n{} -display none -qmp stdio", script.join("\n"));
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = tied(&mut command).spawn().unwrap();
+    let (mut to, from) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut answers = std::io::BufRead::lines(std::io::BufReader::new(from)).map(|l| {
+        let value: Value = serde_json::from_str(&l.unwrap()).unwrap();
+        value
+    });
+    let mut ask = |command: &str| {
+        use std::io::Write;
+        writeln!(to, "{command}").unwrap();
+        let answer = answers.find(|a| !a["return"].is_null() || !a["error"].is_null()).unwrap();
+        assert!(answer["error"].is_null(), "{command}: {answer}");
+        answer["return"].clone()
+    };
+    ask(r#"{"execute": "qmp_capabilities"}"#);
+    for command in told.iter().filter_map(|l| l.strip_prefix("# {")) {
+        let command = format!("{{{command}");
+        if command.contains("blockdev-reopen") {
+            eventually("its job is pending", || {
+                let jobs = ask(r#"{"execute": "query-jobs"}"#);
+                jobs.as_array().unwrap().iter().any(|j| j["status"] == "pending")
+            });
+        }
+        ask(&command);
+    }
+    eventually("all jobs are concluded", || {
+        let jobs = ask(r#"{"execute": "query-jobs"}"#);
+        jobs.as_array().unwrap().iter().all(|j| j["status"] == "concluded")
+    });
+    ask(r#"{"execute": "quit"}"#);
+    child.wait().unwrap();
+    home.expect = lost.m.expect.clone();
+    home.compare("by hand");
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused() {
+    let Some(lost) = Lost::new("what_cannot_be_meant_is_refused") else { return };
+    let inside = lost.home("T/home");
+    assert_eq!(inside.run(&[]).status.code(), Some(2));
+    assert!(!inside.path.exists());
+    // A file of somebody's stays as it is.
+    let home = lost.home("home");
+    std::fs::create_dir(&home.path).unwrap();
+    std::fs::write(home.path.join(FILES[1]), "precious").unwrap();
+    for _ in 0..2 {
+        assert_eq!(home.run(&[]).status.code(), Some(4));
+        assert_eq!(std::fs::read(home.path.join(FILES[1])).unwrap(), b"precious");
+    }
+    assert!(!home.path.join(FILES[0]).exists());
+    // QEMU opens its images by their names, so nobody may exchange them.
+    let open = lost.home("open");
+    std::fs::create_dir(&open.path).unwrap();
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(&open.path, everybody).unwrap();
+    assert_eq!(open.run(&[]).status.code(), Some(5));
+    // What QEMU does not take is told in its words, and the next call begins anew.
+    let mut wrong = lost.home("wrong");
+    let out = wrong.run(&["--", "-device", "no-such-device"]);
+    assert_eq!(out.status.code(), Some(14), "{}", stderr(&out));
+    assert!(stderr(&out).contains("no-such-device"), "{}", stderr(&out));
+    let child = wrong.command(&[]).spawn().unwrap();
+    write_while(&mut wrong, child, "with right options");
+    wrong.check("with right options");
+    assert!(lost.files() == lost.before);
+}
