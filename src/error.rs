@@ -444,6 +444,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_code_leads_back_to_a_kind_that_has_it() {
+        for code in [2u8, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 130] {
+            assert_eq!(Kind::of_exit_code(code).exit_code(), code);
+        }
+        assert_eq!(Kind::of_exit_code(99), Kind::Io);
+    }
+
+    #[test]
     fn display_names_file_and_offset_and_never_the_source() {
         let e = Error::io(io::Error::from_raw_os_error(libc::ENOSPC), "writing the header")
             .at_path("/b/FULL-1-sda")

@@ -79,7 +79,7 @@ pub fn age(seconds: i64) -> String {
 /// A duration in the largest unit of [`parse_duration`] that it is whole numbers of: `36h`, `7d`.
 pub fn human_duration(seconds: u64) -> String {
     let units = [(86_400, 'd'), (3600, 'h'), (60, 'm')];
-    let whole = units.into_iter().find(|(unit, _)| seconds > 0 && seconds % unit == 0);
+    let whole = units.into_iter().find(|(unit, _)| seconds > 0 && seconds.is_multiple_of(*unit));
     whole.map_or_else(|| format!("{seconds}s"), |(unit, name)| format!("{}{name}", seconds / unit))
 }
 

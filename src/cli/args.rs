@@ -19,7 +19,7 @@ Examples:
   fleecefs mount /backups/vm1 /mnt/vm1              every point as a raw image
   fleecefs restore /backups/vm1 sda/latest vm1.qcow2
   fleecefs backup --qmp /run/vm1.sock --level auto --target /backups/vm1
-  fleecefs backup --all                             every VM of the configuration
+  fleecefs backup --all                             all VMs of a file
   fleecefs verify /backups/vm1
 
 Exit codes:

@@ -33,7 +33,7 @@ Examples:
   fleecefs config /backups/vm1                     of the newest run
   fleecefs config /backups/vm1 2026-11-22          of the newest run of that day
   fleecefs config /backups/vm1 --json | jq .machine.nets
-  fleecefs config check                            the configuration of 'backup --all'")]
+  fleecefs config check                            what 'backup --all' goes by")]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(disable_help_subcommand = true)]
 pub(super) struct ConfigArgs {

@@ -218,8 +218,27 @@ fn text(plan: &Plan, dry_run: bool) -> String {
             format!("{} to merge and delete", counted(merged as u64, "point")),
         );
     }
+    if let Some(line) = not_freed(plan) {
+        output::push_line(&mut out, line);
+    }
     if dry_run {
         out += verbosity::UNCHANGED;
     }
     out
+}
+
+/// What the rules do not keep and is not freed all the same, since an INC needs all points before it.
+fn not_freed(plan: &Plan) -> Option<String> {
+    let count = plan.only_needed().count() as u64;
+    let bytes = plan.only_needed().fold(0u64, |sum, p| sum.saturating_add(p.bytes));
+    let tried = plan.disks.iter().any(|d| {
+        let merges = !d.consolidate.is_empty() || !d.not_consolidated.is_empty();
+        merges || d.points.iter().any(|p| p.keep.iter().any(|r| matches!(r, Reason::MergedInto(_))))
+    });
+    let remedy = if tried { "" } else { " (--consolidate frees what can be)" };
+    let points = counted(count, "point");
+    (count > 0).then(|| {
+        let size = human_bytes(bytes);
+        format!("{points} not freed, {size}: kept only because newer points need them{remedy}")
+    })
 }

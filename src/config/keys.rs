@@ -154,7 +154,9 @@ impl Key {
 
 /// What clap says of a value.
 fn reason(e: &clap::Error, text: &str) -> String {
+    // A regular expression's error draws a picture; its last line says it.
     let source = std::error::Error::source(e).map(ToString::to_string);
+    let source = source.map(|s| s.lines().next_back().unwrap_or_default().to_string());
     match (e.get(ContextKind::ValidValue), source) {
         (Some(ContextValue::Strings(all)), _) if !all.is_empty() => {
             format!("'{text}' is not one of {}", all.join(", "))
@@ -256,6 +258,8 @@ pub(super) fn did_you_mean<'a>(wrong: &str, names: impl Iterator<Item = &'a str>
     /// As clap's own for options: what is less alike is another word.
     const ALIKE: f64 = 0.7;
     let plain = wrong.to_lowercase().replace('-', "_");
+    // A letter or two are in every word.
+    let names = names.filter(|n| n.len() <= plain.len() * 2);
     let scored = names.map(|n| (strsim::jaro(&plain, n), n)).filter(|(score, _)| *score > ALIKE);
     let best = scored.max_by(|a, b| a.0.total_cmp(&b.0));
     best.map_or_else(String::new, |(_, name)| format!("; did you mean {name}?"))

@@ -180,7 +180,9 @@ impl<'a> Reader<'a> {
         let number = value.as_integer().and_then(decimal).and_then(|n| n.parse::<usize>().ok());
         let good = number.filter(|n| (1..=MOST_PARALLEL).contains(n));
         if good.is_none() {
-            self.wrong_type(name, item, &format!("a number from 1 to {MOST_PARALLEL}"), value);
+            let what =
+                format!("{} must be a number from 1 to {MOST_PARALLEL}", name.get_ref().as_ref());
+            self.problem(start(item.span()), what);
         }
         good
     }

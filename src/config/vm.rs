@@ -218,7 +218,7 @@ impl Vm {
         if problems.is_empty() {
             for (table, line) in self.lines() {
                 if let Err(e) = program.clone().try_get_matches_from(&line) {
-                    problems.push(self.combination(table, &e));
+                    problems.push(self.combination((program, table, line.as_slice()), &e));
                 }
             }
         }
@@ -234,7 +234,11 @@ impl Vm {
     }
 
     /// What clap says of options that do not go together.
-    fn combination(&self, table: &str, e: &clap::Error) -> Problem {
+    fn combination(
+        &self,
+        (program, table, line): (&Command, &str, &[OsString]),
+        e: &clap::Error,
+    ) -> Problem {
         let name = |arg: &String| format!("{table}{}", key_of(arg));
         let args = |kind| match e.get(kind) {
             Some(ContextValue::String(one)) => vec![name(one)],
@@ -242,17 +246,41 @@ impl Vm {
             _ => Vec::new(),
         };
         let (these, others) = (args(ContextKind::InvalidArg), args(ContextKind::PriorArg));
-        let set = these.iter().chain(&others).find(|k| self.settings.contains_key(*k));
-        let place = set.map_or_else(|| self.place.clone(), |key| self.place_of(key));
-        let what = match e.kind() {
-            ErrorKind::MissingRequiredArgument => format!("{} is missing", these.join(", ")),
+        let (key, what) = match e.kind() {
+            ErrorKind::MissingRequiredArgument => match needing(program, line) {
+                Some(word) => {
+                    let key = name(&word);
+                    let what = format!("{key} needs {}", these.join(", "));
+                    (Some(key), what)
+                }
+                None => (None, format!("{} is missing", these.join(", "))),
+            },
             ErrorKind::ArgumentConflict => {
-                format!("{} cannot be used with {}", these.join(", "), others.join(", "))
+                let what =
+                    format!("{} cannot be used with {}", these.join(", "), others.join(", "));
+                (these.first().cloned(), what)
             }
-            _ => e.to_string().lines().next().unwrap_or_default().to_string(),
+            _ => (None, e.to_string().lines().next().unwrap_or_default().to_string()),
         };
+        let place = key.map_or_else(|| self.place.clone(), |key| self.place_of(&key));
         Problem { place, message: format!("VM {}: {what}", self.name), vm: Some(self.name.clone()) }
     }
+}
+
+/// The option without which nothing is missing.
+fn needing(program: &Command, line: &[OsString]) -> Option<String> {
+    let words = line.iter().filter_map(|w| w.to_str()).filter(|w| w.starts_with("--"));
+    let mut options: Vec<&str> = words.map(|w| w.split('=').next().unwrap_or(w)).collect();
+    options.dedup();
+    let is_other = |word: &OsString, option: &str| {
+        let word = word.to_str().unwrap_or_default();
+        word.split('=').next() != Some(option)
+    };
+    let found = options.into_iter().find(|option| {
+        let rest: Vec<&OsString> = line.iter().filter(|w| is_other(w, option)).collect();
+        program.clone().try_get_matches_from(rest).is_ok()
+    });
+    found.map(str::to_string)
 }
 
 /// `--keep-daily <N>` as a key.

@@ -87,6 +87,13 @@ impl Plan {
         self.disks.iter().flat_map(|d| &d.points).filter(move |p| p.keep.iter().any(is_merged))
     }
 
+    /// All points that stay only because newer ones need them.
+    pub fn only_needed(&self) -> impl Iterator<Item = &PointPlan> {
+        let is_needed = |r: &Reason| matches!(r, Reason::NeededBy(_) | Reason::MayBeNeededBy(_));
+        let all = self.disks.iter().flat_map(|d| &d.points);
+        all.filter(move |p| !p.keep.is_empty() && p.keep.iter().all(is_needed))
+    }
+
     /// All points that are deleted.
     pub fn deleted(&self) -> impl Iterator<Item = (&DiskPlan, &PointPlan)> {
         let all = self.disks.iter().flat_map(|d| d.points.iter().map(move |p| (d, p)));

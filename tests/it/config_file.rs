@@ -89,9 +89,9 @@ fn show_says_where_each_value_comes_from() {
         listed.contains("web") && listed.contains("not enabled") && listed.contains("36h"),
         "{listed}"
     );
-    let out = config(dir.path(), &["show", "dc"]);
+    let out = config(dir.path(), &["show", "webb"]);
     assert_eq!(out.status.code(), Some(3));
-    assert!(String::from_utf8_lossy(&out.stderr).contains("did you mean db?"));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("did you mean web?"));
     assert_eq!(config(&dir.path().join("none"), &["check"]).status.code(), Some(3));
 }
 

@@ -199,6 +199,11 @@ fn prune_consolidates_what_is_only_needed() {
     }
     let b = Backups::new(2, 5, "", false);
     succeed(&["verify", "--create"], b.dir.path());
+    let planned = succeed(&["prune", "--keep-last", "3", "-n"], b.dir.path());
+    let not_freed = ["3 points not freed, ", "only because newer points need them (--consolidate"];
+    assert!(not_freed.iter().all(|words| planned.contains(words)), "{planned}");
+    let planned = succeed(&["prune", "--keep-last", "3", "--consolidate", "-n"], b.dir.path());
+    assert!(!planned.contains("not freed"), "{planned}");
     succeed(&["prune", "--keep-last", "3", "--consolidate"], b.dir.path());
     let full = b.name(9).replace("INC-", "FULL-");
     assert_eq!(names(b.dir.path()), [full, b.name(10), b.name(11)]);

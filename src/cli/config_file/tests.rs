@@ -124,7 +124,7 @@ fn typical_mistakes_are_told_with_their_place_and_what_is_right() {
         ("keep_dayly = 7", "4:1: unknown key keep_dayly; did you mean keep_daily?"),
         ("keep-daily = 7", "4:1: unknown key keep-daily; did you mean keep_daily?"),
         ("Target = \"/b\"", "4:1: unknown key Target; did you mean target?"),
-        ("colour = \"red\"", "4:1: unknown key colour"),
+        ("xyzzy = \"red\"", "4:1: unknown key xyzzy"),
         ("keep_daily = \"seven\"", "4:14: keep_daily: 'seven': invalid digit found in string"),
         ("keep_daily = true", "4:14: keep_daily must be a text or a number, not true or false"),
         (
@@ -144,9 +144,9 @@ fn typical_mistakes_are_told_with_their_place_and_what_is_right() {
         ("rate_limit = \"10X\"", "4:14: rate_limit: '10X' has an unknown unit; use K, M, G or T"),
         ("mode = \"0777\"", "4:8: mode: '0777' lets everybody write to the backups"),
         ("hours = \"22-6\"", "4:9: hours: '22-6' is not a part of the day like 22:00-06:00"),
-        ("max_age = \"0s\"", "4:11: max_age: must be at least 1s"),
-        ("quiesce = true", "4:1: VM a: agent is missing"),
-        ("pause = true\nno_stop = true", "4:1: VM a: pause cannot be used with no_stop"),
+        ("max_age = \"0s\"", "4:11: max_age: '0s': must be at least 1s"),
+        ("quiesce = true", "4:1: VM a: quiesce needs agent"),
+        ("pause = true\nno_stop = true", "5:1: VM a: no_stop cannot be used with pause"),
         (
             "freeze = [1.5]",
             "4:11: freeze must be a text or a list of texts, not a number with a point",
@@ -160,12 +160,15 @@ fn typical_mistakes_are_told_with_their_place_and_what_is_right() {
             "level = \"full\"\nfull_every = \"7d\"",
             "5:1: VM a: full_every goes with level = \"auto\"",
         ),
-        ("boot_check.expect = \"(\"", "4:21: boot_check.expect: '(': regex parse error:"),
+        ("boot_check.expect = \"(\"", "4:21: boot_check.expect: '(': error: unclosed group"),
         (
             "boot_check.timeuot = \"5m\"",
             "4:12: unknown key boot_check.timeuot; did you mean timeout?",
         ),
-        ("boot_check.firmware = \"/f\"", "4:12: VM a: boot_check.firmware_vars is missing"),
+        (
+            "boot_check.firmware = \"/f\"",
+            "4:12: VM a: boot_check.firmware needs boot_check.firmware_vars",
+        ),
         ("prune_options = 4", "4:1: prune_options must be a table"),
         ("dry_run = true", "4:1: unknown key dry_run"),
         ("discover = \"/run/*/s\"", "4:1: unknown key discover"),
@@ -189,12 +192,7 @@ fn typical_mistakes_are_told_with_their_place_and_what_is_right() {
     ];
     for (lines, wanted) in cases {
         let got = told(lines);
-        let first = got.first().map(|g| g.lines().next().unwrap().to_string());
-        let wanted = format!("fleecefs.toml:{wanted}");
-        match wanted.ends_with("regex parse error:") {
-            true => assert!(first.as_ref().unwrap().starts_with(&wanted), "{lines}: {got:?}"),
-            false => assert_eq!(got, [wanted], "{lines}"),
-        }
+        assert_eq!(got, [format!("fleecefs.toml:{wanted}")], "{lines}");
     }
 }
 
@@ -210,17 +208,17 @@ fn mistakes_in_the_main_tables_and_in_toml_itself_are_told() {
         one("keep_daily = 7\n"),
         "fleecefs.toml:1:1: keep_daily is said of VMs: put it below [defaults] or [vms.NAME]"
     );
-    assert_eq!(
-        one("parallel = 0\n"),
-        "fleecefs.toml:1:12: parallel must be a number from 1 to 64, not a number"
-    );
+    assert_eq!(one("parallel = 0\n"), "fleecefs.toml:1:12: parallel must be a number from 1 to 64");
     assert_eq!(one("vms = 1\n"), "fleecefs.toml:1:7: vms must be a table, not a number");
     assert_eq!(
         one("discover = \"/run/qmp.sock\"\n"),
         "fleecefs.toml:1:12: discover: '/run/qmp.sock' is not an absolute path with one *, which stands for the VM's name"
     );
-    let open = one("[vms.a]\nqmp = \"/run/a.sock\ntarget = \"/b\"\n");
-    assert!(open.starts_with("fleecefs.toml:2:") && open.contains(": not TOML: "), "{open}");
+    let open = told("[vms.a]\nqmp = \"/run/a.sock\ntarget = \"/b\"\n");
+    assert!(
+        open[0].starts_with("fleecefs.toml:2:") && open[0].contains(": not TOML: "),
+        "{open:?}"
+    );
     let twice = one(&format!("{GOOD}target = \"/c\"\n"));
     assert!(
         twice.starts_with("fleecefs.toml:4:1: not TOML: ") && twice.contains("duplicate"),

@@ -25,9 +25,13 @@ const TICK: Duration = Duration::from_millis(50);
 const GRACE: Duration = Duration::from_secs(600);
 /// How long the last words of a process that has ended are waited for: what it left behind may hold its output open.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long one that was killed may take to end: in a call to a dead server it never does.
+const KILLED: Duration = Duration::from_secs(30);
 /// The longest line, and the most that a document may have.
 const MAX_LINE: u64 = 1 << 20;
 const MAX_DOCUMENT: usize = 16 << 20;
+/// What is kept of a warning, in characters.
+const LONGEST_WARNING: usize = 2000;
 /// Events that are kept of one process.
 const MOST_EVENTS: usize = 1000;
 
@@ -89,7 +93,7 @@ impl Runner<'_> {
     /// Runs a command; `input` is its standard input.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// It cannot be started, or does not end even when it is killed.
     pub(super) fn run(
         &self,
         mut command: Command,
@@ -116,7 +120,9 @@ impl Runner<'_> {
         }
         let mut heard =
             Heard { vm: self.vm, prints, document: Vec::new(), ended: Ended::default() };
-        let status = self.wait(&mut child, &receive, &mut heard).map_err(failed)?;
+        let status = self
+            .wait(&mut child, &receive, &mut heard)
+            .map_err(|e| Error::io(e, "cannot wait for the process"))?;
         heard.last_words(&receive);
         Ok(heard.end(status))
     }
@@ -144,6 +150,10 @@ impl Runner<'_> {
                     // It may have ended just now; then it is seen next.
                     let _ = kill_process(Pid::from_child(child), Signal::TERM);
                     asked = Some(Instant::now());
+                }
+                Some(since) if since.elapsed() >= GRACE + KILLED => {
+                    let what = "it does not end, even when it is killed: is its storage there?";
+                    return Err(std::io::Error::new(std::io::ErrorKind::TimedOut, what));
                 }
                 Some(since) if since.elapsed() >= GRACE => child.kill()?,
                 _ => {}
@@ -214,13 +224,14 @@ impl Heard<'_> {
     fn event(&mut self, line: &[u8]) {
         let Ok(event) = serde_json::from_slice::<Value>(line) else { return self.tell(line) };
         let text = event.get("text").and_then(Value::as_str).unwrap_or_default();
+        let text: String = text.chars().take(LONGEST_WARNING).collect();
         match event.get("event").and_then(Value::as_str) {
             Some("warning") => {
                 if !verbosity::is_silent() {
                     self.tell(format!("warning: {text}").as_bytes());
                 }
                 if self.ended.warnings.len() < MOST_EVENTS {
-                    self.ended.warnings.push(text.to_string());
+                    self.ended.warnings.push(text);
                 }
             }
             Some("note") if verbosity::is_verbose() => self.tell(text.as_bytes()),

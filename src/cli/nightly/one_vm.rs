@@ -145,20 +145,19 @@ impl Night<'_> {
         let mut line = self.line(vm, "backup");
         // Nobody looks at how far it is.
         line.extend(["--progress=json".into(), "--progress-interval=3600".into()]);
-        if !vm.settings().get("level").is_some_and(|s| s.source != crate::config::Source::Default) {
-            line.push("--level=auto".into());
-        }
         line.extend(vm.backup(how));
         line
     }
 
     fn steps(&self, vm: &Vm, how: How, runner: Runner<'_>, row: &mut VmRow) {
         let line = self.backup_line(vm, how);
+        // Names and manifests of new points have later times than this.
+        let since = jiff::Timestamp::now().as_second();
         let is_good = row.took("backup", runner.fleecefs(Prints::Events, &line)).is_some();
         if row.points.is_empty() {
             return;
         }
-        let is_verified = self.verify(vm, runner, row);
+        let is_verified = self.verify(vm, since, runner, row);
         let is_up = is_verified && self.boot(vm, runner, row);
         // What is doubtful deletes nothing.
         if is_good && is_up && vm.has_rules() {
@@ -166,14 +165,13 @@ impl Night<'_> {
         }
     }
 
-    fn verify(&self, vm: &Vm, runner: Runner<'_>, row: &mut VmRow) -> bool {
+    fn verify(&self, vm: &Vm, since: i64, runner: Runner<'_>, row: &mut VmRow) -> bool {
         let how = vm.text("verify").unwrap_or("quick");
-        let Some(since) = row.points.iter().map(|p| p.time.clone()).min() else { return true };
         if how == "none" {
             return true;
         }
         let mut line = self.line(vm, "verify");
-        line.extend(["--json".into(), format!("--since={since}").into()]);
+        line.extend(["--json".into(), format!("--since=@{since}").into()]);
         if how == "quick" {
             line.push("--quick".into());
         }
