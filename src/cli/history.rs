@@ -100,7 +100,7 @@ fn lines(runs: &[&Entry], wide: bool) -> Vec<Line> {
     for run in runs {
         let look = if run.has_failed() { Look::Red } else { Look::Plain };
         rows.push(Row::Cells(cells(run), look));
-        rows.extend(run.message.as_ref().map(|text| Row::Below(text.clone(), look)));
+        rows.extend(run.why().map(|text| Row::Below(text, look)));
     }
     Table { titles: TITLES, right: &["TOOK"], less: LESS, indent: 0, rows }.lines(wide)
 }

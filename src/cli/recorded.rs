@@ -38,13 +38,16 @@ impl Recorded<'_> {
     }
 
     fn keep(&self, entry: &Entry) {
-        let kept = self.state.dir().and_then(|state| history::append(&state, entry));
-        let Err(e) = kept else { return };
-        let text = format!("this run is not in the history: {}", e.report());
-        match e.kind() {
+        let what = "this run is not in the history";
+        let state = match self.state.dir() {
+            Ok(state) => state,
             // A user without a state folder has no history, which is the same every time.
-            Kind::Usage | Kind::NotFound | Kind::Permission => log::info!("{text}"),
-            _ => log::warn!("{text}"),
+            Err(e) => return log::info!("{what}: {}", e.report()),
+        };
+        match history::append(&state, entry) {
+            Err(e) if e.kind() == Kind::Permission => log::info!("{what}: {}", e.report()),
+            Err(e) => log::warn!("{what}: {}", e.report()),
+            Ok(()) => {}
         }
     }
 }

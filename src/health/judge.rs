@@ -119,7 +119,7 @@ pub(super) fn of_run(run: &Entry, root: &Path, now: i64) -> Option<Trouble> {
         vm.unwrap_or_default(),
         below.unwrap_or_default(),
         age(now.saturating_sub(run.time)),
-        run.message.as_deref().unwrap_or(&run.result),
+        run.why().unwrap_or_else(|| run.result.clone()),
     );
     match run.command.as_str() {
         "backup" => Some(error("run-failed", what)),

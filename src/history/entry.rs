@@ -124,6 +124,17 @@ impl Entry {
         self.exit_code != 0
     }
 
+    /// What went wrong, with the reason of the first disk of which that was not said: of those it was told when it
+    /// happened.
+    pub(crate) fn why(&self) -> Option<String> {
+        let message = self.message.as_ref()?;
+        let reason = self.disks.iter().filter_map(|d| d.error.as_ref()).next();
+        Some(match reason.filter(|reason| !message.contains(reason.as_str())) {
+            Some(reason) => format!("{message}: {reason}"),
+            None => message.clone(),
+        })
+    }
+
     /// What a backup did.
     pub(crate) fn add_backup(&mut self, report: &Report) {
         self.run = Some(report.run.clone());
@@ -219,6 +230,19 @@ mod tests {
         assert!(entry.has_failed());
         assert_eq!((entry.result.as_str(), entry.exit_code), ("no-space", 7));
         assert_eq!(entry.message.unwrap(), "/b: cannot write (make room)");
+    }
+
+    #[test]
+    fn why_it_failed_has_the_reason_of_a_disk_once() {
+        let mut entry = Entry::begun("backup", 0);
+        assert_eq!(entry.why(), None);
+        entry.end(Duration::ZERO, Some(&Error::new(Kind::Io, "backup of a failed")));
+        assert_eq!(entry.why().unwrap(), "backup of a failed");
+        entry.add_point("b".as_ref(), "p", None);
+        entry.add_point("a".as_ref(), "p", Some("it is full".into()));
+        assert_eq!(entry.why().unwrap(), "backup of a failed: it is full");
+        entry.end(Duration::ZERO, Some(&Error::new(Kind::Io, "a: it is full")));
+        assert_eq!(entry.why().unwrap(), "a: it is full");
     }
 
     #[test]

@@ -158,15 +158,15 @@ fn the_configured_vms_are_looked_at_with_their_limits() {
     if !have("the_configured_vms_are_looked_at_with_their_limits", TOOLS) {
         return;
     }
-    let (_dir, backups, state) = chain();
-    let config = tempfile::NamedTempFile::new().unwrap();
+    let (dir, backups, state) = chain();
+    let config = dir.path().join("fleecefs.toml");
     let text = format!(
         "[vms.one]\nqmp = \"/run/1.sock\"\ntarget = \"{}\"\nmax_age = \"26h\"\n\
          [vms.off]\nqmp = \"/run/2.sock\"\ntarget = \"/nowhere\"\nenabled = false\n",
         backups.display()
     );
-    std::fs::write(config.path(), text).unwrap();
-    let file = ["--config-file", config.path().to_str().unwrap()];
+    std::fs::write(&config, text).unwrap();
+    let file = ["--config-file", config.to_str().unwrap()];
     let (code, all) = judged(&state, &file);
     assert_eq!((code, trouble(&all)), (Some(18), vec!["old".to_string()]), "{all:#}");
     assert_eq!(all["directories"].as_array().unwrap().len(), 1, "{all:#}");

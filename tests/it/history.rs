@@ -117,9 +117,9 @@ fn each_run_leaves_a_line_and_a_dry_run_none() {
     assert_eq!(history(&s.state, &["-n", "2"]).0, runs[5..]);
     assert_eq!(history(&s.state, &["--failed"]).0.len(), 3);
     assert_eq!(history(&s.state, &[dir]).0, runs[..6]);
-    assert_eq!(history(&s.state, &[&format!("{dir}/none")]).0, []);
+    assert!(history(&s.state, &[&format!("{dir}/none")]).0.is_empty());
     assert_eq!(history(&s.state, &["--since", "1d"]).0, runs);
-    assert_eq!(history(&s.state, &["--since", "2099-01-01"]).0, []);
+    assert!(history(&s.state, &["--since", "2099-01-01"]).0.is_empty());
     // For people: a line each, and why it failed.
     let table = s.run(&["history", "--failed"]).stdout;
     let table = String::from_utf8(table).unwrap();
@@ -156,12 +156,13 @@ fn a_backup_tells_what_it_copied_and_what_failed() {
     assert!(ids.len() >= 2 && ids[0] != ids[1], "{ids:?}");
     let inc = &runs[1]["disks"][0];
     assert!(inc["level"] == "inc" && inc["point"].as_str().unwrap().starts_with("INC-"), "{inc:#}");
-    assert_eq!(inc["dirty"], 65536, "{inc:#}");
+    assert!(inc["dirty"].as_u64().unwrap() >= 65536, "{inc:#}");
     assert!(inc["copied"].as_u64().unwrap() >= 65536, "{inc:#}");
     assert!(inc["read"].as_u64().unwrap() >= 65536, "{inc:#}");
     assert_eq!(inc["consistency"], "crash");
     assert_eq!((&runs[2]["result"], &runs[2]["exit_code"]), (&"no-space".into(), &7.into()));
-    assert!(runs[2]["message"].as_str().unwrap().contains("needs about"), "{:#}", runs[2]);
+    let why = runs[2]["disks"][0]["error"].as_str().unwrap();
+    assert!(why.contains("needs about"), "{:#}", runs[2]);
 }
 
 /// A limit on the size of files ends a process in the middle of its write: half of the line is there.
