@@ -186,6 +186,11 @@ fn become_owner(command: &mut Command) -> Result<()> {
             "attach and detach work as root: devices and mounts are root's",
         ));
     }
+    if matches!(command, Command::LiveRestore(_)) {
+        return Err(verbosity::usage(
+            "live-restore starts a VM with the rights of whoever calls it: call it as the user who is to have the VM",
+        ));
+    }
     let Some(dir) = command.backups() else {
         return Err(verbosity::usage("--as-owner goes with commands that name a backup directory"));
     };

@@ -520,8 +520,10 @@ fn what_cannot_be_meant_is_refused() {
     let inside = lost.home("T/home");
     assert_eq!(inside.run(&[]).status.code(), Some(2));
     assert!(!inside.path.exists());
-    // A file of somebody's stays as it is.
     let home = lost.home("home");
+    let owner = home.run(&["--as-owner"]);
+    assert!(owner.status.code() == Some(2) && stderr(&owner).contains("whoever calls"));
+    // A file of somebody's stays as it is.
     std::fs::create_dir(&home.path).unwrap();
     std::fs::write(home.path.join(FILES[1]), "precious").unwrap();
     for _ in 0..2 {
