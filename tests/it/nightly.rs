@@ -190,6 +190,27 @@ fn nights_leave_as_many_points_as_the_rules_say() {
     assert_eq!((points(), &row["pruned"]), (3, &Value::Null));
 }
 
+/// The disks have no operating system, so that nothing comes up: the points are there, and nothing is deleted.
+#[test]
+fn what_does_not_come_up_deletes_nothing() {
+    let Some(m) = Machine::start("what_does_not_come_up_deletes_nothing") else { return };
+    let setup =
+        one(&m, "keep_last = 1\nboot_check.timeout = \"1s\"\nboot_check.expect = \"login:\"");
+    for night in 1..=2 {
+        let (code, printed, said) = setup.run(&["--all"]);
+        assert_eq!(code, Some(18), "{printed}\n{said}");
+        let row = &printed["vms"][0];
+        let steps: Vec<&Value> =
+            row["failures"].as_array().unwrap().iter().map(|f| &f["step"]).collect();
+        assert_eq!(
+            (steps, &row["pruned"]),
+            (vec![&Value::from("boot --check")], &Value::Null),
+            "{row}"
+        );
+        assert_eq!(images(&setup.path("T/good/o.qcow2")).len(), night);
+    }
+}
+
 #[test]
 fn a_dry_run_changes_nothing_and_says_what_would_be_done() {
     let Some(mut m) = Machine::start("a_dry_run_changes_nothing_and_says_what_would_be_done")
