@@ -111,8 +111,8 @@ fn cells(run: &Entry) -> Vec<String> {
     vec![
         iso_time(run.time),
         path_text(&run.command),
-        vm.map_or_else(|| "-".into(), |name| path_text(name)),
-        directory.map_or_else(|| "-".into(), |dir| path_text(dir)),
+        vm.map_or_else(|| "-".into(), path_text),
+        directory.map_or_else(|| "-".into(), path_text),
         format!("{:.1} s", run.seconds),
         result(run),
     ]
