@@ -39,6 +39,8 @@ mount -t overlay -o "lowerdir=/,upperdir=$work/layer/upper,workdir=$work/layer/w
 root=$work/layer/root
 # What is installed here in other ways is not seen.
 rm -rf "$root"/usr/local/bin/fleecefs "$root"/usr/local/lib/systemd/system/fleecefs* "$root"/sbin/mount.f*fleecefs "$root/etc/fleecefs"
+# (As containers have it, whose packages start nothing.)
+rm -f "$root/usr/sbin/policy-rc.d"
 cp "$FLEECEFS_NIGHTS" "$root/root/fleecefs.deb"
 cp contrib/nights-inside.sh "$root/root/nights.sh"
 cat >"$root/etc/systemd/system/nights.service" <<'UNIT'
