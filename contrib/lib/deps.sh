@@ -9,6 +9,7 @@
 #   deps_filesystems   what makes and checks file systems and partitions
 #   deps_clock         faketime, with which tests let nights pass
 #   deps_shells        zsh and fish, whose completions are tested
+#   deps_ssh           sshd, which a test runs for itself
 #   deps_nfs           an NFS server and a client, neither of which is the kernel's
 #   deps_bench         fio, jq, python3
 #   deps_b3sum         b3sum, by way of cargo
@@ -194,6 +195,8 @@ deps_clock() { deps_packages faketime; }
 
 deps_shells() { deps_packages zsh fish; }
 
+deps_ssh() { deps_packages openssh-server openssh-client; }
+
 deps_nfs() { deps_packages nfs-ganesha nfs-ganesha-vfs libnfs-utils; }
 
 deps_bench() { deps_packages fio jq python3; }
@@ -219,6 +222,7 @@ deps_all() {
     deps_filesystems
     deps_clock
     deps_shells
+    deps_ssh
     deps_nfs
     deps_bench
     deps_guest

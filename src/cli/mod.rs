@@ -26,6 +26,7 @@ mod one_run;
 mod paths;
 mod prune;
 mod recover;
+mod replicate;
 mod restore;
 mod runs;
 mod scratch;
@@ -153,6 +154,7 @@ fn run(mut cli: Cli) -> Result<()> {
         Command::Stats(a) => stats::run(&a),
         Command::Consolidate(a) => consolidate::run(a),
         Command::LinkDisk(a) => link_disk::run(a),
+        Command::Replicate(a) => replicate::run(&a),
         Command::Completions(a) => docs::completions(a, &mut Cli::command()),
         Command::Complete(a) => complete::run(&a, Cli::command()),
         Command::Man(a) => docs::man(a, Cli::command()),
