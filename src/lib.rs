@@ -29,6 +29,7 @@
 //! - [`restore`], [`verify`], [`prune`]: reading points out, proving them, choosing which stay
 //! - [`health`]: whether all is well, for people, Nagios and Prometheus
 //! - [`rewrite`]: all that changes backups in place: delete, consolidate, commit, rebase, join
+//! - [`replicate`]: points copied to another backup directory, here or elsewhere
 //! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`attach`]: points as block devices of the kernel, their file systems mounted by it
 //! - [`boot`]: points as disks of a test VM, and whether it comes up
@@ -74,6 +75,7 @@ pub mod progress;
 pub mod prune;
 pub mod qemu_img;
 pub mod qmp;
+pub(crate) mod replicate;
 pub(crate) mod restore;
 pub mod rewrite;
 pub mod storage;

@@ -11,6 +11,7 @@
 #   deps_shells        zsh and fish, whose completions are tested
 #   deps_systemd       systemd-analyze, which checks units
 #   deps_cargo_deb     cargo-deb, by way of cargo
+#   deps_ssh           sshd, which a test runs for itself
 #   deps_nfs           an NFS server and a client, neither of which is the kernel's
 #   deps_bench         fio, jq, python3
 #   deps_prometheus    promtool, which checks metrics and alert rules
@@ -199,6 +200,7 @@ deps_shells() { deps_packages zsh fish; }
 
 # (No service manager: the program alone. Its units run in the guests of contrib/nights.sh.)
 deps_systemd() { deps_packages systemd; }
+deps_ssh() { deps_packages openssh-server openssh-client; }
 
 deps_nfs() { deps_packages nfs-ganesha nfs-ganesha-vfs libnfs-utils; }
 
@@ -245,6 +247,7 @@ deps_all() {
     deps_clock
     deps_shells
     deps_systemd
+    deps_ssh
     deps_nfs
     deps_prometheus
     deps_bench

@@ -120,6 +120,7 @@ pub(super) enum Command {
     Prune(super::prune::PruneArgs),
     Consolidate(super::consolidate::ConsolidateArgs),
     LinkDisk(super::link_disk::LinkDiskArgs),
+    Replicate(Box<super::replicate::ReplicateArgs>),
     Completions(super::docs::CompletionsArgs),
     #[command(hide = true)]
     Complete(super::complete::CompleteArgs),
@@ -199,6 +200,7 @@ impl Command {
             Command::Prune(a) => (a.json, Json::Document),
             Command::Consolidate(a) => (a.print.json, Json::Document),
             Command::LinkDisk(a) => (a.json, Json::Document),
+            Command::Replicate(a) => (a.print.json, Json::Document),
             Command::Scratch(a) => (a.json(), Json::Document),
             // An array, which may be broken off.
             Command::Map(_) => (false, Json::No),
@@ -238,6 +240,7 @@ impl Command {
             Command::Prune(a) => Some(&a.dir),
             Command::Consolidate(a) => Some(&a.dir),
             Command::LinkDisk(a) => Some(&a.dir),
+            Command::Replicate(a) => a.dir(),
             Command::Info(a) => a.target(),
             Command::Recover(a) => a.target(),
             Command::Cancel(a) => a.target(),

@@ -1,5 +1,7 @@
 //! The rules of retention, for `prune` and what tells what it would do.
 
+use std::ffi::OsString;
+
 use clap::Args;
 
 use crate::prune::plan::Rules;
@@ -29,6 +31,22 @@ pub(super) struct KeepArgs {
 }
 
 impl KeepArgs {
+    /// The same as words of a command line.
+    pub(super) fn words(&self) -> Vec<OsString> {
+        let counts = [
+            ("last", self.keep_last),
+            ("daily", self.keep_daily),
+            ("weekly", self.keep_weekly),
+            ("monthly", self.keep_monthly),
+            ("yearly", self.keep_yearly),
+        ];
+        let given = counts.into_iter().filter(|(_, n)| *n > 0);
+        let mut words: Vec<OsString> =
+            given.map(|(name, n)| format!("--keep-{name}={n}").into()).collect();
+        words.extend(self.keep_within.map(|s| format!("--keep-within={s}s").into()));
+        words
+    }
+
     /// The rules that were given.
     pub(super) fn rules(&self) -> Rules {
         Rules {

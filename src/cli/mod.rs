@@ -31,6 +31,7 @@ mod paths;
 mod prune;
 mod recorded;
 mod recover;
+mod replicate;
 mod restore;
 mod runs;
 mod scratch;
@@ -171,6 +172,7 @@ fn run(mut cli: Cli) -> Result<ExitCode> {
         Command::History(a) => history::run(&a),
         Command::Consolidate(a) => consolidate::run(a),
         Command::LinkDisk(a) => link_disk::run(a),
+        Command::Replicate(a) => replicate::run(&a),
         Command::Completions(a) => docs::completions(a, &mut Cli::command()),
         Command::Complete(a) => complete::run(&a, Cli::command()),
         Command::Man(a) => docs::man(a, Cli::command()),

@@ -115,6 +115,23 @@ fn act(args: &PruneArgs, entry: &mut Entry) -> Result<()> {
     verdict(&plan)
 }
 
+/// Prunes the directory `dir` by these rules without a word on standard output; gives how many points went,
+/// and their bytes.
+///
+/// # Errors
+/// See [`run`].
+pub(super) fn quietly(dir: &Path, rules: &Rules) -> Result<(u64, u64)> {
+    let (catalog, _locks) = locked(dir)?;
+    let options = PlanOptions { force: false, merge: None };
+    let plan = plan(&items(&catalog)?, rules, &jiff::tz::TimeZone::system(), options);
+    execute(&catalog, &plan, &())?;
+    if let Err(e) = verdict(&plan) {
+        let why = held(&plan).into_iter().collect::<Vec<_>>().join("; ");
+        log::warn!("{}: {}: {why}", path_text(dir), e.message());
+    }
+    Ok((plan.deleted().count() as u64, plan.freed()))
+}
+
 /// Fails for a directory without anything in it.
 fn check_not_empty(dir: &Path) -> Result<()> {
     let root = backups(dir)?;

@@ -57,6 +57,16 @@ pub(crate) fn rest_with(
     Ok(hash.to_hex().to_string())
 }
 
+/// Hashes the zeros that a hole of this length reads as.
+pub(crate) fn zeros(hasher: &mut blake3::Hasher, len: u64) {
+    let mut left = len;
+    while left > 0 {
+        let n = left.min(PIECE);
+        hasher.update(&ZEROS[..n as usize]);
+        left -= n;
+    }
+}
+
 /// What is asked before each block; an error ends the work.
 pub(crate) type Check<'a> = dyn Fn() -> Result<()> + Sync + 'a;
 

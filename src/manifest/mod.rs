@@ -21,7 +21,7 @@ pub use self::backing::{BackingFile, Compared};
 pub use self::store::{
     has_room, parse, read, read_in, read_sealed, remove, remove_in, write, write_in,
 };
-pub(crate) use self::store::{read_beside, read_brief};
+pub(crate) use self::store::{read_beside, read_brief, read_text, sealed_text};
 pub use self::vm::VmConfig;
 use crate::error::{Error, Result};
 use crate::folder;

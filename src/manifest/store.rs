@@ -174,6 +174,29 @@ pub(crate) fn read_beside(
     Ok(Some((manifest, seal_place(&bytes).is_some())))
 }
 
+/// The text of the manifest of `image` in a folder that is held, whatever that says; `None` if there is none.
+///
+/// # Errors
+/// What the operating system said; it is too large.
+pub(crate) fn read_text(dir: &Folder, image: &OsStr) -> Result<Option<Vec<u8>>> {
+    let read = dir.folder(FOLDER).and_then(|side| side.read_small(file_name(image), MAX_BYTES));
+    match read {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if is_absent(&e) => Ok(None),
+        Err(e) => Err(failed(e, &manifest_path(dir.path(), image))),
+    }
+}
+
+/// Seals a manifest: the text of its file.
+///
+/// # Errors
+/// `Io` if it has no form in JSON.
+pub(crate) fn sealed_text(manifest: &Manifest) -> Result<Vec<u8>> {
+    let text = serde_json::to_vec_pretty(manifest)
+        .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e))?;
+    Ok(seal(text))
+}
+
 /// Whether an image of this name can have a manifest: not if the manifest's name would be too long.
 pub fn has_room(image: &OsStr) -> bool {
     plain(&file_name(image)).is_ok()

@@ -309,6 +309,20 @@ fn link_disk_prints_what_its_table_has() {
 }
 
 #[test]
+fn replicate_prints_what_its_table_has() {
+    if !have("replicate_prints_what_its_table_has", TOOLS) {
+        return;
+    }
+    let (d, caller) = daemon();
+    caller.must("full");
+    let copy = d.path("copy").display().to_string();
+    let args = ["replicate", "--json", "--keep-last", "1", caller.target.to_str().unwrap(), &copy];
+    let seen = Paper::read().check("replicate", &printed(&args)[0]);
+    // The point whose parent is gone is left.
+    assert!(seen.contains("pruned.points") && seen.contains("images[].why"), "{seen:?}");
+}
+
+#[test]
 fn files_print_what_their_tables_have() {
     if !have("files_print_what_their_tables_have", &[TOOLS, &["mke2fs"]].concat()) {
         return;

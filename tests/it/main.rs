@@ -71,6 +71,7 @@ mod prune;
 mod qemu_img;
 mod questions;
 mod record;
+mod replicate;
 mod restore;
 mod runs;
 mod salvage;

@@ -109,7 +109,7 @@ impl Targets {
             }
             // Where only copies were made, nothing else says that it is one.
             None if self.is_remembered(target) => Ok(()),
-            None => check_contents(target).and_then(|()| check_parent(target)),
+            None => check_new(target),
         }
     }
 
@@ -259,6 +259,14 @@ fn check_contents(target: &Path) -> Result<()> {
     Err(Error::new(Kind::Exists, what)
         .at_path(target)
         .remedy("name another or an empty folder. To begin a backup directory here: --init"))
+}
+
+/// Fails unless `target` is a backup directory, or a folder that can be made one without a word.
+///
+/// # Errors
+/// `Exists` if other files are in it, `NotFound` if there is no folder for it.
+pub(crate) fn check_new(target: &Path) -> Result<()> {
+    check_contents(target).and_then(|()| check_parent(target))
 }
 
 /// A new backup directory is made, but not what it is to be in: that would rather be a file system

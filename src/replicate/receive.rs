@@ -1,0 +1,222 @@
+//! The receiver: answers each request, and trusts none. What it writes is decided by [`super::store`].
+
+use std::path::PathBuf;
+
+use super::message::{self, Answer, Frame, MOST_NAMES, MOST_NEEDS, Needed, Request, VERSION};
+use super::name::{FolderPath, SmallKind, WireName};
+use super::store::{Incoming, Store, Whole};
+use super::wire::Wire;
+use crate::error::{Error, Kind, Result};
+use crate::folder::FileMode;
+
+/// Where it all goes: made, locked and tidied up by whoever has the command line.
+pub(crate) trait Place {
+    /// Opens it for a run; gives its path, and how new files are shared. `None`: it is not there, and is not made,
+    /// since nothing is to be changed.
+    ///
+    /// # Errors
+    /// Why it cannot be written to.
+    fn open(&mut self, dry_run: bool) -> Result<Option<(PathBuf, FileMode)>>;
+
+    /// What is done after the last file; gives how many points it deleted, and their bytes.
+    ///
+    /// # Errors
+    /// Why not.
+    fn close(&mut self) -> Result<(u64, u64)>;
+}
+
+/// A receiver at work.
+struct Receiver<'a, 'b> {
+    wire: &'a Wire<'b>,
+    store: Option<Store>,
+    dry_run: bool,
+    whole: Option<Whole>,
+}
+
+/// Answers until the sender has said its last word.
+///
+/// # Errors
+/// `Peer` if it does not keep to the protocol or is gone, `Timeout`, `Interrupted`. All else is told to the sender.
+pub(crate) fn serve(wire: &Wire, place: &mut dyn Place) -> Result<()> {
+    let Request::Hello { version, program, dry_run } = wire.receive()? else {
+        return Err(message::nonsense());
+    };
+    let opened = check_version(version, &program).and_then(|()| wire.busy(|| place.open(dry_run)));
+    let opened =
+        opened.and_then(|found| found.map(|(root, share)| Store::open(&root, share)).transpose());
+    let store = match opened {
+        Ok(store) => store,
+        // Whoever called tells it.
+        Err(e) => return wire.send(&Answer::failed(&e)),
+    };
+    wire.send(&Answer::Hello { version: VERSION, program: program_name() })?;
+    let mut receiver = Receiver { wire, store, dry_run, whole: None };
+    loop {
+        match wire.receive()? {
+            Request::Bye => break,
+            request => receiver.serve(request)?,
+        }
+    }
+    drop(receiver);
+    let answer = match wire.busy(|| if dry_run { Ok((0, 0)) } else { place.close() }) {
+        Ok((deleted, freed)) => Answer::Ended { deleted, freed },
+        Err(e) => Answer::failed(&e),
+    };
+    wire.send(&answer)
+}
+
+/// What this program is called by the other side.
+pub(crate) fn program_name() -> String {
+    format!("fleecefs {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// Fails if the other side speaks another version of the protocol.
+///
+/// # Errors
+/// `Unsupported`.
+pub(crate) fn check_version(theirs: u32, program: &str) -> Result<()> {
+    if theirs == VERSION {
+        return Ok(());
+    }
+    let program: String = program.chars().take(80).collect();
+    let what = format!(
+        "{} speaks version {VERSION} of the protocol, the other side ({program}) version {theirs}",
+        program_name()
+    );
+    Err(Error::new(Kind::Unsupported, what).remedy("install the same version on both hosts"))
+}
+
+impl Receiver<'_, '_> {
+    /// Answers one request. An error of this function ends the connection; all others are answers.
+    fn serve(&mut self, request: Request) -> Result<()> {
+        let answer = match request {
+            Request::Image { folder, name, size, modified, verify } => {
+                let begun = self.store().and_then(|s| s.begin(&folder, &name, size, modified));
+                return self.image(begun, verify);
+            }
+            Request::Commit { manifest, needs } => {
+                let manifest = manifest.then(|| self.wire.receive_whole()).transpose()?;
+                self.commit(manifest.as_deref(), &needs).map(|()| Answer::Done)
+            }
+            Request::Adopt { folder, name, blake3, needs } => {
+                let manifest = self.wire.receive_whole()?;
+                let adopt = || {
+                    check_few(&needs)?;
+                    self.store()?.adopt((&folder, &name), &blake3, &manifest, &needs)
+                };
+                self.wire.busy(adopt).map(|()| Answer::Done)
+            }
+            Request::Small { folder, kind, name } => {
+                let bytes = self.wire.receive_whole()?;
+                self.small(&folder, kind, &name, &bytes).map(|()| Answer::Done)
+            }
+            Request::CheckId { folder, id } => match &self.store {
+                Some(store) => store.check_id(&folder, &id).map(|()| Answer::Done),
+                None => Ok(Answer::Done),
+            },
+            Request::Ask { folder, names, look } => {
+                self.wire.busy(|| self.ask(&folder, &names, look))
+            }
+            Request::Hello { .. } | Request::Part { .. } | Request::Bye => {
+                return Err(message::nonsense());
+            }
+        };
+        self.wire.send(&answer.unwrap_or_else(|e| Answer::failed(&e)))
+    }
+
+    /// The directory, where it may be written to.
+    fn store(&self) -> Result<&Store> {
+        let refused = || Error::new(Kind::Permission, "this is a dry run: nothing is written");
+        self.store.as_ref().filter(|_| !self.dry_run).ok_or_else(refused)
+    }
+
+    fn ask(&self, folder: &FolderPath, names: &[WireName], look: bool) -> Result<Answer> {
+        if names.len() > MOST_NAMES {
+            return Err(Error::new(Kind::Unsupported, "too many names at once"));
+        }
+        let files = match &self.store {
+            Some(store) => store.held(folder, names, look)?,
+            None => vec![None; names.len()],
+        };
+        Ok(Answer::Held { files })
+    }
+
+    /// Takes an image's bytes to their end; those of one that failed are passed over.
+    fn image(&mut self, begun: Result<Incoming>, verify: bool) -> Result<()> {
+        self.whole = None;
+        let mut incoming = match begun {
+            Ok(incoming) => Some(incoming),
+            Err(e) => {
+                self.wire.send(&Answer::failed(&e))?;
+                None
+            }
+        };
+        let mut told = incoming.is_none();
+        let last = loop {
+            let frame = self.wire.receive_frame()?;
+            let taken = match (&frame, &mut incoming) {
+                (Frame::Data(bytes), Some(image)) => image.data(bytes),
+                (Frame::Hole(len), Some(image)) => image.hole(*len),
+                (Frame::Data(_) | Frame::Hole(_), None) => Ok(()),
+                _ => break frame,
+            };
+            if let Err(e) = taken {
+                incoming = None;
+                if !told {
+                    self.wire.send(&Answer::failed(&e))?;
+                    told = true;
+                }
+            }
+        };
+        match message::parse(last)? {
+            Request::Part { blake3 } => self.part(incoming, blake3, verify, told),
+            _ => Err(message::nonsense()),
+        }
+    }
+
+    /// The end of an image. What failed was told already; then nothing waits for another answer.
+    fn part(
+        &mut self,
+        incoming: Option<Incoming>,
+        blake3: Option<String>,
+        verify: bool,
+        told: bool,
+    ) -> Result<()> {
+        let Some(incoming) = incoming.filter(|_| !told) else { return Ok(()) };
+        let Some(blake3) = blake3 else { return self.wire.send(&Answer::Done) };
+        let answer = match self.wire.busy(|| incoming.complete(&blake3, verify)) {
+            Ok(whole) => {
+                self.whole = Some(whole);
+                Answer::Done
+            }
+            Err(e) => Answer::failed(&e),
+        };
+        self.wire.send(&answer)
+    }
+
+    fn commit(&mut self, manifest: Option<&[u8]>, needs: &[Needed]) -> Result<()> {
+        let whole = self.whole.take();
+        check_few(needs)?;
+        let store = self.store()?;
+        let missing = || Error::new(Kind::Incomplete, "no image was received before this");
+        let whole = whole.ok_or_else(missing)?;
+        self.wire.busy(|| store.commit(whole, manifest, needs))
+    }
+
+    fn small(
+        &self,
+        folder: &FolderPath,
+        kind: SmallKind,
+        name: &WireName,
+        bytes: &[u8],
+    ) -> Result<()> {
+        self.store()?.small(folder, kind, name, bytes)
+    }
+}
+
+fn check_few(needs: &[Needed]) -> Result<()> {
+    match needs.len() > MOST_NEEDS {
+        true => Err(Error::new(Kind::Unsupported, "an image that needs too many others at once")),
+        false => Ok(()),
+    }
+}

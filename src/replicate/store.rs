@@ -1,0 +1,437 @@
+//! What the receiver does with files in its backup directory. All of it goes by descriptors of the folder gate: a
+//! name of the other side is one plain name in a folder below the directory, and no file is replaced but the small
+//! ones that say what QEMU said last.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use super::message::{Held, Modified, Needed};
+use super::name::{FolderPath, SmallKind, WireName, is_known};
+use crate::error::{Error, Kind, Result};
+use crate::failpoint::step;
+use crate::folder::{self, FileMode, Folder, PlainName, Replace, Temp};
+use crate::hash;
+use crate::manifest::{self, fingerprint_of};
+use crate::storage::SourceFile;
+
+/// The backup directory that is written to.
+pub(crate) struct Store {
+    root: Folder,
+    share: FileMode,
+}
+
+impl Store {
+    /// The directory at `root`, which is locked, and resolved; new files are shared as `share` says.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub(crate) fn open(root: &Path, share: FileMode) -> Result<Store> {
+        let opened = Folder::open(root);
+        let root =
+            opened.map_err(|e| Error::io(e, "cannot open the backup directory").at_path(root))?;
+        Ok(Store { root, share })
+    }
+
+    /// A folder, if it is there.
+    fn folder(&self, path: &FolderPath) -> Result<Option<Folder>> {
+        let failed = |e| Error::io(e, "cannot open the folder").at_path(self.path(path));
+        folder::absent_is_none(self.root.beneath(&path.path())).map_err(failed)
+    }
+
+    /// A folder, made if it is not there.
+    fn make(&self, path: &FolderPath) -> Result<Folder> {
+        let failed = |e| Error::io(e, "cannot make the folder").at_path(self.path(path));
+        let mut at = self.root.try_clone().map_err(failed)?;
+        for name in path.names() {
+            let is_new = !at.has(name.as_os_str());
+            at = at.make_folder(name.as_os_str()).map_err(failed)?;
+            if is_new {
+                self.share.give_folder(&at).map_err(failed)?;
+            }
+        }
+        Ok(at)
+    }
+
+    fn path(&self, folder: &FolderPath) -> PathBuf {
+        match folder.names() {
+            [] => self.root.path().to_path_buf(),
+            _ => self.root.path().join(folder.path()),
+        }
+    }
+
+    /// Fails if the folder has another id than this.
+    ///
+    /// # Errors
+    /// `Exists`; what the operating system said.
+    pub(crate) fn check_id(&self, folder: &FolderPath, id: &str) -> Result<()> {
+        let Some(open) = self.folder(folder)? else { return Ok(()) };
+        let path = open.join("uuid");
+        let failed = |e| Error::io(e, "cannot read the target's id").at_path(&path);
+        let largest = SmallKind::Id.largest();
+        let Some(own) = open.read_if_there("uuid", largest).map_err(failed)? else { return Ok(()) };
+        if String::from_utf8_lossy(&own).trim() == id.trim() {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Exists, "this is another backup directory: it has another id")
+            .at_path(path)
+            .remedy("replicate to an empty folder"))
+    }
+
+    /// What there is under these names; looked into if `look`.
+    ///
+    /// # Errors
+    /// `Unsupported` for names that are none of ours; what the operating system said.
+    pub(crate) fn held(
+        &self,
+        folder: &FolderPath,
+        names: &[WireName],
+        look: bool,
+    ) -> Result<Vec<Option<Held>>> {
+        if let Some(other) = names.iter().find(|n| !is_known(n.as_os_str())) {
+            return Err(refused(other));
+        }
+        let Some(open) = self.folder(folder)? else { return Ok(vec![None; names.len()]) };
+        names.iter().map(|name| held(&open, name.as_os_str(), look)).collect()
+    }
+
+    /// Begins a new image. Nothing of it is seen until it is committed.
+    ///
+    /// # Errors
+    /// `Exists` if there is such a file; what the operating system said.
+    pub(crate) fn begin(
+        &self,
+        folder: &FolderPath,
+        name: &WireName,
+        size: u64,
+        modified: Modified,
+    ) -> Result<Incoming> {
+        if !crate::layout::name::is_image(name.as_os_str()) {
+            return Err(refused(name));
+        }
+        let folder = self.make(folder)?;
+        let path = folder.join(name.as_os_str());
+        if folder.has(name.as_os_str()) {
+            return Err(Error::new(Kind::Exists, "this file is there already").at_path(path));
+        }
+        let failed = |e| Error::io(e, "cannot make the file").at_path(&path);
+        // What a killed run left where files need names.
+        folder::sweep(&folder, &[]).map_err(failed)?;
+        let temp = folder.temp().map_err(failed)?;
+        temp.file().set_len(size).map_err(failed)?;
+        self.share.give(temp.file()).map_err(failed)?;
+        let name = name.as_os_str().to_os_string();
+        let hasher = blake3::Hasher::new();
+        Ok(Incoming { temp, name, path, size, at: 0, hasher, modified, folder })
+    }
+
+    /// Gives an image that is there without a manifest the one that its bytes are proved to have.
+    ///
+    /// # Errors
+    /// `Exists` if it is another image; as [`Incoming::commit`].
+    pub(crate) fn adopt(
+        &self,
+        (folder, name): (&FolderPath, &WireName),
+        blake3: &str,
+        manifest: &[u8],
+        needs: &[Needed],
+    ) -> Result<()> {
+        let missing = || Error::new(Kind::NotFound, "this file is not there");
+        let open = self.folder(folder)?.ok_or_else(missing)?;
+        let text = name.as_os_str().to_str().ok_or_else(|| refused(name))?;
+        let file = SourceFile::open_in(&open, text)?;
+        let own = hash::whole_with(&file, 1, &(), &|| Ok(()))?;
+        if own != blake3 {
+            return Err(
+                Error::new(Kind::Exists, "another file has this name").at_path(open.join(text))
+            );
+        }
+        check_manifest(manifest, name.as_os_str(), file.identity().size, blake3, &open)?;
+        self.check_needs(needs)?;
+        self.write_manifest(&open, name.as_os_str(), manifest)
+    }
+
+    /// The complete image gets its name, then its manifest.
+    ///
+    /// # Errors
+    /// `Incomplete` or `Changed` if what it needs is not there; `Corrupt` if the manifest is not its own; `Exists`;
+    /// what the operating system said.
+    pub(crate) fn commit(
+        &self,
+        whole: Whole,
+        manifest: Option<&[u8]>,
+        needs: &[Needed],
+    ) -> Result<()> {
+        let Whole { incoming, blake3 } = whole;
+        let Incoming { temp, folder, name, path, size, .. } = incoming;
+        if let Some(manifest) = manifest {
+            check_manifest(manifest, &name, size, &blake3, &folder)?;
+        }
+        self.check_needs(needs)?;
+        step("replicate: received");
+        temp.publish(&name, Replace::No)
+            .map_err(|e| Error::io(e, "cannot give the file its name").at_path(&path))?;
+        step("replicate: named");
+        match manifest {
+            Some(manifest) => self.write_manifest(&folder, &name, manifest),
+            None => Ok(()),
+        }
+    }
+
+    fn write_manifest(&self, folder: &Folder, image: &OsStr, text: &[u8]) -> Result<()> {
+        let file = manifest::file_name(image);
+        let failed = |e| {
+            let path = manifest::manifest_path(folder.path(), image);
+            Error::io(e, "cannot write the manifest").at_path(path)
+        };
+        let side = self.side(folder)?;
+        side.write_shared(&file, text, self.share).map_err(failed)?;
+        step("replicate: committed");
+        Ok(())
+    }
+
+    fn side(&self, folder: &Folder) -> Result<Folder> {
+        let path = folder.join(manifest::FOLDER);
+        let failed = |e| Error::io(e, "cannot make the folder for manifests").at_path(&path);
+        let side = folder.make_folder(manifest::FOLDER).map_err(failed)?;
+        self.share.give_folder(&side).map_err(failed)?;
+        Ok(side)
+    }
+
+    /// Fails unless all of these are there and have these contents, as far as fingerprints tell.
+    fn check_needs(&self, needs: &[Needed]) -> Result<()> {
+        for need in needs {
+            let name = need.name.as_os_str();
+            let there = match self.folder(&need.folder)? {
+                Some(open) => held(&open, name, true)?.filter(|h| h.is_file),
+                None => None,
+            };
+            let path = self.path(&need.folder).join(name);
+            match there.and_then(|h| h.fingerprint) {
+                Some(own) if own == need.fingerprint => {}
+                Some(_) => {
+                    let what = "the image that the next one builds on is another one here";
+                    return Err(Error::new(Kind::Changed, what).at_path(path));
+                }
+                None => {
+                    let what = "the image that the next one builds on is missing here";
+                    return Err(Error::new(Kind::Incomplete, what).at_path(path));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a small file, unless it is there already.
+    ///
+    /// # Errors
+    /// `Exists` if another is there that is not replaced; `Unsupported` for a name that such a file cannot have; what
+    /// the operating system said.
+    pub(crate) fn small(
+        &self,
+        folder: &FolderPath,
+        kind: SmallKind,
+        name: &WireName,
+        bytes: &[u8],
+    ) -> Result<()> {
+        let name = name.as_os_str();
+        if !kind.has(name) || bytes.len() as u64 > kind.largest() {
+            return Err(
+                Error::new(Kind::Unsupported, "not a file that is replicated").at_path(name)
+            );
+        }
+        let folder = self.make(folder)?;
+        match kind {
+            SmallKind::Link => return link(&folder, name, bytes),
+            SmallKind::Id => self.check_id_text(bytes)?,
+            SmallKind::DiskConfig | SmallKind::Kept => {}
+        }
+        let folder = if kind == SmallKind::Kept { self.side(&folder)? } else { folder };
+        let path = folder.join(name);
+        let failed = |e| Error::io(e, "cannot write the file").at_path(&path);
+        let own = folder.read_if_there(name, kind.largest()).map_err(failed)?;
+        match own {
+            Some(own) if own == bytes => Ok(()),
+            Some(_) if kind != SmallKind::DiskConfig => {
+                Err(Error::new(Kind::Exists, "another file has this name").at_path(path))
+            }
+            _ => folder.write_shared(name, bytes, self.share).map_err(failed),
+        }
+    }
+
+    fn check_id_text(&self, bytes: &[u8]) -> Result<()> {
+        match std::str::from_utf8(bytes).is_ok_and(|t| !t.trim().is_empty()) {
+            true => Ok(()),
+            false => Err(Error::new(Kind::Corrupt, "the id of the backup directory is no text")),
+        }
+    }
+}
+
+/// A link's text is one name: it leads nowhere else, whoever follows it.
+fn link(folder: &Folder, name: &OsStr, text: &[u8]) -> Result<()> {
+    let path = folder.join(name);
+    let failed = |e| Error::io(e, "cannot make the link").at_path(&path);
+    let text: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(text);
+    let text = PlainName::new(text).map_err(failed)?;
+    let there = folder::absent_is_none(folder.look(name)).map_err(failed)?;
+    match there {
+        Some(meta) if !meta.is_symlink() => {
+            Err(Error::new(Kind::Exists, "a file has the name of a link").at_path(path))
+        }
+        Some(_) if folder.read_link(name).is_ok_and(|t| t == AsRef::<Path>::as_ref(&text)) => {
+            Ok(())
+        }
+        _ => folder.set_link(text.as_ref(), name).map_err(failed),
+    }
+}
+
+fn refused(name: &WireName) -> Error {
+    let text = crate::text::path_text(name.as_os_str());
+    Error::new(Kind::Unsupported, format!("'{text}' is not the name of an image"))
+}
+
+fn held(folder: &Folder, name: &OsStr, look: bool) -> Result<Option<Held>> {
+    let path = folder.join(name);
+    let failed = |e| Error::io(e, "cannot check the file").at_path(&path);
+    let Some(meta) = folder::absent_is_none(folder.look(name)).map_err(failed)? else {
+        return Ok(None);
+    };
+    let mut held = Held {
+        is_file: meta.is_file(),
+        size: meta.len(),
+        manifest: false,
+        blake3: None,
+        fingerprint: None,
+    };
+    if !held.is_file {
+        return Ok(Some(held));
+    }
+    // A manifest that cannot be read is there, and says nothing.
+    match manifest::read_in(folder, name) {
+        Ok(None) => {}
+        Ok(Some(m)) => (held.manifest, held.blake3) = (true, m.blake3),
+        Err(_) => held.manifest = true,
+    }
+    if look {
+        let file = folder.open_file(name).map_err(failed)?;
+        held.fingerprint = Some(fingerprint_of(&file).map_err(failed)?);
+    }
+    Ok(Some(held))
+}
+
+/// Fails unless this is a manifest of that image, whose parent is there.
+fn check_manifest(
+    text: &[u8],
+    image: &OsStr,
+    size: u64,
+    blake3: &str,
+    folder: &Folder,
+) -> Result<()> {
+    let path = manifest::manifest_path(folder.path(), image);
+    let m = manifest::parse(text).map_err(|e| e.at_path(&path))?;
+    let own = OsStr::new(&m.image) == image
+        && m.file_size == size
+        && m.blake3.as_deref().is_none_or(|hash| hash == blake3);
+    if !own {
+        return Err(Error::new(Kind::Corrupt, "the manifest is not this image's").at_path(path));
+    }
+    match m.parent.filter(|parent| !folder.look(parent).is_ok_and(|meta| meta.is_file())) {
+        Some(parent) => {
+            let what = "the image that the next one builds on is missing here";
+            Err(Error::new(Kind::Incomplete, what).at_path(folder.join(parent)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// An image that is being received.
+pub(crate) struct Incoming {
+    temp: Temp,
+    folder: Folder,
+    name: std::ffi::OsString,
+    path: PathBuf,
+    size: u64,
+    at: u64,
+    hasher: blake3::Hasher,
+    modified: Modified,
+}
+
+/// An image that was received whole, and is on disk.
+pub(crate) struct Whole {
+    incoming: Incoming,
+    blake3: String,
+}
+
+impl Incoming {
+    /// Takes the next bytes.
+    ///
+    /// # Errors
+    /// `Corrupt` if they are more than were announced; what the operating system said.
+    pub(crate) fn data(&mut self, bytes: &[u8]) -> Result<()> {
+        let end = self.end(bytes.len() as u64)?;
+        self.file()
+            .write_all_at(bytes, self.at)
+            .map_err(|e| Error::io(e, "writing failed").at_path(&self.path).at_offset(self.at))?;
+        self.hasher.update(bytes);
+        self.at = end;
+        Ok(())
+    }
+
+    /// Passes a hole.
+    ///
+    /// # Errors
+    /// As [`Incoming::data`].
+    pub(crate) fn hole(&mut self, len: u64) -> Result<()> {
+        let end = self.end(len)?;
+        hash::zeros(&mut self.hasher, len);
+        self.at = end;
+        Ok(())
+    }
+
+    fn end(&self, len: u64) -> Result<u64> {
+        self.at.checked_add(len).filter(|end| *end <= self.size).ok_or_else(|| {
+            Error::new(Kind::Corrupt, "more bytes came than were announced").at_path(&self.path)
+        })
+    }
+
+    fn file(&self) -> &File {
+        self.temp.file()
+    }
+
+    /// Makes it survive a power cut, and compares it with what was sent; reads it back for that if `verify`.
+    ///
+    /// # Errors
+    /// `Corrupt` if it is not what was sent; what the operating system said.
+    pub(crate) fn complete(self, blake3: &str, verify: bool) -> Result<Whole> {
+        let damaged = |what: &str| Err(Error::new(Kind::Corrupt, what).at_path(&self.path));
+        let failed = |e| Error::io(e, "the image could not be written to its disk");
+        if self.at != self.size {
+            return damaged("fewer bytes came than were announced");
+        }
+        let own = self.hasher.finalize().to_hex().to_string();
+        if own != blake3 {
+            return damaged("the image was damaged on its way");
+        }
+        let since = Duration::from_secs(self.modified.seconds)
+            .saturating_add(Duration::from_nanos(u64::from(self.modified.nanos)));
+        let time = SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH);
+        folder::set_modified(self.file(), time, &self.path)
+            .map_err(|e| Error::io(e, "cannot set the image's time").at_path(&self.path))?;
+        self.file().sync_all().map_err(|e| failed(e).at_path(&self.path))?;
+        if verify && self.read_back()? != own {
+            return damaged("the image reads otherwise than it was written");
+        }
+        Ok(Whole { incoming: self, blake3: own })
+    }
+
+    fn read_back(&self) -> Result<String> {
+        let file = self.file().try_clone();
+        let file = file.map_err(|e| Error::io(e, "cannot read the file").at_path(&self.path))?;
+        // What is on disk, not what is still in memory; where that is not possible, memory is asked.
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+        let file = SourceFile::of_open(file, self.path.clone())?;
+        hash::whole_with(&file, 1, &(), &|| Ok(()))
+    }
+}

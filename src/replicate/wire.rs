@@ -1,0 +1,337 @@
+//! The way to the other side: frames over two descriptors, of pipes or a socket.
+//!
+//! Nothing waits for ever: a side from which no byte comes for [`SILENCE`], or that takes none, is given up. Whoever
+//! works for longer says so every now and then ([`Wire::busy`]). Both descriptors are set not to block.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use rustix::fs::OFlags;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::message::{self, Frame, HEADER};
+use crate::error::{Error, Kind, Result};
+use crate::failpoint;
+
+/// How long the other side may be silent: a disk that is waking up, or a network that is lost for a moment, takes
+/// less.
+const SILENCE: Duration = Duration::from_secs(120);
+/// How often within that time it is said that work goes on.
+const SIGNS: u32 = 8;
+/// The longest wait before a look at the stop flag.
+const SLICE: Duration = Duration::from_millis(200);
+
+/// The connection.
+pub(crate) struct Wire<'a> {
+    input: File,
+    output: Mutex<File>,
+    stop: &'a AtomicBool,
+    silence: Duration,
+    /// What to call the other side in messages.
+    peer: String,
+}
+
+impl<'a> Wire<'a> {
+    /// Takes both directions; `stop` ends every wait.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub(crate) fn new(
+        input: OwnedFd,
+        output: OwnedFd,
+        peer: impl Into<String>,
+        stop: &'a AtomicBool,
+    ) -> Result<Self> {
+        let not_blocking = |fd: &OwnedFd| {
+            let flags = rustix::fs::fcntl_getfl(fd)?;
+            rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)
+        };
+        let set = not_blocking(&input).and_then(|()| not_blocking(&output));
+        set.map_err(|e| Error::io(e.into(), "cannot use the connection"))?;
+        let (input, output) = (File::from(input), Mutex::new(File::from(output)));
+        let silence = failpoint::answer_timeout(SILENCE);
+        Ok(Wire { input, output, stop, silence, peer: peer.into() })
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// `Peer` if the other side is gone, `Timeout` if it takes nothing, `Interrupted`.
+    pub(crate) fn send<T: Serialize>(&self, message: &T) -> Result<()> {
+        self.send_frame(Frame::message(message)?)
+    }
+
+    /// Sends a frame.
+    ///
+    /// # Errors
+    /// As [`Wire::send`].
+    pub(crate) fn send_frame(&self, frame: Frame) -> Result<()> {
+        let (header, body) = frame.into_parts();
+        let output = self.output();
+        self.write(&output, &header)?;
+        self.write(&output, &body)
+    }
+
+    /// Sends the next bytes of an image: at most as many as [`message::LONGEST_DATA`].
+    ///
+    /// # Errors
+    /// As [`Wire::send`].
+    pub(crate) fn send_data(&self, bytes: &[u8]) -> Result<()> {
+        let output = self.output();
+        self.write(&output, &message::header(b'D', bytes.len()))?;
+        self.write(&output, bytes)
+    }
+
+    /// The next frame that says something.
+    ///
+    /// # Errors
+    /// `Peer` if the other side is gone or sends nonsense, `Timeout` if nothing comes, `Interrupted`.
+    pub(crate) fn receive_frame(&self) -> Result<Frame> {
+        loop {
+            match self.frame()? {
+                Frame::Working => {}
+                frame => return Ok(frame),
+            }
+        }
+    }
+
+    /// The next message.
+    ///
+    /// # Errors
+    /// As [`Wire::receive_frame`].
+    pub(crate) fn receive<T: DeserializeOwned>(&self) -> Result<T> {
+        self.receive_frame().and_then(message::parse)
+    }
+
+    /// The whole file that is to come now.
+    ///
+    /// # Errors
+    /// As [`Wire::receive_frame`].
+    pub(crate) fn receive_whole(&self) -> Result<Vec<u8>> {
+        match self.receive_frame()? {
+            Frame::Whole(bytes) => Ok(bytes),
+            _ => Err(message::nonsense()),
+        }
+    }
+
+    /// A message that is there already, for whoever does not wait for one.
+    ///
+    /// # Errors
+    /// As [`Wire::receive_frame`].
+    pub(crate) fn waiting(&self) -> Result<Option<Frame>> {
+        while poll(&self.input, libc::POLLIN, Duration::ZERO).map_err(|e| self.lost(e))? {
+            match self.frame()? {
+                Frame::Working => {}
+                frame => return Ok(Some(frame)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Does what takes long, and lets the other side know meanwhile.
+    pub(crate) fn busy<T>(&self, work: impl FnOnce() -> T) -> T {
+        let (done, ended) = (Mutex::new(false), Condvar::new());
+        let tell = || {
+            let mut over = lock(&done);
+            while !*over {
+                let waited = ended.wait_timeout(over, self.silence / SIGNS);
+                over = waited.unwrap_or_else(|e| e.into_inner()).0;
+                // What comes of it is seen when there is something to say.
+                if !*over && self.send_frame(Frame::Working).is_err() {
+                    return;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            // Without a thread the other side loses patience, if it takes that long.
+            let _ = std::thread::Builder::new().name("working".into()).spawn_scoped(scope, tell);
+            let _end = SetOnDrop { done: &done, ended: &ended };
+            work()
+        })
+    }
+
+    fn output(&self) -> MutexGuard<'_, File> {
+        lock(&self.output)
+    }
+
+    fn frame(&self) -> Result<Frame> {
+        // Also of one who never lets us wait.
+        self.check_stop()?;
+        let mut header = [0; HEADER];
+        self.read(&mut header)?;
+        let mut body = vec![0; Frame::length(header)?];
+        self.read(&mut body)?;
+        Frame::of(header, body)
+    }
+
+    fn read(&self, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            match (&self.input).read(&mut buf[done..]) {
+                Ok(0) => return Err(self.gone()),
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(&self.input, libc::POLLIN, "it does not answer")?;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.lost(e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, mut output: &File, bytes: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            match output.write(&bytes[done..]) {
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(output, libc::POLLOUT, "it takes nothing more")?;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Err(self.gone()),
+                Err(e) => return Err(self.lost(e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&self, file: &File, what: libc::c_short, silent: &str) -> Result<()> {
+        let end = Instant::now() + self.silence;
+        loop {
+            self.check_stop()?;
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let text = format!("{}: {silent} for {} s", self.peer, self.silence.as_secs());
+                return Err(Error::new(Kind::Timeout, text)
+                    .remedy("check the connection, and run it again: it goes on where it was"));
+            }
+            if poll(file, what, left.min(SLICE)).map_err(|e| self.lost(e))? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn check_stop(&self) -> Result<()> {
+        match self.stop.load(Ordering::SeqCst) {
+            true => Err(Error::new(Kind::Interrupted, "interrupted")),
+            false => Ok(()),
+        }
+    }
+
+    fn gone(&self) -> Error {
+        Error::new(Kind::Peer, format!("{} ended the connection", self.peer))
+            .remedy("what it said is above; run it again: it goes on where it was")
+    }
+
+    fn lost(&self, e: io::Error) -> Error {
+        Error::new(Kind::Peer, format!("the connection to {} failed", self.peer)).with_source(e)
+    }
+}
+
+/// Ends the signs of work, also if that panics.
+struct SetOnDrop<'a> {
+    done: &'a Mutex<bool>,
+    ended: &'a Condvar,
+}
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        *lock(self.done) = true;
+        self.ended.notify_all();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Whether something can be done now, or within `wait`.
+fn poll(file: &File, what: libc::c_short, wait: Duration) -> io::Result<bool> {
+    let ms = libc::c_int::try_from(wait.as_millis()).unwrap_or(libc::c_int::MAX);
+    let mut p = libc::pollfd { fd: file.as_raw_fd(), events: what, revents: 0 };
+    // SAFETY: one pollfd that lives on our stack.
+    match unsafe { libc::poll(&mut p, 1, ms) } {
+        n if n >= 0 => Ok(n > 0),
+        _ => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+            e => Err(e),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn pair(stop: &AtomicBool) -> (Wire<'_>, Wire<'_>) {
+        let (a, b) = UnixStream::pair().unwrap();
+        let wire = |s: UnixStream| {
+            let again = s.try_clone().unwrap();
+            Wire::new(s.into(), again.into(), "the other side", stop).unwrap()
+        };
+        (wire(a), wire(b))
+    }
+
+    #[test]
+    fn work_that_takes_longer_than_patience_is_waited_for_and_silence_is_not() {
+        let stop = AtomicBool::new(false);
+        let (mut a, mut b) = pair(&stop);
+        a.silence = Duration::from_millis(200);
+        b.silence = Duration::from_millis(200);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Not asleep, but at work until the other side's patience is over several times.
+                let start = Instant::now();
+                b.busy(|| {
+                    while start.elapsed() < Duration::from_secs(1) {
+                        std::thread::yield_now();
+                    }
+                });
+                b.send(&7).unwrap();
+            });
+            assert_eq!(a.receive::<u32>().unwrap(), 7);
+        });
+        assert_eq!(a.receive_frame().unwrap_err().kind(), Kind::Timeout);
+        // It takes nothing either: what fits is sent, and no more.
+        let sent = std::iter::repeat_with(|| a.send_data(&[1; 65536])).find_map(Result::err);
+        assert_eq!(sent.unwrap().kind(), Kind::Timeout);
+    }
+
+    #[test]
+    fn the_end_of_the_other_side_nonsense_and_a_signal_end_the_wait() {
+        let stop = AtomicBool::new(false);
+        let (a, b) = pair(&stop);
+        b.output().write_all(b"Welcome to this host!").unwrap();
+        assert_eq!(a.receive_frame().unwrap_err().kind(), Kind::Peer);
+        let (a, b) = pair(&stop);
+        b.send(&1).unwrap();
+        b.output().write_all(b"M\0\0").unwrap();
+        drop(b);
+        assert_eq!(a.receive::<u32>().unwrap(), 1);
+        assert_eq!(a.receive_frame().unwrap_err().kind(), Kind::Peer);
+        assert_eq!(a.send_data(&[0; 10]).unwrap_err().kind(), Kind::Peer);
+        let (a, _b) = pair(&stop);
+        stop.store(true, Ordering::SeqCst);
+        assert_eq!(a.receive_frame().unwrap_err().kind(), Kind::Interrupted);
+    }
+
+    #[test]
+    fn a_message_is_found_behind_signs_of_work_and_none_is_no_wait() {
+        let stop = AtomicBool::new(false);
+        let (a, b) = pair(&stop);
+        assert_eq!(a.waiting().unwrap(), None);
+        b.send_frame(Frame::Working).unwrap();
+        assert_eq!(a.waiting().unwrap(), None);
+        b.send_frame(Frame::Working).unwrap();
+        b.send(&3).unwrap();
+        assert_eq!(a.waiting().unwrap(), Some(Frame::message(&3).unwrap()));
+    }
+}
