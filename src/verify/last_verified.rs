@@ -46,6 +46,8 @@ const MAX_UUID: u64 = 256;
 const TICK: i128 = 20_000_000;
 /// The same where times of files have whole seconds, or two as FAT has.
 const COARSE_TICK: i128 = 2_000_000_000;
+/// How far in the future a time may be to be waited for, in seconds.
+const SOON: i128 = 2;
 /// How often, and after how long, a lock is tried again that another `verify` has.
 const TRIES: u32 = 20;
 const AGAIN: Duration = Duration::from_millis(50);
@@ -288,6 +290,13 @@ fn remember_in(
         write(&folder, &file, &path, points).map_err(failed)?;
     }
     forget(&folder).map_err(failed)
+}
+
+/// Whether what is found of a point at `now` (seconds since the epoch) can be kept: not where one of its files has a
+/// time that is to come, of a clock that was wrong. (A file that was written just now is waited for.)
+pub(super) fn can_be_kept(point: &Point, now: i64) -> bool {
+    let soon = i128::from(now).saturating_add(SOON).saturating_mul(1_000_000_000);
+    point.layers.iter().flat_map(files_of).all(|f| settled_at(&f.identity()) <= soon)
 }
 
 /// Whether the file is what was read, and whatever is written to it from `since` on changes its times.

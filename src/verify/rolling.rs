@@ -8,13 +8,13 @@
 //! at one time.
 //!
 //! What was changed since it was verified keeps its place: a chain that is consolidated each night would be read
-//! each night otherwise. What cannot be served is not read (nothing could be kept of it, and it would be first each
-//! night); that it cannot be is told by every run.
+//! each night otherwise. Where a file has a time that is to come nothing is kept: that is read each night, beside the
+//! share, so that it keeps no other from its turn. What cannot be served is not read; each run tells that it cannot be.
 
 use std::collections::HashSet;
 use std::path::Path;
 
-use super::last_verified::Memory;
+use super::last_verified::{Memory, can_be_kept};
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
 use crate::folder;
@@ -36,6 +36,8 @@ struct Waiting {
     made: i64,
     /// Bytes to read.
     size: u64,
+    /// Whether it will be known that it was read.
+    kept: bool,
 }
 
 impl Waiting {
@@ -60,7 +62,8 @@ pub(crate) fn due(
     for (d, disk) in catalog.disks.iter().enumerate() {
         let points = disk.points.iter().zip(memory.own(disk)).enumerate();
         waiting.extend(points.filter(|(_, (p, _))| p.is_served()).map(|(i, (p, verified))| {
-            Waiting { at: (d, i), verified, made: p.time, size: p.own_bytes }
+            let kept = can_be_kept(p, now);
+            Waiting { at: (d, i), verified, made: p.time, size: p.own_bytes, kept }
         }));
     }
     Ok(chosen(waiting, now, i64::try_from(period).unwrap_or(i64::MAX)))
@@ -86,12 +89,14 @@ fn chosen(mut waiting: Vec<Waiting>, now: i64, period: i64) -> HashSet<(usize, u
     // Times that are to come are another clock's.
     let last = waiting.iter().filter_map(|w| w.verified).filter(|t| *t <= now).max();
     let passed = last.map_or(USUAL, |t| now.saturating_sub(t)).clamp(1, period.min(LONGEST));
+    let mut taken: HashSet<_> = waiting.iter().filter(|w| !w.kept).map(|w| w.at).collect();
+    waiting.retain(|w| w.kept);
     let all: u128 = waiting.iter().map(|w| u128::from(w.size)).sum();
     // Both are positive. Where all files are empty their turn comes, too.
     let share = all.saturating_mul(u128::from(passed.unsigned_abs()));
     let share = share.div_ceil(u128::from(period.unsigned_abs())).max(1);
     waiting.sort_by_key(|w| (w.since().min(now), w.at));
-    let (mut taken, mut bytes) = (HashSet::new(), 0u128);
+    let mut bytes = 0u128;
     for w in waiting {
         let age = now.saturating_sub(w.since().min(now));
         let is_turn = bytes < share && (w.verified.is_none() || age >= period / 2);
@@ -113,7 +118,7 @@ mod tests {
     fn line(sizes: &[u64]) -> Vec<Waiting> {
         let one = |(i, size): (usize, &u64)| {
             let made = i64::try_from(i).unwrap() * DAY;
-            Waiting { at: (0, i), verified: None, made, size: *size }
+            Waiting { at: (0, i), verified: None, made, size: *size, kept: true }
         };
         sizes.iter().enumerate().map(one).collect()
     }
@@ -189,11 +194,25 @@ mod tests {
     #[test]
     fn times_that_are_to_come_and_no_sizes_do_no_harm() {
         assert!(chosen(Vec::new(), 0, 1).is_empty());
-        let far = Waiting { at: (0, 0), verified: Some(i64::MAX), made: i64::MIN, size: u64::MAX };
-        let none = Waiting { at: (0, 1), verified: None, made: i64::MIN, size: 0 };
+        let (far, made, kept) = (Some(i64::MAX), i64::MIN, true);
+        let far = Waiting { at: (0, 0), verified: far, made, size: u64::MAX, kept };
+        let none = Waiting { at: (0, 1), verified: None, made, size: 0, kept };
         assert_eq!(chosen(vec![far, none], DAY, 0), HashSet::from([(0, 0), (0, 1)]));
         assert_eq!(chosen(vec![none], i64::MIN, i64::MAX), HashSet::from([(0, 1)]));
         let both = chosen(vec![far, far, none], DAY, i64::MAX);
         assert!(both.contains(&(0, 1)), "{both:?}");
+    }
+
+    #[test]
+    fn what_nothing_can_be_kept_of_keeps_no_other_from_its_turn() {
+        let mut points = line(&[10; 30]);
+        // The first in the line every night.
+        points[0].kept = false;
+        points[0].size = 1000;
+        for (night, next) in [(100, 1), (101, 2), (102, 3)] {
+            let taken = chosen(points.clone(), night * DAY, 29 * DAY);
+            assert_eq!(taken, HashSet::from([(0, 0), (0, next)]));
+            points[next].verified = Some(night * DAY);
+        }
     }
 }
