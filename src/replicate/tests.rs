@@ -321,7 +321,10 @@ fn sent_to(answers: &[Frame]) -> Result<super::report::Report> {
             }
         });
         let work = Work { cancel: &stop, progress: &(), workers: 1, rate: None };
-        send(&ours, &catalog, Options::default(), &work)
+        let sent = send(&ours, &catalog, Options::default(), &work);
+        // It hears that there is nobody any more.
+        drop(ours);
+        sent
     })
 }
 
