@@ -85,7 +85,7 @@ show fleecefs --version
 row "nothing is enabled" 0 "$(find /etc/systemd/system -name '*fleecefs*' | wc -l)"
 row "no VM is configured, and that is told" 3 "$(fleecefs backup --all >/dev/null 2>&1; echo $?)"
 
-say "two guests, and eight lines"
+say "two guests, and seven lines"
 guest web
 guest db
 mkdir -p /backups /mnt/points
@@ -93,7 +93,6 @@ mount -t tmpfs -o size=96M,mode=755 backups /backups
 cat >/etc/fleecefs/fleecefs.toml <<'CONF'
 [defaults]
 target = "/backups/{vm}"
-level = "auto"
 keep_daily = 2
 [vms.web]
 qmp = "/run/web/backup.sock"

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Usage: contrib/nights.sh [FOLDER]
-# Four nights of two VMs under a real systemd, in fast motion: the Debian package is installed, eight lines of configuration
+# Four nights of two VMs under a real systemd, in fast motion: the Debian package is installed, seven lines of configuration
 # are written, and `systemctl start fleecefs-backup` makes backups at faked dates: retention at work, one night with a full
 # disk, a timer, a verification, a mount by fstab. Prints what is seen; exit code 1 if anything is not as it should be.
 #

@@ -19,7 +19,7 @@ use crate::manifest::ImageFormat;
 use crate::output::{self, Line, Look, systemd};
 use crate::text::path_text;
 use crate::units::{counted, parse_duration, parse_when};
-use crate::verify::last_verified::{Memory, remember, wait_for_clock};
+use crate::verify::last_verified::{Memory, remember, remember_rolling, wait_for_clock};
 use crate::verify::rolling::due;
 use crate::verify::{Options, Outcome, PointReport, Report, requested, verify};
 
@@ -110,14 +110,14 @@ fn act(args: &VerifyArgs, entry: &mut Entry) -> Result<()> {
             Some(FormatOverride { format, files: requested(&catalog, &options)? });
         catalog = catalog_with_format(&args.dir, options.format_override.clone())?;
     }
+    let now = jiff::Timestamp::now().as_second();
     if let Some(period) = args.rolling {
         let memory = Memory::read(&args.state.dir()?, &catalog);
-        let now = jiff::Timestamp::now().as_second();
         options.only = Some(due(&catalog, &memory, now, period)?);
     }
     let since = if options.quick { SystemTime::now() } else { wait_for_clock(&catalog) };
     let report = verify(&catalog, &options, &Bar::default())?;
-    let kept = remember_it(&args.state, &catalog, &report, since);
+    let kept = remember_it(args, &catalog, &report, (now, since));
     for p in report.points.iter().filter(|p| p.outcome != Outcome::Sound && !p.recorded) {
         let why = p.reason.clone().unwrap_or_else(|| "unproven".into());
         entry.add_point(&p.disk, &p.point, Some(why));
@@ -144,12 +144,18 @@ fn act(args: &VerifyArgs, entry: &mut Entry) -> Result<()> {
 
 /// Keeps how it stands for `list`, and for the next `--rolling`. Where that is not possible the result is no worse.
 fn remember_it(
-    state: &StateArgs,
+    args: &VerifyArgs,
     catalog: &Catalog,
     report: &Report,
-    since: SystemTime,
+    (begun, since): (i64, SystemTime),
 ) -> Result<()> {
-    let kept = state.dir().and_then(|dir| remember(&dir, catalog, &report.checked, since));
+    let kept = args.state.dir().and_then(|dir| {
+        remember(&dir, catalog, &report.checked, since)?;
+        match args.rolling {
+            Some(_) => remember_rolling(&dir, catalog, begun),
+            None => Ok(()),
+        }
+    });
     if let Err(e) = &kept {
         log::info!("'list' will not show that this was verified: {}", e.report());
     }

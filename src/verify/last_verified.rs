@@ -82,6 +82,18 @@ struct Stored {
     directory: String,
     /// By [`name_of`].
     points: BTreeMap<String, Record>,
+    /// Of `verify --rolling`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rolling: Option<RollingRuns>,
+}
+
+/// When a directory's points were verified a little each night.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct RollingRuns {
+    /// The first run, in seconds since the epoch.
+    pub first: i64,
+    /// The last one. (Records of points do not tell: others verify as well.)
+    pub last: i64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -110,6 +122,8 @@ pub(crate) struct Memory {
     directories: HashMap<PathBuf, Directory>,
     /// By the file's name.
     points: HashMap<String, BTreeMap<String, Record>>,
+    /// The same of rolling runs.
+    rolling: HashMap<String, RollingRuns>,
     /// Whether a record says all of its point by itself: a VM that is booted from a point says nothing of those below.
     is_of_boots: bool,
 }
@@ -141,7 +155,11 @@ impl Memory {
                 continue;
             }
             let file = directory.file.clone();
-            memory.points.entry(file).or_insert_with_key(|file| read(&folder, file));
+            if !memory.points.contains_key(&file) {
+                let (points, rolling) = read(&folder, &file);
+                memory.rolling.extend(rolling.map(|runs| (file.clone(), runs)));
+                memory.points.insert(file, points);
+            }
         }
         memory
     }
@@ -174,13 +192,15 @@ impl Memory {
         known.map(|last| last.filter(|l| !l.changed).map(boot)).collect()
     }
 
-    /// When the data of each point's own file was last read, in seconds since the epoch, whatever became of the file.
-    pub(super) fn own(&self, disk: &Disk) -> Vec<Option<i64>> {
-        self.own_of(disk).into_iter().map(|own| Some(own?.time)).collect()
+    /// The rolling runs of all directories: the first that there was at all, and the last of that which waits longest.
+    pub(super) fn rolling(&self) -> Option<RollingRuns> {
+        let first = self.rolling.values().map(|r| r.first).min()?;
+        let last = self.rolling.values().map(|r| r.last).min()?;
+        Some(RollingRuns { first, last })
     }
 
-    /// What is kept of each point, without what it depends on.
-    fn own_of(&self, disk: &Disk) -> Vec<Option<LastVerified>> {
+    /// What is kept of each point, without what it depends on: also when its file was read that has changed since.
+    pub(super) fn own_of(&self, disk: &Disk) -> Vec<Option<LastVerified>> {
         let own = |(point, state): (&Point, Option<String>)| {
             let state = state?;
             let directory = self.directories.get(point.source.parent()?)?;
@@ -282,14 +302,42 @@ fn remember_in(
     if new.is_empty() {
         return Ok(());
     }
+    keep(state, name, |folder| {
+        new.into_iter()
+            .try_for_each(|(file, (path, points))| write(folder, &file, &path, points, None))
+    })
+}
+
+/// Keeps in the state folder `state` that a rolling run of `catalog` has begun at `now` (seconds since the epoch), and
+/// is over.
+///
+/// # Errors
+/// As [`remember`].
+pub(crate) fn remember_rolling(state: &Path, catalog: &Catalog, now: i64) -> Result<()> {
+    let mut memory = Memory::default();
+    for point in catalog.disks.iter().flat_map(|d| &d.points) {
+        memory.directory(&point.source);
+    }
+    let kept: BTreeMap<String, PathBuf> = (memory.directories.into_values())
+        .filter(|d| !d.is_fuse)
+        .map(|d| (d.file, d.path))
+        .collect();
+    if kept.is_empty() {
+        return Ok(());
+    }
+    keep(state, FOLDER, |folder| {
+        kept.iter()
+            .try_for_each(|(file, path)| write(folder, file, path, BTreeMap::new(), Some(now)))
+    })
+}
+
+/// Lets `act` write into the folder `name`, locked.
+fn keep(state: &Path, name: &str, act: impl FnOnce(&Folder) -> std::io::Result<()>) -> Result<()> {
     let top = state_folder(state)?;
     let failed = |e| Error::io(e, "cannot keep when points were verified").at_path(top.join(name));
     let folder = top.make_folder(name).map_err(failed)?;
     let _lock = lock(&folder)?;
-    for (file, (path, points)) in new {
-        write(&folder, &file, &path, points).map_err(failed)?;
-    }
-    forget(&folder).map_err(failed)
+    act(&folder).and_then(|()| forget(&folder)).map_err(failed)
 }
 
 /// Whether what is found of a point at `now` (seconds since the epoch) can be kept: not where one of its files has a
@@ -401,20 +449,26 @@ fn folder_if_there(state: &Path, name: &str) -> Result<Option<Folder>> {
     folder::absent_is_none(top.folder(name)).map_err(failed)
 }
 
-fn read(folder: &Folder, file: &str) -> BTreeMap<String, Record> {
+fn read(folder: &Folder, file: &str) -> (BTreeMap<String, Record>, Option<RollingRuns>) {
     let bytes = folder.read_if_there(file, MAX_FILE);
     let stored = bytes.ok().flatten().and_then(|b| serde_json::from_slice::<Stored>(&b).ok());
-    stored.filter(|s| s.version == VERSION).map(|s| s.points).unwrap_or_default()
+    stored.filter(|s| s.version == VERSION).map(|s| (s.points, s.rolling)).unwrap_or_default()
 }
 
-/// Writes what was there before and what is `new`; of too many the oldest go.
+/// Writes what was there before and what is `new`, with a rolling run at `ran`; of too many points the oldest go.
 fn write(
     folder: &Folder,
     file: &str,
     directory: &Path,
     new: BTreeMap<String, Record>,
+    ran: Option<i64>,
 ) -> std::io::Result<()> {
-    let mut points = read(folder, file);
+    let (mut points, mut rolling) = read(folder, file);
+    if let Some(now) = ran {
+        // A first one that is to come was another clock's.
+        let first = rolling.map_or(now, |r| r.first.min(now));
+        rolling = Some(RollingRuns { first, last: now });
+    }
     points.extend(new);
     if points.len() > MAX_POINTS {
         let mut newest: Vec<_> = points.into_iter().collect();
@@ -423,7 +477,7 @@ fn write(
         points = newest.into_iter().collect();
     }
     let directory = to_text(directory.as_os_str());
-    let stored = Stored { version: VERSION, directory, points };
+    let stored = Stored { version: VERSION, directory, points, rolling };
     folder.write_whole(file, json(&stored)?.as_bytes())
 }
 

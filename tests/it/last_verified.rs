@@ -95,6 +95,9 @@ impl Setup {
                 let time = record["verified"].as_i64().unwrap();
                 record["verified"] = (time - seconds).into();
             }
+            for time in all["rolling"].as_object_mut().into_iter().flat_map(|o| o.values_mut()) {
+                *time = (time.as_i64().unwrap() - seconds).into();
+            }
             std::fs::write(&path, serde_json::to_vec(&all).unwrap()).unwrap();
         }
     }
@@ -371,6 +374,32 @@ fn rolling_tells_each_night_what_cannot_be_served() {
         assert_eq!(out.status.code(), Some(18), "{said}");
         s.age(DAY);
     }
+}
+
+/// An error is told each night until the file is another, not only in the night that found it.
+#[test]
+fn rolling_reads_what_was_unsound_again_each_night() {
+    if !have("rolling_reads_what_was_unsound_again_each_night", &TOOLS) {
+        return;
+    }
+    let s = Setup::new();
+    assert_eq!(s.verify(&["--create"]).status.code(), Some(0));
+    let whole = std::fs::read(&s.files[2]).unwrap();
+    let mut damaged = whole.clone();
+    let at = damaged.iter().rposition(|b| *b == 3).unwrap();
+    damaged[at] = 0x55;
+    std::fs::write(&s.files[2], &damaged).unwrap();
+    s.age(40 * DAY);
+    for night in 0..3 {
+        let out = s.verify(&["--rolling", "30d", "--json"]);
+        let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+        let read = if night == 0 { 3 } else { 1 };
+        assert_eq!(report["points"].as_array().unwrap().len(), read, "{report}");
+        assert_eq!(out.status.code(), Some(18), "{night}: {report}");
+        s.age(DAY);
+    }
+    std::fs::write(&s.files[2], &whole).unwrap();
+    assert_eq!(s.verify(&["--rolling", "30d"]).status.code(), Some(0));
 }
 
 #[test]

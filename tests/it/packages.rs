@@ -177,3 +177,91 @@ fn the_debian_package_has_all_that_is_installed() {
     let missing: Vec<_> = installed.iter().filter(|f| !has(f)).collect();
     assert!(missing.is_empty(), "not in the package: {missing:?}");
 }
+
+/// Runs install.sh for `/usr/local` below `dest`.
+fn install(dest: &Path, args: &[&str]) -> (Option<i32>, String) {
+    let out = Command::new(root().join("contrib/install.sh"))
+        .args(args)
+        .env("DESTDIR", dest)
+        .env("PREFIX", "/usr/local")
+        .env("BINARY", env!("CARGO_BIN_EXE_fleecefs"))
+        .output()
+        .unwrap();
+    (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+fn all_below(dest: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    files_below(dest, &mut found, dest);
+    found.sort();
+    found
+}
+
+fn put(dest: &Path, path: &str, text: &str) {
+    let path = dest.join(path);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, text).unwrap();
+}
+
+/// What others have put is neither overwritten nor removed.
+#[test]
+fn install_sh_leaves_alone_what_it_has_not_put() {
+    let dest = tempfile::tempdir().unwrap();
+    let dest = dest.path();
+    // A program that was copied there.
+    put(dest, "usr/local/bin/fleecefs", "mine");
+    assert_eq!(install(dest, &["--uninstall"]).0, Some(3));
+    let (code, said) = install(dest, &[]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("/usr/local/bin/fleecefs is there"), "{said}");
+    assert_eq!(all_below(dest), ["usr/local/bin/fleecefs"]);
+    std::fs::remove_file(dest.join("usr/local/bin/fleecefs")).unwrap();
+
+    // A completion of somebody's own, and a file where a link would be.
+    let own = "usr/local/share/zsh/site-functions/_fleecefs";
+    put(dest, own, "mine");
+    put(dest, "sbin/mount.fleecefs", "mine");
+    let (code, said) = install(dest, &[]);
+    assert!(said.contains(own) && said.contains("/sbin/mount.fleecefs is there"), "{said}");
+    assert_eq!((code, all_below(dest).len()), (Some(1), 2), "{said}");
+    std::fs::remove_file(dest.join(own)).unwrap();
+    std::fs::remove_file(dest.join("sbin/mount.fleecefs")).unwrap();
+
+    // Another fleecefs, as of a package.
+    put(dest, "usr/bin/fleecefs", "theirs");
+    let link = dest.join("sbin/mount.fuse.fleecefs");
+    std::os::unix::fs::symlink("../usr/bin/fleecefs", &link).unwrap();
+    let before = all_below(dest);
+    for _ in 0..2 {
+        let (code, said) = install(dest, &[]);
+        assert_eq!(code, Some(0), "{said}");
+        assert!(said.contains("mount.fuse.fleecefs leads to ../usr/bin/fleecefs"), "{said}");
+    }
+    assert_eq!(std::fs::read_link(&link).unwrap(), Path::new("../usr/bin/fleecefs"));
+    assert!(all_below(dest).len() > 50);
+    assert_eq!(install(dest, &["--uninstall"]), (Some(0), String::new()));
+    assert_eq!(all_below(dest), before);
+}
+
+/// Version 0.1.0 wrote no list: what it alone has put says that it was there.
+#[test]
+fn install_sh_removes_and_replaces_0_1_0() {
+    for upgraded in [false, true] {
+        let dest = tempfile::tempdir().unwrap();
+        let dest = dest.path();
+        assert_eq!(install(dest, &[]), (Some(0), String::new()));
+        std::fs::remove_file(dest.join("usr/local/share/doc/fleecefs/installed")).unwrap();
+        std::fs::remove_file(dest.join("usr/local/share/doc/fleecefs/fleecefs.toml")).unwrap();
+        for entry in std::fs::read_dir(dest.join("usr/local/lib/systemd/system")).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_name() != "fleecefs@.service" {
+                std::fs::remove_file(entry.path()).unwrap();
+            }
+        }
+        if upgraded {
+            assert_eq!(install(dest, &[]), (Some(0), String::new()));
+        }
+        assert_eq!(install(dest, &["--uninstall"]), (Some(0), String::new()));
+        assert_eq!(all_below(dest), [""; 0]);
+    }
+}

@@ -22,7 +22,7 @@ use super::disks::Survey;
 use super::publish::report::Report;
 use super::run::backup;
 use super::state::journal;
-use super::state::lock::{Lock, real_path, state_folder};
+use super::state::lock::{Lock, real_path, refuse_inside, state_folder};
 pub(crate) use super::target::known_disks::KnownDisks;
 use super::target::reachable;
 use super::target::targets::Targets;
@@ -96,6 +96,7 @@ pub(crate) fn backup_offline(
 ) -> Result<Report> {
     let state = state_folder(&options.state_dir)?;
     let target = real_path(&options.target, "the backup directory")?;
+    refuse_inside(state.path(), &target)?;
     let name = folder_name(&target);
     let _lock = Lock::offline(state.path(), &name)?;
     let failed = |e| Error::io(e, "cannot make a folder for sockets").at_path(state.join(&name));

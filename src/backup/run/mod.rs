@@ -38,7 +38,7 @@ use super::publish::vm;
 use super::recover::{RecoverCause, RecoverContext, wait};
 use super::state::control::{Control, Shared, Status};
 use super::state::journal::{Journal, Record};
-use super::state::lock::{Lock, real_path, state_folder};
+use super::state::lock::{Lock, real_path, refuse_inside, state_folder};
 use super::target::file_mode;
 use super::target::targets::Targets;
 use super::{Options, RequestedLevel, Stopping, Watch, names, now, plan, publish};
@@ -144,9 +144,11 @@ pub(crate) fn backup(
 /// socket goes with QEMU.)
 fn resolved(options: &Options) -> Result<Options> {
     let target = real_path(&options.target, "the backup directory")?;
+    let state_dir = state_folder(&options.state_dir)?.path().to_path_buf();
+    refuse_inside(&state_dir, &target)?;
     Ok(Options {
         qmp: options.qmp.resolved(),
-        state_dir: state_folder(&options.state_dir)?.path().to_path_buf(),
+        state_dir,
         share: file_mode::with_kept(&target, options.share)?,
         target,
         ..options.clone()

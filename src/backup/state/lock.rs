@@ -51,6 +51,20 @@ pub(crate) fn state_folder_if_there(path: &Path) -> Result<Option<Folder>> {
     Ok(Some(there))
 }
 
+/// Refuses a backup directory inside of the state folder: what is in there is the program's, and goes with it. Both are
+/// without links.
+///
+/// # Errors
+/// `Usage`.
+pub(crate) fn refuse_inside(state: &Path, target: &Path) -> Result<()> {
+    if !target.starts_with(state) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Usage, "the backup directory is inside of the state folder")
+        .at_path(target)
+        .remedy("name another one, or another state folder with --state-dir"))
+}
+
 /// The path of `what` without links, as far as it exists.
 ///
 /// # Errors
@@ -227,6 +241,17 @@ pub(crate) fn default_state_dir() -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_backup_directory_is_inside_of_the_state_folder() {
+        let state = Path::new("/var/lib/fleecefs");
+        for bad in ["/var/lib/fleecefs", "/var/lib/fleecefs/live/vm1"] {
+            assert_eq!(refuse_inside(state, Path::new(bad)).unwrap_err().kind(), Kind::Usage);
+        }
+        for good in ["/var/lib", "/var/lib/fleecefs2", "/backups/var/lib/fleecefs"] {
+            refuse_inside(state, Path::new(good)).unwrap();
+        }
+    }
 
     #[test]
     fn a_lock_is_exclusive_and_goes_with_its_holder() {
