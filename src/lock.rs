@@ -22,7 +22,8 @@ const DEPTH: usize = 200;
 /// Locks, held until they are dropped.
 #[derive(Debug)]
 pub struct Locks {
-    _held: Vec<Lock>,
+    /// By the paths of their files.
+    held: BTreeMap<PathBuf, Lock>,
 }
 
 impl Locks {
@@ -47,7 +48,12 @@ impl Locks {
             taken.add_of(&above)?;
         }
         taken.add_below(&folder, DEPTH)?;
-        Ok(Locks { _held: taken.locks.into_values().collect() })
+        Ok(Locks { held: taken.locks })
+    }
+
+    /// The folders for manifests whose locks these are: of all directories that a run on these images may be at.
+    pub(crate) fn folders(&self) -> impl Iterator<Item = &Path> {
+        self.held.keys().filter_map(|file| file.parent())
     }
 }
 

@@ -11,6 +11,7 @@ use super::verbosity;
 use super::writing::finished_but_links;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
+use crate::live::mark;
 use crate::output;
 use crate::rewrite::join;
 use crate::rewrite::join::JoinPlan;
@@ -61,7 +62,8 @@ pub(super) fn run(args: LinkDiskArgs) -> Result<()> {
     }
     // Before a lock is made there.
     let root = backups(&args.dir)?;
-    let _locks = finished_but_links(&root)?;
+    let locks = finished_but_links(&root)?;
+    mark::check_none(&locks)?;
     // Its own is gone on with, by what the user says now.
     join::finish(&root, Some((&args.old, &args.new)), &Bar::default())?;
     let catalog = catalog(&args.dir)?;

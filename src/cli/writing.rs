@@ -12,6 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, ForeignOwner, foreign_owner};
 use crate::job::Work;
 use crate::journal::unfinished;
+use crate::live::mark;
 use crate::lock::Locks;
 use crate::rewrite::join;
 use crate::rewrite::remove::recover;
@@ -21,9 +22,10 @@ use crate::{folder, privileges};
 /// Takes the locks, finishes what an earlier run left, and then reads the directory.
 ///
 /// # Errors
-/// `Busy` if somebody else is writing, or what recovery says.
+/// `Busy` if somebody else is writing, or if a VM of 'live-restore' needs the backup; what recovery says.
 pub(super) fn locked(dir: &Path) -> Result<(Catalog, Locks)> {
     let locks = finished(dir)?;
+    mark::check_none(&locks)?;
     let catalog = paths::catalog(dir)?;
     Ok((catalog, locks))
 }
@@ -48,6 +50,8 @@ pub(super) fn finished_but_links(root: &Path) -> Result<Locks> {
     let locks = Locks::take(root)?;
     let folders: Vec<PathBuf> = unfinished::folders(root);
     if !folders.is_empty() {
+        // What is left may be the removal of what a VM needs.
+        mark::check_none(&locks)?;
         let (bar, cancel) = (Bar::default(), cancel_flag()?);
         let work = Work { cancel: &cancel, progress: &bar, workers: 2, rate: None };
         folders.iter().try_for_each(|f| recover(f, &work))?;

@@ -32,8 +32,16 @@ pub(crate) struct Begun {
     pub format_version: u32,
     /// The digits in the name of the backing file that unfinished images have.
     pub id: String,
+    /// The storage folder: a copy of it is no second VM.
+    pub storage: PathBuf,
     /// The folder with QEMU's sockets and its log.
     pub sockets: PathBuf,
+    /// Where the points are.
+    pub backup: BackupDirectory,
+    /// Whether the VM is another than the one that was backed up.
+    pub new_identity: bool,
+    /// What the user asked for that only the start heeds.
+    pub asked: Vec<String>,
     /// QEMU's arguments, but for the nodes of the disks.
     pub arguments: Vec<String>,
     /// The disks.
@@ -48,6 +56,15 @@ impl Begun {
         let vars = self.vars.iter().map(|v| v.file.as_str());
         self.disks.iter().map(|d| d.file.as_str()).chain(vars)
     }
+}
+
+/// A backup directory, and what tells that it is still the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BackupDirectory {
+    /// Its path, without links.
+    pub root: PathBuf,
+    /// Its id, if it has one.
+    pub uuid: Option<String>,
 }
 
 /// A copy of an empty store of UEFI's variables.
@@ -85,6 +102,21 @@ pub(crate) struct LivePoint {
     pub state_of: Option<String>,
     /// Bytes of the disk.
     pub size: u64,
+    /// All files that it is made of, the lowest first.
+    pub files: Vec<LiveFile>,
+}
+
+/// A file of a point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LiveFile {
+    /// Its path.
+    pub path: String,
+    /// Its length in bytes.
+    pub length: u64,
+    /// When it was last written to, in nanoseconds since the epoch.
+    pub modified: i64,
+    /// As a manifest has it: over its length and both its ends.
+    pub fingerprint: String,
 }
 
 /// A bitmap that records what is written from the start.
@@ -212,12 +244,17 @@ mod tests {
             run: None,
             state_of: None,
             size: 512,
+            files: Vec::new(),
         };
         let disk = HomeDisk { node: "disk0".into(), file: file.into(), point, bitmap: None };
         Begun {
             format_version: 0,
             id: "00".into(),
+            storage: "/h".into(),
             sockets: "/s".into(),
+            backup: BackupDirectory { root: "/b".into(), uuid: None },
+            new_identity: false,
+            asked: Vec::new(),
             arguments: vec!["-m".into()],
             disks: vec![disk],
             vars: None,

@@ -21,14 +21,17 @@
 
 mod copy;
 mod journal;
+pub(crate) mod mark;
 mod nodes;
 mod run;
 mod start;
 mod storage;
 mod surroundings;
 
-pub(crate) use journal::{Begun, CopiedVars, HomeDisk, LivePoint, Recording, Stage};
+pub(crate) use journal::{
+    BackupDirectory, Begun, CopiedVars, HomeDisk, LiveFile, LivePoint, Recording, Stage,
+};
 pub(crate) use nodes::{Base, base_name, shown};
-pub(crate) use run::{Bases, Live, finish, resume, start};
-pub(crate) use storage::Storage;
+pub(crate) use run::{Bases, Live, finish, is_running, resume, start, unprotect};
+pub(crate) use storage::{Storage, check_empty};
 pub(crate) use surroundings::Surroundings;

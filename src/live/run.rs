@@ -9,8 +9,10 @@ use serde_json::{Value, json};
 
 use super::copy::Copying;
 use super::journal::{Begun, Journal, Stage};
+use super::mark;
 use super::nodes::{self, Base, Handed};
 use super::start::{self, AGENT_SOCKET, BACKUP_SOCKET, socket};
+use super::storage::Storage;
 use super::surroundings::{Status, Surroundings};
 use crate::boot::argument;
 use crate::error::{Error, Kind, Result};
@@ -71,8 +73,12 @@ pub(crate) fn start(s: &Surroundings<'_>, begun: Begun, bases: Bases) -> Result<
     s.storage.copy_vars(&begun)?;
     let launched = launch(s, &begun, bases, lock);
     let mut client = launched.or_else(|e| s.storage.clear(&begun).and(Err(e)))?;
-    let ready = add_bitmaps(s, &mut client, &begun).and_then(|()| journal.started());
+    let ready = add_bitmaps(s, &mut client, &begun).and_then(|()| {
+        protect(s, &begun);
+        journal.started()
+    });
     if let Err(e) = ready {
+        unprotect(s, &begun);
         // Its guest has never run. One that does not hear is ended by the next call.
         let _deaf = client.call("quit", json!({}));
         return Err(e);
@@ -90,6 +96,9 @@ pub(crate) fn resume(s: &Surroundings<'_>, begun: Begun, bases: Bases) -> Result
     let journal = s.storage.journal(&begun)?;
     let lock = s.storage.vm_lock()?;
     let is_new = lock.is_some();
+    if !bases.is_empty() {
+        protect(s, &begun);
+    }
     let mut client = match lock {
         None => start::attach(&begun.sockets, s.storage, s.cancel)?,
         Some(lock) => launch(s, &begun, bases, lock)?,
@@ -99,6 +108,14 @@ pub(crate) fn resume(s: &Surroundings<'_>, begun: Begun, bases: Bases) -> Result
         client.execute("cont", json!({}))?;
     }
     Ok(Live { client, journal, begun, started: is_new.then(|| begin.elapsed()) })
+}
+
+/// Whether the VM of the storage folder runs.
+///
+/// # Errors
+/// What the operating system said.
+pub(crate) fn is_running(storage: &Storage) -> Result<bool> {
+    Ok(storage.vm_lock()?.is_none())
 }
 
 /// Copies until no disk needs the backup.
@@ -117,7 +134,27 @@ pub(crate) fn finish(s: &Surroundings<'_>, live: Live) -> Result<()> {
         }
         _ => e,
     })?;
-    journal.done()
+    journal.done()?;
+    unprotect(s, &begun);
+    Ok(())
+}
+
+/// Marks the backup as needed. Where that cannot be, the VM is worth more.
+fn protect(s: &Surroundings<'_>, begun: &Begun) {
+    if let Err(e) = mark::write(begun, s.storage.path()) {
+        let what = "if this command ends early, nothing keeps 'prune' and others from the backup";
+        s.watch.warn(&format!("{what}: {}", e.report()));
+    }
+}
+
+/// Takes the mark away.
+pub(crate) fn unprotect(s: &Surroundings<'_>, begun: &Begun) {
+    // The mark of a folder that this one is a copy of is not ours.
+    if begun.storage == s.storage.path()
+        && let Err(e) = mark::remove(begun)
+    {
+        s.watch.warn(&e.report());
+    }
 }
 
 /// Ends what was made for a guest that never ran.
@@ -134,6 +171,7 @@ fn discard(s: &Surroundings<'_>, old: &Begun) -> Result<()> {
             return Err(still_running());
         }
     }
+    unprotect(s, old);
     s.storage.clear(old)
 }
 

@@ -16,6 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::folder::{self, Folder, Lock};
 use crate::qemu_img::{guest, shown};
+use crate::qmp::socket::Socket;
 use crate::qmp::{Address, Client};
 use crate::text::{path_text, visible};
 
@@ -30,6 +31,8 @@ const LOG: &str = "qemu.log";
 const STARTING: Duration = Duration::from_secs(60);
 /// How long one that was found running may take.
 const ANSWERING: Duration = Duration::from_secs(10);
+/// How long sockets may answer after their QEMU gave up its lock.
+const CLOSING: Duration = Duration::from_secs(2);
 /// How often it is tried.
 const LOOK: Duration = Duration::from_millis(20);
 /// Of its log so much is repeated, in bytes.
@@ -104,6 +107,7 @@ pub(super) fn start(
 ) -> Result<Client> {
     let program = guest::program()?;
     let folder = sockets(path)?;
+    check_unused(path)?;
     let listeners = Listeners::new(&folder)?;
     let failed = |e| Error::io(e, "cannot make QEMU's log").at_path(folder.join(LOG));
     folder.remove_if_there(LOG).map_err(failed)?;
@@ -135,6 +139,22 @@ pub(super) fn start(
         let _ended = child.wait();
     }
     connected
+}
+
+/// A QEMU that has ended closes its sockets after it gave up the lock; another one's stay.
+fn check_unused(path: &Path) -> Result<()> {
+    let deadline = Instant::now() + CLOSING;
+    let address = Address::Unix(path.join(OWN_SOCKET));
+    while !Socket::is_dead(&address) {
+        if Instant::now() >= deadline {
+            let e = Error::new(Kind::Busy, "another VM of 'live-restore' has its sockets there");
+            return Err(e.at_path(path).remedy(
+                "its storage folder was moved: end that VM, or use another folder or --state-dir",
+            ));
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
 }
 
 fn spawn(program: &Path, args: &[OsString], log: File, keep: Vec<RawFd>) -> Result<Child> {

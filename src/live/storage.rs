@@ -9,6 +9,7 @@ use crate::folder::{self, Folder, Lock, Replace};
 use crate::layer::qcow2::create::NewImage;
 use crate::layer::qcow2::header::{Compression, Header};
 use crate::storage::OpenFile;
+use crate::text::path_text;
 
 /// The folder for journal and locks.
 const OWN: &str = ".fleecefs-live";
@@ -71,6 +72,19 @@ impl Storage {
     pub(super) fn vm_lock(&self) -> Result<Option<Lock>> {
         let failed = |e| Error::io(e, "cannot tell whether the VM runs").at_path(self.own.path());
         self.own.lock(VM_LOCK).map_err(failed)
+    }
+
+    /// Fails where what was begun was begun in another folder: this one is a copy, or was moved.
+    ///
+    /// # Errors
+    /// `Changed`.
+    pub(crate) fn check_own(&self, begun: &Begun) -> Result<()> {
+        if begun.storage == self.path() {
+            return Ok(());
+        }
+        let was = path_text(&begun.storage);
+        let e = Error::new(Kind::Changed, format!("this folder is a copy of {was}, or was moved"));
+        Err(e.at_path(self.path()).remedy("move it back, or run the command for that folder"))
     }
 
     /// Begins a journal.
@@ -194,6 +208,23 @@ impl Storage {
         let opened = folder::absent_is_none(self.folder.open_file(&disk.file)).map_err(failed)?;
         let Some(file) = opened else { return Ok(None) };
         Ok(Header::read(&OpenFile::new(&file, &path)?)?.backing_file)
+    }
+}
+
+/// Fails where commands for a person to type would overwrite what is in the folder `path`.
+///
+/// # Errors
+/// `Exists`.
+pub(crate) fn check_empty(path: &Path, begun: &Begun) -> Result<()> {
+    let own = PathBuf::from(OWN);
+    let names = begun.files().map(PathBuf::from).chain([own]).map(|name| path.join(name));
+    match names.into_iter().find(|there| folder::exists(there)) {
+        None => Ok(()),
+        Some(there) => {
+            let what = "the printed commands would overwrite what a VM has written";
+            let e = Error::new(Kind::Exists, what).at_path(there);
+            Err(e.remedy("name another folder, or go on there without --print"))
+        }
     }
 }
 

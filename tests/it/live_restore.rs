@@ -226,12 +226,22 @@ fn a_vm_runs_again_and_its_disks_come_home() {
     // The same command again has nothing to do, whether the backup is there or not.
     let again = home.run(&[]);
     assert!(again.status.success() && stderr(&again).contains("already"), "{}", stderr(&again));
+    // Commands to type would destroy what the guest wrote.
+    let print = home.run(&["--print"]);
+    assert_eq!(print.status.code(), Some(4), "{}", stderr(&print));
+    assert!(print.stdout.is_empty());
     let mut qmp = home.monitor().unwrap();
     let uuid = qmp.execute("query-uuid", json!({}));
     let name = qmp.execute("query-name", json!({}));
     assert_eq!((&uuid["UUID"], &name["name"]), (&UUID.into(), &"vm1".into()));
     drop(qmp);
     home.check("home");
+    assert!(marks(&lost).is_empty());
+    // Shut off by now: the same command starts it again, and needs no backup for that.
+    let again = home.run(&["--memory", "64M"]);
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert!(stderr(&again).contains("--memory 67108864: ignored"), "{}", stderr(&again));
+    home.check("shut off");
 }
 
 /// What is killed at each of these steps leaves a state of its own.
@@ -327,6 +337,98 @@ fn a_qemu_that_ends_is_told_and_an_unfinished_image_is_opened_by_nobody() {
     home.check("again");
 }
 
+/// The marks in the backup directory.
+fn marks(lost: &Lost) -> Vec<PathBuf> {
+    let all = std::fs::read_dir(lost.target().join(".fleecefs")).unwrap().flatten();
+    let is_one = |p: &PathBuf| p.file_name().unwrap().to_str().unwrap().starts_with("live-");
+    all.map(|e| e.path()).filter(is_one).collect()
+}
+
+/// What runs against the backup while the VM lives and no command watches it.
+fn refused_by_the_mark(lost: &Lost) {
+    assert_eq!(marks(lost).len(), 1);
+    let program = |words: &[&str]| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.args(words).arg(lost.target()).output().unwrap()
+    };
+    let consolidate = ["prune", "--keep-last", "1", "--consolidate"];
+    for words in [&consolidate[..3], &consolidate, &["commit"], &["snapshot-rebase"], &["rebase"]] {
+        let out = program(words);
+        assert_eq!(out.status.code(), Some(6), "{words:?}: {}", stderr(&out));
+        assert!(stderr(&out).contains("/.fleecefs/live-restore-"), "{}", stderr(&out));
+    }
+    let other = lost.home("other");
+    let out = other.run(&[]);
+    assert_eq!(out.status.code(), Some(6), "{}", stderr(&out));
+    assert!(stderr(&out).contains("--new-identity") && other.pids().is_empty());
+}
+
+/// A folder that was copied or moved takes over nothing of the VM that runs.
+fn refused_in_copies(home: &Home<'_>) {
+    let mut copy = home.lost.home("copy");
+    run("cp", &["-a", home.path.to_str().unwrap(), copy.path.to_str().unwrap()]);
+    let out = copy.run(&[]);
+    assert_eq!(out.status.code(), Some(13), "{}", stderr(&out));
+    assert!(stderr(&out).contains("a copy of"), "{}", stderr(&out));
+    std::fs::remove_dir_all(&copy.path).unwrap();
+    // Another VM by the first one's name would take its sockets.
+    copy.path = home.path.with_extension("moved");
+    std::fs::rename(&home.path, &copy.path).unwrap();
+    let out = home.run(&[]);
+    assert_eq!(out.status.code(), Some(6), "{}", stderr(&out));
+    std::fs::remove_dir_all(&home.path).unwrap();
+    std::fs::rename(&copy.path, &home.path).unwrap();
+}
+
+#[test]
+fn only_the_same_backup_goes_on() {
+    let Some(lost) = Lost::new("only_the_same_backup_goes_on") else { return };
+    let mut home = lost.home("home");
+    let mut child = stopped(home.command(&[]), "waiting", &lost.m.path("err"));
+    assert!(home.write(&mut home.monitor().unwrap()));
+    home.kill_qemu();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let refused = |mut command: Command| {
+        let out = command.output().unwrap();
+        assert_eq!(out.status.code(), Some(13), "{}", stderr(&out));
+        assert!(home.pids().is_empty());
+    };
+    // Another directory with the same names, sizes, times and bytes: nothing says that it stays so.
+    let (target, other) = (lost.target(), lost.m.path("T2"));
+    run("cp", &["-a", target.to_str().unwrap(), other.to_str().unwrap()]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    command.arg("live-restore").arg(&other).arg("--to").arg(&home.path);
+    command.arg("--state-dir").arg(home.state()).args(["--accel", "tcg"]);
+    refused(command);
+    // The same directory with another file of that name and size, without any manifest that could tell.
+    let image = images(&target.join(FILES[1]))[0].clone();
+    let side = image.parent().unwrap().join(".fleecefs");
+    let away = lost.m.path("side");
+    std::fs::rename(&side, &away).unwrap();
+    let mut bytes = std::fs::read(&image).unwrap();
+    let modified = std::fs::metadata(&image).unwrap().modified().unwrap();
+    let put = |bytes: &[u8], time| {
+        std::fs::write(&image, bytes).unwrap();
+        std::fs::File::options().write(true).open(&image).unwrap().set_modified(time).unwrap();
+    };
+    *bytes.last_mut().unwrap() ^= 1;
+    put(&bytes, modified);
+    refused(home.command(&[]));
+    *bytes.last_mut().unwrap() ^= 1;
+    put(&bytes, modified + std::time::Duration::from_nanos(1));
+    refused(home.command(&[]));
+    put(&bytes, modified);
+    // A manifest is part of what was begun.
+    if side.exists() {
+        std::fs::remove_dir_all(&side).unwrap();
+    }
+    std::fs::rename(&away, &side).unwrap();
+    let child = home.command(&[]).spawn().unwrap();
+    write_while(&mut home, child, "the same");
+    home.check("the same");
+}
+
 #[test]
 fn sigterm_leaves_the_vm_running() {
     let Some(lost) = Lost::new("sigterm_leaves_the_vm_running") else { return };
@@ -338,9 +440,12 @@ fn sigterm_leaves_the_vm_running() {
     let out = child.wait_with_output().unwrap();
     assert_eq!(out.status.code(), Some(130), "{}", stderr(&out));
     assert!(home.write(&mut home.monitor().unwrap()), "the guest does not run");
+    refused_by_the_mark(&lost);
+    refused_in_copies(&home);
     // The new limit is that of the jobs that are at work.
     assert!(home.run(&["--rate-limit", "0"]).status.success());
     home.check("after SIGTERM");
+    assert!(marks(&lost).is_empty());
 }
 
 /// UEFI, with the variables that the VM had, and with empty ones.
@@ -436,8 +541,10 @@ fn after_a_crash_of_qemu_the_next_backup_is_a_full() {
     let more = vec!["--progress".into(), "none".into()];
     let caller = Caller { qmp, state: home.state(), target: lost.target(), more };
     let said = caller.must("auto");
-    assert!(said.contains("bitmap"), "{said}");
-    for (file, expect) in FILES.iter().zip(&home.expect) {
+    // Its bitmap was never written to the image, and this state folder knows of no run.
+    assert!(said.contains("taking a FULL"), "{said}");
+    // Without that bitmap nothing proves which disks they are: their points are under QEMU's names ('link-disk' joins them).
+    for (file, expect) in ["disk0", "disk1"].iter().zip(&home.expect) {
         let newest = points(&caller, file).pop().unwrap();
         assert!(newest.file_name().unwrap().to_str().unwrap().starts_with("FULL-"), "{said}");
         assert_eq!(first_difference(&point(&caller, file, &newest), expect), None, "{file}");
@@ -528,6 +635,7 @@ fn what_cannot_be_meant_is_refused() {
     std::fs::write(home.path.join(FILES[1]), "precious").unwrap();
     for _ in 0..2 {
         assert_eq!(home.run(&[]).status.code(), Some(4));
+        assert_eq!(home.run(&["--print"]).status.code(), Some(4));
         assert_eq!(std::fs::read(home.path.join(FILES[1])).unwrap(), b"precious");
     }
     assert!(!home.path.join(FILES[0]).exists());

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use regex::bytes::Regex;
 
 use crate::boot::{Accel, FirmwareFiles, Kernel, Net, Wanted, WantedBus};
@@ -12,6 +12,7 @@ use crate::cli::shared::JsonArgs;
 use crate::cli::state::StateArgs;
 use crate::cli::verbosity;
 use crate::error::Result;
+use crate::text::path_text;
 use crate::units::{parse_bytes, parse_duration};
 
 /// Boot a backup run as a test VM, and check that it comes up
@@ -121,6 +122,27 @@ pub(in crate::cli) struct HardwareArgs {
 }
 
 impl HardwareArgs {
+    /// The options that were given, as they are repeated to the user.
+    pub(in crate::cli) fn asked(&self) -> Vec<String> {
+        let word = |v: Option<clap::builder::PossibleValue>| v.map(|v| v.get_name().to_string());
+        let path = |p: &Option<PathBuf>| p.as_ref().map(|p| path_text(p).to_string());
+        let all = [
+            ("--bus", word(self.bus.and_then(|b| b.to_possible_value()))),
+            ("--accel", word(self.accel.and_then(|a| a.to_possible_value()))),
+            ("--bios", self.bios.then(String::new)),
+            ("--uefi", self.uefi.then(String::new)),
+            ("--firmware", path(&self.firmware)),
+            ("--firmware-vars", path(&self.firmware_vars)),
+            ("--kernel", path(&self.kernel)),
+            ("--initrd", path(&self.initrd)),
+            ("--append", self.append.clone()),
+        ];
+        let given = |(name, value): (&str, Option<String>)| {
+            Some(format!("{name} {}", value?).trim_end().to_string())
+        };
+        all.into_iter().filter_map(given).collect()
+    }
+
     /// What the user wants of it; nothing is said of memory, processors, network and identity.
     ///
     /// # Errors

@@ -53,7 +53,7 @@ pub(in crate::cli) struct LiveRestoreArgs {
     cpus: Option<u32>,
     /// Give the guest a UUID and MACs of its own: the original runs
     #[arg(long)]
-    new_identity: bool,
+    pub(super) new_identity: bool,
     #[command(flatten)]
     hardware: HardwareArgs,
     /// Print the commands that do the same, and do nothing
@@ -105,6 +105,21 @@ impl LiveRestoreArgs {
             stop_on_errors: true,
             ..self.hardware.wanted()?
         })
+    }
+
+    /// What only the start of the VM heeds, an option each, as it is repeated to the user.
+    pub(super) fn asked(&self) -> Vec<String> {
+        let number = |name: &str, value: Option<String>| value.map(|v| format!("{name} {v}"));
+        let net = self.net.to_possible_value();
+        let net = net.filter(|_| self.net != LiveNet::None);
+        let all = [
+            number("--net", net.map(|v| v.get_name().to_string())),
+            number("--memory", self.memory.map(|n| n.to_string())),
+            number("--cpus", self.cpus.map(|n| n.to_string())),
+            self.new_identity.then(|| "--new-identity".to_string()),
+        ];
+        let more = (!self.more.is_empty()).then(|| format!("-- {}", self.more.join(" ")));
+        all.into_iter().flatten().chain(self.hardware.asked()).chain(more).collect()
     }
 
     /// Whether QEMU's own networks are wanted.

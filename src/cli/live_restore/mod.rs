@@ -16,6 +16,7 @@ use super::{one_run, work};
 use crate::backup::Watch;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
+use crate::live::mark;
 use crate::live::{self, Bases, Begun, HomeDisk, Live, Stage, Storage, Surroundings};
 use crate::lock::Locks;
 use crate::mount::check_outside;
@@ -50,11 +51,12 @@ fn watched(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<()> {
     let s =
         Surroundings { storage: &storage, watch: console, cancel: &cancel, rate: args.rate_limit };
     let (live, _locks) = match storage.begun()? {
-        Some((begun, Stage::Done)) => {
-            console.say("the disks are at home in this folder already: nothing is to be done");
+        Some((begun, Stage::Done)) if live::is_running(&storage)? => {
+            live::unprotect(&s, &begun);
+            console.say("the disks are at home in this folder already, and the VM runs: nothing is to be done");
             return tell_result(console, &storage, &begun);
         }
-        Some((begun, Stage::Started)) => go_on(args, &s, begun)?,
+        Some((begun, Stage::Started | Stage::Done)) => go_on(args, &s, begun)?,
         Some((_, Stage::Prepared)) | None => begin(args, &s, console)?,
     };
     tell_start(console, &live);
@@ -72,7 +74,9 @@ fn begin(
 ) -> Result<(Live, Option<Locks>)> {
     let locks = keep(&backups(&args.dir)?, console)?;
     let catalog = catalog(&args.dir)?;
-    let planned = plan(args, &one_run::find(&catalog, &args.points)?, s.storage.path())?;
+    let run = one_run::find(&catalog, &args.points)?;
+    let planned = plan(args, &catalog, &run, s.storage.path())?;
+    mark::check_first(&planned.begun, s.storage.path())?;
     planned.notes.iter().for_each(|note| console.say(note));
     let bases = planned.bases()?;
     Ok((live::start(s, planned.begun, bases)?, locks))
@@ -84,6 +88,10 @@ fn go_on(
     s: &Surroundings<'_>,
     begun: Begun,
 ) -> Result<(Live, Option<Locks>)> {
+    s.storage.check_own(&begun)?;
+    for option in args.asked().iter().filter(|o| !begun.asked.contains(o)) {
+        s.watch.warn(&format!("{option}: ignored: the VM goes on as it was started"));
+    }
     let mut needing: Vec<&HomeDisk> = Vec::new();
     for disk in &begun.disks {
         if s.storage.needs_backup(&begun, disk)? {
@@ -97,7 +105,7 @@ fn go_on(
             let locks = keep(&backups(&args.dir)?, s.watch)?;
             let catalog = catalog(&args.dir)?;
             check_same(args, &catalog, &begun)?;
-            (bases_of(&catalog, &needing)?, locks)
+            (bases_of(&catalog, &begun, &needing)?, locks)
         }
     };
     Ok((live::resume(s, begun, bases)?, locks))
@@ -170,7 +178,9 @@ fn tell_result(console: &Console, storage: &Storage, begun: &Begun) -> Result<()
 /// Prints what does the same.
 fn print(args: &LiveRestoreArgs, to: &Path) -> Result<()> {
     let catalog = catalog(&args.dir)?;
-    let Planned { begun, graphs, .. } = plan(args, &one_run::find(&catalog, &args.points)?, to)?;
+    let run = one_run::find(&catalog, &args.points)?;
+    let Planned { begun, graphs, .. } = plan(args, &catalog, &run, to)?;
+    live::check_empty(to, &begun)?;
     let lines = live::shown(to, &begun, &graphs)?;
     output::print_as_is(format!("{}\n", lines.join("\n")).as_bytes())
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::args::LiveRestoreArgs;
 use crate::backup::names::{parse_bitmap, random_hex};
+use crate::backup::target::target_id::stored_id;
 use crate::boot::{self, Vm};
 use crate::chain::{Catalog, Disk};
 use crate::cli::boot::prepared;
@@ -21,7 +22,11 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Access, PlainName};
 use crate::image::{Cache, open_point};
 use crate::layer::LayerSpec;
-use crate::live::{Base, Bases, Begun, CopiedVars, HomeDisk, LivePoint, Recording, base_name};
+use crate::live::{
+    BackupDirectory, Base, Bases, Begun, CopiedVars, HomeDisk, LiveFile, LivePoint, Recording,
+    base_name,
+};
+use crate::manifest::fingerprint_of;
 use crate::storage::SourceFile;
 use crate::text::{path_text, to_text};
 
@@ -79,7 +84,12 @@ fn files(stack: &[LayerSpec]) -> Result<Vec<(PathBuf, File)>> {
 ///
 /// # Errors
 /// A point is not available, or QEMU cannot read its files; as [`Vm::plan`].
-pub(super) fn plan(args: &LiveRestoreArgs, run: &OneRun<'_>, storage: &Path) -> Result<Planned> {
+pub(super) fn plan(
+    args: &LiveRestoreArgs,
+    catalog: &Catalog,
+    run: &OneRun<'_>,
+    storage: &Path,
+) -> Result<Planned> {
     let prepared = prepared(&args.wanted()?, run)?;
     let vm = &prepared.vm;
     let sources = vm.sources();
@@ -89,6 +99,7 @@ pub(super) fn plan(args: &LiveRestoreArgs, run: &OneRun<'_>, storage: &Path) -> 
     let files = file_names(&chosen);
     for (((node, chosen), stack), file) in nodes.zip(&chosen).zip(&prepared.stacks).zip(files) {
         graphs.push(boot::graph(stack, &base_name(&node)).map_err(by_restore)?);
+        let point = point_of(chosen, stack)?;
         let bitmap = match recording(chosen) {
             Ok(bitmap) => Some(bitmap),
             Err(why) => {
@@ -100,12 +111,16 @@ pub(super) fn plan(args: &LiveRestoreArgs, run: &OneRun<'_>, storage: &Path) -> 
                 None
             }
         };
-        disks.push(HomeDisk { node, file, point: point_of(chosen), bitmap });
+        disks.push(HomeDisk { node, file, point, bitmap });
     }
     let begun = Begun {
         format_version: 0,
         id: random_hex(ID_BYTES)?,
+        storage: storage.to_path_buf(),
         sockets: sockets(&args.state.dir()?, storage),
+        backup: directory(&catalog.root)?,
+        new_identity: args.new_identity,
+        asked: args.asked(),
         arguments: arguments(args, vm)?,
         disks,
         vars: copied_vars(vm),
@@ -117,18 +132,24 @@ pub(super) fn plan(args: &LiveRestoreArgs, run: &OneRun<'_>, storage: &Path) -> 
 ///
 /// # Errors
 /// `NotFound` or `Incomplete` if a point is not there any more; `Changed` if it is another.
-pub(super) fn bases_of(catalog: &Catalog, disks: &[&HomeDisk]) -> Result<Bases> {
+pub(super) fn bases_of(catalog: &Catalog, begun: &Begun, disks: &[&HomeDisk]) -> Result<Bases> {
+    if directory(&catalog.root)? != begun.backup {
+        let e = Error::new(Kind::Changed, "the VM of this folder was started from another backup");
+        let own = path_text(&begun.backup.root);
+        return Err(e.at_path(&catalog.root).remedy(format!("name {own}, as it was then")));
+    }
     let mut bases = Bases::new();
     for home in disks {
         let (disk, point) = catalog.find(&Path::new(&home.point.disk).join(&home.point.name))?;
         let run = one_run::of_points(vec![(disk, point)])?;
         let Some(chosen) = run.points.first() else { continue };
-        if point_of(chosen) != home.point {
-            let e = Error::new(Kind::Changed, "this is not the point that the VM began as");
-            return Err(e.at_path(&chosen.disk.points[point].source));
-        }
         open_point(disk, point, &Cache::new(CACHE_SIZE))?;
         let stack = disk.stack(point);
+        if point_of(chosen, &stack)? != home.point {
+            let e = Error::new(Kind::Changed, "this is not the point that the VM began as");
+            let e = e.at_path(&chosen.disk.points[point].source);
+            return Err(e.remedy("put its files back as they were, with their times"));
+        }
         let graph = boot::graph(&stack, &base_name(&home.node)).map_err(by_restore)?;
         bases.insert(home.node.clone(), Base { graph, files: files(&stack)? });
     }
@@ -143,16 +164,35 @@ fn by_restore(e: Error) -> Error {
     }
 }
 
-fn point_of(chosen: &ChosenPoint<'_>) -> LivePoint {
+fn directory(root: &Path) -> Result<BackupDirectory> {
+    Ok(BackupDirectory { root: root.to_path_buf(), uuid: stored_id(root)? })
+}
+
+/// A layer's file, with what tells it from any other.
+fn live_file(source: &SourceFile) -> Result<LiveFile> {
+    let failed = |e| Error::io(e, "cannot read the image").at_path(source.path());
+    let identity = source.identity();
+    let fingerprint = fingerprint_of(&*source.file()?).map_err(failed)?;
+    Ok(LiveFile {
+        path: to_text(source.path().as_os_str()),
+        length: identity.size,
+        modified: i64::try_from(identity.mtime).unwrap_or(i64::MAX),
+        fingerprint,
+    })
+}
+
+fn point_of(chosen: &ChosenPoint<'_>, stack: &[LayerSpec]) -> Result<LivePoint> {
     let point = &chosen.disk.points[chosen.point];
     let manifest = chosen.manifest.as_ref();
-    LivePoint {
+    let all = stack.iter().flat_map(|layer| [Some(&layer.file), layer.data_file.as_ref()]);
+    Ok(LivePoint {
         disk: to_text(chosen.disk.path.as_os_str()),
         name: point.name.clone(),
         run: manifest.map(|m| m.run.clone()),
         state_of: manifest.and_then(|m| m.state_of.clone()),
         size: point.size,
-    }
+        files: all.flatten().map(|source| live_file(source)).collect::<Result<_>>()?,
+    })
 }
 
 /// The bitmap that the next backup looks for on a disk which is as the point was; why there is none otherwise.
