@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 use crate::lock::Locks;
 use crate::manifest::FOLDER;
-use crate::text::{path_text, to_text};
+use crate::text::{json, path_text, to_text};
 
 /// Around the id in its name.
 const PREFIX: &str = "live-restore-";
@@ -78,10 +78,10 @@ pub(super) fn write(begun: &Begun, storage: &Path) -> Result<()> {
         new_identity: begun.new_identity,
         points: begun.disks.iter().map(point).collect(),
     };
-    let bytes = serde_json::to_vec(&mark).map_err(|e| failed(e.into()))?;
+    let bytes = json(&mark).map_err(|e| failed(e.into()))?;
     let side = Folder::open(&begun.backup.root).and_then(|f| f.make_folder(FOLDER));
     let side = side.map_err(failed)?;
-    side.write_whole(name(begun), &bytes).and_then(|()| side.sync()).map_err(failed)
+    side.write_whole(name(begun), bytes.as_bytes()).and_then(|()| side.sync()).map_err(failed)
 }
 
 /// Removes it, if it is there.

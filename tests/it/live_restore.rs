@@ -430,6 +430,30 @@ fn only_the_same_backup_goes_on() {
 }
 
 #[test]
+fn a_point_that_is_known_to_be_unsound_is_not_started() {
+    let test = "a_point_that_is_known_to_be_unsound_is_not_started";
+    let Some(lost) = Lost::new(test) else { return };
+    let home = lost.home("home");
+    let image = images(&lost.target().join(FILES[1]))
+        .into_iter()
+        .find(|p| p.file_name().is_some_and(|n| n.to_str().unwrap().starts_with("INC-")));
+    let image = image.unwrap();
+    let mut bytes = std::fs::read(&image).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&image, &bytes).unwrap();
+    let mut verify = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    verify.arg("verify").arg("--state-dir").arg(home.state()).arg(lost.target());
+    let verified = verify.output().unwrap();
+    assert!(!verified.status.success());
+    let out = home.run(&[]);
+    assert!(!out.status.success() && home.pids().is_empty());
+    let said = stderr(&out);
+    assert!(said.contains("newest sound point is o.qcow2/FULL-"), "{said}");
+    let child = tied(&mut home.command(&["--force"])).spawn().unwrap();
+    assert!(child.wait_with_output().unwrap().status.success());
+}
+
+#[test]
 fn sigterm_leaves_the_vm_running() {
     let Some(lost) = Lost::new("sigterm_leaves_the_vm_running") else { return };
     let mut home = lost.home("home");
@@ -543,8 +567,13 @@ fn after_a_crash_of_qemu_the_next_backup_is_a_full() {
     let said = caller.must("auto");
     // Its bitmap was never written to the image, and this state folder knows of no run.
     assert!(said.contains("taking a FULL"), "{said}");
-    // Without that bitmap nothing proves which disks they are: their points are under QEMU's names ('link-disk' joins them).
-    for (file, expect) in ["disk0", "disk1"].iter().zip(&home.expect) {
+    // Without that bitmap nothing proves which disks they are: they get folders of their own ('link-disk' joins them).
+    let all = std::fs::read_dir(lost.target()).unwrap().flatten();
+    let mut new: Vec<String> = all.map(|e| e.file_name().into_string().unwrap()).collect();
+    new.retain(|n| !FILES.contains(&n.as_str()) && !points(&caller, n).is_empty());
+    new.sort();
+    assert_eq!(new.len(), 2, "{new:?}");
+    for (file, expect) in new.iter().zip(&home.expect) {
         let newest = points(&caller, file).pop().unwrap();
         assert!(newest.file_name().unwrap().to_str().unwrap().starts_with("FULL-"), "{said}");
         assert_eq!(first_difference(&point(&caller, file, &newest), expect), None, "{file}");

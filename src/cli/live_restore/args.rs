@@ -56,6 +56,9 @@ pub(in crate::cli) struct LiveRestoreArgs {
     pub(super) new_identity: bool,
     #[command(flatten)]
     hardware: HardwareArgs,
+    /// Start it also from a point that 'list' calls UNSOUND
+    #[arg(long)]
+    pub(super) force: bool,
     /// Print the commands that do the same, and do nothing
     #[arg(long)]
     pub print: bool,

@@ -11,17 +11,21 @@ use serde_json::json;
 
 use self::plan::{Planned, bases_of, plan};
 use super::console::Console;
+use super::one_run::OneRun;
 use super::paths::{backups, catalog, to_make};
 use super::{one_run, work};
 use crate::backup::Watch;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::live::mark;
 use crate::live::{self, Bases, Begun, HomeDisk, Live, Stage, Storage, Surroundings};
 use crate::lock::Locks;
 use crate::mount::check_outside;
 use crate::output;
 use crate::text::{path_text, to_text};
+use crate::verify::Outcome;
+use crate::verify::last_verified::Memory;
 pub(super) use args::LiveRestoreArgs;
 
 /// What nobody but the user can do after a failure.
@@ -75,6 +79,10 @@ fn begin(
     let locks = keep(&backups(&args.dir)?, console)?;
     let catalog = catalog(&args.dir)?;
     let run = one_run::find(&catalog, &args.points)?;
+    if !args.force {
+        check_sound(&args.state.dir()?, &catalog, &run)?;
+    }
+    warn_of_service(s.watch);
     let planned = plan(args, &catalog, &run, s.storage.path())?;
     mark::check_first(&planned.begun, s.storage.path())?;
     planned.notes.iter().for_each(|note| console.say(note));
@@ -109,6 +117,41 @@ fn go_on(
         }
     };
     Ok((live::resume(s, begun, bases)?, locks))
+}
+
+/// Fails for a point of which `verify` has found an error.
+fn check_sound(state: &Path, catalog: &Catalog, run: &OneRun<'_>) -> Result<()> {
+    let memory = Memory::read(state, catalog);
+    for chosen in &run.points {
+        let known = memory.of(chosen.disk);
+        let is = |i: usize, outcome: Outcome| {
+            known.get(i).copied().flatten().is_some_and(|l| l.outcome == outcome && !l.changed)
+        };
+        if !is(chosen.point, Outcome::Unsound) {
+            continue;
+        }
+        let points = &chosen.disk.points;
+        let sound = (0..points.len()).filter(|i| is(*i, Outcome::Sound));
+        let remedy = match sound.max_by_key(|i| points[*i].time) {
+            Some(i) => {
+                let sound = path_text(&chosen.disk.path.join(&points[i].name)).to_string();
+                format!("the newest sound point is {sound}; --force starts the VM all the same")
+            }
+            None => "no point is known to be sound; --force starts the VM all the same".into(),
+        };
+        let e = Error::new(Kind::Corrupt, "'verify' has found an error in this point");
+        return Err(e.at_path(&points[chosen.point].source).remedy(remedy));
+    }
+    Ok(())
+}
+
+/// A service's processes end with it, QEMU among them.
+fn warn_of_service(watch: &dyn Watch) {
+    let groups = folder::system::text(Path::new("/proc/self/cgroup")).unwrap_or_default();
+    if groups.lines().any(|line| line.ends_with(".service")) {
+        let what = "this is a systemd unit, and the VM ends with it";
+        watch.warn(&format!("{what}: call it by 'systemd-run --scope'"));
+    }
 }
 
 /// A run that is named has to be the one that was begun; the newest may be another by now.
