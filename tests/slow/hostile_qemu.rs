@@ -212,10 +212,12 @@ fn run_watched(mut c: Command, case: &str) -> End {
     }
 }
 
-/// The most memory that a process has had so far, in KiB. (What wait4 tells counts that of its
-/// parent as well, from before the program was started.)
+/// The most memory that the program has had so far, in KiB. (What wait4 tells counts that of its
+/// parent as well, from before the program was started; so does this for a moment in which the
+/// process has neither the program's name nor its memory.)
 fn peak(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.strip_prefix("Name:\tfleecefs\n")?;
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
