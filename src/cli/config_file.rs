@@ -32,13 +32,21 @@ impl ConfigFileArgs {
     /// # Errors
     /// As [`config::load`].
     pub(super) fn load(&self, program: Program) -> Result<Config> {
+        let config = self.read(program)?;
+        config.notes.iter().for_each(|note| log::info!("{note}"));
+        Ok(config)
+    }
+
+    /// As [`Self::load`]; what was passed over is for the caller to tell.
+    ///
+    /// # Errors
+    /// As [`config::load`].
+    pub(super) fn read(&self, program: Program) -> Result<Config> {
         let file = match &self.config_file {
             Some(path) => ConfigFile::named(path),
             None => ConfigFile::usual()?,
         };
-        let config = config::load(&file, &program())?;
-        config.notes.iter().for_each(|note| log::info!("{note}"));
-        Ok(config)
+        config::load(&file, &program())
     }
 }
 

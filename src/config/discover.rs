@@ -29,9 +29,17 @@ pub(super) fn found(pattern: &str, notes: &mut Vec<String>) -> Vec<Found> {
         None => (after, None),
     };
     let above = PathBuf::from(format!("{above}/"));
-    let Ok(real) = folder::resolve(&above) else { return Vec::new() };
+    let entries = folder::resolve(&above).and_then(|r| folder::entries(&r).map(|all| (r, all)));
+    let (real, entries) = match entries {
+        Ok(both) => both,
+        Err(e) => {
+            notes
+                .push(format!("discover: {pattern}: nothing is found: {}: {e}", path_text(&above)));
+            return Vec::new();
+        }
+    };
     let mut found = Vec::new();
-    for entry in folder::entries(&real).unwrap_or_default().into_iter().take(MOST_NAMES) {
+    for entry in entries.into_iter().take(MOST_NAMES) {
         let bytes = entry.name.as_bytes();
         let inner = bytes.strip_prefix(begin.as_bytes());
         let inner = inner.and_then(|b| b.strip_suffix(end.as_bytes()));

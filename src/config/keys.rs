@@ -18,6 +18,11 @@ pub(super) const LEFT_OUT: &[(&str, &[&str], &str)] = &[
     ),
     ("backup", &["dry_run", "progress", "progress_interval"], "'backup --all' has its own"),
     ("backup", &["include_raw"], "has no effect"),
+    (
+        "backup",
+        &["init"],
+        "every night it would begin a new target below a mount point that is not mounted",
+    ),
     ("prune", &["consolidate"], "the key 'consolidate' is on where there are rules"),
     ("prune", &["force", "dry_run", "json"], "decided by hand"),
     ("verify", &["quick"], "the key 'verify' says it"),

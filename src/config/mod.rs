@@ -20,12 +20,10 @@ mod keys;
 mod place;
 mod problem;
 mod read;
+mod same;
 mod settings;
 mod values;
 mod vm;
-
-use std::collections::BTreeMap;
-use std::path::Path;
 
 use clap::Command;
 
@@ -109,12 +107,19 @@ pub(crate) fn load(file: &ConfigFile, program: &Command) -> Result<Config> {
         (reader.main(), f.path)
     });
     let mut read = main.map_or_else(MainFile::default, |(main, _)| main);
-    for (name, f) in &vm_files {
-        if let Err(why) = values::vm_name(name) {
-            problems.push(Problem { place: Place::file(&f.path), message: why, vm: None });
-            continue;
-        }
-        let table = Reader::new((&f.path, &f.text), &keys, &mut problems).vm(name);
+    for (name, path, text) in &vm_files {
+        let whole = |message| Problem { place: Place::file(path), message, vm: Some(name.clone()) };
+        let table = match (values::vm_name(name), text) {
+            (Ok(()), Ok(f)) => Reader::new((&f.path, &f.text), &keys, &mut problems).vm(name),
+            (Err(why), _) => {
+                problems.push(whole(why));
+                VmTable::empty(Place::file(path))
+            }
+            (_, Err(e)) => {
+                problems.push(whole(e.report()));
+                VmTable::empty(Place::file(path))
+            }
+        };
         if let Some(there) = read.vms.get(name) {
             let message = format!("VM {name} is also in {}", there.place);
             problems.push(Problem { place: table.place, message, vm: Some(name.clone()) });
@@ -125,6 +130,7 @@ pub(crate) fn load(file: &ConfigFile, program: &Command) -> Result<Config> {
     let mut notes = Vec::new();
     discovered(&mut read, &mut notes);
     let vms = merged(&read, &keys, program, &mut problems);
+    notes.extend(same::nested(&vms));
     problems.sort_by(|a, b| (&a.place, &a.message).cmp(&(&b.place, &b.message)));
     problems.dedup();
     Ok(Config { vms, problems, notes, parallel: read.parallel })
@@ -139,10 +145,7 @@ fn discovered(read: &mut MainFile, notes: &mut Vec<String>) {
                 value: Value::Text(socket.to_string()),
                 source: Source::Discovered(place.clone()),
             };
-            let table = read
-                .vms
-                .entry(found.name)
-                .or_insert_with(|| VmTable { place: place.clone(), settings: Settings::new() });
+            let table = read.vms.entry(found.name).or_insert_with(|| VmTable::empty(place.clone()));
             table.settings.entry("qmp".into()).or_insert(own);
         }
     }
@@ -155,38 +158,29 @@ fn merged(read: &MainFile, keys: &Keys, program: &Command, problems: &mut Vec<Pr
         problems.push(Problem { place: table.place.clone(), message, vm: None });
     }
     for (name, table) in read.vms.iter().take(MOST_VMS) {
-        let mut vm = Vm::new((name, table.place.clone()), &table.settings, &read.defaults, keys);
+        // A name that is none becomes part of no path and of no command.
+        let safe = match values::vm_name(name) {
+            Ok(()) => None,
+            Err(_) => Some(without_name(&read.defaults)),
+        };
+        let defaults = safe.as_ref().unwrap_or(&read.defaults);
+        let mut vm = Vm::new((name, table.place.clone()), &table.settings, defaults, keys);
         // A key that could not be read may be the one that is missing.
         let is_known = problems.iter().any(|p| p.vm.as_ref().is_none_or(|of| of == name));
         let wrong = vm.check(program);
-        if !is_known && vm.is_enabled() {
+        if !is_known {
             problems.extend(wrong);
         }
         vms.push(vm);
     }
-    problems.extend(same_targets(&vms));
+    problems.extend(same::targets(&vms));
+    problems.extend(same::sources(&vms));
     vms
 }
 
-/// Two VMs that write to one directory by mistake: without `shared` a backup refuses that.
-fn same_targets(vms: &[Vm]) -> Vec<Problem> {
-    let mut seen: BTreeMap<&Path, &Vm> = BTreeMap::new();
-    let mut problems = Vec::new();
-    for vm in vms.iter().filter(|vm| vm.is_enabled() && !vm.is_on("shared")) {
-        let Some(target) = vm.target() else { continue };
-        if let Some(first) = seen.insert(target, vm) {
-            let message = format!(
-                "VM {} has the target of VM {}: {} (use {{vm}} in it, or shared = true)",
-                vm.name,
-                first.name,
-                path_text(target)
-            );
-            problems.push(Problem {
-                place: vm.place_of("target"),
-                message,
-                vm: Some(vm.name.clone()),
-            });
-        }
-    }
-    problems
+/// The settings in whose texts the VM's name is not.
+fn without_name(settings: &Settings) -> Settings {
+    let named = |value: &Value| value.map(|text| text.replace(read::VM, "")) != *value;
+    let all = settings.iter().filter(|(_, s)| !named(&s.value));
+    all.map(|(key, s)| (key.clone(), s.clone())).collect()
 }

@@ -34,7 +34,10 @@ pub(super) struct ConfigText {
 }
 
 /// What was read: the main file, and those of VMs by name.
-pub(super) type ConfigTexts = (Option<ConfigText>, Vec<(String, ConfigText)>);
+pub(super) type ConfigTexts = (Option<ConfigText>, Vec<VmFile>);
+
+/// A VM's name, its file, and its text; or why that cannot be read.
+pub(super) type VmFile = (String, PathBuf, Result<ConfigText>);
 
 /// Where the configuration is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,7 +89,7 @@ impl ConfigFile {
         Ok((main, vms))
     }
 
-    fn vm_files(&self) -> Result<Vec<(String, ConfigText)>> {
+    fn vm_files(&self) -> Result<Vec<VmFile>> {
         let path = self.path.with_file_name(VMS);
         let failed = |e| Error::io(e, "cannot read the configuration").at_path(&path);
         let Some(real) = folder::absent_is_none(folder::resolve(&path)).map_err(failed)? else {
@@ -96,10 +99,12 @@ impl ConfigFile {
         let mut names = Vec::new();
         for entry in Folder::open(&real).and_then(|f| f.entries()).map_err(failed)? {
             // Copies that editors and packagers leave have other names.
-            let name = entry.name.to_str().and_then(|n| n.strip_suffix(ENDING));
-            let Some(name) = name.filter(|n| !n.starts_with('.')) else { continue };
+            let shown = entry.name.to_string_lossy().into_owned();
+            let Some(name) = shown.strip_suffix(ENDING).filter(|n| !n.starts_with('.')) else {
+                continue;
+            };
             if matches!(entry.kind, EntryKind::File | EntryKind::Link) {
-                names.push(name.to_string());
+                names.push((name.to_string(), path.join(&entry.name)));
             }
         }
         if names.len() > MOST_FILES {
@@ -107,13 +112,14 @@ impl ConfigFile {
             return Err(Error::new(Kind::Unsupported, what).at_path(&path));
         }
         names.sort();
-        let read = |name: String| {
-            let shown = path.join(format!("{name}{ENDING}"));
+        // One that cannot be read is its VM's affair.
+        let read = |(name, shown): (String, PathBuf)| {
             let real = folder::resolve(&shown)
-                .map_err(|e| Error::io(e, "cannot find the configuration").at_path(&shown))?;
-            Ok((name, text(&real, &shown)?))
+                .map_err(|e| Error::io(e, "cannot find the configuration").at_path(&shown));
+            let text = real.and_then(|real| text(&real, &shown));
+            (name, shown, text)
         };
-        names.into_iter().map(read).collect()
+        Ok(names.into_iter().map(read).collect())
     }
 }
 

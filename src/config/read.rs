@@ -21,6 +21,13 @@ pub(super) struct VmTable {
     pub settings: Settings,
 }
 
+impl VmTable {
+    /// Nothing is set, or nothing could be read.
+    pub(super) fn empty(place: Place) -> Self {
+        VmTable { place, settings: Settings::new() }
+    }
+}
+
 /// What the main file says.
 #[derive(Debug, Default)]
 pub(super) struct MainFile {
@@ -128,17 +135,22 @@ impl<'a> Reader<'a> {
         for (name, item) in table {
             let vm = name.get_ref().to_string();
             let at = start(name.span());
+            self.vm = Some(vm.clone());
             if let Err(why) = vm_name(&vm) {
                 self.problem(at, format!("vms.{vm}: {why}"));
+                vms.insert(vm, VmTable::empty(self.place(at)));
+                self.vm = None;
                 continue;
             }
-            self.vm = Some(vm.clone());
             match item.get_ref() {
                 DeValue::Table(inner) => {
                     let (place, settings) = (self.place(at), self.settings(inner));
                     vms.insert(vm, VmTable { place, settings });
                 }
-                other => self.wrong_type(name, item, "a table", other),
+                other => {
+                    self.wrong_type(name, item, "a table", other);
+                    vms.insert(vm, VmTable::empty(self.place(at)));
+                }
             }
             self.vm = None;
         }
@@ -263,7 +275,14 @@ impl<'a> Reader<'a> {
             DeValue::String(text) => text.to_string(),
             // Permissions are octal on the command line, too.
             DeValue::Integer(n) if n.radix() == 8 && key.long() == "mode" => n.as_str().to_string(),
-            DeValue::Integer(n) => decimal(n)?,
+            DeValue::Integer(n) => match decimal(n) {
+                Some(text) => text,
+                None => {
+                    let what = format!("{}: the number is too large", key.name);
+                    self.problem(start(item.span()), what);
+                    return None;
+                }
+            },
             _ => return self.not_a_value(key, item),
         };
         let wrong = match text.contains('\0') {

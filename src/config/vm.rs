@@ -87,6 +87,15 @@ impl Vm {
         }
     }
 
+    /// A text, or all texts of a list.
+    pub(super) fn texts(&self, key: &str) -> &[String] {
+        match self.value(key) {
+            Some(Value::Text(text)) => std::slice::from_ref(text),
+            Some(Value::List(list)) => list,
+            _ => &[],
+        }
+    }
+
     /// Commands.
     pub(crate) fn commands(&self, key: &str) -> &[Vec<String>] {
         match self.value(key) {

@@ -120,12 +120,16 @@ fn one_that_is_off_and_one_that_hangs_stop_no_other() {
     setup.write(&format!(
         "[defaults]\ntarget = \"{{dir}}/T/{{vm}}\"\n[vms.dead]\nqmp = \"{{dir}}/dead.sock\"\n\
          [vms.good]\nqmp = \"{}\"\n[vms.hung]\nqmp = \"{{dir}}/hung.sock\"\n\
-         [vms.wrong]\nqmp = \"/x\"\nlevle = \"inc\"\n[vms.later]\nqmp = \"/y\"\nenabled = false\n",
+         [vms.wrong]\nqmp = \"/x\"\nlevle = \"inc\"\n[vms.later]\nqmp = \"/y\"\nenabled = false\n\
+         [vms.lost]\nqmp = \"{{dir}}/no/lost.sock\"\n[vms.none]\nqmp = \"{{dir}}/none.sock\"\n",
         m.text("qmp.sock")
     ));
+    std::fs::create_dir(setup.path("vms.d")).unwrap();
+    std::os::unix::fs::symlink("nowhere", setup.path("vms.d/dangling.toml")).unwrap();
+    std::fs::write(setup.path("vms.d/bad name.toml"), "").unwrap();
     let (code, printed, said) = setup.run(&["--all"]);
     assert_eq!(code, Some(16), "{printed}\n{said}");
-    assert_eq!(printed["vms"].as_array().unwrap().len(), 4, "{printed}");
+    assert_eq!(printed["vms"].as_array().unwrap().len(), 8, "{printed}");
     let good = row(&printed, "good");
     assert_eq!((&good["result"], good["failures"].as_array().unwrap().len()), (&"ok".into(), 0));
     let points = good["points"].as_array().unwrap();
@@ -134,9 +138,17 @@ fn one_that_is_off_and_one_that_hangs_stop_no_other() {
     for disk in ["a.qcow2", "o.qcow2"] {
         assert_eq!(images(&setup.path("T/good").join(disk)).len(), 1);
     }
+    let lost = row(&printed, "lost");
+    assert_eq!((&lost["result"], &lost["exit_code"]), (&"failed".into(), &3.into()), "{lost}");
+    for bad in ["dangling", "bad name"] {
+        let bad = row(&printed, bad);
+        assert_eq!(bad["failures"][0]["step"], "configuration", "{bad}");
+    }
+    let none = row(&printed, "none");
+    assert!(none["skipped"].as_str().unwrap().contains("there is no socket"), "{none}");
     let dead = row(&printed, "dead");
     assert_eq!(dead["result"], "skipped");
-    assert!(dead["skipped"].as_str().unwrap().contains("shut off"), "{dead}");
+    assert!(dead["skipped"].as_str().unwrap().contains("nobody listens"), "{dead}");
     let hung = row(&printed, "hung");
     assert_eq!((&hung["result"], &hung["exit_code"]), (&"failed".into(), &6.into()), "{hung}");
     let wrong = row(&printed, "wrong");
@@ -145,7 +157,7 @@ fn one_that_is_off_and_one_that_hangs_stop_no_other() {
         (&2.into(), &"configuration".into())
     );
     assert!(wrong["failures"][0]["message"].as_str().unwrap().contains("did you mean level?"));
-    assert!(said.contains("failed: 2 of 4 VMs: hung, wrong"), "{said}");
+    assert!(said.contains("failed: 5 of 8 VMs: bad name, dangling, hung, lost, wrong"), "{said}");
     // One of them by name; for people.
     let out = setup.command(&["--vm", "hung"]).output().unwrap();
     assert_eq!(out.status.code(), Some(6));
@@ -344,10 +356,30 @@ fn commands_run_before_after_and_on_failure_with_the_facts() {
     assert!(env.contains("FLEECEFS_ERROR=") && env.contains("not tonight"), "{env}");
     let json: Value = serde_json::from_slice(&std::fs::read(setup.path("json")).unwrap()).unwrap();
     assert_eq!((&json["vm"], &json["failures"][0]["step"]), (&"good".into(), &"before".into()));
+    // Words that are longer than an environment.
+    script("chatter", "head -c 300000 /dev/zero | tr '\\0' x >&2; echo >&2; exit 3");
+    std::fs::remove_file(setup.path("env")).unwrap();
+    write("\"{dir}/chatter\"", "");
+    let (code, printed, _) = setup.run(&["--all"]);
+    assert_eq!(code, Some(1), "{printed}");
+    assert_eq!(printed["vms"][0]["failures"].as_array().unwrap().len(), 1, "{printed}");
+    let env = std::fs::read_to_string(setup.path("env")).unwrap();
+    assert!(env.contains("FLEECEFS_STEP=before") && env.contains("xxx..."), "{env}");
+    // One whose time is over takes what it has started with it.
+    script("slow", &format!("sleep 1000 & echo $! >{dir}/pid; wait"));
+    write("\"{dir}/slow\"", "timeout = \"2s\"\n");
+    let (code, printed, _) = setup.run(&["--all"]);
+    assert_eq!(code, Some(15), "{printed}");
+    assert!(printed.to_string().contains("slow: its time was over ('timeout')"), "{printed}");
+    let pid = std::fs::read_to_string(setup.path("pid")).unwrap();
+    wait_until("its child has ended", || {
+        let status = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+        status.map_or(true, |s| s.contains(") Z "))
+    });
+    std::fs::remove_file(setup.path("log")).unwrap();
     // A program that others could exchange is not run.
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(setup.path("note"), std::fs::Permissions::from_mode(0o777)).unwrap();
-    std::fs::remove_file(setup.path("log")).unwrap();
     write("\"{dir}/note\"", "");
     let (code, printed, _) = setup.run(&["--all"]);
     assert_eq!((code, log().as_str()), (Some(5), ""), "{printed}");

@@ -62,7 +62,7 @@ impl Hung {
 fn ends(caller: &Caller, words: &[&str]) -> Output {
     let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
     c.args(words).arg("--state-dir").arg(&caller.state).env_remove("FLEECEFS_STATE_DIR");
-    c.env("FLEECEFS_ANSWER_TIMEOUT", "2").stdout(Stdio::null()).stderr(Stdio::piped());
+    c.env("FLEECEFS_ANSWER_TIMEOUT", "2").stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = c.spawn().unwrap();
     let end = Instant::now() + Duration::from_secs(120);
     while child.try_wait().unwrap().is_none() {
@@ -114,6 +114,45 @@ fn the_guest_is_helped_first_and_a_target_that_hangs_is_left_for_later() {
     vm.quit();
     verified(&caller.target);
     assert!(leftovers(d.path()).is_empty());
+}
+
+#[test]
+fn a_target_that_hangs_fails_its_vm_and_no_other_of_a_night() {
+    let name = "a_target_that_hangs_fails_its_vm_and_no_other_of_a_night";
+    if !have(name, &[TOOLS, &["/dev/fuse"]].concat()) || !is_root(name) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let file = image(&d.path().join("vm/data.qcow2"));
+    let vm = Vm::start(d.path(), &file, &UUID);
+    let caller = vm.caller.clone();
+    let (dead, good) = (d.path().join("dead"), d.path().join("good"));
+    std::fs::create_dir(&dead).unwrap();
+    let config = d.path().join("fleecefs.toml");
+    // The one that hangs is the first of them.
+    let text = format!(
+        "[vms.a]\nqmp = \"{}/a.sock\"\ntarget = \"{}/t\"\nkeep_last = 1\n[vms.b]\nqmp = \"{}\"\ntarget = \"{}\"\n",
+        s(d.path()),
+        s(&dead),
+        s(&caller.qmp),
+        s(&good)
+    );
+    std::fs::write(&config, text).unwrap();
+    let hung = Hung::at(&dead);
+    for more in [&["--dry-run"][..], &["--parallel", "1"], &[]] {
+        let words = [&["backup", "--all", "--json", "--config-file", s(&config)], more].concat();
+        let out = ends(&caller, &words);
+        refused(&out, 16, "failed: 1 of 2 VMs: a");
+        let printed: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        let (a, b) = (&printed["vms"][0], &printed["vms"][1]);
+        let why = a["failures"][0]["message"].as_str().unwrap();
+        assert!(why.contains("its file system does not answer within 2 s"), "{why}");
+        assert!(!why.contains("recover"), "{why}");
+        assert_eq!((&b["result"], b["points"].as_array().unwrap().len()), (&json!("ok"), 1), "{b}");
+    }
+    assert_eq!(backup::images(&good.join("data.qcow2")).len(), 2);
+    hung.end(&dead);
+    vm.quit();
 }
 
 /// Images and target are another user's.

@@ -252,6 +252,98 @@ fn a_mistake_of_one_vm_is_that_vms_alone() {
 }
 
 #[test]
+fn a_file_that_is_no_configuration_is_its_vms_mistake() {
+    let files = Files::new(&format!("{GOOD}[vms.\"no name\"]\n[vms.number]\n"));
+    files.put("vms.d/b.toml", "qmp = \"/run/b.sock\"\ntarget = \"/b/b\"\n");
+    files.put("vms.d/bad name.toml", "");
+    let folder = files.0.path().join("vms.d");
+    std::os::unix::fs::symlink("nowhere", folder.join("dangling.toml")).unwrap();
+    std::fs::write(folder.join("latin.toml"), b"qmp = \"\xe9\"\n").unwrap();
+    use std::os::unix::ffi::OsStrExt;
+    let latin = std::ffi::OsStr::from_bytes(b"n\xe9.toml");
+    std::fs::write(folder.join(latin), "").unwrap();
+    let config = files.load().unwrap();
+    assert!(config.common_problems().is_empty(), "{:?}", config.problems);
+    for good in ["a", "b"] {
+        assert!(config.problems_of(good).is_empty(), "{:?}", config.problems);
+    }
+    for (bad, why) in [
+        ("bad name", "a VM's name has"),
+        ("no name", "a VM's name has"),
+        ("n\u{fffd}", "a VM's name has"),
+        ("dangling", "cannot find the configuration"),
+        ("latin", "not UTF-8"),
+        ("number", "target is missing"),
+    ] {
+        // It has a row of its own, which fails.
+        assert!(config.vms.iter().any(|vm| vm.name == bad), "{bad}");
+        let wrong = config.problems_of(bad);
+        assert!(wrong.iter().any(|p| p.message.contains(why)), "{bad}: {wrong:?}");
+    }
+    // A name that is none gets into no path and no command.
+    files.put(
+        "fleecefs.toml",
+        "[defaults]\ntarget = \"/b/{vm}\"\nafter = [\"/bin/true\"]\non_failure = [\"/bin/sh\", \"-c\", \"x {vm}\"]\n",
+    );
+    let config = files.load().unwrap();
+    let bad = config.vm("bad name").unwrap();
+    assert_eq!((bad.target(), bad.commands("on_failure").len()), (None, 0));
+    assert_eq!(bad.commands("after").len(), 1);
+}
+
+#[test]
+fn two_vms_have_not_one_socket_or_image() {
+    let b = "[vms.b]\ntarget = \"/b2/b\"\n";
+    assert_eq!(
+        told(&format!("agent = \"/run/g\"\n{b}qmp = \"unix:/run/a.sock\"\nagent = \"/run/g\"\n")),
+        [
+            "fleecefs.toml:7:1: VM b has the same 'qmp' as VM a: /run/a.sock",
+            "fleecefs.toml:8:1: VM b has the same 'agent' as VM a: /run/g"
+        ]
+    );
+    assert_eq!(
+        told(&format!("offline = [\"/i/x\", \"/i/y\"]\n{b}offline = \"qcow2:/i/y\"\n")),
+        ["fleecefs.toml:7:1: VM b has the same 'offline' as VM a: /i/y"]
+    );
+    let off = format!("{b}qmp = \"/run/a.sock\"\nenabled = false\n");
+    assert_eq!(told(&off), Vec::<String>::new());
+    // One target in another is told, and allowed.
+    let files =
+        Files::new(&format!("{GOOD}[vms.b]\nqmp = \"/run/b.sock\"\ntarget = \"/b/a/x/b\"\n"));
+    let config = files.load().unwrap();
+    assert_eq!(files.told(), Vec::<String>::new());
+    assert!(
+        config.notes.len() == 1
+            && config.notes[0].ends_with("the target of VM b is in that of VM a: /b/a/x/b"),
+        "{:?}",
+        config.notes
+    );
+}
+
+#[test]
+fn no_number_is_left_out_and_no_vm_is_not_checked() {
+    let large = "99999999999999999999";
+    assert_eq!(
+        told(&format!("keep_last = {large}\n")),
+        ["fleecefs.toml:4:13: keep_last: the number is too large"]
+    );
+    assert_eq!(told(&format!("include = [\"a\", -{large}]\n")).len(), 1);
+    // Where it is not enabled, '--vm' backs it up all the same.
+    assert_eq!(
+        told("[vms.b]\nqmp = \"/run/b.sock\"\nenabled = false\n"),
+        ["fleecefs.toml:4:2: VM b: target is missing (target = \"/backups/{vm}\")"]
+    );
+    assert!(told("init = true\n")[0].contains("unknown key init"));
+}
+
+#[test]
+fn a_pattern_in_a_folder_that_is_not_there_is_told() {
+    let files = Files::new(&format!("discover = \"/nowhere-run/*/q.sock\"\n{GOOD}"));
+    let notes = files.load().unwrap().notes;
+    assert!(notes.len() == 1 && notes[0].contains("/nowhere-run"), "{notes:?}");
+}
+
+#[test]
 fn what_others_may_change_is_refused() {
     let mode = |path: &Path, mode| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
@@ -260,12 +352,9 @@ fn what_others_may_change_is_refused() {
     files.put("vms.d/b.toml", "qmp = \"/run/b.sock\"\ntarget = \"/b/b\"\n");
     let dir = files.0.path();
     files.load().unwrap();
-    for (name, bad, good) in [
-        ("fleecefs.toml", 0o666, 0o644),
-        ("vms.d/b.toml", 0o646, 0o644),
-        ("vms.d", 0o777, 0o755),
-        (".", 0o777, 0o700),
-    ] {
+    for (name, bad, good) in
+        [("fleecefs.toml", 0o666, 0o644), ("vms.d", 0o777, 0o755), (".", 0o777, 0o700)]
+    {
         mode(&dir.join(name), bad);
         let e = files.load().unwrap_err();
         assert!(
@@ -276,6 +365,12 @@ fn what_others_may_change_is_refused() {
         mode(&dir.join(name), good);
         files.load().unwrap();
     }
+    // That of a single VM is refused alone.
+    mode(&dir.join("vms.d/b.toml"), 0o646);
+    let config = files.load().unwrap();
+    assert!(config.common_problems().is_empty() && config.problems_of("a").is_empty());
+    let wrong = config.problems_of("b");
+    assert!(wrong.len() == 1 && wrong[0].message.contains("chmod go-w"), "{wrong:?}");
     // A program that somebody else could exchange.
     files.put("bin/hook", "#!/bin/sh\n");
     let hook = dir.join("bin/hook");

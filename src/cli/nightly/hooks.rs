@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use super::child::{Prints, Runner};
+use super::child::{Ended, Runner, shortened};
 use super::row::VmRow;
 use crate::config::{Vm, check_program};
 use crate::error::{Error, Kind, Result};
@@ -21,30 +21,40 @@ pub(super) fn run(runner: Runner<'_>, vm: &Vm, key: &'static str, row: &VmRow) -
         let mut command = Command::new(check_program(program)?);
         command.arg0(program).args(args).envs(facts(key, row));
         let input = text::json(&row.json()).map(String::into_bytes).unwrap_or_default();
-        let ended = runner.run(command, Prints::Text, Some(input))?;
+        let ended = runner.command(command, input)?;
         if let Some(e) = ended.error() {
-            let said = ended.said.map(|s| format!(": {s}")).unwrap_or_default();
+            let said = ended.said.as_deref().map(|s| format!(": {s}")).unwrap_or_default();
             let kind = if e.kind == Kind::Timeout { Kind::Timeout } else { Kind::Io };
-            let what = format!("{program} ended with exit code {}{said}", ended.code);
-            return Err(Error::new(kind, what));
+            return Err(Error::new(kind, format!("{program}{}{said}", why(key, &ended))));
         }
     }
     Ok(())
+}
+
+/// How a command ended that failed.
+fn why(key: &str, ended: &Ended) -> String {
+    match (ended.timed_out, ended.signal) {
+        (true, _) if key == "before" => ": its time was over ('timeout')".into(),
+        (true, _) => ": its time was over (ten minutes)".into(),
+        (false, Some(signal)) => format!(" was ended by signal {signal}"),
+        (false, None) => format!(" ended with exit code {}", ended.code),
+    }
 }
 
 /// What a command may want to know. There are no secrets among it.
 fn facts(key: &str, row: &VmRow) -> Vec<(&'static str, OsString)> {
     let failure = row.failures.first();
     let error = failure.map(|f| f.error.message.clone()).unwrap_or_default();
+    // An environment has no NUL, and no place for a text as long as a file.
+    let target = row.target.as_deref().map(shortened).unwrap_or_default();
     let step = failure.map(|f| f.step).unwrap_or_default();
     vec![
         ("FLEECEFS_HOOK", key.into()),
-        ("FLEECEFS_VM", row.vm.clone().into()),
-        ("FLEECEFS_TARGET", row.target.clone().unwrap_or_default().into()),
+        ("FLEECEFS_VM", shortened(&row.vm).replace('\0', " ").into()),
+        ("FLEECEFS_TARGET", target.replace('\0', " ").into()),
         ("FLEECEFS_RESULT", row.result().into()),
         ("FLEECEFS_EXIT_CODE", row.exit_code().to_string().into()),
         ("FLEECEFS_STEP", step.into()),
-        // An environment has no NUL.
         ("FLEECEFS_ERROR", error.replace('\0', " ").into()),
     ]
 }

@@ -44,7 +44,8 @@ pub(super) struct Wanted {
 /// # Errors
 /// `Usage` if the configuration is wrong for all VMs; `Busy` if another `--all` is at work; as [`summary::verdict`].
 pub(super) fn run(args: &ConfiguredArgs, wanted: &Wanted, program: Program) -> Result<()> {
-    let config = args.file.load(program)?;
+    let config = args.file.read(program)?;
+    config.notes.iter().for_each(|note| log::warn!("{note}"));
     let common = config.common_problems();
     if !common.is_empty() {
         tell(&common);
@@ -59,11 +60,9 @@ pub(super) fn run(args: &ConfiguredArgs, wanted: &Wanted, program: Program) -> R
     let night = Night { state: &wanted.state, stop: &flag, dry_run: wanted.dry_run };
     let standing = standing::Standing::new(vms.len());
     let asked = args.parallel.map(usize::from).or(config.parallel);
-    let jobs = vms.into_iter().map(|vm| {
-        // Who says how many knows the disks.
-        let key = asked.is_none().then(|| vm.target().and_then(schedule::file_system)).flatten();
-        (key, vm)
-    });
+    // Who says how many knows the disks.
+    let apart = vms.iter().map(|vm| vm.target().filter(|_| asked.is_none()).map(Path::to_path_buf));
+    let jobs = schedule::file_systems(&apart.collect::<Vec<_>>()).into_iter().zip(vms);
     let workers = asked.unwrap_or(schedule::USUAL);
     let run = |vm: &Vm| {
         standing.begins(&vm.name);

@@ -5,19 +5,26 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::child::{Ended, Prints, Runner, StepError};
+use super::child::{Ended, GRACE, Prints, Runner, StepError};
 use super::hooks;
 use super::row::VmRow;
 use crate::backup::state::journal;
 use crate::backup::state::lock::state_folder;
+use crate::backup::target::reachable;
 use crate::config::{How, Problem, Vm};
 use crate::error::{Error, Kind, Result};
-use crate::folder::Lock;
+use crate::folder::{self, Lock};
 use crate::qmp::Address;
 use crate::qmp::socket::Socket;
+use crate::text::path_text;
 
 /// How long commands may take that run after all else.
 const HOOK_TIME: Duration = Duration::from_secs(600);
+
+/// How long a process that changes nothing may take to end: it has nothing to undo.
+const GRACE_OF_PLANS: Duration = Duration::from_secs(10);
+/// How long it is looked whether a target is there.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Nothing ends what has to run in any case but its own time.
 static NEVER: AtomicBool = AtomicBool::new(false);
@@ -36,6 +43,7 @@ pub(super) struct Night<'a> {
 enum Found {
     Backup(How),
     Off(String),
+    Wrong(StepError),
 }
 
 impl Night<'_> {
@@ -45,7 +53,8 @@ impl Night<'_> {
         let mut row = VmRow::new(vm);
         let timeout = vm.seconds("timeout").map(Duration::from_secs);
         let deadline = timeout.and_then(|t| began.checked_add(t));
-        let runner = Runner { vm: &vm.name, stop: self.stop, deadline };
+        let grace = if self.dry_run { GRACE_OF_PLANS } else { GRACE };
+        let runner = Runner { vm: &vm.name, stop: self.stop, deadline, grace };
         match self.begin(vm, problems) {
             Ok(Begun::Skipped(why)) => row.skipped = Some(why),
             Ok(Begun::Locked(_lock)) if self.dry_run => self.plan(vm, runner, &mut row),
@@ -71,6 +80,12 @@ impl Night<'_> {
         if let Some(why) = outside_hours(vm) {
             return Ok(Begun::Skipped(why));
         }
+        if let Some(target) = vm.target() {
+            // What asks a dead server is never done, and cannot be ended: no step begins.
+            reachable::check_answers(target).map_err(|e| {
+                StepError::from(&e.remedy("check its server, or unmount it (umount -l)"))
+            })?;
+        }
         match self.dry_run {
             true => Ok(Begun::Locked(None)),
             false => self.lock(vm).map(Begun::Locked).map_err(|e| StepError::from(&e)),
@@ -95,6 +110,7 @@ impl Night<'_> {
                 row.skipped = Some(why);
                 return;
             }
+            Found::Wrong(e) => return row.fail("backup", e),
         };
         match hooks::run(runner, vm, "before", row) {
             Err(e) => row.fail("before", StepError::from(&e)),
@@ -111,6 +127,7 @@ impl Night<'_> {
         if !Socket::is_dead(&address) {
             return Found::Backup(How::Running);
         }
+        let off = off(&address);
         if vm.text("when_off") == Some("offline") {
             return Found::Backup(How::Offline);
         }
@@ -124,7 +141,10 @@ impl Night<'_> {
             line.extend(["--progress".into(), "json".into()]);
             row.took("recover", runner.fleecefs(Prints::Events, &line));
         }
-        Found::Off("it is shut off (nobody listens at its QMP socket)".into())
+        match off {
+            Ok(why) => Found::Off(why),
+            Err(e) => Found::Wrong(StepError::from(&e)),
+        }
     }
 
     /// The begin of a command line.
@@ -208,12 +228,12 @@ impl Night<'_> {
                 row.skipped = Some(why);
                 return;
             }
+            Found::Wrong(e) => return row.fail("backup", e),
         };
         let mut line = self.backup_line(vm, how);
         line.push("--dry-run".into());
         let is_good = row.took("backup", runner.fleecefs(Prints::Document, &line)).is_some();
-        let there = vm.target().is_some_and(crate::folder::exists);
-        if is_good && there && vm.has_rules() {
+        if is_good && vm.has_rules() && vm.target().is_some_and(is_there) {
             self.prune(vm, runner, row);
         }
     }
@@ -228,9 +248,36 @@ enum Begun {
 /// Runs what has to run whatever came of the rest, and also where the night is to end.
 fn last_hook(vm: &Vm, key: &'static str, row: &mut VmRow) {
     let deadline = Instant::now().checked_add(HOOK_TIME);
-    let runner = Runner { vm: &vm.name, stop: &NEVER, deadline };
+    let runner = Runner { vm: &vm.name, stop: &NEVER, deadline, grace: GRACE };
     if let Err(e) = hooks::run(runner, vm, key, row) {
         row.fail(key, StepError::from(&e));
+    }
+}
+
+/// Whether there is something at `target`, as far as it answers.
+fn is_there(target: &Path) -> bool {
+    let path = target.to_path_buf();
+    folder::within(PATIENCE, move || Ok(folder::exists(&path))).unwrap_or(false)
+}
+
+/// Why nobody answers at `address`: the VM is shut off.
+///
+/// # Errors
+/// `NotFound` where the folder of the socket is not there either: more likely its name is wrong.
+fn off(address: &Address) -> Result<String> {
+    let Address::Unix(path) = address else {
+        return Ok(format!("it is shut off (nobody listens at {address})"));
+    };
+    if folder::exists(path) {
+        return Ok(format!("it is shut off (nobody listens at {})", path_text(path)));
+    }
+    match path.parent() {
+        Some(above) if folder::resolve(above).is_err() => {
+            Err(Error::new(Kind::NotFound, "the folder of its QMP socket is not there")
+                .at_path(path)
+                .remedy("correct 'qmp'; a VM that is off for long gets 'enabled = false'"))
+        }
+        _ => Ok(format!("it is shut off (there is no socket {})", path_text(path))),
     }
 }
 

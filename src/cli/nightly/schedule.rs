@@ -1,13 +1,19 @@
 //! Which VM is backed up when: several side by side, but never two to one file system.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
 use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use crate::folder;
 
 /// At most so many by default: each reads a disk of the host and writes another.
 pub(super) const USUAL: usize = 4;
+
+/// How long file systems are asked which they are, all together. One that wakes up later is no reason to wait here: its
+/// VM waits for it.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is waiting to be done, and what nobody may do now.
 struct Queue<J> {
@@ -71,8 +77,40 @@ fn next<J>(queue: &Mutex<Queue<J>>, freed: &Condvar) -> Option<(usize, Option<St
     }
 }
 
+/// What tells the file systems of targets apart, in the order of the targets. They are asked side by side, each in a
+/// thread of its own: one whose server is gone answers never, and is told apart from all others.
+pub(super) fn file_systems(targets: &[Option<PathBuf>]) -> Vec<Option<String>> {
+    told_within(targets, PATIENCE, file_system)
+}
+
+fn told_within(
+    targets: &[Option<PathBuf>],
+    patience: Duration,
+    ask: fn(&Path) -> Option<String>,
+) -> Vec<Option<String>> {
+    let silent = |t: &Option<PathBuf>| t.as_ref().map(|t| format!("silent {}", t.display()));
+    let mut keys: Vec<Option<String>> = targets.iter().map(silent).collect();
+    let (send, receive) = channel();
+    for (n, target) in targets.iter().enumerate() {
+        let Some(target) = target.clone() else { continue };
+        let send = send.clone();
+        let asked = std::thread::Builder::new().spawn(move || send.send((n, ask(&target))));
+        if let Err(e) = asked {
+            log::warn!("it is not known which file system a target is on: {e}");
+        }
+    }
+    drop(send);
+    let until = Instant::now() + patience;
+    while let Ok((n, key)) = receive.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        if let Some(told) = keys.get_mut(n) {
+            *told = key;
+        }
+    }
+    keys
+}
+
 /// What tells file systems apart: the mount that the folder is in, or is made in. `None` where that is not known.
-pub(super) fn file_system(target: &Path) -> Option<String> {
+fn file_system(target: &Path) -> Option<String> {
     let real = folder::resolve_path(target).unwrap_or_else(|_| target.to_path_buf());
     real.ancestors().find_map(|folder| folder::mount_number(folder).ok())
 }
@@ -111,6 +149,22 @@ mod tests {
         assert_eq!(done, [1, 1]);
         assert_eq!(side_by_side(vec![(None, 7)], 0, |n| n), [7]);
         assert!(side_by_side(Vec::<(Option<String>, ())>::new(), 4, |()| ()).is_empty());
+    }
+
+    #[test]
+    fn one_that_does_not_answer_holds_up_no_other() {
+        let targets = ["/silent", "/proc", "/"].map(|t| Some(PathBuf::from(t)));
+        let all = [targets.as_slice(), &[None]].concat();
+        // The others are told long before this is over.
+        let keys = told_within(&all, Duration::from_secs(2), |target| {
+            while target == Path::new("/silent") {
+                std::thread::park();
+            }
+            file_system(target)
+        });
+        assert_eq!(keys[0].as_deref(), Some("silent /silent"));
+        assert!(keys[1].is_some() && keys[2].is_some() && keys[1] != keys[2], "{keys:?}");
+        assert_eq!(keys[3], None);
     }
 
     #[test]
