@@ -57,6 +57,8 @@ pub(super) struct Ended {
     pub said: Option<String>,
     /// Its warnings.
     pub warnings: Vec<String>,
+    /// Whether a signal killed it.
+    pub was_killed: bool,
     /// Whether it was ended because its time was over.
     pub timed_out: bool,
 }
@@ -258,6 +260,7 @@ impl Heard<'_> {
             let all = serde_json::Deserializer::from_slice(&self.document).into_iter();
             self.ended.out = all.map_while(std::result::Result::ok).collect();
         }
+        self.ended.was_killed = status.signal().is_some();
         let killed = || status.signal().map_or(1, |s| 128 + s);
         let code = status.code().unwrap_or_else(killed);
         self.ended.code = u8::try_from(code).unwrap_or(1);

@@ -6,6 +6,9 @@ use super::child::{Ended, StepError};
 use crate::config::Vm;
 use crate::error::Kind;
 
+/// The exit code where a command line, or what it names, is wrong.
+const USAGE: u8 = Kind::Usage.table().1;
+
 /// A new point.
 #[derive(Debug, Clone)]
 pub(super) struct NewPoint {
@@ -47,6 +50,8 @@ pub(super) struct VmRow {
     pub pruned: Option<u64>,
     /// What failed.
     pub failures: Vec<Failure>,
+    /// Whether something failed of which no process of a step has told the history.
+    pub is_untold: bool,
     /// Warnings of the backup.
     pub warnings: Vec<String>,
     /// How long it took.
@@ -60,8 +65,9 @@ impl VmRow {
         VmRow { vm: vm.name.clone(), target, ..VmRow::default() }
     }
 
-    /// Adds what failed.
+    /// Adds what failed beside the processes of the steps.
     pub(super) fn fail(&mut self, step: &'static str, error: StepError) {
+        self.is_untold = true;
         self.failures.push(Failure { step, error });
     }
 
@@ -76,9 +82,9 @@ impl VmRow {
             Ok(ended) => ended.error(),
         };
         let is_good = error.is_none();
-        if let Some(error) = error {
-            self.fail(step, error);
-        }
+        // One that was killed, or did not come to its work, told nothing.
+        self.is_untold |= ended.as_ref().map_or(true, |e| e.was_killed || e.code == USAGE);
+        self.failures.extend(error.map(|error| Failure { step, error }));
         let mut ended = ended.ok()?;
         self.warnings.append(&mut ended.warnings);
         if step == "backup" {
