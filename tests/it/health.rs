@@ -224,40 +224,53 @@ fn what_is_wrong_with_the_configuration_is_trouble() {
 #[test]
 fn a_night_that_came_to_no_backup_is_trouble_until_one_goes_well() {
     let test = "a_night_that_came_to_no_backup_is_trouble_until_one_goes_well";
-    if !have(test, TOOLS) {
+    if !have(test, DAEMON) {
         return;
     }
-    let (dir, backups, state) = chain();
+    let dir = tempfile::tempdir().unwrap();
     let top = dir.path().canonicalize().unwrap();
-    let (main, image) = (top.join("fleecefs.toml"), top.join("disk.qcow2"));
+    let (main, image, state) = (top.join("fleecefs.toml"), top.join("sda.qcow2"), top.join("S"));
+    let target = top.join("T");
     run("qemu-img", &["create", "-q", "-f", "qcow2", image.to_str().unwrap(), "1M"]);
     let night = |before: &str| {
         let text = format!(
-            "[vms.one]\noffline = [\"sda={}\"]\ntarget = \"{}\"\nlevel = \"copy\"\n\
+            "[vms.one]\noffline = [\"{}\"]\ntarget = \"{}\"\nlevel = \"full\"\n\
              before = [\"{before}\"]\n",
             image.display(),
-            top.join("target").display()
+            target.display()
         );
         std::fs::write(&main, text).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
         command.args(["backup", "--all", "--config-file"]).arg(&main);
         command.arg("--state-dir").arg(&state).output().unwrap()
     };
-    // One of a VM that has points already.
-    std::fs::rename(&backups, top.join("target")).unwrap();
-    let target = top.join("target");
+    let told = || judged(&state, &[target.to_str().unwrap()]);
+    let failed = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        let command = command.args(["history", "--failed", "--json", "--state-dir"]).arg(&state);
+        let all: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+        all["runs"].as_array().unwrap().clone()
+    };
+    let is_good = |night: &std::process::Output| {
+        assert!(night.status.success(), "{night:?}");
+        let (code, all) = told();
+        assert_eq!((code, trouble(&all)), (Some(0), vec![]), "{all:#}");
+    };
+    is_good(&night("/bin/true"));
     let out = night("/bin/false");
-    assert_eq!(out.status.code(), Some(6), "{out:?}");
-    let (code, all) = judged(&state, &[target.to_str().unwrap()]);
+    assert!(!out.status.success(), "{out:?}");
+    let (code, all) = told();
     assert_eq!((code, trouble(&all)), (Some(18), vec!["run-failed".to_string()]), "{all:#}");
     let text = all["directories"][0]["trouble"][0]["text"].as_str().unwrap();
     assert!(text.starts_with("the last backup of one failed just now: before: "), "{text}");
-    let mut history = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
-    let history = history.args(["history", "--json", "--state-dir"]).arg(&state).output().unwrap();
-    let history: Value = serde_json::from_slice(&history.stdout).unwrap();
-    let runs = history["runs"].as_array().unwrap();
-    assert_eq!(runs.len(), 1, "{history:#}");
+    let runs = failed();
+    assert_eq!(runs.len(), 1, "{runs:#?}");
     assert_eq!((&runs[0]["vm"], &runs[0]["command"]), (&"one".into(), &"backup".into()));
+    is_good(&night("/bin/true"));
+    // What the backup has told itself is there once.
+    std::fs::write(&image, "no image").unwrap();
+    let out = night("/bin/true");
+    assert!(!out.status.success() && failed().len() == 2, "{out:?} {:#?}", failed());
 }
 
 #[test]

@@ -6,9 +6,6 @@ use super::child::{Ended, StepError};
 use crate::config::Vm;
 use crate::error::Kind;
 
-/// The exit code where a command line, or what it names, is wrong.
-const USAGE: u8 = Kind::Usage.table().1;
-
 /// A new point.
 #[derive(Debug, Clone)]
 pub(super) struct NewPoint {
@@ -82,8 +79,8 @@ impl VmRow {
             Ok(ended) => ended.error(),
         };
         let is_good = error.is_none();
-        // One that was killed, or did not come to its work, told nothing.
-        self.is_untold |= ended.as_ref().map_or(true, |e| e.was_killed || e.code == USAGE);
+        // One that was killed, or never began, told nothing.
+        self.is_untold |= ended.as_ref().map_or(true, |e| e.was_killed);
         self.failures.extend(error.map(|error| Failure { step, error }));
         let mut ended = ended.ok()?;
         self.warnings.append(&mut ended.warnings);
