@@ -98,7 +98,7 @@ pub(super) fn run(args: &HealthArgs, program: Program) -> Result<ExitCode> {
         }
         false => {
             let mut shown = lines(&all, now, verbosity::is_verbose());
-            let note = |n: &String| Line::sentence(Look::Plain, &format!("note: {n}"));
+            let note = |n: &String| Line::sentence(Look::Plain, format!("note: {n}"));
             shown.extend(wanted.notes.iter().map(note));
             output::print_lines(&shown)?;
         }
