@@ -465,6 +465,7 @@ pub(super) fn run(args: &BackupArgs, program: Program) -> Result<()> {
 }
 
 fn act(args: &BackupArgs, entry: &mut Entry) -> Result<()> {
+    entry.shared = args.shared;
     entry.qmp = args.vm.given()?.map(|address| address.canonical());
     let options = args.options()?;
     let console = args.show.console()?;

@@ -53,7 +53,7 @@ impl Recorded<'_> {
 }
 
 /// The directory without links, as far as its storage answers.
-fn real(dir: &Path) -> PathBuf {
+pub(super) fn real(dir: &Path) -> PathBuf {
     let real = reachable::answers(dir).then(|| paths::to_make(dir).ok()).flatten();
     real.or_else(|| std::path::absolute(dir).ok()).unwrap_or_else(|| dir.to_path_buf())
 }

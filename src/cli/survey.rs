@@ -1,7 +1,9 @@
 //! `fleecefs health`: whether all is well with backup directories.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
@@ -13,13 +15,14 @@ use super::table::{Row, Table, level_name};
 use super::verbosity;
 use crate::backup::state::journal;
 use crate::backup::target::reachable;
-use crate::config::Vm;
+use crate::config::{Config, Problem, Vm};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, FileMode};
 use crate::health::{DirectoryHealth, DiskHealth, Known, Status, metrics, nagios, survey, worst};
 use crate::history;
 use crate::output::{self, Line, Look};
-use crate::text::path_text;
+use crate::qmp::timeout::answer_timeout;
+use crate::text::{path_text, visible};
 use crate::units::{age, human_bytes, parse_duration};
 use crate::verify::Outcome;
 
@@ -30,7 +33,7 @@ use crate::verify::Outcome;
 /// 'fleecefs boot --check' last started a test VM from one. Nothing of the points' data is read.
 ///
 /// Not well are: a newest point that is missing, damaged or older than --max-age; what 'verify' or 'boot --check' found;
-/// a last backup that failed (see 'fleecefs history'); a backup that was killed and not yet cleaned up; findings as
+/// a last backup that failed (see 'fleecefs history'); what is wrong with the configuration, if no directory is named; a backup that was killed and not yet cleaned up; findings as
 /// 'fleecefs list' has them. What runs did, and what was verified, is known of this user's own runs.
 ///
 /// The exit code is 0 if all is well, 19 if there are warnings, 18 if there are errors; with --nagios it is 0, 1 or 2, and
@@ -40,7 +43,7 @@ use crate::verify::Outcome;
 Examples:
   fleecefs health                                      all configured VMs
   fleecefs health /backups/vm1 /backups/vm2 --max-age 26h
-  fleecefs health /backups --max-age 26h --nagios      a check for Nagios, Icinga
+  fleecefs health /backups --max-age 26h --nagios      for Nagios, Icinga
   fleecefs health /backups --metrics /var/lib/node/fleecefs.prom")]
 pub(super) struct HealthArgs {
     /// The backup directories [default: those of the configured VMs, with their 'max_age']
@@ -78,7 +81,9 @@ struct Printed<'a> {
 /// `Unsound` if there are errors, `Unproven` if there are warnings; the metrics cannot be written.
 pub(super) fn run(args: &HealthArgs, program: Program) -> Result<ExitCode> {
     let now = jiff::Timestamp::now().as_second();
-    let all = look(args, &wanted(args, program)?, now);
+    let wanted = wanted(args, program)?;
+    let mut all: Vec<DirectoryHealth> = wanted.problems.iter().map(of_problems).collect();
+    all.extend(look(args, &wanted.directories, now));
     if let Some(file) = &args.metrics {
         write_metrics(file, &metrics::text(&all, now))?;
     }
@@ -91,7 +96,12 @@ pub(super) fn run(args: &HealthArgs, program: Program) -> Result<ExitCode> {
         true => {
             output::print(&output::json_document(&Printed { status, directories: &all })?)?;
         }
-        false => output::print_lines(&lines(&all, now, verbosity::is_verbose()))?,
+        false => {
+            let mut shown = lines(&all, now, verbosity::is_verbose());
+            let note = |n: &String| Line::sentence(Look::Plain, format!("note: {n}"));
+            shown.extend(wanted.notes.iter().map(note));
+            output::print_lines(&shown)?;
+        }
     }
     match status {
         Status::Ok => Ok(ExitCode::SUCCESS),
@@ -100,27 +110,61 @@ pub(super) fn run(args: &HealthArgs, program: Program) -> Result<ExitCode> {
     }
 }
 
-/// A backup directory, and how old its newest points may be, in seconds.
-type Wanted = (PathBuf, Option<u64>);
+/// What is to be looked at.
+#[derive(Default)]
+struct Wanted {
+    /// Backup directories, and how old their newest points may be, in seconds.
+    directories: Vec<(PathBuf, Option<u64>)>,
+    /// What is wrong with the configuration, by file: VMs that are lost there are not backed up.
+    problems: BTreeMap<PathBuf, Vec<Problem>>,
+    /// What somebody who looks at it may want to know, and is nothing bad.
+    notes: Vec<String>,
+}
 
 /// The directories that are named, or those of the configured VMs.
-fn wanted(args: &HealthArgs, program: Program) -> Result<Vec<Wanted>> {
+fn wanted(args: &HealthArgs, program: Program) -> Result<Wanted> {
     if !args.dirs.is_empty() {
-        return Ok(args.dirs.iter().map(|dir| (dir.clone(), args.max_age)).collect());
+        let directories = args.dirs.iter().map(|dir| (dir.clone(), args.max_age)).collect();
+        return Ok(Wanted { directories, ..Wanted::default() });
     }
     let config = args.file.load(program).map_err(without_any)?;
-    config.problems.iter().for_each(|p| log::warn!("{p}"));
+    let notes = notes(&config, args.max_age);
     let enabled = config.vms.iter().filter(|vm| vm.is_enabled());
     let of = |vm: &Vm| Some((vm.target()?.to_path_buf(), args.max_age.or(vm.max_age())));
-    let mut found: Vec<Wanted> = enabled.filter_map(of).collect();
+    let mut found: Vec<_> = enabled.filter_map(of).collect();
     // Several VMs may share one: the shortest limit holds.
     found.sort_by_key(|(dir, age)| (dir.clone(), age.unwrap_or(u64::MAX)));
     found.dedup_by(|a, b| a.0 == b.0);
-    if found.is_empty() {
+    let mut problems: BTreeMap<PathBuf, Vec<Problem>> = BTreeMap::new();
+    for problem in config.problems {
+        problems.entry(problem.place.path.clone()).or_default().push(problem);
+    }
+    if found.is_empty() && problems.is_empty() {
         let what = "no VM with a target in the configuration";
         return Err(Error::new(Kind::Usage, what).remedy("name backup directories"));
     }
-    Ok(found)
+    Ok(Wanted { directories: found, problems, notes })
+}
+
+/// What is told of a configuration that is right.
+fn notes(config: &Config, max_age: Option<u64>) -> Vec<String> {
+    let mut notes = config.notes.clone();
+    let is_open = |vm: &&Vm| vm.is_enabled() && max_age.or(vm.max_age()).is_none();
+    let open: Vec<&str> = config.vms.iter().filter(is_open).map(|vm| vm.name.as_str()).collect();
+    if !open.is_empty() {
+        let names = open.join(", ");
+        notes.push(format!("without 'max_age' points never are too old: {names}"));
+    }
+    notes
+}
+
+/// A file of the configuration stands like a directory, so that whoever watches those sees it.
+fn of_problems((file, problems): (&PathBuf, &Vec<Problem>)) -> DirectoryHealth {
+    let text = |p: &Problem| match p.place.line {
+        0 => visible(&p.message),
+        line => format!("line {line}, column {}: {}", p.place.column, visible(&p.message)),
+    };
+    DirectoryHealth::wrong(file, problems.iter().map(text))
 }
 
 /// What is said where there is neither a directory nor a configuration.
@@ -138,7 +182,7 @@ fn without_any(e: Error) -> Error {
 }
 
 /// Looks at all directories. One that cannot be read is trouble like any other.
-fn look(args: &HealthArgs, wanted: &[Wanted], now: i64) -> Vec<DirectoryHealth> {
+fn look(args: &HealthArgs, wanted: &[(PathBuf, Option<u64>)], now: i64) -> Vec<DirectoryHealth> {
     let state = args.state.dir();
     if let Err(e) = &state {
         log::warn!("what runs did is not known: {}", e.report());
@@ -151,7 +195,8 @@ fn look(args: &HealthArgs, wanted: &[Wanted], now: i64) -> Vec<DirectoryHealth> 
     });
     let interrupted = state.as_deref().map_or_else(|| Ok(Vec::new()), journal::interrupted);
     let (state, history, interrupted) = (state.as_deref(), &history, &interrupted);
-    let one = |(dir, max_age): &Wanted| match answering(dir) {
+    let silent = silent(wanted);
+    let one = |(dir, max_age): &(PathBuf, Option<u64>)| match answering(dir, &silent) {
         Ok(root) => {
             let known = Known { state, history, interrupted, now, max_age: *max_age };
             survey(&root, &paths::catalog(dir), &known)
@@ -161,10 +206,43 @@ fn look(args: &HealthArgs, wanted: &[Wanted], now: i64) -> Vec<DirectoryHealth> 
     wanted.iter().map(one).collect()
 }
 
-/// The directory without links. A server that hangs must not hold up whoever watches many.
-fn answering(dir: &Path) -> Result<PathBuf> {
-    let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.to_path_buf());
-    if !reachable::answers(&absolute) {
+/// How long a server may take to answer: whoever watches waits for all of them.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Directories that are asked for side by side.
+const AT_ONCE: usize = 64;
+
+/// Those that do not answer. A server that hangs must not hold up whoever watches many.
+fn silent(wanted: &[(PathBuf, Option<u64>)]) -> BTreeSet<&Path> {
+    let is_silent = |dir: &Path| {
+        let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.to_path_buf());
+        let patience = PATIENCE.min(answer_timeout());
+        let asked = reachable::check_answers_within(&absolute, patience);
+        asked.inspect_err(|e| log::info!("{}", e.report())).is_err()
+    };
+    let mut silent = BTreeSet::new();
+    for some in wanted.chunks(AT_ONCE) {
+        std::thread::scope(|scope| {
+            let ask = |(dir, _): &'_ (PathBuf, _)| {
+                let dir = dir.clone();
+                let thread = std::thread::Builder::new();
+                thread.spawn_scoped(scope, move || is_silent(&dir)).ok()
+            };
+            let asked: Vec<_> = some.iter().map(ask).collect();
+            for ((dir, _), thread) in some.iter().zip(asked) {
+                // Where no thread can be made it is asked here.
+                let answer = thread.and_then(|t| t.join().ok());
+                if answer.unwrap_or_else(|| is_silent(dir)) {
+                    silent.insert(dir.as_path());
+                }
+            }
+        });
+    }
+    silent
+}
+
+/// The directory without links, if it answers.
+fn answering(dir: &Path, silent: &BTreeSet<&Path>) -> Result<PathBuf> {
+    if silent.contains(dir) {
         let what = "its file system does not answer";
         return Err(Error::new(Kind::Timeout, what).at_path(dir));
     }
@@ -176,6 +254,12 @@ fn write_metrics(file: &Path, text: &str) -> Result<()> {
     let path = paths::to_make(file)?;
     let share = FileMode { mode: Some(0o644), group: None };
     let failed = |e| Error::io(e, "cannot write the metrics").at_path(&path);
+    // A device or a pipe would be replaced like a file.
+    let there = folder::absent_is_none(folder::look(&path)).map_err(failed)?;
+    if there.is_some_and(|meta| !meta.is_file()) {
+        let what = "cannot write the metrics: it is no plain file";
+        return Err(Error::new(Kind::Usage, what).at_path(&path).remedy("name a file"));
+    }
     folder::write_shared(&path, text.as_bytes(), share).map_err(failed)
 }
 

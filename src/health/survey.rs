@@ -135,12 +135,51 @@ fn runs_below<'a>(history: &'a History, root: &'a Path) -> impl Iterator<Item = 
 
 /// The last run of each command on each directory, of each VM where several share one.
 fn last_runs(history: &History, root: &Path) -> Vec<Entry> {
-    let mut last: BTreeMap<_, &Entry> = BTreeMap::new();
+    let mut last: BTreeMap<_, LastOf<'_>> = BTreeMap::new();
     for run in runs_below(history, root) {
-        last.insert((&run.directory, &run.qmp, &run.command), run);
+        last.entry((&run.directory, &run.command)).or_default().add(run);
     }
     let is_real = |run: &&Entry| !run.has_failed() || is_known(history, run.directory.as_deref());
-    last.into_values().filter(is_real).cloned().collect()
+    last.into_values().flat_map(LastOf::runs).filter(is_real).cloned().collect()
+}
+
+/// The last runs of a command on a directory.
+#[derive(Default)]
+struct LastOf<'a> {
+    /// The last that went well, of each VM.
+    good: Vec<&'a Entry>,
+    /// Those that failed, and after which none went well.
+    bad: Vec<&'a Entry>,
+}
+
+impl<'a> LastOf<'a> {
+    /// Adds a later run. One that went well clears what failed before it: of the same VM, and in a directory that is not
+    /// shared all of it, since what failed with a socket that was mistyped, or has moved, never goes well with that.
+    fn add(&mut self, run: &'a Entry) {
+        self.bad.retain(|b| !is_same_vm(b, run));
+        if run.has_failed() {
+            return self.bad.push(run);
+        }
+        self.good.retain(|g| !is_same_vm(g, run));
+        self.good.push(run);
+        self.bad.retain(|b| b.shared);
+    }
+
+    fn runs(self) -> impl Iterator<Item = &'a Entry> {
+        let LastOf { mut good, bad } = self;
+        good.retain(|g| !bad.iter().any(|b| is_same_vm(b, g)));
+        good.into_iter().chain(bad)
+    }
+}
+
+/// Whether two runs were of one VM, as far as is known: its socket may move, and another VM's take its place.
+fn is_same_vm(a: &Entry, b: &Entry) -> bool {
+    let same = |a: &Option<String>, b: &Option<String>| a.is_some() && a == b;
+    let is_unknown = |run: &Entry| run.qmp.is_none() && run.vm.is_none();
+    match (&a.uuid, &b.uuid) {
+        (Some(a), Some(b)) => a == b,
+        _ => same(&a.qmp, &b.qmp) || same(&a.vm, &b.vm) || (is_unknown(a) && is_unknown(b)),
+    }
 }
 
 /// Whether a directory is there, or was once: what failed with a mistyped one would be told for ever.
@@ -164,17 +203,74 @@ fn failed_runs(history: &History, root: &Path) -> Vec<FailedRuns> {
 }
 
 impl DirectoryHealth {
+    /// Of a file of the configuration: what is wrong with it.
+    pub(crate) fn wrong(file: &Path, problems: impl Iterator<Item = String>) -> Self {
+        let trouble = problems.map(|p| judge::error("configuration", p)).collect();
+        DirectoryHealth { trouble, ..DirectoryHealth::of_errors(file) }
+    }
+
     /// Of a directory that cannot even be named: a path that leads nowhere.
     pub(crate) fn unreadable(path: &Path, e: &Error) -> Self {
+        let trouble = vec![judge::error("unreadable", e.report())];
+        DirectoryHealth { trouble, ..DirectoryHealth::of_errors(path) }
+    }
+
+    fn of_errors(path: &Path) -> Self {
         DirectoryHealth {
             directory: path.to_path_buf(),
             status: Status::Error,
             free_bytes: None,
             size_bytes: None,
             disks: Vec::new(),
-            trouble: vec![judge::error("unreadable", e.report())],
+            trouble: Vec::new(),
             last_runs: Vec::new(),
             failed_runs: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    /// A backup at a socket, of a VM where it got so far.
+    fn backup(qmp: &str, uuid: Option<&str>, failed: bool) -> Entry {
+        let mut run = Entry::begun("backup", 0);
+        run.directory = Some("/".into());
+        run.qmp = Some(qmp.into());
+        run.uuid = uuid.map(str::to_string);
+        let e = Error::new(Kind::Peer, "no");
+        run.end(std::time::Duration::ZERO, Some(&e).filter(|_| failed));
+        run
+    }
+
+    /// Sockets of those that failed.
+    fn failed(entries: Vec<Entry>) -> Vec<String> {
+        let history = History { entries, unreadable: 0 };
+        let last = last_runs(&history, Path::new("/"));
+        last.into_iter().filter(Entry::has_failed).filter_map(|run| run.qmp).collect()
+    }
+
+    #[test]
+    fn a_later_success_clears_what_failed_with_a_mistyped_socket() {
+        let (good, typo) = (backup("a", Some("1"), false), backup("x", None, true));
+        assert_eq!(failed(vec![typo.clone()]), ["x"]);
+        assert_eq!(failed(vec![good.clone(), typo.clone()]), ["x"]);
+        assert!(failed(vec![good.clone(), typo.clone(), good.clone()]).is_empty());
+        assert!(failed(vec![typo, good]).is_empty());
+        // Its socket has moved, and it has no UUID before it was asked.
+        let (old, new) = (backup("a", Some("1"), false), backup("b", Some("1"), false));
+        assert!(failed(vec![old, backup("a", None, true), new]).is_empty());
+    }
+
+    #[test]
+    fn in_a_shared_directory_a_success_clears_only_its_own_vm() {
+        let good = |vm: &str| Entry { shared: true, ..backup(vm, Some(vm), false) };
+        let bad = |vm: &str| Entry { shared: true, ..backup(vm, None, true) };
+        assert_eq!(failed(vec![good("a"), good("b"), bad("b"), good("a")]), ["b"]);
+        assert!(failed(vec![good("a"), good("b"), bad("b"), good("a"), good("b")]).is_empty());
+        // One that never went well is known by what it was asked for.
+        assert_eq!(failed(vec![good("a"), bad("c"), good("a")]), ["c"]);
     }
 }

@@ -41,6 +41,9 @@ pub(crate) struct Entry {
     /// The backup directory.
     #[serde(default)]
     pub directory: Option<String>,
+    /// Whether other VMs' backups may be in that directory.
+    #[serde(default)]
+    pub shared: bool,
     /// The id of a backup run.
     #[serde(default)]
     pub run: Option<String>,
@@ -99,6 +102,7 @@ impl Entry {
             uuid: None,
             qmp: None,
             directory: None,
+            shared: false,
             run: None,
             disks: Vec::new(),
             disks_left_out: 0,

@@ -178,6 +178,119 @@ fn the_configured_vms_are_looked_at_with_their_limits() {
     assert!(nobody.status.code() == Some(3) && said.contains("name backup directories"), "{said}");
 }
 
+/// VMs that the configuration has lost are not backed up, and no directory shows that.
+#[test]
+fn what_is_wrong_with_the_configuration_is_trouble() {
+    if !have("what_is_wrong_with_the_configuration_is_trouble", TOOLS) {
+        return;
+    }
+    let (dir, backups, state) = chain();
+    let top = dir.path().canonicalize().unwrap();
+    let (main, more) = (top.join("fleecefs.toml"), top.join("vms.d"));
+    std::fs::create_dir(&more).unwrap();
+    let file = ["--config-file", main.to_str().unwrap()];
+    let one = format!("[vms.one]\nqmp = \"/run/1.sock\"\ntarget = \"{}\"\n", backups.display());
+    std::fs::write(&main, &one).unwrap();
+    assert_eq!(judged(&state, &file).0, Some(0));
+    let (_, text) = health(&state, &file);
+    assert!(text.ends_with("note: without 'max_age' points never are too old: one\n"), "{text}");
+    let check = |errors: usize| {
+        let (code, all) = judged(&state, &file);
+        assert_eq!((code, trouble(&all)), (Some(18), vec!["configuration".into(); errors]));
+        let (code, text) = health(&state, &[&file[..], &["--nagios"]].concat());
+        assert!(code == Some(2) && text.starts_with("FLEECEFS CRITICAL - 1 disk: "), "{text}");
+        assert!(text.contains(&format!("errors={errors};")), "{text}");
+        let (code, text) = health(&state, &file);
+        assert!(code == Some(18) && text.contains(": ERROR\n"), "{text}");
+    };
+    std::fs::write(&main, format!("{one}max_age = \"26 hrs\"\n")).unwrap();
+    check(1);
+    std::fs::write(&main, &one).unwrap();
+    std::fs::write(more.join("two.toml"), "qmp = ").unwrap();
+    check(1);
+    std::fs::write(more.join("a b.toml"), &one).unwrap();
+    check(2);
+    let metrics = top.join("m.prom");
+    health(&state, &[&file[..], &["--metrics", metrics.to_str().unwrap()]].concat());
+    let text = std::fs::read_to_string(metrics).unwrap();
+    let line = format!(
+        "fleecefs_troubles{{directory=\"{}\",status=\"error\"}} 1\n",
+        more.join("two.toml").display()
+    );
+    assert!(text.contains(&line), "{text}");
+}
+
+/// What a night itself fails with, of which no backup has told.
+#[test]
+fn a_night_that_came_to_no_backup_is_trouble_until_one_goes_well() {
+    let test = "a_night_that_came_to_no_backup_is_trouble_until_one_goes_well";
+    if !have(test, DAEMON) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let top = dir.path().canonicalize().unwrap();
+    let (main, image, state) = (top.join("fleecefs.toml"), top.join("sda.qcow2"), top.join("S"));
+    let target = top.join("T");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", image.to_str().unwrap(), "1M"]);
+    let night = |before: &str| {
+        let text = format!(
+            "[vms.one]\noffline = [\"{}\"]\ntarget = \"{}\"\nlevel = \"full\"\n\
+             before = [\"{before}\"]\n",
+            image.display(),
+            target.display()
+        );
+        std::fs::write(&main, text).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        command.args(["backup", "--all", "--config-file"]).arg(&main);
+        command.arg("--state-dir").arg(&state).output().unwrap()
+    };
+    let told = || judged(&state, &[target.to_str().unwrap()]);
+    let failed = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        let command = command.args(["history", "--failed", "--json", "--state-dir"]).arg(&state);
+        let all: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+        all["runs"].as_array().unwrap().clone()
+    };
+    let is_good = |night: &std::process::Output| {
+        assert!(night.status.success(), "{night:?}");
+        let (code, all) = told();
+        assert_eq!((code, trouble(&all)), (Some(0), vec![]), "{all:#}");
+    };
+    is_good(&night("/bin/true"));
+    let out = night("/bin/false");
+    assert!(!out.status.success(), "{out:?}");
+    let (code, all) = told();
+    assert_eq!((code, trouble(&all)), (Some(18), vec!["run-failed".to_string()]), "{all:#}");
+    let text = all["directories"][0]["trouble"][0]["text"].as_str().unwrap();
+    assert!(text.starts_with("the last backup of one failed just now: before: "), "{text}");
+    let runs = failed();
+    assert_eq!(runs.len(), 1, "{runs:#?}");
+    assert_eq!((&runs[0]["vm"], &runs[0]["command"]), (&"one".into(), &"backup".into()));
+    is_good(&night("/bin/true"));
+    // What the backup has told itself is there once.
+    std::fs::write(&image, "no image").unwrap();
+    let out = night("/bin/true");
+    assert!(!out.status.success() && failed().len() == 2, "{out:?} {:#?}", failed());
+}
+
+#[test]
+fn metrics_replace_no_device_and_no_pipe() {
+    if !have("metrics_replace_no_device_and_no_pipe", TOOLS) {
+        return;
+    }
+    use std::os::unix::fs::FileTypeExt;
+    let (dir, backups, state) = chain();
+    let pipe = dir.path().join("pipe");
+    run("mkfifo", &[pipe.to_str().unwrap()]);
+    let dir = backups.to_str().unwrap();
+    for file in [pipe.to_str().unwrap(), "/dev/null", dir] {
+        let (code, text) = health(&state, &["--nagios", "--metrics", file, dir]);
+        assert!(code == Some(3) && text.contains("it is no plain file"), "{file}: {text}");
+    }
+    assert!(std::fs::metadata(&pipe).unwrap().file_type().is_fifo());
+    assert!(std::fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+}
+
 /// A night on which the disk is full, and one on which the backup is killed.
 #[test]
 fn a_failed_night_and_a_killed_one_are_trouble_until_the_next_good_one() {
@@ -198,6 +311,14 @@ fn a_failed_night_and_a_killed_one_are_trouble_until_the_next_good_one() {
     let mut mistyped = caller.clone();
     mistyped.target = caller.target.join("none/such");
     assert_ne!(code(&mistyped, "inc").0, Some(0));
+    let mut socket = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    socket.args(["backup", "--level", "inc", "--qmp", "/nowhere/qmp.sock", "--target", &dir]);
+    let socket = socket.arg("--state-dir").arg(&caller.state).output().unwrap();
+    assert!(!socket.status.success(), "{socket:?}");
+    let (of_socket, all) = told(&[]);
+    assert_eq!((of_socket, trouble(&all)), (Some(18), vec!["run-failed".to_string()]), "{all:#}");
+    d.io("a", &["write -P 5 0 64k"]);
+    caller.must("inc");
     let (code_before, all) = told(&["--max-age", "1h"]);
     assert_eq!((code_before, trouble(&all)), (Some(0), vec![]), "{all:#}");
     d.io("a", &["write -P 6 0 8M"]);

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
@@ -18,9 +19,16 @@ static SILENT: OnceLock<Mutex<HashSet<PathBuf>>> = OnceLock::new();
 /// # Errors
 /// `Io`.
 pub(crate) fn check_answers(dir: &Path) -> Result<()> {
+    check_answers_within(dir, answer_timeout())
+}
+
+/// As [`check_answers`], for who has less patience.
+///
+/// # Errors
+/// `Io`.
+pub(crate) fn check_answers_within(dir: &Path, patience: Duration) -> Result<()> {
     let silent = SILENT.get_or_init(Mutex::default);
     let known = || silent.lock().unwrap_or_else(|e| e.into_inner());
-    let patience = answer_timeout();
     let is_silent = |path: &Path| {
         let asked = folder::ask_within(path, patience);
         matches!(asked, Err(e) if e.kind() == io::ErrorKind::TimedOut)

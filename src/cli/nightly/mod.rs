@@ -2,7 +2,7 @@
 //!
 //! Each VM's steps are processes of this program (`child`), so that one that hangs or dies ends no other. `one_vm` knows
 //! their order, `schedule` who runs beside whom, `hooks` the commands of the configuration; what came of a VM is a `row`,
-//! and `summary` prints all of them. `standing` tells systemd how far it is.
+//! and `summary` prints all of them; `told` keeps for the history what no step did. `standing` tells systemd how far it is.
 
 mod args;
 mod child;
@@ -12,6 +12,7 @@ mod row;
 mod schedule;
 mod standing;
 mod summary;
+mod told;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -67,6 +68,7 @@ pub(super) fn run(args: &ConfiguredArgs, wanted: &Wanted, program: Program) -> R
     let run = |vm: &Vm| {
         standing.begins(&vm.name);
         let row = night.back_up(vm, &config.problems_of(&vm.name));
+        told::keep(&night, vm, &row);
         standing.ends(&vm.name, !row.failures.is_empty());
         row
     };

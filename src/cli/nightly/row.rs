@@ -47,6 +47,8 @@ pub(super) struct VmRow {
     pub pruned: Option<u64>,
     /// What failed.
     pub failures: Vec<Failure>,
+    /// Whether something failed of which no process of a step has told the history.
+    pub is_untold: bool,
     /// Warnings of the backup.
     pub warnings: Vec<String>,
     /// How long it took.
@@ -60,8 +62,9 @@ impl VmRow {
         VmRow { vm: vm.name.clone(), target, ..VmRow::default() }
     }
 
-    /// Adds what failed.
+    /// Adds what failed beside the processes of the steps.
     pub(super) fn fail(&mut self, step: &'static str, error: StepError) {
+        self.is_untold = true;
         self.failures.push(Failure { step, error });
     }
 
@@ -76,9 +79,9 @@ impl VmRow {
             Ok(ended) => ended.error(),
         };
         let is_good = error.is_none();
-        if let Some(error) = error {
-            self.fail(step, error);
-        }
+        // One that was killed, or never began, told nothing.
+        self.is_untold |= ended.as_ref().map_or(true, |e| e.signal.is_some());
+        self.failures.extend(error.map(|error| Failure { step, error }));
         let mut ended = ended.ok()?;
         self.warnings.append(&mut ended.warnings);
         if step == "backup" {
