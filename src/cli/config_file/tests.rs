@@ -331,7 +331,7 @@ fn no_number_is_left_out_and_no_vm_is_not_checked() {
     // Where it is not enabled, '--vm' backs it up all the same.
     assert_eq!(
         told("[vms.b]\nqmp = \"/run/b.sock\"\nenabled = false\n"),
-        ["fleecefs.toml:4:2: VM b: target is missing (target = \"/backups/{vm}\")"]
+        ["fleecefs.toml:4:6: VM b: target is missing (target = \"/backups/{vm}\")"]
     );
     assert!(told("init = true\n")[0].contains("unknown key init"));
 }

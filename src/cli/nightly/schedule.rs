@@ -7,6 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::folder;
+use crate::text::path_text;
 
 /// At most so many by default: each reads a disk of the host and writes another.
 pub(super) const USUAL: usize = 4;
@@ -88,7 +89,7 @@ fn told_within(
     patience: Duration,
     ask: fn(&Path) -> Option<String>,
 ) -> Vec<Option<String>> {
-    let silent = |t: &Option<PathBuf>| t.as_ref().map(|t| format!("silent {}", t.display()));
+    let silent = |t: &Option<PathBuf>| t.as_ref().map(|t| format!("silent {}", path_text(t)));
     let mut keys: Vec<Option<String>> = targets.iter().map(silent).collect();
     let (send, receive) = channel();
     for (n, target) in targets.iter().enumerate() {
