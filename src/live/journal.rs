@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::journal::lines::{self, Lines};
+use crate::journal::paths;
 
 /// The journal's name, in a folder of its own.
 const NAME: &str = "journal";
@@ -18,7 +19,7 @@ const VERSION: u32 = 1;
 #[serde(rename_all = "kebab-case")]
 enum Record {
     /// Images will be made.
-    Begin(Begun),
+    Begin(Box<Begun>),
     /// The guest may run from now on: what is in the images is the only copy of what it writes.
     Started,
     /// No image needs the backup any more.
@@ -33,8 +34,10 @@ pub(crate) struct Begun {
     /// The digits in the name of the backing file that unfinished images have.
     pub id: String,
     /// The storage folder: a copy of it is no second VM.
+    #[serde(with = "paths")]
     pub storage: PathBuf,
     /// The folder with QEMU's sockets and its log.
+    #[serde(with = "paths")]
     pub sockets: PathBuf,
     /// Where the points are.
     pub backup: BackupDirectory,
@@ -62,6 +65,7 @@ impl Begun {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct BackupDirectory {
     /// Its path, without links.
+    #[serde(with = "paths")]
     pub root: PathBuf,
     /// Its id, if it has one.
     pub uuid: Option<String>,
@@ -73,6 +77,7 @@ pub(crate) struct CopiedVars {
     /// Its name in the storage folder.
     pub file: String,
     /// What it is a copy of.
+    #[serde(with = "paths")]
     pub template: PathBuf,
 }
 
@@ -157,7 +162,7 @@ pub(super) fn read(folder: &Folder) -> Result<Option<(Begun, Stage)>> {
     let mut found: Option<(Begun, Stage)> = None;
     for record in records {
         match (record, &mut found) {
-            (Record::Begin(begun), _) => found = Some((begun, Stage::Prepared)),
+            (Record::Begin(begun), _) => found = Some((*begun, Stage::Prepared)),
             (Record::Started, Some((_, stage))) => *stage = Stage::Started,
             (Record::Done, Some((_, stage))) => *stage = Stage::Done,
             (Record::Started | Record::Done, None) => {}
@@ -194,7 +199,7 @@ impl Journal {
     /// # Errors
     /// The folder cannot be written.
     pub(super) fn begin(folder: Folder, begun: &Begun) -> Result<Self> {
-        let first = Record::Begin(Begun { format_version: VERSION, ..begun.clone() });
+        let first = Record::Begin(Box::new(Begun { format_version: VERSION, ..begun.clone() }));
         Ok(Journal { lines: Lines::replace(folder, NAME, &[first])?, stage: Stage::Prepared })
     }
 
@@ -203,7 +208,7 @@ impl Journal {
     /// # Errors
     /// The folder cannot be written.
     pub(super) fn reopen(folder: Folder, begun: &Begun, stage: Stage) -> Result<Self> {
-        let all = [Record::Begin(begun.clone()), Record::Started, Record::Done];
+        let all = [Record::Begin(Box::new(begun.clone())), Record::Started, Record::Done];
         let count = match stage {
             Stage::Prepared => 1,
             Stage::Started => 2,

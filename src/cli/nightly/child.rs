@@ -385,8 +385,8 @@ mod tests {
 
     #[test]
     fn a_process_that_was_killed_has_undone_nothing() {
-        let said = |timed_out, killed, signal| {
-            let code = if signal == None { 130 } else { 137 };
+        let said = |timed_out, killed, signal: Option<i32>| {
+            let code = if signal.is_none() { 130 } else { 137 };
             let ended = Ended { code, timed_out, killed, signal, ..Ended::default() };
             ended.error().unwrap().message
         };
