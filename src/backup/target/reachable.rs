@@ -42,7 +42,7 @@ pub(crate) fn check_answers_within(dir: &Path, patience: Duration) -> Result<()>
     let what = format!("its file system does not answer within {} s", patience.as_secs());
     Err(Error::new(Kind::Io, what)
         .at_path(dir)
-        .remedy("check its server or unmount it (umount -l), then run fleecefs recover again"))
+        .remedy("check its server or unmount it (umount -l), then try again"))
 }
 
 /// Whether [`check_answers`] does not fail.

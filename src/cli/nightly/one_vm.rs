@@ -82,9 +82,7 @@ impl Night<'_> {
         }
         if let Some(target) = vm.target() {
             // What asks a dead server is never done, and cannot be ended: no step begins.
-            reachable::check_answers(target).map_err(|e| {
-                StepError::from(&e.remedy("check its server, or unmount it (umount -l)"))
-            })?;
+            reachable::check_answers(target).map_err(|e| StepError::from(&e))?;
         }
         match self.dry_run {
             true => Ok(Begun::Locked(None)),
