@@ -51,6 +51,12 @@ fn name(begun: &Begun) -> String {
     format!("{PREFIX}{}{SUFFIX}", begun.id)
 }
 
+/// What this host is called.
+fn host() -> String {
+    let name = folder::system::text(Path::new("/proc/sys/kernel/hostname")).unwrap_or_default();
+    name.trim().to_string()
+}
+
 /// Whether a file in the folder for manifests is one, by its name.
 fn is_mark(name: &str) -> bool {
     let id = name.strip_prefix(PREFIX).and_then(|n| n.strip_suffix(SUFFIX));
@@ -68,12 +74,11 @@ pub(super) fn path(begun: &Begun) -> PathBuf {
 /// The directory cannot be written.
 pub(super) fn write(begun: &Begun, storage: &Path) -> Result<()> {
     let failed = |e| Error::io(e, "cannot write the mark").at_path(path(begun));
-    let host = folder::system::text(Path::new("/proc/sys/kernel/hostname")).unwrap_or_default();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mark = Mark {
         format_version: VERSION,
         storage: to_text(storage.as_os_str()),
-        host: host.trim().to_string(),
+        host: host(),
         time: i64::try_from(now).unwrap_or(i64::MAX),
         new_identity: begun.new_identity,
         points: begun.disks.iter().map(point).collect(),
@@ -147,13 +152,24 @@ pub(crate) fn check_first(begun: &Begun, storage: &Path) -> Result<()> {
     if begun.new_identity {
         return Ok(());
     }
-    let own = to_text(storage.as_os_str());
+    let (own, host) = (to_text(storage.as_os_str()), host());
     let points: Vec<String> = begun.disks.iter().map(point).collect();
     for (path, mark) in standing(&begun.backup.root.join(FOLDER))? {
-        let Some(mark) = mark.filter(|m| !m.new_identity && m.storage != own) else { continue };
-        if mark.points.iter().any(|p| points.contains(p)) {
-            let storage = path_text(Path::new(&mark.storage));
-            let what = format!("this VM was started already, with its disks in {storage}");
+        let is_other = |m: &Mark| !m.new_identity && (m.storage != own || m.host != host);
+        let (is_same_vm, place) = match mark {
+            Some(m) => {
+                let place = format!(
+                    "in {} on {}",
+                    path_text(Path::new(&m.storage)),
+                    path_text(Path::new(&m.host))
+                );
+                (is_other(&m) && m.points.iter().any(|p| points.contains(p)), place)
+            }
+            // Whoever damaged it does not start a VM twice.
+            None => (path != self::path(begun), "in a place that its mark does not tell".into()),
+        };
+        if is_same_vm {
+            let what = format!("this VM was started already, with its disks {place}");
             return Err(Error::new(Kind::Busy, what).at_path(path).remedy(
                 "--new-identity starts another VM of the same point; if that one was given up, remove this file",
             ));

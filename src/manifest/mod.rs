@@ -18,10 +18,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use self::backing::{BackingFile, Compared};
+pub(crate) use self::store::{MAX_BYTES, read_beside, read_brief, read_text, sealed_text};
 pub use self::store::{
     has_room, parse, read, read_in, read_sealed, remove, remove_in, write, write_in,
 };
-pub(crate) use self::store::{read_beside, read_brief, read_text, sealed_text};
 pub use self::vm::VmConfig;
 use crate::error::{Error, Result};
 use crate::folder;

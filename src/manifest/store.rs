@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{self, ErrorKind};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -13,7 +14,7 @@ use crate::text::path_text;
 
 /// A manifest is a few KiB; with large VM configurations perhaps a few hundred. More than this is
 /// not one, and is not read into memory.
-const MAX_BYTES: u64 = 4 << 20;
+pub(crate) const MAX_BYTES: u64 = 4 << 20;
 
 /// Reads the manifest of `image` in folder `dir`; `None` if there is none.
 ///
@@ -197,9 +198,13 @@ pub(crate) fn sealed_text(manifest: &Manifest) -> Result<Vec<u8>> {
     Ok(seal(text))
 }
 
-/// Whether an image of this name can have a manifest: not if the manifest's name would be too long.
+/// Whether an image of this name can have a manifest: not if the manifest's name would be too long, or is that of
+/// something else in the same folder (the journal of a commit, the mark of a live restore): who reads that would take
+/// the manifest for it.
 pub fn has_room(image: &OsStr) -> bool {
-    plain(&file_name(image)).is_ok()
+    let name = image.as_bytes();
+    let is_taken = name == b"fold" || name.starts_with(b"live-restore-");
+    !is_taken && plain(&file_name(image)).is_ok()
 }
 
 /// Writes the manifest of `manifest.image` in folder `dir`, so that after a power cut there is
@@ -224,6 +229,10 @@ pub fn write_in(dir: &Folder, manifest: &Manifest) -> Result<()> {
         Error::new(Kind::Usage, "a manifest for no file name").with_source(e).at_path(dir.path())
     })?;
     let path = manifest_path(dir.path(), image);
+    if !has_room(image) {
+        let what = "an image of this name can have no manifest";
+        return Err(Error::new(Kind::Usage, what).at_path(path).remedy("rename the image"));
+    }
     let text = serde_json::to_vec_pretty(manifest)
         .map_err(|e| Error::new(Kind::Io, "cannot write JSON").with_source(e).at_path(&path))?;
     if text.len() as u64 > MAX_BYTES / 2 && !manifest.vm.is_null() {

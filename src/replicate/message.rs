@@ -143,6 +143,14 @@ pub(crate) struct Modified {
     pub nanos: u32,
 }
 
+impl Modified {
+    /// As the kernel tells it; `None` for a time before 1970.
+    pub(crate) fn from_parts(seconds: i64, nanos: i64) -> Option<Self> {
+        let nanos = u32::try_from(nanos).ok()?;
+        Some(Modified { seconds: u64::try_from(seconds).ok()?, nanos })
+    }
+}
+
 /// An image that the receiver must have for another to be right.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Needed {
@@ -245,6 +253,9 @@ pub(crate) struct Held {
     pub blake3: Option<String>,
     /// The fingerprint of the file, if it was looked into.
     pub fingerprint: Option<String>,
+    /// When it was last written to: as its source was, if nobody has written to it.
+    #[serde(default)]
+    pub modified: Option<Modified>,
 }
 
 /// What the receiver answers.
@@ -380,6 +391,7 @@ mod tests {
             manifest: true,
             blake3: Some("f".repeat(64)),
             fingerprint: Some("f".repeat(32)),
+            modified: None,
         };
         let answer = Answer::Held { files: vec![Some(held); MOST_NAMES] };
         back(&Frame::message(&ask).unwrap()).unwrap();

@@ -152,7 +152,7 @@ impl SmallKind {
             SmallKind::Id => bytes == b"uuid",
             SmallKind::DiskConfig => bytes.ends_with(b".config") && !bytes.starts_with(b"."),
             SmallKind::Link => bytes == b"image" || name::parse_link(name).is_some(),
-            SmallKind::Kept => bytes.starts_with(b"config-"),
+            SmallKind::Kept => bytes.starts_with(b"config-") && !is_journal(bytes),
         }
     }
 
@@ -165,6 +165,22 @@ impl SmallKind {
             SmallKind::Kept => 16 << 20,
         }
     }
+}
+
+/// Whether a file beside the manifests would be taken for a journal or a saved header by its name.
+fn is_journal(name: &[u8]) -> bool {
+    [&b".header"[..], b".journal", b".partial"].iter().any(|end| name.ends_with(end))
+}
+
+/// Whether a receiver takes an image of this name: what it leaves must mean an image and its manifest, and nothing
+/// else, to whoever comes next. A manifest in the place of a journal would be carried out.
+pub(crate) fn may_be_received(name: &OsStr) -> bool {
+    let bytes = name.as_bytes();
+    name::is_image(name)
+        && crate::manifest::has_room(name)
+        && !bytes.starts_with(b"config-")
+        && !is_journal(bytes)
+        && !bytes.iter().any(u8::is_ascii_control)
 }
 
 /// Whether the receiver tells anything about a file of this name: an image, or one of its small files.
@@ -199,6 +215,25 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_received_that_would_be_taken_for_a_journal() {
+        let received = |name: &str| may_be_received(OsStr::new(name));
+        for name in ["FULL-1-sda.qcow2", "sda.raw", "folder", "live.raw", "x.config.raw"] {
+            assert!(received(name), "{name}");
+        }
+        for name in [
+            "fold",
+            "live-restore-0a",
+            "config-x",
+            "x.header",
+            "removal.journal",
+            "a\u{1b}[31m",
+            "x\n",
+        ] {
+            assert!(!received(name), "{name:?}");
+        }
+    }
+
+    #[test]
     fn names_that_are_no_text_come_through() {
         let name = WireName::of(OsStr::from_bytes(b"FULL-1-\xff")).unwrap();
         let text = serde_json::to_string(&name).unwrap();
@@ -216,6 +251,7 @@ mod tests {
             assert_eq!(of(name, link), None, "{name}");
         }
         assert!(SmallKind::Kept.has(OsStr::new("config-1-0-vm.xml")));
+        assert!(!SmallKind::Kept.has(OsStr::new("config-x.header")));
         assert!(!SmallKind::Kept.has(OsStr::new("lock")) && !is_known(OsStr::new("x.partial")));
     }
 }

@@ -2,17 +2,24 @@
 //! write it; and the program at the other end of ssh.
 
 use std::ffi::{OsStr, OsString};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicBool;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::wire::Wire;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
-use crate::text::path_text;
+use crate::output;
+use crate::text::{path_text, visible};
+
+/// The longest line of messages, in bytes, and how many are shown.
+const LONGEST_MESSAGE: u64 = 4096;
+const MOST_MESSAGES: usize = 1000;
 
 /// How long ssh may take to end after the last word was said.
 const LAST_WORDS: Duration = Duration::from_secs(10);
@@ -123,7 +130,11 @@ impl Ssh {
             line.push(" ");
             line.push(quoted(arg));
         }
-        line.push(" --receive=");
+        // A word of its own, for a shell expands `~` only where a word begins.
+        line.push(" --receive ");
+        if remote.path.as_bytes().starts_with(b"-") {
+            line.push("./");
+        }
         line.push(quoted(&remote.path));
         words.push(line);
         words
@@ -139,12 +150,34 @@ impl Ssh {
             words.split_first().ok_or_else(|| Error::new(Kind::Usage, "--ssh is empty"))?;
         let mut command = Command::new(program);
         failpoint::keep_from(&mut command);
-        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let child = command.spawn().map_err(|e| {
+        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|e| {
             Error::io(e, "cannot run the program").at_path(program).remedy("is it installed?")
         })?;
-        Ok(Connection { child, host: remote.host.clone() })
+        let messages = child
+            .stderr
+            .take()
+            .and_then(|err| std::thread::Builder::new().spawn(move || pass_on(err)).ok());
+        Ok(Connection { child, messages, host: remote.host.clone() })
     }
+}
+
+/// Shows what the program and the other host say, each line made visible. (Passwords are asked for on the terminal
+/// itself.)
+fn pass_on(messages: impl Read) {
+    let mut messages = BufReader::new(messages);
+    for _ in 0..MOST_MESSAGES {
+        let mut line = Vec::new();
+        match messages.by_ref().take(LONGEST_MESSAGE).read_until(b'\n', &mut line) {
+            Ok(n) if n > 0 => {
+                let text = String::from_utf8_lossy(&line);
+                output::tell(&format!("{}\n", visible(text.trim_end())));
+            }
+            _ => return,
+        }
+    }
+    // Whoever writes on is not stopped by a full pipe.
+    let _ = std::io::copy(&mut messages, &mut std::io::sink());
 }
 
 /// A word as a shell takes it.
@@ -174,6 +207,8 @@ fn quoted(word: &OsStr) -> OsString {
 /// A running ssh. It ends with this.
 pub(crate) struct Connection {
     child: Child,
+    /// Passes its messages on.
+    messages: Option<JoinHandle<()>>,
     host: String,
 }
 
@@ -195,10 +230,12 @@ impl Drop for Connection {
         // Our ends are closed by now, so that it ends by itself; one that does not is ended.
         let end = Instant::now() + LAST_WORDS;
         while Instant::now() < end {
-            match self.child.try_wait() {
-                Ok(None) => std::thread::sleep(Duration::from_millis(10)),
-                _ => return,
+            let runs = matches!(self.child.try_wait(), Ok(None));
+            // A master connection of ssh's may keep its end open, and is not waited for.
+            if !runs && self.messages.as_ref().is_none_or(JoinHandle::is_finished) {
+                return;
             }
+            std::thread::sleep(Duration::from_millis(10));
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -259,6 +296,11 @@ mod tests {
             program: "fleecefs".into(),
             more: vec!["--keep-last=3".into()],
         };
+        let last = |path: &str| {
+            let remote = Remote { host: "nas".into(), port: None, path: path.into() };
+            ssh.words(&remote).pop().unwrap().into_string().unwrap()
+        };
+        assert!(last("~/b").ends_with(" --receive ~/b") && last("-b").ends_with(" ./-b"));
         let remote = |path: &str, port| Remote { host: "nas".into(), port, path: path.into() };
         let words = ssh.words(&remote("/b/it's; rm -r", Some(22)));
         let want = [
@@ -269,7 +311,7 @@ mod tests {
             "22",
             "--",
             "nas",
-            r"fleecefs replicate --keep-last=3 --receive='/b/it'\''s; rm -r'",
+            r"fleecefs replicate --keep-last=3 --receive '/b/it'\''s; rm -r'",
         ];
         assert_eq!(words, want.map(OsString::from));
         assert_eq!(quoted(OsStr::new("~/b c")), "~/'b c'");

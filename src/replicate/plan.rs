@@ -237,6 +237,7 @@ mod tests {
             manifest: true,
             blake3: Some("a".into()),
             fingerprint: None,
+            modified: None,
         };
         let looked = Held { fingerprint: Some("f".into()), ..held.clone() };
         let bare = Held { manifest: false, blake3: None, ..looked.clone() };

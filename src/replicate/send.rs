@@ -80,9 +80,15 @@ pub(crate) fn send(
         let path = path.strip_prefix(&catalog.root).map(Path::to_path_buf).unwrap_or(path);
         report.add(PointReport { path, action: Action::Left, bytes: 0, why: Some(why) });
     }
+    let (ids, others): (Vec<_>, Vec<_>) =
+        small.into_iter().partition(|file| file.kind == SmallKind::Id);
+    // Whose points these are is known before there is one, also if this does not come to its end.
+    if !options.dry_run {
+        sender.small_files(&ids)?;
+    }
     sender.run(steps, &mut report)?;
     if !options.dry_run {
-        sender.small_files(&small)?;
+        sender.small_files(&others)?;
     }
     match sender.ask(&Request::Bye)? {
         Answer::Ended { deleted: 0, .. } => {}
@@ -123,7 +129,15 @@ impl Sender<'_, '_> {
     /// Fails if a folder there is of another backup directory: before anything is mixed up.
     fn check_ids(&self, small: &[SmallFile]) -> Result<()> {
         for file in small.iter().filter(|f| f.kind == SmallKind::Id) {
-            let Some(bytes) = small_bytes(&self.catalog.root, file)? else { continue };
+            let bytes = match small_bytes(&self.catalog.root, file) {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => continue,
+                Err(e) if file.kind != SmallKind::Id => {
+                    log::warn!("{}", e.report());
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
             let id = String::from_utf8_lossy(&bytes).into_owned();
             self.wire.send(&Request::CheckId { folder: file.folder.clone(), id })?;
             self.done()?;
@@ -204,10 +218,30 @@ impl Sender<'_, '_> {
                 let own = self.wire.busy(|| item.fingerprint()).ok();
                 let Some(held) = held else { continue };
                 let known = compare(&held, item.size(), item.blake3(), own.as_deref());
-                there[i] = known.unwrap_or(There::Other);
+                let known = known.unwrap_or(There::Other);
+                there[i] = if self.is_proved(item, &held, known)? { known } else { There::Other };
             }
         }
         Ok(())
+    }
+
+    /// Whether an image that has no hash here is the one that is there: a fingerprint has its length and its ends alone,
+    /// and what was written into it in place may be between them. Where its time is another all of it is read.
+    fn is_proved(&self, item: &Item, held: &Held, known: There) -> Result<bool> {
+        let (Some(theirs), There::Same, None) = (held.blake3.as_deref(), known, item.blake3())
+        else {
+            return Ok(true);
+        };
+        let Some(file) = item.file.as_ref() else { return Ok(true) };
+        if held.modified == Some(modified(file)) {
+            return Ok(true);
+        }
+        let whole = || hash::whole_with(file, 1, &(), &|| self.work.check());
+        match self.wire.busy(whole) {
+            Ok(own) => Ok(own == theirs),
+            Err(e) if e.kind() == Kind::Interrupted => Err(e),
+            Err(_) => Ok(false),
+        }
     }
 
     /// Which items that are missing have an image of the same disk and time there.

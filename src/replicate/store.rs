@@ -4,12 +4,12 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::message::{Held, Modified, Needed};
-use super::name::{FolderPath, SmallKind, WireName, is_known};
+use super::name::{FolderPath, SmallKind, WireName, is_known, may_be_received};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
 use crate::folder::{self, FileMode, Folder, PlainName, Replace, Temp};
@@ -108,7 +108,7 @@ impl Store {
         size: u64,
         modified: Modified,
     ) -> Result<Incoming> {
-        if !crate::layout::name::is_image(name.as_os_str()) {
+        if !may_be_received(name.as_os_str()) {
             return Err(refused(name));
         }
         let folder = self.make(folder)?;
@@ -138,6 +138,9 @@ impl Store {
         manifest: &[u8],
         needs: &[Needed],
     ) -> Result<()> {
+        if !may_be_received(name.as_os_str()) {
+            return Err(refused(name));
+        }
         let missing = || Error::new(Kind::NotFound, "this file is not there");
         let open = self.folder(folder)?.ok_or_else(missing)?;
         let text = name.as_os_str().to_str().ok_or_else(|| refused(name))?;
@@ -187,7 +190,15 @@ impl Store {
             Error::io(e, "cannot write the manifest").at_path(path)
         };
         let side = self.side(folder)?;
-        side.write_shared(&file, text, self.share).map_err(failed)?;
+        // The bytes of an image are easily proved, and whoever has one may not say anew what it is.
+        match side.read_if_there(&file, manifest::MAX_BYTES).map_err(failed)? {
+            Some(own) if own == text => return Ok(()),
+            Some(_) => {
+                let what = "this image has another manifest already";
+                return Err(Error::new(Kind::Exists, what).at_path(side.join(&file)));
+            }
+            None => side.write_shared(&file, text, self.share).map_err(failed)?,
+        }
         step("replicate: committed");
         Ok(())
     }
@@ -283,8 +294,18 @@ fn link(folder: &Folder, name: &OsStr, text: &[u8]) -> Result<()> {
         Some(_) if folder.read_link(name).is_ok_and(|t| t == AsRef::<Path>::as_ref(&text)) => {
             Ok(())
         }
+        // What increments build on is never another image than it was.
+        Some(_) if name != "image" && leads_somewhere(folder, name) => {
+            Err(Error::new(Kind::Exists, "this link leads to another image").at_path(path))
+        }
         _ => folder.set_link(text.as_ref(), name).map_err(failed),
     }
+}
+
+fn leads_somewhere(folder: &Folder, link: &OsStr) -> bool {
+    folder.read_link(link).is_ok_and(|target| {
+        target.file_name().is_some_and(|name| folder.look(name).is_ok_and(|meta| meta.is_file()))
+    })
 }
 
 fn refused(name: &WireName) -> Error {
@@ -304,6 +325,7 @@ fn held(folder: &Folder, name: &OsStr, look: bool) -> Result<Option<Held>> {
         manifest: false,
         blake3: None,
         fingerprint: None,
+        modified: Modified::from_parts(meta.mtime(), meta.mtime_nsec()),
     };
     if !held.is_file {
         return Ok(Some(held));
@@ -330,6 +352,9 @@ fn check_manifest(
     folder: &Folder,
 ) -> Result<()> {
     let path = manifest::manifest_path(folder.path(), image);
+    if text.len() as u64 > manifest::MAX_BYTES {
+        return Err(Error::new(Kind::Corrupt, "the manifest is too large").at_path(path));
+    }
     let m = manifest::parse(text).map_err(|e| e.at_path(&path))?;
     let own = OsStr::new(&m.image) == image
         && m.file_size == size

@@ -334,8 +334,14 @@ fn a_receiver_that_lies_gets_no_more_than_the_plan_says() {
     let done = Frame::message(&Answer::Done).unwrap();
     let failed = |kind| Frame::message(&Answer::failed(&Error::new(kind, "no"))).unwrap();
     let held = |n: usize| {
-        let one =
-            Held { is_file: true, size: 2 << 20, manifest: true, blake3: None, fingerprint: None };
+        let one = Held {
+            is_file: true,
+            size: 2 << 20,
+            manifest: true,
+            blake3: None,
+            fingerprint: None,
+            modified: None,
+        };
         Frame::message(&Answer::Held { files: vec![Some(one); n] }).unwrap()
     };
     let ended = Frame::message(&Answer::Ended { deleted: 0, freed: 0 }).unwrap();

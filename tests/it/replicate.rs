@@ -224,6 +224,25 @@ fn a_chain_that_was_rewritten_is_never_mixed_with_the_old_one() {
 }
 
 #[test]
+fn an_image_without_a_hash_that_was_written_to_in_its_middle_is_another() {
+    let from = tempfile::tempdir().unwrap();
+    let image = from.path().join("disk.raw");
+    std::fs::write(&image, vec![7; 4 << 20]).unwrap();
+    let (_dir, to) = target();
+    must(from.path(), &to, &[]);
+    assert_eq!(must(from.path(), &to, &[])["sent"], 0);
+    let mut file = std::fs::OpenOptions::new().write(true).open(&image).unwrap();
+    std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(2 << 20)).unwrap();
+    std::io::Write::write_all(&mut file, &[8; 4]).unwrap();
+    let out = replicate(from.path(), &to, &[]).output().unwrap();
+    assert_eq!(code(&out), 16, "{}", stderr(&out));
+    assert!(std::fs::read(to.join("disk.raw")).unwrap() == vec![7; 4 << 20]);
+    // Touched alone it is the same.
+    std::fs::write(&image, vec![7; 4 << 20]).unwrap();
+    must(from.path(), &to, &[]);
+}
+
+#[test]
 fn another_backup_directory_and_a_folder_of_other_files_are_refused() {
     if !have("another_backup_directory_and_a_folder_of_other_files_are_refused", &TOOLS) {
         return;
