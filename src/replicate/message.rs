@@ -149,6 +149,11 @@ impl Modified {
         let nanos = u32::try_from(nanos).ok()?;
         Some(Modified { seconds: u64::try_from(seconds).ok()?, nanos })
     }
+
+    /// Whether a copy has this time, as far as its file system can keep it: some have whole seconds, FAT every other.
+    pub(crate) fn is(self, copy: Modified) -> bool {
+        self == copy || (copy.nanos == 0 && self.seconds.abs_diff(copy.seconds) <= 2)
+    }
 }
 
 /// An image that the receiver must have for another to be right.

@@ -228,14 +228,13 @@ impl Sender<'_, '_> {
     /// Whether an image that has no hash here is the one that is there: a fingerprint has its length and its ends alone,
     /// and what was written into it in place may be between them. Where its time is another all of it is read.
     fn is_proved(&self, item: &Item, held: &Held, known: There) -> Result<bool> {
-        let (Some(theirs), There::Same, None) = (held.blake3.as_deref(), known, item.blake3())
-        else {
-            return Ok(true);
-        };
         let Some(file) = item.file.as_ref() else { return Ok(true) };
-        if held.modified == Some(modified(file)) {
+        let is_open = matches!(known, There::Same | There::Bare) && item.blake3().is_none();
+        if !is_open || held.modified.is_some_and(|theirs| modified(file).is(theirs)) {
             return Ok(true);
         }
+        // Nothing there tells more.
+        let Some(theirs) = held.blake3.as_deref() else { return Ok(false) };
         let whole = || hash::whole_with(file, 1, &(), &|| self.work.check());
         match self.wire.busy(whole) {
             Ok(own) => Ok(own == theirs),
