@@ -388,15 +388,16 @@ fn an_image_that_is_refused_while_it_is_sent_is_not_sent_to_its_end() {
                     its.receive_frame().unwrap();
                     its.send_frame(frame.clone()).unwrap();
                 }
+                // The id.
+                its.receive::<Request>().unwrap();
+                its.receive_whole().unwrap();
+                its.send_frame(done.clone()).unwrap();
                 let Request::Image { .. } = its.receive().unwrap() else { panic!("no image") };
                 // Before a byte of it is read.
                 its.send_frame(failed.clone()).unwrap();
                 while let Frame::Data(_) | Frame::Hole(_) = its.receive_frame()? {}
-                // The id, and the end.
+                // The end.
                 if kind == Kind::Exists {
-                    its.receive::<Request>()?;
-                    its.receive_whole()?;
-                    its.send_frame(done.clone())?;
                     its.receive::<Request>()?;
                     its.send(&Answer::Ended { deleted: 2, freed: 3 })?;
                 }
