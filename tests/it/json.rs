@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
-use crate::live_restore;
 use crate::support::attached::{self, Attach, succeeded};
 use crate::support::backup::{Caller, images};
 use crate::support::guard::Guard;
+use crate::support::lost_vm;
 use crate::support::mount::Mount;
 use crate::support::qemu::storage_daemon::Daemon;
 use crate::support::qemu::two_disks;
@@ -251,7 +251,7 @@ fn config_and_boot_print_what_their_tables_have() {
     assert!(seen.contains("checks[].points[].disk"), "{seen:?}");
     m.off();
     let home = m.text("home");
-    let end = Guard::of(live_restore::END, &[Path::new(&home)]);
+    let end = Guard::of(lost_vm::END, &[Path::new(&home)]);
     let state = m.text("state");
     let live = ["live-restore", target, "--to", &home, "--state-dir", &state, "--accel", "tcg"];
     let told = printed(&[&live[..], &["--progress", "json"]].concat());

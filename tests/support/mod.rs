@@ -23,6 +23,8 @@ pub mod guest;
 pub mod images;
 /// What has to hold after a killed backup and the next one.
 pub mod killed;
+/// A VM that is gone, and its return by `live-restore`.
+pub mod lost_vm;
 /// A mount of backups.
 pub mod mount;
 /// Images of file systems with bytes changed at random.

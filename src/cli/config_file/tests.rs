@@ -452,7 +452,7 @@ fn options_and_keys_are_one_table() {
             let is_left_out = config::is_left_out(command, id);
             assert!(
                 is_key != is_left_out,
-                "{command} --{name}: key {is_key}, left out {is_left_out}"
+                "{command} --{name}: a key of the configuration: {is_key}, listed as none: {is_left_out}"
             );
             seen += 1;
         }
