@@ -3,7 +3,6 @@ use proptest::prelude::*;
 use super::*;
 use crate::failpoint::properties;
 use crate::folder::Folder;
-use crate::storage::files::close_unpinned;
 
 const SIZE: u64 = 40 * BLOCK + 1000;
 
@@ -93,7 +92,10 @@ proptest! {
                     prop_assert_eq!(&buf[..], &model[at as usize..(at + len) as usize]);
                 }
                 Step::Sync => overlay.sync().unwrap(),
-                Step::Close => close_unpinned(),
+                Step::Close => {
+                    overlay.file.close();
+                    overlay.map_file.as_ref().unwrap().close();
+                }
                 Step::Reopen => {
                     overlay.sync().unwrap();
                     let used = budget.used();

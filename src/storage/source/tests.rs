@@ -1,4 +1,35 @@
+use std::ops::Deref;
+
 use super::*;
+
+/// One that stays open whoever closes files to make room: the other tests of this process do.
+struct Pinned(SourceFile);
+
+impl Pinned {
+    fn of(file: SourceFile) -> Self {
+        assert!(files::pin(std::iter::once(&file.slot)));
+        file.file().unwrap();
+        Pinned(file)
+    }
+
+    fn look(path: &Path) -> Self {
+        Self::of(SourceFile::look(path).unwrap())
+    }
+}
+
+impl Deref for Pinned {
+    type Target = SourceFile;
+
+    fn deref(&self) -> &SourceFile {
+        &self.0
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        drop(files::unpin(std::iter::once(&self.0.slot)));
+    }
+}
 
 fn temp(bytes: &[u8]) -> tempfile::NamedTempFile {
     let f = tempfile::NamedTempFile::new().unwrap();
@@ -60,7 +91,7 @@ fn a_file_that_got_another_name_stays_readable_and_a_later_write_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let (old, new) = (dir.path().join("old"), dir.path().join("new"));
         std::fs::write(&old, b"hello").unwrap();
-        let s = SourceFile::look(&old).unwrap();
+        let s = Pinned::look(&old);
         s.read_exact_at(&mut [0; 5], 0).unwrap();
         let before = std::fs::metadata(&old).unwrap().ctime_nsec();
         // Clocks tick coarsely.
@@ -82,8 +113,7 @@ fn a_name_that_went_before_explains_no_later_ctime() {
     let dir = tempfile::tempdir().unwrap();
     let (old, new) = (dir.path().join("old"), dir.path().join("new"));
     std::fs::write(&old, b"hello").unwrap();
-    let s = SourceFile::look(&old).unwrap();
-    s.file().unwrap();
+    let s = Pinned::look(&old);
     std::fs::hard_link(&old, &new).unwrap();
     s.check_unchanged().unwrap();
     std::fs::remove_file(&old).unwrap();
@@ -91,8 +121,7 @@ fn a_name_that_went_before_explains_no_later_ctime() {
     write_hidden(&new);
     assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
     // Nor does any, while the name is there.
-    let s = SourceFile::look(&new).unwrap();
-    s.file().unwrap();
+    let s = Pinned::look(&new);
     write_hidden(&new);
     assert_eq!(s.check_unchanged().unwrap_err().kind(), Kind::Changed);
 }
@@ -109,8 +138,7 @@ fn a_file_replaced_before_it_was_opened_is_noticed() {
 #[test]
 fn an_unlinked_file_stays_readable_for_those_who_hold_it() {
     let f = temp(b"hello");
-    let s = SourceFile::look(f.path()).unwrap();
-    s.file().unwrap();
+    let s = Pinned::look(f.path());
     drop(f);
     s.check_unchanged().unwrap();
     s.read_exact_at(&mut [0; 5], 0).unwrap();
@@ -162,10 +190,10 @@ fn a_hidden_write_together_with_a_new_name_is_noticed() {
             let dir = tempfile::tempdir().unwrap();
             let (old, new) = (dir.path().join("old"), dir.path().join("new"));
             std::fs::write(&old, b"hello").unwrap();
-            let s = match held {
+            let s = Pinned::of(match held {
                 true => SourceFile::open_in(&Folder::open(dir.path()).unwrap(), "old").unwrap(),
                 false => SourceFile::look(&old).unwrap(),
-            };
+            });
             s.read_exact_at(&mut [0; 5], 0).unwrap();
             // Its descriptor may be somebody else's meanwhile.
             if closed && old.exists() {
@@ -186,6 +214,7 @@ fn where_nobody_tells_of_writes_a_rename_may_be_one() {
     std::fs::write(&names[0], b"hello").unwrap();
     let s = SourceFile::look(&names[0]).unwrap();
     s.writes.set(None).unwrap();
+    let s = Pinned::of(s);
     let file = s.file().unwrap();
     std::fs::hard_link(&names[0], dir.path().join("third")).unwrap();
     s.check_unchanged().unwrap();
@@ -207,7 +236,7 @@ fn in_a_held_folder_plain_files_are_opened_and_nothing_else() {
     std::fs::write(dir.path().join("a"), b"hello").unwrap();
     std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
     std::fs::create_dir(dir.path().join("folder")).unwrap();
-    let s = SourceFile::open_in(&folder, "a").unwrap();
+    let s = Pinned::of(SourceFile::open_in(&folder, "a").unwrap());
     assert_eq!((s.path(), s.len()), (&*dir.path().join("a"), 5));
     let kind = |name| SourceFile::open_in(&folder, name).unwrap_err().kind();
     assert_eq!(
@@ -227,7 +256,7 @@ fn what_was_seen_before_another_reader_saw_a_rename_is_no_change() {
     let dir = tempfile::tempdir().unwrap();
     let (old, new) = (dir.path().join("old"), dir.path().join("new"));
     std::fs::write(&old, b"hello").unwrap();
-    let s = SourceFile::look(&old).unwrap();
+    let s = Pinned::look(&old);
     let file = s.file().unwrap();
     let early = Identity::of_open(&file).unwrap();
     until_ctime_moves(&file, || {
