@@ -27,6 +27,12 @@ use crate::failpoint::step_of;
 /// How long to wait for the greeting. QEMU sends it as soon as it accepts.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How often to connect where QEMU ends the connection before it greets: it does so now and then while it is
+/// still parting from the client before.
+const TRIES: u32 = 5;
+/// How long to wait before each new try.
+const BETWEEN_TRIES: Duration = Duration::from_millis(100);
+
 /// How many commands are known at most (QEMU 10 has some 250), and of how many bytes.
 const COMMANDS: usize = 4096;
 const LONGEST_NAME: usize = 64;
@@ -119,14 +125,28 @@ impl Client {
         patience: Duration,
         flag: Option<Arc<AtomicBool>>,
     ) -> Result<Self> {
-        let connected = Wire::connect(address, patience, Limits::QEMU);
-        let wire = connected.map_err(|e| match e.kind() {
-            Kind::NotFound => e.remedy(
-                "is QEMU running, and is this the path in its -qmp unix:PATH,server=on,wait=off?",
-            ),
-            _ => e,
-        })?;
-        Self::greeted(wire, patience, flag)
+        let deadline = Instant::now() + patience;
+        let mut tries = 1;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let connected = Wire::connect(address, left, Limits::QEMU);
+            let mut wire = connected.map_err(|e| match e.kind() {
+                Kind::NotFound => e.remedy(
+                    "is QEMU running, and is this the path in its -qmp unix:PATH,server=on,wait=off?",
+                ),
+                _ => e,
+            })?;
+            wire.stop_by(flag.clone());
+            match greeting(&mut wire, deadline)? {
+                Greeting::Version(version) => return Self::greeted(wire, version),
+                Greeting::Closed(e) if tries == TRIES || Instant::now() >= deadline => {
+                    return Err(e);
+                }
+                Greeting::Closed(_) => std::thread::sleep(BETWEEN_TRIES),
+            }
+            wire.check_stop()?;
+            tries += 1;
+        }
     }
 
     /// The client of a QEMU that we have started ourselves, at the other end of `stream`.
@@ -139,12 +159,15 @@ impl Client {
         flag: Option<Arc<AtomicBool>>,
     ) -> Result<Self> {
         let socket = Socket::accepted(stream, "QEMU")?;
-        Self::greeted(Wire::over(socket, Limits::QEMU), patience, flag)
+        let mut wire = Wire::over(socket, Limits::QEMU);
+        wire.stop_by(flag);
+        match greeting(&mut wire, Instant::now() + patience)? {
+            Greeting::Version(version) => Self::greeted(wire, version),
+            Greeting::Closed(e) => Err(e),
+        }
     }
 
-    fn greeted(mut wire: Wire, patience: Duration, flag: Option<Arc<AtomicBool>>) -> Result<Self> {
-        wire.stop_by(flag);
-        let version = greeting(&mut wire, patience)?;
+    fn greeted(wire: Wire, version: Version) -> Result<Self> {
         let mut client = Client {
             wire,
             next_id: 0,
@@ -463,18 +486,29 @@ impl Client {
 }
 
 /// Reads the greeting. What QEMU was still answering to a client that died may come before it.
-fn greeting(wire: &mut Wire, patience: Duration) -> Result<Version> {
-    let deadline = Instant::now() + patience;
+/// What comes first on a connection.
+enum Greeting {
+    Version(Version),
+    /// It was ended before anything came.
+    Closed(Error),
+}
+
+fn greeting(wire: &mut Wire, deadline: Instant) -> Result<Greeting> {
+    let mut silent = true;
     loop {
         let line = match wire.json(deadline) {
             Ok(Some(line)) => line,
             Ok(None) if wire.has_fragment() => return Err(not_qmp(wire.peer())),
             Ok(None) => return Err(in_use(Path::new(wire.peer()))),
             Err(e) if e.kind() == Kind::Corrupt => return Err(not_qmp(wire.peer())),
+            Err(e) if e.kind() == Kind::Peer && silent && !wire.has_fragment() => {
+                return Ok(Greeting::Closed(e));
+            }
             Err(e) => return Err(e),
         };
+        silent = false;
         if let Some(version) = Version::from_greeting(&line) {
-            return Ok(version);
+            return Ok(Greeting::Version(version));
         }
         let answers = line.get("return").or(line.get("error")).and(line.get("id")).is_some();
         if !answers && line.get("event").is_none() {

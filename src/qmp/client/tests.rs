@@ -1,47 +1,71 @@
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+
 use super::*;
+
+/// Greets as QEMU does, and answers each request by the lines that `answer` gives.
+fn serve(mut s: UnixStream, mut answer: impl FnMut(Value) -> Vec<Value>) {
+    let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""});
+    writeln!(s, "{}", json!({"QMP": {"version": version, "capabilities": []}})).unwrap();
+    for line in BufReader::new(s.try_clone().unwrap()).lines().map_while(|l| l.ok()) {
+        let said = answer(serde_json::from_str(&line).unwrap());
+        // Nobody may be there any more.
+        said.iter().for_each(|l| writeln!(s, "{l}").unwrap_or_default());
+    }
+}
+
+fn empty_answer(request: Value) -> Vec<Value> {
+    vec![json!({"return": [], "id": request["id"]})]
+}
+
+fn listen() -> (tempfile::TempDir, UnixListener, Address) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    (dir, UnixListener::bind(&path).unwrap(), Address::Unix(path))
+}
 
 /// The client before died while QEMU was at work for it.
 #[test]
 fn what_was_meant_for_another_client_may_come_before_the_greeting() {
-    use std::io::{BufRead, BufReader, Write};
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("qmp");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let (_dir, listener, address) = listen();
     let server = std::thread::spawn(move || {
         let mut s = listener.accept().unwrap().0;
-        let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""});
-        let greeting = json!({"QMP": {"version": version, "capabilities": []}});
-        writeln!(s, "{}\n{greeting}", json!({"return": [], "id": 25})).unwrap();
-        for line in BufReader::new(s.try_clone().unwrap()).lines().map_while(|l| l.ok()) {
-            let request: Value = serde_json::from_str(&line).unwrap();
-            writeln!(s, "{}", json!({"return": [], "id": request["id"]})).unwrap();
-        }
+        writeln!(s, "{}", json!({"return": [], "id": 25})).unwrap();
+        serve(s, empty_answer);
     });
-    let client = Client::connect(&Address::Unix(path)).unwrap();
+    let client = Client::connect(&address).unwrap();
     assert_eq!(client.version().number, (10, 0, 2));
     drop(client);
     server.join().unwrap();
 }
 
+/// As QEMU does now and then while it is parting from the client before.
+#[test]
+fn a_connection_that_is_closed_before_the_greeting_is_made_anew_and_not_for_ever() {
+    let (_dir, listener, address) = listen();
+    let close = |times| (0..times).for_each(|_| drop(listener.accept().unwrap()));
+    let client = std::thread::scope(|s| {
+        s.spawn(|| {
+            close(TRIES - 1);
+            serve(listener.accept().unwrap().0, empty_answer);
+        });
+        Client::connect(&address).map(|c| c.version().number)
+    });
+    assert_eq!(client.unwrap(), (10, 0, 2));
+    let refused = std::thread::scope(|s| {
+        s.spawn(|| close(TRIES));
+        Client::connect(&address).unwrap_err()
+    });
+    assert_eq!(refused.kind(), Kind::Peer);
+}
+
 /// A client of somebody who answers each request by the lines that `answer` gives.
 fn client_of(
-    mut answer: impl FnMut(Value) -> Vec<Value> + Send + 'static,
+    answer: impl FnMut(Value) -> Vec<Value> + Send + 'static,
 ) -> (tempfile::TempDir, Client) {
-    use std::io::{BufRead, BufReader, Write};
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("qmp");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    std::thread::spawn(move || {
-        let mut s = listener.accept().unwrap().0;
-        let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""});
-        writeln!(s, "{}", json!({"QMP": {"version": version, "capabilities": []}})).unwrap();
-        for line in BufReader::new(s.try_clone().unwrap()).lines().map_while(|l| l.ok()) {
-            let said = answer(serde_json::from_str(&line).unwrap());
-            // Nobody may be there any more.
-            said.iter().for_each(|l| writeln!(s, "{l}").unwrap_or_default());
-        }
-    });
-    let client = Client::connect(&Address::Unix(path)).unwrap();
+    let (dir, listener, address) = listen();
+    std::thread::spawn(move || serve(listener.accept().unwrap().0, answer));
+    let client = Client::connect(&address).unwrap();
     (dir, client)
 }
 
@@ -70,7 +94,7 @@ fn a_late_answer_is_not_that_to_the_next_command() {
 
 #[test]
 fn commands_together_have_no_more_time_than_that() {
-    let (_dir, mut client) = client_of(|r| vec![json!({"return": [], "id": r["id"]})]);
+    let (_dir, mut client) = client_of(empty_answer);
     client.execute("any", json!({})).unwrap();
     client.limit_total(Some(Duration::ZERO));
     assert_eq!(client.execute("any", json!({})).unwrap_err().kind(), Kind::Timeout);
@@ -80,7 +104,7 @@ fn commands_together_have_no_more_time_than_that() {
 
 #[test]
 fn whoever_is_to_stop_does_not_wait_and_does_not_go_on() {
-    let (_dir, mut client) = client_of(|r| vec![json!({"return": [], "id": r["id"]})]);
+    let (_dir, mut client) = client_of(empty_answer);
     client.interrupt_by(Some(Arc::new(AtomicBool::new(true))));
     client.woken = true;
     let e = client.pause(Instant::now() + answer_timeout()).unwrap_err();
@@ -89,14 +113,11 @@ fn whoever_is_to_stop_does_not_wait_and_does_not_go_on() {
 
 #[test]
 fn somebody_who_talks_otherwise_is_no_qemu() {
-    use std::io::Write;
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("qmp");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let (_dir, listener, address) = listen();
     for said in ["QEMU 10.0.2 monitor\n", "{\"return\": {}}\n"] {
         let connected = std::thread::scope(|s| {
             s.spawn(|| listener.accept().unwrap().0.write_all(said.as_bytes()).unwrap());
-            Client::connect(&Address::Unix(path.clone()))
+            Client::connect(&address)
         });
         let e = connected.unwrap_err();
         assert!(e.to_string().contains("not a QMP socket"), "{said:?}: {e}");
