@@ -37,7 +37,8 @@ pub(crate) mod target;
 mod watch;
 
 pub use options::{
-    Compression, CopyOptions, FreezeOptions, FullEvery, Layout, Options, RequestedLevel, StopMode,
+    Compression, CopyOptions, FreezeOptions, FullEvery, GuestCommands, Layout, Options,
+    RequestedLevel, StopMode,
 };
 pub(crate) use watch::Stopping;
 pub(in crate::backup) use watch::now_exactly;

@@ -110,6 +110,19 @@ pub struct FreezeOptions {
     pub deadline: Duration,
     /// How long to wait for the agent.
     pub agent_timeout: Duration,
+    /// What is run in the guest round it.
+    pub commands: GuestCommands,
+}
+
+/// Commands that the guest's agent runs.
+#[derive(Debug, Clone, Default)]
+pub struct GuestCommands {
+    /// Before the file systems are frozen.
+    pub before: Option<String>,
+    /// After they are thawed, and wherever anything fails after `before` was begun.
+    pub after: Option<String>,
+    /// How long each may take.
+    pub timeout: Duration,
 }
 
 /// Whether and how long the guest is stopped.

@@ -3,19 +3,13 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-use serde_json::{Value, json};
-
 use super::ports::GuestPort;
 use super::running::{LOOK, Running};
 use crate::error::{Error, Kind, Result};
+use crate::qmp::guest_command::{self, Executed, Ran};
 
 /// How long the agent is given for one answer before it is asked anew.
 const AGENT_ANSWER: Duration = Duration::from_secs(2);
-/// How long it is given for an answer once it is up.
-const AGENT_COMMAND: Duration = Duration::from_secs(60);
-/// Of what a command in the guest wrote, so much is kept, in bytes of base64.
-const LONGEST_OUTPUT: usize = 1 << 20;
 
 /// What has to be seen before a guest counts as up: all of it.
 #[derive(Debug, Clone, Default)]
@@ -30,17 +24,6 @@ pub(crate) struct Criteria {
     pub exec: Option<String>,
     /// How long all that may take.
     pub timeout: Duration,
-}
-
-/// What a command in the guest did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(crate) struct Executed {
-    /// Its exit code; `None` if a signal ended it.
-    pub exit_code: Option<i64>,
-    /// What it wrote to standard output.
-    pub stdout: String,
-    /// What it wrote to standard error.
-    pub stderr: String,
 }
 
 /// How a check ended.
@@ -179,93 +162,14 @@ fn run(
     command: &str,
     deadline: Instant,
 ) -> (Result<(), String>, Option<Executed>) {
-    match executed(vm, command, deadline) {
+    let Running { agent, cancel, .. } = vm;
+    let may_wait = || !cancel.load(Ordering::SeqCst);
+    match guest_command::run(agent, command, deadline, may_wait) {
         Err(e) => (Err(format!("the command cannot be run in the guest: {}", e.report())), None),
-        Ok(None) => (Err("the command in the guest did not end in time".into()), None),
-        Ok(Some(done)) => {
-            let verdict = match done.exit_code {
-                Some(0) => Ok(()),
-                Some(code) => Err(format!("the command in the guest ended with {code}")),
-                None => Err("a signal ended the command in the guest".into()),
-            };
+        Ok(ran) => {
+            let verdict = ran.verdict();
+            let Ran::Ended(done) = ran else { return (verdict, None) };
             (verdict, Some(done))
         }
-    }
-}
-
-fn executed(vm: &mut Running, command: &str, deadline: Instant) -> Result<Option<Executed>> {
-    let info = vm.agent.execute("guest-get-osinfo", json!({}), AGENT_COMMAND);
-    let windows = info.is_ok_and(|i| i["id"] == "mswindows");
-    let (shell, option) = if windows { ("cmd.exe", "/c") } else { ("/bin/sh", "-c") };
-    let what = json!({"path": shell, "arg": [option, command], "capture-output": true});
-    let begun = vm.agent.execute("guest-exec", what, AGENT_COMMAND)?;
-    let pid = json!({"pid": begun["pid"]});
-    loop {
-        let status = vm.agent.execute("guest-exec-status", pid.clone(), AGENT_COMMAND)?;
-        if status["exited"].as_bool() == Some(true) {
-            return Ok(Some(Executed {
-                exit_code: status["exitcode"].as_i64(),
-                stdout: output(&status["out-data"]),
-                stderr: output(&status["err-data"]),
-            }));
-        }
-        if Instant::now() >= deadline || vm.cancel.load(Ordering::SeqCst) {
-            return Ok(None);
-        }
-        std::thread::sleep(LOOK);
-    }
-}
-
-fn output(data: &Value) -> String {
-    let text = data.as_str().unwrap_or_default();
-    let text = text.get(..LONGEST_OUTPUT).unwrap_or(text);
-    String::from_utf8_lossy(&decoded(text)).into_owned()
-}
-
-/// Base64 (RFC 4648), as far as it is that.
-fn decoded(text: &str) -> Vec<u8> {
-    let value = |b: u8| match b {
-        b'A'..=b'Z' => Some(b - b'A'),
-        b'a'..=b'z' => Some(b - b'a' + 26),
-        b'0'..=b'9' => Some(b - b'0' + 52),
-        b'+' => Some(62),
-        b'/' => Some(63),
-        _ => None,
-    };
-    let mut out = Vec::new();
-    let (mut bits, mut count) = (0_u32, 0);
-    for v in text.bytes().map_while(value) {
-        bits = bits << 6 | u32::from(v);
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            out.push((bits >> count) as u8);
-            bits &= (1 << count) - 1;
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The vectors of RFC 4648, section 10.
-    #[test]
-    fn base64_is_that_of_its_rfc() {
-        let all = [
-            ("", ""),
-            ("Zg==", "f"),
-            ("Zm8=", "fo"),
-            ("Zm9v", "foo"),
-            ("Zm9vYg==", "foob"),
-            ("Zm9vYmE=", "fooba"),
-            ("Zm9vYmFy", "foobar"),
-        ];
-        for (text, bytes) in all {
-            assert_eq!(decoded(text), bytes.as_bytes(), "{text}");
-        }
-        assert_eq!(decoded("/+8="), [0xff, 0xef]);
-        assert_eq!(decoded("Zm9v\u{e9}Zm9v"), b"foo");
     }
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::config_file::Program;
 use super::console::{Console, Style};
+use super::freeze::FreezeArgs;
 use super::nightly::ConfiguredArgs;
 use super::recorded::Recorded;
 use super::shared::{QmpArgs, qmp_unless};
@@ -20,10 +21,7 @@ use crate::backup::offline::backup_offline;
 use crate::backup::plan::{Printed, unknown_disk};
 use crate::backup::publish::report::Report;
 use crate::backup::run::backup;
-use crate::backup::{
-    Compression, CopyOptions, FreezeOptions, FullEvery, Layout, Options, RequestedLevel, StopMode,
-    names,
-};
+use crate::backup::{Compression, CopyOptions, FullEvery, Layout, Options, RequestedLevel, names};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileMode;
 use crate::history::Entry;
@@ -235,41 +233,6 @@ struct LayoutArgs {
     no_symlink: bool,
 }
 
-/// The longest limit, in seconds, for what a guest has to bear. QEMU takes 0 for "no limit" where a
-/// guest's write waits for the fleece, so that is none.
-const LONGEST_WAIT: u64 = 3600;
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Freezing")]
-struct FreezeArgs {
-    /// Do not stop the guest: each disk is frozen at its own time
-    #[arg(long, conflicts_with = "pause")]
-    no_stop: bool,
-
-    /// Keep the guest stopped for the whole backup
-    #[arg(long)]
-    pause: bool,
-
-    /// Freeze the guest's file systems through its agent
-    #[arg(long, requires = "agent")]
-    quiesce: bool,
-
-    /// Freeze only this mount point; may be given more than once
-    #[arg(long, value_name = "PATH", requires = "quiesce")]
-    freeze: Vec<String>,
-
-    /// Maximum time, in seconds, the guest may stay stopped or frozen (except with --pause); a watchdog
-    /// process then ends the backup and lets the guest go on
-    #[arg(long, value_name = "SECONDS", default_value_t = 30,
-        value_parser = clap::value_parser!(u64).range(1..=LONGEST_WAIT))]
-    hold_limit: u64,
-
-    /// How long to wait for the agent's answer, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 10,
-        value_parser = clap::value_parser!(u64).range(1..=LONGEST_WAIT))]
-    agent_timeout: u64,
-}
-
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Copying")]
 struct CopyArgs {
@@ -398,7 +361,7 @@ impl BackupArgs {
                 no_timestamp: self.layout.no_timestamp,
                 no_symlink: self.layout.no_symlink,
             },
-            freeze_point: self.freeze_point(),
+            freeze_point: self.freeze_point.options(),
             copy: self.copy()?,
             no_diff: self.no_diff,
             no_hash: self.no_hash,
@@ -413,21 +376,6 @@ impl BackupArgs {
             offline: None,
             share: FileMode { mode: self.mode, group: self.group },
         })
-    }
-
-    fn freeze_point(&self) -> FreezeOptions {
-        let m = &self.freeze_point;
-        FreezeOptions {
-            stop: match (m.no_stop, m.pause) {
-                (true, _) => StopMode::Never,
-                (_, true) => StopMode::WholeBackup,
-                _ => StopMode::FreezePoint,
-            },
-            quiesce: m.quiesce,
-            mountpoints: m.freeze.clone(),
-            deadline: Duration::from_secs(m.hold_limit),
-            agent_timeout: Duration::from_secs(m.agent_timeout),
-        }
     }
 
     fn copy(&self) -> Result<CopyOptions> {

@@ -34,7 +34,7 @@ use crate::verify::last_verified::{LastBoot, LastVerified, Memory};
 /// started a test VM from the point ('booted 2d ago', 'NOT BOOTED').
 ///
 /// CONSISTENCY is how the guest was prepared: 'paused' (stopped for the whole backup), 'file-system' (its
-/// file systems were frozen), 'crash' (like after a power cut), 'offline' (the VM was shut off), or 'unknown'
+/// file systems were frozen), 'application' (and commands in the guest prepared its applications), 'crash' (like after a power cut), 'offline' (the VM was shut off), or 'unknown'
 /// (there is no manifest). Columns for which 80 characters are too few are omitted; -v shows all.
 ///
 /// With --runs each row is a backup run: the time to give to 'restore --run', its disks, and those
@@ -273,7 +273,7 @@ struct PointJson<'a> {
     time: i64,
     size: u64,
     own_bytes: u64,
-    /// `crash`, `file-system`, `paused`, `offline` or `unknown`.
+    /// `crash`, `file-system`, `application`, `paused`, `offline` or `unknown`.
     consistency: &'static str,
     served: bool,
     health: String,

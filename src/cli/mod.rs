@@ -15,6 +15,7 @@ mod diff;
 mod docs;
 mod files;
 mod findings;
+mod freeze;
 mod habits;
 mod health;
 mod history;

@@ -291,6 +291,8 @@ pub enum Achieved {
     Crash,
     /// The guest's file systems were frozen.
     FileSystem,
+    /// They were frozen, and the commands that were to run in the guest before and after it all succeeded.
+    Application,
     /// The guest was stopped for the whole backup.
     Paused,
     /// The VM was shut off. In a manifest this is [`Achieved::Crash`] with the reason [`OFFLINE`].
@@ -305,6 +307,7 @@ impl Achieved {
             None => "unknown",
             Some(Achieved::Crash) => "crash",
             Some(Achieved::FileSystem) => "file-system",
+            Some(Achieved::Application) => "application",
             Some(Achieved::Paused) => "paused",
             Some(Achieved::Offline) => "offline",
         }

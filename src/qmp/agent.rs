@@ -105,6 +105,20 @@ impl Agent {
         arguments: Value,
         timeout: Duration,
     ) -> Result<Value> {
+        let answer = self.ask(command, arguments, timeout)?;
+        answer.map_err(|why| Error::new(Kind::Peer, format!("the agent refused {command}: {why}")))
+    }
+
+    /// As [`Agent::execute`], where a refusal is no error: then the agent's words.
+    ///
+    /// # Errors
+    /// As [`Agent::execute`], but for a refusal.
+    pub(crate) fn ask(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+    ) -> Result<std::result::Result<Value, String>> {
         let deadline = Instant::now() + timeout;
         let request = json!({"execute": command, "arguments": arguments});
         step_of("agent", command);
@@ -115,10 +129,9 @@ impl Agent {
         step_of("agent answered", command);
         if let Some(e) = answer.get("error") {
             let desc = e.get("desc").and_then(Value::as_str).unwrap_or("(no reason)");
-            let what = format!("the agent refused {command}: {}", short(desc));
-            return Err(Error::new(Kind::Peer, what));
+            return Ok(Err(short(desc)));
         }
-        answer.get_mut("return").map(Value::take).ok_or_else(|| strange(command))
+        answer.get_mut("return").map(Value::take).ok_or_else(|| strange(command)).map(Ok)
     }
 
     /// Whether the guest's file systems are frozen now.

@@ -12,6 +12,7 @@ pub(crate) mod agent;
 pub mod budget;
 pub(crate) mod client;
 pub(crate) mod events;
+pub(crate) mod guest_command;
 pub mod nbd;
 pub(crate) mod peer;
 pub(crate) mod socket;

@@ -1,27 +1,14 @@
 //! `backup` of real guests: every bus, lockstep writers, overlays, quiesce.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::support::backup::{self, Caller, bitmaps, leftovers, newest, ours_in_qemu, same};
 use crate::support::guard::{Guard, UNMOUNT};
 use crate::support::guest::{Disk, Guest, has_qemu};
 use crate::support::mount::Mount;
+use crate::support::small_guest::{TOOLS, clean, image, journal, manifest, small_guest};
 use crate::support::storage::Slow;
 use crate::support::tools::{have, run};
-
-const TOOLS: &[&str] = &["qemu-img", "/dev/fuse"];
-
-fn image(dir: &Path, name: &str, format: &str, options: &str) -> PathBuf {
-    let path = dir.join(format!("{name}.img"));
-    let p = path.to_str().unwrap();
-    let mut args = vec!["create", "-q", "-f", format];
-    if !options.is_empty() {
-        args.extend(["-o", options]);
-    }
-    args.extend([p, "64M"]);
-    run("qemu-img", &args);
-    path
-}
 
 /// Virtio-blk with an iothread where its frozen view can be looked at: QEMU before 9.1 dies when an
 /// NBD client of a node in an iothread leaves, so `backup` takes no INC there and this test cannot
@@ -115,32 +102,8 @@ fn every_bus_under_load_at_one_time() {
 }
 
 /// A guest with one small qcow2 disk and a writer.
-fn small_guest(name: &str, dir: &Path, writer: &str, qemu: &[&str]) -> Option<Guest> {
-    if !have(name, TOOLS) || !has_qemu(name) {
-        return None;
-    }
-    let disks = [Disk::new("a", image(dir, "a", "qcow2", ""))];
-    let guest = Guest::launch(name, &disks, &[writer], qemu)?;
-    guest.wait_ready();
-    Some(guest)
-}
-
 fn status(guest: &Guest) -> serde_json::Value {
     guest.qmp().execute("query-status", serde_json::json!({}))["status"].clone()
-}
-
-/// The newest manifest of a disk.
-fn manifest(caller: &Caller, disk: &str) -> serde_json::Value {
-    let image = newest(&caller.target, disk);
-    let name = format!("{}.json", image.file_name().unwrap().to_str().unwrap());
-    let path = image.parent().unwrap().join(".fleecefs").join(name);
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn clean(guest: &Guest, dir: &Path) {
-    assert_eq!(ours_in_qemu(&mut guest.qmp()), Vec::<String>::new());
-    assert_eq!(leftovers(dir), Vec::<PathBuf>::new());
-    assert_eq!(leftovers(guest.path("").as_path()), Vec::<PathBuf>::new());
 }
 
 #[test]
@@ -231,14 +194,6 @@ fn a_paused_guest_stays_paused() {
     assert_eq!(status(&guest), "paused");
     assert_eq!(manifest(&caller, "a.img")["consistency"]["achieved"], "paused");
     clean(&guest, dir.path());
-}
-
-/// The journal, if there is one.
-fn journal(caller: &Caller) -> String {
-    let files = std::fs::read_dir(&caller.state).into_iter().flatten().flatten();
-    let mut journals =
-        files.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "journal"));
-    journals.next().map_or_else(String::new, |p| std::fs::read_to_string(p).unwrap())
 }
 
 /// Waits until the guest runs and is thawed.

@@ -39,6 +39,10 @@ fn killed_at_every_kind_of_step_with_a_real_guest() {
         &agent,
         "--hold-limit",
         "20",
+        "--guest-before",
+        "echo before >>/tmp/log",
+        "--guest-after",
+        "echo after >>/tmp/log",
     ]);
     let mut m = Matrix::new(caller, &["a.img", "b.img"]);
     let (said, views) = m.caller.held("full");
@@ -58,6 +62,7 @@ fn killed_at_every_kind_of_step_with_a_real_guest() {
                 freed.as_millis()
             ),
         );
+        undone_in_guest(&guest, &step);
         m.check_clean(&mut guest.qmp(), &[dir.path(), &guest.path("")], &step);
         m.renew();
     }
@@ -82,6 +87,14 @@ fn chosen(m: &mut Matrix) -> Vec<usize> {
     let mut seen = BTreeSet::new();
     let mut is_new = |i: usize| seen.insert(&steps[i.saturating_sub(1)..=i]);
     (0..steps.len()).filter(|i| is_new(*i) || all || frozen.contains(i)).map(|i| i + 1).collect()
+}
+
+/// Whatever was begun in the guest before a freeze point was ended after it, by whom ever.
+fn undone_in_guest(guest: &Guest, step: &str) {
+    let log = guest.shell("cat /tmp/log");
+    let count = |line: &str| log.lines().filter(|l| *l == line).count();
+    assert!(count("before") <= count("after"), "{step}: {log}");
+    assert_eq!(log.lines().last(), Some("after"), "{step}: {log}");
 }
 
 /// Waits until the watchdog has let the guest go: it runs and is thawed.

@@ -15,6 +15,7 @@ mod exchanged;
 mod forty_nights;
 mod guards;
 mod guest;
+mod guest_commands;
 mod hardware;
 mod hostile_qemu;
 mod matrix;

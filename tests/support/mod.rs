@@ -43,6 +43,8 @@ pub mod refusing;
 pub mod renamed;
 /// Backups of shut-off VMs.
 pub mod shut_off;
+/// A guest with one disk, and what a backup of it left.
+pub mod small_guest;
 /// The state folder of tests that name none.
 pub mod state;
 /// Block devices and file systems.

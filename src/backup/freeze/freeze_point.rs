@@ -4,6 +4,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::after;
+use super::commands::{self, Commands};
+use super::context::{FreezeContext, announce, withdraw};
 use super::watchdog::{Message, Watchdog, WatchdogConfig, continue_if_paused};
 use crate::backup::disks::Insertion;
 use crate::backup::fleece::{
@@ -11,8 +14,8 @@ use crate::backup::fleece::{
 };
 use crate::backup::graph::expected::{Expected, Stage};
 use crate::backup::names::{Role, parse_object};
-use crate::backup::state::journal::{Journal, Record};
-use crate::backup::{Options, StopMode, Watch, graph};
+use crate::backup::state::journal::Record;
+use crate::backup::{StopMode, graph};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
 use crate::manifest::{Achieved, Consistency, OFFLINE};
@@ -62,20 +65,6 @@ pub(crate) struct HeldGuest {
     agent: Option<Agent>,
 }
 
-/// What freezing works with.
-pub(crate) struct FreezeContext<'a> {
-    /// QEMU.
-    pub client: &'a mut Client,
-    /// What was wanted.
-    pub options: &'a Options,
-    /// Where what must be undone is written down.
-    pub journal: &'a mut Journal,
-    /// The run's id.
-    pub run: &'a str,
-    /// Who is told.
-    pub watch: &'a dyn Watch,
-}
-
 /// Makes the freeze point: freezes and stops the guest if it runs, inserts all filters, lets it go on.
 ///
 /// # Errors
@@ -92,6 +81,10 @@ pub(crate) fn take(
     let mut watchdog =
         if wanted || freeze { Some(Watchdog::start(&config(context))?) } else { None };
     let mut agent = None;
+    let mut commands = Commands::default();
+    if freeze {
+        commands = commands::before(context, watchdog.as_mut())?;
+    }
     let froze_at = Instant::now();
     if freeze {
         agent = freeze_guest(context, watchdog.as_mut(), &mut consistency)?;
@@ -113,7 +106,8 @@ pub(crate) fn take(
         Some(watchdog) if whole => Some(HeldGuest { watchdog, agent }),
         Some(watchdog) => {
             let was_frozen = consistency.achieved == Achieved::FileSystem;
-            release_guest(context, watchdog, agent, &mut consistency)?;
+            release_guest(context, watchdog, agent, &mut consistency, &mut commands)?;
+            commands.judge(&mut consistency);
             if was_frozen {
                 consistency.frozen_ms = millis(froze_at.elapsed());
             }
@@ -135,21 +129,22 @@ pub(crate) fn release(context: &mut FreezeContext<'_>, held: HeldGuest) -> Resul
     withdraw(context, Some(&mut watchdog), Record::Continue, Message::Continue)?;
     // What was achieved is in the manifests already.
     let mut past = Consistency::default();
-    release_guest(context, watchdog, agent, &mut past)
+    release_guest(context, watchdog, agent, &mut past, &mut Commands::default())
 }
 
-/// Thaws what was frozen and ends the watchdog, or leaves it to thaw.
+/// Thaws what was frozen, runs what is to be run after that, and ends the watchdog, or leaves both to it.
 fn release_guest(
     context: &mut FreezeContext<'_>,
     mut watchdog: Watchdog,
     agent: Option<Agent>,
     consistency: &mut Consistency,
+    commands: &mut Commands,
 ) -> Result<()> {
     let thawed = match agent {
         Some(a) => thaw_guest(context, Some(&mut watchdog), a, consistency)?,
         None => true,
     };
-    if thawed {
+    if thawed && commands.after(context, Some(&mut watchdog))? {
         watchdog.stop();
     } else {
         watchdog.leave();
@@ -192,6 +187,7 @@ fn config(context: &FreezeContext<'_>) -> WatchdogConfig {
         run: context.run.to_string(),
         journal: context.journal.path(),
         parent: std::process::id(),
+        after: after::wanted(&options.freeze_point.commands),
     }
 }
 
@@ -201,28 +197,6 @@ fn is_running(client: &mut Client) -> Result<bool> {
     }
     let status = client.execute("query-status", json!({}))?;
     Ok(status.get("status").and_then(Value::as_str) == Some("running"))
-}
-
-/// Before something is done to the guest, its undo is on disk and the watchdog knows.
-fn announce(
-    context: &mut FreezeContext<'_>,
-    watchdog: Option<&mut Watchdog>,
-    record: Record,
-    message: Message,
-) -> Result<()> {
-    context.journal.write(&record)?;
-    watchdog.map_or(Ok(()), |g| g.tell(message))
-}
-
-/// After it is undone, the watchdog first: it must not act on what is over.
-fn withdraw(
-    context: &mut FreezeContext<'_>,
-    watchdog: Option<&mut Watchdog>,
-    record: Record,
-    message: Message,
-) -> Result<()> {
-    watchdog.map_or(Ok(()), |g| g.tell(message))?;
-    context.journal.write(&record)
 }
 
 fn insert_all(

@@ -20,8 +20,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::after;
 use crate::backup::state::journal;
-use crate::backup::state::journal::Record;
+use crate::backup::state::journal::{AfterCommand, Record};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::journal::paths;
@@ -72,6 +73,9 @@ pub(crate) struct WatchdogConfig {
     pub journal: PathBuf,
     /// The parent.
     pub parent: u32,
+    /// What is run in the guest once it is thawed, if it was announced.
+    #[serde(default)]
+    pub after: Option<AfterCommand>,
 }
 
 impl WatchdogConfig {
@@ -157,13 +161,24 @@ pub(crate) enum Message {
     Stop,
     /// It runs.
     Continue,
+    /// A command will be run in the guest, after which another has to be run.
+    Command,
+    /// That one was run.
+    CommandDone,
     /// Nothing is left to guard.
     Done,
 }
 
 impl Message {
-    const ALL: [Message; 5] =
-        [Message::Freeze, Message::Thaw, Message::Stop, Message::Continue, Message::Done];
+    const ALL: [Message; 7] = [
+        Message::Freeze,
+        Message::Thaw,
+        Message::Stop,
+        Message::Continue,
+        Message::Command,
+        Message::CommandDone,
+        Message::Done,
+    ];
 
     fn text(self) -> &'static str {
         match self {
@@ -171,6 +186,8 @@ impl Message {
             Message::Thaw => "thaw",
             Message::Stop => "stop",
             Message::Continue => "cont",
+            Message::Command => "command",
+            Message::CommandDone => "command-done",
             Message::Done => "done",
         }
     }
@@ -180,6 +197,8 @@ impl Message {
 struct GuestState {
     frozen: bool,
     stopped: bool,
+    /// A command was begun in it, after which another has to be run.
+    command: bool,
 }
 
 /// The child process: `fleecefs guardian`, which users never call.
@@ -252,6 +271,8 @@ fn watch(config: &WatchdogConfig, receive: &Receiver<Message>) -> Verdict {
             Ok(Message::Thaw) => guest.frozen = false,
             Ok(Message::Stop) => guest.stopped = true,
             Ok(Message::Continue) => guest.stopped = false,
+            Ok(Message::Command) => guest.command = true,
+            Ok(Message::CommandDone) => guest.command = false,
             Ok(Message::Done) => return Verdict::Done,
             Err(RecvTimeoutError::Disconnected) => return Verdict::ParentDied(guest),
             Err(RecvTimeoutError::Timeout) if held.is_some() => return Verdict::Late(guest),
@@ -312,7 +333,29 @@ fn release_guest(config: &WatchdogConfig, guest: GuestState) -> Result<()> {
         }
         result = result.and(thawed);
     }
+    if guest.command
+        && let (Some(agent), Some(after)) = (&config.agent, &config.after)
+    {
+        result = result.and(run_after(config, &Address::parse(agent)?, after));
+    }
     result
+}
+
+/// Runs the command that has to be run after the freeze point. What it ended with is told, and no reason to run
+/// it again.
+fn run_after(config: &WatchdogConfig, agent: &Address, after: &AfterCommand) -> Result<()> {
+    let over = || !is_ours(config, |p| p.after.is_some());
+    let run = || {
+        if let Some(Err(why)) = after::run(agent, after, over)? {
+            log::error!("watchdog: --guest-after: {why}");
+        }
+        Ok(())
+    };
+    let ran = retry(RETRY, run, over, || is_gone(config, agent));
+    if ran.is_ok() {
+        note(config, Record::GuestCommandRun(config.run.clone()));
+    }
+    ran
 }
 
 /// The guest is helped whether or not that can be written down.
@@ -426,6 +469,7 @@ mod tests {
             run: "r".into(),
             journal: "/nonexistent".into(),
             parent: 1,
+            after: None,
         }
     }
 
@@ -436,7 +480,7 @@ mod tests {
 
     #[test]
     fn a_long_stop_counts_only_where_it_was_not_asked_for() {
-        let g = |frozen, stopped| GuestState { frozen, stopped };
+        let g = |frozen, stopped| GuestState { frozen, stopped, command: false };
         for (guest, freeze_point, whole) in [
             (g(false, false), false, false),
             (g(true, false), true, true),

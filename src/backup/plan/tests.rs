@@ -3,7 +3,9 @@ use crate::backup::disks::Insertion;
 use crate::backup::graph::{Path as NodePath, Root};
 use crate::backup::target::target_id::TargetId;
 use crate::backup::target::targets::Folders;
-use crate::backup::{CopyOptions, FreezeOptions, FullEvery, Layout, RequestedLevel, StopMode};
+use crate::backup::{
+    CopyOptions, FreezeOptions, FullEvery, GuestCommands, Layout, RequestedLevel, StopMode,
+};
 use crate::manifest;
 use crate::manifest::tests::example;
 use crate::manifest::{BitmapInfo, Consistency, DiskIdentity, Manifest, fingerprint};
@@ -38,6 +40,7 @@ fn options(target: &Path, level: RequestedLevel) -> Options {
             mountpoints: Vec::new(),
             deadline: Duration::from_secs(1),
             agent_timeout: Duration::from_secs(1),
+            commands: GuestCommands::default(),
         },
         copy: CopyOptions {
             fleece_dir: None,

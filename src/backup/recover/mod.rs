@@ -7,7 +7,11 @@
 //! A target that is not there (not mounted, an NFS server that is down) does not keep the VM from
 //! being backed up elsewhere: what is in it stays in the journal until it is there again.
 
+mod context;
+mod guest;
 pub(crate) mod wait;
+
+pub use context::{RecoverCause, RecoverContext};
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,7 +19,6 @@ use std::time::Duration;
 use super::fleece::migration::Owner;
 use super::fleece::teardown::{Scope, runs_in_qemu, teardown_all, unblock};
 use super::fleece::{migration, nbdserver};
-use super::freeze::watchdog::continue_if_paused;
 use super::graph::bitmap;
 use super::publish::Hashing;
 use super::state::journal::{DeferredDisk, DiskRecord, Pending};
@@ -28,7 +31,6 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{EntryKind, FileId, Folder};
 use crate::lock::Locks;
 use crate::manifest::{Manifest, fingerprint_of};
-use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client, peer};
 use crate::text::path_text;
 use crate::{folder, manifest};
@@ -44,45 +46,6 @@ pub enum ImageOutcome {
     Published,
     /// It was removed, or there was none.
     Removed,
-}
-
-/// What a recovery works on, and what it may do.
-#[derive(Debug, Clone, Copy)]
-pub struct RecoverContext<'a> {
-    /// The state folder.
-    pub state: &'a Path,
-    /// The VM. Its lock is held.
-    pub vm: &'a Address,
-    /// What the recovery is for.
-    pub cause: RecoverCause<'a>,
-    /// The guest agent to thaw with, if the user says that it is not the one in the journal.
-    pub agent: Option<&'a Address>,
-}
-
-/// What a recovery is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RecoverCause<'a> {
-    /// The end of the run itself, which holds the lock of its target.
-    OwnEnd,
-    /// A backup to this target is to begin: what earlier runs left there has to be concluded first; what is in
-    /// a target that is not there now is left for later.
-    Backup(&'a Path),
-    /// The user asked for it.
-    Command,
-    /// The user asked for it, and gives up what cannot be reached.
-    Forget,
-}
-
-impl RecoverCause<'_> {
-    /// Whether a folder that is not there can wait: its file system may not be mounted.
-    fn may_wait(&self, dir: &Path) -> bool {
-        let real = |p: &Path| folder::resolve(p).unwrap_or_else(|_| p.to_path_buf());
-        match self {
-            RecoverCause::OwnEnd => false,
-            RecoverCause::Backup(t) => !dir.starts_with(t) && !real(dir).starts_with(real(t)),
-            RecoverCause::Command | RecoverCause::Forget => true,
-        }
-    }
 }
 
 /// What a recovery found.
@@ -175,7 +138,7 @@ pub fn check_gone(pending: &Pending, vm: &Address, why: Error) -> Result<()> {
                           recover; or resume the guest by hand and run it with --forget";
             (what, remedy)
         }
-        None if pending.stopped || pending.frozen => {
+        None if pending.in_guest().is_some() => {
             let what = format!("no answer at {vm}, and it is not known whether QEMU runs");
             let remedy =
                 "run fleecefs recover when QEMU answers there; if it has ended, with --forget";
@@ -183,11 +146,7 @@ pub fn check_gone(pending: &Pending, vm: &Address, why: Error) -> Result<()> {
         }
         _ => return Ok(()),
     };
-    let held = match (pending.stopped, pending.frozen) {
-        (false, false) => "",
-        (true, _) => ": the guest may still be stopped",
-        (false, true) => ": the guest may still be frozen",
-    };
+    let held = pending.in_guest().map(|held| format!(": {held}")).unwrap_or_default();
     Err(Error::new(Kind::Peer, format!("{what}{held}")).with_source(why).remedy(remedy))
 }
 
@@ -236,10 +195,10 @@ fn forget_other_process(
     watch: &dyn Watch,
 ) -> Result<()> {
     let (Some(then), Some(now)) = (&pending.qemu, client.process()) else { return Ok(()) };
-    if *then == now || !(pending.stopped || pending.frozen || pending.nbd) {
+    let held = pending.in_guest().is_some();
+    if *then == now || !(held || pending.nbd) {
         return Ok(());
     }
-    let held = pending.stopped || pending.frozen;
     if held && place.cause != RecoverCause::Forget && peer::runs_on(then, ENDING) {
         let another = Error::new(Kind::Busy, "another QEMU answers there");
         return check_gone(pending, place.vm, another);
@@ -247,6 +206,7 @@ fn forget_other_process(
     watch.say("QEMU was started again since: the guest is left as it is");
     pending.stopped = false;
     pending.frozen = false;
+    pending.after = None;
     pending.nbd = false;
     Ok(())
 }
@@ -276,7 +236,7 @@ pub fn undo(
             return Err(migration::leaving());
         }
     }
-    let freed = release_guest(client, pending, place, watch);
+    let freed = guest::release(client, pending, place, watch);
     // Open until all is concluded: what could not be written to an image is forgotten with the last
     // one that has it open.
     let open = |d: &DiskRecord| {
@@ -367,50 +327,6 @@ fn reach(dir: &Path, cause: RecoverCause<'_>, may_wait: bool) -> Result<Option<L
         Err(e) => return Err(Error::io(e, "cannot reach the folder").at_path(dir)),
     };
     Locks::take(&real).map(Some)
-}
-
-fn release_guest(
-    client: &mut Client,
-    pending: &Pending,
-    place: RecoverContext<'_>,
-    watch: &dyn Watch,
-) -> Result<()> {
-    if pending.stopped && client.has_guest() && continue_if_paused(client)? {
-        watch.say("the guest was still stopped: it runs again");
-    }
-    if !pending.frozen {
-        return Ok(());
-    }
-    let thawed = match (place.agent, &pending.agent) {
-        (Some(given), _) => thaw(given),
-        (None, Some(noted)) => Address::parse(noted).and_then(|a| thaw(&a)),
-        (None, None) => return Ok(()),
-    };
-    match thawed {
-        Ok(true) => watch.say("the guest was still frozen: thawed"),
-        Ok(false) => {}
-        Err(e) if place.cause == RecoverCause::Forget => {
-            watch.warn(&format!("the guest may still be frozen: {}", e.report()));
-        }
-        Err(e) => {
-            let what = "the guest may still be frozen: its agent did not thaw it";
-            let remedy = "check the guest and its agent, then run fleecefs recover: with --agent \
-                          if its socket has changed, with --forget to give up";
-            return Err(Error::new(e.kind(), what).with_source(e).remedy(remedy));
-        }
-    }
-    Ok(())
-}
-
-/// Thaws a guest; whether it was frozen.
-fn thaw(agent: &Address) -> Result<bool> {
-    let wait = Duration::from_secs(5);
-    let mut agent = Agent::connect(agent, wait)?;
-    let frozen = agent.is_frozen(wait)?;
-    if frozen {
-        agent.thaw(wait)?;
-    }
-    Ok(frozen)
 }
 
 /// Publishes or removes one disk's image; where it is removed, the bitmap that records since it

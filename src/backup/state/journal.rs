@@ -46,6 +46,10 @@ pub enum Record {
     Freeze,
     /// They are thawed.
     Thaw,
+    /// A command will be run in the guest by us, and this one has to be run after it.
+    GuestCommand(AfterCommand),
+    /// That one has been run.
+    GuestCommandDone,
     /// The image of this disk is complete and QEMU has closed it.
     Closed(usize),
     /// It has become a point, or was given up.
@@ -54,9 +58,20 @@ pub enum Record {
     Continued(String),
     /// The watchdog of this run has thawed the guest.
     Thawed(String),
+    /// The watchdog of this run has run the command in the guest that was to be run after it.
+    GuestCommandRun(String),
     /// An earlier run's disk could not be concluded: its target is not there.
     #[serde(rename = "left")]
     DeferredDisk(DeferredDisk),
+}
+
+/// A command to run in the guest once it is thawed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AfterCommand {
+    /// For the guest's shell.
+    pub command: String,
+    /// How long it may take, in seconds.
+    pub timeout: u64,
 }
 
 /// A disk of an earlier run whose target could not be reached.
@@ -222,6 +237,8 @@ pub struct Pending {
     pub stopped: bool,
     /// We froze the guest.
     pub frozen: bool,
+    /// What is still to be run in the guest.
+    pub after: Option<AfterCommand>,
     /// Disks of runs before it.
     pub left: Vec<DeferredDisk>,
 }
@@ -290,6 +307,18 @@ fn parse(records: Vec<Record>) -> Result<Pending> {
 }
 
 impl Pending {
+    /// What may still have to be undone in the guest, in words; `None` if nothing.
+    pub fn in_guest(&self) -> Option<&'static str> {
+        match (self.stopped, self.frozen, &self.after) {
+            (true, ..) => Some("the guest may still be stopped"),
+            (_, true, _) => Some("the guest may still be frozen"),
+            (_, _, Some(_)) => {
+                Some("the command of --guest-after may still have to be run in the guest")
+            }
+            (false, false, None) => None,
+        }
+    }
+
     fn apply(&mut self, record: Record) {
         match record {
             Record::Begin { run, target, agent, qemu } => {
@@ -306,10 +335,14 @@ impl Pending {
             Record::Continue => self.stopped = false,
             Record::Freeze => self.frozen = true,
             Record::Thaw => self.frozen = false,
+            Record::GuestCommand(after) => self.after = Some(after),
+            Record::GuestCommandDone => self.after = None,
             Record::Closed(i) => self.closed.push(i),
             Record::Settled(i) => self.settled.push(i),
             Record::Continued(run) => self.stopped &= run != self.run,
             Record::Thawed(run) => self.frozen &= run != self.run,
+            Record::GuestCommandRun(run) if run == self.run => self.after = None,
+            Record::GuestCommandRun(_) => {}
             Record::DeferredDisk(left) => self.left.push(left),
         }
     }
