@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use super::agent::Agent;
 use crate::error::Result;
 
-/// How long the agent is given for one answer.
+/// How long the agent is given for one answer, at most; and at least, also where a command's time is over.
 const ANSWER: Duration = Duration::from_secs(60);
+const LEAST_ANSWER: Duration = Duration::from_secs(1);
 /// How long to wait before it is asked whether a command has ended: at first, and at most.
 const LOOK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
 /// Of what a command wrote, so much is kept, in bytes of base64.
@@ -67,7 +68,8 @@ pub(crate) fn run(
     deadline: Instant,
     may_wait: impl Fn() -> bool,
 ) -> Result<Ran> {
-    let answer = || ANSWER.min(deadline.saturating_duration_since(Instant::now()));
+    let left = || deadline.saturating_duration_since(Instant::now());
+    let answer = || left().clamp(LEAST_ANSWER, ANSWER);
     // Not every agent says what it runs on.
     let windows = agent
         .ask("guest-get-osinfo", json!({}), answer())?
@@ -80,7 +82,7 @@ pub(crate) fn run(
     };
     let (mut pause, longest) = LOOK;
     loop {
-        let status = match agent.ask("guest-exec-status", begun.clone(), ANSWER)? {
+        let status = match agent.ask("guest-exec-status", begun.clone(), answer())? {
             Ok(status) => status,
             Err(_) => return Ok(Ran::RunsOn),
         };

@@ -10,7 +10,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -114,6 +113,7 @@ impl Vm {
             c.args(["--level", "auto", "--full-every", "6", "--quiesce", "--hold-limit", "6"]);
             c.args(["--agent-timeout", "2", "--cbw-timeout", "5", "--agent"]);
             c.arg(self.path("agent.sock"));
+            c.args(["--guest-before", "begin", "--guest-after", "end", "--guest-timeout", "2"]);
             c.arg("--target").arg(self.path("T")).arg("--fleece-dir").arg(self.path("fleece"));
         }
         c
@@ -157,8 +157,8 @@ impl Vm {
         self.stage.begin(None);
         let end = Instant::now() + Duration::from_secs(60);
         // The watchdog may be at it still.
-        while self.stage.frozen.load(Ordering::SeqCst) {
-            assert!(Instant::now() < end, "{case}: the guest stays frozen");
+        while !self.stage.is_free() {
+            assert!(Instant::now() < end, "{case}: the guest stays frozen or prepared");
             std::thread::sleep(Duration::from_millis(20));
         }
         let out = self.command(&["recover"]).output().unwrap();
@@ -243,8 +243,8 @@ fn prepare(vm: &mut Vm, words: &[&str]) {
         assert_eq!(out.status.code(), None, "{}", String::from_utf8_lossy(&out.stderr));
         // Its watchdog thaws and continues.
         let end = Instant::now() + Duration::from_secs(60);
-        while vm.stage.frozen.load(Ordering::SeqCst) {
-            assert!(Instant::now() < end, "the guest stays frozen");
+        while !vm.stage.is_free() {
+            assert!(Instant::now() < end, "the guest stays frozen or prepared");
             std::thread::sleep(Duration::from_millis(20));
         }
         vm.stage.begin(None);

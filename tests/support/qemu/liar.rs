@@ -141,6 +141,8 @@ pub struct Stage {
     canary: PathBuf,
     /// Whether the guest's agent holds the guest frozen.
     pub frozen: AtomicBool,
+    /// Whether the command `begin` was run in the guest, and not `end` since.
+    pub begun: AtomicBool,
 }
 
 #[derive(Default)]
@@ -162,6 +164,11 @@ enum Act {
 }
 
 impl Stage {
+    /// Whether the guest is as it was before a freeze point.
+    pub fn is_free(&self) -> bool {
+        !self.frozen.load(Ordering::SeqCst) && !self.begun.load(Ordering::SeqCst)
+    }
+
     pub fn new(canary: &Path) -> Arc<Self> {
         Arc::new(Stage { canary: canary.to_path_buf(), ..Stage::default() })
     }
@@ -321,6 +328,13 @@ pub fn agent(stage: &Arc<Stage>, path: &Path) {
                     true => json!(2),
                     false => json!(0),
                 },
+                "guest-get-osinfo" => json!({"id": "debian"}),
+                "guest-exec" => {
+                    let begins = q["arguments"]["arg"][1] == "begin";
+                    stage.begun.store(begins, Ordering::SeqCst);
+                    json!({"pid": 7})
+                }
+                "guest-exec-status" => json!({"exited": true, "exitcode": 0}),
                 _ if stage.frozen.load(Ordering::SeqCst) => json!("frozen"),
                 _ => json!("thawed"),
             };
