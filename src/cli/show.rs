@@ -176,6 +176,7 @@ fn of_manifest(rows: &mut Rows, m: &Manifest, known: Option<Achieved>) {
         ("disk format", &d.format),
         ("device", &d.device),
         ("qdev", &d.qdev),
+        ("serial", &d.serial),
         ("node", &d.node),
     ] {
         rows.row(title, value);

@@ -58,7 +58,10 @@ impl HeldPoint {
         let lingers = lingers || image.files > MANY;
         let held = HeldPoint { image: image.clone(), pinned, lingers };
         let opened = match pinned {
-            true => image.open_held(),
+            true => {
+                files::wait_for_room();
+                image.open_held()
+            }
             false => image.own.iter().try_for_each(|l| l.open_files()),
         };
         opened.inspect_err(|e| image.note_error(e))?;
@@ -81,7 +84,7 @@ impl Drop for HeldPoint {
             }
             return;
         }
-        let closed = if self.pinned { self.image.release() } else { Closed::new() };
+        let closed = if self.pinned { self.image.release() } else { Closed::default() };
         let nothing_open = state.is_empty();
         drop(state);
         // Here the storage may take its time.
@@ -151,13 +154,13 @@ impl Image {
 impl Pinned for Image {
     /// Undoes [`Image::pin`].
     fn release(&self) -> Closed {
-        let mut closed = Vec::new();
+        let mut closed = Closed::default();
         for image in self.with_below() {
             if image.holders.fetch_sub(1, Ordering::Relaxed) > 1 {
                 break;
             }
             image.files_open.store(false, Ordering::Release);
-            closed.extend(files::unpin(image.own_files()));
+            closed.append(files::unpin(image.own_files()));
         }
         closed
     }

@@ -5,6 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 use super::Level;
 pub use crate::text::to_text;
@@ -36,6 +37,9 @@ const FOREIGN_EXTENSIONS: [&[u8]; 16] = [
     b"gz", b"zst", b"xz", b"bz2", b"lz4", b"lzo", b"zip", b"7z", b"vmdk", b"vdi", b"vhd", b"vhdx",
     b"vpc", b"qed", b"luks", b"gpg",
 ];
+
+/// Those of them that are formats of disk images.
+const IMAGE_EXTENSIONS: [&[u8]; 6] = [b"vmdk", b"vdi", b"vhd", b"vhdx", b"vpc", b"qed"];
 
 /// What the extension of a name promises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +127,16 @@ pub fn promise(name: &OsStr) -> Promise {
         () if is_in(&FOREIGN_EXTENSIONS) => Promise::Foreign,
         () => Promise::Nothing,
     }
+}
+
+/// Whether a name is that of a disk image which is not read: of another format, or a compressed one.
+pub fn is_unread_image(name: &OsStr) -> bool {
+    let path = Path::new(name);
+    let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
+    let inner = path.file_stem().map_or(Promise::Nothing, promise);
+    let is_other = IMAGE_EXTENSIONS.contains(&extension.as_bytes());
+    let is_packed = matches!(inner, Promise::Qcow2 | Promise::Raw);
+    is_other || promise(name) == Promise::Foreign && is_packed
 }
 
 const PREFIXES: [(&[u8], Level); 4] = [

@@ -215,6 +215,9 @@ pub struct DiskIdentity {
     pub file: String,
     /// The disk's own format.
     pub format: String,
+    /// The serial number that the guest sees, if it has one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub serial: String,
 }
 
 /// Formats that `backup` writes.

@@ -7,7 +7,7 @@
 //! Pinned files leave room for a working set, so that reading goes on whatever is pinned.
 //!
 //! Readers find an open file without a lock (`Slot::get`). The lock is never held while a file is
-//! opened or closed: the storage may not answer. What was written to a file, and may not be on disk, is
+//! opened or closed: the storage may not answer. (What is about to be closed counts until it is: [`super::closing`].) What was written to a file, and may not be on disk, is
 //! seen to before it is closed ([`BeforeClose`]).
 
 use std::fs::File;
@@ -18,6 +18,8 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::{ArcSwapOption, Guard};
 use lru::LruCache;
+
+use super::closing::{self, CLOSING};
 
 /// Descriptors for everything that is not in here: the kernel's side of the mount, watches, folders
 /// that are being looked at.
@@ -120,9 +122,17 @@ impl Slot {
     pub(crate) fn close(&self) {
         let mut pool = pool();
         pool.list.pop(&self.id);
-        let closed = self.open.swap(None);
+        let mut closed = Closed::default();
+        self.take_to(&mut closed);
         drop(pool);
         drop(closed);
+    }
+
+    /// Takes the file out, if it is open.
+    fn take_to(&self, closed: &mut Closed) {
+        if let Some(file) = self.open.swap(None) {
+            closed.push(file);
+        }
     }
 
     fn opened(&self, file: File) -> Arc<Opened> {
@@ -130,9 +140,8 @@ impl Slot {
     }
 }
 
-/// Files that are no longer in a slot. They are closed where this is dropped, which may take as long
-/// as their storage does.
-pub(crate) type Closed = Vec<Arc<Opened>>;
+/// Files that are out of their slots, and closed where this is dropped.
+pub(crate) type Closed = closing::Closed<Arc<Opened>>;
 
 struct Pool {
     /// All files together.
@@ -172,7 +181,7 @@ impl Pool {
     /// Takes the files that are too many out of their slots.
     fn make_room(&mut self) -> Closed {
         let room = self.limit.saturating_sub(self.pinned).max(working_set(self.limit));
-        let mut closed = Vec::new();
+        let mut closed = Closed::default();
         // Each gets at most one second chance per call, so this ends.
         let mut chances = self.list.len();
         while self.list.len() > room
@@ -184,7 +193,7 @@ impl Pool {
                 self.list.put(id, slot);
                 continue;
             }
-            closed.extend(slot.open.swap(None));
+            slot.take_to(&mut closed);
         }
         closed
     }
@@ -205,14 +214,25 @@ pub(crate) fn set_aside(most: usize) -> usize {
     part
 }
 
-/// Opens a file. Where there are no descriptors left, some files that nobody pins are closed.
+/// Waits until what is pinned can be opened: what was pinned before may not be closed yet. Not for ever, since its
+/// storage may not answer.
+pub(crate) fn wait_for_room() {
+    let (pinned, limit) = {
+        let pool = pool();
+        (pool.pinned, pool.pin_limit())
+    };
+    CLOSING.wait(|closing| closing == 0 || pinned + closing <= limit);
+}
+
+/// Opens a file. Where there are no descriptors left, some files that nobody pins are closed, or those that others
+/// are closing waited for.
 ///
 /// # Errors
 /// Those of `open`.
 pub(crate) fn open_with_room<T>(open: impl Fn() -> io::Result<T>) -> io::Result<T> {
     loop {
         match open() {
-            Err(e) if is_too_many(&e) && shed() => {}
+            Err(e) if is_too_many(&e) && (shed() || CLOSING.wait_for_one()) => {}
             result => return result,
         }
     }
@@ -255,11 +275,11 @@ pub(crate) fn pin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>> + Clone) -> boo
 /// Undoes [`pin`]. Files that nobody pins any more are to be closed: drop the result.
 pub(crate) fn unpin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> Closed {
     let mut pool = pool();
-    let mut closed = Vec::new();
+    let mut closed = Closed::default();
     for slot in slots {
         if slot.pins.fetch_sub(1, Ordering::Relaxed) == 1 {
             pool.pinned -= 1;
-            closed.extend(slot.open.swap(None));
+            slot.take_to(&mut closed);
         }
     }
     closed
@@ -278,11 +298,11 @@ fn shed() -> bool {
 
 fn take_unpinned(most: usize) -> Closed {
     let mut pool = pool();
-    let mut closed = Vec::new();
-    while closed.len() < most
-        && let Some((_, slot)) = pool.list.pop_lru()
-    {
-        closed.extend(slot.open.swap(None));
+    let mut closed = Closed::default();
+    for _ in 0..most.min(pool.list.len()) {
+        if let Some((_, slot)) = pool.list.pop_lru() {
+            slot.take_to(&mut closed);
+        }
     }
     closed
 }

@@ -5,6 +5,7 @@
 //! ([`FaultyStorage`]). Nothing here seeks, so everything can be shared between threads. [`files`]
 //! bounds how many files are open.
 
+mod closing;
 pub(crate) mod files;
 mod identity;
 mod names;

@@ -99,6 +99,39 @@ fn all_points_of_deep_chains_read_in_any_order_and_leave_nothing_open() {
     assert_eq!(read(&point(deep))[0], 7);
 }
 
+/// Two such points take more descriptors than there are: the one that was closed has to be so before the next is
+/// opened.
+#[test]
+fn points_of_half_of_the_descriptors_are_opened_one_after_the_other() {
+    let test = "points_of_half_of_the_descriptors_are_opened_one_after_the_other";
+    if !have(test, &["/dev/fuse"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let depth = 140;
+    for disk in ["a", "b", "c"] {
+        chain(&dir.path().join(disk), depth);
+    }
+    let (mount, _) = Mount::limited(dir.path(), 256, "");
+    let walk = |disk: &str| {
+        for i in (0..400).map(|n| 100 + n * 7 % 40) {
+            let file = mount.path().join(format!("{disk}/{}.raw", file(i)));
+            let mut byte_there = [0];
+            let read = File::open(&file)
+                .and_then(|f| f.read_exact_at(&mut byte_there, (i % CLUSTERS * CLUSTER) as u64));
+            read.unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            assert_eq!(byte_there[0], byte(i), "{}", file.display());
+        }
+    };
+    walk("a");
+    let walk = &walk;
+    std::thread::scope(|s| {
+        for disk in ["b", "c"] {
+            s.spawn(move || walk(disk));
+        }
+    });
+}
+
 #[test]
 fn what_is_held_survives_its_files_and_what_is_not_is_never_another_file() {
     let test = "what_is_held_survives_its_files_and_what_is_not_is_never_another_file";

@@ -300,6 +300,50 @@ fn verify_records_what_a_user_says() {
     assert!(!b.path(".fleecefs/x.qcow2.json").exists());
 }
 
+/// A volume has no extension: whatever its guest writes to its beginning, nothing is damaged.
+#[test]
+fn a_raw_disk_whose_name_says_nothing_is_decided_by_the_user() {
+    if !have("a_raw_disk_whose_name_says_nothing_is_decided_by_the_user", &TOOLS) {
+        return;
+    }
+    let b = Backups::new();
+    let disk = |first: &[u8]| [first, &[0x41; 4096][first.len()..]].concat();
+    // A FULL beside an INC to whose beginning the guest wrote a header, and what begins like others.
+    b.file("vm1/sda/FULL-1700000000-sda", &disk(b""));
+    hostile(&b, "vm1/sda/INC-1700000100-sda", None, None);
+    b.file("vm2/sda/FULL-1700000001-sda", &disk(b"KDMV"));
+    b.file("vm3/sda/FULL-1700000002-sda", &disk(&[0x1f, 0x8b]));
+    let root = b.root().to_str().unwrap();
+    for (vm, point, first) in [
+        ("vm1", "FULL-1700000000-sda", &b""[..]),
+        ("vm2", "FULL-1700000001-sda", b"KDMV"),
+        ("vm3", "FULL-1700000002-sda", &[0x1f, 0x8b]),
+    ] {
+        let path = b.path(&format!("{vm}/sda/{point}"));
+        assert!(first_bytes(&b.scan(), &path).is_none(), "{point}");
+        let remedy = b.why(point).remedy.unwrap();
+        assert!(remedy.contains("verify --create --format raw"), "{remedy}");
+        // Only raw decides, as nothing in it is qcow2.
+        fleecefs(&["verify", "--create", "--format", "qcow2", root, "--point", point]);
+        assert!(first_bytes(&b.scan(), &path).is_none(), "{point}");
+        fleecefs(&["verify", "--create", "--format", "raw", root, "--point", point]);
+        assert!(first_bytes(&b.scan(), &path) == Some(disk(first)), "{point}");
+    }
+}
+
+/// An archive is one whatever is said of it, and a name that says qcow2 is no raw disk's.
+#[test]
+fn what_another_format_begins_with_is_named_as_such() {
+    let b = Backups::new();
+    b.file("sda/FULL-1700000000-sda.qcow2", &[&b"KDMV"[..], &[1; 4092]].concat());
+    b.file("sdb/FULL-1700000000-sdb.qcow2", &[1; 4096]);
+    let why = b.why("FULL-1700000000-sda.qcow2");
+    let remedy = why.remedy.as_deref().unwrap();
+    assert!(why.message.contains("a VMDK image"), "{why}");
+    assert!(remedy.contains("convert") && !remedy.contains("another copy"), "{remedy}");
+    assert!(b.why("FULL-1700000000-sdb.qcow2").message.contains("no qcow2 header"));
+}
+
 /// A manifest lets an image name other files: a guest may write what it is to name later.
 #[test]
 fn verify_records_no_format_that_only_the_bytes_say() {

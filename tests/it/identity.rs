@@ -409,3 +409,56 @@ fn a_target_whose_path_is_no_text_is_worked_on_and_remembered() {
     let out = caller.run("full");
     assert_eq!(out.status.code(), Some(3), "{out:?}");
 }
+
+/// As loop devices do that get each other's number, or images that an administrator renames.
+#[test]
+fn disks_that_have_each_others_files_keep_their_points() {
+    if !have("disks_that_have_each_others_files_keep_their_points", QEMU) {
+        return;
+    }
+    let d = images::tempdir();
+    let files = ["a", "b"].map(|n| image(&d.path().join(format!("{n}.qcow2"))));
+    let start = |files: [&Path; 2]| {
+        let mut args = vec!["-name".to_string(), "guest=web".into()];
+        for ((file, name), serial) in files.iter().zip(["a", "b"]).zip(["SER-A", "SER-B"]) {
+            let file = file.display();
+            let node = format!("qcow2,node-name={name},file.driver=file,file.filename={file}");
+            let device = format!("virtio-blk-pci,drive={name},id=v{name},serial={serial}");
+            args.extend(["-blockdev".into(), node, "-device".into(), device]);
+        }
+        Vm::with(d.path(), &args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let vm = start([&files[0], &files[1]]);
+    let caller = vm.caller.clone();
+    caller.must("auto");
+    let serial = |disk: &str| {
+        let folder = caller.target.join(disk);
+        let newest = backup::newest(&caller.target, disk);
+        manifest::read(&folder, newest.file_name().unwrap()).unwrap().unwrap().disk.serial
+    };
+    assert_eq!(["a.qcow2", "b.qcow2"].map(serial), ["SER-A", "SER-B"]);
+    vm.quit();
+
+    let aside = d.path().join("aside");
+    for (from, to) in [(&files[0], &aside), (&files[1], &files[0]), (&aside, &files[1])] {
+        std::fs::rename(from, to).unwrap();
+    }
+    let vm = start([&files[1], &files[0]]);
+    let said = caller.must("auto");
+    assert_eq!(said.matches("its points stay in").count(), 2, "{said}");
+    for disk in ["a.qcow2", "b.qcow2"] {
+        assert_eq!(backup::level(&caller, disk), "INC", "{said}");
+    }
+    vm.quit();
+    // New files without bitmaps, exchanged once more: the serial numbers tell.
+    let new = ["a", "b"].map(|n| image(&d.path().join(format!("new/{n}.qcow2"))));
+    for (from, to) in new.iter().zip(&files) {
+        std::fs::rename(from, to).unwrap();
+    }
+    let vm = start([&files[0], &files[1]]);
+    caller.must("auto");
+    assert_eq!(folders(&caller.target), [("a.qcow2".into(), 3), ("b.qcow2".into(), 3)]);
+    assert_eq!(["a.qcow2", "b.qcow2"].map(serial), ["SER-A", "SER-B"]);
+    drop(vm);
+    assert_eq!(fleecefs(&["verify"], &caller.target).status.code(), Some(0));
+}

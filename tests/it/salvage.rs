@@ -176,6 +176,31 @@ fn what_is_behind_a_link_is_an_omission() {
     assert_eq!(strict().0, Some(0));
 }
 
+#[test]
+fn an_image_in_a_format_that_is_not_read_is_an_omission() {
+    let b = Backups::new();
+    b.image("vm1/FULL-1700000000-sda.qcow2", None);
+    let strict = || {
+        let out = fleecefs(&["list", "--strict", b.root().to_str().unwrap()]);
+        (out.status.code(), String::from_utf8_lossy(&out.stdout).into_owned())
+    };
+    // What people keep beside backups.
+    for name in ["notes.gz", "vm1/log.zst", "tools.zip", "vm1/disk.json", "key.gpg"] {
+        b.file(name, &[7; 512]);
+    }
+    assert_eq!(strict().0, Some(0), "{}", strict().1);
+    for name in ["old.vmdk", "vm2/disk.vdi", "disk.qcow2.gz", "vm2/sda.RAW.zst", "win.vhdx"] {
+        b.file(name, &[7; 512]);
+        let (code, said) = strict();
+        assert_eq!(code, Some(12), "{said}");
+        let finding = format!(
+            "warning: {name}: a format that is not read, by its name: skipped (unpack or convert it"
+        );
+        assert!(said.contains(&finding), "{said}");
+        std::fs::remove_file(b.path(name)).unwrap();
+    }
+}
+
 /// An image of 1 GiB, the first 4 MiB of it written, that is marked as corrupt.
 struct Marked {
     b: Backups,

@@ -65,6 +65,19 @@ fn a_backup_disk_that_is_not_mounted_gets_no_backup() {
     std::fs::rename(&away, &place).unwrap();
     good("the disk is there again", &d, &caller, &[("a.img", "INC")]);
 
+    // By a link that leads to it, the same.
+    let link = d.path("link");
+    std::os::unix::fs::symlink(&caller.target, &link).unwrap();
+    let linked = Caller { target: link, ..caller.clone() };
+    good("by a link", &d, &linked, &[("a.img", "INC")]);
+    std::fs::rename(&place, &away).unwrap();
+    for level in ["auto", "full", "copy"] {
+        let (exit, said) = code(&linked.with(&["-q"]), level);
+        assert_eq!(exit, Some(3), "{level}: {said}");
+        assert!(said.contains("symbolic link") && said.contains("mounted"), "{level}: {said}");
+    }
+    std::fs::rename(&away, &place).unwrap();
+
     // Another disk in its place is a backup directory if it says so, or if the user does.
     std::fs::rename(&place, &away).unwrap();
     good("a new disk", &d, &caller.with(&["--init"]), &[("a.img", "FULL")]);

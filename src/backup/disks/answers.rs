@@ -48,6 +48,8 @@ pub struct Answers {
     pub ours: bool,
     /// The types of the devices whose medium can be removed, by their names.
     types: HashMap<String, String>,
+    /// The serial numbers of disks, by their devices' names, if they were asked for.
+    serials: HashMap<String, String>,
 }
 
 impl Answers {
@@ -81,6 +83,20 @@ impl Answers {
             process: client.process().unwrap_or_default(),
             ..Self::of(drives, raw_nodes, graph, client.has_guest())?
         })
+    }
+
+    /// Asks for the disks' serial numbers: only who looks for the disks' points needs them.
+    ///
+    /// # Errors
+    /// As [`Client::execute`].
+    pub fn ask_serials(&mut self, client: &mut Client) -> Result<()> {
+        self.serials = media::serials(client, &self.drives)?;
+        Ok(())
+    }
+
+    /// The serial number of a disk; empty where it has none, or nobody asked.
+    pub fn serial(&self, qdev: &str) -> String {
+        self.serials.get(qdev).cloned().unwrap_or_default()
     }
 
     /// From `top` down to the node that holds the disk.

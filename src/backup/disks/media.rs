@@ -12,6 +12,8 @@ use crate::qmp::types::Drive;
 
 /// How many are asked for: more than any machine has.
 const MOST: usize = 512;
+/// The longest serial number, in bytes: most disks have 20 characters, SCSI's page has room for 251.
+const LONGEST_SERIAL: usize = 251;
 
 /// Asks for the types of the devices whose medium can be removed: their buses call SD cards, USB
 /// sticks and some SCSI disks so as well.
@@ -28,6 +30,29 @@ pub(super) fn types(client: &mut Client, drives: &[Drive]) -> Result<HashMap<Str
         }
     }
     Ok(types)
+}
+
+/// Asks for the serial numbers of the guest's disks, by the names of their devices. Not every device has one.
+///
+/// # Errors
+/// As [`Client::execute`].
+pub(super) fn serials(client: &mut Client, drives: &[Drive]) -> Result<HashMap<String, String>> {
+    let mut serials = HashMap::new();
+    if !client.has_guest() || !client.has("qom-get") {
+        return Ok(serials);
+    }
+    let disks = drives.iter().filter(|d| d.inserted.as_ref().is_some_and(|n| !n.ro)).take(MOST);
+    for qdev in disks.filter_map(|d| d.qdev.as_deref()).filter(|q| !q.is_empty()) {
+        let path = qom_path(qdev.trim_end_matches("/virtio-backend"));
+        let arguments = json!({"path": path, "property": "serial"});
+        match client.call("qom-get", arguments)? {
+            Ok(Value::String(serial)) if (1..=LONGEST_SERIAL).contains(&serial.len()) => {
+                serials.insert(qdev.to_string(), serial);
+            }
+            _ => {}
+        }
+    }
+    Ok(serials)
 }
 
 /// The path of a guest device. (By id alone it may be ambiguous: an NVMe controller's bus has its name.)

@@ -167,7 +167,9 @@ fn from_drive(answers: &Answers, d: &Drive) -> Result<GuestDisk, SkipReason> {
         return Err(SkipReason::Blocked("QEMU's block graph does not show what it is attached to"));
     };
     let top = answers.node(name).unwrap_or(top);
+    let serial = answers.serial(&qdev);
     let mut disk = build(answers, (root, top), insertion, qdev, d.device.clone(), pflash)?;
+    disk.identity.serial = serial;
     disk.by_rule = media.then_some("a CD or floppy");
     Ok(disk)
 }
@@ -275,6 +277,7 @@ fn build(
             device,
             file: answers.file_of(real.unwrap_or(disk)),
             format: disk.drv.clone(),
+            serial: String::new(),
         },
         node: disk.node_name.clone(),
         top: top_name,

@@ -48,6 +48,8 @@ pub(crate) fn assign(
             let is = |h: &History| {
                 same_file(inputs, disk, h)
                     || carries_bitmap(inputs, disk, h)
+                    || same_serial(inputs, disk, h)
+                    || has_new_number(inputs, disk, h)
                     || (is_new || h.tail == own) && is_renamed(inputs, disk, h, disks)
             };
             let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
@@ -274,11 +276,8 @@ fn is_other_vm(inputs: &Inputs<'_>, m: &Manifest) -> bool {
 fn is_renamed(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History, disks: &[GuestDisk]) -> bool {
     let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
     let qdev = &disk.identity.qdev;
-    // QEMU makes up the others, by their place.
-    let made_up = ["/machine/unattached/", "/machine/peripheral-anon/"];
-    let is_given = !qdev.is_empty() && !made_up.iter().any(|m| qdev.starts_with(m));
     let is_there = disks.iter().any(|d| d.identity.file == m.disk.file);
-    is_given && *qdev == m.disk.qdev && disk.size == m.virtual_size && !is_there
+    is_given(qdev) && *qdev == m.disk.qdev && disk.size == m.virtual_size && !is_there
 }
 
 /// Who was given a name by the user has that, and not one with a number.
@@ -317,7 +316,61 @@ fn device(d: &DiskIdentity) -> (&str, &str) {
 }
 
 fn same_file(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
-    h.last_manifest().is_some_and(|m| !other_vm(inputs, m) && m.disk.file == disk.identity.file)
+    let is_file = |m: &Manifest| !other_vm(inputs, m) && m.disk.file == disk.identity.file;
+    h.last_manifest().is_some_and(is_file) && !is_of_another(inputs, disk, h)
+}
+
+/// Whether the points of the disk's file are those of another disk of the VM, which has got another file: where
+/// two have exchanged theirs (loop devices with each other's numbers), the file's name says the opposite of what is.
+/// Device and file together are believed: a copy of the disk beside it carries its bitmap, too.
+fn is_of_another(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
+    let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
+    if device(&m.disk) == device(&disk.identity) {
+        return false;
+    }
+    let is = |d: &GuestDisk| {
+        same_serial(inputs, d, h) || carries_bitmap(inputs, d, h) || has_new_number(inputs, d, h)
+    };
+    let is_other = |d: &&GuestDisk| d.identity != disk.identity;
+    !is(disk) && inputs.seen.disks.iter().filter(is_other).any(is)
+}
+
+/// Whether the guest knows the disk by the serial number of these points, and no other disk of the VM.
+fn same_serial(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
+    let serial = &disk.identity.serial;
+    let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
+    let alike = inputs.seen.disks.iter().filter(|d| d.identity.serial == *serial).count();
+    !serial.is_empty() && m.disk.serial == *serial && alike == 1
+}
+
+/// The disk's storage is a device that the kernel numbers as it finds it, and has another number now: the same
+/// device of the VM has a disk of the same size on storage of that kind.
+fn has_new_number(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
+    let Some(m) = h.last_manifest().filter(|m| is_same_vm(inputs, m)) else { return false };
+    let kinds = (numbered_kind(&m.disk.file), numbered_kind(&disk.identity.file));
+    let same_kind = matches!(kinds, (Some(a), Some(b)) if a == b);
+    let same_device = is_given(&m.disk.qdev) && m.disk.qdev == disk.identity.qdev;
+    same_kind && same_device && m.virtual_size == disk.size
+}
+
+/// The kind of a device whose name is a number in the order of discovery (`loop`, `sd`); `None` for other files.
+fn numbered_kind(file: &str) -> Option<&'static str> {
+    const KINDS: [&str; 10] = ["loop", "nbd", "rbd", "dm-", "zd", "drbd", "md", "sd", "vd", "nvme"];
+    let name = file.strip_prefix("/dev/")?;
+    let numbered = |kind: &&&str| {
+        let rest = name.strip_prefix(**kind);
+        let letters = ["sd", "vd"].contains(*kind);
+        let counts = |c: char| if letters { c.is_ascii_lowercase() } else { c.is_ascii_digit() };
+        // A partition or a namespace has a number behind it.
+        rest.is_some_and(|r| r.starts_with(counts) && r.chars().all(|c| c.is_ascii_alphanumeric()))
+    };
+    KINDS.iter().find(numbered).copied()
+}
+
+/// Whether a device has its name from the user: QEMU makes up the others, by their place.
+fn is_given(qdev: &str) -> bool {
+    let made_up = ["/machine/unattached/", "/machine/peripheral-anon/"];
+    !qdev.is_empty() && !made_up.iter().any(|m| qdev.starts_with(m))
 }
 
 /// The disk's file was moved: its bitmap came along, or it is at the same device of the same VM.

@@ -595,4 +595,5 @@ fn the_first_run_of_a_month_removes_last_months_bitmaps() {
 }
 
 mod backing;
+mod exchanged;
 mod guards;

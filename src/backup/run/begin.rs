@@ -32,6 +32,7 @@ pub(in crate::backup) fn look(
     client: &mut Client,
 ) -> Result<(Survey, VmConfig)> {
     let mut answers = Answers::ask(client)?;
+    answers.ask_serials(client)?;
     answers.ours = options.offline.is_some();
     if options.offline.is_some() && options.dry_run {
         // We opened them so, lest anything is changed.

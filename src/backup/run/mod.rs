@@ -144,6 +144,7 @@ pub(crate) fn backup(
 /// socket goes with QEMU.)
 fn resolved(options: &Options) -> Result<Options> {
     let target = real_path(&options.target, "the backup directory")?;
+    refuse_dangling(&target)?;
     let state_dir = state_folder(&options.state_dir)?.path().to_path_buf();
     refuse_inside(&state_dir, &target)?;
     Ok(Options {
@@ -153,6 +154,17 @@ fn resolved(options: &Options) -> Result<Options> {
         target,
         ..options.clone()
     })
+}
+
+/// A link in the resolved path of a target leads nowhere: what it leads to is on a disk that is not mounted,
+/// more often than not.
+fn refuse_dangling(target: &Path) -> Result<()> {
+    let is_link = |path: &&Path| folder::look(path).is_ok_and(|meta| meta.is_symlink());
+    let Some(link) = target.ancestors().find(is_link) else { return Ok(()) };
+    let what = "the symbolic link to the backup directory leads to nothing";
+    let remedy =
+        "is the file system mounted that it leads to? A new folder there has to be made first";
+    Err(Error::new(Kind::NotFound, what).at_path(link).remedy(remedy))
 }
 
 /// A QEMU that can do what a backup needs.

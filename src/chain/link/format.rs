@@ -12,6 +12,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use super::follow;
+use crate::chain::walk::foreign_content;
 use crate::chain::walk::pointer;
 use crate::chain::walk::probed::Content;
 use crate::chain::walk::tree::{FileEntry, FileId, Reading, Tree};
@@ -33,6 +34,10 @@ pub struct FormatOverride {
 pub(in crate::chain) const DECIDE: &str = "'fleecefs verify --create --format raw DIR --point \
                                            POINT' if it is a raw disk, '--format qcow2' if it is \
                                            a qcow2 image";
+
+/// How a user says that it is raw.
+pub(in crate::chain) const DECIDE_RAW: &str = "if it is a raw disk, 'fleecefs verify --create \
+                                               --format raw DIR --point POINT'";
 
 impl FileEntry {
     /// What the header says, if the file is read as an image that has one.
@@ -73,7 +78,11 @@ impl FileEntry {
             (Reading::Undecided(finding), _) | (_, Content::Bad(finding)) => Some(finding.clone()),
             (_, Content::Foreign(what)) => {
                 let error = Error::new(Kind::Unsupported, *what).at_path(&self.path);
-                Some(Finding::from_error(&error.remedy(UNPACK), &self.path))
+                let remedy = match self.is_malformed() {
+                    true => format!("{UNPACK}; or, {DECIDE_RAW}"),
+                    false => UNPACK.into(),
+                };
+                Some(Finding::from_error(&error.remedy(remedy), &self.path))
             }
             (_, Content::Image(_) | Content::Plain) => None,
         }
@@ -122,8 +131,10 @@ impl FileEntry {
         let len = self.probed.file.identity().size;
         match &self.probed.content {
             Content::Bad(f) => f.kind != Kind::Io && len > 0,
+            // A raw disk may begin with anything: where the name speaks of no other format it can be one.
             Content::Foreign(_) => {
-                promise(self.path.file_name().unwrap_or_default()) == Promise::Raw
+                let name = self.path.file_name().unwrap_or_default();
+                promise(name) != Promise::Foreign && foreign_content::layout(name).is_none()
             }
             Content::Image(_) | Content::Plain => false,
         }
@@ -143,7 +154,9 @@ pub(in crate::chain) fn decide(tree: &mut Tree, format_override: Option<&FormatO
     }
     by_overlays(tree, proved);
     if let Some(format_override) = format_override {
-        let is_told = |f: &FileEntry| is_undecided(f) && format_override.files.contains(&f.path);
+        let is_told = |f: &FileEntry| {
+            (is_undecided(f) || is_plain(f)) && format_override.files.contains(&f.path)
+        };
         let open: Vec<FileId> =
             (0..tree.files.len()).filter(|f| is_told(&tree.files[*f])).collect();
         let by_override = |f: &FileId| by_override(&mut tree.files[*f], format_override.format);
@@ -173,6 +186,12 @@ fn is_undecided(entry: &FileEntry) -> bool {
     let name = entry.path.file_name().unwrap_or_default();
     let open = matches!(entry.decision.reading, Reading::Content) && !entry.decision.proved;
     open && entry.is_open_question() && promise(name) != Promise::Qcow2
+}
+
+/// Whether it is raw because nothing says anything else: what the other files of its disk are may.
+fn is_plain(entry: &FileEntry) -> bool {
+    let plain = matches!(entry.probed.content, Content::Plain) && entry.manifest.is_none();
+    plain && entry.name != Name::Ignored
 }
 
 /// Takes the word of images that are proved to be qcow2 for what they depend on, from one to the next.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::chain::walk::tree::{FileEntry, FileId, Folder, LostImage, Tree};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layout::Level;
-use crate::layout::name::{Name, Promise, parse_partial, promise};
+use crate::layout::name::{Name, Promise, is_unread_image, parse_partial, promise};
 use crate::text::path_text;
 
 /// Endings of files that people and programs keep beside an image.
@@ -84,7 +84,8 @@ pub(in crate::chain) fn group(
     for (i, link) in folder.links.iter().enumerate() {
         links.entry(link.disk.as_os_str()).or_insert(i);
     }
-    let mut sorter = Grouper { tree, folder, links, disks: BTreeMap::new(), images: Vec::new() };
+    let (disks, images, unread) = (BTreeMap::new(), Vec::new(), Vec::new());
+    let mut sorter = Grouper { tree, folder, links, disks, images, unread };
     let files: Vec<FileId> =
         folder.files.iter().copied().filter(|f| !claimed.contains(f)).collect();
     for file in &files {
@@ -115,6 +116,8 @@ struct Grouper<'a> {
     links: HashMap<&'a OsStr, usize>,
     disks: BTreeMap<OsString, MemberList>,
     images: Vec<FileId>,
+    /// What is said of images in formats that are not read.
+    unread: Vec<Finding>,
 }
 
 impl Grouper<'_> {
@@ -183,6 +186,8 @@ impl Grouper<'_> {
             self.disks.entry(name).or_default().list.push(belongs);
         } else if self.looks_like_image(file) {
             self.images.push(file);
+        } else if is_unread_image(base_name(entry)) {
+            self.unread.extend(entry.content_problem().map(skipped));
         }
     }
 
@@ -260,7 +265,7 @@ impl Grouper<'_> {
     /// The disks, and findings that belong to none.
     fn finish(mut self) -> (Vec<Group>, Vec<Finding>) {
         let folder = &self.folder.relative;
-        let mut homeless = Vec::new();
+        let mut homeless = std::mem::take(&mut self.unread);
         self.disks.retain(|_, m| {
             if m.list.is_empty() {
                 homeless.append(&mut m.findings);
@@ -288,6 +293,12 @@ impl Grouper<'_> {
         }
         (groups, homeless)
     }
+}
+
+/// An image that no disk is made of: not to speak of it would leave out a backup.
+fn skipped(problem: Finding) -> Finding {
+    let message = format!("{}: skipped", problem.message);
+    Finding { severity: Severity::Warning, message, ..problem }
 }
 
 /// File name of an entry.

@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::Parent;
-use super::format::DECIDE;
+use super::format::{DECIDE, DECIDE_RAW};
 use super::group::{DiskMember, Group, base_name};
 use crate::chain::walk::info;
-use crate::chain::walk::tree::{FileEntry, FileId, Tree};
+use crate::chain::walk::tree::{FileEntry, FileId, Reading, Tree};
 use crate::error::{Error, Finding, Kind};
 use crate::layer::qcow2::check::REMEDY as RESTORE;
 use crate::layout::Level;
@@ -66,8 +66,8 @@ fn unnamed_image(entry: &FileEntry) -> Finding {
 }
 
 /// Plain roots that are qcow2 files whose beginning is damaged, rather than raw: other backups of the
-/// disk are qcow2, or the disk itself was. (Backups of a raw disk are all raw.) A manifest that can
-/// be read decides it.
+/// disk are qcow2, or the disk itself was. (Backups of a raw disk are all raw, but a guest can make them
+/// begin like qcow2 images.) A manifest that can be read decides it, and so does the user.
 pub(in crate::chain) fn not_raw_after_all(
     tree: &Tree,
     group: &Group,
@@ -80,21 +80,22 @@ pub(in crate::chain) fn not_raw_after_all(
     let others_are_qcow2 = group.members.iter().any(|b| is_qcow2(entry(b)));
     let mut suspicion = |b: &DiskMember| {
         let entry = entry(b);
-        if !entry.is_raw()
-            || !matches!(b.level, Level::Full | Level::Copy)
-            || entry.manifest.is_some()
-        {
+        let decided = entry.manifest.is_some() || matches!(entry.decision.reading, Reading::Raw);
+        if !entry.is_raw() || !matches!(b.level, Level::Full | Level::Copy) || decided {
             return None;
         }
         if entry.manifest_problem.is_some() {
-            return Some("its manifest cannot be read, and only that says whether it is raw");
+            let what = "its manifest cannot be read, and only that says whether it is raw";
+            return Some((what, RESTORE.to_string()));
         }
-        (others_are_qcow2 || config_says_qcow2(tree, entry, &mut configs)).then_some(
-            "it has no qcow2 header, but other backups of this disk have, or the disk had when it \
-             was backed up",
-        )
+        if config_says_qcow2(tree, entry, &mut configs) {
+            return Some(("it has no qcow2 header, but its disk was qcow2", RESTORE.to_string()));
+        }
+        // By their bytes alone: it may be these that are not what they seem to be.
+        let what = "it has no qcow2 header, but other backups of this disk have";
+        others_are_qcow2.then(|| (what, format!("{RESTORE}; or, {DECIDE_RAW}")))
     };
-    let error = |what| Error::new(Kind::Corrupt, what).at_offset(0).remedy(RESTORE);
+    let error = |(what, remedy)| Error::new(Kind::Corrupt, what).at_offset(0).remedy(remedy);
     (group.members.iter().zip(parents).enumerate())
         .filter(|(_, (_, parents))| matches!(parents, Parent::Root))
         .filter_map(|(i, (b, _))| Some((i, error(suspicion(b)?))))

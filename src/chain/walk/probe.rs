@@ -149,9 +149,13 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
     if *magic {
         return layer::probe(&storage).map(Content::Image);
     }
+    let foreign = foreign(&storage.bytes[..storage.len.min(raw::START)]);
     let what = match name::promise(name) {
         _ if file.is_empty() => Some("the file is empty"),
-        Promise::Qcow2 => Some("the file is named qcow2 but has no qcow2 header"),
+        Promise::Qcow2 if foreign.is_none() => {
+            Some("the file is named qcow2 but has no qcow2 header")
+        }
+        Promise::Qcow2 => None,
         _ if layer::is_damaged_qcow2(&storage)? => Some("the file's qcow2 magic bytes are damaged"),
         _ => None,
     };
@@ -166,12 +170,11 @@ fn look_at_content(file: &SourceFile, handle: &Handle, magic: &mut bool) -> Resu
             },
         ));
     }
-    let mut start = [0; raw::START];
-    let len = start.len().min(usize::try_from(file.len()).unwrap_or(usize::MAX));
-    storage.read_exact_at(&mut start[..len], 0)?;
-    Ok(match foreign(&start[..len]) {
+    Ok(match foreign {
         Some(what) => Content::Foreign(what),
-        None if name::promise(name) == Promise::Foreign => Content::Foreign("not a raw image"),
+        None if name::promise(name) == Promise::Foreign => {
+            Content::Foreign("a format that is not read, by its name")
+        }
         None => Content::Plain,
     })
 }
