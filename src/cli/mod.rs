@@ -25,6 +25,8 @@ mod list;
 mod live_restore;
 mod map;
 mod mount;
+#[cfg(test)]
+mod named_commands;
 mod nightly;
 mod one_run;
 mod paths;

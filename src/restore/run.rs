@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, manifest_of, missing_of_run};
+use crate::chain::{Catalog, Disk, manifest_of, missing_of_run, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::journal::linking;
@@ -304,9 +304,10 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let points: Vec<(&Disk, usize)> = found.iter().map(|m| (m.disk, m.point)).collect();
     if points.is_empty() {
         let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
-        return Err(Error::new(Kind::NotFound, text).remedy(
-            "'fleecefs list --runs DIR' shows them; a run is named by its time or id, or 'latest'",
-        ));
+        let near = nearest(name, names_of(&all).into_iter());
+        return Err(Error::new(Kind::NotFound, text).remedy(format!(
+            "{near}'fleecefs list --runs DIR' shows them; a run is named by its time or id, or 'latest'"
+        )));
     }
     let without = disks_without(&all, &found);
     for disk in catalog.disks.iter().filter(|d| without.contains(&d.path)) {
@@ -324,6 +325,16 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     }
     let missing = runs.values().flat_map(|run| missing_of_run(run)).collect();
     Ok(Run { points, without, missing })
+}
+
+/// What the runs of a backup directory can be called: times and ids.
+pub(crate) fn names(catalog: &Catalog) -> Vec<String> {
+    names_of(&members(catalog))
+}
+
+fn names_of(all: &[RunPoint<'_>]) -> Vec<String> {
+    let names = all.iter().flat_map(|m| [Some(iso_time(m.time)), m.id.clone()]);
+    names.flatten().chain(["latest".to_string()]).collect()
 }
 
 /// An image of one of these runs of which only the manifest is left.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Kind, Result};
-use crate::image::{Image, MergedExtent};
+use crate::image::{Image, MergedExtent, Source};
 
 /// The smallest range that salvaging gives up as a whole.
 const SALVAGE_UNIT: usize = 4096;
@@ -54,8 +54,11 @@ impl<'a> Reader<'a> {
     /// Whether a range that the tables already show as bad is given up; it is listed then.
     pub(crate) fn gives_up(&self, e: &MergedExtent) -> bool {
         if self.salvage {
-            let finding = self.image.findings().into_iter().next();
-            let text = finding.map_or("cannot be read".to_string(), |f| f.to_string());
+            let why = match e.content {
+                Source::Bad { layer } => self.image.why_bad(layer, e.start),
+                _ => None,
+            };
+            let text = why.map_or("cannot be read".to_string(), |f| f.to_string());
             self.note(e.start, e.len, &Error::new(Kind::Corrupt, text));
         }
         self.salvage

@@ -31,6 +31,12 @@ pub(in crate::chain) struct FileEntry {
     pub decision: Decision,
 }
 
+/// What a link in the place of a backup is.
+pub(in crate::chain) const LINK: &str = "a symbolic link, which is not followed,";
+/// What to do about that.
+pub(in crate::chain) const LINK_REMEDY: &str =
+    "put the image itself here, or name the directory that it is in";
+
 /// A `FULL-<disk>` or `COPY-<disk>` link.
 pub(in crate::chain) struct Link {
     /// Its name.

@@ -43,6 +43,8 @@ const MAX_WINDOWS: u64 = 1 << 20;
 const MERGE_LOCKS: usize = 16;
 /// Findings kept per image.
 const MAX_FINDINGS: usize = 256;
+/// No image format that is read maps less than a sector in one piece.
+const SMALLEST_UNIT: u64 = 512;
 
 /// One point of one disk as a readable image.
 pub struct Image {
@@ -72,6 +74,8 @@ pub struct Image {
     pub(super) cache: Arc<Cache>,
     changed: AtomicBool,
     findings: Mutex<Vec<Finding>>,
+    /// Whether whoever reads it tells of each range that is bad.
+    is_told_elsewhere: AtomicBool,
 }
 
 impl Image {
@@ -115,6 +119,7 @@ impl Image {
             cache: cache.clone(),
             changed: AtomicBool::new(false),
             findings: Mutex::new(Vec::new()),
+            is_told_elsewhere: AtomicBool::new(false),
         }))
     }
 
@@ -189,6 +194,21 @@ impl Image {
     /// What was found bad so far, each once.
     pub fn findings(&self) -> Vec<Finding> {
         self.findings.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Logs no findings from now on: whoever reads tells of each range that is bad, and nobody wants to read it twice.
+    pub fn log_no_findings(&self) {
+        self.is_told_elsewhere.store(true, Ordering::Relaxed);
+    }
+
+    /// Why the range that begins at `start`, which is [`super::Source::Bad`] by layer `index`, cannot be read.
+    pub fn why_bad(&self, index: u16, start: u64) -> Option<Finding> {
+        let layer = self.stack().get(usize::from(index))?.get().ok()?;
+        let end = layer.size().min(start.saturating_add(SMALLEST_UNIT));
+        if start >= end {
+            return None;
+        }
+        layer.map(start..end).findings.into_iter().next()
     }
 
     /// Bytes that are not holes, or `None` as long as not every window has been merged once.
@@ -271,7 +291,9 @@ impl Image {
     fn note(&self, finding: Finding) {
         let mut findings = self.findings.lock().unwrap_or_else(|e| e.into_inner());
         if findings.len() < MAX_FINDINGS && !findings.contains(&finding) {
-            log::error!("{finding}");
+            if !self.is_told_elsewhere.load(Ordering::Relaxed) {
+                log::error!("{finding}");
+            }
             findings.push(finding);
         }
     }
