@@ -178,7 +178,7 @@ pub(super) fn undo(at: &Path, from: From<'_>) -> Result<()> {
         match gone {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
             Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                log::warn!("{}: somebody has put files there; the folder stays", path_text(at));
+                log::warn!("{}: not removed: somebody has put files there", path_text(at));
                 return Ok(());
             }
             other => {

@@ -147,9 +147,9 @@ fn in_source(path: &Path) -> Vec<Named> {
         }
     }
     // A quote after a letter is an apostrophe.
-    let begins = joined.match_indices('\'').filter(|(i, _)| {
-        joined[..*i].chars().next_back().is_some_and(|c| " (\"".contains(c))
-    });
+    let begins = joined
+        .match_indices('\'')
+        .filter(|(i, _)| joined[..*i].chars().next_back().is_some_and(|c| " (\"".contains(c)));
     let quoted = begins.filter_map(|(i, _)| Some(joined[i + 1..].split_once('\'')?.0));
     quoted.filter_map(|c| Named::of(path, c, false)).collect()
 }
@@ -211,9 +211,14 @@ fn what_cannot_be_typed_is_found() {
     for wrong in ["fleecefs lst /b", "fleecefs list --jsn /b", "fleecefs prune /b --keep-daily x"] {
         assert!(problem(wrong, true).is_some() && problem(wrong, false).is_some(), "{wrong}");
     }
-    assert!(problem("fleecefs restore", true).is_some() && problem("verify --creat", false).is_some());
+    assert!(
+        problem("fleecefs restore", true).is_some() && problem("verify --creat", false).is_some()
+    );
     for right in ["fleecefs restore", "fleecefs prune DIR --keep-daily N ...", "verify --create"] {
         assert_eq!(problem(right, false), None);
     }
-    assert_eq!(problem("fleecefs restore /b sda/latest - | cat --no-such # --nor-this", true), None);
+    assert_eq!(
+        problem("fleecefs restore /b sda/latest - | cat --no-such # --nor-this", true),
+        None
+    );
 }

@@ -70,11 +70,14 @@ fn of_run<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<(&'a Disk, usize)>
     }
     match run.missing.first() {
         None => Ok(run.points),
-        Some(i) => {
-            let what = format!("image {} of this run is missing", path_text(&i.image));
-            Err(Error::new(Kind::Incomplete, what).remedy("name the points of the other disks"))
-        }
+        Some(i) => Err(is_missing(&i.image)),
     }
+}
+
+/// That an image of a run is missing.
+pub(super) fn is_missing(image: &str) -> Error {
+    let what = format!("image {} of this run is missing", path_text(image));
+    Error::new(Kind::Incomplete, what).remedy("name the points of the other disks")
 }
 
 /// The same of points that were found.

@@ -185,12 +185,12 @@ fn without_any(e: Error) -> Error {
 fn look(args: &HealthArgs, wanted: &[(PathBuf, Option<u64>)], now: i64) -> Vec<DirectoryHealth> {
     let state = args.state.dir();
     if let Err(e) = &state {
-        log::warn!("what runs did is not known: {}", e.report());
+        log::warn!("cannot read the history: {}", e.report());
     }
     let state = state.ok();
     let history = state.as_deref().map(history::read).unwrap_or_else(|| Ok(Default::default()));
     let history = history.unwrap_or_else(|e| {
-        log::warn!("what runs did is not known: {}", e.report());
+        log::warn!("cannot read the history: {}", e.report());
         Default::default()
     });
     let interrupted = state.as_deref().map_or_else(|| Ok(Vec::new()), journal::interrupted);

@@ -243,8 +243,7 @@ fn links_are_not_followed_and_loops_do_not_hang() {
         ("d/FULL-self", "it leads to FULL-self, which is not in this", "put the image self into"),
         ("e/FULL-f", "which is no FULL or COPY", "remove the link"),
     ] {
-        let told: Vec<_> =
-            b.findings().into_iter().filter(|f| f.path == b.path(link)).collect();
+        let told: Vec<_> = b.findings().into_iter().filter(|f| f.path == b.path(link)).collect();
         assert_eq!(told.len(), 1, "{link}: {told:?}");
         assert!(told[0].message.contains(what), "{link}: {}", told[0].message);
         assert!(told[0].remedy.as_ref().unwrap().contains(remedy), "{:?}", told[0].remedy);

@@ -282,7 +282,9 @@ fn what_is_lost_is_told_once() {
     let lines: Vec<&str> = said.lines().filter(|l| l.starts_with("error: ")).collect();
     let [first, second] = lines.as_slice() else { panic!("{said}") };
     assert!(first.contains("65536 bytes at 0x30000 are zeros") && first.contains("past the end"));
-    assert!(second.contains("65536 bytes at 0x90000 are zeros") && !second.contains("past the end"));
+    assert!(
+        second.contains("65536 bytes at 0x90000 are zeros") && !second.contains("past the end")
+    );
     // A plan says it once as well.
     let root = marked.b.root().to_str().unwrap();
     let out = fleecefs(&["restore", "-n", root, "sda.qcow2/latest", "/nowhere.raw"]);

@@ -294,15 +294,18 @@ fn leads_nowhere(folder: &Folder, link: &Link) -> Finding {
         (Name::Backup { stamp: Some(_), .. }, _) => {
             (format!("{LINK} where a backup should be: it leads to {text}"), LINK_REMEDY.into())
         }
-        (_, Some(_)) => {
-            (format!("this link leads to {text}, which is no FULL or COPY"), "remove the link".into())
-        }
+        (_, Some(_)) => (
+            format!("this link leads to {text}, which is no FULL or COPY"),
+            "remove the link".into(),
+        ),
         (_, None) => (
             format!(
                 "the image of this link is missing: it leads to {text}, which is not in this \
                  backup directory, and {disk} is not beside it"
             ),
-            format!("put the image {disk} into this folder; if it is gone for good, remove the link"),
+            format!(
+                "put the image {disk} into this folder; if it is gone for good, remove the link"
+            ),
         ),
     };
     let error = Error::new(Kind::Incomplete, what).at_path(folder.path.join(&link.name));
