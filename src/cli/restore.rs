@@ -138,7 +138,7 @@ enum ReflinkArg {
     Never,
 }
 
-/// Memory for folded windows: the plan folds them, the execution finds them there.
+/// Memory for merged windows: the plan merges them, the execution finds them there.
 const CACHE_BYTES: u64 = 256 << 20;
 
 /// One thing to restore.

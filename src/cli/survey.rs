@@ -282,7 +282,7 @@ fn lines(all: &[DirectoryHealth], now: i64, wide: bool) -> Vec<Line> {
         }
     }
     let right = &["CHAIN", "STORED"];
-    Table { titles: TITLES, right, less: LESS, indent: 2, rows }.lines(wide)
+    Table { titles: TITLES, right, less: LESS, indent: 2, rows }.cut("DISK", wide).lines(wide)
 }
 
 fn look_of(status: Status) -> Look {

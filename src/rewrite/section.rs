@@ -105,7 +105,7 @@ pub fn select<'a>(
 }
 
 /// The FULL that holds the state of `until` by a commit that has been done already.
-pub fn folded(catalog: &Catalog, filter: &OsStr, until: &OsStr) -> Option<PathBuf> {
+pub fn merged_into(catalog: &Catalog, filter: &OsStr, until: &OsStr) -> Option<PathBuf> {
     let wanted = Path::new(until).file_name().unwrap_or(until);
     let images = catalog.disks.iter().flat_map(|d| &d.points).map(|p| &p.source);
     let holds = |image: &&PathBuf| {

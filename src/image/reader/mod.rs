@@ -331,19 +331,19 @@ impl Image {
         }
         let start = index * self.window_size;
         let range = start..self.size.min(start.saturating_add(self.window_size));
-        let extents = self.fold(range, index)?;
+        let extents = self.merge_layers(range, index)?;
         let window = Arc::new(Window::new(extents));
         self.cache.insert_window(self.id, index, &window, group);
         Ok(window)
     }
 
-    fn fold(&self, range: Range<u64>, index: u64) -> Result<Box<[MergedExtent]>> {
+    fn merge_layers(&self, range: Range<u64>, index: u64) -> Result<Box<[MergedExtent]>> {
         let stack = self.stack();
-        let mut fold = LayerMerge::new(range);
+        let mut merge = LayerMerge::new(range);
         let mut asked = stack.len();
         let mut below = self.below.as_deref();
         let mut bottom = stack.len() - self.own.len();
-        while asked > 0 && !fold.is_covered() {
+        while asked > 0 && !merge.is_covered() {
             if asked == bottom
                 && let Some(image) = below
             {
@@ -351,20 +351,20 @@ impl Image {
                     && let Some(window) = image.cached_window(index)
                 {
                     let known = KnownParent { size: image.size, extents: window.extents() };
-                    fold.add_known(&known);
+                    merge.add_known(&known);
                     break;
                 }
                 bottom -= image.own.len();
                 below = image.below.as_deref();
             }
             asked -= 1;
-            fold.add_layer(asked as u16, stack[asked].get()?);
+            merge.add_layer(asked as u16, stack[asked].get()?);
             // Tables read while a file was being changed must not be used, now or through a parent.
             self.check_layer(&stack[asked])?;
         }
-        let folded = fold.finish().map_err(|e| e.at_path(self.name()))?;
-        folded.findings.into_iter().for_each(|f| self.note(f));
-        Ok(folded.extents.into_boxed())
+        let merged = merge.finish().map_err(|e| e.at_path(self.name()))?;
+        merged.findings.into_iter().for_each(|f| self.note(f));
+        Ok(merged.extents.into_boxed())
     }
 
     fn stack(&self) -> &Stack {
