@@ -152,7 +152,7 @@ pub(super) enum From<'a> {
 }
 
 /// Takes away what is mounted by us at the folder `at`, and the folder.
-/// Whoever was at work when the attachment was broken off may mount it now; then it is taken away again.
+/// Whoever was at work when the attachment was interrupted may mount it now; then it is taken away again.
 ///
 /// # Errors
 /// `Busy` if it is in use, or something else is mounted there.

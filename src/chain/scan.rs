@@ -118,7 +118,7 @@ struct Walk<'a> {
     previous: Option<&'a ProbeCache>,
     cache: ProbeCache,
     tree: Tree,
-    /// What runs that were broken off left.
+    /// What runs that were interrupted left.
     unfinished: Vec<Finding>,
     /// Links that stand for no backup: folder, name, and what they say.
     loose_links: Vec<(PathBuf, OsString, PathBuf)>,

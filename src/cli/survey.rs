@@ -173,8 +173,10 @@ fn without_any(e: Error) -> Error {
         return e;
     }
     let text = format!("{}, and no backup directory is named", e.message());
-    let said = Error::new(Kind::NotFound, text)
-        .remedy("name backup directories, or configure VMs: contrib/doc/nightly.md");
+    let said = Error::new(Kind::NotFound, text).remedy(
+        "name backup directories, or configure VMs: see nightly.md in contrib/doc or \
+             /usr/share/doc/fleecefs",
+    );
     match e.path() {
         Some(path) => said.at_path(path),
         None => said,

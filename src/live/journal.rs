@@ -43,7 +43,7 @@ pub(crate) struct Begun {
     pub backup: BackupDirectory,
     /// Whether the VM is another than the one that was backed up.
     pub new_identity: bool,
-    /// What the user asked for that only the start heeds.
+    /// What the user asked for that counts only at the start.
     pub asked: Vec<String>,
     /// QEMU's arguments, but for the nodes of the disks.
     pub arguments: Vec<String>,

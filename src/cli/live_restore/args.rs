@@ -110,7 +110,7 @@ impl LiveRestoreArgs {
         })
     }
 
-    /// What only the start of the VM heeds, an option each, as it is repeated to the user.
+    /// What counts only when the VM is started, an option each, as it is repeated to the user.
     pub(super) fn asked(&self) -> Vec<String> {
         let number = |name: &str, value: Option<String>| value.map(|v| format!("{name} {v}"));
         let net = self.net.to_possible_value();
