@@ -52,7 +52,7 @@ impl Named {
         let is_command = || program.get_subcommands().any(|c| c.get_name() == first);
         match first.as_str() {
             "fleecefs" => drop(all.remove(0)),
-            _ if !is_whole && all.get(1).is_some_and(|w| w.starts_with('-')) && is_command() => {}
+            _ if !is_whole && all.get(1).is_some_and(|w| w.starts_with("--")) && is_command() => {}
             _ => return None,
         }
         // The name of any command; what a format string will have.

@@ -123,8 +123,8 @@ impl Tree {
         }
         let what = "a symbolic link that leads out of the backup directory: skipped";
         let finding = Finding::warning(Kind::Unsupported, folder.join(name), what);
-        let remedy = "mount the folder there ('mount --bind'), move it here, or name it instead of \
-                      this directory";
+        let remedy =
+            "bind-mount the folder there, move it here, or name it instead of this directory";
         Some(Finding { remedy: Some(remedy.into()), ..finding })
     }
 
