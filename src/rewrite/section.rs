@@ -120,7 +120,7 @@ fn no_image(catalog: &Catalog, filter: &OsStr) -> Error {
     let (what, remedy) = match filter.is_empty() {
         true => (
             format!("no backup image in {root}"),
-            "name the folder with the images of a disk ('fleecefs list DIR' shows where they are)",
+            "name the folder with the images of a disk; 'fleecefs list DIR' shows where they are",
         ),
         false => (
             format!("no image in {root} has '{}' in its name", path_text(&filter)),
