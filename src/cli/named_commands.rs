@@ -7,6 +7,7 @@ use clap::{CommandFactory, Parser};
 
 use super::args::Cli;
 use super::habits;
+use crate::text::path_text;
 
 /// A command that a text names.
 struct Named {
@@ -61,7 +62,7 @@ impl Named {
         }
         let is_whole = is_whole && !all.iter().any(|w| w.contains("..."));
         all.retain(|w| !w.contains("...") && !w.starts_with('['));
-        Some(Named { at: format!("{}: {text}", at.display()), words: all, is_whole })
+        Some(Named { at: format!("{}: {text}", path_text(&at)), words: all, is_whole })
     }
 
     /// What is wrong with it.

@@ -10,11 +10,10 @@ const FEW: usize = 3;
 pub fn nearest(wanted: &str, names: impl Iterator<Item = String>) -> String {
     let mut best: Vec<(usize, String)> = Vec::new();
     for name in names {
-        let score = alike(wanted, &name);
-        // More than half of either is the same.
-        if score * 2 <= wanted.len().max(name.len()) || best.iter().any(|b| b.1 == name) {
+        if !is_alike(wanted, &name) || best.iter().any(|b| b.1 == name) {
             continue;
         }
+        let score = alike(wanted, &name);
         let at = best.partition_point(|b| b.0 >= score);
         best.insert(at, (score, name));
         best.truncate(FEW);
@@ -25,6 +24,11 @@ pub fn nearest(wanted: &str, names: impl Iterator<Item = String>) -> String {
         Some(only) if best.is_empty() => format!("did you mean {only}? "),
         Some(last) => format!("did you mean {} or {last}? ", best.join(", ")),
     }
+}
+
+/// Whether more than half of either is the same.
+pub(super) fn is_alike(a: &str, b: &str) -> bool {
+    alike(a, b) * 2 > a.len().max(b.len())
 }
 
 /// Bytes that both have in common at their begin and at their end: names of points differ in level and time.

@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use super::nearest::nearest;
+use super::nearest::{is_alike, nearest};
 use crate::chain::{Catalog, Disk, NEWEST_LOST, Point};
 use crate::error::{Error, Kind, Result};
 use crate::text::{path_text, shown_as, to_text};
@@ -135,8 +135,10 @@ impl Catalog {
 
     /// A question that names the points of the disk that are most like `name`, which somebody wrote behind it.
     pub(crate) fn did_you_mean(&self, disk: &Disk, name: &str) -> String {
-        let names = disk.names_below(&disk.path);
-        nearest(&to_text(disk.path.join(name).as_os_str()), names)
+        let below = |name: &str| to_text(disk.path.join(name).as_os_str());
+        // What is the same of all of them does not count.
+        let names = disk.names_below(Path::new("")).filter(|n| is_alike(name, n));
+        nearest(&below(name), names.map(|n| below(&n)))
     }
 }
 
